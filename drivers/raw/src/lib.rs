@@ -1,0 +1,1 @@
+//! imgtool driver: Raw disk images and block devices.

@@ -1,0 +1,1 @@
+//! imgtool driver: Microsoft's VHDX format (MS-VHDX).

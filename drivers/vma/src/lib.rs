@@ -1,0 +1,1 @@
+//! imgtool driver: Proxmox VE's VMA archive format.

@@ -1,0 +1,1 @@
+//! The laws as library functions: every driver calls them from its tests.

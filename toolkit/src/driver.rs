@@ -1,0 +1,325 @@
+//! Drivers: what a format has to offer.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use crate::device::Manifest;
+use crate::error::{Error, Result};
+use crate::external::Externals;
+use crate::sink::ImageSink;
+use crate::source::ImageSource;
+use crate::storage::{Input, Output};
+
+/// One image format.
+pub trait Driver: Send + Sync {
+    /// Its name on the command line: lower case, no blanks.
+    fn name(&self) -> &'static str;
+
+    /// One line for a person.
+    fn description(&self) -> &'static str;
+
+    /// File name extensions without the dot; the first is given to outputs.
+    fn extensions(&self) -> &'static [&'static str];
+
+    /// What it can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// The `-o` options of [`Driver::create`].
+    fn options(&self) -> &'static [OptionSpec] {
+        &[]
+    }
+
+    /// Whether an image that begins with `head` (up to [`crate::storage::PROBE_LEN`] bytes) and is
+    /// `len` bytes long, if that is known, is of this format.
+    fn probe(&self, head: &[u8], len: Option<u64>) -> Option<Confidence>;
+
+    /// Opens an image for reading. Checks everything that can be checked without reading data;
+    /// what is not supported is refused here, by name.
+    ///
+    /// # Errors
+    /// When the image is not of this format, is damaged, or needs what is not supported.
+    fn open(&self, input: Input, options: &OpenOptions) -> Result<Box<dyn ImageSource>>;
+
+    /// Begins an image. Options have been checked against [`Driver::options`]; their values have not.
+    ///
+    /// # Errors
+    /// When the manifest or an option can't be expressed; nothing has been written then.
+    fn create(
+        &self,
+        output: Output,
+        manifest: &Manifest,
+        options: &CreateOptions,
+    ) -> Result<Box<dyn ImageSink>>;
+
+    /// Checks the structure of an image, all of it.
+    ///
+    /// # Errors
+    /// When it can't be checked; damage that was found is in the report instead.
+    fn check(&self, _input: Input, _options: &OpenOptions) -> Result<CheckReport> {
+        Err(Error::unsupported(format!("{} images have no structure to check", self.name())))
+    }
+
+    /// How many bytes an image made from `source` will need.
+    ///
+    /// # Errors
+    /// When the source can't be read.
+    fn measure(&self, _source: &dyn ImageSource, _options: &CreateOptions) -> Result<Measure> {
+        Err(Error::unsupported(format!("{} does not measure", self.name())))
+    }
+}
+
+/// What a driver can do: shown by `imgtool formats`, and what the conformance laws are chosen by.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Capabilities {
+    /// Images can be read.
+    pub read: bool,
+    /// Images can be made.
+    pub write: bool,
+    /// An image can be read in one pass from a pipe.
+    pub stream_read: bool,
+    /// An image can be made in one pass into a pipe.
+    pub stream_write: bool,
+    /// The most devices an image holds.
+    pub max_devices: u32,
+    /// Images hold attachments.
+    pub attachments: bool,
+    /// `-c` compresses inside the format.
+    pub compression: bool,
+    /// An image can be made of a device whose size is not known before its end.
+    pub open_ended: bool,
+    /// Sizes are rounded up to a multiple of this many bytes.
+    pub size_multiple: u64,
+    /// Images have a structure that [`Driver::check`] checks.
+    pub check: bool,
+}
+
+/// How sure a probe is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Confidence {
+    /// Anything is legal in this format: taken when no other fits.
+    Fallback,
+    /// The magic number is there.
+    Magic,
+}
+
+/// One `-o` option.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct OptionSpec {
+    /// Its key.
+    pub name: &'static str,
+    /// One line for a person.
+    pub help: &'static str,
+    /// What holds when it is not given, for a person.
+    pub default: &'static str,
+    /// The allowed values, for a person ("512..2M, a power of two"), or an enumeration `a|b|c`.
+    pub values: &'static str,
+}
+
+/// How an image is opened.
+#[derive(Debug, Clone, Default)]
+pub struct OpenOptions {
+    /// Restore what is whole of a damaged image, fill the rest with zeros and list it.
+    pub salvage: bool,
+    /// Accept what is normally refused as unsafe (the corrupt bit).
+    pub force: bool,
+    /// Accept bytes after the end of an archive.
+    pub ignore_trailing: bool,
+    /// Read this internal snapshot (name or ID) instead of the active state.
+    pub snapshot: Option<String>,
+    /// Only facts are wanted, no content: whatever needs other files or all of a stream may be left
+    /// out.
+    pub info_only: bool,
+    /// What other files may be opened, and how.
+    pub externals: Externals,
+}
+
+/// How an image is made: `-o` options and compression.
+#[derive(Debug, Clone, Default)]
+pub struct CreateOptions {
+    /// `-o` keys and values.
+    pub options: BTreeMap<String, String>,
+    /// `-c`: compress inside the format; the algorithm and level if given.
+    pub compress: Option<Compress>,
+    /// SOURCE_DATE_EPOCH, seconds.
+    pub source_date_epoch: Option<i64>,
+}
+
+/// What `-c` asks for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Compress {
+    /// "zlib", "zstd" …; `None`: the format's default.
+    pub algorithm: Option<String>,
+    /// The algorithm's own level; `None`: the driver's default.
+    pub level: Option<i32>,
+}
+
+impl CreateOptions {
+    /// The value of an option.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.options.get(name).map(String::as_str)
+    }
+
+    /// Refuses keys that `specs` does not have, with the nearest that it has.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Usage`].
+    pub fn check_names(&self, format: &str, specs: &[OptionSpec]) -> Result<()> {
+        for name in self.options.keys() {
+            if !specs.iter().any(|spec| spec.name == name) {
+                let known: Vec<&str> = specs.iter().map(|spec| spec.name).collect();
+                let hint = if known.is_empty() {
+                    format!("{format} has no options")
+                } else {
+                    format!("options of {format}: {}", known.join(", "))
+                };
+                return Err(Error::usage(format!("unknown option '{name}' for {format}")).hint(hint));
+            }
+        }
+        Ok(())
+    }
+
+    /// A boolean option: on/off, true/false, yes/no.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Usage`] for anything else.
+    pub fn flag(&self, name: &str) -> Result<Option<bool>> {
+        match self.get(name) {
+            None => Ok(None),
+            Some("on" | "true" | "yes") => Ok(Some(true)),
+            Some("off" | "false" | "no") => Ok(Some(false)),
+            Some(other) => Err(Error::usage(format!("option '{name}' is on or off, not '{other}'"))),
+        }
+    }
+
+    /// A size option in bytes; see [`parse_size`].
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Usage`] when it is not a size.
+    pub fn size(&self, name: &str) -> Result<Option<u64>> {
+        self.get(name)
+            .map(|text| {
+                parse_size(text).ok_or_else(|| {
+                    Error::usage(format!("option '{name}' is a size such as 65536, 64k or 2M, not '{text}'"))
+                })
+            })
+            .transpose()
+    }
+
+    /// A whole-number option.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Usage`] when it is not a number.
+    pub fn number(&self, name: &str) -> Result<Option<u64>> {
+        self.get(name)
+            .map(|text| {
+                text.parse()
+                    .map_err(|_| Error::usage(format!("option '{name}' is a whole number, not '{text}'")))
+            })
+            .transpose()
+    }
+}
+
+/// Bytes from a size as qemu-img takes it: a number, optionally with a fraction, and one of the
+/// suffixes b k M G T P E (powers of 1024, either case). `None` when it is none or above 2^64-1.
+pub fn parse_size(text: &str) -> Option<u64> {
+    let split = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
+    let (number, suffix) = text.split_at(split);
+    let shift = match suffix.to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kib" => 10,
+        "m" | "mib" => 20,
+        "g" | "gib" => 30,
+        "t" | "tib" => 40,
+        "p" | "pib" => 50,
+        "e" | "eib" => 60,
+        _ => return None,
+    };
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    let whole: u64 = whole.parse().ok()?;
+    let unit = 1u128 << shift;
+    let mut bytes = u128::from(whole) * unit;
+    if number.contains('.') {
+        if fraction.is_empty() || fraction.len() > 18 || shift == 0 {
+            return None;
+        }
+        let scale = 10u128.pow(u32::try_from(fraction.len()).ok()?);
+        bytes += fraction.parse::<u128>().ok()? * unit / scale;
+    }
+    u64::try_from(bytes).ok()
+}
+
+/// What [`Driver::check`] found.
+#[derive(Debug, Clone, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CheckReport {
+    /// Places where the image contradicts itself; content may be wrong.
+    pub corruptions: u64,
+    /// Space that is allocated and belongs to nothing; content is right.
+    pub leaks: u64,
+    /// What could not be checked.
+    pub check_errors: u64,
+    /// A line for each finding, worst first; at most [`CheckReport::MAX_FINDINGS`].
+    pub findings: Vec<String>,
+    /// Where the used part of the file ends, bytes.
+    pub image_end_offset: Option<u64>,
+    /// Allocation units of the guest's size.
+    pub total_clusters: Option<u64>,
+    /// Allocation units that are allocated.
+    pub allocated_clusters: Option<u64>,
+    /// Allocated units that do not follow their neighbour in the file.
+    pub fragmented_clusters: Option<u64>,
+    /// Allocation units that are compressed.
+    pub compressed_clusters: Option<u64>,
+}
+
+impl CheckReport {
+    /// Findings that are kept word by word; further ones are only counted. Ours.
+    pub const MAX_FINDINGS: usize = 1000;
+
+    /// Counts a corruption and keeps its line.
+    pub fn corruption(&mut self, finding: impl Into<String>) {
+        self.corruptions += 1;
+        self.keep(finding.into());
+    }
+
+    /// Counts leaked allocation units and keeps the line.
+    pub fn leak(&mut self, units: u64, finding: impl Into<String>) {
+        self.leaks += units;
+        self.keep(finding.into());
+    }
+
+    fn keep(&mut self, finding: String) {
+        if self.findings.len() < Self::MAX_FINDINGS {
+            self.findings.push(finding);
+        }
+    }
+}
+
+/// What [`Driver::measure`] expects.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Measure {
+    /// Bytes the image needs for the source's content.
+    pub required: u64,
+    /// Bytes it would need if every part were allocated.
+    #[serde(rename = "fully-allocated")]
+    pub fully_allocated: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_qemu_imgs() {
+        assert_eq!(parse_size("512"), Some(512));
+        assert_eq!(parse_size("64k"), Some(65_536));
+        assert_eq!(parse_size("2M"), Some(2 << 20));
+        assert_eq!(parse_size("1.5G"), Some(3 << 29));
+        assert_eq!(parse_size("8E"), Some(8 << 60));
+        for bad in ["", "k", "1x", "-1", "1.", "99999999999E", "1.5"] {
+            assert_eq!(parse_size(bad), None, "{bad}");
+        }
+    }
+}

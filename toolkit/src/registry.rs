@@ -1,0 +1,106 @@
+//! The registry: which drivers there are, and which one an image belongs to.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::driver::{Confidence, Driver, OpenOptions};
+use crate::error::{Error, Result};
+use crate::source::ImageSource;
+use crate::storage::{Compression, Input};
+
+/// The drivers of a program. Cloning is cheap and shares them.
+#[derive(Clone, Default)]
+pub struct Registry {
+    drivers: Vec<Arc<dyn Driver>>,
+}
+
+impl Registry {
+    /// No drivers.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a driver; a later one with the same name replaces the earlier.
+    pub fn register(&mut self, driver: impl Driver + 'static) {
+        self.drivers.retain(|known| known.name() != driver.name());
+        self.drivers.push(Arc::new(driver));
+    }
+
+    /// All drivers, in the order of registration.
+    pub fn drivers(&self) -> impl Iterator<Item = &Arc<dyn Driver>> {
+        self.drivers.iter()
+    }
+
+    /// The driver called `name`.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Usage`] when there is none; the hint lists those there are.
+    pub fn get(&self, name: &str) -> Result<Arc<dyn Driver>> {
+        self.drivers.iter().find(|driver| driver.name() == name).cloned().ok_or_else(|| {
+            let names: Vec<&str> = self.drivers.iter().map(|driver| driver.name()).collect();
+            Error::usage(format!("unknown format '{}'", crate::error::escape_control(name)))
+                .hint(format!("formats: {}", names.join(", ")))
+        })
+    }
+
+    /// The driver whose extension `file_name` ends in, by the longest match.
+    pub fn by_extension(&self, file_name: &str) -> Option<Arc<dyn Driver>> {
+        let lower = file_name.to_ascii_lowercase();
+        self.drivers
+            .iter()
+            .find(|driver| driver.extensions().iter().any(|ext| lower.ends_with(&format!(".{ext}"))))
+            .cloned()
+    }
+
+    /// The driver that knows an image by its first bytes.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::WrongFormat`] when none does.
+    pub fn probe(&self, head: &[u8], len: Option<u64>) -> Result<Arc<dyn Driver>> {
+        let mut best: Option<(Confidence, &Arc<dyn Driver>)> = None;
+        for driver in &self.drivers {
+            if let Some(confidence) = driver.probe(head, len)
+                && best.as_ref().is_none_or(|(known, _)| confidence > *known)
+            {
+                best = Some((confidence, driver));
+            }
+        }
+        best.map(|(_, driver)| Arc::clone(driver))
+            .ok_or_else(|| Error::wrong_format("no driver knows this image").hint("name its format with -f"))
+    }
+
+    /// Opens an image with the driver `format`, or the one that knows its first bytes. A stream that
+    /// the driver can't read in one pass is copied to temporary storage first ([`Input::spool`]).
+    ///
+    /// # Errors
+    /// Those of [`Registry::get`], [`Registry::probe`] and [`Driver::open`].
+    pub fn open(&self, input: Input, format: Option<&str>, options: &OpenOptions) -> Result<Opened> {
+        let path = input.path().to_owned();
+        let driver = match format {
+            Some(name) => self.get(name)?,
+            None => self.probe(&input.head()?, input.len()).map_err(|e| e.path(&path))?,
+        };
+        let compression = input.compression().to_vec();
+        let stored_len = input.stored_len();
+        let input = if driver.capabilities().stream_read { input } else { input.spool()? };
+        let spooled = input.is_spooled();
+        let source = driver.open(input, options).map_err(|e| e.path(&path))?;
+        Ok(Opened { path, driver, compression, stored_len, spooled, source })
+    }
+}
+
+/// An image that was opened, and how.
+pub struct Opened {
+    /// The name for messages.
+    pub path: PathBuf,
+    /// The driver that opened it.
+    pub driver: Arc<dyn Driver>,
+    /// The layers of outer compression that are undone, outermost first.
+    pub compression: Vec<Compression>,
+    /// Length of the file itself in bytes, if it is a file.
+    pub stored_len: Option<u64>,
+    /// It came as a stream and was copied to temporary storage.
+    pub spooled: bool,
+    /// The image.
+    pub source: Box<dyn ImageSource>,
+}

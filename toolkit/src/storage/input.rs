@@ -1,0 +1,509 @@
+//! Inputs: a file that is read by position, or a stream that is read once.
+
+use std::fs::File;
+use std::io::{self, IsTerminal, Read, Seek};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::os::{self, FileClass, FileRun};
+use super::outer::{self, Compression};
+use crate::error::{Error, Result};
+
+/// Bytes of an image that a driver's probe sees. Ours: every magic number lies in the first 4 KiB.
+pub const PROBE_LEN: usize = 4096;
+
+/// Layers of outer compression that are undone. Ours: more than one is a mistake, more than this a trap.
+const MAX_LAYERS: usize = 4;
+
+/// Bytes that can be read by position.
+pub trait ReadAt: Send + Sync {
+    /// Fills `buf` from `position`.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` when the range leaves the input.
+    fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()>;
+
+    /// Length in bytes.
+    fn len(&self) -> u64;
+
+    /// Whether there is nothing.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The run of data or hole around `position`, which is below the length.
+    ///
+    /// # Errors
+    /// When the system can't tell.
+    fn run(&self, _position: u64) -> io::Result<FileRun> {
+        Ok(FileRun { end: self.len(), is_data: true })
+    }
+
+    /// Reading costs least in multiples of this many bytes.
+    fn granule(&self) -> u64 {
+        1
+    }
+
+    /// The file, when the bytes stand in one as they are.
+    fn file(&self) -> Option<&File> {
+        None
+    }
+}
+
+/// A regular file or block device.
+struct RandomFile {
+    file: File,
+    len: u64,
+}
+
+impl ReadAt for RandomFile {
+    fn read_exact_at(&self, mut buf: &mut [u8], mut position: u64) -> io::Result<()> {
+        while !buf.is_empty() {
+            match os::read_at(&self.file, buf, position) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => {
+                    buf = &mut buf[count..];
+                    position += count as u64;
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn run(&self, position: u64) -> io::Result<FileRun> {
+        os::file_run(&self.file, position, self.len)
+    }
+
+    fn file(&self) -> Option<&File> {
+        Some(&self.file)
+    }
+}
+
+/// What an image is read from.
+pub struct Input {
+    path: PathBuf,
+    compression: Vec<Compression>,
+    stored_len: Option<u64>,
+    spooled: bool,
+    body: Body,
+}
+
+enum Body {
+    Random(Arc<dyn ReadAt>),
+    Stream(Stream),
+}
+
+/// How outer compression is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outer {
+    ByContent,
+    ByName,
+    Plain,
+}
+
+impl Input {
+    /// Opens a path, or standard input for `-`; undoes outer compression found by content.
+    ///
+    /// # Errors
+    /// When the file can't be opened, is a directory, or is no valid compressed file.
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::open_outer(path, Outer::ByContent).map_err(|e| e.path(path))
+    }
+
+    /// Like [`Input::open`], for a format in which anything is legal (raw): compression is undone
+    /// only when the file's name says that it is compressed, so that the content decides nothing.
+    ///
+    /// # Errors
+    /// Those of [`Input::open`].
+    pub fn open_unguessed(path: &Path) -> Result<Self> {
+        Self::open_outer(path, Outer::ByName).map_err(|e| e.path(path))
+    }
+
+    /// Opens a path and takes the bytes as they are.
+    ///
+    /// # Errors
+    /// When the file can't be opened or is a directory.
+    pub fn open_plain(path: &Path) -> Result<Self> {
+        Self::open_outer(path, Outer::Plain).map_err(|e| e.path(path))
+    }
+
+    /// An input over bytes that a caller provides: a network object, memory in a test.
+    pub fn from_read_at(path: impl Into<PathBuf>, source: Arc<dyn ReadAt>) -> Self {
+        let len = source.len();
+        Self {
+            path: path.into(),
+            compression: Vec::new(),
+            stored_len: Some(len),
+            spooled: false,
+            body: Body::Random(source),
+        }
+    }
+
+    /// An input over a stream that a caller provides; outer compression is undone.
+    ///
+    /// # Errors
+    /// When its first bytes can't be read, or are no valid compressed file.
+    pub fn from_stream(path: impl Into<PathBuf>, reader: Box<dyn Read + Send>) -> Result<Self> {
+        let path = path.into();
+        let stream = Stream::new(path.clone(), reader)?;
+        Self { path, compression: Vec::new(), stored_len: None, spooled: false, body: Body::Stream(stream) }
+            .decompressed()
+    }
+
+    fn open_outer(path: &Path, outer: Outer) -> Result<Self> {
+        let input = if path == Path::new("-") { Self::open_stdin()? } else { Self::open_file(path)? };
+        let undo = match outer {
+            Outer::ByContent => true,
+            Outer::ByName => outer::by_name(path).is_some(),
+            Outer::Plain => false,
+        };
+        if undo { input.decompressed() } else { Ok(input) }
+    }
+
+    fn open_file(path: &Path) -> Result<Self> {
+        let meta = std::fs::metadata(path).map_err(|e| Error::io("open", e))?;
+        if os::classify(&meta) == FileClass::Directory {
+            return Err(Error::usage("is a directory, not an image"));
+        }
+        let file = File::open(path).map_err(|e| Error::io("open", e))?;
+        Self::from_file(path.to_owned(), file)
+    }
+
+    fn open_stdin() -> Result<Self> {
+        let stdin = io::stdin();
+        if stdin.is_terminal() {
+            return Err(Error::usage("standard input is a terminal")
+                .hint("pipe an image into the program, or name a file"));
+        }
+        #[cfg(unix)]
+        {
+            use std::os::fd::AsFd;
+            let owned = stdin.as_fd().try_clone_to_owned().map_err(|e| Error::io("open", e))?;
+            let mut file = File::from(owned);
+            let at_start = file.stream_position().is_ok_and(|position| position == 0);
+            let name = PathBuf::from("-");
+            if at_start {
+                return Self::from_file(name, file);
+            }
+            let stream = Stream::new(name.clone(), Box::new(file))?;
+            Ok(Self {
+                path: name,
+                compression: Vec::new(),
+                stored_len: None,
+                spooled: false,
+                body: Body::Stream(stream),
+            })
+        }
+        #[cfg(not(unix))]
+        {
+            let name = PathBuf::from("-");
+            let stream = Stream::new(name.clone(), Box::new(stdin))?;
+            Ok(Self {
+                path: name,
+                compression: Vec::new(),
+                stored_len: None,
+                spooled: false,
+                body: Body::Stream(stream),
+            })
+        }
+    }
+
+    fn from_file(path: PathBuf, file: File) -> Result<Self> {
+        let meta = file.metadata().map_err(|e| Error::io("open", e))?;
+        let (stored_len, body) = match os::classify(&meta) {
+            FileClass::Regular | FileClass::BlockDevice => {
+                let len = os::file_len(&file).map_err(|e| Error::io("find the length", e))?;
+                (Some(len), Body::Random(Arc::new(RandomFile { file, len })))
+            }
+            FileClass::Stream => (None, Body::Stream(Stream::new(path.clone(), Box::new(file))?)),
+            FileClass::Directory => return Err(Error::usage("is a directory, not an image")),
+        };
+        Ok(Self { path, compression: Vec::new(), stored_len, spooled: false, body })
+    }
+
+    fn decompressed(mut self) -> Result<Self> {
+        while let Some(compression) = outer::detect(&self.head()?) {
+            if self.compression.len() >= MAX_LAYERS {
+                return Err(Error::limit(format!("compressed more than {MAX_LAYERS} times over")));
+            }
+            let path = self.path.clone();
+            self.body = match self.body {
+                Body::Random(source) => match outer::open_seekable(compression, &source) {
+                    Some(seekable) => Body::Random(seekable),
+                    None => Body::Stream(Stream::new(
+                        path.clone(),
+                        outer::decoder(compression, Box::new(Cursor { source, position: 0 }))?,
+                    )?),
+                },
+                Body::Stream(stream) => {
+                    Body::Stream(Stream::new(path.clone(), outer::decoder(compression, Box::new(stream))?)?)
+                }
+            };
+            self.compression.push(compression);
+        }
+        Ok(self)
+    }
+
+    /// The name for messages: the path, or `-`.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The layers of outer compression that are undone, outermost first.
+    pub fn compression(&self) -> &[Compression] {
+        &self.compression
+    }
+
+    /// Length in bytes after decompression, if it is known.
+    pub fn len(&self) -> Option<u64> {
+        match &self.body {
+            Body::Random(source) => Some(source.len()),
+            Body::Stream(_) => None,
+        }
+    }
+
+    /// Whether it is known to be empty.
+    pub fn is_empty(&self) -> bool {
+        self.len() == Some(0)
+    }
+
+    /// Length of the file itself in bytes, before decompression, if it is a file.
+    pub fn stored_len(&self) -> Option<u64> {
+        self.stored_len
+    }
+
+    /// Whether it can only be read once, in order.
+    pub fn is_stream(&self) -> bool {
+        matches!(self.body, Body::Stream(_))
+    }
+
+    /// Whether it was copied to temporary storage ([`Input::spool`]).
+    pub fn is_spooled(&self) -> bool {
+        self.spooled
+    }
+
+    /// The first bytes, up to [`PROBE_LEN`]; reading goes on from the start.
+    ///
+    /// # Errors
+    /// When they can't be read.
+    pub fn head(&self) -> Result<Vec<u8>> {
+        match &self.body {
+            Body::Stream(stream) => Ok(stream.head.clone()),
+            Body::Random(source) => {
+                let len = usize::try_from(source.len()).unwrap_or(PROBE_LEN).min(PROBE_LEN);
+                let mut head = vec![0; len];
+                source.read_exact_at(&mut head, 0).map_err(|e| read_error(e, &self.path, 0))?;
+                Ok(head)
+            }
+        }
+    }
+
+    /// Copies a stream to an unnamed temporary file (in TMPDIR), so that it can be read by position.
+    ///
+    /// # Errors
+    /// When the stream can't be read or the copy can't be written.
+    pub fn spool(self) -> Result<Self> {
+        match self.body {
+            Body::Random(_) => Ok(self),
+            Body::Stream(stream) => {
+                let file = super::spool::spool(stream)?;
+                let len = os::file_len(&file).map_err(|e| Error::io("find the length", e))?;
+                Ok(Self { spooled: true, body: Body::Random(Arc::new(RandomFile { file, len })), ..self })
+            }
+        }
+    }
+
+    /// The input by position.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Unsupported`] for a stream.
+    pub fn into_random(self) -> Result<RandomInput> {
+        match self.body {
+            Body::Random(source) => Ok(RandomInput { path: self.path, source }),
+            Body::Stream(_) => {
+                Err(Error::unsupported("this format can't be read from a stream").path(self.path))
+            }
+        }
+    }
+
+    /// The input as a stream, from its start.
+    pub fn into_stream(self) -> Result<Stream> {
+        match self.body {
+            Body::Stream(stream) => Ok(stream),
+            Body::Random(source) => Stream::new(self.path, Box::new(Cursor { source, position: 0 })),
+        }
+    }
+}
+
+/// An input that is read by position; cloning shares it.
+#[derive(Clone)]
+pub struct RandomInput {
+    path: PathBuf,
+    source: Arc<dyn ReadAt>,
+}
+
+impl RandomInput {
+    /// The name for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        self.source.len()
+    }
+
+    /// Whether there is nothing.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Fills `buf` from `position`.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Corrupt`] when the file ends before; [`crate::ErrorKind::Io`].
+    pub fn read_exact_at(&self, buf: &mut [u8], position: u64) -> Result<()> {
+        let fits = position.checked_add(buf.len() as u64).is_some_and(|end| end <= self.len());
+        if !fits {
+            return Err(Error::corrupt(format!(
+                "the file ends at {}, but {} bytes from {position} are needed",
+                self.len(),
+                buf.len()
+            ))
+            .path(&self.path)
+            .at(position)
+            .hint("the file is cut short: copy it again, or use a backup"));
+        }
+        self.source.read_exact_at(buf, position).map_err(|e| read_error(e, &self.path, position))
+    }
+
+    /// `len` bytes from `position`, which the caller has bounded.
+    ///
+    /// # Errors
+    /// Those of [`RandomInput::read_exact_at`].
+    pub fn read_vec(&self, position: u64, len: usize) -> Result<Vec<u8>> {
+        if position.checked_add(len as u64).is_none_or(|end| end > self.len()) {
+            self.read_exact_at(&mut [0], position.saturating_add(len as u64))?;
+        }
+        let mut bytes = vec![0; len];
+        self.read_exact_at(&mut bytes, position)?;
+        Ok(bytes)
+    }
+
+    /// The run of data or hole around `position`, which is below the length.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Io`].
+    pub fn run(&self, position: u64) -> Result<FileRun> {
+        self.source.run(position).map_err(|e| read_error(e, &self.path, position))
+    }
+
+    /// Reading costs least in multiples of this many bytes.
+    pub fn granule(&self) -> u64 {
+        self.source.granule()
+    }
+
+    /// The file, when the bytes stand in one as they are.
+    pub fn file(&self) -> Option<&File> {
+        self.source.file()
+    }
+}
+
+/// An input that is read once, in order.
+pub struct Stream {
+    path: PathBuf,
+    reader: Box<dyn Read + Send>,
+    /// The first bytes, read ahead for probing.
+    head: Vec<u8>,
+    position: u64,
+}
+
+impl Stream {
+    fn new(path: PathBuf, mut reader: Box<dyn Read + Send>) -> Result<Self> {
+        let mut head = vec![0; PROBE_LEN];
+        let filled = fill(&mut *reader, &mut head).map_err(|e| read_error(e, &path, 0))?;
+        head.truncate(filled);
+        Ok(Self { path, reader, head, position: 0 })
+    }
+
+    /// The name for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes read so far.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Fills as much of `buf` as there is; less than all only at the end.
+    ///
+    /// # Errors
+    /// When reading or decompressing fails.
+    pub fn read_full(&mut self, buf: &mut [u8]) -> Result<usize> {
+        let position = self.position;
+        fill(self, buf).map_err(|e| read_error(e, &self.path, position))
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let from_head = usize::try_from(self.position).ok().and_then(|at| self.head.get(at..)).unwrap_or(&[]);
+        let count = if from_head.is_empty() {
+            self.reader.read(buf)?
+        } else {
+            let count = from_head.len().min(buf.len());
+            buf[..count].copy_from_slice(&from_head[..count]);
+            count
+        };
+        self.position += count as u64;
+        Ok(count)
+    }
+}
+
+/// Reads a random input in order.
+struct Cursor {
+    source: Arc<dyn ReadAt>,
+    position: u64,
+}
+
+impl Read for Cursor {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let left = self.source.len().saturating_sub(self.position);
+        let count = buf.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        self.source.read_exact_at(&mut buf[..count], self.position)?;
+        self.position += count as u64;
+        Ok(count)
+    }
+}
+
+fn fill(reader: &mut dyn Read, buf: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buf.len() {
+        match reader.read(&mut buf[filled..]) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(filled)
+}
+
+/// A failed read: decoders report damage as `InvalidData` or `UnexpectedEof`.
+fn read_error(e: io::Error, path: &Path, position: u64) -> Error {
+    let damaged = matches!(e.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof);
+    let error = if damaged {
+        let text = e.to_string();
+        Error::corrupt(if text.is_empty() { "the file ends early".to_owned() } else { text })
+    } else {
+        Error::io("read", e)
+    };
+    error.path(path).at(position)
+}

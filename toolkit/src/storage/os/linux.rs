@@ -1,0 +1,166 @@
+//! Linux: sparse files, zeroing without writing, block devices, vectored positional writes.
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, IoSlice, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustix::fs::{Advice, FallocateFlags};
+use rustix::io::Errno;
+
+use super::{FileClass, FileRun};
+
+/// What kind of file `meta` describes.
+pub fn classify(meta: &Metadata) -> FileClass {
+    let kind = meta.file_type();
+    if kind.is_dir() {
+        FileClass::Directory
+    } else if kind.is_block_device() {
+        FileClass::BlockDevice
+    } else if kind.is_file() {
+        FileClass::Regular
+    } else {
+        FileClass::Stream
+    }
+}
+
+/// The length of a file or block device in bytes.
+///
+/// # Errors
+/// When the file can't be asked.
+pub fn file_len(file: &File) -> io::Result<u64> {
+    let meta = file.metadata()?;
+    match classify(&meta) {
+        FileClass::BlockDevice => (&*file).seek(SeekFrom::End(0)),
+        _ => Ok(meta.len()),
+    }
+}
+
+/// Bytes that a file occupies on disk.
+pub fn allocated_len(meta: &Metadata) -> u64 {
+    meta.blocks().saturating_mul(512)
+}
+
+/// Identifies a file across names and links: device and inode; for block devices the device it is.
+pub fn file_identity(meta: &Metadata) -> (u64, u64) {
+    if meta.file_type().is_block_device() { (u64::MAX, meta.rdev()) } else { (meta.dev(), meta.ino()) }
+}
+
+/// The run of data or hole that `position` (< `len`) lies in. All data where the file system does
+/// not tell (block devices, some network file systems).
+///
+/// # Errors
+/// When the file can't be asked.
+pub fn file_run(file: &File, position: u64, len: u64) -> io::Result<FileRun> {
+    match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(position)) {
+        Ok(data) if data > position => Ok(FileRun { end: data.min(len), is_data: false }),
+        Ok(_) => match rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(position)) {
+            Ok(hole) if hole > position => Ok(FileRun { end: hole.min(len), is_data: true }),
+            Ok(_) | Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOTTY | Errno::NXIO) => {
+                Ok(FileRun { end: len, is_data: true })
+            }
+            Err(e) => Err(e.into()),
+        },
+        // No data from here to the end.
+        Err(Errno::NXIO) => Ok(FileRun { end: len, is_data: false }),
+        Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOTTY) => Ok(FileRun { end: len, is_data: true }),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Opens a block device for writing; fails with `ResourceBusy` when it is mounted or otherwise held.
+///
+/// # Errors
+/// When it can't be opened.
+pub fn open_block_device(path: &Path, exclusive: bool) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true);
+    if exclusive {
+        // O_EXCL without O_CREAT on a block device: open(2), "fails with EBUSY if in use".
+        let flags = rustix::fs::OFlags::EXCL.bits();
+        options.custom_flags(i32::try_from(flags).unwrap_or(0));
+    }
+    options.open(path)
+}
+
+/// Zeros a range without sending zeros: on a file a hole, on a block device what BLKZEROOUT does
+/// (the kernel's fallocate for block devices). `Ok(false)`: not possible here, write zeros.
+///
+/// # Errors
+/// When the system has the call and it fails.
+pub fn zero_range(file: &File, position: u64, len: u64, is_block_device: bool) -> io::Result<bool> {
+    let attempts: &[FallocateFlags] = if is_block_device {
+        &[FallocateFlags::ZERO_RANGE.union(FallocateFlags::KEEP_SIZE)]
+    } else {
+        &[
+            FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE),
+            FallocateFlags::ZERO_RANGE.union(FallocateFlags::KEEP_SIZE),
+        ]
+    };
+    for flags in attempts {
+        match rustix::fs::fallocate(file, *flags, position, len) {
+            Ok(()) => return Ok(true),
+            Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::NODEV) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(false)
+}
+
+/// Allocates space for a range without writing it.
+///
+/// # Errors
+/// When there is no space, or the file system can't.
+pub fn allocate_range(file: &File, position: u64, len: u64) -> io::Result<()> {
+    rustix::fs::fallocate(file, FallocateFlags::empty(), position, len).map_err(Into::into)
+}
+
+/// Reads some bytes at `position`; 0 at the end.
+///
+/// # Errors
+/// When the read fails.
+pub fn read_at(file: &File, buf: &mut [u8], position: u64) -> io::Result<usize> {
+    std::os::unix::fs::FileExt::read_at(file, buf, position)
+}
+
+/// Writes some of `slices` at `position`, in one call; the number of bytes written.
+///
+/// # Errors
+/// When the write fails.
+pub fn write_vectored_at(file: &File, slices: &[IoSlice<'_>], position: u64) -> io::Result<usize> {
+    rustix::io::pwritev(file, slices, position).map_err(Into::into)
+}
+
+/// Copies within the kernel (a reflink where the file system has it); bytes copied, 0 when
+/// this pair of files can't.
+///
+/// # Errors
+/// When the copy fails for a reason that a plain copy would meet too.
+pub fn copy_range(
+    from: &File,
+    from_position: u64,
+    to: &File,
+    to_position: u64,
+    len: usize,
+) -> io::Result<usize> {
+    let (mut from_position, mut to_position) = (from_position, to_position);
+    match rustix::fs::copy_file_range(from, Some(&mut from_position), to, Some(&mut to_position), len) {
+        Ok(copied) => Ok(copied),
+        Err(
+            Errno::XDEV
+            | Errno::INVAL
+            | Errno::OPNOTSUPP
+            | Errno::NOSYS
+            | Errno::TXTBSY
+            | Errno::PERM
+            | Errno::BADF,
+        ) => Ok(0),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Tells the kernel that a range was read and is not needed again.
+pub fn forget_range(file: &File, position: u64, len: u64) {
+    // Advice only: nothing depends on it.
+    let _ = rustix::fs::fadvise(file, position, std::num::NonZero::new(len), Advice::DontNeed);
+}

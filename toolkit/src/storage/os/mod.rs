@@ -1,0 +1,34 @@
+//! What needs more of the operating system than positional reads and writes. Linux has it all;
+//! `portable` is the fallback: a port to another system is a file in this folder.
+
+#[cfg(target_os = "linux")]
+mod linux;
+#[cfg(target_os = "linux")]
+pub use linux::*;
+
+#[cfg(not(target_os = "linux"))]
+mod portable;
+#[cfg(not(target_os = "linux"))]
+pub use portable::*;
+
+/// A run of a file, as the file system sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileRun {
+    /// One past the last byte.
+    pub end: u64,
+    /// Whether anything is stored there; if not, it reads as zeros.
+    pub is_data: bool,
+}
+
+/// What a file is, for reading or writing disk images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileClass {
+    /// A regular file.
+    Regular,
+    /// A block device: fixed size, may hold old data.
+    BlockDevice,
+    /// Anything that can only be read or written in order: pipes, sockets, terminals.
+    Stream,
+    /// A directory.
+    Directory,
+}

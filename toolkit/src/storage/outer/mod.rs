@@ -1,0 +1,150 @@
+//! Outer compression: found by magic number, undone through all frames, members and streams.
+//!
+//! A stream that is cut short, damaged, or followed by anything else is an error.
+
+use std::io::{self, BufReader, Read};
+use std::path::Path;
+use std::sync::Arc;
+
+use super::input::ReadAt;
+use crate::error::{Error, Result};
+
+mod lzop;
+mod seekable;
+
+/// An outer compression.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Compression {
+    /// Zstandard, RFC 8878.
+    Zstd,
+    /// gzip, RFC 1952.
+    Gzip,
+    /// The lzop container.
+    Lzop,
+    /// xz.
+    Xz,
+    /// bzip2.
+    Bzip2,
+}
+
+impl Compression {
+    /// Its usual name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Zstd => "zstd",
+            Self::Gzip => "gzip",
+            Self::Lzop => "lzop",
+            Self::Xz => "xz",
+            Self::Bzip2 => "bzip2",
+        }
+    }
+
+    /// Its file name extension without the dot.
+    pub fn extension(self) -> &'static str {
+        match self {
+            Self::Zstd => "zst",
+            Self::Gzip => "gz",
+            Self::Lzop => "lzo",
+            Self::Xz => "xz",
+            Self::Bzip2 => "bz2",
+        }
+    }
+
+    const ALL: [Self; 5] = [Self::Zstd, Self::Gzip, Self::Lzop, Self::Xz, Self::Bzip2];
+}
+
+/// The compression that a file beginning with `head` has.
+pub fn detect(head: &[u8]) -> Option<Compression> {
+    // Zstandard: a frame, or a skippable frame (184D2A50..5F) that leads one.
+    let zstd =
+        head.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) || matches!(head, [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..]);
+    // bzip2: "BZh", level, then the magic of a stream's first block (pi) or of an empty stream.
+    let bzip2 = matches!(head, [b'B', b'Z', b'h', b'1'..=b'9', 0x31, 0x41, 0x59, 0x26, 0x53, 0x59, ..])
+        || matches!(head, [b'B', b'Z', b'h', b'1'..=b'9', 0x17, 0x72, 0x45, 0x38, 0x50, 0x90, ..]);
+    if zstd {
+        Some(Compression::Zstd)
+    } else if head.starts_with(&[0x1f, 0x8b, 0x08]) {
+        Some(Compression::Gzip)
+    } else if head.starts_with(&lzop::MAGIC) {
+        Some(Compression::Lzop)
+    } else if head.starts_with(&[0xfd, b'7', b'z', b'X', b'Z', 0]) {
+        Some(Compression::Xz)
+    } else if bzip2 {
+        Some(Compression::Bzip2)
+    } else {
+        None
+    }
+}
+
+/// The compression that a file's name stands for.
+pub fn by_name(path: &Path) -> Option<Compression> {
+    let extension = path.extension()?.to_str()?.to_ascii_lowercase();
+    Compression::ALL.into_iter().find(|compression| compression.extension() == extension)
+}
+
+/// Memory an xz decoder may take. `xz -9` needs 65 MiB; a crafted header can ask for 4 GiB.
+const XZ_MEMORY_LIMIT: u64 = 100 << 20;
+
+/// Largest zstd window, as a power of two. 27 (128 MiB) is what `zstd -d` itself takes without
+/// being told otherwise.
+const ZSTD_WINDOW_LOG_MAX: u32 = 27;
+
+/// Bytes read from a compressed file at a time. Ours.
+const READ_AHEAD: usize = 256 * 1024;
+
+/// A reader of what `reader` compresses.
+///
+/// # Errors
+/// When the decoder can't be set up.
+pub fn decoder(compression: Compression, reader: Box<dyn Read + Send>) -> Result<Box<dyn Read + Send>> {
+    let reader = BufReader::with_capacity(READ_AHEAD, reader);
+    let setup = |e: io::Error| Error::io(format!("set up the {} decoder", compression.name()), e);
+    let decoder: Box<dyn Read + Send> = match compression {
+        Compression::Zstd => {
+            let mut decoder = zstd::stream::read::Decoder::with_buffer(reader).map_err(setup)?;
+            decoder.window_log_max(ZSTD_WINDOW_LOG_MAX).map_err(setup)?;
+            Box::new(decoder)
+        }
+        Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(reader)),
+        Compression::Lzop => Box::new(lzop::LzopReader::new(reader)),
+        Compression::Xz => {
+            let stream =
+                liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY_LIMIT, liblzma::stream::CONCATENATED)
+                    .map_err(|e| setup(e.into()))?;
+            Box::new(liblzma::bufread::XzDecoder::new_stream(reader, stream))
+        }
+        Compression::Bzip2 => Box::new(bzip2::bufread::MultiBzDecoder::new(reader)),
+    };
+    Ok(Box::new(Named { compression, decoder }))
+}
+
+/// A view by position on a compressed file that was made for it; `None` when it was not.
+pub fn open_seekable(compression: Compression, source: &Arc<dyn ReadAt>) -> Option<Arc<dyn ReadAt>> {
+    match compression {
+        Compression::Zstd => {
+            seekable::SeekableZstd::open(source).map(|found| Arc::new(found) as Arc<dyn ReadAt>)
+        }
+        _ => None,
+    }
+}
+
+/// Puts the compression's name into decoding errors, and makes all of them `InvalidData`.
+struct Named {
+    compression: Compression,
+    decoder: Box<dyn Read + Send>,
+}
+
+impl Read for Named {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.decoder.read(buf).map_err(|e| {
+            if e.kind() == io::ErrorKind::Interrupted || e.raw_os_error().is_some() {
+                return e;
+            }
+            let name = self.compression.name();
+            io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("the {name} stream is damaged or cut short ({e})"),
+            )
+        })
+    }
+}

@@ -1,0 +1,334 @@
+//! The outputs of one run: a final name is always a finished output.
+//!
+//! Each file is written beside its target as `.NAME.partial-XXXXXX`. [`Outputs::commit`] flushes all
+//! of them and only then renames them; until that, dropping the set removes everything.
+
+use std::fs::{File, Permissions};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tempfile::TempPath;
+
+use super::os::{self, FileClass};
+use super::output::Output;
+use crate::error::{Error, Result, escape_control};
+
+/// Longest file name of the file systems in use (NAME_MAX).
+const NAME_MAX: usize = 255;
+/// What a partial name adds: a dot, ".partial-" and six characters.
+const PARTIAL_EXTRA: usize = 16;
+
+/// The outputs of one run.
+#[derive(Default)]
+pub struct Outputs {
+    files: Vec<PendingFile>,
+    others: Vec<Output>,
+    directories: Vec<PathBuf>,
+    protected: Vec<(PathBuf, (u64, u64))>,
+    cleaner: Cleaner,
+}
+
+struct PendingFile {
+    output: Output,
+    temporary: TempPath,
+    overwrite: bool,
+}
+
+/// Removes the partial files of a run from another thread: for signal handlers whose program has
+/// no time to unwind.
+#[derive(Debug, Clone, Default)]
+pub struct Cleaner(Arc<Mutex<Paths>>);
+
+#[derive(Debug, Default)]
+struct Paths {
+    files: Vec<PathBuf>,
+    directories: Vec<PathBuf>,
+}
+
+impl Cleaner {
+    /// Removes what is not finished.
+    pub fn clean(&self) {
+        let mut paths = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for path in paths.files.drain(..) {
+            // The file may be gone already; there is nobody left to tell otherwise.
+            let _ = std::fs::remove_file(path);
+        }
+        for path in paths.directories.drain(..).rev() {
+            let _ = std::fs::remove_dir(path);
+        }
+    }
+
+    fn forget(&self) {
+        let mut paths = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        paths.files.clear();
+        paths.directories.clear();
+    }
+
+    fn with<T>(&self, f: impl FnOnce(&mut Paths) -> T) -> T {
+        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Outputs {
+    /// No outputs.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A handle that removes what is not finished.
+    pub fn cleaner(&self) -> Cleaner {
+        self.cleaner.clone()
+    }
+
+    /// Refuses outputs that are this file under any name: it is a source.
+    pub fn protect(&mut self, source: &Path) {
+        if let Ok(meta) = std::fs::metadata(source) {
+            self.protected.push((source.to_owned(), os::file_identity(&meta)));
+        }
+    }
+
+    /// A new file that will be called `path`. Nothing of that name exists, or `overwrite` is set.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`] when it exists, is a source, or is no regular file;
+    /// [`crate::ErrorKind::Io`].
+    pub fn create(&mut self, path: &Path, overwrite: bool) -> Result<Output> {
+        self.check_target(path, overwrite)?;
+        let directory = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let name = path.file_name().ok_or_else(|| Error::usage("is not a file name").path(path))?;
+        let mut builder = tempfile::Builder::new();
+        #[cfg(unix)]
+        builder.permissions(<Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o666));
+        let (file, temporary) = builder
+            .prefix(&partial_prefix(&name.to_string_lossy()))
+            .rand_bytes(6)
+            .tempfile_in(directory)
+            .map_err(|e| Error::io("create", e).path(path))?
+            .into_parts();
+        self.cleaner.with(|paths| paths.files.push(temporary.to_path_buf()));
+        let output = Output::from_new_file(path, file);
+        self.files.push(PendingFile { output: output.clone(), temporary, overwrite });
+        Ok(output)
+    }
+
+    /// An existing block device or file, written in place; it keeps its length. `reads_as_zero`: it
+    /// is known to hold zeros. A device that is mounted or otherwise held is refused without `force`.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`] when it is a source or busy; [`crate::ErrorKind::Io`].
+    pub fn existing(&mut self, path: &Path, reads_as_zero: bool, force: bool) -> Result<Output> {
+        let meta = std::fs::metadata(path).map_err(|e| Error::io("open for writing", e).path(path))?;
+        self.check_protected(path, os::file_identity(&meta))?;
+        let file = match os::classify(&meta) {
+            FileClass::BlockDevice => os::open_block_device(path, !force).map_err(|e| {
+                if e.kind() == std::io::ErrorKind::ResourceBusy {
+                    Error::refused("the device is mounted or otherwise in use")
+                        .path(path)
+                        .hint("unmount it; --force writes all the same")
+                } else {
+                    Error::io("open for writing", e).path(path)
+                }
+            })?,
+            FileClass::Regular => File::options()
+                .read(true)
+                .write(true)
+                .open(path)
+                .map_err(|e| Error::io("open for writing", e).path(path))?,
+            FileClass::Directory => return Err(Error::usage("is a directory").path(path)),
+            FileClass::Stream => return Err(Error::usage("is neither a file nor a block device").path(path)),
+        };
+        let output = Output::from_existing(path, file, reads_as_zero)?;
+        self.others.push(output.clone());
+        Ok(output)
+    }
+
+    /// A stream: flushed by [`Outputs::commit`].
+    pub fn stream(&mut self, output: Output) {
+        self.others.push(output);
+    }
+
+    /// Makes a directory if there is none; it is removed again (if empty) unless all goes well.
+    ///
+    /// # Errors
+    /// When it can't be made.
+    pub fn directory(&mut self, path: &Path) -> Result<()> {
+        if path.is_dir() {
+            return Ok(());
+        }
+        if let Some(parent) = path.parent()
+            && !parent.as_os_str().is_empty()
+            && !parent.exists()
+        {
+            self.directory(parent)?;
+        }
+        std::fs::create_dir(path).map_err(|e| Error::io("make the directory", e).path(path))?;
+        self.directories.push(path.to_owned());
+        self.cleaner.with(|paths| paths.directories.push(path.to_owned()));
+        Ok(())
+    }
+
+    /// Flushes every output, then gives all files their final names.
+    ///
+    /// # Errors
+    /// When a flush or a rename fails; final names that were given in this call are taken back.
+    pub fn commit(mut self) -> Result<()> {
+        for pending in &self.files {
+            pending.output.sync()?;
+        }
+        for other in &self.others {
+            other.sync()?;
+        }
+        let mut named: Vec<PathBuf> = Vec::new();
+        for pending in std::mem::take(&mut self.files) {
+            let path = pending.output.path().to_owned();
+            let renamed = if pending.overwrite {
+                pending.temporary.persist(&path)
+            } else {
+                pending.temporary.persist_noclobber(&path)
+            };
+            if let Err(e) = renamed {
+                for path in named {
+                    let _ = std::fs::remove_file(path);
+                }
+                return Err(Error::io("give the finished output its name", e.error).path(path));
+            }
+            if !pending.overwrite {
+                named.push(path);
+            }
+        }
+        self.directories.clear();
+        self.cleaner.forget();
+        sync_directories(&named);
+        Ok(())
+    }
+
+    fn check_target(&self, path: &Path, overwrite: bool) -> Result<()> {
+        let taken = self.files.iter().any(|pending| pending.output.path() == path);
+        if taken {
+            return Err(Error::usage("two outputs would have this name").path(path));
+        }
+        let Ok(meta) = std::fs::metadata(path) else {
+            return Ok(());
+        };
+        self.check_protected(path, os::file_identity(&meta))?;
+        match os::classify(&meta) {
+            FileClass::Regular if overwrite => Ok(()),
+            FileClass::Regular => {
+                Err(Error::refused("exists").path(path).hint("--force overwrites it; -n writes into it"))
+            }
+            FileClass::Directory => Err(Error::refused("is a directory").path(path)),
+            FileClass::BlockDevice => Err(Error::refused("is a block device")
+                .path(path)
+                .hint("write into it with -n, or with --target NAME=PATH")),
+            FileClass::Stream => {
+                Err(Error::refused("is neither a regular file nor a block device").path(path))
+            }
+        }
+    }
+
+    fn check_protected(&self, path: &Path, identity: (u64, u64)) -> Result<()> {
+        match self.protected.iter().find(|(_, known)| *known == identity) {
+            Some((source, _)) => Err(Error::refused(format!(
+                "source and target are the same file ({})",
+                escape_control(&source.to_string_lossy())
+            ))
+            .path(path)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Outputs {
+    fn drop(&mut self) {
+        // Temporary files remove themselves; directories go after them.
+        self.files.clear();
+        for directory in self.directories.iter().rev() {
+            // Somebody may have put a file there meanwhile: it stays.
+            let _ = std::fs::remove_dir(directory);
+        }
+        self.cleaner.forget();
+    }
+}
+
+/// What the temporary name of an output called `name` begins with: `.NAME.partial-`.
+fn partial_prefix(name: &str) -> String {
+    let mut keep = name.len().min(NAME_MAX - PARTIAL_EXTRA);
+    while !name.is_char_boundary(keep) {
+        keep -= 1;
+    }
+    format!(".{}.partial-", &name[..keep])
+}
+
+/// Whether a file name is that of an unfinished output.
+pub fn partial_name(name: &str) -> bool {
+    name.starts_with('.')
+        && name.rsplit_once(".partial-").is_some_and(|(_, tail)| tail.len() == 6 && tail.is_ascii())
+}
+
+/// Makes the new names durable. Not every file system can; the files themselves are flushed already.
+fn sync_directories(paths: &[PathBuf]) {
+    let mut directories: Vec<&Path> = paths.iter().filter_map(|path| path.parent()).collect();
+    directories.sort_unstable();
+    directories.dedup();
+    for directory in directories {
+        let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
+        let _ = File::open(directory).and_then(|file| file.sync_all());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_left_without_commit() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let target = dir.path().join("sub/deep/x.raw");
+        let mut outputs = Outputs::new();
+        outputs.directory(target.parent().expect("parent")).expect("mkdir");
+        let output = outputs.create(&target, false).expect("create");
+        output.write_at(b"abc", 0).expect("write");
+        assert!(!target.exists());
+        drop(outputs);
+        assert_eq!(std::fs::read_dir(dir.path()).expect("read_dir").count(), 0);
+    }
+
+    #[test]
+    fn commit_names_all() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+        let mut outputs = Outputs::new();
+        outputs.create(&a, false).expect("create").write_at(b"a", 0).expect("write");
+        outputs.create(&b, false).expect("create").write_at(b"b", 1).expect("write");
+        outputs.commit().expect("commit");
+        assert_eq!(std::fs::read(&a).expect("read"), b"a");
+        assert_eq!(std::fs::read(&b).expect("read"), b"\0b");
+        assert!(Outputs::new().create(&a, false).is_err());
+    }
+
+    #[test]
+    fn long_names_still_get_a_partial_name() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("ä".repeat(127));
+        let mut outputs = Outputs::new();
+        outputs.create(&path, false).expect("create");
+        outputs.commit().expect("commit");
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn a_source_is_not_a_target() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let source = dir.path().join("s");
+        std::fs::write(&source, b"x").expect("write");
+        let link = dir.path().join("l");
+        std::fs::hard_link(&source, &link).expect("link");
+        let mut outputs = Outputs::new();
+        outputs.protect(&source);
+        assert!(outputs.create(&link, true).is_err());
+        assert!(outputs.existing(&link, false, true).is_err());
+    }
+}
