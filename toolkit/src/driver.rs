@@ -144,6 +144,9 @@ pub struct CreateOptions {
     pub compress: Option<Compress>,
     /// SOURCE_DATE_EPOCH, seconds.
     pub source_date_epoch: Option<i64>,
+    /// `-S`: zeros are told apart in units of this many bytes; 0: zeros are written like data.
+    /// `None`: [`crate::zero::ZERO_GRANULARITY`]. For formats whose space is the file system's (raw).
+    pub sparse_granularity: Option<u64>,
 }
 
 /// What `-c` asks for.

@@ -79,7 +79,7 @@ impl Regroup {
         if piece.start.is_multiple_of(granule) && ends_well {
             piece.device = target.to;
             if piece.data.is_none() {
-                self.push_zeros(piece, from);
+                self.push_zeros(&piece, from);
             } else {
                 self.done.push_back(piece);
             }
@@ -89,7 +89,7 @@ impl Regroup {
     }
 
     /// Zeros are cut to what the sink takes at once.
-    fn push_zeros(&mut self, piece: Piece, from: DeviceId) {
+    fn push_zeros(&mut self, piece: &Piece, from: DeviceId) {
         let limit = self.targets.get(&from).map_or(u64::MAX, |target| target.geometry.max_zero_len.max(1));
         let mut start = piece.start;
         while start < piece.end() {
@@ -112,7 +112,7 @@ impl Regroup {
                     // All whole granules of zeros at once.
                     let end = piece.end() - piece.end() % granule;
                     if let Some(to) = self.targets.get(&from).map(|target| target.to) {
-                        self.push_zeros(Piece::zero(to, start, end - start), from);
+                        self.push_zeros(&Piece::zero(to, start, end - start), from);
                     }
                     start = end;
                     continue;
@@ -230,6 +230,6 @@ mod tests {
         for range in [10..20, 30..40, 0..5, 20..30, 5..10] {
             insert_range(&mut ranges, range);
         }
-        assert_eq!(ranges, [0..40]);
+        assert_eq!(ranges, std::iter::once(0..40).collect::<Vec<_>>());
     }
 }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Seek};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::os::{self, FileClass, FileRun};
 use super::outer::{self, Compression};
@@ -418,7 +418,8 @@ impl RandomInput {
 /// An input that is read once, in order.
 pub struct Stream {
     path: PathBuf,
-    reader: Box<dyn Read + Send>,
+    /// Never locked: the mutex only makes the stream `Sync`, so that sources may hold one.
+    reader: Mutex<Box<dyn Read + Send>>,
     /// The first bytes, read ahead for probing.
     head: Vec<u8>,
     position: u64,
@@ -429,7 +430,7 @@ impl Stream {
         let mut head = vec![0; PROBE_LEN];
         let filled = fill(&mut *reader, &mut head).map_err(|e| read_error(e, &path, 0))?;
         head.truncate(filled);
-        Ok(Self { path, reader, head, position: 0 })
+        Ok(Self { path, reader: Mutex::new(reader), head, position: 0 })
     }
 
     /// The name for messages.
@@ -456,7 +457,7 @@ impl Read for Stream {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let from_head = usize::try_from(self.position).ok().and_then(|at| self.head.get(at..)).unwrap_or(&[]);
         let count = if from_head.is_empty() {
-            self.reader.read(buf)?
+            self.reader.get_mut().unwrap_or_else(PoisonError::into_inner).read(buf)?
         } else {
             let count = from_head.len().min(buf.len());
             buf[..count].copy_from_slice(&from_head[..count]);

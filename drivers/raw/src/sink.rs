@@ -1,0 +1,155 @@
+//! Making raw images: sparse files, existing files and block devices, streams.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use imgtool_toolkit::zero::ZERO_GRANULARITY;
+use imgtool_toolkit::{
+    BufferPool, Bytes, CreateOptions, DeviceId, Error, Geometry, ImageSink, Manifest, Output, Part, Piece,
+    Prepared, Result, WriteList,
+};
+
+/// Bytes in a piece: read buffer and page cache copy fit a core's cache (measured: 256 KiB beats
+/// 1 MiB by 15 % from page cache to tmpfs).
+const PIECE_LEN: u64 = 256 * 1024;
+
+pub(crate) fn create(
+    output: Output,
+    manifest: &Manifest,
+    options: &CreateOptions,
+) -> Result<Box<dyn ImageSink>> {
+    let device = manifest.single("raw")?;
+    let preallocation = match options.get("preallocation") {
+        None | Some("off") => Preallocation::Off,
+        Some("falloc") => Preallocation::Falloc,
+        Some("full") => Preallocation::Full,
+        Some(other) => {
+            return Err(Error::usage(format!(
+                "option 'preallocation' is off, falloc or full, not '{other}'"
+            )));
+        }
+    };
+    if options.compress.is_some() {
+        return Err(Error::usage("raw images are not compressed")
+            .hint("choose another format, or a name that ends in .zst or .gz"));
+    }
+    if let Some(capacity) = output.capacity()
+        && capacity < device.size
+    {
+        return Err(Error::refused(format!(
+            "the target holds {capacity} bytes, the device needs {}",
+            device.size
+        ))
+        .device(&*device.name));
+    }
+    let granularity = options.sparse_granularity.unwrap_or(ZERO_GRANULARITY as u64);
+    let write_zeros_plainly = granularity == 0 || preallocation == Preallocation::Full;
+    Ok(Box::new(RawSink {
+        output,
+        size: AtomicU64::new(device.size),
+        open_ended: device.open_ended,
+        granularity: usize::try_from(granularity.clamp(512, PIECE_LEN)).unwrap_or(ZERO_GRANULARITY),
+        write_zeros_plainly,
+        preallocation,
+    }))
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Preallocation {
+    Off,
+    Falloc,
+    Full,
+}
+
+struct RawSink {
+    output: Output,
+    size: AtomicU64,
+    open_ended: bool,
+    granularity: usize,
+    write_zeros_plainly: bool,
+    preallocation: Preallocation,
+}
+
+impl ImageSink for RawSink {
+    fn geometry(&self, _device: DeviceId) -> Geometry {
+        Geometry {
+            granule: 1,
+            granule_required: false,
+            piece_len: PIECE_LEN,
+            // Zeros that must be written as bytes are made from the piece's own buffer.
+            max_zero_len: if self.write_zeros_plainly { PIECE_LEN } else { u64::MAX },
+            ordered: false,
+        }
+    }
+
+    fn output(&self, _device: DeviceId) -> &Output {
+        &self.output
+    }
+
+    fn append_only(&self) -> bool {
+        self.output.is_stream()
+    }
+
+    fn begin(&self) -> Result<()> {
+        if self.preallocation == Preallocation::Falloc && !self.open_ended {
+            self.output.allocate(0, self.size.load(Ordering::Relaxed))?;
+        }
+        Ok(())
+    }
+
+    fn prepare(&self, piece: Piece, pool: &BufferPool) -> Result<Prepared> {
+        let (start, end) = (piece.start, piece.end());
+        if self.write_zeros_plainly {
+            return Ok(self.prepare_plainly(piece, pool));
+        }
+        let runs = piece.nonzero_runs(self.granularity);
+        let mut prepared = Prepared::new(piece);
+        let zeros_too = self.output.needs_zeros();
+        let mut position = start;
+        for run in runs {
+            let guest = start + run.start as u64..start + run.end as u64;
+            if zeros_too && position < guest.start {
+                prepared
+                    .parts
+                    .push(Part { guest: position..guest.start, bytes: Bytes::Zero(guest.start - position) });
+            }
+            position = guest.end;
+            prepared.parts.push(Part { guest, bytes: Bytes::Data(run) });
+        }
+        if zeros_too && position < end {
+            prepared.parts.push(Part { guest: position..end, bytes: Bytes::Zero(end - position) });
+        }
+        Ok(prepared)
+    }
+
+    fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
+        for part in &prepared.parts {
+            writes.push(part.guest.start, part.bytes.clone());
+        }
+        Ok(())
+    }
+
+    fn resize(&self, _device: DeviceId, size: u64) -> Result<()> {
+        self.size.store(size, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn finish(&self) -> Result<()> {
+        self.output.set_len(self.size.load(Ordering::Relaxed))
+    }
+}
+
+impl RawSink {
+    /// Everything is written as bytes, zeros too.
+    fn prepare_plainly(&self, mut piece: Piece, pool: &BufferPool) -> Prepared {
+        let len = usize::try_from(piece.len).unwrap_or(usize::MAX);
+        if piece.data.is_none() {
+            let mut zeros = pool.take(len);
+            zeros.fill(0);
+            piece.data = Some(zeros);
+        }
+        let guest = piece.start..piece.end();
+        let mut prepared = Prepared::new(piece);
+        prepared.parts.push(Part { guest, bytes: Bytes::Data(0..len) });
+        prepared
+    }
+}

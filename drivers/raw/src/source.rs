@@ -1,0 +1,142 @@
+//! Reading raw images: files and block devices at random, streams in one pass.
+
+use std::ops::Range;
+
+use imgtool_toolkit::{
+    Access, BufferPool, Device, DeviceId, Error, Extent, ExtentKind, ExtentList, FileRange, ImageInfo,
+    ImageSource, Input, Measure, Piece, RandomAccess, RandomInput, Result, SequentialAccess, Stream,
+};
+
+/// The only device.
+pub(crate) const DISK: DeviceId = DeviceId(0);
+
+/// Bytes read from a stream at a time: fits a core's cache.
+const STREAM_PIECE: usize = 256 * 1024;
+
+pub(crate) fn open(input: Input) -> Result<Box<dyn ImageSource>> {
+    let mut disk = Device::disk(DISK.0, "disk", 0);
+    if input.is_stream() {
+        disk.open_ended = true;
+        let stream = input.into_stream()?;
+        let info = info(disk);
+        return Ok(Box::new(RawStream { info, stream, final_size: None }));
+    }
+    let input = input.into_random()?;
+    disk.size = input.len();
+    Ok(Box::new(RawImage { info: info(disk), input }))
+}
+
+fn info(disk: Device) -> ImageInfo {
+    ImageInfo { format: "raw", devices: vec![disk], ..ImageInfo::default() }
+}
+
+/// Bytes that a raw image of `source` needs: what holds data, and all of it.
+pub(crate) fn measure(source: &dyn ImageSource) -> Result<Measure> {
+    let [device] = source.info().devices.as_slice() else {
+        return Err(Error::unsupported(format!("raw holds one device, not {}", source.info().devices.len())));
+    };
+    let Some(random) = source.random() else {
+        return Err(Error::unsupported("a stream can't be measured").hint("save it to a file first"));
+    };
+    let mut required = 0;
+    let mut position = 0;
+    while position < device.size {
+        for extent in random.extents(device.id, position..device.size)? {
+            required += if extent.is_data() { extent.len } else { 0 };
+            position = extent.end();
+        }
+    }
+    Ok(Measure { required, fully_allocated: device.size })
+}
+
+/// A file or block device.
+struct RawImage {
+    info: ImageInfo,
+    input: RandomInput,
+}
+
+impl ImageSource for RawImage {
+    fn info(&self) -> &ImageInfo {
+        &self.info
+    }
+
+    fn access(&mut self) -> Access<'_> {
+        Access::Random(self)
+    }
+
+    fn random(&self) -> Option<&dyn RandomAccess> {
+        Some(self)
+    }
+}
+
+impl RandomAccess for RawImage {
+    fn extents(&self, _device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>> {
+        let mut extents = ExtentList::new();
+        let mut position = range.start;
+        while position < range.end && !extents.is_full() {
+            let run = self.input.run(position)?;
+            let end = run.end.min(range.end);
+            let kind = if run.is_data { ExtentKind::Data } else { ExtentKind::Hole };
+            extents.push(position, end - position, kind);
+            position = end;
+        }
+        Ok(extents.into_vec())
+    }
+
+    fn read_at(&self, _device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
+        self.input.read_exact_at(buf, guest_offset)
+    }
+
+    fn read_granule(&self, _device: DeviceId) -> u64 {
+        self.input.granule()
+    }
+
+    fn locate(&self, _device: DeviceId, range: Range<u64>) -> Option<FileRange<'_>> {
+        let file = self.input.file()?;
+        Some(FileRange { file, file_offset: range.start, len: range.end - range.start })
+    }
+}
+
+/// A pipe or a compressed file.
+struct RawStream {
+    info: ImageInfo,
+    stream: Stream,
+    final_size: Option<u64>,
+}
+
+impl ImageSource for RawStream {
+    fn info(&self) -> &ImageInfo {
+        &self.info
+    }
+
+    fn access(&mut self) -> Access<'_> {
+        Access::Sequential(self)
+    }
+
+    fn random(&self) -> Option<&dyn RandomAccess> {
+        None
+    }
+}
+
+impl SequentialAccess for RawStream {
+    fn next_piece(&mut self, pool: &BufferPool) -> Result<Option<Piece>> {
+        if self.final_size.is_some() {
+            return Ok(None);
+        }
+        let start = self.stream.position();
+        let mut buffer = pool.take(STREAM_PIECE);
+        let filled = self.stream.read_full(&mut buffer)?;
+        if filled < STREAM_PIECE {
+            self.final_size = Some(self.stream.position());
+        }
+        if filled == 0 {
+            return Ok(None);
+        }
+        buffer.truncate(filled);
+        Ok(Some(Piece::data(DISK, start, buffer)))
+    }
+
+    fn final_size(&self, _device: DeviceId) -> Option<u64> {
+        self.final_size
+    }
+}
