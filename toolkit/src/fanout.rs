@@ -41,6 +41,10 @@ impl ImageSink for FanOut {
         self.sinks.iter().try_for_each(|sink| sink.begin())
     }
 
+    fn is_verbatim(&self, device: DeviceId) -> bool {
+        self.sink(device).is_verbatim(ONLY)
+    }
+
     fn prepare(&self, mut piece: Piece, pool: &BufferPool) -> Result<Prepared> {
         let device = piece.device;
         if device.0 as usize >= self.sinks.len() {

@@ -184,6 +184,13 @@ pub trait ImageSink: Send + Sync {
         false
     }
 
+    /// Whether every byte of `device` stands at its guest offset in the output and zeros need no
+    /// writing. Then, where source and output lie on a file system that can, blocks are shared
+    /// instead of copied, and the sink does not see those pieces.
+    fn is_verbatim(&self, _device: DeviceId) -> bool {
+        false
+    }
+
     /// Turns a piece into parts. Called by many threads at once, in any order.
     ///
     /// # Errors

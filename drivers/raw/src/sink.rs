@@ -85,6 +85,10 @@ impl ImageSink for RawSink {
         &self.output
     }
 
+    fn is_verbatim(&self, _device: DeviceId) -> bool {
+        !self.write_zeros_plainly && !self.output.needs_zeros()
+    }
+
     fn append_only(&self) -> bool {
         self.output.is_stream()
     }

@@ -11,6 +11,7 @@
 mod order;
 mod plan;
 mod regroup;
+mod share;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -66,6 +67,17 @@ pub struct Totals {
     pub zero_bytes: u64,
 }
 
+impl std::ops::Add for Totals {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            guest_bytes: self.guest_bytes + other.guest_bytes,
+            zero_bytes: self.zero_bytes + other.zero_bytes,
+        }
+    }
+}
+
 /// Copies the content of `source` into `sink`. Calls [`ImageSink::begin`] neither nor
 /// [`ImageSink::finish`]: several sources may go into one sink.
 ///
@@ -82,9 +94,11 @@ pub fn copy(source: &mut dyn ImageSource, sink: &dyn ImageSink, job: &Job<'_>) -
     let routes = job.routes.clone();
     match source.access() {
         Access::Random(random) => {
+            let (shared, routes) = share::share_blocks(random, sink, &devices, routes, job)?;
             let plan = Plan::new(random, sink, &devices, routes);
             let largest = plan.largest_piece();
-            run(Producer::Random(plan), Some(random), sink, job, largest).map(|(totals, _)| totals)
+            let (copied, _) = run(Producer::Random(plan), Some(random), sink, job, largest)?;
+            Ok(shared + copied)
         }
         Access::Sequential(stream) => {
             let regroup = Regroup::new(sink, &devices, routes.clone());

@@ -171,7 +171,8 @@ impl DevicePlan {
             self.ask(source, self.known_end())?;
         }
         let mut runs: Vec<Range<usize>> = Vec::new();
-        for extent in self.known.iter().filter(|extent| extent.is_data()) {
+        let within = self.known.iter().take_while(|extent| extent.start < end);
+        for extent in within.filter(|extent| extent.is_data()) {
             let from = extent.start.max(self.position);
             let to = extent.end().min(end);
             if from >= to {

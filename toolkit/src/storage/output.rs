@@ -119,6 +119,11 @@ impl Output {
         }
     }
 
+    /// Counts bytes that were written through [`Output::file`].
+    pub fn count_written(&self, len: u64) {
+        self.0.written.fetch_add(len, Ordering::Relaxed);
+    }
+
     /// Writes `bytes` at `position`.
     ///
     /// # Errors

@@ -131,6 +131,19 @@ pub fn write_vectored_at(file: &File, slices: &[IoSlice<'_>], position: u64) -> 
     rustix::io::pwritev(file, slices, position).map_err(Into::into)
 }
 
+/// Whether the two files lie on one file system that can share blocks between files (reflink):
+/// then [`copy_range`] costs next to nothing. Elsewhere it copies, and zeros would go unnoticed.
+pub fn can_share_blocks(from: &File, to: &File) -> bool {
+    // statfs(2): XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, BCACHEFS_SUPER_MAGIC.
+    const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683e, 0xca45_1a4e];
+    let same = match (from.metadata(), to.metadata()) {
+        (Ok(from), Ok(to)) => from.dev() == to.dev() && from.is_file() && to.is_file(),
+        _ => false,
+    };
+    same && rustix::fs::fstatfs(from)
+        .is_ok_and(|fs| u64::try_from(fs.f_type).is_ok_and(|kind| SHARING.contains(&(kind & 0xffff_ffff))))
+}
+
 /// Copies within the kernel (a reflink where the file system has it); bytes copied, 0 when
 /// this pair of files can't.
 ///

@@ -88,6 +88,11 @@ pub fn write_vectored_at(file: &File, slices: &[IoSlice<'_>], position: u64) -> 
     file.write_vectored(slices)
 }
 
+/// See the Linux version; here never.
+pub fn can_share_blocks(_from: &File, _to: &File) -> bool {
+    false
+}
+
 /// See the Linux version; here never possible.
 ///
 /// # Errors
