@@ -8,6 +8,7 @@
 //! Memory is bounded: a worker takes a new task only while fewer than `WINDOW_PER_THREAD` pieces
 //! per worker are under way.
 
+mod flush;
 mod order;
 mod plan;
 mod regroup;
@@ -22,6 +23,7 @@ use crate::error::{Error, Result, ResultExt};
 use crate::progress::{CancelToken, Progress};
 use crate::sink::ImageSink;
 use crate::source::{Access, ImageSource, Piece, RandomAccess, SequentialAccess};
+use flush::Flusher;
 use order::Orderer;
 use plan::{Plan, ReadTask};
 use regroup::Regroup;
@@ -192,16 +194,19 @@ fn run<'a, 'p>(
         guest_bytes: AtomicU64::new(0),
         zero_bytes: AtomicU64::new(0),
     };
-    if threads == 1 {
+    let files = job.routes.iter().map(|route| sink.output(route.to)).filter(|output| output.file().is_some());
+    let flusher = Flusher::new(files.cloned().collect());
+    std::thread::scope(|scope| {
+        let _stopping = flusher.stop_when_dropped();
+        scope.spawn(|| flusher.work());
+        let workers: Vec<_> = (1..threads).map(|_| scope.spawn(|| shared.work())).collect();
         shared.work();
-    } else {
-        std::thread::scope(|scope| {
-            for _ in 1..threads {
-                scope.spawn(|| shared.work());
+        for worker in workers {
+            if let Err(panic) = worker.join() {
+                std::panic::resume_unwind(panic);
             }
-            shared.work();
-        });
-    }
+        }
+    });
     if let Some(error) = lock(&shared.error).take() {
         return Err(error);
     }
@@ -213,9 +218,22 @@ fn run<'a, 'p>(
     Ok((totals, producer))
 }
 
+/// A worker that panics (a driver's mistake) must not leave the others waiting for its piece.
+struct GiveUp<'s, 'a, 'p>(&'s Shared<'a, 'p>);
+
+impl Drop for GiveUp<'_, '_, '_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.stop.store(true, Ordering::Relaxed);
+            self.0.orderer.abort();
+        }
+    }
+}
+
 impl Shared<'_, '_> {
     /// The loop of one worker.
     fn work(&self) {
+        let _panicking = GiveUp(self);
         while !self.stop.load(Ordering::Relaxed) {
             match self.step() {
                 Ok(true) => {}

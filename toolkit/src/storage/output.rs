@@ -18,6 +18,9 @@ struct Inner {
     path: PathBuf,
     target: Target,
     written: AtomicU64,
+    /// The first failure of an early flush: the kernel reports it once, so it is kept for
+    /// [`Output::sync`].
+    early_failure: Mutex<Option<io::Error>>,
 }
 
 enum Target {
@@ -77,7 +80,12 @@ impl Output {
     }
 
     fn from_target(path: impl Into<PathBuf>, target: Target) -> Self {
-        Self(Arc::new(Inner { path: path.into(), target, written: AtomicU64::new(0) }))
+        Self(Arc::new(Inner {
+            path: path.into(),
+            target,
+            written: AtomicU64::new(0),
+            early_failure: Mutex::new(None),
+        }))
     }
 
     /// The final name, for messages.
@@ -262,11 +270,25 @@ impl Output {
     /// # Errors
     /// When the system reports that earlier writes failed.
     pub fn sync(&self) -> Result<()> {
+        let failed = self.0.early_failure.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(e) = failed {
+            return Err(Error::io("flush", e).path(self.path()));
+        }
         let flushed = match &self.0.target {
             Target::File(target) => target.file.sync_all(),
             Target::Stream(stream) => stream.lock().unwrap_or_else(PoisonError::into_inner).writer.flush(),
         };
         flushed.map_err(|e| Error::io("flush", e).path(self.path()))
+    }
+
+    /// Starts flushing what has been written, and waits for it; a failure is reported by
+    /// [`Output::sync`].
+    pub fn flush_early(&self) {
+        if let Target::File(target) = &self.0.target
+            && let Err(e) = target.file.sync_data()
+        {
+            self.0.early_failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(e);
+        }
     }
 
     fn check_capacity(&self, target: &FileTarget, position: u64, len: u64) -> Result<()> {
