@@ -14,6 +14,7 @@ pub mod buffer;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 pub mod device;
+pub mod digest;
 pub mod driver;
 pub mod error;
 pub mod extent;

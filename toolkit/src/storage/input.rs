@@ -214,7 +214,11 @@ impl Input {
         }
     }
 
-    fn from_file(path: PathBuf, file: File) -> Result<Self> {
+    /// An input over an open file, taken as it is.
+    ///
+    /// # Errors
+    /// When its length can't be found or, for a stream, its first bytes can't be read.
+    pub fn from_file(path: PathBuf, file: File) -> Result<Self> {
         let meta = file.metadata().map_err(|e| Error::io("open", e))?;
         let (stored_len, body) = match os::classify(&meta) {
             FileClass::Regular | FileClass::BlockDevice => {
@@ -227,7 +231,11 @@ impl Input {
         Ok(Self { path, compression: Vec::new(), stored_len, spooled: false, body })
     }
 
-    fn decompressed(mut self) -> Result<Self> {
+    /// Undoes outer compression found by content.
+    ///
+    /// # Errors
+    /// When it is no valid compressed file.
+    pub fn decompressed(mut self) -> Result<Self> {
         while let Some(compression) = outer::detect(&self.head()?) {
             if self.compression.len() >= MAX_LAYERS {
                 return Err(Error::limit(format!("compressed more than {MAX_LAYERS} times over")));

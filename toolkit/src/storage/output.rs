@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::input::Input;
 use super::os;
 use crate::error::{Error, Result};
 
@@ -236,6 +237,21 @@ impl Output {
             }
         }
         Ok(())
+    }
+
+    /// The output as an input, to be read back before it has its final name.
+    ///
+    /// # Errors
+    /// When it can't be opened again, or is a stream.
+    pub fn reopen(&self) -> Result<Input> {
+        match &self.0.target {
+            Target::File(target) => {
+                let file =
+                    target.file.try_clone().map_err(|e| Error::io("open again", e).path(self.path()))?;
+                Input::from_file(self.path().to_owned(), file)
+            }
+            Target::Stream(_) => Err(Error::unsupported("a stream can't be read back").path(self.path())),
+        }
     }
 
     /// Sets the length of a new file, so that zeros at its end need no writing. An existing target
