@@ -1,6 +1,8 @@
 //! Drivers: what a format has to offer.
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -147,6 +149,28 @@ pub struct CreateOptions {
     /// `-S`: zeros are told apart in units of this many bytes; 0: zeros are written like data.
     /// `None`: [`crate::zero::ZERO_GRANULARITY`]. For formats whose space is the file system's (raw).
     pub sparse_granularity: Option<u64>,
+    /// What the caller opened for the image beside its own output.
+    pub extras: Extras,
+}
+
+/// Other files that a new image consists of or rests on. A driver opens nothing by name: whoever
+/// calls [`Driver::create`] opens what its options name and hands it over here.
+#[derive(Clone, Default)]
+pub struct Extras {
+    /// Outputs by the option that names them: `data_file` of qcow2.
+    pub outputs: BTreeMap<String, Output>,
+    /// The image that the new one is based on (`backing_file`), with one device that can be read at
+    /// random: what it holds already is not stored again.
+    pub base: Option<Arc<dyn ImageSource>>,
+}
+
+impl fmt::Debug for Extras {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Extras")
+            .field("outputs", &self.outputs.keys())
+            .field("base", &self.base.is_some())
+            .finish()
+    }
 }
 
 /// What `-c` asks for.

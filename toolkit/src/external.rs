@@ -79,6 +79,12 @@ impl Externals {
         Input::open_plain(&path)
     }
 
+    /// How many images are open above the one that these rules are for: a driver divides the memory
+    /// for its tables by it.
+    pub fn depth(&self) -> usize {
+        self.open.len()
+    }
+
     /// Whether the policy lets `name` be opened, without opening it.
     pub fn allows(&self, name: &str, from: &Path) -> bool {
         self.admit("file", name, from).is_ok()

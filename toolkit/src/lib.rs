@@ -31,7 +31,7 @@ pub mod zero;
 pub use buffer::{Buffer, BufferPool};
 pub use device::{Attachment, Device, DeviceId, DeviceKind, Manifest};
 pub use driver::{
-    Capabilities, CheckReport, Compress, Confidence, CreateOptions, Driver, Measure, OpenOptions, OptionSpec,
+    Capabilities, CheckReport, Compress, Confidence, CreateOptions, Driver, Extras, Measure, OpenOptions, OptionSpec,
     parse_size,
 };
 pub use error::{Error, ErrorKind, Result, ResultExt};
