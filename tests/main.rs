@@ -1,0 +1,22 @@
+//! End-to-end tests: the built program against images that it did not make, and against programs
+//! that we did not write.
+//!
+//! One module per promise. `support` holds the image generators, the archive builder and the
+//! wrappers of the oracle programs. A test whose oracle is missing prints `SKIPPED: …` and passes;
+//! with `CI` set it fails.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+mod cli;
+mod damage;
+mod faults;
+mod fixtures;
+mod huge;
+mod info;
+mod matrix;
+mod real;
+mod refusals;
+mod streams;
+mod threads;

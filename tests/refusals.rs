@@ -1,0 +1,182 @@
+//! What an image may not make the program do: opened files, unknown features, hostile headers.
+//! A refusal names what it refuses, and nothing was written.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::support::images::{self, Image};
+use crate::support::oracles::{self, require};
+use crate::support::run::PROGRAM;
+use crate::support::{imgtool, snapshot, tempdir, text};
+
+/// Converting `source` fails with exit code 1, says each of `words`, and writes nothing.
+fn refused(directory: &Path, source: &str, words: &[&str]) {
+    let before = snapshot(directory);
+    for format in ["raw", "qcow2", "vma"] {
+        let mut run = imgtool(["convert", source, "--to", format, "out"]).within(directory).go().exits(1);
+        for word in words {
+            run = run.says(word);
+        }
+        assert_eq!(snapshot(directory), before, "{source} to {format}");
+    }
+}
+
+/// A directory with `base.raw`.
+fn with_base() -> tempfile::TempDir {
+    let dir = tempdir();
+    Image::hole("base", 1 << 20).with(0, images::noise(1, 100_000)).write_raw(&dir.path().join("base.raw"));
+    dir
+}
+
+fn qemu_img(directory: &Path, line: &str) {
+    let output = Command::new("qemu-img").args(line.split(' ')).current_dir(directory).output().unwrap();
+    assert!(output.status.success(), "{line}: {output:?}");
+}
+
+#[test]
+fn a_backing_file_is_not_opened() {
+    require!("qemu-img");
+    let dir = with_base();
+    qemu_img(dir.path(), "create -q -f qcow2 -F raw -b base.raw overlay.qcow2");
+    refused(dir.path(), "overlay.qcow2", &["backing file", "base.raw"]);
+}
+
+#[test]
+fn a_backing_file_that_looks_like_a_secret_is_not_opened() {
+    require!("qemu-img", "strace");
+    let dir = with_base();
+    qemu_img(dir.path(), "create -q -u -f qcow2 -F raw -b /etc/passwd overlay.qcow2 1M");
+    refused(dir.path(), "overlay.qcow2", &["/etc/passwd"]);
+    let log = dir.path().join("trace");
+    let status = Command::new("strace")
+        .args(["-f", "-e", "trace=open,openat,openat2,creat", "-o", text(&log), PROGRAM])
+        .args(["info", "overlay.qcow2"])
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    assert!(status.status.success(), "{status:?}");
+    let trace = std::fs::read_to_string(&log).unwrap();
+    assert!(trace.contains("overlay.qcow2"), "{trace}");
+    assert!(!trace.contains("/etc/passwd"), "{trace}");
+}
+
+#[test]
+fn an_external_data_file_is_not_opened() {
+    require!("qemu-img");
+    let dir = with_base();
+    qemu_img(dir.path(), "convert -f raw -O qcow2 -o data_file=data.bin base.raw image.qcow2");
+    refused(dir.path(), "image.qcow2", &["data file", "data.bin"]);
+}
+
+#[test]
+fn an_encrypted_image_is_refused() {
+    require!("qemu-img");
+    let dir = tempdir();
+    let line = "create -q --object secret,id=s,data=secret -f qcow2 -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 image.qcow2 1M";
+    qemu_img(dir.path(), line);
+    refused(dir.path(), "image.qcow2", &["encrypt"]);
+}
+
+#[test]
+fn an_unknown_incompatible_feature_is_refused() {
+    require!("qemu-img");
+    let dir = with_base();
+    qemu_img(dir.path(), "convert -f raw -O qcow2 base.raw image.qcow2");
+    let path = dir.path().join("image.qcow2");
+    let mut bytes = std::fs::read(&path).unwrap();
+    // Incompatible features: header bytes 72..80, big endian; bit 40 means nothing yet.
+    bytes[72 + 2] |= 1;
+    std::fs::write(&path, bytes).unwrap();
+    refused(dir.path(), "image.qcow2", &["feature"]);
+}
+
+#[test]
+fn extended_l2_entries_are_refused_or_read_right() {
+    require!("qemu-img");
+    let dir = with_base();
+    qemu_img(dir.path(), "convert -f raw -O qcow2 -o extended_l2=on,cluster_size=64k base.raw image.qcow2");
+    let before = snapshot(dir.path());
+    let run = imgtool(["convert", "image.qcow2", "--to", "raw", "out.raw"]).within(dir.path()).go();
+    if run.status.success() {
+        crate::support::assert_same(&dir.path().join("base.raw"), &dir.path().join("out.raw"), "extended L2");
+    } else {
+        run.exits(1).says("extended");
+        assert_eq!(snapshot(dir.path()), before);
+    }
+}
+
+#[test]
+fn a_differencing_vhd_chain_is_not_followed_silently() {
+    require!("qemu-img");
+    let dir = with_base();
+    qemu_img(dir.path(), "convert -f raw -O vhdx base.raw image.vhdx");
+    let path = dir.path().join("image.vhdx");
+    let mut bytes = std::fs::read(&path).unwrap();
+    // The file parameters item follows its GUID caa16737-fa36-4d43-b3b6-33f0aa44e76b in the
+    // metadata table; its flags (bit 1: has a parent) are the second 32-bit word.
+    let guid =
+        [0x37, 0x67, 0xa1, 0xca, 0x36, 0xfa, 0x43, 0x4d, 0xb3, 0xb6, 0x33, 0xf0, 0xaa, 0x44, 0xe7, 0x6b];
+    let entry = bytes.windows(16).position(|window| window == guid).expect("file parameters");
+    let table = bytes.windows(8).position(|window| window == b"metadata").expect("metadata table");
+    let item = u32::from_le_bytes(bytes[entry + 16..entry + 20].try_into().unwrap()) as usize;
+    bytes[table + item + 4] |= 2;
+    std::fs::write(&path, bytes).unwrap();
+    refused(dir.path(), "image.vhdx", &["parent"]);
+}
+
+#[test]
+fn hostile_headers_end_in_an_error_within_memory() {
+    let dir = tempdir();
+    let be32 = |value: u32| value.to_be_bytes();
+    let mut l1_too_big = vec![0u8; 65_536];
+    l1_too_big[..4].copy_from_slice(b"QFI\xfb");
+    l1_too_big[4..8].copy_from_slice(&be32(3));
+    l1_too_big[20..24].copy_from_slice(&be32(16));
+    l1_too_big[24..32].copy_from_slice(&(1u64 << 62).to_be_bytes());
+    l1_too_big[36..40].copy_from_slice(&be32(u32::MAX));
+    l1_too_big[100..104].copy_from_slice(&be32(104));
+    let mut huge_header = vec![0u8; 12_800];
+    huge_header[..4].copy_from_slice(b"VMA\0");
+    huge_header[7] = 1;
+    huge_header[48..52].copy_from_slice(&be32(12_288));
+    huge_header[52..56].copy_from_slice(&be32(u32::MAX));
+    huge_header[56..60].copy_from_slice(&be32(0x7fff_0000));
+    let vhdx_only_magic = [b"vhdxfile".to_vec(), vec![0xff; 1 << 20]].concat();
+    let cases = [("qcow2", l1_too_big), ("vma", huge_header), ("vhdx", vhdx_only_magic)];
+    for (format, bytes) in cases {
+        let source = dir.path().join("hostile");
+        std::fs::write(&source, bytes).unwrap();
+        let before = snapshot(dir.path());
+        let line = ["convert", "hostile", "--to", "raw", "out"];
+        let run = imgtool(line).within(dir.path()).measured().go().exits(1);
+        assert!(run.peak_memory < 256 << 20, "{format}: {} bytes", run.peak_memory);
+        assert_eq!(snapshot(dir.path()), before, "{format}");
+    }
+}
+
+#[test]
+fn every_byte_of_a_small_header_may_be_anything() {
+    require!("qemu-img");
+    let dir = with_base();
+    for format in ["qcow2", "vhdx"] {
+        let image = dir.path().join(format!("image.{format}"));
+        oracles::qemu_make(&dir.path().join("base.raw"), format, "", &image);
+        let good = std::fs::read(&image).unwrap();
+        let places: Vec<usize> = match format {
+            "qcow2" => (4..112).collect(),
+            // Header, region table and metadata table of VHDX.
+            _ => (0..40).map(|i| 65_536 + i * 3).chain((0..30).map(|i| 196_608 + i * 3)).collect(),
+        };
+        for place in places {
+            let mut bytes = good.clone();
+            bytes[place] = bytes[place].wrapping_add(0x81);
+            let source = dir.path().join("mutant");
+            std::fs::write(&source, bytes).unwrap();
+            let out = dir.path().join("mutant.raw");
+            let line = ["convert", "--force", "-f", format, text(&source), "--to", "raw", text(&out)];
+            let run = imgtool(line).go();
+            assert!(matches!(run.status.code(), Some(0 | 1)), "{format} byte {place}: {}", run.stderr);
+            assert!(!run.stderr.contains("panicked"), "{format} byte {place}: {}", run.stderr);
+        }
+    }
+}

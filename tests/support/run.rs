@@ -1,0 +1,187 @@
+//! Runs the program under test.
+
+use std::ffi::OsStr;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+/// The program under test.
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_imgtool");
+
+/// What a run left.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The command line, for messages.
+    pub command: String,
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Its standard output.
+    pub stdout: Vec<u8>,
+    /// Its standard error.
+    pub stderr: String,
+    /// The most memory that was resident, bytes; 0 when it was not measured.
+    pub peak_memory: u64,
+}
+
+impl Outcome {
+    /// Asserts an exit code. A panic or a signal never passes.
+    #[track_caller]
+    pub fn exits(self, code: i32) -> Self {
+        assert_eq!(self.status.code(), Some(code), "{}\n--- stderr:\n{}", self.command, self.stderr);
+        assert!(!self.stderr.contains("panicked at"), "{}\n{}", self.command, self.stderr);
+        self
+    }
+
+    /// Asserts that the message says `wanted`, in any case.
+    #[track_caller]
+    pub fn says(self, wanted: &str) -> Self {
+        assert!(
+            self.stderr.to_lowercase().contains(&wanted.to_lowercase()),
+            "{}\n--- no '{wanted}' in stderr:\n{}",
+            self.command,
+            self.stderr
+        );
+        self
+    }
+
+    /// Standard output as text.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    /// Standard output as JSON.
+    #[track_caller]
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_slice(&self.stdout)
+            .unwrap_or_else(|e| panic!("{}: stdout is no JSON: {e}\n{}", self.command, self.text()))
+    }
+}
+
+/// A run of the program in the making.
+pub struct Run {
+    command: Command,
+    input: Input,
+    measure: bool,
+}
+
+enum Input {
+    Nothing,
+    Pipe(PathBuf),
+    Bytes(Vec<u8>),
+}
+
+/// A run of the program with these arguments. Standard input is empty; the time of day is fixed
+/// so that outputs can be compared.
+pub fn imgtool<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Run {
+    let mut command = Command::new(PROGRAM);
+    command.args(args).env("SOURCE_DATE_EPOCH", "1790000000");
+    Run { command, input: Input::Nothing, measure: false }
+}
+
+impl Run {
+    /// Adds arguments.
+    pub fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+        self.command.args(args);
+        self
+    }
+
+    /// Runs it in this directory.
+    pub fn within(mut self, directory: &Path) -> Self {
+        self.command.current_dir(directory);
+        self
+    }
+
+    /// Sets an environment variable.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
+    /// Standard input is a pipe that brings the content of a file.
+    pub fn pipe_from(mut self, path: &Path) -> Self {
+        self.input = Input::Pipe(path.to_owned());
+        self
+    }
+
+    /// Standard input is a pipe that brings these bytes.
+    pub fn pipe_bytes(mut self, bytes: impl Into<Vec<u8>>) -> Self {
+        self.input = Input::Bytes(bytes.into());
+        self
+    }
+
+    /// Measures the peak memory while it runs.
+    pub fn measured(mut self) -> Self {
+        self.measure = true;
+        self
+    }
+
+    /// Runs it to its end, which must be a good one.
+    #[track_caller]
+    pub fn ok(self) -> Outcome {
+        self.go().exits(0)
+    }
+
+    /// Runs it to its end.
+    #[track_caller]
+    pub fn go(mut self) -> Outcome {
+        let name = format!("{:?}", self.command);
+        let stdin = if matches!(self.input, Input::Nothing) { Stdio::null() } else { Stdio::piped() };
+        self.command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = self.command.spawn().unwrap_or_else(|e| panic!("{name}: {e}"));
+        let feeder = feed(&mut child, self.input);
+        let mut stdout = child.stdout.take().expect("stdout is piped");
+        let mut stderr = child.stderr.take().expect("stderr is piped");
+        let out = std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            stdout.read_to_end(&mut bytes).map(|_| bytes).expect("read stdout")
+        });
+        let err = std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            stderr.read_to_end(&mut bytes).map(|_| bytes).expect("read stderr")
+        });
+        let peak_memory = if self.measure { watch_memory(&mut child) } else { 0 };
+        let status = child.wait().expect("wait");
+        if let Some(feeder) = feeder {
+            feeder.join().expect("feeder");
+        }
+        let stderr = String::from_utf8_lossy(&err.join().expect("stderr")).into_owned();
+        Outcome { command: name, status, stdout: out.join().expect("stdout"), stderr, peak_memory }
+    }
+
+    /// Starts it with a pipe as standard input that the caller feeds; output is dropped.
+    pub fn start(mut self) -> Child {
+        self.command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        self.command.spawn().expect("spawn")
+    }
+}
+
+fn feed(child: &mut Child, input: Input) -> Option<std::thread::JoinHandle<()>> {
+    let mut stdin = child.stdin.take()?;
+    Some(std::thread::spawn(move || {
+        // A program that refuses its input closes the pipe early: that is not our error.
+        let _ = match input {
+            Input::Nothing => Ok(0),
+            Input::Pipe(path) => {
+                std::io::copy(&mut std::fs::File::open(path).expect("open the input"), &mut stdin)
+            }
+            Input::Bytes(bytes) => stdin.write_all(&bytes).map(|()| 0),
+        };
+    }))
+}
+
+/// The peak of resident memory as the kernel counts it; asked again and again until the end.
+fn watch_memory(child: &mut Child) -> u64 {
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0;
+    while child.try_wait().expect("wait").is_none() {
+        if let Ok(text) = std::fs::read_to_string(&status)
+            && let Some(line) = text.lines().find(|line| line.starts_with("VmHWM:"))
+            && let Some(kib) = line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok())
+        {
+            peak = peak.max(kib * 1024);
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    peak
+}
