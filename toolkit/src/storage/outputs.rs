@@ -6,6 +6,7 @@
 use std::fs::{File, Permissions};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tempfile::TempPath;
 
@@ -25,6 +26,7 @@ pub struct Outputs {
     others: Vec<Output>,
     directories: Vec<PathBuf>,
     protected: Vec<(PathBuf, (u64, u64))>,
+    swept: Vec<PathBuf>,
     cleaner: Cleaner,
 }
 
@@ -32,6 +34,41 @@ struct PendingFile {
     output: Output,
     temporary: TempPath,
     overwrite: bool,
+}
+
+impl PendingFile {
+    /// Renames the finished file to its final name.
+    fn give_name(self) -> Result<Named> {
+        let path = self.output.path().to_owned();
+        let failed = |e| Error::io("give the finished output its name", e).path(&path);
+        if self.overwrite && path.exists() {
+            // The old file keeps a name until every output has its own.
+            if os::exchange_names(&self.temporary, &path).map_err(failed)? {
+                return Ok(Named { path, old: Some(self.temporary) });
+            }
+            self.temporary.persist(&path).map_err(|e| failed(e.error))?;
+        } else {
+            self.temporary.persist_noclobber(&path).map_err(|e| failed(e.error))?;
+        }
+        Ok(Named { path, old: None })
+    }
+}
+
+/// An output that has its final name; `old` is the file that had it before, removed when dropped.
+struct Named {
+    path: PathBuf,
+    old: Option<TempPath>,
+}
+
+impl Named {
+    /// Takes the final name back.
+    fn undo(self) {
+        // Nothing more can be done when this fails: the error that led here is reported.
+        let _ = match &self.old {
+            Some(old) => os::exchange_names(old, &self.path).map(|_| ()),
+            None => std::fs::remove_file(&self.path),
+        };
+    }
 }
 
 /// Removes the partial files of a run from another thread: for signal handlers whose program has
@@ -99,16 +136,20 @@ impl Outputs {
             _ => Path::new("."),
         };
         let name = path.file_name().ok_or_else(|| Error::usage("is not a file name").path(path))?;
+        let prefix = partial_prefix(&name.to_string_lossy());
+        self.sweep(directory, &prefix);
         let mut builder = tempfile::Builder::new();
         #[cfg(unix)]
         builder.permissions(<Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o666));
         let (file, temporary) = builder
-            .prefix(&partial_prefix(&name.to_string_lossy()))
+            .prefix(&prefix)
             .rand_bytes(6)
             .tempfile_in(directory)
             .map_err(|e| Error::io("create", e).path(path))?
             .into_parts();
         self.cleaner.with(|paths| paths.files.push(temporary.to_path_buf()));
+        // Held while the program lives: tells a later run that this file is in use.
+        let _ = file.try_lock();
         let output = Output::from_new_file(path, file);
         self.files.push(PendingFile { output: output.clone(), temporary, overwrite });
         Ok(output)
@@ -181,28 +222,40 @@ impl Outputs {
         for other in &self.others {
             other.sync()?;
         }
-        let mut named: Vec<PathBuf> = Vec::new();
+        let mut named: Vec<Named> = Vec::new();
         for pending in std::mem::take(&mut self.files) {
-            let path = pending.output.path().to_owned();
-            let renamed = if pending.overwrite {
-                pending.temporary.persist(&path)
-            } else {
-                pending.temporary.persist_noclobber(&path)
-            };
-            if let Err(e) = renamed {
-                for path in named {
-                    let _ = std::fs::remove_file(path);
+            match pending.give_name() {
+                Ok(done) => named.push(done),
+                Err(error) => {
+                    named.into_iter().rev().for_each(Named::undo);
+                    return Err(error);
                 }
-                return Err(Error::io("give the finished output its name", e.error).path(path));
-            }
-            if !pending.overwrite {
-                named.push(path);
             }
         }
+        let named: Vec<PathBuf> = named.into_iter().map(|done| done.path).collect();
         self.directories.clear();
         self.cleaner.forget();
         sync_directories(&named);
         Ok(())
+    }
+
+    /// Unfinished files that an earlier run had to leave behind and this one has removed.
+    pub fn swept(&self) -> &[PathBuf] {
+        &self.swept
+    }
+
+    /// Removes what a killed run left of an output of the same name. A file that is in use is
+    /// locked; one that is being made this moment is too young.
+    fn sweep(&mut self, directory: &Path, prefix: &str) {
+        let Ok(entries) = std::fs::read_dir(directory) else { return };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let Some(name) = name.to_str() else { continue };
+            let ours = name.strip_prefix(prefix).is_some_and(|tail| tail.len() == 6) && partial_name(name);
+            if ours && is_abandoned(&entry.path()) && std::fs::remove_file(entry.path()).is_ok() {
+                self.swept.push(entry.path());
+            }
+        }
     }
 
     fn check_target(&self, path: &Path, overwrite: bool) -> Result<()> {
@@ -268,6 +321,16 @@ pub fn partial_name(name: &str) -> bool {
         && name.rsplit_once(".partial-").is_some_and(|(_, tail)| tail.len() == 6 && tail.is_ascii())
 }
 
+/// Whether an unfinished file belongs to no running program.
+fn is_abandoned(path: &Path) -> bool {
+    /// Younger files may be about to be locked.
+    const GRACE: Duration = Duration::from_secs(2);
+    let old_enough = std::fs::symlink_metadata(path).is_ok_and(|meta| {
+        meta.is_file() && meta.modified().is_ok_and(|time| time.elapsed().is_ok_and(|age| age > GRACE))
+    });
+    old_enough && File::open(path).is_ok_and(|file| file.try_lock().is_ok())
+}
+
 /// Makes the new names durable. Not every file system can; the files themselves are flushed already.
 fn sync_directories(paths: &[PathBuf]) {
     let mut directories: Vec<&Path> = paths.iter().filter_map(|path| path.parent()).collect();
@@ -307,6 +370,55 @@ mod tests {
         assert_eq!(std::fs::read(&a).expect("read"), b"a");
         assert_eq!(std::fs::read(&b).expect("read"), b"\0b");
         assert!(Outputs::new().create(&a, false).is_err());
+    }
+
+    #[test]
+    fn a_failed_commit_gives_back_what_was_there() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (a, b, c) = (dir.path().join("a"), dir.path().join("b"), dir.path().join("c"));
+        std::fs::write(&a, b"old").expect("write");
+        let mut outputs = Outputs::new();
+        outputs.create(&a, true).expect("create").write_at(b"new", 0).expect("write");
+        outputs.create(&b, false).expect("create").write_at(b"new", 0).expect("write");
+        outputs.create(&c, false).expect("create").write_at(b"new", 0).expect("write");
+        std::fs::write(&c, b"in the way").expect("write");
+        outputs.commit().expect_err("c exists by now");
+        assert_eq!(std::fs::read(&a).expect("read"), b"old");
+        assert!(!b.exists());
+        assert_eq!(std::fs::read(&c).expect("read"), b"in the way");
+        assert_eq!(std::fs::read_dir(dir.path()).expect("read_dir").count(), 2);
+    }
+
+    #[test]
+    fn overwriting_leaves_only_the_new_file() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let a = dir.path().join("a");
+        std::fs::write(&a, b"old").expect("write");
+        let mut outputs = Outputs::new();
+        outputs.create(&a, true).expect("create").write_at(b"new", 0).expect("write");
+        outputs.commit().expect("commit");
+        assert_eq!(std::fs::read(&a).expect("read"), b"new");
+        assert_eq!(std::fs::read_dir(dir.path()).expect("read_dir").count(), 1);
+    }
+
+    #[test]
+    fn what_a_killed_run_left_is_swept_and_what_is_in_use_is_not() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let past = std::time::SystemTime::now() - Duration::from_secs(60);
+        let make = |name: &str| {
+            let file = File::create_new(dir.path().join(name)).expect("create");
+            file.set_modified(past).expect("set time");
+            file
+        };
+        drop(make(".x.raw.partial-abcdef"));
+        drop(make(".y.raw.partial-abcdef"));
+        let in_use = make(".x.raw.partial-inuse1");
+        in_use.lock().expect("lock");
+        let mut outputs = Outputs::new();
+        outputs.create(&dir.path().join("x.raw"), false).expect("create");
+        assert_eq!(outputs.swept(), [dir.path().join(".x.raw.partial-abcdef")]);
+        assert!(dir.path().join(".x.raw.partial-inuse1").exists());
+        assert!(dir.path().join(".y.raw.partial-abcdef").exists());
     }
 
     #[test]

@@ -172,6 +172,20 @@ pub fn copy_range(
     }
 }
 
+/// Swaps two names of one directory's file system, so that neither is ever missing. `Ok(false)`: the
+/// file system can't.
+///
+/// # Errors
+/// When the system has the call and it fails.
+pub fn exchange_names(a: &Path, b: &Path) -> io::Result<bool> {
+    let cwd = rustix::fs::CWD;
+    match rustix::fs::renameat_with(cwd, a, cwd, b, rustix::fs::RenameFlags::EXCHANGE) {
+        Ok(()) => Ok(true),
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
+}
+
 /// Tells the kernel that a range was read and is not needed again.
 pub fn forget_range(file: &File, position: u64, len: u64) {
     // Advice only: nothing depends on it.

@@ -109,3 +109,11 @@ pub fn copy_range(
 
 /// See the Linux version; here nothing.
 pub fn forget_range(_file: &File, _position: u64, _len: u64) {}
+
+/// See the Linux version; here never possible.
+///
+/// # Errors
+/// None.
+pub fn exchange_names(_a: &Path, _b: &Path) -> io::Result<bool> {
+    Ok(false)
+}
