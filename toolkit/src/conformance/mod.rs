@@ -1,1 +1,32 @@
 //! The laws as library functions: every driver calls them from its tests.
+//!
+//! Each law is one function over a driver and its create options; it panics with a message that
+//! names the driver, the image and the place when the law is broken. [`all`] runs every law that
+//! the driver's [`crate::Capabilities`] claim, with images that any format must carry:
+//!
+//! ```ignore
+//! #[test]
+//! fn the_laws_hold() {
+//!     conformance::all(&MyDriver::default(), &CreateOptions::default());
+//! }
+//! ```
+//!
+//! Laws that need to know the format take more: [`hostile_bytes_do_not_panic`] takes a finished
+//! image, where to damage it and how to repair its checksums. [`faults`] holds storage that fails
+//! on purpose.
+
+pub mod faults;
+mod harness;
+mod hostile;
+mod image;
+mod laws;
+mod memory;
+
+pub use harness::{
+    Pipe, assert_content, compare, fill_sink, make, make_bytes, make_with, new_file, open, open_with,
+    scratch, write,
+};
+pub use hostile::{Hostile, hostile_bytes_do_not_panic, truncated_is_an_error};
+pub use image::{Content, Fill, Image, Order, far_apart, patterns, several_devices};
+pub use laws::*;
+pub use memory::MemorySource;

@@ -1,0 +1,231 @@
+//! The laws about images that are damaged or made to do harm.
+
+use std::io;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::harness::{compare, make_bytes};
+use super::image::Image;
+use crate::buffer::BufferPool;
+use crate::driver::{Confidence, CreateOptions, Driver, OpenOptions};
+use crate::error::Result;
+use crate::source::{Access, ImageSource, RandomAccess, SequentialAccess};
+use crate::storage::{Input, ReadAt};
+
+/// The longest that opening a damaged image and reading a part of it may take. Ours: generous, for
+/// busy machines; what it is to find are loops over numbers from the image.
+const MOST_TIME: Duration = Duration::from_secs(20);
+
+/// Address space that all damaged images of one law together may add. Ours: allocators reserve
+/// some; what it is to find are allocations of a length from the image.
+const MOST_MEMORY: u64 = 2 << 30;
+
+/// An image cut short anywhere can't be opened, can't be read in full, or lost nothing. (A format
+/// in which every length is legal may show a smaller device instead.)
+pub fn truncated_is_an_error(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
+    let whole = make_bytes(driver, options, image);
+    let len = whole.len();
+    let mut cuts = vec![0, 1, 7, 511, 512, 513, 4096, 65_536, 65_537, len / 4, len / 3, len / 2, len / 2 + 1];
+    cuts.extend([len * 3 / 4, len.saturating_sub(65_536), len.saturating_sub(4096), len.saturating_sub(513)]);
+    cuts.extend([len.saturating_sub(512), len.saturating_sub(2), len.saturating_sub(1)]);
+    cuts.retain(|cut| *cut < len);
+    cuts.sort_unstable();
+    cuts.dedup();
+    for cut in cuts {
+        let bytes = &whole[..cut];
+        expect_noticed(driver, image, cut, random_input(bytes), "file");
+        if driver.capabilities().stream_read {
+            let stream = Input::from_stream("-", Box::new(io::Cursor::new(bytes.to_vec())));
+            expect_noticed(driver, image, cut, stream, "stream");
+        }
+    }
+}
+
+fn expect_noticed(driver: &dyn Driver, image: &Image, cut: usize, input: Result<Input>, what: &str) {
+    let Ok(input) = input else { return };
+    let opened = guarded(driver, &format!("{image}, {what} cut to {cut} bytes"), || {
+        driver.open(input, &OpenOptions::default())
+    });
+    let Ok(mut source) = opened else { return };
+    let any_length_is_legal = driver.probe(b"no magic", Some(8)) == Some(Confidence::Fallback);
+    let smaller = source
+        .info()
+        .devices
+        .iter()
+        .zip(&image.devices)
+        .any(|(found, (device, _))| found.size < device.size || found.open_ended);
+    if any_length_is_legal && smaller {
+        return;
+    }
+    let compared = guarded(driver, &format!("{image}, {what} cut to {cut} bytes"), || {
+        compare(&mut *source, image, driver.capabilities().size_multiple)
+    });
+    if let Err(fault) = compared {
+        let wrong_bytes = fault.contains("instead of") || fault.contains("stands for zeros");
+        assert!(
+            !wrong_bytes,
+            "{}: {image}: a {what} cut to {cut} bytes is read without an error: {fault}",
+            driver.name()
+        );
+    }
+}
+
+/// An image to be damaged.
+pub struct Hostile<'a> {
+    /// A finished image, small.
+    pub image: &'a [u8],
+    /// Where to damage it: headers and tables.
+    pub places: Vec<Range<usize>>,
+    /// Makes checksums right again after the damage, so that what they guard is reached.
+    pub repair: &'a dyn Fn(&mut [u8]),
+}
+
+impl<'a> Hostile<'a> {
+    /// The first `len` bytes of an image without checksums.
+    pub fn head(image: &'a [u8], len: usize) -> Self {
+        Self { image, places: std::iter::once(0..len.min(image.len())).collect(), repair: &|_| () }
+    }
+
+    /// Images with every byte, and every aligned number of four and eight bytes, replaced by what
+    /// breaks arithmetic.
+    fn damaged(&self) -> impl Iterator<Item = (String, Vec<u8>)> + '_ {
+        self.places.iter().flat_map(|place| place.clone()).flat_map(move |at| {
+            let old = self.image[at];
+            let single = [0, 0xff, 0x7f, old ^ 0x80, old ^ 1, old.wrapping_add(1)].map(|byte| vec![byte]);
+            let words = (at % 4 == 0).then(|| {
+                [0u32, 1, u32::MAX, 1 << 31, i32::MAX as u32]
+                    .into_iter()
+                    .flat_map(|word| [word.to_le_bytes().to_vec(), word.to_be_bytes().to_vec()])
+            });
+            let longs = (at % 8 == 0).then(|| {
+                [0u64, 1, u64::MAX, 1 << 63, i64::MAX as u64, 1 << 40, u64::MAX - 511]
+                    .into_iter()
+                    .flat_map(|long| [long.to_le_bytes().to_vec(), long.to_be_bytes().to_vec()])
+            });
+            let numbers = words.into_iter().flatten().chain(longs.into_iter().flatten());
+            single.into_iter().chain(numbers).filter_map(move |bytes| {
+                let mut image = self.image.to_vec();
+                let target = image.get_mut(at..at + bytes.len())?;
+                if *target == *bytes {
+                    return None;
+                }
+                target.copy_from_slice(&bytes);
+                (self.repair)(&mut image);
+                Some((format!("byte {at} set to {bytes:02x?}"), image))
+            })
+        })
+    }
+}
+
+/// Opening a damaged image, asking for its extents and reading parts of it returns, rightly or with
+/// an error: no panic, bounded time, bounded memory.
+pub fn hostile_bytes_do_not_panic(driver: &dyn Driver, hostile: &Hostile<'_>) {
+    let before = address_space_peak();
+    for (damage, bytes) in hostile.damaged() {
+        let started = Instant::now();
+        for salvage in [false, true] {
+            let options = OpenOptions { salvage, ..OpenOptions::default() };
+            guarded(driver, &damage, || {
+                if let Ok(mut source) = random_input(&bytes).and_then(|input| driver.open(input, &options)) {
+                    read_some(&mut *source);
+                }
+                if driver.capabilities().check && !salvage {
+                    let _ = random_input(&bytes).and_then(|input| driver.check(input, &options));
+                }
+                if driver.capabilities().stream_read {
+                    let stream = Input::from_stream("-", Box::new(io::Cursor::new(bytes.clone())));
+                    if let Ok(mut source) = stream.and_then(|input| driver.open(input, &options)) {
+                        read_some(&mut *source);
+                    }
+                }
+            });
+        }
+        let took = started.elapsed();
+        assert!(took < MOST_TIME, "{}: {damage}: took {took:?}", driver.name());
+        let grown = address_space_peak().saturating_sub(before);
+        assert!(grown < MOST_MEMORY, "{}: {damage}: took {grown} bytes of address space", driver.name());
+    }
+}
+
+/// Runs `f`; a panic names the driver and the damage.
+fn guarded<T>(driver: &dyn Driver, damage: &str, f: impl FnOnce() -> T) -> T {
+    catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|_| panic!("{}: panics on {damage}", driver.name()))
+}
+
+/// Answers and pieces taken from a damaged image: enough to reach all code, few enough for sizes
+/// of exbibytes.
+const MOST_STEPS: usize = 64;
+
+fn read_some(source: &mut dyn ImageSource) {
+    let devices = source.info().devices.clone();
+    match source.access() {
+        Access::Random(random) => {
+            devices.iter().take(8).for_each(|device| read_random(random, device.id, device.size))
+        }
+        Access::Sequential(stream) => read_stream(stream),
+    }
+    let _ = source.losses();
+}
+
+fn read_random(random: &dyn RandomAccess, device: crate::DeviceId, size: u64) {
+    let mut buf = vec![0; 65_536];
+    let mut at = 0;
+    for _ in 0..MOST_STEPS {
+        if at >= size {
+            break;
+        }
+        let Ok(extents) = random.extents(device, at..size) else { break };
+        for extent in extents.iter().take(MOST_STEPS) {
+            let len = buf.len().min(usize::try_from(extent.len).unwrap_or(usize::MAX));
+            let _ = random.read_at(device, &mut buf[..len], extent.start);
+            at = extent.end();
+        }
+    }
+    for start in [0, size / 2, size.saturating_sub(513), size.saturating_sub(65_536)] {
+        let len = buf.len().min(usize::try_from(size.saturating_sub(start)).unwrap_or(usize::MAX));
+        let _ = random.read_at(device, &mut buf[..len], start);
+        if start < size {
+            let _ = random.extents(device, start..size);
+        }
+    }
+}
+
+fn read_stream(stream: &mut dyn SequentialAccess) {
+    let pool = BufferPool::new();
+    for _ in 0..MOST_STEPS * MOST_STEPS {
+        match stream.next_piece(&pool) {
+            Ok(Some(_)) => {}
+            Ok(None) | Err(_) => break,
+        }
+    }
+}
+
+/// Bytes in memory as an input.
+pub(super) fn random_input(bytes: &[u8]) -> Result<Input> {
+    Ok(Input::from_read_at("in memory", Arc::new(Memory(bytes.to_vec()))))
+}
+
+struct Memory(Vec<u8>);
+
+impl ReadAt for Memory {
+    fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
+        let start = usize::try_from(position).ok();
+        let bytes = start.and_then(|start| self.0.get(start..start.checked_add(buf.len())?));
+        buf.copy_from_slice(bytes.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn len(&self) -> u64 {
+        self.0.len() as u64
+    }
+}
+
+/// The largest address space this process had, bytes; 0 where the system does not tell.
+fn address_space_peak() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmPeak:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}

@@ -1,0 +1,333 @@
+//! Images that exist only as a description: what the laws write and compare with.
+
+use std::fmt;
+use std::ops::Range;
+
+use crate::device::{Attachment, Device, Manifest};
+use crate::extent::{Extent, ExtentKind, ExtentList};
+
+/// What an area of a device holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fill {
+    /// Bytes without pattern, which no compressor shortens.
+    Random,
+    /// Bytes that compress to about a third.
+    Text,
+    /// Random bytes and zeros in turn, this many bytes each, random first.
+    Checker(u64),
+    /// The same byte everywhere.
+    Byte(u8),
+}
+
+/// The content of a device: areas that hold something, zeros elsewhere.
+#[derive(Debug, Clone, Default)]
+pub struct Content {
+    areas: Vec<(Range<u64>, Fill)>,
+}
+
+/// Checkers finer than this are told as data throughout, as a file system would.
+const FINEST_EXTENT: u64 = 4096;
+
+impl Content {
+    /// Zeros.
+    pub fn zero() -> Self {
+        Self::default()
+    }
+
+    /// Adds an area beyond all earlier ones.
+    #[must_use]
+    pub fn with(mut self, area: Range<u64>, fill: Fill) -> Self {
+        let last = self.areas.last().map_or(0, |(area, _)| area.end);
+        assert!(area.start >= last && area.start <= area.end, "areas are ascending: {area:?} after {last}");
+        if area.start < area.end {
+            self.areas.push((area, fill));
+        }
+        self
+    }
+
+    /// Fills `buf` with what stands at `start`.
+    pub fn read(&self, buf: &mut [u8], start: u64) {
+        buf.fill(0);
+        let end = start + buf.len() as u64;
+        for (area, fill) in &self.areas {
+            let part = area.start.max(start)..area.end.min(end);
+            if part.start < part.end {
+                let target = &mut buf[(part.start - start) as usize..(part.end - start) as usize];
+                fill.write(target, part.start, area.start);
+            }
+        }
+    }
+
+    /// Whether `range` lies outside of all areas.
+    pub fn is_zero(&self, range: &Range<u64>) -> bool {
+        self.areas.iter().all(|(area, _)| area.end <= range.start || area.start >= range.end)
+    }
+
+    /// The extents of `range`: data and holes.
+    pub fn extents(&self, range: Range<u64>) -> Vec<Extent> {
+        let mut list = ExtentList::new();
+        let mut at = range.start;
+        for (area, fill) in &self.areas {
+            for run in fill.data_runs(area, &(at..range.end)) {
+                if list.is_full() {
+                    return list.into_vec();
+                }
+                list.push(at, run.start - at, ExtentKind::Hole);
+                list.push(run.start, run.end - run.start, ExtentKind::Data);
+                at = run.end;
+            }
+        }
+        list.push(at, range.end - at, ExtentKind::Hole);
+        list.into_vec()
+    }
+
+    /// Bytes of all areas, each rounded outward to multiples of `unit`.
+    pub fn data_len(&self, unit: u64) -> u64 {
+        let rounded =
+            |(area, _): &(Range<u64>, Fill)| area.end.next_multiple_of(unit) - area.start / unit * unit;
+        self.areas.iter().map(rounded).sum()
+    }
+}
+
+impl Fill {
+    /// Fills `target`, which stands at `start`, within an area that begins at `area_start`.
+    fn write(self, target: &mut [u8], start: u64, area_start: u64) {
+        match self {
+            Fill::Byte(byte) => target.fill(byte),
+            Fill::Random => noise(target, start),
+            Fill::Text => {
+                noise(target, start);
+                target.iter_mut().for_each(|byte| *byte = b"etaoin s"[usize::from(*byte & 7)]);
+            }
+            Fill::Checker(unit) => {
+                noise(target, start);
+                let mut at = start;
+                while at < start + target.len() as u64 {
+                    let number = (at - area_start) / unit;
+                    let next = (area_start + (number + 1) * unit).min(start + target.len() as u64);
+                    if number % 2 == 1 {
+                        target[(at - start) as usize..(next - start) as usize].fill(0);
+                    }
+                    at = next;
+                }
+            }
+        }
+    }
+
+    /// The runs of `area` within `range` that are told as data.
+    fn data_runs(self, area: &Range<u64>, range: &Range<u64>) -> Vec<Range<u64>> {
+        let within = area.start.max(range.start)..area.end.min(range.end);
+        if within.start >= within.end {
+            return Vec::new();
+        }
+        let Fill::Checker(unit @ FINEST_EXTENT..) = self else { return vec![within] };
+        let first = (within.start - area.start) / (2 * unit);
+        (first..)
+            .map(|pair| area.start + pair * 2 * unit)
+            .take_while(|start| *start < within.end)
+            .map(|start| start.max(within.start)..(start + unit).min(within.end))
+            .filter(|run| run.start < run.end)
+            .collect()
+    }
+}
+
+/// Bytes without pattern that depend on nothing but where they stand.
+fn noise(target: &mut [u8], start: u64) {
+    let mut at = start;
+    let mut rest = target;
+    while !rest.is_empty() {
+        let word = mix(at / 8).to_le_bytes();
+        let skip = (at % 8) as usize;
+        let count = rest.len().min(8 - skip);
+        rest[..count].copy_from_slice(&word[skip..skip + count]);
+        rest = &mut rest[count..];
+        at += count as u64;
+    }
+}
+
+/// SplitMix64's output function: every input gives another well-mixed output.
+pub(super) fn mix(input: u64) -> u64 {
+    let mut z = input.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// In which way a [`super::MemorySource`] lets itself be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// By position.
+    Random,
+    /// In one pass, pieces of 64 KiB in order, one device after the other.
+    Stream,
+    /// In one pass, devices in turn and pieces of 64 KiB out of order within about 4 MiB, as a
+    /// backup program writes them.
+    Shuffled,
+}
+
+/// An image by description: devices with their content, and how it is read.
+#[derive(Debug, Clone)]
+pub struct Image {
+    /// For messages.
+    pub name: String,
+    /// The devices and what they hold; their ids are their places in this list.
+    pub devices: Vec<(Device, Content)>,
+    /// The blobs that travel with them.
+    pub attachments: Vec<Attachment>,
+    /// How it is read.
+    pub order: Order,
+}
+
+impl Image {
+    /// One disk.
+    pub fn disk(name: impl Into<String>, len: u64, content: Content) -> Self {
+        let device = Device::disk(0, "drive-scsi0", len);
+        Self {
+            name: name.into(),
+            devices: vec![(device, content)],
+            attachments: Vec::new(),
+            order: Order::Random,
+        }
+    }
+
+    /// Adds a disk.
+    #[must_use]
+    pub fn and_disk(mut self, name: &str, len: u64, content: Content) -> Self {
+        let id = u32::try_from(self.devices.len()).expect("a handful of devices");
+        self.devices.push((Device::disk(id, name, len), content));
+        self
+    }
+
+    /// Adds a blob.
+    #[must_use]
+    pub fn and_attachment(mut self, name: &str, data: &[u8]) -> Self {
+        self.attachments.push(Attachment { name: name.to_owned(), data: data.to_owned() });
+        self
+    }
+
+    /// The same image, read in another way.
+    #[must_use]
+    pub fn read_as(&self, order: Order) -> Self {
+        Self { order, ..self.clone() }
+    }
+
+    /// What a sink is told about it.
+    pub fn manifest(&self) -> Manifest {
+        Manifest {
+            devices: self.devices.iter().map(|(device, _)| device.clone()).collect(),
+            attachments: self.attachments.clone(),
+        }
+    }
+}
+
+impl fmt::Display for Image {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "image '{}' read as {:?}", self.name, self.order)
+    }
+}
+
+const MIB: u64 = 1 << 20;
+
+/// The images of one disk that every format must carry: empty, sparse, full, ragged, far apart.
+pub fn patterns() -> Vec<Image> {
+    let checker = |unit: u64| Content::zero().with(0..3 * MIB, Fill::Checker(unit));
+    vec![
+        Image::disk("all zero", 5 * MIB, Content::zero()),
+        Image::disk(
+            "one byte in the last sector",
+            3 * MIB,
+            Content::zero().with(3 * MIB - 512..3 * MIB - 511, Fill::Byte(7)),
+        ),
+        Image::disk(
+            "first and last byte",
+            2 * MIB,
+            Content::zero().with(0..1, Fill::Byte(1)).with(2 * MIB - 1..2 * MIB, Fill::Byte(2)),
+        ),
+        Image::disk("checkers of 512 bytes", 3 * MIB, checker(512)),
+        Image::disk("checkers of 4 KiB", 3 * MIB, checker(4096)),
+        Image::disk("checkers of 64 KiB", 3 * MIB, checker(65_536)),
+        Image::disk("checkers of 1 MiB", 5 * MIB, Content::zero().with(0..5 * MIB, Fill::Checker(MIB))),
+        Image::disk("random throughout", 4 * MIB, Content::zero().with(0..4 * MIB, Fill::Random)),
+        Image::disk("text throughout", 4 * MIB, Content::zero().with(0..4 * MIB, Fill::Text)),
+        Image::disk("bytes of ff", 2 * MIB, Content::zero().with(0..2 * MIB, Fill::Byte(0xff))),
+        Image::disk("ragged areas", 4 * MIB, ragged_areas()),
+        far_apart(),
+    ]
+}
+
+/// Data before and beyond 512 MiB: more than one L2 table of qcow2 with 64 KiB clusters, many BAT
+/// entries, hardly any data.
+pub fn far_apart() -> Image {
+    let content = Content::zero()
+        .with(MIB + 512..MIB + 70_000, Fill::Random)
+        .with(511 * MIB + 999 * 1024..512 * MIB + 4096, Fill::Text)
+        .with(530 * MIB..530 * MIB + 1, Fill::Byte(0x80))
+        .with(544 * MIB - 700..544 * MIB, Fill::Random);
+    Image::disk("data past 512 MiB", 544 * MIB, content)
+}
+
+fn ragged_areas() -> Content {
+    let mut content = Content::zero();
+    let mut at = 0;
+    for number in 0..40 {
+        let start = at + mix(number) % 90_000;
+        at = (start + 1 + mix(number + 1000) % 60_000).min(4 * MIB);
+        if start < at {
+            content = content.with(start..at, if number % 3 == 0 { Fill::Text } else { Fill::Random });
+        }
+    }
+    content
+}
+
+/// Three disks of different sizes and a configuration: for formats that hold several devices.
+pub fn several_devices() -> Image {
+    let second = Content::zero().with(100_000..900_001, Fill::Text);
+    let third = Content::zero().with(0..MIB, Fill::Checker(4096)).with(6 * MIB..6 * MIB + 9, Fill::Byte(3));
+    Image::disk("three devices", 3 * MIB, Content::zero().with(0..3 * MIB, Fill::Checker(65_536)))
+        .and_disk("drive-virtio1", 1_000_448, second)
+        .and_disk("drive-sata2", 7 * MIB, third)
+        .and_attachment("qemu-server.conf", b"memory: 512\n")
+        .and_attachment("qemu-server.fw", b"[OPTIONS]\nenable: 1\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reading_in_parts_gives_the_same_as_reading_at_once() {
+        for image in patterns().into_iter().filter(|image| image.devices[0].0.size < 8 * MIB) {
+            let (device, content) = &image.devices[0];
+            let mut whole = vec![0; device.size as usize];
+            content.read(&mut whole, 0);
+            for start in [1, 511, 4095, 65_537, device.size / 2 + 3] {
+                let mut part = vec![1; 70_001.min((device.size - start) as usize)];
+                content.read(&mut part, start);
+                assert_eq!(part, whole[start as usize..][..part.len()], "{image} at {start}");
+            }
+        }
+    }
+
+    #[test]
+    fn extents_are_contiguous_and_holes_are_zero() {
+        for image in patterns() {
+            let (device, content) = &image.devices[0];
+            for start in [0, 1, 70_000] {
+                let mut at = start;
+                while at < device.size {
+                    for extent in content.extents(at..device.size) {
+                        assert_eq!(extent.start, at, "{image}");
+                        assert!(extent.len > 0);
+                        at = extent.end();
+                        if !extent.is_data() {
+                            let mut bytes = vec![1; extent.len.min(MIB) as usize];
+                            content.read(&mut bytes, extent.start);
+                            assert!(crate::zero::is_zero(&bytes), "{image} at {}", extent.start);
+                        }
+                    }
+                }
+                assert_eq!(at, device.size);
+            }
+        }
+    }
+}

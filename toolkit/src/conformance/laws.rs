@@ -1,0 +1,452 @@
+//! The laws that hold for whole images.
+
+use std::fs::File;
+use std::path::Path;
+
+use super::harness::{
+    Pipe, compare, compare_read, fill_sink, is_refusal, make, make_bytes, make_with, new_file, odd_range,
+    open, open_with, scratch, write,
+};
+use super::image::{Content, Fill, Image, Order, far_apart, mix, patterns, several_devices};
+use super::memory::MemorySource;
+use super::truncated_is_an_error;
+use crate::driver::{CreateOptions, Driver, OpenOptions};
+use crate::error::ErrorKind;
+use crate::source::ImageSource;
+use crate::storage::{Input, Output, os};
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+
+/// Every law that the driver's capabilities claim.
+pub fn all(driver: &dyn Driver, options: &CreateOptions) {
+    let can = driver.capabilities();
+    for image in patterns() {
+        round_trip(driver, options, &image);
+        sequential_equals_random(driver, options, &image);
+    }
+    let several = several_devices();
+    if can.max_devices as usize >= several.devices.len() {
+        round_trip(driver, options, &several);
+        same_bytes_for_any_thread_count(driver, options, &several);
+        sequential_equals_random(driver, options, &several);
+    } else {
+        too_many_devices_are_refused(driver, options);
+    }
+    sizes(driver, options);
+    same_bytes_for_any_thread_count(driver, options, &far_apart());
+    sparse_stays_sparse(driver, options);
+    parallel_reads(driver, options);
+    probe_knows_its_own(driver, options);
+    truncated_is_an_error(driver, options, &mixed_image());
+    existing_target_with_old_data(driver, options, &mixed_image());
+    if can.stream_write {
+        stream_output_equals_file_output(driver, options, &mixed_image());
+    }
+    if can.stream_read {
+        stream_read_equals_file_read(driver, options, &mixed_image());
+        stream_read_equals_file_read(driver, options, &several_within(driver));
+    }
+    if can.open_ended {
+        open_ended_sources(driver, options);
+    }
+    if can.check {
+        check_finds_nothing(driver, options);
+    }
+}
+
+/// An image with all sorts of content that is quickly written: for laws that write it often.
+pub fn mixed_image() -> Image {
+    let content = Content::zero()
+        .with(0..200_000, Fill::Random)
+        .with(300_000..420_000, Fill::Text)
+        .with(MIB..2 * MIB, Fill::Checker(4 * KIB))
+        .with(3 * MIB - 70_000..3 * MIB, Fill::Random);
+    Image::disk("a bit of everything", 3 * MIB, content)
+}
+
+fn several_within(driver: &dyn Driver) -> Image {
+    let several = several_devices();
+    if driver.capabilities().max_devices as usize >= several.devices.len() { several } else { far_apart() }
+}
+
+/// What was written is what is read back: every byte, through extents, in order and at random.
+pub fn round_trip(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
+    let directory = scratch();
+    let path = make(driver, options, image, directory.path());
+    expect_content(driver, &path, image, "round trip");
+    let source = open(driver, &path).expect("opened before");
+    if driver.capabilities().attachments {
+        assert_eq!(source.info().attachments, image.attachments, "{}: attachments of {image}", driver.name());
+    }
+    assert_eq!(source.info().format, driver.name(), "the format in its info is the driver's name");
+}
+
+/// Panics unless the file at `path` holds `image`.
+fn expect_content(driver: &dyn Driver, path: &Path, image: &Image, law: &str) {
+    let mut source = open(driver, path)
+        .unwrap_or_else(|e| panic!("{}: {law}: {image} can't be opened: {e}", driver.name()));
+    expect_source(driver, &mut *source, image, law);
+}
+
+fn expect_source(driver: &dyn Driver, source: &mut dyn ImageSource, image: &Image, law: &str) {
+    if let Err(fault) = compare(source, image, driver.capabilities().size_multiple) {
+        panic!("{}: {law}: {image}: {fault}", driver.name());
+    }
+}
+
+/// One, two and seven threads write the same file, whatever the order of the source.
+pub fn same_bytes_for_any_thread_count(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
+    for order in [Order::Random, Order::Stream, Order::Shuffled] {
+        let image = image.read_as(order);
+        let directory = scratch();
+        let one = make_with(driver, options, &image, directory.path(), 1);
+        for threads in [2, 7, 7] {
+            let many = make_with(driver, options, &image, directory.path(), threads);
+            if let Some(place) = first_difference(&one, &many) {
+                panic!(
+                    "{}: {image}: {threads} threads write other bytes than one, from {place}",
+                    driver.name()
+                );
+            }
+            std::fs::remove_file(many).expect("remove the output");
+        }
+    }
+}
+
+/// Where two files differ, reading neither's holes twice.
+fn first_difference(left: &Path, right: &Path) -> Option<u64> {
+    let open = |path: &Path| Input::open_plain(path).and_then(Input::into_random).expect("open the output");
+    let (left, right) = (open(left), open(right));
+    if left.len() != right.len() {
+        return Some(left.len().min(right.len()));
+    }
+    let mut at = 0;
+    let (mut a, mut b) = (vec![0; 1 << 20], vec![0; 1 << 20]);
+    while at < left.len() {
+        let len = a.len().min((left.len() - at) as usize);
+        let runs = [left.run(at), right.run(at)].map(|run| run.expect("ask for holes"));
+        let holes_end = runs.iter().map(|run| run.end).min().unwrap_or(at);
+        if runs.iter().all(|run| !run.is_data) && holes_end > at {
+            at = holes_end;
+            continue;
+        }
+        left.read_exact_at(&mut a[..len], at).expect("read the output");
+        right.read_exact_at(&mut b[..len], at).expect("read the output");
+        if let Some(index) = a[..len].iter().zip(&b[..len]).position(|(a, b)| a != b) {
+            return Some(at + index as u64);
+        }
+        at += len as u64;
+    }
+    None
+}
+
+/// A source in one pass, in order or shuffled, gives the same content as one read by position.
+pub fn sequential_equals_random(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
+    for order in [Order::Stream, Order::Shuffled] {
+        let directory = scratch();
+        let image = image.read_as(order);
+        let path = directory.path().join("image");
+        match write(driver, options, &image, &new_file(&path), 2) {
+            Ok(()) => expect_content(driver, &path, &image, "sequential equals random"),
+            // A format may be unable to take pieces out of order; it must say so.
+            Err(error) if order == Order::Shuffled && is_refusal(&error) => {}
+            Err(error) => panic!("{}: {image} can't be written: {error}", driver.name()),
+        }
+    }
+}
+
+/// Sizes that are no multiple of anything, and none at all where the format allows it.
+pub fn sizes(driver: &dyn Driver, options: &CreateOptions) {
+    let sizes = [
+        0,
+        1,
+        511,
+        512,
+        513,
+        4095,
+        4096,
+        4097,
+        65_535,
+        65_536,
+        65_537,
+        MIB - 1,
+        MIB + 1,
+        2 * MIB + 512,
+        3 * MIB + 4097,
+    ];
+    for size in sizes {
+        let contents = [
+            Content::zero(),
+            Content::zero().with(0..size, Fill::Random),
+            Content::zero().with(size / 2..size, Fill::Text),
+        ];
+        for (content, order) in contents.into_iter().zip([Order::Random, Order::Random, Order::Stream]) {
+            let image = Image::disk(format!("{size} bytes"), size, content).read_as(order);
+            let directory = scratch();
+            let path = directory.path().join("image");
+            match write(driver, options, &image, &new_file(&path), 2) {
+                Ok(()) => expect_content(driver, &path, &image, "sizes"),
+                Err(error) if size == 0 && is_refusal(&error) => {}
+                Err(error) => panic!("{}: {image} can't be written: {error}", driver.name()),
+            }
+        }
+    }
+}
+
+/// A device of 544 MiB with hardly any data makes a small file, whose extents are small too.
+pub fn sparse_stays_sparse(driver: &dyn Driver, options: &CreateOptions) {
+    let image = far_apart();
+    let (device, content) = &image.devices[0];
+    for order in [Order::Random, Order::Stream] {
+        let directory = scratch();
+        let path = make(driver, options, &image.read_as(order), directory.path());
+        let allocated = os::allocated_len(&std::fs::metadata(&path).expect("ask for the file's length"));
+        // 4 MiB for headers, tables and a log.
+        let allowed = content.data_len(64 * KIB) + 4 * MIB;
+        assert!(
+            allocated <= allowed,
+            "{}: {image} read as {order:?}: the file occupies {allocated} bytes, more than {allowed}",
+            driver.name()
+        );
+        let source = open(driver, &path).expect("open what was written");
+        let Some(random) = source.random() else { continue };
+        let unit = source.info().cluster_size.unwrap_or(64 * KIB).max(64 * KIB);
+        let (mut at, mut data) = (0, 0);
+        while at < device.size {
+            for extent in random.extents(source.info().devices[0].id, at..device.size).expect("extents") {
+                at = extent.end();
+                data += if extent.is_data() { extent.len } else { 0 };
+            }
+        }
+        let allowed = content.data_len(unit) + 4 * MIB;
+        assert!(
+            data <= allowed,
+            "{}: {image}: extents claim {data} bytes of data, more than {allowed}",
+            driver.name()
+        );
+    }
+}
+
+/// Four threads read odd ranges of the same source at once and get the right bytes.
+pub fn parallel_reads(driver: &dyn Driver, options: &CreateOptions) {
+    let content =
+        Content::zero().with(5000..3 * MIB, Fill::Checker(64 * KIB)).with(4 * MIB..5 * MIB, Fill::Text);
+    let image = Image::disk("for four readers", 6 * MIB, content.clone());
+    let directory = scratch();
+    let path = make(driver, options, &image, directory.path());
+    let source = open(driver, &path).expect("open what was written");
+    let Some(random) = source.random() else { return };
+    let device = source.info().devices[0].id;
+    std::thread::scope(|scope| {
+        for reader in 0..4u64 {
+            let content = &content;
+            scope.spawn(move || {
+                for round in 0..300 {
+                    let (range, len) = odd_range(6 * MIB, round + reader * 150).expect("it is not empty");
+                    if let Err(fault) = compare_read(random, device, content, range.start, &mut vec![0; len])
+                    {
+                        panic!("{}: parallel reads: {fault}", driver.name());
+                    }
+                    if round % 16 == 0 {
+                        random.extents(device, range.start..6 * MIB).expect("extents while others read");
+                    }
+                }
+            });
+        }
+    });
+}
+
+/// Reading beyond the end of a device is an error, as is a device that there is not.
+pub fn reads_stay_within_the_device(driver: &dyn Driver, options: &CreateOptions) {
+    let directory = scratch();
+    let path = make(driver, options, &mixed_image(), directory.path());
+    let source = open(driver, &path).expect("open what was written");
+    let Some(random) = source.random() else { return };
+    let device = &source.info().devices[0];
+    for (start, len) in [(device.size, 1), (device.size - 1, 2), (u64::MAX, 1), (u64::MAX - 4096, 4097)] {
+        let read = random.read_at(device.id, &mut vec![0; len], start);
+        assert!(read.is_err(), "{}: {len} bytes at {start} of {} were read", driver.name(), device.size);
+    }
+    let nobody = crate::DeviceId(250);
+    assert!(random.read_at(nobody, &mut [0], 0).is_err(), "{}: device 250 was read", driver.name());
+}
+
+/// The driver's probe knows what it wrote.
+pub fn probe_knows_its_own(driver: &dyn Driver, options: &CreateOptions) {
+    let directory = scratch();
+    let path = make(driver, options, &mixed_image(), directory.path());
+    let input = Input::open_plain(&path).expect("open what was written");
+    let found = driver.probe(&input.head().expect("first bytes"), input.len());
+    assert!(found.is_some(), "{} does not know its own image", driver.name());
+}
+
+/// More devices than the format holds are refused when the image is begun.
+pub fn too_many_devices_are_refused(driver: &dyn Driver, options: &CreateOptions) {
+    let directory = scratch();
+    let path = directory.path().join("image");
+    let created = driver.create(new_file(&path), &several_devices().manifest(), options);
+    let Err(error) = created else { panic!("{} takes three devices", driver.name()) };
+    assert!(is_refusal(&error), "{}: no refusal: {error}", driver.name());
+    let len = std::fs::metadata(&path).expect("ask for the file's length").len();
+    assert_eq!(len, 0, "{}: a refused image was begun all the same", driver.name());
+}
+
+/// An existing target full of old data holds the image afterwards, zeros included; or is refused
+/// when the image is begun.
+pub fn existing_target_with_old_data(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
+    let directory = scratch();
+    let fresh = std::fs::metadata(make(driver, options, image, directory.path())).expect("metadata").len();
+    // Formats without a header use the length as the device's size: it has to fit.
+    let len = if fresh == image.devices[0].0.size { fresh } else { fresh + 64 * MIB };
+    for order in [Order::Random, Order::Stream] {
+        let image = image.read_as(order);
+        let path = directory.path().join(format!("old-{order:?}"));
+        let file = File::options().read(true).write(true).create_new(true).open(&path).expect("create");
+        fill_with_old_data(&file, len);
+        let output = Output::from_existing(&path, file, false).expect("ask for the length");
+        let sink = match driver.create(output, &image.manifest(), options) {
+            Ok(sink) => sink,
+            Err(error) if is_refusal(&error) => return,
+            Err(error) => panic!("{}: {image} into an existing target: {error}", driver.name()),
+        };
+        if let Err(error) = fill_sink(&mut MemorySource::new(&image), &*sink, 2) {
+            panic!("{}: {image} into an existing target: {error}", driver.name());
+        }
+        drop(sink);
+        assert_eq!(std::fs::metadata(&path).expect("metadata").len(), len, "the target keeps its length");
+        let options = OpenOptions { ignore_trailing: true, ..OpenOptions::default() };
+        let mut source = open_with(driver, &path, &options).unwrap_or_else(|e| {
+            panic!("{}: {image} in an existing target can't be opened: {e}", driver.name())
+        });
+        expect_source(driver, &mut *source, &image, "existing target");
+    }
+}
+
+fn fill_with_old_data(file: &File, len: u64) {
+    let old = vec![0xaa; 1 << 20];
+    let mut at = 0;
+    while at < len {
+        let part = &old[..old.len().min((len - at) as usize)];
+        at +=
+            os::write_vectored_at(file, &[std::io::IoSlice::new(part)], at).expect("fill the target") as u64;
+    }
+}
+
+/// What goes into a pipe is what a file holds, byte for byte.
+pub fn stream_output_equals_file_output(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
+    for order in [Order::Random, Order::Stream] {
+        let image = image.read_as(order);
+        let file = make_bytes(driver, options, &image);
+        for threads in [1, 7] {
+            let pipe = Pipe::default();
+            if let Err(error) = write(driver, options, &image, &pipe.output(), threads) {
+                panic!("{}: {image} into a pipe: {error}", driver.name());
+            }
+            let piped = pipe.bytes();
+            let same = piped.iter().zip(&file).position(|(a, b)| a != b);
+            assert!(
+                piped == file,
+                "{}: {image}: a pipe gets {} bytes, a file {}, first difference at {same:?}",
+                driver.name(),
+                piped.len(),
+                file.len()
+            );
+        }
+    }
+}
+
+/// An image read from a pipe is the same as from a file; the pipe brings its bytes in odd portions.
+pub fn stream_read_equals_file_read(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
+    let directory = scratch();
+    let path = make(driver, options, image, directory.path());
+    let reader = Portions { file: File::open(&path).expect("open what was written"), round: 0 };
+    let input = Input::from_stream("-", Box::new(reader)).expect("first bytes");
+    let mut source = driver
+        .open(input, &OpenOptions::default())
+        .unwrap_or_else(|e| panic!("{}: {image} from a pipe can't be opened: {e}", driver.name()));
+    expect_source(driver, &mut *source, image, "read from a pipe");
+}
+
+/// A reader that gives what it likes, as pipes do.
+struct Portions {
+    file: File,
+    round: u64,
+}
+
+impl std::io::Read for Portions {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        self.round += 1;
+        let most = 1 + (mix(self.round) % 70_000) as usize;
+        let len = buf.len().min(most);
+        self.file.read(&mut buf[..len])
+    }
+}
+
+/// A stream whose size shows at its end: the image has that size.
+pub fn open_ended_sources(driver: &dyn Driver, options: &CreateOptions) {
+    for size in [1, 512, 65_536, 100_000, 3 * MIB, 3 * MIB + 4097] {
+        for content in [
+            Content::zero().with(0..size, Fill::Random),
+            Content::zero().with(0..size.min(70_000), Fill::Text),
+        ] {
+            let image =
+                Image::disk(format!("open-ended, {size} bytes"), size, content).read_as(Order::Stream);
+            let directory = scratch();
+            let path = directory.path().join("image");
+            let mut source = MemorySource::new(&image).open_ended();
+            let mut manifest = image.manifest();
+            manifest.devices = source.info().devices.clone();
+            let written = driver
+                .create(new_file(&path), &manifest, options)
+                .and_then(|sink| fill_sink(&mut source, &*sink, 2));
+            if let Err(error) = written {
+                panic!("{}: {image} can't be written: {error}", driver.name());
+            }
+            expect_content(driver, &path, &image, "open-ended source");
+        }
+    }
+}
+
+/// A check of what was written finds nothing.
+pub fn check_finds_nothing(driver: &dyn Driver, options: &CreateOptions) {
+    for image in [mixed_image(), far_apart(), Image::disk("all zero", 5 * MIB, Content::zero())] {
+        for order in [Order::Random, Order::Stream, Order::Shuffled] {
+            let image = image.read_as(order);
+            let directory = scratch();
+            let path = directory.path().join("image");
+            match write(driver, options, &image, &new_file(&path), 2) {
+                Ok(()) => {}
+                Err(error) if order == Order::Shuffled && is_refusal(&error) => continue,
+                Err(error) => panic!("{}: {image} can't be written: {error}", driver.name()),
+            }
+            let input = Input::open_plain(&path).expect("open what was written");
+            let report = match driver.check(input, &OpenOptions::default()) {
+                Ok(report) => report,
+                Err(error) => panic!("{}: {image} can't be checked: {error}", driver.name()),
+            };
+            let clean = report.corruptions == 0 && report.leaks == 0 && report.check_errors == 0;
+            assert!(clean, "{}: {image}: {:?}", driver.name(), report.findings);
+        }
+    }
+}
+
+/// A cancelled conversion ends with [`ErrorKind::Cancelled`], for any number of threads.
+pub fn cancelled_copies_end(driver: &dyn Driver, options: &CreateOptions) {
+    use crate::pipeline::{self, Job, Route};
+    use crate::progress::{CancelToken, NoProgress};
+    let image = mixed_image();
+    for threads in [1, 7] {
+        let directory = scratch();
+        let output = new_file(&directory.path().join("image"));
+        let sink = driver.create(output, &image.manifest(), options).expect("create");
+        let mut source = MemorySource::new(&image);
+        let device = source.info().devices[0].id;
+        let cancel = CancelToken::new();
+        cancel.cancel();
+        let routes = vec![Route { from: device, to: device }];
+        let job = Job { routes, threads, progress: &NoProgress, cancel };
+        let error = pipeline::copy(&mut source, &*sink, &job).expect_err("it was cancelled");
+        assert_eq!(error.kind(), ErrorKind::Cancelled, "{}: {error}", driver.name());
+    }
+}
