@@ -1,0 +1,203 @@
+//! The command line: what may be typed. Every flag is defined once, here or in the files of this
+//! folder, and feeds the help, the manual pages and the shell completions.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+mod convert;
+mod image;
+
+pub use convert::ConvertArgs;
+pub use image::InfoArgs;
+
+/// Convert virtual-machine disk images and whole-VM archives, any to any, in one pass.
+#[derive(Debug, Parser)]
+#[command(
+    name = "imgtool",
+    version,
+    about,
+    max_term_width = 100,
+    propagate_version = false,
+    disable_help_subcommand = true,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    after_help = "Formats are found by content and given by -f and -O; 'imgtool formats' lists them.\n\
+                  'imgtool VERB --help' says more about a verb.",
+    after_long_help = EXIT_CODES,
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// Exit codes, at the end of the long help and of the manual page.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done and complete
+  1  failed; nothing is left under a final name
+  2  the command line makes no sense
+  3  finished with losses (--salvage); each lost range is listed
+  compare: 0 same, 1 different, 2 could not compare
+  check: 0 clean, 1 could not check, 2 corrupt, 3 leaks only
+  vma: those of the vma program";
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Convert images and archives into another format
+    Convert(Box<ConvertArgs>),
+    /// Show what an image or archive holds, without reading its data
+    Info(InfoArgs),
+    /// List the formats, what each can do, and its -o options
+    Formats(FormatsArgs),
+}
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum OutputFormat {
+    /// For a person
+    #[default]
+    Human,
+    /// One JSON document on standard output
+    Json,
+}
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct OutputArgs {
+    /// Print for a person or as JSON (field names: docs/json.md)
+    #[arg(long, value_name = "FORM", value_enum, default_value_t)]
+    pub output: OutputFormat,
+}
+
+impl OutputArgs {
+    /// Whether JSON is wanted.
+    pub fn is_json(self) -> bool {
+        self.output == OutputFormat::Json
+    }
+}
+
+/// How images are opened.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Reading")]
+pub struct InputArgs {
+    /// Format of the input; nothing is guessed then [default: found by content]
+    #[arg(short = 'f', long = "format", value_name = "FMT")]
+    pub format: Option<String>,
+
+    /// Let the image open this file (backing file, data file, parent); repeatable.
+    /// 'chain' allows regular files in the image's own directory and below
+    ///
+    /// Without it an image opens no other file, whatever it names.
+    #[arg(long, value_name = "PATH|chain")]
+    pub allow_external: Vec<PathBuf>,
+
+    /// Accept bytes after the end of an archive
+    #[arg(long)]
+    pub ignore_trailing: bool,
+
+    /// Taken for qemu-img's sake, no effect: images are never locked
+    #[arg(short = 'U', long = "force-share")]
+    pub force_share: bool,
+
+    /// Refused: images are named by plain paths, formats by -f
+    #[arg(long, hide_short_help = true)]
+    pub image_opts: bool,
+}
+
+/// Whose content of an image is read.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Reading")]
+pub struct SnapshotArgs {
+    /// Read this internal snapshot (its name or ID) instead of the current state
+    #[arg(short = 'l', long, value_name = "NAME")]
+    pub snapshot: Option<String>,
+}
+
+/// How progress is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum ProgressMode {
+    /// A bar when standard error is a terminal, else nothing
+    #[default]
+    Auto,
+    /// A bar when standard error is a terminal, else a line now and then
+    Bar,
+    /// One JSON object a line on standard error, at least each second
+    Json,
+    /// Nothing
+    None,
+}
+
+/// How much is told on standard error.
+#[derive(Debug, Clone, Copy, Default, Args)]
+#[command(next_help_heading = "Messages")]
+pub struct MessageArgs {
+    /// Show progress; the same as --progress bar
+    #[arg(short = 'p')]
+    pub show_progress: bool,
+
+    /// How progress is shown on standard error
+    #[arg(long, value_name = "HOW", value_enum, default_value_t)]
+    pub progress: ProgressMode,
+
+    /// Say nothing unless something fails
+    #[arg(short = 'q', long)]
+    pub quiet: bool,
+}
+
+impl MessageArgs {
+    /// What `-p`, `-q` and `--progress` come to.
+    pub fn mode(self) -> ProgressMode {
+        match (self.progress, self.show_progress, self.quiet) {
+            (ProgressMode::Auto, true, _) => ProgressMode::Bar,
+            (ProgressMode::Auto, false, true) => ProgressMode::None,
+            (mode, _, _) => mode,
+        }
+    }
+}
+
+/// How many threads work.
+#[derive(Debug, Clone, Copy, Default, Args)]
+#[command(next_help_heading = "Work")]
+pub struct ThreadArgs {
+    /// Worker threads, at most 64 [default: as many as there are CPUs]
+    #[arg(short = 'm', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+}
+
+impl ThreadArgs {
+    /// The number of workers.
+    pub fn count(self) -> usize {
+        let wanted = match self.threads {
+            Some(threads) => usize::from(threads),
+            None => std::thread::available_parallelism().map_or(1, usize::from),
+        };
+        wanted.clamp(1, imgtool_toolkit::pipeline::MAX_THREADS)
+    }
+}
+
+/// `imgtool formats`.
+#[derive(Debug, Args)]
+pub struct FormatsArgs {
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Reads the command line; a wrong one ends the program with code 2.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Cli {
+    Cli::parse_from(args)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn definitions_do_not_clash() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,170 @@
+//! `imgtool convert`: any image into any other, one archive into many disks, many disks into one
+//! archive, in one pass.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use imgtool_toolkit::{Attachment, Error, OpenOptions, Outputs, Registry, Result, ResultExt, parse_size};
+
+use crate::args::ConvertArgs;
+use crate::exit::Exit;
+use crate::interrupt::Interrupt;
+use crate::progress::RateLimit;
+use crate::{drivers, images, report};
+
+mod format;
+mod layout;
+mod names;
+mod sources;
+mod summary;
+mod write;
+
+use format::Format;
+use layout::{OwnPlace, Request};
+use sources::{Source, SourceArg};
+
+/// Converts.
+///
+/// # Errors
+/// Whatever kept it from being done; nothing is left under a final name then.
+pub fn run(args: &ConvertArgs) -> Result<Exit> {
+    let registry = drivers::registry();
+    if format::asks_for_help(&args.target.options) {
+        return list_options(&registry, args);
+    }
+    refuse_what_is_not_taken(args)?;
+    let own_places =
+        args.devices.target.iter().map(|text| OwnPlace::parse(text)).collect::<Result<Vec<_>>>()?;
+    let (source_args, dest) = split_paths(&args.paths, !own_places.is_empty())?;
+    let options = format::create_options(&args.target.options, args.target.sparse_size.as_deref())?;
+    let format = format::choose(
+        &registry,
+        args.target.to.as_deref(),
+        dest.as_deref(),
+        args.target.compress.as_deref(),
+        options,
+    )?;
+    check_configurations(args, &format)?;
+
+    let interrupt = Interrupt::listen()?;
+    let mut outputs = Outputs::new();
+    interrupt.cleans(outputs.cleaner());
+    let open_options = open_options(&registry, args)?;
+    let sources =
+        sources::open(&registry, source_args, args.input.format.as_deref(), &open_options, &format)?;
+    for source in &sources {
+        outputs.protect(&source.arg.path);
+    }
+    if !args.messages.quiet {
+        sources.iter().for_each(summary::announce);
+    }
+    let mut taken = sources::take(&registry, &sources, &args.devices.disk)?;
+    if format.is_archive() {
+        sources::make_unique(&mut taken);
+    }
+    let request = Request {
+        registry: &registry,
+        sources: &sources,
+        taken: &taken,
+        format: &format,
+        dest: dest.as_deref(),
+        own_places,
+        attachments: attachments(args, &sources)?,
+        in_place: args.target.no_create.then_some(args.target.target_is_zero),
+    };
+    let layout = request.layout()?;
+    let work = write::Work {
+        threads: args.threads.count(),
+        force: args.target.force,
+        progress: args.messages.mode(),
+        limit: rate_limit(args)?,
+        verify: args.target.verify,
+    };
+    let result = write::write(work, &layout, sources, &taken, outputs, &interrupt)?;
+    summary::print(args, &layout, &taken, &result)
+}
+
+/// `-o help`.
+fn list_options(registry: &Registry, args: &ConvertArgs) -> Result<Exit> {
+    let driver = registry.get(args.target.to.as_deref().unwrap_or("raw"))?;
+    report::print(&format!("Options of {} (-o):\n", driver.name()))?;
+    report::print(&super::formats::options(2, driver.options()))?;
+    Ok(Exit::Done)
+}
+
+fn refuse_what_is_not_taken(args: &ConvertArgs) -> Result<()> {
+    if args.compat.backing.is_some() || args.compat.backing_format.is_some() {
+        return Err(Error::usage("-B and -F are not taken: an output is always complete in itself")
+            .hint("'qemu-img rebase' makes an overlay of a finished image"));
+    }
+    if args.compat.target_image_opts {
+        return Err(Error::usage("--target-image-opts is not taken: targets are named by plain paths")
+            .hint("give the path itself, its format with --to, its options with -o"));
+    }
+    Ok(())
+}
+
+/// The sources and DEST, if there is one.
+fn split_paths(paths: &[OsString], has_own_places: bool) -> Result<(Vec<SourceArg>, Option<PathBuf>)> {
+    let (sources, dest) = match paths {
+        [] => return Err(Error::usage("there is no source").hint("imgtool convert SOURCE... DEST")),
+        [source] if has_own_places => (std::slice::from_ref(source), None),
+        [_] => {
+            return Err(Error::usage("there is no destination")
+                .hint("imgtool convert SOURCE... DEST; 'imgtool convert --help' has examples"));
+        }
+        [sources @ .., dest] => (sources, Some(PathBuf::from(dest))),
+    };
+    Ok((sources.iter().map(|arg| SourceArg::parse(arg)).collect(), dest))
+}
+
+fn open_options(registry: &Registry, args: &ConvertArgs) -> Result<OpenOptions> {
+    Ok(OpenOptions {
+        salvage: args.work.salvage,
+        force: args.target.force,
+        snapshot: args.snapshot.snapshot.as_deref().map(images::snapshot_name),
+        ..images::open_options(registry, &args.input)?
+    })
+}
+
+fn check_configurations(args: &ConvertArgs, format: &Format) -> Result<()> {
+    if !args.devices.config.is_empty() && !format.driver.capabilities().attachments {
+        return Err(Error::usage(format!("{} images hold no configurations", format.driver.name()))
+            .hint("--config is for archives: --to vma"));
+    }
+    Ok(())
+}
+
+/// The configurations that go along: those of `--config`, else (or too, if asked) the sources' own.
+fn attachments(args: &ConvertArgs, sources: &[Source]) -> Result<Vec<Attachment>> {
+    let mut attachments =
+        args.devices.config.iter().map(|path| read_config(path)).collect::<Result<Vec<_>>>()?;
+    if attachments.is_empty() || args.devices.config_from_source {
+        for attachment in sources.iter().flat_map(Source::attachments) {
+            let replaced = args.devices.config_from_source
+                && attachments.iter().any(|known| known.name == attachment.name);
+            if !replaced {
+                attachments.push(attachment.clone());
+            }
+        }
+    }
+    Ok(attachments)
+}
+
+fn read_config(path: &Path) -> Result<Attachment> {
+    let name = path
+        .file_name()
+        .ok_or_else(|| Error::usage("is not a file name").path(path))?
+        .to_string_lossy()
+        .into_owned();
+    let data = std::fs::read(path).map_err(|e| Error::io("read the configuration", e)).in_file(path)?;
+    Ok(Attachment { name, data })
+}
+
+fn rate_limit(args: &ConvertArgs) -> Result<Option<RateLimit>> {
+    let Some(text) = &args.work.rate_limit else { return Ok(None) };
+    let rate = parse_size(text).filter(|rate| *rate > 0).ok_or_else(|| {
+        Error::usage(format!("-r takes bytes a second, such as 50M, not '{text}'"))
+    })?;
+    Ok(Some(RateLimit::new(rate)))
+}

@@ -1,0 +1,356 @@
+//! Where everything goes: decided, and checked, before the first byte is written.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use imgtool_toolkit::{Attachment, DeviceKind, Error, Registry, Result};
+
+use super::format::{self, Format};
+use super::names::{self, Unique};
+use super::sources::{Source, Taken};
+use crate::images;
+
+/// Where an output goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// A new file.
+    New(PathBuf),
+    /// A file or block device that exists and keeps its length.
+    InPlace {
+        /// Its path.
+        path: PathBuf,
+        /// It is known to read as zeros.
+        zeroed: bool,
+    },
+    /// Standard output.
+    Stdout,
+}
+
+impl Place {
+    /// The path, `-` for standard output.
+    pub fn path(&self) -> &Path {
+        match self {
+            Place::New(path) | Place::InPlace { path, .. } => path,
+            Place::Stdout => Path::new("-"),
+        }
+    }
+}
+
+/// One image to be made.
+pub struct Target {
+    /// Where.
+    pub place: Place,
+    /// As what.
+    pub format: Format,
+    /// The devices in it, as indices into those taken.
+    pub devices: Vec<usize>,
+    /// The configurations in it.
+    pub attachments: Vec<Attachment>,
+}
+
+/// Everything that is made.
+#[derive(Default)]
+pub struct Layout {
+    /// A directory that is made if it is missing.
+    pub directory: Option<PathBuf>,
+    /// The images; one that holds many devices comes first.
+    pub targets: Vec<Target>,
+    /// Configurations that become files.
+    pub files: Vec<(PathBuf, Attachment)>,
+    /// What the person should know.
+    pub notes: Vec<String>,
+}
+
+/// What the layout is made from.
+pub struct Request<'a> {
+    /// The drivers.
+    pub registry: &'a Registry,
+    /// The sources.
+    pub sources: &'a [Source],
+    /// The devices that are taken.
+    pub taken: &'a [Taken],
+    /// What DEST becomes.
+    pub format: &'a Format,
+    /// DEST.
+    pub dest: Option<&'a Path>,
+    /// `--target`.
+    pub own_places: Vec<OwnPlace>,
+    /// The configurations that are kept.
+    pub attachments: Vec<Attachment>,
+    /// `-n`, and whether the target is zero.
+    pub in_place: Option<bool>,
+}
+
+/// `--target NAME=PATH[,format=FMT][,zeroed]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OwnPlace {
+    /// The device's name.
+    pub name: String,
+    /// Where it goes.
+    pub path: PathBuf,
+    /// The format, if it was said.
+    pub format: Option<String>,
+    /// The target reads as zeros.
+    pub zeroed: bool,
+}
+
+impl OwnPlace {
+    /// Reads the value of `--target`.
+    ///
+    /// # Errors
+    /// When it is not of that form.
+    pub fn parse(text: &OsStr) -> Result<Self> {
+        let usage = |what: &str| {
+            Error::usage(format!("--target '{}': {what}", text.to_string_lossy()))
+                .hint("the form is NAME=PATH[,format=FMT][,zeroed]; a comma in PATH is doubled")
+        };
+        let whole = text.to_str().ok_or_else(|| usage("is not UTF-8"))?.replace(",,", "\u{0}");
+        let mut parts = whole.split(',');
+        let (name, path) = parts
+            .next()
+            .and_then(|first| first.split_once('='))
+            .filter(|(name, path)| !name.is_empty() && !path.is_empty())
+            .ok_or_else(|| usage("there is no NAME=PATH"))?;
+        let path = PathBuf::from(path.replace('\u{0}', ","));
+        let mut place = Self { name: name.to_owned(), path, format: None, zeroed: false };
+        for part in parts {
+            match part.split_once('=') {
+                Some(("format", format)) => place.format = Some(format.to_owned()),
+                None if part == "zeroed" => place.zeroed = true,
+                _ => return Err(usage(&format!("'{part}' is not known"))),
+            }
+        }
+        Ok(place)
+    }
+}
+
+impl Request<'_> {
+    /// Decides where everything goes.
+    ///
+    /// # Errors
+    /// When the request makes no sense for what the sources hold.
+    pub fn layout(&self) -> Result<Layout> {
+        let mut layout = Layout::default();
+        let apart = self.own_targets()?;
+        let rest: Vec<usize> = (0..self.taken.len())
+            .filter(|index| !apart.iter().any(|target| target.devices.contains(index)))
+            .collect();
+        match self.dest {
+            Some(dest) => self.lay_out_dest(dest, rest, &mut layout)?,
+            None => self.nothing_is_left(&rest)?,
+        }
+        layout.targets.extend(apart);
+        if layout.targets.is_empty() && layout.files.is_empty() {
+            return Err(Error::usage("there is nothing to convert: the source holds no disk"));
+        }
+        Ok(layout)
+    }
+
+    fn own_targets(&self) -> Result<Vec<Target>> {
+        let mut targets: Vec<Target> = Vec::new();
+        for place in &self.own_places {
+            let device = self.find(&place.name)?;
+            if targets.iter().any(|target| target.devices.contains(&device)) {
+                return Err(Error::usage(format!("--target names device '{}' twice", place.name)));
+            }
+            let driver = match &place.format {
+                Some(name) => self.registry.get(name)?,
+                None => match format::by_name(self.registry, &place.path) {
+                    Some(driver) => driver,
+                    None => self.registry.get("raw")?,
+                },
+            };
+            let format = Format::plain(driver);
+            let exists = place.path.exists();
+            if place.zeroed && !exists {
+                return Err(Error::usage("a target that is 'zeroed' must exist").path(&place.path));
+            }
+            let place = if exists {
+                Place::InPlace { path: place.path.clone(), zeroed: place.zeroed }
+            } else {
+                Place::New(place.path.clone())
+            };
+            targets.push(Target { place, format, devices: vec![device], attachments: Vec::new() });
+        }
+        Ok(targets)
+    }
+
+    /// The only device of this name.
+    fn find(&self, name: &str) -> Result<usize> {
+        let mut found =
+            (0..self.taken.len()).filter(|i| self.taken[*i].name == name || self.taken[*i].device.name == name);
+        match (found.next(), found.next()) {
+            (Some(device), None) => Ok(device),
+            (Some(_), Some(_)) => Err(Error::usage(format!("more than one device is called '{name}'"))),
+            (None, _) => Err(Error::usage(format!("--target names '{name}', which is not taken"))
+                .hint(format!("devices: {}", self.names(0..self.taken.len())))),
+        }
+    }
+
+    fn names(&self, devices: impl IntoIterator<Item = usize>) -> String {
+        let names: Vec<&str> = devices.into_iter().map(|i| self.taken[i].name.as_str()).collect();
+        names.join(", ")
+    }
+
+    fn nothing_is_left(&self, rest: &[usize]) -> Result<()> {
+        if rest.is_empty() {
+            return Ok(());
+        }
+        Err(Error::usage(format!("no place is given for {}", self.names(rest.iter().copied())))
+            .hint("give DEST, or a --target for each device; --disk takes only some of them"))
+    }
+
+    fn lay_out_dest(&self, dest: &Path, rest: Vec<usize>, layout: &mut Layout) -> Result<()> {
+        let is_directory = dest.is_dir() || format::ends_in_separator(dest);
+        if self.format.is_archive() {
+            let path = if is_directory { dest.join(self.archive_name()) } else { dest.to_owned() };
+            layout.directory = is_directory.then(|| dest.to_owned());
+            return self.lay_out_archive(&path, rest, layout);
+        }
+        if rest.len() == 1 && !is_directory {
+            self.left_out_configurations(layout);
+            layout.targets.push(self.target(self.place(dest)?, rest, Vec::new()));
+            return Ok(());
+        }
+        self.check_directory(dest, is_directory, &rest)?;
+        self.lay_out_directory(dest, &rest, layout);
+        Ok(())
+    }
+
+    fn lay_out_archive(&self, path: &Path, rest: Vec<usize>, layout: &mut Layout) -> Result<()> {
+        if self.in_place.is_some() {
+            return Err(Error::usage(format!("-n is for disks; a {} archive is always a new file", self.format.driver.name()))
+                .path(path));
+        }
+        let limit = self.format.driver.capabilities().max_devices as usize;
+        if rest.len() > limit {
+            return Err(Error::unsupported(format!(
+                "{} holds at most {limit} devices, not {}",
+                self.format.driver.name(),
+                rest.len()
+            )));
+        }
+        layout.targets.push(self.target(self.place(path)?, rest, self.attachments.clone()));
+        Ok(())
+    }
+
+    /// Many disks, or one into a directory: each becomes a file of its own.
+    fn lay_out_directory(&self, dest: &Path, rest: &[usize], layout: &mut Layout) {
+        let mut unique = Unique::default();
+        layout.directory = Some(dest.to_owned());
+        for &index in rest {
+            let device = &self.taken[index];
+            let (stem, format, extension) = match device.device.kind {
+                DeviceKind::Disk => {
+                    (names::safe(&device.name, "disk"), self.format.clone(), self.format.extension())
+                }
+                // Not a disk: the bytes as they are, whatever the disks become.
+                DeviceKind::VmState => match self.registry.get("raw") {
+                    Ok(raw) => ("vmstate".to_owned(), Format::plain(raw), "bin".to_owned()),
+                    Err(_) => ("vmstate".to_owned(), self.format.clone(), self.format.extension()),
+                },
+            };
+            let path = dest.join(unique.give(&stem, &extension));
+            layout.targets.push(Target {
+                place: Place::New(path),
+                format,
+                devices: vec![index],
+                attachments: Vec::new(),
+            });
+        }
+        for attachment in &self.attachments {
+            let wanted = names::safe(&attachment.name, "config");
+            let name = unique.give_file(&wanted);
+            if name != attachment.name {
+                layout.notes.push(format!("configuration '{}' is written as '{name}'", attachment.name));
+            }
+            layout.files.push((dest.join(name), attachment.clone()));
+        }
+    }
+
+    fn check_directory(&self, dest: &Path, is_directory: bool, rest: &[usize]) -> Result<()> {
+        if dest == Path::new("-") {
+            return Err(Error::usage(format!("standard output takes one disk, not {}", rest.len()))
+                .hint("--disk takes one of them; --to vma makes one archive"));
+        }
+        if self.in_place.is_some() {
+            return Err(Error::usage("-n writes into one file or device that exists").path(dest));
+        }
+        if is_directory {
+            return Ok(());
+        }
+        let first = rest.first().map(|i| self.taken[*i].source);
+        if rest.iter().any(|i| Some(self.taken[*i].source) != first) {
+            return Err(Error::usage(format!("{} sources do not go into one {} image", self.sources.len(), self.format.driver.name()))
+                .path(dest)
+                .hint("a DEST that ends in '/' takes an image for each; --to vma makes one archive; sources are never joined end to end"));
+        }
+        if dest.exists() || format::by_name(self.registry, dest).is_some() {
+            let disks = self.names(rest.iter().copied());
+            return Err(Error::usage(format!("{} devices do not go into one file", rest.len()))
+                .path(dest)
+                .hint(format!("name a directory, or take one with --disk: {disks}")));
+        }
+        Ok(())
+    }
+
+    fn place(&self, dest: &Path) -> Result<Place> {
+        if dest == Path::new("-") {
+            if !self.format.driver.capabilities().stream_write {
+                return Err(Error::usage(format!(
+                    "{} can't be written to standard output",
+                    self.format.driver.name()
+                ))
+                .hint("its tables are written last, at the front: give a file name"));
+            }
+            return Ok(Place::Stdout);
+        }
+        match self.in_place {
+            Some(_) if self.format.outer.is_some() => {
+                Err(Error::usage("a compressed output can't be written in place").path(dest))
+            }
+            Some(zeroed) => Ok(Place::InPlace { path: dest.to_owned(), zeroed }),
+            None => Ok(Place::New(dest.to_owned())),
+        }
+    }
+
+    fn target(&self, place: Place, devices: Vec<usize>, attachments: Vec<Attachment>) -> Target {
+        Target { place, format: self.format.clone(), devices, attachments }
+    }
+
+    fn archive_name(&self) -> String {
+        let first = self.sources.first().map(|source| images::stem(self.registry, &source.arg.path));
+        format!("{}.{}", names::safe(first.as_deref().unwrap_or("vm"), "vm"), self.format.extension())
+    }
+
+    /// One disk into one file: the configurations have no place.
+    fn left_out_configurations(&self, layout: &mut Layout) {
+        if self.attachments.is_empty() {
+            return;
+        }
+        let names: Vec<&str> = self.attachments.iter().map(|attachment| attachment.name.as_str()).collect();
+        layout.notes.push(format!(
+            "not written: {} (a DEST that ends in '/' takes configurations too)",
+            names.join(", ")
+        ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_places_are_read() {
+        let parse = |text: &str| OwnPlace::parse(OsStr::new(text));
+        let place = parse("scsi0=/dev/vg/a,format=raw,zeroed").expect("place");
+        assert_eq!(place.name, "scsi0");
+        assert_eq!(place.path, PathBuf::from("/dev/vg/a"));
+        assert_eq!(place.format.as_deref(), Some("raw"));
+        assert!(place.zeroed);
+        assert_eq!(parse("a=x,,y").expect("place").path, PathBuf::from("x,y"));
+        for bad in ["", "a", "=x", "a=", "a=b,c", "a=b,format"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! The sources of a conversion: what was named, what is in it, and which devices are taken.
+
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use imgtool_toolkit::{Attachment, Device, Error, OpenOptions, Opened, Registry, Result};
+
+use super::format::Format;
+use super::names;
+use crate::images;
+
+/// A source on the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceArg {
+    /// What its device is to be called (`NAME=PATH`).
+    pub name: Option<String>,
+    /// Where it is; `-` for standard input.
+    pub path: PathBuf,
+}
+
+impl SourceArg {
+    /// Reads `PATH` or `NAME=PATH`. A file that exists under the whole name is that file.
+    pub fn parse(arg: &OsStr) -> Self {
+        let whole = Self { name: None, path: PathBuf::from(arg) };
+        match arg.to_str().and_then(|text| text.split_once('=')) {
+            Some((name, path))
+                if !name.is_empty() && !name.contains('/') && !path.is_empty() && !Path::new(arg).exists() =>
+            {
+                Self { name: Some(name.to_owned()), path: PathBuf::from(path) }
+            }
+            _ => whole,
+        }
+    }
+}
+
+/// A source that was opened.
+pub struct Source {
+    /// How it was named.
+    pub arg: SourceArg,
+    /// The image.
+    pub opened: Opened,
+}
+
+impl Source {
+    /// Its configurations.
+    pub fn attachments(&self) -> &[Attachment] {
+        &self.opened.source.info().attachments
+    }
+}
+
+/// A device that goes into the conversion.
+#[derive(Debug, Clone)]
+pub struct Taken {
+    /// Which source it is of.
+    pub source: usize,
+    /// What the source says about it.
+    pub device: Device,
+    /// What it is called from here on: names files and the archive's devices.
+    pub name: String,
+}
+
+/// Opens the sources, in order.
+///
+/// # Errors
+/// When one can't be opened; when standard input is named twice.
+pub fn open(
+    registry: &Registry,
+    args: Vec<SourceArg>,
+    format: Option<&str>,
+    options: &OpenOptions,
+    target: &Format,
+) -> Result<Vec<Source>> {
+    if args.iter().filter(|arg| arg.path == Path::new("-")).count() > 1 {
+        return Err(Error::usage("standard input can be only one of the sources"));
+    }
+    args.into_iter()
+        .map(|arg| {
+            let opened = open_one(registry, &arg.path, format, options, target)?;
+            Ok(Source { arg, opened })
+        })
+        .collect()
+}
+
+fn open_one(
+    registry: &Registry,
+    path: &Path,
+    format: Option<&str>,
+    options: &OpenOptions,
+    target: &Format,
+) -> Result<Opened> {
+    let mut input = images::input(path, format)?;
+    if input.is_stream() && !target.driver.capabilities().open_ended {
+        let driver = match format {
+            Some(name) => registry.get(name)?,
+            None => registry.probe(&input.head()?, input.len())?,
+        };
+        // A stream that does not tell its length, into a format that must know it.
+        if driver.capabilities().open_ended {
+            input = input.spool()?;
+        }
+    }
+    registry.open(input, format, options)
+}
+
+/// The devices that are taken: all, or those that `--disk` names.
+///
+/// # Errors
+/// When a name fits no device, or a source of many devices was given one name.
+pub fn take(registry: &Registry, sources: &[Source], wanted: &[String]) -> Result<Vec<Taken>> {
+    let mut taken = Vec::new();
+    for (index, source) in sources.iter().enumerate() {
+        let info = source.opened.source.info();
+        if source.arg.name.is_some() && info.devices.len() != 1 {
+            return Err(Error::usage(format!(
+                "NAME=PATH names one device, and this image holds {}",
+                info.devices.len()
+            ))
+            .path(&source.arg.path));
+        }
+        for device in &info.devices {
+            let name = device_name(registry, source, device);
+            if wanted.is_empty() || wanted.iter().any(|want| *want == name || *want == device.name) {
+                taken.push(Taken { source: index, device: device.clone(), name });
+            }
+        }
+    }
+    for want in wanted {
+        if !taken.iter().any(|taken| taken.name == *want || taken.device.name == *want) {
+            let known: Vec<String> = sources
+                .iter()
+                .flat_map(|source| {
+                    source.opened.source.info().devices.iter().map(|d| device_name(registry, source, d))
+                })
+                .collect();
+            return Err(Error::usage(format!("no device is called '{want}'"))
+                .hint(format!("devices: {}", known.join(", "))));
+        }
+    }
+    Ok(taken)
+}
+
+/// What a device is called: as it was named on the command line, as its archive names it, or, in a
+/// format without names, after its file.
+fn device_name(registry: &Registry, source: &Source, device: &Device) -> String {
+    if let Some(name) = &source.arg.name {
+        return name.clone();
+    }
+    if source.opened.driver.capabilities().max_devices > 1 {
+        return device.name.clone();
+    }
+    names::safe(&images::stem(registry, &source.arg.path), "disk")
+}
+
+/// Makes the names of devices in an archive unique.
+pub fn make_unique(taken: &mut [Taken]) {
+    let mut used = HashSet::new();
+    for device in taken {
+        let plain = device.name.clone();
+        let mut number = 2u64;
+        while !used.insert(device.name.clone()) {
+            device.name = format!("{plain}-{number}");
+            number += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_comes_before_an_equals_sign() {
+        let parse = |text: &str| SourceArg::parse(OsStr::new(text));
+        assert_eq!(parse("scsi0=a/b=c.raw").name.as_deref(), Some("scsi0"));
+        assert_eq!(parse("scsi0=a/b=c.raw").path, PathBuf::from("a/b=c.raw"));
+        assert_eq!(parse("d/a=b.raw").name, None);
+        assert_eq!(parse("=b.raw").name, None);
+        assert_eq!(parse("x=-").path, PathBuf::from("-"));
+        assert_eq!(parse("-").name, None);
+    }
+}
