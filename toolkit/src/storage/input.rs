@@ -507,6 +507,9 @@ fn fill(reader: &mut dyn Read, buf: &mut [u8]) -> io::Result<usize> {
 
 /// A failed read: decoders report damage as `InvalidData` or `UnexpectedEof`.
 fn read_error(e: io::Error, path: &Path, position: u64) -> Error {
+    if let Some(refusal) = outer::Refusal::within(&e) {
+        return refusal.path(path);
+    }
     let damaged = matches!(e.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof);
     let error = if damaged {
         let text = e.to_string();

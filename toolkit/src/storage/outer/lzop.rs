@@ -1,23 +1,318 @@
 //! The lzop container: a header, then blocks of LZO1X data with checksums.
+//!
+//! All numbers are big-endian. After the magic: the header (see [`LzopReader::read_header`]) with its
+//! checksum, then blocks: plain length (0 ends the member), stored length, checksums of the plain
+//! bytes, checksums of the stored bytes (only of compressed blocks), stored bytes. A block that did
+//! not shrink is stored as it is, both lengths equal. Members follow each other without padding.
 
 use std::io::{self, Read};
+
+use super::Refusal;
 
 /// The first nine bytes of an lzop file.
 pub(super) const MAGIC: [u8; 9] = [0x89, 0x4c, 0x5a, 0x4f, 0x00, 0x0d, 0x0a, 0x1a, 0x0a];
 
-/// Reads what an lzop file holds.
+/// Header flags of lzop.
+mod flag {
+    /// Adler-32 of the plain bytes of each block.
+    pub(super) const ADLER32_D: u32 = 0x1;
+    /// Adler-32 of the stored bytes of each compressed block.
+    pub(super) const ADLER32_C: u32 = 0x2;
+    /// An extra field follows the header.
+    pub(super) const EXTRA_FIELD: u32 = 0x40;
+    /// CRC-32 of the plain bytes of each block.
+    pub(super) const CRC32_D: u32 = 0x100;
+    /// CRC-32 of the stored bytes of each compressed block.
+    pub(super) const CRC32_C: u32 = 0x200;
+    /// One part of an archive over several files.
+    pub(super) const MULTIPART: u32 = 0x400;
+    /// A filter was applied before compression.
+    pub(super) const FILTER: u32 = 0x800;
+    /// The header's own checksum is a CRC-32, not an Adler-32.
+    pub(super) const HEADER_CRC32: u32 = 0x1000;
+}
+
+/// The oldest version with this layout.
+const VERSION_MIN: u16 = 0x0900;
+/// From this version on there are the version needed, the level and the upper half of the time.
+const VERSION_LONG_HEADER: u16 = 0x0940;
+/// The version of lzop 1.04: what needs a later one is not known here.
+const VERSION_NEEDED_MAX: u16 = 0x1040;
+
+/// LZO1X-1, LZO1X-1(15) and LZO1X-999: one decoder reads all three.
+const METHODS: std::ops::RangeInclusive<u8> = 1..=3;
+
+/// Largest block. Ours: lzop writes 256 KiB; the format would allow 64 MiB, twice of which in memory
+/// is too much for a header nobody vouches for.
+const MAX_BLOCK_LEN: u32 = 16 << 20;
+
+/// Largest extra field. Ours: lzop writes none.
+const MAX_EXTRA_LEN: u32 = 64 << 10;
+
+/// Reads what an lzop file holds, all its members one after the other.
 pub(super) struct LzopReader<R> {
     inner: R,
+    state: State,
+    /// The current block, plain.
+    plain: Vec<u8>,
+    /// Bytes of `plain` that were handed out.
+    given: usize,
+    stored: Vec<u8>,
+    members: u64,
+}
+
+#[derive(Clone, Copy)]
+enum State {
+    /// Between members.
+    Header,
+    /// Within a member with these flags.
+    Blocks(u32),
+    /// After the last.
+    Ended,
+    /// After an error: there is no way on.
+    Failed,
 }
 
 impl<R: Read> LzopReader<R> {
     pub(super) fn new(inner: R) -> Self {
-        Self { inner }
+        Self { inner, state: State::Header, plain: Vec::new(), given: 0, stored: Vec::new(), members: 0 }
+    }
+
+    /// Gets the next block, or finds the end.
+    fn advance(&mut self) -> io::Result<()> {
+        self.state = match self.state {
+            State::Ended => State::Ended,
+            State::Failed => return Err(invalid("read on after an error".to_owned())),
+            State::Header => self.read_header()?.map_or(State::Ended, State::Blocks),
+            State::Blocks(flags) => {
+                if self.read_block(flags)? {
+                    State::Blocks(flags)
+                } else {
+                    State::Header
+                }
+            }
+        };
+        Ok(())
+    }
+
+    /// Reads a member's header; its flags, or `None` where the file ends instead.
+    fn read_header(&mut self) -> io::Result<Option<u32>> {
+        let mut magic = [0; MAGIC.len()];
+        if !self.read_magic(&mut magic)? {
+            return Ok(None);
+        }
+        let mut header = Header { inner: &mut self.inner, bytes: Vec::new() };
+        let version = header.u16()?;
+        if version < VERSION_MIN {
+            return Err(invalid(format!("version {version:#06x} is below {VERSION_MIN:#06x}")));
+        }
+        let long = version >= VERSION_LONG_HEADER;
+        let _library_version = header.u16()?;
+        if long {
+            let needed = header.u16()?;
+            if needed > VERSION_NEEDED_MAX {
+                return Err(refused(format!(
+                    "it needs lzop version {needed:#06x}, above {VERSION_NEEDED_MAX:#06x}"
+                )));
+            }
+        }
+        let method = header.u8()?;
+        if long {
+            let _level = header.u8()?;
+        }
+        let flags = header.u32()?;
+        let filter = if flags & flag::FILTER != 0 { header.u32()? } else { 0 };
+        let _mode = header.u32()?;
+        let _time = header.u32()?;
+        if long {
+            let _time_high = header.u32()?;
+        }
+        let name_len = header.u8()?;
+        header.take(usize::from(name_len))?;
+        let expected = header_checksum(flags, &header.bytes);
+        if header.u32()? != expected {
+            return Err(invalid("header checksum does not match".to_owned()));
+        }
+        if flags & flag::EXTRA_FIELD != 0 {
+            self.skip_extra_field()?;
+        }
+        if !METHODS.contains(&method) {
+            return Err(refused(format!("compression method {method} is not LZO1X")));
+        }
+        if filter != 0 || flags & flag::MULTIPART != 0 {
+            let what =
+                if filter == 0 { "one part of several".to_owned() } else { format!("filter {filter}") };
+            return Err(refused(format!("{what} is not supported")));
+        }
+        self.members += 1;
+        Ok(Some(flags))
+    }
+
+    /// Reads a magic number; false where the file ends instead.
+    fn read_magic(&mut self, magic: &mut [u8; MAGIC.len()]) -> io::Result<bool> {
+        let mut filled = 0;
+        while filled < magic.len() {
+            match self.inner.read(&mut magic[filled..]) {
+                Ok(0) if filled == 0 && self.members > 0 => return Ok(false),
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => filled += count,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+            if magic[..filled] != MAGIC[..filled] {
+                return Err(invalid("bytes after the end".to_owned()));
+            }
+        }
+        Ok(true)
+    }
+
+    /// Its checksum is not looked at: lzop writes no such field, nothing says what it covers.
+    fn skip_extra_field(&mut self) -> io::Result<()> {
+        let mut extra = Header { inner: &mut self.inner, bytes: Vec::new() };
+        let len = extra.u32()?;
+        if len > MAX_EXTRA_LEN {
+            return Err(invalid(format!("extra field of {len} bytes, at most {MAX_EXTRA_LEN}")));
+        }
+        extra.take(len as usize)?;
+        let _checksum = extra.u32()?;
+        Ok(())
+    }
+
+    /// Reads and decodes a block; false at the end of the member.
+    fn read_block(&mut self, flags: u32) -> io::Result<bool> {
+        let plain_len = read_u32(&mut self.inner)?;
+        if plain_len == 0 {
+            return Ok(false);
+        }
+        let stored_len = read_u32(&mut self.inner)?;
+        if plain_len > MAX_BLOCK_LEN {
+            return Err(refused(format!("a block of {plain_len} bytes, at most {MAX_BLOCK_LEN}")));
+        }
+        if stored_len == 0 || stored_len > plain_len {
+            return Err(invalid(format!("a block of {plain_len} bytes is stored in {stored_len}")));
+        }
+        let is_compressed = stored_len < plain_len;
+        let plain_sums = Checksums::read(&mut self.inner, flags & flag::ADLER32_D, flags & flag::CRC32_D)?;
+        let stored_sums = if is_compressed {
+            Checksums::read(&mut self.inner, flags & flag::ADLER32_C, flags & flag::CRC32_C)?
+        } else {
+            Checksums::default()
+        };
+        // Nothing is handed out of a block that turns out to be damaged.
+        self.given = 0;
+        self.plain.clear();
+        self.stored.resize(stored_len as usize, 0);
+        self.inner.read_exact(&mut self.stored)?;
+        if !stored_sums.hold(&self.stored) {
+            return Err(invalid("checksum of a compressed block does not match".to_owned()));
+        }
+        if is_compressed {
+            self.plain.resize(plain_len as usize, 0);
+            match lzokay::decompress::decompress(&self.stored, &mut self.plain) {
+                Ok(len) if len == self.plain.len() => {}
+                result => {
+                    self.plain.clear();
+                    let why =
+                        result.map_or_else(|e| e.to_string(), |len| format!("{len} of {plain_len} bytes"));
+                    return Err(invalid(format!("a block can't be decompressed: {why}")));
+                }
+            }
+        } else {
+            std::mem::swap(&mut self.plain, &mut self.stored);
+        }
+        if !plain_sums.hold(&self.plain) {
+            self.plain.clear();
+            return Err(invalid("checksum of a block does not match".to_owned()));
+        }
+        Ok(true)
     }
 }
 
 impl<R: Read> Read for LzopReader<R> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.inner.read(buf)
+        while self.given == self.plain.len() && !matches!(self.state, State::Ended) && !buf.is_empty() {
+            self.advance().inspect_err(|_| {
+                self.plain.clear();
+                self.given = 0;
+                self.state = State::Failed;
+            })?;
+        }
+        let left = &self.plain[self.given..];
+        let count = left.len().min(buf.len());
+        buf[..count].copy_from_slice(&left[..count]);
+        self.given += count;
+        Ok(count)
     }
+}
+
+/// Checksums of a block, those that its flags ask for.
+#[derive(Default)]
+struct Checksums {
+    adler32: Option<u32>,
+    crc32: Option<u32>,
+}
+
+impl Checksums {
+    /// Adler-32 stands before CRC-32.
+    fn read(inner: &mut impl Read, has_adler32: u32, has_crc32: u32) -> io::Result<Self> {
+        let adler32 = if has_adler32 != 0 { Some(read_u32(inner)?) } else { None };
+        let crc32 = if has_crc32 != 0 { Some(read_u32(inner)?) } else { None };
+        Ok(Self { adler32, crc32 })
+    }
+
+    fn hold(&self, bytes: &[u8]) -> bool {
+        self.adler32.is_none_or(|sum| sum == adler2::adler32_slice(bytes))
+            && self.crc32.is_none_or(|sum| sum == crc32fast::hash(bytes))
+    }
+}
+
+fn header_checksum(flags: u32, bytes: &[u8]) -> u32 {
+    if flags & flag::HEADER_CRC32 != 0 { crc32fast::hash(bytes) } else { adler2::adler32_slice(bytes) }
+}
+
+/// Reads a header and keeps its bytes for the checksum.
+struct Header<'a, R> {
+    inner: &'a mut R,
+    bytes: Vec<u8>,
+}
+
+impl<R: Read> Header<'_, R> {
+    /// The next `len` bytes, which the caller has bounded.
+    fn take(&mut self, len: usize) -> io::Result<&[u8]> {
+        let start = self.bytes.len();
+        self.bytes.resize(start + len, 0);
+        self.inner.read_exact(&mut self.bytes[start..])?;
+        Ok(&self.bytes[start..])
+    }
+
+    fn number(&mut self, len: usize) -> io::Result<u32> {
+        Ok(self.take(len)?.iter().fold(0, |number, byte| number << 8 | u32::from(*byte)))
+    }
+
+    fn u8(&mut self) -> io::Result<u8> {
+        Ok(self.take(1)?[0])
+    }
+
+    fn u16(&mut self) -> io::Result<u16> {
+        // Two bytes make no more than 16 bits.
+        Ok(self.number(2)? as u16)
+    }
+
+    fn u32(&mut self) -> io::Result<u32> {
+        self.number(4)
+    }
+}
+
+fn read_u32(inner: &mut impl Read) -> io::Result<u32> {
+    let mut bytes = [0; 4];
+    inner.read_exact(&mut bytes)?;
+    Ok(u32::from_be_bytes(bytes))
+}
+
+fn invalid(message: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, message)
+}
+
+fn refused(message: String) -> io::Error {
+    Refusal::error(message, "decompress it with lzop -d first")
 }

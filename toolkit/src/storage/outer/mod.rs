@@ -128,23 +128,81 @@ pub fn open_seekable(compression: Compression, source: &Arc<dyn ReadAt>) -> Opti
     }
 }
 
-/// Puts the compression's name into decoding errors, and makes all of them `InvalidData`.
+/// A legal compressed file that is not served, within an [`io::Error`].
+#[derive(Debug)]
+pub(super) struct Refusal {
+    message: String,
+    hint: &'static str,
+}
+
+impl Refusal {
+    /// As an error that a reader returns.
+    fn error(message: String, hint: &'static str) -> io::Error {
+        io::Error::new(io::ErrorKind::Unsupported, Self { message, hint })
+    }
+
+    /// The refusal within `e`, if that is what it is, as an error for a person.
+    pub(super) fn within(e: &io::Error) -> Option<Error> {
+        let refusal = e.get_ref()?.downcast_ref::<Self>()?;
+        Some(Error::unsupported(refusal.message.clone()).hint(refusal.hint))
+    }
+}
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}; {}", self.message, self.hint)
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+/// Puts the compression's name into decoding errors, and makes those about the content `InvalidData`
+/// or a [`Refusal`].
 struct Named {
     compression: Compression,
     decoder: Box<dyn Read + Send>,
 }
 
+impl Named {
+    fn explain(&self, e: &io::Error) -> io::Error {
+        let name = self.compression.name();
+        let text = e.to_string();
+        if let Some(refusal) = e.get_ref().and_then(|inner| inner.downcast_ref::<Refusal>()) {
+            return Refusal::error(
+                format!("the {name} stream can't be read: {}", refusal.message),
+                refusal.hint,
+            );
+        }
+        match self.compression {
+            // The library's text for a window above the limit.
+            Compression::Zstd if text.contains("requires too much memory") => Refusal::error(
+                format!("the zstd stream needs a window above {} MiB", 1 << (ZSTD_WINDOW_LOG_MAX - 20)),
+                "decompress it with zstd -d --long=31 first",
+            ),
+            Compression::Xz if liblzma_code(e) == Some(liblzma::stream::Error::MemLimit) => Refusal::error(
+                format!("the xz stream needs more than {} MiB of memory to decode", XZ_MEMORY_LIMIT >> 20),
+                "decompress it with xz -d first",
+            ),
+            _ => io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("the {name} stream is damaged or cut short ({text})"),
+            ),
+        }
+    }
+}
+
+fn liblzma_code(e: &io::Error) -> Option<liblzma::stream::Error> {
+    e.get_ref()?.downcast_ref::<liblzma::stream::Error>().cloned()
+}
+
 impl Read for Named {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         self.decoder.read(buf).map_err(|e| {
-            if e.kind() == io::ErrorKind::Interrupted || e.raw_os_error().is_some() {
-                return e;
-            }
-            let name = self.compression.name();
-            io::Error::new(
-                io::ErrorKind::InvalidData,
-                format!("the {name} stream is damaged or cut short ({e})"),
-            )
+            use io::ErrorKind::{InvalidData, InvalidInput, Other, UnexpectedEof, Unsupported};
+            // Other kinds, and the operating system's own errors, are not about the content.
+            let content =
+                matches!(e.kind(), InvalidData | InvalidInput | Other | UnexpectedEof | Unsupported);
+            if content && e.raw_os_error().is_none() { self.explain(&e) } else { e }
         })
     }
 }

@@ -1,0 +1,198 @@
+//! lzop files made by lzop itself: read through, and never read wrongly.
+
+#![allow(clippy::unwrap_used)]
+
+mod oracle;
+
+use std::io::{Cursor, Read};
+use std::path::PathBuf;
+
+use imgtool_toolkit::conformance::{Content, Fill};
+use imgtool_toolkit::storage::outer::{Compression, decoder};
+use imgtool_toolkit::{ErrorKind, Input};
+
+fn decode(bytes: &[u8]) -> std::io::Result<Vec<u8>> {
+    let mut plain = Vec::new();
+    decoder(Compression::Lzop, Box::new(Cursor::new(bytes.to_vec()))).unwrap().read_to_end(&mut plain)?;
+    Ok(plain)
+}
+
+/// Text, noise and zeros: compressed and stored blocks.
+fn content() -> Vec<u8> {
+    let mut bytes = vec![0; 1_500_001];
+    let content = Content::zero()
+        .with(0..400_000, Fill::Text)
+        .with(500_000..1_100_000, Fill::Random)
+        .with(1_100_000..1_100_007, Fill::Byte(9));
+    content.read(&mut bytes, 0);
+    bytes
+}
+
+#[test]
+fn every_way_in_which_lzop_writes_is_read() {
+    let content = content();
+    let ways: &[&[&str]] = &[
+        &["-1"],
+        &["-3"],
+        &["-6"],
+        &["-7"],
+        &["-9"],
+        &["--crc32"],
+        &["-F"],
+        &["-CC"],
+        &["--crc32", "-C", "-9"],
+        &["--no-name"],
+        &["-P"],
+    ];
+    for way in ways {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("plain with a name");
+        std::fs::write(&path, &content).unwrap();
+        let mut args = way.to_vec();
+        let name = path.to_str().unwrap();
+        args.extend(["-c", name]);
+        let Some(packed) = oracle::run("lzop", &args, &[]) else { return };
+        assert_eq!(decode(&packed).unwrap(), content, "lzop {way:?}");
+        if let Some(piped) = oracle::run("lzop", &way[..], &content) {
+            assert_eq!(decode(&piped).unwrap(), content, "lzop {way:?} from a pipe");
+        }
+    }
+}
+
+#[test]
+fn empty_and_tiny_content_is_read() {
+    for len in [0, 1, 2, 3, 4, 100, 262_143, 262_144, 262_145] {
+        let content = &content()[..len];
+        let Some(packed) = oracle::run("lzop", &[], content) else { return };
+        assert_eq!(decode(&packed).unwrap(), content, "{len} bytes");
+    }
+}
+
+#[test]
+fn members_follow_each_other() {
+    let content = content();
+    let Some(first) = oracle::run("lzop", &["--crc32"], &content[..700_000]) else { return };
+    let second = oracle::run("lzop", &["-9"], &content[700_000..]).unwrap();
+    let empty = oracle::run("lzop", &[], &[]).unwrap();
+    let joined = [first, empty.clone(), second, empty].concat();
+    assert_eq!(decode(&joined).unwrap(), content);
+}
+
+#[test]
+fn cut_anywhere_is_an_error() {
+    let content = &content()[300_000..700_000];
+    let Some(first) = oracle::run("lzop", &[], content) else { return };
+    let both = [first.as_slice(), &first].concat();
+    let ends_of_members = [first.len(), both.len()];
+    let interesting =
+        (0..200).chain(first.len() - 200..first.len() + 200).chain((200..both.len()).step_by(4999));
+    for cut in interesting.filter(|cut| !ends_of_members.contains(cut)) {
+        assert!(decode(&both[..cut]).is_err(), "cut to {cut} of {}", both.len());
+    }
+}
+
+#[test]
+fn bytes_after_the_end_are_an_error() {
+    let Some(packed) = oracle::run("lzop", &[], b"content") else { return };
+    for tail in [
+        &b"\0"[..],
+        b"\0\0\0\0\0\0\0\0\0\0\0\0",
+        b"x",
+        &[0x89],
+        &[0x89, 0x4c, 0x5a, 0x4f, 0, 0x0d, 0x0a, 0x1a, 0x0a],
+    ] {
+        assert!(decode(&[&packed, tail].concat()).is_err(), "{tail:?}");
+    }
+}
+
+#[test]
+fn flipped_bits_are_errors_or_leave_the_content_alone() {
+    let content = &content()[350_000..560_000];
+    for way in [&["-C", "--crc32"][..], &["-C"], &["-9"]] {
+        let Some(packed) = oracle::run("lzop", way, content) else { return };
+        let mut unnoticed = 0;
+        for at in (0..100).chain((100..packed.len()).step_by(2503)) {
+            for bit in 0..8 {
+                let mut damaged = packed.clone();
+                damaged[at] ^= 1 << bit;
+                match decode(&damaged) {
+                    Err(_) => {}
+                    Ok(plain) => {
+                        assert_eq!(plain, content, "{way:?}: bit {bit} of byte {at} changes the content");
+                        unnoticed += 1;
+                    }
+                }
+            }
+        }
+        assert_eq!(unnoticed, 0, "{way:?}: header and blocks have checksums throughout");
+    }
+}
+
+#[test]
+fn without_checksums_nothing_panics() {
+    let content = &content()[300_000..500_000];
+    let Some(packed) = oracle::run("lzop", &["-F"], content) else { return };
+    for at in (0..packed.len()).step_by(311) {
+        for change in [0xff, 0x01, 0x80] {
+            let mut damaged = packed.clone();
+            damaged[at] ^= change;
+            let _ = decode(&damaged);
+        }
+    }
+}
+
+/// A header as lzop 1.04 writes it, with one number replaced, and its checksum made right.
+fn crafted(version_needed: u16, method: u8, flags: u32, blocks: &[u8]) -> Vec<u8> {
+    let mut header = vec![0x10, 0x40, 0x20, 0xa0];
+    header.extend(version_needed.to_be_bytes());
+    header.extend([method, 5]);
+    header.extend(flags.to_be_bytes());
+    if flags & 0x800 != 0 {
+        header.extend([0, 0, 0, 1]);
+    }
+    header.extend([0, 0, 0x81, 0xa4, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    let sum = adler2::adler32_slice(&header).to_be_bytes();
+    let magic = [0x89, 0x4c, 0x5a, 0x4f, 0x00, 0x0d, 0x0a, 0x1a, 0x0a];
+    let mut file = [&magic[..], &header, &sum].concat();
+    if flags & 0x40 != 0 {
+        file.extend([0, 0, 0, 3, b'a', b'b', b'c', 0, 0, 0, 0]);
+    }
+    file.extend(blocks);
+    file
+}
+
+const HELLO: [u8; 17] = [0, 0, 0, 5, 0, 0, 0, 5, b'h', b'e', b'l', b'l', b'o', 0, 0, 0, 0];
+
+#[test]
+fn what_is_not_served_is_refused_by_name() {
+    assert_eq!(decode(&crafted(0x0940, 1, 0, &HELLO)).unwrap(), b"hello");
+    assert_eq!(decode(&crafted(0x0940, 1, 0x40, &HELLO)).unwrap(), b"hello", "an extra field is passed over");
+    let large = [1, 0, 0, 1, 0, 0, 0, 5, 0];
+    let refusals = [
+        (crafted(0x1050, 1, 0, &HELLO), "needs lzop version 0x1050"),
+        (crafted(0x0940, 128, 0, &HELLO), "method 128"),
+        (crafted(0x0940, 1, 0x400, &HELLO), "one part of several"),
+        (crafted(0x0940, 1, 0x800, &HELLO), "filter 1"),
+        (crafted(0x0940, 1, 0, &large), "16777217 bytes, at most 16777216"),
+    ];
+    for (file, words) in refusals {
+        let error = Input::from_stream("x.lzo", Box::new(Cursor::new(file))).err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+        assert!(error.to_string().contains(words), "{error}");
+        assert!(error.hint_text().unwrap().contains("lzop -d"), "{error}");
+    }
+}
+
+#[test]
+fn a_real_archive_holds_the_same_in_every_compression() {
+    let fixtures = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../fixtures");
+    let read = |name: &str| {
+        let mut plain = Vec::new();
+        Input::open(&fixtures.join(name)).unwrap().into_stream().unwrap().read_to_end(&mut plain).unwrap();
+        plain
+    };
+    let zst = read("two-disks.vma.zst");
+    assert!(zst.starts_with(b"VMA\0"));
+    assert!(read("two-disks.vma.lzo") == zst);
+    assert!(read("two-disks.vma.gz") == zst);
+}
