@@ -12,16 +12,18 @@ mod image;
 pub use convert::ConvertArgs;
 pub use image::InfoArgs;
 
-/// Convert virtual-machine disk images and whole-VM archives, any to any, in one pass.
+/// The whole command line.
 #[derive(Debug, Parser)]
 #[command(
     name = "imgtool",
     version,
-    about,
+    about = "Converts virtual-machine disk images and whole-VM archives, any to any, in one pass",
     max_term_width = 100,
     propagate_version = false,
     disable_help_subcommand = true,
     subcommand_required = true,
+    subcommand_value_name = "VERB",
+    subcommand_help_heading = "Verbs",
     arg_required_else_help = true,
     after_help = "Formats are found by content and given by -f and -O; 'imgtool formats' lists them.\n\
                   'imgtool VERB --help' says more about a verb.",

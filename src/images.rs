@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::storage::outer;
 use imgtool_toolkit::{
-    Error, ExternalPolicy, Externals, Input, OpenOptions, Opened, Registry, Result,
+    DeviceKind, Error, ExternalPolicy, Externals, Input, OpenOptions, Opened, Registry, Result,
 };
 
 use crate::args::InputArgs;
@@ -47,12 +47,7 @@ pub fn input(path: &Path, format: Option<&str>) -> Result<Input> {
 ///
 /// # Errors
 /// Those of [`Registry::open`].
-pub fn open(
-    registry: &Registry,
-    path: &Path,
-    format: Option<&str>,
-    options: &OpenOptions,
-) -> Result<Opened> {
+pub fn open(registry: &Registry, path: &Path, format: Option<&str>, options: &OpenOptions) -> Result<Opened> {
     registry.open(input(path, format)?, format, options)
 }
 
@@ -97,4 +92,12 @@ pub fn without_compression(path: &Path) -> PathBuf {
 pub fn snapshot_name(text: &str) -> String {
     let bare = text.strip_prefix("snapshot.id=").or_else(|| text.strip_prefix("snapshot.name="));
     bare.unwrap_or(text).to_owned()
+}
+
+/// What a device stands for, in a word; the JSON has the same.
+pub fn kind_name(kind: DeviceKind) -> &'static str {
+    match kind {
+        DeviceKind::Disk => "disk",
+        DeviceKind::VmState => "vmstate",
+    }
 }

@@ -26,11 +26,21 @@ pub fn say(text: &str) {
 /// Prints an error: what and where, then what to do about it.
 pub fn error(error: &Error) {
     let label = if colours() { "\x1b[1;31merror:\x1b[0m" } else { "error:" };
-    let mut text = format!("imgtool: {label} {error}");
+    let mut text = format!("imgtool: {label} {}", without_errno(error));
     if let Some(hint) = error.hint_text() {
         let _ = write!(text, "\n  hint: {}", escape_control(hint));
     }
     say(&text);
+}
+
+/// The error's text; the number that the standard library adds to a message of the system says
+/// nothing that the message does not.
+fn without_errno(error: &Error) -> String {
+    let text = error.to_string();
+    match error.io_error().and_then(std::io::Error::raw_os_error) {
+        Some(number) => text.replacen(&format!(" (os error {number})"), "", 1),
+        None => text,
+    }
 }
 
 /// The exit code that an error stands for.
@@ -68,8 +78,8 @@ pub fn print_bytes(bytes: &[u8]) -> Result<()> {
 /// # Errors
 /// When it can't be written.
 pub fn print_json(value: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(value)
-        .map_err(|e| Error::io("write JSON", io::Error::other(e)))?;
+    let text =
+        serde_json::to_string_pretty(value).map_err(|e| Error::io("write JSON", io::Error::other(e)))?;
     print(&(text + "\n"))
 }
 
@@ -88,7 +98,8 @@ pub fn human_size(bytes: u64) -> String {
         v if v >= 9.995 => format!("{v:.1}"),
         v => format!("{v:.2}"),
     };
-    let digits = if digits.contains('.') { digits.trim_end_matches('0').trim_end_matches('.') } else { &digits };
+    let digits =
+        if digits.contains('.') { digits.trim_end_matches('0').trim_end_matches('.') } else { &digits };
     format!("{digits} {}", UNITS[unit])
 }
 

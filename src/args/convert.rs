@@ -30,14 +30,17 @@ output is left under its final name, and of several outputs all appear or none."
 
 /// `imgtool convert`.
 #[derive(Debug, Args)]
-#[command(after_long_help = EXAMPLES)]
+#[command(
+    override_usage = "imgtool convert [-f FMT] [-O FMT] [-o K=V,...] [-c] [OPTIONS] SOURCE... DEST",
+    after_long_help = EXAMPLES
+)]
 pub struct ConvertArgs {
     /// What to convert and where to: SOURCE... DEST
     ///
     /// A SOURCE is a path, or '-' for standard input; NAME=PATH names its device. DEST is a path, or
     /// '-' for standard output where the format can be streamed; it may be left out when every
     /// device has a --target.
-    #[arg(required = true, value_name = "SOURCE... DEST", num_args = 1..)]
+    #[arg(value_name = "PATH", num_args = 1..)]
     pub paths: Vec<OsString>,
 
     #[command(flatten)]

@@ -163,8 +163,8 @@ fn read_config(path: &Path) -> Result<Attachment> {
 
 fn rate_limit(args: &ConvertArgs) -> Result<Option<RateLimit>> {
     let Some(text) = &args.work.rate_limit else { return Ok(None) };
-    let rate = parse_size(text).filter(|rate| *rate > 0).ok_or_else(|| {
-        Error::usage(format!("-r takes bytes a second, such as 50M, not '{text}'"))
-    })?;
+    let rate = parse_size(text)
+        .filter(|rate| *rate > 0)
+        .ok_or_else(|| Error::usage(format!("-r takes bytes a second, such as 50M, not '{text}'")))?;
     Ok(Some(RateLimit::new(rate)))
 }

@@ -5,9 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use imgtool_toolkit::storage::outer;
-use imgtool_toolkit::{
-    Compress, Compression, CreateOptions, Driver, Error, Registry, Result, parse_size,
-};
+use imgtool_toolkit::{Compress, Compression, CreateOptions, Driver, Error, Registry, Result, parse_size};
 
 use crate::images;
 
@@ -132,8 +130,9 @@ fn check_outer(format: &Format) -> Result<()> {
     let Some(outer) = format.outer else { return Ok(()) };
     let name = outer.compression.name();
     if !matches!(outer.compression, Compression::Zstd | Compression::Gzip) {
-        return Err(Error::usage(format!("{name} is read, but not written"))
-            .hint("let DEST end in .zst (or .gz)"));
+        return Err(
+            Error::usage(format!("{name} is read, but not written")).hint("let DEST end in .zst (or .gz)")
+        );
     }
     if !format.driver.capabilities().stream_write {
         return Err(Error::usage(format!("{} can't be compressed as a whole", format.driver.name()))

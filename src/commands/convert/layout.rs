@@ -177,8 +177,8 @@ impl Request<'_> {
 
     /// The only device of this name.
     fn find(&self, name: &str) -> Result<usize> {
-        let mut found =
-            (0..self.taken.len()).filter(|i| self.taken[*i].name == name || self.taken[*i].device.name == name);
+        let mut found = (0..self.taken.len())
+            .filter(|i| self.taken[*i].name == name || self.taken[*i].device.name == name);
         match (found.next(), found.next()) {
             (Some(device), None) => Ok(device),
             (Some(_), Some(_)) => Err(Error::usage(format!("more than one device is called '{name}'"))),
@@ -219,8 +219,11 @@ impl Request<'_> {
 
     fn lay_out_archive(&self, path: &Path, rest: Vec<usize>, layout: &mut Layout) -> Result<()> {
         if self.in_place.is_some() {
-            return Err(Error::usage(format!("-n is for disks; a {} archive is always a new file", self.format.driver.name()))
-                .path(path));
+            return Err(Error::usage(format!(
+                "-n is for disks; a {} archive is always a new file",
+                self.format.driver.name()
+            ))
+            .path(path));
         }
         let limit = self.format.driver.capabilities().max_devices as usize;
         if rest.len() > limit {

@@ -25,7 +25,10 @@ impl SourceArg {
         let whole = Self { name: None, path: PathBuf::from(arg) };
         match arg.to_str().and_then(|text| text.split_once('=')) {
             Some((name, path))
-                if !name.is_empty() && !name.contains('/') && !path.is_empty() && !Path::new(arg).exists() =>
+                if !name.is_empty()
+                    && !name.contains('/')
+                    && !path.is_empty()
+                    && !Path::new(arg).exists() =>
             {
                 Self { name: Some(name.to_owned()), path: PathBuf::from(path) }
             }

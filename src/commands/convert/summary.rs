@@ -4,8 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use imgtool_toolkit::DeviceKind;
-use imgtool_toolkit::storage::os;
 use imgtool_toolkit::Result;
+use imgtool_toolkit::storage::os;
 use serde::Serialize;
 
 use super::layout::{Layout, Place, Target};

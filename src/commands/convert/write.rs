@@ -158,8 +158,9 @@ fn make_output(target: &Target, manifest: &Manifest, outputs: &mut Outputs, forc
         }
         Place::Stdout => {
             if io::stdout().is_terminal() {
-                return Err(Error::usage("standard output is a terminal")
-                    .hint("redirect it to a file or a pipe"));
+                return Err(
+                    Error::usage("standard output is a terminal").hint("redirect it to a file or a pipe")
+                );
             }
             let output = Output::from_writer("-", Box::new(io::stdout()));
             outputs.stream(output.clone());

@@ -1,0 +1,153 @@
+//! `info` for a person. The first lines are named as qemu-img names them.
+
+use std::fmt::Write as _;
+
+use imgtool_toolkit::error::escape_control;
+use imgtool_toolkit::{Fact, FactScope};
+use serde_json::Value;
+
+use super::Subject;
+use crate::images;
+use crate::report::{self, Align, exact_size, human_size};
+
+pub(super) fn page(subject: &Subject) -> String {
+    let info = subject.info();
+    let mut text = String::new();
+    line(&mut text, "image", &images::show(&subject.path));
+    let mut format = info.format.to_owned();
+    for compression in subject.compression.iter().rev() {
+        format.push_str(" in ");
+        format.push_str(compression.name());
+    }
+    line(&mut text, "file format", &format);
+    let open_ended = info.devices.iter().any(|device| device.open_ended);
+    let size =
+        if open_ended { "not known before the end".to_owned() } else { exact_size(subject.virtual_size()) };
+    line(&mut text, "virtual size", &size);
+    if let Some(bytes) = subject.actual_size() {
+        line(&mut text, "disk size", &human_size(bytes));
+    }
+    if let (Some(bytes), false) = (info.cluster_size, subject.is_archive) {
+        line(&mut text, "cluster size", &human_size(bytes));
+    }
+    facts(&mut text, 0, info.facts.iter().filter(|fact| fact.scope == FactScope::Image));
+    if subject.is_archive {
+        devices(&mut text, subject);
+        configurations(&mut text, subject);
+    }
+    let specific: Vec<&Fact> = info
+        .facts
+        .iter()
+        .filter(|fact| fact.scope == FactScope::Format && !(subject.is_archive && fact.key == "devices"))
+        .collect();
+    if !specific.is_empty() {
+        let _ = writeln!(text, "{}:", info.format);
+        facts(&mut text, 4, specific.into_iter());
+    }
+    for reference in &info.references {
+        let format = reference.format.as_deref().map(|f| format!(" ({f})")).unwrap_or_default();
+        line(&mut text, reference.role, &format!("{}{format}", reference.name));
+    }
+    for note in &info.notes {
+        line(&mut text, "note", note);
+    }
+    text
+}
+
+fn line(text: &mut String, label: &str, value: &str) {
+    let _ = writeln!(text, "{label}: {}", escape_control(value));
+}
+
+fn devices(text: &mut String, subject: &Subject) {
+    let info = subject.info();
+    let known = info.facts.iter().find(|fact| fact.key == "devices").map(|fact| &fact.value);
+    let stored = |id: u32| -> Option<u64> {
+        let rows = known?.as_array()?;
+        let row = rows.iter().find(|row| row.get("dev-id").and_then(Value::as_u64) == Some(id.into()))?;
+        row.get("stored-bytes")?.as_u64()
+    };
+    text.push_str("devices:\n");
+    let rows: Vec<Vec<String>> = info
+        .devices
+        .iter()
+        .map(|device| {
+            let share = stored(device.id.0).map(|s| format!("{} stored", human_size(s))).unwrap_or_default();
+            let size = exact_size(device.size);
+            vec![device.name.clone(), images::kind_name(device.kind).to_owned(), size, share]
+        })
+        .collect();
+    if rows.is_empty() {
+        text.push_str("    none\n");
+    }
+    text.push_str(&report::table(4, &[("", Align::Left); 4], &rows));
+}
+
+fn configurations(text: &mut String, subject: &Subject) {
+    let rows: Vec<Vec<String>> = subject
+        .info()
+        .attachments
+        .iter()
+        .map(|attachment| vec![attachment.name.clone(), format!("{} bytes", attachment.data.len())])
+        .collect();
+    text.push_str("configurations:\n");
+    if rows.is_empty() {
+        text.push_str("    none\n");
+    }
+    text.push_str(&report::table(4, &[("", Align::Left), ("", Align::Right)], &rows));
+}
+
+fn facts<'a>(text: &mut String, indent: usize, facts: impl Iterator<Item = &'a Fact>) {
+    for fact in facts {
+        value(text, indent, fact.label, &fact.value);
+    }
+}
+
+/// One fact; lists and objects below it, further in.
+fn value(text: &mut String, indent: usize, label: &str, fact: &Value) {
+    let pad = " ".repeat(indent);
+    let label = escape_control(label);
+    match fact {
+        Value::Array(items) if items.iter().any(Value::is_object) => {
+            let _ = writeln!(text, "{pad}{label}:");
+            text.push_str(&objects(indent + 4, items));
+        }
+        Value::Object(map) => {
+            let _ = writeln!(text, "{pad}{label}:");
+            for (key, inner) in map {
+                value(text, indent + 4, key, inner);
+            }
+        }
+        plain => {
+            let _ = writeln!(text, "{pad}{label}: {}", escape_control(&scalar(plain)));
+        }
+    }
+}
+
+fn scalar(value: &Value) -> String {
+    match value {
+        Value::Null => "-".to_owned(),
+        Value::Bool(flag) => if *flag { "yes" } else { "no" }.to_owned(),
+        Value::String(text) => text.clone(),
+        Value::Array(items) => items.iter().map(scalar).collect::<Vec<_>>().join(", "),
+        other => other.to_string(),
+    }
+}
+
+/// A list of objects as a table, headed by the keys of the first.
+fn objects(indent: usize, items: &[Value]) -> String {
+    let keys: Vec<&String> = items.iter().filter_map(Value::as_object).flat_map(|map| map.keys()).fold(
+        Vec::new(),
+        |mut keys, key| {
+            if !keys.contains(&key) {
+                keys.push(key);
+            }
+            keys
+        },
+    );
+    let columns: Vec<(&str, Align)> = keys.iter().map(|key| (key.as_str(), Align::Left)).collect();
+    let rows: Vec<Vec<String>> = items
+        .iter()
+        .map(|item| keys.iter().map(|key| item.get(*key).map(scalar).unwrap_or_default()).collect())
+        .collect();
+    report::table(indent, &columns, &rows)
+}
