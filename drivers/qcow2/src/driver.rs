@@ -1,0 +1,73 @@
+//! The driver: what the registry knows of the format.
+
+use imgtool_toolkit::{
+    Capabilities, CheckReport, Confidence, CreateOptions, Driver, ImageSink, ImageSource, Input, Manifest,
+    Measure, OpenOptions, OptionSpec, Output, Result,
+};
+
+use crate::options::{OPTIONS, SIZE_MULTIPLE};
+use crate::sink::Qcow2Sink;
+use crate::source::Qcow2Source;
+use crate::{check, measure, probe};
+
+/// QEMU's qcow2 format.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Qcow2Driver;
+
+impl Driver for Qcow2Driver {
+    fn name(&self) -> &'static str {
+        crate::FORMAT
+    }
+
+    fn description(&self) -> &'static str {
+        "QEMU copy-on-write, versions 2 and 3"
+    }
+
+    fn extensions(&self) -> &'static [&'static str] {
+        &["qcow2", "qcow"]
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            read: true,
+            write: true,
+            stream_read: false,
+            stream_write: false,
+            max_devices: 1,
+            attachments: false,
+            compression: true,
+            open_ended: true,
+            size_multiple: SIZE_MULTIPLE,
+            check: true,
+        }
+    }
+
+    fn options(&self) -> &'static [OptionSpec] {
+        OPTIONS
+    }
+
+    fn probe(&self, head: &[u8], _len: Option<u64>) -> Option<Confidence> {
+        probe::probe(head)
+    }
+
+    fn open(&self, input: Input, options: &OpenOptions) -> Result<Box<dyn ImageSource>> {
+        Ok(Box::new(Qcow2Source::open(input, options)?))
+    }
+
+    fn create(
+        &self,
+        output: Output,
+        manifest: &Manifest,
+        options: &CreateOptions,
+    ) -> Result<Box<dyn ImageSink>> {
+        Ok(Box::new(Qcow2Sink::create(output, manifest, options)?))
+    }
+
+    fn check(&self, input: Input, options: &OpenOptions) -> Result<CheckReport> {
+        check::check(input, options)
+    }
+
+    fn measure(&self, source: &dyn ImageSource, options: &CreateOptions) -> Result<Measure> {
+        measure::measure(source, options)
+    }
+}

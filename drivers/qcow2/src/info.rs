@@ -1,0 +1,166 @@
+//! What `info` says of an image, under qemu-img's names.
+
+use std::path::Path;
+
+use imgtool_toolkit::{ImageInfo, RandomInput, Reference};
+use serde_json::{Map, Value, json};
+
+use crate::layout::bitmap::Bitmap;
+use crate::layout::header::{
+    AUTOCLEAR_DATA_FILE_RAW, COMPATIBLE_LAZY_REFCOUNTS, Encryption, Header, INCOMPATIBLE_CORRUPT,
+    INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_DIRTY,
+};
+use crate::layout::snapshot::Snapshot;
+
+/// Facts, notes and references; the devices are the caller's.
+pub fn describe(
+    input: &RandomInput,
+    header: &Header,
+    snapshots: &[Snapshot],
+    bitmaps: &[Bitmap],
+    wanted: Option<&Snapshot>,
+) -> ImageInfo {
+    let mut info = ImageInfo {
+        format: crate::FORMAT,
+        cluster_size: Some(header.shape.cluster_size()),
+        ..ImageInfo::default()
+    };
+    describe_names(&mut info, input.path(), header);
+    if header.encryption != Encryption::None {
+        info.top_fact("encrypted", "encrypted", true);
+    }
+    info.top_fact("dirty-flag", "dirty", header.has(INCOMPATIBLE_DIRTY));
+    if !snapshots.is_empty() {
+        let list: Vec<Value> = snapshots.iter().map(snapshot_fact).collect();
+        info.top_fact("snapshots", "snapshots", list);
+    }
+    describe_format(&mut info, header, bitmaps);
+    info.notes = notes(header, snapshots, bitmaps, wanted);
+    info
+}
+
+fn describe_names(info: &mut ImageInfo, path: &Path, header: &Header) {
+    let extensions = &header.extensions;
+    if let Some(name) = &header.backing_file {
+        info.top_fact("backing-filename", "backing file", name.clone());
+        info.top_fact("full-backing-filename", "backing file path", full_name(path, name));
+        if let Some(format) = &extensions.backing_format {
+            info.top_fact("backing-filename-format", "backing file format", format.clone());
+        }
+        info.references.push(Reference {
+            role: "backing file",
+            name: name.clone(),
+            format: extensions.backing_format.clone(),
+        });
+    }
+    if header.has(INCOMPATIBLE_DATA_FILE) {
+        info.references.push(Reference {
+            role: "data file",
+            name: extensions.data_file.clone().unwrap_or_default(),
+            format: Some("raw".to_owned()),
+        });
+    }
+}
+
+/// A relative name is relative to the image's directory. A URL or `json:` name stays as it is.
+fn full_name(path: &Path, name: &str) -> String {
+    let has_protocol = name.split_once(':').is_some_and(|(before, _)| !before.contains('/'));
+    match path.parent() {
+        Some(directory) if !has_protocol => directory.join(name).to_string_lossy().into_owned(),
+        _ => name.to_owned(),
+    }
+}
+
+fn describe_format(info: &mut ImageInfo, header: &Header, bitmaps: &[Bitmap]) {
+    let compression = match header.compression {
+        Ok(compression) => compression.name().to_owned(),
+        Err(number) => format!("unknown ({number})"),
+    };
+    if header.version < 3 {
+        info.fact("compat", "compat", "0.10");
+        info.fact("compression-type", "compression type", compression);
+        info.fact("refcount-bits", "refcount bits", header.refcount_bits());
+    } else {
+        info.fact("compat", "compat", "1.1");
+        info.fact("compression-type", "compression type", compression);
+        info.fact("lazy-refcounts", "lazy refcounts", header.compatible & COMPATIBLE_LAZY_REFCOUNTS != 0);
+        if !bitmaps.is_empty() {
+            let list: Vec<Value> = bitmaps.iter().map(bitmap_fact).collect();
+            info.fact("bitmaps", "bitmaps", list);
+        }
+        info.fact("refcount-bits", "refcount bits", header.refcount_bits());
+        if header.has(INCOMPATIBLE_DATA_FILE) {
+            if let Some(name) = &header.extensions.data_file {
+                info.fact("data-file", "data file", name.clone());
+            }
+            info.fact("data-file-raw", "data file raw", header.autoclear & AUTOCLEAR_DATA_FILE_RAW != 0);
+        }
+        info.fact("corrupt", "corrupt", header.has(INCOMPATIBLE_CORRUPT));
+        info.fact("extended-l2", "extended l2", header.shape.extended_l2);
+    }
+    if header.encryption != Encryption::None {
+        let format = if header.encryption == Encryption::Aes { "aes" } else { "luks" };
+        info.fact("encrypt", "encryption", json!({ "format": format }));
+    }
+}
+
+fn snapshot_fact(snapshot: &Snapshot) -> Value {
+    let mut fact = Map::new();
+    fact.insert("id".into(), snapshot.id.clone().into());
+    fact.insert("name".into(), snapshot.name.clone().into());
+    fact.insert("vm-state-size".into(), snapshot.vm_state_size.into());
+    fact.insert("date-sec".into(), snapshot.date_sec.into());
+    fact.insert("date-nsec".into(), snapshot.date_nsec.into());
+    fact.insert("vm-clock-sec".into(), (snapshot.vm_clock_nsec / 1_000_000_000).into());
+    fact.insert("vm-clock-nsec".into(), (snapshot.vm_clock_nsec % 1_000_000_000).into());
+    if let Some(icount) = snapshot.icount {
+        fact.insert("icount".into(), icount.into());
+    }
+    fact.into()
+}
+
+fn bitmap_fact(bitmap: &Bitmap) -> Value {
+    let mut flags = Vec::new();
+    if bitmap.in_use {
+        flags.push("in-use");
+    }
+    if bitmap.auto {
+        flags.push("auto");
+    }
+    json!({ "name": bitmap.name, "granularity": bitmap.granularity, "flags": flags })
+}
+
+fn notes(
+    header: &Header,
+    snapshots: &[Snapshot],
+    bitmaps: &[Bitmap],
+    wanted: Option<&Snapshot>,
+) -> Vec<String> {
+    let mut notes = Vec::new();
+    if let Some(snapshot) = wanted {
+        notes.push(format!("the content is that of snapshot {} ({})", snapshot.id, snapshot.name));
+    }
+    if header.has(INCOMPATIBLE_DIRTY) {
+        notes.push("the image was not closed cleanly; its content is read as it is".to_owned());
+    }
+    if header.has(INCOMPATIBLE_CORRUPT) {
+        notes.push("the image is marked corrupt: its content may be wrong".to_owned());
+    }
+    if header.unknown_features() != 0 {
+        notes.push(format!("it needs features that are not known: {}", header.feature_list(header.unknown_features())));
+    }
+    let left = snapshots.len() - usize::from(wanted.is_some());
+    if left > 0 {
+        let (noun, verb) = plural(left, "snapshot");
+        notes.push(format!("{left} internal {noun} {verb} not part of the content"));
+    }
+    if !bitmaps.is_empty() {
+        let (noun, verb) = plural(bitmaps.len(), "bitmap");
+        notes.push(format!("{} persistent {noun} {verb} not part of the content", bitmaps.len()));
+    }
+    notes
+}
+
+fn plural(count: usize, noun: &str) -> (String, &'static str) {
+    if count == 1 { (noun.to_owned(), "is") } else { (format!("{noun}s"), "are") }
+}

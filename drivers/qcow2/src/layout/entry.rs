@@ -1,0 +1,336 @@
+//! L1 and L2 entries. The types own the masks; nobody else looks at bits.
+
+use super::{SECTOR, SUBCLUSTERS};
+
+/// Specification, "L1 table entry" and "Standard Cluster Descriptor": bits 9-55 are a host offset.
+const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+/// Specification: bit 63, the refcount is exactly one.
+const COPIED: u64 = 1 << 63;
+/// Specification: bit 62 of an L2 entry, the cluster is compressed.
+const COMPRESSED: u64 = 1 << 62;
+/// Specification: bit 0 of a standard cluster descriptor, the cluster reads as zeros.
+const ZERO: u64 = 1;
+/// Specification: bits of an L1 entry that are 0.
+const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+/// Specification: bits of a standard L2 entry that are 0.
+const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
+/// Specification: bits of a refcount table entry that are 0.
+const REFCOUNT_TABLE_RESERVED: u64 = 0x1ff;
+
+/// The shape of the two-level mapping, which cluster size and entry format decide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// 9..=21.
+    pub cluster_bits: u32,
+    /// L2 entries are 16 bytes long and know subclusters.
+    pub extended_l2: bool,
+}
+
+impl Shape {
+    /// Bytes in a cluster.
+    pub fn cluster_size(self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// Entries of an L2 table, as a power of two.
+    pub fn l2_bits(self) -> u32 {
+        self.cluster_bits - if self.extended_l2 { 4 } else { 3 }
+    }
+
+    /// Entries of an L2 table.
+    pub fn l2_entries(self) -> u64 {
+        1 << self.l2_bits()
+    }
+
+    /// Words of eight bytes in one L2 entry.
+    pub fn l2_entry_words(self) -> usize {
+        if self.extended_l2 { 2 } else { 1 }
+    }
+
+    /// Guest bytes that one L2 table describes, as a power of two (at most 2^39).
+    pub fn l2_reach_bits(self) -> u32 {
+        self.cluster_bits + self.l2_bits()
+    }
+
+    /// Bytes in a subcluster (of a whole cluster without extended L2 entries).
+    pub fn subcluster_size(self) -> u64 {
+        if self.extended_l2 { self.cluster_size() / SUBCLUSTERS } else { self.cluster_size() }
+    }
+
+    /// L1 entries that `virtual_size` bytes need.
+    pub fn l1_entries(self, virtual_size: u64) -> u64 {
+        virtual_size.div_ceil(1 << self.l2_reach_bits())
+    }
+
+    /// The part of `offset` within its cluster.
+    pub fn within_cluster(self, offset: u64) -> u64 {
+        offset & (self.cluster_size() - 1)
+    }
+
+    /// Specification, "Compressed Clusters Descriptor": x = 62 - (cluster_bits - 8).
+    fn compressed_offset_bits(self) -> u32 {
+        62 - (self.cluster_bits - 8)
+    }
+}
+
+/// An entry of the L1 table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct L1Entry(pub u64);
+
+impl L1Entry {
+    /// Points to an L2 table of refcount one.
+    pub fn new(l2_offset: u64) -> Self {
+        Self(l2_offset | COPIED)
+    }
+
+    /// Where the L2 table starts; 0: there is none.
+    pub fn l2_offset(self) -> u64 {
+        self.0 & OFFSET_MASK
+    }
+
+    /// Whether it says that the L2 table's refcount is one.
+    pub fn is_copied(self) -> bool {
+        self.0 & COPIED != 0
+    }
+
+    /// Bits that must be 0 and are not.
+    pub fn reserved(self) -> u64 {
+        self.0 & L1_RESERVED
+    }
+}
+
+/// The first eight bytes of an L2 entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct L2Entry(pub u64);
+
+/// Where compressed data stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CompressedPlace {
+    /// Its first byte.
+    pub host_offset: u64,
+    /// At most so many bytes: the data ends somewhere in the last sector.
+    pub max_len: u64,
+}
+
+impl L2Entry {
+    /// Nothing is known about the cluster.
+    pub const UNALLOCATED: Self = Self(0);
+    /// The cluster reads as zeros (version 3, without extended L2 entries).
+    pub const ZEROS: Self = Self(ZERO);
+
+    /// Data at a host cluster of refcount one.
+    pub fn data(host_offset: u64) -> Self {
+        Self(host_offset | COPIED)
+    }
+
+    /// Compressed data; `None` when the offset is beyond what the descriptor holds.
+    pub fn compressed(shape: Shape, place: CompressedPlace) -> Option<Self> {
+        let bits = shape.compressed_offset_bits();
+        if place.max_len == 0 || place.host_offset >> bits.min(56) != 0 {
+            return None;
+        }
+        let last = place.host_offset.checked_add(place.max_len - 1)?;
+        let additional = last / SECTOR - place.host_offset / SECTOR;
+        (additional >> (62 - bits) == 0).then_some(Self(COMPRESSED | additional << bits | place.host_offset))
+    }
+
+    /// Whether it is a compressed cluster.
+    pub fn is_compressed(self) -> bool {
+        self.0 & COMPRESSED != 0
+    }
+
+    /// Whether it says that the refcount is one.
+    pub fn is_copied(self) -> bool {
+        self.0 & COPIED != 0
+    }
+
+    /// The zero flag of a standard cluster descriptor.
+    pub fn reads_as_zeros(self) -> bool {
+        self.0 & ZERO != 0
+    }
+
+    /// The host offset of a standard cluster; 0: none.
+    pub fn host_offset(self) -> u64 {
+        self.0 & OFFSET_MASK
+    }
+
+    /// Bits of a standard descriptor that must be 0 and are not.
+    pub fn reserved(self) -> u64 {
+        self.0 & L2_RESERVED
+    }
+
+    /// The place of compressed data.
+    pub fn compressed_place(self, shape: Shape) -> CompressedPlace {
+        let bits = shape.compressed_offset_bits();
+        let host_offset = self.0 & ((1 << bits) - 1);
+        let additional = (self.0 & (COMPRESSED - 1)) >> bits;
+        CompressedPlace { host_offset, max_len: (additional + 1) * SECTOR - host_offset % SECTOR }
+    }
+}
+
+/// The second eight bytes of an extended L2 entry: the status of each subcluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Subclusters(pub u64);
+
+/// What one subcluster is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SubclusterStatus {
+    /// Data in the file.
+    Allocated,
+    /// Reads as zeros.
+    Zero,
+    /// The backing file's, or zeros.
+    Unallocated,
+    /// Both bits are set, which the specification forbids.
+    Invalid,
+}
+
+impl Subclusters {
+    /// All subclusters hold data.
+    pub const ALL_ALLOCATED: Self = Self(0xffff_ffff);
+    /// All subclusters read as zeros.
+    pub const ALL_ZERO: Self = Self(0xffff_ffff << 32);
+
+    /// The status of subcluster `index` and how many from there on share it.
+    pub fn run(self, index: u32) -> (SubclusterStatus, u32) {
+        let allocated = (self.0 & 0xffff_ffff) as u32 >> index;
+        let zero = (self.0 >> 32) as u32 >> index;
+        let same = |bits: u32| if bits & 1 == 1 { bits.trailing_ones() } else { bits.trailing_zeros() };
+        let len = same(allocated).min(same(zero)).min(SUBCLUSTERS as u32 - index);
+        let status = match (allocated & 1, zero & 1) {
+            (1, 1) => SubclusterStatus::Invalid,
+            (1, _) => SubclusterStatus::Allocated,
+            (_, 1) => SubclusterStatus::Zero,
+            _ => SubclusterStatus::Unallocated,
+        };
+        (status, len)
+    }
+
+    /// Marks `count` subclusters from `first` on as holding data.
+    pub fn allocate(&mut self, first: u32, count: u32) {
+        let mask = ((1u64 << count) - 1) << first;
+        self.0 = (self.0 | mask) & !(mask << 32);
+    }
+
+    /// Marks subclusters that hold no data as zeros.
+    pub fn zero_the_rest(&mut self) {
+        self.0 |= (!self.0 & 0xffff_ffff) << 32;
+    }
+
+    /// Whether a subcluster holds data.
+    pub fn any_allocated(self) -> bool {
+        self.0 & 0xffff_ffff != 0
+    }
+
+    /// Whether a subcluster is both.
+    pub fn is_invalid(self) -> bool {
+        self.0 & (self.0 >> 32) & 0xffff_ffff != 0
+    }
+}
+
+/// An entry of the refcount table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RefcountTableEntry(pub u64);
+
+impl RefcountTableEntry {
+    /// Where the refcount block starts; 0: there is none.
+    pub fn block_offset(self) -> u64 {
+        self.0 & !REFCOUNT_TABLE_RESERVED
+    }
+
+    /// Bits that must be 0 and are not.
+    pub fn reserved(self) -> u64 {
+        self.0 & REFCOUNT_TABLE_RESERVED
+    }
+}
+
+/// Entry `index` of a refcount block of `1 << order` bits an entry.
+///
+/// Specification: entries narrower than a byte fill it from the least significant bit.
+pub fn refcount(block: &[u8], order: u32, index: usize) -> u64 {
+    if order >= 3 {
+        let width = 1usize << (order - 3);
+        let bytes = block.get(index * width..(index + 1) * width).unwrap_or_default();
+        bytes.iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
+    } else {
+        let per_byte = 8 >> order;
+        let byte = block.get(index / per_byte).copied().unwrap_or_default();
+        let shift = (index % per_byte) << order;
+        u64::from(byte >> shift) & ((1 << (1 << order)) - 1)
+    }
+}
+
+/// Sets entry `index` of a refcount block to `value`, which fits.
+pub fn set_refcount(block: &mut [u8], order: u32, index: usize, value: u64) {
+    if order >= 3 {
+        let width = 1usize << (order - 3);
+        let bytes = value.to_be_bytes();
+        block[index * width..(index + 1) * width].copy_from_slice(&bytes[8 - width..]);
+    } else {
+        let per_byte = 8 >> order;
+        let shift = (index % per_byte) << order;
+        let mask = (((1u32 << (1 << order)) - 1) as u8) << shift;
+        let byte = &mut block[index / per_byte];
+        *byte = *byte & !mask | (value as u8) << shift;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn compressed_descriptors_keep_offset_and_sectors() {
+        for cluster_bits in 9..=21 {
+            let shape = Shape { cluster_bits, extended_l2: false };
+            for (host_offset, max_len) in [(1u64 << 20, 1), ((1 << 20) + 511, 2), (777_777, 1 << cluster_bits)] {
+                let entry = L2Entry::compressed(shape, CompressedPlace { host_offset, max_len }).unwrap();
+                let place = entry.compressed_place(shape);
+                assert!(entry.is_compressed() && !entry.is_copied());
+                assert_eq!(place.host_offset, host_offset);
+                assert_eq!(
+                    host_offset + place.max_len,
+                    (host_offset + max_len).next_multiple_of(SECTOR),
+                    "cluster_bits {cluster_bits}"
+                );
+            }
+        }
+        let shape = Shape { cluster_bits: 21, extended_l2: false };
+        assert!(L2Entry::compressed(shape, CompressedPlace { host_offset: 1 << 49, max_len: 9 }).is_none());
+    }
+
+    #[test]
+    fn refcounts_of_every_width() {
+        for order in 0..=6 {
+            let mut block = vec![0u8; 512];
+            let max = if order == 6 { u64::MAX } else { (1 << (1 << order)) - 1 };
+            set_refcount(&mut block, order, 5, max);
+            set_refcount(&mut block, order, 6, 1);
+            assert_eq!(refcount(&block, order, 5), max);
+            assert_eq!(refcount(&block, order, 6), 1);
+            assert_eq!(refcount(&block, order, 4), 0);
+            assert_eq!(refcount(&block, order, 7), 0);
+            set_refcount(&mut block, order, 5, 0);
+            assert_eq!(refcount(&block, order, 5), 0);
+        }
+        // A 2-bit block as qemu-img writes it: five clusters with one reference each.
+        assert_eq!((0..6).map(|i| refcount(&[0x55, 0x01], 1, i)).collect::<Vec<_>>(), [1, 1, 1, 1, 1, 0]);
+    }
+
+    #[test]
+    fn subcluster_runs() {
+        let mut bits = Subclusters::default();
+        assert_eq!(bits.run(0), (SubclusterStatus::Unallocated, 32));
+        bits.allocate(4, 2);
+        assert_eq!(bits.run(0), (SubclusterStatus::Unallocated, 4));
+        assert_eq!(bits.run(5), (SubclusterStatus::Allocated, 1));
+        bits.zero_the_rest();
+        assert_eq!(bits.run(6), (SubclusterStatus::Zero, 26));
+        assert!(!bits.is_invalid());
+        bits.allocate(0, 32);
+        assert_eq!(bits, Subclusters::ALL_ALLOCATED);
+        assert_eq!(bits.run(0), (SubclusterStatus::Allocated, 32));
+        assert_eq!(Subclusters(1 << 32 | 1).run(0), (SubclusterStatus::Invalid, 1));
+    }
+}

@@ -1,0 +1,212 @@
+//! Header extensions: names, features, and pointers to more.
+
+use super::{be32, be64};
+use imgtool_toolkit::{Error, Result};
+
+/// Specification, "Header extensions": types.
+const END: u32 = 0;
+const BACKING_FORMAT: u32 = 0xe279_2aca;
+const FEATURE_NAMES: u32 = 0x6803_f857;
+const BITMAPS: u32 = 0x2385_2875;
+const DATA_FILE: u32 = 0x4441_5441;
+
+/// Specification, "Feature name table": bytes of an entry.
+const FEATURE_ENTRY: usize = 48;
+
+/// What the extensions of an image say.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Extensions {
+    /// The backing file's format.
+    pub backing_format: Option<String>,
+    /// The external data file's name.
+    pub data_file: Option<String>,
+    /// Names of feature bits.
+    pub feature_names: Vec<FeatureName>,
+    /// Where the bitmaps are.
+    pub bitmaps: Option<BitmapsPointer>,
+}
+
+/// Which of the three feature fields a name is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FeatureKind {
+    /// Must be understood.
+    Incompatible,
+    /// May be ignored.
+    Compatible,
+    /// May be ignored by readers, is cleared by writers.
+    Autoclear,
+}
+
+/// One entry of the feature name table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FeatureName {
+    /// The field.
+    pub kind: FeatureKind,
+    /// The bit, 0..=63.
+    pub bit: u8,
+    /// Its name; not trusted.
+    pub name: String,
+}
+
+/// The bitmaps extension.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BitmapsPointer {
+    /// How many bitmaps.
+    pub count: u32,
+    /// Bytes of the directory.
+    pub directory_len: u64,
+    /// Where it starts.
+    pub directory_offset: u64,
+}
+
+impl Extensions {
+    /// From the bytes between the header and what follows it, at `area_offset` in the file.
+    pub fn parse(area: &[u8], area_offset: u64) -> Result<Self> {
+        let mut found = Self::default();
+        let mut at = 0usize;
+        while let (Some(kind), Some(len)) = (be32(area, at), be32(area, at + 4)) {
+            if kind == END {
+                break;
+            }
+            let place = area_offset + at as u64;
+            let start = at + 8;
+            let data = usize::try_from(len).ok().and_then(|len| area.get(start..start.checked_add(len)?));
+            let Some(data) = data else {
+                return Err(Error::malformed(format!(
+                    "header extension {kind:#010x} has {len} bytes where {} are left",
+                    area.len() - start
+                ))
+                .at(place));
+            };
+            found.take(kind, data, place)?;
+            at = start + data.len().next_multiple_of(8);
+        }
+        Ok(found)
+    }
+
+    fn take(&mut self, kind: u32, data: &[u8], place: u64) -> Result<()> {
+        match kind {
+            BACKING_FORMAT => self.backing_format = Some(string(data)),
+            DATA_FILE => self.data_file = Some(string(data)),
+            FEATURE_NAMES => {
+                for entry in data.chunks_exact(FEATURE_ENTRY) {
+                    let kind = match entry[0] {
+                        0 => FeatureKind::Incompatible,
+                        1 => FeatureKind::Compatible,
+                        2 => FeatureKind::Autoclear,
+                        _ => continue,
+                    };
+                    self.feature_names.push(FeatureName { kind, bit: entry[1], name: string(&entry[2..]) });
+                }
+            }
+            BITMAPS => {
+                let (Some(count), Some(directory_len), Some(directory_offset)) =
+                    (be32(data, 0), be64(data, 8), be64(data, 16))
+                else {
+                    return Err(Error::malformed(format!(
+                        "the bitmaps extension has {} bytes, not 24",
+                        data.len()
+                    ))
+                    .at(place));
+                };
+                self.bitmaps = Some(BitmapsPointer { count, directory_len, directory_offset });
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// The name of a feature bit, from the image's own table.
+    pub fn feature_name(&self, kind: FeatureKind, bit: u32) -> Option<&str> {
+        self.feature_names
+            .iter()
+            .find(|known| known.kind == kind && u32::from(known.bit) == bit)
+            .map(|known| known.name.as_str())
+    }
+
+    /// The bytes of the extensions with the one that ends them; without feature names when `room`
+    /// is too little for them, as they are only there for messages.
+    pub fn encode(&self, room: usize) -> Vec<u8> {
+        let mut bytes = self.encode_all();
+        if bytes.len() > room && !self.feature_names.is_empty() {
+            bytes = Self { feature_names: Vec::new(), ..self.clone() }.encode_all();
+        }
+        bytes
+    }
+
+    fn encode_all(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        if let Some(format) = &self.backing_format {
+            push(&mut bytes, BACKING_FORMAT, format.as_bytes());
+        }
+        if let Some(name) = &self.data_file {
+            push(&mut bytes, DATA_FILE, name.as_bytes());
+        }
+        if !self.feature_names.is_empty() {
+            let mut table = Vec::new();
+            for feature in &self.feature_names {
+                let mut entry = [0u8; FEATURE_ENTRY];
+                entry[0] = match feature.kind {
+                    FeatureKind::Incompatible => 0,
+                    FeatureKind::Compatible => 1,
+                    FeatureKind::Autoclear => 2,
+                };
+                entry[1] = feature.bit;
+                let name = &feature.name.as_bytes()[..feature.name.len().min(FEATURE_ENTRY - 2)];
+                entry[2..2 + name.len()].copy_from_slice(name);
+                table.extend_from_slice(&entry);
+            }
+            push(&mut bytes, FEATURE_NAMES, &table);
+        }
+        push(&mut bytes, END, &[]);
+        bytes
+    }
+}
+
+fn push(bytes: &mut Vec<u8>, kind: u32, data: &[u8]) {
+    bytes.extend_from_slice(&kind.to_be_bytes());
+    // Names and tables of ours are below a cluster.
+    bytes.extend_from_slice(&(data.len() as u32).to_be_bytes());
+    bytes.extend_from_slice(data);
+    bytes.resize(bytes.len().next_multiple_of(8), 0);
+}
+
+/// Text up to the first zero byte.
+fn string(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn what_is_encoded_is_parsed() {
+        let extensions = Extensions {
+            backing_format: Some("raw".into()),
+            data_file: Some("a file.raw".into()),
+            feature_names: vec![FeatureName {
+                kind: FeatureKind::Incompatible,
+                bit: 0,
+                name: "dirty bit".into(),
+            }],
+            bitmaps: None,
+        };
+        let bytes = extensions.encode(4096);
+        assert_eq!(bytes.len() % 8, 0);
+        assert_eq!(Extensions::parse(&bytes, 112).unwrap(), extensions);
+        assert!(Extensions::parse(&extensions.encode(60), 112).unwrap().feature_names.is_empty());
+    }
+
+    #[test]
+    fn an_extension_beyond_the_cluster_is_rejected() {
+        let mut bytes = Vec::new();
+        bytes.extend_from_slice(&DATA_FILE.to_be_bytes());
+        bytes.extend_from_slice(&u32::MAX.to_be_bytes());
+        bytes.extend_from_slice(&[0; 64]);
+        assert!(Extensions::parse(&bytes, 104).is_err());
+        assert_eq!(Extensions::parse(&[1, 2, 3], 104).unwrap(), Extensions::default());
+    }
+}

@@ -1,0 +1,416 @@
+//! The header: fields, features, and the limits that everything else relies on.
+
+use imgtool_toolkit::{Error, RandomInput, Result};
+use zerocopy::byteorder::big_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::entry::Shape;
+use super::extension::{Extensions, FeatureKind, FeatureName};
+use super::{
+    MAX_BACKING_NAME, MAX_CLUSTER_BITS, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS,
+    MIN_CLUSTER_BITS, MIN_EXTENDED_L2_CLUSTER_BITS,
+};
+
+/// Specification: the magic string.
+pub const MAGIC: [u8; 4] = *b"QFI\xfb";
+
+/// Specification: bytes of a version 2 header.
+pub const V2_HEADER_LEN: u32 = 72;
+/// Specification: the fewest bytes of a version 3 header.
+const V3_MIN_HEADER_LEN: u32 = 104;
+/// Bytes of the header that this program knows, and writes for version 3.
+pub const V3_HEADER_LEN: u32 = 112;
+
+/// Specification: incompatible feature bits.
+pub const INCOMPATIBLE_DIRTY: u64 = 1;
+/// The structures may be damaged.
+pub const INCOMPATIBLE_CORRUPT: u64 = 1 << 1;
+/// Guest data is in another file.
+pub const INCOMPATIBLE_DATA_FILE: u64 = 1 << 2;
+/// Compressed clusters are not deflate.
+pub const INCOMPATIBLE_COMPRESSION_TYPE: u64 = 1 << 3;
+/// L2 entries know subclusters.
+pub const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
+const INCOMPATIBLE_KNOWN: u64 = 0x1f;
+/// Compatible feature: refcounts may be written late.
+pub const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1;
+/// Autoclear feature: the bitmaps are consistent.
+pub const AUTOCLEAR_BITMAPS: u64 = 1;
+/// Autoclear feature: the data file is a raw image of its own.
+pub const AUTOCLEAR_DATA_FILE_RAW: u64 = 1 << 1;
+
+/// The header as it stands in the file.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct RawHeader {
+    /// 0
+    pub magic: [u8; 4],
+    /// 4
+    pub version: U32,
+    /// 8
+    pub backing_file_offset: U64,
+    /// 16
+    pub backing_file_size: U32,
+    /// 20
+    pub cluster_bits: U32,
+    /// 24
+    pub size: U64,
+    /// 32
+    pub crypt_method: U32,
+    /// 36: entries
+    pub l1_size: U32,
+    /// 40
+    pub l1_table_offset: U64,
+    /// 48
+    pub refcount_table_offset: U64,
+    /// 56
+    pub refcount_table_clusters: U32,
+    /// 60
+    pub nb_snapshots: U32,
+    /// 64
+    pub snapshots_offset: U64,
+    /// 72: from here on only in version 3
+    pub incompatible_features: U64,
+    /// 80
+    pub compatible_features: U64,
+    /// 88
+    pub autoclear_features: U64,
+    /// 96
+    pub refcount_order: U32,
+    /// 100
+    pub header_length: U32,
+    /// 104: if `header_length` reaches so far
+    pub compression_type: u8,
+    /// 105
+    pub padding: [u8; 7],
+}
+
+const _: () = assert!(size_of::<RawHeader>() == V3_HEADER_LEN as usize);
+
+/// How guest data is encrypted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encryption {
+    /// Not at all.
+    None,
+    /// QEMU's old AES-CBC.
+    Aes,
+    /// LUKS.
+    Luks,
+}
+
+/// How compressed clusters are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CompressionType {
+    /// Deflate without a header, which QEMU calls zlib.
+    Zlib,
+    /// Zstandard frames.
+    Zstd,
+}
+
+impl CompressionType {
+    /// QEMU's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            CompressionType::Zlib => "zlib",
+            CompressionType::Zstd => "zstd",
+        }
+    }
+}
+
+/// A checked header: every offset aligned, every count within its limit.
+#[derive(Debug, Clone)]
+pub struct Header {
+    /// 2 or 3.
+    pub version: u32,
+    /// Cluster size and entry format.
+    pub shape: Shape,
+    /// Bytes that the guest sees.
+    pub virtual_size: u64,
+    /// How guest data is encrypted.
+    pub encryption: Encryption,
+    /// The active L1 table: offset and entries.
+    pub l1_offset: u64,
+    /// Entries of the active L1 table.
+    pub l1_entries: u32,
+    /// Where the refcount table starts.
+    pub refcount_table_offset: u64,
+    /// Its clusters.
+    pub refcount_table_clusters: u32,
+    /// Where the snapshot table starts.
+    pub snapshots_offset: u64,
+    /// Snapshots in it.
+    pub snapshot_count: u32,
+    /// Feature bits.
+    pub incompatible: u64,
+    /// Feature bits.
+    pub compatible: u64,
+    /// Feature bits.
+    pub autoclear: u64,
+    /// A refcount has 2^order bits.
+    pub refcount_order: u32,
+    /// How compressed clusters are compressed; the number itself when it is unknown.
+    pub compression: Result<CompressionType, u8>,
+    /// The backing file's name; not trusted.
+    pub backing_file: Option<String>,
+    /// What the extensions say.
+    pub extensions: Extensions,
+}
+
+impl Header {
+    /// Reads and checks the header.
+    pub fn read(input: &RandomInput) -> Result<Self> {
+        let mut bytes = [0u8; V3_HEADER_LEN as usize];
+        let available = input.len().min(u64::from(V3_HEADER_LEN)) as usize;
+        input.read_exact_at(&mut bytes[..available], 0)?;
+        if available < 8 || bytes[..4] != MAGIC {
+            return Err(Error::wrong_format("is not a qcow2 image: the magic number is missing"));
+        }
+        if available < V2_HEADER_LEN as usize {
+            return Err(
+                Error::corrupt(format!("the file ends within the header, after {available} bytes")).at(0)
+            );
+        }
+        let raw = RawHeader::read_from_bytes(&bytes)
+            .map_err(|_| Error::malformed("the header has a wrong length"))?;
+        let version = raw.version.get();
+        if version == 1 {
+            return Err(Error::unsupported("is a QCOW version 1 image, a format before qcow2")
+                .hint("convert it with qemu-img first: qemu-img convert -f qcow -O qcow2"));
+        }
+        if version != 2 && version != 3 {
+            return Err(Error::unsupported(format!("qcow2 version {version} is not known, only 2 and 3")).at(4));
+        }
+        Self::from_raw(&raw, version, input)
+    }
+
+    fn from_raw(raw: &RawHeader, version: u32, input: &RandomInput) -> Result<Self> {
+        let cluster_bits = raw.cluster_bits.get();
+        if !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&cluster_bits) {
+            return Err(Error::malformed(format!(
+                "cluster_bits is {cluster_bits}, not within {MIN_CLUSTER_BITS}..{MAX_CLUSTER_BITS}"
+            ))
+            .at(20));
+        }
+        let header_len = header_len(raw, version, 1 << cluster_bits)?;
+        let v3 = version >= 3;
+        let field = |value: u64| if v3 { value } else { 0 };
+        let incompatible = field(raw.incompatible_features.get());
+        let compression_type = if v3 && header_len > V3_MIN_HEADER_LEN { raw.compression_type } else { 0 };
+        let shape = Shape { cluster_bits, extended_l2: incompatible & INCOMPATIBLE_EXTENDED_L2 != 0 };
+        let mut header = Self {
+            version,
+            shape,
+            virtual_size: raw.size.get(),
+            encryption: encryption(raw.crypt_method.get())?,
+            l1_offset: raw.l1_table_offset.get(),
+            l1_entries: raw.l1_size.get(),
+            refcount_table_offset: raw.refcount_table_offset.get(),
+            refcount_table_clusters: raw.refcount_table_clusters.get(),
+            snapshots_offset: raw.snapshots_offset.get(),
+            snapshot_count: raw.nb_snapshots.get(),
+            incompatible,
+            compatible: field(raw.compatible_features.get()),
+            autoclear: field(raw.autoclear_features.get()),
+            refcount_order: if v3 { raw.refcount_order.get() } else { 4 },
+            compression: match compression_type {
+                0 => Ok(CompressionType::Zlib),
+                1 => Ok(CompressionType::Zstd),
+                other => Err(other),
+            },
+            backing_file: None,
+            extensions: Extensions::default(),
+        };
+        header.check_limits(compression_type)?;
+        header.read_names(raw, header_len, input)?;
+        Ok(header)
+    }
+
+    /// Every field within its bounds.
+    fn check_limits(&self, compression_type: u8) -> Result<()> {
+        let cluster_size = self.shape.cluster_size();
+        if self.shape.extended_l2 && self.shape.cluster_bits < MIN_EXTENDED_L2_CLUSTER_BITS {
+            return Err(Error::malformed(format!(
+                "clusters of {cluster_size} bytes are too small for extended L2 entries; they need 16384"
+            ))
+            .at(20));
+        }
+        if self.refcount_order > 6 {
+            return Err(
+                Error::malformed(format!("refcount_order is {}, above 6", self.refcount_order)).at(96)
+            );
+        }
+        let flagged = self.incompatible & INCOMPATIBLE_COMPRESSION_TYPE != 0;
+        if flagged != (compression_type != 0) {
+            return Err(Error::malformed(format!(
+                "compression_type is {compression_type}, which contradicts the compression type feature bit"
+            ))
+            .at(104));
+        }
+        check_table("the L1 table", self.l1_offset, u64::from(self.l1_entries) * 8, MAX_L1_BYTES, cluster_size, 40)?;
+        check_table(
+            "the refcount table",
+            self.refcount_table_offset,
+            u64::from(self.refcount_table_clusters) * cluster_size,
+            MAX_REFCOUNT_TABLE_BYTES,
+            cluster_size,
+            48,
+        )?;
+        if self.snapshot_count > MAX_SNAPSHOTS {
+            return Err(Error::limit(format!("{} snapshots, above {MAX_SNAPSHOTS}", self.snapshot_count)).at(60));
+        }
+        if self.snapshot_count > 0 {
+            check_table("the snapshot table", self.snapshots_offset, 0, u64::MAX, cluster_size, 64)?;
+        }
+        let needed = self.shape.l1_entries(self.virtual_size);
+        if u64::from(self.l1_entries) < needed {
+            return Err(Error::malformed(format!(
+                "the L1 table has {} entries, but {} bytes of disk need {needed}",
+                self.l1_entries, self.virtual_size
+            ))
+            .at(36));
+        }
+        Ok(())
+    }
+
+    /// Extensions and the backing file's name: the rest of the first cluster.
+    fn read_names(&mut self, raw: &RawHeader, header_len: u32, input: &RandomInput) -> Result<()> {
+        let cluster_size = self.shape.cluster_size();
+        let (name_offset, name_len) = (raw.backing_file_offset.get(), raw.backing_file_size.get());
+        let first = input.read_vec(0, usize::try_from(input.len().min(cluster_size)).unwrap_or(0))?;
+        let mut area_end = first.len();
+        if name_offset != 0 {
+            let end = name_offset.checked_add(u64::from(name_len)).filter(|end| *end <= cluster_size);
+            let (Some(end), true) = (end, name_len <= MAX_BACKING_NAME) else {
+                return Err(Error::malformed(format!(
+                    "the backing file's name ({name_len} bytes at {name_offset}) is longer than {MAX_BACKING_NAME} bytes or leaves the first cluster"
+                ))
+                .at(8));
+            };
+            let name = usize::try_from(name_offset).ok().zip(usize::try_from(end).ok());
+            let Some(name) = name.and_then(|(start, end)| first.get(start..end)) else {
+                return Err(Error::corrupt("the file ends within the backing file's name").at(name_offset));
+            };
+            self.backing_file = Some(String::from_utf8_lossy(name).into_owned()).filter(|name| !name.is_empty());
+            area_end = area_end.min(usize::try_from(name_offset).unwrap_or(area_end));
+        }
+        if let Some(area) = first.get(header_len as usize..area_end) {
+            self.extensions = Extensions::parse(area, u64::from(header_len))?;
+        }
+        Ok(())
+    }
+
+    /// Refuses, by name, what can't be read.
+    pub fn check_readable(&self, force: bool) -> Result<()> {
+        let unknown = self.incompatible & !INCOMPATIBLE_KNOWN;
+        if unknown != 0 {
+            let names = self.feature_list(unknown);
+            return Err(Error::unsupported(format!("the image needs features that are not known: {names}"))
+                .at(72)
+                .hint("a newer version of this program or of qemu-img may know them"));
+        }
+        if self.incompatible & INCOMPATIBLE_CORRUPT != 0 && !force {
+            return Err(Error::refused("the image is marked corrupt")
+                .at(72)
+                .hint("repair a copy with 'qemu-img check -r all', or read it as it is with --force"));
+        }
+        if let Err(number) = self.compression {
+            return Err(Error::unsupported(format!("compression type {number} is not known")).at(104));
+        }
+        let encryption = match self.encryption {
+            Encryption::None => return Ok(()),
+            Encryption::Aes => "AES",
+            Encryption::Luks => "LUKS",
+        };
+        Err(Error::unsupported(format!("the image is encrypted ({encryption})"))
+            .at(32)
+            .hint("decrypt it with qemu-img first: qemu-img convert --object secret,… --image-opts …"))
+    }
+
+    /// The names of incompatible feature bits, from the image's own table where it has them.
+    pub fn feature_list(&self, bits: u64) -> String {
+        let names: Vec<String> = (0..64)
+            .filter(|bit| bits >> bit & 1 == 1)
+            .map(|bit| match self.extensions.feature_name(FeatureKind::Incompatible, bit) {
+                Some(name) if !name.is_empty() => format!("'{name}' (bit {bit})"),
+                _ => format!("bit {bit}"),
+            })
+            .collect();
+        names.join(", ")
+    }
+
+    /// Incompatible feature bits that this program does not know.
+    pub fn unknown_features(&self) -> u64 {
+        self.incompatible & !INCOMPATIBLE_KNOWN
+    }
+
+    /// Whether an incompatible feature is on.
+    pub fn has(&self, incompatible: u64) -> bool {
+        self.incompatible & incompatible != 0
+    }
+
+    /// Bits of a refcount.
+    pub fn refcount_bits(&self) -> u32 {
+        1 << self.refcount_order
+    }
+}
+
+fn header_len(raw: &RawHeader, version: u32, cluster_size: u64) -> Result<u32> {
+    if version == 2 {
+        return Ok(V2_HEADER_LEN);
+    }
+    let len = raw.header_length.get();
+    if len < V3_MIN_HEADER_LEN || !len.is_multiple_of(8) || u64::from(len) > cluster_size {
+        return Err(Error::malformed(format!(
+            "header_length is {len}, not a multiple of 8 within {V3_MIN_HEADER_LEN}..{cluster_size}"
+        ))
+        .at(100));
+    }
+    Ok(len)
+}
+
+fn encryption(method: u32) -> Result<Encryption> {
+    match method {
+        0 => Ok(Encryption::None),
+        1 => Ok(Encryption::Aes),
+        2 => Ok(Encryption::Luks),
+        other => Err(Error::unsupported(format!("encryption method {other} is not known")).at(32)),
+    }
+}
+
+/// A table of `len` bytes at `offset`, named by the header field at `field`.
+pub fn check_table(
+    what: &str,
+    offset: u64,
+    len: u64,
+    max_len: u64,
+    cluster_size: u64,
+    field: u64,
+) -> Result<()> {
+    if len > max_len {
+        return Err(Error::limit(format!("{what} has {len} bytes, above {max_len}")).at(field));
+    }
+    // QEMU's limit and ours: offsets are file positions, so below 2^63.
+    let fits = offset.checked_add(len).is_some_and(|end| i64::try_from(end).is_ok());
+    if !offset.is_multiple_of(cluster_size) || !fits {
+        return Err(Error::malformed(format!(
+            "{what} is at {offset}, which is no multiple of the cluster size {cluster_size} or too large"
+        ))
+        .at(field));
+    }
+    Ok(())
+}
+
+/// The feature names that this program writes, as the specification and QEMU word them.
+pub fn known_feature_names() -> Vec<FeatureName> {
+    let names: [(FeatureKind, u8, &str); 8] = [
+        (FeatureKind::Incompatible, 0, "dirty bit"),
+        (FeatureKind::Incompatible, 1, "corrupt bit"),
+        (FeatureKind::Incompatible, 2, "external data file"),
+        (FeatureKind::Incompatible, 3, "compression type"),
+        (FeatureKind::Incompatible, 4, "extended L2 entries"),
+        (FeatureKind::Compatible, 0, "lazy refcounts"),
+        (FeatureKind::Autoclear, 0, "bitmaps"),
+        (FeatureKind::Autoclear, 1, "raw external data"),
+    ];
+    names.into_iter().map(|(kind, bit, name)| FeatureName { kind, bit, name: name.into() }).collect()
+}

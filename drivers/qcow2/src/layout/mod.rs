@@ -1,0 +1,77 @@
+//! The structures of a qcow2 file as the specification ("Qcow2 Image File Format", QEMU's
+//! docs/interop/qcow2) defines them. Everything is big-endian. No I/O happens here except reading
+//! the header's own cluster.
+
+pub mod bitmap;
+pub mod entry;
+pub mod extension;
+pub mod header;
+pub mod snapshot;
+
+/// Specification: a sector, the unit in which the length of compressed data is counted.
+pub const SECTOR: u64 = 512;
+
+/// QEMU's limit on the bytes of an L1 table.
+pub const MAX_L1_BYTES: u64 = 32 << 20;
+
+/// QEMU's limit on the bytes of the refcount table.
+pub const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+
+/// Specification, "backing_file_size": the longest name.
+pub const MAX_BACKING_NAME: u32 = 1023;
+
+/// QEMU's limit on internal snapshots.
+pub const MAX_SNAPSHOTS: u32 = 65_536;
+
+/// QEMU's limit on the bytes of the snapshot table.
+pub const MAX_SNAPSHOT_TABLE_BYTES: u64 = 64 << 20;
+
+/// QEMU's limit on bitmaps.
+pub const MAX_BITMAPS: u32 = 65_535;
+
+/// Ours: the bytes of a bitmap directory that are read; QEMU's own limit is 64 MiB for 65535 bitmaps.
+pub const MAX_BITMAP_DIRECTORY_BYTES: u64 = 64 << 20;
+
+/// Specification: the smallest cluster is 2^9 bytes.
+pub const MIN_CLUSTER_BITS: u32 = 9;
+
+/// QEMU's limit: the largest cluster is 2^21 bytes.
+pub const MAX_CLUSTER_BITS: u32 = 21;
+
+/// Specification: extended L2 entries need clusters of at least 2^14 bytes.
+pub const MIN_EXTENDED_L2_CLUSTER_BITS: u32 = 14;
+
+/// Specification: subclusters of a cluster with extended L2 entries.
+pub const SUBCLUSTERS: u64 = 32;
+
+/// A number from eight big-endian bytes at `at`; `None` beyond the end.
+pub fn be64(bytes: &[u8], at: usize) -> Option<u64> {
+    let field = bytes.get(at..at.checked_add(8)?)?;
+    Some(u64::from_be_bytes(field.try_into().ok()?))
+}
+
+/// A number from four big-endian bytes at `at`; `None` beyond the end.
+pub fn be32(bytes: &[u8], at: usize) -> Option<u32> {
+    let field = bytes.get(at..at.checked_add(4)?)?;
+    Some(u32::from_be_bytes(field.try_into().ok()?))
+}
+
+/// A number from two big-endian bytes at `at`; `None` beyond the end.
+pub fn be16(bytes: &[u8], at: usize) -> Option<u16> {
+    let field = bytes.get(at..at.checked_add(2)?)?;
+    Some(u16::from_be_bytes(field.try_into().ok()?))
+}
+
+/// A table of eight-byte entries.
+pub fn decode_table(bytes: &[u8]) -> Vec<u64> {
+    let (entries, _) = bytes.as_chunks::<8>();
+    entries.iter().map(|entry| u64::from_be_bytes(*entry)).collect()
+}
+
+/// The bytes of a table of eight-byte entries.
+pub fn encode_table(entries: &[u64], bytes: &mut Vec<u8>) {
+    bytes.reserve(entries.len() * 8);
+    for entry in entries {
+        bytes.extend_from_slice(&entry.to_be_bytes());
+    }
+}

@@ -1,0 +1,200 @@
+//! The two-level mapping from guest to host: L1 and L2 tables.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use imgtool_toolkit::{Error, RandomInput, Result};
+
+use crate::l2_cache::L2Cache;
+use crate::layout::entry::{CompressedPlace, L1Entry, L2Entry, Shape, SubclusterStatus, Subclusters};
+use crate::layout::{MAX_L1_BYTES, decode_table};
+
+/// Bytes of L2 tables kept for one image. Ours: the pipeline works on a window of neighbours, so few
+/// are needed; 8 MiB cover 64 GiB of disk with clusters of 64 KiB.
+const L2_CACHE_BYTES: u64 = 8 << 20;
+
+/// What a guest range is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mapped {
+    /// Bytes of the data file as they are, from this offset on.
+    Data {
+        /// The host offset of the run's first byte.
+        host_offset: u64,
+    },
+    /// Reads as zeros, whatever a backing file holds.
+    Zero,
+    /// The backing file's, or zeros.
+    Unallocated,
+    /// A part of one compressed cluster.
+    Compressed(CompressedPlace),
+}
+
+/// A run of one status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// Guest bytes, never 0.
+    pub len: u64,
+    /// What they are.
+    pub mapped: Mapped,
+}
+
+/// One state of the disk: the active one or a snapshot's.
+pub struct Mapping {
+    input: RandomInput,
+    shape: Shape,
+    version: u32,
+    /// Guest data is in another file, at the guest's own offsets.
+    external_data: bool,
+    l1: Vec<u64>,
+    cache: L2Cache,
+}
+
+impl Mapping {
+    /// Reads the L1 table; its place has been checked. `depth`: images above this one in a chain,
+    /// which share the memory for L2 tables.
+    pub fn read(
+        input: RandomInput,
+        shape: Shape,
+        version: u32,
+        external_data: bool,
+        l1_offset: u64,
+        l1_entries: u32,
+        depth: usize,
+    ) -> Result<Self> {
+        let len = u64::from(l1_entries) * 8;
+        debug_assert!(len <= MAX_L1_BYTES);
+        let l1 = match usize::try_from(len) {
+            Ok(0) => Vec::new(),
+            Ok(len) => decode_table(&input.read_vec(l1_offset, len)?),
+            Err(_) => return Err(Error::limit("the L1 table does not fit into memory")),
+        };
+        let cache = L2Cache::new(L2_CACHE_BYTES / (depth as u64 + 1), shape.cluster_size());
+        Ok(Self { input, shape, version, external_data, l1, cache })
+    }
+
+    /// Whether an L2 table has to be looked at for `guest_offset`.
+    pub fn has_l2(&self, guest_offset: u64) -> bool {
+        self.l1_entry(guest_offset).l2_offset() != 0
+    }
+
+    /// The first run of `range`, which is not empty: as long as one L2 table says the same.
+    pub fn run(&self, range: Range<u64>) -> Result<Run> {
+        let reach = 1u64 << self.shape.l2_reach_bits();
+        let mut table_end = (range.start & !(reach - 1)).saturating_add(reach).min(range.end);
+        if !self.has_l2(range.start) {
+            while table_end < range.end && !self.has_l2(table_end) {
+                table_end = table_end.saturating_add(reach).min(range.end);
+            }
+            return Ok(Run { len: table_end - range.start, mapped: Mapped::Unallocated });
+        }
+        let table = self.l2_table(range.start)?;
+        let mut run = self.unit(&table, range.start)?;
+        while range.start + run.len < table_end {
+            let next = self.unit(&table, range.start + run.len)?;
+            let continues = match (run.mapped, next.mapped) {
+                (Mapped::Data { host_offset }, Mapped::Data { host_offset: next }) => {
+                    host_offset.checked_add(run.len) == Some(next)
+                }
+                (Mapped::Zero, Mapped::Zero) | (Mapped::Unallocated, Mapped::Unallocated) => true,
+                _ => false,
+            };
+            if !continues {
+                break;
+            }
+            run.len += next.len;
+        }
+        run.len = run.len.min(table_end - range.start);
+        Ok(run)
+    }
+
+    fn l1_entry(&self, guest_offset: u64) -> L1Entry {
+        let index = usize::try_from(guest_offset >> self.shape.l2_reach_bits()).unwrap_or(usize::MAX);
+        // The header's check made sure that the table covers the disk.
+        L1Entry(self.l1.get(index).copied().unwrap_or(0))
+    }
+
+    fn l2_table(&self, guest_offset: u64) -> Result<Arc<[u64]>> {
+        let offset = self.l1_entry(guest_offset).l2_offset();
+        if let Some(table) = self.cache.get(offset) {
+            return Ok(table);
+        }
+        let cluster_size = self.shape.cluster_size();
+        let reach = 1u64 << self.shape.l2_reach_bits();
+        let first = guest_offset & !(reach - 1);
+        let guest = first..first.saturating_add(reach);
+        if !offset.is_multiple_of(cluster_size) {
+            return Err(Error::corrupt(format!(
+                "an L2 table is at {offset}, which is no multiple of the cluster size {cluster_size}"
+            ))
+            .guest(guest)
+            .at(offset));
+        }
+        // A cluster is at most 2 MiB.
+        let bytes = self.input.read_vec(offset, cluster_size as usize).map_err(|e| e.guest(guest))?;
+        let table: Arc<[u64]> = decode_table(&bytes).into();
+        self.cache.put(offset, Arc::clone(&table));
+        Ok(table)
+    }
+
+    /// What the cluster or the subclusters at `guest_offset` are, from there to their end.
+    fn unit(&self, table: &[u64], guest_offset: u64) -> Result<Run> {
+        let shape = self.shape;
+        let words = shape.l2_entry_words();
+        let index = (guest_offset >> shape.cluster_bits & (shape.l2_entries() - 1)) as usize * words;
+        let entry = L2Entry(table.get(index).copied().unwrap_or(0));
+        let within = shape.within_cluster(guest_offset);
+        let rest = shape.cluster_size() - within;
+        let cluster = guest_offset - within;
+        let bad = |what: String| {
+            Err(Error::corrupt(what).guest(cluster..cluster.saturating_add(shape.cluster_size())))
+        };
+        if entry.is_compressed() {
+            if self.external_data {
+                return bad("a compressed cluster in an image with an external data file".into());
+            }
+            return Ok(Run { len: rest, mapped: Mapped::Compressed(entry.compressed_place(shape)) });
+        }
+        let host_cluster = entry.host_offset();
+        if !host_cluster.is_multiple_of(shape.cluster_size()) {
+            return bad(format!(
+                "the cluster's data is at {host_cluster}, which is no multiple of the cluster size {}",
+                shape.cluster_size()
+            ));
+        }
+        // Offset 0 is a place only in an external data file.
+        let has_host = host_cluster != 0 || (self.external_data && entry.is_copied());
+        if self.external_data && has_host && host_cluster != cluster {
+            return bad(format!("the cluster is at {host_cluster} of the data file instead of {cluster}"));
+        }
+        let data = Mapped::Data { host_offset: host_cluster + within };
+        if !shape.extended_l2 {
+            let mapped = match (entry.reads_as_zeros(), has_host) {
+                (true, _) if self.version < 3 => {
+                    return bad("a zero cluster in a version 2 image".into());
+                }
+                (true, _) => Mapped::Zero,
+                (false, true) => data,
+                (false, false) => Mapped::Unallocated,
+            };
+            return Ok(Run { len: rest, mapped });
+        }
+        let bitmap = Subclusters(table.get(index + 1).copied().unwrap_or(0));
+        let subcluster_size = shape.subcluster_size();
+        // Below 32.
+        let first = (within / subcluster_size) as u32;
+        let (status, count) = bitmap.run(first);
+        let len = (u64::from(first) + u64::from(count)) * subcluster_size - within;
+        let mapped = match status {
+            SubclusterStatus::Allocated if has_host => data,
+            SubclusterStatus::Allocated => {
+                return bad("subclusters are marked as data, but the cluster has no place".into());
+            }
+            SubclusterStatus::Zero => Mapped::Zero,
+            SubclusterStatus::Unallocated => Mapped::Unallocated,
+            SubclusterStatus::Invalid => {
+                return bad(format!("subcluster {first} is marked as data and as zeros"));
+            }
+        };
+        Ok(Run { len, mapped })
+    }
+}

@@ -1,0 +1,79 @@
+//! How many bytes an image will need.
+
+use imgtool_toolkit::{CreateOptions, Error, ImageSource, Measure, RandomAccess, Result};
+
+use crate::layout::entry::Shape;
+use crate::options::{Preallocation, SIZE_MULTIPLE, WriteOptions};
+
+/// What an image of `source` needs, and would need with every cluster allocated; counted as
+/// qemu-img counts: all tables at full size, compression left out.
+pub fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Result<Measure> {
+    let options = WriteOptions::parse(options)?;
+    let [device] = source.info().devices.as_slice() else {
+        return Err(Error::unsupported(format!(
+            "qcow2 holds one device, not {}",
+            source.info().devices.len()
+        )));
+    };
+    let size = device.size.checked_next_multiple_of(SIZE_MULTIPLE);
+    let Some(size) = size else { return Err(Error::limit("the disk is too large")) };
+    options.check_size(size)?;
+    let shape = options.shape;
+    let cluster_size = shape.cluster_size();
+    let too_large = || Error::limit("the disk is too large");
+    let guest = size.checked_next_multiple_of(cluster_size).ok_or_else(too_large)?;
+    let tables = tables_len(shape, guest, options.refcount_order);
+    let fully_allocated = tables.checked_add(guest).ok_or_else(too_large)?;
+    let random = source.random().ok_or_else(|| Error::unsupported("a stream can't be measured"))?;
+    let data = if options.preallocation == Preallocation::Off {
+        data_clusters(random, device.id, device.size, cluster_size)? * cluster_size
+    } else {
+        guest
+    };
+    Ok(Measure { required: tables + data, fully_allocated })
+}
+
+/// Bytes of header, L1, L2 and refcount structures for `guest` bytes, all allocated.
+fn tables_len(shape: Shape, guest: u64, refcount_order: u32) -> u64 {
+    let cluster_size = shape.cluster_size();
+    let l2_tables = shape.l1_entries(guest);
+    let l1_clusters = (l2_tables * 8).div_ceil(cluster_size);
+    let counted = 1 + l2_tables + l1_clusters + guest / cluster_size;
+    let entries = (cluster_size * 8) >> refcount_order;
+    let (mut blocks, mut table) = (0, 0);
+    // Refcount structures count themselves; both only grow, by less each time round.
+    loop {
+        let wanted_blocks = (counted + blocks + table).div_ceil(entries);
+        let wanted_table = (wanted_blocks * 8).div_ceil(cluster_size);
+        if (wanted_blocks, wanted_table) == (blocks, table) {
+            break;
+        }
+        (blocks, table) = (wanted_blocks, wanted_table);
+    }
+    (1 + l2_tables + l1_clusters + blocks + table) * cluster_size
+}
+
+/// Clusters that hold data.
+fn data_clusters(
+    random: &dyn RandomAccess,
+    device: imgtool_toolkit::DeviceId,
+    size: u64,
+    cluster_size: u64,
+) -> Result<u64> {
+    let mut clusters = 0;
+    // The first cluster that is not counted yet.
+    let mut next = 0;
+    let mut position = 0;
+    while position < size {
+        for extent in random.extents(device, position..size)? {
+            if extent.is_data() {
+                let first = (extent.start / cluster_size).max(next);
+                let end = extent.end().div_ceil(cluster_size);
+                clusters += end.saturating_sub(first);
+                next = next.max(end);
+            }
+            position = extent.end();
+        }
+    }
+    Ok(clusters)
+}

@@ -1,0 +1,270 @@
+//! What `-o` and `-c` ask for, checked: which options exist, and which go together.
+
+use imgtool_toolkit::{CreateOptions, Error, OptionSpec, Result};
+
+use crate::layout::entry::Shape;
+use crate::layout::header::CompressionType;
+use crate::layout::{MAX_BACKING_NAME, MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS, MIN_EXTENDED_L2_CLUSTER_BITS};
+
+/// QEMU's default: clusters of 64 KiB.
+const DEFAULT_CLUSTER_SIZE: u64 = 64 << 10;
+
+/// Specification: version 2 refcounts have 16 bits; also the default for version 3.
+const DEFAULT_REFCOUNT_ORDER: u32 = 4;
+
+/// QEMU counts sectors: sizes are multiples of this.
+pub const SIZE_MULTIPLE: u64 = 512;
+
+/// The options, as qemu-img names them.
+pub const OPTIONS: &[OptionSpec] = &[
+    OptionSpec { name: "compat", help: "version of the format: 1.1 is version 3, 0.10 is version 2", default: "1.1", values: "0.10|1.1|v2|v3" },
+    OptionSpec { name: "cluster_size", help: "allocation unit", default: "64k", values: "512..2M, a power of two" },
+    OptionSpec { name: "refcount_bits", help: "width of a reference count", default: "16", values: "1|2|4|8|16|32|64" },
+    OptionSpec { name: "extended_l2", help: "subclusters of 1/32 cluster (clusters of 16k and more)", default: "off", values: "on|off" },
+    OptionSpec { name: "compression_type", help: "how -c compresses clusters", default: "zlib", values: "zlib|zstd" },
+    OptionSpec { name: "lazy_refcounts", help: "allow QEMU to write reference counts late", default: "off", values: "on|off" },
+    OptionSpec { name: "preallocation", help: "space that is allocated before it is needed", default: "off", values: "off|metadata|falloc|full" },
+    OptionSpec { name: "backing_file", help: "image below the new one: only the difference to it is stored", default: "none", values: "a file name" },
+    OptionSpec { name: "backing_fmt", help: "format of the backing file", default: "none", values: "a format name" },
+    OptionSpec { name: "data_file", help: "file that holds the guest's data beside the image", default: "none", values: "a file name" },
+    OptionSpec { name: "data_file_raw", help: "the data file is a raw image of its own", default: "off", values: "on|off" },
+];
+
+/// How much is allocated before it is needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Preallocation {
+    /// Nothing.
+    Off,
+    /// All tables; every guest cluster has its place.
+    Metadata,
+    /// The same, with the space taken from the file system.
+    Falloc,
+    /// The same, with every byte written.
+    Full,
+}
+
+/// The file below a new image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackingName {
+    /// Its name as the image will give it.
+    pub name: String,
+    /// Its format.
+    pub format: String,
+}
+
+/// A checked request.
+#[derive(Debug, Clone)]
+pub struct WriteOptions {
+    /// 2 or 3.
+    pub version: u32,
+    /// Cluster size and entry format.
+    pub shape: Shape,
+    /// A refcount has 2^order bits.
+    pub refcount_order: u32,
+    /// How compressed clusters are compressed.
+    pub compression: CompressionType,
+    /// Compress clusters, with this level if one was given.
+    pub compress: Option<Option<i32>>,
+    /// Allow late refcounts.
+    pub lazy_refcounts: bool,
+    /// What is allocated first.
+    pub preallocation: Preallocation,
+    /// The file below.
+    pub backing: Option<BackingName>,
+    /// The file beside.
+    pub data_file: Option<String>,
+    /// It is a raw image.
+    pub data_file_raw: bool,
+}
+
+impl WriteOptions {
+    /// Parses and checks all options.
+    pub fn parse(options: &CreateOptions) -> Result<Self> {
+        options.check_names(crate::FORMAT, OPTIONS)?;
+        let version = match options.get("compat") {
+            None | Some("1.1" | "v3") => 3,
+            Some("0.10" | "v2") => 2,
+            Some(other) => return Err(bad_value("compat", "0.10 or 1.1", other)),
+        };
+        let parsed = Self {
+            version,
+            shape: Shape {
+                cluster_bits: cluster_bits(options)?,
+                extended_l2: options.flag("extended_l2")?.unwrap_or(false),
+            },
+            refcount_order: refcount_order(options)?,
+            compression: compression(options)?,
+            compress: options.compress.as_ref().map(|compress| compress.level),
+            lazy_refcounts: options.flag("lazy_refcounts")?.unwrap_or(false),
+            preallocation: match options.get("preallocation") {
+                None | Some("off") => Preallocation::Off,
+                Some("metadata") => Preallocation::Metadata,
+                Some("falloc") => Preallocation::Falloc,
+                Some("full") => Preallocation::Full,
+                Some(other) => return Err(bad_value("preallocation", "off, metadata, falloc or full", other)),
+            },
+            backing: backing(options)?,
+            data_file: options.get("data_file").map(str::to_owned),
+            data_file_raw: options.flag("data_file_raw")?.unwrap_or(false),
+        };
+        parsed.check_version()?;
+        parsed.check_together()?;
+        Ok(parsed)
+    }
+
+    /// What version 2 does not have.
+    fn check_version(&self) -> Result<()> {
+        if self.version >= 3 {
+            return Ok(());
+        }
+        let newer = [
+            (self.shape.extended_l2, "extended_l2"),
+            (self.refcount_order != DEFAULT_REFCOUNT_ORDER, "refcount_bits other than 16"),
+            (self.compression != CompressionType::Zlib, "compression_type other than zlib"),
+            (self.lazy_refcounts, "lazy_refcounts"),
+            (self.data_file.is_some(), "data_file"),
+        ];
+        match newer.iter().find(|(used, _)| *used) {
+            Some((_, what)) => Err(Error::usage(format!("{what} needs version 3 (compat=1.1)"))),
+            None => Ok(()),
+        }
+    }
+
+    /// What excludes each other.
+    fn check_together(&self) -> Result<()> {
+        if self.shape.extended_l2 && self.shape.cluster_bits < MIN_EXTENDED_L2_CLUSTER_BITS {
+            return Err(Error::usage("extended_l2 needs a cluster_size of at least 16k"));
+        }
+        let preallocated = self.preallocation != Preallocation::Off;
+        let conflicts = [
+            (self.data_file_raw && self.data_file.is_none(), "data_file_raw needs data_file"),
+            (self.data_file_raw && self.backing.is_some(), "data_file_raw and backing_file exclude each other"),
+            (self.compress.is_some() && self.data_file.is_some(), "compression and data_file exclude each other"),
+            (self.compress.is_some() && preallocated, "compression and preallocation exclude each other"),
+            (self.backing.is_some() && preallocated, "backing_file and preallocation exclude each other"),
+        ];
+        match conflicts.iter().find(|(conflict, _)| *conflict) {
+            Some((_, message)) => Err(Error::usage(*message)),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses a disk whose L1 table would be above the limit.
+    pub fn check_size(&self, virtual_size: u64) -> Result<()> {
+        let max_entries = MAX_L1_BYTES / 8;
+        if self.shape.l1_entries(virtual_size) <= max_entries {
+            return Ok(());
+        }
+        let fits = (self.shape.cluster_bits..=MAX_CLUSTER_BITS).find(|bits| {
+            Shape { cluster_bits: *bits, ..self.shape }.l1_entries(virtual_size) <= max_entries
+        });
+        let error = Error::limit(format!(
+            "a disk of {virtual_size} bytes with clusters of {} bytes needs an L1 table above {MAX_L1_BYTES} bytes",
+            self.shape.cluster_size()
+        ));
+        Err(match fits {
+            Some(bits) => error.hint(format!("use -o cluster_size={}", 1u64 << bits)),
+            None => error.hint("no qcow2 image can be so large; raw can"),
+        })
+    }
+}
+
+fn bad_value(name: &str, allowed: &str, value: &str) -> Error {
+    Error::usage(format!("option '{name}' is {allowed}, not '{value}'"))
+}
+
+fn cluster_bits(options: &CreateOptions) -> Result<u32> {
+    let cluster_size = options.size("cluster_size")?.unwrap_or(DEFAULT_CLUSTER_SIZE);
+    let bits = cluster_size.checked_ilog2().unwrap_or(0);
+    if !cluster_size.is_power_of_two() || !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&bits) {
+        return Err(Error::usage(format!(
+            "cluster_size is {cluster_size}, not a power of two within 512..2097152"
+        )));
+    }
+    Ok(bits)
+}
+
+fn refcount_order(options: &CreateOptions) -> Result<u32> {
+    match options.number("refcount_bits")? {
+        None => Ok(DEFAULT_REFCOUNT_ORDER),
+        Some(bits) if bits.is_power_of_two() && bits <= 64 => Ok(bits.ilog2()),
+        Some(bits) => Err(Error::usage(format!("refcount_bits is {bits}, not a power of two within 1..64"))),
+    }
+}
+
+/// The type that `compression_type` or `-c` names; both must not contradict each other.
+fn compression(options: &CreateOptions) -> Result<CompressionType> {
+    let parse = |name: &str| match name {
+        "zlib" | "deflate" => Ok(CompressionType::Zlib),
+        "zstd" => Ok(CompressionType::Zstd),
+        other => Err(Error::usage(format!("qcow2 clusters are compressed with zlib or zstd, not '{other}'"))),
+    };
+    let by_option = options.get("compression_type").map(parse).transpose()?;
+    let algorithm = options.compress.as_ref().and_then(|compress| compress.algorithm.as_deref());
+    match (by_option, algorithm.map(parse).transpose()?) {
+        (Some(one), Some(other)) if one != other => Err(Error::usage(format!(
+            "compression_type={} contradicts the {} that is asked for",
+            one.name(),
+            other.name()
+        ))),
+        (one, other) => Ok(other.or(one).unwrap_or(CompressionType::Zlib)),
+    }
+}
+
+fn backing(options: &CreateOptions) -> Result<Option<BackingName>> {
+    match (options.get("backing_file"), options.get("backing_fmt")) {
+        (None, None) => Ok(None),
+        (None, Some(_)) => Err(Error::usage("backing_fmt needs backing_file")),
+        (Some(_), None) => Err(Error::usage("backing_file needs backing_fmt")
+            .hint("name its format: -o backing_file=NAME,backing_fmt=FORMAT")),
+        (Some(name), Some(_)) if name.is_empty() || name.len() > MAX_BACKING_NAME as usize => Err(Error::usage(
+            format!("the backing file's name has {} bytes, not 1..{MAX_BACKING_NAME}", name.len()),
+        )),
+        (Some(name), Some(format)) => {
+            Ok(Some(BackingName { name: name.to_owned(), format: format.to_owned() }))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn parse(pairs: &[(&str, &str)]) -> Result<WriteOptions> {
+        let options = pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        WriteOptions::parse(&CreateOptions { options, ..CreateOptions::default() })
+    }
+
+    #[test]
+    fn what_contradicts_itself_is_rejected() {
+        for bad in [
+            &[("cluster_size", "256")][..],
+            &[("cluster_size", "4M")],
+            &[("cluster_size", "96k")],
+            &[("refcount_bits", "12")],
+            &[("refcount_bits", "128")],
+            &[("compat", "0.9")],
+            &[("compat", "0.10"), ("refcount_bits", "32")],
+            &[("compat", "0.10"), ("compression_type", "zstd")],
+            &[("compat", "v2"), ("lazy_refcounts", "on")],
+            &[("extended_l2", "on"), ("cluster_size", "8k")],
+            &[("data_file_raw", "on")],
+            &[("backing_file", "x")],
+            &[("backing_fmt", "raw")],
+            &[("nonsense", "1")],
+        ] {
+            assert!(parse(bad).is_err(), "{bad:?}");
+        }
+        let good = parse(&[("compat", "v3"), ("cluster_size", "2M"), ("refcount_bits", "1")]).unwrap();
+        assert_eq!((good.version, good.shape.cluster_bits, good.refcount_order), (3, 21, 0));
+    }
+
+    #[test]
+    fn a_disk_beyond_the_l1_limit_names_the_cluster_size_that_fits() {
+        let error = parse(&[]).unwrap().check_size(4 << 50).unwrap_err();
+        assert_eq!(error.hint_text(), Some("use -o cluster_size=131072"));
+        assert!(parse(&[]).unwrap().check_size(2 << 50).is_ok());
+        assert!(parse(&[("cluster_size", "2M")]).unwrap().check_size(8 << 60).is_err());
+    }
+}
