@@ -10,7 +10,9 @@ mod convert;
 mod image;
 
 pub use convert::ConvertArgs;
-pub use image::InfoArgs;
+pub use image::{
+    Algorithm, CheckArgs, ChecksumArgs, CompareArgs, CreateArgs, InfoArgs, MapArgs, MeasureArgs,
+};
 
 /// The whole command line.
 #[derive(Debug, Parser)]
@@ -53,6 +55,18 @@ pub enum Verb {
     Convert(Box<ConvertArgs>),
     /// Show what an image or archive holds, without reading its data
     Info(InfoArgs),
+    /// Show which parts of a disk hold data
+    Map(MapArgs),
+    /// Check the structure of an image or archive, all of it
+    Check(CheckArgs),
+    /// Compare the guest content of two images, whatever their formats
+    Compare(CompareArgs),
+    /// Print a digest of the guest content, for each device
+    Checksum(ChecksumArgs),
+    /// Tell how many bytes an image will need before it is made
+    Measure(MeasureArgs),
+    /// Make an empty image
+    Create(CreateArgs),
     /// List the formats, what each can do, and its -o options
     Formats(FormatsArgs),
 }

@@ -6,10 +6,16 @@ use std::path::{Path, PathBuf};
 use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::storage::outer;
 use imgtool_toolkit::{
-    DeviceKind, Error, ExternalPolicy, Externals, Input, OpenOptions, Opened, Registry, Result,
+    Device, DeviceKind, Error, ExternalPolicy, Externals, Input, OpenOptions, Opened, RandomAccess, Registry,
+    Result,
 };
 
 use crate::args::InputArgs;
+use crate::report;
+
+mod blank;
+
+pub use blank::Blank;
 
 /// The format in which every content is legal: an image is only taken for it when told so or when
 /// nothing else fits.
@@ -49,6 +55,52 @@ pub fn input(path: &Path, format: Option<&str>) -> Result<Input> {
 /// Those of [`Registry::open`].
 pub fn open(registry: &Registry, path: &Path, format: Option<&str>, options: &OpenOptions) -> Result<Opened> {
     registry.open(input(path, format)?, format, options)
+}
+
+/// Opens an image so that any part of it can be read: what comes as a stream is copied to temporary
+/// storage first, and the person is told.
+///
+/// # Errors
+/// Those of [`Registry::open`] and [`Input::spool`].
+pub fn open_random(
+    registry: &Registry,
+    path: &Path,
+    format: Option<&str>,
+    options: &OpenOptions,
+) -> Result<Opened> {
+    let mut input = input(path, format)?;
+    if input.is_stream() {
+        report::note(&format!("{} is read as a stream: it is copied to temporary storage first", show(path)));
+        input = input.spool()?;
+    }
+    registry.open(input, format, options)
+}
+
+/// Its random half, which [`open_random`] has seen to.
+///
+/// # Errors
+/// When the driver can only read it in one pass all the same.
+pub fn random(opened: &Opened) -> Result<&dyn RandomAccess> {
+    opened
+        .source
+        .random()
+        .ok_or_else(|| Error::unsupported("the image can only be read in one pass").path(&opened.path))
+}
+
+/// The devices called by one of `wanted`; all, if none is wanted.
+///
+/// # Errors
+/// When a name fits no device.
+pub fn select(opened: &Opened, wanted: &[String]) -> Result<Vec<Device>> {
+    let devices = &opened.source.info().devices;
+    if let Some(missing) = wanted.iter().find(|want| !devices.iter().any(|device| device.name == **want)) {
+        let known: Vec<&str> = devices.iter().map(|device| device.name.as_str()).collect();
+        return Err(Error::usage(format!("no device is called '{}'", escape_control(missing)))
+            .path(&opened.path)
+            .hint(format!("devices: {}", known.join(", "))));
+    }
+    let is_wanted = |device: &&Device| wanted.is_empty() || wanted.contains(&device.name);
+    Ok(devices.iter().filter(is_wanted).cloned().collect())
 }
 
 /// What an image turned out to be: "vma in zstd".

@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
-use super::{InputArgs, OutputArgs, SnapshotArgs};
+use super::{InputArgs, MessageArgs, OutputArgs, SnapshotArgs, ThreadArgs};
 
 /// `imgtool info`.
 #[derive(Debug, Args)]
@@ -25,4 +25,183 @@ pub struct InfoArgs {
 
     #[command(flatten)]
     pub snapshot: SnapshotArgs,
+}
+
+/// `imgtool map`.
+#[derive(Debug, Args)]
+pub struct MapArgs {
+    /// The image or archive
+    pub image: PathBuf,
+
+    /// Only this device; repeatable
+    #[arg(long, value_name = "NAME")]
+    pub disk: Vec<String>,
+
+    #[command(flatten)]
+    pub output: OutputArgs,
+
+    #[command(flatten)]
+    pub input: InputArgs,
+
+    #[command(flatten)]
+    pub snapshot: SnapshotArgs,
+}
+
+/// `imgtool check`.
+#[derive(Debug, Args)]
+#[command(after_long_help = "Exit codes: 0 clean, 1 could not check, 2 corrupt, 3 leaks only.")]
+pub struct CheckArgs {
+    /// The image or archive
+    pub image: PathBuf,
+
+    /// Say nothing unless something is wrong
+    #[arg(short = 'q', long)]
+    pub quiet: bool,
+
+    #[command(flatten)]
+    pub output: OutputArgs,
+
+    #[command(flatten)]
+    pub input: InputArgs,
+}
+
+/// `imgtool compare`.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Devices are matched by name; an image of one device matches any other of one device. Where one is
+longer, its tail must be zero. Exit codes: 0 same, 1 different, 2 could not compare.")]
+pub struct CompareArgs {
+    /// The first image or archive
+    #[arg(value_name = "A")]
+    pub first: PathBuf,
+
+    /// The second
+    #[arg(value_name = "B")]
+    pub second: PathBuf,
+
+    /// Format of B (-f is that of A) [default: found by content]
+    #[arg(short = 'F', value_name = "FMT")]
+    pub second_format: Option<String>,
+
+    /// Sizes must be equal too, and what holds data and what does not
+    #[arg(short = 's', long)]
+    pub strict: bool,
+
+    /// Compare only this device; repeatable
+    #[arg(long, value_name = "NAME")]
+    pub disk: Vec<String>,
+
+    #[command(flatten)]
+    pub output: OutputArgs,
+
+    #[command(flatten)]
+    pub input: InputArgs,
+
+    /// No effect: images are read through the page cache
+    #[arg(short = 'T', value_name = "CACHE")]
+    pub cache: Option<String>,
+
+    #[command(flatten)]
+    pub threads: ThreadArgs,
+
+    #[command(flatten)]
+    pub messages: MessageArgs,
+}
+
+/// A digest that `checksum` can make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Algorithm {
+    /// SHA-256, as sha256sum prints it for the raw image
+    #[default]
+    Sha256,
+    /// BLAKE3, as b3sum prints it for the raw image
+    Blake3,
+}
+
+/// `imgtool checksum`.
+#[derive(Debug, Args)]
+pub struct ChecksumArgs {
+    /// Images or archives; '-' is standard input
+    #[arg(required = true, value_name = "IMAGE")]
+    pub images: Vec<PathBuf>,
+
+    /// Which digest
+    #[arg(short = 'a', long, value_name = "NAME", value_enum, default_value_t)]
+    pub algorithm: Algorithm,
+
+    /// Only this device; repeatable
+    #[arg(long, value_name = "NAME")]
+    pub disk: Vec<String>,
+
+    #[command(flatten)]
+    pub output: OutputArgs,
+
+    #[command(flatten)]
+    pub input: InputArgs,
+
+    #[command(flatten)]
+    pub snapshot: SnapshotArgs,
+
+    #[command(flatten)]
+    pub threads: ThreadArgs,
+
+    #[command(flatten)]
+    pub messages: MessageArgs,
+}
+
+/// `imgtool measure`.
+#[derive(Debug, Args)]
+pub struct MeasureArgs {
+    /// The image whose content is to be held
+    #[arg(required_unless_present = "size", conflicts_with = "size")]
+    pub image: Option<PathBuf>,
+
+    /// An empty disk of this size instead of an image
+    #[arg(long, value_name = "SIZE")]
+    pub size: Option<String>,
+
+    /// Format of the image to be made [default: raw]
+    #[arg(short = 'O', long = "to", value_name = "FMT")]
+    pub to: Option<String>,
+
+    /// Options of that format, KEY=VALUE[,KEY=VALUE]; repeatable
+    #[arg(short = 'o', long = "options", value_name = "K=V")]
+    pub options: Vec<String>,
+
+    #[command(flatten)]
+    pub output: OutputArgs,
+
+    #[command(flatten)]
+    pub input: InputArgs,
+
+    #[command(flatten)]
+    pub snapshot: SnapshotArgs,
+}
+
+/// `imgtool create`.
+#[derive(Debug, Args)]
+pub struct CreateArgs {
+    /// The image to be made
+    #[arg(value_name = "PATH", required_unless_present = "options")]
+    pub path: Option<PathBuf>,
+
+    /// Its virtual size: bytes, or with a suffix k, M, G, T
+    #[arg(value_name = "SIZE", required_unless_present = "options")]
+    pub size: Option<String>,
+
+    /// Its format [default: by PATH's extension, else raw]
+    #[arg(short = 'f', long = "format", value_name = "FMT")]
+    pub format: Option<String>,
+
+    /// Options of the format, KEY=VALUE[,KEY=VALUE]; repeatable; '-o help' lists them
+    #[arg(short = 'o', long = "options", value_name = "K=V")]
+    pub options: Vec<String>,
+
+    /// Overwrite an existing file
+    #[arg(long)]
+    pub force: bool,
+
+    /// Say nothing unless something fails
+    #[arg(short = 'q', long)]
+    pub quiet: bool,
 }

@@ -6,17 +6,19 @@ use std::path::{Path, PathBuf};
 
 use imgtool_toolkit::{Attachment, Error, OpenOptions, Outputs, Registry, Result, ResultExt, parse_size};
 
+use super::options;
 use crate::args::ConvertArgs;
 use crate::exit::Exit;
 use crate::interrupt::Interrupt;
 use crate::progress::RateLimit;
-use crate::{drivers, images, report};
+use crate::{drivers, images};
 
 mod format;
 mod layout;
 mod names;
 mod sources;
 mod summary;
+mod verify;
 mod write;
 
 use format::Format;
@@ -29,20 +31,21 @@ use sources::{Source, SourceArg};
 /// Whatever kept it from being done; nothing is left under a final name then.
 pub fn run(args: &ConvertArgs) -> Result<Exit> {
     let registry = drivers::registry();
-    if format::asks_for_help(&args.target.options) {
-        return list_options(&registry, args);
+    if options::asks_for_help(&args.target.options) {
+        let name = args.target.to.as_deref().unwrap_or("raw");
+        return options::list(&*registry.get(name)?);
     }
     refuse_what_is_not_taken(args)?;
     let own_places =
         args.devices.target.iter().map(|text| OwnPlace::parse(text)).collect::<Result<Vec<_>>>()?;
     let (source_args, dest) = split_paths(&args.paths, !own_places.is_empty())?;
-    let options = format::create_options(&args.target.options, args.target.sparse_size.as_deref())?;
+    let create = options::create_options(&args.target.options, args.target.sparse_size.as_deref())?;
     let format = format::choose(
         &registry,
         args.target.to.as_deref(),
         dest.as_deref(),
         args.target.compress.as_deref(),
-        options,
+        create,
     )?;
     check_configurations(args, &format)?;
 
@@ -78,18 +81,10 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         force: args.target.force,
         progress: args.messages.mode(),
         limit: rate_limit(args)?,
-        verify: args.target.verify,
+        verify: args.target.verify.then(|| images::open_options(&registry, &args.input)).transpose()?,
     };
     let result = write::write(work, &layout, sources, &taken, outputs, &interrupt)?;
     summary::print(args, &layout, &taken, &result)
-}
-
-/// `-o help`.
-fn list_options(registry: &Registry, args: &ConvertArgs) -> Result<Exit> {
-    let driver = registry.get(args.target.to.as_deref().unwrap_or("raw"))?;
-    report::print(&format!("Options of {} (-o):\n", driver.name()))?;
-    report::print(&super::formats::options(2, driver.options()))?;
-    Ok(Exit::Done)
 }
 
 fn refuse_what_is_not_taken(args: &ConvertArgs) -> Result<()> {

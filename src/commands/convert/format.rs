@@ -1,13 +1,12 @@
 //! The format of the output: what was said, what the name says, and what is compressed.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use imgtool_toolkit::storage::outer;
-use imgtool_toolkit::{Compress, Compression, CreateOptions, Driver, Error, Registry, Result, parse_size};
+use imgtool_toolkit::{Compress, Compression, CreateOptions, Driver, Error, Registry, Result};
 
-use crate::images;
+use crate::commands::options::driver_by_name;
 
 /// Taken when nothing tells, as qemu-img does.
 const DEFAULT: &str = "raw";
@@ -67,7 +66,7 @@ pub fn choose(
     let dest = dest.filter(|dest| !dest.is_dir() && !ends_in_separator(dest));
     let driver = match (to, dest) {
         (Some(name), _) => registry.get(name)?,
-        (None, Some(dest)) => match by_name(registry, dest) {
+        (None, Some(dest)) => match driver_by_name(registry, dest) {
             Some(driver) => driver,
             None => registry.get(DEFAULT)?,
         },
@@ -81,12 +80,6 @@ pub fn choose(
     }
     check_outer(&format)?;
     Ok(format)
-}
-
-/// The driver that a file's name asks for, behind the extension of a compression too.
-pub fn by_name(registry: &Registry, path: &Path) -> Option<Arc<dyn Driver>> {
-    let path = images::without_compression(path);
-    registry.by_extension(&path.file_name()?.to_string_lossy())
 }
 
 /// Whether a path can only be a directory.
@@ -157,76 +150,9 @@ fn parse_compress(text: &str) -> Result<Compress> {
     Ok(Compress { algorithm: (!algorithm.is_empty()).then(|| algorithm.to_owned()), level })
 }
 
-/// What `-o` and `-S` and the environment say.
-///
-/// # Errors
-/// [`imgtool_toolkit::ErrorKind::Usage`] for what can't be read.
-pub fn create_options(options: &[String], sparse_size: Option<&str>) -> Result<CreateOptions> {
-    let mut map = BTreeMap::new();
-    for (key, value) in options.iter().flat_map(|text| split_options(text)) {
-        if map.insert(key.clone(), value).is_some() {
-            return Err(Error::usage(format!("option '{key}' is given twice")));
-        }
-    }
-    let sparse_granularity = sparse_size
-        .map(|text| {
-            parse_size(text)
-                .ok_or_else(|| Error::usage(format!("-S takes a size such as 4k, 64k or 0, not '{text}'")))
-        })
-        .transpose()?;
-    Ok(CreateOptions {
-        options: map,
-        compress: None,
-        source_date_epoch: source_date_epoch()?,
-        sparse_granularity,
-        ..CreateOptions::default()
-    })
-}
-
-/// Seconds since 1970 from SOURCE_DATE_EPOCH (<https://reproducible-builds.org>).
-fn source_date_epoch() -> Result<Option<i64>> {
-    match std::env::var("SOURCE_DATE_EPOCH") {
-        Ok(text) if !text.is_empty() => text.parse().map(Some).map_err(|_| {
-            Error::usage(format!("SOURCE_DATE_EPOCH is a whole number of seconds, not '{text}'"))
-        }),
-        _ => Ok(None),
-    }
-}
-
-/// `K=V,K=V` as qemu-img takes it: a comma in a value is doubled; a key alone is `on`.
-fn split_options(text: &str) -> Vec<(String, String)> {
-    let parts = text.replace(",,", "\u{0}");
-    parts
-        .split(',')
-        .filter(|part| !part.is_empty())
-        .map(|part| {
-            let part = part.replace('\u{0}', ",");
-            match part.split_once('=') {
-                Some((key, value)) => (key.to_owned(), value.to_owned()),
-                None => (part, "on".to_owned()),
-            }
-        })
-        .collect()
-}
-
-/// Whether `-o help` was asked for.
-pub fn asks_for_help(options: &[String]) -> bool {
-    options.iter().flat_map(|text| text.split(',')).any(|part| part == "help" || part == "?")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn options_split_like_qemu_imgs() {
-        assert_eq!(
-            split_options("a=1,b=x,,y,c"),
-            [("a", "1"), ("b", "x,y"), ("c", "on")].map(|(k, v)| (k.to_owned(), v.to_owned()))
-        );
-        assert!(asks_for_help(&["a=1,help".to_owned()]));
-        assert!(!asks_for_help(&["helper=1".to_owned()]));
-    }
 
     #[test]
     fn compression_is_an_algorithm_and_a_level() {

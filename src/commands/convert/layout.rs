@@ -8,6 +8,7 @@ use imgtool_toolkit::{Attachment, DeviceKind, Error, Registry, Result};
 use super::format::{self, Format};
 use super::names::{self, Unique};
 use super::sources::{Source, Taken};
+use crate::commands::options::driver_by_name;
 use crate::images;
 
 /// Where an output goes.
@@ -155,7 +156,7 @@ impl Request<'_> {
             }
             let driver = match &place.format {
                 Some(name) => self.registry.get(name)?,
-                None => match format::by_name(self.registry, &place.path) {
+                None => match driver_by_name(self.registry, &place.path) {
                     Some(driver) => driver,
                     None => self.registry.get("raw")?,
                 },
@@ -288,7 +289,7 @@ impl Request<'_> {
                 .path(dest)
                 .hint("a DEST that ends in '/' takes an image for each; --to vma makes one archive; sources are never joined end to end"));
         }
-        if dest.exists() || format::by_name(self.registry, dest).is_some() {
+        if dest.exists() || driver_by_name(self.registry, dest).is_some() {
             let disks = self.names(rest.iter().copied());
             return Err(Error::usage(format!("{} devices do not go into one file", rest.len()))
                 .path(dest)

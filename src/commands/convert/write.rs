@@ -3,14 +3,16 @@
 use std::io::{self, IsTerminal};
 use std::time::Duration;
 
+use imgtool_toolkit::digest::{ContentDigest, DigestSink};
 use imgtool_toolkit::fanout::FanOut;
 use imgtool_toolkit::pipeline::{self, Job, Route};
 use imgtool_toolkit::{
-    Device, DeviceId, Error, ImageSink, Loss, Manifest, Output, Outputs, Result, ResultExt,
+    Device, DeviceId, Error, ImageSink, Loss, Manifest, OpenOptions, Output, Outputs, Result, ResultExt,
 };
 
 use super::layout::{Layout, Place, Target};
 use super::sources::{Source, Taken};
+use super::verify::Written;
 use crate::args::ProgressMode;
 use crate::interrupt::Interrupt;
 use crate::progress::{Lane, Meter, RateLimit};
@@ -29,8 +31,8 @@ pub struct Work {
     pub progress: ProgressMode,
     /// `-r`.
     pub limit: Option<RateLimit>,
-    /// `--verify`.
-    pub verify: bool,
+    /// `--verify`: how the outputs are read back.
+    pub verify: Option<OpenOptions>,
 }
 
 /// What was done.
@@ -62,6 +64,7 @@ pub fn write(
     if let Some(directory) = &layout.directory {
         outputs.directory(directory)?;
     }
+    refuse_to_verify_a_stream(&work, layout)?;
     let (sink, handles, numbers) = make_sinks(layout, taken, &mut outputs, work.force)?;
     for (path, attachment) in &layout.files {
         outputs.create(path, work.force)?.write_at(&attachment.data, 0)?;
@@ -69,6 +72,9 @@ pub fn write(
     let counted = handles.clone();
     let written = move || counted.iter().map(Output::written).sum();
     let mut meter = Meter::start(work.progress, "convert", lanes(taken, &numbers), work.limit, written);
+    let digest = ContentDigest::new();
+    let digesting = DigestSink::new(&*sink, &digest);
+    let target: &dyn ImageSink = if work.verify.is_some() { &digesting } else { &*sink };
     sink.begin()?;
     for (index, source) in sources.iter_mut().enumerate() {
         let routes: Vec<Route> = taken
@@ -79,11 +85,13 @@ pub fn write(
             .collect();
         let job =
             Job { routes, threads: work.threads, progress: meter.progress(), cancel: interrupt.token() };
-        pipeline::copy(&mut *source.opened.source, &*sink, &job).in_file(&source.arg.path)?;
+        pipeline::copy(&mut *source.opened.source, target, &job).in_file(&source.arg.path)?;
     }
     sink.finish()?;
-    if work.verify {
-        return Err(Error::unsupported("--verify is not there yet"));
+    if let Some(options) = &work.verify {
+        for written in written_targets(layout, taken, &handles, &numbers) {
+            written.check(&digest, options, work.threads, interrupt.token())?;
+        }
     }
     commit(outputs, &handles, interrupt)?;
     meter.finish();
@@ -97,6 +105,31 @@ pub fn write(
         losses: losses(&sources, taken),
         notes: sink.notes(),
         elapsed: meter.elapsed(),
+    })
+}
+
+fn refuse_to_verify_a_stream(work: &Work, layout: &Layout) -> Result<()> {
+    if work.verify.is_some() && layout.targets.iter().any(|target| target.place == Place::Stdout) {
+        return Err(Error::usage("--verify can't read back what went to standard output"));
+    }
+    Ok(())
+}
+
+fn written_targets<'a>(
+    layout: &'a Layout,
+    taken: &'a [Taken],
+    handles: &'a [Output],
+    numbers: &'a [DeviceId],
+) -> impl Iterator<Item = Written<'a>> {
+    layout.targets.iter().zip(handles).map(|(target, output)| Written {
+        driver: &*target.format.driver,
+        output,
+        packed: target.format.outer.is_some(),
+        devices: target
+            .devices
+            .iter()
+            .map(|&device| (numbers[device], taken[device].name.as_str()))
+            .collect(),
     })
 }
 

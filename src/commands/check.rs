@@ -1,0 +1,112 @@
+//! `imgtool check`: the structure of one image, all of it.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use imgtool_toolkit::error::escape_control;
+use imgtool_toolkit::{CheckReport, Error, Result, ResultExt};
+use serde::Serialize;
+
+use crate::args::CheckArgs;
+use crate::exit::Exit;
+use crate::{drivers, images, report};
+
+#[derive(Serialize)]
+struct Document<'a> {
+    filename: String,
+    format: &'a str,
+    #[serde(flatten)]
+    report: &'a CheckReport,
+}
+
+/// Checks an image.
+///
+/// # Errors
+/// Never for damage that was found, and never of another kind than exit code 1 says.
+pub fn run(args: &CheckArgs) -> Result<Exit> {
+    match check(args) {
+        Ok(exit) => Ok(exit),
+        // Code 2 would say that it is corrupt.
+        Err(error) => {
+            report::error(&error);
+            Ok(Exit::Failed)
+        }
+    }
+}
+
+fn check(args: &CheckArgs) -> Result<Exit> {
+    let registry = drivers::registry();
+    let options = images::open_options(&registry, &args.input)?;
+    let format = args.input.format.as_deref();
+    let input = images::input(&args.image, format)?;
+    let driver = match format {
+        Some(name) => registry.get(name)?,
+        None => registry.probe(&input.head()?, input.len()).in_file(&args.image)?,
+    };
+    let can = driver.capabilities();
+    if !can.check {
+        return Err(Error::unsupported(format!("{} images have no structure to check", driver.name()))
+            .path(&args.image));
+    }
+    let input = if can.stream_read { input } else { input.spool()? };
+    let found = driver.check(input, &options).in_file(&args.image)?;
+    if args.output.is_json() {
+        let filename = args.image.to_string_lossy().into_owned();
+        report::print_json(&Document { filename, format: driver.name(), report: &found })?;
+    } else if !args.quiet || exit(&found) != Exit::Done {
+        report::print(&page(&args.image, driver.name(), &found))?;
+    }
+    Ok(exit(&found))
+}
+
+fn exit(found: &CheckReport) -> Exit {
+    if found.corruptions > 0 {
+        Exit::CORRUPT
+    } else if found.check_errors > 0 {
+        Exit::Failed
+    } else if found.leaks > 0 {
+        Exit::LEAKS
+    } else {
+        Exit::Done
+    }
+}
+
+fn page(path: &Path, format: &str, found: &CheckReport) -> String {
+    let mut text = String::new();
+    for finding in &found.findings {
+        let _ = writeln!(text, "{}", escape_control(finding));
+    }
+    let counted = found.corruptions.saturating_add(found.check_errors).saturating_add(found.leaks);
+    if !found.findings.is_empty() && counted > found.findings.len() as u64 {
+        let _ = writeln!(text, "(only the first {} findings are listed)", found.findings.len());
+    }
+    let name = images::show(path);
+    let verdict = match exit(found) {
+        Exit::Done => format!("{name}: no errors were found in this {format} image"),
+        Exit::LEAKS => {
+            format!("{name}: {} leaked clusters; the content is right, space is wasted", found.leaks)
+        }
+        Exit::Failed => format!("{name}: {} parts could not be checked", found.check_errors),
+        _ => format!(
+            "{name}: {} errors; the content may be wrong ({} leaks, {} parts not checked)",
+            found.corruptions, found.leaks, found.check_errors
+        ),
+    };
+    let _ = writeln!(text, "{verdict}");
+    if let (Some(total), Some(allocated)) = (found.total_clusters, found.allocated_clusters) {
+        let mut line =
+            format!("{allocated}/{total} clusters = {} allocated", report::percent(allocated, total));
+        for (count, what) in
+            [(found.fragmented_clusters, "fragmented"), (found.compressed_clusters, "compressed")]
+        {
+            if let Some(count) = count {
+                let _ = write!(line, ", {} {what}", report::percent(count, allocated));
+            }
+        }
+        let _ = writeln!(text, "{line}");
+    }
+    if let Some(end) = found.image_end_offset {
+        let _ = writeln!(text, "image end offset: {end}");
+    }
+    text
+}
