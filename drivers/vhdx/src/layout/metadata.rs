@@ -1,0 +1,365 @@
+//! The metadata region (section 2.6): a table and the items that it points to.
+
+use uuid::Uuid;
+use zerocopy::byteorder::little_endian::{U16, U32};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::bat::{MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
+use super::{MAX_VIRTUAL_SIZE, guid};
+
+/// Bytes of the table at the start of the region; items stand behind it (section 2.6.1).
+pub(crate) const METADATA_TABLE_LEN: usize = 64 << 10;
+/// Most entries (section 2.6.1.1).
+const MAX_ENTRIES: u16 = 2047;
+/// Most bytes of an item (section 2.6.1.2).
+pub(crate) const MAX_ITEM_LEN: u32 = 1 << 20;
+
+const SIGNATURE: &[u8; 8] = b"metadata";
+
+/// The known items (section 2.6.2).
+const FILE_PARAMETERS: Uuid = Uuid::from_u128(0xCAA1_6737_FA36_4D43_B3B6_33F0_AA44_E76B);
+const VIRTUAL_DISK_SIZE: Uuid = Uuid::from_u128(0x2FA5_4224_CD1B_4876_B211_5DBE_D83B_F4B8);
+const VIRTUAL_DISK_ID: Uuid = Uuid::from_u128(0xBECA_12AB_B2E6_4523_93EF_C309_E000_C746);
+const LOGICAL_SECTOR_SIZE: Uuid = Uuid::from_u128(0x8141_BF1D_A96F_4709_BA47_F233_A8FA_AB5F);
+const PHYSICAL_SECTOR_SIZE: Uuid = Uuid::from_u128(0xCDA3_48C7_445D_4471_9CC9_E988_5251_C556);
+const PARENT_LOCATOR: Uuid = Uuid::from_u128(0xA8D3_5F2D_B30B_454D_ABF7_D3D8_4834_AB0C);
+
+/// Bits of an entry's flags (section 2.6.1.2).
+const IS_USER: u32 = 1;
+const IS_VIRTUAL_DISK: u32 = 2;
+const IS_REQUIRED: u32 = 4;
+
+/// Bits of the file parameters (section 2.6.2.1).
+const LEAVE_BLOCKS_ALLOCATED: u32 = 1;
+const HAS_PARENT: u32 = 2;
+
+/// Parent locators of this type have the keys of section 2.6.2.6.3.
+const VHDX_LOCATOR: Uuid = Uuid::from_u128(0xB04A_EFB7_D19E_4A81_B789_25B8_E944_5913);
+
+/// VHDX_METADATA_TABLE_HEADER (section 2.6.1.1).
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawTableHeader {
+    /// 0
+    signature: [u8; 8],
+    /// 8
+    reserved: U16,
+    /// 10
+    entry_count: U16,
+    /// 12
+    reserved2: [u8; 20],
+}
+const _: () = assert!(size_of::<RawTableHeader>() == 32);
+
+/// VHDX_METADATA_TABLE_ENTRY (section 2.6.1.2).
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawEntry {
+    /// 0
+    item_id: [u8; 16],
+    /// 16: bytes from the start of the region, at least 64 KiB, or 0 for an empty item
+    offset: U32,
+    /// 20: bytes
+    length: U32,
+    /// 24
+    flags: U32,
+    /// 28
+    reserved: U32,
+}
+const _: () = assert!(size_of::<RawEntry>() == 32);
+
+/// VHDX_PARENT_LOCATOR_HEADER (section 2.6.2.6.1).
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawLocatorHeader {
+    /// 0
+    locator_type: [u8; 16],
+    /// 16
+    reserved: U16,
+    /// 18
+    key_value_count: U16,
+}
+const _: () = assert!(size_of::<RawLocatorHeader>() == 20);
+
+/// VHDX_PARENT_LOCATOR_ENTRY (section 2.6.2.6.2): offsets count from the start of the item.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawLocatorEntry {
+    /// 0
+    key_offset: U32,
+    /// 4
+    value_offset: U32,
+    /// 8
+    key_length: U16,
+    /// 10
+    value_length: U16,
+}
+const _: () = assert!(size_of::<RawLocatorEntry>() == 12);
+
+/// Where an item stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ItemPlace {
+    /// Bytes from the start of the region.
+    pub(crate) offset: u32,
+    /// Bytes, at most [`MAX_ITEM_LEN`].
+    pub(crate) length: u32,
+}
+
+/// Where the known items stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct MetadataTable {
+    pub(crate) file_parameters: ItemPlace,
+    pub(crate) virtual_disk_size: ItemPlace,
+    pub(crate) virtual_disk_id: Option<ItemPlace>,
+    pub(crate) logical_sector_size: ItemPlace,
+    pub(crate) physical_sector_size: Option<ItemPlace>,
+    pub(crate) parent_locator: Option<ItemPlace>,
+}
+
+/// Why metadata can't be used.
+#[derive(Debug, Clone)]
+pub(crate) enum MetadataFault {
+    /// It breaks the rules.
+    Malformed(String),
+    /// It is legal, and asks for what is not supported.
+    Unsupported(String),
+}
+
+fn malformed<T>(text: impl Into<String>) -> Result<T, MetadataFault> {
+    Err(MetadataFault::Malformed(text.into()))
+}
+
+impl MetadataTable {
+    /// The table from its 64 KiB, for a region of `region_length` bytes.
+    pub(crate) fn decode(bytes: &[u8], region_length: u32) -> Result<Self, MetadataFault> {
+        let Ok((header, rest)) = RawTableHeader::ref_from_prefix(bytes) else {
+            return malformed("the metadata table is cut short");
+        };
+        if &header.signature != SIGNATURE {
+            return malformed("the metadata table has no signature");
+        }
+        let count = header.entry_count.get();
+        let entries = match <[RawEntry]>::ref_from_prefix_with_elems(rest, count.min(MAX_ENTRIES).into()) {
+            Ok((entries, _)) if count <= MAX_ENTRIES => entries,
+            _ => {
+                return malformed(format!(
+                    "the metadata table has {count} entries, at most {MAX_ENTRIES} are allowed"
+                ));
+            }
+        };
+        let mut found: [Option<ItemPlace>; 6] = [None; 6];
+        for entry in entries {
+            let id = guid(entry.item_id);
+            let flags = entry.flags.get();
+            let known =
+                KNOWN_ITEMS.iter().position(|(known, _)| *known == id).filter(|_| flags & IS_USER == 0);
+            let Some(index) = known else {
+                if flags & IS_REQUIRED != 0 {
+                    return Err(MetadataFault::Unsupported(format!(
+                        "the image needs the unknown metadata item {id}"
+                    )));
+                }
+                continue;
+            };
+            let place = ItemPlace { offset: entry.offset.get(), length: entry.length.get() };
+            check_place(place, region_length, KNOWN_ITEMS[index].1)?;
+            if found[index].replace(place).is_some() {
+                return malformed(format!("the {} stand twice in the metadata table", KNOWN_ITEMS[index].1));
+            }
+        }
+        let required = |index: usize| {
+            found[index].ok_or_else(|| {
+                MetadataFault::Malformed(format!("the metadata have no {}", KNOWN_ITEMS[index].1))
+            })
+        };
+        Ok(Self {
+            file_parameters: required(0)?,
+            virtual_disk_size: required(1)?,
+            logical_sector_size: required(2)?,
+            virtual_disk_id: found[3],
+            physical_sector_size: found[4],
+            parent_locator: found[5],
+        })
+    }
+}
+
+/// The items in the order of `MetadataTable::decode`, with their names.
+const KNOWN_ITEMS: [(Uuid, &str); 6] = [
+    (FILE_PARAMETERS, "file parameters"),
+    (VIRTUAL_DISK_SIZE, "virtual disk size"),
+    (LOGICAL_SECTOR_SIZE, "logical sector size"),
+    (VIRTUAL_DISK_ID, "virtual disk ID"),
+    (PHYSICAL_SECTOR_SIZE, "physical sector size"),
+    (PARENT_LOCATOR, "parent locator"),
+];
+
+fn check_place(place: ItemPlace, region_length: u32, name: &str) -> Result<(), MetadataFault> {
+    let ItemPlace { offset, length } = place;
+    let fits = offset.checked_add(length).is_some_and(|end| end <= region_length);
+    if (offset as usize) < METADATA_TABLE_LEN || !fits || length > MAX_ITEM_LEN {
+        return malformed(format!(
+            "the {name} stand at {offset} with {length} bytes, outside of the metadata region (65536..{region_length})"
+        ));
+    }
+    Ok(())
+}
+
+/// What the metadata say about the disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Metadata {
+    /// Bytes of a payload block.
+    pub(crate) block_size: u32,
+    /// The file is fixed: blocks stay allocated.
+    pub(crate) leave_blocks_allocated: bool,
+    /// The file is differencing.
+    pub(crate) has_parent: bool,
+    /// Bytes.
+    pub(crate) virtual_size: u64,
+    /// The SCSI page 83 identifier.
+    pub(crate) virtual_disk_id: Uuid,
+    /// Bytes: 512 or 4096.
+    pub(crate) logical_sector_size: u32,
+    /// Bytes: 512 or 4096.
+    pub(crate) physical_sector_size: u32,
+}
+
+/// The items of fixed length, as they stand in the file.
+#[derive(Debug, Default)]
+pub(crate) struct RawItems {
+    pub(crate) file_parameters: [u8; 8],
+    pub(crate) virtual_disk_size: [u8; 8],
+    pub(crate) virtual_disk_id: [u8; 16],
+    pub(crate) logical_sector_size: [u8; 4],
+    /// All zero: there is none.
+    pub(crate) physical_sector_size: [u8; 4],
+}
+
+impl Metadata {
+    /// The metadata from their items.
+    pub(crate) fn decode(items: &RawItems) -> Result<Self, MetadataFault> {
+        let [b0, b1, b2, b3, f0, f1, f2, f3] = items.file_parameters;
+        let block_size = u32::from_le_bytes([b0, b1, b2, b3]);
+        let flags = u32::from_le_bytes([f0, f1, f2, f3]);
+        let metadata = Self {
+            block_size,
+            leave_blocks_allocated: flags & LEAVE_BLOCKS_ALLOCATED != 0,
+            has_parent: flags & HAS_PARENT != 0,
+            virtual_size: u64::from_le_bytes(items.virtual_disk_size),
+            virtual_disk_id: guid(items.virtual_disk_id),
+            logical_sector_size: u32::from_le_bytes(items.logical_sector_size),
+            physical_sector_size: u32::from_le_bytes(items.physical_sector_size),
+        };
+        metadata.check()?;
+        Ok(metadata)
+    }
+
+    fn check(&self) -> Result<(), MetadataFault> {
+        let block_size = u64::from(self.block_size);
+        if !block_size.is_power_of_two() || !(MIN_BLOCK_SIZE..=MAX_BLOCK_SIZE).contains(&block_size) {
+            return malformed(format!(
+                "the block size is {block_size}, it must be a power of two from 1 MiB to 256 MiB"
+            ));
+        }
+        if !matches!(self.logical_sector_size, 512 | 4096) {
+            return malformed(format!(
+                "the logical sector size is {}, it must be 512 or 4096",
+                self.logical_sector_size
+            ));
+        }
+        if !matches!(self.physical_sector_size, 0 | 512 | 4096) {
+            return malformed(format!(
+                "the physical sector size is {}, it must be 512 or 4096",
+                self.physical_sector_size
+            ));
+        }
+        if self.virtual_size > MAX_VIRTUAL_SIZE {
+            return malformed(format!(
+                "the virtual size is {} bytes, at most {MAX_VIRTUAL_SIZE} (64 TiB) are allowed",
+                self.virtual_size
+            ));
+        }
+        if !self.virtual_size.is_multiple_of(self.logical_sector_size.into()) {
+            return malformed(format!(
+                "the virtual size is {} bytes, no multiple of the logical sector size {}",
+                self.virtual_size, self.logical_sector_size
+            ));
+        }
+        Ok(())
+    }
+
+    /// Table and items, without a parent: the first bytes of a metadata region.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut flags = 0;
+        if self.leave_blocks_allocated {
+            flags |= LEAVE_BLOCKS_ALLOCATED;
+        }
+        let parameters = [self.block_size.to_le_bytes(), u32::to_le_bytes(flags)].concat();
+        let disk = IS_VIRTUAL_DISK | IS_REQUIRED;
+        let items: [(Uuid, u32, Vec<u8>); 5] = [
+            (FILE_PARAMETERS, IS_REQUIRED, parameters),
+            (VIRTUAL_DISK_SIZE, disk, self.virtual_size.to_le_bytes().to_vec()),
+            (VIRTUAL_DISK_ID, disk, self.virtual_disk_id.to_bytes_le().to_vec()),
+            (LOGICAL_SECTOR_SIZE, disk, self.logical_sector_size.to_le_bytes().to_vec()),
+            (PHYSICAL_SECTOR_SIZE, disk, self.physical_sector_size.to_le_bytes().to_vec()),
+        ];
+        let header = RawTableHeader {
+            signature: *SIGNATURE,
+            reserved: U16::ZERO,
+            entry_count: 5.into(),
+            reserved2: [0; 20],
+        };
+        let mut table = header.as_bytes().to_vec();
+        let mut values = Vec::new();
+        for (id, flags, value) in items {
+            let entry = RawEntry {
+                item_id: id.to_bytes_le(),
+                offset: ((METADATA_TABLE_LEN + values.len()) as u32).into(),
+                length: (value.len() as u32).into(),
+                flags: flags.into(),
+                reserved: U32::ZERO,
+            };
+            table.extend_from_slice(entry.as_bytes());
+            values.extend(value);
+        }
+        table.resize(METADATA_TABLE_LEN, 0);
+        table.extend(values);
+        table
+    }
+}
+
+/// The keys and values of a parent locator, in the file's order (section 2.6.2.6).
+pub(crate) fn decode_parent_locator(item: &[u8]) -> Result<Vec<(String, String)>, MetadataFault> {
+    let Ok((header, rest)) = RawLocatorHeader::ref_from_prefix(item) else {
+        return malformed("the parent locator is cut short");
+    };
+    let kind = guid(header.locator_type);
+    if kind != VHDX_LOCATOR {
+        return Err(MetadataFault::Unsupported(format!("the parent locator is of the unknown type {kind}")));
+    }
+    let count = header.key_value_count.get();
+    let Ok((entries, _)) = <[RawLocatorEntry]>::ref_from_prefix_with_elems(rest, count.into()) else {
+        return malformed(format!("the parent locator has {count} entries in {} bytes", item.len()));
+    };
+    let mut pairs = Vec::new();
+    for entry in entries {
+        let key = locator_string(item, entry.key_offset, entry.key_length)?;
+        let value = locator_string(item, entry.value_offset, entry.value_length)?;
+        if pairs.iter().any(|(known, _)| *known == key) {
+            return malformed(format!("the parent locator has the key '{key}' twice"));
+        }
+        pairs.push((key, value));
+    }
+    Ok(pairs)
+}
+
+fn locator_string(item: &[u8], offset: U32, length: U16) -> Result<String, MetadataFault> {
+    let start = offset.get() as usize;
+    let bytes = item.get(start..).and_then(|rest| rest.get(..usize::from(length.get())));
+    let units: Option<Vec<u16>> = bytes
+        .filter(|bytes| bytes.len().is_multiple_of(2))
+        .map(|bytes| bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]])).collect());
+    match units.map(|units| String::from_utf16(&units)) {
+        Some(Ok(text)) => Ok(text),
+        _ => malformed(format!("the parent locator has no text at {start} with {length} bytes")),
+    }
+}

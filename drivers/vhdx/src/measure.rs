@@ -1,0 +1,41 @@
+//! How many bytes an image will need.
+
+use imgtool_toolkit::{CreateOptions, Error, ImageSource, Measure, Result};
+
+use crate::options::VhdxOptions;
+
+/// The length of the file that would be made: exact where the source's data extents hold data.
+pub(crate) fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Result<Measure> {
+    let options = VhdxOptions::parse(options)?;
+    let [device] = source.info().devices.as_slice() else {
+        return Err(Error::unsupported(format!(
+            "vhdx holds one device, not {}",
+            source.info().devices.len()
+        )));
+    };
+    let layout = options.layout(device.size).map_err(|e| e.device(&*device.name))?;
+    let fully_allocated = layout.file_len(layout.shape.payload_blocks);
+    if options.fixed {
+        return Ok(Measure { required: fully_allocated, fully_allocated });
+    }
+    let Some(random) = source.random() else {
+        return Err(Error::unsupported("a stream can't be measured").hint("save it to a file first"));
+    };
+    let block_size = layout.shape.block_size;
+    let mut blocks = 0;
+    // The first block that is not counted yet.
+    let mut next_block = 0;
+    let mut position = 0;
+    while position < device.size {
+        for extent in random.extents(device.id, position..device.size)? {
+            position = extent.end();
+            if extent.is_data() {
+                let first = (extent.start / block_size).max(next_block);
+                let end = position.div_ceil(block_size);
+                blocks += end.saturating_sub(first);
+                next_block = next_block.max(end);
+            }
+        }
+    }
+    Ok(Measure { required: layout.file_len(blocks), fully_allocated })
+}

@@ -1,0 +1,292 @@
+//! Making images: blocks are allocated in the order in which data comes.
+//!
+//! A block takes the next place in the file when its first data come, whole; around the data it stays
+//! a hole. Blocks without data are not present. The bytes of a file depend on content and options
+//! alone: GUIDs are made from them.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use imgtool_toolkit::zero::ZERO_GRANULARITY;
+use imgtool_toolkit::{
+    BufferPool, Bytes, CreateOptions, DeviceId, Error, Geometry, ImageSink, Manifest, Output, Part, Piece,
+    Prepared, Result, WriteList,
+};
+
+use crate::bat_writer::BatWriter;
+use crate::fingerprint::Fingerprint;
+use crate::layout::bat::{BatEntry, ENTRY_LEN};
+use crate::layout::header::{HEADER_OFFSETS, Header, encode_identifier};
+use crate::layout::metadata::Metadata;
+use crate::layout::region::{REGION_TABLE_OFFSETS, Region, RegionTable};
+use crate::layout::{HEADER_SECTION_LEN, MIB};
+use crate::options::{Layout, VhdxOptions};
+
+/// Bytes in a piece: read buffer and page cache copy fit a core's cache.
+const PIECE_LEN: u64 = 256 << 10;
+
+/// What the file says about its maker.
+const CREATOR: &str = concat!("imgtool ", env!("CARGO_PKG_VERSION"));
+
+pub(crate) fn create(
+    output: Output,
+    manifest: &Manifest,
+    options: &CreateOptions,
+) -> Result<Box<dyn ImageSink>> {
+    let device = manifest.single("vhdx")?;
+    let options = VhdxOptions::parse(options)?;
+    if device.open_ended {
+        return Err(Error::unsupported("VHDX must know the size of a disk before its data")
+            .hint("save the stream to a file first"));
+    }
+    if output.is_stream() {
+        return Err(Error::unsupported("a VHDX image can't be written to a stream")
+            .path(output.path())
+            .hint("write to a file"));
+    }
+    let layout = options.layout(device.size).map_err(|e| e.device(&*device.name))?;
+    let least = layout.file_len(if options.fixed { layout.shape.payload_blocks } else { 0 });
+    if let Some(capacity) = output.capacity()
+        && capacity < least
+    {
+        return Err(Error::refused(format!("the target holds {capacity} bytes, the image needs {least}"))
+            .path(output.path())
+            .device(&*device.name));
+    }
+    let bat = BatWriter::new(output.clone(), layout.bat);
+    Ok(Box::new(VhdxSink {
+        output,
+        device_size: device.size,
+        options,
+        layout,
+        fingerprint: Fingerprint::default(),
+        allocation: Mutex::new(Allocation { bat, blocks: 0 }),
+    }))
+}
+
+/// An image in the making.
+struct VhdxSink {
+    output: Output,
+    /// Guest bytes before rounding up.
+    device_size: u64,
+    options: VhdxOptions,
+    layout: Layout,
+    fingerprint: Fingerprint,
+    allocation: Mutex<Allocation>,
+}
+
+/// Which block stands where.
+struct Allocation {
+    bat: BatWriter,
+    /// Payload blocks in the file.
+    blocks: u64,
+}
+
+impl ImageSink for VhdxSink {
+    fn geometry(&self, _device: DeviceId) -> Geometry {
+        Geometry {
+            granule: ZERO_GRANULARITY as u64,
+            granule_required: false,
+            piece_len: PIECE_LEN,
+            max_zero_len: u64::MAX,
+            ordered: !self.options.fixed,
+        }
+    }
+
+    fn output(&self, _device: DeviceId) -> &Output {
+        &self.output
+    }
+
+    fn prepare(&self, piece: Piece, _pool: &BufferPool) -> Result<Prepared> {
+        let start = piece.start;
+        let mut parts = Vec::new();
+        for run in piece.nonzero_runs(ZERO_GRANULARITY) {
+            if let Some(data) = &piece.data {
+                self.fingerprint.add(start + run.start as u64, &data[run.clone()]);
+            }
+            // A part stays within a block.
+            let mut at = run.start;
+            while at < run.end {
+                let guest = start + at as u64;
+                let left = self.layout.shape.block_size - guest % self.layout.shape.block_size;
+                let len = usize::try_from(left).unwrap_or(usize::MAX).min(run.end - at);
+                parts.push(Part { guest: guest..guest + len as u64, bytes: Bytes::Data(at..at + len) });
+                at += len;
+            }
+        }
+        let mut prepared = Prepared::new(piece);
+        if self.options.fixed && self.output.needs_zeros() {
+            parts = with_zeros(parts, start, start + prepared.len);
+        }
+        prepared.parts = parts;
+        Ok(prepared)
+    }
+
+    fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
+        if self.options.fixed {
+            for part in &prepared.parts {
+                writes.push(self.layout.payload_start + part.guest.start, part.bytes.clone());
+            }
+            return Ok(());
+        }
+        let mut allocation = self.allocation();
+        for part in &prepared.parts {
+            let block_at = self.block(&mut allocation, part.guest.start / self.layout.shape.block_size)?;
+            writes.push(block_at + part.guest.start % self.layout.shape.block_size, part.bytes.clone());
+        }
+        Ok(())
+    }
+
+    fn finish(&self) -> Result<()> {
+        let layout = &self.layout;
+        let blocks = if self.options.fixed {
+            self.write_fixed_bat()?;
+            layout.shape.payload_blocks
+        } else {
+            let mut allocation = self.allocation();
+            allocation.bat.finish()?;
+            allocation.blocks
+        };
+        let file_len = layout.file_len(blocks);
+        if self.options.fixed {
+            let data_end = layout.payload_start + self.device_size;
+            self.output.write_zeros_at(data_end, file_len - data_end)?;
+        }
+        self.output.set_len(file_len)?;
+        let metadata = self.metadata().encode();
+        self.write_region(&layout.metadata, &metadata)?;
+        self.write_region(&layout.log, &[])?;
+        self.write_header_section()
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let virtual_size = self.layout.virtual_size;
+        if virtual_size == self.device_size {
+            return Vec::new();
+        }
+        vec![format!(
+            "virtual size rounded up from {} to {virtual_size} bytes, a multiple of the logical sector size {}",
+            self.device_size, self.options.logical_sector_size
+        )]
+    }
+}
+
+/// Fills the gaps between parts with zeros.
+fn with_zeros(parts: Vec<Part>, start: u64, end: u64) -> Vec<Part> {
+    let zeros = |guest: std::ops::Range<u64>| Part { bytes: Bytes::Zero(guest.end - guest.start), guest };
+    let mut filled = Vec::new();
+    let mut position = start;
+    for part in parts {
+        if position < part.guest.start {
+            filled.push(zeros(position..part.guest.start));
+        }
+        position = part.guest.end;
+        filled.push(part);
+    }
+    if position < end {
+        filled.push(zeros(position..end));
+    }
+    filled
+}
+
+impl VhdxSink {
+    fn allocation(&self) -> MutexGuard<'_, Allocation> {
+        self.allocation.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where a payload block stands; it gets the next place if it has none.
+    fn block(&self, allocation: &mut Allocation, payload_block: u64) -> Result<u64> {
+        let bat_index = self.layout.shape.payload_bat_index(payload_block);
+        let entry = allocation.bat.get(bat_index)?;
+        if entry != BatEntry(0) {
+            return Ok(entry.file_offset());
+        }
+        let block_at = self.layout.file_len(allocation.blocks);
+        allocation.blocks += 1;
+        allocation.bat.set(bat_index, BatEntry::fully_present(block_at))?;
+        if self.output.needs_zeros() {
+            // Before any data of the block: other pieces of it are written at the same time as this.
+            self.output.write_zeros_at(block_at, self.layout.shape.block_size)?;
+        }
+        Ok(block_at)
+    }
+
+    /// The BAT of a fixed file: every block, one after the other.
+    fn write_fixed_bat(&self) -> Result<()> {
+        let Layout { shape, bat, .. } = &self.layout;
+        let mut position = bat.file_offset;
+        let mut bytes = Vec::new();
+        let entries_at_once = MIB / ENTRY_LEN;
+        let mut first = 0;
+        while first < shape.entries(false) {
+            let end = shape.entries(false).min(first + entries_at_once);
+            bytes.clear();
+            for bat_index in first..end {
+                let payload_block = shape.payload_block_from(bat_index);
+                let is_payload = shape.payload_bat_index(payload_block) == bat_index;
+                let block_at = self.layout.file_len(payload_block);
+                let entry = if is_payload { BatEntry::fully_present(block_at) } else { BatEntry(0) };
+                bytes.extend_from_slice(&entry.0.to_le_bytes());
+            }
+            self.output.write_at(&bytes, position)?;
+            position += bytes.len() as u64;
+            first = end;
+        }
+        self.output.write_zeros_at(position, bat.end() - position)
+    }
+
+    /// Writes a region: `bytes` and zeros to its end.
+    fn write_region(&self, region: &Region, bytes: &[u8]) -> Result<()> {
+        self.output.write_at(bytes, region.file_offset)?;
+        let end = region.file_offset + bytes.len() as u64;
+        self.output.write_zeros_at(end, region.end() - end)
+    }
+
+    fn metadata(&self) -> Metadata {
+        let Layout { virtual_size, shape, .. } = &self.layout;
+        // The options bound all of these far below 2^32.
+        let narrow = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
+        Metadata {
+            block_size: narrow(shape.block_size),
+            leave_blocks_allocated: self.options.fixed,
+            has_parent: false,
+            virtual_size: *virtual_size,
+            virtual_disk_id: self.options.disk_id.unwrap_or_else(|| self.guid("disk id")),
+            logical_sector_size: narrow(self.options.logical_sector_size),
+            physical_sector_size: narrow(self.options.physical_sector_size),
+        }
+    }
+
+    /// A GUID from content and options.
+    fn guid(&self, purpose: &str) -> uuid::Uuid {
+        self.fingerprint.guid(
+            purpose,
+            &[
+                self.device_size,
+                self.layout.shape.block_size,
+                self.options.logical_sector_size,
+                self.options.physical_sector_size,
+                u64::from(self.layout.log.length),
+                u64::from(self.options.fixed),
+            ],
+        )
+    }
+
+    /// Region tables, headers, and last the identifier, without which the file is no image.
+    fn write_header_section(&self) -> Result<()> {
+        let Layout { log, bat, metadata, .. } = &self.layout;
+        if self.output.needs_zeros() {
+            self.output.write_zeros_at(0, HEADER_SECTION_LEN)?;
+        }
+        let table = RegionTable { bat: *bat, metadata: *metadata }.encode();
+        for offset in REGION_TABLE_OFFSETS {
+            self.output.write_at(&table, offset)?;
+        }
+        for (number, offset) in (1..).zip(HEADER_OFFSETS) {
+            let mut header = Header::new(number, log.file_offset, log.length);
+            header.file_write_guid = self.options.file_write_guid.unwrap_or_else(|| self.guid("file write"));
+            header.data_write_guid = self.options.data_write_guid.unwrap_or_else(|| self.guid("data write"));
+            self.output.write_at(&header.encode(), offset)?;
+        }
+        self.output.write_at(&encode_identifier(CREATOR), 0)
+    }
+}
