@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The program under test.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_imgtool");
@@ -92,12 +92,6 @@ impl Run {
         self
     }
 
-    /// Sets an environment variable.
-    pub fn env(mut self, name: &str, value: &str) -> Self {
-        self.command.env(name, value);
-        self
-    }
-
     /// Standard input is a pipe that brings the content of a file.
     pub fn pipe_from(mut self, path: &Path) -> Self {
         self.input = Input::Pipe(path.to_owned());
@@ -140,8 +134,7 @@ impl Run {
             let mut bytes = Vec::new();
             stderr.read_to_end(&mut bytes).map(|_| bytes).expect("read stderr")
         });
-        let peak_memory = if self.measure { watch_memory(&mut child) } else { 0 };
-        let status = child.wait().expect("wait");
+        let (status, peak_memory) = watch(&mut child, self.measure, &name);
         if let Some(feeder) = feeder {
             feeder.join().expect("feeder");
         }
@@ -170,18 +163,32 @@ fn feed(child: &mut Child, input: Input) -> Option<std::thread::JoinHandle<()>> 
     }))
 }
 
-/// The peak of resident memory as the kernel counts it; asked again and again until the end.
-fn watch_memory(child: &mut Child) -> u64 {
-    let status = format!("/proc/{}/status", child.id());
+/// No run of a test takes longer: a program that hangs fails its test instead of stopping them all.
+const PATIENCE: Duration = Duration::from_secs(400);
+
+/// Waits for the end; asks the kernel for the peak of resident memory again and again until then.
+#[track_caller]
+fn watch(child: &mut Child, measure: bool, name: &str) -> (ExitStatus, u64) {
+    let proc_status = format!("/proc/{}/status", child.id());
+    let began = Instant::now();
+    let mut pause = Duration::from_micros(500);
     let mut peak = 0;
-    while child.try_wait().expect("wait").is_none() {
-        if let Ok(text) = std::fs::read_to_string(&status)
+    loop {
+        if let Some(status) = child.try_wait().expect("wait") {
+            return (status, peak);
+        }
+        if measure
+            && let Ok(text) = std::fs::read_to_string(&proc_status)
             && let Some(line) = text.lines().find(|line| line.starts_with("VmHWM:"))
             && let Some(kib) = line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok())
         {
             peak = peak.max(kib * 1024);
         }
-        std::thread::sleep(Duration::from_millis(2));
+        if began.elapsed() > PATIENCE {
+            child.kill().expect("kill");
+            panic!("{name}: still running after {PATIENCE:?}");
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(4));
     }
-    peak
 }
