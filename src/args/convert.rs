@@ -102,6 +102,14 @@ pub struct TargetArgs {
     #[arg(long)]
     pub force: bool,
 
+    /// Store only the difference to this image; -o backing_file=FILE
+    #[arg(short = 'B', value_name = "FILE", requires = "backing_format")]
+    pub backing: Option<String>,
+
+    /// The format of -B's file; -o backing_fmt=FMT
+    #[arg(short = 'F', value_name = "FMT", requires = "backing")]
+    pub backing_format: Option<String>,
+
     /// Do not create DEST: write into the file or block device that is there
     ///
     /// A target up to 4 MiB larger than the disk is accepted and its tail left alone (--force:
@@ -176,14 +184,6 @@ pub struct CompatArgs {
     /// No effect: how bytes are copied is decided for each pair of formats
     #[arg(short = 'C')]
     pub copy_offload: bool,
-
-    /// Refused: an output is always complete in itself
-    #[arg(short = 'B', value_name = "FILE")]
-    pub backing: Option<PathBuf>,
-
-    /// Refused: an output is always complete in itself
-    #[arg(short = 'F', value_name = "FMT")]
-    pub backing_format: Option<String>,
 
     /// Refused: targets are named by plain paths
     #[arg(long)]

@@ -4,7 +4,9 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use imgtool_toolkit::{Attachment, Error, OpenOptions, Outputs, Registry, Result, ResultExt, parse_size};
+use imgtool_toolkit::{
+    Attachment, CreateOptions, Error, OpenOptions, Outputs, Registry, Result, ResultExt, parse_size,
+};
 
 use super::options;
 use crate::args::ConvertArgs;
@@ -16,6 +18,7 @@ use crate::{drivers, images};
 mod format;
 mod layout;
 mod names;
+mod sinks;
 mod sources;
 mod summary;
 mod verify;
@@ -39,7 +42,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     let own_places =
         args.devices.target.iter().map(|text| OwnPlace::parse(text)).collect::<Result<Vec<_>>>()?;
     let (source_args, dest) = split_paths(&args.paths, !own_places.is_empty())?;
-    let create = options::create_options(&args.target.options, args.target.sparse_size.as_deref())?;
+    let create = create_options(args)?;
     let format = format::choose(
         &registry,
         args.target.to.as_deref(),
@@ -77,21 +80,37 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     };
     let layout = request.layout()?;
     let work = write::Work {
+        registry: &registry,
         threads: args.threads.count(),
         force: args.target.force,
         progress: args.messages.mode(),
         limit: rate_limit(args)?,
-        verify: args.target.verify.then(|| images::open_options(&registry, &args.input)).transpose()?,
+        verify: args.target.verify,
     };
     let result = write::write(work, &layout, sources, &taken, outputs, &interrupt)?;
     summary::print(args, &layout, &taken, &result)
 }
 
-fn refuse_what_is_not_taken(args: &ConvertArgs) -> Result<()> {
-    if args.compat.backing.is_some() || args.compat.backing_format.is_some() {
-        return Err(Error::usage("-B and -F are not taken: an output is always complete in itself")
-            .hint("'qemu-img rebase' makes an overlay of a finished image"));
+/// `-o`, `-S`, and `-B` with `-F`, which are two options of qcow2.
+fn create_options(args: &ConvertArgs) -> Result<CreateOptions> {
+    let mut create = options::create_options(&args.target.options, args.target.sparse_size.as_deref())?;
+    let named = [("backing_file", &args.target.backing), ("backing_fmt", &args.target.backing_format)];
+    for (key, value) in named {
+        if let Some(value) = value
+            && create.options.insert(key.to_owned(), value.clone()).is_some()
+        {
+            return Err(Error::usage(format!("{key} is given twice")));
+        }
     }
+    let rests_on_others = ["backing_file", "data_file"].iter().find(|key| create.get(key).is_some());
+    if let (true, Some(key)) = (args.target.verify, rests_on_others) {
+        return Err(Error::unsupported(format!("--verify does not go with {key}"))
+            .hint("'imgtool compare --allow-external chain' compares afterwards"));
+    }
+    Ok(create)
+}
+
+fn refuse_what_is_not_taken(args: &ConvertArgs) -> Result<()> {
     if args.compat.target_image_opts {
         return Err(Error::usage("--target-image-opts is not taken: targets are named by plain paths")
             .hint("give the path itself, its format with --to, its options with -o"));

@@ -4,63 +4,110 @@
 //! output holds must be equal. That catches what a disk, a cable, a file system or our own writer
 //! changed in between.
 
-use imgtool_toolkit::digest::{ContentDigest, digest_source};
+use std::io;
+use std::sync::Arc;
+
+use imgtool_toolkit::digest::{self, ContentDigest};
+use imgtool_toolkit::storage::ReadAt;
 use imgtool_toolkit::{
-    CancelToken, DeviceId, Driver, Error, NoProgress, OpenOptions, Output, Result, ResultExt,
+    DeviceId, Error, ImageSource, Input, OpenOptions, Output, RandomInput, Result, ResultExt,
 };
 
-/// An output to be read back.
-pub struct Written<'a> {
-    /// Its driver.
-    pub driver: &'a dyn Driver,
-    /// Where it is.
-    pub output: &'a Output,
-    /// It is compressed as a whole.
-    pub packed: bool,
-    /// The sink's numbers of its devices, in their order, and their names.
-    pub devices: Vec<(DeviceId, &'a str)>,
+use super::layout::{Layout, Place, Target};
+use super::sources::Taken;
+use crate::args::ProgressMode;
+use crate::interrupt::Interrupt;
+use crate::progress::{Lane, Meter};
+
+/// What was sent into the outputs.
+pub struct Expected<'a> {
+    /// Digests by the sink's numbers.
+    pub digest: &'a ContentDigest,
+    /// What the sink calls each device taken.
+    pub numbers: &'a [DeviceId],
+    /// The devices.
+    pub taken: &'a [Taken],
 }
 
-impl Written<'_> {
-    /// Compares what the output holds with what went into the sink.
-    ///
-    /// # Errors
-    /// [`imgtool_toolkit::ErrorKind::Corrupt`] when they differ; whatever reading brings.
-    pub fn check(
-        &self,
-        expected: &ContentDigest,
-        options: &OpenOptions,
-        threads: usize,
-        cancel: CancelToken,
-    ) -> Result<()> {
-        self.compare(expected, options, threads, cancel).in_file(self.output.path())
-    }
-
-    fn compare(
-        &self,
-        expected: &ContentDigest,
-        options: &OpenOptions,
-        threads: usize,
-        cancel: CancelToken,
-    ) -> Result<()> {
-        let input = self.output.reopen()?;
-        let input = if self.packed { input.decompressed()? } else { input };
-        let mut image = self.driver.open(input, options)?;
-        let found: Vec<DeviceId> = image.info().devices.iter().map(|device| device.id).collect();
-        if found.len() != self.devices.len() {
-            return Err(differs(format!("it holds {} devices, not {}", found.len(), self.devices.len())));
+/// Reads every output and compares it with what was sent.
+///
+/// # Errors
+/// [`imgtool_toolkit::ErrorKind::Corrupt`] when an output does not hold what was sent.
+pub fn read_back(
+    layout: &Layout,
+    outputs: &[Output],
+    expected: &Expected<'_>,
+    threads: usize,
+    progress: ProgressMode,
+    interrupt: &Interrupt,
+) -> Result<()> {
+    for (target, output) in layout.targets.iter().zip(outputs) {
+        let mut source = open(target, output, expected).in_file(target.place.path())?;
+        let info = source.info();
+        // Lanes are found by number, and an archive's devices are numbered from 1.
+        let highest = info.devices.iter().map(|device| device.id.0).max().unwrap_or(0);
+        let lanes = (0..=highest).map(|number| lane(&*source, DeviceId(number))).collect();
+        let ids: Vec<DeviceId> = info.devices.iter().map(|device| device.id).collect();
+        let mut meter = Meter::start(progress, "verify", lanes, None, || 0);
+        let found = digest::digest_source(&mut *source, threads, meter.progress(), interrupt.token())
+            .in_file(target.place.path())?;
+        meter.finish();
+        if ids.len() != target.devices.len() {
+            return Err(differs(target, "another number of devices"));
         }
-        let actual = digest_source(&mut *image, threads, &NoProgress, cancel)?;
-        for (&(number, name), found) in self.devices.iter().zip(found) {
-            if expected.of(number) != actual.of(found) {
-                return Err(differs("its content is not what was written".to_owned()).device(name));
+        for (id, &device) in ids.into_iter().zip(&target.devices) {
+            if found.of(id) != expected.digest.of(expected.numbers[device]) {
+                return Err(differs(target, "other content").device(&*expected.taken[device].name));
             }
         }
-        Ok(())
     }
+    Ok(())
 }
 
-fn differs(what: String) -> Error {
-    Error::corrupt(format!("reading the finished output back failed: {what}"))
+fn lane(source: &dyn ImageSource, id: DeviceId) -> Lane {
+    let device = source.info().device(id);
+    Lane::new(device.map_or("", |device| &device.name), Some(device.map_or(0, |device| device.size)))
+}
+
+fn differs(target: &Target, what: &str) -> Error {
+    Error::corrupt(format!("reading the output back brings {what} than was written"))
+        .path(target.place.path())
         .hint("nothing was left behind; check the disk and the memory of this machine, then try again")
+}
+
+fn open(target: &Target, output: &Output, expected: &Expected<'_>) -> Result<Box<dyn ImageSource>> {
+    let mut input = output.reopen()?;
+    if let (Place::InPlace { .. }, "raw", [device]) =
+        (&target.place, target.format.driver.name(), target.devices.as_slice())
+    {
+        // The target may be longer than the disk; what follows is not ours.
+        input = front(input, expected.taken[*device].device.size)?;
+    }
+    if target.format.outer.is_some() {
+        input = input.decompressed()?;
+    }
+    target.format.driver.open(input, &OpenOptions::default())
+}
+
+fn front(input: Input, len: u64) -> Result<Input> {
+    let path = input.path().to_owned();
+    let whole = input.into_random()?;
+    let len = len.min(whole.len());
+    Ok(Input::from_read_at(path, Arc::new(Front { whole, len })))
+}
+
+/// The first bytes of an input.
+struct Front {
+    whole: RandomInput,
+    len: u64,
+}
+
+impl ReadAt for Front {
+    fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
+        self.whole.read_exact_at(buf, position).map_err(io::Error::other)
+    }
+
+    fn len(&self) -> u64 {
+        self.len
+    }
 }

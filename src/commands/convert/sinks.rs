@@ -1,0 +1,149 @@
+//! Sinks over outputs: one for each image to be made, and one over all.
+
+use std::io::{self, IsTerminal};
+use std::path::Path;
+use std::sync::Arc;
+
+use imgtool_toolkit::driver::Extras;
+use imgtool_toolkit::fanout::FanOut;
+use imgtool_toolkit::{
+    CreateOptions, Device, DeviceId, Error, ImageSink, ImageSource, Input, Manifest, OpenOptions, Output,
+    Outputs, Registry, Result, ResultExt,
+};
+
+use super::layout::{Layout, Place, Target};
+use super::sources::Taken;
+
+/// An existing target may be larger than its disk by this much without being taken for a mistake:
+/// LVM and others round sizes up to their extents.
+const SIZE_TOLERANCE: u64 = 4 << 20;
+
+/// What is written into.
+pub struct Sinks {
+    /// The sink over all targets.
+    pub sink: Box<dyn ImageSink>,
+    /// The output of each target.
+    pub outputs: Vec<Output>,
+    /// What the sink calls each device taken.
+    pub numbers: Vec<DeviceId>,
+}
+
+/// Makes the outputs of all targets and the sinks over them.
+///
+/// # Errors
+/// When one can't be made.
+pub fn make(
+    registry: &Registry,
+    layout: &Layout,
+    taken: &[Taken],
+    outputs: &mut Outputs,
+    force: bool,
+) -> Result<Sinks> {
+    let mut sinks = Vec::new();
+    let mut handles = Vec::new();
+    let mut places = Vec::new();
+    let mut numbers = vec![DeviceId(0); taken.len()];
+    for (index, target) in layout.targets.iter().enumerate() {
+        let manifest = manifest(target, taken);
+        let output = make_output(target, &manifest, outputs, force)?;
+        handles.push(output.clone());
+        let options = with_extras(registry, target, outputs, force)?;
+        let sink = target.format.driver.create(output, &manifest, &options).in_file(target.place.path())?;
+        for (inner, &device) in manifest.devices.iter().zip(&target.devices) {
+            // At most as many devices as the sources hold: 254 each.
+            numbers[device] = DeviceId(u32::try_from(places.len()).unwrap_or(u32::MAX));
+            places.push((index, inner.id));
+        }
+        sinks.push(sink);
+    }
+    let only = (sinks.len() == 1).then(|| sinks.pop()).flatten();
+    let sink = match only {
+        Some(only) => only,
+        None => Box::new(FanOut::with_places(sinks, places)?),
+    };
+    Ok(Sinks { sink, outputs: handles, numbers })
+}
+
+/// What a target is to hold, its devices numbered from 0.
+fn manifest(target: &Target, taken: &[Taken]) -> Manifest {
+    let device = |(number, &index): (u32, &usize)| Device {
+        id: DeviceId(number),
+        name: taken[index].name.clone(),
+        ..taken[index].device.clone()
+    };
+    Manifest {
+        devices: (0..).zip(&target.devices).map(device).collect(),
+        attachments: target.attachments.clone(),
+    }
+}
+
+fn make_output(target: &Target, manifest: &Manifest, outputs: &mut Outputs, force: bool) -> Result<Output> {
+    if target.format.outer.is_some() {
+        return Err(Error::unsupported("compressed outputs are not there yet"));
+    }
+    match &target.place {
+        Place::New(path) => outputs.create(path, force),
+        Place::InPlace { path, zeroed } => {
+            let output = outputs.existing(path, *zeroed, force)?;
+            check_capacity(target, manifest, &output, force)?;
+            Ok(output)
+        }
+        Place::Stdout => {
+            if io::stdout().is_terminal() {
+                return Err(
+                    Error::usage("standard output is a terminal").hint("redirect it to a file or a pipe")
+                );
+            }
+            let output = Output::from_writer("-", Box::new(io::stdout()));
+            outputs.stream(output.clone());
+            Ok(output)
+        }
+    }
+}
+
+/// An existing target of a format that is the guest's bytes must be about as large as the disk.
+fn check_capacity(target: &Target, manifest: &Manifest, output: &Output, force: bool) -> Result<()> {
+    let (Some(capacity), [device]) = (output.capacity(), manifest.devices.as_slice()) else { return Ok(()) };
+    if device.open_ended || target.format.driver.name() != "raw" {
+        return Ok(());
+    }
+    let error = |what: &str| {
+        Error::refused(format!("the target is {what}: it holds {capacity} bytes, the disk {}", device.size))
+            .path(target.place.path())
+            .device(&*device.name)
+    };
+    if capacity < device.size {
+        return Err(error("too small").hint("nothing was written; a larger target is needed"));
+    }
+    if capacity - device.size > SIZE_TOLERANCE && !force {
+        return Err(error("much larger")
+            .hint("nothing was written; --force writes the disk to its front and leaves the rest alone"));
+    }
+    Ok(())
+}
+
+/// Opens what the format's options name: a data file, a backing file. Names are relative to the
+/// image's directory, as whoever reads the image will take them.
+fn with_extras(
+    registry: &Registry,
+    target: &Target,
+    outputs: &mut Outputs,
+    force: bool,
+) -> Result<CreateOptions> {
+    let mut options = target.format.options.clone();
+    let directory = target.place.path().parent().unwrap_or(Path::new("")).to_owned();
+    let mut extras = Extras::default();
+    if let Some(name) = options.get("data_file") {
+        let output = outputs.create(&directory.join(name), force)?;
+        extras.outputs.insert("data_file".to_owned(), output);
+    }
+    if let Some(name) = options.get("backing_file") {
+        let path = directory.join(name);
+        let format = options.get("backing_fmt");
+        let opened = registry.open(Input::open_plain(&path)?, format, &OpenOptions::default())?;
+        outputs.protect(&path);
+        extras.base = Some(Arc::<dyn ImageSource>::from(opened.source));
+    }
+    options.extras = extras;
+    Ok(options)
+}
