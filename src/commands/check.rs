@@ -52,11 +52,20 @@ fn check(args: &CheckArgs) -> Result<Exit> {
     let found = driver.check(input, &options).in_file(&args.image)?;
     if args.output.is_json() {
         let filename = args.image.to_string_lossy().into_owned();
-        report::print_json(&Document { filename, format: driver.name(), report: &found })?;
+        report::print_json(&document(&Document { filename, format: driver.name(), report: &found }))?;
     } else if !args.quiet || exit(&found) != Exit::Done {
         report::print(&page(&args.image, driver.name(), &found))?;
     }
     Ok(exit(&found))
+}
+
+/// As qemu-img: what a format does not know is left out.
+fn document(document: &Document<'_>) -> serde_json::Value {
+    let mut value = serde_json::to_value(document).unwrap_or_default();
+    if let Some(map) = value.as_object_mut() {
+        map.retain(|_, field| !field.is_null());
+    }
+    value
 }
 
 fn exit(found: &CheckReport) -> Exit {

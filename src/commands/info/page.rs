@@ -44,7 +44,9 @@ pub(super) fn page(subject: &Subject) -> String {
         let _ = writeln!(text, "{}:", info.format);
         facts(&mut text, 4, specific.into_iter());
     }
-    for reference in &info.references {
+    // Formats whose `qemu-img info` names the file have said it already.
+    let said = |role: &str| info.facts.iter().any(|fact| fact.label == role);
+    for reference in info.references.iter().filter(|reference| !said(reference.role)) {
         let format = reference.format.as_deref().map(|f| format!(" ({f})")).unwrap_or_default();
         line(&mut text, reference.role, &format!("{}{format}", reference.name));
     }
