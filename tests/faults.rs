@@ -77,15 +77,17 @@ fn a_kill_leaves_only_the_temporary_name() {
 }
 
 #[test]
-fn a_failed_disk_takes_the_others_with_it() {
+fn a_failed_source_takes_the_whole_archive_with_it() {
     let dir = tempdir();
     let bytes = std::fs::read(fixture("sparse.vma")).unwrap();
     let (whole, cut) = (dir.path().join("whole.raw"), dir.path().join("cut.vma"));
     Image::hole("w", 1 << 20).with(0, images::noise(1, 1 << 20)).write_raw(&whole);
     std::fs::write(&cut, &bytes[..bytes.len() - 1]).unwrap();
     let before = snapshot(dir.path());
-    let out = dir.path().join("out");
-    imgtool(["convert", text(&whole), text(&cut), "--to", "qcow2", text(&out)]).go().exits(1);
+    let out = dir.path().join("out.vma");
+    imgtool(["convert", text(&whole), text(&cut), "--to", "vma", text(&out)]).go().exits(1).says("cut.vma");
+    let from_pipe = imgtool(["convert", text(&whole), "-", "--to", "vma", text(&out)]);
+    from_pipe.pipe_from(&cut).go().exits(1);
     assert_eq!(snapshot(dir.path()), before);
 }
 
