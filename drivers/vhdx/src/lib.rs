@@ -21,9 +21,6 @@ mod probe;
 mod sink;
 mod source;
 
-#[cfg(test)]
-mod tests;
-
 use imgtool_toolkit::{
     Capabilities, CheckReport, Confidence, CreateOptions, Driver, ImageSink, ImageSource, Input, Manifest,
     Measure, OpenOptions, OptionSpec, Output, Registry, Result,

@@ -1,1 +1,0 @@
-//! Tests of the driver as a whole.

@@ -1,0 +1,105 @@
+//! The laws that every driver keeps.
+
+use imgtool_toolkit::conformance;
+use imgtool_toolkit::{CreateOptions, Driver};
+use imgtool_vhdx::VhdxDriver;
+use proptest::prelude::*;
+
+use crate::support::craft::{BAT_AT, Change, Craft, HEADERS_AT, LOG_AT, LogEntry, METADATA_AT, REGIONS_AT};
+use crate::support::{MIB, options};
+
+#[test]
+fn the_laws_hold() {
+    conformance::all(&VhdxDriver, &CreateOptions::default());
+}
+
+#[test]
+fn the_laws_hold_for_small_blocks() {
+    conformance::all(&VhdxDriver, &options(&[("block_size", "1M")]));
+}
+
+#[test]
+fn the_laws_hold_for_fixed_files() {
+    conformance::all(&VhdxDriver, &options(&[("subformat", "fixed"), ("block_size", "2M")]));
+}
+
+#[test]
+fn reads_stay_within_the_device() {
+    conformance::reads_stay_within_the_device(&VhdxDriver, &CreateOptions::default());
+}
+
+#[test]
+fn cancelled_copies_end() {
+    conformance::cancelled_copies_end(&VhdxDriver, &CreateOptions::default());
+}
+
+/// Makes all checksums of a crafted file right.
+fn repair(bytes: &mut [u8]) {
+    let sealed = HEADERS_AT.map(|at| (at, 4096)).into_iter().chain(REGIONS_AT.map(|at| (at, 65_536)));
+    for (at, len) in sealed.chain([(LOG_AT as usize, 8192)]) {
+        bytes[at + 4..at + 8].fill(0);
+        let crc = crc32c::crc32c(&bytes[at..at + len]);
+        bytes[at + 4..at + 8].copy_from_slice(&crc.to_le_bytes());
+    }
+}
+
+#[test]
+fn hostile_numbers_do_no_harm() {
+    let entry = LogEntry::new(5, 0, vec![
+        Change::Page { at: 4 * MIB, bytes: vec![7; 4096] },
+        Change::Zero { at: 4 * MIB + 8192, len: 4096 },
+    ]);
+    let craft = Craft::new(2 * MIB, MIB, 512)
+        .bat(0, 4 * MIB, 6)
+        .fill(4 * MIB, MIB, 1)
+        .log_entry(0, &entry.bytes());
+    let place = |at: u64, len: usize| at as usize..at as usize + len;
+    let places = vec![
+        HEADERS_AT[1] + 8..HEADERS_AT[1] + 80,
+        REGIONS_AT[0] + 8..REGIONS_AT[0] + 80,
+        place(LOG_AT, 128),
+        place(METADATA_AT + 8, 32 + 5 * 32),
+        place(METADATA_AT + 65_536, 40),
+        place(BAT_AT, 24),
+    ];
+    let hostile = conformance::Hostile { image: &craft.bytes, places, repair: &repair };
+    conformance::hostile_bytes_do_not_panic(&VhdxDriver, &hostile);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn any_disk_survives(
+        sectors in 1u64..20_000,
+        areas in prop::collection::vec((0u64..10_000_000, 1u64..300_000), 0..12),
+        block in prop::sample::select(vec!["1M", "2M", "8M"]),
+        subformat in prop::sample::select(vec!["dynamic", "fixed"]),
+        logical in prop::sample::select(vec!["512", "4096"]),
+        ragged in 0u64..512,
+    ) {
+        let size = sectors * 512 + ragged;
+        let mut content = conformance::Content::zero();
+        let mut starts: Vec<(u64, u64)> = areas.into_iter().map(|(start, len)| (start % size, len)).collect();
+        starts.sort_unstable();
+        let mut at = 0;
+        for (start, len) in starts {
+            let (start, end) = (start.max(at), (start + len).min(size));
+            if start < end {
+                content = content.with(start..end, conformance::Fill::Random);
+                at = end;
+            }
+        }
+        let image = conformance::Image::disk("proptest", size, content);
+        let options = options(&[("block_size", block), ("subformat", subformat), ("logical_sector_size", logical)]);
+        let directory = conformance::scratch();
+        let path = conformance::make(&VhdxDriver, &options, &image, directory.path());
+        let mut source = conformance::open(&VhdxDriver, &path).unwrap();
+        let multiple = logical.parse().unwrap();
+        prop_assert_eq!(conformance::compare(&mut *source, &image, multiple), Ok(()));
+        let report = VhdxDriver.check(
+            imgtool_toolkit::Input::open_plain(&path).unwrap(),
+            &imgtool_toolkit::OpenOptions::default(),
+        ).unwrap();
+        prop_assert_eq!(report.corruptions, 0, "{:?}", report.findings);
+    }
+}
