@@ -6,6 +6,8 @@ use imgtool_toolkit::Registry;
 pub fn registry() -> Registry {
     let mut registry = Registry::new();
     imgtool_qcow2::register(&mut registry);
+    imgtool_vhdx::register(&mut registry);
+    imgtool_vma::register(&mut registry);
     imgtool_raw::register(&mut registry);
     registry
 }

@@ -8,7 +8,7 @@ use imgtool_toolkit::driver::Extras;
 use imgtool_toolkit::fanout::FanOut;
 use imgtool_toolkit::{
     CreateOptions, Device, DeviceId, Error, ImageSink, ImageSource, Input, Manifest, OpenOptions, Output,
-    Outputs, Registry, Result, ResultExt,
+    Outputs, PackedSink, Packing, Registry, Result, ResultExt,
 };
 
 use super::layout::{Layout, Place, Target};
@@ -48,7 +48,7 @@ pub fn make(
         let output = make_output(target, &manifest, outputs, force)?;
         handles.push(output.clone());
         let options = with_extras(registry, target, outputs, force)?;
-        let sink = target.format.driver.create(output, &manifest, &options).in_file(target.place.path())?;
+        let sink = make_sink(target, output, &manifest, &options).in_file(target.place.path())?;
         for (inner, &device) in manifest.devices.iter().zip(&target.devices) {
             // At most as many devices as the sources hold: 254 each.
             numbers[device] = DeviceId(u32::try_from(places.len()).unwrap_or(u32::MAX));
@@ -62,6 +62,19 @@ pub fn make(
         None => Box::new(FanOut::with_places(sinks, places)?),
     };
     Ok(Sinks { sink, outputs: handles, numbers })
+}
+
+fn make_sink(
+    target: &Target,
+    output: Output,
+    manifest: &Manifest,
+    options: &CreateOptions,
+) -> Result<Box<dyn ImageSink>> {
+    let driver = &target.format.driver;
+    let Some(outer) = target.format.outer else { return driver.create(output, manifest, options) };
+    let packing = Packing::new(outer.compression, outer.level)?;
+    let inner = driver.create(PackedSink::inner_output(output.path()), manifest, options)?;
+    Ok(Box::new(PackedSink::new(inner, output, packing)?))
 }
 
 /// What a target is to hold, its devices numbered from 0.
@@ -78,9 +91,6 @@ fn manifest(target: &Target, taken: &[Taken]) -> Manifest {
 }
 
 fn make_output(target: &Target, manifest: &Manifest, outputs: &mut Outputs, force: bool) -> Result<Output> {
-    if target.format.outer.is_some() {
-        return Err(Error::unsupported("compressed outputs are not there yet"));
-    }
     match &target.place {
         Place::New(path) => outputs.create(path, force),
         Place::InPlace { path, zeroed } => {
