@@ -20,6 +20,7 @@ pub mod error;
 pub mod extent;
 pub mod external;
 pub mod fanout;
+pub mod packed;
 pub mod pipeline;
 pub mod progress;
 pub mod registry;
@@ -31,12 +32,13 @@ pub mod zero;
 pub use buffer::{Buffer, BufferPool};
 pub use device::{Attachment, Device, DeviceId, DeviceKind, Manifest};
 pub use driver::{
-    Capabilities, CheckReport, Compress, Confidence, CreateOptions, Driver, Extras, Measure, OpenOptions, OptionSpec,
-    parse_size,
+    Capabilities, CheckReport, Compress, Confidence, CreateOptions, Driver, Extras, Measure, OpenOptions,
+    OptionSpec, parse_size,
 };
 pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use extent::{Extent, ExtentKind, ExtentList};
 pub use external::{ExternalPolicy, Externals};
+pub use packed::{PackedSink, Packing};
 pub use progress::{CancelToken, NoProgress, Progress};
 pub use registry::{Opened, Registry};
 pub use sink::{Bytes, FileWrite, Geometry, ImageSink, Part, Prepared, WriteList};

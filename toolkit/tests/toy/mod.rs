@@ -39,7 +39,7 @@ pub enum Flaw {
     StoresZeros,
     /// Records stand in the order in which threads finish.
     OrderOfThreads,
-    /// The end record is not missed.
+    /// There is no end record: parts one after the other, and nobody misses the last.
     NoEndNeeded,
     /// Numbers are taken as they come: indexes with them.
     TrustsHeader,
@@ -405,7 +405,7 @@ impl ImageSink for ToySink {
     }
 
     fn append_only(&self) -> bool {
-        true
+        self.flaw == Flaw::NoEndNeeded
     }
 
     fn prepare(&self, mut piece: Piece, pool: &BufferPool) -> Result<Prepared> {
@@ -457,7 +457,12 @@ impl ImageSink for ToySink {
     }
 
     fn finish(&self) -> Result<()> {
-        if self.flaw == Flaw::PipeWithoutEnd && self.output.is_stream() {
+        let is_endless = match self.flaw {
+            Flaw::NoEndNeeded => true,
+            Flaw::PipeWithoutEnd => self.output.is_stream(),
+            _ => false,
+        };
+        if is_endless {
             return Ok(());
         }
         let mut end = Record { device: 0, len: 0, unit: END, crc: 0 };

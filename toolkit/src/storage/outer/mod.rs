@@ -10,6 +10,7 @@ use super::input::ReadAt;
 use crate::error::{Error, Result};
 
 mod lzop;
+pub(crate) mod seek_table;
 mod seekable;
 
 /// An outer compression.

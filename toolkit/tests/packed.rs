@@ -1,0 +1,425 @@
+//! Outputs compressed as a whole, and seekable zstd read by position: against zstd, gzip and zeekstd.
+
+#![allow(clippy::unwrap_used)]
+
+mod oracle;
+mod toy;
+
+use std::io::{self, Read, Write};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use imgtool_toolkit::conformance::{self as laws, Content, Fill, Image, MemorySource, Order, Pipe};
+use imgtool_toolkit::storage::ReadAt;
+use imgtool_toolkit::storage::outer::{Compression, open_seekable};
+use imgtool_toolkit::{
+    BufferPool, Bytes, CreateOptions, DeviceId, Driver, Geometry, ImageSink, Input, OpenOptions, Output,
+    PackedSink, Packing, Part, Piece, Prepared, Result, WriteList,
+};
+use toy::{Flaw, Toy};
+
+const MIB: u64 = 1 << 20;
+const PACKINGS: [Packing; 4] = [
+    Packing::SeekableZstd { level: 3 },
+    Packing::SeekableZstd { level: -5 },
+    Packing::Gzip { level: 6 },
+    Packing::Gzip { level: 1 },
+];
+
+/// The bytes of a device as they are: what raw does to a pipe.
+struct Flat(Output);
+
+impl ImageSink for Flat {
+    fn geometry(&self, _device: DeviceId) -> Geometry {
+        Geometry {
+            granule: 1,
+            granule_required: false,
+            piece_len: 256 << 10,
+            max_zero_len: u64::MAX,
+            ordered: false,
+        }
+    }
+
+    fn output(&self, _device: DeviceId) -> &Output {
+        &self.0
+    }
+
+    fn append_only(&self) -> bool {
+        true
+    }
+
+    fn prepare(&self, piece: Piece, _pool: &BufferPool) -> Result<Prepared> {
+        let mut parts = Vec::new();
+        let mut at = 0;
+        let len = piece.len as usize;
+        for run in piece.nonzero_runs(4096).into_iter().chain(std::iter::once(len..len)) {
+            for (range, bytes) in [
+                (at..run.start, Bytes::Zero((run.start - at) as u64)),
+                (run.clone(), Bytes::Data(run.clone())),
+            ] {
+                if !range.is_empty() {
+                    parts.push(Part {
+                        guest: piece.start + range.start as u64..piece.start + range.end as u64,
+                        bytes,
+                    });
+                }
+            }
+            at = run.end;
+        }
+        Ok(Prepared { parts, ..Prepared::new(piece) })
+    }
+
+    fn place(&self, _prepared: &Prepared, _writes: &mut WriteList) -> Result<()> {
+        Ok(())
+    }
+
+    fn finish(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn flat() -> Box<dyn ImageSink> {
+    Box::new(Flat(PackedSink::inner_output(Path::new("flat"))))
+}
+
+fn image() -> Image {
+    let content = Content::zero()
+        .with(0..3 * MIB + 5, Fill::Text)
+        .with(4 * MIB..6 * MIB, Fill::Random)
+        .with(6 * MIB..9 * MIB, Fill::Checker(4096))
+        .with(25 * MIB..31 * MIB + 77, Fill::Text);
+    Image::disk("for packing", 33 * MIB + 77, content)
+}
+
+fn bytes_of(image: &Image) -> Vec<u8> {
+    let (device, content) = &image.devices[0];
+    let mut bytes = vec![0; device.size as usize];
+    content.read(&mut bytes, 0);
+    bytes
+}
+
+fn pack(inner: Box<dyn ImageSink>, image: &Image, packing: Packing, output: Output, threads: usize) {
+    let sink = PackedSink::new(inner, output, packing).unwrap();
+    laws::fill_sink(&mut MemorySource::new(image), &sink, threads).unwrap();
+}
+
+fn packed(image: &Image, packing: Packing, threads: usize) -> Vec<u8> {
+    let pipe = Pipe::default();
+    pack(flat(), image, packing, pipe.output(), threads);
+    pipe.bytes()
+}
+
+#[test]
+fn foreign_programs_read_what_is_packed() {
+    for order in [Order::Random, Order::Stream, Order::Shuffled] {
+        let image = image().read_as(order);
+        for packing in PACKINGS {
+            if order == Order::Shuffled {
+                continue;
+            }
+            let bytes = packed(&image, packing, 2);
+            let program = if matches!(packing, Packing::Gzip { .. }) { "gzip" } else { "zstd" };
+            let Some(plain) = oracle::run(program, &["-dc"], &bytes) else { continue };
+            assert!(plain == bytes_of(&image), "{program} -dc, {packing:?}, {order:?}");
+            oracle::run(program, &["-tq"], &bytes);
+        }
+    }
+}
+
+#[test]
+fn the_same_bytes_whatever_the_threads_and_the_target() {
+    for packing in PACKINGS {
+        let image = image();
+        let one = packed(&image, packing, 1);
+        for threads in [2, 7] {
+            assert!(packed(&image, packing, threads) == one, "{packing:?}, {threads} threads");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        pack(flat(), &image, packing, laws::new_file(&path), 7);
+        assert!(std::fs::read(&path).unwrap() == one, "{packing:?}: file and pipe");
+        assert!(one.len() < 14 << 20, "{packing:?}: {} bytes", one.len());
+    }
+}
+
+#[test]
+fn an_image_in_a_packed_file_is_read_by_position_and_as_a_stream() {
+    let options = CreateOptions::default();
+    let toy = Toy(Flaw::NoEndNeeded);
+    for image in laws::patterns().into_iter().chain([laws::several_devices(), image()]) {
+        for packing in [PACKINGS[0], PACKINGS[2]] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("x");
+            let inner = toy.create(PackedSink::inner_output(&path), &image.manifest(), &options).unwrap();
+            pack(inner, &image, packing, laws::new_file(&path), 3);
+            let input = Input::open(&path).unwrap();
+            let is_zstd = matches!(packing, Packing::SeekableZstd { .. });
+            assert_eq!(input.compression(), [if is_zstd { Compression::Zstd } else { Compression::Gzip }]);
+            assert_eq!(input.is_stream(), !is_zstd);
+            if is_zstd {
+                let mut source = toy.open(input, &OpenOptions::default()).unwrap();
+                laws::assert_content(&mut *source, &image, 1);
+            }
+            // The same through a pipe: there is nothing to seek in.
+            let mut plain = Vec::new();
+            let piped = Input::from_stream("-", Box::new(std::fs::File::open(&path).unwrap())).unwrap();
+            piped.into_stream().unwrap().read_to_end(&mut plain).unwrap();
+            let expected = {
+                let pipe = Pipe::default();
+                laws::write(&toy, &options, &image, &pipe.output(), 1).unwrap();
+                pipe.bytes()
+            };
+            assert!(plain == expected, "{image}, {packing:?}");
+        }
+    }
+}
+
+#[test]
+fn long_zeros_cost_little() {
+    let image = Image::disk("zeros", 2 << 30, Content::zero().with(1 << 30..(1 << 30) + 1, Fill::Byte(1)));
+    let bytes = packed(&image, Packing::SeekableZstd { level: 3 }, 2);
+    assert!(bytes.len() < 200_000, "{} bytes", bytes.len());
+    let view = seekable(&bytes);
+    assert_eq!(view.len(), 2 << 30);
+    let mut around = [9; 3];
+    view.read_exact_at(&mut around, (1 << 30) - 1).unwrap();
+    assert_eq!(around, [0, 1, 0]);
+}
+
+#[test]
+fn nothing_at_all_is_a_valid_file_too() {
+    let image = Image::disk("empty", 0, Content::zero());
+    for (packing, program) in [(PACKINGS[0], "zstd"), (PACKINGS[2], "gzip")] {
+        let bytes = packed(&image, packing, 1);
+        if let Some(plain) = oracle::run(program, &["-dc"], &bytes) {
+            assert_eq!(plain, b"");
+        }
+        let input = Input::from_stream("-", Box::new(io::Cursor::new(bytes))).unwrap();
+        assert_eq!(input.compression().len(), 1);
+        assert_eq!(input.head().unwrap(), b"");
+    }
+}
+
+#[test]
+fn what_can_not_be_packed_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x");
+    let options = CreateOptions::default();
+    let inner =
+        Toy(Flaw::None).create(PackedSink::inner_output(&path), &image().manifest(), &options).unwrap();
+    assert!(PackedSink::new(inner, laws::new_file(&path), PACKINGS[0]).is_err(), "not append-only");
+    let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+    let existing = Output::from_existing(&path, file, false).unwrap();
+    assert!(PackedSink::new(flat(), existing, PACKINGS[0]).is_err(), "an existing target");
+}
+
+/// Memory that counts what is read of it.
+struct Counted {
+    bytes: Vec<u8>,
+    read: AtomicU64,
+}
+
+impl ReadAt for Counted {
+    fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
+        self.read.fetch_add(buf.len() as u64, Ordering::Relaxed);
+        let start = usize::try_from(position).unwrap();
+        buf.copy_from_slice(self.bytes.get(start..start + buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+}
+
+fn counted(bytes: &[u8]) -> (Arc<Counted>, Option<Arc<dyn ReadAt>>) {
+    let memory = Arc::new(Counted { bytes: bytes.to_vec(), read: AtomicU64::new(0) });
+    let source: Arc<dyn ReadAt> = memory.clone();
+    let view = open_seekable(Compression::Zstd, &source);
+    memory.read.store(0, Ordering::Relaxed);
+    (memory, view)
+}
+
+fn seekable(bytes: &[u8]) -> Arc<dyn ReadAt> {
+    counted(bytes).1.expect("it has a seek table")
+}
+
+/// Reads everywhere, by four threads at once.
+fn assert_reads(view: &Arc<dyn ReadAt>, expected: &[u8]) {
+    assert_eq!(view.len(), expected.len() as u64);
+    std::thread::scope(|scope| {
+        for reader in 0..4u64 {
+            scope.spawn(move || {
+                let mut seed = reader * 7919 + 1;
+                for round in 0..150 {
+                    seed =
+                        seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    let start = (seed >> 20) as usize % expected.len();
+                    let len = ((seed >> 8) as usize % if round % 10 == 0 { 5_000_000 } else { 70_000 })
+                        .clamp(1, expected.len() - start);
+                    let mut found = vec![0xee; len];
+                    view.read_exact_at(&mut found, start as u64).unwrap();
+                    assert!(found == expected[start..start + len], "{len} bytes at {start}");
+                }
+            });
+        }
+    });
+    let len = view.len();
+    for (start, count) in [(len, 1), (len - 1, 2), (u64::MAX, 1), (u64::MAX - 3, 9)] {
+        let error = view.read_exact_at(&mut vec![0; count], start).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+}
+
+#[test]
+fn random_reads_of_our_own_files() {
+    let image = image();
+    let view = seekable(&packed(&image, PACKINGS[0], 2));
+    assert_eq!(view.granule(), 4 << 20);
+    assert_reads(&view, &bytes_of(&image));
+}
+
+#[test]
+fn random_reads_of_foreign_files_and_foreign_reads_of_ours() {
+    let expected = bytes_of(&image());
+    for frame_len in [1, 100_000, 2_000_000] {
+        let expected = &expected[..expected.len().min(frame_len * 300)];
+        let mut bytes = Vec::new();
+        let policy = zeekstd::FrameSizePolicy::Uncompressed(frame_len as u32);
+        let options = zeekstd::EncodeOptions::new().frame_size_policy(policy).compression_level(1);
+        let mut encoder = options.into_encoder(&mut bytes).unwrap();
+        encoder.write_all(expected).unwrap();
+        encoder.finish().unwrap();
+        assert_reads(&seekable(&bytes), expected);
+    }
+    let ours = packed(&image(), PACKINGS[0], 2);
+    let mut decoder = zeekstd::Decoder::new(zeekstd::BytesWrapper::new(&ours)).unwrap();
+    let mut plain = Vec::new();
+    decoder.read_to_end(&mut plain).unwrap();
+    assert!(plain == expected);
+    decoder.set_offset(26_000_001).unwrap();
+    let mut part = [0; 1000];
+    decoder.read_exact(&mut part).unwrap();
+    assert_eq!(part, expected[26_000_001..26_001_001]);
+}
+
+/// Frames of zstd with a table that has checksums, as the format describes it.
+fn with_checksums(frames: &[&[u8]], spoil: Option<usize>) -> Vec<u8> {
+    let (mut file, mut entries) = (Vec::new(), Vec::new());
+    for (number, plain) in frames.iter().enumerate() {
+        let stored = zstd::bulk::compress(plain, 1).unwrap();
+        let checksum = twox_hash::XxHash64::oneshot(0, plain) as u32 ^ u32::from(spoil == Some(number));
+        for value in [stored.len() as u32, plain.len() as u32, checksum] {
+            entries.extend(value.to_le_bytes());
+        }
+        file.extend(stored);
+    }
+    file.extend(0x184d_2a5eu32.to_le_bytes());
+    file.extend((entries.len() as u32 + 9).to_le_bytes());
+    file.extend(entries);
+    file.extend((frames.len() as u32).to_le_bytes());
+    file.push(0x80);
+    file.extend(0x8f92_eab1u32.to_le_bytes());
+    file
+}
+
+#[test]
+fn checksums_of_the_table_are_verified_frame_by_frame() {
+    let expected = bytes_of(&image())[..2_000_000].to_vec();
+    let frames: Vec<&[u8]> = expected.chunks(300_000).collect();
+    assert_reads(&seekable(&with_checksums(&frames, None)), &expected);
+    let view = seekable(&with_checksums(&frames, Some(2)));
+    let mut buf = [0; 10];
+    for position in [0, 599_990, 900_000, 1_999_990] {
+        view.read_exact_at(&mut buf, position).unwrap();
+    }
+    let error = view.read_exact_at(&mut buf, 899_000).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    assert!(error.to_string().contains("frame 2") && error.to_string().contains("checksum"), "{error}");
+}
+
+#[test]
+fn the_start_of_a_frame_is_read_without_the_rest() {
+    let image = Image::disk("text", 64 * MIB, Content::zero().with(0..64 * MIB, Fill::Random));
+    let (memory, view) = counted(&packed(&image, PACKINGS[0], 2));
+    let view = view.unwrap();
+    let expected = bytes_of(&image);
+    for frame in 0..32 {
+        let start = frame * 2 * MIB;
+        let mut head = [0; 512];
+        view.read_exact_at(&mut head, start).unwrap();
+        assert_eq!(head, expected[start as usize..][..512]);
+    }
+    let read = memory.read.load(Ordering::Relaxed);
+    assert!(read <= 32 * 2048, "{read} bytes for 32 heads");
+}
+
+#[test]
+fn a_frame_that_many_want_is_decoded_once() {
+    let image = Image::disk("text", 8 * MIB, Content::zero().with(0..8 * MIB, Fill::Text));
+    let bytes = packed(&image, PACKINGS[0], 2);
+    let (memory, view) = counted(&bytes);
+    let view = view.unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..7 {
+            scope.spawn(|| {
+                let mut part = vec![0; 100_000];
+                for start in (0..8 * MIB - 100_000).step_by(99_999) {
+                    view.read_exact_at(&mut part, start).unwrap();
+                }
+            });
+        }
+    });
+    let read = memory.read.load(Ordering::Relaxed);
+    // All frames once, and the heads that were wanted before their frame was there.
+    assert!(read <= bytes.len() as u64 + 7 * 4 * 2048, "{read} of {} bytes", bytes.len());
+}
+
+#[test]
+fn damage_in_a_frame_hurts_that_frame_only() {
+    let image = Image::disk("text", 16 * MIB, Content::zero().with(0..16 * MIB, Fill::Text));
+    let mut bytes = packed(&image, PACKINGS[0], 2);
+    let expected = bytes_of(&image);
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x10;
+    let view = seekable(&bytes);
+    let mut failed = Vec::new();
+    let mut chunk = vec![0; 65_536];
+    for start in (0..expected.len()).step_by(chunk.len()) {
+        match view.read_exact_at(&mut chunk, start as u64) {
+            Ok(()) => assert!(chunk == expected[start..start + chunk.len()]),
+            Err(error) => {
+                assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{error}");
+                failed.push(start as u64 / (2 * MIB));
+            }
+        }
+    }
+    failed.dedup();
+    assert_eq!(failed.len(), 1, "one frame is lost, not {failed:?}");
+}
+
+#[test]
+fn tables_that_lie_are_errors_or_are_not_used() {
+    let image = image();
+    let bytes = packed(&image, PACKINGS[0], 2);
+    let expected = bytes_of(&image);
+    let table_len = 8 + 9 + 8 * 9;
+    for at in bytes.len() - table_len..bytes.len() {
+        for change in [0xff, 1, 0x80] {
+            let mut bad = bytes.clone();
+            bad[at] ^= change;
+            let Some(view) = counted(&bad).1 else { continue };
+            let mut plain = vec![0; usize::try_from(view.len()).unwrap().min(64 << 20)];
+            if view.read_exact_at(&mut plain, 0).is_ok() {
+                assert!(plain == expected, "byte {at} ^ {change:#x}");
+            }
+        }
+    }
+    // Cut, or with something after it: a stream, and as a stream an error.
+    for bad in [&bytes[..bytes.len() - 1], &bytes[..bytes.len() / 2], &[&bytes[..], b"x"].concat()] {
+        assert!(counted(bad).1.is_none());
+        let stream = Input::from_stream("-", Box::new(io::Cursor::new(bad.to_vec()))).unwrap();
+        assert!(stream.into_stream().unwrap().read_to_end(&mut Vec::new()).is_err());
+    }
+}
