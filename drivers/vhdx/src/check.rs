@@ -1,8 +1,189 @@
-//! Checking the structure of an image.
+//! Checking the structure of an image: both copies of everything that has two, and every BAT entry.
 
-use imgtool_toolkit::{CheckReport, Input, Result};
+use imgtool_toolkit::{CheckReport, ErrorKind, Input, Result};
+use roaring::RoaringBitmap;
+
+use crate::image::Image;
+use crate::layout::MIB;
+use crate::layout::bat::{BatEntry, ENTRY_LEN, PayloadState, SECTOR_BITMAP_LEN, SectorBitmapState};
+use crate::layout::region::REGION_TABLE_OFFSETS;
 
 pub(crate) fn check(input: Input) -> Result<CheckReport> {
-    let _ = input;
-    Ok(CheckReport::default())
+    let mut report = CheckReport::default();
+    let image = match Image::open(input) {
+        Ok(image) => image,
+        Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed) => {
+            report.corruption(error.to_string());
+            return Ok(report);
+        }
+        Err(error) => return Err(error),
+    };
+    check_copies(&image, &mut report);
+    BatCheck::new(&image).run(&mut report)?;
+    if let Some(replayed) = image.replayed {
+        // Not counted: this is how a file looks whose writer was stopped, and its content is whole.
+        report.findings.push(format!(
+            "the log is not empty: {} entries were replayed in memory; the file stays as it is",
+            replayed.entries
+        ));
+    }
+    Ok(report)
+}
+
+/// Headers and region tables, of which one copy is enough to read.
+fn check_copies(image: &Image, report: &mut CheckReport) {
+    for (number, header) in ["first", "second"].iter().zip(&image.headers) {
+        match header {
+            Err(why) => report.corruption(format!("the {number} header {why}")),
+            Ok(header) => {
+                if let Some(fault) = header.fault() {
+                    report.corruption(format!("the {number} header {fault}"));
+                }
+            }
+        }
+    }
+    for (number, fault) in ["first", "second"].iter().zip(&image.region_faults) {
+        if let Some(why) = fault {
+            report.corruption(format!("the {number} region table {why}"));
+        }
+    }
+    if image.region_tables_differ {
+        let [first, second] = REGION_TABLE_OFFSETS;
+        report.corruption(format!("the region tables at {first} and {second} differ"));
+    }
+}
+
+/// Walks the BAT.
+struct BatCheck<'a> {
+    image: &'a Image,
+    /// Mebibytes of the file that belong to a block.
+    taken: RoaringBitmap,
+    /// Where the last block of the file ends, bytes.
+    end: u64,
+    allocated: u64,
+    fragmented: u64,
+    /// Where the block before ended in the file.
+    expected_at: Option<u64>,
+}
+
+impl<'a> BatCheck<'a> {
+    fn new(image: &'a Image) -> Self {
+        let end = image.reserved_places().iter().map(|(_, region)| region.end()).max().unwrap_or(0);
+        Self { image, taken: RoaringBitmap::new(), end, allocated: 0, fragmented: 0, expected_at: None }
+    }
+
+    fn run(mut self, report: &mut CheckReport) -> Result<()> {
+        let shape = self.image.shape;
+        let bat_at = self.image.regions.bat.file_offset;
+        let entries = shape.entries(self.image.metadata.has_parent);
+        let mut bat_index = 0;
+        while bat_index < entries {
+            let page = self.image.file.table_page(bat_at + bat_index * ENTRY_LEN)?;
+            let page_end = ((page.end() - bat_at) / ENTRY_LEN).min(entries);
+            if page.is_zero() {
+                bat_index = page_end;
+                continue;
+            }
+            for index in bat_index..page_end {
+                let entry = BatEntry(page.u64_at(bat_at + index * ENTRY_LEN));
+                let payload_block = shape.payload_block_from(index);
+                if shape.payload_bat_index(payload_block) != index {
+                    self.sector_bitmap(index, entry, report);
+                } else if payload_block < shape.payload_blocks {
+                    self.payload(index, payload_block, entry, report)?;
+                }
+            }
+            bat_index = page_end;
+        }
+        report.image_end_offset = Some(self.end.min(self.image.file.len()));
+        report.total_clusters = Some(shape.payload_blocks);
+        report.allocated_clusters = Some(self.allocated);
+        report.fragmented_clusters = Some(self.fragmented);
+        Ok(())
+    }
+
+    fn payload(
+        &mut self,
+        bat_index: u64,
+        payload_block: u64,
+        entry: BatEntry,
+        report: &mut CheckReport,
+    ) -> Result<()> {
+        let name = format!("BAT entry {bat_index} (payload block {payload_block})");
+        match entry.payload_state() {
+            PayloadState::NotPresent
+            | PayloadState::Undefined
+            | PayloadState::Zero
+            | PayloadState::Unmapped => return Ok(()),
+            PayloadState::Reserved(state) => {
+                report.corruption(format!("{name} has the reserved state {state}"));
+                return Ok(());
+            }
+            PayloadState::PartiallyPresent if !self.image.metadata.has_parent => {
+                report.corruption(format!("{name} is partially present, but the disk has no parent"));
+            }
+            PayloadState::PartiallyPresent => {
+                let bitmap = self.image.bat_entry(self.image.shape.sector_bitmap_bat_index(payload_block))?;
+                if bitmap.sector_bitmap_state() != SectorBitmapState::Present {
+                    report.corruption(format!("{name} is partially present, but has no sector bitmap"));
+                }
+            }
+            PayloadState::FullyPresent => {}
+        }
+        let shape = &self.image.shape;
+        // The last block of a disk may be cut in the file behind what the guest uses.
+        let used = shape.block_size.min(self.image.metadata.virtual_size - payload_block * shape.block_size);
+        self.allocated += 1;
+        let file_offset = entry.file_offset();
+        if self.expected_at.is_some_and(|expected| expected != file_offset) {
+            self.fragmented += 1;
+        }
+        self.expected_at = Some(file_offset.saturating_add(shape.block_size));
+        self.take(&name, file_offset, used, shape.block_size, report);
+        Ok(())
+    }
+
+    fn sector_bitmap(&mut self, bat_index: u64, entry: BatEntry, report: &mut CheckReport) {
+        let name = format!("BAT entry {bat_index} (sector bitmap)");
+        match entry.sector_bitmap_state() {
+            SectorBitmapState::NotPresent => {}
+            SectorBitmapState::Reserved(state) => {
+                report.corruption(format!("{name} has the reserved state {state}"));
+            }
+            SectorBitmapState::Present if !self.image.metadata.has_parent => {
+                report.corruption(format!("{name} is present, but the disk has no parent"));
+            }
+            SectorBitmapState::Present => {
+                self.take(&name, entry.file_offset(), SECTOR_BITMAP_LEN, SECTOR_BITMAP_LEN, report);
+            }
+        }
+    }
+
+    /// Notes that a part of the file belongs to a block of `len` bytes, of which `used` must be there.
+    fn take(&mut self, name: &str, file_offset: u64, used: u64, len: u64, report: &mut CheckReport) {
+        for (other, region) in self.image.reserved_places() {
+            if region.overlaps(file_offset, used) {
+                report.corruption(format!("{name} points to {file_offset}, into the {other}"));
+                return;
+            }
+        }
+        let file_len = self.image.file.len();
+        if file_offset.checked_add(used).is_none_or(|end| end > file_len) {
+            report.corruption(format!(
+                "{name} points to {file_offset}, but {used} bytes from there leave the file of {file_len} bytes"
+            ));
+            return;
+        }
+        self.end = self.end.max(file_offset.saturating_add(len));
+        let mebibytes = (u32::try_from(file_offset / MIB), u32::try_from(len / MIB));
+        let (Ok(first), Ok(count)) = mebibytes else {
+            // A file of 4 EiB: nothing can hold one.
+            report.check_errors += 1;
+            return;
+        };
+        let new = self.taken.insert_range(first..first.saturating_add(count));
+        if new < u64::from(count) {
+            report.corruption(format!("{name} points to {file_offset}, which another block uses as well"));
+        }
+    }
 }

@@ -26,6 +26,8 @@ pub(crate) struct Image {
     pub(crate) replayed: Option<Replayed>,
     /// What is wrong with the copies of the region table.
     pub(crate) region_faults: [Option<String>; 2],
+    /// Both copies of the region table are whole, and say different things.
+    pub(crate) region_tables_differ: bool,
     pub(crate) regions: RegionTable,
     pub(crate) metadata: Metadata,
     /// Keys and values, in the file's order; empty unless differencing.
@@ -62,7 +64,7 @@ impl Image {
             return Err(Error::malformed(format!("the header {fault}")).at(HEADER_OFFSETS[0]));
         }
         let (file, replayed) = read_log(input, &header)?;
-        let (regions, region_faults) = read_regions(&file)?;
+        let Regions { table: regions, faults: region_faults, differ } = read_regions(&file)?;
         check_log_place(&header, &regions)?;
         let (metadata, parent_locator) = read_metadata(&file, &regions.metadata)?;
         let shape = BatShape::new(
@@ -77,6 +79,7 @@ impl Image {
             header,
             replayed,
             region_faults,
+            region_tables_differ: differ,
             regions,
             metadata,
             parent_locator,
@@ -152,8 +155,17 @@ fn read_log(input: RandomInput, header: &Header) -> Result<(ReplayedFile, Option
     Ok((ReplayedFile::new(input, overlay, least_len), Some(replayed)))
 }
 
-/// The first whole copy of the region table, and what is wrong with each.
-fn read_regions(file: &ReplayedFile) -> Result<(RegionTable, [Option<String>; 2])> {
+/// What the two copies of the region table say.
+struct Regions {
+    /// The first whole copy.
+    table: RegionTable,
+    /// What is wrong with each.
+    faults: [Option<String>; 2],
+    /// Both are whole and they differ.
+    differ: bool,
+}
+
+fn read_regions(file: &ReplayedFile) -> Result<Regions> {
     let copies = REGION_TABLE_OFFSETS.map(|offset| match file.read_vec(offset, REGION_TABLE_LEN) {
         Ok(bytes) => RegionTable::decode(&bytes),
         Err(error) => Err(TableFault::Damaged(format!("can't be read: {error}"))),
@@ -175,7 +187,10 @@ fn read_regions(file: &ReplayedFile) -> Result<(RegionTable, [Option<String>; 2]
         }
     }
     match (table, &faults) {
-        (Some(table), _) => Ok((table, faults)),
+        (Some(table), _) => {
+            let differ = matches!(&copies, [Ok(first), Ok(second)] if first != second);
+            Ok(Regions { table, faults, differ })
+        }
         (None, [first, second]) => {
             let why = |fault: &Option<String>| fault.clone().unwrap_or_default();
             Err(Error::corrupt(format!(

@@ -45,14 +45,16 @@ fn repair(bytes: &mut [u8]) {
 
 #[test]
 fn hostile_numbers_do_no_harm() {
-    let entry = LogEntry::new(5, 0, vec![
-        Change::Page { at: 4 * MIB, bytes: vec![7; 4096] },
-        Change::Zero { at: 4 * MIB + 8192, len: 4096 },
-    ]);
-    let craft = Craft::new(2 * MIB, MIB, 512)
-        .bat(0, 4 * MIB, 6)
-        .fill(4 * MIB, MIB, 1)
-        .log_entry(0, &entry.bytes());
+    let entry = LogEntry::new(
+        5,
+        0,
+        vec![
+            Change::Page { at: 4 * MIB, bytes: vec![7; 4096] },
+            Change::Zero { at: 4 * MIB + 8192, len: 4096 },
+        ],
+    );
+    let craft =
+        Craft::new(2 * MIB, MIB, 512).bat(0, 4 * MIB, 6).fill(4 * MIB, MIB, 1).log_entry(0, &entry.bytes());
     let place = |at: u64, len: usize| at as usize..at as usize + len;
     let places = vec![
         HEADERS_AT[1] + 8..HEADERS_AT[1] + 80,
