@@ -1,0 +1,142 @@
+//! The header of an extent, decoded.
+
+use imgtool_toolkit::{Error, Result};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+use crate::layout::{
+    BlockInfoLayout, CLUSTERS_PER_EXTENT, EXTENT_HEADER, EXTENT_MAGIC, ExtentLayout, SUB_BLOCK, extent_md5,
+};
+
+/// A slot: which sub-blocks of which cluster are stored.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct BlockInfo {
+    /// Bit *i* set: sub-block *i* is stored.
+    pub mask: u16,
+    /// 0 for an empty slot.
+    pub dev_id: u8,
+    /// Cluster number within the device.
+    pub cluster_num: u32,
+}
+
+impl BlockInfo {
+    /// Sub-blocks that the slot stores: none when it is empty, whatever its mask says.
+    pub fn stored(&self) -> u32 {
+        if self.dev_id == 0 { 0 } else { self.mask.count_ones() }
+    }
+}
+
+/// The header of an extent whose checksum, UUID and magic number are right.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExtentHeader {
+    /// Sub-blocks that follow.
+    pub block_count: u16,
+    /// The slots, empty ones included.
+    pub slots: [BlockInfo; CLUSTERS_PER_EXTENT],
+    /// Bytes that must be zero but are ignored by every reader hold something.
+    pub reserved_used: bool,
+}
+
+impl ExtentHeader {
+    /// An extent without clusters.
+    pub fn empty() -> Self {
+        Self { block_count: 0, slots: [BlockInfo::default(); CLUSTERS_PER_EXTENT], reserved_used: false }
+    }
+
+    /// Decodes a header.
+    ///
+    /// # Errors
+    /// When its checksum, UUID or magic number is wrong, in this order.
+    pub fn parse(raw: &[u8; EXTENT_HEADER], uuid: &[u8; 16]) -> Result<Self> {
+        // The sizes are equal at compile time.
+        let Ok(layout) = ExtentLayout::ref_from_bytes(raw) else {
+            return Err(Error::malformed("an extent header has a wrong length"));
+        };
+        if layout.md5 != extent_md5(raw) {
+            return Err(Error::corrupt("wrong vma extent header checksum"));
+        }
+        if layout.uuid != *uuid {
+            return Err(Error::corrupt("wrong vma extent uuid"));
+        }
+        if layout.magic != EXTENT_MAGIC || layout.reserved1.get() != 0 {
+            return Err(Error::malformed("wrong vma extent header magic"));
+        }
+        let slots = layout.blockinfo.map(|slot| BlockInfo {
+            mask: slot.mask.get(),
+            dev_id: slot.dev_id,
+            cluster_num: slot.cluster_num.get(),
+        });
+        let reserved_used = layout.blockinfo.iter().any(|slot| slot.reserved != 0);
+        Ok(Self { block_count: layout.block_count.get(), slots, reserved_used })
+    }
+
+    /// The header as it is stored.
+    pub fn encode(&self, uuid: &[u8; 16]) -> [u8; EXTENT_HEADER] {
+        let mut layout = ExtentLayout::new_zeroed();
+        layout.magic = EXTENT_MAGIC;
+        layout.block_count = self.block_count.into();
+        layout.uuid = *uuid;
+        layout.blockinfo = self.slots.map(|slot| BlockInfoLayout {
+            mask: slot.mask.into(),
+            reserved: 0,
+            dev_id: slot.dev_id,
+            cluster_num: slot.cluster_num.into(),
+        });
+        let mut raw = [0; EXTENT_HEADER];
+        raw.copy_from_slice(layout.as_bytes());
+        let md5 = extent_md5(&raw);
+        raw[24..40].copy_from_slice(&md5);
+        raw
+    }
+
+    /// Bytes of data that follow the header.
+    pub fn data_len(&self) -> u64 {
+        u64::from(self.block_count) * SUB_BLOCK
+    }
+
+    /// Sub-blocks before each slot's own, and after the last slot: where a slot's data stands.
+    pub fn first_blocks(&self) -> [u32; CLUSTERS_PER_EXTENT] {
+        let mut before = 0;
+        self.slots.map(|slot| {
+            let first = before;
+            before += slot.stored();
+            first
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UUID: [u8; 16] = *b"0123456789abcdef";
+
+    fn sample() -> ExtentHeader {
+        let mut header = ExtentHeader::empty();
+        header.slots[0] = BlockInfo { mask: 0x8001, dev_id: 1, cluster_num: 7 };
+        header.slots[1] = BlockInfo { mask: 0xffff, dev_id: 0, cluster_num: 9 };
+        header.slots[58] = BlockInfo { mask: 0x0010, dev_id: 254, cluster_num: u32::MAX };
+        header.block_count = 3;
+        header
+    }
+
+    #[test]
+    fn encode_and_parse_agree() {
+        let header = sample();
+        let raw = header.encode(&UUID);
+        assert_eq!(&raw[..8], b"VMAE\0\0\0\x03");
+        assert_eq!(&raw[40..48], &[0x80, 0x01, 0, 1, 0, 0, 0, 7]);
+        assert_eq!(ExtentHeader::parse(&raw, &UUID).expect("parse"), header);
+        assert_eq!(header.first_blocks()[58], 2);
+    }
+
+    #[test]
+    fn any_flipped_bit_is_seen() {
+        let raw = sample().encode(&UUID);
+        for bit in 0..EXTENT_HEADER * 8 {
+            let mut flipped = raw;
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            let error = ExtentHeader::parse(&flipped, &UUID).expect_err("a flipped bit");
+            assert_eq!(error.message(), "wrong vma extent header checksum", "bit {bit}");
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! What `info` says about an archive.
+
+use imgtool_toolkit::error::escape_control;
+use imgtool_toolkit::{DeviceKind, ImageInfo};
+use serde_json::json;
+
+use crate::header::ArchiveHeader;
+use crate::index::Index;
+use crate::layout::CLUSTER;
+
+/// Seconds of a day.
+const DAY: i64 = 86_400;
+
+/// The archive as everybody sees it; `index` if there is one.
+pub(crate) fn info(header: &ArchiveHeader, index: Option<&Index>) -> ImageInfo {
+    let mut info = ImageInfo {
+        format: "vma",
+        devices: header.devices.clone(),
+        attachments: header.configs.clone(),
+        cluster_size: Some(CLUSTER),
+        notes: header.notes.clone(),
+        ..ImageInfo::default()
+    };
+    info.fact("uuid", "UUID", header.uuid.to_string());
+    info.fact("creation-time", "created", utc(header.ctime));
+    info.fact("ctime", "created, seconds since 1970", header.ctime);
+    info.fact("header-size", "header size", header.header_size);
+    if let Some(index) = index {
+        info.fact("extents", "extents", index.extents);
+        add_device_facts(&mut info, header, index);
+    }
+    info
+}
+
+/// Stored and zero bytes of each device, and what was left out.
+fn add_device_facts(info: &mut ImageInfo, header: &ArchiveHeader, index: &Index) {
+    let mut table = Vec::new();
+    for device in &header.devices {
+        let Some(known) = index.device(device.id) else { continue };
+        // The last sub-block is stored in full; what lies past the end is not the device's.
+        let stored = known.stored.min(device.size);
+        table.push(json!({
+            "dev-id": device.id.0,
+            "name": device.name,
+            "stored-bytes": stored,
+            "zero-bytes": device.size - stored,
+        }));
+        let name = escape_control(&device.name);
+        if known.dropped_blocks > 0 {
+            info.notes.push(format!(
+                "{} sub-blocks of device {name} lie past its end and are left out (archives of 2012 to 2017 have such)",
+                known.dropped_blocks
+            ));
+        }
+        match device.kind {
+            _ if known.beyond == 0 => {}
+            DeviceKind::Disk => info.notes.push(format!(
+                "{} zero clusters of device {name} lie past its end and are left out",
+                known.beyond
+            )),
+            DeviceKind::VmState => info.notes.push(format!(
+                "the state is {} clusters longer than announced; they are left out",
+                known.beyond
+            )),
+        }
+    }
+    info.fact("devices", "devices", table);
+}
+
+/// Seconds since 1970 as a date, proleptic Gregorian, in UTC.
+fn utc(seconds: i64) -> String {
+    let (days, second) = (seconds.div_euclid(DAY), seconds.rem_euclid(DAY));
+    let (year, month, day) = civil(days);
+    format!(
+        "{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02} UTC",
+        second / 3600,
+        second / 60 % 60,
+        second % 60
+    )
+}
+
+/// Year, month and day of a day counted from 1970-01-01. Years are taken to begin in March, so that
+/// the leap day is the last of a year; 400 years have 146,097 days.
+fn civil(days: i64) -> (i64, i64, i64) {
+    // i64 seconds are some 10^14 days: nothing below can overflow.
+    let shifted = days + 719_468; // from 0000-03-01
+    let era = shifted.div_euclid(146_097);
+    let day_of_era = shifted.rem_euclid(146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * from_march + 2) / 5 + 1;
+    let month = if from_march < 10 { from_march + 3 } else { from_march - 9 };
+    (era * 400 + year_of_era + i64::from(month <= 2), month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::utc;
+
+    #[test]
+    fn dates_are_right() {
+        assert_eq!(utc(0), "1970-01-01 00:00:00 UTC");
+        assert_eq!(utc(315_532_800), "1980-01-01 00:00:00 UTC");
+        assert_eq!(utc(951_782_399), "2000-02-28 23:59:59 UTC");
+        assert_eq!(utc(951_782_400), "2000-02-29 00:00:00 UTC");
+        assert_eq!(utc(1_795_341_838), "2026-11-22 10:03:58 UTC");
+        assert_eq!(utc(-1), "1969-12-31 23:59:59 UTC");
+        // Any value is legal in the header.
+        let _ = (utc(i64::MIN), utc(i64::MAX));
+    }
+}

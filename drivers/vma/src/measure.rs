@@ -1,0 +1,44 @@
+//! How large an archive will be.
+
+use imgtool_toolkit::{CreateOptions, DeviceKind, Error, ImageSource, Manifest, Measure, Result};
+
+use crate::layout::{CLUSTERS_PER_EXTENT, EXTENT_HEADER, SUB_BLOCK, clusters_of};
+use crate::options::VmaOptions;
+use crate::plan::ArchivePlan;
+
+/// The header, a header for each extent, and every 4 KiB that the source has data for. Data that
+/// turns out to be zero makes the archive smaller.
+pub(crate) fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Result<Measure> {
+    let info = source.info();
+    let Some(random) = source.random() else {
+        return Err(Error::unsupported("a stream can't be measured").hint("save it to a file first"));
+    };
+    let manifest = Manifest { devices: info.devices.clone(), attachments: info.attachments.clone() };
+    let plan = ArchivePlan::new(&manifest, &VmaOptions::parse(options)?)?;
+    let mut required = plan.header.len() as u64;
+    let mut fully_allocated = required;
+    for device in &info.devices {
+        let headers = clusters_of(device.size).div_ceil(CLUSTERS_PER_EXTENT as u64) * EXTENT_HEADER as u64;
+        let all = device.size.next_multiple_of(SUB_BLOCK);
+        fully_allocated += headers + all;
+        if device.kind == DeviceKind::VmState {
+            required += headers + all;
+            continue;
+        }
+        let (mut position, mut counted_to) = (0, 0);
+        let mut stored = 0;
+        while position < device.size {
+            for extent in random.extents(device.id, position..device.size)? {
+                if extent.is_data() {
+                    // A sub-block that two extents share counts once.
+                    let start = (extent.start / SUB_BLOCK * SUB_BLOCK).max(counted_to);
+                    counted_to = extent.end().next_multiple_of(SUB_BLOCK);
+                    stored += counted_to.saturating_sub(start);
+                }
+                position = extent.end();
+            }
+        }
+        required += headers + stored;
+    }
+    Ok(Measure { required, fully_allocated })
+}

@@ -1,0 +1,77 @@
+//! The `-o` options of [`crate::VmaDriver`].
+
+use imgtool_toolkit::{CreateOptions, Error, OptionSpec, Result};
+use uuid::Uuid;
+
+/// 1980-01-01: what archives are dated when nothing says otherwise. Equal input must give equal
+/// bytes, so it can't be the time of day; readers expect something other than 0.
+pub(crate) const DEFAULT_CTIME: i64 = 315_532_800;
+
+pub(crate) const OPTIONS: &[OptionSpec] = &[
+    OptionSpec {
+        name: "uuid",
+        help: "the archive's UUID",
+        default: "derived from names, sizes, configurations and creation time",
+        values: "a UUID such as 6ba7b810-9dad-41d1-80b4-00c04fd430c8",
+    },
+    OptionSpec {
+        name: "ctime",
+        help: "the archive's creation time, seconds since 1970",
+        default: "SOURCE_DATE_EPOCH, else 315532800 (1980-01-01)",
+        values: "a whole number",
+    },
+];
+
+/// The options, parsed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct VmaOptions {
+    pub(crate) uuid: Option<Uuid>,
+    pub(crate) ctime: i64,
+}
+
+impl VmaOptions {
+    pub(crate) fn parse(options: &CreateOptions) -> Result<Self> {
+        if options.compress.is_some() {
+            return Err(Error::unsupported("vma has no compression inside the format")
+                .hint("compress the archive as a whole: give it a name that ends in .vma.zst"));
+        }
+        let uuid = match options.get("uuid") {
+            None => None,
+            Some(text) => Some(Uuid::parse_str(text).map_err(|_| {
+                Error::usage(format!("option 'uuid' is a UUID such as {}, not '{text}'", Uuid::NAMESPACE_DNS))
+            })?),
+        };
+        let ctime = match options.get("ctime") {
+            None => options.source_date_epoch.unwrap_or(DEFAULT_CTIME),
+            Some(text) => text.parse().map_err(|_| {
+                Error::usage(format!("option 'ctime' is a whole number of seconds since 1970, not '{text}'"))
+            })?,
+        };
+        Ok(Self { uuid, ctime })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(pairs: &[(&str, &str)], epoch: Option<i64>) -> Result<VmaOptions> {
+        let options = pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        VmaOptions::parse(&CreateOptions { options, source_date_epoch: epoch, ..CreateOptions::default() })
+    }
+
+    #[test]
+    fn the_option_wins_over_the_environment() {
+        assert_eq!(parse(&[], None).expect("none").ctime, DEFAULT_CTIME);
+        assert_eq!(parse(&[], Some(7)).expect("epoch").ctime, 7);
+        assert_eq!(parse(&[("ctime", "-3")], Some(7)).expect("both").ctime, -3);
+        let uuid = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
+        assert_eq!(parse(&[("uuid", uuid)], None).expect("uuid").uuid, Some(Uuid::NAMESPACE_DNS));
+    }
+
+    #[test]
+    fn nonsense_is_rejected() {
+        assert!(parse(&[("uuid", "x")], None).is_err());
+        assert!(parse(&[("ctime", "1.5")], None).is_err());
+    }
+}

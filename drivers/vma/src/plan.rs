@@ -1,0 +1,294 @@
+//! What an archive in the making will hold: names, sizes and configurations, checked and laid out
+//! as the header.
+//!
+//! The header keeps to what every known reader accepts, which is less than the format allows: names
+//! of few characters, unique; sizes in whole sectors; at most 512 KiB in all.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use imgtool_toolkit::error::escape_control;
+use imgtool_toolkit::{Attachment, Device, DeviceId, DeviceKind, Error, Manifest, Result};
+use md5::{Digest, Md5};
+use uuid::Uuid;
+use zerocopy::{FromZeros, IntoBytes};
+
+use crate::layout::{
+    HEADER_FIXED, HeaderLayout, MAGIC, MAX_BLOB, MAX_DEV_ID, MAX_DEVICE_SIZE, MAX_HEADER_WRITTEN,
+    TABLE_ENTRIES, VERSION, VMSTATE_NAME, clusters_of, header_md5,
+};
+use crate::options::VmaOptions;
+
+/// Sizes are multiples of this: readers count the end of a device in sectors.
+pub(crate) const SECTOR: u64 = 512;
+/// The longest device name, bytes: `tmp-disk-NAME.raw` must fit into a file name of 255.
+const MAX_NAME: usize = 242;
+/// Header sizes are multiples of this.
+const HEADER_UNIT: usize = 512;
+
+/// A device of the archive.
+#[derive(Debug, Clone)]
+pub(crate) struct PlannedDevice {
+    /// What the pipeline calls it.
+    pub(crate) id: DeviceId,
+    pub(crate) dev_id: u8,
+    pub(crate) name: String,
+    /// Bytes in the archive: the source's, rounded up.
+    pub(crate) size: u64,
+    /// The state of a running guest: every sub-block is stored, in order.
+    pub(crate) is_state: bool,
+    pub(crate) clusters: u64,
+}
+
+/// The archive.
+#[derive(Debug)]
+pub(crate) struct ArchivePlan {
+    pub(crate) uuid: Uuid,
+    pub(crate) header: Vec<u8>,
+    pub(crate) devices: Vec<PlannedDevice>,
+    pub(crate) notes: Vec<String>,
+    by_id: HashMap<DeviceId, usize>,
+}
+
+impl ArchivePlan {
+    pub(crate) fn new(manifest: &Manifest, options: &VmaOptions) -> Result<Self> {
+        let mut notes = Vec::new();
+        let devices = plan_devices(&manifest.devices, &mut notes)?;
+        let configs = plan_configs(&manifest.attachments, &mut notes)?;
+        let uuid = options.uuid.unwrap_or_else(|| derive_uuid(&devices, &configs, options.ctime));
+        let header = encode_header(uuid, options.ctime, &devices, &configs)?;
+        let mut by_id = HashMap::new();
+        for (index, device) in devices.iter().enumerate() {
+            if by_id.insert(device.id, index).is_some() {
+                return Err(Error::usage(format!("two devices have the id {}", device.id)));
+            }
+        }
+        Ok(Self { uuid, header, devices, notes, by_id })
+    }
+
+    /// The position of a device in [`ArchivePlan::devices`].
+    pub(crate) fn index_of(&self, id: DeviceId) -> Option<usize> {
+        self.by_id.get(&id).copied()
+    }
+
+    pub(crate) fn device(&self, id: DeviceId) -> Option<&PlannedDevice> {
+        self.devices.get(self.index_of(id)?)
+    }
+}
+
+fn plan_devices(devices: &[Device], notes: &mut Vec<String>) -> Result<Vec<PlannedDevice>> {
+    if devices.len() > usize::from(MAX_DEV_ID) {
+        return Err(Error::limit(format!(
+            "an archive holds at most {MAX_DEV_ID} devices, not {}",
+            devices.len()
+        )));
+    }
+    let mut names = HashSet::new();
+    let mut planned = Vec::new();
+    for (index, device) in devices.iter().enumerate() {
+        check_name(device)?;
+        if !names.insert(device.name.as_str()) {
+            return Err(Error::usage(format!("two devices are called '{}'", device.name))
+                .device(&device.name)
+                .hint("rename one: NAME=PATH in front of a source names its device"));
+        }
+        let size = planned_size(device)?;
+        if size != device.size {
+            notes.push(format!(
+                "device {}: size rounded up from {} to {size} bytes (whole sectors); the tail is zero",
+                device.name, device.size
+            ));
+        }
+        planned.push(PlannedDevice {
+            id: device.id,
+            // At most 254.
+            dev_id: index as u8 + 1,
+            name: device.name.clone(),
+            size,
+            is_state: device.name == VMSTATE_NAME,
+            clusters: clusters_of(size),
+        });
+    }
+    Ok(planned)
+}
+
+fn planned_size(device: &Device) -> Result<u64> {
+    if device.open_ended {
+        return Err(Error::unsupported("the size of a device must be known before an archive is begun")
+            .device(&device.name)
+            .hint("save the stream to a file first"));
+    }
+    if device.size == 0 {
+        return Err(Error::unsupported("an archive can't hold a device of 0 bytes")
+            .device(&device.name)
+            .hint("leave it out"));
+    }
+    match device.size.checked_next_multiple_of(SECTOR) {
+        Some(size) if size <= MAX_DEVICE_SIZE => Ok(size),
+        _ => Err(Error::limit(format!("device size {} is above {MAX_DEVICE_SIZE}", device.size))
+            .device(&device.name)
+            .hint("cluster numbers have 32 bits, so an archive holds devices of up to 256 TiB")),
+    }
+}
+
+/// Names that every reader turns into file names without trouble.
+fn check_name(device: &Device) -> Result<()> {
+    let name = &device.name;
+    let refuse = |reason: &str| {
+        Err(Error::usage(format!("the device name '{}' {reason}", escape_control(name)))
+            .device(name)
+            .hint("rename it: NAME=PATH in front of a source names its device (drive-scsi0=disk.raw)"))
+    };
+    if name.is_empty() {
+        return refuse("is empty");
+    }
+    if name.len() > MAX_NAME {
+        return refuse(&format!("is {} bytes long; readers take at most {MAX_NAME}", name.len()));
+    }
+    if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte)) {
+        return refuse("has characters other than A-Z a-z 0-9 . _ -");
+    }
+    if (device.kind == DeviceKind::VmState) != (name == VMSTATE_NAME) && device.kind == DeviceKind::VmState {
+        return refuse("is not 'vmstate', by which readers know the state of a guest");
+    }
+    Ok(())
+}
+
+/// Names are reduced to their last component and made unique.
+fn plan_configs(attachments: &[Attachment], notes: &mut Vec<String>) -> Result<Vec<Attachment>> {
+    if attachments.len() > TABLE_ENTRIES {
+        return Err(Error::limit(format!(
+            "an archive holds at most {TABLE_ENTRIES} configurations, not {}",
+            attachments.len()
+        )));
+    }
+    let mut names: HashSet<String> = HashSet::new();
+    let mut planned = Vec::new();
+    for attachment in attachments {
+        let base = safe_component(&attachment.name)?;
+        if attachment.data.len() > MAX_BLOB {
+            return Err(Error::limit(format!(
+                "configuration '{base}' has {} bytes; an archive takes at most {MAX_BLOB}",
+                attachment.data.len()
+            )));
+        }
+        let mut name = base.to_owned();
+        let mut number = 2;
+        while !names.insert(name.clone()) {
+            name = format!("{base}.{number}");
+            number += 1;
+        }
+        if name != attachment.name {
+            notes.push(format!("configuration '{}' is stored as '{name}'", escape_control(&attachment.name)));
+        }
+        planned.push(Attachment { name, data: attachment.data.clone() });
+    }
+    Ok(planned)
+}
+
+/// The last component of a path, if it is a name that can be a file in any directory.
+fn safe_component(name: &str) -> Result<&str> {
+    let base = name.rsplit('/').next().unwrap_or(name);
+    let reason = if base.is_empty() || base == "." || base == ".." {
+        "is not a file name"
+    } else if base.contains('\\') || base.chars().any(char::is_control) {
+        "has characters that file names must not have"
+    } else if base.len() > 255 {
+        "is longer than 255 bytes"
+    } else {
+        return Ok(base);
+    };
+    Err(Error::usage(format!("the configuration name '{}' {reason}", escape_control(name)))
+        .hint("name the file in another way, qemu-server.conf for example"))
+}
+
+/// A UUID of version 8 from everything that is in the header: equal input gives equal bytes.
+fn derive_uuid(devices: &[PlannedDevice], configs: &[Attachment], ctime: i64) -> Uuid {
+    let mut md5 = Md5::new();
+    let mut feed = |bytes: &[u8]| {
+        // With its length in front, no two lists of fields look the same.
+        md5.update((bytes.len() as u64).to_be_bytes());
+        md5.update(bytes);
+    };
+    feed(b"imgtool vma");
+    feed(&ctime.to_be_bytes());
+    for device in devices {
+        feed(device.name.as_bytes());
+        feed(&device.size.to_be_bytes());
+    }
+    feed(b"configurations");
+    for config in configs {
+        feed(config.name.as_bytes());
+        feed(&config.data);
+    }
+    uuid::Builder::from_custom_bytes(md5.finalize().into()).into_uuid()
+}
+
+/// The area of blobs; offset 0 means "none", so the first stands at 1.
+struct BlobArea(Vec<u8>);
+
+impl BlobArea {
+    /// Appends a blob of at most [`MAX_BLOB`] bytes; where it is.
+    fn push(&mut self, blob: &[u8]) -> Result<u32> {
+        let position = u32::try_from(self.0.len()).ok();
+        let (Some(position), Ok(len)) = (position, u16::try_from(blob.len())) else {
+            return Err(Error::limit(format!("a blob of {} bytes is above {MAX_BLOB}", blob.len())));
+        };
+        self.0.extend_from_slice(&len.to_le_bytes());
+        self.0.extend_from_slice(blob);
+        Ok(position)
+    }
+
+    fn push_name(&mut self, name: &str) -> Result<u32> {
+        let mut blob = name.as_bytes().to_vec();
+        blob.push(0);
+        self.push(&blob)
+    }
+}
+
+/// The whole header. Blobs stand in the reference program's order: each configuration's name and
+/// content, then the names of devices.
+fn encode_header(
+    uuid: Uuid,
+    ctime: i64,
+    devices: &[PlannedDevice],
+    configs: &[Attachment],
+) -> Result<Vec<u8>> {
+    let mut layout = HeaderLayout::new_zeroed();
+    let mut blobs = BlobArea(vec![0]);
+    let mut contents: BTreeMap<usize, (u32, u32)> = BTreeMap::new();
+    for (index, config) in configs.iter().enumerate() {
+        contents.insert(index, (blobs.push_name(&config.name)?, blobs.push(&config.data)?));
+    }
+    for (index, (name, data)) in contents {
+        layout.config_names[index] = name.into();
+        layout.config_data[index] = data.into();
+    }
+    for device in devices {
+        let entry = &mut layout.dev_info[usize::from(device.dev_id)];
+        entry.name_offset = blobs.push_name(&device.name)?.into();
+        entry.device_size = device.size.into();
+    }
+    let BlobArea(blobs) = blobs;
+    // At least one unit: readers refuse a header of the fixed part alone.
+    let header_size = HEADER_FIXED + blobs.len().next_multiple_of(HEADER_UNIT);
+    if header_size > MAX_HEADER_WRITTEN {
+        return Err(Error::limit(format!(
+            "names and configurations need a header of {header_size} bytes; readers take at most {MAX_HEADER_WRITTEN}"
+        ))
+        .hint("leave out the largest configurations"));
+    }
+    layout.magic = MAGIC;
+    layout.version = VERSION.into();
+    layout.uuid = *uuid.as_bytes();
+    layout.ctime = ctime.into();
+    // Neither is above MAX_HEADER_WRITTEN.
+    layout.blob_buffer_offset = (HEADER_FIXED as u32).into();
+    layout.blob_buffer_size = (blobs.len() as u32).into();
+    layout.header_size = (header_size as u32).into();
+    let mut raw = layout.as_bytes().to_vec();
+    raw.extend_from_slice(&blobs);
+    raw.resize(header_size, 0);
+    let md5 = header_md5(&raw);
+    raw[32..48].copy_from_slice(&md5);
+    Ok(raw)
+}

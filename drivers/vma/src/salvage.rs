@@ -1,0 +1,252 @@
+//! Restoring what is whole of a damaged archive.
+//!
+//! A cluster is restored when its extent's header is right and all its sub-blocks are there and can
+//! be read; the first whole copy counts. What is missing at the end is handed out as zeros and
+//! listed. Data has no checksum in this format: damage inside data that leaves its length alone
+//! can't be seen.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use imgtool_toolkit::{BufferPool, DeviceId, Input, Loss, Piece, Result, SequentialAccess};
+use roaring::RoaringBitmap;
+
+use crate::header::ArchiveHeader;
+use crate::layout::{CLUSTER, EXTENT_HEADER};
+use crate::scan::{Found, FoundExtent, Scanner, Window};
+use crate::stream::{group_at, piece, stored_ranges};
+use crate::tracker::{Placed, Tracker};
+
+/// Losses that are listed one by one; what comes after is joined to the last. Ours: bounds memory.
+const MAX_LOSSES: usize = 65_536;
+/// Most zeros in one piece. Ours.
+const MAX_ZERO_PIECE: u64 = 1 << 30;
+
+/// The first fault, and how many there were.
+#[derive(Default)]
+struct Faults {
+    first: Option<String>,
+    count: u64,
+}
+
+impl Faults {
+    fn add(&mut self, file_offset: u64, message: &str) {
+        self.count += 1;
+        self.first.get_or_insert_with(|| format!("file offset {file_offset}: {message}"));
+    }
+
+    /// Why clusters are missing.
+    fn reason(&self) -> String {
+        match (&self.first, self.count) {
+            (None, _) => "it is not in the archive".to_owned(),
+            (Some(first), 1) => format!("no whole copy is in the archive, which is damaged ({first})"),
+            (Some(first), count) => {
+                format!(
+                    "no whole copy is in the archive, which is damaged in {count} places ({first} is the first)"
+                )
+            }
+        }
+    }
+}
+
+/// A damaged archive, read in one pass.
+pub(crate) struct Salvage {
+    header: Arc<ArchiveHeader>,
+    scanner: Scanner,
+    tracker: Tracker,
+    faults: Faults,
+    /// Clusters of each device that came more than once.
+    doubtful: Vec<RoaringBitmap>,
+    /// Whole clusters of the current extent, and where their data stands in the input.
+    whole: Vec<(Placed, u64)>,
+    next_slot: usize,
+    /// Where the filling of gaps stands, once the input has ended.
+    filling: Option<Filling>,
+    losses: Vec<Loss>,
+}
+
+struct Filling {
+    device: usize,
+    from: u64,
+    /// Guest bytes that are still to be handed out as zeros.
+    zeros: Range<u64>,
+}
+
+impl Salvage {
+    /// Opens an archive whose header must be right.
+    pub(crate) fn open(input: Input) -> Result<(Arc<ArchiveHeader>, Self)> {
+        let mut window = Window::new(input)?;
+        let header = ArchiveHeader::from_bytes(&mut window).map_err(|e| {
+            e.hint("without its header nothing of an archive can be restored; use another copy or backup")
+        })?;
+        let header = Arc::new(header);
+        let salvage = Self {
+            scanner: Scanner::new(window, *header.uuid.as_bytes(), u64::from(header.header_size)),
+            tracker: Tracker::lenient(&header.devices),
+            faults: Faults::default(),
+            doubtful: header.devices.iter().map(|_| RoaringBitmap::new()).collect(),
+            whole: Vec::new(),
+            next_slot: 0,
+            filling: None,
+            losses: Vec::new(),
+            header: Arc::clone(&header),
+        };
+        Ok((header, salvage))
+    }
+
+    /// What could not be restored, by device and ascending.
+    pub(crate) fn losses(&self) -> Vec<Loss> {
+        self.losses.clone()
+    }
+
+    /// Keeps the clusters of an extent that are whole.
+    fn take_extent(&mut self, found: &FoundExtent) {
+        self.whole.clear();
+        self.next_slot = 0;
+        if let Some(fault) = &found.fault {
+            self.faults.add(found.file_offset, fault);
+        }
+        let named: u32 = found.header.slots.iter().map(|slot| slot.stored()).sum();
+        if named != u32::from(found.header.block_count) {
+            self.faults.add(found.file_offset, "the masks do not fit the number of sub-blocks");
+            return;
+        }
+        let data = found.file_offset + EXTENT_HEADER as u64;
+        let mut before = 0;
+        for (number, slot) in found.header.slots.iter().enumerate() {
+            let stored = before..before + u64::from(slot.stored()) * crate::layout::SUB_BLOCK;
+            before = stored.end;
+            let file = data + stored.start..data + stored.end;
+            if slot.dev_id == 0 {
+                continue;
+            }
+            if stored.end > found.usable || !self.scanner.window().is_readable(&file) {
+                if found.fault.is_none() {
+                    self.faults.add(file.start, "the file can't be read here");
+                }
+                continue;
+            }
+            match self.tracker.take(slot, number as u8, false) {
+                Ok(placed) if placed.is_beyond() => {}
+                Ok(placed) => self.whole.push((placed, file.start)),
+                Err(error) => {
+                    self.doubt(DeviceId(u32::from(slot.dev_id)), slot.cluster_num);
+                    self.faults.add(found.file_offset, error.message());
+                }
+            }
+        }
+    }
+
+    /// A cluster came again: which copy is right can't be known.
+    fn doubt(&mut self, device: DeviceId, cluster: u32) {
+        let index = self.header.devices.iter().position(|known| known.id == device);
+        if let Some((index, known)) = index.and_then(|index| Some((index, self.header.devices.get(index)?)))
+            && u64::from(cluster) * CLUSTER < known.size
+        {
+            self.doubtful[index].insert(cluster);
+        }
+    }
+
+    /// The next piece of the current extent.
+    fn from_extent(&mut self, pool: &BufferPool) -> Option<Piece> {
+        let slots: Vec<Placed> = self.whole.iter().map(|(placed, _)| *placed).collect();
+        let group = group_at(&slots, self.next_slot);
+        let (first, _) = *self.whole.get(group.start)?;
+        self.next_slot = group.end;
+        let slots = &slots[group.clone()];
+        let len = slots.iter().map(|placed| placed.len).sum();
+        if first.mask == 0 {
+            return Some(Piece::zero(first.device, first.start, len));
+        }
+        let mut buffer = pool.take(slots.len() * CLUSTER as usize);
+        buffer.fill(0);
+        for (number, (placed, file_offset)) in self.whole[group].iter().enumerate() {
+            let mut from = *file_offset;
+            for range in stored_ranges(std::slice::from_ref(placed)) {
+                let to = range.start + number * CLUSTER as usize;
+                buffer[to..to + range.len()].copy_from_slice(self.scanner.window().slice(from, range.len()));
+                from += range.len() as u64;
+            }
+        }
+        Some(piece(&first, len, buffer, stored_ranges(slots)))
+    }
+
+    /// The next piece of zeros for what did not come.
+    fn from_gaps(&mut self) -> Option<Piece> {
+        loop {
+            let filling = self.filling.get_or_insert(Filling { device: 0, from: 0, zeros: 0..0 });
+            let device = self.header.devices.get(filling.device)?;
+            if !filling.zeros.is_empty() {
+                let end = filling.zeros.end.min(filling.zeros.start + MAX_ZERO_PIECE);
+                let piece = Piece::zero(device.id, filling.zeros.start, end - filling.zeros.start);
+                filling.zeros.start = end;
+                return Some(piece);
+            }
+            match self.tracker.next_missing(filling.device, filling.from) {
+                Some(clusters) => {
+                    filling.from = clusters.end;
+                    filling.zeros = clusters.start * CLUSTER..(clusters.end * CLUSTER).min(device.size);
+                    let loss = Loss {
+                        device: device.id,
+                        guest: filling.zeros.clone(),
+                        reason: self.faults.reason(),
+                    };
+                    push_loss(&mut self.losses, loss);
+                }
+                None => {
+                    let index = filling.device;
+                    *filling = Filling { device: index + 1, from: 0, zeros: 0..0 };
+                    self.list_doubtful(index);
+                }
+            }
+        }
+    }
+
+    /// Lists what of a device came twice, in its place among the losses.
+    fn list_doubtful(&mut self, index: usize) {
+        let Some(device) = self.header.devices.get(index) else { return };
+        let doubtful = std::mem::take(&mut self.doubtful[index]);
+        if doubtful.is_empty() {
+            return;
+        }
+        for cluster in doubtful {
+            let start = u64::from(cluster) * CLUSTER;
+            let guest = start..(start + CLUSTER).min(device.size);
+            let reason = "it is in the archive more than once; the first copy was taken".to_owned();
+            push_loss(&mut self.losses, Loss { device: device.id, guest, reason });
+        }
+        let first = self.losses.partition_point(|loss| loss.device < device.id);
+        self.losses[first..].sort_by_key(|loss| loss.guest.start);
+    }
+}
+
+impl SequentialAccess for Salvage {
+    fn next_piece(&mut self, pool: &BufferPool) -> Result<Option<Piece>> {
+        while self.filling.is_none() {
+            if let Some(piece) = self.from_extent(pool) {
+                return Ok(Some(piece));
+            }
+            self.whole.clear();
+            match self.scanner.next() {
+                Found::Extent(found) => self.take_extent(&found),
+                Found::Fault { file, message } => self.faults.add(file.start, &message),
+                Found::End => break,
+            }
+        }
+        Ok(self.from_gaps())
+    }
+}
+
+/// Adds a loss; joined to the last one where it goes on or the list is full.
+fn push_loss(losses: &mut Vec<Loss>, loss: Loss) {
+    let full = losses.len() >= MAX_LOSSES;
+    if let Some(last) = losses.last_mut()
+        && last.device == loss.device
+        && loss.guest.start >= last.guest.end
+        && ((last.guest.end == loss.guest.start && last.reason == loss.reason) || full)
+    {
+        last.guest.end = loss.guest.end;
+        return;
+    }
+    losses.push(loss);
+}

@@ -1,0 +1,346 @@
+//! Looks for extents in an archive of which nothing is certain.
+//!
+//! The bytes pass through a window that holds the current extent and the header that must follow
+//! it. An extent is taken for whole only when the next header is where it should be, or the input
+//! ends there, or nothing that begins inside it shows that bytes are missing. After a fault the
+//! search goes on byte by byte until a header has magic number, UUID and MD5 right.
+
+use std::ops::Range;
+
+use imgtool_toolkit::{Error, Input, RandomInput, Result, Stream};
+
+use crate::bytes::ArchiveBytes;
+use crate::extent::ExtentHeader;
+use crate::layout::{EXTENT_HEADER, EXTENT_MAGIC, MAX_BLOCK_COUNT, MAX_EXTENT};
+
+/// Bytes read at a time. Ours.
+const CHUNK: usize = 256 * 1024;
+/// Bytes that may lie unused at the window's start before it is moved up. Ours.
+const SLACK: usize = 4 << 20;
+/// What is read at once where a file can't be read: a page.
+const PAGE: usize = 4096;
+/// The same under a decoder, whose parts have no such alignment: what extents are aligned to.
+const DECODED_STEP: usize = EXTENT_HEADER;
+/// Unreadable places that are kept apart within a window; neighbours are joined, so few are needed.
+const MAX_BAD: usize = 4096;
+
+/// Where the bytes come from.
+enum Feed {
+    Stream(Stream),
+    File(RandomInput),
+}
+
+/// The part of the input that is held.
+pub(crate) struct Window {
+    feed: Feed,
+    bytes: Vec<u8>,
+    /// Bytes of `bytes` that are given up.
+    unused: usize,
+    /// Position in the input of the first byte that is not given up.
+    base: u64,
+    /// Nothing comes after what is held.
+    ended: bool,
+    /// Why a stream ended, when it did not end well.
+    broken: Option<Error>,
+    /// Ranges of the input that can't be read; they are zero in the window.
+    bad: Vec<Range<u64>>,
+}
+
+impl Window {
+    /// Over `input`, from its start.
+    pub(crate) fn new(input: Input) -> Result<Self> {
+        let feed = if input.is_stream() {
+            Feed::Stream(input.into_stream()?)
+        } else {
+            Feed::File(input.into_random()?)
+        };
+        Ok(Self { feed, bytes: Vec::new(), unused: 0, base: 0, ended: false, broken: None, bad: Vec::new() })
+    }
+
+    fn held(&self) -> usize {
+        self.bytes.len() - self.unused
+    }
+
+    fn end(&self) -> u64 {
+        self.base + self.held() as u64
+    }
+
+    /// Gives up what stands before `position`, which is held or directly behind.
+    fn release(&mut self, position: u64) {
+        let count =
+            usize::try_from(position.saturating_sub(self.base)).unwrap_or(usize::MAX).min(self.held());
+        self.unused += count;
+        self.base += count as u64;
+        if self.unused > SLACK {
+            self.bytes.drain(..self.unused);
+            self.unused = 0;
+        }
+        let base = self.base;
+        self.bad.retain(|range| range.end > base);
+    }
+
+    /// Reads on until `len` bytes from `position` are held; how many there are.
+    fn ensure(&mut self, position: u64, len: usize) -> usize {
+        while !self.ended && self.end() < position.saturating_add(len as u64) {
+            self.read_chunk();
+        }
+        usize::try_from(self.end().saturating_sub(position)).unwrap_or(usize::MAX).min(len)
+    }
+
+    /// `len` bytes from `position`, which are held.
+    pub(crate) fn slice(&self, position: u64, len: usize) -> &[u8] {
+        let start = self.unused + usize::try_from(position - self.base).unwrap_or(usize::MAX);
+        self.bytes.get(start..start + len).unwrap_or(&[])
+    }
+
+    /// Whether the input could be read there.
+    pub(crate) fn is_readable(&self, range: &Range<u64>) -> bool {
+        !self.bad.iter().any(|bad| bad.start < range.end && range.start < bad.end)
+    }
+
+    fn read_chunk(&mut self) {
+        let (old, position) = (self.bytes.len(), self.end());
+        self.bytes.resize(old + CHUNK, 0);
+        let got = match &mut self.feed {
+            Feed::Stream(stream) => match read_until_error(stream, &mut self.bytes[old..]) {
+                (got, None) => got,
+                (got, Some(error)) => {
+                    self.broken = Some(error);
+                    self.ended = true;
+                    got
+                }
+            },
+            Feed::File(input) => {
+                let left = usize::try_from(input.len().saturating_sub(position)).unwrap_or(usize::MAX);
+                let got = left.min(CHUNK);
+                read_around_errors(input, &mut self.bytes[old..old + got], position, &mut self.bad);
+                got
+            }
+        };
+        self.ended |= got < CHUNK;
+        self.bytes.truncate(old + got);
+    }
+}
+
+/// Reads from a stream; what came before an error counts.
+fn read_until_error(stream: &mut Stream, buf: &mut [u8]) -> (usize, Option<Error>) {
+    let mut filled = 0;
+    while filled < buf.len() {
+        // Small reads, so that little is lost in front of a fault.
+        let end = buf.len().min(filled + PAGE);
+        let before = stream.position();
+        match ArchiveBytes::read_full(stream, &mut buf[filled..end]) {
+            Ok(0) => break,
+            Ok(got) => filled += got,
+            Err(error) => {
+                // The stream counts what it has handed over.
+                let got = usize::try_from(Stream::position(stream) - before).unwrap_or(0);
+                return (filled + got.min(end - filled), Some(error));
+            }
+        }
+    }
+    (filled, None)
+}
+
+/// Reads a part of a file; what can't be read becomes zero and is noted in `bad`.
+fn read_around_errors(input: &RandomInput, buf: &mut [u8], position: u64, bad: &mut Vec<Range<u64>>) {
+    if input.read_exact_at(buf, position).is_ok() {
+        return;
+    }
+    let step = if input.granule() > 1 { DECODED_STEP } else { PAGE };
+    let mut done = 0;
+    while done < buf.len() {
+        let at = position + done as u64;
+        let to_boundary = step - usize::try_from(at % step as u64).unwrap_or(0);
+        let end = buf.len().min(done + to_boundary);
+        if input.read_exact_at(&mut buf[done..end], at).is_err() {
+            buf[done..end].fill(0);
+            let range = at..at + (end - done) as u64;
+            let full = bad.len() >= MAX_BAD;
+            match bad.last_mut() {
+                Some(last) if full || last.end == range.start => last.end = range.end,
+                _ => bad.push(range),
+            }
+        }
+        done = end;
+    }
+}
+
+/// What the scanner came across.
+pub(crate) enum Found {
+    /// An extent whose header is right.
+    Extent(FoundExtent),
+    /// Bytes that are no extent, and why not.
+    Fault { file: Range<u64>, message: String },
+    /// The end of the input.
+    End,
+}
+
+/// An extent in the window.
+pub(crate) struct FoundExtent {
+    pub(crate) header: ExtentHeader,
+    pub(crate) file_offset: u64,
+    /// Bytes of data that belong to it for sure.
+    pub(crate) usable: u64,
+    /// Why not all of its data is usable.
+    pub(crate) fault: Option<String>,
+}
+
+/// Goes through an archive and skips what is damaged.
+pub(crate) struct Scanner {
+    window: Window,
+    uuid: [u8; 16],
+    position: u64,
+}
+
+impl Scanner {
+    /// From `position`, the end of the archive's header.
+    pub(crate) fn new(window: Window, uuid: [u8; 16], position: u64) -> Self {
+        Self { window, uuid, position }
+    }
+
+    /// The bytes of the extent that was found last.
+    pub(crate) fn window(&self) -> &Window {
+        &self.window
+    }
+
+    /// The next extent or fault.
+    pub(crate) fn next(&mut self) -> Found {
+        let at = self.position;
+        self.window.release(at);
+        let got = self.window.ensure(at, EXTENT_HEADER);
+        if got == 0 {
+            return self.end(at);
+        }
+        let fault = match self.header_at(at, got) {
+            Ok(header) => return Found::Extent(self.judge(header, at)),
+            Err(message) => message,
+        };
+        self.position = self.search(at + 1);
+        Found::Fault { file: at..self.position, message: fault }
+    }
+
+    fn end(&mut self, at: u64) -> Found {
+        match self.window.broken.take() {
+            Some(error) => Found::Fault { file: at..at, message: error.message().to_owned() },
+            None => Found::End,
+        }
+    }
+
+    /// The header at `at`, of which `got` bytes are there.
+    fn header_at(&self, at: u64, got: usize) -> Result<ExtentHeader, String> {
+        let Some(raw) = self.window.slice(at, got).first_chunk::<EXTENT_HEADER>() else {
+            return Err(format!("read short extent ({got} bytes)"));
+        };
+        if !self.window.is_readable(&(at..at + EXTENT_HEADER as u64)) {
+            return Err("the file can't be read here".to_owned());
+        }
+        let header = ExtentHeader::parse(raw, &self.uuid).map_err(|e| e.message().to_owned())?;
+        if u64::from(header.block_count) > MAX_BLOCK_COUNT {
+            return Err(format!(
+                "short vma extent ({MAX_EXTENT} < {})",
+                EXTENT_HEADER as u64 + header.data_len()
+            ));
+        }
+        Ok(header)
+    }
+
+    /// How much of an extent's data can be relied on; goes to where the next one should be.
+    fn judge(&mut self, header: ExtentHeader, at: u64) -> FoundExtent {
+        let data_len = header.data_len();
+        let needed = EXTENT_HEADER + data_len as usize; // at most MAX_EXTENT
+        let data = at + EXTENT_HEADER as u64;
+        let there = self.window.ensure(at, needed + EXTENT_HEADER);
+        let next = at + needed as u64;
+        let behind = there.saturating_sub(needed);
+        let ends_well = there == needed && self.window.broken.is_none()
+            || behind == EXTENT_HEADER && self.header_at(next, behind).is_ok();
+        let inner = if ends_well { None } else { self.find(data..next.min(at + there as u64)) };
+        let short = || format!("short vma extent ({} < {needed})", there.min(needed));
+        let (usable, fault, position) = match inner {
+            Some(inner) => {
+                let fault =
+                    format!("bytes are missing: the next extent begins {} bytes too early", next - inner);
+                (0, Some(fault), inner)
+            }
+            None if there < needed => {
+                (there.saturating_sub(EXTENT_HEADER) as u64, Some(short()), at + there as u64)
+            }
+            None => (data_len, None, next),
+        };
+        self.position = position;
+        FoundExtent { header, file_offset: at, usable, fault }
+    }
+
+    /// The first valid header that begins in `range`, which is held.
+    fn find(&self, range: Range<u64>) -> Option<u64> {
+        let len = usize::try_from(range.end.saturating_sub(range.start)).ok()?;
+        let bytes = self.window.slice(range.start, len);
+        let mut from = 0;
+        while let Some(at) = bytes[from..].windows(4).position(|four| four == EXTENT_MAGIC) {
+            let position = range.start + (from + at) as u64;
+            let there =
+                usize::try_from(self.window.end() - position).unwrap_or(usize::MAX).min(EXTENT_HEADER);
+            if self.header_at(position, there).is_ok() {
+                return Some(position);
+            }
+            from += at + 1;
+        }
+        None
+    }
+
+    /// The first valid header from `from` on, or the end of the input; gives up what is before.
+    fn search(&mut self, from: u64) -> u64 {
+        let mut position = from;
+        loop {
+            self.window.release(position);
+            let there = self.window.ensure(position, CHUNK + EXTENT_HEADER);
+            if there < EXTENT_HEADER {
+                return position + there as u64;
+            }
+            // A header that begins in the last bytes is found in the next round.
+            let whole = there - EXTENT_HEADER + 1;
+            // `find` looks at beginnings: three more bytes complete a magic number.
+            if let Some(found) = self.find(position..position + (whole + 3) as u64) {
+                return found;
+            }
+            position += whole as u64;
+        }
+    }
+}
+
+impl ArchiveBytes for Window {
+    fn position(&self) -> u64 {
+        self.base
+    }
+
+    fn remaining(&self) -> Option<u64> {
+        None
+    }
+
+    /// For the archive's header, in which nothing can be missing.
+    fn read_full(&mut self, buf: &mut [u8]) -> Result<usize> {
+        let position = self.base;
+        let got = self.ensure(position, buf.len());
+        if !self.is_readable(&(position..position + got as u64)) {
+            return Err(Error::corrupt("the archive's header can't be read").at(position));
+        }
+        buf[..got].copy_from_slice(self.slice(position, got));
+        self.release(position + got as u64);
+        Ok(got)
+    }
+
+    fn skip(&mut self, len: u64) -> Result<u64> {
+        let mut skipped = 0;
+        while skipped < len {
+            let want = usize::try_from(len - skipped).unwrap_or(CHUNK).min(CHUNK);
+            let got = self.ensure(self.base, want);
+            self.release(self.base + got as u64);
+            skipped += got as u64;
+            if got < want {
+                break;
+            }
+        }
+        Ok(skipped)
+    }
+}

@@ -1,0 +1,263 @@
+//! Writing archives, to files and to pipes alike: the header, then extents one after the other.
+//!
+//! Every piece becomes extents of its own, so pieces are prepared independently: header and MD5 are
+//! made, the data stays where it is in the piece's buffer. Placing gives each piece the next bytes of
+//! the file.
+
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use imgtool_toolkit::{
+    Buffer, BufferPool, Bytes, CreateOptions, DeviceId, Error, Geometry, ImageSink, Manifest, Output, Part,
+    Piece, Prepared, Result, WriteList,
+};
+
+use crate::extent::{BlockInfo, ExtentHeader};
+use crate::layout::{CLUSTER, CLUSTERS_PER_EXTENT, EXTENT_HEADER, SUB_BLOCK, SUB_BLOCKS_PER_CLUSTER};
+use crate::options::VmaOptions;
+use crate::plan::{ArchivePlan, PlannedDevice};
+
+/// Guest bytes of an extent.
+const EXTENT_SPAN: u64 = CLUSTER * CLUSTERS_PER_EXTENT as u64;
+/// Extents that one piece of zeros may become: 512 KiB of headers, 3.7 GiB of guest. Ours.
+const ZERO_EXTENTS: u64 = 1024;
+
+/// An archive in the making.
+pub(crate) struct VmaSink {
+    output: Output,
+    plan: ArchivePlan,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// Where the next extent goes.
+    file_offset: u64,
+    /// Clusters of each device that have been placed.
+    placed: Vec<u64>,
+}
+
+impl VmaSink {
+    pub(crate) fn create(output: Output, manifest: &Manifest, options: &CreateOptions) -> Result<Self> {
+        let plan = ArchivePlan::new(manifest, &VmaOptions::parse(options)?)?;
+        let state = State { file_offset: plan.header.len() as u64, placed: vec![0; plan.devices.len()] };
+        Ok(Self { output, plan, state: Mutex::new(state) })
+    }
+
+    fn device(&self, id: DeviceId) -> Result<&PlannedDevice> {
+        self.plan.device(id).ok_or_else(|| Error::usage(format!("the archive has no device {id}")))
+    }
+}
+
+impl ImageSink for VmaSink {
+    fn geometry(&self, device: DeviceId) -> Geometry {
+        let is_state = self.plan.device(device).is_some_and(|device| device.is_state);
+        Geometry {
+            granule: CLUSTER,
+            granule_required: true,
+            piece_len: EXTENT_SPAN,
+            // The state's zeros are written out.
+            max_zero_len: if is_state { EXTENT_SPAN } else { EXTENT_SPAN * ZERO_EXTENTS },
+            ordered: true,
+        }
+    }
+
+    fn output(&self, _device: DeviceId) -> &Output {
+        &self.output
+    }
+
+    fn preamble(&self) -> Result<Vec<u8>> {
+        Ok(self.plan.header.clone())
+    }
+
+    fn append_only(&self) -> bool {
+        true
+    }
+
+    fn prepare(&self, piece: Piece, pool: &BufferPool) -> Result<Prepared> {
+        let device = self.device(piece.device)?;
+        check_piece(device, &piece)?;
+        let masks = Masks::of(&piece, device);
+        let extents = masks.clusters.len().div_ceil(CLUSTERS_PER_EXTENT);
+        let tail = masks.tail_len(&piece);
+        let mut encoded = pool.take(extents * EXTENT_HEADER + tail);
+        encoded[extents * EXTENT_HEADER..].fill(0);
+        let mut prepared = Prepared::new(piece);
+        let mut builder =
+            ExtentBuilder { sink: self, device, prepared: &mut prepared, encoded: &mut encoded, tail };
+        for number in 0..extents {
+            builder.extent(number, extents, &masks)?;
+        }
+        prepared.encoded = Some(encoded);
+        Ok(prepared)
+    }
+
+    fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
+        let Some(index) = self.plan.index_of(prepared.device) else {
+            return Err(Error::usage(format!("the archive has no device {}", prepared.device)));
+        };
+        let device = &self.plan.devices[index];
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if device.is_state && prepared.start != state.placed[index] * CLUSTER {
+            return Err(Error::unsupported("the state of a guest must come in order")
+                .device(&device.name)
+                .guest(prepared.start..prepared.start + prepared.len)
+                .hint("save the source to a file and convert from there"));
+        }
+        state.placed[index] += prepared.len.div_ceil(CLUSTER);
+        for part in &prepared.parts {
+            writes.push(state.file_offset, part.bytes.clone());
+            state.file_offset += part.bytes.len();
+        }
+        Ok(())
+    }
+
+    fn finish(&self) -> Result<()> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        for (device, placed) in self.plan.devices.iter().zip(&state.placed) {
+            if *placed != device.clusters {
+                return Err(Error::corrupt(format!(
+                    "{placed} of {} clusters were written: the source was not read in full",
+                    device.clusters
+                ))
+                .device(&device.name));
+            }
+        }
+        // Zeros at the very end of a state are not written to a new file.
+        self.output.set_len(state.file_offset)
+    }
+
+    fn notes(&self) -> Vec<String> {
+        self.plan.notes.clone()
+    }
+}
+
+/// Refuses a piece that is not made of whole clusters of the device.
+fn check_piece(device: &PlannedDevice, piece: &Piece) -> Result<()> {
+    let end = piece.start.checked_add(piece.len).filter(|end| *end <= device.size);
+    let whole = piece.start.is_multiple_of(CLUSTER)
+        && piece.len > 0
+        && end.is_some_and(|end| end.is_multiple_of(CLUSTER) || end.div_ceil(CLUSTER) == device.clusters);
+    if whole {
+        return Ok(());
+    }
+    Err(Error::out_of_bounds(format!(
+        "{} bytes at {} are not whole clusters of the device of {} bytes",
+        piece.len, piece.start, device.size
+    ))
+    .device(&device.name))
+}
+
+/// What of a piece is stored.
+struct Masks {
+    /// One mask for each cluster.
+    clusters: Vec<u16>,
+}
+
+impl Masks {
+    fn of(piece: &Piece, device: &PlannedDevice) -> Self {
+        // Bounded by `Geometry::max_zero_len`: at most 60,416 clusters.
+        let mut clusters = vec![0u16; piece.len.div_ceil(CLUSTER) as usize];
+        let mut set = |block: u64| {
+            clusters[(block / SUB_BLOCKS_PER_CLUSTER) as usize] |= 1 << (block % SUB_BLOCKS_PER_CLUSTER);
+        };
+        if device.is_state {
+            // The reference program's reader drops the zero sub-blocks of a state, so there are none.
+            // The piece may end before the device does by less than a sector.
+            let end = device.size.min(piece.start + piece.len.next_multiple_of(CLUSTER));
+            (0..(end - piece.start).div_ceil(SUB_BLOCK)).for_each(set);
+        } else {
+            for run in piece.nonzero_runs(SUB_BLOCK as usize) {
+                (run.start as u64 / SUB_BLOCK..(run.end as u64).div_ceil(SUB_BLOCK)).for_each(&mut set);
+            }
+        }
+        Self { clusters }
+    }
+
+    /// Zeros that complete the last sub-block, when it is stored and the piece ends within it.
+    fn tail_len(&self, piece: &Piece) -> usize {
+        let tail = piece.len.next_multiple_of(SUB_BLOCK) - piece.len;
+        let last = piece.len / SUB_BLOCK;
+        let mask = self.clusters.get((last / SUB_BLOCKS_PER_CLUSTER) as usize).copied().unwrap_or(0);
+        let stored = mask >> (last % SUB_BLOCKS_PER_CLUSTER) & 1 == 1;
+        if stored { tail as usize } else { 0 }
+    }
+}
+
+/// Turns a piece into extents.
+struct ExtentBuilder<'a> {
+    sink: &'a VmaSink,
+    device: &'a PlannedDevice,
+    prepared: &'a mut Prepared,
+    encoded: &'a mut Buffer,
+    /// Zeros behind the headers in `encoded`.
+    tail: usize,
+}
+
+impl ExtentBuilder<'_> {
+    /// Makes the extent `number` of `extents`: its header, then what it stores.
+    fn extent(&mut self, number: usize, extents: usize, masks: &Masks) -> Result<()> {
+        let first = number * CLUSTERS_PER_EXTENT;
+        let clusters = &masks.clusters[first..masks.clusters.len().min(first + CLUSTERS_PER_EXTENT)];
+        let first_cluster = self.prepared.start / CLUSTER + first as u64;
+        let mut header = ExtentHeader::empty();
+        let mut block_count = 0;
+        for ((mask, slot), cluster) in clusters.iter().zip(&mut header.slots).zip(first_cluster..) {
+            let cluster_num = u32::try_from(cluster)
+                .map_err(|_| Error::limit(format!("cluster number {cluster} does not fit into 32 bits")))?;
+            *slot = BlockInfo { mask: *mask, dev_id: self.device.dev_id, cluster_num };
+            block_count += mask.count_ones();
+        }
+        header.block_count = u16::try_from(block_count).unwrap_or(u16::MAX);
+        let at = number * EXTENT_HEADER;
+        self.encoded[at..at + EXTENT_HEADER].copy_from_slice(&header.encode(self.sink.plan.uuid.as_bytes()));
+        let guest = first_cluster * CLUSTER;
+        self.push(guest..guest, Bytes::Encoded(at..at + EXTENT_HEADER));
+        self.data(first, clusters, extents);
+        Ok(())
+    }
+
+    /// The stored sub-blocks of `clusters`, which begin at the cluster `first` of the piece.
+    fn data(&mut self, first: usize, clusters: &[u16], extents: usize) {
+        let base = first as u64 * SUB_BLOCKS_PER_CLUSTER;
+        let blocks = clusters.len() as u64 * SUB_BLOCKS_PER_CLUSTER;
+        let stored = |block: u64| {
+            clusters[(block / SUB_BLOCKS_PER_CLUSTER) as usize] >> (block % SUB_BLOCKS_PER_CLUSTER) & 1 == 1
+        };
+        let mut block = 0;
+        while block < blocks {
+            let start = block;
+            while block < blocks && stored(block) {
+                block += 1;
+            }
+            if block > start {
+                self.stored_run((base + start) * SUB_BLOCK..(base + block) * SUB_BLOCK, extents);
+            } else {
+                block += 1;
+            }
+        }
+    }
+
+    /// A run of stored sub-blocks, as bytes of the piece; the last may reach beyond its end.
+    fn stored_run(&mut self, run: Range<u64>, extents: usize) {
+        let (start, len) = (self.prepared.start, self.prepared.len);
+        let within = run.start..run.end.min(len);
+        let guest = start + within.start..start + within.end;
+        let bytes = if self.prepared.data.is_some() {
+            // Within the piece's buffer, whose length is a usize.
+            Bytes::Data(within.start as usize..within.end as usize)
+        } else {
+            Bytes::Zero(within.end - within.start)
+        };
+        self.push(guest.clone(), bytes);
+        let missing = run.end - within.end;
+        if missing > 0 {
+            let headers = extents * EXTENT_HEADER;
+            debug_assert_eq!(missing, self.tail as u64);
+            self.push(guest.end..guest.end, Bytes::Encoded(headers..headers + self.tail));
+        }
+    }
+
+    fn push(&mut self, guest: Range<u64>, bytes: Bytes) {
+        self.prepared.parts.push(Part { guest, bytes });
+    }
+}

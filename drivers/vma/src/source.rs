@@ -1,0 +1,247 @@
+//! Reading archives: what is in one, and the three ways to its content.
+//!
+//! A file is indexed and read at random; a stream, or a file too scattered to be indexed, in one
+//! pass ([`crate::stream`]); a damaged archive in one pass that looks for what is whole
+//! ([`crate::salvage`]).
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use imgtool_toolkit::{
+    Access, DeviceId, Error, Extent, ExtentKind, ExtentList, FileRange, ImageInfo, ImageSource, Input, Loss,
+    OpenOptions, RandomAccess, RandomInput, Result,
+};
+
+use crate::bytes::Cursor;
+use crate::facts;
+use crate::header::ArchiveHeader;
+use crate::index::{Index, MAX_RUNS, Run};
+use crate::layout::{CLUSTER, CLUSTERS_PER_EXTENT, SUB_BLOCK, SUB_BLOCKS_PER_CLUSTER};
+use crate::masks::MaskCache;
+use crate::salvage::Salvage;
+use crate::stream::ArchiveStream;
+
+/// An opened archive.
+pub struct VmaSource {
+    header: Arc<ArchiveHeader>,
+    info: ImageInfo,
+    body: Body,
+}
+
+enum Body {
+    Indexed(IndexedArchive),
+    Stream(ArchiveStream),
+    Salvage(Salvage),
+}
+
+impl VmaSource {
+    /// Opens an archive: by index if `input` is a file, else in one pass.
+    ///
+    /// # Errors
+    /// When the header is wrong; for a file also when anything else but the data itself is.
+    pub fn open(input: Input, options: &OpenOptions) -> Result<Self> {
+        Self::open_limited(input, options, MAX_RUNS)
+    }
+
+    pub(crate) fn open_limited(input: Input, options: &OpenOptions, max_runs: usize) -> Result<Self> {
+        if options.salvage {
+            let (header, salvage) = Salvage::open(input)?;
+            return Ok(Self::new(header, Body::Salvage(salvage)));
+        }
+        if input.is_stream() {
+            let mut stream = input.into_stream()?;
+            let header = Arc::new(ArchiveHeader::from_bytes(&mut stream)?);
+            let body = Body::Stream(ArchiveStream::new(stream, &header, options));
+            return Ok(Self::new(header, body));
+        }
+        let input = input.into_random()?;
+        let header = Arc::new(ArchiveHeader::from_bytes(&mut Cursor::new(input.clone()))?);
+        match Index::build(&input, &header, options, max_runs)? {
+            Some(index) => {
+                let masks = MaskCache::new(*header.uuid.as_bytes());
+                let body = Body::Indexed(IndexedArchive { header: Arc::clone(&header), input, index, masks });
+                Ok(Self::new(header, body))
+            }
+            None => {
+                let mut stream = Cursor::new(input).into_stream()?;
+                let header = Arc::new(ArchiveHeader::from_bytes(&mut stream)?);
+                let body = Body::Stream(ArchiveStream::new(stream, &header, options));
+                Ok(Self::new(header, body))
+            }
+        }
+    }
+
+    fn new(header: Arc<ArchiveHeader>, body: Body) -> Self {
+        let index = match &body {
+            Body::Indexed(archive) => Some(&archive.index),
+            _ => None,
+        };
+        let info = facts::info(&header, index);
+        Self { header, info, body }
+    }
+
+    /// The archive's header.
+    pub fn header(&self) -> &ArchiveHeader {
+        &self.header
+    }
+}
+
+impl ImageSource for VmaSource {
+    fn info(&self) -> &ImageInfo {
+        &self.info
+    }
+
+    fn access(&mut self) -> Access<'_> {
+        match &mut self.body {
+            Body::Indexed(archive) => Access::Random(archive),
+            Body::Stream(stream) => Access::Sequential(stream),
+            Body::Salvage(salvage) => Access::Sequential(salvage),
+        }
+    }
+
+    fn random(&self) -> Option<&dyn RandomAccess> {
+        match &self.body {
+            Body::Indexed(archive) => Some(archive),
+            _ => None,
+        }
+    }
+
+    fn losses(&self) -> Vec<Loss> {
+        match &self.body {
+            Body::Salvage(salvage) => salvage.losses(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// An archive in a file, with its index.
+struct IndexedArchive {
+    header: Arc<ArchiveHeader>,
+    input: RandomInput,
+    index: Index,
+    masks: MaskCache,
+}
+
+/// A part of a device within one run.
+struct Part<'a> {
+    run: &'a Run,
+    /// Guest bytes.
+    guest: Range<u64>,
+}
+
+impl Part<'_> {
+    /// First guest byte of the run.
+    fn run_start(&self) -> u64 {
+        u64::from(self.run.first) * CLUSTER
+    }
+
+    /// The sub-blocks that the part touches, counted from the run's first cluster.
+    fn blocks(&self) -> Range<u64> {
+        let base = self.run_start();
+        (self.guest.start - base) / SUB_BLOCK..(self.guest.end - base).div_ceil(SUB_BLOCK)
+    }
+}
+
+impl IndexedArchive {
+    /// The part of `range` that lies in the run of its first byte.
+    fn part(&self, device: DeviceId, range: Range<u64>) -> Result<Part<'_>> {
+        let run = self.index.device(device).and_then(|known| known.run_of(range.start / CLUSTER));
+        let Some(run) = run else {
+            return Err(Error::out_of_bounds("the archive has nothing there").guest(range));
+        };
+        Ok(Part { run, guest: range.start..range.end.min(run.end() * CLUSTER) })
+    }
+
+    /// Calls `each` for every stretch of a part: guest bytes, and where they are stored if they are.
+    fn stretches(
+        &self,
+        device: DeviceId,
+        part: &Part<'_>,
+        mut each: impl FnMut(Range<u64>, Option<u64>) -> Result<()>,
+    ) -> Result<()> {
+        if part.run.is_zero() {
+            return each(part.guest.clone(), None);
+        }
+        let extent_offset = self.index.extent_offset(part.run);
+        let map = self.masks.extent(&self.input, part.run, device.0, extent_offset)?;
+        let base = part.run_start();
+        for stretch in map.stretches(part.run, part.blocks()) {
+            let start = base + stretch.blocks.start * SUB_BLOCK;
+            let end = base + stretch.blocks.end * SUB_BLOCK;
+            let clipped = start.max(part.guest.start)..end.min(part.guest.end);
+            let file_offset = stretch.file_offset.map(|offset| offset + (clipped.start - start));
+            each(clipped, file_offset)?;
+        }
+        Ok(())
+    }
+
+    fn name(&self, device: DeviceId) -> &str {
+        self.header.device(device).map_or("", |device| &device.name)
+    }
+}
+
+impl RandomAccess for IndexedArchive {
+    fn extents(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>> {
+        let mut extents = ExtentList::new();
+        let mut position = range.start;
+        while position < range.end && !extents.is_full() {
+            let part = self.part(device, position..range.end)?;
+            self.stretches(device, &part, |guest, file_offset| {
+                let kind = if file_offset.is_some() { ExtentKind::Data } else { ExtentKind::Zero };
+                extents.push(guest.start, guest.end - guest.start, kind);
+                Ok(())
+            })
+            .map_err(|e| e.device(self.name(device)))?;
+            position = part.guest.end;
+        }
+        Ok(extents.into_vec())
+    }
+
+    fn read_at(&self, device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
+        let size = self.header.device(device).map_or(0, |device| device.size);
+        let end = guest_offset.checked_add(buf.len() as u64).filter(|end| *end <= size);
+        let Some(end) = end else {
+            return Err(Error::out_of_bounds(format!(
+                "{} bytes at {guest_offset} leave the device of {size} bytes",
+                buf.len()
+            ))
+            .device(self.name(device)));
+        };
+        let mut position = guest_offset;
+        while position < end {
+            let part = self.part(device, position..end)?;
+            self.stretches(device, &part, |guest, file_offset| {
+                let within = (guest.start - guest_offset) as usize..(guest.end - guest_offset) as usize;
+                match file_offset {
+                    Some(offset) => self.input.read_exact_at(&mut buf[within], offset),
+                    None => {
+                        buf[within].fill(0);
+                        Ok(())
+                    }
+                }
+            })
+            .map_err(|e| e.device(self.name(device)).guest(position..part.guest.end))?;
+            position = part.guest.end;
+        }
+        Ok(())
+    }
+
+    fn read_granule(&self, _device: DeviceId) -> u64 {
+        // Where reading is only cheap in large units, an extent is decoded as a whole.
+        if self.input.granule() > 1 { CLUSTER * CLUSTERS_PER_EXTENT as u64 } else { CLUSTER }
+    }
+
+    fn locate(&self, device: DeviceId, range: Range<u64>) -> Option<FileRange<'_>> {
+        let file = self.input.file()?;
+        let part = self.part(device, range).ok().filter(|part| !part.run.is_zero())?;
+        let map =
+            self.masks.extent(&self.input, part.run, device.0, self.index.extent_offset(part.run)).ok()?;
+        let base = part.run_start();
+        let first = map.stretches(part.run, part.blocks()).into_iter().next()?;
+        let within = part.guest.start - (base + first.blocks.start * SUB_BLOCK);
+        let end = (base + first.blocks.end * SUB_BLOCK).min(part.guest.end);
+        Some(FileRange { file, file_offset: first.file_offset? + within, len: end - part.guest.start })
+    }
+}
+
+const _: () = assert!(SUB_BLOCK * SUB_BLOCKS_PER_CLUSTER == CLUSTER);

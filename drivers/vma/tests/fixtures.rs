@@ -1,0 +1,93 @@
+//! Archives that the reference program made, against the digests of their content.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{Content, fixture, read, read_both, sha256};
+use imgtool_toolkit::{DeviceKind, Driver, ImageSource, Input, OpenOptions};
+use imgtool_vma::{ArchiveHeader, VmaDriver, VmaSource};
+use serde_json::Value;
+
+fn manifest() -> Vec<Value> {
+    let text = std::fs::read_to_string(fixture("manifest.json")).unwrap();
+    let manifest: Value = serde_json::from_str(&text).unwrap();
+    manifest["archives"].as_array().unwrap().clone()
+}
+
+fn assert_content(archive: &Value, content: &Content) {
+    for device in archive["devices"].as_array().unwrap() {
+        let id = u32::try_from(device["id"].as_u64().unwrap()).unwrap();
+        assert_eq!(content[&id].len() as u64, device["size"].as_u64().unwrap(), "{archive}");
+        assert_eq!(sha256(&content[&id]), device["sha256"].as_str().unwrap(), "{archive}");
+    }
+}
+
+/// The bytes of the archive itself.
+fn decompressed(name: &str) -> Vec<u8> {
+    let mut stream = Input::open(&fixture(name)).unwrap().into_stream().unwrap();
+    let mut bytes = Vec::new();
+    std::io::Read::read_to_end(&mut stream, &mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn every_archive_reads_as_it_should() {
+    for archive in manifest() {
+        let name = archive["file"].as_str().unwrap();
+        let header = ArchiveHeader::read(Input::open(&fixture(name)).unwrap()).unwrap();
+        for (device, wanted) in header.devices.iter().zip(archive["devices"].as_array().unwrap()) {
+            assert_eq!(device.name, wanted["name"].as_str().unwrap());
+            assert_eq!(u64::from(device.id.0), wanted["id"].as_u64().unwrap());
+        }
+        // As it stands, which is a stream where it is compressed.
+        let content = read(Input::open(&fixture(name)).unwrap(), &OpenOptions::default()).unwrap();
+        assert_content(&archive, &content);
+        // As a file and as a pipe.
+        assert_content(&archive, &read_both(&decompressed(name), &OpenOptions::default()).unwrap());
+        // Salvage of what is whole loses nothing.
+        let salvage = OpenOptions { salvage: true, ..OpenOptions::default() };
+        let mut source = VmaSource::open(Input::open(&fixture(name)).unwrap(), &salvage).unwrap();
+        assert_content(&archive, &common::read_source(&mut source).unwrap());
+        assert_eq!(source.losses(), []);
+        let report = VmaDriver.check(Input::open(&fixture(name)).unwrap(), &OpenOptions::default()).unwrap();
+        assert_eq!((report.corruptions, report.check_errors, report.findings.len()), (0, 0, 0), "{name}");
+    }
+}
+
+#[test]
+fn configurations_and_facts_are_there() {
+    let bytes = decompressed("two-disks.vma.zst");
+    let source = VmaSource::open(common::as_file(&bytes), &OpenOptions::default()).unwrap();
+    let info = source.info();
+    let names: Vec<&str> = info.attachments.iter().map(|config| config.name.as_str()).collect();
+    assert_eq!(names, ["qemu-server.conf", "qemu-server.fw"]);
+    for config in &info.attachments {
+        assert_eq!(config.data, std::fs::read(fixture(&config.name)).unwrap());
+    }
+    let fact = |key: &str| info.facts.iter().find(|fact| fact.key == key).unwrap().value.clone();
+    // What the reference program prints for this archive: Sun Nov 22 10:03:58 2026.
+    assert_eq!(fact("creation-time"), "2026-11-22 10:03:58 UTC");
+    let stored: u64 =
+        fact("devices").as_array().unwrap().iter().map(|device| device["stored-bytes"].as_u64().unwrap()).sum();
+    let zero: u64 =
+        fact("devices").as_array().unwrap().iter().map(|device| device["zero-bytes"].as_u64().unwrap()).sum();
+    assert_eq!(stored + zero, 5_255_168 + 540_672);
+    assert!(stored < 3_000_000 && stored > 2_000_000, "{stored}");
+}
+
+#[test]
+fn the_state_is_told_apart() {
+    let header = ArchiveHeader::read(Input::open(&fixture("vmstate.vma.zst")).unwrap()).unwrap();
+    let kinds: Vec<DeviceKind> = header.devices.iter().map(|device| device.kind).collect();
+    assert_eq!(kinds, [DeviceKind::VmState, DeviceKind::Disk]);
+}
+
+/// The reference program says "short vma extent (87200 < 1192448)" of an archive cut at 100,000.
+#[test]
+fn a_cut_archive_is_named_as_the_reference_does() {
+    let mut bytes = decompressed("two-disks.vma.zst");
+    bytes.truncate(100_000);
+    let error = read_both(&bytes, &OpenOptions::default()).unwrap_err();
+    assert_eq!(imgtool_vma::reference::message(&error), "short vma extent (87200 < 1192448)");
+    assert_eq!(error.file_offset(), Some(12_800));
+}
