@@ -1,18 +1,24 @@
 //! The command line: what may be typed. Every flag is defined once, here or in the files of this
 //! folder, and feeds the help, the manual pages and the shell completions.
 
-use std::ffi::OsString;
-use std::path::PathBuf;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
 
+use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::exit::Exit;
+use crate::report;
 
 mod convert;
 mod image;
+mod vma;
 
 pub use convert::ConvertArgs;
 pub use image::{
     Algorithm, CheckArgs, ChecksumArgs, CompareArgs, CreateArgs, InfoArgs, MapArgs, MeasureArgs,
 };
+pub use vma::{USAGE as VMA_USAGE, VmaArgs, VmaCreateArgs, VmaExtractArgs, VmaVerb};
 
 /// The whole command line.
 #[derive(Debug, Parser)]
@@ -67,6 +73,8 @@ pub enum Verb {
     Measure(MeasureArgs),
     /// Make an empty image
     Create(CreateArgs),
+    /// Stand in for the vma program of Proxmox VE, flag for flag; also when imgtool is called vma
+    Vma(VmaArgs),
     /// List the formats, what each can do, and its -o options
     Formats(FormatsArgs),
 }
@@ -202,9 +210,31 @@ pub struct FormatsArgs {
     pub output: OutputArgs,
 }
 
-/// Reads the command line; a wrong one ends the program with code 2.
-pub fn parse(args: impl IntoIterator<Item = OsString>) -> Cli {
-    Cli::parse_from(args)
+/// The name under which the program stands in for another.
+const VMA: &str = "vma";
+
+/// Reads the command line.
+///
+/// # Errors
+/// How to end when there is nothing to do, or when it makes no sense; the person has been told.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Exit> {
+    let mut args: Vec<OsString> = args.into_iter().collect();
+    let called_vma = args.first().is_some_and(|name| Path::new(name).file_stem() == Some(OsStr::new(VMA)));
+    if called_vma {
+        args.splice(0..1, [OsString::from("imgtool"), OsString::from(VMA)]);
+    }
+    let stands_in = args.get(1).is_some_and(|verb| verb == VMA);
+    Cli::try_parse_from(args).map_err(|error| {
+        let is_help = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+        if stands_in && (called_vma || !is_help) {
+            // Whoever calls the vma program knows it so.
+            let _ = report::print(VMA_USAGE);
+            return Exit::Failed;
+        }
+        // Nobody to tell when that fails.
+        let _ = error.print();
+        if is_help { Exit::Done } else { Exit::Usage }
+    })
 }
 
 #[cfg(test)]

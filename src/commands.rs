@@ -15,6 +15,7 @@ mod info;
 mod map;
 mod measure;
 mod options;
+mod vma;
 
 /// Does what was asked for.
 ///
@@ -30,6 +31,7 @@ pub fn run(verb: Verb) -> Result<Exit> {
         Verb::Checksum(args) => checksum::run(&args),
         Verb::Measure(args) => measure::run(&args),
         Verb::Create(args) => create::run(&args),
+        Verb::Vma(args) => vma::run(&args),
         Verb::Formats(args) => formats::run(&args),
     }
 }

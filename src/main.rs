@@ -10,16 +10,16 @@ mod drivers;
 mod exit;
 mod images;
 mod interrupt;
+mod observe;
 mod progress;
 mod report;
 
 fn main() -> ExitCode {
-    let cli = args::parse(std::env::args_os());
-    match commands::run(cli.verb) {
-        Ok(exit) => exit.into(),
-        Err(error) => {
+    let done = args::parse(std::env::args_os()).map(|cli| {
+        commands::run(cli.verb).unwrap_or_else(|error| {
             report::error(&error);
-            report::exit_of(&error).into()
-        }
-    }
+            report::exit_of(&error)
+        })
+    });
+    done.unwrap_or_else(|exit| exit).into()
 }

@@ -15,14 +15,14 @@ use crate::interrupt::Interrupt;
 use crate::progress::RateLimit;
 use crate::{drivers, images};
 
-mod format;
-mod layout;
-mod names;
+pub(super) mod format;
+pub(super) mod layout;
+pub(super) mod names;
 mod sinks;
-mod sources;
+pub(super) mod sources;
 mod summary;
 mod verify;
-mod write;
+pub(super) mod write;
 
 use format::Format;
 use layout::{OwnPlace, Request};
@@ -86,6 +86,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         progress: args.messages.mode(),
         limit: rate_limit(args)?,
         verify: args.target.verify,
+        observer: None,
     };
     let result = write::write(work, &layout, sources, &taken, outputs, &interrupt)?;
     summary::print(args, &layout, &taken, &result)

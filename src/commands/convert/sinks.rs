@@ -13,10 +13,7 @@ use imgtool_toolkit::{
 
 use super::layout::{Layout, Place, Target};
 use super::sources::Taken;
-
-/// An existing target may be larger than its disk by this much without being taken for a mistake:
-/// LVM and others round sizes up to their extents.
-const SIZE_TOLERANCE: u64 = 4 << 20;
+use super::write::SIZE_TOLERANCE;
 
 /// What is written into.
 pub struct Sinks {

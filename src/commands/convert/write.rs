@@ -12,7 +12,12 @@ use super::sources::{Source, Taken};
 use super::verify;
 use crate::args::ProgressMode;
 use crate::interrupt::Interrupt;
+use crate::observe::{Observe, ObservedSink};
 use crate::progress::{Lane, Meter, RateLimit};
+
+/// An existing target may be larger than its disk by this much without being taken for a mistake:
+/// LVM and others round sizes up to their extents.
+pub const SIZE_TOLERANCE: u64 = 4 << 20;
 
 /// How the work is done.
 pub struct Work<'a> {
@@ -28,6 +33,8 @@ pub struct Work<'a> {
     pub limit: Option<RateLimit>,
     /// `--verify`.
     pub verify: bool,
+    /// Is shown every piece.
+    pub observer: Option<&'a dyn Observe>,
 }
 
 /// What was done.
@@ -72,6 +79,8 @@ pub fn write(
     let digest = ContentDigest::new();
     let digesting = DigestSink::new(&*made.sink, &digest);
     let sink: &dyn ImageSink = if work.verify { &digesting } else { &*made.sink };
+    let observed = work.observer.map(|observer| ObservedSink::new(sink, observer));
+    let sink: &dyn ImageSink = observed.as_ref().map_or(sink, |observed| observed);
     sink.begin()?;
     for (index, source) in sources.iter_mut().enumerate() {
         let routes = routes(taken, index, &made.numbers);

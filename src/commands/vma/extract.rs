@@ -1,0 +1,264 @@
+//! `vma extract`: the disks of an archive into raw files, or where a map says.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use imgtool_toolkit::{
+    Attachment, Device, Error, ImageSource, Input, OpenOptions, Opened, Outputs, Registry, Result, ResultExt,
+};
+
+use super::map_file::{Entry, Map};
+use super::tally::Tally;
+use super::{Failure, is_state, list, open, usage};
+use crate::args::{ProgressMode, ThreadArgs, VmaExtractArgs};
+use crate::commands::convert::format::Format;
+use crate::commands::convert::layout::{Layout, Place, Target};
+use crate::commands::convert::names::{self, Unique};
+use crate::commands::convert::sources::{Source, SourceArg, Taken};
+use crate::commands::convert::write::{self, SIZE_TOLERANCE, Work};
+use crate::drivers;
+use crate::exit::Exit;
+use crate::interrupt::Interrupt;
+use crate::progress::RateLimit;
+use crate::report;
+
+/// What messages begin with.
+const STEP: &str = "restore failed - ";
+
+pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
+    let registry = drivers::registry();
+    let interrupt = Interrupt::listen()?;
+    let source = open(&args.file, STEP)?;
+    let header = source.header();
+    make_directory(&args.dir)?;
+    let cleanup = MadeDirectory { path: &args.dir, keep: false };
+    let plan = Plan::new(args, &registry, source.info().devices.clone(), &header.configs);
+    let tally = Tally::new(header);
+    let (layout, taken, limit) = match &args.map {
+        None => {
+            report::print(&plan.announcement())?;
+            (plan.into_directory()?, plan.taken(), None)
+        }
+        Some(map_path) => {
+            // Whoever writes the map reads the list and the configurations first.
+            plan.write_configurations()?;
+            report::print(&list::lines(header))?;
+            let map = Map::read(map_path)?;
+            let limit = map.limit().map(RateLimit::new);
+            let (layout, taken) = plan.by_map(&map)?;
+            (layout, taken, limit)
+        }
+    };
+    let work = Work {
+        registry: &registry,
+        threads: ThreadArgs::default().count(),
+        force: true,
+        progress: ProgressMode::None,
+        limit,
+        verify: false,
+        observer: args.verbose.then_some(&tally),
+    };
+    let mut outputs = Outputs::new();
+    outputs.protect(&args.file);
+    interrupt.cleans(outputs.cleaner());
+    let sources = vec![wrap(args, &registry, Box::new(source))?];
+    write::write(work, &layout, sources, &taken, outputs, &interrupt).map_err(Failure::during(STEP))?;
+    cleanup.keep();
+    if args.verbose {
+        report::print(&tally.totals())?;
+    }
+    Ok(Exit::Done)
+}
+
+/// The directory must be new, and the one above it must be there.
+fn make_directory(dir: &Path) -> Result<()> {
+    fs::create_dir(dir).map_err(|e| {
+        let reason = super::reason(&e);
+        usage(format!("unable to create target directory {} - {reason}", dir.display()))
+    })
+}
+
+/// The directory that was made goes again, if it is empty, unless all goes well.
+struct MadeDirectory<'a> {
+    path: &'a Path,
+    keep: bool,
+}
+
+impl MadeDirectory<'_> {
+    fn keep(mut self) {
+        self.keep = true;
+    }
+}
+
+impl Drop for MadeDirectory<'_> {
+    fn drop(&mut self) {
+        if !self.keep {
+            // Configurations that a map's writer was shown stay, and so does the directory then.
+            let _ = fs::remove_dir(self.path);
+        }
+    }
+}
+
+fn wrap(args: &VmaExtractArgs, registry: &Registry, source: Box<dyn ImageSource>) -> Result<Source> {
+    let opened = Opened {
+        path: args.file.clone(),
+        driver: registry.get("vma")?,
+        compression: Vec::new(),
+        stored_len: None,
+        spooled: false,
+        source,
+    };
+    Ok(Source { arg: SourceArg { name: None, path: args.file.clone() }, opened })
+}
+
+/// What goes where.
+struct Plan<'a> {
+    registry: &'a Registry,
+    dir: &'a Path,
+    /// The disks that are wanted, and the state.
+    devices: Vec<Device>,
+    /// File names of the configurations and of the devices, each once.
+    configs: Vec<(PathBuf, Attachment)>,
+    names: Vec<String>,
+}
+
+impl<'a> Plan<'a> {
+    fn new(
+        args: &'a VmaExtractArgs,
+        registry: &'a Registry,
+        mut devices: Vec<Device>,
+        configs: &[Attachment],
+    ) -> Self {
+        if let Some(wanted) = &args.drives {
+            let wanted: Vec<&str> = wanted.split(',').collect();
+            devices.retain(|device| is_state(device.kind) || wanted.contains(&device.name.as_str()));
+        }
+        let mut unique = Unique::default();
+        let configs = configs
+            .iter()
+            .map(|config| {
+                let name = unique.give_file(&names::safe(&config.name, "config"));
+                (args.dir.join(name), config.clone())
+            })
+            .collect();
+        let names = devices
+            .iter()
+            .map(|device| {
+                if is_state(device.kind) {
+                    unique.give("vmstate", "bin")
+                } else {
+                    unique.give(&format!("disk-{}", names::safe(&device.name, "disk")), "raw")
+                }
+            })
+            .collect();
+        Self { registry, dir: &args.dir, devices, configs, names }
+    }
+
+    /// The line for each disk that is printed before its data is read.
+    fn announcement(&self) -> String {
+        let mut text = String::new();
+        for (device, name) in self.devices.iter().zip(&self.names) {
+            if !is_state(device.kind) {
+                let path = self.dir.join(format!("tmp-{name}"));
+                text.push_str(&format!("DEVINFO {} {}\n", path.display(), device.size));
+            }
+        }
+        text
+    }
+
+    fn taken(&self) -> Vec<Taken> {
+        let taken = |device: &Device| Taken { source: 0, device: device.clone(), name: device.name.clone() };
+        self.devices.iter().map(taken).collect()
+    }
+
+    fn into_directory(&self) -> Result<Layout> {
+        let targets = (0..self.devices.len()).map(|index| self.file(index, index)).collect::<Result<_>>()?;
+        Ok(Layout { targets, files: self.configs.clone(), ..Layout::default() })
+    }
+
+    /// A new raw file in the directory.
+    fn file(&self, device: usize, taken: usize) -> Result<Target> {
+        Ok(Target {
+            place: Place::New(self.dir.join(&self.names[device])),
+            format: Format::plain(self.registry.get("raw")?),
+            devices: vec![taken],
+            attachments: Vec::new(),
+        })
+    }
+
+    fn write_configurations(&self) -> Result<()> {
+        for (path, config) in &self.configs {
+            fs::write(path, &config.data).map_err(|e| Error::io("unable to write file", e)).in_file(path)?;
+        }
+        Ok(())
+    }
+
+    fn by_map(&self, map: &Map) -> Result<(Layout, Vec<Taken>)> {
+        let mut layout = Layout::default();
+        let mut taken = Vec::new();
+        for (index, all) in self.taken().into_iter().enumerate() {
+            let target = if is_state(all.device.kind) {
+                self.file(index, taken.len())?
+            } else {
+                match map.get(&all.name) {
+                    None => return Err(usage(format!("no device name mapping for {}", all.name))),
+                    Some(Entry::Skip) => continue,
+                    Some(Entry::Target { path, format, write_zeros, .. }) => {
+                        self.mapped(&all, path, format.as_deref(), *write_zeros, taken.len())?
+                    }
+                }
+            };
+            layout.targets.push(target);
+            taken.push(all);
+        }
+        Ok((layout, taken))
+    }
+
+    /// An existing target. A raw one is written in place; an image is made anew under its name.
+    fn mapped(
+        &self,
+        taken: &Taken,
+        path: &Path,
+        format: Option<&str>,
+        write_zeros: bool,
+        number: usize,
+    ) -> Result<Target> {
+        let plainly_raw =
+            path.starts_with("/dev/") || path.extension().is_some_and(|extension| extension == "raw");
+        let format = format.or(plainly_raw.then_some("raw"));
+        let input = Input::open_plain(path)?;
+        let opened = self.registry.open(input, format, &OpenOptions::default())?;
+        let info = opened.source.info();
+        let [existing] = info.devices.as_slice() else {
+            return Err(usage("the target is no disk image").path(path));
+        };
+        check_size(taken, existing.size)?;
+        let is_raw = opened.driver.name() == "raw";
+        let is_device = !fs::metadata(path).is_ok_and(|meta| meta.is_file());
+        let mut format = Format::plain(opened.driver.clone());
+        let cluster_size = info.cluster_size.filter(|_| !is_raw);
+        if let Some(size) = cluster_size
+            && format.driver.options().iter().any(|option| option.name == "cluster_size")
+        {
+            format.options.options.insert("cluster_size".to_owned(), size.to_string());
+        }
+        let place = if is_raw || is_device {
+            Place::InPlace { path: path.to_owned(), zeroed: is_raw && !write_zeros }
+        } else {
+            Place::New(path.to_owned())
+        };
+        Ok(Target { place, format, devices: vec![number], attachments: Vec::new() })
+    }
+}
+
+fn check_size(taken: &Taken, target_size: u64) -> Result<()> {
+    let fits = target_size.checked_sub(taken.device.size).is_some_and(|more| more <= SIZE_TOLERANCE);
+    if fits {
+        return Ok(());
+    }
+    Err(usage(format!(
+        "vma_reader_register_bs for stream {} failed - unexpected size {target_size} != {}",
+        taken.name, taken.device.size
+    ))
+    .hint("a target is as large as its disk, or up to 4 MiB larger"))
+}

@@ -1,0 +1,48 @@
+//! `vma list`: also what `extract -r` and `verify -v` print first. Restore tools read these lines.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use chrono::{DateTime, Local};
+use imgtool_toolkit::Device;
+use imgtool_toolkit::error::escape_control;
+use imgtool_vma::ArchiveHeader;
+
+use super::{Failure, header, is_state};
+use crate::exit::Exit;
+use crate::report;
+
+pub(super) fn run(file: &Path) -> Result<Exit, Failure> {
+    report::print(&lines(&header(file)?))?;
+    Ok(Exit::Done)
+}
+
+/// Configurations in the header's order, devices by number, the time.
+pub(super) fn lines(header: &ArchiveHeader) -> String {
+    let mut text = String::new();
+    for config in &header.configs {
+        // A name with a line feed would forge lines.
+        let name = escape_control(&config.name);
+        let _ = writeln!(text, "CFG: size: {} name: {name}", config.data.len());
+    }
+    let mut devices: Vec<&Device> = header.devices.iter().collect();
+    devices.sort_by_key(|device| device.id);
+    for device in devices {
+        let _ = if is_state(device.kind) {
+            writeln!(text, "VMSTATE: dev_id={} memory: {}", device.id, device.size)
+        } else {
+            let name = escape_control(&device.name);
+            writeln!(text, "DEV: dev_id={} size: {} devname: {name}", device.id, device.size)
+        };
+    }
+    text.push_str(&ctime(header.ctime));
+    text
+}
+
+/// Local time in the form of asctime.
+fn ctime(seconds: i64) -> String {
+    match DateTime::from_timestamp(seconds, 0) {
+        Some(time) => format!("CTIME: {}\n", time.with_timezone(&Local).format("%a %b %e %H:%M:%S %Y")),
+        None => "CTIME: (null)".to_owned(),
+    }
+}

@@ -1,0 +1,141 @@
+//! What `-v` prints while an archive is read: progress, and how much was sparse.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use imgtool_toolkit::Piece;
+use imgtool_vma::ArchiveHeader;
+use imgtool_vma::layout::{CLUSTER, SUB_BLOCK};
+
+use crate::observe::Observe;
+use crate::report;
+
+/// 4 KiB blocks of a cluster.
+const BLOCKS: u64 = CLUSTER / SUB_BLOCK;
+
+/// Counts clusters and blocks as they pass.
+pub(super) struct Tally {
+    started: Instant,
+    /// Whole clusters of all devices; the program counts partial ones when it meets them, so that
+    /// more than 100 % is usual.
+    whole_clusters: u64,
+    counts: Mutex<Counts>,
+}
+
+#[derive(Default)]
+struct Counts {
+    clusters: u64,
+    /// Blocks that are stored.
+    stored: u64,
+    /// Blocks that are not, in clusters of which others are.
+    partly_zero: u64,
+    percent: u64,
+}
+
+impl Tally {
+    pub(super) fn new(header: &ArchiveHeader) -> Self {
+        let whole_clusters = header.devices.iter().map(|device| device.size / CLUSTER).sum();
+        Self { started: Instant::now(), whole_clusters, counts: Mutex::default() }
+    }
+
+    /// The lines at the end.
+    pub(super) fn totals(&self) -> String {
+        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        if counts.clusters == 0 {
+            return "vma archive contains no image data\n".to_owned();
+        }
+        let read = counts.clusters * CLUSTER;
+        let stored = counts.stored * SUB_BLOCK;
+        let sparse = read - stored;
+        let mut text = format!(
+            "total bytes read {read}, sparse bytes {sparse} ({}%)\n",
+            three_digits(share(sparse, read))
+        );
+        if stored > 0 {
+            let reduction = share(counts.partly_zero * SUB_BLOCK, stored);
+            text.push_str(&format!("space reduction due to 4K zero blocks {}%\n", three_digits(reduction)));
+        }
+        text
+    }
+}
+
+fn share(part: u64, whole: u64) -> f64 {
+    part as f64 * 100.0 / whole as f64
+}
+
+/// C's `%.3g` for numbers from 0 to some thousands.
+fn three_digits(number: f64) -> String {
+    if number == 0.0 {
+        return "0".to_owned();
+    }
+    let magnitude = number.abs().log10().floor();
+    let decimals = (2.0 - magnitude).clamp(0.0, 6.0) as usize;
+    let text = format!("{number:.decimals$}");
+    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
+}
+
+impl Observe for Tally {
+    fn granule(&self) -> u64 {
+        CLUSTER
+    }
+
+    fn piece(&self, piece: &Piece) {
+        let clusters = piece.len.div_ceil(CLUSTER);
+        let (stored, partly_zero) = match piece.data {
+            Some(_) => blocks(piece),
+            None => (0, 0),
+        };
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.clusters += clusters;
+        counts.stored += stored;
+        counts.partly_zero += partly_zero;
+        if let Some(percent) = (counts.clusters * 100).checked_div(self.whole_clusters)
+            && percent != counts.percent
+        {
+            counts.percent = percent;
+            let (bytes, seconds) = (counts.clusters * CLUSTER, self.started.elapsed().as_secs());
+            // A reader that has gone away will be noticed at the end.
+            let _ =
+                report::print(&format!("progress {percent}% (read {bytes} bytes, duration {seconds} sec)\n"));
+        }
+    }
+}
+
+/// Blocks that are stored, and those beside them that are not.
+fn blocks(piece: &Piece) -> (u64, u64) {
+    let clusters = usize::try_from(piece.len.div_ceil(CLUSTER)).unwrap_or(0);
+    let mut masks = vec![0u64; clusters];
+    for run in &piece.runs {
+        let first = run.start as u64 / SUB_BLOCK;
+        let last = (run.end as u64).div_ceil(SUB_BLOCK);
+        for block in first..last {
+            if let Some(mask) = masks.get_mut((block / BLOCKS) as usize) {
+                *mask |= 1 << (block % BLOCKS);
+            }
+        }
+    }
+    masks.iter().filter(|mask| **mask != 0).fold((0, 0), |(stored, beside), mask| {
+        let ones = u64::from(mask.count_ones());
+        (stored + ones, beside + BLOCKS - ones)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_three_digits() {
+        for (number, text) in [
+            (61.528, "61.5"),
+            (0.0, "0"),
+            (100.0, "100"),
+            (5.254, "5.25"),
+            (5.0, "5"),
+            (1234.5, "1234"),
+            (0.1234, "0.123"),
+        ] {
+            assert_eq!(three_digits(number), text);
+        }
+    }
+}
