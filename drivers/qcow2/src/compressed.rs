@@ -199,11 +199,6 @@ impl Encoder {
         Ok(Self { compression, level, idle: Mutex::default() })
     }
 
-    /// How clusters are compressed.
-    pub fn compression(&self) -> CompressionType {
-        self.compression
-    }
-
     /// A context for one thread; [`Encoder::give_back`] keeps it for the next piece.
     pub fn context(&self) -> Result<EncodeContext> {
         if let Some(codec) = lock(&self.idle).pop() {
@@ -281,7 +276,8 @@ mod tests {
 
     #[test]
     fn noise_is_not_compressed() {
-        let noise: Vec<u8> = (0..4096u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect();
+        let noise: Vec<u8> =
+            (0..4096u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect();
         for compression in [CompressionType::Zlib, CompressionType::Zstd] {
             let encoder = Encoder::new(compression, None).unwrap();
             let mut context = encoder.context().unwrap();

@@ -147,7 +147,10 @@ fn notes(
         notes.push("the image is marked corrupt: its content may be wrong".to_owned());
     }
     if header.unknown_features() != 0 {
-        notes.push(format!("it needs features that are not known: {}", header.feature_list(header.unknown_features())));
+        notes.push(format!(
+            "it needs features that are not known: {}",
+            header.feature_list(header.unknown_features())
+        ));
     }
     let left = snapshots.len() - usize::from(wanted.is_some());
     if left > 0 {

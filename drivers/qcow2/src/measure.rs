@@ -25,10 +25,12 @@ pub fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Result<Meas
     let tables = tables_len(shape, guest, options.refcount_order);
     let fully_allocated = tables.checked_add(guest).ok_or_else(too_large)?;
     let random = source.random().ok_or_else(|| Error::unsupported("a stream can't be measured"))?;
-    let data = if options.preallocation == Preallocation::Off {
-        data_clusters(random, device.id, device.size, cluster_size)? * cluster_size
-    } else {
-        guest
+    let data = match options.preallocation {
+        // With metadata alone the file is as long, but takes no more space.
+        Preallocation::Off | Preallocation::Metadata => {
+            data_clusters(random, device.id, device.size, cluster_size)? * cluster_size
+        }
+        Preallocation::Falloc | Preallocation::Full => guest,
     };
     Ok(Measure { required: tables + data, fully_allocated })
 }

@@ -4,7 +4,9 @@ use imgtool_toolkit::{CreateOptions, Error, OptionSpec, Result};
 
 use crate::layout::entry::Shape;
 use crate::layout::header::CompressionType;
-use crate::layout::{MAX_BACKING_NAME, MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS, MIN_EXTENDED_L2_CLUSTER_BITS};
+use crate::layout::{
+    MAX_BACKING_NAME, MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS, MIN_EXTENDED_L2_CLUSTER_BITS,
+};
 
 /// QEMU's default: clusters of 64 KiB.
 const DEFAULT_CLUSTER_SIZE: u64 = 64 << 10;
@@ -17,17 +19,72 @@ pub const SIZE_MULTIPLE: u64 = 512;
 
 /// The options, as qemu-img names them.
 pub const OPTIONS: &[OptionSpec] = &[
-    OptionSpec { name: "compat", help: "version of the format: 1.1 is version 3, 0.10 is version 2", default: "1.1", values: "0.10|1.1|v2|v3" },
-    OptionSpec { name: "cluster_size", help: "allocation unit", default: "64k", values: "512..2M, a power of two" },
-    OptionSpec { name: "refcount_bits", help: "width of a reference count", default: "16", values: "1|2|4|8|16|32|64" },
-    OptionSpec { name: "extended_l2", help: "subclusters of 1/32 cluster (clusters of 16k and more)", default: "off", values: "on|off" },
-    OptionSpec { name: "compression_type", help: "how -c compresses clusters", default: "zlib", values: "zlib|zstd" },
-    OptionSpec { name: "lazy_refcounts", help: "allow QEMU to write reference counts late", default: "off", values: "on|off" },
-    OptionSpec { name: "preallocation", help: "space that is allocated before it is needed", default: "off", values: "off|metadata|falloc|full" },
-    OptionSpec { name: "backing_file", help: "image below the new one: only the difference to it is stored", default: "none", values: "a file name" },
-    OptionSpec { name: "backing_fmt", help: "format of the backing file", default: "none", values: "a format name" },
-    OptionSpec { name: "data_file", help: "file that holds the guest's data beside the image", default: "none", values: "a file name" },
-    OptionSpec { name: "data_file_raw", help: "the data file is a raw image of its own", default: "off", values: "on|off" },
+    OptionSpec {
+        name: "compat",
+        help: "version of the format: 1.1 is version 3, 0.10 is version 2",
+        default: "1.1",
+        values: "0.10|1.1|v2|v3",
+    },
+    OptionSpec {
+        name: "cluster_size",
+        help: "allocation unit",
+        default: "64k",
+        values: "512..2M, a power of two",
+    },
+    OptionSpec {
+        name: "refcount_bits",
+        help: "width of a reference count",
+        default: "16",
+        values: "1|2|4|8|16|32|64",
+    },
+    OptionSpec {
+        name: "extended_l2",
+        help: "subclusters of 1/32 cluster (clusters of 16k and more)",
+        default: "off",
+        values: "on|off",
+    },
+    OptionSpec {
+        name: "compression_type",
+        help: "how -c compresses clusters",
+        default: "zlib",
+        values: "zlib|zstd",
+    },
+    OptionSpec {
+        name: "lazy_refcounts",
+        help: "allow QEMU to write reference counts late",
+        default: "off",
+        values: "on|off",
+    },
+    OptionSpec {
+        name: "preallocation",
+        help: "space that is allocated before it is needed",
+        default: "off",
+        values: "off|metadata|falloc|full",
+    },
+    OptionSpec {
+        name: "backing_file",
+        help: "image below the new one: only the difference to it is stored",
+        default: "none",
+        values: "a file name",
+    },
+    OptionSpec {
+        name: "backing_fmt",
+        help: "format of the backing file",
+        default: "none",
+        values: "a format name",
+    },
+    OptionSpec {
+        name: "data_file",
+        help: "file that holds the guest's data beside the image",
+        default: "none",
+        values: "a file name",
+    },
+    OptionSpec {
+        name: "data_file_raw",
+        help: "the data file is a raw image of its own",
+        default: "off",
+        values: "on|off",
+    },
 ];
 
 /// How much is allocated before it is needed.
@@ -101,7 +158,9 @@ impl WriteOptions {
                 Some("metadata") => Preallocation::Metadata,
                 Some("falloc") => Preallocation::Falloc,
                 Some("full") => Preallocation::Full,
-                Some(other) => return Err(bad_value("preallocation", "off, metadata, falloc or full", other)),
+                Some(other) => {
+                    return Err(bad_value("preallocation", "off, metadata, falloc or full", other));
+                }
             },
             backing: backing(options)?,
             data_file: options.get("data_file").map(str::to_owned),
@@ -138,8 +197,14 @@ impl WriteOptions {
         let preallocated = self.preallocation != Preallocation::Off;
         let conflicts = [
             (self.data_file_raw && self.data_file.is_none(), "data_file_raw needs data_file"),
-            (self.data_file_raw && self.backing.is_some(), "data_file_raw and backing_file exclude each other"),
-            (self.compress.is_some() && self.data_file.is_some(), "compression and data_file exclude each other"),
+            (
+                self.data_file_raw && self.backing.is_some(),
+                "data_file_raw and backing_file exclude each other",
+            ),
+            (
+                self.compress.is_some() && self.data_file.is_some(),
+                "compression and data_file exclude each other",
+            ),
             (self.compress.is_some() && preallocated, "compression and preallocation exclude each other"),
             (self.backing.is_some() && preallocated, "backing_file and preallocation exclude each other"),
         ];
@@ -155,9 +220,8 @@ impl WriteOptions {
         if self.shape.l1_entries(virtual_size) <= max_entries {
             return Ok(());
         }
-        let fits = (self.shape.cluster_bits..=MAX_CLUSTER_BITS).find(|bits| {
-            Shape { cluster_bits: *bits, ..self.shape }.l1_entries(virtual_size) <= max_entries
-        });
+        let fits = (self.shape.cluster_bits..=MAX_CLUSTER_BITS)
+            .find(|bits| Shape { cluster_bits: *bits, ..self.shape }.l1_entries(virtual_size) <= max_entries);
         let error = Error::limit(format!(
             "a disk of {virtual_size} bytes with clusters of {} bytes needs an L1 table above {MAX_L1_BYTES} bytes",
             self.shape.cluster_size()
@@ -217,9 +281,12 @@ fn backing(options: &CreateOptions) -> Result<Option<BackingName>> {
         (None, Some(_)) => Err(Error::usage("backing_fmt needs backing_file")),
         (Some(_), None) => Err(Error::usage("backing_file needs backing_fmt")
             .hint("name its format: -o backing_file=NAME,backing_fmt=FORMAT")),
-        (Some(name), Some(_)) if name.is_empty() || name.len() > MAX_BACKING_NAME as usize => Err(Error::usage(
-            format!("the backing file's name has {} bytes, not 1..{MAX_BACKING_NAME}", name.len()),
-        )),
+        (Some(name), Some(_)) if name.is_empty() || name.len() > MAX_BACKING_NAME as usize => {
+            Err(Error::usage(format!(
+                "the backing file's name has {} bytes, not 1..{MAX_BACKING_NAME}",
+                name.len()
+            )))
+        }
         (Some(name), Some(format)) => {
             Ok(Some(BackingName { name: name.to_owned(), format: format.to_owned() }))
         }

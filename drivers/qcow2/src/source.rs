@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use imgtool_toolkit::storage::os::FileRun;
 use imgtool_toolkit::{
     Access, Device, DeviceId, Error, ErrorKind, Extent, ExtentKind, ExtentList, FileRange, ImageInfo,
     ImageSource, Input, OpenOptions, RandomAccess, RandomInput, Result,
@@ -58,11 +59,14 @@ impl Qcow2Source {
         if !options.info_only {
             header.check_readable(options.force)?;
         }
-        let snapshots = read_snapshots(&input, &header);
+        let snapshots = read_snapshots(&input, &header).map(|table| table.snapshots);
         let bitmaps = read_bitmaps(&input, &header);
         let (snapshots, bitmaps, trouble) = if options.info_only {
-            let trouble: Vec<String> =
-                [snapshots.as_ref().err(), bitmaps.as_ref().err()].into_iter().flatten().map(ToString::to_string).collect();
+            let trouble: Vec<String> = [snapshots.as_ref().err(), bitmaps.as_ref().err()]
+                .into_iter()
+                .flatten()
+                .map(ToString::to_string)
+                .collect();
             (snapshots.unwrap_or_default(), bitmaps.unwrap_or_default(), trouble)
         } else {
             // Bitmaps are not converted: a damaged directory does not touch the content.
@@ -128,7 +132,14 @@ impl Content {
         }
         // Entries beyond the disk point to saved machine state.
         let l1_entries = l1_entries.min(u32::try_from(needed).unwrap_or(u32::MAX));
-        check_table("the L1 table", l1_offset, u64::from(l1_entries) * 8, MAX_L1_BYTES, header.shape.cluster_size(), 40)?;
+        check_table(
+            "the L1 table",
+            l1_offset,
+            u64::from(l1_entries) * 8,
+            MAX_L1_BYTES,
+            header.shape.cluster_size(),
+            40,
+        )?;
         let mapping = Mapping::read(
             input.clone(),
             header.shape,
@@ -145,7 +156,14 @@ impl Content {
     }
 
     /// Fills `buf` from one run; `guest` is its range.
-    fn read_run(&self, input: &RandomInput, mapped: Mapped, shape: Shape, buf: &mut [u8], guest_offset: u64) -> Result<()> {
+    fn read_run(
+        &self,
+        input: &RandomInput,
+        mapped: Mapped,
+        shape: Shape,
+        buf: &mut [u8],
+        guest_offset: u64,
+    ) -> Result<()> {
         match mapped {
             Mapped::Zero => buf.fill(0),
             Mapped::Unallocated => self.read_backing(buf, guest_offset)?,
@@ -174,6 +192,36 @@ impl Content {
         }
     }
 
+    /// The extents of clusters with data: what is a hole in the file (preallocated, never written)
+    /// is zero. `known` is the run of the file that was asked for last, with its start.
+    fn push_data(
+        &self,
+        list: &mut ExtentList,
+        guest_offset: u64,
+        host_offset: u64,
+        len: u64,
+        known: &mut Option<(u64, FileRun)>,
+    ) -> Result<()> {
+        let mut done = 0;
+        while done < len {
+            let host = host_offset + done;
+            let (run_end, is_data) = match known {
+                Some((start, run)) if *start <= host && host < run.end => (run.end, run.is_data),
+                // Reading it will be an error.
+                _ if host >= self.data.len() => (u64::MAX, true),
+                _ => {
+                    let run = self.data.run(host)?;
+                    *known = Some((host, run));
+                    (run.end, run.is_data)
+                }
+            };
+            let part = (len - done).min(run_end.saturating_sub(host).max(1));
+            list.push(guest_offset + done, part, if is_data { ExtentKind::Data } else { ExtentKind::Zero });
+            done += part;
+        }
+        Ok(())
+    }
+
     /// The extents of an unallocated range.
     fn push_backing(&self, list: &mut ExtentList, range: Range<u64>) -> Result<u64> {
         let below = match &self.backing {
@@ -183,7 +231,8 @@ impl Content {
                 return Ok(range.end);
             }
         };
-        let Some((backing, random)) = self.backing.as_ref().and_then(|b| Some((b, b.source.random()?))) else {
+        let Some((backing, random)) = self.backing.as_ref().and_then(|b| Some((b, b.source.random()?)))
+        else {
             return Err(Error::unsupported("the backing file can only be read as a stream"));
         };
         let mut reached = range.start;
@@ -254,6 +303,7 @@ impl RandomAccess for Qcow2Source {
         let mut tables = (L2_BYTES_PER_ANSWER >> self.shape.cluster_bits).max(1);
         let mut position = range.start;
         let reach_bits = self.shape.l2_reach_bits();
+        let mut file_run = None;
         while position < range.end && !list.is_full() {
             if content.mapping.has_l2(position) && position & ((1 << reach_bits) - 1) == 0 {
                 if tables == 0 {
@@ -265,7 +315,8 @@ impl RandomAccess for Qcow2Source {
                 Ok(run) => run,
                 // Reading will fill it with zeros and say so.
                 Err(e) if content.losses.is_some() && is_damage(&e) => {
-                    let end = (position | ((1 << self.shape.cluster_bits) - 1)).saturating_add(1).min(range.end);
+                    let end =
+                        (position | ((1 << self.shape.cluster_bits) - 1)).saturating_add(1).min(range.end);
                     list.push(position, end - position, ExtentKind::Data);
                     position = end;
                     continue;
@@ -278,7 +329,11 @@ impl RandomAccess for Qcow2Source {
                     list.push(position, run.len, ExtentKind::Zero);
                     position + run.len
                 }
-                Mapped::Data { .. } | Mapped::Compressed(_) => {
+                Mapped::Data { host_offset } => {
+                    content.push_data(&mut list, position, host_offset, run.len, &mut file_run)?;
+                    position + run.len
+                }
+                Mapped::Compressed(_) => {
                     list.push(position, run.len, ExtentKind::Data);
                     position + run.len
                 }
@@ -297,12 +352,15 @@ impl RandomAccess for Qcow2Source {
             let run = content.mapping.run(position..end);
             let step = match &run {
                 Ok(run) => run.len,
-                Err(_) => (self.shape.cluster_size() - self.shape.within_cluster(position)).min(end - position),
+                Err(_) => {
+                    (self.shape.cluster_size() - self.shape.within_cluster(position)).min(end - position)
+                }
             };
             // Not above the buffer's length.
             let (part, after) = rest.split_at_mut(step as usize);
             let guest = position..position + step;
-            let done = run.and_then(|run| content.read_run(&self.input, run.mapped, self.shape, part, position));
+            let done =
+                run.and_then(|run| content.read_run(&self.input, run.mapped, self.shape, part, position));
             if let Err(e) = done {
                 let e = e.guest(guest.clone());
                 let Some(losses) = content.losses.as_ref().filter(|_| is_damage(&e)) else { return Err(e) };

@@ -31,7 +31,8 @@ pub struct Bitmap {
 
 /// Reads the directory. Empty when there is none or it is marked inconsistent.
 pub fn read_bitmaps(input: &RandomInput, header: &Header) -> Result<Vec<Bitmap>> {
-    let Some(pointer) = header.extensions.bitmaps.filter(|_| header.autoclear & AUTOCLEAR_BITMAPS != 0) else {
+    let Some(pointer) = header.extensions.bitmaps.filter(|_| header.autoclear & AUTOCLEAR_BITMAPS != 0)
+    else {
         return Ok(Vec::new());
     };
     if pointer.count > MAX_BITMAPS {
@@ -45,7 +46,8 @@ pub fn read_bitmaps(input: &RandomInput, header: &Header) -> Result<Vec<Bitmap>>
         header.shape.cluster_size(),
         pointer.directory_offset,
     )?;
-    let len = usize::try_from(pointer.directory_len).map_err(|_| Error::limit("the bitmap directory is too large"))?;
+    let len = usize::try_from(pointer.directory_len)
+        .map_err(|_| Error::limit("the bitmap directory is too large"))?;
     let directory = input.read_vec(pointer.directory_offset, len)?;
     let mut bitmaps = Vec::new();
     let mut at = 0usize;

@@ -113,8 +113,6 @@ pub struct CompressedPlace {
 }
 
 impl L2Entry {
-    /// Nothing is known about the cluster.
-    pub const UNALLOCATED: Self = Self(0);
     /// The cluster reads as zeros (version 3, without extended L2 entries).
     pub const ZEROS: Self = Self(ZERO);
 
@@ -284,7 +282,9 @@ mod tests {
     fn compressed_descriptors_keep_offset_and_sectors() {
         for cluster_bits in 9..=21 {
             let shape = Shape { cluster_bits, extended_l2: false };
-            for (host_offset, max_len) in [(1u64 << 20, 1), ((1 << 20) + 511, 2), (777_777, 1 << cluster_bits)] {
+            for (host_offset, max_len) in
+                [(1u64 << 20, 1), ((1 << 20) + 511, 2), (777_777, 1 << cluster_bits)]
+            {
                 let entry = L2Entry::compressed(shape, CompressedPlace { host_offset, max_len }).unwrap();
                 let place = entry.compressed_place(shape);
                 assert!(entry.is_compressed() && !entry.is_copied());

@@ -8,6 +8,7 @@ const END: u32 = 0;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 const FEATURE_NAMES: u32 = 0x6803_f857;
 const BITMAPS: u32 = 0x2385_2875;
+const CRYPTO_HEADER: u32 = 0x0537_be77;
 const DATA_FILE: u32 = 0x4441_5441;
 
 /// Specification, "Feature name table": bytes of an entry.
@@ -24,6 +25,8 @@ pub struct Extensions {
     pub feature_names: Vec<FeatureName>,
     /// Where the bitmaps are.
     pub bitmaps: Option<BitmapsPointer>,
+    /// Offset and bytes of the encryption header.
+    pub crypto_header: Option<(u64, u64)>,
 }
 
 /// Which of the three feature fields a name is for.
@@ -99,6 +102,7 @@ impl Extensions {
                     self.feature_names.push(FeatureName { kind, bit: entry[1], name: string(&entry[2..]) });
                 }
             }
+            CRYPTO_HEADER => self.crypto_header = be64(data, 0).zip(be64(data, 8)),
             BITMAPS => {
                 let (Some(count), Some(directory_len), Some(directory_offset)) =
                     (be32(data, 0), be64(data, 8), be64(data, 16))
@@ -192,7 +196,7 @@ mod tests {
                 bit: 0,
                 name: "dirty bit".into(),
             }],
-            bitmaps: None,
+            ..Extensions::default()
         };
         let bytes = extensions.encode(4096);
         assert_eq!(bytes.len() % 8, 0);

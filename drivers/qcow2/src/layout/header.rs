@@ -178,7 +178,9 @@ impl Header {
                 .hint("convert it with qemu-img first: qemu-img convert -f qcow -O qcow2"));
         }
         if version != 2 && version != 3 {
-            return Err(Error::unsupported(format!("qcow2 version {version} is not known, only 2 and 3")).at(4));
+            return Err(
+                Error::unsupported(format!("qcow2 version {version} is not known, only 2 and 3")).at(4)
+            );
         }
         Self::from_raw(&raw, version, input)
     }
@@ -246,7 +248,14 @@ impl Header {
             ))
             .at(104));
         }
-        check_table("the L1 table", self.l1_offset, u64::from(self.l1_entries) * 8, MAX_L1_BYTES, cluster_size, 40)?;
+        check_table(
+            "the L1 table",
+            self.l1_offset,
+            u64::from(self.l1_entries) * 8,
+            MAX_L1_BYTES,
+            cluster_size,
+            40,
+        )?;
         check_table(
             "the refcount table",
             self.refcount_table_offset,
@@ -256,7 +265,9 @@ impl Header {
             48,
         )?;
         if self.snapshot_count > MAX_SNAPSHOTS {
-            return Err(Error::limit(format!("{} snapshots, above {MAX_SNAPSHOTS}", self.snapshot_count)).at(60));
+            return Err(
+                Error::limit(format!("{} snapshots, above {MAX_SNAPSHOTS}", self.snapshot_count)).at(60)
+            );
         }
         if self.snapshot_count > 0 {
             check_table("the snapshot table", self.snapshots_offset, 0, u64::MAX, cluster_size, 64)?;
@@ -290,7 +301,8 @@ impl Header {
             let Some(name) = name.and_then(|(start, end)| first.get(start..end)) else {
                 return Err(Error::corrupt("the file ends within the backing file's name").at(name_offset));
             };
-            self.backing_file = Some(String::from_utf8_lossy(name).into_owned()).filter(|name| !name.is_empty());
+            self.backing_file =
+                Some(String::from_utf8_lossy(name).into_owned()).filter(|name| !name.is_empty());
             area_end = area_end.min(usize::try_from(name_offset).unwrap_or(area_end));
         }
         if let Some(area) = first.get(header_len as usize..area_end) {

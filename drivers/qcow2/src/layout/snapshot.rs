@@ -36,8 +36,17 @@ pub struct Snapshot {
     pub icount: Option<u64>,
 }
 
+/// The snapshot table.
+#[derive(Debug, Clone, Default)]
+pub struct SnapshotTable {
+    /// Its entries.
+    pub snapshots: Vec<Snapshot>,
+    /// Its bytes.
+    pub len: u64,
+}
+
 /// Reads the snapshot table.
-pub fn read_snapshots(input: &RandomInput, header: &Header) -> Result<Vec<Snapshot>> {
+pub fn read_snapshots(input: &RandomInput, header: &Header) -> Result<SnapshotTable> {
     let mut snapshots = Vec::new();
     let mut at = header.snapshots_offset;
     for number in 0..header.snapshot_count {
@@ -58,7 +67,7 @@ pub fn read_snapshots(input: &RandomInput, header: &Header) -> Result<Vec<Snapsh
         snapshots.push(snapshot);
         at = at.checked_add(len).ok_or_else(|| Error::malformed("the snapshot table never ends").at(at))?;
     }
-    Ok(snapshots)
+    Ok(SnapshotTable { snapshots, len: at - header.snapshots_offset })
 }
 
 fn read_snapshot(input: &RandomInput, header: &Header, at: u64) -> Result<(Snapshot, u64)> {
@@ -68,7 +77,9 @@ fn read_snapshot(input: &RandomInput, header: &Header, at: u64) -> Result<(Snaps
     let name_len = usize::from(be16(&fixed, 14).ok_or_else(cut)?);
     let extra_len = be32(&fixed, 36).ok_or_else(cut)?;
     if extra_len > MAX_EXTRA {
-        return Err(Error::limit(format!("a snapshot has {extra_len} bytes of extra data, above {MAX_EXTRA}")));
+        return Err(Error::limit(format!(
+            "a snapshot has {extra_len} bytes of extra data, above {MAX_EXTRA}"
+        )));
     }
     // At most 40 + 1 KiB + 2 * 64 KiB.
     let len = FIXED_LEN + extra_len as usize + id_len + name_len;
@@ -102,8 +113,11 @@ fn read_snapshot(input: &RandomInput, header: &Header, at: u64) -> Result<(Snaps
 pub fn find<'a>(snapshots: &'a [Snapshot], wanted: &str) -> Result<&'a Snapshot> {
     let by_id = snapshots.iter().find(|snapshot| snapshot.id == wanted);
     by_id.or_else(|| snapshots.iter().find(|snapshot| snapshot.name == wanted)).ok_or_else(|| {
-        let known: Vec<String> =
-            snapshots.iter().take(16).map(|snapshot| format!("{} ({})", snapshot.id, snapshot.name)).collect();
+        let known: Vec<String> = snapshots
+            .iter()
+            .take(16)
+            .map(|snapshot| format!("{} ({})", snapshot.id, snapshot.name))
+            .collect();
         let hint = if known.is_empty() {
             "the image has no internal snapshots".to_owned()
         } else {

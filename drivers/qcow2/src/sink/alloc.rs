@@ -8,9 +8,10 @@
 
 use imgtool_toolkit::{Error, Output, Result};
 
+use super::write::write_table;
 use crate::layout::MAX_REFCOUNT_TABLE_BYTES;
-use crate::layout::entry::{refcount, set_refcount};
 use crate::layout::encode_table;
+use crate::layout::entry::{refcount, set_refcount};
 
 /// Finished refcount blocks are written in batches of about so many bytes. Ours: with small
 /// clusters a block is small too.
@@ -161,7 +162,8 @@ impl Allocator {
 
     /// One more reference to a cluster, unless its refcount can't hold it.
     fn add_reference(&mut self, cluster: u64) -> bool {
-        let Some(index) = cluster.checked_sub(self.base()).and_then(|index| usize::try_from(index).ok()) else {
+        let Some(index) = cluster.checked_sub(self.base()).and_then(|index| usize::try_from(index).ok())
+        else {
             return false;
         };
         let count = refcount(&self.tail, self.refcount_order, index);
@@ -241,8 +243,8 @@ impl Allocator {
         let mut table = Vec::new();
         encode_table(&self.written, &mut table);
         table.resize((table_clusters as usize) << self.cluster_bits, 0);
-        output.write_at(&table, table_offset)?;
-        output.write_at(&self.tail, first_block)?;
+        write_table(output, &table, table_offset)?;
+        write_table(output, &self.tail, first_block)?;
         self.tail = Vec::new();
         Ok(RefcountTable { offset: table_offset, clusters: table_clusters })
     }
@@ -268,7 +270,9 @@ mod tests {
 
     #[test]
     fn every_allocated_cluster_has_one_reference_and_no_other() {
-        for (cluster_bits, order, clusters) in [(9, 4, 100_000), (9, 6, 70_000), (9, 0, 50_000), (12, 4, 3), (16, 3, 0)] {
+        for (cluster_bits, order, clusters) in
+            [(9, 4, 100_000), (9, 6, 70_000), (9, 0, 50_000), (12, 4, 3), (16, 3, 0)]
+        {
             let output = output();
             let mut alloc = Allocator::new(cluster_bits, order);
             for _ in 0..clusters {
@@ -288,7 +292,9 @@ mod tests {
 
     #[test]
     fn a_long_run_is_counted_like_single_clusters() {
-        for (cluster_bits, order, run) in [(9, 4, 1_000_000), (9, 4, 1), (9, 4, 256), (9, 0, 9_000), (16, 4, 40_000)] {
+        for (cluster_bits, order, run) in
+            [(9, 4, 1_000_000), (9, 4, 1), (9, 4, 256), (9, 0, 9_000), (16, 4, 40_000)]
+        {
             let output = output();
             let mut alloc = Allocator::new(cluster_bits, order);
             alloc.allocate(700).unwrap();

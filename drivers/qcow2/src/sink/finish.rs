@@ -1,9 +1,10 @@
 //! The end of an image: tables, refcounts, and the header last.
 
-use imgtool_toolkit::{Error, Output, Result, zero};
+use imgtool_toolkit::{Error, Result};
 use zerocopy::IntoBytes;
 
 use super::alloc::{Allocator, RefcountTable};
+use super::write::write_table;
 use super::{Placement, Qcow2Sink, State, lock, rounded};
 use crate::layout::encode_table;
 use crate::layout::entry::{L1Entry, L2Entry, Subclusters};
@@ -16,9 +17,6 @@ use crate::layout::header::{
 
 /// Bytes in one write of generated tables. Ours.
 const WRITE_LEN: usize = 1 << 20;
-
-/// Bytes of a table that are looked at for zeros, which need no writing in a new file.
-const ZERO_STEP: usize = 64 << 10;
 
 impl Qcow2Sink {
     /// Everything but data.
@@ -38,15 +36,17 @@ impl Qcow2Sink {
         let l1_entries = l1.len();
         let l1_offset = match self.l1_offset {
             Some(offset) => offset,
+            // A disk of no bytes has no table.
+            None if l1_entries == 0 => 0,
             None => {
-                let clusters = (l1_entries as u64 * 8).div_ceil(shape.cluster_size()).max(1);
+                let clusters = (l1_entries as u64 * 8).div_ceil(shape.cluster_size());
                 alloc.allocate(clusters)?
             }
         };
         let mut bytes = Vec::new();
         encode_table(&l1, &mut bytes);
         bytes.resize(bytes.len().next_multiple_of(shape.cluster_size() as usize), 0);
-        write_sparse(&self.output, &bytes, l1_offset)?;
+        write_table(&self.output, &bytes, l1_offset)?;
         drop(bytes);
         let refcount_table = alloc.finish(&self.output)?;
         if let Some(data) = &self.data_output {
@@ -58,7 +58,12 @@ impl Qcow2Sink {
     }
 
     /// L2 tables in which every guest cluster has its place; their L1 table.
-    fn write_linear_tables(&self, virtual_size: u64, data_start: u64, alloc: &mut Allocator) -> Result<Vec<u64>> {
+    fn write_linear_tables(
+        &self,
+        virtual_size: u64,
+        data_start: u64,
+        alloc: &mut Allocator,
+    ) -> Result<Vec<u64>> {
         let shape = self.options.shape;
         let tables = shape.l1_entries(virtual_size);
         let clusters = virtual_size.div_ceil(shape.cluster_size());
@@ -84,18 +89,24 @@ impl Qcow2Sink {
             }
             batch.resize(filled + shape.cluster_size() as usize, 0);
             if batch.len() >= WRITE_LEN {
-                self.output.write_at(&batch, batch_offset)?;
+                write_table(&self.output, &batch, batch_offset)?;
                 batch_offset += batch.len() as u64;
                 batch.clear();
                 alloc.settle(&self.output)?;
             }
         }
-        self.output.write_at(&batch, batch_offset)?;
+        write_table(&self.output, &batch, batch_offset)?;
         Ok(l1)
     }
 
     /// The first cluster.
-    fn header(&self, virtual_size: u64, l1_offset: u64, l1_entries: u64, refcount_table: RefcountTable) -> Result<Vec<u8>> {
+    fn header(
+        &self,
+        virtual_size: u64,
+        l1_offset: u64,
+        l1_entries: u64,
+        refcount_table: RefcountTable,
+    ) -> Result<Vec<u8>> {
         let options = &self.options;
         let shape = options.shape;
         let v3 = options.version >= 3;
@@ -105,7 +116,7 @@ impl Qcow2Sink {
             backing_format: options.backing.as_ref().map(|backing| backing.format.clone()),
             data_file: options.data_file.clone(),
             feature_names: if v3 { known_feature_names() } else { Vec::new() },
-            bitmaps: None,
+            ..Extensions::default()
         };
         // At most 2 MiB.
         let cluster_size = shape.cluster_size() as usize;
@@ -122,7 +133,8 @@ impl Qcow2Sink {
         let raw = RawHeader {
             magic: MAGIC,
             version: options.version.into(),
-            backing_file_offset: bit(!name.is_empty(), u64::from(header_len) + extensions.len() as u64).into(),
+            backing_file_offset: bit(!name.is_empty(), u64::from(header_len) + extensions.len() as u64)
+                .into(),
             // At most 1023.
             backing_file_size: (name.len() as u32).into(),
             cluster_bits: shape.cluster_bits.into(),
@@ -154,18 +166,4 @@ impl Qcow2Sink {
         }
         Ok(bytes)
     }
-}
-
-/// Writes a table of which large parts may be zero.
-fn write_sparse(output: &Output, bytes: &[u8], offset: u64) -> Result<()> {
-    let mut at = offset;
-    for step in bytes.chunks(ZERO_STEP) {
-        if zero::is_zero(step) {
-            output.write_zeros_at(at, step.len() as u64)?;
-        } else {
-            output.write_at(step, at)?;
-        }
-        at += step.len() as u64;
-    }
-    Ok(())
 }

@@ -10,6 +10,7 @@ mod base;
 mod finish;
 mod prepare;
 mod tables;
+mod write;
 
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -105,8 +106,8 @@ impl Qcow2Sink {
         if let Some(size) = size {
             let virtual_size = rounded(size)?;
             write_options.check_size(virtual_size)?;
-            let clusters = (shape.l1_entries(virtual_size) * 8).div_ceil(shape.cluster_size()).max(1);
-            l1_offset = Some(alloc.allocate(clusters)?);
+            let clusters = (shape.l1_entries(virtual_size) * 8).div_ceil(shape.cluster_size());
+            l1_offset = (clusters > 0).then(|| alloc.allocate(clusters)).transpose()?;
         }
         let placement = match (&write_options.data_file, write_options.preallocation, size) {
             (Some(_), Preallocation::Off, _) if !write_options.data_file_raw => Placement::External,
@@ -120,7 +121,8 @@ impl Qcow2Sink {
             // Taken from the allocator at the end, when refcounts can be written.
             (None, _, Some(_)) => Placement::Linear { data_start: alloc.end() },
         };
-        let base = write_options.backing.as_ref().map(|_| Base::new(options.extras.base.clone())).transpose()?;
+        let base =
+            write_options.backing.as_ref().map(|_| Base::new(options.extras.base.clone())).transpose()?;
         let encoder = match write_options.compress {
             Some(level) => Some(Encoder::new(write_options.compression, level)?),
             None => None,
@@ -159,7 +161,13 @@ impl Qcow2Sink {
     }
 
     /// Places bytes that are stored as they are; `guest` may cover several clusters.
-    fn place_plain(&self, state: &mut State, guest: Range<u64>, bytes: &Bytes, writes: &mut WriteList) -> Result<()> {
+    fn place_plain(
+        &self,
+        state: &mut State,
+        guest: Range<u64>,
+        bytes: &Bytes,
+        writes: &mut WriteList,
+    ) -> Result<()> {
         let cluster_size = self.cluster_size();
         let mut open: Option<(u64, Range<u64>)> = None;
         let mut position = guest.start;
@@ -278,7 +286,8 @@ impl ImageSink for Qcow2Sink {
             // Gathering larger clusters would only copy: their parts are placed one by one.
             cluster_size.clamp(ZERO_GRANULARITY, 64 << 10)
         };
-        let piece_len = if self.encoder.is_some() { COMPRESSED_PIECE_LEN } else { PIECE_LEN }.max(cluster_size);
+        let piece_len =
+            if self.encoder.is_some() { COMPRESSED_PIECE_LEN } else { PIECE_LEN }.max(cluster_size);
         let zeros_are_written = self.options.preallocation == Preallocation::Full;
         let max_zero_len = if zeros_are_written {
             piece_len
@@ -335,7 +344,9 @@ impl ImageSink for Qcow2Sink {
                     let offset = self.place_compressed(&mut state, part.guest.start, range.len() as u64)?;
                     writes.push(offset, part.bytes.clone());
                 }
-                Bytes::Zero(_) if self.options.version >= 3 => self.note_zeros(&mut state, part.guest.clone())?,
+                Bytes::Zero(_) if self.options.version >= 3 => {
+                    self.note_zeros(&mut state, part.guest.clone())?
+                }
                 bytes => self.place_plain(&mut state, part.guest.clone(), bytes, writes)?,
             }
         }
@@ -344,7 +355,7 @@ impl ImageSink for Qcow2Sink {
 
     fn resize(&self, _device: DeviceId, size: u64) -> Result<()> {
         let mut known = lock(&self.size);
-        if self.l1_offset.is_some() && *known != Some(size) {
+        if known.is_some_and(|known| known != size) {
             return Err(Error::unsupported("the disk's size was given before and can't change"));
         }
         self.options.check_size(rounded(size)?)?;

@@ -74,7 +74,11 @@ impl Qcow2Sink {
             let is_zero = zero::is_zero(cluster);
             match base {
                 None if is_zero => continue,
-                Some(base) if base.matches(guest.clone(), Some(cluster), &mut scratch[..cluster.len()])? => continue,
+                Some(base)
+                    if base.matches(guest.clone(), Some(cluster), &mut scratch[..cluster.len()])? =>
+                {
+                    continue;
+                }
                 Some(_) if is_zero => {
                     push_zeros(&mut prepared, guest);
                     continue;

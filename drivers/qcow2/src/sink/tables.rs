@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use imgtool_toolkit::{Error, Output, Result};
 
 use super::alloc::Allocator;
+use super::write::write_table;
 use crate::layout::entry::{L1Entry, Shape};
 use crate::layout::{MAX_L1_BYTES, decode_table, encode_table};
 
@@ -52,7 +53,8 @@ impl Tables {
         }
         self.clock += 1;
         let words = self.shape.l2_entry_words();
-        let index = (guest_offset >> self.shape.cluster_bits & (self.shape.l2_entries() - 1)) as usize * words;
+        let index =
+            (guest_offset >> self.shape.cluster_bits & (self.shape.l2_entries() - 1)) as usize * words;
         match self.open.get_mut(&l1_index) {
             Some(table) => {
                 table.used = self.clock;
@@ -114,13 +116,13 @@ impl Tables {
             }
             let offset = L1Entry(*entry).l2_offset();
             if batch_offset + batch.len() as u64 != offset || batch.len() >= WRITE_LEN {
-                output.write_at(&batch, batch_offset)?;
+                write_table(output, &batch, batch_offset)?;
                 batch.clear();
                 batch_offset = offset;
             }
             encode_table(&table.words, &mut batch);
         }
-        output.write_at(&batch, batch_offset)
+        write_table(output, &batch, batch_offset)
     }
 
     /// Writes all tables that are in memory; the L1 table for a disk of `virtual_size` bytes.
@@ -130,7 +132,9 @@ impl Tables {
         self.close(&indices, alloc, output)?;
         let entries = usize::try_from(self.shape.l1_entries(virtual_size)).unwrap_or(usize::MAX);
         if self.l1.len() > entries || entries > (MAX_L1_BYTES / 8) as usize {
-            return Err(Error::out_of_bounds(format!("data was written beyond the disk's {virtual_size} bytes")));
+            return Err(Error::out_of_bounds(format!(
+                "data was written beyond the disk's {virtual_size} bytes"
+            )));
         }
         let mut l1 = std::mem::take(&mut self.l1);
         l1.resize(entries, 0);

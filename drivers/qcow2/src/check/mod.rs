@@ -1,0 +1,160 @@
+//! Checking: the refcounts against everything that refers to a cluster.
+//!
+//! References are counted in windows of the file, so that memory stays the same for any size: the
+//! first walk over all tables reports what is wrong with the entries themselves and notes which
+//! windows are referred to at all; there is one more walk for each further window. What counts as a
+//! corruption, and how often, follows qemu-img check; so do the lines.
+
+mod refcounts;
+mod walk;
+
+use std::collections::BTreeSet;
+
+use imgtool_toolkit::{CheckReport, Error, Input, OpenOptions, RandomInput, Result};
+
+use crate::layout::bitmap::{Bitmap, read_bitmaps};
+use crate::layout::header::{Header, INCOMPATIBLE_DATA_FILE};
+use crate::layout::snapshot::{SnapshotTable, read_snapshots};
+use refcounts::{Refcount, Refcounts};
+
+/// Host clusters whose references are counted at once. Ours: 64 MiB of counters.
+const WINDOW_CLUSTERS: u64 = 32 << 20;
+
+/// Checks an image.
+pub fn check(input: Input, _options: &OpenOptions) -> Result<CheckReport> {
+    let input = input.into_random()?;
+    let header = Header::read(&input)?;
+    if header.unknown_features() != 0 {
+        return Err(Error::unsupported(format!(
+            "the image needs features that are not known: {}",
+            header.feature_list(header.unknown_features())
+        ))
+        .at(72));
+    }
+    let file_clusters = input.len().div_ceil(header.shape.cluster_size());
+    let snapshots = read_snapshots(&input, &header)?;
+    let bitmaps = read_bitmaps(&input, &header)?;
+    let refcounts = Refcounts::read(&input, &header)?;
+    let mut checker = Checker {
+        external_data: header.has(INCOMPATIBLE_DATA_FILE),
+        input,
+        header,
+        snapshots,
+        bitmaps,
+        refcounts,
+        file_clusters,
+        report: CheckReport::default(),
+        first_walk: true,
+        window_start: 0,
+        counts: Vec::new(),
+        windows: BTreeSet::new(),
+    };
+    checker.run()?;
+    Ok(checker.report)
+}
+
+struct Checker {
+    input: RandomInput,
+    header: Header,
+    snapshots: SnapshotTable,
+    bitmaps: Vec<Bitmap>,
+    refcounts: Refcounts,
+    external_data: bool,
+    /// Clusters of the file, the last one perhaps in part.
+    file_clusters: u64,
+    report: CheckReport,
+    /// Entries are reported and windows noted only once.
+    first_walk: bool,
+    /// The first host cluster that `counts` is for.
+    window_start: u64,
+    /// References per cluster; what is beyond 65535 counts as that.
+    counts: Vec<u16>,
+    /// Windows that something refers to.
+    windows: BTreeSet<u64>,
+}
+
+impl Checker {
+    fn run(&mut self) -> Result<()> {
+        self.refcounts.report(self.file_clusters, &mut self.report);
+        self.windows = self.refcounts.covered_windows(WINDOW_CLUSTERS, self.file_clusters);
+        self.windows.insert(0);
+        let mut image_end = 0;
+        let mut next_window = Some(0);
+        while let Some(window) = next_window {
+            self.window_start = window * WINDOW_CLUSTERS;
+            let len = self.file_clusters.saturating_sub(self.window_start).min(WINDOW_CLUSTERS);
+            self.counts.clear();
+            // At most WINDOW_CLUSTERS.
+            self.counts.resize(len as usize, 0);
+            self.walk()?;
+            self.first_walk = false;
+            if let Some(last) = self.compare()? {
+                image_end = last + 1;
+            }
+            next_window = self.windows.range(window + 1..).next().copied();
+        }
+        let shape = self.header.shape;
+        self.report.image_end_offset = Some(image_end << shape.cluster_bits);
+        self.report.total_clusters = Some(self.header.virtual_size.div_ceil(shape.cluster_size()));
+        Ok(())
+    }
+
+    /// Counts references to `len` bytes at `host_offset`.
+    fn count(&mut self, host_offset: u64, len: u64, weight: u32) {
+        let bits = self.header.shape.cluster_bits;
+        let end = host_offset.checked_add(len).filter(|end| *end <= self.file_clusters << bits);
+        let Some(end) = end else {
+            if self.first_walk && len > 0 {
+                self.report.corruption(format!(
+                    "ERROR: {len} bytes at {host_offset} are referred to, beyond the end of the file"
+                ));
+            }
+            return;
+        };
+        if len == 0 {
+            return;
+        }
+        for cluster in host_offset >> bits..=(end - 1) >> bits {
+            if self.first_walk {
+                self.windows.insert(cluster / WINDOW_CLUSTERS);
+            }
+            let index = cluster.checked_sub(self.window_start).and_then(|index| usize::try_from(index).ok());
+            if let Some(count) = index.and_then(|index| self.counts.get_mut(index)) {
+                *count = count.saturating_add(u16::try_from(weight).unwrap_or(u16::MAX));
+            }
+        }
+    }
+
+    /// Compares the window's counts with the refcounts; the last cluster that is in use.
+    fn compare(&mut self) -> Result<Option<u64>> {
+        let mut last = None;
+        for index in 0..self.counts.len() {
+            let cluster = self.window_start + index as u64;
+            let references = u64::from(self.counts[index]);
+            match self.refcounts.get(cluster)? {
+                Refcount::Unreadable => {
+                    self.report.check_errors += 1;
+                    if references > 0 {
+                        last = Some(cluster);
+                    }
+                }
+                Refcount::Known(refcount) => {
+                    if refcount > 0 || references > 0 {
+                        last = Some(cluster);
+                    }
+                    if refcount < references {
+                        self.report.corruption(format!(
+                            "ERROR cluster {cluster} refcount={refcount} reference={references}"
+                        ));
+                    } else if refcount > references && references < u64::from(u16::MAX) {
+                        self.report.leak(
+                            1,
+                            format!("Leaked cluster {cluster} refcount={refcount} reference={references}"),
+                        );
+                    }
+                }
+            }
+        }
+        Ok(last)
+    }
+}

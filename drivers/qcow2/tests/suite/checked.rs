@@ -1,0 +1,291 @@
+//! `check`, `measure` and `map` beside qemu-img's.
+
+use std::path::Path;
+
+use imgtool_qcow2::Qcow2Driver;
+use imgtool_raw::RawDriver;
+use imgtool_toolkit::conformance::{self as laws, Content, Fill, Image, scratch};
+use imgtool_toolkit::{CreateOptions, DeviceId, Driver, Input, OpenOptions};
+use serde_json::Value;
+
+use crate::tools::{have, options, run, run_any};
+
+const MIB: u64 = 1 << 20;
+const COPIED: u64 = 1 << 63;
+
+/// An image of qemu-io with data, compressed and preallocated zero clusters, and where its tables are.
+struct Victim {
+    bytes: Vec<u8>,
+    l1: usize,
+    l2: usize,
+    refcount_table: usize,
+    refcount_block: usize,
+}
+
+impl Victim {
+    fn make(directory: &Path) -> Self {
+        run("qemu-img", directory, &["create", "-q", "-f", "qcow2", "victim", "8M"]);
+        for command in [
+            "write -c -P 3 4M 64k",
+            "write -P 1 0 70k",
+            "write -P 2 2M 64k",
+            "write -z 2M 64k",
+            "write -c -P 4 4160k 64k",
+            "write -P 5 5M 64k",
+        ] {
+            run("qemu-io", directory, &["-c", command, "victim"]);
+        }
+        let mut victim = Self {
+            bytes: std::fs::read(directory.join("victim")).unwrap(),
+            l1: 0,
+            l2: 0,
+            refcount_table: 0,
+            refcount_block: 0,
+        };
+        let place = |victim: &Self, at: usize| (victim.get(at) & 0x00ff_ffff_ffff_fe00) as usize;
+        victim.l1 = place(&victim, 40);
+        victim.l2 = place(&victim, victim.l1);
+        victim.refcount_table = place(&victim, 48);
+        victim.refcount_block = place(&victim, victim.refcount_table);
+        victim
+    }
+
+    fn get(&self, at: usize) -> u64 {
+        u64::from_be_bytes(self.bytes[at..at + 8].try_into().unwrap())
+    }
+
+    fn with(&self, at: usize, value: u64) -> Vec<u8> {
+        let mut bytes = self.bytes.clone();
+        bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
+        bytes
+    }
+
+    fn with_refcount(&self, cluster: usize, value: u16) -> Vec<u8> {
+        let mut bytes = self.bytes.clone();
+        let at = self.refcount_block + 2 * cluster;
+        bytes[at..at + 2].copy_from_slice(&value.to_be_bytes());
+        bytes
+    }
+
+    /// Damage to each structure that qemu-img counts without reading garbage as a table.
+    fn damaged(&self) -> Vec<(&'static str, Vec<u8>)> {
+        let (l1, l2, table) = (self.l1, self.l2, self.refcount_table);
+        let compressed = l2 + 8 * 64;
+        let data_cluster = (self.get(l2) & 0x00ff_ffff_ffff_fe00) as usize >> 16;
+        vec![
+            ("nothing", self.bytes.clone()),
+            ("l1: reserved bit", self.with(l1, self.get(l1) | 1)),
+            ("l1: beyond the end", self.with(l1, COPIED | 0x1000_0000)),
+            ("l1: not copied", self.with(l1, self.get(l1) & !COPIED)),
+            ("l1: empty", self.with(l1, 0)),
+            ("l2: reserved bit", self.with(l2, self.get(l2) | 2)),
+            ("l2: unaligned", self.with(l2, self.get(l2) | 0x200)),
+            ("l2: beyond the end", self.with(l2, COPIED | 0x1000_0000)),
+            ("l2: twice", self.with(l2, self.get(l2 + 8))),
+            ("l2: overlaps the refcount table", self.with(l2, COPIED | table as u64)),
+            ("l2: overlaps itself", self.with(l2, COPIED | l2 as u64)),
+            ("l2: overlaps the header", self.with(l2, 1 | COPIED)),
+            ("l2: not copied", self.with(l2, self.get(l2) & !COPIED)),
+            ("l2: compressed and copied", self.with(compressed, self.get(compressed) | COPIED)),
+            ("l2: compressed beyond the end", self.with(compressed, 1 << 62 | 0x1000_0000)),
+            ("l2: plain zero", self.with(l2, 1)),
+            ("l2: zero, unaligned", self.with(l2 + 8 * 32, COPIED | 0x5_0201)),
+            ("refcount table: reserved bit", self.with(table, self.get(table) | 1)),
+            ("refcount table: beyond the end", self.with(table, 0x1000_0000)),
+            ("refcount table: empty", self.with(table, 0)),
+            ("refcount table: block twice", self.with(table + 8, self.get(table))),
+            ("refcount block: header is free", self.with_refcount(0, 0)),
+            ("refcount block: data has two", self.with_refcount(data_cluster, 2)),
+            ("refcount block: data is free", self.with_refcount(data_cluster, 0)),
+            ("refcount block: itself is free", self.with_refcount(self.refcount_block >> 16, 0)),
+            ("refcount block: beyond the end", self.with_refcount(200, 1)),
+            ("cut", self.bytes[..self.bytes.len() - 65_536].to_vec()),
+        ]
+    }
+}
+
+fn number(json: &Value, key: &str) -> u64 {
+    json[key].as_u64().unwrap_or(0)
+}
+
+#[track_caller]
+fn assert_same_check(directory: &Path, image: &str, what: &str) {
+    let plain = ["check", "-f", "qcow2", "--output=json", image];
+    let secret = "secret,id=s,data=geheim00";
+    let file = format!("driver=qcow2,file.filename={image},encrypt.key-secret=s");
+    let encrypted = ["check", "--output=json", "--object", secret, "--image-opts", &file];
+    let args = if what.contains("luks") { &encrypted[..] } else { &plain };
+    let (code, out, _) = run_any("qemu-img", directory, args);
+    let theirs: Value = serde_json::from_str(&out).unwrap_or_else(|_| panic!("{what}: {code} {out}"));
+    let input = Input::open_plain(&directory.join(image)).unwrap();
+    let ours = Qcow2Driver.check(input, &OpenOptions::default()).unwrap();
+    let found = &ours.findings;
+    assert_eq!(ours.corruptions, number(&theirs, "corruptions"), "{what}: {found:#?} {theirs}");
+    assert_eq!(ours.leaks, number(&theirs, "leaks"), "{what}: {found:#?}");
+    assert_eq!(ours.check_errors, number(&theirs, "check-errors"), "{what}");
+    assert_eq!(ours.image_end_offset, Some(number(&theirs, "image-end-offset")), "{what}");
+    assert_eq!(ours.total_clusters, Some(number(&theirs, "total-clusters")), "{what}");
+    assert_eq!(ours.allocated_clusters.unwrap_or(0), number(&theirs, "allocated-clusters"), "{what}");
+    assert_eq!(ours.fragmented_clusters.unwrap_or(0), number(&theirs, "fragmented-clusters"), "{what}");
+    assert_eq!(ours.compressed_clusters.unwrap_or(0), number(&theirs, "compressed-clusters"), "{what}");
+}
+
+#[test]
+fn damage_is_counted_as_qemu_img_counts_it() {
+    if !have("qemu-img") || !have("qemu-io") {
+        return;
+    }
+    let directory = scratch();
+    let victim = Victim::make(directory.path());
+    for (what, bytes) in victim.damaged() {
+        std::fs::write(directory.path().join("x"), bytes).unwrap();
+        assert_same_check(directory.path(), "x", what);
+    }
+    // Here qemu-img goes on with garbage, or gives up: only that it is found is compared.
+    for (at, value) in [
+        (victim.l1, victim.get(victim.l1) | 0x200),
+        (victim.refcount_table, victim.get(victim.refcount_table) | 0x200),
+    ] {
+        std::fs::write(directory.path().join("x"), victim.with(at, value)).unwrap();
+        let (code, ..) = run_any("qemu-img", directory.path(), &["check", "-f", "qcow2", "x"]);
+        assert_ne!(code, 0);
+        let input = Input::open_plain(&directory.path().join("x")).unwrap();
+        let report = Qcow2Driver.check(input, &OpenOptions::default()).unwrap();
+        assert!(report.corruptions > 0);
+    }
+}
+
+#[test]
+fn sound_foreign_images_are_clean() {
+    if !have("qemu-img") || !have("qemu-io") {
+        return;
+    }
+    let directory = scratch();
+    for set in [
+        "compat=0.10",
+        "cluster_size=512,refcount_bits=1",
+        "cluster_size=2M,refcount_bits=64",
+        "extended_l2=on",
+        "preallocation=metadata",
+        "data_file=d",
+        "data_file=d,data_file_raw=on",
+        "encrypt.format=luks,encrypt.key-secret=s",
+    ] {
+        let create =
+            ["create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=geheim00", "-o", set, "x", "600M"];
+        run("qemu-img", directory.path(), &create);
+        if !set.contains("luks") {
+            let _ = std::fs::remove_file(directory.path().join("b"));
+            for command in
+                ["write -P 1 0 70k", "write -P 2 590M 2M", "write -P 3 100M 9k", "discard 590M 64k"]
+            {
+                run("qemu-io", directory.path(), &["-c", command, "x"]);
+            }
+            if !set.contains("data_file") && !set.contains("refcount_bits=1") {
+                run("qemu-img", directory.path(), &["snapshot", "-c", "one", "x"]);
+                run("qemu-io", directory.path(), &["-c", "write -P 9 0 64k", "x"]);
+            }
+            if set != "compat=0.10" {
+                run("qemu-img", directory.path(), &["bitmap", "--add", "-g", "64k", "x", "b0"]);
+                run("qemu-io", directory.path(), &["-c", "write -P 9 2M 64k", "x"]);
+            }
+        }
+        assert_same_check(directory.path(), "x", set);
+    }
+}
+
+fn measured() -> Vec<Image> {
+    let content = Content::zero().with(0..70_000, Fill::Random).with(9 * MIB..12 * MIB + 5, Fill::Text);
+    vec![
+        Image::disk("empty", 0, Content::zero()),
+        Image::disk("odd", 1_000_000, Content::zero().with(5000..6000, Fill::Random)),
+        Image::disk("some", 20 * MIB, content),
+        laws::far_apart(),
+    ]
+}
+
+#[test]
+fn measure_agrees() {
+    if !have("qemu-img") {
+        return;
+    }
+    let directory = scratch();
+    for image in measured() {
+        let raw = laws::make(&RawDriver, &CreateOptions::default(), &image, directory.path());
+        for set in [
+            "compat=1.1",
+            "cluster_size=512",
+            "cluster_size=2M",
+            "refcount_bits=64",
+            "extended_l2=on",
+            "preallocation=metadata",
+        ] {
+            let args =
+                ["measure", "--output=json", "-f", "raw", "-O", "qcow2", "-o", set, raw.to_str().unwrap()];
+            let theirs: Value = serde_json::from_str(&run("qemu-img", directory.path(), &args)).unwrap();
+            let source = RawDriver.open(Input::open_plain(&raw).unwrap(), &OpenOptions::default()).unwrap();
+            let ours = Qcow2Driver.measure(&*source, &options(set)).unwrap();
+            assert_eq!(ours.required, number(&theirs, "required"), "{image} {set}");
+            assert_eq!(ours.fully_allocated, number(&theirs, "fully-allocated"), "{image} {set}");
+        }
+    }
+}
+
+/// Runs of (start, length, reads as zero) as qemu-img's map has them, neighbours joined.
+fn joined(runs: impl Iterator<Item = (u64, u64, bool)>) -> Vec<(u64, u64, bool)> {
+    let mut joined: Vec<(u64, u64, bool)> = Vec::new();
+    for (start, len, zero) in runs {
+        match joined.last_mut() {
+            Some(last) if last.2 == zero && last.0 + last.1 == start => last.1 += len,
+            _ => joined.push((start, len, zero)),
+        }
+    }
+    joined
+}
+
+#[test]
+fn extents_agree_with_map() {
+    if !have("qemu-img") || !have("qemu-io") {
+        return;
+    }
+    let directory = scratch();
+    for set in ["compat=1.1", "cluster_size=512", "extended_l2=on", "cluster_size=2M"] {
+        run("qemu-img", directory.path(), &["create", "-q", "-f", "qcow2", "-o", set, "x", "1200M"]);
+        for command in [
+            "write -c -P 1 4M 2M",
+            "write -P 1 0 70k",
+            "write -z 2M 300k",
+            "write -P 2 511M 2M",
+            "write -P 3 1100M 1",
+            "discard 512M 64k",
+        ] {
+            run("qemu-io", directory.path(), &["-c", command, "x"]);
+        }
+        let theirs: Value =
+            serde_json::from_str(&run("qemu-img", directory.path(), &["map", "--output=json", "x"])).unwrap();
+        let theirs = joined(
+            theirs
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|run| (number(run, "start"), number(run, "length"), run["zero"].as_bool().unwrap())),
+        );
+        let source = Qcow2Driver
+            .open(Input::open_plain(&directory.path().join("x")).unwrap(), &OpenOptions::default())
+            .unwrap();
+        let random = source.random().unwrap();
+        let (mut ours, mut at) = (Vec::new(), 0);
+        while at < 1200 * MIB {
+            let extents = random.extents(DeviceId(0), at..1200 * MIB).unwrap();
+            at = extents.last().unwrap().end();
+            ours.extend(extents.into_iter().map(|extent| (extent.start, extent.len, !extent.is_data())));
+        }
+        // Holes of the file itself are told apart more finely than qemu-img does for small clusters.
+        let ours = joined(ours.into_iter());
+        for (start, len, _) in ours.iter().filter(|run| !run.2) {
+            let within = theirs.iter().any(|run| !run.2 && run.0 <= *start && start + len <= run.0 + run.1);
+            assert!(within, "{set}: data at {start}, {len} bytes, is zero for qemu-img: {theirs:?}");
+        }
+        assert!(ours.iter().filter(|run| !run.2).count() >= 4, "{ours:?}");
+    }
+}
