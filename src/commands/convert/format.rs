@@ -93,7 +93,7 @@ fn set_compression(format: &mut Format, text: &str) -> Result<()> {
         format.options.compress = Some(wanted);
         return Ok(());
     }
-    if !format.is_archive() {
+    if !format.is_archive() && format.outer.is_none() {
         return Err(Error::usage(format!("{} has no compression of its own", format.driver.name()))
             .hint("leave out -c; a DEST that ends in .zst or .gz compresses the whole file"));
     }
@@ -102,7 +102,7 @@ fn set_compression(format: &mut Format, text: &str) -> Result<()> {
         Some("zstd" | "zst") => Compression::Zstd,
         Some("gzip" | "gz") => Compression::Gzip,
         Some(other) => {
-            return Err(Error::usage(format!("no compression of archives is called '{other}'"))
+            return Err(Error::usage(format!("no compression of whole files is called '{other}'"))
                 .hint("zstd or gzip, with a level if you like: -c=zstd:3"));
         }
     };

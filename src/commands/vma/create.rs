@@ -10,9 +10,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use imgtool_toolkit::pipeline::{self, Job, Route};
 use imgtool_toolkit::{
-    Attachment, CreateOptions, Device, DeviceId, DeviceKind, Error, Input, Manifest, OpenOptions, Opened,
-    Output, Outputs, Progress, Registry, Result, ResultExt,
+    Attachment, CreateOptions, Device, DeviceId, DeviceKind, Error, ImageSink, Input, Manifest, OpenOptions,
+    Opened, Output, Outputs, Progress, Registry, Result, ResultExt,
 };
+use imgtool_vma::layout::{CLUSTER, SUB_BLOCK};
 use uuid::Uuid;
 
 use super::{Failure, usage};
@@ -40,22 +41,24 @@ pub(super) fn run(args: &VmaCreateArgs) -> Result<Exit, Failure> {
     let mut archive = Archive::open(&args.file, &mut outputs)?;
     let sink = registry.get("vma")?.create(archive.output.clone(), &manifest, &options()?)?;
     let progress = Percent::new(&manifest, args.verbose);
-    sink.begin()?;
-    for (number, disk) in (0..).zip(&mut sources) {
-        let route = Route { from: disk.device, to: DeviceId(number) };
-        let job = Job {
-            routes: vec![route],
-            threads: ThreadArgs::default().count(),
-            progress: &progress,
-            cancel: interrupt.token(),
-        };
-        pipeline::copy(&mut *disk.opened.source, &*sink, &job).in_file(&disk.opened.path)?;
-    }
-    sink.finish()?;
+    let copied = copy(&mut sources, &*sink, &progress, &interrupt);
+    // A command that gave up says why by its exit status; that the pipe broke is only what follows.
     archive.close()?;
+    copied?;
     interrupt.shielded(|| outputs.commit())?;
     progress.summary(&manifest);
     Ok(Exit::Done)
+}
+
+fn copy(sources: &mut [Disk], sink: &dyn ImageSink, progress: &Percent, interrupt: &Interrupt) -> Result<()> {
+    sink.begin()?;
+    for (number, disk) in (0..).zip(sources) {
+        let route = Route { from: disk.device, to: DeviceId(number) };
+        let threads = ThreadArgs::default().count();
+        let job = Job { routes: vec![route], threads, progress, cancel: interrupt.token() };
+        pipeline::copy(&mut *disk.opened.source, sink, &job).in_file(&disk.opened.path)?;
+    }
+    sink.finish()
 }
 
 /// What must be unique about an archive, and when it was made.
@@ -188,7 +191,7 @@ impl Archive {
     /// Ends the command's input and waits for its verdict.
     fn close(&mut self) -> Result<()> {
         let Some(command) = &mut self.command else { return Ok(()) };
-        self.output.sync()?;
+        // Nothing is buffered on our side.
         drop(command.stdin.lock().take());
         let path = self.output.path();
         let status = command.child.wait().map_err(|e| Error::io("wait for", e)).in_file(path)?;
@@ -247,9 +250,21 @@ impl Percent {
         }
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         for (device, zeros) in manifest.devices.iter().zip(&state.zeros) {
-            let saved = i128::from(device.size) - i128::from(*zeros);
+            let zeros = zeros.saturating_add(beyond_end(device));
+            let saved = i128::from(device.size) - i128::from(zeros);
             let name = imgtool_toolkit::error::escape_control(&device.name);
             report::say(&format!("image {name}: size={} zeros={zeros} saved={saved}", device.size));
+        }
+    }
+}
+
+/// The program counts the blocks of a disk's last cluster that lie past the disk's end as zeros.
+fn beyond_end(device: &Device) -> u64 {
+    match device.kind {
+        DeviceKind::VmState => 0,
+        DeviceKind::Disk => {
+            let clusters = device.size.div_ceil(CLUSTER).saturating_mul(CLUSTER);
+            clusters.saturating_sub(device.size.div_ceil(SUB_BLOCK).saturating_mul(SUB_BLOCK))
         }
     }
 }

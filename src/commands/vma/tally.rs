@@ -25,9 +25,8 @@ pub(super) struct Tally {
 #[derive(Default)]
 struct Counts {
     clusters: u64,
-    /// Blocks that are stored.
-    stored: u64,
-    /// Blocks that are not, in clusters of which others are.
+    zero_clusters: u64,
+    /// Blocks that are not stored, within the device, in clusters of which others are.
     partly_zero: u64,
     percent: u64,
 }
@@ -45,22 +44,16 @@ impl Tally {
             return "vma archive contains no image data\n".to_owned();
         }
         let read = counts.clusters * CLUSTER;
-        let stored = counts.stored * SUB_BLOCK;
-        let sparse = read - stored;
-        let mut text = format!(
-            "total bytes read {read}, sparse bytes {sparse} ({}%)\n",
-            three_digits(share(sparse, read))
-        );
-        if stored > 0 {
-            let reduction = share(counts.partly_zero * SUB_BLOCK, stored);
-            text.push_str(&format!("space reduction due to 4K zero blocks {}%\n", three_digits(reduction)));
+        let beside = counts.partly_zero * SUB_BLOCK;
+        let sparse = counts.zero_clusters * CLUSTER + beside;
+        let data = read - sparse;
+        let share = |part: u64, whole: u64| three_digits(part as f64 * 100.0 / whole as f64);
+        let mut text = format!("total bytes read {read}, sparse bytes {sparse} ({}%)\n", share(sparse, read));
+        if data > 0 {
+            text.push_str(&format!("space reduction due to 4K zero blocks {}%\n", share(beside, data)));
         }
         text
     }
-}
-
-fn share(part: u64, whole: u64) -> f64 {
-    part as f64 * 100.0 / whole as f64
 }
 
 /// C's `%.3g` for numbers from 0 to some thousands.
@@ -81,28 +74,45 @@ impl Observe for Tally {
 
     fn piece(&self, piece: &Piece) {
         let clusters = piece.len.div_ceil(CLUSTER);
-        let (stored, partly_zero) = match piece.data {
-            Some(_) => blocks(piece),
-            None => (0, 0),
+        let (zero_clusters, partly_zero) = match piece.data {
+            Some(_) => zeros(piece),
+            None => (clusters, 0),
         };
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        counts.clusters += clusters;
-        counts.stored += stored;
+        counts.zero_clusters += zero_clusters;
         counts.partly_zero += partly_zero;
-        if let Some(percent) = (counts.clusters * 100).checked_div(self.whole_clusters)
-            && percent != counts.percent
-        {
-            counts.percent = percent;
-            let (bytes, seconds) = (counts.clusters * CLUSTER, self.started.elapsed().as_secs());
+        let reached = counts.clusters + clusters;
+        self.print_percents(&mut counts, reached);
+        counts.clusters = reached;
+    }
+}
+
+impl Tally {
+    /// A line at each cluster that changes the percentage.
+    fn print_percents(&self, counts: &mut Counts, reached: u64) {
+        let mut text = String::new();
+        let seconds = self.started.elapsed().as_secs();
+        while self.whole_clusters > 0 {
+            let at = ((counts.percent + 1) * self.whole_clusters).div_ceil(100);
+            if at > reached {
+                break;
+            }
+            counts.percent = at * 100 / self.whole_clusters;
+            let bytes = at * CLUSTER;
+            text.push_str(&format!(
+                "progress {}% (read {bytes} bytes, duration {seconds} sec)\n",
+                counts.percent
+            ));
+        }
+        if !text.is_empty() {
             // A reader that has gone away will be noticed at the end.
-            let _ =
-                report::print(&format!("progress {percent}% (read {bytes} bytes, duration {seconds} sec)\n"));
+            let _ = report::print(&text);
         }
     }
 }
 
-/// Blocks that are stored, and those beside them that are not.
-fn blocks(piece: &Piece) -> (u64, u64) {
+/// Clusters of a piece that are all zero, and zero blocks in the others.
+fn zeros(piece: &Piece) -> (u64, u64) {
     let clusters = usize::try_from(piece.len.div_ceil(CLUSTER)).unwrap_or(0);
     let mut masks = vec![0u64; clusters];
     for run in &piece.runs {
@@ -114,9 +124,11 @@ fn blocks(piece: &Piece) -> (u64, u64) {
             }
         }
     }
-    masks.iter().filter(|mask| **mask != 0).fold((0, 0), |(stored, beside), mask| {
-        let ones = u64::from(mask.count_ones());
-        (stored + ones, beside + BLOCKS - ones)
+    let blocks = piece.len.div_ceil(SUB_BLOCK);
+    (0..).zip(&masks).fold((0, 0), |(zero, beside), (cluster, mask)| match mask {
+        0 => (zero + 1, beside),
+        // The device may end within its last cluster.
+        mask => (zero, beside + (blocks - cluster * BLOCKS).min(BLOCKS) - u64::from(mask.count_ones())),
     })
 }
 
