@@ -123,3 +123,24 @@ fn a_pipe_that_gets_other_bytes_is_found() {
     });
     assert_says(&message, &["a pipe gets", "a file"]);
 }
+
+#[test]
+fn a_right_driver_reports_every_fault() {
+    laws::faults::all(&Toy(Flaw::None), &options(), &laws::mixed_image());
+}
+
+#[test]
+fn a_swallowed_read_error_is_found() {
+    let message = stopped(Flaw::SwallowsErrors, |toy| {
+        laws::faults::failing_reads_are_errors(toy, &options(), &laws::mixed_image());
+    });
+    assert_says(&message, &["fails, 1 threads", "no error came out"]);
+}
+
+#[test]
+fn a_swallowed_end_of_a_pipe_is_found() {
+    let message = stopped(Flaw::SwallowsErrors, |toy| {
+        laws::faults::failing_pipes_are_errors(toy, &options(), &laws::mixed_image());
+    });
+    assert_says(&message, &["of a pipe fails", "no error came out"]);
+}

@@ -207,7 +207,8 @@ pub(super) fn random_input(bytes: &[u8]) -> Result<Input> {
     Ok(Input::from_read_at("in memory", Arc::new(Memory(bytes.to_vec()))))
 }
 
-struct Memory(Vec<u8>);
+/// Bytes that are read by position.
+pub(super) struct Memory(pub(super) Vec<u8>);
 
 impl ReadAt for Memory {
     fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
