@@ -30,6 +30,11 @@ fn assert_snapshot_alike(directory: &Path, image: &str, snapshot: Option<&str>) 
             threads,
         )
         .unwrap();
+        if std::fs::metadata(&ours).unwrap().len() > 64 << 20 {
+            // Mostly holes: qemu-img skips them.
+            run("qemu-img", directory, &["compare", "-f", "raw", "-F", "raw", "ours.raw", "theirs.raw"]);
+            continue;
+        }
         let (mut theirs, ours) = (std::fs::read(&theirs).unwrap(), std::fs::read(ours).unwrap());
         if snapshot.is_some() && theirs.len() > ours.len() {
             // qemu-img gives a snapshot today's size; the snapshot table knows its own.
@@ -86,7 +91,11 @@ fn versions_clusters_refcounts_compression() {
     let directory = scratch();
     for cluster in ["512", "4k", "64k", "2M"] {
         for compat in ["0.10", "1.1"] {
-            let widths: &[u32] = if compat == "1.1" { &[1, 2, 4, 8, 16, 32, 64] } else { &[16] };
+            let widths: &[u32] = match (compat, cluster) {
+                ("0.10", _) => &[16],
+                (_, "512" | "64k") => &[1, 2, 4, 8, 16, 32, 64],
+                _ => &[1, 16, 64],
+            };
             for width in widths {
                 for compression in ["zlib", "zstd"] {
                     if compression == "zstd" && (compat == "0.10" || ![1, 16].contains(width)) {

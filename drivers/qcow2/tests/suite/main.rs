@@ -5,5 +5,7 @@
 mod checked;
 mod conformance;
 mod foreign;
+mod hostile;
+mod readers;
 mod tools;
 mod written;

@@ -2,10 +2,10 @@
 
 use imgtool_qcow2::Qcow2Driver;
 use imgtool_raw::RawDriver;
-use imgtool_toolkit::CreateOptions;
 use imgtool_toolkit::conformance::{self as laws, Content, Fill, Image};
+use imgtool_toolkit::{CreateOptions, Driver, Input, OpenOptions};
 
-use crate::tools::{assert_clean, have, options, run_json};
+use crate::tools::{assert_clean, have, new_output, options, run_any, run_json};
 
 const MIB: u64 = 1 << 20;
 
@@ -67,8 +67,9 @@ fn clusters_versions_and_compression() {
 fn refcount_widths() {
     let widths = ["1", "2", "4", "8", "16", "32", "64"].map(|bits| format!("refcount_bits={bits}"));
     let widths: Vec<&str> = widths.iter().map(String::as_str).collect();
-    let sets = product(&[&widths, &["cluster_size=512", "", "cluster_size=2M"], &["", "compress"]]);
-    check_all(&[mixed()], &sets);
+    check_all(&[mixed()], &product(&[&widths, &["cluster_size=512", ""], &["", "compress"]]));
+    let large = ["refcount_bits=1,cluster_size=2M", "refcount_bits=64,cluster_size=2M"];
+    check_all(&[mixed()], &product(&[&large, &["", "compress"]]));
 }
 
 #[test]
@@ -129,4 +130,117 @@ fn info_shows_the_options() {
     let path = laws::make(&Qcow2Driver, &options("compat=0.10"), &mixed(), directory.path());
     let info = run_json("qemu-img", directory.path(), &["info", "--output=json", path.to_str().unwrap()]);
     assert_eq!(info["format-specific"]["data"]["compat"], "0.10");
+}
+
+/// Converts `image` into an overlay of `base`, which is opened for comparing when `compare` is set.
+fn overlay(image: &Image, base: &std::path::Path, set: &str, compare: bool, output: &std::path::Path) {
+    let mut options = options(set);
+    options.options.insert("backing_file".into(), base.file_name().unwrap().to_str().unwrap().into());
+    options.options.insert("backing_fmt".into(), "raw".into());
+    if compare {
+        let source = RawDriver.open(Input::open_plain(base).unwrap(), &OpenOptions::default()).unwrap();
+        options.extras.base = Some(source.into());
+    }
+    let sink = Qcow2Driver.create(new_output(output), &image.manifest(), &options).unwrap();
+    laws::fill_sink(&mut laws::MemorySource::new(image), &*sink, 3).unwrap();
+}
+
+#[test]
+fn overlays_hold_the_difference() {
+    if !have("qemu-img") {
+        return;
+    }
+    let directory = laws::scratch();
+    let base_image = Image::disk(
+        "base",
+        4 * MIB + 512,
+        Content::zero().with(0..MIB, Fill::Text).with(2 * MIB..4 * MIB + 512, Fill::Random),
+    );
+    let base = laws::make(&RawDriver, &CreateOptions::default(), &base_image, directory.path());
+    std::fs::rename(&base, directory.path().join("base")).unwrap();
+    let base = directory.path().join("base");
+    // The same but for a part, zeros where the base has data, and more than the base has.
+    let content = Content::zero()
+        .with(0..MIB, Fill::Text)
+        .with(MIB + 70_000..MIB + 70_001, Fill::Byte(9))
+        .with(3 * MIB..3 * MIB + 5000, Fill::Random)
+        .with(5 * MIB..5 * MIB + 70_000, Fill::Text);
+    let image = Image::disk("overlay", 6 * MIB, content);
+    let raw = laws::make(&RawDriver, &CreateOptions::default(), &image, directory.path());
+    std::fs::rename(raw, directory.path().join("raw")).unwrap();
+    let sets = [
+        "",
+        "cluster_size=512",
+        "cluster_size=2M",
+        "compress",
+        "compat=0.10",
+        "extended_l2=on",
+        "compat=0.10,compress,cluster_size=4k",
+    ];
+    for set in sets {
+        for compare in [false, true] {
+            let path = directory.path().join("x");
+            overlay(&image, &base, set, compare, &path);
+            println!("{set} {compare}");
+            assert_clean(directory.path(), "x", "raw");
+        }
+    }
+    // An overlay of what it is itself holds nothing.
+    let path = directory.path().join("x");
+    overlay(&base_image, &base, "", true, &path);
+    assert!(std::fs::metadata(&path).unwrap().len() < 400_000);
+    let info = run_json("qemu-img", directory.path(), &["info", "--output=json", "x"]);
+    assert_eq!(
+        (info["backing-filename"].as_str(), info["backing-filename-format"].as_str()),
+        (Some("base"), Some("raw"))
+    );
+}
+
+#[test]
+fn data_files() {
+    if !have("qemu-img") {
+        return;
+    }
+    for image in [mixed(), laws::far_apart()] {
+        let directory = laws::scratch();
+        let raw = laws::make(&RawDriver, &CreateOptions::default(), &image, directory.path());
+        std::fs::rename(raw, directory.path().join("raw")).unwrap();
+        for set in [
+            "",
+            "data_file_raw=on",
+            "extended_l2=on",
+            "preallocation=metadata",
+            "cluster_size=2M",
+            "lazy_refcounts=on,data_file_raw=on,preallocation=falloc",
+        ] {
+            let mut options = options(set);
+            options.options.insert("data_file".into(), "data".into());
+            options.extras.outputs.insert("data_file".into(), new_output(&directory.path().join("data")));
+            let output = new_output(&directory.path().join("x"));
+            let sink = Qcow2Driver.create(output, &image.manifest(), &options).unwrap();
+            laws::fill_sink(&mut laws::MemorySource::new(&image), &*sink, 3).unwrap();
+            println!("{image} {set}");
+            assert_clean(directory.path(), "x", "raw");
+            if set.contains("data_file_raw") {
+                let (code, out, _) = run_any(
+                    "qemu-img",
+                    directory.path(),
+                    &["compare", "-f", "raw", "-F", "raw", "data", "raw"],
+                );
+                assert_eq!(code, 0, "{out}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_is_too_large_is_rejected_before_anything_is_written() {
+    let directory = laws::scratch();
+    let path = directory.path().join("x");
+    let image = Image::disk("huge", 4 << 50, Content::zero());
+    let error = Qcow2Driver.create(new_output(&path), &image.manifest(), &options("")).err().unwrap();
+    assert!(error.hint_text().unwrap().contains("cluster_size=131072"));
+    let huge = Image::disk("beyond", 1 << 63, Content::zero());
+    assert!(Qcow2Driver.create(new_output(&path), &huge.manifest(), &options("cluster_size=2M")).is_err());
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
 }

@@ -1,0 +1,209 @@
+//! Damaged and crafted images: an error that says where, no panic, no hang, no memory.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use imgtool_qcow2::Qcow2Driver;
+use imgtool_toolkit::conformance::{self as laws, Content, Fill, Hostile, Image, scratch};
+use imgtool_toolkit::{DeviceId, Driver, Error, ErrorKind, Input, OpenOptions};
+
+use crate::tools::options;
+
+const MIB: u64 = 1 << 20;
+
+fn sample() -> Image {
+    let content = Content::zero().with(0..200_000, Fill::Text).with(MIB..MIB + 9000, Fill::Random);
+    Image::disk("sample", 2 * MIB, content)
+}
+
+/// The smallest image of ours: a table of fields may be overwritten by their offset.
+fn crafted(directory: &Path, fields: &[(usize, &[u8])]) -> std::path::PathBuf {
+    let mut bytes = laws::make_bytes(&Qcow2Driver, &options(""), &sample());
+    for (at, value) in fields {
+        bytes[*at..*at + value.len()].copy_from_slice(value);
+    }
+    let path = directory.join("crafted.qcow2");
+    std::fs::write(&path, bytes).unwrap();
+    path
+}
+
+/// Opens and, if that works, reads everything.
+fn read_all(path: &Path, options: &OpenOptions) -> Result<(), Error> {
+    let source = Qcow2Driver.open(Input::open_plain(path)?, options)?;
+    let size = source.info().devices[0].size;
+    let random = source.random().unwrap();
+    let (mut at, mut asked) = (0, 0);
+    while at < size && asked < 1000 {
+        at = random.extents(DeviceId(0), at..size)?.last().unwrap().end();
+        asked += 1;
+    }
+    let mut buf = vec![0; size.min(4 * MIB) as usize];
+    random.read_at(DeviceId(0), &mut buf, 0)
+}
+
+#[test]
+fn headers_beyond_their_bounds_are_rejected() {
+    let directory = scratch();
+    let cases: &[(&str, &[(usize, &[u8])], ErrorKind)] = &[
+        ("magic", &[(0, b"QFI\0")], ErrorKind::WrongFormat),
+        ("version 1", &[(4, &1u32.to_be_bytes())], ErrorKind::Unsupported),
+        ("version 4", &[(4, &4u32.to_be_bytes())], ErrorKind::Unsupported),
+        ("cluster_bits 8", &[(20, &8u32.to_be_bytes())], ErrorKind::Malformed),
+        ("cluster_bits 22", &[(20, &22u32.to_be_bytes())], ErrorKind::Malformed),
+        ("cluster_bits 2^32-1", &[(20, &u32::MAX.to_be_bytes())], ErrorKind::Malformed),
+        ("size", &[(24, &u64::MAX.to_be_bytes())], ErrorKind::Malformed),
+        ("crypt_method", &[(32, &3u32.to_be_bytes())], ErrorKind::Unsupported),
+        ("l1_size", &[(36, &u32::MAX.to_be_bytes())], ErrorKind::LimitExceeded),
+        ("l1_size 0", &[(36, &0u32.to_be_bytes())], ErrorKind::Malformed),
+        ("l1_table_offset unaligned", &[(40, &65_537u64.to_be_bytes())], ErrorKind::Malformed),
+        ("l1_table_offset", &[(40, &(u64::MAX << 16).to_be_bytes())], ErrorKind::Malformed),
+        ("refcount_table_offset", &[(48, &1u64.to_be_bytes())], ErrorKind::Malformed),
+        ("refcount_table_clusters", &[(56, &u32::MAX.to_be_bytes())], ErrorKind::LimitExceeded),
+        ("nb_snapshots", &[(60, &u32::MAX.to_be_bytes())], ErrorKind::LimitExceeded),
+        ("snapshots_offset", &[(60, &1u32.to_be_bytes()), (64, &1u64.to_be_bytes())], ErrorKind::Malformed),
+        (
+            "snapshot beyond",
+            &[(60, &1u32.to_be_bytes()), (64, &(1u64 << 40).to_be_bytes())],
+            ErrorKind::Corrupt,
+        ),
+        (
+            "backing name too long",
+            &[(8, &200u64.to_be_bytes()), (16, &1024u32.to_be_bytes())],
+            ErrorKind::Malformed,
+        ),
+        (
+            "backing name beyond",
+            &[(8, &65_530u64.to_be_bytes()), (16, &10u32.to_be_bytes())],
+            ErrorKind::Malformed,
+        ),
+        (
+            "backing name at the end",
+            &[(8, &u64::MAX.to_be_bytes()), (16, &10u32.to_be_bytes())],
+            ErrorKind::Malformed,
+        ),
+        ("corrupt bit", &[(79, &[2])], ErrorKind::Refused),
+        ("unknown bit", &[(76, &[1])], ErrorKind::Unsupported),
+        ("compression bit alone", &[(79, &[8])], ErrorKind::Malformed),
+        ("compression type alone", &[(104, &[1])], ErrorKind::Malformed),
+        ("compression type 2", &[(79, &[8]), (104, &[2])], ErrorKind::Unsupported),
+        ("extended l2, small clusters", &[(79, &[16]), (20, &13u32.to_be_bytes())], ErrorKind::Malformed),
+        ("data file without name", &[(79, &[4])], ErrorKind::Unsupported),
+        ("refcount_order", &[(96, &7u32.to_be_bytes())], ErrorKind::Malformed),
+        ("header_length 96", &[(100, &96u32.to_be_bytes())], ErrorKind::Malformed),
+        ("header_length 113", &[(100, &113u32.to_be_bytes())], ErrorKind::Malformed),
+        ("header_length", &[(100, &u32::MAX.to_be_bytes())], ErrorKind::Malformed),
+        ("extension length", &[(116, &u32::MAX.to_be_bytes())], ErrorKind::Malformed),
+    ];
+    for (what, fields, kind) in cases {
+        let path = crafted(directory.path(), fields);
+        let error = read_all(&path, &OpenOptions::default()).expect_err(what);
+        assert_eq!(error.kind(), *kind, "{what}: {error}");
+    }
+}
+
+#[test]
+fn an_unknown_feature_is_rejected_by_the_name_in_the_image() {
+    let directory = scratch();
+    // The name table begins at 112; its first entry is made one for bit 32.
+    let path = crafted(directory.path(), &[(75, &[1]), (120, &[0, 32]), (122, b"time travel\0")]);
+    let error = read_all(&path, &OpenOptions::default()).unwrap_err();
+    assert!(error.to_string().contains("'time travel' (bit 32)"), "{error}");
+    let facts = OpenOptions { info_only: true, ..OpenOptions::default() };
+    let source = Qcow2Driver.open(Input::open_plain(&path).unwrap(), &facts).unwrap();
+    assert!(source.info().notes.iter().any(|note| note.contains("time travel")));
+}
+
+#[test]
+fn dirty_is_a_note_and_corrupt_can_be_forced() {
+    let directory = scratch();
+    let path = crafted(directory.path(), &[(79, &[3])]);
+    let force = OpenOptions { force: true, ..OpenOptions::default() };
+    read_all(&path, &force).unwrap();
+    let source = Qcow2Driver.open(Input::open_plain(&path).unwrap(), &force).unwrap();
+    assert_eq!(source.info().notes.len(), 2);
+}
+
+#[test]
+fn truncated_images_are_errors() {
+    for set in ["", "compress", "cluster_size=4k", "preallocation=metadata,cluster_size=512"] {
+        laws::truncated_is_an_error(&Qcow2Driver, &options(set), &sample());
+    }
+}
+
+#[test]
+fn a_lost_cluster_names_guest_range_and_file_offset() {
+    let directory = scratch();
+    let mut bytes = laws::make_bytes(&Qcow2Driver, &options(""), &sample());
+    let be64 = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let l2 = (be64(be64(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
+    bytes[l2 + 8..l2 + 16].copy_from_slice(&(1u64 << 63 | 0x4000_0000).to_be_bytes());
+    let path = directory.path().join("x.qcow2");
+    std::fs::write(&path, bytes).unwrap();
+    let error = read_all(&path, &OpenOptions::default()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert_eq!((error.guest_range(), error.file_offset()), (Some(65_536..131_072), Some(0x4000_0000)));
+    // Salvage restores the rest and says what is lost.
+    let salvage = OpenOptions { salvage: true, ..OpenOptions::default() };
+    let source = Qcow2Driver.open(Input::open_plain(&path).unwrap(), &salvage).unwrap();
+    let mut buf = vec![1; 200_000];
+    source.random().unwrap().read_at(DeviceId(0), &mut buf, 0).unwrap();
+    let mut wanted = vec![0; 200_000];
+    sample().devices[0].1.read(&mut wanted, 0);
+    wanted[65_536..131_072].fill(0);
+    assert!(buf == wanted);
+    assert_eq!(source.losses().len(), 1);
+    assert_eq!(source.losses()[0].guest, 65_536..131_072);
+}
+
+#[test]
+fn random_damage_does_no_harm() {
+    for set in ["", "compress,cluster_size=512", "extended_l2=on", "compress,compression_type=zstd"] {
+        let image = laws::make_bytes(&Qcow2Driver, &options(set), &sample());
+        let be64 = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap());
+        let l1 = be64(40) as usize;
+        let l2 = (be64(l1) & 0x00ff_ffff_ffff_fe00) as usize;
+        let hostile =
+            Hostile { image: &image, places: vec![0..600, l1..l1 + 64, l2..l2 + 256], repair: &|_| () };
+        laws::hostile_bytes_do_not_panic(&Qcow2Driver, &hostile);
+    }
+}
+
+#[test]
+fn damage_does_not_stop_a_check() {
+    let directory = scratch();
+    let image = laws::make_bytes(&Qcow2Driver, &options("compress"), &sample());
+    let path = directory.path().join("x");
+    let started = Instant::now();
+    for at in (0..image.len()).step_by(7).take(60).chain((65_536..image.len()).step_by(4099)) {
+        for value in [0, 0x7f, 0xff] {
+            let mut bytes = image.clone();
+            bytes[at] = value;
+            std::fs::write(&path, bytes).unwrap();
+            // Any answer will do.
+            let _ = Qcow2Driver.check(Input::open_plain(&path).unwrap(), &OpenOptions::default());
+        }
+    }
+    assert!(started.elapsed() < Duration::from_secs(120));
+}
+
+#[test]
+fn an_l1_table_that_repeats_one_l2_table_takes_no_time_to_check() {
+    let directory = scratch();
+    let mut bytes = laws::make_bytes(&Qcow2Driver, &options("cluster_size=2M"), &sample());
+    let be64 = |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let entry = be64(&bytes, be64(&bytes, 40) as usize);
+    // A new L1 table of 4 Mi entries behind the file, all the same.
+    let l1 = bytes.len().next_multiple_of(2 << 20);
+    bytes.resize(l1, 0);
+    bytes.extend(std::iter::repeat_n(entry.to_be_bytes(), 4 << 20).flatten());
+    bytes[36..40].copy_from_slice(&(4u32 << 20).to_be_bytes());
+    bytes[40..48].copy_from_slice(&(l1 as u64).to_be_bytes());
+    bytes[24..32].copy_from_slice(&(1u64 << 60).to_be_bytes());
+    let path = directory.path().join("x");
+    std::fs::write(&path, bytes).unwrap();
+    let started = Instant::now();
+    let report = Qcow2Driver.check(Input::open_plain(&path).unwrap(), &OpenOptions::default()).unwrap();
+    assert!(report.corruptions > 0);
+    read_all(&path, &OpenOptions::default()).unwrap();
+    assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
+}
