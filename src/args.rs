@@ -77,6 +77,10 @@ pub enum Verb {
     Vma(VmaArgs),
     /// List the formats, what each can do, and its -o options
     Formats(FormatsArgs),
+    /// Print completions for a shell
+    Completions(CompletionsArgs),
+    /// Print the manual page, or write those of all verbs into a directory
+    Man(ManArgs),
 }
 
 /// How results are printed.
@@ -208,6 +212,22 @@ impl ThreadArgs {
 pub struct FormatsArgs {
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// `imgtool completions`.
+#[derive(Debug, Args)]
+#[command(after_help = "For bash: imgtool completions bash > /etc/bash_completion.d/imgtool")]
+pub struct CompletionsArgs {
+    /// Which shell
+    pub shell: clap_complete::Shell,
+}
+
+/// `imgtool man`.
+#[derive(Debug, Args)]
+pub struct ManArgs {
+    /// A directory for imgtool.1 and a page for each verb; without it imgtool.1 is printed
+    #[arg(value_name = "DIR")]
+    pub directory: Option<PathBuf>,
 }
 
 /// The name under which the program stands in for another.

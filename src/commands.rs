@@ -15,6 +15,7 @@ mod info;
 mod map;
 mod measure;
 mod options;
+mod shell;
 mod vma;
 
 /// Does what was asked for.
@@ -33,5 +34,7 @@ pub fn run(verb: Verb) -> Result<Exit> {
         Verb::Create(args) => create::run(&args),
         Verb::Vma(args) => vma::run(&args),
         Verb::Formats(args) => formats::run(&args),
+        Verb::Completions(args) => shell::completions(&args),
+        Verb::Man(args) => shell::man(&args),
     }
 }

@@ -146,10 +146,18 @@ pub struct DeviceArgs {
     #[arg(long, value_name = "FILE")]
     pub config: Vec<PathBuf>,
 
-    /// Keep the configurations of the sources beside those of --config (without --config they are
-    /// kept anyway)
+    /// Keep the configurations of the sources beside those of --config and --proxmox (without these
+    /// they are kept anyway)
     #[arg(long)]
     pub config_from_source: bool,
+
+    /// Pack a qemu-server.conf with what qmrestore needs to know of the disks, and this setting;
+    /// repeatable
+    ///
+    /// Disks called like a drive (scsi0, drive-virtio1, efidisk0 ...) become that drive, others the
+    /// next free SCSI disk; they are named as qmrestore expects. Memory is 2048 unless said.
+    #[arg(long, value_name = "KEY=VALUE", num_args = 1)]
+    pub proxmox: Vec<String>,
 }
 
 /// How the work is done.

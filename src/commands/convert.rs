@@ -18,6 +18,7 @@ use crate::{drivers, images};
 pub(super) mod format;
 pub(super) mod layout;
 pub(super) mod names;
+mod proxmox;
 mod sinks;
 pub(super) mod sources;
 mod summary;
@@ -25,8 +26,8 @@ mod verify;
 pub(super) mod write;
 
 use format::Format;
-use layout::{OwnPlace, Request};
-use sources::{Source, SourceArg};
+use layout::{Layout, OwnPlace, Place, Request};
+use sources::{Source, SourceArg, Taken};
 
 /// Converts.
 ///
@@ -68,6 +69,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     if format.is_archive() {
         sources::make_unique(&mut taken);
     }
+    let attachments = attachments(args, &sources, &mut taken, dest.as_deref())?;
     let request = Request {
         registry: &registry,
         sources: &sources,
@@ -75,10 +77,11 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         format: &format,
         dest: dest.as_deref(),
         own_places,
-        attachments: attachments(args, &sources)?,
+        attachments,
         in_place: args.target.no_create.then_some(args.target.target_is_zero),
     };
-    let layout = request.layout()?;
+    let mut layout = request.layout()?;
+    note_on_restoring(&mut layout);
     let work = write::Work {
         registry: &registry,
         threads: args.threads.count(),
@@ -143,27 +146,50 @@ fn open_options(registry: &Registry, args: &ConvertArgs) -> Result<OpenOptions> 
 }
 
 fn check_configurations(args: &ConvertArgs, format: &Format) -> Result<()> {
-    if !args.devices.config.is_empty() && !format.driver.capabilities().attachments {
+    let asked_for = !args.devices.config.is_empty() || !args.devices.proxmox.is_empty();
+    if asked_for && !format.driver.capabilities().attachments {
         return Err(Error::usage(format!("{} images hold no configurations", format.driver.name()))
-            .hint("--config is for archives: --to vma"));
+            .hint("--config and --proxmox are for archives: --to vma"));
     }
     Ok(())
 }
 
-/// The configurations that go along: those of `--config`, else (or too, if asked) the sources' own.
-fn attachments(args: &ConvertArgs, sources: &[Source]) -> Result<Vec<Attachment>> {
+/// The configurations that go along: those of `--config` and `--proxmox`, else (or too, if asked)
+/// the sources' own.
+fn attachments(
+    args: &ConvertArgs,
+    sources: &[Source],
+    taken: &mut [Taken],
+    dest: Option<&Path>,
+) -> Result<Vec<Attachment>> {
     let mut attachments =
         args.devices.config.iter().map(|path| read_config(path)).collect::<Result<Vec<_>>>()?;
-    if attachments.is_empty() || args.devices.config_from_source {
+    if !args.devices.proxmox.is_empty() {
+        if attachments.iter().any(|known| known.name == proxmox::CONFIG_NAME) {
+            return Err(Error::usage(format!("--proxmox and --config both give {}", proxmox::CONFIG_NAME)));
+        }
+        attachments.push(proxmox::configure(&args.devices.proxmox, taken, dest)?);
+    }
+    let none_given = attachments.is_empty();
+    if none_given || args.devices.config_from_source {
         for attachment in sources.iter().flat_map(Source::attachments) {
-            let replaced = args.devices.config_from_source
-                && attachments.iter().any(|known| known.name == attachment.name);
-            if !replaced {
+            // What was given replaces what the source has under the same name.
+            if none_given || !attachments.iter().any(|known| known.name == attachment.name) {
                 attachments.push(attachment.clone());
             }
         }
     }
     Ok(attachments)
+}
+
+/// Archives that can be restored should have a name under which they are.
+fn note_on_restoring(layout: &mut Layout) {
+    for target in &layout.targets {
+        let restorable = target.attachments.iter().any(|config| config.name == proxmox::CONFIG_NAME);
+        if let (true, Place::New(path)) = (restorable, &target.place) {
+            layout.notes.extend(proxmox::note_on_name(path));
+        }
+    }
 }
 
 fn read_config(path: &Path) -> Result<Attachment> {

@@ -43,7 +43,7 @@ pub(super) fn run(args: &VmaCreateArgs) -> Result<Exit, Failure> {
     let progress = Percent::new(&manifest, args.verbose);
     let copied = copy(&mut sources, &*sink, &progress, &interrupt);
     // A command that gave up says why by its exit status; that the pipe broke is only what follows.
-    archive.close()?;
+    archive.close(&copied)?;
     copied?;
     interrupt.shielded(|| outputs.commit())?;
     progress.summary(&manifest);
@@ -188,12 +188,21 @@ impl Archive {
         Ok(Self { output, command: Some(Piped { child, stdin }) })
     }
 
-    /// Ends the command's input and waits for its verdict.
-    fn close(&mut self) -> Result<()> {
+    /// Ends the command's input and waits for its verdict. A command that has not ended by itself
+    /// must not take an unfinished archive for a finished one.
+    fn close(&mut self, copied: &Result<()>) -> Result<()> {
         let Some(command) = &mut self.command else { return Ok(()) };
+        let path = self.output.path();
+        let closed_its_input =
+            |e: &Error| e.io_error().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe);
+        if copied.as_ref().is_err_and(|e| !closed_its_input(e)) {
+            // It may just have ended; then there is nothing to stop.
+            let _ = command.child.kill();
+            let _ = command.child.wait();
+            return Ok(());
+        }
         // Nothing is buffered on our side.
         drop(command.stdin.lock().take());
-        let path = self.output.path();
         let status = command.child.wait().map_err(|e| Error::io("wait for", e)).in_file(path)?;
         if status.success() {
             return Ok(());

@@ -1,0 +1,221 @@
+//! `--proxmox`: the configuration that lets Proxmox VE restore an archive of disks that never had one.
+//!
+//! `qmrestore` wants each disk twice: as a line of the configuration (`scsi0: …`), and in a line
+//! `#qmdump#map:DRIVE:DEVICE:STORAGE:FORMAT:` that says which device of the archive it is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::path::Path;
+
+use imgtool_toolkit::{Attachment, DeviceKind, Error, Result};
+
+use super::sources::Taken;
+
+/// The name of a guest's configuration in an archive.
+pub const CONFIG_NAME: &str = "qemu-server.conf";
+
+/// What names of archives begin with that `qmrestore` accepts.
+const ARCHIVE_PREFIX: &str = "vzdump-qemu-";
+
+/// A guest number for the volume names of disk lines; replaced at restore.
+const ANY_VMID: &str = "100";
+
+/// The configuration, and devices named as the map lines say.
+///
+/// # Errors
+/// [`imgtool_toolkit::ErrorKind::Usage`] for a setting that is not `KEY=VALUE`.
+pub fn configure(settings: &[String], taken: &mut [Taken], dest: Option<&Path>) -> Result<Attachment> {
+    let mut lines = parse(settings)?;
+    let drives = name_drives(taken);
+    let name = dest.and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+    let vmid = name.as_deref().and_then(vmid_of).unwrap_or(ANY_VMID);
+    let mut map = String::new();
+    for (index, (drive, device)) in drives.iter().zip(taken.iter()).enumerate() {
+        let Some(drive) = drive else { continue };
+        let volume = format!("local:{vmid}/vm-{vmid}-disk-{index}.raw");
+        let extra = match drive.as_str() {
+            "efidisk0" => ",efitype=4m",
+            "tpmstate0" => ",version=v2.0",
+            _ => "",
+        };
+        let size = device.device.size.div_ceil(1024);
+        lines.entry(drive.clone()).or_insert_with(|| format!("{volume}{extra},size={size}K"));
+        let _ = writeln!(map, "#qmdump#map:{drive}:{}::raw:", device.name);
+    }
+    let first_disk = drives.iter().flatten().find(|drive| bus_of(drive).is_some_and(|bus| bus.bootable));
+    if let Some(disk) = first_disk {
+        lines.entry("boot".to_owned()).or_insert_with(|| format!("order={disk}"));
+    }
+    if drives.iter().flatten().any(|drive| drive.starts_with("scsi")) {
+        lines.entry("scsihw".to_owned()).or_insert_with(|| "virtio-scsi-single".to_owned());
+    }
+    if drives.iter().flatten().any(|drive| drive == "efidisk0") {
+        lines.entry("bios".to_owned()).or_insert_with(|| "ovmf".to_owned());
+    }
+    lines.entry("memory".to_owned()).or_insert_with(|| "2048".to_owned());
+    let mut text = String::new();
+    for (key, value) in &lines {
+        let _ = writeln!(text, "{key}: {value}");
+    }
+    Ok(Attachment { name: CONFIG_NAME.to_owned(), data: (text + &map).into_bytes() })
+}
+
+/// What a person should know about the name of an archive that is to be restored.
+pub fn note_on_name(dest: &Path) -> Option<String> {
+    let name = dest.file_name()?.to_str()?;
+    if vmid_of(name).is_some() {
+        return None;
+    }
+    Some(format!(
+        "qmrestore refuses the name '{name}': it wants {ARCHIVE_PREFIX}VMID-YYYY_MM_DD-HH_MM_SS.vma, and .zst or .gz behind it if compressed"
+    ))
+}
+
+/// The guest's number in `vzdump-qemu-VMID-YYYY_MM_DD-HH_MM_SS.vma…`.
+fn vmid_of(name: &str) -> Option<&str> {
+    let (vmid, rest) = name.strip_prefix(ARCHIVE_PREFIX)?.split_once('-')?;
+    let (time, extension) = rest.split_once(".vma")?;
+    let shape: String = time.chars().map(|c| if c.is_ascii_digit() { '0' } else { c }).collect();
+    let known = matches!(extension, "" | ".zst" | ".gz" | ".lzo");
+    let is_number = !vmid.is_empty() && vmid.bytes().all(|byte| byte.is_ascii_digit());
+    (known && is_number && shape == "0000_00_00-00_00_00").then_some(vmid)
+}
+
+fn parse(settings: &[String]) -> Result<BTreeMap<String, String>> {
+    let mut lines = BTreeMap::new();
+    for setting in settings {
+        let wrong = |what: &str| {
+            Error::usage(format!("--proxmox '{setting}': {what}")).hint(
+                "give KEY=VALUE as in qemu-server.conf, such as --proxmox memory=4096 --proxmox name=web",
+            )
+        };
+        let (key, value) = setting.split_once('=').ok_or_else(|| wrong("there is no ="))?;
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' || c == '-';
+        if key.is_empty() || !key.chars().all(plain) {
+            return Err(wrong("the key is not one of a configuration"));
+        }
+        if value.chars().any(char::is_control) {
+            return Err(wrong("the value holds a control character"));
+        }
+        if lines.insert(key.to_owned(), value.to_owned()).is_some() {
+            return Err(wrong("the key is given twice"));
+        }
+    }
+    Ok(lines)
+}
+
+/// A bus that disks hang on, and how many.
+struct Bus {
+    name: &'static str,
+    drives: u32,
+    bootable: bool,
+}
+
+/// As qm.conf(5) has them.
+const BUSES: [Bus; 6] = [
+    Bus { name: "scsi", drives: 31, bootable: true },
+    Bus { name: "virtio", drives: 16, bootable: true },
+    Bus { name: "sata", drives: 6, bootable: true },
+    Bus { name: "ide", drives: 4, bootable: true },
+    Bus { name: "efidisk", drives: 1, bootable: false },
+    Bus { name: "tpmstate", drives: 1, bootable: false },
+];
+
+/// The bus of a drive such as `scsi0`.
+fn bus_of(drive: &str) -> Option<&'static Bus> {
+    BUSES.iter().find(|bus| {
+        let number = drive.strip_prefix(bus.name).filter(|n| *n == "0" || !n.starts_with('0'));
+        number.and_then(|number| number.parse::<u32>().ok()).is_some_and(|number| number < bus.drives)
+    })
+}
+
+/// The drive that each device becomes; its name in the archive follows from it. What is called like
+/// no drive becomes the next free SCSI disk.
+fn name_drives(taken: &mut [Taken]) -> Vec<Option<String>> {
+    let named = |device: &Taken| {
+        let name = device.name.strip_prefix("drive-").unwrap_or(&device.name);
+        let name = name.strip_suffix("-backup").unwrap_or(name);
+        bus_of(name).map(|_| name.to_owned())
+    };
+    let mut used: BTreeSet<String> = taken.iter().filter_map(named).collect();
+    let mut given = BTreeSet::new();
+    let mut drives = Vec::new();
+    for device in taken {
+        if device.device.kind == DeviceKind::VmState {
+            drives.push(None);
+            continue;
+        }
+        let own = named(device).filter(|drive| given.insert(drive.clone()));
+        let drive = match own {
+            Some(drive) => Some(drive),
+            None => (0..BUSES[0].drives)
+                .map(|number| format!("{}{number}", BUSES[0].name))
+                .find(|drive| used.insert(drive.clone())),
+        };
+        if let Some(drive) = &drive {
+            let backup = if drive == "tpmstate0" { "-backup" } else { "" };
+            device.name = format!("drive-{drive}{backup}");
+        }
+        drives.push(drive);
+    }
+    drives
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use imgtool_toolkit::Device;
+
+    fn taken(names: &[&str]) -> Vec<Taken> {
+        let one = |name: &&str| Taken {
+            source: 0,
+            device: Device::disk(0, "disk", 528 * 1024),
+            name: (*name).to_owned(),
+        };
+        names.iter().map(one).collect()
+    }
+
+    #[test]
+    fn every_disk_has_its_line_and_its_map() {
+        let mut devices = taken(&["web", "drive-scsi0", "efidisk0"]);
+        let dest = Path::new("vzdump-qemu-9000-2026_01_02-03_04_05.vma.zst");
+        let settings = ["memory=4096".to_owned(), "name=web".to_owned()];
+        let config = configure(&settings, &mut devices, Some(dest)).expect("configuration");
+        assert_eq!(
+            String::from_utf8(config.data).expect("text"),
+            "bios: ovmf\n\
+             boot: order=scsi1\n\
+             efidisk0: local:9000/vm-9000-disk-2.raw,efitype=4m,size=528K\n\
+             memory: 4096\n\
+             name: web\n\
+             scsi0: local:9000/vm-9000-disk-1.raw,size=528K\n\
+             scsi1: local:9000/vm-9000-disk-0.raw,size=528K\n\
+             scsihw: virtio-scsi-single\n\
+             #qmdump#map:scsi1:drive-scsi1::raw:\n\
+             #qmdump#map:scsi0:drive-scsi0::raw:\n\
+             #qmdump#map:efidisk0:drive-efidisk0::raw:\n"
+        );
+        assert_eq!(devices[0].name, "drive-scsi1");
+        assert_eq!(devices[2].name, "drive-efidisk0");
+    }
+
+    #[test]
+    fn names_that_restore_tools_refuse_are_told() {
+        assert!(note_on_name(Path::new("d/vzdump-qemu-100-2026_11_22-10_03_58.vma.zst")).is_none());
+        for name in [
+            "vm.vma",
+            "vzdump-qemu-x-2026_11_22-10_03_58.vma",
+            "vzdump-qemu-100.vma",
+            "vzdump-qemu-1-2026_11_22-10_03_58.vma.xz",
+        ] {
+            assert!(note_on_name(Path::new(name)).is_some(), "{name}");
+        }
+    }
+
+    #[test]
+    fn settings_can_not_forge_lines() {
+        for bad in ["x", "=1", "a b=1", "name=a\nagent: 1", "A=1"] {
+            assert!(configure(&[bad.to_owned()], &mut taken(&["a"]), None).is_err(), "{bad}");
+        }
+    }
+}
