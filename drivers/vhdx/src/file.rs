@@ -239,6 +239,11 @@ impl TablePage {
         self.start + TABLE_PAGE_LEN
     }
 
+    /// Whether the byte at `position` is in it.
+    pub(crate) fn contains(&self, position: u64) -> bool {
+        (self.start..self.end()).contains(&position)
+    }
+
     /// The eight bytes at `position`, a multiple of 8 within the page.
     pub(crate) fn u64_at(&self, position: u64) -> u64 {
         let at = (position - self.start) as usize;

@@ -352,10 +352,15 @@ impl VhdxImage {
         }
         let sector_size = shape.logical_sector_size;
         let end = position + len;
-        let is_here = |sector: u64| -> Result<bool> {
+        // The page of the bitmap looked at last: neighbours share it.
+        let mut page = self.image.file.table_page(bitmap_at)?;
+        let mut is_here = |sector: u64| -> Result<bool> {
             let bit = sector % SECTORS_PER_BITMAP;
             let byte_at = bitmap_at + bit / 8;
-            Ok(self.image.file.table_page(byte_at)?.byte_at(byte_at) >> (bit % 8) & 1 == 1)
+            if !page.contains(byte_at) {
+                page = self.image.file.table_page(byte_at)?;
+            }
+            Ok(page.byte_at(byte_at) >> (bit % 8) & 1 == 1)
         };
         let first_sector = position / sector_size;
         let here = is_here(first_sector)?;

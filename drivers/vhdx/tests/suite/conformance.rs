@@ -57,12 +57,12 @@ fn hostile_numbers_do_no_harm() {
         Craft::new(2 * MIB, MIB, 512).bat(0, 4 * MIB, 6).fill(4 * MIB, MIB, 1).log_entry(0, &entry.bytes());
     let place = |at: u64, len: usize| at as usize..at as usize + len;
     let places = vec![
-        HEADERS_AT[1] + 8..HEADERS_AT[1] + 80,
-        REGIONS_AT[0] + 8..REGIONS_AT[0] + 80,
-        place(LOG_AT, 128),
-        place(METADATA_AT + 8, 32 + 5 * 32),
+        HEADERS_AT[1] + 48..HEADERS_AT[1] + 80,
+        REGIONS_AT[0] + 8..REGIONS_AT[0] + 56,
+        place(LOG_AT + 8, 96),
+        place(METADATA_AT + 8, 64),
         place(METADATA_AT + 65_536, 40),
-        place(BAT_AT, 24),
+        place(BAT_AT, 16),
     ];
     let hostile = conformance::Hostile { image: &craft.bytes, places, repair: &repair };
     conformance::hostile_bytes_do_not_panic(&VhdxDriver, &hostile);

@@ -1,1 +1,208 @@
-//! oracles
+//! Files of other programs read by us, and ours read by other programs.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::Command;
+
+use imgtool_toolkit::conformance::{self, Content, Fill, Image};
+use imgtool_toolkit::{CreateOptions, Driver, Input, OpenOptions};
+use imgtool_vhdx::VhdxDriver;
+
+use crate::support::oracle::{arg, available, dissect_compare, has_dissect, has_qemu, qemu_img, run};
+use crate::support::{GIB, MIB, open_file, options, write_raw};
+
+/// A bit of everything, past the first chunk of 1 MiB blocks, with a ragged size.
+fn beyond_four_gib() -> Image {
+    let content = Content::zero()
+        .with(0..300_000, Fill::Random)
+        .with(5 * MIB + 512..5 * MIB + 1024, Fill::Byte(9))
+        .with(4 * GIB - 70_000..4 * GIB + 70_000, Fill::Random)
+        .with(4 * GIB + 9 * MIB..4 * GIB + 9 * MIB + 4096, Fill::Text)
+        .with(4 * GIB + 99 * MIB..4 * GIB + 100 * MIB, Fill::Random);
+    Image::disk("beyond 4 GiB", 4 * GIB + 100 * MIB + 512, content)
+}
+
+fn small() -> Image {
+    let content = Content::zero()
+        .with(0..1000, Fill::Random)
+        .with(MIB..3 * MIB, Fill::Checker(65_536))
+        .with(20 * MIB - 512..20 * MIB, Fill::Byte(1));
+    Image::disk("20 MiB", 20 * MIB, content)
+}
+
+/// Every extent that claims data is compared, and every zero must be one in the image.
+fn assert_image(path: &Path, image: &Image) {
+    let mut source = open_file(path).unwrap_or_else(|e| panic!("{e}"));
+    conformance::assert_content(&mut *source, image, 512);
+}
+
+#[test]
+fn files_of_qemu_are_read() {
+    if !has_qemu() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (raw, vhdx) = (directory.path().join("x.raw"), directory.path().join("x.vhdx"));
+    let cases: [(&Image, &[&str]); 2] = [
+        (
+            &small(),
+            &[
+                "subformat=dynamic",
+                "subformat=fixed",
+                "subformat=dynamic,block_size=1M",
+                "subformat=fixed,block_size=2M,log_size=3M",
+                "subformat=dynamic,block_size=256M",
+                "subformat=dynamic,block_size=4M,block_state_zero=off,log_size=16M",
+            ],
+        ),
+        (&beyond_four_gib(), &["block_size=1M", "block_size=1M,block_state_zero=off"]),
+    ];
+    for (image, variants) in cases {
+        write_raw(image, &raw);
+        for variant in variants {
+            qemu_img(&["convert", "-f", "raw", "-O", "vhdx", "-o", variant, arg(&raw), arg(&vhdx)]);
+            assert_image(&vhdx, image);
+            let report =
+                VhdxDriver.check(Input::open_plain(&vhdx).unwrap(), &OpenOptions::default()).unwrap();
+            assert_eq!((report.corruptions, report.check_errors), (0, 0), "{variant}: {:?}", report.findings);
+            std::fs::remove_file(&vhdx).unwrap();
+        }
+    }
+}
+
+/// Our options, and whether QEMU serves what they ask for.
+const OURS: [(&[(&str, &str)], bool); 7] = [
+    (&[], true),
+    (&[("block_size", "1M")], true),
+    (&[("block_size", "256M")], true),
+    (&[("subformat", "fixed")], true),
+    (&[("subformat", "fixed"), ("block_size", "1M"), ("log_size", "5M")], true),
+    (&[("physical_sector_size", "512"), ("block_size", "2M")], true),
+    (&[("logical_sector_size", "4096"), ("block_size", "1M")], false),
+];
+
+fn make(image: &Image, options: &CreateOptions, directory: &Path) -> std::path::PathBuf {
+    let path = directory.join("ours.vhdx");
+    let _ = std::fs::remove_file(&path);
+    conformance::write(&VhdxDriver, options, image, &conformance::new_file(&path), 2).unwrap();
+    path
+}
+
+#[test]
+fn qemu_reads_ours() {
+    if !has_qemu() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let raw = directory.path().join("x.raw");
+    for image in [small(), beyond_four_gib()] {
+        write_raw(&image, &raw);
+        // Comparing gigabytes takes QEMU its time: the first two there, all of them on the small disk.
+        let few = if image.devices[0].0.size > GIB { 2 } else { OURS.len() };
+        for (pairs, _) in OURS.iter().take(few).filter(|(_, by_qemu)| *by_qemu) {
+            let path = make(&image, &options(pairs), directory.path());
+            qemu_img(&["check", "-f", "vhdx", arg(&path)]);
+            qemu_img(&["compare", "-f", "vhdx", "-F", "raw", arg(&path), arg(&raw)]);
+            let info = qemu_img(&["info", "--output=json", arg(&path)]);
+            assert!(info.contains("\"format\": \"vhdx\""), "{info}");
+            assert!(info.contains(&format!("\"virtual-size\": {}", image.devices[0].0.size)), "{info}");
+        }
+    }
+}
+
+#[test]
+fn qemu_writes_into_ours() {
+    if !has_qemu() || !available("qemu-io", &["--version"]) {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = make(&small(), &options(&[("block_size", "1M")]), directory.path());
+    run("qemu-io", &["-f", "vhdx", "-c", "write -P 7 9M 1M", "-c", "write -P 8 0 512", arg(&path)]);
+    qemu_img(&["check", "-f", "vhdx", arg(&path)]);
+    let source = open_file(&path).unwrap();
+    let device = source.info().devices[0].id;
+    for (at, expected) in [(9 * MIB, 7), (10 * MIB - 1, 7), (0, 8), (20 * MIB - 1, 1), (11 * MIB, 0)] {
+        let mut byte = [0xee];
+        source.random().unwrap().read_at(device, &mut byte, at).unwrap();
+        assert_eq!(byte[0], expected, "at {at}");
+    }
+}
+
+#[test]
+fn dissect_reads_ours() {
+    if !has_dissect() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let raw = directory.path().join("x.raw");
+    for image in [small(), beyond_four_gib()] {
+        write_raw(&image, &raw);
+        for (pairs, _) in OURS {
+            dissect_compare(&make(&image, &options(pairs), directory.path()), &raw);
+        }
+    }
+}
+
+#[test]
+fn libvhdi_knows_ours() {
+    if !available("vhdiinfo", &["-V"]) {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    for (pairs, kind) in [(&[][..], "Dynamic"), (&[("subformat", "fixed")][..], "Fixed")] {
+        let path = make(&small(), &options(pairs), directory.path());
+        let text = String::from_utf8_lossy(&run("vhdiinfo", &[arg(&path)]).stdout).into_owned();
+        assert!(text.contains("VHDX") || text.contains("version 2"), "{text}");
+        assert!(text.contains(kind), "{text}");
+        assert!(text.contains(&format!("({} bytes)", 20 * MIB)), "{text}");
+    }
+}
+
+/// A mount that goes away with it.
+struct Mount(std::path::PathBuf);
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("fusermount").args(["-u", arg(&self.0)]).status();
+    }
+}
+
+#[test]
+fn libvhdi_reads_ours() {
+    if !available("vhdimount", &["-V"]) || !available("fusermount", &["-V"]) {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let image = small();
+    let raw = directory.path().join("x.raw");
+    write_raw(&image, &raw);
+    for (number, (pairs, _)) in OURS.iter().enumerate() {
+        let path = make(&image, &options(pairs), directory.path());
+        let point = directory.path().join(format!("mount{number}"));
+        std::fs::create_dir(&point).unwrap();
+        let mounted = Command::new("vhdimount").args([arg(&path), arg(&point)]).output().unwrap();
+        if !mounted.status.success() {
+            assert!(std::env::var_os("CI").is_none(), "FUSE does not work here, which CI must have");
+            eprintln!("SKIPPED: FUSE does not work here");
+            return;
+        }
+        let mount = Mount(point);
+        let found = std::fs::read(mount.0.join("vhdi1")).unwrap();
+        assert!(found == std::fs::read(&raw).unwrap(), "{pairs:?}: libvhdi reads other content");
+    }
+}
+
+#[test]
+fn reading_leaves_a_file_without_write_permission_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = make(&small(), &CreateOptions::default(), directory.path());
+    let mut permissions = std::fs::metadata(&path).unwrap().permissions();
+    permissions.set_readonly(true);
+    std::fs::set_permissions(&path, permissions).unwrap();
+    let before =
+        (std::fs::read(&path).unwrap(), File::open(&path).unwrap().metadata().unwrap().modified().unwrap());
+    assert_image(&path, &small());
+    let after =
+        (std::fs::read(&path).unwrap(), File::open(&path).unwrap().metadata().unwrap().modified().unwrap());
+    assert!(before == after);
+}
