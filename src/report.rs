@@ -202,6 +202,6 @@ mod tests {
     fn tables_escape_what_images_say() {
         let rows = vec![vec!["a\x1b[2J".to_owned(), "1".to_owned()], vec!["b".to_owned(), "22".to_owned()]];
         let text = table(2, &[("", Align::Left), ("", Align::Right)], &rows);
-        assert_eq!(text, "  a\\u{1b}[2J   1\n  b          22\n");
+        assert_eq!(text, "  a\\u{1b}[2J   1\n  b           22\n");
     }
 }

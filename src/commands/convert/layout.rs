@@ -17,7 +17,7 @@ pub enum Place {
     /// A new file.
     New(PathBuf),
     /// A file or block device that exists and keeps its length.
-    InPlace {
+    Existing {
         /// Its path.
         path: PathBuf,
         /// It is known to read as zeros.
@@ -31,7 +31,7 @@ impl Place {
     /// The path, `-` for standard output.
     pub fn path(&self) -> &Path {
         match self {
-            Place::New(path) | Place::InPlace { path, .. } => path,
+            Place::New(path) | Place::Existing { path, .. } => path,
             Place::Stdout => Path::new("-"),
         }
     }
@@ -167,7 +167,7 @@ impl Request<'_> {
                 return Err(Error::usage("a target that is 'zeroed' must exist").path(&place.path));
             }
             let place = if exists {
-                Place::InPlace { path: place.path.clone(), zeroed: place.zeroed }
+                Place::Existing { path: place.path.clone(), zeroed: place.zeroed }
             } else {
                 Place::New(place.path.clone())
             };
@@ -313,7 +313,7 @@ impl Request<'_> {
             Some(_) if self.format.outer.is_some() => {
                 Err(Error::usage("a compressed output can't be written in place").path(dest))
             }
-            Some(zeroed) => Ok(Place::InPlace { path: dest.to_owned(), zeroed }),
+            Some(zeroed) => Ok(Place::Existing { path: dest.to_owned(), zeroed }),
             None => Ok(Place::New(dest.to_owned())),
         }
     }

@@ -20,7 +20,7 @@ pub fn safe(name: &str, fallback: &str) -> String {
         }
         out.push(c);
     }
-    if out.trim_matches(['_', ' ']).is_empty() { fallback.to_owned() } else { out }
+    if out.trim_matches(['_', '.', ' ']).is_empty() { fallback.to_owned() } else { out }
 }
 
 /// Gives out names, each once; upper and lower case count as the same, as on many file systems.

@@ -90,7 +90,7 @@ fn manifest(target: &Target, taken: &[Taken]) -> Manifest {
 fn make_output(target: &Target, manifest: &Manifest, outputs: &mut Outputs, force: bool) -> Result<Output> {
     match &target.place {
         Place::New(path) => outputs.create(path, force),
-        Place::InPlace { path, zeroed } => {
+        Place::Existing { path, zeroed } => {
             let output = outputs.existing(path, *zeroed, force)?;
             check_capacity(target, manifest, &output, force)?;
             Ok(output)

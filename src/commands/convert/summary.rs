@@ -172,7 +172,7 @@ fn summarise_output<'a>(
 fn actual_size(place: &Place, written: u64) -> u64 {
     match place {
         Place::New(path) => allocated(path).unwrap_or(written),
-        Place::InPlace { .. } | Place::Stdout => written,
+        Place::Existing { .. } | Place::Stdout => written,
     }
 }
 

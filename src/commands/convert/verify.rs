@@ -77,7 +77,7 @@ fn differs(target: &Target, what: &str) -> Error {
 
 fn open(target: &Target, output: &Output, expected: &Expected<'_>) -> Result<Box<dyn ImageSource>> {
     let mut input = output.reopen()?;
-    if let (Place::InPlace { .. }, "raw", [device]) =
+    if let (Place::Existing { .. }, "raw", [device]) =
         (&target.place, target.format.driver.name(), target.devices.as_slice())
     {
         // The target may be longer than the disk; what follows is not ours.

@@ -37,7 +37,7 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
     let (layout, taken, limit) = match &args.map {
         None => {
             report::print(&plan.announcement())?;
-            (plan.into_directory()?, plan.taken(), None)
+            (plan.directory_layout()?, plan.taken(), None)
         }
         Some(map_path) => {
             // Whoever writes the map reads the list and the configurations first.
@@ -171,7 +171,7 @@ impl<'a> Plan<'a> {
         self.devices.iter().map(taken).collect()
     }
 
-    fn into_directory(&self) -> Result<Layout> {
+    fn directory_layout(&self) -> Result<Layout> {
         let targets = (0..self.devices.len()).map(|index| self.file(index, index)).collect::<Result<_>>()?;
         Ok(Layout { targets, files: self.configs.clone(), ..Layout::default() })
     }
@@ -243,7 +243,7 @@ impl<'a> Plan<'a> {
             format.options.options.insert("cluster_size".to_owned(), size.to_string());
         }
         let place = if is_raw || is_device {
-            Place::InPlace { path: path.to_owned(), zeroed: is_raw && !write_zeros }
+            Place::Existing { path: path.to_owned(), zeroed: is_raw && !write_zeros }
         } else {
             Place::New(path.to_owned())
         };

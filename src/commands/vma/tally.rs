@@ -92,11 +92,10 @@ impl Tally {
     fn print_percents(&self, counts: &mut Counts, reached: u64) {
         let mut text = String::new();
         let seconds = self.started.elapsed().as_secs();
-        while self.whole_clusters > 0 {
-            let at = ((counts.percent + 1) * self.whole_clusters).div_ceil(100);
-            if at > reached {
-                break;
-            }
+        let next = |percent: u64| ((percent + 1) * self.whole_clusters).div_ceil(100);
+        // A base of 0 clusters knows no percentage.
+        while (1..=reached).contains(&next(counts.percent)) {
+            let at = next(counts.percent);
             counts.percent = at * 100 / self.whole_clusters;
             let bytes = at * CLUSTER;
             text.push_str(&format!(
