@@ -11,7 +11,7 @@ use imgtool_toolkit::{DeviceId, OpenOptions, RandomInput, Result};
 
 use crate::bytes::{ArchiveBytes, Cursor};
 use crate::header::ArchiveHeader;
-use crate::layout::{CLUSTER, EXTENT_HEADER, SUB_BLOCK, TABLE_ENTRIES};
+use crate::layout::{EXTENT_HEADER, SUB_BLOCK, TABLE_ENTRIES};
 use crate::tracker::Placed;
 use crate::walker::{Entered, Walker};
 
@@ -124,9 +124,7 @@ impl Index {
             device.beyond += 1;
             return;
         }
-        let blocks_within = placed.len.div_ceil(SUB_BLOCK);
-        let mask_within =
-            if placed.len == CLUSTER { placed.mask } else { placed.mask & ((1 << blocks_within) - 1) };
+        let mask_within = placed.mask_within();
         device.stored += u64::from(mask_within.count_ones()) * SUB_BLOCK;
         device.dropped_blocks += u64::from((placed.mask & !mask_within).count_ones());
         let slot = u64::from(placed.slot);

@@ -63,7 +63,7 @@ impl SequentialAccess for ArchiveStream {
             let mut buffer = pool.take(slots.len() * CLUSTER as usize);
             let layout = stored_ranges(slots);
             if !fill(&mut self.walker.bytes, &mut buffer, &layout)? {
-                return Err(self.walker.short(extent).guest(first.start..first.start + len));
+                return Err(self.walker.short(extent));
             }
             return Ok(Some(piece(&first, len, buffer, layout)));
         }

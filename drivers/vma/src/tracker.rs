@@ -30,6 +30,12 @@ impl Placed {
         u64::from(self.mask.count_ones()) * SUB_BLOCK
     }
 
+    /// The sub-blocks that are stored and not past the device's end.
+    pub(crate) fn mask_within(&self) -> u16 {
+        let blocks = self.len.div_ceil(SUB_BLOCK).min(u64::from(u16::BITS));
+        self.mask & ((1u32 << blocks) - 1) as u16
+    }
+
     /// Whether its content is left out: it lies beyond the device.
     pub(crate) fn is_beyond(&self) -> bool {
         self.len == 0

@@ -5,12 +5,12 @@
 
 use std::sync::Arc;
 
-use imgtool_toolkit::{Error, OpenOptions, Result};
+use imgtool_toolkit::{DeviceId, Error, OpenOptions, Result};
 
 use crate::bytes::ArchiveBytes;
-use crate::extent::ExtentHeader;
+use crate::extent::{BlockInfo, ExtentHeader};
 use crate::header::ArchiveHeader;
-use crate::layout::{EXTENT_HEADER, MAX_BLOCK_COUNT, MAX_EXTENT};
+use crate::layout::{CLUSTER, CLUSTERS_PER_EXTENT, EXTENT_HEADER, MAX_BLOCK_COUNT, MAX_EXTENT, SUB_BLOCK};
 use crate::tracker::{Placed, Tracker};
 
 const DAMAGED: &str =
@@ -34,7 +34,9 @@ pub(crate) struct Walker<B> {
     pub(crate) tracker: Tracker,
     /// The slots of the current extent that own something, in the order of their data.
     pub(crate) placed: Vec<Placed>,
-    uuid: [u8; 16],
+    /// All slots of the current extent.
+    slots: [BlockInfo; CLUSTERS_PER_EXTENT],
+    header: Arc<ArchiveHeader>,
     ignore_trailing: bool,
 }
 
@@ -45,7 +47,8 @@ impl<B: ArchiveBytes> Walker<B> {
             bytes,
             tracker: Tracker::new(&header.devices),
             placed: Vec::new(),
-            uuid: *header.uuid.as_bytes(),
+            slots: [BlockInfo::default(); CLUSTERS_PER_EXTENT],
+            header: Arc::clone(header),
             ignore_trailing: options.ignore_trailing,
         }
     }
@@ -63,7 +66,7 @@ impl<B: ArchiveBytes> Walker<B> {
         let parsed = if got < EXTENT_HEADER {
             Err(Error::corrupt(format!("read short extent ({got} bytes)")))
         } else {
-            ExtentHeader::parse(&raw, &self.uuid)
+            ExtentHeader::parse(&raw, self.header.uuid.as_bytes())
         };
         let extent = match parsed {
             Ok(extent) => extent,
@@ -83,6 +86,7 @@ impl<B: ArchiveBytes> Walker<B> {
             }
         };
         let entered = Entered { file_offset, data_len: extent.data_len() };
+        self.slots = extent.slots;
         self.admit(&extent, entered)?;
         Ok(Some(entered))
     }
@@ -110,6 +114,20 @@ impl<B: ArchiveBytes> Walker<B> {
         let there = self.bytes.position() - entered.file_offset;
         let needed = EXTENT_HEADER as u64 + entered.data_len;
         let hint = if needed > MAX_EXTENT { DAMAGED } else { CUT };
-        Error::corrupt(format!("short vma extent ({there} < {needed})")).at(entered.file_offset).hint(hint)
+        let error = Error::corrupt(format!("short vma extent ({there} < {needed})"));
+        self.first_lost(error, there).at(entered.file_offset).hint(hint)
+    }
+
+    /// Names the first cluster whose data is not among the first `there` bytes of the extent.
+    fn first_lost(&self, error: Error, there: u64) -> Error {
+        let mut end = EXTENT_HEADER as u64;
+        let lost = self.slots.iter().find(|slot| {
+            end += u64::from(slot.stored()) * SUB_BLOCK;
+            end > there
+        });
+        let Some(slot) = lost else { return error };
+        let Some(device) = self.header.device(DeviceId(u32::from(slot.dev_id))) else { return error };
+        let start = u64::from(slot.cluster_num) * CLUSTER;
+        error.device(&device.name).guest(start..(start + CLUSTER).min(device.size.max(start)))
     }
 }

@@ -67,8 +67,12 @@ fn configurations_and_facts_are_there() {
     let fact = |key: &str| info.facts.iter().find(|fact| fact.key == key).unwrap().value.clone();
     // What the reference program prints for this archive: Sun Nov 22 10:03:58 2026.
     assert_eq!(fact("creation-time"), "2026-11-22 10:03:58 UTC");
-    let stored: u64 =
-        fact("devices").as_array().unwrap().iter().map(|device| device["stored-bytes"].as_u64().unwrap()).sum();
+    let stored: u64 = fact("devices")
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|device| device["stored-bytes"].as_u64().unwrap())
+        .sum();
     let zero: u64 =
         fact("devices").as_array().unwrap().iter().map(|device| device["zero-bytes"].as_u64().unwrap()).sum();
     assert_eq!(stored + zero, 5_255_168 + 540_672);

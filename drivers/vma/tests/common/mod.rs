@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use imgtool_toolkit::storage::ReadAt;
+use imgtool_toolkit::zero::is_zero;
 use imgtool_toolkit::{
     Access, BufferPool, DeviceId, Error, ImageSource, Input, OpenOptions, RandomAccess, Result,
 };
@@ -65,9 +66,10 @@ pub fn read(input: Input, options: &OpenOptions) -> Result<Content> {
 pub fn read_source(source: &mut VmaSource) -> Result<Content> {
     let devices = source.info().devices.clone();
     match source.access() {
-        Access::Random(random) => {
-            devices.iter().map(|device| Ok((device.id.0, read_random(random, device.id, device.size)?))).collect()
-        }
+        Access::Random(random) => devices
+            .iter()
+            .map(|device| Ok((device.id.0, read_random(random, device.id, device.size)?)))
+            .collect(),
         Access::Sequential(stream) => {
             let mut content: Content =
                 devices.iter().map(|device| (device.id.0, vec![0xa5; device.size as usize])).collect();
@@ -99,10 +101,10 @@ fn assert_zero_outside_runs(data: &[u8], runs: &[std::ops::Range<usize>]) {
     let mut from = 0;
     for run in runs {
         assert!(run.start >= from && run.start < run.end);
-        assert!(data[from..run.start].iter().all(|&byte| byte == 0));
+        assert!(is_zero(&data[from..run.start]));
         from = run.end;
     }
-    assert!(data[from..].iter().all(|&byte| byte == 0));
+    assert!(is_zero(&data[from..]));
 }
 
 /// Reads a device by its extents, and checks that these tell the truth.
@@ -120,7 +122,7 @@ fn read_random(random: &dyn RandomAccess, id: DeviceId, size: u64) -> Result<Vec
                 random.read_at(id, &mut again, extent.start)?;
                 assert_eq!(again, part);
             } else {
-                assert!(part.iter().all(|&byte| byte == 0), "extents without data are zero");
+                assert!(is_zero(part), "extents without data are zero");
             }
             position = extent.end();
         }

@@ -1,0 +1,373 @@
+//! Damaged archives: every fault is an error, and salvage restores what is whole and lists the rest.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::io::{self, Read};
+use std::ops::Range;
+use std::sync::Arc;
+
+use common::{Content, as_file, as_stream, fixture, read, read_both, read_source};
+use imgtool_toolkit::storage::ReadAt;
+use imgtool_toolkit::zero::is_zero;
+use imgtool_toolkit::{Driver, ErrorKind, ImageSource, Input, Loss, OpenOptions};
+use imgtool_vma::testing::{ArchiveBuilder, Slot, extent, guest_content, slot};
+use imgtool_vma::{VmaDriver, VmaSource};
+
+const CLUSTER: u64 = 65_536;
+const STEP: usize = 4096;
+
+fn salvage() -> OpenOptions {
+    OpenOptions { salvage: true, ..OpenOptions::default() }
+}
+
+/// Three devices, extents of different lengths, 40 clusters.
+fn archive() -> (Vec<u8>, Content, Vec<Slot>) {
+    let sizes = [(1u8, 20 * CLUSTER + 5120), (2, 9 * CLUSTER), (5, 512)];
+    let mut slots = Vec::new();
+    for cluster in 0..21u32 {
+        slots.push(slot(
+            1,
+            cluster,
+            if cluster == 20 { 3 } else { [0xffff, 0, 0x0f0f, 1][cluster as usize % 4] },
+        ));
+        if cluster < 9 {
+            slots.push(slot(2, 8 - cluster, 0x8421));
+        }
+    }
+    slots.push(slot(5, 0, 1));
+    let mut builder = ArchiveBuilder::new().config("a.conf", b"x");
+    for (dev_id, size) in sizes {
+        builder = builder.device(dev_id, &format!("disk{dev_id}"), size);
+    }
+    let content = sizes
+        .iter()
+        .map(|(dev_id, size)| (u32::from(*dev_id), guest_content(*dev_id, *size, &slots)))
+        .collect();
+    (builder.extents(&slots, 7).build(), content, slots)
+}
+
+/// The bytes of a fixture's archive.
+fn decompressed(name: &str) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    Input::open(&fixture(name)).unwrap().into_stream().unwrap().read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn a_cut_anywhere_is_an_error() {
+    let (bytes, _, _) = archive();
+    let cuts = (0..bytes.len()).step_by(509).chain(bytes.len() - 3..bytes.len()).chain(0..20);
+    for cut in cuts.chain([12_287, 12_288, 12_799, 12_801, 13_311, 13_312]) {
+        let error = read_both(&bytes[..cut], &OpenOptions::default()).unwrap_err();
+        let kinds = [ErrorKind::Corrupt, ErrorKind::WrongFormat];
+        assert!(kinds.contains(&error.kind()), "cut at {cut}: {error}");
+    }
+    // At the exact end of an extent only the missing clusters tell.
+    let (end, _) =
+        extent_ranges(&bytes).into_iter().map(|range| (range.start, range.end)).next_back().unwrap();
+    let error = read_both(&bytes[..end], &OpenOptions::default()).unwrap_err();
+    assert!(error.message().starts_with("detected missing cluster"), "{error}");
+}
+
+/// Where the extents of an undamaged archive are.
+fn extent_ranges(bytes: &[u8]) -> Vec<Range<usize>> {
+    let mut at = u32::from_be_bytes(bytes[56..60].try_into().unwrap()) as usize;
+    let mut ranges = Vec::new();
+    while at < bytes.len() {
+        let blocks = u16::from_be_bytes(bytes[at + 6..at + 8].try_into().unwrap());
+        let end = at + 512 + usize::from(blocks) * STEP;
+        ranges.push(at..end);
+        at = end;
+    }
+    ranges
+}
+
+#[test]
+fn a_flipped_bit_in_any_header_byte_is_an_error() {
+    let (bytes, _, _) = archive();
+    let header_size = u32::from_be_bytes(bytes[56..60].try_into().unwrap()) as usize;
+    let headers =
+        std::iter::once(0..header_size).chain(extent_ranges(&bytes).into_iter().map(|r| r.start..r.start + 512));
+    for at in headers.flat_map(|range| range.step_by(1)).enumerate().filter_map(|(number, at)| {
+        // Every byte of what holds something, every eleventh of the rest.
+        (number < 60 || bytes[at] != 0 || number % 11 == 0).then_some(at)
+    }) {
+        let mut flipped = bytes.clone();
+        flipped[at] ^= 1 << (at % 8);
+        let error = read(as_file(&flipped), &OpenOptions::default()).unwrap_err();
+        assert!(error.file_offset().is_some(), "byte {at}: {error} has no place");
+        if at % 16 == 0 {
+            read_both(&flipped, &OpenOptions::default()).unwrap_err();
+        }
+        let report = VmaDriver.check(as_file(&flipped), &OpenOptions::default());
+        assert!(report.is_err() || report.unwrap().corruptions > 0, "check is blind to byte {at}");
+    }
+}
+
+/// What salvage restored and lost.
+fn salvaged(input: Input) -> (Content, Vec<Loss>) {
+    let mut source = VmaSource::open(input, &salvage()).unwrap();
+    let content = read_source(&mut source).unwrap();
+    (content, source.losses())
+}
+
+/// Every byte is right or listed; what is listed is zero; losses are ascending, disjoint and not
+/// empty. Returns how many bytes are lost.
+fn assert_restored(what: &str, restored: &Content, losses: &[Loss], truth: &Content) -> u64 {
+    let mut lost_bytes = 0;
+    let order: Vec<(u32, u64)> = losses.iter().map(|loss| (loss.device.0, loss.guest.start)).collect();
+    assert!(order.is_sorted(), "{what}: losses are not ascending");
+    for (id, bytes) in restored {
+        let truth = &truth[id];
+        assert_eq!(bytes.len(), truth.len(), "{what}");
+        let mut at = 0;
+        for loss in losses.iter().filter(|loss| loss.device.0 == *id) {
+            let (start, end) = (loss.guest.start as usize, loss.guest.end as usize);
+            assert!(start >= at && start < end && end <= truth.len(), "{what}: {loss:?}");
+            assert!(start > at || at == 0, "{what}: losses are not joined: {loss:?}");
+            assert!(
+                bytes[at..start] == truth[at..start],
+                "{what}: wrong bytes before {start} of device {id}"
+            );
+            assert!(is_zero(&bytes[start..end]), "{what}: lost bytes are not zero");
+            assert!(!loss.reason.is_empty());
+            lost_bytes += (end - start) as u64;
+            at = end;
+        }
+        assert!(bytes[at..] == truth[at..], "{what}: wrong bytes after {at} of device {id}");
+    }
+    lost_bytes
+}
+
+/// Damages an archive at every 4 KiB and salvages it as a file and as a stream.
+fn salvage_at_every_step(bytes: &[u8], truth: &Content, damage: impl Fn(&mut Vec<u8>, usize)) {
+    let header_size = u32::from_be_bytes(bytes[56..60].try_into().unwrap()) as usize;
+    for at in (header_size..bytes.len()).step_by(STEP) {
+        let mut damaged = bytes.to_vec();
+        damage(&mut damaged, at);
+        let what = format!("damage at {at}");
+        let (content, losses) = salvaged(as_file(&damaged));
+        let lost = assert_restored(&what, &content, &losses, truth);
+        assert!(lost > 0, "{what}: nothing is listed");
+        let (from_stream, stream_losses) = salvaged(as_stream(&damaged));
+        assert!(from_stream == content && stream_losses == losses, "{what}: file and stream differ");
+    }
+}
+
+#[test]
+fn salvage_of_an_archive_cut_at_every_step() {
+    let (bytes, truth, _) = archive();
+    salvage_at_every_step(&bytes, &truth, |bytes, at| bytes.truncate(at));
+    salvage_at_every_step(&bytes, &truth, |bytes, at| bytes.truncate(at + 17));
+}
+
+#[test]
+fn salvage_of_an_archive_with_a_piece_missing_at_every_step() {
+    let (bytes, truth, _) = archive();
+    for len in [1, 512, STEP, 3 * STEP + 5] {
+        salvage_at_every_step(&bytes, &truth, |bytes, at| {
+            let end = bytes.len().min(at + len);
+            bytes.drain(at..end);
+            // What follows a piece lost at the very end can't tell a cut from a loss before it.
+            if bytes.len() < at + STEP {
+                bytes.truncate(at);
+            }
+        });
+    }
+}
+
+/// The fixture's disks, from the fixture itself.
+fn fixture_content(bytes: &[u8]) -> Content {
+    read(as_file(bytes), &OpenOptions::default()).unwrap()
+}
+
+#[test]
+fn salvage_of_a_fixture_cut_at_every_step() {
+    let bytes = decompressed("two-disks.vma.zst");
+    let truth = fixture_content(&bytes);
+    let header_size = 12_800;
+    let mut last_lost = u64::MAX;
+    for at in (header_size..bytes.len()).step_by(STEP) {
+        let (content, losses) = salvaged(as_file(&bytes[..at]));
+        let lost = assert_restored(&format!("cut at {at}"), &content, &losses, &truth);
+        assert!(lost > 0 && lost <= last_lost, "a longer part restores at least as much");
+        last_lost = lost;
+    }
+}
+
+#[test]
+fn salvage_of_a_fixture_overwritten_at_every_step() {
+    let bytes = decompressed("two-disks.vma.zst");
+    let truth = fixture_content(&bytes);
+    let extents = extent_ranges(&bytes);
+    let mut restored_by_resync = 0;
+    for at in (12_800..bytes.len()).step_by(STEP) {
+        let hit = at..bytes.len().min(at + STEP);
+        let mut damaged = bytes.clone();
+        damaged[hit.clone()].fill(0xd7);
+        // Data has no checksum: what is overwritten there comes out as it stands.
+        let header_hit = extents.iter().any(|e| hit.start < e.start + 512 && e.start < hit.end);
+        let mut truth = truth.clone();
+        overwrite_truth(&bytes, &extents, &hit, &mut truth);
+        let (content, losses) = salvaged(as_file(&damaged));
+        let lost = assert_restored(&format!("overwritten at {at}"), &content, &losses, &truth);
+        assert_eq!(lost > 0, header_hit, "overwritten at {at}");
+        restored_by_resync += u64::from(header_hit && lost < truth.values().map(|d| d.len() as u64).sum());
+    }
+    assert!(restored_by_resync > 0);
+}
+
+/// Puts the overwriting into the guest's bytes, for sub-blocks that `hit` touches.
+fn overwrite_truth(bytes: &[u8], extents: &[Range<usize>], hit: &Range<usize>, truth: &mut Content) {
+    for range in extents {
+        let mut at = range.start + 512;
+        for info in bytes[range.start + 40..range.start + 512].chunks_exact(8) {
+            let mask = u16::from_be_bytes([info[0], info[1]]);
+            let cluster = u32::from_be_bytes([info[4], info[5], info[6], info[7]]) as usize;
+            for block in (0..16).filter(|block| info[3] != 0 && mask >> block & 1 == 1) {
+                let guest = cluster * CLUSTER as usize + block * STEP;
+                let device = truth.get_mut(&u32::from(info[3])).unwrap();
+                let overlap = at.max(hit.start)..(at + STEP).min(hit.end);
+                for position in overlap {
+                    if let Some(byte) = device.get_mut(guest + (position - at)) {
+                        *byte = 0xd7;
+                    }
+                }
+                at += STEP;
+            }
+        }
+    }
+}
+
+/// A file of which a part can't be read, as on a failing disk.
+struct BadSectors {
+    bytes: Vec<u8>,
+    bad: Range<u64>,
+}
+
+impl ReadAt for BadSectors {
+    fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
+        if position < self.bad.end && self.bad.start < position + buf.len() as u64 {
+            return Err(io::Error::from_raw_os_error(5));
+        }
+        let start = position as usize;
+        buf.copy_from_slice(&self.bytes[start..start + buf.len()]);
+        Ok(())
+    }
+
+    fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+}
+
+#[test]
+fn salvage_reads_around_bad_sectors() {
+    let (bytes, truth, _) = archive();
+    let total: u64 = truth.values().map(|device| device.len() as u64).sum();
+    for at in (16_384..bytes.len() as u64).step_by(STEP) {
+        let file = BadSectors { bytes: bytes.clone(), bad: at..at + 512 };
+        let (content, losses) = salvaged(Input::from_read_at("bad.vma", Arc::new(file)));
+        let lost = assert_restored(&format!("bad sector at {at}"), &content, &losses, &truth);
+        assert!(lost > 0 && lost < total / 2, "bad sector at {at}: {lost} of {total} lost");
+    }
+}
+
+/// A stream that breaks, as a decompressor does on a damaged frame.
+struct Breaking(io::Cursor<Vec<u8>>);
+
+impl Read for Breaking {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self.0.read(buf)? {
+            0 => Err(io::Error::new(io::ErrorKind::InvalidData, "the zstd stream is damaged")),
+            count => Ok(count),
+        }
+    }
+}
+
+#[test]
+fn salvage_keeps_what_came_before_a_stream_broke() {
+    let (bytes, truth, _) = archive();
+    for at in (12_800..bytes.len()).step_by(STEP) {
+        let input =
+            Input::from_stream("-", Box::new(Breaking(io::Cursor::new(bytes[..at].to_vec())))).unwrap();
+        let (content, losses) = salvaged(input);
+        let (cut, cut_losses) = salvaged(as_stream(&bytes[..at]));
+        assert!(content == cut, "broken at {at}");
+        assert_eq!(losses.len(), cut_losses.len(), "broken at {at}");
+        assert_restored(&format!("broken at {at}"), &content, &losses, &truth);
+        let input =
+            Input::from_stream("-", Box::new(Breaking(io::Cursor::new(bytes[..at].to_vec())))).unwrap();
+        read(input, &OpenOptions::default()).unwrap_err();
+    }
+}
+
+#[test]
+fn salvage_of_a_broken_zstd_frame() {
+    let whole = std::fs::read(fixture("two-disks.vma.zst")).unwrap();
+    let truth = fixture_content(&decompressed("two-disks.vma.zst"));
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("cut.vma.zst");
+    let mut best = u64::MAX;
+    for percent in [30, 60, 90, 99] {
+        std::fs::write(&path, &whole[..whole.len() * percent / 100]).unwrap();
+        read(Input::open(&path).unwrap(), &OpenOptions::default()).unwrap_err();
+        let (content, losses) = salvaged(Input::open(&path).unwrap());
+        let lost = assert_restored(&format!("{percent} percent"), &content, &losses, &truth);
+        assert!(lost > 0 && lost <= best);
+        best = lost;
+    }
+    assert!(best < 3_000_000, "{best} bytes are lost of a frame that is nearly whole");
+}
+
+#[test]
+fn the_first_copy_of_a_doubled_cluster_is_kept_and_listed() {
+    let slots = [slot(1, 0, 1), slot(1, 1, 1)];
+    let archive = ArchiveBuilder::new()
+        .device(1, "a", 3 * CLUSTER)
+        .extents(&slots, 59)
+        .extent(extent(&[slot(1, 1, 0xffff)]))
+        .build();
+    let (content, losses) = salvaged(as_file(&archive));
+    assert!(content[&1] == guest_content(1, 3 * CLUSTER, &slots));
+    let listed: Vec<Range<u64>> = losses.iter().map(|loss| loss.guest.clone()).collect();
+    assert_eq!(listed, [CLUSTER..2 * CLUSTER, 2 * CLUSTER..3 * CLUSTER]);
+    assert!(losses[0].reason.contains("more than once"));
+}
+
+#[test]
+fn salvage_needs_the_header() {
+    let (mut bytes, _, _) = archive();
+    bytes[5000] ^= 1;
+    let error = VmaSource::open(as_file(&bytes), &salvage()).err().unwrap();
+    assert_eq!(error.message(), "wrong vma header checksum");
+}
+
+#[test]
+fn check_names_every_fault() {
+    let sound = ArchiveBuilder::new().device(1, "a", 4 * CLUSTER).device(2, "b", CLUSTER);
+    let mut bad_uuid = extent(&[slot(1, 3, 1)]);
+    bad_uuid.uuid = [7; 16];
+    let archive = sound
+        .extent(extent(&[slot(1, 0, 1), slot(1, 1, 0)]))
+        .extent(bad_uuid)
+        .extent(extent(&[slot(1, 1, 3), slot(9, 0, 0), slot(2, 5000, 1)]))
+        .build();
+    let report = VmaDriver.check(as_file(&archive), &OpenOptions::default()).unwrap();
+    let findings = report.findings.join("\n");
+    for finding in [
+        "file offset 17408: wrong vma extent uuid",
+        "found duplicated cluster 1 for stream a (device a, guest bytes 65536..131072, file offset 22016)",
+        "got wrong dev id 9 (file offset 22016)",
+        "got wrong block address - write beyond end (device b",
+        "clusters 2..4 of 4 are missing (device a)",
+        "clusters 0..1 of 1 are missing (device b)",
+    ] {
+        assert!(findings.contains(finding), "{finding} is not among\n{findings}");
+    }
+    assert_eq!(report.corruptions, 6, "{findings}");
+    let (bytes, _, _) = self::archive();
+    let clean = VmaDriver.check(as_stream(&bytes), &OpenOptions::default()).unwrap();
+    assert_eq!((clean.corruptions, clean.total_clusters), (0, Some(31)));
+    assert_eq!(clean.image_end_offset, Some(bytes.len() as u64));
+}
