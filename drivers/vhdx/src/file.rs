@@ -216,9 +216,9 @@ impl ReplayedFile {
 
 /// Bytes of a piece of a table (BAT, sector bitmap) that is kept in memory.
 pub(crate) const TABLE_PAGE_LEN: u64 = 64 << 10;
-/// Pages kept: 16 MiB. Ours: the BAT of 64 TiB in blocks of 32 MiB, and that of any image that is
-/// read in order.
-const CACHED_PAGES: usize = 256;
+/// Pages kept: 4 MiB, for each image of a chain. Ours: the BAT of 16 TiB in blocks of 32 MiB, and the
+/// part in use of any image that is read in order.
+const CACHED_PAGES: usize = 64;
 
 /// A piece of a table.
 #[derive(Clone)]

@@ -67,7 +67,8 @@ pub(crate) fn replay(input: &RandomInput, header: &Header) -> Result<Replay> {
         )))
         .hint(NOT_REPLAYABLE)
     })?;
-    apply(&ring, &entries, &active).map_err(at)
+    drop(entries);
+    apply(&ring, &active).map_err(at)
 }
 
 /// The log as a ring of bytes.
@@ -109,7 +110,15 @@ impl Ring<'_> {
 }
 
 /// Valid entries by their position in the log.
-type Entries = BTreeMap<u64, EntryHeader>;
+type Entries = BTreeMap<u64, Link>;
+
+/// What of an entry says how it hangs together with others: a log of 4 GiB holds a million.
+#[derive(Debug, Clone, Copy)]
+struct Link {
+    entry_length: u32,
+    tail: u32,
+    sequence_number: u64,
+}
 
 fn valid_entries(ring: &Ring<'_>, header: &Header) -> Result<Entries> {
     let mut entries = Entries::new();
@@ -132,7 +141,8 @@ fn valid_entries(ring: &Ring<'_>, header: &Header) -> Result<Entries> {
                     .at(ring.offset + entry_at)
             })?;
             if ring.checksum(entry_at, entry.entry_length.into())? == entry.checksum {
-                entries.insert(entry_at, entry);
+                let EntryHeader { entry_length, tail, sequence_number, .. } = entry;
+                entries.insert(entry_at, Link { entry_length, tail, sequence_number });
             }
         }
         position += len;
@@ -197,10 +207,13 @@ fn active_sequence(entries: &Entries, log_length: u64) -> Option<Vec<u64>> {
     Some(sequence)
 }
 
-fn apply(ring: &Ring<'_>, entries: &Entries, sequence: &[u64]) -> Result<Replay> {
+fn apply(ring: &Ring<'_>, sequence: &[u64]) -> Result<Replay> {
     let mut replay = Replay { overlay: Overlay::default(), least_len: 0, entries: sequence.len() };
     for position in sequence {
-        let Some(entry) = entries.get(position) else { continue };
+        let mut header = [0; ENTRY_HEADER_LEN as usize];
+        ring.read(&mut header, *position)?;
+        let entry = EntryHeader::decode(&header)
+            .ok_or_else(|| Error::corrupt("a log entry changed while it was read"))?;
         if entry.flushed_file_offset > ring.input.len() {
             return Err(Error::corrupt(format!(
                 "the file has {} bytes, but had {} when its log was written",
@@ -215,7 +228,7 @@ fn apply(ring: &Ring<'_>, entries: &Entries, sequence: &[u64]) -> Result<Replay>
                 entry.last_file_offset
             )));
         }
-        apply_entry(ring, *position, entry, &mut replay.overlay)
+        apply_entry(ring, *position, &entry, &mut replay.overlay)
             .map_err(|e| e.path(ring.input.path()).at(ring.offset + position).hint(NOT_REPLAYABLE))?;
         replay.least_len = entry.last_file_offset;
     }
@@ -224,13 +237,16 @@ fn apply(ring: &Ring<'_>, entries: &Entries, sequence: &[u64]) -> Result<Replay>
 
 fn apply_entry(ring: &Ring<'_>, position: u64, entry: &EntryHeader, overlay: &mut Overlay) -> Result<()> {
     let number = entry.sequence_number;
-    let mut descriptors = vec![0; (entry.descriptor_sectors() * LOG_SECTOR) as usize];
-    ring.read(&mut descriptors, position)?;
     let mut data_sector = entry.descriptor_sectors() * LOG_SECTOR;
-    let mut sector = vec![0; LOG_SECTOR as usize];
+    let (mut descriptors, mut sector) = (vec![0; LOG_SECTOR as usize], vec![0; LOG_SECTOR as usize]);
+    ring.read(&mut descriptors, position)?;
     for index in 0..u64::from(entry.descriptor_count) {
-        let start = (ENTRY_HEADER_LEN + index * DESCRIPTOR_LEN) as usize;
-        let bytes = descriptors.get(start..start + DESCRIPTOR_LEN as usize).unwrap_or(&[]);
+        let start = ENTRY_HEADER_LEN + index * DESCRIPTOR_LEN;
+        if start.is_multiple_of(LOG_SECTOR) {
+            ring.read(&mut descriptors, position + start)?;
+        }
+        let in_sector = (start % LOG_SECTOR) as usize;
+        let bytes = &descriptors[in_sector..in_sector + DESCRIPTOR_LEN as usize];
         match Descriptor::decode(bytes, number) {
             Some(Descriptor::Zero { file_offset, len }) => {
                 overlay.zero(Range { start: file_offset, end: file_offset + len })?;

@@ -36,6 +36,10 @@ const HAS_PARENT: u32 = 2;
 /// Parent locators of this type have the keys of section 2.6.2.6.3.
 const VHDX_LOCATOR: Uuid = Uuid::from_u128(0xB04A_EFB7_D19E_4A81_B789_25B8_E944_5913);
 
+/// Most keys of a parent locator. Ours: the specification has five; texts may overlap, so that the
+/// length of the item bounds nothing.
+const MAX_LOCATOR_KEYS: u16 = 64;
+
 /// VHDX_METADATA_TABLE_HEADER (section 2.6.1.1).
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -337,6 +341,11 @@ pub(crate) fn decode_parent_locator(item: &[u8]) -> Result<Vec<(String, String)>
         return Err(MetadataFault::Unsupported(format!("the parent locator is of the unknown type {kind}")));
     }
     let count = header.key_value_count.get();
+    if count > MAX_LOCATOR_KEYS {
+        return malformed(format!(
+            "the parent locator has {count} keys, at most {MAX_LOCATOR_KEYS} are read"
+        ));
+    }
     let Ok((entries, _)) = <[RawLocatorEntry]>::ref_from_prefix_with_elems(rest, count.into()) else {
         return malformed(format!("the parent locator has {count} entries in {} bytes", item.len()));
     };

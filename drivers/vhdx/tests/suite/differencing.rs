@@ -235,6 +235,9 @@ fn parents_that_cannot_be_named_are_rejected() {
         open(&[("parent_linkage", &link), ("relative_path", r".\child.vhdx")]).contains("back to itself")
     );
     assert!(open(&[("parent_linkage", &link), ("relative_path", r".\none.vhdx")]).contains("none.vhdx"));
+    // Two thousand keys over the same text would fill memory.
+    assert!(open(&vec![("k", "v"); 2000]).contains("2000 keys"));
+    assert!(open(&[("k", "v"), ("k", "w")]).contains("twice"));
 }
 
 #[test]
