@@ -180,3 +180,18 @@ fn a_cut_qcow2_or_vhdx_is_an_error() {
         }
     }
 }
+
+#[test]
+fn salvage_keeps_what_is_whole_lists_what_is_lost_and_exits_3() {
+    let dir = tempdir();
+    let built = proven(dir.path(), &healthy());
+    let source = dir.path().join("cut.vma");
+    // The first extent survives: clusters 0..4 of the first disk.
+    std::fs::write(&source, &built.bytes[..built.extents[1] + 100]).unwrap();
+    let (raw, out) = (dir.path().join("first.raw"), dir.path().join("out"));
+    Image::hole("first", 9 * 65_536 + 512).with(4096, images::noise(1, 4096)).write_raw(&raw);
+    let run = imgtool(["convert", "--salvage", text(&source), "--to", "raw", text(&out)]).go().exits(3);
+    let said = run.text() + &run.stderr;
+    assert!(said.contains("drive-scsi0") && said.contains("drive-scsi1"), "{said}");
+    crate::support::assert_same(&raw, &out.join("drive-scsi0.raw"), "what is whole");
+}

@@ -19,4 +19,6 @@ mod matrix;
 mod real;
 mod refusals;
 mod streams;
+mod targets;
 mod threads;
+mod verbs;

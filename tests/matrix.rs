@@ -249,6 +249,12 @@ fn an_archive_repacked_keeps_devices_configurations_and_vmstate() {
     }
 }
 
+/// The images that tell most, where there are many options to try with each.
+fn telling() -> impl Iterator<Item = Image> {
+    let names = ["every-mask", "prose-and-holes", "prime", "1-byte", "zeros-written"];
+    images::all().into_iter().filter(move |image| names.contains(&image.name))
+}
+
 #[test]
 fn every_qcow2_that_qemu_makes_is_read() {
     require!("qemu-img");
@@ -269,7 +275,7 @@ fn every_qcow2_that_qemu_makes_is_read() {
         "-c compression_type=zstd",
         "-c compression_type=zstd,cluster_size=2M",
     ];
-    for image in images::all().into_iter().filter(|image| image.size < 64 << 20) {
+    for image in telling() {
         let raw = dir.path().join("x.raw");
         image.write_raw(&raw);
         for option in options {
@@ -296,7 +302,7 @@ fn every_qcow2_option_makes_an_image_that_qemu_reads() {
         &["--compress=zstd", "-o", "cluster_size=2M"],
         &["-c", "-o", "compat=0.10"],
     ];
-    for image in images::all().into_iter().filter(|image| image.size < 64 << 20) {
+    for image in telling() {
         let (raw, out) = (dir.path().join("x.raw"), dir.path().join("out.qcow2"));
         image.write_raw(&raw);
         for option in options {

@@ -61,6 +61,23 @@ fn a_backing_file_that_looks_like_a_secret_is_not_opened() {
 }
 
 #[test]
+fn a_backing_file_that_is_allowed_is_read() {
+    require!("qemu-img");
+    let dir = with_base();
+    qemu_img(dir.path(), "create -q -f qcow2 -F raw -b base.raw overlay.qcow2 2M");
+    let line = ["-c", "write -q -P 7 300k 200k", "overlay.qcow2"];
+    let status = Command::new("qemu-io").args(line).current_dir(dir.path()).status();
+    assert!(status.is_ok_and(|status| status.success()));
+    qemu_img(dir.path(), "convert -O raw overlay.qcow2 wanted.raw");
+    for allowed in ["chain", "base.raw"] {
+        let line =
+            ["convert", "--force", "--allow-external", allowed, "overlay.qcow2", "--to", "raw", "out.raw"];
+        imgtool(line).within(dir.path()).ok();
+        crate::support::assert_same(&dir.path().join("wanted.raw"), &dir.path().join("out.raw"), allowed);
+    }
+}
+
+#[test]
 fn an_external_data_file_is_not_opened() {
     require!("qemu-img");
     let dir = with_base();
