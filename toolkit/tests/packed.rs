@@ -9,6 +9,7 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use imgtool_toolkit::conformance::{self as laws, Content, Fill, Image, MemorySource, Order, Pipe};
 use imgtool_toolkit::storage::ReadAt;
@@ -371,6 +372,52 @@ fn a_frame_that_many_want_is_decoded_once() {
     let read = memory.read.load(Ordering::Relaxed);
     // All frames once, and the heads that were wanted before their frame was there.
     assert!(read <= bytes.len() as u64 + 7 * 4 * 2048, "{read} of {} bytes", bytes.len());
+}
+
+#[test]
+fn readers_that_go_on_together_decode_in_parallel() {
+    /// Takes 20 ms for a frame, and counts how many are read at once.
+    struct Slow {
+        inner: Arc<dyn ReadAt>,
+        now: AtomicU64,
+        most: AtomicU64,
+    }
+    impl ReadAt for Slow {
+        fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
+            let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
+            self.most.fetch_max(now, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(20));
+            self.now.fetch_sub(1, Ordering::SeqCst);
+            self.inner.read_exact_at(buf, position)
+        }
+        fn len(&self) -> u64 {
+            self.inner.len()
+        }
+    }
+    let image = Image::disk("text", 64 * MIB, Content::zero().with(0..64 * MIB, Fill::Checker(8192)));
+    let (memory, _) = counted(&packed(&image, PACKINGS[1], 2));
+    let slow = Arc::new(Slow { inner: memory, now: AtomicU64::new(0), most: AtomicU64::new(0) });
+    let source: Arc<dyn ReadAt> = slow.clone();
+    let view = open_seekable(Compression::Zstd, &source).unwrap();
+    let expected = bytes_of(&image);
+    let next = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let mut piece = vec![0; 256 << 10];
+                loop {
+                    let start = next.fetch_add(256 << 10, Ordering::Relaxed);
+                    if start >= 64 * MIB {
+                        break;
+                    }
+                    view.read_exact_at(&mut piece, start).unwrap();
+                    assert!(piece == expected[start as usize..][..piece.len()]);
+                }
+            });
+        }
+    });
+    // All of them read the same frame or the next one: without decoding ahead there is one at a time.
+    assert!(slow.most.load(Ordering::SeqCst) >= 3, "{} frames at once", slow.most.load(Ordering::SeqCst));
 }
 
 #[test]

@@ -28,6 +28,9 @@ const HEAD_LEN: usize = 512;
 /// Frames up to this length are always decoded whole: two blocks of zstd.
 const SHORT_FRAME_LEN: u32 = 256 << 10;
 
+/// How far ahead of what they wait for readers decode. Ours: as many frames as are held.
+const MAX_AHEAD: usize = 16;
+
 /// Bytes read of a frame whose start is wanted, at first and then.
 const HEAD_STEPS: [usize; 2] = [2 << 10, 64 << 10];
 
@@ -93,19 +96,48 @@ impl SeekableZstd {
     fn content(&self, frame: &Frame, only_if_held: bool) -> io::Result<Option<Arc<Buffer>>> {
         let mut cache = lock(&self.cache);
         loop {
-            if let Some(slot) = cache.slots.get(&frame.number) {
-                if let Slot::Decoded(content) = slot {
+            match cache.slots.get(&frame.number) {
+                Some(Slot::Decoded(content)) => {
                     let content = Arc::clone(content);
                     cache.used(frame.number);
                     return Ok(Some(content));
                 }
-            } else if only_if_held {
-                return Ok(None);
-            } else if cache.make_room(u64::from(frame.plain_len)) {
-                break;
+                Some(Slot::InWork) => {
+                    // Those who read on together would wait for each frame together: who waits
+                    // decodes what comes next instead.
+                    if let Some(next) = self.next_idle(&mut cache, frame) {
+                        // An error in it is for whoever asks for it.
+                        let _ = self.decode_into_cache(cache, &next);
+                        cache = lock(&self.cache);
+                        continue;
+                    }
+                }
+                None if only_if_held => return Ok(None),
+                None => {
+                    if cache.make_room(u64::from(frame.plain_len)) {
+                        return self.decode_into_cache(cache, frame).map(Some);
+                    }
+                }
             }
             cache = self.changed.wait(cache).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// The first frame after `frame` that is neither decoded nor in work, if it is near and there is
+    /// room for it beside what is held.
+    fn next_idle(&self, cache: &mut Cache, frame: &Frame) -> Option<Frame> {
+        let mut next = *frame;
+        for _ in 0..MAX_AHEAD {
+            next = self.table.find(next.plain_at + u64::from(next.plain_len))?;
+            if !cache.slots.contains_key(&next.number) {
+                return cache.make_room(u64::from(next.plain_len)).then_some(next);
+            }
+        }
+        None
+    }
+
+    /// Decodes a frame that nobody has in work, for which there is room.
+    fn decode_into_cache(&self, mut cache: MutexGuard<'_, Cache>, frame: &Frame) -> io::Result<Arc<Buffer>> {
         cache.slots.insert(frame.number, Slot::InWork);
         cache.held += u64::from(frame.plain_len);
         drop(cache);
@@ -114,7 +146,7 @@ impl SeekableZstd {
         self.with_context(|context| self.decode(context, frame, &mut content))?;
         let content = Arc::new(content);
         work.content = Some(Arc::clone(&content));
-        Ok(Some(content))
+        Ok(content)
     }
 
     /// Decodes all of a frame.
