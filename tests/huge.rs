@@ -108,3 +108,51 @@ fn zeros_that_were_written_become_holes() {
         assert!(occupied(&out) < 5 << 20, "{format}: {} bytes are occupied", occupied(&out));
     }
 }
+
+/// Converts a large raw image that repeats itself from afar, and measures.
+fn peak_memory(arguments: &[&str], source: impl FnOnce(&std::path::Path) -> std::path::PathBuf) -> u64 {
+    let dir = tempdir();
+    let raw = dir.path().join("disk.raw");
+    let far = images::noise(1, 90 << 20);
+    let size = 3 * far.len() as u64;
+    let mut image = Image::hole("far", size);
+    for round in 0..3 {
+        image = image.with(round * far.len() as u64, far.clone());
+    }
+    image.write_raw(&raw);
+    let source = source(&raw);
+    let out = dir.path().join("out");
+    let run = imgtool(["convert", "--threads", "16", "-f", "raw", text(&source), text(&out)]);
+    let run = run.args(arguments).measured().ok();
+    let back = dir.path().join("back");
+    imgtool(["convert", text(&out), "--to", "raw", text(&back)]).ok();
+    assert_same(&raw, &back, "the content");
+    run.peak_memory
+}
+
+#[test]
+fn a_zstd_stream_with_a_long_window_stays_within_memory() {
+    require!("zstd");
+    let peak = peak_memory(&["--to", "qcow2"], |raw| {
+        let packed = raw.with_extension("raw.zst");
+        // From standard input zstd can't know the length, so the header asks for the whole window.
+        let command = format!("zstd -q -1 --long=27 < '{}' > '{}'", text(raw), text(&packed));
+        oracles::run("sh", &["-c", &command]);
+        packed
+    });
+    assert!(peak > 100 << 20, "the window was not used: {peak} bytes");
+    assert!(peak <= MEMORY_LIMIT, "{peak} bytes");
+}
+
+#[test]
+fn many_threads_with_large_clusters_stay_within_memory() {
+    for arguments in [
+        &["--to", "qcow2", "-o", "cluster_size=2M", "--compress=zstd"][..],
+        &["--to", "qcow2", "-o", "cluster_size=2M", "--compress=zlib:1"],
+        &["--to", "vma"],
+        &["--to", "vhdx", "-o", "block_size=256M"],
+    ] {
+        let peak = peak_memory(arguments, std::path::Path::to_owned);
+        assert!(peak <= MEMORY_LIMIT, "{arguments:?}: {peak} bytes");
+    }
+}
