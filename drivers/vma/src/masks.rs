@@ -53,10 +53,13 @@ impl ExtentMap {
     }
 }
 
+/// An extent's offset in the file, and its map.
+type Kept = (u64, Arc<ExtentMap>);
+
 /// The extents that were needed last.
 pub(crate) struct MaskCache {
     uuid: [u8; 16],
-    kept: Vec<Mutex<Option<(u64, Arc<ExtentMap>)>>>,
+    kept: Vec<Mutex<Option<Kept>>>,
 }
 
 impl MaskCache {

@@ -1,9 +1,11 @@
 //! Restoring what is whole of a damaged archive.
 //!
 //! A cluster is restored when its extent's header is right and all its sub-blocks are there and can
-//! be read; the first whole copy counts. What is missing at the end is handed out as zeros and
-//! listed. Data has no checksum in this format: damage inside data that leaves its length alone
-//! can't be seen.
+//! be read; the first whole copy counts. When an extent is followed by neither another one, nor the
+//! remains of one, nor the end of the archive, then the fault may have begun in its data, and nothing
+//! of it is taken. Where the input ends within an extent it is taken for cut: what comes before
+//! counts. What is missing at the end is handed out as zeros and listed. Data has no checksum
+//! in this format: damage inside data that leaves its length alone can't be seen.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,7 +14,7 @@ use imgtool_toolkit::{BufferPool, DeviceId, Input, Loss, Piece, Result, Sequenti
 use roaring::RoaringBitmap;
 
 use crate::header::ArchiveHeader;
-use crate::layout::{CLUSTER, EXTENT_HEADER};
+use crate::layout::{CLUSTER, EXTENT_HEADER, SUB_BLOCK};
 use crate::scan::{Found, FoundExtent, Scanner, Window};
 use crate::stream::{group_at, piece, stored_ranges};
 use crate::tracker::{Placed, Tracker};
@@ -111,10 +113,14 @@ impl Salvage {
             self.faults.add(found.file_offset, "the masks do not fit the number of sub-blocks");
             return;
         }
+        if !found.ends_well && !self.would_complete(found) {
+            self.faults.add(found.file_offset, "the extent is not followed by another");
+            return;
+        }
         let data = found.file_offset + EXTENT_HEADER as u64;
         let mut before = 0;
         for (number, slot) in found.header.slots.iter().enumerate() {
-            let stored = before..before + u64::from(slot.stored()) * crate::layout::SUB_BLOCK;
+            let stored = before..before + u64::from(slot.stored()) * SUB_BLOCK;
             before = stored.end;
             let file = data + stored.start..data + stored.end;
             if slot.dev_id == 0 {
@@ -137,6 +143,12 @@ impl Salvage {
         }
     }
 
+    /// Whether the archive is complete with this extent: what stands behind it then does not matter.
+    fn would_complete(&self, found: &FoundExtent) -> bool {
+        let used = found.header.slots.iter().filter(|slot| slot.dev_id != 0).count() as u64;
+        self.tracker.missing_count() <= used
+    }
+
     /// A cluster came again: which copy is right can't be known.
     fn doubt(&mut self, device: DeviceId, cluster: u32) {
         let index = self.header.devices.iter().position(|known| known.id == device);
@@ -148,7 +160,7 @@ impl Salvage {
     }
 
     /// The next piece of the current extent.
-    fn from_extent(&mut self, pool: &BufferPool) -> Option<Piece> {
+    fn next_whole(&mut self, pool: &BufferPool) -> Option<Piece> {
         let slots: Vec<Placed> = self.whole.iter().map(|(placed, _)| *placed).collect();
         let group = group_at(&slots, self.next_slot);
         let (first, _) = *self.whole.get(group.start)?;
@@ -172,7 +184,7 @@ impl Salvage {
     }
 
     /// The next piece of zeros for what did not come.
-    fn from_gaps(&mut self) -> Option<Piece> {
+    fn next_gap(&mut self) -> Option<Piece> {
         loop {
             let filling = self.filling.get_or_insert(Filling { device: 0, from: 0, zeros: 0..0 });
             let device = self.header.devices.get(filling.device)?;
@@ -223,7 +235,7 @@ impl Salvage {
 impl SequentialAccess for Salvage {
     fn next_piece(&mut self, pool: &BufferPool) -> Result<Option<Piece>> {
         while self.filling.is_none() {
-            if let Some(piece) = self.from_extent(pool) {
+            if let Some(piece) = self.next_whole(pool) {
                 return Ok(Some(piece));
             }
             self.whole.clear();
@@ -233,7 +245,7 @@ impl SequentialAccess for Salvage {
                 Found::End => break,
             }
         }
-        Ok(self.from_gaps())
+        Ok(self.next_gap())
     }
 }
 

@@ -1,9 +1,10 @@
 //! Looks for extents in an archive of which nothing is certain.
 //!
 //! The bytes pass through a window that holds the current extent and the header that must follow
-//! it. An extent is taken for whole only when the next header is where it should be, or the input
-//! ends there, or nothing that begins inside it shows that bytes are missing. After a fault the
-//! search goes on byte by byte until a header has magic number, UUID and MD5 right.
+//! it. A header that begins inside an extent shows that bytes are missing, and what stands behind an
+//! extent shows whether it is whole: the next header, what a small fault left of it, or the end of
+//! the input. After a fault the search goes on byte by byte until a header has magic number, UUID and
+//! MD5 right.
 
 use std::ops::Range;
 
@@ -169,7 +170,7 @@ fn read_around_errors(input: &RandomInput, buf: &mut [u8], position: u64, bad: &
 /// What the scanner came across.
 pub(crate) enum Found {
     /// An extent whose header is right.
-    Extent(FoundExtent),
+    Extent(Box<FoundExtent>),
     /// Bytes that are no extent, and why not.
     Fault { file: Range<u64>, message: String },
     /// The end of the input.
@@ -184,6 +185,9 @@ pub(crate) struct FoundExtent {
     pub(crate) usable: u64,
     /// Why not all of its data is usable.
     pub(crate) fault: Option<String>,
+    /// Behind it stands what should. Otherwise a fault that begins somewhere in its data may reach
+    /// over its end.
+    pub(crate) ends_well: bool,
 }
 
 /// Goes through an archive and skips what is damaged.
@@ -213,7 +217,7 @@ impl Scanner {
             return self.end(at);
         }
         let fault = match self.header_at(at, got) {
-            Ok(header) => return Found::Extent(self.judge(header, at)),
+            Ok(header) => return Found::Extent(Box::new(self.judge(header, at))),
             Err(message) => message,
         };
         self.position = self.search(at + 1);
@@ -252,24 +256,40 @@ impl Scanner {
         let data = at + EXTENT_HEADER as u64;
         let there = self.window.ensure(at, needed + EXTENT_HEADER);
         let next = at + needed as u64;
-        let behind = there.saturating_sub(needed);
-        let ends_well = there == needed && self.window.broken.is_none()
-            || behind == EXTENT_HEADER && self.header_at(next, behind).is_ok();
-        let inner = if ends_well { None } else { self.find(data..next.min(at + there as u64)) };
-        let short = || format!("short vma extent ({} < {needed})", there.min(needed));
-        let (usable, fault, position) = match inner {
-            Some(inner) => {
-                let fault =
-                    format!("bytes are missing: the next extent begins {} bytes too early", next - inner);
-                (0, Some(fault), inner)
-            }
-            None if there < needed => {
-                (there.saturating_sub(EXTENT_HEADER) as u64, Some(short()), at + there as u64)
-            }
-            None => (data_len, None, next),
-        };
-        self.position = position;
-        FoundExtent { header, file_offset: at, usable, fault }
+        let is_followed = there == needed + EXTENT_HEADER && self.header_at(next, EXTENT_HEADER).is_ok();
+        let inner = if is_followed { None } else { self.find(data..next.min(at + there as u64)) };
+        let mut found =
+            FoundExtent { header, file_offset: at, usable: data_len, fault: None, ends_well: true };
+        self.position = next;
+        if let Some(inner) = inner {
+            found.fault =
+                Some(format!("bytes are missing: the next extent begins {} bytes early", next - inner));
+            found.usable = 0;
+            self.position = inner;
+        } else if there < needed {
+            found.fault = Some(format!("short vma extent ({there} < {needed})"));
+            found.usable = there.saturating_sub(EXTENT_HEADER) as u64;
+            self.position = at + there as u64;
+        } else if !is_followed {
+            found.ends_well = self.is_like_header(next, there - needed);
+        }
+        found
+    }
+
+    /// Whether the `len` bytes at `at` may be what is left of a header, or can't be read.
+    fn is_like_header(&self, at: u64, len: usize) -> bool {
+        let mut usual = [0; 24];
+        usual[..4].copy_from_slice(&EXTENT_MAGIC);
+        usual[8..].copy_from_slice(&self.uuid);
+        // All but the number of sub-blocks is the same in every extent of an archive.
+        let fixed = (0..len.min(24)).filter(|index| !(6..8).contains(index));
+        let bytes = self.window.slice(at, len.min(24));
+        let (mut same, mut all) = (0, 0);
+        for index in fixed {
+            all += 1;
+            same += usize::from(bytes.get(index) == usual.get(index));
+        }
+        same * 4 >= all * 3 || !self.window.is_readable(&(at..at + len as u64))
     }
 
     /// The first valid header that begins in `range`, which is held.

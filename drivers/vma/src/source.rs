@@ -16,7 +16,7 @@ use crate::bytes::Cursor;
 use crate::facts;
 use crate::header::ArchiveHeader;
 use crate::index::{Index, MAX_RUNS, Run};
-use crate::layout::{CLUSTER, CLUSTERS_PER_EXTENT, SUB_BLOCK, SUB_BLOCKS_PER_CLUSTER};
+use crate::layout::{CLUSTER, CLUSTERS_PER_EXTENT, SUB_BLOCK};
 use crate::masks::MaskCache;
 use crate::salvage::Salvage;
 use crate::stream::ArchiveStream;
@@ -29,9 +29,9 @@ pub struct VmaSource {
 }
 
 enum Body {
-    Indexed(IndexedArchive),
-    Stream(ArchiveStream),
-    Salvage(Salvage),
+    Indexed(Box<IndexedArchive>),
+    Stream(Box<ArchiveStream>),
+    Salvage(Box<Salvage>),
 }
 
 impl VmaSource {
@@ -46,12 +46,12 @@ impl VmaSource {
     pub(crate) fn open_limited(input: Input, options: &OpenOptions, max_runs: usize) -> Result<Self> {
         if options.salvage {
             let (header, salvage) = Salvage::open(input)?;
-            return Ok(Self::new(header, Body::Salvage(salvage)));
+            return Ok(Self::new(header, Body::Salvage(Box::new(salvage))));
         }
         if input.is_stream() {
             let mut stream = input.into_stream()?;
             let header = Arc::new(ArchiveHeader::from_bytes(&mut stream)?);
-            let body = Body::Stream(ArchiveStream::new(stream, &header, options));
+            let body = Body::Stream(Box::new(ArchiveStream::new(stream, &header, options)));
             return Ok(Self::new(header, body));
         }
         let input = input.into_random()?;
@@ -59,13 +59,18 @@ impl VmaSource {
         match Index::build(&input, &header, options, max_runs)? {
             Some(index) => {
                 let masks = MaskCache::new(*header.uuid.as_bytes());
-                let body = Body::Indexed(IndexedArchive { header: Arc::clone(&header), input, index, masks });
+                let body = Body::Indexed(Box::new(IndexedArchive {
+                    header: Arc::clone(&header),
+                    input,
+                    index,
+                    masks,
+                }));
                 Ok(Self::new(header, body))
             }
             None => {
                 let mut stream = Cursor::new(input).into_stream()?;
                 let header = Arc::new(ArchiveHeader::from_bytes(&mut stream)?);
-                let body = Body::Stream(ArchiveStream::new(stream, &header, options));
+                let body = Body::Stream(Box::new(ArchiveStream::new(stream, &header, options)));
                 Ok(Self::new(header, body))
             }
         }
@@ -93,15 +98,15 @@ impl ImageSource for VmaSource {
 
     fn access(&mut self) -> Access<'_> {
         match &mut self.body {
-            Body::Indexed(archive) => Access::Random(archive),
-            Body::Stream(stream) => Access::Sequential(stream),
-            Body::Salvage(salvage) => Access::Sequential(salvage),
+            Body::Indexed(archive) => Access::Random(&**archive),
+            Body::Stream(stream) => Access::Sequential(&mut **stream),
+            Body::Salvage(salvage) => Access::Sequential(&mut **salvage),
         }
     }
 
     fn random(&self) -> Option<&dyn RandomAccess> {
         match &self.body {
-            Body::Indexed(archive) => Some(archive),
+            Body::Indexed(archive) => Some(&**archive),
             _ => None,
         }
     }
@@ -244,4 +249,79 @@ impl RandomAccess for IndexedArchive {
     }
 }
 
-const _: () = assert!(SUB_BLOCK * SUB_BLOCKS_PER_CLUSTER == CLUSTER);
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{ArchiveBuilder, Slot, guest_content, slot};
+    use imgtool_toolkit::BufferPool;
+
+    const SIZE: u64 = 200 * CLUSTER;
+
+    /// Every other cluster has data, and the order is as bad as can be.
+    fn scattered() -> (Vec<Slot>, Input) {
+        let slots: Vec<Slot> = (0..200)
+            .map(|cluster| slot(1, cluster * 7 % 200, if cluster % 3 == 0 { 0 } else { 0x0ff1 }))
+            .collect();
+        let archive = ArchiveBuilder::new().device(1, "a", SIZE).extents(&slots, 59).build();
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("a.vma");
+        std::fs::write(&path, archive).expect("write");
+        (slots, Input::open(&path).expect("open"))
+    }
+
+    #[test]
+    fn an_archive_too_scattered_to_be_indexed_is_read_in_one_pass() {
+        let (slots, input) = scattered();
+        let mut source = VmaSource::open_limited(input, &OpenOptions::default(), 100).expect("open");
+        assert!(source.random().is_none());
+        let Access::Sequential(stream) = source.access() else { panic!("read in one pass") };
+        let mut whole = vec![0; usize::try_from(SIZE).expect("small")];
+        let pool = BufferPool::new();
+        while let Some(piece) = stream.next_piece(&pool).expect("sound") {
+            if let Some(data) = &piece.data {
+                let start = usize::try_from(piece.start).expect("small");
+                whole[start..start + data.len()].copy_from_slice(data);
+            }
+        }
+        assert!(whole == guest_content(1, SIZE, &slots));
+    }
+
+    #[test]
+    fn stored_runs_are_located_in_the_file() {
+        let (slots, input) = scattered();
+        let source = VmaSource::open(input, &OpenOptions::default()).expect("open");
+        let random = source.random().expect("indexed");
+        let truth = guest_content(1, SIZE, &slots);
+        let device = DeviceId(1);
+        let mut located = 0;
+        for start in (0..SIZE).step_by(5000) {
+            let Some(found) = random.locate(device, start..SIZE) else {
+                assert_eq!(truth[start as usize], 0);
+                continue;
+            };
+            let mut bytes = vec![0; usize::try_from(found.len).expect("small")];
+            std::os::unix::fs::FileExt::read_exact_at(found.file, &mut bytes, found.file_offset)
+                .expect("read");
+            assert!(truth[start as usize..].starts_with(&bytes), "at {start}");
+            located += 1;
+        }
+        assert!(located > 100);
+    }
+
+    #[test]
+    fn a_file_that_changes_is_noticed() {
+        let slots = [slot(1, 0, 1), slot(1, 1, 1)];
+        let archive = ArchiveBuilder::new().device(1, "a", 2 * CLUSTER).extents(&slots, 59).build();
+        let file = tempfile::NamedTempFile::new().expect("tempfile");
+        std::fs::write(file.path(), &archive).expect("write");
+        let input = Input::open(file.path()).expect("open");
+        let source = VmaSource::open(input, &OpenOptions::default()).expect("open");
+        let mut changed = archive;
+        changed[12_800 + 47] ^= 1;
+        std::fs::write(file.path(), changed).expect("write");
+        let random = source.random().expect("indexed");
+        let error = random.read_at(DeviceId(1), &mut [0; 10], 0).expect_err("changed");
+        assert_eq!(error.message(), "the extent header has changed while the archive was being read");
+        assert_eq!((error.device_name(), error.file_offset()), (Some("a"), Some(12_800)));
+    }
+}

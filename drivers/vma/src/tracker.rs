@@ -174,6 +174,11 @@ impl Tracker {
         self.devices.iter().all(|device| device.come == device.clusters)
     }
 
+    /// Clusters that have not come.
+    pub(crate) fn missing_count(&self) -> u64 {
+        self.devices.iter().map(|device| device.clusters - device.come).sum()
+    }
+
     /// Refuses an archive in which a cluster is missing.
     pub(crate) fn check_complete(&self) -> Result<()> {
         let Some((device, first)) =

@@ -207,6 +207,8 @@ struct Refusal {
     device: Option<&'static str>,
 }
 
+// Builders are made for the call.
+#[allow(clippy::needless_pass_by_value)]
 fn refused(
     what: &'static str,
     builder: ArchiveBuilder,

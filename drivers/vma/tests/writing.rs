@@ -1,0 +1,361 @@
+//! Archives that we write: the header to the byte, what is refused, and what other readers make of
+//! them.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::{as_file, as_stream, fixture, read, sha256};
+use imgtool_toolkit::conformance::{self, Content, Fill, Image, Pipe, new_file};
+use imgtool_toolkit::{
+    Attachment, CreateOptions, Device, DeviceId, DeviceKind, Driver, ErrorKind, Input, Manifest, OpenOptions,
+    Result,
+};
+use imgtool_vma::layout::{CLUSTERS_PER_EXTENT, VMSTATE_NAME};
+use imgtool_vma::{ArchiveHeader, VmaDriver};
+use proptest::prelude::*;
+
+const CLUSTER: u64 = 65_536;
+
+fn options(pairs: &[(&str, &str)]) -> CreateOptions {
+    CreateOptions {
+        options: pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
+        ..CreateOptions::default()
+    }
+}
+
+/// The archive of an image, made in memory.
+fn archive(image: &Image, options: &CreateOptions) -> Vec<u8> {
+    let pipe = Pipe::default();
+    conformance::write(&VmaDriver, options, image, &pipe.output(), 2).unwrap();
+    pipe.bytes()
+}
+
+fn small() -> Image {
+    Image::disk("small", CLUSTER, Content::zero().with(0..1, Fill::Byte(1)))
+        .and_attachment("qemu-server.conf", b"memory: 512\n")
+}
+
+fn create(manifest: &Manifest) -> Result<()> {
+    VmaDriver.create(Pipe::default().output(), manifest, &CreateOptions::default()).map(|_| ())
+}
+
+#[test]
+fn the_header_is_laid_out_as_described() {
+    let uuid = "6ba7b810-9dad-41d1-80b4-00c04fd430c8";
+    let bytes = archive(&small(), &options(&[("uuid", uuid), ("ctime", "1795341838")]));
+    assert_eq!(&bytes[..8], b"VMA\0\0\0\0\x01");
+    assert_eq!(&bytes[8..16], &[0x6b, 0xa7, 0xb8, 0x10, 0x9d, 0xad, 0x41, 0xd1]);
+    assert_eq!(&bytes[24..32], &1_795_341_838u64.to_be_bytes());
+    // Blobs at 12288, 1 + 2 + 17 + 2 + 12 + 2 + 12 bytes of them, header padded to 12800.
+    assert_eq!(&bytes[48..60], &[0, 0, 0x30, 0, 0, 0, 0, 48, 0, 0, 0x32, 0]);
+    assert_eq!(&bytes[2044..2048], &[0, 0, 0, 1]);
+    assert_eq!(&bytes[3068..3072], &[0, 0, 0, 20]);
+    assert_eq!(&bytes[12_288..12_336], b"\0\x11\0qemu-server.conf\0\x0c\0memory: 512\n\x0c\0drive-scsi0\0");
+    assert_eq!(&bytes[4128..4144], &[0, 0, 0, 34, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0]);
+    // One extent: one sub-block of cluster 0 of device 1.
+    assert_eq!(&bytes[12_800..12_808], b"VMAE\0\0\0\x01");
+    assert_eq!(&bytes[12_808..12_816], &bytes[8..16]);
+    assert_eq!(&bytes[12_840..12_848], &[0, 1, 0, 1, 0, 0, 0, 0]);
+    assert_eq!(bytes.len(), 12_800 + 512 + 4096);
+}
+
+#[test]
+fn equal_input_gives_equal_bytes_and_other_input_another_uuid() {
+    let uuid = |image: &Image, options: &CreateOptions| {
+        ArchiveHeader::read(as_file(&archive(image, options))).unwrap().uuid
+    };
+    let plain = CreateOptions::default();
+    assert_eq!(archive(&small(), &plain), archive(&small(), &plain));
+    let first = uuid(&small(), &plain);
+    assert_eq!((first.get_version_num(), first.get_variant()), (8, uuid::Variant::RFC4122));
+    assert_ne!(first, uuid(&small().and_attachment("x", b""), &plain));
+    let dated = CreateOptions { source_date_epoch: Some(1), ..CreateOptions::default() };
+    assert_ne!(first, uuid(&small(), &dated));
+    assert_eq!(ArchiveHeader::read(as_file(&archive(&small(), &dated))).unwrap().ctime, 1);
+    assert_eq!(ArchiveHeader::read(as_file(&archive(&small(), &plain))).unwrap().ctime, 315_532_800);
+}
+
+#[test]
+fn all_zero_disks_cost_a_header_for_59_clusters() {
+    let image = Image::disk("1 GiB of nothing", 1 << 30, Content::zero());
+    let extents = 16_384u64.div_ceil(CLUSTERS_PER_EXTENT as u64);
+    assert_eq!(archive(&image, &CreateOptions::default()).len() as u64, 12_800 + 512 * extents);
+}
+
+#[test]
+fn sizes_are_rounded_up_to_sectors_with_a_note() {
+    let image = Image::disk("odd", 1000, Content::zero().with(0..1000, Fill::Byte(9)));
+    let sink =
+        VmaDriver.create(Pipe::default().output(), &image.manifest(), &CreateOptions::default()).unwrap();
+    assert_eq!(
+        sink.notes(),
+        ["device drive-scsi0: size rounded up from 1000 to 1024 bytes (whole sectors); the tail is zero"]
+    );
+    let content =
+        read(as_file(&archive(&image, &CreateOptions::default())), &OpenOptions::default()).unwrap();
+    assert_eq!(content[&1], [[9; 1000].as_slice(), &[0; 24]].concat());
+}
+
+#[test]
+fn archives_may_hold_configurations_alone() {
+    let manifest = Manifest {
+        attachments: vec![Attachment { name: "a/b/qemu-server.conf".to_owned(), data: b"x".to_vec() }],
+        ..Manifest::default()
+    };
+    for manifest in [manifest, Manifest::default()] {
+        let pipe = Pipe::default();
+        let sink = VmaDriver.create(pipe.output(), &manifest, &CreateOptions::default()).unwrap();
+        sink.begin().unwrap();
+        sink.finish().unwrap();
+        let header = ArchiveHeader::read(as_stream(&pipe.bytes())).unwrap();
+        assert_eq!(header.header_size, 12_800);
+        assert_eq!(header.configs.len(), manifest.attachments.len());
+        assert!(header.configs.iter().all(|config| config.name == "qemu-server.conf"));
+        read(as_file(&pipe.bytes()), &OpenOptions::default()).unwrap();
+    }
+}
+
+#[test]
+fn configuration_names_become_safe_and_unique() {
+    let image = small().and_attachment("x/qemu-server.conf", b"2").and_attachment("/etc/../z", b"");
+    let header = ArchiveHeader::read(as_file(&archive(&image, &CreateOptions::default()))).unwrap();
+    let names: Vec<&str> = header.configs.iter().map(|config| config.name.as_str()).collect();
+    assert_eq!(names, ["qemu-server.conf", "qemu-server.conf.2", "z"]);
+    for name in ["", ".", "..", "a/", "a/..", "x\ny", "a\\b", "a\0b"] {
+        let manifest = small().and_attachment(name, b"").manifest();
+        let error = create(&manifest).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Usage, "{name:?}");
+    }
+}
+
+#[test]
+fn what_other_readers_could_not_take_is_refused() {
+    let disk =
+        |name: &str, size| Manifest { devices: vec![Device::disk(0, name, size)], ..Manifest::default() };
+    for (manifest, message) in [
+        (disk("", 512), "the device name '' is empty"),
+        (disk("a b", 512), "the device name 'a b' has characters other than A-Z a-z 0-9 . _ -"),
+        (disk("../x", 512), "the device name '../x' has characters other than A-Z a-z 0-9 . _ -"),
+        (disk("ä", 512), "the device name 'ä' has characters other than A-Z a-z 0-9 . _ -"),
+        (disk("a", 0), "an archive can't hold a device of 0 bytes"),
+        (disk("a", (1 << 48) + 1), "device size 281474976710657 is above 281474976710656"),
+        (disk("a", u64::MAX), "device size 18446744073709551615 is above 281474976710656"),
+    ] {
+        assert_eq!(create(&manifest).unwrap_err().message(), message);
+    }
+    assert!(create(&disk(&"n".repeat(242), 1 << 48)).is_ok());
+    assert!(create(&disk(&"n".repeat(243), 512)).unwrap_err().message().contains("243 bytes long"));
+    let twice = Manifest {
+        devices: vec![Device::disk(0, "a", 512), Device::disk(1, "a", 512)],
+        ..Manifest::default()
+    };
+    assert_eq!(create(&twice).unwrap_err().message(), "two devices are called 'a'");
+    let many = |count: u32| Manifest {
+        devices: (0..count).map(|id| Device::disk(id, format!("d{id}"), 512)).collect(),
+        ..Manifest::default()
+    };
+    assert!(create(&many(254)).is_ok());
+    assert_eq!(create(&many(255)).unwrap_err().kind(), ErrorKind::LimitExceeded);
+    let open_ended = Manifest {
+        devices: vec![Device { open_ended: true, ..Device::disk(0, "a", 0) }],
+        ..Manifest::default()
+    };
+    assert_eq!(create(&open_ended).unwrap_err().kind(), ErrorKind::Unsupported);
+    let config = |count: usize, len: usize| Manifest {
+        attachments: (0..count).map(|n| Attachment { name: format!("c{n}"), data: vec![1; len] }).collect(),
+        ..Manifest::default()
+    };
+    assert!(create(&config(7, 65_535)).is_ok());
+    assert_eq!(create(&config(1, 65_536)).unwrap_err().kind(), ErrorKind::LimitExceeded);
+    assert_eq!(create(&config(9, 65_535)).unwrap_err().kind(), ErrorKind::LimitExceeded);
+    assert!(create(&config(256, 1)).is_ok());
+    assert_eq!(create(&config(257, 1)).unwrap_err().kind(), ErrorKind::LimitExceeded);
+}
+
+#[test]
+fn a_source_that_ends_early_is_an_error() {
+    let sink =
+        VmaDriver.create(Pipe::default().output(), &small().manifest(), &CreateOptions::default()).unwrap();
+    sink.begin().unwrap();
+    let error = sink.finish().unwrap_err();
+    assert_eq!(error.message(), "0 of 1 clusters were written: the source was not read in full");
+}
+
+/// An image whose first device is the state of a guest.
+fn with_state(len: u64, content: Content) -> Image {
+    let mut image = Image::disk("with state", len, content);
+    let state = &mut image.devices[0].0;
+    *state = Device {
+        id: DeviceId(0),
+        name: VMSTATE_NAME.to_owned(),
+        size: len,
+        open_ended: false,
+        kind: DeviceKind::VmState,
+    };
+    image.and_disk("drive-scsi0", CLUSTER, Content::zero())
+}
+
+/// The reference program's reader drops the zero sub-blocks of a state (its file came out shifted),
+/// so every sub-block is stored.
+#[test]
+fn every_sub_block_of_a_state_is_stored() {
+    for len in [199_680, 4096, 512, 60 * CLUSTER + 5120] {
+        for content in [Content::zero(), Content::zero().with(5000..len.max(5001), Fill::Checker(4096))] {
+            let image = with_state(len, content);
+            let bytes = archive(&image, &CreateOptions::default());
+            let extents = len.div_ceil(59 * CLUSTER);
+            let expected = 12_800 + len.next_multiple_of(4096) + extents * 512 + 512;
+            assert_eq!(bytes.len() as u64, expected, "{len}");
+            let mut source = VmaDriver.open(as_file(&bytes), &OpenOptions::default()).unwrap();
+            assert_eq!(source.info().devices[0].kind, DeviceKind::VmState);
+            conformance::assert_content(&mut *source, &image, 512);
+            // A file, in which the zeros are not written, has the same bytes.
+            let dir = tempfile::tempdir().unwrap();
+            let path = conformance::make(&VmaDriver, &CreateOptions::default(), &image, dir.path());
+            assert!(std::fs::read(path).unwrap() == bytes);
+        }
+    }
+}
+
+#[test]
+fn a_fixture_survives_the_way_through_our_writer() {
+    for name in ["two-disks.vma.lzo", "vmstate.vma.zst", "sparse.vma"] {
+        let truth = read(Input::open(&fixture(name)).unwrap(), &OpenOptions::default()).unwrap();
+        let mut source =
+            VmaDriver.open(Input::open(&fixture(name)).unwrap(), &OpenOptions::default()).unwrap();
+        let info = source.info().clone();
+        let manifest = Manifest { devices: info.devices.clone(), attachments: info.attachments.clone() };
+        let pipe = Pipe::default();
+        let sink = VmaDriver.create(pipe.output(), &manifest, &CreateOptions::default()).unwrap();
+        conformance::fill_sink(&mut *source, &*sink, 2).unwrap();
+        let copy = VmaDriver.open(as_stream(&pipe.bytes()), &OpenOptions::default()).unwrap();
+        assert_eq!(copy.info().attachments, info.attachments);
+        assert_eq!(copy.info().devices, info.devices);
+        assert!(read(as_file(&pipe.bytes()), &OpenOptions::default()).unwrap() == truth, "{name}");
+    }
+}
+
+#[test]
+fn measure_is_what_is_written() {
+    for image in conformance::patterns().into_iter().chain([conformance::several_devices()]) {
+        let source = conformance::MemorySource::new(&image);
+        let measure = VmaDriver.measure(&source, &CreateOptions::default()).unwrap();
+        let len = archive(&image, &CreateOptions::default()).len() as u64;
+        assert!(len <= measure.required && measure.required <= measure.fully_allocated, "{image}");
+        // Of an archive the places of data are known to the sub-block.
+        let bytes = archive(&image, &CreateOptions::default());
+        let source = VmaDriver.open(as_file(&bytes), &OpenOptions::default()).unwrap();
+        assert_eq!(VmaDriver.measure(&*source, &CreateOptions::default()).unwrap().required, len, "{image}");
+    }
+}
+
+/// Reads an archive with dissect.archive and prints id, name, size and digest of every device.
+const DISSECT: &str = r#"
+import hashlib, sys
+from dissect.archive import vma
+archive = vma.VMA(open(sys.argv[1], "rb"))
+for config in sorted(archive.configs().items()):
+    print("config", config[0], hashlib.sha256(config[1]).hexdigest())
+for device in archive.devices():
+    stream, digest, size = device.open(), hashlib.sha256(), 0
+    while chunk := stream.read(1 << 20):
+        digest.update(chunk)
+        size += len(chunk)
+    print("device", device.id, device.name, size, digest.hexdigest())
+"#;
+
+/// What dissect.archive says about a file; `None` when it is not there, which CI does not allow.
+fn dissect(path: &Path) -> Option<Vec<String>> {
+    let python =
+        std::env::var_os("IMGTOOL_TEST_PYTHON").map_or_else(|| PathBuf::from("python3"), PathBuf::from);
+    let has_it = Command::new(&python).args(["-c", "import dissect.archive.vma"]).output();
+    if !has_it.is_ok_and(|output| output.status.success()) {
+        assert!(std::env::var_os("CI").is_none(), "dissect.archive is missing; CI needs it");
+        println!(
+            "SKIPPED: no dissect.archive (pip install dissect.archive; IMGTOOL_TEST_PYTHON names a python)"
+        );
+        return None;
+    }
+    let output = Command::new(&python).args(["-c", DISSECT]).arg(path).output().unwrap();
+    assert!(output.status.success(), "dissect: {}", String::from_utf8_lossy(&output.stderr));
+    Some(String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect())
+}
+
+#[test]
+fn dissect_reads_what_we_write() {
+    let unit = 65_536;
+    let several = conformance::several_devices()
+        .and_disk("drive-efidisk0", 540_672, Content::zero().with(0..540_672, Fill::Checker(4096)))
+        .and_disk(
+            "drive-big",
+            131 * unit + 512,
+            Content::zero().with(60 * unit..131 * unit + 512, Fill::Text),
+        );
+    let state = with_state(199_680, Content::zero().with(8192..100_000, Fill::Random));
+    let dir = tempfile::tempdir().unwrap();
+    for (number, image) in [several, state, conformance::far_apart(), small()].iter().enumerate() {
+        let path = dir.path().join(number.to_string());
+        conformance::write(&VmaDriver, &CreateOptions::default(), image, &new_file(&path), 2).unwrap();
+        let Some(lines) = dissect(&path) else { return };
+        let mut expected: Vec<String> = Vec::new();
+        for config in &image.attachments {
+            expected.push(format!("config {} {}", config.name, sha256(&config.data)));
+        }
+        for (device, content) in &image.devices {
+            let mut bytes = vec![0; device.size as usize];
+            content.read(&mut bytes, 0);
+            expected.push(format!(
+                "device {} {} {} {}",
+                device.id.0 + 1,
+                device.name,
+                device.size,
+                sha256(&bytes)
+            ));
+        }
+        assert_eq!(lines, expected, "{image}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+
+    /// Any content of any sizes comes back, from a file and from a stream.
+    #[test]
+    fn anything_comes_back(
+        sizes in prop::collection::vec(1u64..300_000, 1..5),
+        areas in prop::collection::vec((0usize..4, 0u64..300_000, 1u64..80_000, 0usize..4), 0..12),
+    ) {
+        let fills = [Fill::Random, Fill::Text, Fill::Checker(4096), Fill::Byte(0xff)];
+        let mut contents = vec![Vec::new(); sizes.len()];
+        for (device, start, len, fill) in areas {
+            let device = device % sizes.len();
+            contents[device].push((start..(start + len).min(sizes[device]), fills[fill]));
+        }
+        let mut image: Option<Image> = None;
+        for (number, (size, mut areas)) in sizes.iter().zip(contents).enumerate() {
+            areas.retain(|(area, _)| area.start < area.end);
+            areas.sort_by_key(|(area, _)| area.start);
+            let mut content = Content::zero();
+            let mut from = 0;
+            for (area, fill) in areas {
+                if area.start >= from {
+                    from = area.end;
+                    content = content.with(area, fill);
+                }
+            }
+            image = Some(match image {
+                None => Image::disk("any", *size, content),
+                Some(image) => image.and_disk(&format!("disk{number}"), *size, content),
+            });
+        }
+        let image = image.unwrap();
+        let bytes = archive(&image, &CreateOptions::default());
+        for input in [as_file(&bytes), as_stream(&bytes)] {
+            let mut source = VmaDriver.open(input, &OpenOptions::default()).unwrap();
+            conformance::assert_content(&mut *source, &image, 512);
+        }
+    }
+}
