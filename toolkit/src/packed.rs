@@ -9,7 +9,7 @@
 use std::io;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use libdeflater::{CompressionLvl, Compressor};
 use zstd::zstd_safe::zstd_sys::ZSTD_EndDirective;
@@ -32,8 +32,8 @@ const FRAME_LEN: usize = 4 << 20;
 /// worse, and each costs an entry in the seek table.
 const PIECE_LEN: u64 = 2 << 20;
 
-/// Longest piece of zeros, bytes. Ours: bounds what is compressed at once.
-const MAX_ZERO_LEN: u64 = 256 << 20;
+/// Longest piece of zeros, bytes. Ours: 256 frames, some 40 KiB of zstd, 1 MiB of gzip.
+const MAX_ZERO_LEN: u64 = 1 << 30;
 
 /// The first bytes of a zstd frame are a block of their own: who indexes an archive of VMA extents
 /// (whose header this is) decodes no more than that.
@@ -98,6 +98,7 @@ pub struct PackedSink {
     packing: Packing,
     coders: Coders,
     pool: BufferPool,
+    zero_frame: OnceLock<Vec<u8>>,
     state: Mutex<State>,
 }
 
@@ -131,25 +132,56 @@ impl PackedSink {
             return Err(Error::refused("a compressed image goes to a new file or a pipe").path(output.path()));
         }
         let coders = Coders::new(packing);
-        Ok(Self { inner, output, packing, coders, pool: BufferPool::new(), state: Mutex::default() })
+        Ok(Self {
+            inner,
+            output,
+            packing,
+            coders,
+            pool: BufferPool::new(),
+            zero_frame: OnceLock::new(),
+            state: Mutex::default(),
+        })
     }
 
     /// Compresses `chunks` one after the other into frames.
     fn pack(&self, chunks: &[Chunk<'_>]) -> Result<(Buffer, Vec<Range<usize>>)> {
         let frames = split(chunks);
         let mut coder = self.coders.take();
-        let room = frames.iter().map(|frame| coder.bound(frame_len(frame))).sum();
+        let zeros = match frames.iter().any(|frame| is_whole_zero(frame)) {
+            true => self.zero_frame(&mut coder)?,
+            false => &[],
+        };
+        let room = |frame: &Vec<Chunk<'_>>| {
+            if is_whole_zero(frame) { zeros.len() } else { coder.bound(frame_len(frame)) }
+        };
+        let room = frames.iter().map(room).sum();
         let mut packed = self.pool.take(room);
         let mut ranges = Vec::with_capacity(frames.len());
         let mut end = 0;
         for frame in &frames {
-            let len = coder.encode(frame, &mut packed[end..], &self.pool)?;
+            let target = &mut packed[end..];
+            let len = if is_whole_zero(frame) {
+                target[..zeros.len()].copy_from_slice(zeros);
+                zeros.len()
+            } else {
+                coder.encode(frame, target, &self.pool)?
+            };
             ranges.push(end..end + len);
             end += len;
         }
         drop(coder);
         packed.truncate(end);
         Ok((packed, ranges))
+    }
+
+    /// A frame of [`FRAME_LEN`] zeros, made once: long runs of zeros are copies of it.
+    fn zero_frame(&self, coder: &mut Borrowed<'_>) -> Result<&[u8]> {
+        if let Some(known) = self.zero_frame.get() {
+            return Ok(known);
+        }
+        let mut frame = self.pool.take(coder.bound(FRAME_LEN));
+        let len = coder.encode(&[Chunk::Zero(FRAME_LEN as u64)], &mut frame, &self.pool)?;
+        Ok(self.zero_frame.get_or_init(|| frame[..len].to_vec()))
     }
 
     /// Notes a frame and says where it lands.
@@ -341,6 +373,11 @@ fn split<'a>(chunks: &[Chunk<'a>]) -> Vec<Vec<Chunk<'a>>> {
         }
     }
     frames
+}
+
+/// Whether a frame is as long as can be and all zero.
+fn is_whole_zero(frame: &[Chunk<'_>]) -> bool {
+    frame_len(frame) == FRAME_LEN && frame.iter().all(|chunk| matches!(chunk, Chunk::Zero(_)))
 }
 
 /// Plain bytes of a frame, [`FRAME_LEN`] at most.
