@@ -11,7 +11,6 @@ use imgtool_toolkit::{
 };
 
 use crate::args::InputArgs;
-use crate::report;
 
 mod blank;
 
@@ -58,7 +57,7 @@ pub fn open(registry: &Registry, path: &Path, format: Option<&str>, options: &Op
 }
 
 /// Opens an image so that any part of it can be read: what comes as a stream is copied to temporary
-/// storage first, and the person is told.
+/// storage first.
 ///
 /// # Errors
 /// Those of [`Registry::open`] and [`Input::spool`].
@@ -70,7 +69,6 @@ pub fn open_random(
 ) -> Result<Opened> {
     let mut input = input(path, format)?;
     if input.is_stream() {
-        report::note(&format!("{} is read as a stream: it is copied to temporary storage first", show(path)));
         input = input.spool()?;
     }
     registry.open(input, format, options)
@@ -111,6 +109,18 @@ pub fn describe_format(opened: &Opened) -> String {
         text.push_str(compression.name());
     }
     text
+}
+
+/// The files that an image names, as far as it names paths: they are not to be written over.
+pub fn named_files(opened: &Opened) -> Vec<PathBuf> {
+    let directory = opened.path.parent().unwrap_or(Path::new(""));
+    let references = &opened.source.info().references;
+    references.iter().map(|reference| resolve(directory, &reference.name)).collect()
+}
+
+/// A name in an image is relative to the image's directory.
+pub fn resolve(directory: &Path, name: &str) -> PathBuf {
+    directory.join(name.strip_prefix("file:").unwrap_or(name))
 }
 
 /// A path for a person.

@@ -61,7 +61,9 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         sources::open(&registry, source_args, args.input.format.as_deref(), &open_options, &format)?;
     for source in &sources {
         outputs.protect(&source.arg.path);
+        images::named_files(&source.opened).iter().for_each(|path| outputs.protect(path));
     }
+    args.input.allow_external.iter().for_each(|path| outputs.protect(path));
     if !args.messages.quiet {
         sources.iter().for_each(summary::announce);
     }

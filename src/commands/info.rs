@@ -98,19 +98,13 @@ fn follow(registry: &Registry, options: &OpenOptions, subjects: &mut Vec<Subject
             &OpenOptions { snapshot: None, ..options.clone() },
         )?;
         let is_archive = registry.get(source.info().format).is_ok_and(|driver| is_archive(&*driver));
-        let path = resolve(&from, &below.name);
+        let path = images::resolve(from.parent().unwrap_or(Path::new("")), &below.name);
         if subjects.iter().any(|known| known.path == path) {
             return Err(Error::malformed("the chain leads back to an image that is part of it").path(path));
         }
         subjects.push(Subject { path, compression: Vec::new(), source, is_archive });
     }
     Err(Error::limit(format!("the chain is deeper than {MAX_CHAIN_DEPTH} images")))
-}
-
-/// A name in an image is relative to the image's directory.
-fn resolve(from: &Path, name: &str) -> PathBuf {
-    let name = name.strip_prefix("file:").unwrap_or(name);
-    from.parent().unwrap_or(Path::new("")).join(name)
 }
 
 /// The JSON of one image: qemu-img's names where they mean the same.

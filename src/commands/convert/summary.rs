@@ -211,7 +211,8 @@ fn say(summary: &Summary<'_>) {
     for note in &summary.notes {
         report::note(note);
     }
-    report::say(&format!("done in {}", human_time(std::time::Duration::from_secs_f64(summary.elapsed))));
+    let how = if summary.lost.is_empty() { "done" } else { "finished with losses" };
+    report::say(&format!("{how} in {}", human_time(std::time::Duration::from_secs_f64(summary.elapsed))));
 }
 
 fn say_losses(lost: &[LostRange<'_>]) {

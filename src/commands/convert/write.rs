@@ -95,13 +95,18 @@ pub fn write(
         let expected = verify::Expected { digest: &digest, numbers: &made.numbers, taken };
         verify::read_back(layout, &made.outputs, &expected, work.threads, work.progress, interrupt)?;
     }
+    let swept = outputs
+        .swept()
+        .iter()
+        .map(|path| format!("removed {}, which a run that was killed had left", path.display()));
+    let notes = made.sink.notes().into_iter().chain(swept).collect();
     commit(outputs, &made.outputs, interrupt)?;
     meter.finish();
     Ok(Done {
         written: made.outputs.iter().map(Output::written).collect(),
         devices,
         losses: losses(&sources, taken),
-        notes: made.sink.notes(),
+        notes,
         elapsed: meter.elapsed(),
     })
 }

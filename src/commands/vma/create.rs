@@ -2,13 +2,13 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use imgtool_toolkit::pipeline::{self, Job, Route};
+use imgtool_toolkit::storage::os::{self, FileClass};
 use imgtool_toolkit::{
     Attachment, CreateOptions, Device, DeviceId, DeviceKind, Error, ImageSink, Input, Manifest, OpenOptions,
     Opened, Output, Outputs, Progress, Registry, Result, ResultExt,
@@ -156,10 +156,7 @@ impl Archive {
             return Self::exec(path, command, outputs);
         }
         let exists = fs::metadata(path).ok();
-        let is_stream = exists.as_ref().is_some_and(|meta| {
-            let kind = meta.file_type();
-            kind.is_fifo() || kind.is_char_device() || kind.is_socket()
-        });
+        let is_stream = exists.as_ref().is_some_and(|meta| os::classify(meta) == FileClass::Stream);
         if is_stream {
             let file =
                 File::options().write(true).open(path).map_err(|e| Error::io("open", e)).in_file(path)?;
