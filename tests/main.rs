@@ -10,6 +10,9 @@
 mod support;
 
 mod cli;
+mod cli_archive;
+mod cli_shell;
+mod cli_vma;
 mod damage;
 mod faults;
 mod fixtures;

@@ -68,9 +68,8 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         sources.iter().for_each(summary::announce);
     }
     let mut taken = sources::take(&registry, &sources, &args.devices.disk)?;
-    if format.is_archive() {
-        sources::make_unique(&mut taken);
-    }
+    let renamed =
+        if format.is_archive() { sources::name_for_archive(&sources, &mut taken) } else { Vec::new() };
     let attachments = attachments(args, &sources, &mut taken, dest.as_deref())?;
     let request = Request {
         registry: &registry,
@@ -83,6 +82,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         in_place: args.target.no_create.then_some(args.target.target_is_zero),
     };
     let mut layout = request.layout()?;
+    layout.notes.extend(renamed);
     note_on_restoring(&mut layout);
     let work = write::Work {
         registry: &registry,

@@ -23,6 +23,12 @@ pub fn safe(name: &str, fallback: &str) -> String {
     if out.trim_matches(['_', '.', ' ']).is_empty() { fallback.to_owned() } else { out }
 }
 
+/// A device name that every reader of archives takes: A-Z a-z 0-9 . _ -
+pub fn portable(name: &str) -> String {
+    let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '_' };
+    safe(&name.chars().map(plain).collect::<String>(), "disk")
+}
+
 /// Gives out names, each once; upper and lower case count as the same, as on many file systems.
 #[derive(Debug, Default)]
 pub struct Unique(HashSet<String>);

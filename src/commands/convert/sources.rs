@@ -155,17 +155,26 @@ fn device_name(registry: &Registry, source: &Source, device: &Device) -> String 
     names::safe(&images::stem(registry, &source.arg.path), "disk")
 }
 
-/// Makes the names of devices in an archive unique.
-pub fn make_unique(taken: &mut [Taken]) {
+/// Names that every reader of archives takes, each once; what had to be changed is told. A name that
+/// was given on the command line stays as it is.
+pub fn name_for_archive(sources: &[Source], taken: &mut [Taken]) -> Vec<String> {
+    let mut notes = Vec::new();
     let mut used = HashSet::new();
     for device in taken {
-        let plain = device.name.clone();
+        let given = sources[device.source].arg.name.is_some();
+        let plain = if given { device.name.clone() } else { names::portable(&device.name) };
+        let mut name = plain.clone();
         let mut number = 2u64;
-        while !used.insert(device.name.clone()) {
-            device.name = format!("{plain}-{number}");
+        while !used.insert(name.clone()) {
+            name = format!("{plain}-{number}");
             number += 1;
         }
+        if name != device.name {
+            notes.push(format!("device '{}' is called '{name}' in the archive", device.name));
+        }
+        device.name = name;
     }
+    notes
 }
 
 #[cfg(test)]

@@ -1,0 +1,301 @@
+//! `imgtool vma` does what the `vma` program does: its lines, its files, its exit codes.
+//!
+//! What it prints was recorded from that program, with the archives of the fixtures.
+
+use std::path::{Path, PathBuf};
+
+use crate::support::archive::Archive;
+use crate::support::images::{self, Image};
+use crate::support::run::PROGRAM;
+use crate::support::{fixture, imgtool, names, sha256_file, tempdir};
+
+const SCSI: &str = "2eb0f4945306c46775684ae3e6b0f9c401fea1cbfb4ff3c2d6cbe6b8745326f3";
+const EFI: &str = "a0fd2cf34e841d0d1e7f30367fc2b547c952d35ae30d9003b2890c10b61d82c9";
+const STATE: &str = "3f67e904c371410e4dfce00900b6896afabf0152bc6b347030a896a0ed6ab631";
+
+const LIST: &str = "\
+CFG: size: 256 name: qemu-server.conf
+CFG: size: 20 name: qemu-server.fw
+DEV: dev_id=1 size: 5255168 devname: drive-scsi0
+DEV: dev_id=2 size: 540672 devname: drive-efidisk0
+";
+
+/// An archive of the fixtures without its compression.
+fn plain(directory: &Path, name: &str) -> PathBuf {
+    let path = directory.join(name);
+    // Taken for raw, its content is only decompressed.
+    let compressed = fixture(&format!("{name}.zst"));
+    imgtool(["convert", "-f", "raw", "--to", "raw"]).args([&compressed, &path]).ok();
+    path
+}
+
+/// The archive of two disks in a directory of its own, and the directory.
+fn two_disks() -> (tempfile::TempDir, &'static str) {
+    let dir = tempdir();
+    plain(dir.path(), "two-disks.vma");
+    (dir, "two-disks.vma")
+}
+
+fn without_time(text: &str) -> String {
+    text.lines().filter(|line| !line.starts_with("CTIME: ")).map(|line| format!("{line}\n")).collect()
+}
+
+#[test]
+fn list_prints_the_lines_that_restore_tools_read() {
+    let (dir, archive) = two_disks();
+    let listed = imgtool(["vma", "list", archive]).within(dir.path()).ok();
+    assert_eq!(without_time(&listed.text()), LIST);
+    assert!(listed.text().lines().last().unwrap().starts_with("CTIME: Sun Nov 22 "), "{}", listed.text());
+    let piped = imgtool(["vma", "list", "-"]).pipe_from(&dir.path().join(archive)).ok();
+    assert_eq!(piped.text(), listed.text());
+    let state = imgtool(["vma", "list"]).args([fixture("vmstate.vma.zst")]).ok();
+    assert_eq!(
+        without_time(&state.text()),
+        "VMSTATE: dev_id=1 memory: 199680\nDEV: dev_id=2 size: 5255168 devname: drive-scsi0\n"
+    );
+}
+
+#[test]
+fn config_prints_the_bytes_or_ends_with_255() {
+    let (dir, archive) = two_disks();
+    let config = imgtool(["vma", "config", archive]).within(dir.path()).ok();
+    assert_eq!(config.stdout, std::fs::read(fixture("qemu-server.conf")).unwrap());
+    let firewall = imgtool(["vma", "config", archive, "-c", "qemu-server.fw"]).within(dir.path()).ok();
+    assert_eq!(firewall.stdout, std::fs::read(fixture("qemu-server.fw")).unwrap());
+    let none = imgtool(["vma", "config", archive, "-c", "nope"]).within(dir.path()).go().exits(255);
+    assert_eq!(none.stderr, "unable to find configuration data 'nope'\n");
+}
+
+#[test]
+fn extract_announces_the_disks_and_names_them() {
+    let (dir, archive) = two_disks();
+    let run = imgtool(["vma", "extract", archive, "d1"]).within(dir.path()).ok();
+    assert_eq!(
+        run.text(),
+        "DEVINFO d1/tmp-disk-drive-scsi0.raw 5255168\nDEVINFO d1/tmp-disk-drive-efidisk0.raw 540672\n"
+    );
+    let out = dir.path().join("d1");
+    assert_eq!(
+        names(&out),
+        ["disk-drive-efidisk0.raw", "disk-drive-scsi0.raw", "qemu-server.conf", "qemu-server.fw"]
+    );
+    assert_eq!(sha256_file(&out.join("disk-drive-scsi0.raw")), SCSI);
+    assert_eq!(sha256_file(&out.join("disk-drive-efidisk0.raw")), EFI);
+    imgtool(["vma", "extract", archive, "d1"])
+        .within(dir.path())
+        .go()
+        .exits(1)
+        .says("vma: unable to create target directory d1 - File exists");
+}
+
+#[test]
+fn verbose_extract_counts_as_the_program_does() {
+    let (dir, archive) = two_disks();
+    let text = imgtool(["vma", "extract", "-v", archive, "d"]).within(dir.path()).ok().text();
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(lines[2].starts_with("progress 1% (read 65536 bytes, duration "), "{text}");
+    assert!(lines[3].starts_with("progress 2% (read 131072 bytes, duration "), "{text}");
+    let end = &lines[lines.len() - 3..];
+    assert!(end[0].starts_with("progress 102% (read 5898240 bytes, duration "), "{text}");
+    assert_eq!(end[1], "total bytes read 5898240, sparse bytes 3629056 (61.5%)");
+    assert_eq!(end[2], "space reduction due to 4K zero blocks 87.7%");
+    let verified = imgtool(["vma", "verify", "-v", archive]).within(dir.path()).ok().text();
+    assert!(verified.starts_with(LIST), "{verified}");
+    assert!(verified.ends_with(&format!("{}\n{}\n", end[1], end[2])), "{verified}");
+    assert_eq!(imgtool(["vma", "verify", archive]).within(dir.path()).ok().text(), "");
+}
+
+#[test]
+fn the_state_of_a_guest_becomes_vmstate_bin() {
+    let dir = tempdir();
+    let archive = fixture("vmstate.vma.zst");
+    let out = dir.path().join("d");
+    imgtool(["vma", "extract"]).args([&archive, &out]).ok();
+    assert_eq!(names(&out), ["disk-drive-scsi0.raw", "vmstate.bin"]);
+    assert_eq!(sha256_file(&out.join("vmstate.bin")), STATE);
+}
+
+#[test]
+fn only_the_drives_that_were_asked_for_are_extracted() {
+    let (dir, archive) = two_disks();
+    imgtool(["vma", "extract", "-d", "drive-efidisk0,other", archive, "d"]).within(dir.path()).ok();
+    let out = dir.path().join("d");
+    assert_eq!(names(&out), ["disk-drive-efidisk0.raw", "qemu-server.conf", "qemu-server.fw"]);
+}
+
+/// Existing targets for a map, full of old bytes or of zeros.
+fn target(directory: &Path, name: &str, size: usize, byte: u8) -> PathBuf {
+    let path = directory.join(name);
+    std::fs::write(&path, vec![byte; size]).unwrap();
+    path
+}
+
+#[test]
+fn a_map_sends_disks_into_existing_files() {
+    let (dir, archive) = two_disks();
+    let scsi = target(dir.path(), "t1.raw", 5_255_168, 0);
+    let efi = target(dir.path(), "t2.raw", 540_672 + (4 << 20), 0xaa);
+    std::fs::write(
+        dir.path().join("map"),
+        "format=raw:0:drive-scsi0=t1.raw\nformat=raw:1:drive-efidisk0=t2.raw\ndone\n",
+    )
+    .unwrap();
+    let run = imgtool(["vma", "extract", "-r", "map", archive, "d"]).within(dir.path()).ok();
+    assert_eq!(without_time(&run.text()), LIST);
+    assert_eq!(names(&dir.path().join("d")), ["qemu-server.conf", "qemu-server.fw"]);
+    assert_eq!(sha256_file(&scsi), SCSI);
+    let bytes = std::fs::read(&efi).unwrap();
+    assert_eq!(crate::support::sha256(&bytes[..540_672]), EFI);
+    assert!(bytes[540_672..].iter().all(|byte| *byte == 0xaa), "the tail was touched");
+}
+
+#[test]
+fn a_map_that_does_not_fit_is_refused_before_anything_is_written() {
+    let (dir, archive) = two_disks();
+    let scsi = target(dir.path(), "t1.raw", 5_255_168, 0x55);
+    for (map, words) in [
+        ("1:drive-scsi0=t1.raw\n1:drive-efidisk0=short.raw\n", "unexpected size 540160 != 540672"),
+        ("1:drive-scsi0=t1.raw\n1:drive-efidisk0=long.raw\n", "unexpected size 4735488 != 540672"),
+        ("1:drive-scsi0=t1.raw\n", "vma: no device name mapping for drive-efidisk0"),
+        ("1:drive-scsi0=t1.raw\nnonsense\n", "read map failed - parse error ('nonsense')"),
+    ] {
+        target(dir.path(), "short.raw", 540_160, 0);
+        target(dir.path(), "long.raw", 4_735_488, 0);
+        std::fs::write(dir.path().join("map"), map).unwrap();
+        imgtool(["vma", "extract", "-r", "map", archive, "d"]).within(dir.path()).go().exits(1).says(words);
+        assert!(std::fs::read(&scsi).unwrap().iter().all(|byte| *byte == 0x55), "{map}");
+        std::fs::remove_dir_all(dir.path().join("d")).unwrap();
+    }
+}
+
+#[test]
+fn a_map_may_skip_disks_and_go_into_images() {
+    let (dir, archive) = two_disks();
+    imgtool(["create", "-f", "qcow2", "t.qcow2", "5255168"]).within(dir.path()).ok();
+    std::fs::write(dir.path().join("map"), "skip=drive-efidisk0\ncache=none:0:drive-scsi0=t.qcow2\n\n")
+        .unwrap();
+    imgtool(["vma", "extract", "-r", "map", archive, "d"]).within(dir.path()).ok();
+    let digest = imgtool(["checksum", "-f", "qcow2", "t.qcow2"]).within(dir.path()).ok().text();
+    assert!(digest.starts_with(SCSI), "{digest}");
+}
+
+#[test]
+fn damage_is_told_in_the_programs_words_and_leaves_nothing() {
+    let (dir, archive) = two_disks();
+    let bytes = std::fs::read(dir.path().join(archive)).unwrap();
+    std::fs::write(dir.path().join("cut.vma"), &bytes[..100_000]).unwrap();
+    let words = "short vma extent (87200 < 1192448)";
+    for (args, step) in
+        [(["verify", "cut.vma", "-v"], "verify failed"), (["extract", "cut.vma", "d"], "restore failed")]
+    {
+        let run = imgtool(["vma"]).args(args).within(dir.path()).go().exits(1);
+        assert!(run.stderr.starts_with(&format!("vma: {step} - {words}\n")), "{}", run.stderr);
+    }
+    assert!(!dir.path().join("d").exists());
+    imgtool(["vma", "list", "nothere.vma"])
+        .within(dir.path())
+        .go()
+        .exits(1)
+        .says("vma: can't open file nothere.vma - No such file or directory");
+    let config = fixture("qemu-server.conf");
+    imgtool(["vma", "list"]).args([config]).go().exits(1).says("vma: can't read vma header - got EOF");
+}
+
+#[test]
+fn create_makes_what_extract_takes_apart() {
+    let (dir, archive) = two_disks();
+    imgtool(["vma", "extract", archive, "d"]).within(dir.path()).ok();
+    let run = imgtool(["vma", "create", "-v", "c.vma", "-c", "d/qemu-server.conf"])
+        .args(["drive-scsi0=d/disk-drive-scsi0.raw", "d/disk-drive-efidisk0.raw"])
+        .within(dir.path())
+        .ok();
+    let said: Vec<&str> = run.stderr.lines().rev().take(2).collect();
+    assert_eq!(said[1], "image drive-scsi0: size=5255168 zeros=3153920 saved=2101248");
+    assert!(said[0].starts_with("image disk1: size=540672 zeros="), "{}", run.stderr);
+    let list = imgtool(["vma", "list", "c.vma"]).within(dir.path()).ok().text();
+    assert_eq!(
+        without_time(&list),
+        "CFG: size: 256 name: qemu-server.conf\n\
+         DEV: dev_id=1 size: 5255168 devname: drive-scsi0\n\
+         DEV: dev_id=2 size: 540672 devname: disk1\n"
+    );
+    imgtool(["vma", "extract", "c.vma", "e"]).within(dir.path()).ok();
+    assert_eq!(sha256_file(&dir.path().join("e/disk-drive-scsi0.raw")), SCSI);
+    assert_eq!(sha256_file(&dir.path().join("e/disk-disk1.raw")), EFI);
+    // Each archive has a UUID of its own.
+    let uuid = |name: &str| std::fs::read(dir.path().join(name)).unwrap()[8..24].to_vec();
+    imgtool(["vma", "create", "c2.vma", "d/disk-drive-efidisk0.raw"]).within(dir.path()).ok();
+    imgtool(["vma", "create", "c3.vma", "d/disk-drive-efidisk0.raw"]).within(dir.path()).ok();
+    assert_ne!(uuid("c2.vma"), uuid("c3.vma"));
+}
+
+#[test]
+fn create_refuses_in_the_programs_words() {
+    let (dir, archive) = two_disks();
+    for (args, words) in [
+        (
+            vec!["create", archive, "a=x.raw"],
+            "vma: bdrv_open 'x.raw' failed - Could not open 'x.raw': No such file",
+        ),
+        (vec!["create", archive, "two-disks.vma"], "vma: bdrv_open"),
+        (vec!["create", archive, "-d", "a=b"], "vma: No format specified for device: 'a=b'"),
+        (vec!["create", archive, "-d", "format=raw:a=b", "c"], "vma: Unexpected extra argument"),
+    ] {
+        imgtool(["vma"]).args(args).within(dir.path()).go().exits(1).says(words);
+    }
+    target(dir.path(), "x.raw", 4096, 1);
+    imgtool(["vma", "create", archive, "x.raw"])
+        .within(dir.path())
+        .go()
+        .exits(1)
+        .says("vma: can't open file two-disks.vma - File exists");
+}
+
+#[test]
+fn a_command_takes_the_archive_and_its_verdict_counts() {
+    let dir = tempdir();
+    target(dir.path(), "x.raw", 200_000, 1);
+    imgtool(["vma", "create", "exec:cat > a.vma", "x.raw"]).within(dir.path()).ok();
+    imgtool(["vma", "verify", "a.vma"]).within(dir.path()).ok();
+    for command in ["exec:cat > /dev/null; exit 3", "exec:exit 3"] {
+        imgtool(["vma", "create", command, "x.raw"]).within(dir.path()).go().exits(1).says("exit status: 3");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn called_vma_it_is_the_vma_program() {
+    let (dir, archive) = two_disks();
+    let vma = dir.path().join("vma");
+    std::os::unix::fs::symlink(PROGRAM, &vma).unwrap();
+    let run =
+        |args: &[&str]| std::process::Command::new(&vma).args(args).current_dir(dir.path()).output().unwrap();
+    let list = run(&["list", archive]);
+    assert!(list.status.success());
+    assert_eq!(without_time(&String::from_utf8(list.stdout).unwrap()), LIST);
+    for args in [&[][..], &["-h"], &["list"], &["nonsense"], &["list", "a", "b"], &["list", "-x", "a"]] {
+        let wrong = run(args);
+        assert_eq!(wrong.status.code(), Some(1), "{args:?}");
+        assert!(wrong.stdout.starts_with(b"usage: vma "), "{args:?}");
+    }
+}
+
+#[test]
+fn names_from_an_archive_do_not_leave_the_directory() {
+    let dir = tempdir();
+    let disk = |seed| Image::hole("d", 65_536).with(0, images::noise(seed, 4096));
+    let archive = Archive::of([("../../up", disk(1)), ("../../up", disk(2))])
+        .config("../out.conf", b"x")
+        .config("disk-_._.._up.raw", b"y")
+        .build();
+    std::fs::write(dir.path().join("a.vma"), archive.bytes).unwrap();
+    imgtool(["vma", "extract", "a.vma", "d"]).within(dir.path()).ok();
+    assert_eq!(names(dir.path()), ["a.vma", "d"]);
+    let made = names(&dir.path().join("d"));
+    assert_eq!(
+        made,
+        ["_._out.conf", "disk-_._.._up-2.raw", "disk-_._.._up-3.raw", "disk-_._.._up.raw"],
+        "each of its own name"
+    );
+    assert_eq!(std::fs::read(dir.path().join("d/disk-_._.._up.raw")).unwrap(), b"y");
+}
