@@ -32,6 +32,11 @@ pub trait Driver: Send + Sync {
         &[]
     }
 
+    /// Whether [`OpenOptions::snapshot`] is served: the others refuse it.
+    fn reads_snapshots(&self) -> bool {
+        false
+    }
+
     /// Whether an image that begins with `head` (up to [`crate::storage::PROBE_LEN`] bytes) and is
     /// `len` bytes long, if that is known, is of this format.
     fn probe(&self, head: &[u8], len: Option<u64>) -> Option<Confidence>;

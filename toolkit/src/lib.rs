@@ -20,6 +20,7 @@ pub mod error;
 pub mod extent;
 pub mod external;
 pub mod fanout;
+pub mod losses;
 pub mod packed;
 pub mod pipeline;
 pub mod progress;
@@ -38,6 +39,7 @@ pub use driver::{
 pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use extent::{Extent, ExtentKind, ExtentList};
 pub use external::{ExternalPolicy, Externals};
+pub use losses::Losses;
 pub use packed::{PackedSink, Packing};
 pub use progress::{CancelToken, NoProgress, Progress};
 pub use registry::{Opened, Registry};

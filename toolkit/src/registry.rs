@@ -80,6 +80,10 @@ impl Registry {
             Some(name) => self.get(name)?,
             None => self.probe(&input.head()?, input.len()).map_err(|e| e.path(&path))?,
         };
+        if options.snapshot.is_some() && !driver.reads_snapshots() {
+            let error = Error::unsupported(format!("{} images hold no snapshots", driver.name()));
+            return Err(error.path(&path).hint("leave the snapshot out to read the image as it is"));
+        }
         let compression = input.compression().to_vec();
         let stored_len = input.stored_len();
         let input = if driver.capabilities().stream_read { input } else { input.spool()? };

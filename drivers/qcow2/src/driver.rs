@@ -27,6 +27,10 @@ impl Driver for Qcow2Driver {
         &["qcow2", "qcow"]
     }
 
+    fn reads_snapshots(&self) -> bool {
+        true
+    }
+
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             read: true,

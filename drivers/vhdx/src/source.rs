@@ -1,11 +1,10 @@
 //! Reading images: guest ranges are cut into segments, each in one place.
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 
 use imgtool_toolkit::{
     Access, Device, DeviceId, Error, Extent, ExtentKind, ExtentList, FileRange, ImageInfo, ImageSource,
-    Input, Loss, OpenOptions, RandomAccess, Result,
+    Input, Loss, Losses, OpenOptions, RandomAccess, Result,
 };
 use serde_json::{Map, Value, json};
 
@@ -28,7 +27,7 @@ pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Box<dyn ImageS
         None
     };
     let info = describe(&image);
-    Ok(Box::new(VhdxImage { info, image, parent, losses: options.salvage.then(|| Mutex::new(Vec::new())) }))
+    Ok(Box::new(VhdxImage { info, image, parent, losses: options.salvage.then(Losses::default) }))
 }
 
 fn describe(image: &Image) -> ImageInfo {
@@ -102,7 +101,7 @@ struct VhdxImage {
     image: Image,
     parent: Option<Parent>,
     /// What could not be restored; `Some` when opened for salvage.
-    losses: Option<Mutex<Vec<Loss>>>,
+    losses: Option<Losses>,
 }
 
 /// A guest range from where it was asked for, all of it in one place.
@@ -139,9 +138,7 @@ impl ImageSource for VhdxImage {
     }
 
     fn losses(&self) -> Vec<Loss> {
-        let own =
-            self.losses.as_ref().map(|losses| losses.lock().unwrap_or_else(PoisonError::into_inner).clone());
-        let mut losses = own.unwrap_or_default();
+        let mut losses = self.losses.as_ref().map(|losses| losses.list(DISK)).unwrap_or_default();
         if let Some(parent) = &self.parent {
             losses.extend(parent.source().losses());
         }
@@ -192,8 +189,7 @@ impl RandomAccess for VhdxImage {
                 let error = error.guest(position..position + len);
                 let Some(losses) = &self.losses else { return Err(error) };
                 part.fill(0);
-                let loss = Loss { device: DISK, guest: position..position + len, reason: error.to_string() };
-                losses.lock().unwrap_or_else(PoisonError::into_inner).push(loss);
+                losses.add(position..position + len, &error);
             }
             done += part.len();
         }

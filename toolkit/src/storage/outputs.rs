@@ -3,7 +3,7 @@
 //! Each file is written beside its target as `.NAME.partial-XXXXXX`. [`Outputs::commit`] flushes all
 //! of them and only then renames them; until that, dropping the set removes everything.
 
-use std::fs::{File, Permissions};
+use std::fs::{File, Metadata, Permissions};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -26,12 +26,16 @@ pub struct Outputs {
     others: Vec<Output>,
     directories: Vec<PathBuf>,
     protected: Vec<(PathBuf, (u64, u64))>,
+    /// Files that exist and are written to, or will be replaced.
+    taken: Vec<(u64, u64)>,
     swept: Vec<PathBuf>,
     cleaner: Cleaner,
 }
 
 struct PendingFile {
     output: Output,
+    /// Where it will be: the directory resolved, so that one file has one such path.
+    final_path: PathBuf,
     temporary: TempPath,
     overwrite: bool,
 }
@@ -39,7 +43,7 @@ struct PendingFile {
 impl PendingFile {
     /// Renames the finished file to its final name.
     fn give_name(self) -> Result<Named> {
-        let path = self.output.path().to_owned();
+        let path = self.final_path;
         let failed = |e| Error::io("give the finished output its name", e).path(&path);
         if self.overwrite && path.exists() {
             // The old file keeps a name until every output has its own.
@@ -130,12 +134,11 @@ impl Outputs {
     /// [`crate::ErrorKind::Refused`] when it exists, is a source, or is no regular file;
     /// [`crate::ErrorKind::Io`].
     pub fn create(&mut self, path: &Path, overwrite: bool) -> Result<Output> {
-        self.check_target(path, overwrite)?;
-        let directory = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
+        let final_path = final_path(path)?;
+        let old = self.check_target(path, &final_path, overwrite)?;
+        let (Some(directory), Some(name)) = (final_path.parent(), final_path.file_name()) else {
+            return Err(Error::usage("is not a file name").path(path));
         };
-        let name = path.file_name().ok_or_else(|| Error::usage("is not a file name").path(path))?;
         let prefix = partial_prefix(&name.to_string_lossy());
         self.sweep(directory, &prefix);
         let mut builder = tempfile::Builder::new();
@@ -150,8 +153,12 @@ impl Outputs {
         self.cleaner.with(|paths| paths.files.push(temporary.to_path_buf()));
         // Held while the program lives: tells a later run that this file is in use.
         let _ = file.try_lock();
+        if let Some(old) = old {
+            self.taken.push(os::file_identity(&old));
+            file.set_permissions(old.permissions()).map_err(|e| Error::io("create", e).path(path))?;
+        }
         let output = Output::from_new_file(path, file);
-        self.files.push(PendingFile { output: output.clone(), temporary, overwrite });
+        self.files.push(PendingFile { output: output.clone(), final_path, temporary, overwrite });
         Ok(output)
     }
 
@@ -163,6 +170,7 @@ impl Outputs {
     pub fn existing(&mut self, path: &Path, reads_as_zero: bool, force: bool) -> Result<Output> {
         let meta = std::fs::metadata(path).map_err(|e| Error::io("open for writing", e).path(path))?;
         self.check_protected(path, os::file_identity(&meta))?;
+        self.check_taken(path, os::file_identity(&meta))?;
         let file = match os::classify(&meta) {
             FileClass::BlockDevice => os::open_block_device(path, !force).map_err(|e| {
                 if e.kind() == std::io::ErrorKind::ResourceBusy {
@@ -182,6 +190,7 @@ impl Outputs {
             FileClass::Stream => return Err(Error::usage("is neither a file nor a block device").path(path)),
         };
         let output = Output::from_existing(path, file, reads_as_zero)?;
+        self.taken.push(os::file_identity(&meta));
         self.others.push(output.clone());
         Ok(output)
     }
@@ -258,17 +267,18 @@ impl Outputs {
         }
     }
 
-    fn check_target(&self, path: &Path, overwrite: bool) -> Result<()> {
-        let taken = self.files.iter().any(|pending| pending.output.path() == path);
-        if taken {
-            return Err(Error::usage("two outputs would have this name").path(path));
+    /// Refuses a target that can't be, or may not be, replaced; what is there now.
+    fn check_target(&self, path: &Path, final_path: &Path, overwrite: bool) -> Result<Option<Metadata>> {
+        if self.files.iter().any(|pending| pending.final_path == final_path) {
+            return Err(Error::usage("two outputs would be this file").path(path));
         }
-        let Ok(meta) = std::fs::metadata(path) else {
-            return Ok(());
+        let Ok(meta) = std::fs::metadata(final_path) else {
+            return Ok(None);
         };
         self.check_protected(path, os::file_identity(&meta))?;
+        self.check_taken(path, os::file_identity(&meta))?;
         match os::classify(&meta) {
-            FileClass::Regular if overwrite => Ok(()),
+            FileClass::Regular if overwrite => Ok(Some(meta)),
             FileClass::Regular => {
                 Err(Error::refused("exists").path(path).hint("--force overwrites it; -n writes into it"))
             }
@@ -280,6 +290,13 @@ impl Outputs {
                 Err(Error::refused("is neither a regular file nor a block device").path(path))
             }
         }
+    }
+
+    fn check_taken(&self, path: &Path, identity: (u64, u64)) -> Result<()> {
+        if self.taken.contains(&identity) {
+            return Err(Error::usage("two outputs would be this file").path(path));
+        }
+        Ok(())
     }
 
     fn check_protected(&self, path: &Path, identity: (u64, u64)) -> Result<()> {
@@ -304,6 +321,24 @@ impl Drop for Outputs {
         }
         self.cleaner.forget();
     }
+}
+
+/// Where a file called `path` will be: links are followed, the directory is resolved.
+fn final_path(path: &Path) -> Result<PathBuf> {
+    if std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_symlink()) {
+        return std::fs::canonicalize(path).map_err(|e| {
+            Error::io("follow the link", e)
+                .path(path)
+                .hint("the link leads nowhere: remove it, or name another file")
+        });
+    }
+    let name = path.file_name().ok_or_else(|| Error::usage("is not a file name").path(path))?;
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let directory = std::fs::canonicalize(directory).map_err(|e| Error::io("create", e).path(path))?;
+    Ok(directory.join(name))
 }
 
 /// What the temporary name of an output called `name` begins with: `.NAME.partial-`.
@@ -429,6 +464,41 @@ mod tests {
         outputs.create(&path, false).expect("create");
         outputs.commit().expect("commit");
         assert!(path.exists());
+    }
+
+    #[test]
+    fn one_file_is_not_two_outputs_under_any_name() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (file, link) = (dir.path().join("f"), dir.path().join("l"));
+        std::fs::write(&file, b"x").expect("write");
+        std::fs::hard_link(&file, &link).expect("link");
+        let mut outputs = Outputs::new();
+        outputs.existing(&file, false, false).expect("first");
+        assert!(outputs.existing(&link, false, false).is_err());
+        assert!(outputs.create(&link, true).is_err());
+        let mut outputs = Outputs::new();
+        outputs.create(&dir.path().join("n"), true).expect("first");
+        assert!(outputs.create(&dir.path().join("./n"), true).is_err());
+        outputs.create(&file, true).expect("second");
+        assert!(outputs.existing(&link, false, false).is_err());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_are_followed_and_modes_are_kept() {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (file, link) = (dir.path().join("f"), dir.path().join("l"));
+        symlink("f", &link).expect("link");
+        assert!(Outputs::new().create(&link, true).is_err(), "leads nowhere");
+        std::fs::write(&file, b"old").expect("write");
+        std::fs::set_permissions(&file, Permissions::from_mode(0o600)).expect("mode");
+        let mut outputs = Outputs::new();
+        outputs.create(&link, true).expect("create").write_at(b"new", 0).expect("write");
+        outputs.commit().expect("commit");
+        assert_eq!(std::fs::read(&file).expect("read"), b"new");
+        assert!(std::fs::symlink_metadata(&link).expect("meta").is_symlink());
+        assert_eq!(std::fs::metadata(&file).expect("meta").permissions().mode() & 0o777, 0o600);
     }
 
     #[test]

@@ -53,6 +53,7 @@ pub fn file_identity(meta: &Metadata) -> (u64, u64) {
 /// When the file can't be asked.
 pub fn file_run(file: &File, position: u64, len: u64) -> io::Result<FileRun> {
     match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(position)) {
+        // A file that was cut and grew again meanwhile reads as what it is now.
         Ok(data) if data > position => Ok(FileRun { end: data.min(len), is_data: false }),
         Ok(_) => match rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(position)) {
             Ok(hole) if hole > position => Ok(FileRun { end: hole.min(len), is_data: true }),
@@ -61,7 +62,8 @@ pub fn file_run(file: &File, position: u64, len: u64) -> io::Result<FileRun> {
             }
             Err(e) => Err(e.into()),
         },
-        // No data from here to the end.
+        // No data from here to the end, or nothing at all: the file has been cut meanwhile.
+        Err(Errno::NXIO) if file.metadata()?.len() < len => Err(io::ErrorKind::UnexpectedEof.into()),
         Err(Errno::NXIO) => Ok(FileRun { end: len, is_data: false }),
         Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOTTY) => Ok(FileRun { end: len, is_data: true }),
         Err(e) => Err(e.into()),
