@@ -20,7 +20,7 @@ const CHUNK: usize = 256 * 1024;
 const SLACK: usize = 4 << 20;
 /// What is read at once where a file can't be read: a page.
 const PAGE: usize = 4096;
-/// The same under a decoder, whose parts have no such alignment: what extents are aligned to.
+/// The same under a decoder, whose frames have no such alignment: what extents are aligned to.
 const DECODED_STEP: usize = EXTENT_HEADER;
 /// Unreadable places that are kept apart within a window; neighbours are joined, so few are needed.
 const MAX_BAD: usize = 4096;
@@ -148,22 +148,50 @@ fn read_around_errors(input: &RandomInput, buf: &mut [u8], position: u64, bad: &
     if input.read_exact_at(buf, position).is_ok() {
         return;
     }
-    let step = if input.granule() > 1 { DECODED_STEP } else { PAGE };
+    if input.granule() > 1 {
+        return read_decoded(input, buf, position, bad);
+    }
     let mut done = 0;
     while done < buf.len() {
         let at = position + done as u64;
-        let to_boundary = step - usize::try_from(at % step as u64).unwrap_or(0);
+        let to_boundary = PAGE - usize::try_from(at % PAGE as u64).unwrap_or(0);
         let end = buf.len().min(done + to_boundary);
         if input.read_exact_at(&mut buf[done..end], at).is_err() {
-            buf[done..end].fill(0);
-            let range = at..at + (end - done) as u64;
-            let full = bad.len() >= MAX_BAD;
-            match bad.last_mut() {
-                Some(last) if full || last.end == range.start => last.end = range.end,
-                _ => bad.push(range),
-            }
+            give_up(&mut buf[done..end], at, bad);
         }
         done = end;
+    }
+}
+
+/// The same under a decoder, where every attempt costs the decoding of a whole frame: a part is given
+/// up when neither its first nor its last bytes can be read, else it is halved.
+fn read_decoded(input: &RandomInput, buf: &mut [u8], position: u64, bad: &mut Vec<Range<u64>>) {
+    let is_readable = |buf: &mut [u8], at| input.read_exact_at(buf, at).is_ok();
+    if buf.is_empty() || is_readable(buf, position) {
+        return;
+    }
+    let len = buf.len();
+    let ends = len.min(DECODED_STEP);
+    let last = len - ends;
+    let is_lost = len <= DECODED_STEP
+        || !is_readable(&mut buf[..ends], position) && !is_readable(&mut buf[last..], position + last as u64);
+    if is_lost {
+        return give_up(buf, position, bad);
+    }
+    let half = (len / 2).next_multiple_of(DECODED_STEP).min(last);
+    let (front, back) = buf.split_at_mut(half);
+    read_decoded(input, front, position, bad);
+    read_decoded(input, back, position + half as u64, bad);
+}
+
+/// Notes a part that can't be read.
+fn give_up(buf: &mut [u8], position: u64, bad: &mut Vec<Range<u64>>) {
+    buf.fill(0);
+    let range = position..position + buf.len() as u64;
+    let full = bad.len() >= MAX_BAD;
+    match bad.last_mut() {
+        Some(last) if full || last.end == range.start => last.end = range.end,
+        _ => bad.push(range),
     }
 }
 

@@ -65,8 +65,9 @@ struct Tracked {
     clusters: u64,
     /// Clusters within the device that have come.
     come: u64,
-    /// Those of `seen` that lie beyond the device are legal but empty.
+    /// Clusters of a state beyond its size.
     beyond: u64,
+    /// All that have come; zero clusters slightly beyond the device among them.
     seen: RoaringBitmap,
 }
 
@@ -117,43 +118,18 @@ impl Tracker {
 
     /// Checks one slot, in the order in which the reference program does.
     pub(crate) fn take(&mut self, slot: &BlockInfo, number: u8, too_many: bool) -> Result<Placed> {
-        let cluster = slot.cluster_num;
-        let start = u64::from(cluster) * CLUSTER;
         let index = self.by_id[usize::from(slot.dev_id)];
         let Some(device) = index.and_then(|index| self.devices.get_mut(usize::from(index))) else {
             return Err(Error::malformed(format!("got wrong dev id {}", slot.dev_id))
                 .hint("the archive header knows no such device"));
         };
-        let place = |error: Error| error.device(&device.name).guest(start..start + CLUSTER);
-        let within = u64::from(cluster) < device.clusters;
-        let is_state = device.kind == DeviceKind::VmState;
-        if is_state && self.state_in_order && u64::from(cluster) != device.come + device.beyond {
-            return Err(place(Error::malformed("found out of order vmstate data"))
-                .hint(format!("cluster {cluster} came where {} was due", device.come + device.beyond)));
-        }
-        if device.seen.contains(cluster) {
-            return Err(place(Error::corrupt(format!(
-                "found duplicated cluster {cluster} for stream {}",
-                device.name
-            ))));
-        }
-        if too_many {
-            return Err(place(Error::malformed("short vma extent - too many blocks"))
-                .hint("the masks name more sub-blocks than the extent announces"));
-        }
-        let tolerated = device.clusters.next_multiple_of(CLUSTER_MAP_UNIT);
-        if !within && !is_state && (slot.mask != 0 || u64::from(cluster) >= tolerated) {
-            return Err(place(Error::out_of_bounds("got wrong block address - write beyond end"))
-                .hint(format!("the device ends at {}", device.size)));
-        }
-        if is_state && !within {
-            // The state may be longer than announced, without limit: only its order matters.
-            device.beyond += 1;
-        } else {
-            device.seen.insert(cluster);
-            device.come += u64::from(within);
-            self.since_packed += 1;
-        }
+        let cluster = slot.cluster_num;
+        let start = u64::from(cluster) * CLUSTER;
+        device
+            .check(slot, self.state_in_order, too_many)
+            .map_err(|e| e.device(&device.name).guest(start..start + CLUSTER))?;
+        device.add(cluster);
+        self.since_packed += 1;
         let len = device.size.saturating_sub(start).min(CLUSTER);
         let placed = Placed { device: device.id, cluster, mask: slot.mask, slot: number, start, len };
         if self.since_packed >= PACK_INTERVAL {
@@ -204,6 +180,51 @@ impl Tracker {
 }
 
 impl Tracked {
+    fn is_state(&self) -> bool {
+        self.kind == DeviceKind::VmState
+    }
+
+    fn is_within(&self, cluster: u32) -> bool {
+        u64::from(cluster) < self.clusters
+    }
+
+    /// Refuses a slot that may not come, or not now.
+    fn check(&self, slot: &BlockInfo, state_in_order: bool, too_many: bool) -> Result<()> {
+        let cluster = slot.cluster_num;
+        let due = self.come + self.beyond;
+        if self.is_state() && state_in_order && u64::from(cluster) != due {
+            return Err(Error::malformed("found out of order vmstate data")
+                .hint(format!("cluster {cluster} came where {due} was due")));
+        }
+        if self.seen.contains(cluster) {
+            let message = format!("found duplicated cluster {cluster} for stream {}", self.name);
+            return Err(Error::corrupt(message));
+        }
+        if too_many {
+            return Err(Error::malformed("short vma extent - too many blocks")
+                .hint("the masks name more sub-blocks than the extent announces"));
+        }
+        // The state may be longer than announced, without limit: only its order matters.
+        let tolerated = self.clusters.next_multiple_of(CLUSTER_MAP_UNIT);
+        let beyond = !self.is_within(cluster) && !self.is_state();
+        if beyond && (slot.mask != 0 || u64::from(cluster) >= tolerated) {
+            return Err(Error::out_of_bounds("got wrong block address - write beyond end")
+                .hint(format!("the device ends at {}", self.size)));
+        }
+        Ok(())
+    }
+
+    /// Notes that a cluster has come.
+    fn add(&mut self, cluster: u32) {
+        let within = self.is_within(cluster);
+        if self.is_state() && !within {
+            self.beyond += 1;
+        } else {
+            self.seen.insert(cluster);
+            self.come += u64::from(within);
+        }
+    }
+
     /// The next run of clusters that have not come, from `from` on. Costs little also when the
     /// device has billions: the bitmap counts.
     fn next_missing(&self, from: u64) -> Option<std::ops::Range<u64>> {

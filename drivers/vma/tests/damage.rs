@@ -6,6 +6,7 @@ mod common;
 use std::io::{self, Read};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::{Content, as_file, as_stream, fixture, read, read_both, read_source};
 use imgtool_toolkit::storage::ReadAt;
@@ -245,10 +246,20 @@ fn overwrite_truth(bytes: &[u8], extents: &[Range<usize>], hit: &Range<usize>, t
 struct BadSectors {
     bytes: Vec<u8>,
     bad: Range<u64>,
+    granule: u64,
+    reads: AtomicU64,
+}
+
+impl BadSectors {
+    fn input(bytes: &[u8], bad: Range<u64>, granule: u64) -> (Input, Arc<Self>) {
+        let file = Arc::new(Self { bytes: bytes.to_vec(), bad, granule, reads: AtomicU64::new(0) });
+        (Input::from_read_at("bad.vma", Arc::clone(&file) as Arc<dyn ReadAt>), file)
+    }
 }
 
 impl ReadAt for BadSectors {
     fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
         if position < self.bad.end && self.bad.start < position + buf.len() as u64 {
             return Err(io::Error::from_raw_os_error(5));
         }
@@ -260,6 +271,10 @@ impl ReadAt for BadSectors {
     fn len(&self) -> u64 {
         self.bytes.len() as u64
     }
+
+    fn granule(&self) -> u64 {
+        self.granule
+    }
 }
 
 #[test]
@@ -267,11 +282,28 @@ fn salvage_reads_around_bad_sectors() {
     let (bytes, truth, _) = archive();
     let total: u64 = truth.values().map(|device| device.len() as u64).sum();
     for at in (16_384..bytes.len() as u64).step_by(STEP) {
-        let file = BadSectors { bytes: bytes.clone(), bad: at..at + 512 };
-        let (content, losses) = salvaged(Input::from_read_at("bad.vma", Arc::new(file)));
+        let (input, _) = BadSectors::input(&bytes, at..at + 512, 1);
+        let (content, losses) = salvaged(input);
         let lost = assert_restored(&format!("bad sector at {at}"), &content, &losses, &truth);
         assert!(lost > 0 && lost < total / 2, "bad sector at {at}: {lost} of {total} lost");
     }
+}
+
+/// Seekable zstd with a frame for each extent, of which one is broken.
+#[test]
+fn salvage_loses_one_frame_and_reads_it_few_times() {
+    let (bytes, truth, _) = archive();
+    let mut best = u64::MAX;
+    for frame in extent_ranges(&bytes) {
+        let (input, file) = BadSectors::input(&bytes, frame.start as u64..frame.end as u64, 4 << 20);
+        let (content, losses) = salvaged(input);
+        let lost = assert_restored(&format!("frame {frame:?}"), &content, &losses, &truth);
+        assert!(lost > 0 && lost <= 7 * CLUSTER, "{lost} of frame {frame:?}");
+        best = best.min(lost);
+        let reads = file.reads.load(Ordering::Relaxed);
+        assert!(reads < 150, "{reads} attempts");
+    }
+    assert!(best < 7 * CLUSTER);
 }
 
 /// A stream that breaks, as a decompressor does on a damaged frame.
