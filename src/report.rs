@@ -26,21 +26,24 @@ pub fn say(text: &str) {
 /// Prints an error: what and where, then what to do about it.
 pub fn error(error: &Error) {
     let label = if colours() { "\x1b[1;31merror:\x1b[0m" } else { "error:" };
-    let mut text = format!("imgtool: {label} {}", without_errno(error));
+    let mut text = format!("imgtool: {label} {}", sentence(error));
     if let Some(hint) = error.hint_text() {
         let _ = write!(text, "\n  hint: {}", escape_control(hint));
     }
     say(&text);
 }
 
-/// The error's text; the number that the standard library adds to a message of the system says
-/// nothing that the message does not.
-fn without_errno(error: &Error) -> String {
+/// The error's text. What the system refused is said as a sentence, without the number that the
+/// standard library adds: it says nothing that the words do not.
+fn sentence(error: &Error) -> String {
     let text = error.to_string();
-    match error.io_error().and_then(std::io::Error::raw_os_error) {
-        Some(number) => text.replacen(&format!(" (os error {number})"), "", 1),
-        None => text,
-    }
+    let Some(cause) = error.io_error() else { return text };
+    let step = format!("{}: {cause}", escape_control(error.message()));
+    let plain = match cause.raw_os_error() {
+        Some(number) => step.replacen(&format!(" (os error {number})"), "", 1),
+        None => step.clone(),
+    };
+    text.replacen(&step, &format!("can't {plain}"), 1)
 }
 
 /// The exit code that an error stands for.
@@ -61,7 +64,7 @@ pub fn print(text: &str) -> Result<()> {
     print_bytes(text.as_bytes())
 }
 
-/// [`print`], for bytes as they are.
+/// [`print()`], for bytes as they are.
 ///
 /// # Errors
 /// When they can't be written.
@@ -187,6 +190,14 @@ mod tests {
         ] {
             assert_eq!(human_size(bytes), text, "{bytes}");
         }
+    }
+
+    #[test]
+    fn what_the_system_refused_is_a_sentence() {
+        let cause = io::Error::from_raw_os_error(2);
+        let error = Error::io("open", cause).path("a.raw");
+        assert_eq!(sentence(&error), "a.raw: can't open: No such file or directory");
+        assert_eq!(sentence(&Error::refused("exists").path("a")), "a: exists");
     }
 
     #[test]

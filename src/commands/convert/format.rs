@@ -37,6 +37,27 @@ impl Format {
         Self { driver, outer: None, options: CreateOptions::default() }
     }
 
+    /// The format of a device that has a place of its own: with the same options where the driver is
+    /// the same, compressed as a whole where the name of a new file says so.
+    ///
+    /// # Errors
+    /// [`imgtool_toolkit::ErrorKind::Usage`] when it can't be compressed as its name says.
+    pub fn for_place(&self, driver: Arc<dyn Driver>, path: &Path) -> Result<Self> {
+        let options =
+            if driver.name() == self.driver.name() { self.options.clone() } else { CreateOptions::default() };
+        let outer = outer::by_name(path).map(|compression| Outer { compression, level: None });
+        let format = Self { driver, outer, options };
+        check_outer(&format)?;
+        Ok(format)
+    }
+
+    /// Whether `-o`, `-c` or `-S` was given.
+    pub fn has_options(&self) -> bool {
+        !self.options.options.is_empty()
+            || self.options.compress.is_some()
+            || self.options.sparse_granularity.is_some()
+    }
+
     /// Whether it holds many devices.
     pub fn is_archive(&self) -> bool {
         self.driver.capabilities().max_devices > 1

@@ -3,7 +3,9 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use imgtool_toolkit::{Attachment, DeviceKind, Error, Registry, Result};
+use imgtool_toolkit::error::escape_control;
+use imgtool_toolkit::storage::os::{self, FileClass};
+use imgtool_toolkit::{Attachment, DeviceKind, Driver, Error, Registry, Result};
 
 use super::format::{self, Format};
 use super::names::{self, Unique};
@@ -161,17 +163,31 @@ impl Request<'_> {
                     None => self.registry.get("raw")?,
                 },
             };
-            let format = Format::plain(driver);
-            let exists = place.path.exists();
-            if place.zeroed && !exists {
-                return Err(Error::usage("a target that is 'zeroed' must exist").path(&place.path));
+            let in_place = place.path.exists() && can_be_written_in_place(&*driver, &place.path);
+            if place.zeroed && !in_place {
+                return Err(Error::usage(
+                    "a target that is 'zeroed' is a block device or raw file that exists",
+                )
+                .path(&place.path));
             }
-            let place = if exists {
+            let format = self.format.for_place(driver, &place.path)?;
+            if in_place && format.outer.is_some() {
+                return Err(Error::usage("a compressed output can't be written in place").path(&place.path));
+            }
+            let place = if in_place {
                 Place::Existing { path: place.path.clone(), zeroed: place.zeroed }
             } else {
                 Place::New(place.path.clone())
             };
             targets.push(Target { place, format, devices: vec![device], attachments: Vec::new() });
+        }
+        let used = targets.iter().any(|target| target.format.driver.name() == self.format.driver.name());
+        if self.dest.is_none() && !used && self.format.has_options() {
+            return Err(Error::usage(format!(
+                "-o, -c or -S is for {}, and no target is of that format",
+                self.format.driver.name()
+            ))
+            .hint("name the format with --to, or with --target NAME=PATH,format=FMT"));
         }
         Ok(targets)
     }
@@ -210,6 +226,12 @@ impl Request<'_> {
         }
         if rest.len() == 1 && !is_directory {
             self.left_out_configurations(layout);
+            if self.in_place.is_some() && !can_be_written_in_place(&*self.format.driver, dest) {
+                let name = escape_control(&dest.to_string_lossy());
+                layout
+                    .notes
+                    .push(format!("{name} was made anew: its old options, size and snapshots are gone"));
+            }
             layout.targets.push(self.target(self.place(dest)?, rest, Vec::new()));
             return Ok(());
         }
@@ -313,6 +335,9 @@ impl Request<'_> {
             Some(_) if self.format.outer.is_some() => {
                 Err(Error::usage("a compressed output can't be written in place").path(dest))
             }
+            Some(_) if !dest.exists() => {
+                Err(Error::usage("-n writes into a file or device that exists").path(dest))
+            }
             Some(zeroed) => Ok(Place::Existing { path: dest.to_owned(), zeroed }),
             None => Ok(Place::New(dest.to_owned())),
         }
@@ -338,6 +363,13 @@ impl Request<'_> {
             names.join(", ")
         ));
     }
+}
+
+/// Whether an image of this format can be written over what is there: a raw image always; another
+/// on a block device only, and only if it does not end where its file ends. The rest is made anew.
+pub fn can_be_written_in_place(driver: &dyn Driver, path: &Path) -> bool {
+    let is_device = std::fs::metadata(path).is_ok_and(|meta| os::classify(&meta) == FileClass::BlockDevice);
+    driver.name() == "raw" || is_device && driver.capabilities().max_devices == 1
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Sinks over outputs: one for each image to be made, and one over all.
 
 use std::io::{self, IsTerminal};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imgtool_toolkit::driver::Extras;
@@ -11,7 +11,7 @@ use imgtool_toolkit::{
     Outputs, PackedSink, Packing, Registry, Result, ResultExt,
 };
 
-use super::layout::{Layout, Place, Target};
+use super::layout::{Layout, Place, Target, can_be_written_in_place};
 use super::sources::Taken;
 use super::write::SIZE_TOLERANCE;
 
@@ -42,6 +42,9 @@ pub fn make(
     let mut numbers = vec![DeviceId(0); taken.len()];
     for (index, target) in layout.targets.iter().enumerate() {
         let manifest = manifest(target, taken);
+        if let Some(name) = target.format.options.get("backing_file") {
+            outputs.protect(&image_directory(target).join(name));
+        }
         let output = make_output(target, &manifest, outputs, force)?;
         handles.push(output.clone());
         let options = with_extras(registry, target, outputs, force)?;
@@ -90,6 +93,10 @@ fn manifest(target: &Target, taken: &[Taken]) -> Manifest {
 fn make_output(target: &Target, manifest: &Manifest, outputs: &mut Outputs, force: bool) -> Result<Output> {
     match &target.place {
         Place::New(path) => outputs.create(path, force),
+        // `-n` onto an image file: the new one takes its place when it is finished.
+        Place::Existing { path, .. } if !can_be_written_in_place(&*target.format.driver, path) => {
+            outputs.create(path, true)
+        }
         Place::Existing { path, zeroed } => {
             let output = outputs.existing(path, *zeroed, force)?;
             check_capacity(target, manifest, &output, force)?;
@@ -129,6 +136,11 @@ fn check_capacity(target: &Target, manifest: &Manifest, output: &Output, force: 
     Ok(())
 }
 
+/// What names in an image are relative to.
+fn image_directory(target: &Target) -> PathBuf {
+    target.place.path().parent().unwrap_or(Path::new("")).to_owned()
+}
+
 /// Opens what the format's options name: a data file, a backing file. Names are relative to the
 /// image's directory, as whoever reads the image will take them.
 fn with_extras(
@@ -138,7 +150,7 @@ fn with_extras(
     force: bool,
 ) -> Result<CreateOptions> {
     let mut options = target.format.options.clone();
-    let directory = target.place.path().parent().unwrap_or(Path::new("")).to_owned();
+    let directory = image_directory(target);
     let mut extras = Extras::default();
     if let Some(name) = options.get("data_file") {
         let output = outputs.create(&directory.join(name), force)?;
@@ -148,7 +160,6 @@ fn with_extras(
         let path = directory.join(name);
         let format = options.get("backing_fmt");
         let opened = registry.open(Input::open_plain(&path)?, format, &OpenOptions::default())?;
-        outputs.protect(&path);
         extras.base = Some(Arc::<dyn ImageSource>::from(opened.source));
     }
     options.extras = extras;
