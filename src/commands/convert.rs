@@ -88,6 +88,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         registry: &registry,
         threads: args.threads.count(),
         force: args.target.force,
+        take_busy: args.target.force,
         progress: args.messages.mode(),
         limit: rate_limit(args)?,
         verify: args.target.verify,

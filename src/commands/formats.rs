@@ -57,15 +57,13 @@ fn page(driver: &dyn Driver) -> String {
     text
 }
 
-/// The `-o` options of a format, one a line.
+/// The `-o` options of a format: what each is for, and below it what may be said.
 pub fn options(indent: usize, specs: &[OptionSpec]) -> String {
-    let rows: Vec<Vec<String>> = specs
-        .iter()
-        .map(|spec| {
-            let about = format!("{} ({}; default: {})", spec.help, spec.values, spec.default);
-            vec![format!("{}=", spec.name), about]
-        })
-        .collect();
+    let mut rows = Vec::new();
+    for spec in specs {
+        rows.push(vec![format!("{}=", spec.name), spec.help.to_owned()]);
+        rows.push(vec![String::new(), format!("{}; default: {}", spec.values, spec.default)]);
+    }
     report::table(indent, &[("", Align::Left), ("", Align::Left)], &rows)
 }
 

@@ -34,7 +34,7 @@ pub fn make(
     layout: &Layout,
     taken: &[Taken],
     outputs: &mut Outputs,
-    force: bool,
+    (force, take_busy): (bool, bool),
 ) -> Result<Sinks> {
     let mut sinks = Vec::new();
     let mut handles = Vec::new();
@@ -45,7 +45,7 @@ pub fn make(
         if let Some(name) = target.format.options.get("backing_file") {
             outputs.protect(&image_directory(target).join(name));
         }
-        let output = make_output(target, &manifest, outputs, force)?;
+        let output = make_output(target, &manifest, outputs, (force, take_busy))?;
         handles.push(output.clone());
         let options = with_extras(registry, target, outputs, force)?;
         let sink = make_sink(target, output, &manifest, &options).in_file(target.place.path())?;
@@ -90,7 +90,12 @@ fn manifest(target: &Target, taken: &[Taken]) -> Manifest {
     }
 }
 
-fn make_output(target: &Target, manifest: &Manifest, outputs: &mut Outputs, force: bool) -> Result<Output> {
+fn make_output(
+    target: &Target,
+    manifest: &Manifest,
+    outputs: &mut Outputs,
+    (force, take_busy): (bool, bool),
+) -> Result<Output> {
     match &target.place {
         Place::New(path) => outputs.create(path, force),
         // `-n` onto an image file: the new one takes its place when it is finished.
@@ -98,7 +103,7 @@ fn make_output(target: &Target, manifest: &Manifest, outputs: &mut Outputs, forc
             outputs.create(path, true)
         }
         Place::Existing { path, zeroed } => {
-            let output = outputs.existing(path, *zeroed, force)?;
+            let output = outputs.existing(path, *zeroed, take_busy)?;
             check_capacity(target, manifest, &output, force)?;
             Ok(output)
         }

@@ -27,6 +27,8 @@ pub struct Work<'a> {
     pub threads: usize,
     /// `--force`.
     pub force: bool,
+    /// Write into block devices that are mounted or otherwise in use.
+    pub take_busy: bool,
     /// How progress is shown.
     pub progress: ProgressMode,
     /// `-r`.
@@ -69,7 +71,7 @@ pub fn write(
     if work.verify && layout.targets.iter().any(|target| target.place == Place::Stdout) {
         return Err(Error::usage("--verify can't read back what went to standard output"));
     }
-    let made = sinks::make(work.registry, layout, taken, &mut outputs, work.force)?;
+    let made = sinks::make(work.registry, layout, taken, &mut outputs, (work.force, work.take_busy))?;
     for (path, attachment) in &layout.files {
         outputs.create(path, work.force)?.write_at(&attachment.data, 0)?;
     }

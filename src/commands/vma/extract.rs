@@ -53,6 +53,7 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
         registry: &registry,
         threads: ThreadArgs::default().count(),
         force: true,
+        take_busy: false,
         progress: ProgressMode::None,
         limit,
         verify: false,
