@@ -119,6 +119,7 @@ impl Salvage {
         }
         let data = found.file_offset + EXTENT_HEADER as u64;
         let mut before = 0;
+        let mut is_known = found.fault.is_some();
         for (number, slot) in found.header.slots.iter().enumerate() {
             let stored = before..before + u64::from(slot.stored()) * SUB_BLOCK;
             before = stored.end;
@@ -127,7 +128,7 @@ impl Salvage {
                 continue;
             }
             if stored.end > found.usable || !self.scanner.window().is_readable(&file) {
-                if found.fault.is_none() {
+                if !std::mem::replace(&mut is_known, true) {
                     self.faults.add(file.start, "the file can't be read here");
                 }
                 continue;

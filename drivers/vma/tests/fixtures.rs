@@ -6,7 +6,6 @@ mod common;
 use common::{Content, fixture, read, read_both, sha256};
 use imgtool_toolkit::{
     Access, BufferPool, DeviceKind, Driver, Extent, ExtentKind, ImageSource, Input, OpenOptions,
-    SequentialAccess,
 };
 use imgtool_vma::{ArchiveHeader, VmaDriver, VmaSource};
 use serde_json::Value;
