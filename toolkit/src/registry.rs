@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::driver::{Confidence, Driver, OpenOptions};
 use crate::error::{Error, Result};
 use crate::source::ImageSource;
-use crate::storage::{Compression, Input};
+use crate::storage::{Compression, Input, outer};
 
 /// The drivers of a program. Cloning is cheap and shares them.
 #[derive(Clone, Default)]
@@ -78,7 +78,11 @@ impl Registry {
         let path = input.path().to_owned();
         let driver = match format {
             Some(name) => self.get(name)?,
-            None => self.probe(&input.head()?, input.len()).map_err(|e| e.path(&path))?,
+            None => {
+                let driver = self.probe(&input.head()?, input.len()).map_err(|e| e.path(&path))?;
+                self.check_name(&input, &*driver).map_err(|e| e.path(&path))?;
+                driver
+            }
         };
         if options.snapshot.is_some() && !driver.reads_snapshots() {
             let error = Error::unsupported(format!("{} images hold no snapshots", driver.name()));
@@ -90,6 +94,36 @@ impl Registry {
         let spooled = input.is_spooled();
         let source = driver.open(input, options).map_err(|e| e.path(&path))?;
         Ok(Opened { path, driver, compression, stored_len, spooled, source })
+    }
+}
+
+impl Registry {
+    /// An image that nothing but the driver for anything (raw) takes, although its name says what it
+    /// is: the beginning is damaged, and taking it for the content of a disk would hide that.
+    fn check_name(&self, input: &Input, driver: &dyn Driver) -> Result<()> {
+        if driver.probe(&input.head()?, input.len()) != Some(Confidence::Fallback) {
+            return Ok(());
+        }
+        let named = outer::by_name(input.path());
+        let damaged = |what: &str| {
+            Error::wrong_format(format!("the name says {what}, the content does not begin like it"))
+                .at(0)
+                .hint(format!(
+                    "the file is damaged or misnamed; -f {} takes its bytes as they are",
+                    driver.name()
+                ))
+        };
+        if let Some(compression) = named
+            && input.compression().is_empty()
+        {
+            return Err(damaged(compression.name()));
+        }
+        let stem = if named.is_some() { input.path().file_stem() } else { input.path().file_name() };
+        let by_name = stem.and_then(|stem| self.by_extension(&stem.to_string_lossy()));
+        match by_name.filter(|other| other.name() != driver.name()) {
+            Some(other) => Err(damaged(other.name())),
+            None => Ok(()),
+        }
     }
 }
 

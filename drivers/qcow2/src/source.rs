@@ -349,12 +349,14 @@ impl RandomAccess for Qcow2Source {
         let mut position = guest_offset;
         let mut rest = buf;
         while !rest.is_empty() {
+            let cluster_end =
+                (position - self.shape.within_cluster(position)).saturating_add(self.shape.cluster_size());
             let run = content.mapping.run(position..end);
             let step = match &run {
-                Ok(run) => run.len,
-                Err(_) => {
-                    (self.shape.cluster_size() - self.shape.within_cluster(position)).min(end - position)
-                }
+                // Salvage gives up one cluster, not all of its neighbours.
+                Ok(run) if content.losses.is_none() => run.len,
+                Ok(run) => run.len.min(cluster_end - position),
+                Err(_) => cluster_end.min(end) - position,
             };
             // Not above the buffer's length.
             let (part, after) = rest.split_at_mut(step as usize);

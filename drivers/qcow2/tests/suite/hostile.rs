@@ -41,10 +41,13 @@ fn read_all(path: &Path, options: &OpenOptions) -> Result<(), Error> {
     random.read_at(DeviceId(0), &mut buf, 0)
 }
 
+/// A name, fields that are overwritten, and the error that must come of it.
+type Case<'a> = (&'a str, &'a [(usize, &'a [u8])], ErrorKind);
+
 #[test]
 fn headers_beyond_their_bounds_are_rejected() {
     let directory = scratch();
-    let cases: &[(&str, &[(usize, &[u8])], ErrorKind)] = &[
+    let cases: &[Case<'_>] = &[
         ("magic", &[(0, b"QFI\0")], ErrorKind::WrongFormat),
         ("version 1", &[(4, &1u32.to_be_bytes())], ErrorKind::Unsupported),
         ("version 4", &[(4, &4u32.to_be_bytes())], ErrorKind::Unsupported),
