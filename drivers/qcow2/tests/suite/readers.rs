@@ -122,14 +122,10 @@ fn dissect_reads_the_same() {
         return;
     }
     // It decodes deflate with a window of 4 KiB, which the specification does not ask for and our
-    // compressor does not keep to; and zstd only with another package.
-    for set in [
-        "",
-        "cluster_size=512,compat=0.10",
-        "cluster_size=2M",
-        "extended_l2=on",
-        "refcount_bits=1,preallocation=metadata",
-    ] {
+    // compressor does not keep to; zstd only with another package; and it stumbles over subclusters.
+    for set in
+        ["", "cluster_size=512,compat=0.10", "cluster_size=2M", "refcount_bits=1,preallocation=metadata"]
+    {
         let directory = laws::scratch();
         let image = sample();
         let path = laws::make(&Qcow2Driver, &options(set), &image, directory.path());
