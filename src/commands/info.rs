@@ -22,11 +22,17 @@ struct Subject {
     compression: Vec<Compression>,
     source: Box<dyn ImageSource>,
     is_archive: bool,
+    /// Why the chain below it is not shown.
+    chain_ends: Option<String>,
 }
 
 impl Subject {
     fn info(&self) -> &ImageInfo {
         self.source.info()
+    }
+
+    fn notes(&self) -> impl Iterator<Item = &String> {
+        self.info().notes.iter().chain(&self.chain_ends)
     }
 
     fn virtual_size(&self) -> u64 {
@@ -59,6 +65,7 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
             is_archive: is_archive(&*opened.driver),
             compression: opened.compression,
             source: opened.source,
+            chain_ends: None,
         });
         if args.backing_chain {
             follow(&registry, &options, &mut subjects)?;
@@ -96,13 +103,22 @@ fn follow(registry: &Registry, options: &OpenOptions, subjects: &mut Vec<Subject
             &from,
             below.format.as_deref(),
             &OpenOptions { snapshot: None, ..options.clone() },
-        )?;
+        );
+        let source = match source {
+            Ok(source) => source,
+            // What is needed is listed; what may not or can't be opened is not.
+            Err(error) => {
+                let Some(last) = subjects.last_mut() else { return Ok(()) };
+                last.chain_ends = Some(format!("the chain is not shown further: {error}"));
+                return Ok(());
+            }
+        };
         let is_archive = registry.get(source.info().format).is_ok_and(|driver| is_archive(&*driver));
         let path = images::resolve(from.parent().unwrap_or(Path::new("")), &below.name);
         if subjects.iter().any(|known| known.path == path) {
             return Err(Error::malformed("the chain leads back to an image that is part of it").path(path));
         }
-        subjects.push(Subject { path, compression: Vec::new(), source, is_archive });
+        subjects.push(Subject { path, compression: Vec::new(), source, is_archive, chain_ends: None });
     }
     Err(Error::limit(format!("the chain is deeper than {MAX_CHAIN_DEPTH} images")))
 }
@@ -140,7 +156,8 @@ fn document(subject: &Subject) -> Value {
     let references =
         info.references.iter().map(|r| json!({ "role": r.role, "name": r.name, "format": r.format }));
     map.insert("references".into(), references.collect());
-    map.insert("notes".into(), info.notes.clone().into());
+    let notes: Vec<&String> = subject.notes().collect();
+    map.insert("notes".into(), json!(notes));
     Value::Object(map)
 }
 

@@ -43,10 +43,10 @@ impl Parent {
 
 /// The names under which an image knows its parent, for `info`.
 pub(crate) fn references(image: &Image) -> Vec<Reference> {
-    let name = NAME_KEYS.iter().find_map(|key| value(image, key));
-    name.map(|name| Reference { role: "parent", name: name.to_owned(), format: Some("vhdx".to_owned()) })
-        .into_iter()
-        .collect()
+    // The name under which it will be looked for first; one that means nothing here is shown as it is.
+    let names = || NAME_KEYS.iter().filter_map(|key| value(image, key));
+    let name = names().find_map(local_name).or_else(|| names().next().map(str::to_owned));
+    name.map(|name| Reference { role: "parent", name, format: Some("vhdx".to_owned()) }).into_iter().collect()
 }
 
 fn value<'a>(image: &'a Image, key: &str) -> Option<&'a str> {

@@ -50,7 +50,7 @@ pub(super) fn page(subject: &Subject) -> String {
         let format = reference.format.as_deref().map(|f| format!(" ({f})")).unwrap_or_default();
         line(&mut text, reference.role, &format!("{}{format}", reference.name));
     }
-    for note in &info.notes {
+    for note in subject.notes() {
         line(&mut text, "note", note);
     }
     text
