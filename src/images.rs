@@ -45,7 +45,36 @@ pub fn open_options(registry: &Registry, args: &InputArgs) -> Result<OpenOptions
 /// Those of [`Input::open`].
 pub fn input(path: &Path, format: Option<&str>) -> Result<Input> {
     // What is said to be raw is not looked into: its content decides nothing.
-    if format == Some(RAW) { Input::open_unguessed(path) } else { Input::open(path) }
+    if format == Some(RAW) {
+        return Input::open_unguessed(path);
+    }
+    let input = Input::open(path)?;
+    if format.is_none()
+        && let Some(foreign) = foreign_format(&input.head()?)
+    {
+        return Err(Error::unsupported(format!("{foreign} images are not read yet"))
+            .path(path)
+            .hint("qemu-img converts it to qcow2; -f raw takes its bytes as they are"));
+    }
+    Ok(input)
+}
+
+/// The formats of other programs that no driver reads, by magic number: taking them for raw would
+/// make a disk of their tables.
+fn foreign_format(head: &[u8]) -> Option<&'static str> {
+    const MAGICS: [(usize, &[u8], &str); 7] = [
+        (0, b"KDMV", "VMDK"),
+        (0, b"# Disk DescriptorFile", "VMDK"),
+        (64, &[0x7f, 0x10, 0xda, 0xbe], "VDI"),
+        (0, b"conectix", "VHD"),
+        (0, b"QED\0", "QED"),
+        (0, b"WithoutFreeSpace", "Parallels"),
+        (0, b"WithouFreSpacExt", "Parallels"),
+    ];
+    MAGICS
+        .iter()
+        .find(|(at, magic, _)| head.get(*at..).is_some_and(|rest| rest.starts_with(magic)))
+        .map(|(_, _, name)| *name)
 }
 
 /// Opens an image.

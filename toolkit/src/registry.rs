@@ -104,6 +104,12 @@ impl Registry {
         if driver.probe(&input.head()?, input.len()) != Some(Confidence::Fallback) {
             return Ok(());
         }
+        if input.is_stream() && input.head()?.is_empty() {
+            return Err(Error::wrong_format("nothing came: the stream is empty").at(0).hint(format!(
+                "what writes it has failed; -f {} takes nothing for an empty image",
+                driver.name()
+            )));
+        }
         let named = outer::by_name(input.path());
         let damaged = |what: &str| {
             Error::wrong_format(format!("the name says {what}, the content does not begin like it"))

@@ -148,7 +148,8 @@ impl Outputs {
             .prefix(&prefix)
             .rand_bytes(6)
             .tempfile_in(directory)
-            .map_err(|e| Error::io("create", e).path(path))?
+            // The kind alone: the error's text would name the temporary file.
+            .map_err(|e| Error::io("create", e.kind().into()).path(path))?
             .into_parts();
         self.cleaner.with(|paths| paths.files.push(temporary.to_path_buf()));
         // Held while the program lives: tells a later run that this file is in use.
