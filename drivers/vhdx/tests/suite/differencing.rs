@@ -194,7 +194,8 @@ fn a_parent_is_opened_only_where_allowed() {
     assert!(error.to_string().contains("base.vhdx"), "{error}");
     let facts = OpenOptions { info_only: true, ..OpenOptions::default() };
     let source = VhdxDriver.open(Input::open_plain(&path).unwrap(), &facts).unwrap();
-    assert_eq!(source.info().references[0].name, r".\base.vhdx");
+    // As it is looked for here; the locator's own text, with Windows' separators, is among the facts.
+    assert_eq!(source.info().references[0].name, "./base.vhdx");
     assert_eq!(source.info().references[0].role, "parent");
     assert!(content(&*source).is_err());
 }
