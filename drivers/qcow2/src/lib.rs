@@ -13,7 +13,6 @@ mod mapping;
 mod measure;
 mod options;
 mod probe;
-mod salvage;
 mod sink;
 mod source;
 

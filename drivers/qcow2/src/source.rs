@@ -15,7 +15,7 @@ use crate::layout::header::{CompressionType, Header, INCOMPATIBLE_DATA_FILE, che
 use crate::layout::snapshot::{Snapshot, find, read_snapshots};
 use crate::layout::{MAX_L1_BYTES, entry::Shape};
 use crate::mapping::{Mapped, Mapping};
-use crate::salvage::Losses;
+use imgtool_toolkit::Losses;
 
 /// The only device of an image.
 const DISK: DeviceId = DeviceId(0);
