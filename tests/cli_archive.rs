@@ -49,8 +49,8 @@ fn proxmox_writes_the_configuration_that_qmrestore_reads() {
         "net0: virtio,bridge=vmbr0",
         "boot: order=scsi0",
         "scsi0: local:9000/vm-9000-disk-0.raw,size=293K",
-        "#qmdump#map:scsi0:drive-scsi0::raw:",
-        "#qmdump#map:virtio1:drive-virtio1::raw:",
+        "#qmdump#map:scsi0:drive-scsi0:local:raw:",
+        "#qmdump#map:virtio1:drive-virtio1:local:raw:",
     ] {
         assert!(config.lines().any(|have| have == line), "no '{line}' in\n{config}");
     }

@@ -25,3 +25,4 @@ mod streams;
 mod targets;
 mod threads;
 mod verbs;
+mod vma_transcripts;

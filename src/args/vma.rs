@@ -16,7 +16,7 @@ usage: vma COMMAND ...
   vma verify FILE [-v]
 ";
 
-/// `imgtool vma`.
+/// `imgtool vma`. Of an option that comes twice the last counts, as getopt(3) has it.
 #[derive(Debug, Args)]
 pub struct VmaArgs {
     /// What to do.
@@ -33,11 +33,17 @@ pub enum VmaVerb {
         file: PathBuf,
     },
     /// Print a configuration
+    #[command(args_override_self = true)]
     Config {
         /// The archive; '-' is standard input
         file: PathBuf,
         /// Its name
-        #[arg(short = 'c', value_name = "NAME", default_value = "qemu-server.conf")]
+        #[arg(
+            short = 'c',
+            value_name = "NAME",
+            default_value = "qemu-server.conf",
+            allow_hyphen_values = true
+        )]
         name: String,
     },
     /// Make an archive
@@ -45,6 +51,7 @@ pub enum VmaVerb {
     /// Extract disks and configurations
     Extract(VmaExtractArgs),
     /// Read all of an archive and check it
+    #[command(args_override_self = true)]
     Verify {
         /// The archive; '-' is standard input
         file: PathBuf,
@@ -56,6 +63,7 @@ pub enum VmaVerb {
 
 /// `imgtool vma create`.
 #[derive(Debug, Args)]
+#[command(args_override_self = true)]
 pub struct VmaCreateArgs {
     /// The archive: a new file, a FIFO, or 'exec:COMMAND' for the standard input of a command
     pub file: PathBuf,
@@ -63,10 +71,10 @@ pub struct VmaCreateArgs {
     #[arg(short = 'v')]
     pub verbose: bool,
     /// Pack this configuration file; repeatable
-    #[arg(short = 'c', value_name = "CONFIG")]
+    #[arg(short = 'c', value_name = "CONFIG", allow_hyphen_values = true)]
     pub configs: Vec<PathBuf>,
     /// Pack a disk of this format; repeatable
-    #[arg(short = 'd', value_name = "format=FMT:[DEV=]PATH")]
+    #[arg(short = 'd', value_name = "format=FMT:[DEV=]PATH", allow_hyphen_values = true)]
     pub drives: Vec<OsString>,
     /// Pack these disks; without DEV= they are called disk0, disk1 ...
     #[arg(value_name = "[DEV=]PATH")]
@@ -75,11 +83,14 @@ pub struct VmaCreateArgs {
 
 /// `imgtool vma extract`.
 #[derive(Debug, Args)]
-#[command(after_long_help = "\
+#[command(
+    args_override_self = true,
+    after_long_help = "\
 Each line of MAP (a file or FIFO, read until 'done', an empty line or its end) is
   [format=FMT:][throttling.bps=N:][throttling.group=G:][cache=MODE:](0|1):DEV=PATH
 or skip=DEV. 1 writes zeros, 0 takes PATH to read as zeros already. The least of all throttling.bps
-limits the whole extraction; throttling.group and cache are read, checked, and have no effect.")]
+limits the whole extraction; throttling.group and cache are read, checked, and have no effect."
+)]
 pub struct VmaExtractArgs {
     /// The archive; '-' is standard input
     pub file: PathBuf,
@@ -89,9 +100,9 @@ pub struct VmaExtractArgs {
     #[arg(short = 'v')]
     pub verbose: bool,
     /// Read from here where each device goes
-    #[arg(short = 'r', value_name = "MAP")]
+    #[arg(short = 'r', value_name = "MAP", allow_hyphen_values = true)]
     pub map: Option<PathBuf>,
     /// Extract only these drives
-    #[arg(short = 'd', value_name = "DRIVE,...")]
+    #[arg(short = 'd', value_name = "DRIVE,...", allow_hyphen_values = true)]
     pub drives: Option<String>,
 }

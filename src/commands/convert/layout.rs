@@ -13,6 +13,9 @@ use super::sources::{Source, Taken};
 use crate::commands::options::driver_by_name;
 use crate::images;
 
+/// Standard output, as a path.
+pub const STDOUT: &str = "-";
+
 /// Where an output goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
@@ -25,17 +28,26 @@ pub enum Place {
         /// It is known to read as zeros.
         zeroed: bool,
     },
-    /// Standard output.
-    Stdout,
+    /// Standard output (`-`), a FIFO or another thing that takes bytes in order.
+    Stream(PathBuf),
 }
 
 impl Place {
     /// The path, `-` for standard output.
     pub fn path(&self) -> &Path {
         match self {
-            Place::New(path) | Place::Existing { path, .. } => path,
-            Place::Stdout => Path::new("-"),
+            Place::New(path) | Place::Existing { path, .. } | Place::Stream(path) => path,
         }
+    }
+
+    /// Whether it takes bytes in order only.
+    pub fn is_stream(&self) -> bool {
+        matches!(self, Place::Stream(_))
+    }
+
+    /// Whether it is standard output.
+    pub fn is_stdout(&self) -> bool {
+        self.is_stream() && self.path() == Path::new(STDOUT)
     }
 }
 
@@ -49,6 +61,8 @@ pub struct Target {
     pub devices: Vec<usize>,
     /// The configurations in it.
     pub attachments: Vec<Attachment>,
+    /// The size of its one device, where it is to be larger than the disk: zeros follow.
+    pub size: Option<u64>,
 }
 
 /// Everything that is made.
@@ -171,15 +185,23 @@ impl Request<'_> {
                 .path(&place.path));
             }
             let format = self.format.for_place(driver, &place.path)?;
-            if in_place && format.outer.is_some() {
+            if in_place && format.outer.is_some() && stream_of(&place.path).is_none() {
                 return Err(Error::usage("a compressed output can't be written in place").path(&place.path));
             }
-            let place = if in_place {
+            let place = if let Some(stream) = stream_of(&place.path) {
+                stream_place(&*format.driver, stream)?
+            } else if in_place {
                 Place::Existing { path: place.path.clone(), zeroed: place.zeroed }
             } else {
                 Place::New(place.path.clone())
             };
-            targets.push(Target { place, format, devices: vec![device], attachments: Vec::new() });
+            targets.push(Target {
+                place,
+                format,
+                devices: vec![device],
+                attachments: Vec::new(),
+                size: None,
+            });
         }
         let used = targets.iter().any(|target| target.format.driver.name() == self.format.driver.name());
         if self.dest.is_none() && !used && self.format.has_options() {
@@ -282,6 +304,7 @@ impl Request<'_> {
                 format,
                 devices: vec![index],
                 attachments: Vec::new(),
+                size: None,
             });
         }
         for attachment in &self.attachments {
@@ -295,8 +318,9 @@ impl Request<'_> {
     }
 
     fn check_directory(&self, dest: &Path, is_directory: bool, rest: &[usize]) -> Result<()> {
-        if dest == Path::new("-") {
-            return Err(Error::usage(format!("standard output takes one disk, not {}", rest.len()))
+        if stream_of(dest).is_some() {
+            return Err(Error::usage(format!("a pipe takes one disk, not {}", rest.len()))
+                .path(dest)
                 .hint("--disk takes one of them; --to vma makes one archive"));
         }
         if self.in_place.is_some() {
@@ -321,15 +345,8 @@ impl Request<'_> {
     }
 
     fn place(&self, dest: &Path) -> Result<Place> {
-        if dest == Path::new("-") {
-            if !self.format.driver.capabilities().stream_write {
-                return Err(Error::usage(format!(
-                    "{} can't be written to standard output",
-                    self.format.driver.name()
-                ))
-                .hint("its tables are written last, at the front: give a file name"));
-            }
-            return Ok(Place::Stdout);
+        if let Some(stream) = stream_of(dest) {
+            return stream_place(&*self.format.driver, stream);
         }
         match self.in_place {
             Some(_) if self.format.outer.is_some() => {
@@ -344,7 +361,7 @@ impl Request<'_> {
     }
 
     fn target(&self, place: Place, devices: Vec<usize>, attachments: Vec<Attachment>) -> Target {
-        Target { place, format: self.format.clone(), devices, attachments }
+        Target { place, format: self.format.clone(), devices, attachments, size: None }
     }
 
     fn archive_name(&self) -> String {
@@ -363,6 +380,24 @@ impl Request<'_> {
             names.join(", ")
         ));
     }
+}
+
+/// What DEST is called if it takes bytes in order only: standard output, a FIFO.
+fn stream_of(dest: &Path) -> Option<PathBuf> {
+    if [STDOUT, "/dev/stdout"].iter().any(|name| dest == Path::new(name)) {
+        return Some(PathBuf::from(STDOUT));
+    }
+    let is_stream = std::fs::metadata(dest).is_ok_and(|meta| os::classify(&meta) == FileClass::Stream);
+    is_stream.then(|| dest.to_owned())
+}
+
+fn stream_place(driver: &dyn Driver, stream: PathBuf) -> Result<Place> {
+    if driver.capabilities().stream_write {
+        return Ok(Place::Stream(stream));
+    }
+    Err(Error::usage(format!("{} can't be written to a pipe", driver.name()))
+        .path(stream)
+        .hint("its tables are written last, at the front: give a file name"))
 }
 
 /// Whether an image of this format can be written over what is there: a raw image always; another

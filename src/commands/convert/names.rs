@@ -9,18 +9,28 @@ const MAX_LEN: usize = 200;
 /// One safe path component: no separator, no control character, no leading dot, not empty, not
 /// longer than a file name may be.
 pub fn safe(name: &str, fallback: &str) -> String {
+    let mut out = component(name, MAX_LEN);
+    if out.starts_with('.') {
+        out.replace_range(..1, "_");
+    }
+    if out.trim_matches(['_', '.', ' ']).is_empty() { fallback.to_owned() } else { out }
+}
+
+/// As much of a name as can be a part of a path component: no separator, no control character, at
+/// most `max_len` bytes. May be empty, `.` or `..`.
+pub fn component(name: &str, max_len: usize) -> String {
     let mut out = String::new();
     for c in name.chars() {
         let hostile = c.is_control()
-            || matches!(c, '/' | '\\' | '\0')
+            || matches!(c, '/' | '\\')
             || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-        let c = if hostile || (c == '.' && out.is_empty()) { '_' } else { c };
-        if out.len() + c.len_utf8() > MAX_LEN {
+        let c = if hostile { '_' } else { c };
+        if out.len() + c.len_utf8() > max_len {
             break;
         }
         out.push(c);
     }
-    if out.trim_matches(['_', '.', ' ']).is_empty() { fallback.to_owned() } else { out }
+    out
 }
 
 /// A device name that every reader of archives takes: A-Z a-z 0-9 . _ -
@@ -31,9 +41,22 @@ pub fn portable(name: &str) -> String {
 
 /// Gives out names, each once; upper and lower case count as the same, as on many file systems.
 #[derive(Debug, Default)]
-pub struct Unique(HashSet<String>);
+pub struct Unique {
+    given: HashSet<String>,
+    by_case: bool,
+}
 
 impl Unique {
+    /// Tells upper and lower case apart.
+    pub fn by_case() -> Self {
+        Self { by_case: true, ..Self::default() }
+    }
+
+    /// Whether a name was free; it is not from now on.
+    fn take(&mut self, name: &str) -> bool {
+        self.given.insert(if self.by_case { name.to_owned() } else { name.to_lowercase() })
+    }
+
     /// `stem` and `extension`, with a number between them if the name was given out before.
     pub fn give(&mut self, stem: &str, extension: &str) -> String {
         let join = |stem: &str| match extension {
@@ -42,7 +65,7 @@ impl Unique {
         };
         let mut name = join(stem);
         let mut number = 2u64;
-        while !self.0.insert(name.to_lowercase()) {
+        while !self.take(&name) {
             name = join(&format!("{stem}-{number}"));
             number += 1;
         }

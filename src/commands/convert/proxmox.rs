@@ -17,6 +17,9 @@ pub const CONFIG_NAME: &str = "qemu-server.conf";
 /// What names of archives begin with that `qmrestore` accepts.
 const ARCHIVE_PREFIX: &str = "vzdump-qemu-";
 
+/// A storage for the same; `qmrestore --storage` names another.
+const ANY_STORAGE: &str = "local";
+
 /// A guest number for the volume names of disk lines; replaced at restore.
 const ANY_VMID: &str = "100";
 
@@ -32,15 +35,17 @@ pub fn configure(settings: &[String], taken: &mut [Taken], dest: Option<&Path>) 
     let mut map = String::new();
     for (index, (drive, device)) in drives.iter().zip(taken.iter()).enumerate() {
         let Some(drive) = drive else { continue };
-        let volume = format!("local:{vmid}/vm-{vmid}-disk-{index}.raw");
+        let volume = format!("{ANY_STORAGE}:{vmid}/vm-{vmid}-disk-{index}.raw");
         let extra = match drive.as_str() {
             "efidisk0" => ",efitype=4m",
             "tpmstate0" => ",version=v2.0",
             _ => "",
         };
         let size = device.device.size.div_ceil(1024);
-        lines.entry(drive.clone()).or_insert_with(|| format!("{volume}{extra},size={size}K"));
-        let _ = writeln!(map, "#qmdump#map:{drive}:{}::raw:", device.name);
+        let line = lines.entry(drive.clone()).or_insert_with(|| format!("{volume}{extra},size={size}K"));
+        // The storage that a line given by the user names, else the one that every node has.
+        let storage = line.split_once(':').map_or(ANY_STORAGE, |(storage, _)| storage);
+        let _ = writeln!(map, "#qmdump#map:{drive}:{}:{storage}:raw:", device.name);
     }
     let first_disk = drives.iter().flatten().find(|drive| bus_of(drive).is_some_and(|bus| bus.bootable));
     if let Some(disk) = first_disk {
@@ -148,8 +153,10 @@ fn name_drives(taken: &mut [Taken]) -> Vec<Option<String>> {
         let own = named(device).filter(|drive| given.insert(drive.clone()));
         let drive = match own {
             Some(drive) => Some(drive),
-            None => (0..BUSES[0].drives)
-                .map(|number| format!("{}{number}", BUSES[0].name))
+            None => BUSES
+                .iter()
+                .filter(|bus| bus.bootable)
+                .flat_map(|bus| (0..bus.drives).map(move |number| format!("{}{number}", bus.name)))
                 .find(|drive| used.insert(drive.clone())),
         };
         if let Some(drive) = &drive {
@@ -191,9 +198,9 @@ mod tests {
              scsi0: local:9000/vm-9000-disk-1.raw,size=528K\n\
              scsi1: local:9000/vm-9000-disk-0.raw,size=528K\n\
              scsihw: virtio-scsi-single\n\
-             #qmdump#map:scsi1:drive-scsi1::raw:\n\
-             #qmdump#map:scsi0:drive-scsi0::raw:\n\
-             #qmdump#map:efidisk0:drive-efidisk0::raw:\n"
+             #qmdump#map:scsi1:drive-scsi1:local:raw:\n\
+             #qmdump#map:scsi0:drive-scsi0:local:raw:\n\
+             #qmdump#map:efidisk0:drive-efidisk0:local:raw:\n"
         );
         assert_eq!(devices[0].name, "drive-scsi1");
         assert_eq!(devices[2].name, "drive-efidisk0");

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use imgtool_toolkit::driver::Extras;
 use imgtool_toolkit::fanout::FanOut;
+use imgtool_toolkit::storage::os;
 use imgtool_toolkit::{
     CreateOptions, Device, DeviceId, Error, ImageSink, ImageSource, Input, Manifest, OpenOptions, Output,
     Outputs, PackedSink, Packing, Registry, Result, ResultExt,
@@ -82,6 +83,7 @@ fn manifest(target: &Target, taken: &[Taken]) -> Manifest {
     let device = |(number, &index): (u32, &usize)| Device {
         id: DeviceId(number),
         name: taken[index].name.clone(),
+        size: target.size.unwrap_or(taken[index].device.size),
         ..taken[index].device.clone()
     };
     Manifest {
@@ -107,13 +109,17 @@ fn make_output(
             check_capacity(target, manifest, &output, force)?;
             Ok(output)
         }
-        Place::Stdout => {
-            if io::stdout().is_terminal() {
+        Place::Stream(path) => {
+            let writer: Box<dyn io::Write + Send> = if !target.place.is_stdout() {
+                Box::new(os::open_stream(path).map_err(|e| Error::io("open for writing", e)).in_file(path)?)
+            } else if io::stdout().is_terminal() {
                 return Err(
                     Error::usage("standard output is a terminal").hint("redirect it to a file or a pipe")
                 );
-            }
-            let output = Output::from_writer("-", Box::new(io::stdout()));
+            } else {
+                Box::new(io::stdout())
+            };
+            let output = Output::from_writer(path, writer);
             outputs.stream(output.clone());
             Ok(output)
         }

@@ -96,7 +96,7 @@ struct LostRange<'a> {
 /// When the output can't be written.
 pub fn print(args: &ConvertArgs, layout: &Layout, taken: &[Taken], done: &Done) -> Result<Exit> {
     let summary = summarise(layout, taken, done);
-    let stdout_is_data = layout.targets.iter().any(|target| target.place == Place::Stdout);
+    let stdout_is_data = layout.targets.iter().any(|target| target.place.is_stdout());
     if args.output.is_json() && !stdout_is_data {
         report::print_json(&summary)?;
     } else if !args.messages.quiet {
@@ -172,7 +172,7 @@ fn summarise_output<'a>(
 fn actual_size(place: &Place, written: u64) -> u64 {
     match place {
         Place::New(path) => allocated(path).unwrap_or(written),
-        Place::Existing { .. } | Place::Stdout => written,
+        Place::Existing { .. } | Place::Stream(_) => written,
     }
 }
 

@@ -6,7 +6,7 @@ use imgtool_toolkit::digest::{ContentDigest, DigestSink};
 use imgtool_toolkit::pipeline::{self, Job, Route};
 use imgtool_toolkit::{DeviceId, Error, ImageSink, Loss, Output, Outputs, Registry, Result, ResultExt};
 
-use super::layout::{Layout, Place};
+use super::layout::Layout;
 use super::sinks::{self, Sinks};
 use super::sources::{Source, Taken};
 use super::verify;
@@ -68,8 +68,8 @@ pub fn write(
     if let Some(directory) = &layout.directory {
         outputs.directory(directory)?;
     }
-    if work.verify && layout.targets.iter().any(|target| target.place == Place::Stdout) {
-        return Err(Error::usage("--verify can't read back what went to standard output"));
+    if work.verify && layout.targets.iter().any(|target| target.place.is_stream()) {
+        return Err(Error::usage("--verify can't read back what went to a pipe"));
     }
     let made = sinks::make(work.registry, layout, taken, &mut outputs, (work.force, work.take_busy))?;
     for (path, attachment) in &layout.files {

@@ -1,6 +1,6 @@
 //! `vma create`: an archive of disks and configurations, with a random UUID and the time of day.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -13,7 +13,7 @@ use imgtool_toolkit::{
     Attachment, CreateOptions, Device, DeviceId, DeviceKind, Error, ImageSink, Input, Manifest, OpenOptions,
     Opened, Output, Outputs, Progress, Registry, Result, ResultExt,
 };
-use imgtool_vma::layout::{CLUSTER, SUB_BLOCK};
+use imgtool_vma::layout::{CLUSTER, MAX_BLOB, MAX_DEV_ID, SUB_BLOCK};
 use uuid::Uuid;
 
 use super::{Failure, usage};
@@ -32,6 +32,7 @@ pub(super) fn run(args: &VmaCreateArgs) -> Result<Exit, Failure> {
     let mut sources = open_disks(args, &registry)?;
     let devices = (0..).zip(&sources).map(|(number, disk)| disk.device(number)).collect();
     let manifest = Manifest { devices, attachments: configs };
+    check_limits(&manifest)?;
 
     let mut outputs = Outputs::new();
     interrupt.cleans(outputs.cleaner());
@@ -48,6 +49,26 @@ pub(super) fn run(args: &VmaCreateArgs) -> Result<Exit, Failure> {
     interrupt.shielded(|| outputs.commit())?;
     progress.summary(&manifest);
     Ok(Exit::Done)
+}
+
+/// What the program refuses when it registers disks and configurations, in its words. The driver
+/// refuses it too.
+fn check_limits(manifest: &Manifest) -> Result<()> {
+    for (number, device) in manifest.devices.iter().enumerate() {
+        let hint = match device.size {
+            0 => "its size is 0: leave it out",
+            _ if number >= usize::from(MAX_DEV_ID) => "an archive holds at most 254 disks",
+            _ => continue,
+        };
+        return Err(usage(format!("vma_writer_register_stream '{}' failed", device.name)).hint(hint));
+    }
+    match manifest.attachments.iter().find(|config| config.data.len() > MAX_BLOB) {
+        Some(config) => {
+            Err(usage(format!("Unable to append config data {} (len = {})", config.name, config.data.len()))
+                .hint(format!("an archive takes configurations of at most {MAX_BLOB} bytes")))
+        }
+        None => Ok(()),
+    }
 }
 
 fn copy(sources: &mut [Disk], sink: &dyn ImageSink, progress: &Percent, interrupt: &Interrupt) -> Result<()> {
@@ -158,8 +179,7 @@ impl Archive {
         let exists = fs::metadata(path).ok();
         let is_stream = exists.as_ref().is_some_and(|meta| os::classify(meta) == FileClass::Stream);
         if is_stream {
-            let file =
-                File::options().write(true).open(path).map_err(|e| Error::io("open", e)).in_file(path)?;
+            let file = os::open_stream(path).map_err(|e| Error::io("open", e)).in_file(path)?;
             let output = Output::from_writer(path, Box::new(file));
             outputs.stream(output.clone());
             return Ok(Self { output, command: None });
@@ -239,7 +259,7 @@ struct Percent {
 struct State {
     done: u64,
     zero: u64,
-    percent: Option<u64>,
+    percent: u64,
     zeros: Vec<u64>,
 }
 
@@ -247,7 +267,10 @@ impl Percent {
     fn new(manifest: &Manifest, verbose: bool) -> Self {
         let total = manifest.devices.iter().map(|device| device.size).sum();
         let zeros = vec![0; manifest.devices.len()];
-        Self { verbose, total, state: Mutex::new(State { done: 0, zero: 0, percent: None, zeros }) }
+        if verbose && total > 0 {
+            report::say(&format!("progress 0% 0/{total} 0"));
+        }
+        Self { verbose, total, state: Mutex::new(State { done: 0, zero: 0, percent: 0, zeros }) }
     }
 
     fn summary(&self, manifest: &Manifest) {
@@ -283,11 +306,10 @@ impl Progress for Percent {
         if let Some(zeros) = state.zeros.get_mut(device.0 as usize) {
             *zeros += zero;
         }
-        let percent = (u128::from(state.done) * 100).checked_div(u128::from(self.total));
-        let percent = percent.and_then(|percent| u64::try_from(percent).ok());
-        if self.verbose && percent.is_some() && percent != state.percent {
+        // No more than 254 disks of 2^48 bytes.
+        let percent = (state.done * 100).checked_div(self.total).unwrap_or(100);
+        if self.verbose && percent != state.percent {
             state.percent = percent;
-            let percent = percent.unwrap_or_default();
             report::say(&format!("progress {percent}% {}/{} {}", state.done, self.total, state.zero));
         }
     }

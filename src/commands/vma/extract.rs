@@ -3,8 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::{
-    Attachment, Device, Error, ImageSource, Input, OpenOptions, Opened, Outputs, Registry, Result, ResultExt,
+    Attachment, Device, DeviceKind, Error, ImageInfo, ImageSource, Input, OpenOptions, Opened, Outputs,
+    Registry, Result,
 };
 
 use super::map_file::{Entry, Map};
@@ -22,6 +24,10 @@ use crate::interrupt::Interrupt;
 use crate::progress::RateLimit;
 use crate::report;
 
+/// The longest device name whose file the program can make (`tmp-disk-NAME.raw`), bytes; names of
+/// configurations are cut there too.
+const MAX_NAME: usize = 242;
+
 /// What messages begin with.
 const STEP: &str = "restore failed - ";
 
@@ -30,10 +36,11 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
     let interrupt = Interrupt::listen()?;
     let source = open(&args.file, STEP)?;
     let header = source.header();
-    make_directory(&args.dir)?;
-    let cleanup = MadeDirectory { path: &args.dir, keep: false };
+    let mut outputs = Outputs::new();
+    outputs.protect(&args.file);
+    interrupt.cleans(outputs.cleaner());
+    make_directory(&args.dir, &mut outputs)?;
     let plan = Plan::new(args, &registry, source.info().devices.clone(), &header.configs);
-    let tally = Tally::new(header);
     let (layout, taken, limit) = match &args.map {
         None => {
             report::print(&plan.announcement())?;
@@ -41,7 +48,9 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
         }
         Some(map_path) => {
             // Whoever writes the map reads the list and the configurations first.
-            plan.write_configurations()?;
+            for (path, config) in &plan.configs {
+                outputs.publish(path, &config.data)?;
+            }
             report::print(&list::lines(header))?;
             let map = Map::read(map_path)?;
             let limit = map.limit().map(RateLimit::new);
@@ -49,6 +58,8 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
             (layout, taken, limit)
         }
     };
+    let notes: Vec<String> = plan.notes.iter().chain(&layout.notes).cloned().collect();
+    let tally = Tally::new(taken.iter().map(|taken| &taken.device));
     let work = Work {
         registry: &registry,
         threads: ThreadArgs::default().count(),
@@ -59,12 +70,11 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
         verify: false,
         observer: args.verbose.then_some(&tally),
     };
-    let mut outputs = Outputs::new();
-    outputs.protect(&args.file);
-    interrupt.cleans(outputs.cleaner());
     let sources = vec![wrap(args, &registry, Box::new(source))?];
     write::write(work, &layout, sources, &taken, outputs, &interrupt).map_err(Failure::during(STEP))?;
-    cleanup.keep();
+    for note in notes {
+        report::say(&format!("vma: note: {}", escape_control(&note)));
+    }
     if args.verbose {
         report::print(&tally.totals())?;
     }
@@ -72,32 +82,11 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
 }
 
 /// The directory must be new, and the one above it must be there.
-fn make_directory(dir: &Path) -> Result<()> {
-    fs::create_dir(dir).map_err(|e| {
-        let reason = super::reason(&e);
+fn make_directory(dir: &Path, outputs: &mut Outputs) -> Result<()> {
+    outputs.new_directory(dir).map_err(|e| {
+        let reason = e.io_error().map(super::reason).unwrap_or_default();
         usage(format!("unable to create target directory {} - {reason}", dir.display()))
     })
-}
-
-/// The directory that was made goes again, if it is empty, unless all goes well.
-struct MadeDirectory<'a> {
-    path: &'a Path,
-    keep: bool,
-}
-
-impl MadeDirectory<'_> {
-    fn keep(mut self) {
-        self.keep = true;
-    }
-}
-
-impl Drop for MadeDirectory<'_> {
-    fn drop(&mut self) {
-        if !self.keep {
-            // Configurations that a map's writer was shown stay, and so does the directory then.
-            let _ = fs::remove_dir(self.path);
-        }
-    }
 }
 
 fn wrap(args: &VmaExtractArgs, registry: &Registry, source: Box<dyn ImageSource>) -> Result<Source> {
@@ -121,6 +110,8 @@ struct Plan<'a> {
     /// File names of the configurations and of the devices, each once.
     configs: Vec<(PathBuf, Attachment)>,
     names: Vec<String>,
+    /// What is not called as the archive calls it.
+    notes: Vec<String>,
 }
 
 impl<'a> Plan<'a> {
@@ -134,25 +125,25 @@ impl<'a> Plan<'a> {
             let wanted: Vec<&str> = wanted.split(',').collect();
             devices.retain(|device| is_state(device.kind) || wanted.contains(&device.name.as_str()));
         }
-        let mut unique = Unique::default();
+        // Disks first: programs look for them by name, whatever a configuration is called.
+        let mut unique = Unique::by_case();
+        let mut notes = Vec::new();
+        let names = devices.iter().map(|device| file_name(device, &mut unique, &mut notes)).collect();
         let configs = configs
             .iter()
             .map(|config| {
-                let name = unique.give_file(&names::safe(&config.name, "config"));
+                let name = match names::component(&config.name, MAX_NAME) {
+                    dots if ["", ".", ".."].contains(&dots.as_str()) => "config".to_owned(),
+                    name => name,
+                };
+                let name = unique.give_file(&name);
+                if name != config.name {
+                    notes.push(format!("configuration '{}' is written as '{name}'", config.name));
+                }
                 (args.dir.join(name), config.clone())
             })
             .collect();
-        let names = devices
-            .iter()
-            .map(|device| {
-                if is_state(device.kind) {
-                    unique.give("vmstate", "bin")
-                } else {
-                    unique.give(&format!("disk-{}", names::safe(&device.name, "disk")), "raw")
-                }
-            })
-            .collect();
-        Self { registry, dir: &args.dir, devices, configs, names }
+        Self { registry, dir: &args.dir, devices, configs, names, notes }
     }
 
     /// The line for each disk that is printed before its data is read.
@@ -184,14 +175,8 @@ impl<'a> Plan<'a> {
             format: Format::plain(self.registry.get("raw")?),
             devices: vec![taken],
             attachments: Vec::new(),
+            size: None,
         })
-    }
-
-    fn write_configurations(&self) -> Result<()> {
-        for (path, config) in &self.configs {
-            fs::write(path, &config.data).map_err(|e| Error::io("unable to write file", e)).in_file(path)?;
-        }
-        Ok(())
     }
 
     fn by_map(&self, map: &Map) -> Result<(Layout, Vec<Taken>)> {
@@ -205,7 +190,13 @@ impl<'a> Plan<'a> {
                     None => return Err(usage(format!("no device name mapping for {}", all.name))),
                     Some(Entry::Skip) => continue,
                     Some(Entry::Target { path, format, write_zeros, .. }) => {
-                        self.mapped(&all, path, format.as_deref(), *write_zeros, taken.len())?
+                        let target = self.mapped(&all, path, format.as_deref(), *write_zeros, taken.len())?;
+                        if matches!(target.place, Place::New(_)) {
+                            let made =
+                                format!("{} was made anew as an image of the same format", path.display());
+                            layout.notes.push(made);
+                        }
+                        target
                     }
                 }
             };
@@ -227,8 +218,14 @@ impl<'a> Plan<'a> {
         let plainly_raw =
             path.starts_with("/dev/") || path.extension().is_some_and(|extension| extension == "raw");
         let format = format.or(plainly_raw.then_some("raw"));
+        let unknown = |name| self.registry.get(name).is_err();
+        if let Some(name) = format.filter(|name| unknown(name)) {
+            return Err(usage(format!("can't open file {} - Unknown driver '{name}'", path.display())));
+        }
         let input = Input::open_plain(path)?;
-        let opened = self.registry.open(input, format, &OpenOptions::default())?;
+        // Its content is replaced: no other file that it names is needed.
+        let options = OpenOptions { info_only: true, ..OpenOptions::default() };
+        let opened = self.registry.open(input, format, &options)?;
         let info = opened.source.info();
         let [existing] = info.devices.as_slice() else {
             return Err(usage("the target is no disk image").path(path));
@@ -248,8 +245,32 @@ impl<'a> Plan<'a> {
         } else {
             Place::New(path.to_owned())
         };
-        Ok(Target { place, format, devices: vec![number], attachments: Vec::new() })
+        let size = matches!(place, Place::New(_)).then_some(existing.size);
+        if size.is_some() && has_snapshots(info) {
+            let message = "has internal snapshots, which would be lost";
+            return Err(Error::refused(format!("the target {} {message}", path.display()))
+                .hint("nothing was written; name another target, or delete them with qemu-img snapshot -d"));
+        }
+        Ok(Target { place, format, devices: vec![number], attachments: Vec::new(), size })
     }
+}
+
+/// The program's name for a device's file; another where that one is no file name, or is given.
+fn file_name(device: &Device, unique: &mut Unique, notes: &mut Vec<String>) -> String {
+    let (stem, extension) = match device.kind {
+        DeviceKind::VmState => ("vmstate".to_owned(), "bin"),
+        DeviceKind::Disk => (format!("disk-{}", names::component(&device.name, MAX_NAME)), "raw"),
+    };
+    let name = unique.give(&stem, extension);
+    if !is_state(device.kind) && name != format!("disk-{}.raw", device.name) {
+        notes.push(format!("device {} '{}' is written to '{name}'", device.id, device.name));
+    }
+    name
+}
+
+fn has_snapshots(info: &ImageInfo) -> bool {
+    let snapshots = info.facts.iter().find(|fact| fact.key == "snapshots");
+    snapshots.and_then(|fact| fact.value.as_array()).is_some_and(|list| !list.is_empty())
 }
 
 fn check_size(taken: &Taken, target_size: u64) -> Result<()> {

@@ -48,14 +48,17 @@ impl Map {
             let read = |e| Error::io("read map", e);
             let len =
                 (&mut reader).take(MAX_LINE).read_until(b'\n', &mut line).map_err(read).in_file(path)?;
-            let text = String::from_utf8(line).map_err(|_| usage("read map failed - a line is not UTF-8"))?;
+            if len as u64 == MAX_LINE && line.last() != Some(&b'\n') {
+                return Err(failed(&format!("a line is longer than {MAX_LINE} bytes")));
+            }
+            let text = String::from_utf8(line).map_err(|_| failed("a line is not UTF-8"))?;
             let text = text.strip_suffix('\n').unwrap_or(&text);
             if len == 0 || text.is_empty() || text == "done" {
                 return Ok(map);
             }
             map.0.push(parse(text)?);
         }
-        Err(usage(format!("read map failed - more than {MAX_LINES} lines")))
+        Err(failed(&format!("more than {MAX_LINES} lines")))
     }
 
     pub(super) fn get(&self, device: &str) -> Option<&Entry> {

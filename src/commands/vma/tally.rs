@@ -3,8 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use imgtool_toolkit::Piece;
-use imgtool_vma::ArchiveHeader;
+use imgtool_toolkit::{Device, Piece};
 use imgtool_vma::layout::{CLUSTER, SUB_BLOCK};
 
 use crate::observe::Observe;
@@ -16,9 +15,9 @@ const BLOCKS: u64 = CLUSTER / SUB_BLOCK;
 /// Counts clusters and blocks as they pass.
 pub(super) struct Tally {
     started: Instant,
-    /// Whole clusters of all devices; the program counts partial ones when it meets them, so that
-    /// more than 100 % is usual.
-    whole_clusters: u64,
+    /// Clusters of all devices that are read. The program leaves out those that a device ends in,
+    /// comes to more than 100 % with them, and divides by zero where there are no others.
+    all_clusters: u64,
     counts: Mutex<Counts>,
 }
 
@@ -32,9 +31,10 @@ struct Counts {
 }
 
 impl Tally {
-    pub(super) fn new(header: &ArchiveHeader) -> Self {
-        let whole_clusters = header.devices.iter().map(|device| device.size / CLUSTER).sum();
-        Self { started: Instant::now(), whole_clusters, counts: Mutex::default() }
+    /// For these devices.
+    pub(super) fn new<'a>(devices: impl IntoIterator<Item = &'a Device>) -> Self {
+        let all_clusters = devices.into_iter().map(|device| device.size.div_ceil(CLUSTER)).sum();
+        Self { started: Instant::now(), all_clusters, counts: Mutex::default() }
     }
 
     /// The lines at the end.
@@ -92,11 +92,12 @@ impl Tally {
     fn print_percents(&self, counts: &mut Counts, reached: u64) {
         let mut text = String::new();
         let seconds = self.started.elapsed().as_secs();
-        let next = |percent: u64| ((percent + 1) * self.whole_clusters).div_ceil(100);
-        // A base of 0 clusters knows no percentage.
+        // Sizes have 48 bits at most, so this can't overflow.
+        let next = |percent: u64| ((percent + 1) * self.all_clusters).div_ceil(100);
+        // Of no clusters there is no percentage.
         while (1..=reached).contains(&next(counts.percent)) {
             let at = next(counts.percent);
-            counts.percent = at * 100 / self.whole_clusters;
+            counts.percent = at * 100 / self.all_clusters;
             let bytes = at * CLUSTER;
             text.push_str(&format!(
                 "progress {}% (read {bytes} bytes, duration {seconds} sec)\n",

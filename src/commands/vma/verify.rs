@@ -22,7 +22,7 @@ pub(super) fn run(file: &Path, verbose: bool) -> Result<Exit, Failure> {
     if verbose {
         report::print(&list::lines(source.header()))?;
     }
-    let tally = Tally::new(source.header());
+    let tally = Tally::new(&source.info().devices);
     let nowhere = Nowhere::default();
     let observed = ObservedSink::new(&nowhere, &tally);
     let sink: &dyn ImageSink = if verbose { &observed } else { &nowhere };

@@ -4,6 +4,7 @@
 //! of them and only then renames them; until that, dropping the set removes everything.
 
 use std::fs::{File, Metadata, Permissions};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -25,6 +26,7 @@ pub struct Outputs {
     files: Vec<PendingFile>,
     others: Vec<Output>,
     directories: Vec<PathBuf>,
+    published: Vec<PathBuf>,
     protected: Vec<(PathBuf, (u64, u64))>,
     /// Files that exist and are written to, or will be replaced.
     taken: Vec<(u64, u64)>,
@@ -164,7 +166,7 @@ impl Outputs {
     }
 
     /// An existing block device or file, written in place; it keeps its length. `reads_as_zero`: it
-    /// is known to hold zeros. A device that is mounted or otherwise held is refused without `force`.
+    /// is known to hold zeros. What is mounted, locked or otherwise held is refused without `force`.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Refused`] when it is a source or busy; [`crate::ErrorKind::Io`].
@@ -190,6 +192,11 @@ impl Outputs {
             FileClass::Directory => return Err(Error::usage("is a directory").path(path)),
             FileClass::Stream => return Err(Error::usage("is neither a file nor a block device").path(path)),
         };
+        if let Some(how) = os::used_elsewhere(&file).filter(|_| !force) {
+            return Err(Error::refused(format!("it is in use: {how}"))
+                .path(path)
+                .hint("nothing was written; stop what uses it, or write all the same with --force"));
+        }
         let output = Output::from_existing(path, file, reads_as_zero)?;
         self.taken.push(os::file_identity(&meta));
         self.others.push(output.clone());
@@ -215,10 +222,32 @@ impl Outputs {
         {
             self.directory(parent)?;
         }
+        self.new_directory(path)
+    }
+
+    /// Makes a directory that must not be there yet; it is removed again (if empty) unless all goes
+    /// well.
+    ///
+    /// # Errors
+    /// When it can't be made.
+    pub fn new_directory(&mut self, path: &Path) -> Result<()> {
         std::fs::create_dir(path).map_err(|e| Error::io("make the directory", e).path(path))?;
         self.directories.push(path.to_owned());
         self.cleaner.with(|paths| paths.directories.push(path.to_owned()));
         Ok(())
+    }
+
+    /// Writes a file of a new name that others are to see before the end; it is removed again unless
+    /// all goes well.
+    ///
+    /// # Errors
+    /// When it can't be made.
+    pub fn publish(&mut self, path: &Path, bytes: &[u8]) -> Result<()> {
+        let failed = |e| Error::io("unable to write file", e).path(path);
+        let mut file = File::create_new(path).map_err(failed)?;
+        self.published.push(path.to_owned());
+        self.cleaner.with(|paths| paths.files.push(path.to_owned()));
+        file.write_all(bytes).map_err(failed)
     }
 
     /// Flushes every output, then gives all files their final names.
@@ -244,6 +273,7 @@ impl Outputs {
         }
         let named: Vec<PathBuf> = named.into_iter().map(|done| done.path).collect();
         self.directories.clear();
+        self.published.clear();
         self.cleaner.forget();
         sync_directories(&named);
         Ok(())
@@ -316,6 +346,10 @@ impl Drop for Outputs {
     fn drop(&mut self) {
         // Temporary files remove themselves; directories go after them.
         self.files.clear();
+        for file in &self.published {
+            // Somebody may have taken it away meanwhile.
+            let _ = std::fs::remove_file(file);
+        }
         for directory in self.directories.iter().rev() {
             // Somebody may have put a file there meanwhile: it stays.
             let _ = std::fs::remove_dir(directory);

@@ -4,8 +4,9 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, IoSlice, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
-use rustix::fs::{Advice, FallocateFlags};
+use rustix::fs::{Advice, FallocateFlags, FlockOperation};
 use rustix::io::Errno;
 
 use super::{FileClass, FileRun};
@@ -85,6 +86,53 @@ pub fn open_block_device(path: &Path, exclusive: bool) -> io::Result<File> {
     options.open(path)
 }
 
+/// How somebody else uses a file or block device that the kernel lets be opened all the same: under
+/// a record lock, as running virtual machines do, or as the backing of a loop device. For a person.
+/// If nobody has locked it, it is locked for us until it is closed.
+pub fn used_elsewhere(file: &File) -> Option<String> {
+    let lock = rustix::fs::fcntl_lock(file, FlockOperation::NonBlockingLockExclusive);
+    // What can't be locked at all (some network file systems) is not locked.
+    if matches!(lock, Err(Errno::AGAIN | Errno::ACCESS)) {
+        return Some("another program, perhaps a virtual machine, has locked it".to_owned());
+    }
+    let identity = file_identity(&file.metadata().ok()?);
+    let device = std::fs::read_dir("/sys/block").ok()?.flatten().find(|entry| {
+        let backing = std::fs::read_to_string(entry.path().join("loop/backing_file"));
+        let meta = backing.and_then(|path| std::fs::metadata(path.trim_end_matches('\n')));
+        meta.is_ok_and(|meta| file_identity(&meta) == identity)
+    })?;
+    Some(format!("/dev/{} is made of it", device.file_name().to_string_lossy()))
+}
+
+/// How long the reader of a FIFO may come later than its writer. Ours.
+const FIFO_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Opens a FIFO or another stream for writing; fails when nobody opens a FIFO for reading within two
+/// seconds, instead of waiting for ever.
+///
+/// # Errors
+/// ENXIO when there is no reader; when it can't be opened.
+pub fn open_stream(path: &Path) -> io::Result<File> {
+    let nonblock = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap_or(0);
+    let began = Instant::now();
+    loop {
+        match OpenOptions::new().write(true).custom_flags(nonblock).open(path) {
+            Ok(file) => {
+                let flags = rustix::fs::fcntl_getfl(&file)?;
+                rustix::fs::fcntl_setfl(&file, flags - rustix::fs::OFlags::NONBLOCK)?;
+                return Ok(file);
+            }
+            Err(e) if e.raw_os_error() == Some(Errno::NXIO.raw_os_error()) => {
+                if began.elapsed() > FIFO_PATIENCE {
+                    return Err(e);
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(e) => return Err(e),
+        }
+    }
+}
+
 /// Zeros a range without sending zeros: on a file a hole, on a block device what BLKZEROOUT does
 /// (the kernel's fallocate for block devices). `Ok(false)`: not possible here, write zeros.
 ///
@@ -102,7 +150,8 @@ pub fn zero_range(file: &File, position: u64, len: u64, is_block_device: bool) -
     for flags in attempts {
         match rustix::fs::fallocate(file, *flags, position, len) {
             Ok(()) => return Ok(true),
-            Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::NODEV) => {}
+            // BUSY: the device is mounted, and written all the same.
+            Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::NODEV | Errno::BUSY) => {}
             Err(e) => return Err(e.into()),
         }
     }

@@ -51,6 +51,19 @@ pub fn open_block_device(path: &Path, _exclusive: bool) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open(path)
 }
 
+/// See the Linux version; here nothing tells.
+pub fn used_elsewhere(_file: &File) -> Option<String> {
+    None
+}
+
+/// See the Linux version; here it waits for a reader.
+///
+/// # Errors
+/// When it can't be opened.
+pub fn open_stream(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).open(path)
+}
+
 /// See the Linux version; here never possible.
 ///
 /// # Errors
