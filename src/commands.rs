@@ -10,6 +10,7 @@ mod checksum;
 mod compare;
 mod convert;
 mod create;
+mod extras;
 mod formats;
 mod info;
 mod map;

@@ -19,6 +19,8 @@ mod fixtures;
 mod huge;
 mod info;
 mod matrix;
+mod qcow2_chains;
+mod qcow2_maps;
 mod real;
 mod refusals;
 mod streams;

@@ -37,6 +37,14 @@ pub struct MapArgs {
     #[arg(long, value_name = "NAME")]
     pub disk: Vec<String>,
 
+    /// Begin at this guest offset: bytes, or with a suffix k, M, G, T
+    #[arg(short = 's', long, value_name = "SIZE")]
+    pub start_offset: Option<String>,
+
+    /// Show at most this many bytes of the disk
+    #[arg(long, value_name = "SIZE")]
+    pub max_length: Option<String>,
+
     #[command(flatten)]
     pub output: OutputArgs,
 
@@ -185,8 +193,8 @@ pub struct CreateArgs {
     #[arg(value_name = "PATH", required_unless_present = "options")]
     pub path: Option<PathBuf>,
 
-    /// Its virtual size: bytes, or with a suffix k, M, G, T
-    #[arg(value_name = "SIZE", required_unless_present = "options")]
+    /// Its virtual size: bytes, or with a suffix k, M, G, T [default: that of the backing file]
+    #[arg(value_name = "SIZE")]
     pub size: Option<String>,
 
     /// Its format [default: by PATH's extension, else raw]
@@ -196,6 +204,18 @@ pub struct CreateArgs {
     /// Options of the format, KEY=VALUE[,KEY=VALUE]; repeatable; '-o help' lists them
     #[arg(short = 'o', long = "options", value_name = "K=V")]
     pub options: Vec<String>,
+
+    /// The image below the new one, relative to it; -o backing_file=FILE
+    #[arg(short = 'b', long, value_name = "FILE", requires = "backing_format")]
+    pub backing: Option<String>,
+
+    /// The format of the backing file; -o backing_fmt=FMT
+    #[arg(short = 'F', long, value_name = "FMT")]
+    pub backing_format: Option<String>,
+
+    /// Do not look at the backing file: it may be missing, and SIZE has to be given
+    #[arg(short = 'u', long)]
+    pub unsafe_backing: bool,
 
     /// Overwrite an existing file
     #[arg(long)]

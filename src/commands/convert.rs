@@ -8,7 +8,7 @@ use imgtool_toolkit::{
     Attachment, CreateOptions, Error, OpenOptions, Outputs, Registry, Result, ResultExt, parse_size,
 };
 
-use super::options;
+use super::{extras, options};
 use crate::args::ConvertArgs;
 use crate::exit::Exit;
 use crate::interrupt::Interrupt;
@@ -86,6 +86,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     note_on_restoring(&mut layout);
     let work = write::Work {
         registry: &registry,
+        base_options: images::open_options(&registry, &args.input)?,
         threads: args.threads.count(),
         force: args.target.force,
         take_busy: args.target.force,
@@ -101,15 +102,9 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
 /// `-o`, `-S`, and `-B` with `-F`, which are two options of qcow2.
 fn create_options(args: &ConvertArgs) -> Result<CreateOptions> {
     let mut create = options::create_options(&args.target.options, args.target.sparse_size.as_deref())?;
-    let named = [("backing_file", &args.target.backing), ("backing_fmt", &args.target.backing_format)];
-    for (key, value) in named {
-        if let Some(value) = value
-            && create.options.insert(key.to_owned(), value.clone()).is_some()
-        {
-            return Err(Error::usage(format!("{key} is given twice")));
-        }
-    }
-    let rests_on_others = ["backing_file", "data_file"].iter().find(|key| create.get(key).is_some());
+    extras::add_backing(&mut create, args.target.backing.as_deref(), args.target.backing_format.as_deref())?;
+    let rests_on_others =
+        [extras::BACKING_FILE, extras::DATA_FILE].iter().find(|key| create.get(key).is_some());
     if let (true, Some(key)) = (args.target.verify, rests_on_others) {
         return Err(Error::unsupported(format!("--verify does not go with {key}"))
             .hint("'imgtool compare --allow-external chain' compares afterwards"));

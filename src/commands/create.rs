@@ -1,11 +1,14 @@
-//! `imgtool create`: an empty image.
+//! `imgtool create`: an empty image, or one that shows what its backing file holds.
+
+use std::path::Path;
 
 use imgtool_toolkit::pipeline::{self, Job, Route};
 use imgtool_toolkit::{
-    DeviceId, Error, ImageSource, Manifest, NoProgress, Outputs, Result, ResultExt, parse_size,
+    CreateOptions, DeviceId, Error, ImageSource, Manifest, NoProgress, OpenOptions, Outputs, Registry,
+    Result, ResultExt, parse_size,
 };
 
-use super::options;
+use super::{extras, options};
 use crate::args::CreateArgs;
 use crate::exit::Exit;
 use crate::images::{self, Blank};
@@ -27,25 +30,33 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
     if options::asks_for_help(&args.options) {
         return options::list(&*driver);
     }
-    let create = options::create_options(&args.options, None)?;
+    let mut create = options::create_options(&args.options, None)?;
+    extras::add_backing(&mut create, args.backing.as_deref(), args.backing_format.as_deref())?;
     create.check_names(driver.name(), driver.options())?;
-    let (Some(path), Some(size)) = (&args.path, &args.size) else {
-        return Err(Error::usage("PATH and SIZE are needed").hint("imgtool create -f FMT PATH SIZE"));
+    let Some(path) = &args.path else {
+        return Err(Error::usage("PATH is needed").hint("imgtool create -f FMT PATH SIZE"));
     };
-    let size = parse_size(size)
-        .ok_or_else(|| Error::usage(format!("a size is a number such as 512M or 20G, not '{size}'")))?;
+    let size = size(&registry, args, path, &create)?;
 
     let interrupt = Interrupt::listen()?;
     let mut outputs = Outputs::new();
     interrupt.cleans(outputs.cleaner());
+    let backing = extras::backing_path(path, &create)?;
+    backing.iter().for_each(|path| outputs.protect(path));
     let mut blank = Blank::new(&images::stem(&registry, path), size);
     let manifest = Manifest { devices: blank.info().devices.clone(), attachments: Vec::new() };
     let output = outputs.create(path, args.force)?;
+    if let Some(data_file) = extras::create_data_file(path, &create, &mut outputs, args.force)? {
+        create.extras.outputs.insert(extras::DATA_FILE.to_owned(), data_file);
+    }
     let sink = driver.create(output, &manifest, &create).in_file(path)?;
     sink.begin()?;
-    let only = Route { from: DeviceId(0), to: DeviceId(0) };
-    let job = Job { routes: vec![only], threads: 1, progress: &NoProgress, cancel: interrupt.token() };
-    pipeline::copy(&mut blank, &*sink, &job)?;
+    // Over a backing file nothing is written: zeros would hide it.
+    if backing.is_none() {
+        let only = Route { from: DeviceId(0), to: DeviceId(0) };
+        let job = Job { routes: vec![only], threads: 1, progress: &NoProgress, cancel: interrupt.token() };
+        pipeline::copy(&mut blank, &*sink, &job)?;
+    }
     sink.finish()?;
     interrupt.shielded(|| outputs.commit())?;
     if !args.quiet {
@@ -54,4 +65,29 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
         sink.notes().iter().for_each(|note| report::note(note));
     }
     Ok(Exit::Done)
+}
+
+/// SIZE, or the size of the backing file.
+fn size(registry: &Registry, args: &CreateArgs, path: &Path, create: &CreateOptions) -> Result<u64> {
+    let given = args.size.as_deref().map(|text| {
+        parse_size(text)
+            .ok_or_else(|| Error::usage(format!("a size is a number such as 512M or 20G, not '{text}'")))
+    });
+    let given = given.transpose()?;
+    let missing = || Error::usage("SIZE is needed").hint("imgtool create -f FMT PATH SIZE");
+    if args.unsafe_backing {
+        return given.ok_or_else(missing);
+    }
+    // Its own backing files are not looked for.
+    let facts = OpenOptions { info_only: true, ..OpenOptions::default() };
+    let base = extras::open_base(registry, path, create, &facts)?;
+    let devices = base.as_ref().map(|base| base.source.info().devices.as_slice());
+    match (given, devices) {
+        (_, Some(devices)) if devices.len() != 1 => {
+            Err(Error::unsupported(format!("the backing file holds {} devices, not one", devices.len())))
+        }
+        (Some(size), _) => Ok(size),
+        (None, Some([device])) => Ok(device.size),
+        (None, _) => Err(missing()),
+    }
 }

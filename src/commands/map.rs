@@ -1,25 +1,28 @@
-//! `imgtool map`: which parts of a disk hold data.
+//! `imgtool map`: which parts of a disk hold data, in which file of a chain, and where.
+
+use std::ops::Range;
 
 use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::{Device, Extent, ExtentKind, RandomAccess, Result, ResultExt};
+use imgtool_toolkit::{Device, Error, MapExtent, RandomAccess, Result, ResultExt, parse_size};
 use serde::Serialize;
 
 use crate::args::MapArgs;
 use crate::exit::Exit;
 use crate::{drivers, images, report};
 
-/// One extent in JSON: qemu-img's names where they mean the same.
+/// One extent in JSON: qemu-img's names and order, and after them what it does not have.
 #[derive(Serialize)]
 struct Line<'a> {
-    device: &'a str,
     start: u64,
     length: u64,
-    /// Something is allocated there.
+    depth: u32,
     present: bool,
-    /// It reads as zeros.
     zero: bool,
-    /// It must be read.
     data: bool,
+    compressed: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    offset: Option<u64>,
+    device: &'a str,
 }
 
 /// Prints the extents of the devices.
@@ -34,29 +37,46 @@ pub fn run(args: &MapArgs) -> Result<Exit> {
     };
     let opened = images::open_random(&registry, &args.image, args.input.format.as_deref(), &options)?;
     let random = images::random(&opened)?;
+    let devices = images::select(&opened, &args.disk)?;
+    let window = window(args)?;
     let mut printer = Printer { json: args.output.is_json(), text: String::new(), lines: 0 };
     printer.begin();
-    for device in images::select(&opened, &args.disk)? {
-        walk(random, &device, |extent| printer.extent(&device.name, extent)).in_file(&args.image)?;
+    for device in devices {
+        let range = window.start.min(device.size)..window.end.min(device.size);
+        walk(random, &device, range, |extent| printer.extent(&device.name, &extent)).in_file(&args.image)?;
     }
     printer.end()?;
     Ok(Exit::Done)
 }
 
-/// Calls `see` for every extent of a device, neighbours of one kind joined.
-fn walk(random: &dyn RandomAccess, device: &Device, mut see: impl FnMut(Extent) -> Result<()>) -> Result<()> {
-    let mut pending: Option<Extent> = None;
-    let mut position = 0;
-    while position < device.size {
-        for extent in random.extents(device.id, position..device.size)? {
+/// The guest range that is shown.
+fn window(args: &MapArgs) -> Result<Range<u64>> {
+    let size = |flag: &str, text: &str| {
+        parse_size(text)
+            .ok_or_else(|| Error::usage(format!("{flag} takes bytes such as 65536, 64k or 2G, not '{text}'")))
+    };
+    let start = args.start_offset.as_deref().map_or(Ok(0), |text| size("--start-offset", text))?;
+    let len = args.max_length.as_deref().map_or(Ok(u64::MAX), |text| size("--max-length", text))?;
+    Ok(start..start.saturating_add(len))
+}
+
+/// Calls `see` for every run of `range`, neighbours of one kind joined.
+fn walk(
+    random: &dyn RandomAccess,
+    device: &Device,
+    range: Range<u64>,
+    mut see: impl FnMut(MapExtent) -> Result<()>,
+) -> Result<()> {
+    let mut pending: Option<MapExtent> = None;
+    let mut position = range.start;
+    while position < range.end {
+        for extent in random.map(device.id, position..range.end)? {
             position = extent.end();
-            match &mut pending {
-                Some(known) if known.kind == extent.kind => known.len += extent.len,
-                _ => {
-                    if let Some(known) = pending.replace(extent) {
-                        see(known)?;
-                    }
-                }
+            if pending.as_mut().is_some_and(|known| known.join(&extent)) {
+                continue;
+            }
+            if let Some(known) = pending.replace(extent) {
+                see(known)?;
             }
         }
     }
@@ -78,30 +98,26 @@ impl Printer {
         if self.json {
             self.text.push('[');
         } else {
-            self.text.push_str(&row("start", "length", "kind", "device"));
+            self.text.push_str(&row(["start", "length", "kind", "mapped to"], "device", "file"));
         }
     }
 
-    fn extent(&mut self, device: &str, extent: Extent) -> Result<()> {
+    fn extent(&mut self, device: &str, extent: &MapExtent) -> Result<()> {
         if self.json {
-            let line = Line {
-                device,
-                start: extent.start,
-                length: extent.len,
-                present: extent.kind != ExtentKind::Hole,
-                zero: !extent.is_data(),
-                data: extent.is_data(),
-            };
             self.text.push_str(if self.lines > 0 { ",\n " } else { "\n " });
-            self.text.push_str(&serde_json::to_string(&line).unwrap_or_default());
+            self.text.push_str(&serde_json::to_string(&line(device, extent)).unwrap_or_default());
         } else {
-            let kind = match extent.kind {
-                ExtentKind::Data => "data",
-                ExtentKind::Zero => "zero",
-                ExtentKind::Hole => "hole",
+            let kind = match extent {
+                MapExtent { compressed: true, .. } => "compressed",
+                MapExtent { zero: false, .. } => "data",
+                MapExtent { present: true, .. } => "zero",
+                _ => "hole",
             };
             let (start, len) = (extent.start.to_string(), extent.len.to_string());
-            self.text.push_str(&row(&start, &len, kind, &escape_control(device)));
+            let place = extent.place.as_ref();
+            let offset = place.map_or_else(|| "-".to_owned(), |place| place.file_offset.to_string());
+            let file = place.map_or_else(String::new, |place| escape_control(&place.file.to_string_lossy()));
+            self.text.push_str(&row([&start, &len, kind, &offset], &escape_control(device), &file));
         }
         self.lines += 1;
         if self.text.len() >= FLUSH_AT { self.flush() } else { Ok(()) }
@@ -119,7 +135,22 @@ impl Printer {
     }
 }
 
+fn line<'a>(device: &'a str, extent: &MapExtent) -> Line<'a> {
+    Line {
+        start: extent.start,
+        length: extent.len,
+        depth: extent.depth,
+        present: extent.present,
+        zero: extent.zero,
+        data: extent.data,
+        compressed: extent.compressed,
+        offset: extent.place.as_ref().map(|place| place.file_offset),
+        device,
+    }
+}
+
 /// Columns wide enough for 64 TiB in bytes.
-fn row(start: &str, length: &str, kind: &str, device: &str) -> String {
-    format!("{start:>15}  {length:>15}  {kind:<4}  {device}\n")
+fn row([start, length, kind, place]: [&str; 4], device: &str, file: &str) -> String {
+    let row = format!("{start:>15}  {length:>15}  {kind:<10}  {place:>15}  {device}  {file}");
+    format!("{}\n", row.trim_end())
 }

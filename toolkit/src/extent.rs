@@ -1,6 +1,8 @@
 //! Extents: which parts of a device hold data.
 
 use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
 
 /// What a run of a device is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -82,5 +84,82 @@ impl ExtentList {
     /// The extents.
     pub fn into_vec(self) -> Vec<Extent> {
         self.extents
+    }
+}
+
+/// A run as `map` shows it: not only what it reads as, but which image of a chain says so and where
+/// it stands. The fields mean what qemu-img's mean.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MapExtent {
+    /// First guest byte.
+    pub start: u64,
+    /// Length in bytes, never 0.
+    pub len: u64,
+    /// Which image decides: 0 is the one that was opened, 1 the one below it.
+    pub depth: u32,
+    /// That image has an entry for it.
+    pub present: bool,
+    /// It is known to read as zeros.
+    pub zero: bool,
+    /// It has bytes of its own (which may be a hole of the file: `zero` says so).
+    pub data: bool,
+    /// Its bytes are compressed.
+    pub compressed: bool,
+    /// Where its bytes are, as they are.
+    pub place: Option<MapPlace>,
+}
+
+/// A place in a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MapPlace {
+    /// The file.
+    pub file: Arc<Path>,
+    /// Where the run starts in it, bytes.
+    pub file_offset: u64,
+}
+
+impl MapExtent {
+    /// What [`Extent`] alone knows.
+    pub fn of(extent: Extent) -> Self {
+        Self {
+            start: extent.start,
+            len: extent.len,
+            depth: 0,
+            present: extent.kind != ExtentKind::Hole,
+            zero: !extent.is_data(),
+            data: extent.is_data(),
+            compressed: false,
+            place: None,
+        }
+    }
+
+    /// One past the last guest byte.
+    pub fn end(&self) -> u64 {
+        self.start + self.len
+    }
+
+    /// Adds `next`, if it follows in the guest and in its file and is of the same kind.
+    pub fn join(&mut self, next: &Self) -> bool {
+        let follows = match (&self.place, &next.place) {
+            (Some(a), Some(b)) => {
+                a.file == b.file && a.file_offset.checked_add(self.len) == Some(b.file_offset)
+            }
+            (None, None) => true,
+            _ => false,
+        };
+        let same = self.end() == next.start
+            && (self.depth, self.present, self.zero, self.data, self.compressed)
+                == (next.depth, next.present, next.zero, next.data, next.compressed);
+        if follows && same {
+            self.len += next.len;
+        }
+        follows && same
+    }
+}
+
+/// Appends to a list of runs, joining where that can be.
+pub fn push_map_extent(list: &mut Vec<MapExtent>, next: MapExtent) {
+    if !list.last_mut().is_some_and(|last| last.join(&next)) {
+        list.push(next);
     }
 }

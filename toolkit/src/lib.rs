@@ -37,7 +37,7 @@ pub use driver::{
     OptionSpec, parse_size,
 };
 pub use error::{Error, ErrorKind, Result, ResultExt};
-pub use extent::{Extent, ExtentKind, ExtentList};
+pub use extent::{Extent, ExtentKind, ExtentList, MapExtent, MapPlace};
 pub use external::{ExternalPolicy, Externals};
 pub use losses::Losses;
 pub use packed::{PackedSink, Packing};

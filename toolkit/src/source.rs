@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::buffer::{Buffer, BufferPool};
 use crate::device::{Attachment, Device, DeviceId};
 use crate::error::Result;
-use crate::extent::{Extent, ExtentKind};
+use crate::extent::{Extent, ExtentKind, MapExtent};
 use crate::zero;
 
 /// An opened image.
@@ -50,6 +50,15 @@ pub trait RandomAccess: Sync {
     /// # Errors
     /// When the image's tables can't be read or contradict themselves.
     fn extents(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>>;
+
+    /// The same for `imgtool map`, with what a person or script wants to know beyond: which image of
+    /// a chain, where in its file. Under the rules of [`RandomAccess::extents`].
+    ///
+    /// # Errors
+    /// Those of [`RandomAccess::extents`].
+    fn map(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
+        Ok(self.extents(device, range)?.into_iter().map(MapExtent::of).collect())
+    }
 
     /// Fills `buf` with the guest's bytes from `guest_offset`; zeros for what is not allocated.
     ///

@@ -13,6 +13,7 @@ mod mapping;
 mod measure;
 mod options;
 mod probe;
+mod refcounts;
 mod sink;
 mod source;
 

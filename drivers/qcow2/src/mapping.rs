@@ -22,9 +22,15 @@ pub enum Mapped {
         host_offset: u64,
     },
     /// Reads as zeros, whatever a backing file holds.
-    Zero,
+    Zero {
+        /// The host offset of the cluster that is allocated for it all the same, if there is one.
+        host_offset: Option<u64>,
+    },
     /// The backing file's, or zeros.
-    Unallocated,
+    Unallocated {
+        /// The host offset of the cluster that is allocated for its neighbours, if there is one.
+        host_offset: Option<u64>,
+    },
     /// A part of one compressed cluster.
     Compressed(CompressedPlace),
 }
@@ -85,7 +91,10 @@ impl Mapping {
             while table_end < range.end && !self.has_l2(table_end) {
                 table_end = table_end.saturating_add(reach).min(range.end);
             }
-            return Ok(Run { len: table_end - range.start, mapped: Mapped::Unallocated });
+            return Ok(Run {
+                len: table_end - range.start,
+                mapped: Mapped::Unallocated { host_offset: None },
+            });
         }
         let table = self.l2_table(range.start)?;
         let mut run = self.unit(&table, range.start)?;
@@ -95,7 +104,10 @@ impl Mapping {
                 (Mapped::Data { host_offset }, Mapped::Data { host_offset: next }) => {
                     host_offset.checked_add(run.len) == Some(next)
                 }
-                (Mapped::Zero, Mapped::Zero) | (Mapped::Unallocated, Mapped::Unallocated) => true,
+                (Mapped::Zero { host_offset }, Mapped::Zero { host_offset: next })
+                | (Mapped::Unallocated { host_offset }, Mapped::Unallocated { host_offset: next }) => {
+                    host_offset.map(|host| host.checked_add(run.len)) == next.map(Some)
+                }
                 _ => false,
             };
             if !continues {
@@ -167,14 +179,15 @@ impl Mapping {
             return bad(format!("the cluster is at {host_cluster} of the data file instead of {cluster}"));
         }
         let data = Mapped::Data { host_offset: host_cluster + within };
+        let zero = Mapped::Zero { host_offset: has_host.then_some(host_cluster + within) };
         if !shape.extended_l2 {
             let mapped = match (entry.reads_as_zeros(), has_host) {
                 (true, _) if self.version < 3 => {
                     return bad("a zero cluster in a version 2 image".into());
                 }
-                (true, _) => Mapped::Zero,
+                (true, _) => zero,
                 (false, true) => data,
-                (false, false) => Mapped::Unallocated,
+                (false, false) => Mapped::Unallocated { host_offset: None },
             };
             return Ok(Run { len: rest, mapped });
         }
@@ -189,8 +202,10 @@ impl Mapping {
             SubclusterStatus::Allocated => {
                 return bad("subclusters are marked as data, but the cluster has no place".into());
             }
-            SubclusterStatus::Zero => Mapped::Zero,
-            SubclusterStatus::Unallocated => Mapped::Unallocated,
+            SubclusterStatus::Zero => zero,
+            SubclusterStatus::Unallocated => {
+                Mapped::Unallocated { host_offset: has_host.then_some(host_cluster + within) }
+            }
             SubclusterStatus::Invalid => {
                 return bad(format!("subcluster {first} is marked as data and as zeros"));
             }

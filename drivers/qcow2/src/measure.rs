@@ -25,7 +25,9 @@ pub fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Result<Meas
     let tables = tables_len(shape, guest, options.refcount_order);
     let fully_allocated = tables.checked_add(guest).ok_or_else(too_large)?;
     let random = source.random().ok_or_else(|| Error::unsupported("a stream can't be measured"))?;
+    // How much of it the backing file holds already is not looked up: the upper bound is told.
     let data = match options.preallocation {
+        _ if options.backing.is_some() => guest,
         // With metadata alone the file is as long, but takes no more space.
         Preallocation::Off | Preallocation::Metadata => {
             data_clusters(random, device.id, device.size, cluster_size)? * cluster_size
@@ -67,14 +69,14 @@ fn data_clusters(
     let mut next = 0;
     let mut position = 0;
     while position < size {
-        for extent in random.extents(device, position..size)? {
-            if extent.is_data() {
+        for extent in random.map(device, position..size)? {
+            position = extent.end();
+            if extent.data && !extent.zero {
                 let first = (extent.start / cluster_size).max(next);
-                let end = extent.end().div_ceil(cluster_size);
+                let end = position.div_ceil(cluster_size);
                 clusters += end.saturating_sub(first);
                 next = next.max(end);
             }
-            position = extent.end();
         }
     }
     Ok(clusters)

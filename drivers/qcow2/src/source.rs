@@ -1,11 +1,12 @@
 //! Reading: what the guest sees of an image, its backing files included.
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use imgtool_toolkit::storage::os::FileRun;
 use imgtool_toolkit::{
     Access, Device, DeviceId, Error, ErrorKind, Extent, ExtentKind, ExtentList, FileRange, ImageInfo,
-    ImageSource, Input, OpenOptions, RandomAccess, RandomInput, Result,
+    ImageSource, Input, MapExtent, OpenOptions, RandomAccess, RandomInput, Result,
 };
 
 use crate::compressed::Decoder;
@@ -15,7 +16,10 @@ use crate::layout::header::{CompressionType, Header, INCOMPATIBLE_DATA_FILE, che
 use crate::layout::snapshot::{Snapshot, find, read_snapshots};
 use crate::layout::{MAX_L1_BYTES, entry::Shape};
 use crate::mapping::{Mapped, Mapping};
+use crate::refcounts::RefcountPlace;
 use imgtool_toolkit::Losses;
+
+mod map;
 
 /// The only device of an image.
 const DISK: DeviceId = DeviceId(0);
@@ -30,6 +34,10 @@ pub struct Qcow2Source {
     virtual_size: u64,
     shape: Shape,
     input: RandomInput,
+    /// Where the refcounts are, which `map` looks at.
+    refcount_table: RefcountPlace,
+    /// Found when `map` first asks.
+    sparse_clusters: OnceLock<bool>,
     /// `None`: opened for its facts only.
     content: Option<Content>,
 }
@@ -82,7 +90,16 @@ impl Qcow2Source {
         } else {
             Some(Content::open(&input, &header, wanted, virtual_size, options)?)
         };
-        Ok(Self { info: image_info, virtual_size, shape: header.shape, input, content })
+        let refcount_table = RefcountPlace::of(&header);
+        Ok(Self {
+            info: image_info,
+            virtual_size,
+            shape: header.shape,
+            input,
+            refcount_table,
+            sparse_clusters: OnceLock::new(),
+            content,
+        })
     }
 
     fn content(&self) -> Result<&Content> {
@@ -165,8 +182,8 @@ impl Content {
         guest_offset: u64,
     ) -> Result<()> {
         match mapped {
-            Mapped::Zero => buf.fill(0),
-            Mapped::Unallocated => self.read_backing(buf, guest_offset)?,
+            Mapped::Zero { .. } => buf.fill(0),
+            Mapped::Unallocated { .. } => self.read_backing(buf, guest_offset)?,
             // A guest offset within a cluster of at most 2 MiB.
             Mapped::Compressed(place) => {
                 self.decoder.read(input, place, buf, shape.within_cluster(guest_offset) as usize)?;
@@ -324,8 +341,10 @@ impl RandomAccess for Qcow2Source {
                 Err(e) => return Err(e),
             };
             position = match run.mapped {
-                Mapped::Unallocated => content.push_backing(&mut list, position..position + run.len)?,
-                Mapped::Zero => {
+                Mapped::Unallocated { .. } => {
+                    content.push_backing(&mut list, position..position + run.len)?
+                }
+                Mapped::Zero { .. } => {
                     list.push(position, run.len, ExtentKind::Zero);
                     position + run.len
                 }
@@ -340,6 +359,11 @@ impl RandomAccess for Qcow2Source {
             };
         }
         Ok(list.into_vec())
+    }
+
+    fn map(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
+        self.check_range(device, &range)?;
+        self.map_extents(range)
     }
 
     fn read_at(&self, device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
@@ -392,7 +416,7 @@ impl RandomAccess for Qcow2Source {
                 let len = run.len.min(content.data.len().saturating_sub(host_offset));
                 (len > 0).then_some(FileRange { file, file_offset: host_offset, len })
             }
-            Mapped::Unallocated => {
+            Mapped::Unallocated { .. } => {
                 let backing = content.backing.as_ref()?;
                 let end = (range.start + run.len).min(backing.size);
                 if range.start >= end {
@@ -400,7 +424,7 @@ impl RandomAccess for Qcow2Source {
                 }
                 backing.source.random()?.locate(backing.device, range.start..end)
             }
-            Mapped::Zero | Mapped::Compressed(_) => None,
+            Mapped::Zero { .. } | Mapped::Compressed(_) => None,
         }
     }
 }

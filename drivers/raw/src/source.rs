@@ -1,10 +1,13 @@
 //! Reading raw images: files and block devices at random, streams in one pass.
 
 use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
 
 use imgtool_toolkit::{
     Access, BufferPool, Device, DeviceId, Error, Extent, ExtentKind, ExtentList, FileRange, ImageInfo,
-    ImageSource, Input, Measure, Piece, RandomAccess, RandomInput, Result, SequentialAccess, Stream,
+    ImageSource, Input, MapExtent, MapPlace, Measure, Piece, RandomAccess, RandomInput, Result,
+    SequentialAccess, Stream,
 };
 
 /// The only device.
@@ -30,23 +33,13 @@ fn info(disk: Device) -> ImageInfo {
     ImageInfo { format: "raw", devices: vec![disk], ..ImageInfo::default() }
 }
 
-/// Bytes that a raw image of `source` needs: what holds data, and all of it.
+/// Bytes that a raw image of `source` has. Holes are not taken off: whether they save space is up to
+/// where the image is put.
 pub(crate) fn measure(source: &dyn ImageSource) -> Result<Measure> {
     let [device] = source.info().devices.as_slice() else {
         return Err(Error::unsupported(format!("raw holds one device, not {}", source.info().devices.len())));
     };
-    let Some(random) = source.random() else {
-        return Err(Error::unsupported("a stream can't be measured").hint("save it to a file first"));
-    };
-    let mut required = 0;
-    let mut position = 0;
-    while position < device.size {
-        for extent in random.extents(device.id, position..device.size)? {
-            required += if extent.is_data() { extent.len } else { 0 };
-            position = extent.end();
-        }
-    }
-    Ok(Measure { required, fully_allocated: device.size })
+    Ok(Measure { required: device.size, fully_allocated: device.size })
 }
 
 /// A file or block device.
@@ -81,6 +74,17 @@ impl RandomAccess for RawImage {
             position = end;
         }
         Ok(extents.into_vec())
+    }
+
+    fn map(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
+        let file: Arc<Path> = self.input.path().into();
+        let describe = |extent: Extent| MapExtent {
+            // A hole has its place in the file, too.
+            present: true,
+            place: Some(MapPlace { file: Arc::clone(&file), file_offset: extent.start }),
+            ..MapExtent::of(extent)
+        };
+        Ok(self.extents(device, range)?.into_iter().map(describe).collect())
     }
 
     fn read_at(&self, _device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {

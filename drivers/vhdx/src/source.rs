@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use imgtool_toolkit::{
     Access, Device, DeviceId, Error, Extent, ExtentKind, ExtentList, FileRange, ImageInfo, ImageSource,
-    Input, Loss, Losses, OpenOptions, RandomAccess, Result,
+    Input, Loss, Losses, MapExtent, OpenOptions, RandomAccess, Result,
 };
 use serde_json::{Map, Value, json};
 
@@ -13,6 +13,8 @@ use crate::layout::bat::{
     BatEntry, ENTRY_LEN, PayloadState, SECTOR_BITMAP_LEN, SECTORS_PER_BITMAP, SectorBitmapState,
 };
 use crate::parent::{self, DATA_WRITE_GUID, Parent};
+
+mod map;
 
 /// The only device.
 const DISK: DeviceId = DeviceId(0);
@@ -171,6 +173,11 @@ impl RandomAccess for VhdxImage {
             };
         }
         Ok(extents.into_vec())
+    }
+
+    fn map(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
+        self.check_range(device, range.start, range.end - range.start)?;
+        self.map_extents(range)
     }
 
     fn read_at(&self, device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {

@@ -1,20 +1,17 @@
 //! Sinks over outputs: one for each image to be made, and one over all.
 
-use std::io::{self, IsTerminal};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-
-use imgtool_toolkit::driver::Extras;
 use imgtool_toolkit::fanout::FanOut;
 use imgtool_toolkit::storage::os;
 use imgtool_toolkit::{
-    CreateOptions, Device, DeviceId, Error, ImageSink, ImageSource, Input, Manifest, OpenOptions, Output,
-    Outputs, PackedSink, Packing, Registry, Result, ResultExt,
+    CreateOptions, Device, DeviceId, Error, ImageSink, Manifest, OpenOptions, Output, Outputs, PackedSink,
+    Packing, Registry, Result, ResultExt,
 };
+use std::io::{self, IsTerminal};
 
 use super::layout::{Layout, Place, Target, can_be_written_in_place};
 use super::sources::Taken;
 use super::write::SIZE_TOLERANCE;
+use crate::commands::extras;
 
 /// What is written into.
 pub struct Sinks {
@@ -35,6 +32,7 @@ pub fn make(
     layout: &Layout,
     taken: &[Taken],
     outputs: &mut Outputs,
+    base_options: &OpenOptions,
     (force, take_busy): (bool, bool),
 ) -> Result<Sinks> {
     let mut sinks = Vec::new();
@@ -43,12 +41,18 @@ pub fn make(
     let mut numbers = vec![DeviceId(0); taken.len()];
     for (index, target) in layout.targets.iter().enumerate() {
         let manifest = manifest(target, taken);
-        if let Some(name) = target.format.options.get("backing_file") {
-            outputs.protect(&image_directory(target).join(name));
+        if let Some(path) = extras::backing_path(target.place.path(), &target.format.options)? {
+            outputs.protect(&path);
         }
         let output = make_output(target, &manifest, outputs, (force, take_busy))?;
         handles.push(output.clone());
-        let options = with_extras(registry, target, outputs, force)?;
+        let options = extras::with_extras(
+            registry,
+            target.place.path(),
+            &target.format.options,
+            base_options,
+            (&mut *outputs, force),
+        )?;
         let sink = make_sink(target, output, &manifest, &options).in_file(target.place.path())?;
         for (inner, &device) in manifest.devices.iter().zip(&target.devices) {
             // At most as many devices as the sources hold: 254 each.
@@ -145,34 +149,4 @@ fn check_capacity(target: &Target, manifest: &Manifest, output: &Output, force: 
             .hint("nothing was written; --force writes the disk to its front and leaves the rest alone"));
     }
     Ok(())
-}
-
-/// What names in an image are relative to.
-fn image_directory(target: &Target) -> PathBuf {
-    target.place.path().parent().unwrap_or(Path::new("")).to_owned()
-}
-
-/// Opens what the format's options name: a data file, a backing file. Names are relative to the
-/// image's directory, as whoever reads the image will take them.
-fn with_extras(
-    registry: &Registry,
-    target: &Target,
-    outputs: &mut Outputs,
-    force: bool,
-) -> Result<CreateOptions> {
-    let mut options = target.format.options.clone();
-    let directory = image_directory(target);
-    let mut extras = Extras::default();
-    if let Some(name) = options.get("data_file") {
-        let output = outputs.create(&directory.join(name), force)?;
-        extras.outputs.insert("data_file".to_owned(), output);
-    }
-    if let Some(name) = options.get("backing_file") {
-        let path = directory.join(name);
-        let format = options.get("backing_fmt");
-        let opened = registry.open(Input::open_plain(&path)?, format, &OpenOptions::default())?;
-        extras.base = Some(Arc::<dyn ImageSource>::from(opened.source));
-    }
-    options.extras = extras;
-    Ok(options)
 }

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use imgtool_toolkit::digest::{ContentDigest, DigestSink};
 use imgtool_toolkit::pipeline::{self, Job, Route};
-use imgtool_toolkit::{DeviceId, Error, ImageSink, Loss, Output, Outputs, Registry, Result, ResultExt};
+use imgtool_toolkit::{
+    DeviceId, Error, ImageSink, Loss, OpenOptions, Output, Outputs, Registry, Result, ResultExt,
+};
 
 use super::layout::Layout;
 use super::sinks::{self, Sinks};
@@ -23,6 +25,8 @@ pub const SIZE_TOLERANCE: u64 = 4 << 20;
 pub struct Work<'a> {
     /// The drivers.
     pub registry: &'a Registry,
+    /// How backing files of the outputs are opened.
+    pub base_options: OpenOptions,
     /// Worker threads.
     pub threads: usize,
     /// `--force`.
@@ -71,7 +75,14 @@ pub fn write(
     if work.verify && layout.targets.iter().any(|target| target.place.is_stream()) {
         return Err(Error::usage("--verify can't read back what went to a pipe"));
     }
-    let made = sinks::make(work.registry, layout, taken, &mut outputs, (work.force, work.take_busy))?;
+    let made = sinks::make(
+        work.registry,
+        layout,
+        taken,
+        &mut outputs,
+        &work.base_options,
+        (work.force, work.take_busy),
+    )?;
     for (path, attachment) in &layout.files {
         outputs.create(path, work.force)?.write_at(&attachment.data, 0)?;
     }

@@ -62,6 +62,7 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
     let tally = Tally::new(taken.iter().map(|taken| &taken.device));
     let work = Work {
         registry: &registry,
+        base_options: OpenOptions::default(),
         threads: ThreadArgs::default().count(),
         force: true,
         take_busy: false,

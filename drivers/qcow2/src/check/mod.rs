@@ -5,7 +5,6 @@
 //! windows are referred to at all; there is one more walk for each further window. What counts as a
 //! corruption, and how often, follows qemu-img check; so do the lines.
 
-mod refcounts;
 mod walk;
 
 use std::collections::BTreeSet;
@@ -15,7 +14,7 @@ use imgtool_toolkit::{CheckReport, Error, Input, OpenOptions, RandomInput, Resul
 use crate::layout::bitmap::{Bitmap, read_bitmaps};
 use crate::layout::header::{Header, INCOMPATIBLE_DATA_FILE};
 use crate::layout::snapshot::{SnapshotTable, read_snapshots};
-use refcounts::{Refcount, Refcounts};
+use crate::refcounts::{Refcount, RefcountPlace, Refcounts};
 
 /// Host clusters whose references are counted at once. Ours: 64 MiB of counters.
 const WINDOW_CLUSTERS: u64 = 32 << 20;
@@ -34,7 +33,7 @@ pub fn check(input: Input, _options: &OpenOptions) -> Result<CheckReport> {
     let file_clusters = input.len().div_ceil(header.shape.cluster_size());
     let snapshots = read_snapshots(&input, &header)?;
     let bitmaps = read_bitmaps(&input, &header)?;
-    let refcounts = Refcounts::read(&input, &header)?;
+    let refcounts = Refcounts::read(&input, RefcountPlace::of(&header))?;
     let mut checker = Checker {
         external_data: header.has(INCOMPATIBLE_DATA_FILE),
         input,

@@ -5,10 +5,10 @@ use std::collections::HashMap;
 use imgtool_toolkit::{Error, Result};
 
 use super::Checker;
-use super::refcounts::Refcount;
 use crate::layout::SECTOR;
 use crate::layout::decode_table;
 use crate::layout::entry::{L1Entry, L2Entry, Subclusters};
+use crate::refcounts::Refcount;
 
 /// L1 entries looked at over all snapshots. Ours: bounds time and memory; a disk of 64 TiB with a
 /// hundred snapshots stays below.

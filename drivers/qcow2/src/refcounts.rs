@@ -23,6 +23,27 @@ pub enum Refcount {
     Unreadable,
 }
 
+/// Where the refcounts of an image are; the header's check bounded it.
+#[derive(Debug, Clone, Copy)]
+pub struct RefcountPlace {
+    table_offset: u64,
+    table_clusters: u32,
+    cluster_bits: u32,
+    order: u32,
+}
+
+impl RefcountPlace {
+    /// As the header says.
+    pub fn of(header: &Header) -> Self {
+        Self {
+            table_offset: header.refcount_table_offset,
+            table_clusters: header.refcount_table_clusters,
+            cluster_bits: header.shape.cluster_bits,
+            order: header.refcount_order,
+        }
+    }
+}
+
 /// The two-level table.
 pub struct Refcounts {
     input: RandomInput,
@@ -33,18 +54,38 @@ pub struct Refcounts {
 }
 
 impl Refcounts {
-    /// Reads the refcount table; the header's check bounded it.
-    pub fn read(input: &RandomInput, header: &Header) -> Result<Self> {
-        let len = u64::from(header.refcount_table_clusters) * header.shape.cluster_size();
-        let bytes =
-            input.read_vec(header.refcount_table_offset, usize::try_from(len).unwrap_or(usize::MAX))?;
+    /// Reads the refcount table.
+    pub fn read(input: &RandomInput, place: RefcountPlace) -> Result<Self> {
+        let len = u64::from(place.table_clusters) << place.cluster_bits;
+        let bytes = input.read_vec(place.table_offset, usize::try_from(len).unwrap_or(usize::MAX))?;
         Ok(Self {
             input: input.clone(),
             table: decode_table(&bytes),
-            cluster_bits: header.shape.cluster_bits,
-            order: header.refcount_order,
+            cluster_bits: place.cluster_bits,
+            order: place.order,
             pages: HashMap::new(),
         })
+    }
+
+    /// Whether at least `wanted` clusters of the file are in use. No more than `max_blocks` refcount
+    /// blocks are read for it.
+    pub fn has_in_use(&self, wanted: u64, max_blocks: u64) -> Result<bool> {
+        let file_clusters = self.input.len().div_ceil(self.cluster_size());
+        let mut in_use = 0;
+        let blocks = self.blocks(file_clusters);
+        for (index, block) in blocks.into_iter().take(usize::try_from(max_blocks).unwrap_or(usize::MAX)) {
+            let first = index as u64 * self.block_entries();
+            let entries = file_clusters.saturating_sub(first).min(self.block_entries());
+            let len = self.cluster_size().min(self.input.len() - block);
+            // A cluster is at most 2 MiB.
+            let bytes = self.input.read_vec(block, len as usize)?;
+            in_use +=
+                (0..entries).filter(|entry| refcount(&bytes, self.order, *entry as usize) > 0).count() as u64;
+            if in_use >= wanted {
+                return Ok(true);
+            }
+        }
+        Ok(in_use >= wanted)
     }
 
     fn cluster_size(&self) -> u64 {
