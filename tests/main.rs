@@ -9,6 +9,7 @@
 
 mod support;
 
+mod block_devices;
 mod cli;
 mod cli_archive;
 mod cli_shell;
@@ -27,4 +28,6 @@ mod streams;
 mod targets;
 mod threads;
 mod verbs;
+mod vma_program;
 mod vma_transcripts;
+mod whole_vm;

@@ -1,6 +1,7 @@
 //! What the tests share.
 
 pub mod archive;
+pub mod devices;
 pub mod images;
 pub mod manifest;
 pub mod oracles;
