@@ -26,6 +26,8 @@ pub(crate) fn check(input: Input, options: &OpenOptions) -> Result<CheckReport> 
         allocated: 0,
         end: u64::from(header.header_size),
         reserved_used: 0,
+        beyond: 0,
+        dropped_blocks: 0,
     };
     let mut scanner = Scanner::new(window, *header.uuid.as_bytes(), checker.end);
     let mut last_fault: Option<(u64, String)> = None;
@@ -56,6 +58,10 @@ struct Checker {
     end: u64,
     /// Extents with something in bytes that readers ignore.
     reserved_used: u64,
+    /// Clusters past the end of their device, which are left out.
+    beyond: u64,
+    /// Sub-blocks past the end of their device in its last cluster, which are left out.
+    dropped_blocks: u64,
 }
 
 impl Checker {
@@ -78,7 +84,11 @@ impl Checker {
         for (number, slot) in found.header.slots.iter().enumerate().filter(|(_, slot)| slot.dev_id != 0) {
             blocks += slot.stored();
             match self.tracker.take(slot, number as u8, false) {
-                Ok(placed) => self.allocated += u64::from(placed.mask != 0 && !placed.is_beyond()),
+                Ok(placed) if placed.is_beyond() => self.beyond += 1,
+                Ok(placed) => {
+                    self.allocated += u64::from(placed.mask != 0);
+                    self.dropped_blocks += u64::from((placed.mask & !placed.mask_within()).count_ones());
+                }
                 Err(error) => self.report.corruption(error.at(at).to_string()),
             }
         }
@@ -105,12 +115,17 @@ impl Checker {
         }
         let mut report = self.report;
         let room = CheckReport::MAX_FINDINGS.saturating_sub(report.findings.len());
-        let reserved = (self.reserved_used > 0).then(|| {
-            format!("note: {} extents have something in bytes that are reserved", self.reserved_used)
-        });
-        report
-            .findings
-            .extend(header.notes.iter().map(|note| format!("note: {note}")).chain(reserved).take(room));
+        let counted = [
+            (self.reserved_used, "extents have something in bytes that are reserved"),
+            (self.beyond, "clusters lie past the end of their device and are left out"),
+            (self.dropped_blocks, "sub-blocks lie past the end of their device and are left out"),
+        ];
+        let counted = counted
+            .iter()
+            .filter(|(count, _)| *count > 0)
+            .map(|(count, what)| format!("note: {count} {what}"));
+        let notes = header.notes.iter().map(|note| format!("note: {note}")).chain(counted);
+        report.findings.extend(notes.take(room));
         report.image_end_offset = Some(self.end);
         report.total_clusters = Some(header.devices.iter().map(|device| clusters_of(device.size)).sum());
         report.allocated_clusters = Some(self.allocated);

@@ -259,3 +259,156 @@ fn a_state_must_be_complete() {
     let builder = ArchiveBuilder::new().device(1, "vmstate", 2 * CLUSTER).extent(extent(&[slot(1, 0, 1)]));
     assert_eq!(error_of(&builder).message(), "detected missing cluster 1 for stream vmstate");
 }
+
+/// Reference: takes all-zero slots slightly past the end without a word.
+/// Ours: takes them too, with a note; `check` counts them.
+#[test]
+fn zero_slots_slightly_past_the_end_are_mentioned() {
+    let builder = ArchiveBuilder::new().device(1, "a", CLUSTER).extent(extent(&[
+        slot(1, 0, 1),
+        slot(1, 1, 0),
+        slot(1, 63, 0),
+    ]));
+    assert_eq!(
+        open(&builder).info().notes,
+        ["2 zero clusters of device a lie past its end and are left out"]
+    );
+    let report = VmaDriver.check(as_stream(&builder.build()), &OpenOptions::default()).unwrap();
+    assert_eq!(report.corruptions, 0);
+    assert_eq!(report.findings, ["note: 2 clusters lie past the end of their device and are left out"]);
+}
+
+/// Reference: refuses sub-blocks that are stored past the end unless the mask is full; its first
+/// version wrote such.
+/// Ours: leaves them out, with a note.
+#[test]
+fn sub_blocks_past_the_end_are_left_out() {
+    let builder = ArchiveBuilder::new().device(1, "a", 4096).extent(extent(&[slot(1, 0, 0x8001)]));
+    let content = read_both(&builder.build(), &OpenOptions::default()).unwrap();
+    assert_eq!(content[&1], block_content(1, 0, 0));
+    let report = VmaDriver.check(as_file(&builder.build()), &OpenOptions::default()).unwrap();
+    assert_eq!(report.findings, ["note: 1 sub-blocks lie past the end of their device and are left out"]);
+}
+
+/// Reference: clean errors for a number of sub-blocks that does not fit.
+/// Ours: the same words.
+#[test]
+fn wrong_numbers_of_sub_blocks_are_clean_errors() {
+    for (count, trailing, message) in [
+        (0, 0, "short vma extent - too many blocks"),
+        (2, 4096, "vma extent error - missing blocks"),
+        (2, 0, "short vma extent (4608 < 8704)"),
+        (944, 0, "short vma extent (4608 < 3867136)"),
+        (945, 4_000_000, "short vma extent (3867136 < 3871232)"),
+        (u16::MAX, 0, "short vma extent (4608 < 268431872)"),
+    ] {
+        let mut wrong = extent(&[slot(1, 0, 1)]);
+        wrong.block_count = Some(count);
+        let builder = ArchiveBuilder::new().device(1, "a", CLUSTER).extent(wrong);
+        let error = error_of(&builder.with(|archive| archive.trailing = vec![0; trailing]));
+        assert_eq!((error.message(), error.file_offset()), (message, Some(12_800)), "{count}");
+    }
+}
+
+/// Reference: clean errors for the fields of an extent's header.
+/// Ours: the same words (one is spelled otherwise); salvage goes on behind it.
+#[test]
+fn wrong_extent_headers_are_clean_errors() {
+    type Change = fn(&mut imgtool_vma::testing::Extent);
+    let changes: [(&str, Change); 4] = [
+        ("wrong vma extent header magic", |extent| extent.reserved1 = 1),
+        ("wrong vma extent uuid", |extent| extent.uuid[0] ^= 1),
+        ("wrong vma extent header checksum", |extent| extent.flip = Some((24, 1))),
+        ("wrong vma extent header magic", |extent| extent.magic = *b"vmae"),
+    ];
+    for (message, change) in changes {
+        let mut wrong = extent(&[slot(1, 0, 1)]);
+        change(&mut wrong);
+        let builder = ArchiveBuilder::new()
+            .device(1, "a", 2 * CLUSTER)
+            .extent(wrong)
+            .extent(extent(&[slot(1, 1, 0xffff)]));
+        let error = error_of(&builder);
+        assert_eq!((error.message(), error.file_offset()), (message, Some(12_800)));
+        let salvage = OpenOptions { salvage: true, ..OpenOptions::default() };
+        let mut source = VmaSource::open(as_stream(&builder.build()), &salvage).unwrap();
+        let content = common::read_source(&mut source).unwrap();
+        assert_eq!(content[&1][CLUSTER as usize..][..4096], block_content(1, 1, 0));
+        let lost: Vec<_> = source.losses().into_iter().map(|loss| loss.guest).collect();
+        assert_eq!(lost, [0..CLUSTER], "{message}");
+    }
+    let words =
+        imgtool_vma::reference::message(&imgtool_toolkit::Error::corrupt("wrong vma header checksum"));
+    assert_eq!(words, "wrong vma header chechsum");
+}
+
+/// Reference: clean errors for an archive that is cut; its files stay.
+/// Ours: the same words (that no files stay is tested with the program).
+#[test]
+fn cuts_are_clean_errors() {
+    let whole = one().build();
+    for (len, message) in [
+        (0, "can't read vma header - got EOF"),
+        (12_287, "can't read vma header - got EOF"),
+        (12_799, "can't read vma header data - got EOF"),
+        (12_800, "detected missing cluster 0 for stream a"),
+        (12_801, "read short extent (1 bytes)"),
+        (13_311, "read short extent (511 bytes)"),
+        (13_312, "short vma extent (512 < 4608)"),
+        (whole.len() - 1, "short vma extent (4607 < 4608)"),
+    ] {
+        let error = read_both(&whole[..len], &OpenOptions::default()).unwrap_err();
+        assert_eq!(error.message(), message, "cut at {len}");
+    }
+}
+
+/// Reference: bytes after the end are an error after all data was written.
+/// Ours: too, unless they are allowed.
+#[test]
+fn trailing_bytes_are_an_error_unless_allowed() {
+    for (trailing, message) in
+        [(vec![0; 1], "read short extent (1 bytes)"), (vec![0; 512], "wrong vma extent header checksum")]
+    {
+        let builder = one().with(|archive| archive.trailing = trailing);
+        assert_eq!(error_of(&builder).message(), message);
+        let lenient = OpenOptions { ignore_trailing: true, ..OpenOptions::default() };
+        read_both(&builder.build(), &lenient).unwrap();
+    }
+}
+
+/// Reference: "not a vma file" for a compressed archive; reads pipes.
+/// Ours: compression is undone by the toolkit, from pipes as well.
+#[test]
+fn compressed_archives_are_read() {
+    let plain = common::read(
+        imgtool_toolkit::Input::open(&common::fixture("two-disks.vma.zst")).unwrap(),
+        &OpenOptions::default(),
+    );
+    let plain = plain.unwrap();
+    for name in ["two-disks.vma.gz", "two-disks.vma.lzo"] {
+        let file = std::fs::File::open(common::fixture(name)).unwrap();
+        let piped = imgtool_toolkit::Input::from_stream("-", Box::new(file)).unwrap();
+        let piped = common::read(piped.decompressed().unwrap(), &OpenOptions::default()).unwrap();
+        assert!(piped == plain, "{name}");
+    }
+}
+
+/// Not known of the reference: an archive of millions of gaps.
+/// Ours: they are found by runs, and cost as much as what is there.
+#[test]
+fn many_gaps_cost_little() {
+    let slots: Vec<_> = (0..300_000).map(|number| slot(1, number * 14_000, 0)).collect();
+    let builder = ArchiveBuilder::new().device(1, "a", 1 << 48).extents(&slots, 59);
+    let archive = builder.build();
+    assert_eq!(error_of_huge(&builder).message(), "detected missing cluster 1 for stream a");
+    let report = VmaDriver.check(as_file(&archive), &OpenOptions::default()).unwrap();
+    assert_eq!(report.corruptions, 300_000);
+    let salvage = OpenOptions { salvage: true, ..OpenOptions::default() };
+    let mut source = VmaSource::open(as_stream(&archive), &salvage).unwrap();
+    let Access::Sequential(stream) = source.access() else { panic!("salvage is sequential") };
+    let (mut bytes, pool) = (0, BufferPool::new());
+    while let Some(piece) = stream.next_piece(&pool).unwrap() {
+        bytes += piece.len;
+    }
+    assert_eq!(bytes, 1 << 48, "restored and lost together are the whole device");
+}
