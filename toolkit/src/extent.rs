@@ -50,10 +50,15 @@ impl Extent {
 #[derive(Debug, Default)]
 pub struct ExtentList {
     extents: Vec<Extent>,
+    data_len: u64,
 }
 
 /// Extents in one answer: bounds memory for badly fragmented images. Ours: 4096 × 24 B = 96 KiB.
 pub const MAX_EXTENTS_PER_ANSWER: usize = 4096;
+
+/// Bytes of data behind which an answer ends. Ours: nothing is read while the first answer is looked
+/// for, and looking may cost some 100 µs for so much data.
+pub const DATA_PER_ANSWER: u64 = 256 << 20;
 
 impl ExtentList {
     /// An empty list.
@@ -66,6 +71,7 @@ impl ExtentList {
         if len == 0 {
             return;
         }
+        self.data_len += if kind == ExtentKind::Data { len } else { 0 };
         if let Some(last) = self.extents.last_mut() {
             debug_assert_eq!(last.end(), start, "extents must be contiguous");
             if last.kind == kind {
@@ -78,7 +84,7 @@ impl ExtentList {
 
     /// Whether the answer should end here.
     pub fn is_full(&self) -> bool {
-        self.extents.len() >= MAX_EXTENTS_PER_ANSWER
+        self.extents.len() >= MAX_EXTENTS_PER_ANSWER || self.data_len >= DATA_PER_ANSWER
     }
 
     /// The extents.

@@ -60,6 +60,16 @@ pub trait RandomAccess: Sync {
         Ok(self.extents(device, range)?.into_iter().map(MapExtent::of).collect())
     }
 
+    /// [`RandomAccess::extents`] for somebody who reads in pieces that end at multiples of
+    /// `resolution`: may call a part data that reads as zeros, if there is data too before the
+    /// next multiple. For file systems that walk over all of the data to find its end.
+    ///
+    /// # Errors
+    /// Those of [`RandomAccess::extents`].
+    fn rough_extents(&self, device: DeviceId, range: Range<u64>, _resolution: u64) -> Result<Vec<Extent>> {
+        self.extents(device, range)
+    }
+
     /// Fills `buf` with the guest's bytes from `guest_offset`; zeros for what is not allocated.
     ///
     /// # Errors

@@ -210,27 +210,24 @@ impl Content {
     }
 
     /// The extents of clusters with data: what is a hole in the file (preallocated, never written)
-    /// is zero. `known` is the run of the file that was asked for last, with its start.
+    /// is zero.
     fn push_data(
         &self,
         list: &mut ExtentList,
         guest_offset: u64,
         host_offset: u64,
         len: u64,
-        known: &mut Option<(u64, FileRun)>,
+        resolution: Option<u64>,
     ) -> Result<()> {
         let mut done = 0;
         while done < len {
             let host = host_offset + done;
-            let (run_end, is_data) = match known {
-                Some((start, run)) if *start <= host && host < run.end => (run.end, run.is_data),
+            let (run_end, is_data) = if host < self.data.len() {
+                let run = self.file_run(host, guest_offset + done, resolution)?;
+                (run.end, run.is_data)
+            } else {
                 // Reading it will be an error.
-                _ if host >= self.data.len() => (u64::MAX, true),
-                _ => {
-                    let run = self.data.run(host)?;
-                    *known = Some((host, run));
-                    (run.end, run.is_data)
-                }
+                (u64::MAX, true)
             };
             let part = (len - done).min(run_end.saturating_sub(host).max(1));
             list.push(guest_offset + done, part, if is_data { ExtentKind::Data } else { ExtentKind::Zero });
@@ -239,8 +236,19 @@ impl Content {
         Ok(())
     }
 
+    /// The run of the file at `host`, where the guest's byte at `guest_offset` stands.
+    fn file_run(&self, host: u64, guest_offset: u64, resolution: Option<u64>) -> Result<FileRun> {
+        match resolution {
+            Some(resolution) => {
+                let to_cut = resolution - guest_offset % resolution;
+                self.data.rough_run(host, host.saturating_add(to_cut))
+            }
+            None => self.data.run(host),
+        }
+    }
+
     /// The extents of an unallocated range.
-    fn push_backing(&self, list: &mut ExtentList, range: Range<u64>) -> Result<u64> {
+    fn push_backing(&self, list: &mut ExtentList, range: Range<u64>, resolution: Option<u64>) -> Result<u64> {
         let below = match &self.backing {
             Some(backing) if range.start < backing.size => range.start..range.end.min(backing.size),
             _ => {
@@ -253,7 +261,11 @@ impl Content {
             return Err(Error::unsupported("the backing file can only be read as a stream"));
         };
         let mut reached = range.start;
-        for extent in random.extents(backing.device, below)? {
+        let extents = match resolution {
+            Some(resolution) => random.rough_extents(backing.device, below, resolution)?,
+            None => random.extents(backing.device, below)?,
+        };
+        for extent in extents {
             list.push(extent.start, extent.len, extent.kind);
             reached = extent.end();
         }
@@ -312,15 +324,20 @@ impl ImageSource for Qcow2Source {
     }
 }
 
-impl RandomAccess for Qcow2Source {
-    fn extents(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>> {
+impl Qcow2Source {
+    /// The extents of `range`, or what is said of them in pieces of `resolution`.
+    fn list_extents(
+        &self,
+        device: DeviceId,
+        range: Range<u64>,
+        resolution: Option<u64>,
+    ) -> Result<Vec<Extent>> {
         self.check_range(device, &range)?;
         let content = self.content()?;
         let mut list = ExtentList::new();
         let mut tables = (L2_BYTES_PER_ANSWER >> self.shape.cluster_bits).max(1);
         let mut position = range.start;
         let reach_bits = self.shape.l2_reach_bits();
-        let mut file_run = None;
         while position < range.end && !list.is_full() {
             if content.mapping.has_l2(position) && position & ((1 << reach_bits) - 1) == 0 {
                 if tables == 0 {
@@ -342,14 +359,14 @@ impl RandomAccess for Qcow2Source {
             };
             position = match run.mapped {
                 Mapped::Unallocated { .. } => {
-                    content.push_backing(&mut list, position..position + run.len)?
+                    content.push_backing(&mut list, position..position + run.len, resolution)?
                 }
                 Mapped::Zero { .. } => {
                     list.push(position, run.len, ExtentKind::Zero);
                     position + run.len
                 }
                 Mapped::Data { host_offset } => {
-                    content.push_data(&mut list, position, host_offset, run.len, &mut file_run)?;
+                    content.push_data(&mut list, position, host_offset, run.len, resolution)?;
                     position + run.len
                 }
                 Mapped::Compressed(_) => {
@@ -359,6 +376,16 @@ impl RandomAccess for Qcow2Source {
             };
         }
         Ok(list.into_vec())
+    }
+}
+
+impl RandomAccess for Qcow2Source {
+    fn extents(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>> {
+        self.list_extents(device, range, None)
+    }
+
+    fn rough_extents(&self, device: DeviceId, range: Range<u64>, resolution: u64) -> Result<Vec<Extent>> {
+        self.list_extents(device, range, Some(resolution))
     }
 
     fn map(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {

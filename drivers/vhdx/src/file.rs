@@ -169,11 +169,18 @@ impl ReplayedFile {
 
     /// The run of data or hole around `position`, which is below the length.
     pub(crate) fn run(&self, position: u64) -> Result<FileRun> {
-        let mut run = if position < self.input.len() {
-            self.input.run(position)?
-        } else {
-            FileRun { end: self.len, is_data: false }
-        };
+        self.run_in_view(position, || self.input.run(position))
+    }
+
+    /// The same, exact only as far as it matters to who reads up to `until` at once.
+    pub(crate) fn rough_run(&self, position: u64, until: u64) -> Result<FileRun> {
+        self.run_in_view(position, || self.input.rough_run(position, until))
+    }
+
+    /// The run around `position`, with what stands in the log over what `in_file` says.
+    fn run_in_view(&self, position: u64, in_file: impl Fn() -> Result<FileRun>) -> Result<FileRun> {
+        let mut run =
+            if position < self.input.len() { in_file()? } else { FileRun { end: self.len, is_data: false } };
         if run.end == self.input.len() && !run.is_data {
             run.end = self.len;
         }

@@ -150,29 +150,11 @@ impl ImageSource for VhdxImage {
 
 impl RandomAccess for VhdxImage {
     fn extents(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>> {
-        self.check_range(device, range.start, range.end - range.start)?;
-        let mut extents = ExtentList::new();
-        let mut position = range.start;
-        while position < range.end && !extents.is_full() {
-            let wanted = range.end - position;
-            let (len, place) = match self.segment(position, wanted) {
-                Ok(Segment { len, place }) => (len, place),
-                // Reading it will fill in zeros and tell the loss.
-                Err(_) if self.losses.is_some() => {
-                    extents.push(position, self.to_block_end(position, wanted), ExtentKind::Data);
-                    position += self.to_block_end(position, wanted);
-                    continue;
-                }
-                Err(e) => return Err(e),
-            };
-            position = match place {
-                Place::File(file_offset) => self.push_file_runs(&mut extents, position, len, file_offset)?,
-                Place::Zero => push(&mut extents, position, len, ExtentKind::Zero),
-                Place::Hole => push(&mut extents, position, len, ExtentKind::Hole),
-                Place::Parent => self.push_parent_extents(&mut extents, position, len)?,
-            };
-        }
-        Ok(extents.into_vec())
+        self.list_extents(device, range, None)
+    }
+
+    fn rough_extents(&self, device: DeviceId, range: Range<u64>, resolution: u64) -> Result<Vec<Extent>> {
+        self.list_extents(device, range, Some(resolution))
     }
 
     fn map(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
@@ -227,6 +209,40 @@ fn push(extents: &mut ExtentList, start: u64, len: u64, kind: ExtentKind) -> u64
 }
 
 impl VhdxImage {
+    /// The extents of `range`, or what is said of them in pieces of `resolution`.
+    fn list_extents(
+        &self,
+        device: DeviceId,
+        range: Range<u64>,
+        resolution: Option<u64>,
+    ) -> Result<Vec<Extent>> {
+        self.check_range(device, range.start, range.end - range.start)?;
+        let mut extents = ExtentList::new();
+        let mut position = range.start;
+        while position < range.end && !extents.is_full() {
+            let wanted = range.end - position;
+            let (len, place) = match self.segment(position, wanted) {
+                Ok(Segment { len, place }) => (len, place),
+                // Reading it will fill in zeros and tell the loss.
+                Err(_) if self.losses.is_some() => {
+                    extents.push(position, self.to_block_end(position, wanted), ExtentKind::Data);
+                    position += self.to_block_end(position, wanted);
+                    continue;
+                }
+                Err(e) => return Err(e),
+            };
+            position = match place {
+                Place::File(file_offset) => {
+                    self.push_file_runs(&mut extents, position, len, file_offset, resolution)?
+                }
+                Place::Zero => push(&mut extents, position, len, ExtentKind::Zero),
+                Place::Hole => push(&mut extents, position, len, ExtentKind::Hole),
+                Place::Parent => self.push_parent_extents(&mut extents, position, len, resolution)?,
+            };
+        }
+        Ok(extents.into_vec())
+    }
+
     fn check_range(&self, device: DeviceId, start: u64, len: u64) -> Result<()> {
         let size = self.image.metadata.virtual_size;
         if device != DISK {
@@ -409,10 +425,18 @@ impl VhdxImage {
         start: u64,
         len: u64,
         file_offset: u64,
+        resolution: Option<u64>,
     ) -> Result<u64> {
         let mut done = 0;
         while done < len && !extents.is_full() {
-            let run = self.image.file.run(file_offset + done)?;
+            let position = file_offset + done;
+            let run = match resolution {
+                Some(resolution) => {
+                    let to_cut = resolution - (start + done) % resolution;
+                    self.image.file.rough_run(position, position.saturating_add(to_cut))?
+                }
+                None => self.image.file.run(position)?,
+            };
             let run_len = run.end.saturating_sub(file_offset + done).clamp(1, len - done);
             let kind = if run.is_data { ExtentKind::Data } else { ExtentKind::Zero };
             extents.push(start + done, run_len, kind);
@@ -422,7 +446,13 @@ impl VhdxImage {
     }
 
     /// The extents of the parent; answers where they end.
-    fn push_parent_extents(&self, extents: &mut ExtentList, start: u64, len: u64) -> Result<u64> {
+    fn push_parent_extents(
+        &self,
+        extents: &mut ExtentList,
+        start: u64,
+        len: u64,
+        resolution: Option<u64>,
+    ) -> Result<u64> {
         let Some(parent) = &self.parent else { return Err(self.no_parent()) };
         let end = start + len;
         if start >= parent.virtual_size {
@@ -430,7 +460,12 @@ impl VhdxImage {
         }
         let (random, device) = parent.random()?;
         let mut position = start;
-        for extent in random.extents(device, start..end.min(parent.virtual_size))? {
+        let in_parent = start..end.min(parent.virtual_size);
+        let answer = match resolution {
+            Some(resolution) => random.rough_extents(device, in_parent, resolution)?,
+            None => random.extents(device, in_parent)?,
+        };
+        for extent in answer {
             position = push(extents, position, extent.len, extent.kind);
         }
         Ok(position)

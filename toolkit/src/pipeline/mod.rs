@@ -1,9 +1,10 @@
 //! The pipeline: moves the content of a source into a sink.
 //!
 //! Every worker runs the same loop: take the next task (under a lock, in source order), read and
-//! prepare it (in parallel), hand it in for placing (in source order), write what was placed (in
-//! parallel). There are no dedicated reader or writer threads: the worker that read a piece writes
-//! it while it is still in its cache, and with one thread the loop is the plain sequential copy.
+//! prepare it (in parallel), hand it in for placing (in source order), write what was placed (one
+//! worker at a time for each output). There are no dedicated reader or writer threads: who hands in a
+//! piece while nobody writes becomes the writer, and with one thread the loop is the plain sequential
+//! copy.
 //!
 //! Memory is bounded: a worker takes a new task only while fewer than `WINDOW_PER_THREAD` pieces
 //! per worker are under way.
@@ -256,6 +257,7 @@ impl Shared<'_, '_> {
         let (ticket, task) = {
             let mut producer = lock(&self.producer);
             let Some(task) = producer.1.next(&self.pool)? else {
+                self.orderer.withdraw();
                 return Ok(false);
             };
             producer.0 += 1;

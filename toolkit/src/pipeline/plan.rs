@@ -190,7 +190,8 @@ impl DevicePlan {
 
     /// Asks the source for the extents from `from` on and checks that the answer is one.
     fn ask(&mut self, source: &dyn RandomAccess, from: u64) -> Result<()> {
-        let answer = source.extents(self.route.from, from..self.size).on_device(&self.name)?;
+        let answer =
+            source.rough_extents(self.route.from, from..self.size, self.piece_len).on_device(&self.name)?;
         let mut at = from;
         for extent in answer {
             if extent.start != at || extent.len == 0 || extent.len > self.size - at {

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::os::{self, FileClass, FileRun};
 use super::outer::{self, Compression};
+use super::runs::Runs;
 use crate::error::{Error, Result};
 
 /// Bytes of an image that a driver's probe sees. Ours: every magic number lies in the first 4 KiB.
@@ -39,6 +40,15 @@ pub trait ReadAt: Send + Sync {
         Ok(FileRun { end: self.len(), is_data: true })
     }
 
+    /// The run around `position`, or the part of it up to `until`; what is a hole may be called data
+    /// if there is data too before `until`. For who can do without the exact answer where it is costly.
+    ///
+    /// # Errors
+    /// Those of [`ReadAt::run`].
+    fn rough_run(&self, position: u64, _until: u64) -> io::Result<FileRun> {
+        self.run(position)
+    }
+
     /// Reading costs least in multiples of this many bytes.
     fn granule(&self) -> u64 {
         1
@@ -54,6 +64,15 @@ pub trait ReadAt: Send + Sync {
 struct RandomFile {
     file: File,
     len: u64,
+    runs: Runs,
+    walks_over_runs: bool,
+}
+
+impl RandomFile {
+    fn new(file: File, len: u64) -> Self {
+        let walks_over_runs = os::walks_over_runs(&file);
+        Self { file, len, runs: Runs::default(), walks_over_runs }
+    }
 }
 
 impl ReadAt for RandomFile {
@@ -77,7 +96,16 @@ impl ReadAt for RandomFile {
     }
 
     fn run(&self, position: u64) -> io::Result<FileRun> {
-        os::file_run(&self.file, position, self.len)
+        self.runs.find(&self.file, self.len, position)
+    }
+
+    fn rough_run(&self, position: u64, until: u64) -> io::Result<FileRun> {
+        if !self.walks_over_runs {
+            return self.run(position);
+        }
+        let data = os::next_data(&self.file, position, self.len)?;
+        let is_data = data < until;
+        Ok(FileRun { end: if is_data { until.min(self.len) } else { data }, is_data })
     }
 
     fn file(&self) -> Option<&File> {
@@ -223,7 +251,7 @@ impl Input {
         let (stored_len, body) = match os::classify(&meta) {
             FileClass::Regular | FileClass::BlockDevice => {
                 let len = os::file_len(&file).map_err(|e| Error::io("find the length", e))?;
-                (Some(len), Body::Random(Arc::new(RandomFile { file, len })))
+                (Some(len), Body::Random(Arc::new(RandomFile::new(file, len))))
             }
             FileClass::Stream => (None, Body::Stream(Stream::new(path.clone(), Box::new(file))?)),
             FileClass::Directory => return Err(Error::usage("is a directory, not an image")),
@@ -322,7 +350,7 @@ impl Input {
             Body::Stream(stream) => {
                 let file = super::spool::spool(stream)?;
                 let len = os::file_len(&file).map_err(|e| Error::io("find the length", e))?;
-                Ok(Self { spooled: true, body: Body::Random(Arc::new(RandomFile { file, len })), ..self })
+                Ok(Self { spooled: true, body: Body::Random(Arc::new(RandomFile::new(file, len))), ..self })
             }
         }
     }
@@ -410,6 +438,16 @@ impl RandomInput {
     /// [`crate::ErrorKind::Io`].
     pub fn run(&self, position: u64) -> Result<FileRun> {
         self.source.run(position).map_err(|e| read_error(e, &self.path, position))
+    }
+
+    /// The run around `position`, or the part of it up to `until`; what is a hole may be called data
+    /// if there is data too before `until`. For who reads that part in one go anyway: on some file
+    /// systems the exact answer is costly.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Io`].
+    pub fn rough_run(&self, position: u64, until: u64) -> Result<FileRun> {
+        self.source.rough_run(position, until).map_err(|e| read_error(e, &self.path, position))
     }
 
     /// Reading costs least in multiples of this many bytes.

@@ -11,6 +11,7 @@ pub mod os;
 pub mod outer;
 mod output;
 mod outputs;
+mod runs;
 mod spool;
 
 pub use input::{Input, PROBE_LEN, RandomInput, ReadAt, Stream};

@@ -99,6 +99,17 @@ impl Output {
         matches!(self.0.target, Target::Stream(_))
     }
 
+    /// Whether `other` is a handle to the same output.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Whether several writes at once get further than one after the other: into a block device. A
+    /// file is locked for the time of a write, and a stream is in order.
+    pub fn takes_writes_at_once(&self) -> bool {
+        matches!(&self.0.target, Target::File(target) if target.is_block_device)
+    }
+
     /// Whether zeros have to be written (they read as zeros without that in a new file).
     pub fn needs_zeros(&self) -> bool {
         match &self.0.target {

@@ -35,7 +35,7 @@ impl VhdxImage {
     /// A block in the file, holes of the file told apart.
     fn map_file(&self, file: &Arc<Path>, start: u64, len: u64, file_offset: u64) -> Result<Vec<MapExtent>> {
         let mut extents = ExtentList::new();
-        self.push_file_runs(&mut extents, start, len, file_offset)?;
+        self.push_file_runs(&mut extents, start, len, file_offset, None)?;
         let describe = |extent: Extent| MapExtent {
             data: true,
             place: Some(MapPlace {

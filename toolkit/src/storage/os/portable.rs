@@ -43,6 +43,19 @@ pub fn file_run(_file: &File, _position: u64, len: u64) -> io::Result<FileRun> {
     Ok(FileRun { end: len, is_data: true })
 }
 
+/// See the Linux version; here never.
+pub fn walks_over_runs(_file: &File) -> bool {
+    false
+}
+
+/// See the Linux version; here all is data.
+///
+/// # Errors
+/// None.
+pub fn next_data(_file: &File, position: u64, _len: u64) -> io::Result<u64> {
+    Ok(position)
+}
+
 /// See the Linux version.
 ///
 /// # Errors
