@@ -5,7 +5,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use imgtool_toolkit::{
-    Attachment, CreateOptions, Error, OpenOptions, Outputs, Registry, Result, ResultExt, parse_size,
+    Attachment, CreateOptions, DeviceKind, Error, OpenOptions, Outputs, Registry, Result, ResultExt,
+    parse_size,
 };
 
 use super::{extras, options};
@@ -83,7 +84,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     };
     let mut layout = request.layout()?;
     layout.notes.extend(renamed);
-    note_on_restoring(&mut layout);
+    note_on_restoring(&mut layout, &taken);
     let work = write::Work {
         registry: &registry,
         base_options: images::open_options(&registry, &args.input)?,
@@ -180,13 +181,19 @@ fn attachments(
     Ok(attachments)
 }
 
-/// Archives that can be restored should have a name under which they are.
-fn note_on_restoring(layout: &mut Layout) {
+/// Archives that are made to be restored should have a name under which they are, and a configuration
+/// that knows their disks.
+fn note_on_restoring(layout: &mut Layout, taken: &[Taken]) {
     for target in &layout.targets {
-        let restorable = target.attachments.iter().any(|config| config.name == proxmox::CONFIG_NAME);
-        if let (true, Place::New(path)) = (restorable, &target.place) {
-            layout.notes.extend(proxmox::note_on_name(path));
+        let config = target.attachments.iter().find(|config| config.name == proxmox::CONFIG_NAME);
+        let Some(config) = config else { continue };
+        if let Place::New(path) = &target.place {
+            let compression = target.format.outer.map(|outer| outer.compression);
+            layout.notes.extend(proxmox::note_on_name(path, compression));
         }
+        let disks = target.devices.iter().map(|index| &taken[*index]);
+        let disks = disks.filter(|taken| taken.device.kind == DeviceKind::Disk).map(|taken| &*taken.name);
+        layout.notes.extend(proxmox::notes_on_map(&config.data, &disks.collect::<Vec<_>>()));
     }
 }
 

@@ -59,6 +59,10 @@ impl Failure {
         let error = &self.error;
         report::say(&format!("vma: {}{}", self.step, escape_control(&words(error))));
         let mut place = Vec::new();
+        // What the system refuses names its file already.
+        if let (Some(path), None) = (error.file(), error.io_error()) {
+            place.push(escape_control(&path.display().to_string()));
+        }
         if let Some(device) = error.device_name() {
             place.push(format!("device {}", escape_control(device)));
         }
@@ -72,7 +76,9 @@ impl Failure {
             report::say(&format!("  at: {}", place.join(", ")));
         }
         if let Some(hint) = error.hint_text() {
-            report::say(&format!("  hint: {}", escape_control(hint)));
+            // Options that the program does not have are those of another verb.
+            let hint = hint.replace(" --", " imgtool convert --");
+            report::say(&format!("  hint: {}", escape_control(&hint)));
         }
         Exit::Failed
     }

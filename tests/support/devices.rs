@@ -49,6 +49,15 @@ impl Drop for LoopDevice {
     fn drop(&mut self) {
         // Whether it works or not, the test has its result.
         let _ = std::process::Command::new("losetup").arg("-d").arg(&self.0).status();
+        // While somebody else looks at it (`losetup --find` does) it is not detached yet.
+        let name = self.0.file_name().unwrap_or_default();
+        let backing = Path::new("/sys/block").join(name).join("loop/backing_file");
+        for _ in 0..1000 {
+            if !backing.exists() {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
     }
 }
 

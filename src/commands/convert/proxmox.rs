@@ -7,12 +7,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::Path;
 
+use imgtool_toolkit::storage::Compression;
 use imgtool_toolkit::{Attachment, DeviceKind, Error, Result};
 
 use super::sources::Taken;
 
 /// The name of a guest's configuration in an archive.
 pub const CONFIG_NAME: &str = "qemu-server.conf";
+
+/// What the lines begin with that say which device of the archive a drive is.
+const MAP_LINE: &str = "#qmdump#map:";
 
 /// What names of archives begin with that `qmrestore` accepts.
 const ARCHIVE_PREFIX: &str = "vzdump-qemu-";
@@ -45,7 +49,7 @@ pub fn configure(settings: &[String], taken: &mut [Taken], dest: Option<&Path>) 
         let line = lines.entry(drive.clone()).or_insert_with(|| format!("{volume}{extra},size={size}K"));
         // The storage that a line given by the user names, else the one that every node has.
         let storage = line.split_once(':').map_or(ANY_STORAGE, |(storage, _)| storage);
-        let _ = writeln!(map, "#qmdump#map:{drive}:{}:{storage}:raw:", device.name);
+        let _ = writeln!(map, "{MAP_LINE}{drive}:{}:{storage}:raw:", device.name);
     }
     let first_disk = drives.iter().flatten().find(|drive| bus_of(drive).is_some_and(|bus| bus.bootable));
     if let Some(disk) = first_disk {
@@ -66,14 +70,36 @@ pub fn configure(settings: &[String], taken: &mut [Taken], dest: Option<&Path>) 
 }
 
 /// What a person should know about the name of an archive that is to be restored.
-pub fn note_on_name(dest: &Path) -> Option<String> {
+pub fn note_on_name(dest: &Path, compression: Option<Compression>) -> Option<String> {
     let name = dest.file_name()?.to_str()?;
-    if vmid_of(name).is_some() {
+    let extension = match compression {
+        None => ".vma",
+        Some(Compression::Gzip) => ".vma.gz",
+        Some(_) => ".vma.zst",
+    };
+    if vmid_of(name).is_some() && name.ends_with(extension) {
         return None;
     }
     Some(format!(
         "qmrestore refuses the name '{name}': it wants {ARCHIVE_PREFIX}VMID-YYYY_MM_DD-HH_MM_SS.vma, and .zst or .gz behind it if compressed"
     ))
+}
+
+/// Where the map lines of a configuration do not fit the disks of its archive.
+pub fn notes_on_map(config: &[u8], disks: &[&str]) -> Vec<String> {
+    let text = String::from_utf8_lossy(config);
+    let mapped: Vec<(&str, &str)> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix(MAP_LINE)?.split_once(':'))
+        .filter_map(|(drive, rest)| Some((drive, rest.split_once(':')?.0)))
+        .collect();
+    let missing = mapped.iter().filter(|(_, device)| !disks.contains(device)).map(|(drive, device)| {
+        format!("{CONFIG_NAME} says that {drive} is the device {device}, which is not in the archive: qmrestore will refuse it")
+    });
+    let unmapped = disks.iter().filter(|disk| !mapped.iter().any(|(_, device)| device == *disk)).map(|disk| {
+        format!("{CONFIG_NAME} has no {MAP_LINE} line for the device {disk}: qmrestore will not restore it (--proxmox writes such lines)")
+    });
+    missing.chain(unmapped).collect()
 }
 
 /// The guest's number in `vzdump-qemu-VMID-YYYY_MM_DD-HH_MM_SS.vma…`.
@@ -208,15 +234,31 @@ mod tests {
 
     #[test]
     fn names_that_restore_tools_refuse_are_told() {
-        assert!(note_on_name(Path::new("d/vzdump-qemu-100-2026_11_22-10_03_58.vma.zst")).is_none());
+        let note = |name: &str, compression| note_on_name(Path::new(name), compression);
+        let name = "d/vzdump-qemu-100-2026_11_22-10_03_58.vma";
+        assert!(note(name, None).is_none());
+        assert!(note(&format!("{name}.zst"), Some(Compression::Zstd)).is_none());
+        assert!(note(&format!("{name}.gz"), Some(Compression::Gzip)).is_none());
+        // What is compressed must be called so.
+        assert!(note(name, Some(Compression::Zstd)).is_some());
         for name in [
             "vm.vma",
             "vzdump-qemu-x-2026_11_22-10_03_58.vma",
             "vzdump-qemu-100.vma",
             "vzdump-qemu-1-2026_11_22-10_03_58.vma.xz",
         ] {
-            assert!(note_on_name(Path::new(name)).is_some(), "{name}");
+            assert!(note(name, None).is_some(), "{name}");
         }
+    }
+
+    #[test]
+    fn disks_that_the_configuration_does_not_know_are_told() {
+        let config = b"scsi0: local:a\n#qmdump#map:scsi0:drive-scsi0:local:raw:\n";
+        assert!(notes_on_map(config, &["drive-scsi0"]).is_empty());
+        let notes = notes_on_map(config, &["web"]);
+        assert!(notes[0].contains("the device drive-scsi0, which is not in the archive"), "{notes:?}");
+        assert!(notes[1].contains("line for the device web"), "{notes:?}");
+        assert_eq!(notes.len(), 2);
     }
 
     #[test]
