@@ -311,20 +311,20 @@ impl CheckReport {
     pub const MAX_FINDINGS: usize = 1000;
 
     /// Counts a corruption and keeps its line.
-    pub fn corruption(&mut self, finding: impl Into<String>) {
+    pub fn corruption(&mut self, finding: impl fmt::Display) {
         self.corruptions += 1;
-        self.keep(finding.into());
+        self.keep(finding);
     }
 
     /// Counts leaked allocation units and keeps the line.
-    pub fn leak(&mut self, units: u64, finding: impl Into<String>) {
+    pub fn leak(&mut self, units: u64, finding: impl fmt::Display) {
         self.leaks += units;
-        self.keep(finding.into());
+        self.keep(finding);
     }
 
-    fn keep(&mut self, finding: String) {
+    fn keep(&mut self, finding: impl fmt::Display) {
         if self.findings.len() < Self::MAX_FINDINGS {
-            self.findings.push(finding);
+            self.findings.push(finding.to_string());
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The refcounts as the image has them.
 
 use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
 
 use imgtool_toolkit::{CheckReport, RandomInput, Result};
 
@@ -141,6 +142,15 @@ impl Refcounts {
             }
         }
         windows
+    }
+
+    /// Whether the clusters, of which there is at least one, have no refcount blocks: all are 0.
+    pub fn has_none(&self, clusters: Range<u64>) -> bool {
+        let entries = self.block_entries();
+        let (first, last) = (clusters.start / entries, (clusters.end - 1) / entries);
+        let first = usize::try_from(first).unwrap_or(usize::MAX).min(self.table.len());
+        let end = usize::try_from(last + 1).unwrap_or(usize::MAX).min(self.table.len());
+        self.table[first..end].iter().all(|entry| RefcountTableEntry(*entry).block_offset() == 0)
     }
 
     /// The refcount of a host cluster.

@@ -38,16 +38,19 @@ pub(super) enum Entry {
 pub(super) struct Map(Vec<(String, Entry)>);
 
 impl Map {
-    /// Reads a file or FIFO until `done`, an empty line or its end.
+    /// Reads a file or FIFO.
     pub(super) fn read(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::io("open", e)).in_file(path)?;
-        let mut reader = BufReader::new(file);
+        Self::from_reader(BufReader::new(file)).in_file(path)
+    }
+
+    /// Reads lines until `done`, an empty line or the end.
+    pub(super) fn from_reader(mut reader: impl BufRead) -> Result<Self> {
         let mut map = Self::default();
         for _ in 0..MAX_LINES {
             let mut line = Vec::new();
             let read = |e| Error::io("read map", e);
-            let len =
-                (&mut reader).take(MAX_LINE).read_until(b'\n', &mut line).map_err(read).in_file(path)?;
+            let len = (&mut reader).take(MAX_LINE).read_until(b'\n', &mut line).map_err(read)?;
             if len as u64 == MAX_LINE && line.last() != Some(&b'\n') {
                 return Err(failed(&format!("a line is longer than {MAX_LINE} bytes")));
             }

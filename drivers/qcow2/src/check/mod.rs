@@ -19,6 +19,10 @@ use crate::refcounts::{Refcount, RefcountPlace, Refcounts};
 /// Host clusters whose references are counted at once. Ours: 64 MiB of counters.
 const WINDOW_CLUSTERS: u64 = 32 << 20;
 
+/// Host clusters of which nothing is looked at when nothing refers to them and they have no refcounts:
+/// a file may be large and empty.
+const CHUNK_CLUSTERS: usize = 4096;
+
 /// Checks an image.
 pub fn check(input: Input, _options: &OpenOptions) -> Result<CheckReport> {
     let input = input.into_random()?;
@@ -46,6 +50,7 @@ pub fn check(input: Input, _options: &OpenOptions) -> Result<CheckReport> {
         first_walk: true,
         window_start: 0,
         counts: Vec::new(),
+        touched: Vec::new(),
         windows: BTreeSet::new(),
     };
     checker.run()?;
@@ -68,6 +73,8 @@ struct Checker {
     window_start: u64,
     /// References per cluster; what is beyond 65535 counts as that.
     counts: Vec<u16>,
+    /// The chunks of `counts` that hold anything.
+    touched: Vec<bool>,
     /// Windows that something refers to.
     windows: BTreeSet<u64>,
 }
@@ -85,6 +92,8 @@ impl Checker {
             self.counts.clear();
             // At most WINDOW_CLUSTERS.
             self.counts.resize(len as usize, 0);
+            self.touched.clear();
+            self.touched.resize(self.counts.len().div_ceil(CHUNK_CLUSTERS), false);
             self.walk()?;
             self.first_walk = false;
             if let Some(last) = self.compare()? {
@@ -113,47 +122,55 @@ impl Checker {
         if len == 0 {
             return;
         }
-        for cluster in host_offset >> bits..=(end - 1) >> bits {
-            if self.first_walk {
-                self.windows.insert(cluster / WINDOW_CLUSTERS);
-            }
-            let index = cluster.checked_sub(self.window_start).and_then(|index| usize::try_from(index).ok());
-            if let Some(count) = index.and_then(|index| self.counts.get_mut(index)) {
-                *count = count.saturating_add(u16::try_from(weight).unwrap_or(u16::MAX));
-            }
+        let (first, last) = (host_offset >> bits, (end - 1) >> bits);
+        if self.first_walk {
+            self.windows.extend(first / WINDOW_CLUSTERS..=last / WINDOW_CLUSTERS);
+        }
+        let window_end = self.window_start + self.counts.len() as u64;
+        for cluster in first.max(self.window_start)..(last + 1).min(window_end) {
+            // Within the window.
+            let index = (cluster - self.window_start) as usize;
+            self.touched[index / CHUNK_CLUSTERS] = true;
+            let count = &mut self.counts[index];
+            *count = count.saturating_add(u16::try_from(weight).unwrap_or(u16::MAX));
         }
     }
 
     /// Compares the window's counts with the refcounts; the last cluster that is in use.
     fn compare(&mut self) -> Result<Option<u64>> {
         let mut last = None;
-        for index in 0..self.counts.len() {
-            let cluster = self.window_start + index as u64;
-            let references = u64::from(self.counts[index]);
-            match self.refcounts.get(cluster)? {
-                Refcount::Unreadable => {
-                    self.report.check_errors += 1;
-                    if references > 0 {
-                        last = Some(cluster);
-                    }
-                }
-                Refcount::Known(refcount) => {
-                    if refcount > 0 || references > 0 {
-                        last = Some(cluster);
-                    }
-                    if refcount < references {
-                        self.report.corruption(format!(
-                            "ERROR cluster {cluster} refcount={refcount} reference={references}"
-                        ));
-                    } else if refcount > references && references < u64::from(u16::MAX) {
-                        self.report.leak(
-                            1,
-                            format!("Leaked cluster {cluster} refcount={refcount} reference={references}"),
-                        );
-                    }
+        for chunk in 0..self.touched.len() {
+            let start = chunk * CHUNK_CLUSTERS;
+            let end = (start + CHUNK_CLUSTERS).min(self.counts.len());
+            let clusters = self.window_start + start as u64..self.window_start + end as u64;
+            if !self.touched[chunk] && self.refcounts.has_none(clusters) {
+                continue;
+            }
+            for index in start..end {
+                if self.compare_cluster(index)? {
+                    last = Some(self.window_start + index as u64);
                 }
             }
         }
         Ok(last)
+    }
+
+    /// Compares a cluster of the window; whether it is in use.
+    fn compare_cluster(&mut self, index: usize) -> Result<bool> {
+        let cluster = self.window_start + index as u64;
+        let references = u64::from(self.counts[index]);
+        let Refcount::Known(refcount) = self.refcounts.get(cluster)? else {
+            self.report.check_errors += 1;
+            return Ok(references > 0);
+        };
+        if refcount < references {
+            self.report.corruption(format_args!(
+                "ERROR cluster {cluster} refcount={refcount} reference={references}"
+            ));
+        } else if refcount > references && references < u64::from(u16::MAX) {
+            self.report
+                .leak(1, format_args!("Leaked cluster {cluster} refcount={refcount} reference={references}"));
+        }
+        Ok(refcount > 0 || references > 0)
     }
 }

@@ -14,6 +14,10 @@ use crate::refcounts::Refcount;
 /// hundred snapshots stays below.
 const MAX_L1_ENTRIES: u64 = 16 << 20;
 
+/// Longest encryption header that is counted. Ours: LUKS headers have a few MiB; a crafted one is as long
+/// as a sparse file may be.
+const MAX_CRYPTO_HEADER: u64 = 256 << 20;
+
 /// Bytes of a bitmap table read at once. Ours.
 const BITMAP_TABLE_STEP: u64 = 1 << 20;
 
@@ -36,6 +40,11 @@ impl Checker {
         self.count(0, cluster_size, 1);
         self.count(header.refcount_table_offset, u64::from(header.refcount_table_clusters) * cluster_size, 1);
         if let Some((offset, len)) = header.extensions.crypto_header {
+            if len > MAX_CRYPTO_HEADER {
+                return Err(Error::limit(format!(
+                    "the encryption header has {len} bytes, at most {MAX_CRYPTO_HEADER} are looked at"
+                )));
+            }
             self.count(offset, len.checked_next_multiple_of(cluster_size).unwrap_or(u64::MAX), 1);
         }
         self.count(header.snapshots_offset, self.snapshots.len, 1);

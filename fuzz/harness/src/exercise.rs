@@ -1,0 +1,285 @@
+//! Reads all that can be read of an image, within bounds, and holds it to what the toolkit promises.
+//!
+//! A broken promise is a panic, which is what a fuzzer looks for. Errors are fine: they are printed,
+//! because messages are made of what stands in the image.
+
+use std::ops::Range;
+
+use imgtool_toolkit::progress::{CancelToken, NoProgress};
+use imgtool_toolkit::zero::is_zero;
+use imgtool_toolkit::{
+    BufferPool, CreateOptions, Device, DeviceId, Error, ExtentKind, ImageSource, Input, OpenOptions,
+    RandomAccess, Registry, Result, SequentialAccess, digest,
+};
+
+/// Devices that are looked at.
+const DEVICES: usize = 8;
+/// Answers about extents that are asked for, and extents of each that are read.
+const ANSWERS: usize = 24;
+/// Bytes read at once: more than a small cluster, and no multiple of one.
+const READ_LEN: usize = 20_000;
+/// Reads of a device.
+const READS: usize = 24;
+/// Bytes of data up to which an image is read as a whole.
+pub const WHOLE: u64 = 2 << 20;
+/// Pieces taken from a stream.
+const PIECES: usize = 20_000;
+
+/// Compared as a whole: a fuzzer counts every step of a loop over bytes.
+static ZEROS: [u8; READ_LEN] = [0; READ_LEN];
+
+/// All drivers.
+pub fn registry() -> Registry {
+    let mut registry = Registry::new();
+    imgtool_raw::register(&mut registry);
+    imgtool_qcow2::register(&mut registry);
+    imgtool_vhdx::register(&mut registry);
+    imgtool_vma::register(&mut registry);
+    registry
+}
+
+/// What an image that was read through is like.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// The first error of a read or a question for extents.
+    pub error: Option<Error>,
+    /// Data bytes, if all extents were seen.
+    pub data_bytes: Option<u64>,
+}
+
+impl Outcome {
+    fn fail(&mut self, error: Error) {
+        printed(&error);
+        self.error.get_or_insert(error);
+    }
+}
+
+/// Prints an error as the program does: nothing that a terminal obeys may be in it.
+pub fn printed(error: &Error) {
+    let text = format!("{error} {:?}", error.hint_text());
+    assert!(!text.chars().any(char::is_control), "an error carries control characters: {text:?}");
+}
+
+/// What `open` says, with its error printed.
+pub fn opened<T>(result: Result<T>) -> Option<T> {
+    result.inspect_err(printed).ok()
+}
+
+/// Opens and reads an image of `driver`'s format in every way that there is: as it is, by force, for
+/// `info`, for salvage, a snapshot, and with `check`.
+pub fn image(driver: &str, options: &OpenOptions, input: &dyn Fn() -> Input) {
+    let driver = registry().get(driver).expect("a driver of ours");
+    let open = |options: &OpenOptions| opened(driver.open(input(), options));
+    let mut outcome = Outcome::default();
+    let plain = open(options);
+    if let Some(mut source) = plain {
+        outcome = random(&*source, false);
+        whole(&mut *source, &mut outcome);
+        measured(&*source);
+        for name in snapshots(&*source) {
+            let snapshot = OpenOptions { snapshot: Some(name), ..options.clone() };
+            if let Some(mut source) = open(&snapshot) {
+                let mut outcome = random(&*source, false);
+                whole(&mut *source, &mut outcome);
+            }
+        }
+        checked(driver.check(input(), options), &outcome);
+    } else {
+        let _ = opened(driver.check(input(), options));
+        open(&OpenOptions { info_only: true, ..options.clone() });
+        open(&OpenOptions { force: true, ..options.clone() });
+    }
+    if let Some(mut source) = open(&OpenOptions { salvage: true, ..options.clone() }) {
+        let mut salvaged = random(&*source, true);
+        whole(&mut *source, &mut salvaged);
+        if outcome.error.is_none() && outcome.data_bytes.is_some() && salvaged.data_bytes.is_some() {
+            assert!(source.losses().is_empty(), "salvage loses {:?} of a sound image", source.losses());
+        }
+    }
+}
+
+fn checked(report: Result<imgtool_toolkit::CheckReport>, outcome: &Outcome) {
+    let Some(report) = opened(report) else { return };
+    let sound = report.corruptions == 0 && report.check_errors == 0;
+    // Nobody decodes what is compressed in order to check the tables.
+    if sound
+        && report.compressed_clusters.unwrap_or(0) == 0
+        && let Some(error) = &outcome.error
+    {
+        panic!("check finds nothing, but reading says: {error}");
+    }
+}
+
+/// The names of the first snapshots that `info` shows.
+fn snapshots(source: &dyn ImageSource) -> Vec<String> {
+    let facts = source.info().facts.iter().filter(|fact| fact.key == "snapshots");
+    let list = facts.filter_map(|fact| fact.value.as_array()).flatten().take(2);
+    list.filter_map(|snapshot| Some(snapshot.get("id")?.as_str()?.to_owned())).collect()
+}
+
+fn measured(source: &dyn ImageSource) {
+    for driver in registry().drivers() {
+        let _ = opened(driver.measure(source, &CreateOptions::default()));
+    }
+}
+
+/// Asks a source that is read at random for extents and content.
+pub fn random(source: &dyn ImageSource, salvage: bool) -> Outcome {
+    let mut outcome = Outcome { error: None, data_bytes: Some(0) };
+    let Some(random) = source.random() else { return outcome };
+    for device in source.info().devices.iter().take(DEVICES) {
+        let mut reader = Reader { random, device, salvage, reads: READS, outcome: &mut outcome };
+        reader.extents();
+        reader.places();
+    }
+    outcome
+}
+
+struct Reader<'a> {
+    random: &'a dyn RandomAccess,
+    device: &'a Device,
+    salvage: bool,
+    /// Reads that are left.
+    reads: usize,
+    outcome: &'a mut Outcome,
+}
+
+impl Reader<'_> {
+    fn extents(&mut self) {
+        let mut at = 0;
+        for _ in 0..ANSWERS {
+            if at >= self.device.size {
+                return;
+            }
+            let extents = match self.random.extents(self.device.id, at..self.device.size) {
+                Ok(extents) => extents,
+                Err(error) => {
+                    assert!(!self.salvage, "salvage gives up: {error}");
+                    self.outcome.data_bytes = None;
+                    return self.outcome.fail(error);
+                }
+            };
+            assert!(!extents.is_empty(), "no extent at {at}");
+            for (index, extent) in extents.iter().enumerate() {
+                assert!(extent.len > 0 && extent.start == at, "{extent:?} at {at}");
+                assert!(extent.len <= self.device.size - at, "{extent:?} leaves {}", self.device.size);
+                at = extent.end();
+                if index < ANSWERS || index + 2 > extents.len() {
+                    self.read(extent.start..at.min(extent.start + READ_LEN as u64), extent.kind);
+                    self.read(at.saturating_sub(700).max(extent.start)..at, extent.kind);
+                }
+                if let (true, Some(bytes)) = (extent.is_data(), &mut self.outcome.data_bytes) {
+                    *bytes = bytes.saturating_add(extent.len);
+                }
+            }
+        }
+        if at < self.device.size {
+            self.outcome.data_bytes = None;
+        }
+    }
+
+    /// Where bounds are: the end of the device, and places across extents.
+    fn places(&mut self) {
+        let size = self.device.size;
+        self.reads = self.reads.max(4);
+        for start in [size.saturating_sub(READ_LEN as u64), size / 2, size / 3 + 511] {
+            let end = start.saturating_add(READ_LEN as u64).min(size);
+            if start < end {
+                self.read(start..end, ExtentKind::Data);
+                if let Err(error) = self.random.extents(self.device.id, start..end) {
+                    assert!(!self.salvage, "salvage gives up: {error}");
+                    self.outcome.fail(error);
+                }
+            }
+        }
+        let beyond = self.random.read_at(self.device.id, &mut [0; 2], size.saturating_sub(1));
+        assert!(beyond.is_err(), "a read beyond the device of {size} bytes succeeds");
+    }
+
+    /// Reads a range whole and in two parts; both must give the same.
+    fn read(&mut self, range: Range<u64>, kind: ExtentKind) {
+        if self.reads == 0 {
+            return;
+        }
+        self.reads -= 1;
+        let len = (range.end - range.start) as usize;
+        let mut whole = vec![0xa5; len];
+        let result = self.random.read_at(self.device.id, &mut whole, range.start);
+        if let Err(error) = result {
+            assert!(!self.salvage, "salvage gives up at {range:?}: {error}");
+            assert!(kind == ExtentKind::Data, "{kind:?} at {range:?} can't be read: {error}");
+            return self.outcome.fail(error);
+        }
+        assert!(kind == ExtentKind::Data || whole == ZEROS[..len], "{kind:?} at {range:?} holds data");
+        let mut parts = vec![0x5a; len];
+        let (first, second) = parts.split_at_mut(len / 3);
+        let middle = range.start + first.len() as u64;
+        let halves = self
+            .random
+            .read_at(self.device.id, first, range.start)
+            .and_then(|()| self.random.read_at(self.device.id, second, middle));
+        assert!(halves.is_ok() && parts == whole, "{range:?} reads differently in two parts: {halves:?}");
+    }
+}
+
+/// Sends an image that has little data through the pipeline.
+fn whole(source: &mut dyn ImageSource, outcome: &mut Outcome) {
+    if outcome.data_bytes.is_none_or(|bytes| bytes > WHOLE) {
+        return;
+    }
+    match digested(source) {
+        Ok(_) => assert!(outcome.error.is_none(), "the pipeline reads what is {:?}", outcome.error),
+        Err(error) => outcome.fail(error),
+    }
+}
+
+/// The digests of all devices by way of the pipeline.
+///
+/// # Errors
+/// Those of reading.
+pub fn digested(source: &mut dyn ImageSource) -> Result<Vec<(DeviceId, u64, u128)>> {
+    let devices: Vec<(DeviceId, u64)> =
+        source.info().devices.iter().map(|device| (device.id, device.size)).collect();
+    let digest = digest::digest_source(source, 1, &NoProgress, CancelToken::new())?;
+    Ok(devices.into_iter().map(|(device, size)| (device, size, digest.of(device))).collect())
+}
+
+/// Takes what a stream hands out. Every byte of every device must come exactly once.
+pub fn stream(devices: &[Device], stream: &mut dyn SequentialAccess) -> Result<()> {
+    let pool = BufferPool::new();
+    let mut seen: Vec<(DeviceId, Range<u64>)> = Vec::new();
+    for _ in 0..PIECES {
+        let Some(piece) = stream.next_piece(&pool).inspect_err(printed)? else {
+            return {
+                every_byte_once(devices, seen);
+                Ok(())
+            };
+        };
+        assert!(piece.len > 0, "an empty piece at {}", piece.start);
+        if let Some(data) = &piece.data {
+            assert!(data.len() as u64 == piece.len);
+            let mut at = 0;
+            for run in &piece.runs {
+                assert!(run.start >= at && run.start < run.end && run.end <= data.len(), "{:?}", piece.runs);
+                assert!(is_zero(&data[at..run.start]), "data outside of its runs");
+                at = run.end;
+            }
+            assert!(is_zero(&data[at..]), "data outside of its runs");
+        }
+        seen.push((piece.device, piece.start..piece.end()));
+    }
+    Err(Error::limit("more pieces than are looked at"))
+}
+
+fn every_byte_once(devices: &[Device], mut seen: Vec<(DeviceId, Range<u64>)>) {
+    seen.sort_by_key(|(device, range)| (device.0, range.start));
+    for device in devices {
+        let mut at = 0;
+        for (_, range) in seen.iter().filter(|(id, _)| *id == device.id) {
+            assert!(range.start == at, "device {}: {range:?} comes after {at}", device.id);
+            at = range.end;
+        }
+        assert!(at == device.size, "device {}: {at} of {} bytes came", device.id, device.size);
+    }
+    assert!(seen.iter().all(|(id, _)| devices.iter().any(|device| device.id == *id)), "an unknown device");
+}

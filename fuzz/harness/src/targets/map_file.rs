@@ -1,0 +1,29 @@
+//! The map of `imgtool vma extract -r`.
+
+use imgtool_toolkit::{Error, ErrorKind};
+
+use crate::exercise;
+
+/// The program's own module, as it stands.
+#[path = "../../../../src/commands/vma/map_file.rs"]
+#[allow(dead_code)]
+mod parser;
+
+/// What the module takes from its parent.
+fn usage(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Usage, message)
+}
+
+pub(super) fn run(input: &[u8]) {
+    let Some(map) = exercise::opened(parser::Map::from_reader(input)) else { return };
+    let limit = map.limit();
+    let lines = String::from_utf8_lossy(input);
+    for word in lines.split(['=', ':', '\n']) {
+        match map.get(word) {
+            Some(parser::Entry::Target { bps, .. }) => {
+                assert!(*bps == 0 || limit.is_some_and(|limit| limit <= *bps));
+            }
+            Some(parser::Entry::Skip) | None => {}
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! The targets: each takes any bytes and panics when a promise is broken.
+
+use std::sync::Arc;
+
+use crate::scenario::Scenario;
+use crate::sparse::SparseFile;
+
+mod map_file;
+mod outer;
+mod qcow2;
+mod raw;
+mod vhdx;
+mod vma;
+
+/// A target of the fuzzer.
+#[derive(Clone, Copy)]
+pub struct Target {
+    /// Its name: that of the program and of the directories of its seeds and findings.
+    pub name: &'static str,
+    /// Takes an input.
+    pub run: fn(&[u8]),
+    /// The image in an input, for targets whose inputs are scenarios ([`crate::scenario`]).
+    pub image: Option<fn(&[u8]) -> SparseFile>,
+}
+
+/// All targets.
+pub const ALL: [Target; 9] = [
+    Target { name: "raw", run: raw::run, image: None },
+    Target { name: "qcow2", run: qcow2::run, image: Some(qcow2::image) },
+    Target { name: "vhdx", run: vhdx::run, image: Some(vhdx::image) },
+    Target { name: "vma_file", run: vma::run_file, image: Some(vma::image) },
+    Target { name: "vma_stream", run: vma::run_stream, image: Some(vma::image) },
+    Target { name: "vma_agree", run: vma::run_agree, image: Some(vma::image) },
+    Target { name: "outer", run: outer::run, image: None },
+    Target { name: "lzop", run: outer::run_lzop, image: None },
+    Target { name: "map_file", run: map_file::run, image: None },
+];
+
+/// The target called `name`.
+pub fn by_name(name: &str) -> Option<Target> {
+    ALL.into_iter().find(|target| target.name == name)
+}
+
+/// Runs an input through the target called `name`.
+pub fn run(name: &str, input: &[u8]) {
+    let target = by_name(name).expect("a target");
+    (target.run)(input);
+}
+
+/// The file of a scenario and its flags, cut to `max_len`.
+fn file(input: &[u8], max_len: u64) -> (u8, SparseFile) {
+    let mut scenario = Scenario::decode(input);
+    scenario.len = scenario.len.min(max_len);
+    (scenario.flags, scenario.file())
+}
+
+/// An input over a file, read by position.
+fn by_position(file: &Arc<SparseFile>) -> imgtool_toolkit::Input {
+    imgtool_toolkit::Input::from_read_at("image", Arc::clone(file) as _)
+}

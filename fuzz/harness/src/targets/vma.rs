@@ -1,0 +1,197 @@
+//! VMA archives, from files and from streams. Their checksums are made right first.
+
+use std::sync::Arc;
+
+use imgtool_toolkit::storage::ReadAt;
+use imgtool_toolkit::{Access, DeviceId, Driver, Error, ImageSource, Input, Loss, OpenOptions, Result};
+use imgtool_vma::{ArchiveHeader, VmaDriver, layout};
+
+use super::{by_position, file};
+use crate::exercise;
+use crate::sparse::SparseFile;
+
+/// Flag: checksums stay as they are.
+const LEAVE_CHECKSUMS: u8 = 1;
+/// Flag: the extents keep the UUID that they have.
+const LEAVE_UUIDS: u8 = 2;
+/// Flag: bytes behind the end are allowed.
+const IGNORE_TRAILING: u8 = 4;
+
+/// Longest archive. Ours: streams are read to their end, and salvage looks at every byte.
+const MAX_LEN: u64 = 2 << 20;
+/// Longest header that gets a checksum. Ours: bounds the time for an input.
+const MAX_HEADER: u64 = 256 << 10;
+/// Extents that get one.
+const MAX_EXTENTS: usize = 256;
+
+pub(super) fn image(input: &[u8]) -> SparseFile {
+    sealed(input).1
+}
+
+fn sealed(input: &[u8]) -> (u8, SparseFile) {
+    let (flags, mut file) = file(input, MAX_LEN);
+    if flags & LEAVE_CHECKSUMS != 0 {
+        return (flags, file);
+    }
+    let header_size = u64::from(be32(&file, 56));
+    if (layout::HEADER_FIXED as u64..=MAX_HEADER.min(file.len())).contains(&header_size) {
+        let md5 = layout::header_md5(&file.bytes(0..header_size));
+        file.write(32, &md5);
+    }
+    // Extents that follow each other, wherever they are, and those that a search finds.
+    let mut at = header_size;
+    for _ in 0..MAX_EXTENTS {
+        if !seal_extent(&mut file, at, flags) {
+            break;
+        }
+        let block_count = u64::from(be32(&file, at + 4) & 0xffff);
+        at += layout::EXTENT_HEADER as u64 + block_count * layout::SUB_BLOCK;
+    }
+    let sectors: Vec<u64> = file.written(header_size..MAX_LEN).take(MAX_EXTENTS).collect();
+    for at in sectors {
+        seal_extent(&mut file, at, flags);
+    }
+    (flags, file)
+}
+
+/// Makes UUID and MD5 of an extent's header right; false when there is none.
+fn seal_extent(file: &mut SparseFile, at: u64, flags: u8) -> bool {
+    let mut header = [0; layout::EXTENT_HEADER];
+    file.read(&mut header, at);
+    if !header.starts_with(&layout::EXTENT_MAGIC) {
+        return false;
+    }
+    if flags & LEAVE_UUIDS == 0 {
+        let uuid = file.bytes(8..24);
+        header[8..24].copy_from_slice(&uuid);
+    }
+    let md5 = layout::extent_md5(&header);
+    header[24..40].copy_from_slice(&md5);
+    file.write(at, &header);
+    true
+}
+
+fn be32(file: &SparseFile, at: u64) -> u32 {
+    file.bytes(at..at + 4).iter().fold(0, |number, byte| number << 8 | u32::from(*byte))
+}
+
+/// An archive in a file or a pipe.
+struct Archive {
+    file: Arc<SparseFile>,
+    options: OpenOptions,
+}
+
+impl Archive {
+    fn new(input: &[u8]) -> Self {
+        let (flags, file) = sealed(input);
+        let options = OpenOptions { ignore_trailing: flags & IGNORE_TRAILING != 0, ..OpenOptions::default() };
+        Self { file: Arc::new(file), options }
+    }
+
+    fn salvage(&self) -> OpenOptions {
+        OpenOptions { salvage: true, ..self.options.clone() }
+    }
+
+    fn by_position(&self) -> Result<Input> {
+        Ok(by_position(&self.file))
+    }
+
+    fn as_stream(&self) -> Result<Input> {
+        // A stream that begins like a compressed file is one.
+        Input::from_stream("-", Box::new(self.file.stream()))
+    }
+
+    fn open(&self, input: Result<Input>, options: &OpenOptions) -> Result<Box<dyn ImageSource>> {
+        VmaDriver.open(input?, options)
+    }
+}
+
+/// An archive in a file: by index, by force of salvage, and as `check` sees it.
+pub(super) fn run_file(input: &[u8]) {
+    let archive = Archive::new(input);
+    let _ = exercise::opened(archive.by_position().and_then(ArchiveHeader::read));
+    exercise::image("vma", &archive.options, &|| by_position(&archive.file));
+    pieces(&archive, archive.by_position(), &archive.salvage());
+}
+
+/// An archive in a pipe.
+pub(super) fn run_stream(input: &[u8]) {
+    let archive = Archive::new(input);
+    let _ = exercise::opened(archive.as_stream().and_then(ArchiveHeader::read));
+    pieces(&archive, archive.as_stream(), &archive.options);
+    pieces(&archive, archive.as_stream(), &archive.salvage());
+    let _ = exercise::opened(archive.as_stream().and_then(|input| VmaDriver.check(input, &archive.options)));
+}
+
+/// Takes all pieces, one by one.
+fn pieces(archive: &Archive, input: Result<Input>, options: &OpenOptions) {
+    let Some(mut source) = exercise::opened(archive.open(input, options)) else { return };
+    let devices = source.info().devices.clone();
+    if let Access::Sequential(stream) = source.access() {
+        let done = exercise::stream(&devices, stream);
+        if options.salvage
+            && let Err(error) = done
+        {
+            assert_eq!(error.kind(), imgtool_toolkit::ErrorKind::LimitExceeded, "salvage gives up: {error}");
+        }
+    }
+    for loss in source.losses() {
+        let size = devices.iter().find(|device| device.id == loss.device).map_or(0, |device| device.size);
+        assert!(!loss.guest.is_empty() && loss.guest.end <= size, "{loss:?} of a device of {size} bytes");
+    }
+}
+
+/// What an archive holds, by one way of reading.
+#[derive(Debug)]
+struct Content {
+    info: String,
+    digests: Vec<(DeviceId, u64, u128)>,
+    losses: Vec<Loss>,
+}
+
+/// The same archive read at random and as a stream: content, losses, and whether it is taken at all,
+/// must agree, also with what `check` says.
+pub(super) fn run_agree(input: &[u8]) {
+    let archive = Archive::new(input);
+    if imgtool_toolkit::storage::outer::detect(&archive.file.bytes(0..16)).is_some() {
+        return;
+    }
+    let file = content(&archive, archive.by_position(), &archive.options);
+    let stream = content(&archive, archive.as_stream(), &archive.options);
+    agree(&file, &stream, "the archive");
+    for (input, what) in [(archive.by_position(), "file"), (archive.as_stream(), "stream")] {
+        let report = input.and_then(|input| VmaDriver.check(input, &archive.options));
+        let sound = report.as_ref().is_ok_and(|report| report.corruptions == 0 && report.check_errors == 0);
+        assert_eq!(sound, file.is_ok(), "check of the {what}: {report:?}, but reading: {file:?}");
+    }
+    let salvaged = content(&archive, archive.by_position(), &archive.salvage());
+    let salvaged_stream = content(&archive, archive.as_stream(), &archive.salvage());
+    agree(&salvaged, &salvaged_stream, "what salvage makes of the archive");
+    if let (Ok(whole), Ok(salvaged)) = (&file, &salvaged) {
+        assert!(salvaged.losses.is_empty(), "salvage loses {:?} of a sound archive", salvaged.losses);
+        assert_eq!(whole.digests, salvaged.digests, "salvage reads a sound archive differently");
+    }
+}
+
+fn content(archive: &Archive, input: Result<Input>, options: &OpenOptions) -> Result<Content> {
+    let mut source = archive.open(input, options)?;
+    let info = source.info();
+    let info = format!("{:?} {:?} {:?}", info.devices, info.attachments, info.references);
+    let digests = exercise::digested(&mut *source)?;
+    Ok(Content { info, digests, losses: source.losses() })
+}
+
+fn agree(file: &Result<Content>, stream: &Result<Content>, what: &str) {
+    match (file, stream) {
+        (Ok(file), Ok(stream)) => {
+            assert_eq!(file.info, stream.info, "{what} is described differently");
+            assert_eq!(file.digests, stream.digests, "{what} is read differently");
+            assert_eq!(file.losses, stream.losses, "{what} loses different things");
+        }
+        (Err(file), Err(stream)) => {
+            let place = |error: &Error| (error.kind(), error.message().to_owned(), error.file_offset());
+            assert_eq!(place(file), place(stream), "{what} is refused differently");
+        }
+        _ => panic!("{what} is taken one way and refused the other: {file:?} and {stream:?}"),
+    }
+}

@@ -1,0 +1,53 @@
+//! Runs the seeds and the findings through their targets.
+//!
+//! A process of its own, with little memory to have: an image that makes the program allocate what it
+//! asks for ends the test.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use imgtool_fuzz::targets;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// What this process may allocate, beside its code. Law 3 promises 256 MiB; the rest is for the test's
+/// own threads and buffers.
+const MOST_MEMORY: u64 = 320 << 20;
+
+/// The longest for one input, in a debug build on a busy machine. What it is to find are loops over
+/// numbers from the image.
+const MOST_TIME: Duration = Duration::from_secs(60);
+
+fn inputs(kind: &str, target: &str) -> Vec<PathBuf> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(kind).join(target);
+    let mut inputs: Vec<PathBuf> = fs::read_dir(directory)
+        .map(|entries| entries.map(|entry| entry.expect("a directory").path()).collect())
+        .unwrap_or_default();
+    inputs.sort();
+    inputs
+}
+
+#[test]
+fn seeds_and_findings_hold_the_promises() {
+    let limit = Rlimit { current: Some(MOST_MEMORY), maximum: getrlimit(Resource::Data).maximum };
+    setrlimit(Resource::Data, limit).expect("a limit");
+    for target in targets::ALL {
+        let seeds = inputs("seeds", target.name);
+        assert!(!seeds.is_empty(), "{} has no seeds", target.name);
+        for input in seeds.into_iter().chain(inputs("findings", target.name)) {
+            // Shown when it panics or is killed.
+            println!("{}", input.display());
+            let started = Instant::now();
+            (target.run)(&fs::read(&input).expect("readable"));
+            let took = started.elapsed();
+            assert!(took < MOST_TIME, "{} took {took:?}", input.display());
+        }
+    }
+}
+
+#[test]
+fn a_broken_promise_is_noticed() {
+    // The replay would be worth nothing if panics got lost on the way.
+    let lost = std::panic::catch_unwind(|| targets::run("no such target", b""));
+    assert!(lost.is_err());
+}
