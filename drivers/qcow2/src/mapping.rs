@@ -44,6 +44,16 @@ pub struct Run {
     pub mapped: Mapped,
 }
 
+impl Run {
+    /// Where the run stands in the data file, if it stands there as it is.
+    pub fn host_offset(&self) -> Option<u64> {
+        match self.mapped {
+            Mapped::Data { host_offset } => Some(host_offset),
+            _ => None,
+        }
+    }
+}
+
 /// One state of the disk: the active one or a snapshot's.
 pub struct Mapping {
     input: RandomInput,
@@ -99,7 +109,8 @@ impl Mapping {
         let table = self.l2_table(range.start)?;
         let mut run = self.unit(&table, range.start)?;
         while range.start + run.len < table_end {
-            let next = self.unit(&table, range.start + run.len)?;
+            // What is wrong with the next cluster is no fault of this run.
+            let Ok(next) = self.unit(&table, range.start + run.len) else { break };
             let continues = match (run.mapped, next.mapped) {
                 (Mapped::Data { host_offset }, Mapped::Data { host_offset: next }) => {
                     host_offset.checked_add(run.len) == Some(next)

@@ -349,8 +349,7 @@ impl Qcow2Source {
                 Ok(run) => run,
                 // Reading will fill it with zeros and say so.
                 Err(e) if content.losses.is_some() && is_damage(&e) => {
-                    let end =
-                        (position | ((1 << self.shape.cluster_bits) - 1)).saturating_add(1).min(range.end);
+                    let end = self.unit_end(position).min(range.end);
                     list.push(position, end - position, ExtentKind::Data);
                     position = end;
                     continue;
@@ -400,25 +399,31 @@ impl RandomAccess for Qcow2Source {
         let mut position = guest_offset;
         let mut rest = buf;
         while !rest.is_empty() {
-            let cluster_end =
-                (position - self.shape.within_cluster(position)).saturating_add(self.shape.cluster_size());
             let run = content.mapping.run(position..end);
             let step = match &run {
-                // Salvage gives up one cluster, not all of its neighbours.
+                // Salvage gives up one unit, not all of its neighbours.
                 Ok(run) if content.losses.is_none() => run.len,
-                Ok(run) => run.len.min(cluster_end - position),
-                Err(_) => cluster_end.min(end) - position,
+                Ok(run) => run.len.min(self.unit_end(position) - position),
+                Err(_) => self.unit_end(position).min(end) - position,
             };
             // Not above the buffer's length.
             let (part, after) = rest.split_at_mut(step as usize);
             let guest = position..position + step;
+            let host = run.as_ref().ok().and_then(|run| run.host_offset());
             let done =
                 run.and_then(|run| content.read_run(&self.input, run.mapped, self.shape, part, position));
             if let Err(e) = done {
                 let e = e.guest(guest.clone());
                 let Some(losses) = content.losses.as_ref().filter(|_| is_damage(&e)) else { return Err(e) };
-                part.fill(0);
-                losses.add(guest, &e);
+                match host {
+                    Some(host_offset) => content.data.read_what_is_there(part, host_offset, |lost, e| {
+                        losses.add(position + lost.start as u64..position + lost.end as u64, &e);
+                    }),
+                    None => {
+                        part.fill(0);
+                        losses.add(guest, &e);
+                    }
+                }
             }
             position += step;
             rest = after;
@@ -453,6 +458,14 @@ impl RandomAccess for Qcow2Source {
             }
             Mapped::Zero { .. } | Mapped::Compressed(_) => None,
         }
+    }
+}
+
+impl Qcow2Source {
+    /// The end of what the tables tell of as one: a cluster, or a subcluster.
+    fn unit_end(&self, guest_offset: u64) -> u64 {
+        let unit = self.shape.subcluster_size();
+        (guest_offset - guest_offset % unit).saturating_add(unit)
     }
 }
 

@@ -30,19 +30,12 @@ pub(crate) fn check(input: Input, options: &OpenOptions) -> Result<CheckReport> 
         dropped_blocks: 0,
     };
     let mut scanner = Scanner::new(window, *header.uuid.as_bytes(), checker.end);
-    let mut last_fault: Option<(u64, String)> = None;
     loop {
-        let found = scanner.next();
-        if let Some((offset, message)) = last_fault.take() {
-            // Bytes behind a complete archive are no damage where they are allowed.
-            let trailing = matches!(found, Found::End) && checker.tracker.is_complete();
-            if !(trailing && options.ignore_trailing) {
-                checker.fault(offset, &message);
-            }
-        }
-        match found {
+        match scanner.next() {
             Found::Extent(found) => checker.extent(&scanner, &found),
-            Found::Fault { file, message } => last_fault = Some((file.start, message)),
+            // What stands behind a complete archive is not looked at where it is allowed.
+            Found::Fault { .. } if options.ignore_trailing && checker.tracker.is_complete() => break,
+            Found::Fault { file, message } => checker.fault(file.start, &message),
             Found::End => break,
         }
     }

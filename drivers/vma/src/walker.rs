@@ -68,9 +68,15 @@ impl<B: ArchiveBytes> Walker<B> {
         } else {
             ExtentHeader::parse(&raw, self.header.uuid.as_bytes())
         };
+        let may_end = self.ignore_trailing && self.tracker.is_complete();
         let extent = match parsed {
+            // No extent is that long, so these are bytes behind the end as others are.
+            Ok(extent) if may_end && u64::from(extent.block_count) > MAX_BLOCK_COUNT => {
+                self.bytes.skip(u64::MAX)?;
+                return Ok(None);
+            }
             Ok(extent) => extent,
-            Err(_) if self.ignore_trailing && self.tracker.is_complete() => {
+            Err(_) if may_end => {
                 self.bytes.skip(u64::MAX)?;
                 return Ok(None);
             }

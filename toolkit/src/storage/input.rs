@@ -16,6 +16,9 @@ pub const PROBE_LEN: usize = 4096;
 /// Layers of outer compression that are undone. Ours: more than one is a mistake, more than this a trap.
 const MAX_LAYERS: usize = 4;
 
+/// What is read at once where not all can be read: a page, in which a system reads disks.
+const SALVAGE_SECTOR: u64 = 4096;
+
 /// Bytes that can be read by position.
 pub trait ReadAt: Send + Sync {
     /// Fills `buf` from `position`.
@@ -417,6 +420,36 @@ impl RandomInput {
             .hint("the file is cut short: copy it again, or use a backup"));
         }
         self.source.read_exact_at(buf, position).map_err(|e| read_error(e, &self.path, position))
+    }
+
+    /// Fills `buf` from `position` with what can be read, sector by sector where all of it can't, and
+    /// with zeros for the rest, of which `lost` is told: bytes of `buf`, and why.
+    pub fn read_what_is_there(
+        &self,
+        buf: &mut [u8],
+        position: u64,
+        mut lost: impl FnMut(std::ops::Range<usize>, Error),
+    ) {
+        let there = usize::try_from(self.len().saturating_sub(position)).unwrap_or(usize::MAX).min(buf.len());
+        let mut done = 0;
+        while done < there {
+            let at = position + done as u64;
+            // Below a sector.
+            let len = (SALVAGE_SECTOR - at % SALVAGE_SECTOR) as usize;
+            let part = done..done.saturating_add(len).min(there);
+            if let Err(e) = self.read_exact_at(&mut buf[part.clone()], at) {
+                buf[part.clone()].fill(0);
+                lost(part.clone(), e);
+            }
+            done = part.end;
+        }
+        if there < buf.len() {
+            // The words for a range that leaves the file.
+            if let Err(e) = self.read_exact_at(&mut buf[there..], position.saturating_add(there as u64)) {
+                buf[there..].fill(0);
+                lost(there..buf.len(), e);
+            }
+        }
     }
 
     /// `len` bytes from `position`, which the caller has bounded.

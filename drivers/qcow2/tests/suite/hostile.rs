@@ -158,6 +158,56 @@ fn a_lost_cluster_names_guest_range_and_file_offset() {
     assert_eq!(source.losses()[0].guest, 65_536..131_072);
 }
 
+/// What salvage reads of an image, and the guest ranges that it lists as lost.
+fn salvaged(path: &Path) -> (Vec<u8>, Vec<std::ops::Range<u64>>) {
+    let salvage = OpenOptions { salvage: true, ..OpenOptions::default() };
+    let source = Qcow2Driver.open(Input::open_plain(path).unwrap(), &salvage).unwrap();
+    let mut content = vec![1; usize::try_from(source.info().devices[0].size).unwrap()];
+    source.random().unwrap().read_at(DeviceId(0), &mut content, 0).unwrap();
+    (content, source.losses().into_iter().map(|loss| loss.guest).collect())
+}
+
+#[test]
+fn salvage_keeps_what_stands_beside_a_bad_entry() {
+    let directory = scratch();
+    let path = directory.path().join("x.qcow2");
+    let mut bytes = laws::make_bytes(&Qcow2Driver, &options(""), &sample());
+    std::fs::write(&path, &bytes).unwrap();
+    let (mut wanted, none) = salvaged(&path);
+    assert_eq!(none, []);
+    let be64 = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let l2 = (be64(be64(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
+    // No multiple of the cluster size.
+    bytes[l2 + 8..l2 + 16].copy_from_slice(&(1u64 << 63 | 0x1_0200).to_be_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    wanted[65_536..131_072].fill(0);
+    let (content, lost) = salvaged(&path);
+    assert!(content == wanted);
+    assert_eq!(lost, [65_536..131_072]);
+}
+
+#[test]
+fn salvage_keeps_the_part_of_a_cluster_that_a_cut_file_has() {
+    let directory = scratch();
+    let path = directory.path().join("x.qcow2");
+    let mut bytes = laws::make_bytes(&Qcow2Driver, &options(""), &sample());
+    let be64 = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let l2 = (be64(be64(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
+    std::fs::write(&path, &bytes).unwrap();
+    let (mut wanted, _) = salvaged(&path);
+    // The second cluster's data moves to the end of the file, which is cut in the middle of it.
+    let from = (be64(l2 + 8) & 0x00ff_ffff_ffff_fe00) as usize;
+    bytes.resize(bytes.len().next_multiple_of(65_536), 0);
+    let to = bytes.len();
+    bytes.extend_from_within(from..from + 30_001);
+    bytes[l2 + 8..l2 + 16].copy_from_slice(&(1u64 << 63 | to as u64).to_be_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    wanted[65_536 + 30_001..131_072].fill(0);
+    let (content, lost) = salvaged(&path);
+    assert!(content == wanted);
+    assert_eq!(lost, [65_536 + 30_001..131_072]);
+}
+
 #[test]
 fn random_damage_does_no_harm() {
     for set in ["", "compress,cluster_size=512", "extended_l2=on", "compress,compression_type=zstd"] {
