@@ -99,15 +99,13 @@ pub fn image(driver: &str, options: &OpenOptions, input: &dyn Fn() -> Input) {
 }
 
 fn checked(report: Result<imgtool_toolkit::CheckReport>, outcome: &Outcome) {
-    let Some(report) = opened(report) else { return };
+    let (Some(report), Some(error)) = (opened(report), &outcome.error) else { return };
     let sound = report.corruptions == 0 && report.check_errors == 0;
-    // Nobody decodes what is compressed in order to check the tables.
-    if sound
-        && report.compressed_clusters.unwrap_or(0) == 0
-        && let Some(error) = &outcome.error
-    {
-        panic!("check finds nothing, but reading says: {error}");
-    }
+    // Nobody decodes what is compressed in order to check the tables; and the last cluster of a qcow2
+    // file may be there in part, which matters to who needs the rest alone.
+    let is_known =
+        report.compressed_clusters.unwrap_or(0) > 0 || error.message().starts_with("the file ends at");
+    assert!(!sound || is_known, "check finds nothing, but reading says: {error}");
 }
 
 /// The names of the first snapshots that `info` shows.
