@@ -69,10 +69,11 @@ fn document(document: &Document<'_>) -> serde_json::Value {
 }
 
 fn exit(found: &CheckReport) -> Exit {
-    if found.corruptions > 0 {
-        Exit::CORRUPT
-    } else if found.check_errors > 0 {
+    // As qemu-img: what could not be looked at in full has no verdict.
+    if found.check_errors > 0 {
         Exit::Failed
+    } else if found.corruptions > 0 {
+        Exit::CORRUPT
     } else if found.leaks > 0 {
         Exit::LEAKS
     } else {
@@ -85,7 +86,7 @@ fn page(path: &Path, format: &str, found: &CheckReport) -> String {
     for finding in &found.findings {
         let _ = writeln!(text, "{}", escape_control(finding));
     }
-    let counted = found.corruptions.saturating_add(found.check_errors).saturating_add(found.leaks);
+    let counted = found.corruptions.saturating_add(found.leaks);
     if !found.findings.is_empty() && counted > found.findings.len() as u64 {
         let _ = writeln!(text, "(only the first {} findings are listed)", found.findings.len());
     }
@@ -95,11 +96,13 @@ fn page(path: &Path, format: &str, found: &CheckReport) -> String {
         Exit::LEAKS => {
             format!("{name}: {} leaked clusters; the content is right, space is wasted", found.leaks)
         }
-        Exit::Failed => format!("{name}: {} parts could not be checked", found.check_errors),
-        _ => format!(
-            "{name}: {} errors; the content may be wrong ({} leaks, {} parts not checked)",
-            found.corruptions, found.leaks, found.check_errors
+        Exit::Failed => format!(
+            "{name}: {} parts could not be checked ({} errors, {} leaks)",
+            found.check_errors, found.corruptions, found.leaks
         ),
+        _ => {
+            format!("{name}: {} errors; the content may be wrong ({} leaks)", found.corruptions, found.leaks)
+        }
     };
     let _ = writeln!(text, "{verdict}");
     if let (Some(total), Some(allocated)) = (found.total_clusters, found.allocated_clusters) {

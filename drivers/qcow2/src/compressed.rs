@@ -19,6 +19,10 @@ pub const DEFAULT_ZSTD_LEVEL: i32 = 3;
 /// clusters.
 const KEPT_CLUSTERS: usize = 4;
 
+/// Bytes of decoded clusters, and of decoders that wait for their next cluster, that one image keeps;
+/// those of a chain share them.
+const KEPT_BYTES: usize = 8 << 20;
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -30,6 +34,8 @@ pub struct Decoder {
     idle: Mutex<Vec<DecodeContext>>,
     /// The latest clusters of which only a part was wanted, oldest first.
     kept: Mutex<Vec<(u64, Arc<Vec<u8>>)>>,
+    max_kept: usize,
+    max_idle: usize,
 }
 
 struct DecodeContext {
@@ -43,11 +49,20 @@ enum DecodeCodec {
 }
 
 impl Decoder {
-    /// For clusters of `cluster_size` bytes.
-    pub fn new(compression: CompressionType, cluster_size: u64) -> Self {
+    /// For clusters of `cluster_size` bytes. `depth`: images above this one in a chain.
+    pub fn new(compression: CompressionType, cluster_size: u64, depth: usize) -> Self {
         // A cluster is at most 2 MiB.
         let cluster_size = cluster_size as usize;
-        Self { compression, cluster_size, idle: Mutex::default(), kept: Mutex::default() }
+        let share = KEPT_BYTES / (depth + 1) / cluster_size;
+        Self {
+            compression,
+            cluster_size,
+            idle: Mutex::default(),
+            kept: Mutex::default(),
+            max_kept: share.min(KEPT_CLUSTERS),
+            // As many as there are threads, unless there may be many such images.
+            max_idle: if depth == 0 { usize::MAX } else { share / 2 },
+        }
     }
 
     /// Fills `buf` with the decoded cluster's bytes from `within` on.
@@ -70,10 +85,12 @@ impl Decoder {
                 self.decode(input, place, &mut cluster)?;
                 let cluster = Arc::new(cluster);
                 let mut kept = lock(&self.kept);
-                if kept.len() >= KEPT_CLUSTERS {
+                if kept.len() >= self.max_kept && !kept.is_empty() {
                     kept.remove(0);
                 }
-                kept.push((place.host_offset, Arc::clone(&cluster)));
+                if self.max_kept > 0 {
+                    kept.push((place.host_offset, Arc::clone(&cluster)));
+                }
                 cluster
             }
         };
@@ -112,7 +129,10 @@ impl Decoder {
             ))
             .at(place.host_offset)
         })?;
-        lock(&self.idle).push(context);
+        let mut idle = lock(&self.idle);
+        if idle.len() < self.max_idle {
+            idle.push(context);
+        }
         Ok(())
     }
 

@@ -5,20 +5,20 @@ use std::path::Path;
 use imgtool_toolkit::{ImageInfo, RandomInput, Reference};
 use serde_json::{Map, Value, json};
 
-use crate::layout::bitmap::Bitmap;
+use crate::layout::bitmap::{self, Bitmap};
 use crate::layout::header::{
     AUTOCLEAR_DATA_FILE_RAW, COMPATIBLE_LAZY_REFCOUNTS, Encryption, Header, INCOMPATIBLE_CORRUPT,
     INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_DIRTY,
 };
-use crate::layout::snapshot::Snapshot;
+use crate::layout::snapshot::{Snapshot, Snapshots};
 
 /// Facts, notes and references; the devices are the caller's.
 pub fn describe(
     input: &RandomInput,
     header: &Header,
-    snapshots: &[Snapshot],
+    snapshots: &Snapshots,
     bitmaps: &[Bitmap],
-    wanted: Option<&Snapshot>,
+    list: bool,
 ) -> ImageInfo {
     let mut info = ImageInfo {
         format: crate::FORMAT,
@@ -30,12 +30,15 @@ pub fn describe(
         info.top_fact("encrypted", "encrypted", true);
     }
     info.top_fact("dirty-flag", "dirty", header.has(INCOMPATIBLE_DIRTY));
-    if !snapshots.is_empty() {
-        let list: Vec<Value> = snapshots.iter().map(snapshot_fact).collect();
+    if list && !snapshots.listed.is_empty() {
+        let list: Vec<Value> = snapshots.listed.iter().map(snapshot_fact).collect();
         info.top_fact("snapshots", "snapshots", list);
     }
     describe_format(&mut info, header, bitmaps);
-    info.notes = notes(header, snapshots, bitmaps, wanted);
+    info.notes = notes(header, snapshots);
+    if list {
+        info.notes.extend(unlisted(header, snapshots, bitmaps));
+    }
     info
 }
 
@@ -130,13 +133,21 @@ fn bitmap_fact(bitmap: &Bitmap) -> Value {
     json!({ "name": bitmap.name, "granularity": bitmap.granularity, "flags": flags })
 }
 
-fn notes(
-    header: &Header,
-    snapshots: &[Snapshot],
-    bitmaps: &[Bitmap],
-    wanted: Option<&Snapshot>,
-) -> Vec<String> {
+/// What is not listed, as there are too many.
+fn unlisted(header: &Header, snapshots: &Snapshots, bitmaps: &[Bitmap]) -> Vec<String> {
+    let counts = [
+        (snapshots.listed.len(), snapshots.count, "snapshots"),
+        (bitmaps.len(), bitmap::count(header) as usize, "bitmaps"),
+    ];
+    let too_many = counts.iter().filter(|(listed, count, _)| *listed > 0 && listed < count);
+    too_many
+        .map(|(listed, count, what)| format!("only the first {listed} of {count} {what} are listed"))
+        .collect()
+}
+
+fn notes(header: &Header, snapshots: &Snapshots) -> Vec<String> {
     let mut notes = Vec::new();
+    let wanted = snapshots.wanted.as_ref();
     if let Some(snapshot) = wanted {
         notes.push(format!("the content is that of snapshot {} ({})", snapshot.id, snapshot.name));
     }
@@ -152,14 +163,15 @@ fn notes(
             header.feature_list(header.unknown_features())
         ));
     }
-    let left = snapshots.len() - usize::from(wanted.is_some());
+    let left = snapshots.count.saturating_sub(usize::from(wanted.is_some()));
     if left > 0 {
         let (noun, verb) = plural(left, "snapshot");
         notes.push(format!("{left} internal {noun} {verb} not part of the content"));
     }
-    if !bitmaps.is_empty() {
-        let (noun, verb) = plural(bitmaps.len(), "bitmap");
-        notes.push(format!("{} persistent {noun} {verb} not part of the content", bitmaps.len()));
+    let bitmaps = bitmap::count(header) as usize;
+    if bitmaps > 0 {
+        let (noun, verb) = plural(bitmaps, "bitmap");
+        notes.push(format!("{bitmaps} persistent {noun} {verb} not part of the content"));
     }
     notes
 }

@@ -17,7 +17,7 @@ struct Tables {
 }
 
 /// Fewest tables kept: neighbours are read by many threads at once.
-const MIN_TABLES: usize = 4;
+const MIN_TABLES: usize = 2;
 
 impl L2Cache {
     /// Room for `bytes` of tables of `table_len` bytes.

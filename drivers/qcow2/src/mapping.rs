@@ -13,6 +13,23 @@ use crate::layout::{MAX_L1_BYTES, decode_table};
 /// are needed; 8 MiB cover 64 GiB of disk with clusters of 64 KiB.
 const L2_CACHE_BYTES: u64 = 8 << 20;
 
+/// Bytes of L2 tables kept for an image below another one; those of a chain share them.
+const L2_CACHE_BYTES_BELOW: u64 = 4 << 20;
+
+/// L2 tables of images below another one are read in parts of this many bytes: with clusters of
+/// 2 MiB whole tables of a long chain would not fit.
+const L2_SLICE_BELOW: u64 = 32 << 10;
+
+/// The largest L1 table of an image below another one that is held as a whole, divided by the depth.
+/// Ours: enough for 64 TiB with clusters of 64 KiB right below the first.
+const L1_BYTES_BELOW: u64 = 1 << 20;
+
+/// Larger ones are read in pages of this many bytes.
+const L1_PAGE: u64 = 4096;
+
+/// Bytes of such pages kept for one image.
+const L1_PAGES_BYTES: u64 = 64 << 10;
+
 /// What a guest range is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mapped {
@@ -61,8 +78,16 @@ pub struct Mapping {
     version: u32,
     /// Guest data is in another file, at the guest's own offsets.
     external_data: bool,
-    l1: Vec<u64>,
+    l1: L1Table,
+    /// L2 tables, or slices of them, of 2^`slice_bits` bytes.
     cache: L2Cache,
+    slice_bits: u32,
+}
+
+/// The L1 table: in memory, unless it is one of many.
+enum L1Table {
+    Whole(Vec<u64>),
+    Paged { offset: u64, entries: u32, pages: L2Cache },
 }
 
 impl Mapping {
@@ -79,33 +104,47 @@ impl Mapping {
     ) -> Result<Self> {
         let len = u64::from(l1_entries) * 8;
         debug_assert!(len <= MAX_L1_BYTES);
-        let l1 = match usize::try_from(len) {
-            Ok(0) => Vec::new(),
-            Ok(len) => decode_table(&input.read_vec(l1_offset, len)?),
-            Err(_) => return Err(Error::limit("the L1 table does not fit into memory")),
+        let below = depth as u64;
+        let l1 = if below == 0 || len <= L1_BYTES_BELOW / below {
+            let len = usize::try_from(len);
+            let len = len.map_err(|_| Error::limit("the L1 table does not fit into memory"))?;
+            L1Table::Whole(if len == 0 { Vec::new() } else { decode_table(&input.read_vec(l1_offset, len)?) })
+        } else {
+            let pages = L2Cache::new(L1_PAGES_BYTES, L1_PAGE);
+            L1Table::Paged { offset: l1_offset, entries: l1_entries, pages }
         };
-        let cache = L2Cache::new(L2_CACHE_BYTES / (depth as u64 + 1), shape.cluster_size());
-        Ok(Self { input, shape, version, external_data, l1, cache })
+        let (cache_len, slice) = match below {
+            0 => (L2_CACHE_BYTES, shape.cluster_size()),
+            _ => (L2_CACHE_BYTES_BELOW / (below + 1), shape.cluster_size().min(L2_SLICE_BELOW)),
+        };
+        let cache = L2Cache::new(cache_len, slice);
+        Ok(Self { input, shape, version, external_data, l1, cache, slice_bits: slice.ilog2() })
     }
 
     /// Whether an L2 table has to be looked at for `guest_offset`.
-    pub fn has_l2(&self, guest_offset: u64) -> bool {
-        self.l1_entry(guest_offset).l2_offset() != 0
+    pub fn has_l2(&self, guest_offset: u64) -> Result<bool> {
+        Ok(self.l1_entry(guest_offset)?.l2_offset() != 0)
     }
 
-    /// The first run of `range`, which is not empty: as long as one L2 table says the same.
+    /// Guest bytes that one slice of an L2 table describes.
+    fn slice_reach(&self) -> u64 {
+        let entry_bits = if self.shape.extended_l2 { 4 } else { 3 };
+        1 << (self.slice_bits - entry_bits + self.shape.cluster_bits)
+    }
+
+    /// The first run of `range`, which is not empty: as long as one slice of an L2 table says the
+    /// same.
     pub fn run(&self, range: Range<u64>) -> Result<Run> {
-        let reach = 1u64 << self.shape.l2_reach_bits();
-        let mut table_end = (range.start & !(reach - 1)).saturating_add(reach).min(range.end);
-        if !self.has_l2(range.start) {
-            while table_end < range.end && !self.has_l2(table_end) {
-                table_end = table_end.saturating_add(reach).min(range.end);
+        let end_of = |start: u64, reach: u64| (start & !(reach - 1)).saturating_add(reach).min(range.end);
+        if !self.has_l2(range.start)? {
+            let reach = 1u64 << self.shape.l2_reach_bits();
+            let mut end = end_of(range.start, reach);
+            while end < range.end && !self.has_l2(end)? {
+                end = end_of(end, reach);
             }
-            return Ok(Run {
-                len: table_end - range.start,
-                mapped: Mapped::Unallocated { host_offset: None },
-            });
+            return Ok(Run { len: end - range.start, mapped: Mapped::Unallocated { host_offset: None } });
         }
+        let table_end = end_of(range.start, self.slice_reach());
         let table = self.l2_table(range.start)?;
         let mut run = self.unit(&table, range.start)?;
         while range.start + run.len < table_end {
@@ -130,40 +169,61 @@ impl Mapping {
         Ok(run)
     }
 
-    fn l1_entry(&self, guest_offset: u64) -> L1Entry {
-        let index = usize::try_from(guest_offset >> self.shape.l2_reach_bits()).unwrap_or(usize::MAX);
+    fn l1_entry(&self, guest_offset: u64) -> Result<L1Entry> {
+        let index = guest_offset >> self.shape.l2_reach_bits();
         // The header's check made sure that the table covers the disk.
-        L1Entry(self.l1.get(index).copied().unwrap_or(0))
+        let entry = match &self.l1 {
+            L1Table::Whole(table) => usize::try_from(index).ok().and_then(|index| table.get(index).copied()),
+            L1Table::Paged { offset, entries, pages } if index < u64::from(*entries) => {
+                let at = index * 8;
+                let page = self.cached(pages, offset + at / L1_PAGE * L1_PAGE, || {
+                    // Not above a page.
+                    (u64::from(*entries) * 8 - at / L1_PAGE * L1_PAGE).min(L1_PAGE) as usize
+                })?;
+                // Below the entries of a page.
+                page.get((at % L1_PAGE / 8) as usize).copied()
+            }
+            L1Table::Paged { .. } => None,
+        };
+        Ok(L1Entry(entry.unwrap_or(0)))
     }
 
-    fn l2_table(&self, guest_offset: u64) -> Result<Arc<[u64]>> {
-        let offset = self.l1_entry(guest_offset).l2_offset();
-        if let Some(table) = self.cache.get(offset) {
+    /// A table from the cache or, with `len` bytes, from the file.
+    fn cached(&self, cache: &L2Cache, offset: u64, len: impl Fn() -> usize) -> Result<Arc<[u64]>> {
+        if let Some(table) = cache.get(offset) {
             return Ok(table);
         }
+        let table: Arc<[u64]> = decode_table(&self.input.read_vec(offset, len())?).into();
+        cache.put(offset, Arc::clone(&table));
+        Ok(table)
+    }
+
+    /// The slice of the L2 table that `guest_offset` is in.
+    fn l2_table(&self, guest_offset: u64) -> Result<Arc<[u64]>> {
+        let table_offset = self.l1_entry(guest_offset)?.l2_offset();
         let cluster_size = self.shape.cluster_size();
-        let reach = 1u64 << self.shape.l2_reach_bits();
+        let reach = self.slice_reach();
         let first = guest_offset & !(reach - 1);
         let guest = first..first.saturating_add(reach);
-        if !offset.is_multiple_of(cluster_size) {
+        if !table_offset.is_multiple_of(cluster_size) {
             return Err(Error::corrupt(format!(
-                "an L2 table is at {offset}, which is no multiple of the cluster size {cluster_size}"
+                "an L2 table is at {table_offset}, which is no multiple of the cluster size {cluster_size}"
             ))
             .guest(guest)
-            .at(offset));
+            .at(table_offset));
         }
-        // A cluster is at most 2 MiB.
-        let bytes = self.input.read_vec(offset, cluster_size as usize).map_err(|e| e.guest(guest))?;
-        let table: Arc<[u64]> = decode_table(&bytes).into();
-        self.cache.put(offset, Arc::clone(&table));
-        Ok(table)
+        let slices = (1u64 << self.shape.l2_reach_bits()) / reach;
+        let slice_offset = table_offset + ((guest_offset / reach % slices) << self.slice_bits);
+        // At most a cluster, 2 MiB.
+        self.cached(&self.cache, slice_offset, || 1 << self.slice_bits).map_err(|e| e.guest(guest))
     }
 
     /// What the cluster or the subclusters at `guest_offset` are, from there to their end.
     fn unit(&self, table: &[u64], guest_offset: u64) -> Result<Run> {
         let shape = self.shape;
         let words = shape.l2_entry_words();
-        let index = (guest_offset >> shape.cluster_bits & (shape.l2_entries() - 1)) as usize * words;
+        // A slice has a power of two of words.
+        let index = ((guest_offset >> shape.cluster_bits) as usize * words) & table.len().wrapping_sub(1);
         let entry = L2Entry(table.get(index).copied().unwrap_or(0));
         let within = shape.within_cluster(guest_offset);
         let rest = shape.cluster_size() - within;

@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use imgtool_toolkit::{CheckReport, RandomInput, Result};
 
-use crate::layout::decode_table;
 use crate::layout::entry::{RefcountTableEntry, refcount};
 use crate::layout::header::Header;
+use crate::layout::{decode_table, read_zero_filled};
 
 /// Refcount blocks are read in parts of this many bytes: tables of hostile images jump about.
 const PAGE: u64 = 4096;
@@ -58,7 +58,9 @@ impl Refcounts {
     /// Reads the refcount table.
     pub fn read(input: &RandomInput, place: RefcountPlace) -> Result<Self> {
         let len = u64::from(place.table_clusters) << place.cluster_bits;
-        let bytes = input.read_vec(place.table_offset, usize::try_from(len).unwrap_or(usize::MAX))?;
+        // The header's check bounds it to 8 MiB.
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let bytes = read_zero_filled(input, place.table_offset, len)?;
         Ok(Self {
             input: input.clone(),
             table: decode_table(&bytes),
@@ -161,7 +163,9 @@ impl Refcounts {
         if block == 0 {
             return Ok(Refcount::Known(0));
         }
-        if !block.is_multiple_of(self.cluster_size()) {
+        // No file position is beyond 2^63.
+        let end = block.checked_add(self.cluster_size()).and_then(|end| i64::try_from(end).ok());
+        if !block.is_multiple_of(self.cluster_size()) || end.is_none() {
             return Ok(Refcount::Unreadable);
         }
         let index = cluster % entries;

@@ -11,9 +11,9 @@ use imgtool_toolkit::{
 
 use crate::compressed::Decoder;
 use crate::info;
-use crate::layout::bitmap::read_bitmaps;
+use crate::layout::bitmap::list_bitmaps;
 use crate::layout::header::{CompressionType, Header, INCOMPATIBLE_DATA_FILE, check_table};
-use crate::layout::snapshot::{Snapshot, find, read_snapshots};
+use crate::layout::snapshot::{Snapshot, Snapshots, read_snapshots};
 use crate::layout::{MAX_L1_BYTES, entry::Shape};
 use crate::mapping::{Mapped, Mapping};
 use crate::refcounts::RefcountPlace;
@@ -67,22 +67,33 @@ impl Qcow2Source {
         if !options.info_only {
             header.check_readable(options.force)?;
         }
-        let snapshots = read_snapshots(&input, &header).map(|table| table.snapshots);
-        let bitmaps = read_bitmaps(&input, &header);
-        let (snapshots, bitmaps, trouble) = if options.info_only {
-            let trouble: Vec<String> = [snapshots.as_ref().err(), bitmaps.as_ref().err()]
-                .into_iter()
-                .flatten()
-                .map(ToString::to_string)
-                .collect();
-            (snapshots.unwrap_or_default(), bitmaps.unwrap_or_default(), trouble)
-        } else {
-            // Bitmaps are not converted: a damaged directory does not touch the content.
-            (snapshots?, bitmaps.unwrap_or_default(), Vec::new())
+        let mut trouble = Vec::new();
+        let depth = options.externals.depth();
+        let snapshots = match &options.snapshot {
+            // An image below another one is read as it is now.
+            None if !options.info_only && depth > 0 => {
+                Snapshots { count: header.snapshot_count as usize, ..Snapshots::default() }
+            }
+            wanted => match read_snapshots(&input, &header, wanted.as_deref(), options.info_only) {
+                Err(e) if options.info_only && wanted.is_none() => {
+                    trouble.push(e.to_string());
+                    Snapshots::default()
+                }
+                read => read?,
+            },
         };
-        let wanted = options.snapshot.as_deref().map(|name| find(&snapshots, name)).transpose()?;
+        // Bitmaps are not converted: a damaged directory does not touch the content.
+        let bitmaps = match options.info_only.then(|| list_bitmaps(&input, &header)) {
+            Some(Ok(bitmaps)) => bitmaps,
+            Some(Err(e)) => {
+                trouble.push(e.to_string());
+                Vec::new()
+            }
+            None => Vec::new(),
+        };
+        let wanted = snapshots.wanted.as_ref();
         let virtual_size = wanted.map_or(header.virtual_size, |snapshot| snapshot.virtual_size);
-        let mut image_info = info::describe(&input, &header, &snapshots, &bitmaps, wanted);
+        let mut image_info = info::describe(&input, &header, &snapshots, &bitmaps, options.info_only);
         image_info.notes.extend(trouble);
         image_info.devices = vec![Device::disk(0, device_name(&input), virtual_size)];
         let content = if options.info_only {
@@ -167,7 +178,7 @@ impl Content {
             options.externals.depth(),
         )?;
         let compression = header.compression.unwrap_or(CompressionType::Zlib);
-        let decoder = Decoder::new(compression, header.shape.cluster_size());
+        let decoder = Decoder::new(compression, header.shape.cluster_size(), options.externals.depth());
         let losses = options.salvage.then(Losses::default);
         Ok(Self { mapping, decoder, data, backing, losses })
     }
@@ -339,7 +350,7 @@ impl Qcow2Source {
         let mut position = range.start;
         let reach_bits = self.shape.l2_reach_bits();
         while position < range.end && !list.is_full() {
-            if content.mapping.has_l2(position) && position & ((1 << reach_bits) - 1) == 0 {
+            if content.mapping.has_l2(position)? && position & ((1 << reach_bits) - 1) == 0 {
                 if tables == 0 {
                     break;
                 }

@@ -1,13 +1,11 @@
 //! Everything that refers to a cluster.
 
-use std::collections::HashMap;
-
 use imgtool_toolkit::{Error, Result};
 
 use super::Checker;
 use crate::layout::SECTOR;
-use crate::layout::decode_table;
 use crate::layout::entry::{L1Entry, L2Entry, Subclusters};
+use crate::layout::{decode_table, read_zero_filled};
 use crate::refcounts::Refcount;
 
 /// L1 entries looked at over all snapshots. Ours: bounds time and memory; a disk of 64 TiB with a
@@ -24,12 +22,20 @@ const BITMAP_TABLE_STEP: u64 = 1 << 20;
 /// Bits 9-55 of a bitmap table entry: a host cluster.
 const BITMAP_OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 
+/// Bytes of bitmap tables looked at over all bitmaps. Ours: a bit for each 64 KiB of 64 TiB takes
+/// 2 MiB of table with the smallest clusters.
+const MAX_BITMAP_TABLE_BYTES: u64 = 1 << 30;
+
+/// L2 tables that are told apart. Ours: 64 TiB with clusters of 64 KiB have 128 Ki.
+const MAX_L2_TABLES: usize = 5 << 20;
+
 /// How often an L2 table is referred to.
-#[derive(Default, Clone, Copy)]
-struct L2Use {
+#[derive(Debug, Clone, Copy)]
+pub(super) struct L2Use {
+    offset: u64,
     references: u32,
-    /// By the active state too: only there bit 63 must be right.
-    active: bool,
+    /// Those by the active state: only there bit 63 must be right.
+    active: u32,
 }
 
 impl Checker {
@@ -50,18 +56,25 @@ impl Checker {
         self.count(header.snapshots_offset, self.snapshots.len, 1);
         self.walk_bitmaps()?;
         self.walk_l1_tables()?;
-        let blocks = self.refcounts.blocks(self.file_clusters);
-        let mut seen = HashMap::new();
-        for (index, block) in blocks {
+        for (index, block) in self.refcounts.blocks(self.file_clusters) {
             self.count(block, cluster_size, 1);
-            let uses: &mut u32 = seen.entry(block).or_default();
-            *uses += 1;
-            if self.first_walk && *uses > 1 {
-                self.report
-                    .corruption(format!("ERROR refcount block {index} is used {uses} times, at {block}"));
+            // Everything else has been counted: a block is used once, as a block.
+            let uses = self.counted(block);
+            if uses.is_some_and(|uses| uses > 1) {
+                self.report.corruption(format!(
+                    "ERROR refcount block {index} is used {} times, at {block}",
+                    uses.unwrap_or(0)
+                ));
             }
         }
         Ok(())
+    }
+
+    /// References to a cluster so far, if it is in the window.
+    fn counted(&self, host_offset: u64) -> Option<u16> {
+        let cluster = host_offset >> self.header.shape.cluster_bits;
+        let index = usize::try_from(cluster.checked_sub(self.window_start)?).ok()?;
+        self.counts.get(index).copied()
     }
 
     fn walk_bitmaps(&mut self) -> Result<()> {
@@ -72,13 +85,24 @@ impl Checker {
             self.count(pointer.directory_offset, pointer.directory_len, 1);
         }
         let cluster_size = self.header.shape.cluster_size();
-        for bitmap in self.bitmaps.clone() {
-            let len = u64::from(bitmap.table_entries) * 8;
-            self.count(bitmap.table_offset, len, 1);
+        let mut total = 0;
+        for (table_offset, entries) in self.bitmaps.clone() {
+            let len = u64::from(entries) * 8;
+            total += len;
+            if total > MAX_BITMAP_TABLE_BYTES {
+                return Err(Error::limit(format!(
+                    "the bitmap tables have more than {MAX_BITMAP_TABLE_BYTES} bytes"
+                )));
+            }
+            self.count(table_offset, len, 1);
             let mut done = 0;
             while done < len {
                 let step = (len - done).min(BITMAP_TABLE_STEP);
-                let at = bitmap.table_offset.saturating_add(done);
+                let at = table_offset.saturating_add(done);
+                done += step;
+                if self.is_hole(at, step)? {
+                    continue;
+                }
                 // What is beyond the end has been reported.
                 let Ok(bytes) = self.input.read_vec(at, step as usize) else { break };
                 for entry in decode_table(&bytes) {
@@ -87,89 +111,103 @@ impl Checker {
                         self.count(offset, cluster_size, 1);
                     }
                 }
-                done += step;
             }
         }
         Ok(())
+    }
+
+    /// Whether the file has a hole there: a table in it is empty. Crafted images are mostly holes.
+    fn is_hole(&self, at: u64, len: u64) -> Result<bool> {
+        if at >= self.input.len() {
+            return Ok(true);
+        }
+        let run = self.input.run(at)?;
+        Ok(!run.is_data && run.end >= at.saturating_add(len).min(self.input.len()))
     }
 
     /// The L1 tables of the active state and of all snapshots. L2 tables are walked once each,
     /// however many L1 entries refer to them.
     fn walk_l1_tables(&mut self) -> Result<()> {
-        let mut uses: HashMap<u64, L2Use> = HashMap::new();
-        let mut order = Vec::new();
-        let mut total = u64::from(self.header.l1_entries);
-        let (offset, entries) = (self.header.l1_offset, self.header.l1_entries);
-        self.count(offset, u64::from(entries) * 8, 1);
-        self.walk_l1(offset, entries, true, &mut uses, &mut order)?;
-        for snapshot in self.snapshots.snapshots.clone() {
-            total += u64::from(snapshot.l1_entries);
+        let cluster_size = self.header.shape.cluster_size();
+        let active = (self.header.l1_offset, self.header.l1_entries);
+        let snapshots = self.snapshots.l1_tables.clone();
+        let all = std::iter::once((active, true)).chain(snapshots.into_iter().map(|table| (table, false)));
+        let mut total = 0;
+        for ((offset, entries), active) in all {
+            total += u64::from(entries);
             if total > MAX_L1_ENTRIES {
-                return Err(Error::limit(format!(
-                    "the snapshots have more than {MAX_L1_ENTRIES} L1 entries"
-                )));
+                return Err(Error::limit(format!("there are more than {MAX_L1_ENTRIES} L1 entries")));
             }
-            self.count(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8, 1);
-            self.walk_l1(snapshot.l1_offset, snapshot.l1_entries, false, &mut uses, &mut order)?;
-        }
-        for offset in order {
-            if let Some(known) = uses.get(&offset) {
-                self.walk_l2(offset, *known)?;
+            self.count(offset, u64::from(entries) * 8, 1);
+            if self.first_walk {
+                self.walk_l1(offset, entries, active)?;
             }
         }
+        let tables = std::mem::take(&mut self.l2_tables);
+        for table in &tables {
+            self.count(table.offset, cluster_size, table.references);
+            self.walk_l2(table)?;
+        }
+        self.l2_tables = tables;
         Ok(())
     }
 
-    fn walk_l1(
-        &mut self,
-        offset: u64,
-        entries: u32,
-        active: bool,
-        uses: &mut HashMap<u64, L2Use>,
-        order: &mut Vec<u64>,
-    ) -> Result<()> {
+    /// Notes the L2 tables of one L1 table.
+    fn walk_l1(&mut self, offset: u64, entries: u32, active: bool) -> Result<()> {
         let cluster_size = self.header.shape.cluster_size();
         // The header's check bounds it to 32 MiB.
         let len = usize::try_from(u64::from(entries) * 8).unwrap_or(usize::MAX);
-        let bytes = match self.input.read_vec(offset, len) {
-            Ok(bytes) => bytes,
-            Err(e) if active => return Err(e),
-            // Counting it has reported it already.
-            Err(_) => return Ok(()),
-        };
-        for (index, entry) in decode_table(&bytes).into_iter().map(L1Entry).enumerate() {
-            let l2_offset = entry.l2_offset();
-            if l2_offset == 0 {
+        if self.is_hole(offset, len as u64)? {
+            return Ok(());
+        }
+        let bytes = read_zero_filled(&self.input, offset, len)?;
+        let mut found = Vec::new();
+        for (index, entry) in bytes.as_chunks::<8>().0.iter().enumerate() {
+            let entry = L1Entry(u64::from_be_bytes(*entry));
+            // An entry that only has other bits refers to a table at 0.
+            if entry.0 == 0 {
                 continue;
             }
-            if self.first_walk && entry.reserved() != 0 {
+            let l2_offset = entry.l2_offset();
+            if entry.reserved() != 0 {
                 self.report
                     .corruption(format!("ERROR L1 entry {index} has reserved bits set: {:x}", entry.0));
             }
-            if active {
-                self.check_copied(l2_offset, entry.is_copied(), || format!("L2 table: l1_index={index}"))?;
-            }
-            self.count(l2_offset, cluster_size, 1);
             if !l2_offset.is_multiple_of(cluster_size) {
-                if self.first_walk {
-                    self.report.corruption(format!(
-                        "ERROR L1 entry {index}: the L2 table at {l2_offset} is not cluster aligned"
-                    ));
-                }
-                continue;
+                self.report.corruption(format!(
+                    "ERROR L1 entry {index}: the L2 table at {l2_offset} is not cluster aligned"
+                ));
             }
-            let known = uses.entry(l2_offset).or_insert_with(|| {
-                order.push(l2_offset);
-                L2Use::default()
-            });
-            known.references = known.references.saturating_add(1);
-            known.active |= active;
+            if active {
+                self.check_copied(1, l2_offset, entry.is_copied(), || format!("L2 table: l1_index={index}"))?;
+            }
+            found.push(L2Use { offset: l2_offset, references: 1, active: u32::from(active) });
+        }
+        drop(bytes);
+        self.l2_tables.append(&mut found);
+        self.l2_tables.sort_unstable_by_key(|table| table.offset);
+        self.l2_tables.dedup_by(|next, first| {
+            let same = next.offset == first.offset;
+            if same {
+                first.references = first.references.saturating_add(next.references);
+                first.active = first.active.saturating_add(next.active);
+            }
+            same
+        });
+        if self.l2_tables.len() > MAX_L2_TABLES {
+            return Err(Error::limit(format!("there are more than {MAX_L2_TABLES} L2 tables")));
         }
         Ok(())
     }
 
     /// Bit 63 must say whether the refcount is one.
-    fn check_copied(&mut self, host_offset: u64, copied: bool, what: impl Fn() -> String) -> Result<()> {
+    fn check_copied(
+        &mut self,
+        times: u32,
+        host_offset: u64,
+        copied: bool,
+        what: impl Fn() -> String,
+    ) -> Result<()> {
         if !self.first_walk {
             return Ok(());
         }
@@ -177,23 +215,38 @@ impl Checker {
         if let Refcount::Known(refcount) = self.refcounts.get(cluster)?
             && (refcount == 1) != copied
         {
-            self.report.corruption(format!("ERROR OFLAG_COPIED {} refcount={refcount}", what()));
+            self.corruption(times, format!("ERROR OFLAG_COPIED {} refcount={refcount}", what()));
         }
         Ok(())
     }
 
     /// One L2 table.
-    fn walk_l2(&mut self, offset: u64, known: L2Use) -> Result<()> {
+    fn walk_l2(&mut self, known: &L2Use) -> Result<()> {
         let shape = self.header.shape;
         // Where the next cluster would be if nothing were fragmented.
         let mut expected = 0;
+        if self.is_hole(known.offset, shape.cluster_size())? {
+            return Ok(());
+        }
         // At most 2 MiB. What is beyond the end has been reported.
-        let Ok(bytes) = self.input.read_vec(offset, shape.cluster_size() as usize) else { return Ok(()) };
+        let bytes = read_zero_filled(&self.input, known.offset, shape.cluster_size() as usize)?;
         let words = decode_table(&bytes);
         for pair in words.chunks_exact(shape.l2_entry_words()) {
             let entry = L2Entry(pair[0]);
             let subclusters = pair.get(1).map(|bitmap| Subclusters(*bitmap));
             if entry.is_compressed() {
+                if let Some(bitmap) = subclusters.filter(|bitmap| bitmap.0 != 0) {
+                    if self.first_walk {
+                        self.corruption(
+                            known.references,
+                            format!(
+                                "ERROR compressed cluster {:x}: its subcluster allocation bitmap is {:x}, not 0",
+                                entry.0, bitmap.0
+                            ),
+                        );
+                    }
+                    continue;
+                }
                 self.walk_compressed(entry, known);
             } else {
                 self.walk_standard(entry, subclusters, known, &mut expected)?;
@@ -202,26 +255,33 @@ impl Checker {
         Ok(())
     }
 
-    fn walk_compressed(&mut self, entry: L2Entry, known: L2Use) {
+    fn walk_compressed(&mut self, entry: L2Entry, known: &L2Use) {
         let place = entry.compressed_place(self.header.shape);
         if self.first_walk {
             if self.external_data {
-                self.report.corruption(format!(
-                    "ERROR compressed cluster at {}: the image has an external data file",
-                    place.host_offset
-                ));
+                self.corruption(
+                    known.references,
+                    format!(
+                        "ERROR compressed cluster at {}: the image has an external data file",
+                        place.host_offset
+                    ),
+                );
             }
             if entry.is_copied() {
-                self.report.corruption(format!(
-                    "ERROR compressed cluster at {}: the copied flag must never be set",
-                    place.host_offset
-                ));
+                self.corruption(
+                    known.references,
+                    format!(
+                        "ERROR compressed cluster at {}: the copied flag must never be set",
+                        place.host_offset
+                    ),
+                );
             }
-            if known.active {
-                *self.report.allocated_clusters.get_or_insert(0) += 1;
-                *self.report.compressed_clusters.get_or_insert(0) += 1;
+            if known.active > 0 {
+                let times = u64::from(known.active);
+                *self.report.allocated_clusters.get_or_insert(0) += times;
+                *self.report.compressed_clusters.get_or_insert(0) += times;
                 // Compressed clusters are fragmented by nature.
-                *self.report.fragmented_clusters.get_or_insert(0) += 1;
+                *self.report.fragmented_clusters.get_or_insert(0) += times;
             }
         }
         // Whole sectors are referred to.
@@ -233,54 +293,56 @@ impl Checker {
         &mut self,
         entry: L2Entry,
         subclusters: Option<Subclusters>,
-        known: L2Use,
+        known: &L2Use,
         expected: &mut u64,
     ) -> Result<()> {
         let cluster_size = self.header.shape.cluster_size();
         let host = entry.host_offset();
         if self.first_walk && entry.reserved() != 0 {
-            self.report.corruption(format!("ERROR L2 entry has reserved bits set: {:x}", entry.0));
+            self.corruption(known.references, format!("ERROR L2 entry has reserved bits set: {:x}", entry.0));
         }
         let has_host = host != 0 || (self.external_data && entry.is_copied());
         if self.first_walk
             && let Some(bitmap) = subclusters
+            && (bitmap.is_invalid() || (bitmap.any_allocated() && !has_host))
         {
-            if bitmap.is_invalid() || (bitmap.any_allocated() && !has_host) {
-                self.report.corruption(format!(
-                    "ERROR L2 entry {:x}: invalid subcluster allocation bitmap {:x}",
-                    entry.0, bitmap.0
-                ));
-            }
-            if entry.reads_as_zeros() {
-                self.report.corruption(format!(
-                    "ERROR L2 entry {:x}: the zero flag is set in an image with subclusters",
-                    entry.0
-                ));
-            }
+            self.corruption(
+                known.references,
+                format!("ERROR L2 entry {:x}: invalid subcluster allocation bitmap {:x}", entry.0, bitmap.0),
+            );
         }
         if !has_host {
             return Ok(());
         }
         if self.first_walk {
-            if known.active {
-                *self.report.allocated_clusters.get_or_insert(0) += 1;
+            if known.active > 0 {
+                let times = u64::from(known.active);
+                *self.report.allocated_clusters.get_or_insert(0) += times;
                 if *expected != 0 && *expected != host {
-                    *self.report.fragmented_clusters.get_or_insert(0) += 1;
+                    *self.report.fragmented_clusters.get_or_insert(0) += times;
                 }
                 *expected = host.saturating_add(cluster_size);
             }
             if !host.is_multiple_of(cluster_size) {
-                self.report.corruption(format!("ERROR data cluster at {host} is not properly aligned"));
+                self.corruption(
+                    known.references,
+                    format!("ERROR data cluster at {host} is not properly aligned"),
+                );
             }
         }
         if self.external_data {
-            if self.first_walk && known.active && !entry.is_copied() {
-                self.report.corruption(format!("ERROR OFLAG_COPIED data cluster: l2_entry={:x}", entry.0));
+            if self.first_walk && known.active > 0 && !entry.is_copied() {
+                self.corruption(
+                    known.active,
+                    format!("ERROR OFLAG_COPIED data cluster: l2_entry={:x}", entry.0),
+                );
             }
             return Ok(());
         }
-        if known.active {
-            self.check_copied(host, entry.is_copied(), || format!("data cluster: l2_entry={:x}", entry.0))?;
+        if known.active > 0 {
+            self.check_copied(known.active, host, entry.is_copied(), || {
+                format!("data cluster: l2_entry={:x}", entry.0)
+            })?;
         }
         self.count(host, cluster_size, known.references);
         Ok(())

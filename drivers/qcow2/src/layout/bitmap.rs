@@ -2,6 +2,7 @@
 
 use imgtool_toolkit::{Error, RandomInput, Result};
 
+use super::extension::BitmapsPointer;
 use super::header::{AUTOCLEAR_BITMAPS, Header, check_table};
 use super::{MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, be16, be32, be64};
 
@@ -11,6 +12,9 @@ const FIXED_LEN: usize = 24;
 const FLAG_IN_USE: u32 = 1;
 /// Specification: the bitmap follows the guest's writes.
 const FLAG_AUTO: u32 = 2;
+
+/// Bytes of names that a list of bitmaps holds; beyond, they are only counted. Ours.
+const MAX_LISTED_BYTES: usize = 4 << 20;
 
 /// One bitmap.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,12 +33,31 @@ pub struct Bitmap {
     pub name: String,
 }
 
-/// Reads the directory. Empty when there is none or it is marked inconsistent.
-pub fn read_bitmaps(input: &RandomInput, header: &Header) -> Result<Vec<Bitmap>> {
-    let Some(pointer) = header.extensions.bitmaps.filter(|_| header.autoclear & AUTOCLEAR_BITMAPS != 0)
-    else {
-        return Ok(Vec::new());
-    };
+/// How many bitmaps there are. None when the directory is marked inconsistent.
+pub fn count(header: &Header) -> u32 {
+    pointer(header).map_or(0, |pointer| pointer.count)
+}
+
+fn pointer(header: &Header) -> Option<BitmapsPointer> {
+    header.extensions.bitmaps.filter(|_| header.autoclear & AUTOCLEAR_BITMAPS != 0)
+}
+
+/// The first bitmaps: all, unless there are very many.
+pub fn list_bitmaps(input: &RandomInput, header: &Header) -> Result<Vec<Bitmap>> {
+    let mut bitmaps = Vec::new();
+    let mut room = MAX_LISTED_BYTES;
+    walk_bitmaps(input, header, |bitmap| {
+        room = room.saturating_sub(bitmap.name.len());
+        if room > 0 {
+            bitmaps.push(bitmap);
+        }
+    })?;
+    Ok(bitmaps)
+}
+
+/// Calls `see` for every bitmap.
+pub fn walk_bitmaps(input: &RandomInput, header: &Header, mut see: impl FnMut(Bitmap)) -> Result<()> {
+    let Some(pointer) = pointer(header) else { return Ok(()) };
     if pointer.count > MAX_BITMAPS {
         return Err(Error::limit(format!("{} bitmaps, above {MAX_BITMAPS}", pointer.count)));
     }
@@ -49,17 +72,16 @@ pub fn read_bitmaps(input: &RandomInput, header: &Header) -> Result<Vec<Bitmap>>
     let len = usize::try_from(pointer.directory_len)
         .map_err(|_| Error::limit("the bitmap directory is too large"))?;
     let directory = input.read_vec(pointer.directory_offset, len)?;
-    let mut bitmaps = Vec::new();
     let mut at = 0usize;
     for _ in 0..pointer.count {
         let (bitmap, len) = directory.get(at..).and_then(parse).ok_or_else(|| {
             Error::malformed("an entry of the bitmap directory leaves the directory")
                 .at(pointer.directory_offset + at as u64)
         })?;
-        bitmaps.push(bitmap);
+        see(bitmap);
         at += len;
     }
-    Ok(bitmaps)
+    Ok(())
 }
 
 /// An entry and its length.

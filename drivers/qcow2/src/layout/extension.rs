@@ -1,6 +1,6 @@
 //! Header extensions: names, features, and pointers to more.
 
-use super::{be32, be64};
+use super::{MAX_EXTENSION_TEXT, be32, be64};
 use imgtool_toolkit::{Error, Result};
 
 /// Specification, "Header extensions": types.
@@ -89,8 +89,8 @@ impl Extensions {
 
     fn take(&mut self, kind: u32, data: &[u8], place: u64) -> Result<()> {
         match kind {
-            BACKING_FORMAT => self.backing_format = Some(string(data)),
-            DATA_FILE => self.data_file = Some(string(data)),
+            BACKING_FORMAT => self.backing_format = Some(name(data, place)?),
+            DATA_FILE => self.data_file = Some(name(data, place)?),
             FEATURE_NAMES => {
                 for entry in data.chunks_exact(FEATURE_ENTRY) {
                     let kind = match entry[0] {
@@ -173,6 +173,18 @@ fn push(bytes: &mut Vec<u8>, kind: u32, data: &[u8]) {
     bytes.extend_from_slice(&(data.len() as u32).to_be_bytes());
     bytes.extend_from_slice(data);
     bytes.resize(bytes.len().next_multiple_of(8), 0);
+}
+
+/// A name of bounded length.
+fn name(data: &[u8], place: u64) -> Result<String> {
+    if data.len() > MAX_EXTENSION_TEXT {
+        return Err(Error::limit(format!(
+            "a name in a header extension has {} bytes, above {MAX_EXTENSION_TEXT}",
+            data.len()
+        ))
+        .at(place));
+    }
+    Ok(string(data))
 }
 
 /// Text up to the first zero byte.

@@ -360,6 +360,11 @@ impl Header {
         self.incompatible & incompatible != 0
     }
 
+    /// The largest number that a refcount can be.
+    pub fn max_refcount(&self) -> u64 {
+        u64::MAX >> (64 - self.refcount_bits())
+    }
+
     /// Bits of a refcount.
     pub fn refcount_bits(&self) -> u32 {
         1 << self.refcount_order

@@ -2,6 +2,8 @@
 //! docs/interop/qcow2) defines them. Everything is big-endian. No I/O happens here except reading
 //! the header's own cluster.
 
+use imgtool_toolkit::{RandomInput, Result};
+
 pub mod bitmap;
 pub mod entry;
 pub mod extension;
@@ -43,6 +45,21 @@ pub const MIN_EXTENDED_L2_CLUSTER_BITS: u32 = 14;
 
 /// Specification: subclusters of a cluster with extended L2 entries.
 pub const SUBCLUSTERS: u64 = 32;
+
+/// Ours: the longest text of a header extension; QEMU's own limits are below.
+pub const MAX_EXTENSION_TEXT: usize = 1023;
+
+/// Reads `len` bytes, which the caller has bounded, as if the file went on with zeros: what is
+/// damaged is looked at as far as it goes.
+pub fn read_zero_filled(input: &RandomInput, position: u64, len: usize) -> Result<Vec<u8>> {
+    let there = input.len().saturating_sub(position).min(len as u64);
+    let mut bytes = vec![0; len];
+    if there > 0 {
+        // Not above `len`.
+        input.read_exact_at(&mut bytes[..there as usize], position)?;
+    }
+    Ok(bytes)
+}
 
 /// A number from eight big-endian bytes at `at`; `None` beyond the end.
 pub fn be64(bytes: &[u8], at: usize) -> Option<u64> {
