@@ -234,8 +234,14 @@ impl fmt::Display for Error {
 /// Adds the place to an error on its way up.
 pub trait ResultExt<T> {
     /// [`Error::path`] on the error, if there is one.
+    ///
+    /// # Errors
+    /// The same, with the place.
     fn in_file(self, path: impl AsRef<Path>) -> Result<T>;
     /// [`Error::device`] on the error, if there is one.
+    ///
+    /// # Errors
+    /// The same, with the place.
     fn on_device(self, name: &str) -> Result<T>;
 }
 

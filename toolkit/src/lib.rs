@@ -13,6 +13,7 @@
 pub mod buffer;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+pub mod convert;
 pub mod device;
 pub mod digest;
 pub mod driver;
@@ -24,6 +25,7 @@ pub mod losses;
 pub mod packed;
 pub mod pipeline;
 pub mod progress;
+pub mod reader;
 pub mod registry;
 pub mod sink;
 pub mod source;
@@ -31,6 +33,7 @@ pub mod storage;
 pub mod zero;
 
 pub use buffer::{Buffer, BufferPool};
+pub use convert::Conversion;
 pub use device::{Attachment, Device, DeviceId, DeviceKind, Manifest};
 pub use driver::{
     Capabilities, CheckReport, Compress, Confidence, CreateOptions, Driver, Extras, Measure, OpenOptions,
@@ -39,9 +42,11 @@ pub use driver::{
 pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use extent::{Extent, ExtentKind, ExtentList, MapExtent, MapPlace};
 pub use external::{ExternalPolicy, Externals};
+pub use fanout::FanOut;
 pub use losses::Losses;
 pub use packed::{PackedSink, Packing};
 pub use progress::{CancelToken, NoProgress, Progress};
+pub use reader::DeviceReader;
 pub use registry::{Opened, Registry};
 pub use sink::{Bytes, FileWrite, Geometry, ImageSink, Part, Prepared, WriteList};
 pub use source::{

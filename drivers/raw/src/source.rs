@@ -85,7 +85,10 @@ impl RandomAccess for RawImage {
         Ok(self.extents(device, range)?.into_iter().map(describe).collect())
     }
 
-    fn read_at(&self, _device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
+    fn read_at(&self, device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
+        if device != DISK {
+            return Err(Error::out_of_bounds(format!("a raw image has one device, {DISK}, not {device}")));
+        }
         self.input.read_exact_at(buf, guest_offset)
     }
 

@@ -12,11 +12,6 @@ fn the_laws_hold() {
 }
 
 #[test]
-fn reads_stay_within_the_device() {
-    conformance::reads_stay_within_the_device(&VmaDriver, &CreateOptions::default());
-}
-
-#[test]
 fn many_clusters_and_three_devices_round_trip() {
     let unit = 65_536;
     let image =

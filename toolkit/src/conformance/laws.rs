@@ -37,6 +37,8 @@ pub fn all(driver: &dyn Driver, options: &CreateOptions) {
     same_bytes_for_any_thread_count(driver, options, &far_apart());
     sparse_stays_sparse(driver, options);
     parallel_reads(driver, options);
+    reads_stay_within_the_device(driver, options);
+    cancelled_copies_end(driver, options);
     probe_knows_its_own(driver, options);
     truncated_is_an_error(driver, options, &mixed_image());
     existing_target_with_old_data(driver, options, &mixed_image());

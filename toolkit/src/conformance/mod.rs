@@ -4,10 +4,13 @@
 //! names the driver, the image and the place when the law is broken. [`all`] runs every law that
 //! the driver's [`crate::Capabilities`] claim, with images that any format must carry:
 //!
-//! ```ignore
-//! #[test]
-//! fn the_laws_hold() {
-//!     conformance::all(&MyDriver::default(), &CreateOptions::default());
+//! ```
+//! use imgtool_toolkit::{CreateOptions, Driver, conformance};
+//!
+//! // In a test of the driver:
+//! fn the_laws_hold(driver: &dyn Driver) {
+//!     conformance::all(driver, &CreateOptions::default());
+//!     conformance::faults::all(driver, &CreateOptions::default(), &conformance::mixed_image());
 //! }
 //! ```
 //!

@@ -372,6 +372,9 @@ impl Input {
     }
 
     /// The input as a stream, from its start.
+    ///
+    /// # Errors
+    /// When its first bytes can't be read.
     pub fn into_stream(self) -> Result<Stream> {
         match self.body {
             Body::Stream(stream) => Ok(stream),

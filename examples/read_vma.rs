@@ -1,0 +1,116 @@
+//! Reads a disk of a VMA archive at random, without unpacking the archive.
+//!
+//! ```sh
+//! cargo run --release --example read_vma -- fixtures/sparse.vma
+//! cargo run --release --example read_vma -- fixtures/sparse.vma drive-virtio0 268455936 64
+//! ```
+//!
+//! With the archive alone it lists the disks and how much of each is stored; with a disk, an offset
+//! and a length it prints those bytes of the guest.
+
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+use imgtool_toolkit::{DeviceReader, Driver, ImageSource, Input, OpenOptions, Result};
+use imgtool_vma::VmaDriver;
+
+/// Opens an archive so that it can be read at random. One that is compressed is a stream: it is copied
+/// to an unnamed temporary file first (unless it is a seekable .zst, as imgtool writes them).
+fn open(archive: &Path) -> Result<Box<dyn ImageSource>> {
+    let mut input = Input::open(archive)?;
+    if input.is_stream() {
+        input = input.spool()?;
+    }
+    VmaDriver.open(input, &OpenOptions::default())
+}
+
+/// Disks, sizes, and the bytes that are stored: from the archive's index, the data is not read.
+fn list(archive: &Path) -> Result<String> {
+    let source = open(archive)?;
+    let mut text = String::new();
+    for device in &source.info().devices {
+        let (mut at, mut stored) = (0, 0);
+        while let Some(random) = source.random().filter(|_| at < device.size) {
+            // An answer may cover a part of what was asked.
+            for extent in random.extents(device.id, at..device.size)? {
+                at = extent.end();
+                stored += if extent.is_data() { extent.len } else { 0 };
+            }
+        }
+        text += &format!("{}: {} bytes, {stored} of them stored\n", device.name, device.size);
+    }
+    Ok(text)
+}
+
+/// The bytes of a disk from `guest_offset`, at most `len`.
+fn read(archive: &Path, disk: &str, guest_offset: u64, len: u64) -> Result<Vec<u8>> {
+    let source = open(archive)?;
+    let mut reader = DeviceReader::by_name(&*source, disk)?;
+    let mut bytes = Vec::new();
+    reader
+        .seek(SeekFrom::Start(guest_offset))
+        .and_then(|_| reader.take(len).read_to_end(&mut bytes))
+        .map_err(|e| imgtool_toolkit::Error::io("read", e).path(archive).device(disk))?;
+    Ok(bytes)
+}
+
+fn run(args: &[String]) -> Result<Vec<u8>> {
+    let number = |text: &String| {
+        text.parse().map_err(|_| imgtool_toolkit::Error::usage(format!("'{text}' is no number of bytes")))
+    };
+    match args {
+        [archive] => list(Path::new(archive)).map(String::into_bytes),
+        [archive, disk, offset, len] => read(Path::new(archive), disk, number(offset)?, number(len)?),
+        _ => Err(imgtool_toolkit::Error::usage("usage: read_vma ARCHIVE [DISK OFFSET LENGTH]")),
+    }
+}
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let written = run(&args).and_then(|bytes| {
+        std::io::stdout().write_all(&bytes).map_err(|e| imgtool_toolkit::Error::io("write", e))
+    });
+    if let Err(error) = written {
+        eprintln!("{error}");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sha2::{Digest, Sha256};
+    use std::path::PathBuf;
+
+    fn fixture(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
+    }
+
+    #[test]
+    fn a_list_says_what_is_stored() {
+        let text = list(&fixture("sparse.vma")).expect("an archive");
+        assert_eq!(text, "drive-virtio0: 536871424 bytes, 4608 of them stored\n");
+    }
+
+    #[test]
+    fn any_part_can_be_read_and_all_of_it_has_the_known_digest() {
+        let archive = fixture("two-disks.vma.zst");
+        let whole = read(&archive, "drive-efidisk0", 0, u64::MAX).expect("the whole disk");
+        let digest: String = Sha256::digest(&whole).iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(digest, "a0fd2cf34e841d0d1e7f30367fc2b547c952d35ae30d9003b2890c10b61d82c9");
+        for (offset, len) in [(0, 1), (65_535, 2), (300_001, 70_000), (540_671, 10), (540_672, 10)] {
+            let part = read(&archive, "drive-efidisk0", offset, len).expect("a part");
+            let end = whole.len().min((offset + len) as usize);
+            assert!(part == whole[offset as usize..end], "{len} bytes at {offset}");
+        }
+    }
+
+    #[test]
+    fn a_disk_that_is_not_there_is_named() {
+        let error = read(&fixture("sparse.vma"), "drive-scsi7", 0, 1).expect_err("no such disk");
+        assert!(error.to_string().contains("drive-scsi7"), "{error}");
+        assert_eq!(error.hint_text(), Some("devices: drive-virtio0"));
+    }
+}
