@@ -22,8 +22,11 @@ const READ_LEN: usize = 20_000;
 const READS: usize = 24;
 /// Bytes of data up to which an image is read as a whole.
 pub const WHOLE: u64 = 2 << 20;
+/// Bytes of devices up to which a stream is read as a whole: what salvage does not find comes a GiB at a
+/// time.
+const MAX_STREAMED: u64 = 64 << 30;
 /// Pieces taken from a stream.
-const PIECES: usize = 20_000;
+const PIECES: usize = 2000;
 
 /// Compared as a whole: a fuzzer counts every step of a loop over bytes.
 static ZEROS: [u8; READ_LEN] = [0; READ_LEN];
@@ -222,7 +225,9 @@ impl Reader<'_> {
 
 /// Sends an image that has little data through the pipeline.
 fn whole(source: &mut dyn ImageSource, outcome: &mut Outcome) {
-    if outcome.data_bytes.is_none_or(|bytes| bytes > WHOLE) {
+    let total = source.info().devices.iter().fold(0u64, |sum, device| sum.saturating_add(device.size));
+    let is_streamed = source.random().is_none();
+    if outcome.data_bytes.is_none_or(|bytes| bytes > WHOLE) || is_streamed && total > MAX_STREAMED {
         return;
     }
     match digested(source) {

@@ -18,7 +18,9 @@ const LEAVE_UUIDS: u8 = 2;
 const IGNORE_TRAILING: u8 = 4;
 
 /// Longest archive. Ours: streams are read to their end, and salvage looks at every byte.
-const MAX_LEN: u64 = 2 << 20;
+const MAX_LEN: u64 = 512 << 10;
+/// Bytes of devices that are salvaged. Ours: what is missing is handed out a GiB at a time.
+const MAX_SALVAGED: u64 = 64 << 30;
 /// Longest header that gets a checksum. Ours: bounds the time for an input.
 const MAX_HEADER: u64 = 256 << 10;
 /// Extents that get one.
@@ -200,6 +202,10 @@ pub(super) fn run_agree(input: &[u8]) {
 fn content(archive: &Archive, input: Result<Input>, options: &OpenOptions) -> Result<Content> {
     let mut source = archive.open(input, options)?;
     let info = source.info();
+    let total = info.devices.iter().fold(0u64, |sum, device| sum.saturating_add(device.size));
+    if options.salvage && total > MAX_SALVAGED {
+        return Err(Error::limit("more zeros than are counted here"));
+    }
     let info = format!("{:?} {:?} {:?}", info.devices, info.attachments, info.references);
     let digests = exercise::digested(&mut *source)?;
     Ok(Content { info, digests, losses: source.losses() })
