@@ -23,6 +23,7 @@ mod matrix;
 mod qcow2_chains;
 mod qcow2_maps;
 mod real;
+mod recipes;
 mod refusals;
 mod streams;
 mod targets;

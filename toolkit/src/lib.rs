@@ -8,6 +8,8 @@
 //! * [`storage`] holds files, streams, outer compression and outputs that get their final name only
 //!   when they are finished.
 //!
+//! [`Conversion`] is the usual conversion in one call, [`DeviceReader`] a disk as `Read` and `Seek`.
+//!
 //! The crate knows no format. There is no global state; everything can be cancelled.
 
 pub mod buffer;
