@@ -9,9 +9,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::exit::Exit;
 use crate::report;
+use values::Offer;
 
 mod convert;
 mod image;
+mod mistakes;
+mod values;
 mod vma;
 
 pub use convert::ConvertArgs;
@@ -26,16 +29,15 @@ pub use vma::{USAGE as VMA_USAGE, VmaArgs, VmaCreateArgs, VmaExtractArgs, VmaVer
     name = "imgtool",
     version,
     about = "Converts virtual-machine disk images and whole-VM archives, any to any, in one pass",
-    max_term_width = 100,
+    max_term_width = 80,
     propagate_version = false,
     disable_help_subcommand = true,
     subcommand_required = true,
     subcommand_value_name = "VERB",
     subcommand_help_heading = "Verbs",
     arg_required_else_help = true,
-    after_help = "Formats are found by content and given by -f and -O; 'imgtool formats' lists them.\n\
-                  'imgtool VERB --help' says more about a verb.",
-    after_long_help = EXIT_CODES,
+    after_help = EXAMPLES,
+    after_long_help = EXIT_CODES_AND_EXAMPLES,
 )]
 pub struct Cli {
     /// What to do.
@@ -43,8 +45,20 @@ pub struct Cli {
     pub verb: Verb,
 }
 
-/// Exit codes, at the end of the long help and of the manual page.
-const EXIT_CODES: &str = "\
+/// At the end of the short help.
+const EXAMPLES: &str = "\
+Examples:
+  imgtool info vm.vma.zst
+  imgtool convert vm.vma.zst --to qcow2 outdir/
+  imgtool convert disk.vhdx disk.qcow2
+
+'imgtool VERB -h' lists the flags of a verb, 'imgtool VERB --help' explains them.";
+
+/// At the end of the long help and of the manual page.
+const EXIT_CODES_AND_EXAMPLES: &str = "\
+Formats are found by content, or given by -f (input) and -O (output);
+'imgtool formats' lists them and their -o options.
+
 Exit codes:
   0  done and complete
   1  failed; nothing is left under a final name
@@ -52,7 +66,13 @@ Exit codes:
   3  finished with losses (--salvage); each lost range is listed
   compare: 0 same, 1 different, 2 could not compare
   check: 0 clean, 1 could not check, 2 corrupt, 3 leaks only
-  vma: those of the vma program";
+  vma: those of the vma program
+
+Examples:
+  imgtool info vm.vma.zst
+  imgtool convert vm.vma.zst --to qcow2 outdir/
+  imgtool convert disk.vhdx disk.qcow2
+  imgtool VERB --help";
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
@@ -96,8 +116,15 @@ pub enum OutputFormat {
 /// How results are printed.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct OutputArgs {
-    /// Print for a person or as JSON (field names: docs/json.md)
-    #[arg(long, value_name = "FORM", value_enum, default_value_t)]
+    /// Print for a person, or one JSON document (its fields: docs/json.md) [default: human]
+    #[arg(
+        long,
+        value_name = "human|json",
+        value_enum,
+        default_value_t,
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
     pub output: OutputFormat,
 }
 
@@ -113,7 +140,13 @@ impl OutputArgs {
 #[command(next_help_heading = "Reading")]
 pub struct InputArgs {
     /// Format of the input; nothing is guessed then [default: found by content]
-    #[arg(short = 'f', long = "format", value_name = "FMT")]
+    #[arg(
+        short = 'f',
+        long = "format",
+        value_name = "FMT",
+        value_parser = Offer::Formats,
+        hide_possible_values = true
+    )]
     pub format: Option<String>,
 
     /// Let the image open this file (backing file, data file, parent); repeatable.
@@ -134,6 +167,10 @@ pub struct InputArgs {
     /// Refused: images are named by plain paths, formats by -f
     #[arg(long, hide_short_help = true)]
     pub image_opts: bool,
+
+    /// Refused: there are no secrets or other objects, as no encrypted or remote image is opened
+    #[arg(long, value_name = "OBJECT", hide_short_help = true)]
+    pub object: Vec<String>,
 }
 
 /// Whose content of an image is read.
@@ -180,8 +217,9 @@ impl MessageArgs {
     /// What `-p`, `-q` and `--progress` come to.
     pub fn mode(self) -> ProgressMode {
         match (self.progress, self.show_progress, self.quiet) {
-            (ProgressMode::Auto, true, _) => ProgressMode::Bar,
-            (ProgressMode::Auto, false, true) => ProgressMode::None,
+            // As in qemu-img: -q silences -p.
+            (ProgressMode::Auto, _, true) => ProgressMode::None,
+            (ProgressMode::Auto, true, false) => ProgressMode::Bar,
             (mode, _, _) => mode,
         }
     }
@@ -209,6 +247,11 @@ impl ThreadArgs {
 
 /// `imgtool formats`.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  imgtool formats
+  imgtool formats --output json | jq -r '.[].name'
+  imgtool convert -O qcow2 -o help")]
 pub struct FormatsArgs {
     #[command(flatten)]
     pub output: OutputArgs,
@@ -216,7 +259,11 @@ pub struct FormatsArgs {
 
 /// `imgtool completions`.
 #[derive(Debug, Args)]
-#[command(after_help = "For bash: imgtool completions bash > /etc/bash_completion.d/imgtool")]
+#[command(after_help = "\
+Examples:
+  imgtool completions bash > /etc/bash_completion.d/imgtool
+  imgtool completions zsh  > /usr/local/share/zsh/site-functions/_imgtool
+  imgtool completions fish > ~/.config/fish/completions/imgtool.fish")]
 pub struct CompletionsArgs {
     /// Which shell
     pub shell: clap_complete::Shell,
@@ -224,6 +271,10 @@ pub struct CompletionsArgs {
 
 /// `imgtool man`.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  imgtool man | man -l -
+  imgtool man /usr/local/share/man/man1")]
 pub struct ManArgs {
     /// A directory for imgtool.1 and a page for each verb; without it imgtool.1 is printed
     #[arg(value_name = "DIR")]
@@ -243,16 +294,25 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Exit> {
     if called_vma {
         args.splice(0..1, [OsString::from("imgtool"), OsString::from(VMA)]);
     }
+    // 'imgtool help convert' is what people type too.
+    if args.get(1).is_some_and(|verb| verb == "help") {
+        args.remove(1);
+        args.push(OsString::from("--help"));
+    }
     let stands_in = args.get(1).is_some_and(|verb| verb == VMA);
-    Cli::try_parse_from(args).map_err(|error| {
-        let is_help = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+    Cli::try_parse_from(&args).map_err(|mistake| {
+        let is_help = matches!(mistake.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
         if stands_in && (called_vma || !is_help) {
             // Whoever calls the vma program knows it so.
             let _ = report::print(VMA_USAGE);
             return Exit::Failed;
         }
-        // Nobody to tell when that fails.
-        let _ = error.print();
+        if is_help || mistake.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+            // Nobody to tell when that fails.
+            let _ = mistake.print();
+        } else {
+            report::error(&mistakes::explain(&mistake, &args));
+        }
         if is_help { Exit::Done } else { Exit::Usage }
     })
 }

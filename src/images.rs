@@ -7,7 +7,7 @@ use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::storage::outer;
 use imgtool_toolkit::{
     Device, DeviceKind, Error, ExternalPolicy, Externals, Input, OpenOptions, Opened, RandomAccess, Registry,
-    Result,
+    Result, suggest,
 };
 
 use crate::args::InputArgs;
@@ -25,10 +25,7 @@ const RAW: &str = "raw";
 /// # Errors
 /// For flags that are refused.
 pub fn open_options(registry: &Registry, args: &InputArgs) -> Result<OpenOptions> {
-    if args.image_opts {
-        return Err(Error::usage("--image-opts is not taken: images are named by plain paths")
-            .hint("give the path itself, and its format with -f"));
-    }
+    refuse(args)?;
     let (chain, paths): (Vec<_>, Vec<_>) =
         args.allow_external.iter().cloned().partition(|path| path.as_os_str() == "chain");
     let policy = ExternalPolicy { chain: !chain.is_empty(), paths };
@@ -37,6 +34,30 @@ pub fn open_options(registry: &Registry, args: &InputArgs) -> Result<OpenOptions
         externals: Externals::new(registry.clone(), policy),
         ..OpenOptions::default()
     })
+}
+
+/// Refuses what is not served, with the reason.
+///
+/// # Errors
+/// For these flags.
+pub fn refuse(args: &InputArgs) -> Result<()> {
+    if args.image_opts {
+        return Err(Error::usage("--image-opts is not taken: images are named by plain paths")
+            .hint("give the path itself, and its format with -f"));
+    }
+    refuse_objects(&args.object)
+}
+
+/// [`refuse`], for `--object`.
+///
+/// # Errors
+/// When there is one.
+pub fn refuse_objects(objects: &[String]) -> Result<()> {
+    if objects.is_empty() {
+        return Ok(());
+    }
+    Err(Error::usage("--object is not taken: no encrypted or remote image is opened")
+        .hint("leave it out; qemu-img reads such an image into one that imgtool can read"))
 }
 
 /// Opens the bytes of an image, outer compression undone.
@@ -121,10 +142,10 @@ pub fn random(opened: &Opened) -> Result<&dyn RandomAccess> {
 pub fn select(opened: &Opened, wanted: &[String]) -> Result<Vec<Device>> {
     let devices = &opened.source.info().devices;
     if let Some(missing) = wanted.iter().find(|want| !devices.iter().any(|device| device.name == **want)) {
-        let known: Vec<&str> = devices.iter().map(|device| device.name.as_str()).collect();
-        return Err(Error::usage(format!("no device is called '{}'", escape_control(missing)))
+        let known = devices.iter().map(|device| device.name.as_str());
+        return Err(Error::usage(format!("no device is called '{missing}'"))
             .path(&opened.path)
-            .hint(format!("devices: {}", known.join(", "))));
+            .hint(suggest::hint(missing, "devices", known)));
     }
     let is_wanted = |device: &&Device| wanted.is_empty() || wanted.contains(&device.name);
     Ok(devices.iter().filter(is_wanted).cloned().collect())

@@ -1,6 +1,5 @@
 //! Progress: counters that workers add to, and a thread that shows them.
 
-use std::io::{self, IsTerminal};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -9,6 +8,7 @@ use std::time::{Duration, Instant};
 use imgtool_toolkit::{DeviceId, Progress};
 
 use crate::args::ProgressMode;
+use crate::report::Stream;
 
 mod bars;
 mod json;
@@ -136,7 +136,7 @@ impl Meter {
             complete: AtomicBool::new(false),
         });
         let shared = Arc::clone(&counters);
-        let terminal = io::stderr().is_terminal();
+        let terminal = Stream::Err.can_draw();
         let thread = match (mode, terminal) {
             (ProgressMode::Auto | ProgressMode::Bar, true) => {
                 Some(std::thread::spawn(move || bars::show(&shared)))

@@ -27,6 +27,7 @@ mod recipes;
 mod refusals;
 mod streams;
 mod targets;
+mod texts;
 mod threads;
 mod verbs;
 mod vma_program;

@@ -3,36 +3,57 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueHint};
 
+use super::values::{CACHE_MODES, Offer};
 use super::{InputArgs, MessageArgs, OutputArgs, SnapshotArgs, ThreadArgs};
 
-/// Examples, at the end of the long help and of the manual page.
+/// At the end of the short help.
 const EXAMPLES: &str = "\
 Examples:
   imgtool convert disk.vhdx disk.qcow2
   imgtool convert vm.vma.zst --to qcow2 outdir/
   imgtool convert vm.vma.zst --disk drive-scsi0 scsi0.raw
-  imgtool convert scsi0=a.qcow2 efidisk0=b.raw --config qemu-server.conf vm.vma.zst
+  imgtool convert scsi0=a.qcow2 efidisk0=b.raw --config qemu-server.conf vm.vma
   zstdcat vm.vma.zst | imgtool convert - --to vhdx outdir/
-  imgtool convert vm.vma --target drive-scsi0=/dev/vg/disk,zeroed
+  imgtool convert vm.vma --target drive-scsi0=/dev/vg/disk,zeroed";
 
-DEST is a file when one disk goes into one image, or all into one archive. Else it is a directory,
-made if it is missing: each disk becomes <device>.<extension>, each configuration keeps its name,
-the memory of a running guest becomes vmstate.bin. One disk into a directory (one that exists, or a
-DEST that ends in '/') is named after its source.
+/// At the end of the long help and of the manual page.
+const RULES_AND_EXAMPLES: &str = "\
+DEST is a file when one disk goes into one image, or all into one archive.
+Else it is a directory, made if it is missing: each disk becomes
+<device>.<extension>, each configuration keeps its name, the memory of a
+running guest becomes vmstate.bin. One disk into a directory (one that exists,
+or a DEST that ends in '/') is named after its source.
 
-The format of DEST is that of --to, else that of its extension, else raw. A name ending in .zst or
-.gz compresses the whole output, where the format can be written in one pass.
+The format of DEST is that of --to, else that of its extension, else raw. A
+name ending in .zst or .gz compresses the whole output, where the format can be
+written in one pass.
 
-Until it is finished an output is called .NAME.partial-XXXXXX; whatever goes wrong, no unfinished
-output is left under its final name, and of several outputs all appear or none.";
+Until it is finished an output is called .NAME.partial-XXXXXX; whatever goes
+wrong, no unfinished output is left under its final name, and of several
+outputs all appear or none.
+
+Exit codes:
+  0  done and complete
+  1  failed; nothing is left under a final name
+  2  the command line makes no sense
+  3  finished with losses (--salvage); each lost range is listed
+
+Examples:
+  imgtool convert disk.vhdx disk.qcow2
+  imgtool convert vm.vma.zst --to qcow2 outdir/
+  imgtool convert vm.vma.zst --disk drive-scsi0 scsi0.raw
+  imgtool convert scsi0=a.qcow2 efidisk0=b.raw --config qemu-server.conf vm.vma
+  zstdcat vm.vma.zst | imgtool convert - --to vhdx outdir/
+  imgtool convert vm.vma --target drive-scsi0=/dev/vg/disk,zeroed";
 
 /// `imgtool convert`.
 #[derive(Debug, Args)]
 #[command(
-    override_usage = "imgtool convert [-f FMT] [-O FMT] [-o K=V,...] [-c] [OPTIONS] SOURCE... DEST",
-    after_long_help = EXAMPLES
+    override_usage = "imgtool convert [-f FMT] [-O FMT] [OPTIONS] SOURCE... DEST",
+    after_help = EXAMPLES,
+    after_long_help = RULES_AND_EXAMPLES
 )]
 pub struct ConvertArgs {
     /// What to convert and where to: SOURCE... DEST
@@ -40,7 +61,7 @@ pub struct ConvertArgs {
     /// A SOURCE is a path, or '-' for standard input; NAME=PATH names its device. DEST is a path, or
     /// '-' for standard output where the format can be streamed; it may be left out when every
     /// device has a --target.
-    #[arg(value_name = "PATH", num_args = 1..)]
+    #[arg(value_name = "PATH", num_args = 1.., value_hint = ValueHint::AnyPath)]
     pub paths: Vec<OsString>,
 
     #[command(flatten)]
@@ -76,11 +97,23 @@ pub struct ConvertArgs {
 #[command(next_help_heading = "Writing")]
 pub struct TargetArgs {
     /// Format of the output [default: by DEST's extension, else raw]
-    #[arg(short = 'O', long = "to", value_name = "FMT")]
+    #[arg(
+        short = 'O',
+        long = "to",
+        value_name = "FMT",
+        value_parser = Offer::Formats,
+        hide_possible_values = true
+    )]
     pub to: Option<String>,
 
-    /// Options of the output format, KEY=VALUE[,KEY=VALUE]; repeatable; '-o help' lists them
-    #[arg(short = 'o', long = "options", value_name = "K=V")]
+    /// Options of the output format; repeatable; '-o help' lists them
+    #[arg(
+        short = 'o',
+        long = "options",
+        value_name = "K=V,...",
+        value_parser = Offer::OptionKeys,
+        hide_possible_values = true
+    )]
     pub options: Vec<String>,
 
     /// Compress: qcow2 clusters (zlib, zstd), or a whole VMA archive (zstd, gzip)
@@ -94,8 +127,8 @@ pub struct TargetArgs {
     )]
     pub compress: Option<String>,
 
-    /// Zeros of this length become holes in raw images; 0 writes them like data [default: 4k]
-    #[arg(short = 'S', value_name = "SIZE")]
+    /// Runs of zeros of this length take no space; 0 writes zeros like data [default: 4k]
+    #[arg(short = 'S', long = "sparse-size", value_name = "SIZE")]
     pub sparse_size: Option<String>,
 
     /// Overwrite existing files, take devices that are in use, accept images marked as corrupt
@@ -103,11 +136,17 @@ pub struct TargetArgs {
     pub force: bool,
 
     /// Store only the difference to this image; -o backing_file=FILE
-    #[arg(short = 'B', value_name = "FILE", requires = "backing_format")]
+    #[arg(short = 'B', value_name = "FILE", requires = "backing_format", value_hint = ValueHint::FilePath)]
     pub backing: Option<String>,
 
     /// The format of -B's file; -o backing_fmt=FMT
-    #[arg(short = 'F', value_name = "FMT", requires = "backing")]
+    #[arg(
+        short = 'F',
+        value_name = "FMT",
+        requires = "backing",
+        value_parser = Offer::Formats,
+        hide_possible_values = true
+    )]
     pub backing_format: Option<String>,
 
     /// Do not create DEST: write into the file or block device that is there
@@ -168,7 +207,7 @@ pub struct WorkArgs {
     #[arg(long)]
     pub salvage: bool,
 
-    /// Copy at most this many bytes of data a second
+    /// Copy at most this many bytes of data a second (50M)
     #[arg(short = 'r', long = "rate-limit", value_name = "RATE")]
     pub rate_limit: Option<String>,
 }
@@ -178,11 +217,11 @@ pub struct WorkArgs {
 #[command(next_help_heading = "Taken for qemu-img's sake")]
 pub struct CompatArgs {
     /// No effect: outputs are always flushed before they get their names
-    #[arg(short = 't', value_name = "CACHE")]
+    #[arg(short = 't', value_name = "CACHE", value_parser = CACHE_MODES, hide_possible_values = true)]
     pub target_cache: Option<String>,
 
     /// No effect: sources are read through the page cache
-    #[arg(short = 'T', value_name = "CACHE")]
+    #[arg(short = 'T', value_name = "CACHE", value_parser = CACHE_MODES, hide_possible_values = true)]
     pub source_cache: Option<String>,
 
     /// No effect: writes are made in any order wherever that is safe
@@ -194,6 +233,14 @@ pub struct CompatArgs {
     pub copy_offload: bool,
 
     /// Refused: targets are named by plain paths
-    #[arg(long)]
+    #[arg(long, hide_short_help = true)]
     pub target_image_opts: bool,
+
+    /// Refused: persistent bitmaps are not written
+    #[arg(long, hide_short_help = true)]
+    pub bitmaps: bool,
+
+    /// Refused: belongs to --bitmaps
+    #[arg(long, hide_short_help = true)]
+    pub skip_broken_bitmaps: bool,
 }

@@ -2,12 +2,18 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum, ValueHint};
 
+use super::values::{CACHE_MODES, Offer};
 use super::{InputArgs, MessageArgs, OutputArgs, SnapshotArgs, ThreadArgs};
 
 /// `imgtool info`.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  imgtool info vm.vma.zst
+  imgtool info --output json disk.qcow2
+  imgtool info --backing-chain --allow-external chain overlay.qcow2")]
 pub struct InfoArgs {
     /// Images or archives; '-' is standard input
     #[arg(required = true, value_name = "IMAGE")]
@@ -29,19 +35,23 @@ pub struct InfoArgs {
 
 /// `imgtool map`.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  imgtool map disk.qcow2
+  imgtool map --disk drive-scsi0 --output json vm.vma")]
 pub struct MapArgs {
-    /// The image or archive
+    /// The image or archive; '-' is standard input
     pub image: PathBuf,
 
     /// Only this device; repeatable
     #[arg(long, value_name = "NAME")]
     pub disk: Vec<String>,
 
-    /// Begin at this guest offset: bytes, or with a suffix k, M, G, T
+    /// Begin at this guest offset: bytes, or with a suffix k, M, G, T [default: 0]
     #[arg(short = 's', long, value_name = "SIZE")]
     pub start_offset: Option<String>,
 
-    /// Show at most this many bytes of the disk
+    /// Show at most this many bytes of the disk [default: to the end]
     #[arg(long, value_name = "SIZE")]
     pub max_length: Option<String>,
 
@@ -57,10 +67,33 @@ pub struct MapArgs {
 
 /// `imgtool check`.
 #[derive(Debug, Args)]
-#[command(after_long_help = "Exit codes: 0 clean, 1 could not check, 2 corrupt, 3 leaks only.")]
+#[command(after_help = "\
+Exit codes:
+  0  clean
+  1  could not check
+  2  corrupt
+  3  leaks only: space is wasted, the content is right
+
+Examples:
+  imgtool check disk.qcow2
+  imgtool check --output json vm.vma.zst")]
 pub struct CheckArgs {
-    /// The image or archive
+    /// The image or archive; '-' is standard input
     pub image: PathBuf,
+
+    /// Refused: imgtool changes no image; a conversion makes a clean one
+    #[arg(short = 'r', value_name = "leaks|all", hide_short_help = true)]
+    pub repair: Option<String>,
+
+    /// No effect: images are read through the page cache
+    #[arg(
+        short = 'T',
+        value_name = "CACHE",
+        value_parser = CACHE_MODES,
+        hide_possible_values = true,
+        hide_short_help = true
+    )]
+    pub cache: Option<String>,
 
     /// Say nothing unless something is wrong
     #[arg(short = 'q', long)]
@@ -75,9 +108,18 @@ pub struct CheckArgs {
 
 /// `imgtool compare`.
 #[derive(Debug, Args)]
-#[command(after_long_help = "\
-Devices are matched by name; an image of one device matches any other of one device. Where one is
-longer, its tail must be zero. Exit codes: 0 same, 1 different, 2 could not compare.")]
+#[command(after_help = "\
+Devices are matched by name; an image of one device matches any other of one
+device. Where one is longer, its tail must be zero.
+
+Exit codes:
+  0  same
+  1  different
+  2  could not compare
+
+Examples:
+  imgtool compare disk.qcow2 disk.vhdx
+  imgtool compare --disk drive-scsi0 vm.vma.zst scsi0.raw")]
 pub struct CompareArgs {
     /// The first image or archive
     #[arg(value_name = "A")]
@@ -88,7 +130,7 @@ pub struct CompareArgs {
     pub second: PathBuf,
 
     /// Format of B (-f is that of A) [default: found by content]
-    #[arg(short = 'F', value_name = "FMT")]
+    #[arg(short = 'F', value_name = "FMT", value_parser = Offer::Formats, hide_possible_values = true)]
     pub second_format: Option<String>,
 
     /// Sizes must be equal too, and what holds data and what does not
@@ -106,7 +148,13 @@ pub struct CompareArgs {
     pub input: InputArgs,
 
     /// No effect: images are read through the page cache
-    #[arg(short = 'T', value_name = "CACHE")]
+    #[arg(
+        short = 'T',
+        value_name = "CACHE",
+        value_parser = CACHE_MODES,
+        hide_possible_values = true,
+        hide_short_help = true
+    )]
     pub cache: Option<String>,
 
     #[command(flatten)]
@@ -128,6 +176,13 @@ pub enum Algorithm {
 
 /// `imgtool checksum`.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+The digest is that of the raw disk, so images of different formats with the
+same content have the same digest.
+
+Examples:
+  imgtool checksum disk.qcow2
+  imgtool checksum -a blake3 vm.vma.zst")]
 pub struct ChecksumArgs {
     /// Images or archives; '-' is standard input
     #[arg(required = true, value_name = "IMAGE")]
@@ -159,6 +214,10 @@ pub struct ChecksumArgs {
 
 /// `imgtool measure`.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  imgtool measure -O qcow2 disk.vhdx
+  imgtool measure -O qcow2 -o cluster_size=2M --size 1T")]
 pub struct MeasureArgs {
     /// The image whose content is to be held
     #[arg(required_unless_present = "size", conflicts_with = "size")]
@@ -169,11 +228,23 @@ pub struct MeasureArgs {
     pub size: Option<String>,
 
     /// Format of the image to be made [default: raw]
-    #[arg(short = 'O', long = "to", value_name = "FMT")]
+    #[arg(
+        short = 'O',
+        long = "to",
+        value_name = "FMT",
+        value_parser = Offer::Formats,
+        hide_possible_values = true
+    )]
     pub to: Option<String>,
 
-    /// Options of that format, KEY=VALUE[,KEY=VALUE]; repeatable
-    #[arg(short = 'o', long = "options", value_name = "K=V")]
+    /// Options of that format; repeatable; '-o help' lists them
+    #[arg(
+        short = 'o',
+        long = "options",
+        value_name = "K=V,...",
+        value_parser = Offer::OptionKeys,
+        hide_possible_values = true
+    )]
     pub options: Vec<String>,
 
     #[command(flatten)]
@@ -188,34 +259,67 @@ pub struct MeasureArgs {
 
 /// `imgtool create`.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  imgtool create -f qcow2 disk.qcow2 20G
+  imgtool create -f vhdx -o subformat=fixed disk.vhdx 512M
+  imgtool create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2")]
 pub struct CreateArgs {
     /// The image to be made
     #[arg(value_name = "PATH", required_unless_present = "options")]
     pub path: Option<PathBuf>,
 
-    /// Its virtual size: bytes, or with a suffix k, M, G, T [default: that of the backing file]
+    /// Its virtual size: bytes, or with a suffix k, M, G, T, P, E [default: that of -b's file]
     #[arg(value_name = "SIZE")]
     pub size: Option<String>,
 
     /// Its format [default: by PATH's extension, else raw]
-    #[arg(short = 'f', long = "format", value_name = "FMT")]
+    #[arg(
+        short = 'f',
+        long = "format",
+        value_name = "FMT",
+        value_parser = Offer::Formats,
+        hide_possible_values = true
+    )]
     pub format: Option<String>,
 
-    /// Options of the format, KEY=VALUE[,KEY=VALUE]; repeatable; '-o help' lists them
-    #[arg(short = 'o', long = "options", value_name = "K=V")]
+    /// Options of the format; repeatable; '-o help' lists them
+    #[arg(
+        short = 'o',
+        long = "options",
+        value_name = "K=V,...",
+        value_parser = Offer::OptionKeys,
+        hide_possible_values = true
+    )]
     pub options: Vec<String>,
 
     /// The image below the new one, relative to it; -o backing_file=FILE
-    #[arg(short = 'b', long, value_name = "FILE", requires = "backing_format")]
+    #[arg(
+        short = 'b',
+        long,
+        value_name = "FILE",
+        requires = "backing_format",
+        value_hint = ValueHint::FilePath
+    )]
     pub backing: Option<String>,
 
     /// The format of the backing file; -o backing_fmt=FMT
-    #[arg(short = 'F', long, value_name = "FMT")]
+    #[arg(
+        short = 'F',
+        long,
+        value_name = "FMT",
+        value_parser = Offer::Formats,
+        hide_possible_values = true
+    )]
     pub backing_format: Option<String>,
 
     /// Do not look at the backing file: it may be missing, and SIZE has to be given
     #[arg(short = 'u', long)]
     pub unsafe_backing: bool,
+
+    /// Refused: there are no secrets or other objects
+    #[arg(long, value_name = "OBJECT", hide_short_help = true)]
+    pub object: Vec<String>,
 
     /// Overwrite an existing file
     #[arg(long)]
@@ -224,4 +328,7 @@ pub struct CreateArgs {
     /// Say nothing unless something fails
     #[arg(short = 'q', long)]
     pub quiet: bool,
+
+    #[command(flatten)]
+    pub output: OutputArgs,
 }

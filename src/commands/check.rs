@@ -22,8 +22,14 @@ struct Document<'a> {
 /// Checks an image.
 ///
 /// # Errors
-/// Never for damage that was found, and never of another kind than exit code 1 says.
+/// Only for flags that are refused: damage that was found, and what could not be checked, have exit
+/// codes of their own.
 pub fn run(args: &CheckArgs) -> Result<Exit> {
+    images::refuse(&args.input)?;
+    if let Some(what) = &args.repair {
+        return Err(Error::usage(format!("-r {what} is not taken: imgtool changes no image"))
+            .hint("'imgtool convert' makes a clean copy; 'qemu-img check -r' repairs in place"));
+    }
     match check(args) {
         Ok(exit) => Ok(exit),
         // Code 2 would say that it is corrupt.

@@ -19,7 +19,7 @@ use crate::{drivers, images};
 pub(super) mod format;
 pub(super) mod layout;
 pub(super) mod names;
-mod proxmox;
+pub(super) mod proxmox;
 mod sinks;
 pub(super) mod sources;
 mod summary;
@@ -117,6 +117,10 @@ fn refuse_what_is_not_taken(args: &ConvertArgs) -> Result<()> {
     if args.compat.target_image_opts {
         return Err(Error::usage("--target-image-opts is not taken: targets are named by plain paths")
             .hint("give the path itself, its format with --to, its options with -o"));
+    }
+    if args.compat.bitmaps || args.compat.skip_broken_bitmaps {
+        return Err(Error::usage("--bitmaps is not taken: persistent bitmaps are not written")
+            .hint("leave it out: the content is complete without them, and those left out are named"));
     }
     Ok(())
 }

@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
+use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::pipeline::{self, Job, Route};
 use imgtool_toolkit::{
     CreateOptions, DeviceId, Error, ImageSource, Manifest, NoProgress, OpenOptions, Outputs, Registry,
-    Result, ResultExt, parse_size,
+    Result, ResultExt,
 };
+use serde::Serialize;
 
 use super::{extras, options};
 use crate::args::CreateArgs;
@@ -15,11 +17,24 @@ use crate::images::{self, Blank};
 use crate::interrupt::Interrupt;
 use crate::{drivers, report};
 
+/// What was made, in JSON.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Document<'a> {
+    filename: String,
+    format: &'a str,
+    virtual_size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing_filename: Option<&'a str>,
+    notes: Vec<String>,
+}
+
 /// Makes an empty image.
 ///
 /// # Errors
 /// When it can't be made; nothing is left then.
 pub fn run(args: &CreateArgs) -> Result<Exit> {
+    images::refuse_objects(&args.object)?;
     let registry = drivers::registry();
     let by_name = args.path.as_deref().and_then(|path| options::driver_by_name(&registry, path));
     let driver = match (&args.format, by_name) {
@@ -59,21 +74,28 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
     }
     sink.finish()?;
     interrupt.shielded(|| outputs.commit())?;
-    if !args.quiet {
-        let name = images::show(path);
-        report::print(&format!("{name}: {}, {}\n", driver.name(), report::exact_size(size)))?;
-        sink.notes().iter().for_each(|note| report::note(note));
+    let document = Document {
+        filename: path.to_string_lossy().into_owned(),
+        format: driver.name(),
+        virtual_size: size,
+        backing_filename: create.get(extras::BACKING_FILE),
+        notes: sink.notes(),
+    };
+    if args.output.is_json() {
+        report::print_json(&document)?;
+    } else if !args.quiet {
+        let below = document.backing_filename.map(|name| format!(", on {}", escape_control(name)));
+        let size = report::exact_size(size);
+        let what = format!("{}, {size}{}", driver.name(), below.unwrap_or_default());
+        report::print(&format!("{}: {what}\n", images::show(path)))?;
+        document.notes.iter().for_each(|note| report::note(note));
     }
     Ok(Exit::Done)
 }
 
 /// SIZE, or the size of the backing file.
 fn size(registry: &Registry, args: &CreateArgs, path: &Path, create: &CreateOptions) -> Result<u64> {
-    let given = args.size.as_deref().map(|text| {
-        parse_size(text)
-            .ok_or_else(|| Error::usage(format!("a size is a number such as 512M or 20G, not '{text}'")))
-    });
-    let given = given.transpose()?;
+    let given = args.size.as_deref().map(options::size).transpose()?;
     let missing = || Error::usage("SIZE is needed").hint("imgtool create -f FMT PATH SIZE");
     if args.unsafe_backing {
         return given.ok_or_else(missing);

@@ -8,7 +8,10 @@ use serde::Serialize;
 use crate::args::FormatsArgs;
 use crate::drivers;
 use crate::exit::Exit;
-use crate::report::{self, Align};
+use crate::report::{self, Paint, Stream};
+
+/// Lines are not longer, however wide the terminal is: they are read, not looked at.
+const MAX_COLUMNS: usize = 80;
 
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -46,10 +49,11 @@ pub fn run(args: &FormatsArgs) -> Result<Exit> {
 }
 
 fn page(driver: &dyn Driver) -> String {
-    let mut text = format!("{}: {}\n", driver.name(), driver.description());
+    let title = Stream::Out.paint(Paint::Bold, driver.name());
+    let mut text = format!("{title}: {}\n", driver.description());
     let extensions: Vec<String> = driver.extensions().iter().map(|ext| format!(".{ext}")).collect();
     let _ = writeln!(text, "  extensions: {}", extensions.join(", "));
-    let _ = writeln!(text, "  can: {}", abilities(&driver.capabilities()).join(", "));
+    paragraph(&mut text, 2, "can: ", &abilities(&driver.capabilities()).join(", "));
     if !driver.options().is_empty() {
         text.push_str("  options (-o):\n");
         text.push_str(&options(4, driver.options()));
@@ -59,12 +63,27 @@ fn page(driver: &dyn Driver) -> String {
 
 /// The `-o` options of a format: what each is for, and below it what may be said.
 pub fn options(indent: usize, specs: &[OptionSpec]) -> String {
-    let mut rows = Vec::new();
+    let longest = specs.iter().map(|spec| spec.name.len() + 1).max().unwrap_or(0);
+    let mut text = String::new();
     for spec in specs {
-        rows.push(vec![format!("{}=", spec.name), spec.help.to_owned()]);
-        rows.push(vec![String::new(), format!("{}; default: {}", spec.values, spec.default)]);
+        let name = format!("{:<longest$}  ", format!("{}=", spec.name));
+        let below = indent + name.len();
+        paragraph(&mut text, indent, &name, spec.help);
+        paragraph(&mut text, below, "", &format!("{}; default: {}", spec.values, spec.default));
     }
-    report::table(indent, &[("", Align::Left), ("", Align::Left)], &rows)
+    text
+}
+
+/// A text behind a label; further lines begin below its first word.
+fn paragraph(text: &mut String, indent: usize, label: &str, words: &str) {
+    let columns = Stream::Out.columns().unwrap_or(MAX_COLUMNS).min(MAX_COLUMNS);
+    let begin = indent + label.len();
+    // On a very narrow terminal a column of two words helps nobody: the terminal breaks the line.
+    let room = columns.saturating_sub(begin).max(20);
+    for (number, line) in report::wrap(words, room).iter().enumerate() {
+        let front = if number == 0 { format!("{:indent$}{label}", "") } else { " ".repeat(begin) };
+        let _ = writeln!(text, "{front}{line}");
+    }
 }
 
 fn abilities(can: &Capabilities) -> Vec<String> {

@@ -14,6 +14,7 @@ use crate::args::InfoArgs;
 use crate::exit::Exit;
 use crate::{drivers, images, report};
 
+mod guest;
 mod page;
 
 /// What is told about one image.

@@ -3,12 +3,18 @@
 use std::ops::Range;
 
 use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::{Device, Error, MapExtent, RandomAccess, Result, ResultExt, parse_size};
+use imgtool_toolkit::{Device, Extent, ExtentKind, MapExtent, RandomAccess, Result, ResultExt};
 use serde::Serialize;
 
+use super::options;
 use crate::args::MapArgs;
 use crate::exit::Exit;
-use crate::{drivers, images, report};
+use crate::report::{self, Stream};
+use crate::{drivers, images};
+
+mod picture;
+
+use picture::Picture;
 
 /// One extent in JSON: qemu-img's names and order, and after them what it does not have.
 #[derive(Serialize)]
@@ -39,11 +45,17 @@ pub fn run(args: &MapArgs) -> Result<Exit> {
     let random = images::random(&opened)?;
     let devices = images::select(&opened, &args.disk)?;
     let window = window(args)?;
-    let mut printer = Printer { json: args.output.is_json(), text: String::new(), lines: 0 };
+    let json = args.output.is_json();
+    let mut printer = Printer::new(json);
     printer.begin();
     for device in devices {
         let range = window.start.min(device.size)..window.end.min(device.size);
+        if !json {
+            printer.text.push_str(&picture(random, &device, range.clone()).in_file(&args.image)?);
+            printer.head();
+        }
         walk(random, &device, range, |extent| printer.extent(&device.name, &extent)).in_file(&args.image)?;
+        printer.end_of_device();
     }
     printer.end()?;
     Ok(Exit::Done)
@@ -51,13 +63,24 @@ pub fn run(args: &MapArgs) -> Result<Exit> {
 
 /// The guest range that is shown.
 fn window(args: &MapArgs) -> Result<Range<u64>> {
-    let size = |flag: &str, text: &str| {
-        parse_size(text)
-            .ok_or_else(|| Error::usage(format!("{flag} takes bytes such as 65536, 64k or 2G, not '{text}'")))
-    };
-    let start = args.start_offset.as_deref().map_or(Ok(0), |text| size("--start-offset", text))?;
-    let len = args.max_length.as_deref().map_or(Ok(u64::MAX), |text| size("--max-length", text))?;
+    let start = args.start_offset.as_deref().map_or(Ok(0), options::size)?;
+    let len = args.max_length.as_deref().map_or(Ok(u64::MAX), options::size)?;
     Ok(start..start.saturating_add(len))
+}
+
+/// A device as a bar of blocks.
+fn picture(random: &dyn RandomAccess, device: &Device, range: Range<u64>) -> Result<String> {
+    let mut picture = Picture::new(range.clone(), Stream::Out.columns());
+    walk(random, device, range, |extent| {
+        let kind = match extent {
+            MapExtent { zero: false, .. } => ExtentKind::Data,
+            MapExtent { present: true, .. } => ExtentKind::Zero,
+            _ => ExtentKind::Hole,
+        };
+        picture.add(Extent { start: extent.start, len: extent.len, kind });
+        Ok(())
+    })?;
+    Ok(picture.draw(&device.name))
 }
 
 /// Calls `see` for every run of `range`, neighbours of one kind joined.
@@ -83,26 +106,52 @@ fn walk(
     pending.map_or(Ok(()), see)
 }
 
+/// Rows of a list that a terminal is given: more push the picture off the screen. Ours.
+const MAX_ROWS_ON_A_TERMINAL: u64 = 100;
+
 /// Prints as it goes: maps of fragmented disks are long.
 struct Printer {
     json: bool,
+    most_rows: u64,
     text: String,
     lines: u64,
+    /// Of the device under way.
+    rows: u64,
 }
 
 /// Text is handed to standard output in parts of this many bytes.
 const FLUSH_AT: usize = 64 * 1024;
 
 impl Printer {
+    fn new(json: bool) -> Self {
+        let shortened = !json && Stream::Out.is_terminal();
+        let most_rows = if shortened { MAX_ROWS_ON_A_TERMINAL } else { u64::MAX };
+        Self { json, most_rows, text: String::new(), lines: 0, rows: 0 }
+    }
+
     fn begin(&mut self) {
         if self.json {
             self.text.push('[');
-        } else {
-            self.text.push_str(&row(["start", "length", "kind", "mapped to"], "device", "file"));
         }
     }
 
+    fn head(&mut self) {
+        self.text.push_str(&row(["start", "length", "kind", "mapped to"], "device", "file"));
+    }
+
+    fn end_of_device(&mut self) {
+        if self.rows > self.most_rows {
+            let more = self.rows - self.most_rows;
+            self.text.push_str(&format!("({more} more; into a file or pipe the list is complete)\n"));
+        }
+        self.rows = 0;
+    }
+
     fn extent(&mut self, device: &str, extent: &MapExtent) -> Result<()> {
+        self.rows += 1;
+        if self.rows > self.most_rows {
+            return Ok(());
+        }
         if self.json {
             self.text.push_str(if self.lines > 0 { ",\n " } else { "\n " });
             self.text.push_str(&serde_json::to_string(&line(device, extent)).unwrap_or_default());

@@ -1,6 +1,6 @@
 //! `imgtool measure`: how many bytes an image will need, before any is written.
 
-use imgtool_toolkit::{Error, ImageSource, OpenOptions, Registry, Result, parse_size};
+use imgtool_toolkit::{Error, ImageSource, OpenOptions, Registry, Result};
 
 use super::options;
 use crate::args::MeasureArgs;
@@ -43,10 +43,8 @@ fn source(registry: &Registry, args: &MeasureArgs) -> Result<Box<dyn ImageSource
             Ok(images::open_random(registry, image, args.input.format.as_deref(), &options)?.source)
         }
         (None, Some(size)) => {
-            let bytes = parse_size(size).ok_or_else(|| {
-                Error::usage(format!("a size is a number such as 512M or 20G, not '{size}'"))
-            })?;
-            Ok(Box::new(Blank::new("disk", bytes)))
+            images::refuse(&args.input)?;
+            Ok(Box::new(Blank::new("disk", options::size(size)?)))
         }
         (None, None) => Err(Error::usage("there is no image to measure").hint("name one, or give --size")),
     }

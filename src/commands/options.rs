@@ -56,6 +56,17 @@ pub fn create_options(options: &[String], sparse_size: Option<&str>) -> Result<C
     })
 }
 
+/// A size of the command line.
+///
+/// # Errors
+/// [`imgtool_toolkit::ErrorKind::Usage`] when it is none.
+pub fn size(text: &str) -> Result<u64> {
+    parse_size(text).ok_or_else(|| {
+        Error::usage(format!("a size is a number of bytes such as 512M or 1.5G, not '{text}'"))
+            .hint("suffixes: k, M, G, T, P, E (powers of 1024)")
+    })
+}
+
 /// Seconds since 1970 from SOURCE_DATE_EPOCH (<https://reproducible-builds.org>).
 fn source_date_epoch() -> Result<Option<i64>> {
     match std::env::var("SOURCE_DATE_EPOCH") {

@@ -1,14 +1,28 @@
 //! `imgtool completions` and `imgtool man`: made from the definitions of the command line.
 
+use std::io::Write as _;
 use std::{fs, io};
 
-use clap::CommandFactory;
+use clap::{Command, CommandFactory};
+use clap_complete::Shell;
 use clap_mangen::Man;
 use imgtool_toolkit::{Error, Result, ResultExt};
 
 use crate::args::{Cli, CompletionsArgs, ManArgs};
 use crate::exit::Exit;
 use crate::report;
+
+/// Added to bash's completions: `cluster_size=` goes on with a value, not with a blank.
+const BASH_NO_BLANK: &str = r#"
+_imgtool_or_value() {
+    _imgtool "$@"
+    if [[ ${#COMPREPLY[@]} -gt 0 && ${COMPREPLY[0]} == *= ]]; then
+        compopt -o nospace 2>/dev/null
+    fi
+    return 0
+}
+complete -F _imgtool_or_value -o bashdefault -o default imgtool
+"#;
 
 /// Prints completions for a shell.
 ///
@@ -17,6 +31,9 @@ use crate::report;
 pub fn completions(args: &CompletionsArgs) -> Result<Exit> {
     let mut text = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "imgtool", &mut text);
+    if args.shell == Shell::Bash {
+        text.extend_from_slice(BASH_NO_BLANK.as_bytes());
+    }
     report::print_bytes(&text)?;
     Ok(Exit::Done)
 }
@@ -26,21 +43,95 @@ pub fn completions(args: &CompletionsArgs) -> Result<Exit> {
 /// # Errors
 /// When they can't be written.
 pub fn man(args: &ManArgs) -> Result<Exit> {
-    let mut command = Cli::command();
+    let mut command = in_full(Cli::command().disable_help_flag(true));
     // The pages of verbs are called by the whole name: imgtool-convert.1.
     command.build();
     match &args.directory {
-        None => {
-            let mut text = Vec::new();
-            Man::new(command).render(&mut text).map_err(failed)?;
-            report::print_bytes(&text)?;
-        }
+        None => report::print_bytes(&page(&command).map_err(failed)?)?,
         Some(directory) => {
             fs::create_dir_all(directory).map_err(failed).in_file(directory)?;
-            clap_mangen::generate_to(command, directory).map_err(failed).in_file(directory)?;
+            for (name, text) in pages(&command).map_err(failed)? {
+                let path = directory.join(format!("{name}.1"));
+                fs::write(&path, text).map_err(failed).in_file(&path)?;
+            }
         }
     }
     Ok(Exit::Done)
+}
+
+/// A manual leaves nothing out, as the short help does.
+fn in_full(command: Command) -> Command {
+    command.mut_args(|arg| arg.hide_short_help(false)).mut_subcommands(in_full)
+}
+
+/// The pages of a command and of all below it, by name.
+fn pages(command: &Command) -> io::Result<Vec<(String, Vec<u8>)>> {
+    let mut all = vec![(page_name(command), page(command)?)];
+    for verb in command.get_subcommands() {
+        all.extend(pages(verb)?);
+    }
+    Ok(all)
+}
+
+fn page_name(command: &Command) -> String {
+    command.get_display_name().unwrap_or(command.get_name()).to_owned()
+}
+
+fn page(command: &Command) -> io::Result<Vec<u8>> {
+    let name = page_name(command);
+    let version = concat!("imgtool ", env!("CARGO_PKG_VERSION"));
+    let man = Man::new(command.clone()).title(&name);
+    let mut text = Vec::new();
+    // Without a date: pages of one version are the same whenever they are made.
+    writeln!(text, ".ie \\n(.g .ds Aq \\(aq\n.el .ds Aq \'")?;
+    writeln!(text, ".TH {} 1 \"\" \"{version}\" \"imgtool\"", name.to_uppercase())?;
+    man.render_name_section(&mut text)?;
+    man.render_synopsis_section(&mut text)?;
+    man.render_description_section(&mut text)?;
+    man.render_options_section(&mut text)?;
+    if command.has_subcommands() {
+        man.render_subcommands_section(&mut text)?;
+    }
+    let closing = command.get_after_long_help().or(command.get_after_help());
+    sections(&mut text, &closing.map(ToString::to_string).unwrap_or_default())?;
+    if name != "imgtool" {
+        writeln!(text, ".SH SEE ALSO\n.BR imgtool (1)")?;
+    }
+    Ok(text)
+}
+
+/// What stands below the flags in the help: `Title:` with lines further in becomes a section that is
+/// printed as it is, other paragraphs become the section before.
+fn sections(text: &mut Vec<u8>, closing: &str) -> io::Result<()> {
+    let mut has_notes = false;
+    for paragraph in closing.split("\n\n").filter(|paragraph| !paragraph.trim().is_empty()) {
+        let (first, rest) = paragraph.split_once('\n').unwrap_or((paragraph, ""));
+        match first.strip_suffix(':').filter(|_| rest.starts_with("  ")) {
+            Some(title) => {
+                let title =
+                    if title == "Exit codes" { "EXIT STATUS".to_owned() } else { title.to_uppercase() };
+                writeln!(text, ".SH {title}\n.nf")?;
+                for line in rest.lines() {
+                    writeln!(text, "{}", roff(line.strip_prefix("  ").unwrap_or(line)))?;
+                }
+                writeln!(text, ".fi")?;
+            }
+            None => {
+                writeln!(text, "{}", if has_notes { ".PP" } else { ".SH NOTES" })?;
+                has_notes = true;
+                for line in paragraph.lines() {
+                    writeln!(text, "{}", roff(line))?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A line of text for roff: its control characters escaped.
+fn roff(line: &str) -> String {
+    let text = line.replace('\\', "\\e").replace('-', "\\-").replace('\'', "\\(aq");
+    if text.starts_with('.') { format!("\\&{text}") } else { text }
 }
 
 fn failed(e: io::Error) -> Error {

@@ -6,7 +6,7 @@ use imgtool_toolkit::error::escape_control;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::{Counters, Sample};
-use crate::report::{human_size, human_time, percent};
+use crate::report::{self, Stream, fit, human_size, percent, width};
 
 /// Between two rounds: quick enough to look alive.
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -51,115 +51,151 @@ impl Rate {
 
 struct Row {
     bar: ProgressBar,
+    name: String,
     rate: Rate,
-    finished: bool,
+    is_whole: bool,
 }
 
 pub(super) fn show(counters: &Counters) {
     let screen = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
     let each = counters.lanes.len() > 1 && counters.lanes.len() <= MAX_BARS;
-    let name_width = name_width(counters, each);
-    let row = |name: &str| {
+    let row = |name: String, is_whole| {
         let bar = screen.add(ProgressBar::new(STEPS));
         bar.set_style(style());
-        bar.set_prefix(fit(name, name_width));
-        Row { bar, rate: Rate::default(), finished: false }
+        Row { bar, name, rate: Rate::default(), is_whole }
     };
     let mut rows: Vec<Row> = Vec::new();
     if each {
-        rows.extend(counters.lanes.iter().map(|lane| row(&lane.name)));
+        rows.extend(counters.lanes.iter().map(|lane| row(escape_control(&lane.name), false)));
     }
-    let mut whole = row(match counters.lanes.as_slice() {
-        [only] => &only.name,
-        _ => "all",
-    });
+    let mut whole = row(name_of_all(counters), true);
     while counters.wait(INTERVAL) {
-        let columns = columns();
+        let line = Line::new(Stream::Err.columns().unwrap_or(80), rows.iter().chain([&whole]));
         let elapsed = counters.started.elapsed();
         for (row, lane) in rows.iter_mut().zip(&counters.lanes) {
-            row.draw(counters.lane(lane), elapsed, columns);
+            row.draw(counters.lane(lane), elapsed, &line);
         }
-        whole.draw(counters.all(), elapsed, columns);
+        whole.draw(counters.all(), elapsed, &line);
     }
     // The summary that follows says it better.
     let _ = screen.clear();
 }
 
-impl Row {
-    fn draw(&mut self, sample: Sample, elapsed: Duration, columns: usize) {
-        if self.finished {
-            return;
-        }
-        self.rate.update(elapsed, sample.done);
-        let share = sample.total.filter(|total| *total > 0).map_or(0.0, |t| sample.done as f64 / t as f64);
-        self.bar.set_position((share * STEPS as f64) as u64);
-        self.finished = sample.total == Some(sample.done);
-        self.bar.set_message(self.message(sample, columns));
-    }
-
-    /// As much as the terminal has room for.
-    fn message(&self, sample: Sample, columns: usize) -> String {
-        let rate = self.rate.bytes_per_second();
-        let mut parts = Vec::new();
-        match sample.total {
-            Some(total) => {
-                parts.push(format!("{:>5}", percent(sample.done, total)));
-                if columns >= 76 {
-                    parts.push(format!("of {:>8}", human_size(total)));
-                }
-            }
-            None => parts.push(human_size(sample.done)),
-        }
-        if self.finished {
-            parts.push("done".to_owned());
-        } else if sample.done > 0 {
-            if columns >= 60 {
-                parts.push(format!("{:>8}/s", human_size(rate)));
-            }
-            if let Some(left) = time_left(sample, rate) {
-                parts.push(format!("{left} left"));
-            }
-        }
-        if columns >= 96 && sample.done > 0 {
-            parts.push(format!("{} zero", percent(sample.zero, sample.done)));
-        }
-        parts.join("  ")
+/// What the bar of everything is called. A conversion is what was asked for; other phases are told.
+fn name_of_all(counters: &Counters) -> String {
+    match (counters.phase, counters.lanes.as_slice()) {
+        ("convert", [only]) => escape_control(&only.name),
+        (phase, [only]) => format!("{phase} {}", escape_control(&only.name)),
+        ("convert", _) => "all".to_owned(),
+        (phase, _) => phase.to_owned(),
     }
 }
 
+impl Row {
+    fn draw(&mut self, sample: Sample, elapsed: Duration, line: &Line) {
+        self.rate.update(elapsed, sample.done);
+        let share = sample.total.filter(|total| *total > 0).map_or(0.0, |t| sample.done as f64 / t as f64);
+        self.bar.set_prefix(fit(&self.name, line.name));
+        self.bar.set_message(line.words(sample, self.rate.bytes_per_second(), self.is_whole));
+        self.bar.set_position((share * STEPS as f64) as u64);
+    }
+}
+
+/// What has room in a line, the bar included. Every part has a width of its own, so that the bars
+/// stay where they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Line {
+    name: usize,
+    total: bool,
+    rate: bool,
+    left: bool,
+    zero: bool,
+}
+
+/// Widths of the parts, the gap in front of them included.
+const SHARE: usize = 6;
+const TOTAL: usize = 13;
+const RATE: usize = 12;
+const LEFT: usize = 14;
+const ZERO: usize = 12;
+
+impl Line {
+    fn new<'a>(columns: usize, rows: impl Iterator<Item = &'a Row>) -> Self {
+        let longest = rows.map(|row| width(&row.name)).max().unwrap_or(0);
+        Self::fitting(columns, longest)
+    }
+
+    /// The parts that have room beside a bar that still is one; the last of these go first: time
+    /// left, rate, share of zeros, total.
+    fn fitting(columns: usize, longest_name: usize) -> Self {
+        let name = longest_name.min(MAX_NAME).min(columns / 4).max(1);
+        let bar = if columns < 60 { 6 } else { 12 };
+        // A gap on both sides of the bar; the last column stays empty: some terminals wrap there.
+        let mut room = columns.saturating_sub(name + 1 + bar + SHARE + 1);
+        let mut take = |wanted: usize| {
+            let has = room >= wanted;
+            room -= if has { wanted } else { 0 };
+            has
+        };
+        let (left, rate, zero, total) = (take(LEFT), take(RATE), take(ZERO), take(TOTAL));
+        Self { name, total, rate, left, zero }
+    }
+
+    fn words(&self, sample: Sample, rate: u64, is_whole: bool) -> String {
+        let finished = sample.total == Some(sample.done);
+        let mut text = match sample.total {
+            Some(total) => format!("{:>width$}", percent(sample.done, total), width = SHARE - 1),
+            None => human_size(sample.done),
+        };
+        if let (true, Some(total)) = (self.total, sample.total) {
+            text.push_str(&format!("  of {:>8}", human_size(total)));
+        }
+        let state = match (finished, is_whole) {
+            (true, true) => "finishing",
+            (true, false) => "done",
+            _ => "",
+        };
+        if self.rate {
+            let shown = if finished || rate == 0 { String::new() } else { format!("{}/s", human_size(rate)) };
+            text.push_str(&format!("  {shown:>10}"));
+        }
+        if self.left {
+            let left = time_left(sample, rate).map(|left| format!("{left} left"));
+            let shown = if finished { state.to_owned() } else { left.unwrap_or_default() };
+            text.push_str(&format!("  {shown:>12}"));
+        }
+        if self.zero {
+            let shown = match sample.done {
+                0 => String::new(),
+                done => format!("{} zero", percent(sample.zero, done)),
+            };
+            text.push_str(&format!("  {shown:>10}"));
+        }
+        text
+    }
+}
+
+/// As on a clock: "0:07", "12:30", "1:02:03".
 fn time_left(sample: Sample, rate: u64) -> Option<String> {
     let left = sample.total?.checked_sub(sample.done)?;
     let seconds = left.checked_div(rate)?;
-    Some(human_time(Duration::from_secs(seconds)).replace(".0 s", " s"))
+    let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
+    Some(match hours {
+        0 => format!("{minutes}:{:02}", seconds % 60),
+        1..100 => format!("{hours}:{minutes:02}:{:02}", seconds % 60),
+        _ => ">4 days".to_owned(),
+    })
 }
 
 fn style() -> ProgressStyle {
-    ProgressStyle::with_template("{prefix} {wide_bar} {msg}")
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
-        .progress_chars("█▉▊▋▌▍▎▏ ")
-}
-
-/// The terminal's width; 80 when it does not say.
-fn columns() -> usize {
-    terminal_size::terminal_size_of(std::io::stderr()).map_or(80, |(width, _)| usize::from(width.0))
-}
-
-fn name_width(counters: &Counters, each: bool) -> usize {
-    let longest =
-        counters.lanes.iter().map(|lane| escape_control(&lane.name).chars().count()).max().unwrap_or(0);
-    let wanted = if each || counters.lanes.len() == 1 { longest.max(3) } else { 3 };
-    wanted.min(MAX_NAME).min(columns() / 4)
-}
-
-/// A name in exactly `width` characters.
-fn fit(name: &str, width: usize) -> String {
-    let name = escape_control(name);
-    if name.chars().count() <= width {
-        format!("{name:<width$}")
+    let template = if Stream::Err.has_colours() {
+        "{prefix} {wide_bar:.cyan} {msg}"
     } else {
-        let kept: String = name.chars().take(width.saturating_sub(1)).collect();
-        format!("{kept}…")
-    }
+        "{prefix} {wide_bar} {msg}"
+    };
+    ProgressStyle::with_template(template)
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .progress_chars(if report::unicode() { "█▉▊▋▌▍▎▏ " } else { "#>-" })
 }
 
 #[cfg(test)]
@@ -167,9 +203,39 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_fit() {
-        assert_eq!(fit("a", 3), "a  ");
-        assert_eq!(fit("drive-scsi0", 8), "drive-s…");
+    fn lines_are_no_wider_than_the_terminal() {
+        let samples = [
+            Sample { done: 1, total: Some(1 << 40), zero: 0 },
+            Sample { done: 1 << 39, total: Some(1 << 40), zero: 1 << 38 },
+            Sample { done: 1 << 40, total: Some(1 << 40), zero: 1 << 40 },
+        ];
+        for columns in 30..200 {
+            for longest in [3, 10, 200] {
+                let line = Line::fitting(columns, longest);
+                for sample in samples {
+                    for rate in [0, 7, 1_047_527_424] {
+                        let words = line.words(sample, rate, true);
+                        let taken = line.name + 1 + 6 + 1 + width(&words);
+                        assert!(taken < columns || columns < 32, "{columns}, {longest}: {words}");
+                    }
+                }
+            }
+        }
+        let narrow = Line::fitting(40, 14);
+        assert!(narrow.left && !narrow.rate && !narrow.zero && !narrow.total);
+        let usual = Line::fitting(80, 14);
+        assert!(usual.left && usual.rate && usual.zero && !usual.total);
+        assert!(Line::fitting(100, 14).total);
+    }
+
+    #[test]
+    fn time_is_a_clock() {
+        let left = |left, rate| time_left(Sample { done: 0, total: Some(left), zero: 0 }, rate);
+        assert_eq!(left(7, 1).as_deref(), Some("0:07"));
+        assert_eq!(left(750, 1).as_deref(), Some("12:30"));
+        assert_eq!(left(3723, 1).as_deref(), Some("1:02:03"));
+        assert_eq!(left(u64::MAX, 1).as_deref(), Some(">4 days"));
+        assert_eq!(left(7, 0), None);
     }
 
     #[test]

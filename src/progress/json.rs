@@ -1,7 +1,9 @@
 //! Progress for programs: one JSON object a line.
 //!
-//! Each round prints a line for every device that has moved, then one for all of them, whose
-//! `device` is null. The line of the whole that says 100 % is printed once, as the last.
+//! Each round prints a line for every device that has moved, where there are several, then one for
+//! all of them, whose `device` is null. The line of the whole that says 100 % is printed once, as the
+//! last: while outputs are being flushed and named before it, lines of the phase `finish` say that
+//! the program is alive.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,6 +15,9 @@ use crate::report;
 
 /// Between two rounds; the contract is at least one a second.
 const INTERVAL: Duration = Duration::from_millis(500);
+
+/// All bytes have been copied, and the outputs are not finished yet.
+const FINISH: &str = "finish";
 
 #[derive(Serialize)]
 struct Line<'a> {
@@ -30,31 +35,37 @@ pub(super) fn show(counters: &Counters) {
     while counters.wait(INTERVAL) {
         devices(counters, &mut shown);
         let all = counters.all();
-        if all.total != Some(all.done) {
-            line(counters, None, all);
+        if all.total == Some(all.done) {
+            line(counters, FINISH, None, Sample { total: None, ..all });
+        } else {
+            line(counters, counters.phase, None, all);
         }
     }
     if counters.complete.load(Ordering::Relaxed) {
         devices(counters, &mut shown);
         let all = counters.all();
         // The end is the end, also of streams whose length nobody knew.
-        line(counters, None, Sample { total: Some(all.done), ..all });
+        line(counters, counters.phase, None, Sample { total: Some(all.done), ..all });
     }
 }
 
+/// Of a single device the line of the whole says everything.
 fn devices(counters: &Counters, shown: &mut [Sample]) {
+    if shown.len() < 2 {
+        return;
+    }
     for (lane, shown) in counters.lanes.iter().zip(shown) {
         let sample = counters.lane(lane);
         if sample.done != shown.done {
             *shown = sample;
-            line(counters, Some(&lane.name), sample);
+            line(counters, counters.phase, Some(&lane.name), sample);
         }
     }
 }
 
-fn line(counters: &Counters, device: Option<&str>, sample: Sample) {
+fn line(counters: &Counters, phase: &str, device: Option<&str>, sample: Sample) {
     let line = Line {
-        phase: counters.phase,
+        phase,
         device,
         done: sample.done,
         total: sample.total,

@@ -17,6 +17,8 @@ pub(super) fn show(counters: &Counters) {
             Some(total) => format!("{} of {}", percent(all.done, total), human_size(total)),
             None => human_size(all.done),
         };
-        say(&format!("imgtool: {}: {share}, {}/s", counters.phase, human_size(rate.bytes_per_second())));
+        let rate = human_size(rate.bytes_per_second());
+        let zero = percent(all.zero, all.done);
+        say(&format!("imgtool: {}: {share}, {rate}/s, {zero} zero", counters.phase));
     }
 }

@@ -86,6 +86,12 @@ impl Run {
         self
     }
 
+    /// Sets a variable of its environment.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
     /// Runs it in this directory.
     pub fn within(mut self, directory: &Path) -> Self {
         self.command.current_dir(directory);

@@ -12,6 +12,7 @@ use crate::external::Externals;
 use crate::sink::ImageSink;
 use crate::source::ImageSource;
 use crate::storage::{Input, Output};
+use crate::suggest;
 
 /// One image format.
 pub trait Driver: Send + Sync {
@@ -124,6 +125,23 @@ pub struct OptionSpec {
     pub values: &'static str,
 }
 
+impl OptionSpec {
+    /// The allowed values, if they are an enumeration of words; empty for numbers and names.
+    pub fn words(&self) -> Vec<&'static str> {
+        let words: Vec<&str> = self.values.split('|').collect();
+        let is_word = |text: &&str| {
+            text.starts_with(|c: char| c.is_ascii_alphabetic())
+                && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-'))
+        };
+        if words.len() > 1 && words.iter().all(is_word) { words } else { Vec::new() }
+    }
+
+    /// [`CreateOptions::flag`] takes more words than are listed.
+    fn is_same_as_on_or_off(&self, value: &str) -> bool {
+        self.values == "on|off" && matches!(value, "true" | "false" | "yes" | "no")
+    }
+}
+
 /// How an image is opened.
 #[derive(Debug, Clone, Default)]
 pub struct OpenOptions {
@@ -193,20 +211,22 @@ impl CreateOptions {
         self.options.get(name).map(String::as_str)
     }
 
-    /// Refuses keys that `specs` does not have, with the nearest that it has.
+    /// Refuses keys that `specs` does not have, and words that an option does not list, with the
+    /// nearest that is known. Numbers and names are the driver's to judge.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Usage`].
     pub fn check_names(&self, format: &str, specs: &[OptionSpec]) -> Result<()> {
-        for name in self.options.keys() {
-            if !specs.iter().any(|spec| spec.name == name) {
-                let known: Vec<&str> = specs.iter().map(|spec| spec.name).collect();
-                let hint = if known.is_empty() {
-                    format!("{format} has no options")
-                } else {
-                    format!("options of {format}: {}", known.join(", "))
-                };
-                return Err(Error::usage(format!("unknown option '{name}' for {format}")).hint(hint));
+        for (name, value) in &self.options {
+            let Some(spec) = specs.iter().find(|spec| spec.name == name) else {
+                let known = specs.iter().map(|spec| spec.name);
+                return Err(Error::usage(format!("unknown option '{name}' for {format}"))
+                    .hint(suggest::hint(name, &format!("options of {format}"), known)));
+            };
+            let words = spec.words();
+            if !words.is_empty() && !words.contains(&value.as_str()) && !spec.is_same_as_on_or_off(value) {
+                return Err(Error::usage(format!("option '{name}' can't be '{value}'"))
+                    .hint(suggest::hint(value, "values", words)));
             }
         }
         Ok(())
@@ -342,6 +362,22 @@ pub struct Measure {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn words_are_checked_and_numbers_are_not() {
+        let spec = |values| OptionSpec { name: "key", help: "", default: "", values };
+        let check = |values, value: &str| {
+            let options = BTreeMap::from([("key".to_owned(), value.to_owned())]);
+            CreateOptions { options, ..CreateOptions::default() }.check_names("x", &[spec(values)])
+        };
+        assert!(check("off|falloc|full", "full").is_ok());
+        assert!(check("on|off", "yes").is_ok());
+        assert!(check("1|2|4", "4k").is_ok());
+        assert!(check("0.10|1.1|v3", "x").is_ok());
+        assert!(check("a file name", "x").is_ok());
+        let error = check("off|falloc|full", "fallok").expect_err("a slip");
+        assert_eq!(error.hint_text(), Some("did you mean 'falloc'? values: off, falloc, full"));
+    }
 
     #[test]
     fn sizes_are_qemu_imgs() {

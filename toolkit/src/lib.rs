@@ -32,6 +32,7 @@ pub mod registry;
 pub mod sink;
 pub mod source;
 pub mod storage;
+pub mod suggest;
 pub mod zero;
 
 pub use buffer::{Buffer, BufferPool};

@@ -7,6 +7,7 @@ use crate::driver::{Confidence, Driver, OpenOptions};
 use crate::error::{Error, Result};
 use crate::source::ImageSource;
 use crate::storage::{Compression, Input, outer};
+use crate::suggest;
 
 /// The drivers of a program. Cloning is cheap and shares them.
 #[derive(Clone, Default)]
@@ -37,9 +38,8 @@ impl Registry {
     /// [`crate::ErrorKind::Usage`] when there is none; the hint lists those there are.
     pub fn get(&self, name: &str) -> Result<Arc<dyn Driver>> {
         self.drivers.iter().find(|driver| driver.name() == name).cloned().ok_or_else(|| {
-            let names: Vec<&str> = self.drivers.iter().map(|driver| driver.name()).collect();
-            Error::usage(format!("unknown format '{}'", crate::error::escape_control(name)))
-                .hint(format!("formats: {}", names.join(", ")))
+            let names = self.drivers.iter().map(|driver| driver.name());
+            Error::usage(format!("unknown format '{name}'")).hint(suggest::hint(name, "formats", names))
         })
     }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::storage::os::{self, FileClass};
-use imgtool_toolkit::{Attachment, DeviceKind, Driver, Error, Registry, Result};
+use imgtool_toolkit::{Attachment, DeviceKind, Driver, Error, Registry, Result, suggest};
 
 use super::format::{self, Format};
 use super::names::{self, Unique};
@@ -222,7 +222,7 @@ impl Request<'_> {
             (Some(device), None) => Ok(device),
             (Some(_), Some(_)) => Err(Error::usage(format!("more than one device is called '{name}'"))),
             (None, _) => Err(Error::usage(format!("--target names '{name}', which is not taken"))
-                .hint(format!("devices: {}", self.names(0..self.taken.len())))),
+                .hint(suggest::hint(name, "devices", self.taken.iter().map(|taken| taken.name.as_str())))),
         }
     }
 

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use imgtool_toolkit::{Attachment, Device, Error, OpenOptions, Opened, Registry, Result};
+use imgtool_toolkit::{Attachment, Device, Error, OpenOptions, Opened, Registry, Result, suggest};
 
 use super::format::Format;
 use super::names;
@@ -136,8 +136,11 @@ pub fn take(registry: &Registry, sources: &[Source], wanted: &[String]) -> Resul
                     source.opened.source.info().devices.iter().map(|d| device_name(registry, source, d))
                 })
                 .collect();
-            return Err(Error::usage(format!("no device is called '{want}'"))
-                .hint(format!("devices: {}", known.join(", "))));
+            return Err(Error::usage(format!("no device is called '{want}'")).hint(suggest::hint(
+                want,
+                "devices",
+                known.iter().map(String::as_str),
+            )));
         }
     }
     Ok(taken)

@@ -3,9 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use imgtool_toolkit::DeviceKind;
-use imgtool_toolkit::Result;
+use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::storage::os;
+use imgtool_toolkit::{DeviceKind, Result};
 use serde::Serialize;
 
 use super::layout::{Layout, Place, Target};
@@ -14,7 +14,7 @@ use super::write::Done;
 use crate::args::ConvertArgs;
 use crate::exit::Exit;
 use crate::images;
-use crate::report::{self, Align, human_size, human_time, percent};
+use crate::report::{self, Align, Paint, Stream, count, human_size, human_time, percent};
 
 /// Says what a source turned out to be.
 pub fn announce(source: &Source) {
@@ -40,16 +40,13 @@ pub fn announce(source: &Source) {
     }
 }
 
-/// "1 disk", "3 disks".
-fn count(number: usize, what: &str) -> String {
-    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
-}
-
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Summary<'a> {
     outputs: Vec<OutputSummary<'a>>,
     configurations: Vec<ConfigurationSummary<'a>>,
+    complete: bool,
+    verified: bool,
     elapsed: f64,
     notes: Vec<&'a str>,
     lost: Vec<LostRange<'a>>,
@@ -95,7 +92,7 @@ struct LostRange<'a> {
 /// # Errors
 /// When the output can't be written.
 pub fn print(args: &ConvertArgs, layout: &Layout, taken: &[Taken], done: &Done) -> Result<Exit> {
-    let summary = summarise(layout, taken, done);
+    let summary = summarise(layout, taken, done, args.target.verify);
     let stdout_is_data = layout.targets.iter().any(|target| target.place.is_stdout());
     if args.output.is_json() && !stdout_is_data {
         report::print_json(&summary)?;
@@ -111,7 +108,7 @@ pub fn print(args: &ConvertArgs, layout: &Layout, taken: &[Taken], done: &Done) 
     Ok(Exit::Losses)
 }
 
-fn summarise<'a>(layout: &'a Layout, taken: &'a [Taken], done: &'a Done) -> Summary<'a> {
+fn summarise<'a>(layout: &'a Layout, taken: &'a [Taken], done: &'a Done, verified: bool) -> Summary<'a> {
     let outputs = layout
         .targets
         .iter()
@@ -129,6 +126,8 @@ fn summarise<'a>(layout: &'a Layout, taken: &'a [Taken], done: &'a Done) -> Summ
                 size: attachment.data.len(),
             })
             .collect(),
+        complete: done.losses.is_empty(),
+        verified,
         elapsed: (done.elapsed.as_secs_f64() * 1000.0).round() / 1000.0,
         notes: layout.notes.iter().chain(&done.notes).map(String::as_str).collect(),
         lost: done
@@ -180,7 +179,16 @@ fn allocated(path: &Path) -> Option<u64> {
     fs::metadata(path).ok().map(|meta| os::allocated_len(&meta))
 }
 
+/// Is it done, is it all there, how big is it.
 fn say(summary: &Summary<'_>) {
+    report::say(table(summary).trim_end());
+    for note in &summary.notes {
+        report::note(note);
+    }
+    report::say(&verdict(summary));
+}
+
+fn table(summary: &Summary<'_>) -> String {
     let mut rows = Vec::new();
     for output in &summary.outputs {
         let zero = output.devices.iter().fold(0u64, |sum, device| sum.saturating_add(device.zero));
@@ -207,12 +215,46 @@ fn say(summary: &Summary<'_>) {
         ("on disk", Align::Right),
         ("zero", Align::Right),
     ];
-    report::say(report::table(0, &columns, &rows).trim_end());
-    for note in &summary.notes {
-        report::note(note);
+    let table = report::table(0, &columns, &rows);
+    if Stream::Err.columns().is_some_and(|columns| report::widest(&table) > columns) {
+        return stacked(&rows);
     }
-    let how = if summary.lost.is_empty() { "done" } else { "finished with losses" };
-    report::say(&format!("{how} in {}", human_time(std::time::Duration::from_secs_f64(summary.elapsed))));
+    match table.split_once('\n') {
+        Some((header, rest)) => format!("{}\n{rest}", Stream::Err.paint(Paint::Bold, header)),
+        None => table,
+    }
+}
+
+/// The table where it has no room: a name, and what belongs to it below.
+fn stacked(rows: &[Vec<String>]) -> String {
+    let mut text = String::new();
+    for row in rows {
+        let [name, format, virtual_size, on_disk, zero] = row.as_slice() else { continue };
+        text.push_str(&Stream::Err.paint(Paint::Bold, &escape_control(name)));
+        text.push_str(&match virtual_size.as_str() {
+            "" => format!("\n  {format}, {on_disk}\n"),
+            _ => format!("\n  {format}, {virtual_size}\n  {on_disk} on disk, {zero} zero\n"),
+        });
+    }
+    text
+}
+
+fn verdict(summary: &Summary<'_>) -> String {
+    let sum = |of: fn(&OutputSummary<'_>) -> u64| {
+        summary.outputs.iter().fold(0u64, |sum, output| sum.saturating_add(of(output)))
+    };
+    let devices = summary.outputs.iter().map(|output| output.devices.len()).sum();
+    let what = format!("{}, {}", count(devices, "device"), human_size(sum(|output| output.virtual_size)));
+    let time = human_time(std::time::Duration::from_secs_f64(summary.elapsed));
+    if !summary.lost.is_empty() {
+        let lost = summary.lost.iter().fold(0u64, |sum, range| sum.saturating_add(range.length));
+        let how = Stream::Err.paint(Paint::Warning, &format!("finished with losses in {time}"));
+        return format!("{how}: {what}; {} of it lost, zeros instead", human_size(lost));
+    }
+    let proof = if summary.verified { ", read back and equal" } else { "" };
+    let on_disk = human_size(sum(|output| output.actual_size));
+    let how = Stream::Err.paint(Paint::Good, &format!("done in {time}"));
+    format!("{how}: {what}, complete{proof}; {on_disk} on disk")
 }
 
 fn say_losses(lost: &[LostRange<'_>]) {
@@ -225,6 +267,6 @@ fn say_losses(lost: &[LostRange<'_>]) {
     for range in lost {
         let end = range.start.saturating_add(range.length);
         let line = format!("  {} guest bytes {}..{end}: {}", range.device, range.start, range.reason);
-        report::say(&imgtool_toolkit::error::escape_control(&line));
+        report::say(&escape_control(&line));
     }
 }

@@ -3,12 +3,12 @@
 use std::fmt::Write as _;
 
 use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::{Fact, FactScope};
+use imgtool_toolkit::{Fact, FactScope, ImageInfo};
 use serde_json::Value;
 
-use super::Subject;
+use super::{Subject, guest};
 use crate::images;
-use crate::report::{self, Align, exact_size, human_size};
+use crate::report::{self, Align, Paint, Stream, exact_size, human_size, percent};
 
 pub(super) fn page(subject: &Subject) -> String {
     let info = subject.info();
@@ -32,6 +32,9 @@ pub(super) fn page(subject: &Subject) -> String {
     }
     facts(&mut text, 0, info.facts.iter().filter(|fact| fact.scope == FactScope::Image));
     if subject.is_archive {
+        if let Some(guest) = guest::describe(&info.attachments) {
+            line(&mut text, "guest", &guest);
+        }
         devices(&mut text, subject);
         configurations(&mut text, subject);
     }
@@ -41,7 +44,7 @@ pub(super) fn page(subject: &Subject) -> String {
         .filter(|fact| fact.scope == FactScope::Format && !(subject.is_archive && fact.key == "devices"))
         .collect();
     if !specific.is_empty() {
-        let _ = writeln!(text, "{}:", info.format);
+        text.push_str(&heading(info.format));
         facts(&mut text, 4, specific.into_iter());
     }
     // Formats whose `qemu-img info` names the file have said it already.
@@ -57,44 +60,88 @@ pub(super) fn page(subject: &Subject) -> String {
 }
 
 fn line(text: &mut String, label: &str, value: &str) {
-    let _ = writeln!(text, "{label}: {}", escape_control(value));
+    let label = Stream::Out.paint(Paint::Bold, &format!("{label}:"));
+    let _ = writeln!(text, "{label} {}", escape_control(value));
+}
+
+fn heading(label: &str) -> String {
+    Stream::Out.paint(Paint::Bold, &format!("{label}:")) + "\n"
 }
 
 fn devices(text: &mut String, subject: &Subject) {
     let info = subject.info();
-    let known = info.facts.iter().find(|fact| fact.key == "devices").map(|fact| &fact.value);
-    let stored = |id: u32| -> Option<u64> {
-        let rows = known?.as_array()?;
-        let row = rows.iter().find(|row| row.get("dev-id").and_then(Value::as_u64) == Some(id.into()))?;
-        row.get("stored-bytes")?.as_u64()
-    };
-    text.push_str("devices:\n");
-    let rows: Vec<Vec<String>> = info
-        .devices
-        .iter()
-        .map(|device| {
-            let share = stored(device.id.0).map(|s| format!("{} stored", human_size(s))).unwrap_or_default();
-            let size = exact_size(device.size);
-            vec![device.name.clone(), images::kind_name(device.kind).to_owned(), size, share]
-        })
-        .collect();
-    if rows.is_empty() {
-        text.push_str("    none\n");
+    if info.devices.is_empty() {
+        line(text, "devices", "none");
+        return;
     }
-    text.push_str(&report::table(4, &[("", Align::Left); 4], &rows));
+    let restored = guest::drives(&info.attachments);
+    let table = |size: fn(u64) -> String, with_restored: bool| {
+        let mut columns = vec![
+            ("name", Align::Left),
+            ("kind", Align::Left),
+            ("size", Align::Left),
+            ("stored", Align::Right),
+            ("zero", Align::Right),
+            ("restored as", Align::Left),
+        ];
+        let mut rows: Vec<Vec<String>> = Vec::new();
+        for device in &info.devices {
+            let stored = stored(info, device.id.0);
+            rows.push(vec![
+                device.name.clone(),
+                images::kind_name(device.kind).to_owned(),
+                size(device.size),
+                stored.map(human_size).unwrap_or_default(),
+                stored.map(|s| percent(device.size.saturating_sub(s), device.size)).unwrap_or_default(),
+                restored.get(&device.name).filter(|_| with_restored).cloned().unwrap_or_default(),
+            ]);
+        }
+        // What nobody knows has no column.
+        for column in (0..columns.len()).rev() {
+            if rows.iter().all(|row| row[column].is_empty()) {
+                columns.remove(column);
+                rows.iter_mut().for_each(|row| drop(row.remove(column)));
+            }
+        }
+        report::table(4, &columns, &rows)
+    };
+    let wide = table(exact_size, true);
+    let has_room = Stream::Out.columns().is_none_or(|columns| report::widest(&wide) <= columns);
+    let table = if has_room { wide } else { table(human_size, false) };
+    text.push_str(&heading("devices"));
+    text.push_str(&headed(&table));
+}
+
+/// A table whose header stands out.
+fn headed(table: &str) -> String {
+    match table.split_once('\n') {
+        Some((header, rest)) => {
+            let words = header.trim_start();
+            let indent = &header[..header.len() - words.len()];
+            format!("{indent}{}\n{rest}", Stream::Out.paint(Paint::Bold, words))
+        }
+        None => table.to_owned(),
+    }
+}
+
+/// Bytes of a device that are stored, if the format has counted them.
+fn stored(info: &ImageInfo, id: u32) -> Option<u64> {
+    let rows = info.facts.iter().find(|fact| fact.key == "devices")?.value.as_array()?;
+    let row = rows.iter().find(|row| row.get("dev-id").and_then(Value::as_u64) == Some(id.into()))?;
+    row.get("stored-bytes")?.as_u64()
 }
 
 fn configurations(text: &mut String, subject: &Subject) {
-    let rows: Vec<Vec<String>> = subject
-        .info()
-        .attachments
+    let attachments = &subject.info().attachments;
+    if attachments.is_empty() {
+        line(text, "configurations", "none");
+        return;
+    }
+    let rows: Vec<Vec<String>> = attachments
         .iter()
         .map(|attachment| vec![attachment.name.clone(), format!("{} bytes", attachment.data.len())])
         .collect();
-    text.push_str("configurations:\n");
-    if rows.is_empty() {
-        text.push_str("    none\n");
-    }
+    text.push_str(&heading("configurations"));
     text.push_str(&report::table(4, &[("", Align::Left), ("", Align::Right)], &rows));
 }
 

@@ -1,0 +1,58 @@
+//! Values that shells can complete: any text is taken here, and judged where it is used, by whoever
+//! can say what is wrong with it.
+
+use std::ffi::OsStr;
+
+use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
+use clap::{Arg, Command, Error};
+
+use crate::drivers;
+
+/// QEMU's cache modes, which scripts give with -t and -T.
+pub const CACHE_MODES: [&str; 5] = ["none", "writeback", "writethrough", "directsync", "unsafe"];
+
+/// What a value is, for the completions.
+#[derive(Debug, Clone, Copy)]
+pub enum Offer {
+    /// The name of a format.
+    Formats,
+    /// `KEY=` of the `-o` options, of all formats together: shells do not say which one is meant.
+    OptionKeys,
+}
+
+impl Offer {
+    fn values(self) -> Vec<PossibleValue> {
+        let registry = drivers::registry();
+        match self {
+            Offer::Formats => {
+                let value = |name, help| PossibleValue::new(name).help(help);
+                registry.drivers().map(|driver| value(driver.name(), driver.description())).collect()
+            }
+            Offer::OptionKeys => {
+                let mut keys: Vec<(&str, String)> = Vec::new();
+                for driver in registry.drivers() {
+                    for spec in driver.options() {
+                        match keys.iter_mut().find(|(name, _)| *name == spec.name) {
+                            Some((_, help)) => *help = format!("{}, {help}", driver.name()),
+                            None => keys.push((spec.name, format!("{}: {}", driver.name(), spec.help))),
+                        }
+                    }
+                }
+                let value = |(name, help): (&str, String)| PossibleValue::new(format!("{name}=")).help(help);
+                keys.into_iter().map(value).chain([PossibleValue::new("help")]).collect()
+            }
+        }
+    }
+}
+
+impl TypedValueParser for Offer {
+    type Value = String;
+
+    fn parse_ref(&self, command: &Command, arg: Option<&Arg>, value: &OsStr) -> Result<String, Error> {
+        StringValueParser::new().parse_ref(command, arg, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        Some(Box::new(self.values().into_iter()))
+    }
+}

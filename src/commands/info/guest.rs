@@ -1,0 +1,89 @@
+//! What a Proxmox configuration in an archive says about its guest, in a line.
+
+use std::collections::BTreeMap;
+
+use imgtool_toolkit::Attachment;
+
+use crate::commands::convert::proxmox;
+
+/// A configuration is a page of text; a longer one is something else. Ours.
+const MAX_LEN: usize = 1 << 20;
+
+/// "web, 4 cores, 8192 MiB memory, ostype l26", as far as it says so.
+pub fn describe(attachments: &[Attachment]) -> Option<String> {
+    let settings = settings(attachments)?;
+    let get = |key: &str| settings.get(key).map(String::as_str).filter(|value| !value.is_empty());
+    let mut parts: Vec<String> = get("name").map(str::to_owned).into_iter().collect();
+    let number = |key| get(key).map_or(Some(1), |text| text.parse::<u64>().ok());
+    if let (true, Some(cores)) = (
+        get("cores").is_some() || get("sockets").is_some(),
+        number("cores").zip(number("sockets")).and_then(|(cores, sockets)| cores.checked_mul(sockets)),
+    ) {
+        parts.push(format!("{cores} {}", if cores == 1 { "core" } else { "cores" }));
+    }
+    // Also written "current=8192".
+    if let Some(memory) = get("memory") {
+        parts.push(format!("{} MiB memory", memory.strip_prefix("current=").unwrap_or(memory)));
+    }
+    parts.extend(get("bios").filter(|bios| *bios == "ovmf").map(|_| "UEFI".to_owned()));
+    parts.extend(get("ostype").map(|kind| format!("ostype {kind}")));
+    (!parts.is_empty()).then(|| parts.join(", "))
+}
+
+/// For each device of the archive the drive that a restore makes of it, and the storage it was on.
+pub fn drives(attachments: &[Attachment]) -> BTreeMap<String, String> {
+    let Some(text) = text(attachments) else { return BTreeMap::new() };
+    let maps = text.lines().filter_map(|line| line.strip_prefix("#qmdump#map:"));
+    maps.filter_map(|line| {
+        let mut fields = line.split(':');
+        let (drive, device) = (fields.next()?, fields.next()?);
+        let storage = fields.next().filter(|storage| !storage.is_empty());
+        let was = storage.map(|storage| format!(" (was on {storage})")).unwrap_or_default();
+        Some((device.to_owned(), format!("{drive}{was}")))
+    })
+    .collect()
+}
+
+fn text(attachments: &[Attachment]) -> Option<&str> {
+    let config = attachments.iter().find(|attachment| attachment.name == proxmox::CONFIG_NAME)?;
+    if config.data.len() > MAX_LEN {
+        return None;
+    }
+    std::str::from_utf8(&config.data).ok()
+}
+
+/// The settings of the guest itself: those of its snapshots follow in sections.
+fn settings(attachments: &[Attachment]) -> Option<BTreeMap<String, String>> {
+    let lines = text(attachments)?.lines().take_while(|line| !line.starts_with('['));
+    let pairs = lines.filter(|line| !line.starts_with('#')).filter_map(|line| line.split_once(':'));
+    Some(pairs.map(|(key, value)| (key.trim().to_owned(), value.trim().to_owned())).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(text: &str) -> Vec<Attachment> {
+        vec![Attachment { name: "qemu-server.conf".to_owned(), data: text.as_bytes().to_vec() }]
+    }
+
+    #[test]
+    fn a_guest_is_a_line() {
+        let of = |text: &str| describe(&config(text));
+        let text =
+            "#note\nname: web\ncores: 4\nsockets: 2\nmemory: 8192\nbios: ovmf\nostype: l26\n[s]\nname: old\n";
+        assert_eq!(of(text).as_deref(), Some("web, 8 cores, 8192 MiB memory, UEFI, ostype l26"));
+        assert_eq!(of("memory: current=512\n").as_deref(), Some("512 MiB memory"));
+        assert_eq!(of("cores: many\nname: x\n").as_deref(), Some("x"));
+        assert_eq!(of("nothing"), None);
+        assert_eq!(describe(&[]), None);
+    }
+
+    #[test]
+    fn drives_are_those_of_the_map() {
+        let map =
+            drives(&config("scsi0: x\n#qmdump#map:scsi0:drive-scsi0:local-lvm:raw:\n#qmdump#map:bad\n"));
+        assert_eq!(map.get("drive-scsi0").map(String::as_str), Some("scsi0 (was on local-lvm)"));
+        assert_eq!(map.len(), 1);
+    }
+}

@@ -1,0 +1,148 @@
+//! What the terminal can show.
+
+use std::io::{self, IsTerminal};
+
+use unicode_width::UnicodeWidthStr;
+
+/// A standard stream that people read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stream {
+    /// Standard output: results.
+    Out,
+    /// Standard error: everything else.
+    Err,
+}
+
+impl Stream {
+    /// Whether it is a terminal.
+    pub fn is_terminal(self) -> bool {
+        match self {
+            Stream::Out => io::stdout().is_terminal(),
+            Stream::Err => io::stderr().is_terminal(),
+        }
+    }
+
+    /// Whether it is a terminal whose cursor can be moved.
+    pub fn can_draw(self) -> bool {
+        self.is_terminal() && std::env::var_os("TERM").is_some_and(|term| term != "dumb")
+    }
+
+    /// Whether it may be coloured: <https://no-color.org>.
+    pub fn has_colours(self) -> bool {
+        let asked_not_to = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        !asked_not_to && self.can_draw()
+    }
+
+    /// Its width, if it is a terminal.
+    pub fn columns(self) -> Option<usize> {
+        let size = match self {
+            Stream::Out => terminal_size::terminal_size_of(io::stdout()),
+            Stream::Err => terminal_size::terminal_size_of(io::stderr()),
+        };
+        size.map(|(width, _)| usize::from(width.0))
+    }
+
+    /// `text` in a colour, where there are colours.
+    pub fn paint(self, paint: Paint, text: &str) -> String {
+        if self.has_colours() { format!("\x1b[{}m{text}\x1b[0m", paint.code()) } else { text.to_owned() }
+    }
+}
+
+/// How something is made to stand out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Paint {
+    /// Headings.
+    Bold,
+    /// It went well.
+    Good,
+    /// It needs attention.
+    Warning,
+    /// It went wrong.
+    Bad,
+    /// Data, in drawings.
+    Data,
+}
+
+impl Paint {
+    fn code(self) -> &'static str {
+        match self {
+            Paint::Bold => "1",
+            Paint::Good => "1;32",
+            Paint::Warning => "1;33",
+            Paint::Bad => "1;31",
+            Paint::Data => "36",
+        }
+    }
+}
+
+/// Whether the locale can show more than ASCII.
+pub fn unicode() -> bool {
+    let said = |name| std::env::var(name).ok().filter(|value: &String| !value.is_empty());
+    let locale = said("LC_ALL").or_else(|| said("LC_CTYPE")).or_else(|| said("LANG")).unwrap_or_default();
+    let locale = locale.to_ascii_lowercase();
+    locale.contains("utf-8") || locale.contains("utf8")
+}
+
+/// Columns that a text takes on a terminal.
+pub fn width(text: &str) -> usize {
+    text.width()
+}
+
+/// A text in exactly `columns`: filled up, or cut with a mark.
+pub fn fit(text: &str, columns: usize) -> String {
+    let wide = width(text);
+    if wide <= columns {
+        return format!("{text}{}", " ".repeat(columns - wide));
+    }
+    let (mark, room) = (if unicode() { "…" } else { "~" }, columns.saturating_sub(1));
+    let mut kept = String::new();
+    for c in text.chars() {
+        let mut buffer = [0; 4];
+        if width(&kept) + width(c.encode_utf8(&mut buffer)) > room {
+            break;
+        }
+        kept.push(c);
+    }
+    let pad = room - width(&kept);
+    if columns == 0 { String::new() } else { format!("{kept}{mark}{}", " ".repeat(pad)) }
+}
+
+/// A text in lines of at most `columns`, broken between words.
+pub fn wrap(text: &str, columns: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split_whitespace() {
+        let line = lines.last().map_or(0, |line| width(line));
+        if line > 0 && line + 1 + width(word) > columns {
+            lines.push(String::new());
+        }
+        if let Some(line) = lines.last_mut() {
+            if !line.is_empty() {
+                line.push(' ');
+            }
+            line.push_str(word);
+        }
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_fit() {
+        assert_eq!(fit("a", 3), "a  ");
+        assert_eq!(width(&fit("drive-scsi0", 8)), 8);
+        assert!(fit("drive-scsi0", 8).starts_with("drive-s"));
+        // Characters that are two columns wide.
+        assert_eq!(width(&fit("磁盘磁盘磁盘", 6)), 6);
+        assert_eq!(width(&fit("磁盘", 6)), 6);
+        assert_eq!(fit("abc", 0), "");
+    }
+
+    #[test]
+    fn lines_break_between_words() {
+        assert_eq!(wrap("one two  three", 7), ["one two", "three"]);
+        assert_eq!(wrap("unbreakable", 3), ["unbreakable"]);
+    }
+}
