@@ -83,7 +83,6 @@ fn page(command: &Command) -> io::Result<Vec<u8>> {
     let man = Man::new(command.clone()).title(&name);
     let mut text = Vec::new();
     // Without a date: pages of one version are the same whenever they are made.
-    writeln!(text, ".ie \\n(.g .ds Aq \\(aq\n.el .ds Aq \'")?;
     writeln!(text, ".TH {} 1 \"\" \"{version}\" \"imgtool\"", name.to_uppercase())?;
     man.render_name_section(&mut text)?;
     man.render_synopsis_section(&mut text)?;
@@ -97,7 +96,19 @@ fn page(command: &Command) -> io::Result<Vec<u8>> {
     if name != "imgtool" {
         writeln!(text, ".SH SEE ALSO\n.BR imgtool (1)")?;
     }
-    Ok(text)
+    Ok(without_idle_breaks(&text))
+}
+
+/// A line break beside a blank line does nothing, and formatters warn of it.
+fn without_idle_breaks(page: &[u8]) -> Vec<u8> {
+    let lines: Vec<&[u8]> = page.split(|byte| *byte == b'\n').collect();
+    let is_blank =
+        |index: Option<usize>| index.and_then(|i| lines.get(i)).is_some_and(|line| *line == b".sp");
+    let idle = |index: usize| {
+        lines[index] == b".br" && (is_blank(index.checked_sub(1)) || is_blank(index.checked_add(1)))
+    };
+    let kept: Vec<&[u8]> = (0..lines.len()).filter(|index| !idle(*index)).map(|index| lines[index]).collect();
+    kept.join(&b'\n')
 }
 
 /// What stands below the flags in the help: `Title:` with lines further in becomes a section that is
@@ -110,7 +121,7 @@ fn sections(text: &mut Vec<u8>, closing: &str) -> io::Result<()> {
             Some(title) => {
                 let title =
                     if title == "Exit codes" { "EXIT STATUS".to_owned() } else { title.to_uppercase() };
-                writeln!(text, ".SH {title}\n.nf")?;
+                writeln!(text, ".SH \"{title}\"\n.nf")?;
                 for line in rest.lines() {
                     writeln!(text, "{}", roff(line.strip_prefix("  ").unwrap_or(line)))?;
                 }

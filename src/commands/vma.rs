@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::{DeviceKind, Error, ErrorKind, Input, OpenOptions, Result, suggest};
+use imgtool_toolkit::{DeviceKind, Error, ErrorKind, Input, OpenOptions, Result};
 use imgtool_vma::{ArchiveHeader, VmaSource, reference};
 
 use crate::args::{VmaArgs, VmaVerb};
@@ -130,9 +130,6 @@ fn config(file: &Path, name: &str) -> Result<Exit, Failure> {
         }
         None => {
             report::say(&format!("unable to find configuration data '{}'", escape_control(name)));
-            let known = header.configs.iter().map(|config| config.name.as_str());
-            let hint = suggest::hint(name, "configurations", known);
-            report::say(&format!("  hint: {}", escape_control(&hint)));
             Ok(NO_SUCH_CONFIG)
         }
     }
