@@ -1,8 +1,13 @@
 //! Running one command and measuring it: wall time here, CPU time and memory by GNU time.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
+
+/// A run is repeated when others took more than this share of one CPU meanwhile, so often at most.
+const DISTURBED: f64 = 0.15;
+const REPEATS: usize = 2;
 
 /// What one run took.
 #[derive(Debug, Clone, Copy)]
@@ -11,31 +16,39 @@ pub struct Sample {
     pub wall: f64,
     /// Seconds of user and system time.
     pub cpu: f64,
-    /// Peak resident memory, KiB.
+    /// Peak resident memory of the largest process, KiB.
     pub memory: u64,
+    /// Bytes that the output occupies.
+    pub output: u64,
+    /// Seconds of CPU time that everything else on the machine took meanwhile.
+    pub others: f64,
 }
 
 /// One program's runs of one conversion.
 pub struct Run {
     pub program: &'static str,
     command: String,
+    /// Not the same work, but a part of it that nobody can do without.
+    pub is_floor: bool,
     samples: Vec<Sample>,
     /// Why it was not run.
     pub skipped: Option<String>,
 }
 
 impl Run {
-    pub fn new(program: &'static str, command: String) -> Self {
-        Self { program, command, samples: Vec::new(), skipped: None }
+    pub fn new(program: &'static str, command: String, is_floor: bool) -> Self {
+        Self { program, command, is_floor, samples: Vec::new(), skipped: None }
     }
 
     /// Runs once without measuring; a program that is missing or can't do this here is skipped.
     pub fn warm_up(&mut self, dir: &Path) -> Result<(), String> {
-        let program = self.command.split_whitespace().next().unwrap_or_default();
-        let found = Command::new("sh").args(["-c", &format!("command -v {program}")]).output();
-        if !found.is_ok_and(|output| output.status.success()) {
-            self.skipped = Some(format!("{program} is not installed"));
-            return Ok(());
+        for part in self.command.split(['|', '&']).filter(|part| !part.trim().is_empty()) {
+            let program = part.split_whitespace().next().unwrap_or_default();
+            let found = Command::new("sh").args(["-c", &format!("command -v {program}")]).output();
+            if !found.is_ok_and(|output| output.status.success()) {
+                self.skipped = Some(format!("{program} is not installed"));
+                return Ok(());
+            }
         }
         if let Err(message) = self.execute(dir) {
             if self.program == "imgtool" {
@@ -47,16 +60,24 @@ impl Run {
     }
 
     pub fn sample(&mut self, dir: &Path) -> Result<(), String> {
-        if self.skipped.is_none() {
-            let sample = self.execute(dir)?;
-            self.samples.push(sample);
+        if self.skipped.is_some() {
+            return Ok(());
         }
+        let mut sample = self.execute(dir)?;
+        for _ in 0..REPEATS {
+            if sample.others <= DISTURBED * sample.wall + 0.03 {
+                break;
+            }
+            sample = self.execute(dir)?;
+        }
+        self.samples.push(sample);
         Ok(())
     }
 
     fn execute(&self, dir: &Path) -> Result<Sample, String> {
         clear(dir)?;
         let report = dir.join("time.txt");
+        let busy = busy_seconds();
         let started = Instant::now();
         let output = Command::new("/usr/bin/time")
             .args(["-f", "%U %S %M", "-o"])
@@ -67,15 +88,19 @@ impl Run {
             .output()
             .map_err(|e| format!("/usr/bin/time (package time): {e}"))?;
         let wall = started.elapsed().as_secs_f64();
+        let busy = busy_seconds() - busy;
         if !output.status.success() {
             let error = String::from_utf8_lossy(&output.stderr);
+            let _ = clear(dir);
             return Err(format!("{}: {}", self.command, error.lines().next().unwrap_or("failed")));
         }
         let text = std::fs::read_to_string(&report).map_err(|e| e.to_string())?;
         let numbers: Vec<f64> = text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
         let [user, system, memory] = numbers[..] else { return Err(format!("unreadable: {text}")) };
+        let output = occupied(dir)?;
         clear(dir)?;
-        Ok(Sample { wall, cpu: user + system, memory: memory as u64 })
+        let cpu = user + system;
+        Ok(Sample { wall, cpu, memory: memory as u64, output, others: (busy - cpu).max(0.0) })
     }
 
     /// The median of each quantity.
@@ -89,6 +114,8 @@ impl Run {
             wall: middle(|sample| sample.wall)?,
             cpu: middle(|sample| sample.cpu)?,
             memory: middle(|sample| sample.memory as f64)? as u64,
+            output: middle(|sample| sample.output as f64)? as u64,
+            others: middle(|sample| sample.others)?,
         })
     }
 
@@ -99,24 +126,54 @@ impl Run {
     }
 
     pub fn to_json(&self) -> serde_json::Value {
-        let samples: Vec<_> = self
-            .samples
-            .iter()
-            .map(|s| serde_json::json!({ "wall": s.wall, "cpu": s.cpu, "memory-kib": s.memory }))
-            .collect();
-        serde_json::json!({ "program": self.program, "skipped": self.skipped, "samples": samples })
+        let json = |s: &Sample| {
+            serde_json::json!({
+                "wall": s.wall, "cpu": s.cpu, "memory-kib": s.memory, "output": s.output, "others": s.others
+            })
+        };
+        let samples: Vec<_> = self.samples.iter().map(json).collect();
+        serde_json::json!({
+            "program": self.program,
+            "command": self.command.replace(env!("CARGO_BIN_EXE_imgtool"), "imgtool"),
+            "skipped": self.skipped,
+            "samples": samples,
+        })
     }
 }
 
-/// Removes what the last run made: everything whose name begins with `out`.
+/// CPU seconds that the machine has spent on anything but waiting (proc_stat(5): user, nice, system,
+/// irq and softirq in hundredths).
+fn busy_seconds() -> f64 {
+    let text = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let numbers: Vec<f64> = text
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .split_whitespace()
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    [0, 1, 2, 5, 6].iter().filter_map(|index| numbers.get(*index)).sum::<f64>() / 100.0
+}
+
+/// What the last run made: everything whose name begins with `out`.
+fn outputs(dir: &Path) -> Result<Vec<std::path::PathBuf>, String> {
+    let entries = std::fs::read_dir(dir).map_err(|e| e.to_string())?.flatten();
+    let ours = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("out"));
+    Ok(ours.map(|entry| entry.path()).collect())
+}
+
+/// Bytes that the files of the last run occupy.
+fn occupied(dir: &Path) -> Result<u64, String> {
+    let files = outputs(dir)?;
+    Ok(files.iter().filter_map(|path| std::fs::metadata(path).ok()).map(|meta| meta.blocks() * 512).sum())
+}
+
+/// Removes what the last run made.
 fn clear(dir: &Path) -> Result<(), String> {
-    for entry in std::fs::read_dir(dir).map_err(|e| e.to_string())?.flatten() {
-        if entry.file_name().to_string_lossy().starts_with("out") {
-            let path = entry.path();
-            let removed =
-                if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
-            removed.map_err(|e| format!("{}: {e}", path.display()))?;
-        }
+    for path in outputs(dir)? {
+        let removed =
+            if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        removed.map_err(|e| format!("{}: {e}", path.display()))?;
     }
     Ok(())
 }

@@ -1,0 +1,166 @@
+//! What is compared with what, and the ratio that is meant to be reached.
+
+/// One conversion: ours, and how others do the same.
+pub struct Row {
+    pub name: String,
+    /// Images that must be there.
+    pub inputs: Vec<String>,
+    /// Our command; `{i}` is the program.
+    pub ours: String,
+    pub peers: Vec<Peer>,
+    /// The best peer's time ÷ ours that is meant to be reached.
+    pub goal: Option<f64>,
+}
+
+/// Somebody else's command for the same, or a part of the work that nobody can do without.
+pub struct Peer {
+    pub name: &'static str,
+    pub command: String,
+    /// Not the same work: the floor that stands beside it.
+    pub is_floor: bool,
+}
+
+fn peer(name: &'static str, command: impl Into<String>) -> Peer {
+    Peer { name, command: command.into(), is_floor: false }
+}
+
+fn floor(name: &'static str, command: impl Into<String>) -> Peer {
+    Peer { name, command: command.into(), is_floor: true }
+}
+
+fn row(name: &str, input: &str, ours: &str, peers: Vec<Peer>, goal: Option<f64>) -> Row {
+    let ours = format!("{{i}} convert -q {ours}");
+    Row { name: name.into(), inputs: vec![input.into()], ours, peers, goal }
+}
+
+/// qemu-img with its defaults and as fast as it gets.
+fn qemu(rest: &str) -> Vec<Peer> {
+    vec![
+        peer("qemu-img", format!("qemu-img convert {rest}")),
+        peer("qemu-img -W -m 16", format!("qemu-img convert -W -m 16 {rest}")),
+    ]
+}
+
+/// Every row.
+pub fn rows() -> Vec<Row> {
+    let mut rows = plain();
+    rows.extend(compressed());
+    rows.extend(archives());
+    rows.extend(empty());
+    rows
+}
+
+fn plain() -> Vec<Row> {
+    let pair = |name, from: &str, to: &str, input: &str, goal| {
+        let rest = format!("-f {from} -O {to} {input} out");
+        row(name, input, &rest, qemu(&rest), Some(goal))
+    };
+    let mut rows = vec![
+        pair("raw → raw", "raw", "raw", "a.raw", 1.3),
+        pair("raw → qcow2", "raw", "qcow2", "a.raw", 1.2),
+        pair("raw → vhdx", "raw", "vhdx", "a.raw", 1.2),
+        pair("qcow2 → raw", "qcow2", "raw", "a.qcow2", 1.2),
+        pair("vhdx → qcow2", "vhdx", "qcow2", "a.vhdx", 1.2),
+        pair("sparse 1 TiB raw → raw", "raw", "raw", "sparse.raw", 1.2),
+        pair("sparse 1 TiB raw → qcow2", "raw", "qcow2", "sparse.raw", 1.2),
+    ];
+    rows[0].peers.push(floor("cp --sparse=auto", "cp --sparse=auto a.raw out"));
+    let reflink = peer("cp --reflink=always", "cp --reflink=always a.raw out");
+    rows.push(row("raw → raw, shared blocks", "a.raw", "-f raw -O raw a.raw out", vec![reflink], Some(0.8)));
+    rows
+}
+
+fn compressed() -> Vec<Row> {
+    let fastest = |rest: &str| vec![peer("qemu-img -W -m 16", format!("qemu-img convert -W -m 16 {rest}"))];
+    let zlib = "-c -f raw -O qcow2 a.raw out";
+    let zstd = "-c -o compression_type=zstd -f raw -O qcow2 a.raw out";
+    let from = |input: &str| format!("-f qcow2 -O raw {input} out");
+    vec![
+        row("raw → qcow2 -c, zlib", "a.raw", zlib, fastest(zlib), Some(4.0)),
+        row("raw → qcow2 -c, zstd", "a.raw", zstd, fastest(zstd), Some(2.0)),
+        row("qcow2 zlib → raw", "z.qcow2", &from("z.qcow2"), qemu(&from("z.qcow2")), Some(2.5)),
+        row("qcow2 zstd → raw", "s.qcow2", &from("s.qcow2"), qemu(&from("s.qcow2")), Some(1.8)),
+    ]
+}
+
+/// Conversions whose peer is the reference VMA program, which few machines have. The floor is read
+/// once, write once: a copy of as many bytes; or one decoder of zstd that keeps nothing.
+fn archives() -> Vec<Row> {
+    const TO_QCOW2: &str = "qemu-img convert -W -m 16 -f raw -O qcow2 out.d/disk-drive-scsi0.raw out.qcow2";
+    let copy = || floor("floor: cp of the archive", "cp --sparse=never a.vma out");
+    let mut rows = vec![
+        row(
+            "raw → vma",
+            "a.raw",
+            "-f raw -O vma drive-scsi0=a.raw out",
+            vec![peer("vma create", "vma create out drive-scsi0=a.raw"), copy()],
+            Some(3.0),
+        ),
+        row(
+            "vma → raw",
+            "a.vma",
+            "-f vma -O raw a.vma out",
+            vec![peer("vma extract", "vma extract a.vma out.d"), copy()],
+            Some(1.4),
+        ),
+        row(
+            "vma → qcow2",
+            "a.vma",
+            "-f vma -O qcow2 a.vma out",
+            vec![peer("vma, qemu-img", format!("vma extract a.vma out.d && {TO_QCOW2}")), copy()],
+            Some(2.2),
+        ),
+        row(
+            ".vma.zst (one frame) → qcow2",
+            "a.vma.zst",
+            "-f vma -O qcow2 a.vma.zst out",
+            vec![
+                peer(
+                    "zstd, vma, qemu-img",
+                    format!("zstd -dcq a.vma.zst | vma extract - out.d && {TO_QCOW2}"),
+                ),
+                floor("floor: zstd -d", "zstd -dcq a.vma.zst > /dev/null"),
+            ],
+            Some(1.7),
+        ),
+        row(
+            ".vma.zst (seekable) → qcow2",
+            "seekable.vma.zst",
+            "-f vma -O qcow2 seekable.vma.zst out",
+            vec![
+                peer(
+                    "zstd, vma, qemu-img",
+                    format!("zstd -dcq seekable.vma.zst | vma extract - out.d && {TO_QCOW2}"),
+                ),
+                floor("one zstd -d", "zstd -dcq seekable.vma.zst > /dev/null"),
+            ],
+            Some(2.8),
+        ),
+        row(
+            "raw → .vma.zst",
+            "a.raw",
+            "-f raw -O vma drive-scsi0=a.raw out.vma.zst",
+            vec![
+                peer("vma, zstd -T0", "vma create out.vma drive-scsi0=a.raw && zstd -T0 -q out.vma"),
+                floor("floor: zstd -T0", "zstd -q -T0 a.vma -o out"),
+            ],
+            Some(1.8),
+        ),
+    ];
+    for index in [0, 5] {
+        rows[index].inputs.push("a.vma".into());
+    }
+    rows
+}
+
+fn empty() -> Vec<Row> {
+    let formats = ["raw", "qcow2", "vhdx"];
+    let pairs = formats.iter().flat_map(|from| formats.iter().map(move |to| (from, to)));
+    pairs
+        .map(|(from, to)| {
+            let rest = format!("-f {from} -O {to} empty.{from} out");
+            let peers = vec![peer("qemu-img", format!("qemu-img convert {rest}"))];
+            row(&format!("8 TiB empty {from} → {to}"), &format!("empty.{from}"), &rest, peers, Some(1.0))
+        })
+        .collect()
+}
