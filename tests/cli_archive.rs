@@ -54,6 +54,23 @@ fn proxmox_writes_the_configuration_that_qmrestore_reads() {
     ] {
         assert!(config.lines().any(|have| have == line), "no '{line}' in\n{config}");
     }
+    // The state of the guest is no drive; a line that is given names the storage.
+    let archive = "vzdump-qemu-9000-2026_01_02-03_04_06.vma";
+    imgtool([
+        "convert",
+        "web.raw",
+        "vmstate=data.raw",
+        archive,
+        "--proxmox",
+        "scsi0=zfs:vm-1-disk-0,size=1M",
+    ])
+    .within(dir.path())
+    .ok();
+    assert_eq!(device_names(dir.path(), archive), ["drive-scsi0", "vmstate"]);
+    let config = imgtool(["vma", "config", archive]).within(dir.path()).ok().text();
+    assert!(config.contains("\nscsi0: zfs:vm-1-disk-0,size=1M\n"), "{config}");
+    assert!(config.ends_with("#qmdump#map:scsi0:drive-scsi0:zfs:raw:\n"), "{config}");
+    assert!(!config.contains("scsi1"), "{config}");
     let run = imgtool(["convert", "web.raw", "vm.vma", "--proxmox", "memory=512"]).within(dir.path()).ok();
     run.says("qmrestore refuses the name 'vm.vma'");
     // A configuration that was made for other disks.

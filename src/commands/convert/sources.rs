@@ -4,7 +4,9 @@ use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use imgtool_toolkit::{Attachment, Device, Error, OpenOptions, Opened, Registry, Result, suggest};
+use imgtool_toolkit::{
+    Attachment, Device, DeviceKind, Error, OpenOptions, Opened, Registry, Result, suggest,
+};
 
 use super::format::Format;
 use super::names;
@@ -158,6 +160,9 @@ fn device_name(registry: &Registry, source: &Source, device: &Device) -> String 
     names::safe(&images::stem(registry, &source.arg.path), "disk")
 }
 
+/// What readers of archives take for the state of a running guest, by its name.
+const VMSTATE: &str = "vmstate";
+
 /// Names that every reader of archives takes, each once; what had to be changed is told. A name that
 /// was given on the command line stays as it is.
 pub fn name_for_archive(sources: &[Source], taken: &mut [Taken]) -> Vec<String> {
@@ -174,6 +179,9 @@ pub fn name_for_archive(sources: &[Source], taken: &mut [Taken]) -> Vec<String> 
         }
         if name != device.name {
             notes.push(format!("device '{}' is called '{name}' in the archive", device.name));
+        }
+        if name == VMSTATE {
+            device.device.kind = DeviceKind::VmState;
         }
         device.name = name;
     }

@@ -7,6 +7,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::pipeline::{self, Job, Route};
 use imgtool_toolkit::storage::os::{self, FileClass};
 use imgtool_toolkit::{
@@ -48,6 +49,9 @@ pub(super) fn run(args: &VmaCreateArgs) -> Result<Exit, Failure> {
     copied?;
     interrupt.shielded(|| outputs.commit())?;
     progress.summary(&manifest);
+    for note in sink.notes() {
+        report::say(&format!("vma: note: {}", escape_control(&note)));
+    }
     Ok(Exit::Done)
 }
 
@@ -281,7 +285,7 @@ impl Percent {
         for (device, zeros) in manifest.devices.iter().zip(&state.zeros) {
             let zeros = zeros.saturating_add(beyond_end(device));
             let saved = i128::from(device.size) - i128::from(zeros);
-            let name = imgtool_toolkit::error::escape_control(&device.name);
+            let name = escape_control(&device.name);
             report::say(&format!("image {name}: size={} zeros={zeros} saved={saved}", device.size));
         }
     }
