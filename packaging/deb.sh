@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Makes a Debian package, target/deb/imgtool_VERSION_ARCH.deb: the program, a manual page for each verb,
+# completions for bash, zsh and fish, licences. Needs cargo-deb: cargo install cargo-deb
+#
+# It installs no /usr/bin/vma: Proxmox VE brings its own. Who has none and wants the name links it:
+# ln -s imgtool /usr/local/bin/vma
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+target="${CARGO_TARGET_DIR:-target}"
+made="$target/deb"
+
+cargo build --locked --release --bin imgtool
+program="$target/release/imgtool"
+
+rm -rf "$made"
+mkdir -p "$made/man"
+"$program" man "$made/man"
+# Without name and time, so that the same source gives the same package.
+gzip -9 --no-name "$made"/man/*.1
+"$program" completions bash >"$made/imgtool.bash"
+"$program" completions zsh >"$made/_imgtool"
+"$program" completions fish >"$made/imgtool.fish"
+
+SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 315532800)}" \
+  cargo deb --locked --no-build --no-strip --output "$made/"
