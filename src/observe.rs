@@ -38,6 +38,10 @@ impl ImageSink for ObservedSink<'_> {
         self.inner.output(device)
     }
 
+    fn keeps_bytes(&self, device: DeviceId) -> bool {
+        self.inner.keeps_bytes(device)
+    }
+
     fn preamble(&self) -> Result<Vec<u8>> {
         self.inner.preamble()
     }

@@ -25,6 +25,7 @@ mod qcow2_maps;
 mod real;
 mod recipes;
 mod refusals;
+mod sharing;
 mod streams;
 mod targets;
 mod texts;

@@ -68,6 +68,16 @@ impl Mounted {
     /// Makes an ext4 on the device and mounts it.
     pub fn ext4(device: &LoopDevice, directory: &Path) -> Self {
         oracles::run("mkfs.ext4", &["-q", "-F", text(device.path())]);
+        Self::mount(device, directory)
+    }
+
+    /// Makes an XFS on the device (of 300 MiB or more) and mounts it: files can share blocks there.
+    pub fn xfs(device: &LoopDevice, directory: &Path) -> Self {
+        oracles::run("mkfs.xfs", &["-q", "-f", text(device.path())]);
+        Self::mount(device, directory)
+    }
+
+    fn mount(device: &LoopDevice, directory: &Path) -> Self {
         std::fs::create_dir_all(directory).unwrap();
         oracles::run("mount", &[text(device.path()), text(directory)]);
         Self(directory.to_owned())

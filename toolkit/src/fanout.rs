@@ -60,6 +60,11 @@ impl ImageSink for FanOut {
         sink.output(inner)
     }
 
+    fn keeps_bytes(&self, device: DeviceId) -> bool {
+        let (sink, inner) = self.place_of(device);
+        sink.keeps_bytes(inner)
+    }
+
     fn begin(&self) -> Result<()> {
         self.sinks.iter().try_for_each(|sink| sink.begin())
     }

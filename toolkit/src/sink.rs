@@ -191,6 +191,13 @@ pub trait ImageSink: Send + Sync {
         false
     }
 
+    /// Whether every [`Bytes::Data`] that is placed for `device` holds the guest's bytes as the piece
+    /// brought them. Then, where source and output lie on a file system that can, the output shares
+    /// their blocks instead of taking a copy.
+    fn keeps_bytes(&self, _device: DeviceId) -> bool {
+        false
+    }
+
     /// Turns a piece into parts. Called by many threads at once, in any order.
     ///
     /// # Errors

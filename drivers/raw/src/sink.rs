@@ -81,6 +81,10 @@ impl ImageSink for RawSink {
         }
     }
 
+    fn keeps_bytes(&self, _device: DeviceId) -> bool {
+        !self.write_zeros_plainly && self.preallocation == Preallocation::Off
+    }
+
     fn output(&self, _device: DeviceId) -> &Output {
         &self.output
     }

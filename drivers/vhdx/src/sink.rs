@@ -92,6 +92,10 @@ impl ImageSink for VhdxSink {
         }
     }
 
+    fn keeps_bytes(&self, _device: DeviceId) -> bool {
+        !self.options.fixed
+    }
+
     fn output(&self, _device: DeviceId) -> &Output {
         &self.output
     }

@@ -61,6 +61,10 @@ impl ImageSink for VmaSink {
         }
     }
 
+    fn keeps_bytes(&self, _device: DeviceId) -> bool {
+        true
+    }
+
     fn output(&self, _device: DeviceId) -> &Output {
         &self.output
     }

@@ -28,6 +28,7 @@ use flush::Flusher;
 use order::Orderer;
 use plan::{Plan, ReadTask};
 use regroup::Regroup;
+use share::Sharing;
 
 /// Pieces under way per worker, waiting for their turn included. Ours: two let a worker go on while
 /// one slow piece holds up the order; more only hold memory.
@@ -100,14 +101,15 @@ pub fn copy(source: &mut dyn ImageSource, sink: &dyn ImageSink, job: &Job<'_>) -
             let (shared, routes) = share::share_blocks(random, sink, &devices, routes, job)?;
             let plan = Plan::new(random, sink, &devices, routes);
             let largest = plan.largest_piece();
-            let (copied, _) = run(Producer::Random(plan), Some(random), sink, job, largest)?;
+            let sharing = Sharing::new(random, sink, &devices, &job.routes);
+            let (copied, _) = run(Producer::Random(plan), Some(random), sink, job, largest, sharing)?;
             Ok(shared + copied)
         }
         Access::Sequential(stream) => {
             let regroup = Regroup::new(sink, &devices, routes.clone());
             let largest = regroup.largest_piece();
             let producer = Producer::Sequential { stream, regroup, ended: false };
-            let (totals, producer) = run(producer, None, sink, job, largest)?;
+            let (totals, producer) = run(producer, None, sink, job, largest, Sharing::default())?;
             if let Producer::Sequential { stream, .. } = producer {
                 for route in &routes {
                     if let Some(size) = stream.final_size(route.from) {
@@ -179,6 +181,7 @@ fn run<'a, 'p>(
     sink: &'a dyn ImageSink,
     job: &'a Job<'a>,
     largest_piece: u64,
+    sharing: Sharing<'a>,
 ) -> Result<(Totals, Producer<'p>)> {
     // A piece may be held twice: as it was read and as it was encoded.
     let affordable = BUFFER_BUDGET / (largest_piece.max(1) * 2 * WINDOW_PER_THREAD as u64);
@@ -186,7 +189,7 @@ fn run<'a, 'p>(
     let shared = Shared {
         producer: Mutex::new((0, producer)),
         random,
-        orderer: Orderer::new(sink, job, threads * WINDOW_PER_THREAD),
+        orderer: Orderer::new(sink, job, threads * WINDOW_PER_THREAD, sharing),
         sink,
         pool: BufferPool::new(),
         job,
@@ -195,11 +198,12 @@ fn run<'a, 'p>(
         guest_bytes: AtomicU64::new(0),
         zero_bytes: AtomicU64::new(0),
     };
-    let files = job.routes.iter().map(|route| sink.output(route.to)).filter(|output| output.file().is_some());
-    let flusher = Flusher::new(files.cloned().collect());
+    let flusher = Flusher::new(job.routes.iter().map(|route| sink.output(route.to)));
     std::thread::scope(|scope| {
         let _stopping = flusher.stop_when_dropped();
-        scope.spawn(|| flusher.work());
+        if flusher.has_work() {
+            scope.spawn(|| flusher.work());
+        }
         let workers: Vec<_> = (1..threads).map(|_| scope.spawn(|| shared.work())).collect();
         shared.work();
         for worker in workers {

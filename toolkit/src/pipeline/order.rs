@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io::IoSlice;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use super::share::Sharing;
 use super::{Job, lock};
 use crate::device::DeviceId;
 use crate::error::Result;
@@ -30,6 +31,7 @@ pub(super) struct Orderer<'a> {
     /// The outputs, each once, and which of them a device of the sink goes to.
     outputs: Vec<&'a Output>,
     output_of: HashMap<DeviceId, usize>,
+    sharing: Sharing<'a>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -53,7 +55,7 @@ struct Queue {
 }
 
 impl<'a> Orderer<'a> {
-    pub(super) fn new(sink: &'a dyn ImageSink, job: &Job<'_>, window: usize) -> Self {
+    pub(super) fn new(sink: &'a dyn ImageSink, job: &Job<'_>, window: usize, sharing: Sharing<'a>) -> Self {
         let mut outputs: Vec<&Output> = Vec::new();
         let mut output_of = HashMap::new();
         for route in &job.routes {
@@ -69,7 +71,7 @@ impl<'a> Orderer<'a> {
         let ordered = ordered || outputs.iter().any(|output| output.is_stream());
         let queues = outputs.iter().map(|_| Queue::default()).collect();
         let state = Mutex::new(State { queues, ..State::default() });
-        Self { sink, ordered, window, outputs, output_of, state, changed: Condvar::new() }
+        Self { sink, ordered, window, outputs, output_of, sharing, state, changed: Condvar::new() }
     }
 
     /// Waits until one more piece may be under way; false when the work was given up.
@@ -179,6 +181,12 @@ impl<'a> Orderer<'a> {
         while let Some(first) = rest.first() {
             if let Bytes::Zero(len) = first.bytes {
                 output.write_zeros_at(first.file_offset, len)?;
+                rest = &rest[1..];
+                continue;
+            }
+            if let Bytes::Data(range) = &first.bytes
+                && self.sharing.share(prepared, range, output, first.file_offset)?
+            {
                 rest = &rest[1..];
                 continue;
             }

@@ -68,18 +68,22 @@ struct RandomFile {
     file: File,
     len: u64,
     runs: Runs,
-    walks_over_runs: bool,
+    lives_in_memory: bool,
+    /// What was read leaves the page cache at once: so large a file would push out all else.
+    is_passing: bool,
 }
 
 impl RandomFile {
     fn new(file: File, len: u64) -> Self {
-        let walks_over_runs = os::walks_over_runs(&file);
-        Self { file, len, runs: Runs::default(), walks_over_runs }
+        let lives_in_memory = os::lives_in_memory(&file);
+        let is_passing = !lives_in_memory && os::memory_len().is_some_and(|memory| len > memory / 2);
+        Self { file, len, runs: Runs::default(), lives_in_memory, is_passing }
     }
 }
 
 impl ReadAt for RandomFile {
     fn read_exact_at(&self, mut buf: &mut [u8], mut position: u64) -> io::Result<()> {
+        let (start, len) = (position, buf.len() as u64);
         while !buf.is_empty() {
             match os::read_at(&self.file, buf, position) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -90,6 +94,9 @@ impl ReadAt for RandomFile {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }
+        }
+        if self.is_passing {
+            os::forget_range(&self.file, start, len);
         }
         Ok(())
     }
@@ -103,7 +110,7 @@ impl ReadAt for RandomFile {
     }
 
     fn rough_run(&self, position: u64, until: u64) -> io::Result<FileRun> {
-        if !self.walks_over_runs {
+        if !self.lives_in_memory {
             return self.run(position);
         }
         let data = os::next_data(&self.file, position, self.len)?;

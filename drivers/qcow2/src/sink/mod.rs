@@ -299,6 +299,10 @@ impl ImageSink for Qcow2Sink {
         Geometry { granule, granule_required: whole, piece_len, max_zero_len, ordered: !self.is_linear() }
     }
 
+    fn keeps_bytes(&self, _device: DeviceId) -> bool {
+        self.options.preallocation == Preallocation::Off
+    }
+
     fn output(&self, _device: DeviceId) -> &Output {
         self.data_output()
     }

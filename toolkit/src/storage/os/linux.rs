@@ -71,9 +71,10 @@ pub fn file_run(file: &File, position: u64, len: u64) -> io::Result<FileRun> {
     }
 }
 
-/// Whether finding the end of a run costs time in proportion to the run: tmpfs looks at page after
-/// page, 30 ms for 1 GiB, where a disk's file system has a list of extents.
-pub fn walks_over_runs(file: &File) -> bool {
+/// Whether the file lies in memory (tmpfs). Flushing it does nothing, and finding the end of a run
+/// costs time in proportion to the run: 30 ms for 1 GiB, where a disk's file system has a list of
+/// extents.
+pub fn lives_in_memory(file: &File) -> bool {
     // statfs(2): TMPFS_MAGIC.
     const TMPFS: u64 = 0x0102_1994;
     rustix::fs::fstatfs(file).is_ok_and(|fs| u64::try_from(fs.f_type).is_ok_and(|kind| kind == TMPFS))
@@ -207,13 +208,18 @@ pub fn write_vectored_at(file: &File, slices: &[IoSlice<'_>], position: u64) -> 
 /// Whether the two files lie on one file system that can share blocks between files (reflink):
 /// then [`copy_range`] costs next to nothing. Elsewhere it copies, and zeros would go unnoticed.
 pub fn can_share_blocks(from: &File, to: &File) -> bool {
-    // statfs(2): XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, BCACHEFS_SUPER_MAGIC.
-    const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683e, 0xca45_1a4e];
     let same = match (from.metadata(), to.metadata()) {
         (Ok(from), Ok(to)) => from.dev() == to.dev() && from.is_file() && to.is_file(),
         _ => false,
     };
-    same && rustix::fs::fstatfs(from)
+    same && shares_blocks(to)
+}
+
+/// Whether the file lies on a file system whose files can share blocks.
+pub fn shares_blocks(file: &File) -> bool {
+    // statfs(2): XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, BCACHEFS_SUPER_MAGIC.
+    const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683e, 0xca45_1a4e];
+    rustix::fs::fstatfs(file)
         .is_ok_and(|fs| u64::try_from(fs.f_type).is_ok_and(|kind| SHARING.contains(&(kind & 0xffff_ffff))))
 }
 
@@ -259,7 +265,14 @@ pub fn exchange_names(a: &Path, b: &Path) -> io::Result<bool> {
     }
 }
 
-/// Tells the kernel that a range was read and is not needed again.
+/// Bytes of memory that the machine has, if it tells.
+pub fn memory_len() -> Option<u64> {
+    let info = rustix::system::sysinfo();
+    Some((info.totalram as u64).saturating_mul(u64::from(info.mem_unit)))
+}
+
+/// Tells the kernel that a range will not be needed again. What of it is not on disk yet stays in
+/// memory, and is on its way.
 pub fn forget_range(file: &File, position: u64, len: u64) {
     // Advice only: nothing depends on it.
     let _ = rustix::fs::fadvise(file, position, std::num::NonZero::new(len), Advice::DontNeed);

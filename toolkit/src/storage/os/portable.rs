@@ -44,7 +44,7 @@ pub fn file_run(_file: &File, _position: u64, len: u64) -> io::Result<FileRun> {
 }
 
 /// See the Linux version; here never.
-pub fn walks_over_runs(_file: &File) -> bool {
+pub fn lives_in_memory(_file: &File) -> bool {
     false
 }
 
@@ -119,6 +119,11 @@ pub fn can_share_blocks(_from: &File, _to: &File) -> bool {
     false
 }
 
+/// See the Linux version; here never.
+pub fn shares_blocks(_file: &File) -> bool {
+    false
+}
+
 /// See the Linux version; here never possible.
 ///
 /// # Errors
@@ -131,6 +136,11 @@ pub fn copy_range(
     _len: usize,
 ) -> io::Result<usize> {
     Ok(0)
+}
+
+/// See the Linux version; here nothing tells.
+pub fn memory_len() -> Option<u64> {
+    None
 }
 
 /// See the Linux version; here nothing.
