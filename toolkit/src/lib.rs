@@ -57,3 +57,8 @@ pub use source::{
     SequentialAccess,
 };
 pub use storage::{Compression, Input, Output, Outputs, RandomInput, Stream};
+
+/// Its example is compiled with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

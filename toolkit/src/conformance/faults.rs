@@ -212,6 +212,9 @@ impl ImageSink for Discard {
 }
 
 /// Every law about faults that the driver's capabilities claim.
+///
+/// # Panics
+/// When the law is broken.
 pub fn all(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let can = driver.capabilities();
     failing_reads_are_errors(driver, options, image);
@@ -266,6 +269,9 @@ fn expect_io(driver: &dyn Driver, what: &str, result: Result<()>) {
 }
 
 /// A read that fails, at whatever point, is an error of the whole; one that takes long is none.
+///
+/// # Panics
+/// When the law is broken.
 pub fn failing_reads_are_errors(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let bytes: Arc<dyn ReadAt> = Arc::new(Memory(make_bytes(driver, options, image)));
     let read = |plan: &Arc<Plan>, threads| {
@@ -292,6 +298,9 @@ pub fn failing_reads_are_errors(driver: &dyn Driver, options: &CreateOptions, im
 
 /// A pipe that fails or ends early is an error; one that serves single bytes, is interrupted or slow
 /// is none.
+///
+/// # Panics
+/// When the law is broken.
 pub fn failing_pipes_are_errors(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let bytes = make_bytes(driver, options, image);
     let read = |plan: &Arc<Plan>, threads| {
@@ -323,6 +332,9 @@ pub fn failing_pipes_are_errors(driver: &dyn Driver, options: &CreateOptions, im
 }
 
 /// A write into a pipe that fails is an error; partial and interrupted writes are completed.
+///
+/// # Panics
+/// When the law is broken.
 pub fn failing_pipe_writes_are_errors(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let into = |pipe: &Pipe, plan: &Arc<Plan>, threads| {
         let stream = FaultyStream::new(pipe.clone(), Arc::clone(plan));
@@ -348,6 +360,9 @@ pub fn failing_pipe_writes_are_errors(driver: &dyn Driver, options: &CreateOptio
 }
 
 /// A target that is too small is an error, never a silent loss.
+///
+/// # Panics
+/// When the law is broken.
 pub fn targets_that_are_too_small_are_errors(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let needed = make_bytes(driver, options, image).len() as u64;
     for (number, len) in
@@ -367,6 +382,9 @@ pub fn targets_that_are_too_small_are_errors(driver: &dyn Driver, options: &Crea
 }
 
 /// A source that fails, in order or at random, ends the copy with its error.
+///
+/// # Panics
+/// When the law is broken.
 pub fn failing_sources_end_the_copy(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     for order in [Order::Random, Order::Stream] {
         let image = image.read_as(order);

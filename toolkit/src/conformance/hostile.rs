@@ -24,6 +24,9 @@ const MOST_MEMORY: u64 = 2 << 30;
 
 /// An image cut short anywhere can't be opened, can't be read in full, or lost nothing. (A format
 /// in which every length is legal may show a smaller device instead.)
+///
+/// # Panics
+/// When the law is broken.
 pub fn truncated_is_an_error(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let whole = make_bytes(driver, options, image);
     let len = whole.len();
@@ -121,6 +124,9 @@ impl<'a> Hostile<'a> {
 
 /// Opening a damaged image, asking for its extents and reading parts of it returns, rightly or with
 /// an error: no panic, bounded time, bounded memory.
+///
+/// # Panics
+/// When the law is broken.
 pub fn hostile_bytes_do_not_panic(driver: &dyn Driver, hostile: &Hostile<'_>) {
     let before = address_space_peak();
     for (damage, bytes) in hostile.damaged() {

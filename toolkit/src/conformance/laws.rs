@@ -19,6 +19,9 @@ const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
 /// Every law that the driver's capabilities claim.
+///
+/// # Panics
+/// When the law is broken.
 pub fn all(driver: &dyn Driver, options: &CreateOptions) {
     let can = driver.capabilities();
     for image in patterns() {
@@ -73,6 +76,9 @@ fn several_within(driver: &dyn Driver) -> Image {
 }
 
 /// What was written is what is read back: every byte, through extents, in order and at random.
+///
+/// # Panics
+/// When the law is broken.
 pub fn round_trip(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let directory = scratch();
     let path = make(driver, options, image, directory.path());
@@ -98,6 +104,9 @@ fn expect_source(driver: &dyn Driver, source: &mut dyn ImageSource, image: &Imag
 }
 
 /// One, two and seven threads write the same file, whatever the order of the source.
+///
+/// # Panics
+/// When the law is broken.
 pub fn same_bytes_for_any_thread_count(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     for order in [Order::Random, Order::Stream, Order::Shuffled] {
         let image = image.read_as(order);
@@ -144,6 +153,9 @@ fn first_difference(left: &Path, right: &Path) -> Option<u64> {
 }
 
 /// A source in one pass, in order or shuffled, gives the same content as one read by position.
+///
+/// # Panics
+/// When the law is broken.
 pub fn sequential_equals_random(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     for order in [Order::Stream, Order::Shuffled] {
         let directory = scratch();
@@ -159,6 +171,9 @@ pub fn sequential_equals_random(driver: &dyn Driver, options: &CreateOptions, im
 }
 
 /// Sizes that are no multiple of anything, and none at all where the format allows it.
+///
+/// # Panics
+/// When the law is broken.
 pub fn sizes(driver: &dyn Driver, options: &CreateOptions) {
     let sizes = [
         0,
@@ -197,6 +212,9 @@ pub fn sizes(driver: &dyn Driver, options: &CreateOptions) {
 }
 
 /// A device of 544 MiB with hardly any data makes a small file, whose extents are small too.
+///
+/// # Panics
+/// When the law is broken.
 pub fn sparse_stays_sparse(driver: &dyn Driver, options: &CreateOptions) {
     let image = far_apart();
     let (device, content) = &image.devices[0];
@@ -231,6 +249,9 @@ pub fn sparse_stays_sparse(driver: &dyn Driver, options: &CreateOptions) {
 }
 
 /// Four threads read odd ranges of the same source at once and get the right bytes.
+///
+/// # Panics
+/// When the law is broken.
 pub fn parallel_reads(driver: &dyn Driver, options: &CreateOptions) {
     let content =
         Content::zero().with(5000..3 * MIB, Fill::Checker(64 * KIB)).with(4 * MIB..5 * MIB, Fill::Text);
@@ -260,6 +281,9 @@ pub fn parallel_reads(driver: &dyn Driver, options: &CreateOptions) {
 }
 
 /// Reading beyond the end of a device is an error, as is a device that there is not.
+///
+/// # Panics
+/// When the law is broken.
 pub fn reads_stay_within_the_device(driver: &dyn Driver, options: &CreateOptions) {
     let directory = scratch();
     let path = make(driver, options, &mixed_image(), directory.path());
@@ -275,6 +299,9 @@ pub fn reads_stay_within_the_device(driver: &dyn Driver, options: &CreateOptions
 }
 
 /// The driver's probe knows what it wrote.
+///
+/// # Panics
+/// When the law is broken.
 pub fn probe_knows_its_own(driver: &dyn Driver, options: &CreateOptions) {
     let directory = scratch();
     let path = make(driver, options, &mixed_image(), directory.path());
@@ -284,6 +311,9 @@ pub fn probe_knows_its_own(driver: &dyn Driver, options: &CreateOptions) {
 }
 
 /// More devices than the format holds are refused when the image is begun.
+///
+/// # Panics
+/// When the law is broken.
 pub fn too_many_devices_are_refused(driver: &dyn Driver, options: &CreateOptions) {
     let directory = scratch();
     let path = directory.path().join("image");
@@ -296,6 +326,9 @@ pub fn too_many_devices_are_refused(driver: &dyn Driver, options: &CreateOptions
 
 /// An existing target full of old data holds the image afterwards, zeros included; or is refused
 /// when the image is begun.
+///
+/// # Panics
+/// When the law is broken.
 pub fn existing_target_with_old_data(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let directory = scratch();
     let fresh = std::fs::metadata(make(driver, options, image, directory.path())).expect("metadata").len();
@@ -336,6 +369,9 @@ fn fill_with_old_data(file: &File, len: u64) {
 }
 
 /// What goes into a pipe is what a file holds, byte for byte.
+///
+/// # Panics
+/// When the law is broken.
 pub fn stream_output_equals_file_output(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     for order in [Order::Random, Order::Stream] {
         let image = image.read_as(order);
@@ -359,6 +395,9 @@ pub fn stream_output_equals_file_output(driver: &dyn Driver, options: &CreateOpt
 }
 
 /// An image read from a pipe is the same as from a file; the pipe brings its bytes in odd portions.
+///
+/// # Panics
+/// When the law is broken.
 pub fn stream_read_equals_file_read(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let directory = scratch();
     let path = make(driver, options, image, directory.path());
@@ -386,6 +425,9 @@ impl std::io::Read for Portions {
 }
 
 /// A stream whose size shows at its end: the image has that size.
+///
+/// # Panics
+/// When the law is broken.
 pub fn open_ended_sources(driver: &dyn Driver, options: &CreateOptions) {
     for size in [1, 512, 65_536, 100_000, 3 * MIB, 3 * MIB + 4097] {
         for content in [
@@ -411,6 +453,9 @@ pub fn open_ended_sources(driver: &dyn Driver, options: &CreateOptions) {
 }
 
 /// A check of what was written finds nothing.
+///
+/// # Panics
+/// When the law is broken.
 pub fn check_finds_nothing(driver: &dyn Driver, options: &CreateOptions) {
     for image in [mixed_image(), far_apart(), Image::disk("all zero", 5 * MIB, Content::zero())] {
         for order in [Order::Random, Order::Stream, Order::Shuffled] {
@@ -434,6 +479,9 @@ pub fn check_finds_nothing(driver: &dyn Driver, options: &CreateOptions) {
 }
 
 /// A cancelled conversion ends with [`ErrorKind::Cancelled`], for any number of threads.
+///
+/// # Panics
+/// When the law is broken.
 pub fn cancelled_copies_end(driver: &dyn Driver, options: &CreateOptions) {
     use crate::pipeline::{self, Job, Route};
     use crate::progress::{CancelToken, NoProgress};
