@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use imgtool_toolkit::{
     CancelToken, Conversion, DeviceId, Input, OpenOptions, Progress, Registry, Result, pipeline::Totals,
 };
+use signal_hook::consts::SIGINT;
+use signal_hook::iterator::Signals;
 
 /// The callback: called by all worker threads at once, with guest bytes.
 struct Percent<F: Fn(u64) + Sync> {
@@ -74,8 +76,11 @@ fn main() -> ExitCode {
     };
     let cancel = CancelToken::new();
     let on_signal = cancel.clone();
-    if let Err(error) = ctrlc::set_handler(move || on_signal.cancel()) {
-        eprintln!("Ctrl-C will end the program at once: {error}");
+    match Signals::new([SIGINT]) {
+        Ok(mut signals) => {
+            std::thread::spawn(move || signals.forever().for_each(|_| on_signal.cancel()));
+        }
+        Err(error) => eprintln!("Ctrl-C will end the program at once: {error}"),
     }
     let show = |percent| eprint!("\r{percent:3} %");
     match convert(Path::new(from), Path::new(to), disk, show, cancel) {

@@ -1,12 +1,15 @@
 //! Signals: the first one asks the work to stop; if it does not, or at the second, what is
 //! unfinished is removed and the program ends.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use imgtool_toolkit::storage::Cleaner;
 use imgtool_toolkit::{CancelToken, Error, Result};
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
+use signal_hook::iterator::Signals;
 
 use crate::exit::Exit;
 use crate::report;
@@ -40,9 +43,17 @@ impl Interrupt {
             naming: Mutex::new(()),
             signals: AtomicU32::new(0),
         }));
+        let failed = |e| Error::io("listen to signals", e);
+        let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
+        // Who started this with nohup wants it to outlive the terminal.
+        if !is_ignored(SIGHUP) {
+            signals.add_signal(SIGHUP).map_err(failed)?;
+        }
         let handler = interrupt.clone();
-        ctrlc::set_handler(move || handler.signalled())
-            .map_err(|e| Error::io("listen to signals", std::io::Error::other(e)))?;
+        std::thread::Builder::new()
+            .name("signals".to_owned())
+            .spawn(move || signals.forever().for_each(|_| handler.signalled()))
+            .map_err(failed)?;
         Ok(interrupt)
     }
 
@@ -68,10 +79,13 @@ impl Interrupt {
             self.give_up();
         }
         let watchdog = self.clone();
-        std::thread::spawn(move || {
+        let started = std::thread::Builder::new().spawn(move || {
             std::thread::sleep(PATIENCE);
             watchdog.give_up();
         });
+        if started.is_err() {
+            self.give_up();
+        }
     }
 
     fn give_up(&self) {
@@ -82,6 +96,23 @@ impl Interrupt {
         report::error(&Error::cancelled("interrupted"));
         std::process::exit(i32::from(Exit::Failed.code()));
     }
+}
+
+/// Makes a write beyond the limit for file sizes (`ulimit -f`) an error like any other: by default
+/// the kernel ends the program, which leaves its unfinished outputs behind.
+pub fn file_size_limit_is_an_error() {
+    // Nobody looks at the flag. Should this fail, the limit ends the program as it always did.
+    let _ = signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)));
+}
+
+/// Whether whoever started the program had it ignore this signal. Linux tells (proc(5), SigIgn).
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -15,6 +15,7 @@ mod progress;
 mod report;
 
 fn main() -> ExitCode {
+    interrupt::file_size_limit_is_an_error();
     let done = args::parse(std::env::args_os()).map(|cli| {
         commands::run(cli.verb).unwrap_or_else(|error| {
             report::error(&error);

@@ -81,7 +81,22 @@ pub fn print_bytes(bytes: &[u8]) -> Result<()> {
 pub fn print_json(value: &impl Serialize) -> Result<()> {
     let text =
         serde_json::to_string_pretty(value).map_err(|e| Error::io("write JSON", io::Error::other(e)))?;
-    print(&(text + "\n"))
+    print(&(json_for_terminals(&text) + "\n"))
+}
+
+/// JSON in which the characters that terminals obey, and that JSON lets stand as they are, are
+/// escaped: the same values, whoever reads it.
+pub fn json_for_terminals(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        // Line feeds stand between values; within strings JSON has escaped them already.
+        if c != '\n' && escape_control(c.encode_utf8(&mut [0; 4])).len() > c.len_utf8() {
+            let _ = write!(out, "\\u{:04x}", u32::from(c));
+        } else {
+            out.push(c);
+        }
+    }
+    out
 }
 
 #[cfg(test)]

@@ -1,13 +1,14 @@
 //! Whatever goes wrong: a final name is always a finished output.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::support::images::{self, Image};
 use crate::support::run::PROGRAM;
-use crate::support::{fixture, imgtool, names, snapshot, tempdir, text};
+use crate::support::{fixture, imgtool, names, sha256_file, snapshot, tempdir, text};
 
 /// The unfinished outputs in a directory and those below it.
 fn partials(directory: &Path) -> Vec<String> {
@@ -91,16 +92,290 @@ fn a_failed_source_takes_the_whole_archive_with_it() {
     assert_eq!(snapshot(dir.path()), before);
 }
 
+/// Two disks in every format a directory or an archive can be made of, and how long that takes.
+struct Busy {
+    dir: tempfile::TempDir,
+    format: &'static str,
+    /// What a run that was left alone made.
+    wanted: BTreeMap<String, String>,
+    takes: Duration,
+}
+
+impl Busy {
+    fn new(format: &'static str) -> Self {
+        let dir = tempdir();
+        for seed in [1, 2] {
+            let image = Image::hole("x", 6 << 20).with(70_000, images::noise(seed, 5 << 20));
+            image.write_raw(&dir.path().join(format!("disk{seed}.raw")));
+        }
+        let mut busy = Self { dir, format, wanted: BTreeMap::new(), takes: Duration::ZERO };
+        let began = Instant::now();
+        let mut child = busy.start();
+        assert!(child.wait().unwrap().success());
+        busy.takes = began.elapsed();
+        busy.wanted = snapshot(busy.dir.path());
+        busy.clear();
+        busy
+    }
+
+    fn out(&self) -> &'static str {
+        if self.format == "vma" { "out.vma" } else { "out/" }
+    }
+
+    fn start(&self) -> Child {
+        imgtool(["convert", "disk1.raw", "disk2.raw", "--to", self.format, self.out()])
+            .within(self.dir.path())
+            .start()
+    }
+
+    fn clear(&self) {
+        let out = self.dir.path().join(self.out().trim_end_matches('/'));
+        if out.is_dir() {
+            std::fs::remove_dir_all(out).unwrap();
+        } else if out.exists() {
+            std::fs::remove_file(out).unwrap();
+        }
+    }
+
+    /// Runs it and sends `signal` after a share of the time that it takes.
+    fn hit(&self, signal: &str, share: f64) -> Option<i32> {
+        let child = self.start();
+        std::thread::sleep(self.takes.mul_f64(share));
+        // It may have ended already.
+        let _ = Command::new("kill").args([signal, &child.id().to_string()]).stderr(Stdio::null()).status();
+        ends(child, signal).code()
+    }
+}
+
+/// Every final name holds what it should, or is not there.
+fn nothing_unfinished(busy: &Busy, what: &str) {
+    for (name, digest) in snapshot(busy.dir.path()) {
+        if !name.contains(".partial-") && digest != "dir" {
+            assert_eq!(Some(&digest), busy.wanted.get(&name), "{what}: {name} is not finished");
+        }
+    }
+}
+
 #[test]
-fn a_full_disk_leaves_nothing_behind() {
+fn kills_at_any_moment_leave_only_temporary_names_which_the_next_run_removes() {
+    for format in ["raw", "qcow2", "vhdx", "vma"] {
+        let busy = Busy::new(format);
+        let mut left_behind = 0;
+        for nth in 0..25 {
+            busy.hit("-KILL", f64::from(nth) / 22.0);
+            let what = format!("{format}: kill {nth}");
+            nothing_unfinished(&busy, &what);
+            let left = partials(busy.dir.path()).len();
+            left_behind += left;
+            let line = ["convert", "--force", "disk1.raw", "disk2.raw", "--to", format, busy.out()];
+            let run = imgtool(line).within(busy.dir.path()).ok();
+            assert_eq!(
+                run.stderr.matches("a run that was killed had left").count(),
+                left,
+                "{what}: {}",
+                run.stderr
+            );
+            assert_eq!(snapshot(busy.dir.path()), busy.wanted, "{what}");
+            busy.clear();
+        }
+        assert!(left_behind > 0, "{format}: no kill came while it worked");
+    }
+}
+
+#[test]
+fn signals_at_any_moment_leave_all_or_nothing() {
+    for format in ["raw", "qcow2", "vhdx", "vma"] {
+        let busy = Busy::new(format);
+        let before = snapshot(busy.dir.path());
+        for nth in 0..24 {
+            let signal = ["-INT", "-TERM", "-HUP"][nth % 3];
+            let code = busy.hit(signal, nth as f64 / 20.0);
+            let after = snapshot(busy.dir.path());
+            let what = format!("{format}: {signal} {nth}: exit code {code:?}");
+            match code {
+                Some(0) => assert_eq!(after, busy.wanted, "{what}"),
+                // Before the program listens, the signal ends it: it has no code then.
+                Some(1) | None => assert_eq!(after, before, "{what}"),
+                Some(_) => panic!("{what}"),
+            }
+            busy.clear();
+        }
+    }
+}
+
+#[test]
+fn a_run_does_not_take_the_unfinished_output_of_another() {
+    let dir = tempdir();
+    let first = stalled(&dir.path().join("out.qcow2"));
+    let theirs = partials(dir.path());
+    let raw = dir.path().join("disk.raw");
+    Image::hole("x", 1 << 20).with(0, images::noise(1, 100_000)).write_raw(&raw);
+    let run = imgtool(["convert", "disk.raw", "--to", "qcow2", "out.qcow2"]).within(dir.path()).ok();
+    assert!(!run.stderr.contains("killed"), "{}", run.stderr);
+    assert_eq!(partials(dir.path()), theirs);
+    kill(&first, "-TERM");
+    assert!(!ends(first, "the first").success());
+    assert_eq!(names(dir.path()), ["disk.raw", "out.qcow2"]);
+}
+
+#[test]
+fn nohup_is_respected() {
+    let dir = tempdir();
+    Image::hole("x", 4 << 20).with(0, images::noise(1, 4 << 20)).write_raw(&dir.path().join("disk.raw"));
+    let line = format!(
+        "trap '' HUP; '{PROGRAM}' convert -r 8M disk.raw --to raw out.raw & sleep 0.1; kill -HUP $!; wait $!"
+    );
+    let status = Command::new("bash").args(["-c", &line]).current_dir(dir.path()).output().unwrap();
+    assert!(status.status.success(), "{status:?}");
+    assert_eq!(names(dir.path()), ["disk.raw", "out.raw"]);
+}
+
+#[test]
+fn a_source_that_is_cut_while_it_is_read_is_an_error() {
+    let dir = tempdir();
+    let raw = dir.path().join("disk.raw");
+    for format in ["raw", "qcow2", "vhdx", "vma"] {
+        Image::hole("x", 16 << 20).with(0, images::noise(1, 16 << 20)).write_raw(&raw);
+        let source = dir.path().join(format!("source.{format}"));
+        imgtool(["convert", text(&raw), "--to", format, text(&source)]).ok();
+        std::fs::remove_file(&raw).unwrap();
+        let out = dir.path().join("out.qcow2");
+        // Slowly: two seconds are left when it begins.
+        let child = imgtool(["convert", "-r", "8M", text(&source), "--to", "qcow2", text(&out)]).start();
+        let began = Instant::now();
+        while partials(dir.path()).is_empty() && began.elapsed() < Duration::from_secs(30) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let file = std::fs::File::options().write(true).open(&source).unwrap();
+        file.set_len(2 << 20).unwrap();
+        assert_eq!(ends(child, format).code(), Some(1), "{format}");
+        assert_eq!(names(dir.path()), [format!("source.{format}")]);
+        std::fs::remove_file(&source).unwrap();
+    }
+}
+
+#[test]
+fn a_reader_that_leaves_is_an_error() {
+    let dir = tempdir();
+    Image::hole("x", 4 << 20).with(0, images::noise(1, 4 << 20)).write_raw(&dir.path().join("disk.raw"));
+    for format in ["raw", "vma"] {
+        let line = format!(
+            "set -o pipefail; '{PROGRAM}' convert disk.raw --to {format} - | head -c 1000 > /dev/null"
+        );
+        let run = Command::new("bash").args(["-c", &line]).current_dir(dir.path()).output().unwrap();
+        let stderr = String::from_utf8_lossy(&run.stderr);
+        assert_eq!(run.status.code(), Some(1), "{format}: {stderr}");
+        assert!(stderr.contains("Broken pipe"), "{format}: {stderr}");
+        assert_eq!(names(dir.path()), ["disk.raw"]);
+    }
+}
+
+#[test]
+fn little_memory_is_enough_or_an_error_but_never_an_unfinished_output() {
+    crate::support::oracles::require!("prlimit");
+    let dir = tempdir();
+    Image::hole("x", 8 << 20).with(0, images::noise(1, 8 << 20)).write_raw(&dir.path().join("disk.raw"));
+    for format in ["raw", "qcow2", "vhdx", "vma"] {
+        let out = format!("out.{format}");
+        let within = |mib: u64| {
+            let limit = format!("--as={}", mib << 20);
+            let line = ["convert", "--force", "--threads", "8", "disk.raw", "--to", format, &out];
+            Command::new("prlimit")
+                .arg(limit)
+                .arg(PROGRAM)
+                .args(line)
+                .env("SOURCE_DATE_EPOCH", "1790000000")
+                .current_dir(dir.path())
+                .output()
+                .unwrap()
+        };
+        let run = within(1024);
+        assert!(run.status.success(), "{format} in 1 GiB: {run:?}");
+        let wanted = sha256_file(&dir.path().join(&out));
+        std::fs::remove_file(dir.path().join(&out)).unwrap();
+        for mib in [8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512] {
+            let run = within(mib);
+            let stderr = String::from_utf8_lossy(&run.stderr);
+            assert!(!stderr.contains("panicked"), "{format} in {mib} MiB: {stderr}");
+            match std::fs::remove_file(dir.path().join(&out)) {
+                Ok(()) => assert!(run.status.success(), "{format} in {mib} MiB: {stderr}"),
+                Err(_) => assert!(!run.status.success(), "{format} in {mib} MiB: {stderr}"),
+            }
+        }
+        imgtool(["convert", "disk.raw", "--to", format, &out]).within(dir.path()).ok();
+        assert_eq!(sha256_file(&dir.path().join(&out)), wanted);
+        std::fs::remove_file(dir.path().join(&out)).unwrap();
+        assert_eq!(names(dir.path()), ["disk.raw"], "{format}");
+    }
+}
+
+/// A shell line within a file system of 8 MiB at `small`, if this user may mount one.
+fn in_a_small_file_system(directory: &Path, line: &str) -> Option<std::process::Output> {
+    std::fs::create_dir_all(directory.join("small")).unwrap();
+    let script = format!("mount -t tmpfs -o size=8m none small || exit 99; cd small || exit 99; {line}");
+    let output = Command::new("unshare")
+        .args(["--map-root-user", "--mount", "bash", "-c", &script])
+        .env("IMGTOOL", PROGRAM)
+        .current_dir(directory)
+        .output()
+        .ok()?;
+    let refused =
+        output.status.code() == Some(99) || String::from_utf8_lossy(&output.stderr).contains("unshare");
+    if refused {
+        eprintln!("SKIPPED: no right to mount a file system");
+    }
+    (!refused).then_some(output)
+}
+
+#[test]
+fn a_small_file_system_that_fills_up_leaves_nothing_behind() {
+    let dir = tempdir();
+    Image::hole("x", 24 << 20).with(0, images::noise(1, 24 << 20)).write_raw(&dir.path().join("disk.raw"));
+    Image::hole("x", 24 << 20).with(0, images::noise(1, 3 << 20)).write_raw(&dir.path().join("small.raw"));
+    std::fs::write(dir.path().join("zeros.raw"), vec![0; 24 << 20]).unwrap();
+    let source = fixture("two-disks.vma.zst");
+    for format in ["raw", "qcow2", "vhdx", "vma"] {
+        // Known before the first byte, with both numbers.
+        let line = format!("$IMGTOOL convert ../disk.raw --to {format} out; code=$?; ls -A; exit $code");
+        let Some(run) = in_a_small_file_system(dir.path(), &line) else { return };
+        let stderr = String::from_utf8_lossy(&run.stderr);
+        assert_eq!((run.status.code(), run.stdout.as_slice()), (Some(1), &b""[..]), "{format}: {stderr}");
+        assert!(stderr.contains("no room") && stderr.contains("8388608"), "{format}: {stderr}");
+        // Found out on the way: from a pipe, compressed, or because the person insists.
+        for how in [
+            format!("$IMGTOOL convert --force ../disk.raw --to {format} out"),
+            format!("cat ../disk.raw | $IMGTOOL convert --force - --to {format} new/out"),
+            format!("$IMGTOOL convert --force ../disk.raw --to {format} dir/"),
+        ] {
+            let line = format!("mkdir new; {how}; code=$?; rmdir new; ls -A; exit $code");
+            let run = in_a_small_file_system(dir.path(), &line).unwrap();
+            let stderr = String::from_utf8_lossy(&run.stderr);
+            assert_eq!((run.status.code(), run.stdout.as_slice()), (Some(1), &b""[..]), "{how}: {stderr}");
+            assert!(stderr.contains("No space left on device"), "{how}: {stderr}");
+        }
+        // What fits is not refused, however large it looks.
+        for fits in ["zeros.raw", "small.raw"] {
+            let line = format!("$IMGTOOL convert ../{fits} --to {format} out && ls -A");
+            let run = in_a_small_file_system(dir.path(), &line).unwrap();
+            assert!(run.stdout.starts_with(b"out"), "{fits} to {format}: {run:?}");
+        }
+    }
+    let line = format!(
+        "head -c 7M /dev/zero > ballast; $IMGTOOL convert '{}' --to raw out; code=$?; ls -A; exit $code",
+        text(&source)
+    );
+    let run = in_a_small_file_system(dir.path(), &line).unwrap();
+    assert_eq!((run.status.code(), run.stdout.as_slice()), (Some(1), &b"ballast\n"[..]), "{run:?}");
+}
+
+#[test]
+fn a_limit_for_file_sizes_leaves_nothing_behind() {
     let dir = tempdir();
     let raw = dir.path().join("disk.raw");
     Image::hole("x", 8 << 20).with(0, images::noise(1, 8 << 20)).write_raw(&raw);
     for format in ["raw", "qcow2", "vhdx", "vma"] {
-        // No file may grow beyond 2 MiB; with the signal ignored a write fails instead.
-        let command = format!(
-            "trap '' XFSZ; ulimit -f 2048; exec '{PROGRAM}' convert disk.raw --to {format} out.{format}"
-        );
+        // No file may grow beyond 2 MiB.
+        let command = format!("ulimit -f 2048; exec '{PROGRAM}' convert disk.raw --to {format} out.{format}");
         let run = Command::new("bash").args(["-c", &command]).current_dir(dir.path()).output().unwrap();
         let stderr = String::from_utf8_lossy(&run.stderr);
         assert_eq!(run.status.code(), Some(1), "{format}: {stderr}");

@@ -22,6 +22,7 @@ pub(super) mod names;
 pub(super) mod proxmox;
 mod sinks;
 pub(super) mod sources;
+mod space;
 mod summary;
 mod verify;
 pub(super) mod write;
@@ -65,6 +66,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         images::named_files(&source.opened).iter().for_each(|path| outputs.protect(path));
     }
     args.input.allow_external.iter().for_each(|path| outputs.protect(path));
+    open_options.externals.opened().iter().for_each(|path| outputs.protect(path));
     if !args.messages.quiet {
         sources.iter().for_each(summary::announce);
     }

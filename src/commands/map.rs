@@ -154,7 +154,8 @@ impl Printer {
         }
         if self.json {
             self.text.push_str(if self.lines > 0 { ",\n " } else { "\n " });
-            self.text.push_str(&serde_json::to_string(&line(device, extent)).unwrap_or_default());
+            let text = serde_json::to_string(&line(device, extent)).unwrap_or_default();
+            self.text.push_str(&report::json_for_terminals(&text));
         } else {
             let kind = match extent {
                 MapExtent { compressed: true, .. } => "compressed",

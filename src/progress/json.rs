@@ -74,6 +74,6 @@ fn line(counters: &Counters, phase: &str, device: Option<&str>, sample: Sample) 
         elapsed: (counters.started.elapsed().as_secs_f64() * 1000.0).round() / 1000.0,
     };
     if let Ok(text) = serde_json::to_string(&line) {
-        report::say(&text);
+        report::say(&report::json_for_terminals(&text));
     }
 }

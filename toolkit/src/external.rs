@@ -4,6 +4,7 @@
 //! policy, refuses loops and deep chains, and opens what is allowed.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::driver::OpenOptions;
 use crate::error::{Error, Result, escape_control};
@@ -32,6 +33,8 @@ pub struct Externals {
     root: Option<PathBuf>,
     /// Canonical paths that are open above this image: a name among them is a loop.
     open: Vec<PathBuf>,
+    /// Every file that was opened by these rules, whichever image named it.
+    opened: Arc<Mutex<Vec<PathBuf>>>,
 }
 
 impl std::fmt::Debug for Externals {
@@ -43,7 +46,7 @@ impl std::fmt::Debug for Externals {
 impl Externals {
     /// Allows what `policy` says, opening images with `registry`.
     pub fn new(registry: Registry, policy: ExternalPolicy) -> Self {
-        Self { registry: Some(registry), policy, root: None, open: Vec::new() }
+        Self { registry: Some(registry), policy, ..Self::default() }
     }
 
     /// Opens the image that `from` calls `name` (relative names are relative to `from`'s
@@ -62,6 +65,7 @@ impl Externals {
         let (path, inner) = self.admit(role, name, from)?;
         let Some(registry) = &self.registry else { return Err(not_allowed(role, name, from)) };
         let input = Input::open_plain(&path)?;
+        self.note_opened(&path);
         let options = OpenOptions { externals: inner, snapshot: None, ..options.clone() };
         let driver = match format {
             Some(format) => registry.get(format)?,
@@ -76,7 +80,17 @@ impl Externals {
     /// [`crate::ErrorKind::Refused`] when it is not allowed; [`crate::ErrorKind::Io`].
     pub fn open_file(&self, role: &str, name: &str, from: &Path) -> Result<Input> {
         let (path, _) = self.admit(role, name, from)?;
+        self.note_opened(&path);
         Input::open_plain(&path)
+    }
+
+    /// Every file that was opened by these rules so far: a target must be none of them.
+    pub fn opened(&self) -> Vec<PathBuf> {
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn note_opened(&self, path: &Path) {
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner).push(path.to_owned());
     }
 
     /// How many images are open above the one that these rules are for: a driver divides the memory

@@ -90,7 +90,11 @@ impl Registry {
         }
         let compression = input.compression().to_vec();
         let stored_len = input.stored_len();
-        let input = if driver.capabilities().stream_read { input } else { input.spool()? };
+        let input = match (driver.capabilities().stream_read, options.info_only) {
+            (true, _) => input,
+            (false, true) => input.spool_for_facts()?,
+            (false, false) => input.spool()?,
+        };
         let spooled = input.is_spooled();
         let source = driver.open(input, options).map_err(|e| e.path(&path))?;
         Ok(Opened { path, driver, compression, stored_len, spooled, source })

@@ -78,7 +78,10 @@ impl Driver for RawDriver {
         sink::create(output, manifest, options)
     }
 
-    fn measure(&self, source: &dyn ImageSource, _options: &CreateOptions) -> Result<Measure> {
-        source::measure(source)
+    fn measure(&self, source: &dyn ImageSource, options: &CreateOptions) -> Result<Measure> {
+        let measured = source::measure(source)?;
+        let all = options.get("preallocation").is_some_and(|value| value != "off")
+            || options.sparse_granularity == Some(0);
+        Ok(Measure { required: if all { measured.fully_allocated } else { measured.required }, ..measured })
     }
 }

@@ -98,6 +98,10 @@ impl ImageSink for RawSink {
     }
 
     fn begin(&self) -> Result<()> {
+        if !self.open_ended {
+            // A length that the file system or a limit does not allow is refused before any data.
+            self.output.set_len(self.size.load(Ordering::Relaxed))?;
+        }
         if self.preallocation == Preallocation::Falloc && !self.open_ended {
             self.output.allocate(0, self.size.load(Ordering::Relaxed))?;
         }

@@ -248,6 +248,9 @@ pub fn digested(source: &mut dyn ImageSource) -> Result<Vec<(DeviceId, u64, u128
 }
 
 /// Takes what a stream hands out. Every byte of every device must come exactly once.
+///
+/// # Errors
+/// Those of reading.
 pub fn stream(devices: &[Device], stream: &mut dyn SequentialAccess) -> Result<()> {
     let pool = BufferPool::new();
     let mut seen: Vec<(DeviceId, Range<u64>)> = Vec::new();

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::storage::os::{self, FileClass};
+use imgtool_toolkit::storage::{Links, Wanted};
 use imgtool_toolkit::{Attachment, DeviceKind, Driver, Error, Registry, Result, suggest};
 
 use super::format::{self, Format};
@@ -76,6 +77,48 @@ pub struct Layout {
     pub files: Vec<(PathBuf, Attachment)>,
     /// What the person should know.
     pub notes: Vec<String>,
+}
+
+impl Layout {
+    /// What [`Outputs::check`] is to look at: everything that is going to be made, as it will be.
+    pub fn wanted(&self, force: bool) -> Vec<Wanted> {
+        let new = |path: &Path, overwrite: bool| Wanted::New {
+            path: path.to_owned(),
+            overwrite,
+            links: self.links(path),
+        };
+        let mut wanted = Vec::new();
+        for target in &self.targets {
+            wanted.push(match &target.place {
+                Place::New(path) => new(path, force),
+                Place::Existing { path, .. } if can_be_written_in_place(&*target.format.driver, path) => {
+                    Wanted::Existing(path.clone())
+                }
+                Place::Existing { path, .. } => new(path, true),
+                Place::Stream(path) if path == Path::new("-") => Wanted::Stdout,
+                // A pipe or the like: nothing is replaced, and two may share it.
+                Place::Stream(_) => continue,
+            });
+            wanted.extend(target.beside("data_file").map(|path| new(&path, force)));
+        }
+        wanted.extend(self.files.iter().map(|(path, _)| new(path, force)));
+        wanted
+    }
+
+    /// Names in the directory that receives the disks come from the image; all others from the user.
+    pub fn links(&self, path: &Path) -> Links {
+        let inside = self.directory.as_deref().is_some_and(|directory| path.parent() == Some(directory));
+        if inside { Links::Refuse } else { Links::Follow }
+    }
+}
+
+impl Target {
+    /// What an option of the format names: relative to the image's directory, as whoever reads the
+    /// image will take it.
+    pub fn beside(&self, option: &str) -> Option<PathBuf> {
+        let directory = self.place.path().parent().unwrap_or(Path::new(""));
+        self.format.options.get(option).map(|name| directory.join(name))
+    }
 }
 
 /// What the layout is made from.

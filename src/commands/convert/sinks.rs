@@ -1,7 +1,7 @@
 //! Sinks over outputs: one for each image to be made, and one over all.
 
 use imgtool_toolkit::fanout::FanOut;
-use imgtool_toolkit::storage::os;
+use imgtool_toolkit::storage::{Links, os};
 use imgtool_toolkit::{
     CreateOptions, Device, DeviceId, Error, ImageSink, Manifest, OpenOptions, Output, Outputs, PackedSink,
     Packing, Registry, Result, ResultExt,
@@ -41,10 +41,8 @@ pub fn make(
     let mut numbers = vec![DeviceId(0); taken.len()];
     for (index, target) in layout.targets.iter().enumerate() {
         let manifest = manifest(target, taken);
-        if let Some(path) = extras::backing_path(target.place.path(), &target.format.options)? {
-            outputs.protect(&path);
-        }
-        let output = make_output(target, &manifest, outputs, (force, take_busy))?;
+        let links = layout.links(target.place.path());
+        let output = make_output(target, &manifest, outputs, (force, take_busy), links)?;
         handles.push(output.clone());
         let options = extras::with_extras(
             registry,
@@ -101,12 +99,13 @@ fn make_output(
     manifest: &Manifest,
     outputs: &mut Outputs,
     (force, take_busy): (bool, bool),
+    links: Links,
 ) -> Result<Output> {
     match &target.place {
-        Place::New(path) => outputs.create(path, force),
+        Place::New(path) => outputs.create_linked(path, force, links),
         // `-n` onto an image file: the new one takes its place when it is finished.
         Place::Existing { path, .. } if !can_be_written_in_place(&*target.format.driver, path) => {
-            outputs.create(path, true)
+            outputs.create_linked(path, true, links)
         }
         Place::Existing { path, zeroed } => {
             let output = outputs.existing(path, *zeroed, take_busy)?;

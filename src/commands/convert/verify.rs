@@ -10,7 +10,7 @@ use std::sync::Arc;
 use imgtool_toolkit::digest::{self, ContentDigest};
 use imgtool_toolkit::storage::ReadAt;
 use imgtool_toolkit::{
-    DeviceId, Error, ImageSource, Input, OpenOptions, Output, RandomInput, Result, ResultExt,
+    Attachment, DeviceId, Error, ImageSource, Input, OpenOptions, Output, RandomInput, Result, ResultExt,
 };
 
 use super::layout::{Layout, Place, Target};
@@ -42,8 +42,17 @@ pub fn read_back(
     interrupt: &Interrupt,
 ) -> Result<()> {
     for (target, output) in layout.targets.iter().zip(outputs) {
+        // What is still in memory proves nothing about the disk.
+        output.sync_and_forget()?;
         let mut source = open(target, output, expected).in_file(target.place.path())?;
         let info = source.info();
+        // Names are adapted to the format; what they name is not.
+        let contents = |attachments: &[Attachment]| -> Vec<Vec<u8>> {
+            attachments.iter().map(|attachment| attachment.data.clone()).collect()
+        };
+        if contents(&info.attachments) != contents(&target.attachments) {
+            return Err(differs(target, "other configurations"));
+        }
         // Lanes are found by number, and an archive's devices are numbered from 1.
         let highest = info.devices.iter().map(|device| device.id.0).max().unwrap_or(0);
         let lanes = (0..=highest).map(|number| lane(&*source, DeviceId(number))).collect();
@@ -64,6 +73,22 @@ pub fn read_back(
     Ok(())
 }
 
+/// Reads a configuration back that was written to a file of its own.
+///
+/// # Errors
+/// Those of [`read_back`].
+pub fn same_bytes(output: &Output, sent: &[u8]) -> Result<()> {
+    output.sync_and_forget()?;
+    let mut found = vec![0; sent.len()];
+    output.read_exact_at(&mut found, 0)?;
+    if found == sent {
+        return Ok(());
+    }
+    Err(Error::corrupt("reading the configuration back brings other content than was written")
+        .path(output.path())
+        .hint("check the disk and the memory of this machine, then try again"))
+}
+
 fn lane(source: &dyn ImageSource, id: DeviceId) -> Lane {
     let device = source.info().device(id);
     Lane::new(device.map_or("", |device| &device.name), Some(device.map_or(0, |device| device.size)))
@@ -72,7 +97,7 @@ fn lane(source: &dyn ImageSource, id: DeviceId) -> Lane {
 fn differs(target: &Target, what: &str) -> Error {
     Error::corrupt(format!("reading the output back brings {what} than was written"))
         .path(target.place.path())
-        .hint("nothing was left behind; check the disk and the memory of this machine, then try again")
+        .hint("check the disk and the memory of this machine, then try again")
 }
 
 fn open(target: &Target, output: &Output, expected: &Expected<'_>) -> Result<Box<dyn ImageSource>> {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use imgtool_toolkit::digest::{ContentDigest, DigestSink};
+use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::pipeline::{self, Job, Route};
 use imgtool_toolkit::{
     DeviceId, Error, ImageSink, Loss, OpenOptions, Output, Outputs, Registry, Result, ResultExt,
@@ -11,11 +12,13 @@ use imgtool_toolkit::{
 use super::layout::Layout;
 use super::sinks::{self, Sinks};
 use super::sources::{Source, Taken};
-use super::verify;
+use super::{space, verify};
 use crate::args::ProgressMode;
+use crate::commands::extras;
 use crate::interrupt::Interrupt;
 use crate::observe::{Observe, ObservedSink};
 use crate::progress::{Lane, Meter, RateLimit};
+use crate::report;
 
 /// An existing target may be larger than its disk by this much without being taken for a mistake:
 /// LVM and others round sizes up to their extents.
@@ -69,11 +72,20 @@ pub fn write(
     mut outputs: Outputs,
     interrupt: &Interrupt,
 ) -> Result<Done> {
-    if let Some(directory) = &layout.directory {
-        outputs.directory(directory)?;
-    }
     if work.verify && layout.targets.iter().any(|target| target.place.is_stream()) {
         return Err(Error::usage("--verify can't read back what went to a pipe"));
+    }
+    for target in &layout.targets {
+        if let Some(path) = extras::backing_path(target.place.path(), &target.format.options)? {
+            outputs.protect(&path);
+        }
+    }
+    outputs.check(&layout.wanted(work.force))?;
+    if !work.take_busy {
+        space::check(layout, &sources, taken)?;
+    }
+    if let Some(directory) = &layout.directory {
+        outputs.directory(directory)?;
     }
     let made = sinks::make(
         work.registry,
@@ -83,8 +95,31 @@ pub fn write(
         &work.base_options,
         (work.force, work.take_busy),
     )?;
+    let in_place = made.outputs.clone();
+    let done = fill(work, layout, &mut sources, taken, (made, outputs), interrupt);
+    if done.is_err() {
+        for output in in_place.iter().filter(|output| output.capacity().is_some() && output.written() > 0) {
+            let path = escape_control(&output.path().to_string_lossy());
+            report::note(&format!("{path} was being written in place: what it holds now is not complete"));
+        }
+    }
+    done
+}
+
+/// Fills the outputs and gives them their names.
+fn fill(
+    work: Work<'_>,
+    layout: &Layout,
+    sources: &mut [Source],
+    taken: &[Taken],
+    (made, mut outputs): (Sinks, Outputs),
+    interrupt: &Interrupt,
+) -> Result<Done> {
+    let mut files = Vec::new();
     for (path, attachment) in &layout.files {
-        outputs.create(path, work.force)?.write_at(&attachment.data, 0)?;
+        let output = outputs.create_linked(path, work.force, layout.links(path))?;
+        output.write_at(&attachment.data, 0)?;
+        files.push((output, attachment));
     }
     let counted = made.outputs.clone();
     let written = move || counted.iter().map(Output::written).sum();
@@ -106,6 +141,7 @@ pub fn write(
     if work.verify {
         meter.finish();
         let expected = verify::Expected { digest: &digest, numbers: &made.numbers, taken };
+        files.iter().try_for_each(|(output, config)| verify::same_bytes(output, &config.data))?;
         verify::read_back(layout, &made.outputs, &expected, work.threads, work.progress, interrupt)?;
     }
     let swept = outputs
@@ -118,7 +154,7 @@ pub fn write(
     Ok(Done {
         written: made.outputs.iter().map(Output::written).collect(),
         devices,
-        losses: losses(&sources, taken),
+        losses: losses(sources, taken),
         notes,
         elapsed: meter.elapsed(),
     })

@@ -201,10 +201,13 @@ fn run<'a, 'p>(
     let flusher = Flusher::new(job.routes.iter().map(|route| sink.output(route.to)));
     std::thread::scope(|scope| {
         let _stopping = flusher.stop_when_dropped();
+        // Where the system gives no more threads (a limit on memory or processes), fewer do the work.
         if flusher.has_work() {
-            scope.spawn(|| flusher.work());
+            let _ = std::thread::Builder::new().spawn_scoped(scope, || flusher.work());
         }
-        let workers: Vec<_> = (1..threads).map(|_| scope.spawn(|| shared.work())).collect();
+        let workers: Vec<_> = (1..threads)
+            .map_while(|_| std::thread::Builder::new().spawn_scoped(scope, || shared.work()).ok())
+            .collect();
         shared.work();
         for worker in workers {
             if let Err(panic) = worker.join() {

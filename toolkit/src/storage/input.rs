@@ -18,6 +18,12 @@ const MAX_LAYERS: usize = 4;
 
 /// What is read at once where not all can be read: a page, in which a system reads disks.
 const SALVAGE_SECTOR: u64 = 4096;
+/// How many times its length a compressed file may expand to where only facts are wanted. Ours: disk
+/// images are rarely compressed beyond 20:1; a bomb is by 1000:1 (gzip) to a million to one (bzip2).
+const MOST_EXPANSION: u64 = 256;
+
+/// What a file may expand to in any case then: decompressed in a few seconds.
+const FREELY_SPOOLED: u64 = 2 << 30;
 
 /// Bytes that can be read by position.
 pub trait ReadAt: Send + Sync {
@@ -355,10 +361,25 @@ impl Input {
     /// # Errors
     /// When the stream can't be read or the copy can't be written.
     pub fn spool(self) -> Result<Self> {
+        self.spool_within(u64::MAX)
+    }
+
+    /// [`Input::spool`] for a few facts about an image, not its content: a file that expands to many
+    /// times its length is not decompressed to its end only for them.
+    ///
+    /// # Errors
+    /// Those of [`Input::spool`]; [`crate::ErrorKind::LimitExceeded`].
+    pub fn spool_for_facts(self) -> Result<Self> {
+        let limit =
+            self.stored_len.map_or(u64::MAX, |len| len.saturating_mul(MOST_EXPANSION).max(FREELY_SPOOLED));
+        self.spool_within(limit)
+    }
+
+    fn spool_within(self, limit: u64) -> Result<Self> {
         match self.body {
             Body::Random(_) => Ok(self),
             Body::Stream(stream) => {
-                let file = super::spool::spool(stream)?;
+                let file = super::spool::spool(stream, limit)?;
                 let len = os::file_len(&file).map_err(|e| Error::io("find the length", e))?;
                 Ok(Self { spooled: true, body: Body::Random(Arc::new(RandomFile::new(file, len))), ..self })
             }

@@ -11,10 +11,12 @@ pub mod os;
 pub mod outer;
 mod output;
 mod outputs;
+mod partial;
 mod runs;
 mod spool;
 
 pub use input::{Input, PROBE_LEN, RandomInput, ReadAt, Stream};
 pub use outer::Compression;
 pub use output::Output;
-pub use outputs::{Cleaner, Outputs, partial_name};
+pub use outputs::{Cleaner, Links, Outputs, Wanted};
+pub use partial::partial_name;

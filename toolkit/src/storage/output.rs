@@ -265,6 +265,19 @@ impl Output {
         }
     }
 
+    /// Flushes, and lets the system forget what it holds of it in memory: what is read after this
+    /// comes from the disk, where the system can do that.
+    ///
+    /// # Errors
+    /// Those of [`Output::sync`].
+    pub fn sync_and_forget(&self) -> Result<()> {
+        self.sync()?;
+        if let Some(file) = self.file() {
+            os::forget_range(file, 0, 0);
+        }
+        Ok(())
+    }
+
     /// Sets the length of a new file, so that zeros at its end need no writing. An existing target
     /// keeps its length; a stream is not changed.
     ///
@@ -342,8 +355,8 @@ impl Output {
 
     fn write_error(&self, e: io::Error, position: u64) -> Error {
         let hint = match e.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                Some("free some space, or choose another directory; nothing was left behind")
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded if self.capacity().is_none() => {
+                Some("free some space, or choose another directory")
             }
             io::ErrorKind::FileTooLarge => {
                 Some("the file system or a limit (ulimit -f) does not allow files of this size")

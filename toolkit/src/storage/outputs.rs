@@ -1,24 +1,19 @@
 //! The outputs of one run: a final name is always a finished output.
 //!
-//! Each file is written beside its target as `.NAME.partial-XXXXXX`. [`Outputs::commit`] flushes all
-//! of them and only then renames them; until that, dropping the set removes everything.
+//! Each file is written beside its target as `.NAME.partial-XXXXXX` (`partial.rs`). [`Outputs::commit`]
+//! flushes all of them and only then renames them; until that, dropping the set removes everything.
 
-use std::fs::{File, Metadata, Permissions};
-use std::io::Write;
+use std::fs::{File, Metadata};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tempfile::TempPath;
 
-use super::os::{self, FileClass};
+use super::os::{self, FileClass, FileId};
 use super::output::Output;
+use super::partial;
 use crate::error::{Error, Result, escape_control};
-
-/// Longest file name of the file systems in use (NAME_MAX).
-const NAME_MAX: usize = 255;
-/// What a partial name adds: a dot, ".partial-" and six characters.
-const PARTIAL_EXTRA: usize = 16;
 
 /// The outputs of one run.
 #[derive(Default)]
@@ -27,11 +22,39 @@ pub struct Outputs {
     others: Vec<Output>,
     directories: Vec<PathBuf>,
     published: Vec<PathBuf>,
-    protected: Vec<(PathBuf, (u64, u64))>,
+    /// What is read: no output may be it, lie beneath it or on top of it.
+    protected: Vec<(PathBuf, Vec<FileId>)>,
     /// Files that exist and are written to, or will be replaced.
-    taken: Vec<(u64, u64)>,
+    taken: Vec<Vec<FileId>>,
     swept: Vec<PathBuf>,
     cleaner: Cleaner,
+}
+
+/// What to do where the name of an output is a symbolic link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Links {
+    /// The user named it: the file that it leads to is meant.
+    Follow,
+    /// The name comes from an image: whoever put the link there does not decide what is written to.
+    Refuse,
+}
+
+/// An output that is going to be made, for [`Outputs::check`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wanted {
+    /// A file for [`Outputs::create`].
+    New {
+        /// Its path.
+        path: PathBuf,
+        /// It may exist.
+        overwrite: bool,
+        /// Whether a link is followed.
+        links: Links,
+    },
+    /// A file or device for [`Outputs::existing`].
+    Existing(PathBuf),
+    /// Standard output.
+    Stdout,
 }
 
 struct PendingFile {
@@ -47,38 +70,46 @@ impl PendingFile {
     fn give_name(self) -> Result<Named> {
         let path = self.final_path;
         let failed = |e| Error::io("give the finished output its name", e).path(&path);
+        let id =
+            self.output.file().and_then(|file| file.metadata().ok()).map(|meta| os::file_identity(&meta));
         if self.overwrite && path.exists() {
             // The old file keeps a name until every output has its own.
             if os::exchange_names(&self.temporary, &path).map_err(failed)? {
-                return Ok(Named { path, old: Some(self.temporary) });
+                return Ok(Named { path, id, old: Some(self.temporary) });
             }
             self.temporary.persist(&path).map_err(|e| failed(e.error))?;
         } else {
             self.temporary.persist_noclobber(&path).map_err(|e| failed(e.error))?;
         }
-        Ok(Named { path, old: None })
+        Ok(Named { path, id, old: None })
     }
 }
 
 /// An output that has its final name; `old` is the file that had it before, removed when dropped.
 struct Named {
     path: PathBuf,
+    id: Option<FileId>,
     old: Option<TempPath>,
 }
 
 impl Named {
-    /// Takes the final name back.
-    fn undo(self) {
-        // Nothing more can be done when this fails: the error that led here is reported.
-        let _ = match &self.old {
+    /// Takes the final name back; the path, when that fails.
+    fn undo(self) -> Option<PathBuf> {
+        let ours = std::fs::symlink_metadata(&self.path).ok().map(|meta| os::file_identity(&meta)) == self.id;
+        if !ours {
+            // Somebody has put another file there: it is not ours to remove.
+            return None;
+        }
+        let undone = match &self.old {
             Some(old) => os::exchange_names(old, &self.path).map(|_| ()),
             None => std::fs::remove_file(&self.path),
         };
+        undone.is_err().then_some(self.path)
     }
 }
 
 /// Removes the partial files of a run from another thread: for signal handlers whose program has
-/// no time to unwind.
+/// no time to unwind. Nothing is begun any more after that.
 #[derive(Debug, Clone, Default)]
 pub struct Cleaner(Arc<Mutex<Paths>>);
 
@@ -86,12 +117,15 @@ pub struct Cleaner(Arc<Mutex<Paths>>);
 struct Paths {
     files: Vec<PathBuf>,
     directories: Vec<PathBuf>,
+    /// The program ends: whatever would be made now would stay.
+    closed: bool,
 }
 
 impl Cleaner {
     /// Removes what is not finished.
     pub fn clean(&self) {
-        let mut paths = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut paths = self.lock();
+        paths.closed = true;
         for path in paths.files.drain(..) {
             // The file may be gone already; there is nobody left to tell otherwise.
             let _ = std::fs::remove_file(path);
@@ -102,13 +136,22 @@ impl Cleaner {
     }
 
     fn forget(&self) {
-        let mut paths = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut paths = self.lock();
         paths.files.clear();
         paths.directories.clear();
     }
 
-    fn with<T>(&self, f: impl FnOnce(&mut Paths) -> T) -> T {
-        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    fn lock(&self) -> MutexGuard<'_, Paths> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs `make` so that [`Cleaner::clean`] comes before or after it, never in between.
+    fn making<T>(&self, make: impl FnOnce(&mut Paths) -> Result<T>) -> Result<T> {
+        let mut paths = self.lock();
+        if paths.closed {
+            return Err(Error::cancelled("interrupted"));
+        }
+        make(&mut paths)
     }
 }
 
@@ -123,11 +166,50 @@ impl Outputs {
         self.cleaner.clone()
     }
 
-    /// Refuses outputs that are this file under any name: it is a source.
+    /// Refuses outputs that are this file under any name, or a device that it lies on: it is a
+    /// source. `-` is standard input.
     pub fn protect(&mut self, source: &Path) {
-        if let Ok(meta) = std::fs::metadata(source) {
-            self.protected.push((source.to_owned(), os::file_identity(&meta)));
+        let meta = if source == Path::new("-") { stdin_metadata() } else { std::fs::metadata(source) };
+        if let Ok(meta) = meta
+            && matches!(os::classify(&meta), FileClass::Regular | FileClass::BlockDevice)
+        {
+            self.protected.push((source.to_owned(), os::file_layers(&meta, true)));
         }
+    }
+
+    /// Refuses what [`Outputs::create`] and the others would refuse, for all outputs of a run, before
+    /// anything is opened or made.
+    ///
+    /// # Errors
+    /// Those of [`Outputs::create`] and [`Outputs::existing`].
+    pub fn check(&self, wanted: &[Wanted]) -> Result<()> {
+        let mut names: Vec<PathBuf> = Vec::new();
+        let mut taken = self.taken.clone();
+        for output in wanted {
+            match output {
+                Wanted::New { path, overwrite, links } => {
+                    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+                    let missing = parent.is_some_and(|parent| !parent.exists());
+                    // In a directory that is not there yet nothing is in the way.
+                    let final_path = if missing { path.clone() } else { final_path(path, *links)? };
+                    if names.contains(&final_path) {
+                        return Err(Error::usage("two outputs would be this file").path(path));
+                    }
+                    if let Some(meta) = self.check_target(path, &final_path, *overwrite, &taken)? {
+                        taken.push(os::file_layers(&meta, false));
+                    }
+                    names.push(final_path);
+                }
+                Wanted::Existing(path) => {
+                    let meta =
+                        std::fs::metadata(path).map_err(|e| Error::io("open for writing", e).path(path))?;
+                    self.check_free(path, &meta, &taken)?;
+                    taken.push(os::file_layers(&meta, false));
+                }
+                Wanted::Stdout => self.check_stdout(&mut taken)?,
+            }
+        }
+        Ok(())
     }
 
     /// A new file that will be called `path`. Nothing of that name exists, or `overwrite` is set.
@@ -136,28 +218,33 @@ impl Outputs {
     /// [`crate::ErrorKind::Refused`] when it exists, is a source, or is no regular file;
     /// [`crate::ErrorKind::Io`].
     pub fn create(&mut self, path: &Path, overwrite: bool) -> Result<Output> {
-        let final_path = final_path(path)?;
-        let old = self.check_target(path, &final_path, overwrite)?;
+        self.create_linked(path, overwrite, Links::Follow)
+    }
+
+    /// [`Outputs::create`], with a say in what happens where `path` is a symbolic link.
+    ///
+    /// # Errors
+    /// Those of [`Outputs::create`]; [`ErrorKind::Refused`] for a link that is not to be followed.
+    pub fn create_linked(&mut self, path: &Path, overwrite: bool, links: Links) -> Result<Output> {
+        let final_path = final_path(path, links)?;
+        if self.files.iter().any(|pending| pending.final_path == final_path) {
+            return Err(Error::usage("two outputs would be this file").path(path));
+        }
+        let old = self.check_target(path, &final_path, overwrite, &self.taken)?;
         let (Some(directory), Some(name)) = (final_path.parent(), final_path.file_name()) else {
             return Err(Error::usage("is not a file name").path(path));
         };
-        let prefix = partial_prefix(&name.to_string_lossy());
-        self.sweep(directory, &prefix);
-        let mut builder = tempfile::Builder::new();
-        #[cfg(unix)]
-        builder.permissions(<Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o666));
-        let (file, temporary) = builder
-            .prefix(&prefix)
-            .rand_bytes(6)
-            .tempfile_in(directory)
-            // The kind alone: the error's text would name the temporary file.
-            .map_err(|e| Error::io("create", e.kind().into()).path(path))?
-            .into_parts();
-        self.cleaner.with(|paths| paths.files.push(temporary.to_path_buf()));
-        // Held while the program lives: tells a later run that this file is in use.
-        let _ = file.try_lock();
+        let name = name.to_string_lossy();
+        partial::sweep(directory, &name, &mut self.swept);
+        let (file, temporary) = self.cleaner.making(|paths| {
+            let made = partial::create(directory, &name)
+                // The kind alone: the error's text would name the temporary file.
+                .map_err(|e| Error::io("create", plain(&e)).path(path))?;
+            paths.files.push(made.1.to_path_buf());
+            Ok(made)
+        })?;
         if let Some(old) = old {
-            self.taken.push(os::file_identity(&old));
+            self.taken.push(os::file_layers(&old, false));
             file.set_permissions(old.permissions()).map_err(|e| Error::io("create", e).path(path))?;
         }
         let output = Output::from_new_file(path, file);
@@ -169,11 +256,10 @@ impl Outputs {
     /// is known to hold zeros. What is mounted, locked or otherwise held is refused without `force`.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Refused`] when it is a source or busy; [`crate::ErrorKind::Io`].
+    /// [`crate::ErrorKind::Refused`] when it is a source or busy; [`ErrorKind::Io`].
     pub fn existing(&mut self, path: &Path, reads_as_zero: bool, force: bool) -> Result<Output> {
         let meta = std::fs::metadata(path).map_err(|e| Error::io("open for writing", e).path(path))?;
-        self.check_protected(path, os::file_identity(&meta))?;
-        self.check_taken(path, os::file_identity(&meta))?;
+        self.check_free(path, &meta, &self.taken)?;
         let file = match os::classify(&meta) {
             FileClass::BlockDevice => os::open_block_device(path, !force).map_err(|e| {
                 if e.kind() == std::io::ErrorKind::ResourceBusy {
@@ -198,7 +284,7 @@ impl Outputs {
                 .hint("nothing was written; stop what uses it, or write all the same with --force"));
         }
         let output = Output::from_existing(path, file, reads_as_zero)?;
-        self.taken.push(os::file_identity(&meta));
+        self.taken.push(os::file_layers(&meta, false));
         self.others.push(output.clone());
         Ok(output)
     }
@@ -231,9 +317,12 @@ impl Outputs {
     /// # Errors
     /// When it can't be made.
     pub fn new_directory(&mut self, path: &Path) -> Result<()> {
-        std::fs::create_dir(path).map_err(|e| Error::io("make the directory", e).path(path))?;
+        self.cleaner.making(|paths| {
+            std::fs::create_dir(path).map_err(|e| Error::io("make the directory", e).path(path))?;
+            paths.directories.push(path.to_owned());
+            Ok(())
+        })?;
         self.directories.push(path.to_owned());
-        self.cleaner.with(|paths| paths.directories.push(path.to_owned()));
         Ok(())
     }
 
@@ -244,13 +333,16 @@ impl Outputs {
     /// When it can't be made.
     pub fn publish(&mut self, path: &Path, bytes: &[u8]) -> Result<()> {
         let failed = |e| Error::io("unable to write file", e).path(path);
-        let mut file = File::create_new(path).map_err(failed)?;
+        let mut file = self.cleaner.making(|paths| {
+            let file = File::create_new(path).map_err(failed)?;
+            paths.files.push(path.to_owned());
+            Ok(file)
+        })?;
         self.published.push(path.to_owned());
-        self.cleaner.with(|paths| paths.files.push(path.to_owned()));
         file.write_all(bytes).map_err(failed)
     }
 
-    /// Flushes every output, then gives all files their final names.
+    /// Flushes every output, then gives all files their final names, then flushes the names.
     ///
     /// # Errors
     /// When a flush or a rename fails; final names that were given in this call are taken back.
@@ -265,17 +357,17 @@ impl Outputs {
         for pending in std::mem::take(&mut self.files) {
             match pending.give_name() {
                 Ok(done) => named.push(done),
-                Err(error) => {
-                    named.into_iter().rev().for_each(Named::undo);
-                    return Err(error);
-                }
+                Err(error) => return Err(taken_back(named, error)),
             }
         }
-        let named: Vec<PathBuf> = named.into_iter().map(|done| done.path).collect();
+        let made = self.directories.iter().filter_map(|directory| directory.parent());
+        let holders: Vec<&Path> = named.iter().filter_map(|done| done.path.parent()).chain(made).collect();
+        if let Err(error) = sync_directories(holders) {
+            return Err(taken_back(named, error));
+        }
         self.directories.clear();
         self.published.clear();
         self.cleaner.forget();
-        sync_directories(&named);
         Ok(())
     }
 
@@ -284,30 +376,18 @@ impl Outputs {
         &self.swept
     }
 
-    /// Removes what a killed run left of an output of the same name. A file that is in use is
-    /// locked; one that is being made this moment is too young.
-    fn sweep(&mut self, directory: &Path, prefix: &str) {
-        let Ok(entries) = std::fs::read_dir(directory) else { return };
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            let Some(name) = name.to_str() else { continue };
-            let ours = name.strip_prefix(prefix).is_some_and(|tail| tail.len() == 6) && partial_name(name);
-            if ours && is_abandoned(&entry.path()) && std::fs::remove_file(entry.path()).is_ok() {
-                self.swept.push(entry.path());
-            }
-        }
-    }
-
     /// Refuses a target that can't be, or may not be, replaced; what is there now.
-    fn check_target(&self, path: &Path, final_path: &Path, overwrite: bool) -> Result<Option<Metadata>> {
-        if self.files.iter().any(|pending| pending.final_path == final_path) {
-            return Err(Error::usage("two outputs would be this file").path(path));
-        }
+    fn check_target(
+        &self,
+        path: &Path,
+        final_path: &Path,
+        overwrite: bool,
+        taken: &[Vec<FileId>],
+    ) -> Result<Option<Metadata>> {
         let Ok(meta) = std::fs::metadata(final_path) else {
             return Ok(None);
         };
-        self.check_protected(path, os::file_identity(&meta))?;
-        self.check_taken(path, os::file_identity(&meta))?;
+        self.check_free(path, &meta, taken)?;
         match os::classify(&meta) {
             FileClass::Regular if overwrite => Ok(Some(meta)),
             FileClass::Regular => {
@@ -323,22 +403,37 @@ impl Outputs {
         }
     }
 
-    fn check_taken(&self, path: &Path, identity: (u64, u64)) -> Result<()> {
-        if self.taken.contains(&identity) {
+    /// Refuses what is a source, or another output.
+    fn check_free(&self, path: &Path, meta: &Metadata, taken: &[Vec<FileId>]) -> Result<()> {
+        let own = os::file_identity(meta);
+        let layers = os::file_layers(meta, false);
+        if taken.iter().any(|other| other.contains(&own) || layers.contains(&other[0])) {
             return Err(Error::usage("two outputs would be this file").path(path));
+        }
+        for (source, beneath) in &self.protected {
+            let source_name = escape_control(&source.to_string_lossy());
+            if beneath[0] == own {
+                let text = format!("source and target are the same file ({source_name})");
+                return Err(Error::refused(text).path(path));
+            }
+            if beneath.contains(&own) || layers.contains(&beneath[0]) {
+                let text = format!("writing to the target would change the source ({source_name})");
+                return Err(Error::refused(text)
+                    .path(path)
+                    .hint("one of them is a device on top of the other, or holds it"));
+            }
         }
         Ok(())
     }
 
-    fn check_protected(&self, path: &Path, identity: (u64, u64)) -> Result<()> {
-        match self.protected.iter().find(|(_, known)| *known == identity) {
-            Some((source, _)) => Err(Error::refused(format!(
-                "source and target are the same file ({})",
-                escape_control(&source.to_string_lossy())
-            ))
-            .path(path)),
-            None => Ok(()),
+    /// Refuses standard output when it leads into a source or into another output.
+    fn check_stdout(&self, taken: &mut Vec<Vec<FileId>>) -> Result<()> {
+        let Ok(meta) = stdout_metadata() else { return Ok(()) };
+        if matches!(os::classify(&meta), FileClass::Regular | FileClass::BlockDevice) {
+            self.check_free(Path::new("-"), &meta, taken)?;
+            taken.push(os::file_layers(&meta, false));
         }
+        Ok(())
     }
 }
 
@@ -358,9 +453,41 @@ impl Drop for Outputs {
     }
 }
 
-/// Where a file called `path` will be: links are followed, the directory is resolved.
-fn final_path(path: &Path) -> Result<PathBuf> {
+/// Takes the names back that were given; the error then, with what could not be taken back.
+fn taken_back(named: Vec<Named>, error: Error) -> Error {
+    let stuck: Vec<String> =
+        named.into_iter().rev().filter_map(Named::undo).map(|path| shown(&path)).collect();
+    if stuck.is_empty() {
+        return error;
+    }
+    error.hint(format!(
+        "finished, but without the others, and its name could not be taken back: {}",
+        stuck.join(", ")
+    ))
+}
+
+fn shown(path: &Path) -> String {
+    escape_control(&path.to_string_lossy())
+}
+
+/// The system's own error without the text that a library put around it.
+fn plain(e: &io::Error) -> io::Error {
+    match std::error::Error::source(e).and_then(|e| e.downcast_ref::<io::Error>()).or(Some(e)) {
+        Some(inner) if inner.raw_os_error().is_some() => {
+            io::Error::from_raw_os_error(inner.raw_os_error().unwrap_or_default())
+        }
+        _ => e.kind().into(),
+    }
+}
+
+/// Where a file called `path` will be: the directory is resolved, and a link if it is to be followed.
+fn final_path(path: &Path, links: Links) -> Result<PathBuf> {
     if std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_symlink()) {
+        if links == Links::Refuse {
+            return Err(Error::refused("is a symbolic link, and names that an image gives are not followed")
+                .path(path)
+                .hint("remove the link, or send the disk where it leads with --target NAME=PATH"));
+        }
         return std::fs::canonicalize(path).map_err(|e| {
             Error::io("follow the link", e)
                 .path(path)
@@ -376,45 +503,57 @@ fn final_path(path: &Path) -> Result<PathBuf> {
     Ok(directory.join(name))
 }
 
-/// What the temporary name of an output called `name` begins with: `.NAME.partial-`.
-fn partial_prefix(name: &str) -> String {
-    let mut keep = name.len().min(NAME_MAX - PARTIAL_EXTRA);
-    while !name.is_char_boundary(keep) {
-        keep -= 1;
-    }
-    format!(".{}.partial-", &name[..keep])
-}
-
-/// Whether a file name is that of an unfinished output.
-pub fn partial_name(name: &str) -> bool {
-    name.starts_with('.')
-        && name.rsplit_once(".partial-").is_some_and(|(_, tail)| tail.len() == 6 && tail.is_ascii())
-}
-
-/// Whether an unfinished file belongs to no running program.
-fn is_abandoned(path: &Path) -> bool {
-    /// Younger files may be about to be locked.
-    const GRACE: Duration = Duration::from_secs(2);
-    let old_enough = std::fs::symlink_metadata(path).is_ok_and(|meta| {
-        meta.is_file() && meta.modified().is_ok_and(|time| time.elapsed().is_ok_and(|age| age > GRACE))
-    });
-    old_enough && File::open(path).is_ok_and(|file| file.try_lock().is_ok())
-}
-
-/// Makes the new names durable. Not every file system can; the files themselves are flushed already.
-fn sync_directories(paths: &[PathBuf]) {
-    let mut directories: Vec<&Path> = paths.iter().filter_map(|path| path.parent()).collect();
+/// Makes new names durable. Where a directory can't be flushed at all that is no error: the files
+/// themselves are flushed already.
+fn sync_directories(mut directories: Vec<&Path>) -> Result<()> {
     directories.sort_unstable();
     directories.dedup();
     for directory in directories {
         let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
-        let _ = File::open(directory).and_then(|file| file.sync_all());
+        match File::open(directory).and_then(|file| file.sync_all()) {
+            Err(e) if is_failure(&e) => {
+                return Err(Error::io("flush the directory", e).path(directory));
+            }
+            _ => {}
+        }
     }
+    Ok(())
+}
+
+/// Whether flushing a directory failed, rather than not being offered.
+fn is_failure(e: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidInput, IsADirectory, NotFound, PermissionDenied, Unsupported};
+    !matches!(e.kind(), InvalidInput | IsADirectory | NotFound | PermissionDenied | Unsupported)
+}
+
+#[cfg(unix)]
+fn stdin_metadata() -> io::Result<Metadata> {
+    use std::os::fd::AsFd;
+    File::from(io::stdin().as_fd().try_clone_to_owned()?).metadata()
+}
+
+#[cfg(unix)]
+fn stdout_metadata() -> io::Result<Metadata> {
+    use std::os::fd::AsFd;
+    File::from(io::stdout().as_fd().try_clone_to_owned()?).metadata()
+}
+
+#[cfg(not(unix))]
+fn stdin_metadata() -> io::Result<Metadata> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+#[cfg(not(unix))]
+fn stdout_metadata() -> io::Result<Metadata> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::Permissions;
+
     use super::*;
+    use crate::error::ErrorKind;
 
     #[test]
     fn nothing_is_left_without_commit() {
@@ -469,26 +608,6 @@ mod tests {
         outputs.commit().expect("commit");
         assert_eq!(std::fs::read(&a).expect("read"), b"new");
         assert_eq!(std::fs::read_dir(dir.path()).expect("read_dir").count(), 1);
-    }
-
-    #[test]
-    fn what_a_killed_run_left_is_swept_and_what_is_in_use_is_not() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let past = std::time::SystemTime::now() - Duration::from_secs(60);
-        let make = |name: &str| {
-            let file = File::create_new(dir.path().join(name)).expect("create");
-            file.set_modified(past).expect("set time");
-            file
-        };
-        drop(make(".x.raw.partial-abcdef"));
-        drop(make(".y.raw.partial-abcdef"));
-        let in_use = make(".x.raw.partial-inuse1");
-        in_use.lock().expect("lock");
-        let mut outputs = Outputs::new();
-        outputs.create(&dir.path().join("x.raw"), false).expect("create");
-        assert_eq!(outputs.swept(), [dir.path().join(".x.raw.partial-abcdef")]);
-        assert!(dir.path().join(".x.raw.partial-inuse1").exists());
-        assert!(dir.path().join(".y.raw.partial-abcdef").exists());
     }
 
     #[test]
@@ -547,5 +666,76 @@ mod tests {
         outputs.protect(&source);
         assert!(outputs.create(&link, true).is_err());
         assert!(outputs.existing(&link, false, true).is_err());
+    }
+
+    #[test]
+    fn all_outputs_are_checked_before_one_is_made() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (free, taken, source) =
+            (dir.path().join("free"), dir.path().join("taken"), dir.path().join("source"));
+        std::fs::write(&taken, b"x").expect("write");
+        std::fs::write(&source, b"x").expect("write");
+        let new =
+            |path: &Path, overwrite| Wanted::New { path: path.to_owned(), overwrite, links: Links::Follow };
+        let mut outputs = Outputs::new();
+        outputs.protect(&source);
+        outputs.check(&[new(&free, false), new(&taken, true)]).expect("fine");
+        outputs.check(&[new(&dir.path().join("not/yet"), false)]).expect("a directory to be made");
+        for bad in [
+            vec![new(&free, false), new(&taken, false)],
+            vec![new(&free, false), new(&dir.path().join("./free"), false)],
+            vec![new(&free, false), new(&source, true)],
+            vec![new(&free, false), Wanted::Existing(source.clone())],
+            vec![new(&taken, true), Wanted::Existing(taken.clone())],
+            vec![new(&dir.path().join("not/yet"), false), new(&dir.path().join("not/yet"), false)],
+        ] {
+            outputs.check(&bad).expect_err("refused");
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).expect("read_dir").count(), 2);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_under_a_name_from_an_image_is_not_followed() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (victim, link, nowhere) = (dir.path().join("v"), dir.path().join("l"), dir.path().join("n"));
+        std::fs::write(&victim, b"old").expect("write");
+        std::os::unix::fs::symlink(&victim, &link).expect("link");
+        std::os::unix::fs::symlink("nowhere", &nowhere).expect("link");
+        for path in [&link, &nowhere] {
+            for overwrite in [false, true] {
+                let refused = Outputs::new().create_linked(path, overwrite, Links::Refuse);
+                assert_eq!(refused.err().map(|e| e.kind()), Some(ErrorKind::Refused));
+            }
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).expect("read_dir").count(), 3);
+        assert_eq!(std::fs::read(&victim).expect("read"), b"old");
+    }
+
+    #[test]
+    fn nothing_is_begun_after_cleaning() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let mut outputs = Outputs::new();
+        outputs.directory(&dir.path().join("d")).expect("mkdir");
+        outputs.create(&dir.path().join("d/a"), false).expect("create");
+        outputs.cleaner().clean();
+        assert_eq!(
+            outputs.create(&dir.path().join("b"), false).err().map(|e| e.kind()),
+            Some(ErrorKind::Cancelled)
+        );
+        assert!(outputs.directory(&dir.path().join("e")).is_err());
+        assert_eq!(std::fs::read_dir(dir.path()).expect("read_dir").count(), 0);
+    }
+
+    #[test]
+    fn a_name_that_somebody_took_meanwhile_is_not_taken_back() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+        std::fs::write(&a, b"theirs").expect("write");
+        std::fs::write(&b, b"ours").expect("write");
+        let id = std::fs::metadata(&b).ok().map(|meta| os::file_identity(&meta));
+        assert_eq!(Named { path: a.clone(), id, old: None }.undo(), None);
+        assert_eq!(Named { path: b.clone(), id, old: None }.undo(), None);
+        assert!(a.exists() && !b.exists());
     }
 }

@@ -5,6 +5,7 @@
 //! the program.
 
 use std::fs::File;
+use std::io::{self, IoSlice};
 
 use super::input::Stream;
 use super::os;
@@ -14,8 +15,8 @@ use crate::zero;
 /// Bytes copied at a time. Ours.
 const CHUNK: usize = 256 * 1024;
 
-/// Copies `stream` to an unnamed temporary file; zeros become holes.
-pub(super) fn spool(mut stream: Stream) -> Result<File> {
+/// Copies `stream`, of at most `limit` bytes, to an unnamed temporary file; zeros become holes.
+pub(super) fn spool(mut stream: Stream, limit: u64) -> Result<File> {
     let failed = |e| {
         Error::io("write a temporary copy", e)
             .path(std::env::temp_dir())
@@ -28,18 +29,33 @@ pub(super) fn spool(mut stream: Stream) -> Result<File> {
         let len = stream.read_full(&mut chunk)?;
         let bytes = &chunk[..len];
         if !zero::is_zero(bytes) {
-            let mut written = 0;
-            while written < len {
-                let slices = [std::io::IoSlice::new(&bytes[written..])];
-                written +=
-                    os::write_vectored_at(&file, &slices, position + written as u64).map_err(failed)?;
-            }
+            write_all_at(&file, bytes, position).map_err(failed)?;
         }
         position += len as u64;
+        if position > limit {
+            return Err(Error::limit(format!("the file expands to more than {limit} bytes"))
+                .path(stream.path())
+                .hint("it may be made to take forever; if it is not, decompress it first"));
+        }
         if len < CHUNK {
             break;
         }
     }
     file.set_len(position).map_err(failed)?;
     Ok(file)
+}
+
+fn write_all_at(file: &File, mut bytes: &[u8], mut position: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match os::write_vectored_at(file, &[IoSlice::new(bytes)], position) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => {
+                bytes = &bytes[count..];
+                position += count as u64;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }

@@ -3,13 +3,13 @@
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, IoSlice, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Advice, FallocateFlags, FlockOperation};
 use rustix::io::Errno;
 
-use super::{FileClass, FileRun};
+use super::{FileClass, FileId, FileRun, Space};
 
 /// What kind of file `meta` describes.
 pub fn classify(meta: &Metadata) -> FileClass {
@@ -43,8 +43,96 @@ pub fn allocated_len(meta: &Metadata) -> u64 {
 }
 
 /// Identifies a file across names and links: device and inode; for block devices the device it is.
-pub fn file_identity(meta: &Metadata) -> (u64, u64) {
-    if meta.file_type().is_block_device() { (u64::MAX, meta.rdev()) } else { (meta.dev(), meta.ino()) }
+pub fn file_identity(meta: &Metadata) -> FileId {
+    if meta.file_type().is_block_device() { block_device(meta.rdev()) } else { (meta.dev(), meta.ino()) }
+}
+
+fn block_device(number: u64) -> FileId {
+    (u64::MAX, number)
+}
+
+/// A file or block device, and whatever holds its bytes: the disk of a partition, the parts of a
+/// device-mapper or RAID device, the file behind a loop device; with `file_systems` also the device
+/// that a file's file system is on. The file itself comes first.
+pub fn file_layers(meta: &Metadata, file_systems: bool) -> Vec<FileId> {
+    let mut found = vec![file_identity(meta)];
+    let mut devices = Vec::new();
+    match classify(meta) {
+        FileClass::BlockDevice => devices.push(meta.rdev()),
+        FileClass::Regular if file_systems => devices.push(meta.dev()),
+        _ => {}
+    }
+    while let Some(number) = devices.pop() {
+        if found[1..].contains(&block_device(number)) {
+            continue;
+        }
+        found.push(block_device(number));
+        let known = sys_directory(number);
+        devices.extend(known.join("partition").exists().then(|| device_number(&known.join(".."))).flatten());
+        let parts = std::fs::read_dir(known.join("slaves")).into_iter().flatten().flatten();
+        devices.extend(parts.filter_map(|part| device_number(&part.path())));
+        let backing = std::fs::read_to_string(known.join("loop/backing_file"));
+        if let Ok(meta) = backing.and_then(|path| std::fs::metadata(path.trim_end_matches('\n'))) {
+            found.push(file_identity(&meta));
+            devices.extend(file_systems.then(|| meta.dev()));
+        }
+    }
+    found
+}
+
+/// What the kernel tells about a block device (sysfs, "dev/block").
+fn sys_directory(number: u64) -> PathBuf {
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    // The link resolved: ".." is the disk then.
+    let link = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+    std::fs::canonicalize(&link).unwrap_or(link)
+}
+
+/// The number of the device that a directory of sysfs is about.
+fn device_number(directory: &Path) -> Option<u64> {
+    let text = std::fs::read_to_string(directory.join("dev")).ok()?;
+    let (major, minor) = text.trim().split_once(':')?;
+    Some(rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// statfs(2), magic(5): file systems of other machines, or of programs of which nothing is known.
+const REMOTE: [u64; 8] = [
+    0x6969,      // NFS
+    0xff53_4d42, // CIFS
+    0xfe53_4d42, // SMB2
+    0x6573_5546, // FUSE
+    0x0102_1997, // 9P
+    0x00c3_6400, // Ceph
+    0x0bd0_0bd0, // Lustre
+    0x0116_1970, // GFS2
+];
+
+/// File systems that may compress or share what is written to them, so that free space tells little:
+/// btrfs, ZFS, bcachefs, F2FS, NTFS, ramfs (which reports none).
+const ELASTIC: [u64; 6] = [0x9123_683e, 0x2fc1_2fc1, 0xca45_1a4e, 0xf2f5_2010, 0x7366_746e, 0x8584_58f6];
+
+fn file_system_kind(fs: &rustix::fs::StatFs) -> u64 {
+    // A 32-bit number, sign extended on some machines.
+    (fs.f_type as u64) & 0xffff_ffff
+}
+
+/// Whether a directory may be in use by other machines too.
+pub fn is_remote(directory: &Path) -> bool {
+    rustix::fs::statfs(directory).is_ok_and(|fs| REMOTE.contains(&file_system_kind(&fs)))
+}
+
+/// The space of the file system that a directory is on.
+///
+/// # Errors
+/// When it can't be asked.
+pub fn space(directory: &Path) -> io::Result<Space> {
+    let fs = rustix::fs::statfs(directory)?;
+    // The reserve is for the superuser.
+    let blocks = if rustix::process::geteuid().is_root() { fs.f_bfree } else { fs.f_bavail };
+    let block_size = u64::try_from(fs.f_bsize).unwrap_or(0);
+    let kind = file_system_kind(&fs);
+    let is_exact = fs.f_blocks > 0 && !REMOTE.contains(&kind) && !ELASTIC.contains(&kind);
+    Ok(Space { free: blocks.saturating_mul(block_size), is_exact })
 }
 
 /// The run of data or hole that `position` (< `len`) lies in. All data where the file system does
@@ -205,6 +293,9 @@ pub fn write_vectored_at(file: &File, slices: &[IoSlice<'_>], position: u64) -> 
     rustix::io::pwritev(file, slices, position).map_err(Into::into)
 }
 
+/// statfs(2): XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, BCACHEFS_SUPER_MAGIC.
+const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683e, 0xca45_1a4e];
+
 /// Whether the two files lie on one file system that can share blocks between files (reflink):
 /// then [`copy_range`] costs next to nothing. Elsewhere it copies, and zeros would go unnoticed.
 pub fn can_share_blocks(from: &File, to: &File) -> bool {
@@ -217,10 +308,14 @@ pub fn can_share_blocks(from: &File, to: &File) -> bool {
 
 /// Whether the file lies on a file system whose files can share blocks.
 pub fn shares_blocks(file: &File) -> bool {
-    // statfs(2): XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, BCACHEFS_SUPER_MAGIC.
-    const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683e, 0xca45_1a4e];
-    rustix::fs::fstatfs(file)
-        .is_ok_and(|fs| u64::try_from(fs.f_type).is_ok_and(|kind| SHARING.contains(&(kind & 0xffff_ffff))))
+    rustix::fs::fstatfs(file).is_ok_and(|fs| SHARING.contains(&file_system_kind(&fs)))
+}
+
+/// Whether `file` and a new file in `directory` could share blocks.
+pub fn may_share_blocks(file: &Path, directory: &Path) -> bool {
+    let device = |path: &Path| std::fs::metadata(path).map(|meta| meta.dev());
+    let same = device(file).is_ok_and(|one| device(directory).is_ok_and(|other| one == other));
+    same && rustix::fs::statfs(directory).is_ok_and(|fs| SHARING.contains(&file_system_kind(&fs)))
 }
 
 /// Copies within the kernel (a reflink where the file system has it); bytes copied, 0 when

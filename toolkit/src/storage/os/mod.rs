@@ -32,3 +32,16 @@ pub enum FileClass {
     /// A directory.
     Directory,
 }
+
+/// Identifies a file or block device across names and links.
+pub type FileId = (u64, u64);
+
+/// Space on a file system, bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space {
+    /// What this user may still write.
+    pub free: u64,
+    /// A byte written takes a byte of it: the file system neither compresses nor shares, and it is
+    /// this machine's own.
+    pub is_exact: bool,
+}

@@ -4,7 +4,7 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, IoSlice, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
-use super::{FileClass, FileRun};
+use super::{FileClass, FileId, FileRun, Space};
 
 /// See the Linux version.
 pub fn classify(meta: &Metadata) -> FileClass {
@@ -31,8 +31,31 @@ pub fn allocated_len(meta: &Metadata) -> u64 {
 }
 
 /// See the Linux version; here nothing tells, and two files are never the same.
-pub fn file_identity(meta: &Metadata) -> (u64, u64) {
+pub fn file_identity(meta: &Metadata) -> FileId {
     (std::ptr::from_ref(meta).addr() as u64, meta.len())
+}
+
+/// See the Linux version; here the file alone.
+pub fn file_layers(meta: &Metadata, _file_systems: bool) -> Vec<FileId> {
+    vec![file_identity(meta)]
+}
+
+/// See the Linux version; here every file system may be.
+pub fn is_remote(_directory: &Path) -> bool {
+    true
+}
+
+/// See the Linux version; here nothing tells.
+///
+/// # Errors
+/// Always.
+pub fn space(_directory: &Path) -> io::Result<Space> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// See the Linux version; here never.
+pub fn may_share_blocks(_file: &Path, _directory: &Path) -> bool {
+    false
 }
 
 /// See the Linux version; here all is data.

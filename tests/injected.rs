@@ -1,0 +1,149 @@
+//! System calls that fail: whichever it is, between whichever formats, the program says so, exits
+//! with 1 and leaves nothing. strace makes them fail.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use crate::support::images::{self, Image};
+use crate::support::oracles::require;
+use crate::support::run::PROGRAM;
+use crate::support::{fixture, imgtool, names, snapshot, tempdir, text};
+
+const FORMATS: [&str; 4] = ["raw", "qcow2", "vhdx", "vma"];
+
+/// Runs the program in `directory` with faults: `syscalls:error=E:when=N`, those on one path if there
+/// is one. Whether any was hit.
+fn with_fault(directory: &Path, fault: &str, path: Option<&Path>, args: &[&str]) -> (Output, bool) {
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let output = Command::new("strace")
+        .args(["-f", "-o", text(log.path()), "-e", &format!("trace={}", fault.split(':').next().unwrap())])
+        .args(["-e", &format!("inject={fault}")])
+        .args(path.iter().flat_map(|path| ["-P", text(path)]))
+        .arg(PROGRAM)
+        .args(args)
+        .current_dir(directory)
+        .output()
+        .unwrap();
+    (output, std::fs::read_to_string(log.path()).unwrap().contains("(INJECTED)"))
+}
+
+/// A run that was hit fails, says `words` and changes nothing; whether it was hit.
+#[track_caller]
+fn fails_cleanly(directory: &Path, fault: &str, args: &[&str], words: &[&str]) -> bool {
+    let before = snapshot(directory);
+    let (output, hit) = with_fault(directory, fault, None, args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let what = format!("{fault}: {args:?}\n{stderr}");
+    assert!(!stderr.contains("panicked"), "{what}");
+    if hit {
+        assert_eq!(output.status.code(), Some(1), "{what}");
+        for word in words {
+            assert!(stderr.contains(word), "no '{word}': {what}");
+        }
+        assert_eq!(snapshot(directory), before, "{what}");
+    } else {
+        assert_eq!(output.status.code(), Some(0), "{what}");
+    }
+    hit
+}
+
+/// One disk in every format.
+fn sources(directory: &Path) -> Vec<PathBuf> {
+    let raw = directory.join("disk.raw");
+    Image::hole("x", 3 << 20).with(70_000, images::noise(1, 1 << 20)).write_raw(&raw);
+    let mut all = vec![raw.clone()];
+    for format in &FORMATS[1..] {
+        let path = directory.join(format!("disk.{format}"));
+        imgtool(["convert", text(&raw), "--to", format, text(&path)]).ok();
+        all.push(path);
+    }
+    all
+}
+
+#[test]
+fn the_nth_read_or_write_fails_between_any_two_formats() {
+    require!("strace");
+    let dir = tempdir();
+    let sources = sources(dir.path());
+    let mut hits = 0;
+    for source in &sources {
+        for to in FORMATS {
+            let out = format!("out.{to}");
+            let line = ["convert", "--threads", "2", text(source), "--to", to, &out];
+            for nth in [1, 2, 5, 8] {
+                // From then on, as a broken disk does: what is read twice may be read the second time.
+                let reads = format!("pread64,copy_file_range:error=EIO:when={nth}+");
+                let writes = ["ENOSPC", "EIO", "EDQUOT"][nth % 3];
+                let writes = format!("pwrite64,pwritev:error={writes}:when={nth}");
+                for (fault, path, name) in [(reads, Some(&**source), text(source)), (writes, None, &*out)] {
+                    let (output, hit) = with_fault(dir.path(), &fault, path, &line);
+                    let stderr = String::from_utf8_lossy(&output.stderr);
+                    let what = format!("{fault}: {line:?}\n{stderr}");
+                    match (hit, output.status.code()) {
+                        (true, Some(1)) => assert!(stderr.contains(name), "names no file: {what}"),
+                        (false, Some(0)) => std::fs::remove_file(dir.path().join(&out)).unwrap(),
+                        other => panic!("{other:?}: {what}"),
+                    }
+                    hits += usize::from(hit);
+                    assert_eq!(names(dir.path()).len(), sources.len(), "{what}");
+                }
+            }
+        }
+    }
+    assert!(hits >= 4 * 4 * 4, "only {hits} faults hit");
+}
+
+#[test]
+fn a_failing_flush_length_or_allocation_leaves_nothing() {
+    require!("strace");
+    let dir = tempdir();
+    Image::hole("x", 3 << 20).with(70_000, images::noise(1, 1 << 20)).write_raw(&dir.path().join("disk.raw"));
+    for to in FORMATS {
+        let out = format!("out.{to}");
+        let line = ["convert", "disk.raw", "--to", to, &out];
+        for fault in ["fsync:error=EIO:when=1", "fsync:error=EDQUOT:when=1", "fsync:error=EIO:when=2"] {
+            // The second flush is that of the directory, when the name is there already.
+            assert!(fails_cleanly(dir.path(), fault, &line, &[]), "{to}: {fault}");
+        }
+        let new_directory = format!("new/{out}/");
+        let line = ["convert", "disk.raw", "--to", to, &new_directory];
+        assert!(fails_cleanly(dir.path(), "fsync:error=EIO:when=1", &line, &[]), "{to}");
+    }
+    let preallocated = ["convert", "disk.raw", "--to", "raw", "-o", "preallocation=falloc", "out.raw"];
+    assert!(fails_cleanly(dir.path(), "fallocate:error=ENOSPC", &preallocated, &["out.raw"]));
+    let line = ["convert", "disk.raw", "--to", "raw", "out.raw"];
+    assert!(fails_cleanly(dir.path(), "ftruncate:error=EFBIG", &line, &["out.raw", "File too large"]));
+}
+
+#[test]
+fn all_disks_of_a_vm_appear_or_none_whichever_rename_fails() {
+    require!("strace");
+    let dir = tempdir();
+    let source = fixture("two-disks.vma.zst");
+    let renames = "rename,renameat,renameat2,link,linkat";
+    let line = ["convert", text(&source), "--to", "raw", "out/"];
+    let mut hits = 0;
+    for nth in 1..=6 {
+        let fault = format!("{renames}:error=EIO:when={nth}");
+        if !fails_cleanly(dir.path(), &fault, &line, &["its name"]) {
+            break;
+        }
+        hits += 1;
+    }
+    let files = names(&dir.path().join("out"));
+    assert_eq!(hits, files.len(), "each file gets its name by one call");
+    // The same over files that exist: they come back.
+    for name in &files {
+        std::fs::write(dir.path().join("out").join(name), format!("old {name}")).unwrap();
+    }
+    let line = ["convert", "--force", text(&source), "--to", "raw", "out/"];
+    for nth in 1..=files.len() {
+        let fault = format!("{renames}:error=EIO:when={nth}");
+        assert!(fails_cleanly(dir.path(), &fault, &line, &[]), "rename {nth}");
+    }
+    // Where a name can't even be taken back, the person is told which.
+    let (output, _) = with_fault(dir.path(), &format!("{renames}:error=EIO:when=2+"), None, &line);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("could not be taken back"), "{stderr}");
+}

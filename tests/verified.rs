@@ -1,0 +1,106 @@
+//! `--verify`: a byte that changes between writing and reading back is found.
+
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::support::images::{self, Image};
+use crate::support::oracles::require;
+use crate::support::run::PROGRAM;
+use crate::support::{fixture, names, snapshot, tempdir, text};
+
+/// The program under strace, which stops it at its first flush: everything is written then, nothing
+/// is read back.
+fn stopped_at_flush(directory: &Path, args: &[&str]) -> (Child, u32) {
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let strace = Command::new("strace")
+        .args(["-f", "-o", text(log.path()), "-e", "trace=fsync", "-e", "inject=fsync:signal=SIGSTOP:when=1"])
+        .arg(PROGRAM)
+        .args(args)
+        .current_dir(directory)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let began = Instant::now();
+    while !std::fs::read_to_string(log.path()).unwrap().contains("stopped by SIGSTOP") {
+        assert!(began.elapsed() < Duration::from_secs(60), "it does not stop");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", strace.id())).unwrap();
+    (strace, children.trim().parse().expect("one child"))
+}
+
+/// Unfinished outputs below a directory.
+fn partials(directory: &Path) -> Vec<PathBuf> {
+    let found = snapshot(directory).into_keys().filter(|name| name.contains(".partial-"));
+    found.map(|name| directory.join(name)).collect()
+}
+
+/// Changes one bit where `pattern` stands.
+fn flip(path: &Path, pattern: &[u8]) -> bool {
+    let bytes = std::fs::read(path).unwrap();
+    let Some(at) = bytes.windows(pattern.len()).position(|window| window == pattern) else { return false };
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    file.write_all_at(&[bytes[at] ^ 4], at as u64).unwrap();
+    true
+}
+
+fn go_on(strace: Child, pid: u32) -> (Option<i32>, String) {
+    assert!(Command::new("kill").args(["-CONT", &pid.to_string()]).status().unwrap().success());
+    let output = strace.wait_with_output().unwrap();
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn a_byte_that_changes_after_writing_is_found_in_every_format() {
+    require!("strace");
+    let dir = tempdir();
+    let content = images::noise(5, 300_000);
+    Image::hole("x", 3 << 20).with(65_536, content.clone()).write_raw(&dir.path().join("disk.raw"));
+    for to in ["raw", "qcow2", "vhdx", "vma"] {
+        let out = format!("out.{to}");
+        for harm in [true, false] {
+            let (strace, pid) =
+                stopped_at_flush(dir.path(), &["convert", "--verify", "disk.raw", "--to", to, &out]);
+            let partial = partials(dir.path());
+            assert_eq!(partial.len(), 1, "{to}");
+            if harm {
+                assert!(flip(&partial[0], &content[200_000..200_032]), "{to}: the content is not there");
+            }
+            let (code, stderr) = go_on(strace, pid);
+            if harm {
+                assert_eq!(code, Some(1), "{to}: {stderr}");
+                assert!(
+                    stderr.contains(&out) && stderr.contains("reading the output back"),
+                    "{to}: {stderr}"
+                );
+                assert_eq!(names(dir.path()), ["disk.raw"], "{to}");
+            } else {
+                assert_eq!(code, Some(0), "{to}: {stderr}");
+                std::fs::remove_file(dir.path().join(&out)).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn a_byte_that_changes_in_one_of_many_outputs_is_found() {
+    require!("strace");
+    let source = fixture("two-disks.vma.zst");
+    let dir = tempdir();
+    for victim in ["drive-efidisk0", "drive-scsi0", "qemu-server.conf"] {
+        let (strace, pid) =
+            stopped_at_flush(dir.path(), &["convert", "--verify", text(&source), "--to", "raw", "out/"]);
+        let all = partials(dir.path());
+        let partial = all.iter().find(|path| text(path).contains(victim)).expect(victim);
+        let bytes = std::fs::read(partial).unwrap();
+        let at = bytes.iter().position(|byte| *byte != 0).unwrap();
+        assert!(flip(partial, &bytes[at..bytes.len().min(at + 16)]));
+        let (code, stderr) = go_on(strace, pid);
+        assert_eq!(code, Some(1), "{victim}: {stderr}");
+        assert!(stderr.contains(victim), "{victim}: {stderr}");
+        assert!(names(dir.path()).is_empty(), "{victim}: {:?}", names(dir.path()));
+    }
+}
