@@ -357,6 +357,10 @@ pub struct Measure {
     /// Bytes it would need if every part were allocated.
     #[serde(rename = "fully-allocated")]
     pub fully_allocated: u64,
+    /// Bytes it takes at least on a file system where holes take none: what the space check goes by.
+    /// Not told to a user, who wants to know what to provide.
+    #[serde(skip)]
+    pub occupied: u64,
 }
 
 #[cfg(test)]

@@ -247,6 +247,22 @@ pub struct Loss {
     pub reason: String,
 }
 
+/// Bytes of a device's data extents; 0 where they are not known, as in a stream.
+///
+/// # Errors
+/// Those of reading the extents.
+pub fn data_bytes(source: &dyn ImageSource, device: &Device) -> Result<u64> {
+    let Some(random) = source.random() else { return Ok(0) };
+    let (mut bytes, mut position) = (0, 0);
+    while position < device.size {
+        for extent in random.extents(device.id, position..device.size)? {
+            position = extent.end();
+            bytes += if extent.is_data() { extent.len } else { 0 };
+        }
+    }
+    Ok(bytes)
+}
+
 /// The extents of a device that is all of one kind: a building block for drivers and tests.
 pub fn uniform_extent(range: Range<u64>, kind: ExtentKind) -> Vec<Extent> {
     vec![Extent { start: range.start, len: range.end - range.start, kind }]

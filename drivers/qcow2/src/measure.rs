@@ -1,5 +1,6 @@
 //! How many bytes an image will need.
 
+use imgtool_toolkit::source::data_bytes;
 use imgtool_toolkit::{CreateOptions, Error, ImageSource, Measure, RandomAccess, Result};
 
 use crate::layout::entry::Shape;
@@ -34,7 +35,14 @@ pub fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Result<Meas
         }
         Preallocation::Falloc | Preallocation::Full => guest,
     };
-    Ok(Measure { required: tables + data, fully_allocated })
+    // Tables that nothing stands in are not written, unless they are asked for.
+    let occupied = match options.preallocation {
+        _ if options.backing.is_some() => 0,
+        Preallocation::Off => data_bytes(source, device)?,
+        Preallocation::Metadata => tables,
+        Preallocation::Falloc | Preallocation::Full => fully_allocated,
+    };
+    Ok(Measure { required: tables + data, fully_allocated, occupied })
 }
 
 /// Bytes of header, L1, L2 and refcount structures for `guest` bytes, all allocated.

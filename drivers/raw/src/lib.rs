@@ -82,6 +82,6 @@ impl Driver for RawDriver {
         let measured = source::measure(source)?;
         let all = options.get("preallocation").is_some_and(|value| value != "off")
             || options.sparse_granularity == Some(0);
-        Ok(Measure { required: if all { measured.fully_allocated } else { measured.required }, ..measured })
+        Ok(Measure { occupied: if all { measured.fully_allocated } else { measured.occupied }, ..measured })
     }
 }

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use imgtool_toolkit::source::data_bytes;
 use imgtool_toolkit::storage::os::FileRun;
 use imgtool_toolkit::{
     Access, BufferPool, Device, DeviceId, Error, Extent, ExtentKind, ExtentList, FileRange, ImageInfo,
@@ -40,7 +41,7 @@ pub(crate) fn measure(source: &dyn ImageSource) -> Result<Measure> {
     let [device] = source.info().devices.as_slice() else {
         return Err(Error::unsupported(format!("raw holds one device, not {}", source.info().devices.len())));
     };
-    Ok(Measure { required: device.size, fully_allocated: device.size })
+    Ok(Measure { required: device.size, fully_allocated: device.size, occupied: data_bytes(source, device)? })
 }
 
 /// A file or block device.

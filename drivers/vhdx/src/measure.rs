@@ -1,5 +1,6 @@
 //! How many bytes an image will need.
 
+use imgtool_toolkit::source::data_bytes;
 use imgtool_toolkit::{CreateOptions, Error, ImageSource, Measure, Result};
 
 use crate::options::VhdxOptions;
@@ -15,8 +16,10 @@ pub(crate) fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Resu
     };
     let layout = options.layout(device.size).map_err(|e| e.device(&*device.name))?;
     let fully_allocated = layout.file_len(layout.shape.payload_blocks);
+    // Blocks are holes where they are not written, in a fixed file too.
+    let occupied = data_bytes(source, device)?;
     if options.fixed {
-        return Ok(Measure { required: fully_allocated, fully_allocated });
+        return Ok(Measure { required: fully_allocated, fully_allocated, occupied });
     }
     let Some(random) = source.random() else {
         return Err(Error::unsupported("a stream can't be measured").hint("save it to a file first"));
@@ -37,5 +40,5 @@ pub(crate) fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Resu
             }
         }
     }
-    Ok(Measure { required: layout.file_len(blocks), fully_allocated })
+    Ok(Measure { required: layout.file_len(blocks), fully_allocated, occupied })
 }

@@ -40,5 +40,5 @@ pub(crate) fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Resu
         }
         required += headers + stored;
     }
-    Ok(Measure { required, fully_allocated })
+    Ok(Measure { required, fully_allocated, occupied: required })
 }

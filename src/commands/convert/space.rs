@@ -85,7 +85,7 @@ fn check_room(targets: &[&Target], sources: &[Source], taken: &[Taken], free: u6
     for target in targets {
         // A format that does not measure says nothing.
         let Ok(blank) = Chosen::new(target, sources, taken, false).measure(target) else { return Ok(()) };
-        empty = empty.saturating_add(blank.required);
+        empty = empty.saturating_add(blank.occupied);
         full = full.saturating_add(blank.fully_allocated);
     }
     if empty > free {
@@ -98,7 +98,7 @@ fn check_room(targets: &[&Target], sources: &[Source], taken: &[Taken], free: u6
     for target in targets {
         let chosen = Chosen::new(target, sources, taken, true);
         let Ok(measured) = chosen.measure(target) else { return Ok(()) };
-        estimate = estimate.saturating_add(measured.required);
+        estimate = estimate.saturating_add(measured.occupied);
         certain = certain.saturating_add(chosen.certain_bytes()?);
         if estimate > free && certain > free {
             return Err(no_room(targets, estimate, free));
@@ -109,9 +109,9 @@ fn check_room(targets: &[&Target], sources: &[Source], taken: &[Taken], free: u6
 
 fn no_room(targets: &[&Target], needed: u64, free: u64) -> Error {
     let what = if targets.len() == 1 {
-        "the output needs".to_owned()
+        "the output needs at least".to_owned()
     } else {
-        format!("the {} outputs need", targets.len())
+        format!("the {} outputs need at least", targets.len())
     };
     Error::refused(format!("there is no room: {what} {needed} bytes, and {free} are free"))
         .path(targets[0].place.path())
