@@ -116,7 +116,8 @@ fn odd_names_stay_in_the_directory_and_off_the_terminal() {
                     let files = names(&deep.join("out"));
                     assert!(files.len() >= 2, "{name:?}: {files:?}");
                     assert!(
-                        files.iter().all(|file| !file.starts_with('.') && !file.starts_with("..")),
+                        // `vma extract` keeps a leading dot, as its model does.
+                        files.iter().all(|file| line[0] == "vma" || !file.starts_with('.')),
                         "{files:?}"
                     );
                     std::fs::remove_dir_all(deep.join("out")).unwrap();
