@@ -80,7 +80,7 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// What [`Outputs::check`] is to look at: everything that is going to be made, as it will be.
+    /// What [`imgtool_toolkit::storage::Outputs::check`] is to look at: everything that is going to be made, as it will be.
     pub fn wanted(&self, force: bool) -> Vec<Wanted> {
         let new = |path: &Path, overwrite: bool| Wanted::New {
             path: path.to_owned(),

@@ -224,7 +224,7 @@ impl Outputs {
     /// [`Outputs::create`], with a say in what happens where `path` is a symbolic link.
     ///
     /// # Errors
-    /// Those of [`Outputs::create`]; [`ErrorKind::Refused`] for a link that is not to be followed.
+    /// Those of [`Outputs::create`]; [`crate::ErrorKind::Refused`] for a link that is not to be followed.
     pub fn create_linked(&mut self, path: &Path, overwrite: bool, links: Links) -> Result<Output> {
         let final_path = final_path(path, links)?;
         if self.files.iter().any(|pending| pending.final_path == final_path) {
@@ -256,7 +256,7 @@ impl Outputs {
     /// is known to hold zeros. What is mounted, locked or otherwise held is refused without `force`.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Refused`] when it is a source or busy; [`ErrorKind::Io`].
+    /// [`crate::ErrorKind::Refused`] when it is a source or busy; [`crate::ErrorKind::Io`].
     pub fn existing(&mut self, path: &Path, reads_as_zero: bool, force: bool) -> Result<Output> {
         let meta = std::fs::metadata(path).map_err(|e| Error::io("open for writing", e).path(path))?;
         self.check_free(path, &meta, &self.taken)?;
