@@ -124,8 +124,8 @@ fn options_are_refused_with_their_bounds() {
     for bad in ["512k", "3M", "512M", "1", "x"] {
         assert!(refusal(&[("block_size", bad)]).contains("block_size"));
     }
-    assert!(refusal(&[("subformat", "sparse")]).contains("dynamic, fixed"));
-    assert!(refusal(&[("logical_sector_size", "1024")]).contains("512, 4096"));
+    assert!(refusal(&[("subformat", "sparse")]).contains("'subformat' can't be 'sparse'"));
+    assert!(refusal(&[("logical_sector_size", "1024")]).contains("512 or 4096"));
     assert!(refusal(&[("physical_sector_size", "0")]).contains("512 or 4096"));
     for bad in ["0", "1000", "4G", "1.5M"] {
         assert!(refusal(&[("log_size", bad)]).contains("log_size"));
