@@ -302,6 +302,9 @@ impl Checker {
             self.corruption(known.references, format!("ERROR L2 entry has reserved bits set: {:x}", entry.0));
         }
         let has_host = host != 0 || (self.external_data && entry.is_copied());
+        if self.header.version < 3 && entry.reads_as_zeros() {
+            self.unreadable.get_or_insert(entry);
+        }
         if self.first_walk
             && let Some(bitmap) = subclusters
             && (bitmap.is_invalid() || (bitmap.any_allocated() && !has_host))
