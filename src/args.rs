@@ -230,8 +230,12 @@ impl MessageArgs {
 #[command(next_help_heading = "Work")]
 pub struct ThreadArgs {
     /// Worker threads, at most 64 [default: as many as there are CPUs]
-    #[arg(short = 'm', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(short = 'm', long, value_name = "N", value_parser = threads)]
     pub threads: Option<u16>,
+}
+
+fn threads(text: &str) -> Result<u16, String> {
+    text.parse().ok().filter(|threads| *threads > 0).ok_or_else(|| "it is a number, from 1 up".to_owned())
 }
 
 impl ThreadArgs {

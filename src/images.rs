@@ -13,8 +13,11 @@ use imgtool_toolkit::{
 use crate::args::InputArgs;
 
 mod blank;
+mod foreign;
+mod missing;
 
 pub use blank::Blank;
+pub use foreign::{check_name, driver};
 
 /// The format in which every content is legal: an image is only taken for it when told so or when
 /// nothing else fits.
@@ -64,14 +67,21 @@ pub fn refuse_objects(objects: &[String]) -> Result<()> {
 ///
 /// # Errors
 /// Those of [`Input::open`].
-pub fn input(path: &Path, format: Option<&str>) -> Result<Input> {
+pub fn input(registry: &Registry, path: &Path, format: Option<&str>) -> Result<Input> {
+    if let Some(name) = format {
+        driver(registry, name)?;
+    }
+    open_bytes(path, format).map_err(|error| missing::explain(error, path))
+}
+
+fn open_bytes(path: &Path, format: Option<&str>) -> Result<Input> {
     // What is said to be raw is not looked into: its content decides nothing.
     if format == Some(RAW) {
         return Input::open_unguessed(path);
     }
     let input = Input::open(path)?;
     if format.is_none()
-        && let Some(foreign) = foreign_format(&input.head()?)
+        && let Some(foreign) = foreign::by_content(&input.head()?)
     {
         return Err(Error::unsupported(format!("{foreign} images are not read yet"))
             .path(path)
@@ -80,30 +90,12 @@ pub fn input(path: &Path, format: Option<&str>) -> Result<Input> {
     Ok(input)
 }
 
-/// The formats of other programs that no driver reads, by magic number: taking them for raw would
-/// make a disk of their tables.
-fn foreign_format(head: &[u8]) -> Option<&'static str> {
-    const MAGICS: [(usize, &[u8], &str); 7] = [
-        (0, b"KDMV", "VMDK"),
-        (0, b"# Disk DescriptorFile", "VMDK"),
-        (64, &[0x7f, 0x10, 0xda, 0xbe], "VDI"),
-        (0, b"conectix", "VHD"),
-        (0, b"QED\0", "QED"),
-        (0, b"WithoutFreeSpace", "Parallels"),
-        (0, b"WithouFreSpacExt", "Parallels"),
-    ];
-    MAGICS
-        .iter()
-        .find(|(at, magic, _)| head.get(*at..).is_some_and(|rest| rest.starts_with(magic)))
-        .map(|(_, _, name)| *name)
-}
-
 /// Opens an image.
 ///
 /// # Errors
 /// Those of [`Registry::open`].
 pub fn open(registry: &Registry, path: &Path, format: Option<&str>, options: &OpenOptions) -> Result<Opened> {
-    registry.open(input(path, format)?, format, options)
+    registry.open(input(registry, path, format)?, format, options)
 }
 
 /// Opens an image so that any part of it can be read: what comes as a stream is copied to temporary
@@ -117,7 +109,7 @@ pub fn open_random(
     format: Option<&str>,
     options: &OpenOptions,
 ) -> Result<Opened> {
-    let mut input = input(path, format)?;
+    let mut input = input(registry, path, format)?;
     if input.is_stream() {
         input = input.spool()?;
     }

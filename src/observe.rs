@@ -101,7 +101,7 @@ impl ImageSink for Nowhere {
     }
 
     fn prepare(&self, piece: Piece, _pool: &BufferPool) -> Result<Prepared> {
-        Ok(Prepared::new(piece))
+        Ok(Prepared::taken(piece))
     }
 
     fn place(&self, _prepared: &Prepared, _writes: &mut WriteList) -> Result<()> {

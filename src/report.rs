@@ -3,6 +3,7 @@
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
+use std::path::Path;
 
 use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::{Error, ErrorKind, Result};
@@ -13,7 +14,7 @@ use crate::exit::Exit;
 mod terminal;
 mod text;
 
-pub use terminal::{Paint, Stream, fit, unicode, width, wrap};
+pub use terminal::{Paint, Stream, fit, flow, flow_within, unicode, width, wrap};
 pub use text::{Align, count, exact_size, human_size, human_time, percent, table, widest};
 
 /// Prints to standard error; when nobody can read it there is nobody to tell.
@@ -21,12 +22,17 @@ pub fn say(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
+/// Prints a message of the program to standard error.
+pub fn tell(text: &str) {
+    say(&flow(Stream::Err, &format!("imgtool: {text}"), 2));
+}
+
 /// Prints an error: what and where, then what to do about it.
 pub fn error(error: &Error) {
     let label = Stream::Err.paint(Paint::Bad, "error:");
-    let mut text = format!("imgtool: {label} {}", sentence(error));
+    let mut text = flow(Stream::Err, &format!("imgtool: {label} {}", sentence(error)), 2);
     if let Some(hint) = error.hint_text() {
-        let _ = write!(text, "\n  hint: {}", escape_control(hint));
+        let _ = write!(text, "\n{}", flow(Stream::Err, &format!("  hint: {}", escape_control(hint)), 4));
     }
     say(&text);
 }
@@ -34,7 +40,7 @@ pub fn error(error: &Error) {
 /// The error's text. What the system refused is said as a sentence, without the number that the
 /// standard library adds: it says nothing that the words do not.
 fn sentence(error: &Error) -> String {
-    let text = error.to_string();
+    let text = named(error);
     let Some(cause) = error.io_error() else { return text };
     let step = format!("{}: {cause}", escape_control(error.message()));
     let plain = match cause.raw_os_error() {
@@ -44,6 +50,15 @@ fn sentence(error: &Error) -> String {
     text.replacen(&step, &format!("can't {plain}"), 1)
 }
 
+/// The error's text, in which standard input is not called `-`.
+fn named(error: &Error) -> String {
+    let text = error.to_string();
+    match text.strip_prefix("-: ") {
+        Some(rest) if error.file() == Some(Path::new("-")) => format!("standard input: {rest}"),
+        _ => text,
+    }
+}
+
 /// The exit code that an error stands for.
 pub fn exit_of(error: &Error) -> Exit {
     if error.kind() == ErrorKind::Usage { Exit::Usage } else { Exit::Failed }
@@ -51,7 +66,7 @@ pub fn exit_of(error: &Error) -> Exit {
 
 /// Something that a person should know, and that is no error.
 pub fn note(text: &str) {
-    say(&format!("imgtool: {} {}", Stream::Err.paint(Paint::Warning, "note:"), escape_control(text)));
+    tell(&format!("{} {}", Stream::Err.paint(Paint::Warning, "note:"), escape_control(text)));
 }
 
 /// Prints a result to standard output. A reader that has gone away is no error.
@@ -109,5 +124,6 @@ mod tests {
         let error = Error::io("open", cause).path("a.raw");
         assert_eq!(sentence(&error), "a.raw: can't open: No such file or directory");
         assert_eq!(sentence(&Error::refused("exists").path("a")), "a: exists");
+        assert_eq!(sentence(&Error::corrupt("is empty").path("-")), "standard input: is empty");
     }
 }

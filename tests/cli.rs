@@ -169,6 +169,68 @@ fn progress_in_json_ends_at_100_percent_once() {
 }
 
 #[test]
+fn each_phase_reaches_100_percent_once() {
+    let dir = tempdir();
+    let archive = fixture("two-disks.vma.zst");
+    let out = dir.path().join("out/");
+    let line = ["convert", "--verify", "--progress", "json", text(&archive), "--to", "qcow2", text(&out)];
+    let run = imgtool(line).ok();
+    let objects: Vec<serde_json::Value> =
+        run.stderr.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let whole: Vec<_> = objects.iter().filter(|object| object["device"].is_null()).collect();
+    let complete: Vec<&str> = whole
+        .iter()
+        .filter(|object| object["done"] == object["total"])
+        .map(|object| object["phase"].as_str().unwrap())
+        .collect();
+    // Both outputs are one phase.
+    assert_eq!(complete, ["convert", "verify"], "{}", run.stderr);
+    assert_eq!(objects.last(), whole.last().copied(), "{}", run.stderr);
+    for object in &whole {
+        let (zero, done) = (object["zero"].as_u64().unwrap(), object["done"].as_u64().unwrap());
+        assert!(zero < done, "not all of it is zero: {object}");
+    }
+}
+
+#[test]
+fn flags_may_be_repeated_as_qemu_imgs_and_the_last_counts() {
+    let dir = with_disk();
+    let line = "convert -p -p -q -q -f qcow2 -f raw -O vhdx -O qcow2 -t none -t writeback disk.raw copy";
+    imgtool(line.split(' ')).within(dir.path()).ok();
+    let info = imgtool(["info", "--output", "human", "--output", "json", "copy"]).within(dir.path()).ok();
+    assert_eq!(info.json()["format"], "qcow2");
+}
+
+#[test]
+fn what_makes_no_sense_is_said_before_a_source_is_opened() {
+    let dir = tempdir();
+    for line in [
+        "convert -O qcow2 -o cluster_size=3000 none out",
+        "convert -O qcow2 -o extended_l2=on,cluster_size=512 none out",
+        "convert -O qcow2 -c=zstd:99 none out",
+        "convert -O qcow2 -c=lzma none out",
+        "convert -O vhdx -o block_size=3M none out",
+        "convert -O vma -o uuid=x none out",
+        "convert -O raw -o preallocation=x none out",
+        "convert -c=zstd:99 none out.vma",
+        "convert -r fast none out",
+        "convert -S x none out",
+        "convert -O vmdk none out",
+        "convert none out.vmdk",
+        "convert none -O out.qcow2",
+        "measure -O qcow2 -o cluster_size=3000 none",
+        "create -f vhdx -o block_size=3M out 1G",
+        "create -f qcow2 - 1G",
+        "create 1G out",
+        "create out.vdi 1G",
+    ] {
+        let run = imgtool(line.split(' ')).within(dir.path()).go().exits(2);
+        assert!(!run.stderr.contains("No such file"), "{line}: {}", run.stderr);
+        assert!(names(dir.path()).is_empty(), "{line} wrote {:?}", names(dir.path()));
+    }
+}
+
+#[test]
 fn formats_lists_every_driver() {
     let people = imgtool(["formats"]).ok().text();
     let json = imgtool(["formats", "--output", "json"]).ok().json().to_string();

@@ -21,6 +21,7 @@ mod hostile;
 mod huge;
 mod info;
 mod injected;
+mod json_reference;
 mod matrix;
 mod names;
 mod qcow2_chains;

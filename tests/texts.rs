@@ -49,7 +49,8 @@ fn blank(shown: &str) -> String {
     };
     let mut in_summary = false;
     let lines = shown.lines().map(|text| {
-        in_summary = text.starts_with("output ") || in_summary && !text.starts_with("done");
+        let verdict = text.starts_with("done") || text.starts_with("finished");
+        in_summary = text.starts_with("output ") || in_summary && !verdict;
         if !in_summary || text.starts_with("imgtool:") {
             return line(text);
         }
@@ -215,6 +216,76 @@ fn errors() {
             "{line}: {stderr}"
         );
     }
+}
+
+/// Lines that people type who have not read the manual.
+#[test]
+fn mistakes() {
+    let dir = workshop();
+    let here = dir.path();
+    std::fs::create_dir(here.join("directory")).unwrap();
+    std::fs::write(here.join("empty.qcow2"), b"").unwrap();
+    let cut = |from: &str, to: &str, len| {
+        std::fs::write(here.join(to), &std::fs::read(here.join(from)).unwrap()[..len]).unwrap();
+    };
+    cut("disk.qcow2", "cut.qcow2", 70_000);
+    cut("disk.vhdx", "cut.vhdx", 100_000);
+    cut("two-disks.vma.zst", "cut.vma.zst", 40_000);
+    let before = crate::support::snapshot(here);
+    let lines = [
+        "vm.vma",
+        "none.vma.zst",
+        "list vm.vma",
+        "version",
+        "-O qcow2 convert disk.raw x",
+        "info",
+        "compare disk.raw",
+        "compare disk.raw disk.qcow2 disk.vhdx",
+        "completions",
+        "convert",
+        "convert --disk",
+        "convert --verify=yes disk.raw x",
+        "convert -to qcow2 disk.raw x",
+        "convert disk.raw -O x.qcow2",
+        "convert -O vmdk disk.raw x",
+        "convert disk.raw x.vmdk",
+        "convert -f vdi disk.raw x",
+        "convert -O raw -o cluster_size=64k disk.raw x",
+        "convert -O qcow2 -o size=1G disk.raw x",
+        "convert dsik.raw x",
+        "convert nodir/disk.raw x",
+        "convert nbd://localhost/disk x",
+        "convert file:disk.raw x",
+        "convert directory x",
+        "convert disk.raw disk.raw",
+        "convert disk.raw nodir/x",
+        "convert disk.raw disk.vhdx/",
+        "convert -O qcow2 disk.raw -",
+        "convert empty.qcow2 x",
+        "convert cut.qcow2 x",
+        "convert cut.vhdx x",
+        "convert cut.vma.zst x/",
+        "info -",
+        "map --start-offset 9M disk.raw",
+        "create 10G disk.new",
+        "create -f qcow2 - 10G",
+        "create x.vmdk 10G",
+    ];
+    insta::assert_snapshot!("mistakes", screens(here, &lines));
+    assert_eq!(crate::support::snapshot(here), before);
+}
+
+#[test]
+fn losses() {
+    let dir = tempdir();
+    let whole = std::fs::read(fixture("sparse.vma")).unwrap();
+    std::fs::write(dir.path().join("damaged.vma"), &whole[..93_000]).unwrap();
+    let lines = [
+        "convert damaged.vma --to raw rescued.raw",
+        "convert --salvage damaged.vma --to raw rescued.raw",
+        "convert --salvage -q damaged.vma --to raw quietly.raw",
+    ];
+    insta::assert_snapshot!("losses", screens(dir.path(), &lines));
 }
 
 #[test]

@@ -51,6 +51,7 @@ Examples:
 /// `imgtool convert`.
 #[derive(Debug, Args)]
 #[command(
+    args_override_self = true,
     override_usage = "imgtool convert [-f FMT] [-O FMT] [OPTIONS] SOURCE... DEST",
     after_help = EXAMPLES,
     after_long_help = RULES_AND_EXAMPLES

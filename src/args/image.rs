@@ -9,11 +9,14 @@ use super::{InputArgs, MessageArgs, OutputArgs, SnapshotArgs, ThreadArgs};
 
 /// `imgtool info`.
 #[derive(Debug, Args)]
-#[command(after_help = "\
+#[command(
+    args_override_self = true,
+    after_help = "\
 Examples:
   imgtool info vm.vma.zst
   imgtool info --output json disk.qcow2
-  imgtool info --backing-chain --allow-external chain overlay.qcow2")]
+  imgtool info --backing-chain --allow-external chain overlay.qcow2"
+)]
 pub struct InfoArgs {
     /// Images or archives; '-' is standard input
     #[arg(required = true, value_name = "IMAGE")]
@@ -35,10 +38,13 @@ pub struct InfoArgs {
 
 /// `imgtool map`.
 #[derive(Debug, Args)]
-#[command(after_help = "\
+#[command(
+    args_override_self = true,
+    after_help = "\
 Examples:
   imgtool map disk.qcow2
-  imgtool map --disk drive-scsi0 --output json vm.vma")]
+  imgtool map --disk drive-scsi0 --output json vm.vma"
+)]
 pub struct MapArgs {
     /// The image or archive; '-' is standard input
     pub image: PathBuf,
@@ -67,7 +73,9 @@ pub struct MapArgs {
 
 /// `imgtool check`.
 #[derive(Debug, Args)]
-#[command(after_help = "\
+#[command(
+    args_override_self = true,
+    after_help = "\
 Exit codes:
   0  clean
   1  could not check
@@ -76,7 +84,8 @@ Exit codes:
 
 Examples:
   imgtool check disk.qcow2
-  imgtool check --output json vm.vma.zst")]
+  imgtool check --output json vm.vma.zst"
+)]
 pub struct CheckArgs {
     /// The image or archive; '-' is standard input
     pub image: PathBuf,
@@ -108,7 +117,9 @@ pub struct CheckArgs {
 
 /// `imgtool compare`.
 #[derive(Debug, Args)]
-#[command(after_help = "\
+#[command(
+    args_override_self = true,
+    after_help = "\
 Devices are matched by name; an image of one device matches any other of one
 device. Where one is longer, its tail must be zero.
 
@@ -119,7 +130,8 @@ Exit codes:
 
 Examples:
   imgtool compare disk.qcow2 disk.vhdx
-  imgtool compare --disk drive-scsi0 vm.vma.zst scsi0.raw")]
+  imgtool compare --disk drive-scsi0 vm.vma.zst scsi0.raw"
+)]
 pub struct CompareArgs {
     /// The first image or archive
     #[arg(value_name = "A")]
@@ -176,13 +188,16 @@ pub enum Algorithm {
 
 /// `imgtool checksum`.
 #[derive(Debug, Args)]
-#[command(after_help = "\
+#[command(
+    args_override_self = true,
+    after_help = "\
 The digest is that of the raw disk, so images of different formats with the
 same content have the same digest.
 
 Examples:
   imgtool checksum disk.qcow2
-  imgtool checksum -a blake3 vm.vma.zst")]
+  imgtool checksum -a blake3 vm.vma.zst"
+)]
 pub struct ChecksumArgs {
     /// Images or archives; '-' is standard input
     #[arg(required = true, value_name = "IMAGE")]
@@ -214,10 +229,13 @@ pub struct ChecksumArgs {
 
 /// `imgtool measure`.
 #[derive(Debug, Args)]
-#[command(after_help = "\
+#[command(
+    args_override_self = true,
+    after_help = "\
 Examples:
   imgtool measure -O qcow2 disk.vhdx
-  imgtool measure -O qcow2 -o cluster_size=2M --size 1T")]
+  imgtool measure -O qcow2 -o cluster_size=2M --size 1T"
+)]
 pub struct MeasureArgs {
     /// The image whose content is to be held
     #[arg(required_unless_present = "size", conflicts_with = "size")]
@@ -259,11 +277,14 @@ pub struct MeasureArgs {
 
 /// `imgtool create`.
 #[derive(Debug, Args)]
-#[command(after_help = "\
+#[command(
+    args_override_self = true,
+    after_help = "\
 Examples:
   imgtool create -f qcow2 disk.qcow2 20G
   imgtool create -f vhdx -o subformat=fixed disk.vhdx 512M
-  imgtool create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2")]
+  imgtool create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2"
+)]
 pub struct CreateArgs {
     /// The image to be made
     #[arg(value_name = "PATH", required_unless_present = "options")]

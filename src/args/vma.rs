@@ -86,10 +86,14 @@ pub struct VmaCreateArgs {
 #[command(
     args_override_self = true,
     after_long_help = "\
-Each line of MAP (a file or FIFO, read until 'done', an empty line or its end) is
+MAP is a file or FIFO, read until 'done', an empty line or its end. 1 writes
+zeros, 0 takes PATH to read as zeros already. The least of all throttling.bps
+limits the whole extraction; throttling.group and cache are read, checked, and
+have no effect.
+
+Lines of MAP:
   [format=FMT:][throttling.bps=N:][throttling.group=G:][cache=MODE:](0|1):DEV=PATH
-or skip=DEV. 1 writes zeros, 0 takes PATH to read as zeros already. The least of all throttling.bps
-limits the whole extraction; throttling.group and cache are read, checked, and have no effect."
+  skip=DEV"
 )]
 pub struct VmaExtractArgs {
     /// The archive; '-' is standard input

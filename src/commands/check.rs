@@ -9,7 +9,8 @@ use serde::Serialize;
 
 use crate::args::CheckArgs;
 use crate::exit::Exit;
-use crate::{drivers, images, report};
+use crate::report::{self, Stream};
+use crate::{drivers, images};
 
 #[derive(Serialize)]
 struct Document<'a> {
@@ -44,7 +45,7 @@ fn check(args: &CheckArgs) -> Result<Exit> {
     let registry = drivers::registry();
     let options = images::open_options(&registry, &args.input)?;
     let format = args.input.format.as_deref();
-    let input = images::input(&args.image, format)?;
+    let input = images::input(&registry, &args.image, format)?;
     let driver = match format {
         Some(name) => registry.get(name)?,
         None => registry.probe(&input.head()?, input.len()).in_file(&args.image)?,
@@ -90,7 +91,7 @@ fn exit(found: &CheckReport) -> Exit {
 fn page(path: &Path, format: &str, found: &CheckReport) -> String {
     let mut text = String::new();
     for finding in &found.findings {
-        let _ = writeln!(text, "{}", escape_control(finding));
+        let _ = writeln!(text, "{}", report::flow(Stream::Out, &escape_control(finding), 2));
     }
     let counted = found.corruptions.saturating_add(found.leaks);
     if !found.findings.is_empty() && counted > found.findings.len() as u64 {
@@ -110,7 +111,7 @@ fn page(path: &Path, format: &str, found: &CheckReport) -> String {
             format!("{name}: {} errors; the content may be wrong ({} leaks)", found.corruptions, found.leaks)
         }
     };
-    let _ = writeln!(text, "{verdict}");
+    let _ = writeln!(text, "{}", report::flow(Stream::Out, &verdict, 2));
     if let (Some(total), Some(allocated)) = (found.total_clusters, found.allocated_clusters) {
         let mut line =
             format!("{allocated}/{total} clusters = {} allocated", report::percent(allocated, total));

@@ -128,7 +128,7 @@ fn open(
     if anywhere {
         return images::open_random(registry, path, format, options);
     }
-    let mut input: Input = images::input(path, format)?;
+    let mut input: Input = images::input(registry, path, format)?;
     if input.is_stream() && path == Path::new("-") {
         // Raw images in a pipe do not tell their length.
         input = input.spool()?;

@@ -39,9 +39,11 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     let registry = drivers::registry();
     if options::asks_for_help(&args.target.options) {
         let name = args.target.to.as_deref().unwrap_or("raw");
-        return options::list(&*registry.get(name)?);
+        return options::list(&*images::driver(&registry, name)?);
     }
     refuse_what_is_not_taken(args)?;
+    // 'convert a.raw -O b.qcow2' lacks a format, not a destination.
+    args.target.to.iter().try_for_each(|name| images::driver(&registry, name).map(drop))?;
     let own_places =
         args.devices.target.iter().map(|text| OwnPlace::parse(text)).collect::<Result<Vec<_>>>()?;
     let (source_args, dest) = split_paths(&args.paths, !own_places.is_empty())?;
@@ -54,6 +56,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         create,
     )?;
     check_configurations(args, &format)?;
+    let limit = rate_limit(args)?;
 
     let interrupt = Interrupt::listen()?;
     let mut outputs = Outputs::new();
@@ -94,7 +97,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         force: args.target.force,
         take_busy: args.target.force,
         progress: args.messages.mode(),
-        limit: rate_limit(args)?,
+        limit,
         verify: args.target.verify,
         observer: None,
     };

@@ -38,19 +38,26 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
     let registry = drivers::registry();
     let by_name = args.path.as_deref().and_then(|path| options::driver_by_name(&registry, path));
     let driver = match (&args.format, by_name) {
-        (Some(name), _) => registry.get(name)?,
+        (Some(name), _) => images::driver(&registry, name)?,
         (None, Some(driver)) => driver,
-        (None, None) => registry.get("raw")?,
+        (None, None) => {
+            args.path.iter().try_for_each(|path| images::check_name(&registry, path, "-f "))?;
+            registry.get("raw")?
+        }
     };
     if options::asks_for_help(&args.options) {
         return options::list(&*driver);
     }
     let mut create = options::create_options(&args.options, None)?;
     extras::add_backing(&mut create, args.backing.as_deref(), args.backing_format.as_deref())?;
-    create.check_names(driver.name(), driver.options())?;
+    driver.check_options(&create)?;
     let Some(path) = &args.path else {
         return Err(Error::usage("PATH is needed").hint("imgtool create -f FMT PATH SIZE"));
     };
+    if path == Path::new("-") {
+        return Err(Error::usage("an empty image is made as a file, not on standard output")
+            .hint("imgtool create -f FMT PATH SIZE"));
+    }
     let size = size(&registry, args, path, &create)?;
 
     let interrupt = Interrupt::listen()?;
@@ -95,6 +102,14 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
 
 /// SIZE, or the size of the backing file.
 fn size(registry: &Registry, args: &CreateArgs, path: &Path, create: &CreateOptions) -> Result<u64> {
+    let is_size = |text: &str| options::size(text).is_ok();
+    if let (Some(first), Some(second)) = (path.to_str(), args.size.as_deref())
+        && is_size(first)
+        && !is_size(second)
+    {
+        return Err(Error::usage(format!("'{second}' is not a size"))
+            .hint(format!("SIZE comes last: imgtool create {second} {first}")));
+    }
     let given = args.size.as_deref().map(options::size).transpose()?;
     let missing = || Error::usage("SIZE is needed").hint("imgtool create -f FMT PATH SIZE");
     if args.unsafe_backing {

@@ -50,7 +50,8 @@ pub fn run(args: &FormatsArgs) -> Result<Exit> {
 
 fn page(driver: &dyn Driver) -> String {
     let title = Stream::Out.paint(Paint::Bold, driver.name());
-    let mut text = format!("{title}: {}\n", driver.description());
+    let columns = Stream::Out.columns().unwrap_or(MAX_COLUMNS).min(MAX_COLUMNS);
+    let mut text = report::flow_within(columns, &format!("{title}: {}", driver.description()), 2) + "\n";
     let extensions: Vec<String> = driver.extensions().iter().map(|ext| format!(".{ext}")).collect();
     let _ = writeln!(text, "  extensions: {}", extensions.join(", "));
     paragraph(&mut text, 2, "can: ", &abilities(&driver.capabilities()).join(", "));
@@ -63,6 +64,9 @@ fn page(driver: &dyn Driver) -> String {
 
 /// The `-o` options of a format: what each is for, and below it what may be said.
 pub fn options(indent: usize, specs: &[OptionSpec]) -> String {
+    if Stream::Out.columns().is_some_and(|columns| columns < NARROW) {
+        return narrow_options(indent, specs);
+    }
     let longest = specs.iter().map(|spec| spec.name.len() + 1).max().unwrap_or(0);
     let mut text = String::new();
     for spec in specs {
@@ -70,6 +74,19 @@ pub fn options(indent: usize, specs: &[OptionSpec]) -> String {
         let below = indent + name.len();
         paragraph(&mut text, indent, &name, spec.help);
         paragraph(&mut text, below, "", &format!("{}; default: {}", spec.values, spec.default));
+    }
+    text
+}
+
+/// Below this the explanations stand under the names, not beside them.
+const NARROW: usize = 60;
+
+fn narrow_options(indent: usize, specs: &[OptionSpec]) -> String {
+    let mut text = String::new();
+    for spec in specs {
+        let _ = writeln!(text, "{:indent$}{}=", "", spec.name);
+        paragraph(&mut text, indent + 2, "", spec.help);
+        paragraph(&mut text, indent + 2, "", &format!("{}; default: {}", spec.values, spec.default));
     }
     text
 }

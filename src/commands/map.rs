@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::{Device, Extent, ExtentKind, MapExtent, RandomAccess, Result, ResultExt};
+use imgtool_toolkit::{Device, Error, Extent, ExtentKind, MapExtent, RandomAccess, Result, ResultExt};
 use serde::Serialize;
 
 use super::options;
@@ -44,13 +44,13 @@ pub fn run(args: &MapArgs) -> Result<Exit> {
     let opened = images::open_random(&registry, &args.image, args.input.format.as_deref(), &options)?;
     let random = images::random(&opened)?;
     let devices = images::select(&opened, &args.disk)?;
-    let window = window(args)?;
+    let window = window(args, &devices).in_file(&args.image)?;
     let json = args.output.is_json();
     let mut printer = Printer::new(json);
     printer.begin();
     for device in devices {
         let range = window.start.min(device.size)..window.end.min(device.size);
-        if !json {
+        if !json && !range.is_empty() {
             printer.text.push_str(&picture(random, &device, range.clone()).in_file(&args.image)?);
             printer.head();
         }
@@ -62,8 +62,13 @@ pub fn run(args: &MapArgs) -> Result<Exit> {
 }
 
 /// The guest range that is shown.
-fn window(args: &MapArgs) -> Result<Range<u64>> {
+fn window(args: &MapArgs, devices: &[Device]) -> Result<Range<u64>> {
     let start = args.start_offset.as_deref().map_or(Ok(0), options::size)?;
+    let longest = devices.iter().map(|device| device.size).max().unwrap_or(0);
+    if start > longest {
+        return Err(Error::usage(format!("--start-offset {start} is beyond the end"))
+            .hint(format!("the longest disk that is shown has {longest} bytes")));
+    }
     let len = args.max_length.as_deref().map_or(Ok(u64::MAX), options::size)?;
     Ok(start..start.saturating_add(len))
 }
@@ -113,11 +118,16 @@ const MAX_ROWS_ON_A_TERMINAL: u64 = 100;
 struct Printer {
     json: bool,
     most_rows: u64,
+    /// Only the columns that have room on a narrow terminal.
+    narrow: bool,
     text: String,
     lines: u64,
     /// Of the device under way.
     rows: u64,
 }
+
+/// Columns of a row without the names at its end.
+const FULL_ROW: usize = 61;
 
 /// Text is handed to standard output in parts of this many bytes.
 const FLUSH_AT: usize = 64 * 1024;
@@ -126,7 +136,8 @@ impl Printer {
     fn new(json: bool) -> Self {
         let shortened = !json && Stream::Out.is_terminal();
         let most_rows = if shortened { MAX_ROWS_ON_A_TERMINAL } else { u64::MAX };
-        Self { json, most_rows, text: String::new(), lines: 0, rows: 0 }
+        let narrow = Stream::Out.columns().is_some_and(|columns| columns < FULL_ROW);
+        Self { json, most_rows, narrow, text: String::new(), lines: 0, rows: 0 }
     }
 
     fn begin(&mut self) {
@@ -136,7 +147,7 @@ impl Printer {
     }
 
     fn head(&mut self) {
-        self.text.push_str(&row(["start", "length", "kind", "mapped to"], "device", "file"));
+        self.row(["start", "length", "kind", "mapped to"], "device", "file");
     }
 
     fn end_of_device(&mut self) {
@@ -167,10 +178,21 @@ impl Printer {
             let place = extent.place.as_ref();
             let offset = place.map_or_else(|| "-".to_owned(), |place| place.file_offset.to_string());
             let file = place.map_or_else(String::new, |place| escape_control(&place.file.to_string_lossy()));
-            self.text.push_str(&row([&start, &len, kind, &offset], &escape_control(device), &file));
+            self.row([&start, &len, kind, &offset], &escape_control(device), &file);
         }
         self.lines += 1;
         if self.text.len() >= FLUSH_AT { self.flush() } else { Ok(()) }
+    }
+
+    /// Columns wide enough for 64 TiB in bytes; narrow ones for 8 TiB.
+    fn row(&mut self, [start, length, kind, place]: [&str; 4], device: &str, file: &str) {
+        let row = if self.narrow {
+            format!("{start:>13}  {length:>13}  {kind}")
+        } else {
+            format!("{start:>15}  {length:>15}  {kind:<10}  {place:>15}  {device}  {file}")
+        };
+        self.text.push_str(row.trim_end());
+        self.text.push('\n');
     }
 
     fn end(mut self) -> Result<()> {
@@ -197,10 +219,4 @@ fn line<'a>(device: &'a str, extent: &MapExtent) -> Line<'a> {
         offset: extent.place.as_ref().map(|place| place.file_offset),
         device,
     }
-}
-
-/// Columns wide enough for 64 TiB in bytes.
-fn row([start, length, kind, place]: [&str; 4], device: &str, file: &str) -> String {
-    let row = format!("{start:>15}  {length:>15}  {kind:<10}  {place:>15}  {device}  {file}");
-    format!("{}\n", row.trim_end())
 }

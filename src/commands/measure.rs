@@ -14,12 +14,12 @@ use crate::{drivers, report};
 /// When the source can't be read, or the format does not measure.
 pub fn run(args: &MeasureArgs) -> Result<Exit> {
     let registry = drivers::registry();
-    let driver = registry.get(args.to.as_deref().unwrap_or("raw"))?;
+    let driver = images::driver(&registry, args.to.as_deref().unwrap_or("raw"))?;
     if options::asks_for_help(&args.options) {
         return options::list(&*driver);
     }
     let create = options::create_options(&args.options, None)?;
-    create.check_names(driver.name(), driver.options())?;
+    driver.check_options(&create)?;
     let source = source(&registry, args)?;
     let measure = driver.measure(&*source, &create)?;
     if args.output.is_json() {

@@ -68,7 +68,10 @@ pub fn size(text: &str) -> Result<u64> {
 }
 
 /// Seconds since 1970 from SOURCE_DATE_EPOCH (<https://reproducible-builds.org>).
-fn source_date_epoch() -> Result<Option<i64>> {
+///
+/// # Errors
+/// [`imgtool_toolkit::ErrorKind::Usage`] when it is no number.
+pub fn source_date_epoch() -> Result<Option<i64>> {
     match std::env::var("SOURCE_DATE_EPOCH") {
         Ok(text) if !text.is_empty() => text.parse().map(Some).map_err(|_| {
             Error::usage(format!("SOURCE_DATE_EPOCH is a whole number of seconds, not '{text}'"))

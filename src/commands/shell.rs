@@ -4,37 +4,22 @@ use std::io::Write as _;
 use std::{fs, io};
 
 use clap::{Command, CommandFactory};
-use clap_complete::Shell;
 use clap_mangen::Man;
 use imgtool_toolkit::{Error, Result, ResultExt};
 
+use super::options;
 use crate::args::{Cli, CompletionsArgs, ManArgs};
 use crate::exit::Exit;
 use crate::report;
 
-/// Added to bash's completions: `cluster_size=` goes on with a value, not with a blank.
-const BASH_NO_BLANK: &str = r#"
-_imgtool_or_value() {
-    _imgtool "$@"
-    if [[ ${#COMPREPLY[@]} -gt 0 && ${COMPREPLY[0]} == *= ]]; then
-        compopt -o nospace 2>/dev/null
-    fi
-    return 0
-}
-complete -F _imgtool_or_value -o bashdefault -o default imgtool
-"#;
+mod completions;
 
 /// Prints completions for a shell.
 ///
 /// # Errors
 /// When they can't be printed.
 pub fn completions(args: &CompletionsArgs) -> Result<Exit> {
-    let mut text = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "imgtool", &mut text);
-    if args.shell == Shell::Bash {
-        text.extend_from_slice(BASH_NO_BLANK.as_bytes());
-    }
-    report::print_bytes(&text)?;
+    report::print(&completions::script(args.shell))?;
     Ok(Exit::Done)
 }
 
@@ -82,8 +67,7 @@ fn page(command: &Command) -> io::Result<Vec<u8>> {
     let version = concat!("imgtool ", env!("CARGO_PKG_VERSION"));
     let man = Man::new(command.clone()).title(&name);
     let mut text = Vec::new();
-    // Without a date: pages of one version are the same whenever they are made.
-    writeln!(text, ".TH {} 1 \"\" \"{version}\" \"imgtool\"", name.to_uppercase())?;
+    writeln!(text, ".TH {} 1 \"{}\" \"{version}\" \"imgtool\"", name.to_uppercase(), date())?;
     man.render_name_section(&mut text)?;
     man.render_synopsis_section(&mut text)?;
     man.render_description_section(&mut text)?;
@@ -99,9 +83,23 @@ fn page(command: &Command) -> io::Result<Vec<u8>> {
     Ok(without_idle_breaks(&text))
 }
 
-/// A line break beside a blank line does nothing, and formatters warn of it.
+/// The day of SOURCE_DATE_EPOCH, which packagers set; else none: pages of one version are the same
+/// whenever they are made.
+fn date() -> String {
+    let seconds = options::source_date_epoch().ok().flatten();
+    let time = seconds.and_then(|seconds| chrono::DateTime::from_timestamp(seconds, 0));
+    time.map_or_else(String::new, |time| time.date_naive().to_string())
+}
+
+/// A line break beside a blank line does nothing, and formatters warn of it; so they do of a blank line
+/// that is not called one.
 fn without_idle_breaks(page: &[u8]) -> Vec<u8> {
-    let lines: Vec<&[u8]> = page.split(|byte| *byte == b'\n').collect();
+    let mut lines: Vec<&[u8]> = page.split(|byte| *byte == b'\n').collect();
+    for index in 1..lines.len() {
+        if lines[index].is_empty() && lines[index - 1] == b".br" {
+            lines[index] = b".sp";
+        }
+    }
     let is_blank =
         |index: Option<usize>| index.and_then(|i| lines.get(i)).is_some_and(|line| *line == b".sp");
     let idle = |index: usize| {

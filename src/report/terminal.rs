@@ -1,5 +1,6 @@
 //! What the terminal can show.
 
+use std::fmt::Write as _;
 use std::io::{self, IsTerminal};
 
 use unicode_width::UnicodeWidthStr;
@@ -107,6 +108,41 @@ pub fn fit(text: &str, columns: usize) -> String {
     if columns == 0 { String::new() } else { format!("{kept}{mark}{}", " ".repeat(pad)) }
 }
 
+/// A text for a person on this stream: on a terminal no word is cut where the line ends, further lines
+/// are indented. Anywhere else it is one line, as programs like it.
+pub fn flow(stream: Stream, text: &str, indent: usize) -> String {
+    match stream.columns() {
+        Some(columns) => flow_within(columns, text, indent),
+        None => text.to_owned(),
+    }
+}
+
+/// [`flow`] within so many columns.
+pub fn flow_within(columns: usize, text: &str, indent: usize) -> String {
+    let mut out = String::new();
+    let mut used = 0;
+    for (index, word) in text.split(' ').enumerate() {
+        let wide = width_without_colours(word);
+        if index > 0 && used + 1 + wide > columns && used > indent {
+            let _ = write!(out, "\n{:indent$}", "");
+            used = indent;
+        } else if index > 0 {
+            out.push(' ');
+            used += 1;
+        }
+        out.push_str(word);
+        used += wide;
+    }
+    out
+}
+
+/// Columns of a text in which [`Stream::paint`] may have coloured something.
+fn width_without_colours(text: &str) -> usize {
+    let mut parts = text.split('\x1b');
+    let first = parts.next().map_or(0, width);
+    first + parts.map(|part| width(part.split_once('m').map_or(part, |(_, rest)| rest))).sum::<usize>()
+}
+
 /// A text in lines of at most `columns`, broken between words.
 pub fn wrap(text: &str, columns: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
@@ -138,6 +174,15 @@ mod tests {
         assert_eq!(width(&fit("磁盘磁盘磁盘", 6)), 6);
         assert_eq!(width(&fit("磁盘", 6)), 6);
         assert_eq!(fit("abc", 0), "");
+    }
+
+    #[test]
+    fn messages_break_between_words_and_keep_their_blanks() {
+        assert_eq!(flow_within(12, "name: one two  three", 2), "name: one\n  two  three");
+        assert_eq!(flow_within(80, "a  b", 2), "a  b");
+        assert_eq!(flow_within(4, "unbreakable", 2), "unbreakable");
+        // Colours take no room.
+        assert_eq!(flow_within(9, "\x1b[1;31mone\x1b[0m two x", 0), "\x1b[1;31mone\x1b[0m two x");
     }
 
     #[test]

@@ -110,7 +110,7 @@ impl<'a> Conversion<'a> {
     /// source, driver and storage.
     pub fn to_file(&self, source: &mut dyn ImageSource, path: &Path) -> Result<Totals> {
         let (routes, manifest) = self.select(source)?;
-        self.options.check_names(self.driver.name(), self.driver.options())?;
+        self.driver.check_options(&self.options)?;
         let mut outputs = Outputs::new();
         let output = outputs.create(path, self.overwrite)?;
         let sink = self.driver.create(output, &manifest, &self.options).map_err(|e| e.path(path))?;

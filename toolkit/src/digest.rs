@@ -164,7 +164,7 @@ impl ImageSink for Nowhere<'_> {
 
     fn prepare(&self, piece: Piece, _pool: &BufferPool) -> Result<Prepared> {
         self.digest.add(&piece);
-        Ok(Prepared::new(piece))
+        Ok(Prepared::taken(piece))
     }
 
     fn place(&self, _prepared: &Prepared, _writes: &mut WriteList) -> Result<()> {

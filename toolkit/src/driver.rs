@@ -33,6 +33,16 @@ pub trait Driver: Send + Sync {
         &[]
     }
 
+    /// Refuses options that [`Driver::create`] would refuse, before anything is opened: unknown names,
+    /// words that are not listed, and, where a driver adds that, values and options that exclude each
+    /// other.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Usage`].
+    fn check_options(&self, options: &CreateOptions) -> Result<()> {
+        options.check_names(self.name(), self.options())
+    }
+
     /// Whether [`OpenOptions::snapshot`] is served: the others refuse it.
     fn reads_snapshots(&self) -> bool {
         false
@@ -49,7 +59,7 @@ pub trait Driver: Send + Sync {
     /// When the image is not of this format, is damaged, or needs what is not supported.
     fn open(&self, input: Input, options: &OpenOptions) -> Result<Box<dyn ImageSource>>;
 
-    /// Begins an image. Options have been checked against [`Driver::options`]; their values have not.
+    /// Begins an image. Options have passed [`Driver::check_options`].
     ///
     /// # Errors
     /// When the manifest or an option can't be expressed; nothing has been written then.
@@ -221,7 +231,7 @@ impl CreateOptions {
             let Some(spec) = specs.iter().find(|spec| spec.name == name) else {
                 let known = specs.iter().map(|spec| spec.name);
                 return Err(Error::usage(format!("unknown option '{name}' for {format}"))
-                    .hint(suggest::hint(name, &format!("options of {format}"), known)));
+                    .hint(unknown_option(name, format, known)));
             };
             let words = spec.words();
             if !words.is_empty() && !words.contains(&value.as_str()) && !spec.is_same_as_on_or_off(value) {
@@ -270,6 +280,15 @@ impl CreateOptions {
                     .map_err(|_| Error::usage(format!("option '{name}' is a whole number, not '{text}'")))
             })
             .transpose()
+    }
+}
+
+/// What to say about an option that a format does not have. A list of all is long: who is near the
+/// right one does not need it.
+fn unknown_option<'a>(name: &str, format: &str, known: impl Iterator<Item = &'a str> + Clone) -> String {
+    match suggest::nearest(name, known.clone()) {
+        Some(near) => format!("did you mean '{near}'? '-o help' explains all options of {format}"),
+        None => suggest::hint("", &format!("options of {format}"), known) + "; '-o help' explains them",
     }
 }
 

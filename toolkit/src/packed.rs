@@ -275,6 +275,7 @@ impl ImageSink for PackedSink {
             data: None,
             encoded: None,
             parts: prepared.parts.iter().filter(|part| !is_frame(part)).cloned().collect(),
+            taken: prepared.taken,
         };
         self.inner.place(&plain, &mut WriteList::default())?;
         let mut state = self.state();

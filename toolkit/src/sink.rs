@@ -88,6 +88,8 @@ pub struct Prepared {
     pub encoded: Option<Buffer>,
     /// What has to be written, in the order in which the sink wants to place it.
     pub parts: Vec<Part>,
+    /// Guest bytes that were taken without anything being written for them.
+    pub taken: u64,
 }
 
 impl Prepared {
@@ -100,7 +102,15 @@ impl Prepared {
             data: piece.data,
             encoded: None,
             parts: Vec::new(),
+            taken: 0,
         }
+    }
+
+    /// A piece that a sink has taken and of which it writes nothing (it compares, it digests): its data
+    /// counts as data for progress.
+    pub fn taken(piece: Piece) -> Self {
+        let taken = if piece.data.is_some() { piece.len } else { 0 };
+        Self { taken, ..Self::new(piece) }
     }
 
     /// The bytes themselves; `None` for zeros.
@@ -113,13 +123,10 @@ impl Prepared {
         }
     }
 
-    /// Guest bytes for which something is written.
+    /// Guest bytes for which something is written, or that were taken as data.
     pub fn stored(&self) -> u64 {
-        self.parts
-            .iter()
-            .filter(|part| !matches!(part.bytes, Bytes::Zero(_)))
-            .map(|part| part.guest.end - part.guest.start)
-            .sum()
+        let written = self.parts.iter().filter(|part| !matches!(part.bytes, Bytes::Zero(_)));
+        self.taken + written.map(|part| part.guest.end - part.guest.start).sum::<u64>()
     }
 }
 

@@ -13,8 +13,8 @@ pub fn nearest<'a>(wanted: &str, known: impl IntoIterator<Item = &'a str>) -> Op
     if wanted.is_empty() || wanted.len() > MAX_COMPARED {
         return None;
     }
-    // A third of the letters may be wrong.
-    let allowed = wanted.chars().count().div_ceil(3);
+    // A third of the letters may be wrong; of four only one, or 'vmdk' would be meant to be 'vhdx'.
+    let allowed = (wanted.chars().count() + 1).div_euclid(3).max(1);
     known
         .into_iter()
         .filter(|name| !name.is_empty() && name.len() <= MAX_COMPARED)
@@ -63,6 +63,7 @@ mod tests {
             ("QCOW2", Some("qcow2")),
             ("vhd", Some("vhdx")),
             ("parallels", None),
+            ("vmdk", None),
             ("", None),
         ] {
             assert_eq!(nearest(wanted, formats), meant, "{wanted}");

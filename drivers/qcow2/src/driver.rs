@@ -5,7 +5,8 @@ use imgtool_toolkit::{
     Measure, OpenOptions, OptionSpec, Output, Result,
 };
 
-use crate::options::{OPTIONS, SIZE_MULTIPLE};
+use crate::compressed::Encoder;
+use crate::options::{OPTIONS, SIZE_MULTIPLE, WriteOptions};
 use crate::sink::Qcow2Sink;
 use crate::source::Qcow2Source;
 use crate::{check, measure, probe};
@@ -48,6 +49,11 @@ impl Driver for Qcow2Driver {
 
     fn options(&self) -> &'static [OptionSpec] {
         OPTIONS
+    }
+
+    fn check_options(&self, options: &CreateOptions) -> Result<()> {
+        let parsed = WriteOptions::parse(options)?;
+        parsed.compress.map_or(Ok(()), |level| Encoder::new(parsed.compression, level).map(drop))
     }
 
     fn probe(&self, head: &[u8], _len: Option<u64>) -> Option<Confidence> {

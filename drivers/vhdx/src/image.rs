@@ -142,7 +142,15 @@ fn read_identifier(input: &RandomInput) -> Result<String> {
 fn read_header(input: &RandomInput, offset: u64) -> Result<Header, String> {
     match input.read_vec(offset, HEADER_LEN) {
         Ok(bytes) => Header::decode(&bytes),
-        Err(error) => Err(format!("can't be read: {error}")),
+        Err(error) => Err(unreadable(&error)),
+    }
+}
+
+/// Why one of two copies is out, for an error that names file and place itself.
+fn unreadable(error: &Error) -> String {
+    match error.io_error() {
+        Some(cause) => format!("can't be read ({cause})"),
+        None => format!("can't be read ({})", error.message()),
     }
 }
 
@@ -168,7 +176,7 @@ struct Regions {
 fn read_regions(file: &ReplayedFile) -> Result<Regions> {
     let copies = REGION_TABLE_OFFSETS.map(|offset| match file.read_vec(offset, REGION_TABLE_LEN) {
         Ok(bytes) => RegionTable::decode(&bytes),
-        Err(error) => Err(TableFault::Damaged(format!("can't be read: {error}"))),
+        Err(error) => Err(TableFault::Damaged(unreadable(&error))),
     });
     let mut faults = [None, None];
     let mut table = None;

@@ -67,6 +67,10 @@ impl Driver for VhdxDriver {
         options::OPTIONS
     }
 
+    fn check_options(&self, options: &CreateOptions) -> Result<()> {
+        options::VhdxOptions::parse(options).map(drop)
+    }
+
     fn probe(&self, head: &[u8], _len: Option<u64>) -> Option<Confidence> {
         probe::probe(head)
     }

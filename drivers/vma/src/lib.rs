@@ -77,6 +77,11 @@ impl Driver for VmaDriver {
         options::OPTIONS
     }
 
+    fn check_options(&self, options: &CreateOptions) -> Result<()> {
+        options.check_names(self.name(), self.options())?;
+        options::VmaOptions::parse(options).map(drop)
+    }
+
     fn probe(&self, head: &[u8], _len: Option<u64>) -> Option<Confidence> {
         probe::probe(head)
     }

@@ -133,7 +133,7 @@ impl ImageSink for DigestSink {
     }
 
     fn prepare(&self, piece: Piece, _pool: &BufferPool) -> Result<Prepared> {
-        Ok(Prepared::new(piece))
+        Ok(Prepared::taken(piece))
     }
 
     fn place(&self, prepared: &Prepared, _writes: &mut WriteList) -> Result<()> {

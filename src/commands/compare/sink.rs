@@ -183,7 +183,7 @@ impl ImageSink for CompareSink<'_> {
             self.found(index, offset);
             return Err(Error::cancelled("the contents differ"));
         }
-        Ok(Prepared::new(piece))
+        Ok(Prepared::taken(piece))
     }
 
     fn place(&self, _prepared: &Prepared, _writes: &mut WriteList) -> Result<()> {

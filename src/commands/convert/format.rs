@@ -4,9 +4,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use imgtool_toolkit::storage::outer;
-use imgtool_toolkit::{Compress, Compression, CreateOptions, Driver, Error, Registry, Result};
+use imgtool_toolkit::{Compress, Compression, CreateOptions, Driver, Error, Packing, Registry, Result};
 
 use crate::commands::options::driver_by_name;
+use crate::images;
 
 /// Taken when nothing tells, as qemu-img does.
 const DEFAULT: &str = "raw";
@@ -86,20 +87,23 @@ pub fn choose(
 ) -> Result<Format> {
     let dest = dest.filter(|dest| !dest.is_dir() && !ends_in_separator(dest));
     let driver = match (to, dest) {
-        (Some(name), _) => registry.get(name)?,
+        (Some(name), _) => images::driver(registry, name)?,
         (None, Some(dest)) => match driver_by_name(registry, dest) {
             Some(driver) => driver,
-            None => registry.get(DEFAULT)?,
+            None => {
+                images::check_name(registry, dest, "-O ")?;
+                registry.get(DEFAULT)?
+            }
         },
         (None, None) => registry.get(DEFAULT)?,
     };
-    options.check_names(driver.name(), driver.options())?;
     let mut format = Format { driver, outer: None, options };
     format.outer = dest.and_then(outer::by_name).map(|compression| Outer { compression, level: None });
     if let Some(text) = compress {
         set_compression(&mut format, text)?;
     }
     check_outer(&format)?;
+    format.driver.check_options(&format.options)?;
     Ok(format)
 }
 
@@ -148,6 +152,8 @@ fn check_outer(format: &Format) -> Result<()> {
             Error::usage(format!("{name} is read, but not written")).hint("let DEST end in .zst (or .gz)")
         );
     }
+    // Whether it has that level.
+    Packing::new(outer.compression, outer.level)?;
     if !format.driver.capabilities().stream_write {
         return Err(Error::usage(format!("{} can't be compressed as a whole", format.driver.name()))
             .hint("leave out the compression's extension; -c compresses inside the format, where it can"));

@@ -214,10 +214,13 @@ impl Request<'_> {
                 return Err(Error::usage(format!("--target names device '{}' twice", place.name)));
             }
             let driver = match &place.format {
-                Some(name) => self.registry.get(name)?,
+                Some(name) => images::driver(self.registry, name)?,
                 None => match driver_by_name(self.registry, &place.path) {
                     Some(driver) => driver,
-                    None => self.registry.get("raw")?,
+                    None => {
+                        images::check_name(self.registry, &place.path, "format=")?;
+                        self.registry.get("raw")?
+                    }
                 },
             };
             let in_place = place.path.exists() && can_be_written_in_place(&*driver, &place.path);
@@ -434,12 +437,17 @@ fn stream_of(dest: &Path) -> Option<PathBuf> {
     is_stream.then(|| dest.to_owned())
 }
 
+/// What a stream is called in messages.
+pub fn name_of_stream(stream: &Path) -> &Path {
+    if stream == Path::new(STDOUT) { Path::new("standard output") } else { stream }
+}
+
 fn stream_place(driver: &dyn Driver, stream: PathBuf) -> Result<Place> {
     if driver.capabilities().stream_write {
         return Ok(Place::Stream(stream));
     }
     Err(Error::usage(format!("{} can't be written to a pipe", driver.name()))
-        .path(stream)
+        .path(name_of_stream(&stream))
         .hint("its tables are written last, at the front: give a file name"))
 }
 

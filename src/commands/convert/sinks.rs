@@ -8,7 +8,7 @@ use imgtool_toolkit::{
 };
 use std::io::{self, IsTerminal};
 
-use super::layout::{Layout, Place, Target, can_be_written_in_place};
+use super::layout::{Layout, Place, Target, can_be_written_in_place, name_of_stream};
 use super::sources::Taken;
 use super::write::SIZE_TOLERANCE;
 use crate::commands::extras;
@@ -122,7 +122,7 @@ fn make_output(
             } else {
                 Box::new(io::stdout())
             };
-            let output = Output::from_writer(path, writer);
+            let output = Output::from_writer(name_of_stream(path), writer);
             outputs.stream(output.clone());
             Ok(output)
         }

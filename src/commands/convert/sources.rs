@@ -94,7 +94,7 @@ fn open_one(
     options: &OpenOptions,
     target: &Format,
 ) -> Result<Opened> {
-    let mut input = images::input(path, format)?;
+    let mut input = images::input(registry, path, format)?;
     if input.is_stream() && !target.driver.capabilities().open_ended {
         let driver = match format {
             Some(name) => registry.get(name)?,

@@ -34,9 +34,9 @@ pub fn announce(source: &Source) {
     if source.opened.spooled {
         parts.push("copied to temporary storage first".to_owned());
     }
-    report::say(&format!("imgtool: {}: {}", images::show(&source.arg.path), parts.join(", ")));
+    report::tell(&format!("{}: {}", images::show(&source.arg.path), parts.join(", ")));
     for note in &info.notes {
-        report::note(&format!("{}: {note}", source.arg.path.display()));
+        report::note(&format!("{}: {note}", images::show(&source.arg.path)));
     }
 }
 
@@ -185,7 +185,7 @@ fn say(summary: &Summary<'_>) {
     for note in &summary.notes {
         report::note(note);
     }
-    report::say(&verdict(summary));
+    report::say(&report::flow(Stream::Err, &verdict(summary), 2));
 }
 
 fn table(summary: &Summary<'_>) -> String {
@@ -259,14 +259,14 @@ fn verdict(summary: &Summary<'_>) -> String {
 
 fn say_losses(lost: &[LostRange<'_>]) {
     let bytes: u64 = lost.iter().fold(0, |sum, range| sum.saturating_add(range.length));
-    report::say(&format!(
-        "imgtool: {} lost in {}, filled with zeros:",
+    report::tell(&format!(
+        "{} lost in {}, filled with zeros:",
         report::exact_size(bytes),
         count(lost.len(), "range")
     ));
     for range in lost {
         let end = range.start.saturating_add(range.length);
         let line = format!("  {} guest bytes {}..{end}: {}", range.device, range.start, range.reason);
-        report::say(&escape_control(&line));
+        report::say(&report::flow(Stream::Err, &escape_control(&line), 4));
     }
 }

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use imgtool_toolkit::digest::{self, ContentDigest};
 use imgtool_toolkit::storage::ReadAt;
 use imgtool_toolkit::{
-    Attachment, DeviceId, Error, ImageSource, Input, OpenOptions, Output, RandomInput, Result, ResultExt,
+    Attachment, DeviceId, Error, ImageSource, Input, OpenOptions, Output, Progress, RandomInput, Result,
+    ResultExt,
 };
 
 use super::layout::{Layout, Place, Target};
@@ -41,10 +42,13 @@ pub fn read_back(
     progress: ProgressMode,
     interrupt: &Interrupt,
 ) -> Result<()> {
+    // One phase for all outputs: the devices of each stand behind those of the last.
+    let mut opened = Vec::new();
+    let mut lanes = Vec::new();
     for (target, output) in layout.targets.iter().zip(outputs) {
         // What is still in memory proves nothing about the disk.
         output.sync_and_forget()?;
-        let mut source = open(target, output, expected).in_file(target.place.path())?;
+        let source = open(target, output, expected).in_file(target.place.path())?;
         let info = source.info();
         // Names are adapted to the format; what they name is not.
         let contents = |attachments: &[Attachment]| -> Vec<Vec<u8>> {
@@ -53,14 +57,18 @@ pub fn read_back(
         if contents(&info.attachments) != contents(&target.attachments) {
             return Err(differs(target, "other configurations"));
         }
+        let first_lane = u32::try_from(lanes.len()).unwrap_or(u32::MAX);
         // Lanes are found by number, and an archive's devices are numbered from 1.
         let highest = info.devices.iter().map(|device| device.id.0).max().unwrap_or(0);
-        let lanes = (0..=highest).map(|number| lane(&*source, DeviceId(number))).collect();
-        let ids: Vec<DeviceId> = info.devices.iter().map(|device| device.id).collect();
-        let mut meter = Meter::start(progress, "verify", lanes, None, || 0);
-        let found = digest::digest_source(&mut *source, threads, meter.progress(), interrupt.token())
+        lanes.extend((0..=highest).map(|number| lane(&*source, DeviceId(number))));
+        opened.push((target, source, first_lane));
+    }
+    let mut meter = Meter::start(progress, "verify", lanes, None, || 0);
+    for (target, mut source, first_lane) in opened {
+        let ids: Vec<DeviceId> = source.info().devices.iter().map(|device| device.id).collect();
+        let progress = Behind { progress: meter.progress(), first_lane };
+        let found = digest::digest_source(&mut *source, threads, &progress, interrupt.token())
             .in_file(target.place.path())?;
-        meter.finish();
         if ids.len() != target.devices.len() {
             return Err(differs(target, "another number of devices"));
         }
@@ -70,7 +78,20 @@ pub fn read_back(
             }
         }
     }
+    meter.finish();
     Ok(())
+}
+
+/// The progress of one of several outputs: its devices are counted behind those of others.
+struct Behind<'a> {
+    progress: &'a dyn Progress,
+    first_lane: u32,
+}
+
+impl Progress for Behind<'_> {
+    fn advance(&self, device: DeviceId, len: u64, zero: u64) {
+        self.progress.advance(DeviceId(self.first_lane.saturating_add(device.0)), len, zero);
+    }
 }
 
 /// Reads a configuration back that was written to a file of its own.

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::{Fact, FactScope, ImageInfo};
+use imgtool_toolkit::{Device, DeviceKind, Fact, FactScope, ImageInfo};
 use serde_json::Value;
 
 use super::{Subject, guest};
@@ -61,7 +61,7 @@ pub(super) fn page(subject: &Subject) -> String {
 
 fn line(text: &mut String, label: &str, value: &str) {
     let label = Stream::Out.paint(Paint::Bold, &format!("{label}:"));
-    let _ = writeln!(text, "{label} {}", escape_control(value));
+    let _ = writeln!(text, "{}", report::flow(Stream::Out, &format!("{label} {}", escape_control(value)), 4));
 }
 
 fn heading(label: &str) -> String {
@@ -109,7 +109,22 @@ fn devices(text: &mut String, subject: &Subject) {
     let has_room = Stream::Out.columns().is_none_or(|columns| report::widest(&wide) <= columns);
     let table = if has_room { wide } else { table(human_size, false) };
     text.push_str(&heading("devices"));
-    text.push_str(&headed(&table));
+    if Stream::Out.columns().is_some_and(|columns| report::widest(&table) > columns) {
+        info.devices.iter().for_each(|device| stacked(text, info, device));
+    } else {
+        text.push_str(&headed(&table));
+    }
+}
+
+/// A device where the table has no room.
+fn stacked(text: &mut String, info: &ImageInfo, device: &Device) {
+    let kind = if device.kind == DeviceKind::Disk { "" } else { ", state of the guest" };
+    let _ = writeln!(text, "    {}", Stream::Out.paint(Paint::Bold, &escape_control(&device.name)));
+    let stored = stored(info, device.id.0).map(|stored| {
+        let zero = percent(device.size.saturating_sub(stored), device.size);
+        format!("; {} stored, {zero} zero", human_size(stored))
+    });
+    let _ = writeln!(text, "      {}{kind}{}", human_size(device.size), stored.unwrap_or_default());
 }
 
 /// A table whose header stands out.
@@ -167,7 +182,8 @@ fn value(text: &mut String, indent: usize, label: &str, fact: &Value) {
             }
         }
         plain => {
-            let _ = writeln!(text, "{pad}{label}: {}", escape_control(&scalar(plain)));
+            let line = format!("{pad}{label}: {}", escape_control(&scalar(plain)));
+            let _ = writeln!(text, "{}", report::flow(Stream::Out, &line, indent + 4));
         }
     }
 }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::{Extent, ExtentKind};
 
-use crate::report::{Paint, Stream, human_size, percent, unicode};
+use crate::report::{Paint, Stream, flow, human_size, percent, unicode};
 
 /// Blocks in a line at most, and lines: what the eye takes in at once.
 const MAX_COLUMNS: usize = 64;
@@ -105,7 +105,7 @@ impl Picture {
                 let _ = write!(text, ", {} {what}", human_size(bytes));
             }
         }
-        text.push('\n');
+        text = flow(Stream::Out, &text, 2) + "\n";
         for (line, blocks) in self.blocks.chunks(self.columns).enumerate() {
             let begin = self.part.start.saturating_add((line * self.columns) as u64 * self.unit);
             let bar: String = blocks.iter().map(|block| self.sign(block, &signs)).collect();

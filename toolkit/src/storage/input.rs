@@ -441,14 +441,14 @@ impl RandomInput {
     pub fn read_exact_at(&self, buf: &mut [u8], position: u64) -> Result<()> {
         let fits = position.checked_add(buf.len() as u64).is_some_and(|end| end <= self.len());
         if !fits {
-            return Err(Error::corrupt(format!(
-                "the file ends at {}, but {} bytes from {position} are needed",
-                self.len(),
-                buf.len()
-            ))
-            .path(&self.path)
-            .at(position)
-            .hint("the file is cut short: copy it again, or use a backup"));
+            let needed = match buf.len() {
+                1 => format!("the byte at {position} is needed"),
+                len => format!("{len} bytes from {position} are needed"),
+            };
+            return Err(Error::corrupt(format!("the file ends at {}, but {needed}", self.len()))
+                .path(&self.path)
+                .at(position)
+                .hint("the file is cut short: copy it again, or use a backup"));
         }
         self.source.read_exact_at(buf, position).map_err(|e| read_error(e, &self.path, position))
     }
@@ -616,6 +616,7 @@ fn read_error(e: io::Error, path: &Path, position: u64) -> Error {
     let error = if damaged {
         let text = e.to_string();
         Error::corrupt(if text.is_empty() { "the file ends early".to_owned() } else { text })
+            .hint("copy it again, or use a backup; --salvage restores what is whole of an archive")
     } else {
         Error::io("read", e)
     };

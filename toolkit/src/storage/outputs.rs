@@ -302,6 +302,10 @@ impl Outputs {
         if path.is_dir() {
             return Ok(());
         }
+        // Without the '/' at its end, with which nothing but a directory is found.
+        if path.components().as_path().exists() {
+            return Err(Error::refused("is a file, not a directory").path(path));
+        }
         if let Some(parent) = path.parent()
             && !parent.as_os_str().is_empty()
             && !parent.exists()
@@ -414,7 +418,7 @@ impl Outputs {
             let source_name = escape_control(&source.to_string_lossy());
             if beneath[0] == own {
                 let text = format!("source and target are the same file ({source_name})");
-                return Err(Error::refused(text).path(path));
+                return Err(Error::refused(text).path(path).hint("give the new image another name"));
             }
             if beneath.contains(&own) || layers.contains(&beneath[0]) {
                 let text = format!("writing to the target would change the source ({source_name})");
@@ -499,8 +503,17 @@ fn final_path(path: &Path, links: Links) -> Result<PathBuf> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let directory = std::fs::canonicalize(directory).map_err(|e| Error::io("create", e).path(path))?;
-    Ok(directory.join(name))
+    let found = std::fs::canonicalize(directory).map_err(|e| {
+        let is_missing = e.kind() == io::ErrorKind::NotFound;
+        let error = Error::io("create", e).path(path);
+        let directory = directory.display();
+        if is_missing {
+            error.hint(format!("there is no directory {directory}: make it first"))
+        } else {
+            error
+        }
+    })?;
+    Ok(found.join(name))
 }
 
 /// Makes new names durable. Where a directory can't be flushed at all that is no error: the files
