@@ -1,8 +1,10 @@
 //! Early writeback: what has been written goes to disk while the rest is still being copied.
 //!
 //! Left alone, a kernel keeps dirty pages until they are a tenth of memory, and the final flush then
-//! waits for all of them. A thread of its own flushes whenever enough has gathered; there is none for
-//! files in memory. What an output beyond a quarter of memory has flushed leaves the page cache.
+//! waits for all of them. A thread of its own sends them on their way whenever enough has gathered;
+//! there is none for files in memory. It waits for nothing and commits nothing to a journal: a real
+//! flush in between took longer than it saved. What an output beyond a quarter of memory has on disk
+//! leaves the page cache. The kernel keeps errors for the final flush.
 
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -10,14 +12,42 @@ use std::time::Duration;
 use super::lock;
 use crate::storage::{Output, os};
 
-/// Unflushed bytes of an output that are worth a flush. Ours: at disk speeds of 0.3 to 2 GB/s a
-/// flush of this size takes 50 to 300 ms, so that the last one is short.
-const WORTH_FLUSHING: u64 = 96 << 20;
+/// Bytes written to an output that are worth being sent. Ours: at disk speeds of 0.3 to 2 GB/s so much
+/// takes 15 to 100 ms, so that the final flush is short.
+const WORTH_SENDING: u64 = 32 << 20;
 
 /// How often to look.
 const INTERVAL: Duration = Duration::from_millis(30);
 
-/// Flushes outputs in the background until it is stopped.
+/// How far an output has been sent to disk.
+struct Sent {
+    written: u64,
+    reached: u64,
+}
+
+impl Sent {
+    fn new(output: &Output) -> Self {
+        Self { written: output.written(), reached: output.reached() }
+    }
+
+    /// Sends what was written since the last time, if that is enough. What lies further ahead than
+    /// anything before is new; what was written over behind that is left to the kernel.
+    fn send(&mut self, output: &Output, forget: bool) {
+        let Some(file) = output.file() else { return };
+        let now = Self::new(output);
+        let len = now.reached - self.reached;
+        if now.written - self.written < WORTH_SENDING || len == 0 {
+            return;
+        }
+        os::forget_range(file, self.reached, len);
+        if forget {
+            os::forget_range(file, 0, self.reached);
+        }
+        *self = now;
+    }
+}
+
+/// Sends outputs to disk in the background until it is stopped.
 pub(super) struct Flusher {
     outputs: Vec<Output>,
     stopped: Mutex<bool>,
@@ -45,19 +75,12 @@ impl Flusher {
     /// The thread's work; ends soon after [`StopWhenDropped`] is dropped.
     pub(super) fn work(&self) {
         let much = os::memory_len().map_or(u64::MAX, |memory| memory / 4);
-        let mut flushed: Vec<u64> = self.outputs.iter().map(Output::written).collect();
+        let mut sent: Vec<Sent> = self.outputs.iter().map(Sent::new).collect();
         let mut stopped = lock(&self.stopped);
         while !*stopped {
             drop(stopped);
-            for (output, flushed) in self.outputs.iter().zip(&mut flushed) {
-                let written = output.written();
-                if written - *flushed >= WORTH_FLUSHING {
-                    output.flush_early();
-                    if let Some(file) = output.file().filter(|_| written > much) {
-                        os::forget_range(file, 0, u64::MAX >> 1);
-                    }
-                    *flushed = written;
-                }
+            for (output, sent) in self.outputs.iter().zip(&mut sent) {
+                sent.send(output, output.written() > much);
             }
             stopped = lock(&self.stopped);
             if !*stopped {

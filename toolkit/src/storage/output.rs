@@ -19,9 +19,8 @@ struct Inner {
     path: PathBuf,
     target: Target,
     written: AtomicU64,
-    /// The first failure of an early flush: the kernel reports it once, so it is kept for
-    /// [`Output::sync`].
-    early_failure: Mutex<Option<io::Error>>,
+    /// The furthest end of what was written.
+    reached: AtomicU64,
 }
 
 enum Target {
@@ -85,7 +84,7 @@ impl Output {
             path: path.into(),
             target,
             written: AtomicU64::new(0),
-            early_failure: Mutex::new(None),
+            reached: AtomicU64::new(0),
         }))
     }
 
@@ -129,6 +128,11 @@ impl Output {
     /// Bytes written so far, without zeros that needed no writing.
     pub fn written(&self) -> u64 {
         self.0.written.load(Ordering::Relaxed)
+    }
+
+    /// The furthest end of what was written, bytes from the start.
+    pub fn reached(&self) -> u64 {
+        self.0.reached.load(Ordering::Relaxed)
     }
 
     /// The file, for copies inside the kernel.
@@ -186,6 +190,7 @@ impl Output {
             }
         }
         self.0.written.fetch_add(total, Ordering::Relaxed);
+        self.0.reached.fetch_max(position + total, Ordering::Relaxed);
         Ok(())
     }
 
@@ -310,25 +315,11 @@ impl Output {
     /// # Errors
     /// When the system reports that earlier writes failed.
     pub fn sync(&self) -> Result<()> {
-        let failed = self.0.early_failure.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(e) = failed {
-            return Err(Error::io("flush", e).path(self.path()));
-        }
         let flushed = match &self.0.target {
             Target::File(target) => target.file.sync_all(),
             Target::Stream(stream) => stream.lock().unwrap_or_else(PoisonError::into_inner).writer.flush(),
         };
         flushed.map_err(|e| Error::io("flush", e).path(self.path()))
-    }
-
-    /// Starts flushing what has been written, and waits for it; a failure is reported by
-    /// [`Output::sync`].
-    pub fn flush_early(&self) {
-        if let Target::File(target) = &self.0.target
-            && let Err(e) = target.file.sync_data()
-        {
-            self.0.early_failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(e);
-        }
     }
 
     fn check_capacity(&self, target: &FileTarget, position: u64, len: u64) -> Result<()> {

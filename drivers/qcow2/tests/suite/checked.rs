@@ -128,11 +128,7 @@ fn assert_same_check(directory: &Path, image: &str, what: &str) {
     let found = &ours.findings;
     // An image that qemu-img passes and can't read.
     let unreadable = u64::from(found.iter().any(|finding| finding.contains("in a version 2 image")));
-    assert_eq!(
-        ours.corruptions - unreadable,
-        number(&theirs, "corruptions"),
-        "{what}: {found:#?} {theirs}"
-    );
+    assert_eq!(ours.corruptions - unreadable, number(&theirs, "corruptions"), "{what}: {found:#?} {theirs}");
     assert_eq!(ours.leaks, number(&theirs, "leaks"), "{what}: {found:#?}");
     assert_eq!(ours.check_errors, number(&theirs, "check-errors"), "{what}");
     assert_eq!(ours.image_end_offset, Some(number(&theirs, "image-end-offset")), "{what}");

@@ -366,8 +366,9 @@ pub fn memory_len() -> Option<u64> {
     Some((info.totalram as u64).saturating_mul(u64::from(info.mem_unit)))
 }
 
-/// Tells the kernel that a range will not be needed again. What of it is not on disk yet stays in
-/// memory, and is on its way.
+/// Tells the kernel that a range will not be needed again (posix_fadvise(2), `POSIX_FADV_DONTNEED`).
+/// What of it is not on disk yet stays in memory, and is on its way: Linux starts to write it and does
+/// not wait. A length of 0 means to the end.
 pub fn forget_range(file: &File, position: u64, len: u64) {
     // Advice only: nothing depends on it.
     let _ = rustix::fs::fadvise(file, position, std::num::NonZero::new(len), Advice::DontNeed);
