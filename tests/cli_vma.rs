@@ -56,6 +56,24 @@ fn list_prints_the_lines_that_restore_tools_read() {
 }
 
 #[test]
+fn years_are_plain_numbers_as_in_asctime() {
+    let dir = tempdir();
+    std::fs::write(dir.path().join("a.raw"), [1; 512]).unwrap();
+    for (ctime, line) in [
+        ("253402300800", "CTIME: Sat Jan  1 00:00:00 10000"),
+        ("-62135596800", "CTIME: Mon Jan  1 00:00:00 1"),
+        ("-9223372036854775808", "CTIME: (null)"),
+    ] {
+        let options = format!("ctime={ctime}");
+        imgtool(["convert", "--force", "a.raw", "--to", "vma", "-o", &options, "a.vma"])
+            .within(dir.path())
+            .ok();
+        let listed = imgtool(["vma", "list", "a.vma"]).env("TZ", "UTC").within(dir.path()).ok();
+        assert_eq!(listed.text().lines().last(), Some(line));
+    }
+}
+
+#[test]
 fn config_prints_the_bytes_or_ends_with_255() {
     let (dir, archive) = two_disks();
     let config = imgtool(["vma", "config", archive]).within(dir.path()).ok();

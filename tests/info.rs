@@ -104,3 +104,75 @@ fn a_given_format_is_not_guessed() {
 fn what_is_not_there_is_an_error_with_its_name() {
     imgtool(["info", "/nonexistent/image.qcow2"]).go().exits(1).says("/nonexistent/image.qcow2");
 }
+
+/// Stored and zero bytes of the devices of `two-disks.vma`.
+const COUNTED: [(u64, u64); 2] = [(2_154_496, 3_100_672), (12_288, 528_384)];
+
+fn counted(info: &serde_json::Value) -> Vec<(Option<u64>, Option<u64>)> {
+    let devices = info["format-specific"]["data"]["devices"].as_array().unwrap();
+    devices.iter().map(|device| (device["stored-bytes"].as_u64(), device["zero-bytes"].as_u64())).collect()
+}
+
+#[test]
+fn what_is_stored_is_counted_in_files_and_streams() {
+    for name in ["two-disks.vma.zst", "two-disks.vma.gz", "two-disks.vma.lzo"] {
+        let path = fixture(name);
+        let info = imgtool(["info", "--output", "json", text(&path)]).ok().json();
+        let piped = imgtool(["info", "--output", "json", "-"]).pipe_from(&path).ok().json();
+        for info in [info, piped] {
+            assert_eq!(counted(&info), COUNTED.map(|(stored, zero)| (Some(stored), Some(zero))), "{name}");
+            assert_eq!(info["format-specific"]["data"]["extents"], 2);
+        }
+    }
+}
+
+#[test]
+fn a_long_stream_is_only_read_to_its_end_when_asked() {
+    let dir = tempdir();
+    let raw = dir.path().join("a.raw");
+    // Noise above the 64 MiB that are read unasked.
+    std::fs::write(&raw, images::noise(5, 66 << 20)).unwrap();
+    let archive = dir.path().join("a.vma.gz");
+    imgtool(["convert", text(&raw), "--to", "vma", text(&archive)]).ok();
+    let info = imgtool(["info", "--output", "json", text(&archive)]).ok().json();
+    assert_eq!(counted(&info), [(None, None)]);
+    assert!(info["notes"][0].as_str().unwrap().contains("--read-all"), "{info}");
+    let info = imgtool(["info", "--read-all", "--output", "json", text(&archive)]).ok().json();
+    assert_eq!(counted(&info), [(Some(66 << 20), Some(0))]);
+}
+
+#[test]
+fn a_damaged_archive_tells_what_can_be_known() {
+    let dir = tempdir();
+    let archive = dir.path().join("a.vma");
+    let compressed = fixture("two-disks.vma.zst");
+    imgtool(["convert", "-f", "raw", "--to", "raw", text(&compressed), text(&archive)]).ok();
+    let whole = std::fs::read(&archive).unwrap();
+    let mut flipped = whole.clone();
+    flipped[12_800 + 100] ^= 1;
+    let cut = &whole[..whole.len() - 1];
+    let trailing = [&whole[..], b"x"].concat();
+    for (bytes, message) in [
+        (&flipped[..], "wrong vma extent header checksum (file offset 12800)"),
+        (cut, "short vma extent (975359 < 975360)"),
+        (&trailing, "read short extent (1 bytes) (file offset 2180608)"),
+    ] {
+        std::fs::write(&archive, bytes).unwrap();
+        let json = imgtool(["info", "--output", "json", text(&archive)]).go().exits(1).says(message).json();
+        assert_eq!(json["devices"].as_array().unwrap().len(), 2);
+        assert_eq!(json["attachments"].as_array().unwrap().len(), 2);
+        assert_eq!(counted(&json), [(None, None); 2]);
+        assert!(json["damage"].as_str().unwrap().contains(message), "{json}");
+        let page = imgtool(["info", "-"]).pipe_from(&archive).go().exits(1).says(message);
+        assert!(
+            page.text().contains("drive-efidisk0") && page.text().contains("damaged: "),
+            "{}",
+            page.text()
+        );
+    }
+    // Without its header nothing is known.
+    flipped[5000] ^= 1;
+    std::fs::write(&archive, flipped).unwrap();
+    let refused = imgtool(["info", text(&archive)]).go().exits(1).says("wrong vma header checksum");
+    assert_eq!(refused.text(), "");
+}

@@ -14,6 +14,7 @@ use super::{InputArgs, MessageArgs, OutputArgs, SnapshotArgs, ThreadArgs};
     after_help = "\
 Examples:
   imgtool info vm.vma.zst
+  ssh host cat vm.vma.zst | imgtool info --read-all -
   imgtool info --output json disk.qcow2
   imgtool info --backing-chain --allow-external chain overlay.qcow2"
 )]
@@ -25,6 +26,10 @@ pub struct InfoArgs {
     /// Show the image's backing files too, as far as --allow-external lets them be opened
     #[arg(long)]
     pub backing_chain: bool,
+
+    /// Read an archive that comes as a stream to its end, however long: counts what is stored
+    #[arg(long)]
+    pub read_all: bool,
 
     #[command(flatten)]
     pub output: OutputArgs,

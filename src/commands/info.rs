@@ -1,4 +1,5 @@
-//! `imgtool info`: what an image or archive holds, without reading its data.
+//! `imgtool info`: what an image or archive holds, without reading its data. Of a stream some of the
+//! data must be read, so only a short one is read to its end unasked.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,9 @@ use crate::{drivers, images, report};
 
 mod guest;
 mod page;
+
+/// Bytes of a stream, decompressed, that are read unasked: a blink. Ours.
+const STREAM_LEN: u64 = 64 << 20;
 
 /// What is told about one image.
 struct Subject {
@@ -36,6 +40,11 @@ impl Subject {
         self.info().notes.iter().chain(&self.chain_ends)
     }
 
+    /// What is wrong with it, for `info` to say in its own place.
+    fn damage(&self) -> Option<String> {
+        self.source.damage().map(ToString::to_string)
+    }
+
     fn virtual_size(&self) -> u64 {
         self.info().devices.iter().fold(0, |sum, device| sum.saturating_add(device.size))
     }
@@ -50,11 +59,12 @@ impl Subject {
 /// Prints what images hold.
 ///
 /// # Errors
-/// When one can't be opened.
+/// When one can't be opened. What is wrong behind its beginning is told, and the rest too.
 pub fn run(args: &InfoArgs) -> Result<Exit> {
     let registry = drivers::registry();
     let options = OpenOptions {
         info_only: true,
+        info_stream_len: if args.read_all { u64::MAX } else { STREAM_LEN },
         snapshot: args.snapshot.snapshot.as_deref().map(images::snapshot_name),
         ..images::open_options(&registry, &args.input)?
     };
@@ -84,7 +94,12 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
         let pages: Vec<String> = subjects.iter().map(page::page).collect();
         report::print(&pages.join("\n"))?;
     }
-    Ok(Exit::Done)
+    let mut exit = Exit::Done;
+    for damage in subjects.iter().filter_map(|subject| subject.source.damage()) {
+        report::error(damage);
+        exit = Exit::Failed;
+    }
+    Ok(exit)
 }
 
 fn is_archive(driver: &dyn Driver) -> bool {
@@ -157,6 +172,9 @@ fn document(subject: &Subject) -> Value {
     let references =
         info.references.iter().map(|r| json!({ "role": r.role, "name": r.name, "format": r.format }));
     map.insert("references".into(), references.collect());
+    if let Some(damage) = subject.damage() {
+        map.insert("damage".into(), damage.into());
+    }
     let notes: Vec<&String> = subject.notes().collect();
     map.insert("notes".into(), json!(notes));
     Value::Object(map)

@@ -166,6 +166,8 @@ pub struct OpenOptions {
     /// Only facts are wanted, no content: whatever needs other files or all of a stream may be left
     /// out.
     pub info_only: bool,
+    /// With `info_only`: bytes of a stream that may be read to learn what only its end tells.
+    pub info_stream_len: u64,
     /// What other files may be opened, and how.
     pub externals: Externals,
 }

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::buffer::{Buffer, BufferPool};
 use crate::device::{Attachment, Device, DeviceId};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentKind, MapExtent};
 use crate::zero;
 
@@ -28,6 +28,12 @@ pub trait ImageSource: Send + Sync {
     /// What was lost, when it was opened for salvage: complete once all content has been read.
     fn losses(&self) -> Vec<Loss> {
         Vec::new()
+    }
+
+    /// What is wrong with an image that could be opened all the same, because only facts were
+    /// wanted ([`crate::OpenOptions::info_only`]).
+    fn damage(&self) -> Option<&Error> {
+        None
     }
 }
 
@@ -241,7 +247,7 @@ pub struct Reference {
 pub struct Loss {
     /// The device.
     pub device: DeviceId,
-    /// The guest range, bytes.
+    /// The guest range, bytes. Empty where what is in doubt is the device itself.
     pub guest: Range<u64>,
     /// Why, for a person.
     pub reason: String,

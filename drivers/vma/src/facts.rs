@@ -25,26 +25,36 @@ pub(crate) fn info(header: &ArchiveHeader, index: Option<&Index>) -> ImageInfo {
     info.fact("creation-time", "created", utc(header.ctime));
     info.fact("ctime", "created, seconds since 1970", header.ctime);
     info.fact("header-size", "header size", header.header_size);
+    info.fact("extents", "extents", index.map(|index| index.extents));
+    let table = header.devices.iter().map(|device| {
+        // The last sub-block is stored in full; what lies past the end is not the device's.
+        let stored =
+            index.and_then(|index| index.device(device.id)).map(|known| known.stored.min(device.size));
+        json!({
+            "dev-id": device.id.0,
+            "name": device.name,
+            "stored-bytes": stored,
+            "zero-bytes": stored.map(|stored| device.size - stored),
+        })
+    });
+    info.fact("devices", "devices", table.collect::<Vec<_>>());
     if let Some(index) = index {
-        info.fact("extents", "extents", index.extents);
-        add_device_facts(&mut info, header, index);
+        add_notes(&mut info, header, index);
     }
     info
 }
 
-/// Stored and zero bytes of each device, and what was left out.
-fn add_device_facts(info: &mut ImageInfo, header: &ArchiveHeader, index: &Index) {
-    let mut table = Vec::new();
+/// Why nothing is said about what is stored.
+pub(crate) fn not_counted(stream_len: u64) -> String {
+    format!(
+        "how much is stored is not known: the archive comes as a stream, of which only the first {stream_len} bytes are looked at; info --read-all reads it to its end"
+    )
+}
+
+/// What of each device was left out.
+fn add_notes(info: &mut ImageInfo, header: &ArchiveHeader, index: &Index) {
     for device in &header.devices {
         let Some(known) = index.device(device.id) else { continue };
-        // The last sub-block is stored in full; what lies past the end is not the device's.
-        let stored = known.stored.min(device.size);
-        table.push(json!({
-            "dev-id": device.id.0,
-            "name": device.name,
-            "stored-bytes": stored,
-            "zero-bytes": device.size - stored,
-        }));
         let name = escape_control(&device.name);
         if known.dropped_blocks > 0 {
             info.notes.push(format!(
@@ -64,7 +74,6 @@ fn add_device_facts(info: &mut ImageInfo, header: &ArchiveHeader, index: &Index)
             )),
         }
     }
-    info.fact("devices", "devices", table);
 }
 
 /// Seconds since 1970 as a date, proleptic Gregorian, in UTC.

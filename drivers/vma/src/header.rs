@@ -54,6 +54,71 @@ impl ArchiveHeader {
         Self::parse(&read_raw(bytes)?)
     }
 
+    /// Reads a header for salvage: of one that is damaged what can be made out, with what is wrong.
+    ///
+    /// # Errors
+    /// Those of [`ArchiveHeader::read`], when not even one device can be made out.
+    pub(crate) fn salvage(bytes: &mut impl ArchiveBytes) -> Result<(Self, Option<Error>)> {
+        let raw = read_raw(bytes)?;
+        let error = match Self::parse(&raw) {
+            Ok(header) => return Ok((header, None)),
+            Err(error) => error,
+        };
+        let is_damage = matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed);
+        match Self::make_out(&raw) {
+            Some(header) if is_damage && !header.devices.is_empty() => Ok((header, Some(error))),
+            _ => Err(error),
+        }
+    }
+
+    /// What a damaged header still tells: every entry counts that could be one. Devices without a
+    /// name are only taken where no name is left, so that no device is made of noise.
+    fn make_out(raw: &[u8]) -> Option<Self> {
+        let (layout, _) = HeaderLayout::ref_from_prefix(raw).ok()?;
+        let blobs = Blobs::locate(layout, raw).ok();
+        let blobs = blobs.as_ref();
+        let mut header = Self::empty(layout);
+        for is_named in [true, false] {
+            for (index, entry) in (0u32..).zip(&layout.dev_info).take(TABLE_ENTRIES - 1).skip(1) {
+                let name = match blobs.and_then(|blobs| blobs.text(entry.name_offset.get())) {
+                    Some(name) if is_named => name,
+                    None if !is_named => format!("device-{index}"),
+                    _ => continue,
+                };
+                let size = entry.device_size.get();
+                if (1..=MAX_DEVICE_SIZE).contains(&size) {
+                    header.add_device(index, name, size).ok()?;
+                }
+            }
+            if !header.devices.is_empty() {
+                break;
+            }
+        }
+        for (name, data) in layout.config_names.iter().zip(&layout.config_data) {
+            let (name, data) = (name.get(), data.get());
+            if name != 0
+                && data != 0
+                && let Some(blobs) = blobs
+                && let (Some(name), Some(data)) = (blobs.text(name), blobs.get(data))
+            {
+                header.configs.push(Attachment { name, data: data.to_vec() });
+            }
+        }
+        Some(header)
+    }
+
+    /// Without devices and configurations.
+    fn empty(layout: &HeaderLayout) -> Self {
+        Self {
+            uuid: Uuid::from_bytes(layout.uuid),
+            ctime: layout.ctime.get(),
+            header_size: layout.header_size.get(),
+            devices: Vec::new(),
+            configs: Vec::new(),
+            notes: Vec::new(),
+        }
+    }
+
     /// Checks and decodes a whole header. `raw` holds what the size field says, at least the fixed
     /// part.
     fn parse(raw: &[u8]) -> Result<Self> {
@@ -72,14 +137,7 @@ impl ArchiveHeader {
             .hint("only version 1 is known"));
         }
         let blobs = Blobs::locate(layout, raw)?;
-        let mut header = Self {
-            uuid: Uuid::from_bytes(layout.uuid),
-            ctime: layout.ctime.get(),
-            header_size: layout.header_size.get(),
-            devices: Vec::new(),
-            configs: Vec::new(),
-            notes: Vec::new(),
-        };
+        let mut header = Self::empty(layout);
         header.take_devices(layout, &blobs)?;
         header.take_configs(layout, &blobs)?;
         Ok(header)

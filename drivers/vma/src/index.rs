@@ -74,9 +74,52 @@ pub(crate) struct Index {
     /// Extents in the archive.
     pub(crate) extents: u64,
     pub(crate) header_size: u64,
+    /// Otherwise it only counts.
+    keeps_runs: bool,
 }
 
 impl Index {
+    fn new(header: &ArchiveHeader, keeps_runs: bool) -> Self {
+        let mut index = Self {
+            devices: header.devices.iter().map(|_| DeviceIndex::default()).collect(),
+            by_id: [None; TABLE_ENTRIES],
+            extents: 0,
+            header_size: u64::from(header.header_size),
+            keeps_runs,
+        };
+        for (number, device) in header.devices.iter().enumerate() {
+            // There are at most 254 devices, with ids below 255.
+            index.by_id[device.id.0 as usize % TABLE_ENTRIES] = Some(number as u8);
+        }
+        index
+    }
+
+    /// Walks over the rest of an archive behind its header, and counts; `None` when it reaches
+    /// beyond `limit`, a position in the archive.
+    pub(crate) fn count(
+        bytes: impl ArchiveBytes,
+        header: &Arc<ArchiveHeader>,
+        options: &OpenOptions,
+        limit: u64,
+    ) -> Result<Option<Self>> {
+        let mut index = Self::new(header, false);
+        let mut walker = Walker::new(bytes, header, options);
+        while walker.bytes.position() < limit {
+            let Some(entered) = walker.enter()? else { return Ok(Some(index)) };
+            if entered.file_offset.saturating_add(entered.data_len) >= limit {
+                return Ok(None);
+            }
+            if walker.bytes.skip(entered.data_len)? < entered.data_len {
+                return Err(walker.short(entered));
+            }
+            for placed in &walker.placed {
+                index.add(placed, entered);
+            }
+            index.extents += 1;
+        }
+        Ok(None)
+    }
+
     /// Walks over the whole archive; `None` when there would be more than `max_runs` runs.
     pub(crate) fn build(
         input: &RandomInput,
@@ -85,18 +128,8 @@ impl Index {
         max_runs: usize,
     ) -> Result<Option<Self>> {
         let mut cursor = Cursor::new(input.clone());
-        let header_size = u64::from(header.header_size);
-        cursor.skip(header_size)?;
-        let mut index = Self {
-            devices: header.devices.iter().map(|_| DeviceIndex::default()).collect(),
-            by_id: [None; TABLE_ENTRIES],
-            extents: 0,
-            header_size,
-        };
-        for (number, device) in header.devices.iter().enumerate() {
-            // There are at most 254 devices, with ids below 255.
-            index.by_id[device.id.0 as usize % TABLE_ENTRIES] = Some(number as u8);
-        }
+        let mut index = Self::new(header, true);
+        cursor.skip(index.header_size)?;
         let mut walker = Walker::new(cursor, header, options);
         while let Some(entered) = walker.enter()? {
             walker.bytes.skip(entered.data_len)?;
@@ -119,6 +152,7 @@ impl Index {
 
     fn add(&mut self, placed: &Placed, entered: Entered) {
         let unit = (entered.file_offset - self.header_size) / Run::UNIT;
+        let keeps_runs = self.keeps_runs;
         let Some(device) = self.device_mut(placed.device) else { return };
         if placed.is_beyond() {
             device.beyond += 1;
@@ -127,21 +161,9 @@ impl Index {
         let mask_within = placed.mask_within();
         device.stored += u64::from(mask_within.count_ones()) * SUB_BLOCK;
         device.dropped_blocks += u64::from((placed.mask & !mask_within).count_ones());
-        let slot = u64::from(placed.slot);
-        let is_zero = mask_within == 0;
-        if let Some(last) = device.runs.last_mut()
-            && last.end() == u64::from(placed.cluster)
-            && last.count < u32::MAX
-        {
-            let next_slot = last.first_slot() as u64 + u64::from(last.count);
-            let same_extent = !last.is_zero() && last.extent_unit() == unit && next_slot == slot;
-            if same_extent || (last.is_zero() && is_zero) {
-                last.count += 1;
-                return;
-            }
+        if keeps_runs {
+            device.add_run(placed, mask_within == 0, unit);
         }
-        let place = if is_zero { Run::ZERO } else { unit << 8 | slot };
-        device.runs.push(Run { first: placed.cluster, count: 1, place });
     }
 
     /// The index of a device.
@@ -162,6 +184,24 @@ impl Index {
 }
 
 impl DeviceIndex {
+    /// Adds a cluster of the extent at `unit`, to the last run if it goes on there.
+    fn add_run(&mut self, placed: &Placed, is_zero: bool, unit: u64) {
+        let slot = u64::from(placed.slot);
+        if let Some(last) = self.runs.last_mut()
+            && last.end() == u64::from(placed.cluster)
+            && last.count < u32::MAX
+        {
+            let next_slot = last.first_slot() as u64 + u64::from(last.count);
+            let same_extent = !last.is_zero() && last.extent_unit() == unit && next_slot == slot;
+            if same_extent || (last.is_zero() && is_zero) {
+                last.count += 1;
+                return;
+            }
+        }
+        let place = if is_zero { Run::ZERO } else { unit << 8 | slot };
+        self.runs.push(Run { first: placed.cluster, count: 1, place });
+    }
+
     /// The run that holds `cluster`.
     pub(crate) fn run_of(&self, cluster: u64) -> Option<&Run> {
         let after = self.runs.partition_point(|run| u64::from(run.first) <= cluster);

@@ -6,12 +6,20 @@
 //! of it is taken. Where the input ends within an extent it is taken for cut: what comes before
 //! counts. What is missing at the end is handed out as zeros and listed. Data has no checksum
 //! in this format: damage inside data that leaves its length alone can't be seen.
+//!
+//! Where the archive comes through a compression that has checksums, nothing of a damaged frame or
+//! member is taken as long as it is still held, and reading goes on with the next. What had been
+//! handed out before the damage showed (of a frame longer than an extent) is listed.
+//!
+//! An archive's header that is damaged is taken as far as it can be made out; then every device is
+//! listed, with an empty range if nothing else of it is lost.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use imgtool_toolkit::{BufferPool, DeviceId, Input, Loss, Piece, Result, SequentialAccess};
 use roaring::RoaringBitmap;
+use uuid::Uuid;
 
 use crate::header::ArchiveHeader;
 use crate::layout::{CLUSTER, EXTENT_HEADER, SUB_BLOCK};
@@ -23,6 +31,14 @@ use crate::tracker::{Placed, Tracker};
 const MAX_LOSSES: usize = 65_536;
 /// Most zeros in one piece. Ours.
 const MAX_ZERO_PIECE: u64 = 1 << 30;
+
+/// What a damaged header means.
+const DOUBTFUL_HEADER: &str =
+    "names, sizes and configurations are as far as they can be made out, and may be wrong";
+/// Why a cluster that was restored is listed.
+const TWICE: &str = "it is in the archive more than once; the first copy was taken";
+const MISLED: &str =
+    "it was restored from a compressed stream that is damaged further on, so it may be wrong";
 
 /// The first fault, and how many there were.
 #[derive(Default)]
@@ -59,12 +75,18 @@ pub(crate) struct Salvage {
     faults: Faults,
     /// Clusters of each device that came more than once.
     doubtful: Vec<RoaringBitmap>,
+    /// Clusters that came from a part of a compressed stream whose checksum has not been seen.
+    unchecked: Vec<RoaringBitmap>,
+    /// Clusters that came from a part of a compressed stream that was found damaged further on.
+    misled: Vec<RoaringBitmap>,
     /// Whole clusters of the current extent, and where their data stands in the input.
     whole: Vec<(Placed, u64)>,
     next_slot: usize,
     /// Where the filling of gaps stands, once the input has ended.
     filling: Option<Filling>,
     losses: Vec<Loss>,
+    /// Why names and sizes may be wrong.
+    header_damage: Option<String>,
 }
 
 struct Filling {
@@ -75,22 +97,32 @@ struct Filling {
 }
 
 impl Salvage {
-    /// Opens an archive whose header must be right.
+    /// Opens an archive whose header tells of a device at least.
     pub(crate) fn open(input: Input) -> Result<(Arc<ArchiveHeader>, Self)> {
         let mut window = Window::new(input)?;
-        let header = ArchiveHeader::from_bytes(&mut window).map_err(|e| {
+        let (mut header, damage) = ArchiveHeader::salvage(&mut window).map_err(|e| {
             e.hint("without its header nothing of an archive can be restored; use another copy or backup")
         })?;
+        let header_damage = damage.map(|error| {
+            if let Some(uuid) = window.first_uuid() {
+                header.uuid = Uuid::from_bytes(uuid);
+            }
+            header.notes.push(format!("the archive's header is damaged ({error}): {DOUBTFUL_HEADER}"));
+            format!("the archive's header is damaged ({error}): the name and size may be wrong")
+        });
         let header = Arc::new(header);
         let salvage = Self {
             scanner: Scanner::new(window, *header.uuid.as_bytes(), u64::from(header.header_size)),
             tracker: Tracker::lenient(&header.devices),
             faults: Faults::default(),
-            doubtful: header.devices.iter().map(|_| RoaringBitmap::new()).collect(),
+            doubtful: bitmaps(&header),
+            unchecked: bitmaps(&header),
+            misled: bitmaps(&header),
             whole: Vec::new(),
             next_slot: 0,
             filling: None,
             losses: Vec::new(),
+            header_damage,
             header: Arc::clone(&header),
         };
         Ok((header, salvage))
@@ -101,10 +133,24 @@ impl Salvage {
         self.losses.clone()
     }
 
+    /// Looks at what the compression's checksums say of the clusters that were taken so far.
+    fn note_checksums(&mut self, position: u64) {
+        if self.scanner.window_mut().take_misled() {
+            for (misled, unchecked) in self.misled.iter_mut().zip(&self.unchecked) {
+                *misled |= unchecked;
+            }
+        } else if !self.scanner.window_mut().is_certain(position) {
+            return;
+        }
+        self.unchecked.iter_mut().for_each(RoaringBitmap::clear);
+    }
+
     /// Keeps the clusters of an extent that are whole.
     fn take_extent(&mut self, found: &FoundExtent) {
         self.whole.clear();
         self.next_slot = 0;
+        self.note_checksums(found.file_offset);
+        let is_certain = self.scanner.window_mut().is_certain(found.file_offset + found.usable);
         if let Some(fault) = &found.fault {
             self.faults.add(found.file_offset, fault);
         }
@@ -135,7 +181,12 @@ impl Salvage {
             }
             match self.tracker.take(slot, number as u8, false) {
                 Ok(placed) if placed.is_beyond() => {}
-                Ok(placed) => self.whole.push((placed, file.start)),
+                Ok(placed) => {
+                    if !is_certain && let Some(index) = self.index_of(placed.device) {
+                        self.unchecked[index].insert(placed.cluster);
+                    }
+                    self.whole.push((placed, file.start));
+                }
                 Err(error) => {
                     self.doubt(DeviceId(u32::from(slot.dev_id)), slot.cluster_num);
                     self.faults.add(found.file_offset, error.message());
@@ -150,9 +201,13 @@ impl Salvage {
         self.tracker.missing_count() <= used
     }
 
+    fn index_of(&self, device: DeviceId) -> Option<usize> {
+        self.header.devices.iter().position(|known| known.id == device)
+    }
+
     /// A cluster came again: which copy is right can't be known.
     fn doubt(&mut self, device: DeviceId, cluster: u32) {
-        let index = self.header.devices.iter().position(|known| known.id == device);
+        let index = self.index_of(device);
         if let Some((index, known)) = index.and_then(|index| Some((index, self.header.devices.get(index)?)))
             && u64::from(cluster) * CLUSTER < known.size
         {
@@ -219,14 +274,21 @@ impl Salvage {
     fn list_doubtful(&mut self, index: usize) {
         let Some(device) = self.header.devices.get(index) else { return };
         let doubtful = std::mem::take(&mut self.doubtful[index]);
-        if doubtful.is_empty() {
+        let misled = std::mem::take(&mut self.misled[index]) - &doubtful;
+        if let Some(reason) = self.header_damage.clone() {
+            // No range of it is lost, but it can't pass for whole.
+            let guest = device.size..device.size;
+            push_loss(&mut self.losses, Loss { device: device.id, guest, reason });
+        }
+        if doubtful.is_empty() && misled.is_empty() {
             return;
         }
-        for cluster in doubtful {
-            let start = u64::from(cluster) * CLUSTER;
-            let guest = start..(start + CLUSTER).min(device.size);
-            let reason = "it is in the archive more than once; the first copy was taken".to_owned();
-            push_loss(&mut self.losses, Loss { device: device.id, guest, reason });
+        for (clusters, reason) in [(doubtful, TWICE), (misled, MISLED)] {
+            for cluster in clusters {
+                let start = u64::from(cluster) * CLUSTER;
+                let guest = start..(start + CLUSTER).min(device.size);
+                push_loss(&mut self.losses, Loss { device: device.id, guest, reason: reason.to_owned() });
+            }
         }
         let first = self.losses.partition_point(|loss| loss.device < device.id);
         self.losses[first..].sort_by_key(|loss| loss.guest.start);
@@ -246,8 +308,13 @@ impl SequentialAccess for Salvage {
                 Found::End => break,
             }
         }
+        self.note_checksums(u64::MAX);
         Ok(self.next_gap())
     }
+}
+
+fn bitmaps(header: &ArchiveHeader) -> Vec<RoaringBitmap> {
+    header.devices.iter().map(|_| RoaringBitmap::new()).collect()
 }
 
 /// Adds a loss; joined to the last one where it goes on or the list is full.

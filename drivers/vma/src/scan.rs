@@ -22,6 +22,8 @@ const SLACK: usize = 4 << 20;
 const PAGE: usize = 4096;
 /// The same under a decoder, whose frames have no such alignment: what extents are aligned to.
 const DECODED_STEP: usize = EXTENT_HEADER;
+/// Faults of a stream that are told one by one. Ours.
+const MAX_FAULTS: usize = 64;
 /// Unreadable places that are kept apart within a window; neighbours are joined, so few are needed.
 const MAX_BAD: usize = 4096;
 
@@ -41,8 +43,12 @@ pub(crate) struct Window {
     base: u64,
     /// Nothing comes after what is held.
     ended: bool,
-    /// Why a stream ended, when it did not end well.
-    broken: Option<Error>,
+    /// What went wrong in the stream and has not been told yet.
+    faults: Vec<Error>,
+    /// Where something is missing in front of what comes next: decompression began anew.
+    gaps: Vec<u64>,
+    /// Bytes that have been given up came from a part of the stream that was damaged further on.
+    misled: bool,
     /// Ranges of the input that can't be read; they are zero in the window.
     bad: Vec<Range<u64>>,
 }
@@ -55,7 +61,17 @@ impl Window {
         } else {
             Feed::File(input.into_random()?)
         };
-        Ok(Self { feed, bytes: Vec::new(), unused: 0, base: 0, ended: false, broken: None, bad: Vec::new() })
+        Ok(Self {
+            feed,
+            bytes: Vec::new(),
+            unused: 0,
+            base: 0,
+            ended: false,
+            faults: Vec::new(),
+            gaps: Vec::new(),
+            misled: false,
+            bad: Vec::new(),
+        })
     }
 
     fn held(&self) -> usize {
@@ -78,6 +94,7 @@ impl Window {
         }
         let base = self.base;
         self.bad.retain(|range| range.end > base);
+        self.gaps.retain(|gap| *gap >= base);
     }
 
     /// Reads on until `len` bytes from `position` are held; how many there are.
@@ -99,27 +116,76 @@ impl Window {
         !self.bad.iter().any(|bad| bad.start < range.end && range.start < bad.end)
     }
 
+    /// The UUID of the extent that begins at the window's start, if one does.
+    pub(crate) fn first_uuid(&mut self) -> Option<[u8; 16]> {
+        let got = self.ensure(self.base, EXTENT_HEADER);
+        let raw = self.slice(self.base, got).first_chunk::<EXTENT_HEADER>()?;
+        let uuid = raw.get(8..24)?.try_into().ok()?;
+        ExtentHeader::parse(raw, &uuid).ok().map(|_| uuid)
+    }
+
+    /// The first place within `range` where something is missing.
+    fn gap_within(&self, range: &Range<u64>) -> Option<u64> {
+        self.gaps.iter().copied().find(|gap| range.contains(gap))
+    }
+
+    /// Whether everything before `position` is known to be right, as far as the compression knows.
+    pub(crate) fn is_certain(&mut self, position: u64) -> bool {
+        match &mut self.feed {
+            Feed::Stream(stream) => {
+                let unchecked = Stream::position(stream).saturating_sub(stream.checked_until());
+                position <= self.end().saturating_sub(unchecked)
+            }
+            Feed::File(_) => true,
+        }
+    }
+
+    /// Whether what was given up since this was asked last may be wrong.
+    pub(crate) fn take_misled(&mut self) -> bool {
+        std::mem::take(&mut self.misled)
+    }
+
     fn read_chunk(&mut self) {
         let (old, position) = (self.bytes.len(), self.end());
         self.bytes.resize(old + CHUNK, 0);
-        let got = match &mut self.feed {
-            Feed::Stream(stream) => match read_until_error(stream, &mut self.bytes[old..]) {
-                (got, None) => got,
-                (got, Some(error)) => {
-                    self.broken = Some(error);
-                    self.ended = true;
-                    got
-                }
-            },
+        let (got, error) = match &mut self.feed {
+            Feed::Stream(stream) => read_until_error(stream, &mut self.bytes[old..]),
             Feed::File(input) => {
                 let left = usize::try_from(input.len().saturating_sub(position)).unwrap_or(usize::MAX);
                 let got = left.min(CHUNK);
                 read_around_errors(input, &mut self.bytes[old..old + got], position, &mut self.bad);
-                got
+                (got, None)
             }
         };
-        self.ended |= got < CHUNK;
         self.bytes.truncate(old + got);
+        match error {
+            Some(error) => self.pass_fault(error),
+            None => self.ended |= got < CHUNK,
+        }
+    }
+
+    /// Goes on behind a fault in a compressed stream, and drops what is not known to be right.
+    fn pass_fault(&mut self, error: Error) {
+        let Feed::Stream(stream) = &mut self.feed else { return };
+        if !stream.was_cut() {
+            let unchecked = Stream::position(stream).saturating_sub(stream.checked_until());
+            let unchecked = usize::try_from(unchecked).unwrap_or(usize::MAX);
+            self.misled |= unchecked > self.bytes.len() - self.unused;
+            let kept = self.bytes.len().saturating_sub(unchecked).max(self.unused);
+            self.bytes.truncate(kept);
+        }
+        match stream.resume() {
+            Ok(goes_on) => self.ended = !goes_on,
+            Err(_) => self.ended = true,
+        }
+        let gap = self.end();
+        self.bad.retain(|range| range.end <= gap);
+        if self.gaps.last() != Some(&gap) {
+            self.gaps.push(gap);
+        }
+        if self.faults.len() < MAX_FAULTS {
+            self.faults.push(error);
+        }
     }
 }
 
@@ -236,13 +302,23 @@ impl Scanner {
         &self.window
     }
 
+    pub(crate) fn window_mut(&mut self) -> &mut Window {
+        &mut self.window
+    }
+
     /// The next extent or fault.
     pub(crate) fn next(&mut self) -> Found {
         let at = self.position;
         self.window.release(at);
         let got = self.window.ensure(at, EXTENT_HEADER);
+        // What begins here begins behind the gap.
+        self.window.gaps.retain(|gap| *gap > at);
+        if !self.window.faults.is_empty() {
+            let message = self.window.faults.remove(0).message().to_owned();
+            return Found::Fault { file: at..at, message };
+        }
         if got == 0 {
-            return self.end(at);
+            return Found::End;
         }
         let fault = match self.header_at(at, got) {
             Ok(header) => return Found::Extent(Box::new(self.judge(header, at))),
@@ -250,13 +326,6 @@ impl Scanner {
         };
         self.position = self.search(at + 1);
         Found::Fault { file: at..self.position, message: fault }
-    }
-
-    fn end(&mut self, at: u64) -> Found {
-        match self.window.broken.take() {
-            Some(error) => Found::Fault { file: at..at, message: error.message().to_owned() },
-            None => Found::End,
-        }
     }
 
     /// The header at `at`, of which `got` bytes are there.
@@ -284,6 +353,13 @@ impl Scanner {
         let data = at + EXTENT_HEADER as u64;
         let there = self.window.ensure(at, needed + EXTENT_HEADER);
         let next = at + needed as u64;
+        if let Some(gap) = self.window.gap_within(&(at..next)) {
+            // Part of it went with a damaged part of the stream; what follows the gap is not its own.
+            self.position = gap;
+            let usable = gap.saturating_sub(data);
+            let fault = Some("the end of the extent is in a damaged part of the stream".to_owned());
+            return FoundExtent { header, file_offset: at, usable, fault, ends_well: true };
+        }
         let is_followed = there == needed + EXTENT_HEADER && self.header_at(next, EXTENT_HEADER).is_ok();
         let inner = if is_followed { None } else { self.find(data..next.min(at + there as u64)) };
         let mut found =
@@ -299,7 +375,7 @@ impl Scanner {
             found.usable = there.saturating_sub(EXTENT_HEADER) as u64;
             self.position = at + there as u64;
         } else if !is_followed {
-            found.ends_well = self.is_like_header(next, there - needed);
+            found.ends_well = self.window.gaps.contains(&next) || self.is_like_header(next, there - needed);
         }
         found
     }
@@ -370,7 +446,8 @@ impl ArchiveBytes for Window {
     fn read_full(&mut self, buf: &mut [u8]) -> Result<usize> {
         let position = self.base;
         let got = self.ensure(position, buf.len());
-        if !self.is_readable(&(position..position + got as u64)) {
+        let range = position..position + got as u64;
+        if !self.is_readable(&range) || self.gap_within(&range).is_some() {
             return Err(Error::corrupt("the archive's header can't be read").at(position));
         }
         buf[..got].copy_from_slice(self.slice(position, got));

@@ -8,8 +8,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use imgtool_toolkit::{
-    Access, DeviceId, Error, Extent, ExtentKind, ExtentList, FileRange, ImageInfo, ImageSource, Input, Loss,
-    OpenOptions, RandomAccess, RandomInput, Result,
+    Access, BufferPool, DeviceId, Error, Extent, ExtentKind, ExtentList, FileRange, ImageInfo, ImageSource,
+    Input, Loss, OpenOptions, Piece, RandomAccess, RandomInput, Result, SequentialAccess,
 };
 
 use crate::bytes::Cursor;
@@ -25,10 +25,14 @@ use crate::stream::ArchiveStream;
 pub struct VmaSource {
     header: Arc<ArchiveHeader>,
     info: ImageInfo,
+    /// What is wrong, where only facts are wanted.
+    damage: Option<Error>,
     body: Body,
 }
 
 enum Body {
+    /// Only facts were wanted.
+    Facts(NoContent),
     Indexed(Box<IndexedArchive>),
     Stream(Box<ArchiveStream>),
     Salvage(Box<Salvage>),
@@ -38,7 +42,8 @@ impl VmaSource {
     /// Opens an archive: by index if `input` is a file, else in one pass.
     ///
     /// # Errors
-    /// When the header is wrong; for a file also when anything else but the data itself is.
+    /// When the header is wrong; for a file also when anything else but the data itself is, unless
+    /// only facts are wanted ([`VmaSource::damage`] has it then).
     pub fn open(input: Input, options: &OpenOptions) -> Result<Self> {
         Self::open_limited(input, options, MAX_RUNS)
     }
@@ -47,6 +52,9 @@ impl VmaSource {
         if options.salvage {
             let (header, salvage) = Salvage::open(input)?;
             return Ok(Self::new(header, Body::Salvage(Box::new(salvage))));
+        }
+        if options.info_only {
+            return Self::facts(input, options);
         }
         if input.is_stream() {
             let mut stream = input.into_stream()?;
@@ -76,13 +84,39 @@ impl VmaSource {
         }
     }
 
+    /// What can be known without content: of a file what the headers say, of a stream as much of
+    /// that as the options grant.
+    fn facts(input: Input, options: &OpenOptions) -> Result<Self> {
+        let path = input.path().to_owned();
+        let (header, counted) = if input.is_stream() {
+            let mut stream = input.into_stream()?;
+            let header = Arc::new(ArchiveHeader::from_bytes(&mut stream)?);
+            let counted = Index::count(stream, &header, options, options.info_stream_len);
+            (header, counted)
+        } else {
+            let mut cursor = Cursor::new(input.into_random()?);
+            let header = Arc::new(ArchiveHeader::from_bytes(&mut cursor)?);
+            let counted = Index::count(cursor, &header, options, u64::MAX);
+            (header, counted)
+        };
+        let (index, damage) = match counted {
+            Ok(index) => (index, None),
+            Err(error) => (None, Some(error.path(&path))),
+        };
+        let mut info = facts::info(&header, index.as_ref());
+        if index.is_none() && damage.is_none() {
+            info.notes.push(facts::not_counted(options.info_stream_len));
+        }
+        Ok(Self { header, info, damage, body: Body::Facts(NoContent) })
+    }
+
     fn new(header: Arc<ArchiveHeader>, body: Body) -> Self {
         let index = match &body {
             Body::Indexed(archive) => Some(&archive.index),
             _ => None,
         };
         let info = facts::info(&header, index);
-        Self { header, info, body }
+        Self { header, info, damage: None, body }
     }
 
     /// The archive's header.
@@ -98,6 +132,7 @@ impl ImageSource for VmaSource {
 
     fn access(&mut self) -> Access<'_> {
         match &mut self.body {
+            Body::Facts(nothing) => Access::Sequential(nothing),
             Body::Indexed(archive) => Access::Random(&**archive),
             Body::Stream(stream) => Access::Sequential(&mut **stream),
             Body::Salvage(salvage) => Access::Sequential(&mut **salvage),
@@ -116,6 +151,19 @@ impl ImageSource for VmaSource {
             Body::Salvage(salvage) => salvage.losses(),
             _ => Vec::new(),
         }
+    }
+
+    fn damage(&self) -> Option<&Error> {
+        self.damage.as_ref()
+    }
+}
+
+/// Content that nobody asked for.
+struct NoContent;
+
+impl SequentialAccess for NoContent {
+    fn next_piece(&mut self, _pool: &BufferPool) -> Result<Option<Piece>> {
+        Err(Error::usage("the archive was opened for what it says about itself, not for its content"))
     }
 }
 
@@ -253,7 +301,6 @@ impl RandomAccess for IndexedArchive {
 mod tests {
     use super::*;
     use crate::testing::{ArchiveBuilder, Slot, guest_content, slot};
-    use imgtool_toolkit::BufferPool;
 
     const SIZE: u64 = 200 * CLUSTER;
 

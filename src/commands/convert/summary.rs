@@ -266,7 +266,11 @@ fn say_losses(lost: &[LostRange<'_>]) {
     ));
     for range in lost {
         let end = range.start.saturating_add(range.length);
-        let line = format!("  {} guest bytes {}..{end}: {}", range.device, range.start, range.reason);
+        let line = if range.length == 0 {
+            format!("  {}: {}", range.device, range.reason)
+        } else {
+            format!("  {} guest bytes {}..{end}: {}", range.device, range.start, range.reason)
+        };
         report::say(&report::flow(Stream::Err, &escape_control(&line), 4));
     }
 }

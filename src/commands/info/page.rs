@@ -56,6 +56,9 @@ pub(super) fn page(subject: &Subject) -> String {
     for note in subject.notes() {
         line(&mut text, "note", note);
     }
+    if let Some(damage) = subject.damage() {
+        line(&mut text, "damaged", &damage);
+    }
     text
 }
 

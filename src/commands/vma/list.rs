@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use chrono::{DateTime, Local};
+use chrono::{DateTime, Datelike, Local};
 use imgtool_toolkit::Device;
 use imgtool_toolkit::error::escape_control;
 use imgtool_vma::ArchiveHeader;
@@ -42,7 +42,11 @@ pub(super) fn lines(header: &ArchiveHeader) -> String {
 /// Local time in the form of asctime.
 fn ctime(seconds: i64) -> String {
     match DateTime::from_timestamp(seconds, 0) {
-        Some(time) => format!("CTIME: {}\n", time.with_timezone(&Local).format("%a %b %e %H:%M:%S %Y")),
+        Some(time) => {
+            let time = time.with_timezone(&Local);
+            // asctime writes the year as a plain number, also beyond 9999.
+            format!("CTIME: {} {}\n", time.format("%a %b %e %H:%M:%S"), time.year())
+        }
         None => "CTIME: (null)".to_owned(),
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::os::{self, FileClass, FileRun};
-use super::outer::{self, Compression};
+use super::outer::{self, Certain, Compression, Decode};
 use super::runs::Runs;
 use crate::error::{Error, Result};
 
@@ -195,7 +195,7 @@ impl Input {
     /// When its first bytes can't be read, or are no valid compressed file.
     pub fn from_stream(path: impl Into<PathBuf>, reader: Box<dyn Read + Send>) -> Result<Self> {
         let path = path.into();
-        let stream = Stream::new(path.clone(), reader)?;
+        let stream = Stream::plain(path.clone(), reader)?;
         Self { path, compression: Vec::new(), stored_len: None, spooled: false, body: Body::Stream(stream) }
             .decompressed()
     }
@@ -235,7 +235,7 @@ impl Input {
             if at_start {
                 return Self::from_file(name, file);
             }
-            let stream = Stream::new(name.clone(), Box::new(file))?;
+            let stream = Stream::plain(name.clone(), Box::new(file))?;
             Ok(Self {
                 path: name,
                 compression: Vec::new(),
@@ -247,7 +247,7 @@ impl Input {
         #[cfg(not(unix))]
         {
             let name = PathBuf::from("-");
-            let stream = Stream::new(name.clone(), Box::new(stdin))?;
+            let stream = Stream::plain(name.clone(), Box::new(stdin))?;
             Ok(Self {
                 path: name,
                 compression: Vec::new(),
@@ -269,7 +269,7 @@ impl Input {
                 let len = os::file_len(&file).map_err(|e| Error::io("find the length", e))?;
                 (Some(len), Body::Random(Arc::new(RandomFile::new(file, len))))
             }
-            FileClass::Stream => (None, Body::Stream(Stream::new(path.clone(), Box::new(file))?)),
+            FileClass::Stream => (None, Body::Stream(Stream::plain(path.clone(), Box::new(file))?)),
             FileClass::Directory => return Err(Error::usage("is a directory, not an image")),
         };
         Ok(Self { path, compression: Vec::new(), stored_len, spooled: false, body })
@@ -406,7 +406,7 @@ impl Input {
     pub fn into_stream(self) -> Result<Stream> {
         match self.body {
             Body::Stream(stream) => Ok(stream),
-            Body::Random(source) => Stream::new(self.path, Box::new(Cursor { source, position: 0 })),
+            Body::Random(source) => Stream::plain(self.path, Box::new(Cursor { source, position: 0 })),
         }
     }
 }
@@ -529,14 +529,18 @@ impl RandomInput {
 pub struct Stream {
     path: PathBuf,
     /// Never locked: the mutex only makes the stream `Sync`, so that sources may hold one.
-    reader: Mutex<Box<dyn Read + Send>>,
+    reader: Mutex<Box<dyn Decode>>,
     /// The first bytes, read ahead for probing.
     head: Vec<u8>,
     position: u64,
 }
 
 impl Stream {
-    fn new(path: PathBuf, mut reader: Box<dyn Read + Send>) -> Result<Self> {
+    fn plain(path: PathBuf, reader: Box<dyn Read + Send>) -> Result<Self> {
+        Self::new(path, Box::new(Certain(reader)))
+    }
+
+    fn new(path: PathBuf, mut reader: Box<dyn Decode>) -> Result<Self> {
         let mut head = vec![0; PROBE_LEN];
         let filled = fill(&mut *reader, &mut head).map_err(|e| read_error(e, &path, 0))?;
         head.truncate(filled);
@@ -560,6 +564,34 @@ impl Stream {
     pub fn read_full(&mut self, buf: &mut [u8]) -> Result<usize> {
         let position = self.position;
         fill(self, buf).map_err(|e| read_error(e, &self.path, position))
+    }
+
+    /// Up to where the content is known to be right, because a checksum of the compression said so or
+    /// there is none. What lies between this and [`Stream::position`] may be found wrong later.
+    pub fn checked_until(&mut self) -> u64 {
+        let given = self.position.max(self.head.len() as u64);
+        given.saturating_sub(self.decoder().unchecked())
+    }
+
+    /// Whether the last read failed only because the compressed data ended early: then what was read
+    /// before is right.
+    pub fn was_cut(&mut self) -> bool {
+        self.decoder().was_cut()
+    }
+
+    /// After a failed read: goes on where decompressing can begin anew, at the next frame or member;
+    /// false when there is none. What is read then follows the fault, at a distance that nobody knows;
+    /// what was not checked before it is given up.
+    ///
+    /// # Errors
+    /// When reading fails.
+    pub fn resume(&mut self) -> Result<bool> {
+        let position = self.position;
+        self.decoder().resume().map_err(|e| read_error(e, &self.path, position))
+    }
+
+    fn decoder(&mut self) -> &mut dyn Decode {
+        &mut **self.reader.get_mut().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

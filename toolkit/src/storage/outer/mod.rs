@@ -9,9 +9,13 @@ use std::sync::Arc;
 use super::input::ReadAt;
 use crate::error::{Error, Result};
 
+pub(crate) use units::{Certain, Decode};
+use units::{GzipMembers, Opaque, ZstdFrames};
+
 mod lzop;
 pub(crate) mod seek_table;
 mod seekable;
+mod units;
 
 /// An outer compression.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -97,26 +101,22 @@ const READ_AHEAD: usize = 256 * 1024;
 ///
 /// # Errors
 /// When the decoder can't be set up.
-pub fn decoder(compression: Compression, reader: Box<dyn Read + Send>) -> Result<Box<dyn Read + Send>> {
+pub(crate) fn decoder(compression: Compression, reader: Box<dyn Read + Send>) -> Result<Box<dyn Decode>> {
     let reader = BufReader::with_capacity(READ_AHEAD, reader);
     let setup = |e: io::Error| Error::io(format!("set up the {} decoder", compression.name()), e);
-    let decoder: Box<dyn Read + Send> = match compression {
-        Compression::Zstd => {
-            let mut decoder = zstd::stream::read::Decoder::with_buffer(reader).map_err(setup)?;
-            decoder.window_log_max(ZSTD_WINDOW_LOG_MAX).map_err(setup)?;
-            Box::new(decoder)
-        }
-        Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(reader)),
-        Compression::Lzop => Box::new(lzop::LzopReader::new(reader)),
+    let decoder: Box<dyn Decode> = match compression {
+        Compression::Zstd => Box::new(ZstdFrames::new(reader, ZSTD_WINDOW_LOG_MAX).map_err(setup)?),
+        Compression::Gzip => Box::new(GzipMembers::new(reader)),
+        Compression::Lzop => Box::new(Certain(Box::new(lzop::LzopReader::new(reader)))),
         Compression::Xz => {
             let stream =
                 liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY_LIMIT, liblzma::stream::CONCATENATED)
                     .map_err(|e| setup(e.into()))?;
-            Box::new(liblzma::bufread::XzDecoder::new_stream(reader, stream))
+            Box::new(Opaque::new(Box::new(liblzma::bufread::XzDecoder::new_stream(reader, stream))))
         }
-        Compression::Bzip2 => Box::new(bzip2::bufread::MultiBzDecoder::new(reader)),
+        Compression::Bzip2 => Box::new(Opaque::new(Box::new(bzip2::bufread::MultiBzDecoder::new(reader)))),
     };
-    Ok(Box::new(Named { compression, decoder }))
+    Ok(Box::new(Named { compression, decoder, was_cut: false }))
 }
 
 /// A view by position on a compressed file that was made for it; `None` when it was not.
@@ -161,7 +161,8 @@ impl std::error::Error for Refusal {}
 /// or a [`Refusal`].
 struct Named {
     compression: Compression,
-    decoder: Box<dyn Read + Send>,
+    decoder: Box<dyn Decode>,
+    was_cut: bool,
 }
 
 impl Named {
@@ -203,7 +204,22 @@ impl Read for Named {
             // Other kinds, and the operating system's own errors, are not about the content.
             let content =
                 matches!(e.kind(), InvalidData | InvalidInput | Other | UnexpectedEof | Unsupported);
+            self.was_cut = e.kind() == UnexpectedEof;
             if content && e.raw_os_error().is_none() { self.explain(&e) } else { e }
         })
+    }
+}
+
+impl Decode for Named {
+    fn unchecked(&self) -> u64 {
+        self.decoder.unchecked()
+    }
+
+    fn was_cut(&self) -> bool {
+        self.was_cut
+    }
+
+    fn resume(&mut self) -> io::Result<bool> {
+        self.decoder.resume()
     }
 }
