@@ -84,6 +84,7 @@ fn the_reference_is_what_is_printed() {
             "info",
             &[
                 "info --output json a.raw a.qcow2 a.vhdx vm.vma vm.vma.zst overlay.qcow2",
+                "info --output json cut.vma",
                 "info --output json --backing-chain --allow-external chain overlay.qcow2",
             ],
         ),

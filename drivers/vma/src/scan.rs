@@ -24,6 +24,8 @@ const PAGE: usize = 4096;
 const DECODED_STEP: usize = EXTENT_HEADER;
 /// Faults of a stream that are told one by one. Ours.
 const MAX_FAULTS: usize = 64;
+/// Faults of a stream after which it is given up: noise that is full of beginnings. Ours.
+const MAX_RESUMES: u32 = 1 << 16;
 /// Unreadable places that are kept apart within a window; neighbours are joined, so few are needed.
 const MAX_BAD: usize = 4096;
 
@@ -47,6 +49,7 @@ pub(crate) struct Window {
     faults: Vec<Error>,
     /// Where something is missing in front of what comes next: decompression began anew.
     gaps: Vec<u64>,
+    resumes: u32,
     /// Bytes that have been given up came from a part of the stream that was damaged further on.
     misled: bool,
     /// Ranges of the input that can't be read; they are zero in the window.
@@ -69,6 +72,7 @@ impl Window {
             ended: false,
             faults: Vec::new(),
             gaps: Vec::new(),
+            resumes: 0,
             misled: false,
             bad: Vec::new(),
         })
@@ -174,10 +178,8 @@ impl Window {
             let kept = self.bytes.len().saturating_sub(unchecked).max(self.unused);
             self.bytes.truncate(kept);
         }
-        match stream.resume() {
-            Ok(goes_on) => self.ended = !goes_on,
-            Err(_) => self.ended = true,
-        }
+        self.resumes += 1;
+        self.ended = self.resumes > MAX_RESUMES || !stream.resume().unwrap_or(false);
         let gap = self.end();
         self.bad.retain(|range| range.end <= gap);
         if self.gaps.last() != Some(&gap) {

@@ -43,7 +43,7 @@ impl VmaSource {
     ///
     /// # Errors
     /// When the header is wrong; for a file also when anything else but the data itself is, unless
-    /// only facts are wanted ([`VmaSource::damage`] has it then).
+    /// only facts are wanted ([`ImageSource::damage`] has it then).
     pub fn open(input: Input, options: &OpenOptions) -> Result<Self> {
         Self::open_limited(input, options, MAX_RUNS)
     }
