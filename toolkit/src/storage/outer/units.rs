@@ -153,10 +153,13 @@ fn zstd_error(code: usize) -> io::Error {
     io::Error::other(get_error_name(code))
 }
 
+/// A reader behind what has been read of it already.
+type Replayed<R> = Chain<Cursor<&'static [u8]>, R>;
+
 /// The members of a gzip stream, one after the other.
 pub(super) struct GzipMembers<R> {
     /// The member that is being decoded. What a search has read of it stands before the reader.
-    member: Option<GzDecoder<Chain<Cursor<&'static [u8]>, R>>>,
+    member: Option<GzDecoder<Replayed<R>>>,
     /// Between members.
     reader: Option<R>,
     /// Plain bytes of the member so far.
