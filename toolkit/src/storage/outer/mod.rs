@@ -9,7 +9,8 @@ use std::sync::Arc;
 use super::input::ReadAt;
 use crate::error::{Error, Result};
 
-pub(crate) use units::{Certain, Decode};
+pub(crate) use units::Certain;
+pub use units::Decode;
 use units::{GzipMembers, Opaque, ZstdFrames};
 
 mod lzop;
@@ -101,7 +102,7 @@ const READ_AHEAD: usize = 256 * 1024;
 ///
 /// # Errors
 /// When the decoder can't be set up.
-pub(crate) fn decoder(compression: Compression, reader: Box<dyn Read + Send>) -> Result<Box<dyn Decode>> {
+pub fn decoder(compression: Compression, reader: Box<dyn Read + Send>) -> Result<Box<dyn Decode>> {
     let reader = BufReader::with_capacity(READ_AHEAD, reader);
     let setup = |e: io::Error| Error::io(format!("set up the {} decoder", compression.name()), e);
     let decoder: Box<dyn Decode> = match compression {

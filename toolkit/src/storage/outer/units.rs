@@ -10,7 +10,7 @@ use flate2::bufread::GzDecoder;
 use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective, get_error_name};
 
 /// A reader that knows how far what it has handed out is known to be right.
-pub(crate) trait Decode: Read + Send {
+pub trait Decode: Read + Send {
     /// Bytes, of those handed out last, whose checksum has not been looked at yet.
     fn unchecked(&self) -> u64;
 
