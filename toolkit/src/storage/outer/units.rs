@@ -78,6 +78,8 @@ impl Decode for Opaque {
 pub(super) struct ZstdFrames<R> {
     reader: R,
     context: DCtx<'static>,
+    /// Anything has been read: nothing at all is no zstd stream.
+    begun: bool,
     /// The start of a frame has been read, its end has not.
     in_frame: bool,
     /// Plain bytes of that frame so far.
@@ -93,7 +95,7 @@ impl<R: BufRead> ZstdFrames<R> {
     pub(super) fn new(reader: R, window_log_max: u32) -> io::Result<Self> {
         let mut context = DCtx::try_create().ok_or(io::ErrorKind::OutOfMemory)?;
         context.set_parameter(DParameter::WindowLogMax(window_log_max)).map_err(zstd_error)?;
-        Ok(Self { reader, context, in_frame: false, handed_out: 0 })
+        Ok(Self { reader, context, begun: false, in_frame: false, handed_out: 0 })
     }
 }
 
@@ -105,8 +107,9 @@ impl<R: BufRead> Read for ZstdFrames<R> {
         loop {
             let stored = self.reader.fill_buf()?;
             if stored.is_empty() && !self.in_frame {
-                return Ok(0);
+                return if self.begun { Ok(0) } else { Err(nothing_at_all()) };
             }
+            self.begun = true;
             let (mut input, mut output) = (InBuffer::around(stored), OutBuffer::around(&mut *buf));
             let left = self.context.decompress_stream(&mut output, &mut input).map_err(zstd_error)?;
             let (taken, given) = (input.pos(), output.pos());
@@ -149,6 +152,10 @@ impl<R: BufRead + Send> Decode for ZstdFrames<R> {
     }
 }
 
+fn nothing_at_all() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "it is empty")
+}
+
 fn zstd_error(code: usize) -> io::Error {
     io::Error::other(get_error_name(code))
 }
@@ -162,6 +169,8 @@ pub(super) struct GzipMembers<R> {
     member: Option<GzDecoder<Replayed<R>>>,
     /// Between members.
     reader: Option<R>,
+    /// Anything has been read: nothing at all is no gzip stream.
+    begun: bool,
     /// Plain bytes of the member so far.
     handed_out: u64,
 }
@@ -171,7 +180,7 @@ impl<R: BufRead> GzipMembers<R> {
     const MAGIC: &'static [u8] = &[0x1f, 0x8b, 0x08];
 
     pub(super) fn new(reader: R) -> Self {
-        Self { member: None, reader: Some(reader), handed_out: 0 }
+        Self { member: None, reader: Some(reader), begun: false, handed_out: 0 }
     }
 
     fn begin(&mut self, read_already: &'static [u8], reader: R) {
@@ -204,8 +213,9 @@ impl<R: BufRead> Read for GzipMembers<R> {
             }
             let Some(reader) = &mut self.reader else { return Ok(0) };
             if reader.fill_buf()?.is_empty() {
-                return Ok(0);
+                return if self.begun { Ok(0) } else { Err(nothing_at_all()) };
             }
+            self.begun = true;
             if let Some(reader) = self.reader.take() {
                 self.begin(&[], reader);
             }
