@@ -386,7 +386,11 @@ fn a_chain_as_deep_as_is_followed_fits_on_the_stack_and_one_deeper_is_refused() 
         file: File::options().write(true).open(dir.path().join("1.qcow2")).unwrap(),
     };
     craft.put(4096, b"9.qcow2");
-    imgtool(line("9.qcow2")).within(dir.path()).go().exits(1).says("leads back to itself");
+    imgtool(line("9.qcow2"))
+        .within(dir.path())
+        .go()
+        .exits(1)
+        .says("'9.qcow2' leads back to an image of the same chain");
     assert!(!dir.path().join("out.raw").exists());
 }
 

@@ -35,6 +35,34 @@ fn eight_tebibytes_of_nothing_take_no_time_and_no_space() {
     assert!(occupied(&at) < 1 << 20, "{} bytes are occupied", occupied(&at));
 }
 
+/// ext4 knows no file of more than 16 TiB; memory does.
+#[test]
+fn sixty_four_tebibytes_of_nothing_and_back_take_no_memory_either() {
+    require!("qemu-img");
+    let Ok(dir) = tempfile::tempdir_in("/dev/shm") else {
+        assert!(std::env::var_os("CI").is_none(), "there is no file system in memory at /dev/shm");
+        println!("SKIPPED: there is no file system in memory at /dev/shm");
+        return;
+    };
+    let first = dir.path().join("first.qcow2");
+    let created = imgtool(["create", "-f", "qcow2", text(&first), "64T"]).measured().ok();
+    assert!(created.peak_memory <= 64 << 20, "{} bytes", created.peak_memory);
+    let mut at = first;
+    for format in ["raw", "qcow2", "vhdx", "raw", "qcow2"] {
+        let next = dir.path().join(format!("{}.{format}", names_len(dir.path())));
+        let run = imgtool(["convert", "-q", text(&at), "--to", format, text(&next)]).measured().ok();
+        assert!(run.peak_memory <= 64 << 20, "{format}: {} bytes", run.peak_memory);
+        assert!(occupied(&next) < 4 << 20, "{format}: {} bytes are occupied", occupied(&next));
+        if format == "raw" {
+            assert_eq!(std::fs::metadata(&next).unwrap().len(), 64 << 40);
+        } else {
+            assert_eq!(oracles::qemu_info(&next, format)["virtual-size"], 64u64 << 40);
+        }
+        at = next;
+    }
+    oracles::qemu_check(&at, "qcow2");
+}
+
 fn names_len(directory: &std::path::Path) -> usize {
     crate::support::names(directory).len()
 }

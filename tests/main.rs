@@ -31,6 +31,7 @@ mod recipes;
 mod refusals;
 mod same_file;
 mod sharing;
+mod sparse_size;
 mod streams;
 mod targets;
 mod texts;

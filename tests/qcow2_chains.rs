@@ -178,3 +178,78 @@ fn data_files_through_create_and_convert() {
     assert_eq!(names(&dir.path().join("sub")), ["beside.data", "beside.qcow2"]);
     assert!(names(dir.path()).iter().all(|name| !name.contains("partial")));
 }
+
+/// An image with an L1 table of 32 MiB (2 EiB of disk in clusters of 2 MiB) in which `tables` lists
+/// entries and the L2 tables that they name, in clusters of the file; `l2` lists the entries of the
+/// first such table.
+fn huge_tables(path: &Path, backing: Option<&str>, tables: &[(u64, u64)], l2: &[(u64, u64)]) {
+    const CLUSTER: u64 = 2 << 20;
+    let name = backing.unwrap_or("");
+    let (version, crypt, l1_entries, order, header_len) = (3u32, 0u32, 4u32 << 20, 4u32, 104u32);
+    let name_at = if name.is_empty() { 0 } else { 120u64 };
+    let mut header = b"QFI\xfb".to_vec();
+    header.extend(version.to_be_bytes());
+    header.extend(name_at.to_be_bytes());
+    header.extend(u32::try_from(name.len()).unwrap().to_be_bytes());
+    header.extend(21u32.to_be_bytes());
+    header.extend((1u64 << 61).to_be_bytes());
+    header.extend(crypt.to_be_bytes());
+    header.extend(l1_entries.to_be_bytes());
+    header.extend(CLUSTER.to_be_bytes());
+    header.extend((17 * CLUSTER).to_be_bytes());
+    header.extend(1u32.to_be_bytes());
+    header.resize(96, 0);
+    header.extend(order.to_be_bytes());
+    header.extend(header_len.to_be_bytes());
+    header.extend(0xe279_2acau32.to_be_bytes());
+    header.extend(5u32.to_be_bytes());
+    header.extend(b"qcow2\0\0\0");
+    header.truncate(if name.is_empty() { 104 } else { 120 });
+    header.extend(name.as_bytes());
+    let file = std::fs::File::create(path).unwrap();
+    file.set_len(20 * CLUSTER).unwrap();
+    let write = |at: u64, bytes: &[u8]| std::os::unix::fs::FileExt::write_all_at(&file, bytes, at).unwrap();
+    write(0, &header);
+    for (index, cluster) in tables {
+        write(CLUSTER + index * 8, &((cluster * CLUSTER) | (1 << 63)).to_be_bytes());
+    }
+    for (index, entry) in l2 {
+        write(18 * CLUSTER + index * 8, &entry.to_be_bytes());
+    }
+    write(19 * CLUSTER, text(path).as_bytes());
+}
+
+/// Would run for hours if every layer's tables were walked anew for every stop in a layer above.
+#[test]
+fn a_long_chain_with_huge_tables_costs_what_is_stored() {
+    let dir = tempdir();
+    let data = (19 * (2u64 << 20)) | (1 << 63);
+    for layer in 0..200u64 {
+        let below = layer.checked_sub(1).map(|below| format!("{below}.qcow2"));
+        let place = layer * 20_011 + 77;
+        let path = dir.path().join(format!("{layer}.qcow2"));
+        huge_tables(&path, below.as_deref(), &[(place, 18)], &[(5, data)]);
+    }
+    let line = "convert --allow-external chain 199.qcow2 --to qcow2 -o cluster_size=2M out.qcow2 --verify";
+    let run = imgtool(line.split(' ')).within(dir.path()).measured().ok();
+    assert!(run.peak_memory <= 256 << 20, "{} bytes", run.peak_memory);
+    let map = imgtool(["map", "--output", "json", "out.qcow2"]).within(dir.path()).ok().json();
+    let found = map.as_array().unwrap().iter().filter(|extent| extent["zero"] == false).count();
+    assert_eq!(found, 200);
+}
+
+/// Tables that are holes of the file, or say the same throughout, are not walked entry by entry.
+#[test]
+fn a_million_names_for_an_empty_table_cost_nothing() {
+    let dir = tempdir();
+    let all: Vec<(u64, u64)> = (0..4 << 20).step_by(4).map(|index| (index, 18)).collect();
+    let zeros: Vec<(u64, u64)> = (0..1 << 18).map(|index| (index, 1)).collect();
+    for (name, l2) in [("hole", &[][..]), ("zeros", &zeros[..])] {
+        huge_tables(&dir.path().join("x.qcow2"), None, &all, l2);
+        let line = "convert x.qcow2 --to qcow2 -o cluster_size=2M out.qcow2 --force";
+        imgtool(line.split(' ')).within(dir.path()).ok();
+        let line = ["map", "--output", "json", "out.qcow2"];
+        let map = imgtool(line).within(dir.path()).ok().json();
+        assert!(map.as_array().unwrap().iter().all(|extent| extent["data"] == false), "{name}: {map}");
+    }
+}

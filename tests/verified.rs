@@ -6,9 +6,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::support::images::{self, Image};
-use crate::support::oracles::require;
+use crate::support::oracles::{self, require};
 use crate::support::run::PROGRAM;
-use crate::support::{fixture, names, snapshot, tempdir, text};
+use crate::support::{fixture, imgtool, names, snapshot, tempdir, text};
 
 /// The program under strace, which stops it at its first flush: everything is written then, nothing
 /// is read back.
@@ -103,4 +103,72 @@ fn a_byte_that_changes_in_one_of_many_outputs_is_found() {
         assert!(stderr.contains(victim), "{victim}: {stderr}");
         assert!(names(dir.path()).is_empty(), "{victim}: {:?}", names(dir.path()));
     }
+}
+
+#[test]
+fn a_byte_that_changes_in_the_data_file_or_in_the_base_is_found() {
+    require!("strace");
+    let dir = tempdir();
+    let content = images::noise(5, 300_000);
+    Image::hole("x", 3 << 20).with(65_536, content.clone()).write_raw(&dir.path().join("disk.raw"));
+    let mut other = content.clone();
+    other[100_000..110_000].fill(7);
+    Image::hole("x", 3 << 20).with(65_536, other).write_raw(&dir.path().join("other.raw"));
+    let absolute = format!("data_file={},data_file_raw=on", text(&dir.path().join("beside.raw")));
+    for options in ["data_file=beside.raw", &absolute, "backing_file=other.raw,backing_fmt=raw"] {
+        for harm in [true, false] {
+            let before = snapshot(dir.path());
+            let line = ["convert", "--verify", "disk.raw", "--to", "qcow2", "-o", options, "out.qcow2"];
+            let (strace, pid) = stopped_at_flush(dir.path(), &line);
+            // What is not in the difference stands in the base.
+            let base = dir.path().join("other.raw");
+            let victim = match partials(dir.path()).iter().find(|path| text(path).contains("beside")) {
+                Some(partial) => partial.clone(),
+                None => base.clone(),
+            };
+            if harm {
+                assert!(flip(&victim, &content[200_000..200_032]), "{options}: the content is not there");
+            }
+            let (code, stderr) = go_on(strace, pid);
+            assert_eq!(code, Some(i32::from(harm)), "{options}: {stderr}");
+            if !harm {
+                std::fs::remove_file(dir.path().join("out.qcow2")).unwrap();
+                let _ = std::fs::remove_file(dir.path().join("beside.raw"));
+                continue;
+            }
+            assert!(stderr.contains("out.qcow2") && stderr.contains("reading the output back"), "{stderr}");
+            assert_eq!(names(dir.path()), ["disk.raw", "other.raw"], "{options}");
+            if victim == base {
+                assert!(flip(&base, &{
+                    let mut flipped = content[200_000..200_032].to_vec();
+                    flipped[0] ^= 4;
+                    flipped
+                }));
+            }
+            assert_eq!(snapshot(dir.path()), before, "{options}");
+        }
+    }
+}
+
+/// What the base needs in turn still has to be allowed; the output's own names need not.
+#[test]
+fn reading_back_opens_what_the_options_name_and_nothing_else() {
+    require!("qemu-img");
+    let dir = tempdir();
+    Image::hole("x", 3 << 20).with(65_536, images::noise(1, 300_000)).write_raw(&dir.path().join("disk.raw"));
+    Image::hole("x", 3 << 20)
+        .with(65_536, images::noise(2, 300_000))
+        .write_raw(&dir.path().join("lowest.raw"));
+    let base = dir.path().join("base.qcow2");
+    oracles::run("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "lowest.raw", text(&base)]);
+    let line = "convert --verify disk.raw --to qcow2 out.qcow2 -o backing_file=base.qcow2,backing_fmt=qcow2,data_file=beside";
+    let before = snapshot(dir.path());
+    imgtool(line.split(' ')).within(dir.path()).go().exits(1).says("lowest.raw");
+    assert_eq!(snapshot(dir.path()), before);
+    let lowest = dir.path().join("lowest.raw");
+    imgtool(line.split(' ').chain(["--allow-external", text(&lowest)])).within(dir.path()).ok();
+    imgtool("compare --allow-external chain disk.raw out.qcow2".split(' ')).within(dir.path()).ok();
+    // Over what was there, under the names that it had.
+    imgtool(line.split(' ').chain(["--force", "--allow-external", "chain"])).within(dir.path()).ok();
+    imgtool("compare --allow-external chain disk.raw out.qcow2".split(' ')).within(dir.path()).ok();
 }

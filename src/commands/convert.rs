@@ -109,12 +109,6 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
 fn create_options(args: &ConvertArgs) -> Result<CreateOptions> {
     let mut create = options::create_options(&args.target.options, args.target.sparse_size.as_deref())?;
     extras::add_backing(&mut create, args.target.backing.as_deref(), args.target.backing_format.as_deref())?;
-    let rests_on_others =
-        [extras::BACKING_FILE, extras::DATA_FILE].iter().find(|key| create.get(key).is_some());
-    if let (true, Some(key)) = (args.target.verify, rests_on_others) {
-        return Err(Error::unsupported(format!("--verify does not go with {key}"))
-            .hint("'imgtool compare --allow-external chain' compares afterwards"));
-    }
     Ok(create)
 }
 

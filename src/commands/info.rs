@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use imgtool_toolkit::external::MAX_CHAIN_DEPTH;
+use imgtool_toolkit::external::{self, MAX_CHAIN_DEPTH};
 use imgtool_toolkit::storage::os;
 use imgtool_toolkit::{
     Compression, Driver, Error, FactScope, ImageInfo, ImageSource, OpenOptions, Registry, Result,
@@ -132,7 +132,7 @@ fn follow(registry: &Registry, options: &OpenOptions, subjects: &mut Vec<Subject
         let is_archive = registry.get(source.info().format).is_ok_and(|driver| is_archive(&*driver));
         let path = images::resolve(from.parent().unwrap_or(Path::new("")), &below.name);
         if subjects.iter().any(|known| known.path == path) {
-            return Err(Error::malformed("the chain leads back to an image that is part of it").path(path));
+            return Err(external::leads_back(below.role, &below.name, &from));
         }
         subjects.push(Subject { path, compression: Vec::new(), source, is_archive, chain_ends: None });
     }

@@ -10,6 +10,12 @@ use super::formats;
 use crate::exit::Exit;
 use crate::{images, report};
 
+/// What `-S` is a multiple of. qemu-img's.
+const SECTOR: u64 = 512;
+
+/// The largest `-S`. qemu-img's.
+const MAX_SPARSE: u64 = 16 << 20;
+
 /// The driver that a file's name asks for, behind the extension of a compression too.
 pub fn driver_by_name(registry: &Registry, path: &Path) -> Option<Arc<dyn Driver>> {
     let path = images::without_compression(path);
@@ -41,12 +47,7 @@ pub fn create_options(options: &[String], sparse_size: Option<&str>) -> Result<C
             return Err(Error::usage(format!("option '{key}' is given twice")));
         }
     }
-    let sparse_granularity = sparse_size
-        .map(|text| {
-            parse_size(text)
-                .ok_or_else(|| Error::usage(format!("-S takes a size such as 4k, 64k or 0, not '{text}'")))
-        })
-        .transpose()?;
+    let sparse_granularity = sparse_size.map(sparse).transpose()?;
     Ok(CreateOptions {
         options: map,
         compress: None,
@@ -54,6 +55,18 @@ pub fn create_options(options: &[String], sparse_size: Option<&str>) -> Result<C
         sparse_granularity,
         ..CreateOptions::default()
     })
+}
+
+/// `-S`, within qemu-img's bounds.
+fn sparse(text: &str) -> Result<u64> {
+    let size = parse_size(text)
+        .ok_or_else(|| Error::usage(format!("-S takes a size such as 4k, 64k or 0, not '{text}'")))?;
+    if size % SECTOR != 0 || size > MAX_SPARSE {
+        return Err(Error::usage(format!(
+            "-S takes a multiple of {SECTOR} up to {MAX_SPARSE}, or 0, not {size}"
+        )));
+    }
+    Ok(size)
 }
 
 /// A size of the command line.

@@ -172,6 +172,10 @@ pub struct OpenOptions {
     pub externals: Externals,
 }
 
+/// The longest run of zeros that `-S` can ask to be written: pieces are as long, and kept in memory.
+/// Ours; the largest qcow2 cluster.
+pub const MAX_ZERO_UNIT: u64 = 2 << 20;
+
 /// How an image is made: `-o` options and compression.
 #[derive(Debug, Clone, Default)]
 pub struct CreateOptions {
@@ -182,7 +186,7 @@ pub struct CreateOptions {
     /// SOURCE_DATE_EPOCH, seconds.
     pub source_date_epoch: Option<i64>,
     /// `-S`: zeros are told apart in units of this many bytes; 0: zeros are written like data.
-    /// `None`: [`crate::zero::ZERO_GRANULARITY`]. For formats whose space is the file system's (raw).
+    /// `None`: as fine as the format has it. Sinks ask [`CreateOptions::zero_unit`].
     pub sparse_granularity: Option<u64>,
     /// What the caller opened for the image beside its own output.
     pub extras: Extras,
@@ -242,6 +246,17 @@ impl CreateOptions {
             }
         }
         Ok(())
+    }
+
+    /// The units in which a sink tells zeros apart that by itself does so in units of `finest` bytes, a
+    /// power of two: what `-S` asks for, rounded up to a power of two, at least `finest` and at most
+    /// [`MAX_ZERO_UNIT`]. `None`: zeros are written like data.
+    pub fn zero_unit(&self, finest: u64) -> Option<u64> {
+        match self.sparse_granularity {
+            Some(0) => None,
+            Some(asked) => Some(asked.min(MAX_ZERO_UNIT).next_power_of_two().max(finest)),
+            None => Some(finest),
+        }
     }
 
     /// A boolean option: on/off, true/false, yes/no.

@@ -3,6 +3,7 @@
 //! A driver never opens a file by name. It asks [`Externals`], which checks the name against the
 //! policy, refuses loops and deep chains, and opens what is allowed.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,7 +11,7 @@ use crate::driver::OpenOptions;
 use crate::error::{Error, Result, escape_control};
 use crate::registry::Registry;
 use crate::source::ImageSource;
-use crate::storage::Input;
+use crate::storage::{Input, Output};
 
 /// The deepest chain of images that is followed. Ours: QEMU has none; its users stay below 100.
 pub const MAX_CHAIN_DEPTH: usize = 256;
@@ -24,6 +25,24 @@ pub struct ExternalPolicy {
     pub paths: Vec<PathBuf>,
 }
 
+/// A file that an image may name and that is not looked for by that name.
+#[derive(Clone)]
+pub enum Given {
+    /// An output that has no name of its own yet.
+    Output(Output),
+    /// The file at this path.
+    File(PathBuf),
+}
+
+impl Given {
+    fn open(&self) -> Result<Input> {
+        match self {
+            Given::Output(output) => output.reopen(),
+            Given::File(path) => Input::open_plain(path),
+        }
+    }
+}
+
 /// Opens the files that an image names, within the policy.
 #[derive(Clone, Default)]
 pub struct Externals {
@@ -35,6 +54,8 @@ pub struct Externals {
     open: Vec<PathBuf>,
     /// Every file that was opened by these rules, whichever image named it.
     opened: Arc<Mutex<Vec<PathBuf>>>,
+    /// What the image itself, none below it, gets for these names whatever the policy says.
+    given: BTreeMap<String, Given>,
 }
 
 impl std::fmt::Debug for Externals {
@@ -47,6 +68,14 @@ impl Externals {
     /// Allows what `policy` says, opening images with `registry`.
     pub fn new(registry: Registry, policy: ExternalPolicy) -> Self {
         Self { registry: Some(registry), policy, ..Self::default() }
+    }
+
+    /// The same rules for an image that names what the caller has just made or opened for it: for
+    /// these names it gets that, and nothing is looked for.
+    #[must_use]
+    pub fn with_given(mut self, given: BTreeMap<String, Given>) -> Self {
+        self.given = given;
+        self
     }
 
     /// Opens the image that `from` calls `name` (relative names are relative to `from`'s
@@ -62,10 +91,17 @@ impl Externals {
         format: Option<&str>,
         options: &OpenOptions,
     ) -> Result<Box<dyn ImageSource>> {
-        let (path, inner) = self.admit(role, name, from)?;
         let Some(registry) = &self.registry else { return Err(not_allowed(role, name, from)) };
-        let input = Input::open_plain(&path)?;
-        self.note_opened(&path);
+        let (input, inner) = match self.given.get(name) {
+            Some(given) => (given.open()?, Self { given: BTreeMap::new(), ..self.clone() }),
+            None => {
+                let (path, inner) = self.admit(role, name, from)?;
+                let input = Input::open_plain(&path)?;
+                self.note_opened(&path);
+                (input, inner)
+            }
+        };
+        let path = input.path().to_owned();
         let options = OpenOptions { externals: inner, snapshot: None, ..options.clone() };
         let driver = match format {
             Some(format) => registry.get(format)?,
@@ -79,6 +115,9 @@ impl Externals {
     /// # Errors
     /// [`crate::ErrorKind::Refused`] when it is not allowed; [`crate::ErrorKind::Io`].
     pub fn open_file(&self, role: &str, name: &str, from: &Path) -> Result<Input> {
+        if let Some(given) = self.given.get(name) {
+            return given.open();
+        }
         let (path, _) = self.admit(role, name, from)?;
         self.note_opened(&path);
         Input::open_plain(&path)
@@ -128,15 +167,14 @@ impl Externals {
             return Err(not_allowed(role, name, from));
         }
         if path == from_real || self.open.contains(&path) {
-            return Err(Error::malformed(format!("{role} '{}' leads back to itself", escape_control(name)))
-                .path(from));
+            return Err(leads_back(role, name, from));
         }
         if self.open.len() >= MAX_CHAIN_DEPTH {
             return Err(Error::limit(format!("the chain is deeper than {MAX_CHAIN_DEPTH} images")).path(from));
         }
         let mut open = self.open.clone();
         open.push(from_real);
-        Ok((path, Externals { root: Some(root), open, ..self.clone() }))
+        Ok((path, Externals { root: Some(root), open, given: BTreeMap::new(), ..self.clone() }))
     }
 
     fn policy_admits(&self, path: &Path, root: &Path) -> bool {
@@ -155,6 +193,13 @@ impl Externals {
 fn canonical(path: &Path, role: &str) -> Result<PathBuf> {
     std::fs::canonicalize(path)
         .map_err(|e| Error::io(format!("find the directory of its {role}"), e).path(path))
+}
+
+/// A chain that never ends: `from` calls an image `name` that is above it, or itself.
+pub fn leads_back(role: &str, name: &str, from: &Path) -> Error {
+    Error::malformed(format!("{role} '{}' leads back to an image of the same chain", escape_control(name)))
+        .path(from)
+        .hint("the chain has no end: one of its images must name another file")
 }
 
 fn not_allowed(role: &str, name: &str, from: &Path) -> Error {

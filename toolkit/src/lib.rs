@@ -44,7 +44,7 @@ pub use driver::{
 };
 pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use extent::{Extent, ExtentKind, ExtentList, MapExtent, MapPlace};
-pub use external::{ExternalPolicy, Externals};
+pub use external::{ExternalPolicy, Externals, Given};
 pub use fanout::FanOut;
 pub use losses::Losses;
 pub use packed::{PackedSink, Packing};

@@ -158,6 +158,13 @@ impl Piece {
     /// start: ranges of `data`, ascending, disjoint and not adjacent. The last may end with the
     /// piece.
     pub fn nonzero_runs(&self, granularity: usize) -> Vec<Range<usize>> {
+        self.dense_runs(granularity, granularity)
+    }
+
+    /// The same with zeros told apart in units of `unit` bytes, a multiple of `granularity`, within
+    /// [`Piece::runs`] only: what is known to be zero without looking stays outside, to `granularity`
+    /// bytes.
+    pub fn dense_runs(&self, granularity: usize, unit: usize) -> Vec<Range<usize>> {
         let mut found: Vec<Range<usize>> = Vec::new();
         let Some(data) = &self.data else { return found };
         let mut looked_at = 0;
@@ -165,11 +172,25 @@ impl Piece {
             let start = (run.start / granularity * granularity).max(looked_at);
             let end = run.end.div_ceil(granularity).saturating_mul(granularity).min(data.len());
             if start < end {
-                zero::push_nonzero_runs(data, start..end, granularity, &mut found);
+                zero::push_nonzero_runs(data, start..end, unit, &mut found);
                 looked_at = end;
             }
         }
         found
+    }
+
+    /// The same piece with its zeros as bytes: for sinks that store zeros like data. A piece of zeros
+    /// must be short enough for memory (see [`crate::Geometry::max_zero_len`]).
+    #[must_use]
+    pub fn with_zeros_as_data(mut self, pool: &BufferPool) -> Self {
+        let len = usize::try_from(self.len).unwrap_or(usize::MAX);
+        if self.data.is_none() {
+            let mut zeros = pool.take(len);
+            zeros.fill(0);
+            self.data = Some(zeros);
+        }
+        self.runs = std::iter::once(0..len).collect();
+        self
     }
 }
 
@@ -289,5 +310,26 @@ mod tests {
         let mut piece = Piece::data(DeviceId(0), 0, buffer);
         piece.runs = vec![512..1024, 2048..4096, 4096 * 2..4096 * 4 + 10];
         assert_eq!(piece.nonzero_runs(4096), [0..4096, 8192..12288, 16384..16394]);
+    }
+
+    #[test]
+    fn zeros_shorter_than_the_unit_are_kept_but_not_what_the_source_left_out() {
+        let pool = BufferPool::new();
+        let mut buffer = pool.take(4096 * 16);
+        buffer.fill(0);
+        buffer[0] = 1;
+        buffer[4096 * 9] = 1;
+        let mut piece = Piece::data(DeviceId(0), 0, buffer);
+        assert_eq!(piece.dense_runs(4096, 4096 * 4), [0..4096 * 4, 4096 * 8..4096 * 12]);
+        piece.runs = vec![0..4096 * 2, 4096 * 9..4096 * 10 + 1];
+        assert_eq!(piece.dense_runs(4096, 4096 * 4), [0..4096 * 2, 4096 * 9..4096 * 11]);
+    }
+
+    #[test]
+    fn zeros_as_data_are_all_one_run() {
+        let pool = BufferPool::new();
+        let piece = Piece::zero(DeviceId(0), 512, 1000).with_zeros_as_data(&pool);
+        assert_eq!(piece.data.as_deref(), Some(&[0; 1000][..]));
+        assert_eq!((piece.runs.len(), &piece.runs[0]), (1, &(0..1000)));
     }
 }

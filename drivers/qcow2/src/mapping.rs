@@ -1,7 +1,7 @@
 //! The two-level mapping from guest to host: L1 and L2 tables.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use imgtool_toolkit::{Error, RandomInput, Result};
 
@@ -29,6 +29,9 @@ const L1_PAGE: u64 = 4096;
 
 /// Bytes of such pages kept for one image.
 const L1_PAGES_BYTES: u64 = 64 << 10;
+
+/// Words of a table whose entries all say the same, as the cache keeps it; an entry has one or two.
+const UNIFORM_WORDS: usize = 2;
 
 /// What a guest range is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,6 +82,9 @@ pub struct Mapping {
     /// Guest data is in another file, at the guest's own offsets.
     external_data: bool,
     l1: L1Table,
+    /// L1 entries without an L2 table that were walked last. An image of a chain is asked again and
+    /// again about the same ones, whenever something stands in an image above it.
+    known_empty: Mutex<Range<u64>>,
     /// L2 tables, or slices of them, of 2^`slice_bits` bytes.
     cache: L2Cache,
     slice_bits: u32,
@@ -118,7 +124,9 @@ impl Mapping {
             _ => (L2_CACHE_BYTES_BELOW / (below + 1), shape.cluster_size().min(L2_SLICE_BELOW)),
         };
         let cache = L2Cache::new(cache_len, slice);
-        Ok(Self { input, shape, version, external_data, l1, cache, slice_bits: slice.ilog2() })
+        let slice_bits = slice.ilog2();
+        let known_empty = Mutex::default();
+        Ok(Self { input, shape, version, external_data, l1, known_empty, cache, slice_bits })
     }
 
     /// Whether an L2 table has to be looked at for `guest_offset`.
@@ -137,16 +145,22 @@ impl Mapping {
     pub fn run(&self, range: Range<u64>) -> Result<Run> {
         let end_of = |start: u64, reach: u64| (start & !(reach - 1)).saturating_add(reach).min(range.end);
         if !self.has_l2(range.start)? {
-            let reach = 1u64 << self.shape.l2_reach_bits();
-            let mut end = end_of(range.start, reach);
-            while end < range.end && !self.has_l2(end)? {
-                end = end_of(end, reach);
-            }
+            let reach_bits = self.shape.l2_reach_bits();
+            // Not empty, so its last byte is there.
+            let next = self.next_l2(range.start >> reach_bits..((range.end - 1) >> reach_bits) + 1)?;
+            let end = next.checked_mul(1 << reach_bits).map_or(range.end, |end| end.min(range.end));
             return Ok(Run { len: end - range.start, mapped: Mapped::Unallocated { host_offset: None } });
         }
         let table_end = end_of(range.start, self.slice_reach());
         let table = self.l2_table(range.start)?;
         let mut run = self.unit(&table, range.start)?;
+        let nowhere = matches!(
+            run.mapped,
+            Mapped::Unallocated { host_offset: None } | Mapped::Zero { host_offset: None }
+        );
+        if table.len() == UNIFORM_WORDS && nowhere {
+            return Ok(Run { len: table_end - range.start, ..run });
+        }
         while range.start + run.len < table_end {
             // What is wrong with the next cluster is no fault of this run.
             let Ok(next) = self.unit(&table, range.start + run.len) else { break };
@@ -169,33 +183,78 @@ impl Mapping {
         Ok(run)
     }
 
+    /// The first L1 entry of `indices` with an L2 table, or their end; the first of them has none.
+    fn next_l2(&self, indices: Range<u64>) -> Result<u64> {
+        let known = self.known_empty.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let from = if known.contains(&indices.start) { known.end } else { indices.start };
+        if from >= indices.end {
+            return Ok(indices.end);
+        }
+        let next = self.walk_l1(from..indices.end)?;
+        let mut known = self.known_empty.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whoever reads comes behind the one who plans: what reaches farthest is asked for next.
+        if next > known.end {
+            let start = if from == known.end { known.start } else { indices.start };
+            *known = start..next;
+        }
+        Ok(next)
+    }
+
+    /// The first L1 entry of `indices` with an L2 table, or their end.
+    fn walk_l1(&self, indices: Range<u64>) -> Result<u64> {
+        let has_table = |entry: &u64| L1Entry(*entry).l2_offset() != 0;
+        let (offset, entries, pages) = match &self.l1 {
+            L1Table::Whole(table) => {
+                // A table in memory has a length that fits.
+                let from = indices.start.min(table.len() as u64) as usize;
+                let to = indices.end.min(table.len() as u64) as usize;
+                let found = table.get(from..to).and_then(|part| part.iter().position(has_table));
+                return Ok(found.map_or(indices.end, |found| indices.start + found as u64));
+            }
+            L1Table::Paged { offset, entries, pages } => (*offset, u64::from(*entries), pages),
+        };
+        let end = indices.end.min(entries);
+        let mut index = indices.start;
+        while index < end {
+            let at = index * 8;
+            let run = self.input.run(offset + at)?;
+            if !run.is_data && run.end >= offset + at + 8 {
+                index = (run.end - offset) / 8;
+                continue;
+            }
+            let page = self.l1_page(offset, entries, pages, at)?;
+            // Below the entries of a page.
+            let within = (at % L1_PAGE / 8) as usize;
+            let rest = page.get(within..).unwrap_or_default();
+            match rest.iter().position(has_table) {
+                Some(found) => return Ok((index + found as u64).min(indices.end)),
+                None => index += (rest.len() as u64).max(1),
+            }
+        }
+        Ok(indices.end)
+    }
+
     fn l1_entry(&self, guest_offset: u64) -> Result<L1Entry> {
         let index = guest_offset >> self.shape.l2_reach_bits();
         // The header's check made sure that the table covers the disk.
         let entry = match &self.l1 {
             L1Table::Whole(table) => usize::try_from(index).ok().and_then(|index| table.get(index).copied()),
             L1Table::Paged { offset, entries, pages } if index < u64::from(*entries) => {
-                let at = index * 8;
-                let page = self.cached(pages, offset + at / L1_PAGE * L1_PAGE, || {
-                    // Not above a page.
-                    (u64::from(*entries) * 8 - at / L1_PAGE * L1_PAGE).min(L1_PAGE) as usize
-                })?;
+                let page = self.l1_page(*offset, u64::from(*entries), pages, index * 8)?;
                 // Below the entries of a page.
-                page.get((at % L1_PAGE / 8) as usize).copied()
+                page.get((index * 8 % L1_PAGE / 8) as usize).copied()
             }
             L1Table::Paged { .. } => None,
         };
         Ok(L1Entry(entry.unwrap_or(0)))
     }
 
-    /// A table from the cache or, with `len` bytes, from the file.
-    fn cached(&self, cache: &L2Cache, offset: u64, len: impl Fn() -> usize) -> Result<Arc<[u64]>> {
-        if let Some(table) = cache.get(offset) {
-            return Ok(table);
-        }
-        let table: Arc<[u64]> = decode_table(&self.input.read_vec(offset, len())?).into();
-        cache.put(offset, Arc::clone(&table));
-        Ok(table)
+    /// The page of the L1 table that its byte `at` is in.
+    fn l1_page(&self, offset: u64, entries: u64, pages: &L2Cache, at: u64) -> Result<Arc<[u64]>> {
+        let start = at - at % L1_PAGE;
+        // Not above a page.
+        let len = (entries * 8 - start).min(L1_PAGE) as usize;
+        cached(pages, offset + start, || Ok(decode_table(&self.input.read_vec(offset + start, len)?)))
     }
 
     /// The slice of the L2 table that `guest_offset` is in.
@@ -214,15 +273,35 @@ impl Mapping {
         }
         let slices = (1u64 << self.shape.l2_reach_bits()) / reach;
         let slice_offset = table_offset + ((guest_offset / reach % slices) << self.slice_bits);
+        cached(&self.cache, slice_offset, || self.read_slice(slice_offset)).map_err(|e| e.guest(guest))
+    }
+
+    /// A slice of an L2 table; [`UNIFORM_WORDS`] of it if all entries say the same. What is a hole of
+    /// the file needs no reading.
+    fn read_slice(&self, slice_offset: u64) -> Result<Vec<u64>> {
+        let len = 1u64 << self.slice_bits;
+        let end = slice_offset.saturating_add(len);
+        if end <= self.input.len() {
+            let run = self.input.run(slice_offset)?;
+            if !run.is_data && run.end >= end {
+                return Ok(vec![0; UNIFORM_WORDS]);
+            }
+        }
         // At most a cluster, 2 MiB.
-        self.cached(&self.cache, slice_offset, || 1 << self.slice_bits).map_err(|e| e.guest(guest))
+        let mut words = decode_table(&self.input.read_vec(slice_offset, len as usize)?);
+        let same = |pair: &[u64]| pair == &words[..UNIFORM_WORDS];
+        let entry_is_same = self.shape.extended_l2 || words[0] == words[1];
+        if entry_is_same && words.chunks_exact(UNIFORM_WORDS).all(same) {
+            words.truncate(UNIFORM_WORDS);
+        }
+        Ok(words)
     }
 
     /// What the cluster or the subclusters at `guest_offset` are, from there to their end.
     fn unit(&self, table: &[u64], guest_offset: u64) -> Result<Run> {
         let shape = self.shape;
         let words = shape.l2_entry_words();
-        // A slice has a power of two of words.
+        // A slice has a power of two of words, and at least as many as an entry.
         let index = ((guest_offset >> shape.cluster_bits) as usize * words) & table.len().wrapping_sub(1);
         let entry = L2Entry(table.get(index).copied().unwrap_or(0));
         let within = shape.within_cluster(guest_offset);
@@ -283,4 +362,14 @@ impl Mapping {
         };
         Ok(Run { len, mapped })
     }
+}
+
+/// A table from the cache, or as it is read.
+fn cached(cache: &L2Cache, offset: u64, read: impl FnOnce() -> Result<Vec<u64>>) -> Result<Arc<[u64]>> {
+    if let Some(table) = cache.get(offset) {
+        return Ok(table);
+    }
+    let table: Arc<[u64]> = read()?.into();
+    cache.put(offset, Arc::clone(&table));
+    Ok(table)
 }

@@ -28,7 +28,7 @@ pub fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Result<Meas
     let random = source.random().ok_or_else(|| Error::unsupported("a stream can't be measured"))?;
     // How much of it the backing file holds already is not looked up: the upper bound is told.
     let data = match options.preallocation {
-        _ if options.backing.is_some() => guest,
+        _ if options.backing.is_some() || options.zero_unit.is_none() => guest,
         // With metadata alone the file is as long, but takes no more space.
         Preallocation::Off | Preallocation::Metadata => {
             data_clusters(random, device.id, device.size, cluster_size)? * cluster_size
@@ -37,6 +37,8 @@ pub fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Result<Meas
     };
     // Tables that nothing stands in are not written, unless they are asked for.
     let occupied = match options.preallocation {
+        // How much compression saves is not known.
+        _ if options.zero_unit.is_none() && options.compress.is_none() => fully_allocated,
         _ if options.backing.is_some() => 0,
         Preallocation::Off => data_bytes(source, device)?,
         Preallocation::Metadata => tables,

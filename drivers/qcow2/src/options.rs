@@ -17,6 +17,9 @@ const DEFAULT_REFCOUNT_ORDER: u32 = 4;
 /// QEMU counts sectors: sizes are multiples of this.
 pub const SIZE_MULTIPLE: u64 = 512;
 
+/// The finest zeros that are told apart, and the smallest piece. The toolkit's.
+pub const ZERO_GRANULARITY: u64 = imgtool_toolkit::zero::ZERO_GRANULARITY as u64;
+
 /// The options, as qemu-img names them.
 pub const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
@@ -132,6 +135,9 @@ pub struct WriteOptions {
     pub data_file: Option<String>,
     /// It is a raw image.
     pub data_file_raw: bool,
+    /// `-S`: zeros shorter than this many bytes (a power of two, at least 4 KiB) are stored like data;
+    /// `None`: all zeros are.
+    pub zero_unit: Option<u64>,
 }
 
 impl WriteOptions {
@@ -165,6 +171,7 @@ impl WriteOptions {
             backing: backing(options)?,
             data_file: options.get("data_file").map(str::to_owned),
             data_file_raw: options.flag("data_file_raw")?.unwrap_or(false),
+            zero_unit: options.zero_unit(ZERO_GRANULARITY),
         };
         parsed.check_version()?;
         parsed.check_together()?;
@@ -212,6 +219,11 @@ impl WriteOptions {
             Some((_, message)) => Err(Error::usage(*message)),
             None => Ok(()),
         }
+    }
+
+    /// Whether zeros are stored like data: every guest cluster is.
+    pub fn stores_zeros(&self) -> bool {
+        self.zero_unit.is_none() || self.preallocation == Preallocation::Full
     }
 
     /// Refuses a disk whose L1 table would be above the limit.

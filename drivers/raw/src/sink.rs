@@ -12,6 +12,9 @@ use imgtool_toolkit::{
 /// 1 MiB by 15 % from page cache to tmpfs).
 const PIECE_LEN: u64 = 256 * 1024;
 
+/// The finest unit of `-S`: qemu-img's.
+const SECTOR: u64 = 512;
+
 pub(crate) fn create(
     output: Output,
     manifest: &Manifest,
@@ -41,13 +44,16 @@ pub(crate) fn create(
         ))
         .device(&*device.name));
     }
-    let granularity = options.sparse_granularity.unwrap_or(ZERO_GRANULARITY as u64);
-    let write_zeros_plainly = granularity == 0 || preallocation == Preallocation::Full;
+    let zero_unit = match options.sparse_granularity {
+        None => Some(ZERO_GRANULARITY as u64),
+        Some(_) => options.zero_unit(SECTOR),
+    };
+    let write_zeros_plainly = zero_unit.is_none() || preallocation == Preallocation::Full;
     Ok(Box::new(RawSink {
         output,
         size: AtomicU64::new(device.size),
         open_ended: device.open_ended,
-        granularity: usize::try_from(granularity.clamp(512, PIECE_LEN)).unwrap_or(ZERO_GRANULARITY),
+        zero_unit: zero_unit.unwrap_or(ZERO_GRANULARITY as u64),
         write_zeros_plainly,
         preallocation,
     }))
@@ -64,19 +70,21 @@ struct RawSink {
     output: Output,
     size: AtomicU64,
     open_ended: bool,
-    granularity: usize,
+    /// Bytes; a power of two.
+    zero_unit: u64,
     write_zeros_plainly: bool,
     preallocation: Preallocation,
 }
 
 impl ImageSink for RawSink {
     fn geometry(&self, _device: DeviceId) -> Geometry {
+        let piece_len = PIECE_LEN.max(self.zero_unit);
         Geometry {
             granule: 1,
             granule_required: false,
-            piece_len: PIECE_LEN,
+            piece_len,
             // Zeros that must be written as bytes are made from the piece's own buffer.
-            max_zero_len: if self.write_zeros_plainly { PIECE_LEN } else { u64::MAX },
+            max_zero_len: if self.write_zeros_plainly { piece_len } else { u64::MAX },
             ordered: false,
         }
     }
@@ -113,7 +121,9 @@ impl ImageSink for RawSink {
         if self.write_zeros_plainly {
             return Ok(self.prepare_plainly(piece, pool));
         }
-        let runs = piece.nonzero_runs(self.granularity);
+        // At most 2 MiB.
+        let unit = self.zero_unit as usize;
+        let runs = piece.dense_runs(unit.min(ZERO_GRANULARITY), unit);
         let mut prepared = Prepared::new(piece);
         let zeros_too = self.output.needs_zeros();
         let mut position = start;
@@ -152,13 +162,9 @@ impl ImageSink for RawSink {
 
 impl RawSink {
     /// Everything is written as bytes, zeros too.
-    fn prepare_plainly(&self, mut piece: Piece, pool: &BufferPool) -> Prepared {
-        let len = usize::try_from(piece.len).unwrap_or(usize::MAX);
-        if piece.data.is_none() {
-            let mut zeros = pool.take(len);
-            zeros.fill(0);
-            piece.data = Some(zeros);
-        }
+    fn prepare_plainly(&self, piece: Piece, pool: &BufferPool) -> Prepared {
+        let piece = piece.with_zeros_as_data(pool);
+        let len = piece.data.as_ref().map_or(0, |data| data.len());
         let guest = piece.start..piece.end();
         let mut prepared = Prepared::new(piece);
         prepared.parts.push(Part { guest, bytes: Bytes::Data(0..len) });

@@ -16,6 +16,9 @@ pub(crate) fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Resu
     };
     let layout = options.layout(device.size).map_err(|e| e.device(&*device.name))?;
     let fully_allocated = layout.file_len(layout.shape.payload_blocks);
+    if options.zero_unit.is_none() {
+        return Ok(Measure { required: fully_allocated, fully_allocated, occupied: device.size });
+    }
     // Blocks are holes where they are not written, in a fixed file too.
     let occupied = data_bytes(source, device)?;
     if options.fixed {

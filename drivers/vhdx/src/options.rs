@@ -1,5 +1,6 @@
 //! The `-o` options, and the layout of a new file that follows from them.
 
+use imgtool_toolkit::zero::ZERO_GRANULARITY;
 use imgtool_toolkit::{CreateOptions, Error, OptionSpec, Result};
 use uuid::Uuid;
 
@@ -85,6 +86,9 @@ pub(crate) struct VhdxOptions {
     pub(crate) disk_id: Option<Uuid>,
     pub(crate) data_write_guid: Option<Uuid>,
     pub(crate) file_write_guid: Option<Uuid>,
+    /// `-S`: zeros shorter than this many bytes (a power of two, at least 4 KiB) are stored like data;
+    /// `None`: all zeros are.
+    pub(crate) zero_unit: Option<u64>,
 }
 
 impl VhdxOptions {
@@ -126,6 +130,7 @@ impl VhdxOptions {
             disk_id: guid(options, "disk_id")?,
             data_write_guid: guid(options, "data_write_guid")?,
             file_write_guid: guid(options, "file_write_guid")?,
+            zero_unit: options.zero_unit(ZERO_GRANULARITY as u64),
         })
     }
 

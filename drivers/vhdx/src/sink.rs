@@ -83,30 +83,49 @@ struct Allocation {
 
 impl ImageSink for VhdxSink {
     fn geometry(&self, _device: DeviceId) -> Geometry {
+        let zero_unit = self.options.zero_unit;
+        let piece_len = PIECE_LEN.max(zero_unit.unwrap_or(0));
         Geometry {
             granule: ZERO_GRANULARITY as u64,
             granule_required: false,
-            piece_len: PIECE_LEN,
-            max_zero_len: u64::MAX,
+            piece_len,
+            max_zero_len: if zero_unit.is_some() { u64::MAX } else { piece_len },
             ordered: !self.options.fixed,
         }
     }
 
     fn keeps_bytes(&self, _device: DeviceId) -> bool {
-        !self.options.fixed
+        !self.options.fixed && self.options.zero_unit.is_some()
     }
 
     fn output(&self, _device: DeviceId) -> &Output {
         &self.output
     }
 
-    fn prepare(&self, piece: Piece, _pool: &BufferPool) -> Result<Prepared> {
+    fn prepare(&self, piece: Piece, pool: &BufferPool) -> Result<Prepared> {
         let start = piece.start;
-        let mut parts = Vec::new();
-        for run in piece.nonzero_runs(ZERO_GRANULARITY) {
+        // The fingerprint is of the content, whatever is stored of its zeros.
+        let nonzero = piece.nonzero_runs(ZERO_GRANULARITY);
+        for run in &nonzero {
             if let Some(data) = &piece.data {
                 self.fingerprint.add(start + run.start as u64, &data[run.clone()]);
             }
+        }
+        let (piece, stored) = match self.options.zero_unit {
+            None => {
+                let piece = piece.with_zeros_as_data(pool);
+                let runs = piece.runs.clone();
+                (piece, runs)
+            }
+            // At most 2 MiB.
+            Some(unit) if unit as usize > ZERO_GRANULARITY => {
+                let runs = piece.dense_runs(ZERO_GRANULARITY, unit as usize);
+                (piece, runs)
+            }
+            Some(_) => (piece, nonzero),
+        };
+        let mut parts = Vec::new();
+        for run in stored {
             // A part stays within a block.
             let mut at = run.start;
             while at < run.end {

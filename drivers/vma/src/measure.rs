@@ -14,14 +14,15 @@ pub(crate) fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Resu
         return Err(Error::unsupported("a stream can't be measured").hint("save it to a file first"));
     };
     let manifest = Manifest { devices: info.devices.clone(), attachments: info.attachments.clone() };
-    let plan = ArchivePlan::new(&manifest, &VmaOptions::parse(options)?)?;
+    let options = VmaOptions::parse(options)?;
+    let plan = ArchivePlan::new(&manifest, &options)?;
     let mut required = plan.header.len() as u64;
     let mut fully_allocated = required;
     for device in &info.devices {
         let headers = clusters_of(device.size).div_ceil(CLUSTERS_PER_EXTENT as u64) * EXTENT_HEADER as u64;
         let all = device.size.next_multiple_of(SUB_BLOCK);
         fully_allocated += headers + all;
-        if device.kind == DeviceKind::VmState {
+        if device.kind == DeviceKind::VmState || options.zero_unit.is_none() {
             required += headers + all;
             continue;
         }

@@ -3,6 +3,8 @@
 use imgtool_toolkit::{CreateOptions, Error, OptionSpec, Result};
 use uuid::Uuid;
 
+use crate::layout::SUB_BLOCK;
+
 /// 1980-01-01: what archives are dated when nothing says otherwise. Equal input must give equal
 /// bytes, so it can't be the time of day; readers expect something other than 0.
 pub(crate) const DEFAULT_CTIME: i64 = 315_532_800;
@@ -27,6 +29,8 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
 pub(crate) struct VmaOptions {
     pub(crate) uuid: Option<Uuid>,
     pub(crate) ctime: i64,
+    /// `-S`; see [`CreateOptions::zero_unit`].
+    pub(crate) zero_unit: Option<u64>,
 }
 
 impl VmaOptions {
@@ -47,7 +51,7 @@ impl VmaOptions {
                 Error::usage(format!("option 'ctime' is a whole number of seconds since 1970, not '{text}'"))
             })?,
         };
-        Ok(Self { uuid, ctime })
+        Ok(Self { uuid, ctime, zero_unit: options.zero_unit(SUB_BLOCK) })
     }
 }
 

@@ -26,6 +26,9 @@ const ZERO_EXTENTS: u64 = 1024;
 pub(crate) struct VmaSink {
     output: Output,
     plan: ArchivePlan,
+    /// `-S`: zeros shorter than this many bytes, at most a cluster, are stored like data; `None`: all
+    /// zeros are.
+    zero_unit: Option<u64>,
     state: Mutex<State>,
 }
 
@@ -38,25 +41,31 @@ struct State {
 
 impl VmaSink {
     pub(crate) fn create(output: Output, manifest: &Manifest, options: &CreateOptions) -> Result<Self> {
-        let plan = ArchivePlan::new(manifest, &VmaOptions::parse(options)?)?;
+        let options = VmaOptions::parse(options)?;
+        let plan = ArchivePlan::new(manifest, &options)?;
         let state = State { file_offset: plan.header.len() as u64, placed: vec![0; plan.devices.len()] };
-        Ok(Self { output, plan, state: Mutex::new(state) })
+        Ok(Self { output, plan, zero_unit: options.zero_unit, state: Mutex::new(state) })
     }
 
     fn device(&self, id: DeviceId) -> Result<&PlannedDevice> {
         self.plan.device(id).ok_or_else(|| Error::usage(format!("the archive has no device {id}")))
     }
+
+    /// Whether zeros of a device are stored. Those of a state always are: the reference program's reader
+    /// drops its zero sub-blocks.
+    fn stores_zeros(&self, device: &PlannedDevice) -> bool {
+        device.is_state || self.zero_unit.is_none()
+    }
 }
 
 impl ImageSink for VmaSink {
     fn geometry(&self, device: DeviceId) -> Geometry {
-        let is_state = self.plan.device(device).is_some_and(|device| device.is_state);
+        let whole = self.plan.device(device).is_some_and(|device| self.stores_zeros(device));
         Geometry {
             granule: CLUSTER,
             granule_required: true,
             piece_len: EXTENT_SPAN,
-            // The state's zeros are written out.
-            max_zero_len: if is_state { EXTENT_SPAN } else { EXTENT_SPAN * ZERO_EXTENTS },
+            max_zero_len: if whole { EXTENT_SPAN } else { EXTENT_SPAN * ZERO_EXTENTS },
             ordered: true,
         }
     }
@@ -80,7 +89,14 @@ impl ImageSink for VmaSink {
     fn prepare(&self, piece: Piece, pool: &BufferPool) -> Result<Prepared> {
         let device = self.device(piece.device)?;
         check_piece(device, &piece)?;
-        let masks = Masks::of(&piece, device);
+        let piece = if self.zero_unit.is_none() { piece.with_zeros_as_data(pool) } else { piece };
+        let masks = if self.stores_zeros(device) {
+            Masks::all(&piece, device)
+        } else {
+            // At most a cluster.
+            let unit = self.zero_unit.unwrap_or(SUB_BLOCK).min(CLUSTER) as usize;
+            Masks::of(piece.dense_runs(SUB_BLOCK as usize, unit), &piece)
+        };
         let extents = masks.clusters.len().div_ceil(CLUSTERS_PER_EXTENT);
         let tail = masks.tail_len(&piece);
         let mut encoded = pool.take(extents * EXTENT_HEADER + tail);
@@ -158,23 +174,34 @@ struct Masks {
 }
 
 impl Masks {
-    fn of(piece: &Piece, device: &PlannedDevice) -> Self {
-        // Bounded by `Geometry::max_zero_len`: at most 60,416 clusters.
-        let mut clusters = vec![0u16; piece.len.div_ceil(CLUSTER) as usize];
-        let mut set = |block: u64| {
-            clusters[(block / SUB_BLOCKS_PER_CLUSTER) as usize] |= 1 << (block % SUB_BLOCKS_PER_CLUSTER);
-        };
-        if device.is_state {
-            // The reference program's reader drops the zero sub-blocks of a state, so there are none.
-            // The piece may end before the device does by less than a sector.
-            let end = device.size.min(piece.start + piece.len.next_multiple_of(CLUSTER));
-            (0..(end - piece.start).div_ceil(SUB_BLOCK)).for_each(set);
-        } else {
-            for run in piece.nonzero_runs(SUB_BLOCK as usize) {
-                (run.start as u64 / SUB_BLOCK..(run.end as u64).div_ceil(SUB_BLOCK)).for_each(&mut set);
-            }
+    /// Only what is in `runs`.
+    fn of(runs: Vec<Range<usize>>, piece: &Piece) -> Self {
+        let mut masks = Self::none(piece);
+        for run in runs {
+            masks.set(run.start as u64 / SUB_BLOCK..(run.end as u64).div_ceil(SUB_BLOCK));
         }
-        Self { clusters }
+        masks
+    }
+
+    /// Everything.
+    fn all(piece: &Piece, device: &PlannedDevice) -> Self {
+        let mut masks = Self::none(piece);
+        // The piece may end before the device does by less than a sector.
+        let end = device.size.min(piece.start + piece.len.next_multiple_of(CLUSTER));
+        masks.set(0..(end - piece.start).div_ceil(SUB_BLOCK));
+        masks
+    }
+
+    /// Nothing. Bounded by `Geometry::max_zero_len`: at most 60,416 clusters.
+    fn none(piece: &Piece) -> Self {
+        Self { clusters: vec![0; piece.len.div_ceil(CLUSTER) as usize] }
+    }
+
+    /// Sub-blocks, counted from the start of the piece, are stored.
+    fn set(&mut self, blocks: Range<u64>) {
+        for block in blocks {
+            self.clusters[(block / SUB_BLOCKS_PER_CLUSTER) as usize] |= 1 << (block % SUB_BLOCKS_PER_CLUSTER);
+        }
     }
 
     /// Zeros that complete the last sub-block, when it is stored and the piece ends within it.

@@ -44,19 +44,25 @@ impl Format {
     /// # Errors
     /// [`imgtool_toolkit::ErrorKind::Usage`] when it can't be compressed as its name says.
     pub fn for_place(&self, driver: Arc<dyn Driver>, path: &Path) -> Result<Self> {
-        let options =
-            if driver.name() == self.driver.name() { self.options.clone() } else { CreateOptions::default() };
+        let options = if driver.name() == self.driver.name() {
+            self.options.clone()
+        } else {
+            // -S is of every format.
+            CreateOptions {
+                sparse_granularity: self.options.sparse_granularity,
+                source_date_epoch: self.options.source_date_epoch,
+                ..CreateOptions::default()
+            }
+        };
         let outer = outer::by_name(path).map(|compression| Outer { compression, level: None });
         let format = Self { driver, outer, options };
         check_outer(&format)?;
         Ok(format)
     }
 
-    /// Whether `-o`, `-c` or `-S` was given.
+    /// Whether `-o` or `-c` was given, which are for one format.
     pub fn has_options(&self) -> bool {
-        !self.options.options.is_empty()
-            || self.options.compress.is_some()
-            || self.options.sparse_granularity.is_some()
+        !self.options.options.is_empty() || self.options.compress.is_some()
     }
 
     /// Whether it holds many devices.

@@ -252,7 +252,7 @@ impl Request<'_> {
         let used = targets.iter().any(|target| target.format.driver.name() == self.format.driver.name());
         if self.dest.is_none() && !used && self.format.has_options() {
             return Err(Error::usage(format!(
-                "-o, -c or -S is for {}, and no target is of that format",
+                "-o or -c is for {}, and no target is of that format",
                 self.format.driver.name()
             ))
             .hint("name the format with --to, or with --target NAME=PATH,format=FMT"));

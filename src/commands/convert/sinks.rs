@@ -19,6 +19,8 @@ pub struct Sinks {
     pub sink: Box<dyn ImageSink>,
     /// The output of each target.
     pub outputs: Vec<Output>,
+    /// The data file of each target that has one.
+    pub data_files: Vec<Option<Output>>,
     /// What the sink calls each device taken.
     pub numbers: Vec<DeviceId>,
 }
@@ -37,6 +39,7 @@ pub fn make(
 ) -> Result<Sinks> {
     let mut sinks = Vec::new();
     let mut handles = Vec::new();
+    let mut data_files = Vec::new();
     let mut places = Vec::new();
     let mut numbers = vec![DeviceId(0); taken.len()];
     for (index, target) in layout.targets.iter().enumerate() {
@@ -51,6 +54,7 @@ pub fn make(
             base_options,
             (&mut *outputs, force),
         )?;
+        data_files.push(options.extras.outputs.get(extras::DATA_FILE).cloned());
         let sink = make_sink(target, output, &manifest, &options).in_file(target.place.path())?;
         for (inner, &device) in manifest.devices.iter().zip(&target.devices) {
             // At most as many devices as the sources hold: 254 each.
@@ -64,7 +68,7 @@ pub fn make(
         Some(only) => only,
         None => Box::new(FanOut::with_places(sinks, places)?),
     };
-    Ok(Sinks { sink, outputs: handles, numbers })
+    Ok(Sinks { sink, outputs: handles, data_files, numbers })
 }
 
 fn make_sink(

@@ -4,19 +4,22 @@
 //! output holds must be equal. That catches what a disk, a cable, a file system or our own writer
 //! changed in between.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
 use imgtool_toolkit::digest::{self, ContentDigest};
 use imgtool_toolkit::storage::ReadAt;
 use imgtool_toolkit::{
-    Attachment, DeviceId, Error, ImageSource, Input, OpenOptions, Output, Progress, RandomInput, Result,
-    ResultExt,
+    Attachment, DeviceId, Error, Given, ImageSource, Input, OpenOptions, Output, Progress, RandomInput,
+    Result, ResultExt,
 };
 
 use super::layout::{Layout, Place, Target};
+use super::sinks::Sinks;
 use super::sources::Taken;
 use crate::args::ProgressMode;
+use crate::commands::extras;
 use crate::interrupt::Interrupt;
 use crate::progress::{Lane, Meter};
 
@@ -28,6 +31,8 @@ pub struct Expected<'a> {
     pub numbers: &'a [DeviceId],
     /// The devices.
     pub taken: &'a [Taken],
+    /// How backing files of the outputs are opened.
+    pub base_options: &'a OpenOptions,
 }
 
 /// Reads every output and compares it with what was sent.
@@ -36,7 +41,7 @@ pub struct Expected<'a> {
 /// [`imgtool_toolkit::ErrorKind::Corrupt`] when an output does not hold what was sent.
 pub fn read_back(
     layout: &Layout,
-    outputs: &[Output],
+    made: &Sinks,
     expected: &Expected<'_>,
     threads: usize,
     progress: ProgressMode,
@@ -45,10 +50,12 @@ pub fn read_back(
     // One phase for all outputs: the devices of each stand behind those of the last.
     let mut opened = Vec::new();
     let mut lanes = Vec::new();
-    for (target, output) in layout.targets.iter().zip(outputs) {
+    for ((target, output), data_file) in layout.targets.iter().zip(&made.outputs).zip(&made.data_files) {
         // What is still in memory proves nothing about the disk.
-        output.sync_and_forget()?;
-        let source = open(target, output, expected).in_file(target.place.path())?;
+        for written in [Some(output), data_file.as_ref()].into_iter().flatten() {
+            written.sync_and_forget()?;
+        }
+        let source = open(target, output, data_file.as_ref(), expected).in_file(target.place.path())?;
         let info = source.info();
         // Names are adapted to the format; what they name is not.
         let contents = |attachments: &[Attachment]| -> Vec<Vec<u8>> {
@@ -121,7 +128,12 @@ fn differs(target: &Target, what: &str) -> Error {
         .hint("check the disk and the memory of this machine, then try again")
 }
 
-fn open(target: &Target, output: &Output, expected: &Expected<'_>) -> Result<Box<dyn ImageSource>> {
+fn open(
+    target: &Target,
+    output: &Output,
+    data_file: Option<&Output>,
+    expected: &Expected<'_>,
+) -> Result<Box<dyn ImageSource>> {
     let mut input = output.reopen()?;
     if let (Place::Existing { .. }, "raw", [device]) =
         (&target.place, target.format.driver.name(), target.devices.as_slice())
@@ -132,7 +144,20 @@ fn open(target: &Target, output: &Output, expected: &Expected<'_>) -> Result<Box
     if target.format.outer.is_some() {
         input = input.decompressed()?;
     }
-    target.format.driver.open(input, &OpenOptions::default())
+    let given = named_files(target, data_file)?;
+    let externals = expected.base_options.externals.clone().with_given(given);
+    target.format.driver.open(input, &OpenOptions { externals, ..OpenOptions::default() })
+}
+
+/// What an output may open when it is read back: precisely what its own options name.
+fn named_files(target: &Target, data_file: Option<&Output>) -> Result<BTreeMap<String, Given>> {
+    let options = &target.format.options;
+    let backing = extras::backing_path(target.place.path(), options)?.map(Given::File);
+    let named = [
+        (options.get(extras::BACKING_FILE), backing),
+        (options.get(extras::DATA_FILE), data_file.cloned().map(Given::Output)),
+    ];
+    Ok(named.into_iter().filter_map(|(name, given)| Some((name?.to_owned(), given?))).collect())
 }
 
 fn front(input: Input, len: u64) -> Result<Input> {

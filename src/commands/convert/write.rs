@@ -140,9 +140,14 @@ fn fill(
     let devices = (0..taken.len()).map(|index| made.totals(&meter, index)).collect();
     if work.verify {
         meter.finish();
-        let expected = verify::Expected { digest: &digest, numbers: &made.numbers, taken };
+        let expected = verify::Expected {
+            digest: &digest,
+            numbers: &made.numbers,
+            taken,
+            base_options: &work.base_options,
+        };
         files.iter().try_for_each(|(output, config)| verify::same_bytes(output, &config.data))?;
-        verify::read_back(layout, &made.outputs, &expected, work.threads, work.progress, interrupt)?;
+        verify::read_back(layout, &made, &expected, work.threads, work.progress, interrupt)?;
     }
     let swept = outputs
         .swept()

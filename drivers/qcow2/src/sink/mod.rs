@@ -22,7 +22,7 @@ use imgtool_toolkit::{
 
 use crate::compressed::Encoder;
 use crate::layout::entry::{CompressedPlace, L2Entry, Subclusters};
-use crate::options::{Preallocation, SIZE_MULTIPLE, WriteOptions};
+use crate::options::{Preallocation, SIZE_MULTIPLE, WriteOptions, ZERO_GRANULARITY};
 use alloc::Allocator;
 use base::Base;
 use tables::Tables;
@@ -35,9 +35,6 @@ const COMPRESSED_PIECE_LEN: u64 = 1 << 20;
 
 /// Longest piece of zeros that must be noted cluster by cluster. Ours.
 const NOTED_ZERO_LEN: u64 = 64 << 20;
-
-/// The finest zeros that are told apart, and the smallest piece. The toolkit's.
-const ZERO_GRANULARITY: u64 = imgtool_toolkit::zero::ZERO_GRANULARITY as u64;
 
 /// Where guest data goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -286,10 +283,11 @@ impl ImageSink for Qcow2Sink {
             // Gathering larger clusters would only copy: their parts are placed one by one.
             cluster_size.clamp(ZERO_GRANULARITY, 64 << 10)
         };
-        let piece_len =
-            if self.encoder.is_some() { COMPRESSED_PIECE_LEN } else { PIECE_LEN }.max(cluster_size);
-        let zeros_are_written = self.options.preallocation == Preallocation::Full;
-        let max_zero_len = if zeros_are_written {
+        let zero_unit = self.options.zero_unit.unwrap_or(0);
+        let piece_len = if self.encoder.is_some() { COMPRESSED_PIECE_LEN } else { PIECE_LEN }
+            .max(cluster_size)
+            .max(zero_unit);
+        let max_zero_len = if self.options.stores_zeros() {
             piece_len
         } else if self.base.is_some() {
             NOTED_ZERO_LEN
@@ -300,7 +298,7 @@ impl ImageSink for Qcow2Sink {
     }
 
     fn keeps_bytes(&self, _device: DeviceId) -> bool {
-        self.options.preallocation == Preallocation::Off
+        self.options.preallocation == Preallocation::Off && !self.options.stores_zeros()
     }
 
     fn output(&self, _device: DeviceId) -> &Output {
@@ -323,6 +321,7 @@ impl ImageSink for Qcow2Sink {
         if self.whole_clusters() && !piece.start.is_multiple_of(self.cluster_size()) {
             return Err(Error::malformed("a piece does not start with a cluster"));
         }
+        let piece = if self.options.stores_zeros() { piece.with_zeros_as_data(pool) } else { piece };
         match (&self.encoder, &self.base) {
             (None, None) => Ok(self.prepare_plain(piece)),
             (encoder, base) => self.prepare_clusters(piece, pool, encoder.as_ref(), base.as_ref()),

@@ -2,37 +2,32 @@
 
 use std::ops::Range;
 
-use imgtool_toolkit::{BufferPool, Bytes, Part, Piece, Prepared, Result, zero};
+use imgtool_toolkit::{BufferPool, Bytes, Part, Piece, Prepared, Result};
 
+use super::Qcow2Sink;
 use super::base::Base;
-use super::{Qcow2Sink, ZERO_GRANULARITY};
 use crate::compressed::Encoder;
-use crate::options::Preallocation;
+use crate::options::ZERO_GRANULARITY;
 
 impl Qcow2Sink {
     /// Parts that hold something; zeros only where they must be written.
     pub(super) fn prepare_plain(&self, piece: Piece) -> Prepared {
         let (start, len) = (piece.start, piece.len);
-        if self.options.preallocation == Preallocation::Full {
-            let bytes = match &piece.data {
-                Some(data) => Bytes::Data(0..data.len()),
-                // The geometry bounds it.
-                None => Bytes::Owned(vec![0; len as usize]),
-            };
+        if self.options.stores_zeros() {
             let mut prepared = Prepared::new(piece);
-            prepared.parts.push(Part { guest: start..start + len, bytes });
+            // The piece is in memory.
+            prepared.parts.push(Part { guest: start..start + len, bytes: Bytes::Data(0..len as usize) });
             return prepared;
         }
         let needs_zeros = self.data_output().needs_zeros();
-        let granularity = if self.options.shape.extended_l2 && !needs_zeros {
+        let finest = if self.options.shape.extended_l2 && !needs_zeros {
             self.options.shape.subcluster_size()
         } else if needs_zeros && !self.is_linear() {
             self.cluster_size().max(ZERO_GRANULARITY)
         } else {
             ZERO_GRANULARITY
         };
-        // At most 2 MiB.
-        let runs = piece.nonzero_runs(granularity as usize);
+        let runs = self.stored_runs(&piece, finest);
         let mut prepared = Prepared::new(piece);
         let mut zeros_from = start;
         for run in runs {
@@ -62,6 +57,7 @@ impl Qcow2Sink {
         }
         // At most 2 MiB.
         let cluster_size = self.cluster_size() as usize;
+        let mut stored = self.stored_runs(&piece, self.cluster_size()).into_iter().peekable();
         let mut prepared = Prepared::new(piece);
         let Some(data) = prepared.data.take() else { return Ok(prepared) };
         let mut context = encoder.map(Encoder::context).transpose()?;
@@ -71,8 +67,11 @@ impl Qcow2Sink {
         for (number, cluster) in data.chunks(cluster_size).enumerate() {
             let range = number * cluster_size..number * cluster_size + cluster.len();
             let guest = prepared.start + range.start as u64..prepared.start + range.end as u64;
-            let is_zero = zero::is_zero(cluster);
+            while stored.next_if(|run| run.end <= range.start).is_some() {}
+            let is_zero = stored.peek().is_none_or(|run| run.start >= range.end);
             match base {
+                // Everything is stored, also what the base holds already.
+                _ if self.options.stores_zeros() => {}
                 None if is_zero => continue,
                 Some(base)
                     if base.matches(guest.clone(), Some(cluster), &mut scratch[..cluster.len()])? =>
@@ -115,6 +114,15 @@ impl Qcow2Sink {
         prepared.data = Some(data);
         prepared.encoded = encoded;
         Ok(prepared)
+    }
+
+    /// The runs of a piece that are stored. By themselves they are told apart in units of `finest`
+    /// bytes; with `-S` zeros shorter than its units go with the data around them. A compressed image
+    /// has whole clusters alone: zeros cost next to nothing there, and longer units are not kept.
+    fn stored_runs(&self, piece: &Piece, finest: u64) -> Vec<Range<usize>> {
+        let asked = self.options.zero_unit.filter(|_| self.encoder.is_none());
+        // Both at most 2 MiB.
+        piece.dense_runs(finest as usize, asked.unwrap_or(finest).max(finest) as usize)
     }
 
     /// Zeros need an entry only where something could show through.

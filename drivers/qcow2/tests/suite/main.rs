@@ -6,6 +6,7 @@ mod checked;
 mod conformance;
 mod foreign;
 mod hostile;
+mod product;
 mod readers;
 mod tools;
 mod written;
