@@ -7,6 +7,7 @@ mod conformance;
 mod foreign;
 mod hostile;
 mod product;
+mod qcow2_rs;
 mod readers;
 mod tools;
 mod written;
