@@ -7,6 +7,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# The same source gives the same package.
+SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 315532800)}"
+export SOURCE_DATE_EPOCH
+
 target="${CARGO_TARGET_DIR:-target}"
 made="$target/deb"
 
@@ -16,11 +20,22 @@ program="$target/release/imgtool"
 rm -rf "$made"
 mkdir -p "$made/man"
 "$program" man "$made/man"
-# Without name and time, so that the same source gives the same package.
+# Without name and time.
 gzip -9 --no-name "$made"/man/*.1
 "$program" completions bash >"$made/imgtool.bash"
 "$program" completions zsh >"$made/_imgtool"
 "$program" completions fish >"$made/imgtool.fish"
 
-SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 315532800)}" \
-  cargo deb --locked --no-build --no-strip --output "$made/"
+gzip -9 --no-name --stdout CHANGELOG.md >"$made/changelog.gz"
+
+# What Debian wants to know of the package itself.
+field() { sed -n "s/^$1 = \"\(.*\)\"\$/\1/p" Cargo.toml | head -n 1; }
+cat >"$made/changelog.Debian" <<END
+imgtool ($(field version)-1) unstable; urgency=medium
+
+  * Built from the sources; changelog.gz tells what is new in them.
+
+ -- $(field maintainer)  $(date --utc --rfc-email --date "@$SOURCE_DATE_EPOCH")
+END
+
+cargo deb --locked --no-build --no-strip --output "$made/"

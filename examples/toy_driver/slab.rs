@@ -1,30 +1,19 @@
 //! The driver of a format of one's own: *slab*, made up for this example.
 //!
-//! A slab image is a header, the 64 KiB slabs of the disk that hold anything, one after another in
-//! the order in which they came, and a table that says where each slab of the disk stands. All
-//! numbers are little-endian.
-//!
-//! | file offset | bytes | |
-//! |---|---|---|
-//! | 0 | 8 | magic `SLABIMG1` |
-//! | 8 | 8 | size of the disk in bytes |
-//! | 16 | 8 | file offset of the table: one `u32` for each 64 KiB of the disk; 0 is a hole, *n* says that the slab stands at file offset *n* × 64 KiB |
+//! A slab image is a header and, 4096 bytes into the file, the disk in one slab: zeros are holes of the
+//! file. The header is the magic `SLABIMG1` and the size of the disk in bytes, a little-endian `u64`.
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 
 use imgtool_toolkit::{
-    Access, BufferPool, Bytes, Capabilities, Confidence, CreateOptions, Device, DeviceId, Driver, Error,
-    Extent, ExtentKind, ExtentList, Geometry, ImageInfo, ImageSink, ImageSource, Input, Manifest,
-    OpenOptions, Output, Part, Piece, Prepared, RandomAccess, RandomInput, Result, WriteList,
+    Access, BufferPool, Capabilities, Confidence, CreateOptions, Device, DeviceId, Driver, Error, Extent,
+    Geometry, ImageInfo, ImageSink, ImageSource, Input, Manifest, OpenOptions, Output, Piece, Prepared,
+    RandomAccess, RandomInput, Result, WriteList,
 };
 
 const MAGIC: &[u8; 8] = b"SLABIMG1";
-const HEADER_LEN: usize = 24;
-const SLAB: u64 = 64 * 1024;
-/// The largest disk. Ours: its table takes 64 MiB, and memory is to be bounded.
-const MAX_DISK_SIZE: u64 = 1 << 40;
-const DISK: DeviceId = DeviceId(0);
+/// Where the disk begins in the file.
+const SLAB: u64 = 4096;
 
 pub struct SlabDriver;
 
@@ -49,8 +38,21 @@ impl Driver for SlabDriver {
         head.starts_with(MAGIC).then_some(Confidence::Magic)
     }
 
+    /// Parses, then validates, then constructs: nothing from the file is used before it is checked.
     fn open(&self, input: Input, _options: &OpenOptions) -> Result<Box<dyn ImageSource>> {
-        Ok(Box::new(SlabImage::open(input.into_random()?)?))
+        let input = input.into_random()?;
+        let header = input.read_vec(0, 16)?;
+        let Some((MAGIC, [size, ..])) = header.split_first_chunk().map(|(m, rest)| (m, rest.as_chunks().0))
+        else {
+            return Err(Error::wrong_format("no slab image: another magic number").at(0));
+        };
+        let size = u64::from_le_bytes(*size);
+        if size.checked_add(SLAB).is_none_or(|end| end > input.len()) {
+            return Err(Error::corrupt(format!("a disk of {size} bytes does not fit the file")).at(8));
+        }
+        let devices = vec![Device::disk(0, "disk", size)];
+        let info = ImageInfo { format: "slab", devices, ..ImageInfo::default() };
+        Ok(Box::new(SlabImage { info, input, size }))
     }
 
     fn create(
@@ -59,7 +61,11 @@ impl Driver for SlabDriver {
         manifest: &Manifest,
         options: &CreateOptions,
     ) -> Result<Box<dyn ImageSink>> {
-        Ok(Box::new(SlabSink::create(output, manifest, options)?))
+        let disk = manifest.single("slab")?;
+        if options.compress.is_some() || disk.open_ended || output.is_stream() {
+            return Err(Error::unsupported("slab: no compression, no pipes, no disks of unknown size"));
+        }
+        Ok(Box::new(SlabSink { output, size: disk.size }))
     }
 }
 
@@ -68,29 +74,6 @@ struct SlabImage {
     info: ImageInfo,
     input: RandomInput,
     size: u64,
-    table: Vec<u32>,
-}
-
-impl SlabImage {
-    /// Parses, then validates, then constructs: nothing from the file is used before it is checked.
-    fn open(input: RandomInput) -> Result<Self> {
-        let header = input.read_vec(0, HEADER_LEN)?;
-        let (magic, numbers) = header.split_at(8);
-        if magic != MAGIC {
-            return Err(Error::wrong_format("no slab image: another magic number").at(0));
-        }
-        let (words, _) = numbers.as_chunks::<8>();
-        let [size, table_offset] = [u64::from_le_bytes(words[0]), u64::from_le_bytes(words[1])];
-        if size > MAX_DISK_SIZE {
-            return Err(Error::limit(format!("a disk of {size} bytes, at most {MAX_DISK_SIZE}")).at(8));
-        }
-        let table_len = size.div_ceil(SLAB) as usize * 4;
-        let bytes = input.read_vec(table_offset, table_len)?;
-        let table = bytes.as_chunks::<4>().0.iter().map(|entry| u32::from_le_bytes(*entry)).collect();
-        let devices = vec![Device::disk(DISK.0, "disk", size)];
-        let info = ImageInfo { format: "slab", devices, cluster_size: Some(SLAB), ..ImageInfo::default() };
-        Ok(Self { info, input, size, table })
-    }
 }
 
 impl ImageSource for SlabImage {
@@ -109,34 +92,16 @@ impl ImageSource for SlabImage {
 
 impl RandomAccess for SlabImage {
     fn extents(&self, _device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>> {
-        let mut extents = ExtentList::new();
-        let mut at = range.start;
-        while at < range.end && !extents.is_full() {
-            let end = ((at / SLAB + 1) * SLAB).min(range.end);
-            let is_hole = self.table[(at / SLAB) as usize] == 0;
-            extents.push(at, end - at, if is_hole { ExtentKind::Hole } else { ExtentKind::Data });
-            at = end;
-        }
-        Ok(extents.into_vec())
+        let in_file = self.input.extents(range.start + SLAB..range.end + SLAB)?;
+        Ok(in_file.into_iter().map(|extent| Extent { start: extent.start - SLAB, ..extent }).collect())
     }
 
-    fn read_at(&self, device: DeviceId, mut buf: &mut [u8], guest_offset: u64) -> Result<()> {
+    fn read_at(&self, device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
         let end = guest_offset.checked_add(buf.len() as u64);
-        if device != DISK || end.is_none_or(|end| end > self.size) {
+        if device != DeviceId(0) || end.is_none_or(|end| end > self.size) {
             return Err(Error::out_of_bounds(format!("device {device} ends at {}", self.size)));
         }
-        let mut at = guest_offset;
-        while !buf.is_empty() {
-            let within = at % SLAB;
-            let len = buf.len().min((SLAB - within) as usize);
-            let (part, rest) = buf.split_at_mut(len);
-            match self.table[(at / SLAB) as usize] {
-                0 => part.fill(0),
-                slot => self.input.read_exact_at(part, u64::from(slot) * SLAB + within)?,
-            }
-            (buf, at) = (rest, at + len as u64);
-        }
-        Ok(())
+        self.input.read_exact_at(buf, SLAB + guest_offset)
     }
 }
 
@@ -144,73 +109,33 @@ impl RandomAccess for SlabImage {
 struct SlabSink {
     output: Output,
     size: u64,
-    /// The table, and how many slabs it has placed.
-    placed: Mutex<(Vec<u32>, u32)>,
-}
-
-impl SlabSink {
-    fn create(output: Output, manifest: &Manifest, options: &CreateOptions) -> Result<Self> {
-        let disk = manifest.single("slab")?;
-        if options.compress.is_some() || disk.open_ended || output.is_stream() {
-            return Err(Error::unsupported("slab: no compression, no pipes, no disks of unknown size"));
-        }
-        if disk.size > MAX_DISK_SIZE {
-            return Err(Error::limit(format!("a disk of {} bytes, at most {MAX_DISK_SIZE}", disk.size)));
-        }
-        let table = vec![0; disk.size.div_ceil(SLAB) as usize];
-        Ok(Self { output, size: disk.size, placed: Mutex::new((table, 0)) })
-    }
 }
 
 impl ImageSink for SlabSink {
     fn geometry(&self, _device: DeviceId) -> Geometry {
-        Geometry {
-            granule: SLAB,
-            granule_required: true,
-            piece_len: 4 * SLAB,
-            max_zero_len: u64::MAX,
-            ordered: true,
-        }
+        let (granule, piece_len) = (SLAB, 64 * SLAB);
+        Geometry { granule, granule_required: false, piece_len, max_zero_len: u64::MAX, ordered: false }
     }
 
     fn output(&self, _device: DeviceId) -> &Output {
         &self.output
     }
 
-    /// By many threads, without shared state: which slabs hold anything?
+    /// By many threads, without shared state: what is there to write?
     fn prepare(&self, piece: Piece, _pool: &BufferPool) -> Result<Prepared> {
         let runs = piece.nonzero_runs(SLAB as usize);
-        let mut prepared = Prepared::new(piece);
-        for run in runs {
-            for start in run.clone().step_by(SLAB as usize) {
-                let bytes = start..run.end.min(start + SLAB as usize);
-                let guest = prepared.start + start as u64..prepared.start + bytes.end as u64;
-                prepared.parts.push(Part { guest, bytes: Bytes::Data(bytes) });
-            }
-        }
-        Ok(prepared)
+        Ok(Prepared::sparse(piece, runs, self.output.needs_zeros()))
     }
 
-    /// In the order of the source, so that the image is the same for any number of threads.
+    /// In the order of the source: where does it go?
     fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
-        let mut placed = self.placed.lock().unwrap_or_else(PoisonError::into_inner);
-        let (table, count) = &mut *placed;
-        for part in &prepared.parts {
-            *count += 1;
-            table[(part.guest.start / SLAB) as usize] = *count;
-            writes.push(u64::from(*count) * SLAB, part.bytes.clone());
-        }
+        prepared.parts.iter().for_each(|part| writes.push(SLAB + part.guest.start, part.bytes.clone()));
         Ok(())
     }
 
-    /// The table, then the header: an image without one is no image.
+    /// The header comes last: a file without one is no image.
     fn finish(&self) -> Result<()> {
-        let placed = self.placed.lock().unwrap_or_else(PoisonError::into_inner);
-        let table: Vec<u8> = placed.0.iter().flat_map(|slot| slot.to_le_bytes()).collect();
-        let table_offset = (u64::from(placed.1) + 1) * SLAB;
-        self.output.set_len(table_offset + table.len() as u64)?;
-        self.output.write_at(&table, table_offset)?;
-        let header = [*MAGIC, self.size.to_le_bytes(), table_offset.to_le_bytes()].concat();
-        self.output.write_at(&header, 0)
+        self.output.set_len(SLAB + self.size)?;
+        self.output.write_at(&[*MAGIC, self.size.to_le_bytes()].concat(), 0)
     }
 }

@@ -62,8 +62,9 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     let mut outputs = Outputs::new();
     interrupt.cleans(outputs.cleaner());
     let open_options = open_options(&registry, args)?;
-    let sources =
-        sources::open(&registry, source_args, args.input.format.as_deref(), &open_options, &format)?;
+    let source_format = args.input.format.as_deref();
+    let cancel = interrupt.token();
+    let sources = sources::open(&registry, source_args, source_format, &open_options, &format, &cancel)?;
     for source in &sources {
         outputs.protect(&source.arg.path);
         images::named_files(&source.opened).iter().for_each(|path| outputs.protect(path));

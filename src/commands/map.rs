@@ -111,8 +111,12 @@ fn walk(
     pending.map_or(Ok(()), see)
 }
 
-/// Rows of a list that a terminal is given: more push the picture off the screen. Ours.
-const MAX_ROWS_ON_A_TERMINAL: u64 = 100;
+/// Lines of a terminal that are kept from the list, or it would push the picture off the screen: the
+/// picture with title and legend, the list's own first and last line, the command and the prompt.
+const LINES_OF_THE_REST: usize = 12;
+
+/// Rows of a list that the smallest terminal is given. Ours.
+const FEWEST_ROWS: usize = 8;
 
 /// Prints as it goes: maps of fragmented disks are long.
 struct Printer {
@@ -134,8 +138,10 @@ const FLUSH_AT: usize = 64 * 1024;
 
 impl Printer {
     fn new(json: bool) -> Self {
-        let shortened = !json && Stream::Out.is_terminal();
-        let most_rows = if shortened { MAX_ROWS_ON_A_TERMINAL } else { u64::MAX };
+        let most_rows = match Stream::Out.lines() {
+            Some(lines) if !json => lines.saturating_sub(LINES_OF_THE_REST).max(FEWEST_ROWS) as u64,
+            _ => u64::MAX,
+        };
         let narrow = Stream::Out.columns().is_some_and(|columns| columns < FULL_ROW);
         Self { json, most_rows, narrow, text: String::new(), lines: 0, rows: 0 }
     }

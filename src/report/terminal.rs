@@ -36,11 +36,19 @@ impl Stream {
 
     /// Its width, if it is a terminal.
     pub fn columns(self) -> Option<usize> {
-        let size = match self {
+        self.size().map(|(width, _)| usize::from(width.0))
+    }
+
+    /// Its height, if it is a terminal.
+    pub fn lines(self) -> Option<usize> {
+        self.size().map(|(_, height)| usize::from(height.0))
+    }
+
+    fn size(self) -> Option<(terminal_size::Width, terminal_size::Height)> {
+        match self {
             Stream::Out => terminal_size::terminal_size_of(io::stdout()),
             Stream::Err => terminal_size::terminal_size_of(io::stderr()),
-        };
-        size.map(|(width, _)| usize::from(width.0))
+        }
     }
 
     /// `text` in a colour, where there are colours.

@@ -106,6 +106,27 @@ impl Prepared {
         }
     }
 
+    /// A piece whose zeros take no space: a part for each of `runs` of data (bytes of the piece, as
+    /// [`Piece::nonzero_runs`] finds them), and with `zeros_too` (the output does not read as zeros by
+    /// itself) for what is between them.
+    pub fn sparse(piece: Piece, runs: Vec<Range<usize>>, zeros_too: bool) -> Self {
+        let (start, end) = (piece.start, piece.end());
+        let mut prepared = Self::new(piece);
+        let mut position = start;
+        let zeros = |guest: Range<u64>| {
+            let len = guest.end - guest.start;
+            (zeros_too && len > 0).then_some(Part { guest, bytes: Bytes::Zero(len) })
+        };
+        for run in runs {
+            let guest = start + run.start as u64..start + run.end as u64;
+            prepared.parts.extend(zeros(position..guest.start));
+            position = guest.end;
+            prepared.parts.push(Part { guest, bytes: Bytes::Data(run) });
+        }
+        prepared.parts.extend(zeros(position..end));
+        prepared
+    }
+
     /// A piece that a sink has taken and of which it writes nothing (it compares, it digests): its data
     /// counts as data for progress.
     pub fn taken(piece: Piece) -> Self {

@@ -117,30 +117,13 @@ impl ImageSink for RawSink {
     }
 
     fn prepare(&self, piece: Piece, pool: &BufferPool) -> Result<Prepared> {
-        let (start, end) = (piece.start, piece.end());
         if self.write_zeros_plainly {
             return Ok(self.prepare_plainly(piece, pool));
         }
         // At most 2 MiB.
         let unit = self.zero_unit as usize;
         let runs = piece.dense_runs(unit.min(ZERO_GRANULARITY), unit);
-        let mut prepared = Prepared::new(piece);
-        let zeros_too = self.output.needs_zeros();
-        let mut position = start;
-        for run in runs {
-            let guest = start + run.start as u64..start + run.end as u64;
-            if zeros_too && position < guest.start {
-                prepared
-                    .parts
-                    .push(Part { guest: position..guest.start, bytes: Bytes::Zero(guest.start - position) });
-            }
-            position = guest.end;
-            prepared.parts.push(Part { guest, bytes: Bytes::Data(run) });
-        }
-        if zeros_too && position < end {
-            prepared.parts.push(Part { guest: position..end, bytes: Bytes::Zero(end - position) });
-        }
-        Ok(prepared)
+        Ok(Prepared::sparse(piece, runs, self.output.needs_zeros()))
     }
 
     fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {

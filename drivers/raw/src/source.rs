@@ -5,11 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use imgtool_toolkit::source::data_bytes;
-use imgtool_toolkit::storage::os::FileRun;
 use imgtool_toolkit::{
-    Access, BufferPool, Device, DeviceId, Error, Extent, ExtentKind, ExtentList, FileRange, ImageInfo,
-    ImageSource, Input, MapExtent, MapPlace, Measure, Piece, RandomAccess, RandomInput, Result,
-    SequentialAccess, Stream,
+    Access, BufferPool, Device, DeviceId, Error, Extent, FileRange, ImageInfo, ImageSource, Input, MapExtent,
+    MapPlace, Measure, Piece, RandomAccess, RandomInput, Result, SequentialAccess, Stream,
 };
 
 /// The only device.
@@ -66,11 +64,11 @@ impl ImageSource for RawImage {
 
 impl RandomAccess for RawImage {
     fn extents(&self, _device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>> {
-        self.runs(range, |position| self.input.run(position))
+        self.input.extents(range)
     }
 
     fn rough_extents(&self, _device: DeviceId, range: Range<u64>, resolution: u64) -> Result<Vec<Extent>> {
-        self.runs(range, |position| {
+        self.input.extents_by(range, |position| {
             self.input.rough_run(position, (position / resolution + 1).saturating_mul(resolution))
         })
     }
@@ -100,22 +98,6 @@ impl RandomAccess for RawImage {
     fn locate(&self, _device: DeviceId, range: Range<u64>) -> Option<FileRange<'_>> {
         let file = self.input.file()?;
         Some(FileRange { file, file_offset: range.start, len: range.end - range.start })
-    }
-}
-
-impl RawImage {
-    /// The extents of `range` out of what is said about the run at each position.
-    fn runs(&self, range: Range<u64>, run_at: impl Fn(u64) -> Result<FileRun>) -> Result<Vec<Extent>> {
-        let mut extents = ExtentList::new();
-        let mut position = range.start;
-        while position < range.end && !extents.is_full() {
-            let run = run_at(position)?;
-            let end = run.end.min(range.end);
-            let kind = if run.is_data { ExtentKind::Data } else { ExtentKind::Hole };
-            extents.push(position, end - position, kind);
-            position = end;
-        }
-        Ok(extents.into_vec())
     }
 }
 

@@ -1,7 +1,7 @@
 //! Checking the structure of an archive: all of it, whatever is found on the way.
 
 use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::{CheckReport, ErrorKind, Input, OpenOptions, Result};
+use imgtool_toolkit::{CancelToken, CheckReport, ErrorKind, Input, OpenOptions, Result};
 
 use crate::header::ArchiveHeader;
 use crate::layout::{EXTENT_HEADER, clusters_of};
@@ -10,6 +10,14 @@ use crate::tracker::Tracker;
 
 /// Checks the header, every extent, and that every cluster comes once.
 pub(crate) fn check(input: Input, options: &OpenOptions) -> Result<CheckReport> {
+    // What can't be read is a finding here; that nobody wants to read on is none.
+    let cancel = input.cancel_token();
+    let report = look(input, options, &cancel);
+    cancel.check()?;
+    report
+}
+
+fn look(input: Input, options: &OpenOptions, cancel: &CancelToken) -> Result<CheckReport> {
     let mut report = CheckReport::default();
     let mut window = Window::new(input)?;
     let header = match ArchiveHeader::from_bytes(&mut window) {
@@ -30,7 +38,7 @@ pub(crate) fn check(input: Input, options: &OpenOptions) -> Result<CheckReport> 
         dropped_blocks: 0,
     };
     let mut scanner = Scanner::new(window, *header.uuid.as_bytes(), checker.end);
-    loop {
+    while !cancel.is_cancelled() {
         match scanner.next() {
             Found::Extent(found) => checker.extent(&scanner, &found),
             // What stands behind a complete archive is not looked at where it is allowed.

@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use imgtool_toolkit::{
-    Attachment, Device, DeviceKind, Error, OpenOptions, Opened, Registry, Result, suggest,
+    Attachment, CancelToken, Device, DeviceKind, Error, OpenOptions, Opened, Registry, Result, suggest,
 };
 
 use super::format::Format;
@@ -75,13 +75,14 @@ pub fn open(
     format: Option<&str>,
     options: &OpenOptions,
     target: &Format,
+    cancel: &CancelToken,
 ) -> Result<Vec<Source>> {
     if args.iter().filter(|arg| arg.path == Path::new("-")).count() > 1 {
         return Err(Error::usage("standard input can be only one of the sources"));
     }
     args.into_iter()
         .map(|arg| {
-            let opened = open_one(registry, &arg.path, format, options, target)?;
+            let opened = open_one(registry, &arg.path, format, options, target, cancel)?;
             Ok(Source { arg, opened })
         })
         .collect()
@@ -93,8 +94,9 @@ fn open_one(
     format: Option<&str>,
     options: &OpenOptions,
     target: &Format,
+    cancel: &CancelToken,
 ) -> Result<Opened> {
-    let mut input = images::input(registry, path, format)?;
+    let mut input = images::input(registry, path, format)?.cancelled_by(cancel.clone());
     if input.is_stream() && !target.driver.capabilities().open_ended {
         let driver = match format {
             Some(name) => registry.get(name)?,

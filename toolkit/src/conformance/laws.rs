@@ -42,6 +42,7 @@ pub fn all(driver: &dyn Driver, options: &CreateOptions) {
     parallel_reads(driver, options);
     reads_stay_within_the_device(driver, options);
     cancelled_copies_end(driver, options);
+    cancelled_looks_end(driver, options);
     probe_knows_its_own(driver, options);
     truncated_is_an_error(driver, options, &mixed_image());
     existing_target_with_old_data(driver, options, &mixed_image());
@@ -475,6 +476,37 @@ pub fn check_finds_nothing(driver: &dyn Driver, options: &CreateOptions) {
             let clean = report.corruptions == 0 && report.leaks == 0 && report.check_errors == 0;
             assert!(clean, "{}: {image}: {:?}", driver.name(), report.findings);
         }
+    }
+}
+
+/// What is cancelled while an image is opened, checked or measured ends with [`ErrorKind::Cancelled`], and
+/// never with a verdict on what was not read.
+///
+/// # Panics
+/// When the law is broken.
+pub fn cancelled_looks_end(driver: &dyn Driver, options: &CreateOptions) {
+    use crate::progress::CancelToken;
+    let image = mixed_image();
+    let directory = scratch();
+    let path = make(driver, options, &image, directory.path());
+    let cancel = CancelToken::new();
+    let input = || Input::open_plain(&path).expect("open what was written").cancelled_by(cancel.clone());
+    let opened = driver.open(input(), &OpenOptions::default()).expect("open");
+    cancel.cancel();
+    let is_cancelled = |error: &crate::Error| error.kind() == ErrorKind::Cancelled;
+    // A format without anything to read is opened all the same.
+    if let Err(error) = driver.open(input(), &OpenOptions::default()) {
+        assert!(is_cancelled(&error), "{}: opening: {error}", driver.name());
+    }
+    if driver.capabilities().check {
+        match driver.check(input(), &OpenOptions::default()) {
+            Ok(report) => panic!("{}: a verdict on what was not read: {report:?}", driver.name()),
+            Err(error) => assert!(is_cancelled(&error), "{}: checking: {error}", driver.name()),
+        }
+    }
+    if let Err(error) = driver.measure(&*opened, options) {
+        let allowed = is_cancelled(&error) || is_refusal(&error);
+        assert!(allowed, "{}: measuring: {error}", driver.name());
     }
 }
 

@@ -2,13 +2,16 @@
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Seek};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::os::{self, FileClass, FileRun};
 use super::outer::{self, Certain, Compression, Decode};
 use super::runs::Runs;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::{Extent, ExtentKind, ExtentList};
+use crate::progress::CancelToken;
 
 /// Bytes of an image that a driver's probe sees. Ours: every magic number lies in the first 4 KiB.
 pub const PROBE_LEN: usize = 4096;
@@ -135,6 +138,7 @@ pub struct Input {
     compression: Vec<Compression>,
     stored_len: Option<u64>,
     spooled: bool,
+    cancel: CancelToken,
     body: Body,
 }
 
@@ -185,6 +189,7 @@ impl Input {
             compression: Vec::new(),
             stored_len: Some(len),
             spooled: false,
+            cancel: CancelToken::new(),
             body: Body::Random(source),
         }
     }
@@ -196,8 +201,15 @@ impl Input {
     pub fn from_stream(path: impl Into<PathBuf>, reader: Box<dyn Read + Send>) -> Result<Self> {
         let path = path.into();
         let stream = Stream::plain(path.clone(), reader)?;
-        Self { path, compression: Vec::new(), stored_len: None, spooled: false, body: Body::Stream(stream) }
-            .decompressed()
+        Self {
+            path,
+            compression: Vec::new(),
+            stored_len: None,
+            spooled: false,
+            cancel: CancelToken::new(),
+            body: Body::Stream(stream),
+        }
+        .decompressed()
     }
 
     fn open_outer(path: &Path, outer: Outer) -> Result<Self> {
@@ -241,6 +253,7 @@ impl Input {
                 compression: Vec::new(),
                 stored_len: None,
                 spooled: false,
+                cancel: CancelToken::new(),
                 body: Body::Stream(stream),
             })
         }
@@ -253,6 +266,7 @@ impl Input {
                 compression: Vec::new(),
                 stored_len: None,
                 spooled: false,
+                cancel: CancelToken::new(),
                 body: Body::Stream(stream),
             })
         }
@@ -272,7 +286,14 @@ impl Input {
             FileClass::Stream => (None, Body::Stream(Stream::plain(path.clone(), Box::new(file))?)),
             FileClass::Directory => return Err(Error::usage("is a directory, not an image")),
         };
-        Ok(Self { path, compression: Vec::new(), stored_len, spooled: false, body })
+        Ok(Self {
+            path,
+            compression: Vec::new(),
+            stored_len,
+            spooled: false,
+            cancel: CancelToken::new(),
+            body,
+        })
     }
 
     /// Undoes outer compression found by content.
@@ -300,6 +321,23 @@ impl Input {
             self.compression.push(compression);
         }
         Ok(self)
+    }
+
+    /// Reading from it ends with [`crate::ErrorKind::Cancelled`] once the token is cancelled: so does
+    /// opening, checking or measuring an image, whatever its driver does between two reads.
+    #[must_use]
+    pub fn cancelled_by(mut self, cancel: CancelToken) -> Self {
+        if let Body::Stream(stream) = &mut self.body {
+            stream.cancel = cancel.clone();
+        }
+        self.cancel = cancel;
+        self
+    }
+
+    /// What it is [cancelled by](Self::cancelled_by): for drivers that go on where reading fails, and would
+    /// take the end of it for damage.
+    pub fn cancel_token(&self) -> CancelToken {
+        self.cancel.clone()
     }
 
     /// The name for messages: the path, or `-`.
@@ -392,7 +430,7 @@ impl Input {
     /// [`crate::ErrorKind::Unsupported`] for a stream.
     pub fn into_random(self) -> Result<RandomInput> {
         match self.body {
-            Body::Random(source) => Ok(RandomInput { path: self.path, source }),
+            Body::Random(source) => Ok(RandomInput { path: self.path, source, cancel: self.cancel }),
             Body::Stream(_) => {
                 Err(Error::unsupported("this format can't be read from a stream").path(self.path))
             }
@@ -406,7 +444,10 @@ impl Input {
     pub fn into_stream(self) -> Result<Stream> {
         match self.body {
             Body::Stream(stream) => Ok(stream),
-            Body::Random(source) => Stream::plain(self.path, Box::new(Cursor { source, position: 0 })),
+            Body::Random(source) => {
+                let stream = Stream::plain(self.path, Box::new(Cursor { source, position: 0 }))?;
+                Ok(Stream { cancel: self.cancel, ..stream })
+            }
         }
     }
 }
@@ -416,6 +457,7 @@ impl Input {
 pub struct RandomInput {
     path: PathBuf,
     source: Arc<dyn ReadAt>,
+    cancel: CancelToken,
 }
 
 impl RandomInput {
@@ -437,8 +479,10 @@ impl RandomInput {
     /// Fills `buf` from `position`.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Corrupt`] when the file ends before; [`crate::ErrorKind::Io`].
+    /// [`crate::ErrorKind::Corrupt`] when the file ends before; [`crate::ErrorKind::Io`];
+    /// [`crate::ErrorKind::Cancelled`].
     pub fn read_exact_at(&self, buf: &mut [u8], position: u64) -> Result<()> {
+        self.cancel.check()?;
         let fits = position.checked_add(buf.len() as u64).is_some_and(|end| end <= self.len());
         if !fits {
             let needed = match buf.len() {
@@ -459,7 +503,7 @@ impl RandomInput {
         &self,
         buf: &mut [u8],
         position: u64,
-        mut lost: impl FnMut(std::ops::Range<usize>, Error),
+        mut lost: impl FnMut(Range<usize>, Error),
     ) {
         let there = usize::try_from(self.len().saturating_sub(position)).unwrap_or(usize::MAX).min(buf.len());
         let mut done = 0;
@@ -469,8 +513,12 @@ impl RandomInput {
             let len = (SALVAGE_SECTOR - at % SALVAGE_SECTOR) as usize;
             let part = done..done.saturating_add(len).min(there);
             if let Err(e) = self.read_exact_at(&mut buf[part.clone()], at) {
+                // Nothing more is going to be read: the rest is one loss.
+                let part = if e.kind() == ErrorKind::Cancelled { done..buf.len() } else { part.clone() };
                 buf[part.clone()].fill(0);
                 lost(part.clone(), e);
+                done = part.end;
+                continue;
             }
             done = part.end;
         }
@@ -504,6 +552,35 @@ impl RandomInput {
         self.source.run(position).map_err(|e| read_error(e, &self.path, position))
     }
 
+    /// The runs of data and holes of a part of the file, as a driver answers about a disk.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Io`].
+    pub fn extents(&self, range: Range<u64>) -> Result<Vec<Extent>> {
+        self.extents_by(range, |position| self.run(position))
+    }
+
+    /// [`RandomInput::extents`] of what `run_at` says about the run at each position.
+    ///
+    /// # Errors
+    /// Those of `run_at`.
+    pub fn extents_by(
+        &self,
+        range: Range<u64>,
+        run_at: impl Fn(u64) -> Result<FileRun>,
+    ) -> Result<Vec<Extent>> {
+        let mut extents = ExtentList::new();
+        let mut position = range.start;
+        while position < range.end && !extents.is_full() {
+            let run = run_at(position)?;
+            let end = run.end.min(range.end);
+            let kind = if run.is_data { ExtentKind::Data } else { ExtentKind::Hole };
+            extents.push(position, end - position, kind);
+            position = end;
+        }
+        Ok(extents.into_vec())
+    }
+
     /// The run around `position`, or the part of it up to `until`; what is a hole may be called data
     /// if there is data too before `until`. For who reads that part in one go anyway: on some file
     /// systems the exact answer is costly.
@@ -533,6 +610,7 @@ pub struct Stream {
     /// The first bytes, read ahead for probing.
     head: Vec<u8>,
     position: u64,
+    cancel: CancelToken,
 }
 
 impl Stream {
@@ -544,7 +622,7 @@ impl Stream {
         let mut head = vec![0; PROBE_LEN];
         let filled = fill(&mut *reader, &mut head).map_err(|e| read_error(e, &path, 0))?;
         head.truncate(filled);
-        Ok(Self { path, reader: Mutex::new(reader), head, position: 0 })
+        Ok(Self { path, reader: Mutex::new(reader), head, position: 0, cancel: CancelToken::new() })
     }
 
     /// The name for messages.
@@ -597,6 +675,7 @@ impl Stream {
 
 impl Read for Stream {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.cancel.check().map_err(io::Error::other)?;
         let from_head = usize::try_from(self.position).ok().and_then(|at| self.head.get(at..)).unwrap_or(&[]);
         let count = if from_head.is_empty() {
             self.reader.get_mut().unwrap_or_else(PoisonError::into_inner).read(buf)?
@@ -643,6 +722,10 @@ fn fill(reader: &mut dyn Read, buf: &mut [u8]) -> io::Result<usize> {
 fn read_error(e: io::Error, path: &Path, position: u64) -> Error {
     if let Some(refusal) = outer::Refusal::within(&e) {
         return refusal.path(path);
+    }
+    let cancelled = |inner: &Error| inner.kind() == ErrorKind::Cancelled;
+    if e.get_ref().and_then(|inner| inner.downcast_ref()).is_some_and(cancelled) {
+        return Error::cancelled("interrupted");
     }
     let damaged = matches!(e.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof);
     let error = if damaged {
