@@ -76,6 +76,20 @@ pub struct MapArgs {
     pub snapshot: SnapshotArgs,
 }
 
+/// QEMU's cache mode, of the verbs that only read.
+#[derive(Debug, Args)]
+pub struct CacheArgs {
+    /// No effect: images are read through the page cache
+    #[arg(
+        short = 'T',
+        value_name = "CACHE",
+        value_parser = CACHE_MODES,
+        hide_possible_values = true,
+        hide_short_help = true
+    )]
+    pub cache: Option<String>,
+}
+
 /// `imgtool check`.
 #[derive(Debug, Args)]
 #[command(
@@ -99,15 +113,8 @@ pub struct CheckArgs {
     #[arg(short = 'r', value_name = "leaks|all", hide_short_help = true)]
     pub repair: Option<String>,
 
-    /// No effect: images are read through the page cache
-    #[arg(
-        short = 'T',
-        value_name = "CACHE",
-        value_parser = CACHE_MODES,
-        hide_possible_values = true,
-        hide_short_help = true
-    )]
-    pub cache: Option<String>,
+    #[command(flatten)]
+    pub cache: CacheArgs,
 
     /// Say nothing unless something is wrong
     #[arg(short = 'q', long)]
@@ -164,15 +171,8 @@ pub struct CompareArgs {
     #[command(flatten)]
     pub input: InputArgs,
 
-    /// No effect: images are read through the page cache
-    #[arg(
-        short = 'T',
-        value_name = "CACHE",
-        value_parser = CACHE_MODES,
-        hide_possible_values = true,
-        hide_short_help = true
-    )]
-    pub cache: Option<String>,
+    #[command(flatten)]
+    pub cache: CacheArgs,
 
     #[command(flatten)]
     pub threads: ThreadArgs,
