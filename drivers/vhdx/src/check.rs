@@ -3,7 +3,7 @@
 use imgtool_toolkit::{CheckReport, ErrorKind, Input, Result};
 use roaring::RoaringBitmap;
 
-use crate::image::Image;
+use crate::image::{Image, UnreadableHeader};
 use crate::layout::MIB;
 use crate::layout::bat::{BatEntry, ENTRY_LEN, PayloadState, SECTOR_BITMAP_LEN, SectorBitmapState};
 use crate::layout::region::REGION_TABLE_OFFSETS;
@@ -14,7 +14,7 @@ const MAX_CHECKED_MIB: u32 = 1 << 28;
 
 pub(crate) fn check(input: Input) -> Result<CheckReport> {
     let mut report = CheckReport::default();
-    let image = match Image::open(input) {
+    let image = match Image::open(input, UnreadableHeader::Damaged) {
         Ok(image) => image,
         Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed) => {
             report.corruption(error.to_string());

@@ -1,6 +1,6 @@
 //! Opening an image: header → log → region table → metadata, each checked before the next is read.
 
-use imgtool_toolkit::{Error, Input, RandomInput, Result};
+use imgtool_toolkit::{Error, ErrorKind, Input, RandomInput, Result};
 
 use crate::file::{Overlay, ReplayedFile};
 use crate::layout::MIB;
@@ -42,17 +42,29 @@ pub(crate) struct Replayed {
     pub(crate) pages: usize,
 }
 
+/// What becomes of a header that the disk does not give.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum UnreadableHeader {
+    /// An error: it may be the current one, and what the other says out of date (that there is no log to
+    /// replay, for one). A header that was read and is damaged is another matter: the format has two
+    /// since a write may be cut off, and then the other one holds.
+    Error,
+    /// As one that is damaged, with a note: for who wants what can be had.
+    Damaged,
+}
+
 impl Image {
     /// Reads and checks everything but the BAT.
-    pub(crate) fn open(input: Input) -> Result<Self> {
+    pub(crate) fn open(input: Input, unreadable: UnreadableHeader) -> Result<Self> {
         let input = input.into_random()?;
         let path = input.path().to_owned();
-        Self::open_random(input).map_err(|e| e.path(path))
+        Self::open_random(input, unreadable).map_err(|e| e.path(path))
     }
 
-    fn open_random(input: RandomInput) -> Result<Self> {
+    fn open_random(input: RandomInput, unreadable: UnreadableHeader) -> Result<Self> {
         let creator = read_identifier(&input)?;
-        let headers = HEADER_OFFSETS.map(|offset| read_header(&input, offset));
+        let [first, second] = HEADER_OFFSETS;
+        let headers = [read_header(&input, first, unreadable)?, read_header(&input, second, unreadable)?];
         let header = current(&headers)
             .map_err(|why| {
                 Error::corrupt(why)
@@ -139,10 +151,17 @@ fn read_identifier(input: &RandomInput) -> Result<String> {
     }
 }
 
-fn read_header(input: &RandomInput, offset: u64) -> Result<Header, String> {
+fn read_header(
+    input: &RandomInput,
+    offset: u64,
+    policy: UnreadableHeader,
+) -> Result<Result<Header, String>> {
     match input.read_vec(offset, HEADER_LEN) {
-        Ok(bytes) => Header::decode(&bytes),
-        Err(error) => Err(unreadable(&error)),
+        Ok(bytes) => Ok(Header::decode(&bytes)),
+        Err(error) if error.kind() == ErrorKind::Io && policy == UnreadableHeader::Error => {
+            Err(error.hint("with --salvage the other header is used, which may be older"))
+        }
+        Err(error) => Ok(Err(unreadable(&error))),
     }
 }
 
@@ -173,6 +192,8 @@ struct Regions {
     differ: bool,
 }
 
+/// One copy is enough, and it does not matter which: they are written once, with the same content, so
+/// that a copy that the disk does not give is no loss.
 fn read_regions(file: &ReplayedFile) -> Result<Regions> {
     let copies = REGION_TABLE_OFFSETS.map(|offset| match file.read_vec(offset, REGION_TABLE_LEN) {
         Ok(bytes) => RegionTable::decode(&bytes),

@@ -8,7 +8,7 @@ use imgtool_toolkit::{
 };
 use serde_json::{Map, Value, json};
 
-use crate::image::Image;
+use crate::image::{Image, UnreadableHeader};
 use crate::layout::bat::{
     BatEntry, ENTRY_LEN, PayloadState, SECTOR_BITMAP_LEN, SECTORS_PER_BITMAP, SectorBitmapState,
 };
@@ -22,7 +22,8 @@ const DISK: DeviceId = DeviceId(0);
 const DISK_NAME: &str = "disk";
 
 pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Box<dyn ImageSource>> {
-    let image = Image::open(input)?;
+    let unreadable = if options.salvage { UnreadableHeader::Damaged } else { UnreadableHeader::Error };
+    let image = Image::open(input, unreadable)?;
     let parent = if image.metadata.has_parent && !options.info_only {
         Some(parent::open(&image, options).map_err(|e| e.path(image.file.path()))?)
     } else {

@@ -7,7 +7,7 @@ use crate::support::craft::{
     BAT_AT, BAT_GUID, BLOCKS_AT, Craft, DISK_ID, DISK_SIZE, FILE_PARAMETERS, HEADERS_AT, LOGICAL,
     METADATA_AT, METADATA_GUID, PHYSICAL, REGIONS_AT, guid,
 };
-use crate::support::{GIB, MIB, TIB, content, input, open_bytes};
+use crate::support::{GIB, MIB, TIB, content, input, open_bytes, unreadable_at};
 
 /// Four blocks of 1 MiB, the second of which is full of ones.
 fn four_blocks() -> Craft {
@@ -338,5 +338,28 @@ fn a_disk_without_bytes_is_read() {
 fn what_is_no_file_of_this_format_is_rejected() {
     for len in [0, 7, 8, 520, 70_000, 200_000, MIB as usize, 3 * MIB as usize] {
         assert!(open_bytes(&four_blocks().bytes[..len]).is_err(), "{len} bytes");
+    }
+}
+
+#[test]
+fn a_header_that_the_disk_does_not_give_is_an_error_unless_salvaged() {
+    // The second header is the current one; the first is older, and what it says may be out of date.
+    let craft = four_blocks();
+    let open = |at: usize, salvage: bool| {
+        let options = OpenOptions { salvage, ..OpenOptions::default() };
+        VhdxDriver.open(unreadable_at(&craft.bytes, at as u64), &options)
+    };
+    for at in HEADERS_AT {
+        let error = open(at, false).err().expect("refused");
+        assert_eq!((error.kind(), error.file_offset()), (ErrorKind::Io, Some(at as u64)), "{error}");
+        let source = open(at, true).unwrap();
+        assert!(source.info().notes.iter().any(|note| note.contains("can't be read")));
+        assert!(content(&*source).unwrap() == expected());
+    }
+    // Of the region tables one copy is enough, since both say the same.
+    for at in REGIONS_AT {
+        let source = open(at, false).unwrap();
+        assert!(source.info().notes.iter().any(|note| note.contains("can't be read")));
+        assert!(content(&*source).unwrap() == expected());
     }
 }

@@ -40,6 +40,27 @@ impl ReadAt for Memory {
     }
 }
 
+/// Bytes in memory with a sector that can't be read.
+struct Unreadable(Memory, u64);
+
+impl ReadAt for Unreadable {
+    fn read_exact_at(&self, buf: &mut [u8], position: u64) -> std::io::Result<()> {
+        if (position..position + buf.len() as u64).contains(&self.1) {
+            return Err(std::io::Error::other("the medium is broken"));
+        }
+        self.0.read_exact_at(buf, position)
+    }
+
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+}
+
+/// Bytes as an input, of which the one at `place` can't be read.
+pub fn unreadable_at(bytes: &[u8], place: u64) -> Input {
+    Input::from_read_at("memory.vhdx", Arc::new(Unreadable(Memory(bytes.to_vec()), place)))
+}
+
 /// Bytes as an input.
 pub fn input(bytes: &[u8]) -> Input {
     Input::from_read_at("memory.vhdx", Arc::new(Memory(bytes.to_vec())))
