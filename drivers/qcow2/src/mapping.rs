@@ -30,6 +30,11 @@ const L1_PAGE: u64 = 4096;
 /// Bytes of such pages kept for one image.
 const L1_PAGES_BYTES: u64 = 64 << 10;
 
+/// Entries of an L1 table that may name an L2 table which another one names too. A sound image has
+/// none, since each table is of its own part of the disk; many make a small file a disk of many
+/// terabytes of anything. Ours.
+const MAX_SHARED_L2: usize = 1024;
+
 /// Words of a table whose entries all say the same, as the cache keeps it; an entry has one or two.
 const UNIFORM_WORDS: usize = 2;
 
@@ -114,7 +119,9 @@ impl Mapping {
         let l1 = if below == 0 || len <= L1_BYTES_BELOW / below {
             let len = usize::try_from(len);
             let len = len.map_err(|_| Error::limit("the L1 table does not fit into memory"))?;
-            L1Table::Whole(if len == 0 { Vec::new() } else { decode_table(&input.read_vec(l1_offset, len)?) })
+            let table = if len == 0 { Vec::new() } else { decode_table(&input.read_vec(l1_offset, len)?) };
+            check_sharing(&table).map_err(|e| e.at(l1_offset))?;
+            L1Table::Whole(table)
         } else {
             let pages = L2Cache::new(L1_PAGES_BYTES, L1_PAGE);
             L1Table::Paged { offset: l1_offset, entries: l1_entries, pages }
@@ -372,4 +379,21 @@ fn cached(cache: &L2Cache, offset: u64, read: impl FnOnce() -> Result<Vec<u64>>)
     let table: Arc<[u64]> = read()?.into();
     cache.put(offset, Arc::clone(&table));
     Ok(table)
+}
+
+/// Refuses a table of which many entries name the same L2 tables.
+fn check_sharing(l1: &[u64]) -> Result<()> {
+    let mut places: Vec<u64> = l1.iter().map(|entry| L1Entry(*entry).l2_offset()).collect();
+    places.retain(|place| *place != 0);
+    let named = places.len();
+    places.sort_unstable();
+    places.dedup();
+    let shared = named - places.len();
+    if shared > MAX_SHARED_L2 {
+        return Err(Error::corrupt(format!(
+            "{shared} of {named} entries of the L1 table name an L2 table that another one names too"
+        ))
+        .hint("'check' lists what is wrong with the image; use a backup"));
+    }
+    Ok(())
 }

@@ -151,11 +151,7 @@ fn read_identifier(input: &RandomInput) -> Result<String> {
     }
 }
 
-fn read_header(
-    input: &RandomInput,
-    offset: u64,
-    policy: UnreadableHeader,
-) -> Result<Result<Header, String>> {
+fn read_header(input: &RandomInput, offset: u64, policy: UnreadableHeader) -> Result<Result<Header, String>> {
     match input.read_vec(offset, HEADER_LEN) {
         Ok(bytes) => Ok(Header::decode(&bytes)),
         Err(error) if error.kind() == ErrorKind::Io && policy == UnreadableHeader::Error => {

@@ -4,7 +4,9 @@ use imgtool_toolkit::{Error, RandomInput, Result};
 
 use super::extension::BitmapsPointer;
 use super::header::{AUTOCLEAR_BITMAPS, Header, check_table};
-use super::{MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, be16, be32, be64};
+use super::{
+    LISTED_ENTRY_BYTES, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MAX_LISTED_BYTES, be16, be32, be64,
+};
 
 /// Specification, "Bitmap directory": bytes before the extra data.
 const FIXED_LEN: usize = 24;
@@ -12,9 +14,6 @@ const FIXED_LEN: usize = 24;
 const FLAG_IN_USE: u32 = 1;
 /// Specification: the bitmap follows the guest's writes.
 const FLAG_AUTO: u32 = 2;
-
-/// Bytes of names that a list of bitmaps holds; beyond, they are only counted. Ours.
-const MAX_LISTED_BYTES: usize = 4 << 20;
 
 /// One bitmap.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,7 +46,7 @@ pub fn list_bitmaps(input: &RandomInput, header: &Header) -> Result<Vec<Bitmap>>
     let mut bitmaps = Vec::new();
     let mut room = MAX_LISTED_BYTES;
     walk_bitmaps(input, header, |bitmap| {
-        room = room.saturating_sub(bitmap.name.len());
+        room = room.saturating_sub(bitmap.name.len() + LISTED_ENTRY_BYTES);
         if room > 0 {
             bitmaps.push(bitmap);
         }

@@ -25,6 +25,13 @@ pub const MAX_BACKING_NAME: u32 = 1023;
 /// QEMU's limit on internal snapshots.
 pub const MAX_SNAPSHOTS: u32 = 65_536;
 
+/// Bytes that a list of snapshots or of bitmaps may come to; beyond, they are only counted. Ours: 16000
+/// with short names, whose facts as JSON take some 30 MiB.
+pub const MAX_LISTED_BYTES: usize = 4 << 20;
+
+/// What one costs in such a list beside its names.
+pub const LISTED_ENTRY_BYTES: usize = 256;
+
 /// QEMU's limit on the bytes of the snapshot table.
 pub const MAX_SNAPSHOT_TABLE_BYTES: u64 = 64 << 20;
 

@@ -4,7 +4,10 @@ use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::{Error, RandomInput, Result};
 
 use super::header::{Header, check_table};
-use super::{MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES, be16, be32, be64, read_zero_filled};
+use super::{
+    LISTED_ENTRY_BYTES, MAX_L1_BYTES, MAX_LISTED_BYTES, MAX_SNAPSHOT_TABLE_BYTES, be16, be32, be64,
+    read_zero_filled,
+};
 
 /// Specification, "Snapshot table entry": bytes before the extra data.
 const FIXED_LEN: usize = 40;
@@ -14,10 +17,6 @@ const MAX_EXTRA: u32 = 1024;
 
 /// Specification, "extra data": the sizes that version 3 asks for.
 const V3_EXTRA: u32 = 16;
-
-/// Bytes of names that a list of snapshots holds; beyond, they are only counted. Ours: 65536
-/// snapshots as QEMU makes them stay below.
-const MAX_LISTED_BYTES: usize = 4 << 20;
 
 /// Snapshots that a message lists. Ours.
 const MAX_SHOWN: usize = 16;
@@ -82,7 +81,7 @@ pub fn read_snapshots(
         } else if wanted == Some(snapshot.name.as_str()) && by_name.is_none() {
             by_name = Some(snapshot.clone());
         }
-        let bytes = snapshot.id.len() + snapshot.name.len();
+        let bytes = snapshot.id.len() + snapshot.name.len() + LISTED_ENTRY_BYTES;
         let is_listed = list || found.listed.len() < MAX_SHOWN;
         if is_listed && bytes <= room && found.listed.len() + 1 == found.count {
             room -= bytes;
