@@ -10,6 +10,14 @@ use crate::layout::{CLUSTER, CLUSTER_MAP_UNIT, SUB_BLOCK, TABLE_ENTRIES, cluster
 /// few MiB.
 const PACK_INTERVAL: u32 = 1 << 22;
 
+/// Clusters of which the bitmaps note the first with some 60 bytes, the others with 2 or less: the unit of
+/// the bitmaps, 4 GiB of guest.
+const PART_BITS: u32 = 16;
+
+/// Most such parts of all devices that anything may have come of. Ours: 4 PiB of guest. Of real archives
+/// all of a part comes; one that has a cluster in each of millions was made to take memory.
+const MAX_PARTS: usize = 1 << 20;
+
 /// A slot that is legal, and where its content belongs.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Placed {
@@ -55,6 +63,8 @@ pub(crate) struct Tracker {
     /// The state of a running guest must come in order.
     state_in_order: bool,
     since_packed: u32,
+    /// Parts that something has come of, over all devices.
+    parts: usize,
 }
 
 struct Tracked {
@@ -69,6 +79,8 @@ struct Tracked {
     beyond: u64,
     /// All that have come; zero clusters slightly beyond the device among them.
     seen: RoaringBitmap,
+    /// Their parts.
+    parts: RoaringBitmap,
 }
 
 impl Tracker {
@@ -87,9 +99,10 @@ impl Tracker {
                 come: 0,
                 beyond: 0,
                 seen: RoaringBitmap::new(),
+                parts: RoaringBitmap::new(),
             });
         }
-        Self { devices: tracked, by_id, state_in_order: true, since_packed: 0 }
+        Self { devices: tracked, by_id, state_in_order: true, since_packed: 0, parts: 0 }
     }
 
     /// For salvage: what follows a gap in the state is as good as any.
@@ -128,6 +141,15 @@ impl Tracker {
         device
             .check(slot, self.state_in_order, too_many)
             .map_err(|e| e.device(&device.name).guest(start..start + CLUSTER))?;
+        if device.parts.insert(cluster >> PART_BITS) {
+            self.parts += 1;
+        }
+        if self.parts > MAX_PARTS {
+            return Err(Error::limit("the clusters are scattered over more than 4 PiB of guest")
+                .device(&device.name)
+                .guest(start..start + CLUSTER)
+                .hint("no archive of a real guest is"));
+        }
         device.add(cluster);
         self.since_packed += 1;
         let len = device.size.saturating_sub(start).min(CLUSTER);
