@@ -66,11 +66,11 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     let cancel = interrupt.token();
     let sources = sources::open(&registry, source_args, source_format, &open_options, &format, &cancel)?;
     for source in &sources {
-        outputs.protect(&source.arg.path);
-        images::named_files(&source.opened).iter().for_each(|path| outputs.protect(path));
+        outputs.protect(&source.arg.path)?;
+        images::named_files(&source.opened).iter().try_for_each(|path| outputs.protect(path))?;
     }
-    args.input.allow_external.iter().for_each(|path| outputs.protect(path));
-    open_options.externals.opened().iter().for_each(|path| outputs.protect(path));
+    args.input.allow_external.iter().try_for_each(|path| outputs.protect(path))?;
+    open_options.externals.opened().iter().try_for_each(|path| outputs.protect(path))?;
     if !args.messages.quiet {
         sources.iter().for_each(summary::announce);
     }

@@ -64,7 +64,7 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
     let mut outputs = Outputs::new();
     interrupt.cleans(outputs.cleaner());
     let backing = extras::backing_path(path, &create)?;
-    backing.iter().for_each(|path| outputs.protect(path));
+    backing.iter().try_for_each(|path| outputs.protect(path))?;
     let mut blank = Blank::new(&images::stem(&registry, path), size);
     let manifest = Manifest { devices: blank.info().devices.clone(), attachments: Vec::new() };
     let output = outputs.create(path, args.force)?;

@@ -108,7 +108,7 @@ impl Registry {
         if driver.probe(&input.head()?, input.len()) != Some(Confidence::Fallback) {
             return Ok(());
         }
-        if input.is_stream() && input.head()?.is_empty() {
+        if (input.is_stream() || input.is_spooled()) && input.head()?.is_empty() {
             return Err(Error::wrong_format("nothing came: the stream is empty").at(0).hint(format!(
                 "what writes it has failed; -f {} takes nothing for an empty image",
                 driver.name()

@@ -77,7 +77,7 @@ pub fn write(
     }
     for target in &layout.targets {
         if let Some(path) = extras::backing_path(target.place.path(), &target.format.options)? {
-            outputs.protect(&path);
+            outputs.protect(&path)?;
         }
     }
     outputs.check(&layout.wanted(work.force))?;

@@ -38,7 +38,7 @@ pub(super) fn run(args: &VmaCreateArgs) -> Result<Exit, Failure> {
     let mut outputs = Outputs::new();
     interrupt.cleans(outputs.cleaner());
     for disk in &sources {
-        outputs.protect(&disk.opened.path);
+        outputs.protect(&disk.opened.path)?;
     }
     let mut archive = Archive::open(&args.file, &mut outputs)?;
     let sink = registry.get("vma")?.create(archive.output.clone(), &manifest, &options()?)?;

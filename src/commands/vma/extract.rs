@@ -37,7 +37,7 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
     let source = open(&args.file, STEP)?;
     let header = source.header();
     let mut outputs = Outputs::new();
-    outputs.protect(&args.file);
+    outputs.protect(&args.file)?;
     interrupt.cleans(outputs.cleaner());
     make_directory(&args.dir, &mut outputs)?;
     let plan = Plan::new(args, &registry, source.info().devices.clone(), &header.configs);
