@@ -28,6 +28,8 @@ struct Shared {
     /// Held while outputs get their names (an exit then would leave some without), and by whoever
     /// ends the program.
     naming: Mutex<()>,
+    /// The outputs have their names: what is asked for is done, whatever comes now.
+    named: AtomicBool,
     signals: AtomicU32,
 }
 
@@ -41,6 +43,7 @@ impl Interrupt {
             cancel: CancelToken::new(),
             cleaner: Mutex::new(None),
             naming: Mutex::new(()),
+            named: AtomicBool::new(false),
             signals: AtomicU32::new(0),
         }));
         let failed = |e| Error::io("listen to signals", e);
@@ -52,7 +55,7 @@ impl Interrupt {
         let handler = interrupt.clone();
         std::thread::Builder::new()
             .name("signals".to_owned())
-            .spawn(move || signals.forever().for_each(|_| handler.signalled()))
+            .spawn(move || signals.forever().for_each(|signal| handler.signalled(signal)))
             .map_err(failed)?;
         Ok(interrupt)
     }
@@ -67,16 +70,23 @@ impl Interrupt {
         *lock(&self.0.cleaner) = Some(cleaner);
     }
 
-    /// Runs the step that gives outputs their names; signals wait for its end.
-    pub fn shielded<T>(&self, step: impl FnOnce() -> T) -> T {
+    /// Runs the step that gives outputs their names; signals wait for its end, and are too late when it
+    /// was a good one.
+    pub fn shielded<T>(&self, step: impl FnOnce() -> Result<T>) -> Result<T> {
         let _naming = lock(&self.0.naming);
-        step()
+        let done = step()?;
+        self.0.named.store(true, Ordering::SeqCst);
+        Ok(done)
     }
 
-    fn signalled(&self) {
+    fn signalled(&self, signal: i32) {
         self.0.cancel.cancel();
         if self.0.signals.fetch_add(1, Ordering::SeqCst) > 0 {
             self.give_up();
+            // All is done but telling so, maybe to somebody who does not listen.
+            std::thread::sleep(PATIENCE);
+            // Should this fail, the next signal may do it.
+            let _ = signal_hook::low_level::emulate_default_handler(signal);
         }
         let watchdog = self.clone();
         let started = std::thread::Builder::new().spawn(move || {
@@ -88,8 +98,12 @@ impl Interrupt {
         }
     }
 
+    /// Ends the program, unless its outputs have their names by now.
     fn give_up(&self) {
         let _naming = lock(&self.0.naming);
+        if self.0.named.load(Ordering::SeqCst) {
+            return;
+        }
         if let Some(cleaner) = &*lock(&self.0.cleaner) {
             cleaner.clean();
         }

@@ -133,7 +133,12 @@ fn open(
         // Raw images in a pipe do not tell their length.
         input = input.spool()?;
     }
-    registry.open(input, format, options)
+    let opened = registry.open(input, format, options)?;
+    if opened.source.info().devices.iter().any(|device| device.open_ended) {
+        // Nor do those under compression.
+        return images::open_random(registry, path, format, options);
+    }
+    Ok(opened)
 }
 
 fn compared(pair: &Pair) -> Compared {
