@@ -5,10 +5,11 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
 
+use crate::support::devices::{LoopDevice, loop_devices};
 use crate::support::images::{self, Image};
-use crate::support::oracles::require;
+use crate::support::oracles::{self, require};
 use crate::support::run::PROGRAM;
-use crate::support::{fixture, snapshot, tempdir, text};
+use crate::support::{fixture, imgtool, snapshot, tempdir, text};
 
 /// Runs a shell line in which `$IMGTOOL` is the program: it exits with `code`, says each of `words`,
 /// changes nothing, and opens nothing below the directory for writing.
@@ -149,31 +150,56 @@ fn everything_that_exists_is_refused_before_anything_is_made() {
 
 #[test]
 fn a_loop_device_and_its_file_are_one() {
-    require!("strace", "losetup");
-    let dir = with_image();
-    let attached =
-        Command::new("losetup").args(["-f", "--show", "disk.raw"]).current_dir(dir.path()).output().unwrap();
-    if !attached.status.success() {
-        eprintln!("SKIPPED: no right to attach loop devices");
+    require!("strace");
+    if !loop_devices() {
         return;
     }
-    let device = String::from_utf8(attached.stdout).unwrap().trim().to_owned();
-    let result = std::panic::catch_unwind(|| {
-        for line in [
-            format!("$IMGTOOL convert --force {device} --to raw disk.raw"),
-            format!("$IMGTOOL convert --force {device} --to qcow2 disk.raw"),
-            format!("$IMGTOOL convert -n --force disk.raw --to raw {device}"),
-            format!("$IMGTOOL convert -n --force disk.raw --to qcow2 {device}"),
-        ] {
-            refused(dir.path(), &line, 1, &["change the source"]);
-        }
-        refused(
-            dir.path(),
-            &format!("$IMGTOOL convert -n --force {device} --to raw {device}"),
-            1,
-            &["same file"],
-        );
-    });
-    assert!(Command::new("losetup").args(["-d", &device]).status().unwrap().success());
-    assert!(result.is_ok());
+    let dir = with_image();
+    let device = LoopDevice::over(&dir.path().join("disk.raw"));
+    let device = text(device.path());
+    for line in [
+        format!("$IMGTOOL convert --force {device} --to raw disk.raw"),
+        format!("$IMGTOOL convert --force {device} --to qcow2 disk.raw"),
+        format!("$IMGTOOL convert -n --force disk.raw --to raw {device}"),
+        format!("$IMGTOOL convert -n --force disk.raw --to qcow2 {device}"),
+    ] {
+        refused(dir.path(), &line, 1, &["change the source"]);
+    }
+    refused(
+        dir.path(),
+        &format!("$IMGTOOL convert -n --force {device} --to raw {device}"),
+        1,
+        &["same file"],
+    );
+}
+
+#[test]
+fn a_partition_and_its_disk_are_one_but_two_partitions_are_not() {
+    require!("strace", "addpart");
+    if !loop_devices() {
+        return;
+    }
+    let dir = tempdir();
+    let image = Image::hole("disk", 4 << 20).with(1 << 20, images::noise(1, 1 << 20));
+    image.write_raw(&dir.path().join("disk.raw"));
+    let disk = LoopDevice::with_partitions(&dir.path().join("disk.raw"), &[(2048, 2048), (4096, 2048)]);
+    let disk = text(disk.path());
+    let (first, second) = (format!("{disk}p1"), format!("{disk}p2"));
+    if !Path::new(&second).exists() {
+        oracles::skip("nobody makes device files for partitions here");
+        return;
+    }
+    for (source, target) in [(&*first, disk), (disk, &first), (&first, "disk.raw"), ("disk.raw", &first)] {
+        let line = format!("$IMGTOOL convert -f raw -n --force {source} --to raw {target}");
+        refused(dir.path(), &line, 1, &["change the source"]);
+    }
+    refused(
+        dir.path(),
+        &format!("$IMGTOOL convert -f raw -n --force {first} --to raw {first}"),
+        1,
+        &["same file"],
+    );
+    // Two partitions of one disk share nothing.
+    imgtool(["convert", "-f", "raw", "-n", &first, "--to", "raw", &second]).ok();
+    assert!(std::fs::read(&first).unwrap() == std::fs::read(&second).unwrap());
 }

@@ -248,3 +248,36 @@ fn a_pipe_that_nobody_reads_is_an_error_without_noise() {
     assert_ne!(output.status.code(), Some(0), "not every byte arrived");
     assert!(!String::from_utf8_lossy(&output.stderr).contains("panicked"), "{output:?}");
 }
+
+#[test]
+fn a_stream_that_brings_nothing_is_an_error() {
+    let dir = tempdir();
+    // What wrote it has failed; where the stream is copied first, too.
+    for to in ["raw", "qcow2", "vhdx", "vma"] {
+        let run = imgtool(["convert", "-", "--to", to, "out"]).within(dir.path()).pipe_bytes([]);
+        run.go().exits(1).says("nothing came");
+        assert!(names(dir.path()).is_empty(), "{to}");
+    }
+    imgtool(["convert", "-f", "raw", "-", "--to", "raw", "out"]).within(dir.path()).pipe_bytes([]).ok();
+    assert_eq!(std::fs::metadata(dir.path().join("out")).unwrap().len(), 0);
+}
+
+#[test]
+fn compressed_raw_images_can_be_compared() {
+    require!("zstd", "gzip");
+    let dir = tempdir();
+    let image = images::every_mask();
+    let raw = dir.path().join("disk.raw");
+    image.write_raw(&raw);
+    std::fs::write(dir.path().join("a.raw.zst"), compress("zstd", &["-q"], &raw)).unwrap();
+    std::fs::write(dir.path().join("b.raw.gz"), compress("gzip", &[], &raw)).unwrap();
+    imgtool(["convert", "disk.raw", "--to", "qcow2", "c.qcow2"]).within(dir.path()).ok();
+    for (a, b) in [("a.raw.zst", "b.raw.gz"), ("a.raw.zst", "c.qcow2"), ("c.qcow2", "b.raw.gz")] {
+        imgtool(["compare", a, b]).within(dir.path()).ok();
+    }
+    let mut bytes = std::fs::read(&raw).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&raw, bytes).unwrap();
+    imgtool(["compare", "a.raw.zst", "disk.raw"]).within(dir.path()).go().exits(1);
+}

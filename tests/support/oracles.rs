@@ -19,6 +19,14 @@ pub fn have(tool: &str) -> bool {
     found
 }
 
+/// Says that the running test can't run on this machine, where nobody overlooks it: `.ci/run` counts
+/// these lines and shows them at its end.
+pub fn skip(why: &str) {
+    let test = std::thread::current().name().unwrap_or("a test").to_owned();
+    // Not eprintln: the test harness keeps that to itself when a test passes.
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {test}: {why}");
+}
+
 /// Returns from a test unless these programs can be run.
 macro_rules! require {
     ($($tool:literal),+ $(,)?) => {
@@ -36,8 +44,7 @@ fn missing(tool: &str) {
     assert!(std::env::var_os("CI").is_none(), "{test} needs {tool}, which is not installed");
     let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
     if told.get_or_insert_default().insert(format!("{test} {tool}")) {
-        // Not eprintln: the test harness keeps that to itself when a test passes.
-        let _ = writeln!(std::io::stderr(), "SKIPPED: {test}: {tool} is not installed");
+        skip(&format!("{tool} is not installed"));
     }
 }
 

@@ -110,6 +110,19 @@ impl Run {
         self
     }
 
+    /// Ends it when it has used this much processor time: unlike that of the clock, it does not depend
+    /// on what else the machine does. Comes last of what is set.
+    pub fn cpu_limit(mut self, seconds: u32) -> Self {
+        let mut limited = Command::new("prlimit");
+        limited.arg(format!("--cpu={seconds}")).arg(PROGRAM).args(self.command.get_args());
+        limited.envs(self.command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        if let Some(directory) = self.command.get_current_dir() {
+            limited.current_dir(directory);
+        }
+        self.command = limited;
+        self
+    }
+
     /// Measures the peak memory while it runs.
     pub fn measured(mut self) -> Self {
         self.measure = true;

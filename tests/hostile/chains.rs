@@ -1,0 +1,72 @@
+//! Chains of images, and images that look like another format.
+
+use std::fs::File;
+
+use super::{Craft, MEMORY, qcow2};
+use crate::support::images::{self, Image};
+use crate::support::oracles::{self, require};
+use crate::support::{imgtool, snapshot, tempdir};
+
+#[test]
+fn a_chain_as_deep_as_is_followed_fits_on_the_stack_and_one_deeper_is_refused() {
+    require!("qemu-img");
+    let dir = tempdir();
+    Image::hole("x", 1 << 20).with(0, images::noise(1, 100_000)).write_raw(&dir.path().join("0.raw"));
+    oracles::qemu_make(&dir.path().join("0.raw"), "qcow2", "", &dir.path().join("0.qcow2"));
+    for number in 1..=258 {
+        let craft = qcow2(dir.path(), &format!("{number}.qcow2"), 16 << 20, 16, 1 << 20, 1);
+        let name = format!("{}.qcow2", number - 1);
+        craft.be64(8, 4096).be32(16, name.len() as u32).put(4096, name.as_bytes());
+        craft.be32(104, 0xe279_2aca).be32(108, 5).put(112, b"qcow2");
+    }
+    let line = |top: &str| {
+        ["convert", "--allow-external", "chain", top, "--to", "raw", "out.raw"].map(str::to_owned)
+    };
+    let run = imgtool(line("256.qcow2")).within(dir.path()).measured().ok();
+    assert!(run.peak_memory < MEMORY, "{} bytes", run.peak_memory);
+    crate::support::assert_same(&dir.path().join("0.raw"), &dir.path().join("out.raw"), "256 images");
+    std::fs::remove_file(dir.path().join("out.raw")).unwrap();
+    imgtool(line("258.qcow2")).within(dir.path()).go().exits(1).says("deeper than");
+    assert!(!dir.path().join("out.raw").exists());
+    // A loop is told at once.
+    let craft = Craft {
+        path: dir.path().join("1.qcow2"),
+        file: File::options().write(true).open(dir.path().join("1.qcow2")).unwrap(),
+    };
+    craft.put(4096, b"9.qcow2");
+    imgtool(line("9.qcow2"))
+        .within(dir.path())
+        .go()
+        .exits(1)
+        .says("'9.qcow2' leads back to an image of the same chain");
+    assert!(!dir.path().join("out.raw").exists());
+}
+
+#[test]
+fn an_image_is_taken_for_the_format_that_was_named() {
+    let dir = tempdir();
+    // The guest of a raw disk wrote a qcow2 header with a backing file into its first sectors.
+    let craft = qcow2(dir.path(), "guest.raw", 16 << 20, 16, 1 << 30, 1);
+    craft.be64(8, 4096).be32(16, 11).put(4096, b"/etc/passwd");
+    imgtool(["convert", "-f", "raw", "guest.raw", "--to", "raw", "out.raw"]).within(dir.path()).ok();
+    crate::support::assert_same(&craft.path, &dir.path().join("out.raw"), "raw is raw");
+    std::fs::remove_file(dir.path().join("out.raw")).unwrap();
+    let before = snapshot(dir.path());
+    for format in ["vhdx", "vma"] {
+        imgtool(["convert", "-f", format, "guest.raw", "--to", "raw", "out.raw"])
+            .within(dir.path())
+            .go()
+            .exits(1);
+    }
+    // Bytes that look compressed are the disk's own, too.
+    std::fs::write(
+        dir.path().join("zip.raw"),
+        [&[0x1f, 0x8b, 8, 0], images::noise(1, 5000).as_slice()].concat(),
+    )
+    .unwrap();
+    imgtool(["convert", "-f", "raw", "zip.raw", "--to", "raw", "zip.out"]).within(dir.path()).ok();
+    crate::support::assert_same(&dir.path().join("zip.raw"), &dir.path().join("zip.out"), "not undone");
+    std::fs::remove_file(dir.path().join("zip.raw")).unwrap();
+    std::fs::remove_file(dir.path().join("zip.out")).unwrap();
+    assert_eq!(snapshot(dir.path()), before);
+}
