@@ -59,7 +59,7 @@ fn a_signal_while_any_verb_writes_or_flushes_leaves_all_or_nothing() {
     let mut interrupted = 0;
     for (args, made) in WRITING {
         imgtool(args).within(dir.path()).ok();
-        let wanted = snapshot(dir.path());
+        let wanted = names(dir.path());
         remove(&dir.path().join(made));
         for (number, when) in [(0, "pwrite64,pwritev"), (1, "fsync"), (2, "pwrite64,pwritev,fsync")] {
             let signal = ["SIGINT", "SIGTERM", "SIGHUP"][number];
@@ -70,7 +70,10 @@ fn a_signal_while_any_verb_writes_or_flushes_leaves_all_or_nothing() {
             let run = sh(dir.path(), &line);
             let what = format!("{line}: {run:?}");
             if run.status.success() {
-                assert_eq!(snapshot(dir.path()), wanted, "{what}");
+                assert_eq!(names(dir.path()), wanted, "{what}");
+                if !["new.raw", "out"].contains(&made) {
+                    imgtool(["check", made]).within(dir.path()).ok();
+                }
                 remove(&dir.path().join(made));
             } else {
                 assert_eq!(names(dir.path()), before, "{what}");

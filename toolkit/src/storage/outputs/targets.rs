@@ -18,9 +18,7 @@ impl Outputs {
         let meta = if source == Path::new("-") { stdin_metadata() } else { std::fs::metadata(source) };
         let meta = match meta {
             Ok(meta) => meta,
-            Err(e) if e.kind() == io::ErrorKind::NotFound || e.kind() == io::ErrorKind::Unsupported => {
-                return Ok(());
-            }
+            Err(e) if is_nothing(&e) => return Ok(()),
             Err(e) => return Err(Error::io("look at the source", e).path(source)),
         };
         if matches!(os::classify(&meta), FileClass::Regular | FileClass::BlockDevice) {
@@ -74,7 +72,7 @@ impl Outputs {
     ) -> Result<Option<Metadata>> {
         let meta = match std::fs::metadata(final_path) {
             Ok(meta) => meta,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) if is_nothing(&e) => return Ok(None),
             // What can't be looked at may be a source.
             Err(e) => return Err(Error::io("look at the target", e).path(path)),
         };
@@ -126,6 +124,12 @@ impl Outputs {
         }
         Ok(())
     }
+}
+
+/// Whether a question failed since nothing is there, or nobody could tell on this system.
+fn is_nothing(e: &io::Error) -> bool {
+    use io::ErrorKind::{NotADirectory, NotFound, Unsupported};
+    matches!(e.kind(), NotFound | NotADirectory | Unsupported)
 }
 
 /// Where a file called `path` will be: the directory is resolved, and a link if it is to be followed.
