@@ -80,6 +80,14 @@ fn tables(directory: &Path) -> Vec<PathBuf> {
             fill(c, 1 << 26, 8192, 1);
             c.be64(48, 3 << 25);
         }),
+        image(directory, "one-l2-table-of-this-and-that-for-2-pib", (16, 2048 * TIB, 4 << 20), |c| {
+            c.file.set_len(1 << 27).unwrap();
+            fill(c, L1, 4 << 20, 1 << 26);
+            (0..8192).step_by(2).for_each(|i| {
+                c.be64((1 << 26) + 8 * i, 1);
+            });
+            c.be64(48, 3 << 25);
+        }),
         image(directory, "one-cluster-for-all-of-a-disk", LARGE_CLUSTERS, |c| {
             c.be64(L1, L2 | COPIED).put(DATA, &images::noise(1, 2 << 20));
             fill(c, L2, 128, DATA | COPIED);

@@ -120,7 +120,6 @@ impl Mapping {
             let len = usize::try_from(len);
             let len = len.map_err(|_| Error::limit("the L1 table does not fit into memory"))?;
             let table = if len == 0 { Vec::new() } else { decode_table(&input.read_vec(l1_offset, len)?) };
-            check_sharing(&table).map_err(|e| e.at(l1_offset))?;
             L1Table::Whole(table)
         } else {
             let pages = L2Cache::new(L1_PAGES_BYTES, L1_PAGE);
@@ -133,7 +132,46 @@ impl Mapping {
         let cache = L2Cache::new(cache_len, slice);
         let slice_bits = slice.ilog2();
         let known_empty = Mutex::default();
-        Ok(Self { input, shape, version, external_data, l1, known_empty, cache, slice_bits })
+        let mapping = Self { input, shape, version, external_data, l1, known_empty, cache, slice_bits };
+        mapping.check_sharing().map_err(|e| e.at(l1_offset))?;
+        Ok(mapping)
+    }
+
+    /// Refuses an L1 table of which many entries name the same L2 tables, unless nothing is in these.
+    fn check_sharing(&self) -> Result<()> {
+        let L1Table::Whole(l1) = &self.l1 else { return Ok(()) };
+        let mut places: Vec<u64> = l1.iter().map(|entry| L1Entry(*entry).l2_offset()).collect();
+        places.retain(|place| *place != 0);
+        places.sort_unstable();
+        let groups = places.chunk_by(|a, b| a == b).filter(|group| group.len() > 1);
+        let mut shared = 0;
+        for group in groups {
+            if !self.is_empty_table(group[0]) {
+                shared += group.len() - 1;
+            }
+            if shared > MAX_SHARED_L2 {
+                return Err(Error::corrupt(format!(
+                    "more than {MAX_SHARED_L2} entries of the L1 table name an L2 table that another one names too"
+                ))
+                .hint("'check' lists what is wrong with the image; use a backup"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether an L2 table says the same of all clusters, and places none.
+    fn is_empty_table(&self, offset: u64) -> bool {
+        let slices = self.shape.cluster_size() >> self.slice_bits;
+        (0..slices).all(|slice| {
+            let words = self.read_slice(offset.saturating_add(slice << self.slice_bits)).unwrap_or_default();
+            words.len() == UNIFORM_WORDS
+                && self.unit(&words, 0).is_ok_and(|run| {
+                    matches!(
+                        run.mapped,
+                        Mapped::Unallocated { host_offset: None } | Mapped::Zero { host_offset: None }
+                    )
+                })
+        })
     }
 
     /// Whether an L2 table has to be looked at for `guest_offset`.
@@ -379,21 +417,4 @@ fn cached(cache: &L2Cache, offset: u64, read: impl FnOnce() -> Result<Vec<u64>>)
     let table: Arc<[u64]> = read()?.into();
     cache.put(offset, Arc::clone(&table));
     Ok(table)
-}
-
-/// Refuses a table of which many entries name the same L2 tables.
-fn check_sharing(l1: &[u64]) -> Result<()> {
-    let mut places: Vec<u64> = l1.iter().map(|entry| L1Entry(*entry).l2_offset()).collect();
-    places.retain(|place| *place != 0);
-    let named = places.len();
-    places.sort_unstable();
-    places.dedup();
-    let shared = named - places.len();
-    if shared > MAX_SHARED_L2 {
-        return Err(Error::corrupt(format!(
-            "{shared} of {named} entries of the L1 table name an L2 table that another one names too"
-        ))
-        .hint("'check' lists what is wrong with the image; use a backup"));
-    }
-    Ok(())
 }
