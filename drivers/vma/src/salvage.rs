@@ -23,7 +23,7 @@ use uuid::Uuid;
 
 use crate::header::ArchiveHeader;
 use crate::layout::{CLUSTER, EXTENT_HEADER, SUB_BLOCK};
-use crate::scan::{Found, FoundExtent, Scanner, Window};
+use crate::scan::{Certainty, Found, FoundExtent, Scanner, Window};
 use crate::stream::{group_at, piece, stored_ranges};
 use crate::tracker::{Placed, Tracker};
 
@@ -37,8 +37,10 @@ const DOUBTFUL_HEADER: &str =
     "names, sizes and configurations are as far as they can be made out, and may be wrong";
 /// Why a cluster that was restored is listed.
 const TWICE: &str = "it is in the archive more than once; the first copy was taken";
-const MISLED: &str =
-    "it was restored from a compressed stream that is damaged further on, so it may be wrong";
+const MISLED: &str = "it was restored, but the compressed stream is damaged before the checksum of this part, so it may be wrong";
+/// Of a device as a whole.
+const UNPROVEN: &str =
+    "the compressed stream ends before its checksum: nothing proves that what was restored is right";
 
 /// The first fault, and how many there were.
 #[derive(Default)]
@@ -77,7 +79,7 @@ pub(crate) struct Salvage {
     doubtful: Vec<RoaringBitmap>,
     /// Clusters that came from a part of a compressed stream whose checksum has not been seen.
     unchecked: Vec<RoaringBitmap>,
-    /// Clusters that came from a part of a compressed stream that was found damaged further on.
+    /// Clusters that came from a part of a compressed stream whose checksum was wrong or never came.
     misled: Vec<RoaringBitmap>,
     /// Whole clusters of the current extent, and where their data stands in the input.
     whole: Vec<(Placed, u64)>,
@@ -135,11 +137,21 @@ impl Salvage {
 
     /// Looks at what the compression's checksums say of the clusters that were taken so far.
     fn note_checksums(&mut self, position: u64) {
+        // The last extent was taken before the end was seen.
+        for (placed, file_offset) in &self.whole {
+            let file = *file_offset..*file_offset + placed.stored_len();
+            if self.scanner.window().is_doubtful(&file)
+                && let Some(index) = self.index_of(placed.device)
+            {
+                self.misled[index].insert(placed.cluster);
+            }
+        }
+        self.whole.clear();
         if self.scanner.window_mut().take_misled() {
             for (misled, unchecked) in self.misled.iter_mut().zip(&self.unchecked) {
                 *misled |= unchecked;
             }
-        } else if !self.scanner.window_mut().is_certain(position) {
+        } else if self.scanner.window_mut().certainty(&(position..position)) != Certainty::Right {
             return;
         }
         self.unchecked.iter_mut().for_each(RoaringBitmap::clear);
@@ -147,10 +159,8 @@ impl Salvage {
 
     /// Keeps the clusters of an extent that are whole.
     fn take_extent(&mut self, found: &FoundExtent) {
-        self.whole.clear();
-        self.next_slot = 0;
         self.note_checksums(found.file_offset);
-        let is_certain = self.scanner.window_mut().is_certain(found.file_offset + found.usable);
+        self.next_slot = 0;
         if let Some(fault) = &found.fault {
             self.faults.add(found.file_offset, fault);
         }
@@ -182,8 +192,12 @@ impl Salvage {
             match self.tracker.take(slot, number as u8, false) {
                 Ok(placed) if placed.is_beyond() => {}
                 Ok(placed) => {
-                    if !is_certain && let Some(index) = self.index_of(placed.device) {
-                        self.unchecked[index].insert(placed.cluster);
+                    if let Some(index) = self.index_of(placed.device) {
+                        match self.scanner.window_mut().certainty(&file) {
+                            Certainty::Right => {}
+                            Certainty::Unknown => _ = self.unchecked[index].insert(placed.cluster),
+                            Certainty::Doubtful => _ = self.misled[index].insert(placed.cluster),
+                        }
                     }
                     self.whole.push((placed, file.start));
                 }
@@ -280,6 +294,10 @@ impl Salvage {
             let guest = device.size..device.size;
             push_loss(&mut self.losses, Loss { device: device.id, guest, reason });
         }
+        if self.scanner.window().unproven {
+            let guest = device.size..device.size;
+            push_loss(&mut self.losses, Loss { device: device.id, guest, reason: UNPROVEN.to_owned() });
+        }
         if doubtful.is_empty() && misled.is_empty() {
             return;
         }
@@ -301,7 +319,6 @@ impl SequentialAccess for Salvage {
             if let Some(piece) = self.next_whole(pool) {
                 return Ok(Some(piece));
             }
-            self.whole.clear();
             match self.scanner.next() {
                 Found::Extent(found) => self.take_extent(&found),
                 Found::Fault { file, message } => self.faults.add(file.start, &message),

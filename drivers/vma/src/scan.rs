@@ -26,6 +26,9 @@ const DECODED_STEP: usize = EXTENT_HEADER;
 const MAX_FAULTS: usize = 64;
 /// Faults of a stream after which it is given up: noise that is full of beginnings. Ours.
 const MAX_RESUMES: u32 = 1 << 16;
+/// Bytes before the early end of a compressed stream that are taken as possibly wrong: what is damaged
+/// may decode to something up to there. Ours: several zstd blocks, a quarter of an extent.
+const CUT_TAIL: u64 = 1 << 20;
 /// Unreadable places that are kept apart within a window; neighbours are joined, so few are needed.
 const MAX_BAD: usize = 4096;
 
@@ -50,8 +53,12 @@ pub(crate) struct Window {
     /// Where something is missing in front of what comes next: decompression began anew.
     gaps: Vec<u64>,
     resumes: u32,
-    /// Bytes that have been given up came from a part of the stream that was damaged further on.
+    /// Bytes that have been given up came from a part of the stream whose checksum never came right.
     misled: bool,
+    /// Such bytes that are held, or come before what is held next.
+    doubtful: Vec<Range<u64>>,
+    /// The compressed stream ended before the checksum of what came last.
+    pub(crate) unproven: bool,
     /// Ranges of the input that can't be read; they are zero in the window.
     bad: Vec<Range<u64>>,
 }
@@ -74,6 +81,8 @@ impl Window {
             gaps: Vec::new(),
             resumes: 0,
             misled: false,
+            doubtful: Vec::new(),
+            unproven: false,
             bad: Vec::new(),
         })
     }
@@ -99,6 +108,7 @@ impl Window {
         let base = self.base;
         self.bad.retain(|range| range.end > base);
         self.gaps.retain(|gap| *gap >= base);
+        self.doubtful.retain(|range| range.end >= base);
     }
 
     /// Reads on until `len` bytes from `position` are held; how many there are.
@@ -133,15 +143,24 @@ impl Window {
         self.gaps.iter().copied().find(|gap| range.contains(gap))
     }
 
-    /// Whether everything before `position` is known to be right, as far as the compression knows.
-    pub(crate) fn is_certain(&mut self, position: u64) -> bool {
+    /// What the compression's checksums say of `range`, which is held.
+    pub(crate) fn certainty(&mut self, range: &Range<u64>) -> Certainty {
+        if self.is_doubtful(range) {
+            return Certainty::Doubtful;
+        }
         match &mut self.feed {
             Feed::Stream(stream) => {
                 let unchecked = Stream::position(stream).saturating_sub(stream.checked_until());
-                position <= self.end().saturating_sub(unchecked)
+                let is_right = range.end <= self.end().saturating_sub(unchecked);
+                if is_right { Certainty::Right } else { Certainty::Unknown }
             }
-            Feed::File(_) => true,
+            Feed::File(_) => Certainty::Right,
         }
+    }
+
+    /// Whether checksums of the compression of `range` were wrong, or never came.
+    pub(crate) fn is_doubtful(&self, range: &Range<u64>) -> bool {
+        self.doubtful.iter().any(|doubtful| doubtful.start < range.end && range.start < doubtful.end)
     }
 
     /// Whether what was given up since this was asked last may be wrong.
@@ -168,15 +187,22 @@ impl Window {
         }
     }
 
-    /// Goes on behind a fault in a compressed stream, and drops what is not known to be right.
+    /// Goes on behind a fault in a compressed stream. What came before it and was never found right may
+    /// be wrong. Where the stream just ends, as that of a copy that was cut, nearly all of it will be
+    /// right, and only the last part is doubted.
     fn pass_fault(&mut self, error: Error) {
+        let end = self.end();
         let Feed::Stream(stream) = &mut self.feed else { return };
-        if !stream.was_cut() {
-            let unchecked = Stream::position(stream).saturating_sub(stream.checked_until());
-            let unchecked = usize::try_from(unchecked).unwrap_or(usize::MAX);
-            self.misled |= unchecked > self.bytes.len() - self.unused;
-            let kept = self.bytes.len().saturating_sub(unchecked).max(self.unused);
-            self.bytes.truncate(kept);
+        let unchecked = Stream::position(stream).saturating_sub(stream.checked_until());
+        let mut from = end.saturating_sub(unchecked);
+        if stream.was_cut() {
+            self.unproven |= from < end;
+            from = from.max(end.saturating_sub(CUT_TAIL));
+        } else {
+            self.misled |= from < self.base;
+        }
+        if from < end {
+            self.doubtful.push(from..end);
         }
         self.resumes += 1;
         self.ended = self.resumes > MAX_RESUMES || !stream.resume().unwrap_or(false);
@@ -189,6 +215,17 @@ impl Window {
             self.faults.push(error);
         }
     }
+}
+
+/// What checksums say of a part of the input.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Certainty {
+    /// They are right, or there are none.
+    Right,
+    /// They come later.
+    Unknown,
+    /// They are wrong or never came.
+    Doubtful,
 }
 
 /// Reads from a stream; what came before an error counts.
