@@ -268,6 +268,12 @@ fn a_map_that_is_wrong_is_told_in_the_programs_words_and_leaves_nothing() {
     }
     vma(dir.path(), "extract -r nomap a.vma out").exits(1).says("vma: can't open file nomap - No such file");
     assert_eq!(snapshot(dir.path()), before);
+    // A pipe, which would be waited for.
+    oracles::run("mkfifo", &[text(&dir.path().join("pipe.raw"))]);
+    std::fs::write(dir.path().join("map"), "format=raw:1:drive-efidisk0=pipe.raw\n").unwrap();
+    let refused = vma(dir.path(), "extract -d drive-efidisk0 -r map a.vma out").exits(1);
+    refused.says("is neither a regular file nor a block device");
+    assert!(!dir.path().join("out").exists());
     // Two disks into one target.
     std::fs::write(dir.path().join("map"), "1:drive-efidisk0=t.raw\n1:drive-scsi0=./t.raw\n").unwrap();
     vma(dir.path(), "extract -r map a.vma out").exits(1);

@@ -105,13 +105,17 @@ impl Checker {
             let mut from = 0;
             while let Some(missing) = self.tracker.next_missing(index, from) {
                 from = missing.end;
-                self.report.corruption(format!(
-                    "clusters {}..{} of {} are missing (device {})",
-                    missing.start,
-                    missing.end,
-                    clusters_of(device.size),
-                    escape_control(&device.name)
-                ));
+                let which = match missing.end - missing.start {
+                    1 => format!("cluster {} of {} is", missing.start, clusters_of(device.size)),
+                    _ => format!(
+                        "clusters {} to {} of {} are",
+                        missing.start,
+                        missing.end - 1,
+                        clusters_of(device.size)
+                    ),
+                };
+                let name = escape_control(&device.name);
+                self.report.corruption(format!("{which} missing (device {name})"));
             }
         }
         let mut report = self.report;

@@ -249,7 +249,7 @@ fn verdict(summary: &Summary<'_>) -> String {
     if !summary.lost.is_empty() {
         let lost = summary.lost.iter().fold(0u64, |sum, range| sum.saturating_add(range.length));
         let how = Stream::Err.paint(Paint::Warning, &format!("finished with losses in {time}"));
-        return format!("{how}: {what}; {} of it lost, zeros instead", human_size(lost));
+        return format!("{how}: {what}; {} of it lost or in doubt", human_size(lost));
     }
     let proof = if summary.verified { ", read back and equal" } else { "" };
     let on_disk = human_size(sum(|output| output.actual_size));
@@ -260,7 +260,7 @@ fn verdict(summary: &Summary<'_>) -> String {
 fn say_losses(lost: &[LostRange<'_>]) {
     let bytes: u64 = lost.iter().fold(0, |sum, range| sum.saturating_add(range.length));
     report::tell(&format!(
-        "{} lost in {}, filled with zeros:",
+        "{} lost or in doubt in {}; what is lost is zero:",
         report::exact_size(bytes),
         count(lost.len(), "range")
     ));

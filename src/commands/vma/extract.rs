@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use imgtool_toolkit::error::escape_control;
+use imgtool_toolkit::storage::os::{self, FileClass};
 use imgtool_toolkit::{
     Attachment, Device, DeviceKind, Error, ImageInfo, ImageSource, Input, OpenOptions, Opened, Outputs,
     Registry, Result,
@@ -222,6 +223,11 @@ impl<'a> Plan<'a> {
         let unknown = |name| self.registry.get(name).is_err();
         if let Some(name) = format.filter(|name| unknown(name)) {
             return Err(usage(format!("can't open file {} - Unknown driver '{name}'", path.display())));
+        }
+        if fs::metadata(path).is_ok_and(|meta| os::classify(&meta) == FileClass::Stream) {
+            return Err(Error::refused("is neither a regular file nor a block device")
+                .path(path)
+                .hint("imgtool convert ARCHIVE --disk NAME --to raw PIPE writes a disk into one"));
         }
         let input = Input::open_plain(path)?;
         // Its content is replaced: no other file that it names is needed.

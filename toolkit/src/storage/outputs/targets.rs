@@ -79,9 +79,9 @@ impl Outputs {
         self.check_free(path, &meta, taken)?;
         match os::classify(&meta) {
             FileClass::Regular if overwrite => Ok(Some(meta)),
-            FileClass::Regular => {
-                Err(Error::refused("exists").path(path).hint("--force overwrites it; -n writes into it"))
-            }
+            FileClass::Regular => Err(Error::refused("exists")
+                .path(path)
+                .hint("--force overwrites it; -n writes one disk into it")),
             FileClass::Directory => Err(Error::refused("is a directory").path(path)),
             FileClass::BlockDevice => Err(Error::refused("is a block device")
                 .path(path)
