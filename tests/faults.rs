@@ -314,7 +314,10 @@ fn little_memory_is_enough_or_an_error_but_never_an_unfinished_output() {
         for mib in [8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512] {
             let run = within(mib);
             let stderr = String::from_utf8_lossy(&run.stderr);
-            assert!(!stderr.contains("panicked"), "{format} in {mib} MiB: {stderr}");
+            // A thread that the system could begin but not give its stack for signals ends in the
+            // standard library.
+            let ours = !stderr.contains("failed to allocate an alternative stack");
+            assert!(!(ours && stderr.contains("panicked")), "{format} in {mib} MiB: {stderr}");
             match std::fs::remove_file(dir.path().join(&out)) {
                 Ok(()) => assert!(run.status.success(), "{format} in {mib} MiB: {stderr}"),
                 Err(_) => assert!(!run.status.success(), "{format} in {mib} MiB: {stderr}"),
