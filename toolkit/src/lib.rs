@@ -53,7 +53,7 @@ pub use reader::DeviceReader;
 pub use registry::{Opened, Registry};
 pub use sink::{Bytes, FileWrite, Geometry, ImageSink, Part, Prepared, WriteList};
 pub use source::{
-    Access, Fact, FactScope, FileRange, ImageInfo, ImageSource, Loss, Piece, RandomAccess, Reference,
+    Access, Doubt, Fact, FactScope, FileRange, ImageInfo, ImageSource, Loss, Piece, RandomAccess, Reference,
     SequentialAccess,
 };
 pub use storage::{Compression, Input, Output, Outputs, RandomInput, Stream};

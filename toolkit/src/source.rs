@@ -30,6 +30,12 @@ pub trait ImageSource: Send + Sync {
         Vec::new()
     }
 
+    /// What can't be relied on of a device as a whole, when it was opened for salvage: complete once all
+    /// content has been read.
+    fn doubts(&self) -> Vec<Doubt> {
+        Vec::new()
+    }
+
     /// What is wrong with an image that could be opened all the same, because only facts were
     /// wanted ([`crate::OpenOptions::info_only`]).
     fn damage(&self) -> Option<&Error> {
@@ -263,12 +269,22 @@ pub struct Reference {
     pub format: Option<String>,
 }
 
-/// A guest range that salvage could not restore and filled with zeros.
+/// A device of which no range is known to be lost, and which can't pass for whole all the same.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Doubt {
+    /// The device.
+    pub device: DeviceId,
+    /// Why, for a person.
+    pub reason: String,
+}
+
+/// A guest range that salvage could not restore and filled with zeros, or restored from something that
+/// may be wrong, as the reason then says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Loss {
     /// The device.
     pub device: DeviceId,
-    /// The guest range, bytes. Empty where what is in doubt is the device itself.
+    /// The guest range, bytes; not empty.
     pub guest: Range<u64>,
     /// Why, for a person.
     pub reason: String,

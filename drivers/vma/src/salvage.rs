@@ -17,7 +17,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use imgtool_toolkit::{BufferPool, DeviceId, Input, Loss, Piece, Result, SequentialAccess};
+use imgtool_toolkit::{BufferPool, Device, DeviceId, Doubt, Input, Loss, Piece, Result, SequentialAccess};
 use roaring::RoaringBitmap;
 use uuid::Uuid;
 
@@ -133,6 +133,19 @@ impl Salvage {
     /// What could not be restored, by device and ascending.
     pub(crate) fn losses(&self) -> Vec<Loss> {
         self.losses.clone()
+    }
+
+    /// What holds for every device as a whole.
+    pub(crate) fn doubts(&self) -> Vec<Doubt> {
+        let unproven = self.scanner.window().unproven.then(|| UNPROVEN.to_owned());
+        let reasons: Vec<String> = self.header_damage.iter().cloned().chain(unproven).collect();
+        let of_device = |device: &Device| {
+            reasons
+                .iter()
+                .map(|reason| Doubt { device: device.id, reason: reason.clone() })
+                .collect::<Vec<_>>()
+        };
+        self.header.devices.iter().flat_map(of_device).collect()
     }
 
     /// Looks at what the compression's checksums say of the clusters that were taken so far.
@@ -289,15 +302,6 @@ impl Salvage {
         let Some(device) = self.header.devices.get(index) else { return };
         let doubtful = std::mem::take(&mut self.doubtful[index]);
         let misled = std::mem::take(&mut self.misled[index]) - &doubtful;
-        if let Some(reason) = self.header_damage.clone() {
-            // No range of it is lost, but it can't pass for whole.
-            let guest = device.size..device.size;
-            push_loss(&mut self.losses, Loss { device: device.id, guest, reason });
-        }
-        if self.scanner.window().unproven {
-            let guest = device.size..device.size;
-            push_loss(&mut self.losses, Loss { device: device.id, guest, reason: UNPROVEN.to_owned() });
-        }
         if doubtful.is_empty() && misled.is_empty() {
             return;
         }

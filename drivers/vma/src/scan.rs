@@ -207,7 +207,6 @@ impl Window {
         self.resumes += 1;
         self.ended = self.resumes > MAX_RESUMES || !stream.resume().unwrap_or(false);
         let gap = self.end();
-        self.bad.retain(|range| range.end <= gap);
         if self.gaps.last() != Some(&gap) {
             self.gaps.push(gap);
         }

@@ -8,8 +8,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use imgtool_toolkit::{
-    Access, BufferPool, DeviceId, Error, Extent, ExtentKind, ExtentList, FileRange, ImageInfo, ImageSource,
-    Input, Loss, OpenOptions, Piece, RandomAccess, RandomInput, Result, SequentialAccess,
+    Access, BufferPool, DeviceId, Doubt, Error, Extent, ExtentKind, ExtentList, FileRange, ImageInfo,
+    ImageSource, Input, Loss, OpenOptions, Piece, RandomAccess, RandomInput, Result, SequentialAccess,
 };
 
 use crate::bytes::Cursor;
@@ -149,6 +149,13 @@ impl ImageSource for VmaSource {
     fn losses(&self) -> Vec<Loss> {
         match &self.body {
             Body::Salvage(salvage) => salvage.losses(),
+            _ => Vec::new(),
+        }
+    }
+
+    fn doubts(&self) -> Vec<Doubt> {
+        match &self.body {
+            Body::Salvage(salvage) => salvage.doubts(),
             _ => Vec::new(),
         }
     }

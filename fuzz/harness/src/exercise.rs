@@ -97,6 +97,7 @@ pub fn image(driver: &str, options: &OpenOptions, input: &dyn Fn() -> Input) {
         whole(&mut *source, &mut salvaged);
         if outcome.error.is_none() && outcome.data_bytes.is_some() && salvaged.data_bytes.is_some() {
             assert!(source.losses().is_empty(), "salvage loses {:?} of a sound image", source.losses());
+            assert!(source.doubts().is_empty(), "salvage doubts a sound image: {:?}", source.doubts());
         }
     }
 }

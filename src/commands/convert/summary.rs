@@ -259,11 +259,15 @@ fn verdict(summary: &Summary<'_>) -> String {
 
 fn say_losses(lost: &[LostRange<'_>]) {
     let bytes: u64 = lost.iter().fold(0, |sum, range| sum.saturating_add(range.length));
-    report::tell(&format!(
-        "{} lost or in doubt in {}; what is lost is zero:",
-        report::exact_size(bytes),
-        count(lost.len(), "range")
-    ));
+    let ranges = lost.iter().filter(|range| range.length > 0).count();
+    report::tell(&match ranges {
+        0 => "nothing is known to be lost, but:".to_owned(),
+        _ => format!(
+            "{} lost or in doubt in {}; what is lost is zero:",
+            report::exact_size(bytes),
+            count(ranges, "range")
+        ),
+    });
     for range in lost {
         let end = range.start.saturating_add(range.length);
         let line = if range.length == 0 {

@@ -210,6 +210,14 @@ fn losses(sources: &[Source], taken: &[Taken]) -> Vec<(String, Loss)> {
                 losses.push((device.name.clone(), loss));
             }
         }
+        // A range of no length: what is in doubt is the device itself.
+        for doubt in source.opened.source.doubts() {
+            let device = taken.iter().find(|taken| taken.source == index && taken.device.id == doubt.device);
+            if let Some(Taken { device, name, .. }) = device {
+                let guest = device.size..device.size;
+                losses.push((name.clone(), Loss { device: device.id, guest, reason: doubt.reason }));
+            }
+        }
     }
     losses
 }
