@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::support::archive::Archive;
 use crate::support::images;
 use crate::support::oracles::{self, require};
-use crate::support::{assert_same_rounded, imgtool, names, snapshot, tempdir, text};
+use crate::support::{assert_same_rounded, fixture, imgtool, names, snapshot, tempdir, text};
 
 /// An archive of two disks, 70 clusters and more, with a configuration.
 fn archive(directory: &Path) -> PathBuf {
@@ -280,4 +280,16 @@ fn compressed_raw_images_can_be_compared() {
     bytes[last] ^= 1;
     std::fs::write(&raw, bytes).unwrap();
     imgtool(["compare", "a.raw.zst", "disk.raw"]).within(dir.path()).go().exits(1);
+}
+
+/// Whichever worker meets it: after an error the others do not ask the stream what is wrong with it now.
+#[test]
+fn a_stream_that_breaks_says_the_same_every_time() {
+    let dir = tempdir();
+    let whole = std::fs::read(fixture("two-disks.vma.zst")).unwrap();
+    std::fs::write(dir.path().join("cut.vma.zst"), &whole[..40_000]).unwrap();
+    let said: std::collections::BTreeSet<String> = (0..80)
+        .map(|_| imgtool(["convert", "cut.vma.zst", "out/"]).within(dir.path()).go().exits(1).stderr)
+        .collect();
+    assert_eq!(said.len(), 1, "{said:?}");
 }

@@ -145,12 +145,13 @@ impl Producer<'_> {
                 if *ended {
                     return Ok(None);
                 }
-                match stream.next_piece(pool)? {
-                    Some(piece) => regroup.push(piece, pool)?,
-                    None => {
-                        *ended = true;
-                        regroup.flush(pool)?;
-                    }
+                // After an error nobody asks a stream again: what it says then is not what was wrong.
+                *ended = true;
+                if let Some(piece) = stream.next_piece(pool)? {
+                    regroup.push(piece, pool)?;
+                    *ended = false;
+                } else {
+                    regroup.flush(pool)?;
                 }
             },
         }
