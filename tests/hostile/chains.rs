@@ -2,6 +2,7 @@
 
 use std::fs::File;
 
+use super::externals::with_parent;
 use super::{Craft, MEMORY, qcow2};
 use crate::support::images::{self, Image};
 use crate::support::oracles::{self, require};
@@ -40,6 +41,44 @@ fn a_chain_as_deep_as_is_followed_fits_on_the_stack_and_one_deeper_is_refused() 
         .exits(1)
         .says("'9.qcow2' leads back to an image of the same chain");
     assert!(!dir.path().join("out.raw").exists());
+}
+
+/// Every image has a BAT of 4 MiB in which something stands, though all of it is the parent's: what each
+/// keeps of its tables must not add up.
+#[test]
+fn the_tables_of_a_long_chain_of_differencing_disks_fit_into_memory() {
+    const IMAGES: usize = 80;
+    const BAT_REGION: [u8; 4] = [0x66, 0x77, 0xc2, 0x2d];
+    let guid = "dddddddd-0000-4000-8000-000000000001";
+    let dir = tempdir();
+    let create = |name: &str| {
+        let (block_size, guid) = ("block_size=1M", format!("data_write_guid={guid}"));
+        imgtool(["create", "-f", "vhdx", "-o", block_size, "-o", &guid, name, "500G"])
+            .within(dir.path())
+            .ok();
+    };
+    create("0.vhdx");
+    let linkage = ("parent_linkage", &*format!("{{{guid}}}"));
+    for number in 1..IMAGES {
+        let name = format!("{number}.vhdx");
+        create(&name);
+        with_parent(dir.path(), &name, &[linkage, ("relative_path", &format!("{}.vhdx", number - 1))]);
+        let path = dir.path().join(&name);
+        let bytes = std::fs::read(&path).unwrap();
+        let entry = bytes.windows(4).position(|window| window == BAT_REGION).unwrap() + 16;
+        let bat = u64::from_le_bytes(bytes[entry..entry + 8].try_into().unwrap());
+        // In each 64 KiB of it one block that is not present, with a place that means nothing then. The
+        // others are zeros.
+        let entries: Vec<u8> = (0..500 << 10)
+            .flat_map(|entry| (1u64 << 20 | if entry % 8192 == 0 { 0 } else { 2 }).to_le_bytes())
+            .collect();
+        let craft = Craft { path: path.clone(), file: File::options().write(true).open(&path).unwrap() };
+        craft.put(bat, &entries);
+    }
+    let top = format!("{}.vhdx", IMAGES - 1);
+    let run = imgtool(["map", "--allow-external", "chain", &top]).within(dir.path()).measured().ok();
+    eprintln!("{} MiB", run.peak_memory >> 20);
+    assert!(run.peak_memory < MEMORY, "{} bytes", run.peak_memory);
 }
 
 #[test]

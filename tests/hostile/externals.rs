@@ -101,7 +101,7 @@ fn what_a_qcow2_image_names_is_not_opened() {
 }
 
 /// Makes a differencing image of a dynamic one: a parent locator with these paths.
-fn with_parent(directory: &Path, file: &str, entries: &[(&str, &str)]) {
+pub(super) fn with_parent(directory: &Path, file: &str, entries: &[(&str, &str)]) {
     const PARENT_LOCATOR: [u8; 16] =
         [0x2d, 0x5f, 0xd3, 0xa8, 0x0b, 0xb3, 0x4d, 0x45, 0xab, 0xf7, 0xd3, 0xd8, 0x48, 0x34, 0xab, 0x0c];
     const LOCATOR_TYPE: [u8; 16] =

@@ -14,7 +14,7 @@ const MAX_CHECKED_MIB: u32 = 1 << 28;
 
 pub(crate) fn check(input: Input) -> Result<CheckReport> {
     let mut report = CheckReport::default();
-    let image = match Image::open(input, UnreadableHeader::Damaged) {
+    let image = match Image::open(input, UnreadableHeader::Damaged, 0) {
         Ok(image) => image,
         Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed) => {
             report.corruption(error.to_string());

@@ -19,12 +19,18 @@ pub(crate) type Page = [u8; LOG_SECTOR as usize];
 
 /// Most memory for replayed pages. Ours: sixty-four times the log of Hyper-V and QEMU (1 MiB).
 const MAX_OVERLAY_PAGES: usize = (64 << 20) / LOG_SECTOR as usize;
+/// Fewest that an image far below in a chain may have: 128 KiB, so that 256 images stay within bounds.
+const MIN_OVERLAY_PAGES: usize = (128 << 10) / LOG_SECTOR as usize;
 /// Most separate zeroed ranges. Ours: far above what a log of 64 MiB would ask for in practice.
 const MAX_ZERO_RANGES: usize = 1 << 20;
 
+const REPLAY: &str = "let Hyper-V or 'qemu-img check -r all' replay the log of a copy first";
+
 /// What the log changes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Overlay {
+    max_pages: usize,
+    max_zeros: usize,
     /// Zeroed ranges, start → end, disjoint.
     zeros: BTreeMap<u64, u64>,
     /// Pages by file offset; they hide zeroed ranges.
@@ -32,6 +38,18 @@ pub(crate) struct Overlay {
 }
 
 impl Overlay {
+    /// No change yet. `depth`: images above this one in a chain. Below another image a log is rare, since
+    /// nothing writes there: its share falls with the square of the depth, and is 1 MiB in the eighth.
+    pub(crate) fn new(depth: usize) -> Self {
+        let share = depth.saturating_add(1).saturating_pow(2);
+        Self {
+            max_pages: (MAX_OVERLAY_PAGES / share).max(MIN_OVERLAY_PAGES),
+            max_zeros: (MAX_ZERO_RANGES / share).max(MIN_OVERLAY_PAGES),
+            zeros: BTreeMap::new(),
+            pages: BTreeMap::new(),
+        }
+    }
+
     /// Zeroes a range; earlier pages in it are gone.
     pub(crate) fn zero(&mut self, range: Range<u64>) -> Result<()> {
         if range.is_empty() {
@@ -49,8 +67,9 @@ impl Overlay {
             end = end.max(other_end);
         }
         self.zeros.insert(start, end);
-        if self.zeros.len() > MAX_ZERO_RANGES {
-            return Err(Error::limit(format!("the log zeroes more than {MAX_ZERO_RANGES} separate ranges")));
+        if self.zeros.len() > self.max_zeros {
+            let most = self.max_zeros;
+            return Err(Error::limit(format!("the log zeroes more than {most} separate ranges")).hint(REPLAY));
         }
         Ok(())
     }
@@ -58,11 +77,9 @@ impl Overlay {
     /// Overwrites a page.
     pub(crate) fn page(&mut self, file_offset: u64, page: Box<Page>) -> Result<()> {
         self.pages.insert(file_offset, page);
-        if self.pages.len() > MAX_OVERLAY_PAGES {
-            return Err(Error::limit(format!(
-                "the log changes more than {MAX_OVERLAY_PAGES} pages of 4 KiB"
-            ))
-            .hint("let Hyper-V or 'qemu-img check -r all' replay the log of a copy first"));
+        if self.pages.len() > self.max_pages {
+            let most = self.max_pages;
+            return Err(Error::limit(format!("the log changes more than {most} pages of 4 KiB")).hint(REPLAY));
         }
         Ok(())
     }
@@ -120,10 +137,11 @@ pub(crate) struct ReplayedFile {
 }
 
 impl ReplayedFile {
-    /// The input changed by `overlay` and at least `least_len` bytes long.
-    pub(crate) fn new(input: RandomInput, overlay: Overlay, least_len: u64) -> Self {
+    /// The input changed by `overlay` and at least `least_len` bytes long. `depth`: images above this one
+    /// in a chain.
+    pub(crate) fn new(input: RandomInput, overlay: Overlay, least_len: u64, depth: usize) -> Self {
         let len = input.len().max(least_len).max(overlay.end());
-        Self { input, overlay, len, cache: PageCache::default() }
+        Self { input, overlay, len, cache: PageCache::new(depth) }
     }
 
     /// Length in bytes.
@@ -223,9 +241,11 @@ impl ReplayedFile {
 
 /// Bytes of a piece of a table (BAT, sector bitmap) that is kept in memory.
 pub(crate) const TABLE_PAGE_LEN: u64 = 64 << 10;
-/// Pages kept: 4 MiB, for each image of a chain. Ours: the BAT of 16 TiB in blocks of 32 MiB, and the
-/// part in use of any image that is read in order.
+/// Pages kept: 4 MiB, divided by the depth for images below others. Ours: the BAT of 16 TiB in blocks of
+/// 32 MiB, and the part in use of any image that is read in order.
 const CACHED_PAGES: usize = 64;
+/// Fewest that are kept: the BAT's and the sector bitmap's.
+const MIN_CACHED_PAGES: usize = 2;
 
 /// A piece of a table.
 #[derive(Clone)]
@@ -266,8 +286,10 @@ impl TablePage {
 }
 
 /// The pages used last.
-#[derive(Default)]
-struct PageCache(Mutex<CacheState>);
+struct PageCache {
+    max_pages: usize,
+    state: Mutex<CacheState>,
+}
 
 #[derive(Default)]
 struct CacheState {
@@ -276,8 +298,13 @@ struct CacheState {
 }
 
 impl PageCache {
+    fn new(depth: usize) -> Self {
+        let max_pages = (CACHED_PAGES / depth.saturating_add(1)).max(MIN_CACHED_PAGES);
+        Self { max_pages, state: Mutex::default() }
+    }
+
     fn get(&self, start: u64) -> Option<TablePage> {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.clock += 1;
         let clock = state.clock;
         let (page, used) = state.pages.get_mut(&start)?;
@@ -286,8 +313,8 @@ impl PageCache {
     }
 
     fn put(&self, page: &TablePage) {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.pages.len() >= CACHED_PAGES {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.pages.len() >= self.max_pages {
             let oldest = state.pages.iter().min_by_key(|(_, (_, used))| *used).map(|(&start, _)| start);
             if let Some(oldest) = oldest {
                 state.pages.remove(&oldest);
@@ -307,8 +334,20 @@ mod tests {
     }
 
     #[test]
+    fn an_image_below_others_may_have_less_log() {
+        for (depth, most) in [(0, 16_384), (1, 4096), (7, 256), (22, 32), (255, 32)] {
+            let mut overlay = Overlay::new(depth);
+            for number in 0..most {
+                overlay.page(number * LOG_SECTOR, page(1)).expect("page");
+            }
+            let error = overlay.page(most * LOG_SECTOR, page(1)).expect_err("one too many");
+            assert!(error.to_string().contains(&format!("more than {most} pages")), "{error}");
+        }
+    }
+
+    #[test]
     fn later_changes_hide_earlier_ones() {
-        let mut overlay = Overlay::default();
+        let mut overlay = Overlay::new(0);
         overlay.page(4096, page(1)).expect("page");
         overlay.page(8192, page(2)).expect("page");
         overlay.zero(0..8192).expect("zero");

@@ -54,14 +54,15 @@ pub(crate) enum UnreadableHeader {
 }
 
 impl Image {
-    /// Reads and checks everything but the BAT.
-    pub(crate) fn open(input: Input, unreadable: UnreadableHeader) -> Result<Self> {
+    /// Reads and checks everything but the BAT. `depth`: images above this one in a chain, which share
+    /// what memory there is for logs and tables.
+    pub(crate) fn open(input: Input, unreadable: UnreadableHeader, depth: usize) -> Result<Self> {
         let input = input.into_random()?;
         let path = input.path().to_owned();
-        Self::open_random(input, unreadable).map_err(|e| e.path(path))
+        Self::open_random(input, unreadable, depth).map_err(|e| e.path(path))
     }
 
-    fn open_random(input: RandomInput, unreadable: UnreadableHeader) -> Result<Self> {
+    fn open_random(input: RandomInput, unreadable: UnreadableHeader, depth: usize) -> Result<Self> {
         let creator = read_identifier(&input)?;
         let [first, second] = HEADER_OFFSETS;
         let headers = [read_header(&input, first, unreadable)?, read_header(&input, second, unreadable)?];
@@ -75,7 +76,7 @@ impl Image {
         if let Some(fault) = header.fault() {
             return Err(Error::malformed(format!("the header {fault}")).at(HEADER_OFFSETS[0]));
         }
-        let (file, replayed) = read_log(input, &header)?;
+        let (file, replayed) = read_log(input, &header, depth)?;
         let Regions { table: regions, faults: region_faults, differ } = read_regions(&file)?;
         check_log_place(&header, &regions)?;
         let (metadata, parent_locator) = read_metadata(&file, &regions.metadata)?;
@@ -169,13 +170,13 @@ fn unreadable(error: &Error) -> String {
     }
 }
 
-fn read_log(input: RandomInput, header: &Header) -> Result<(ReplayedFile, Option<Replayed>)> {
+fn read_log(input: RandomInput, header: &Header, depth: usize) -> Result<(ReplayedFile, Option<Replayed>)> {
     if header.log_guid.is_nil() {
-        return Ok((ReplayedFile::new(input, Overlay::default(), 0), None));
+        return Ok((ReplayedFile::new(input, Overlay::new(depth), 0, depth), None));
     }
-    let Replay { overlay, least_len, entries } = replay(&input, header)?;
+    let Replay { overlay, least_len, entries } = replay(&input, header, depth)?;
     let replayed = Replayed { entries, pages: overlay.page_count() };
-    Ok((ReplayedFile::new(input, overlay, least_len), Some(replayed)))
+    Ok((ReplayedFile::new(input, overlay, least_len, depth), Some(replayed)))
 }
 
 /// What the two copies of the region table say.

@@ -41,11 +41,11 @@ pub(crate) struct Replay {
 }
 
 /// Finds the active sequence of the log that `header` names, and applies it. The header has a log
-/// GUID; its place was checked against the format's rules.
+/// GUID; its place was checked against the format's rules. `depth`: images above this one in a chain.
 ///
 /// # Errors
 /// When there is none or it can't be applied.
-pub(crate) fn replay(input: &RandomInput, header: &Header) -> Result<Replay> {
+pub(crate) fn replay(input: &RandomInput, header: &Header, depth: usize) -> Result<Replay> {
     let at = |error: Error| error.path(input.path()).at(header.log_offset);
     if header.log_version != 0 {
         return Err(at(Error::unsupported(format!(
@@ -72,7 +72,7 @@ pub(crate) fn replay(input: &RandomInput, header: &Header) -> Result<Replay> {
         .hint(NOT_REPLAYABLE)
     })?;
     drop(entries);
-    apply(&ring, &active).map_err(at)
+    apply(&ring, &active, depth).map_err(at)
 }
 
 /// The log as a ring of bytes.
@@ -242,8 +242,8 @@ fn active_sequence(entries: &Entries, log_length: u64) -> Option<Vec<u64>> {
     Some(sequence)
 }
 
-fn apply(ring: &Ring<'_>, sequence: &[u64]) -> Result<Replay> {
-    let mut replay = Replay { overlay: Overlay::default(), least_len: 0, entries: sequence.len() };
+fn apply(ring: &Ring<'_>, sequence: &[u64], depth: usize) -> Result<Replay> {
+    let mut replay = Replay { overlay: Overlay::new(depth), least_len: 0, entries: sequence.len() };
     for position in sequence {
         let mut header = [0; ENTRY_HEADER_LEN as usize];
         ring.read(&mut header, *position)?;

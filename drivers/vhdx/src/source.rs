@@ -23,7 +23,7 @@ const DISK_NAME: &str = "disk";
 
 pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Box<dyn ImageSource>> {
     let unreadable = if options.salvage { UnreadableHeader::Damaged } else { UnreadableHeader::Error };
-    let image = Image::open(input, unreadable)?;
+    let image = Image::open(input, unreadable, options.externals.depth())?;
     let parent = if image.metadata.has_parent && !options.info_only {
         Some(parent::open(&image, options).map_err(|e| e.path(image.file.path()))?)
     } else {

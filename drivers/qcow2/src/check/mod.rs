@@ -26,8 +26,8 @@ const WINDOW_CLUSTERS: u64 = 32 << 20;
 /// a file may be large and empty.
 const CHUNK_CLUSTERS: usize = 4096;
 
-/// Windows that are looked at, with one walk each. Ours: 64 TiB of the smallest clusters that QEMU's
-/// refcount table has room for are 64; only crafted images with far holes have more.
+/// Windows that are looked at, with one walk each. Ours: 64 TiB in clusters of 16 KiB, the smallest for
+/// which an L1 table within QEMU's limit has room, are 128; only crafted images with far holes have more.
 const MAX_WINDOWS: usize = 256;
 
 /// Checks an image.
