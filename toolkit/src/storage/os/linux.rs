@@ -3,13 +3,17 @@
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, IoSlice, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Advice, FallocateFlags, FlockOperation};
 use rustix::io::Errno;
 
-use super::{FileClass, FileId, FileRun, Space};
+use super::{FileClass, FileRun, Space};
+
+mod layers;
+
+pub use layers::{file_identity, file_layers};
 
 /// What kind of file `meta` describes.
 pub fn classify(meta: &Metadata) -> FileClass {
@@ -40,59 +44,6 @@ pub fn file_len(file: &File) -> io::Result<u64> {
 /// Bytes that a file occupies on disk.
 pub fn allocated_len(meta: &Metadata) -> u64 {
     meta.blocks().saturating_mul(512)
-}
-
-/// Identifies a file across names and links: device and inode; for block devices the device it is.
-pub fn file_identity(meta: &Metadata) -> FileId {
-    if meta.file_type().is_block_device() { block_device(meta.rdev()) } else { (meta.dev(), meta.ino()) }
-}
-
-fn block_device(number: u64) -> FileId {
-    (u64::MAX, number)
-}
-
-/// A file or block device, and whatever holds its bytes: the disk of a partition, the parts of a
-/// device-mapper or RAID device, the file behind a loop device; with `file_systems` also the device
-/// that a file's file system is on. The file itself comes first.
-pub fn file_layers(meta: &Metadata, file_systems: bool) -> Vec<FileId> {
-    let mut found = vec![file_identity(meta)];
-    let mut devices = Vec::new();
-    match classify(meta) {
-        FileClass::BlockDevice => devices.push(meta.rdev()),
-        FileClass::Regular if file_systems => devices.push(meta.dev()),
-        _ => {}
-    }
-    while let Some(number) = devices.pop() {
-        if found[1..].contains(&block_device(number)) {
-            continue;
-        }
-        found.push(block_device(number));
-        let known = sys_directory(number);
-        devices.extend(known.join("partition").exists().then(|| device_number(&known.join(".."))).flatten());
-        let parts = std::fs::read_dir(known.join("slaves")).into_iter().flatten().flatten();
-        devices.extend(parts.filter_map(|part| device_number(&part.path())));
-        let backing = std::fs::read_to_string(known.join("loop/backing_file"));
-        if let Ok(meta) = backing.and_then(|path| std::fs::metadata(path.trim_end_matches('\n'))) {
-            found.push(file_identity(&meta));
-            devices.extend(file_systems.then(|| meta.dev()));
-        }
-    }
-    found
-}
-
-/// What the kernel tells about a block device (sysfs, "dev/block").
-fn sys_directory(number: u64) -> PathBuf {
-    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
-    // The link resolved: ".." is the disk then.
-    let link = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
-    std::fs::canonicalize(&link).unwrap_or(link)
-}
-
-/// The number of the device that a directory of sysfs is about.
-fn device_number(directory: &Path) -> Option<u64> {
-    let text = std::fs::read_to_string(directory.join("dev")).ok()?;
-    let (major, minor) = text.trim().split_once(':')?;
-    Some(rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?))
 }
 
 /// statfs(2), magic(5): file systems of other machines, or of programs of which nothing is known.

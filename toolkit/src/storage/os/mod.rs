@@ -36,6 +36,14 @@ pub enum FileClass {
 /// Identifies a file or block device across names and links.
 pub type FileId = (u64, u64);
 
+/// Whether two files, told by what [`file_layers`] says of them, are one, or one holds the other's
+/// bytes: writing to one would change the other. What both rest on does not make them one: two
+/// partitions of a disk share nothing.
+pub fn same_bytes(one: &[FileId], other: &[FileId]) -> bool {
+    let holds = |layers: &[FileId], file: &[FileId]| file.first().is_some_and(|own| layers.contains(own));
+    holds(one, other) || holds(other, one)
+}
+
 /// Space on a file system, bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Space {

@@ -94,18 +94,17 @@ impl Outputs {
 
     /// Refuses what is a source, or another output.
     pub(super) fn check_free(&self, path: &Path, meta: &Metadata, taken: &[Vec<FileId>]) -> Result<()> {
-        let own = os::file_identity(meta);
         let layers = os::file_layers(meta, false);
-        if taken.iter().any(|other| other.contains(&own) || layers.contains(&other[0])) {
+        if taken.iter().any(|other| os::same_bytes(other, &layers)) {
             return Err(Error::usage("two outputs would be this file").path(path));
         }
         for (source, beneath) in &self.protected {
             let source_name = escape_control(&source.to_string_lossy());
-            if beneath[0] == own {
+            if beneath[0] == layers[0] {
                 let text = format!("source and target are the same file ({source_name})");
                 return Err(Error::refused(text).path(path).hint("give the new image another name"));
             }
-            if beneath.contains(&own) || layers.contains(&beneath[0]) {
+            if os::same_bytes(beneath, &layers) {
                 let text = format!("writing to the target would change the source ({source_name})");
                 return Err(Error::refused(text)
                     .path(path)
