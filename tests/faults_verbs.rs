@@ -28,8 +28,12 @@ const WRITING: [(&[&str], &str); 6] = [
 ];
 
 fn sh(directory: &Path, line: &str) -> Output {
-    let mut command = Command::new("bash");
-    command.args(["-c", line]).env("IMGTOOL", PROGRAM).env("SOURCE_DATE_EPOCH", "1790000000");
+    // SIGHUP has its usual effect, also where the tests themselves were started with nohup.
+    let mut command = Command::new("env");
+    command
+        .args(["--default-signal=HUP", "bash", "-c", line])
+        .env("IMGTOOL", PROGRAM)
+        .env("SOURCE_DATE_EPOCH", "1790000000");
     command.current_dir(directory).output().unwrap()
 }
 

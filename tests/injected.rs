@@ -64,34 +64,68 @@ fn sources(directory: &Path) -> Vec<PathBuf> {
     all
 }
 
+/// A conversion between two formats.
+struct Conversion {
+    directory: PathBuf,
+    source: PathBuf,
+    to: &'static str,
+    out: String,
+}
+
+/// From each of the sources in `directory`, which has nothing else, to each of `formats`.
+fn conversions(directory: &Path, formats: &[&'static str]) -> Vec<Conversion> {
+    let sources = sources(directory);
+    let each = sources.iter().flat_map(|source| formats.iter().map(move |to| (source.clone(), *to)));
+    each.map(|(source, to)| Conversion { directory: directory.into(), source, to, out: format!("out.{to}") })
+        .collect()
+}
+
+/// How a conversion with a fault ended.
+struct Ended {
+    code: Option<i32>,
+    /// The calls that were hit.
+    hit: Vec<String>,
+    /// For messages: what was done, and what the program said.
+    what: String,
+}
+
+impl Conversion {
+    /// Runs it with a fault, of calls on one path if there is one. An output is there if the program says
+    /// so, and then it is right; nothing else is left.
+    #[track_caller]
+    fn under(&self, fault: &str, path: Option<&Path>) -> Ended {
+        let line = ["convert", "--threads", "2", text(&self.source), "--to", self.to, &self.out];
+        let (output, hit) = with_fault(&self.directory, fault, path, &line);
+        let code = output.status.code();
+        let what = format!("{fault}: {line:?}: {hit:?}\n{}", String::from_utf8_lossy(&output.stderr));
+        if code == Some(0) {
+            imgtool(["compare", "disk.raw", &self.out]).within(&self.directory).ok();
+            std::fs::remove_file(self.directory.join(&self.out)).unwrap();
+        }
+        assert_eq!(names(&self.directory).len(), FORMATS.len(), "{what}");
+        Ended { code, hit, what }
+    }
+}
+
 #[test]
 fn the_nth_read_or_write_fails_between_any_two_formats() {
     require!("strace");
     let dir = tempdir();
-    let sources = sources(dir.path());
     let mut hits = 0;
-    for source in &sources {
-        for to in FORMATS {
-            let out = format!("out.{to}");
-            let line = ["convert", "--threads", "2", text(source), "--to", to, &out];
-            for nth in [1, 2, 5, 8] {
-                // From then on, as a broken disk does: what is read twice may be read the second time.
-                let reads = format!("pread64,copy_file_range:error=EIO:when={nth}+");
-                let writes = ["ENOSPC", "EIO", "EDQUOT"][nth % 3];
-                let writes = format!("pwrite64,pwritev:error={writes}:when={nth}");
-                for (fault, path, name) in [(reads, Some(&**source), text(source)), (writes, None, &*out)] {
-                    let (output, hit) = with_fault(dir.path(), &fault, path, &line);
-                    let stderr = String::from_utf8_lossy(&output.stderr);
-                    let what = format!("{fault}: {line:?}\n{stderr}");
-                    let hit = !hit.is_empty();
-                    match (hit, output.status.code()) {
-                        (true, Some(1)) => assert!(stderr.contains(name), "names no file: {what}"),
-                        (false, Some(0)) => std::fs::remove_file(dir.path().join(&out)).unwrap(),
-                        other => panic!("{other:?}: {what}"),
-                    }
-                    hits += usize::from(hit);
-                    assert_eq!(names(dir.path()).len(), sources.len(), "{what}");
-                }
+    for conversion in conversions(dir.path(), &FORMATS) {
+        let source = Some(&*conversion.source);
+        for nth in [1, 2, 5, 8] {
+            // From then on, as a broken disk does: what is read twice may be read the second time.
+            let reads = format!("pread64,copy_file_range:error=EIO:when={nth}+");
+            let writes = ["ENOSPC", "EIO", "EDQUOT"][nth % 3];
+            let writes = format!("pwrite64,pwritev:error={writes}:when={nth}");
+            for (fault, path, name) in
+                [(reads, source, text(&conversion.source)), (writes, None, &conversion.out)]
+            {
+                let Ended { code, hit, what } = conversion.under(&fault, path);
+                assert_eq!(code, Some(i32::from(!hit.is_empty())), "{what}");
+                assert!(hit.is_empty() || what.contains(&format!("{name}:")), "names no file: {what}");
+                hits += usize::from(!hit.is_empty());
             }
         }
     }
@@ -106,35 +140,25 @@ const SPARE_READS: [&str; 2] = [", 65536, 196608)", ", 65536, 262144)"];
 fn a_read_that_fails_once_is_an_error_unless_it_was_spare() {
     require!("strace");
     let dir = tempdir();
-    let sources = sources(dir.path());
     let (mut errors, mut spare) = (0, 0);
-    for source in &sources {
-        for to in ["raw", "vma"] {
-            let out = format!("out.{to}");
-            let line = ["convert", "--threads", "2", text(source), "--to", to, &out];
-            for nth in 1..100 {
-                let fault = format!("pread64,copy_file_range:error=EIO:when={nth}");
-                let (output, hit) = with_fault(dir.path(), &fault, Some(source), &line);
-                let what = format!("{fault}: {line:?}: {hit:?}\n{}", String::from_utf8_lossy(&output.stderr));
-                let [hit] = hit.as_slice() else {
-                    assert_eq!(output.status.code(), Some(0), "{what}");
-                    std::fs::remove_file(dir.path().join(&out)).unwrap();
-                    break;
-                };
-                match output.status.code() {
-                    Some(1) => {
-                        assert!(what.contains(text(source)), "{what}");
-                        errors += 1;
-                    }
-                    Some(0) if source.ends_with("disk.vhdx") => {
-                        assert!(SPARE_READS.iter().any(|read| hit.contains(read)), "{what}");
-                        imgtool(["compare", "disk.raw", &out]).within(dir.path()).ok();
-                        std::fs::remove_file(dir.path().join(&out)).unwrap();
-                        spare += 1;
-                    }
-                    other => panic!("{other:?}: {what}"),
+    for conversion in conversions(dir.path(), &["raw", "vma"]) {
+        for nth in 1..100 {
+            let fault = format!("pread64,copy_file_range:error=EIO:when={nth}");
+            let Ended { code, hit, what } = conversion.under(&fault, Some(&conversion.source));
+            let [hit] = hit.as_slice() else {
+                assert_eq!(code, Some(0), "{what}");
+                break;
+            };
+            match code {
+                Some(1) => {
+                    assert!(what.contains(&format!("{}:", text(&conversion.source))), "{what}");
+                    errors += 1;
                 }
-                assert_eq!(names(dir.path()).len(), sources.len(), "{what}");
+                Some(0) if conversion.source.ends_with("disk.vhdx") => {
+                    assert!(SPARE_READS.iter().any(|read| hit.contains(read)), "{what}");
+                    spare += 1;
+                }
+                other => panic!("{other:?}: {what}"),
             }
         }
     }
@@ -146,35 +170,23 @@ fn a_read_that_fails_once_is_an_error_unless_it_was_spare() {
 fn calls_that_are_interrupted_or_slow_change_nothing_and_those_that_do_nothing_are_errors() {
     require!("strace");
     let dir = tempdir();
-    let sources = sources(dir.path());
     let mut hits = 0;
-    for source in &sources {
-        for to in FORMATS {
-            let out = format!("out.{to}");
-            let line = ["convert", "--threads", "2", text(source), "--to", to, &out];
-            // Reads of the source alone: the loader of the program reads, too.
-            let from = Some(&**source);
-            for (fault, path, code) in [
-                ("pread64,copy_file_range:error=EINTR:when=2", from, 0),
-                ("pread64,copy_file_range:error=EINTR:when=5", from, 0),
-                ("pread64,copy_file_range:delay_enter=20000:when=1+2", from, 0),
-                ("pwrite64,pwritev:error=EINTR:when=1", None, 0),
-                ("pwrite64,pwritev:delay_enter=20000:when=1+2", None, 0),
-                // Nothing was read: the file ends there. Nothing was written.
-                ("pread64:retval=0:when=2", from, 1),
-                ("pwrite64,pwritev:retval=0:when=1", None, 1),
-            ] {
-                let (output, hit) = with_fault(dir.path(), fault, path, &line);
-                let what = format!("{fault}: {line:?}: {hit:?}\n{}", String::from_utf8_lossy(&output.stderr));
-                let code = if hit.is_empty() { 0 } else { code };
-                assert_eq!(output.status.code(), Some(code), "{what}");
-                if code == 0 {
-                    imgtool(["compare", "disk.raw", &out]).within(dir.path()).ok();
-                    std::fs::remove_file(dir.path().join(&out)).unwrap();
-                }
-                assert_eq!(names(dir.path()).len(), sources.len(), "{what}");
-                hits += hit.len();
-            }
+    for conversion in conversions(dir.path(), &FORMATS) {
+        // Reads of the source alone: the loader of the program reads, too.
+        let from = Some(&*conversion.source);
+        for (fault, path, code) in [
+            ("pread64,copy_file_range:error=EINTR:when=2", from, 0),
+            ("pread64,copy_file_range:error=EINTR:when=5", from, 0),
+            ("pread64,copy_file_range:delay_enter=20000:when=1+2", from, 0),
+            ("pwrite64,pwritev:error=EINTR:when=1", None, 0),
+            ("pwrite64,pwritev:delay_enter=20000:when=1+2", None, 0),
+            // Nothing was read: the file ends there. Nothing was written.
+            ("pread64:retval=0:when=2", from, 1),
+            ("pwrite64,pwritev:retval=0:when=1", None, 1),
+        ] {
+            let Ended { code: ended, hit, what } = conversion.under(fault, path);
+            assert_eq!(ended, Some(if hit.is_empty() { 0 } else { code }), "{what}");
+            hits += hit.len();
         }
     }
     eprintln!("{hits} calls hit");

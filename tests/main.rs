@@ -32,6 +32,7 @@ mod real;
 mod recipes;
 mod refusals;
 mod same_file;
+mod shaky;
 mod sharing;
 mod sparse_size;
 mod streams;

@@ -6,6 +6,7 @@ pub mod images;
 pub mod manifest;
 pub mod oracles;
 pub mod run;
+pub mod shaky;
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -112,14 +112,19 @@ impl Run {
 
     /// Ends it when it has used this much processor time: unlike that of the clock, it does not depend
     /// on what else the machine does. Comes last of what is set.
-    pub fn cpu_limit(mut self, seconds: u32) -> Self {
-        let mut limited = Command::new("prlimit");
-        limited.arg(format!("--cpu={seconds}")).arg(PROGRAM).args(self.command.get_args());
-        limited.envs(self.command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    pub fn cpu_limit(self, seconds: u32) -> Self {
+        self.through("prlimit", &format!("--cpu={seconds}"))
+    }
+
+    /// Runs it with the help of a program that becomes it: `helper argument PROGRAM …`.
+    fn through(mut self, helper: &str, argument: &str) -> Self {
+        let mut command = Command::new(helper);
+        command.arg(argument).arg(self.command.get_program()).args(self.command.get_args());
+        command.envs(self.command.get_envs().filter_map(|(name, value)| Some((name, value?))));
         if let Some(directory) = self.command.get_current_dir() {
-            limited.current_dir(directory);
+            command.current_dir(directory);
         }
-        self.command = limited;
+        self.command = command;
         self
     }
 
@@ -161,9 +166,17 @@ impl Run {
         Outcome { command: name, status, stdout: out.join().expect("stdout"), stderr, peak_memory }
     }
 
-    /// Starts it with a pipe as standard input that the caller feeds; output is dropped.
-    pub fn start(mut self) -> Child {
-        self.command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    /// Starts it with a pipe as standard input that the caller feeds; output is dropped. SIGHUP has its
+    /// usual effect, also where the tests themselves were started with nohup.
+    pub fn start(self) -> Child {
+        let mut run = self.through("env", "--default-signal=HUP");
+        run.command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        run.command.spawn().expect("spawn")
+    }
+
+    /// The same, with a pipe as standard output, too.
+    pub fn start_piped(mut self) -> Child {
+        self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         self.command.spawn().expect("spawn")
     }
 }

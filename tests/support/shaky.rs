@@ -1,0 +1,372 @@
+//! A file system in memory, mounted through FUSE, whose n-th read or write fails, is served in part or
+//! takes its time: what no disk does on demand.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    BackgroundSession, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
+    Generation, INodeNo, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, TimeOrNow, WriteFlags,
+};
+
+use super::devices::may_administer;
+use super::oracles;
+
+/// What happens to a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// EIO for reads, ENOSPC for writes.
+    Fails,
+    /// About half of it is served, an odd number of bytes.
+    Short,
+    /// Up to 4 KiB of it are served, an odd number of bytes.
+    VeryShort,
+    /// It takes 20 ms.
+    Slow,
+}
+
+/// Which calls are hit, the first being 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum When {
+    /// This one alone.
+    Nth(u64),
+    /// This one and all that follow.
+    From(u64),
+    /// All of them.
+    Always,
+}
+
+/// What happens to reads, or to writes.
+#[derive(Default)]
+struct Calls {
+    plan: Option<(Fault, When)>,
+    count: u64,
+    hits: u64,
+}
+
+impl Calls {
+    fn strike(&mut self) -> Option<Fault> {
+        self.count += 1;
+        let (fault, when) = self.plan?;
+        let is_hit = match when {
+            When::Nth(nth) => self.count == nth,
+            When::From(nth) => self.count >= nth,
+            When::Always => true,
+        };
+        self.hits += u64::from(is_hit);
+        is_hit.then_some(fault)
+    }
+}
+
+#[derive(Default)]
+struct State {
+    /// By number of the inode.
+    files: BTreeMap<u64, Vec<u8>>,
+    names: BTreeMap<String, u64>,
+    last: u64,
+    reads: Calls,
+    writes: Calls,
+}
+
+impl State {
+    fn make(&mut self, name: &str, bytes: Vec<u8>) -> u64 {
+        // 1 is the directory.
+        self.last += 1;
+        let number = self.last + 1;
+        self.files.insert(number, bytes);
+        self.names.insert(name.to_owned(), number);
+        number
+    }
+
+    fn attributes(&self, number: u64) -> Option<FileAttr> {
+        let bytes = if number == INodeNo::ROOT.0 { None } else { Some(self.files.get(&number)?) };
+        let size = bytes.map_or(0, |bytes| bytes.len() as u64);
+        let time = SystemTime::UNIX_EPOCH;
+        Some(FileAttr {
+            ino: INodeNo(number),
+            size,
+            blocks: size.div_ceil(512),
+            atime: time,
+            mtime: time,
+            ctime: time,
+            crtime: time,
+            kind: if bytes.is_some() { FileType::RegularFile } else { FileType::Directory },
+            perm: if bytes.is_some() { 0o644 } else { 0o755 },
+            nlink: 1,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            blksize: 4096,
+            flags: 0,
+        })
+    }
+}
+
+/// How many bytes of `len` a call that was hit serves.
+fn served(fault: Option<Fault>, len: usize) -> usize {
+    match fault {
+        Some(Fault::Short) if len > 1 => (len / 2) | 1,
+        Some(Fault::VeryShort) if len > 1 => ((len / 2).clamp(1, 4096) - 1) | 1,
+        _ => len,
+    }
+}
+
+/// Nothing is kept by the kernel.
+const TTL: Duration = Duration::ZERO;
+
+/// The mounted file system. It has one directory.
+pub struct Shaky {
+    state: Arc<Mutex<State>>,
+    directory: tempfile::TempDir,
+    session: Option<BackgroundSession>,
+}
+
+impl Shaky {
+    /// Mounts an empty one, if this user may.
+    pub fn mount() -> Option<Self> {
+        let directory = super::tempdir();
+        let state = Arc::new(Mutex::new(State::default()));
+        let served = Served(Arc::clone(&state));
+        match fuser::spawn_mount(served, directory.path(), &Config::default()) {
+            Ok(session) => Some(Self { state, directory, session: Some(session) }),
+            Err(e) => {
+                let wanted =
+                    std::env::var_os("CI").is_some() && may_administer() && Path::new("/dev/fuse").exists();
+                assert!(!wanted, "FUSE: {e}");
+                oracles::skip("this user may not mount a file system of its own (FUSE)");
+                None
+            }
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// The path of a name in it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Puts a file there.
+    pub fn put(&self, name: &str, bytes: Vec<u8>) {
+        self.state().make(name, bytes);
+    }
+
+    /// Takes a file away.
+    pub fn take(&self, name: &str) -> Option<Vec<u8>> {
+        let mut state = self.state();
+        let number = state.names.remove(name)?;
+        state.files.remove(&number)
+    }
+
+    /// The names in it.
+    pub fn names(&self) -> Vec<String> {
+        self.state().names.keys().cloned().collect()
+    }
+
+    /// From now on reads, and writes, are hit like this. Counting begins anew.
+    pub fn plan(&self, reads: Option<(Fault, When)>, writes: Option<(Fault, When)>) {
+        let mut state = self.state();
+        state.reads = Calls { plan: reads, ..Calls::default() };
+        state.writes = Calls { plan: writes, ..Calls::default() };
+    }
+
+    /// Reads and writes that were hit.
+    pub fn hits(&self) -> u64 {
+        let state = self.state();
+        state.reads.hits + state.writes.hits
+    }
+}
+
+impl Drop for Shaky {
+    fn drop(&mut self) {
+        // Before its directory is removed. If it can't be, that fails too, and says so.
+        let _ = self.session.take().map(BackgroundSession::umount_and_join);
+    }
+}
+
+/// What the kernel asks.
+struct Served(Arc<Mutex<State>>);
+
+impl Served {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap()
+    }
+}
+
+fn text(name: &OsStr) -> &str {
+    name.to_str().unwrap_or("?")
+}
+
+impl Filesystem for Served {
+    fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let state = self.state();
+        match state.names.get(text(name)).and_then(|number| state.attributes(*number)) {
+            Some(attributes) => reply.entry(&TTL, &attributes, Generation(0)),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        match self.state().attributes(inode.0) {
+            Some(attributes) => reply.attr(&TTL, &attributes),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn setattr(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        _mode: Option<u32>,
+        _uid: Option<u32>,
+        _gid: Option<u32>,
+        size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        _mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let mut state = self.state();
+        if let (Some(size), Some(bytes)) = (size, state.files.get_mut(&inode.0)) {
+            bytes.resize(size as usize, 0);
+        }
+        match state.attributes(inode.0) {
+            Some(attributes) => reply.attr(&TTL, &attributes),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn create(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let mut state = self.state();
+        let number = state.make(text(name), Vec::new());
+        let attributes = state.attributes(number).expect("it was just made");
+        reply.created(&TTL, &attributes, Generation(0), FileHandle(0), FopenFlags::FOPEN_DIRECT_IO);
+    }
+
+    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        // Direct: what a call serves is what the program sees.
+        reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO);
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let fault = self.state().reads.strike();
+        match fault {
+            Some(Fault::Fails) => return reply.error(Errno::EIO),
+            Some(Fault::Slow) => std::thread::sleep(Duration::from_millis(20)),
+            _ => {}
+        }
+        let state = self.state();
+        let Some(bytes) = state.files.get(&inode.0) else { return reply.error(Errno::ENOENT) };
+        let rest = &bytes[(offset as usize).min(bytes.len())..];
+        let len = rest.len().min(size as usize);
+        reply.data(&rest[..served(fault, len)]);
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let fault = self.state().writes.strike();
+        match fault {
+            Some(Fault::Fails) => return reply.error(Errno::ENOSPC),
+            Some(Fault::Slow) => std::thread::sleep(Duration::from_millis(20)),
+            _ => {}
+        }
+        let data = &data[..served(fault, data.len())];
+        let mut state = self.state();
+        let Some(bytes) = state.files.get_mut(&inode.0) else { return reply.error(Errno::ENOENT) };
+        let start = offset as usize;
+        bytes.resize(bytes.len().max(start + data.len()), 0);
+        bytes[start..start + data.len()].copy_from_slice(data);
+        reply.written(data.len() as u32);
+    }
+
+    fn rename(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        from: &OsStr,
+        _: INodeNo,
+        to: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let mut state = self.state();
+        let (from, to) = (text(from), text(to));
+        if flags.contains(RenameFlags::RENAME_NOREPLACE) && state.names.contains_key(to) {
+            return reply.error(Errno::EEXIST);
+        }
+        let Some(number) = state.names.remove(from) else { return reply.error(Errno::ENOENT) };
+        if let Some(replaced) = state.names.insert(to.to_owned(), number) {
+            state.files.remove(&replaced);
+        }
+        reply.ok();
+    }
+
+    fn unlink(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let mut state = self.state();
+        let Some(number) = state.names.remove(text(name)) else { return reply.error(Errno::ENOENT) };
+        state.files.remove(&number);
+        reply.ok();
+    }
+
+    fn readdir(&self, _: &Request, _: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let state = self.state();
+        for (place, (name, number)) in state.names.iter().enumerate().skip(offset as usize) {
+            if reply.add(INodeNo(*number), place as u64 + 1, FileType::RegularFile, name) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        reply.ok();
+    }
+}
