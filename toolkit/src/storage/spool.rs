@@ -23,7 +23,7 @@ pub(super) fn spool(mut stream: Stream, limit: u64) -> Result<File> {
             .hint("set TMPDIR to a directory with enough space, or decompress the image first")
     };
     let file = tempfile::tempfile().map_err(failed)?;
-    let mut chunk = vec![0; CHUNK];
+    let mut chunk = BufferPool::new().take(CHUNK);
     let mut position = 0u64;
     loop {
         let len = stream.read_full(&mut chunk)?;
