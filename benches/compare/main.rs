@@ -7,13 +7,16 @@
 //! --rounds N     rounds behind the one that warms up (default 7)
 //! --only TEXT    only conversions whose name contains TEXT (repeatable)
 //! --tree DIR     whose files fill the file system of the main image (repeatable)
-//! --json FILE    every sample, for later comparison
+//! --json FILE    every sample, for later comparison; written behind each conversion
+//! --write-floor IMAGE TARGET
+//!                only the writing: what of IMAGE is data, to the same places of TARGET
 //! ```
 //!
 //! A round runs our command and the peers' in turn. On a disk every command ends with a flush of
 //! what it wrote, ours by itself. A run during which something else took much of the machine is
 //! repeated. A peer that is not installed, or can't do it here, is named as skipped.
 
+mod floor;
 mod images;
 mod measure;
 mod report;
@@ -35,6 +38,18 @@ struct Options {
 }
 
 fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().collect();
+    if let [_, flag, image, target] = &args[..]
+        && flag == "--write-floor"
+    {
+        return match floor::write(image.as_ref(), target.as_ref()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("compare: {error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let options = match parse_options() {
         Ok(options) => options,
         Err(message) => {
@@ -98,31 +113,26 @@ fn run(options: Options) -> Result<(), String> {
         let runs = measure_row(row, &images, options.rounds, !is_memory)?;
         report::print_row(row, &runs);
         results.push(report::to_json(row, &runs));
+        if let Some(path) = &options.json {
+            report::write_json(path, dir.path(), options.rounds, &results)?;
+        }
         let needed = |input: &String| rows[index + 1..].iter().any(|row| row.inputs.contains(input));
         // What others are made of stays.
         for input in row.inputs.iter().filter(|input| *input != "a.raw" && !needed(input)) {
             images.remove(input)?;
         }
     }
-    if let Some(path) = &options.json {
-        let whole = serde_json::json!({
-            "machine": report::machine(),
-            "file-system": report::file_system(dir.path()),
-            "rounds": options.rounds,
-            "rows": results,
-        });
-        let text = serde_json::to_string_pretty(&whole).map_err(|e| e.to_string())?;
-        std::fs::write(path, text + "\n").map_err(|e| format!("{}: {e}", path.display()))?;
-    }
     Ok(())
 }
 
 fn measure_row(row: &Row, images: &Images, rounds: usize, flush: bool) -> Result<Vec<Run>, String> {
+    let this = std::env::current_exe().map_err(|e| e.to_string())?;
     let ours = row.ours.replace("{i}", env!("CARGO_BIN_EXE_imgtool"));
     let mut runs = vec![Run::new("imgtool", ours, false)];
     for peer in &row.peers {
-        let flushed = format!("{} && find . -name 'out*' -type f -exec sync {{}} +", peer.command);
-        let command = if flush { flushed } else { peer.command.clone() };
+        let plain = peer.command.replace("{b}", &this.display().to_string());
+        let flushed = format!("{plain} && find . -name 'out*' -type f -exec sync {{}} +");
+        let command = if flush { flushed } else { plain };
         runs.push(Run::new(peer.name, command, peer.is_floor));
     }
     for run in &mut runs {

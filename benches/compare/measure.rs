@@ -9,6 +9,10 @@ use std::time::Instant;
 const DISTURBED: f64 = 0.15;
 const REPEATS: usize = 2;
 
+/// Seconds after which nobody waits for a run any longer: several times what the slowest of these
+/// conversions takes.
+const LONGEST: &str = "90";
+
 /// What one run took.
 #[derive(Debug, Clone, Copy)]
 pub struct Sample {
@@ -82,13 +86,18 @@ impl Run {
         let output = Command::new("/usr/bin/time")
             .args(["-f", "%U %S %M", "-o"])
             .arg(&report)
-            .args(["sh", "-c", &self.command])
+            .args(["timeout", LONGEST, "sh", "-c", &self.command])
             .current_dir(dir)
             .stdin(Stdio::null())
             .output()
             .map_err(|e| format!("/usr/bin/time (package time): {e}"))?;
         let wall = started.elapsed().as_secs_f64();
         let busy = busy_seconds() - busy;
+        // What timeout(1) says of a command that it ended.
+        if output.status.code() == Some(124) {
+            clear(dir)?;
+            return Err(format!("takes longer than {LONGEST} s"));
+        }
         if !output.status.success() {
             let error = String::from_utf8_lossy(&output.stderr);
             let _ = clear(dir);
@@ -125,6 +134,12 @@ impl Run {
         (walls.clone().fold(f64::INFINITY, f64::min), walls.fold(0.0, f64::max))
     }
 
+    /// The command without this machine's paths.
+    fn named_command(&self) -> String {
+        let this = std::env::current_exe().map(|path| path.display().to_string()).unwrap_or_default();
+        self.command.replace(env!("CARGO_BIN_EXE_imgtool"), "imgtool").replace(&this, "compare")
+    }
+
     pub fn to_json(&self) -> serde_json::Value {
         let json = |s: &Sample| {
             serde_json::json!({
@@ -134,7 +149,7 @@ impl Run {
         let samples: Vec<_> = self.samples.iter().map(json).collect();
         serde_json::json!({
             "program": self.program,
-            "command": self.command.replace(env!("CARGO_BIN_EXE_imgtool"), "imgtool"),
+            "command": self.named_command(),
             "skipped": self.skipped,
             "samples": samples,
         })

@@ -74,6 +74,18 @@ pub fn print_row(row: &Row, runs: &[Run]) {
     }
 }
 
+/// Writes what was measured so far.
+pub fn write_json(path: &Path, dir: &Path, rounds: usize, rows: &[Value]) -> Result<(), String> {
+    let whole = json!({
+        "machine": machine(),
+        "file-system": file_system(dir),
+        "rounds": rounds,
+        "rows": rows,
+    });
+    let text = serde_json::to_string_pretty(&whole).map_err(|e| e.to_string())?;
+    std::fs::write(path, text + "\n").map_err(|e| format!("{}: {e}", path.display()))
+}
+
 pub fn to_json(row: &Row, runs: &[Run]) -> Value {
     json!({
         "conversion": row.name,

@@ -16,7 +16,7 @@ pub struct Row {
 pub struct Peer {
     pub name: &'static str,
     pub command: String,
-    /// Not the same work: the floor that stands beside it.
+    /// Not the same work: the floor that stands beside it. `{b}` in a command is this benchmark.
     pub is_floor: bool,
 }
 
@@ -65,6 +65,10 @@ fn plain() -> Vec<Row> {
         pair("sparse 1 TiB raw → qcow2", "raw", "qcow2", "sparse.raw", 1.2),
     ];
     rows[0].peers.push(floor("cp --sparse=auto", "cp --sparse=auto a.raw out"));
+    for index in [0, 1, 3] {
+        rows[index].peers.push(floor("floor: only writing", "{b} --write-floor a.raw out"));
+        rows[index].inputs.push("a.raw".into());
+    }
     let reflink = peer("cp --reflink=always", "cp --reflink=always a.raw out");
     rows.push(row("raw → raw, shared blocks", "a.raw", "-f raw -O raw a.raw out", vec![reflink], Some(0.8)));
     rows

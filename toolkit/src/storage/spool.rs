@@ -9,6 +9,7 @@ use std::io::{self, IoSlice};
 
 use super::input::Stream;
 use super::os;
+use crate::buffer::BufferPool;
 use crate::error::{Error, Result};
 use crate::zero;
 
