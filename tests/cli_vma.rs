@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::support::archive::Archive;
 use crate::support::images::{self, Image};
 use crate::support::run::PROGRAM;
-use crate::support::{fixture, imgtool, names, sha256_file, tempdir};
+use crate::support::{fixture, imgtool, names, sha256_file, snapshot, tempdir};
 
 const SCSI: &str = "2eb0f4945306c46775684ae3e6b0f9c401fea1cbfb4ff3c2d6cbe6b8745326f3";
 const EFI: &str = "a0fd2cf34e841d0d1e7f30367fc2b547c952d35ae30d9003b2890c10b61d82c9";
@@ -291,8 +291,10 @@ fn called_vma_it_is_the_vma_program() {
     let list = run(&["list", archive]);
     assert!(list.status.success());
     assert_eq!(without_time(&String::from_utf8(list.stdout).unwrap()), LIST);
+    let before = snapshot(dir.path());
     for args in [&[][..], &["-h"], &["list"], &["nonsense"], &["list", "a", "b"], &["list", "-x", "a"]] {
         let wrong = run(args);
+        assert_eq!(snapshot(dir.path()), before, "{args:?}");
         assert_eq!(wrong.status.code(), Some(1), "{args:?}");
         assert!(wrong.stdout.starts_with(b"usage: vma "), "{args:?}");
     }

@@ -1,13 +1,16 @@
 //! What goes wrong while other verbs than `convert` write, and around the directory and the target.
 
+use std::io::Write;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+use crate::faults::{ends, kill};
 use crate::support::images::{self, Image};
 use crate::support::oracles::require;
 use crate::support::run::PROGRAM;
-use crate::support::{assert_same, imgtool, names, snapshot, tempdir};
+use crate::support::{assert_same, imgtool, names, snapshot, tempdir, text};
 
 /// A disk of 8 MiB as `disk.raw`, and an archive of it, `disk.vma`.
 fn with_disk() -> tempfile::TempDir {
@@ -28,10 +31,10 @@ const WRITING: [(&[&str], &str); 6] = [
 ];
 
 fn sh(directory: &Path, line: &str) -> Output {
-    // SIGHUP has its usual effect, also where the tests themselves were started with nohup.
+    // Signals have their usual effect, also where the tests were started with nohup or in the background.
     let mut command = Command::new("env");
     command
-        .args(["--default-signal=HUP", "bash", "-c", line])
+        .args(["--default-signal=HUP,INT", "bash", "-c", line])
         .env("IMGTOOL", PROGRAM)
         .env("SOURCE_DATE_EPOCH", "1790000000");
     command.current_dir(directory).output().unwrap()
@@ -86,6 +89,44 @@ fn a_signal_while_any_verb_writes_or_flushes_leaves_all_or_nothing() {
         }
     }
     assert!(interrupted > 0, "no signal came in time");
+}
+
+/// What a verb that only reads keeps for itself (an image in a pipe is copied) goes with it.
+#[test]
+fn a_signal_ends_every_verb_that_only_reads() {
+    let dir = with_disk();
+    imgtool(["convert", "disk.raw", "disk.qcow2"]).within(dir.path()).ok();
+    imgtool(["create", "-f", "qcow2", "huge.qcow2", "64T"]).within(dir.path()).ok();
+    let bytes = std::fs::read(dir.path().join("disk.qcow2")).unwrap();
+    let before = snapshot(dir.path());
+    let lines: [&[&str]; 8] = [
+        &["info", "-"],
+        &["check", "-"],
+        &["map", "-"],
+        &["measure", "--to", "qcow2", "-"],
+        &["checksum", "-"],
+        &["compare", "-", "disk.raw"],
+        // Hashing all those zeros takes days.
+        &["checksum", "huge.qcow2"],
+        &["vma", "verify", "-"],
+    ];
+    for (number, line) in lines.into_iter().enumerate() {
+        let signal = ["-INT", "-TERM", "-HUP"][number % 3];
+        let temporary = tempdir();
+        let run = imgtool(line).within(dir.path()).env("TMPDIR", text(temporary.path()));
+        let mut child = run.start();
+        if line.contains(&"-") && line[0] != "vma" {
+            // More than a pipe holds: it is read, and the rest waited for.
+            child.stdin.as_mut().unwrap().write_all(&bytes[..bytes.len() / 2]).unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(child.try_wait().unwrap().is_none(), "{line:?} did not wait");
+        kill(&child, signal);
+        let status = ends(child, signal);
+        assert!(status.code() == Some(1) || status.signal().is_some(), "{line:?}: {status}");
+        assert!(names(temporary.path()).is_empty(), "{line:?}");
+        assert_eq!(snapshot(dir.path()), before, "{line:?}");
+    }
 }
 
 #[test]

@@ -247,6 +247,7 @@ fn a_pipe_that_nobody_reads_is_an_error_without_noise() {
     let output = std::process::Command::new("bash").args(["-c", &command]).output().unwrap();
     assert_ne!(output.status.code(), Some(0), "not every byte arrived");
     assert!(!String::from_utf8_lossy(&output.stderr).contains("panicked"), "{output:?}");
+    assert_eq!(crate::support::names(dir.path()), ["x.raw"]);
 }
 
 #[test]

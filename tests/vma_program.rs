@@ -188,7 +188,8 @@ fn a_command_that_stops_reading_or_fails_is_an_error() {
     let create = |command: &str| imgtool(["vma", "create", command, "d.raw"]).within(dir.path()).go();
     create("exec:cat > ok.vma").exits(0);
     vma(dir.path(), "verify ok.vma").exits(0);
-    create("exec:cat > bad.vma; exit 3").exits(1).says("exit status: 3");
+    // What the command writes is its own.
+    create("exec:cat > bad.vma; exit 3").ends_with(1).says("exit status: 3");
     create("exec:head -c 100 > /dev/null").exits(1).says("Broken pipe");
     create("exec:kill -9 $$").exits(1);
     create("exec:nosuchcommand-x").exits(1).says("exit status: 127");

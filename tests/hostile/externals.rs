@@ -1,13 +1,13 @@
 //! What an image names outside itself is not opened, whatever the name; strace sees all that is.
 
 use std::path::Path;
-use std::process::Command;
 
 use super::{clear, every_verb, qcow2};
-use crate::support::images;
+use crate::support::archive::Archive;
+use crate::support::images::{self, Image};
 use crate::support::oracles::require;
-use crate::support::run::PROGRAM;
-use crate::support::{imgtool, snapshot, tempdir, text};
+use crate::support::trace::opened_outside;
+use crate::support::{imgtool, names, snapshot, tempdir, text};
 
 /// A file outside, and names by which an image may ask for it.
 fn secret_names(secret: &Path, from: &Path) -> Vec<String> {
@@ -27,30 +27,13 @@ fn secret_names(secret: &Path, from: &Path) -> Vec<String> {
     ]
 }
 
-/// Runs every verb on `file` under strace: none opens what `forbidden` accepts.
+/// Runs every verb on `file` under strace: nothing outside of the directory is opened, by whatever name.
 #[track_caller]
-fn opens_nothing(directory: &Path, file: &str, extra: &[&str], forbidden: impl Fn(&str) -> bool) {
+fn opens_nothing(directory: &Path, file: &str, extra: &[&str]) {
     for mut line in every_verb(file, true) {
         line.extend(extra);
-        let log = tempfile::NamedTempFile::new().unwrap();
-        Command::new("strace")
-            .args([
-                "-f",
-                "-y",
-                "-e",
-                "trace=open,openat,openat2,creat,connect,execve",
-                "-o",
-                text(log.path()),
-                PROGRAM,
-            ])
-            .args(&line)
-            .current_dir(directory)
-            .output()
-            .unwrap();
-        let trace = std::fs::read_to_string(log.path()).unwrap();
-        assert!(trace.contains(file), "{line:?}: {trace}");
-        let opened = trace.lines().find(|call| forbidden(call));
-        assert!(opened.is_none(), "{line:?}: {opened:?}");
+        let opened = opened_outside(directory, &line);
+        assert!(opened.is_empty(), "{line:?}: {opened:?}");
         if directory.join("out").exists() {
             clear(&directory.join("out"));
         }
@@ -64,11 +47,6 @@ fn what_a_qcow2_image_names_is_not_opened() {
     let secret = outside.path().join("secret");
     std::fs::write(&secret, images::noise(3, 1 << 20)).unwrap();
     std::os::unix::fs::symlink(&secret, dir.path().join("link")).unwrap();
-    let is_secret = |call: &str| {
-        ["secret", "environ", "/dev/zero", "\"link\"", "/link\"", "connect("]
-            .iter()
-            .any(|word| call.contains(word))
-    };
     for (number, name) in secret_names(&secret, dir.path()).iter().enumerate() {
         for format in ["", "raw", "qcow2", "nbd"] {
             let file = format!("backing{number}{format}.qcow2");
@@ -83,7 +61,7 @@ fn what_a_qcow2_image_names_is_not_opened() {
             if format == "raw" {
                 // `chain` allows files of the image's own directory: links do not lead out of it.
                 for extra in [[].as_slice(), &["--allow-external", "chain"]] {
-                    opens_nothing(dir.path(), &file, extra, is_secret);
+                    opens_nothing(dir.path(), &file, extra);
                 }
             }
             std::fs::remove_file(craft.path).unwrap();
@@ -95,7 +73,7 @@ fn what_a_qcow2_image_names_is_not_opened() {
         let before = snapshot(dir.path());
         imgtool(["convert", &file, "--to", "raw", "out"]).within(dir.path()).go().exits(1);
         assert_eq!(snapshot(dir.path()), before, "{name}");
-        opens_nothing(dir.path(), &file, &["--allow-external", "chain"], is_secret);
+        opens_nothing(dir.path(), &file, &["--allow-external", "chain"]);
         std::fs::remove_file(craft.path).unwrap();
     }
 }
@@ -145,11 +123,6 @@ fn what_a_vhdx_image_names_is_not_opened() {
     let secret = outside.path().join("secret");
     imgtool(["create", "-f", "vhdx", text(&secret), "1M"]).ok();
     std::os::unix::fs::symlink(&secret, dir.path().join("link")).unwrap();
-    let is_secret = |call: &str| {
-        ["secret", "environ", "/dev/zero", "\"link\"", "/link\"", "connect("]
-            .iter()
-            .any(|word| call.contains(word))
-    };
     let linkage = ("parent_linkage", "{dddddddd-0000-4000-8000-000000000001}");
     for (number, name) in secret_names(&secret, dir.path()).iter().enumerate() {
         let windows = name.replace('/', "\\");
@@ -163,8 +136,80 @@ fn what_a_vhdx_image_names_is_not_opened() {
         imgtool(["convert", &file, "--to", "raw", "out"]).within(dir.path()).go().exits(1).says("parent");
         assert_eq!(snapshot(dir.path()), before, "{name}");
         for extra in [[].as_slice(), &["--allow-external", "chain"]] {
-            opens_nothing(dir.path(), &file, extra, is_secret);
+            opens_nothing(dir.path(), &file, extra);
         }
         std::fs::remove_file(dir.path().join(&file)).unwrap();
     }
+}
+
+/// Names of disks and configurations, and what a configuration says: all of it is text.
+#[test]
+fn what_an_archive_names_is_not_opened() {
+    require!("strace");
+    let (dir, outside) = (tempdir(), tempdir());
+    let secret = outside.path().join("secret");
+    std::fs::write(&secret, images::noise(3, 1 << 20)).unwrap();
+    std::os::unix::fs::symlink(&secret, dir.path().join("link")).unwrap();
+    let untouched = snapshot(outside.path());
+    for (number, name) in secret_names(&secret, dir.path()).iter().enumerate() {
+        let config = format!(
+            "scsi0: {name},size=1M\nscsi1: local:{name}\nargs: -drive file={name}\n\
+             #qmdump#map:scsi0:{name}:{name}:raw:\n[special]\nvmstate: {name}\n"
+        );
+        let disk = Image::hole("disk", 2 * 65_536).with(4096, images::noise(1, 4096));
+        let archive = Archive::of([(name.as_str(), disk)])
+            .config("qemu-server.conf", config.as_bytes())
+            .config(name, b"file: x\n");
+        let file = format!("archive{number}.vma");
+        std::fs::write(dir.path().join(&file), archive.build().bytes).unwrap();
+        let before = names(dir.path());
+        opens_nothing(dir.path(), &file, &[]);
+        assert_eq!(names(dir.path()), before, "{name}");
+        std::fs::remove_file(dir.path().join(&file)).unwrap();
+    }
+    assert_eq!(snapshot(outside.path()), untouched);
+}
+
+/// Names within what compresses an image: gzip and lzop keep that of the file that was compressed.
+#[test]
+fn what_a_compressed_file_was_called_is_not_opened() {
+    require!("strace", "gzip", "lzop");
+    let (dir, outside) = (tempdir(), tempdir());
+    let secret = outside.path().join("secret");
+    std::fs::write(&secret, images::noise(3, 100_000)).unwrap();
+    for (program, file) in [("gzip", "disk.raw.gz"), ("lzop", "disk.raw.lzo")] {
+        let options = if program == "gzip" { "-cN" } else { "-cP" };
+        let bytes = std::process::Command::new(program).args([options, text(&secret)]).output().unwrap();
+        assert!(bytes.status.success(), "{bytes:?}");
+        std::fs::write(dir.path().join(file), &bytes.stdout).unwrap();
+        let contains_the_name = bytes.stdout.windows(6).any(|window| window == b"secret");
+        assert!(contains_the_name, "{program} does not keep the name");
+        let before = snapshot(dir.path());
+        opens_nothing(dir.path(), file, &[]);
+        assert_eq!(snapshot(dir.path()), before, "{program}");
+    }
+}
+
+/// What is not a name at all is no name either: bitmaps, snapshots and header texts of a qcow2 image.
+#[test]
+fn what_a_qcow2_image_calls_its_parts_is_not_opened() {
+    require!("strace", "qemu-img");
+    let (dir, outside) = (tempdir(), tempdir());
+    let secret = outside.path().join("secret");
+    std::fs::write(&secret, images::noise(3, 100_000)).unwrap();
+    let qemu_img = |line: &[&str]| {
+        let done =
+            std::process::Command::new("qemu-img").args(line).current_dir(dir.path()).output().unwrap();
+        assert!(done.status.success(), "{line:?}: {done:?}");
+    };
+    qemu_img(&["create", "-q", "-f", "qcow2", "snapshot.qcow2", "1M"]);
+    for name in secret_names(&secret, dir.path()) {
+        if name.len() < 200 {
+            qemu_img(&["bitmap", "--add", "snapshot.qcow2", &name]);
+            qemu_img(&["snapshot", "-c", &name, "snapshot.qcow2"]);
+        }
+    }
+    opens_nothing(dir.path(), "snapshot.qcow2", &[]);
+    opens_nothing(dir.path(), "snapshot.qcow2", &["--allow-external", "chain"]);
+    assert_eq!(names(dir.path()), ["snapshot.qcow2"]);
 }

@@ -7,6 +7,7 @@ pub mod manifest;
 pub mod oracles;
 pub mod run;
 pub mod shaky;
+pub mod trace;
 
 use std::collections::BTreeMap;
 use std::fs::File;

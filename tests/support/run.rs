@@ -1,7 +1,9 @@
 //! Runs the program under test.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::io::{Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -22,12 +24,25 @@ pub struct Outcome {
     pub stderr: String,
     /// The most memory that was resident, bytes; 0 when it was not measured.
     pub peak_memory: u64,
+    /// What is not as before in the directory that it ran in and in those that it was told of.
+    pub changes: Vec<String>,
 }
 
 impl Outcome {
-    /// Asserts an exit code. A panic or a signal never passes.
+    /// Asserts an exit code. A panic or a signal never passes. Who fails or refuses (1, 2) has written
+    /// nothing: every file is as it was.
     #[track_caller]
     pub fn exits(self, code: i32) -> Self {
+        if matches!(code, 1 | 2) {
+            assert!(self.changes.is_empty(), "{}: {:?}\n{}", self.command, self.changes, self.stderr);
+        }
+        self.ends_with(code)
+    }
+
+    /// The same where files may be other than before: a target that is written in place, or what somebody
+    /// else writes meanwhile.
+    #[track_caller]
+    pub fn ends_with(self, code: i32) -> Self {
         assert_eq!(self.status.code(), Some(code), "{}\n--- stderr:\n{}", self.command, self.stderr);
         assert!(!self.stderr.contains("panicked at"), "{}\n{}", self.command, self.stderr);
         self
@@ -144,6 +159,8 @@ impl Run {
     #[track_caller]
     pub fn go(mut self) -> Outcome {
         let name = format!("{:?}", self.command);
+        let watched = watched_directories(&self.command);
+        let before = files_in(&watched);
         let stdin = if matches!(self.input, Input::Nothing) { Stdio::null() } else { Stdio::piped() };
         self.command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = self.command.spawn().unwrap_or_else(|e| panic!("{name}: {e}"));
@@ -163,13 +180,15 @@ impl Run {
             feeder.join().expect("feeder");
         }
         let stderr = String::from_utf8_lossy(&err.join().expect("stderr")).into_owned();
-        Outcome { command: name, status, stdout: out.join().expect("stdout"), stderr, peak_memory }
+        let changes = differences(&before, &files_in(&watched));
+        Outcome { command: name, status, stdout: out.join().expect("stdout"), stderr, peak_memory, changes }
     }
 
-    /// Starts it with a pipe as standard input that the caller feeds; output is dropped. SIGHUP has its
-    /// usual effect, also where the tests themselves were started with nohup.
+    /// Starts it with a pipe as standard input that the caller feeds; output is dropped. SIGHUP and SIGINT
+    /// have their usual effect, also where the tests themselves were started with nohup or by a script in
+    /// the background.
     pub fn start(self) -> Child {
-        let mut run = self.through("env", "--default-signal=HUP");
+        let mut run = self.through("env", "--default-signal=HUP,INT");
         run.command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         run.command.spawn().expect("spawn")
     }
@@ -179,6 +198,52 @@ impl Run {
         self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         self.command.spawn().expect("spawn")
     }
+}
+
+/// The directories that a command could write to: its own, and those of paths among its arguments.
+/// Only temporary ones, which no other test uses.
+fn watched_directories(command: &Command) -> Vec<PathBuf> {
+    let values = command.get_args().filter_map(OsStr::to_str).flat_map(|text| text.split(['=', ',']));
+    let paths = values.map(PathBuf::from).filter(|path| path.is_absolute());
+    let directories = paths.filter_map(|path| {
+        let is_directory = path.is_dir();
+        if is_directory { Some(path) } else { path.parent().map(Path::to_owned) }
+    });
+    let root = std::env::temp_dir();
+    directories
+        .chain(command.get_current_dir().map(Path::to_owned))
+        .filter(|directory| directory.starts_with(&root) && *directory != root)
+        .collect()
+}
+
+/// What changes when a file is written, replaced or changed, by path; directories are just there.
+fn files_in(directories: &[PathBuf]) -> BTreeMap<PathBuf, [i64; 5]> {
+    let mut found = BTreeMap::new();
+    let mut rest = directories.to_vec();
+    while let Some(directory) = rest.pop() {
+        for entry in std::fs::read_dir(&directory).into_iter().flatten().flatten() {
+            // Not followed: a link out of the directory is a file of it.
+            let Ok(meta) = entry.metadata() else { continue };
+            let mut facts = [0; 5];
+            if meta.is_dir() {
+                rest.push(entry.path());
+            } else {
+                let inode = meta.ino() as i64;
+                facts = [inode, meta.mtime(), meta.mtime_nsec(), meta.ctime(), meta.ctime_nsec()];
+            }
+            found.insert(entry.path(), facts);
+        }
+    }
+    found
+}
+
+fn differences(before: &BTreeMap<PathBuf, [i64; 5]>, after: &BTreeMap<PathBuf, [i64; 5]>) -> Vec<String> {
+    let new = after.keys().filter(|path| !before.contains_key(*path)).map(|path| ("new", path));
+    let old = before.iter().filter_map(|(path, facts)| match after.get(path) {
+        None => Some(("gone", path)),
+        Some(now) => (now != facts).then_some(("changed", path)),
+    });
+    new.chain(old).map(|(what, path)| format!("{what}: {}", path.display())).collect()
 }
 
 fn feed(child: &mut Child, input: Input) -> Option<std::thread::JoinHandle<()>> {
