@@ -88,10 +88,13 @@ impl Drop for LoopDevice {
 pub struct Mounted(PathBuf);
 
 impl Mounted {
-    /// Makes an ext4 on the device and mounts it.
-    pub fn ext4(device: &LoopDevice, directory: &Path) -> Self {
+    /// Makes an ext4 on the device and mounts it so that nothing is written to the device: it is in use
+    /// and stays as it is.
+    pub fn ext4_read_only(device: &LoopDevice, directory: &Path) -> Self {
         oracles::run("mkfs.ext4", &["-q", "-F", text(device.path())]);
-        Self::mount(device, directory)
+        std::fs::create_dir_all(directory).unwrap();
+        oracles::run("mount", &["-o", "ro,noload", text(device.path()), text(directory)]);
+        Self(directory.to_owned())
     }
 
     /// Makes an XFS on the device (of 300 MiB or more) and mounts it: files can share blocks there.
