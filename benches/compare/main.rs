@@ -6,6 +6,7 @@
 //! --dir DIR      where images are made and written: a tmpfs (default: /dev/shm) or a disk
 //! --rounds N     rounds behind the one that warms up (default 7)
 //! --only TEXT    only conversions whose name contains TEXT (repeatable)
+//! --without TEXT none whose name contains TEXT (repeatable)
 //! --tree DIR     whose files fill the file system of the main image (repeatable)
 //! --json FILE    every sample, for later comparison; written behind each conversion
 //! --write-floor IMAGE TARGET
@@ -33,6 +34,7 @@ struct Options {
     dir: PathBuf,
     rounds: usize,
     only: Vec<String>,
+    without: Vec<String>,
     trees: Vec<PathBuf>,
     json: Option<PathBuf>,
 }
@@ -67,8 +69,14 @@ fn main() -> ExitCode {
 }
 
 fn parse_options() -> Result<Options, String> {
-    let mut options =
-        Options { dir: "/dev/shm".into(), rounds: 7, only: Vec::new(), trees: Vec::new(), json: None };
+    let mut options = Options {
+        dir: "/dev/shm".into(),
+        rounds: 7,
+        only: Vec::new(),
+        without: Vec::new(),
+        trees: Vec::new(),
+        json: None,
+    };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut value = || args.next().ok_or(format!("{arg} needs a value"));
@@ -78,6 +86,7 @@ fn parse_options() -> Result<Options, String> {
             "--dir" => options.dir = value()?.into(),
             "--rounds" => options.rounds = value()?.parse().map_err(|_| "--rounds needs a number")?,
             "--only" => options.only.push(value()?),
+            "--without" => options.without.push(value()?),
             "--tree" => options.trees.push(value()?.into()),
             "--json" => options.json = Some(value()?.into()),
             other => return Err(format!("unknown option {other}")),
@@ -101,8 +110,10 @@ fn run(options: Options) -> Result<(), String> {
         .map_err(|e| format!("{}: {e}", root.display()))?;
     let is_memory = report::file_system(dir.path()) == "tmpfs";
     let images = Images::new(dir.path().to_owned(), options.trees);
-    let wanted =
-        |row: &Row| options.only.is_empty() || options.only.iter().any(|text| row.name.contains(text));
+    let wanted = |row: &Row| {
+        let named = |texts: &[String]| texts.iter().any(|text| row.name.contains(text));
+        (options.only.is_empty() || named(&options.only)) && !named(&options.without)
+    };
     let rows: Vec<Row> = rows::rows().into_iter().filter(wanted).collect();
     let mut results = Vec::new();
     report::print_header(dir.path(), options.rounds);
