@@ -44,6 +44,32 @@ fn remove(path: &Path) {
     if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) }.unwrap();
 }
 
+/// A source that is written to meanwhile has no one state that could be converted; that is said.
+#[test]
+fn a_source_that_changes_while_it_is_read_is_told() {
+    require!("strace");
+    let dir = with_disk();
+    let stop = "strace -f -o log -e trace=pwritev,pwrite64,copy_file_range -e inject=pwritev,pwrite64,copy_file_range:signal=SIGSTOP:when=1";
+    let meanwhile = |what: &str| {
+        let line = format!(
+            "{stop} $IMGTOOL convert disk.raw --to qcow2 out.qcow2 & \
+             until grep -q 'stopped by SIGSTOP' log 2>/dev/null; do sleep 0.01; done; \
+             {what}; child=$(cat /proc/$!/task/$!/children); \
+             while kill -CONT $child 2>/dev/null; do sleep 0.01; done; wait $!"
+        );
+        let run = sh(dir.path(), &line);
+        assert_eq!(run.status.code(), Some(0));
+        remove(&dir.path().join("out.qcow2"));
+        remove(&dir.path().join("log"));
+        String::from_utf8_lossy(&run.stderr).contains("disk.raw was written to while it was read")
+    };
+    assert!(!meanwhile("true"));
+    assert!(!meanwhile("cat disk.raw >/dev/null; chmod 600 disk.raw"));
+    assert!(!meanwhile("cp disk.raw other && mv other disk.raw"), "the old file is read");
+    assert!(meanwhile("printf x | dd of=disk.raw bs=1 seek=4096 conv=notrunc status=none"));
+    assert!(meanwhile("printf x >> disk.raw"));
+}
+
 #[test]
 fn a_limit_for_file_sizes_stops_every_verb_that_writes() {
     let dir = with_disk();

@@ -1,8 +1,10 @@
 //! Targets that exist already: what was there is replaced where the disk is, and left alone beyond.
 
 use std::path::Path;
+use std::process::Command;
 
 use crate::support::images::{self, Image};
+use crate::support::run::PROGRAM;
 use crate::support::{assert_same_rounded, fixture, imgtool, names, sha256_file, snapshot, tempdir, text};
 
 /// A file full of old data.
@@ -10,6 +12,52 @@ fn old(path: &Path, size: u64) -> Vec<u8> {
     let bytes = images::noise(77, size as usize);
     std::fs::write(path, &bytes).unwrap();
     bytes
+}
+
+/// A shell's command line, in a directory with `disk.raw`; exit code and what was said.
+fn shell(directory: &Path, line: &str) -> (Option<i32>, String) {
+    let mut sh = Command::new("sh");
+    sh.args(["-c", line]).env("IMGTOOL", PROGRAM).current_dir(directory);
+    let output = sh.output().unwrap();
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// What is started without standard output gets /dev/null in its place: an image that goes there is lost.
+#[test]
+fn an_image_does_not_vanish_in_a_closed_standard_output() {
+    let dir = tempdir();
+    Image::hole("x", 1 << 20).with(0, images::noise(1, 65_536)).write_raw(&dir.path().join("disk.raw"));
+    for to in ["raw", "vma"] {
+        let (code, said) = shell(dir.path(), &format!("$IMGTOOL convert disk.raw --to {to} - >&-"));
+        assert_eq!(code, Some(1), "{said}");
+        assert!(said.contains("standard output is closed"), "{said}");
+        let (code, said) = shell(dir.path(), &format!("$IMGTOOL convert disk.raw --to {to} - >/dev/null"));
+        assert_eq!(code, Some(0), "{said}");
+    }
+    let (code, said) = shell(dir.path(), "$IMGTOOL convert disk.raw --to raw - >>disk.raw");
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("standard output: source and target are the same file"), "{said}");
+    assert_eq!(names(dir.path()), ["disk.raw"]);
+}
+
+#[test]
+fn with_too_few_open_files_an_error_says_so() {
+    let dir = tempdir();
+    Image::hole("x", 1 << 20).with(0, images::noise(1, 65_536)).write_raw(&dir.path().join("disk.raw"));
+    let mut failed = 0;
+    for limit in 4..16 {
+        let line = format!("ulimit -n {limit} && exec $IMGTOOL convert disk.raw --to qcow2 out.qcow2");
+        let (code, said) = shell(dir.path(), &line);
+        if code == Some(0) {
+            std::fs::remove_file(dir.path().join("out.qcow2")).unwrap();
+        } else if said.contains("imgtool: ") {
+            failed += 1;
+            assert_eq!(code, Some(1), "{limit}: {said}");
+            assert!(said.contains("Too many open files"), "{limit}: {said}");
+        }
+        assert_eq!(names(dir.path()), ["disk.raw"], "{limit}: {said}");
+    }
+    assert!(failed > 0, "no limit was too low");
 }
 
 #[test]

@@ -85,6 +85,45 @@ fn a_byte_that_changes_after_writing_is_found_in_every_format() {
     }
 }
 
+/// Zeros at the end of a disk, the refcounts of a qcow2 image, the first header of a VHDX image: content
+/// that is read does not tell.
+#[test]
+fn what_the_content_does_not_tell_is_found() {
+    require!("strace");
+    let dir = tempdir();
+    Image::hole("x", 3 << 20).with(65_536, images::noise(5, 300_000)).write_raw(&dir.path().join("disk.raw"));
+    let cut = |path: &Path| {
+        let file = std::fs::File::options().write(true).open(path).unwrap();
+        file.set_len((3 << 20) - 1_000_000).unwrap();
+    };
+    let first_refcount = |path: &Path| {
+        let bytes = std::fs::read(path).unwrap();
+        let at = |position: usize| u64::from_be_bytes(bytes[position..][..8].try_into().unwrap());
+        let block = at(usize::try_from(at(48)).unwrap());
+        let file = std::fs::File::options().write(true).open(path).unwrap();
+        file.write_all_at(&[0, 3], block).unwrap();
+    };
+    let header = |path: &Path| {
+        let file = std::fs::File::options().write(true).open(path).unwrap();
+        file.write_all_at(b"HEAD", 64 << 10).unwrap();
+    };
+    for (to, word) in [("raw", "bytes of disk"), ("qcow2", "structure"), ("vhdx", "structure")] {
+        let out = format!("out.{to}");
+        let (strace, pid) =
+            stopped_at_flush(dir.path(), &["convert", "--verify", "disk.raw", "--to", to, &out]);
+        let partial = &partials(dir.path())[0];
+        match to {
+            "raw" => cut(partial),
+            "qcow2" => first_refcount(partial),
+            _ => header(partial),
+        }
+        let (code, stderr) = go_on(strace, pid);
+        assert_eq!(code, Some(1), "{to}: {stderr}");
+        assert!(stderr.contains(&out) && stderr.contains(word), "{to}: {stderr}");
+        assert_eq!(names(dir.path()), ["disk.raw"], "{to}");
+    }
+}
+
 #[test]
 fn a_byte_that_changes_in_one_of_many_outputs_is_found() {
     require!("strace");

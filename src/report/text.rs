@@ -62,7 +62,12 @@ pub enum Align {
     Right,
 }
 
-/// Rows in columns, each line ended; cells are escaped. An empty header row is left out.
+/// The most columns that a cell may cost the other rows. Ours: a name from an image may have 65535
+/// characters, and 16000 rows filled up to that are gigabytes; file names end at 255.
+const WIDEST_CELL: usize = 255;
+
+/// Rows in columns, each line ended; cells are escaped. An empty header row is left out. A row with a
+/// cell above [`WIDEST_CELL`] is out of line.
 pub fn table(indent: usize, columns: &[(&str, Align)], rows: &[Vec<String>]) -> String {
     let rows: Vec<Vec<String>> =
         rows.iter().map(|row| row.iter().map(|cell| escape_control(cell)).collect()).collect();
@@ -70,7 +75,8 @@ pub fn table(indent: usize, columns: &[(&str, Align)], rows: &[Vec<String>]) -> 
     let has_header = header.iter().any(|name| !name.is_empty());
     let lines: Vec<&Vec<String>> = has_header.then_some(&header).into_iter().chain(&rows).collect();
     let widest = |column: usize| {
-        lines.iter().filter_map(|line| line.get(column)).map(|cell| width(cell)).max().unwrap_or(0)
+        let cells = lines.iter().filter_map(|line| line.get(column));
+        cells.map(|cell| width(cell)).filter(|wide| *wide <= WIDEST_CELL).max().unwrap_or(0)
     };
     let widths: Vec<usize> = (0..columns.len()).map(widest).collect();
     let mut out = String::new();
@@ -137,5 +143,14 @@ mod tests {
         let rows = vec![vec!["a\x1b[2J".to_owned(), "1".to_owned()], vec!["b".to_owned(), "22".to_owned()]];
         let text = table(2, &[("", Align::Left), ("", Align::Right)], &rows);
         assert_eq!(text, "  a\\u{1b}[2J   1\n  b           22\n");
+    }
+
+    #[test]
+    fn one_endless_name_does_not_widen_every_row() {
+        let mut rows = vec![vec!["short".to_owned(), "1".to_owned()]; 100];
+        rows.push(vec!["x".repeat(65_535), "2".to_owned()]);
+        let text = table(0, &[("", Align::Left), ("", Align::Right)], &rows);
+        assert!(text.starts_with("short  1\nshort  1\n"), "{}", &text[..40]);
+        assert!(text.ends_with("x  2\n"));
     }
 }

@@ -134,6 +134,25 @@ fn refcounts_and_snapshots(directory: &Path) -> Vec<PathBuf> {
             c.put(ELSEWHERE, &table);
             c.file.set_len(1 << 27).unwrap();
         }),
+        edited(directory, "65536-snapshots-one-with-a-name-of-64-kib", |c| {
+            c.be32(60, 65_536).be64(64, ELSEWHERE);
+            let mut table = Vec::new();
+            for number in 0..65_536u32 {
+                let name = if number == 0 { vec![0x1b; 65_535] } else { vec![b'n'] };
+                table.extend(L1.to_be_bytes());
+                table.extend(2u32.to_be_bytes());
+                table.extend([0, 1]);
+                table.extend((name.len() as u16).to_be_bytes());
+                table.extend([0; 20]);
+                table.extend(16u32.to_be_bytes());
+                table.extend([0; 8]);
+                table.extend((1u64 << 30).to_be_bytes());
+                table.push(b'1');
+                table.extend(name);
+                table.resize(table.len().next_multiple_of(8), 0);
+            }
+            c.put(ELSEWHERE, &table);
+        }),
         edited(directory, "a-snapshot-whose-l1-is-a-table-of-itself", |c| {
             c.be32(60, 1).be64(64, ELSEWHERE).be64(ELSEWHERE, L1).be32(ELSEWHERE + 8, 2);
             c.put(ELSEWHERE + 12, &[0, 1, 0, 1]).be32(ELSEWHERE + 36, 24);

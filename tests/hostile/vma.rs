@@ -116,6 +116,40 @@ fn vma_images(directory: &Path) -> Vec<PathBuf> {
         b[at..at + 11].copy_from_slice(b"\x1b[2J\x1b]0;mi\x07");
         seal_vma(b);
     });
+    edit("510-names-that-are-one-blob-of-64-kib", &|b| {
+        let blobs = {
+            let mut blobs = vec![0, 0xff, 0xff];
+            blobs.extend([0x1b; 65_534]);
+            blobs.push(0);
+            blobs
+        };
+        let header_size = (12_288 + blobs.len()).next_multiple_of(512);
+        b.truncate(12_288);
+        b.extend(&blobs);
+        b.resize(header_size, 0);
+        put32(b, 52, blobs.len() as u32);
+        put32(b, 56, header_size as u32);
+        (0..256).for_each(|index| put32(b, 2044 + 4 * index, 1));
+        (0..256).for_each(|index| put32(b, 3068 + 4 * index, 1));
+        (1..255).for_each(|id| {
+            put32(b, 4096 + 32 * id, 1);
+            b[4096 + 32 * id + 8..][..8].copy_from_slice(&(1u64 << 16).to_be_bytes());
+        });
+        seal_vma(b);
+        let uuid = b[8..24].to_vec();
+        for first in (1..255u8).step_by(59) {
+            // A zero cluster of each device.
+            let mut header = [0; 512];
+            header[..4].copy_from_slice(b"VMAE");
+            header[8..24].copy_from_slice(&uuid);
+            for (slot, id) in (first..255).take(59).enumerate() {
+                header[40 + 8 * slot + 3] = id;
+            }
+            let digest = Md5::digest(header);
+            header[24..40].copy_from_slice(&digest);
+            b.extend(header);
+        }
+    });
     // A zero cluster in each 4 GiB of many devices: each costs 8 bytes here, and what to note that takes.
     edit("clusters-scattered-over-5-pib", &|b| {
         (1..=20).for_each(|id| device(b, id, 1 << 48));

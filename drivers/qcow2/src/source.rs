@@ -75,7 +75,8 @@ impl Qcow2Source {
                 Snapshots { count: header.snapshot_count as usize, ..Snapshots::default() }
             }
             wanted => match read_snapshots(&input, &header, wanted.as_deref(), options.info_only) {
-                Err(e) if options.info_only && wanted.is_none() => {
+                // The disk as it is now does not need them.
+                Err(e) if (options.info_only || options.salvage) && wanted.is_none() => {
                     trouble.push(e.to_string());
                     Snapshots::default()
                 }

@@ -16,6 +16,11 @@ use crate::layout::{
 /// Bytes of a header that are read at a time: a hostile size costs no more than what is there.
 const READ_CHUNK: usize = 256 * 1024;
 
+/// Bytes of a name that are kept. Ours: a name has no bound but that of a blob, 64 KiB, and all entries
+/// may share one blob, so that a small archive could be 500 names of 64 KiB. No file is called so, and
+/// QEMU's own names end here, too.
+const MAX_NAME: usize = 1023;
+
 /// What to do about a damaged header.
 const DAMAGED: &str = "the archive is damaged at its start, or was cut: copy it again, or use another backup";
 
@@ -155,6 +160,9 @@ impl ArchiveHeader {
                 _ if size == 0 => "its size is 0",
                 None => "its name can't be found",
                 Some(name) => {
+                    if blobs.is_cut(name_offset) {
+                        self.notes.push(format!("the name of device {index} is cut after {MAX_NAME} bytes"));
+                    }
                     self.add_device(index as u32, name, size)?;
                     continue;
                 }
@@ -189,6 +197,10 @@ impl ArchiveHeader {
                     self.notes.push(format!("configuration entry {index} is ignored: it is incomplete"));
                 }
                 continue;
+            }
+            if blobs.is_cut(name) {
+                self.notes
+                    .push(format!("the name of configuration entry {index} is cut after {MAX_NAME} bytes"));
             }
             let (Some(name), Some(data)) = (blobs.text(name), blobs.get(data)) else {
                 return Err(Error::malformed("vma contains invalid data pointers")
@@ -313,13 +325,33 @@ impl<'a> Blobs<'a> {
         self.found.get(&pointer).map(|range| &self.area[range.clone()])
     }
 
-    /// A name: its last byte must be NUL, and it ends at its first. An empty blob has no last byte.
+    /// A name, as far as it is kept.
     fn text(&self, pointer: u32) -> Option<String> {
+        let name = self.name(pointer)?;
+        let kept = match name.get(..MAX_NAME) {
+            // No character is cut in two.
+            Some(front) => front.utf8_chunks().next().map_or(front, |chunk| match chunk.invalid().len() {
+                1..=3 if chunk.valid().len() + chunk.invalid().len() == front.len() => {
+                    chunk.valid().as_bytes()
+                }
+                _ => front,
+            }),
+            None => name,
+        };
+        Some(String::from_utf8_lossy(kept).into_owned())
+    }
+
+    /// Whether a name is longer than what is kept of it.
+    fn is_cut(&self, pointer: u32) -> bool {
+        self.name(pointer).is_some_and(|name| name.len() > MAX_NAME)
+    }
+
+    /// A name: its last byte must be NUL, and it ends at its first. An empty blob has no last byte.
+    fn name(&self, pointer: u32) -> Option<&'a [u8]> {
         let blob = self.get(pointer)?;
         if blob.last() != Some(&0) {
             return None;
         }
-        let name = blob.split(|&byte| byte == 0).next()?;
-        Some(String::from_utf8_lossy(name).into_owned())
+        blob.split(|&byte| byte == 0).next()
     }
 }

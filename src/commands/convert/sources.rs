@@ -3,7 +3,9 @@
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
+use imgtool_toolkit::storage::os::{self, FileId};
 use imgtool_toolkit::{
     Attachment, CancelToken, Device, DeviceKind, Error, OpenOptions, Opened, Registry, Result, suggest,
 };
@@ -45,9 +47,37 @@ pub struct Source {
     pub arg: SourceArg,
     /// The image.
     pub opened: Opened,
+    /// What the file was before it was opened.
+    seen: Option<Seen>,
+}
+
+/// What tells a file that is changed: which it is, its length, when it was written to.
+type Seen = (FileId, u64, Option<SystemTime>);
+
+/// Looks at a regular file.
+fn look_at(path: &Path) -> Option<Seen> {
+    let meta = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file)?;
+    Some((os::file_identity(&meta), meta.len(), meta.modified().ok()))
 }
 
 impl Source {
+    /// A source that is not watched for changes.
+    pub fn new(arg: SourceArg, opened: Opened) -> Self {
+        Self { arg, opened, seen: None }
+    }
+
+    /// What there is to say if its file has been written to since it was opened. That another file has
+    /// its name by now does no harm: the one that was opened is read.
+    pub fn change(&self) -> Option<String> {
+        let (before, now) = (self.seen?, look_at(&self.arg.path)?);
+        (before.0 == now.0 && before != now).then(|| {
+            format!(
+                "{} was written to while it was read: what was made of it may be of two states, convert again",
+                images::show(&self.arg.path)
+            )
+        })
+    }
+
     /// Its configurations.
     pub fn attachments(&self) -> &[Attachment] {
         &self.opened.source.info().attachments
@@ -82,8 +112,9 @@ pub fn open(
     }
     args.into_iter()
         .map(|arg| {
+            let seen = look_at(&arg.path);
             let opened = open_one(registry, &arg.path, format, options, target, cancel)?;
-            Ok(Source { arg, opened })
+            Ok(Source { arg, opened, seen })
         })
         .collect()
 }

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use imgtool_toolkit::digest::{self, ContentDigest};
 use imgtool_toolkit::storage::ReadAt;
 use imgtool_toolkit::{
-    Attachment, DeviceId, Error, Given, ImageSource, Input, OpenOptions, Output, Progress, RandomInput,
-    Result, ResultExt,
+    Attachment, DeviceId, Error, ErrorKind, Given, ImageSource, Input, OpenOptions, Output, Progress,
+    RandomInput, Result, ResultExt,
 };
 
 use super::layout::{Layout, Place, Target};
@@ -23,6 +23,9 @@ use crate::commands::extras;
 use crate::interrupt::Interrupt;
 use crate::progress::{Lane, Meter};
 
+/// Formats count a disk in sectors; VHDX knows the largest, of 4 KiB.
+const LARGEST_SECTOR: u64 = 4096;
+
 /// What was sent into the outputs.
 pub struct Expected<'a> {
     /// Digests by the sink's numbers.
@@ -31,6 +34,8 @@ pub struct Expected<'a> {
     pub numbers: &'a [DeviceId],
     /// The devices.
     pub taken: &'a [Taken],
+    /// How long each device taken came to be.
+    pub sizes: &'a [u64],
     /// How backing files of the outputs are opened.
     pub base_options: &'a OpenOptions,
 }
@@ -55,6 +60,7 @@ pub fn read_back(
         for written in [Some(output), data_file.as_ref()].into_iter().flatten() {
             written.sync_and_forget()?;
         }
+        check(target, output, data_file.as_ref(), expected).in_file(target.place.path())?;
         let source = open(target, output, data_file.as_ref(), expected).in_file(target.place.path())?;
         let info = source.info();
         // Names are adapted to the format; what they name is not.
@@ -80,6 +86,12 @@ pub fn read_back(
             return Err(differs(target, "another number of devices"));
         }
         for (id, &device) in ids.into_iter().zip(&target.devices) {
+            // Zeros at the end have no part in the digest.
+            let size = source.info().device(id).map_or(0, |found| found.size);
+            if !is_rounded(size, expected.sizes[device]) {
+                let what = format!("{size} bytes of disk instead of {}", expected.sizes[device]);
+                return Err(differs(target, &what).device(&*expected.taken[device].name));
+            }
             if found.of(id) != expected.digest.of(expected.numbers[device]) {
                 return Err(differs(target, "other content").device(&*expected.taken[device].name));
             }
@@ -87,6 +99,11 @@ pub fn read_back(
     }
     meter.finish();
     Ok(())
+}
+
+/// Whether an output's size is that of its disk, or that rounded up to sectors.
+fn is_rounded(size: u64, disk: u64) -> bool {
+    size >= disk && size - disk < LARGEST_SECTOR
 }
 
 /// The progress of one of several outputs: its devices are counted behind those of others.
@@ -128,6 +145,30 @@ fn differs(target: &Target, what: &str) -> Error {
         .hint("check the disk and the memory of this machine, then try again")
 }
 
+/// Checks the structure of an output: reading its content does not look at the refcounts of a qcow2
+/// image, or at the second header of a VHDX image. A compressed archive is all content.
+fn check(
+    target: &Target,
+    output: &Output,
+    data_file: Option<&Output>,
+    expected: &Expected<'_>,
+) -> Result<()> {
+    if !target.format.driver.capabilities().check || target.format.outer.is_some() {
+        return Ok(());
+    }
+    let options = open_options(target, data_file, expected)?;
+    let found = match target.format.driver.check(output.reopen()?, &options) {
+        // No verdict is no damage.
+        Err(e) if e.kind() == ErrorKind::LimitExceeded => return Ok(()),
+        found => found?,
+    };
+    let first = found.findings.first().map(|finding| format!(" ({finding})")).unwrap_or_default();
+    match found.corruptions.saturating_add(found.leaks).saturating_add(found.check_errors) {
+        0 => Ok(()),
+        _ => Err(differs(target, &format!("another structure{first}"))),
+    }
+}
+
 fn open(
     target: &Target,
     output: &Output,
@@ -144,9 +185,13 @@ fn open(
     if target.format.outer.is_some() {
         input = input.decompressed()?;
     }
+    target.format.driver.open(input, &open_options(target, data_file, expected)?)
+}
+
+fn open_options(target: &Target, data_file: Option<&Output>, expected: &Expected<'_>) -> Result<OpenOptions> {
     let given = named_files(target, data_file)?;
     let externals = expected.base_options.externals.clone().with_given(given);
-    target.format.driver.open(input, &OpenOptions { externals, ..OpenOptions::default() })
+    Ok(OpenOptions { externals, ..OpenOptions::default() })
 }
 
 /// What an output may open when it is read back: precisely what its own options name.

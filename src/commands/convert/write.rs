@@ -137,13 +137,15 @@ fn fill(
         pipeline::copy(&mut *source.opened.source, sink, &job).in_file(&source.arg.path)?;
     }
     sink.finish()?;
-    let devices = (0..taken.len()).map(|index| made.totals(&meter, index)).collect();
+    let devices: Vec<(u64, u64)> = (0..taken.len()).map(|index| made.totals(&meter, index)).collect();
     if work.verify {
         meter.finish();
+        let sizes: Vec<u64> = devices.iter().map(|(size, _)| *size).collect();
         let expected = verify::Expected {
             digest: &digest,
             numbers: &made.numbers,
             taken,
+            sizes: &sizes,
             base_options: &work.base_options,
         };
         files.iter().try_for_each(|(output, config)| verify::same_bytes(output, &config.data))?;
@@ -153,7 +155,8 @@ fn fill(
         .swept()
         .iter()
         .map(|path| format!("removed {}, which a run that was killed had left", path.display()));
-    let notes = made.sink.notes().into_iter().chain(swept).collect();
+    let changed = sources.iter().filter_map(Source::change);
+    let notes = made.sink.notes().into_iter().chain(swept).chain(changed).collect();
     commit(outputs, &made.outputs, interrupt)?;
     meter.finish();
     Ok(Done {

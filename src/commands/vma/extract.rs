@@ -100,7 +100,7 @@ fn wrap(args: &VmaExtractArgs, registry: &Registry, source: Box<dyn ImageSource>
         spooled: false,
         source,
     };
-    Ok(Source { arg: SourceArg { name: None, path: args.file.clone() }, opened })
+    Ok(Source::new(SourceArg { name: None, path: args.file.clone() }, opened))
 }
 
 /// What goes where.

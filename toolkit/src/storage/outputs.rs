@@ -98,9 +98,7 @@ impl Outputs {
         let name = name.to_string_lossy();
         partial::sweep(directory, &name, &mut self.swept);
         let (file, temporary) = self.cleaner.making(|paths| {
-            let made = partial::create(directory, &name)
-                // The kind alone: the error's text would name the temporary file.
-                .map_err(|e| Error::io("create", plain(&e)).path(path))?;
+            let made = partial::create(directory, &name).map_err(|e| cannot_create(e).path(path))?;
             paths.files.push(made.1.to_path_buf());
             Ok(made)
         })?;
@@ -258,13 +256,19 @@ impl Drop for Outputs {
     }
 }
 
-/// The system's own error without the text that a library put around it.
-fn plain(e: &io::Error) -> io::Error {
-    match std::error::Error::source(e).and_then(|e| e.downcast_ref::<io::Error>()).or(Some(e)) {
-        Some(inner) if inner.raw_os_error().is_some() => {
-            io::Error::from_raw_os_error(inner.raw_os_error().unwrap_or_default())
+/// Why a file could not be made, and what to do about it.
+fn cannot_create(e: io::Error) -> Error {
+    let hint = match e.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            Some("there is no room for another file: free some space, or choose another directory")
         }
-        _ => e.kind().into(),
+        _ if os::is_out_of_files(&e) => Some("allow more open files (ulimit -n)"),
+        _ => None,
+    };
+    let error = Error::io("create", e);
+    match hint {
+        Some(hint) => error.hint(hint),
+        None => error,
     }
 }
 

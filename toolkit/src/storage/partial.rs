@@ -4,7 +4,8 @@
 //! that name without a lock belongs to nobody any more. Making and locking are two steps: a sweep in
 //! between may take the file, which its maker notices, and makes another.
 
-use std::fs::{File, Permissions, TryLockError};
+use std::cell::Cell;
+use std::fs::{File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -25,11 +26,14 @@ const ATTEMPTS: u32 = 16;
 pub(super) fn create(directory: &Path, name: &str) -> io::Result<(File, TempPath)> {
     let prefix = prefix(name);
     let mut builder = tempfile::Builder::new();
-    #[cfg(unix)]
-    builder.permissions(<Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o666));
     builder.prefix(&prefix).rand_bytes(RANDOM_LEN);
+    // The crate's error names the temporary file, and hides what the system said.
+    let code = Cell::new(None);
+    let open = |path: &Path| new_file(path).inspect_err(|e| code.set(e.raw_os_error()));
     for _ in 0..ATTEMPTS {
-        let (file, temporary) = builder.tempfile_in(directory)?.into_parts();
+        let made = builder.make_in(directory, open);
+        let made = made.map_err(|e| code.get().map_or(e, io::Error::from_raw_os_error));
+        let (file, temporary) = made?.into_parts();
         // Waits for a sweep that is looking at it. A file system without locks is no reason to stop:
         // there nothing is swept either.
         let locked = file.lock().is_ok();
@@ -38,6 +42,11 @@ pub(super) fn create(directory: &Path, name: &str) -> io::Result<(File, TempPath
         }
     }
     Err(io::Error::other("the unfinished file vanishes as soon as it is made"))
+}
+
+/// A file of a new name, with the permissions of any new file.
+fn new_file(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).create_new(true).open(path)
 }
 
 /// Removes what a killed run left of an output called `name`; their paths are added to `swept`.

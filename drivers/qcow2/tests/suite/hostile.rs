@@ -187,6 +187,28 @@ fn salvage_keeps_what_stands_beside_a_bad_entry() {
 }
 
 #[test]
+fn salvage_reads_the_disk_where_the_snapshots_are_damaged() {
+    let directory = scratch();
+    let path = directory.path().join("x.qcow2");
+    let mut bytes = laws::make_bytes(&Qcow2Driver, &options(""), &sample());
+    std::fs::write(&path, &bytes).unwrap();
+    let (wanted, _) = salvaged(&path);
+    // One snapshot, whose id and name pass the end of the file.
+    bytes.resize(bytes.len().next_multiple_of(65_536), 0);
+    let at = bytes.len() as u64;
+    bytes[60..64].copy_from_slice(&1u32.to_be_bytes());
+    bytes[64..72].copy_from_slice(&at.to_be_bytes());
+    bytes.extend([0; 12]);
+    bytes.extend([0xff; 4]);
+    bytes.extend([0; 24]);
+    std::fs::write(&path, bytes).unwrap();
+    read_all(&path, &OpenOptions::default()).expect_err("a snapshot is cut short");
+    let (content, lost) = salvaged(&path);
+    assert!(content == wanted);
+    assert_eq!(lost, []);
+}
+
+#[test]
 fn salvage_keeps_the_part_of_a_cluster_that_a_cut_file_has() {
     let directory = scratch();
     let path = directory.path().join("x.qcow2");

@@ -311,6 +311,23 @@ pub fn exchange_names(a: &Path, b: &Path) -> io::Result<bool> {
     }
 }
 
+/// Whether a file could not be opened since this program, or the system, has too many open.
+pub fn is_out_of_files(e: &io::Error) -> bool {
+    matches!(Errno::from_io_error(e), Some(Errno::MFILE | Errno::NFILE))
+}
+
+/// Whether standard output is nothing that anybody asked for: a program that is started with it closed
+/// gets `/dev/null` in its place, for reading and writing, before its first line.
+pub fn is_stdout_closed() -> bool {
+    let stdout = io::stdout();
+    let Ok(stat) = rustix::fs::fstat(&stdout) else { return true };
+    // Documentation/admin-guide/devices.txt: memory device 3.
+    let is_null = rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::CharacterDevice
+        && stat.st_rdev == rustix::fs::makedev(1, 3);
+    let mode = rustix::fs::fcntl_getfl(&stdout).map(|flags| flags & rustix::fs::OFlags::RWMODE);
+    is_null && mode == Ok(rustix::fs::OFlags::RDWR)
+}
+
 /// Bytes of memory that the machine has, if it tells.
 pub fn memory_len() -> Option<u64> {
     let info = rustix::system::sysinfo();

@@ -162,6 +162,16 @@ pub fn copy_range(
 }
 
 /// See the Linux version; here nothing tells.
+pub fn is_out_of_files(_e: &io::Error) -> bool {
+    false
+}
+
+/// See the Linux version; here nothing tells.
+pub fn is_stdout_closed() -> bool {
+    false
+}
+
+/// See the Linux version; here nothing tells.
 pub fn memory_len() -> Option<u64> {
     None
 }

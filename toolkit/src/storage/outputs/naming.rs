@@ -23,9 +23,21 @@ impl PendingFile {
     /// Renames the finished file to its final name.
     pub(super) fn give_name(self) -> Result<Named> {
         let path = self.final_path;
-        let failed = |e| Error::io("give the finished output its name", e).path(&path);
+        let failed = |e| naming_failed(e, &path);
         let id =
             self.output.file().and_then(|file| file.metadata().ok()).map(|meta| os::file_identity(&meta));
+        // What is going to be renamed is what was written.
+        match std::fs::symlink_metadata(&self.temporary) {
+            Ok(meta) if id.is_none_or(|id| id == os::file_identity(&meta)) => {}
+            Ok(_) => {
+                // It is not ours to remove.
+                let other = self.temporary.keep().map(|other| shown(&other)).unwrap_or_default();
+                return Err(Error::refused("another file took the place of the unfinished output")
+                    .path(&path)
+                    .hint(format!("look at {other}, and convert again")));
+            }
+            Err(e) => return Err(failed(e)),
+        }
         if self.overwrite && path.exists() {
             // The old file keeps a name until every output has its own.
             if os::exchange_names(&self.temporary, &path).map_err(failed)? {
@@ -36,6 +48,25 @@ impl PendingFile {
             self.temporary.persist_noclobber(&path).map_err(|e| failed(e.error))?;
         }
         Ok(Named { path, id, old: None })
+    }
+}
+
+/// Why the name could not be given, and what to do about it.
+fn naming_failed(e: io::Error, path: &Path) -> Error {
+    use io::ErrorKind::{AlreadyExists, NotFound, PermissionDenied, ResourceBusy};
+    let hint = match e.kind() {
+        AlreadyExists => Some("it was made by somebody else meanwhile; --force overwrites it"),
+        NotFound => Some("the directory, or the unfinished output in it, was moved or removed meanwhile"),
+        PermissionDenied => Some(
+            "the old file or the directory may not be changed (lsattr shows 'i' or 'a'; a sticky directory)",
+        ),
+        ResourceBusy => Some("something is mounted there: unmount it, or write into it with -n"),
+        _ => None,
+    };
+    let error = Error::io("give the finished output its name", e).path(path);
+    match hint {
+        Some(hint) => error.hint(hint),
+        None => error,
     }
 }
 

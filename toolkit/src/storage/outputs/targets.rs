@@ -8,6 +8,9 @@ use super::{Links, Outputs, Wanted};
 use crate::error::{Error, Result, escape_control};
 use crate::storage::os::{self, FileClass, FileId};
 
+/// What standard output is called in messages: `-` would be taken for standard input.
+const STDOUT: &str = "standard output";
+
 impl Outputs {
     /// Refuses outputs that are this file under any name, or a device that it lies on: it is a
     /// source. `-` is standard input. What is not there needs no protection.
@@ -116,9 +119,16 @@ impl Outputs {
 
     /// Refuses standard output when it leads into a source or into another output.
     fn check_stdout(&self, taken: &mut Vec<Vec<FileId>>) -> Result<()> {
+        if os::is_stdout_closed() {
+            return Err(Error::refused(
+                "standard output is closed, or is /dev/null opened to be read as well",
+            )
+            .path(STDOUT)
+            .hint("give a file or a pipe to write to; to throw the output away, name /dev/null"));
+        }
         let Ok(meta) = stdout_metadata() else { return Ok(()) };
         if matches!(os::classify(&meta), FileClass::Regular | FileClass::BlockDevice) {
-            self.check_free(Path::new("-"), &meta, taken)?;
+            self.check_free(Path::new(STDOUT), &meta, taken)?;
             taken.push(os::file_layers(&meta, false));
         }
         Ok(())

@@ -63,6 +63,31 @@ fn a_failed_commit_gives_back_what_was_there() {
 }
 
 #[test]
+fn what_was_not_written_gets_no_final_name() {
+    for overwrite in [false, true] {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+        if overwrite {
+            std::fs::write(&b, b"old").expect("write");
+        }
+        let mut outputs = Outputs::new();
+        outputs.create(&a, false).expect("create").write_at(b"new", 0).expect("write");
+        outputs.create(&b, overwrite).expect("create").write_at(b"new", 0).expect("write");
+        let of_b = |path: &PathBuf| path.to_string_lossy().contains(".b.partial-");
+        let mut entries =
+            std::fs::read_dir(dir.path()).expect("read_dir").flatten().map(|entry| entry.path());
+        let temporary = entries.find(of_b).expect("the unfinished file");
+        std::fs::remove_file(&temporary).expect("remove");
+        std::fs::write(&temporary, b"other").expect("write");
+        let error = outputs.commit().expect_err("it is another file");
+        assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+        assert!(!a.exists());
+        assert_eq!(std::fs::read(&b).ok().as_deref(), overwrite.then_some(b"old".as_slice()));
+        assert_eq!(std::fs::read(&temporary).expect("somebody else's"), b"other");
+    }
+}
+
+#[test]
 fn overwriting_leaves_only_the_new_file() {
     let dir = tempfile::tempdir().expect("tempdir");
     let a = dir.path().join("a");
