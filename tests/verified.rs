@@ -211,3 +211,16 @@ fn reading_back_opens_what_the_options_name_and_nothing_else() {
     imgtool(line.split(' ').chain(["--force", "--allow-external", "chain"])).within(dir.path()).ok();
     imgtool("compare --allow-external chain disk.raw out.qcow2".split(' ')).within(dir.path()).ok();
 }
+
+/// What is written in place keeps its length, as a device does: it may be larger than its disk.
+#[test]
+fn a_target_in_place_may_be_larger_than_its_disk() {
+    let dir = tempdir();
+    Image::hole("x", 3 << 20).with(65_536, images::noise(1, 300_000)).write_raw(&dir.path().join("disk.raw"));
+    std::fs::write(dir.path().join("larger.raw"), vec![1; 4 << 20]).unwrap();
+    imgtool("convert --verify -n disk.raw --to raw larger.raw".split(' ')).within(dir.path()).ok();
+    let (disk, target) = (dir.path().join("disk.raw"), dir.path().join("larger.raw"));
+    let (disk, target) = (std::fs::read(disk).unwrap(), std::fs::read(target).unwrap());
+    assert_eq!((disk.len(), target.len()), (3 << 20, 4 << 20));
+    assert!(target.starts_with(&disk) && target[3 << 20..].iter().all(|&byte| byte == 1));
+}

@@ -88,7 +88,7 @@ pub fn read_back(
         for (id, &device) in ids.into_iter().zip(&target.devices) {
             // Zeros at the end have no part in the digest.
             let size = source.info().device(id).map_or(0, |found| found.size);
-            if !is_rounded(size, expected.sizes[device]) {
+            if !is_size_of(target, size, expected.sizes[device]) {
                 let what = format!("{size} bytes of disk instead of {}", expected.sizes[device]);
                 return Err(differs(target, &what).device(&*expected.taken[device].name));
             }
@@ -101,9 +101,10 @@ pub fn read_back(
     Ok(())
 }
 
-/// Whether an output's size is that of its disk, or that rounded up to sectors.
-fn is_rounded(size: u64, disk: u64) -> bool {
-    size >= disk && size - disk < LARGEST_SECTOR
+/// Whether an output's size is that of its disk, or that rounded up to sectors. What existed before keeps
+/// its length.
+fn is_size_of(target: &Target, size: u64, disk: u64) -> bool {
+    size >= disk && (size - disk < LARGEST_SECTOR || matches!(target.place, Place::Existing { .. }))
 }
 
 /// The progress of one of several outputs: its devices are counted behind those of others.

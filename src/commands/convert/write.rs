@@ -1,10 +1,12 @@
 //! The work itself: the copy, the finish, the proof, the names.
 
+use std::path::Path;
 use std::time::Duration;
 
 use imgtool_toolkit::digest::{ContentDigest, DigestSink};
 use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::pipeline::{self, Job, Route};
+use imgtool_toolkit::storage::os;
 use imgtool_toolkit::{
     DeviceId, Error, ImageSink, Loss, OpenOptions, Output, Outputs, Registry, Result, ResultExt,
 };
@@ -156,7 +158,7 @@ fn fill(
         .iter()
         .map(|path| format!("removed {}, which a run that was killed had left", path.display()));
     let changed = sources.iter().filter_map(Source::change);
-    let notes = made.sink.notes().into_iter().chain(swept).chain(changed).collect();
+    let notes = made.sink.notes().into_iter().chain(swept).chain(changed).chain(vanished(layout)).collect();
     commit(outputs, &made.outputs, interrupt)?;
     meter.finish();
     Ok(Done {
@@ -166,6 +168,14 @@ fn fill(
         notes,
         elapsed: meter.elapsed(),
     })
+}
+
+/// What there is to say when standard output, where an image went, keeps nothing. Whether it was closed
+/// or somebody wanted it so can't be told.
+fn vanished(layout: &Layout) -> Option<String> {
+    let to_stdout = layout.targets.iter().any(|target| target.place.path() == Path::new("-"));
+    (to_stdout && os::is_stdout_closed())
+        .then(|| "standard output is closed, or /dev/null: nothing of what was written is kept".to_owned())
 }
 
 impl Sinks {

@@ -119,13 +119,6 @@ impl Outputs {
 
     /// Refuses standard output when it leads into a source or into another output.
     fn check_stdout(&self, taken: &mut Vec<Vec<FileId>>) -> Result<()> {
-        if os::is_stdout_closed() {
-            return Err(Error::refused(
-                "standard output is closed, or is /dev/null opened to be read as well",
-            )
-            .path(STDOUT)
-            .hint("give a file or a pipe to write to; to throw the output away, name /dev/null"));
-        }
         let Ok(meta) = stdout_metadata() else { return Ok(()) };
         if matches!(os::classify(&meta), FileClass::Regular | FileClass::BlockDevice) {
             self.check_free(Path::new(STDOUT), &meta, taken)?;
