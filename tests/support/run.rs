@@ -263,7 +263,8 @@ fn feed(child: &mut Child, input: Input) -> Option<std::thread::JoinHandle<()>> 
 /// No run of a test takes longer: a program that hangs fails its test instead of stopping them all.
 const PATIENCE: Duration = Duration::from_secs(400);
 
-/// Waits for the end; asks the kernel for the peak of resident memory again and again until then.
+/// Waits for the end; asks the kernel for the peak of resident memory again and again until then. Until the
+/// program has taken its name, the memory is still that of the process of the tests.
 #[track_caller]
 fn watch(child: &mut Child, measure: bool, name: &str) -> (ExitStatus, u64) {
     let proc_status = format!("/proc/{}/status", child.id());
@@ -276,6 +277,7 @@ fn watch(child: &mut Child, measure: bool, name: &str) -> (ExitStatus, u64) {
         }
         if measure
             && let Ok(text) = std::fs::read_to_string(&proc_status)
+            && text.starts_with("Name:\timgtool\n")
             && let Some(line) = text.lines().find(|line| line.starts_with("VmHWM:"))
             && let Some(kib) = line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok())
         {

@@ -29,8 +29,9 @@ use crate::tracker::{Placed, Tracker};
 
 /// Losses that are listed one by one; what comes after is joined to the last. Ours: bounds memory.
 const MAX_LOSSES: usize = 65_536;
-/// Most zeros in one piece. Ours.
-const MAX_ZERO_PIECE: u64 = 1 << 30;
+/// Most zeros in one piece. Ours: a million pieces for all that an archive can name, and a sink that takes
+/// 256 KiB at once has 2^18 of them in its queue.
+const MAX_ZERO_PIECE: u64 = 64 << 30;
 
 /// What a damaged header means.
 const DOUBTFUL_HEADER: &str =
