@@ -24,8 +24,8 @@ pub fn write(image: &Path, target: &Path) -> Result<()> {
     while position < source.len() {
         for extent in source.extents(position..source.len())? {
             position = extent.end();
-            let mut at = if extent.is_data() { extent.start } else { extent.end() };
-            while at < extent.end() {
+            let mut at = extent.start;
+            while extent.is_data() && at < extent.end() {
                 let end = extent.end().min((at / PIECE_LEN + 1) * PIECE_LEN);
                 file.write_all_at(&buffer[..(end - at) as usize], at).map_err(failed)?;
                 at = end;
