@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes a Debian package, target/deb/imgtool_VERSION_ARCH.deb: the program, a manual page for each verb,
+# Builds a Debian package, target/deb/imgtool_VERSION_ARCH.deb: the program, a manual page for each command,
 # completions for bash, zsh and fish, licences. Needs cargo-deb: cargo install cargo-deb
 #
-# It installs no /usr/bin/vma: Proxmox VE brings its own. Who has none and wants the name links it:
+# The package does not install /usr/bin/vma, since Proxmox VE ships its own. To get that name elsewhere:
 # ln -s imgtool /usr/local/bin/vma
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,7 +20,7 @@ program="$target/release/imgtool"
 rm -rf "$made"
 mkdir -p "$made/man"
 "$program" man "$made/man"
-# Without name and time.
+# Without name and time, for reproducible files.
 gzip -9 --no-name "$made"/man/*.1
 "$program" completions bash >"$made/imgtool.bash"
 "$program" completions zsh >"$made/_imgtool"
@@ -28,12 +28,12 @@ gzip -9 --no-name "$made"/man/*.1
 
 gzip -9 --no-name --stdout CHANGELOG.md >"$made/changelog.gz"
 
-# What Debian wants to know of the package itself.
+# Debian's own changelog of the package.
 field() { sed -n "s/^$1 = \"\(.*\)\"\$/\1/p" Cargo.toml | head -n 1; }
 cat >"$made/changelog.Debian" <<END
 imgtool ($(field version)-1) unstable; urgency=medium
 
-  * Built from the sources; changelog.gz tells what is new in them.
+  * Built from the sources; see changelog.gz for their changes.
 
  -- $(field maintainer)  $(date --utc --rfc-email --date "@$SOURCE_DATE_EPOCH")
 END

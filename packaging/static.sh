@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Makes a program that needs no library of the system, target/TRIPLE/release/imgtool, and runs it in a
-# directory that holds nothing but the program and an archive. Needs root, or user namespaces.
+# Builds a statically linked program, target/TRIPLE/release/imgtool, and runs it in a directory that holds only
+# the program and an archive. Needs root, or user namespaces.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 triple="$(uname -m)-unknown-linux-gnu"
 target="${CARGO_TARGET_DIR:-target}"
 
-# With --target the flags are not those of build scripts and macros, which can't be static.
+# --target keeps these flags away from build scripts and proc macros, which cannot be static.
 RUSTFLAGS='-C target-feature=+crt-static' cargo build --locked --release --bin imgtool --target "$triple"
 program="$target/$triple/release/imgtool"
 
@@ -20,7 +20,7 @@ if [ "$(id -u)" -eq 0 ]; then
 else
   enter=(unshare --map-root-user chroot "$root")
 fi
-# With a time zone that can't be looked up: there is no /usr/share/zoneinfo.
+# A time zone that cannot be resolved: the directory has no /usr/share/zoneinfo.
 inside() { TZ=Europe/Berlin "${enter[@]}" /imgtool "$@"; }
 fails() { printf 'static.sh: %s\n' "$1" >&2; exit 1; }
 
