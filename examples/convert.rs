@@ -1,11 +1,11 @@
-//! Converts an image with a progress callback; Ctrl-C stops it and leaves nothing behind.
+//! Converts an image with a progress callback; Ctrl-C cancels it and leaves no file behind.
 //!
 //! ```sh
 //! cargo run --release --example convert -- fixtures/sparse.vma target/sparse.qcow2
 //! cargo run --release --example convert -- fixtures/two-disks.vma.zst target/efi.vhdx drive-efidisk0
 //! ```
 //!
-//! The format of the target is that of its extension.
+//! The extension of the target selects its format.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -17,7 +17,7 @@ use imgtool_toolkit::{
 use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
 
-/// The callback: called by all worker threads at once, with guest bytes.
+/// The progress callback. Worker threads call it concurrently, with a number of guest bytes.
 struct Percent<F: Fn(u64) + Sync> {
     total: u64,
     done: AtomicU64,
@@ -34,7 +34,7 @@ impl<F: Fn(u64) + Sync> Progress for Percent<F> {
     }
 }
 
-/// Converts `from` (one device of it, if `disk` is given) into the new file `to`.
+/// Converts `from`, or only its device `disk`, into the new file `to`.
 fn convert(
     from: &Path,
     to: &Path,
@@ -53,9 +53,9 @@ fn convert(
         Some(driver) => driver,
         None => registry.get("raw")?,
     };
-    let taken =
+    let selected =
         opened.source.info().devices.iter().filter(|device| disk.is_none_or(|disk| device.name == disk));
-    let progress = Percent { total: taken.map(|device| device.size).sum(), done: AtomicU64::new(0), show };
+    let progress = Percent { total: selected.map(|device| device.size).sum(), done: AtomicU64::new(0), show };
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let mut conversion = Conversion::new(&*driver).threads(threads).progress(&progress).cancel(cancel);
     if let Some(disk) = disk {
@@ -80,7 +80,7 @@ fn main() -> ExitCode {
         Ok(mut signals) => {
             std::thread::spawn(move || signals.forever().for_each(|_| on_signal.cancel()));
         }
-        Err(error) => eprintln!("Ctrl-C will end the program at once: {error}"),
+        Err(error) => eprintln!("cannot handle Ctrl-C, which will leave an unfinished file: {error}"),
     }
     let show = |percent| eprint!("\r{percent:3} %");
     match convert(Path::new(from), Path::new(to), disk, show, cancel) {
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn progress_ends_at_a_hundred() {
+    fn progress_ends_at_100_percent() {
         let directory = tempfile::tempdir().expect("a directory");
         let to = directory.path().join("efi.raw");
         let last = AtomicU64::new(0);
@@ -130,6 +130,6 @@ mod tests {
         let stopped = convert(&from, &to, Some("drive-scsi0"), move |_| on_progress.cancel(), cancel);
         assert_eq!(stopped.expect_err("it was cancelled").kind(), ErrorKind::Cancelled);
         let left = std::fs::read_dir(directory.path()).expect("list").count();
-        assert_eq!(left, 0, "nothing is left, under no name");
+        assert_eq!(left, 0, "no file is left under any name");
     }
 }

@@ -1,12 +1,12 @@
-//! Reads a disk of a VMA archive at random, without unpacking the archive.
+//! Reads from a disk in a VMA archive at any offset, without extracting the archive.
 //!
 //! ```sh
 //! cargo run --release --example read_vma -- fixtures/sparse.vma
 //! cargo run --release --example read_vma -- fixtures/sparse.vma drive-virtio0 268455936 64
 //! ```
 //!
-//! With the archive alone it lists the disks and how much of each is stored; with a disk, an offset
-//! and a length it prints those bytes of the guest.
+//! Given only an archive, it lists the disks and their stored bytes. Given a disk, an offset and a length,
+//! it prints those bytes of the guest.
 
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
@@ -15,8 +15,8 @@ use std::process::ExitCode;
 use imgtool_toolkit::{DeviceReader, Driver, ImageSource, Input, OpenOptions, Result};
 use imgtool_vma::VmaDriver;
 
-/// Opens an archive so that it can be read at random. One that is compressed is a stream: it is copied
-/// to an unnamed temporary file first (unless it is a seekable .zst, as imgtool writes them).
+/// Opens an archive for random access. A compressed archive is a stream, which is first copied to an
+/// unnamed temporary file, unless it is a seekable .zst as written by imgtool.
 fn open(archive: &Path) -> Result<Box<dyn ImageSource>> {
     let mut input = Input::open(archive)?;
     if input.is_stream() {
@@ -25,14 +25,14 @@ fn open(archive: &Path) -> Result<Box<dyn ImageSource>> {
     VmaDriver.open(input, &OpenOptions::default())
 }
 
-/// Disks, sizes, and the bytes that are stored: from the archive's index, the data is not read.
+/// Lists the disks with their sizes and stored bytes, from the archive's index, without reading data.
 fn list(archive: &Path) -> Result<String> {
     let source = open(archive)?;
     let mut text = String::new();
     for device in &source.info().devices {
         let (mut at, mut stored) = (0, 0);
         while let Some(random) = source.random().filter(|_| at < device.size) {
-            // An answer may cover a part of what was asked.
+            // The extents may cover only the first part of the range.
             for extent in random.extents(device.id, at..device.size)? {
                 at = extent.end();
                 stored += if extent.is_data() { extent.len } else { 0 };
@@ -43,7 +43,7 @@ fn list(archive: &Path) -> Result<String> {
     Ok(text)
 }
 
-/// The bytes of a disk from `guest_offset`, at most `len`.
+/// Reads at most `len` bytes of a disk from `guest_offset` on.
 fn read(archive: &Path, disk: &str, guest_offset: u64, len: u64) -> Result<Vec<u8>> {
     let source = open(archive)?;
     let mut reader = DeviceReader::by_name(&*source, disk)?;
@@ -57,7 +57,7 @@ fn read(archive: &Path, disk: &str, guest_offset: u64, len: u64) -> Result<Vec<u
 
 fn run(args: &[String]) -> Result<Vec<u8>> {
     let number = |text: &String| {
-        text.parse().map_err(|_| imgtool_toolkit::Error::usage(format!("'{text}' is no number of bytes")))
+        text.parse().map_err(|_| imgtool_toolkit::Error::usage(format!("'{text}' is not a number of bytes")))
     };
     match args {
         [archive] => list(Path::new(archive)).map(String::into_bytes),
@@ -89,13 +89,13 @@ mod tests {
     }
 
     #[test]
-    fn a_list_says_what_is_stored() {
+    fn lists_stored_bytes() {
         let text = list(&fixture("sparse.vma")).expect("an archive");
         assert_eq!(text, "drive-virtio0: 536871424 bytes, 4608 of them stored\n");
     }
 
     #[test]
-    fn any_part_can_be_read_and_all_of_it_has_the_known_digest() {
+    fn parts_and_the_whole_disk_have_the_known_content() {
         let archive = fixture("two-disks.vma.zst");
         let whole = read(&archive, "drive-efidisk0", 0, u64::MAX).expect("the whole disk");
         let digest: String = Sha256::digest(&whole).iter().map(|byte| format!("{byte:02x}")).collect();
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_is_not_there_is_named() {
+    fn missing_disk_is_named_in_the_error() {
         let error = read(&fixture("sparse.vma"), "drive-scsi7", 0, 1).expect_err("no such disk");
         assert!(error.to_string().contains("drive-scsi7"), "{error}");
         assert_eq!(error.hint_text(), Some("devices: drive-virtio0"));

@@ -1,5 +1,5 @@
-//! The command line: what may be typed. Every flag is defined once, here or in the files of this
-//! folder, and feeds the help, the manual pages and the shell completions.
+//! The command line. Every flag is defined once, here or in a module below, and feeds the parser, the
+//! help, the manual pages and the shell completions.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -21,50 +21,52 @@ pub use convert::ConvertArgs;
 pub use image::{
     Algorithm, CheckArgs, ChecksumArgs, CompareArgs, CreateArgs, InfoArgs, MapArgs, MeasureArgs,
 };
-pub use vma::{USAGE as VMA_USAGE, VmaArgs, VmaCreateArgs, VmaExtractArgs, VmaVerb};
+pub use vma::{USAGE as VMA_USAGE, VmaArgs, VmaCommand, VmaCreateArgs, VmaExtractArgs};
 
 /// The whole command line.
 #[derive(Debug, Parser)]
 #[command(
     name = "imgtool",
     version,
-    about = "Converts virtual-machine disk images and whole-VM archives, any to any, in one pass",
+    about = "Converts VM disk images and whole-VM archives between formats, in one pass",
     max_term_width = 80,
     propagate_version = false,
     disable_help_subcommand = true,
     subcommand_required = true,
-    subcommand_value_name = "VERB",
-    subcommand_help_heading = "Verbs",
+    subcommand_value_name = "COMMAND",
+    subcommand_help_heading = "Commands",
     arg_required_else_help = true,
     after_help = EXAMPLES,
     after_long_help = EXIT_CODES_AND_EXAMPLES,
 )]
 pub struct Cli {
-    /// What to do.
+    /// The command to run.
     #[command(subcommand)]
-    pub verb: Verb,
+    pub command: Command,
 }
 
-/// At the end of the short help.
+/// Text at the end of the short help.
 const EXAMPLES: &str = "\
 Examples:
   imgtool info vm.vma.zst
   imgtool convert vm.vma.zst --to qcow2 outdir/
   imgtool convert disk.vhdx disk.qcow2
 
-'imgtool VERB -h' lists the flags of a verb, 'imgtool VERB --help' explains them.";
+'imgtool COMMAND -h' lists the flags of a command, 'imgtool COMMAND --help'
+explains them.";
 
-/// At the end of the long help and of the manual page.
+/// Text at the end of the long help and of the manual page.
 const EXIT_CODES_AND_EXAMPLES: &str = "\
-Formats are found by content, or given by -f (input) and -O (output);
-'imgtool formats' lists them and their -o options.
+The input format is detected from the content or set with -f; the output format
+is chosen by the file name or set with -O. 'imgtool formats' lists the formats
+and their -o options.
 
 Exit codes:
-  0  done and complete
-  1  failed; nothing is left under a final name
-  2  the command line makes no sense
+  0  success
+  1  failed; no output is left under its final name
+  2  usage error
   3  finished with losses (--salvage); each lost range is listed
-  compare: 0 same, 1 different, 2 could not compare
+  compare: 0 identical, 1 different, 2 could not compare
   check: 0 clean, 1 could not check, 2 corrupt, 3 leaks only
   vma: those of the vma program
 
@@ -72,51 +74,51 @@ Examples:
   imgtool info vm.vma.zst
   imgtool convert vm.vma.zst --to qcow2 outdir/
   imgtool convert disk.vhdx disk.qcow2
-  imgtool VERB --help";
+  imgtool COMMAND --help";
 
-/// The verbs.
+/// The commands.
 #[derive(Debug, Subcommand)]
-pub enum Verb {
-    /// Convert images and archives into another format
+pub enum Command {
+    /// Convert disk images and archives to another format
     Convert(Box<ConvertArgs>),
-    /// Show what an image or archive holds, without reading its data
+    /// Describe an image or archive without reading its data
     Info(InfoArgs),
     /// Show which parts of a disk hold data
     Map(MapArgs),
-    /// Check the structure of an image or archive, all of it
+    /// Check the whole structure of an image or archive
     Check(CheckArgs),
-    /// Compare the guest content of two images, whatever their formats
+    /// Compare the guest content of two images of any format
     Compare(CompareArgs),
-    /// Print a digest of the guest content, for each device
+    /// Print a digest of the guest content of each device
     Checksum(ChecksumArgs),
-    /// Tell how many bytes an image will need before it is made
+    /// Compute the file size that a new image will need
     Measure(MeasureArgs),
-    /// Make an empty image
+    /// Create an empty image
     Create(CreateArgs),
-    /// Stand in for the vma program of Proxmox VE, flag for flag; also when imgtool is called vma
+    /// Replace the vma program of Proxmox VE, flag for flag; implied if imgtool is invoked as vma
     Vma(VmaArgs),
-    /// List the formats, what each can do, and its -o options
+    /// List the formats, their capabilities and their -o options
     Formats(FormatsArgs),
-    /// Print completions for a shell
+    /// Print the completion script of a shell
     Completions(CompletionsArgs),
-    /// Print the manual page, or write those of all verbs into a directory
+    /// Print the manual page, or write the pages of all commands into a directory
     Man(ManArgs),
 }
 
-/// How results are printed.
+/// Form in which results are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum OutputFormat {
-    /// For a person
+    /// Text for people
     #[default]
     Human,
     /// One JSON document on standard output
     Json,
 }
 
-/// How results are printed.
+/// The `--output` flag.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct OutputArgs {
-    /// Print for a person, or one JSON document (its fields: docs/json.md) [default: human]
+    /// Print text or one JSON document (fields: docs/json.md) [default: human]
     #[arg(
         long,
         value_name = "human|json",
@@ -129,17 +131,17 @@ pub struct OutputArgs {
 }
 
 impl OutputArgs {
-    /// Whether JSON is wanted.
+    /// True if the result is printed as JSON.
     pub fn is_json(self) -> bool {
         self.output == OutputFormat::Json
     }
 }
 
-/// How images are opened.
+/// Flags for opening images.
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Reading")]
 pub struct InputArgs {
-    /// Format of the input; nothing is guessed then [default: found by content]
+    /// Format of the input [default: detected from its content]
     #[arg(
         short = 'f',
         long = "format",
@@ -149,72 +151,72 @@ pub struct InputArgs {
     )]
     pub format: Option<String>,
 
-    /// Let the image open this file (backing file, data file, parent); repeatable.
-    /// 'chain' allows regular files in the image's own directory and below
+    /// Allow the image to use this file (backing file, data file, parent); repeatable.
+    /// 'chain' allows regular files in or below the image's directory
     ///
-    /// Without it an image opens no other file, whatever it names.
+    /// Without this flag no file that an image names is opened.
     #[arg(long, value_name = "PATH|chain")]
     pub allow_external: Vec<PathBuf>,
 
-    /// Accept bytes after the end of an archive
+    /// Ignore bytes after the end of an archive
     #[arg(long)]
     pub ignore_trailing: bool,
 
-    /// Taken for qemu-img's sake, no effect: images are never locked
+    /// Accepted for compatibility, no effect: images are never locked
     #[arg(short = 'U', long = "force-share")]
     pub force_share: bool,
 
-    /// Refused: images are named by plain paths, formats by -f
+    /// Not supported: give a plain path, and the format with -f
     #[arg(long, hide_short_help = true)]
     pub image_opts: bool,
 
-    /// Refused: there are no secrets or other objects, as no encrypted or remote image is opened
+    /// Not supported: encrypted and remote images cannot be opened
     #[arg(long, value_name = "OBJECT", hide_short_help = true)]
     pub object: Vec<String>,
 }
 
-/// Whose content of an image is read.
+/// The `--snapshot` flag.
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Reading")]
 pub struct SnapshotArgs {
-    /// Read this internal snapshot (its name or ID) instead of the current state
+    /// Read this internal snapshot (name or ID) instead of the current state
     #[arg(short = 'l', long, value_name = "NAME")]
     pub snapshot: Option<String>,
 }
 
-/// How progress is shown.
+/// Form in which progress is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum ProgressMode {
-    /// A bar when standard error is a terminal, else nothing
+    /// A bar if standard error is a terminal, otherwise nothing
     #[default]
     Auto,
-    /// A bar when standard error is a terminal, else a line now and then
+    /// A bar if standard error is a terminal, otherwise a line every 10 seconds
     Bar,
-    /// One JSON object a line on standard error, at least each second
+    /// JSON lines on standard error, at least one per second
     Json,
     /// Nothing
     None,
 }
 
-/// How much is told on standard error.
+/// Flags for the messages on standard error.
 #[derive(Debug, Clone, Copy, Default, Args)]
 #[command(next_help_heading = "Messages")]
 pub struct MessageArgs {
-    /// Show progress; the same as --progress bar
+    /// Show progress; same as --progress bar
     #[arg(short = 'p')]
     pub show_progress: bool,
 
-    /// How progress is shown on standard error
+    /// How to show progress on standard error
     #[arg(long, value_name = "HOW", value_enum, default_value_t)]
     pub progress: ProgressMode,
 
-    /// Say nothing unless something fails
+    /// Print nothing unless something fails
     #[arg(short = 'q', long)]
     pub quiet: bool,
 }
 
 impl MessageArgs {
-    /// What `-p`, `-q` and `--progress` come to.
+    /// Combines `-p`, `-q` and `--progress`.
     pub fn mode(self) -> ProgressMode {
         match (self.progress, self.show_progress, self.quiet) {
             // As in qemu-img: -q silences -p.
@@ -225,27 +227,27 @@ impl MessageArgs {
     }
 }
 
-/// How many threads work.
+/// The `--threads` flag.
 #[derive(Debug, Clone, Copy, Default, Args)]
 #[command(next_help_heading = "Work")]
 pub struct ThreadArgs {
-    /// Worker threads, at most 64 [default: as many as there are CPUs]
+    /// Number of worker threads, at most 64 [default: number of CPUs]
     #[arg(short = 'm', long, value_name = "N", value_parser = threads)]
     pub threads: Option<u16>,
 }
 
 fn threads(text: &str) -> Result<u16, String> {
-    text.parse().ok().filter(|threads| *threads > 0).ok_or_else(|| "it is a number, from 1 up".to_owned())
+    text.parse().ok().filter(|threads| *threads > 0).ok_or_else(|| "expected a number, at least 1".to_owned())
 }
 
 impl ThreadArgs {
     /// The number of workers.
     pub fn count(self) -> usize {
-        let wanted = match self.threads {
+        let threads = match self.threads {
             Some(threads) => usize::from(threads),
             None => std::thread::available_parallelism().map_or(1, usize::from),
         };
-        wanted.clamp(1, imgtool_toolkit::pipeline::MAX_THREADS)
+        threads.clamp(1, imgtool_toolkit::pipeline::MAX_THREADS)
     }
 }
 
@@ -269,7 +271,7 @@ Examples:
   imgtool completions zsh  > /usr/local/share/zsh/site-functions/_imgtool
   imgtool completions fish > ~/.config/fish/completions/imgtool.fish")]
 pub struct CompletionsArgs {
-    /// Which shell
+    /// The shell
     pub shell: clap_complete::Shell,
 }
 
@@ -280,39 +282,40 @@ Examples:
   imgtool man | man -l -
   imgtool man /usr/local/share/man/man1")]
 pub struct ManArgs {
-    /// A directory for imgtool.1 and a page for each verb; without it imgtool.1 is printed
+    /// Write imgtool.1 and a page for each command into DIR instead of printing imgtool.1
     #[arg(value_name = "DIR")]
     pub directory: Option<PathBuf>,
 }
 
-/// The name under which the program stands in for another.
+/// Name of the command, and of the program, that replaces Proxmox's `vma`.
 const VMA: &str = "vma";
 
-/// Reads the command line.
+/// Parses the command line.
 ///
 /// # Errors
-/// How to end when there is nothing to do, or when it makes no sense; the person has been told.
+/// The exit code, after printing help, the version or a usage error.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Exit> {
     let mut args: Vec<OsString> = args.into_iter().collect();
-    let called_vma = args.first().is_some_and(|name| Path::new(name).file_stem() == Some(OsStr::new(VMA)));
-    if called_vma {
+    let invoked_as_vma =
+        args.first().is_some_and(|name| Path::new(name).file_stem() == Some(OsStr::new(VMA)));
+    if invoked_as_vma {
         args.splice(0..1, [OsString::from("imgtool"), OsString::from(VMA)]);
     }
-    // 'imgtool help convert' is what people type too.
-    if args.get(1).is_some_and(|verb| verb == "help") {
+    // 'imgtool help convert' is the same as 'imgtool convert --help'.
+    if args.get(1).is_some_and(|command| command == "help") {
         args.remove(1);
         args.push(OsString::from("--help"));
     }
-    let stands_in = args.get(1).is_some_and(|verb| verb == VMA);
+    let is_vma = args.get(1).is_some_and(|command| command == VMA);
     Cli::try_parse_from(&args).map_err(|mistake| {
         let is_help = matches!(mistake.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
-        if stands_in && (called_vma || !is_help) {
-            // Whoever calls the vma program knows it so.
+        if is_vma && (invoked_as_vma || !is_help) {
+            // The vma program prints its usage for every mistake, and exits with 1.
             let _ = report::print(VMA_USAGE);
             return Exit::Failed;
         }
         if is_help || mistake.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-            // Nobody to tell when that fails.
+            // A failure to print cannot be reported anywhere.
             let _ = mistake.print();
         } else {
             report::error(&mistakes::explain(&mistake, &args));
@@ -327,7 +330,7 @@ mod tests {
     use clap::CommandFactory;
 
     #[test]
-    fn definitions_do_not_clash() {
+    fn definitions_are_consistent() {
         Cli::command().debug_assert();
     }
 }

@@ -1,8 +1,8 @@
-//! The verbs, one file each.
+//! The commands, one module each.
 
 use imgtool_toolkit::Result;
 
-use crate::args::Verb;
+use crate::args::Command;
 use crate::exit::Exit;
 
 mod check;
@@ -19,23 +19,20 @@ mod options;
 mod shell;
 mod vma;
 
-/// Does what was asked for.
-///
-/// # Errors
-/// Whatever kept it from being done.
-pub fn run(verb: Verb) -> Result<Exit> {
-    match verb {
-        Verb::Convert(args) => convert::run(&args),
-        Verb::Info(args) => info::run(&args),
-        Verb::Map(args) => map::run(&args),
-        Verb::Check(args) => check::run(&args),
-        Verb::Compare(args) => compare::run(&args),
-        Verb::Checksum(args) => checksum::run(&args),
-        Verb::Measure(args) => measure::run(&args),
-        Verb::Create(args) => create::run(&args),
-        Verb::Vma(args) => vma::run(&args),
-        Verb::Formats(args) => formats::run(&args),
-        Verb::Completions(args) => shell::completions(&args),
-        Verb::Man(args) => shell::man(&args),
+/// Runs a command.
+pub fn run(command: Command) -> Result<Exit> {
+    match command {
+        Command::Convert(args) => convert::run(&args),
+        Command::Info(args) => info::run(&args),
+        Command::Map(args) => map::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Compare(args) => compare::run(&args),
+        Command::Checksum(args) => checksum::run(&args),
+        Command::Measure(args) => measure::run(&args),
+        Command::Create(args) => create::run(&args),
+        Command::Vma(args) => vma::run(&args),
+        Command::Formats(args) => formats::run(&args),
+        Command::Completions(args) => shell::completions(&args),
+        Command::Man(args) => shell::man(&args),
     }
 }

@@ -2,18 +2,18 @@
 
 use std::process::ExitCode;
 
-/// How a verb ended.
+/// Outcome of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// Done and complete; `compare`: same; `check`: clean.
+    /// Success; `compare`: identical; `check`: clean.
     Done,
     /// Failed; `compare`: different; `check`: could not check.
     Failed,
-    /// The command line makes no sense; `compare`: could not compare; `check`: corrupt.
+    /// Usage error; `compare`: could not compare; `check`: corrupt.
     Usage,
     /// Finished with losses; `check`: leaks only.
     Losses,
-    /// A code of its own, of a program that is stood in for.
+    /// Exit code of another program that imgtool replaces.
     Other(u8),
 }
 
@@ -22,12 +22,12 @@ impl Exit {
     pub const DIFFERENT: Exit = Exit::Failed;
     /// `compare`: an image could not be opened or read.
     pub const NOT_COMPARED: Exit = Exit::Usage;
-    /// `check`: the image contradicts itself.
+    /// `check`: the image is inconsistent.
     pub const CORRUPT: Exit = Exit::Usage;
-    /// `check`: space is lost, content is right.
+    /// `check`: space is wasted, the content is intact.
     pub const LEAKS: Exit = Exit::Losses;
 
-    /// The number.
+    /// The exit code.
     pub fn code(self) -> u8 {
         match self {
             Exit::Done => 0,

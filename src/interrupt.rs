@@ -1,5 +1,5 @@
-//! Signals: the first one asks the work to stop; if it does not, or at the second, what is
-//! unfinished is removed and the program ends.
+//! Signals. The first one cancels the work. If the work does not stop in time, or a second signal
+//! comes, unfinished outputs are removed and the program exits.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,30 +14,28 @@ use signal_hook::iterator::Signals;
 use crate::exit::Exit;
 use crate::report;
 
-/// How long the work has to stop by itself. Ours: a piece takes milliseconds; what takes longer is
-/// a read that is waiting for somebody.
+/// Time that the work has to stop after the first signal. Our limit: a piece takes milliseconds; only a
+/// read that waits for a pipe or a network takes longer.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Stops the work of this program when SIGINT, SIGTERM or SIGHUP comes.
+/// Stops the work of this program on SIGINT, SIGTERM or SIGHUP.
 #[derive(Clone)]
 pub struct Interrupt(Arc<Shared>);
 
 struct Shared {
     cancel: CancelToken,
     cleaner: Mutex<Option<Cleaner>>,
-    /// Held while outputs get their names (an exit then would leave some without), and by whoever
-    /// ends the program.
+    /// Held while outputs are renamed, as an exit in between would leave some without their final
+    /// names; and while the program exits.
     naming: Mutex<()>,
-    /// The outputs have their names: what is asked for is done, whatever comes now.
+    /// True once all outputs have their final names: signals no longer make the run fail.
     named: AtomicBool,
+    /// Number of signals so far.
     signals: AtomicU32,
 }
 
 impl Interrupt {
-    /// Begins to listen.
-    ///
-    /// # Errors
-    /// When the system does not let it.
+    /// Installs the handlers and starts the thread that serves them.
     pub fn listen() -> Result<Self> {
         let interrupt = Self(Arc::new(Shared {
             cancel: CancelToken::new(),
@@ -46,60 +44,61 @@ impl Interrupt {
             named: AtomicBool::new(false),
             signals: AtomicU32::new(0),
         }));
-        let failed = |e| Error::io("listen to signals", e);
+        let failed = |e| Error::io("set up signal handling", e);
         let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
-        // Who started this with nohup wants it to outlive the terminal.
+        // Under nohup the program must outlive the terminal.
         if !is_ignored(SIGHUP) {
             signals.add_signal(SIGHUP).map_err(failed)?;
         }
         let handler = interrupt.clone();
         std::thread::Builder::new()
             .name("signals".to_owned())
-            .spawn(move || signals.forever().for_each(|signal| handler.signalled(signal)))
+            .spawn(move || signals.forever().for_each(|signal| handler.handle(signal)))
             .map_err(failed)?;
         Ok(interrupt)
     }
 
-    /// The token that the work looks at.
+    /// The token that the work polls.
     pub fn token(&self) -> CancelToken {
         self.0.cancel.clone()
     }
 
-    /// What has to be removed when the work does not stop by itself.
+    /// Sets the cleaner that removes unfinished outputs if the work does not stop by itself.
     pub fn cleans(&self, cleaner: Cleaner) {
         *lock(&self.0.cleaner) = Some(cleaner);
     }
 
-    /// Runs the step that gives outputs their names; signals wait for its end, and are too late when it
-    /// was a good one.
+    /// Runs the step that renames the outputs. Signals wait for its end; after a success they have no
+    /// effect on the result.
     pub fn shielded<T>(&self, step: impl FnOnce() -> Result<T>) -> Result<T> {
         let _naming = lock(&self.0.naming);
-        let done = step()?;
+        let value = step()?;
         self.0.named.store(true, Ordering::SeqCst);
-        Ok(done)
+        Ok(value)
     }
 
-    fn signalled(&self, signal: i32) {
+    fn handle(&self, signal: i32) {
         self.0.cancel.cancel();
         if self.0.signals.fetch_add(1, Ordering::SeqCst) > 0 {
-            self.give_up();
-            // All is done but telling so, maybe to somebody who does not listen.
+            self.abort();
+            // The outputs are complete; only the report is missing, perhaps blocked by a reader that
+            // does not read.
             std::thread::sleep(PATIENCE);
-            // Should this fail, the next signal may do it.
+            // If this fails, the next signal tries again.
             let _ = signal_hook::low_level::emulate_default_handler(signal);
         }
         let watchdog = self.clone();
         let started = std::thread::Builder::new().spawn(move || {
             std::thread::sleep(PATIENCE);
-            watchdog.give_up();
+            watchdog.abort();
         });
         if started.is_err() {
-            self.give_up();
+            self.abort();
         }
     }
 
-    /// Ends the program, unless its outputs have their names by now.
-    fn give_up(&self) {
+    /// Removes unfinished outputs and exits, unless all outputs already have their final names.
+    fn abort(&self) {
         let _naming = lock(&self.0.naming);
         if self.0.named.load(Ordering::SeqCst) {
             return;
@@ -112,14 +111,14 @@ impl Interrupt {
     }
 }
 
-/// Makes a write beyond the limit for file sizes (`ulimit -f`) an error like any other: by default
-/// the kernel ends the program, which leaves its unfinished outputs behind.
-pub fn file_size_limit_is_an_error() {
-    // Nobody looks at the flag. Should this fail, the limit ends the program as it always did.
+/// Turns a write beyond the file size limit (`ulimit -f`) into an error. By default the kernel kills
+/// the program with SIGXFSZ, which leaves its unfinished outputs behind.
+pub fn handle_file_size_limit() {
+    // The flag is never read. If this fails, the kernel's default stays in force.
     let _ = signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)));
 }
 
-/// Whether whoever started the program had it ignore this signal. Linux tells (proc(5), SigIgn).
+/// True if the program was started with this signal ignored, as under nohup (proc(5), SigIgn).
 fn is_ignored(signal: i32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status

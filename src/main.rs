@@ -1,4 +1,4 @@
-//! imgtool: converts virtual-machine disk images and whole-VM archives, any to any, in one pass.
+//! imgtool: converts VM disk images and whole-VM archives between formats, in one pass.
 //!
 //! This file maps results to exit codes; everything else is in the modules.
 
@@ -15,12 +15,12 @@ mod progress;
 mod report;
 
 fn main() -> ExitCode {
-    interrupt::file_size_limit_is_an_error();
-    let done = args::parse(std::env::args_os()).map(|cli| {
-        commands::run(cli.verb).unwrap_or_else(|error| {
+    interrupt::handle_file_size_limit();
+    let exit = args::parse(std::env::args_os()).map(|cli| {
+        commands::run(cli.command).unwrap_or_else(|error| {
             report::error(&error);
             report::exit_of(&error)
         })
     });
-    done.unwrap_or_else(|exit| exit).into()
+    exit.unwrap_or_else(|exit| exit).into()
 }

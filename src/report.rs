@@ -1,5 +1,5 @@
-//! What a person reads: errors, notes, sizes, tables. Everything that may come from an image is
-//! escaped before it reaches the terminal.
+//! Output for people: errors, notes, sizes and tables. Text from an image is escaped before it reaches
+//! the terminal.
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
@@ -17,17 +17,17 @@ mod text;
 pub use terminal::{Paint, Stream, fit, flow, flow_within, unicode, width, wrap};
 pub use text::{Align, count, exact_size, human_size, human_time, percent, table, widest};
 
-/// Prints to standard error; when nobody can read it there is nobody to tell.
+/// Prints a line to standard error. A failure is ignored, as it cannot be reported anywhere.
 pub fn say(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
-/// Prints a message of the program to standard error.
+/// Prints a message to standard error, after the program's name.
 pub fn tell(text: &str) {
     say(&flow(Stream::Err, &format!("imgtool: {text}"), 2));
 }
 
-/// Prints an error: what and where, then what to do about it.
+/// Prints an error and its hint.
 pub fn error(error: &Error) {
     let label = Stream::Err.paint(Paint::Bad, "error:");
     let mut text = flow(Stream::Err, &format!("imgtool: {label} {}", sentence(error)), 2);
@@ -37,8 +37,8 @@ pub fn error(error: &Error) {
     say(&text);
 }
 
-/// The error's text. What the system refused is said as a sentence, without the number that the
-/// standard library adds: it says nothing that the words do not.
+/// The text of an error. For an I/O error it reads "can't open: No such file or directory", without the
+/// error number that the standard library appends.
 fn sentence(error: &Error) -> String {
     let text = named(error);
     let Some(cause) = error.io_error() else { return text };
@@ -50,7 +50,7 @@ fn sentence(error: &Error) -> String {
     text.replacen(&step, &format!("can't {plain}"), 1)
 }
 
-/// The error's text, in which standard input is not called `-`.
+/// The text of an error, with "standard input" instead of `-`.
 fn named(error: &Error) -> String {
     let text = error.to_string();
     match text.strip_prefix("-: ") {
@@ -59,28 +59,22 @@ fn named(error: &Error) -> String {
     }
 }
 
-/// The exit code that an error stands for.
+/// The exit code for an error.
 pub fn exit_of(error: &Error) -> Exit {
     if error.kind() == ErrorKind::Usage { Exit::Usage } else { Exit::Failed }
 }
 
-/// Something that a person should know, and that is no error.
+/// Prints a note: information that the user needs, but not an error.
 pub fn note(text: &str) {
     tell(&format!("{} {}", Stream::Err.paint(Paint::Warning, "note:"), escape_control(text)));
 }
 
-/// Prints a result to standard output. A reader that has gone away is no error.
-///
-/// # Errors
-/// When it can't be written.
+/// Prints a result to standard output. A closed pipe is not an error.
 pub fn print(text: &str) -> Result<()> {
     print_bytes(text.as_bytes())
 }
 
-/// [`print()`], for bytes as they are.
-///
-/// # Errors
-/// When they can't be written.
+/// Like [`print()`], for bytes.
 pub fn print_bytes(bytes: &[u8]) -> Result<()> {
     let mut out = io::stdout().lock();
     match out.write_all(bytes).and_then(|()| out.flush()) {
@@ -90,21 +84,18 @@ pub fn print_bytes(bytes: &[u8]) -> Result<()> {
 }
 
 /// Prints a JSON document and a line feed.
-///
-/// # Errors
-/// When it can't be written.
 pub fn print_json(value: &impl Serialize) -> Result<()> {
     let text =
         serde_json::to_string_pretty(value).map_err(|e| Error::io("write JSON", io::Error::other(e)))?;
     print(&(json_for_terminals(&text) + "\n"))
 }
 
-/// JSON in which the characters that terminals obey, and that JSON lets stand as they are, are
-/// escaped: the same values, whoever reads it.
+/// Escapes the control characters that JSON permits in strings but a terminal would obey (DEL, C1 controls,
+/// bidirectional marks). The values stay the same for a JSON parser.
 pub fn json_for_terminals(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
-        // Line feeds stand between values; within strings JSON has escaped them already.
+        // Line feeds occur only between values: inside strings the serializer has escaped them.
         if c != '\n' && escape_control(c.encode_utf8(&mut [0; 4])).len() > c.len_utf8() {
             let _ = write!(out, "\\u{:04x}", u32::from(c));
         } else {
@@ -119,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_system_refused_is_a_sentence() {
+    fn io_errors_omit_the_errno() {
         let cause = io::Error::from_raw_os_error(2);
         let error = Error::io("open", cause).path("a.raw");
         assert_eq!(sentence(&error), "a.raw: can't open: No such file or directory");

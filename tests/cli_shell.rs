@@ -18,7 +18,8 @@ fn every_verb_has_a_manual_page() {
     imgtool(["man"]).args([dir.path()]).ok();
     let pages = names(dir.path());
     let help = imgtool(["--help"]).ok().text();
-    let verbs = help.lines().skip_while(|line| *line != "Verbs:").skip(1).take_while(|line| !line.is_empty());
+    let verbs =
+        help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
     let verbs: Vec<&str> = verbs
         .filter(|line| !line.starts_with("   "))
         .filter_map(|line| line.split_whitespace().next())
@@ -147,7 +148,7 @@ fn manual_pages_have_sections_and_no_empty_entries() {
     imgtool(["man"]).args([dir.path()]).ok();
     let check = std::fs::read_to_string(dir.path().join("imgtool-check.1")).unwrap();
     assert!(check.contains(".SH \"EXAMPLES\"") && check.contains(".SH \"EXIT STATUS\""), "{check}");
-    assert!(check.contains("changes no image"), "flags without a text: {check}");
+    assert!(check.contains("never modifies an image"), "flags without a text: {check}");
 }
 
 #[test]

@@ -1,7 +1,6 @@
-//! The floor of a conversion without compression: the same runs of data written to the same places of a
-//! new file, from a buffer that is there already. Nothing is read, looked at or decided. Writes into one
-//! file are made one after the other (the kernel holds the inode's lock), so no number of threads is
-//! faster than this.
+//! Lower bound of a conversion without compression: it writes as many bytes to the same offsets of a new
+//! file, from a buffer in memory, without reading or inspecting data. The kernel serializes writes to one
+//! file (inode lock), so no number of threads is faster than this.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -9,10 +8,10 @@ use std::path::Path;
 
 use imgtool_toolkit::{BufferPool, Error, Input, Result};
 
-/// Bytes written at once, as imgtool does.
+/// Bytes per write, as in imgtool.
 const PIECE_LEN: u64 = 256 << 10;
 
-/// Writes what of `image` is data to `target`, at the same places; other content, the same work.
+/// Writes the data extents of `image` to the same offsets of `target`, with other content.
 pub fn write(image: &Path, target: &Path) -> Result<()> {
     let source = Input::open_plain(image)?.into_random()?;
     let mut buffer = BufferPool::new().take(PIECE_LEN as usize);

@@ -1,5 +1,5 @@
-//! The images that are converted. Each is made when the first row needs it and removed behind the
-//! last, so that a tmpfs need not hold them all.
+//! The source images. Each is created for the first row that needs it and removed after the last, so
+//! that a tmpfs need not hold all of them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,18 +8,22 @@ use std::process::Command;
 /// Guest size of the main image.
 const VIRTUAL_SIZE: u64 = 4 << 30;
 
-/// Bytes of files in it.
+/// Bytes of files in the main image.
 const FILES_LEN: u64 = 1400 << 20;
 
-/// Guest size of the sparse image, what it holds, and how much of that stands together.
+/// Guest size of the sparse image.
 const SPARSE_SIZE: u64 = 1 << 40;
+
+/// Bytes of data in the sparse image.
 const SPARSE_DATA: u64 = 256 << 20;
+
+/// Bytes of each run of data in the sparse image.
 const SPARSE_RUN: u64 = 64 << 10;
 
 /// Guest size of the empty images.
 const EMPTY_SIZE: u64 = 8 << 40;
 
-/// Where images are made.
+/// The directory of the images and the files that fill the main image.
 pub struct Images {
     dir: PathBuf,
     trees: Vec<PathBuf>,
@@ -34,7 +38,7 @@ impl Images {
         &self.dir
     }
 
-    /// Makes the image of this name if it is not there.
+    /// Creates the image with this name unless it exists.
     pub fn make(&self, name: &str) -> Result<(), String> {
         let path = self.dir.join(name);
         if path.exists() {
@@ -63,11 +67,11 @@ impl Images {
                 let format = name.trim_start_matches("empty.");
                 self.derive(&format!("qemu-img create -q -f {format} {name} {EMPTY_SIZE}"))
             }
-            other => Err(format!("no image is called {other}")),
+            other => Err(format!("unknown image {other}")),
         }
     }
 
-    /// Removes an image that no row needs any longer.
+    /// Removes an image that no later row needs.
     pub fn remove(&self, name: &str) -> Result<(), String> {
         let path = self.dir.join(name);
         if path.exists() { fs::remove_file(&path).map_err(|e| format!("{name}: {e}")) } else { Ok(()) }
@@ -80,13 +84,14 @@ impl Images {
         sh(&self.dir, command)
     }
 
-    /// An ext4 of the machine's own files: content that is neither noise nor easy.
+    /// Creates an ext4 file system with files of this machine, whose content compresses like that of a
+    /// real guest.
     fn file_system(&self, path: &Path) -> Result<(), String> {
         set_len(path, VIRTUAL_SIZE)?;
         let staging = self.dir.join("files");
-        let mut room = FILES_LEN;
+        let mut remaining = FILES_LEN;
         for tree in &self.trees {
-            copy_tree(tree, &staging.join(tree.strip_prefix("/").unwrap_or(tree)), &mut room)?;
+            copy_tree(tree, &staging.join(tree.strip_prefix("/").unwrap_or(tree)), &mut remaining)?;
         }
         let name = path.display();
         let made = sh(&self.dir, &format!("mkfs.ext4 -q -F -d {} {name}", staging.display()));
@@ -95,8 +100,8 @@ impl Images {
     }
 }
 
-/// Copies regular files in the order of their names until `room` is used up.
-fn copy_tree(from: &Path, to: &Path, room: &mut u64) -> Result<(), String> {
+/// Copies regular files in the order of their names, `remaining` bytes at most.
+fn copy_tree(from: &Path, to: &Path, remaining: &mut u64) -> Result<(), String> {
     let mut entries: Vec<_> = match fs::read_dir(from) {
         Ok(entries) => entries.flatten().collect(),
         Err(e) => return Err(format!("{}: {e}", from.display())),
@@ -104,21 +109,21 @@ fn copy_tree(from: &Path, to: &Path, room: &mut u64) -> Result<(), String> {
     entries.sort_by_key(fs::DirEntry::file_name);
     fs::create_dir_all(to).map_err(|e| format!("{}: {e}", to.display()))?;
     for entry in entries {
-        if *room == 0 {
+        if *remaining == 0 {
             return Ok(());
         }
         let (source, target) = (entry.path(), to.join(entry.file_name()));
         let Ok(meta) = fs::symlink_metadata(&source) else { continue };
         if meta.is_dir() {
-            copy_tree(&source, &target, room)?;
-        } else if meta.is_file() && meta.len() <= *room && fs::copy(&source, &target).is_ok() {
-            *room -= meta.len();
+            copy_tree(&source, &target, remaining)?;
+        } else if meta.is_file() && meta.len() <= *remaining && fs::copy(&source, &target).is_ok() {
+            *remaining -= meta.len();
         }
     }
     Ok(())
 }
 
-/// Short runs of noise far apart.
+/// Creates an image of short runs of noise, far apart.
 fn sparse(path: &Path) -> Result<(), String> {
     use std::os::unix::fs::FileExt;
     set_len(path, SPARSE_SIZE)?;

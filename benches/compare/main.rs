@@ -1,21 +1,21 @@
-//! imgtool beside its peers, conversion by conversion, in one interleaved session.
+//! Compares imgtool with other programs, conversion by conversion, in one interleaved session.
 //!
 //! `cargo bench --bench compare -- [OPTIONS]`
 //!
 //! ```text
-//! --dir DIR      where images are made and written: a tmpfs (default: /dev/shm) or a disk
-//! --rounds N     rounds behind the one that warms up (default 7)
+//! --dir DIR      directory for all images: on a tmpfs (default: /dev/shm) or a disk
+//! --rounds N     measured rounds, after one to warm up (default 7)
 //! --only TEXT    only conversions whose name contains TEXT (repeatable)
-//! --without TEXT none whose name contains TEXT (repeatable)
-//! --tree DIR     whose files fill the file system of the main image (repeatable)
-//! --json FILE    every sample, for later comparison; written behind each conversion
+//! --without TEXT no conversion whose name contains TEXT (repeatable)
+//! --tree DIR     fill the file system of the main image with the files of DIR (repeatable)
+//! --json FILE    write every sample to FILE, after each conversion
 //! --write-floor IMAGE TARGET
-//!                only the writing: what of IMAGE is data, to the same places of TARGET
+//!                only write as many bytes as IMAGE has data, to the same offsets of TARGET
 //! ```
 //!
-//! A round runs our command and the peers' in turn. On a disk every command ends with a flush of
-//! what it wrote, ours by itself. A run during which something else took much of the machine is
-//! repeated. A peer that is not installed, or can't do it here, is named as skipped.
+//! A round runs our command and then each peer's. On a disk every command includes flushing its output:
+//! imgtool always does, for a peer it is added. A run is repeated if other processes took much of the
+//! machine. A peer that is not installed, or fails, is listed as skipped.
 
 mod floor;
 mod images;
@@ -81,7 +81,7 @@ fn parse_options() -> Result<Options, String> {
     while let Some(arg) = args.next() {
         let mut value = || args.next().ok_or(format!("{arg} needs a value"));
         match arg.as_str() {
-            // What `cargo bench` passes to every benchmark.
+            // `cargo bench` passes this flag to every benchmark.
             "--bench" => {}
             "--dir" => options.dir = value()?.into(),
             "--rounds" => options.rounds = value()?.parse().map_err(|_| "--rounds needs a number")?,
@@ -96,7 +96,7 @@ fn parse_options() -> Result<Options, String> {
         return Err("--rounds needs at least 1".into());
     }
     if options.trees.is_empty() {
-        // Programs, libraries, text: what a guest's disk holds.
+        // Programs, libraries and text, like the disk of a guest.
         options.trees = ["/usr/bin", "/usr/lib", "/usr/share"].map(PathBuf::from).to_vec();
     }
     Ok(options)
@@ -110,11 +110,11 @@ fn run(options: Options) -> Result<(), String> {
         .map_err(|e| format!("{}: {e}", root.display()))?;
     let is_memory = report::file_system(dir.path()) == "tmpfs";
     let images = Images::new(dir.path().to_owned(), options.trees);
-    let wanted = |row: &Row| {
+    let is_selected = |row: &Row| {
         let named = |texts: &[String]| texts.iter().any(|text| row.name.contains(text));
         (options.only.is_empty() || named(&options.only)) && !named(&options.without)
     };
-    let rows: Vec<Row> = rows::rows().into_iter().filter(wanted).collect();
+    let rows: Vec<Row> = rows::rows().into_iter().filter(is_selected).collect();
     let mut results = Vec::new();
     report::print_header(dir.path(), options.rounds);
     for (index, row) in rows.iter().enumerate() {
@@ -128,7 +128,7 @@ fn run(options: Options) -> Result<(), String> {
             report::write_json(path, dir.path(), options.rounds, &results)?;
         }
         let needed = |input: &String| rows[index + 1..].iter().any(|row| row.inputs.contains(input));
-        // What others are made of stays.
+        // a.raw stays, as other images are derived from it.
         for input in row.inputs.iter().filter(|input| *input != "a.raw" && !needed(input)) {
             images.remove(input)?;
         }

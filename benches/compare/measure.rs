@@ -1,30 +1,31 @@
-//! Running one command and measuring it: wall time here, CPU time and memory by GNU time.
+//! Runs one command and measures it: wall time here, CPU time and memory with GNU time.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-/// A run is repeated when others took more than this share of one CPU meanwhile, so often at most.
+/// Share of one CPU; a run is repeated if other processes took more than this meanwhile.
 const DISTURBED: f64 = 0.15;
+
+/// Most repetitions of a disturbed run.
 const REPEATS: usize = 2;
 
-/// Seconds after which nobody waits for a run any longer: several times what the slowest of these
-/// conversions takes.
+/// Time limit of a run in seconds: several times what the slowest of these conversions takes.
 const LONGEST: &str = "90";
 
-/// What one run took.
+/// Measurements of one run.
 #[derive(Debug, Clone, Copy)]
 pub struct Sample {
-    /// Seconds.
+    /// Wall time in seconds.
     pub wall: f64,
-    /// Seconds of user and system time.
+    /// User and system time in seconds.
     pub cpu: f64,
-    /// Peak resident memory of the largest process, KiB.
+    /// Peak resident memory of the largest process, in KiB.
     pub memory: u64,
-    /// Bytes that the output occupies.
+    /// Allocated bytes of the output.
     pub output: u64,
-    /// Seconds of CPU time that everything else on the machine took meanwhile.
+    /// CPU time of all other processes on the machine meanwhile, in seconds.
     pub others: f64,
 }
 
@@ -32,10 +33,10 @@ pub struct Sample {
 pub struct Run {
     pub program: &'static str,
     command: String,
-    /// Not the same work, but a part of it that nobody can do without.
+    /// True if the command does only an unavoidable part of the work.
     pub is_floor: bool,
     samples: Vec<Sample>,
-    /// Why it was not run.
+    /// Reason why the command is skipped.
     pub skipped: Option<String>,
 }
 
@@ -44,7 +45,7 @@ impl Run {
         Self { program, command, is_floor, samples: Vec::new(), skipped: None }
     }
 
-    /// Runs once without measuring; a program that is missing or can't do this here is skipped.
+    /// Runs once without measuring. A peer that is missing or fails is skipped from then on.
     pub fn warm_up(&mut self, dir: &Path) -> Result<(), String> {
         for part in self.command.split(['|', '&']).filter(|part| !part.trim().is_empty()) {
             let program = part.split_whitespace().next().unwrap_or_default();
@@ -93,7 +94,7 @@ impl Run {
             .map_err(|e| format!("/usr/bin/time (package time): {e}"))?;
         let wall = started.elapsed().as_secs_f64();
         let busy = busy_seconds() - busy;
-        // What timeout(1) says of a command that it ended.
+        // timeout(1) exits with 124 if it stopped the command.
         if output.status.code() == Some(124) {
             clear(dir)?;
             return Err(format!("takes longer than {LONGEST} s"));
@@ -134,7 +135,7 @@ impl Run {
         (walls.clone().fold(f64::INFINITY, f64::min), walls.fold(0.0, f64::max))
     }
 
-    /// The command without this machine's paths.
+    /// The command without the paths of this machine.
     fn named_command(&self) -> String {
         let this = std::env::current_exe().map(|path| path.display().to_string()).unwrap_or_default();
         self.command.replace(env!("CARGO_BIN_EXE_imgtool"), "imgtool").replace(&this, "compare")
@@ -156,8 +157,8 @@ impl Run {
     }
 }
 
-/// CPU seconds that the machine has spent on anything but waiting (proc_stat(5): user, nice, system,
-/// irq and softirq in hundredths).
+/// Busy CPU seconds of the machine since boot (proc_stat(5): user, nice, system, irq and softirq, in
+/// hundredths).
 fn busy_seconds() -> f64 {
     let text = std::fs::read_to_string("/proc/stat").unwrap_or_default();
     let numbers: Vec<f64> = text
@@ -170,20 +171,20 @@ fn busy_seconds() -> f64 {
     [0, 1, 2, 5, 6].iter().filter_map(|index| numbers.get(*index)).sum::<f64>() / 100.0
 }
 
-/// What the last run made: everything whose name begins with `out`.
+/// Outputs of the last run: every entry whose name begins with `out`.
 fn outputs(dir: &Path) -> Result<Vec<std::path::PathBuf>, String> {
     let entries = std::fs::read_dir(dir).map_err(|e| e.to_string())?.flatten();
     let ours = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("out"));
     Ok(ours.map(|entry| entry.path()).collect())
 }
 
-/// Bytes that the files of the last run occupy.
+/// Allocated bytes of the outputs of the last run.
 fn occupied(dir: &Path) -> Result<u64, String> {
     let files = outputs(dir)?;
     Ok(files.iter().filter_map(|path| std::fs::metadata(path).ok()).map(|meta| meta.blocks() * 512).sum())
 }
 
-/// Removes what the last run made.
+/// Removes the outputs of the last run.
 fn clear(dir: &Path) -> Result<(), String> {
     for path in outputs(dir)? {
         let removed =

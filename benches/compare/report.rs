@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::measure::Run;
 use crate::rows::Row;
 
-/// The machine, for who compares results.
+/// Description of the machine and of the programs.
 pub fn machine() -> Value {
     let first = |command: &str| output(command).lines().next().unwrap_or_default().to_owned();
     json!({
@@ -22,7 +22,7 @@ pub fn machine() -> Value {
     })
 }
 
-/// The file system that `dir` is in.
+/// Type of the file system of `dir`.
 pub fn file_system(dir: &Path) -> String {
     output(&format!("stat -f -c %T '{}'", dir.display())).trim().to_owned()
 }
@@ -74,7 +74,7 @@ pub fn print_row(row: &Row, runs: &[Run]) {
     }
 }
 
-/// Writes what was measured so far.
+/// Writes all measurements so far.
 pub fn write_json(path: &Path, dir: &Path, rounds: usize, rows: &[Value]) -> Result<(), String> {
     let whole = json!({
         "machine": machine(),

@@ -1,22 +1,23 @@
-//! What is compared with what, and the ratio that is meant to be reached.
+//! The conversions, the peers' commands and the goals.
 
-/// One conversion: ours, and how others do the same.
+/// One conversion: our command and those of the peers.
 pub struct Row {
     pub name: String,
-    /// Images that must be there.
+    /// Images that must exist.
     pub inputs: Vec<String>,
-    /// Our command; `{i}` is the program.
+    /// Our command; `{i}` stands for the program.
     pub ours: String,
     pub peers: Vec<Peer>,
-    /// The best peer's time ÷ ours that is meant to be reached.
+    /// Goal for the ratio of the best peer's time to ours.
     pub goal: Option<f64>,
 }
 
-/// Somebody else's command for the same, or a part of the work that nobody can do without.
+/// Another program's command for the same conversion, or for an unavoidable part of it.
 pub struct Peer {
     pub name: &'static str,
     pub command: String,
-    /// Not the same work: the floor that stands beside it. `{b}` in a command is this benchmark.
+    /// True if the command does only an unavoidable part of the work. `{b}` in a command stands for this
+    /// benchmark.
     pub is_floor: bool,
 }
 
@@ -33,7 +34,7 @@ fn row(name: &str, input: &str, ours: &str, peers: Vec<Peer>, goal: Option<f64>)
     Row { name: name.into(), inputs: vec![input.into()], ours, peers, goal }
 }
 
-/// qemu-img with its defaults and as fast as it gets.
+/// qemu-img with its defaults, and with its fastest settings.
 fn qemu(rest: &str) -> Vec<Peer> {
     vec![
         peer("qemu-img", format!("qemu-img convert {rest}")),
@@ -41,7 +42,7 @@ fn qemu(rest: &str) -> Vec<Peer> {
     ]
 }
 
-/// Every row.
+/// All rows, in the order of the report.
 pub fn rows() -> Vec<Row> {
     let mut rows = plain();
     rows.extend(compressed());
@@ -87,8 +88,8 @@ fn compressed() -> Vec<Row> {
     ]
 }
 
-/// Conversions whose peer is the reference VMA program, which few machines have. The floor is read
-/// once, write once: a copy of as many bytes; or one decoder of zstd that keeps nothing.
+/// Conversions whose peer is the reference VMA program, which few machines have. The floor is a copy of
+/// the archive, or a zstd decoder that discards its output.
 fn archives() -> Vec<Row> {
     const TO_QCOW2: &str = "qemu-img convert -W -m 16 -f raw -O qcow2 out.d/disk-drive-scsi0.raw out.qcow2";
     let copy = || floor("floor: cp of the archive", "cp --sparse=never a.vma out");

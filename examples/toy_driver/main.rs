@@ -1,13 +1,13 @@
-//! A driver of one's own beside the built-in ones: converts from and to *slab*, a format that was made
-//! up for this example.
+//! A custom driver alongside the built-in ones: converts from and to *slab*, a format invented for this
+//! example.
 //!
 //! ```sh
 //! cargo run --release --example toy_driver -- fixtures/sparse.vma target/sparse.slab
 //! cargo run --release --example toy_driver -- target/sparse.slab target/sparse.qcow2
 //! ```
 //!
-//! `slab.rs` is the driver; the tests below are all that it takes to hold it to the laws of the
-//! toolkit. `docs/drivers.md` walks through both.
+//! `slab.rs` is the driver; the tests below are all that is needed to check it against the laws of the
+//! toolkit. `docs/drivers.md` explains both.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -16,7 +16,7 @@ use imgtool_toolkit::{Conversion, Input, OpenOptions, Registry, Result};
 
 mod slab;
 
-/// The built-in drivers, and ours. Raw takes what no other knows, in whatever order they stand.
+/// The built-in drivers and ours. The order does not matter: raw is used only if no other format matches.
 fn registry() -> Registry {
     let mut registry = Registry::new();
     registry.register(slab::SlabDriver);
@@ -46,8 +46,8 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     };
     match convert(Path::new(from), Path::new(to)) {
-        Ok(done) => {
-            println!("{done}");
+        Ok(message) => {
+            println!("{message}");
             ExitCode::SUCCESS
         }
         Err(error) => {
@@ -76,12 +76,12 @@ mod tests {
     }
 
     #[test]
-    fn failing_storage_is_an_error() {
+    fn reports_failing_storage() {
         conformance::faults::all(&SlabDriver, &CreateOptions::default(), &small());
     }
 
     #[test]
-    fn hostile_bytes_do_not_panic() {
+    fn survives_hostile_bytes() {
         let image = conformance::make_bytes(&SlabDriver, &CreateOptions::default(), &small());
         let places = vec![0..8, 8..16];
         conformance::hostile_bytes_do_not_panic(
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn it_works_beside_the_built_in_drivers() {
+    fn converts_to_and_from_the_built_in_formats() {
         let directory = tempfile::tempdir().expect("a directory");
         let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/sparse.vma");
         let [slab, raw, direct] = ["a.slab", "a.raw", "b.raw"].map(|name| directory.path().join(name));
@@ -99,7 +99,7 @@ mod tests {
         assert_eq!(super::convert(&slab, &raw).expect("from slab"), "slab to raw: 536871424 bytes");
         super::convert(&fixture, &direct).expect("without slab");
         let read = |path: &Path| std::fs::read(path).expect("read");
-        assert!(read(&raw) == read(&direct), "the disk that went through slab is another");
+        assert!(read(&raw) == read(&direct), "content differs after the conversion through slab");
         let on_disk = std::fs::metadata(&slab).expect("the slab image").blocks() * 512;
         assert!(on_disk < 1 << 20, "zeros take no space: {on_disk} bytes");
     }

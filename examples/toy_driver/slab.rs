@@ -1,7 +1,7 @@
-//! The driver of a format of one's own: *slab*, made up for this example.
+//! Driver of a custom format: *slab*, invented for this example.
 //!
-//! A slab image is a header and, 4096 bytes into the file, the disk in one slab: zeros are holes of the
-//! file. The header is the magic `SLABIMG1` and the size of the disk in bytes, a little-endian `u64`.
+//! A slab image is a header and, at file offset 4096, the disk in one piece; zeros are holes of the file.
+//! The header is the magic `SLABIMG1` and the size of the disk in bytes, a little-endian `u64`.
 
 use std::ops::Range;
 
@@ -12,7 +12,7 @@ use imgtool_toolkit::{
 };
 
 const MAGIC: &[u8; 8] = b"SLABIMG1";
-/// Where the disk begins in the file.
+/// File offset of the disk.
 const SLAB: u64 = 4096;
 
 pub struct SlabDriver;
@@ -38,13 +38,13 @@ impl Driver for SlabDriver {
         head.starts_with(MAGIC).then_some(Confidence::Magic)
     }
 
-    /// Parses, then validates, then constructs: nothing from the file is used before it is checked.
+    /// Parses, validates and constructs, in this order: no value from the file is used unchecked.
     fn open(&self, input: Input, _options: &OpenOptions) -> Result<Box<dyn ImageSource>> {
         let input = input.into_random()?;
         let header = input.read_vec(0, 16)?;
         let Some((MAGIC, [size, ..])) = header.split_first_chunk().map(|(m, rest)| (m, rest.as_chunks().0))
         else {
-            return Err(Error::wrong_format("no slab image: another magic number").at(0));
+            return Err(Error::wrong_format("not a slab image: wrong magic number").at(0));
         };
         let size = u64::from_le_bytes(*size);
         if size.checked_add(SLAB).is_none_or(|end| end > input.len()) {
@@ -69,7 +69,7 @@ impl Driver for SlabDriver {
     }
 }
 
-/// An image that is read: by many threads at once, through `&self`.
+/// An open image. Many threads read it concurrently, through `&self`.
 struct SlabImage {
     info: ImageInfo,
     input: RandomInput,
@@ -105,7 +105,7 @@ impl RandomAccess for SlabImage {
     }
 }
 
-/// An image that is made: it says what is to be written where, the pipeline writes.
+/// A new image. It says what to write where; the pipeline writes.
 struct SlabSink {
     output: Output,
     size: u64,
@@ -121,19 +121,19 @@ impl ImageSink for SlabSink {
         &self.output
     }
 
-    /// By many threads, without shared state: what is there to write?
+    /// Finds the bytes to write. Many threads call this concurrently, without shared state.
     fn prepare(&self, piece: Piece, _pool: &BufferPool) -> Result<Prepared> {
         let runs = piece.nonzero_runs(SLAB as usize);
         Ok(Prepared::sparse(piece, runs, self.output.needs_zeros()))
     }
 
-    /// In the order of the source: where does it go?
+    /// Assigns file offsets. Calls come in the order of the source.
     fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
         prepared.parts.iter().for_each(|part| writes.push(SLAB + part.guest.start, part.bytes.clone()));
         Ok(())
     }
 
-    /// The header comes last: a file without one is no image.
+    /// Writes the header last, so that an unfinished file is not a valid image.
     fn finish(&self) -> Result<()> {
         self.output.set_len(SLAB + self.size)?;
         self.output.write_at(&[*MAGIC, self.size.to_le_bytes()].concat(), 0)

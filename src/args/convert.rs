@@ -8,7 +8,7 @@ use clap::{Args, ValueHint};
 use super::values::{CACHE_MODES, Offer};
 use super::{InputArgs, MessageArgs, OutputArgs, SnapshotArgs, ThreadArgs};
 
-/// At the end of the short help.
+/// Text at the end of the short help.
 const EXAMPLES: &str = "\
 Examples:
   imgtool convert disk.vhdx disk.qcow2
@@ -18,26 +18,26 @@ Examples:
   zstdcat vm.vma.zst | imgtool convert - --to vhdx outdir/
   imgtool convert vm.vma --target drive-scsi0=/dev/vg/disk,zeroed";
 
-/// At the end of the long help and of the manual page.
+/// Text at the end of the long help and of the manual page.
 const RULES_AND_EXAMPLES: &str = "\
-DEST is a file when one disk goes into one image, or all into one archive.
-Else it is a directory, made if it is missing: each disk becomes
-<device>.<extension>, each configuration keeps its name, the memory of a
-running guest becomes vmstate.bin. One disk into a directory (one that exists,
-or a DEST that ends in '/') is named after its source.
+DEST is a file if there is one disk, or if the output is one archive. Otherwise
+it is a directory, created if missing: each disk becomes <device>.<extension>,
+each configuration keeps its name, the memory of a running guest becomes
+vmstate.bin. A single disk written into a directory (an existing one, or a DEST
+ending in '/') is named after its source.
 
-The format of DEST is that of --to, else that of its extension, else raw. A
-name ending in .zst or .gz compresses the whole output, where the format can be
-written in one pass.
+The output format is that of --to, else that of DEST's extension, else raw. If
+DEST ends in .zst or .gz, the whole output is compressed, provided that the
+format can be written sequentially.
 
-Until it is finished an output is called .NAME.partial-XXXXXX; whatever goes
-wrong, no unfinished output is left under its final name, and of several
-outputs all appear or none.
+An unfinished output is called .NAME.partial-XXXXXX. If anything fails, no
+unfinished output is left under its final name, and of several outputs either
+all appear or none.
 
 Exit codes:
-  0  done and complete
-  1  failed; nothing is left under a final name
-  2  the command line makes no sense
+  0  success
+  1  failed; no output is left under its final name
+  2  usage error
   3  finished with losses (--salvage); each lost range is listed
 
 Examples:
@@ -57,10 +57,10 @@ Examples:
     after_long_help = RULES_AND_EXAMPLES
 )]
 pub struct ConvertArgs {
-    /// What to convert and where to: SOURCE... DEST
+    /// One or more sources and the destination: SOURCE... DEST
     ///
-    /// A SOURCE is a path, or '-' for standard input; NAME=PATH names its device. DEST is a path, or
-    /// '-' for standard output where the format can be streamed; it may be left out when every
+    /// A SOURCE is a path, or '-' for standard input; NAME=PATH sets the name of its device. DEST is a
+    /// path, or '-' for standard output if the format can be streamed; it may be omitted if every
     /// device has a --target.
     #[arg(value_name = "PATH", num_args = 1.., value_hint = ValueHint::AnyPath)]
     pub paths: Vec<OsString>,
@@ -93,11 +93,11 @@ pub struct ConvertArgs {
     pub compat: CompatArgs,
 }
 
-/// What is made.
+/// Flags for the outputs.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Writing")]
 pub struct TargetArgs {
-    /// Format of the output [default: by DEST's extension, else raw]
+    /// Format of the output [default: from DEST's extension, else raw]
     #[arg(
         short = 'O',
         long = "to",
@@ -117,7 +117,7 @@ pub struct TargetArgs {
     )]
     pub options: Vec<String>,
 
-    /// Compress: qcow2 clusters (zlib, zstd), or a whole VMA archive (zstd, gzip)
+    /// Compress qcow2 clusters (zlib, zstd) or a whole VMA archive (zstd, gzip)
     #[arg(
         short = 'c',
         long,
@@ -128,19 +128,19 @@ pub struct TargetArgs {
     )]
     pub compress: Option<String>,
 
-    /// Runs of zeros of this length take no space; 0 writes zeros like data [default: 4k]
+    /// Shortest run of zeros to leave out; 0 writes all zeros like data [default: 4k]
     #[arg(short = 'S', long = "sparse-size", value_name = "SIZE")]
     pub sparse_size: Option<String>,
 
-    /// Overwrite existing files, take devices that are in use, accept images marked as corrupt
+    /// Overwrite existing files, use block devices that are in use, read images marked as corrupt
     #[arg(long)]
     pub force: bool,
 
-    /// Store only the difference to this image; -o backing_file=FILE
+    /// Store only the differences from this backing file; same as -o backing_file=FILE
     #[arg(short = 'B', value_name = "FILE", requires = "backing_format", value_hint = ValueHint::FilePath)]
     pub backing: Option<String>,
 
-    /// The format of -B's file; -o backing_fmt=FMT
+    /// Format of the backing file; same as -o backing_fmt=FMT
     #[arg(
         short = 'F',
         value_name = "FMT",
@@ -150,98 +150,99 @@ pub struct TargetArgs {
     )]
     pub backing_format: Option<String>,
 
-    /// Do not create DEST: write into the file or block device that is there
+    /// Do not create DEST: write into an existing file or block device
     ///
-    /// A target up to 4 MiB larger than the disk is accepted and its tail left alone (--force:
-    /// however large); a smaller one is refused.
+    /// The target may be up to 4 MiB larger than the disk (with --force, any larger size); the rest
+    /// of it stays untouched. A smaller target is refused.
     #[arg(short = 'n', long = "no-create")]
     pub no_create: bool,
 
-    /// With -n: the target is known to read as zeros, so zeros need no writing
+    /// With -n: assume that the target reads as zeros, and write no zeros to it
     #[arg(long, requires = "no_create")]
     pub target_is_zero: bool,
 
-    /// Read the outputs back and compare them with the sources before they get their names
+    /// Read the outputs back and compare them with the sources before they get their final names
     #[arg(long)]
     pub verify: bool,
 }
 
-/// Which devices go where, and what goes with them.
+/// Flags that choose devices, their targets and the configurations.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Devices and configurations")]
 pub struct DeviceArgs {
-    /// Take only this device; repeatable
+    /// Convert only this device; repeatable
     #[arg(long, value_name = "NAME")]
     pub disk: Vec<String>,
 
-    /// Send a device to a place of its own; repeatable
+    /// Write a device to a path of its own; repeatable
     ///
-    /// A PATH that exists is written in place and keeps its length, under the rules of -n; 'zeroed'
-    /// says that it is known to read as zeros. The format is that of format=, else that of PATH's
-    /// extension, else raw.
+    /// An existing PATH is overwritten in place and keeps its length, under the rules of -n; 'zeroed'
+    /// assumes that it reads as zeros. The format is that of format=, else that of PATH's extension,
+    /// else raw.
     #[arg(long, value_name = "NAME=PATH[,format=FMT][,zeroed]")]
     pub target: Vec<OsString>,
 
-    /// Pack this configuration file into the archive; repeatable
+    /// Add this configuration file to the archive; repeatable
     #[arg(long, value_name = "FILE")]
     pub config: Vec<PathBuf>,
 
-    /// Keep the configurations of the sources beside those of --config and --proxmox (without these
-    /// they are kept anyway)
+    /// Keep the configurations of the sources in addition to those of --config and --proxmox; without
+    /// either of these they are always kept
     #[arg(long)]
     pub config_from_source: bool,
 
-    /// Pack a qemu-server.conf with what qmrestore needs to know of the disks, and this setting;
-    /// repeatable
+    /// Add a qemu-server.conf that qmrestore accepts, with this setting; repeatable
     ///
-    /// Disks called like a drive (scsi0, drive-virtio1, efidisk0 ...) become that drive, others the
-    /// next free SCSI disk; they are named as qmrestore expects. Memory is 2048 unless said.
+    /// A disk named like a drive (scsi0, drive-virtio1, efidisk0 ...) becomes that drive, any other
+    /// disk the next free SCSI drive; devices are renamed as qmrestore expects. Memory defaults to
+    /// 2048 MiB.
     #[arg(long, value_name = "KEY=VALUE", num_args = 1)]
     pub proxmox: Vec<String>,
 }
 
-/// How the work is done.
+/// Flags for the copying itself.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Work")]
 pub struct WorkArgs {
-    /// Restore what is whole of a damaged image, fill the rest with zeros, list it, exit with 3
+    /// Recover the intact parts of a damaged image, fill the rest with zeros, list the lost ranges and
+    /// exit with 3
     #[arg(long)]
     pub salvage: bool,
 
-    /// Copy at most this many bytes of data a second (50M)
+    /// Copy at most this many bytes of data per second, such as 50M
     #[arg(short = 'r', long = "rate-limit", value_name = "RATE")]
     pub rate_limit: Option<String>,
 }
 
 /// Flags that scripts pass to qemu-img.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Taken for qemu-img's sake")]
+#[command(next_help_heading = "Compatibility with qemu-img")]
 pub struct CompatArgs {
-    /// No effect: outputs are always flushed before they get their names
+    /// Accepted, no effect: outputs are always flushed before they get their final names
     #[arg(short = 't', value_name = "CACHE", value_parser = CACHE_MODES, hide_possible_values = true)]
     pub target_cache: Option<String>,
 
-    /// No effect: sources are read through the page cache
+    /// Accepted, no effect: sources are read through the page cache
     #[arg(short = 'T', value_name = "CACHE", value_parser = CACHE_MODES, hide_possible_values = true)]
     pub source_cache: Option<String>,
 
-    /// No effect: writes are made in any order wherever that is safe
+    /// Accepted, no effect: writes are reordered wherever that is safe
     #[arg(short = 'W')]
     pub out_of_order: bool,
 
-    /// No effect: how bytes are copied is decided for each pair of formats
+    /// Accepted, no effect: the formats decide how bytes are copied
     #[arg(short = 'C')]
     pub copy_offload: bool,
 
-    /// Refused: targets are named by plain paths
+    /// Not supported: targets are plain paths
     #[arg(long, hide_short_help = true)]
     pub target_image_opts: bool,
 
-    /// Refused: persistent bitmaps are not written
+    /// Not supported: persistent bitmaps are not written
     #[arg(long, hide_short_help = true)]
     pub bitmaps: bool,
 
-    /// Refused: belongs to --bitmaps
+    /// Not supported: part of --bitmaps
     #[arg(long, hide_short_help = true)]
     pub skip_broken_bitmaps: bool,
 }

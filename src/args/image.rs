@@ -1,4 +1,4 @@
-//! The command lines of the verbs that look at images.
+//! The command lines of `info`, `map`, `check`, `compare`, `checksum`, `measure` and `create`.
 
 use std::path::PathBuf;
 
@@ -19,15 +19,15 @@ Examples:
   imgtool info --backing-chain --allow-external chain overlay.qcow2"
 )]
 pub struct InfoArgs {
-    /// Images or archives; '-' is standard input
+    /// Images or archives; '-' for standard input
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<PathBuf>,
 
-    /// Show the image's backing files too, as far as --allow-external lets them be opened
+    /// Also show the backing files, as far as --allow-external permits opening them
     #[arg(long)]
     pub backing_chain: bool,
 
-    /// Read an archive that comes as a stream to its end, however long: counts what is stored
+    /// Read a streamed archive to its end, however long, to count the stored bytes
     #[arg(long)]
     pub read_all: bool,
 
@@ -51,18 +51,18 @@ Examples:
   imgtool map --disk drive-scsi0 --output json vm.vma"
 )]
 pub struct MapArgs {
-    /// The image or archive; '-' is standard input
+    /// The image or archive; '-' for standard input
     pub image: PathBuf,
 
-    /// Only this device; repeatable
+    /// Show only this device; repeatable
     #[arg(long, value_name = "NAME")]
     pub disk: Vec<String>,
 
-    /// Begin at this guest offset: bytes, or with a suffix k, M, G, T [default: 0]
+    /// Start at this guest offset: bytes, or with a suffix k, M, G, T [default: 0]
     #[arg(short = 's', long, value_name = "SIZE")]
     pub start_offset: Option<String>,
 
-    /// Show at most this many bytes of the disk [default: to the end]
+    /// Show at most this many bytes of the disk [default: up to its end]
     #[arg(long, value_name = "SIZE")]
     pub max_length: Option<String>,
 
@@ -76,10 +76,10 @@ pub struct MapArgs {
     pub snapshot: SnapshotArgs,
 }
 
-/// QEMU's cache mode, of the verbs that only read.
+/// QEMU's cache mode, for the commands that only read.
 #[derive(Debug, Args)]
 pub struct CacheArgs {
-    /// No effect: images are read through the page cache
+    /// Accepted for compatibility, no effect: images are read through the page cache
     #[arg(
         short = 'T',
         value_name = "CACHE",
@@ -99,24 +99,24 @@ Exit codes:
   0  clean
   1  could not check
   2  corrupt
-  3  leaks only: space is wasted, the content is right
+  3  leaks only: space is wasted, the content is intact
 
 Examples:
   imgtool check disk.qcow2
   imgtool check --output json vm.vma.zst"
 )]
 pub struct CheckArgs {
-    /// The image or archive; '-' is standard input
+    /// The image or archive; '-' for standard input
     pub image: PathBuf,
 
-    /// Refused: imgtool changes no image; a conversion makes a clean one
+    /// Not supported: imgtool never modifies an image; convert it to get a clean copy
     #[arg(short = 'r', value_name = "leaks|all", hide_short_help = true)]
     pub repair: Option<String>,
 
     #[command(flatten)]
     pub cache: CacheArgs,
 
-    /// Say nothing unless something is wrong
+    /// Print nothing unless something is wrong
     #[arg(short = 'q', long)]
     pub quiet: bool,
 
@@ -132,11 +132,11 @@ pub struct CheckArgs {
 #[command(
     args_override_self = true,
     after_help = "\
-Devices are matched by name; an image of one device matches any other of one
-device. Where one is longer, its tail must be zero.
+Devices are matched by name; two images with a single device each always match.
+If one device is longer, the rest of it must be zero.
 
 Exit codes:
-  0  same
+  0  identical
   1  different
   2  could not compare
 
@@ -149,15 +149,15 @@ pub struct CompareArgs {
     #[arg(value_name = "A")]
     pub first: PathBuf,
 
-    /// The second
+    /// The second image or archive
     #[arg(value_name = "B")]
     pub second: PathBuf,
 
-    /// Format of B (-f is that of A) [default: found by content]
+    /// Format of B; -f is the format of A [default: detected from its content]
     #[arg(short = 'F', value_name = "FMT", value_parser = Offer::Formats, hide_possible_values = true)]
     pub second_format: Option<String>,
 
-    /// Sizes must be equal too, and what holds data and what does not
+    /// Also require equal sizes and equal allocation
     #[arg(short = 's', long)]
     pub strict: bool,
 
@@ -181,7 +181,7 @@ pub struct CompareArgs {
     pub messages: MessageArgs,
 }
 
-/// A digest that `checksum` can make.
+/// Digest algorithm of `checksum`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum Algorithm {
     /// SHA-256, as sha256sum prints it for the raw image
@@ -196,23 +196,23 @@ pub enum Algorithm {
 #[command(
     args_override_self = true,
     after_help = "\
-The digest is that of the raw disk, so images of different formats with the
-same content have the same digest.
+The digest is that of the raw disk: images of different formats have the same
+digest if their content is the same.
 
 Examples:
   imgtool checksum disk.qcow2
   imgtool checksum -a blake3 vm.vma.zst"
 )]
 pub struct ChecksumArgs {
-    /// Images or archives; '-' is standard input
+    /// Images or archives; '-' for standard input
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<PathBuf>,
 
-    /// Which digest
+    /// Digest algorithm
     #[arg(short = 'a', long, value_name = "NAME", value_enum, default_value_t)]
     pub algorithm: Algorithm,
 
-    /// Only this device; repeatable
+    /// Read only this device; repeatable
     #[arg(long, value_name = "NAME")]
     pub disk: Vec<String>,
 
@@ -242,15 +242,15 @@ Examples:
   imgtool measure -O qcow2 -o cluster_size=2M --size 1T"
 )]
 pub struct MeasureArgs {
-    /// The image whose content is to be held
+    /// The image whose content the new image will hold
     #[arg(required_unless_present = "size", conflicts_with = "size")]
     pub image: Option<PathBuf>,
 
-    /// An empty disk of this size instead of an image
+    /// Assume an empty disk of this size instead of an image
     #[arg(long, value_name = "SIZE")]
     pub size: Option<String>,
 
-    /// Format of the image to be made [default: raw]
+    /// Format of the new image [default: raw]
     #[arg(
         short = 'O',
         long = "to",
@@ -291,15 +291,15 @@ Examples:
   imgtool create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2"
 )]
 pub struct CreateArgs {
-    /// The image to be made
+    /// Path of the new image
     #[arg(value_name = "PATH", required_unless_present = "options")]
     pub path: Option<PathBuf>,
 
-    /// Its virtual size: bytes, or with a suffix k, M, G, T, P, E [default: that of -b's file]
+    /// Virtual size: bytes, or with a suffix k, M, G, T, P, E [default: size of the backing file]
     #[arg(value_name = "SIZE")]
     pub size: Option<String>,
 
-    /// Its format [default: by PATH's extension, else raw]
+    /// Format of the new image [default: from PATH's extension, else raw]
     #[arg(
         short = 'f',
         long = "format",
@@ -319,7 +319,7 @@ pub struct CreateArgs {
     )]
     pub options: Vec<String>,
 
-    /// The image below the new one, relative to it; -o backing_file=FILE
+    /// Backing file, relative to the new image; same as -o backing_file=FILE
     #[arg(
         short = 'b',
         long,
@@ -329,7 +329,7 @@ pub struct CreateArgs {
     )]
     pub backing: Option<String>,
 
-    /// The format of the backing file; -o backing_fmt=FMT
+    /// Format of the backing file; same as -o backing_fmt=FMT
     #[arg(
         short = 'F',
         long,
@@ -339,11 +339,11 @@ pub struct CreateArgs {
     )]
     pub backing_format: Option<String>,
 
-    /// Do not look at the backing file: it may be missing, and SIZE has to be given
+    /// Do not open the backing file: it may be missing, but SIZE is required
     #[arg(short = 'u', long)]
     pub unsafe_backing: bool,
 
-    /// Refused: there are no secrets or other objects
+    /// Not supported: encrypted and remote images cannot be opened
     #[arg(long, value_name = "OBJECT", hide_short_help = true)]
     pub object: Vec<String>,
 
@@ -351,7 +351,7 @@ pub struct CreateArgs {
     #[arg(long)]
     pub force: bool,
 
-    /// Say nothing unless something fails
+    /// Print nothing unless something fails
     #[arg(short = 'q', long)]
     pub quiet: bool,
 

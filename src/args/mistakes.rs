@@ -1,4 +1,4 @@
-//! What is wrong with a command line, in the words and the form of all other errors.
+//! Usage errors: clap's findings, in the words and the form of all other errors.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -9,31 +9,33 @@ use imgtool_toolkit::{Error, suggest};
 
 use super::Cli;
 
-/// Verbs of qemu-img that change images: imgtool only makes new ones.
-const CHANGES_IMAGES: [&str; 8] =
+/// Commands of qemu-img without a counterpart here: most modify an image in place.
+const QEMU_IMG_COMMANDS: [&str; 8] =
     ["amend", "bench", "bitmap", "commit", "dd", "rebase", "resize", "snapshot"];
 
-/// Verbs of the vma program, which stand behind `vma` here.
-const OF_VMA: [&str; 4] = ["list", "config", "extract", "verify"];
+/// Commands of the vma program that are not commands of imgtool itself.
+const VMA_COMMANDS: [&str; 4] = ["list", "config", "extract", "verify"];
 
-/// A mistake as an error: one sentence, and what to do about it.
+/// Converts a parser error into one sentence and a hint.
 pub fn explain(mistake: &clap::Error, args: &[OsString]) -> Error {
     let text = |kind| mistake.get(kind).map(plain).unwrap_or_default();
     let command = command_of(args);
-    let see = format!("'{} --help' lists what there is", path_of(args));
+    let see = format!("see '{} --help'", path_of(args));
     let arg = bare(&text(ContextKind::InvalidArg));
-    if let Some(meant) = one_dash_too_few(&command, args) {
-        return meant;
+    if let Some(error) = missing_dash(&command, args) {
+        return error;
     }
     let value = text(ContextKind::InvalidValue);
     match mistake.kind() {
-        ErrorKind::InvalidSubcommand => verb(&text(ContextKind::InvalidSubcommand), &command, args),
-        ErrorKind::MissingSubcommand => Error::usage("a verb is missing").hint(verbs(&command)),
-        ErrorKind::UnknownArgument => unknown(&arg, &command, args).hint(see),
+        ErrorKind::InvalidSubcommand => {
+            unknown_command(&text(ContextKind::InvalidSubcommand), &command, args)
+        }
+        ErrorKind::MissingSubcommand => Error::usage("missing command").hint(command_list(&command)),
+        ErrorKind::UnknownArgument => unknown_argument(&arg, &command, args).hint(see),
         ErrorKind::InvalidValue if value.is_empty() => Error::usage(format!("{arg} needs a value")).hint(see),
         ErrorKind::InvalidValue => {
             let valid = mistake.get(ContextKind::ValidValue).map(list).unwrap_or_default();
-            Error::usage(format!("{arg} can't be '{value}'")).hint(suggest::hint(
+            Error::usage(format!("invalid value '{value}' for {arg}")).hint(suggest::hint(
                 &value,
                 "values",
                 valid.iter().map(String::as_str),
@@ -41,65 +43,70 @@ pub fn explain(mistake: &clap::Error, args: &[OsString]) -> Error {
         }
         ErrorKind::ValueValidation => {
             let reason = std::error::Error::source(mistake).map(|e| e.to_string()).unwrap_or_default();
-            Error::usage(format!("{arg} can't be '{value}': {reason}")).hint(see)
+            Error::usage(format!("invalid value '{value}' for {arg}: {reason}")).hint(see)
         }
         ErrorKind::MissingRequiredArgument if arg.starts_with("--no-create") => {
-            Error::usage("--target-is-zero needs -n").hint("only what exists already can be known to be zero")
+            Error::usage("--target-is-zero requires -n")
+                .hint("only an existing target can be known to read as zeros")
         }
         ErrorKind::MissingRequiredArgument => {
-            Error::usage(format!("{arg} is missing")).hint(usage(&command, &see))
+            Error::usage(format!("missing {}", arg.trim_end_matches('.'))).hint(usage(&command, &see))
         }
         ErrorKind::ArgumentConflict => {
             let prior = bare(&text(ContextKind::PriorArg));
             let what = if prior.is_empty() || prior == arg {
                 format!("{arg} is given twice")
             } else {
-                format!("{arg} and {prior} exclude each other")
+                format!("{arg} conflicts with {prior}")
             };
             Error::usage(what).hint(see)
         }
-        ErrorKind::NoEquals => Error::usage(format!("{arg} takes its value after '='")).hint(see),
+        ErrorKind::NoEquals => Error::usage(format!("expected {arg}=VALUE")).hint(see),
         ErrorKind::TooManyValues => Error::usage(format!("{arg} takes no value")).hint(see),
-        ErrorKind::InvalidUtf8 => Error::usage("an argument is not UTF-8").hint(see),
+        ErrorKind::InvalidUtf8 => Error::usage("argument is not valid UTF-8").hint(see),
         _ => Error::usage(first_line(&mistake.to_string())).hint(see),
     }
 }
 
-fn verb(wanted: &str, command: &Command, args: &[OsString]) -> Error {
-    // Only a word that is no image and no flag can be a slip of a verb.
-    if wanted.contains(['.', '/']) || Path::new(wanted).exists() {
-        return Error::usage(format!("'{wanted}' stands where a verb belongs")).hint(format!(
-            "'imgtool info {wanted}' tells what it is, 'imgtool convert {wanted} DEST' converts it"
+/// An error for a word in the place of a command.
+fn unknown_command(word: &str, command: &Command, args: &[OsString]) -> Error {
+    // A path is not a misspelt command.
+    if word.contains(['.', '/']) || Path::new(word).exists() {
+        return Error::usage(format!("expected a command, not '{word}'"))
+            .hint(format!("'imgtool info {word}' describes it, 'imgtool convert {word} DEST' converts it"));
+    }
+    let error = Error::usage(format!("unknown command '{word}'"));
+    if VMA_COMMANDS.contains(&word) && path_of(args) == "imgtool" {
+        return error
+            .hint(format!("'imgtool vma {word}' does what 'vma {word}' does; {}", command_list(command)));
+    }
+    if word == "version" {
+        return error.hint("'imgtool --version' prints the version");
+    }
+    if QEMU_IMG_COMMANDS.contains(&word) {
+        return error.hint(format!(
+            "imgtool creates images and never modifies one; use 'qemu-img {word}'; {}",
+            command_list(command)
         ));
     }
-    if OF_VMA.contains(&wanted) && path_of(args) == "imgtool" {
-        return Error::usage(format!("there is no verb '{wanted}'"))
-            .hint(format!("that of the vma program is 'imgtool vma {wanted}'; {}", verbs(command)));
-    }
-    if wanted == "version" {
-        return Error::usage("there is no verb 'version'").hint("'imgtool --version' prints it");
-    }
-    if CHANGES_IMAGES.contains(&wanted) {
-        return Error::usage(format!("there is no '{wanted}': imgtool makes new images and changes none"))
-            .hint(format!("qemu-img {wanted} does it; {}", verbs(command)));
-    }
-    let error = Error::usage(format!("there is no verb '{wanted}'"));
-    error.hint(suggest::hint(wanted, "verbs", command.get_subcommands().map(Command::get_name)))
+    error.hint(suggest::hint(word, "commands", command.get_subcommands().map(Command::get_name)))
 }
 
-fn verbs(command: &Command) -> String {
+fn command_list(command: &Command) -> String {
     let names: Vec<&str> = command.get_subcommands().map(Command::get_name).collect();
-    format!("verbs: {}", names.join(", "))
+    format!("commands: {}", names.join(", "))
 }
 
-fn unknown(arg: &str, command: &Command, args: &[OsString]) -> Error {
+/// An error for a surplus argument, an unknown flag or a flag before the command.
+fn unknown_argument(arg: &str, command: &Command, args: &[OsString]) -> Error {
     if !arg.starts_with('-') {
-        return Error::usage(format!("'{arg}' is one argument too many"));
+        return Error::usage(format!("unexpected argument '{arg}'"));
+    }
+    if let Some(name) = command_after_flags(command, args) {
+        return Error::usage(format!("flag {arg} before the command"))
+            .hint(format!("flags follow the command: imgtool {name} {arg} …"));
     }
     let error = Error::usage(format!("{} has no flag {arg}", path_of(args)));
-    if let Some(verb) = verb_behind(command, args) {
-        return error.hint(format!("flags stand behind the verb: imgtool {verb} {arg} …"));
-    }
     let flags: Vec<String> =
         command.get_arguments().filter_map(|a| a.get_long()).map(|l| format!("--{l}")).collect();
     let name = arg.split('=').next().unwrap_or(arg);
@@ -112,14 +119,14 @@ fn unknown(arg: &str, command: &Command, args: &[OsString]) -> Error {
     }
 }
 
-/// The verb that follows flags which belong behind it.
-fn verb_behind<'a>(command: &'a Command, args: &[OsString]) -> Option<&'a str> {
-    let verbs = args.iter().skip(1).filter_map(|arg| command.find_subcommand(arg.to_str()?));
-    verbs.map(Command::get_name).next()
+/// The command that follows misplaced flags.
+fn command_after_flags<'a>(command: &'a Command, args: &[OsString]) -> Option<&'a str> {
+    let commands = args.iter().skip(1).filter_map(|arg| command.find_subcommand(arg.to_str()?));
+    commands.map(Command::get_name).next()
 }
 
-/// `-to qcow2` is `-t o` to a parser.
-fn one_dash_too_few(command: &Command, args: &[OsString]) -> Option<Error> {
+/// An error for a long flag with a single dash, which the parser reads as short flags (`-to` as `-t o`).
+fn missing_dash(command: &Command, args: &[OsString]) -> Option<Error> {
     let is_long = |name: &str| command.get_arguments().any(|arg| arg.get_long() == Some(name));
     let slip = args.iter().skip(1).filter_map(|arg| arg.to_str()).find(|arg| {
         arg.strip_prefix('-').is_some_and(|name| name.len() > 1 && !name.starts_with('-') && is_long(name))
@@ -130,14 +137,14 @@ fn one_dash_too_few(command: &Command, args: &[OsString]) -> Option<Error> {
     )
 }
 
-/// How a verb is called, on one line.
+/// The usage of a command if it fits one line, else `otherwise`.
 fn usage(command: &Command, otherwise: &str) -> String {
     let text = command.clone().render_usage().to_string();
     let line = text.strip_prefix("Usage: ").unwrap_or_default().replace(['<', '>'], "");
     if line.is_empty() || line.contains('\n') { otherwise.to_owned() } else { line }
 }
 
-/// A flag without its value, an argument without brackets.
+/// Strips the value from a flag and the brackets from an argument.
 fn bare(arg: &str) -> String {
     match arg.split_once([' ', '=', '[']) {
         Some((flag, _)) if flag.starts_with('-') => flag.to_owned(),
@@ -145,7 +152,7 @@ fn bare(arg: &str) -> String {
     }
 }
 
-/// The verb of a command line, as deep as it goes ("vma extract").
+/// The innermost command of a command line and its full name ("imgtool vma extract").
 fn path(args: &[OsString]) -> (Command, String) {
     let mut command = Cli::command();
     command.build();
@@ -166,7 +173,7 @@ fn path_of(args: &[OsString]) -> String {
     path(args).1
 }
 
-/// A piece of clap's knowledge as text, without the brackets of the usage line.
+/// A value of clap's error context as text.
 fn plain(value: &ContextValue) -> String {
     match value {
         ContextValue::String(text) => text.clone(),

@@ -1,5 +1,5 @@
-//! Values that shells can complete: any text is taken here, and judged where it is used, by whoever
-//! can say what is wrong with it.
+//! Values that shells complete. The parser accepts any text; the code that uses the value validates it
+//! and words the error.
 
 use std::ffi::OsStr;
 
@@ -8,15 +8,15 @@ use clap::{Arg, Command, Error};
 
 use crate::drivers;
 
-/// QEMU's cache modes, which scripts give with -t and -T.
+/// QEMU's cache modes, the values of `-t` and `-T`.
 pub const CACHE_MODES: [&str; 5] = ["none", "writeback", "writethrough", "directsync", "unsafe"];
 
-/// What a value is, for the completions.
+/// Kind of a value, from which the completions derive their words.
 #[derive(Debug, Clone, Copy)]
 pub enum Offer {
     /// The name of a format.
     Formats,
-    /// `KEY=` of the `-o` options, of all formats together: shells do not say which one is meant.
+    /// `KEY=` of the `-o` options of all formats: the parser does not know the format of one value.
     OptionKeys,
 }
 

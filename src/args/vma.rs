@@ -1,11 +1,11 @@
-//! The command line of `imgtool vma`, flag for flag that of the `vma` program.
+//! The command line of `imgtool vma`: flag for flag that of Proxmox's `vma` program.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-/// What `vma` prints for a command line that it does not understand.
+/// Usage text that the `vma` program prints for every usage error.
 pub const USAGE: &str = "\
 usage: vma COMMAND ...
   vma list FILE
@@ -16,28 +16,28 @@ usage: vma COMMAND ...
   vma verify FILE [-v]
 ";
 
-/// `imgtool vma`. Of an option that comes twice the last counts, as getopt(3) has it.
+/// `imgtool vma`. The last of several equal options counts, as with getopt(3).
 #[derive(Debug, Args)]
 pub struct VmaArgs {
-    /// What to do.
+    /// The command to run.
     #[command(subcommand)]
-    pub verb: VmaVerb,
+    pub command: VmaCommand,
 }
 
 /// The commands of the `vma` program.
 #[derive(Debug, Subcommand)]
-pub enum VmaVerb {
+pub enum VmaCommand {
     /// List configurations, devices and creation time
     List {
-        /// The archive; '-' is standard input
+        /// The archive; '-' for standard input
         file: PathBuf,
     },
     /// Print a configuration
     #[command(args_override_self = true)]
     Config {
-        /// The archive; '-' is standard input
+        /// The archive; '-' for standard input
         file: PathBuf,
-        /// Its name
+        /// Name of the configuration
         #[arg(
             short = 'c',
             value_name = "NAME",
@@ -46,14 +46,14 @@ pub enum VmaVerb {
         )]
         name: String,
     },
-    /// Make an archive
+    /// Create an archive
     Create(VmaCreateArgs),
     /// Extract disks and configurations
     Extract(VmaExtractArgs),
-    /// Read all of an archive and check it
+    /// Read a whole archive and check it
     #[command(args_override_self = true)]
     Verify {
-        /// The archive; '-' is standard input
+        /// The archive; '-' for standard input
         file: PathBuf,
         /// Print the list and progress
         #[arg(short = 'v')]
@@ -70,13 +70,13 @@ pub struct VmaCreateArgs {
     /// Print progress on standard error
     #[arg(short = 'v')]
     pub verbose: bool,
-    /// Pack this configuration file; repeatable
+    /// Add this configuration file; repeatable
     #[arg(short = 'c', value_name = "CONFIG", allow_hyphen_values = true)]
     pub configs: Vec<PathBuf>,
-    /// Pack a disk of this format; repeatable
+    /// Add a disk of this format; repeatable
     #[arg(short = 'd', value_name = "format=FMT:[DEV=]PATH", allow_hyphen_values = true)]
     pub drives: Vec<OsString>,
-    /// Pack these disks; without DEV= they are called disk0, disk1 ...
+    /// Add these disks; without DEV= they are named disk0, disk1 ...
     #[arg(value_name = "[DEV=]PATH")]
     pub disks: Vec<OsString>,
 }
@@ -86,24 +86,24 @@ pub struct VmaCreateArgs {
 #[command(
     args_override_self = true,
     after_long_help = "\
-MAP is a file or FIFO, read until 'done', an empty line or its end. 1 writes
-zeros, 0 takes PATH to read as zeros already. The least of all throttling.bps
-limits the whole extraction; throttling.group and cache are read, checked, and
-have no effect.
+MAP is a file or FIFO, read up to a line 'done', an empty line or its end. 1
+writes zeros, 0 assumes that PATH already reads as zeros. The lowest
+throttling.bps limits the whole extraction; throttling.group and cache are
+checked, but have no effect.
 
 Lines of MAP:
   [format=FMT:][throttling.bps=N:][throttling.group=G:][cache=MODE:](0|1):DEV=PATH
   skip=DEV"
 )]
 pub struct VmaExtractArgs {
-    /// The archive; '-' is standard input
+    /// The archive; '-' for standard input
     pub file: PathBuf,
-    /// The directory to be made
+    /// Directory to create
     pub dir: PathBuf,
     /// Print progress
     #[arg(short = 'v')]
     pub verbose: bool,
-    /// Read from here where each device goes
+    /// Read the target of each device from MAP
     #[arg(short = 'r', value_name = "MAP", allow_hyphen_values = true)]
     pub map: Option<PathBuf>,
     /// Extract only these drives

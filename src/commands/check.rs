@@ -1,4 +1,4 @@
-//! `imgtool check`: the structure of one image, all of it.
+//! `imgtool check`: checks the whole structure of one image.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -23,17 +23,16 @@ struct Document<'a> {
 /// Checks an image.
 ///
 /// # Errors
-/// Only for flags that are refused: damage that was found, and what could not be checked, have exit
-/// codes of their own.
+/// Only usage errors. Damage and failed checks have exit codes of their own.
 pub fn run(args: &CheckArgs) -> Result<Exit> {
     images::refuse(&args.input)?;
     if let Some(what) = &args.repair {
-        return Err(Error::usage(format!("-r {what} is not taken: imgtool changes no image"))
+        return Err(Error::usage(format!("-r {what} is not supported: imgtool never modifies an image"))
             .hint("'imgtool convert' makes a clean copy; 'qemu-img check -r' repairs in place"));
     }
     match check(args) {
         Ok(exit) => Ok(exit),
-        // Code 2 would say that it is corrupt.
+        // Not the code of a usage error: 2 means corrupt.
         Err(error) => {
             report::error(&error);
             Ok(Exit::Failed)
@@ -66,7 +65,7 @@ fn check(args: &CheckArgs) -> Result<Exit> {
     Ok(exit(&found))
 }
 
-/// As qemu-img: what a format does not know is left out.
+/// The JSON document. Like qemu-img's, it omits the fields that the format does not have.
 fn document(document: &Document<'_>) -> serde_json::Value {
     let mut value = serde_json::to_value(document).unwrap_or_default();
     if let Some(map) = value.as_object_mut() {
@@ -76,7 +75,7 @@ fn document(document: &Document<'_>) -> serde_json::Value {
 }
 
 fn exit(found: &CheckReport) -> Exit {
-    // As qemu-img: what could not be looked at in full has no verdict.
+    // Like qemu-img: an incomplete check has no verdict.
     if found.check_errors > 0 {
         Exit::Failed
     } else if found.corruptions > 0 {
@@ -101,7 +100,7 @@ fn page(path: &Path, format: &str, found: &CheckReport) -> String {
     let verdict = match exit(found) {
         Exit::Done => format!("{name}: no errors were found in this {format} image"),
         Exit::LEAKS => {
-            format!("{name}: {} leaked clusters; the content is right, space is wasted", found.leaks)
+            format!("{name}: {} leaked clusters; space is wasted, the content is intact", found.leaks)
         }
         Exit::Failed => format!(
             "{name}: {} parts could not be checked ({} errors, {} leaks)",

@@ -1,4 +1,4 @@
-//! `imgtool formats`: the drivers, what each can do, and their options.
+//! `imgtool formats`: the formats, their capabilities and their options.
 
 use std::fmt::Write as _;
 
@@ -10,12 +10,16 @@ use crate::drivers;
 use crate::exit::Exit;
 use crate::report::{self, Paint, Stream};
 
-/// Lines are not longer, however wide the terminal is: they are read, not looked at.
+/// Most columns of a line. Our choice: longer lines are hard to read.
 const MAX_COLUMNS: usize = 80;
 
+/// Terminals below this width show the explanations under the names instead of beside them.
+const NARROW: usize = 60;
+
+/// One format in JSON.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct Format<'a> {
+struct FormatRecord<'a> {
     name: &'a str,
     description: &'a str,
     extensions: &'a [&'a str],
@@ -24,15 +28,12 @@ struct Format<'a> {
 }
 
 /// Prints the formats.
-///
-/// # Errors
-/// When the output can't be written.
 pub fn run(args: &FormatsArgs) -> Result<Exit> {
     let registry = drivers::registry();
     if args.output.is_json() {
-        let formats: Vec<Format<'_>> = registry
+        let formats: Vec<FormatRecord<'_>> = registry
             .drivers()
-            .map(|driver| Format {
+            .map(|driver| FormatRecord {
                 name: driver.name(),
                 description: driver.description(),
                 extensions: driver.extensions(),
@@ -54,7 +55,7 @@ fn page(driver: &dyn Driver) -> String {
     let mut text = report::flow_within(columns, &format!("{title}: {}", driver.description()), 2) + "\n";
     let extensions: Vec<String> = driver.extensions().iter().map(|ext| format!(".{ext}")).collect();
     let _ = writeln!(text, "  extensions: {}", extensions.join(", "));
-    paragraph(&mut text, 2, "can: ", &abilities(&driver.capabilities()).join(", "));
+    paragraph(&mut text, 2, "can: ", &capability_names(&driver.capabilities()).join(", "));
     if !driver.options().is_empty() {
         text.push_str("  options (-o):\n");
         text.push_str(&options(4, driver.options()));
@@ -62,7 +63,7 @@ fn page(driver: &dyn Driver) -> String {
     text
 }
 
-/// The `-o` options of a format: what each is for, and below it what may be said.
+/// Lists the `-o` options of a format with their meanings, values and defaults.
 pub fn options(indent: usize, specs: &[OptionSpec]) -> String {
     if Stream::Out.columns().is_some_and(|columns| columns < NARROW) {
         return narrow_options(indent, specs);
@@ -78,9 +79,6 @@ pub fn options(indent: usize, specs: &[OptionSpec]) -> String {
     text
 }
 
-/// Below this the explanations stand under the names, not beside them.
-const NARROW: usize = 60;
-
 fn narrow_options(indent: usize, specs: &[OptionSpec]) -> String {
     let mut text = String::new();
     for spec in specs {
@@ -91,19 +89,20 @@ fn narrow_options(indent: usize, specs: &[OptionSpec]) -> String {
     text
 }
 
-/// A text behind a label; further lines begin below its first word.
+/// Appends a text after a label; further lines are aligned with its first word.
 fn paragraph(text: &mut String, indent: usize, label: &str, words: &str) {
     let columns = Stream::Out.columns().unwrap_or(MAX_COLUMNS).min(MAX_COLUMNS);
     let begin = indent + label.len();
-    // On a very narrow terminal a column of two words helps nobody: the terminal breaks the line.
-    let room = columns.saturating_sub(begin).max(20);
-    for (number, line) in report::wrap(words, room).iter().enumerate() {
-        let front = if number == 0 { format!("{:indent$}{label}", "") } else { " ".repeat(begin) };
-        let _ = writeln!(text, "{front}{line}");
+    // Our minimum: narrower columns are unreadable; the terminal wraps the lines then.
+    let width = columns.saturating_sub(begin).max(20);
+    for (index, line) in report::wrap(words, width).iter().enumerate() {
+        let prefix = if index == 0 { format!("{:indent$}{label}", "") } else { " ".repeat(begin) };
+        let _ = writeln!(text, "{prefix}{line}");
     }
 }
 
-fn abilities(can: &Capabilities) -> Vec<String> {
+/// The capabilities of a driver in words.
+fn capability_names(can: &Capabilities) -> Vec<String> {
     let mut list: Vec<String> = [
         (can.read, "read"),
         (can.write, "write"),

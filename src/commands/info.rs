@@ -1,5 +1,5 @@
-//! `imgtool info`: what an image or archive holds, without reading its data. Of a stream some of the
-//! data must be read, so only a short one is read to its end unasked.
+//! `imgtool info`: describes an image or archive without reading its data. Only a short stream is read
+//! to its end, because a stream cannot skip its data.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,20 +18,21 @@ use crate::{drivers, images, report};
 mod guest;
 mod page;
 
-/// Bytes of a stream, decompressed, that are read unasked: a blink. Ours.
+/// Most decompressed bytes of a stream that are read without `--read-all`. Our limit: a fraction of a
+/// second.
 const STREAM_LEN: u64 = 64 << 20;
 
-/// What is told about one image.
-struct Subject {
+/// One image to describe.
+struct ImageEntry {
     path: PathBuf,
     compression: Vec<Compression>,
     source: Box<dyn ImageSource>,
     is_archive: bool,
-    /// Why the chain below it is not shown.
+    /// Note on why the backing file is not shown.
     chain_ends: Option<String>,
 }
 
-impl Subject {
+impl ImageEntry {
     fn info(&self) -> &ImageInfo {
         self.source.info()
     }
@@ -40,7 +41,7 @@ impl Subject {
         self.info().notes.iter().chain(&self.chain_ends)
     }
 
-    /// What is wrong with it, for `info` to say in its own place.
+    /// The damage that the driver found while opening the image.
     fn damage(&self) -> Option<String> {
         self.source.damage().map(ToString::to_string)
     }
@@ -49,17 +50,18 @@ impl Subject {
         self.info().devices.iter().fold(0, |sum, device| sum.saturating_add(device.size))
     }
 
-    /// Bytes on disk, if it is a file.
+    /// Allocated bytes; `None` unless the image is a regular file.
     fn actual_size(&self) -> Option<u64> {
         let meta = fs::metadata(&self.path).ok().filter(fs::Metadata::is_file)?;
         Some(os::allocated_len(&meta))
     }
 }
 
-/// Prints what images hold.
+/// Describes the images.
 ///
 /// # Errors
-/// When one can't be opened. What is wrong behind its beginning is told, and the rest too.
+/// An image cannot be opened; then nothing is printed. Damage further inside an image is no error: it is
+/// printed with everything else, and the exit code is [`Exit::Failed`].
 pub fn run(args: &InfoArgs) -> Result<Exit> {
     let registry = drivers::registry();
     let options = OpenOptions {
@@ -68,10 +70,10 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
         snapshot: args.snapshot.snapshot.as_deref().map(images::snapshot_name),
         ..images::open_options(&registry, &args.input)?
     };
-    let mut subjects = Vec::new();
+    let mut entries = Vec::new();
     for path in &args.images {
         let opened = images::open(&registry, path, args.input.format.as_deref(), &options)?;
-        subjects.push(Subject {
+        entries.push(ImageEntry {
             path: path.clone(),
             is_archive: is_archive(&*opened.driver),
             compression: opened.compression,
@@ -79,23 +81,23 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
             chain_ends: None,
         });
         if args.backing_chain {
-            follow(&registry, &options, &mut subjects)?;
+            follow_chain(&registry, &options, &mut entries)?;
         }
     }
     if args.output.is_json() {
-        let documents: Vec<Value> = subjects.iter().map(document).collect();
-        // As qemu-img: an array only where there may be many.
-        let alone = args.images.len() == 1 && !args.backing_chain;
-        match (alone, documents.as_slice()) {
+        let documents: Vec<Value> = entries.iter().map(document).collect();
+        // Like qemu-img: an array only if there can be several images.
+        let is_single = args.images.len() == 1 && !args.backing_chain;
+        match (is_single, documents.as_slice()) {
             (true, [only]) => report::print_json(only)?,
             _ => report::print_json(&documents)?,
         }
     } else {
-        let pages: Vec<String> = subjects.iter().map(page::page).collect();
+        let pages: Vec<String> = entries.iter().map(page::page).collect();
         report::print(&pages.join("\n"))?;
     }
     let mut exit = Exit::Done;
-    for damage in subjects.iter().filter_map(|subject| subject.source.damage()) {
+    for damage in entries.iter().filter_map(|image| image.source.damage()) {
         report::error(damage);
         exit = Exit::Failed;
     }
@@ -106,53 +108,53 @@ fn is_archive(driver: &dyn Driver) -> bool {
     driver.capabilities().max_devices > 1
 }
 
-/// Adds the backing files below the last subject.
-fn follow(registry: &Registry, options: &OpenOptions, subjects: &mut Vec<Subject>) -> Result<()> {
+/// Appends the backing files of the last image.
+fn follow_chain(registry: &Registry, options: &OpenOptions, entries: &mut Vec<ImageEntry>) -> Result<()> {
     for _ in 0..MAX_CHAIN_DEPTH {
-        let Some(last) = subjects.last() else { return Ok(()) };
-        let below = last.info().references.iter().find(|r| matches!(r.role, "backing file" | "parent"));
-        let Some(below) = below.cloned() else { return Ok(()) };
+        let Some(last) = entries.last() else { return Ok(()) };
+        let backing = last.info().references.iter().find(|r| matches!(r.role, "backing file" | "parent"));
+        let Some(backing) = backing.cloned() else { return Ok(()) };
         let from = last.path.clone();
         let source = options.externals.open_image(
-            below.role,
-            &below.name,
+            backing.role,
+            &backing.name,
             &from,
-            below.format.as_deref(),
+            backing.format.as_deref(),
             &OpenOptions { snapshot: None, ..options.clone() },
         );
         let source = match source {
             Ok(source) => source,
-            // What is needed is listed; what may not or can't be opened is not.
+            // The reference itself is listed with its image; only the file behind it is not shown.
             Err(error) => {
-                let Some(last) = subjects.last_mut() else { return Ok(()) };
-                last.chain_ends = Some(format!("the chain is not shown further: {error}"));
+                let Some(last) = entries.last_mut() else { return Ok(()) };
+                last.chain_ends = Some(format!("the rest of the chain is not shown: {error}"));
                 return Ok(());
             }
         };
         let is_archive = registry.get(source.info().format).is_ok_and(|driver| is_archive(&*driver));
-        let path = images::resolve(from.parent().unwrap_or(Path::new("")), &below.name);
-        if subjects.iter().any(|known| known.path == path) {
-            return Err(external::leads_back(below.role, &below.name, &from));
+        let path = images::resolve(from.parent().unwrap_or(Path::new("")), &backing.name);
+        if entries.iter().any(|known| known.path == path) {
+            return Err(external::leads_back(backing.role, &backing.name, &from));
         }
-        subjects.push(Subject { path, compression: Vec::new(), source, is_archive, chain_ends: None });
+        entries.push(ImageEntry { path, compression: Vec::new(), source, is_archive, chain_ends: None });
     }
     Err(Error::limit(format!("the chain is deeper than {MAX_CHAIN_DEPTH} images")))
 }
 
-/// The JSON of one image: qemu-img's names where they mean the same.
-fn document(subject: &Subject) -> Value {
-    let info = subject.info();
+/// The JSON object of one image, with qemu-img's names for fields of the same meaning.
+fn document(image: &ImageEntry) -> Value {
+    let info = image.info();
     let mut map = Map::new();
-    map.insert("filename".into(), subject.path.to_string_lossy().into());
+    map.insert("filename".into(), image.path.to_string_lossy().into());
     map.insert("format".into(), info.format.into());
-    map.insert("virtual-size".into(), virtual_size(subject));
-    if let Some(size) = subject.actual_size() {
+    map.insert("virtual-size".into(), virtual_size(image));
+    if let Some(size) = image.actual_size() {
         map.insert("actual-size".into(), size.into());
     }
     if let Some(size) = info.cluster_size {
         map.insert("cluster-size".into(), size.into());
     }
-    let names: Vec<&str> = subject.compression.iter().map(|c| c.name()).collect();
+    let names: Vec<&str> = image.compression.iter().map(|c| c.name()).collect();
     map.insert("compression".into(), names.into());
     for fact in info.facts.iter().filter(|fact| fact.scope == FactScope::Image) {
         map.insert(fact.key.into(), fact.value.clone());
@@ -172,18 +174,18 @@ fn document(subject: &Subject) -> Value {
     let references =
         info.references.iter().map(|r| json!({ "role": r.role, "name": r.name, "format": r.format }));
     map.insert("references".into(), references.collect());
-    if let Some(damage) = subject.damage() {
+    if let Some(damage) = image.damage() {
         map.insert("damage".into(), damage.into());
     }
-    let notes: Vec<&String> = subject.notes().collect();
+    let notes: Vec<&String> = image.notes().collect();
     map.insert("notes".into(), json!(notes));
     Value::Object(map)
 }
 
-/// Null for a stream whose length is not known.
-fn virtual_size(subject: &Subject) -> Value {
-    let open_ended = subject.info().devices.iter().any(|device| device.open_ended);
-    if open_ended { Value::Null } else { subject.virtual_size().into() }
+/// The virtual size; null for a stream of unknown length.
+fn virtual_size(image: &ImageEntry) -> Value {
+    let open_ended = image.info().devices.iter().any(|device| device.open_ended);
+    if open_ended { Value::Null } else { image.virtual_size().into() }
 }
 
 fn device(device: &imgtool_toolkit::Device) -> Value {

@@ -1,4 +1,4 @@
-//! `imgtool map`: which parts of a disk hold data, in which file of a chain, and where.
+//! `imgtool map`: the allocation of a disk, and where its data lies in the files of a chain.
 
 use std::ops::Range;
 
@@ -16,9 +16,9 @@ mod picture;
 
 use picture::Picture;
 
-/// One extent in JSON: qemu-img's names and order, and after them what it does not have.
+/// One extent in JSON: qemu-img's fields in its order, then our own.
 #[derive(Serialize)]
-struct Line<'a> {
+struct ExtentRecord<'a> {
     start: u64,
     length: u64,
     depth: u32,
@@ -32,9 +32,6 @@ struct Line<'a> {
 }
 
 /// Prints the extents of the devices.
-///
-/// # Errors
-/// When the image can't be opened or its tables can't be read.
 pub fn run(args: &MapArgs) -> Result<Exit> {
     let registry = drivers::registry();
     let options = imgtool_toolkit::OpenOptions {
@@ -52,7 +49,7 @@ pub fn run(args: &MapArgs) -> Result<Exit> {
         let range = window.start.min(device.size)..window.end.min(device.size);
         if !json && !range.is_empty() {
             printer.text.push_str(&picture(random, &device, range.clone()).in_file(&args.image)?);
-            printer.head();
+            printer.header();
         }
         walk(random, &device, range, |extent| printer.extent(&device.name, &extent)).in_file(&args.image)?;
         printer.end_of_device();
@@ -61,19 +58,19 @@ pub fn run(args: &MapArgs) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// The guest range that is shown.
+/// The guest range to show.
 fn window(args: &MapArgs, devices: &[Device]) -> Result<Range<u64>> {
     let start = args.start_offset.as_deref().map_or(Ok(0), options::size)?;
     let longest = devices.iter().map(|device| device.size).max().unwrap_or(0);
     if start > longest {
-        return Err(Error::usage(format!("--start-offset {start} is beyond the end"))
-            .hint(format!("the longest disk that is shown has {longest} bytes")));
+        return Err(Error::usage(format!("--start-offset {start} is beyond the end of the disk"))
+            .hint(format!("the longest selected disk has {longest} bytes")));
     }
     let len = args.max_length.as_deref().map_or(Ok(u64::MAX), options::size)?;
     Ok(start..start.saturating_add(len))
 }
 
-/// A device as a bar of blocks.
+/// Draws the allocation of a device.
 fn picture(random: &dyn RandomAccess, device: &Device, range: Range<u64>) -> Result<String> {
     let mut picture = Picture::new(range.clone(), Stream::Out.columns());
     walk(random, device, range, |extent| {
@@ -88,12 +85,12 @@ fn picture(random: &dyn RandomAccess, device: &Device, range: Range<u64>) -> Res
     Ok(picture.draw(&device.name))
 }
 
-/// Calls `see` for every run of `range`, neighbours of one kind joined.
+/// Calls `visit` for every extent in `range`, after joining neighbours of the same kind.
 fn walk(
     random: &dyn RandomAccess,
     device: &Device,
     range: Range<u64>,
-    mut see: impl FnMut(MapExtent) -> Result<()>,
+    mut visit: impl FnMut(MapExtent) -> Result<()>,
 ) -> Result<()> {
     let mut pending: Option<MapExtent> = None;
     let mut position = range.start;
@@ -104,46 +101,48 @@ fn walk(
                 continue;
             }
             if let Some(known) = pending.replace(extent) {
-                see(known)?;
+                visit(known)?;
             }
         }
     }
-    pending.map_or(Ok(()), see)
+    pending.map_or(Ok(()), visit)
 }
 
-/// Lines of a terminal that are kept from the list, or it would push the picture off the screen: the
-/// picture with title and legend, the list's own first and last line, the command and the prompt.
-const LINES_OF_THE_REST: usize = 12;
+/// Lines of a terminal not available to the list, so that the drawing stays on the screen: the drawing
+/// with title and legend, header and last line of the list, the command and the prompt.
+const RESERVED_LINES: usize = 12;
 
-/// Rows of a list that the smallest terminal is given. Ours.
-const FEWEST_ROWS: usize = 8;
+/// Rows of the list on even the smallest terminal. Our choice.
+const MIN_ROWS: usize = 8;
 
-/// Prints as it goes: maps of fragmented disks are long.
+/// Width of a row without the names at its end.
+const FULL_ROW: usize = 61;
+
+/// Buffered bytes at which the text is written to standard output.
+const FLUSH_AT: usize = 64 * 1024;
+
+/// Prints the extents in parts, as the map of a fragmented disk is long.
 struct Printer {
     json: bool,
-    most_rows: u64,
-    /// Only the columns that have room on a narrow terminal.
+    /// Most rows per device; the rest is only counted.
+    max_rows: u64,
+    /// True if the terminal has no room for the columns of the mapping.
     narrow: bool,
     text: String,
-    lines: u64,
-    /// Of the device under way.
+    /// Extents printed, of all devices.
+    printed: u64,
+    /// Extents of the current device.
     rows: u64,
 }
 
-/// Columns of a row without the names at its end.
-const FULL_ROW: usize = 61;
-
-/// Text is handed to standard output in parts of this many bytes.
-const FLUSH_AT: usize = 64 * 1024;
-
 impl Printer {
     fn new(json: bool) -> Self {
-        let most_rows = match Stream::Out.lines() {
-            Some(lines) if !json => lines.saturating_sub(LINES_OF_THE_REST).max(FEWEST_ROWS) as u64,
+        let max_rows = match Stream::Out.lines() {
+            Some(lines) if !json => lines.saturating_sub(RESERVED_LINES).max(MIN_ROWS) as u64,
             _ => u64::MAX,
         };
         let narrow = Stream::Out.columns().is_some_and(|columns| columns < FULL_ROW);
-        Self { json, most_rows, narrow, text: String::new(), lines: 0, rows: 0 }
+        Self { json, max_rows, narrow, text: String::new(), printed: 0, rows: 0 }
     }
 
     fn begin(&mut self) {
@@ -152,26 +151,26 @@ impl Printer {
         }
     }
 
-    fn head(&mut self) {
+    fn header(&mut self) {
         self.row(["start", "length", "kind", "mapped to"], "device", "file");
     }
 
     fn end_of_device(&mut self) {
-        if self.rows > self.most_rows {
-            let more = self.rows - self.most_rows;
-            self.text.push_str(&format!("({more} more; into a file or pipe the list is complete)\n"));
+        if self.rows > self.max_rows {
+            let more = self.rows - self.max_rows;
+            self.text.push_str(&format!("({more} more; a file or pipe gets the complete list)\n"));
         }
         self.rows = 0;
     }
 
     fn extent(&mut self, device: &str, extent: &MapExtent) -> Result<()> {
         self.rows += 1;
-        if self.rows > self.most_rows {
+        if self.rows > self.max_rows {
             return Ok(());
         }
         if self.json {
-            self.text.push_str(if self.lines > 0 { ",\n " } else { "\n " });
-            let text = serde_json::to_string(&line(device, extent)).unwrap_or_default();
+            self.text.push_str(if self.printed > 0 { ",\n " } else { "\n " });
+            let text = serde_json::to_string(&record(device, extent)).unwrap_or_default();
             self.text.push_str(&report::json_for_terminals(&text));
         } else {
             let kind = match extent {
@@ -186,11 +185,11 @@ impl Printer {
             let file = place.map_or_else(String::new, |place| escape_control(&place.file.to_string_lossy()));
             self.row([&start, &len, kind, &offset], &escape_control(device), &file);
         }
-        self.lines += 1;
+        self.printed += 1;
         if self.text.len() >= FLUSH_AT { self.flush() } else { Ok(()) }
     }
 
-    /// Columns wide enough for 64 TiB in bytes; narrow ones for 8 TiB.
+    /// Appends a row. Numbers up to 64 TiB in bytes are aligned, on a narrow terminal up to 8 TiB.
     fn row(&mut self, [start, length, kind, place]: [&str; 4], device: &str, file: &str) {
         let row = if self.narrow {
             format!("{start:>13}  {length:>13}  {kind}")
@@ -203,7 +202,7 @@ impl Printer {
 
     fn end(mut self) -> Result<()> {
         if self.json {
-            self.text.push_str(if self.lines > 0 { "\n]\n" } else { "]\n" });
+            self.text.push_str(if self.printed > 0 { "\n]\n" } else { "]\n" });
         }
         self.flush()
     }
@@ -213,8 +212,8 @@ impl Printer {
     }
 }
 
-fn line<'a>(device: &'a str, extent: &MapExtent) -> Line<'a> {
-    Line {
+fn record<'a>(device: &'a str, extent: &MapExtent) -> ExtentRecord<'a> {
+    ExtentRecord {
         start: extent.start,
         length: extent.len,
         depth: extent.depth,

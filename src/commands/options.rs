@@ -1,4 +1,4 @@
-//! `-o` and what belongs to it, for the verbs that make images.
+//! Values of `-o`, `-S` and sizes, for the commands that create images.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,22 +10,19 @@ use super::formats;
 use crate::exit::Exit;
 use crate::{images, report};
 
-/// What `-S` is a multiple of. qemu-img's.
+/// Granularity of `-S`: qemu-img's.
 const SECTOR: u64 = 512;
 
-/// The largest `-S`. qemu-img's.
+/// Largest value of `-S`: qemu-img's limit.
 const MAX_SPARSE: u64 = 16 << 20;
 
-/// The driver that a file's name asks for, behind the extension of a compression too.
+/// The driver for the extension of a file name. The extension of a compression is ignored.
 pub fn driver_by_name(registry: &Registry, path: &Path) -> Option<Arc<dyn Driver>> {
     let path = images::without_compression(path);
     registry.by_extension(&path.file_name()?.to_string_lossy())
 }
 
-/// `-o help`.
-///
-/// # Errors
-/// When it can't be printed.
+/// Prints the list for `-o help`.
 pub fn list(driver: &dyn Driver) -> Result<Exit> {
     if driver.options().is_empty() {
         report::print(&format!("{} has no options\n", driver.name()))?;
@@ -36,10 +33,10 @@ pub fn list(driver: &dyn Driver) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// What `-o` and `-S` and the environment say.
+/// Collects `-o`, `-S` and SOURCE_DATE_EPOCH. Keys and values of `-o` are left to the driver.
 ///
 /// # Errors
-/// [`imgtool_toolkit::ErrorKind::Usage`] for what can't be read.
+/// [`imgtool_toolkit::ErrorKind::Usage`] for a duplicate key or a malformed number.
 pub fn create_options(options: &[String], sparse_size: Option<&str>) -> Result<CreateOptions> {
     let mut map = BTreeMap::new();
     for (key, value) in options.iter().flat_map(|text| split_options(text)) {
@@ -57,43 +54,38 @@ pub fn create_options(options: &[String], sparse_size: Option<&str>) -> Result<C
     })
 }
 
-/// `-S`, within qemu-img's bounds.
+/// Parses `-S` within qemu-img's bounds.
 fn sparse(text: &str) -> Result<u64> {
-    let size = parse_size(text)
-        .ok_or_else(|| Error::usage(format!("-S takes a size such as 4k, 64k or 0, not '{text}'")))?;
+    let size = parse_size(text).ok_or_else(|| {
+        Error::usage(format!("invalid value '{text}' for -S: expected a size such as 4k, 64k or 0"))
+    })?;
     if size % SECTOR != 0 || size > MAX_SPARSE {
         return Err(Error::usage(format!(
-            "-S takes a multiple of {SECTOR} up to {MAX_SPARSE}, or 0, not {size}"
+            "invalid value {size} for -S: expected 0 or a multiple of {SECTOR} up to {MAX_SPARSE}"
         )));
     }
     Ok(size)
 }
 
-/// A size of the command line.
-///
-/// # Errors
-/// [`imgtool_toolkit::ErrorKind::Usage`] when it is none.
+/// Parses a size on the command line.
 pub fn size(text: &str) -> Result<u64> {
     parse_size(text).ok_or_else(|| {
-        Error::usage(format!("a size is a number of bytes such as 512M or 1.5G, not '{text}'"))
+        Error::usage(format!("invalid size '{text}': expected a number such as 512M or 1.5G"))
             .hint("suffixes: k, M, G, T, P, E (powers of 1024)")
     })
 }
 
-/// Seconds since 1970 from SOURCE_DATE_EPOCH (<https://reproducible-builds.org>).
-///
-/// # Errors
-/// [`imgtool_toolkit::ErrorKind::Usage`] when it is no number.
+/// Seconds since 1970 from SOURCE_DATE_EPOCH (<https://reproducible-builds.org>), if it is set.
 pub fn source_date_epoch() -> Result<Option<i64>> {
     match std::env::var("SOURCE_DATE_EPOCH") {
         Ok(text) if !text.is_empty() => text.parse().map(Some).map_err(|_| {
-            Error::usage(format!("SOURCE_DATE_EPOCH is a whole number of seconds, not '{text}'"))
+            Error::usage(format!("invalid SOURCE_DATE_EPOCH '{text}': expected a whole number of seconds"))
         }),
         _ => Ok(None),
     }
 }
 
-/// `K=V,K=V` as qemu-img takes it: a comma in a value is doubled; a key alone is `on`.
+/// Splits `K=V,K=V` like qemu-img: a comma in a value is doubled, and a key without a value means `on`.
 fn split_options(text: &str) -> Vec<(String, String)> {
     let parts = text.replace(",,", "\u{0}");
     parts
@@ -109,7 +101,7 @@ fn split_options(text: &str) -> Vec<(String, String)> {
         .collect()
 }
 
-/// Whether `-o help` was asked for.
+/// True if the options contain `help` or `?`.
 pub fn asks_for_help(options: &[String]) -> bool {
     options.iter().flat_map(|text| text.split(',')).any(|part| part == "help" || part == "?")
 }
@@ -119,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn options_split_like_qemu_imgs() {
+    fn options_are_split_like_qemu_img() {
         assert_eq!(
             split_options("a=1,b=x,,y,c"),
             [("a", "1"), ("b", "x,y"), ("c", "on")].map(|(k, v)| (k.to_owned(), v.to_owned()))

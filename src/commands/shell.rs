@@ -1,4 +1,4 @@
-//! `imgtool completions` and `imgtool man`: made from the definitions of the command line.
+//! `imgtool completions` and `imgtool man`, generated from the definitions of the command line.
 
 use std::io::Write as _;
 use std::{fs, io};
@@ -14,46 +14,40 @@ use crate::report;
 
 mod completions;
 
-/// Prints completions for a shell.
-///
-/// # Errors
-/// When they can't be printed.
+/// Prints the completion script of a shell.
 pub fn completions(args: &CompletionsArgs) -> Result<Exit> {
     report::print(&completions::script(args.shell))?;
     Ok(Exit::Done)
 }
 
-/// Prints the manual page, or writes it and those of all verbs into a directory.
-///
-/// # Errors
-/// When they can't be written.
+/// Prints the manual page, or writes it and the pages of all commands into a directory.
 pub fn man(args: &ManArgs) -> Result<Exit> {
-    let mut command = in_full(Cli::command().disable_help_flag(true));
-    // The pages of verbs are called by the whole name: imgtool-convert.1.
+    let mut command = show_all_flags(Cli::command().disable_help_flag(true));
+    // This sets the full names of the commands, from which the pages get theirs: imgtool-convert.1.
     command.build();
     match &args.directory {
-        None => report::print_bytes(&page(&command).map_err(failed)?)?,
+        None => report::print_bytes(&page(&command).map_err(write_error)?)?,
         Some(directory) => {
-            fs::create_dir_all(directory).map_err(failed).in_file(directory)?;
-            for (name, text) in pages(&command).map_err(failed)? {
+            fs::create_dir_all(directory).map_err(write_error).in_file(directory)?;
+            for (name, text) in pages(&command).map_err(write_error)? {
                 let path = directory.join(format!("{name}.1"));
-                fs::write(&path, text).map_err(failed).in_file(&path)?;
+                fs::write(&path, text).map_err(write_error).in_file(&path)?;
             }
         }
     }
     Ok(Exit::Done)
 }
 
-/// A manual leaves nothing out, as the short help does.
-fn in_full(command: Command) -> Command {
-    command.mut_args(|arg| arg.hide_short_help(false)).mut_subcommands(in_full)
+/// Shows the flags that the short help hides.
+fn show_all_flags(command: Command) -> Command {
+    command.mut_args(|arg| arg.hide_short_help(false)).mut_subcommands(show_all_flags)
 }
 
-/// The pages of a command and of all below it, by name.
+/// The names and pages of a command and of all its subcommands.
 fn pages(command: &Command) -> io::Result<Vec<(String, Vec<u8>)>> {
     let mut all = vec![(page_name(command), page(command)?)];
-    for verb in command.get_subcommands() {
-        all.extend(pages(verb)?);
+    for subcommand in command.get_subcommands() {
+        all.extend(pages(subcommand)?);
     }
     Ok(all)
 }
@@ -76,24 +70,24 @@ fn page(command: &Command) -> io::Result<Vec<u8>> {
         man.render_subcommands_section(&mut text)?;
     }
     let closing = command.get_after_long_help().or(command.get_after_help());
-    sections(&mut text, &closing.map(ToString::to_string).unwrap_or_default())?;
+    closing_sections(&mut text, &closing.map(ToString::to_string).unwrap_or_default())?;
     if name != "imgtool" {
         writeln!(text, ".SH SEE ALSO\n.BR imgtool (1)")?;
     }
-    Ok(without_idle_breaks(&text))
+    Ok(without_redundant_breaks(&text))
 }
 
-/// The day of SOURCE_DATE_EPOCH, which packagers set; else none: pages of one version are the same
-/// whenever they are made.
+/// The day of SOURCE_DATE_EPOCH, which packagers set; otherwise empty, so that the pages of a version
+/// are reproducible.
 fn date() -> String {
     let seconds = options::source_date_epoch().ok().flatten();
     let time = seconds.and_then(|seconds| chrono::DateTime::from_timestamp(seconds, 0));
     time.map_or_else(String::new, |time| time.date_naive().to_string())
 }
 
-/// A line break beside a blank line does nothing, and formatters warn of it; so they do of a blank line
-/// that is not called one.
-fn without_idle_breaks(page: &[u8]) -> Vec<u8> {
+/// Removes what `mandoc -T lint` warns of in clap's pages: line breaks beside a blank line, and blank
+/// lines in the source instead of `.sp`.
+fn without_redundant_breaks(page: &[u8]) -> Vec<u8> {
     let mut lines: Vec<&[u8]> = page.split(|byte| *byte == b'\n').collect();
     for index in 1..lines.len() {
         if lines[index].is_empty() && lines[index - 1] == b".br" {
@@ -102,16 +96,17 @@ fn without_idle_breaks(page: &[u8]) -> Vec<u8> {
     }
     let is_blank =
         |index: Option<usize>| index.and_then(|i| lines.get(i)).is_some_and(|line| *line == b".sp");
-    let idle = |index: usize| {
+    let is_redundant = |index: usize| {
         lines[index] == b".br" && (is_blank(index.checked_sub(1)) || is_blank(index.checked_add(1)))
     };
-    let kept: Vec<&[u8]> = (0..lines.len()).filter(|index| !idle(*index)).map(|index| lines[index]).collect();
+    let kept: Vec<&[u8]> =
+        (0..lines.len()).filter(|index| !is_redundant(*index)).map(|index| lines[index]).collect();
     kept.join(&b'\n')
 }
 
-/// What stands below the flags in the help: `Title:` with lines further in becomes a section that is
-/// printed as it is, other paragraphs become the section before.
-fn sections(text: &mut Vec<u8>, closing: &str) -> io::Result<()> {
+/// Writes the text below the flags of the help. A paragraph of `Title:` and indented lines becomes a
+/// preformatted section; the other paragraphs form the section NOTES.
+fn closing_sections(text: &mut Vec<u8>, closing: &str) -> io::Result<()> {
     let mut has_notes = false;
     for paragraph in closing.split("\n\n").filter(|paragraph| !paragraph.trim().is_empty()) {
         let (first, rest) = paragraph.split_once('\n').unwrap_or((paragraph, ""));
@@ -137,12 +132,12 @@ fn sections(text: &mut Vec<u8>, closing: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// A line of text for roff: its control characters escaped.
+/// Escapes the control characters of roff.
 fn roff(line: &str) -> String {
     let text = line.replace('\\', "\\e").replace('-', "\\-").replace('\'', "\\(aq");
     if text.starts_with('.') { format!("\\&{text}") } else { text }
 }
 
-fn failed(e: io::Error) -> Error {
+fn write_error(e: io::Error) -> Error {
     Error::io("write", e)
 }

@@ -9,7 +9,7 @@ use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::{DeviceKind, Error, ErrorKind, Input, OpenOptions, Result};
 use imgtool_vma::{ArchiveHeader, VmaSource, reference};
 
-use crate::args::{VmaArgs, VmaVerb};
+use crate::args::{VmaArgs, VmaCommand};
 use crate::exit::Exit;
 use crate::report;
 
@@ -28,12 +28,12 @@ const NO_SUCH_CONFIG: Exit = Exit::Other(255);
 /// # Errors
 /// Never: errors are printed here, in that program's words.
 pub fn run(args: &VmaArgs) -> Result<Exit> {
-    let done = match &args.verb {
-        VmaVerb::List { file } => list::run(file),
-        VmaVerb::Config { file, name } => config(file, name),
-        VmaVerb::Create(args) => create::run(args),
-        VmaVerb::Extract(args) => extract::run(args),
-        VmaVerb::Verify { file, verbose } => verify::run(file, *verbose),
+    let done = match &args.command {
+        VmaCommand::List { file } => list::run(file),
+        VmaCommand::Config { file, name } => config(file, name),
+        VmaCommand::Create(args) => create::run(args),
+        VmaCommand::Extract(args) => extract::run(args),
+        VmaCommand::Verify { file, verbose } => verify::run(file, *verbose),
     };
     Ok(done.unwrap_or_else(|failure| failure.print()))
 }
@@ -76,7 +76,7 @@ impl Failure {
             report::say(&format!("  at: {}", place.join(", ")));
         }
         if let Some(hint) = error.hint_text() {
-            // Options that the program does not have are those of another verb.
+            // Options that the program does not have are those of another command.
             let hint = hint.replace(" --", " imgtool convert --");
             report::say(&format!("  hint: {}", escape_control(&hint)));
         }

@@ -1,53 +1,25 @@
-//! Progress on a terminal: a bar for each device and one for all.
+//! Progress on a terminal: a bar for each device and one for the sum.
 
 use std::time::Duration;
 
 use imgtool_toolkit::error::escape_control;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::{Counters, Sample};
+use super::{Counters, Rate, Sample};
 use crate::report::{self, Stream, fit, human_size, percent, width};
 
-/// Between two rounds: quick enough to look alive.
+/// Time between two updates. Our choice: short enough to look smooth.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-/// More devices than this share one bar: bars must not push what was said before off the screen.
+/// Most bars for single devices; with more devices there is only the bar of the sum. Our limit: bars
+/// must not push earlier messages off the screen.
 const MAX_BARS: usize = 8;
 
-/// Longest name in front of a bar.
+/// Most columns for the name before a bar. Our limit.
 const MAX_NAME: usize = 20;
 
-/// A bar counts thousandths, so that devices of unknown length can have one too.
+/// Length of a bar: it counts thousandths, so that a device of unknown length can have one, too.
 const STEPS: u64 = 1000;
-
-/// How long until an older rate counts for a third: long enough to read the number.
-const RATE_MEMORY: f64 = 3.0;
-
-/// Bytes a second, smoothed.
-#[derive(Debug, Default)]
-pub(super) struct Rate {
-    at: Duration,
-    done: u64,
-    rate: f64,
-}
-
-impl Rate {
-    pub(super) fn update(&mut self, elapsed: Duration, done: u64) {
-        let seconds = elapsed.saturating_sub(self.at).as_secs_f64();
-        if seconds <= 0.0 {
-            return;
-        }
-        let now = done.saturating_sub(self.done) as f64 / seconds;
-        // The average so far at first, the last seconds later.
-        let weight = (1.0 - (-seconds / RATE_MEMORY).exp()).max(seconds / elapsed.as_secs_f64());
-        self.rate += (now - self.rate) * weight;
-        (self.at, self.done) = (elapsed, done);
-    }
-
-    pub(super) fn bytes_per_second(&self) -> u64 {
-        self.rate as u64
-    }
-}
 
 struct Row {
     bar: ProgressBar,
@@ -70,18 +42,18 @@ pub(super) fn show(counters: &Counters) {
     }
     let mut whole = row(name_of_all(counters), true);
     while counters.wait(INTERVAL) {
-        let line = Line::new(Stream::Err.columns().unwrap_or(80), rows.iter().chain([&whole]));
+        let line = LineLayout::new(Stream::Err.columns().unwrap_or(80), rows.iter().chain([&whole]));
         let elapsed = counters.started.elapsed();
         for (row, lane) in rows.iter_mut().zip(&counters.lanes) {
             row.draw(counters.lane(lane), elapsed, &line);
         }
         whole.draw(counters.all(), elapsed, &line);
     }
-    // The summary that follows says it better.
+    // The summary follows on the screen.
     let _ = screen.clear();
 }
 
-/// What the bar of everything is called. A conversion is what was asked for; other phases are told.
+/// Name of the bar of the sum. It contains the phase, except for `convert`.
 fn name_of_all(counters: &Counters) -> String {
     match (counters.phase, counters.lanes.as_slice()) {
         ("convert", [only]) => escape_control(&only.name),
@@ -92,7 +64,7 @@ fn name_of_all(counters: &Counters) -> String {
 }
 
 impl Row {
-    fn draw(&mut self, sample: Sample, elapsed: Duration, line: &Line) {
+    fn draw(&mut self, sample: Sample, elapsed: Duration, line: &LineLayout) {
         self.rate.update(elapsed, sample.done);
         let share = sample.total.filter(|total| *total > 0).map_or(0.0, |t| sample.done as f64 / t as f64);
         self.bar.set_prefix(fit(&self.name, line.name));
@@ -101,10 +73,10 @@ impl Row {
     }
 }
 
-/// What has room in a line, the bar included. Every part has a width of its own, so that the bars
-/// stay where they are.
+/// Layout of a line: the width of the name and the parts that fit. Every part has a fixed width, so that
+/// the bars are aligned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Line {
+struct LineLayout {
     name: usize,
     total: bool,
     rate: bool,
@@ -112,32 +84,32 @@ struct Line {
     zero: bool,
 }
 
-/// Widths of the parts, the gap in front of them included.
+/// Widths of the parts, including the gap before them.
 const SHARE: usize = 6;
 const TOTAL: usize = 13;
 const RATE: usize = 12;
 const LEFT: usize = 14;
 const ZERO: usize = 12;
 
-impl Line {
+impl LineLayout {
     fn new<'a>(columns: usize, rows: impl Iterator<Item = &'a Row>) -> Self {
         let longest = rows.map(|row| width(&row.name)).max().unwrap_or(0);
         Self::fitting(columns, longest)
     }
 
-    /// The parts that have room beside a bar that still is one; the last of these go first: time
-    /// left, rate, share of zeros, total.
+    /// The parts that fit beside a bar of a useful length, in order of importance: time left, rate,
+    /// share of zeros, total.
     fn fitting(columns: usize, longest_name: usize) -> Self {
         let name = longest_name.min(MAX_NAME).min(columns / 4).max(1);
         let bar = if columns < 60 { 6 } else { 12 };
-        // A gap on both sides of the bar; the last column stays empty: some terminals wrap there.
-        let mut room = columns.saturating_sub(name + 1 + bar + SHARE + 1);
-        let mut take = |wanted: usize| {
-            let has = room >= wanted;
-            room -= if has { wanted } else { 0 };
-            has
+        // A gap on both sides of the bar; the last column stays empty, as some terminals wrap there.
+        let mut free = columns.saturating_sub(name + 1 + bar + SHARE + 1);
+        let mut reserve = |width: usize| {
+            let fits = free >= width;
+            free -= if fits { width } else { 0 };
+            fits
         };
-        let (left, rate, zero, total) = (take(LEFT), take(RATE), take(ZERO), take(TOTAL));
+        let (left, rate, zero, total) = (reserve(LEFT), reserve(RATE), reserve(ZERO), reserve(TOTAL));
         Self { name, total, rate, left, zero }
     }
 
@@ -175,7 +147,7 @@ impl Line {
     }
 }
 
-/// As on a clock: "0:07", "12:30", "1:02:03".
+/// Estimated time to the end, such as "0:07", "12:30" or "1:02:03".
 fn time_left(sample: Sample, rate: u64) -> Option<String> {
     let left = sample.total?.checked_sub(sample.done)?;
     let seconds = left.checked_div(rate)?;
@@ -203,7 +175,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_are_no_wider_than_the_terminal() {
+    fn lines_fit_the_terminal() {
         let samples = [
             Sample { done: 1, total: Some(1 << 40), zero: 0 },
             Sample { done: 1 << 39, total: Some(1 << 40), zero: 1 << 38 },
@@ -211,37 +183,30 @@ mod tests {
         ];
         for columns in 30..200 {
             for longest in [3, 10, 200] {
-                let line = Line::fitting(columns, longest);
+                let line = LineLayout::fitting(columns, longest);
                 for sample in samples {
                     for rate in [0, 7, 1_047_527_424] {
                         let words = line.words(sample, rate, true);
-                        let taken = line.name + 1 + 6 + 1 + width(&words);
-                        assert!(taken < columns || columns < 32, "{columns}, {longest}: {words}");
+                        let used = line.name + 1 + 6 + 1 + width(&words);
+                        assert!(used < columns || columns < 32, "{columns}, {longest}: {words}");
                     }
                 }
             }
         }
-        let narrow = Line::fitting(40, 14);
+        let narrow = LineLayout::fitting(40, 14);
         assert!(narrow.left && !narrow.rate && !narrow.zero && !narrow.total);
-        let usual = Line::fitting(80, 14);
+        let usual = LineLayout::fitting(80, 14);
         assert!(usual.left && usual.rate && usual.zero && !usual.total);
-        assert!(Line::fitting(100, 14).total);
+        assert!(LineLayout::fitting(100, 14).total);
     }
 
     #[test]
-    fn time_is_a_clock() {
+    fn time_left_reads_like_a_clock() {
         let left = |left, rate| time_left(Sample { done: 0, total: Some(left), zero: 0 }, rate);
         assert_eq!(left(7, 1).as_deref(), Some("0:07"));
         assert_eq!(left(750, 1).as_deref(), Some("12:30"));
         assert_eq!(left(3723, 1).as_deref(), Some("1:02:03"));
         assert_eq!(left(u64::MAX, 1).as_deref(), Some(">4 days"));
         assert_eq!(left(7, 0), None);
-    }
-
-    #[test]
-    fn rate_is_the_average_at_first() {
-        let mut rate = Rate::default();
-        rate.update(Duration::from_secs(1), 1000);
-        assert_eq!(rate.bytes_per_second(), 1000);
     }
 }

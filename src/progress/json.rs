@@ -1,9 +1,8 @@
-//! Progress for programs: one JSON object a line.
+//! Progress as JSON lines.
 //!
-//! Each round prints a line for every device that has moved, where there are several, then one for
-//! all of them, whose `device` is null. The line of the whole that says 100 % is printed once, as the
-//! last: while outputs are being flushed and named before it, lines of the phase `finish` say that
-//! the program is alive.
+//! Each round prints a line for every device that has advanced, if there are several, then one for the
+//! sum, whose `device` is null. The sum reaches 100 % only in the very last line: while the outputs are
+//! flushed and renamed, lines of the phase `finish` show that the program is alive.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,10 +12,10 @@ use serde::Serialize;
 use super::{Counters, Sample};
 use crate::report;
 
-/// Between two rounds; the contract is at least one a second.
+/// Time between two rounds; docs/json.md promises at least one per second.
 const INTERVAL: Duration = Duration::from_millis(500);
 
-/// All bytes have been copied, and the outputs are not finished yet.
+/// Phase after the last byte has been copied and before the outputs are complete.
 const FINISH: &str = "finish";
 
 #[derive(Serialize)]
@@ -44,12 +43,12 @@ pub(super) fn show(counters: &Counters) {
     if counters.complete.load(Ordering::Relaxed) {
         devices(counters, &mut shown);
         let all = counters.all();
-        // The end is the end, also of streams whose length nobody knew.
+        // At the end the length of a stream is known, too.
         line(counters, counters.phase, None, Sample { total: Some(all.done), ..all });
     }
 }
 
-/// Of a single device the line of the whole says everything.
+/// Prints the devices that have advanced. For a single device the line of the sum is enough.
 fn devices(counters: &Counters, shown: &mut [Sample]) {
     if shown.len() < 2 {
         return;

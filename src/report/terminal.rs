@@ -1,11 +1,11 @@
-//! What the terminal can show.
+//! Properties of the terminal, and text that fits it.
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal};
 
 use unicode_width::UnicodeWidthStr;
 
-/// A standard stream that people read.
+/// An output stream of the program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stream {
     /// Standard output: results.
@@ -15,7 +15,7 @@ pub enum Stream {
 }
 
 impl Stream {
-    /// Whether it is a terminal.
+    /// True if the stream is a terminal.
     pub fn is_terminal(self) -> bool {
         match self {
             Stream::Out => io::stdout().is_terminal(),
@@ -23,23 +23,23 @@ impl Stream {
         }
     }
 
-    /// Whether it is a terminal whose cursor can be moved.
+    /// True if the stream is a terminal with a movable cursor.
     pub fn can_draw(self) -> bool {
         self.is_terminal() && std::env::var_os("TERM").is_some_and(|term| term != "dumb")
     }
 
-    /// Whether it may be coloured: <https://no-color.org>.
+    /// True if the stream may be coloured; `NO_COLOR` forbids it (<https://no-color.org>).
     pub fn has_colours(self) -> bool {
-        let asked_not_to = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        !asked_not_to && self.can_draw()
+        let is_forbidden = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        !is_forbidden && self.can_draw()
     }
 
-    /// Its width, if it is a terminal.
+    /// Width of the terminal; `None` for anything else.
     pub fn columns(self) -> Option<usize> {
         self.size().map(|(width, _)| usize::from(width.0))
     }
 
-    /// Its height, if it is a terminal.
+    /// Height of the terminal; `None` for anything else.
     pub fn lines(self) -> Option<usize> {
         self.size().map(|(_, height)| usize::from(height.0))
     }
@@ -51,24 +51,24 @@ impl Stream {
         }
     }
 
-    /// `text` in a colour, where there are colours.
+    /// Colours `text` if the stream has colours.
     pub fn paint(self, paint: Paint, text: &str) -> String {
         if self.has_colours() { format!("\x1b[{}m{text}\x1b[0m", paint.code()) } else { text.to_owned() }
     }
 }
 
-/// How something is made to stand out.
+/// Style of highlighted text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Paint {
-    /// Headings.
+    /// Heading.
     Bold,
-    /// It went well.
+    /// Success.
     Good,
-    /// It needs attention.
+    /// Note or partial success.
     Warning,
-    /// It went wrong.
+    /// Failure.
     Bad,
-    /// Data, in drawings.
+    /// Data in a drawing.
     Data,
 }
 
@@ -84,40 +84,40 @@ impl Paint {
     }
 }
 
-/// Whether the locale can show more than ASCII.
+/// True if the character set of the locale is UTF-8.
 pub fn unicode() -> bool {
-    let said = |name| std::env::var(name).ok().filter(|value: &String| !value.is_empty());
-    let locale = said("LC_ALL").or_else(|| said("LC_CTYPE")).or_else(|| said("LANG")).unwrap_or_default();
+    let var = |name| std::env::var(name).ok().filter(|value: &String| !value.is_empty());
+    let locale = var("LC_ALL").or_else(|| var("LC_CTYPE")).or_else(|| var("LANG")).unwrap_or_default();
     let locale = locale.to_ascii_lowercase();
     locale.contains("utf-8") || locale.contains("utf8")
 }
 
-/// Columns that a text takes on a terminal.
+/// Number of terminal columns that a text occupies.
 pub fn width(text: &str) -> usize {
     text.width()
 }
 
-/// A text in exactly `columns`: filled up, or cut with a mark.
+/// Pads or truncates a text to exactly `columns`; an ellipsis marks a truncated text.
 pub fn fit(text: &str, columns: usize) -> String {
     let wide = width(text);
     if wide <= columns {
         return format!("{text}{}", " ".repeat(columns - wide));
     }
-    let (mark, room) = (if unicode() { "…" } else { "~" }, columns.saturating_sub(1));
+    let (mark, limit) = (if unicode() { "…" } else { "~" }, columns.saturating_sub(1));
     let mut kept = String::new();
     for c in text.chars() {
         let mut buffer = [0; 4];
-        if width(&kept) + width(c.encode_utf8(&mut buffer)) > room {
+        if width(&kept) + width(c.encode_utf8(&mut buffer)) > limit {
             break;
         }
         kept.push(c);
     }
-    let pad = room - width(&kept);
+    let pad = limit - width(&kept);
     if columns == 0 { String::new() } else { format!("{kept}{mark}{}", " ".repeat(pad)) }
 }
 
-/// A text for a person on this stream: on a terminal no word is cut where the line ends, further lines
-/// are indented. Anywhere else it is one line, as programs like it.
+/// Wraps a text at the width of a terminal, between words and with further lines indented. On any other
+/// stream the text stays one line, which is easier to parse.
 pub fn flow(stream: Stream, text: &str, indent: usize) -> String {
     match stream.columns() {
         Some(columns) => flow_within(columns, text, indent),
@@ -125,7 +125,7 @@ pub fn flow(stream: Stream, text: &str, indent: usize) -> String {
     }
 }
 
-/// [`flow`] within so many columns.
+/// Like [`flow`], for this number of columns.
 pub fn flow_within(columns: usize, text: &str, indent: usize) -> String {
     let mut out = String::new();
     let mut used = 0;
@@ -144,14 +144,14 @@ pub fn flow_within(columns: usize, text: &str, indent: usize) -> String {
     out
 }
 
-/// Columns of a text in which [`Stream::paint`] may have coloured something.
+/// Width of a text without the escape sequences of [`Stream::paint`].
 fn width_without_colours(text: &str) -> usize {
     let mut parts = text.split('\x1b');
     let first = parts.next().map_or(0, width);
     first + parts.map(|part| width(part.split_once('m').map_or(part, |(_, rest)| rest))).sum::<usize>()
 }
 
-/// A text in lines of at most `columns`, broken between words.
+/// Splits a text between words into lines of at most `columns`.
 pub fn wrap(text: &str, columns: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
     for word in text.split_whitespace() {
@@ -174,27 +174,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_fit() {
+    fn names_are_padded_or_truncated() {
         assert_eq!(fit("a", 3), "a  ");
         assert_eq!(width(&fit("drive-scsi0", 8)), 8);
         assert!(fit("drive-scsi0", 8).starts_with("drive-s"));
-        // Characters that are two columns wide.
+        // Each of these characters is two columns wide.
         assert_eq!(width(&fit("磁盘磁盘磁盘", 6)), 6);
         assert_eq!(width(&fit("磁盘", 6)), 6);
         assert_eq!(fit("abc", 0), "");
     }
 
     #[test]
-    fn messages_break_between_words_and_keep_their_blanks() {
+    fn messages_wrap_between_words_and_keep_inner_blanks() {
         assert_eq!(flow_within(12, "name: one two  three", 2), "name: one\n  two  three");
         assert_eq!(flow_within(80, "a  b", 2), "a  b");
         assert_eq!(flow_within(4, "unbreakable", 2), "unbreakable");
-        // Colours take no room.
+        // Escape sequences occupy no columns.
         assert_eq!(flow_within(9, "\x1b[1;31mone\x1b[0m two x", 0), "\x1b[1;31mone\x1b[0m two x");
     }
 
     #[test]
-    fn lines_break_between_words() {
+    fn paragraphs_wrap_between_words() {
         assert_eq!(wrap("one two  three", 7), ["one two", "three"]);
         assert_eq!(wrap("unbreakable", 3), ["unbreakable"]);
     }

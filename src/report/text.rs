@@ -1,4 +1,4 @@
-//! Numbers and tables in words.
+//! Numbers, durations and tables as text.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -7,12 +7,12 @@ use imgtool_toolkit::error::escape_control;
 
 use super::terminal::width;
 
-/// Bytes as qemu-img prints them: at most three digits and a power of 1024.
+/// A size as qemu-img prints it: at most three digits and a binary unit.
 pub fn human_size(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let mut unit = 0;
     let mut value = bytes as f64;
-    // 1000, not 1024: "0.98 MiB" is shorter than "1003 KiB".
+    // The limit is 1000, not 1024, so that three digits suffice: "0.98 MiB", not "1003 KiB".
     while value >= 1000.0 && unit + 1 < UNITS.len() {
         value /= 1024.0;
         unit += 1;
@@ -27,12 +27,12 @@ pub fn human_size(bytes: u64) -> String {
     format!("{digits} {}", UNITS[unit])
 }
 
-/// Bytes for a person and exactly: "4 MiB (4194304 bytes)".
+/// A size, rounded and exact: "4 MiB (4194304 bytes)".
 pub fn exact_size(bytes: u64) -> String {
     format!("{} ({bytes} bytes)", human_size(bytes))
 }
 
-/// A share in percent: "62 %"; "-" of nothing.
+/// A share in percent: "62 %"; "-" if `whole` is zero. Only exact values become "0 %" and "100 %".
 pub fn percent(part: u64, whole: u64) -> String {
     match (part, whole) {
         (_, 0) => "-".to_owned(),
@@ -53,21 +53,21 @@ pub fn human_time(time: Duration) -> String {
     }
 }
 
-/// How a column of a [`table`] is aligned.
+/// Alignment of a column of a [`table`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Align {
-    /// Words.
+    /// For words.
     Left,
-    /// Numbers.
+    /// For numbers.
     Right,
 }
 
-/// The most columns that a cell may cost the other rows. Ours: a name from an image may have 65535
-/// characters, and 16000 rows filled up to that are gigabytes; file names end at 255.
+/// Widest cell that widens its column. Our limit: the longest file name is 255 bytes. A name in an image
+/// may have 65535 characters, and padding 16000 rows to that width would take a gigabyte.
 const WIDEST_CELL: usize = 255;
 
-/// Rows in columns, each line ended; cells are escaped. An empty header row is left out. A row with a
-/// cell above [`WIDEST_CELL`] is out of line.
+/// Formats rows as aligned columns and escapes the cells. A header without names is omitted. A row with
+/// a cell wider than [`WIDEST_CELL`] is not aligned.
 pub fn table(indent: usize, columns: &[(&str, Align)], rows: &[Vec<String>]) -> String {
     let rows: Vec<Vec<String>> =
         rows.iter().map(|row| row.iter().map(|cell| escape_control(cell)).collect()).collect();
@@ -97,12 +97,12 @@ pub fn table(indent: usize, columns: &[(&str, Align)], rows: &[Vec<String>]) -> 
     out
 }
 
-/// The columns that the longest line of a text takes.
+/// Width of the longest line of a text.
 pub fn widest(text: &str) -> usize {
     text.lines().map(width).max().unwrap_or(0)
 }
 
-/// "1 disk", "3 disks".
+/// A count and its noun: "1 disk", "3 disks".
 pub fn count(number: usize, what: &str) -> String {
     format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_read_like_qemu_imgs() {
+    fn sizes_match_qemu_img() {
         for (bytes, text) in [
             (0, "0 B"),
             (512, "512 B"),
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn shares_never_round_to_all_or_nothing() {
+    fn shares_never_round_to_zero_or_to_all() {
         assert_eq!(percent(0, 10), "0 %");
         assert_eq!(percent(1, 10_000), "<1 %");
         assert_eq!(percent(9_999, 10_000), ">99 %");
@@ -139,14 +139,14 @@ mod tests {
     }
 
     #[test]
-    fn tables_escape_what_images_say() {
+    fn tables_escape_control_characters() {
         let rows = vec![vec!["a\x1b[2J".to_owned(), "1".to_owned()], vec!["b".to_owned(), "22".to_owned()]];
         let text = table(2, &[("", Align::Left), ("", Align::Right)], &rows);
         assert_eq!(text, "  a\\u{1b}[2J   1\n  b           22\n");
     }
 
     #[test]
-    fn one_endless_name_does_not_widen_every_row() {
+    fn a_huge_cell_does_not_widen_its_column() {
         let mut rows = vec![vec!["short".to_owned(), "1".to_owned()]; 100];
         rows.push(vec!["x".repeat(65_535), "2".to_owned()]);
         let text = table(0, &[("", Align::Left), ("", Align::Right)], &rows);

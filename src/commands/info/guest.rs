@@ -1,4 +1,4 @@
-//! What a Proxmox configuration in an archive says about its guest, in a line.
+//! The guest of an archive, according to its Proxmox configuration.
 
 use std::collections::BTreeMap;
 
@@ -6,11 +6,12 @@ use imgtool_toolkit::Attachment;
 
 use crate::commands::convert::proxmox;
 
-/// A configuration is a page of text; a longer one is something else. Ours.
+/// Longest configuration that is parsed. Our limit: real ones are a page of text.
 const MAX_LEN: usize = 1 << 20;
 
-/// "web, 4 cores, 8192 MiB memory, ostype l26", as far as it says so.
-pub fn describe(attachments: &[Attachment]) -> Option<String> {
+/// Summary of the guest, such as "web, 4 cores, 8192 MiB memory, ostype l26"; without the settings that
+/// are missing or malformed.
+pub fn summary(attachments: &[Attachment]) -> Option<String> {
     let settings = settings(attachments)?;
     let get = |key: &str| settings.get(key).map(String::as_str).filter(|value| !value.is_empty());
     let mut parts: Vec<String> = get("name").map(str::to_owned).into_iter().collect();
@@ -21,7 +22,7 @@ pub fn describe(attachments: &[Attachment]) -> Option<String> {
     ) {
         parts.push(format!("{cores} {}", if cores == 1 { "core" } else { "cores" }));
     }
-    // Also written "current=8192".
+    // Memory is either "8192" or "current=8192".
     if let Some(memory) = get("memory") {
         parts.push(format!("{} MiB memory", memory.strip_prefix("current=").unwrap_or(memory)));
     }
@@ -30,7 +31,7 @@ pub fn describe(attachments: &[Attachment]) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join(", "))
 }
 
-/// For each device of the archive the drive that a restore makes of it, and the storage it was on.
+/// Maps each device of the archive to the drive that a restore creates and the storage it came from.
 pub fn drives(attachments: &[Attachment]) -> BTreeMap<String, String> {
     let Some(text) = text(attachments) else { return BTreeMap::new() };
     let maps = text.lines().filter_map(|line| line.strip_prefix("#qmdump#map:"));
@@ -38,8 +39,8 @@ pub fn drives(attachments: &[Attachment]) -> BTreeMap<String, String> {
         let mut fields = line.split(':');
         let (drive, device) = (fields.next()?, fields.next()?);
         let storage = fields.next().filter(|storage| !storage.is_empty());
-        let was = storage.map(|storage| format!(" (was on {storage})")).unwrap_or_default();
-        Some((device.to_owned(), format!("{drive}{was}")))
+        let origin = storage.map(|storage| format!(" (was on {storage})")).unwrap_or_default();
+        Some((device.to_owned(), format!("{drive}{origin}")))
     })
     .collect()
 }
@@ -52,7 +53,7 @@ fn text(attachments: &[Attachment]) -> Option<&str> {
     std::str::from_utf8(&config.data).ok()
 }
 
-/// The settings of the guest itself: those of its snapshots follow in sections.
+/// The settings of the guest itself, without those of its snapshots, which follow in sections.
 fn settings(attachments: &[Attachment]) -> Option<BTreeMap<String, String>> {
     let lines = text(attachments)?.lines().take_while(|line| !line.starts_with('['));
     let pairs = lines.filter(|line| !line.starts_with('#')).filter_map(|line| line.split_once(':'));
@@ -68,19 +69,19 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_is_a_line() {
-        let of = |text: &str| describe(&config(text));
+    fn guest_summary_fits_one_line() {
+        let of = |text: &str| summary(&config(text));
         let text =
             "#note\nname: web\ncores: 4\nsockets: 2\nmemory: 8192\nbios: ovmf\nostype: l26\n[s]\nname: old\n";
         assert_eq!(of(text).as_deref(), Some("web, 8 cores, 8192 MiB memory, UEFI, ostype l26"));
         assert_eq!(of("memory: current=512\n").as_deref(), Some("512 MiB memory"));
         assert_eq!(of("cores: many\nname: x\n").as_deref(), Some("x"));
         assert_eq!(of("nothing"), None);
-        assert_eq!(describe(&[]), None);
+        assert_eq!(summary(&[]), None);
     }
 
     #[test]
-    fn drives_are_those_of_the_map() {
+    fn drives_come_from_the_qmdump_map() {
         let map =
             drives(&config("scsi0: x\n#qmdump#map:scsi0:drive-scsi0:local-lvm:raw:\n#qmdump#map:bad\n"));
         assert_eq!(map.get("drive-scsi0").map(String::as_str), Some("scsi0 (was on local-lvm)"));

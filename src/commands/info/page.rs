@@ -1,4 +1,4 @@
-//! `info` for a person. The first lines are named as qemu-img names them.
+//! The text output of `info`. The labels of the first lines are those of `qemu-img info`.
 
 use std::fmt::Write as _;
 
@@ -6,57 +6,57 @@ use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::{Device, DeviceKind, Fact, FactScope, ImageInfo};
 use serde_json::Value;
 
-use super::{Subject, guest};
+use super::{ImageEntry, guest};
 use crate::images;
 use crate::report::{self, Align, Paint, Stream, exact_size, human_size, percent};
 
-pub(super) fn page(subject: &Subject) -> String {
-    let info = subject.info();
+pub(super) fn page(image: &ImageEntry) -> String {
+    let info = image.info();
     let mut text = String::new();
-    line(&mut text, "image", &images::show(&subject.path));
+    line(&mut text, "image", &images::show(&image.path));
     let mut format = info.format.to_owned();
-    for compression in subject.compression.iter().rev() {
+    for compression in image.compression.iter().rev() {
         format.push_str(" in ");
         format.push_str(compression.name());
     }
     line(&mut text, "file format", &format);
     let open_ended = info.devices.iter().any(|device| device.open_ended);
     let size =
-        if open_ended { "not known before the end".to_owned() } else { exact_size(subject.virtual_size()) };
+        if open_ended { "unknown before the end".to_owned() } else { exact_size(image.virtual_size()) };
     line(&mut text, "virtual size", &size);
-    if let Some(bytes) = subject.actual_size() {
+    if let Some(bytes) = image.actual_size() {
         line(&mut text, "disk size", &human_size(bytes));
     }
-    if let (Some(bytes), false) = (info.cluster_size, subject.is_archive) {
+    if let (Some(bytes), false) = (info.cluster_size, image.is_archive) {
         line(&mut text, "cluster size", &human_size(bytes));
     }
     facts(&mut text, 0, info.facts.iter().filter(|fact| fact.scope == FactScope::Image));
-    if subject.is_archive {
-        if let Some(guest) = guest::describe(&info.attachments) {
+    if image.is_archive {
+        if let Some(guest) = guest::summary(&info.attachments) {
             line(&mut text, "guest", &guest);
         }
-        devices(&mut text, subject);
-        configurations(&mut text, subject);
+        devices(&mut text, image);
+        configurations(&mut text, image);
     }
     let specific: Vec<&Fact> = info
         .facts
         .iter()
-        .filter(|fact| fact.scope == FactScope::Format && !(subject.is_archive && fact.key == "devices"))
+        .filter(|fact| fact.scope == FactScope::Format && !(image.is_archive && fact.key == "devices"))
         .collect();
     if !specific.is_empty() {
         text.push_str(&heading(info.format));
         facts(&mut text, 4, specific.into_iter());
     }
-    // Formats whose `qemu-img info` names the file have said it already.
-    let said = |role: &str| info.facts.iter().any(|fact| fact.label == role);
-    for reference in info.references.iter().filter(|reference| !said(reference.role)) {
+    // A driver whose facts follow `qemu-img info` lists the file among them.
+    let is_listed = |role: &str| info.facts.iter().any(|fact| fact.label == role);
+    for reference in info.references.iter().filter(|reference| !is_listed(reference.role)) {
         let format = reference.format.as_deref().map(|f| format!(" ({f})")).unwrap_or_default();
         line(&mut text, reference.role, &format!("{}{format}", reference.name));
     }
-    for note in subject.notes() {
+    for note in image.notes() {
         line(&mut text, "note", note);
     }
-    if let Some(damage) = subject.damage() {
+    if let Some(damage) = image.damage() {
         line(&mut text, "damaged", &damage);
     }
     text
@@ -71,8 +71,8 @@ fn heading(label: &str) -> String {
     Stream::Out.paint(Paint::Bold, &format!("{label}:")) + "\n"
 }
 
-fn devices(text: &mut String, subject: &Subject) {
-    let info = subject.info();
+fn devices(text: &mut String, image: &ImageEntry) {
+    let info = image.info();
     if info.devices.is_empty() {
         line(text, "devices", "none");
         return;
@@ -99,7 +99,7 @@ fn devices(text: &mut String, subject: &Subject) {
                 restored.get(&device.name).filter(|_| with_restored).cloned().unwrap_or_default(),
             ]);
         }
-        // What nobody knows has no column.
+        // A column without any value is omitted.
         for column in (0..columns.len()).rev() {
             if rows.iter().all(|row| row[column].is_empty()) {
                 columns.remove(column);
@@ -109,8 +109,8 @@ fn devices(text: &mut String, subject: &Subject) {
         report::table(4, &columns, &rows)
     };
     let wide = table(exact_size, true);
-    let has_room = Stream::Out.columns().is_none_or(|columns| report::widest(&wide) <= columns);
-    let table = if has_room { wide } else { table(human_size, false) };
+    let fits = Stream::Out.columns().is_none_or(|columns| report::widest(&wide) <= columns);
+    let table = if fits { wide } else { table(human_size, false) };
     text.push_str(&heading("devices"));
     if Stream::Out.columns().is_some_and(|columns| report::widest(&table) > columns) {
         info.devices.iter().for_each(|device| stacked(text, info, device));
@@ -119,9 +119,9 @@ fn devices(text: &mut String, subject: &Subject) {
     }
 }
 
-/// A device where the table has no room.
+/// Describes a device in two lines, for a terminal too narrow for the table.
 fn stacked(text: &mut String, info: &ImageInfo, device: &Device) {
-    let kind = if device.kind == DeviceKind::Disk { "" } else { ", state of the guest" };
+    let kind = if device.kind == DeviceKind::Disk { "" } else { ", guest state" };
     let _ = writeln!(text, "    {}", Stream::Out.paint(Paint::Bold, &escape_control(&device.name)));
     let stored = stored(info, device.id.0).map(|stored| {
         let zero = percent(device.size.saturating_sub(stored), device.size);
@@ -130,7 +130,7 @@ fn stacked(text: &mut String, info: &ImageInfo, device: &Device) {
     let _ = writeln!(text, "      {}{kind}{}", human_size(device.size), stored.unwrap_or_default());
 }
 
-/// A table whose header stands out.
+/// Highlights the header of a table.
 fn headed(table: &str) -> String {
     match table.split_once('\n') {
         Some((header, rest)) => {
@@ -142,15 +142,15 @@ fn headed(table: &str) -> String {
     }
 }
 
-/// Bytes of a device that are stored, if the format has counted them.
+/// Stored bytes of a device, if the driver has counted them.
 fn stored(info: &ImageInfo, id: u32) -> Option<u64> {
     let rows = info.facts.iter().find(|fact| fact.key == "devices")?.value.as_array()?;
     let row = rows.iter().find(|row| row.get("dev-id").and_then(Value::as_u64) == Some(id.into()))?;
     row.get("stored-bytes")?.as_u64()
 }
 
-fn configurations(text: &mut String, subject: &Subject) {
-    let attachments = &subject.info().attachments;
+fn configurations(text: &mut String, image: &ImageEntry) {
+    let attachments = &image.info().attachments;
     if attachments.is_empty() {
         line(text, "configurations", "none");
         return;
@@ -169,7 +169,7 @@ fn facts<'a>(text: &mut String, indent: usize, facts: impl Iterator<Item = &'a F
     }
 }
 
-/// One fact; lists and objects below it, further in.
+/// Writes one fact; lists and objects are indented below its label.
 fn value(text: &mut String, indent: usize, label: &str, fact: &Value) {
     let pad = " ".repeat(indent);
     let label = escape_control(label);
@@ -201,7 +201,7 @@ fn scalar(value: &Value) -> String {
     }
 }
 
-/// A list of objects as a table, headed by the keys of the first.
+/// Formats a list of objects as a table with their keys as header.
 fn objects(indent: usize, items: &[Value]) -> String {
     let keys: Vec<&String> = items.iter().filter_map(Value::as_object).flat_map(|map| map.keys()).fold(
         Vec::new(),

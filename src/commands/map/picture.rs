@@ -1,4 +1,4 @@
-//! The allocation of a disk as a bar of blocks.
+//! Drawing of the allocation of a disk, as a grid of cells.
 
 use std::fmt::Write as _;
 use std::ops::Range;
@@ -8,65 +8,70 @@ use imgtool_toolkit::{Extent, ExtentKind};
 
 use crate::report::{Paint, Stream, flow, human_size, percent, unicode};
 
-/// Blocks in a line at most, and lines: what the eye takes in at once.
+/// Most cells in a line. Our choice: it fits a terminal of 80 columns.
 const MAX_COLUMNS: usize = 64;
+
+/// Most lines. Our choice: the list of extents below stays visible.
 const MAX_LINES: usize = 4;
 
-/// In front of each line stands where it begins.
+/// Width of the guest offset at the beginning of a line.
 const LABEL: usize = 10;
 
-/// A block stands for at least a sector.
-const MIN_UNIT: u64 = 512;
+/// Smallest number of guest bytes in a cell: one sector.
+const MIN_CELL_LEN: u64 = 512;
 
-/// How a block is drawn.
+/// Characters for the states of a cell.
 struct Signs {
-    /// All of it is data; more than half; some.
+    /// Only data.
     full: char,
+    /// More than half data.
     most: char,
+    /// At most half data.
     some: char,
-    /// No data, but space is taken.
+    /// Allocated zeros without data.
     zero: char,
-    /// Nothing.
+    /// Nothing allocated.
     hole: char,
 }
 
 const SHADES: Signs = Signs { full: '█', most: '▓', some: '▒', zero: '░', hole: '·' };
 const ASCII: Signs = Signs { full: '#', most: '+', some: '-', zero: '0', hole: '.' };
 
-/// What a block holds, in bytes.
+/// Content of a cell, in bytes.
 #[derive(Debug, Clone, Copy, Default)]
-struct Block {
+struct Cell {
     data: u64,
     zero: u64,
 }
 
-/// A part of a device in blocks.
+/// The drawing of a guest range of a device.
 pub struct Picture {
-    part: Range<u64>,
+    range: Range<u64>,
     columns: usize,
-    /// Guest bytes of a block.
-    unit: u64,
-    blocks: Vec<Block>,
+    /// Guest bytes in a cell.
+    cell_len: u64,
+    cells: Vec<Cell>,
     data: u64,
     zero: u64,
     hole: u64,
 }
 
 impl Picture {
-    /// An empty one, for a terminal of this width.
-    pub fn new(part: Range<u64>, terminal: Option<usize>) -> Self {
-        let room = terminal.unwrap_or(80).saturating_sub(LABEL + 2);
-        // Labels are round numbers only if a line has a round number of blocks.
-        let columns = [MAX_COLUMNS, 32, 16].into_iter().find(|columns| *columns <= room).unwrap_or(8);
-        let len = part.end.saturating_sub(part.start);
-        let most = (columns * MAX_LINES) as u64;
-        let unit = len.div_ceil(most).checked_next_power_of_two().unwrap_or(1 << 63).max(MIN_UNIT);
-        // At most 256 blocks.
-        let blocks = vec![Block::default(); len.div_ceil(unit) as usize];
-        Self { part, columns, unit, blocks, data: 0, zero: 0, hole: 0 }
+    /// An empty drawing for a terminal of this width; `None` means 80 columns.
+    pub fn new(range: Range<u64>, terminal_columns: Option<usize>) -> Self {
+        let free = terminal_columns.unwrap_or(80).saturating_sub(LABEL + 2);
+        // A power of two, so that every line begins at a round offset.
+        let columns = [MAX_COLUMNS, 32, 16].into_iter().find(|columns| *columns <= free).unwrap_or(8);
+        let len = range.end.saturating_sub(range.start);
+        let max_cells = (columns * MAX_LINES) as u64;
+        let cell_len =
+            len.div_ceil(max_cells).checked_next_power_of_two().unwrap_or(1 << 63).max(MIN_CELL_LEN);
+        // At most `max_cells`, which is at most 256.
+        let cells = vec![Cell::default(); len.div_ceil(cell_len) as usize];
+        Self { range, columns, cell_len, cells, data: 0, zero: 0, hole: 0 }
     }
 
-    /// Adds an extent of the part.
+    /// Adds an extent, which must lie inside the range.
     pub fn add(&mut self, extent: Extent) {
         match extent.kind {
             ExtentKind::Data => self.data += extent.len,
@@ -76,23 +81,22 @@ impl Picture {
         if extent.kind == ExtentKind::Hole {
             return;
         }
-        let mut at = extent.start.saturating_sub(self.part.start);
-        let end = extent.end().saturating_sub(self.part.start);
+        let mut at = extent.start.saturating_sub(self.range.start);
+        let end = extent.end().saturating_sub(self.range.start);
         while at < end {
-            let index = at / self.unit;
-            let next = end.min((index + 1).saturating_mul(self.unit));
-            // `index` is below the number of blocks as long as the extent is within the part.
-            if let Some(block) = self.blocks.get_mut(index as usize) {
-                *if extent.kind == ExtentKind::Data { &mut block.data } else { &mut block.zero } += next - at;
+            let index = at / self.cell_len;
+            let next = end.min((index + 1).saturating_mul(self.cell_len));
+            if let Some(cell) = self.cells.get_mut(index as usize) {
+                *if extent.kind == ExtentKind::Data { &mut cell.data } else { &mut cell.zero } += next - at;
             }
             at = next;
         }
     }
 
-    /// The lines.
+    /// The title, the lines and the legend.
     pub fn draw(&self, name: &str) -> String {
         let signs = if unicode() { SHADES } else { ASCII };
-        let len = self.part.end.saturating_sub(self.part.start);
+        let len = self.range.end.saturating_sub(self.range.start);
         let mut text = format!(
             "{}: {}, {} data ({})",
             Stream::Out.paint(Paint::Bold, &escape_control(name)),
@@ -106,24 +110,25 @@ impl Picture {
             }
         }
         text = flow(Stream::Out, &text, 2) + "\n";
-        for (line, blocks) in self.blocks.chunks(self.columns).enumerate() {
-            let begin = self.part.start.saturating_add((line * self.columns) as u64 * self.unit);
-            let bar: String = blocks.iter().map(|block| self.sign(block, &signs)).collect();
-            let _ = writeln!(text, "{:>LABEL$} {}", human_size(begin), Stream::Out.paint(Paint::Data, &bar));
+        for (line, cells) in self.cells.chunks(self.columns).enumerate() {
+            let start = self.range.start.saturating_add((line * self.columns) as u64 * self.cell_len);
+            let bar: String = cells.iter().map(|cell| self.sign(cell, &signs)).collect();
+            let _ = writeln!(text, "{:>LABEL$} {}", human_size(start), Stream::Out.paint(Paint::Data, &bar));
         }
         let Signs { full, most, some, zero, hole } = signs;
         let _ = writeln!(text, "{:LABEL$} {full} data  {most} most  {some} some", "");
-        let _ = writeln!(text, "{:LABEL$} {zero} zero  {hole} hole  {full}={}", "", human_size(self.unit));
+        let _ =
+            writeln!(text, "{:LABEL$} {zero} zero  {hole} hole  {full}={}", "", human_size(self.cell_len));
         text
     }
 
-    fn sign(&self, block: &Block, signs: &Signs) -> char {
-        match block {
-            Block { data: 0, zero: 0 } => signs.hole,
-            Block { data: 0, .. } => signs.zero,
-            // The last block may be shorter than the others: it counts as full a little late.
-            Block { data, .. } if *data >= self.unit => signs.full,
-            Block { data, .. } if *data > self.unit / 2 => signs.most,
+    fn sign(&self, cell: &Cell, signs: &Signs) -> char {
+        match cell {
+            Cell { data: 0, zero: 0 } => signs.hole,
+            Cell { data: 0, .. } => signs.zero,
+            // The last cell may cover fewer bytes than `cell_len`; then it is never full.
+            Cell { data, .. } if *data >= self.cell_len => signs.full,
+            Cell { data, .. } if *data > self.cell_len / 2 => signs.most,
             _ => signs.some,
         }
     }
@@ -134,8 +139,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_are_round_and_few() {
-        for (len, columns, unit, blocks) in [
+    fn cells_have_round_sizes_and_fit() {
+        for (len, columns, cell_len, cells) in [
             (64u64 << 20, 80, 256 << 10, 256),
             (65 << 20, 80, 512 << 10, 130),
             (512, 80, 512, 1),
@@ -144,19 +149,19 @@ mod tests {
             (64 << 20, 40, 1 << 20, 64),
         ] {
             let picture = Picture::new(0..len, Some(columns));
-            assert_eq!((picture.unit, picture.blocks.len()), (unit, blocks), "{len}");
+            assert_eq!((picture.cell_len, picture.cells.len()), (cell_len, cells), "{len}");
         }
     }
 
     #[test]
-    fn extents_fill_their_blocks() {
+    fn extents_fill_their_cells() {
         let mut picture = Picture::new(1024..1024 + 4 * 512, Some(80));
         let add = |picture: &mut Picture, start, len, kind| picture.add(Extent { start, len, kind });
         add(&mut picture, 1024, 600, ExtentKind::Data);
         add(&mut picture, 1624, 424, ExtentKind::Hole);
         add(&mut picture, 2048, 512, ExtentKind::Zero);
         add(&mut picture, 2560, 512, ExtentKind::Hole);
-        let signs: String = picture.blocks.iter().map(|block| picture.sign(block, &ASCII)).collect();
+        let signs: String = picture.cells.iter().map(|cell| picture.sign(cell, &ASCII)).collect();
         assert_eq!(signs, "#-0.");
         assert_eq!((picture.data, picture.zero, picture.hole), (600, 512, 936));
     }

@@ -1,5 +1,5 @@
 
-# The format that the command line gives to the image that is made.
+# The format of the new image, as set on the command line.
 _imgtool_format() {
     local i flags=" -O --to "
     [[ ${COMP_WORDS[1]} == create ]] && flags=" -f --format "
@@ -12,8 +12,8 @@ _imgtool_format() {
     done
 }
 
-# What stands behind -o up to the cursor; bash may have split it at each '='.
-_imgtool_behind_o() {
+# The value of -o up to the cursor; bash splits words at each '='.
+_imgtool_o_value() {
     local i=$COMP_CWORD text=""
     while ((i > 1)); do
         text="${COMP_WORDS[i]}$text"
@@ -29,7 +29,7 @@ _imgtool_behind_o() {
 
 _imgtool_or_option() {
     local text item cur="${COMP_WORDS[COMP_CWORD]}"
-    if ! text=$(_imgtool_behind_o); then
+    if ! text=$(_imgtool_o_value); then
         _imgtool "$@"
         return
     fi
@@ -41,7 +41,7 @@ _imgtool_or_option() {
     else
         COMPREPLY=($(compgen -P "${cur%"$item"}" -W "$(_imgtool_keys "$(_imgtool_format)")" -- "$item"))
     fi
-    # 'cluster_size=' goes on with a value, not with a blank.
+    # No blank after 'cluster_size=': a value follows.
     [[ ${COMPREPLY[0]-} == *= ]] && compopt -o nospace 2>/dev/null
     return 0
 }

@@ -1,5 +1,5 @@
-//! Completions: those that clap makes of the command line, and for `-o` functions of our own, which know
-//! the format, the options that have been given already and the words that an option takes.
+//! Completion scripts. clap generates them from the command line; for the value of `-o`, bash, fish and
+//! zsh get functions of our own, which know the options of the chosen format and their values.
 
 use std::fmt::Write as _;
 
@@ -11,18 +11,17 @@ use imgtool_toolkit::{OptionSpec, Registry};
 use crate::args::Cli;
 use crate::drivers;
 
-/// Stands in clap's output where our function belongs.
+/// Placeholder in clap's output for the call of our function.
 const MARK: &str = "__IMGTOOL_OPTION__";
 
-/// The identifier of the `-o` arguments.
+/// Identifier of the `-o` arguments in clap.
 const OPTIONS: &str = "options";
 
-/// The completions of a shell.
+/// The completion script of a shell.
 pub fn script(shell: Shell) -> String {
-    let ours = matches!(shell, Shell::Bash | Shell::Zsh | Shell::Fish);
     let mut command = Cli::command();
-    if ours {
-        command = marked(command);
+    if matches!(shell, Shell::Bash | Shell::Zsh | Shell::Fish) {
+        command = with_mark(command);
     }
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut command, "imgtool", &mut text);
@@ -35,7 +34,7 @@ pub fn script(shell: Shell) -> String {
             call + &fish(&registry) + include_str!("completions.fish")
         }
         Shell::Zsh => {
-            // Before the last lines, which register or call what was defined.
+            // Our functions belong before the last lines, which register or call the completion.
             let call = text.replace(&format!("({MARK})"), "_imgtool_option");
             let (definitions, end) = call.split_at(call.rfind("\nif [").unwrap_or(call.len()));
             let own = zsh(&registry) + include_str!("completions.zsh");
@@ -45,16 +44,16 @@ pub fn script(shell: Shell) -> String {
     }
 }
 
-/// The command line, with the mark as the only value that `-o` is offered.
-fn marked(command: Command) -> Command {
+/// Makes the placeholder the only value of `-o`.
+fn with_mark(command: Command) -> Command {
     command
         .mut_args(|arg| {
             if arg.get_id() == OPTIONS { arg.value_parser(PossibleValuesParser::new([MARK])) } else { arg }
         })
-        .mut_subcommands(marked)
+        .mut_subcommands(with_mark)
 }
 
-/// The options of each format, and of all formats under the name "".
+/// The options of each format, and those of all formats under the name "".
 fn by_format(registry: &Registry) -> Vec<(&'static str, Vec<OptionSpec>)> {
     let mut all: Vec<OptionSpec> = Vec::new();
     let mut list: Vec<(&str, Vec<OptionSpec>)> = Vec::new();
@@ -70,7 +69,7 @@ fn by_format(registry: &Registry) -> Vec<(&'static str, Vec<OptionSpec>)> {
     list
 }
 
-/// What an option takes, where that is a list.
+/// The values of an option, if they are a fixed list.
 fn words(spec: &OptionSpec) -> Vec<&'static str> {
     if spec.values.contains('|') { spec.values.split('|').collect() } else { Vec::new() }
 }
