@@ -1,4 +1,4 @@
-//! Compressed clusters: decoding and encoding, with contexts that are used again.
+//! Compressed clusters: decoding and encoding, with contexts that threads reuse.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -7,38 +7,39 @@ use imgtool_toolkit::{Error, RandomInput, Result};
 use libdeflater::{CompressionLvl, Compressor, Decompressor};
 use zstd::zstd_safe::{CCtx, CParameter, DCtx, InBuffer, OutBuffer, ResetDirective};
 
-use crate::layout::entry::CompressedPlace;
+use crate::layout::entry::CompressedRange;
 use crate::layout::header::CompressionType;
 
-/// Deflate level when none is asked for. Ours: 3.3 times qemu-img's speed, output 4 % smaller.
+/// Default deflate level. Ours: 3.3 times qemu-img's speed, output 4 % smaller.
 pub const DEFAULT_DEFLATE_LEVEL: i32 = 3;
-/// Zstandard level when none is asked for: the library's own default, which qemu-img uses.
+/// Default zstd level: that of the library and of qemu-img.
 pub const DEFAULT_ZSTD_LEVEL: i32 = 3;
 
-/// Decoded clusters kept for reads of less than a cluster. Ours: at most 8 MiB with the largest
-/// clusters.
-const KEPT_CLUSTERS: usize = 4;
+/// Maximum number of decoded clusters kept for reads of less than a cluster. Our limit: at most 8 MiB
+/// with the largest clusters.
+const MAX_RECENT_CLUSTERS: usize = 4;
 
-/// Bytes of decoded clusters, and of decoders that wait for their next cluster, that one image keeps;
-/// those of a chain share them.
-const KEPT_BYTES: usize = 8 << 20;
+/// Bytes of decoded clusters, and of idle decoders, of one image, divided by its depth in the chain. Our
+/// limit.
+const MAX_RECENT_BYTES: usize = 8 << 20;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Decodes the compressed clusters of one image, by many threads at once.
+/// Decoder of the compressed clusters of an image, for use by several threads.
 pub struct Decoder {
     compression: CompressionType,
     cluster_size: usize,
     idle: Mutex<Vec<DecodeContext>>,
-    /// The latest clusters of which only a part was wanted, oldest first.
-    kept: Mutex<Vec<(u64, Arc<Vec<u8>>)>>,
-    max_kept: usize,
+    /// Latest clusters that were read in part, by host offset, oldest first.
+    recent: Mutex<Vec<(u64, Arc<Vec<u8>>)>>,
+    max_recent: usize,
     max_idle: usize,
 }
 
 struct DecodeContext {
+    /// Buffer for compressed bytes.
     stored: Vec<u8>,
     codec: DecodeCodec,
 }
@@ -49,47 +50,48 @@ enum DecodeCodec {
 }
 
 impl Decoder {
-    /// For clusters of `cluster_size` bytes. `depth`: images above this one in a chain.
+    /// Creates a decoder for clusters of `cluster_size` bytes. `depth` is the number of overlays above
+    /// the image.
     pub fn new(compression: CompressionType, cluster_size: u64, depth: usize) -> Self {
         // A cluster is at most 2 MiB.
         let cluster_size = cluster_size as usize;
-        let share = KEPT_BYTES / (depth + 1) / cluster_size;
+        let share = MAX_RECENT_BYTES / (depth + 1) / cluster_size;
         Self {
             compression,
             cluster_size,
             idle: Mutex::default(),
-            kept: Mutex::default(),
-            max_kept: share.min(KEPT_CLUSTERS),
-            // As many as there are threads, unless there may be many such images.
+            recent: Mutex::default(),
+            max_recent: share.min(MAX_RECENT_CLUSTERS),
+            // One per thread, except in a chain, where many images may have some.
             max_idle: if depth == 0 { usize::MAX } else { share / 2 },
         }
     }
 
-    /// Fills `buf` with the decoded cluster's bytes from `within` on.
+    /// Fills `buf` with bytes of the decoded cluster, from offset `within` in it on.
     pub fn read(
         &self,
         input: &RandomInput,
-        place: CompressedPlace,
+        range: CompressedRange,
         buf: &mut [u8],
         within: usize,
     ) -> Result<()> {
         if within == 0 && buf.len() == self.cluster_size {
-            return self.decode(input, place, buf);
+            return self.decode(input, range, buf);
         }
         let known =
-            lock(&self.kept).iter().find(|(at, _)| *at == place.host_offset).map(|(_, c)| Arc::clone(c));
+            lock(&self.recent).iter().find(|(at, _)| *at == range.host_offset).map(|(_, c)| Arc::clone(c));
         let cluster = match known {
             Some(cluster) => cluster,
             None => {
                 let mut cluster = vec![0; self.cluster_size];
-                self.decode(input, place, &mut cluster)?;
+                self.decode(input, range, &mut cluster)?;
                 let cluster = Arc::new(cluster);
-                let mut kept = lock(&self.kept);
-                if kept.len() >= self.max_kept && !kept.is_empty() {
-                    kept.remove(0);
+                let mut recent = lock(&self.recent);
+                if recent.len() >= self.max_recent && !recent.is_empty() {
+                    recent.remove(0);
                 }
-                if self.max_kept > 0 {
-                    kept.push((place.host_offset, Arc::clone(&cluster)));
+                if self.max_recent > 0 {
+                    recent.push((range.host_offset, Arc::clone(&cluster)));
                 }
                 cluster
             }
@@ -98,36 +100,37 @@ impl Decoder {
         Ok(())
     }
 
-    fn decode(&self, input: &RandomInput, place: CompressedPlace, cluster: &mut [u8]) -> Result<()> {
+    /// Decodes a whole cluster.
+    fn decode(&self, input: &RandomInput, range: CompressedRange, cluster: &mut [u8]) -> Result<()> {
         let idle = lock(&self.idle).pop();
         let mut context = match idle {
             Some(context) => context,
             None => DecodeContext { stored: Vec::new(), codec: self.codec()? },
         };
-        // The last sector of the last cluster may end with the file.
-        let len = place.max_len.min(input.len().saturating_sub(place.host_offset));
+        // The end of the file may cut the last sector of the last cluster.
+        let len = range.max_len.min(input.len().saturating_sub(range.host_offset));
         let len = usize::try_from(len).unwrap_or(0);
         if len == 0 {
             return Err(Error::corrupt(format!(
-                "a compressed cluster is at {}, beyond the end of the file at {}",
-                place.host_offset,
+                "a compressed cluster is at offset {}, beyond the end of the file at {}",
+                range.host_offset,
                 input.len()
             ))
-            .at(place.host_offset)
+            .at(range.host_offset)
             .hint("the file is cut short: copy it again, or use a backup"));
         }
         if context.stored.len() < len {
             context.stored.resize(len, 0);
         }
         let stored = &mut context.stored[..len];
-        input.read_exact_at(stored, place.host_offset)?;
+        input.read_exact_at(stored, range.host_offset)?;
         context.codec.decode(stored, cluster).map_err(|why| {
-            let cut = if (len as u64) < place.max_len { "; the file ends within it" } else { "" };
+            let cut = if (len as u64) < range.max_len { "; the file ends within it" } else { "" };
             Error::corrupt(format!(
-                "a compressed cluster ({}) can't be decoded: {why}{cut}",
+                "cannot decode a compressed cluster ({}): {why}{cut}",
                 self.compression.name()
             ))
-            .at(place.host_offset)
+            .at(range.host_offset)
         })?;
         let mut idle = lock(&self.idle);
         if idle.len() < self.max_idle {
@@ -147,7 +150,7 @@ impl Decoder {
 }
 
 impl DecodeCodec {
-    /// Fills `cluster`, or says why not. What follows the compressed data is not looked at.
+    /// Fills `cluster`, or returns the reason why not. Bytes after the compressed data are ignored.
     fn decode(&mut self, stored: &[u8], cluster: &mut [u8]) -> Result<(), &'static str> {
         match self {
             DecodeCodec::Deflate(decompressor) => match decompressor.deflate_decompress(stored, cluster) {
@@ -160,8 +163,9 @@ impl DecodeCodec {
     }
 }
 
-/// Specification: "decompression stops when it has produced a cluster of data". A stream that goes
-/// on after that, or is never ended, is legal; libdeflate does not take it.
+/// Decodes a deflate stream that continues after the cluster or lacks its end. Both are legal, as
+/// "decompression stops when it has produced a cluster of data" (specification, "Compressed Clusters
+/// Descriptor"), but libdeflate rejects them.
 fn inflate_to_full(stored: &[u8], cluster: &mut [u8]) -> Result<(), &'static str> {
     let mut inflate = Decompress::new(false);
     match inflate.decompress(stored, cluster, FlushDecompress::Finish) {
@@ -171,13 +175,13 @@ fn inflate_to_full(stored: &[u8], cluster: &mut [u8]) -> Result<(), &'static str
     }
 }
 
-/// Decodes frames until the cluster is full.
+/// Decodes zstd frames until the cluster is full.
 fn unzstd(context: &mut DCtx<'static>, stored: &[u8], cluster: &mut [u8]) -> Result<(), &'static str> {
-    context.reset(ResetDirective::SessionOnly).map_err(|_| "the decoder can't be reset")?;
-    let wanted = cluster.len();
+    context.reset(ResetDirective::SessionOnly).map_err(|_| "cannot reset the decoder")?;
+    let cluster_size = cluster.len();
     let mut input = InBuffer::around(stored);
     let mut output = OutBuffer::around(cluster);
-    while output.pos() < wanted {
+    while output.pos() < cluster_size {
         let before = (input.pos, output.pos());
         context.decompress_stream(&mut output, &mut input).map_err(|_| "the data is damaged")?;
         if (input.pos, output.pos()) == before {
@@ -187,7 +191,7 @@ fn unzstd(context: &mut DCtx<'static>, stored: &[u8], cluster: &mut [u8]) -> Res
     Ok(())
 }
 
-/// Encodes clusters for a sink, by many threads at once.
+/// Encoder of the clusters of a new image, for use by several threads.
 pub struct Encoder {
     compression: CompressionType,
     level: i32,
@@ -200,17 +204,17 @@ enum EncodeCodec {
 }
 
 impl Encoder {
-    /// With a level that the algorithm has; `None`: the default.
+    /// Creates an encoder. `level` must be one of the algorithm's; `None` is the default.
     pub fn new(compression: CompressionType, level: Option<i32>) -> Result<Self> {
         let (default, allowed) = match compression {
-            // libdeflate's 0 only stores.
+            // libdeflate's level 0 does not compress.
             CompressionType::Zlib => (DEFAULT_DEFLATE_LEVEL, 1..=12),
             CompressionType::Zstd => (DEFAULT_ZSTD_LEVEL, -7..=19),
         };
         let level = level.unwrap_or(default);
         if !allowed.contains(&level) {
             return Err(Error::usage(format!(
-                "level {level} of {} is not within {}..{}",
+                "{} level {level} is not within {}..{}",
                 compression.name(),
                 allowed.start(),
                 allowed.end()
@@ -219,7 +223,7 @@ impl Encoder {
         Ok(Self { compression, level, idle: Mutex::default() })
     }
 
-    /// A context for one thread; [`Encoder::give_back`] keeps it for the next piece.
+    /// Takes a context for one thread, which returns it with [`Encoder::give_back`].
     pub fn context(&self) -> Result<EncodeContext> {
         if let Some(codec) = lock(&self.idle).pop() {
             return Ok(EncodeContext(codec));
@@ -239,21 +243,21 @@ impl Encoder {
         Ok(EncodeContext(codec))
     }
 
-    /// Keeps a context for the next piece.
+    /// Returns a context for the next piece.
     pub fn give_back(&self, context: EncodeContext) {
         lock(&self.idle).push(context.0);
     }
 }
 
-/// What one thread compresses with.
+/// Compressor of one thread.
 pub struct EncodeContext(EncodeCodec);
 
 impl EncodeContext {
-    /// Compresses `cluster` into `out`; the bytes used, or `None` when it would not be smaller than
-    /// the cluster itself.
+    /// Compresses `cluster` into `out`. Returns the bytes used, or `None` if `out` is too short or the
+    /// result would not be smaller than the cluster.
     pub fn encode(&mut self, cluster: &[u8], out: &mut [u8]) -> Option<usize> {
-        let room = out.len().min(cluster.len().checked_sub(1)?);
-        let out = &mut out[..room];
+        let max_len = out.len().min(cluster.len().checked_sub(1)?);
+        let out = &mut out[..max_len];
         match &mut self.0 {
             EncodeCodec::Deflate(compressor) => compressor.deflate_compress(cluster, out).ok(),
             EncodeCodec::Zstd(context) => context.compress2(out, cluster).ok(),
@@ -267,7 +271,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_deflate_stream_that_goes_on_after_the_cluster_is_legal() {
+    fn decodes_a_deflate_stream_that_continues_after_the_cluster() {
         let text: Vec<u8> = (0..2000u32).flat_map(|i| (i % 300).to_be_bytes()).collect();
         let encoder = Encoder::new(CompressionType::Zlib, Some(6)).unwrap();
         let mut stored = vec![0; text.len()];
@@ -282,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn zstd_in_several_frames_with_a_tail() {
+    fn decodes_several_zstd_frames_followed_by_padding() {
         let mut stored = zstd::bulk::compress(&[7; 300], 3).unwrap();
         stored.extend(zstd::bulk::compress(&[8; 212], 3).unwrap());
         stored.extend([0; 100]);
@@ -295,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn noise_is_not_compressed() {
+    fn never_encodes_a_cluster_into_its_own_length() {
         let noise: Vec<u8> =
             (0..4096u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect();
         for compression in [CompressionType::Zlib, CompressionType::Zstd] {

@@ -1,4 +1,4 @@
-//! The driver: what the registry knows of the format.
+//! The driver that the registry holds.
 
 use imgtool_toolkit::{
     Capabilities, CheckReport, Confidence, CreateOptions, Driver, ImageSink, ImageSource, Input, Manifest,
@@ -6,18 +6,20 @@ use imgtool_toolkit::{
 };
 
 use crate::compressed::Encoder;
+use crate::layout::FORMAT;
+use crate::layout::header::MAGIC;
 use crate::options::{OPTIONS, SIZE_MULTIPLE, WriteOptions};
 use crate::sink::Qcow2Sink;
 use crate::source::Qcow2Source;
-use crate::{check, measure, probe};
+use crate::{check, measure};
 
-/// QEMU's qcow2 format.
+/// Driver of QEMU's qcow2 format.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Qcow2Driver;
 
 impl Driver for Qcow2Driver {
     fn name(&self) -> &'static str {
-        crate::FORMAT
+        FORMAT
     }
 
     fn description(&self) -> &'static str {
@@ -57,7 +59,8 @@ impl Driver for Qcow2Driver {
     }
 
     fn probe(&self, head: &[u8], _len: Option<u64>) -> Option<Confidence> {
-        probe::probe(head)
+        // Opening refuses unknown versions by number.
+        head.starts_with(&MAGIC).then_some(Confidence::Magic)
     }
 
     fn open(&self, input: Input, options: &OpenOptions) -> Result<Box<dyn ImageSource>> {

@@ -1,10 +1,11 @@
-//! What `info` says of an image, under qemu-img's names.
+//! Facts and notes about an image, with the keys of `qemu-img info --output=json`.
 
 use std::path::Path;
 
 use imgtool_toolkit::{ImageInfo, RandomInput, Reference};
 use serde_json::{Map, Value, json};
 
+use crate::layout::FORMAT;
 use crate::layout::bitmap::{self, Bitmap};
 use crate::layout::header::{
     AUTOCLEAR_DATA_FILE_RAW, COMPATIBLE_LAZY_REFCOUNTS, Encryption, Header, INCOMPATIBLE_CORRUPT,
@@ -12,7 +13,8 @@ use crate::layout::header::{
 };
 use crate::layout::snapshot::{Snapshot, Snapshots};
 
-/// Facts, notes and references; the devices are the caller's.
+/// Describes an image: facts, notes and references. The caller adds the devices. Snapshots and
+/// bitmaps are listed one by one if `list` is set.
 pub fn describe(
     input: &RandomInput,
     header: &Header,
@@ -20,11 +22,8 @@ pub fn describe(
     bitmaps: &[Bitmap],
     list: bool,
 ) -> ImageInfo {
-    let mut info = ImageInfo {
-        format: crate::FORMAT,
-        cluster_size: Some(header.shape.cluster_size()),
-        ..ImageInfo::default()
-    };
+    let mut info =
+        ImageInfo { format: FORMAT, cluster_size: Some(header.shape.cluster_size()), ..ImageInfo::default() };
     describe_names(&mut info, input.path(), header);
     if header.encryption != Encryption::None {
         info.top_fact("encrypted", "encrypted", true);
@@ -37,7 +36,7 @@ pub fn describe(
     describe_format(&mut info, header, bitmaps);
     info.notes = notes(header, snapshots);
     if list {
-        info.notes.extend(unlisted(header, snapshots, bitmaps));
+        info.notes.extend(truncation_notes(header, snapshots, bitmaps));
     }
     info
 }
@@ -46,7 +45,7 @@ fn describe_names(info: &mut ImageInfo, path: &Path, header: &Header) {
     let extensions = &header.extensions;
     if let Some(name) = &header.backing_file {
         info.top_fact("backing-filename", "backing file", name.clone());
-        info.top_fact("full-backing-filename", "backing file path", full_name(path, name));
+        info.top_fact("full-backing-filename", "backing file path", full_backing_name(path, name));
         if let Some(format) = &extensions.backing_format {
             info.top_fact("backing-filename-format", "backing file format", format.clone());
         }
@@ -65,8 +64,9 @@ fn describe_names(info: &mut ImageInfo, path: &Path, header: &Header) {
     }
 }
 
-/// A relative name is relative to the image's directory. A URL or `json:` name stays as it is.
-fn full_name(path: &Path, name: &str) -> String {
+/// Resolves a relative `name` against the directory of the image at `path`. A URL or `json:` name
+/// stays as it is.
+fn full_backing_name(path: &Path, name: &str) -> String {
     let has_protocol = name.split_once(':').is_some_and(|(before, _)| !before.contains('/'));
     match path.parent() {
         Some(directory) if !has_protocol => directory.join(name).to_string_lossy().into_owned(),
@@ -133,8 +133,8 @@ fn bitmap_fact(bitmap: &Bitmap) -> Value {
     json!({ "name": bitmap.name, "granularity": bitmap.granularity, "flags": flags })
 }
 
-/// What is not listed, as there are too many.
-fn unlisted(header: &Header, snapshots: &Snapshots, bitmaps: &[Bitmap]) -> Vec<String> {
+/// Notes about snapshots and bitmaps that did not fit into their list.
+fn truncation_notes(header: &Header, snapshots: &Snapshots, bitmaps: &[Bitmap]) -> Vec<String> {
     let counts = [
         (snapshots.listed.len(), snapshots.count, "snapshots"),
         (bitmaps.len(), bitmap::count(header) as usize, "bitmaps"),
@@ -147,8 +147,8 @@ fn unlisted(header: &Header, snapshots: &Snapshots, bitmaps: &[Bitmap]) -> Vec<S
 
 fn notes(header: &Header, snapshots: &Snapshots) -> Vec<String> {
     let mut notes = Vec::new();
-    let wanted = snapshots.wanted.as_ref();
-    if let Some(snapshot) = wanted {
+    let selected = snapshots.selected.as_ref();
+    if let Some(snapshot) = selected {
         notes.push(format!("the content is that of snapshot {} ({})", snapshot.id, snapshot.name));
     }
     if header.has(INCOMPATIBLE_DIRTY) {
@@ -159,14 +159,14 @@ fn notes(header: &Header, snapshots: &Snapshots) -> Vec<String> {
     }
     if header.unknown_features() != 0 {
         notes.push(format!(
-            "it needs features that are not known: {}",
+            "the image needs unknown features: {}",
             header.feature_list(header.unknown_features())
         ));
     }
-    let left = snapshots.count.saturating_sub(usize::from(wanted.is_some()));
-    if left > 0 {
-        let (noun, verb) = plural(left, "snapshot");
-        notes.push(format!("{left} internal {noun} {verb} not part of the content"));
+    let other_snapshots = snapshots.count.saturating_sub(usize::from(selected.is_some()));
+    if other_snapshots > 0 {
+        let (noun, verb) = plural(other_snapshots, "snapshot");
+        notes.push(format!("{other_snapshots} internal {noun} {verb} not part of the content"));
     }
     let bitmaps = bitmap::count(header) as usize;
     if bitmaps > 0 {

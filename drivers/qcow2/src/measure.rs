@@ -1,4 +1,4 @@
-//! How many bytes an image will need.
+//! Prediction of the file size of a new image.
 
 use imgtool_toolkit::source::data_bytes;
 use imgtool_toolkit::{CreateOptions, Error, ImageSource, Measure, RandomAccess, Result};
@@ -6,8 +6,8 @@ use imgtool_toolkit::{CreateOptions, Error, ImageSource, Measure, RandomAccess, 
 use crate::layout::entry::Shape;
 use crate::options::{Preallocation, SIZE_MULTIPLE, WriteOptions};
 
-/// What an image of `source` needs, and would need with every cluster allocated; counted as
-/// qemu-img counts: all tables at full size, compression left out.
+/// Predicts the bytes of an image of `source`, and of one with every cluster allocated. The numbers
+/// are those of `qemu-img measure`: all tables at full size, no gain from compression.
 pub fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Result<Measure> {
     let options = WriteOptions::parse(options)?;
     let [device] = source.info().devices.as_slice() else {
@@ -25,19 +25,19 @@ pub fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Result<Meas
     let guest = size.checked_next_multiple_of(cluster_size).ok_or_else(too_large)?;
     let tables = tables_len(shape, guest, options.refcount_order);
     let fully_allocated = tables.checked_add(guest).ok_or_else(too_large)?;
-    let random = source.random().ok_or_else(|| Error::unsupported("a stream can't be measured"))?;
-    // How much of it the backing file holds already is not looked up: the upper bound is told.
+    let random = source.random().ok_or_else(|| Error::unsupported("cannot measure a stream"))?;
+    // An upper bound over a backing file: its content is not compared.
     let data = match options.preallocation {
         _ if options.backing.is_some() || options.zero_unit.is_none() => guest,
-        // With metadata alone the file is as long, but takes no more space.
+        // Metadata preallocation makes the file longer, but its data clusters stay holes.
         Preallocation::Off | Preallocation::Metadata => {
             data_clusters(random, device.id, device.size, cluster_size)? * cluster_size
         }
         Preallocation::Falloc | Preallocation::Full => guest,
     };
-    // Tables that nothing stands in are not written, unless they are asked for.
+    // Empty tables are not written, unless they are preallocated.
     let occupied = match options.preallocation {
-        // How much compression saves is not known.
+        // The gain from compression is not predictable.
         _ if options.zero_unit.is_none() && options.compress.is_none() => fully_allocated,
         _ if options.backing.is_some() => 0,
         Preallocation::Off => data_bytes(source, device)?,
@@ -47,7 +47,8 @@ pub fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Result<Meas
     Ok(Measure { required: tables + data, fully_allocated, occupied })
 }
 
-/// Bytes of header, L1, L2 and refcount structures for `guest` bytes, all allocated.
+/// Returns the bytes of header, L1, L2 and refcount structures for `guest` bytes of disk, all of them
+/// allocated.
 fn tables_len(shape: Shape, guest: u64, refcount_order: u32) -> u64 {
     let cluster_size = shape.cluster_size();
     let l2_tables = shape.l1_entries(guest);
@@ -55,19 +56,19 @@ fn tables_len(shape: Shape, guest: u64, refcount_order: u32) -> u64 {
     let counted = 1 + l2_tables + l1_clusters + guest / cluster_size;
     let entries = (cluster_size * 8) >> refcount_order;
     let (mut blocks, mut table) = (0, 0);
-    // Refcount structures count themselves; both only grow, by less each time round.
+    // Refcount structures count themselves. Both numbers only grow, by less in each round.
     loop {
-        let wanted_blocks = (counted + blocks + table).div_ceil(entries);
-        let wanted_table = (wanted_blocks * 8).div_ceil(cluster_size);
-        if (wanted_blocks, wanted_table) == (blocks, table) {
+        let needed_blocks = (counted + blocks + table).div_ceil(entries);
+        let needed_table = (needed_blocks * 8).div_ceil(cluster_size);
+        if (needed_blocks, needed_table) == (blocks, table) {
             break;
         }
-        (blocks, table) = (wanted_blocks, wanted_table);
+        (blocks, table) = (needed_blocks, needed_table);
     }
     (1 + l2_tables + l1_clusters + blocks + table) * cluster_size
 }
 
-/// Clusters that hold data.
+/// Returns the number of clusters that hold data.
 fn data_clusters(
     random: &dyn RandomAccess,
     device: imgtool_toolkit::DeviceId,
@@ -75,17 +76,16 @@ fn data_clusters(
     cluster_size: u64,
 ) -> Result<u64> {
     let mut clusters = 0;
-    // The first cluster that is not counted yet.
-    let mut next = 0;
+    let mut next_cluster = 0;
     let mut position = 0;
     while position < size {
         for extent in random.map(device, position..size)? {
             position = extent.end();
             if extent.data && !extent.zero {
-                let first = (extent.start / cluster_size).max(next);
+                let first = (extent.start / cluster_size).max(next_cluster);
                 let end = position.div_ceil(cluster_size);
                 clusters += end.saturating_sub(first);
-                next = next.max(end);
+                next_cluster = next_cluster.max(end);
             }
         }
     }

@@ -1,26 +1,28 @@
-//! What `-o` and `-c` ask for, checked: which options exist, and which go together.
+//! Options of a new image: declaration, parsing, and the combinations that are allowed.
 
 use imgtool_toolkit::{CreateOptions, Error, OptionSpec, Result};
 
+use crate::layout::FORMAT;
 use crate::layout::entry::Shape;
 use crate::layout::header::CompressionType;
 use crate::layout::{
     MAX_BACKING_NAME, MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS, MIN_EXTENDED_L2_CLUSTER_BITS,
 };
 
-/// QEMU's default: clusters of 64 KiB.
+/// Default bytes of a cluster. QEMU's default.
 const DEFAULT_CLUSTER_SIZE: u64 = 64 << 10;
 
-/// Specification: version 2 refcounts have 16 bits; also the default for version 3.
+/// Default refcount width, as a power of two: 16 bits. The only one of version 2 (specification,
+/// "refcount_order"), and QEMU's default for version 3.
 const DEFAULT_REFCOUNT_ORDER: u32 = 4;
 
-/// QEMU counts sectors: sizes are multiples of this.
+/// Bytes of which a virtual size is a multiple. QEMU's limit: it counts sectors.
 pub const SIZE_MULTIPLE: u64 = 512;
 
-/// The finest zeros that are told apart, and the smallest piece. The toolkit's.
+/// Smallest unit of zero detection in bytes, and the smallest piece. The toolkit's.
 pub const ZERO_GRANULARITY: u64 = imgtool_toolkit::zero::ZERO_GRANULARITY as u64;
 
-/// The options, as qemu-img names them.
+/// Declared options, under qemu-img's names.
 pub const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "compat",
@@ -90,60 +92,60 @@ pub const OPTIONS: &[OptionSpec] = &[
     },
 ];
 
-/// How much is allocated before it is needed.
+/// Space that is allocated before it is needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Preallocation {
     /// Nothing.
     Off,
-    /// All tables; every guest cluster has its place.
+    /// All tables; every guest cluster has a host cluster.
     Metadata,
-    /// The same, with the space taken from the file system.
+    /// As `Metadata`, with data clusters reserved in the file system.
     Falloc,
-    /// The same, with every byte written.
+    /// As `Metadata`, with every byte written.
     Full,
 }
 
-/// The file below a new image.
+/// Reference of a new image to its backing file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BackingName {
-    /// Its name as the image will give it.
+    /// File name, as stored in the image.
     pub name: String,
-    /// Its format.
+    /// Format name, as stored in the image.
     pub format: String,
 }
 
-/// A checked request.
+/// Checked options of a new image.
 #[derive(Debug, Clone)]
 pub struct WriteOptions {
-    /// 2 or 3.
+    /// Version of the format: 2 or 3.
     pub version: u32,
     /// Cluster size and entry format.
     pub shape: Shape,
-    /// A refcount has 2^order bits.
+    /// Refcount width as a power of two: a refcount has 2^order bits.
     pub refcount_order: u32,
-    /// How compressed clusters are compressed.
+    /// Compression of compressed clusters.
     pub compression: CompressionType,
-    /// Compress clusters, with this level if one was given.
+    /// `Some` if clusters are compressed: the level, `None` for the default.
     pub compress: Option<Option<i32>>,
-    /// Allow late refcounts.
+    /// True if QEMU may write refcounts late.
     pub lazy_refcounts: bool,
-    /// What is allocated first.
+    /// Space that is allocated before it is needed.
     pub preallocation: Preallocation,
-    /// The file below.
+    /// Backing file.
     pub backing: Option<BackingName>,
-    /// The file beside.
+    /// Name of the external data file.
     pub data_file: Option<String>,
-    /// It is a raw image.
+    /// True if the data file is a raw image of its own.
     pub data_file_raw: bool,
-    /// `-S`: zeros shorter than this many bytes (a power of two, at least 4 KiB) are stored like data;
-    /// `None`: all zeros are.
+    /// Zeros shorter than this many bytes (a power of two, at least 4 KiB) are stored like data;
+    /// `None`: all zeros are stored.
     pub zero_unit: Option<u64>,
 }
 
 impl WriteOptions {
     /// Parses and checks all options.
     pub fn parse(options: &CreateOptions) -> Result<Self> {
-        options.check_names(crate::FORMAT, OPTIONS)?;
+        options.check_names(FORMAT, OPTIONS)?;
         let version = match options.get("compat") {
             None | Some("1.1" | "v3") => 3,
             Some("0.10" | "v2") => 2,
@@ -174,11 +176,11 @@ impl WriteOptions {
             zero_unit: options.zero_unit(ZERO_GRANULARITY),
         };
         parsed.check_version()?;
-        parsed.check_together()?;
+        parsed.check_combinations()?;
         Ok(parsed)
     }
 
-    /// What version 2 does not have.
+    /// Rejects features that version 2 lacks.
     fn check_version(&self) -> Result<()> {
         if self.version >= 3 {
             return Ok(());
@@ -196,8 +198,8 @@ impl WriteOptions {
         }
     }
 
-    /// What excludes each other.
-    fn check_together(&self) -> Result<()> {
+    /// Rejects options that exclude or require one another.
+    fn check_combinations(&self) -> Result<()> {
         if self.shape.extended_l2 && self.shape.cluster_bits < MIN_EXTENDED_L2_CLUSTER_BITS {
             return Err(Error::usage("extended_l2 needs a cluster_size of at least 16k"));
         }
@@ -221,32 +223,32 @@ impl WriteOptions {
         }
     }
 
-    /// Whether zeros are stored like data: every guest cluster is.
+    /// True if zeros are stored like data, and so every guest cluster is stored.
     pub fn stores_zeros(&self) -> bool {
         self.zero_unit.is_none() || self.preallocation == Preallocation::Full
     }
 
-    /// Refuses a disk whose L1 table would be above the limit.
+    /// Refuses a disk of `virtual_size` bytes whose L1 table would be above QEMU's limit.
     pub fn check_size(&self, virtual_size: u64) -> Result<()> {
         let max_entries = MAX_L1_BYTES / 8;
         if self.shape.l1_entries(virtual_size) <= max_entries {
             return Ok(());
         }
-        let fits = (self.shape.cluster_bits..=MAX_CLUSTER_BITS)
+        let fitting_bits = (self.shape.cluster_bits..=MAX_CLUSTER_BITS)
             .find(|bits| Shape { cluster_bits: *bits, ..self.shape }.l1_entries(virtual_size) <= max_entries);
         let error = Error::limit(format!(
             "a disk of {virtual_size} bytes with clusters of {} bytes needs an L1 table above {MAX_L1_BYTES} bytes",
             self.shape.cluster_size()
         ));
-        Err(match fits {
+        Err(match fitting_bits {
             Some(bits) => error.hint(format!("use -o cluster_size={}", 1u64 << bits)),
-            None => error.hint("no qcow2 image can be so large; raw can"),
+            None => error.hint("qcow2 cannot hold a disk this large; raw can"),
         })
     }
 }
 
 fn bad_value(name: &str, allowed: &str, value: &str) -> Error {
-    Error::usage(format!("option '{name}' is {allowed}, not '{value}'"))
+    Error::usage(format!("option '{name}' must be {allowed}, not '{value}'"))
 }
 
 fn cluster_bits(options: &CreateOptions) -> Result<u32> {
@@ -268,18 +270,19 @@ fn refcount_order(options: &CreateOptions) -> Result<u32> {
     }
 }
 
-/// The type that `compression_type` or `-c` names; both must not contradict each other.
+/// Returns the compression that the option `compression_type` or the requested algorithm names. The two
+/// must agree.
 fn compression(options: &CreateOptions) -> Result<CompressionType> {
     let parse = |name: &str| match name {
         "zlib" | "deflate" => Ok(CompressionType::Zlib),
         "zstd" => Ok(CompressionType::Zstd),
         other => Err(Error::usage(format!("qcow2 clusters are compressed with zlib or zstd, not '{other}'"))),
     };
-    let by_option = options.get("compression_type").map(parse).transpose()?;
+    let from_option = options.get("compression_type").map(parse).transpose()?;
     let algorithm = options.compress.as_ref().and_then(|compress| compress.algorithm.as_deref());
-    match (by_option, algorithm.map(parse).transpose()?) {
+    match (from_option, algorithm.map(parse).transpose()?) {
         (Some(one), Some(other)) if one != other => Err(Error::usage(format!(
-            "compression_type={} contradicts the {} that is asked for",
+            "compression_type={} contradicts the requested {}",
             one.name(),
             other.name()
         ))),
@@ -316,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn what_contradicts_itself_is_rejected() {
+    fn rejects_contradictory_options() {
         for bad in [
             &[("cluster_size", "256")][..],
             &[("cluster_size", "4M")],
@@ -340,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_beyond_the_l1_limit_names_the_cluster_size_that_fits() {
+    fn suggests_a_cluster_size_for_a_disk_beyond_the_l1_limit() {
         let error = parse(&[]).unwrap().check_size(4 << 50).unwrap_err();
         assert_eq!(error.hint_text(), Some("use -o cluster_size=131072"));
         assert!(parse(&[]).unwrap().check_size(2 << 50).is_ok());

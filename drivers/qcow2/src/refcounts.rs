@@ -1,4 +1,4 @@
-//! The refcounts as the image has them.
+//! Stored refcounts of an image.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
@@ -7,34 +7,35 @@ use imgtool_toolkit::{CheckReport, RandomInput, Result};
 
 use crate::layout::entry::{RefcountTableEntry, refcount};
 use crate::layout::header::Header;
-use crate::layout::{decode_table, read_zero_filled};
+use crate::layout::table::{decode_table, read_zero_filled};
 
-/// Refcount blocks are read in parts of this many bytes: tables of hostile images jump about.
+/// Bytes of a page, the unit in which refcount blocks are read. Our limit: small, as the tables of a
+/// crafted image jump about.
 const PAGE: u64 = 4096;
 
-/// Pages kept. Ours: 16 MiB.
+/// Maximum number of pages in memory. Our limit: 16 MiB.
 const MAX_PAGES: usize = 4096;
 
-/// One refcount.
+/// Refcount of a host cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refcount {
-    /// The number.
+    /// Stored number; 0 without a refcount block.
     Known(u64),
-    /// The refcount block can't be found.
+    /// The refcount block has no valid geometry.
     Unreadable,
 }
 
-/// Where the refcounts of an image are; the header's check bounded it.
+/// Place and width of the refcounts of an image, within the bounds that the header check enforces.
 #[derive(Debug, Clone, Copy)]
-pub struct RefcountPlace {
+pub struct RefcountGeometry {
     table_offset: u64,
     table_clusters: u32,
     cluster_bits: u32,
     order: u32,
 }
 
-impl RefcountPlace {
-    /// As the header says.
+impl RefcountGeometry {
+    /// Takes the geometry from the header.
     pub fn of(header: &Header) -> Self {
         Self {
             table_offset: header.refcount_table_offset,
@@ -45,86 +46,96 @@ impl RefcountPlace {
     }
 }
 
-/// The two-level table.
+/// Refcount table in memory, with pages of refcount blocks.
 pub struct Refcounts {
     input: RandomInput,
+    /// Entries of the refcount table.
     table: Vec<u64>,
     cluster_bits: u32,
     order: u32,
+    /// Pages of refcount blocks, by host offset.
     pages: HashMap<u64, Vec<u8>>,
 }
 
 impl Refcounts {
     /// Reads the refcount table.
-    pub fn read(input: &RandomInput, place: RefcountPlace) -> Result<Self> {
-        let len = u64::from(place.table_clusters) << place.cluster_bits;
-        // The header's check bounds it to 8 MiB.
+    pub fn read(input: &RandomInput, geometry: RefcountGeometry) -> Result<Self> {
+        let len = u64::from(geometry.table_clusters) << geometry.cluster_bits;
+        // The header check bounds it to 8 MiB.
         let len = usize::try_from(len).unwrap_or(usize::MAX);
-        let bytes = read_zero_filled(input, place.table_offset, len)?;
+        let bytes = read_zero_filled(input, geometry.table_offset, len)?;
         Ok(Self {
             input: input.clone(),
             table: decode_table(&bytes),
-            cluster_bits: place.cluster_bits,
-            order: place.order,
+            cluster_bits: geometry.cluster_bits,
+            order: geometry.order,
             pages: HashMap::new(),
         })
     }
 
-    /// Whether at least `wanted` clusters of the file are in use. No more than `max_blocks` refcount
-    /// blocks are read for it.
-    pub fn has_in_use(&self, wanted: u64, max_blocks: u64) -> Result<bool> {
+    /// True if at least `threshold` clusters of the file have a refcount above 0. Reads at most
+    /// `max_blocks` refcount blocks.
+    pub fn uses_at_least(&self, threshold: u64, max_blocks: u64) -> Result<bool> {
         let file_clusters = self.input.len().div_ceil(self.cluster_size());
         let mut in_use = 0;
         let blocks = self.blocks(file_clusters);
-        for (index, block) in blocks.into_iter().take(usize::try_from(max_blocks).unwrap_or(usize::MAX)) {
+        for (index, block_offset) in
+            blocks.into_iter().take(usize::try_from(max_blocks).unwrap_or(usize::MAX))
+        {
             let first = index as u64 * self.block_entries();
             let entries = file_clusters.saturating_sub(first).min(self.block_entries());
-            let len = self.cluster_size().min(self.input.len() - block);
+            let len = self.cluster_size().min(self.input.len() - block_offset);
             // A cluster is at most 2 MiB.
-            let bytes = self.input.read_vec(block, len as usize)?;
+            let bytes = self.input.read_vec(block_offset, len as usize)?;
             in_use +=
                 (0..entries).filter(|entry| refcount(&bytes, self.order, *entry as usize) > 0).count() as u64;
-            if in_use >= wanted {
+            if in_use >= threshold {
                 return Ok(true);
             }
         }
-        Ok(in_use >= wanted)
+        Ok(in_use >= threshold)
     }
 
     fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
     }
 
+    /// Entries of a refcount block.
     fn block_entries(&self) -> u64 {
         (self.cluster_size() * 8) >> self.order
     }
 
+    /// True if a refcount block starts beyond the end of the file.
     fn is_outside(&self, block_offset: u64, file_clusters: u64) -> bool {
         block_offset >> self.cluster_bits >= file_clusters
     }
 
-    /// Reports what is wrong with the table's entries.
-    pub fn report(&self, file_clusters: u64, report: &mut CheckReport) {
+    /// Reports damaged entries of the refcount table.
+    pub fn report_damage(&self, file_clusters: u64, report: &mut CheckReport) {
         for (index, entry) in self.table.iter().map(|entry| RefcountTableEntry(*entry)).enumerate() {
-            let block = entry.block_offset();
+            let block_offset = entry.block_offset();
             if entry.reserved() != 0 {
                 report.corruption(format!("ERROR refcount table entry {index} has reserved bits set"));
-            } else if !block.is_multiple_of(self.cluster_size()) {
-                report.corruption(format!("ERROR refcount block {index} is not cluster aligned, at {block}"));
-            } else if block != 0 && self.is_outside(block, file_clusters) {
-                report.corruption(format!("ERROR refcount block {index} is outside the image, at {block}"));
+            } else if !block_offset.is_multiple_of(self.cluster_size()) {
+                report.corruption(format!(
+                    "ERROR refcount block {index} is not cluster aligned, at {block_offset}"
+                ));
+            } else if block_offset != 0 && self.is_outside(block_offset, file_clusters) {
+                report.corruption(format!(
+                    "ERROR refcount block {index} is outside the image, at {block_offset}"
+                ));
             }
         }
     }
 
-    /// The places of the refcount blocks that have a sound entry, with their index.
+    /// Index and host offset of each refcount block whose table entry is sound.
     pub fn blocks(&self, file_clusters: u64) -> Vec<(usize, u64)> {
         let sound = |entry: &RefcountTableEntry| {
-            let block = entry.block_offset();
-            block != 0
+            let block_offset = entry.block_offset();
+            block_offset != 0
                 && entry.reserved() == 0
-                && block.is_multiple_of(self.cluster_size())
-                && !self.is_outside(block, file_clusters)
+                && block_offset.is_multiple_of(self.cluster_size())
+                && !self.is_outside(block_offset, file_clusters)
         };
         let entries = self.table.iter().map(|entry| RefcountTableEntry(*entry)).enumerate();
         entries
@@ -133,7 +144,7 @@ impl Refcounts {
             .collect()
     }
 
-    /// Windows of `window` clusters, within the file, that some refcount block is for.
+    /// Indices of the windows of `window` clusters, within the file, that refcount blocks cover.
     pub fn covered_windows(&self, window: u64, file_clusters: u64) -> BTreeSet<u64> {
         let mut windows = BTreeSet::new();
         for (index, _) in self.table.iter().enumerate().filter(|(_, entry)| **entry != 0) {
@@ -146,8 +157,8 @@ impl Refcounts {
         windows
     }
 
-    /// Whether the clusters, of which there is at least one, have no refcount blocks: all are 0.
-    pub fn has_none(&self, clusters: Range<u64>) -> bool {
+    /// True if no refcount block covers `clusters`, a non-empty range, so that all refcounts are 0.
+    pub fn lacks_blocks(&self, clusters: Range<u64>) -> bool {
         let entries = self.block_entries();
         let (first, last) = (clusters.start / entries, (clusters.end - 1) / entries);
         let first = usize::try_from(first).unwrap_or(usize::MAX).min(self.table.len());
@@ -155,22 +166,23 @@ impl Refcounts {
         self.table[first..end].iter().all(|entry| RefcountTableEntry(*entry).block_offset() == 0)
     }
 
-    /// The refcount of a host cluster.
+    /// Reads the refcount of a host cluster.
     pub fn get(&mut self, cluster: u64) -> Result<Refcount> {
         let entries = self.block_entries();
-        let entry = usize::try_from(cluster / entries).ok().and_then(|index| self.table.get(index));
-        let block = entry.map_or(0, |entry| RefcountTableEntry(*entry).block_offset());
-        if block == 0 {
+        let table_entry = usize::try_from(cluster / entries).ok().and_then(|index| self.table.get(index));
+        let block_offset = table_entry.map_or(0, |entry| RefcountTableEntry(*entry).block_offset());
+        if block_offset == 0 {
             return Ok(Refcount::Known(0));
         }
-        // No file position is beyond 2^63.
-        let end = block.checked_add(self.cluster_size()).and_then(|end| i64::try_from(end).ok());
-        if !block.is_multiple_of(self.cluster_size()) || end.is_none() {
+        // File positions are below 2^63.
+        let end = block_offset.checked_add(self.cluster_size()).and_then(|end| i64::try_from(end).ok());
+        if !block_offset.is_multiple_of(self.cluster_size()) || end.is_none() {
             return Ok(Refcount::Unreadable);
         }
         let index = cluster % entries;
         let byte = (index << self.order) / 8;
-        let page_offset = block.checked_add(byte - byte % PAGE).filter(|offset| *offset < self.input.len());
+        let page_offset =
+            block_offset.checked_add(byte - byte % PAGE).filter(|offset| *offset < self.input.len());
         let Some(page_offset) = page_offset else { return Ok(Refcount::Known(0)) };
         let per_page = (PAGE * 8) >> self.order;
         if !self.pages.contains_key(&page_offset) {
@@ -182,7 +194,7 @@ impl Refcounts {
             self.pages.insert(page_offset, page);
         }
         let page = self.pages.get(&page_offset).map(Vec::as_slice).unwrap_or_default();
-        // Below the entries of a page.
+        // Less than the entries of a page.
         Ok(Refcount::Known(refcount(page, self.order, (index % per_page) as usize)))
     }
 }

@@ -1,45 +1,36 @@
-//! Everything that refers to a cluster.
+//! Walk over all tables of an image: counts the references to clusters, reports damaged entries.
 
 use imgtool_toolkit::{Error, Result};
 
-use super::Checker;
+use super::references::{Checker, L2Use};
 use crate::layout::SECTOR;
 use crate::layout::entry::{L1Entry, L2Entry, Subclusters};
-use crate::layout::{decode_table, read_zero_filled};
+use crate::layout::table::{decode_table, read_zero_filled};
 use crate::refcounts::Refcount;
 
-/// L1 entries looked at over all snapshots. Ours: bounds time and memory; a disk of 64 TiB with a
-/// hundred snapshots stays below.
+/// Maximum number of L1 entries over all snapshots. Our limit: bounds time and memory; a disk of 64 TiB
+/// with a hundred snapshots has fewer.
 const MAX_L1_ENTRIES: u64 = 16 << 20;
 
-/// Longest encryption header that is counted. Ours: LUKS headers have a few MiB; a crafted one is as long
-/// as a sparse file may be.
+/// Maximum bytes of an encryption header. Our limit: LUKS headers have a few MiB; that of a crafted image
+/// can be as long as a sparse file.
 const MAX_CRYPTO_HEADER: u64 = 256 << 20;
 
-/// Bytes of a bitmap table read at once. Ours.
+/// Bytes of a bitmap table in one read. Our choice.
 const BITMAP_TABLE_STEP: u64 = 1 << 20;
 
-/// Bits 9-55 of a bitmap table entry: a host cluster.
+/// Bits 9-55 of a bitmap table entry: a host offset. Specification, "Bitmap table".
 const BITMAP_OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 
-/// Bytes of bitmap tables looked at over all bitmaps. Ours: a bit for each 64 KiB of 64 TiB takes
-/// 2 MiB of table with the smallest clusters.
+/// Maximum bytes of bitmap tables over all bitmaps. Our limit: a bitmap of 64 TiB in units of 64 KiB has
+/// a table of 2 MiB with the smallest clusters.
 const MAX_BITMAP_TABLE_BYTES: u64 = 1 << 30;
 
-/// L2 tables that are told apart. Ours: 64 TiB with clusters of 64 KiB have 128 Ki.
+/// Maximum number of distinct L2 tables. Our limit: 64 TiB with clusters of 64 KiB have 2^17.
 const MAX_L2_TABLES: usize = 5 << 20;
 
-/// How often an L2 table is referred to.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct L2Use {
-    offset: u64,
-    references: u32,
-    /// Those by the active state: only there bit 63 must be right.
-    active: u32,
-}
-
 impl Checker {
-    /// One walk over all tables.
+    /// Walks over all tables once and counts the references of the current window.
     pub(super) fn walk(&mut self) -> Result<()> {
         let cluster_size = self.header.shape.cluster_size();
         let header = self.header.clone();
@@ -48,7 +39,7 @@ impl Checker {
         if let Some((offset, len)) = header.extensions.crypto_header {
             if len > MAX_CRYPTO_HEADER {
                 return Err(Error::limit(format!(
-                    "the encryption header has {len} bytes, at most {MAX_CRYPTO_HEADER} are looked at"
+                    "the encryption header has {len} bytes, above {MAX_CRYPTO_HEADER}"
                 )));
             }
             self.count(offset, len.checked_next_multiple_of(cluster_size).unwrap_or(u64::MAX), 1);
@@ -58,7 +49,7 @@ impl Checker {
         self.walk_l1_tables()?;
         for (index, block) in self.refcounts.blocks(self.file_clusters) {
             self.count(block, cluster_size, 1);
-            // Everything else has been counted: a block is used once, as a block.
+            // All else is counted by now: a refcount block has no second use.
             let uses = self.counted(block);
             if uses.is_some_and(|uses| uses > 1) {
                 self.report.corruption(format!(
@@ -70,13 +61,7 @@ impl Checker {
         Ok(())
     }
 
-    /// References to a cluster so far, if it is in the window.
-    fn counted(&self, host_offset: u64) -> Option<u16> {
-        let cluster = host_offset >> self.header.shape.cluster_bits;
-        let index = usize::try_from(cluster.checked_sub(self.window_start)?).ok()?;
-        self.counts.get(index).copied()
-    }
-
+    /// Counts the bitmap directory, bitmap tables and bitmap data.
     fn walk_bitmaps(&mut self) -> Result<()> {
         if self.bitmaps.is_empty() {
             return Ok(());
@@ -103,7 +88,7 @@ impl Checker {
                 if self.is_hole(at, step)? {
                     continue;
                 }
-                // What is beyond the end has been reported.
+                // `count` has reported a table beyond the end of the file.
                 let Ok(bytes) = self.input.read_vec(at, step as usize) else { break };
                 for entry in decode_table(&bytes) {
                     let offset = entry & BITMAP_OFFSET_MASK;
@@ -116,7 +101,8 @@ impl Checker {
         Ok(())
     }
 
-    /// Whether the file has a hole there: a table in it is empty. Crafted images are mostly holes.
+    /// True if the file has a hole at `at` of `len` bytes, so that a table there is empty. Crafted images
+    /// are mostly holes.
     fn is_hole(&self, at: u64, len: u64) -> Result<bool> {
         if at >= self.input.len() {
             return Ok(true);
@@ -125,8 +111,8 @@ impl Checker {
         Ok(!run.is_data && run.end >= at.saturating_add(len).min(self.input.len()))
     }
 
-    /// The L1 tables of the active state and of all snapshots. L2 tables are walked once each,
-    /// however many L1 entries refer to them.
+    /// Counts the L1 tables of the active state and of all snapshots, and their L2 tables. Each L2 table
+    /// is walked once, whatever its number of references.
     fn walk_l1_tables(&mut self) -> Result<()> {
         let cluster_size = self.header.shape.cluster_size();
         let active = (self.header.l1_offset, self.header.l1_entries);
@@ -145,17 +131,17 @@ impl Checker {
         }
         let tables = std::mem::take(&mut self.l2_tables);
         for table in &tables {
-            self.count(table.offset, cluster_size, table.references);
+            self.count(table.host_offset, cluster_size, table.references);
             self.walk_l2(table)?;
         }
         self.l2_tables = tables;
         Ok(())
     }
 
-    /// Notes the L2 tables of one L1 table.
+    /// Collects the L2 tables of one L1 table.
     fn walk_l1(&mut self, offset: u64, entries: u32, active: bool) -> Result<()> {
         let cluster_size = self.header.shape.cluster_size();
-        // The header's check bounds it to 32 MiB.
+        // The header check bounds it to 32 MiB.
         let len = usize::try_from(u64::from(entries) * 8).unwrap_or(usize::MAX);
         if self.is_hole(offset, len as u64)? {
             return Ok(());
@@ -164,7 +150,7 @@ impl Checker {
         let mut found = Vec::new();
         for (index, entry) in bytes.as_chunks::<8>().0.iter().enumerate() {
             let entry = L1Entry(u64::from_be_bytes(*entry));
-            // An entry that only has other bits refers to a table at 0.
+            // An entry with other bits alone refers to a table at offset 0, as for qemu-img.
             if entry.0 == 0 {
                 continue;
             }
@@ -181,16 +167,16 @@ impl Checker {
             if active {
                 self.check_copied(1, l2_offset, entry.is_copied(), || format!("L2 table: l1_index={index}"))?;
             }
-            found.push(L2Use { offset: l2_offset, references: 1, active: u32::from(active) });
+            found.push(L2Use { host_offset: l2_offset, references: 1, active_references: u32::from(active) });
         }
         drop(bytes);
         self.l2_tables.append(&mut found);
-        self.l2_tables.sort_unstable_by_key(|table| table.offset);
+        self.l2_tables.sort_unstable_by_key(|table| table.host_offset);
         self.l2_tables.dedup_by(|next, first| {
-            let same = next.offset == first.offset;
+            let same = next.host_offset == first.host_offset;
             if same {
                 first.references = first.references.saturating_add(next.references);
-                first.active = first.active.saturating_add(next.active);
+                first.active_references = first.active_references.saturating_add(next.active_references);
             }
             same
         });
@@ -200,7 +186,7 @@ impl Checker {
         Ok(())
     }
 
-    /// Bit 63 must say whether the refcount is one.
+    /// Reports a bit 63 that contradicts the refcount: it must be set if the refcount is one.
     fn check_copied(
         &mut self,
         times: u32,
@@ -220,16 +206,16 @@ impl Checker {
         Ok(())
     }
 
-    /// One L2 table.
-    fn walk_l2(&mut self, known: &L2Use) -> Result<()> {
+    /// Counts the clusters of one L2 table.
+    fn walk_l2(&mut self, table: &L2Use) -> Result<()> {
         let shape = self.header.shape;
-        // Where the next cluster would be if nothing were fragmented.
+        // Host offset of the next cluster in an unfragmented image.
         let mut expected = 0;
-        if self.is_hole(known.offset, shape.cluster_size())? {
+        if self.is_hole(table.host_offset, shape.cluster_size())? {
             return Ok(());
         }
-        // At most 2 MiB. What is beyond the end has been reported.
-        let bytes = read_zero_filled(&self.input, known.offset, shape.cluster_size() as usize)?;
+        // At most 2 MiB. `count` has reported a table beyond the end of the file.
+        let bytes = read_zero_filled(&self.input, table.host_offset, shape.cluster_size() as usize)?;
         let words = decode_table(&bytes);
         for pair in words.chunks_exact(shape.l2_entry_words()) {
             let entry = L2Entry(pair[0]);
@@ -238,7 +224,7 @@ impl Checker {
                 if let Some(bitmap) = subclusters.filter(|bitmap| bitmap.0 != 0) {
                     if self.first_walk {
                         self.corruption(
-                            known.references,
+                            table.references,
                             format!(
                                 "ERROR compressed cluster {:x}: its subcluster allocation bitmap is {:x}, not 0",
                                 entry.0, bitmap.0
@@ -247,70 +233,72 @@ impl Checker {
                     }
                     continue;
                 }
-                self.walk_compressed(entry, known);
+                self.walk_compressed(entry, table);
             } else {
-                self.walk_standard(entry, subclusters, known, &mut expected)?;
+                self.walk_standard(entry, subclusters, table, &mut expected)?;
             }
         }
         Ok(())
     }
 
-    fn walk_compressed(&mut self, entry: L2Entry, known: &L2Use) {
-        let place = entry.compressed_place(self.header.shape);
+    /// Counts the sectors of a compressed cluster.
+    fn walk_compressed(&mut self, entry: L2Entry, table: &L2Use) {
+        let range = entry.compressed_range(self.header.shape);
         if self.first_walk {
             if self.external_data {
                 self.corruption(
-                    known.references,
+                    table.references,
                     format!(
                         "ERROR compressed cluster at {}: the image has an external data file",
-                        place.host_offset
+                        range.host_offset
                     ),
                 );
             }
             if entry.is_copied() {
                 self.corruption(
-                    known.references,
+                    table.references,
                     format!(
                         "ERROR compressed cluster at {}: the copied flag must never be set",
-                        place.host_offset
+                        range.host_offset
                     ),
                 );
             }
-            if known.active > 0 {
-                let times = u64::from(known.active);
+            if table.active_references > 0 {
+                let times = u64::from(table.active_references);
                 *self.report.allocated_clusters.get_or_insert(0) += times;
                 *self.report.compressed_clusters.get_or_insert(0) += times;
-                // Compressed clusters are fragmented by nature.
+                // As for qemu-img, compressed clusters are always fragmented.
                 *self.report.fragmented_clusters.get_or_insert(0) += times;
             }
         }
-        // Whole sectors are referred to.
-        let start = place.host_offset - place.host_offset % SECTOR;
-        self.count(start, place.host_offset - start + place.max_len, known.references);
+        // References are to whole sectors.
+        let start = range.host_offset - range.host_offset % SECTOR;
+        self.count(start, range.host_offset - start + range.max_len, table.references);
     }
 
+    /// Counts a cluster that is not compressed.
     fn walk_standard(
         &mut self,
         entry: L2Entry,
         subclusters: Option<Subclusters>,
-        known: &L2Use,
+        table: &L2Use,
         expected: &mut u64,
     ) -> Result<()> {
         let cluster_size = self.header.shape.cluster_size();
         let host = entry.host_offset();
         if self.first_walk && entry.reserved() != 0 {
-            self.corruption(known.references, format!("ERROR L2 entry has reserved bits set: {:x}", entry.0));
+            self.corruption(table.references, format!("ERROR L2 entry has reserved bits set: {:x}", entry.0));
         }
         let has_host = host != 0 || (self.external_data && entry.is_copied());
         if self.header.version < 3 && entry.reads_as_zeros() {
-            self.unreadable.get_or_insert(entry);
+            self.v2_zero_cluster.get_or_insert(entry);
         }
         if self.first_walk
             && let Some(bitmap) = subclusters
             && (bitmap.is_invalid() || (bitmap.any_allocated() && !has_host))
         {
             self.corruption(
-                known.references,
+                table.references,
                 format!("ERROR L2 entry {:x}: invalid subcluster allocation bitmap {:x}", entry.0, bitmap.0),
             );
         }
@@ -318,8 +306,8 @@ impl Checker {
             return Ok(());
         }
         if self.first_walk {
-            if known.active > 0 {
-                let times = u64::from(known.active);
+            if table.active_references > 0 {
+                let times = u64::from(table.active_references);
                 *self.report.allocated_clusters.get_or_insert(0) += times;
                 if *expected != 0 && *expected != host {
                     *self.report.fragmented_clusters.get_or_insert(0) += times;
@@ -328,26 +316,26 @@ impl Checker {
             }
             if !host.is_multiple_of(cluster_size) {
                 self.corruption(
-                    known.references,
+                    table.references,
                     format!("ERROR data cluster at {host} is not properly aligned"),
                 );
             }
         }
         if self.external_data {
-            if self.first_walk && known.active > 0 && !entry.is_copied() {
+            if self.first_walk && table.active_references > 0 && !entry.is_copied() {
                 self.corruption(
-                    known.active,
+                    table.active_references,
                     format!("ERROR OFLAG_COPIED data cluster: l2_entry={:x}", entry.0),
                 );
             }
             return Ok(());
         }
-        if known.active > 0 {
-            self.check_copied(known.active, host, entry.is_copied(), || {
+        if table.active_references > 0 {
+            self.check_copied(table.active_references, host, entry.is_copied(), || {
                 format!("data cluster: l2_entry={:x}", entry.0)
             })?;
         }
-        self.count(host, cluster_size, known.references);
+        self.count(host, cluster_size, table.references);
         Ok(())
     }
 }

@@ -1,89 +1,88 @@
-//! The directory of persistent bitmaps: listed, never converted.
+//! Bitmap directory: persistent bitmaps are listed and checked, never converted.
 
 use imgtool_toolkit::{Error, RandomInput, Result};
 
-use super::extension::BitmapsPointer;
-use super::header::{AUTOCLEAR_BITMAPS, Header, check_table};
-use super::{
-    LISTED_ENTRY_BYTES, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MAX_LISTED_BYTES, be16, be32, be64,
-};
+use super::extension::BitmapsExtension;
+use super::header::{AUTOCLEAR_BITMAPS, Header};
+use super::table::{be16, be32, be64, check_table};
+use super::{LISTED_ENTRY_BYTES, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MAX_LISTED_BYTES};
 
-/// Specification, "Bitmap directory": bytes before the extra data.
+/// Bytes of an entry before its extra data. Specification, "Bitmap directory".
 const FIXED_LEN: usize = 24;
-/// Specification: the bitmap was not saved correctly.
+/// Flag of a bitmap that was not saved correctly. Specification, "Bitmap directory", "flags".
 const FLAG_IN_USE: u32 = 1;
-/// Specification: the bitmap follows the guest's writes.
+/// Flag of a bitmap that follows the guest's writes. Same source.
 const FLAG_AUTO: u32 = 2;
 
-/// One bitmap.
+/// Entry of the bitmap directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bitmap {
-    /// Where its table starts.
+    /// Host offset of the bitmap table.
     pub table_offset: u64,
-    /// Entries of its table.
+    /// Entries of the bitmap table, eight bytes each.
     pub table_entries: u32,
-    /// It was not saved correctly.
+    /// True if the bitmap was not saved correctly.
     pub in_use: bool,
-    /// It follows the guest's writes.
+    /// True if the bitmap follows the guest's writes.
     pub auto: bool,
-    /// Guest bytes of one bit.
+    /// Guest bytes that one bit covers.
     pub granularity: u64,
-    /// Its name; not trusted.
+    /// Name; untrusted.
     pub name: String,
 }
 
-/// How many bitmaps there are. None when the directory is marked inconsistent.
+/// Returns the number of bitmaps, 0 if the directory is marked inconsistent.
 pub fn count(header: &Header) -> u32 {
-    pointer(header).map_or(0, |pointer| pointer.count)
+    consistent_extension(header).map_or(0, |extension| extension.count)
 }
 
-fn pointer(header: &Header) -> Option<BitmapsPointer> {
+fn consistent_extension(header: &Header) -> Option<BitmapsExtension> {
     header.extensions.bitmaps.filter(|_| header.autoclear & AUTOCLEAR_BITMAPS != 0)
 }
 
-/// The first bitmaps: all, unless there are very many.
+/// Returns the first bitmaps, as many as fit into [`MAX_LISTED_BYTES`].
 pub fn list_bitmaps(input: &RandomInput, header: &Header) -> Result<Vec<Bitmap>> {
     let mut bitmaps = Vec::new();
-    let mut room = MAX_LISTED_BYTES;
+    let mut budget = MAX_LISTED_BYTES;
     walk_bitmaps(input, header, |bitmap| {
-        room = room.saturating_sub(bitmap.name.len() + LISTED_ENTRY_BYTES);
-        if room > 0 {
+        budget = budget.saturating_sub(bitmap.name.len() + LISTED_ENTRY_BYTES);
+        if budget > 0 {
             bitmaps.push(bitmap);
         }
     })?;
     Ok(bitmaps)
 }
 
-/// Calls `see` for every bitmap.
-pub fn walk_bitmaps(input: &RandomInput, header: &Header, mut see: impl FnMut(Bitmap)) -> Result<()> {
-    let Some(pointer) = pointer(header) else { return Ok(()) };
-    if pointer.count > MAX_BITMAPS {
-        return Err(Error::limit(format!("{} bitmaps, above {MAX_BITMAPS}", pointer.count)));
+/// Calls `visit` for every bitmap.
+pub fn walk_bitmaps(input: &RandomInput, header: &Header, mut visit: impl FnMut(Bitmap)) -> Result<()> {
+    let Some(extension) = consistent_extension(header) else { return Ok(()) };
+    if extension.count > MAX_BITMAPS {
+        return Err(Error::limit(format!("{} bitmaps, above {MAX_BITMAPS}", extension.count)));
     }
     check_table(
         "the bitmap directory",
-        pointer.directory_offset,
-        pointer.directory_len,
+        extension.directory_offset,
+        extension.directory_len,
         MAX_BITMAP_DIRECTORY_BYTES,
         header.shape.cluster_size(),
-        pointer.directory_offset,
+        extension.directory_offset,
     )?;
-    let len = usize::try_from(pointer.directory_len)
+    let len = usize::try_from(extension.directory_len)
         .map_err(|_| Error::limit("the bitmap directory is too large"))?;
-    let directory = input.read_vec(pointer.directory_offset, len)?;
+    let directory = input.read_vec(extension.directory_offset, len)?;
     let mut at = 0usize;
-    for _ in 0..pointer.count {
+    for _ in 0..extension.count {
         let (bitmap, len) = directory.get(at..).and_then(parse).ok_or_else(|| {
             Error::malformed("an entry of the bitmap directory leaves the directory")
-                .at(pointer.directory_offset + at as u64)
+                .at(extension.directory_offset + at as u64)
         })?;
-        see(bitmap);
+        visit(bitmap);
         at += len;
     }
     Ok(())
 }
 
-/// An entry and its length.
+/// Parses an entry at the start of `bytes`; returns it with its length in bytes.
 fn parse(bytes: &[u8]) -> Option<(Bitmap, usize)> {
     let flags = be32(bytes, 12)?;
     let granularity_bits = u32::from(*bytes.get(17)?);

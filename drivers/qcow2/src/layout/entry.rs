@@ -1,33 +1,33 @@
-//! L1 and L2 entries. The types own the masks; nobody else looks at bits.
+//! Entries of L1, L2 and refcount tables, and refcounts. Masks are private to these types.
 
 use super::{SECTOR, SUBCLUSTERS};
 
-/// Specification, "L1 table entry" and "Standard Cluster Descriptor": bits 9-55 are a host offset.
+/// Bits 9-55: a host offset. Specification, "L1 table entry" and "Standard Cluster Descriptor".
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
-/// Specification: bit 63, the refcount is exactly one.
+/// Bit 63: the refcount is exactly one. Specification, "L1 table entry" and "L2 table entry".
 const COPIED: u64 = 1 << 63;
-/// Specification: bit 62 of an L2 entry, the cluster is compressed.
+/// Bit 62: the cluster is compressed. Specification, "L2 table entry".
 const COMPRESSED: u64 = 1 << 62;
-/// Specification: bit 0 of a standard cluster descriptor, the cluster reads as zeros.
+/// Bit 0: the cluster reads as zeros. Specification, "Standard Cluster Descriptor".
 const ZERO: u64 = 1;
-/// Specification: bits of an L1 entry that are 0.
+/// Reserved bits of an L1 entry. Specification, "L1 table entry".
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
-/// Specification: bits of a standard L2 entry that are 0.
+/// Reserved bits of a standard L2 entry. Specification, "Standard Cluster Descriptor".
 const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
-/// Specification: bits of a refcount table entry that are 0.
+/// Reserved bits of a refcount table entry. Specification, "Refcount table entry".
 const REFCOUNT_TABLE_RESERVED: u64 = 0x1ff;
 
-/// The shape of the two-level mapping, which cluster size and entry format decide.
+/// Shape of the two-level mapping: cluster size and entry format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
-    /// 9..=21.
+    /// Cluster size as a power of two, 9 to 21.
     pub cluster_bits: u32,
-    /// L2 entries are 16 bytes long and know subclusters.
+    /// True if L2 entries have 16 bytes and describe subclusters.
     pub extended_l2: bool,
 }
 
 impl Shape {
-    /// Bytes in a cluster.
+    /// Bytes of a cluster.
     pub fn cluster_size(self) -> u64 {
         1 << self.cluster_bits
     }
@@ -52,134 +52,136 @@ impl Shape {
         self.cluster_bits + self.l2_bits()
     }
 
-    /// Bytes in a subcluster (of a whole cluster without extended L2 entries).
+    /// Bytes of a subcluster, or of the cluster without extended L2 entries.
     pub fn subcluster_size(self) -> u64 {
         if self.extended_l2 { self.cluster_size() / SUBCLUSTERS } else { self.cluster_size() }
     }
 
-    /// L1 entries that `virtual_size` bytes need.
+    /// L1 entries that a disk of `virtual_size` bytes needs.
     pub fn l1_entries(self, virtual_size: u64) -> u64 {
         virtual_size.div_ceil(1 << self.l2_reach_bits())
     }
 
-    /// The part of `offset` within its cluster.
+    /// Offset within its cluster of a guest or host `offset`.
     pub fn within_cluster(self, offset: u64) -> u64 {
         offset & (self.cluster_size() - 1)
     }
 
-    /// Specification, "Compressed Clusters Descriptor": x = 62 - (cluster_bits - 8).
+    /// Bits of the host offset in a compressed cluster descriptor. Specification, "Compressed Clusters
+    /// Descriptor": x = 62 - (cluster_bits - 8).
     fn compressed_offset_bits(self) -> u32 {
         62 - (self.cluster_bits - 8)
     }
 }
 
-/// An entry of the L1 table.
+/// Entry of an L1 table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct L1Entry(pub u64);
 
 impl L1Entry {
-    /// Points to an L2 table of refcount one.
+    /// Creates an entry for an L2 table with a refcount of one.
     pub fn new(l2_offset: u64) -> Self {
         Self(l2_offset | COPIED)
     }
 
-    /// Where the L2 table starts; 0: there is none.
+    /// Host offset of the L2 table; 0 if there is none.
     pub fn l2_offset(self) -> u64 {
         self.0 & OFFSET_MASK
     }
 
-    /// Whether it says that the L2 table's refcount is one.
+    /// True if the entry claims a refcount of one for the L2 table.
     pub fn is_copied(self) -> bool {
         self.0 & COPIED != 0
     }
 
-    /// Bits that must be 0 and are not.
+    /// Reserved bits that are set.
     pub fn reserved(self) -> u64 {
         self.0 & L1_RESERVED
     }
 }
 
-/// The first eight bytes of an L2 entry.
+/// First eight bytes of an L2 entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct L2Entry(pub u64);
 
-/// Where compressed data stands.
+/// Host bytes of a compressed cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CompressedPlace {
-    /// Its first byte.
+pub struct CompressedRange {
+    /// Host offset of the first byte; any alignment.
     pub host_offset: u64,
-    /// At most so many bytes: the data ends somewhere in the last sector.
+    /// Maximum length in bytes: the data ends somewhere in the last sector.
     pub max_len: u64,
 }
 
 impl L2Entry {
-    /// The cluster reads as zeros (version 3, without extended L2 entries).
+    /// Cluster that reads as zeros (version 3, without extended L2 entries).
     pub const ZEROS: Self = Self(ZERO);
 
-    /// Data at a host cluster of refcount one.
+    /// Creates an entry for a data cluster with a refcount of one.
     pub fn data(host_offset: u64) -> Self {
         Self(host_offset | COPIED)
     }
 
-    /// Compressed data; `None` when the offset is beyond what the descriptor holds.
-    pub fn compressed(shape: Shape, place: CompressedPlace) -> Option<Self> {
+    /// Creates an entry for a compressed cluster; `None` if the descriptor cannot hold `range`.
+    pub fn compressed(shape: Shape, range: CompressedRange) -> Option<Self> {
         let bits = shape.compressed_offset_bits();
-        if place.max_len == 0 || place.host_offset >> bits.min(56) != 0 {
+        if range.max_len == 0 || range.host_offset >> bits.min(56) != 0 {
             return None;
         }
-        let last = place.host_offset.checked_add(place.max_len - 1)?;
-        let additional = last / SECTOR - place.host_offset / SECTOR;
-        (additional >> (62 - bits) == 0).then_some(Self(COMPRESSED | additional << bits | place.host_offset))
+        let last = range.host_offset.checked_add(range.max_len - 1)?;
+        let additional = last / SECTOR - range.host_offset / SECTOR;
+        (additional >> (62 - bits) == 0).then_some(Self(COMPRESSED | additional << bits | range.host_offset))
     }
 
-    /// Whether it is a compressed cluster.
+    /// True if the cluster is compressed.
     pub fn is_compressed(self) -> bool {
         self.0 & COMPRESSED != 0
     }
 
-    /// Whether it says that the refcount is one.
+    /// True if the entry claims a refcount of one for the cluster.
     pub fn is_copied(self) -> bool {
         self.0 & COPIED != 0
     }
 
-    /// The zero flag of a standard cluster descriptor.
+    /// True if the zero flag of a standard cluster descriptor is set.
     pub fn reads_as_zeros(self) -> bool {
         self.0 & ZERO != 0
     }
 
-    /// The host offset of a standard cluster; 0: none.
+    /// Host offset of a standard cluster; 0 if there is none.
     pub fn host_offset(self) -> u64 {
         self.0 & OFFSET_MASK
     }
 
-    /// Bits of a standard descriptor that must be 0 and are not.
+    /// Reserved bits of a standard cluster descriptor that are set.
     pub fn reserved(self) -> u64 {
         self.0 & L2_RESERVED
     }
 
-    /// The place of compressed data.
-    pub fn compressed_place(self, shape: Shape) -> CompressedPlace {
+    /// Host bytes of a compressed cluster.
+    pub fn compressed_range(self, shape: Shape) -> CompressedRange {
         let bits = shape.compressed_offset_bits();
         let host_offset = self.0 & ((1 << bits) - 1);
         let additional = (self.0 & (COMPRESSED - 1)) >> bits;
-        CompressedPlace { host_offset, max_len: (additional + 1) * SECTOR - host_offset % SECTOR }
+        CompressedRange { host_offset, max_len: (additional + 1) * SECTOR - host_offset % SECTOR }
     }
 }
 
-/// The second eight bytes of an extended L2 entry: the status of each subcluster.
+/// Second eight bytes of an extended L2 entry, the status of each subcluster: bits 0-31 mark data, bits
+/// 32-63 zeros. Specification, "Extended L2 Entries".
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Subclusters(pub u64);
 
-/// What one subcluster is.
+/// Status of a subcluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SubclusterStatus {
-    /// Data in the file.
+    /// Data in the host cluster.
     Allocated,
     /// Reads as zeros.
     Zero,
-    /// The backing file's, or zeros.
+    /// Reads as the backing file, or as zeros without one.
     Unallocated,
-    /// Both bits are set, which the specification forbids.
+    /// Both bits set, which the specification forbids.
     Invalid,
 }
 
@@ -189,7 +191,7 @@ impl Subclusters {
     /// All subclusters read as zeros.
     pub const ALL_ZERO: Self = Self(0xffff_ffff << 32);
 
-    /// The status of subcluster `index` and how many from there on share it.
+    /// Status of the subcluster `index`, and the number of subclusters from there on that share it.
     pub fn run(self, index: u32) -> (SubclusterStatus, u32) {
         let allocated = (self.0 & 0xffff_ffff) as u32 >> index;
         let zero = (self.0 >> 32) as u32 >> index;
@@ -204,47 +206,48 @@ impl Subclusters {
         (status, len)
     }
 
-    /// Marks `count` subclusters from `first` on as holding data.
+    /// Marks `count` subclusters from `first` on as data.
     pub fn allocate(&mut self, first: u32, count: u32) {
         let mask = ((1u64 << count) - 1) << first;
         self.0 = (self.0 | mask) & !(mask << 32);
     }
 
-    /// Marks subclusters that hold no data as zeros.
+    /// Marks all subclusters without data as zeros.
     pub fn zero_the_rest(&mut self) {
         self.0 |= (!self.0 & 0xffff_ffff) << 32;
     }
 
-    /// Whether a subcluster holds data.
+    /// True if any subcluster holds data.
     pub fn any_allocated(self) -> bool {
         self.0 & 0xffff_ffff != 0
     }
 
-    /// Whether a subcluster is both.
+    /// True if any subcluster has both bits set.
     pub fn is_invalid(self) -> bool {
         self.0 & (self.0 >> 32) & 0xffff_ffff != 0
     }
 }
 
-/// An entry of the refcount table.
+/// Entry of the refcount table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RefcountTableEntry(pub u64);
 
 impl RefcountTableEntry {
-    /// Where the refcount block starts; 0: there is none.
+    /// Host offset of the refcount block; 0 if there is none.
     pub fn block_offset(self) -> u64 {
         self.0 & !REFCOUNT_TABLE_RESERVED
     }
 
-    /// Bits that must be 0 and are not.
+    /// Reserved bits that are set.
     pub fn reserved(self) -> u64 {
         self.0 & REFCOUNT_TABLE_RESERVED
     }
 }
 
-/// Entry `index` of a refcount block of `1 << order` bits an entry.
+/// Reads the entry `index` of a refcount block whose entries have `1 << order` bits.
 ///
-/// Specification: entries narrower than a byte fill it from the least significant bit.
+/// Entries narrower than a byte fill it from the least significant bit. Specification, "Refcount block
+/// entry".
 pub fn refcount(block: &[u8], order: u32, index: usize) -> u64 {
     if order >= 3 {
         let width = 1usize << (order - 3);
@@ -258,7 +261,7 @@ pub fn refcount(block: &[u8], order: u32, index: usize) -> u64 {
     }
 }
 
-/// Sets entry `index` of a refcount block to `value`, which fits.
+/// Sets the entry `index` of a refcount block to `value`, which must fit.
 pub fn set_refcount(block: &mut [u8], order: u32, index: usize, value: u64) {
     if order >= 3 {
         let width = 1usize << (order - 3);
@@ -279,29 +282,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn compressed_descriptors_keep_offset_and_sectors() {
+    fn compressed_descriptors_round_trip_in_sectors() {
         for cluster_bits in 9..=21 {
             let shape = Shape { cluster_bits, extended_l2: false };
             for (host_offset, max_len) in
                 [(1u64 << 20, 1), ((1 << 20) + 511, 2), (777_777, 1 << cluster_bits)]
             {
-                let entry = L2Entry::compressed(shape, CompressedPlace { host_offset, max_len }).unwrap();
-                let place = entry.compressed_place(shape);
+                let entry = L2Entry::compressed(shape, CompressedRange { host_offset, max_len }).unwrap();
+                let range = entry.compressed_range(shape);
                 assert!(entry.is_compressed() && !entry.is_copied());
-                assert_eq!(place.host_offset, host_offset);
+                assert_eq!(range.host_offset, host_offset);
                 assert_eq!(
-                    host_offset + place.max_len,
+                    host_offset + range.max_len,
                     (host_offset + max_len).next_multiple_of(SECTOR),
                     "cluster_bits {cluster_bits}"
                 );
             }
         }
         let shape = Shape { cluster_bits: 21, extended_l2: false };
-        assert!(L2Entry::compressed(shape, CompressedPlace { host_offset: 1 << 49, max_len: 9 }).is_none());
+        assert!(L2Entry::compressed(shape, CompressedRange { host_offset: 1 << 49, max_len: 9 }).is_none());
     }
 
     #[test]
-    fn refcounts_of_every_width() {
+    fn sets_and_reads_refcounts_of_every_width() {
         for order in 0..=6 {
             let mut block = vec![0u8; 512];
             let max = if order == 6 { u64::MAX } else { (1 << (1 << order)) - 1 };
@@ -319,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn subcluster_runs() {
+    fn finds_runs_of_equal_subclusters() {
         let mut bits = Subclusters::default();
         assert_eq!(bits.run(0), (SubclusterStatus::Unallocated, 32));
         bits.allocate(4, 2);

@@ -1,9 +1,11 @@
-//! Header extensions: names, features, and pointers to more.
+//! Header extensions: names of files and features, and references to bitmaps and encryption header.
 
-use super::{MAX_EXTENSION_TEXT, be32, be64};
 use imgtool_toolkit::{Error, Result};
 
-/// Specification, "Header extensions": types.
+use super::MAX_EXTENSION_TEXT;
+use super::table::{be32, be64};
+
+/// Type of the extension that ends the list. Specification, "Header extensions", as the other types.
 const END: u32 = 0;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 const FEATURE_NAMES: u32 = 0x6803_f857;
@@ -11,59 +13,60 @@ const BITMAPS: u32 = 0x2385_2875;
 const CRYPTO_HEADER: u32 = 0x0537_be77;
 const DATA_FILE: u32 = 0x4441_5441;
 
-/// Specification, "Feature name table": bytes of an entry.
+/// Bytes of an entry of the feature name table. Specification, "Feature name table".
 const FEATURE_ENTRY: usize = 48;
 
-/// What the extensions of an image say.
+/// Header extensions of an image.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Extensions {
-    /// The backing file's format.
+    /// Format name of the backing file; untrusted.
     pub backing_format: Option<String>,
-    /// The external data file's name.
+    /// Name of the external data file; untrusted.
     pub data_file: Option<String>,
     /// Names of feature bits.
     pub feature_names: Vec<FeatureName>,
-    /// Where the bitmaps are.
-    pub bitmaps: Option<BitmapsPointer>,
-    /// Offset and bytes of the encryption header.
+    /// Bitmaps extension.
+    pub bitmaps: Option<BitmapsExtension>,
+    /// Host offset and bytes of the encryption header.
     pub crypto_header: Option<(u64, u64)>,
 }
 
-/// Which of the three feature fields a name is for.
+/// One of the three feature fields of the header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FeatureKind {
-    /// Must be understood.
+    /// Features that a reader must know.
     Incompatible,
-    /// May be ignored.
+    /// Features that a reader may ignore.
     Compatible,
-    /// May be ignored by readers, is cleared by writers.
+    /// Features that a reader may ignore, and that a writer that does not know them clears.
     Autoclear,
 }
 
-/// One entry of the feature name table.
+/// Entry of the feature name table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FeatureName {
-    /// The field.
+    /// Field of the bit.
     pub kind: FeatureKind,
-    /// The bit, 0..=63.
+    /// Bit number, 0 to 63 if the image is sound.
     pub bit: u8,
-    /// Its name; not trusted.
+    /// Name; untrusted.
     pub name: String,
 }
 
-/// The bitmaps extension.
+/// Bitmaps extension: the place of the bitmap directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BitmapsPointer {
-    /// How many bitmaps.
+pub struct BitmapsExtension {
+    /// Number of bitmaps.
     pub count: u32,
     /// Bytes of the directory.
     pub directory_len: u64,
-    /// Where it starts.
+    /// Host offset of the directory.
     pub directory_offset: u64,
 }
 
 impl Extensions {
-    /// From the bytes between the header and what follows it, at `area_offset` in the file.
+    /// Parses `area`, the bytes from the end of the header (host offset `area_offset`) to the backing
+    /// file's name or the end of the cluster. Unknown extensions are ignored.
     pub fn parse(area: &[u8], area_offset: u64) -> Result<Self> {
         let mut found = Self::default();
         let mut at = 0usize;
@@ -71,7 +74,7 @@ impl Extensions {
             if kind == END {
                 break;
             }
-            let place = area_offset + at as u64;
+            let host_offset = area_offset + at as u64;
             let start = at + 8;
             let data = usize::try_from(len).ok().and_then(|len| area.get(start..start.checked_add(len)?));
             let Some(data) = data else {
@@ -79,18 +82,18 @@ impl Extensions {
                     "header extension {kind:#010x} has {len} bytes where {} are left",
                     area.len() - start
                 ))
-                .at(place));
+                .at(host_offset));
             };
-            found.take(kind, data, place)?;
+            found.add(kind, data, host_offset)?;
             at = start + data.len().next_multiple_of(8);
         }
         Ok(found)
     }
 
-    fn take(&mut self, kind: u32, data: &[u8], place: u64) -> Result<()> {
+    fn add(&mut self, kind: u32, data: &[u8], host_offset: u64) -> Result<()> {
         match kind {
-            BACKING_FORMAT => self.backing_format = Some(name(data, place)?),
-            DATA_FILE => self.data_file = Some(name(data, place)?),
+            BACKING_FORMAT => self.backing_format = Some(name(data, host_offset)?),
+            DATA_FILE => self.data_file = Some(name(data, host_offset)?),
             FEATURE_NAMES => {
                 for entry in data.chunks_exact(FEATURE_ENTRY) {
                     let kind = match entry[0] {
@@ -111,16 +114,16 @@ impl Extensions {
                         "the bitmaps extension has {} bytes, not 24",
                         data.len()
                     ))
-                    .at(place));
+                    .at(host_offset));
                 };
-                self.bitmaps = Some(BitmapsPointer { count, directory_len, directory_offset });
+                self.bitmaps = Some(BitmapsExtension { count, directory_len, directory_offset });
             }
             _ => {}
         }
         Ok(())
     }
 
-    /// The name of a feature bit, from the image's own table.
+    /// Returns the name of a feature bit from the image's own table.
     pub fn feature_name(&self, kind: FeatureKind, bit: u32) -> Option<&str> {
         self.feature_names
             .iter()
@@ -128,11 +131,11 @@ impl Extensions {
             .map(|known| known.name.as_str())
     }
 
-    /// The bytes of the extensions with the one that ends them; without feature names when `room`
-    /// is too little for them, as they are only there for messages.
-    pub fn encode(&self, room: usize) -> Vec<u8> {
+    /// Encodes the extensions, with the one that ends the list. Leaves out feature names, which only
+    /// serve messages, if the result would be longer than `max_len` bytes.
+    pub fn encode(&self, max_len: usize) -> Vec<u8> {
         let mut bytes = self.encode_all();
-        if bytes.len() > room && !self.feature_names.is_empty() {
+        if bytes.len() > max_len && !self.feature_names.is_empty() {
             bytes = Self { feature_names: Vec::new(), ..self.clone() }.encode_all();
         }
         bytes
@@ -169,25 +172,25 @@ impl Extensions {
 
 fn push(bytes: &mut Vec<u8>, kind: u32, data: &[u8]) {
     bytes.extend_from_slice(&kind.to_be_bytes());
-    // Names and tables of ours are below a cluster.
+    // Our names and tables are shorter than a cluster.
     bytes.extend_from_slice(&(data.len() as u32).to_be_bytes());
     bytes.extend_from_slice(data);
     bytes.resize(bytes.len().next_multiple_of(8), 0);
 }
 
-/// A name of bounded length.
-fn name(data: &[u8], place: u64) -> Result<String> {
+/// Decodes a name of bounded length.
+fn name(data: &[u8], host_offset: u64) -> Result<String> {
     if data.len() > MAX_EXTENSION_TEXT {
         return Err(Error::limit(format!(
             "a name in a header extension has {} bytes, above {MAX_EXTENSION_TEXT}",
             data.len()
         ))
-        .at(place));
+        .at(host_offset));
     }
     Ok(string(data))
 }
 
-/// Text up to the first zero byte.
+/// Decodes the text before the first zero byte.
 fn string(bytes: &[u8]) -> String {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(&bytes[..end]).into_owned()
@@ -199,7 +202,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_encoded_is_parsed() {
+    fn encoding_round_trips() {
         let extensions = Extensions {
             backing_format: Some("raw".into()),
             data_file: Some("a file.raw".into()),
@@ -217,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn an_extension_beyond_the_cluster_is_rejected() {
+    fn rejects_an_extension_beyond_the_cluster() {
         let mut bytes = Vec::new();
         bytes.extend_from_slice(&DATA_FILE.to_be_bytes());
         bytes.extend_from_slice(&u32::MAX.to_be_bytes());

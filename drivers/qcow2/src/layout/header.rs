@@ -1,4 +1,4 @@
-//! The header: fields, features, and the limits that everything else relies on.
+//! Header: fields and features, checked against the limits that all other code relies on.
 
 use imgtool_toolkit::{Error, RandomInput, Result};
 use zerocopy::byteorder::big_endian::{U32, U64};
@@ -6,40 +6,43 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::entry::Shape;
 use super::extension::{Extensions, FeatureKind, FeatureName};
+use super::table::check_table;
 use super::{
     MAX_BACKING_NAME, MAX_CLUSTER_BITS, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS,
     MIN_CLUSTER_BITS, MIN_EXTENDED_L2_CLUSTER_BITS,
 };
 
-/// Specification: the magic string.
+/// Magic number at the start of an image. Specification, "Header".
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 
-/// Specification: bytes of a version 2 header.
+/// Bytes of a version 2 header. Specification, "Header".
 pub const V2_HEADER_LEN: u32 = 72;
-/// Specification: the fewest bytes of a version 3 header.
+/// Minimum bytes of a version 3 header. Specification, "header_length".
 const V3_MIN_HEADER_LEN: u32 = 104;
-/// Bytes of the header that this program knows, and writes for version 3.
+/// Bytes of the header that the driver knows, and writes for version 3.
 pub const V3_HEADER_LEN: u32 = 112;
 
-/// Specification: incompatible feature bits.
+/// Incompatible feature: the image was not closed. Specification, "incompatible_features", as the next
+/// four.
 pub const INCOMPATIBLE_DIRTY: u64 = 1;
-/// The structures may be damaged.
+/// Incompatible feature: structures may be damaged.
 pub const INCOMPATIBLE_CORRUPT: u64 = 1 << 1;
-/// Guest data is in another file.
+/// Incompatible feature: guest data is in an external data file.
 pub const INCOMPATIBLE_DATA_FILE: u64 = 1 << 2;
-/// Compressed clusters are not deflate.
+/// Incompatible feature: compressed clusters are not deflate.
 pub const INCOMPATIBLE_COMPRESSION_TYPE: u64 = 1 << 3;
-/// L2 entries know subclusters.
+/// Incompatible feature: L2 entries describe subclusters.
 pub const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
+/// All of these.
 const INCOMPATIBLE_KNOWN: u64 = 0x1f;
-/// Compatible feature: refcounts may be written late.
+/// Compatible feature: refcounts may be written late. Specification, "compatible_features".
 pub const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1;
-/// Autoclear feature: the bitmaps are consistent.
+/// Autoclear feature: the bitmaps are consistent. Specification, "autoclear_features", as the next.
 pub const AUTOCLEAR_BITMAPS: u64 = 1;
 /// Autoclear feature: the data file is a raw image of its own.
 pub const AUTOCLEAR_DATA_FILE_RAW: u64 = 1 << 1;
 
-/// The header as it stands in the file.
+/// Header as stored, with the specification's field names and their file offsets.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct RawHeader {
@@ -57,7 +60,7 @@ pub struct RawHeader {
     pub size: U64,
     /// 32
     pub crypt_method: U32,
-    /// 36: entries
+    /// 36, in entries
     pub l1_size: U32,
     /// 40
     pub l1_table_offset: U64,
@@ -69,7 +72,7 @@ pub struct RawHeader {
     pub nb_snapshots: U32,
     /// 64
     pub snapshots_offset: U64,
-    /// 72: from here on only in version 3
+    /// 72, only in version 3 as all that follow
     pub incompatible_features: U64,
     /// 80
     pub compatible_features: U64,
@@ -79,7 +82,7 @@ pub struct RawHeader {
     pub refcount_order: U32,
     /// 100
     pub header_length: U32,
-    /// 104: if `header_length` reaches so far
+    /// 104, if `header_length` includes it
     pub compression_type: u8,
     /// 105
     pub padding: [u8; 7],
@@ -87,28 +90,28 @@ pub struct RawHeader {
 
 const _: () = assert!(size_of::<RawHeader>() == V3_HEADER_LEN as usize);
 
-/// How guest data is encrypted.
+/// Encryption of guest data. Specification, "crypt_method".
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encryption {
-    /// Not at all.
+    /// No encryption.
     None,
-    /// QEMU's old AES-CBC.
+    /// AES-CBC, deprecated by QEMU.
     Aes,
     /// LUKS.
     Luks,
 }
 
-/// How compressed clusters are compressed.
+/// Compression of compressed clusters. Specification, "compression_type".
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CompressionType {
-    /// Deflate without a header, which QEMU calls zlib.
+    /// Deflate without a zlib header, which QEMU calls zlib.
     Zlib,
     /// Zstandard frames.
     Zstd,
 }
 
 impl CompressionType {
-    /// QEMU's name.
+    /// Name that QEMU uses.
     pub fn name(self) -> &'static str {
         match self {
             CompressionType::Zlib => "zlib",
@@ -117,42 +120,42 @@ impl CompressionType {
     }
 }
 
-/// A checked header: every offset aligned, every count within its limit.
+/// Checked header: every offset aligned, every count within its limit.
 #[derive(Debug, Clone)]
 pub struct Header {
-    /// 2 or 3.
+    /// Version of the format: 2 or 3.
     pub version: u32,
     /// Cluster size and entry format.
     pub shape: Shape,
-    /// Bytes that the guest sees.
+    /// Bytes of the disk that the guest sees.
     pub virtual_size: u64,
-    /// How guest data is encrypted.
+    /// Encryption of guest data.
     pub encryption: Encryption,
-    /// The active L1 table: offset and entries.
+    /// Host offset of the active L1 table.
     pub l1_offset: u64,
     /// Entries of the active L1 table.
     pub l1_entries: u32,
-    /// Where the refcount table starts.
+    /// Host offset of the refcount table.
     pub refcount_table_offset: u64,
-    /// Its clusters.
+    /// Clusters of the refcount table.
     pub refcount_table_clusters: u32,
-    /// Where the snapshot table starts.
+    /// Host offset of the snapshot table.
     pub snapshots_offset: u64,
-    /// Snapshots in it.
+    /// Entries of the snapshot table.
     pub snapshot_count: u32,
-    /// Feature bits.
+    /// Incompatible feature bits.
     pub incompatible: u64,
-    /// Feature bits.
+    /// Compatible feature bits.
     pub compatible: u64,
-    /// Feature bits.
+    /// Autoclear feature bits.
     pub autoclear: u64,
-    /// A refcount has 2^order bits.
+    /// Refcount width as a power of two, 0 to 6: a refcount has 2^order bits.
     pub refcount_order: u32,
-    /// How compressed clusters are compressed; the number itself when it is unknown.
+    /// Compression of compressed clusters; the stored number if it is unknown.
     pub compression: Result<CompressionType, u8>,
-    /// The backing file's name; not trusted.
+    /// Name of the backing file; untrusted.
     pub backing_file: Option<String>,
-    /// What the extensions say.
+    /// Header extensions.
     pub extensions: Extensions,
 }
 
@@ -178,9 +181,10 @@ impl Header {
                 .hint("convert it with qemu-img first: qemu-img convert -f qcow -O qcow2"));
         }
         if version != 2 && version != 3 {
-            return Err(
-                Error::unsupported(format!("qcow2 version {version} is not known, only 2 and 3")).at(4)
-            );
+            return Err(Error::unsupported(format!(
+                "unknown qcow2 version {version}; only 2 and 3 are supported"
+            ))
+            .at(4));
         }
         Self::from_raw(&raw, version, input)
     }
@@ -227,7 +231,7 @@ impl Header {
         Ok(header)
     }
 
-    /// Every field within its bounds.
+    /// Checks each field against its bounds.
     fn check_limits(&self, compression_type: u8) -> Result<()> {
         let cluster_size = self.shape.cluster_size();
         if self.shape.extended_l2 && self.shape.cluster_bits < MIN_EXTENDED_L2_CLUSTER_BITS {
@@ -283,7 +287,7 @@ impl Header {
         Ok(())
     }
 
-    /// Extensions and the backing file's name: the rest of the first cluster.
+    /// Reads the rest of the first cluster: extensions and the backing file's name.
     fn read_names(&mut self, raw: &RawHeader, header_len: u32, input: &RandomInput) -> Result<()> {
         let cluster_size = self.shape.cluster_size();
         let (name_offset, name_len) = (raw.backing_file_offset.get(), raw.backing_file_size.get());
@@ -311,12 +315,13 @@ impl Header {
         Ok(())
     }
 
-    /// Refuses, by name, what can't be read.
+    /// Refuses an image that the driver cannot read, and names the reason. An image marked corrupt is
+    /// refused unless `force` is set.
     pub fn check_readable(&self, force: bool) -> Result<()> {
         let unknown = self.incompatible & !INCOMPATIBLE_KNOWN;
         if unknown != 0 {
             let names = self.feature_list(unknown);
-            return Err(Error::unsupported(format!("the image needs features that are not known: {names}"))
+            return Err(Error::unsupported(format!("the image needs unknown features: {names}"))
                 .at(72)
                 .hint("a newer version of this program or of qemu-img may know them"));
         }
@@ -326,7 +331,7 @@ impl Header {
                 .hint("repair a copy with 'qemu-img check -r all', or read it as it is with --force"));
         }
         if let Err(number) = self.compression {
-            return Err(Error::unsupported(format!("compression type {number} is not known")).at(104));
+            return Err(Error::unsupported(format!("unknown compression type {number}")).at(104));
         }
         let encryption = match self.encryption {
             Encryption::None => return Ok(()),
@@ -338,7 +343,7 @@ impl Header {
             .hint("decrypt it with qemu-img first: qemu-img convert --object secret,… --image-opts …"))
     }
 
-    /// The names of incompatible feature bits, from the image's own table where it has them.
+    /// Lists incompatible feature bits by number, with the names of the image's own table.
     pub fn feature_list(&self, bits: u64) -> String {
         let names: Vec<String> = (0..64)
             .filter(|bit| bits >> bit & 1 == 1)
@@ -350,17 +355,17 @@ impl Header {
         names.join(", ")
     }
 
-    /// Incompatible feature bits that this program does not know.
+    /// Incompatible feature bits that the driver does not know.
     pub fn unknown_features(&self) -> u64 {
         self.incompatible & !INCOMPATIBLE_KNOWN
     }
 
-    /// Whether an incompatible feature is on.
+    /// True if any bit of `incompatible` is set among the incompatible features.
     pub fn has(&self, incompatible: u64) -> bool {
         self.incompatible & incompatible != 0
     }
 
-    /// The largest number that a refcount can be.
+    /// Largest refcount that the image's refcount width can hold.
     pub fn max_refcount(&self) -> u64 {
         u64::MAX >> (64 - self.refcount_bits())
     }
@@ -371,6 +376,7 @@ impl Header {
     }
 }
 
+/// Checks and returns the bytes of the header.
 fn header_len(raw: &RawHeader, version: u32, cluster_size: u64) -> Result<u32> {
     if version == 2 {
         return Ok(V2_HEADER_LEN);
@@ -385,39 +391,17 @@ fn header_len(raw: &RawHeader, version: u32, cluster_size: u64) -> Result<u32> {
     Ok(len)
 }
 
+/// Decodes the field "crypt_method".
 fn encryption(method: u32) -> Result<Encryption> {
     match method {
         0 => Ok(Encryption::None),
         1 => Ok(Encryption::Aes),
         2 => Ok(Encryption::Luks),
-        other => Err(Error::unsupported(format!("encryption method {other} is not known")).at(32)),
+        other => Err(Error::unsupported(format!("unknown encryption method {other}")).at(32)),
     }
 }
 
-/// A table of `len` bytes at `offset`, named by the header field at `field`.
-pub fn check_table(
-    what: &str,
-    offset: u64,
-    len: u64,
-    max_len: u64,
-    cluster_size: u64,
-    field: u64,
-) -> Result<()> {
-    if len > max_len {
-        return Err(Error::limit(format!("{what} has {len} bytes, above {max_len}")).at(field));
-    }
-    // QEMU's limit and ours: offsets are file positions, so below 2^63.
-    let fits = offset.checked_add(len).is_some_and(|end| i64::try_from(end).is_ok());
-    if !offset.is_multiple_of(cluster_size) || !fits {
-        return Err(Error::malformed(format!(
-            "{what} is at {offset}, which is no multiple of the cluster size {cluster_size} or too large"
-        ))
-        .at(field));
-    }
-    Ok(())
-}
-
-/// The feature names that this program writes, as the specification and QEMU word them.
+/// Feature name table of a new image, in the words of the specification and QEMU.
 pub fn known_feature_names() -> Vec<FeatureName> {
     let names: [(FeatureKind, u8, &str); 8] = [
         (FeatureKind::Incompatible, 0, "dirty bit"),

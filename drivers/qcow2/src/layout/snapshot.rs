@@ -1,133 +1,138 @@
-//! The table of internal snapshots.
+//! Snapshot table: the internal snapshots of an image.
 
 use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::{Error, RandomInput, Result};
 
-use super::header::{Header, check_table};
-use super::{
-    LISTED_ENTRY_BYTES, MAX_L1_BYTES, MAX_LISTED_BYTES, MAX_SNAPSHOT_TABLE_BYTES, be16, be32, be64,
-    read_zero_filled,
-};
+use super::header::Header;
+use super::table::{be16, be32, be64, check_table, read_zero_filled};
+use super::{LISTED_ENTRY_BYTES, MAX_L1_BYTES, MAX_LISTED_BYTES, MAX_SNAPSHOT_TABLE_BYTES};
 
-/// Specification, "Snapshot table entry": bytes before the extra data.
+/// Bytes of an entry before its extra data. Specification, "Snapshots".
 const FIXED_LEN: usize = 40;
 
-/// Ours: the extra data that is read; what is beyond is unknown and skipped. QEMU's limit is 1024.
+/// Maximum bytes of extra data. QEMU's limit.
 const MAX_EXTRA: u32 = 1024;
 
-/// Specification, "extra data": the sizes that version 3 asks for.
+/// Bytes of extra data that version 3 requires. Specification, "Snapshots", "extra data".
 const V3_EXTRA: u32 = 16;
 
-/// Snapshots that a message lists. Ours.
+/// Maximum number of snapshots in a message. Our limit.
 const MAX_SHOWN: usize = 16;
 
-/// One internal snapshot.
+/// Entry of the snapshot table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
-    /// Where its entry is.
-    pub at: u64,
-    /// Where its L1 table starts.
+    /// Host offset of the entry.
+    pub entry_offset: u64,
+    /// Host offset of the L1 table.
     pub l1_offset: u64,
-    /// Its entries.
+    /// Entries of the L1 table.
     pub l1_entries: u32,
-    /// Its unique ID; not trusted.
+    /// Unique ID; untrusted.
     pub id: String,
-    /// Its name; not trusted.
+    /// Name; untrusted.
     pub name: String,
-    /// When it was taken: seconds since the epoch.
+    /// Creation time in seconds since the epoch.
     pub date_sec: u32,
-    /// The rest of it, nanoseconds.
+    /// Nanoseconds of the creation time, beyond the second.
     pub date_nsec: u32,
-    /// For how long the guest had run, nanoseconds.
+    /// Run time of the guest in nanoseconds.
     pub vm_clock_nsec: u64,
     /// Bytes of saved machine state.
     pub vm_state_size: u64,
-    /// Bytes of disk; the image's where the entry is too old to say.
+    /// Bytes of disk; those of the image if the entry has no size.
     pub virtual_size: u64,
-    /// QEMU's instruction counter, if it was on.
+    /// Instruction counter of QEMU, if it was enabled.
     pub icount: Option<u64>,
-    /// The entry says neither the machine state's nor the disk's size, which version 3 asks for.
+    /// True if the entry lacks the sizes of machine state and disk, which version 3 requires.
     pub incomplete: bool,
 }
 
-/// What of the snapshot table is kept in memory.
+/// Part of the snapshot table that is kept in memory.
 #[derive(Debug, Default)]
 pub struct Snapshots {
-    /// The first of them: all, unless there are very many.
+    /// First snapshots of the table, as many as fit into [`MAX_LISTED_BYTES`].
     pub listed: Vec<Snapshot>,
-    /// How many there are.
+    /// Number of snapshots in the table.
     pub count: usize,
-    /// The one that was asked for.
-    pub wanted: Option<Snapshot>,
+    /// Snapshot that the caller selected.
+    pub selected: Option<Snapshot>,
 }
 
-/// Reads the whole table: finds the snapshot that a user calls `wanted` (by ID, else by name), and
-/// lists all of them if `list` says so.
+/// Reads the whole table. Finds the snapshot whose ID, or else name, is `selector`. Lists the first
+/// few snapshots for messages, or all of them if `list` is set.
 pub fn read_snapshots(
     input: &RandomInput,
     header: &Header,
-    wanted: Option<&str>,
+    selector: Option<&str>,
     list: bool,
 ) -> Result<Snapshots> {
     let mut found = Snapshots::default();
     let (mut by_id, mut by_name) = (None, None);
-    let mut room = MAX_LISTED_BYTES;
+    let mut budget = MAX_LISTED_BYTES;
     walk_snapshots(input, header, |_, snapshot| {
         let snapshot = snapshot?;
-        check_l1(header, &snapshot).map_err(|e| e.at(snapshot.at))?;
+        check_l1(header, &snapshot).map_err(|e| e.at(snapshot.entry_offset))?;
         found.count += 1;
-        if wanted == Some(snapshot.id.as_str()) && by_id.is_none() {
+        if selector == Some(snapshot.id.as_str()) && by_id.is_none() {
             by_id = Some(snapshot.clone());
-        } else if wanted == Some(snapshot.name.as_str()) && by_name.is_none() {
+        } else if selector == Some(snapshot.name.as_str()) && by_name.is_none() {
             by_name = Some(snapshot.clone());
         }
         let bytes = snapshot.id.len() + snapshot.name.len() + LISTED_ENTRY_BYTES;
         let is_listed = list || found.listed.len() < MAX_SHOWN;
-        if is_listed && bytes <= room && found.listed.len() + 1 == found.count {
-            room -= bytes;
+        if is_listed && bytes <= budget && found.listed.len() + 1 == found.count {
+            budget -= bytes;
             found.listed.push(snapshot);
         }
         Ok(())
     })?;
-    found.wanted = by_id.or(by_name);
-    match wanted {
-        Some(wanted) if found.wanted.is_none() => Err(not_there(wanted, &found)),
+    found.selected = by_id.or(by_name);
+    match selector {
+        Some(selector) if found.selected.is_none() => Err(unknown_snapshot(selector, &found)),
         _ => Ok(found),
     }
 }
 
-/// Calls `see` with the number and the entry of every snapshot: an error for one that is cut short,
-/// which ends the walk if `see` returns it, and else reads as if the file went on with zeros. The
-/// table's length.
+/// Calls `visit` with the index and the entry of every snapshot. Returns the table's length in bytes.
+///
+/// For an entry that the end of the file cuts short, `visit` first gets an error. If it returns that
+/// error, the walk ends; if not, it then gets the entry with zeros in place of the missing bytes.
 pub fn walk_snapshots(
     input: &RandomInput,
     header: &Header,
-    mut see: impl FnMut(u32, Result<Snapshot>) -> Result<()>,
+    mut visit: impl FnMut(u32, Result<Snapshot>) -> Result<()>,
 ) -> Result<u64> {
-    let mut at = header.snapshots_offset;
-    for number in 0..header.snapshot_count {
-        let used = at - header.snapshots_offset;
+    let mut entry_offset = header.snapshots_offset;
+    for index in 0..header.snapshot_count {
+        let used = entry_offset - header.snapshots_offset;
         if used > MAX_SNAPSHOT_TABLE_BYTES {
             return Err(Error::limit(format!(
                 "the snapshot table has more than {MAX_SNAPSHOT_TABLE_BYTES} bytes"
             ))
-            .at(at));
+            .at(entry_offset));
         }
-        let (snapshot, len) = read_snapshot(input, header, at).map_err(|e| e.at(at))?;
-        let end = at.checked_add(len);
-        let end = end.ok_or_else(|| Error::malformed("the snapshot table never ends").at(at))?;
+        let (snapshot, len) = read_snapshot(input, header, entry_offset).map_err(|e| e.at(entry_offset))?;
+        let end = entry_offset.checked_add(len);
+        let end = end.ok_or_else(|| {
+            Error::malformed("the snapshot table extends beyond 2^64 bytes").at(entry_offset)
+        })?;
         if end > input.len().next_multiple_of(8) {
             let count = header.snapshot_count;
-            see(number, Err(Error::corrupt(format!("snapshot {number} of {count} is cut short")).at(at)))?;
+            visit(
+                index,
+                Err(Error::corrupt(format!("snapshot {index} of {count} is cut short")).at(entry_offset)),
+            )?;
         }
-        see(number, Ok(snapshot))?;
-        at = end;
+        visit(index, Ok(snapshot))?;
+        entry_offset = end;
     }
-    Ok(at - header.snapshots_offset)
+    Ok(entry_offset - header.snapshots_offset)
 }
 
-fn read_snapshot(input: &RandomInput, header: &Header, at: u64) -> Result<(Snapshot, u64)> {
-    let fixed = read_zero_filled(input, at, FIXED_LEN)?;
+/// Reads the entry at `entry_offset`; returns it with its length in bytes.
+fn read_snapshot(input: &RandomInput, header: &Header, entry_offset: u64) -> Result<(Snapshot, u64)> {
+    let fixed = read_zero_filled(input, entry_offset, FIXED_LEN)?;
     let cut = || Error::corrupt("a snapshot entry is cut short");
     let id_len = usize::from(be16(&fixed, 12).ok_or_else(cut)?);
     let name_len = usize::from(be16(&fixed, 14).ok_or_else(cut)?);
@@ -139,11 +144,11 @@ fn read_snapshot(input: &RandomInput, header: &Header, at: u64) -> Result<(Snaps
     }
     // At most 40 + 1 KiB + 2 * 64 KiB.
     let len = FIXED_LEN + extra_len as usize + id_len + name_len;
-    let entry = read_zero_filled(input, at, len)?;
+    let entry = read_zero_filled(input, entry_offset, len)?;
     let extra = &entry[FIXED_LEN..FIXED_LEN + extra_len as usize];
     let (id, name) = entry[FIXED_LEN + extra.len()..].split_at(id_len);
     let snapshot = Snapshot {
-        at,
+        entry_offset,
         l1_offset: be64(&entry, 0).ok_or_else(cut)?,
         l1_entries: be32(&entry, 8).ok_or_else(cut)?,
         id: String::from_utf8_lossy(id).into_owned(),
@@ -159,7 +164,7 @@ fn read_snapshot(input: &RandomInput, header: &Header, at: u64) -> Result<(Snaps
     Ok((snapshot, len.next_multiple_of(8) as u64))
 }
 
-/// Whether a snapshot's L1 table can be one.
+/// Checks the place of a snapshot's L1 table.
 pub fn check_l1(header: &Header, snapshot: &Snapshot) -> Result<()> {
     check_table(
         "a snapshot's L1 table",
@@ -167,11 +172,11 @@ pub fn check_l1(header: &Header, snapshot: &Snapshot) -> Result<()> {
         u64::from(snapshot.l1_entries) * 8,
         MAX_L1_BYTES,
         header.shape.cluster_size(),
-        snapshot.at,
+        snapshot.entry_offset,
     )
 }
 
-fn not_there(wanted: &str, found: &Snapshots) -> Error {
+fn unknown_snapshot(selector: &str, found: &Snapshots) -> Error {
     let known: Vec<String> = found
         .listed
         .iter()
@@ -183,5 +188,5 @@ fn not_there(wanted: &str, found: &Snapshots) -> Error {
     } else {
         format!("its snapshots: {}", escape_control(&known.join(", ")))
     };
-    Error::usage(format!("the image has no snapshot '{wanted}'")).hint(hint)
+    Error::usage(format!("the image has no snapshot '{selector}'")).hint(hint)
 }

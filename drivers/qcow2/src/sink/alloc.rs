@@ -1,51 +1,48 @@
-//! Host clusters for a new image: a pointer that only moves forward, and the refcounts of what it
-//! has passed.
+//! Host clusters of a new image: a pointer that only moves forward, and the refcounts of the clusters
+//! before it.
 //!
-//! Refcounts are kept as the refcount blocks that they will be, from the first block that is not
-//! finished. A block is finished when the pointer has left its range and no compressed cluster can
-//! be added there; it is then written behind the pointer, so that memory stays at a few blocks
-//! whatever the size of the image.
+//! Refcounts are encoded in memory from the first unfinished refcount block on. A block is finished
+//! when the pointer has left its range and no more compressed data can go there. The allocator then
+//! writes it at the pointer, so that memory holds a few blocks whatever the size of the image.
 
 use imgtool_toolkit::{Error, Output, Result};
 
-use super::write::write_table;
 use crate::layout::MAX_REFCOUNT_TABLE_BYTES;
-use crate::layout::encode_table;
 use crate::layout::entry::{refcount, set_refcount};
+use crate::layout::table::{encode_table, write_table};
 
-/// Finished refcount blocks are written in batches of about so many bytes. Ours: with small
-/// clusters a block is small too.
-const BATCH: usize = 256 << 10;
+/// Bytes of finished refcount blocks in one write. Our choice: with small clusters, blocks are small.
+const BATCH_BYTES: usize = 256 << 10;
 
-/// Specification: L1, L2 and refcount offsets have 56 bits.
+/// End of the offsets that L1 and L2 entries hold, 56 bits. Specification, "L1 table entry".
 const MAX_HOST_OFFSET: u64 = 1 << 56;
 
-/// Where the refcount table is.
+/// Place of the refcount table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RefcountTable {
-    /// Its first byte.
+    /// Host offset of its first byte.
     pub offset: u64,
-    /// Its clusters.
+    /// Its length in clusters.
     pub clusters: u64,
 }
 
-/// The allocator of one image.
+/// Allocator of host clusters.
 #[derive(Debug)]
 pub struct Allocator {
     cluster_bits: u32,
     refcount_order: u32,
-    /// The next free host cluster.
+    /// Next free host cluster.
     next: u64,
-    /// Refcount blocks that have their place.
+    /// Host offsets of the refcount blocks that were written.
     written: Vec<u64>,
-    /// Encoded refcounts from block `written.len()` on.
+    /// Encoded refcount blocks from block `written.len()` on.
     tail: Vec<u8>,
-    /// Where the next compressed data may go: right behind the last, 0 before the first.
+    /// End of the latest compressed data, where the next may go; 0 if there is none.
     cursor: u64,
 }
 
 impl Allocator {
-    /// Nothing is allocated yet.
+    /// Creates an allocator with no cluster allocated.
     pub fn new(cluster_bits: u32, refcount_order: u32) -> Self {
         Self { cluster_bits, refcount_order, next: 0, written: Vec::new(), tail: Vec::new(), cursor: 0 }
     }
@@ -59,17 +56,17 @@ impl Allocator {
         (self.cluster_size() * 8) >> self.refcount_order
     }
 
-    /// The first host cluster whose refcount is in `tail`.
-    fn base(&self) -> u64 {
+    /// First host cluster whose refcount is in `tail`.
+    fn tail_start(&self) -> u64 {
         self.written.len() as u64 * self.block_entries()
     }
 
-    /// One past the last allocated byte.
+    /// Host offset of the end of the allocated clusters.
     pub fn end(&self) -> u64 {
         self.next << self.cluster_bits
     }
 
-    /// Takes `clusters` neighbouring clusters, each referenced once; their offset.
+    /// Allocates `clusters` adjacent clusters with a refcount of one each. Returns their host offset.
     pub fn allocate(&mut self, clusters: u64) -> Result<u64> {
         let first = self.next;
         let end = first.checked_add(clusters).filter(|end| *end <= MAX_HOST_OFFSET >> self.cluster_bits);
@@ -77,17 +74,17 @@ impl Allocator {
             return Err(Error::limit("the image would be larger than 2^56 bytes"));
         };
         self.grow_tail(end);
-        let base = self.base();
+        let tail_start = self.tail_start();
         for cluster in first..end {
             // `tail` holds every entry up to `end`, so the index fits.
-            set_refcount(&mut self.tail, self.refcount_order, (cluster - base) as usize, 1);
+            set_refcount(&mut self.tail, self.refcount_order, (cluster - tail_start) as usize, 1);
         }
         self.next = end;
         Ok(first << self.cluster_bits)
     }
 
-    /// Takes a run of clusters that may be much longer than memory has refcounts for: the refcount
-    /// blocks that it fills are written right behind it.
+    /// Allocates a run of adjacent clusters of any length. Writes the refcount blocks that it fills right
+    /// after it, so that its refcounts need not fit into memory. Returns its host offset.
     pub fn allocate_run(&mut self, clusters: u64, output: &Output) -> Result<u64> {
         let first = self.next;
         let end = first.checked_add(clusters).filter(|end| *end <= MAX_HOST_OFFSET >> self.cluster_bits);
@@ -95,7 +92,7 @@ impl Allocator {
             return Err(Error::limit("the image would be larger than 2^56 bytes"));
         };
         let entries = self.block_entries();
-        let base = self.base();
+        let tail_start = self.tail_start();
         let complete = end / entries - self.written.len() as u64;
         self.check_table_len(self.written.len() as u64 + complete)?;
         let mut known = std::mem::take(&mut self.tail);
@@ -110,10 +107,10 @@ impl Allocator {
                 let rest = known.split_off(self.cluster_size() as usize);
                 batch[filled..].copy_from_slice(&known);
                 known = rest;
-                let start = base + block * entries;
+                let start = tail_start + block * entries;
                 self.fill_ones(&mut batch[filled..], first.saturating_sub(start)..entries);
             }
-            if batch.len() >= BATCH || block + 1 == complete {
+            if batch.len() >= BATCH_BYTES || block + 1 == complete {
                 output.write_at(&batch, batch_offset)?;
                 batch_offset += batch.len() as u64;
                 batch.clear();
@@ -123,15 +120,16 @@ impl Allocator {
         self.next = end;
         let blocks = end << self.cluster_bits;
         self.written.extend((0..complete).map(|block| blocks + (block << self.cluster_bits)));
-        let base = self.base();
-        self.grow_tail(end.max(base));
+        let tail_start = self.tail_start();
+        self.grow_tail(end.max(tail_start));
         let mut tail = std::mem::take(&mut self.tail);
-        self.fill_ones(&mut tail, first.saturating_sub(base)..end.saturating_sub(base));
+        self.fill_ones(&mut tail, first.saturating_sub(tail_start)..end.saturating_sub(tail_start));
         self.tail = tail;
         self.allocate(complete)?;
         Ok(first << self.cluster_bits)
     }
 
+    /// Sets the refcounts `entries` of `block` to one.
     fn fill_ones(&self, block: &mut [u8], entries: std::ops::Range<u64>) {
         for entry in entries {
             // Within a block or the tail, which are in memory.
@@ -139,17 +137,17 @@ impl Allocator {
         }
     }
 
-    /// Takes `len` bytes (less than a cluster) for compressed data: right behind the last such data
-    /// where possible, so that clusters are shared; their offset.
+    /// Allocates `len` bytes, less than a cluster, for compressed data. Returns their host offset, right
+    /// after the latest compressed data where possible, so that clusters are shared.
     pub fn allocate_bytes(&mut self, len: u64) -> Result<u64> {
         let cluster_size = self.cluster_size();
         let within = self.cursor & (cluster_size - 1);
         let cluster = self.cursor >> self.cluster_bits;
-        let room = cluster_size - within;
-        let adjacent = len <= room || self.next == cluster + 1;
+        let available = cluster_size - within;
+        let adjacent = len <= available || self.next == cluster + 1;
         if within != 0 && adjacent && self.add_reference(cluster) {
             let start = self.cursor;
-            if len > room {
+            if len > available {
                 self.allocate(1)?;
             }
             self.cursor = start + len;
@@ -160,9 +158,10 @@ impl Allocator {
         Ok(start)
     }
 
-    /// One more reference to a cluster, unless its refcount can't hold it.
+    /// Adds a reference to `cluster`. False if its refcount was already written or is at its maximum.
     fn add_reference(&mut self, cluster: u64) -> bool {
-        let Some(index) = cluster.checked_sub(self.base()).and_then(|index| usize::try_from(index).ok())
+        let Some(index) =
+            cluster.checked_sub(self.tail_start()).and_then(|index| usize::try_from(index).ok())
         else {
             return false;
         };
@@ -175,30 +174,30 @@ impl Allocator {
         true
     }
 
-    /// Room in `tail` for all clusters below `end`, in whole blocks.
+    /// Grows `tail`, by whole blocks, to hold all clusters below `end`.
     fn grow_tail(&mut self, end: u64) {
-        let blocks = (end - self.base()).div_ceil(self.block_entries());
+        let blocks = (end - self.tail_start()).div_ceil(self.block_entries());
         let len = (blocks as usize) << self.cluster_bits;
         if len > self.tail.len() {
             self.tail.resize(len, 0);
         }
     }
 
-    /// Writes the refcount blocks that are finished, when there are enough of them.
-    pub fn settle(&mut self, output: &Output) -> Result<()> {
-        let batch_blocks = (BATCH >> self.cluster_bits).max(1) as u64;
+    /// Writes finished refcount blocks, if there are enough for a batch.
+    pub fn write_finished_blocks(&mut self, output: &Output) -> Result<()> {
+        let batch_blocks = (BATCH_BYTES >> self.cluster_bits).max(1) as u64;
         let batch_entries = batch_blocks * self.block_entries();
         loop {
-            let base = self.base();
-            if self.next - base < batch_entries {
+            let tail_start = self.tail_start();
+            if self.next - tail_start < batch_entries {
                 return Ok(());
             }
             let cursor_cluster = self.cursor >> self.cluster_bits;
-            if self.cursor != 0 && cursor_cluster < base + batch_entries {
-                if self.next - base < 2 * batch_entries {
+            if self.cursor != 0 && cursor_cluster < tail_start + batch_entries {
+                if self.next - tail_start < 2 * batch_entries {
                     return Ok(());
                 }
-                // Nothing compressed came for long: give up the rest of that cluster.
+                // No compressed data came for two batches: give up the rest of its cluster.
                 self.cursor = 0;
             }
             let offset = self.allocate(batch_blocks)?;
@@ -210,6 +209,7 @@ impl Allocator {
         }
     }
 
+    /// Refuses a refcount table for `blocks` refcount blocks that exceeds QEMU's limit.
     fn check_table_len(&self, blocks: u64) -> Result<()> {
         if blocks * 8 > MAX_REFCOUNT_TABLE_BYTES {
             return Err(Error::limit(format!(
@@ -220,20 +220,20 @@ impl Allocator {
         Ok(())
     }
 
-    /// Writes the remaining refcount blocks and the refcount table: the last that is allocated.
+    /// Writes the remaining refcount blocks and the refcount table, which end the file.
     pub fn finish(&mut self, output: &Output) -> Result<RefcountTable> {
         let written = self.written.len() as u64;
         let (mut blocks, mut table_clusters) = (written.max(1), 1);
-        // Blocks and table count themselves; both only grow, by less each time round.
+        // Blocks and table count themselves. Both numbers only grow, by less in each round.
         loop {
             let total = self.next + (blocks - written) + table_clusters;
-            let wanted_blocks = total.div_ceil(self.block_entries()).max(written);
-            let wanted_table = (wanted_blocks * 8).div_ceil(self.cluster_size());
-            if wanted_blocks <= blocks && wanted_table <= table_clusters {
+            let needed_blocks = total.div_ceil(self.block_entries()).max(written);
+            let needed_table = (needed_blocks * 8).div_ceil(self.cluster_size());
+            if needed_blocks <= blocks && needed_table <= table_clusters {
                 break;
             }
-            blocks = blocks.max(wanted_blocks);
-            table_clusters = table_clusters.max(wanted_table);
+            blocks = blocks.max(needed_blocks);
+            table_clusters = table_clusters.max(needed_table);
         }
         self.check_table_len(blocks)?;
         let table_offset = self.allocate(table_clusters + (blocks - written))?;
@@ -259,7 +259,7 @@ mod tests {
         Output::from_new_file("x", tempfile::tempfile().unwrap())
     }
 
-    /// Reads a refcount back the way a reader finds it.
+    /// Reads a refcount back through the refcount table.
     fn stored_refcount(output: &Output, table: RefcountTable, alloc: &Allocator, cluster: u64) -> u64 {
         let mut entry = [0; 8];
         output.read_exact_at(&mut entry, table.offset + cluster / alloc.block_entries() * 8).unwrap();
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn every_allocated_cluster_has_one_reference_and_no_other() {
+    fn counts_one_reference_per_allocated_cluster() {
         for (cluster_bits, order, clusters) in
             [(9, 4, 100_000), (9, 6, 70_000), (9, 0, 50_000), (12, 4, 3), (16, 3, 0)]
         {
@@ -277,7 +277,7 @@ mod tests {
             let mut alloc = Allocator::new(cluster_bits, order);
             for _ in 0..clusters {
                 alloc.allocate(1).unwrap();
-                alloc.settle(&output).unwrap();
+                alloc.write_finished_blocks(&output).unwrap();
             }
             let table = alloc.finish(&output).unwrap();
             for cluster in 0..alloc.next {
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_run_is_counted_like_single_clusters() {
+    fn counts_a_long_run_like_single_clusters() {
         for (cluster_bits, order, run) in
             [(9, 4, 1_000_000), (9, 4, 1), (9, 4, 256), (9, 0, 9_000), (16, 4, 40_000)]
         {
@@ -300,7 +300,7 @@ mod tests {
             alloc.allocate(700).unwrap();
             assert_eq!(alloc.allocate_run(run, &output).unwrap(), 700 << cluster_bits);
             alloc.allocate(300).unwrap();
-            alloc.settle(&output).unwrap();
+            alloc.write_finished_blocks(&output).unwrap();
             let table = alloc.finish(&output).unwrap();
             assert!(alloc.next >= 1000 + run);
             for cluster in (0..alloc.next).step_by(if run > 100_000 { 97 } else { 1 }) {
@@ -310,13 +310,13 @@ mod tests {
     }
 
     #[test]
-    fn compressed_data_shares_clusters_up_to_the_refcount_maximum() {
+    fn compressed_data_shares_clusters_up_to_the_maximum_refcount() {
         let mut alloc = Allocator::new(9, 1);
         alloc.allocate(1).unwrap();
-        let places: Vec<u64> = (0..5).map(|_| alloc.allocate_bytes(100).unwrap()).collect();
-        // Two bits count to three; the fourth starts anew.
-        assert_eq!(places, [512, 612, 712, 1024, 1124]);
-        // Across a cluster boundary, as the next cluster is free.
+        let offsets: Vec<u64> = (0..5).map(|_| alloc.allocate_bytes(100).unwrap()).collect();
+        // Two bits count to three; the fourth starts a new cluster.
+        assert_eq!(offsets, [512, 612, 712, 1024, 1124]);
+        // Data crosses a cluster boundary if the next cluster is free.
         assert_eq!(alloc.allocate_bytes(400).unwrap(), 1224);
         assert_eq!(alloc.allocate_bytes(400).unwrap(), 1624);
         assert_eq!(alloc.next, 4);

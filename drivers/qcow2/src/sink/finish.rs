@@ -1,12 +1,10 @@
-//! The end of an image: tables, refcounts, and the header last.
+//! End of a new image: tables, refcounts, and the header last.
 
 use imgtool_toolkit::{Error, Result};
 use zerocopy::IntoBytes;
 
 use super::alloc::{Allocator, RefcountTable};
-use super::write::write_table;
-use super::{Placement, Qcow2Sink, State, lock, rounded};
-use crate::layout::encode_table;
+use super::image::{Placement, Qcow2Sink, State, lock, round_up_size};
 use crate::layout::entry::{L1Entry, L2Entry, Subclusters};
 use crate::layout::extension::Extensions;
 use crate::layout::header::{
@@ -14,17 +12,18 @@ use crate::layout::header::{
     INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2, MAGIC, RawHeader, V2_HEADER_LEN, V3_HEADER_LEN,
     known_feature_names,
 };
+use crate::layout::table::{encode_table, write_table};
 
-/// Bytes in one write of generated tables. Ours.
+/// Bytes of generated tables in one write. Our choice.
 const WRITE_LEN: usize = 1 << 20;
 
 impl Qcow2Sink {
-    /// Everything but data.
+    /// Writes all structures. The header comes last, so that an incomplete image has none.
     pub(super) fn write_tables(&self) -> Result<()> {
         let Some(size) = *lock(&self.size) else {
-            return Err(Error::usage("the disk's size was never told"));
+            return Err(Error::usage("the disk size was never set"));
         };
-        let virtual_size = rounded(size)?;
+        let virtual_size = round_up_size(size)?;
         let mut state = lock(&self.state);
         let State { alloc, tables } = &mut *state;
         let l1 = match self.placement {
@@ -36,7 +35,7 @@ impl Qcow2Sink {
         let l1_entries = l1.len();
         let l1_offset = match self.l1_offset {
             Some(offset) => offset,
-            // A disk of no bytes has no table.
+            // A disk of 0 bytes has no L1 table.
             None if l1_entries == 0 => 0,
             None => {
                 let clusters = (l1_entries as u64 * 8).div_ceil(shape.cluster_size());
@@ -57,7 +56,8 @@ impl Qcow2Sink {
         self.output.write_at(&header, 0)
     }
 
-    /// L2 tables in which every guest cluster has its place; their L1 table.
+    /// Writes L2 tables in which every guest cluster has a host offset, `data_start` plus its guest
+    /// offset. Returns their L1 table.
     fn write_linear_tables(
         &self,
         virtual_size: u64,
@@ -92,14 +92,14 @@ impl Qcow2Sink {
                 write_table(&self.output, &batch, batch_offset)?;
                 batch_offset += batch.len() as u64;
                 batch.clear();
-                alloc.settle(&self.output)?;
+                alloc.write_finished_blocks(&self.output)?;
             }
         }
         write_table(&self.output, &batch, batch_offset)?;
         Ok(l1)
     }
 
-    /// The first cluster.
+    /// Encodes the first cluster: header, extensions and the backing file's name.
     fn header(
         &self,
         virtual_size: u64,
@@ -120,20 +120,20 @@ impl Qcow2Sink {
         };
         // At most 2 MiB.
         let cluster_size = shape.cluster_size() as usize;
-        let room = cluster_size.saturating_sub(header_len as usize + name.len());
-        let extensions = extensions.encode(room);
-        if extensions.len() > room {
+        let max_len = cluster_size.saturating_sub(header_len as usize + name.len());
+        let extensions = extensions.encode(max_len);
+        if extensions.len() > max_len {
             return Err(Error::limit(format!(
                 "the names of the backing file and the data file do not fit into a header of {cluster_size} bytes"
             ))
             .hint("use a larger cluster_size or shorter names"));
         }
-        let bit = |on: bool, bit: u64| if on { bit } else { 0 };
+        let value_if = |on: bool, value: u64| if on { value } else { 0 };
         let zstd = options.compression == CompressionType::Zstd;
         let raw = RawHeader {
             magic: MAGIC,
             version: options.version.into(),
-            backing_file_offset: bit(!name.is_empty(), u64::from(header_len) + extensions.len() as u64)
+            backing_file_offset: value_if(!name.is_empty(), u64::from(header_len) + extensions.len() as u64)
                 .into(),
             // At most 1023.
             backing_file_size: (name.len() as u32).into(),
@@ -147,12 +147,12 @@ impl Qcow2Sink {
             refcount_table_clusters: (refcount_table.clusters as u32).into(),
             nb_snapshots: 0.into(),
             snapshots_offset: 0.into(),
-            incompatible_features: (bit(options.data_file.is_some(), INCOMPATIBLE_DATA_FILE)
-                | bit(zstd, INCOMPATIBLE_COMPRESSION_TYPE)
-                | bit(shape.extended_l2, INCOMPATIBLE_EXTENDED_L2))
+            incompatible_features: (value_if(options.data_file.is_some(), INCOMPATIBLE_DATA_FILE)
+                | value_if(zstd, INCOMPATIBLE_COMPRESSION_TYPE)
+                | value_if(shape.extended_l2, INCOMPATIBLE_EXTENDED_L2))
             .into(),
-            compatible_features: bit(options.lazy_refcounts, COMPATIBLE_LAZY_REFCOUNTS).into(),
-            autoclear_features: bit(options.data_file_raw, AUTOCLEAR_DATA_FILE_RAW).into(),
+            compatible_features: value_if(options.lazy_refcounts, COMPATIBLE_LAZY_REFCOUNTS).into(),
+            autoclear_features: value_if(options.data_file_raw, AUTOCLEAR_DATA_FILE_RAW).into(),
             refcount_order: options.refcount_order.into(),
             header_length: header_len.into(),
             compression_type: u8::from(zstd),

@@ -1,16 +1,17 @@
-//! What many threads do at once: find zeros, compare with the base, compress.
+//! Preparation of pieces by several threads: zero detection, comparison with the backing file,
+//! compression.
 
 use std::ops::Range;
 
 use imgtool_toolkit::{BufferPool, Bytes, Part, Piece, Prepared, Result};
 
-use super::Qcow2Sink;
 use super::base::Base;
+use super::image::Qcow2Sink;
 use crate::compressed::Encoder;
 use crate::options::ZERO_GRANULARITY;
 
 impl Qcow2Sink {
-    /// Parts that hold something; zeros only where they must be written.
+    /// Splits a piece into parts with data. Zeros become parts only where they must be written.
     pub(super) fn prepare_plain(&self, piece: Piece) -> Prepared {
         let (start, len) = (piece.start, piece.len);
         if self.options.stores_zeros() {
@@ -44,7 +45,7 @@ impl Qcow2Sink {
         prepared
     }
 
-    /// Whole clusters, one by one: equal to the base, zero, compressed, or as they are.
+    /// Prepares whole clusters one by one. Each is left out, zeros, compressed or plain.
     pub(super) fn prepare_clusters(
         &self,
         piece: Piece,
@@ -64,13 +65,13 @@ impl Qcow2Sink {
         let mut encoded = context.as_ref().map(|_| pool.take(data.len().max(cluster_size)));
         let mut used = 0;
         let mut scratch = vec![0; if base.is_some() { cluster_size } else { 0 }];
-        for (number, cluster) in data.chunks(cluster_size).enumerate() {
-            let range = number * cluster_size..number * cluster_size + cluster.len();
+        for (index, cluster) in data.chunks(cluster_size).enumerate() {
+            let range = index * cluster_size..index * cluster_size + cluster.len();
             let guest = prepared.start + range.start as u64..prepared.start + range.end as u64;
             while stored.next_if(|run| run.end <= range.start).is_some() {}
             let is_zero = stored.peek().is_none_or(|run| run.start >= range.end);
             match base {
-                // Everything is stored, also what the base holds already.
+                // Every cluster is stored, even if the backing file has the same bytes.
                 _ if self.options.stores_zeros() => {}
                 None if is_zero => continue,
                 Some(base)
@@ -90,7 +91,7 @@ impl Qcow2Sink {
                     let whole = if cluster.len() == cluster_size {
                         cluster
                     } else {
-                        // The disk ends within its last cluster.
+                        // The disk may end within its last cluster.
                         let mut copy = cluster.to_vec();
                         copy.resize(cluster_size, 0);
                         padded = copy;
@@ -116,16 +117,16 @@ impl Qcow2Sink {
         Ok(prepared)
     }
 
-    /// The runs of a piece that are stored. By themselves they are told apart in units of `finest`
-    /// bytes; with `-S` zeros shorter than its units go with the data around them. A compressed image
-    /// has whole clusters alone: zeros cost next to nothing there, and longer units are not kept.
+    /// Returns the runs of a piece that are stored, found in units of `finest` bytes. Zeros shorter than
+    /// the option `zero_unit` join the data around them. Compressed images ignore that option: short
+    /// zeros cost them next to nothing.
     fn stored_runs(&self, piece: &Piece, finest: u64) -> Vec<Range<usize>> {
-        let asked = self.options.zero_unit.filter(|_| self.encoder.is_none());
+        let requested = self.options.zero_unit.filter(|_| self.encoder.is_none());
         // Both at most 2 MiB.
-        piece.dense_runs(finest as usize, asked.unwrap_or(finest).max(finest) as usize)
+        piece.dense_runs(finest as usize, requested.unwrap_or(finest).max(finest) as usize)
     }
 
-    /// Zeros need an entry only where something could show through.
+    /// Splits a piece of zeros into the clusters that need an entry, as the backing file has data there.
     fn prepare_zeros(&self, piece: Piece, base: Option<&Base>) -> Result<Prepared> {
         let (start, end) = (piece.start, piece.end());
         let mut prepared = Prepared::new(piece);
@@ -151,7 +152,7 @@ impl Qcow2Sink {
     }
 }
 
-/// Adds zeros, joined with those right before.
+/// Appends zeros, joined with zeros that end where they begin.
 fn push_zeros(prepared: &mut Prepared, guest: Range<u64>) {
     if let Some(last) = prepared.parts.last_mut()
         && last.guest.end == guest.start

@@ -1,39 +1,79 @@
-//! What `map` shows: each run with the image of the chain that it is of, and its place there.
+//! Map of an image: each run with its depth in the backing chain and its place in a file.
 
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use imgtool_toolkit::extent::{MAX_EXTENTS_PER_ANSWER, push_map_extent};
 use imgtool_toolkit::storage::os;
 use imgtool_toolkit::{Error, Extent, ExtentKind, MapExtent, MapPlace, RandomInput, Result};
 
-use super::{Content, Qcow2Source};
-use crate::mapping::Mapped;
-use crate::refcounts::Refcounts;
+use super::content::Content;
+use crate::layout::header::Header;
+use crate::mapping::RunKind;
+use crate::refcounts::{RefcountGeometry, Refcounts};
 
-impl Qcow2Source {
-    /// The runs of `range`, which was checked.
-    pub(super) fn map_extents(&self, range: Range<u64>) -> Result<Vec<MapExtent>> {
-        let content = self.content()?;
-        let file: Arc<Path> = content.data.path().into();
+/// Test whether an image is preallocated and mostly unwritten, made once and only for `map`.
+pub(super) struct PreallocationTest {
+    input: RandomInput,
+    cluster_size: u64,
+    refcounts: RefcountGeometry,
+    result: OnceLock<bool>,
+}
+
+impl PreallocationTest {
+    /// Creates the test for an image; reads nothing yet.
+    pub(super) fn new(input: &RandomInput, header: &Header) -> Self {
+        Self {
+            input: input.clone(),
+            cluster_size: header.shape.cluster_size(),
+            refcounts: RefcountGeometry::of(header),
+            result: OnceLock::new(),
+        }
+    }
+
+    /// True if far more clusters are allocated than the file occupies. Only then does `map` show holes
+    /// of the file within clusters as zeros. This is qemu-img's rule, found by experiment: the holes of
+    /// an ordinary image would fragment its map.
+    fn passes(&self, content: &Content) -> Result<bool> {
+        if let Some(known) = self.result.get() {
+            return Ok(*known);
+        }
+        let result = self.run(content)?;
+        Ok(*self.result.get_or_init(|| result))
+    }
+
+    fn run(&self, content: &Content) -> Result<bool> {
+        let has_data_file = content.data.path() != self.input.path();
+        let meta = self.input.file().and_then(|file| file.metadata().ok());
+        let Some(meta) = meta.filter(|_| !has_data_file) else { return Ok(false) };
+        let occupied = os::allocated_len(&meta) / self.cluster_size;
+        let threshold = (occupied.saturating_mul(10) / 9).max(occupied.saturating_add(2));
+        Refcounts::read(&self.input, self.refcounts)?.uses_at_least(threshold, occupied.saturating_add(2))
+    }
+}
+
+impl Content {
+    /// Maps `range`, which must be within the disk. Stops early when the answer is long.
+    pub(super) fn map(&self, range: Range<u64>, preallocation: &PreallocationTest) -> Result<Vec<MapExtent>> {
+        let file: Arc<Path> = self.data.path().into();
         let mut list = Vec::new();
         let mut position = range.start;
         while position < range.end && list.len() < MAX_EXTENTS_PER_ANSWER {
-            let run = content.mapping.run(position..range.end)?;
+            let run = self.mapping.run(position..range.end)?;
             let place = |file_offset| Some(MapPlace { file: Arc::clone(&file), file_offset });
             let of = |kind| MapExtent::of(Extent { start: position, len: run.len, kind });
-            let parts = match run.mapped {
-                Mapped::Data { host_offset } => {
+            let parts = match run.kind {
+                RunKind::Data { host_offset } => {
                     let data = MapExtent { place: place(host_offset), ..of(ExtentKind::Data) };
-                    if self.looks_into_clusters()? { split_by_file(&content.data, data)? } else { vec![data] }
+                    if preallocation.passes(self)? { split_at_holes(&self.data, data)? } else { vec![data] }
                 }
-                Mapped::Zero { host_offset } => {
+                RunKind::Zero { host_offset } => {
                     vec![MapExtent { place: host_offset.and_then(place), ..of(ExtentKind::Zero) }]
                 }
-                Mapped::Compressed(_) => vec![MapExtent { compressed: true, ..of(ExtentKind::Data) }],
-                Mapped::Unallocated { host_offset } => {
-                    content.map_below(position..position + run.len, host_offset.and_then(place))?
+                RunKind::Compressed(_) => vec![MapExtent { compressed: true, ..of(ExtentKind::Data) }],
+                RunKind::Unallocated { host_offset } => {
+                    self.map_backing(position..position + run.len, host_offset.and_then(place))?
                 }
             };
             for part in parts {
@@ -44,33 +84,11 @@ impl Qcow2Source {
         Ok(list)
     }
 
-    /// Whether holes of the file within clusters are shown as zeros: only where far more clusters are
-    /// allocated than the file occupies (preallocated, never written). This is qemu-img's rule, found
-    /// by experiment: those of an ordinary image would tear its map to pieces.
-    fn looks_into_clusters(&self) -> Result<bool> {
-        if let Some(known) = self.sparse_clusters.get() {
-            return Ok(*known);
-        }
-        let found = self.is_preallocated()?;
-        Ok(*self.sparse_clusters.get_or_init(|| found))
-    }
-
-    fn is_preallocated(&self) -> Result<bool> {
-        let has_data_file = self.content()?.data.path() != self.input.path();
-        let meta = self.input.file().and_then(|file| file.metadata().ok());
-        let Some(meta) = meta.filter(|_| !has_data_file) else { return Ok(false) };
-        let occupied = os::allocated_len(&meta) / self.shape.cluster_size();
-        let wanted = (occupied.saturating_mul(10) / 9).max(occupied.saturating_add(2));
-        Refcounts::read(&self.input, self.refcount_table)?.has_in_use(wanted, occupied.saturating_add(2))
-    }
-}
-
-impl Content {
-    /// What the backing file says, one level down. Beyond its end `place` is told: an unused part of
-    /// an allocated cluster.
-    fn map_below(&self, range: Range<u64>, place: Option<MapPlace>) -> Result<Vec<MapExtent>> {
-        let below = self.backing.as_ref().filter(|backing| range.start < backing.size);
-        let Some(backing) = below else {
+    /// Maps a range of the backing file, one level deeper. Beyond the end of the backing file the range
+    /// is a hole at `place`: an unused part of an allocated cluster.
+    fn map_backing(&self, range: Range<u64>, place: Option<MapPlace>) -> Result<Vec<MapExtent>> {
+        let covering = self.backing.as_ref().filter(|backing| range.start < backing.size);
+        let Some(backing) = covering else {
             let hole = Extent { start: range.start, len: range.end - range.start, kind: ExtentKind::Hole };
             return Ok(vec![MapExtent { place, ..MapExtent::of(hole) }]);
         };
@@ -82,14 +100,14 @@ impl Content {
     }
 }
 
-/// A run of data in parts that are and parts that are no holes of the file.
-fn split_by_file(input: &RandomInput, whole: MapExtent) -> Result<Vec<MapExtent>> {
+/// Splits a run of data where holes of the file begin and end. Holes become zeros.
+fn split_at_holes(input: &RandomInput, whole: MapExtent) -> Result<Vec<MapExtent>> {
     let mut parts = Vec::new();
     let Some(place) = whole.place.clone() else { return Ok(vec![whole]) };
     let mut done = 0;
     while done < whole.len && parts.len() < MAX_EXTENTS_PER_ANSWER {
         let host = place.file_offset + done;
-        // What is beyond the end of the file reads as an error, not as zeros.
+        // Bytes beyond the end of the file are data: reading them is an error.
         let (end, is_data) = match host < input.len() {
             true => input.run(host).map(|run| (run.end, run.is_data))?,
             false => (u64::MAX, true),

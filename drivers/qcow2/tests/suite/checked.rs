@@ -1,4 +1,4 @@
-//! `check`, `measure` and `map` beside qemu-img's.
+//! `check`, `measure` and extents, compared with qemu-img.
 
 use std::path::Path;
 
@@ -13,8 +13,9 @@ use crate::tools::{have, options, run, run_any};
 const MIB: u64 = 1 << 20;
 const COPIED: u64 = 1 << 63;
 
-/// An image of qemu-io with data, compressed and preallocated zero clusters, and where its tables are.
-struct Victim {
+/// Image of qemu-io with data, compressed and preallocated zero clusters, and the host offsets of its
+/// tables.
+struct MixedImage {
     bytes: Vec<u8>,
     l1: usize,
     l2: usize,
@@ -22,9 +23,9 @@ struct Victim {
     refcount_block: usize,
 }
 
-impl Victim {
+impl MixedImage {
     fn make(directory: &Path) -> Self {
-        run("qemu-img", directory, &["create", "-q", "-f", "qcow2", "victim", "8M"]);
+        run("qemu-img", directory, &["create", "-q", "-f", "qcow2", "image", "8M"]);
         for command in [
             "write -c -P 3 4M 64k",
             "write -P 1 0 70k",
@@ -33,21 +34,21 @@ impl Victim {
             "write -c -P 4 4160k 64k",
             "write -P 5 5M 64k",
         ] {
-            run("qemu-io", directory, &["-c", command, "victim"]);
+            run("qemu-io", directory, &["-c", command, "image"]);
         }
-        let mut victim = Self {
-            bytes: std::fs::read(directory.join("victim")).unwrap(),
+        let mut image = Self {
+            bytes: std::fs::read(directory.join("image")).unwrap(),
             l1: 0,
             l2: 0,
             refcount_table: 0,
             refcount_block: 0,
         };
-        let place = |victim: &Self, at: usize| (victim.get(at) & 0x00ff_ffff_ffff_fe00) as usize;
-        victim.l1 = place(&victim, 40);
-        victim.l2 = place(&victim, victim.l1);
-        victim.refcount_table = place(&victim, 48);
-        victim.refcount_block = place(&victim, victim.refcount_table);
-        victim
+        let place = |image: &Self, at: usize| (image.get(at) & 0x00ff_ffff_ffff_fe00) as usize;
+        image.l1 = place(&image, 40);
+        image.l2 = place(&image, image.l1);
+        image.refcount_table = place(&image, 48);
+        image.refcount_block = place(&image, image.refcount_table);
+        image
     }
 
     fn get(&self, at: usize) -> u64 {
@@ -67,7 +68,7 @@ impl Victim {
         bytes
     }
 
-    /// Damage to each structure that qemu-img counts without reading garbage as a table.
+    /// Damaged copies, one per kind of damage that qemu-img counts without reading garbage as a table.
     fn damaged(&self) -> Vec<(&'static str, Vec<u8>)> {
         let (l1, l2, table) = (self.l1, self.l2, self.refcount_table);
         let compressed = l2 + 8 * 64;
@@ -119,16 +120,20 @@ fn assert_same_check(directory: &Path, image: &str, what: &str) {
     let input = Input::open_plain(&directory.join(image)).unwrap();
     let ours = Qcow2Driver.check(input, &OpenOptions::default());
     let Ok(theirs) = serde_json::from_str::<Value>(&out) else {
-        // It gave up: so may we, but not find the image clean.
+        // qemu-img gave up. Our check may fail too, but must not pass the image.
         assert_ne!(code, 0, "{what}: {out}");
         assert!(ours.is_err() || ours.is_ok_and(|ours| ours.corruptions + ours.check_errors > 0), "{what}");
         return;
     };
     let ours = ours.unwrap_or_else(|e| panic!("{what}: {e}, qemu-img: {theirs}"));
     let found = &ours.findings;
-    // An image that qemu-img passes and can't read.
-    let unreadable = u64::from(found.iter().any(|finding| finding.contains("in a version 2 image")));
-    assert_eq!(ours.corruptions - unreadable, number(&theirs, "corruptions"), "{what}: {found:#?} {theirs}");
+    // Version 2 images with zero clusters pass qemu-img check, although qemu-img cannot read them.
+    let v2_zero_clusters = u64::from(found.iter().any(|finding| finding.contains("in a version 2 image")));
+    assert_eq!(
+        ours.corruptions - v2_zero_clusters,
+        number(&theirs, "corruptions"),
+        "{what}: {found:#?} {theirs}"
+    );
     assert_eq!(ours.leaks, number(&theirs, "leaks"), "{what}: {found:#?}");
     assert_eq!(ours.check_errors, number(&theirs, "check-errors"), "{what}");
     assert_eq!(ours.image_end_offset, Some(number(&theirs, "image-end-offset")), "{what}");
@@ -139,45 +144,45 @@ fn assert_same_check(directory: &Path, image: &str, what: &str) {
 }
 
 #[test]
-fn damage_is_counted_as_qemu_img_counts_it() {
+fn counts_damage_like_qemu_img() {
     if !have("qemu-img") || !have("qemu-io") {
         return;
     }
     let directory = scratch();
-    let victim = Victim::make(directory.path());
-    for (what, bytes) in victim.damaged() {
+    let image = MixedImage::make(directory.path());
+    for (what, bytes) in image.damaged() {
         std::fs::write(directory.path().join("x"), bytes).unwrap();
         assert_same_check(directory.path(), "x", what);
     }
 }
 
-/// Numbers that a table's entry is overwritten with.
+/// Returns wrong values for a table entry.
 fn wrong_entries(old: u64, places: &[u64], cluster_size: u64, file_len: u64) -> Vec<u64> {
     let mut values = vec![0, old | 1, old | 0x100, old | 0x200, old | (1 << 60), old ^ COPIED];
     values.extend([old.wrapping_add(cluster_size), COPIED | (1 << 40), (1 << 62) | (1 << 30), u64::MAX >> 1]);
-    // Just behind the end of the file: what leaves it by less than a cluster is another matter.
+    // Right after the end of the file. A cluster partly beyond the end is a different case.
     values.push(COPIED | (file_len / cluster_size * cluster_size));
     values.extend(places);
     values.extend(places.iter().map(|place| COPIED | place));
     values
 }
 
-/// What could be damaged in an image of qemu-img: the places of entries, and all of its bytes.
-struct Subject {
+/// Image of qemu-img, and the file offsets of entries to damage.
+struct VariantImage {
     bytes: Vec<u8>,
-    /// Name and file offset of entries of eight bytes.
+    /// Name and file offset of eight-byte entries.
     entries: Vec<(&'static str, usize)>,
-    /// Tables, which entries may be made to overlap.
+    /// Host offsets of tables that a damaged entry may overlap.
     places: Vec<u64>,
     refcount_block: usize,
     cluster_size: u64,
 }
 
-impl Subject {
+impl VariantImage {
     fn make(directory: &Path, set: &str, rich: bool) -> Self {
-        run("qemu-img", directory, &["create", "-q", "-f", "qcow2", "-o", set, "subject", "8M"]);
+        run("qemu-img", directory, &["create", "-q", "-f", "qcow2", "-o", set, "image", "8M"]);
         let write = |command: &str| {
-            run("qemu-io", directory, &["-c", command, "subject"]);
+            run("qemu-io", directory, &["-c", command, "image"]);
         };
         if rich {
             write("write -q -c -P 3 4M 256k");
@@ -188,11 +193,11 @@ impl Subject {
             write(command);
         }
         if rich {
-            run("qemu-img", directory, &["snapshot", "-c", "one", "subject"]);
+            run("qemu-img", directory, &["snapshot", "-c", "one", "image"]);
             write("write -q -P 9 64k 128k");
-            run("qemu-img", directory, &["snapshot", "-c", "two", "subject"]);
+            run("qemu-img", directory, &["snapshot", "-c", "two", "image"]);
         }
-        let bytes = std::fs::read(directory.join("subject")).unwrap();
+        let bytes = std::fs::read(directory.join("image")).unwrap();
         let be64 = |at: u64| u64::from_be_bytes(bytes[at as usize..at as usize + 8].try_into().unwrap());
         let place = |at: u64| be64(at) & 0x00ff_ffff_ffff_fe00;
         let (l1, refcount_table, snapshots) = (place(40), place(48), be64(64));
@@ -228,7 +233,7 @@ impl Subject {
         for &(name, at) in &self.entries {
             let old = u64::from_be_bytes(self.bytes[at..at + 8].try_into().unwrap());
             for value in wrong_entries(old, &self.places, self.cluster_size, file_len) {
-                // A snapshot's table beyond 2^63 is where qemu-img gives up.
+                // qemu-img gives up at a snapshot's table beyond 2^63.
                 if name == "snapshot" && value >> 63 == 1 {
                     continue;
                 }
@@ -250,7 +255,7 @@ impl Subject {
 }
 
 #[test]
-fn damage_to_each_structure_of_each_kind_of_image_is_counted_as_qemu_img_counts_it() {
+fn counts_damage_in_each_image_variant_like_qemu_img() {
     if !have("qemu-img") || !have("qemu-io") {
         return;
     }
@@ -262,8 +267,8 @@ fn damage_to_each_structure_of_each_kind_of_image_is_counted_as_qemu_img_counts_
         ("cluster_size=4k,refcount_bits=1", false),
         ("cluster_size=512,refcount_bits=64", false),
     ] {
-        let subject = Subject::make(directory.path(), set, rich);
-        for (what, bytes) in subject.damaged() {
+        let image = VariantImage::make(directory.path(), set, rich);
+        for (what, bytes) in image.damaged() {
             std::fs::write(directory.path().join("x"), bytes).unwrap();
             assert_same_check(directory.path(), "x", &format!("{set}, {what}"));
         }
@@ -271,7 +276,7 @@ fn damage_to_each_structure_of_each_kind_of_image_is_counted_as_qemu_img_counts_
 }
 
 #[test]
-fn sound_foreign_images_are_clean() {
+fn passes_sound_foreign_images() {
     if !have("qemu-img") || !have("qemu-io") {
         return;
     }
@@ -309,7 +314,7 @@ fn sound_foreign_images_are_clean() {
     }
 }
 
-fn measured() -> Vec<Image> {
+fn measured_images() -> Vec<Image> {
     let content = Content::zero().with(0..70_000, Fill::Random).with(9 * MIB..12 * MIB + 5, Fill::Text);
     vec![
         Image::disk("empty", 0, Content::zero()),
@@ -320,12 +325,12 @@ fn measured() -> Vec<Image> {
 }
 
 #[test]
-fn measure_agrees() {
+fn measure_agrees_with_qemu_img() {
     if !have("qemu-img") {
         return;
     }
     let directory = scratch();
-    for image in measured() {
+    for image in measured_images() {
         let raw = laws::make(&RawDriver, &CreateOptions::default(), &image, directory.path());
         for set in [
             "compat=1.1",
@@ -346,8 +351,8 @@ fn measure_agrees() {
     }
 }
 
-/// Runs of (start, length, reads as zero) as qemu-img's map has them, neighbours joined.
-fn joined(runs: impl Iterator<Item = (u64, u64, bool)>) -> Vec<(u64, u64, bool)> {
+/// Joins adjacent runs (start, length, true if zero) as qemu-img's map does.
+fn join_runs(runs: impl Iterator<Item = (u64, u64, bool)>) -> Vec<(u64, u64, bool)> {
     let mut joined: Vec<(u64, u64, bool)> = Vec::new();
     for (start, len, zero) in runs {
         match joined.last_mut() {
@@ -359,7 +364,7 @@ fn joined(runs: impl Iterator<Item = (u64, u64, bool)>) -> Vec<(u64, u64, bool)>
 }
 
 #[test]
-fn extents_agree_with_map() {
+fn extents_agree_with_qemu_img_map() {
     if !have("qemu-img") || !have("qemu-io") {
         return;
     }
@@ -378,7 +383,7 @@ fn extents_agree_with_map() {
         }
         let theirs: Value =
             serde_json::from_str(&run("qemu-img", directory.path(), &["map", "--output=json", "x"])).unwrap();
-        let theirs = joined(
+        let theirs = join_runs(
             theirs
                 .as_array()
                 .unwrap()
@@ -395,8 +400,8 @@ fn extents_agree_with_map() {
             at = extents.last().unwrap().end();
             ours.extend(extents.into_iter().map(|extent| (extent.start, extent.len, !extent.is_data())));
         }
-        // Holes of the file itself are told apart more finely than qemu-img does for small clusters.
-        let ours = joined(ours.into_iter());
+        // With small clusters, our extents show holes of the file more finely than qemu-img.
+        let ours = join_runs(ours.into_iter());
         for (start, len, _) in ours.iter().filter(|run| !run.2) {
             let within = theirs.iter().any(|run| !run.2 && run.0 <= *start && start + len <= run.0 + run.1);
             assert!(within, "{set}: data at {start}, {len} bytes, is zero for qemu-img: {theirs:?}");
@@ -406,7 +411,7 @@ fn extents_agree_with_map() {
 }
 
 #[test]
-fn an_image_that_cannot_be_read_is_not_clean() {
+fn does_not_pass_an_unreadable_image() {
     if !have("qemu-img") || !have("qemu-io") {
         return;
     }
@@ -417,7 +422,7 @@ fn an_image_that_cannot_be_read_is_not_clean() {
     let mut bytes = std::fs::read(&path).unwrap();
     let be = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
     let l2 = (be(be(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
-    // The zero flag, which came with version 3.
+    // The zero flag, which version 2 does not have.
     bytes[l2 + 7] |= 1;
     std::fs::write(&path, bytes).unwrap();
     let (code, _, _) = run_any("qemu-img", directory.path(), &["convert", "-O", "raw", "x", "y"]);

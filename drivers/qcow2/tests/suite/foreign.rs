@@ -1,4 +1,4 @@
-//! Images that qemu-img and qemu-io made, read by us.
+//! Images of qemu-img and qemu-io, read by this driver.
 
 use std::path::Path;
 
@@ -9,14 +9,14 @@ use imgtool_toolkit::{CreateOptions, Driver, ErrorKind, Input, OpenOptions};
 
 use crate::tools::{convert, have, open_options, run, run_any};
 
-/// Converts `image` to raw with us and with qemu-img; both must be the same.
+/// Asserts that this driver and qemu-img convert `image` to the same raw file.
 #[track_caller]
-fn assert_read_alike(directory: &Path, image: &str) {
-    assert_snapshot_alike(directory, image, None);
+fn assert_same_content(directory: &Path, image: &str) {
+    assert_same_snapshot(directory, image, None);
 }
 
 #[track_caller]
-fn assert_snapshot_alike(directory: &Path, image: &str, snapshot: Option<&str>) {
+fn assert_same_snapshot(directory: &Path, image: &str, snapshot: Option<&str>) {
     let theirs = directory.join("theirs.raw");
     let mut args = vec!["convert", "-f", "qcow2", "-O", "raw"];
     args.extend(snapshot.iter().flat_map(|name| ["-l", name]));
@@ -31,13 +31,13 @@ fn assert_snapshot_alike(directory: &Path, image: &str, snapshot: Option<&str>) 
         )
         .unwrap();
         if std::fs::metadata(&ours).unwrap().len() > 64 << 20 {
-            // Mostly holes: qemu-img skips them.
+            // Mostly holes, which qemu-img compare skips.
             run("qemu-img", directory, &["compare", "-f", "raw", "-F", "raw", "ours.raw", "theirs.raw"]);
             continue;
         }
         let (mut theirs, ours) = (std::fs::read(&theirs).unwrap(), std::fs::read(ours).unwrap());
         if snapshot.is_some() && theirs.len() > ours.len() {
-            // qemu-img gives a snapshot today's size; the snapshot table knows its own.
+            // qemu-img uses the size of the active state, this driver that of the snapshot.
             assert!(theirs.drain(ours.len()..).all(|byte| byte == 0));
         }
         assert_eq!(theirs.len(), ours.len());
@@ -46,14 +46,14 @@ fn assert_snapshot_alike(directory: &Path, image: &str, snapshot: Option<&str>) 
     }
 }
 
-/// Fills an image of 8 MiB with all kinds of clusters. `v3`: zero clusters exist.
+/// Fills an image of 8 MiB with all kinds of clusters; with zero clusters if `v3` is set.
 fn scribble(directory: &Path, image: &str, compressed: bool, v3: bool) {
     let text: Vec<u8> =
         (0..9_000u32).flat_map(|i| format!("line {} of the text\n", i * i % 1009).into_bytes()).collect();
     std::fs::write(directory.join("text"), text).unwrap();
     let mut commands = Vec::new();
     if compressed {
-        // Compressed writes only go where nothing is yet.
+        // Compressed writes need unallocated clusters.
         commands.extend(["write -c -P 77 4M 2M", "write -c -s text 6M 2M"]);
     }
     commands.extend([
@@ -84,7 +84,7 @@ fn create(directory: &Path, image: &str, options: &str, size: &str) {
 }
 
 #[test]
-fn versions_clusters_refcounts_compression() {
+fn reads_every_version_cluster_size_refcount_width_and_compression() {
     if !have("qemu-img") || !have("qemu-io") {
         return;
     }
@@ -107,7 +107,7 @@ fn versions_clusters_refcounts_compression() {
                     create(directory.path(), "x", &set, "8M");
                     scribble(directory.path(), "x", true, compat == "1.1");
                     println!("{set}");
-                    assert_read_alike(directory.path(), "x");
+                    assert_same_content(directory.path(), "x");
                 }
             }
         }
@@ -115,7 +115,7 @@ fn versions_clusters_refcounts_compression() {
 }
 
 #[test]
-fn subclusters() {
+fn reads_subclusters() {
     if !have("qemu-img") || !have("qemu-io") {
         return;
     }
@@ -127,21 +127,21 @@ fn subclusters() {
             let set = format!("extended_l2=on,cluster_size={cluster},backing_file=base,backing_fmt=qcow2");
             create(directory.path(), "x", &set, "8M");
             scribble(directory.path(), "x", compressed, true);
-            assert_read_alike(directory.path(), "x");
+            assert_same_content(directory.path(), "x");
         }
     }
     create(directory.path(), "x", "extended_l2=on,preallocation=metadata", "8M");
     scribble(directory.path(), "x", false, true);
-    assert_read_alike(directory.path(), "x");
+    assert_same_content(directory.path(), "x");
 }
 
 #[test]
-fn backing_chains() {
+fn reads_backing_chains() {
     if !have("qemu-img") || !have("qemu-io") {
         return;
     }
     let directory = scratch();
-    // Shorter, of odd size, raw: the end of a chain of four with other cluster sizes each.
+    // A chain of four, each image with another cluster size. The bottom is raw, shorter, and of odd size.
     std::fs::write(directory.path().join("bottom"), vec![0xb0; 3_000_321]).unwrap();
     create(directory.path(), "one", "cluster_size=2M,backing_file=bottom,backing_fmt=raw", "8M");
     scribble(directory.path(), "one", true, true);
@@ -150,9 +150,9 @@ fn backing_chains() {
     create(directory.path(), "three", "cluster_size=64k,backing_file=two,backing_fmt=qcow2", "12M");
     run("qemu-io", directory.path(), &["-c", "write -z 5100k 100k", "-c", "write -P 8 11M 10k", "three"]);
     for image in ["one", "two", "three"] {
-        assert_read_alike(directory.path(), image);
+        assert_same_content(directory.path(), image);
     }
-    // Without permission nothing is opened, and the error says what would be needed.
+    // Without permission the driver opens nothing, and the error names the backing file.
     let input = Input::open_plain(&directory.path().join("three")).unwrap();
     let error = Qcow2Driver.open(input, &OpenOptions::default()).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Refused);
@@ -164,7 +164,7 @@ fn backing_chains() {
 }
 
 #[test]
-fn data_files() {
+fn reads_data_files() {
     if !have("qemu-img") || !have("qemu-io") {
         return;
     }
@@ -177,7 +177,7 @@ fn data_files() {
     ] {
         create(directory.path(), "x", set, "8M");
         scribble(directory.path(), "x", false, true);
-        assert_read_alike(directory.path(), "x");
+        assert_same_content(directory.path(), "x");
         let input = Input::open_plain(&directory.path().join("x")).unwrap();
         let error = Qcow2Driver.open(input, &OpenOptions::default()).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::Refused);
@@ -187,7 +187,7 @@ fn data_files() {
 }
 
 #[test]
-fn snapshots() {
+fn reads_snapshots() {
     if !have("qemu-img") || !have("qemu-io") {
         return;
     }
@@ -203,7 +203,7 @@ fn snapshots() {
             run("qemu-img", directory.path(), &["resize", "-q", "x", "10M"]);
         }
         for snapshot in [None, Some("empty"), Some("first state"), Some("3"), Some("zwei")] {
-            assert_snapshot_alike(directory.path(), "x", snapshot);
+            assert_same_snapshot(directory.path(), "x", snapshot);
         }
         let input = Input::open_plain(&directory.path().join("x")).unwrap();
         let options = OpenOptions { snapshot: Some("nobody".into()), ..OpenOptions::default() };
@@ -216,7 +216,7 @@ fn snapshots() {
 }
 
 #[test]
-fn odd_and_large_sizes() {
+fn reads_odd_and_large_sizes() {
     if !have("qemu-img") || !have("qemu-io") {
         return;
     }
@@ -228,22 +228,22 @@ fn odd_and_large_sizes() {
             let command = format!("write -P 6 {} {}", size / 2, size - size / 2);
             run("qemu-io", directory.path(), &["-c", &command, "x"]);
         }
-        assert_read_alike(directory.path(), "x");
+        assert_same_content(directory.path(), "x");
         run("qemu-img", directory.path(), &["convert", "-c", "-O", "qcow2", "x", "y"]);
-        assert_read_alike(directory.path(), "y");
+        assert_same_content(directory.path(), "y");
     }
-    // Data behind the first L2 table, with and without compression.
+    // Data beyond the first L2 table, with and without compression.
     create(directory.path(), "x", "compat=1.1", "1200M");
     for command in
         ["write -P 6 511M 2M", "write -P 7 1100M 70k", "write -P 8 1228799k 1k", "write -c -P 9 600M 64k"]
     {
         run("qemu-io", directory.path(), &["-c", command, "x"]);
     }
-    assert_read_alike(directory.path(), "x");
+    assert_same_content(directory.path(), "x");
 }
 
 #[test]
-fn encryption_is_rejected_by_name() {
+fn refuses_encryption_by_name() {
     if !have("qemu-img") {
         return;
     }
@@ -258,7 +258,7 @@ fn encryption_is_rejected_by_name() {
             Qcow2Driver.open(Input::open_plain(&path).unwrap(), &OpenOptions::default()).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert!(error.to_string().to_lowercase().contains(&format!("encrypted ({format})")), "{error}");
-        // Facts are there all the same.
+        // Its facts are available nevertheless.
         let options = OpenOptions { info_only: true, ..OpenOptions::default() };
         let source = Qcow2Driver.open(Input::open_plain(&path).unwrap(), &options).unwrap();
         assert!(source.info().facts.iter().any(|fact| fact.key == "encrypted"));

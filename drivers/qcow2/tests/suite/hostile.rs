@@ -1,4 +1,4 @@
-//! Damaged and crafted images: an error that says where, no panic, no hang, no memory.
+//! Damaged and crafted images: an error with its place, no panic, no hang, bounded memory.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ fn sample() -> Image {
     Image::disk("sample", 2 * MIB, content)
 }
 
-/// The smallest image of ours: a table of fields may be overwritten by their offset.
+/// Writes a sample image with `fields` overwritten, each by its file offset.
 fn crafted(directory: &Path, fields: &[(usize, &[u8])]) -> std::path::PathBuf {
     let mut bytes = laws::make_bytes(&Qcow2Driver, &options(""), &sample());
     for (at, value) in fields {
@@ -27,25 +27,25 @@ fn crafted(directory: &Path, fields: &[(usize, &[u8])]) -> std::path::PathBuf {
     path
 }
 
-/// Opens and, if that works, reads everything.
+/// Opens an image and reads its extents and content.
 fn read_all(path: &Path, options: &OpenOptions) -> Result<(), Error> {
     let source = Qcow2Driver.open(Input::open_plain(path)?, options)?;
     let size = source.info().devices[0].size;
     let random = source.random().unwrap();
-    let (mut at, mut asked) = (0, 0);
-    while at < size && asked < 1000 {
+    let (mut at, mut calls) = (0, 0);
+    while at < size && calls < 1000 {
         at = random.extents(DeviceId(0), at..size)?.last().unwrap().end();
-        asked += 1;
+        calls += 1;
     }
     let mut buf = vec![0; size.min(4 * MIB) as usize];
     random.read_at(DeviceId(0), &mut buf, 0)
 }
 
-/// A name, fields that are overwritten, and the error that must come of it.
+/// Name, overwritten fields, and the expected kind of error.
 type Case<'a> = (&'a str, &'a [(usize, &'a [u8])], ErrorKind);
 
 #[test]
-fn headers_beyond_their_bounds_are_rejected() {
+fn rejects_header_fields_out_of_bounds() {
     let directory = scratch();
     let cases: &[Case<'_>] = &[
         ("magic", &[(0, b"QFI\0")], ErrorKind::WrongFormat),
@@ -105,9 +105,9 @@ fn headers_beyond_their_bounds_are_rejected() {
 }
 
 #[test]
-fn an_unknown_feature_is_rejected_by_the_name_in_the_image() {
+fn names_an_unknown_feature_from_the_image() {
     let directory = scratch();
-    // The name table begins at 112; its first entry is made one for bit 32.
+    // The feature name table begins at 112. Its first entry becomes that of bit 32.
     let path = crafted(directory.path(), &[(75, &[1]), (120, &[0, 32]), (122, b"time travel\0")]);
     let error = read_all(&path, &OpenOptions::default()).unwrap_err();
     assert!(error.to_string().contains("'time travel' (bit 32)"), "{error}");
@@ -117,7 +117,7 @@ fn an_unknown_feature_is_rejected_by_the_name_in_the_image() {
 }
 
 #[test]
-fn dirty_is_a_note_and_corrupt_can_be_forced() {
+fn notes_a_dirty_image_and_reads_a_corrupt_one_with_force() {
     let directory = scratch();
     let path = crafted(directory.path(), &[(79, &[3])]);
     let force = OpenOptions { force: true, ..OpenOptions::default() };
@@ -127,14 +127,14 @@ fn dirty_is_a_note_and_corrupt_can_be_forced() {
 }
 
 #[test]
-fn truncated_images_are_errors() {
+fn rejects_truncated_images() {
     for set in ["", "compress", "cluster_size=4k", "preallocation=metadata,cluster_size=512"] {
         laws::truncated_is_an_error(&Qcow2Driver, &options(set), &sample());
     }
 }
 
 #[test]
-fn a_lost_cluster_names_guest_range_and_file_offset() {
+fn names_guest_range_and_file_offset_of_a_lost_cluster() {
     let directory = scratch();
     let mut bytes = laws::make_bytes(&Qcow2Driver, &options(""), &sample());
     let be64 = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
@@ -145,21 +145,21 @@ fn a_lost_cluster_names_guest_range_and_file_offset() {
     let error = read_all(&path, &OpenOptions::default()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt);
     assert_eq!((error.guest_range(), error.file_offset()), (Some(65_536..131_072), Some(0x4000_0000)));
-    // Salvage restores the rest and says what is lost.
+    // Salvage reads the rest and lists the lost range.
     let salvage = OpenOptions { salvage: true, ..OpenOptions::default() };
     let source = Qcow2Driver.open(Input::open_plain(&path).unwrap(), &salvage).unwrap();
     let mut buf = vec![1; 200_000];
     source.random().unwrap().read_at(DeviceId(0), &mut buf, 0).unwrap();
-    let mut wanted = vec![0; 200_000];
-    sample().devices[0].1.read(&mut wanted, 0);
-    wanted[65_536..131_072].fill(0);
-    assert!(buf == wanted);
+    let mut expected = vec![0; 200_000];
+    sample().devices[0].1.read(&mut expected, 0);
+    expected[65_536..131_072].fill(0);
+    assert!(buf == expected);
     assert_eq!(source.losses().len(), 1);
     assert_eq!(source.losses()[0].guest, 65_536..131_072);
 }
 
-/// What salvage reads of an image, and the guest ranges that it lists as lost.
-fn salvaged(path: &Path) -> (Vec<u8>, Vec<std::ops::Range<u64>>) {
+/// Reads an image with salvage; returns its content and the lost guest ranges.
+fn salvage(path: &Path) -> (Vec<u8>, Vec<std::ops::Range<u64>>) {
     let salvage = OpenOptions { salvage: true, ..OpenOptions::default() };
     let source = Qcow2Driver.open(Input::open_plain(path).unwrap(), &salvage).unwrap();
     let mut content = vec![1; usize::try_from(source.info().devices[0].size).unwrap()];
@@ -168,32 +168,32 @@ fn salvaged(path: &Path) -> (Vec<u8>, Vec<std::ops::Range<u64>>) {
 }
 
 #[test]
-fn salvage_keeps_what_stands_beside_a_bad_entry() {
+fn salvage_keeps_the_neighbours_of_a_bad_entry() {
     let directory = scratch();
     let path = directory.path().join("x.qcow2");
     let mut bytes = laws::make_bytes(&Qcow2Driver, &options(""), &sample());
     std::fs::write(&path, &bytes).unwrap();
-    let (mut wanted, none) = salvaged(&path);
+    let (mut expected, none) = salvage(&path);
     assert_eq!(none, []);
     let be64 = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
     let l2 = (be64(be64(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
-    // No multiple of the cluster size.
+    // Not aligned to clusters.
     bytes[l2 + 8..l2 + 16].copy_from_slice(&(1u64 << 63 | 0x1_0200).to_be_bytes());
     std::fs::write(&path, bytes).unwrap();
-    wanted[65_536..131_072].fill(0);
-    let (content, lost) = salvaged(&path);
-    assert!(content == wanted);
+    expected[65_536..131_072].fill(0);
+    let (content, lost) = salvage(&path);
+    assert!(content == expected);
     assert_eq!(lost, std::slice::from_ref(&(65_536..131_072)));
 }
 
 #[test]
-fn salvage_reads_the_disk_where_the_snapshots_are_damaged() {
+fn salvage_ignores_a_damaged_snapshot_table() {
     let directory = scratch();
     let path = directory.path().join("x.qcow2");
     let mut bytes = laws::make_bytes(&Qcow2Driver, &options(""), &sample());
     std::fs::write(&path, &bytes).unwrap();
-    let (wanted, _) = salvaged(&path);
-    // One snapshot, whose id and name pass the end of the file.
+    let (expected, _) = salvage(&path);
+    // One snapshot, whose ID and name extend beyond the end of the file.
     bytes.resize(bytes.len().next_multiple_of(65_536), 0);
     let at = bytes.len() as u64;
     bytes[60..64].copy_from_slice(&1u32.to_be_bytes());
@@ -203,35 +203,35 @@ fn salvage_reads_the_disk_where_the_snapshots_are_damaged() {
     bytes.extend([0; 24]);
     std::fs::write(&path, bytes).unwrap();
     read_all(&path, &OpenOptions::default()).expect_err("a snapshot is cut short");
-    let (content, lost) = salvaged(&path);
-    assert!(content == wanted);
+    let (content, lost) = salvage(&path);
+    assert!(content == expected);
     assert_eq!(lost, []);
 }
 
 #[test]
-fn salvage_keeps_the_part_of_a_cluster_that_a_cut_file_has() {
+fn salvage_keeps_the_remaining_part_of_a_truncated_cluster() {
     let directory = scratch();
     let path = directory.path().join("x.qcow2");
     let mut bytes = laws::make_bytes(&Qcow2Driver, &options(""), &sample());
     let be64 = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
     let l2 = (be64(be64(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
     std::fs::write(&path, &bytes).unwrap();
-    let (mut wanted, _) = salvaged(&path);
-    // The second cluster's data moves to the end of the file, which is cut in the middle of it.
+    let (mut expected, _) = salvage(&path);
+    // The data of the second cluster moves to the end of the file and is cut in the middle.
     let from = (be64(l2 + 8) & 0x00ff_ffff_ffff_fe00) as usize;
     bytes.resize(bytes.len().next_multiple_of(65_536), 0);
     let to = bytes.len();
     bytes.extend_from_within(from..from + 30_001);
     bytes[l2 + 8..l2 + 16].copy_from_slice(&(1u64 << 63 | to as u64).to_be_bytes());
     std::fs::write(&path, bytes).unwrap();
-    wanted[65_536 + 30_001..131_072].fill(0);
-    let (content, lost) = salvaged(&path);
-    assert!(content == wanted);
+    expected[65_536 + 30_001..131_072].fill(0);
+    let (content, lost) = salvage(&path);
+    assert!(content == expected);
     assert_eq!(lost, std::slice::from_ref(&(65_536 + 30_001..131_072)));
 }
 
 #[test]
-fn random_damage_does_no_harm() {
+fn survives_random_damage() {
     for set in ["", "compress,cluster_size=512", "extended_l2=on", "compress,compression_type=zstd"] {
         let image = laws::make_bytes(&Qcow2Driver, &options(set), &sample());
         let be64 = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap());
@@ -244,7 +244,7 @@ fn random_damage_does_no_harm() {
 }
 
 #[test]
-fn damage_does_not_stop_a_check() {
+fn check_survives_damage() {
     let directory = scratch();
     let image = laws::make_bytes(&Qcow2Driver, &options("compress"), &sample());
     let path = directory.path().join("x");
@@ -254,7 +254,7 @@ fn damage_does_not_stop_a_check() {
             let mut bytes = image.clone();
             bytes[at] = value;
             std::fs::write(&path, bytes).unwrap();
-            // Any answer will do.
+            // Any result is fine, as long as there is one.
             let _ = Qcow2Driver.check(Input::open_plain(&path).unwrap(), &OpenOptions::default());
         }
     }
@@ -262,12 +262,12 @@ fn damage_does_not_stop_a_check() {
 }
 
 #[test]
-fn an_l1_table_that_repeats_one_l2_table_takes_no_time_to_check() {
+fn checks_and_refuses_an_l1_table_of_one_repeated_l2_table_quickly() {
     let directory = scratch();
     let mut bytes = laws::make_bytes(&Qcow2Driver, &options("cluster_size=2M"), &sample());
     let be64 = |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
     let entry = be64(&bytes, be64(&bytes, 40) as usize);
-    // A new L1 table of 4 Mi entries behind the file, all the same.
+    // A new L1 table of 4 Mi equal entries at the end of the file.
     let l1 = bytes.len().next_multiple_of(2 << 20);
     bytes.resize(l1, 0);
     bytes.extend(std::iter::repeat_n(entry.to_be_bytes(), 4 << 20).flatten());
@@ -279,7 +279,7 @@ fn an_l1_table_that_repeats_one_l2_table_takes_no_time_to_check() {
     let started = Instant::now();
     let report = Qcow2Driver.check(Input::open_plain(&path).unwrap(), &OpenOptions::default()).unwrap();
     assert!(report.corruptions > 0);
-    // Content everywhere in an exbibyte, out of one table: not followed.
+    // Reading refuses an exbibyte of data from one table.
     let error = read_all(&path, &OpenOptions::default()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
     assert!(started.elapsed() < Duration::from_secs(300), "{:?}", started.elapsed());

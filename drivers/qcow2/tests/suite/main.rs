@@ -1,4 +1,4 @@
-//! The qcow2 driver against the laws, against programs that we did not write, and against damage.
+//! Tests of the qcow2 driver: conformance laws, comparison with independent programs, damage.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -6,8 +6,8 @@ mod checked;
 mod conformance;
 mod foreign;
 mod hostile;
-mod product;
 mod qcow2_rs;
 mod readers;
 mod tools;
+mod variants;
 mod written;

@@ -1,4 +1,4 @@
-//! Our images, read by independent libraries, and round trips over random content.
+//! Images of this driver, read by independent libraries; round trips of random content.
 
 use std::process::Command;
 
@@ -13,7 +13,7 @@ use crate::tools::options;
 
 const MIB: u64 = 1 << 20;
 
-fn sets() -> impl Strategy<Value = String> {
+fn option_sets() -> impl Strategy<Value = String> {
     let shape = prop_oneof![
         Just("cluster_size=512"),
         Just("cluster_size=4k"),
@@ -53,7 +53,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn what_is_written_is_read_and_clean(image in images(), set in sets()) {
+    fn round_trips_random_content(image in images(), set in option_sets()) {
         laws::round_trip(&Qcow2Driver, &options(&set), &image);
     }
 }
@@ -66,13 +66,13 @@ fn sample() -> Image {
     Image::disk("sample", 700 * MIB, content)
 }
 
-/// Parts of the sample that hold something, and some that do not.
-const LOOKED_AT: [std::ops::Range<u64>; 4] =
+/// Ranges of the sample to compare, with and without data.
+const COMPARED: [std::ops::Range<u64>; 4] =
     [0..300_000, 3 * MIB - 5000..4 * MIB + 5000, 599 * MIB..601 * MIB, 699 * MIB..700 * MIB];
 
 #[test]
 fn imago_reads_the_same() {
-    // imago knows neither zstd nor extended L2 entries.
+    // imago supports neither zstd nor extended L2 entries.
     for set in [
         "",
         "compress",
@@ -88,17 +88,17 @@ fn imago_reads_the_same() {
         let disk = Qcow2::<File>::builder_path(&path).open(PermissiveImplicitOpenGate::default()).unwrap();
         let disk = FormatAccess::new(disk);
         assert_eq!(disk.size(), 700 * MIB);
-        for range in LOOKED_AT {
+        for range in COMPARED {
             let mut theirs = vec![1; (range.end - range.start) as usize];
             disk.read(&mut theirs, range.start).unwrap();
-            let mut wanted = vec![0; theirs.len()];
-            image.devices[0].1.read(&mut wanted, range.start);
-            assert!(theirs == wanted, "{set}: {range:?}");
+            let mut expected = vec![0; theirs.len()];
+            image.devices[0].1.read(&mut expected, range.start);
+            assert!(theirs == expected, "{set}: {range:?}");
         }
     }
 }
 
-/// Prints the bytes of the parts that are named as START:LEN.
+/// Python program that prints the ranges of an image named by arguments START:LEN.
 const DISSECT: &str = "
 import sys
 from dissect.hypervisor.disk.qcow2 import QCow2
@@ -113,31 +113,31 @@ for part in sys.argv[2:]:
 #[test]
 fn dissect_reads_the_same() {
     let python = std::env::var("IMGTOOL_TEST_PYTHON").unwrap_or_else(|_| "python3".to_owned());
-    let there = Command::new(&python).args(["-c", "import dissect.hypervisor.disk.qcow2"]).output();
-    if !there.is_ok_and(|output| output.status.success()) {
+    let probe = Command::new(&python).args(["-c", "import dissect.hypervisor.disk.qcow2"]).output();
+    if !probe.is_ok_and(|output| output.status.success()) {
         assert!(std::env::var_os("CI").is_none(), "dissect.hypervisor is missing");
         println!(
             "SKIPPED: dissect.hypervisor is missing (pip install dissect.hypervisor; IMGTOOL_TEST_PYTHON names a python)"
         );
         return;
     }
-    // It decodes deflate with a window of 4 KiB, which the specification does not ask for and our
-    // compressor does not keep to; zstd only with another package; and it stumbles over subclusters.
+    // dissect decodes deflate with a window of 4 KiB, which the specification does not require and our
+    // compressor exceeds. It needs another package for zstd, and fails on subclusters.
     for set in
         ["", "cluster_size=512,compat=0.10", "cluster_size=2M", "refcount_bits=1,preallocation=metadata"]
     {
         let directory = laws::scratch();
         let image = sample();
         let path = laws::make(&Qcow2Driver, &options(set), &image, directory.path());
-        let parts = LOOKED_AT.map(|range| format!("{}:{}", range.start, range.end - range.start));
+        let parts = COMPARED.map(|range| format!("{}:{}", range.start, range.end - range.start));
         let output = Command::new(&python).args(["-c", DISSECT]).arg(&path).args(&parts).output().unwrap();
         assert!(output.status.success(), "{set}: {}", String::from_utf8_lossy(&output.stderr));
-        let mut wanted = Vec::new();
-        for range in LOOKED_AT {
+        let mut expected = Vec::new();
+        for range in COMPARED {
             let mut part = vec![0; (range.end - range.start) as usize];
             image.devices[0].1.read(&mut part, range.start);
-            wanted.extend(part);
+            expected.extend(part);
         }
-        assert!(output.stdout == wanted, "{set}");
+        assert!(output.stdout == expected, "{set}");
     }
 }

@@ -1,4 +1,4 @@
-//! Programs of others, wrapped, and what tests share.
+//! Helpers of the tests: wrappers of other programs, options, conversions.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,17 +10,17 @@ use imgtool_toolkit::{
 };
 use serde_json::Value;
 
-/// Whether a program is there; if not, the test is skipped (in CI: fails).
+/// True if a program is installed. If not, the test is skipped, or fails in CI.
 pub fn have(program: &str) -> bool {
-    let there = Command::new(program).arg("--version").output().is_ok();
-    if !there {
+    let installed = Command::new(program).arg("--version").output().is_ok();
+    if !installed {
         assert!(std::env::var_os("CI").is_none(), "{program} is missing");
         println!("SKIPPED: {program} is missing (Debian: qemu-utils)");
     }
-    there
+    installed
 }
 
-/// Runs a program that must succeed; its standard output.
+/// Runs a program that must succeed. Returns its standard output.
 #[track_caller]
 pub fn run(program: &str, directory: &Path, args: &[&str]) -> String {
     let (code, out, err) = run_any(program, directory, args);
@@ -28,7 +28,7 @@ pub fn run(program: &str, directory: &Path, args: &[&str]) -> String {
     out
 }
 
-/// Runs a program; exit code, standard output and standard error.
+/// Runs a program. Returns exit code, standard output and standard error.
 #[track_caller]
 pub fn run_any(program: &str, directory: &Path, args: &[&str]) -> (i32, String, String) {
     let output = Command::new(program).args(args).current_dir(directory).output().unwrap();
@@ -36,13 +36,13 @@ pub fn run_any(program: &str, directory: &Path, args: &[&str]) -> (i32, String, 
     (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
 }
 
-/// Runs a program that prints JSON.
+/// Runs a program that must succeed. Returns the JSON that it prints.
 #[track_caller]
 pub fn run_json(program: &str, directory: &Path, args: &[&str]) -> Value {
     serde_json::from_str(&run(program, directory, args)).unwrap()
 }
 
-/// `-o` options from `a=b,c=d`; `-c` from a first part `compress`.
+/// Parses creation options `a=b,c=d`; a part `compress` turns on compression.
 pub fn options(text: &str) -> CreateOptions {
     let mut options = CreateOptions::default();
     for part in text.split(',').filter(|part| !part.is_empty()) {
@@ -56,7 +56,7 @@ pub fn options(text: &str) -> CreateOptions {
     options
 }
 
-/// A registry with the drivers that tests need.
+/// Registry with the drivers qcow2 and raw.
 pub fn registry() -> Registry {
     let mut registry = Registry::new();
     imgtool_qcow2::register(&mut registry);
@@ -64,19 +64,20 @@ pub fn registry() -> Registry {
     registry
 }
 
-/// Opens what the image's own directory holds.
+/// Options that allow external files in the image's own directory.
 pub fn open_options() -> OpenOptions {
     let policy = ExternalPolicy { chain: true, paths: Vec::new() };
     OpenOptions { externals: Externals::new(registry(), policy), ..OpenOptions::default() }
 }
 
+/// Creates or truncates a file.
 pub fn new_output(path: &Path) -> Output {
     let file =
         std::fs::File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
     Output::from_new_file(path, file)
 }
 
-/// Converts with the pipeline; the path of the result.
+/// Converts with the pipeline. Returns the path of the result.
 pub fn convert(
     from: (&dyn Driver, &Path, &OpenOptions),
     to: (&dyn Driver, &Path, &CreateOptions),
@@ -101,7 +102,7 @@ pub fn convert(
     Ok(to.1.to_owned())
 }
 
-/// `qemu-img check` finds nothing at all, and `qemu-img compare` no difference to a raw file.
+/// Asserts that `qemu-img check` passes, and that `qemu-img compare` finds no difference to a raw file.
 #[track_caller]
 pub fn assert_clean(directory: &Path, image: &str, raw: &str) {
     let (code, out, err) = run_any("qemu-img", directory, &["check", "-f", "qcow2", image]);

@@ -1,4 +1,4 @@
-//! Images that we write, read by qemu-img.
+//! Images of this driver, read by qemu-img.
 
 use imgtool_qcow2::Qcow2Driver;
 use imgtool_raw::RawDriver;
@@ -9,7 +9,7 @@ use crate::tools::{assert_clean, have, new_output, options, run_any, run_json};
 
 const MIB: u64 = 1 << 20;
 
-/// Writes an image with every set of options and has qemu-img look at each.
+/// Writes each image with each set of options, and checks and compares it with qemu-img.
 fn check_all(images: &[Image], sets: &[String]) {
     if !have("qemu-img") {
         return;
@@ -27,7 +27,7 @@ fn check_all(images: &[Image], sets: &[String]) {
     }
 }
 
-/// Every combination of a few parts.
+/// All combinations of one choice from each of `parts`.
 fn product(parts: &[&[&str]]) -> Vec<String> {
     let mut sets = vec![String::new()];
     for choices in parts {
@@ -56,7 +56,7 @@ fn mixed() -> Image {
 }
 
 #[test]
-fn clusters_versions_and_compression() {
+fn writes_every_cluster_size_version_and_compression() {
     let sizes = ["cluster_size=512", "cluster_size=4k", "", "cluster_size=2M"];
     let sets = product(&[&sizes, &["", "compat=0.10"], &["", "compress"]]);
     check_all(&[mixed(), Image::disk("all zero", MIB, Content::zero())], &sets);
@@ -64,7 +64,7 @@ fn clusters_versions_and_compression() {
 }
 
 #[test]
-fn refcount_widths() {
+fn writes_every_refcount_width() {
     let widths = ["1", "2", "4", "8", "16", "32", "64"].map(|bits| format!("refcount_bits={bits}"));
     let widths: Vec<&str> = widths.iter().map(String::as_str).collect();
     check_all(&[mixed()], &product(&[&widths, &["cluster_size=512", ""], &["", "compress"]]));
@@ -73,7 +73,7 @@ fn refcount_widths() {
 }
 
 #[test]
-fn subclusters_lazy_refcounts_preallocation() {
+fn writes_subclusters_lazy_refcounts_and_preallocation() {
     let sets = product(&[
         &[
             "extended_l2=on",
@@ -90,14 +90,14 @@ fn subclusters_lazy_refcounts_preallocation() {
 }
 
 #[test]
-fn more_than_one_l2_table() {
+fn writes_more_than_one_l2_table() {
     let sets =
         product(&[&["", "compress", "cluster_size=4k", "cluster_size=512,compress", "extended_l2=on"]]);
     check_all(&[laws::far_apart()], &sets);
 }
 
 #[test]
-fn odd_sizes() {
+fn writes_odd_sizes() {
     for size in [0, 1, 511, 512, 513, 65_535, 65_536, 65_537, 1_000_000, 2 * MIB + 1] {
         let content =
             if size == 0 { Content::zero() } else { Content::zero().with(size / 2..size, Fill::Random) };
@@ -111,7 +111,7 @@ fn odd_sizes() {
 }
 
 #[test]
-fn info_shows_the_options() {
+fn qemu_img_info_shows_the_options() {
     if !have("qemu-img") {
         return;
     }
@@ -132,8 +132,8 @@ fn info_shows_the_options() {
     assert_eq!(info["format-specific"]["data"]["compat"], "0.10");
 }
 
-/// Converts `image` into an overlay of `base`, which is opened for comparing when `compare` is set.
-fn overlay(image: &Image, base: &std::path::Path, set: &str, compare: bool, output: &std::path::Path) {
+/// Writes `image` as an overlay of `base`. The sink compares with the base if `compare` is set.
+fn write_overlay(image: &Image, base: &std::path::Path, set: &str, compare: bool, output: &std::path::Path) {
     let mut options = options(set);
     options.options.insert("backing_file".into(), base.file_name().unwrap().to_str().unwrap().into());
     options.options.insert("backing_fmt".into(), "raw".into());
@@ -146,7 +146,7 @@ fn overlay(image: &Image, base: &std::path::Path, set: &str, compare: bool, outp
 }
 
 #[test]
-fn overlays_hold_the_difference() {
+fn overlays_store_only_the_difference() {
     if !have("qemu-img") {
         return;
     }
@@ -159,7 +159,7 @@ fn overlays_hold_the_difference() {
     let base = laws::make(&RawDriver, &CreateOptions::default(), &base_image, directory.path());
     std::fs::rename(&base, directory.path().join("base")).unwrap();
     let base = directory.path().join("base");
-    // The same but for a part, zeros where the base has data, and more than the base has.
+    // Equal parts, other data, zeros in place of data, and data beyond the end of the base.
     let content = Content::zero()
         .with(0..MIB, Fill::Text)
         .with(MIB + 70_000..MIB + 70_001, Fill::Byte(9))
@@ -180,14 +180,14 @@ fn overlays_hold_the_difference() {
     for set in sets {
         for compare in [false, true] {
             let path = directory.path().join("x");
-            overlay(&image, &base, set, compare, &path);
+            write_overlay(&image, &base, set, compare, &path);
             println!("{set} {compare}");
             assert_clean(directory.path(), "x", "raw");
         }
     }
-    // An overlay of what it is itself holds nothing.
+    // An overlay with the content of its base stores no data.
     let path = directory.path().join("x");
-    overlay(&base_image, &base, "", true, &path);
+    write_overlay(&base_image, &base, "", true, &path);
     assert!(std::fs::metadata(&path).unwrap().len() < 400_000);
     let info = run_json("qemu-img", directory.path(), &["info", "--output=json", "x"]);
     assert_eq!(
@@ -197,7 +197,7 @@ fn overlays_hold_the_difference() {
 }
 
 #[test]
-fn data_files() {
+fn writes_data_files() {
     if !have("qemu-img") {
         return;
     }
@@ -234,7 +234,7 @@ fn data_files() {
 }
 
 #[test]
-fn a_disk_that_is_too_large_is_rejected_before_anything_is_written() {
+fn refuses_a_disk_beyond_the_l1_limit_and_writes_nothing() {
     let directory = laws::scratch();
     let path = directory.path().join("x");
     let image = Image::disk("huge", 4 << 50, Content::zero());

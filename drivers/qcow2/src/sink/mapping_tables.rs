@@ -1,47 +1,51 @@
-//! L2 tables of an image in the making: a bounded number in memory, the rest in the file.
+//! L1 and L2 tables of a new image: a bounded number of L2 tables in memory, the rest in the file.
 //!
-//! A table gets its place when it is first written, not when it is first touched: tables that leave
-//! memory together stand together, and the data before them is contiguous.
+//! A table gets its host offset when it is first written, not when it is first used. Tables that leave
+//! memory together are therefore adjacent in the file, and the data before them is contiguous.
 
 use std::collections::HashMap;
 
 use imgtool_toolkit::{Error, Output, Result};
 
 use super::alloc::Allocator;
-use super::write::write_table;
+use crate::layout::MAX_L1_BYTES;
 use crate::layout::entry::{L1Entry, Shape};
-use crate::layout::{MAX_L1_BYTES, decode_table, encode_table};
+use crate::layout::table::{decode_table, encode_table, write_table};
 
-/// Bytes of L2 tables in memory. Ours: 128 GiB of disk with clusters of 64 KiB before one has to be
+/// Bytes of L2 tables in memory. Our limit: 128 GiB of disk with clusters of 64 KiB before a table is
 /// written early.
 const OPEN_BYTES: u64 = 16 << 20;
 
-/// Bytes in one write of neighbouring tables. Ours.
+/// Bytes of adjacent tables in one write. Our choice.
 const WRITE_LEN: usize = 1 << 20;
 
-/// The L1 table and the L2 tables in memory.
-pub struct Tables {
+/// L1 table, and the L2 tables in memory.
+pub struct MappingTables {
     shape: Shape,
     l1: Vec<u64>,
+    /// L2 tables in memory, by L1 index.
     open: HashMap<u64, OpenTable>,
     max_open: usize,
+    /// Number of look-ups so far.
     clock: u64,
 }
 
+/// L2 table in memory.
 struct OpenTable {
     words: Vec<u64>,
-    used: u64,
+    /// Clock of the last look-up.
+    last_use: u64,
 }
 
-impl Tables {
-    /// With no entries.
+impl MappingTables {
+    /// Creates empty tables.
     pub fn new(shape: Shape) -> Self {
         // At least 8 with the largest clusters.
         let max_open = (OPEN_BYTES >> shape.cluster_bits) as usize;
         Self { shape, l1: Vec::new(), open: HashMap::new(), max_open, clock: 0 }
     }
 
-    /// The words of the L2 entry for the cluster at `guest_offset`.
+    /// Returns the words of the L2 entry for `guest_offset`, one or two.
     pub fn entry(&mut self, guest_offset: u64, alloc: &mut Allocator, output: &Output) -> Result<&mut [u64]> {
         let l1_index = guest_offset >> self.shape.l2_reach_bits();
         if !self.open.contains_key(&l1_index) {
@@ -49,7 +53,7 @@ impl Tables {
                 self.close_older_half(alloc, output)?;
             }
             let words = self.load(l1_index, output)?;
-            self.open.insert(l1_index, OpenTable { words, used: 0 });
+            self.open.insert(l1_index, OpenTable { words, last_use: 0 });
         }
         self.clock += 1;
         let words = self.shape.l2_entry_words();
@@ -57,14 +61,14 @@ impl Tables {
             (guest_offset >> self.shape.cluster_bits & (self.shape.l2_entries() - 1)) as usize * words;
         match self.open.get_mut(&l1_index) {
             Some(table) => {
-                table.used = self.clock;
+                table.last_use = self.clock;
                 Ok(&mut table.words[index..index + words])
             }
             None => Err(Error::limit("an L2 table is missing")),
         }
     }
 
-    /// An empty table, or the one that was written before.
+    /// Reads back an L2 table that was written early, or creates an empty one.
     fn load(&mut self, l1_index: u64, output: &Output) -> Result<Vec<u64>> {
         let index = usize::try_from(l1_index).unwrap_or(usize::MAX);
         if index >= (MAX_L1_BYTES / 8) as usize {
@@ -87,32 +91,33 @@ impl Tables {
         Ok(decode_table(&bytes))
     }
 
+    /// Writes the half of the tables that was used least recently.
     fn close_older_half(&mut self, alloc: &mut Allocator, output: &Output) -> Result<()> {
-        let mut ages: Vec<u64> = self.open.values().map(|table| table.used).collect();
-        let middle = ages.len() / 2;
-        let median = *ages.select_nth_unstable(middle).1;
+        let mut uses: Vec<u64> = self.open.values().map(|table| table.last_use).collect();
+        let middle = uses.len() / 2;
+        let median = *uses.select_nth_unstable(middle).1;
         let mut indices: Vec<u64> =
-            self.open.iter().filter(|(_, table)| table.used <= median).map(|(index, _)| *index).collect();
+            self.open.iter().filter(|(_, table)| table.last_use <= median).map(|(index, _)| *index).collect();
         indices.sort_unstable();
         self.close(&indices, alloc, output)
     }
 
-    /// Writes these tables (ascending) and forgets them. They must be in the file before they can be
-    /// touched again, so this does not wait for the pipeline.
+    /// Writes the tables `indices` (ascending) and drops them from memory. The write does not go through
+    /// the pipeline: the next use of a table reads it back.
     fn close(&mut self, indices: &[u64], alloc: &mut Allocator, output: &Output) -> Result<()> {
         let cluster_size = self.shape.cluster_size();
         let is_new = |l1: &[u64], index: u64| L1Entry(l1[index as usize]).l2_offset() == 0;
         let new = indices.iter().filter(|index| is_new(&self.l1, **index)).count() as u64;
-        let mut place = if new > 0 { alloc.allocate(new)? } else { 0 };
+        let mut next_offset = if new > 0 { alloc.allocate(new)? } else { 0 };
         let mut batch = Vec::new();
         let mut batch_offset = 0;
         for index in indices {
             let Some(table) = self.open.remove(index) else { continue };
-            // Below the number of L1 entries.
+            // `load` has grown the L1 table beyond the index.
             let entry = &mut self.l1[*index as usize];
             if L1Entry(*entry).l2_offset() == 0 {
-                *entry = L1Entry::new(place).0;
-                place += cluster_size;
+                *entry = L1Entry::new(next_offset).0;
+                next_offset += cluster_size;
             }
             let offset = L1Entry(*entry).l2_offset();
             if batch_offset + batch.len() as u64 != offset || batch.len() >= WRITE_LEN {
@@ -125,7 +130,7 @@ impl Tables {
         write_table(output, &batch, batch_offset)
     }
 
-    /// Writes all tables that are in memory; the L1 table for a disk of `virtual_size` bytes.
+    /// Writes all tables that are in memory. Returns the L1 table for a disk of `virtual_size` bytes.
     pub fn finish(&mut self, virtual_size: u64, alloc: &mut Allocator, output: &Output) -> Result<Vec<u64>> {
         let mut indices: Vec<u64> = self.open.keys().copied().collect();
         indices.sort_unstable();
@@ -133,7 +138,7 @@ impl Tables {
         let entries = usize::try_from(self.shape.l1_entries(virtual_size)).unwrap_or(usize::MAX);
         if self.l1.len() > entries || entries > (MAX_L1_BYTES / 8) as usize {
             return Err(Error::out_of_bounds(format!(
-                "data was written beyond the disk's {virtual_size} bytes"
+                "data was written beyond the disk of {virtual_size} bytes"
             )));
         }
         let mut l1 = std::mem::take(&mut self.l1);

@@ -1,4 +1,4 @@
-//! Every variant with every other: images of QEMU read by us, and ours read by QEMU and imago.
+//! All combinations of variants: images of QEMU read by this driver, its images read by QEMU and imago.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,10 +16,10 @@ use crate::tools::{assert_clean, convert, have, new_output, open_options, option
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
-/// Threads that work on a product. They mostly wait for QEMU's programs.
+/// Worker threads of a test. They mostly wait for QEMU's programs.
 const WORKERS: usize = 4;
 
-/// One variant of the format.
+/// Variant of the format.
 #[derive(Debug, Clone, Copy)]
 pub struct Variant {
     pub compat: &'static str,
@@ -35,7 +35,7 @@ pub struct Variant {
 }
 
 impl Variant {
-    /// The plain variants: version, cluster size, refcount width, extended L2.
+    /// All combinations of version, cluster size, refcount width and extended L2.
     pub fn shapes() -> Vec<Self> {
         let mut shapes = Vec::new();
         for cluster_size in [512, 4 * KIB, 64 * KIB, 2 * MIB] {
@@ -64,7 +64,7 @@ impl Variant {
         shapes
     }
 
-    /// Each with what can be combined with it: compression, backing file, data file.
+    /// All shapes, combined with compression, backing file and data file where the format allows it.
     fn all() -> Vec<Self> {
         let mut all = Vec::new();
         for shape in Self::shapes() {
@@ -85,11 +85,11 @@ impl Variant {
         all
     }
 
-    /// As `-o` takes it; `data` names the data file.
+    /// Creation options as text; `data` is the name of the data file.
     fn options(&self, data: &str) -> String {
         let mut set = format!("compat={},cluster_size={}", self.compat, self.cluster_size);
-        let mut add = |wanted: bool, option: &str| {
-            if wanted {
+        let mut add = |is_set: bool, option: &str| {
+            if is_set {
                 set.push(',');
                 set.push_str(option);
             }
@@ -107,7 +107,7 @@ impl Variant {
     }
 }
 
-/// Does all of `work`, each thread in a directory of its own that `prepare` has furnished.
+/// Calls `each` for all items of `work` on several threads, each in a directory that `prepare` filled.
 fn for_each<T: Sync + std::fmt::Debug>(
     work: &[T],
     prepare: impl Fn(&Path) + Sync,
@@ -120,7 +120,7 @@ fn for_each<T: Sync + std::fmt::Debug>(
                 let directory = laws::scratch();
                 prepare(directory.path());
                 while let Some(item) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    // Printed by the test harness when an assertion fails.
+                    // The test harness shows it if an assertion fails.
                     println!("{item:?}");
                     each(directory.path(), item);
                 }
@@ -129,7 +129,7 @@ fn for_each<T: Sync + std::fmt::Debug>(
     });
 }
 
-/// A backing file: shorter than the disk, its size no multiple of any cluster, `base`.
+/// Content of the backing file `base`: shorter than the disk, and of a size that no cluster size divides.
 fn base_image() -> Image {
     let content = Content::zero()
         .with(0..MIB, Fill::Text)
@@ -143,11 +143,11 @@ fn write_raw(image: &Image, directory: &Path, name: &str) {
     std::fs::rename(made, directory.join(name)).unwrap();
 }
 
-/// Fills a disk of 4160 KiB with every kind of cluster that its variant has.
+/// Fills a disk of 4160 KiB with all kinds of clusters of its variant.
 fn scribble(directory: &Path, variant: &Variant) {
     let mut commands = Vec::new();
     if variant.compression.is_some() {
-        // Compressed writes only go where nothing is yet.
+        // Compressed writes need unallocated clusters.
         commands.push("write -c -s text 2M 2M");
     }
     commands.extend([
@@ -169,7 +169,7 @@ fn scribble(directory: &Path, variant: &Variant) {
 }
 
 #[test]
-fn every_variant_of_qemu_is_read() {
+fn reads_every_variant_of_qemu() {
     if !have("qemu-img") || !have("qemu-io") {
         return;
     }
@@ -203,8 +203,8 @@ fn every_variant_of_qemu_is_read() {
     });
 }
 
-/// What is written: compared with the base it differs, agrees, has zeros where there is data, and is
-/// longer.
+/// Disk to write. Compared with the base it has equal parts, other data, zeros in place of data, and a
+/// longer end.
 pub fn disk() -> Image {
     let content = Content::zero()
         .with(0..MIB - 70 * KIB, Fill::Text)
@@ -216,7 +216,7 @@ pub fn disk() -> Image {
 }
 
 #[test]
-fn every_variant_of_ours_is_read_by_others() {
+fn others_read_every_variant_of_ours() {
     if !have("qemu-img") {
         return;
     }
@@ -232,12 +232,12 @@ fn every_variant_of_ours_is_read_by_others() {
             variants.extend(raw.map(|data_file_raw| Variant { preallocation, data_file_raw, ..variant }));
         }
     }
-    // A bit of the header that changes nothing else: every other variant of version 3 has it.
-    for (number, variant) in variants.iter_mut().enumerate() {
-        variant.lazy_refcounts = variant.compat == "1.1" && number % 2 == 0;
+    // A header bit without further effect, set in every other variant of version 3.
+    for (index, variant) in variants.iter_mut().enumerate() {
+        variant.lazy_refcounts = variant.compat == "1.1" && index % 2 == 0;
     }
-    // Version 3: three kinds of placing data times four of preallocation, with a backing file two, and
-    // two compressions with and without it.
+    // Version 3: three places of data times four preallocations, two with a backing file, and two
+    // compressions with and without one.
     assert_eq!(variants.len(), 7 * 6 * (3 * 4 + 2 + 4) + 4 * (4 + 1 + 2));
     let image = disk();
     let content = content_of(&image);
@@ -249,7 +249,7 @@ fn every_variant_of_ours_is_read_by_others() {
         let data = directory.join("data").to_str().unwrap().to_owned();
         write_variant(directory, variant, &data, &image);
         assert_clean(directory, "x", "raw");
-        assert_told(directory, variant, &data);
+        assert_info(directory, variant, &data);
         if variant.data_file_raw {
             assert!(std::fs::read(&data).unwrap() == content, "{variant:?}: the data file is not the disk");
         }
@@ -265,13 +265,14 @@ fn every_variant_of_ours_is_read_by_others() {
     });
 }
 
+/// Content of a disk of 3 MiB.
 pub fn content_of(image: &Image) -> Vec<u8> {
     let mut content = vec![0; 3 << 20];
     image.devices[0].1.read(&mut content, 0);
     content
 }
 
-/// Writes the image `x`.
+/// Writes `image` to the file `x`, as `variant`.
 pub fn write_variant(directory: &Path, variant: &Variant, data: &str, image: &Image) {
     let mut options = options(&variant.options(data));
     options.compress = variant.compression.map(|_| imgtool_toolkit::Compress::default());
@@ -286,8 +287,8 @@ pub fn write_variant(directory: &Path, variant: &Variant, data: &str, image: &Im
     laws::fill_sink(&mut laws::MemorySource::new(image), &*sink, 2).unwrap();
 }
 
-/// `qemu-img info` tells what was asked for.
-fn assert_told(directory: &Path, variant: &Variant, data_name: &str) {
+/// Asserts that `qemu-img info` shows the options of `variant`.
+fn assert_info(directory: &Path, variant: &Variant, data_name: &str) {
     let info = run_json("qemu-img", directory, &["info", "--output=json", "x"]);
     let data = &info["format-specific"]["data"];
     assert_eq!(info["virtual-size"], 3 * MIB, "{variant:?}");

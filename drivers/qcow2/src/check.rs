@@ -1,0 +1,182 @@
+//! Checking: refcounts against the references to each cluster.
+//!
+//! References are counted in windows of the file, so that memory does not grow with its size. The
+//! first walk over all tables counts the first window, reports damaged entries and collects the
+//! windows with references. Each further window takes one more walk. The counts of corruptions and the
+//! wording of findings follow `qemu-img check`.
+
+mod references;
+mod walk;
+
+use std::collections::BTreeSet;
+
+use imgtool_toolkit::{CheckReport, Error, Input, OpenOptions, RandomInput, Result};
+
+use crate::layout::bitmap::walk_bitmaps;
+use crate::layout::header::{Header, INCOMPATIBLE_DATA_FILE};
+use crate::layout::snapshot::{check_l1, walk_snapshots};
+use crate::refcounts::{Refcount, RefcountGeometry, Refcounts};
+
+use references::{CHUNK_CLUSTERS, Checker, SnapshotTable, WINDOW_CLUSTERS};
+
+/// Maximum number of windows, with one walk each. Our limit: 64 TiB have 128 windows with clusters of
+/// 16 KiB, the smallest that QEMU's L1 limit allows; only crafted images with large holes have more.
+const MAX_WINDOWS: usize = 256;
+
+/// Checks the structures of an image; reads no guest data.
+pub fn check(input: Input, _options: &OpenOptions) -> Result<CheckReport> {
+    let input = input.into_random()?;
+    let header = Header::read(&input)?;
+    if header.unknown_features() != 0 {
+        return Err(Error::unsupported(format!(
+            "the image needs unknown features: {}",
+            header.feature_list(header.unknown_features())
+        ))
+        .at(72));
+    }
+    let file_clusters = input.len().div_ceil(header.shape.cluster_size());
+    let mut report = CheckReport::default();
+    let snapshots = read_snapshot_table(&input, &header, &mut report)?;
+    let mut bitmaps = Vec::new();
+    walk_bitmaps(&input, &header, |bitmap| bitmaps.push((bitmap.table_offset, bitmap.table_entries)))?;
+    let refcounts = Refcounts::read(&input, RefcountGeometry::of(&header))?;
+    let mut checker = Checker {
+        external_data: header.has(INCOMPATIBLE_DATA_FILE),
+        input,
+        header,
+        snapshots,
+        bitmaps,
+        refcounts,
+        file_clusters,
+        report,
+        l2_tables: Vec::new(),
+        first_walk: true,
+        v2_zero_cluster: None,
+        window_start: 0,
+        counts: Vec::new(),
+        touched_chunks: Vec::new(),
+        windows: BTreeSet::new(),
+    };
+    checker.run()?;
+    Ok(checker.report)
+}
+
+/// Reads the snapshot table and reports damaged entries.
+fn read_snapshot_table(
+    input: &RandomInput,
+    header: &Header,
+    report: &mut CheckReport,
+) -> Result<SnapshotTable> {
+    let mut l1_tables = Vec::new();
+    let mut incomplete = Vec::new();
+    let mut damaged = Vec::new();
+    let len = walk_snapshots(input, header, |index, snapshot| {
+        // A missing part reads as zeros; counting the table's clusters reports it.
+        let Ok(snapshot) = snapshot else { return Ok(()) };
+        if snapshot.incomplete {
+            incomplete.push(index);
+        }
+        match check_l1(header, &snapshot) {
+            Ok(()) => l1_tables.push((snapshot.l1_offset, snapshot.l1_entries)),
+            Err(e) => damaged.push(format!(
+                "ERROR snapshot {} ({}): {e}; snapshot table entry corrupted",
+                snapshot.id, snapshot.name
+            )),
+        }
+        Ok(())
+    })?;
+    for index in incomplete {
+        report.corruption(format!("ERROR snapshot table entry {index} is incomplete"));
+    }
+    damaged.into_iter().for_each(|finding| report.corruption(finding));
+    Ok(SnapshotTable { len, l1_tables })
+}
+
+impl Checker {
+    /// Checks window by window.
+    fn run(&mut self) -> Result<()> {
+        self.refcounts.report_damage(self.file_clusters, &mut self.report);
+        self.windows = self.refcounts.covered_windows(WINDOW_CLUSTERS, self.file_clusters);
+        self.windows.insert(0);
+        // At least the cluster of the header.
+        let mut image_end = 1;
+        let mut next_window = Some(0);
+        while let Some(window) = next_window {
+            self.window_start = window * WINDOW_CLUSTERS;
+            // One more than the file has, as a table may leave the file by less than a cluster.
+            let len = (self.file_clusters + 1).saturating_sub(self.window_start).min(WINDOW_CLUSTERS);
+            self.counts.clear();
+            // At most WINDOW_CLUSTERS.
+            self.counts.resize(len as usize, 0);
+            self.touched_chunks.clear();
+            self.touched_chunks.resize(self.counts.len().div_ceil(CHUNK_CLUSTERS), false);
+            self.walk()?;
+            self.first_walk = false;
+            if self.windows.len() > MAX_WINDOWS {
+                return Err(Error::limit(format!(
+                    "the clusters are scattered over more than {} bytes of the file",
+                    (MAX_WINDOWS as u64 * WINDOW_CLUSTERS).saturating_mul(self.header.shape.cluster_size())
+                )));
+            }
+            if let Some(last) = self.compare()? {
+                image_end = last + 1;
+            }
+            next_window = self.windows.range(window + 1..).next().copied();
+        }
+        let shape = self.header.shape;
+        self.report.image_end_offset = Some(image_end << shape.cluster_bits);
+        self.report.total_clusters = Some(self.header.virtual_size.div_ceil(shape.cluster_size()));
+        self.report_v2_zero_cluster();
+        Ok(())
+    }
+
+    /// Reports zero clusters of a version 2 image as one corruption, unless there is another. Reading them
+    /// fails, so such an image must not pass, but `qemu-img check` ignores them and counts must agree.
+    fn report_v2_zero_cluster(&mut self) {
+        let sound = self.report.corruptions + self.report.check_errors == 0;
+        if let Some(entry) = self.v2_zero_cluster.filter(|_| sound) {
+            self.corruption(1, format!("ERROR L2 entry {:x}: a zero cluster in a version 2 image", entry.0));
+        }
+    }
+
+    /// Compares the counts of the window with the refcounts. Returns the last cluster in use.
+    fn compare(&mut self) -> Result<Option<u64>> {
+        let mut last = None;
+        for chunk in 0..self.touched_chunks.len() {
+            let start = chunk * CHUNK_CLUSTERS;
+            let end = (start + CHUNK_CLUSTERS).min(self.counts.len());
+            let clusters = self.window_start + start as u64..self.window_start + end as u64;
+            if !self.touched_chunks[chunk] && self.refcounts.lacks_blocks(clusters) {
+                continue;
+            }
+            for index in start..end {
+                if self.compare_cluster(index)? {
+                    last = Some(self.window_start + index as u64);
+                }
+            }
+        }
+        Ok(last)
+    }
+
+    /// Compares the count of one cluster of the window. True if the cluster is in use.
+    fn compare_cluster(&mut self, index: usize) -> Result<bool> {
+        let cluster = self.window_start + index as u64;
+        let references = u64::from(self.counts[index]);
+        if cluster >= self.file_clusters && references == 0 {
+            return Ok(false);
+        }
+        let Refcount::Known(refcount) = self.refcounts.get(cluster)? else {
+            self.report.check_errors += 1;
+            return Ok(false);
+        };
+        if refcount < references {
+            self.report.corruption(format_args!(
+                "ERROR cluster {cluster} refcount={refcount} reference={references}"
+            ));
+        } else if refcount > references && references < u64::from(u16::MAX) {
+            self.report
+                .leak(1, format_args!("Leaked cluster {cluster} refcount={refcount} reference={references}"));
+        }
+        Ok(refcount > 0 || references > 0)
+    }
+}

@@ -1,0 +1,219 @@
+//! The guest data of an image: clusters of the image or its data file, and the backing file below.
+
+use std::ops::Range;
+
+use imgtool_toolkit::storage::os::FileRun;
+use imgtool_toolkit::{
+    DeviceId, Error, ExtentKind, ExtentList, ImageSource, Losses, OpenOptions, RandomInput, Result,
+};
+
+use crate::compressed::Decoder;
+use crate::layout::MAX_L1_BYTES;
+use crate::layout::entry::Shape;
+use crate::layout::header::{CompressionType, Header, INCOMPATIBLE_DATA_FILE};
+use crate::layout::snapshot::Snapshot;
+use crate::layout::table::check_table;
+use crate::mapping::{Mapping, RunKind};
+
+/// Guest data of one state of an image: the active one or a snapshot.
+pub(super) struct Content {
+    pub(super) mapping: Mapping,
+    decoder: Decoder,
+    /// File of guest data: the image itself or its external data file.
+    pub(super) data: RandomInput,
+    pub(super) backing: Option<Backing>,
+    /// Guest ranges that salvage lost; `None` without salvage.
+    pub(super) losses: Option<Losses>,
+}
+
+/// Opened backing file.
+pub(super) struct Backing {
+    pub(super) source: Box<dyn ImageSource>,
+    pub(super) device: DeviceId,
+    /// Bytes of the backing disk, which may be smaller or larger than this one.
+    pub(super) size: u64,
+    pub(super) read_granule: u64,
+}
+
+impl Content {
+    /// Opens the data of `snapshot`, or of the active state, as a disk of `virtual_size` bytes.
+    pub(super) fn open(
+        input: &RandomInput,
+        header: &Header,
+        snapshot: Option<&Snapshot>,
+        virtual_size: u64,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        // Refusals come before any large read.
+        let data = open_data_file(input, header, options)?;
+        let backing = open_backing(input, header, options)?;
+        let (l1_offset, l1_entries) = match snapshot {
+            Some(snapshot) => (snapshot.l1_offset, snapshot.l1_entries),
+            None => (header.l1_offset, header.l1_entries),
+        };
+        let needed = header.shape.l1_entries(virtual_size);
+        if u64::from(l1_entries) < needed {
+            return Err(Error::malformed(format!(
+                "the snapshot's L1 table has {l1_entries} entries, but {virtual_size} bytes of disk need {needed}"
+            )));
+        }
+        // Entries beyond the disk are for saved machine state.
+        let l1_entries = l1_entries.min(u32::try_from(needed).unwrap_or(u32::MAX));
+        check_table(
+            "the L1 table",
+            l1_offset,
+            u64::from(l1_entries) * 8,
+            MAX_L1_BYTES,
+            header.shape.cluster_size(),
+            40,
+        )?;
+        let mapping = Mapping::read(
+            input.clone(),
+            header.shape,
+            header.version,
+            header.has(INCOMPATIBLE_DATA_FILE),
+            l1_offset,
+            l1_entries,
+            options.externals.depth(),
+        )?;
+        let compression = header.compression.unwrap_or(CompressionType::Zlib);
+        let decoder = Decoder::new(compression, header.shape.cluster_size(), options.externals.depth());
+        let losses = options.salvage.then(Losses::default);
+        Ok(Self { mapping, decoder, data, backing, losses })
+    }
+
+    /// Fills `buf` from one run, whose first guest byte is `guest_offset`.
+    pub(super) fn read_run(
+        &self,
+        input: &RandomInput,
+        kind: RunKind,
+        shape: Shape,
+        buf: &mut [u8],
+        guest_offset: u64,
+    ) -> Result<()> {
+        match kind {
+            RunKind::Zero { .. } => buf.fill(0),
+            RunKind::Unallocated { .. } => self.read_backing(buf, guest_offset)?,
+            // An offset within a cluster of at most 2 MiB.
+            RunKind::Compressed(range) => {
+                self.decoder.read(input, range, buf, shape.within_cluster(guest_offset) as usize)?;
+            }
+            RunKind::Data { host_offset } => self.data.read_exact_at(buf, host_offset)?,
+        }
+        Ok(())
+    }
+
+    /// Fills `buf` from the backing file, and with zeros beyond its end.
+    fn read_backing(&self, buf: &mut [u8], guest_offset: u64) -> Result<()> {
+        let Some(backing) = &self.backing else {
+            buf.fill(0);
+            return Ok(());
+        };
+        let covered = backing.size.saturating_sub(guest_offset).min(buf.len() as u64);
+        // At most the buffer's length.
+        let (below, beyond) = buf.split_at_mut(covered as usize);
+        beyond.fill(0);
+        match backing.source.random() {
+            Some(random) if !below.is_empty() => random.read_at(backing.device, below, guest_offset),
+            Some(_) => Ok(()),
+            None => Err(Error::unsupported("the backing file can only be read as a stream")),
+        }
+    }
+
+    /// Appends the extents of data clusters. Holes of the file (preallocated, never written) are zeros.
+    pub(super) fn push_data(
+        &self,
+        list: &mut ExtentList,
+        guest_offset: u64,
+        host_offset: u64,
+        len: u64,
+        resolution: Option<u64>,
+    ) -> Result<()> {
+        let mut done = 0;
+        while done < len {
+            let host = host_offset + done;
+            let (run_end, is_data) = if host < self.data.len() {
+                let run = self.file_run(host, guest_offset + done, resolution)?;
+                (run.end, run.is_data)
+            } else {
+                // Reading beyond the end of the file fails.
+                (u64::MAX, true)
+            };
+            let part = (len - done).min(run_end.saturating_sub(host).max(1));
+            list.push(guest_offset + done, part, if is_data { ExtentKind::Data } else { ExtentKind::Zero });
+            done += part;
+        }
+        Ok(())
+    }
+
+    /// Returns the run of the file at `host_offset`, which holds the guest byte at `guest_offset`.
+    fn file_run(&self, host_offset: u64, guest_offset: u64, resolution: Option<u64>) -> Result<FileRun> {
+        match resolution {
+            Some(resolution) => {
+                let to_boundary = resolution - guest_offset % resolution;
+                self.data.rough_run(host_offset, host_offset.saturating_add(to_boundary))
+            }
+            None => self.data.run(host_offset),
+        }
+    }
+
+    /// Appends the extents of an unallocated range, as the backing file has them. Returns the guest offset
+    /// that they reach.
+    pub(super) fn push_backing(
+        &self,
+        list: &mut ExtentList,
+        range: Range<u64>,
+        resolution: Option<u64>,
+    ) -> Result<u64> {
+        let covered = match &self.backing {
+            Some(backing) if range.start < backing.size => range.start..range.end.min(backing.size),
+            _ => {
+                list.push(range.start, range.end - range.start, ExtentKind::Hole);
+                return Ok(range.end);
+            }
+        };
+        let Some((backing, random)) = self.backing.as_ref().and_then(|b| Some((b, b.source.random()?)))
+        else {
+            return Err(Error::unsupported("the backing file can only be read as a stream"));
+        };
+        let mut reached = range.start;
+        let extents = match resolution {
+            Some(resolution) => random.rough_extents(backing.device, covered, resolution)?,
+            None => random.extents(backing.device, covered)?,
+        };
+        for extent in extents {
+            list.push(extent.start, extent.len, extent.kind);
+            reached = extent.end();
+        }
+        Ok(reached)
+    }
+}
+
+/// Opens the file of guest data: the image itself without an external data file.
+fn open_data_file(input: &RandomInput, header: &Header, options: &OpenOptions) -> Result<RandomInput> {
+    if !header.has(INCOMPATIBLE_DATA_FILE) {
+        return Ok(input.clone());
+    }
+    let Some(name) = &header.extensions.data_file else {
+        return Err(Error::unsupported("the image keeps its data in an external file that it does not name"));
+    };
+    options.externals.open_file("data file", name, input.path())?.into_random()
+}
+
+fn open_backing(input: &RandomInput, header: &Header, options: &OpenOptions) -> Result<Option<Backing>> {
+    let Some(name) = &header.backing_file else { return Ok(None) };
+    let format = header.extensions.backing_format.as_deref();
+    let source = options.externals.open_image("backing file", name, input.path(), format, options)?;
+    let [device] = source.info().devices.as_slice() else {
+        return Err(Error::unsupported(format!(
+            "the backing file holds {} devices, not one",
+            source.info().devices.len()
+        )));
+    };
+    let (device, size) = (device.id, device.size);
+    let Some(random) = source.random() else {
+        return Err(Error::unsupported("the backing file can only be read as a stream"));
+    };
+    let read_granule = random.read_granule(device);
+    Ok(Some(Backing { device, size, read_granule, source }))
+}
