@@ -4,18 +4,18 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use imgtool_toolkit::source::data_bytes;
 use imgtool_toolkit::{
     Access, BufferPool, Device, DeviceId, Error, Extent, FileRange, ImageInfo, ImageSource, Input, MapExtent,
-    MapPlace, Measure, Piece, RandomAccess, RandomInput, Result, SequentialAccess, Stream,
+    MapPlace, Piece, RandomAccess, RandomInput, Result, SequentialAccess, Stream,
 };
 
-/// The only device.
-pub(crate) const DISK: DeviceId = DeviceId(0);
+/// The id of a raw image's only device.
+const DISK: DeviceId = DeviceId(0);
 
-/// Bytes read from a stream at a time: fits a core's cache.
+/// Bytes read from a stream at a time. Our choice: 256 KiB fit a core's cache.
 const STREAM_PIECE: usize = 256 * 1024;
 
+/// Opens an image: a stream is read in one pass, anything else by position.
 pub(crate) fn open(input: Input) -> Result<Box<dyn ImageSource>> {
     let mut disk = Device::disk(DISK.0, "disk", 0);
     if input.is_stream() {
@@ -30,19 +30,10 @@ pub(crate) fn open(input: Input) -> Result<Box<dyn ImageSource>> {
 }
 
 fn info(disk: Device) -> ImageInfo {
-    ImageInfo { format: "raw", devices: vec![disk], ..ImageInfo::default() }
+    ImageInfo { format: crate::FORMAT, devices: vec![disk], ..ImageInfo::default() }
 }
 
-/// Bytes that a raw image of `source` has. Holes are not taken off: whether they save space is up to
-/// where the image is put.
-pub(crate) fn measure(source: &dyn ImageSource) -> Result<Measure> {
-    let [device] = source.info().devices.as_slice() else {
-        return Err(Error::unsupported(format!("raw holds one device, not {}", source.info().devices.len())));
-    };
-    Ok(Measure { required: device.size, fully_allocated: device.size, occupied: data_bytes(source, device)? })
-}
-
-/// A file or block device.
+/// A file or block device, read by position.
 struct RawImage {
     info: ImageInfo,
     input: RandomInput,
@@ -76,7 +67,7 @@ impl RandomAccess for RawImage {
     fn map(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
         let file: Arc<Path> = self.input.path().into();
         let describe = |extent: Extent| MapExtent {
-            // A hole has its place in the file, too.
+            // Holes have a file offset, too: guest and file offsets are the same.
             present: true,
             place: Some(MapPlace { file: Arc::clone(&file), file_offset: extent.start }),
             ..MapExtent::of(extent)
@@ -101,10 +92,11 @@ impl RandomAccess for RawImage {
     }
 }
 
-/// A pipe or a compressed file.
+/// A pipe or a compressed file, read in one pass.
 struct RawStream {
     info: ImageInfo,
     stream: Stream,
+    /// Guest bytes; `None` until the stream ends.
     final_size: Option<u64>,
 }
 

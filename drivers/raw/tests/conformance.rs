@@ -1,9 +1,10 @@
-//! The laws of the toolkit, for raw images.
+//! The toolkit's conformance laws on raw images, and the refusals of the raw sink.
 
 use imgtool_raw::RawDriver;
 use imgtool_toolkit::conformance;
-use imgtool_toolkit::{CreateOptions, Output};
+use imgtool_toolkit::{CreateOptions, Device, Driver, ErrorKind, Manifest, Output};
 
+/// Creation options from `-o` pairs.
 fn options(pairs: &[(&str, &str)]) -> CreateOptions {
     CreateOptions {
         options: pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
@@ -12,12 +13,12 @@ fn options(pairs: &[(&str, &str)]) -> CreateOptions {
 }
 
 #[test]
-fn the_laws_hold() {
+fn keeps_the_laws() {
     conformance::all(&RawDriver, &CreateOptions::default());
 }
 
 #[test]
-fn content_is_kept_with_every_preallocation() {
+fn keeps_content_with_every_preallocation() {
     for kind in ["off", "falloc", "full"] {
         conformance::round_trip(
             &RawDriver,
@@ -28,7 +29,7 @@ fn content_is_kept_with_every_preallocation() {
 }
 
 #[test]
-fn content_is_kept_with_every_sparse_granularity() {
+fn keeps_content_with_every_sparse_granularity() {
     for granularity in [0, 512, 4096, 65_536, 1 << 30] {
         let options = CreateOptions { sparse_granularity: Some(granularity), ..CreateOptions::default() };
         conformance::round_trip(&RawDriver, &options, &conformance::mixed_image());
@@ -36,8 +37,7 @@ fn content_is_kept_with_every_sparse_granularity() {
 }
 
 #[test]
-fn a_target_that_is_too_small_is_refused_before_anything_is_written() {
-    use imgtool_toolkit::{Device, Driver, Manifest};
+fn refuses_a_small_output_before_writing() {
     let dir = conformance::scratch();
     let path = dir.path().join("small");
     std::fs::write(&path, [0xaa; 1000]).expect("write");
@@ -50,8 +50,7 @@ fn a_target_that_is_too_small_is_refused_before_anything_is_written() {
 }
 
 #[test]
-fn unknown_option_values_are_refused() {
-    use imgtool_toolkit::{Device, Driver, ErrorKind, Manifest};
+fn refuses_unknown_option_values() {
     let dir = conformance::scratch();
     let output = conformance::new_file(&dir.path().join("x"));
     let manifest = Manifest { devices: vec![Device::disk(0, "d", 1)], attachments: Vec::new() };

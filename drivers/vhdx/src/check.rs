@@ -1,4 +1,4 @@
-//! Checking the structure of an image: both copies of everything that has two, and every BAT entry.
+//! The structural check of an image: both copies of each duplicated structure, and every BAT entry.
 
 use imgtool_toolkit::{CheckReport, ErrorKind, Input, Result};
 use roaring::RoaringBitmap;
@@ -8,13 +8,17 @@ use crate::layout::MIB;
 use crate::layout::bat::{BatEntry, ENTRY_LEN, PayloadState, SECTOR_BITMAP_LEN, SectorBitmapState};
 use crate::layout::region::REGION_TABLE_OFFSETS;
 
-/// Where the search for blocks that share their place ends, MiB: 256 TiB. Ours: it bounds the memory
-/// to 32 MiB, and a file of the largest disk ends long before.
+/// End of the part of a file in which overlapping blocks are found, in MiB. Our limit: 256 TiB bound the
+/// memory to 32 MiB, and a file of the largest disk (64 TiB) ends long before.
 const MAX_CHECKED_MIB: u32 = 1 << 28;
 
+/// Checks an image. A log to replay is a finding, but no corruption.
+///
+/// # Errors
+/// When the file can't be read or is not a VHDX image; damage goes into the report.
 pub(crate) fn check(input: Input) -> Result<CheckReport> {
     let mut report = CheckReport::default();
-    let image = match Image::open(input, UnreadableHeader::Damaged, 0) {
+    let image = match Image::open(input, UnreadableHeader::UseOther, 0) {
         Ok(image) => image,
         Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed) => {
             report.corruption(error.to_string());
@@ -24,31 +28,31 @@ pub(crate) fn check(input: Input) -> Result<CheckReport> {
     };
     check_copies(&image, &mut report);
     BatCheck::new(&image).run(&mut report)?;
-    if let Some(replayed) = image.replayed {
-        // Not counted: this is how a file looks whose writer was stopped, and its content is whole.
+    if let Some(stats) = image.replay_stats {
+        // Not counted as corruption: an interrupted writer leaves such a file, and its content is complete.
         report.findings.push(format!(
-            "the log is not empty: {} entries were replayed in memory; the file stays as it is",
-            replayed.entries
+            "the log is not empty: {} entries were replayed in memory; the file is unchanged",
+            stats.entries
         ));
     }
     Ok(report)
 }
 
-/// Headers and region tables, of which one copy is enough to read.
+/// Reports damaged copies of headers and region tables, of which one is enough to read the image.
 fn check_copies(image: &Image, report: &mut CheckReport) {
-    for (number, header) in ["first", "second"].iter().zip(&image.headers) {
+    for (ordinal, header) in ["first", "second"].iter().zip(&image.headers) {
         match header {
-            Err(why) => report.corruption(format!("the {number} header {why}")),
+            Err(why) => report.corruption(format!("the {ordinal} header {why}")),
             Ok(header) => {
                 if let Some(fault) = header.fault() {
-                    report.corruption(format!("the {number} header {fault}"));
+                    report.corruption(format!("the {ordinal} header {fault}"));
                 }
             }
         }
     }
-    for (number, fault) in ["first", "second"].iter().zip(&image.region_faults) {
+    for (ordinal, fault) in ["first", "second"].iter().zip(&image.region_faults) {
         if let Some(why) = fault {
-            report.corruption(format!("the {number} region table {why}"));
+            report.corruption(format!("the {ordinal} region table {why}"));
         }
     }
     if image.region_tables_differ {
@@ -57,25 +61,28 @@ fn check_copies(image: &Image, report: &mut CheckReport) {
     }
 }
 
-/// Walks the BAT.
+/// A walk over the BAT.
 struct BatCheck<'a> {
     image: &'a Image,
-    /// Mebibytes of the file that belong to a block.
-    taken: RoaringBitmap,
-    /// Where the last block of the file ends, bytes.
+    /// Mebibytes of the file that a block uses.
+    used_mib: RoaringBitmap,
+    /// End of the last structure or block in the file, bytes.
     end: u64,
+    /// Payload blocks in the file.
     allocated: u64,
+    /// Payload blocks that do not follow the one before in the file.
     fragmented: u64,
-    /// Where the block before ended in the file.
-    expected_at: Option<u64>,
+    /// File offset at which the previous payload block ends.
+    previous_end: Option<u64>,
 }
 
 impl<'a> BatCheck<'a> {
     fn new(image: &'a Image) -> Self {
-        let end = image.reserved_places().iter().map(|(_, region)| region.end()).max().unwrap_or(0);
-        Self { image, taken: RoaringBitmap::new(), end, allocated: 0, fragmented: 0, expected_at: None }
+        let end = image.reserved_regions().iter().map(|(_, region)| region.end()).max().unwrap_or(0);
+        Self { image, used_mib: RoaringBitmap::new(), end, allocated: 0, fragmented: 0, previous_end: None }
     }
 
+    /// Checks every entry, and fills in the report's numbers of blocks.
     fn run(mut self, report: &mut CheckReport) -> Result<()> {
         let shape = self.image.shape;
         let bat_at = self.image.regions.bat.file_offset;
@@ -92,9 +99,9 @@ impl<'a> BatCheck<'a> {
                 let entry = BatEntry(page.u64_at(bat_at + index * ENTRY_LEN));
                 let payload_block = shape.payload_block_from(index);
                 if shape.payload_bat_index(payload_block) != index {
-                    self.sector_bitmap(index, entry, report);
+                    self.check_sector_bitmap(index, entry, report);
                 } else if payload_block < shape.payload_blocks {
-                    self.payload(index, payload_block, entry, report)?;
+                    self.check_payload(index, payload_block, entry, report)?;
                 }
             }
             bat_index = page_end;
@@ -106,7 +113,8 @@ impl<'a> BatCheck<'a> {
         Ok(())
     }
 
-    fn payload(
+    /// Checks the entry of a payload block.
+    fn check_payload(
         &mut self,
         bat_index: u64,
         payload_block: u64,
@@ -135,19 +143,20 @@ impl<'a> BatCheck<'a> {
             PayloadState::FullyPresent => {}
         }
         let shape = &self.image.shape;
-        // The last block of a disk may be cut in the file behind what the guest uses.
+        // The file may end within the disk's last block, behind the bytes that the guest uses.
         let used = shape.block_size.min(self.image.metadata.virtual_size - payload_block * shape.block_size);
         self.allocated += 1;
         let file_offset = entry.file_offset();
-        if self.expected_at.is_some_and(|expected| expected != file_offset) {
+        if self.previous_end.is_some_and(|end| end != file_offset) {
             self.fragmented += 1;
         }
-        self.expected_at = Some(file_offset.saturating_add(shape.block_size));
-        self.take(&name, file_offset, used, shape.block_size, report);
+        self.previous_end = Some(file_offset.saturating_add(shape.block_size));
+        self.claim(&name, file_offset, used, shape.block_size, report);
         Ok(())
     }
 
-    fn sector_bitmap(&mut self, bat_index: u64, entry: BatEntry, report: &mut CheckReport) {
+    /// Checks the entry of a sector-bitmap block.
+    fn check_sector_bitmap(&mut self, bat_index: u64, entry: BatEntry, report: &mut CheckReport) {
         let name = format!("BAT entry {bat_index} (sector bitmap)");
         match entry.sector_bitmap_state() {
             SectorBitmapState::NotPresent => {}
@@ -158,23 +167,25 @@ impl<'a> BatCheck<'a> {
                 report.corruption(format!("{name} is present, but the disk has no parent"));
             }
             SectorBitmapState::Present => {
-                self.take(&name, entry.file_offset(), SECTOR_BITMAP_LEN, SECTOR_BITMAP_LEN, report);
+                self.claim(&name, entry.file_offset(), SECTOR_BITMAP_LEN, SECTOR_BITMAP_LEN, report);
             }
         }
     }
 
-    /// Notes that a part of the file belongs to a block of `len` bytes, of which `used` must be there.
-    fn take(&mut self, name: &str, file_offset: u64, used: u64, len: u64, report: &mut CheckReport) {
-        for (other, region) in self.image.reserved_places() {
+    /// Claims a part of the file for a block of `len` bytes, of which the file must hold the first `used`.
+    fn claim(&mut self, name: &str, file_offset: u64, used: u64, len: u64, report: &mut CheckReport) {
+        for (other, region) in self.image.reserved_regions() {
             if region.overlaps(file_offset, used) {
-                report.corruption(format!("{name} points to {file_offset}, into the {other}"));
+                report.corruption(format!(
+                    "{name} points to {file_offset}, where the block overlaps the {other}"
+                ));
                 return;
             }
         }
         let file_len = self.image.file.len();
         if file_offset.checked_add(used).is_none_or(|end| end > file_len) {
             report.corruption(format!(
-                "{name} points to {file_offset}, but {used} bytes from there leave the file of {file_len} bytes"
+                "{name} needs {used} bytes at {file_offset}, but the file ends at {file_len}"
             ));
             return;
         }
@@ -184,7 +195,7 @@ impl<'a> BatCheck<'a> {
             report.check_errors += 1;
             return;
         };
-        let new = self.taken.insert_range(first..first.saturating_add(count));
+        let new = self.used_mib.insert_range(first..first.saturating_add(count));
         if new < u64::from(count) {
             report.corruption(format!("{name} points to {file_offset}, which another block uses as well"));
         }

@@ -1,61 +1,74 @@
-//! Opening an image: header → log → region table → metadata, each checked before the next is read.
+//! Opening an image: header, log, region table, metadata, each checked before the next is read.
 
-use imgtool_toolkit::{Error, ErrorKind, Input, RandomInput, Result};
+use imgtool_toolkit::{DeviceId, Error, ErrorKind, Input, RandomInput, Result};
 
-use crate::file::{Overlay, ReplayedFile};
+use crate::file::ReplayedFile;
 use crate::layout::MIB;
 use crate::layout::bat::{BatEntry, BatShape, ENTRY_LEN};
 use crate::layout::header::{
     CREATOR_LEN, FILE_SIGNATURE, HEADER_LEN, HEADER_OFFSETS, Header, current, decode_creator,
 };
 use crate::layout::metadata::{
-    ItemPlace, METADATA_TABLE_LEN, Metadata, MetadataFault, MetadataTable, RawItems, decode_parent_locator,
+    ItemRange, METADATA_TABLE_LEN, Metadata, MetadataFault, MetadataTable, RawItems, decode_parent_locator,
 };
 use crate::layout::region::{REGION_TABLE_LEN, REGION_TABLE_OFFSETS, Region, RegionTable, TableFault};
-use crate::log::{Replay, replay};
+use crate::overlay::Overlay;
+use crate::replay::{Replay, replay};
 
-/// An image whose structures have been read.
+/// The id of an image's only device.
+pub(crate) const DISK: DeviceId = DeviceId(0);
+/// The name of that device.
+pub(crate) const DISK_NAME: &str = "disk";
+
+/// An image with its structures decoded, except for the BAT.
 pub(crate) struct Image {
+    /// The file after log replay.
     pub(crate) file: ReplayedFile,
+    /// Name of the program that made the file (section 2.2.1).
     pub(crate) creator: String,
-    /// Both headers, or what is wrong with them.
+    /// Both headers; an error is a predicate for "the header …".
     pub(crate) headers: [Result<Header, String>; 2],
-    /// The one that holds.
+    /// The current header.
     pub(crate) header: Header,
-    /// What the log changed, if it was not empty.
-    pub(crate) replayed: Option<Replayed>,
-    /// What is wrong with the copies of the region table.
+    /// Extent of the replay; `None` if the log was empty.
+    pub(crate) replay_stats: Option<ReplayStats>,
+    /// Fault of each copy of the region table, a predicate for "the region table …".
     pub(crate) region_faults: [Option<String>; 2],
-    /// Both copies of the region table are whole, and say different things.
+    /// True if both copies of the region table are valid but differ.
     pub(crate) region_tables_differ: bool,
+    /// The first valid copy of the region table.
     pub(crate) regions: RegionTable,
+    /// Properties of the disk.
     pub(crate) metadata: Metadata,
-    /// Keys and values, in the file's order; empty unless differencing.
+    /// Keys and values of the parent locator, in the file's order; empty unless differencing.
     pub(crate) parent_locator: Vec<(String, String)>,
+    /// Dimensions of the BAT.
     pub(crate) shape: BatShape,
 }
 
-/// How much a log changed.
+/// Extent of a log replay.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Replayed {
+pub(crate) struct ReplayStats {
+    /// Log entries applied.
     pub(crate) entries: usize,
+    /// Pages of 4 KiB overwritten.
     pub(crate) pages: usize,
 }
 
-/// What becomes of a header that the disk does not give.
+/// Treatment of a header that can't be read from the medium.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum UnreadableHeader {
-    /// An error: it may be the current one, and what the other says out of date (that there is no log to
-    /// replay, for one). A header that was read and is damaged is another matter: the format has two
-    /// since a write may be cut off, and then the other one holds.
-    Error,
-    /// As one that is damaged, with a note: for who wants what can be had.
-    Damaged,
+    /// Fail. The header may be the current one and the other out of date, for instance about a log to
+    /// replay. A header that is read but damaged is no such error: the format has two headers because a
+    /// write may be interrupted, and the other is then current.
+    Fail,
+    /// Use the other header and add a note, as for a damaged one: for salvage and `check`.
+    UseOther,
 }
 
 impl Image {
-    /// Reads and checks everything but the BAT. `depth`: images above this one in a chain, which share
-    /// what memory there is for logs and tables.
+    /// Reads and checks all structures but the BAT. `depth` counts the images above this one in a chain,
+    /// with which it shares the memory for logs and tables.
     pub(crate) fn open(input: Input, unreadable: UnreadableHeader, depth: usize) -> Result<Self> {
         let input = input.into_random()?;
         let path = input.path().to_owned();
@@ -76,9 +89,9 @@ impl Image {
         if let Some(fault) = header.fault() {
             return Err(Error::malformed(format!("the header {fault}")).at(HEADER_OFFSETS[0]));
         }
-        let (file, replayed) = read_log(input, &header, depth)?;
-        let Regions { table: regions, faults: region_faults, differ } = read_regions(&file)?;
-        check_log_place(&header, &regions)?;
+        let (file, replay_stats) = read_log(input, &header, depth)?;
+        let RegionCopies { table: regions, faults: region_faults, differ } = read_regions(&file)?;
+        check_log_region(&header, &regions)?;
         let (metadata, parent_locator) = read_metadata(&file, &regions.metadata)?;
         let shape = BatShape::new(
             metadata.virtual_size,
@@ -90,7 +103,7 @@ impl Image {
             creator,
             headers,
             header,
-            replayed,
+            replay_stats,
             region_faults,
             region_tables_differ: differ,
             regions,
@@ -98,18 +111,18 @@ impl Image {
             parent_locator,
             shape,
         };
-        image.check_bat_place()?;
+        image.check_bat_region()?;
         Ok(image)
     }
 
-    /// The BAT entry with an index below [`BatShape::entries`].
+    /// Reads the BAT entry at `bat_index`, which is below [`BatShape::entries`].
     pub(crate) fn bat_entry(&self, bat_index: u64) -> Result<BatEntry> {
-        let position = self.regions.bat.file_offset + bat_index * ENTRY_LEN;
-        Ok(BatEntry(self.file.table_page(position)?.u64_at(position)))
+        let entry_at = self.regions.bat.file_offset + bat_index * ENTRY_LEN;
+        Ok(BatEntry(self.file.table_page(entry_at)?.u64_at(entry_at)))
     }
 
-    /// What else stands in the file: blocks must not touch it.
-    pub(crate) fn reserved_places(&self) -> [(&'static str, Region); 4] {
+    /// Names and ranges of the structures that blocks must not overlap.
+    pub(crate) fn reserved_regions(&self) -> [(&'static str, Region); 4] {
         let header = Region { file_offset: 0, length: MIB as u32 };
         let log = Region { file_offset: self.header.log_offset, length: self.header.log_length };
         [
@@ -120,7 +133,8 @@ impl Image {
         ]
     }
 
-    fn check_bat_place(&self) -> Result<()> {
+    /// Checks that the BAT's region is long enough for the disk and lies inside the file.
+    fn check_bat_region(&self) -> Result<()> {
         let needed = self.shape.entries(self.metadata.has_parent) * ENTRY_LEN;
         let bat = &self.regions.bat;
         if needed > u64::from(bat.length) {
@@ -142,6 +156,7 @@ impl Image {
     }
 }
 
+/// Reads the file type identifier and returns its creator string.
 fn read_identifier(input: &RandomInput) -> Result<String> {
     let mut identifier = [0; FILE_SIGNATURE.len() + CREATOR_LEN];
     let readable = usize::try_from(input.len()).unwrap_or(usize::MAX).min(identifier.len());
@@ -152,49 +167,59 @@ fn read_identifier(input: &RandomInput) -> Result<String> {
     }
 }
 
-fn read_header(input: &RandomInput, offset: u64, policy: UnreadableHeader) -> Result<Result<Header, String>> {
-    match input.read_vec(offset, HEADER_LEN) {
+/// Reads the header at `file_offset`. The inner error is a predicate for "the header …".
+fn read_header(
+    input: &RandomInput,
+    file_offset: u64,
+    unreadable_header: UnreadableHeader,
+) -> Result<Result<Header, String>> {
+    match input.read_vec(file_offset, HEADER_LEN) {
         Ok(bytes) => Ok(Header::decode(&bytes)),
-        Err(error) if error.kind() == ErrorKind::Io && policy == UnreadableHeader::Error => {
+        Err(error) if error.kind() == ErrorKind::Io && unreadable_header == UnreadableHeader::Fail => {
             Err(error.hint("with --salvage the other header is used, which may be older"))
         }
-        Err(error) => Ok(Err(unreadable(&error))),
+        Err(error) => Ok(Err(unreadable_fault(&error))),
     }
 }
 
-/// Why one of two copies is out, for an error that names file and place itself.
-fn unreadable(error: &Error) -> String {
+/// Describes a read error as a predicate, for messages that name file and offset themselves.
+fn unreadable_fault(error: &Error) -> String {
     match error.io_error() {
         Some(cause) => format!("can't be read ({cause})"),
         None => format!("can't be read ({})", error.message()),
     }
 }
 
-fn read_log(input: RandomInput, header: &Header, depth: usize) -> Result<(ReplayedFile, Option<Replayed>)> {
+/// Replays the log, if there is one.
+fn read_log(
+    input: RandomInput,
+    header: &Header,
+    depth: usize,
+) -> Result<(ReplayedFile, Option<ReplayStats>)> {
     if header.log_guid.is_nil() {
         return Ok((ReplayedFile::new(input, Overlay::new(depth), 0, depth), None));
     }
-    let Replay { overlay, least_len, entries } = replay(&input, header, depth)?;
-    let replayed = Replayed { entries, pages: overlay.page_count() };
-    Ok((ReplayedFile::new(input, overlay, least_len, depth), Some(replayed)))
+    let Replay { overlay, min_len, entries } = replay(&input, header, depth)?;
+    let stats = ReplayStats { entries, pages: overlay.page_count() };
+    Ok((ReplayedFile::new(input, overlay, min_len, depth), Some(stats)))
 }
 
-/// What the two copies of the region table say.
-struct Regions {
-    /// The first whole copy.
+/// Result of reading both copies of the region table.
+struct RegionCopies {
+    /// The first valid copy.
     table: RegionTable,
-    /// What is wrong with each.
+    /// Fault of each copy, a predicate for "the region table …".
     faults: [Option<String>; 2],
-    /// Both are whole and they differ.
+    /// True if both copies are valid but differ.
     differ: bool,
 }
 
-/// One copy is enough, and it does not matter which: they are written once, with the same content, so
-/// that a copy that the disk does not give is no loss.
-fn read_regions(file: &ReplayedFile) -> Result<Regions> {
-    let copies = REGION_TABLE_OFFSETS.map(|offset| match file.read_vec(offset, REGION_TABLE_LEN) {
+/// Reads both copies of the region table. Either is enough, even if the medium can't read the other: both
+/// are written once, with the same content.
+fn read_regions(file: &ReplayedFile) -> Result<RegionCopies> {
+    let copies = REGION_TABLE_OFFSETS.map(|file_offset| match file.read_vec(file_offset, REGION_TABLE_LEN) {
         Ok(bytes) => RegionTable::decode(&bytes),
-        Err(error) => Err(TableFault::Damaged(unreadable(&error))),
+        Err(error) => Err(TableFault::Damaged(unreadable_fault(&error))),
     });
     let mut faults = [None, None];
     let mut table = None;
@@ -207,7 +232,9 @@ fn read_regions(file: &ReplayedFile) -> Result<Regions> {
             Err(TableFault::Unsupported(why)) if table.is_none() => {
                 return Err(Error::unsupported(format!("the region table {why}"))
                     .at(REGION_TABLE_OFFSETS[0])
-                    .hint("the image was made by a program that knows more than the specification"));
+                    .hint(
+                        "the image uses an extension of the format: open it with the program that made it",
+                    ));
             }
             Err(TableFault::Unsupported(why)) => *fault = Some(why.clone()),
         }
@@ -215,7 +242,7 @@ fn read_regions(file: &ReplayedFile) -> Result<Regions> {
     match (table, &faults) {
         (Some(table), _) => {
             let differ = matches!(&copies, [Ok(first), Ok(second)] if first != second);
-            Ok(Regions { table, faults, differ })
+            Ok(RegionCopies { table, faults, differ })
         }
         (None, [first, second]) => {
             let why = |fault: &Option<String>| fault.clone().unwrap_or_default();
@@ -230,7 +257,8 @@ fn read_regions(file: &ReplayedFile) -> Result<Regions> {
     }
 }
 
-fn check_log_place(header: &Header, regions: &RegionTable) -> Result<()> {
+/// Checks that the log overlaps neither BAT nor metadata.
+fn check_log_region(header: &Header, regions: &RegionTable) -> Result<()> {
     for (name, region) in [("BAT", regions.bat), ("metadata", regions.metadata)] {
         if header.log_length > 0 && region.overlaps(header.log_offset, header.log_length.into()) {
             return Err(Error::malformed(format!(
@@ -242,6 +270,7 @@ fn check_log_place(header: &Header, regions: &RegionTable) -> Result<()> {
     Ok(())
 }
 
+/// Reads the disk's properties and its parent locator.
 fn read_metadata(file: &ReplayedFile, region: &Region) -> Result<(Metadata, Vec<(String, String)>)> {
     let fault = |fault: MetadataFault| {
         match fault {
@@ -253,20 +282,20 @@ fn read_metadata(file: &ReplayedFile, region: &Region) -> Result<(Metadata, Vec<
     let bytes = file.read_vec(region.file_offset, METADATA_TABLE_LEN)?;
     let table = MetadataTable::decode(&bytes, region.length).map_err(fault)?;
     let mut items = RawItems::default();
-    let fixed: [(&str, Option<ItemPlace>, &mut [u8]); 5] = [
+    let fixed_len: [(&str, Option<ItemRange>, &mut [u8]); 5] = [
         ("file parameters", Some(table.file_parameters), &mut items.file_parameters),
         ("virtual disk size", Some(table.virtual_disk_size), &mut items.virtual_disk_size),
         ("virtual disk ID", table.virtual_disk_id, &mut items.virtual_disk_id),
         ("logical sector size", Some(table.logical_sector_size), &mut items.logical_sector_size),
         ("physical sector size", table.physical_sector_size, &mut items.physical_sector_size),
     ];
-    for (name, place, buf) in fixed {
-        let Some(place) = place else { continue };
-        let file_offset = region.file_offset + u64::from(place.offset);
-        if place.length as usize != buf.len() {
+    for (name, range, buf) in fixed_len {
+        let Some(range) = range else { continue };
+        let file_offset = region.file_offset + u64::from(range.offset);
+        if range.length as usize != buf.len() {
             return Err(Error::malformed(format!(
-                "the {name} have {} bytes instead of {}",
-                place.length,
+                "metadata item '{name}' has {} bytes instead of {}",
+                range.length,
                 buf.len()
             ))
             .at(file_offset));
@@ -275,13 +304,13 @@ fn read_metadata(file: &ReplayedFile, region: &Region) -> Result<(Metadata, Vec<
     }
     let metadata = Metadata::decode(&items).map_err(fault)?;
     let locator = match table.parent_locator {
-        Some(place) if metadata.has_parent => {
-            let item = file.read_vec(region.file_offset + u64::from(place.offset), place.length as usize)?;
+        Some(range) if metadata.has_parent => {
+            let item = file.read_vec(region.file_offset + u64::from(range.offset), range.length as usize)?;
             decode_parent_locator(&item).map_err(fault)?
         }
         None if metadata.has_parent => {
             return Err(fault(MetadataFault::Malformed(
-                "the disk is differencing, but names no parent".to_owned(),
+                "the disk is differencing, but has no parent locator".to_owned(),
             )));
         }
         _ => Vec::new(),

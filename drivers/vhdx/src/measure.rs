@@ -1,11 +1,12 @@
-//! How many bytes an image will need.
+//! Measuring: the size of an image before it is made.
 
 use imgtool_toolkit::source::data_bytes;
 use imgtool_toolkit::{CreateOptions, Error, ImageSource, Measure, Result};
 
 use crate::options::VhdxOptions;
 
-/// The length of the file that would be made: exact where the source's data extents hold data.
+/// Measures the file that `source` would make. The length is exact if every data extent of the source holds
+/// data in each block that it touches.
 pub(crate) fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Result<Measure> {
     let options = VhdxOptions::parse(options)?;
     let [device] = source.info().devices.as_slice() else {
@@ -19,7 +20,7 @@ pub(crate) fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Resu
     if options.zero_unit.is_none() {
         return Ok(Measure { required: fully_allocated, fully_allocated, occupied: device.size });
     }
-    // Blocks are holes where they are not written, in a fixed file too.
+    // Unwritten parts of blocks are holes, in a fixed file too.
     let occupied = data_bytes(source, device)?;
     if options.fixed {
         return Ok(Measure { required: fully_allocated, fully_allocated, occupied });
@@ -29,15 +30,15 @@ pub(crate) fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Resu
     };
     let block_size = layout.shape.block_size;
     let mut blocks = 0;
-    // The first block that is not counted yet.
+    // Blocks below this index are counted.
     let mut next_block = 0;
-    let mut position = 0;
-    while position < device.size {
-        for extent in random.extents(device.id, position..device.size)? {
-            position = extent.end();
+    let mut guest_offset = 0;
+    while guest_offset < device.size {
+        for extent in random.extents(device.id, guest_offset..device.size)? {
+            guest_offset = extent.end();
             if extent.is_data() {
                 let first = (extent.start / block_size).max(next_block);
-                let end = position.div_ceil(block_size);
+                let end = guest_offset.div_ceil(block_size);
                 blocks += end.saturating_sub(first);
                 next_block = next_block.max(end);
             }

@@ -1,4 +1,4 @@
-//! The `-o` options, and the layout of a new file that follows from them.
+//! The options of a new file, and the layout that follows from them.
 
 use imgtool_toolkit::zero::ZERO_GRANULARITY;
 use imgtool_toolkit::{CreateOptions, Error, OptionSpec, Result};
@@ -8,21 +8,23 @@ use crate::layout::bat::{BatShape, ENTRY_LEN, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
 use crate::layout::region::Region;
 use crate::layout::{HEADER_SECTION_LEN, MAX_VIRTUAL_SIZE, MIB};
 
-/// What every guest can boot from.
+/// Default logical sector size, bytes: the one that every guest can boot from.
 pub(crate) const DEFAULT_LOGICAL_SECTOR_SIZE: u64 = 512;
-/// What Hyper-V's own files say: their blocks are aligned for it.
+/// Default physical sector size, bytes: Hyper-V's. Payload blocks are aligned for it.
 const DEFAULT_PHYSICAL_SECTOR_SIZE: u64 = 4096;
-/// The log of Hyper-V and QEMU.
+/// Default length of the log, bytes: that of Hyper-V and QEMU.
 const DEFAULT_LOG_SIZE: u64 = MIB;
-/// QEMU's limit: it must fit 32 bits.
+/// Longest log, bytes. QEMU's limit; the header's field has 32 bits (section 2.2.2).
 const MAX_LOG_SIZE: u64 = (4 << 30) - MIB;
-/// Table and items take less than 66 KiB; regions come in units of 1 MiB.
+/// Length of the metadata region, bytes: table and items take less than 66 KiB, and regions are multiples
+/// of 1 MiB.
 const METADATA_LEN: u64 = MIB;
 
+/// The `-o` options.
 pub(crate) const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "subformat",
-        help: "whether blocks take space only when they hold data, or all from the start",
+        help: "blocks in the file: those with data (dynamic) or all (fixed)",
         default: "dynamic",
         values: "dynamic|fixed",
     },
@@ -40,7 +42,7 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "physical_sector_size",
-        help: "sector size that the guest is told the disk has inside",
+        help: "physical sector size that the guest sees",
         default: "4096",
         values: "512|4096",
     },
@@ -70,55 +72,63 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
     },
 ];
 
-/// The options, checked.
+/// The options of a new file, parsed and checked.
 #[derive(Debug, Clone)]
 pub(crate) struct VhdxOptions {
-    /// All blocks are allocated.
+    /// True if every block is allocated from the start.
     pub(crate) fixed: bool,
-    /// Bytes; `None`: by the disk's size.
+    /// Bytes of a payload block; `None` if the disk's size decides.
     block_size: Option<u64>,
     /// Bytes.
     pub(crate) logical_sector_size: u64,
     /// Bytes.
     pub(crate) physical_sector_size: u64,
-    /// Bytes.
+    /// Bytes, a multiple of 1 MiB.
     log_size: u64,
+    /// SCSI page 83 identifier; `None` if it derives from the content.
     pub(crate) disk_id: Option<Uuid>,
+    /// Identity of the guest's content; `None` if it derives from the content.
     pub(crate) data_write_guid: Option<Uuid>,
+    /// Identity of this state of the file; `None` if it derives from the content.
     pub(crate) file_write_guid: Option<Uuid>,
-    /// `-S`: zeros shorter than this many bytes (a power of two, at least 4 KiB) are stored like data;
-    /// `None`: all zeros are.
+    /// Shortest run of zeros that becomes a hole, bytes: a power of two, at least 4 KiB. `None` if all
+    /// zeros are stored like data.
     pub(crate) zero_unit: Option<u64>,
 }
 
 impl VhdxOptions {
-    /// The options from their texts.
+    /// Parses the options.
+    ///
+    /// # Errors
+    /// `Usage` if a name is unknown or a value out of bounds.
     pub(crate) fn parse(options: &CreateOptions) -> Result<Self> {
-        options.check_names("vhdx", OPTIONS)?;
+        options.check_names(crate::FORMAT, OPTIONS)?;
         if options.compress.is_some() {
-            return Err(Error::usage("VHDX images are not compressed")
+            return Err(Error::usage("VHDX images can't be compressed")
                 .hint("choose another format, or a name that ends in .zst or .gz"));
         }
         let fixed = match options.get("subformat") {
             None | Some("dynamic") => false,
             Some("fixed") => true,
             Some(other) => {
-                return Err(Error::usage(format!("option 'subformat' is dynamic or fixed, not '{other}'")));
+                return Err(Error::usage(format!(
+                    "option 'subformat' must be dynamic or fixed, not '{other}'"
+                )));
             }
         };
-        // 0 is QEMU's word for "by size".
+        // As in QEMU, 0 means "by size".
         let block_size = options.size("block_size")?.filter(|&size| size != 0);
         if let Some(size) = block_size
             && (!size.is_power_of_two() || !(MIN_BLOCK_SIZE..=MAX_BLOCK_SIZE).contains(&size))
         {
             return Err(Error::usage(format!(
-                "option 'block_size' is a power of two from 1M to 256M, not {size}"
+                "option 'block_size' must be a power of two from 1M to 256M, not {size}"
             )));
         }
         let log_size = options.size("log_size")?.unwrap_or(DEFAULT_LOG_SIZE);
         if !log_size.is_multiple_of(MIB) || !(MIB..=MAX_LOG_SIZE).contains(&log_size) {
             return Err(Error::usage(format!(
-                "option 'log_size' is a multiple of 1M from 1M to 4095M, not {log_size}"
+                "option 'log_size' must be a multiple of 1M from 1M to 4095M, not {log_size}"
             )));
         }
         Ok(Self {
@@ -134,11 +144,14 @@ impl VhdxOptions {
         })
     }
 
-    /// The layout of a file for a device of `size` bytes.
-    pub(crate) fn layout(&self, size: u64) -> Result<Layout> {
+    /// Lays out a file for a device of `size` bytes.
+    ///
+    /// # Errors
+    /// `Unsupported` if the device is larger than the format's limit.
+    pub(crate) fn layout(&self, size: u64) -> Result<FileLayout> {
         if size > MAX_VIRTUAL_SIZE {
             return Err(Error::unsupported(format!(
-                "the device has {size} bytes, VHDX holds at most {MAX_VIRTUAL_SIZE} (64 TiB)"
+                "the device has {size} bytes; the limit of VHDX is {MAX_VIRTUAL_SIZE} (64 TiB)"
             ))
             .hint("choose another format"));
         }
@@ -149,36 +162,40 @@ impl VhdxOptions {
         let log = region(HEADER_SECTION_LEN, self.log_size);
         let metadata = region(log.end(), METADATA_LEN);
         let bat = region(metadata.end(), bat_len);
-        Ok(Layout { virtual_size, shape, log, metadata, bat, payload_start: bat.end() })
+        Ok(FileLayout { virtual_size, shape, log, metadata, bat, payload_start: bat.end() })
     }
 }
 
-/// Where everything stands in a new file: header section, log, metadata, BAT, payload blocks.
+/// Layout of a new file: header section, log, metadata, BAT and payload blocks, in this order.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Layout {
-    /// Bytes, a multiple of the logical sector size.
+pub(crate) struct FileLayout {
+    /// Guest bytes, a multiple of the logical sector size.
     pub(crate) virtual_size: u64,
+    /// Dimensions of the BAT.
     pub(crate) shape: BatShape,
+    /// The log.
     pub(crate) log: Region,
+    /// The metadata region.
     pub(crate) metadata: Region,
+    /// The BAT region.
     pub(crate) bat: Region,
-    /// Where the first payload block stands; the others follow without a gap.
+    /// File offset of the first payload block, bytes; the others follow without a gap.
     pub(crate) payload_start: u64,
 }
 
-impl Layout {
-    /// Length of a file with so many payload blocks.
+impl FileLayout {
+    /// Length in bytes of a file that holds `payload_blocks` blocks; also the file offset of the next one.
     pub(crate) fn file_len(&self, payload_blocks: u64) -> u64 {
         self.payload_start + payload_blocks * self.shape.block_size
     }
 }
 
-/// A region; lengths are bounded by the options: a BAT has at most 512 MiB + 128 KiB.
+/// Makes a region. The options bound its length below 4 GiB; the longest BAT has 513 MiB.
 fn region(file_offset: u64, length: u64) -> Region {
     Region { file_offset, length: u32::try_from(length).unwrap_or(u32::MAX) }
 }
 
-/// QEMU's choice: small disks make small files, and no BAT has more than a million entries.
+/// QEMU's default: small disks make small files, and no BAT has much more than a million entries.
 fn default_block_size(virtual_size: u64) -> u64 {
     const GIB: u64 = 1 << 30;
     match virtual_size {
@@ -189,20 +206,22 @@ fn default_block_size(virtual_size: u64) -> u64 {
     }
 }
 
+/// Parses a sector size, bytes.
 fn sector_size(options: &CreateOptions, name: &str, default: u64) -> Result<u64> {
     match options.size(name)? {
         None => Ok(default),
         Some(size @ (512 | 4096)) => Ok(size),
-        Some(other) => Err(Error::usage(format!("option '{name}' is 512 or 4096, not {other}"))),
+        Some(other) => Err(Error::usage(format!("option '{name}' must be 512 or 4096, not {other}"))),
     }
 }
 
+/// Parses a GUID, which must not be nil.
 fn guid(options: &CreateOptions, name: &str) -> Result<Option<Uuid>> {
     let Some(text) = options.get(name) else { return Ok(None) };
     match Uuid::try_parse(text) {
         Ok(guid) if !guid.is_nil() => Ok(Some(guid)),
         _ => Err(Error::usage(format!(
-            "option '{name}' is a GUID such as 6a1b2c3d-0000-4000-8000-000000000001, not '{text}'"
+            "option '{name}' must be a GUID such as 6a1b2c3d-0000-4000-8000-000000000001, not '{text}'"
         ))),
     }
 }

@@ -1,33 +1,38 @@
 //! The parent of a differencing disk (section 2.6.2.6).
 //!
-//! The parent locator names the parent in several ways. Only the user decides which files may be
-//! opened; a name is tried when it can mean a file here. Whatever is found must be the disk that the
-//! child was made from: its data-write GUID is the child's parent linkage.
+//! The parent locator names the parent in several ways. The driver tries each name that can be a path on
+//! this system, and the user's policy for external files decides which of them may be opened. The file
+//! must be the disk that the child was made from: its data-write GUID must equal the child's parent
+//! linkage.
 
 use imgtool_toolkit::{DeviceId, Error, ImageSource, OpenOptions, RandomAccess, Reference, Result};
 use uuid::Uuid;
 
 use crate::image::Image;
 
-/// The fact under which a source tells its data-write GUID.
+/// Key of the fact that holds a source's data-write GUID.
 pub(crate) const DATA_WRITE_GUID: &str = "data-write-guid";
 
-/// Keys of section 2.6.2.6.3 that name a file, best first.
+/// Keys that name the parent's file, in the order in which they are tried (section 2.6.2.6.3).
 const NAME_KEYS: [&str; 3] = ["relative_path", "absolute_win32_path", "volume_path"];
 
-/// Keys that tell which data-write GUID the parent has; the second is set while a parent is changed.
+/// Keys that hold the parent's data-write GUID (section 2.6.2.6.3). The second is set while the parent is
+/// being changed.
 const LINKAGE_KEYS: [&str; 2] = ["parent_linkage", "parent_linkage2"];
 
-/// An opened parent.
+/// An opened parent image.
 pub(crate) struct Parent {
     source: Box<dyn ImageSource>,
     device: DeviceId,
-    /// May differ from the child's, which can have been resized: behind it there are zeros.
+    /// Guest bytes. May differ from the child's, which can be resized; the child reads zeros behind it.
     pub(crate) virtual_size: u64,
 }
 
 impl Parent {
-    /// Reading its content.
+    /// Returns the reader and the device to read by position.
+    ///
+    /// # Errors
+    /// `Unsupported` if the parent is a stream.
     pub(crate) fn random(&self) -> Result<(&dyn RandomAccess, DeviceId)> {
         match self.source.random() {
             Some(random) => Ok((random, self.device)),
@@ -35,26 +40,27 @@ impl Parent {
         }
     }
 
-    /// The source, for what it lost.
+    /// Returns the source, for its losses.
     pub(crate) fn source(&self) -> &dyn ImageSource {
         &*self.source
     }
 }
 
-/// The names under which an image knows its parent, for `info`.
+/// Returns the reference to the parent, for `info`: empty if the image has none.
 pub(crate) fn references(image: &Image) -> Vec<Reference> {
-    // The name under which it will be looked for first; one that means nothing here is shown as it is.
+    // The name that `open` tries first; or else the first name, even though it is no path on this system.
     let names = || NAME_KEYS.iter().filter_map(|key| value(image, key));
     let name = names().find_map(local_name).or_else(|| names().next().map(str::to_owned));
     name.map(|name| Reference { role: "parent", name, format: Some("vhdx".to_owned()) }).into_iter().collect()
 }
 
+/// Looks up a key of the parent locator.
 fn value<'a>(image: &'a Image, key: &str) -> Option<&'a str> {
     image.parent_locator.iter().find(|(known, _)| known == key).map(|(_, value)| value.as_str())
 }
 
-/// A Windows name as a path here: separators turned, `None` when it has no counterpart (a drive
-/// letter, a volume or a share).
+/// Converts a Windows path to one of this system by its separators; `None` for one with a drive letter, a
+/// volume or a share, which has no counterpart.
 fn local_name(name: &str) -> Option<String> {
     let path = name.strip_prefix(r"\\?\").unwrap_or(name).replace('\\', "/");
     let has_drive = path.as_bytes().get(1) == Some(&b':');
@@ -62,9 +68,13 @@ fn local_name(name: &str) -> Option<String> {
     (!is_foreign).then_some(path)
 }
 
-/// Opens the parent that the image names.
+/// Opens the parent of an image.
+///
+/// # Errors
+/// The first error if no name can be opened; `Corrupt` if the file is not the disk that the image was made
+/// from.
 pub(crate) fn open(image: &Image, options: &OpenOptions) -> Result<Parent> {
-    let linkage = linkage(image)?;
+    let linkage = parent_linkage(image)?;
     let mut first_error = None;
     let mut tried = Vec::new();
     for name in NAME_KEYS.iter().filter_map(|key| value(image, key)).filter_map(local_name) {
@@ -72,27 +82,27 @@ pub(crate) fn open(image: &Image, options: &OpenOptions) -> Result<Parent> {
             continue;
         }
         match options.externals.open_image("parent", &name, image.file.path(), Some("vhdx"), options) {
-            Ok(source) => return check(source, &linkage, &name),
+            Ok(source) => return check_linkage(source, &linkage, &name),
             Err(error) => first_error = first_error.or(Some(error)),
         }
         tried.push(name);
     }
     Err(first_error.unwrap_or_else(|| {
         let names: Vec<&str> = NAME_KEYS.iter().filter_map(|key| value(image, key)).collect();
-        Error::unsupported(format!("the names of the parent mean nothing here: {}", names.join(", "))).hint(
-            "place the parent beside the image; the image must know it by a relative path or a name on this system",
-        )
+        Error::unsupported(format!("no name of the parent is a path on this system: {}", names.join(", ")))
+            .hint("set the parent path of the image to a relative path, or to a path of this system")
     }))
 }
 
-fn linkage(image: &Image) -> Result<Vec<Uuid>> {
+/// Returns the data-write GUIDs that the parent may have; at least one.
+fn parent_linkage(image: &Image) -> Result<Vec<Uuid>> {
     let mut found = Vec::new();
     for key in LINKAGE_KEYS {
         let Some(text) = value(image, key) else { continue };
         match Uuid::try_parse(text) {
             Ok(guid) => found.push(guid),
             Err(_) => {
-                return Err(Error::malformed(format!("{key} of the parent locator is no GUID: '{text}'")));
+                return Err(Error::malformed(format!("{key} of the parent locator is not a GUID: '{text}'")));
             }
         }
     }
@@ -102,21 +112,25 @@ fn linkage(image: &Image) -> Result<Vec<Uuid>> {
     Ok(found)
 }
 
-fn check(source: Box<dyn ImageSource>, linkage: &[Uuid], name: &str) -> Result<Parent> {
+/// Checks that a source is the parent by its data-write GUID.
+fn check_linkage(source: Box<dyn ImageSource>, linkage: &[Uuid], name: &str) -> Result<Parent> {
     let info = source.info();
     let fact = info.facts.iter().find(|fact| fact.key == DATA_WRITE_GUID);
     let guid = fact.and_then(|fact| fact.value.as_str()).and_then(|text| Uuid::try_parse(text).ok());
     if guid.is_none_or(|guid| !linkage.contains(&guid)) {
         let found = guid.map_or_else(|| "none".to_owned(), |guid| guid.to_string());
-        let wanted: Vec<String> = linkage.iter().map(Uuid::to_string).collect();
+        let expected: Vec<String> = linkage.iter().map(Uuid::to_string).collect();
         return Err(Error::corrupt(format!(
-            "parent '{name}' is not the disk that this one was made from: its data-write GUID is {found}, not {}",
-            wanted.join(" or ")
+            "parent '{name}' is not the disk that the image was made from: its data-write GUID is {found}, not {}",
+            expected.join(" or ")
         ))
-        .hint("the parent was changed or replaced after the child was made: find the original"));
+        .hint("the parent was changed or replaced after the image was made: find the original"));
     }
     let [device] = info.devices.as_slice() else {
-        return Err(Error::malformed(format!("parent '{name}' has {} disks", info.devices.len())));
+        return Err(Error::malformed(format!(
+            "parent '{name}' has {} disks instead of one",
+            info.devices.len()
+        )));
     };
     let (device, virtual_size) = (device.id, device.size);
     Ok(Parent { source, device, virtual_size })
@@ -127,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn windows_names_become_paths_where_they_can() {
+    fn converts_windows_paths_that_have_a_counterpart() {
         assert_eq!(local_name(r".\base.vhdx").as_deref(), Some("./base.vhdx"));
         assert_eq!(local_name(r"..\a\base.vhdx").as_deref(), Some("../a/base.vhdx"));
         assert_eq!(local_name("/srv/base.vhdx").as_deref(), Some("/srv/base.vhdx"));

@@ -1,8 +1,9 @@
-//! Making images: blocks are allocated in the order in which data comes.
+//! Writing dynamic and fixed images.
 //!
-//! A block takes the next place in the file when its first data come, whole; around the data it stays
-//! a hole. Blocks without data are not present. The bytes of a file depend on content and options
-//! alone: GUIDs are made from them.
+//! In a dynamic file, a payload block is allocated at the end of the file when its first data arrives:
+//! whole, but as a hole around the data. Blocks without data are not present. In a fixed file every block
+//! has its place from the start. The bytes of a file depend on content and options alone, because its
+//! GUIDs derive from them.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -12,30 +13,35 @@ use imgtool_toolkit::{
     Prepared, Result, WriteList,
 };
 
-use crate::bat_writer::BatWriter;
-use crate::fingerprint::Fingerprint;
 use crate::layout::bat::{BatEntry, ENTRY_LEN};
 use crate::layout::header::{HEADER_OFFSETS, Header, encode_identifier};
 use crate::layout::metadata::Metadata;
 use crate::layout::region::{REGION_TABLE_OFFSETS, Region, RegionTable};
 use crate::layout::{HEADER_SECTION_LEN, MIB};
-use crate::options::{Layout, VhdxOptions};
+use crate::options::{FileLayout, VhdxOptions};
 
-/// Bytes in a piece: read buffer and page cache copy fit a core's cache.
+mod bat_writer;
+mod fingerprint;
+
+use bat_writer::BatWriter;
+use fingerprint::Fingerprint;
+
+/// Bytes per piece. Our choice: the read buffer and the page cache's copy fit a core's cache.
 const PIECE_LEN: u64 = 256 << 10;
 
-/// What the file says about its maker.
+/// Creator string of the file type identifier (section 2.2.1).
 const CREATOR: &str = concat!("imgtool ", env!("CARGO_PKG_VERSION"));
 
+/// Creates an image on `output` for the manifest's only device.
 pub(crate) fn create(
     output: Output,
     manifest: &Manifest,
     options: &CreateOptions,
 ) -> Result<Box<dyn ImageSink>> {
-    let device = manifest.single("vhdx")?;
+    let device = manifest.single(crate::FORMAT)?;
     let options = VhdxOptions::parse(options)?;
     if device.open_ended {
-        return Err(Error::unsupported("VHDX must know the size of a disk before its data")
+        return Err(Error::unsupported("VHDX needs the size of a disk before its data")
             .hint("save the stream to a file first"));
     }
     if output.is_stream() {
@@ -44,11 +50,11 @@ pub(crate) fn create(
             .hint("write to a file"));
     }
     let layout = options.layout(device.size).map_err(|e| e.device(&*device.name))?;
-    let least = layout.file_len(if options.fixed { layout.shape.payload_blocks } else { 0 });
+    let min_len = layout.file_len(if options.fixed { layout.shape.payload_blocks } else { 0 });
     if let Some(capacity) = output.capacity()
-        && capacity < least
+        && capacity < min_len
     {
-        return Err(Error::refused(format!("the target holds {capacity} bytes, the image needs {least}"))
+        return Err(Error::refused(format!("the target holds {capacity} bytes, the image needs {min_len}"))
             .path(output.path())
             .device(&*device.name));
     }
@@ -63,21 +69,22 @@ pub(crate) fn create(
     }))
 }
 
-/// An image in the making.
+/// An image being written.
 struct VhdxSink {
     output: Output,
-    /// Guest bytes before rounding up.
+    /// Guest bytes, before rounding up to whole sectors.
     device_size: u64,
     options: VhdxOptions,
-    layout: Layout,
+    layout: FileLayout,
     fingerprint: Fingerprint,
+    /// Unused for a fixed file.
     allocation: Mutex<Allocation>,
 }
 
-/// Which block stands where.
+/// The payload blocks of a dynamic file that are allocated so far.
 struct Allocation {
     bat: BatWriter,
-    /// Payload blocks in the file.
+    /// Number of payload blocks in the file.
     blocks: u64,
 }
 
@@ -104,7 +111,7 @@ impl ImageSink for VhdxSink {
 
     fn prepare(&self, piece: Piece, pool: &BufferPool) -> Result<Prepared> {
         let start = piece.start;
-        // The fingerprint is of the content, whatever is stored of its zeros.
+        // The fingerprint covers the content, no matter which zeros are stored.
         let nonzero = piece.nonzero_runs(ZERO_GRANULARITY);
         for run in &nonzero {
             if let Some(data) = &piece.data {
@@ -117,7 +124,7 @@ impl ImageSink for VhdxSink {
                 let runs = piece.runs.clone();
                 (piece, runs)
             }
-            // At most 2 MiB.
+            // `CreateOptions::zero_unit` bounds it to 2 MiB.
             Some(unit) if unit as usize > ZERO_GRANULARITY => {
                 let runs = piece.dense_runs(ZERO_GRANULARITY, unit as usize);
                 (piece, runs)
@@ -126,19 +133,19 @@ impl ImageSink for VhdxSink {
         };
         let mut parts = Vec::new();
         for run in stored {
-            // A part stays within a block.
+            // Neighbouring blocks may be far apart in the file: a part stays within one block.
             let mut at = run.start;
             while at < run.end {
                 let guest = start + at as u64;
-                let left = self.layout.shape.block_size - guest % self.layout.shape.block_size;
-                let len = usize::try_from(left).unwrap_or(usize::MAX).min(run.end - at);
+                let block_rest = self.layout.shape.block_size - guest % self.layout.shape.block_size;
+                let len = usize::try_from(block_rest).unwrap_or(usize::MAX).min(run.end - at);
                 parts.push(Part { guest: guest..guest + len as u64, bytes: Bytes::Data(at..at + len) });
                 at += len;
             }
         }
         let mut prepared = Prepared::new(piece);
         if self.options.fixed && self.output.needs_zeros() {
-            parts = with_zeros(parts, start, start + prepared.len);
+            parts = fill_gaps(parts, start, start + prepared.len);
         }
         prepared.parts = parts;
         Ok(prepared)
@@ -153,7 +160,8 @@ impl ImageSink for VhdxSink {
         }
         let mut allocation = self.allocation();
         for part in &prepared.parts {
-            let block_at = self.block(&mut allocation, part.guest.start / self.layout.shape.block_size)?;
+            let block_at =
+                self.allocate_block(&mut allocation, part.guest.start / self.layout.shape.block_size)?;
             writes.push(block_at + part.guest.start % self.layout.shape.block_size, part.bytes.clone());
         }
         Ok(())
@@ -193,8 +201,8 @@ impl ImageSink for VhdxSink {
     }
 }
 
-/// Fills the gaps between parts with zeros.
-fn with_zeros(parts: Vec<Part>, start: u64, end: u64) -> Vec<Part> {
+/// Adds parts of zeros in the gaps between `parts`, from guest offset `start` to `end`.
+fn fill_gaps(parts: Vec<Part>, start: u64, end: u64) -> Vec<Part> {
     let zeros = |guest: std::ops::Range<u64>| Part { bytes: Bytes::Zero(guest.end - guest.start), guest };
     let mut filled = Vec::new();
     let mut position = start;
@@ -216,8 +224,8 @@ impl VhdxSink {
         self.allocation.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where a payload block stands; it gets the next place if it has none.
-    fn block(&self, allocation: &mut Allocation, payload_block: u64) -> Result<u64> {
+    /// File offset of a payload block, which is allocated at the end of the file if it is not present.
+    fn allocate_block(&self, allocation: &mut Allocation, payload_block: u64) -> Result<u64> {
         let bat_index = self.layout.shape.payload_bat_index(payload_block);
         let entry = allocation.bat.get(bat_index)?;
         if entry != BatEntry(0) {
@@ -227,16 +235,16 @@ impl VhdxSink {
         allocation.blocks += 1;
         allocation.bat.set(bat_index, BatEntry::fully_present(block_at))?;
         if self.output.needs_zeros() {
-            // Before any data of the block: other pieces of it are written at the same time as this.
+            // Now, before any data of the block: other threads may write to it as soon as it has an offset.
             self.output.write_zeros_at(block_at, self.layout.shape.block_size)?;
         }
         Ok(block_at)
     }
 
-    /// The BAT of a fixed file: every block, one after the other.
+    /// Writes the BAT of a fixed file, whose blocks follow each other in guest order.
     fn write_fixed_bat(&self) -> Result<()> {
-        let Layout { shape, bat, .. } = &self.layout;
-        let mut position = bat.file_offset;
+        let FileLayout { shape, bat, .. } = &self.layout;
+        let mut file_offset = bat.file_offset;
         let mut bytes = Vec::new();
         let entries_at_once = MIB / ENTRY_LEN;
         let mut first = 0;
@@ -250,22 +258,23 @@ impl VhdxSink {
                 let entry = if is_payload { BatEntry::fully_present(block_at) } else { BatEntry(0) };
                 bytes.extend_from_slice(&entry.0.to_le_bytes());
             }
-            self.output.write_at(&bytes, position)?;
-            position += bytes.len() as u64;
+            self.output.write_at(&bytes, file_offset)?;
+            file_offset += bytes.len() as u64;
             first = end;
         }
-        self.output.write_zeros_at(position, bat.end() - position)
+        self.output.write_zeros_at(file_offset, bat.end() - file_offset)
     }
 
-    /// Writes a region: `bytes` and zeros to its end.
+    /// Writes `bytes` at the start of a region, and zeros to its end.
     fn write_region(&self, region: &Region, bytes: &[u8]) -> Result<()> {
         self.output.write_at(bytes, region.file_offset)?;
         let end = region.file_offset + bytes.len() as u64;
         self.output.write_zeros_at(end, region.end() - end)
     }
 
+    /// The disk's properties, for the metadata region.
     fn metadata(&self) -> Metadata {
-        let Layout { virtual_size, shape, .. } = &self.layout;
+        let FileLayout { virtual_size, shape, .. } = &self.layout;
         // The options bound all of these far below 2^32.
         let narrow = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
         Metadata {
@@ -279,7 +288,7 @@ impl VhdxSink {
         }
     }
 
-    /// A GUID from content and options.
+    /// Derives a GUID from content and options.
     fn guid(&self, purpose: &str) -> uuid::Uuid {
         self.fingerprint.guid(
             purpose,
@@ -294,21 +303,21 @@ impl VhdxSink {
         )
     }
 
-    /// Region tables, headers, and last the identifier, without which the file is no image.
+    /// Writes region tables, headers, and last the identifier, without which no program accepts the file.
     fn write_header_section(&self) -> Result<()> {
-        let Layout { log, bat, metadata, .. } = &self.layout;
+        let FileLayout { log, bat, metadata, .. } = &self.layout;
         if self.output.needs_zeros() {
             self.output.write_zeros_at(0, HEADER_SECTION_LEN)?;
         }
         let table = RegionTable { bat: *bat, metadata: *metadata }.encode();
-        for offset in REGION_TABLE_OFFSETS {
-            self.output.write_at(&table, offset)?;
+        for file_offset in REGION_TABLE_OFFSETS {
+            self.output.write_at(&table, file_offset)?;
         }
-        for (number, offset) in (1..).zip(HEADER_OFFSETS) {
-            let mut header = Header::new(number, log.file_offset, log.length);
+        for (sequence_number, file_offset) in (1..).zip(HEADER_OFFSETS) {
+            let mut header = Header::new(sequence_number, log.file_offset, log.length);
             header.file_write_guid = self.options.file_write_guid.unwrap_or_else(|| self.guid("file write"));
             header.data_write_guid = self.options.data_write_guid.unwrap_or_else(|| self.guid("data write"));
-            self.output.write_at(&header.encode(), offset)?;
+            self.output.write_at(&header.encode(), file_offset)?;
         }
         self.output.write_at(&encode_identifier(CREATOR), 0)
     }

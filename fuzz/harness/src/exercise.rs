@@ -1,7 +1,7 @@
-//! Reads all that can be read of an image, within bounds, and holds it to what the toolkit promises.
+//! Reads an image in every way, within bounds, and checks the toolkit's promises.
 //!
-//! A broken promise is a panic, which is what a fuzzer looks for. Errors are fine: they are printed,
-//! because messages are made of what stands in the image.
+//! A broken promise panics, which is what the fuzzer looks for. Errors are allowed. They are formatted,
+//! because messages quote bytes of the image.
 
 use std::ops::Range;
 
@@ -12,26 +12,26 @@ use imgtool_toolkit::{
     RandomAccess, Registry, Result, SequentialAccess, digest,
 };
 
-/// Devices that are looked at.
+/// Most devices to read.
 const DEVICES: usize = 8;
-/// Answers about extents that are asked for, and extents of each that are read.
+/// Most lists of extents to request per device, and most extents of each to read.
 const ANSWERS: usize = 24;
-/// Bytes read at once: more than a small cluster, and no multiple of one.
+/// Bytes per read: more than a small cluster, and not a multiple of one.
 const READ_LEN: usize = 20_000;
-/// Reads of a device.
+/// Most reads per device.
 const READS: usize = 24;
-/// Bytes of data up to which an image is read as a whole.
+/// Most bytes of data in an image that is read as a whole.
 pub const WHOLE: u64 = 2 << 20;
-/// Bytes of devices up to which a stream is read as a whole: what salvage does not find comes a GiB at a
-/// time.
+/// Largest sum of devices in a stream that is read as a whole, bytes: in salvage, missing ranges come as
+/// pieces of 1 GiB.
 const MAX_STREAMED: u64 = 64 << 30;
-/// Pieces taken from a stream.
+/// Most pieces to read from a stream.
 const PIECES: usize = 2000;
 
-/// Compared as a whole: a fuzzer counts every step of a loop over bytes.
+/// Zeros to compare with in one call: the fuzzer would count every step of a loop over bytes.
 static ZEROS: [u8; READ_LEN] = [0; READ_LEN];
 
-/// All drivers.
+/// Returns a registry of all drivers.
 pub fn registry() -> Registry {
     let mut registry = Registry::new();
     imgtool_raw::register(&mut registry);
@@ -41,12 +41,12 @@ pub fn registry() -> Registry {
     registry
 }
 
-/// What an image that was read through is like.
+/// Result of reading an image.
 #[derive(Debug, Default)]
 pub struct Outcome {
-    /// The first error of a read or a question for extents.
+    /// First error of a read or a list of extents.
     pub error: Option<Error>,
-    /// Data bytes, if all extents were seen.
+    /// Bytes in data extents; `None` unless all extents were listed.
     pub data_bytes: Option<u64>,
 }
 
@@ -57,19 +57,19 @@ impl Outcome {
     }
 }
 
-/// Prints an error as the program does: nothing that a terminal obeys may be in it.
+/// Formats an error as the program does, and asserts that it has no control characters.
 pub fn printed(error: &Error) {
     let text = format!("{error} {:?}", error.hint_text());
     assert!(!text.chars().any(char::is_control), "an error carries control characters: {text:?}");
 }
 
-/// What `open` says, with its error printed.
+/// Returns the value of a result; formats its error ([`printed`]).
 pub fn opened<T>(result: Result<T>) -> Option<T> {
     result.inspect_err(printed).ok()
 }
 
-/// Opens and reads an image of `driver`'s format in every way that there is: as it is, by force, for
-/// `info`, for salvage, a snapshot, and with `check`.
+/// Opens and reads an image of `driver`'s format in every way: plainly, by force, for information only, for
+/// salvage, by snapshot, and with `check`.
 pub fn image(driver: &str, options: &OpenOptions, input: &dyn Fn() -> Input) {
     let driver = registry().get(driver).expect("a driver of ours");
     let open = |options: &OpenOptions| opened(driver.open(input(), options));
@@ -105,14 +105,14 @@ pub fn image(driver: &str, options: &OpenOptions, input: &dyn Fn() -> Input) {
 fn checked(report: Result<imgtool_toolkit::CheckReport>, outcome: &Outcome) {
     let (Some(report), Some(error)) = (opened(report), &outcome.error) else { return };
     let sound = report.corruptions == 0 && report.check_errors == 0;
-    // Nobody decodes what is compressed in order to check the tables; and the last cluster of a qcow2
-    // file may be there in part, which matters to who needs the rest alone.
+    // `check` does not decode compressed clusters. And the last cluster of a qcow2 file may be cut, which
+    // only a read of the missing part notices.
     let is_known =
         report.compressed_clusters.unwrap_or(0) > 0 || error.message().starts_with("the file ends at");
     assert!(!sound || is_known, "check finds nothing, but reading says: {error}");
 }
 
-/// The names of the first snapshots that `info` shows.
+/// Ids of the first two snapshots among the facts.
 fn snapshots(source: &dyn ImageSource) -> Vec<String> {
     let facts = source.info().facts.iter().filter(|fact| fact.key == "snapshots");
     let list = facts.filter_map(|fact| fact.value.as_array()).flatten().take(2);
@@ -125,7 +125,7 @@ fn measured(source: &dyn ImageSource) {
     }
 }
 
-/// Asks a source that is read at random for extents and content.
+/// Reads extents and content of a source by position.
 pub fn random(source: &dyn ImageSource, salvage: bool) -> Outcome {
     let mut outcome = Outcome { error: None, data_bytes: Some(0) };
     let Some(random) = source.random() else { return outcome };
@@ -141,7 +141,7 @@ struct Reader<'a> {
     random: &'a dyn RandomAccess,
     device: &'a Device,
     salvage: bool,
-    /// Reads that are left.
+    /// Remaining reads of this device.
     reads: usize,
     outcome: &'a mut Outcome,
 }
@@ -180,7 +180,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Where bounds are: the end of the device, and places across extents.
+    /// Reads at the end of the device, across extents, and beyond the end.
     fn places(&mut self) {
         let size = self.device.size;
         self.reads = self.reads.max(4);
@@ -198,7 +198,7 @@ impl Reader<'_> {
         assert!(beyond.is_err(), "a read beyond the device of {size} bytes succeeds");
     }
 
-    /// Reads a range whole and in two parts; both must give the same.
+    /// Reads a range whole and in two parts, which must agree.
     fn read(&mut self, range: Range<u64>, kind: ExtentKind) {
         if self.reads == 0 {
             return;
@@ -224,7 +224,7 @@ impl Reader<'_> {
     }
 }
 
-/// Sends an image that has little data through the pipeline.
+/// Reads an image that has little data through the pipeline.
 fn whole(source: &mut dyn ImageSource, outcome: &mut Outcome) {
     let total = source.info().devices.iter().fold(0u64, |sum, device| sum.saturating_add(device.size));
     let is_streamed = source.random().is_none();
@@ -237,10 +237,10 @@ fn whole(source: &mut dyn ImageSource, outcome: &mut Outcome) {
     }
 }
 
-/// The digests of all devices by way of the pipeline.
+/// Computes id, size and digest of every device through the pipeline.
 ///
 /// # Errors
-/// Those of reading.
+/// When the source can't be read.
 pub fn digested(source: &mut dyn ImageSource) -> Result<Vec<(DeviceId, u64, u128)>> {
     let devices: Vec<(DeviceId, u64)> =
         source.info().devices.iter().map(|device| (device.id, device.size)).collect();
@@ -248,10 +248,10 @@ pub fn digested(source: &mut dyn ImageSource) -> Result<Vec<(DeviceId, u64, u128
     Ok(devices.into_iter().map(|(device, size)| (device, size, digest.of(device))).collect())
 }
 
-/// Takes what a stream hands out. Every byte of every device must come exactly once.
+/// Reads the pieces of a stream, and asserts that every byte of every device comes exactly once.
 ///
 /// # Errors
-/// Those of reading.
+/// When the stream can't be read, or `LimitExceeded` if it has too many pieces.
 pub fn stream(devices: &[Device], stream: &mut dyn SequentialAccess) -> Result<()> {
     let pool = BufferPool::new();
     let mut seen: Vec<(DeviceId, Range<u64>)> = Vec::new();

@@ -1,8 +1,8 @@
-//! What the fuzzer runs: functions that take any bytes, and panic when a promise of the project is broken.
+//! Fuzzing harness: functions that accept any bytes, and panic if the project breaks a promise.
 //!
-//! [`targets`] are one function for each parser; [`scenario`] and [`sparse`] are images in few bytes,
-//! [`mutate`] changes them; [`exercise`] reads all that can be read and holds it to the promises. The
-//! README of `fuzz/` tells how to use it.
+//! [`targets`] has one function per parser. [`scenario`] and [`sparse`] describe images in few bytes, and
+//! [`mutate`] changes them. [`exercise`] reads an image in every way and checks the promises. The README of
+//! `fuzz/` explains how to use the harness.
 
 pub mod exercise;
 pub mod mutate;

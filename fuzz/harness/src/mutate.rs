@@ -1,13 +1,13 @@
-//! Changes scenarios without breaking their framing: numbers, table entries, pieces, lengths.
+//! Mutation of scenarios within their framing: numbers, table entries, pieces, lengths.
 
 use crate::scenario::{MAX_FILE_LEN, Scenario};
 
-/// Bytes that the fuzzer's own mutator changes at a time within a piece.
+/// Bytes of a piece that the fuzzer's own mutator changes at once.
 const WINDOW: usize = 64;
 
-/// Changes the input in `data[..size]`, at most `data.len()` bytes of which may be used; the new size.
-/// `mutate_bytes` is the fuzzer's own mutator: it changes the first `size` bytes of a slice and may
-/// use all of it.
+/// Changes the input in `data[..size]`, which may grow to `data.len()` bytes, and returns its new size.
+/// `mutate_bytes` is the fuzzer's own mutator: it changes the first `size` bytes of a slice, which may grow
+/// to the whole slice.
 pub fn mutate(
     data: &mut [u8],
     size: usize,
@@ -85,7 +85,7 @@ fn pick<'a>(scenario: &'a mut Scenario, random: &mut Random) -> &'a mut Vec<u8> 
     &mut scenario.pieces[index].1
 }
 
-/// An entry of a table, copied over another one or to where none was.
+/// Copies a table entry over another one or behind the last.
 fn copy_entry(scenario: &mut Scenario, random: &mut Random) {
     let len = [4, 8, 16, 32, 512][random.below(5)];
     let from = pick(scenario, random);
@@ -99,7 +99,7 @@ fn copy_entry(scenario: &mut Scenario, random: &mut Random) {
     to[start..start + entry.len()].copy_from_slice(&entry);
 }
 
-/// A number that means something, at an aligned place, in either byte order.
+/// Writes an interesting number at an aligned position, in either byte order.
 fn put_number(scenario: &mut Scenario, random: &mut Random) {
     let len = [1, 2, 4, 4, 8, 8][random.below(6)];
     let number = interesting(scenario, random);
@@ -128,13 +128,13 @@ fn interesting(scenario: &Scenario, random: &mut Random) -> u64 {
         2 => power.wrapping_sub(1),
         3 => u64::MAX - random.below(4) as u64,
         4 => scenario.len.wrapping_sub(random.below(3) as u64),
-        // A pointer, with the flags that formats keep in its highest and lowest bits.
+        // A pointer, with flags of the formats in its highest and lowest bits.
         5 | 6 => place(scenario, random) | [0, 1, 6, 1 << 63, 1 << 62][random.below(5)],
         _ => random.next(),
     }
 }
 
-/// A place in the file: where something is, or on a round number.
+/// Picks a position in the file: an edge of a piece or any other, rounded down.
 fn place(scenario: &Scenario, random: &mut Random) -> u64 {
     let near = match scenario.pieces.get(random.below(scenario.pieces.len().max(1))) {
         Some((position, bytes)) if random.below(2) == 0 => {
@@ -156,7 +156,7 @@ fn file_len(scenario: &Scenario, random: &mut Random) -> u64 {
     len.min(MAX_FILE_LEN)
 }
 
-/// xorshift64*: the fuzzer's seed decides everything.
+/// A xorshift64* generator, seeded by the fuzzer alone.
 struct Random(u64);
 
 impl Random {
@@ -171,7 +171,7 @@ impl Random {
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    /// Below `bound`, which is not 0.
+    /// Returns a number below `bound`, which is not 0.
     fn below(&mut self, bound: usize) -> usize {
         ((self.next() >> 32) % bound.max(1) as u64) as usize
     }

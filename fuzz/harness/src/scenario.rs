@@ -1,35 +1,35 @@
-//! How images stand in the inputs of the fuzzer.
+//! Encoding of images in the fuzzer's inputs.
 //!
-//! Images are mostly empty, and their lengths and places matter: a VHDX file begins with a MiB of
-//! nothing, and a table at the end of a file of 64 TiB costs its maker nothing. So an input is a list
-//! of pieces: flags (1 byte), length of the file (8 bytes), then for each piece its position (8), its
-//! length (2) and its bytes. Numbers are little-endian. Every string of bytes is a scenario: what is
-//! missing at its end is taken as empty.
+//! Images are mostly empty, and their lengths and positions matter: a VHDX file begins with a nearly empty
+//! MiB, and a hostile file of 64 TiB may have a table at its end. An input is therefore a list of pieces:
+//! flags (1 byte), length of the file (8 bytes), then for each piece its position (8), its length (2) and
+//! its bytes. Numbers are little-endian. Every byte string is a scenario: missing fields are zero, missing
+//! bytes of a piece shorten it.
 
 use crate::sparse::SparseFile;
 
-/// Longest file of a scenario. Ours: 64 TiB, the largest image that imgtool promises to handle.
+/// Longest file of a scenario, bytes. Our limit: 64 TiB, the largest image that imgtool promises to handle.
 pub const MAX_FILE_LEN: u64 = 64 << 40;
 
-/// Longest piece: its length has 16 bits.
+/// Longest piece, bytes: its length field has 16 bits.
 const MAX_PIECE: usize = u16::MAX as usize;
 
-/// Zeros between two pieces that are cheaper to store than a piece of its own.
+/// Longest gap of zeros within a piece; a longer one starts a new piece.
 const JOINED_GAP: usize = 16;
 
 /// A file in pieces.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Scenario {
-    /// What the target does with it; the target says what the bits mean.
+    /// Flags, whose bits each target defines.
     pub flags: u8,
     /// Length of the file, bytes.
     pub len: u64,
-    /// Positions in the file and content. A later piece covers an earlier one.
+    /// Position in the file and content of each piece. A later piece overwrites an earlier one.
     pub pieces: Vec<(u64, Vec<u8>)>,
 }
 
 impl Scenario {
-    /// Reads an input.
+    /// Decodes an input.
     pub fn decode(input: &[u8]) -> Self {
         let mut rest = input;
         let flags = number(&mut rest, 1) as u8;
@@ -45,7 +45,7 @@ impl Scenario {
         Self { flags, len, pieces }
     }
 
-    /// The input.
+    /// Encodes the scenario as an input.
     pub fn encode(&self) -> Vec<u8> {
         let mut input = vec![self.flags];
         input.extend_from_slice(&self.len.to_le_bytes());
@@ -60,7 +60,7 @@ impl Scenario {
         input
     }
 
-    /// A scenario of a whole file: runs of anything but zeros, as they stand.
+    /// Makes a scenario of a whole file: its runs of nonzero bytes.
     pub fn of_file(bytes: &[u8]) -> Self {
         let mut pieces: Vec<(u64, Vec<u8>)> = Vec::new();
         let mut at = 0;
@@ -81,7 +81,7 @@ impl Scenario {
         Self { flags: 0, len: bytes.len() as u64, pieces }
     }
 
-    /// The file.
+    /// Builds the file.
     pub fn file(&self) -> SparseFile {
         let mut file = SparseFile::new(self.len.min(MAX_FILE_LEN));
         for (position, bytes) in &self.pieces {
@@ -91,7 +91,7 @@ impl Scenario {
     }
 }
 
-/// Takes a number of `len` bytes off the front; what is missing is zero.
+/// Splits a number of `len` bytes off the front; missing bytes are zero.
 fn number(rest: &mut &[u8], len: usize) -> u64 {
     let (bytes, after) = rest.split_at(len.min(rest.len()));
     *rest = after;

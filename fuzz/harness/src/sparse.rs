@@ -1,4 +1,4 @@
-//! A file of which only a few sectors hold anything: images of any length that take no memory.
+//! A file in memory that stores its written sectors only: images of any length in little memory.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -8,10 +8,10 @@ use std::sync::Arc;
 use imgtool_toolkit::storage::ReadAt;
 use imgtool_toolkit::storage::os::FileRun;
 
-/// The unit in which content is kept, bytes.
+/// Unit of storage, bytes.
 pub const SECTOR: u64 = 512;
 
-/// A file in memory whose empty parts take none.
+/// A file in memory whose holes take no memory.
 #[derive(Debug, Clone, Default)]
 pub struct SparseFile {
     len: u64,
@@ -19,12 +19,12 @@ pub struct SparseFile {
 }
 
 impl SparseFile {
-    /// A hole of `len` bytes.
+    /// Creates a file of `len` bytes that is one hole.
     pub fn new(len: u64) -> Self {
         Self { len, sectors: BTreeMap::new() }
     }
 
-    /// Writes bytes; what lies beyond the end is dropped.
+    /// Writes bytes; those beyond the end are dropped.
     pub fn write(&mut self, position: u64, bytes: &[u8]) {
         let mut position = position;
         let mut rest = bytes;
@@ -40,7 +40,7 @@ impl SparseFile {
         }
     }
 
-    /// Fills `buf` from `position`, with zeros where nothing was written and beyond the end.
+    /// Fills `buf` from `position`; holes and bytes beyond the end are zeros.
     pub fn read(&self, buf: &mut [u8], position: u64) {
         buf.fill(0);
         let end = position.saturating_add(buf.len() as u64);
@@ -54,20 +54,20 @@ impl SparseFile {
         }
     }
 
-    /// The bytes of `range`, which the caller has bounded.
+    /// Reads the bytes of `range`, which the caller has bounded.
     pub fn bytes(&self, range: Range<u64>) -> Vec<u8> {
         let mut bytes = vec![0; usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(0)];
         self.read(&mut bytes, range.start);
         bytes
     }
 
-    /// Starts of the sectors in `range` that were written to, ascending.
+    /// Positions of the written sectors in `range`, ascending.
     pub fn written(&self, range: Range<u64>) -> impl Iterator<Item = u64> + '_ {
         let first = range.start.div_ceil(SECTOR);
         self.sectors.range(first..range.end.div_ceil(SECTOR).max(first)).map(|(number, _)| number * SECTOR)
     }
 
-    /// The file as a stream.
+    /// Returns the file as a stream.
     pub fn stream(self: &Arc<Self>) -> SparseStream {
         SparseStream { file: Arc::clone(self), position: 0 }
     }

@@ -1,4 +1,4 @@
-//! The block allocation table (section 2.5): which block stands where.
+//! The block allocation table, BAT (section 2.5): the state and file offset of every block.
 //!
 //! The entry of a chunk's sector-bitmap block follows the entries of its `chunk_ratio` payload
 //! blocks, in every type of file; only differencing files use it:
@@ -9,68 +9,69 @@
 
 use super::MIB;
 
-/// Sectors that one sector-bitmap block describes (section 2.4): 1 MiB of bits.
+/// Logical sectors described by one sector-bitmap block: 1 MiB of bits (section 2.4).
 pub(crate) const SECTORS_PER_BITMAP: u64 = 1 << 23;
 /// Bytes of a sector-bitmap block (section 2.4).
 pub(crate) const SECTOR_BITMAP_LEN: u64 = MIB;
-/// Bytes of an entry.
+/// Bytes of a BAT entry (section 2.5.1).
 pub(crate) const ENTRY_LEN: u64 = 8;
-/// Payload block sizes (section 2.6.2.1): powers of two between these.
+/// Smallest payload block, bytes; sizes are powers of two (section 2.6.2.1).
 pub(crate) const MIN_BLOCK_SIZE: u64 = MIB;
+/// Largest payload block, bytes (section 2.6.2.1).
 pub(crate) const MAX_BLOCK_SIZE: u64 = 256 * MIB;
 
-/// Bits 0..3 of an entry: the state.
+/// Bits 0..3 of an entry: the state (section 2.5.1).
 const STATE_MASK: u64 = 7;
-/// Bits 20..64 of an entry: the file offset in MiB, that is the offset in bytes with low bits cut.
+/// Bits 20..64 of an entry: the file offset in MiB. Masked in place, they are the offset in bytes.
 const OFFSET_MASK: u64 = !(MIB - 1);
 
-/// An entry as it stands in the file.
+/// A BAT entry as stored in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct BatEntry(pub(crate) u64);
 
 /// State of a payload block (section 2.5.1.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PayloadState {
-    /// 0: not in the file; in a differencing file the parent has it.
+    /// 0: not in this file; zeros, or the parent's content in a differencing file.
     NotPresent,
-    /// 1: no defined content; we read zeros, never the parent.
+    /// 1: content undefined; read as zeros, never from the parent.
     Undefined,
     /// 2: zeros.
     Zero,
-    /// 3, and 5 in files after version 0.95 of the specification: given back by the guest; we read
-    /// zeros, never the parent.
+    /// 3, and 5 in files of version 0.95 of the specification: discarded by the guest; read as zeros,
+    /// never from the parent.
     Unmapped,
-    /// 6: all of it is in the file.
+    /// 6: the whole block is in this file.
     FullyPresent,
-    /// 7: the sector bitmap says which sectors are in the file. Differencing files only.
+    /// 7: the sector bitmap tells which sectors are in this file; differencing files only.
     PartiallyPresent,
-    /// Reserved.
+    /// 4: reserved.
     Reserved(u8),
 }
 
 /// State of a sector-bitmap block (section 2.5.1.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SectorBitmapState {
-    /// 0
+    /// 0: not in this file.
     NotPresent,
-    /// 6
+    /// 6: in this file.
     Present,
-    /// Reserved.
+    /// Any other state: reserved.
     Reserved(u8),
 }
 
 impl BatEntry {
-    /// The entry of a payload block that is fully present at `file_offset`, a multiple of 1 MiB.
+    /// Makes the entry of a payload block fully present at `file_offset`, a multiple of 1 MiB.
     pub(crate) fn fully_present(file_offset: u64) -> Self {
         Self((file_offset & OFFSET_MASK) | 6)
     }
 
-    /// The file offset in bytes; means something only where the state says that a block is present.
+    /// File offset of the block in bytes; meaningful only if the state says that it is present.
     pub(crate) fn file_offset(self) -> u64 {
         self.0 & OFFSET_MASK
     }
 
-    /// Its state as that of a payload block.
+    /// State, for the entry of a payload block.
     pub(crate) fn payload_state(self) -> PayloadState {
         match self.0 & STATE_MASK {
             0 => PayloadState::NotPresent,
@@ -83,7 +84,7 @@ impl BatEntry {
         }
     }
 
-    /// Its state as that of a sector-bitmap block.
+    /// State, for the entry of a sector-bitmap block.
     pub(crate) fn sector_bitmap_state(self) -> SectorBitmapState {
         match self.0 & STATE_MASK {
             0 => SectorBitmapState::NotPresent,
@@ -93,21 +94,21 @@ impl BatEntry {
     }
 }
 
-/// How the BAT of a disk is laid out.
+/// Dimensions of a disk's BAT, from which the index of every entry follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct BatShape {
     /// Bytes of a payload block.
     pub(crate) block_size: u64,
     /// Bytes of a logical sector.
     pub(crate) logical_sector_size: u64,
-    /// Payload blocks for one sector-bitmap block.
+    /// Payload blocks per sector-bitmap block (section 2.5).
     pub(crate) chunk_ratio: u64,
-    /// Payload blocks of the disk.
+    /// Number of payload blocks of the disk.
     pub(crate) payload_blocks: u64,
 }
 
 impl BatShape {
-    /// The shape for a disk; sizes are within the format's limits.
+    /// Computes the shape for a disk. Sizes are in bytes and within the format's limits.
     pub(crate) fn new(virtual_size: u64, block_size: u64, logical_sector_size: u64) -> Self {
         Self {
             block_size,
@@ -117,12 +118,12 @@ impl BatShape {
         }
     }
 
-    /// Sector-bitmap blocks of a differencing disk.
+    /// Number of sector-bitmap blocks of a differencing disk.
     pub(crate) fn sector_bitmap_blocks(&self) -> u64 {
         self.payload_blocks.div_ceil(self.chunk_ratio)
     }
 
-    /// Entries in the table (section 2.5).
+    /// Number of entries in the table (section 2.5).
     pub(crate) fn entries(&self, differencing: bool) -> u64 {
         if differencing {
             self.sector_bitmap_blocks() * (self.chunk_ratio + 1)
@@ -131,18 +132,18 @@ impl BatShape {
         }
     }
 
-    /// Index of the entry of a payload block.
+    /// Index of a payload block's entry.
     pub(crate) fn payload_bat_index(&self, payload_block: u64) -> u64 {
         payload_block + payload_block / self.chunk_ratio
     }
 
-    /// Index of the entry of the sector-bitmap block that describes a payload block.
+    /// Index of the entry of the sector-bitmap block that covers a payload block.
     pub(crate) fn sector_bitmap_bat_index(&self, payload_block: u64) -> u64 {
         let chunk = payload_block / self.chunk_ratio;
         (chunk + 1) * self.chunk_ratio + chunk
     }
 
-    /// The first payload block whose entry stands at or behind `bat_index`.
+    /// First payload block whose entry is at or behind `bat_index`.
     pub(crate) fn payload_block_from(&self, bat_index: u64) -> u64 {
         let per_chunk = self.chunk_ratio + 1;
         bat_index / per_chunk * self.chunk_ratio + (bat_index % per_chunk).min(self.chunk_ratio)
@@ -154,8 +155,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bitmap_entries_are_interleaved() {
-        // 1 MiB blocks and 512-byte sectors: the entry of block 4096 (4 GiB) is pushed back by one.
+    fn interleaves_bitmap_entries() {
+        // 1 MiB blocks and 512-byte sectors: a bitmap entry comes before that of block 4096 (at 4 GiB).
         let shape = BatShape::new(10 << 30, MIB, 512);
         assert_eq!(shape.chunk_ratio, 4096);
         assert_eq!(shape.payload_bat_index(4095), 4095);
@@ -171,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_number_of_chunks_needs_no_last_bitmap_entry() {
+    fn omits_the_bitmap_entry_of_a_full_last_chunk() {
         let shape = BatShape::new(4 << 30, MIB, 512);
         assert_eq!(shape.entries(false), 4096);
         assert_eq!(shape.entries(true), 4097);

@@ -1,7 +1,7 @@
-//! File type identifier and headers (section 2.2).
+//! The file type identifier and the two headers (section 2.2).
 //!
-//! Two headers stand at fixed places. An update writes the one that is not current with a higher
-//! sequence number, so that a torn write leaves the other.
+//! The headers have fixed offsets. An update overwrites the older one with a higher sequence number, so
+//! that a torn write leaves the other intact.
 
 use uuid::Uuid;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
@@ -9,18 +9,19 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{MIB, checksum, guid};
 
-/// Signature of the file type identifier, at the start of the file (section 2.2.1).
+/// Signature of the file type identifier, the first bytes of the file (section 2.2.1).
 pub(crate) const FILE_SIGNATURE: &[u8; 8] = b"vhdxfile";
-/// Bytes of the creator string behind it: UTF-16LE.
+/// Bytes of the creator string that follows the signature, UTF-16LE (section 2.2.1).
 pub(crate) const CREATOR_LEN: usize = 512;
-/// Where the two headers stand (section 2.2).
+/// File offsets of the two headers (section 2.2).
 pub(crate) const HEADER_OFFSETS: [u64; 2] = [64 << 10, 128 << 10];
-/// Bytes of a header that its checksum covers.
+/// Bytes of a header, all covered by its checksum (section 2.2.2).
 pub(crate) const HEADER_LEN: usize = 4096;
 
 const SIGNATURE: &[u8; 4] = b"head";
+/// Byte of a header at which its checksum starts.
 const CHECKSUM_AT: usize = 4;
-/// The only version of the format (section 2.2.2).
+/// The format's only version (section 2.2.2).
 const VERSION: u16 = 1;
 
 /// VHDX_HEADER (section 2.2.2); 4016 reserved bytes follow.
@@ -35,7 +36,7 @@ struct RawHeader {
     sequence_number: U64,
     /// 16: changes whenever the file is opened for writing
     file_write_guid: [u8; 16],
-    /// 32: changes whenever the guest's content changes; what a child's parent linkage names
+    /// 32: changes whenever the guest's content changes; a child names it as its parent linkage
     data_write_guid: [u8; 16],
     /// 48: zero when the log is empty
     log_guid: [u8; 16],
@@ -50,24 +51,29 @@ struct RawHeader {
 }
 const _: () = assert!(size_of::<RawHeader>() == 80);
 
-/// A header.
+/// A decoded header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Header {
+    /// The valid header with the higher number is current.
     pub(crate) sequence_number: u64,
+    /// Identity of this state of the file.
     pub(crate) file_write_guid: Uuid,
+    /// Identity of the guest's content.
     pub(crate) data_write_guid: Uuid,
-    /// Nil when the log is empty.
+    /// Identity of the log; nil if the log is empty.
     pub(crate) log_guid: Uuid,
+    /// Version of the log's format; 0 is the only one.
     pub(crate) log_version: u16,
+    /// Version of the file's format; 1 is the only one.
     pub(crate) version: u16,
     /// Bytes.
     pub(crate) log_length: u32,
-    /// Bytes.
+    /// File offset, bytes.
     pub(crate) log_offset: u64,
 }
 
 impl Header {
-    /// A header from its 4096 bytes, or what is wrong with them.
+    /// Decodes a header from its 4096 bytes. The error is a predicate for "the header …".
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, String> {
         let Ok((raw, _)) = RawHeader::ref_from_prefix(bytes) else {
             return Err("is cut short".to_owned());
@@ -91,7 +97,7 @@ impl Header {
         })
     }
 
-    /// The 4096 bytes of the header.
+    /// Encodes the header to its 4096 bytes, checksum included.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let raw = RawHeader {
             signature: *SIGNATURE,
@@ -112,7 +118,7 @@ impl Header {
         bytes
     }
 
-    /// A header of this version with an empty log.
+    /// Makes a header of version 1 with an empty log and nil GUIDs.
     pub(crate) fn new(sequence_number: u64, log_offset: u64, log_length: u32) -> Self {
         Self {
             sequence_number,
@@ -126,15 +132,15 @@ impl Header {
         }
     }
 
-    /// What of the header this program does not serve or the format does not allow.
+    /// Describes a field that is unsupported or breaks the format's rules, as a predicate for "the header …".
     pub(crate) fn fault(&self) -> Option<String> {
         if self.version != VERSION {
-            return Some(format!("is of version {}, only {VERSION} is known", self.version));
+            return Some(format!("has version {}; only version {VERSION} is supported", self.version));
         }
         let aligned = self.log_offset.is_multiple_of(MIB) && u64::from(self.log_length).is_multiple_of(MIB);
         if !aligned || (self.log_length > 0 && self.log_offset < MIB) {
             return Some(format!(
-                "places the log at {} with {} bytes; both must be multiples of 1 MiB and the place at least 1 MiB",
+                "places the log at {} with {} bytes; both must be multiples of 1 MiB, the offset at least 1 MiB",
                 self.log_offset, self.log_length
             ));
         }
@@ -142,7 +148,8 @@ impl Header {
     }
 }
 
-/// The header that holds: the valid one with the higher sequence number; `Err` says why none does.
+/// Picks the current header: the valid one with the higher sequence number. The error says why there is
+/// none.
 pub(crate) fn current(headers: &[Result<Header, String>; 2]) -> Result<&Header, String> {
     match headers {
         [Ok(first), Ok(second)] if first.sequence_number == second.sequence_number => {
@@ -162,7 +169,7 @@ pub(crate) fn current(headers: &[Result<Header, String>; 2]) -> Result<&Header, 
     }
 }
 
-/// The creator string, up to its first zero.
+/// Decodes the creator string, up to its first zero.
 pub(crate) fn decode_creator(bytes: &[u8]) -> String {
     let units: Vec<u16> = bytes
         .chunks_exact(2)
@@ -172,7 +179,7 @@ pub(crate) fn decode_creator(bytes: &[u8]) -> String {
     String::from_utf16_lossy(&units)
 }
 
-/// The file type identifier: signature and creator.
+/// Encodes the file type identifier: signature and creator string, cut to [`CREATOR_LEN`] bytes.
 pub(crate) fn encode_identifier(creator: &str) -> Vec<u8> {
     let mut bytes = FILE_SIGNATURE.to_vec();
     bytes.extend(creator.encode_utf16().take(CREATOR_LEN / 2).flat_map(u16::to_le_bytes));

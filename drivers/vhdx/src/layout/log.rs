@@ -1,4 +1,4 @@
-//! The log (section 2.3): entries of 4 KiB sectors in a ring.
+//! Log entries (section 2.3): header, descriptors and data sectors, in a ring of 4 KiB sectors.
 
 use uuid::Uuid;
 use zerocopy::byteorder::little_endian::{U32, U64};
@@ -6,13 +6,15 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::guid;
 
-/// Bytes of a log sector and of the page of the file that it stands for.
+/// Bytes of a log sector, and of the file's page that a data sector restores (section 2.3.1).
 pub(crate) const LOG_SECTOR: u64 = 4096;
-/// Bytes of an entry's header.
+/// A page of the file, as restored from a data sector.
+pub(crate) type LogPage = [u8; LOG_SECTOR as usize];
+/// Bytes of an entry's header (section 2.3.1.1).
 pub(crate) const ENTRY_HEADER_LEN: u64 = 64;
-/// Bytes of a descriptor.
+/// Bytes of a descriptor (sections 2.3.1.2, 2.3.1.3).
 pub(crate) const DESCRIPTOR_LEN: u64 = 32;
-/// Where the checksum of an entry stands in it.
+/// Byte of an entry at which its checksum starts.
 pub(crate) const ENTRY_CHECKSUM_AT: u64 = 4;
 /// Signature of an entry.
 pub(crate) const ENTRY_SIGNATURE: &[u8; 4] = b"loge";
@@ -31,7 +33,7 @@ struct RawEntryHeader {
     checksum: U32,
     /// 8: bytes, a multiple of 4 KiB
     entry_length: U32,
-    /// 12: where in the log the sequence begins that ends with this entry, bytes
+    /// 12: bytes from the start of the log to the first entry of this one's sequence
     tail: U32,
     /// 16
     sequence_number: U64,
@@ -39,30 +41,38 @@ struct RawEntryHeader {
     descriptor_count: U32,
     /// 28
     reserved: U32,
-    /// 32: the header's, or the entry is an old one
+    /// 32: equal to the header's, unless the entry is stale
     log_guid: [u8; 16],
-    /// 48: the file was at least that long, and stable, when the entry was written
+    /// 48: length that the file had, flushed to disk, when the entry was written
     flushed_file_offset: U64,
-    /// 56: the file must be at least that long after replay
+    /// 56: least length of the file after replay
     last_file_offset: U64,
 }
 const _: () = assert!(size_of::<RawEntryHeader>() as u64 == ENTRY_HEADER_LEN);
 
-/// An entry's header.
+/// A decoded entry header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct EntryHeader {
+    /// CRC-32C of the whole entry.
     pub(crate) checksum: u32,
+    /// Bytes.
     pub(crate) entry_length: u32,
+    /// Start of the sequence that this entry ends, bytes from the start of the log.
     pub(crate) tail: u32,
+    /// One more than that of the entry before.
     pub(crate) sequence_number: u64,
+    /// Number of descriptors.
     pub(crate) descriptor_count: u32,
+    /// Identity of the log that the entry belongs to.
     pub(crate) log_guid: Uuid,
+    /// Length that the file had when the entry was written, bytes.
     pub(crate) flushed_file_offset: u64,
+    /// Least length of the file after replay, bytes.
     pub(crate) last_file_offset: u64,
 }
 
 impl EntryHeader {
-    /// The header at the start of a log sector, if one is there.
+    /// Decodes the header at the start of a log sector; `None` if the signature is missing.
     pub(crate) fn decode(sector: &[u8]) -> Option<Self> {
         let (raw, _) = RawEntryHeader::ref_from_prefix(sector).ok()?;
         (&raw.signature == ENTRY_SIGNATURE).then(|| Self {
@@ -77,41 +87,41 @@ impl EntryHeader {
         })
     }
 
-    /// Sectors of header and descriptors: data sectors follow.
+    /// Number of sectors of header and descriptors; the data sectors follow them.
     pub(crate) fn descriptor_sectors(&self) -> u64 {
         (ENTRY_HEADER_LEN + u64::from(self.descriptor_count) * DESCRIPTOR_LEN).div_ceil(LOG_SECTOR)
     }
 }
 
 /// VHDX_LOG_ZERO_DESCRIPTOR and VHDX_LOG_DATA_DESCRIPTOR (sections 2.3.1.2, 2.3.1.3), which differ in
-/// the meaning of the first 16 bytes.
+/// the first 16 bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawDescriptor {
     /// 0
     signature: [u8; 4],
-    /// 4: data: the page's last 4 bytes
+    /// 4: the page's last 4 bytes; reserved in a zero descriptor
     trailing_bytes: [u8; 4],
-    /// 8: data: the page's first 8 bytes; zero: bytes to zero
+    /// 8: the page's first 8 bytes; in a zero descriptor the number of bytes to zero
     leading_bytes: [u8; 8],
     /// 16: a multiple of 4 KiB
     file_offset: U64,
-    /// 24: the entry's
+    /// 24: equal to the entry's
     sequence_number: U64,
 }
 const _: () = assert!(size_of::<RawDescriptor>() as u64 == DESCRIPTOR_LEN);
 
-/// What a descriptor does to the file.
+/// One change to the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Descriptor {
-    /// Bytes become zero.
+    /// Zeroes `len` bytes of the file.
     Zero { file_offset: u64, len: u64 },
-    /// A page is overwritten; the rest of it is in the next data sector.
+    /// Overwrites a page of the file: first and last bytes are here, the rest is in the next data sector.
     Data { file_offset: u64, leading: [u8; 8], trailing: [u8; 4] },
 }
 
 impl Descriptor {
-    /// A descriptor of the entry with `sequence_number`; `None` when it is none.
+    /// Decodes a descriptor of the entry with `sequence_number`; `None` if it is not valid.
     pub(crate) fn decode(bytes: &[u8], sequence_number: u64) -> Option<Self> {
         let (raw, _) = RawDescriptor::ref_from_prefix(bytes).ok()?;
         let file_offset = raw.file_offset.get();
@@ -137,15 +147,16 @@ impl Descriptor {
     }
 }
 
-/// The page that a data descriptor and its data sector stand for (section 2.3.1.4): the sector holds
-/// the middle of the page between a signature and the two halves of the entry's sequence number.
-pub(crate) fn page(
+/// Restores a page from its data descriptor and data sector (section 2.3.1.4); `None` if the sector is not
+/// valid. In the sector, the entry's signature and sequence number take the place of the page's first 8
+/// and last 4 bytes, which the descriptor holds.
+pub(crate) fn restore_page(
     sector: &[u8],
     sequence_number: u64,
     leading: [u8; 8],
     trailing: [u8; 4],
-) -> Option<Box<[u8; LOG_SECTOR as usize]>> {
-    let sector: &[u8; LOG_SECTOR as usize] = sector.try_into().ok()?;
+) -> Option<Box<LogPage>> {
+    let sector: &LogPage = sector.try_into().ok()?;
     let high = u32::from_le_bytes([sector[4], sector[5], sector[6], sector[7]]);
     let low = u32::from_le_bytes([sector[4092], sector[4093], sector[4094], sector[4095]]);
     let number = u64::from(high) << 32 | u64::from(low);

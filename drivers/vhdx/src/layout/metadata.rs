@@ -1,4 +1,4 @@
-//! The metadata region (section 2.6): a table and the items that it points to.
+//! The metadata region (section 2.6): a table, and the items that it points to.
 
 use uuid::Uuid;
 use zerocopy::byteorder::little_endian::{U16, U32};
@@ -7,7 +7,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::bat::{MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
 use super::{MAX_VIRTUAL_SIZE, guid};
 
-/// Bytes of the table at the start of the region; items stand behind it (section 2.6.1).
+/// Bytes of the table at the start of the region; the items follow it (section 2.6.1).
 pub(crate) const METADATA_TABLE_LEN: usize = 64 << 10;
 /// Most entries (section 2.6.1.1).
 const MAX_ENTRIES: u16 = 2047;
@@ -16,7 +16,7 @@ pub(crate) const MAX_ITEM_LEN: u32 = 1 << 20;
 
 const SIGNATURE: &[u8; 8] = b"metadata";
 
-/// The known items (section 2.6.2).
+// GUIDs of the known items (section 2.6.2).
 const FILE_PARAMETERS: Uuid = Uuid::from_u128(0xCAA1_6737_FA36_4D43_B3B6_33F0_AA44_E76B);
 const VIRTUAL_DISK_SIZE: Uuid = Uuid::from_u128(0x2FA5_4224_CD1B_4876_B211_5DBE_D83B_F4B8);
 const VIRTUAL_DISK_ID: Uuid = Uuid::from_u128(0xBECA_12AB_B2E6_4523_93EF_C309_E000_C746);
@@ -24,20 +24,20 @@ const LOGICAL_SECTOR_SIZE: Uuid = Uuid::from_u128(0x8141_BF1D_A96F_4709_BA47_F23
 const PHYSICAL_SECTOR_SIZE: Uuid = Uuid::from_u128(0xCDA3_48C7_445D_4471_9CC9_E988_5251_C556);
 const PARENT_LOCATOR: Uuid = Uuid::from_u128(0xA8D3_5F2D_B30B_454D_ABF7_D3D8_4834_AB0C);
 
-/// Bits of an entry's flags (section 2.6.1.2).
+// Bits of an entry's flags (section 2.6.1.2).
 const IS_USER: u32 = 1;
 const IS_VIRTUAL_DISK: u32 = 2;
 const IS_REQUIRED: u32 = 4;
 
-/// Bits of the file parameters (section 2.6.2.1).
+// Bits of the file parameters (section 2.6.2.1).
 const LEAVE_BLOCKS_ALLOCATED: u32 = 1;
 const HAS_PARENT: u32 = 2;
 
-/// Parent locators of this type have the keys of section 2.6.2.6.3.
+/// Type of the parent locators that have the keys of section 2.6.2.6.3.
 const VHDX_LOCATOR: Uuid = Uuid::from_u128(0xB04A_EFB7_D19E_4A81_B789_25B8_E944_5913);
 
-/// Most keys of a parent locator. Ours: the specification has five; texts may overlap, so that the
-/// length of the item bounds nothing.
+/// Most keys of a parent locator. Our limit: the specification has five. The item's length does not
+/// bound them, because texts may overlap.
 const MAX_LOCATOR_KEYS: u16 = 64;
 
 /// VHDX_METADATA_TABLE_HEADER (section 2.6.1.1).
@@ -100,32 +100,32 @@ struct RawLocatorEntry {
 }
 const _: () = assert!(size_of::<RawLocatorEntry>() == 12);
 
-/// Where an item stands.
+/// Position of an item in the metadata region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct ItemPlace {
+pub(crate) struct ItemRange {
     /// Bytes from the start of the region.
     pub(crate) offset: u32,
     /// Bytes, at most [`MAX_ITEM_LEN`].
     pub(crate) length: u32,
 }
 
-/// Where the known items stand.
+/// A decoded metadata table: positions of the known items.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct MetadataTable {
-    pub(crate) file_parameters: ItemPlace,
-    pub(crate) virtual_disk_size: ItemPlace,
-    pub(crate) virtual_disk_id: Option<ItemPlace>,
-    pub(crate) logical_sector_size: ItemPlace,
-    pub(crate) physical_sector_size: Option<ItemPlace>,
-    pub(crate) parent_locator: Option<ItemPlace>,
+    pub(crate) file_parameters: ItemRange,
+    pub(crate) virtual_disk_size: ItemRange,
+    pub(crate) virtual_disk_id: Option<ItemRange>,
+    pub(crate) logical_sector_size: ItemRange,
+    pub(crate) physical_sector_size: Option<ItemRange>,
+    pub(crate) parent_locator: Option<ItemRange>,
 }
 
-/// Why metadata can't be used.
+/// Reason why the metadata are unusable.
 #[derive(Debug, Clone)]
 pub(crate) enum MetadataFault {
-    /// It breaks the rules.
+    /// The metadata break the format's rules.
     Malformed(String),
-    /// It is legal, and asks for what is not supported.
+    /// The metadata are valid, but require a feature that is not supported.
     Unsupported(String),
 }
 
@@ -134,7 +134,7 @@ fn malformed<T>(text: impl Into<String>) -> Result<T, MetadataFault> {
 }
 
 impl MetadataTable {
-    /// The table from its 64 KiB, for a region of `region_length` bytes.
+    /// Decodes the table from its 64 KiB, for a region of `region_length` bytes.
     pub(crate) fn decode(bytes: &[u8], region_length: u32) -> Result<Self, MetadataFault> {
         let Ok((header, rest)) = RawTableHeader::ref_from_prefix(bytes) else {
             return malformed("the metadata table is cut short");
@@ -147,11 +147,11 @@ impl MetadataTable {
             Ok((entries, _)) if count <= MAX_ENTRIES => entries,
             _ => {
                 return malformed(format!(
-                    "the metadata table has {count} entries, at most {MAX_ENTRIES} are allowed"
+                    "the metadata table has {count} entries; the limit is {MAX_ENTRIES}"
                 ));
             }
         };
-        let mut found: [Option<ItemPlace>; 6] = [None; 6];
+        let mut found: [Option<ItemRange>; 6] = [None; 6];
         for entry in entries {
             let id = guid(entry.item_id);
             let flags = entry.flags.get();
@@ -160,20 +160,20 @@ impl MetadataTable {
             let Some(index) = known else {
                 if flags & IS_REQUIRED != 0 {
                     return Err(MetadataFault::Unsupported(format!(
-                        "the image needs the unknown metadata item {id}"
+                        "the image requires the unknown metadata item {id}"
                     )));
                 }
                 continue;
             };
-            let place = ItemPlace { offset: entry.offset.get(), length: entry.length.get() };
-            check_place(place, region_length, KNOWN_ITEMS[index].1)?;
-            if found[index].replace(place).is_some() {
-                return malformed(format!("the {} stand twice in the metadata table", KNOWN_ITEMS[index].1));
+            let range = ItemRange { offset: entry.offset.get(), length: entry.length.get() };
+            check_item_range(range, region_length, KNOWN_ITEMS[index].1)?;
+            if found[index].replace(range).is_some() {
+                return malformed(format!("the metadata table lists the {} twice", KNOWN_ITEMS[index].1));
             }
         }
         let required = |index: usize| {
             found[index].ok_or_else(|| {
-                MetadataFault::Malformed(format!("the metadata have no {}", KNOWN_ITEMS[index].1))
+                MetadataFault::Malformed(format!("the metadata table has no {}", KNOWN_ITEMS[index].1))
             })
         };
         Ok(Self {
@@ -187,7 +187,7 @@ impl MetadataTable {
     }
 }
 
-/// The items in the order of `MetadataTable::decode`, with their names.
+/// The known items with their names, in the order of [`MetadataTable::decode`].
 const KNOWN_ITEMS: [(Uuid, &str); 6] = [
     (FILE_PARAMETERS, "file parameters"),
     (VIRTUAL_DISK_SIZE, "virtual disk size"),
@@ -197,49 +197,50 @@ const KNOWN_ITEMS: [(Uuid, &str); 6] = [
     (PARENT_LOCATOR, "parent locator"),
 ];
 
-fn check_place(place: ItemPlace, region_length: u32, name: &str) -> Result<(), MetadataFault> {
-    let ItemPlace { offset, length } = place;
+/// Checks that an item lies behind the table, inside the region, and is not too long.
+fn check_item_range(range: ItemRange, region_length: u32, name: &str) -> Result<(), MetadataFault> {
+    let ItemRange { offset, length } = range;
     let fits = offset.checked_add(length).is_some_and(|end| end <= region_length);
     if (offset as usize) < METADATA_TABLE_LEN || !fits || length > MAX_ITEM_LEN {
         return malformed(format!(
-            "the {name} stand at {offset} with {length} bytes, outside of the metadata region (65536..{region_length})"
+            "the metadata table places the {name} at {offset} with {length} bytes, outside of 65536..{region_length}"
         ));
     }
     Ok(())
 }
 
-/// What the metadata say about the disk.
+/// Properties of the disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Metadata {
     /// Bytes of a payload block.
     pub(crate) block_size: u32,
-    /// The file is fixed: blocks stay allocated.
+    /// True if the file is fixed: every block keeps its space.
     pub(crate) leave_blocks_allocated: bool,
-    /// The file is differencing.
+    /// True if the file is differencing.
     pub(crate) has_parent: bool,
-    /// Bytes.
+    /// Guest bytes.
     pub(crate) virtual_size: u64,
-    /// The SCSI page 83 identifier.
+    /// SCSI page 83 identifier (section 2.6.2.3).
     pub(crate) virtual_disk_id: Uuid,
     /// Bytes: 512 or 4096.
     pub(crate) logical_sector_size: u32,
-    /// Bytes: 512 or 4096.
+    /// Bytes: 512 or 4096; 0 if the file has no such item.
     pub(crate) physical_sector_size: u32,
 }
 
-/// The items of fixed length, as they stand in the file.
+/// On-disk bytes of the items that have a fixed length.
 #[derive(Debug, Default)]
 pub(crate) struct RawItems {
     pub(crate) file_parameters: [u8; 8],
     pub(crate) virtual_disk_size: [u8; 8],
     pub(crate) virtual_disk_id: [u8; 16],
     pub(crate) logical_sector_size: [u8; 4],
-    /// All zero: there is none.
+    /// All zero if the file has no such item.
     pub(crate) physical_sector_size: [u8; 4],
 }
 
 impl Metadata {
-    /// The metadata from their items.
+    /// Decodes and checks the items.
     pub(crate) fn decode(items: &RawItems) -> Result<Self, MetadataFault> {
         let [b0, b1, b2, b3, f0, f1, f2, f3] = items.file_parameters;
         let block_size = u32::from_le_bytes([b0, b1, b2, b3]);
@@ -261,37 +262,37 @@ impl Metadata {
         let block_size = u64::from(self.block_size);
         if !block_size.is_power_of_two() || !(MIN_BLOCK_SIZE..=MAX_BLOCK_SIZE).contains(&block_size) {
             return malformed(format!(
-                "the block size is {block_size}, it must be a power of two from 1 MiB to 256 MiB"
+                "the block size is {block_size}; it must be a power of two from 1 MiB to 256 MiB"
             ));
         }
         if !matches!(self.logical_sector_size, 512 | 4096) {
             return malformed(format!(
-                "the logical sector size is {}, it must be 512 or 4096",
+                "the logical sector size is {}; it must be 512 or 4096",
                 self.logical_sector_size
             ));
         }
         if !matches!(self.physical_sector_size, 0 | 512 | 4096) {
             return malformed(format!(
-                "the physical sector size is {}, it must be 512 or 4096",
+                "the physical sector size is {}; it must be 512 or 4096",
                 self.physical_sector_size
             ));
         }
         if self.virtual_size > MAX_VIRTUAL_SIZE {
             return malformed(format!(
-                "the virtual size is {} bytes, at most {MAX_VIRTUAL_SIZE} (64 TiB) are allowed",
+                "the virtual size is {} bytes; the limit is {MAX_VIRTUAL_SIZE} (64 TiB)",
                 self.virtual_size
             ));
         }
         if !self.virtual_size.is_multiple_of(self.logical_sector_size.into()) {
             return malformed(format!(
-                "the virtual size is {} bytes, no multiple of the logical sector size {}",
+                "the virtual size of {} bytes is not a multiple of the logical sector size {}",
                 self.virtual_size, self.logical_sector_size
             ));
         }
         Ok(())
     }
 
-    /// Table and items, without a parent: the first bytes of a metadata region.
+    /// Encodes table and items, the first bytes of a metadata region. The disk has no parent.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut flags = 0;
         if self.leave_blocks_allocated {
@@ -331,23 +332,24 @@ impl Metadata {
     }
 }
 
-/// The keys and values of a parent locator, in the file's order (section 2.6.2.6).
+/// Decodes the keys and values of a parent locator, in the file's order (section 2.6.2.6).
 pub(crate) fn decode_parent_locator(item: &[u8]) -> Result<Vec<(String, String)>, MetadataFault> {
     let Ok((header, rest)) = RawLocatorHeader::ref_from_prefix(item) else {
         return malformed("the parent locator is cut short");
     };
     let kind = guid(header.locator_type);
     if kind != VHDX_LOCATOR {
-        return Err(MetadataFault::Unsupported(format!("the parent locator is of the unknown type {kind}")));
+        return Err(MetadataFault::Unsupported(format!("the parent locator has the unknown type {kind}")));
     }
     let count = header.key_value_count.get();
     if count > MAX_LOCATOR_KEYS {
-        return malformed(format!(
-            "the parent locator has {count} keys, at most {MAX_LOCATOR_KEYS} are read"
-        ));
+        return malformed(format!("the parent locator has {count} keys; the limit is {MAX_LOCATOR_KEYS}"));
     }
     let Ok((entries, _)) = <[RawLocatorEntry]>::ref_from_prefix_with_elems(rest, count.into()) else {
-        return malformed(format!("the parent locator has {count} entries in {} bytes", item.len()));
+        return malformed(format!(
+            "the {count} entries of the parent locator exceed its {} bytes",
+            item.len()
+        ));
     };
     let mut pairs = Vec::new();
     for entry in entries {
@@ -361,6 +363,7 @@ pub(crate) fn decode_parent_locator(item: &[u8]) -> Result<Vec<(String, String)>
     Ok(pairs)
 }
 
+/// Decodes a key or value, UTF-16LE; `offset` counts from the start of the item, `length` is in bytes.
 fn locator_string(item: &[u8], offset: U32, length: U16) -> Result<String, MetadataFault> {
     let start = offset.get() as usize;
     let bytes = item.get(start..).and_then(|rest| rest.get(..usize::from(length.get())));
@@ -369,6 +372,6 @@ fn locator_string(item: &[u8], offset: U32, length: U16) -> Result<String, Metad
         .map(|bytes| bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]])).collect());
     match units.map(|units| String::from_utf16(&units)) {
         Some(Ok(text)) => Ok(text),
-        _ => malformed(format!("the parent locator has no text at {start} with {length} bytes")),
+        _ => malformed(format!("the {length} bytes at {start} of the parent locator are not valid UTF-16")),
     }
 }

@@ -1,4 +1,4 @@
-//! The region table (section 2.2.3): where the BAT and the metadata stand. Two copies at fixed places.
+//! The region table (section 2.2.3): offsets of the BAT and the metadata. The file has two copies.
 
 use uuid::Uuid;
 use zerocopy::byteorder::little_endian::{U32, U64};
@@ -6,20 +6,22 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{HEADER_SECTION_LEN, MIB, checksum, guid};
 
-/// Where the two copies stand (section 2.2).
+/// File offsets of the two copies (section 2.2).
 pub(crate) const REGION_TABLE_OFFSETS: [u64; 2] = [192 << 10, 256 << 10];
-/// Bytes of a copy, all covered by its checksum.
+/// Bytes of a copy, all covered by its checksum (section 2.2.3).
 pub(crate) const REGION_TABLE_LEN: usize = 64 << 10;
 /// Most entries (section 2.2.3.1).
 const MAX_ENTRIES: u32 = 2047;
 
-/// The BAT (section 2.2.3.2).
+/// GUID of the BAT region (section 2.2.3.2).
 pub(crate) const BAT_REGION: Uuid = Uuid::from_u128(0x2DC2_7766_F623_4200_9D64_115E_9BFD_4A08);
-/// The metadata region (section 2.2.3.2).
+/// GUID of the metadata region (section 2.2.3.2).
 pub(crate) const METADATA_REGION: Uuid = Uuid::from_u128(0x8B7C_A206_4790_4B9A_B8FE_575F_050F_886E);
 
 const SIGNATURE: &[u8; 4] = b"regi";
+/// Byte of the table at which its checksum starts.
 const CHECKSUM_AT: usize = 4;
+/// Flag of an entry: a reader must know the region (section 2.2.3.2).
 const REQUIRED: u32 = 1;
 
 /// VHDX_REGION_TABLE_HEADER (section 2.2.3.1).
@@ -47,7 +49,7 @@ struct RawEntry {
     file_offset: U64,
     /// 24: bytes, a multiple of 1 MiB
     length: U32,
-    /// 28: bit 0: who does not know the region must not open the file
+    /// 28: bit 0: a reader that does not know the region must not open the file
     required: U32,
 }
 const _: () = assert!(size_of::<RawEntry>() == 32);
@@ -55,42 +57,42 @@ const _: () = assert!(size_of::<RawEntry>() == 32);
 /// A region of the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Region {
-    /// Bytes.
+    /// Bytes from the start of the file.
     pub(crate) file_offset: u64,
     /// Bytes.
     pub(crate) length: u32,
 }
 
 impl Region {
-    /// One past its last byte; `decode` has checked that it fits.
+    /// File offset one past its last byte.
     pub(crate) fn end(&self) -> u64 {
         self.file_offset.saturating_add(u64::from(self.length))
     }
 
-    /// Whether a part of the file touches it.
+    /// True if `len` bytes at `file_offset` overlap the region.
     pub(crate) fn overlaps(&self, file_offset: u64, len: u64) -> bool {
         self.file_offset < file_offset.saturating_add(len) && file_offset < self.end()
     }
 }
 
-/// The known regions.
+/// A decoded region table: the two regions that every file has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct RegionTable {
     pub(crate) bat: Region,
     pub(crate) metadata: Region,
 }
 
-/// Why a copy of the table can't be used.
+/// Reason why a copy of the table is unusable. The text is a predicate for "the region table …".
 #[derive(Debug, Clone)]
 pub(crate) enum TableFault {
-    /// It is damaged; the other copy may be whole.
+    /// The copy is damaged; the other may be intact.
     Damaged(String),
-    /// It is whole, and asks for what is not supported.
+    /// The copy is intact, but requires an unknown region.
     Unsupported(String),
 }
 
 impl RegionTable {
-    /// The table from its 64 KiB.
+    /// Decodes a copy from its 64 KiB.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, TableFault> {
         let damaged = |text: String| Err(TableFault::Damaged(text));
         let Ok((header, rest)) = RawTableHeader::ref_from_prefix(bytes) else {
@@ -109,7 +111,7 @@ impl RegionTable {
         let count = header.entry_count.get();
         let entries = match <[RawEntry]>::ref_from_prefix_with_elems(rest, count.min(MAX_ENTRIES) as usize) {
             Ok((entries, _)) if count <= MAX_ENTRIES => entries,
-            _ => return damaged(format!("has {count} entries, at most {MAX_ENTRIES} are allowed")),
+            _ => return damaged(format!("has {count} entries; the limit is {MAX_ENTRIES}")),
         };
         let (mut bat, mut metadata) = (None, None);
         for entry in entries {
@@ -118,30 +120,30 @@ impl RegionTable {
                 BAT_REGION => &mut bat,
                 METADATA_REGION => &mut metadata,
                 _ if entry.required.get() & REQUIRED == 0 => continue,
-                _ => return Err(TableFault::Unsupported(format!("needs the unknown region {id}"))),
+                _ => return Err(TableFault::Unsupported(format!("requires the unknown region {id}"))),
             };
             let region = Region { file_offset: entry.file_offset.get(), length: entry.length.get() };
             if let Some(fault) = region_fault(&region) {
                 return damaged(format!("places region {id} {fault}"));
             }
             if slot.replace(region).is_some() {
-                return damaged(format!("names region {id} twice"));
+                return damaged(format!("lists region {id} twice"));
             }
         }
         match (bat, metadata) {
             (Some(bat), Some(metadata)) if bat.overlaps(metadata.file_offset, metadata.length.into()) => {
                 damaged(format!(
-                    "lets BAT ({}) and metadata ({}) overlap",
+                    "has overlapping regions: the BAT at {} and the metadata at {}",
                     bat.file_offset, metadata.file_offset
                 ))
             }
             (Some(bat), Some(metadata)) => Ok(Self { bat, metadata }),
-            (None, _) => damaged("names no BAT region".to_owned()),
-            (_, None) => damaged("names no metadata region".to_owned()),
+            (None, _) => damaged("has no BAT region".to_owned()),
+            (_, None) => damaged("has no metadata region".to_owned()),
         }
     }
 
-    /// The 64 KiB of the table.
+    /// Encodes the table to its 64 KiB, checksum included.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let header = RawTableHeader {
             signature: *SIGNATURE,
@@ -166,6 +168,7 @@ impl RegionTable {
     }
 }
 
+/// Describes an offset or length that breaks the rules, as the end of "places region …".
 fn region_fault(region: &Region) -> Option<String> {
     let Region { file_offset, length } = *region;
     let aligned = file_offset.is_multiple_of(MIB) && u64::from(length).is_multiple_of(MIB) && length > 0;
@@ -174,6 +177,6 @@ fn region_fault(region: &Region) -> Option<String> {
         return None;
     }
     Some(format!(
-        "at {file_offset} with {length} bytes; both must be multiples of 1 MiB and the place at least 1 MiB"
+        "at {file_offset} with {length} bytes; both must be multiples of 1 MiB, the offset at least 1 MiB"
     ))
 }

@@ -1,29 +1,31 @@
-//! The laws that every driver keeps.
+//! The toolkit's conformance laws, hostile bytes, and random disks.
 
 use imgtool_toolkit::conformance;
 use imgtool_toolkit::{CreateOptions, Driver};
 use imgtool_vhdx::VhdxDriver;
 use proptest::prelude::*;
 
-use crate::support::craft::{BAT_AT, Change, Craft, HEADERS_AT, LOG_AT, LogEntry, METADATA_AT, REGIONS_AT};
+use crate::support::builder::{
+    BAT_AT, Change, HEADERS_AT, LOG_AT, LogEntry, METADATA_AT, REGIONS_AT, VhdxBuilder,
+};
 use crate::support::{MIB, options};
 
 #[test]
-fn the_laws_hold() {
+fn keeps_the_laws() {
     conformance::all(&VhdxDriver, &CreateOptions::default());
 }
 
 #[test]
-fn the_laws_hold_for_small_blocks() {
+fn keeps_the_laws_with_small_blocks() {
     conformance::all(&VhdxDriver, &options(&[("block_size", "1M")]));
 }
 
 #[test]
-fn the_laws_hold_for_fixed_files() {
+fn keeps_the_laws_with_fixed_files() {
     conformance::all(&VhdxDriver, &options(&[("subformat", "fixed"), ("block_size", "2M")]));
 }
 
-/// Makes all checksums of a crafted file right.
+/// Corrects all checksums of the file that [`hostile_bytes_do_not_panic`] builds.
 fn repair(bytes: &mut [u8]) {
     let sealed = HEADERS_AT.map(|at| (at, 4096)).into_iter().chain(REGIONS_AT.map(|at| (at, 65_536)));
     for (at, len) in sealed.chain([(LOG_AT as usize, 8192)]) {
@@ -34,7 +36,7 @@ fn repair(bytes: &mut [u8]) {
 }
 
 #[test]
-fn hostile_numbers_do_no_harm() {
+fn hostile_bytes_do_not_panic() {
     let entry = LogEntry::new(
         5,
         0,
@@ -43,8 +45,10 @@ fn hostile_numbers_do_no_harm() {
             Change::Zero { at: 4 * MIB + 8192, len: 4096 },
         ],
     );
-    let craft =
-        Craft::new(2 * MIB, MIB, 512).bat(0, 4 * MIB, 6).fill(4 * MIB, MIB, 1).log_entry(0, &entry.bytes());
+    let vhdx = VhdxBuilder::new(2 * MIB, MIB, 512)
+        .bat(0, 4 * MIB, 6)
+        .fill(4 * MIB, MIB, 1)
+        .log_entry(0, &entry.bytes());
     let place = |at: u64, len: usize| at as usize..at as usize + len;
     let places = vec![
         HEADERS_AT[1] + 48..HEADERS_AT[1] + 80,
@@ -54,14 +58,14 @@ fn hostile_numbers_do_no_harm() {
         place(METADATA_AT + 65_536, 40),
         place(BAT_AT, 16),
     ];
-    let hostile = conformance::Hostile { image: &craft.bytes, places, repair: &repair };
+    let hostile = conformance::Hostile { image: &vhdx.bytes, places, repair: &repair };
     conformance::hostile_bytes_do_not_panic(&VhdxDriver, &hostile);
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
     #[test]
-    fn any_disk_survives(
+    fn any_disk_round_trips(
         sectors in 1u64..20_000,
         areas in prop::collection::vec((0u64..10_000_000, 1u64..300_000), 0..12),
         block in prop::sample::select(vec!["1M", "2M", "8M"]),

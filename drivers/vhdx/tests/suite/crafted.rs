@@ -1,33 +1,34 @@
-//! Files made byte by byte: what is read, what is refused, and which damage is survived.
+//! Files built byte by byte: valid ones, damaged ones that can be read, and refusals.
 
 use imgtool_toolkit::{CheckReport, Driver, ErrorKind, OpenOptions};
 use imgtool_vhdx::VhdxDriver;
 
-use crate::support::craft::{
-    BAT_AT, BAT_GUID, BLOCKS_AT, Craft, DISK_ID, DISK_SIZE, FILE_PARAMETERS, HEADERS_AT, LOGICAL,
-    METADATA_AT, METADATA_GUID, PHYSICAL, REGIONS_AT, guid,
+use crate::support::builder::{
+    BAT_AT, BAT_GUID, BLOCKS_AT, DISK_ID, DISK_SIZE, FILE_PARAMETERS, HEADERS_AT, LOGICAL, METADATA_AT,
+    METADATA_GUID, PHYSICAL, REGIONS_AT, VhdxBuilder, guid,
 };
 use crate::support::{GIB, MIB, TIB, content, input, open_bytes, unreadable_at};
 
-/// Four blocks of 1 MiB, the second of which is full of ones.
-fn four_blocks() -> Craft {
-    Craft::new(4 * MIB, MIB, 512).bat(1, BLOCKS_AT, 6).fill(BLOCKS_AT, MIB, 1)
+/// A disk of four blocks of 1 MiB; each byte of the second is 1.
+fn four_blocks() -> VhdxBuilder {
+    VhdxBuilder::new(4 * MIB, MIB, 512).bat(1, BLOCKS_AT, 6).fill(BLOCKS_AT, MIB, 1)
 }
 
+/// Content of [`four_blocks`].
 fn expected() -> Vec<u8> {
     [vec![0; MIB as usize], vec![1; MIB as usize], vec![0; 2 * MIB as usize]].concat()
 }
 
 #[track_caller]
-fn assert_reads(craft: &Craft, expected: &[u8]) {
-    let source = craft.open().unwrap_or_else(|e| panic!("{e}"));
+fn assert_reads(vhdx: &VhdxBuilder, expected: &[u8]) {
+    let source = vhdx.open().unwrap_or_else(|e| panic!("{e}"));
     assert!(content(&*source).unwrap() == expected);
 }
 
-/// Opening fails with this kind and words.
+/// Asserts that opening fails with this kind and words.
 #[track_caller]
-fn assert_refused(craft: &Craft, kind: ErrorKind, words: &str) {
-    match craft.open() {
+fn assert_refused(vhdx: &VhdxBuilder, kind: ErrorKind, words: &str) {
+    match vhdx.open() {
         Ok(_) => panic!("opened"),
         Err(error) => {
             assert_eq!(error.kind(), kind, "{error}");
@@ -36,19 +37,20 @@ fn assert_refused(craft: &Craft, kind: ErrorKind, words: &str) {
     }
 }
 
-fn check(craft: &Craft) -> CheckReport {
-    VhdxDriver.check(input(&craft.bytes), &OpenOptions::default()).unwrap()
+fn check(vhdx: &VhdxBuilder) -> CheckReport {
+    VhdxDriver.check(input(&vhdx.bytes), &OpenOptions::default()).unwrap()
 }
 
+/// Asserts that `check` reports corruption in these words.
 #[track_caller]
-fn assert_finding(craft: &Craft, words: &str) {
-    let report = check(craft);
+fn assert_finding(vhdx: &VhdxBuilder, words: &str) {
+    let report = check(vhdx);
     assert!(report.corruptions > 0, "nothing found");
     assert!(report.findings.iter().any(|line| line.contains(words)), "{:?}", report.findings);
 }
 
 #[test]
-fn what_is_whole_is_read() {
+fn reads_a_sound_image() {
     assert_reads(&four_blocks(), &expected());
     let report = check(&four_blocks());
     assert_eq!((report.corruptions, report.check_errors), (0, 0), "{:?}", report.findings);
@@ -57,7 +59,7 @@ fn what_is_whole_is_read() {
 }
 
 #[test]
-fn info_tells_the_facts() {
+fn info_lists_the_facts() {
     let source = four_blocks().open().unwrap();
     let info = source.info();
     let fact = |key: &str| info.facts.iter().find(|fact| fact.key == key).map(|fact| fact.value.to_string());
@@ -74,48 +76,48 @@ fn info_tells_the_facts() {
 }
 
 #[test]
-fn every_state_that_reads_as_zeros_does() {
-    // 5 is "unmapped" of version 0.95; what stands at the offset must not show.
+fn reads_zeros_in_blocks_without_content() {
+    // 5 is "unmapped" in version 0.95. The entry's offset points to data, which must not be read.
     for state in [0, 1, 2, 3, 5] {
-        let craft = four_blocks().bat(2, BLOCKS_AT, state);
-        assert_reads(&craft, &expected());
+        let vhdx = four_blocks().bat(2, BLOCKS_AT, state);
+        assert_reads(&vhdx, &expected());
     }
 }
 
 #[test]
-fn reserved_states_are_rejected() {
-    let craft = four_blocks().bat(2, BLOCKS_AT, 4);
-    let error = content(&*craft.open().unwrap()).unwrap_err();
+fn refuses_reserved_states() {
+    let vhdx = four_blocks().bat(2, BLOCKS_AT, 4);
+    let error = content(&*vhdx.open().unwrap()).unwrap_err();
     assert!(error.to_string().contains("reserved state 4"), "{error}");
     assert_eq!(error.guest_range(), Some(2 * MIB..3 * MIB));
     assert_eq!(error.file_offset(), Some(BAT_AT + 16));
-    assert_finding(&craft, "reserved state 4");
+    assert_finding(&vhdx, "reserved state 4");
 }
 
 #[test]
-fn partially_present_without_a_parent_is_rejected() {
-    let craft = four_blocks().bat(2, BLOCKS_AT, 7);
-    let error = content(&*craft.open().unwrap()).unwrap_err();
+fn refuses_partially_present_blocks_without_a_parent() {
+    let vhdx = four_blocks().bat(2, BLOCKS_AT, 7);
+    let error = content(&*vhdx.open().unwrap()).unwrap_err();
     assert!(error.to_string().contains("no parent"), "{error}");
-    assert_finding(&craft, "no parent");
+    assert_finding(&vhdx, "no parent");
 }
 
 #[test]
-fn an_entry_past_the_end_of_the_file_is_rejected() {
-    let craft = four_blocks().bat(2, 900 * MIB, 6);
-    let error = content(&*craft.open().unwrap()).unwrap_err();
+fn refuses_blocks_past_the_end_of_the_file() {
+    let vhdx = four_blocks().bat(2, 900 * MIB, 6);
+    let error = content(&*vhdx.open().unwrap()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt);
     assert_eq!((error.guest_range(), error.file_offset()), (Some(2 * MIB..3 * MIB), Some(900 * MIB)));
     assert!(error.hint_text().is_some());
-    assert_finding(&craft, "leave the file");
+    assert_finding(&vhdx, "but the file ends at");
     let huge = four_blocks().bat(2, !(MIB - 1), 6);
     assert!(content(&*huge.open().unwrap()).is_err());
 }
 
 #[test]
-fn salvage_reads_what_is_whole_and_tells_the_rest() {
-    let craft = four_blocks().bat(2, 900 * MIB, 6).bat(3, 0, 4);
-    let source = craft.salvage().unwrap();
+fn salvage_reads_sound_blocks_and_lists_losses() {
+    let vhdx = four_blocks().bat(2, 900 * MIB, 6).bat(3, 0, 4);
+    let source = vhdx.salvage().unwrap();
     assert!(content(&*source).unwrap() == expected());
     let losses = source.losses();
     assert!(losses.iter().any(|loss| loss.guest == (2 * MIB..3 * MIB)), "{losses:?}");
@@ -123,45 +125,45 @@ fn salvage_reads_what_is_whole_and_tells_the_rest() {
 }
 
 #[test]
-fn a_cut_last_block_needs_only_what_the_guest_uses() {
+fn reads_a_cut_last_block_that_holds_the_guests_bytes() {
     let size = 3 * MIB + 4096;
-    let mut craft = Craft::new(size, 2 * MIB, 512).bat(1, BLOCKS_AT, 6).fill(BLOCKS_AT, 2 * MIB, 3);
-    craft.bytes.truncate((BLOCKS_AT + MIB + 4096) as usize);
+    let mut vhdx = VhdxBuilder::new(size, 2 * MIB, 512).bat(1, BLOCKS_AT, 6).fill(BLOCKS_AT, 2 * MIB, 3);
+    vhdx.bytes.truncate((BLOCKS_AT + MIB + 4096) as usize);
     let expected = [vec![0; 2 * MIB as usize], vec![3; MIB as usize + 4096]].concat();
-    assert_reads(&craft, &expected);
-    assert_eq!(check(&craft).corruptions, 0);
-    craft.bytes.truncate((BLOCKS_AT + MIB + 4095) as usize);
-    assert!(content(&*craft.open().unwrap()).is_err());
-    assert_finding(&craft, "leave the file");
+    assert_reads(&vhdx, &expected);
+    assert_eq!(check(&vhdx).corruptions, 0);
+    vhdx.bytes.truncate((BLOCKS_AT + MIB + 4095) as usize);
+    assert!(content(&*vhdx.open().unwrap()).is_err());
+    assert_finding(&vhdx, "but the file ends at");
 }
 
 #[test]
-fn a_block_in_the_tables_is_rejected() {
+fn refuses_blocks_inside_the_tables() {
     for (at, name) in [(0, "header section"), (MIB, "log"), (METADATA_AT, "metadata"), (BAT_AT, "BAT")] {
-        let craft = four_blocks().bat(2, at, 6);
-        let error = content(&*craft.open().unwrap()).unwrap_err();
+        let vhdx = four_blocks().bat(2, at, 6);
+        let error = content(&*vhdx.open().unwrap()).unwrap_err();
         assert!(error.to_string().contains(name), "{error}");
-        assert_finding(&craft, name);
+        assert_finding(&vhdx, name);
     }
 }
 
 #[test]
-fn check_finds_blocks_that_share_their_place() {
+fn check_finds_overlapping_blocks() {
     assert_finding(&four_blocks().bat(3, BLOCKS_AT, 6), "another block uses");
-    assert_finding(&Craft::new(4 * GIB + MIB, MIB, 512).bat(4096, BLOCKS_AT, 6), "sector bitmap");
+    assert_finding(&VhdxBuilder::new(4 * GIB + MIB, MIB, 512).bat(4096, BLOCKS_AT, 6), "sector bitmap");
 }
 
 #[test]
-fn bitmap_slots_are_interleaved() {
+fn interleaves_bitmap_entries() {
     // 1 MiB blocks, 512-byte sectors: entry 4096 is a bitmap's, block 4096 (at 4 GiB) has entry 4097.
-    let craft = Craft::new(4 * GIB + 2 * MIB, MIB, 512)
+    let vhdx = VhdxBuilder::new(4 * GIB + 2 * MIB, MIB, 512)
         .bat(4095, BLOCKS_AT, 6)
         .fill(BLOCKS_AT, MIB, 5)
         .bat(4097, BLOCKS_AT + MIB, 6)
         .fill(BLOCKS_AT + MIB, MIB, 6)
         .bat(4098, BLOCKS_AT + 2 * MIB, 6)
         .fill(BLOCKS_AT + 2 * MIB, MIB, 7);
-    let source = craft.open().unwrap();
+    let source = vhdx.open().unwrap();
     let random = source.random().unwrap();
     let device = source.info().devices[0].id;
     let mut byte = [0];
@@ -172,45 +174,45 @@ fn bitmap_slots_are_interleaved() {
         assert_eq!(byte[0], expected, "at {at}");
     }
     // With 4096-byte sectors a chunk is eight times as long.
-    let craft = Craft::new(4 * GIB + 2 * MIB, MIB, 4096).bat(4096, BLOCKS_AT, 6).fill(BLOCKS_AT, MIB, 6);
-    let source = craft.open().unwrap();
+    let vhdx = VhdxBuilder::new(4 * GIB + 2 * MIB, MIB, 4096).bat(4096, BLOCKS_AT, 6).fill(BLOCKS_AT, MIB, 6);
+    let source = vhdx.open().unwrap();
     source.random().unwrap().read_at(device, &mut byte, 4 * GIB).unwrap();
     assert_eq!(byte[0], 6);
 }
 
 #[test]
-fn one_torn_header_is_survived() {
-    for (at, number) in HEADERS_AT.into_iter().zip(["first", "second"]) {
+fn survives_one_torn_header() {
+    for (at, ordinal) in HEADERS_AT.into_iter().zip(["first", "second"]) {
         for damage in [at, at + 5, at + 100, at + 4095] {
-            let mut craft = four_blocks();
-            craft.bytes[damage] ^= 0x55;
-            assert_reads(&craft, &expected());
-            assert!(craft.open().unwrap().info().notes[0].contains(number));
-            assert_finding(&craft, number);
+            let mut vhdx = four_blocks();
+            vhdx.bytes[damage] ^= 0x55;
+            assert_reads(&vhdx, &expected());
+            assert!(vhdx.open().unwrap().info().notes[0].contains(ordinal));
+            assert_finding(&vhdx, ordinal);
         }
     }
 }
 
 #[test]
-fn the_header_with_the_higher_sequence_number_holds() {
+fn uses_the_header_with_the_higher_sequence_number() {
     for newer in HEADERS_AT {
-        let mut craft = four_blocks();
-        craft.put(newer as u64 + 8, &100u64.to_le_bytes());
-        craft.put(newer as u64 + 32, &guid("eeeeeeee-0000-4000-8000-000000000001"));
-        craft.seal(newer, 4096);
-        let source = craft.open().unwrap();
+        let mut vhdx = four_blocks();
+        vhdx.put(newer as u64 + 8, &100u64.to_le_bytes());
+        vhdx.put(newer as u64 + 32, &guid("eeeeeeee-0000-4000-8000-000000000001"));
+        vhdx.seal(newer, 4096);
+        let source = vhdx.open().unwrap();
         let fact = source.info().facts.iter().find(|fact| fact.key == "data-write-guid").unwrap();
         assert_eq!(fact.value, "eeeeeeee-0000-4000-8000-000000000001");
     }
 }
 
 #[test]
-fn no_valid_header_is_rejected() {
-    let mut craft = four_blocks();
-    craft.bytes[HEADERS_AT[0] + 9] ^= 1;
-    craft.bytes[HEADERS_AT[1]] = 0;
-    assert_refused(&craft, ErrorKind::Corrupt, "neither header is valid");
-    assert_finding(&craft, "neither header is valid");
+fn refuses_images_without_a_current_header() {
+    let mut vhdx = four_blocks();
+    vhdx.bytes[HEADERS_AT[0] + 9] ^= 1;
+    vhdx.bytes[HEADERS_AT[1]] = 0;
+    assert_refused(&vhdx, ErrorKind::Corrupt, "neither header is valid");
+    assert_finding(&vhdx, "neither header is valid");
     let equal = four_blocks().header_field(8, &9u64.to_le_bytes());
     assert_reads(&equal, &expected());
     let mut differing = equal;
@@ -220,7 +222,7 @@ fn no_valid_header_is_rejected() {
 }
 
 #[test]
-fn header_rules_are_kept() {
+fn enforces_header_rules() {
     assert_refused(&four_blocks().header_field(66, &2u16.to_le_bytes()), ErrorKind::Malformed, "version 2");
     let unaligned = four_blocks().header_field(72, &4096u64.to_le_bytes());
     assert_refused(&unaligned, ErrorKind::Malformed, "log at 4096");
@@ -232,13 +234,13 @@ fn header_rules_are_kept() {
 }
 
 #[test]
-fn one_damaged_region_table_is_survived() {
-    for (at, number) in REGIONS_AT.into_iter().zip(["first", "second"]) {
+fn survives_one_damaged_region_table() {
+    for (at, ordinal) in REGIONS_AT.into_iter().zip(["first", "second"]) {
         for damage in [at, at + 5, at + 17, at + 65_535] {
-            let mut craft = four_blocks();
-            craft.bytes[damage] ^= 0x55;
-            assert_reads(&craft, &expected());
-            assert_finding(&craft, number);
+            let mut vhdx = four_blocks();
+            vhdx.bytes[damage] ^= 0x55;
+            assert_reads(&vhdx, &expected());
+            assert_finding(&vhdx, ordinal);
         }
     }
     let mut both = four_blocks();
@@ -253,18 +255,18 @@ fn one_damaged_region_table_is_survived() {
 }
 
 #[test]
-fn unknown_regions_are_refused_only_when_required() {
+fn refuses_unknown_required_regions() {
     let unknown = "99999999-aaaa-bbbb-cccc-dddddddddddd";
     assert_reads(&four_blocks().region(unknown, 100 * MIB, MIB as u32, 0), &expected());
     let required = four_blocks().region(unknown, 100 * MIB, MIB as u32, 1);
     assert_refused(&required, ErrorKind::Unsupported, unknown);
-    // QEMU marks neither of the known ones.
+    // QEMU marks neither BAT nor metadata as required.
     let lax = four_blocks().region(BAT_GUID, BAT_AT, MIB as u32, 0);
     assert_reads(&lax.region(METADATA_GUID, METADATA_AT, MIB as u32, 0), &expected());
 }
 
 #[test]
-fn region_rules_are_kept() {
+fn enforces_region_rules() {
     let place = |at: u64, len: u32| four_blocks().region(BAT_GUID, at, len, 1);
     assert_refused(&place(BAT_AT + 512, MIB as u32), ErrorKind::Corrupt, "multiples of 1 MiB");
     assert_refused(&place(0, MIB as u32), ErrorKind::Corrupt, "at least 1 MiB");
@@ -272,7 +274,7 @@ fn region_rules_are_kept() {
     assert_refused(&place(METADATA_AT, MIB as u32), ErrorKind::Corrupt, "overlap");
     assert_refused(&place(MIB, MIB as u32), ErrorKind::Malformed, "log at");
     assert_refused(&place(900 * MIB, MIB as u32), ErrorKind::Corrupt, "within its BAT");
-    let small = Craft::new(TIB, MIB, 512);
+    let small = VhdxBuilder::new(TIB, MIB, 512);
     assert_refused(&small, ErrorKind::Malformed, "needs 8390");
     let mut many = four_blocks();
     for at in REGIONS_AT {
@@ -283,10 +285,10 @@ fn region_rules_are_kept() {
 }
 
 #[test]
-fn unknown_metadata_items_are_refused_only_when_required() {
+fn refuses_unknown_required_metadata_items() {
     let unknown = "99999999-aaaa-bbbb-cccc-dddddddddddd";
     assert_reads(&four_blocks().item(unknown, 0, &[1, 2, 3]), &expected());
-    // A user's item, even one with a known GUID, says nothing about the disk.
+    // A user item does not describe the disk.
     assert_reads(&four_blocks().item(unknown, 1, &[]), &expected());
     for flags in [4, 5, 6] {
         assert_refused(&four_blocks().item(unknown, flags, &[1]), ErrorKind::Unsupported, unknown);
@@ -294,8 +296,8 @@ fn unknown_metadata_items_are_refused_only_when_required() {
 }
 
 #[test]
-fn metadata_rules_are_kept() {
-    let malformed = |craft: &Craft, words: &str| assert_refused(craft, ErrorKind::Malformed, words);
+fn enforces_metadata_rules() {
+    let malformed = |vhdx: &VhdxBuilder, words: &str| assert_refused(vhdx, ErrorKind::Malformed, words);
     let parameters = |block_size: u32| {
         four_blocks().item(FILE_PARAMETERS, 4, &[block_size.to_le_bytes(), [0; 4]].concat())
     };
@@ -305,7 +307,7 @@ fn metadata_rules_are_kept() {
     let size = |size: u64| four_blocks().item(DISK_SIZE, 6, &size.to_le_bytes());
     malformed(&size(64 * TIB + 512), "64 TiB");
     malformed(&size(u64::MAX), "64 TiB");
-    malformed(&size(MIB + 100), "no multiple");
+    malformed(&size(MIB + 100), "not a multiple");
     for bad in [0u32, 1, 1024, 8192] {
         malformed(&four_blocks().item(LOGICAL, 6, &bad.to_le_bytes()), "logical sector size");
     }
@@ -316,9 +318,9 @@ fn metadata_rules_are_kept() {
     malformed(&four_blocks().item(DISK_SIZE, 6, &[0; 4]), "4 bytes instead of 8");
     assert_reads(&four_blocks().without_item(PHYSICAL).without_item(DISK_ID), &expected());
     let field = |at: u64, bytes: &[u8]| {
-        let mut craft = four_blocks();
-        craft.put(METADATA_AT + at, bytes);
-        craft
+        let mut vhdx = four_blocks();
+        vhdx.put(METADATA_AT + at, bytes);
+        vhdx
     };
     malformed(&field(0, b"metadatb"), "no signature");
     malformed(&field(10, &2048u16.to_le_bytes()), "2048 entries");
@@ -329,25 +331,25 @@ fn metadata_rules_are_kept() {
 }
 
 #[test]
-fn a_disk_without_bytes_is_read() {
-    let source = Craft::new(0, MIB, 512).open().unwrap();
+fn reads_an_empty_disk() {
+    let source = VhdxBuilder::new(0, MIB, 512).open().unwrap();
     assert_eq!(source.info().devices[0].size, 0);
 }
 
 #[test]
-fn what_is_no_file_of_this_format_is_rejected() {
+fn refuses_files_cut_within_the_structures() {
     for len in [0, 7, 8, 520, 70_000, 200_000, MIB as usize, 3 * MIB as usize] {
         assert!(open_bytes(&four_blocks().bytes[..len]).is_err(), "{len} bytes");
     }
 }
 
 #[test]
-fn a_header_that_the_disk_does_not_give_is_an_error_unless_salvaged() {
-    // The second header is the current one; the first is older, and what it says may be out of date.
-    let craft = four_blocks();
+fn refuses_an_unreadable_header_except_in_salvage() {
+    // The second header is current; the first is older and may be out of date.
+    let vhdx = four_blocks();
     let open = |at: usize, salvage: bool| {
         let options = OpenOptions { salvage, ..OpenOptions::default() };
-        VhdxDriver.open(unreadable_at(&craft.bytes, at as u64), &options)
+        VhdxDriver.open(unreadable_at(&vhdx.bytes, at as u64), &options)
     };
     for at in HEADERS_AT {
         let error = open(at, false).err().expect("refused");
@@ -356,7 +358,7 @@ fn a_header_that_the_disk_does_not_give_is_an_error_unless_salvaged() {
         assert!(source.info().notes.iter().any(|note| note.contains("can't be read")));
         assert!(content(&*source).unwrap() == expected());
     }
-    // Of the region tables one copy is enough, since both say the same.
+    // One copy of the region table is enough, since both have the same content.
     for at in REGIONS_AT {
         let source = open(at, false).unwrap();
         assert!(source.info().notes.iter().any(|note| note.contains("can't be read")));

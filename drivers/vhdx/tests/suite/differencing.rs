@@ -1,4 +1,4 @@
-//! Differencing disks: pairs and chains made byte by byte, read by us and by dissect.hypervisor.
+//! Differencing disks: pairs and chains built byte by byte, read by the driver and by dissect.hypervisor.
 
 use std::path::{Path, PathBuf};
 
@@ -7,38 +7,41 @@ use imgtool_toolkit::{
 };
 use imgtool_vhdx::VhdxDriver;
 
-use crate::support::craft::{BLOCKS_AT, Craft, DATA_GUID, guid};
+use crate::support::builder::{BLOCKS_AT, DATA_GUID, VhdxBuilder, guid};
 use crate::support::oracle::{dissect_compare, has_dissect};
 use crate::support::{GIB, MIB, content, open_file};
 
 const CHILD_GUID: &str = "cccccccc-0000-4000-8000-000000000002";
 
+/// Open options that allow external files by `policy`.
 fn allowed(policy: ExternalPolicy) -> OpenOptions {
     let mut registry = Registry::new();
     imgtool_vhdx::register(&mut registry);
     OpenOptions { externals: Externals::new(registry, policy), ..OpenOptions::default() }
 }
 
+/// Opens an image with the parents beside it.
 fn open_chain(path: &Path) -> Result<Box<dyn ImageSource>> {
     let options = allowed(ExternalPolicy { chain: true, paths: Vec::new() });
     VhdxDriver.open(Input::open_plain(path)?, &options)
 }
 
-fn save(directory: &Path, name: &str, craft: &Craft) -> PathBuf {
+/// Writes the file and returns its path.
+fn save(directory: &Path, name: &str, vhdx: &VhdxBuilder) -> PathBuf {
     let path = directory.join(name);
-    std::fs::write(&path, &craft.bytes).unwrap();
+    std::fs::write(&path, &vhdx.bytes).unwrap();
     path
 }
 
-/// Eight blocks of 1 MiB; 0..6 hold their number plus one.
-fn parent(logical: u32) -> Craft {
-    (0..6).fold(Craft::new(8 * MIB, MIB, logical), |craft, block| {
+/// A parent of eight blocks of 1 MiB; each byte of blocks 0..6 is the block's index plus one.
+fn parent(logical: u32) -> VhdxBuilder {
+    (0..6).fold(VhdxBuilder::new(8 * MIB, MIB, logical), |vhdx, block| {
         let at = BLOCKS_AT + block * MIB;
-        craft.bat(block, at, 6).fill(at, MIB, block as u8 + 1)
+        vhdx.bat(block, at, 6).fill(at, MIB, block as u8 + 1)
     })
 }
 
-/// The parent locator of a child of [`parent`].
+/// Pairs of the parent locator of a child of [`parent`].
 fn linkage(name: &str) -> Vec<(String, String)> {
     vec![
         ("parent_linkage".to_owned(), format!("{{{DATA_GUID}}}")),
@@ -47,14 +50,15 @@ fn linkage(name: &str) -> Vec<(String, String)> {
     ]
 }
 
-fn child_of(pairs: &[(String, String)], logical: u32) -> Craft {
+/// An empty child with this parent locator.
+fn child_of(pairs: &[(String, String)], logical: u32) -> VhdxBuilder {
     let pairs: Vec<(&str, &str)> = pairs.iter().map(|(key, value)| (&**key, &**value)).collect();
-    Craft::new(8 * MIB, MIB, logical).differencing(MIB, &pairs).header_field(32, &guid(CHILD_GUID))
+    VhdxBuilder::new(8 * MIB, MIB, logical).differencing(MIB, &pairs).header_field(32, &guid(CHILD_GUID))
 }
 
-/// A child with every state: 0 from the parent, 1 replaced, 2 zeroed, 3 mixed by sector, 4 unmapped,
-/// 5 undefined, 6 new, 7 nowhere.
-fn child(logical: u32) -> Craft {
+/// A child with a block in every state: 0 in the parent, 1 overwritten, 2 zero, 3 partially present,
+/// 4 unmapped, 5 undefined, 6 new, 7 in neither file.
+fn child(logical: u32) -> VhdxBuilder {
     let chunk_ratio = (1 << 23) * u64::from(logical) / MIB;
     let at = |block: u64| BLOCKS_AT + block * MIB;
     let mut child = child_of(&linkage(r".\base.vhdx"), logical)
@@ -68,7 +72,7 @@ fn child(logical: u32) -> Craft {
         .bat(6, at(2), 6)
         .fill(at(2), MIB, 0xa6)
         .bat(chunk_ratio, at(3), 6);
-    // The bitmap: sectors of block 3 that are here.
+    // The sector bitmap of block 3.
     for sector in sectors_here(logical) {
         let bit = 3 * MIB / u64::from(logical) + sector;
         let byte_at = at(3) + bit / 8;
@@ -78,12 +82,13 @@ fn child(logical: u32) -> Craft {
     child
 }
 
-/// Sectors of block 3 that the child has: ragged ones at the start, then whole bytes of the bitmap.
+/// Sectors of block 3 in the child: scattered bits at first, then whole bytes of the bitmap.
 fn sectors_here(logical: u32) -> Vec<u64> {
     let last = MIB / u64::from(logical) - 1;
     [0, 1, 2, 5, 7, 8, 15, 17].into_iter().chain(64..128).chain([last]).collect()
 }
 
+/// Content of [`child`] over [`parent`].
 fn expected(logical: u32) -> Vec<u8> {
     let mut bytes = Vec::new();
     for byte in [1, 0xa1, 0, 4, 0, 0, 0xa6, 0] {
@@ -97,7 +102,7 @@ fn expected(logical: u32) -> Vec<u8> {
 }
 
 #[test]
-fn a_child_is_read_through_its_parent() {
+fn reads_a_child_over_its_parent() {
     for logical in [512, 4096] {
         let directory = tempfile::tempdir().unwrap();
         save(directory.path(), "base.vhdx", &parent(logical));
@@ -126,7 +131,7 @@ fn dissect_reads_the_same() {
 }
 
 #[test]
-fn chains_of_several_children_are_read() {
+fn reads_chains_of_several_children() {
     let directory = tempfile::tempdir().unwrap();
     std::fs::create_dir(directory.path().join("snapshots")).unwrap();
     save(directory.path(), "base.vhdx", &parent(512));
@@ -134,7 +139,7 @@ fn chains_of_several_children_are_read() {
     let mut link = linkage(r"..\child.avhdx");
     link[0].1 = format!("{{{CHILD_GUID}}}");
     let top = child_of(&link, 512).bat(0, BLOCKS_AT, 6).fill(BLOCKS_AT, MIB, 0x77);
-    // The chain leaves the directory of the image that was named: it must be allowed file by file.
+    // The chain leaves the directory of the image, so each file must be allowed by its path.
     let path = save(&directory.path().join("snapshots"), "top.avhdx", &top);
     assert_eq!(open_chain(&path).map(|_| ()).unwrap_err().kind(), ErrorKind::Refused);
     let paths = ["base.vhdx", "child.avhdx"].map(|name| directory.path().join(name)).to_vec();
@@ -146,15 +151,15 @@ fn chains_of_several_children_are_read() {
 }
 
 #[test]
-fn a_chunk_beyond_the_first_has_its_own_bitmap() {
+fn reads_the_bitmap_of_the_second_chunk() {
     // Block 4097 of 1 MiB lies in the second chunk: entry 4098, bitmap entry 8193.
     let directory = tempfile::tempdir().unwrap();
     let size = 4 * GIB + 2 * MIB;
-    let base = Craft::new(size, MIB, 512).bat(4098, BLOCKS_AT, 6).fill(BLOCKS_AT, MIB, 1);
+    let base = VhdxBuilder::new(size, MIB, 512).bat(4098, BLOCKS_AT, 6).fill(BLOCKS_AT, MIB, 1);
     save(directory.path(), "base.vhdx", &base);
     let link = linkage(r".\base.vhdx");
     let pairs: Vec<(&str, &str)> = link.iter().map(|(key, value)| (&**key, &**value)).collect();
-    let mut child = Craft::new(size, MIB, 512)
+    let mut child = VhdxBuilder::new(size, MIB, 512)
         .differencing(MIB, &pairs)
         .bat(4098, BLOCKS_AT, 7)
         .fill(BLOCKS_AT, MIB, 2)
@@ -170,9 +175,9 @@ fn a_chunk_beyond_the_first_has_its_own_bitmap() {
 }
 
 #[test]
-fn a_parent_of_another_size_is_read_as_far_as_it_goes() {
+fn reads_zeros_behind_a_shorter_parent() {
     let directory = tempfile::tempdir().unwrap();
-    let small = Craft::new(2 * MIB + 4096, 2 * MIB, 512)
+    let small = VhdxBuilder::new(2 * MIB + 4096, 2 * MIB, 512)
         .bat(0, BLOCKS_AT, 6)
         .fill(BLOCKS_AT, 2 * MIB, 1)
         .bat(1, BLOCKS_AT + 2 * MIB, 6)
@@ -185,7 +190,7 @@ fn a_parent_of_another_size_is_read_as_far_as_it_goes() {
 }
 
 #[test]
-fn a_parent_is_opened_only_where_allowed() {
+fn refuses_a_parent_that_is_not_allowed() {
     let directory = tempfile::tempdir().unwrap();
     save(directory.path(), "base.vhdx", &parent(512));
     let path = save(directory.path(), "child.vhdx", &child(512));
@@ -194,14 +199,14 @@ fn a_parent_is_opened_only_where_allowed() {
     assert!(error.to_string().contains("base.vhdx"), "{error}");
     let facts = OpenOptions { info_only: true, ..OpenOptions::default() };
     let source = VhdxDriver.open(Input::open_plain(&path).unwrap(), &facts).unwrap();
-    // As it is looked for here; the locator's own text, with Windows' separators, is among the facts.
+    // The path on this system; the facts have the locator's own text, with Windows separators.
     assert_eq!(source.info().references[0].name, "./base.vhdx");
     assert_eq!(source.info().references[0].role, "parent");
     assert!(content(&*source).is_err());
 }
 
 #[test]
-fn another_disk_is_no_parent() {
+fn refuses_another_disk_as_parent() {
     let directory = tempfile::tempdir().unwrap();
     let other = parent(512).header_field(32, &guid("eeeeeeee-0000-4000-8000-000000000009"));
     save(directory.path(), "base.vhdx", &other);
@@ -209,7 +214,7 @@ fn another_disk_is_no_parent() {
     let Err(error) = open_chain(&path) else { panic!("opened") };
     assert_eq!(error.kind(), ErrorKind::Corrupt);
     assert!(error.to_string().contains(DATA_GUID), "{error}");
-    // While a parent is changed, the child names both GUIDs.
+    // While the parent is being changed, the child names both GUIDs.
     let mut link = linkage(r".\base.vhdx");
     link.push(("parent_linkage2".to_owned(), "{eeeeeeee-0000-4000-8000-000000000009}".to_owned()));
     let path = save(directory.path(), "child2.vhdx", &child_of(&link, 512));
@@ -217,7 +222,7 @@ fn another_disk_is_no_parent() {
 }
 
 #[test]
-fn parents_that_cannot_be_named_are_rejected() {
+fn refuses_bad_parent_locators() {
     let directory = tempfile::tempdir().unwrap();
     save(directory.path(), "base.vhdx", &parent(512));
     let open = |pairs: &[(&str, &str)]| {
@@ -228,22 +233,23 @@ fn parents_that_cannot_be_named_are_rejected() {
     };
     let link = format!("{{{DATA_GUID}}}");
     assert!(open(&[("relative_path", r".\base.vhdx")]).contains("no parent_linkage"));
-    assert!(open(&[("parent_linkage", "x"), ("relative_path", r".\base.vhdx")]).contains("no GUID"));
+    assert!(open(&[("parent_linkage", "x"), ("relative_path", r".\base.vhdx")]).contains("not a GUID"));
     assert!(
-        open(&[("parent_linkage", &link), ("absolute_win32_path", r"C:\x.vhdx")]).contains("mean nothing")
+        open(&[("parent_linkage", &link), ("absolute_win32_path", r"C:\x.vhdx")])
+            .contains("no name of the parent")
     );
     assert!(
         open(&[("parent_linkage", &link), ("relative_path", r".\child.vhdx")])
             .contains("back to an image of the same chain")
     );
     assert!(open(&[("parent_linkage", &link), ("relative_path", r".\none.vhdx")]).contains("none.vhdx"));
-    // Two thousand keys over the same text would fill memory.
+    // Two thousand keys that share one text would fill memory.
     assert!(open(&vec![("k", "v"); 2000]).contains("2000 keys"));
     assert!(open(&[("k", "v"), ("k", "w")]).contains("twice"));
 }
 
 #[test]
-fn a_missing_or_impossible_bitmap_is_rejected() {
+fn refuses_missing_or_misplaced_sector_bitmaps() {
     let directory = tempfile::tempdir().unwrap();
     save(directory.path(), "base.vhdx", &parent(512));
     for (bitmap_at, state) in [(0, 0), (900 * MIB, 6), (0, 6), (BLOCKS_AT, 3)] {

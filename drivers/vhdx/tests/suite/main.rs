@@ -1,4 +1,4 @@
-//! Tests of the VHDX driver as a whole: the laws, foreign programs, and files crafted byte by byte.
+//! Tests of the VHDX driver: conformance laws, foreign programs, and files built byte by byte.
 #![allow(clippy::unwrap_used)]
 
 mod conformance;

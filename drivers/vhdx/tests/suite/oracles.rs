@@ -1,4 +1,4 @@
-//! Files of other programs read by us, and ours read by other programs.
+//! Files of other programs read by the driver, and its files read by other programs.
 
 use std::fs::File;
 use std::io::Write;
@@ -12,7 +12,7 @@ use imgtool_vhdx::VhdxDriver;
 use crate::support::oracle::{arg, available, dissect_compare, has_dissect, has_qemu, qemu_img, run};
 use crate::support::{GIB, MIB, open_file, options, write_raw};
 
-/// A bit of everything, past the first chunk of 1 MiB blocks, with a ragged size.
+/// A mix of content that reaches past the first chunk of 1 MiB blocks (4 GiB), with a ragged size.
 fn beyond_four_gib() -> Image {
     let content = Content::zero()
         .with(0..300_000, Fill::Random)
@@ -31,14 +31,14 @@ fn small() -> Image {
     Image::disk("20 MiB", 20 * MIB, content)
 }
 
-/// Every extent that claims data is compared, and every zero must be one in the image.
+/// Compares a file's content and extents with the image.
 fn assert_image(path: &Path, image: &Image) {
     let mut source = open_file(path).unwrap_or_else(|e| panic!("{e}"));
     conformance::assert_content(&mut *source, image, 512);
 }
 
 #[test]
-fn files_of_qemu_are_read() {
+fn reads_files_of_qemu() {
     if !has_qemu() {
         return;
     }
@@ -71,7 +71,7 @@ fn files_of_qemu_are_read() {
     }
 }
 
-/// Our options, and whether QEMU serves what they ask for.
+/// Options of our files; true if QEMU supports them.
 const OURS: [(&[(&str, &str)], bool); 7] = [
     (&[], true),
     (&[("block_size", "1M")], true),
@@ -98,9 +98,9 @@ fn qemu_reads_ours() {
     let raw = directory.path().join("x.raw");
     for image in [small(), beyond_four_gib()] {
         write_raw(&image, &raw);
-        // Comparing gigabytes takes QEMU its time: the first two there, all of them on the small disk.
+        // QEMU compares gigabytes slowly: two variants of the large disk, all of the small one.
         let few = if image.devices[0].0.size > GIB { 2 } else { OURS.len() };
-        for (pairs, _) in OURS.iter().take(few).filter(|(_, by_qemu)| *by_qemu) {
+        for (pairs, _) in OURS.iter().take(few).filter(|(_, qemu_supports)| *qemu_supports) {
             let path = make(&image, &options(pairs), directory.path());
             qemu_img(&["check", "-f", "vhdx", arg(&path)]);
             qemu_img(&["compare", "-f", "vhdx", "-F", "raw", arg(&path), arg(&raw)]);
@@ -145,7 +145,7 @@ fn dissect_reads_ours() {
 }
 
 #[test]
-fn libvhdi_knows_ours() {
+fn libvhdi_identifies_ours() {
     if !available("vhdiinfo", &["-V"]) {
         return;
     }
@@ -159,7 +159,7 @@ fn libvhdi_knows_ours() {
     }
 }
 
-/// A mount that goes away with it.
+/// A FUSE mount, unmounted on drop.
 struct Mount(std::path::PathBuf);
 
 impl Drop for Mount {
@@ -183,10 +183,10 @@ fn libvhdi_reads_ours() {
         std::fs::create_dir(&point).unwrap();
         let mounted = Command::new("vhdimount").args([arg(&path), arg(&point)]).output().unwrap();
         if !mounted.status.success() {
-            // A device that no package brings: `.ci/run` shows the line. Who can open it must get it.
+            // No package provides /dev/fuse: skip where it can't be opened. `.ci/run` shows the line.
             let usable = File::options().read(true).write(true).open("/dev/fuse").is_ok();
-            let wanted = std::env::var_os("CI").is_some() && usable;
-            assert!(!wanted, "vhdimount: {mounted:?}");
+            let required = std::env::var_os("CI").is_some() && usable;
+            assert!(!required, "vhdimount: {mounted:?}");
             let _ = writeln!(std::io::stderr(), "SKIPPED: libvhdi_reads_ours: FUSE does not work here");
             return;
         }
@@ -197,7 +197,7 @@ fn libvhdi_reads_ours() {
 }
 
 #[test]
-fn reading_leaves_a_file_without_write_permission_alone() {
+fn reading_never_changes_the_file() {
     let directory = tempfile::tempdir().unwrap();
     let path = make(&small(), &CreateOptions::default(), directory.path());
     let mut permissions = std::fs::metadata(&path).unwrap().permissions();

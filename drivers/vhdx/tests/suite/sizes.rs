@@ -1,4 +1,4 @@
-//! Sizes, options, and what they cost.
+//! Sizes and options of new files, and their cost in time and space.
 
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use imgtool_vhdx::VhdxDriver;
 
 use crate::support::{GIB, KIB, MIB, TIB, open_file, options};
 
-/// Reads only what extents claim to be data: as a conversion does.
+/// Reads and compares the data extents only, as a conversion does.
 fn assert_data(path: &std::path::Path, image: &Image) {
     let source = open_file(path).unwrap();
     let (device, random) = (source.info().devices[0].clone(), source.random().unwrap());
@@ -33,7 +33,7 @@ fn assert_data(path: &std::path::Path, image: &Image) {
     assert!(data <= content.data_len(64 * KIB) + MIB, "{data} bytes of data");
 }
 
-/// Little data far apart on a disk of `size` bytes.
+/// A disk of `size` bytes with little data far apart.
 fn far_apart(size: u64) -> Image {
     let content = Content::zero()
         .with(1000..2000, Fill::Random)
@@ -69,7 +69,7 @@ fn cost_follows_the_data() {
 }
 
 #[test]
-fn a_block_with_one_sector_is_whole_and_sparse() {
+fn allocates_whole_blocks_sparsely() {
     let directory = tempfile::tempdir().unwrap();
     let image =
         Image::disk("one sector", GIB, Content::zero().with(100 * MIB..100 * MIB + 512, Fill::Byte(1)));
@@ -80,7 +80,7 @@ fn a_block_with_one_sector_is_whole_and_sparse() {
 }
 
 #[test]
-fn default_block_sizes_are_qemus() {
+fn default_block_sizes_match_qemu() {
     for (size, expected) in
         [(MIB, 8), (GIB, 8), (GIB + 512, 16), (101 * GIB, 32), (32 * TIB, 32), (33 * TIB, 64), (64 * TIB, 64)]
     {
@@ -93,7 +93,7 @@ fn default_block_sizes_are_qemus() {
 }
 
 #[test]
-fn sizes_are_rounded_up_and_it_is_said() {
+fn rounds_sizes_up_with_a_note() {
     for (size, logical, expected) in [(1000, "512", 1024), (1, "4096", 4096), (4096, "4096", 4096)] {
         let directory = tempfile::tempdir().unwrap();
         let image = Image::disk("ragged", size, Content::zero().with(0..size, Fill::Random));
@@ -110,7 +110,7 @@ fn sizes_are_rounded_up_and_it_is_said() {
 }
 
 #[test]
-fn options_are_refused_with_their_bounds() {
+fn refuses_bad_options_naming_the_bounds() {
     let image = Image::disk("small", MIB, Content::zero());
     let refusal = |pairs: &[(&str, &str)]| {
         let directory = tempfile::tempdir().unwrap();
@@ -141,7 +141,7 @@ fn options_are_refused_with_their_bounds() {
 }
 
 #[test]
-fn disks_above_the_limit_are_rejected() {
+fn refuses_disks_above_the_limit() {
     let directory = tempfile::tempdir().unwrap();
     let image = Image::disk("huge", 64 * TIB + 1, Content::zero());
     let output = conformance::new_file(&directory.path().join("x"));
@@ -182,18 +182,18 @@ fn guids_follow_content_and_options() {
         assert!(one.iter().zip(&other).all(|(one, other)| one != other), "{one:?} {other:?}");
     }
     assert!(one[0] != one[1] && one[1] != one[2] && one[0] != one[2]);
-    let wanted = "6a1b2c3d-0000-4000-8000-00000000000";
-    let ids = [1, 2, 3].map(|digit| format!("{wanted}{digit}"));
-    let given = identity(
+    let prefix = "6a1b2c3d-0000-4000-8000-00000000000";
+    let ids = [1, 2, 3].map(|digit| format!("{prefix}{digit}"));
+    let from_options = identity(
         Fill::Byte(1),
         MIB,
         &[("disk_id", &ids[0]), ("data_write_guid", &ids[1]), ("file_write_guid", &ids[2])],
     );
-    assert_eq!(given, ids);
+    assert_eq!(from_options, ids);
 }
 
 #[test]
-fn measuring_is_exact() {
+fn measures_the_exact_length() {
     for image in [far_apart(10 * GIB), conformance::mixed_image(), Image::disk("none", MIB, Content::zero())]
     {
         for pairs in [&[][..], &[("block_size", "1M")], &[("subformat", "fixed"), ("block_size", "1M")]] {
@@ -208,7 +208,7 @@ fn measuring_is_exact() {
 }
 
 #[test]
-fn a_small_target_is_refused() {
+fn refuses_a_small_output() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("x");
     std::fs::write(&path, vec![0xaa; MIB as usize]).unwrap();
@@ -222,7 +222,7 @@ fn a_small_target_is_refused() {
 }
 
 #[test]
-fn check_walks_a_large_bat_quickly() {
+fn checks_a_large_bat_quickly() {
     let directory = tempfile::tempdir().unwrap();
     let image = far_apart(64 * TIB);
     let path = conformance::make(&VhdxDriver, &options(&[("block_size", "1M")]), &image, directory.path());

@@ -1,4 +1,4 @@
-//! Turns images into inputs of the fuzzer and back, and runs inputs without a fuzzer.
+//! Converts images to inputs of the fuzzer and back, and runs inputs without a fuzzer.
 
 use std::error::Error;
 use std::fs::{self, File};
@@ -27,7 +27,7 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Nothing is left to do when this fails too.
+            // If stderr fails too, only the exit code remains.
             let _ = writeln!(std::io::stderr(), "{error}");
             ExitCode::FAILURE
         }

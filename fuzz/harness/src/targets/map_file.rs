@@ -1,15 +1,15 @@
-//! The map of `imgtool vma extract -r`.
+//! The map file of `imgtool vma extract -r`.
 
 use imgtool_toolkit::{Error, ErrorKind};
 
 use crate::exercise;
 
-/// The program's own module, as it stands.
+/// The program's own module, unchanged.
 #[path = "../../../../src/commands/vma/map_file.rs"]
 #[allow(dead_code)]
 mod parser;
 
-/// What the module takes from its parent.
+/// The function that the module imports from its parent.
 fn usage(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::Usage, message)
 }

@@ -1,4 +1,4 @@
-//! The targets: each takes any bytes and panics when a promise is broken.
+//! The targets: each accepts any bytes, and panics if the project breaks a promise.
 
 use std::sync::Arc;
 
@@ -15,11 +15,11 @@ mod vma;
 /// A target of the fuzzer.
 #[derive(Clone, Copy)]
 pub struct Target {
-    /// Its name: that of the program and of the directories of its seeds and findings.
+    /// Name of the target's program, and of the directories of its seeds and findings.
     pub name: &'static str,
-    /// Takes an input.
+    /// Runs one input.
     pub run: fn(&[u8]),
-    /// The image in an input, for targets whose inputs are scenarios ([`crate::scenario`]).
+    /// Builds the image in an input; `None` unless inputs are scenarios ([`crate::scenario`]).
     pub image: Option<fn(&[u8]) -> SparseFile>,
 }
 
@@ -36,7 +36,7 @@ pub const ALL: [Target; 9] = [
     Target { name: "map_file", run: map_file::run, image: None },
 ];
 
-/// The target called `name`.
+/// Finds the target called `name`.
 pub fn by_name(name: &str) -> Option<Target> {
     ALL.into_iter().find(|target| target.name == name)
 }
@@ -47,14 +47,14 @@ pub fn run(name: &str, input: &[u8]) {
     (target.run)(input);
 }
 
-/// The file of a scenario and its flags, cut to `max_len`.
+/// Decodes a scenario to its flags and its file, cut to `max_len` bytes.
 fn file(input: &[u8], max_len: u64) -> (u8, SparseFile) {
     let mut scenario = Scenario::decode(input);
     scenario.len = scenario.len.min(max_len);
     (scenario.flags, scenario.file())
 }
 
-/// An input over a file, read by position.
+/// Makes an input that is read by position.
 fn by_position(file: &Arc<SparseFile>) -> imgtool_toolkit::Input {
     imgtool_toolkit::Input::from_read_at("image", Arc::clone(file) as _)
 }

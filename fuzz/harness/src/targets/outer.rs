@@ -1,4 +1,4 @@
-//! Outer compression: streams and seekable files. For lzop the checksums are made right first.
+//! Outer compression: streams and seekable files. The checksums of lzop files are corrected first.
 
 use std::io;
 use std::sync::Arc;
@@ -8,16 +8,16 @@ use imgtool_toolkit::{Input, RandomInput, Result};
 use crate::exercise;
 use crate::sparse::SparseFile;
 
-/// Bytes taken of what is decompressed.
+/// Most decompressed bytes to read. Our limit, on the time per input.
 const MOST: usize = 4 << 20;
 
 /// The last bytes of a seekable zstd file.
 const SEEK_TABLE_MAGIC: [u8; 4] = [0xb1, 0xea, 0x92, 0x8f];
 
-/// What was decompressed: the first [`MOST`] bytes.
+/// Decompressed content, at most [`MOST`] bytes.
 type Plain = Result<Vec<u8>>;
 
-/// Any compression, several layers of it, also of files that are read by position.
+/// Decompresses any format, in several layers, as a stream and by position.
 pub(super) fn run(input: &[u8]) {
     let mut file = SparseFile::new(input.len() as u64);
     file.write(0, input);
@@ -35,7 +35,7 @@ pub(super) fn run(input: &[u8]) {
     }
 }
 
-/// lzop files.
+/// Decompresses lzop files. Bit 0 of the first byte keeps the checksums.
 pub(super) fn run_lzop(input: &[u8]) {
     let Some((flags, bytes)) = input.split_first() else { return };
     let bytes = if flags & 1 == 0 { lzop::sealed(bytes) } else { bytes.to_vec() };
@@ -59,7 +59,7 @@ fn read_stream(input: Input) -> Plain {
     Ok(plain)
 }
 
-/// Backwards, in parts that fit no frame.
+/// Reads backwards, in parts that do not match frames.
 fn read_at_random(input: &RandomInput) -> Plain {
     let len = usize::try_from(input.len()).unwrap_or(usize::MAX).min(MOST);
     let mut plain = vec![0xa5; len];
@@ -72,14 +72,14 @@ fn read_at_random(input: &RandomInput) -> Plain {
     Ok(plain)
 }
 
-/// A file must be read as a stream is. Only a seek table that does not fit its file may make a
-/// difference: a stream passes it by, a file is refused for it.
+/// Asserts that a file reads like a stream. They may differ only if a seek table does not match its file: a
+/// stream ignores the table, a file is refused for it.
 fn compare(stream: &Plain, file: &Plain, has_table: bool, what: &str) {
     match (stream, file) {
         (Ok(stream), Ok(file)) => assert!(stream == file, "{what} has other content than a stream"),
         (Err(_), Err(_)) => {}
         (Ok(_), Err(_)) if has_table => {}
-        // Damage further on than is read.
+        // The damage is behind the bytes that are compared.
         (Err(_), Ok(plain)) | (Ok(plain), Err(_)) if plain.len() >= MOST => {}
         (stream, file) => panic!(
             "{what} and a stream disagree: {:?} and {:?}",
@@ -89,14 +89,14 @@ fn compare(stream: &Plain, file: &Plain, has_table: bool, what: &str) {
     }
 }
 
-/// As much of the lzop container as it takes to make checksums right.
+/// As much of the lzop format as correcting checksums needs.
 mod lzop {
     pub(super) const MAGIC: [u8; 9] = [0x89, 0x4c, 0x5a, 0x4f, 0x00, 0x0d, 0x0a, 0x1a, 0x0a];
 
-    /// Blocks longer than this keep their checksums. Ours: bounds the time for an input.
+    /// Longest block whose checksums are corrected, bytes. Our limit, on the time per input.
     const MAX_BLOCK: usize = 1 << 20;
 
-    /// `bytes` with all checksums right, as far as they are an lzop file.
+    /// Corrects all checksums in `bytes`, as far as they are an lzop file.
     pub(super) fn sealed(bytes: &[u8]) -> Vec<u8> {
         let mut file = Sealer { bytes: bytes.to_vec(), at: 0 };
         while file.member().is_some() {}

@@ -9,10 +9,10 @@ use crate::exercise;
 use crate::scenario::MAX_FILE_LEN;
 use crate::sparse::SparseFile;
 
-/// Flag: the file may be as long as it says.
+/// Flag: the file may have any length.
 const ANY_LEN: u8 = 1;
 
-/// Longest file without the flag. Ours: `check` has a counter for each cluster of the file.
+/// Longest file without the flag, bytes. Our limit: `check` has a counter for each cluster of the file.
 const MAX_LEN: u64 = 256 << 20;
 
 pub(super) fn image(input: &[u8]) -> SparseFile {

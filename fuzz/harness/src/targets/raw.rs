@@ -1,4 +1,4 @@
-//! Knowing a format by its first bytes and by its name, and raw images.
+//! Detection of formats by content and name, and raw images.
 
 use std::io;
 use std::path::Path;
@@ -9,7 +9,7 @@ use imgtool_toolkit::{Access, BufferPool, DeviceId, Input, OpenOptions};
 use crate::exercise;
 use crate::sparse::SparseFile;
 
-/// Names that an image may have; the first byte of the input picks one.
+/// Names of the image, one of which the first byte of the input picks.
 const NAMES: [&str; 8] =
     ["disk", "-", "disk.raw", "disk.qcow2", "disk.vhdx", "backup.vma", "backup.vma.zst", "disk.img.gz"];
 
@@ -27,7 +27,7 @@ pub(super) fn run(input: &[u8]) {
     let by_position = || Input::from_read_at(name, Arc::clone(&file) as _);
     let stream = || Input::from_stream(name, Box::new(io::Cursor::new(bytes.to_vec())));
 
-    // By content, as `convert` does.
+    // Opened by content, as `convert` does.
     for input in [Ok(by_position()), by_position().decompressed(), stream()] {
         let opened = input.and_then(|input| registry.open(input, None, &OpenOptions::default()));
         if let Some(opened) = exercise::opened(opened) {
@@ -35,7 +35,7 @@ pub(super) fn run(input: &[u8]) {
             let _ = exercise::random(&*opened.source, false);
         }
     }
-    // As raw, which takes anything.
+    // Opened as raw, which accepts any bytes.
     exercise::image("raw", &OpenOptions::default(), &by_position);
     let raw = registry.get("raw").expect("a driver of ours");
     let mut source = raw.open(by_position(), &OpenOptions::default()).expect("anything is a raw image");

@@ -1,4 +1,4 @@
-//! VHDX images. Their checksums are made right first, or nothing behind them would be reached.
+//! VHDX images. Their checksums are corrected first, or the fuzzer would never get past them.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,10 +11,10 @@ use crate::exercise;
 use crate::scenario::MAX_FILE_LEN;
 use crate::sparse::SparseFile;
 
-/// Flag: checksums stay as they are.
+/// Flag: keeps the checksums.
 const LEAVE_CHECKSUMS: u8 = 1;
 
-/// Both headers and both region tables: signature, place and length (MS-VHDX 2.2).
+/// Both headers and both region tables: signature, file offset and length in bytes (MS-VHDX 2.2).
 const STRUCTURES: [(&[u8; 4], u64, u64); 4] = [
     (b"head", 64 << 10, 4 << 10),
     (b"head", 128 << 10, 4 << 10),
@@ -22,9 +22,9 @@ const STRUCTURES: [(&[u8; 4], u64, u64); 4] = [
     (b"regi", 256 << 10, 64 << 10),
 ];
 
-/// The longest log entry that gets a checksum. Ours: bounds the time for an input.
+/// Longest log entry whose checksum is corrected, bytes. Our limit, on the time per input.
 const MAX_ENTRY: u64 = 1 << 20;
-/// Log entries that get one.
+/// Most log entries whose checksum is corrected. Our limit, on the time per input.
 const MAX_ENTRIES: usize = 64;
 
 pub(super) fn image(input: &[u8]) -> SparseFile {
@@ -40,15 +40,15 @@ pub(super) fn image(input: &[u8]) -> SparseFile {
     file
 }
 
-/// Makes the CRC-32C at byte 4 of a structure right.
+/// Corrects the CRC-32C at byte 4 of a structure.
 fn seal(file: &mut SparseFile, at: u64, len: u64) {
     let mut bytes = file.bytes(at..at.saturating_add(len));
     bytes[4..8].fill(0);
     file.write(at + 4, &crc32c::crc32c(&bytes).to_le_bytes());
 }
 
-/// The entries of the logs of both headers (2.3.1.1). They may go on at the start of the ring; those
-/// that do keep the checksum that they have.
+/// Corrects the log entries of both headers (MS-VHDX 2.3.1.1). Entries that wrap around the end of the log
+/// keep their checksums.
 fn seal_log(file: &mut SparseFile) {
     for (_, header, _) in &STRUCTURES[..2] {
         let fields = file.bytes(header + 68..header + 80);

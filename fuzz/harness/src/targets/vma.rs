@@ -1,4 +1,4 @@
-//! VMA archives, from files and from streams. Their checksums are made right first.
+//! VMA archives, as files and as streams. Their checksums are corrected first.
 
 use std::sync::Arc;
 
@@ -10,20 +10,20 @@ use super::{by_position, file};
 use crate::exercise;
 use crate::sparse::{SECTOR, SparseFile};
 
-/// Flag: checksums stay as they are.
+/// Flag: keeps the checksums.
 const LEAVE_CHECKSUMS: u8 = 1;
-/// Flag: the extents keep the UUID that they have.
+/// Flag: keeps the UUIDs of the extents.
 const LEAVE_UUIDS: u8 = 2;
-/// Flag: bytes behind the end are allowed.
+/// Flag: allows bytes behind the end.
 const IGNORE_TRAILING: u8 = 4;
 
-/// Longest archive. Ours: streams are read to their end, and salvage looks at every byte.
+/// Longest archive, bytes. Our limit: streams are read to their end, and salvage searches every byte.
 const MAX_LEN: u64 = 512 << 10;
-/// Bytes of devices that are salvaged. Ours: what is missing is handed out a GiB at a time.
+/// Largest sum of devices to salvage, bytes. Our limit: missing ranges come as pieces of 1 GiB.
 const MAX_SALVAGED: u64 = 64 << 30;
-/// Longest header that gets a checksum. Ours: bounds the time for an input.
+/// Longest header whose checksum is corrected, bytes. Our limit, on the time per input.
 const MAX_HEADER: u64 = 256 << 10;
-/// Extents that get one.
+/// Most extents whose checksum is corrected. Our limit, on the time per input.
 const MAX_EXTENTS: usize = 256;
 
 pub(super) fn image(input: &[u8]) -> SparseFile {
@@ -40,7 +40,7 @@ fn sealed(input: &[u8]) -> (u8, SparseFile) {
         let md5 = layout::header_md5(&file.bytes(0..header_size));
         file.write(32, &md5);
     }
-    // Extents that follow each other, wherever they are, and those that a search finds.
+    // First the chain of extents, which may start anywhere, then those that a search by sector finds.
     let mut at = header_size;
     for _ in 0..MAX_EXTENTS {
         if !seal_extent(&mut file, at, flags) {
@@ -56,9 +56,8 @@ fn sealed(input: &[u8]) -> (u8, SparseFile) {
     (flags, file)
 }
 
-/// Whether the data of an archive holds what looks like an extent. Those who read on after damage
-/// (`check`, salvage) take it for one, because bytes may be missing before it; no backup holds a part
-/// of itself.
+/// True if the archive's data contains what looks like an extent. `check` and salvage, which read on after
+/// damage, treat it as one, because bytes may be missing before it. No backup contains a part of itself.
 fn holds_itself(file: &SparseFile) -> bool {
     let mut chain = std::collections::BTreeSet::new();
     let mut at = u64::from(be32(file, 56));
@@ -73,7 +72,7 @@ fn holds_itself(file: &SparseFile) -> bool {
     })
 }
 
-/// Makes UUID and MD5 of an extent's header right; false when there is none.
+/// Corrects UUID and MD5 of an extent header; returns false if none is at `at`.
 fn seal_extent(file: &mut SparseFile, at: u64, flags: u8) -> bool {
     let mut header = [0; layout::EXTENT_HEADER];
     file.read(&mut header, at);
@@ -116,7 +115,7 @@ impl Archive {
     }
 
     fn as_stream(&self) -> Result<Input> {
-        // A stream that begins like a compressed file is one.
+        // Decompresses if the stream starts like a compressed file.
         Input::from_stream("-", Box::new(self.file.stream()))
     }
 
@@ -125,7 +124,7 @@ impl Archive {
     }
 }
 
-/// An archive in a file: by index, by force of salvage, and as `check` sees it.
+/// Reads an archive from a file: by index, in salvage, and with `check`.
 pub(super) fn run_file(input: &[u8]) {
     let archive = Archive::new(input);
     let _ = exercise::opened(archive.by_position().and_then(ArchiveHeader::read));
@@ -137,7 +136,7 @@ pub(super) fn run_file(input: &[u8]) {
     pieces(&archive, archive.by_position(), &archive.salvage());
 }
 
-/// An archive in a pipe.
+/// Reads an archive from a pipe.
 pub(super) fn run_stream(input: &[u8]) {
     let archive = Archive::new(input);
     let _ = exercise::opened(archive.as_stream().and_then(ArchiveHeader::read));
@@ -146,7 +145,7 @@ pub(super) fn run_stream(input: &[u8]) {
     let _ = exercise::opened(archive.as_stream().and_then(|input| VmaDriver.check(input, &archive.options)));
 }
 
-/// Takes all pieces, one by one.
+/// Reads all pieces one by one, and checks the losses.
 fn pieces(archive: &Archive, input: Result<Input>, options: &OpenOptions) {
     let Some(mut source) = exercise::opened(archive.open(input, options)) else { return };
     let devices = source.info().devices.clone();
@@ -164,7 +163,7 @@ fn pieces(archive: &Archive, input: Result<Input>, options: &OpenOptions) {
     }
 }
 
-/// What an archive holds, by one way of reading.
+/// Content of an archive, as one way of reading sees it.
 #[derive(Debug)]
 struct Content {
     info: String,
@@ -172,8 +171,8 @@ struct Content {
     losses: Vec<Loss>,
 }
 
-/// The same archive read at random and as a stream: content, losses, and whether it is taken at all,
-/// must agree, also with what `check` says.
+/// Reads an archive by position and as a stream. Both must accept or refuse it, with the same content and
+/// losses, and `check` must agree.
 pub(super) fn run_agree(input: &[u8]) {
     let archive = Archive::new(input);
     if imgtool_toolkit::storage::outer::detect(&archive.file.bytes(0..16)).is_some() {

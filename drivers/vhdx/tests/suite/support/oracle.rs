@@ -1,28 +1,29 @@
-//! Programs that read and write VHDX and that we did not write.
+//! Foreign programs that read and write VHDX, for comparison.
 
 use std::path::Path;
 use std::process::{Command, Output};
 
-/// Whether a program can be run. When it can't, the test is skipped visibly; in CI it fails.
+/// True if a program runs. A missing program skips the test visibly; in CI it fails the test.
 pub fn available(program: &str, probe: &[&str]) -> bool {
-    let there = Command::new(program).args(probe).output().is_ok_and(|output| output.status.success());
-    if !there {
-        assert!(std::env::var_os("CI").is_none(), "{program} is missing, which CI must have");
+    let runs = Command::new(program).args(probe).output().is_ok_and(|output| output.status.success());
+    if !runs {
+        assert!(std::env::var_os("CI").is_none(), "{program} is missing, and CI must have it");
         eprintln!("SKIPPED: {program} is missing");
     }
-    there
+    runs
 }
 
-/// Whether qemu-img is there.
+/// True if qemu-img is installed.
 pub fn has_qemu() -> bool {
     available("qemu-img", &["--version"])
 }
 
+/// The interpreter that has dissect.hypervisor.
 fn python() -> String {
     std::env::var("IMGTOOL_TEST_PYTHON").unwrap_or_else(|_| "python3".to_owned())
 }
 
-/// Whether dissect.hypervisor is there.
+/// True if dissect.hypervisor is installed.
 pub fn has_dissect() -> bool {
     available(&python(), &["-c", "import dissect.hypervisor.disk.vhdx"])
 }
@@ -39,7 +40,7 @@ pub fn run(program: &str, args: &[&str]) -> Output {
     output
 }
 
-/// Runs qemu-img, which must succeed.
+/// Runs qemu-img, which must succeed, and returns its output.
 pub fn qemu_img(args: &[&str]) -> String {
     String::from_utf8_lossy(&run("qemu-img", args).stdout).into_owned()
 }
@@ -49,8 +50,8 @@ pub fn arg(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// Compares a VHDX file with a raw file by dissect.hypervisor, skipping what is a hole in the raw
-/// file beyond its first 64 MiB.
+/// Compares a VHDX file, read by dissect.hypervisor, with a raw file. Beyond the first 64 MiB, holes of the
+/// raw file are skipped.
 pub fn dissect_compare(vhdx: &Path, raw: &Path) {
     let script = r"
 import os, sys

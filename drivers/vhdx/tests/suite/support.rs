@@ -1,6 +1,6 @@
-//! What the tests share.
+//! Inputs, options and comparisons shared by the tests.
 
-pub mod craft;
+pub mod builder;
 pub mod oracle;
 
 use std::fs::File;
@@ -18,13 +18,13 @@ pub const MIB: u64 = 1 << 20;
 pub const GIB: u64 = 1 << 30;
 pub const TIB: u64 = 1 << 40;
 
-/// `-o` options from pairs.
+/// Creation options from `-o` pairs.
 pub fn options(pairs: &[(&str, &str)]) -> CreateOptions {
     let options = pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
     CreateOptions { options, ..CreateOptions::default() }
 }
 
-/// Bytes in memory as an input.
+/// An input of bytes in memory.
 struct Memory(Vec<u8>);
 
 impl ReadAt for Memory {
@@ -40,7 +40,7 @@ impl ReadAt for Memory {
     }
 }
 
-/// Bytes in memory with a sector that can't be read.
+/// An input of bytes in memory, of which the one at this file offset can't be read.
 struct Unreadable(Memory, u64);
 
 impl ReadAt for Unreadable {
@@ -56,27 +56,27 @@ impl ReadAt for Unreadable {
     }
 }
 
-/// Bytes as an input, of which the one at `place` can't be read.
-pub fn unreadable_at(bytes: &[u8], place: u64) -> Input {
-    Input::from_read_at("memory.vhdx", Arc::new(Unreadable(Memory(bytes.to_vec()), place)))
+/// Makes an input whose byte at `file_offset` can't be read.
+pub fn unreadable_at(bytes: &[u8], file_offset: u64) -> Input {
+    Input::from_read_at("memory.vhdx", Arc::new(Unreadable(Memory(bytes.to_vec()), file_offset)))
 }
 
-/// Bytes as an input.
+/// Makes an input.
 pub fn input(bytes: &[u8]) -> Input {
     Input::from_read_at("memory.vhdx", Arc::new(Memory(bytes.to_vec())))
 }
 
-/// Opens bytes.
+/// Opens an image in memory.
 pub fn open_bytes(bytes: &[u8]) -> Result<Box<dyn ImageSource>> {
     VhdxDriver.open(input(bytes), &OpenOptions::default())
 }
 
-/// Opens a file.
+/// Opens an image file.
 pub fn open_file(path: &Path) -> Result<Box<dyn ImageSource>> {
     VhdxDriver.open(Input::open_plain(path)?, &OpenOptions::default())
 }
 
-/// All content of a small disk; also walks its extents and checks that zeros are zeros.
+/// Reads all content of a small disk, and checks that its extents and partial reads agree with it.
 pub fn content(source: &dyn ImageSource) -> Result<Vec<u8>> {
     let device = source.info().devices[0].clone();
     let random = source.random().unwrap();
@@ -91,7 +91,7 @@ pub fn content(source: &dyn ImageSource) -> Result<Vec<u8>> {
             assert!(extent.is_data() || part.iter().all(|byte| *byte == 0), "{extent:?} is not zero");
         }
     }
-    // Reads that begin and end anywhere give the same.
+    // Reads that are not aligned return the same.
     for (start, len) in [(1, 511), (511, 2), (4095, 70_001), (MIB - 3, 7), (3 * MIB - 1, MIB)] {
         let end = (start + len).min(device.size);
         if start < end {
@@ -103,7 +103,7 @@ pub fn content(source: &dyn ImageSource) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Writes the bytes of a described disk into a sparse file.
+/// Writes the content of an image into a sparse raw file.
 pub fn write_raw(image: &Image, path: &Path) {
     let (device, content) = &image.devices[0];
     let file = File::create(path).unwrap();
@@ -119,13 +119,14 @@ pub fn write_raw(image: &Image, path: &Path) {
     }
 }
 
+/// Copies `len` bytes of content at guest offset `start`.
 fn write_area(file: &File, content: &Content, start: u64, len: u64) {
     let mut bytes = vec![0; MIB as usize];
-    let mut done = 0;
-    while done < len {
-        let part = &mut bytes[..(len - done).min(MIB) as usize];
-        content.read(part, start + done);
-        file.write_all_at(part, start + done).unwrap();
-        done += part.len() as u64;
+    let mut written = 0;
+    while written < len {
+        let part = &mut bytes[..(len - written).min(MIB) as usize];
+        content.read(part, start + written);
+        file.write_all_at(part, start + written).unwrap();
+        written += part.len() as u64;
     }
 }

@@ -1,55 +1,57 @@
-//! Replaying the log in memory (section 2.3.3).
+//! Log replay in memory (section 2.3.3).
 //!
-//! The log is a ring of 4 KiB sectors. An *entry* is valid when its header is sound, carries the
-//! header's log GUID and its checksum matches. Entries that follow each other without a gap and with
-//! ascending sequence numbers form a *sequence*; its last entry, the head, says in `tail` where the
-//! part begins that has to be replayed, which must lie in the sequence. The *active* sequence is the
-//! one whose head has the highest sequence number. It is applied to an [`Overlay`].
+//! The log is a ring of 4 KiB sectors. An *entry* is valid if its header is sound, has the log GUID of
+//! the file's header, and its checksum matches. Entries that follow each other without a gap, with
+//! sequence numbers ascending by one, form a *sequence*. The `tail` field of its last entry, the *head*,
+//! points to the first entry to replay, which must belong to the same sequence. The *active* sequence is
+//! the one whose head has the highest sequence number. It is applied to an [`Overlay`].
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 use imgtool_toolkit::{Error, RandomInput, Result};
 
-use crate::file::Overlay;
 use crate::layout::header::Header;
 use crate::layout::log::{
-    DESCRIPTOR_LEN, Descriptor, ENTRY_CHECKSUM_AT, ENTRY_HEADER_LEN, EntryHeader, LOG_SECTOR, page,
+    DESCRIPTOR_LEN, Descriptor, ENTRY_CHECKSUM_AT, ENTRY_HEADER_LEN, EntryHeader, LOG_SECTOR, restore_page,
 };
+use crate::overlay::Overlay;
 
-/// Bytes that are checksummed for each byte of data in the log before the log is given up. Ours:
-/// entries that are valid do not overlap; one that a later one was written over may reach into it.
-const CHECKSUMMED_PER_DATA: u64 = 2;
+/// Most bytes to checksum per byte of data in the log. Our limit, on time: valid entries do not overlap,
+/// but a partly overwritten one may reach into its successor.
+const MAX_CHECKSUMMED_PER_DATA: u64 = 2;
 
-/// Bytes that are checksummed at most. Ours: a thousand times the log of Hyper-V and QEMU, sixteen
-/// times what may be replayed.
-const MOST_CHECKSUMMED: u64 = 1 << 30;
+/// Most bytes to checksum in all. Our limit, on time: 1 GiB, a thousand times the log of Hyper-V and QEMU
+/// and sixteen times the most that can be replayed.
+const MAX_CHECKSUMMED: u64 = 1 << 30;
 
-/// Bytes read at a time.
-const CHUNK: u64 = 1 << 20;
+/// Bytes read at once.
+const CHUNK_LEN: u64 = 1 << 20;
 
-const NOT_REPLAYABLE: &str = "the image was not closed properly and its log is damaged: use a backup, or a copy made by a program that repairs it";
+const DAMAGED_LOG_HINT: &str = "the image was not closed properly and its log is damaged: use a backup, or repair a copy with another program";
 
-/// What a log changes.
+/// Result of a log replay.
 #[derive(Debug)]
 pub(crate) struct Replay {
+    /// Changes to the file.
     pub(crate) overlay: Overlay,
-    /// The file is at least that long afterwards.
-    pub(crate) least_len: u64,
-    /// Entries of the active sequence that were applied.
+    /// Least length of the file after replay, bytes.
+    pub(crate) min_len: u64,
+    /// Number of entries applied.
     pub(crate) entries: usize,
 }
 
-/// Finds the active sequence of the log that `header` names, and applies it. The header has a log
-/// GUID; its place was checked against the format's rules. `depth`: images above this one in a chain.
+/// Finds the active sequence of the log that `header` describes, and applies it. The header has a log
+/// GUID and passed [`Header::fault`]. `depth` counts the images above this one in a chain.
 ///
 /// # Errors
-/// When there is none or it can't be applied.
+/// `Unsupported` for an unknown version of the log; `Corrupt` or `Malformed` if the log can't be replayed;
+/// `LimitExceeded` if it takes too much memory or time.
 pub(crate) fn replay(input: &RandomInput, header: &Header, depth: usize) -> Result<Replay> {
     let at = |error: Error| error.path(input.path()).at(header.log_offset);
     if header.log_version != 0 {
         return Err(at(Error::unsupported(format!(
-            "the log must be replayed, but is of version {}; only 0 is known",
+            "the log must be replayed, but has version {}; only version 0 is supported",
             header.log_version
         ))));
     }
@@ -60,52 +62,51 @@ pub(crate) fn replay(input: &RandomInput, header: &Header, depth: usize) -> Resu
             "the log must be replayed, but its {log_length} bytes do not lie within the {} bytes of the file",
             input.len()
         )))
-        .hint(NOT_REPLAYABLE));
+        .hint(DAMAGED_LOG_HINT));
     }
-    let ring = Ring { input, offset: header.log_offset, length: log_length };
+    let ring = Ring { input, file_offset: header.log_offset, length: log_length };
     let entries = valid_entries(&ring, header)?;
     let active = active_sequence(&entries, log_length).ok_or_else(|| {
         at(Error::corrupt(format!(
             "the log must be replayed, but holds no valid sequence ({} valid entries)",
             entries.len()
         )))
-        .hint(NOT_REPLAYABLE)
+        .hint(DAMAGED_LOG_HINT)
     })?;
     drop(entries);
     apply(&ring, &active, depth).map_err(at)
 }
 
-/// The log as a ring of bytes.
+/// The log as a ring of bytes. Positions count from the start of the log.
 struct Ring<'a> {
     input: &'a RandomInput,
-    /// Where it stands in the file.
-    offset: u64,
+    /// Bytes from the start of the file.
+    file_offset: u64,
     /// Bytes.
     length: u64,
 }
 
 impl Ring<'_> {
-    /// Fills `buf` from `position`, going on at the start behind the end. `buf` is not longer than
-    /// the ring.
+    /// Fills `buf` from `position`, wrapping around at the end. `buf` is not longer than the ring.
     fn read(&self, buf: &mut [u8], position: u64) -> Result<()> {
         let position = position % self.length;
         let until_end = usize::try_from(self.length - position).unwrap_or(usize::MAX);
         let (first, second) = buf.split_at_mut(until_end.min(buf.len()));
-        self.input.read_exact_at(first, self.offset + position)?;
-        self.input.read_exact_at(second, self.offset)
+        self.input.read_exact_at(first, self.file_offset + position)?;
+        self.input.read_exact_at(second, self.file_offset)
     }
 
-    /// The next sectors from `position` that are not all hole, up to `most` bytes of them.
-    fn data_from(&self, mut position: u64, most: u64) -> Result<Option<Range<u64>>> {
+    /// Finds the next sectors from `position` that are not entirely hole, at most `max_len` bytes of them.
+    fn next_data(&self, mut position: u64, max_len: u64) -> Result<Option<Range<u64>>> {
         while position < self.length {
-            let until = position.saturating_add(most).min(self.length);
-            let run = self.input.rough_run(self.offset + position, self.offset + until)?;
-            let end = run.end.saturating_sub(self.offset).min(self.length);
+            let until = position.saturating_add(max_len).min(self.length);
+            let run = self.input.rough_run(self.file_offset + position, self.file_offset + until)?;
+            let end = run.end.saturating_sub(self.file_offset).min(self.length);
             if run.is_data {
                 let end = end.next_multiple_of(LOG_SECTOR).min(until);
                 return Ok(Some(position..end));
             }
-            // A hole that ends within a sector.
+            // The sector in which the hole ends may hold data.
             let sector = end / LOG_SECTOR * LOG_SECTOR;
             if sector == position {
                 return Ok(Some(position..(position + LOG_SECTOR).min(until)));
@@ -115,29 +116,29 @@ impl Ring<'_> {
         Ok(None)
     }
 
-    /// Bytes of it that are no holes.
+    /// Counts the bytes of sectors that are not entirely hole.
     fn data_len(&self) -> Result<u64> {
         let (mut data, mut position) = (0, 0);
-        while let Some(run) = self.data_from(position, self.length)? {
+        while let Some(run) = self.next_data(position, self.length)? {
             data += run.end - run.start;
             position = run.end;
         }
         Ok(data)
     }
 
-    /// The checksum of an entry.
+    /// CRC-32C of the entry of `len` bytes at `position`, with its checksum field as zero.
     fn checksum(&self, position: u64, len: u64) -> Result<u32> {
         let mut crc = 0;
-        let mut done = 0;
-        let mut chunk = vec![0; CHUNK.min(len) as usize];
-        while done < len {
-            let part = &mut chunk[..(len - done).min(CHUNK) as usize];
-            self.read(part, position + done)?;
-            if done == 0 {
+        let mut summed = 0;
+        let mut chunk = vec![0; CHUNK_LEN.min(len) as usize];
+        while summed < len {
+            let part = &mut chunk[..(len - summed).min(CHUNK_LEN) as usize];
+            self.read(part, position + summed)?;
+            if summed == 0 {
                 part[ENTRY_CHECKSUM_AT as usize..ENTRY_CHECKSUM_AT as usize + 4].fill(0);
             }
             crc = crc32c::crc32c_append(crc, part);
-            done += part.len() as u64;
+            summed += part.len() as u64;
         }
         Ok(crc)
     }
@@ -146,21 +147,23 @@ impl Ring<'_> {
 /// Valid entries by their position in the log.
 type Entries = BTreeMap<u64, Link>;
 
-/// What of an entry says how it hangs together with others: a log of 4 GiB holds a million.
+/// The fields that link an entry to its neighbours. Small, because a log of 4 GiB holds a million entries.
 #[derive(Debug, Clone, Copy)]
 struct Link {
+    /// Bytes.
     entry_length: u32,
+    /// Position of the first entry of the sequence.
     tail: u32,
     sequence_number: u64,
 }
 
-/// The valid entries. A hole of the file holds none: it is passed over, however long it is.
+/// Finds the valid entries. Holes of the file are skipped: they hold none, however long they are.
 fn valid_entries(ring: &Ring<'_>, header: &Header) -> Result<Entries> {
     let mut entries = Entries::new();
-    let mut budget = ring.data_len()?.saturating_mul(CHECKSUMMED_PER_DATA).min(MOST_CHECKSUMMED);
-    let mut chunk = vec![0; CHUNK as usize];
+    let mut budget = ring.data_len()?.saturating_mul(MAX_CHECKSUMMED_PER_DATA).min(MAX_CHECKSUMMED);
+    let mut chunk = vec![0; CHUNK_LEN as usize];
     let mut position = 0;
-    while let Some(data) = ring.data_from(position, CHUNK)? {
+    while let Some(data) = ring.next_data(position, CHUNK_LEN)? {
         let chunk = &mut chunk[..(data.end - data.start) as usize];
         ring.read(chunk, data.start)?;
         for (index, sector) in chunk.chunks_exact(LOG_SECTOR as usize).enumerate() {
@@ -170,10 +173,10 @@ fn valid_entries(ring: &Ring<'_>, header: &Header) -> Result<Entries> {
             }
             let entry_at = data.start + index as u64 * LOG_SECTOR;
             budget = budget.checked_sub(entry.entry_length.into()).ok_or_else(|| {
-                Error::limit("the entries of the log overlap, or are larger than what is in it")
+                Error::limit("the entries of the log overlap, or claim more bytes than the log holds")
                     .path(ring.input.path())
-                    .at(ring.offset + entry_at)
-                    .hint(NOT_REPLAYABLE)
+                    .at(ring.file_offset + entry_at)
+                    .hint(DAMAGED_LOG_HINT)
             })?;
             if ring.checksum(entry_at, entry.entry_length.into())? == entry.checksum {
                 let EntryHeader { entry_length, tail, sequence_number, .. } = entry;
@@ -185,7 +188,7 @@ fn valid_entries(ring: &Ring<'_>, header: &Header) -> Result<Entries> {
     Ok(entries)
 }
 
-/// Whether the numbers of an entry's header can be true (section 2.3.1.1).
+/// True if the numbers of an entry's header keep the rules of section 2.3.1.1.
 fn is_sound(entry: &EntryHeader, log_length: u64) -> bool {
     let length = u64::from(entry.entry_length);
     let tail = u64::from(entry.tail);
@@ -197,17 +200,17 @@ fn is_sound(entry: &EntryHeader, log_length: u64) -> bool {
         && entry.descriptor_sectors() * LOG_SECTOR <= length
 }
 
-/// Where the entry stands that goes on with the sequence of the one at `position`.
-fn following(entries: &Entries, position: u64, log_length: u64) -> Option<u64> {
+/// Position of the entry that continues the sequence after the one at `position`.
+fn successor(entries: &Entries, position: u64, log_length: u64) -> Option<u64> {
     let entry = entries.get(&position)?;
     let next = (position + u64::from(entry.entry_length)) % log_length;
     let expected = entry.sequence_number.checked_add(1)?;
     entries.get(&next).filter(|next| next.sequence_number == expected).map(|_| next)
 }
 
-/// The positions of the entries to apply, in order.
+/// Positions of the entries to replay, in order; `None` if there is no valid sequence.
 fn active_sequence(entries: &Entries, log_length: u64) -> Option<Vec<u64>> {
-    // Sequence numbers ascend along a sequence, so that no walk comes back to where it was.
+    // Sequence numbers ascend along a sequence, so no walk returns to an entry that it has passed.
     let mut head_of: BTreeMap<u64, u64> = BTreeMap::new();
     for &start in entries.keys() {
         let mut walked = Vec::new();
@@ -217,7 +220,7 @@ fn active_sequence(entries: &Entries, log_length: u64) -> Option<Vec<u64>> {
                 break head;
             }
             walked.push(position);
-            match following(entries, position, log_length) {
+            match successor(entries, position, log_length) {
                 Some(next) => position = next,
                 None => break position,
             }
@@ -237,13 +240,14 @@ fn active_sequence(entries: &Entries, log_length: u64) -> Option<Vec<u64>> {
         && last != head
     {
         bytes += u64::from(entries.get(&last)?.entry_length);
-        sequence.push(following(entries, last, log_length).filter(|_| bytes < log_length)?);
+        sequence.push(successor(entries, last, log_length).filter(|_| bytes < log_length)?);
     }
     Some(sequence)
 }
 
+/// Applies the entries at the positions in `sequence` to an overlay.
 fn apply(ring: &Ring<'_>, sequence: &[u64], depth: usize) -> Result<Replay> {
-    let mut replay = Replay { overlay: Overlay::new(depth), least_len: 0, entries: sequence.len() };
+    let mut replay = Replay { overlay: Overlay::new(depth), min_len: 0, entries: sequence.len() };
     for position in sequence {
         let mut header = [0; ENTRY_HEADER_LEN as usize];
         ring.read(&mut header, *position)?;
@@ -259,17 +263,19 @@ fn apply(ring: &Ring<'_>, sequence: &[u64], depth: usize) -> Result<Replay> {
         }
         if i64::try_from(entry.last_file_offset).is_err() {
             return Err(Error::malformed(format!(
-                "a log entry makes the file {} bytes long",
-                entry.last_file_offset
+                "a log entry makes the file {} bytes long; the limit is {}",
+                entry.last_file_offset,
+                i64::MAX
             )));
         }
         apply_entry(ring, *position, &entry, &mut replay.overlay)
-            .map_err(|e| e.path(ring.input.path()).at(ring.offset + position).hint(NOT_REPLAYABLE))?;
-        replay.least_len = entry.last_file_offset;
+            .map_err(|e| e.path(ring.input.path()).at(ring.file_offset + position).hint(DAMAGED_LOG_HINT))?;
+        replay.min_len = entry.last_file_offset;
     }
     Ok(replay)
 }
 
+/// Applies the descriptors of the entry at `position`.
 fn apply_entry(ring: &Ring<'_>, position: u64, entry: &EntryHeader, overlay: &mut Overlay) -> Result<()> {
     let number = entry.sequence_number;
     let mut data_sector = entry.descriptor_sectors() * LOG_SECTOR;
@@ -295,12 +301,12 @@ fn apply_entry(ring: &Ring<'_>, position: u64, entry: &EntryHeader, overlay: &mu
                 }
                 ring.read(&mut sector, position + data_sector)?;
                 data_sector += LOG_SECTOR;
-                let page = page(&sector, number, leading, trailing).ok_or_else(|| {
+                let page = restore_page(&sector, number, leading, trailing).ok_or_else(|| {
                     Error::malformed(format!(
-                        "data sector of descriptor {index} of log entry {number} is not valid"
+                        "the data sector of descriptor {index} of log entry {number} is not valid"
                     ))
                 })?;
-                overlay.page(file_offset, page)?;
+                overlay.overwrite(file_offset, page)?;
             }
             None => {
                 return Err(Error::malformed(format!(

@@ -1,7 +1,7 @@
-//! The on-disk structures of MS-VHDX: encoding and decoding, no I/O.
+//! The on-disk structures of MS-VHDX: constants, encoding and decoding, no I/O.
 //!
-//! Numbers are little-endian; GUIDs have their first three fields little-endian. What is "reserved"
-//! in the specification is written as zero and not looked at when reading.
+//! Numbers are little-endian; so are the first three fields of a GUID. Fields that the specification
+//! reserves are written as zero and ignored when read.
 
 pub(crate) mod bat;
 pub(crate) mod header;
@@ -11,13 +11,13 @@ pub(crate) mod region;
 
 use uuid::Uuid;
 
-/// Bytes in a mebibyte: everything behind the header section is aligned to it (section 2.1).
+/// One mebibyte in bytes: the alignment of everything behind the header section (section 2.1).
 pub(crate) const MIB: u64 = 1 << 20;
 
-/// The header section: identifier, two headers, two region tables (section 2.2).
+/// Bytes of the header section: file type identifier, two headers, two region tables (section 2.2).
 pub(crate) const HEADER_SECTION_LEN: u64 = MIB;
 
-/// The largest virtual disk (section 2.6.2.2).
+/// Largest virtual disk, bytes: 64 TiB (section 2.6.2.2).
 pub(crate) const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
 
 /// CRC-32C of a structure, computed with its checksum field (4 bytes at `checksum_at`) as zero.
@@ -28,7 +28,7 @@ pub(crate) fn checksum(structure: &[u8], checksum_at: usize) -> u32 {
     crc32c::crc32c_append(crc, after)
 }
 
-/// A GUID as it stands in a file.
+/// Decodes a GUID from its on-disk bytes.
 pub(crate) fn guid(bytes: [u8; 16]) -> Uuid {
     Uuid::from_bytes_le(bytes)
 }

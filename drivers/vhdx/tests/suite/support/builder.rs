@@ -1,6 +1,6 @@
-//! VHDX files made byte by byte after the specification, without the driver's own encoders.
+//! VHDX files built byte by byte from the specification, without the driver's encoders.
 //!
-//! MiB 0: header section · MiB 1: log · MiB 2: metadata · MiB 3: BAT · from MiB 4: blocks.
+//! Their layout: header section at 0, log at 1 MiB, metadata at 2 MiB, BAT at 3 MiB, blocks from 4 MiB.
 
 use imgtool_toolkit::{ImageSource, OpenOptions, Result};
 use uuid::Uuid;
@@ -27,24 +27,26 @@ pub const LOCATOR_TYPE: &str = "B04AEFB7-D19E-4A81-B789-25B8E9445913";
 pub const LOG_GUID: &str = "11111111-2222-3333-4444-555555555555";
 pub const DATA_GUID: &str = "dddddddd-0000-4000-8000-000000000001";
 
-/// A GUID as it stands in a file.
+/// Encodes a GUID.
 pub fn guid(text: &str) -> [u8; 16] {
     Uuid::parse_str(text).unwrap().to_bytes_le()
 }
 
-/// A file in the making.
+/// A VHDX file being built.
 #[derive(Clone)]
-pub struct Craft {
+pub struct VhdxBuilder {
+    /// The file.
     pub bytes: Vec<u8>,
-    /// Length of the file when it is taken out, if not that of `bytes`.
+    /// Metadata items: GUID, flags, value.
     items: Vec<(String, u32, Vec<u8>)>,
+    /// Regions: GUID, file offset, length, flags.
     region_entries: Vec<(String, u64, u32, u32)>,
 }
 
-impl Craft {
-    /// A dynamic disk without data: `virtual_size` bytes in blocks of `block_size`.
+impl VhdxBuilder {
+    /// Builds a dynamic disk without data. Sizes are in bytes; `logical` is the logical sector size.
     pub fn new(virtual_size: u64, block_size: u64, logical: u32) -> Self {
-        let mut craft = Self {
+        let mut vhdx = Self {
             bytes: vec![0; BLOCKS_AT as usize],
             items: vec![
                 (FILE_PARAMETERS.to_owned(), 4, [(block_size as u32).to_le_bytes(), [0; 4]].concat()),
@@ -58,16 +60,16 @@ impl Craft {
                 (METADATA_GUID.to_owned(), METADATA_AT, MIB as u32, 1),
             ],
         };
-        craft.put(0, b"vhdxfile");
+        vhdx.put(0, b"vhdxfile");
         for (index, unit) in "test".encode_utf16().enumerate() {
-            craft.put(8 + 2 * index as u64, &unit.to_le_bytes());
+            vhdx.put(8 + 2 * index as u64, &unit.to_le_bytes());
         }
         for (number, at) in (7u64..).zip(HEADERS_AT) {
-            craft.put_header(at, number);
+            vhdx.put_header(at, number);
         }
-        craft.write_metadata();
-        craft.write_regions();
-        craft
+        vhdx.write_metadata();
+        vhdx.write_regions();
+        vhdx
     }
 
     fn put_header(&mut self, at: usize, sequence_number: u64) {
@@ -82,7 +84,7 @@ impl Craft {
         self.seal(at as usize, 4096);
     }
 
-    /// Writes bytes; the file grows when it must, in whole MiB.
+    /// Writes bytes at a file offset; the file grows in whole MiB.
     pub fn put(&mut self, at: u64, bytes: &[u8]) {
         let end = at as usize + bytes.len();
         if end > self.bytes.len() {
@@ -91,14 +93,14 @@ impl Craft {
         self.bytes[at as usize..end].copy_from_slice(bytes);
     }
 
-    /// Makes the checksum of a header or region table right.
+    /// Corrects the checksum of a header or region table.
     pub fn seal(&mut self, at: usize, len: usize) {
         self.bytes[at + 4..at + 8].fill(0);
         let crc = crc32c::crc32c(&self.bytes[at..at + len]);
         self.bytes[at + 4..at + 8].copy_from_slice(&crc.to_le_bytes());
     }
 
-    /// Changes a field of both headers.
+    /// Overwrites a field of both headers.
     pub fn header_field(mut self, field_at: usize, bytes: &[u8]) -> Self {
         for at in HEADERS_AT {
             self.put((at + field_at) as u64, bytes);
@@ -165,39 +167,39 @@ impl Craft {
         }
     }
 
-    /// Sets a BAT entry.
+    /// Sets the BAT entry at `index`.
     pub fn bat(mut self, index: u64, file_offset: u64, state: u64) -> Self {
         assert!(file_offset.is_multiple_of(MIB));
         self.put(BAT_AT + 8 * index, &(file_offset | state).to_le_bytes());
         self
     }
 
-    /// Writes a block of `len` bytes, each `byte`.
+    /// Fills `len` bytes at file offset `at` with `byte`.
     pub fn fill(mut self, at: u64, len: u64, byte: u8) -> Self {
         self.put(at, &vec![byte; len as usize]);
         self
     }
 
-    /// Makes it a differencing disk with this locator.
+    /// Makes it a differencing disk whose parent locator has these pairs.
     pub fn differencing(self, block_size: u64, pairs: &[(&str, &str)]) -> Self {
         let parameters = [(block_size as u32).to_le_bytes(), 2u32.to_le_bytes()].concat();
         self.item(FILE_PARAMETERS, 4, &parameters).item(PARENT_LOCATOR, 4, &locator(pairs))
     }
 
-    /// Opens it.
+    /// Opens the image.
     pub fn open(&self) -> Result<Box<dyn ImageSource>> {
         open_bytes(&self.bytes)
     }
 
-    /// Opens it for salvage.
+    /// Opens the image for salvage.
     pub fn salvage(&self) -> Result<Box<dyn ImageSource>> {
         use imgtool_toolkit::Driver;
         let options = OpenOptions { salvage: true, ..OpenOptions::default() };
         imgtool_vhdx::VhdxDriver.open(super::input(&self.bytes), &options)
     }
 
-    /// Puts a log entry at a position in the log, around its end if need be, and says that the log
-    /// must be replayed.
+    /// Writes a log entry at a position in the log, wrapping around at its end, and sets the headers' log
+    /// GUID: the log must be replayed.
     pub fn log_entry(mut self, position: u64, entry: &[u8]) -> Self {
         for (index, sector) in entry.chunks(4096).enumerate() {
             let at = (position + 4096 * index as u64) % MIB;
@@ -207,7 +209,7 @@ impl Craft {
     }
 }
 
-/// A parent locator item.
+/// Encodes a parent locator.
 pub fn locator(pairs: &[(&str, &str)]) -> Vec<u8> {
     let mut item = guid(LOCATOR_TYPE).to_vec();
     item.extend([0, 0]);
@@ -229,7 +231,7 @@ pub fn locator(pairs: &[(&str, &str)]) -> Vec<u8> {
     item
 }
 
-/// What a log entry does.
+/// A change that a log entry makes: a descriptor and, for a page, its data sector.
 #[derive(Clone)]
 pub enum Change {
     Zero { at: u64, len: u64 },
@@ -238,9 +240,12 @@ pub enum Change {
 
 /// A log entry.
 pub struct LogEntry {
+    /// Sequence number.
     pub number: u64,
     pub tail: u32,
+    /// `flushed_file_offset`.
     pub flushed: u64,
+    /// `last_file_offset`.
     pub last: u64,
     pub changes: Vec<Change>,
 }
@@ -250,12 +255,12 @@ impl LogEntry {
         Self { number, tail: tail as u32, flushed: BLOCKS_AT, last: BLOCKS_AT, changes }
     }
 
-    /// Its bytes with the right checksum.
+    /// Encodes the entry for the log [`LOG_GUID`].
     pub fn bytes(&self) -> Vec<u8> {
         self.bytes_for(LOG_GUID)
     }
 
-    /// Its bytes as of a log with this GUID.
+    /// Encodes the entry for the log with this GUID, checksum included.
     pub fn bytes_for(&self, log_guid: &str) -> Vec<u8> {
         let pages = self.changes.iter().filter(|change| matches!(change, Change::Page { .. })).count();
         let head = (64 + 32 * self.changes.len()).next_multiple_of(4096);
@@ -298,7 +303,7 @@ impl LogEntry {
     }
 }
 
-/// Makes the checksum of a log entry right.
+/// Corrects the checksum of a log entry.
 pub fn seal_entry(entry: &mut [u8]) {
     entry[4..8].fill(0);
     let crc = crc32c::crc32c(entry);

@@ -1,0 +1,182 @@
+//! Look-up of guest ranges: the BAT and the sector bitmaps tell the origin of every byte.
+
+use imgtool_toolkit::{Error, Result};
+
+use crate::image::{DISK_NAME, Image};
+use crate::layout::bat::{
+    BatEntry, ENTRY_LEN, PayloadState, SECTOR_BITMAP_LEN, SECTORS_PER_BITMAP, SectorBitmapState,
+};
+
+/// A run of guest bytes with one origin. The caller knows its guest offset.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Segment {
+    /// Guest bytes, not 0.
+    pub(super) len: u64,
+    /// Origin of the run.
+    pub(super) origin: Origin,
+}
+
+/// Origin of guest bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// This offset in the file, bytes.
+    File(u64),
+    /// Explicit zeros.
+    Zero,
+    /// Zeros, because nothing is allocated.
+    Hole,
+    /// The parent, at the same guest offset.
+    Parent,
+}
+
+impl Image {
+    /// Looks up the segment at `guest_offset`, at most `max_len` bytes of it.
+    ///
+    /// # Errors
+    /// With the guest range of the payload block if its entry or sector bitmap is not valid.
+    pub(super) fn segment(&self, guest_offset: u64, max_len: u64) -> Result<Segment> {
+        let shape = &self.shape;
+        let payload_block = guest_offset / shape.block_size;
+        let entry_at = self.regions.bat.file_offset + shape.payload_bat_index(payload_block) * ENTRY_LEN;
+        let page = self.file.table_page(entry_at)?;
+        if page.is_zero() {
+            // No block is present as far as this page of the BAT reaches.
+            let next = (page.end() - self.regions.bat.file_offset) / ENTRY_LEN;
+            let end = shape.payload_block_from(next).saturating_mul(shape.block_size);
+            let len = end.saturating_sub(guest_offset).min(max_len);
+            return Ok(Segment { len, origin: self.not_present() });
+        }
+        let entry = BatEntry(page.u64_at(entry_at));
+        let len = self.to_block_end(guest_offset, max_len);
+        let origin = match entry.payload_state() {
+            PayloadState::NotPresent => self.not_present(),
+            PayloadState::Zero => Origin::Zero,
+            PayloadState::Undefined | PayloadState::Unmapped => Origin::Hole,
+            PayloadState::FullyPresent => {
+                let block_at = self.check_block(payload_block, entry)?;
+                Origin::File(block_at + guest_offset % shape.block_size)
+            }
+            PayloadState::PartiallyPresent if self.metadata.has_parent => {
+                let block_at = self.check_block(payload_block, entry)?;
+                return self.partial_segment(payload_block, block_at, guest_offset, len);
+            }
+            PayloadState::PartiallyPresent => {
+                return Err(self.block_error(
+                    payload_block,
+                    Error::malformed("the block is partially present, but the disk has no parent"),
+                ));
+            }
+            PayloadState::Reserved(state) => {
+                return Err(self.block_error(
+                    payload_block,
+                    Error::malformed(format!("the BAT entry has the reserved state {state}")),
+                ));
+            }
+        };
+        Ok(Segment { len, origin })
+    }
+
+    /// Bytes from `guest_offset` to the end of its payload block, at most `max_len`.
+    pub(super) fn to_block_end(&self, guest_offset: u64, max_len: u64) -> u64 {
+        let block_size = self.shape.block_size;
+        (block_size - guest_offset % block_size).min(max_len)
+    }
+
+    /// Origin of a block that is not present in this file.
+    fn not_present(&self) -> Origin {
+        if self.metadata.has_parent { Origin::Parent } else { Origin::Hole }
+    }
+
+    /// Checks a present block and returns its file offset. The block must not overlap the file's structures,
+    /// and the file must hold the bytes that the guest uses: it may end within the disk's last block.
+    fn check_block(&self, payload_block: u64, entry: BatEntry) -> Result<u64> {
+        let file_offset = entry.file_offset();
+        let guest_start = payload_block * self.shape.block_size;
+        let used = self.shape.block_size.min(self.metadata.virtual_size - guest_start);
+        for (name, region) in self.reserved_regions() {
+            if region.overlaps(file_offset, used) {
+                return Err(self.block_error(
+                    payload_block,
+                    Error::malformed(format!("the block at {file_offset} overlaps the file's {name}"))
+                        .at(file_offset),
+                ));
+            }
+        }
+        if file_offset.checked_add(used).is_none_or(|end| end > self.file.len()) {
+            return Err(self.block_error(
+                payload_block,
+                Error::corrupt(format!(
+                    "the block needs {used} bytes at {file_offset}, but the file ends at {}",
+                    self.file.len()
+                ))
+                .at(file_offset)
+                .hint("the file is cut short: copy it again, or use a backup; --salvage reads the rest"),
+            ));
+        }
+        Ok(file_offset)
+    }
+
+    /// Looks up the run of sectors that have the same bit in the sector bitmap.
+    fn partial_segment(
+        &self,
+        payload_block: u64,
+        block_at: u64,
+        guest_offset: u64,
+        max_len: u64,
+    ) -> Result<Segment> {
+        let bitmap_at = self.check_sector_bitmap(payload_block)?;
+        let sector_size = self.shape.logical_sector_size;
+        let end = guest_offset + max_len;
+        // Neighbouring sectors have their bits in the same page.
+        let mut page = self.file.table_page(bitmap_at)?;
+        let mut is_here = |sector: u64| -> Result<bool> {
+            let bit = sector % SECTORS_PER_BITMAP;
+            let byte_at = bitmap_at + bit / 8;
+            if !page.contains(byte_at) {
+                page = self.file.table_page(byte_at)?;
+            }
+            Ok(page.byte_at(byte_at) >> (bit % 8) & 1 == 1)
+        };
+        let first_sector = guest_offset / sector_size;
+        let here = is_here(first_sector)?;
+        let mut sector = first_sector + 1;
+        while sector * sector_size < end && is_here(sector)? == here {
+            sector += 1;
+        }
+        let len = (sector * sector_size).min(end) - guest_offset;
+        let origin =
+            if here { Origin::File(block_at + guest_offset % self.shape.block_size) } else { Origin::Parent };
+        Ok(Segment { len, origin })
+    }
+
+    /// Checks the sector bitmap of a partially present block and returns its file offset.
+    fn check_sector_bitmap(&self, payload_block: u64) -> Result<u64> {
+        let entry = self.bat_entry(self.shape.sector_bitmap_bat_index(payload_block))?;
+        let bitmap_at = entry.file_offset();
+        if entry.sector_bitmap_state() != SectorBitmapState::Present {
+            return Err(self.block_error(
+                payload_block,
+                Error::malformed("the block is partially present, but its sector bitmap is missing"),
+            ));
+        }
+        let bitmap_end = bitmap_at.checked_add(SECTOR_BITMAP_LEN);
+        if bitmap_end.is_none_or(|end| end > self.file.len()) || bitmap_at == 0 {
+            return Err(self.block_error(
+                payload_block,
+                Error::corrupt(format!(
+                    "the sector bitmap at {bitmap_at} is not inside the file, which ends at {}",
+                    self.file.len()
+                )),
+            ));
+        }
+        Ok(bitmap_at)
+    }
+
+    /// Adds a block's guest range, and the file offset of its BAT entry, to an error.
+    fn block_error(&self, payload_block: u64, error: Error) -> Error {
+        let start = payload_block * self.shape.block_size;
+        let end = start.saturating_add(self.shape.block_size).min(self.metadata.virtual_size);
+        let entry_at = self.regions.bat.file_offset + self.shape.payload_bat_index(payload_block) * ENTRY_LEN;
+        error.path(self.file.path()).device(DISK_NAME).guest(start..end).at(entry_at)
+    }
+}
