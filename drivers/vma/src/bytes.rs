@@ -1,24 +1,24 @@
-//! The bytes of an archive in order: from a stream, or from a file without reading what is skipped.
+//! Forward reading of an archive: from a stream, or from a file without reading skipped bytes.
 
 use std::io::{self, Read};
 
 use imgtool_toolkit::{Input, RandomInput, Result, Stream};
 
-/// Bytes skipped at a time in a stream. Ours.
+/// Bytes read and dropped at a time when skipping in a stream. Our choice.
 const SKIP_CHUNK: usize = 64 * 1024;
 
-/// Reading forward.
+/// Forward reader over the bytes of an archive.
 pub(crate) trait ArchiveBytes {
-    /// Where reading goes on.
+    /// Archive offset of the next byte.
     fn position(&self) -> u64;
 
-    /// Bytes that are left, if that is known.
+    /// Number of bytes left, or `None` in a stream.
     fn remaining(&self) -> Option<u64>;
 
-    /// Fills as much of `buf` as there is; less than all only at the end.
+    /// Fills `buf` and returns the number of bytes read, which is short only at the end.
     fn read_full(&mut self, buf: &mut [u8]) -> Result<usize>;
 
-    /// Skips `len` bytes, or fewer at the end; returns how many.
+    /// Skips `len` bytes and returns the number skipped, which is short only at the end.
     fn skip(&mut self, len: u64) -> Result<u64>;
 }
 
@@ -50,13 +50,13 @@ impl ArchiveBytes for Stream {
     }
 }
 
-/// A file read forward; skipping costs nothing.
-pub(crate) struct Cursor {
+/// Forward reader over a file. Skipping reads nothing.
+pub(crate) struct FileCursor {
     input: RandomInput,
     position: u64,
 }
 
-impl Cursor {
+impl FileCursor {
     pub(crate) fn new(input: RandomInput) -> Self {
         Self { input, position: 0 }
     }
@@ -65,7 +65,7 @@ impl Cursor {
         self.input.len().saturating_sub(self.position)
     }
 
-    /// The same file as a stream from its start.
+    /// Turns the file into a stream that begins at offset 0.
     pub(crate) fn into_stream(self) -> Result<Stream> {
         let path = self.input.path().to_owned();
         let restarted = Self { position: 0, ..self };
@@ -73,7 +73,7 @@ impl Cursor {
     }
 }
 
-impl ArchiveBytes for Cursor {
+impl ArchiveBytes for FileCursor {
     fn position(&self) -> u64 {
         self.position
     }
@@ -96,7 +96,7 @@ impl ArchiveBytes for Cursor {
     }
 }
 
-impl Read for Cursor {
+impl Read for FileCursor {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         self.read_full(buf).map_err(io::Error::other)
     }

@@ -1,26 +1,29 @@
-//! Checking the structure of an archive: all of it, whatever is found on the way.
+//! Structure check of an archive, which continues after every fault.
 
 use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::{CancelToken, CheckReport, ErrorKind, Input, OpenOptions, Result};
 
 use crate::header::ArchiveHeader;
 use crate::layout::{EXTENT_HEADER, clusters_of};
-use crate::scan::{Found, FoundExtent, Scanner, Window};
+use crate::reference;
+use crate::scan::{ScanExtent, ScanItem, Scanner};
 use crate::tracker::Tracker;
+use crate::window::Window;
 
-/// Checks the header, every extent, and that every cluster comes once.
+/// Checks the header, every extent, and that every cluster comes exactly once. Damage is reported as
+/// findings, not as an error.
 pub(crate) fn check(input: Input, options: &OpenOptions) -> Result<CheckReport> {
-    // What can't be read is a finding here; that nobody wants to read on is none.
+    // A read error is a finding, but one caused by cancellation must not become one.
     let cancel = input.cancel_token();
-    let report = look(input, options, &cancel);
+    let report = check_until_cancelled(input, options, &cancel);
     cancel.check()?;
     report
 }
 
-fn look(input: Input, options: &OpenOptions, cancel: &CancelToken) -> Result<CheckReport> {
+fn check_until_cancelled(input: Input, options: &OpenOptions, cancel: &CancelToken) -> Result<CheckReport> {
     let mut report = CheckReport::default();
     let mut window = Window::new(input)?;
-    let header = match ArchiveHeader::from_bytes(&mut window) {
+    let header = match ArchiveHeader::read_from(&mut window) {
         Ok(header) => header,
         Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed) => {
             report.corruption(error.to_string());
@@ -40,28 +43,29 @@ fn look(input: Input, options: &OpenOptions, cancel: &CancelToken) -> Result<Che
     let mut scanner = Scanner::new(window, *header.uuid.as_bytes(), checker.end);
     while !cancel.is_cancelled() {
         match scanner.next() {
-            Found::Extent(found) => checker.extent(&scanner, &found),
-            // What stands behind a complete archive is not looked at where it is allowed.
-            Found::Fault { .. } if options.ignore_trailing && checker.tracker.is_complete() => break,
-            Found::Fault { file, message } => checker.fault(file.start, &message),
-            Found::End => break,
+            ScanItem::Extent(extent) => checker.extent(&scanner, &extent),
+            // Trailing bytes after a complete archive are not checked if the options allow them.
+            ScanItem::Fault { .. } if options.ignore_trailing && checker.tracker.is_complete() => break,
+            ScanItem::Fault { file, message } => checker.fault(file.start, &message),
+            ScanItem::End => break,
         }
     }
     Ok(checker.finish(&header))
 }
 
+/// State of a check.
 struct Checker {
     tracker: Tracker,
     report: CheckReport,
-    /// Clusters of which something is stored.
+    /// Clusters with stored sub-blocks.
     allocated: u64,
-    /// Where the last extent ends.
+    /// Archive offset of the end of the last extent.
     end: u64,
-    /// Extents with something in bytes that readers ignore.
+    /// Extents with non-zero reserved bytes, which readers ignore.
     reserved_used: u64,
-    /// Clusters past the end of their device, which are left out.
+    /// Clusters past the end of their device, which readers drop.
     beyond: u64,
-    /// Sub-blocks past the end of their device in its last cluster, which are left out.
+    /// Sub-blocks past the end of their device in its last cluster, which readers drop.
     dropped_blocks: u64,
 }
 
@@ -70,36 +74,37 @@ impl Checker {
         self.report.corruption(format!("file offset {file_offset}: {message}"));
     }
 
-    fn extent(&mut self, scanner: &Scanner, found: &FoundExtent) {
-        let at = found.file_offset;
-        self.end = at + EXTENT_HEADER as u64 + found.usable;
-        self.reserved_used += u64::from(found.header.reserved_used);
-        if let Some(fault) = &found.fault {
+    fn extent(&mut self, scanner: &Scanner, extent: &ScanExtent) {
+        let at = extent.file_offset;
+        self.end = at + EXTENT_HEADER as u64 + extent.usable;
+        self.reserved_used += u64::from(extent.header.reserved_used);
+        if let Some(fault) = &extent.fault {
             self.fault(at, fault);
         }
         if !scanner.window().is_readable(&(at..self.end)) {
             self.fault(at, "the data of the extent can't be read in full");
         }
-        let announced = u32::from(found.header.block_count);
-        let mut blocks = 0;
-        for (number, slot) in found.header.slots.iter().enumerate().filter(|(_, slot)| slot.dev_id != 0) {
-            blocks += slot.stored();
-            match self.tracker.take(slot, number as u8, false) {
-                Ok(placed) if placed.is_beyond() => self.beyond += 1,
-                Ok(placed) => {
-                    self.allocated += u64::from(placed.mask != 0);
-                    self.dropped_blocks += u64::from((placed.mask & !placed.mask_within()).count_ones());
+        let block_count = u32::from(extent.header.block_count);
+        let mut marked = 0;
+        for (index, slot) in extent.header.slots.iter().enumerate().filter(|(_, slot)| slot.dev_id != 0) {
+            marked += slot.stored();
+            match self.tracker.admit_slot(slot, index as u8, false) {
+                Ok(cluster) if cluster.is_beyond() => self.beyond += 1,
+                Ok(cluster) => {
+                    self.allocated += u64::from(cluster.mask != 0);
+                    self.dropped_blocks += u64::from((cluster.mask & !cluster.mask_within()).count_ones());
                 }
                 Err(error) => self.report.corruption(error.at(at).to_string()),
             }
         }
-        if blocks > announced {
-            self.fault(at, "short vma extent - too many blocks");
-        } else if blocks < announced {
-            self.fault(at, "vma extent error - missing blocks");
+        if marked > block_count {
+            self.fault(at, reference::TOO_MANY_BLOCKS);
+        } else if marked < block_count {
+            self.fault(at, reference::MISSING_BLOCKS);
         }
     }
 
+    /// Adds the missing clusters, the notes and the counts to the report.
     fn finish(mut self, header: &ArchiveHeader) -> CheckReport {
         for (index, device) in header.devices.iter().enumerate() {
             let mut from = 0;
@@ -119,9 +124,9 @@ impl Checker {
             }
         }
         let mut report = self.report;
-        let room = CheckReport::MAX_FINDINGS.saturating_sub(report.findings.len());
+        let max_notes = CheckReport::MAX_FINDINGS.saturating_sub(report.findings.len());
         let counted = [
-            (self.reserved_used, "extents have something in bytes that are reserved"),
+            (self.reserved_used, "extents have non-zero reserved bytes, which readers ignore"),
             (self.beyond, "clusters lie past the end of their device and are left out"),
             (self.dropped_blocks, "sub-blocks lie past the end of their device and are left out"),
         ];
@@ -130,7 +135,7 @@ impl Checker {
             .filter(|(count, _)| *count > 0)
             .map(|(count, what)| format!("note: {count} {what}"));
         let notes = header.notes.iter().map(|note| format!("note: {note}")).chain(counted);
-        report.findings.extend(notes.take(room));
+        report.findings.extend(notes.take(max_notes));
         report.image_end_offset = Some(self.end);
         report.total_clusters = Some(header.devices.iter().map(|device| clusters_of(device.size)).sum());
         report.allocated_clusters = Some(self.allocated);

@@ -1,4 +1,4 @@
-//! The header of an extent, decoded.
+//! Extent headers: decoding, encoding, and the layout of the data after them.
 
 use imgtool_toolkit::{Error, Result};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
@@ -6,53 +6,54 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use crate::layout::{
     BlockInfoLayout, CLUSTERS_PER_EXTENT, EXTENT_HEADER, EXTENT_MAGIC, ExtentLayout, SUB_BLOCK, extent_md5,
 };
+use crate::reference;
 
-/// A slot: which sub-blocks of which cluster are stored.
+/// A slot of an extent header: the stored sub-blocks of one cluster.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct BlockInfo {
-    /// Bit *i* set: sub-block *i* is stored.
+    /// Bit *i* is set if sub-block *i* is stored.
     pub mask: u16,
-    /// 0 for an empty slot.
+    /// Device of the cluster; 0 marks an empty slot.
     pub dev_id: u8,
     /// Cluster number within the device.
     pub cluster_num: u32,
 }
 
 impl BlockInfo {
-    /// Sub-blocks that the slot stores: none when it is empty, whatever its mask says.
+    /// Number of sub-blocks that the slot stores. An empty slot stores none, whatever its mask.
     pub fn stored(&self) -> u32 {
         if self.dev_id == 0 { 0 } else { self.mask.count_ones() }
     }
 }
 
-/// The header of an extent whose checksum, UUID and magic number are right.
+/// A decoded extent header, whose checksum, UUID and magic number were right.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExtentHeader {
-    /// Sub-blocks that follow.
+    /// Number of sub-blocks that follow the header.
     pub block_count: u16,
-    /// The slots, empty ones included.
+    /// All slots, empty ones included.
     pub slots: [BlockInfo; CLUSTERS_PER_EXTENT],
-    /// Bytes that must be zero but are ignored by every reader hold something.
+    /// True if a reserved byte of a slot, which readers ignore, is not zero.
     pub reserved_used: bool,
 }
 
 impl ExtentHeader {
-    /// An extent without clusters.
+    /// A header without clusters.
     pub fn empty() -> Self {
         Self { block_count: 0, slots: [BlockInfo::default(); CLUSTERS_PER_EXTENT], reserved_used: false }
     }
 
-    /// Decodes a header.
+    /// Decodes a header of the archive with this UUID.
     ///
     /// # Errors
-    /// When its checksum, UUID or magic number is wrong, in this order.
+    /// Fails if the checksum, the UUID or the magic number is wrong, checked in this order.
     pub fn parse(raw: &[u8; EXTENT_HEADER], uuid: &[u8; 16]) -> Result<Self> {
-        // The sizes are equal at compile time.
+        // Never fails: layout.rs asserts that the sizes are equal.
         let Ok(layout) = ExtentLayout::ref_from_bytes(raw) else {
             return Err(Error::malformed("an extent header has a wrong length"));
         };
         if layout.md5 != extent_md5(raw) {
-            return Err(Error::corrupt("wrong vma extent header checksum"));
+            return Err(Error::corrupt(reference::EXTENT_CHECKSUM));
         }
         if layout.uuid != *uuid {
             return Err(Error::corrupt("wrong vma extent uuid"));
@@ -69,7 +70,7 @@ impl ExtentHeader {
         Ok(Self { block_count: layout.block_count.get(), slots, reserved_used })
     }
 
-    /// The header as it is stored.
+    /// Encodes the header for the archive with this UUID.
     pub fn encode(&self, uuid: &[u8; 16]) -> [u8; EXTENT_HEADER] {
         let mut layout = ExtentLayout::new_zeroed();
         layout.magic = EXTENT_MAGIC;
@@ -88,12 +89,12 @@ impl ExtentHeader {
         raw
     }
 
-    /// Bytes of data that follow the header.
+    /// Bytes of data after the header.
     pub fn data_len(&self) -> u64 {
         u64::from(self.block_count) * SUB_BLOCK
     }
 
-    /// Sub-blocks before each slot's own, and after the last slot: where a slot's data stands.
+    /// For each slot, the number of sub-blocks stored before its own.
     pub fn first_blocks(&self) -> [u32; CLUSTERS_PER_EXTENT] {
         let mut before = 0;
         self.slots.map(|slot| {
@@ -120,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn encode_and_parse_agree() {
+    fn parse_inverts_encode() {
         let header = sample();
         let raw = header.encode(&UUID);
         assert_eq!(&raw[..8], b"VMAE\0\0\0\x03");
@@ -130,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn any_flipped_bit_is_seen() {
+    fn parse_detects_any_flipped_bit() {
         let raw = sample().encode(&UUID);
         for bit in 0..EXTENT_HEADER * 8 {
             let mut flipped = raw;

@@ -1,4 +1,4 @@
-//! The archive header, decoded and checked.
+//! Decoding of the archive header.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -7,37 +7,38 @@ use imgtool_toolkit::{Attachment, Device, DeviceId, DeviceKind, Error, ErrorKind
 use uuid::Uuid;
 use zerocopy::FromBytes;
 
-use crate::bytes::{ArchiveBytes, Cursor};
+use crate::bytes::{ArchiveBytes, FileCursor};
 use crate::layout::{
     HEADER_FIXED, HeaderLayout, MAGIC, MAX_DEV_ID, MAX_DEVICE_SIZE, MAX_HEADER_READ, TABLE_ENTRIES, VERSION,
     VMSTATE_NAME, header_md5,
 };
+use crate::reference;
 
-/// Bytes of a header that are read at a time: a hostile size costs no more than what is there.
-const READ_CHUNK: usize = 256 * 1024;
+/// Bytes of the header read at a time, so that a hostile `header_size` allocates little more than the
+/// file holds.
+const HEADER_CHUNK: usize = 256 * 1024;
 
-/// Bytes of a name that are kept. Ours: a name has no bound but that of a blob, 64 KiB, and all entries
-/// may share one blob, so that a small archive could be 500 names of 64 KiB. No file is called so, and
-/// QEMU's own names end here, too.
+/// Longest name kept, bytes; longer ones are truncated. Our limit: a blob holds 64 KiB and all table
+/// entries may share one, so a small archive could have 500 names of 64 KiB. QEMU's limit is the same.
 const MAX_NAME: usize = 1023;
 
-/// What to do about a damaged header.
+/// Hint for a damaged header.
 const DAMAGED: &str = "the archive is damaged at its start, or was cut: copy it again, or use another backup";
 
-/// What an archive says about itself before its first extent.
+/// The decoded archive header: devices, configurations and identity of the archive.
 #[derive(Debug, Clone)]
 pub struct ArchiveHeader {
-    /// Repeated in every extent.
+    /// UUID of the archive, repeated in every extent.
     pub uuid: Uuid,
-    /// When the archive was made, seconds since 1970.
+    /// Creation time, seconds since 1970.
     pub ctime: i64,
-    /// Where the first extent begins, bytes.
+    /// Bytes of the header, which is also the archive offset of the first extent.
     pub header_size: u32,
-    /// The devices, by ascending `dev_id` (1..=254), which is the [`DeviceId`].
+    /// Devices by ascending `dev_id` (1 to 254), which is the [`DeviceId`].
     pub devices: Vec<Device>,
-    /// The configurations, in the order of the table.
+    /// Configurations in the order of their table.
     pub configs: Vec<Attachment>,
-    /// What the tables hold beyond that: one sentence each.
+    /// Peculiarities of the tables, such as ignored entries; one sentence each.
     pub notes: Vec<String>,
 }
 
@@ -45,40 +46,41 @@ impl ArchiveHeader {
     /// Reads the header of an archive and nothing else.
     ///
     /// # Errors
-    /// When it can't be read, breaks a rule of the format, or is longer than
-    /// [`MAX_HEADER_READ`].
+    /// Fails if the header can't be read, violates the format, or is longer than [`MAX_HEADER_READ`].
     pub fn read(input: Input) -> Result<Self> {
         if input.is_stream() {
-            Self::from_bytes(&mut input.into_stream()?)
+            Self::read_from(&mut input.into_stream()?)
         } else {
-            Self::from_bytes(&mut Cursor::new(input.into_random()?))
+            Self::read_from(&mut FileCursor::new(input.into_random()?))
         }
     }
 
-    pub(crate) fn from_bytes(bytes: &mut impl ArchiveBytes) -> Result<Self> {
+    /// Reads the header from the start of an archive and leaves `bytes` directly after it.
+    pub(crate) fn read_from(bytes: &mut impl ArchiveBytes) -> Result<Self> {
         Self::parse(&read_raw(bytes)?)
     }
 
-    /// Reads a header for salvage: of one that is damaged what can be made out, with what is wrong.
+    /// Like [`ArchiveHeader::read_from`], but decodes a damaged header as far as possible, and returns
+    /// its error beside it.
     ///
     /// # Errors
-    /// Those of [`ArchiveHeader::read`], when not even one device can be made out.
-    pub(crate) fn salvage(bytes: &mut impl ArchiveBytes) -> Result<(Self, Option<Error>)> {
+    /// Fails if not even one device can be decoded.
+    pub(crate) fn read_lenient(bytes: &mut impl ArchiveBytes) -> Result<(Self, Option<Error>)> {
         let raw = read_raw(bytes)?;
         let error = match Self::parse(&raw) {
             Ok(header) => return Ok((header, None)),
             Err(error) => error,
         };
         let is_damage = matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed);
-        match Self::make_out(&raw) {
+        match Self::parse_lenient(&raw) {
             Some(header) if is_damage && !header.devices.is_empty() => Ok((header, Some(error))),
             _ => Err(error),
         }
     }
 
-    /// What a damaged header still tells: every entry counts that could be one. Devices without a
-    /// name are only taken where no name is left, so that no device is made of noise.
-    fn make_out(raw: &[u8]) -> Option<Self> {
+    /// Decodes a damaged header, with every table entry that is plausible. Devices without a name are
+    /// used only if no device has one, so that noise does not become a device.
+    fn parse_lenient(raw: &[u8]) -> Option<Self> {
         let (layout, _) = HeaderLayout::ref_from_prefix(raw).ok()?;
         let blobs = Blobs::locate(layout, raw).ok();
         let blobs = blobs.as_ref();
@@ -112,7 +114,7 @@ impl ArchiveHeader {
         Some(header)
     }
 
-    /// Without devices and configurations.
+    /// The fixed fields, without devices and configurations.
     fn empty(layout: &HeaderLayout) -> Self {
         Self {
             uuid: Uuid::from_bytes(layout.uuid),
@@ -124,14 +126,13 @@ impl ArchiveHeader {
         }
     }
 
-    /// Checks and decodes a whole header. `raw` holds what the size field says, at least the fixed
-    /// part.
+    /// Checks and decodes a whole header. `raw` is `header_size` bytes long, at least the fixed part.
     fn parse(raw: &[u8]) -> Result<Self> {
         let Ok((layout, _)) = HeaderLayout::ref_from_prefix(raw) else {
-            return Err(Error::corrupt("can't read vma header - got EOF").hint(DAMAGED));
+            return Err(Error::corrupt(reference::HEADER_EOF).hint(DAMAGED));
         };
         if layout.md5 != header_md5(raw) {
-            return Err(Error::corrupt("wrong vma header checksum").at(32).hint(DAMAGED));
+            return Err(Error::corrupt(reference::HEADER_CHECKSUM).at(32).hint(DAMAGED));
         }
         if layout.version.get() != VERSION {
             return Err(Error::unsupported(format!(
@@ -139,16 +140,17 @@ impl ArchiveHeader {
                 layout.version.get().cast_signed()
             ))
             .at(4)
-            .hint("only version 1 is known"));
+            .hint("only version 1 is supported"));
         }
         let blobs = Blobs::locate(layout, raw)?;
         let mut header = Self::empty(layout);
-        header.take_devices(layout, &blobs)?;
-        header.take_configs(layout, &blobs)?;
+        header.add_devices(layout, &blobs)?;
+        header.add_configs(layout, &blobs)?;
         Ok(header)
     }
 
-    fn take_devices(&mut self, layout: &HeaderLayout, blobs: &Blobs<'_>) -> Result<()> {
+    /// Adds the devices of the table, and a note for each entry that is not one.
+    fn add_devices(&mut self, layout: &HeaderLayout, blobs: &Blobs<'_>) -> Result<()> {
         for (index, entry) in layout.dev_info.iter().enumerate() {
             let (size, name_offset) = (entry.device_size.get(), entry.name_offset.get());
             if size == 0 && name_offset == 0 {
@@ -160,8 +162,9 @@ impl ArchiveHeader {
                 _ if size == 0 => "its size is 0",
                 None => "its name can't be found",
                 Some(name) => {
-                    if blobs.is_cut(name_offset) {
-                        self.notes.push(format!("the name of device {index} is cut after {MAX_NAME} bytes"));
+                    if blobs.is_truncated(name_offset) {
+                        self.notes
+                            .push(format!("the name of device {index} is truncated to {MAX_NAME} bytes"));
                     }
                     self.add_device(index as u32, name, size)?;
                     continue;
@@ -179,7 +182,7 @@ impl ArchiveHeader {
             ))
             .device(name)
             .at(4096 + u64::from(index) * 32 + 8)
-            .hint("the header is wrong; no such device can be in this archive"));
+            .hint("the header is wrong: no archive can hold such a device"));
         }
         if let Some(other) = self.devices.iter().find(|other| other.name == name) {
             self.notes.push(format!("devices {} and {index} have the same name", other.id));
@@ -189,7 +192,8 @@ impl ArchiveHeader {
         Ok(())
     }
 
-    fn take_configs(&mut self, layout: &HeaderLayout, blobs: &Blobs<'_>) -> Result<()> {
+    /// Adds the configurations of the table, and notes about incomplete or repeated entries.
+    fn add_configs(&mut self, layout: &HeaderLayout, blobs: &Blobs<'_>) -> Result<()> {
         for index in 0..TABLE_ENTRIES {
             let (name, data) = (layout.config_names[index].get(), layout.config_data[index].get());
             if name == 0 || data == 0 {
@@ -198,9 +202,10 @@ impl ArchiveHeader {
                 }
                 continue;
             }
-            if blobs.is_cut(name) {
-                self.notes
-                    .push(format!("the name of configuration entry {index} is cut after {MAX_NAME} bytes"));
+            if blobs.is_truncated(name) {
+                self.notes.push(format!(
+                    "the name of configuration entry {index} is truncated to {MAX_NAME} bytes"
+                ));
             }
             let (Some(name), Some(data)) = (blobs.text(name), blobs.get(data)) else {
                 return Err(Error::malformed("vma contains invalid data pointers")
@@ -215,13 +220,13 @@ impl ArchiveHeader {
         Ok(())
     }
 
-    /// The device with this id.
+    /// The device with this id, or `None` if the archive has no such device.
     pub fn device(&self, id: DeviceId) -> Option<&Device> {
         self.devices.iter().find(|device| device.id == id)
     }
 }
 
-/// Reads the header as far as its size field says.
+/// Reads `header_size` bytes of header and checks the magic number.
 fn read_raw(bytes: &mut impl ArchiveBytes) -> Result<Vec<u8>> {
     let mut raw = vec![0; HEADER_FIXED];
     let got = bytes.read_full(&mut raw)?;
@@ -231,7 +236,7 @@ fn read_raw(bytes: &mut impl ArchiveBytes) -> Result<Vec<u8>> {
         } else {
             ErrorKind::WrongFormat
         };
-        return Err(Error::new(kind, "can't read vma header - got EOF")
+        return Err(Error::new(kind, reference::HEADER_EOF)
             .at(got as u64)
             .hint(format!("a header is at least {HEADER_FIXED} bytes long")));
     }
@@ -239,7 +244,7 @@ fn read_raw(bytes: &mut impl ArchiveBytes) -> Result<Vec<u8>> {
         return Err(Error::wrong_format("not a vma file - wrong magic number").at(0));
     }
     let Ok((layout, _)) = HeaderLayout::ref_from_prefix(&raw) else {
-        return Err(Error::corrupt("can't read vma header - got EOF").hint(DAMAGED));
+        return Err(Error::corrupt(reference::HEADER_EOF).hint(DAMAGED));
     };
     let header_size = layout.header_size.get();
     let wrong =
@@ -249,11 +254,11 @@ fn read_raw(bytes: &mut impl ArchiveBytes) -> Result<Vec<u8>> {
     }
     if header_size > MAX_HEADER_READ {
         return Err(wrong(ErrorKind::LimitExceeded)
-            .hint(format!("at most {MAX_HEADER_READ} is read; real archives stay below 524288")));
+            .hint(format!("at most {MAX_HEADER_READ} is supported; real archives stay below 524288")));
     }
     while raw.len() < header_size as usize {
         let start = raw.len();
-        let chunk = (header_size as usize - start).min(READ_CHUNK);
+        let chunk = (header_size as usize - start).min(HEADER_CHUNK);
         raw.resize(start + chunk, 0);
         let got = bytes.read_full(&mut raw[start..])?;
         if got < chunk {
@@ -265,14 +270,15 @@ fn read_raw(bytes: &mut impl ArchiveBytes) -> Result<Vec<u8>> {
     Ok(raw)
 }
 
-/// The blobs that the tables point to.
+/// The blobs to which the tables point.
 struct Blobs<'a> {
     area: &'a [u8],
-    /// Blobs that are wanted, by their offset in the area.
-    found: BTreeMap<u32, Range<usize>>,
+    /// Range of each blob's content in `area`, by blob offset.
+    contents: BTreeMap<u32, Range<usize>>,
 }
 
 impl<'a> Blobs<'a> {
+    /// Bounds the blob area and finds the blobs in it.
     fn locate(layout: &HeaderLayout, raw: &'a [u8]) -> Result<Self> {
         let (offset, size) = (layout.blob_buffer_offset.get(), layout.blob_buffer_size.get());
         if (offset as usize) < HEADER_FIXED {
@@ -297,12 +303,12 @@ impl<'a> Blobs<'a> {
             .iter()
             .map(|entry| entry.name_offset.get())
             .chain(layout.config_names.iter().chain(&layout.config_data).map(|pointer| pointer.get()));
-        let mut blobs = Self { area, found: pointers.map(|pointer| (pointer, 0..0)).collect() };
+        let mut blobs = Self { area, contents: pointers.map(|pointer| (pointer, 0..0)).collect() };
         blobs.scan();
         Ok(blobs)
     }
 
-    /// Walks over all blobs and keeps where those are that are wanted. A blob that leaves the area
+    /// Walks over all blobs and records those to which a table points. A blob that ends past the area
     /// does not count.
     fn scan(&mut self) {
         let mut starts = BTreeMap::new();
@@ -312,24 +318,25 @@ impl<'a> Blobs<'a> {
             let end = start + usize::from(u16::from_le_bytes([*low, *high]));
             if end <= self.area.len()
                 && let Ok(pointer) = u32::try_from(position)
-                && self.found.contains_key(&pointer)
+                && self.contents.contains_key(&pointer)
             {
                 starts.insert(pointer, start..end);
             }
             position = end;
         }
-        self.found = starts;
+        self.contents = starts;
     }
 
+    /// The content of the blob at `pointer`, if a blob begins there.
     fn get(&self, pointer: u32) -> Option<&'a [u8]> {
-        self.found.get(&pointer).map(|range| &self.area[range.clone()])
+        self.contents.get(&pointer).map(|range| &self.area[range.clone()])
     }
 
-    /// A name, as far as it is kept.
+    /// A name, truncated to [`MAX_NAME`] bytes; invalid UTF-8 is replaced.
     fn text(&self, pointer: u32) -> Option<String> {
         let name = self.name(pointer)?;
         let kept = match name.get(..MAX_NAME) {
-            // No character is cut in two.
+            // Drop a character that the limit cuts in two.
             Some(front) => front.utf8_chunks().next().map_or(front, |chunk| match chunk.invalid().len() {
                 1..=3 if chunk.valid().len() + chunk.invalid().len() == front.len() => {
                     chunk.valid().as_bytes()
@@ -341,12 +348,13 @@ impl<'a> Blobs<'a> {
         Some(String::from_utf8_lossy(kept).into_owned())
     }
 
-    /// Whether a name is longer than what is kept of it.
-    fn is_cut(&self, pointer: u32) -> bool {
+    /// True if a name is longer than [`MAX_NAME`].
+    fn is_truncated(&self, pointer: u32) -> bool {
         self.name(pointer).is_some_and(|name| name.len() > MAX_NAME)
     }
 
-    /// A name: its last byte must be NUL, and it ends at its first. An empty blob has no last byte.
+    /// A name of any length: the blob must end with NUL, and the name ends at the first one. An empty
+    /// blob is not a name; the reference program reads out of bounds on it.
     fn name(&self, pointer: u32) -> Option<&'a [u8]> {
         let blob = self.get(pointer)?;
         if blob.last() != Some(&0) {

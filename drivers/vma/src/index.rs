@@ -1,80 +1,85 @@
-//! The index of an archive in a file: where each cluster is, from one pass over the extent headers.
+//! Index of an archive in a file: the place of every cluster, from one pass over the extent headers.
 //!
-//! The data is not touched. What is kept is a list of *runs* per device: clusters that follow each
-//! other in the guest and in the slots of one extent (16 bytes for up to 59 clusters), and runs of
-//! zero clusters, which join across extents. The masks stay in the file: they are read again with
-//! the extent's header, and the last few headers are kept ([`crate::masks`]).
+//! The pass does not read data. For each device the index holds *runs*: clusters that are consecutive
+//! both in the guest and in the slots of one extent (16 bytes for up to 59 clusters), and runs of
+//! zero clusters, which may span extents. The masks stay in the file; [`crate::mask_cache`] reads them
+//! again with the extent header.
 
 use std::sync::Arc;
 
 use imgtool_toolkit::{DeviceId, OpenOptions, RandomInput, Result};
 
-use crate::bytes::{ArchiveBytes, Cursor};
+use crate::bytes::{ArchiveBytes, FileCursor};
+use crate::cluster::VmaCluster;
 use crate::header::ArchiveHeader;
 use crate::layout::{EXTENT_HEADER, SUB_BLOCK, TABLE_ENTRIES};
-use crate::tracker::Placed;
-use crate::walker::{Entered, Walker};
+use crate::walker::{ExtentSpan, Walker};
 
-/// Most runs of all devices: 92 MiB. Ours. An archive whose extents are full stays below it up to 20 TiB of
-/// data; what is longer or more scattered is read in one pass instead.
+/// Most runs of all devices together, 92 MiB of memory. Our limit: 20 TiB of full extents stay below
+/// it. Longer or more scattered archives are read in one pass instead.
 pub(crate) const MAX_RUNS: usize = 6_000_000;
 
-/// Clusters that are found together.
+/// Consecutive clusters of one device: in consecutive slots of one extent, or all zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Run {
-    /// The first cluster.
+    /// Number of the first cluster.
     pub(crate) first: u32,
-    /// How many.
+    /// Number of clusters.
     pub(crate) count: u32,
-    /// [`Run::ZERO`], or where the extent is and at which of its slots the run begins.
+    /// [`Run::ZERO`], or the extent (upper 56 bits, in [`Run::UNIT`]s) and the first slot (lower 8 bits).
     place: u64,
 }
 
 impl Run {
+    /// Marks a run of zero clusters.
     const ZERO: u64 = u64::MAX;
-    /// Extents stand at `header_size` plus a multiple of this; 56 bits of such units are enough.
+    /// Extents begin at `header_size` plus a multiple of this many bytes; 56 bits of units suffice.
     const UNIT: u64 = EXTENT_HEADER as u64;
 
+    /// True if all clusters are zero, so the run has no place in the file.
     pub(crate) fn is_zero(&self) -> bool {
         self.place == Self::ZERO
     }
 
-    /// The extent, counted in units of 512 bytes from the first.
-    pub(crate) fn extent_unit(&self) -> u64 {
+    /// Distance of the extent from the first extent, in units of 512 bytes.
+    fn extent_unit(&self) -> u64 {
         self.place >> 8
     }
 
-    /// The slot of the first cluster.
+    /// Slot index of the first cluster.
     pub(crate) fn first_slot(&self) -> usize {
         (self.place & 0xff) as usize
     }
 
+    /// Number of the cluster after the last one.
     pub(crate) fn end(&self) -> u64 {
         u64::from(self.first) + u64::from(self.count)
     }
 }
 
-/// What is known of one device.
+/// Runs and counts of one device.
 #[derive(Debug, Default)]
 pub(crate) struct DeviceIndex {
-    /// By first cluster; together they cover the device.
+    /// Runs by ascending first cluster; together they cover the device.
     pub(crate) runs: Vec<Run>,
-    /// Bytes of sub-blocks that are stored.
+    /// Bytes of stored sub-blocks within the device.
     pub(crate) stored: u64,
-    /// Zero clusters past the end, and clusters of a state that is longer than announced.
+    /// Clusters past the end: zero clusters of a disk, any clusters of guest state.
     pub(crate) beyond: u64,
-    /// Sub-blocks that are stored past the end.
+    /// Sub-blocks stored past the end, in the last cluster.
     pub(crate) dropped_blocks: u64,
 }
 
-/// The index.
+/// Index of all devices, or just their counts.
 pub(crate) struct Index {
     devices: Vec<DeviceIndex>,
+    /// Index into `devices`, by `dev_id`.
     by_id: [Option<u8>; TABLE_ENTRIES],
-    /// Extents in the archive.
+    /// Number of extents in the archive.
     pub(crate) extents: u64,
-    pub(crate) header_size: u64,
-    /// Otherwise it only counts.
+    /// Archive offset of the first extent.
+    header_size: u64,
+    /// False if the index only counts.
     keeps_runs: bool,
 }
 
@@ -87,15 +92,15 @@ impl Index {
             header_size: u64::from(header.header_size),
             keeps_runs,
         };
-        for (number, device) in header.devices.iter().enumerate() {
-            // There are at most 254 devices, with ids below 255.
-            index.by_id[device.id.0 as usize % TABLE_ENTRIES] = Some(number as u8);
+        for (position, device) in header.devices.iter().enumerate() {
+            // At most 254 devices, with ids below 255.
+            index.by_id[device.id.0 as usize % TABLE_ENTRIES] = Some(position as u8);
         }
         index
     }
 
-    /// Walks over the rest of an archive behind its header, and counts; `None` when it reaches
-    /// beyond `limit`, a position in the archive.
+    /// Counts what the extents hold, without keeping runs. `bytes` must be positioned directly after
+    /// the archive header. Returns `None` if the archive reaches past the archive offset `limit`.
     pub(crate) fn count(
         bytes: impl ArchiveBytes,
         header: &Arc<ArchiveHeader>,
@@ -105,36 +110,36 @@ impl Index {
         let mut index = Self::new(header, false);
         let mut walker = Walker::new(bytes, header, options);
         while walker.bytes.position() < limit {
-            let Some(entered) = walker.enter()? else { return Ok(Some(index)) };
-            if entered.file_offset.saturating_add(entered.data_len) >= limit {
+            let Some(span) = walker.next_extent()? else { return Ok(Some(index)) };
+            if span.file_offset.saturating_add(span.data_len) >= limit {
                 return Ok(None);
             }
-            if walker.bytes.skip(entered.data_len)? < entered.data_len {
-                return Err(walker.short(entered));
+            if walker.bytes.skip(span.data_len)? < span.data_len {
+                return Err(walker.short_extent(span));
             }
-            for placed in &walker.placed {
-                index.add(placed, entered);
+            for cluster in &walker.clusters {
+                index.add(cluster, span);
             }
             index.extents += 1;
         }
         Ok(None)
     }
 
-    /// Walks over the whole archive; `None` when there would be more than `max_runs` runs.
+    /// Indexes the whole archive. Returns `None` if that takes more than `max_runs` runs.
     pub(crate) fn build(
         input: &RandomInput,
         header: &Arc<ArchiveHeader>,
         options: &OpenOptions,
         max_runs: usize,
     ) -> Result<Option<Self>> {
-        let mut cursor = Cursor::new(input.clone());
+        let mut cursor = FileCursor::new(input.clone());
         let mut index = Self::new(header, true);
         cursor.skip(index.header_size)?;
         let mut walker = Walker::new(cursor, header, options);
-        while let Some(entered) = walker.enter()? {
-            walker.bytes.skip(entered.data_len)?;
-            for placed in &walker.placed {
-                index.add(placed, entered);
+        while let Some(span) = walker.next_extent()? {
+            walker.bytes.skip(span.data_len)?;
+            for cluster in &walker.clusters {
+                index.add(cluster, span);
             }
             index.extents += 1;
             if index.devices.iter().map(|device| device.runs.len()).sum::<usize>() > max_runs {
@@ -150,45 +155,45 @@ impl Index {
         Ok(Some(index))
     }
 
-    fn add(&mut self, placed: &Placed, entered: Entered) {
-        let unit = (entered.file_offset - self.header_size) / Run::UNIT;
+    fn add(&mut self, cluster: &VmaCluster, span: ExtentSpan) {
+        let unit = (span.file_offset - self.header_size) / Run::UNIT;
         let keeps_runs = self.keeps_runs;
-        let Some(device) = self.device_mut(placed.device) else { return };
-        if placed.is_beyond() {
+        let Some(device) = self.device_mut(cluster.device) else { return };
+        if cluster.is_beyond() {
             device.beyond += 1;
             return;
         }
-        let mask_within = placed.mask_within();
+        let mask_within = cluster.mask_within();
         device.stored += u64::from(mask_within.count_ones()) * SUB_BLOCK;
-        device.dropped_blocks += u64::from((placed.mask & !mask_within).count_ones());
+        device.dropped_blocks += u64::from((cluster.mask & !mask_within).count_ones());
         if keeps_runs {
-            device.add_run(placed, mask_within == 0, unit);
+            device.add_to_runs(cluster, mask_within == 0, unit);
         }
     }
 
-    /// The index of a device.
+    /// The index of the device `id`, or `None` if the archive has no such device.
     pub(crate) fn device(&self, id: DeviceId) -> Option<&DeviceIndex> {
-        let number = (*self.by_id.get(id.0 as usize)?)?;
-        self.devices.get(usize::from(number))
+        let position = (*self.by_id.get(id.0 as usize)?)?;
+        self.devices.get(usize::from(position))
     }
 
     fn device_mut(&mut self, id: DeviceId) -> Option<&mut DeviceIndex> {
-        let number = (*self.by_id.get(id.0 as usize)?)?;
-        self.devices.get_mut(usize::from(number))
+        let position = (*self.by_id.get(id.0 as usize)?)?;
+        self.devices.get_mut(usize::from(position))
     }
 
-    /// Where the extent of a run stands in the file.
+    /// File offset of the extent that holds `run`, which must not be a zero run.
     pub(crate) fn extent_offset(&self, run: &Run) -> u64 {
         self.header_size + run.extent_unit() * Run::UNIT
     }
 }
 
 impl DeviceIndex {
-    /// Adds a cluster of the extent at `unit`, to the last run if it goes on there.
-    fn add_run(&mut self, placed: &Placed, is_zero: bool, unit: u64) {
-        let slot = u64::from(placed.slot);
+    /// Extends the last run by a cluster of the extent at `unit`, or begins a new run.
+    fn add_to_runs(&mut self, cluster: &VmaCluster, is_zero: bool, unit: u64) {
+        let slot = u64::from(cluster.slot);
         if let Some(last) = self.runs.last_mut()
-            && last.end() == u64::from(placed.cluster)
+            && last.end() == u64::from(cluster.number)
             && last.count < u32::MAX
         {
             let next_slot = last.first_slot() as u64 + u64::from(last.count);
@@ -199,10 +204,10 @@ impl DeviceIndex {
             }
         }
         let place = if is_zero { Run::ZERO } else { unit << 8 | slot };
-        self.runs.push(Run { first: placed.cluster, count: 1, place });
+        self.runs.push(Run { first: cluster.number, count: 1, place });
     }
 
-    /// The run that holds `cluster`.
+    /// The run that holds the cluster with this number.
     pub(crate) fn run_of(&self, cluster: u64) -> Option<&Run> {
         let after = self.runs.partition_point(|run| u64::from(run.first) <= cluster);
         self.runs.get(after.checked_sub(1)?).filter(|run| cluster < run.end())

@@ -1,22 +1,29 @@
 #![doc = include_str!("../README.md")]
 //!
 //! # Map of the crate
-//! [`layout`] and [`extent`] are the format on disk, [`header`] what stands before the first extent.
-//! Reading: `walker` and `tracker` check, `index` and `masks` serve files, `stream` serves pipes,
-//! `salvage` damaged archives. Writing: `plan` makes the header, `sink` the extents.
+//!
+//! * `driver`: the [`Driver`](imgtool_toolkit::Driver) implementation
+//! * [`layout`], [`extent`], [`header`]: the on-disk format, decoded and checked
+//! * [`reference`]: error messages shared with the reference program
+//! * `bytes`, `walker`, `tracker`, `cluster`: the strict walk over an archive, common to all readers
+//! * `source`, `index`, `mask_cache`: random access to archives in files; `stream`: one pass over a pipe
+//! * `window`, `scan`: the tolerant walk over a damaged archive; `salvage` and `check` use it
+//! * `info`: facts for `info`
+//! * `plan`, `options`, `sink`, `measure`: the writer
 
 mod bytes;
 mod check;
+mod cluster;
+mod driver;
 pub mod extent;
-mod facts;
 pub mod header;
 mod index;
+mod info;
 pub mod layout;
-mod masks;
+mod mask_cache;
 mod measure;
 mod options;
 mod plan;
-mod probe;
 pub mod reference;
 mod salvage;
 mod scan;
@@ -27,83 +34,15 @@ mod stream;
 pub mod testing;
 mod tracker;
 mod walker;
+mod window;
 
+pub use driver::VmaDriver;
 pub use header::ArchiveHeader;
 pub use source::VmaSource;
 
-use imgtool_toolkit::{
-    Capabilities, CheckReport, Confidence, CreateOptions, Driver, ImageSink, ImageSource, Input, Manifest,
-    Measure, OpenOptions, OptionSpec, Output, Registry, Result,
-};
-
-/// The driver.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct VmaDriver;
+use imgtool_toolkit::Registry;
 
 /// Adds the driver to a registry.
 pub fn register(registry: &mut Registry) {
     registry.register(VmaDriver);
-}
-
-impl Driver for VmaDriver {
-    fn name(&self) -> &'static str {
-        "vma"
-    }
-
-    fn description(&self) -> &'static str {
-        "Proxmox VE backup archive: the disks of a virtual machine, its configurations and its state"
-    }
-
-    fn extensions(&self) -> &'static [&'static str] {
-        &["vma"]
-    }
-
-    fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            read: true,
-            write: true,
-            stream_read: true,
-            stream_write: true,
-            max_devices: u32::from(layout::MAX_DEV_ID),
-            attachments: true,
-            compression: false,
-            open_ended: false,
-            size_multiple: plan::SECTOR,
-            check: true,
-        }
-    }
-
-    fn options(&self) -> &'static [OptionSpec] {
-        options::OPTIONS
-    }
-
-    fn check_options(&self, options: &CreateOptions) -> Result<()> {
-        options.check_names(self.name(), self.options())?;
-        options::VmaOptions::parse(options).map(drop)
-    }
-
-    fn probe(&self, head: &[u8], _len: Option<u64>) -> Option<Confidence> {
-        probe::probe(head)
-    }
-
-    fn open(&self, input: Input, options: &OpenOptions) -> Result<Box<dyn ImageSource>> {
-        Ok(Box::new(VmaSource::open(input, options)?))
-    }
-
-    fn create(
-        &self,
-        output: Output,
-        manifest: &Manifest,
-        options: &CreateOptions,
-    ) -> Result<Box<dyn ImageSink>> {
-        Ok(Box::new(sink::VmaSink::create(output, manifest, options)?))
-    }
-
-    fn check(&self, input: Input, options: &OpenOptions) -> Result<CheckReport> {
-        check::check(input, options)
-    }
-
-    fn measure(&self, source: &dyn ImageSource, options: &CreateOptions) -> Result<Measure> {
-        measure::measure(source, options)
-    }
 }

@@ -1,4 +1,4 @@
-//! How large an archive will be.
+//! Size of an archive before it is written.
 
 use imgtool_toolkit::{CreateOptions, DeviceKind, Error, ImageSource, Manifest, Measure, Result};
 
@@ -6,8 +6,8 @@ use crate::layout::{CLUSTERS_PER_EXTENT, EXTENT_HEADER, SUB_BLOCK, clusters_of};
 use crate::options::VmaOptions;
 use crate::plan::ArchivePlan;
 
-/// The header, a header for each extent, and every 4 KiB that the source has data for. Data that
-/// turns out to be zero makes the archive smaller.
+/// Adds up the archive header, the extent headers, and every sub-block for which the source has data.
+/// The archive becomes smaller if some of that data is zero.
 pub(crate) fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Result<Measure> {
     let info = source.info();
     let Some(random) = source.random() else {
@@ -31,7 +31,7 @@ pub(crate) fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Resu
         while position < device.size {
             for extent in random.extents(device.id, position..device.size)? {
                 if extent.is_data() {
-                    // A sub-block that two extents share counts once.
+                    // Count a sub-block once if two extents share it.
                     let start = (extent.start / SUB_BLOCK * SUB_BLOCK).max(counted_to);
                     counted_to = extent.end().next_multiple_of(SUB_BLOCK);
                     stored += counted_to.saturating_sub(start);

@@ -5,10 +5,11 @@ use uuid::Uuid;
 
 use crate::layout::SUB_BLOCK;
 
-/// 1980-01-01: what archives are dated when nothing says otherwise. Equal input must give equal
-/// bytes, so it can't be the time of day; readers expect something other than 0.
+/// Default creation time: 1980-01-01. Not the current time, because equal input must give equal bytes;
+/// not 0, which readers do not expect.
 pub(crate) const DEFAULT_CTIME: i64 = 315_532_800;
 
+/// Options that the driver declares.
 pub(crate) const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "uuid",
@@ -24,12 +25,15 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
     },
 ];
 
-/// The options, parsed.
+/// Parsed options of the writer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct VmaOptions {
+    /// UUID of the archive; `None` to derive it from the content of the header.
     pub(crate) uuid: Option<Uuid>,
+    /// Creation time, seconds since 1970.
     pub(crate) ctime: i64,
-    /// `-S`; see [`CreateOptions::zero_unit`].
+    /// Shortest run of zeros that is omitted, bytes; `None` to store all zeros. See
+    /// [`CreateOptions::zero_unit`].
     pub(crate) zero_unit: Option<u64>,
 }
 
@@ -42,13 +46,18 @@ impl VmaOptions {
         let uuid = match options.get("uuid") {
             None => None,
             Some(text) => Some(Uuid::parse_str(text).map_err(|_| {
-                Error::usage(format!("option 'uuid' is a UUID such as {}, not '{text}'", Uuid::NAMESPACE_DNS))
+                Error::usage(format!(
+                    "option 'uuid' expects a UUID such as {}, not '{text}'",
+                    Uuid::NAMESPACE_DNS
+                ))
             })?),
         };
         let ctime = match options.get("ctime") {
             None => options.source_date_epoch.unwrap_or(DEFAULT_CTIME),
             Some(text) => text.parse().map_err(|_| {
-                Error::usage(format!("option 'ctime' is a whole number of seconds since 1970, not '{text}'"))
+                Error::usage(format!(
+                    "option 'ctime' expects a whole number of seconds since 1970, not '{text}'"
+                ))
             })?,
         };
         Ok(Self { uuid, ctime, zero_unit: options.zero_unit(SUB_BLOCK) })
@@ -65,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn the_option_wins_over_the_environment() {
+    fn ctime_option_overrides_source_date_epoch() {
         assert_eq!(parse(&[], None).expect("none").ctime, DEFAULT_CTIME);
         assert_eq!(parse(&[], Some(7)).expect("epoch").ctime, 7);
         assert_eq!(parse(&[("ctime", "-3")], Some(7)).expect("both").ctime, -3);
@@ -74,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_rejected() {
+    fn rejects_malformed_values() {
         assert!(parse(&[("uuid", "x")], None).is_err());
         assert!(parse(&[("ctime", "1.5")], None).is_err());
     }

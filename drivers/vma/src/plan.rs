@@ -1,8 +1,7 @@
-//! What an archive in the making will hold: names, sizes and configurations, checked and laid out
-//! as the header.
+//! Plan of an archive to write: checked names, sizes and configurations, and the encoded header.
 //!
-//! The header keeps to what every known reader accepts, which is less than the format allows: names
-//! of few characters, unique; sizes in whole sectors; at most 512 KiB in all.
+//! The plan keeps to what every known reader accepts, which is less than the format allows: unique
+//! names of letters, digits and `._-`; sizes in whole sectors; a header of at most 512 KiB.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -18,38 +17,51 @@ use crate::layout::{
 };
 use crate::options::VmaOptions;
 
-/// Sizes are multiples of this: readers count the end of a device in sectors.
+/// Device sizes are multiples of this many bytes: the reference program counts the end of a device in
+/// sectors and loses the rest.
 pub(crate) const SECTOR: u64 = 512;
-/// The longest device name, bytes: `tmp-disk-NAME.raw` must fit into a file name of 255.
+/// Longest device name, bytes: the reference program's `tmp-disk-NAME.raw` must fit a file name of 255.
 const MAX_NAME: usize = 242;
-/// Header sizes are multiples of this.
+/// Longest configuration name, bytes: the limit of Linux file systems.
+const MAX_CONFIG_NAME: usize = 255;
+/// The header size is a multiple of this many bytes, as the reference program writes it.
 const HEADER_UNIT: usize = 512;
 
-/// A device of the archive.
+/// A device of the archive to write.
 #[derive(Debug, Clone)]
 pub(crate) struct PlannedDevice {
-    /// What the pipeline calls it.
+    /// Id of the device in the manifest.
     pub(crate) id: DeviceId,
+    /// Id of the device in the archive, 1 to 254.
     pub(crate) dev_id: u8,
     pub(crate) name: String,
-    /// Bytes in the archive: the source's, rounded up.
+    /// Bytes in the archive: the size in the manifest, rounded up to [`SECTOR`].
     pub(crate) size: u64,
-    /// The state of a running guest: every sub-block is stored, in order.
+    /// True for the state of a running guest: every sub-block is stored, in order.
     pub(crate) is_state: bool,
+    /// Number of clusters.
     pub(crate) clusters: u64,
 }
 
-/// The archive.
+/// Everything about an archive that is known before its data.
 #[derive(Debug)]
 pub(crate) struct ArchivePlan {
     pub(crate) uuid: Uuid,
+    /// The encoded header.
     pub(crate) header: Vec<u8>,
+    /// Devices by ascending `dev_id`.
     pub(crate) devices: Vec<PlannedDevice>,
+    /// Deviations from the manifest, such as rounded sizes; one sentence each.
     pub(crate) notes: Vec<String>,
+    /// Index into `devices`.
     by_id: HashMap<DeviceId, usize>,
 }
 
 impl ArchivePlan {
+    /// Plans an archive of the devices and configurations in `manifest`.
+    ///
+    /// # Errors
+    /// Fails if a name, size or configuration is not accepted by every known reader.
     pub(crate) fn new(manifest: &Manifest, options: &VmaOptions) -> Result<Self> {
         let mut notes = Vec::new();
         let devices = plan_devices(&manifest.devices, &mut notes)?;
@@ -65,16 +77,18 @@ impl ArchivePlan {
         Ok(Self { uuid, header, devices, notes, by_id })
     }
 
-    /// The position of a device in [`ArchivePlan::devices`].
+    /// Index of a device in [`ArchivePlan::devices`].
     pub(crate) fn index_of(&self, id: DeviceId) -> Option<usize> {
         self.by_id.get(&id).copied()
     }
 
+    /// The device with this id in the manifest.
     pub(crate) fn device(&self, id: DeviceId) -> Option<&PlannedDevice> {
         self.devices.get(self.index_of(id)?)
     }
 }
 
+/// Checks the devices, rounds their sizes, and numbers them from 1.
 fn plan_devices(devices: &[Device], notes: &mut Vec<String>) -> Result<Vec<PlannedDevice>> {
     if devices.len() > usize::from(MAX_DEV_ID) {
         return Err(Error::limit(format!(
@@ -100,7 +114,7 @@ fn plan_devices(devices: &[Device], notes: &mut Vec<String>) -> Result<Vec<Plann
         }
         planned.push(PlannedDevice {
             id: device.id,
-            // At most 254.
+            // Checked above: at most MAX_DEV_ID devices.
             dev_id: index as u8 + 1,
             name: device.name.clone(),
             size,
@@ -111,9 +125,10 @@ fn plan_devices(devices: &[Device], notes: &mut Vec<String>) -> Result<Vec<Plann
     Ok(planned)
 }
 
+/// The size of a device in the archive, bytes.
 fn planned_size(device: &Device) -> Result<u64> {
     if device.open_ended {
-        return Err(Error::unsupported("the size of a device must be known before an archive is begun")
+        return Err(Error::unsupported("an archive can't begin before the size of every device is known")
             .device(&device.name)
             .hint("save the stream to a file first"));
     }
@@ -130,7 +145,7 @@ fn planned_size(device: &Device) -> Result<u64> {
     }
 }
 
-/// Names that every reader turns into file names without trouble.
+/// Refuses a name that some reader can't use as a part of a file name.
 fn check_name(device: &Device) -> Result<()> {
     let name = &device.name;
     let refuse = |reason: &str| {
@@ -142,18 +157,18 @@ fn check_name(device: &Device) -> Result<()> {
         return refuse("is empty");
     }
     if name.len() > MAX_NAME {
-        return refuse(&format!("is {} bytes long; readers take at most {MAX_NAME}", name.len()));
+        return refuse(&format!("is {} bytes long; readers accept at most {MAX_NAME}", name.len()));
     }
     if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte)) {
         return refuse("has characters other than A-Z a-z 0-9 . _ -");
     }
     if (device.kind == DeviceKind::VmState) != (name == VMSTATE_NAME) && device.kind == DeviceKind::VmState {
-        return refuse("is not 'vmstate', by which readers know the state of a guest");
+        return refuse("must be 'vmstate', by which readers recognise guest state");
     }
     Ok(())
 }
 
-/// Names are reduced to their last component and made unique.
+/// Checks the configurations, reduces their names to the last path component, and makes them unique.
 fn plan_configs(attachments: &[Attachment], notes: &mut Vec<String>) -> Result<Vec<Attachment>> {
     if attachments.len() > TABLE_ENTRIES {
         return Err(Error::limit(format!(
@@ -167,15 +182,15 @@ fn plan_configs(attachments: &[Attachment], notes: &mut Vec<String>) -> Result<V
         let base = safe_component(&attachment.name)?;
         if attachment.data.len() > MAX_BLOB {
             return Err(Error::limit(format!(
-                "configuration '{base}' has {} bytes; an archive takes at most {MAX_BLOB}",
+                "configuration '{base}' has {} bytes; an archive holds at most {MAX_BLOB}",
                 attachment.data.len()
             )));
         }
         let mut name = base.to_owned();
-        let mut number = 2;
+        let mut suffix = 2;
         while !names.insert(name.clone()) {
-            name = format!("{base}.{number}");
-            number += 1;
+            name = format!("{base}.{suffix}");
+            suffix += 1;
         }
         if name != attachment.name {
             notes.push(format!("configuration '{}' is stored as '{name}'", escape_control(&attachment.name)));
@@ -185,27 +200,27 @@ fn plan_configs(attachments: &[Attachment], notes: &mut Vec<String>) -> Result<V
     Ok(planned)
 }
 
-/// The last component of a path, if it is a name that can be a file in any directory.
+/// The last component of a path, if it can name a file in any directory.
 fn safe_component(name: &str) -> Result<&str> {
     let base = name.rsplit('/').next().unwrap_or(name);
     let reason = if base.is_empty() || base == "." || base == ".." {
         "is not a file name"
     } else if base.contains('\\') || base.chars().any(char::is_control) {
-        "has characters that file names must not have"
-    } else if base.len() > 255 {
+        "has characters that file names can't have"
+    } else if base.len() > MAX_CONFIG_NAME {
         "is longer than 255 bytes"
     } else {
         return Ok(base);
     };
     Err(Error::usage(format!("the configuration name '{}' {reason}", escape_control(name)))
-        .hint("name the file in another way, qemu-server.conf for example"))
+        .hint("rename the file, for example to qemu-server.conf"))
 }
 
-/// A UUID of version 8 from everything that is in the header: equal input gives equal bytes.
+/// Derives a version 8 UUID from everything else in the header, so that equal input gives equal bytes.
 fn derive_uuid(devices: &[PlannedDevice], configs: &[Attachment], ctime: i64) -> Uuid {
     let mut md5 = Md5::new();
     let mut feed = |bytes: &[u8]| {
-        // With its length in front, no two lists of fields look the same.
+        // The length before each field keeps different lists of fields distinct.
         md5.update((bytes.len() as u64).to_be_bytes());
         md5.update(bytes);
     };
@@ -223,11 +238,11 @@ fn derive_uuid(devices: &[PlannedDevice], configs: &[Attachment], ctime: i64) ->
     uuid::Builder::from_custom_bytes(md5.finalize().into()).into_uuid()
 }
 
-/// The area of blobs; offset 0 means "none", so the first stands at 1.
+/// The blob area of a header. Offset 0 means "none", so the first blob is at offset 1.
 struct BlobArea(Vec<u8>);
 
 impl BlobArea {
-    /// Appends a blob of at most [`MAX_BLOB`] bytes; where it is.
+    /// Appends a blob of at most [`MAX_BLOB`] bytes and returns its offset in the area.
     fn push(&mut self, blob: &[u8]) -> Result<u32> {
         let position = u32::try_from(self.0.len()).ok();
         let (Some(position), Ok(len)) = (position, u16::try_from(blob.len())) else {
@@ -238,6 +253,7 @@ impl BlobArea {
         Ok(position)
     }
 
+    /// Appends a name with its NUL and returns its offset in the area.
     fn push_name(&mut self, name: &str) -> Result<u32> {
         let mut blob = name.as_bytes().to_vec();
         blob.push(0);
@@ -245,8 +261,8 @@ impl BlobArea {
     }
 }
 
-/// The whole header. Blobs stand in the reference program's order: each configuration's name and
-/// content, then the names of devices.
+/// Encodes the whole header. Blobs are in the reference program's order: name and content of each
+/// configuration, then the names of the devices.
 fn encode_header(
     uuid: Uuid,
     ctime: i64,
@@ -269,11 +285,11 @@ fn encode_header(
         entry.device_size = device.size.into();
     }
     let BlobArea(blobs) = blobs;
-    // At least one unit: readers refuse a header of the fixed part alone.
+    // At least one unit: the reference program refuses a header that is only the fixed part.
     let header_size = HEADER_FIXED + blobs.len().next_multiple_of(HEADER_UNIT);
     if header_size > MAX_HEADER_WRITTEN {
         return Err(Error::limit(format!(
-            "names and configurations need a header of {header_size} bytes; readers take at most {MAX_HEADER_WRITTEN}"
+            "names and configurations need a header of {header_size} bytes; readers accept at most {MAX_HEADER_WRITTEN}"
         ))
         .hint("leave out the largest configurations"));
     }
@@ -281,7 +297,7 @@ fn encode_header(
     layout.version = VERSION.into();
     layout.uuid = *uuid.as_bytes();
     layout.ctime = ctime.into();
-    // Neither is above MAX_HEADER_WRITTEN.
+    // None is above MAX_HEADER_WRITTEN, so the casts lose nothing.
     layout.blob_buffer_offset = (HEADER_FIXED as u32).into();
     layout.blob_buffer_size = (blobs.len() as u32).into();
     layout.header_size = (header_size as u32).into();

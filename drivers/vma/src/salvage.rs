@@ -1,18 +1,17 @@
-//! Restoring what is whole of a damaged archive.
+//! Salvage: restores the intact clusters of a damaged archive and lists the rest.
 //!
-//! A cluster is restored when its extent's header is right and all its sub-blocks are there and can
-//! be read; the first whole copy counts. When an extent is followed by neither another one, nor the
-//! remains of one, nor the end of the archive, then the fault may have begun in its data, and nothing
-//! of it is taken. Where the input ends within an extent it is taken for cut: what comes before
-//! counts. What is missing at the end is handed out as zeros and listed. Data has no checksum
-//! in this format: damage inside data that leaves its length alone can't be seen.
+//! A cluster is intact if its extent header is valid and all its sub-blocks are present and readable;
+//! of several copies the first counts. If the bytes after an extent are neither an extent, nor the
+//! remains of one, nor the end of the archive, a fault may have begun in its data, and salvage drops
+//! the whole extent. If the input ends within an extent, the clusters before the end count. Missing
+//! clusters follow at the end as zeros and are listed as lost. The format has no checksum over data,
+//! so damage that leaves its length unchanged goes unnoticed.
 //!
-//! Where the archive comes through a compression that has checksums, nothing of a damaged frame or
-//! member is taken as long as it is still held, and reading goes on with the next. What had been
-//! handed out before the damage showed (of a frame longer than an extent) is listed.
+//! If the archive comes through a compression with checksums, reading resumes at the next frame or
+//! member after a damaged one. Clusters delivered from a frame before its damage showed, which takes
+//! a frame longer than an extent, are listed as unverified.
 //!
-//! An archive's header that is damaged is taken as far as it can be made out; then every device is
-//! listed, with an empty range if nothing else of it is lost.
+//! A damaged archive header is used as far as it can be decoded; every device then gets a remark.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,29 +20,32 @@ use imgtool_toolkit::{BufferPool, Device, DeviceId, Doubt, Input, Loss, Piece, R
 use roaring::RoaringBitmap;
 use uuid::Uuid;
 
+use crate::cluster::{VmaCluster, data_piece, piece_group, stored_ranges};
 use crate::header::ArchiveHeader;
 use crate::layout::{CLUSTER, EXTENT_HEADER, SUB_BLOCK};
-use crate::scan::{Certainty, Found, FoundExtent, Scanner, Window};
-use crate::stream::{group_at, piece, stored_ranges};
-use crate::tracker::{Placed, Tracker};
+use crate::scan::{ScanExtent, ScanItem, Scanner};
+use crate::tracker::Tracker;
+use crate::window::{ChecksumState, Window};
 
-/// Losses that are listed one by one; what comes after is joined to the last. Ours: bounds memory.
+/// Losses listed one by one; further ones are joined to the last. Our limit: bounds memory.
 const MAX_LOSSES: usize = 65_536;
-/// Most zeros in one piece. Ours: a million pieces for all that an archive can name, and a sink that takes
-/// 256 KiB at once has 2^18 of them in its queue.
+/// Most zeros in one piece, bytes. Our limit: the largest archive then takes a million pieces, and a
+/// sink that accepts 256 KiB at a time queues 2^18 parts of one.
 const MAX_ZERO_PIECE: u64 = 64 << 30;
 
-/// What a damaged header means.
-const DOUBTFUL_HEADER: &str =
-    "names, sizes and configurations are as far as they can be made out, and may be wrong";
-/// Why a cluster that was restored is listed.
-const TWICE: &str = "it is in the archive more than once; the first copy was taken";
-const MISLED: &str = "it was restored, but the compressed stream is damaged before the checksum of this part, so it may be wrong";
-/// Of a device as a whole.
-const UNPROVEN: &str =
-    "the compressed stream ends before its checksum: nothing proves that what was restored is right";
+/// Note for an archive whose header is damaged.
+const DAMAGED_HEADER: &str =
+    "names, sizes and configurations were decoded as far as possible and may be wrong";
+/// Reason to list a restored cluster.
+const DUPLICATED: &str = "it is in the archive more than once; the first copy was used";
+/// Reason to list a restored cluster.
+const UNVERIFIED: &str =
+    "it was restored but may be wrong: the compressed stream is damaged before the checksum of this part";
+/// Remark on every device.
+const CUT_BEFORE_CHECKSUM: &str =
+    "the compressed stream ends before its checksum, so what was restored is unverified";
 
-/// The first fault, and how many there were.
+/// The first fault of the archive, and the number of faults.
 #[derive(Default)]
 struct Faults {
     first: Option<String>,
@@ -56,61 +58,68 @@ impl Faults {
         self.first.get_or_insert_with(|| format!("file offset {file_offset}: {message}"));
     }
 
-    /// Why clusters are missing.
+    /// Reason to list a missing cluster.
     fn reason(&self) -> String {
         match (&self.first, self.count) {
             (None, _) => "it is not in the archive".to_owned(),
-            (Some(first), 1) => format!("no whole copy is in the archive, which is damaged ({first})"),
+            (Some(first), 1) => format!("no complete copy in the archive, which is damaged ({first})"),
             (Some(first), count) => {
                 format!(
-                    "no whole copy is in the archive, which is damaged in {count} places ({first} is the first)"
+                    "no complete copy in the archive, which is damaged in {count} places (first: {first})"
                 )
             }
         }
     }
 }
 
-/// A damaged archive, read in one pass.
+/// One-pass reader of a damaged archive.
 pub(crate) struct Salvage {
     header: Arc<ArchiveHeader>,
     scanner: Scanner,
     tracker: Tracker,
     faults: Faults,
-    /// Clusters of each device that came more than once.
-    doubtful: Vec<RoaringBitmap>,
-    /// Clusters that came from a part of a compressed stream whose checksum has not been seen.
-    unchecked: Vec<RoaringBitmap>,
-    /// Clusters that came from a part of a compressed stream whose checksum was wrong or never came.
-    misled: Vec<RoaringBitmap>,
-    /// Whole clusters of the current extent, and where their data stands in the input.
-    whole: Vec<(Placed, u64)>,
-    next_slot: usize,
-    /// Where the filling of gaps stands, once the input has ended.
-    filling: Option<Filling>,
+    /// Per device: clusters found more than once.
+    duplicated: Vec<RoaringBitmap>,
+    /// Per device: clusters from a part of a compressed stream whose checksum is not read yet.
+    pending: Vec<RoaringBitmap>,
+    /// Per device: clusters from a part of a compressed stream whose checksum was wrong or missing.
+    unverified: Vec<RoaringBitmap>,
+    /// Intact clusters of the current extent, with the archive offset of their data.
+    intact: Vec<(VmaCluster, u64)>,
+    /// Index into `intact` of the next cluster to deliver.
+    next_cluster: usize,
+    /// Progress of filling gaps, once the input has ended.
+    gap_fill: Option<GapFill>,
     losses: Vec<Loss>,
     /// Why names and sizes may be wrong.
     header_damage: Option<String>,
 }
 
-struct Filling {
+/// Progress of delivering zeros for missing clusters.
+struct GapFill {
+    /// Index of the device in the header.
     device: usize,
-    from: u64,
-    /// Guest bytes that are still to be handed out as zeros.
+    /// Cluster from which to look for the next gap.
+    next_cluster: u64,
+    /// Guest bytes of the current gap that are not delivered yet.
     zeros: Range<u64>,
 }
 
 impl Salvage {
-    /// Opens an archive whose header tells of a device at least.
+    /// Opens an archive.
+    ///
+    /// # Errors
+    /// Fails if not even one device can be decoded from the archive header.
     pub(crate) fn open(input: Input) -> Result<(Arc<ArchiveHeader>, Self)> {
         let mut window = Window::new(input)?;
-        let (mut header, damage) = ArchiveHeader::salvage(&mut window).map_err(|e| {
-            e.hint("without its header nothing of an archive can be restored; use another copy or backup")
+        let (mut header, damage) = ArchiveHeader::read_lenient(&mut window).map_err(|e| {
+            e.hint("an archive can't be restored without its header; use another copy or backup")
         })?;
         let header_damage = damage.map(|error| {
             if let Some(uuid) = window.first_uuid() {
                 header.uuid = Uuid::from_bytes(uuid);
             }
-            header.notes.push(format!("the archive's header is damaged ({error}): {DOUBTFUL_HEADER}"));
+            header.notes.push(format!("the archive's header is damaged ({error}): {DAMAGED_HEADER}"));
             format!("the archive's header is damaged ({error}): the name and size may be wrong")
         });
         let header = Arc::new(header);
@@ -118,12 +127,12 @@ impl Salvage {
             scanner: Scanner::new(window, *header.uuid.as_bytes(), u64::from(header.header_size)),
             tracker: Tracker::lenient(&header.devices),
             faults: Faults::default(),
-            doubtful: bitmaps(&header),
-            unchecked: bitmaps(&header),
-            misled: bitmaps(&header),
-            whole: Vec::new(),
-            next_slot: 0,
-            filling: None,
+            duplicated: bitmaps(&header),
+            pending: bitmaps(&header),
+            unverified: bitmaps(&header),
+            intact: Vec::new(),
+            next_cluster: 0,
+            gap_fill: None,
             losses: Vec::new(),
             header_damage,
             header: Arc::clone(&header),
@@ -131,15 +140,15 @@ impl Salvage {
         Ok((header, salvage))
     }
 
-    /// What could not be restored, by device and ascending.
+    /// The lost and unverified ranges, by device and ascending; complete after the last piece.
     pub(crate) fn losses(&self) -> Vec<Loss> {
         self.losses.clone()
     }
 
-    /// What holds for every device as a whole.
+    /// Remarks that hold for every device as a whole.
     pub(crate) fn doubts(&self) -> Vec<Doubt> {
-        let unproven = self.scanner.window().unproven.then(|| UNPROVEN.to_owned());
-        let reasons: Vec<String> = self.header_damage.iter().cloned().chain(unproven).collect();
+        let cut = self.scanner.window().was_cut_before_checksum().then(|| CUT_BEFORE_CHECKSUM.to_owned());
+        let reasons: Vec<String> = self.header_damage.iter().cloned().chain(cut).collect();
         let of_device = |device: &Device| {
             reasons
                 .iter()
@@ -149,83 +158,84 @@ impl Salvage {
         self.header.devices.iter().flat_map(of_device).collect()
     }
 
-    /// Looks at what the compression's checksums say of the clusters that were taken so far.
-    fn note_checksums(&mut self, position: u64) {
-        // The last extent was taken before the end was seen.
-        for (placed, file_offset) in &self.whole {
-            let file = *file_offset..*file_offset + placed.stored_len();
-            if self.scanner.window().is_doubtful(&file)
-                && let Some(index) = self.index_of(placed.device)
+    /// Settles the clusters delivered so far by the checksums read up to archive offset `position`.
+    fn settle_checksums(&mut self, position: u64) {
+        // The current extent was accepted before a later read found its checksum wrong.
+        for (cluster, file_offset) in &self.intact {
+            let file = *file_offset..*file_offset + cluster.stored_len();
+            if self.scanner.window().is_unverified(&file)
+                && let Some(index) = self.index_of(cluster.device)
             {
-                self.misled[index].insert(placed.cluster);
+                self.unverified[index].insert(cluster.number);
             }
         }
-        self.whole.clear();
-        if self.scanner.window_mut().take_misled() {
-            for (misled, unchecked) in self.misled.iter_mut().zip(&self.unchecked) {
-                *misled |= unchecked;
+        self.intact.clear();
+        let window = self.scanner.window_mut();
+        if window.take_released_unverified() {
+            for (unverified, pending) in self.unverified.iter_mut().zip(&self.pending) {
+                *unverified |= pending;
             }
-        } else if self.scanner.window_mut().certainty(&(position..position)) != Certainty::Right {
+        } else if window.checksum_state(&(position..position)) != ChecksumState::Verified {
             return;
         }
-        self.unchecked.iter_mut().for_each(RoaringBitmap::clear);
+        self.pending.iter_mut().for_each(RoaringBitmap::clear);
     }
 
-    /// Keeps the clusters of an extent that are whole.
-    fn take_extent(&mut self, found: &FoundExtent) {
-        self.note_checksums(found.file_offset);
-        self.next_slot = 0;
-        if let Some(fault) = &found.fault {
-            self.faults.add(found.file_offset, fault);
+    /// Collects the intact clusters of an extent.
+    fn collect_intact(&mut self, extent: &ScanExtent) {
+        self.settle_checksums(extent.file_offset);
+        self.next_cluster = 0;
+        if let Some(fault) = &extent.fault {
+            self.faults.add(extent.file_offset, fault);
         }
-        let named: u32 = found.header.slots.iter().map(|slot| slot.stored()).sum();
-        if named != u32::from(found.header.block_count) {
-            self.faults.add(found.file_offset, "the masks do not fit the number of sub-blocks");
+        let marked: u32 = extent.header.slots.iter().map(|slot| slot.stored()).sum();
+        if marked != u32::from(extent.header.block_count) {
+            self.faults.add(extent.file_offset, "the masks do not match the number of sub-blocks");
             return;
         }
-        if !found.ends_well && !self.would_complete(found) {
-            self.faults.add(found.file_offset, "the extent is not followed by another");
+        if !extent.ends_well && !self.would_complete(extent) {
+            self.faults.add(extent.file_offset, "the extent is not followed by another");
             return;
         }
-        let data = found.file_offset + EXTENT_HEADER as u64;
+        let data = extent.file_offset + EXTENT_HEADER as u64;
         let mut before = 0;
-        let mut is_known = found.fault.is_some();
-        for (number, slot) in found.header.slots.iter().enumerate() {
+        let mut is_reported = extent.fault.is_some();
+        for (slot_index, slot) in extent.header.slots.iter().enumerate() {
             let stored = before..before + u64::from(slot.stored()) * SUB_BLOCK;
             before = stored.end;
             let file = data + stored.start..data + stored.end;
             if slot.dev_id == 0 {
                 continue;
             }
-            if stored.end > found.usable || !self.scanner.window().is_readable(&file) {
-                if !std::mem::replace(&mut is_known, true) {
+            if stored.end > extent.usable || !self.scanner.window().is_readable(&file) {
+                if !std::mem::replace(&mut is_reported, true) {
                     self.faults.add(file.start, "the file can't be read here");
                 }
                 continue;
             }
-            match self.tracker.take(slot, number as u8, false) {
-                Ok(placed) if placed.is_beyond() => {}
-                Ok(placed) => {
-                    if let Some(index) = self.index_of(placed.device) {
-                        match self.scanner.window_mut().certainty(&file) {
-                            Certainty::Right => {}
-                            Certainty::Unknown => _ = self.unchecked[index].insert(placed.cluster),
-                            Certainty::Doubtful => _ = self.misled[index].insert(placed.cluster),
+            match self.tracker.admit_slot(slot, slot_index as u8, false) {
+                Ok(cluster) if cluster.is_beyond() => {}
+                Ok(cluster) => {
+                    if let Some(index) = self.index_of(cluster.device) {
+                        match self.scanner.window_mut().checksum_state(&file) {
+                            ChecksumState::Verified => {}
+                            ChecksumState::Pending => _ = self.pending[index].insert(cluster.number),
+                            ChecksumState::Failed => _ = self.unverified[index].insert(cluster.number),
                         }
                     }
-                    self.whole.push((placed, file.start));
+                    self.intact.push((cluster, file.start));
                 }
                 Err(error) => {
-                    self.doubt(DeviceId(u32::from(slot.dev_id)), slot.cluster_num);
-                    self.faults.add(found.file_offset, error.message());
+                    self.note_duplicate(DeviceId(u32::from(slot.dev_id)), slot.cluster_num);
+                    self.faults.add(extent.file_offset, error.message());
                 }
             }
         }
     }
 
-    /// Whether the archive is complete with this extent: what stands behind it then does not matter.
-    fn would_complete(&self, found: &FoundExtent) -> bool {
-        let used = found.header.slots.iter().filter(|slot| slot.dev_id != 0).count() as u64;
+    /// True if this extent completes the archive, so that the bytes after it do not matter.
+    fn would_complete(&self, extent: &ScanExtent) -> bool {
+        let used = extent.header.slots.iter().filter(|slot| slot.dev_id != 0).count() as u64;
         self.tracker.missing_count() <= used
     }
 
@@ -233,80 +243,78 @@ impl Salvage {
         self.header.devices.iter().position(|known| known.id == device)
     }
 
-    /// A cluster came again: which copy is right can't be known.
-    fn doubt(&mut self, device: DeviceId, cluster: u32) {
+    /// Records a cluster that the tracker refused, in most cases a second copy; nothing tells which
+    /// copy is right.
+    fn note_duplicate(&mut self, device: DeviceId, cluster: u32) {
         let index = self.index_of(device);
         if let Some((index, known)) = index.and_then(|index| Some((index, self.header.devices.get(index)?)))
             && u64::from(cluster) * CLUSTER < known.size
         {
-            self.doubtful[index].insert(cluster);
+            self.duplicated[index].insert(cluster);
         }
     }
 
-    /// The next piece of the current extent.
-    fn next_whole(&mut self, pool: &BufferPool) -> Option<Piece> {
-        let slots: Vec<Placed> = self.whole.iter().map(|(placed, _)| *placed).collect();
-        let group = group_at(&slots, self.next_slot);
-        let (first, _) = *self.whole.get(group.start)?;
-        self.next_slot = group.end;
-        let slots = &slots[group.clone()];
-        let len = slots.iter().map(|placed| placed.len).sum();
+    /// Returns the next piece of the current extent.
+    fn next_intact(&mut self, pool: &BufferPool) -> Option<Piece> {
+        let clusters: Vec<VmaCluster> = self.intact.iter().map(|(cluster, _)| *cluster).collect();
+        let group = piece_group(&clusters, self.next_cluster);
+        let (first, _) = *self.intact.get(group.start)?;
+        self.next_cluster = group.end;
+        let clusters = &clusters[group.clone()];
+        let len = clusters.iter().map(|cluster| cluster.len).sum();
         if first.mask == 0 {
             return Some(Piece::zero(first.device, first.start, len));
         }
-        let mut buffer = pool.take(slots.len() * CLUSTER as usize);
+        let mut buffer = pool.take(clusters.len() * CLUSTER as usize);
         buffer.fill(0);
-        for (number, (placed, file_offset)) in self.whole[group].iter().enumerate() {
+        for (index, (cluster, file_offset)) in self.intact[group].iter().enumerate() {
             let mut from = *file_offset;
-            for range in stored_ranges(std::slice::from_ref(placed)) {
-                let to = range.start + number * CLUSTER as usize;
+            for range in stored_ranges(std::slice::from_ref(cluster)) {
+                let to = range.start + index * CLUSTER as usize;
                 buffer[to..to + range.len()].copy_from_slice(self.scanner.window().slice(from, range.len()));
                 from += range.len() as u64;
             }
         }
-        Some(piece(&first, len, buffer, stored_ranges(slots)))
+        Some(data_piece(&first, len, buffer, stored_ranges(clusters)))
     }
 
-    /// The next piece of zeros for what did not come.
+    /// Returns the next piece of zeros for missing clusters, and lists them.
     fn next_gap(&mut self) -> Option<Piece> {
         loop {
-            let filling = self.filling.get_or_insert(Filling { device: 0, from: 0, zeros: 0..0 });
-            let device = self.header.devices.get(filling.device)?;
-            if !filling.zeros.is_empty() {
-                let end = filling.zeros.end.min(filling.zeros.start + MAX_ZERO_PIECE);
-                let piece = Piece::zero(device.id, filling.zeros.start, end - filling.zeros.start);
-                filling.zeros.start = end;
+            let fill = self.gap_fill.get_or_insert(GapFill { device: 0, next_cluster: 0, zeros: 0..0 });
+            let device = self.header.devices.get(fill.device)?;
+            if !fill.zeros.is_empty() {
+                let end = fill.zeros.end.min(fill.zeros.start + MAX_ZERO_PIECE);
+                let piece = Piece::zero(device.id, fill.zeros.start, end - fill.zeros.start);
+                fill.zeros.start = end;
                 return Some(piece);
             }
-            match self.tracker.next_missing(filling.device, filling.from) {
+            match self.tracker.next_missing(fill.device, fill.next_cluster) {
                 Some(clusters) => {
-                    filling.from = clusters.end;
-                    filling.zeros = clusters.start * CLUSTER..(clusters.end * CLUSTER).min(device.size);
-                    let loss = Loss {
-                        device: device.id,
-                        guest: filling.zeros.clone(),
-                        reason: self.faults.reason(),
-                    };
+                    fill.next_cluster = clusters.end;
+                    fill.zeros = clusters.start * CLUSTER..(clusters.end * CLUSTER).min(device.size);
+                    let loss =
+                        Loss { device: device.id, guest: fill.zeros.clone(), reason: self.faults.reason() };
                     push_loss(&mut self.losses, loss);
                 }
                 None => {
-                    let index = filling.device;
-                    *filling = Filling { device: index + 1, from: 0, zeros: 0..0 };
-                    self.list_doubtful(index);
+                    let index = fill.device;
+                    *fill = GapFill { device: index + 1, next_cluster: 0, zeros: 0..0 };
+                    self.list_unverified(index);
                 }
             }
         }
     }
 
-    /// Lists what of a device came twice, in its place among the losses.
-    fn list_doubtful(&mut self, index: usize) {
+    /// Lists the duplicated and unverified clusters of a device, sorted in among its losses.
+    fn list_unverified(&mut self, index: usize) {
         let Some(device) = self.header.devices.get(index) else { return };
-        let doubtful = std::mem::take(&mut self.doubtful[index]);
-        let misled = std::mem::take(&mut self.misled[index]) - &doubtful;
-        if doubtful.is_empty() && misled.is_empty() {
+        let duplicated = std::mem::take(&mut self.duplicated[index]);
+        let unverified = std::mem::take(&mut self.unverified[index]) - &duplicated;
+        if duplicated.is_empty() && unverified.is_empty() {
             return;
         }
-        for (clusters, reason) in [(doubtful, TWICE), (misled, MISLED)] {
+        for (clusters, reason) in [(duplicated, DUPLICATED), (unverified, UNVERIFIED)] {
             for cluster in clusters {
                 let start = u64::from(cluster) * CLUSTER;
                 let guest = start..(start + CLUSTER).min(device.size);
@@ -320,26 +328,27 @@ impl Salvage {
 
 impl SequentialAccess for Salvage {
     fn next_piece(&mut self, pool: &BufferPool) -> Result<Option<Piece>> {
-        while self.filling.is_none() {
-            if let Some(piece) = self.next_whole(pool) {
+        while self.gap_fill.is_none() {
+            if let Some(piece) = self.next_intact(pool) {
                 return Ok(Some(piece));
             }
             match self.scanner.next() {
-                Found::Extent(found) => self.take_extent(&found),
-                Found::Fault { file, message } => self.faults.add(file.start, &message),
-                Found::End => break,
+                ScanItem::Extent(extent) => self.collect_intact(&extent),
+                ScanItem::Fault { file, message } => self.faults.add(file.start, &message),
+                ScanItem::End => break,
             }
         }
-        self.note_checksums(u64::MAX);
+        self.settle_checksums(u64::MAX);
         Ok(self.next_gap())
     }
 }
 
+/// An empty bitmap for each device.
 fn bitmaps(header: &ArchiveHeader) -> Vec<RoaringBitmap> {
     header.devices.iter().map(|_| RoaringBitmap::new()).collect()
 }
 
-/// Adds a loss; joined to the last one where it goes on or the list is full.
+/// Adds a loss, joined to the last one if it continues that one or the list is full.
 fn push_loss(losses: &mut Vec<Loss>, loss: Loss) {
     let full = losses.len() >= MAX_LOSSES;
     if let Some(last) = losses.last_mut()

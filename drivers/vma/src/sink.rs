@@ -1,8 +1,8 @@
-//! Writing archives, to files and to pipes alike: the header, then extents one after the other.
+//! Writer of archives, to files and pipes alike: the archive header, then extents one after the other.
 //!
-//! Every piece becomes extents of its own, so pieces are prepared independently: header and MD5 are
-//! made, the data stays where it is in the piece's buffer. Placing gives each piece the next bytes of
-//! the file.
+//! Each piece becomes extents of its own, so pieces can be prepared independently: preparing encodes
+//! the extent headers and leaves the data in the piece's buffer. Placing appends the extents to the
+//! archive.
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -17,33 +17,35 @@ use crate::layout::{CLUSTER, CLUSTERS_PER_EXTENT, EXTENT_HEADER, SUB_BLOCK, SUB_
 use crate::options::VmaOptions;
 use crate::plan::{ArchivePlan, PlannedDevice};
 
-/// Guest bytes of an extent.
+/// Guest bytes covered by a full extent.
 const EXTENT_SPAN: u64 = CLUSTER * CLUSTERS_PER_EXTENT as u64;
-/// Extents that one piece of zeros may become: 512 KiB of headers, 3.7 GiB of guest. Ours.
+/// Most extents made of one piece of zeros: 512 KiB of headers, 3.7 GiB of guest. Our limit.
 const ZERO_EXTENTS: u64 = 1024;
 
-/// An archive in the making.
+/// Writer of one archive.
 pub(crate) struct VmaSink {
     output: Output,
     plan: ArchivePlan,
-    /// `-S`: zeros shorter than this many bytes, at most a cluster, are stored like data; `None`: all
-    /// zeros are.
+    /// Shortest run of zeros that is omitted, bytes, at most a cluster; `None` to store all zeros.
     zero_unit: Option<u64>,
     state: Mutex<State>,
 }
 
+/// Progress of placing.
 struct State {
-    /// Where the next extent goes.
+    /// Archive offset of the next extent.
     file_offset: u64,
-    /// Clusters of each device that have been placed.
-    placed: Vec<u64>,
+    /// Clusters placed so far, per device of the plan.
+    clusters_placed: Vec<u64>,
 }
 
 impl VmaSink {
+    /// Plans an archive of `manifest`. Writes nothing yet.
     pub(crate) fn create(output: Output, manifest: &Manifest, options: &CreateOptions) -> Result<Self> {
         let options = VmaOptions::parse(options)?;
         let plan = ArchivePlan::new(manifest, &options)?;
-        let state = State { file_offset: plan.header.len() as u64, placed: vec![0; plan.devices.len()] };
+        let state =
+            State { file_offset: plan.header.len() as u64, clusters_placed: vec![0; plan.devices.len()] };
         Ok(Self { output, plan, zero_unit: options.zero_unit, state: Mutex::new(state) })
     }
 
@@ -51,8 +53,8 @@ impl VmaSink {
         self.plan.device(id).ok_or_else(|| Error::usage(format!("the archive has no device {id}")))
     }
 
-    /// Whether zeros of a device are stored. Those of a state always are: the reference program's reader
-    /// drops its zero sub-blocks.
+    /// True if all zeros of a device are stored. Those of guest state always are, because the reference
+    /// program drops zero sub-blocks of guest state when it reads.
     fn stores_zeros(&self, device: &PlannedDevice) -> bool {
         device.is_state || self.zero_unit.is_none()
     }
@@ -60,12 +62,12 @@ impl VmaSink {
 
 impl ImageSink for VmaSink {
     fn geometry(&self, device: DeviceId) -> Geometry {
-        let whole = self.plan.device(device).is_some_and(|device| self.stores_zeros(device));
+        let stores_zeros = self.plan.device(device).is_some_and(|device| self.stores_zeros(device));
         Geometry {
             granule: CLUSTER,
             granule_required: true,
             piece_len: EXTENT_SPAN,
-            max_zero_len: if whole { EXTENT_SPAN } else { EXTENT_SPAN * ZERO_EXTENTS },
+            max_zero_len: if stores_zeros { EXTENT_SPAN } else { EXTENT_SPAN * ZERO_EXTENTS },
             ordered: true,
         }
     }
@@ -91,11 +93,11 @@ impl ImageSink for VmaSink {
         check_piece(device, &piece)?;
         let piece = if self.zero_unit.is_none() { piece.with_zeros_as_data(pool) } else { piece };
         let masks = if self.stores_zeros(device) {
-            Masks::all(&piece, device)
+            ClusterMasks::all(&piece, device)
         } else {
-            // At most a cluster.
+            // Fits usize: at most a cluster.
             let unit = self.zero_unit.unwrap_or(SUB_BLOCK).min(CLUSTER) as usize;
-            Masks::of(piece.dense_runs(SUB_BLOCK as usize, unit), &piece)
+            ClusterMasks::of_runs(piece.dense_runs(SUB_BLOCK as usize, unit), &piece)
         };
         let extents = masks.clusters.len().div_ceil(CLUSTERS_PER_EXTENT);
         let tail = masks.tail_len(&piece);
@@ -104,8 +106,8 @@ impl ImageSink for VmaSink {
         let mut prepared = Prepared::new(piece);
         let mut builder =
             ExtentBuilder { sink: self, device, prepared: &mut prepared, encoded: &mut encoded, tail };
-        for number in 0..extents {
-            builder.extent(number, extents, &masks)?;
+        for index in 0..extents {
+            builder.add_extent(index, extents, &masks)?;
         }
         prepared.encoded = Some(encoded);
         Ok(prepared)
@@ -117,13 +119,13 @@ impl ImageSink for VmaSink {
         };
         let device = &self.plan.devices[index];
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if device.is_state && prepared.start != state.placed[index] * CLUSTER {
-            return Err(Error::unsupported("the state of a guest must come in order")
+        if device.is_state && prepared.start != state.clusters_placed[index] * CLUSTER {
+            return Err(Error::unsupported("guest state must be written in order")
                 .device(&device.name)
                 .guest(prepared.start..prepared.start + prepared.len)
                 .hint("save the source to a file and convert from there"));
         }
-        state.placed[index] += prepared.len.div_ceil(CLUSTER);
+        state.clusters_placed[index] += prepared.len.div_ceil(CLUSTER);
         for part in &prepared.parts {
             writes.push(state.file_offset, part.bytes.clone());
             state.file_offset += part.bytes.len();
@@ -133,7 +135,7 @@ impl ImageSink for VmaSink {
 
     fn finish(&self) -> Result<()> {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        for (device, placed) in self.plan.devices.iter().zip(&state.placed) {
+        for (device, placed) in self.plan.devices.iter().zip(&state.clusters_placed) {
             if *placed != device.clusters {
                 return Err(Error::corrupt(format!(
                     "{placed} of {} clusters were written: the source was not read in full",
@@ -142,7 +144,7 @@ impl ImageSink for VmaSink {
                 .device(&device.name));
             }
         }
-        // Zeros at the very end of a state are not written to a new file.
+        // A new file may lack zeros at the end of guest state, which are not written to it.
         self.output.set_len(state.file_offset)
     }
 
@@ -167,15 +169,15 @@ fn check_piece(device: &PlannedDevice, piece: &Piece) -> Result<()> {
     .device(&device.name))
 }
 
-/// What of a piece is stored.
-struct Masks {
-    /// One mask for each cluster.
+/// Masks of the clusters of a piece.
+struct ClusterMasks {
+    /// One mask for each cluster; bit *i* is set if sub-block *i* is stored.
     clusters: Vec<u16>,
 }
 
-impl Masks {
-    /// Only what is in `runs`.
-    fn of(runs: Vec<Range<usize>>, piece: &Piece) -> Self {
+impl ClusterMasks {
+    /// Masks that store the sub-blocks touched by `runs`, byte ranges of the piece.
+    fn of_runs(runs: Vec<Range<usize>>, piece: &Piece) -> Self {
         let mut masks = Self::none(piece);
         for run in runs {
             masks.set(run.start as u64 / SUB_BLOCK..(run.end as u64).div_ceil(SUB_BLOCK));
@@ -183,28 +185,28 @@ impl Masks {
         masks
     }
 
-    /// Everything.
+    /// Masks that store every sub-block up to the end of the device.
     fn all(piece: &Piece, device: &PlannedDevice) -> Self {
         let mut masks = Self::none(piece);
-        // The piece may end before the device does by less than a sector.
+        // The last piece may be shorter than the device by less than a sector, which rounding added.
         let end = device.size.min(piece.start + piece.len.next_multiple_of(CLUSTER));
         masks.set(0..(end - piece.start).div_ceil(SUB_BLOCK));
         masks
     }
 
-    /// Nothing. Bounded by `Geometry::max_zero_len`: at most 60,416 clusters.
+    /// Masks that store nothing. `Geometry::max_zero_len` bounds them to 60,416 clusters.
     fn none(piece: &Piece) -> Self {
         Self { clusters: vec![0; piece.len.div_ceil(CLUSTER) as usize] }
     }
 
-    /// Sub-blocks, counted from the start of the piece, are stored.
+    /// Marks sub-blocks, counted from the start of the piece, as stored.
     fn set(&mut self, blocks: Range<u64>) {
         for block in blocks {
             self.clusters[(block / SUB_BLOCKS_PER_CLUSTER) as usize] |= 1 << (block % SUB_BLOCKS_PER_CLUSTER);
         }
     }
 
-    /// Zeros that complete the last sub-block, when it is stored and the piece ends within it.
+    /// Number of zero bytes that complete the last sub-block, if it is stored and the piece ends within it.
     fn tail_len(&self, piece: &Piece) -> usize {
         let tail = piece.len.next_multiple_of(SUB_BLOCK) - piece.len;
         let last = piece.len / SUB_BLOCK;
@@ -214,20 +216,21 @@ impl Masks {
     }
 }
 
-/// Turns a piece into extents.
+/// Encoder of the extents of one piece.
 struct ExtentBuilder<'a> {
     sink: &'a VmaSink,
     device: &'a PlannedDevice,
     prepared: &'a mut Prepared,
+    /// Buffer for the extent headers, followed by `tail` zeros.
     encoded: &'a mut Buffer,
-    /// Zeros behind the headers in `encoded`.
+    /// Number of zeros that complete the last sub-block.
     tail: usize,
 }
 
 impl ExtentBuilder<'_> {
-    /// Makes the extent `number` of `extents`: its header, then what it stores.
-    fn extent(&mut self, number: usize, extents: usize, masks: &Masks) -> Result<()> {
-        let first = number * CLUSTERS_PER_EXTENT;
+    /// Adds the extent `index` of `extents`: its header, then its data.
+    fn add_extent(&mut self, index: usize, extents: usize, masks: &ClusterMasks) -> Result<()> {
+        let first = index * CLUSTERS_PER_EXTENT;
         let clusters = &masks.clusters[first..masks.clusters.len().min(first + CLUSTERS_PER_EXTENT)];
         let first_cluster = self.prepared.start / CLUSTER + first as u64;
         let mut header = ExtentHeader::empty();
@@ -239,16 +242,16 @@ impl ExtentBuilder<'_> {
             block_count += mask.count_ones();
         }
         header.block_count = u16::try_from(block_count).unwrap_or(u16::MAX);
-        let at = number * EXTENT_HEADER;
+        let at = index * EXTENT_HEADER;
         self.encoded[at..at + EXTENT_HEADER].copy_from_slice(&header.encode(self.sink.plan.uuid.as_bytes()));
         let guest = first_cluster * CLUSTER;
         self.push(guest..guest, Bytes::Encoded(at..at + EXTENT_HEADER));
-        self.data(first, clusters, extents);
+        self.add_data(first, clusters, extents);
         Ok(())
     }
 
-    /// The stored sub-blocks of `clusters`, which begin at the cluster `first` of the piece.
-    fn data(&mut self, first: usize, clusters: &[u16], extents: usize) {
+    /// Adds the stored sub-blocks of `clusters`, which begin at the cluster `first` of the piece.
+    fn add_data(&mut self, first: usize, clusters: &[u16], extents: usize) {
         let base = first as u64 * SUB_BLOCKS_PER_CLUSTER;
         let blocks = clusters.len() as u64 * SUB_BLOCKS_PER_CLUSTER;
         let stored = |block: u64| {
@@ -261,20 +264,20 @@ impl ExtentBuilder<'_> {
                 block += 1;
             }
             if block > start {
-                self.stored_run((base + start) * SUB_BLOCK..(base + block) * SUB_BLOCK, extents);
+                self.add_run((base + start) * SUB_BLOCK..(base + block) * SUB_BLOCK, extents);
             } else {
                 block += 1;
             }
         }
     }
 
-    /// A run of stored sub-blocks, as bytes of the piece; the last may reach beyond its end.
-    fn stored_run(&mut self, run: Range<u64>, extents: usize) {
+    /// Adds a run of stored sub-blocks, given as bytes of the piece. The last run may reach past its end.
+    fn add_run(&mut self, run: Range<u64>, extents: usize) {
         let (start, len) = (self.prepared.start, self.prepared.len);
         let within = run.start..run.end.min(len);
         let guest = start + within.start..start + within.end;
         let bytes = if self.prepared.data.is_some() {
-            // Within the piece's buffer, whose length is a usize.
+            // Fits usize: within the piece's buffer.
             Bytes::Data(within.start as usize..within.end as usize)
         } else {
             Bytes::Zero(within.end - within.start)

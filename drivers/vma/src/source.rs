@@ -1,7 +1,7 @@
-//! Reading archives: what is in one, and the three ways to its content.
+//! Opened archives, and the three ways to read them.
 //!
-//! A file is indexed and read at random; a stream, or a file too scattered to be indexed, in one
-//! pass ([`crate::stream`]); a damaged archive in one pass that looks for what is whole
+//! A file is indexed and read at random. A stream, or a file too scattered for the index, is read in
+//! one pass ([`crate::stream`]). Salvage of a damaged archive is another kind of pass
 //! ([`crate::salvage`]).
 
 use std::ops::Range;
@@ -12,12 +12,12 @@ use imgtool_toolkit::{
     ImageSource, Input, Loss, OpenOptions, Piece, RandomAccess, RandomInput, Result, SequentialAccess,
 };
 
-use crate::bytes::Cursor;
-use crate::facts;
+use crate::bytes::FileCursor;
 use crate::header::ArchiveHeader;
 use crate::index::{Index, MAX_RUNS, Run};
+use crate::info;
 use crate::layout::{CLUSTER, CLUSTERS_PER_EXTENT, SUB_BLOCK};
-use crate::masks::MaskCache;
+use crate::mask_cache::MaskCache;
 use crate::salvage::Salvage;
 use crate::stream::ArchiveStream;
 
@@ -25,45 +25,48 @@ use crate::stream::ArchiveStream;
 pub struct VmaSource {
     header: Arc<ArchiveHeader>,
     info: ImageInfo,
-    /// What is wrong, where only facts are wanted.
+    /// The first fault, if the archive was opened for information only.
     damage: Option<Error>,
     body: Body,
 }
 
+/// Access to the content, by the way the archive was opened.
 enum Body {
-    /// Only facts were wanted.
-    Facts(NoContent),
+    /// Opened for information only.
+    InfoOnly(NoContent),
     Indexed(Box<IndexedArchive>),
     Stream(Box<ArchiveStream>),
     Salvage(Box<Salvage>),
 }
 
 impl VmaSource {
-    /// Opens an archive: by index if `input` is a file, else in one pass.
+    /// Opens an archive: with an index if `input` is a file, else for one pass.
     ///
     /// # Errors
-    /// When the header is wrong; for a file also when anything else but the data itself is, unless
-    /// only facts are wanted ([`ImageSource::damage`] has it then).
+    /// Fails if the archive header is invalid. For a file it also fails if an extent header is invalid
+    /// or a cluster is missing; if the options ask for information only, [`ImageSource::damage`]
+    /// returns that error instead.
     pub fn open(input: Input, options: &OpenOptions) -> Result<Self> {
         Self::open_limited(input, options, MAX_RUNS)
     }
 
-    pub(crate) fn open_limited(input: Input, options: &OpenOptions, max_runs: usize) -> Result<Self> {
+    /// Like [`VmaSource::open`], with the most runs that the index may have.
+    fn open_limited(input: Input, options: &OpenOptions, max_runs: usize) -> Result<Self> {
         if options.salvage {
             let (header, salvage) = Salvage::open(input)?;
             return Ok(Self::new(header, Body::Salvage(Box::new(salvage))));
         }
         if options.info_only {
-            return Self::facts(input, options);
+            return Self::open_info_only(input, options);
         }
         if input.is_stream() {
             let mut stream = input.into_stream()?;
-            let header = Arc::new(ArchiveHeader::from_bytes(&mut stream)?);
+            let header = Arc::new(ArchiveHeader::read_from(&mut stream)?);
             let body = Body::Stream(Box::new(ArchiveStream::new(stream, &header, options)));
             return Ok(Self::new(header, body));
         }
         let input = input.into_random()?;
-        let header = Arc::new(ArchiveHeader::from_bytes(&mut Cursor::new(input.clone()))?);
+        let header = Arc::new(ArchiveHeader::read_from(&mut FileCursor::new(input.clone()))?);
         match Index::build(&input, &header, options, max_runs)? {
             Some(index) => {
                 let masks = MaskCache::new(*header.uuid.as_bytes());
@@ -76,26 +79,26 @@ impl VmaSource {
                 Ok(Self::new(header, body))
             }
             None => {
-                let mut stream = Cursor::new(input).into_stream()?;
-                let header = Arc::new(ArchiveHeader::from_bytes(&mut stream)?);
+                let mut stream = FileCursor::new(input).into_stream()?;
+                let header = Arc::new(ArchiveHeader::read_from(&mut stream)?);
                 let body = Body::Stream(Box::new(ArchiveStream::new(stream, &header, options)));
                 Ok(Self::new(header, body))
             }
         }
     }
 
-    /// What can be known without content: of a file what the headers say, of a stream as much of
-    /// that as the options grant.
-    fn facts(input: Input, options: &OpenOptions) -> Result<Self> {
+    /// Opens an archive for information only: counts what all extents of a file hold, or those of a stream
+    /// up to [`OpenOptions::info_stream_len`].
+    fn open_info_only(input: Input, options: &OpenOptions) -> Result<Self> {
         let path = input.path().to_owned();
         let (header, counted) = if input.is_stream() {
             let mut stream = input.into_stream()?;
-            let header = Arc::new(ArchiveHeader::from_bytes(&mut stream)?);
+            let header = Arc::new(ArchiveHeader::read_from(&mut stream)?);
             let counted = Index::count(stream, &header, options, options.info_stream_len);
             (header, counted)
         } else {
-            let mut cursor = Cursor::new(input.into_random()?);
-            let header = Arc::new(ArchiveHeader::from_bytes(&mut cursor)?);
+            let mut cursor = FileCursor::new(input.into_random()?);
+            let header = Arc::new(ArchiveHeader::read_from(&mut cursor)?);
             let counted = Index::count(cursor, &header, options, u64::MAX);
             (header, counted)
         };
@@ -103,11 +106,11 @@ impl VmaSource {
             Ok(index) => (index, None),
             Err(error) => (None, Some(error.path(&path))),
         };
-        let mut info = facts::info(&header, index.as_ref());
+        let mut info = info::info(&header, index.as_ref());
         if index.is_none() && damage.is_none() {
-            info.notes.push(facts::not_counted(options.info_stream_len));
+            info.notes.push(info::not_counted(options.info_stream_len));
         }
-        Ok(Self { header, info, damage, body: Body::Facts(NoContent) })
+        Ok(Self { header, info, damage, body: Body::InfoOnly(NoContent) })
     }
 
     fn new(header: Arc<ArchiveHeader>, body: Body) -> Self {
@@ -115,7 +118,7 @@ impl VmaSource {
             Body::Indexed(archive) => Some(&archive.index),
             _ => None,
         };
-        let info = facts::info(&header, index);
+        let info = info::info(&header, index);
         Self { header, info, damage: None, body }
     }
 
@@ -132,7 +135,7 @@ impl ImageSource for VmaSource {
 
     fn access(&mut self) -> Access<'_> {
         match &mut self.body {
-            Body::Facts(nothing) => Access::Sequential(nothing),
+            Body::InfoOnly(no_content) => Access::Sequential(no_content),
             Body::Indexed(archive) => Access::Random(&**archive),
             Body::Stream(stream) => Access::Sequential(&mut **stream),
             Body::Salvage(salvage) => Access::Sequential(&mut **salvage),
@@ -165,16 +168,16 @@ impl ImageSource for VmaSource {
     }
 }
 
-/// Content that nobody asked for.
+/// Stands in for the content of an archive opened for information only; every read fails.
 struct NoContent;
 
 impl SequentialAccess for NoContent {
     fn next_piece(&mut self, _pool: &BufferPool) -> Result<Option<Piece>> {
-        Err(Error::usage("the archive was opened for what it says about itself, not for its content"))
+        Err(Error::usage("the archive was opened for information only, without its content"))
     }
 }
 
-/// An archive in a file, with its index.
+/// Random access to an archive in a file.
 struct IndexedArchive {
     header: Arc<ArchiveHeader>,
     input: RandomInput,
@@ -182,20 +185,20 @@ struct IndexedArchive {
     masks: MaskCache,
 }
 
-/// A part of a device within one run.
-struct Part<'a> {
+/// A part of a device within one run of the index.
+struct RunSlice<'a> {
     run: &'a Run,
-    /// Guest bytes.
+    /// Guest bytes of the device.
     guest: Range<u64>,
 }
 
-impl Part<'_> {
-    /// First guest byte of the run.
+impl RunSlice<'_> {
+    /// First guest byte of the whole run.
     fn run_start(&self) -> u64 {
         u64::from(self.run.first) * CLUSTER
     }
 
-    /// The sub-blocks that the part touches, counted from the run's first cluster.
+    /// Sub-blocks that the slice touches, counted from the run's first cluster.
     fn blocks(&self) -> Range<u64> {
         let base = self.run_start();
         (self.guest.start - base) / SUB_BLOCK..(self.guest.end - base).div_ceil(SUB_BLOCK)
@@ -203,32 +206,35 @@ impl Part<'_> {
 }
 
 impl IndexedArchive {
-    /// The part of `range` that lies in the run of its first byte.
-    fn part(&self, device: DeviceId, range: Range<u64>) -> Result<Part<'_>> {
-        let run = self.index.device(device).and_then(|known| known.run_of(range.start / CLUSTER));
+    /// The part of `range`, guest bytes, that lies in the run of its first byte.
+    fn run_slice(&self, device: DeviceId, range: Range<u64>) -> Result<RunSlice<'_>> {
+        let run = self.index.device(device).and_then(|index| index.run_of(range.start / CLUSTER));
         let Some(run) = run else {
-            return Err(Error::out_of_bounds("the archive has nothing there").guest(range));
+            return Err(
+                Error::out_of_bounds("the range lies outside the devices of the archive").guest(range)
+            );
         };
-        Ok(Part { run, guest: range.start..range.end.min(run.end() * CLUSTER) })
+        Ok(RunSlice { run, guest: range.start..range.end.min(run.end() * CLUSTER) })
     }
 
-    /// Calls `each` for every stretch of a part: guest bytes, and where they are stored if they are.
+    /// Calls `each` for every stretch of a slice, with its guest bytes, and its file offset if they are
+    /// stored.
     fn stretches(
         &self,
         device: DeviceId,
-        part: &Part<'_>,
+        slice: &RunSlice<'_>,
         mut each: impl FnMut(Range<u64>, Option<u64>) -> Result<()>,
     ) -> Result<()> {
-        if part.run.is_zero() {
-            return each(part.guest.clone(), None);
+        if slice.run.is_zero() {
+            return each(slice.guest.clone(), None);
         }
-        let extent_offset = self.index.extent_offset(part.run);
-        let map = self.masks.extent(&self.input, part.run, device.0, extent_offset)?;
-        let base = part.run_start();
-        for stretch in map.stretches(part.run, part.blocks()) {
+        let extent_offset = self.index.extent_offset(slice.run);
+        let map = self.masks.extent(&self.input, slice.run, device.0, extent_offset)?;
+        let base = slice.run_start();
+        for stretch in map.stretches(slice.run, slice.blocks()) {
             let start = base + stretch.blocks.start * SUB_BLOCK;
             let end = base + stretch.blocks.end * SUB_BLOCK;
-            let clipped = start.max(part.guest.start)..end.min(part.guest.end);
+            let clipped = start.max(slice.guest.start)..end.min(slice.guest.end);
             let file_offset = stretch.file_offset.map(|offset| offset + (clipped.start - start));
             each(clipped, file_offset)?;
         }
@@ -245,14 +251,14 @@ impl RandomAccess for IndexedArchive {
         let mut extents = ExtentList::new();
         let mut position = range.start;
         while position < range.end && !extents.is_full() {
-            let part = self.part(device, position..range.end)?;
-            self.stretches(device, &part, |guest, file_offset| {
+            let slice = self.run_slice(device, position..range.end)?;
+            self.stretches(device, &slice, |guest, file_offset| {
                 let kind = if file_offset.is_some() { ExtentKind::Data } else { ExtentKind::Zero };
                 extents.push(guest.start, guest.end - guest.start, kind);
                 Ok(())
             })
             .map_err(|e| e.device(self.name(device)))?;
-            position = part.guest.end;
+            position = slice.guest.end;
         }
         Ok(extents.into_vec())
     }
@@ -262,15 +268,15 @@ impl RandomAccess for IndexedArchive {
         let end = guest_offset.checked_add(buf.len() as u64).filter(|end| *end <= size);
         let Some(end) = end else {
             return Err(Error::out_of_bounds(format!(
-                "{} bytes at {guest_offset} leave the device of {size} bytes",
+                "{} bytes at {guest_offset} reach past the end of the device of {size} bytes",
                 buf.len()
             ))
             .device(self.name(device)));
         };
         let mut position = guest_offset;
         while position < end {
-            let part = self.part(device, position..end)?;
-            self.stretches(device, &part, |guest, file_offset| {
+            let slice = self.run_slice(device, position..end)?;
+            self.stretches(device, &slice, |guest, file_offset| {
                 let within = (guest.start - guest_offset) as usize..(guest.end - guest_offset) as usize;
                 match file_offset {
                     Some(offset) => self.input.read_exact_at(&mut buf[within], offset),
@@ -280,27 +286,27 @@ impl RandomAccess for IndexedArchive {
                     }
                 }
             })
-            .map_err(|e| e.device(self.name(device)).guest(position..part.guest.end))?;
-            position = part.guest.end;
+            .map_err(|e| e.device(self.name(device)).guest(position..slice.guest.end))?;
+            position = slice.guest.end;
         }
         Ok(())
     }
 
     fn read_granule(&self, _device: DeviceId) -> u64 {
-        // Where reading is only cheap in large units, an extent is decoded as a whole.
+        // A decoder reads cheaply only in large units, so ask for a whole extent at a time.
         if self.input.granule() > 1 { CLUSTER * CLUSTERS_PER_EXTENT as u64 } else { CLUSTER }
     }
 
     fn locate(&self, device: DeviceId, range: Range<u64>) -> Option<FileRange<'_>> {
         let file = self.input.file()?;
-        let part = self.part(device, range).ok().filter(|part| !part.run.is_zero())?;
+        let slice = self.run_slice(device, range).ok().filter(|slice| !slice.run.is_zero())?;
         let map =
-            self.masks.extent(&self.input, part.run, device.0, self.index.extent_offset(part.run)).ok()?;
-        let base = part.run_start();
-        let first = map.stretches(part.run, part.blocks()).into_iter().next()?;
-        let within = part.guest.start - (base + first.blocks.start * SUB_BLOCK);
-        let end = (base + first.blocks.end * SUB_BLOCK).min(part.guest.end);
-        Some(FileRange { file, file_offset: first.file_offset? + within, len: end - part.guest.start })
+            self.masks.extent(&self.input, slice.run, device.0, self.index.extent_offset(slice.run)).ok()?;
+        let base = slice.run_start();
+        let first = map.stretches(slice.run, slice.blocks()).into_iter().next()?;
+        let within = slice.guest.start - (base + first.blocks.start * SUB_BLOCK);
+        let end = (base + first.blocks.end * SUB_BLOCK).min(slice.guest.end);
+        Some(FileRange { file, file_offset: first.file_offset? + within, len: end - slice.guest.start })
     }
 }
 
@@ -311,7 +317,7 @@ mod tests {
 
     const SIZE: u64 = 200 * CLUSTER;
 
-    /// Every other cluster has data, and the order is as bad as can be.
+    /// Clusters in an order without two neighbours, a third of them zero.
     fn scattered() -> (Vec<Slot>, Input) {
         let slots: Vec<Slot> = (0..200)
             .map(|cluster| slot(1, cluster * 7 % 200, if cluster % 3 == 0 { 0 } else { 0x0ff1 }))
@@ -324,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn an_archive_too_scattered_to_be_indexed_is_read_in_one_pass() {
+    fn reads_in_one_pass_above_the_run_limit() {
         let (slots, input) = scattered();
         let mut source = VmaSource::open_limited(input, &OpenOptions::default(), 100).expect("open");
         assert!(source.random().is_none());
@@ -341,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn stored_runs_are_located_in_the_file() {
+    fn locate_finds_stored_runs_in_the_file() {
         let (slots, input) = scattered();
         let source = VmaSource::open(input, &OpenOptions::default()).expect("open");
         let random = source.random().expect("indexed");
@@ -363,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_changes_is_noticed() {
+    fn detects_an_extent_header_that_changed_after_opening() {
         let slots = [slot(1, 0, 1), slot(1, 1, 1)];
         let archive = ArchiveBuilder::new().device(1, "a", 2 * CLUSTER).extents(&slots, 59).build();
         let file = tempfile::NamedTempFile::new().expect("tempfile");
@@ -375,7 +381,7 @@ mod tests {
         std::fs::write(file.path(), changed).expect("write");
         let random = source.random().expect("indexed");
         let error = random.read_at(DeviceId(1), &mut [0; 10], 0).expect_err("changed");
-        assert_eq!(error.message(), "the extent header has changed while the archive was being read");
+        assert_eq!(error.message(), "the extent header changed while the archive was being read");
         assert_eq!((error.device_name(), error.file_offset()), (Some("a"), Some(12_800)));
     }
 }

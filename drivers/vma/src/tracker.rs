@@ -1,190 +1,167 @@
-//! Which clusters have come: every one must come once.
+//! Record of the clusters read so far: each must come exactly once.
+
+use std::ops::Range;
 
 use imgtool_toolkit::{Device, DeviceId, DeviceKind, Error, Result};
 use roaring::RoaringBitmap;
 
+use crate::cluster::VmaCluster;
 use crate::extent::{BlockInfo, ExtentHeader};
-use crate::layout::{CLUSTER, CLUSTER_MAP_UNIT, SUB_BLOCK, TABLE_ENTRIES, clusters_of};
+use crate::layout::{CLUSTER, CLUSTER_MAP_UNIT, TABLE_ENTRIES, clusters_of};
+use crate::reference;
 
-/// Clusters after which the bitmaps are packed: dense ones become runs, so that 64 TiB fit into a
-/// few MiB.
-const PACK_INTERVAL: u32 = 1 << 22;
+/// Clusters between two compactions of the bitmaps, which turn dense ones into runs: 64 TiB then take
+/// a few MiB.
+const COMPACT_INTERVAL: u32 = 1 << 22;
 
-/// Clusters of which the bitmaps note the first with some 60 bytes, the others with 2 or less: the unit of
-/// the bitmaps, 4 GiB of guest.
-const PART_BITS: u32 = 16;
+/// Cluster numbers that share their upper bits share a container of the bitmap: 2^16 clusters, 4 GiB
+/// of guest. The first cluster in a container costs some 60 bytes, each further one at most 2.
+const CONTAINER_BITS: u32 = 16;
 
-/// Most such parts of all devices that anything may have come of. Ours: 4 PiB of guest. Of real archives
-/// all of a part comes; one that has a cluster in each of millions was made to take memory.
-const MAX_PARTS: usize = 1 << 20;
+/// Most containers of all devices together: 4 PiB of guest. Our limit: real archives fill their
+/// containers; an archive with one cluster in each of millions was made to exhaust memory.
+const MAX_CONTAINERS: usize = 1 << 20;
 
-/// A slot that is legal, and where its content belongs.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Placed {
-    pub(crate) device: DeviceId,
-    pub(crate) cluster: u32,
-    pub(crate) mask: u16,
-    /// Position among the slots of the extent.
-    pub(crate) slot: u8,
-    /// First guest byte.
-    pub(crate) start: u64,
-    /// Guest bytes: less than a cluster at the device's end, none beyond it.
-    pub(crate) len: u64,
-}
-
-impl Placed {
-    /// Bytes that are stored for it.
-    pub(crate) fn stored_len(&self) -> u64 {
-        u64::from(self.mask.count_ones()) * SUB_BLOCK
-    }
-
-    /// The sub-blocks that are stored and not past the device's end.
-    pub(crate) fn mask_within(&self) -> u16 {
-        let blocks = self.len.div_ceil(SUB_BLOCK).min(u64::from(u16::BITS));
-        self.mask & ((1u32 << blocks) - 1) as u16
-    }
-
-    /// Whether its content is left out: it lies beyond the device.
-    pub(crate) fn is_beyond(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Whether `next` goes on in the guest where this one ends.
-    pub(crate) fn joins(&self, next: &Placed) -> bool {
-        self.device == next.device && self.len == CLUSTER && self.start + self.len == next.start
-    }
-}
-
-/// The state of every device while the extents go by.
+/// Clusters of all devices that have been read.
 pub(crate) struct Tracker {
-    devices: Vec<Tracked>,
-    /// Index into `devices` by `dev_id`.
+    devices: Vec<DeviceTracker>,
+    /// Index into `devices`, by `dev_id`.
     by_id: [Option<u8>; TABLE_ENTRIES],
-    /// The state of a running guest must come in order.
+    /// True if the clusters of guest state must come in order.
     state_in_order: bool,
-    since_packed: u32,
-    /// Parts that something has come of, over all devices.
-    parts: usize,
+    /// Clusters added since the last compaction.
+    since_compaction: u32,
+    /// Bitmap containers in use, over all devices.
+    containers: usize,
 }
 
-struct Tracked {
+struct DeviceTracker {
     id: DeviceId,
     name: String,
     kind: DeviceKind,
+    /// Bytes.
     size: u64,
+    /// Clusters of the device.
     clusters: u64,
-    /// Clusters within the device that have come.
-    come: u64,
-    /// Clusters of a state beyond its size.
-    beyond: u64,
-    /// All that have come; zero clusters slightly beyond the device among them.
+    /// Clusters read that lie within the device.
+    seen_within: u64,
+    /// Clusters read that lie past the end of guest state.
+    seen_beyond: u64,
+    /// All clusters read, except those past the end of guest state.
     seen: RoaringBitmap,
-    /// Their parts.
-    parts: RoaringBitmap,
+    /// Containers in use by `seen`.
+    containers: RoaringBitmap,
 }
 
 impl Tracker {
     pub(crate) fn new(devices: &[Device]) -> Self {
         let mut by_id = [None; TABLE_ENTRIES];
-        let mut tracked = Vec::new();
+        let mut trackers = Vec::new();
         for device in devices {
-            // There are at most 254 devices, with ids below 255.
-            by_id[device.id.0 as usize % TABLE_ENTRIES] = Some(tracked.len() as u8);
-            tracked.push(Tracked {
+            // At most 254 devices, with ids below 255.
+            by_id[device.id.0 as usize % TABLE_ENTRIES] = Some(trackers.len() as u8);
+            trackers.push(DeviceTracker {
                 id: device.id,
                 name: device.name.clone(),
                 kind: device.kind,
                 size: device.size,
                 clusters: clusters_of(device.size),
-                come: 0,
-                beyond: 0,
+                seen_within: 0,
+                seen_beyond: 0,
                 seen: RoaringBitmap::new(),
-                parts: RoaringBitmap::new(),
+                containers: RoaringBitmap::new(),
             });
         }
-        Self { devices: tracked, by_id, state_in_order: true, since_packed: 0, parts: 0 }
+        Self { devices: trackers, by_id, state_in_order: true, since_compaction: 0, containers: 0 }
     }
 
-    /// For salvage: what follows a gap in the state is as good as any.
+    /// A tracker for salvage: accepts guest state that continues after a gap.
     pub(crate) fn lenient(devices: &[Device]) -> Self {
         Self { state_in_order: false, ..Self::new(devices) }
     }
 
-    /// Checks all slots of an extent in order and fills `placed` with those that own something.
-    pub(crate) fn admit(&mut self, extent: &ExtentHeader, placed: &mut Vec<Placed>) -> Result<()> {
-        placed.clear();
+    /// Checks all slots of an extent in order and fills `clusters` with those that are not empty.
+    pub(crate) fn admit_extent(
+        &mut self,
+        extent: &ExtentHeader,
+        clusters: &mut Vec<VmaCluster>,
+    ) -> Result<()> {
+        clusters.clear();
         let mut blocks = 0;
-        for (number, slot) in extent.slots.iter().enumerate() {
+        for (index, slot) in extent.slots.iter().enumerate() {
             if slot.dev_id == 0 {
                 continue;
             }
             blocks += slot.stored();
             let too_many = blocks > u32::from(extent.block_count);
-            placed.push(self.take(slot, number as u8, too_many)?);
+            clusters.push(self.admit_slot(slot, index as u8, too_many)?);
         }
         if blocks < u32::from(extent.block_count) {
-            return Err(Error::malformed("vma extent error - missing blocks")
-                .hint(format!("{} sub-blocks are announced, the masks name {blocks}", extent.block_count)));
+            return Err(Error::malformed(reference::MISSING_BLOCKS).hint(format!(
+                "the extent header counts {} sub-blocks, its masks mark {blocks}",
+                extent.block_count
+            )));
         }
         Ok(())
     }
 
-    /// Checks one slot, in the order in which the reference program does.
-    pub(crate) fn take(&mut self, slot: &BlockInfo, number: u8, too_many: bool) -> Result<Placed> {
-        let index = self.by_id[usize::from(slot.dev_id)];
-        let Some(device) = index.and_then(|index| self.devices.get_mut(usize::from(index))) else {
+    /// Checks one slot, which is not empty, in the order of the reference program. `too_many` is true
+    /// if the masks up to this slot mark more sub-blocks than the extent counts.
+    pub(crate) fn admit_slot(&mut self, slot: &BlockInfo, index: u8, too_many: bool) -> Result<VmaCluster> {
+        let position = self.by_id[usize::from(slot.dev_id)];
+        let Some(device) = position.and_then(|position| self.devices.get_mut(usize::from(position))) else {
             return Err(Error::malformed(format!("got wrong dev id {}", slot.dev_id))
-                .hint("the archive header knows no such device"));
+                .hint("the archive header has no such device"));
         };
-        let cluster = slot.cluster_num;
-        let start = u64::from(cluster) * CLUSTER;
+        let number = slot.cluster_num;
+        let start = u64::from(number) * CLUSTER;
         device
             .check(slot, self.state_in_order, too_many)
             .map_err(|e| e.device(&device.name).guest(start..start + CLUSTER))?;
-        if device.parts.insert(cluster >> PART_BITS) {
-            self.parts += 1;
+        if device.containers.insert(number >> CONTAINER_BITS) {
+            self.containers += 1;
         }
-        if self.parts > MAX_PARTS {
+        if self.containers > MAX_CONTAINERS {
             return Err(Error::limit("the clusters are scattered over more than 4 PiB of guest")
                 .device(&device.name)
                 .guest(start..start + CLUSTER)
-                .hint("no archive of a real guest is"));
+                .hint("archives of real guests are not; this one was made to exhaust memory"));
         }
-        device.add(cluster);
-        self.since_packed += 1;
+        device.add(number);
+        self.since_compaction += 1;
         let len = device.size.saturating_sub(start).min(CLUSTER);
-        let placed = Placed { device: device.id, cluster, mask: slot.mask, slot: number, start, len };
-        if self.since_packed >= PACK_INTERVAL {
-            self.pack();
+        let cluster = VmaCluster { device: device.id, number, mask: slot.mask, slot: index, start, len };
+        if self.since_compaction >= COMPACT_INTERVAL {
+            self.compact();
         }
-        Ok(placed)
+        Ok(cluster)
     }
 
-    fn pack(&mut self) {
-        self.since_packed = 0;
+    fn compact(&mut self) {
+        self.since_compaction = 0;
         for device in &mut self.devices {
             device.seen.optimize();
         }
     }
 
-    /// Whether every cluster of every device has come.
+    /// True if every cluster of every device has been read.
     pub(crate) fn is_complete(&self) -> bool {
-        self.devices.iter().all(|device| device.come == device.clusters)
+        self.devices.iter().all(|device| device.seen_within == device.clusters)
     }
 
-    /// Clusters that have not come.
+    /// Clusters of all devices that have not been read.
     pub(crate) fn missing_count(&self) -> u64 {
-        self.devices.iter().map(|device| device.clusters - device.come).sum()
+        self.devices.iter().map(|device| device.clusters - device.seen_within).sum()
     }
 
-    /// Refuses an archive in which a cluster is missing.
+    /// Refuses an archive that lacks a cluster.
     pub(crate) fn check_complete(&self) -> Result<()> {
         let Some((device, first)) =
             self.devices.iter().find_map(|device| Some((device, device.next_missing(0)?.start)))
         else {
             return Ok(());
         };
-        let missing = device.clusters - device.come;
+        let missing = device.clusters - device.seen_within;
         let end = ((first + 1) * CLUSTER).min(device.size);
         Err(Error::corrupt(format!("detected missing cluster {first} for stream {}", device.name))
             .device(&device.name)
@@ -195,13 +172,13 @@ impl Tracker {
             )))
     }
 
-    /// The next run of missing clusters of the device at `index`, from `from` on.
-    pub(crate) fn next_missing(&self, index: usize, from: u64) -> Option<std::ops::Range<u64>> {
+    /// The next run of missing clusters, from cluster `from` on, of the device at `index` in the header.
+    pub(crate) fn next_missing(&self, index: usize, from: u64) -> Option<Range<u64>> {
         self.devices.get(index)?.next_missing(from)
     }
 }
 
-impl Tracked {
+impl DeviceTracker {
     fn is_state(&self) -> bool {
         self.kind == DeviceKind::VmState
     }
@@ -210,23 +187,23 @@ impl Tracked {
         u64::from(cluster) < self.clusters
     }
 
-    /// Refuses a slot that may not come, or not now.
+    /// Refuses a slot that is out of order, repeated or past the end of the device.
     fn check(&self, slot: &BlockInfo, state_in_order: bool, too_many: bool) -> Result<()> {
         let cluster = slot.cluster_num;
-        let due = self.come + self.beyond;
-        if self.is_state() && state_in_order && u64::from(cluster) != due {
+        let expected = self.seen_within + self.seen_beyond;
+        if self.is_state() && state_in_order && u64::from(cluster) != expected {
             return Err(Error::malformed("found out of order vmstate data")
-                .hint(format!("cluster {cluster} came where {due} was due")));
+                .hint(format!("found cluster {cluster}, expected {expected}")));
         }
         if self.seen.contains(cluster) {
             let message = format!("found duplicated cluster {cluster} for stream {}", self.name);
             return Err(Error::corrupt(message));
         }
         if too_many {
-            return Err(Error::malformed("short vma extent - too many blocks")
-                .hint("the masks name more sub-blocks than the extent announces"));
+            return Err(Error::malformed(reference::TOO_MANY_BLOCKS)
+                .hint("the masks mark more sub-blocks than the extent header counts"));
         }
-        // The state may be longer than announced, without limit: only its order matters.
+        // Guest state may be longer than its size, without limit; only the order matters.
         let tolerated = self.clusters.next_multiple_of(CLUSTER_MAP_UNIT);
         let beyond = !self.is_within(cluster) && !self.is_state();
         if beyond && (slot.mask != 0 || u64::from(cluster) >= tolerated) {
@@ -236,27 +213,27 @@ impl Tracked {
         Ok(())
     }
 
-    /// Notes that a cluster has come.
+    /// Records a cluster that passed [`DeviceTracker::check`].
     fn add(&mut self, cluster: u32) {
         let within = self.is_within(cluster);
         if self.is_state() && !within {
-            self.beyond += 1;
+            self.seen_beyond += 1;
         } else {
             self.seen.insert(cluster);
-            self.come += u64::from(within);
+            self.seen_within += u64::from(within);
         }
     }
 
-    /// The next run of clusters that have not come, from `from` on. Goes over runs, not clusters, so
-    /// that neither billions of clusters nor millions of gaps cost much.
-    fn next_missing(&self, from: u64) -> Option<std::ops::Range<u64>> {
+    /// The next run of missing clusters, from `from` on. Steps over runs, not single clusters, so that
+    /// billions of clusters or millions of gaps cost little.
+    fn next_missing(&self, from: u64) -> Option<Range<u64>> {
         if from >= self.clusters {
             return None;
         }
         // from < clusters <= 2^32
-        let mut come = self.seen.range(from as u32..);
+        let mut seen = self.seen.range(from as u32..);
         let mut first = from;
-        while let Some(run) = come.next_range() {
+        while let Some(run) = seen.next_range() {
             let start = u64::from(*run.start());
             if start > first {
                 return Some(first..start.min(self.clusters));

@@ -1,17 +1,20 @@
-//! Walks over the extents of an archive and refuses everything that is not as it must be.
+//! Strict walk over the extents of an archive.
 //!
-//! Both ways of reading use it, so both accept and refuse the same archives with the same words: the
-//! index skips the data, the stream reads it. The order of the checks is the reference program's.
+//! The index (which skips the data) and the stream (which reads it) both use the walker, so both
+//! accept and refuse the same archives with the same messages. Checks follow the order of the
+//! reference program.
 
 use std::sync::Arc;
 
 use imgtool_toolkit::{DeviceId, Error, OpenOptions, Result};
 
 use crate::bytes::ArchiveBytes;
+use crate::cluster::VmaCluster;
 use crate::extent::{BlockInfo, ExtentHeader};
 use crate::header::ArchiveHeader;
 use crate::layout::{CLUSTER, CLUSTERS_PER_EXTENT, EXTENT_HEADER, MAX_BLOCK_COUNT, MAX_EXTENT, SUB_BLOCK};
-use crate::tracker::{Placed, Tracker};
+use crate::reference;
+use crate::tracker::Tracker;
 
 const DAMAGED: &str =
     "the archive is damaged here: copy it again, or use another backup; --salvage restores what is whole";
@@ -19,43 +22,43 @@ const CUT: &str =
     "the archive is cut short: copy it again, or use another backup; --salvage restores what is whole";
 const TRAILING: &str = "every device is complete, so these are bytes after the end of the archive; --ignore-trailing accepts them";
 
-/// The extent that was just entered; its data comes next.
+/// Position of the current extent, whose data follows next.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Entered {
-    /// Where its header is.
+pub(crate) struct ExtentSpan {
+    /// Archive offset of the extent header.
     pub(crate) file_offset: u64,
-    /// Bytes of data after it.
+    /// Bytes of data after the header.
     pub(crate) data_len: u64,
 }
 
-/// The walk.
+/// Walk over the extents in `B`.
 pub(crate) struct Walker<B> {
     pub(crate) bytes: B,
     pub(crate) tracker: Tracker,
-    /// The slots of the current extent that own something, in the order of their data.
-    pub(crate) placed: Vec<Placed>,
-    /// All slots of the current extent.
+    /// The clusters of the current extent, in the order of their data.
+    pub(crate) clusters: Vec<VmaCluster>,
+    /// All slots of the current extent, empty ones included.
     slots: [BlockInfo; CLUSTERS_PER_EXTENT],
     header: Arc<ArchiveHeader>,
     ignore_trailing: bool,
 }
 
 impl<B: ArchiveBytes> Walker<B> {
-    /// Starts behind the header, which has been read from `bytes`.
+    /// Starts at the first extent. `bytes` must be positioned directly after the archive header.
     pub(crate) fn new(bytes: B, header: &Arc<ArchiveHeader>, options: &OpenOptions) -> Self {
         Self {
             bytes,
             tracker: Tracker::new(&header.devices),
-            placed: Vec::new(),
+            clusters: Vec::new(),
             slots: [BlockInfo::default(); CLUSTERS_PER_EXTENT],
             header: Arc::clone(header),
             ignore_trailing: options.ignore_trailing,
         }
     }
 
-    /// Enters the next extent, whose data must be read or skipped before the next call; `None` at
-    /// the end, when everything has come.
-    pub(crate) fn enter(&mut self) -> Result<Option<Entered>> {
+    /// Reads the next extent header and fills [`Walker::clusters`]. The caller must read or skip the
+    /// data before the next call. Returns `None` at the end of a complete archive.
+    pub(crate) fn next_extent(&mut self) -> Result<Option<ExtentSpan>> {
         let file_offset = self.bytes.position();
         let mut raw = [0; EXTENT_HEADER];
         let got = self.bytes.read_full(&mut raw)?;
@@ -64,13 +67,13 @@ impl<B: ArchiveBytes> Walker<B> {
             return Ok(None);
         }
         let parsed = if got < EXTENT_HEADER {
-            Err(Error::corrupt(format!("read short extent ({got} bytes)")))
+            Err(Error::corrupt(reference::short_header(got)))
         } else {
             ExtentHeader::parse(&raw, self.header.uuid.as_bytes())
         };
         let may_end = self.ignore_trailing && self.tracker.is_complete();
         let extent = match parsed {
-            // No extent is that long, so these are bytes behind the end as others are.
+            // No extent holds so many sub-blocks, so these are trailing bytes like any others.
             Ok(extent) if may_end && u64::from(extent.block_count) > MAX_BLOCK_COUNT => {
                 self.bytes.skip(u64::MAX)?;
                 return Ok(None);
@@ -91,45 +94,45 @@ impl<B: ArchiveBytes> Walker<B> {
                 return Err(error.at(file_offset).hint(hint));
             }
         };
-        let entered = Entered { file_offset, data_len: extent.data_len() };
+        let span = ExtentSpan { file_offset, data_len: extent.data_len() };
         self.slots = extent.slots;
-        self.admit(&extent, entered)?;
-        Ok(Some(entered))
+        self.admit(&extent, span)?;
+        Ok(Some(span))
     }
 
-    /// Checks that the data is there, as far as that is known, and then the slots.
-    fn admit(&mut self, extent: &ExtentHeader, entered: Entered) -> Result<()> {
-        let known_short = self.bytes.remaining().is_some_and(|left| left < entered.data_len);
-        if known_short || u64::from(extent.block_count) > MAX_BLOCK_COUNT {
+    /// Checks that the data is present, as far as the length is known, and then the slots.
+    fn admit(&mut self, extent: &ExtentHeader, span: ExtentSpan) -> Result<()> {
+        let is_short = self.bytes.remaining().is_some_and(|left| left < span.data_len);
+        if is_short || u64::from(extent.block_count) > MAX_BLOCK_COUNT {
             let longest = MAX_EXTENT - EXTENT_HEADER as u64;
-            self.bytes.skip(entered.data_len.min(longest))?;
-            return Err(self.short(entered));
+            self.bytes.skip(span.data_len.min(longest))?;
+            return Err(self.short_extent(span));
         }
-        if let Err(error) = self.tracker.admit(extent, &mut self.placed) {
-            // A stream knows only now whether the data is there; that comes first.
-            if self.bytes.skip(entered.data_len)? < entered.data_len {
-                return Err(self.short(entered));
+        if let Err(error) = self.tracker.admit_extent(extent, &mut self.clusters) {
+            // Only skipping shows whether a stream holds all the data, and missing data is reported first.
+            if self.bytes.skip(span.data_len)? < span.data_len {
+                return Err(self.short_extent(span));
             }
-            return Err(error.at(entered.file_offset).hint(DAMAGED));
+            return Err(error.at(span.file_offset).hint(DAMAGED));
         }
         Ok(())
     }
 
-    /// The error for an extent whose data ended early: the bytes are where the data ended.
-    pub(crate) fn short(&self, entered: Entered) -> Error {
-        let there = self.bytes.position() - entered.file_offset;
-        let needed = EXTENT_HEADER as u64 + entered.data_len;
+    /// The error for an extent whose data ends early, at the current position of `bytes`.
+    pub(crate) fn short_extent(&self, span: ExtentSpan) -> Error {
+        let available = self.bytes.position() - span.file_offset;
+        let needed = EXTENT_HEADER as u64 + span.data_len;
         let hint = if needed > MAX_EXTENT { DAMAGED } else { CUT };
-        let error = Error::corrupt(format!("short vma extent ({there} < {needed})"));
-        self.first_lost(error, there).at(entered.file_offset).hint(hint)
+        let error = Error::corrupt(reference::short_extent(available, needed));
+        self.locate_first_lost(error, available).at(span.file_offset).hint(hint)
     }
 
-    /// Names the first cluster whose data is not among the first `there` bytes of the extent.
-    fn first_lost(&self, error: Error, there: u64) -> Error {
+    /// Adds to `error` the first cluster whose data is not in the first `available` bytes of the extent.
+    fn locate_first_lost(&self, error: Error, available: u64) -> Error {
         let mut end = EXTENT_HEADER as u64;
         let lost = self.slots.iter().find(|slot| {
             end += u64::from(slot.stored()) * SUB_BLOCK;
-            end > there
+            end > available
         });
         let Some(slot) = lost else { return error };
         let Some(device) = self.header.device(DeviceId(u32::from(slot.dev_id))) else { return error };

@@ -1,4 +1,4 @@
-//! The laws of the toolkit, for archives.
+//! The toolkit's conformance laws, applied to the driver.
 #![allow(clippy::unwrap_used)]
 
 use imgtool_toolkit::CreateOptions;
@@ -12,7 +12,7 @@ fn the_laws_hold() {
 }
 
 #[test]
-fn many_clusters_and_three_devices_round_trip() {
+fn round_trips_many_clusters_of_three_devices() {
     let unit = 65_536;
     let image =
         Image::disk("70 clusters", 70 * unit, Content::zero().with(0..70 * unit, Fill::Checker(4096)))
@@ -35,15 +35,15 @@ fn hostile_bytes_do_not_panic() {
     let archive = conformance::make_bytes(&VmaDriver, &CreateOptions::default(), &image);
     let extent = 12_800;
     let places = vec![
-        // Magic, version, sizes.
+        // Magic number, version, sizes.
         0..60,
-        // The first configurations, the first devices.
+        // First entries of the configuration and device tables.
         2044..2052,
         3068..3076,
         4096..4192,
         // Blobs.
         12_288..12_336,
-        // The extent, with its first slots.
+        // Extent header with its first slots.
         extent..extent + 64,
     ];
     let without_repair = Hostile { image: &archive, places: places.clone(), repair: &|_| () };

@@ -1,4 +1,4 @@
-//! Archives built byte by byte: legal ones of every shape are read, others refused with these words.
+//! Archives built byte by byte: valid ones of every shape, and invalid ones with the expected message.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -10,8 +10,8 @@ use imgtool_vma::testing::{ArchiveBuilder, Slot, extent, guest_content, hole, sl
 
 const CLUSTER: u64 = 65_536;
 
-/// Builds an archive of these devices whose slots come `per_extent` to an extent, and expects their
-/// content.
+/// Builds an archive of `devices` (id and size) with `per_extent` slots in each extent, and asserts
+/// that it is read correctly.
 fn assert_reads(what: &str, devices: &[(u8, u64)], slots: &[Slot], per_extent: usize) {
     let mut builder = ArchiveBuilder::new();
     for (dev_id, size) in devices {
@@ -30,12 +30,12 @@ fn clusters(dev_id: u8, count: u32) -> Vec<Slot> {
     (0..count).map(|cluster| slot(dev_id, cluster, mask_of(cluster))).collect()
 }
 
-/// Masks of every kind: empty, full, single sub-blocks, stripes.
+/// Masks of every kind, by cluster number: empty, full, single sub-blocks, stripes.
 fn mask_of(cluster: u32) -> u16 {
     [0, 0xffff, 1, 0x8000, 0x5555, 0xaaaa, 0x0ff0, 0xf00f, 0, 0, 0x1234][cluster as usize % 11]
 }
 
-/// Puts slots out of order, the same way each time.
+/// Shuffles slots deterministically.
 fn shuffled(mut slots: Vec<Slot>) -> Vec<Slot> {
     let mut state = 1u64;
     for end in (1..slots.len()).rev() {
@@ -46,7 +46,7 @@ fn shuffled(mut slots: Vec<Slot>) -> Vec<Slot> {
 }
 
 #[test]
-fn extents_of_any_length_are_read() {
+fn reads_extents_of_any_length() {
     for per_extent in [1, 2, 7, 58, 59] {
         let slots = clusters(1, 130);
         assert_reads(&format!("{per_extent} slots"), &[(1, 130 * CLUSTER)], &slots, per_extent);
@@ -56,7 +56,7 @@ fn extents_of_any_length_are_read() {
 }
 
 #[test]
-fn clusters_come_in_any_order_across_devices() {
+fn reads_clusters_in_any_order_across_devices() {
     let mut slots = clusters(1, 90);
     slots.extend(clusters(2, 33));
     slots.extend(clusters(7, 61));
@@ -69,14 +69,14 @@ fn clusters_come_in_any_order_across_devices() {
 }
 
 #[test]
-fn device_ids_may_have_gaps() {
+fn reads_device_ids_with_gaps() {
     let slots: Vec<Slot> = [3, 200, 254].into_iter().flat_map(|dev_id| clusters(dev_id, 5)).collect();
     let devices = [(3, 5 * CLUSTER), (200, 5 * CLUSTER), (254, 5 * CLUSTER)];
     assert_reads("ids 3, 200, 254", &devices, &slots, 59);
 }
 
 #[test]
-fn empty_slots_may_be_anywhere() {
+fn skips_empty_slots_anywhere() {
     let mut slots = vec![hole(), hole()];
     for cluster in clusters(1, 20) {
         slots.push(cluster);
@@ -94,7 +94,7 @@ fn empty_slots_may_be_anywhere() {
 }
 
 #[test]
-fn sizes_are_read_exactly() {
+fn reads_odd_sizes_exactly() {
     for size in [1, 511, 512, 513, 4095, 4096, 4097, 61_440, 65_535, 65_537, 3 * CLUSTER + 5000] {
         let count = size.div_ceil(CLUSTER) as u32;
         let last_blocks = (size - u64::from(count - 1) * CLUSTER).div_ceil(4096);
@@ -103,14 +103,14 @@ fn sizes_are_read_exactly() {
         assert_reads("a full mask on the last cluster", &[(1, size)], &slots, 59);
         slots.last_mut().unwrap().mask = exact;
         assert_reads("an exact mask on the last cluster", &[(1, size)], &slots, 59);
-        // The reference program refuses this one ("write beyond end"); archives of 2012 have it.
+        // The reference program refuses this mask ("write beyond end"); archives of 2012 have such.
         slots.last_mut().unwrap().mask = 0x8001;
         assert_reads("a mask with a bit past the end", &[(1, size)], &slots, 59);
     }
 }
 
 #[test]
-fn zero_clusters_slightly_past_the_end_are_dropped() {
+fn drops_zero_clusters_slightly_past_the_end() {
     let archive = ArchiveBuilder::new()
         .device(1, "a", 2 * CLUSTER)
         .extent(extent(&[slot(1, 0, 1), slot(1, 1, 0), slot(1, 2, 0), slot(1, 63, 0)]))
@@ -121,7 +121,7 @@ fn zero_clusters_slightly_past_the_end_are_dropped() {
 }
 
 #[test]
-fn many_configurations_are_read() {
+fn reads_256_configurations() {
     let mut builder = ArchiveBuilder::new().device(1, "a", 512).extent(extent(&[slot(1, 0, 0)]));
     for index in 0..256 {
         builder = builder.config(&format!("c{index}"), &vec![index as u8; index * 7]);
@@ -134,7 +134,7 @@ fn many_configurations_are_read() {
 }
 
 #[test]
-fn blobs_may_be_shared_and_names_unusual() {
+fn reads_shared_blobs_and_unusual_names() {
     let archive = ArchiveBuilder::new()
         .with(|archive| {
             let name = archive.blob("ü \x1b[2J\n/../x\0ignored\0".as_bytes());
@@ -151,12 +151,12 @@ fn blobs_may_be_shared_and_names_unusual() {
     let configs = &source.info().attachments;
     assert_eq!((configs[0].name.as_str(), configs[0].data.len()), (name, 0));
     assert_eq!(configs[1].data, "ü \x1b[2J\n/../x\0ignored\0".as_bytes());
-    // Nothing of it reaches a terminal.
+    // Errors escape the control characters.
     assert!(!format!("{}", imgtool_toolkit::Error::corrupt("x").device(name)).contains('\x1b'));
 }
 
 #[test]
-fn what_readers_ignore_is_ignored() {
+fn ignores_reserved_bytes_and_header_padding() {
     let mut slots = clusters(1, 3);
     slots.iter_mut().for_each(|slot| slot.reserved = 0xff);
     let archive = ArchiveBuilder::new()
@@ -164,7 +164,7 @@ fn what_readers_ignore_is_ignored() {
         .extents(&slots, 59)
         .with(|archive| {
             archive.reserved = 0xee;
-            // A header size that is no multiple of 512.
+            // Makes the header size no multiple of 512.
             archive.padding = 7;
         })
         .build();
@@ -173,7 +173,7 @@ fn what_readers_ignore_is_ignored() {
 }
 
 #[test]
-fn archives_without_devices_are_read() {
+fn reads_archives_without_devices() {
     let builder = ArchiveBuilder::new().config("only.conf", b"x");
     assert_eq!(read_both(&builder.build(), &OpenOptions::default()).unwrap().len(), 0);
     // The reference program writes one empty extent.
@@ -182,7 +182,7 @@ fn archives_without_devices_are_read() {
 }
 
 #[test]
-fn the_state_is_cut_to_its_size() {
+fn truncates_guest_state_to_its_size() {
     let size = 2 * CLUSTER + 5000;
     let slots = [
         slot(1, 0, 0xffff),
@@ -197,7 +197,7 @@ fn the_state_is_cut_to_its_size() {
     assert!(content[&1] == guest_content(1, size, &slots));
 }
 
-/// An archive that must be refused.
+/// An archive to refuse, and the expected error.
 struct Refusal {
     what: &'static str,
     archive: Vec<u8>,
@@ -207,7 +207,7 @@ struct Refusal {
     device: Option<&'static str>,
 }
 
-// Builders are made for the call.
+// By value for the callers, which build it in place.
 #[allow(clippy::needless_pass_by_value)]
 fn refused(
     what: &'static str,
@@ -236,20 +236,20 @@ impl Refusal {
     }
 }
 
-/// One device of two clusters, and a header of 12,800 bytes.
-fn two() -> ArchiveBuilder {
+/// An archive of one device of two clusters, with a header of 12,800 bytes.
+fn two_clusters() -> ArchiveBuilder {
     ArchiveBuilder::new().device(1, "a", 2 * CLUSTER)
 }
 
-/// Sound slots for it.
-fn sound() -> [Slot; 2] {
+/// Valid slots for [`two_clusters`].
+fn valid_slots() -> [Slot; 2] {
     [slot(1, 0, 3), slot(1, 1, 0)]
 }
 
 #[test]
-fn broken_headers_are_refused() {
+fn refuses_invalid_headers() {
     use ErrorKind::{Corrupt, LimitExceeded, Malformed, Unsupported, WrongFormat};
-    let whole = || two().extents(&sound(), 59);
+    let whole = || two_clusters().extents(&valid_slots(), 59);
     let header = |change: fn(&mut ArchiveBuilder)| whole().with(change);
     for refusal in [
         refused(
@@ -310,7 +310,7 @@ fn broken_headers_are_refused() {
             "wrong vma blob buffer size 12288/513",
             52,
         ),
-        // 32-bit sums would wrap to a small number here.
+        // A 32-bit sum would wrap to a small number.
         refused(
             "blob wrap",
             header(|a| {
@@ -370,13 +370,13 @@ fn broken_headers_are_refused() {
 }
 
 #[test]
-fn broken_extents_are_refused() {
+fn refuses_invalid_extents() {
     use ErrorKind::{Corrupt, Malformed, OutOfBounds};
-    let sized = |slots: &[Slot]| two().extent(extent(slots));
+    let sized = |slots: &[Slot]| two_clusters().extent(extent(slots));
     let changed = |change: fn(&mut imgtool_vma::testing::Extent)| {
-        let mut changed = extent(&sound());
+        let mut changed = extent(&valid_slots());
         change(&mut changed);
-        two().extent(changed)
+        two_clusters().extent(changed)
     };
     let at = 12_800;
     for refusal in [
@@ -459,27 +459,27 @@ fn broken_extents_are_refused() {
     ] {
         refusal.assert();
     }
-    let missing = two().extent(extent(&[slot(1, 0, 1)])).build();
+    let missing = two_clusters().extent(extent(&[slot(1, 0, 1)])).build();
     let error = read_both(&missing, &OpenOptions::default()).unwrap_err();
     assert_eq!(error.message(), "detected missing cluster 1 for stream a");
     assert_eq!(error.guest_range(), Some(CLUSTER..2 * CLUSTER));
-    let twice = two().extents(&sound(), 59).extent(extent(&[slot(1, 1, 0xffff)])).build();
+    let twice = two_clusters().extents(&valid_slots(), 59).extent(extent(&[slot(1, 1, 0xffff)])).build();
     let error = read_both(&twice, &OpenOptions::default()).unwrap_err();
     assert_eq!(error.message(), "found duplicated cluster 1 for stream a");
     assert_eq!((error.file_offset(), error.guest_range()), (Some(12_800 + 8704), Some(CLUSTER..2 * CLUSTER)));
 }
 
 #[test]
-fn an_extent_with_more_blocks_than_slots_can_hold_is_refused_at_any_length() {
-    let mut long = extent(&sound());
+fn refuses_more_sub_blocks_than_an_extent_holds() {
+    let mut long = extent(&valid_slots());
     long.block_count = Some(945);
-    let archive = two().extent(long).with(|archive| archive.trailing = vec![0; 5_000_000]).build();
+    let archive = two_clusters().extent(long).with(|archive| archive.trailing = vec![0; 5_000_000]).build();
     let error = read_both(&archive, &OpenOptions::default()).unwrap_err();
     assert_eq!(error.message(), "short vma extent (3867136 < 3871232)");
 }
 
 #[test]
-fn a_state_out_of_order_is_refused() {
+fn refuses_guest_state_out_of_order() {
     for slots in
         [[slot(1, 1, 1), slot(1, 0, 1)], [slot(1, 0, 1), slot(1, 0, 1)], [slot(1, 0, 1), slot(1, 2, 1)]]
     {
@@ -491,23 +491,26 @@ fn a_state_out_of_order_is_refused() {
 }
 
 #[test]
-fn bytes_after_the_end_are_refused_unless_allowed() {
+fn refuses_trailing_bytes_unless_allowed() {
     for (trailing, message) in [
         (vec![0; 1], "read short extent (1 bytes)"),
         (vec![0; 511], "read short extent (511 bytes)"),
         (vec![0; 10_240], "wrong vma extent header checksum"),
         (vec![0xff; 4_000_000], "wrong vma extent header checksum"),
     ] {
-        let archive = two().extents(&sound(), 59).with(|archive| archive.trailing = trailing).build();
+        let archive =
+            two_clusters().extents(&valid_slots(), 59).with(|archive| archive.trailing = trailing).build();
         let error = read_both(&archive, &OpenOptions::default()).unwrap_err();
         assert_eq!(error.message(), message);
         assert!(error.hint_text().unwrap().contains("--ignore-trailing"));
         let lenient = OpenOptions { ignore_trailing: true, ..OpenOptions::default() };
-        assert_eq!(read_both(&archive, &lenient).unwrap()[&1], guest_content(1, 2 * CLUSTER, &sound()));
+        assert_eq!(read_both(&archive, &lenient).unwrap()[&1], guest_content(1, 2 * CLUSTER, &valid_slots()));
     }
-    // Bytes after an incomplete archive are damage.
-    let archive =
-        two().extent(extent(&[slot(1, 0, 1)])).with(|archive| archive.trailing = vec![0; 600]).build();
+    // After an incomplete archive such bytes are damage.
+    let archive = two_clusters()
+        .extent(extent(&[slot(1, 0, 1)]))
+        .with(|archive| archive.trailing = vec![0; 600])
+        .build();
     let lenient = OpenOptions { ignore_trailing: true, ..OpenOptions::default() };
     assert_eq!(read_both(&archive, &lenient).unwrap_err().message(), "wrong vma extent header checksum");
 }

@@ -1,4 +1,4 @@
-//! Damaged archives: every fault is an error, and salvage restores what is whole and lists the rest.
+//! Damaged archives: every fault is an error, and salvage restores intact clusters and lists the rest.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -22,7 +22,7 @@ fn salvage() -> OpenOptions {
     OpenOptions { salvage: true, ..OpenOptions::default() }
 }
 
-/// Three devices, extents of different lengths, 40 clusters.
+/// An archive of three devices and 31 clusters, seven to an extent, with its content and slots.
 fn archive() -> (Vec<u8>, Content, Vec<Slot>) {
     let sizes = [(1u8, 20 * CLUSTER + 5120), (2, 9 * CLUSTER), (5, 512)];
     let mut slots = Vec::new();
@@ -48,7 +48,7 @@ fn archive() -> (Vec<u8>, Content, Vec<Slot>) {
     (builder.extents(&slots, 7).build(), content, slots)
 }
 
-/// The bytes of a fixture's archive.
+/// The decompressed bytes of a fixture.
 fn decompressed(name: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
     Input::open(&fixture(name)).unwrap().into_stream().unwrap().read_to_end(&mut bytes).unwrap();
@@ -56,7 +56,7 @@ fn decompressed(name: &str) -> Vec<u8> {
 }
 
 #[test]
-fn a_cut_anywhere_is_an_error() {
+fn refuses_an_archive_cut_anywhere() {
     let (bytes, _, _) = archive();
     let cuts = (0..bytes.len()).step_by(509).chain(bytes.len() - 3..bytes.len()).chain(0..20);
     for cut in cuts.chain([12_287, 12_288, 12_799, 12_801, 13_311, 13_312]) {
@@ -64,14 +64,14 @@ fn a_cut_anywhere_is_an_error() {
         let kinds = [ErrorKind::Corrupt, ErrorKind::WrongFormat];
         assert!(kinds.contains(&error.kind()), "cut at {cut}: {error}");
     }
-    // At the exact end of an extent only the missing clusters tell.
+    // At the exact end of an extent only missing clusters reveal the cut.
     let (end, _) =
         extent_ranges(&bytes).into_iter().map(|range| (range.start, range.end)).next_back().unwrap();
     let error = read_both(&bytes[..end], &OpenOptions::default()).unwrap_err();
     assert!(error.message().starts_with("detected missing cluster"), "{error}");
 }
 
-/// Where the extents of an undamaged archive are.
+/// Byte ranges of the extents of an undamaged archive.
 fn extent_ranges(bytes: &[u8]) -> Vec<Range<usize>> {
     let mut at = u32::from_be_bytes(bytes[56..60].try_into().unwrap()) as usize;
     let mut ranges = Vec::new();
@@ -85,36 +85,37 @@ fn extent_ranges(bytes: &[u8]) -> Vec<Range<usize>> {
 }
 
 #[test]
-fn a_flipped_bit_in_any_header_byte_is_an_error() {
+fn refuses_a_flipped_bit_in_any_header_byte() {
     let (bytes, _, _) = archive();
     let header_size = u32::from_be_bytes(bytes[56..60].try_into().unwrap()) as usize;
     let headers = std::iter::once(0..header_size)
         .chain(extent_ranges(&bytes).into_iter().map(|r| r.start..r.start + 512));
     for at in headers.flat_map(|range| range.step_by(1)).enumerate().filter_map(|(number, at)| {
-        // Every byte of what holds something, every eleventh of the rest.
+        // Every byte that is not zero, and every eleventh of the others.
         (number < 60 || bytes[at] != 0 || number % 11 == 0).then_some(at)
     }) {
         let mut flipped = bytes.clone();
         flipped[at] ^= 1 << (at % 8);
         let error = read(as_file(&flipped), &OpenOptions::default()).unwrap_err();
-        assert!(error.file_offset().is_some(), "byte {at}: {error} has no place");
+        assert!(error.file_offset().is_some(), "byte {at}: {error} has no file offset");
         if at % 16 == 0 {
             read_both(&flipped, &OpenOptions::default()).unwrap_err();
         }
         let report = VmaDriver.check(as_file(&flipped), &OpenOptions::default());
-        assert!(report.is_err() || report.unwrap().corruptions > 0, "check is blind to byte {at}");
+        assert!(report.is_err() || report.unwrap().corruptions > 0, "check misses byte {at}");
     }
 }
 
-/// What salvage restored and lost.
+/// Salvages an archive; returns the restored content and the losses.
 fn salvaged(input: Input) -> (Content, Vec<Loss>) {
     let mut source = VmaSource::open(input, &salvage()).unwrap();
     let content = read_source(&mut source).unwrap();
     (content, source.losses())
 }
 
-/// Every byte is right or listed; what is listed is zero, or may be; losses are ascending, disjoint and not
-/// empty. Returns how many bytes are lost.
+/// Asserts that every byte is right or listed, that lost bytes are zero unless the reason says that they
+/// may be wrong, and that losses are ascending, disjoint, joined and not empty. Returns the number of
+/// bytes listed.
 fn assert_restored(what: &str, restored: &Content, losses: &[Loss], truth: &Content) -> u64 {
     let mut lost_bytes = 0;
     let order: Vec<(u32, u64)> = losses.iter().map(|loss| (loss.device.0, loss.guest.start)).collect();
@@ -145,7 +146,7 @@ fn assert_restored(what: &str, restored: &Content, losses: &[Loss], truth: &Cont
     lost_bytes
 }
 
-/// Damages an archive at every 4 KiB and salvages it as a file and as a stream.
+/// Damages an archive at every 4 KiB, and salvages it as a file and as a stream.
 fn salvage_at_every_step(bytes: &[u8], truth: &Content, damage: impl Fn(&mut Vec<u8>, usize)) {
     let header_size = u32::from_be_bytes(bytes[56..60].try_into().unwrap()) as usize;
     for at in (header_size..bytes.len()).step_by(STEP) {
@@ -161,20 +162,20 @@ fn salvage_at_every_step(bytes: &[u8], truth: &Content, damage: impl Fn(&mut Vec
 }
 
 #[test]
-fn salvage_of_an_archive_cut_at_every_step() {
+fn salvages_an_archive_cut_anywhere() {
     let (bytes, truth, _) = archive();
     salvage_at_every_step(&bytes, &truth, |bytes, at| bytes.truncate(at));
     salvage_at_every_step(&bytes, &truth, |bytes, at| bytes.truncate(at + 17));
 }
 
 #[test]
-fn salvage_of_an_archive_with_a_piece_missing_at_every_step() {
+fn salvages_an_archive_with_bytes_missing_anywhere() {
     let (bytes, truth, _) = archive();
     let last = extent_ranges(&bytes).pop().unwrap();
     for len in [1, 512, STEP, 3 * STEP + 5] {
         salvage_at_every_step(&bytes, &truth, |bytes, at| {
             if at + len > last.start {
-                // Within the last extent nothing tells a piece that is missing from a cut.
+                // In the last extent missing bytes look the same as a cut.
                 bytes.truncate(at);
             } else {
                 bytes.drain(at..at + len);
@@ -183,13 +184,13 @@ fn salvage_of_an_archive_with_a_piece_missing_at_every_step() {
     }
 }
 
-/// The fixture's disks, from the fixture itself.
+/// The content of an undamaged archive.
 fn fixture_content(bytes: &[u8]) -> Content {
     read(as_file(bytes), &OpenOptions::default()).unwrap()
 }
 
 #[test]
-fn salvage_of_a_fixture_cut_at_every_step() {
+fn salvages_a_fixture_cut_anywhere() {
     let bytes = decompressed("two-disks.vma.zst");
     let truth = fixture_content(&bytes);
     let header_size = 12_800;
@@ -197,13 +198,13 @@ fn salvage_of_a_fixture_cut_at_every_step() {
     for at in (header_size..bytes.len()).step_by(STEP) {
         let (content, losses) = salvaged(as_file(&bytes[..at]));
         let lost = assert_restored(&format!("cut at {at}"), &content, &losses, &truth);
-        assert!(lost > 0 && lost <= last_lost, "a longer part restores at least as much");
+        assert!(lost > 0 && lost <= last_lost, "a longer file must restore at least as much");
         last_lost = lost;
     }
 }
 
 #[test]
-fn salvage_of_a_fixture_overwritten_at_every_step() {
+fn salvages_a_fixture_overwritten_anywhere() {
     let bytes = decompressed("two-disks.vma.zst");
     let truth = fixture_content(&bytes);
     let extents = extent_ranges(&bytes);
@@ -212,7 +213,7 @@ fn salvage_of_a_fixture_overwritten_at_every_step() {
         let hit = at..bytes.len().min(at + STEP);
         let mut damaged = bytes.clone();
         damaged[hit.clone()].fill(0xd7);
-        // Data has no checksum: what is overwritten there comes out as it stands.
+        // Data has no checksum, so overwritten data is restored as it is.
         let header_hit = extents.iter().any(|e| hit.start < e.start + 512 && e.start < hit.end);
         let mut truth = truth.clone();
         overwrite_truth(&bytes, &extents, &hit, &mut truth);
@@ -224,7 +225,7 @@ fn salvage_of_a_fixture_overwritten_at_every_step() {
     assert!(restored_by_resync > 0);
 }
 
-/// Puts the overwriting into the guest's bytes, for sub-blocks that `hit` touches.
+/// Applies the overwriting of `hit`, a range of the archive, to the expected guest bytes.
 fn overwrite_truth(bytes: &[u8], extents: &[Range<usize>], hit: &Range<usize>, truth: &mut Content) {
     for range in extents {
         let mut at = range.start + 512;
@@ -246,7 +247,7 @@ fn overwrite_truth(bytes: &[u8], extents: &[Range<usize>], hit: &Range<usize>, t
     }
 }
 
-/// A file of which a part can't be read, as on a failing disk.
+/// A file with an unreadable range, as on a failing disk.
 struct BadSectors {
     bytes: Vec<u8>,
     bad: Range<u64>,
@@ -293,9 +294,9 @@ fn salvage_reads_around_bad_sectors() {
     }
 }
 
-/// Seekable zstd with a frame for each extent, of which one is broken.
+/// Simulates seekable zstd with one frame per extent, one of them damaged.
 #[test]
-fn salvage_loses_one_frame_and_reads_it_few_times() {
+fn salvage_loses_only_the_damaged_frame_and_retries_it_rarely() {
     let (bytes, truth, _) = archive();
     let mut best = u64::MAX;
     for frame in extent_ranges(&bytes) {
@@ -310,10 +311,10 @@ fn salvage_loses_one_frame_and_reads_it_few_times() {
     assert!(best < 7 * CLUSTER);
 }
 
-/// A stream that breaks, as a decompressor does on a damaged frame.
-struct Breaking(io::Cursor<Vec<u8>>);
+/// A stream that ends with an error, as a decompressor does on a damaged frame.
+struct FailingStream(io::Cursor<Vec<u8>>);
 
-impl Read for Breaking {
+impl Read for FailingStream {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         match self.0.read(buf)? {
             0 => Err(io::Error::new(io::ErrorKind::InvalidData, "the zstd stream is damaged")),
@@ -323,24 +324,24 @@ impl Read for Breaking {
 }
 
 #[test]
-fn salvage_keeps_what_came_before_a_stream_broke() {
+fn salvage_keeps_data_before_a_stream_error() {
     let (bytes, truth, _) = archive();
     for at in (12_800..bytes.len()).step_by(STEP) {
         let input =
-            Input::from_stream("-", Box::new(Breaking(io::Cursor::new(bytes[..at].to_vec())))).unwrap();
+            Input::from_stream("-", Box::new(FailingStream(io::Cursor::new(bytes[..at].to_vec())))).unwrap();
         let (content, losses) = salvaged(input);
         let (cut, cut_losses) = salvaged(as_stream(&bytes[..at]));
         assert!(content == cut, "broken at {at}");
         assert_eq!(losses.len(), cut_losses.len(), "broken at {at}");
         assert_restored(&format!("broken at {at}"), &content, &losses, &truth);
         let input =
-            Input::from_stream("-", Box::new(Breaking(io::Cursor::new(bytes[..at].to_vec())))).unwrap();
+            Input::from_stream("-", Box::new(FailingStream(io::Cursor::new(bytes[..at].to_vec())))).unwrap();
         read(input, &OpenOptions::default()).unwrap_err();
     }
 }
 
 #[test]
-fn salvage_of_a_broken_zstd_frame() {
+fn salvages_a_cut_zstd_frame() {
     let whole = std::fs::read(fixture("two-disks.vma.zst")).unwrap();
     let truth = fixture_content(&decompressed("two-disks.vma.zst"));
     let dir = tempfile::tempdir().unwrap();
@@ -357,9 +358,9 @@ fn salvage_of_a_broken_zstd_frame() {
     assert!(best < 3_000_000, "{best} bytes are lost of a frame that is nearly whole");
 }
 
-/// A decoder may find no fault in a damaged end, and then miss its checksum: what it gave is not right.
+/// A decoder may decode a damaged end without an error and only then miss the checksum.
 #[test]
-fn what_a_missing_checksum_leaves_open_is_listed() {
+fn lists_clusters_without_a_checksum_as_unverified() {
     let dir = tempfile::tempdir().unwrap();
     for name in ["two-disks.vma.zst", "two-disks.vma.gz"] {
         let whole = std::fs::read(fixture(name)).unwrap();
@@ -367,7 +368,7 @@ fn what_a_missing_checksum_leaves_open_is_listed() {
         let path = dir.path().join(name);
         for seed in 1..40_u32 {
             let mut damaged = whole.clone();
-            // Behind the last bytes of the disks come only zeros, so that small tails hold data too.
+            // Only zeros follow the last data of the disks, so even short tails hold data.
             let from = whole.len() - (seed * seed * 8) as usize % 12_000 - 9;
             for (index, byte) in damaged[from..].iter_mut().enumerate() {
                 *byte = match seed % 3 {
@@ -387,13 +388,13 @@ fn what_a_missing_checksum_leaves_open_is_listed() {
         let content = read_source(&mut source).unwrap();
         assert_restored(name, &content, &source.losses(), &truth);
         let doubts = source.doubts();
-        assert!(doubts.len() == 2 && doubts.iter().all(|doubt| doubt.reason.contains("nothing proves")));
+        assert!(doubts.len() == 2 && doubts.iter().all(|doubt| doubt.reason.contains("is unverified")));
     }
 }
 
-/// A frame that is damaged near its start holds the archive's header all the same.
+/// Even a frame damaged near its start yields the archive header.
 #[test]
-fn salvage_reads_the_header_out_of_a_damaged_frame() {
+fn salvage_reads_the_header_from_a_damaged_frame() {
     let whole = std::fs::read(fixture("two-disks.vma.zst")).unwrap();
     let truth = fixture_content(&decompressed("two-disks.vma.zst"));
     let dir = tempfile::tempdir().unwrap();
@@ -407,7 +408,7 @@ fn salvage_reads_the_header_out_of_a_damaged_frame() {
     }
 }
 
-/// A frame or member for each extent, the archive's header before the first.
+/// Compresses each extent as a frame or member of its own; the first also holds the archive header.
 fn in_units(bytes: &[u8], pack: impl Fn(&[u8]) -> Vec<u8>) -> Vec<Vec<u8>> {
     let mut ranges = extent_ranges(bytes);
     ranges[0].start = 0;
@@ -427,8 +428,8 @@ fn gzip_member(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
-/// The archive of [`archive`] with noise for data: damage to it decompresses without an error, and
-/// only the checksum at the end of its frame tells.
+/// The archive of [`archive`] with noise as data: damage to it decompresses without an error, and only
+/// the checksum at the end of the frame reveals it.
 fn noisy_archive() -> (Vec<u8>, Content) {
     let (mut bytes, _, _) = archive();
     let mut state = 1u32;
@@ -443,6 +444,7 @@ fn noisy_archive() -> (Vec<u8>, Content) {
     (bytes, truth)
 }
 
+/// The four kinds of damage at byte `at`: a flipped bit, zeros, missing bytes, a cut.
 fn damages(unit: &[u8], at: usize) -> [Vec<u8>; 4] {
     let mut flipped = unit.to_vec();
     flipped[at] ^= 0x10;
@@ -455,7 +457,7 @@ fn damages(unit: &[u8], at: usize) -> [Vec<u8>; 4] {
 }
 
 #[test]
-fn salvage_of_a_stream_loses_no_more_than_the_frames_that_are_damaged() {
+fn salvage_of_a_stream_loses_only_damaged_frames() {
     let (bytes, truth) = noisy_archive();
     for pack in [zstd_frame as fn(&[u8]) -> Vec<u8>, gzip_member] {
         let units = in_units(&bytes, pack);
@@ -469,8 +471,8 @@ fn salvage_of_a_stream_loses_no_more_than_the_frames_that_are_damaged() {
                     let what = format!("unit {damaged} of {}, byte {at}, kind {kind}", units.len());
                     let (content, losses) = salvaged(as_stream(&all.concat()));
                     let lost = assert_restored(&what, &content, &losses, &truth);
-                    // An extent has seven clusters; a unit that has lost bytes takes the next with it. One that was
-                    // cut takes as many as its last block is long.
+                    // An extent has seven clusters; a unit that lost bytes damages the next, too. A cut unit
+                    // damages as many as its last compressed block spans.
                     let is_bounded = kind == 3 || lost <= 14 * CLUSTER;
                     assert!(lost > 0 && is_bounded, "{what}: {lost}");
                     let report = VmaDriver.check(as_stream(&all.concat()), &OpenOptions::default()).unwrap();
@@ -482,7 +484,7 @@ fn salvage_of_a_stream_loses_no_more_than_the_frames_that_are_damaged() {
 }
 
 #[test]
-fn what_salvage_takes_from_a_long_frame_that_is_damaged_is_listed() {
+fn lists_clusters_from_a_long_damaged_frame_as_unverified() {
     let (bytes, truth) = noisy_archive();
     for pack in [zstd_frame as fn(&[u8]) -> Vec<u8>, gzip_member] {
         let unit = pack(&bytes);
@@ -490,7 +492,7 @@ fn what_salvage_takes_from_a_long_frame_that_is_damaged_is_listed() {
         for at in (13_000..unit.len()).step_by(unit.len() / 12) {
             for (kind, bad) in damages(&unit, at).into_iter().take(3).enumerate() {
                 let what = format!("byte {at}, kind {kind}");
-                // Where the header is in the damaged part nothing can be done.
+                // Damage to the archive header may leave nothing to open.
                 let input = Input::from_stream("-", Box::new(io::Cursor::new(bad)));
                 let Ok(mut source) = input.and_then(|input| VmaSource::open(input, &salvage())) else {
                     continue;
@@ -506,7 +508,7 @@ fn what_salvage_takes_from_a_long_frame_that_is_damaged_is_listed() {
 }
 
 #[test]
-fn the_first_copy_of_a_doubled_cluster_is_kept_and_listed() {
+fn salvage_keeps_and_lists_the_first_copy_of_a_duplicated_cluster() {
     let slots = [slot(1, 0, 1), slot(1, 1, 1)];
     let archive = ArchiveBuilder::new()
         .device(1, "a", 3 * CLUSTER)
@@ -521,7 +523,7 @@ fn the_first_copy_of_a_doubled_cluster_is_kept_and_listed() {
 }
 
 #[test]
-fn salvage_takes_a_damaged_header_as_far_as_it_can_be_made_out() {
+fn salvage_decodes_a_damaged_header_as_far_as_possible() {
     let (bytes, truth, _) = archive();
     // Reserved; the UUID; a version; a configuration's pointer; the table's end; the first blobs.
     for range in [70..2000, 8..24, 4..8, 2044..2048, 8192..12_288, 12_288..12_300] {
@@ -540,7 +542,7 @@ fn salvage_takes_a_damaged_header_as_far_as_it_can_be_made_out() {
             assert!(source.info().notes.iter().any(|note| note.contains("header is damaged")), "{what}");
         }
     }
-    // Without the table of devices, or the size of the header, there is nothing to begin with.
+    // Salvage needs the device table, the header size and the magic number.
     for (range, message) in [
         (4096..5000, "wrong vma header checksum"),
         (56..60, "wrong vma header size"),
@@ -555,11 +557,11 @@ fn salvage_takes_a_damaged_header_as_far_as_it_can_be_made_out() {
 }
 
 #[test]
-fn check_names_every_fault() {
-    let sound = ArchiveBuilder::new().device(1, "a", 4 * CLUSTER).device(2, "b", CLUSTER);
+fn check_reports_every_fault() {
+    let builder = ArchiveBuilder::new().device(1, "a", 4 * CLUSTER).device(2, "b", CLUSTER);
     let mut bad_uuid = extent(&[slot(1, 3, 1)]);
     bad_uuid.uuid = [7; 16];
-    let archive = sound
+    let archive = builder
         .extent(extent(&[slot(1, 0, 1), slot(1, 1, 0)]))
         .extent(bad_uuid)
         .extent(extent(&[slot(1, 1, 3), slot(9, 0, 0), slot(2, 5000, 1)]))
@@ -574,7 +576,7 @@ fn check_names_every_fault() {
         "clusters 2 to 3 of 4 are missing (device a)",
         "cluster 0 of 1 is missing (device b)",
     ] {
-        assert!(findings.contains(finding), "{finding} is not among\n{findings}");
+        assert!(findings.contains(finding), "{finding} is missing from\n{findings}");
     }
     assert_eq!(report.corruptions, 6, "{findings}");
     let (bytes, _, _) = self::archive();

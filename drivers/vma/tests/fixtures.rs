@@ -1,4 +1,4 @@
-//! Archives that the reference program made, against the digests of their content.
+//! Archives made by the reference program, compared with digests of their content.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -24,7 +24,7 @@ fn assert_content(archive: &Value, content: &Content) {
     }
 }
 
-/// The bytes of the archive itself.
+/// The decompressed bytes of an archive.
 fn decompressed(name: &str) -> Vec<u8> {
     let mut stream = Input::open(&fixture(name)).unwrap().into_stream().unwrap();
     let mut bytes = Vec::new();
@@ -43,15 +43,15 @@ fn small_archives() -> Vec<Value> {
 }
 
 #[test]
-fn every_archive_reads_as_it_should() {
+fn reads_every_archive_in_every_way() {
     for archive in small_archives() {
         let name = archive["file"].as_str().unwrap();
         let header = ArchiveHeader::read(Input::open(&fixture(name)).unwrap()).unwrap();
-        for (device, wanted) in header.devices.iter().zip(archive["devices"].as_array().unwrap()) {
-            assert_eq!(device.name, wanted["name"].as_str().unwrap());
-            assert_eq!(u64::from(device.id.0), wanted["id"].as_u64().unwrap());
+        for (device, expected) in header.devices.iter().zip(archive["devices"].as_array().unwrap()) {
+            assert_eq!(device.name, expected["name"].as_str().unwrap());
+            assert_eq!(u64::from(device.id.0), expected["id"].as_u64().unwrap());
         }
-        // As it stands, which is a stream where it is compressed.
+        // As stored: a stream if it is compressed.
         let content = read(Input::open(&fixture(name)).unwrap(), &OpenOptions::default()).unwrap();
         assert_content(&archive, &content);
         // As a file and as a pipe.
@@ -60,7 +60,7 @@ fn every_archive_reads_as_it_should() {
 }
 
 #[test]
-fn salvage_and_check_find_nothing_wrong() {
+fn salvage_and_check_accept_intact_archives() {
     let salvage = OpenOptions { salvage: true, ..OpenOptions::default() };
     for archive in small_archives() {
         let name = archive["file"].as_str().unwrap();
@@ -72,9 +72,9 @@ fn salvage_and_check_find_nothing_wrong() {
     }
 }
 
-/// A gigabyte of zeros in 18 KB: nothing of it is data, whichever way it is read.
+/// The archive holds a gigabyte of zeros in 18 KB.
 #[test]
-fn an_archive_of_zeros_costs_nothing() {
+fn an_archive_of_zeros_yields_no_data() {
     let bytes = decompressed("zero.vma.zst");
     let size = 1 << 30;
     let mut source = VmaSource::open(common::as_stream(&bytes), &OpenOptions::default()).unwrap();
@@ -93,7 +93,7 @@ fn an_archive_of_zeros_costs_nothing() {
 }
 
 #[test]
-fn configurations_and_facts_are_there() {
+fn info_has_configurations_and_facts() {
     let bytes = decompressed("two-disks.vma.zst");
     let source = VmaSource::open(common::as_file(&bytes), &OpenOptions::default()).unwrap();
     let info = source.info();
@@ -103,7 +103,7 @@ fn configurations_and_facts_are_there() {
         assert_eq!(config.data, std::fs::read(fixture(&config.name)).unwrap());
     }
     let fact = |key: &str| info.facts.iter().find(|fact| fact.key == key).unwrap().value.clone();
-    // What the reference program prints for this archive: Sun Nov 22 10:03:58 2026.
+    // The reference program prints "Sun Nov 22 10:03:58 2026" for this archive.
     assert_eq!(fact("creation-time"), "2026-11-22 10:03:58 UTC");
     let stored: u64 = fact("devices")
         .as_array()
@@ -118,15 +118,15 @@ fn configurations_and_facts_are_there() {
 }
 
 #[test]
-fn the_state_is_told_apart() {
+fn guest_state_is_not_a_disk() {
     let header = ArchiveHeader::read(Input::open(&fixture("vmstate.vma.zst")).unwrap()).unwrap();
     let kinds: Vec<DeviceKind> = header.devices.iter().map(|device| device.kind).collect();
     assert_eq!(kinds, [DeviceKind::VmState, DeviceKind::Disk]);
 }
 
-/// The reference program says "short vma extent (87200 < 1192448)" of an archive cut at 100,000.
+/// The reference program prints "short vma extent (87200 < 1192448)" for an archive cut at byte 100,000.
 #[test]
-fn a_cut_archive_is_named_as_the_reference_does() {
+fn a_cut_archive_gets_the_reference_message() {
     let mut bytes = decompressed("two-disks.vma.zst");
     bytes.truncate(100_000);
     let error = read_both(&bytes, &OpenOptions::default()).unwrap_err();

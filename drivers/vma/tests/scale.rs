@@ -1,4 +1,4 @@
-//! A terabyte: offsets beyond 32 bits, and an index that stays small.
+//! An archive of a terabyte: offsets above 32 bits, and an index that stays small.
 #![allow(clippy::unwrap_used)]
 
 use std::io;
@@ -11,18 +11,18 @@ use imgtool_vma::extent::{BlockInfo, ExtentHeader};
 use imgtool_vma::testing::{ArchiveBuilder, UUID};
 
 const CLUSTER: u64 = 65_536;
-/// Clusters of an extent, all stored in full.
+/// Clusters in each extent, all stored in full.
 const PER_EXTENT: u64 = 59;
 const EXTENT: u64 = 512 + PER_EXTENT * CLUSTER;
 const EXTENTS: u64 = 285_000;
 const SIZE: u64 = EXTENTS * PER_EXTENT * CLUSTER;
 
-/// An archive that is made up as it is read; each cluster's bytes are its number, again and again.
-struct Endless {
+/// An archive generated on read. Each cluster repeats its own number.
+struct GeneratedArchive {
     header: Vec<u8>,
 }
 
-impl Endless {
+impl GeneratedArchive {
     fn extent_header(number: u64) -> [u8; 512] {
         let mut header = ExtentHeader::empty();
         header.block_count = 944;
@@ -44,12 +44,12 @@ impl Endless {
     }
 }
 
-/// What the device holds.
+/// Byte of the device at this guest offset.
 fn content(guest: u64) -> u8 {
     (guest / CLUSTER).to_be_bytes()[(guest % 8) as usize]
 }
 
-impl ReadAt for Endless {
+impl ReadAt for GeneratedArchive {
     fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
         let behind = position.checked_sub(self.header.len() as u64);
         if let (512, Some(behind)) = (buf.len(), behind)
@@ -70,16 +70,16 @@ impl ReadAt for Endless {
 }
 
 #[test]
-fn a_terabyte_is_read_at_random() {
+fn reads_a_terabyte_at_random() {
     let header = ArchiveBuilder::new().device(1, "a", SIZE).header();
-    let input = Input::from_read_at("endless.vma", Arc::new(Endless { header }));
+    let input = Input::from_read_at("generated.vma", Arc::new(GeneratedArchive { header }));
     let source = VmaSource::open(input, &OpenOptions::default()).unwrap();
     let random = source.random().unwrap();
     for start in [0, 4 << 30, (4 << 30) - 5, SIZE / 2 + 12_345, SIZE - 10_000] {
         let mut bytes = vec![0; 10_000];
         random.read_at(DeviceId(1), &mut bytes, start).unwrap();
-        let wanted: Vec<u8> = (start..start + 10_000).map(content).collect();
-        assert!(bytes == wanted, "at {start}");
+        let expected: Vec<u8> = (start..start + 10_000).map(content).collect();
+        assert!(bytes == expected, "at {start}");
     }
     let start = SIZE - 100_000_000;
     let extents = random.extents(DeviceId(1), start..SIZE).unwrap();

@@ -1,5 +1,4 @@
-//! Archives that we write: the header to the byte, what is refused, and what other readers make of
-//! them.
+//! The writer: exact header bytes, refusals, and archives read back by other readers.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -26,7 +25,7 @@ fn options(pairs: &[(&str, &str)]) -> CreateOptions {
     }
 }
 
-/// The archive of an image, made in memory.
+/// Writes the archive of an image to memory.
 fn archive(image: &Image, options: &CreateOptions) -> Vec<u8> {
     let pipe = Pipe::default();
     conformance::write(&VmaDriver, options, image, &pipe.output(), 2).unwrap();
@@ -43,13 +42,13 @@ fn create(manifest: &Manifest) -> Result<()> {
 }
 
 #[test]
-fn the_header_is_laid_out_as_described() {
+fn header_bytes_match_the_specification() {
     let uuid = "6ba7b810-9dad-41d1-80b4-00c04fd430c8";
     let bytes = archive(&small(), &options(&[("uuid", uuid), ("ctime", "1795341838")]));
     assert_eq!(&bytes[..8], b"VMA\0\0\0\0\x01");
     assert_eq!(&bytes[8..16], &[0x6b, 0xa7, 0xb8, 0x10, 0x9d, 0xad, 0x41, 0xd1]);
     assert_eq!(&bytes[24..32], &1_795_341_838u64.to_be_bytes());
-    // Blobs at 12288, 1 + 2 + 17 + 2 + 12 + 2 + 12 bytes of them, header padded to 12800.
+    // Blobs at 12288, 1 + 2 + 17 + 2 + 12 + 2 + 12 bytes long; header padded to 12800.
     assert_eq!(&bytes[48..60], &[0, 0, 0x30, 0, 0, 0, 0, 48, 0, 0, 0x32, 0]);
     assert_eq!(&bytes[2044..2048], &[0, 0, 0, 1]);
     assert_eq!(&bytes[3068..3072], &[0, 0, 0, 20]);
@@ -63,7 +62,7 @@ fn the_header_is_laid_out_as_described() {
 }
 
 #[test]
-fn equal_input_gives_equal_bytes_and_other_input_another_uuid() {
+fn bytes_and_uuid_depend_only_on_the_input() {
     let uuid = |image: &Image, options: &CreateOptions| {
         ArchiveHeader::read(as_file(&archive(image, options))).unwrap().uuid
     };
@@ -79,14 +78,14 @@ fn equal_input_gives_equal_bytes_and_other_input_another_uuid() {
 }
 
 #[test]
-fn all_zero_disks_cost_a_header_for_59_clusters() {
-    let image = Image::disk("1 GiB of nothing", 1 << 30, Content::zero());
+fn zero_disks_take_one_header_per_59_clusters() {
+    let image = Image::disk("1 GiB of zeros", 1 << 30, Content::zero());
     let extents = 16_384u64.div_ceil(CLUSTERS_PER_EXTENT as u64);
     assert_eq!(archive(&image, &CreateOptions::default()).len() as u64, 12_800 + 512 * extents);
 }
 
 #[test]
-fn sizes_are_rounded_up_to_sectors_with_a_note() {
+fn rounds_sizes_up_to_sectors_with_a_note() {
     let image = Image::disk("odd", 1000, Content::zero().with(0..1000, Fill::Byte(9)));
     let sink =
         VmaDriver.create(Pipe::default().output(), &image.manifest(), &CreateOptions::default()).unwrap();
@@ -100,7 +99,7 @@ fn sizes_are_rounded_up_to_sectors_with_a_note() {
 }
 
 #[test]
-fn archives_may_hold_configurations_alone() {
+fn writes_archives_without_devices() {
     let manifest = Manifest {
         attachments: vec![Attachment { name: "a/b/qemu-server.conf".to_owned(), data: b"x".to_vec() }],
         ..Manifest::default()
@@ -119,7 +118,7 @@ fn archives_may_hold_configurations_alone() {
 }
 
 #[test]
-fn configuration_names_become_safe_and_unique() {
+fn makes_configuration_names_safe_and_unique() {
     let image = small().and_attachment("x/qemu-server.conf", b"2").and_attachment("/etc/../z", b"");
     let header = ArchiveHeader::read(as_file(&archive(&image, &CreateOptions::default()))).unwrap();
     let names: Vec<&str> = header.configs.iter().map(|config| config.name.as_str()).collect();
@@ -132,7 +131,7 @@ fn configuration_names_become_safe_and_unique() {
 }
 
 #[test]
-fn what_other_readers_could_not_take_is_refused() {
+fn refuses_what_other_readers_reject() {
     let disk =
         |name: &str, size| Manifest { devices: vec![Device::disk(0, name, size)], ..Manifest::default() };
     for (manifest, message) in [
@@ -176,7 +175,7 @@ fn what_other_readers_could_not_take_is_refused() {
 }
 
 #[test]
-fn a_source_that_ends_early_is_an_error() {
+fn refuses_to_finish_before_every_cluster_is_written() {
     let sink =
         VmaDriver.create(Pipe::default().output(), &small().manifest(), &CreateOptions::default()).unwrap();
     sink.begin().unwrap();
@@ -184,7 +183,7 @@ fn a_source_that_ends_early_is_an_error() {
     assert_eq!(error.message(), "0 of 1 clusters were written: the source was not read in full");
 }
 
-/// An image whose first device is the state of a guest.
+/// An image whose first device is guest state.
 fn with_state(len: u64, content: Content) -> Image {
     let mut image = Image::disk("with state", len, content);
     let state = &mut image.devices[0].0;
@@ -198,10 +197,9 @@ fn with_state(len: u64, content: Content) -> Image {
     image.and_disk("drive-scsi0", CLUSTER, Content::zero())
 }
 
-/// The reference program's reader drops the zero sub-blocks of a state (its file came out shifted),
-/// so every sub-block is stored.
+/// The reference program drops zero sub-blocks of guest state when it reads, which shifts the rest.
 #[test]
-fn every_sub_block_of_a_state_is_stored() {
+fn stores_every_sub_block_of_guest_state() {
     for len in [199_680, 4096, 512, 60 * CLUSTER + 5120] {
         for content in [Content::zero(), Content::zero().with(5000..len.max(5001), Fill::Checker(4096))] {
             let image = with_state(len, content);
@@ -212,7 +210,7 @@ fn every_sub_block_of_a_state_is_stored() {
             let mut source = VmaDriver.open(as_file(&bytes), &OpenOptions::default()).unwrap();
             assert_eq!(source.info().devices[0].kind, DeviceKind::VmState);
             conformance::assert_content(&mut *source, &image, 512);
-            // A file, in which the zeros are not written, has the same bytes.
+            // A file, where zeros become holes, has the same bytes.
             let dir = tempfile::tempdir().unwrap();
             let path = conformance::make(&VmaDriver, &CreateOptions::default(), &image, dir.path());
             assert!(std::fs::read(path).unwrap() == bytes);
@@ -221,7 +219,7 @@ fn every_sub_block_of_a_state_is_stored() {
 }
 
 #[test]
-fn a_fixture_survives_the_way_through_our_writer() {
+fn round_trips_fixtures() {
     for name in ["two-disks.vma.lzo", "vmstate.vma.zst", "sparse.vma"] {
         let truth = read(Input::open(&fixture(name)).unwrap(), &OpenOptions::default()).unwrap();
         let mut source =
@@ -239,20 +237,20 @@ fn a_fixture_survives_the_way_through_our_writer() {
 }
 
 #[test]
-fn measure_is_what_is_written() {
+fn measure_bounds_the_archive_size() {
     for image in conformance::patterns().into_iter().chain([conformance::several_devices()]) {
         let source = conformance::MemorySource::new(&image);
         let measure = VmaDriver.measure(&source, &CreateOptions::default()).unwrap();
         let len = archive(&image, &CreateOptions::default()).len() as u64;
         assert!(len <= measure.required && measure.required <= measure.fully_allocated, "{image}");
-        // Of an archive the places of data are known to the sub-block.
+        // For an archive as the source the size is exact: its data is known to the sub-block.
         let bytes = archive(&image, &CreateOptions::default());
         let source = VmaDriver.open(as_file(&bytes), &OpenOptions::default()).unwrap();
         assert_eq!(VmaDriver.measure(&*source, &CreateOptions::default()).unwrap().required, len, "{image}");
     }
 }
 
-/// Reads an archive with dissect.archive and prints id, name, size and digest of every device.
+/// Python program that prints id, name, size and digest of every device in an archive.
 const DISSECT: &str = r#"
 import hashlib, sys
 from dissect.archive import vma
@@ -267,12 +265,12 @@ for device in archive.devices():
     print("device", device.id, device.name, size, digest.hexdigest())
 "#;
 
-/// What dissect.archive says about a file; `None` when it is not there, which CI does not allow.
+/// Output of [`DISSECT`] for a file. `None` if dissect.archive is not installed, which fails in CI.
 fn dissect(path: &Path) -> Option<Vec<String>> {
     let python =
         std::env::var_os("IMGTOOL_TEST_PYTHON").map_or_else(|| PathBuf::from("python3"), PathBuf::from);
-    let has_it = Command::new(&python).args(["-c", "import dissect.archive.vma"]).output();
-    if !has_it.is_ok_and(|output| output.status.success()) {
+    let import = Command::new(&python).args(["-c", "import dissect.archive.vma"]).output();
+    if !import.is_ok_and(|output| output.status.success()) {
         assert!(std::env::var_os("CI").is_none(), "dissect.archive is missing; CI needs it");
         println!(
             "SKIPPED: no dissect.archive (pip install dissect.archive; IMGTOOL_TEST_PYTHON names a python)"
@@ -285,7 +283,7 @@ fn dissect(path: &Path) -> Option<Vec<String>> {
 }
 
 #[test]
-fn dissect_reads_what_we_write() {
+fn dissect_reads_written_archives() {
     let unit = 65_536;
     let several = conformance::several_devices()
         .and_disk("drive-efidisk0", 540_672, Content::zero().with(0..540_672, Fill::Checker(4096)))
@@ -322,9 +320,8 @@ fn dissect_reads_what_we_write() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
 
-    /// Any content of any sizes comes back, from a file and from a stream.
     #[test]
-    fn anything_comes_back(
+    fn round_trips_any_content_of_any_sizes(
         sizes in prop::collection::vec(1u64..300_000, 1..5),
         areas in prop::collection::vec((0usize..4, 0u64..300_000, 1u64..80_000, 0usize..4), 0..12),
     ) {

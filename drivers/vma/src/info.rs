@@ -1,4 +1,4 @@
-//! What `info` says about an archive.
+//! Facts about an archive for `info`.
 
 use imgtool_toolkit::error::escape_control;
 use imgtool_toolkit::{DeviceKind, ImageInfo};
@@ -8,10 +8,10 @@ use crate::header::ArchiveHeader;
 use crate::index::Index;
 use crate::layout::CLUSTER;
 
-/// Seconds of a day.
+/// Seconds in a day.
 const DAY: i64 = 86_400;
 
-/// The archive as everybody sees it; `index` if there is one.
+/// Describes an archive by its header and, where there is one, its index.
 pub(crate) fn info(header: &ArchiveHeader, index: Option<&Index>) -> ImageInfo {
     let mut info = ImageInfo {
         format: "vma",
@@ -27,9 +27,9 @@ pub(crate) fn info(header: &ArchiveHeader, index: Option<&Index>) -> ImageInfo {
     info.fact("header-size", "header size", header.header_size);
     info.fact("extents", "extents", index.map(|index| index.extents));
     let table = header.devices.iter().map(|device| {
-        // The last sub-block is stored in full; what lies past the end is not the device's.
+        // The last sub-block is stored in full, so it may reach past the end of the device.
         let stored =
-            index.and_then(|index| index.device(device.id)).map(|known| known.stored.min(device.size));
+            index.and_then(|index| index.device(device.id)).map(|counts| counts.stored.min(device.size));
         json!({
             "dev-id": device.id.0,
             "name": device.name,
@@ -44,39 +44,39 @@ pub(crate) fn info(header: &ArchiveHeader, index: Option<&Index>) -> ImageInfo {
     info
 }
 
-/// Why nothing is said about what is stored.
+/// Note that stored sizes are unknown because only `stream_len` bytes of a stream were read.
 pub(crate) fn not_counted(stream_len: u64) -> String {
     format!(
-        "how much is stored is not known: the archive comes as a stream, of which only the first {stream_len} bytes are looked at; info --read-all reads it to its end"
+        "stored sizes are unknown: the archive is a stream, and only its first {stream_len} bytes were read; info --read-all reads it to the end"
     )
 }
 
-/// What of each device was left out.
+/// Adds notes about clusters and sub-blocks past the end of a device.
 fn add_notes(info: &mut ImageInfo, header: &ArchiveHeader, index: &Index) {
     for device in &header.devices {
-        let Some(known) = index.device(device.id) else { continue };
+        let Some(counts) = index.device(device.id) else { continue };
         let name = escape_control(&device.name);
-        if known.dropped_blocks > 0 {
+        if counts.dropped_blocks > 0 {
             info.notes.push(format!(
-                "{} sub-blocks of device {name} lie past its end and are left out (archives of 2012 to 2017 have such)",
-                known.dropped_blocks
+                "{} sub-blocks of device {name} lie past its end and are left out (usual in archives of 2012 to 2017)",
+                counts.dropped_blocks
             ));
         }
         match device.kind {
-            _ if known.beyond == 0 => {}
+            _ if counts.beyond == 0 => {}
             DeviceKind::Disk => info.notes.push(format!(
                 "{} zero clusters of device {name} lie past its end and are left out",
-                known.beyond
+                counts.beyond
             )),
             DeviceKind::VmState => info.notes.push(format!(
-                "the state is {} clusters longer than announced; they are left out",
-                known.beyond
+                "{} clusters of the guest state lie past its end and are left out",
+                counts.beyond
             )),
         }
     }
 }
 
-/// Seconds since 1970 as a date, proleptic Gregorian, in UTC.
+/// Formats seconds since 1970 as a date and time in UTC, proleptic Gregorian.
 fn utc(seconds: i64) -> String {
     let (days, second) = (seconds.div_euclid(DAY), seconds.rem_euclid(DAY));
     let (year, month, day) = civil(days);
@@ -88,10 +88,10 @@ fn utc(seconds: i64) -> String {
     )
 }
 
-/// Year, month and day of a day counted from 1970-01-01. Years are taken to begin in March, so that
-/// the leap day is the last of a year; 400 years have 146,097 days.
+/// Year, month and day of a day counted from 1970-01-01. Years are shifted to begin in March, so that
+/// the leap day is the last day of a year; 400 years have 146,097 days.
 fn civil(days: i64) -> (i64, i64, i64) {
-    // i64 seconds are some 10^14 days: nothing below can overflow.
+    // i64 seconds are about 10^14 days, so nothing below overflows.
     let shifted = days + 719_468; // from 0000-03-01
     let era = shifted.div_euclid(146_097);
     let day_of_era = shifted.rem_euclid(146_097);
@@ -108,14 +108,14 @@ mod tests {
     use super::utc;
 
     #[test]
-    fn dates_are_right() {
+    fn formats_dates_across_leap_days_and_extremes() {
         assert_eq!(utc(0), "1970-01-01 00:00:00 UTC");
         assert_eq!(utc(315_532_800), "1980-01-01 00:00:00 UTC");
         assert_eq!(utc(951_782_399), "2000-02-28 23:59:59 UTC");
         assert_eq!(utc(951_782_400), "2000-02-29 00:00:00 UTC");
         assert_eq!(utc(1_795_341_838), "2026-11-22 10:03:58 UTC");
         assert_eq!(utc(-1), "1969-12-31 23:59:59 UTC");
-        // Any value is legal in the header.
+        // The format allows any ctime.
         let _ = (utc(i64::MIN), utc(i64::MAX));
     }
 }

@@ -1,4 +1,4 @@
-//! The masks of extents, read again from the file when they are needed.
+//! Cache of extent headers: the masks that the index leaves in the file.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,34 +9,35 @@ use crate::extent::ExtentHeader;
 use crate::index::Run;
 use crate::layout::{CLUSTERS_PER_EXTENT, EXTENT_HEADER, SUB_BLOCK, SUB_BLOCKS_PER_CLUSTER};
 
-/// Extents whose masks are kept: 64 × 0.7 KiB. Ours: more than there are readers at work.
-const KEPT: usize = 64;
+/// Extents in the cache, 0.7 KiB each. Our choice: more than there are concurrent readers.
+const CACHED_EXTENTS: usize = 64;
 
-/// Where the sub-blocks of one extent are.
+/// Decoded header of one extent, which locates the extent's sub-blocks.
 pub(crate) struct ExtentMap {
     header: ExtentHeader,
+    /// For each slot, the number of sub-blocks stored before its own.
     first_blocks: [u32; CLUSTERS_PER_EXTENT],
-    /// Where its data begins in the file.
+    /// File offset of the data.
     data_offset: u64,
 }
 
-/// A maximal run of sub-blocks, in the guest, that are all stored one after the other, or all zero.
+/// A maximal run of sub-blocks that are either all stored, contiguous in guest and file, or all zero.
 pub(crate) struct Stretch {
-    /// Sub-blocks, counted from the first cluster of the run.
+    /// Sub-blocks, counted from the first cluster of the index run.
     pub(crate) blocks: Range<u64>,
-    /// Where they are stored.
+    /// File offset of the data, or `None` for zeros.
     pub(crate) file_offset: Option<u64>,
 }
 
 impl ExtentMap {
-    /// The stretches of the sub-blocks `blocks` of `run`, in guest order. The run's slots have been
-    /// compared with the header ([`MaskCache::extent`]).
+    /// Returns the stretches of the sub-blocks `blocks` of `run`, in guest order. The map must come
+    /// from [`MaskCache::extent`] for the same run.
     pub(crate) fn stretches(&self, run: &Run, blocks: Range<u64>) -> Vec<Stretch> {
         let mut stretches: Vec<Stretch> = Vec::new();
         for block in blocks {
             let file_offset = self.block_offset(run, block);
             match stretches.last_mut() {
-                // Neighbours in the guest that are both stored are neighbours in the file.
+                // Within a run, stored sub-blocks that are adjacent in the guest are adjacent in the file.
                 Some(last) if last.file_offset.is_some() == file_offset.is_some() => last.blocks.end += 1,
                 _ => stretches.push(Stretch { blocks: block..block + 1, file_offset }),
             }
@@ -53,21 +54,24 @@ impl ExtentMap {
     }
 }
 
-/// An extent's offset in the file, and its map.
-type Kept = (u64, Arc<ExtentMap>);
+/// File offset of an extent, and its map.
+type CacheEntry = (u64, Arc<ExtentMap>);
 
-/// The extents that were needed last.
+/// Direct-mapped cache of extent maps, keyed by the file offset of the extent.
 pub(crate) struct MaskCache {
     uuid: [u8; 16],
-    kept: Vec<Mutex<Option<Kept>>>,
+    entries: Vec<Mutex<Option<CacheEntry>>>,
 }
 
 impl MaskCache {
     pub(crate) fn new(uuid: [u8; 16]) -> Self {
-        Self { uuid, kept: (0..KEPT).map(|_| Mutex::new(None)).collect() }
+        Self { uuid, entries: (0..CACHED_EXTENTS).map(|_| Mutex::new(None)).collect() }
     }
 
-    /// The map of the extent at `file_offset`, which holds `run` of the device `dev_id`.
+    /// Returns the map of the extent at `file_offset`, which holds `run` of the device `dev_id`.
+    ///
+    /// # Errors
+    /// Corrupt if the extent header no longer matches the index.
     pub(crate) fn extent(
         &self,
         input: &RandomInput,
@@ -75,19 +79,19 @@ impl MaskCache {
         dev_id: u32,
         file_offset: u64,
     ) -> Result<Arc<ExtentMap>> {
-        let place = &self.kept[(file_offset / EXTENT_HEADER as u64) as usize % KEPT];
-        let known = place.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let map = match known {
+        let entry = &self.entries[(file_offset / EXTENT_HEADER as u64) as usize % CACHED_EXTENTS];
+        let cached = entry.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let map = match cached {
             Some((offset, map)) if offset == file_offset => map,
             _ => {
                 let map = Arc::new(self.read(input, file_offset)?);
-                *place.lock().unwrap_or_else(PoisonError::into_inner) = Some((file_offset, Arc::clone(&map)));
+                *entry.lock().unwrap_or_else(PoisonError::into_inner) = Some((file_offset, Arc::clone(&map)));
                 map
             }
         };
         let first = map.header.slots.get(run.first_slot());
         if first.is_none_or(|slot| u32::from(slot.dev_id) != dev_id || slot.cluster_num != run.first) {
-            return Err(changed(file_offset));
+            return Err(header_changed(file_offset));
         }
         Ok(map)
     }
@@ -95,15 +99,15 @@ impl MaskCache {
     fn read(&self, input: &RandomInput, file_offset: u64) -> Result<ExtentMap> {
         let mut raw = [0; EXTENT_HEADER];
         input.read_exact_at(&mut raw, file_offset)?;
-        let header = ExtentHeader::parse(&raw, &self.uuid).map_err(|_| changed(file_offset))?;
+        let header = ExtentHeader::parse(&raw, &self.uuid).map_err(|_| header_changed(file_offset))?;
         let first_blocks = header.first_blocks();
         Ok(ExtentMap { header, first_blocks, data_offset: file_offset + EXTENT_HEADER as u64 })
     }
 }
 
-/// The header was right when the index was made.
-fn changed(file_offset: u64) -> Error {
-    Error::corrupt("the extent header has changed while the archive was being read")
+/// The error for an extent header that was valid when the index was built and is not now.
+fn header_changed(file_offset: u64) -> Error {
+    Error::corrupt("the extent header changed while the archive was being read")
         .at(file_offset)
-        .hint("something else writes to the file; wait until it is done")
+        .hint("another program is writing to the file; wait until it has finished")
 }

@@ -1,0 +1,358 @@
+//! Sliding window over the bytes of a damaged archive, which reads on after read errors and damage
+//! to an outer compression.
+
+use std::ops::Range;
+
+use imgtool_toolkit::{Error, Input, RandomInput, Result, Stream};
+
+use crate::bytes::ArchiveBytes;
+use crate::extent::ExtentHeader;
+use crate::layout::EXTENT_HEADER;
+
+/// Bytes read at a time. Our choice.
+pub(crate) const READ_CHUNK: usize = 256 * 1024;
+/// Released bytes at the front of the buffer before the rest is moved up. Our choice.
+const MAX_RELEASED: usize = 4 << 20;
+/// Bytes read at a time around an unreadable place of a file: a page.
+const PAGE: usize = 4096;
+/// The same through a decoder, whose frames have no such alignment: the alignment of extents.
+const DECODED_STEP: usize = EXTENT_HEADER;
+/// Faults of a stream that are reported one by one. Our limit.
+const MAX_FAULTS: usize = 64;
+/// Faults after which the window gives up a stream. Our limit: noise may be full of frame beginnings.
+const MAX_RESUMES: u32 = 1 << 16;
+/// Bytes before the early end of a compressed stream that count as unverified: a decoder may turn
+/// damage into output up to there. Our choice: several zstd blocks, a quarter of an extent.
+const CUT_TAIL: u64 = 1 << 20;
+/// Unreadable ranges kept apart in a window; further ones are joined. Our limit.
+const MAX_UNREADABLE: usize = 4096;
+
+enum WindowInput {
+    Stream(Stream),
+    File(RandomInput),
+}
+
+/// The part of an archive held in memory.
+///
+/// Positions are archive offsets as decoded. Where decompression resumed after damage the bytes
+/// before and after are adjacent, and the place is recorded as a gap.
+pub(crate) struct Window {
+    input: WindowInput,
+    bytes: Vec<u8>,
+    /// Length of the released front of `bytes`.
+    released: usize,
+    /// Archive offset of the first byte that is not released.
+    base: u64,
+    /// True if no bytes follow those held.
+    ended: bool,
+    /// Faults of the stream not yet reported.
+    faults: Vec<Error>,
+    /// Archive offsets at which bytes are missing, because decompression resumed there.
+    gaps: Vec<u64>,
+    /// Number of times decompression resumed.
+    resumes: u32,
+    /// True if bytes since released turned out to be unverified.
+    released_unverified: bool,
+    /// Ranges whose checksum was wrong or missing, from `base` on.
+    unverified: Vec<Range<u64>>,
+    /// True if the compressed stream ended before its last checksum.
+    cut_before_checksum: bool,
+    /// Ranges that can't be read; the window holds zeros there.
+    unreadable: Vec<Range<u64>>,
+}
+
+impl Window {
+    /// A window at the start of `input`.
+    pub(crate) fn new(input: Input) -> Result<Self> {
+        let input = if input.is_stream() {
+            WindowInput::Stream(input.into_stream()?)
+        } else {
+            WindowInput::File(input.into_random()?)
+        };
+        Ok(Self {
+            input,
+            bytes: Vec::new(),
+            released: 0,
+            base: 0,
+            ended: false,
+            faults: Vec::new(),
+            gaps: Vec::new(),
+            resumes: 0,
+            released_unverified: false,
+            unverified: Vec::new(),
+            cut_before_checksum: false,
+            unreadable: Vec::new(),
+        })
+    }
+
+    fn held(&self) -> usize {
+        self.bytes.len() - self.released
+    }
+
+    /// Archive offset after the last byte held.
+    pub(crate) fn end(&self) -> u64 {
+        self.base + self.held() as u64
+    }
+
+    /// Releases the bytes before `position`, at most those held.
+    pub(crate) fn release(&mut self, position: u64) {
+        let count =
+            usize::try_from(position.saturating_sub(self.base)).unwrap_or(usize::MAX).min(self.held());
+        self.released += count;
+        self.base += count as u64;
+        if self.released > MAX_RELEASED {
+            self.bytes.drain(..self.released);
+            self.released = 0;
+        }
+        let base = self.base;
+        self.unreadable.retain(|range| range.end > base);
+        self.gaps.retain(|gap| *gap >= base);
+        self.unverified.retain(|range| range.end >= base);
+    }
+
+    /// Reads on until the window holds `len` bytes from `position`. Returns how many of them it holds,
+    /// which is fewer only at the end.
+    pub(crate) fn ensure(&mut self, position: u64, len: usize) -> usize {
+        while !self.ended && self.end() < position.saturating_add(len as u64) {
+            self.read_chunk();
+        }
+        usize::try_from(self.end().saturating_sub(position)).unwrap_or(usize::MAX).min(len)
+    }
+
+    /// The `len` bytes at `position`, or none if the window does not hold them all.
+    pub(crate) fn slice(&self, position: u64, len: usize) -> &[u8] {
+        let start = self.released + usize::try_from(position - self.base).unwrap_or(usize::MAX);
+        self.bytes.get(start..start + len).unwrap_or(&[])
+    }
+
+    /// True if no byte of `range` is unreadable.
+    pub(crate) fn is_readable(&self, range: &Range<u64>) -> bool {
+        !self.unreadable.iter().any(|other| other.start < range.end && range.start < other.end)
+    }
+
+    /// The UUID of the extent at the start of the window, if a valid one is there.
+    pub(crate) fn first_uuid(&mut self) -> Option<[u8; 16]> {
+        let got = self.ensure(self.base, EXTENT_HEADER);
+        let raw = self.slice(self.base, got).first_chunk::<EXTENT_HEADER>()?;
+        let uuid = raw.get(8..24)?.try_into().ok()?;
+        ExtentHeader::parse(raw, &uuid).ok().map(|_| uuid)
+    }
+
+    /// The first gap within `range`.
+    pub(crate) fn gap_within(&self, range: &Range<u64>) -> Option<u64> {
+        self.gaps.iter().copied().find(|gap| range.contains(gap))
+    }
+
+    /// True if bytes are missing at `position`.
+    pub(crate) fn has_gap_at(&self, position: u64) -> bool {
+        self.gaps.contains(&position)
+    }
+
+    /// Forgets the gaps up to and including `position`.
+    pub(crate) fn drop_gaps_through(&mut self, position: u64) {
+        self.gaps.retain(|gap| *gap > position);
+    }
+
+    /// Removes and returns the oldest fault of the stream not yet reported.
+    pub(crate) fn next_fault(&mut self) -> Option<Error> {
+        if self.faults.is_empty() { None } else { Some(self.faults.remove(0)) }
+    }
+
+    /// State of the compression's checksums for `range`, which the window holds.
+    pub(crate) fn checksum_state(&mut self, range: &Range<u64>) -> ChecksumState {
+        if self.is_unverified(range) {
+            return ChecksumState::Failed;
+        }
+        match &mut self.input {
+            WindowInput::Stream(stream) => {
+                let pending = Stream::position(stream).saturating_sub(stream.checked_until());
+                let is_verified = range.end <= self.end().saturating_sub(pending);
+                if is_verified { ChecksumState::Verified } else { ChecksumState::Pending }
+            }
+            WindowInput::File(_) => ChecksumState::Verified,
+        }
+    }
+
+    /// True if a checksum over a part of `range` was wrong or missing.
+    pub(crate) fn is_unverified(&self, range: &Range<u64>) -> bool {
+        self.unverified.iter().any(|other| other.start < range.end && range.start < other.end)
+    }
+
+    /// True if bytes released since the last call turned out to be unverified.
+    pub(crate) fn take_released_unverified(&mut self) -> bool {
+        std::mem::take(&mut self.released_unverified)
+    }
+
+    /// True if the compressed stream ended before its last checksum.
+    pub(crate) fn was_cut_before_checksum(&self) -> bool {
+        self.cut_before_checksum
+    }
+
+    fn read_chunk(&mut self) {
+        let (old, position) = (self.bytes.len(), self.end());
+        self.bytes.resize(old + READ_CHUNK, 0);
+        let (got, error) = match &mut self.input {
+            WindowInput::Stream(stream) => read_until_error(stream, &mut self.bytes[old..]),
+            WindowInput::File(input) => {
+                let left = usize::try_from(input.len().saturating_sub(position)).unwrap_or(usize::MAX);
+                let got = left.min(READ_CHUNK);
+                let buf = &mut self.bytes[old..old + got];
+                read_around_errors(input, buf, position, &mut self.unreadable);
+                (got, None)
+            }
+        };
+        self.bytes.truncate(old + got);
+        match error {
+            Some(error) => self.pass_fault(error),
+            None => self.ended |= got < READ_CHUNK,
+        }
+    }
+
+    /// Resumes after a fault in a compressed stream. Bytes whose checksum is still pending become
+    /// unverified: all of them after damage, only the last part if the stream just ends, because
+    /// nearly all of a truncated copy is right.
+    fn pass_fault(&mut self, error: Error) {
+        let end = self.end();
+        let WindowInput::Stream(stream) = &mut self.input else { return };
+        let pending = Stream::position(stream).saturating_sub(stream.checked_until());
+        let mut from = end.saturating_sub(pending);
+        if stream.was_cut() {
+            self.cut_before_checksum |= from < end;
+            from = from.max(end.saturating_sub(CUT_TAIL));
+        } else {
+            self.released_unverified |= from < self.base;
+        }
+        if from < end {
+            self.unverified.push(from..end);
+        }
+        self.resumes += 1;
+        self.ended = self.resumes > MAX_RESUMES || !stream.resume().unwrap_or(false);
+        let gap = self.end();
+        if self.gaps.last() != Some(&gap) {
+            self.gaps.push(gap);
+        }
+        if self.faults.len() < MAX_FAULTS {
+            self.faults.push(error);
+        }
+    }
+}
+
+impl ArchiveBytes for Window {
+    fn position(&self) -> u64 {
+        self.base
+    }
+
+    fn remaining(&self) -> Option<u64> {
+        None
+    }
+
+    /// Reads the archive header, which must be free of gaps and unreadable places.
+    fn read_full(&mut self, buf: &mut [u8]) -> Result<usize> {
+        let position = self.base;
+        let got = self.ensure(position, buf.len());
+        let range = position..position + got as u64;
+        if !self.is_readable(&range) || self.gap_within(&range).is_some() {
+            return Err(Error::corrupt("the archive's header can't be read").at(position));
+        }
+        buf[..got].copy_from_slice(self.slice(position, got));
+        self.release(position + got as u64);
+        Ok(got)
+    }
+
+    fn skip(&mut self, len: u64) -> Result<u64> {
+        let mut skipped = 0;
+        while skipped < len {
+            let want = usize::try_from(len - skipped).unwrap_or(READ_CHUNK).min(READ_CHUNK);
+            let got = self.ensure(self.base, want);
+            self.release(self.base + got as u64);
+            skipped += got as u64;
+            if got < want {
+                break;
+            }
+        }
+        Ok(skipped)
+    }
+}
+
+/// State of the compression's checksums for a part of the archive.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ChecksumState {
+    /// Right, or the input has none.
+    Verified,
+    /// Not read yet.
+    Pending,
+    /// Wrong or missing.
+    Failed,
+}
+
+/// Reads from a stream up to the first error; returns the bytes read before it, too.
+fn read_until_error(stream: &mut Stream, buf: &mut [u8]) -> (usize, Option<Error>) {
+    let mut filled = 0;
+    while filled < buf.len() {
+        // Small reads, so that few bytes are lost before a fault.
+        let end = buf.len().min(filled + PAGE);
+        let before = stream.position();
+        match ArchiveBytes::read_full(stream, &mut buf[filled..end]) {
+            Ok(0) => break,
+            Ok(got) => filled += got,
+            Err(error) => {
+                // The position counts the bytes that the failed read delivered.
+                let got = usize::try_from(Stream::position(stream) - before).unwrap_or(0);
+                return (filled + got.min(end - filled), Some(error));
+            }
+        }
+    }
+    (filled, None)
+}
+
+/// Reads a part of a file. Unreadable pages are zeroed and added to `unreadable`.
+fn read_around_errors(input: &RandomInput, buf: &mut [u8], position: u64, unreadable: &mut Vec<Range<u64>>) {
+    if input.read_exact_at(buf, position).is_ok() {
+        return;
+    }
+    if input.granule() > 1 {
+        return read_decoded(input, buf, position, unreadable);
+    }
+    let mut done = 0;
+    while done < buf.len() {
+        let at = position + done as u64;
+        let to_boundary = PAGE - usize::try_from(at % PAGE as u64).unwrap_or(0);
+        let end = buf.len().min(done + to_boundary);
+        if input.read_exact_at(&mut buf[done..end], at).is_err() {
+            mark_unreadable(&mut buf[done..end], at, unreadable);
+        }
+        done = end;
+    }
+}
+
+/// Like [`read_around_errors`], through a decoder, for which every attempt decodes a whole frame: gives
+/// up a part if neither its first nor its last bytes can be read, else halves it.
+fn read_decoded(input: &RandomInput, buf: &mut [u8], position: u64, unreadable: &mut Vec<Range<u64>>) {
+    let is_readable = |buf: &mut [u8], at| input.read_exact_at(buf, at).is_ok();
+    if buf.is_empty() || is_readable(buf, position) {
+        return;
+    }
+    let len = buf.len();
+    let ends = len.min(DECODED_STEP);
+    let last = len - ends;
+    let is_lost = len <= DECODED_STEP
+        || !is_readable(&mut buf[..ends], position) && !is_readable(&mut buf[last..], position + last as u64);
+    if is_lost {
+        return mark_unreadable(buf, position, unreadable);
+    }
+    let half = (len / 2).next_multiple_of(DECODED_STEP).min(last);
+    let (front, back) = buf.split_at_mut(half);
+    read_decoded(input, front, position, unreadable);
+    read_decoded(input, back, position + half as u64, unreadable);
+}
+
+/// Zeroes `buf` and adds its range to `unreadable`.
+fn mark_unreadable(buf: &mut [u8], position: u64, unreadable: &mut Vec<Range<u64>>) {
+    buf.fill(0);
+    let range = position..position + buf.len() as u64;
+    let full = unreadable.len() >= MAX_UNREADABLE;
+    match unreadable.last_mut() {
+        Some(last) if full || last.end == range.start => last.end = range.end,
+        _ => unreadable.push(range),
+    }
+}
