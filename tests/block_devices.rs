@@ -139,7 +139,7 @@ fn a_device_in_use_is_refused_without_force() {
         restore_efi(device.path(), &[]).exits(1).says("mounted or otherwise in use").says("--force");
         assert!(device.bytes() == before, "mounted");
         // Under a loop device that is mounted the file is as busy.
-        restore_efi(&dir.path().join("disk"), &[]).exits(1).says("is made of it");
+        restore_efi(&dir.path().join("disk"), &[]).exits(1).says("uses it");
         assert!(device.bytes() == before, "the file below");
         restore_efi(device.path(), &["--force"]).exits(0);
         assert_eq!(sha256(&device.bytes()[..EFI_SIZE]), EFI, "--force");
@@ -147,7 +147,7 @@ fn a_device_in_use_is_refused_without_force() {
     {
         let above = LoopDevice::over(device.path());
         let before = device.bytes();
-        restore_efi(device.path(), &[]).exits(1).says(&format!("{} is made of it", text(above.path())));
+        restore_efi(device.path(), &[]).exits(1).says(&format!("loop device {} uses it", text(above.path())));
         assert!(device.bytes() == before, "below a loop device");
     }
     restore_efi(device.path(), &[]).exits(0);

@@ -1,10 +1,10 @@
-//! Outputs compressed as a whole (`.vma.zst`, `.raw.gz`), by all workers at once.
+//! Outer compression writer: outputs compressed as a whole (`.vma.zst`, `.raw.gz`) by all workers.
 //!
-//! [`PackedSink`] goes around a sink whose file is nothing but its parts one after the other
-//! ([`ImageSink::append_only`]). Every prepared piece becomes frames (zstd) or members (gzip) of its
-//! own, so that workers compress independently and the result does not depend on their number. The
-//! zstd file ends with a seek table: it is read by position later, and every other zstd program
-//! skips the table. Any program that reads several frames or members reads the whole.
+//! [`PackedSink`] wraps a sink that only appends to its file ([`ImageSink::append_only`]). Each prepared
+//! piece becomes frames (zstd) or members (gzip) of its own, so workers compress independently and the
+//! result does not depend on their number. A zstd file ends with a seek table, for later reads by
+//! position; other zstd programs skip it. Any program that reads several frames or members reads the
+//! whole file.
 
 use std::io;
 use std::ops::Range;
@@ -24,51 +24,51 @@ use crate::source::Piece;
 use crate::storage::outer::seek_table;
 use crate::storage::{Compression, Output};
 
-/// Plain bytes in one frame or member at most. Ours: above an extent of VMA with its header, so that
-/// an extent is a frame.
+/// Most plain bytes in a frame or member. Our choice: more than a VMA extent with its header (3.7 MiB),
+/// so that an extent is one frame.
 const FRAME_LEN: usize = 4 << 20;
 
-/// Pieces of sinks that like them small (raw) are asked for in this length: shorter frames compress
-/// worse, and each costs an entry in the seek table.
+/// Bytes of a piece for sinks that prefer smaller ones (raw): shorter frames compress worse, and each
+/// takes an entry in the seek table.
 const PIECE_LEN: u64 = 2 << 20;
 
-/// Longest piece of zeros, bytes. Ours: 256 frames, some 40 KiB of zstd, 1 MiB of gzip.
+/// Longest piece of zeros, bytes. Our limit: 256 frames, about 40 KiB of zstd or 1 MiB of gzip.
 const MAX_ZERO_LEN: u64 = 1 << 30;
 
-/// The first bytes of a zstd frame are a block of their own: who indexes an archive of VMA extents
-/// (whose header this is) decodes no more than that.
+/// Bytes at the start of a zstd frame that get a block of their own: the header of a VMA extent. A
+/// reader that indexes an archive decodes only this block.
 const LEADING_LEN: usize = 512;
 
-/// Room for what `compress_bound` does not count: the leading block ends early.
+/// Bytes beyond `compress_bound`, which does not count the extra block at the start.
 const FLUSH_MARGIN: usize = 64;
 
-/// Memory for compressors. Fewer work at once where a level needs more.
+/// Bytes of memory for compressors. Our limit; at levels that need more, fewer compressors run at once.
 const CONTEXT_BUDGET: usize = 112 << 20;
 
-/// Zeros for the compressors.
+/// Input for compressing runs of zeros.
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
-/// How a whole output is compressed.
+/// Outer compression of an output, with its level.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Packing {
-    /// Zstandard frames with a seek table, levels -7 to 19.
+    /// Zstandard frames with a seek table.
     SeekableZstd {
-        /// zstd's own level.
+        /// Level of zstd, -7 to 19.
         level: i32,
     },
-    /// Members of gzip, levels 1 to 12 (those of libdeflate; 1 to 9 are about gzip's).
+    /// gzip members.
     Gzip {
-        /// libdeflate's level.
+        /// Level of libdeflate, 1 to 12; 1 to 9 match gzip's roughly.
         level: i32,
     },
 }
 
 impl Packing {
-    /// The packing for an outer compression, at a level or at its usual one (zstd 3, gzip 6).
+    /// Returns the packing for `compression` at `level`, or at its default level (zstd 3, gzip 6).
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Unsupported`] for a compression that is only read;
-    /// [`crate::ErrorKind::Usage`] for a level that it does not have.
+    /// [`crate::ErrorKind::Unsupported`] for a compression that we only read;
+    /// [`crate::ErrorKind::Usage`] for a level out of range.
     pub fn new(compression: Compression, level: Option<i32>) -> Result<Self> {
         let (packing, levels) = match compression {
             Compression::Zstd => (Self::SeekableZstd { level: level.unwrap_or(3) }, -7..=19),
@@ -91,37 +91,37 @@ impl Packing {
     }
 }
 
-/// Compresses the output of an append-only sink.
+/// A sink that compresses the output of another, append-only sink.
 pub struct PackedSink {
     inner: Box<dyn ImageSink>,
     output: Output,
     packing: Packing,
-    coders: Coders,
+    compressors: CompressorPool,
     pool: BufferPool,
+    /// A compressed frame of [`FRAME_LEN`] zeros.
     zero_frame: OnceLock<Vec<u8>>,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    /// Where the next frame goes.
+    /// File offset of the next frame.
     file_offset: u64,
-    /// Stored and plain length of every frame, for the seek table.
+    /// Stored and plain length of every frame so far, for the seek table.
     frames: Vec<[u32; 2]>,
 }
 
 impl PackedSink {
-    /// Where a sink writes that is to be packed: nowhere. Drivers see a stream.
+    /// Returns the output for the inner sink: a stream that discards all bytes, named `path`.
     pub fn inner_output(path: &Path) -> Output {
         Output::from_writer(path, Box::new(io::sink()))
     }
 
-    /// Packs what `inner` makes into `output`. `inner` was created over
-    /// [`PackedSink::inner_output`].
+    /// Wraps `inner`, which was created over [`PackedSink::inner_output`], and writes to `output`.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Unsupported`] when the sink is not append-only;
-    /// [`crate::ErrorKind::Refused`] when the target keeps its length.
+    /// [`crate::ErrorKind::Unsupported`] if `inner` is not append-only;
+    /// [`crate::ErrorKind::Refused`] if `output` is an existing target of fixed length.
     pub fn new(inner: Box<dyn ImageSink>, output: Output, packing: Packing) -> Result<Self> {
         if !inner.append_only() {
             return Err(Error::unsupported("this format can't be compressed as a whole while it is written")
@@ -131,65 +131,65 @@ impl PackedSink {
         if output.capacity().is_some() {
             return Err(Error::refused("a compressed image goes to a new file or a pipe").path(output.path()));
         }
-        let coders = Coders::new(packing);
+        let compressors = CompressorPool::new(packing);
         Ok(Self {
             inner,
             output,
             packing,
-            coders,
+            compressors,
             pool: BufferPool::new(),
             zero_frame: OnceLock::new(),
             state: Mutex::default(),
         })
     }
 
-    /// Compresses `chunks` one after the other into frames.
+    /// Compresses `chunks` into frames; returns the buffer and the range of each frame in it.
     fn pack(&self, chunks: &[Chunk<'_>]) -> Result<(Buffer, Vec<Range<usize>>)> {
-        let frames = split(chunks);
-        let mut coder = self.coders.take();
-        let zeros = match frames.iter().any(|frame| is_whole_zero(frame)) {
-            true => self.zero_frame(&mut coder)?,
+        let frames = cut_into_frames(chunks);
+        let mut compressor = self.compressors.take();
+        let zeros = match frames.iter().any(|frame| is_full_zero_frame(frame)) {
+            true => self.zero_frame(&mut compressor)?,
             false => &[],
         };
-        let room = |frame: &Vec<Chunk<'_>>| {
-            if is_whole_zero(frame) { zeros.len() } else { coder.bound(frame_len(frame)) }
+        let max_len = |frame: &Vec<Chunk<'_>>| {
+            if is_full_zero_frame(frame) { zeros.len() } else { compressor.bound(frame_len(frame)) }
         };
-        let room = frames.iter().map(room).sum();
-        let mut packed = self.pool.take(room);
+        let mut packed = self.pool.take(frames.iter().map(max_len).sum());
         let mut ranges = Vec::with_capacity(frames.len());
         let mut end = 0;
         for frame in &frames {
             let target = &mut packed[end..];
-            let len = if is_whole_zero(frame) {
+            let len = if is_full_zero_frame(frame) {
                 target[..zeros.len()].copy_from_slice(zeros);
                 zeros.len()
             } else {
-                coder.encode(frame, target, &self.pool)?
+                compressor.encode(frame, target, &self.pool)?
             };
             ranges.push(end..end + len);
             end += len;
         }
-        drop(coder);
+        drop(compressor);
         packed.truncate(end);
         Ok((packed, ranges))
     }
 
-    /// A frame of [`FRAME_LEN`] zeros, made once: long runs of zeros are copies of it.
-    fn zero_frame(&self, coder: &mut Borrowed<'_>) -> Result<&[u8]> {
+    /// Returns a frame of [`FRAME_LEN`] zeros, compressed once: long runs of zeros are copies of it.
+    fn zero_frame(&self, compressor: &mut PooledCompressor<'_>) -> Result<&[u8]> {
         if let Some(known) = self.zero_frame.get() {
             return Ok(known);
         }
-        let mut frame = self.pool.take(coder.bound(FRAME_LEN));
-        let len = coder.encode(&[Chunk::Zero(FRAME_LEN as u64)], &mut frame, &self.pool)?;
+        let mut frame = self.pool.take(compressor.bound(FRAME_LEN));
+        let len = compressor.encode(&[Chunk::Zero(FRAME_LEN as u64)], &mut frame, &self.pool)?;
         Ok(self.zero_frame.get_or_init(|| frame[..len].to_vec()))
     }
 
-    /// Notes a frame and says where it lands.
+    /// Adds a frame to the file and the seek table; returns its file offset.
     fn append(&self, state: &mut State, frame: &[u8]) -> Result<u64> {
         let at = state.file_offset;
         state.file_offset += frame.len() as u64;
         if let Packing::SeekableZstd { .. } = self.packing {
-            // Ours, so the size is in its header, and both lengths are about FRAME_LEN at most.
+            // `encode_zstd` puts the content size into the header; both lengths fit 32 bits, since
+            // a frame holds at most FRAME_LEN bytes.
             let plain = get_frame_content_size(frame).ok().flatten().and_then(|len| u32::try_from(len).ok());
             let (Some(plain), Ok(stored)) = (plain, u32::try_from(frame.len())) else {
                 return Err(Error::limit("a compressed frame does not fit the seek table").at(at));
@@ -203,7 +203,7 @@ impl PackedSink {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Compresses and writes bytes that are no piece.
+    /// Compresses and writes bytes outside of a piece.
     fn write_now(&self, bytes: &[u8]) -> Result<()> {
         let (packed, ranges) = self.pack(&[Chunk::Data(bytes)])?;
         let mut state = self.state();
@@ -221,7 +221,7 @@ impl ImageSink for PackedSink {
         let unit = inner.piece_len.max(1);
         let piece_len = unit * (PIECE_LEN / unit).max(1);
         Geometry {
-            // Streams are gathered into whole pieces where the format does not care.
+            // Where the format takes any granule, whole pieces make better frames.
             granule: if inner.granule_required { inner.granule } else { piece_len },
             piece_len,
             max_zero_len: inner.max_zero_len.min((MAX_ZERO_LEN / piece_len).max(1) * piece_len),
@@ -249,8 +249,8 @@ impl ImageSink for PackedSink {
             .map(|part| prepared.bytes(&part.bytes).map_or(Chunk::Zero(part.bytes.len()), Chunk::Data))
             .collect();
         let (packed, ranges) = self.pack(&chunks)?;
-        // The inner sink's parts stay for its `place`, which looks at lengths only; the frames go
-        // behind them, standing for no guest bytes of their own.
+        // The inner sink's `place` needs its parts, but only their lengths. The frames follow them and
+        // stand for no guest bytes.
         for part in &mut prepared.parts {
             if !matches!(part.bytes, Bytes::Zero(_)) {
                 // In memory, so its length is a usize.
@@ -294,12 +294,13 @@ impl ImageSink for PackedSink {
     fn finish(&self) -> Result<()> {
         self.inner.finish()?;
         if self.state().file_offset == 0 {
-            // No bytes at all are a frame too: an empty file is no compressed file.
+            // An empty file is no valid compressed file: write an empty frame.
             self.write_now(&[])?;
         }
         if let Packing::SeekableZstd { .. } = self.packing {
             let state = self.state();
-            let table = seek_table::encode(&state.frames).map_err(|e| Error::io("make the seek table", e))?;
+            let table =
+                seek_table::encode(&state.frames).map_err(|e| Error::io("encode the seek table", e))?;
             self.output.write_at(&table, state.file_offset)?;
         }
         Ok(())
@@ -310,7 +311,7 @@ impl ImageSink for PackedSink {
     }
 }
 
-/// Plain bytes to be compressed.
+/// Plain bytes to compress.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Chunk<'a> {
     Data(&'a [u8]),
@@ -325,7 +326,7 @@ impl<'a> Chunk<'a> {
         }
     }
 
-    /// The first `len` bytes, which there are, and the rest.
+    /// Splits off the first `len` bytes; there are at least as many.
     fn split_at(self, len: usize) -> (Self, Self) {
         match self {
             Chunk::Data(bytes) => {
@@ -336,7 +337,7 @@ impl<'a> Chunk<'a> {
         }
     }
 
-    /// As slices of at most 64 KiB where zeros are concerned.
+    /// Returns the bytes as slices; zeros in slices of at most 64 KiB.
     fn slices(self) -> impl Iterator<Item = &'a [u8]> {
         let (data, mut zeros) = match self {
             Chunk::Data(bytes) => (Some(bytes), 0),
@@ -350,23 +351,23 @@ impl<'a> Chunk<'a> {
     }
 }
 
-/// Cuts chunks into frames of at most [`FRAME_LEN`]; one empty chunk is one empty frame.
-fn split<'a>(chunks: &[Chunk<'a>]) -> Vec<Vec<Chunk<'a>>> {
+/// Cuts chunks into frames of at most [`FRAME_LEN`] bytes. An empty chunk gives an empty frame.
+fn cut_into_frames<'a>(chunks: &[Chunk<'a>]) -> Vec<Vec<Chunk<'a>>> {
     let mut frames: Vec<Vec<Chunk<'a>>> = Vec::new();
-    let mut room = 0;
+    let mut space = 0;
     for chunk in chunks {
         let mut rest = *chunk;
         loop {
-            if room == 0 {
+            if space == 0 {
                 frames.push(Vec::new());
-                room = FRAME_LEN;
+                space = FRAME_LEN;
             }
-            let len = usize::try_from(rest.len()).unwrap_or(usize::MAX).min(room);
+            let len = usize::try_from(rest.len()).unwrap_or(usize::MAX).min(space);
             let (first, tail) = rest.split_at(len);
             if let Some(frame) = frames.last_mut() {
                 frame.push(first);
             }
-            room -= len;
+            space -= len;
             rest = tail;
             if rest.len() == 0 {
                 break;
@@ -376,39 +377,42 @@ fn split<'a>(chunks: &[Chunk<'a>]) -> Vec<Vec<Chunk<'a>>> {
     frames
 }
 
-/// Whether a frame is as long as can be and all zero.
-fn is_whole_zero(frame: &[Chunk<'_>]) -> bool {
+/// True if a frame has the full length and holds only zeros.
+fn is_full_zero_frame(frame: &[Chunk<'_>]) -> bool {
     frame_len(frame) == FRAME_LEN && frame.iter().all(|chunk| matches!(chunk, Chunk::Zero(_)))
 }
 
-/// Plain bytes of a frame, [`FRAME_LEN`] at most.
+/// Returns the plain bytes of a frame, at most [`FRAME_LEN`].
 fn frame_len(frame: &[Chunk<'_>]) -> usize {
     frame.iter().map(|chunk| chunk.len() as usize).sum()
 }
 
-/// Compressors, used again: making one costs a third of the time of compressing a cluster.
-struct Coders {
+/// A pool of compressors: creating one takes a third of the time of compressing a cluster.
+struct CompressorPool {
     packing: Packing,
-    most: usize,
-    state: Mutex<CodersState>,
+    /// Most compressors at once.
+    max_count: usize,
+    state: Mutex<PoolState>,
+    /// Signalled when a compressor comes back.
     returned: Condvar,
 }
 
 #[derive(Default)]
-struct CodersState {
-    free: Vec<Coder>,
-    made: usize,
+struct PoolState {
+    idle: Vec<FrameCompressor>,
+    /// Compressors created, idle ones included.
+    count: usize,
 }
 
-enum Coder {
+enum FrameCompressor {
     Zstd { context: CCtx<'static>, level: i32 },
     Gzip(Compressor),
 }
 
-impl Coders {
+impl CompressorPool {
     fn new(packing: Packing) -> Self {
-        // What a context of zstd occupies for frames of 4 MiB, MiB, measured with 1.5.7.
-        let size = match packing {
+        // Memory of a compressor for frames of 4 MiB, in MiB; measured with zstd 1.5.7.
+        let context_mib = match packing {
             Packing::SeekableZstd { level } => match level {
                 ..=3 => 4,
                 4..=6 => 6,
@@ -426,56 +430,59 @@ impl Coders {
                 }
             }
         };
-        let most = (CONTEXT_BUDGET / (size << 20)).max(1);
-        Self { packing, most, state: Mutex::default(), returned: Condvar::new() }
+        let max_count = (CONTEXT_BUDGET / (context_mib << 20)).max(1);
+        Self { packing, max_count, state: Mutex::default(), returned: Condvar::new() }
     }
 
-    /// A compressor for this thread alone; waits for one when there may be no more.
-    fn take(&self) -> Borrowed<'_> {
+    /// Takes an idle compressor or creates one; waits if all are in use.
+    fn take(&self) -> PooledCompressor<'_> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        while state.free.is_empty() && state.made >= self.most {
+        while state.idle.is_empty() && state.count >= self.max_count {
             state = self.returned.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        let coder = state.free.pop();
-        if coder.is_none() {
-            state.made += 1;
+        let idle = state.idle.pop();
+        if idle.is_none() {
+            state.count += 1;
         }
         drop(state);
-        Borrowed { home: self, coder: Some(coder.unwrap_or_else(|| Coder::new(self.packing))) }
+        let compressor = idle.unwrap_or_else(|| FrameCompressor::new(self.packing));
+        PooledCompressor { pool: self, compressor: Some(compressor) }
     }
 }
 
-/// A compressor that goes back when dropped.
-struct Borrowed<'a> {
-    home: &'a Coders,
-    coder: Option<Coder>,
+/// A compressor that returns to its pool when dropped.
+struct PooledCompressor<'a> {
+    pool: &'a CompressorPool,
+    /// Always set; only the drop takes it.
+    compressor: Option<FrameCompressor>,
 }
 
-impl Drop for Borrowed<'_> {
+impl Drop for PooledCompressor<'_> {
     fn drop(&mut self) {
-        let mut state = self.home.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.free.extend(self.coder.take());
+        let mut state = self.pool.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.idle.extend(self.compressor.take());
         drop(state);
-        self.home.returned.notify_one();
+        self.pool.returned.notify_one();
     }
 }
 
-impl Borrowed<'_> {
+impl PooledCompressor<'_> {
+    /// Returns the most bytes that a frame of `len` plain bytes can take.
     fn bound(&mut self, len: usize) -> usize {
-        match &mut self.coder {
-            Some(Coder::Gzip(compressor)) => compressor.gzip_compress_bound(len),
+        match &mut self.compressor {
+            Some(FrameCompressor::Gzip(compressor)) => compressor.gzip_compress_bound(len),
             _ => compress_bound(len) + FLUSH_MARGIN,
         }
     }
 
-    /// Compresses a frame to the start of `target`; its length there.
-    fn encode(&mut self, frame: &[Chunk<'_>], target: &mut [u8], pool: &BufferPool) -> Result<usize> {
+    /// Compresses a frame to the start of `target`; returns its stored length.
+    fn encode(&mut self, frame: &[Chunk<'_>], target: &mut [u8], buffers: &BufferPool) -> Result<usize> {
         let failed = |why: String| Error::limit(format!("can't compress: {why}"));
-        match &mut self.coder {
-            Some(Coder::Zstd { context, level }) => encode_zstd(context, *level, frame, target)
+        match &mut self.compressor {
+            Some(FrameCompressor::Zstd { context, level }) => encode_zstd(context, *level, frame, target)
                 .map_err(|code| failed(get_error_name(code).to_owned())),
-            Some(Coder::Gzip(compressor)) => {
-                let mut plain = pool.take(frame_len(frame));
+            Some(FrameCompressor::Gzip(compressor)) => {
+                let mut plain = buffers.take(frame_len(frame));
                 let mut end = 0;
                 for slice in frame.iter().flat_map(|chunk| chunk.slices()) {
                     plain[end..end + slice.len()].copy_from_slice(slice);
@@ -483,12 +490,12 @@ impl Borrowed<'_> {
                 }
                 compressor.gzip_compress(&plain, target).map_err(|e| failed(e.to_string()))
             }
-            None => Err(failed("the compressor was given back".to_owned())),
+            None => Err(failed("the compressor is back in its pool".to_owned())),
         }
     }
 }
 
-impl Coder {
+impl FrameCompressor {
     fn new(packing: Packing) -> Self {
         match packing {
             Packing::SeekableZstd { level } => Self::Zstd { context: CCtx::create(), level },
@@ -499,7 +506,7 @@ impl Coder {
     }
 }
 
-/// Makes one zstd frame, its plain length in the header, a checksum at its end.
+/// Compresses one zstd frame, with its content size in the header and a checksum at its end.
 fn encode_zstd(
     context: &mut CCtx<'static>,
     level: i32,
@@ -522,8 +529,9 @@ fn encode_zstd(
                 return Ok(());
             }
             if output.pos() == output.capacity() {
-                // Room for the worst case was there: this can't be, but must not go on forever.
-                return Err(usize::MAX - 70);
+                // Not possible, since `target` has the worst-case length; but the loop must end. zstd
+                // returns ZSTD_error_dstSize_tooSmall (70) as -70.
+                return Err(0usize.wrapping_sub(70));
             }
         }
     };
@@ -531,7 +539,7 @@ fn encode_zstd(
     for slice in frame.iter().flat_map(|chunk| chunk.slices()) {
         let (first, rest) = slice.split_at(leading.min(slice.len()));
         leading -= first.len();
-        // Nothing would follow the leading block of a frame that is no longer.
+        // A frame that is no longer than this needs no second block.
         let ends_leading = leading == 0 && !first.is_empty() && plain_len > LEADING_LEN;
         feed(first, if ends_leading { ZSTD_e_flush } else { ZSTD_e_continue })?;
         feed(rest, ZSTD_e_continue)?;
@@ -545,10 +553,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn frames_are_cut_at_their_length() {
+    fn cuts_frames_at_their_maximum_length() {
         let data = vec![1; 100];
-        let lens =
-            |chunks: &[Chunk<'_>]| split(chunks).iter().map(|frame| frame_len(frame)).collect::<Vec<_>>();
+        let lens = |chunks: &[Chunk<'_>]| {
+            cut_into_frames(chunks).iter().map(|frame| frame_len(frame)).collect::<Vec<_>>()
+        };
         let long = FRAME_LEN as u64;
         assert_eq!(lens(&[]), [0; 0]);
         assert_eq!(lens(&[Chunk::Data(&[])]), [0]);
@@ -559,7 +568,7 @@ mod tests {
     }
 
     #[test]
-    fn levels_are_checked() {
+    fn refuses_levels_out_of_range() {
         assert_eq!(Packing::new(Compression::Zstd, None).ok(), Some(Packing::SeekableZstd { level: 3 }));
         assert_eq!(Packing::new(Compression::Gzip, Some(9)).ok(), Some(Packing::Gzip { level: 9 }));
         for (compression, level) in [(Compression::Zstd, 20), (Compression::Zstd, -8), (Compression::Gzip, 0)]

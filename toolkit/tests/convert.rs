@@ -1,4 +1,4 @@
-//! The conversion in one call, and a disk as a reader.
+//! `Conversion`, a conversion in one call, and `DeviceReader`, a disk as `Read` and `Seek`.
 
 #![allow(clippy::unwrap_used)]
 
@@ -28,7 +28,7 @@ fn entries(directory: &Path) -> usize {
     std::fs::read_dir(directory).unwrap().count()
 }
 
-/// Adds up what it is told, by device.
+/// Adds up the progress of each device.
 #[derive(Default)]
 struct Sum(Mutex<[u64; 2]>);
 
@@ -39,7 +39,7 @@ impl Progress for Sum {
 }
 
 #[test]
-fn all_devices_go_into_the_file_and_progress_adds_up() {
+fn converts_all_devices_and_reports_all_bytes() {
     let directory = conformance::scratch();
     let path = directory.path().join("image.toy");
     let sum = Sum::default();
@@ -53,7 +53,7 @@ fn all_devices_go_into_the_file_and_progress_adds_up() {
 }
 
 #[test]
-fn one_device_by_name() {
+fn converts_one_device_by_name() {
     let directory = conformance::scratch();
     let path = directory.path().join("b.toy");
     Conversion::new(&TOY).disk("b").to_file(&mut MemorySource::new(&two_disks()), &path).unwrap();
@@ -63,7 +63,7 @@ fn one_device_by_name() {
 }
 
 #[test]
-fn what_is_refused_leaves_nothing() {
+fn refusals_leave_no_file() {
     let directory = conformance::scratch();
     let path = directory.path().join("image.toy");
     let mut source = MemorySource::new(&two_disks());
@@ -81,7 +81,7 @@ fn what_is_refused_leaves_nothing() {
 }
 
 #[test]
-fn an_existing_file_is_replaced_only_when_allowed() {
+fn replaces_an_existing_file_only_with_overwrite() {
     let directory = conformance::scratch();
     let path = directory.path().join("image.toy");
     std::fs::write(&path, "old").unwrap();
@@ -94,7 +94,7 @@ fn an_existing_file_is_replaced_only_when_allowed() {
 }
 
 #[test]
-fn a_reader_reads_and_seeks_as_a_file_does() {
+fn reader_reads_and_seeks_like_a_file() {
     let source = MemorySource::new(&two_disks());
     let file = {
         let mut bytes = vec![0; 70_001];
@@ -112,13 +112,13 @@ fn a_reader_reads_and_seeks_as_a_file_does() {
     assert_eq!(rest, file[70_000..]);
     assert_eq!(reader.seek(SeekFrom::Current(-70_001)).unwrap(), 0);
     assert_eq!(reader.seek(SeekFrom::Start(1 << 40)).unwrap(), 1 << 40);
-    assert_eq!(reader.read(&mut [0; 10]).unwrap(), 0, "beyond the end there is nothing");
+    assert_eq!(reader.read(&mut [0; 10]).unwrap(), 0, "a read beyond the end returns 0");
     reader.seek(SeekFrom::End(-70_002)).unwrap_err();
-    assert_eq!(reader.stream_position().unwrap(), 1 << 40, "a seek that fails moves nothing");
+    assert_eq!(reader.stream_position().unwrap(), 1 << 40, "a failed seek keeps the position");
 }
 
 #[test]
-fn a_reader_of_what_is_not_there_is_refused() {
+fn reader_refuses_missing_devices_and_streams() {
     let source = MemorySource::new(&two_disks());
     assert_eq!(DeviceReader::by_name(&source, "c").err().unwrap().kind(), ErrorKind::Usage);
     assert_eq!(DeviceReader::new(&source, DeviceId(77)).err().unwrap().kind(), ErrorKind::Usage);

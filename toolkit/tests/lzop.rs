@@ -1,4 +1,4 @@
-//! lzop files made by lzop itself: read through, and never read wrongly.
+//! The lzop decoder against files of lzop itself, whole and damaged.
 
 #![allow(clippy::unwrap_used)]
 
@@ -17,7 +17,7 @@ fn decode(bytes: &[u8]) -> std::io::Result<Vec<u8>> {
     Ok(plain)
 }
 
-/// Text, noise and zeros: compressed and stored blocks.
+/// Text, random bytes and zeros, for compressed and stored blocks.
 fn content() -> Vec<u8> {
     let mut bytes = vec![0; 1_500_001];
     let content = Content::zero()
@@ -29,9 +29,9 @@ fn content() -> Vec<u8> {
 }
 
 #[test]
-fn every_way_in_which_lzop_writes_is_read() {
+fn reads_all_options_of_lzop() {
     let content = content();
-    let ways: &[&[&str]] = &[
+    let option_sets: &[&[&str]] = &[
         &["-1"],
         &["-3"],
         &["-6"],
@@ -44,23 +44,23 @@ fn every_way_in_which_lzop_writes_is_read() {
         &["--no-name"],
         &["-P"],
     ];
-    for way in ways {
+    for options in option_sets {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("plain with a name");
         std::fs::write(&path, &content).unwrap();
-        let mut args = way.to_vec();
+        let mut args = options.to_vec();
         let name = path.to_str().unwrap();
         args.extend(["-c", name]);
         let Some(packed) = oracle::run("lzop", &args, &[]) else { return };
-        assert_eq!(decode(&packed).unwrap(), content, "lzop {way:?}");
-        if let Some(piped) = oracle::run("lzop", &way[..], &content) {
-            assert_eq!(decode(&piped).unwrap(), content, "lzop {way:?} from a pipe");
+        assert_eq!(decode(&packed).unwrap(), content, "lzop {options:?}");
+        if let Some(piped) = oracle::run("lzop", &options[..], &content) {
+            assert_eq!(decode(&piped).unwrap(), content, "lzop {options:?} from a pipe");
         }
     }
 }
 
 #[test]
-fn empty_and_tiny_content_is_read() {
+fn reads_empty_and_tiny_content() {
     for len in [0, 1, 2, 3, 4, 100, 262_143, 262_144, 262_145] {
         let content = &content()[..len];
         let Some(packed) = oracle::run("lzop", &[], content) else { return };
@@ -69,7 +69,7 @@ fn empty_and_tiny_content_is_read() {
 }
 
 #[test]
-fn members_follow_each_other() {
+fn reads_all_members() {
     let content = content();
     let Some(first) = oracle::run("lzop", &["--crc32"], &content[..700_000]) else { return };
     let second = oracle::run("lzop", &["-9"], &content[700_000..]).unwrap();
@@ -79,7 +79,7 @@ fn members_follow_each_other() {
 }
 
 #[test]
-fn cut_anywhere_is_an_error() {
+fn rejects_truncation_anywhere() {
     let content = &content()[300_000..700_000];
     let Some(first) = oracle::run("lzop", &[], content) else { return };
     let both = [first.as_slice(), &first].concat();
@@ -92,7 +92,7 @@ fn cut_anywhere_is_an_error() {
 }
 
 #[test]
-fn bytes_after_the_end_are_an_error() {
+fn rejects_bytes_after_the_end() {
     let Some(packed) = oracle::run("lzop", &[], b"content") else { return };
     for tail in [
         &b"\0"[..],
@@ -106,10 +106,10 @@ fn bytes_after_the_end_are_an_error() {
 }
 
 #[test]
-fn flipped_bits_are_errors_or_leave_the_content_alone() {
+fn flipped_bits_never_change_the_content() {
     let content = &content()[350_000..560_000];
-    for way in [&["-C", "--crc32"][..], &["-C"], &["-9"]] {
-        let Some(packed) = oracle::run("lzop", way, content) else { return };
+    for options in [&["-C", "--crc32"][..], &["-C"], &["-9"]] {
+        let Some(packed) = oracle::run("lzop", options, content) else { return };
         let mut unnoticed = 0;
         for at in (0..100).chain((100..packed.len()).step_by(2503)) {
             for bit in 0..8 {
@@ -118,18 +118,18 @@ fn flipped_bits_are_errors_or_leave_the_content_alone() {
                 match decode(&damaged) {
                     Err(_) => {}
                     Ok(plain) => {
-                        assert_eq!(plain, content, "{way:?}: bit {bit} of byte {at} changes the content");
+                        assert_eq!(plain, content, "{options:?}: bit {bit} of byte {at} changes the content");
                         unnoticed += 1;
                     }
                 }
             }
         }
-        assert_eq!(unnoticed, 0, "{way:?}: header and blocks have checksums throughout");
+        assert_eq!(unnoticed, 0, "{options:?}: checksums cover header and blocks");
     }
 }
 
 #[test]
-fn without_checksums_nothing_panics() {
+fn damage_without_checksums_does_not_panic() {
     let content = &content()[300_000..500_000];
     let Some(packed) = oracle::run("lzop", &["-F"], content) else { return };
     for at in (0..packed.len()).step_by(311) {
@@ -141,7 +141,7 @@ fn without_checksums_nothing_panics() {
     }
 }
 
-/// A header as lzop 1.04 writes it, with one number replaced, and its checksum made right.
+/// Returns a file with the header of lzop 1.04, with the given fields and a valid checksum.
 fn crafted(version_needed: u16, method: u8, flags: u32, blocks: &[u8]) -> Vec<u8> {
     let mut header = vec![0x10, 0x40, 0x20, 0xa0];
     header.extend(version_needed.to_be_bytes());
@@ -164,9 +164,9 @@ fn crafted(version_needed: u16, method: u8, flags: u32, blocks: &[u8]) -> Vec<u8
 const HELLO: [u8; 17] = [0, 0, 0, 5, 0, 0, 0, 5, b'h', b'e', b'l', b'l', b'o', 0, 0, 0, 0];
 
 #[test]
-fn what_is_not_served_is_refused_by_name() {
+fn refuses_unsupported_features_by_name() {
     assert_eq!(decode(&crafted(0x0940, 1, 0, &HELLO)).unwrap(), b"hello");
-    assert_eq!(decode(&crafted(0x0940, 1, 0x40, &HELLO)).unwrap(), b"hello", "an extra field is passed over");
+    assert_eq!(decode(&crafted(0x0940, 1, 0x40, &HELLO)).unwrap(), b"hello", "an extra field is skipped");
     let large = [1, 0, 0, 1, 0, 0, 0, 5, 0];
     let refusals = [
         (crafted(0x1050, 1, 0, &HELLO), "needs lzop version 0x1050"),
@@ -184,7 +184,7 @@ fn what_is_not_served_is_refused_by_name() {
 }
 
 #[test]
-fn a_real_archive_holds_the_same_in_every_compression() {
+fn archive_is_equal_in_every_compression() {
     let fixtures = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../fixtures");
     let read = |name: &str| {
         let mut plain = Vec::new();

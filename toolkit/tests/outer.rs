@@ -1,4 +1,4 @@
-//! Outer compression undone: every frame, member and stream of it, and nothing but that.
+//! Outer decompression: all frames, members and streams, and errors for everything else.
 
 #![allow(clippy::unwrap_used)]
 
@@ -10,7 +10,7 @@ use imgtool_toolkit::conformance::{Content, Fill};
 use imgtool_toolkit::storage::outer::{Compression, by_name, decoder, detect};
 use imgtool_toolkit::{ErrorKind, Input};
 
-/// Text, noise and zeros.
+/// Text, random bytes and zeros.
 fn content() -> Vec<u8> {
     let mut bytes = vec![0; 700_001];
     let content = Content::zero().with(0..200_000, Fill::Text).with(300_000..500_000, Fill::Random);
@@ -24,75 +24,80 @@ fn decode(compression: Compression, bytes: &[u8]) -> std::io::Result<Vec<u8>> {
     Ok(plain)
 }
 
-/// A compression and a program that makes it.
-struct Way {
+/// A program with options that write a compression.
+struct Packer {
     compression: Compression,
     program: &'static str,
     args: &'static [&'static str],
-    /// Whether the file ends with a checksum of its content.
+    /// True if the file has a checksum of its content.
     has_checksum: bool,
 }
 
-const WAYS: [Way; 11] = [
-    way(Compression::Zstd, "zstd", &["-c", "-q"], true),
-    way(Compression::Zstd, "zstd", &["-c", "-q", "-19"], true),
-    way(Compression::Zstd, "zstd", &["-c", "-q", "--no-check"], false),
-    way(Compression::Zstd, "zstd", &["-c", "-q", "--long=27"], true),
-    way(Compression::Zstd, "pzstd", &["-c", "-q", "-p", "2"], true),
-    way(Compression::Gzip, "gzip", &["-c"], true),
-    way(Compression::Gzip, "gzip", &["-c", "-9", "-n"], true),
-    way(Compression::Xz, "xz", &["-c", "-0"], true),
-    way(Compression::Xz, "xz", &["-c", "-0", "--check=none"], false),
-    way(Compression::Bzip2, "bzip2", &["-c"], true),
-    way(Compression::Bzip2, "bzip2", &["-c", "-1"], true),
+const PACKERS: [Packer; 11] = [
+    packer(Compression::Zstd, "zstd", &["-c", "-q"], true),
+    packer(Compression::Zstd, "zstd", &["-c", "-q", "-19"], true),
+    packer(Compression::Zstd, "zstd", &["-c", "-q", "--no-check"], false),
+    packer(Compression::Zstd, "zstd", &["-c", "-q", "--long=27"], true),
+    packer(Compression::Zstd, "pzstd", &["-c", "-q", "-p", "2"], true),
+    packer(Compression::Gzip, "gzip", &["-c"], true),
+    packer(Compression::Gzip, "gzip", &["-c", "-9", "-n"], true),
+    packer(Compression::Xz, "xz", &["-c", "-0"], true),
+    packer(Compression::Xz, "xz", &["-c", "-0", "--check=none"], false),
+    packer(Compression::Bzip2, "bzip2", &["-c"], true),
+    packer(Compression::Bzip2, "bzip2", &["-c", "-1"], true),
 ];
 
-const fn way(
+const fn packer(
     compression: Compression,
     program: &'static str,
     args: &'static [&'static str],
     has_checksum: bool,
-) -> Way {
-    Way { compression, program, args, has_checksum }
+) -> Packer {
+    Packer { compression, program, args, has_checksum }
 }
 
-impl Way {
+impl Packer {
     fn pack(&self, plain: &[u8]) -> Option<Vec<u8>> {
         oracle::run(self.program, self.args, plain)
     }
 }
 
 #[test]
-fn whatever_the_programs_write_is_read() {
+fn reads_the_output_of_every_program() {
     let content = content();
-    for way in &WAYS {
+    for packer in &PACKERS {
         for len in [0, 1, 100, 4096, content.len()] {
-            let Some(packed) = way.pack(&content[..len]) else { continue };
-            assert_eq!(detect(&packed), Some(way.compression), "{} {:?}", way.program, way.args);
+            let Some(packed) = packer.pack(&content[..len]) else { continue };
+            assert_eq!(detect(&packed), Some(packer.compression), "{} {:?}", packer.program, packer.args);
             assert!(
-                decode(way.compression, &packed).unwrap() == content[..len],
+                decode(packer.compression, &packed).unwrap() == content[..len],
                 "{} {:?}",
-                way.program,
-                way.args
+                packer.program,
+                packer.args
             );
         }
     }
 }
 
 #[test]
-fn frames_members_and_streams_follow_each_other() {
+fn reads_all_frames_members_and_streams() {
     let content = content();
-    for way in &WAYS {
-        let Some(first) = way.pack(&content[..300_000]) else { continue };
-        let second = way.pack(&content[300_000..]).unwrap();
-        let empty = way.pack(b"").unwrap();
+    for packer in &PACKERS {
+        let Some(first) = packer.pack(&content[..300_000]) else { continue };
+        let second = packer.pack(&content[300_000..]).unwrap();
+        let empty = packer.pack(b"").unwrap();
         let joined = [&first[..], &empty, &second, &empty].concat();
-        assert!(decode(way.compression, &joined).unwrap() == content, "{} {:?}", way.program, way.args);
+        assert!(
+            decode(packer.compression, &joined).unwrap() == content,
+            "{} {:?}",
+            packer.program,
+            packer.args
+        );
     }
 }
 
 #[test]
-fn skippable_frames_are_passed_over_wherever_they_stand() {
+fn skips_skippable_frames_anywhere() {
     let content = content();
     let Some(first) = oracle::run("zstd", &["-c", "-q"], &content[..300_000]) else { return };
     let second = oracle::run("zstd", &["-c", "-q"], &content[300_000..]).unwrap();
@@ -101,39 +106,43 @@ fn skippable_frames_are_passed_over_wherever_they_stand() {
         let joined = [&skippable[..], &first, &skippable, &skippable, &second, &skippable].concat();
         assert_eq!(detect(&joined), Some(Compression::Zstd));
         assert!(decode(Compression::Zstd, &joined).unwrap() == content);
-        assert!(decode(Compression::Zstd, &joined[..joined.len() - 1]).is_err(), "a cut skippable frame");
+        assert!(
+            decode(Compression::Zstd, &joined[..joined.len() - 1]).is_err(),
+            "a truncated skippable frame"
+        );
     }
 }
 
 #[test]
-fn cut_anywhere_is_an_error() {
+fn rejects_truncation_anywhere() {
     let content = content();
-    for way in &WAYS {
-        let Some(first) = way.pack(&content[..250_000]) else { continue };
-        let second = way.pack(&content[250_000..]).unwrap();
+    for packer in &PACKERS {
+        let Some(first) = packer.pack(&content[..250_000]) else { continue };
+        let second = packer.pack(&content[250_000..]).unwrap();
         let both = [&first[..], &second].concat();
         let cuts = (0..20).chain(first.len() - 15..first.len() + 15).chain((20..both.len()).step_by(60_011));
         let cuts = cuts.chain(both.len() - 20..both.len());
-        // pzstd writes several frames, each of which could be the last.
-        let could_end = |cut: usize| cut == first.len() || way.program == "pzstd" && is_frame_end(&both, cut);
+        // pzstd writes several frames, and any of them may be the last.
+        let could_end =
+            |cut: usize| cut == first.len() || packer.program == "pzstd" && is_frame_end(&both, cut);
         for cut in cuts.filter(|cut| !could_end(*cut)) {
-            let result = decode(way.compression, &both[..cut]);
-            assert!(result.is_err(), "{} {:?} cut to {cut} of {}", way.program, way.args, both.len());
+            let result = decode(packer.compression, &both[..cut]);
+            assert!(result.is_err(), "{} {:?} cut to {cut} of {}", packer.program, packer.args, both.len());
         }
     }
 }
 
-/// Whether a frame of zstd begins at `cut`: what is before it is whole.
+/// True if a zstd frame begins at `cut`, so that the bytes before it are complete.
 fn is_frame_end(bytes: &[u8], cut: usize) -> bool {
     detect(&bytes[cut..]) == Some(Compression::Zstd)
 }
 
 #[test]
-fn anything_after_the_end_is_an_error() {
+fn rejects_bytes_after_the_end() {
     let content = &content()[..100_000];
-    for way in &WAYS {
-        let Some(packed) = way.pack(content) else { continue };
-        // bzip2, gzip and xz pad with zeros only where a format says so: xz in multiples of four.
+    for packer in &PACKERS {
+        let Some(packed) = packer.pack(content) else { continue };
+        // Three zeros: xz allows padding in multiples of four only, the others none.
         for tail in [
             &b"x"[..],
             b"garbage that is longer than a header",
@@ -142,24 +151,29 @@ fn anything_after_the_end_is_an_error() {
             &packed[..3],
         ] {
             let joined = [&packed[..], tail].concat();
-            let result = decode(way.compression, &joined);
-            assert!(result.is_err(), "{} {:?} followed by {} bytes", way.program, way.args, tail.len());
+            let result = decode(packer.compression, &joined);
+            assert!(result.is_err(), "{} {:?} followed by {} bytes", packer.program, packer.args, tail.len());
         }
     }
 }
 
 #[test]
-fn flipped_bits_are_errors_or_leave_the_content_alone() {
+fn flipped_bits_never_change_checksummed_content() {
     let content = &content()[150_000..350_000];
-    for way in &WAYS {
-        let Some(packed) = way.pack(content) else { continue };
+    for packer in &PACKERS {
+        let Some(packed) = packer.pack(content) else { continue };
         for at in (0..40).chain((40..packed.len()).step_by(25_003)).chain(packed.len() - 30..packed.len()) {
             for bit in [0, 3, 7] {
                 let mut damaged = packed.clone();
                 damaged[at] ^= 1 << bit;
-                match decode(way.compression, &damaged) {
-                    Ok(plain) if way.has_checksum => {
-                        assert!(plain == content, "{} {:?}: bit {bit} of byte {at}", way.program, way.args);
+                match decode(packer.compression, &damaged) {
+                    Ok(plain) if packer.has_checksum => {
+                        assert!(
+                            plain == content,
+                            "{} {:?}: bit {bit} of byte {at}",
+                            packer.program,
+                            packer.args
+                        );
                     }
                     Ok(_) | Err(_) => {}
                 }
@@ -171,19 +185,19 @@ fn flipped_bits_are_errors_or_leave_the_content_alone() {
 #[test]
 fn errors_name_the_file_and_the_compression() {
     let content = content();
-    for way in &WAYS {
-        let Some(packed) = way.pack(&content) else { continue };
+    for packer in &PACKERS {
+        let Some(packed) = packer.pack(&content) else { continue };
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("archive");
         std::fs::write(&path, &packed[..packed.len() - 20]).unwrap();
-        let error = read_through(&path).expect_err("it is cut short");
+        let error = read_through(&path).expect_err("the file is cut short");
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
         let text = error.to_string();
-        assert!(text.contains("archive") && text.contains(way.compression.name()), "{text}");
+        assert!(text.contains("archive") && text.contains(packer.compression.name()), "{text}");
     }
 }
 
-/// Opens and reads all; what is a single block of bzip2 fails when it is opened.
+/// Opens and reads all of a file. A file of a single bzip2 block fails at the opening already.
 fn read_through(path: &std::path::Path) -> imgtool_toolkit::Result<()> {
     let mut stream = Input::open(path)?.into_stream()?;
     let mut chunk = vec![0; 10_000];
@@ -192,7 +206,7 @@ fn read_through(path: &std::path::Path) -> imgtool_toolkit::Result<()> {
 }
 
 #[test]
-fn a_window_above_the_limit_is_refused_with_advice() {
+fn refuses_windows_above_the_limit_with_a_hint() {
     // A frame header that asks for a window of 256 MiB, then 2 GiB, and a block.
     for exponent in [18u8, 21] {
         let frame = [0x28, 0xb5, 0x2f, 0xfd, 0, exponent << 3, 0x01, 0, 0];
@@ -201,26 +215,30 @@ fn a_window_above_the_limit_is_refused_with_advice() {
         assert!(error.to_string().contains("128 MiB"), "{error}");
         assert!(error.hint_text().unwrap().contains("zstd -d --long=31"), "{error}");
     }
-    // As zstd writes it.
+    // The same from zstd itself.
     if let Some(packed) = oracle::run("zstd", &["-c", "-q", "--ultra", "--long=31", "-1"], &content()) {
         let error = Input::from_stream("x.zst", Box::new(Cursor::new(packed))).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
     }
     let frame = [0x28, 0xb5, 0x2f, 0xfd, 0, 17 << 3, 0x01, 0, 0];
-    assert!(Input::from_stream("x.zst", Box::new(Cursor::new(frame.to_vec()))).is_ok(), "128 MiB are taken");
+    assert!(
+        Input::from_stream("x.zst", Box::new(Cursor::new(frame.to_vec()))).is_ok(),
+        "a window of 128 MiB is accepted"
+    );
 }
 
 #[test]
-fn xz_that_needs_too_much_memory_is_refused_with_advice() {
+fn refuses_xz_above_the_memory_limit_with_a_hint() {
     let content = content();
-    for (dictionary, is_served) in [("dict=64MiB", true), ("dict=128MiB", false), ("dict=1GiB", false)] {
-        // The filter of the header counts, not how much is compressed; -T1 writes it as it is given.
+    for (dictionary, is_accepted) in [("dict=64MiB", true), ("dict=128MiB", false), ("dict=1GiB", false)] {
+        // The dictionary size in the header counts, not the content's length. -T1 keeps xz from
+        // reducing it.
         let filter = format!("--lzma2=preset=0,{dictionary}");
         let Some(packed) = oracle::run("xz", &["-c", "-T1", &filter], &content) else { return };
         match Input::from_stream("x.xz", Box::new(Cursor::new(packed))) {
-            Ok(_) => assert!(is_served, "{dictionary} is served"),
+            Ok(_) => assert!(is_accepted, "{dictionary} must be refused"),
             Err(error) => {
-                assert!(!is_served, "{dictionary}: {error}");
+                assert!(!is_accepted, "{dictionary}: {error}");
                 assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
                 assert!(error.to_string().contains("100 MiB"), "{error}");
                 assert!(error.hint_text().unwrap().contains("xz -d"), "{error}");
@@ -230,7 +248,7 @@ fn xz_that_needs_too_much_memory_is_refused_with_advice() {
 }
 
 #[test]
-fn layers_are_undone_up_to_a_limit() {
+fn decompresses_nested_layers_up_to_a_limit() {
     let content = content();
     let mut packed = content.clone();
     for (program, layers) in [("gzip", 1), ("xz", 2), ("bzip2", 3), ("zstd", 4)] {
@@ -248,7 +266,7 @@ fn layers_are_undone_up_to_a_limit() {
 }
 
 #[test]
-fn what_looks_like_a_compression_but_is_none_is_left_alone() {
+fn leaves_lookalikes_unchanged() {
     for plain in [
         &b"BZh9 is how a story begins"[..],
         b"\x1f\x8b\x07",
@@ -266,7 +284,7 @@ fn what_looks_like_a_compression_but_is_none_is_left_alone() {
 }
 
 #[test]
-fn names_tell_the_compression() {
+fn finds_the_compression_by_name() {
     let cases = [
         ("a.zst", Some(Compression::Zstd)),
         ("b.VMA.GZ", Some(Compression::Gzip)),

@@ -1,4 +1,4 @@
-//! Outputs compressed as a whole, and seekable zstd read by position: against zstd, gzip and zeekstd.
+//! Outer compression writer and reader by position, against zstd, gzip and zeekstd.
 
 #![allow(clippy::unwrap_used)]
 
@@ -28,7 +28,7 @@ const PACKINGS: [Packing; 4] = [
     Packing::Gzip { level: 1 },
 ];
 
-/// The bytes of a device as they are: what raw does to a pipe.
+/// A sink of the plain bytes of a device, like raw into a pipe.
 struct Flat(Output);
 
 impl ImageSink for Flat {
@@ -112,7 +112,7 @@ fn packed(image: &Image, packing: Packing, threads: usize) -> Vec<u8> {
 }
 
 #[test]
-fn foreign_programs_read_what_is_packed() {
+fn other_programs_read_packed_files() {
     for order in [Order::Random, Order::Stream] {
         let image = image().read_as(order);
         for packing in PACKINGS {
@@ -126,7 +126,7 @@ fn foreign_programs_read_what_is_packed() {
 }
 
 #[test]
-fn the_same_bytes_whatever_the_threads_and_the_target() {
+fn bytes_do_not_depend_on_threads_or_target() {
     for packing in PACKINGS {
         let image = image();
         let one = packed(&image, packing, 1);
@@ -142,7 +142,7 @@ fn the_same_bytes_whatever_the_threads_and_the_target() {
 }
 
 #[test]
-fn an_image_in_a_packed_file_is_read_by_position_and_as_a_stream() {
+fn reads_a_packed_image_by_position_and_as_a_stream() {
     let options = CreateOptions::default();
     let toy = Toy(Flaw::NoEndNeeded);
     for image in laws::patterns().into_iter().chain([laws::several_devices(), image()]) {
@@ -159,7 +159,7 @@ fn an_image_in_a_packed_file_is_read_by_position_and_as_a_stream() {
                 let mut source = toy.open(input, &OpenOptions::default()).unwrap();
                 laws::assert_content(&mut *source, &image, 1);
             }
-            // The same through a pipe: there is nothing to seek in.
+            // The same through a pipe, where seeking is not possible.
             let mut plain = Vec::new();
             let piped = Input::from_stream("-", Box::new(std::fs::File::open(&path).unwrap())).unwrap();
             piped.into_stream().unwrap().read_to_end(&mut plain).unwrap();
@@ -174,7 +174,7 @@ fn an_image_in_a_packed_file_is_read_by_position_and_as_a_stream() {
 }
 
 #[test]
-fn long_zeros_cost_little() {
+fn long_zeros_compress_to_little() {
     let image = Image::disk("zeros", 2 << 30, Content::zero().with(1 << 30..(1 << 30) + 1, Fill::Byte(1)));
     let bytes = packed(&image, Packing::SeekableZstd { level: 3 }, 2);
     assert!(bytes.len() < 200_000, "{} bytes", bytes.len());
@@ -186,7 +186,7 @@ fn long_zeros_cost_little() {
 }
 
 #[test]
-fn nothing_at_all_is_a_valid_file_too() {
+fn empty_image_gives_a_valid_file() {
     let image = Image::disk("empty", 0, Content::zero());
     for (packing, program) in [(PACKINGS[0], "zstd"), (PACKINGS[2], "gzip")] {
         let bytes = packed(&image, packing, 1);
@@ -200,7 +200,7 @@ fn nothing_at_all_is_a_valid_file_too() {
 }
 
 #[test]
-fn what_can_not_be_packed_is_refused() {
+fn refuses_sinks_and_targets_that_cannot_be_packed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("x");
     let options = CreateOptions::default();
@@ -212,13 +212,13 @@ fn what_can_not_be_packed_is_refused() {
     assert!(PackedSink::new(flat(), existing, PACKINGS[0]).is_err(), "an existing target");
 }
 
-/// Memory that counts what is read of it.
-struct Counted {
+/// Bytes in memory that count the bytes read.
+struct CountedMemory {
     bytes: Vec<u8>,
     read: AtomicU64,
 }
 
-impl ReadAt for Counted {
+impl ReadAt for CountedMemory {
     fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
         self.read.fetch_add(buf.len() as u64, Ordering::Relaxed);
         let start = usize::try_from(position).unwrap();
@@ -231,8 +231,8 @@ impl ReadAt for Counted {
     }
 }
 
-fn counted(bytes: &[u8]) -> (Arc<Counted>, Option<Arc<dyn ReadAt>>) {
-    let memory = Arc::new(Counted { bytes: bytes.to_vec(), read: AtomicU64::new(0) });
+fn counted(bytes: &[u8]) -> (Arc<CountedMemory>, Option<Arc<dyn ReadAt>>) {
+    let memory = Arc::new(CountedMemory { bytes: bytes.to_vec(), read: AtomicU64::new(0) });
     let source: Arc<dyn ReadAt> = memory.clone();
     let view = open_seekable(Compression::Zstd, &source);
     memory.read.store(0, Ordering::Relaxed);
@@ -240,10 +240,10 @@ fn counted(bytes: &[u8]) -> (Arc<Counted>, Option<Arc<dyn ReadAt>>) {
 }
 
 fn seekable(bytes: &[u8]) -> Arc<dyn ReadAt> {
-    counted(bytes).1.expect("it has a seek table")
+    counted(bytes).1.expect("the file has a seek table")
 }
 
-/// Reads everywhere, by four threads at once.
+/// Compares random reads by four threads at once, and checks reads beyond the end.
 fn assert_reads(view: &Arc<dyn ReadAt>, expected: &[u8]) {
     assert_eq!(view.len(), expected.len() as u64);
     std::thread::scope(|scope| {
@@ -271,7 +271,7 @@ fn assert_reads(view: &Arc<dyn ReadAt>, expected: &[u8]) {
 }
 
 #[test]
-fn random_reads_of_our_own_files() {
+fn reads_our_files_at_random() {
     let image = image();
     let view = seekable(&packed(&image, PACKINGS[0], 2));
     assert_eq!(view.granule(), 4 << 20);
@@ -279,7 +279,7 @@ fn random_reads_of_our_own_files() {
 }
 
 #[test]
-fn random_reads_of_foreign_files_and_foreign_reads_of_ours() {
+fn reads_files_of_zeekstd_and_zeekstd_reads_ours() {
     let expected = bytes_of(&image());
     for frame_len in [1, 100_000, 2_000_000] {
         let expected = &expected[..expected.len().min(frame_len * 300)];
@@ -302,12 +302,12 @@ fn random_reads_of_foreign_files_and_foreign_reads_of_ours() {
     assert_eq!(part, expected[26_000_001..26_001_001]);
 }
 
-/// Frames of zstd with a table that has checksums, as the format describes it.
-fn with_checksums(frames: &[&[u8]], spoil: Option<usize>) -> Vec<u8> {
+/// Encodes zstd frames and a seek table with checksums; the checksum of frame `corrupt` is wrong.
+fn with_checksums(frames: &[&[u8]], corrupt: Option<usize>) -> Vec<u8> {
     let (mut file, mut entries) = (Vec::new(), Vec::new());
     for (number, plain) in frames.iter().enumerate() {
         let stored = zstd::bulk::compress(plain, 1).unwrap();
-        let checksum = twox_hash::XxHash64::oneshot(0, plain) as u32 ^ u32::from(spoil == Some(number));
+        let checksum = twox_hash::XxHash64::oneshot(0, plain) as u32 ^ u32::from(corrupt == Some(number));
         for value in [stored.len() as u32, plain.len() as u32, checksum] {
             entries.extend(value.to_le_bytes());
         }
@@ -323,7 +323,7 @@ fn with_checksums(frames: &[&[u8]], spoil: Option<usize>) -> Vec<u8> {
 }
 
 #[test]
-fn checksums_of_the_table_are_verified_frame_by_frame() {
+fn verifies_checksums_of_the_table_frame_by_frame() {
     let expected = bytes_of(&image())[..2_000_000].to_vec();
     let frames: Vec<&[u8]> = expected.chunks(300_000).collect();
     assert_reads(&seekable(&with_checksums(&frames, None)), &expected);
@@ -338,7 +338,7 @@ fn checksums_of_the_table_are_verified_frame_by_frame() {
 }
 
 #[test]
-fn the_start_of_a_frame_is_read_without_the_rest() {
+fn reads_the_start_of_a_frame_without_the_rest() {
     let image = Image::disk("text", 64 * MIB, Content::zero().with(0..64 * MIB, Fill::Random));
     let (memory, view) = counted(&packed(&image, PACKINGS[0], 2));
     let view = view.unwrap();
@@ -354,7 +354,7 @@ fn the_start_of_a_frame_is_read_without_the_rest() {
 }
 
 #[test]
-fn a_frame_that_many_want_is_decoded_once() {
+fn decodes_a_frame_once_for_many_readers() {
     let image = Image::disk("text", 8 * MIB, Content::zero().with(0..8 * MIB, Fill::Text));
     let bytes = packed(&image, PACKINGS[0], 2);
     let (memory, view) = counted(&bytes);
@@ -370,24 +370,24 @@ fn a_frame_that_many_want_is_decoded_once() {
         }
     });
     let read = memory.read.load(Ordering::Relaxed);
-    // All frames once, and the heads that were wanted before their frame was there.
+    // All frames once, and the starts read before their frame was decoded.
     assert!(read <= bytes.len() as u64 + 7 * 4 * 2048, "{read} of {} bytes", bytes.len());
 }
 
 #[test]
-fn readers_that_go_on_together_decode_in_parallel() {
-    /// Takes 20 ms for a frame, and counts how many are read at once.
-    struct Slow {
+fn parallel_readers_decode_ahead() {
+    /// Takes 20 ms for a read, and counts the reads at once.
+    struct SlowStorage {
         inner: Arc<dyn ReadAt>,
-        now: AtomicU64,
-        most: AtomicU64,
+        current: AtomicU64,
+        peak: AtomicU64,
     }
-    impl ReadAt for Slow {
+    impl ReadAt for SlowStorage {
         fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
-            let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
-            self.most.fetch_max(now, Ordering::SeqCst);
+            let current = self.current.fetch_add(1, Ordering::SeqCst) + 1;
+            self.peak.fetch_max(current, Ordering::SeqCst);
             std::thread::sleep(Duration::from_millis(20));
-            self.now.fetch_sub(1, Ordering::SeqCst);
+            self.current.fetch_sub(1, Ordering::SeqCst);
             self.inner.read_exact_at(buf, position)
         }
         fn len(&self) -> u64 {
@@ -396,7 +396,7 @@ fn readers_that_go_on_together_decode_in_parallel() {
     }
     let image = Image::disk("text", 64 * MIB, Content::zero().with(0..64 * MIB, Fill::Checker(8192)));
     let (memory, _) = counted(&packed(&image, PACKINGS[1], 2));
-    let slow = Arc::new(Slow { inner: memory, now: AtomicU64::new(0), most: AtomicU64::new(0) });
+    let slow = Arc::new(SlowStorage { inner: memory, current: AtomicU64::new(0), peak: AtomicU64::new(0) });
     let source: Arc<dyn ReadAt> = slow.clone();
     let view = open_seekable(Compression::Zstd, &source).unwrap();
     let expected = bytes_of(&image);
@@ -416,12 +416,13 @@ fn readers_that_go_on_together_decode_in_parallel() {
             });
         }
     });
-    // All of them read the same frame or the next one: without decoding ahead there is one at a time.
-    assert!(slow.most.load(Ordering::SeqCst) >= 3, "{} frames at once", slow.most.load(Ordering::SeqCst));
+    // All threads need the same frame or the next: without decoding ahead, one frame is read at a time.
+    let peak = slow.peak.load(Ordering::SeqCst);
+    assert!(peak >= 3, "{peak} frames at once");
 }
 
 #[test]
-fn damage_in_a_frame_hurts_that_frame_only() {
+fn damage_affects_only_its_frame() {
     let image = Image::disk("text", 16 * MIB, Content::zero().with(0..16 * MIB, Fill::Text));
     let mut bytes = packed(&image, PACKINGS[0], 2);
     let expected = bytes_of(&image);
@@ -444,7 +445,7 @@ fn damage_in_a_frame_hurts_that_frame_only() {
 }
 
 #[test]
-fn tables_that_lie_are_errors_or_are_not_used() {
+fn never_reads_wrong_bytes_through_a_damaged_table() {
     let image = Image::disk("text", 5 * MIB, Content::zero().with(0..5 * MIB, Fill::Text));
     let bytes = packed(&image, PACKINGS[0], 2);
     let expected = bytes_of(&image);
@@ -460,7 +461,7 @@ fn tables_that_lie_are_errors_or_are_not_used() {
             }
         }
     }
-    // Cut, or with something after it: a stream, and as a stream an error.
+    // Truncated, or with bytes after the table: no table is found, and the stream is an error.
     for bad in [&bytes[..bytes.len() - 1], &bytes[..bytes.len() / 2], &[&bytes[..], b"x"].concat()] {
         assert!(counted(bad).1.is_none());
         let stream = Input::from_stream("-", Box::new(io::Cursor::new(bad.to_vec()))).unwrap();

@@ -1,5 +1,5 @@
-//! Storage that fails on purpose, and the laws about it: an error comes out, nothing panics, nothing
-//! waits forever, whichever read or write it was and however many threads there are.
+//! Storage that fails on purpose, and the laws about it: whichever read or write fails, with any number of
+//! threads, the driver or the copy returns an error, and neither panics nor hangs.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -22,87 +22,89 @@ use crate::sink::{Geometry, ImageSink, Prepared, WriteList};
 use crate::source::{Access, ImageInfo, ImageSource, Piece, RandomAccess, SequentialAccess};
 use crate::storage::{Input, Output, ReadAt};
 
-/// How long anything may take before it counts as waiting forever. Ours: generous, for busy machines.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Time after which a run counts as hung. Our limit: generous, for busy machines.
+const HANG_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Most calls that are made to fail one after the other; where there are more, they are spread.
-const MOST_FAULTS: u64 = 40;
+/// Most calls that a law makes fail, one per run; spread over all calls if there are more.
+const MAX_FAULTS: u64 = 40;
 
-/// What happens to a call.
+/// A fault of one call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// It fails: an error of the device (EIO), or no space left (ENOSPC) for writes.
+    /// The call fails with EIO, or a write with ENOSPC.
     Fail,
-    /// It says that there is no more (reads), or that it took nothing (writes).
+    /// A read returns the end of the input; a write takes no byte.
     End,
-    /// It serves a single byte. For streams.
+    /// The call transfers one byte. For streams.
     Short,
-    /// It is interrupted once (EINTR). For streams.
+    /// The call is interrupted once (EINTR). For streams.
     Interrupt,
-    /// It takes its time.
+    /// The call takes 20 ms longer.
     Delay,
 }
 
-/// Counts calls and says which of them are hit.
+/// Counts calls and selects those that get a fault.
 #[derive(Debug)]
 pub struct Plan {
     fault: Fault,
-    /// The call that is hit, and every later one when `lasting`.
+    /// Number of the first call with a fault; with `lasting`, all later calls have it too.
     from: u64,
     lasting: bool,
     calls: AtomicU64,
 }
 
 impl Plan {
-    /// Hits call number `nth`, the first being 0; with [`Fault::Fail`] and [`Fault::End`] all later
-    /// calls too, as a broken disk does.
+    /// Selects call number `nth`, from 0; with [`Fault::Fail`] and [`Fault::End`] also all later calls, as
+    /// with a broken disk.
     pub fn nth(fault: Fault, nth: u64) -> Arc<Self> {
         let lasting = matches!(fault, Fault::Fail | Fault::End);
         Arc::new(Self { fault, from: nth, lasting, calls: AtomicU64::new(0) })
     }
 
-    /// Hits every call.
+    /// Selects every call.
     pub fn every(fault: Fault) -> Arc<Self> {
         Arc::new(Self { fault, from: 0, lasting: true, calls: AtomicU64::new(0) })
     }
 
-    /// Hits none: to count.
+    /// Selects no call: the plan only counts.
     pub fn none() -> Arc<Self> {
         Self::nth(Fault::Delay, u64::MAX)
     }
 
-    /// Calls so far.
+    /// Returns the number of calls so far.
     pub fn calls(&self) -> u64 {
         self.calls.load(Ordering::Relaxed)
     }
 
-    /// The fault for this call, if it is hit; a delay is over when this returns.
-    fn strike(&self) -> Option<Fault> {
+    /// Counts a call and returns its fault, if it has one. A delay has passed when this returns.
+    fn next_fault(&self) -> Option<Fault> {
         let call = self.calls.fetch_add(1, Ordering::Relaxed);
-        let is_hit = call == self.from || (self.lasting && call > self.from);
-        if is_hit && self.fault == Fault::Delay {
+        let is_selected = call == self.from || (self.lasting && call > self.from);
+        if is_selected && self.fault == Fault::Delay {
             std::thread::sleep(Duration::from_millis(20));
         }
-        is_hit.then_some(self.fault)
+        is_selected.then_some(self.fault)
     }
 }
 
+/// EIO.
 fn device_error() -> io::Error {
     io::Error::from_raw_os_error(5)
 }
 
+/// ENOSPC.
 fn no_space() -> io::Error {
     io::Error::from_raw_os_error(28)
 }
 
-/// Positional reads with faults.
+/// Storage read by position, with faults.
 pub struct FaultyStorage {
     inner: Arc<dyn ReadAt>,
     plan: Arc<Plan>,
 }
 
 impl FaultyStorage {
-    /// Over `inner`.
+    /// Wraps `inner`.
     pub fn new(inner: Arc<dyn ReadAt>, plan: Arc<Plan>) -> Self {
         Self { inner, plan }
     }
@@ -110,7 +112,7 @@ impl FaultyStorage {
 
 impl ReadAt for FaultyStorage {
     fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
-        match self.plan.strike() {
+        match self.plan.next_fault() {
             Some(Fault::Fail) => Err(device_error()),
             Some(Fault::End) => Err(io::ErrorKind::UnexpectedEof.into()),
             _ => self.inner.read_exact_at(buf, position),
@@ -126,24 +128,24 @@ impl ReadAt for FaultyStorage {
 pub struct FaultyStream<S> {
     inner: S,
     plan: Arc<Plan>,
-    /// A call was interrupted; its repetition goes through.
+    /// True after an interrupted call: the retry succeeds.
     interrupted: bool,
 }
 
 impl<S> FaultyStream<S> {
-    /// Over `inner`.
+    /// Wraps `inner`.
     pub fn new(inner: S, plan: Arc<Plan>) -> Self {
         Self { inner, plan, interrupted: false }
     }
 
-    /// What is left of a call for `len` bytes: how many are served.
+    /// Applies the plan to a call for `len` bytes; returns how many bytes to transfer.
     fn admit(&mut self, len: usize, failure: fn() -> io::Error) -> io::Result<usize> {
-        let repeated = std::mem::take(&mut self.interrupted);
-        match self.plan.strike() {
+        let is_retry = std::mem::take(&mut self.interrupted);
+        match self.plan.next_fault() {
             Some(Fault::Fail) => Err(failure()),
             Some(Fault::End) => Ok(0),
             Some(Fault::Short) => Ok(len.min(1)),
-            Some(Fault::Interrupt) if !repeated => {
+            Some(Fault::Interrupt) if !is_retry => {
                 self.interrupted = true;
                 Err(io::ErrorKind::Interrupted.into())
             }
@@ -170,7 +172,7 @@ impl<S: Write> Write for FaultyStream<S> {
     }
 }
 
-/// A sink that takes everything and keeps nothing.
+/// A sink that discards all content.
 pub struct Discard(Output);
 
 impl Default for Discard {
@@ -211,10 +213,10 @@ impl ImageSink for Discard {
     }
 }
 
-/// Every law about faults that the driver's capabilities claim.
+/// Runs every law about faults that the driver's capabilities imply.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn all(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let can = driver.capabilities();
     failing_reads_are_errors(driver, options, image);
@@ -228,50 +230,50 @@ pub fn all(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     }
 }
 
-/// The calls to be hit, of `calls` that there are.
+/// Returns the numbers of the calls to make fail, out of `calls`.
 fn spread(calls: u64) -> impl Iterator<Item = u64> {
-    let step = calls.div_ceil(MOST_FAULTS).max(1) as usize;
+    let step = calls.div_ceil(MAX_FAULTS).max(1) as usize;
     (0..calls).step_by(step).chain(calls.checked_sub(1))
 }
 
-/// Runs `f`; when it takes too long the whole process ends, for a thread that waits forever can't be
-/// got rid of otherwise.
-fn within_patience<T: Send>(what: &str, f: impl FnOnce() -> T + Send) -> T {
+/// Runs `f`; aborts the process if it hangs, since a hung thread can't be stopped otherwise.
+fn without_hang<T: Send>(what: &str, f: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let (done, wait) = mpsc::channel();
         let worker = scope.spawn(move || {
             let result = f();
-            // The other side waits for this or has ended the process.
+            // The receiver is waiting, or has aborted the process.
             let _ = done.send(());
             result
         });
-        if wait.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
-            eprintln!("waits forever: {what}");
+        if wait.recv_timeout(HANG_TIMEOUT) == Err(mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("hangs: {what}");
             std::process::abort();
         }
         worker.join().unwrap_or_else(|_| panic!("panics: {what}"))
     })
 }
 
-/// Opens an input and reads all of it through the pipeline.
+/// Opens an input and copies all of it into a sink that discards it.
 fn read_through(driver: &dyn Driver, input: Result<Input>, threads: usize) -> Result<()> {
     let mut source = driver.open(input?, &OpenOptions::default())?;
     fill_sink(&mut *source, &Discard::default(), threads)
 }
 
+/// Asserts that `result` is an error of kind `Io`.
 fn expect_io(driver: &dyn Driver, what: &str, result: Result<()>) {
     match result {
-        Ok(()) => panic!("{}: {what}: no error came out", driver.name()),
+        Ok(()) => panic!("{}: {what}: succeeded without an error", driver.name()),
         Err(error) => {
             assert_eq!(error.kind(), ErrorKind::Io, "{}: {what}: not an I/O error: {error}", driver.name())
         }
     }
 }
 
-/// A read that fails, at whatever point, is an error of the whole; one that takes long is none.
+/// A failed read makes the copy fail, whichever read it is; a slow read does not.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn failing_reads_are_errors(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let bytes: Arc<dyn ReadAt> = Arc::new(Memory(make_bytes(driver, options, image)));
     let read = |plan: &Arc<Plan>, threads| {
@@ -284,23 +286,23 @@ pub fn failing_reads_are_errors(driver: &dyn Driver, options: &CreateOptions, im
         for nth in spread(counting.calls()) {
             let what = format!("{image}: read {nth} of {} fails, {threads} threads", counting.calls());
             let plan = Plan::nth(Fault::Fail, nth);
-            let result = within_patience(&what, || read(&plan, threads));
-            // Threads read in another order each time, and may ask for more or for less.
+            let result = without_hang(&what, || read(&plan, threads));
+            // The order of threads differs from run to run, and with it the number of reads.
             if plan.calls() > nth {
                 expect_io(driver, &what, result);
             }
         }
     }
-    let what = format!("{image}: a read takes long");
-    let slow = within_patience(&what, || read(&Plan::nth(Fault::Delay, 3), 7));
+    let what = format!("{image}: slow read");
+    let slow = without_hang(&what, || read(&Plan::nth(Fault::Delay, 3), 7));
     slow.unwrap_or_else(|e| panic!("{}: {what}: {e}", driver.name()));
 }
 
-/// A pipe that fails or ends early is an error; one that serves single bytes, is interrupted or slow
-/// is none.
+/// A pipe that fails makes the copy fail; one that delivers single bytes, is interrupted or is slow does
+/// not.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn failing_pipes_are_errors(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let bytes = make_bytes(driver, options, image);
     let read = |plan: &Arc<Plan>, threads| {
@@ -313,7 +315,7 @@ pub fn failing_pipes_are_errors(driver: &dyn Driver, options: &CreateOptions, im
         for threads in [1, 7] {
             let what = format!("{image}: read {nth} of a pipe fails, {threads} threads");
             let plan = Plan::nth(Fault::Fail, nth);
-            let result = within_patience(&what, || read(&plan, threads));
+            let result = without_hang(&what, || read(&plan, threads));
             if plan.calls() > nth {
                 expect_io(driver, &what, result);
             }
@@ -322,19 +324,19 @@ pub fn failing_pipes_are_errors(driver: &dyn Driver, options: &CreateOptions, im
     for fault in [Fault::Short, Fault::Interrupt, Fault::Delay] {
         for plan in [Plan::nth(fault, 0), Plan::nth(fault, 2)] {
             let what = format!("{image}: a pipe with {fault:?}");
-            let result = within_patience(&what, || read(&plan, 7));
+            let result = without_hang(&what, || read(&plan, 7));
             result.unwrap_or_else(|e| panic!("{}: {what}: {e}", driver.name()));
         }
     }
-    let what = format!("{image}: a pipe that is interrupted all the time");
-    let result = within_patience(&what, || read(&Plan::every(Fault::Interrupt), 2));
+    let what = format!("{image}: a pipe that is interrupted at every read");
+    let result = without_hang(&what, || read(&Plan::every(Fault::Interrupt), 2));
     result.unwrap_or_else(|e| panic!("{}: {what}: {e}", driver.name()));
 }
 
-/// A write into a pipe that fails is an error; partial and interrupted writes are completed.
+/// A failed write into a pipe makes the copy fail; partial and interrupted writes are completed.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn failing_pipe_writes_are_errors(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let into = |pipe: &Pipe, plan: &Arc<Plan>, threads| {
         let stream = FaultyStream::new(pipe.clone(), Arc::clone(plan));
@@ -346,23 +348,23 @@ pub fn failing_pipe_writes_are_errors(driver: &dyn Driver, options: &CreateOptio
     for nth in spread(counting.calls()) {
         for (fault, threads) in [(Fault::Fail, 1), (Fault::Fail, 7), (Fault::End, 2)] {
             let what = format!("{image}: write {nth} into a pipe: {fault:?}, {threads} threads");
-            let result = within_patience(&what, || into(&Pipe::default(), &Plan::nth(fault, nth), threads));
+            let result = without_hang(&what, || into(&Pipe::default(), &Plan::nth(fault, nth), threads));
             expect_io(driver, &what, result);
         }
     }
     for plan in [Plan::nth(Fault::Short, 1), Plan::every(Fault::Interrupt), Plan::nth(Fault::Delay, 1)] {
         let what = format!("{image}: into a pipe with {:?}", plan.fault);
         let pipe = Pipe::default();
-        let result = within_patience(&what, || into(&pipe, &plan, 7));
+        let result = without_hang(&what, || into(&pipe, &plan, 7));
         result.unwrap_or_else(|e| panic!("{}: {what}: {e}", driver.name()));
-        assert!(pipe.bytes() == whole.bytes(), "{}: {what}: other bytes came out", driver.name());
+        assert!(pipe.bytes() == whole.bytes(), "{}: {what}: the pipe got other bytes", driver.name());
     }
 }
 
-/// A target that is too small is an error, never a silent loss.
+/// Writing into a target that is too small fails.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn targets_that_are_too_small_are_errors(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let needed = make_bytes(driver, options, image).len() as u64;
     for (number, len) in
@@ -375,16 +377,16 @@ pub fn targets_that_are_too_small_are_errors(driver: &dyn Driver, options: &Crea
             file.set_len(len).expect("set the length");
             let output = Output::from_existing(&path, file, true).expect("ask for the length");
             let what = format!("{image}: {needed} bytes into {len}, {threads} threads");
-            let result = within_patience(&what, || write(driver, options, image, &output, threads));
-            assert!(result.is_err(), "{}: {what}: no error came out", driver.name());
+            let result = without_hang(&what, || write(driver, options, image, &output, threads));
+            assert!(result.is_err(), "{}: {what}: succeeded without an error", driver.name());
         }
     }
 }
 
-/// A source that fails, in order or at random, ends the copy with its error.
+/// A failed call of the source, read as a stream or by position, ends the copy with its error.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn failing_sources_end_the_copy(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     for order in [Order::Random, Order::Stream] {
         let image = image.read_as(order);
@@ -401,7 +403,7 @@ pub fn failing_sources_end_the_copy(driver: &dyn Driver, options: &CreateOptions
             for threads in [1, 7] {
                 let what = format!("{image}: call {nth} of the source fails, {threads} threads");
                 let plan = Plan::nth(Fault::Fail, nth);
-                let result = within_patience(&what, || copy(&plan, threads));
+                let result = without_hang(&what, || copy(&plan, threads));
                 if plan.calls() > nth {
                     expect_io(driver, &what, result);
                 }
@@ -410,15 +412,16 @@ pub fn failing_sources_end_the_copy(driver: &dyn Driver, options: &CreateOptions
     }
 }
 
-/// A source whose calls fail.
+/// A source with faults.
 struct FaultySource {
     inner: MemorySource,
     plan: Arc<Plan>,
 }
 
 impl FaultySource {
+    /// Counts a call of the source and fails if the plan says so.
     fn check(&self) -> Result<()> {
-        match self.plan.strike() {
+        match self.plan.next_fault() {
             Some(Fault::Fail) => Err(Error::io("read", device_error())),
             _ => Ok(()),
         }

@@ -1,4 +1,4 @@
-//! Writing images through drivers and comparing what comes back: the laws are made of this.
+//! Building blocks of the laws: write images through drivers, and compare the content read back.
 
 use std::fs::File;
 use std::io::Write;
@@ -19,34 +19,34 @@ use crate::source::{Access, ImageSource, RandomAccess, SequentialAccess};
 use crate::storage::{Input, Output};
 use crate::zero;
 
-/// Bytes compared at a time: odd, so that reads begin and end everywhere.
+/// Bytes compared at a time: odd, so that reads begin and end at odd positions.
 const COMPARE_LEN: usize = 1_000_003;
 
-/// Threads of a law that is not about threads.
+/// Threads of laws that are not about threads.
 pub const THREADS: usize = 2;
 
-/// A directory for a law, removed with it.
+/// Creates a temporary directory, removed when dropped.
 pub fn scratch() -> tempfile::TempDir {
     tempfile::Builder::new().prefix("conformance-").tempdir().expect("make a temporary directory")
 }
 
-/// A new output file.
+/// Creates an output file.
 pub fn new_file(path: &Path) -> Output {
     let file = File::options().read(true).write(true).create_new(true).open(path).expect("create an output");
     Output::from_new_file(path, file)
 }
 
-/// An output into memory, in order: what a pipe sees.
+/// A stream output into memory, like a pipe.
 #[derive(Clone, Default)]
 pub struct Pipe(Arc<Mutex<Vec<u8>>>);
 
 impl Pipe {
-    /// The output that writes here.
+    /// Returns an output that writes into this pipe.
     pub fn output(&self) -> Output {
         Output::from_writer("-", Box::new(self.clone()))
     }
 
-    /// What was written.
+    /// Returns the bytes written so far.
     pub fn bytes(&self) -> Vec<u8> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -63,11 +63,10 @@ impl Write for Pipe {
     }
 }
 
-/// Copies all devices of `source` into `sink`, from begin to finish. The sink's devices have the
-/// numbers of the source's.
+/// Copies all devices of `source` into the devices of the same ids of `sink`, and finishes the sink.
 ///
 /// # Errors
-/// Those of the copy.
+/// The first error of the source, the sink or the copy.
 pub fn fill_sink(source: &mut dyn ImageSource, sink: &dyn ImageSink, threads: usize) -> Result<()> {
     let routes =
         source.info().devices.iter().map(|device| Route { from: device.id, to: device.id }).collect();
@@ -77,10 +76,10 @@ pub fn fill_sink(source: &mut dyn ImageSource, sink: &dyn ImageSink, threads: us
     sink.finish()
 }
 
-/// Writes `image` into `output` with `driver`, from create to finish.
+/// Creates `image` in `output` with `driver`, writes its content and flushes.
 ///
 /// # Errors
-/// Those of the driver and of the copy.
+/// The first error of the driver or the copy.
 pub fn write(
     driver: &dyn Driver,
     options: &CreateOptions,
@@ -93,12 +92,18 @@ pub fn write(
     output.sync()
 }
 
-/// Writes `image` into a new file in `directory`, which must succeed.
+/// Writes `image` into a new file in `directory` and returns its path.
+///
+/// # Panics
+/// If the driver can't write the image.
 pub fn make(driver: &dyn Driver, options: &CreateOptions, image: &Image, directory: &Path) -> PathBuf {
     make_with(driver, options, image, directory, THREADS)
 }
 
-/// [`make`] with a number of threads.
+/// Like [`make`], with a number of threads.
+///
+/// # Panics
+/// If the driver can't write the image.
 pub fn make_with(
     driver: &dyn Driver,
     options: &CreateOptions,
@@ -114,40 +119,46 @@ pub fn make_with(
     path
 }
 
-/// The bytes of `image` in `driver`'s format.
+/// Returns the file that `driver` writes for `image`.
+///
+/// # Panics
+/// If the driver can't write the image.
 pub fn make_bytes(driver: &dyn Driver, options: &CreateOptions, image: &Image) -> Vec<u8> {
     let directory = scratch();
     std::fs::read(make(driver, options, image, directory.path())).expect("read the output")
 }
 
-/// Opens a file with `driver`, as it is.
+/// Opens a file with `driver`, without undoing outer compression.
 ///
 /// # Errors
-/// Those of the driver.
+/// The error of the driver.
 pub fn open(driver: &dyn Driver, path: &Path) -> Result<Box<dyn ImageSource>> {
     open_with(driver, path, &OpenOptions::default())
 }
 
-/// [`open`] with options.
+/// Like [`open`], with options.
 ///
 /// # Errors
-/// Those of the driver.
+/// The error of the driver.
 pub fn open_with(driver: &dyn Driver, path: &Path, options: &OpenOptions) -> Result<Box<dyn ImageSource>> {
     driver.open(Input::open_plain(path)?, options)
 }
 
-/// Asserts that `source` holds exactly `image`: devices, sizes (rounded up to `size_multiple`),
-/// every byte, and extents that keep their contract.
+/// Asserts that `source` holds exactly `image`: devices, sizes (rounded up to a multiple of
+/// `size_multiple` bytes), every byte, and valid extents.
+///
+/// # Panics
+/// At the first difference.
 pub fn assert_content(source: &mut dyn ImageSource, image: &Image, size_multiple: u64) {
     if let Err(fault) = compare(source, image, size_multiple) {
         panic!("{image}: {fault}");
     }
 }
 
-/// What makes the content of `source` differ from `image`, reading all of it.
+/// Reads all of `source` and compares it with `image`.
 ///
 /// # Errors
-/// The first difference, or the error of reading.
+/// A description of the first difference, or of the read error.
 pub fn compare(source: &mut dyn ImageSource, image: &Image, size_multiple: u64) -> Result<(), String> {
     let devices = source.info().devices.clone();
     if devices.len() != image.devices.len() {
@@ -172,7 +183,7 @@ pub fn compare(source: &mut dyn ImageSource, image: &Image, size_multiple: u64) 
     }
 }
 
-/// Walks all extents of a device: ascending, contiguous, within bounds, and zeros are zeros.
+/// Checks that the extents of a device are contiguous and within bounds, and report no data as zeros.
 fn compare_extents(random: &dyn RandomAccess, device: &Device, content: &Content) -> Result<(), String> {
     let mut at = 0;
     let mut chunk = vec![0; 65_536];
@@ -180,12 +191,12 @@ fn compare_extents(random: &dyn RandomAccess, device: &Device, content: &Content
         let extents =
             random.extents(device.id, at..device.size).map_err(|e| format!("extents from {at}: {e}"))?;
         if extents.is_empty() {
-            return Err(format!("no extent from {at} on"));
+            return Err(format!("no extent at {at}"));
         }
         for extent in extents {
             if extent.start != at || extent.len == 0 || extent.len > device.size - at {
                 return Err(format!(
-                    "extent {extent:?} where one from {at} on (of {}) should be",
+                    "extent {extent:?} instead of one that starts at {at} (device of {} bytes)",
                     device.size
                 ));
             }
@@ -200,7 +211,7 @@ fn compare_extents(random: &dyn RandomAccess, device: &Device, content: &Content
                     content.read(part, start);
                     if !zero::is_zero(part) {
                         return Err(format!(
-                            "extent {extent:?} stands for zeros, but there is data near {start}"
+                            "extent {extent:?} is reported as zeros, but there is data near {start}"
                         ));
                     }
                 }
@@ -210,7 +221,7 @@ fn compare_extents(random: &dyn RandomAccess, device: &Device, content: &Content
     compare_bounded_extents(random, device)
 }
 
-/// Asks for extents within bounds: answers begin where asked and do not go beyond.
+/// Checks that extents of a range begin at its start, are contiguous, and end within it.
 fn compare_bounded_extents(random: &dyn RandomAccess, device: &Device) -> Result<(), String> {
     for round in 0..64 {
         let Some((range, _)) = odd_range(device.size, round) else { break };
@@ -230,7 +241,7 @@ fn compare_bounded_extents(random: &dyn RandomAccess, device: &Device) -> Result
     Ok(())
 }
 
-/// Reads a device from start to end.
+/// Compares a device from start to end.
 fn compare_all(random: &dyn RandomAccess, device: &Device, content: &Content) -> Result<(), String> {
     let mut found = vec![0; COMPARE_LEN];
     let mut at = 0;
@@ -242,7 +253,7 @@ fn compare_all(random: &dyn RandomAccess, device: &Device, content: &Content) ->
     Ok(())
 }
 
-/// Reads at odd positions and lengths.
+/// Compares reads at odd positions and lengths.
 fn compare_odd_reads(random: &dyn RandomAccess, device: &Device, content: &Content) -> Result<(), String> {
     for round in 0..200 {
         let Some((range, len)) = odd_range(device.size, round) else { break };
@@ -251,7 +262,8 @@ fn compare_odd_reads(random: &dyn RandomAccess, device: &Device, content: &Conte
     Ok(())
 }
 
-/// The `round`-th range without pattern in a device of `size` bytes; lengths up to 200 KiB.
+/// Returns the `round`-th of a sequence of pseudorandom ranges in a device of `size` bytes, up to 200,000
+/// bytes long, with its length. `None` if the device is empty.
 pub(super) fn odd_range(size: u64, round: u64) -> Option<(Range<u64>, usize)> {
     if size == 0 {
         return None;
@@ -271,7 +283,7 @@ pub(super) fn compare_read(
     found: &mut [u8],
 ) -> Result<(), String> {
     let len = found.len();
-    // What the driver does not fill must not look right by chance.
+    // Bytes that the driver leaves unfilled must not match by chance.
     found.fill(0xee);
     random.read_at(device, found, start).map_err(|e| format!("read of {len} bytes at {start}: {e}"))?;
     compare_bytes(content, device, start, found)
@@ -296,7 +308,7 @@ fn compare_bytes(content: &Content, device: DeviceId, start: u64, found: &[u8]) 
     }
 }
 
-/// Reads a stream to its end: every byte of every device once.
+/// Reads a stream to its end, and checks that it brings every byte of every device once.
 fn compare_stream(
     stream: &mut dyn SequentialAccess,
     devices: &[Device],
@@ -306,7 +318,7 @@ fn compare_stream(
     let mut covered: Vec<Vec<Range<u64>>> = vec![Vec::new(); devices.len()];
     while let Some(piece) = stream.next_piece(&pool).map_err(|e| format!("next piece: {e}"))? {
         let Some(index) = devices.iter().position(|device| device.id == piece.device) else {
-            return Err(format!("a piece of device {}, which there is not", piece.device));
+            return Err(format!("a piece of device {}, which does not exist", piece.device));
         };
         let content = &image.devices[index].1;
         match &piece.data {
@@ -331,7 +343,7 @@ fn compare_stream(
         for range in &covered[index] {
             if range.start != at {
                 return Err(format!(
-                    "device {}: bytes from {at} come not once (next piece {range:?})",
+                    "device {}: the bytes from {at} on come twice or are missing (next piece {range:?})",
                     device.id
                 ));
             }
@@ -357,7 +369,7 @@ fn compare_zeros(content: &Content, piece: &crate::source::Piece) -> Result<(), 
     Ok(())
 }
 
-/// What lies outside of the runs is zero.
+/// Checks that all bytes outside of the runs are zero.
 fn compare_runs(data: &[u8], runs: &[Range<usize>]) -> Result<(), String> {
     let mut at = 0;
     for run in runs.iter().cloned().chain(std::iter::once(data.len()..data.len())) {
@@ -372,7 +384,7 @@ fn compare_runs(data: &[u8], runs: &[Range<usize>]) -> Result<(), String> {
     Ok(())
 }
 
-/// An error of `kind` would do, any other is no refusal.
+/// True if the driver refused the request, rather than failed.
 pub(super) fn is_refusal(error: &Error) -> bool {
     use crate::error::ErrorKind::{LimitExceeded, Refused, Unsupported, Usage};
     matches!(error.kind(), Unsupported | Usage | Refused | LimitExceeded)

@@ -1,4 +1,4 @@
-//! The laws about images that are damaged or made to do harm.
+//! Laws about damaged and malicious images.
 
 use std::io;
 use std::ops::Range;
@@ -14,19 +14,19 @@ use crate::error::Result;
 use crate::source::{Access, ImageSource, RandomAccess, SequentialAccess};
 use crate::storage::{Input, ReadAt};
 
-/// The longest that opening a damaged image and reading a part of it may take. Ours: generous, for
-/// busy machines; what it is to find are loops over numbers from the image.
-const MOST_TIME: Duration = Duration::from_secs(20);
+/// Longest time for opening a damaged image and reading a part of it. Our limit: generous, for busy
+/// machines; it finds loops over numbers from the image.
+const MAX_TIME: Duration = Duration::from_secs(20);
 
-/// Address space that all damaged images of one law together may add. Ours: allocators reserve
-/// some; what it is to find are allocations of a length from the image.
-const MOST_MEMORY: u64 = 2 << 30;
+/// Most bytes of address space that all damaged images of one law may add. Our limit: allocators reserve
+/// some; it finds allocations of a length from the image.
+const MAX_MEMORY: u64 = 2 << 30;
 
-/// An image cut short anywhere can't be opened, can't be read in full, or lost nothing. (A format
-/// in which every length is legal may show a smaller device instead.)
+/// A truncated image fails to open or to be read in full, unless the cut removed no content. (A format
+/// without a header may show a smaller device instead.)
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn truncated_is_an_error(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let whole = make_bytes(driver, options, image);
     let len = whole.len();
@@ -46,9 +46,10 @@ pub fn truncated_is_an_error(driver: &dyn Driver, options: &CreateOptions, image
     }
 }
 
+/// Asserts that reading a truncated image never gives wrong bytes without an error.
 fn expect_noticed(driver: &dyn Driver, image: &Image, cut: usize, input: Result<Input>, what: &str) {
     let Ok(input) = input else { return };
-    let opened = guarded(driver, &format!("{image}, {what} cut to {cut} bytes"), || {
+    let opened = catch_panic(driver, &format!("{image}, {what} cut to {cut} bytes"), || {
         driver.open(input, &OpenOptions::default())
     });
     let Ok(mut source) = opened else { return };
@@ -62,11 +63,11 @@ fn expect_noticed(driver: &dyn Driver, image: &Image, cut: usize, input: Result<
     if any_length_is_legal && smaller {
         return;
     }
-    let compared = guarded(driver, &format!("{image}, {what} cut to {cut} bytes"), || {
+    let compared = catch_panic(driver, &format!("{image}, {what} cut to {cut} bytes"), || {
         compare(&mut *source, image, driver.capabilities().size_multiple)
     });
     if let Err(fault) = compared {
-        let wrong_bytes = fault.contains("instead of") || fault.contains("stands for zeros");
+        let wrong_bytes = fault.contains("instead of") || fault.contains("is reported as zeros");
         assert!(
             !wrong_bytes,
             "{}: {image}: a {what} cut to {cut} bytes is read without an error: {fault}",
@@ -75,24 +76,24 @@ fn expect_noticed(driver: &dyn Driver, image: &Image, cut: usize, input: Result<
     }
 }
 
-/// An image to be damaged.
+/// An image to damage.
 pub struct Hostile<'a> {
-    /// A finished image, small.
+    /// A small, valid image.
     pub image: &'a [u8],
-    /// Where to damage it: headers and tables.
+    /// Byte ranges to damage: headers and tables.
     pub places: Vec<Range<usize>>,
-    /// Makes checksums right again after the damage, so that what they guard is reached.
+    /// Repairs checksums after the damage, so that the driver uses the damaged numbers.
     pub repair: &'a dyn Fn(&mut [u8]),
 }
 
 impl<'a> Hostile<'a> {
-    /// The first `len` bytes of an image without checksums.
+    /// Damages the first `len` bytes of an image without checksums.
     pub fn head(image: &'a [u8], len: usize) -> Self {
         Self { image, places: std::iter::once(0..len.min(image.len())).collect(), repair: &|_| () }
     }
 
-    /// Images with every byte, and every aligned number of four and eight bytes, replaced by what
-    /// breaks arithmetic.
+    /// Returns descriptions and images in which one byte, or one aligned number of four or eight bytes, is
+    /// replaced by a value that breaks arithmetic.
     fn damaged(&self) -> impl Iterator<Item = (String, Vec<u8>)> + '_ {
         self.places.iter().flat_map(|place| place.clone()).flat_map(move |at| {
             let old = self.image[at];
@@ -122,18 +123,18 @@ impl<'a> Hostile<'a> {
     }
 }
 
-/// Opening a damaged image, asking for its extents and reading parts of it returns, rightly or with
-/// an error: no panic, bounded time, bounded memory.
+/// Opening a damaged image, querying its extents and reading parts of it ends without a panic, in bounded
+/// time and memory.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn hostile_bytes_do_not_panic(driver: &dyn Driver, hostile: &Hostile<'_>) {
     let before = address_space_peak();
     for (damage, bytes) in hostile.damaged() {
         let started = Instant::now();
         for salvage in [false, true] {
             let options = OpenOptions { salvage, ..OpenOptions::default() };
-            guarded(driver, &damage, || {
+            catch_panic(driver, &damage, || {
                 if let Ok(mut source) = random_input(&bytes).and_then(|input| driver.open(input, &options)) {
                     read_some(&mut *source);
                 }
@@ -149,20 +150,20 @@ pub fn hostile_bytes_do_not_panic(driver: &dyn Driver, hostile: &Hostile<'_>) {
             });
         }
         let took = started.elapsed();
-        assert!(took < MOST_TIME, "{}: {damage}: took {took:?}", driver.name());
+        assert!(took < MAX_TIME, "{}: {damage}: took {took:?}", driver.name());
         let grown = address_space_peak().saturating_sub(before);
-        assert!(grown < MOST_MEMORY, "{}: {damage}: took {grown} bytes of address space", driver.name());
+        assert!(grown < MAX_MEMORY, "{}: {damage}: took {grown} bytes of address space", driver.name());
     }
 }
 
-/// Runs `f`; a panic names the driver and the damage.
-fn guarded<T>(driver: &dyn Driver, damage: &str, f: impl FnOnce() -> T) -> T {
+/// Runs `f`; if it panics, panics with the name of the driver and the damage.
+fn catch_panic<T>(driver: &dyn Driver, damage: &str, f: impl FnOnce() -> T) -> T {
     catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|_| panic!("{}: panics on {damage}", driver.name()))
 }
 
-/// Answers and pieces taken from a damaged image: enough to reach all code, few enough for sizes
-/// of exbibytes.
-const MOST_STEPS: usize = 64;
+/// Most extent queries of a damaged image, and extents read of each answer: enough to reach all code,
+/// few enough for devices of exbibytes.
+const MAX_STEPS: usize = 64;
 
 fn read_some(source: &mut dyn ImageSource) {
     let devices = source.info().devices.clone();
@@ -178,12 +179,12 @@ fn read_some(source: &mut dyn ImageSource) {
 fn read_random(random: &dyn RandomAccess, device: crate::DeviceId, size: u64) {
     let mut buf = vec![0; 65_536];
     let mut at = 0;
-    for _ in 0..MOST_STEPS {
+    for _ in 0..MAX_STEPS {
         if at >= size {
             break;
         }
         let Ok(extents) = random.extents(device, at..size) else { break };
-        for extent in extents.iter().take(MOST_STEPS) {
+        for extent in extents.iter().take(MAX_STEPS) {
             let len = buf.len().min(usize::try_from(extent.len).unwrap_or(usize::MAX));
             let _ = random.read_at(device, &mut buf[..len], extent.start);
             at = extent.end();
@@ -200,7 +201,7 @@ fn read_random(random: &dyn RandomAccess, device: crate::DeviceId, size: u64) {
 
 fn read_stream(stream: &mut dyn SequentialAccess) {
     let pool = BufferPool::new();
-    for _ in 0..MOST_STEPS * MOST_STEPS {
+    for _ in 0..MAX_STEPS * MAX_STEPS {
         match stream.next_piece(&pool) {
             Ok(Some(_)) => {}
             Ok(None) | Err(_) => break,
@@ -208,12 +209,12 @@ fn read_stream(stream: &mut dyn SequentialAccess) {
     }
 }
 
-/// Bytes in memory as an input.
+/// Returns an input over a copy of `bytes`.
 pub(super) fn random_input(bytes: &[u8]) -> Result<Input> {
     Ok(Input::from_read_at("in memory", Arc::new(Memory(bytes.to_vec()))))
 }
 
-/// Bytes that are read by position.
+/// Bytes in memory, read by position.
 pub(super) struct Memory(pub(super) Vec<u8>);
 
 impl ReadAt for Memory {
@@ -229,7 +230,7 @@ impl ReadAt for Memory {
     }
 }
 
-/// The largest address space this process had, bytes; 0 where the system does not tell.
+/// Returns the peak address space of this process in bytes; 0 without `/proc`.
 fn address_space_peak() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmPeak:"));

@@ -1,4 +1,4 @@
-//! Images that exist only as a description: what the laws write and compare with.
+//! Images by description: the laws write them and compare with them.
 
 use std::fmt;
 use std::ops::Range;
@@ -6,46 +6,50 @@ use std::ops::Range;
 use crate::device::{Attachment, Device, Manifest};
 use crate::extent::{Extent, ExtentKind, ExtentList};
 
-/// What an area of a device holds.
+/// Content of an area of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fill {
-    /// Bytes without pattern, which no compressor shortens.
+    /// Pseudorandom bytes, which no compressor shortens.
     Random,
     /// Bytes that compress to about a third.
     Text,
-    /// Random bytes and zeros in turn, this many bytes each, random first.
+    /// Runs of random bytes and of zeros in turn, random first; the number is the bytes of each run.
     Checker(u64),
     /// The same byte everywhere.
     Byte(u8),
 }
 
-/// The content of a device: areas that hold something, zeros elsewhere.
+/// Content of a device: areas with a fill, zeros elsewhere.
 #[derive(Debug, Clone, Default)]
 pub struct Content {
     areas: Vec<(Range<u64>, Fill)>,
 }
 
-/// Checkers finer than this are told as data throughout, as a file system would.
+/// Shortest run, in bytes, that [`Content::extents`] reports as a hole; a file system with 4 KiB blocks
+/// reports finer checkers as data.
 const FINEST_EXTENT: u64 = 4096;
 
 impl Content {
-    /// Zeros.
+    /// Returns content of zeros.
     pub fn zero() -> Self {
         Self::default()
     }
 
-    /// Adds an area beyond all earlier ones.
+    /// Adds an area behind all earlier ones.
+    ///
+    /// # Panics
+    /// If the area overlaps or precedes an earlier one.
     #[must_use]
     pub fn with(mut self, area: Range<u64>, fill: Fill) -> Self {
         let last = self.areas.last().map_or(0, |(area, _)| area.end);
-        assert!(area.start >= last && area.start <= area.end, "areas are ascending: {area:?} after {last}");
+        assert!(area.start >= last && area.start <= area.end, "areas must ascend: {area:?} after {last}");
         if area.start < area.end {
             self.areas.push((area, fill));
         }
         self
     }
 
-    /// Fills `buf` with what stands at `start`.
+    /// Fills `buf` with the bytes from `start` on.
     pub fn read(&self, buf: &mut [u8], start: u64) {
         buf.fill(0);
         let end = start + buf.len() as u64;
@@ -58,12 +62,12 @@ impl Content {
         }
     }
 
-    /// Whether `range` lies outside of all areas.
+    /// Returns true if `range` lies outside of all areas.
     pub fn is_zero(&self, range: &Range<u64>) -> bool {
         self.areas.iter().all(|(area, _)| area.end <= range.start || area.start >= range.end)
     }
 
-    /// The extents of `range`: data and holes.
+    /// Returns the extents of `range`: data and holes. The list may end early, as a driver's may.
     pub fn extents(&self, range: Range<u64>) -> Vec<Extent> {
         let mut list = ExtentList::new();
         let mut at = range.start;
@@ -81,7 +85,7 @@ impl Content {
         list.into_vec()
     }
 
-    /// Bytes of all areas, each rounded outward to multiples of `unit`.
+    /// Returns the bytes of all areas, each extended outward to multiples of `unit`.
     pub fn data_len(&self, unit: u64) -> u64 {
         let rounded =
             |(area, _): &(Range<u64>, Fill)| area.end.next_multiple_of(unit) - area.start / unit * unit;
@@ -90,17 +94,17 @@ impl Content {
 }
 
 impl Fill {
-    /// Fills `target`, which stands at `start`, within an area that begins at `area_start`.
+    /// Fills `target` with the bytes from `start` on of an area that begins at `area_start`.
     fn write(self, target: &mut [u8], start: u64, area_start: u64) {
         match self {
             Fill::Byte(byte) => target.fill(byte),
-            Fill::Random => noise(target, start),
+            Fill::Random => fill_random(target, start),
             Fill::Text => {
-                noise(target, start);
+                fill_random(target, start);
                 target.iter_mut().for_each(|byte| *byte = b"etaoin s"[usize::from(*byte & 7)]);
             }
             Fill::Checker(unit) => {
-                noise(target, start);
+                fill_random(target, start);
                 let mut at = start;
                 while at < start + target.len() as u64 {
                     let number = (at - area_start) / unit;
@@ -114,25 +118,25 @@ impl Fill {
         }
     }
 
-    /// The runs of `area` within `range` that are told as data.
+    /// Returns the runs of `area` within `range` that count as data.
     fn data_runs(self, area: &Range<u64>, range: &Range<u64>) -> Vec<Range<u64>> {
-        let within = area.start.max(range.start)..area.end.min(range.end);
-        if within.start >= within.end {
+        let overlap = area.start.max(range.start)..area.end.min(range.end);
+        if overlap.start >= overlap.end {
             return Vec::new();
         }
-        let Fill::Checker(unit @ FINEST_EXTENT..) = self else { return vec![within] };
-        let first = (within.start - area.start) / (2 * unit);
+        let Fill::Checker(unit @ FINEST_EXTENT..) = self else { return vec![overlap] };
+        let first = (overlap.start - area.start) / (2 * unit);
         (first..)
             .map(|pair| area.start + pair * 2 * unit)
-            .take_while(|start| *start < within.end)
-            .map(|start| start.max(within.start)..(start + unit).min(within.end))
+            .take_while(|start| *start < overlap.end)
+            .map(|start| start.max(overlap.start)..(start + unit).min(overlap.end))
             .filter(|run| run.start < run.end)
             .collect()
     }
 }
 
-/// Bytes without pattern that depend on nothing but where they stand.
-fn noise(target: &mut [u8], start: u64) {
+/// Fills `target` with pseudorandom bytes that depend only on their position.
+fn fill_random(target: &mut [u8], start: u64) {
     let mut at = start;
     let mut rest = target;
     while !rest.is_empty() {
@@ -145,7 +149,7 @@ fn noise(target: &mut [u8], start: u64) {
     }
 }
 
-/// SplitMix64's output function: every input gives another well-mixed output.
+/// SplitMix64's output function: a bijection that mixes its input well.
 pub(super) fn mix(input: u64) -> u64 {
     let mut z = input.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -153,7 +157,7 @@ pub(super) fn mix(input: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// In which way a [`super::MemorySource`] lets itself be read.
+/// Access that a [`super::MemorySource`] offers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
     /// By position.
@@ -165,21 +169,21 @@ pub enum Order {
     Shuffled,
 }
 
-/// An image by description: devices with their content, and how it is read.
+/// An image by description: devices with their content, and the access to them.
 #[derive(Debug, Clone)]
 pub struct Image {
-    /// For messages.
+    /// Name for messages.
     pub name: String,
-    /// The devices and what they hold; their ids are their places in this list.
+    /// The devices and their content; a device's id is its index in this list.
     pub devices: Vec<(Device, Content)>,
-    /// The blobs that travel with them.
+    /// The attachments, such as configuration files.
     pub attachments: Vec<Attachment>,
-    /// How it is read.
+    /// Access to the devices.
     pub order: Order,
 }
 
 impl Image {
-    /// One disk.
+    /// Returns an image of one disk of `len` bytes.
     pub fn disk(name: impl Into<String>, len: u64, content: Content) -> Self {
         let device = Device::disk(0, "drive-scsi0", len);
         Self {
@@ -198,20 +202,20 @@ impl Image {
         self
     }
 
-    /// Adds a blob.
+    /// Adds an attachment.
     #[must_use]
     pub fn and_attachment(mut self, name: &str, data: &[u8]) -> Self {
         self.attachments.push(Attachment { name: name.to_owned(), data: data.to_owned() });
         self
     }
 
-    /// The same image, read in another way.
+    /// Returns the same image with another access.
     #[must_use]
     pub fn read_as(&self, order: Order) -> Self {
         Self { order, ..self.clone() }
     }
 
-    /// What a sink is told about it.
+    /// Returns the manifest that a sink is created with.
     pub fn manifest(&self) -> Manifest {
         Manifest {
             devices: self.devices.iter().map(|(device, _)| device.clone()).collect(),
@@ -228,7 +232,8 @@ impl fmt::Display for Image {
 
 const MIB: u64 = 1 << 20;
 
-/// The images of one disk that every format must carry: empty, sparse, full, ragged, far apart.
+/// Returns images of one disk that every format must be able to hold: empty, sparse, full, ragged, with
+/// distant data.
 pub fn patterns() -> Vec<Image> {
     let checker = |unit: u64| Content::zero().with(0..3 * MIB, Fill::Checker(unit));
     vec![
@@ -255,8 +260,8 @@ pub fn patterns() -> Vec<Image> {
     ]
 }
 
-/// Data before and beyond 512 MiB: more than one L2 table of qcow2 with 64 KiB clusters, many BAT
-/// entries, hardly any data.
+/// Returns an image with little data on both sides of 512 MiB: more than one L2 table of a qcow2 file
+/// with 64 KiB clusters, many BAT entries of VHDX.
 pub fn far_apart() -> Image {
     let content = Content::zero()
         .with(MIB + 512..MIB + 70_000, Fill::Random)
@@ -279,7 +284,7 @@ fn ragged_areas() -> Content {
     content
 }
 
-/// Three disks of different sizes and a configuration: for formats that hold several devices.
+/// Returns three disks of different sizes and a configuration, for formats that hold several devices.
 pub fn several_devices() -> Image {
     let second = Content::zero().with(100_000..900_001, Fill::Text);
     let third = Content::zero().with(0..MIB, Fill::Checker(4096)).with(6 * MIB..6 * MIB + 9, Fill::Byte(3));
@@ -295,7 +300,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reading_in_parts_gives_the_same_as_reading_at_once() {
+    fn reads_in_parts_equal_one_read() {
         for image in patterns().into_iter().filter(|image| image.devices[0].0.size < 8 * MIB) {
             let (device, content) = &image.devices[0];
             let mut whole = vec![0; device.size as usize];

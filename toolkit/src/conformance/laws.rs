@@ -1,4 +1,4 @@
-//! The laws that hold for whole images.
+//! Laws about whole images.
 
 use std::fs::File;
 use std::path::Path;
@@ -18,10 +18,10 @@ use crate::storage::{Input, Output, os};
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
-/// Every law that the driver's capabilities claim.
+/// Runs every law that the driver's capabilities imply.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn all(driver: &dyn Driver, options: &CreateOptions) {
     let can = driver.capabilities();
     for image in patterns() {
@@ -61,7 +61,7 @@ pub fn all(driver: &dyn Driver, options: &CreateOptions) {
     }
 }
 
-/// An image with all sorts of content that is quickly written: for laws that write it often.
+/// Returns a small image with all kinds of content, for laws that write it often.
 pub fn mixed_image() -> Image {
     let content = Content::zero()
         .with(0..200_000, Fill::Random)
@@ -71,15 +71,16 @@ pub fn mixed_image() -> Image {
     Image::disk("a bit of everything", 3 * MIB, content)
 }
 
+/// Returns an image of several devices if the format can hold them, of one otherwise.
 fn several_within(driver: &dyn Driver) -> Image {
     let several = several_devices();
     if driver.capabilities().max_devices as usize >= several.devices.len() { several } else { far_apart() }
 }
 
-/// What was written is what is read back: every byte, through extents, in order and at random.
+/// An image read back equals the image written: every byte, the extents, and reads at random.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn round_trip(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let directory = scratch();
     let path = make(driver, options, image, directory.path());
@@ -91,23 +92,24 @@ pub fn round_trip(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     assert_eq!(source.info().format, driver.name(), "the format in its info is the driver's name");
 }
 
-/// Panics unless the file at `path` holds `image`.
+/// Asserts that the file at `path` holds `image`.
 fn expect_content(driver: &dyn Driver, path: &Path, image: &Image, law: &str) {
     let mut source = open(driver, path)
         .unwrap_or_else(|e| panic!("{}: {law}: {image} can't be opened: {e}", driver.name()));
     expect_source(driver, &mut *source, image, law);
 }
 
+/// Asserts that `source` holds `image`.
 fn expect_source(driver: &dyn Driver, source: &mut dyn ImageSource, image: &Image, law: &str) {
     if let Err(fault) = compare(source, image, driver.capabilities().size_multiple) {
         panic!("{}: {law}: {image}: {fault}", driver.name());
     }
 }
 
-/// One, two and seven threads write the same file, whatever the order of the source.
+/// One, two and seven threads write identical files, for any order of the source.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn same_bytes_for_any_thread_count(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     for order in [Order::Random, Order::Stream, Order::Shuffled] {
         let image = image.read_as(order);
@@ -126,7 +128,7 @@ pub fn same_bytes_for_any_thread_count(driver: &dyn Driver, options: &CreateOpti
     }
 }
 
-/// Where two files differ, reading neither's holes twice.
+/// Returns the position of the first difference of two files. Skips ranges that are holes in both.
 fn first_difference(left: &Path, right: &Path) -> Option<u64> {
     let open = |path: &Path| Input::open_plain(path).and_then(Input::into_random).expect("open the output");
     let (left, right) = (open(left), open(right));
@@ -137,7 +139,7 @@ fn first_difference(left: &Path, right: &Path) -> Option<u64> {
     let (mut a, mut b) = (vec![0; 1 << 20], vec![0; 1 << 20]);
     while at < left.len() {
         let len = a.len().min((left.len() - at) as usize);
-        let runs = [left.run(at), right.run(at)].map(|run| run.expect("ask for holes"));
+        let runs = [left.run(at), right.run(at)].map(|run| run.expect("query holes"));
         let holes_end = runs.iter().map(|run| run.end).min().unwrap_or(at);
         if runs.iter().all(|run| !run.is_data) && holes_end > at {
             at = holes_end;
@@ -153,10 +155,11 @@ fn first_difference(left: &Path, right: &Path) -> Option<u64> {
     None
 }
 
-/// A source in one pass, in order or shuffled, gives the same content as one read by position.
+/// An image written from a stream, in order or shuffled, has the same content as one written from a
+/// source read by position.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn sequential_equals_random(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     for order in [Order::Stream, Order::Shuffled] {
         let directory = scratch();
@@ -164,17 +167,17 @@ pub fn sequential_equals_random(driver: &dyn Driver, options: &CreateOptions, im
         let path = directory.path().join("image");
         match write(driver, options, &image, &new_file(&path), 2) {
             Ok(()) => expect_content(driver, &path, &image, "sequential equals random"),
-            // A format may be unable to take pieces out of order; it must say so.
+            // A format may refuse pieces out of order.
             Err(error) if order == Order::Shuffled && is_refusal(&error) => {}
             Err(error) => panic!("{}: {image} can't be written: {error}", driver.name()),
         }
     }
 }
 
-/// Sizes that are no multiple of anything, and none at all where the format allows it.
+/// A device keeps a size that is no multiple of any unit; size 0 may be refused.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn sizes(driver: &dyn Driver, options: &CreateOptions) {
     let sizes = [
         0,
@@ -212,18 +215,18 @@ pub fn sizes(driver: &dyn Driver, options: &CreateOptions) {
     }
 }
 
-/// A device of 544 MiB with hardly any data makes a small file, whose extents are small too.
+/// A device of 544 MiB with little data gives a small file and few extents of data.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn sparse_stays_sparse(driver: &dyn Driver, options: &CreateOptions) {
     let image = far_apart();
     let (device, content) = &image.devices[0];
     for order in [Order::Random, Order::Stream] {
         let directory = scratch();
         let path = make(driver, options, &image.read_as(order), directory.path());
-        let allocated = os::allocated_len(&std::fs::metadata(&path).expect("ask for the file's length"));
-        // 4 MiB for headers, tables and a log.
+        let allocated = os::allocated_len(&std::fs::metadata(&path).expect("stat the file"));
+        // 4 MiB for headers, tables and a log. Our limit.
         let allowed = content.data_len(64 * KIB) + 4 * MIB;
         assert!(
             allocated <= allowed,
@@ -249,10 +252,10 @@ pub fn sparse_stays_sparse(driver: &dyn Driver, options: &CreateOptions) {
     }
 }
 
-/// Four threads read odd ranges of the same source at once and get the right bytes.
+/// Four threads that read odd ranges of one source at once get the right bytes.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn parallel_reads(driver: &dyn Driver, options: &CreateOptions) {
     let content =
         Content::zero().with(5000..3 * MIB, Fill::Checker(64 * KIB)).with(4 * MIB..5 * MIB, Fill::Text);
@@ -267,7 +270,8 @@ pub fn parallel_reads(driver: &dyn Driver, options: &CreateOptions) {
             let content = &content;
             scope.spawn(move || {
                 for round in 0..300 {
-                    let (range, len) = odd_range(6 * MIB, round + reader * 150).expect("it is not empty");
+                    let (range, len) =
+                        odd_range(6 * MIB, round + reader * 150).expect("the device is not empty");
                     if let Err(fault) = compare_read(random, device, content, range.start, &mut vec![0; len])
                     {
                         panic!("{}: parallel reads: {fault}", driver.name());
@@ -281,10 +285,10 @@ pub fn parallel_reads(driver: &dyn Driver, options: &CreateOptions) {
     });
 }
 
-/// Reading beyond the end of a device is an error, as is a device that there is not.
+/// Reads beyond the end of a device, or of a device that does not exist, fail.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn reads_stay_within_the_device(driver: &dyn Driver, options: &CreateOptions) {
     let directory = scratch();
     let path = make(driver, options, &mixed_image(), directory.path());
@@ -293,54 +297,63 @@ pub fn reads_stay_within_the_device(driver: &dyn Driver, options: &CreateOptions
     let device = &source.info().devices[0];
     for (start, len) in [(device.size, 1), (device.size - 1, 2), (u64::MAX, 1), (u64::MAX - 4096, 4097)] {
         let read = random.read_at(device.id, &mut vec![0; len], start);
-        assert!(read.is_err(), "{}: {len} bytes at {start} of {} were read", driver.name(), device.size);
+        assert!(
+            read.is_err(),
+            "{}: read {len} bytes at {start} of a device of {}",
+            driver.name(),
+            device.size
+        );
     }
-    let nobody = crate::DeviceId(250);
-    assert!(random.read_at(nobody, &mut [0], 0).is_err(), "{}: device 250 was read", driver.name());
+    let missing = crate::DeviceId(250);
+    assert!(
+        random.read_at(missing, &mut [0], 0).is_err(),
+        "{}: read device 250, which does not exist",
+        driver.name()
+    );
 }
 
-/// The driver's probe knows what it wrote.
+/// The driver's probe recognises the driver's own images.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn probe_knows_its_own(driver: &dyn Driver, options: &CreateOptions) {
     let directory = scratch();
     let path = make(driver, options, &mixed_image(), directory.path());
     let input = Input::open_plain(&path).expect("open what was written");
     let found = driver.probe(&input.head().expect("first bytes"), input.len());
-    assert!(found.is_some(), "{} does not know its own image", driver.name());
+    assert!(found.is_some(), "{} does not recognise its own image", driver.name());
 }
 
-/// More devices than the format holds are refused when the image is begun.
+/// The driver refuses to create an image with more devices than the format holds, and writes nothing.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn too_many_devices_are_refused(driver: &dyn Driver, options: &CreateOptions) {
     let directory = scratch();
     let path = directory.path().join("image");
     let created = driver.create(new_file(&path), &several_devices().manifest(), options);
-    let Err(error) = created else { panic!("{} takes three devices", driver.name()) };
-    assert!(is_refusal(&error), "{}: no refusal: {error}", driver.name());
-    let len = std::fs::metadata(&path).expect("ask for the file's length").len();
-    assert_eq!(len, 0, "{}: a refused image was begun all the same", driver.name());
+    let Err(error) = created else { panic!("{} accepts three devices", driver.name()) };
+    assert!(is_refusal(&error), "{}: not a refusal: {error}", driver.name());
+    let len = std::fs::metadata(&path).expect("stat the file").len();
+    assert_eq!(len, 0, "{}: wrote to a refused image", driver.name());
 }
 
-/// An existing target full of old data holds the image afterwards, zeros included; or is refused
-/// when the image is begun.
+/// An existing target full of old data holds the image afterwards, zeros included, and keeps its length;
+/// or the driver refuses it at creation.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn existing_target_with_old_data(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let directory = scratch();
     let fresh = std::fs::metadata(make(driver, options, image, directory.path())).expect("metadata").len();
-    // Formats without a header use the length as the device's size: it has to fit.
+    // A format without a header takes the length for the device's size: it must match.
     let len = if fresh == image.devices[0].0.size { fresh } else { fresh + 64 * MIB };
     for order in [Order::Random, Order::Stream] {
         let image = image.read_as(order);
         let path = directory.path().join(format!("old-{order:?}"));
         let file = File::options().read(true).write(true).create_new(true).open(&path).expect("create");
         fill_with_old_data(&file, len);
-        let output = Output::from_existing(&path, file, false).expect("ask for the length");
+        let output = Output::from_existing(&path, file, false).expect("find the length");
         let sink = match driver.create(output, &image.manifest(), options) {
             Ok(sink) => sink,
             Err(error) if is_refusal(&error) => return,
@@ -350,7 +363,7 @@ pub fn existing_target_with_old_data(driver: &dyn Driver, options: &CreateOption
             panic!("{}: {image} into an existing target: {error}", driver.name());
         }
         drop(sink);
-        assert_eq!(std::fs::metadata(&path).expect("metadata").len(), len, "the target keeps its length");
+        assert_eq!(std::fs::metadata(&path).expect("metadata").len(), len, "the target must keep its length");
         let options = OpenOptions { ignore_trailing: true, ..OpenOptions::default() };
         let mut source = open_with(driver, &path, &options).unwrap_or_else(|e| {
             panic!("{}: {image} in an existing target can't be opened: {e}", driver.name())
@@ -359,6 +372,7 @@ pub fn existing_target_with_old_data(driver: &dyn Driver, options: &CreateOption
     }
 }
 
+/// Fills a file with `len` bytes that no image contains.
 fn fill_with_old_data(file: &File, len: u64) {
     let old = vec![0xaa; 1 << 20];
     let mut at = 0;
@@ -369,10 +383,10 @@ fn fill_with_old_data(file: &File, len: u64) {
     }
 }
 
-/// What goes into a pipe is what a file holds, byte for byte.
+/// An image written to a pipe is identical to one written to a file.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn stream_output_equals_file_output(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     for order in [Order::Random, Order::Stream] {
         let image = image.read_as(order);
@@ -395,14 +409,14 @@ pub fn stream_output_equals_file_output(driver: &dyn Driver, options: &CreateOpt
     }
 }
 
-/// An image read from a pipe is the same as from a file; the pipe brings its bytes in odd portions.
+/// An image read from a pipe, in odd portions, has the same content as from a file.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn stream_read_equals_file_read(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let directory = scratch();
     let path = make(driver, options, image, directory.path());
-    let reader = Portions { file: File::open(&path).expect("open what was written"), round: 0 };
+    let reader = OddPortions { file: File::open(&path).expect("open what was written"), round: 0 };
     let input = Input::from_stream("-", Box::new(reader)).expect("first bytes");
     let mut source = driver
         .open(input, &OpenOptions::default())
@@ -410,25 +424,25 @@ pub fn stream_read_equals_file_read(driver: &dyn Driver, options: &CreateOptions
     expect_source(driver, &mut *source, image, "read from a pipe");
 }
 
-/// A reader that gives what it likes, as pipes do.
-struct Portions {
+/// A reader that returns odd portions, as pipes do.
+struct OddPortions {
     file: File,
     round: u64,
 }
 
-impl std::io::Read for Portions {
+impl std::io::Read for OddPortions {
     fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
         self.round += 1;
-        let most = 1 + (mix(self.round) % 70_000) as usize;
-        let len = buf.len().min(most);
+        let max_len = 1 + (mix(self.round) % 70_000) as usize;
+        let len = buf.len().min(max_len);
         self.file.read(&mut buf[..len])
     }
 }
 
-/// A stream whose size shows at its end: the image has that size.
+/// An image written from a stream of unknown size has the size found at the stream's end.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn open_ended_sources(driver: &dyn Driver, options: &CreateOptions) {
     for size in [1, 512, 65_536, 100_000, 3 * MIB, 3 * MIB + 4097] {
         for content in [
@@ -453,10 +467,10 @@ pub fn open_ended_sources(driver: &dyn Driver, options: &CreateOptions) {
     }
 }
 
-/// A check of what was written finds nothing.
+/// The driver's check of its own images reports no finding.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn check_finds_nothing(driver: &dyn Driver, options: &CreateOptions) {
     for image in [mixed_image(), far_apart(), Image::disk("all zero", 5 * MIB, Content::zero())] {
         for order in [Order::Random, Order::Stream, Order::Shuffled] {
@@ -479,11 +493,11 @@ pub fn check_finds_nothing(driver: &dyn Driver, options: &CreateOptions) {
     }
 }
 
-/// What is cancelled while an image is opened, checked or measured ends with [`ErrorKind::Cancelled`], and
-/// never with a verdict on what was not read.
+/// Opening, checking or measuring an image ends with [`ErrorKind::Cancelled`] once the user cancels, never
+/// with a verdict on bytes that were not read.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn cancelled_looks_end(driver: &dyn Driver, options: &CreateOptions) {
     use crate::progress::CancelToken;
     let image = mixed_image();
@@ -494,13 +508,13 @@ pub fn cancelled_looks_end(driver: &dyn Driver, options: &CreateOptions) {
     let opened = driver.open(input(), &OpenOptions::default()).expect("open");
     cancel.cancel();
     let is_cancelled = |error: &crate::Error| error.kind() == ErrorKind::Cancelled;
-    // A format without anything to read is opened all the same.
+    // A format without a header has nothing to read, and opens successfully.
     if let Err(error) = driver.open(input(), &OpenOptions::default()) {
         assert!(is_cancelled(&error), "{}: opening: {error}", driver.name());
     }
     if driver.capabilities().check {
         match driver.check(input(), &OpenOptions::default()) {
-            Ok(report) => panic!("{}: a verdict on what was not read: {report:?}", driver.name()),
+            Ok(report) => panic!("{}: a verdict on unread bytes: {report:?}", driver.name()),
             Err(error) => assert!(is_cancelled(&error), "{}: checking: {error}", driver.name()),
         }
     }
@@ -513,7 +527,7 @@ pub fn cancelled_looks_end(driver: &dyn Driver, options: &CreateOptions) {
 /// A cancelled conversion ends with [`ErrorKind::Cancelled`], for any number of threads.
 ///
 /// # Panics
-/// When the law is broken.
+/// If the driver breaks the law.
 pub fn cancelled_copies_end(driver: &dyn Driver, options: &CreateOptions) {
     use crate::pipeline::{self, Job, Route};
     use crate::progress::{CancelToken, NoProgress};
@@ -528,7 +542,7 @@ pub fn cancelled_copies_end(driver: &dyn Driver, options: &CreateOptions) {
         cancel.cancel();
         let routes = vec![Route { from: device, to: device }];
         let job = Job { routes, threads, progress: &NoProgress, cancel };
-        let error = pipeline::copy(&mut source, &*sink, &job).expect_err("it was cancelled");
+        let error = pipeline::copy(&mut source, &*sink, &job).expect_err("the copy was cancelled");
         assert_eq!(error.kind(), ErrorKind::Cancelled, "{}: {error}", driver.name());
     }
 }

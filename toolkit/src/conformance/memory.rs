@@ -1,4 +1,4 @@
-//! A source over an image that is only described.
+//! A source over an image by description.
 
 use std::ops::Range;
 
@@ -10,25 +10,25 @@ use crate::extent::Extent;
 use crate::source::{Access, ImageInfo, ImageSource, Piece, RandomAccess, SequentialAccess};
 use crate::zero;
 
-/// Length of the pieces of a stream: a VMA cluster.
+/// Bytes of a piece of a stream: a VMA cluster.
 const STREAM_PIECE: u64 = 65_536;
 
-/// Pieces that a shuffled stream mixes with each other: 4 MiB, as far as guest writes during a
-/// backup bring clusters out of order.
+/// Pieces that a shuffled stream mixes with each other: 4 MiB, the distance by which guest writes during
+/// a backup bring clusters out of order.
 const SHUFFLE_WINDOW: usize = 64;
 
-/// A source that makes up its bytes from an [`Image`]; it takes no memory however large it is.
+/// A source that computes its bytes from an [`Image`], whatever its size, without storing them.
 pub struct MemorySource {
     info: ImageInfo,
     contents: Vec<Content>,
     sizes: Vec<u64>,
     order: Order,
-    /// What is left of a stream, last piece first.
+    /// Index of the device and start of each remaining piece of a stream, last piece first.
     pieces: Vec<(usize, u64)>,
 }
 
 impl MemorySource {
-    /// A source over `image`.
+    /// Creates a source over `image`.
     pub fn new(image: &Image) -> Self {
         let info = ImageInfo {
             format: "memory",
@@ -45,7 +45,7 @@ impl MemorySource {
         }
     }
 
-    /// Hides the sizes until the end, as a pipe without a header does. For streams.
+    /// Hides the sizes until the end of the stream, as a pipe without a header does.
     #[must_use]
     pub fn open_ended(mut self) -> Self {
         for device in &mut self.info.devices {
@@ -64,7 +64,7 @@ impl MemorySource {
     }
 }
 
-/// The pieces of a stream, last first.
+/// Returns the pieces of a stream, last first.
 fn stream_order(image: &Image) -> Vec<(usize, u64)> {
     if image.order == Order::Random {
         return Vec::new();

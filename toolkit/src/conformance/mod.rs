@@ -1,8 +1,8 @@
-//! The laws as library functions: every driver calls them from its tests.
+//! The laws of drivers as library functions, which every driver calls from its tests.
 //!
-//! Each law is one function over a driver and its create options; it panics with a message that
-//! names the driver, the image and the place when the law is broken. [`all`] runs every law that
-//! the driver's [`crate::Capabilities`] claim, with images that any format must carry:
+//! Each law is one function over a driver and its create options. If the driver breaks the law, the
+//! function panics with a message that names the driver, the image and the position. [`all`] runs every
+//! law that the driver's [`crate::Capabilities`] imply, with images that any format must be able to hold:
 //!
 //! ```
 //! use imgtool_toolkit::{CreateOptions, Driver, conformance};
@@ -14,9 +14,8 @@
 //! }
 //! ```
 //!
-//! Laws that need to know the format take more: [`hostile_bytes_do_not_panic`] takes a finished
-//! image, where to damage it and how to repair its checksums. [`faults`] holds storage that fails
-//! on purpose.
+//! Laws about one format take more: [`hostile_bytes_do_not_panic`] takes a finished image, the ranges to
+//! damage, and a function that repairs its checksums. [`faults`] has storage that fails on purpose.
 
 pub mod faults;
 mod harness;

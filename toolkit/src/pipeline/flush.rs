@@ -1,10 +1,10 @@
-//! Early writeback: what has been written goes to disk while the rest is still being copied.
+//! Early writeback: starts to write finished data to disk while the copy goes on.
 //!
-//! Left alone, a kernel keeps dirty pages until they are a tenth of memory, and the final flush then
-//! waits for all of them. A thread of its own sends them on their way whenever enough has gathered;
-//! there is none for files in memory. It waits for nothing and commits nothing to a journal: a real
-//! flush in between took longer than it saved. What an output beyond a quarter of memory has on disk
-//! leaves the page cache. The kernel keeps errors for the final flush.
+//! By default a kernel keeps dirty pages until they are a tenth of memory, and the final flush then waits
+//! for all of them. A background thread starts writeback whenever enough has gathered; files in memory
+//! need none. It neither waits nor commits a journal: a real flush in between took longer than it saved.
+//! Once an output is longer than a quarter of memory, its pages on disk leave the page cache. The kernel
+//! keeps errors for the final flush.
 
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -12,31 +12,33 @@ use std::time::Duration;
 use super::lock;
 use crate::storage::{Output, os};
 
-/// Bytes written to an output that are worth being sent. Ours: at disk speeds of 0.3 to 2 GB/s so much
-/// takes 15 to 100 ms, so that the final flush is short.
-const WORTH_SENDING: u64 = 32 << 20;
+/// Bytes written to an output before writeback starts. Our choice: 15 to 100 ms of work at disk speeds of
+/// 2 to 0.3 GB/s, so the final flush is short.
+const WRITEBACK_LEN: u64 = 32 << 20;
 
-/// How often to look.
+/// Time between two looks at the outputs.
 const INTERVAL: Duration = Duration::from_millis(30);
 
-/// How far an output has been sent to disk.
-struct Sent {
+/// Progress of an output when writeback was last started.
+struct Writeback {
+    /// Bytes written to the output.
     written: u64,
+    /// Highest end of a write, bytes from the start.
     reached: u64,
 }
 
-impl Sent {
+impl Writeback {
     fn new(output: &Output) -> Self {
         Self { written: output.written(), reached: output.reached() }
     }
 
-    /// Sends what was written since the last time, if that is enough. What lies further ahead than
-    /// anything before is new; what was written over behind that is left to the kernel.
-    fn send(&mut self, output: &Output, forget: bool) {
+    /// Starts writeback of the range that the output has grown by, if enough was written. Ranges that were
+    /// overwritten before it are left to the kernel. With `forget`, older pages leave the page cache.
+    fn advance(&mut self, output: &Output, forget: bool) {
         let Some(file) = output.file() else { return };
         let now = Self::new(output);
         let len = now.reached - self.reached;
-        if now.written - self.written < WORTH_SENDING || len == 0 {
+        if now.written - self.written < WRITEBACK_LEN || len == 0 {
             return;
         }
         os::forget_range(file, self.reached, len);
@@ -47,7 +49,7 @@ impl Sent {
     }
 }
 
-/// Sends outputs to disk in the background until it is stopped.
+/// The background thread that starts writeback of the outputs.
 pub(super) struct Flusher {
     outputs: Vec<Output>,
     stopped: Mutex<bool>,
@@ -55,7 +57,7 @@ pub(super) struct Flusher {
 }
 
 impl Flusher {
-    /// For those of `outputs` that are files on a disk.
+    /// Creates a flusher for those of `outputs` that are files on disk.
     pub(super) fn new<'a>(outputs: impl Iterator<Item = &'a Output>) -> Self {
         let mut files: Vec<Output> = Vec::new();
         for output in outputs {
@@ -67,20 +69,20 @@ impl Flusher {
         Self { outputs: files, stopped: Mutex::new(false), changed: Condvar::new() }
     }
 
-    /// Whether there is anything to flush at all.
+    /// Returns true if any output is a file on disk.
     pub(super) fn has_work(&self) -> bool {
         !self.outputs.is_empty()
     }
 
-    /// The thread's work; ends soon after [`StopWhenDropped`] is dropped.
+    /// Runs the thread's loop until [`StopWhenDropped`] is dropped.
     pub(super) fn work(&self) {
-        let much = os::memory_len().map_or(u64::MAX, |memory| memory / 4);
-        let mut sent: Vec<Sent> = self.outputs.iter().map(Sent::new).collect();
+        let forget_beyond = os::memory_len().map_or(u64::MAX, |memory| memory / 4);
+        let mut writebacks: Vec<Writeback> = self.outputs.iter().map(Writeback::new).collect();
         let mut stopped = lock(&self.stopped);
         while !*stopped {
             drop(stopped);
-            for (output, sent) in self.outputs.iter().zip(&mut sent) {
-                sent.send(output, output.written() > much);
+            for (output, writeback) in self.outputs.iter().zip(&mut writebacks) {
+                writeback.advance(output, output.written() > forget_beyond);
             }
             stopped = lock(&self.stopped);
             if !*stopped {
@@ -90,12 +92,13 @@ impl Flusher {
         }
     }
 
-    /// Ends the work when the value goes out of scope, also by a panic.
+    /// Returns a guard whose drop ends the loop, also after a panic.
     pub(super) fn stop_when_dropped(&self) -> StopWhenDropped<'_> {
         StopWhenDropped(self)
     }
 }
 
+/// Ends the loop of a [`Flusher`] when dropped.
 pub(super) struct StopWhenDropped<'a>(&'a Flusher);
 
 impl Drop for StopWhenDropped<'_> {

@@ -1,12 +1,12 @@
-//! Placing in source order, writing by one worker at a time.
+//! Places pieces in source order and lets one worker at a time write to an output.
 //!
-//! Workers hand in prepared pieces in any order. Whoever hands in the one that everybody waits for
-//! places it and all that follow. What is placed waits in the queue of its output; whoever finds an
-//! output that nobody writes to empties its queue, while the others go on reading and preparing.
+//! Workers submit prepared pieces in any order. The worker that submits the next piece in source order
+//! places it and all that follow. A placed piece waits in the queue of its output. A worker that finds an
+//! output without a writer empties the queue, while the others go on reading and preparing.
 //!
-//! One writer is enough: the kernel lets one write at a time into a file (it holds the inode's lock
-//! for the whole call), and a second would spend its time waiting for the first. Measured from page
-//! cache to tmpfs, two writers take as long as one and a third more CPU time.
+//! One writer is enough: the kernel allows one write into a file at a time (it holds the inode's lock for
+//! the whole call), so a second writer would only wait. Measured from page cache to tmpfs, two writers
+//! take the same time as one, and a third more CPU time.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io::IoSlice;
@@ -19,17 +19,19 @@ use crate::error::Result;
 use crate::sink::{Bytes, ImageSink, Prepared, WriteList};
 use crate::storage::Output;
 
-/// A piece whose place is known.
-type Placed = (Prepared, WriteList);
+/// A piece with its writes.
+type PlacedPiece = (Prepared, WriteList);
 
+/// Orders the placing and writing of pieces.
 pub(super) struct Orderer<'a> {
     sink: &'a dyn ImageSink,
-    /// Whether placing must be in source order.
+    /// True if pieces must be placed in source order.
     ordered: bool,
-    /// Pieces that may be under way at once.
+    /// Most pieces in flight.
     window: usize,
-    /// The outputs, each once, and which of them a device of the sink goes to.
+    /// The outputs, each once.
     outputs: Vec<&'a Output>,
+    /// Index into `outputs` of each device of the sink.
     output_of: HashMap<DeviceId, usize>,
     sharing: Sharing<'a>,
     state: Mutex<State>,
@@ -38,19 +40,22 @@ pub(super) struct Orderer<'a> {
 
 #[derive(Default)]
 struct State {
-    under_way: usize,
-    /// Workers that wait for pieces to be done with.
+    /// Pieces in flight: admitted, but not written yet.
+    in_flight: usize,
+    /// Workers that wait to be admitted.
     waiting: usize,
+    /// Ticket of the piece to place next.
     next: u64,
+    /// Prepared pieces that wait for their turn, by ticket.
     ready: BTreeMap<u64, Prepared>,
-    /// One for each output.
+    /// One for each of the outputs.
     queues: Vec<Queue>,
     aborted: bool,
 }
 
 #[derive(Default)]
 struct Queue {
-    placed: VecDeque<Placed>,
+    placed: VecDeque<PlacedPiece>,
     writers: usize,
 }
 
@@ -74,38 +79,39 @@ impl<'a> Orderer<'a> {
         Self { sink, ordered, window, outputs, output_of, sharing, state, changed: Condvar::new() }
     }
 
-    /// Waits until one more piece may be under way; false when the work was given up.
+    /// Waits until one more piece may be in flight; returns false if the copy was aborted.
     pub(super) fn admit(&self) -> bool {
         let mut state = lock(&self.state);
-        if state.under_way >= self.window {
+        if state.in_flight >= self.window {
             state.waiting += 1;
-            while state.under_way > self.low_water() && !state.aborted {
+            while state.in_flight > self.low_water() && !state.aborted {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
             state.waiting -= 1;
         }
-        state.under_way += 1;
+        state.in_flight += 1;
         !state.aborted
     }
 
-    /// Whoever waits is woken when so few pieces are under way: not at each, as waking costs more
-    /// than writing a small piece.
+    /// Pieces in flight at which waiting workers are woken. Half the window, and not each piece: waking a
+    /// thread takes longer than writing a small piece.
     fn low_water(&self) -> usize {
         self.window / 2
     }
 
-    /// There was no piece for the worker that was admitted.
+    /// Returns an admission unused because the source is exhausted.
     pub(super) fn withdraw(&self) {
-        self.done(&mut lock(&self.state));
+        self.retire(&mut lock(&self.state));
     }
 
-    /// Gives up: nobody waits any longer.
+    /// Aborts the copy and wakes all waiting workers.
     pub(super) fn abort(&self) {
         lock(&self.state).aborted = true;
         self.changed.notify_all();
     }
 
-    /// Takes a prepared piece; places and writes whatever can be.
+    /// Takes the prepared piece with number `ticket` in source order; places and writes every piece that
+    /// is ready.
     pub(super) fn submit(&self, ticket: u64, prepared: Prepared) -> Result<()> {
         if self.ordered {
             self.place_in_order(ticket, prepared)?;
@@ -131,34 +137,35 @@ impl<'a> Orderer<'a> {
         }
     }
 
-    fn enqueue(&self, state: &mut MutexGuard<'_, State>, placed: Placed) {
+    /// Puts a placed piece into the queue of its output.
+    fn enqueue(&self, state: &mut MutexGuard<'_, State>, placed: PlacedPiece) {
         let index = self.output_of.get(&placed.0.device).copied().unwrap_or(0);
         match state.queues.get_mut(index) {
             Some(queue) if !placed.1.writes().is_empty() => queue.placed.push_back(placed),
-            _ => self.done(state),
+            _ => self.retire(state),
         }
     }
 
-    /// A piece is not under way any longer.
-    fn done(&self, state: &mut MutexGuard<'_, State>) {
-        state.under_way -= 1;
-        if state.waiting > 0 && state.under_way <= self.low_water() {
+    /// Counts a piece as no longer in flight.
+    fn retire(&self, state: &mut MutexGuard<'_, State>) {
+        state.in_flight -= 1;
+        if state.waiting > 0 && state.in_flight <= self.low_water() {
             self.changed.notify_all();
         }
     }
 
-    /// Writes what is placed, in order, for every output to which nobody does already.
+    /// Writes the queued pieces, in order, of every output that has no writer.
     fn write_queued(&self) -> Result<()> {
         let mut state = lock(&self.state);
-        while let Some(index) = self.to_be_written(&state) {
-            // After an error it stays so: nothing may follow what was not written.
+        while let Some(index) = self.output_without_writer(&state) {
+            // After an error the count stays: no piece may follow one that was not written.
             state.queues[index].writers += 1;
             while let Some(placed) = state.queues[index].placed.pop_front() {
                 drop(state);
                 self.write(self.outputs[index], &placed)?;
                 drop(placed);
                 state = lock(&self.state);
-                self.done(&mut state);
+                self.retire(&mut state);
                 if state.aborted {
                     return Ok(());
                 }
@@ -168,15 +175,15 @@ impl<'a> Orderer<'a> {
         Ok(())
     }
 
-    /// An output that waits for a writer.
-    fn to_be_written(&self, state: &State) -> Option<usize> {
+    /// Returns the index of an output that waits for a writer.
+    fn output_without_writer(&self, state: &State) -> Option<usize> {
         state.queues.iter().zip(&self.outputs).position(|(queue, output)| {
             !queue.placed.is_empty() && (queue.writers == 0 || output.takes_writes_at_once())
         })
     }
 
-    /// Writes one placed piece, neighbours in one call.
-    fn write(&self, output: &Output, (prepared, list): &Placed) -> Result<()> {
+    /// Writes one placed piece, adjacent writes in one call.
+    fn write(&self, output: &Output, (prepared, list): &PlacedPiece) -> Result<()> {
         let mut rest = list.writes();
         while let Some(first) = rest.first() {
             if let Bytes::Zero(len) = first.bytes {
@@ -201,7 +208,7 @@ impl<'a> Orderer<'a> {
                 rest = &rest[1..];
             }
             if slices.is_empty() {
-                // A part that refers to a buffer the piece does not have: a driver's mistake.
+                // A part that refers to a buffer that the piece lacks: a bug of the driver.
                 return Err(crate::Error::malformed("the driver placed bytes that it did not prepare"));
             }
             output.write_slices_at(&mut slices, first.file_offset)?;

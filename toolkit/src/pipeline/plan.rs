@@ -1,7 +1,7 @@
-//! The plan for a random-access source: which part is read next.
+//! The reading plan for a random-access source: cuts its devices into read tasks.
 //!
-//! Guest addresses are cut at multiples of the sink's piece length. Pieces without data are joined
-//! as far as the sink takes zeros in one piece; they are not read.
+//! Guest addresses are cut at multiples of the sink's piece length. Pieces without data are joined up to
+//! the sink's longest piece of zeros, and are not read.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -14,36 +14,41 @@ use crate::pipeline::Route;
 use crate::sink::ImageSink;
 use crate::source::RandomAccess;
 
-/// Longest piece that is read at once, whatever source and sink would like. Ours: a piece is held in
-/// memory, and hostile images choose cluster sizes.
+/// Longest piece, bytes, whatever source and sink prefer. Our limit: a piece is held in memory, and a
+/// hostile image chooses its cluster size.
 const MAX_PIECE: u64 = 8 << 20;
 
-/// A part of a device to be read.
+/// A range of a device to read.
 pub(super) struct ReadTask {
     pub(super) from: DeviceId,
     pub(super) to: DeviceId,
+    /// Name of the source's device.
     pub(super) name: Arc<str>,
+    /// First guest byte.
     pub(super) start: u64,
+    /// Guest bytes.
     pub(super) len: u64,
-    /// The parts that hold data, relative to `start`; none: all zero.
+    /// Ranges that hold data, relative to `start`; empty if all bytes are zero.
     pub(super) runs: Vec<Range<usize>>,
 }
 
-/// Cuts the devices of a source into tasks, one device after the other.
+/// Cuts the devices of a source into read tasks, one device after the other.
 pub(super) struct Plan<'a> {
     source: &'a dyn RandomAccess,
     devices: VecDeque<DevicePlan>,
     largest_piece: u64,
 }
 
+/// The rest of one device. All lengths and positions are guest bytes.
 struct DevicePlan {
     route: Route,
     name: Arc<str>,
     size: u64,
     piece_len: u64,
     max_zero_len: u64,
+    /// Start of the next task.
     position: u64,
-    /// Extents that are known from `position` on.
+    /// Extents queried so far, from `position` on.
     known: VecDeque<Extent>,
 }
 
@@ -74,11 +79,12 @@ impl<'a> Plan<'a> {
         Self { source, devices: plans, largest_piece }
     }
 
+    /// Returns the longest piece with data, bytes.
     pub(super) fn largest_piece(&self) -> u64 {
         self.largest_piece
     }
 
-    /// The next task, or `None` when everything has been handed out.
+    /// Returns the next task, or `None` after the last.
     pub(super) fn next(&mut self) -> Result<Option<ReadTask>> {
         while let Some(device) = self.devices.front_mut() {
             if device.position < device.size {
@@ -90,13 +96,15 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// Pieces large enough for both sides; a multiple of the sink's piece length.
-fn piece_len(sink: u64, source: u64) -> u64 {
-    let wanted = source.next_multiple_of(sink.max(1));
-    if wanted <= MAX_PIECE { wanted.max(sink) } else { sink }
+/// Returns a piece length that suits both sides: a multiple of the sink's, at least the source's read
+/// granule unless that exceeds [`MAX_PIECE`].
+fn piece_len(sink_piece_len: u64, read_granule: u64) -> u64 {
+    let common = read_granule.next_multiple_of(sink_piece_len.max(1));
+    if common <= MAX_PIECE { common.max(sink_piece_len) } else { sink_piece_len }
 }
 
 impl DevicePlan {
+    /// Returns the next task of this device.
     fn next(&mut self, source: &dyn RandomAccess) -> Result<ReadTask> {
         let start = self.position;
         let piece_end = self.next_cut(start);
@@ -120,20 +128,20 @@ impl DevicePlan {
         })
     }
 
-    /// The next multiple of the piece length, or the device's end.
+    /// Returns the next multiple of the piece length, or the device's end.
     fn next_cut(&self, position: u64) -> u64 {
         (position - position % self.piece_len).saturating_add(self.piece_len).min(self.size)
     }
 
-    /// Where a piece of zeros that is known to reach `zero_end` ends: at a cut, within the limit.
+    /// Returns the end of the piece when zeros reach to `zero_end`: a cut within the sink's limit.
     fn zero_piece_end(&self, zero_end: u64) -> u64 {
         let limit = self.position.saturating_add(self.max_zero_len);
         let end = zero_end.min(limit);
         if end >= self.size { self.size } else { end - end % self.piece_len }
     }
 
-    /// How far zeros reach from the current position; looks at least to `at_least` and goes on
-    /// while it costs one question at a time.
+    /// Returns how far zeros reach from the current position. Queries extents up to `at_least`, and
+    /// takes at most one answer beyond that.
     fn zero_until(&mut self, source: &dyn RandomAccess, at_least: u64) -> Result<u64> {
         let mut reached = self.position;
         let mut index = 0;
@@ -143,7 +151,7 @@ impl DevicePlan {
                 if reached >= limit {
                     return Ok(reached);
                 }
-                self.ask(source, reached.max(self.known_end()))?;
+                self.query(source, reached.max(self.known_end()))?;
             }
             let extent = self.known[index];
             if extent.is_data() {
@@ -153,7 +161,7 @@ impl DevicePlan {
             if reached >= limit {
                 return Ok(reached);
             }
-            // Beyond the first piece only what is known already is joined, or one more answer.
+            // Beyond the first piece, join only extents known already, or one more answer.
             if reached >= at_least && index + 1 == self.known.len() && index > 0 {
                 return Ok(reached);
             }
@@ -161,14 +169,15 @@ impl DevicePlan {
         }
     }
 
+    /// Returns the end of the extents queried so far.
     fn known_end(&self) -> u64 {
         self.known.back().map_or(self.position, Extent::end)
     }
 
-    /// The data between the current position and `end`, relative to the position.
+    /// Returns the data between the current position and `end`, relative to the position.
     fn data_runs(&mut self, source: &dyn RandomAccess, end: u64) -> Result<Vec<Range<usize>>> {
         while self.known_end() < end {
-            self.ask(source, self.known_end())?;
+            self.query(source, self.known_end())?;
         }
         let mut runs: Vec<Range<usize>> = Vec::new();
         let within = self.known.iter().take_while(|extent| extent.start < end);
@@ -188,21 +197,23 @@ impl DevicePlan {
         Ok(runs)
     }
 
-    /// Asks the source for the extents from `from` on and checks that the answer is one.
-    fn ask(&mut self, source: &dyn RandomAccess, from: u64) -> Result<()> {
+    /// Queries the extents from `from` on; they must be contiguous and end within the device.
+    fn query(&mut self, source: &dyn RandomAccess, from: u64) -> Result<()> {
         let answer =
             source.rough_extents(self.route.from, from..self.size, self.piece_len).on_device(&self.name)?;
         let mut at = from;
         for extent in answer {
             if extent.start != at || extent.len == 0 || extent.len > self.size - at {
-                return Err(Error::malformed(format!("the driver's extents have a fault at {at}"))
+                return Err(Error::malformed(format!("the driver returned an invalid extent at {at}"))
                     .device(&*self.name));
             }
             at = extent.end();
             self.known.push_back(extent);
         }
         if at == from {
-            return Err(Error::malformed(format!("the driver knows no extent at {from}")).device(&*self.name));
+            return Err(
+                Error::malformed(format!("the driver returned no extent at {from}")).device(&*self.name)
+            );
         }
         Ok(())
     }

@@ -1,9 +1,9 @@
-//! Fits the pieces of a stream to the shape that a sink wants.
+//! Fits the pieces of a stream to a sink's granule.
 //!
-//! Pieces that are aligned to the sink's granule pass as they are. Others are gathered, granule by
-//! granule, until each is complete. A badly shuffled stream could leave many granules incomplete:
-//! beyond a bound the oldest is handed out in parts, which a sink takes unless it said that it
-//! can't ([`crate::Geometry::granule_required`]).
+//! Pieces aligned to the granule pass unchanged. Others are gathered, granule by granule, until each
+//! granule is complete. A badly shuffled stream could leave many granules incomplete: beyond a limit the
+//! oldest goes to the sink in parts, or the copy fails if the sink needs whole granules
+//! ([`crate::Geometry::granule_required`]).
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
@@ -15,111 +15,118 @@ use crate::pipeline::Route;
 use crate::sink::{Geometry, ImageSink};
 use crate::source::Piece;
 
-/// Memory for incomplete granules. Ours: a quarter of what a conversion may use in all.
+/// Bytes of memory for incomplete granules. Our limit: a quarter of the memory budget of a conversion.
 const MAX_PENDING_BYTES: u64 = 64 << 20;
 
-/// Largest piece that a stream hands out: bounds the buffers under way.
+/// Longest piece of a stream, bytes: bounds the buffers in flight.
 const STREAM_PIECE: u64 = 1 << 20;
 
+/// Regroups the pieces of a stream.
 pub(super) struct Regroup {
-    targets: HashMap<DeviceId, Target>,
-    /// Incomplete granules by device and granule number.
+    /// By device of the source.
+    routes: HashMap<DeviceId, SizedRoute>,
+    /// Incomplete granules by device of the source and granule index.
     pending: BTreeMap<(DeviceId, u64), Pending>,
-    /// The same, oldest first; may name ones that are complete by now.
+    /// The same keys, oldest first; granules that are complete by now may still be listed.
     by_age: VecDeque<(DeviceId, u64)>,
     pending_bytes: u64,
-    done: VecDeque<Piece>,
+    /// Pieces for the sink.
+    ready: VecDeque<Piece>,
 }
 
-struct Target {
+/// The sink's side of a route.
+struct SizedRoute {
     to: DeviceId,
+    /// Bytes of the device; `None` if it is open-ended.
     size: Option<u64>,
     geometry: Geometry,
 }
 
+/// A granule that is not complete yet.
 struct Pending {
     data: Buffer,
-    /// Ranges of `data` that have been filled, ascending, disjoint, joined.
+    /// Filled ranges of `data`: ascending, disjoint, neighbours joined.
     filled: Vec<Range<usize>>,
 }
 
 impl Regroup {
     pub(super) fn new(sink: &dyn ImageSink, devices: &[Device], routes: Vec<Route>) -> Self {
-        let mut targets = HashMap::new();
+        let mut sized = HashMap::new();
         for route in routes {
             let device = devices.iter().find(|device| device.id == route.from);
             let size = device.filter(|device| !device.open_ended).map(|device| device.size);
-            targets.insert(route.from, Target { to: route.to, size, geometry: sink.geometry(route.to) });
+            sized.insert(route.from, SizedRoute { to: route.to, size, geometry: sink.geometry(route.to) });
         }
         Self {
-            targets,
+            routes: sized,
             pending: BTreeMap::new(),
             by_age: VecDeque::new(),
             pending_bytes: 0,
-            done: VecDeque::new(),
+            ready: VecDeque::new(),
         }
     }
 
+    /// Returns the longest piece for the sink, bytes.
     pub(super) fn largest_piece(&self) -> u64 {
-        let granule = self.targets.values().map(|target| target.geometry.granule).max().unwrap_or(1);
+        let granule = self.routes.values().map(|route| route.geometry.granule).max().unwrap_or(1);
         granule.max(STREAM_PIECE)
     }
 
-    /// The next piece for the sink.
+    /// Returns the next piece for the sink.
     pub(super) fn pop(&mut self) -> Option<Piece> {
-        self.done.pop_front()
+        self.ready.pop_front()
     }
 
-    /// Takes a piece of the source; one of a device that nobody wants is dropped.
+    /// Takes a piece of the source; drops it if its device has no route.
     pub(super) fn push(&mut self, mut piece: Piece, pool: &BufferPool) -> Result<()> {
         let from = piece.device;
-        let Some(target) = self.targets.get(&from) else { return Ok(()) };
-        let granule = target.geometry.granule.max(1);
-        let ends_well = piece.end().is_multiple_of(granule) || target.size == Some(piece.end());
+        let Some(route) = self.routes.get(&from) else { return Ok(()) };
+        let granule = route.geometry.granule.max(1);
+        let ends_well = piece.end().is_multiple_of(granule) || route.size == Some(piece.end());
         if piece.start.is_multiple_of(granule) && ends_well {
-            piece.device = target.to;
+            piece.device = route.to;
             if piece.data.is_none() {
                 self.push_zeros(&piece, from);
             } else {
-                self.done.push_back(piece);
+                self.ready.push_back(piece);
             }
             return Ok(());
         }
         self.split(&piece, from, granule, pool)
     }
 
-    /// Zeros are cut to what the sink takes at once.
+    /// Cuts zeros to the sink's longest piece of zeros.
     fn push_zeros(&mut self, piece: &Piece, from: DeviceId) {
-        let limit = self.targets.get(&from).map_or(u64::MAX, |target| target.geometry.max_zero_len.max(1));
+        let limit = self.routes.get(&from).map_or(u64::MAX, |route| route.geometry.max_zero_len.max(1));
         let mut start = piece.start;
         while start < piece.end() {
             let len = (piece.end() - start).min(limit);
-            self.done.push_back(Piece::zero(piece.device, start, len));
+            self.ready.push_back(Piece::zero(piece.device, start, len));
             start += len;
         }
     }
 
-    /// Cuts a piece at granule boundaries; whole granules of zeros pass, the rest is gathered.
+    /// Cuts a piece at granule boundaries. Whole granules of zeros pass; the rest is gathered.
     fn split(&mut self, piece: &Piece, from: DeviceId, granule: u64, pool: &BufferPool) -> Result<()> {
         let mut start = piece.start;
         while start < piece.end() {
-            let number = start / granule;
-            let end = (number + 1).saturating_mul(granule).min(piece.end());
+            let index = start / granule;
+            let end = (index + 1).saturating_mul(granule).min(piece.end());
             let whole = start.is_multiple_of(granule) && end - start == granule;
             let range = (start - piece.start) as usize..(end - piece.start) as usize;
             match &piece.data {
                 None if whole => {
                     // All whole granules of zeros at once.
                     let end = piece.end() - piece.end() % granule;
-                    if let Some(to) = self.targets.get(&from).map(|target| target.to) {
+                    if let Some(to) = self.routes.get(&from).map(|route| route.to) {
                         self.push_zeros(&Piece::zero(to, start, end - start), from);
                     }
                     start = end;
                     continue;
                 }
-                None => self.gather(from, number, start % granule, None, end - start, pool)?,
+                None => self.gather(from, index, start % granule, None, end - start, pool)?,
                 Some(data) => {
-                    self.gather(from, number, start % granule, Some(&data[range]), end - start, pool)?;
+                    self.gather(from, index, start % granule, Some(&data[range]), end - start, pool)?;
                 }
             }
             start = end;
@@ -127,23 +134,24 @@ impl Regroup {
         Ok(())
     }
 
-    /// Puts a part into its granule (`None`: zeros), and the granule out when it is complete.
+    /// Puts `len` bytes (`None`: zeros) into granule `index`, `offset` bytes from its start. Releases the
+    /// granule once it is complete, and the oldest granules beyond the memory limit.
     fn gather(
         &mut self,
         from: DeviceId,
-        number: u64,
-        within: u64,
+        index: u64,
+        offset: u64,
         bytes: Option<&[u8]>,
         len: u64,
         pool: &BufferPool,
     ) -> Result<()> {
-        let Some(target) = self.targets.get(&from) else { return Ok(()) };
-        let granule = target.geometry.granule;
-        let wanted = match target.size {
-            Some(size) => granule.min(size.saturating_sub(number * granule)),
+        let Some(route) = self.routes.get(&from) else { return Ok(()) };
+        let granule = route.geometry.granule;
+        let granule_len = match route.size {
+            Some(size) => granule.min(size.saturating_sub(index * granule)),
             None => granule,
         };
-        let key = (from, number);
+        let key = (from, index);
         let pending = self.pending.entry(key).or_insert_with(|| {
             self.by_age.push_back(key);
             self.pending_bytes += granule;
@@ -151,18 +159,19 @@ impl Regroup {
             data.fill(0);
             Pending { data, filled: Vec::new() }
         });
-        let range = within as usize..(within + len) as usize;
+        let range = offset as usize..(offset + len) as usize;
         if let Some(bytes) = bytes {
             pending.data[range.clone()].copy_from_slice(bytes);
         }
         insert_range(&mut pending.filled, range);
-        let complete = pending.filled.first().is_some_and(|run| run.start == 0 && run.end as u64 >= wanted);
+        let complete =
+            pending.filled.first().is_some_and(|run| run.start == 0 && run.end as u64 >= granule_len);
         if complete {
             self.release(key)?;
         }
         while self.pending_bytes > MAX_PENDING_BYTES {
             let Some(oldest) = self.by_age.pop_front() else { break };
-            let required = self.targets.get(&oldest.0).is_some_and(|target| target.geometry.granule_required);
+            let required = self.routes.get(&oldest.0).is_some_and(|route| route.geometry.granule_required);
             if required && self.pending.contains_key(&oldest) {
                 return Err(Error::limit("the stream is too badly shuffled for this target format")
                     .hint("save the archive to a file and convert from there"));
@@ -172,30 +181,30 @@ impl Regroup {
         Ok(())
     }
 
-    /// Hands out what there is of a granule.
+    /// Moves the filled parts of a granule to the ready pieces.
     fn release(&mut self, key: (DeviceId, u64)) -> Result<()> {
-        let (Some(pending), Some(target)) = (self.pending.remove(&key), self.targets.get(&key.0)) else {
+        let (Some(pending), Some(route)) = (self.pending.remove(&key), self.routes.get(&key.0)) else {
             return Ok(());
         };
-        self.pending_bytes -= target.geometry.granule;
-        let base = key.1 * target.geometry.granule;
+        self.pending_bytes -= route.geometry.granule;
+        let base = key.1 * route.geometry.granule;
         if let [only] = pending.filled.as_slice()
             && only.start == 0
         {
             let mut data = pending.data;
             data.truncate(only.end);
-            self.done.push_back(Piece::data(target.to, base, data));
+            self.ready.push_back(Piece::data(route.to, base, data));
             return Ok(());
         }
         for run in pending.filled {
             let mut part = BufferPool::new().take(run.len());
             part.copy_from_slice(&pending.data[run.clone()]);
-            self.done.push_back(Piece::data(target.to, base + run.start as u64, part));
+            self.ready.push_back(Piece::data(route.to, base + run.start as u64, part));
         }
         Ok(())
     }
 
-    /// The stream has ended: hands out what is incomplete (the tail of an open-ended device).
+    /// Releases all incomplete granules at the end of the stream (the tail of an open-ended device).
     pub(super) fn flush(&mut self, _pool: &BufferPool) -> Result<()> {
         let keys: Vec<_> = self.pending.keys().copied().collect();
         for key in keys {
@@ -207,17 +216,17 @@ impl Regroup {
 
 /// Adds a range to an ascending list of disjoint ranges and joins neighbours.
 fn insert_range(ranges: &mut Vec<Range<usize>>, range: Range<usize>) {
-    let at = ranges.partition_point(|known| known.end < range.start);
+    let first = ranges.partition_point(|known| known.end < range.start);
     let mut joined = range;
-    let mut until = at;
-    while let Some(known) = ranges.get(until) {
+    let mut end = first;
+    while let Some(known) = ranges.get(end) {
         if known.start > joined.end {
             break;
         }
         joined = joined.start.min(known.start)..joined.end.max(known.end);
-        until += 1;
+        end += 1;
     }
-    ranges.splice(at..until, std::iter::once(joined));
+    ranges.splice(first..end, std::iter::once(joined));
 }
 
 #[cfg(test)]
@@ -225,7 +234,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_join() {
+    fn joins_neighbouring_ranges() {
         let mut ranges = Vec::new();
         for range in [10..20, 30..40, 0..5, 20..30, 5..10] {
             insert_range(&mut ranges, range);

@@ -1,10 +1,9 @@
-//! Sharing blocks instead of copying, on a file system that can make two files share blocks (XFS,
-//! btrfs).
+//! Block sharing instead of copying, on file systems with reflinks (XFS, btrfs, bcachefs).
 //!
-//! Where the output is the guest's bytes and nothing else ([`ImageSink::is_verbatim`]), whole extents
-//! are shared and nothing is read, so zeros that the source has allocated stay allocated (and shared).
-//! Other outputs are made as ever, but a write of bytes that stand in the source's file as they are
-//! becomes a request to share them ([`Sharing`]): the same bytes in the same places.
+//! If the output holds the guest's bytes at their guest offsets ([`ImageSink::is_verbatim`]), whole
+//! extents are shared and nothing is read. Zeros that the source has allocated then stay allocated (and
+//! shared). For other outputs, a write of bytes that the source's file holds verbatim becomes a request
+//! to share them ([`Sharing`]): the same bytes at the same offsets.
 
 use std::ops::Range;
 
@@ -16,44 +15,44 @@ use crate::sink::{ImageSink, Prepared};
 use crate::source::RandomAccess;
 use crate::storage::{Output, os};
 
-/// Bytes shared in one call: between calls the work can be cancelled. Ours.
-const STEP: u64 = 1 << 30;
+/// Most bytes shared in one call. Our choice: the user can cancel between calls.
+const SHARE_STEP: u64 = 1 << 30;
 
-/// Bytes read and written at a time where sharing does not work.
-const COPY: u64 = 256 * 1024;
+/// Most bytes copied at a time where sharing is not available. Our choice.
+const COPY_STEP: u64 = 256 * 1024;
 
-/// What shared ranges begin and end with: the block of every such file system, or a multiple of it.
-const UNIT: u64 = 4096;
+/// Alignment of shared ranges, bytes: the block of such file systems, or a multiple of it.
+const SHARE_ALIGNMENT: u64 = 4096;
 
-/// Shortest range that is shared. Ours: for less, the request costs more than the copy.
-const SHORTEST: u64 = 32 << 10;
+/// Shortest range to share, bytes. Our limit: for less, the request takes longer than the copy.
+const MIN_SHARE_LEN: u64 = 32 << 10;
 
-/// Turns writes into requests to share, device by device.
+/// Turns writes into requests to share, for the routes that allow it.
 #[derive(Default)]
 pub(super) struct Sharing<'a> {
     source: Option<&'a dyn RandomAccess>,
-    /// Source's device and sink's device.
+    /// The routes whose source and output can share blocks.
     routes: Vec<Route>,
 }
 
 impl<'a> Sharing<'a> {
-    /// For the routes whose source and output can share blocks.
+    /// Selects the routes whose source and output can share blocks.
     pub(super) fn new(
         source: &'a dyn RandomAccess,
         sink: &dyn ImageSink,
         devices: &[Device],
         routes: &[Route],
     ) -> Self {
-        let works = |route: &&Route| {
+        let is_shareable = |route: &&Route| {
             let device = devices.iter().find(|device| device.id == route.from);
             device
                 .is_some_and(|device| sink.keeps_bytes(route.to) && can_share(source, sink, device, **route))
         };
-        Self { source: Some(source), routes: routes.iter().filter(works).copied().collect() }
+        Self { source: Some(source), routes: routes.iter().filter(is_shareable).copied().collect() }
     }
 
-    /// Lets `output` share, from `file_offset` on, what stands at `range` of the piece; false when it
-    /// has to be written.
+    /// Makes `output` share the bytes at `range` of the piece, from `file_offset` on. Returns false if they
+    /// have to be written.
     pub(super) fn share(
         &self,
         prepared: &Prepared,
@@ -62,24 +61,26 @@ impl<'a> Sharing<'a> {
         file_offset: u64,
     ) -> Result<bool> {
         let (Some(source), Some(file)) = (self.source, output.file()) else { return Ok(false) };
-        let Some(from) = self.from(prepared.device) else { return Ok(false) };
+        let Some(from) = self.source_device(prepared.device) else { return Ok(false) };
         let len = range.len() as u64;
-        let aligned = len.is_multiple_of(UNIT) && file_offset.is_multiple_of(UNIT);
-        if !aligned || len < SHORTEST {
+        let aligned = len.is_multiple_of(SHARE_ALIGNMENT) && file_offset.is_multiple_of(SHARE_ALIGNMENT);
+        if !aligned || len < MIN_SHARE_LEN {
             return Ok(false);
         }
         let guest = prepared.start + range.start as u64..prepared.start + range.end as u64;
-        let place = source.locate(from, guest);
-        let Some(place) = place.filter(|p| p.len >= len && p.file_offset.is_multiple_of(UNIT)) else {
+        let location = source.locate(from, guest);
+        let Some(location) =
+            location.filter(|p| p.len >= len && p.file_offset.is_multiple_of(SHARE_ALIGNMENT))
+        else {
             return Ok(false);
         };
         let mut done = 0;
         while done < range.len() {
-            let (there, here) = (place.file_offset + done as u64, file_offset + done as u64);
-            let shared = os::copy_range(place.file, there, file, here, range.len() - done)
-                .map_err(|e| Error::io("share or copy blocks", e).path(output.path()).at(here))?;
+            let (from_offset, to_offset) = (location.file_offset + done as u64, file_offset + done as u64);
+            let shared = os::copy_range(location.file, from_offset, file, to_offset, range.len() - done)
+                .map_err(|e| Error::io("share or copy blocks", e).path(output.path()).at(to_offset))?;
             if shared == 0 {
-                // What has been shared is written over with the same bytes.
+                // The caller writes the whole range: the shared part gets the same bytes again.
                 return Ok(false);
             }
             done += shared;
@@ -88,13 +89,14 @@ impl<'a> Sharing<'a> {
         Ok(true)
     }
 
-    /// The source's device that goes to the sink's device `to`, if it can be shared.
-    fn from(&self, to: DeviceId) -> Option<DeviceId> {
+    /// Returns the source device of the shareable route to the sink device `to`.
+    fn source_device(&self, to: DeviceId) -> Option<DeviceId> {
         self.routes.iter().find(|route| route.to == to).map(|route| route.from)
     }
 }
 
-/// Shares the blocks of every device for which that works; the routes that are left to be copied.
+/// Shares the blocks of every device whose route allows it. Returns their totals, and the routes left to
+/// copy.
 pub(super) fn share_blocks(
     source: &dyn RandomAccess,
     sink: &dyn ImageSink,
@@ -116,12 +118,12 @@ pub(super) fn share_blocks(
     Ok((totals, left))
 }
 
-/// Whether all data of the device stands in files that can share blocks with the output.
+/// True if the device's data lies in a file that can share blocks with the output.
 ///
-/// Decided by its first data: an image lies in one file system, and what can't be shared after all
-/// is copied by the kernel.
+/// The first extent of data decides: an image lies on one file system, and the kernel copies a range that
+/// it can't share after all.
 fn can_share(source: &dyn RandomAccess, sink: &dyn ImageSink, device: &Device, route: Route) -> bool {
-    // Asked first: looking for extents may take long.
+    // Checked first: a query for extents may take long.
     let Some(output) = sink.output(route.to).file().filter(|file| os::shares_blocks(file)) else {
         return false;
     };
@@ -131,11 +133,12 @@ fn can_share(source: &dyn RandomAccess, sink: &dyn ImageSink, device: &Device, r
             extents.iter().find(|extent| extent.is_data()).is_some_and(|extent| {
                 source
                     .locate(device.id, extent.range())
-                    .is_some_and(|place| os::can_share_blocks(place.file, output))
+                    .is_some_and(|location| os::can_share_blocks(location.file, output))
             })
         })
 }
 
+/// Shares all extents of a device.
 fn share_device(
     source: &dyn RandomAccess,
     sink: &dyn ImageSink,
@@ -162,7 +165,7 @@ fn share_device(
     Ok(totals)
 }
 
-/// Shares one extent; parts that stand nowhere as they are (compressed ones) are read and written.
+/// Shares one extent. Parts that no file holds verbatim (compressed ones) are read and written.
 fn share_extent(
     source: &dyn RandomAccess,
     sink: &dyn ImageSink,
@@ -176,12 +179,12 @@ fn share_extent(
     let mut at = extent.start;
     while at < extent.end() {
         job.cancel.check()?;
-        let wanted = (extent.end() - at).min(STEP);
-        let place = source.locate(device.id, at..at + wanted);
-        let shared = match (place, output.file()) {
-            (Some(place), Some(file)) => {
-                let len = usize::try_from(place.len.min(wanted)).unwrap_or(usize::MAX);
-                os::copy_range(place.file, place.file_offset, file, at, len)
+        let step = (extent.end() - at).min(SHARE_STEP);
+        let location = source.locate(device.id, at..at + step);
+        let shared = match (location, output.file()) {
+            (Some(location), Some(file)) => {
+                let len = usize::try_from(location.len.min(step)).unwrap_or(usize::MAX);
+                os::copy_range(location.file, location.file_offset, file, at, len)
                     .map_err(|e| Error::io("share or copy blocks", e).path(output.path()).at(at))?
             }
             _ => 0,
@@ -191,7 +194,7 @@ fn share_extent(
             at += shared as u64;
             continue;
         }
-        let len = wanted.min(COPY);
+        let len = step.min(COPY_STEP);
         buffer.resize(usize::try_from(len).unwrap_or(usize::MAX), 0);
         source.read_at(device.id, &mut buffer, at).map_err(|e| e.guest(at..at + len))?;
         output.write_at(&buffer, at)?;

@@ -1,7 +1,7 @@
-//! The outputs of one run: a final name is always a finished output.
+//! The outputs of one run: only a finished output gets its final name.
 //!
 //! Each file is written beside its target as `.NAME.partial-XXXXXX` (`partial.rs`). [`Outputs::commit`]
-//! flushes all of them and only then renames them; until that, dropping the set removes everything.
+//! flushes all files and only then renames them; dropping the set before that removes everything.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -17,7 +17,7 @@ mod naming;
 mod targets;
 
 pub use cleaner::Cleaner;
-use naming::{Named, PendingFile, sync_directories, taken_back};
+use naming::{NamedFile, PendingFile, roll_back, sync_directories};
 use targets::final_path;
 
 /// The outputs of one run.
@@ -27,33 +27,33 @@ pub struct Outputs {
     others: Vec<Output>,
     directories: Vec<PathBuf>,
     published: Vec<PathBuf>,
-    /// What is read: no output may be it, lie beneath it or on top of it.
+    /// The sources and their layers: no output may overlap with one.
     protected: Vec<(PathBuf, Vec<FileId>)>,
-    /// Files that exist and are written to, or will be replaced.
+    /// Layers of the existing files that the outputs write into or replace.
     taken: Vec<Vec<FileId>>,
     swept: Vec<PathBuf>,
     cleaner: Cleaner,
 }
 
-/// What to do where the name of an output is a symbolic link.
+/// Treatment of an output name that is a symbolic link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Links {
-    /// The user named it: the file that it leads to is meant.
+    /// Write to the link's target: the user chose the name.
     Follow,
-    /// The name comes from an image: whoever put the link there does not decide what is written to.
+    /// Refuse the link: the name comes from an image, and a planted link must not choose the target.
     Refuse,
 }
 
-/// An output that is going to be made, for [`Outputs::check`].
+/// A planned output, for [`Outputs::check`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Wanted {
     /// A file for [`Outputs::create`].
     New {
-        /// Its path.
+        /// Path of the file.
         path: PathBuf,
-        /// It may exist.
+        /// True if the file may exist already.
         overwrite: bool,
-        /// Whether a link is followed.
+        /// Treatment of a symbolic link at `path`.
         links: Links,
     },
     /// A file or device for [`Outputs::existing`].
@@ -63,33 +63,34 @@ pub enum Wanted {
 }
 
 impl Outputs {
-    /// No outputs.
+    /// Creates an empty set.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A handle that removes what is not finished.
+    /// Returns a handle that removes the unfinished outputs from another thread.
     pub fn cleaner(&self) -> Cleaner {
         self.cleaner.clone()
     }
 
-    /// A new file that will be called `path`. Nothing of that name exists, or `overwrite` is set.
+    /// Creates a file that [`Outputs::commit`] renames to `path`; it replaces an existing file only with
+    /// `overwrite`. A symbolic link at `path` is followed.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Refused`] when it exists, is a source, or is no regular file;
-    /// [`crate::ErrorKind::Io`].
+    /// [`crate::ErrorKind::Refused`] if the target exists, is a source, or is no regular file;
+    /// [`crate::ErrorKind::Usage`] if another output writes to it; [`crate::ErrorKind::Io`].
     pub fn create(&mut self, path: &Path, overwrite: bool) -> Result<Output> {
         self.create_linked(path, overwrite, Links::Follow)
     }
 
-    /// [`Outputs::create`], with a say in what happens where `path` is a symbolic link.
+    /// Like [`Outputs::create`], with a choice of how to treat a symbolic link at `path`.
     ///
     /// # Errors
-    /// Those of [`Outputs::create`]; [`crate::ErrorKind::Refused`] for a link that is not to be followed.
+    /// As [`Outputs::create`]; [`crate::ErrorKind::Refused`] for a link with [`Links::Refuse`].
     pub fn create_linked(&mut self, path: &Path, overwrite: bool, links: Links) -> Result<Output> {
         let final_path = final_path(path, links)?;
         if self.files.iter().any(|pending| pending.final_path == final_path) {
-            return Err(Error::usage("two outputs would be this file").path(path));
+            return Err(Error::usage("two outputs would write this file").path(path));
         }
         let old = self.check_target(path, &final_path, overwrite, &self.taken)?;
         let (Some(directory), Some(name)) = (final_path.parent(), final_path.file_name()) else {
@@ -97,10 +98,10 @@ impl Outputs {
         };
         let name = name.to_string_lossy();
         partial::sweep(directory, &name, &mut self.swept);
-        let (file, temporary) = self.cleaner.making(|paths| {
-            let made = partial::create(directory, &name).map_err(|e| cannot_create(e).path(path))?;
-            paths.files.push(made.1.to_path_buf());
-            Ok(made)
+        let (file, temporary) = self.cleaner.register(|paths| {
+            let created = partial::create(directory, &name).map_err(|e| create_error(e).path(path))?;
+            paths.files.push(created.1.to_path_buf());
+            Ok(created)
         })?;
         if let Some(old) = old {
             self.taken.push(os::file_layers(&old, false));
@@ -111,11 +112,14 @@ impl Outputs {
         Ok(output)
     }
 
-    /// An existing block device or file, written in place; it keeps its length. `reads_as_zero`: it
-    /// is known to hold zeros. What is mounted, locked or otherwise held is refused without `force`.
+    /// Opens an existing block device or file that is overwritten in place and keeps its length.
+    ///
+    /// `reads_as_zero` says that it is known to hold zeros. A target that is mounted, locked or otherwise
+    /// in use is refused without `force`.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Refused`] when it is a source or busy; [`crate::ErrorKind::Io`].
+    /// [`crate::ErrorKind::Refused`] if it is a source or in use; [`crate::ErrorKind::Usage`] if it is
+    /// another output, a directory or a stream; [`crate::ErrorKind::Io`].
     pub fn existing(&mut self, path: &Path, reads_as_zero: bool, force: bool) -> Result<Output> {
         let meta = std::fs::metadata(path).map_err(|e| Error::io("open for writing", e).path(path))?;
         self.check_free(path, &meta, &self.taken)?;
@@ -138,9 +142,9 @@ impl Outputs {
             FileClass::Stream => return Err(Error::usage("is neither a file nor a block device").path(path)),
         };
         if let Some(how) = os::used_elsewhere(&file).filter(|_| !force) {
-            return Err(Error::refused(format!("it is in use: {how}"))
-                .path(path)
-                .hint("nothing was written; stop what uses it, or write all the same with --force"));
+            return Err(Error::refused(format!("in use: {how}")).path(path).hint(
+                "nothing was written; stop the program that uses it, or write all the same with --force",
+            ));
         }
         let output = Output::from_existing(path, file, reads_as_zero)?;
         self.taken.push(os::file_layers(&meta, false));
@@ -148,20 +152,21 @@ impl Outputs {
         Ok(output)
     }
 
-    /// A stream: flushed by [`Outputs::commit`].
+    /// Adds a stream, which [`Outputs::commit`] flushes.
     pub fn stream(&mut self, output: Output) {
         self.others.push(output);
     }
 
-    /// Makes a directory if there is none; it is removed again (if empty) unless all goes well.
+    /// Creates a directory and its parents where they are missing. Unless the set is committed, each new
+    /// directory is removed again, if it is empty.
     ///
     /// # Errors
-    /// When it can't be made.
+    /// [`crate::ErrorKind::Refused`] if a file has that name; [`crate::ErrorKind::Io`].
     pub fn directory(&mut self, path: &Path) -> Result<()> {
         if path.is_dir() {
             return Ok(());
         }
-        // Without the '/' at its end, with which nothing but a directory is found.
+        // `components` drops a trailing '/', with which only a directory would be found.
         if path.components().as_path().exists() {
             return Err(Error::refused("is a file, not a directory").path(path));
         }
@@ -174,14 +179,14 @@ impl Outputs {
         self.new_directory(path)
     }
 
-    /// Makes a directory that must not be there yet; it is removed again (if empty) unless all goes
-    /// well.
+    /// Creates a directory that must not exist yet. Unless the set is committed, it is removed again, if
+    /// it is empty.
     ///
     /// # Errors
-    /// When it can't be made.
+    /// [`crate::ErrorKind::Io`], also if the name exists.
     pub fn new_directory(&mut self, path: &Path) -> Result<()> {
-        self.cleaner.making(|paths| {
-            std::fs::create_dir(path).map_err(|e| Error::io("make the directory", e).path(path))?;
+        self.cleaner.register(|paths| {
+            std::fs::create_dir(path).map_err(|e| Error::io("create the directory", e).path(path))?;
             paths.directories.push(path.to_owned());
             Ok(())
         })?;
@@ -189,14 +194,14 @@ impl Outputs {
         Ok(())
     }
 
-    /// Writes a file of a new name that others are to see before the end; it is removed again unless
-    /// all goes well.
+    /// Writes a new file that other programs see before the commit. Unless the set is committed, the file
+    /// is removed again.
     ///
     /// # Errors
-    /// When it can't be made.
+    /// [`crate::ErrorKind::Io`], also if the name exists.
     pub fn publish(&mut self, path: &Path, bytes: &[u8]) -> Result<()> {
         let failed = |e| Error::io("unable to write file", e).path(path);
-        let mut file = self.cleaner.making(|paths| {
+        let mut file = self.cleaner.register(|paths| {
             let file = File::create_new(path).map_err(failed)?;
             paths.files.push(path.to_owned());
             Ok(file)
@@ -205,10 +210,10 @@ impl Outputs {
         file.write_all(bytes).map_err(failed)
     }
 
-    /// Flushes every output, then gives all files their final names, then flushes the names.
+    /// Flushes every output, renames all files to their final names, then flushes the directories.
     ///
     /// # Errors
-    /// When a flush or a rename fails; final names that were given in this call are taken back.
+    /// The first flush or rename that fails. Renames of this call are undone.
     pub fn commit(mut self) -> Result<()> {
         for pending in &self.files {
             pending.output.sync()?;
@@ -216,17 +221,17 @@ impl Outputs {
         for other in &self.others {
             other.sync()?;
         }
-        let mut named: Vec<Named> = Vec::new();
+        let mut named: Vec<NamedFile> = Vec::new();
         for pending in std::mem::take(&mut self.files) {
-            match pending.give_name() {
-                Ok(done) => named.push(done),
-                Err(error) => return Err(taken_back(named, error)),
+            match pending.rename() {
+                Ok(file) => named.push(file),
+                Err(error) => return Err(roll_back(named, error)),
             }
         }
-        let made = self.directories.iter().filter_map(|directory| directory.parent());
-        let holders: Vec<&Path> = named.iter().filter_map(|done| done.path.parent()).chain(made).collect();
-        if let Err(error) = sync_directories(holders) {
-            return Err(taken_back(named, error));
+        let of_directories = self.directories.iter().filter_map(|directory| directory.parent());
+        let of_files = named.iter().filter_map(|file| file.path.parent());
+        if let Err(error) = sync_directories(of_files.chain(of_directories).collect()) {
+            return Err(roll_back(named, error));
         }
         self.directories.clear();
         self.published.clear();
@@ -234,7 +239,7 @@ impl Outputs {
         Ok(())
     }
 
-    /// Unfinished files that an earlier run had to leave behind and this one has removed.
+    /// Returns the unfinished files left by a killed run that this run has removed.
     pub fn swept(&self) -> &[PathBuf] {
         &self.swept
     }
@@ -242,25 +247,25 @@ impl Outputs {
 
 impl Drop for Outputs {
     fn drop(&mut self) {
-        // Temporary files remove themselves; directories go after them.
+        // A temporary file removes itself when dropped; a directory must be empty first.
         self.files.clear();
         for file in &self.published {
-            // Somebody may have taken it away meanwhile.
+            // Another program may have removed it meanwhile.
             let _ = std::fs::remove_file(file);
         }
         for directory in self.directories.iter().rev() {
-            // Somebody may have put a file there meanwhile: it stays.
+            // Stays if another program has put a file into it meanwhile.
             let _ = std::fs::remove_dir(directory);
         }
         self.cleaner.forget();
     }
 }
 
-/// Why a file could not be made, and what to do about it.
-fn cannot_create(e: io::Error) -> Error {
+/// The error of a file that could not be created, with a hint where there is a remedy.
+fn create_error(e: io::Error) -> Error {
     let hint = match e.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            Some("there is no room for another file: free some space, or choose another directory")
+            Some("not enough space for another file: free some, or choose another directory")
         }
         _ if os::is_out_of_files(&e) => Some("allow more open files (ulimit -n)"),
         _ => None,

@@ -1,8 +1,8 @@
-//! Unfinished outputs: how they are named, made, and told from those of a run that was killed.
+//! Unfinished outputs: their names, their creation, and the removal of those left by a killed run.
 //!
-//! Whoever makes one holds a lock on it (flock) until the program ends, however it ends. A file of
-//! that name without a lock belongs to nobody any more. Making and locking are two steps: a sweep in
-//! between may take the file, which its maker notices, and makes another.
+//! The creator of an unfinished file holds a lock on it (flock) until its process ends, in whatever way.
+//! A file of such a name without a lock has no owner any more. Creating and locking are two steps: a
+//! sweep in between may remove the file; the creator notices, and creates another.
 
 use std::cell::Cell;
 use std::fs::{File, TryLockError};
@@ -13,45 +13,46 @@ use tempfile::TempPath;
 
 use super::os;
 
-/// Longest file name of the file systems in use (NAME_MAX).
+/// Longest file name of Linux file systems, bytes (NAME_MAX).
 const NAME_MAX: usize = 255;
-/// What a partial name adds: a dot, ".partial-" and six characters.
+/// Bytes that a partial name adds: a dot, ".partial-" and six characters.
 const PARTIAL_EXTRA: usize = 16;
-/// Characters at the end that are drawn at random.
+/// Random characters at the end.
 const RANDOM_LEN: usize = 6;
-/// How often a file may be swept away between making and locking. Ours: once is rare.
-const ATTEMPTS: u32 = 16;
+/// Files that a sweep may remove between creation and lock before the creator gives up. Our limit: even
+/// one is rare.
+const MAX_ATTEMPTS: u32 = 16;
 
-/// Makes and locks the unfinished file of an output that will be called `name`.
+/// Creates and locks the unfinished file of the output `name`.
 pub(super) fn create(directory: &Path, name: &str) -> io::Result<(File, TempPath)> {
     let prefix = prefix(name);
     let mut builder = tempfile::Builder::new();
     builder.prefix(&prefix).rand_bytes(RANDOM_LEN);
-    // The crate's error names the temporary file, and hides what the system said.
+    // The error of tempfile names the temporary file and hides the system's error code.
     let code = Cell::new(None);
-    let open = |path: &Path| new_file(path).inspect_err(|e| code.set(e.raw_os_error()));
-    for _ in 0..ATTEMPTS {
-        let made = builder.make_in(directory, open);
-        let made = made.map_err(|e| code.get().map_or(e, io::Error::from_raw_os_error));
-        let (file, temporary) = made?.into_parts();
-        // Waits for a sweep that is looking at it. A file system without locks is no reason to stop:
-        // there nothing is swept either.
+    let open = |path: &Path| create_new(path).inspect_err(|e| code.set(e.raw_os_error()));
+    for _ in 0..MAX_ATTEMPTS {
+        let created = builder.make_in(directory, open);
+        let created = created.map_err(|e| code.get().map_or(e, io::Error::from_raw_os_error));
+        let (file, temporary) = created?.into_parts();
+        // Waits for a sweep that holds the lock. On a file system without locks no sweep removes the
+        // file.
         let locked = file.lock().is_ok();
         if !locked || is_at(&file, &temporary) {
             return Ok((file, temporary));
         }
     }
-    Err(io::Error::other("the unfinished file vanishes as soon as it is made"))
+    Err(io::Error::other("the unfinished file vanishes as soon as it is created"))
 }
 
-/// A file of a new name, with the permissions of any new file.
-fn new_file(path: &Path) -> io::Result<File> {
+/// Creates a file of a new name, with the usual permissions (tempfile's own would be 0600).
+fn create_new(path: &Path) -> io::Result<File> {
     File::options().read(true).write(true).create_new(true).open(path)
 }
 
-/// Removes what a killed run left of an output called `name`; their paths are added to `swept`.
+/// Removes the unfinished files of the output `name` left by a killed run; adds their paths to `swept`.
 pub(super) fn sweep(directory: &Path, name: &str, swept: &mut Vec<PathBuf>) {
-    // A lock may not be seen by another machine.
+    // Another machine may not see the lock.
     if os::is_remote(directory) {
         return;
     }
@@ -67,13 +68,14 @@ pub(super) fn sweep(directory: &Path, name: &str, swept: &mut Vec<PathBuf>) {
     }
 }
 
-/// Whether a file name is that of an unfinished output.
+/// Returns true if `name` is the file name of an unfinished output.
 pub fn partial_name(name: &str) -> bool {
     let random = |tail: &str| tail.len() == RANDOM_LEN && tail.bytes().all(|b| b.is_ascii_alphanumeric());
     name.starts_with('.') && name.rsplit_once(".partial-").is_some_and(|(_, tail)| random(tail))
 }
 
-/// What the temporary name of an output called `name` begins with: `.NAME.partial-`.
+/// Returns the start of the temporary name of the output `name`: `.NAME.partial-`, with NAME cut to fit
+/// NAME_MAX.
 fn prefix(name: &str) -> String {
     let mut keep = name.len().min(NAME_MAX - PARTIAL_EXTRA);
     while !name.is_char_boundary(keep) {
@@ -82,7 +84,7 @@ fn prefix(name: &str) -> String {
     format!(".{}.partial-", &name[..keep])
 }
 
-/// Removes an unfinished file that belongs to no running program.
+/// Removes an unfinished file if no running program holds it; returns true if it did.
 fn remove_abandoned(path: &Path) -> bool {
     if !std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file()) {
         return false;
@@ -94,11 +96,11 @@ fn remove_abandoned(path: &Path) -> bool {
     }
 }
 
-/// Whether `path` is (still) the name of `file`.
+/// True if `path` is (still) a name of `file`.
 fn is_at(file: &File, path: &Path) -> bool {
     let id = |meta: io::Result<std::fs::Metadata>| meta.ok().map(|meta| os::file_identity(&meta));
-    let known = id(file.metadata());
-    known.is_some() && known == id(std::fs::symlink_metadata(path))
+    let own = id(file.metadata());
+    own.is_some() && own == id(std::fs::symlink_metadata(path))
 }
 
 #[cfg(test)]
@@ -106,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_killed_run_left_is_swept_and_what_is_in_use_is_not() {
+    fn sweep_removes_only_files_without_owner() {
         let dir = tempfile::tempdir().expect("tempdir");
         let make = |name: &str| File::create_new(dir.path().join(name)).expect("create");
         for name in [
@@ -131,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn makers_and_sweepers_do_not_harm_each_other() {
+    fn creation_survives_concurrent_sweeps() {
         let dir = tempfile::tempdir().expect("tempdir");
         let stop = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -142,17 +144,17 @@ mod tests {
             };
             scope.spawn(sweeper);
             scope.spawn(sweeper);
-            let makers: Vec<_> = (0..2)
+            let creators: Vec<_> = (0..2)
                 .map(|_| {
                     scope.spawn(|| {
                         for _ in 0..500 {
                             let (file, path) = create(dir.path(), "x").expect("create");
-                            assert!(is_at(&file, &path), "swept while it is in use");
+                            assert!(is_at(&file, &path), "swept while in use");
                         }
                     })
                 })
                 .collect();
-            let failed = makers.into_iter().any(|maker| maker.join().is_err());
+            let failed = creators.into_iter().any(|creator| creator.join().is_err());
             stop.store(true, std::sync::atomic::Ordering::Relaxed);
             assert!(!failed);
         });

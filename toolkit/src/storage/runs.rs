@@ -1,8 +1,8 @@
-//! What of a file is data and what is hole, asked once and kept.
+//! Cache of the data and hole runs of a file.
 //!
-//! A file system may walk over a whole run to find its end: on tmpfs a question costs time in
-//! proportion to the run. A driver whose clusters lie scattered over the file would pay for that
-//! again and again.
+//! A file system may walk over a whole run to find its end: on tmpfs, a query takes time in proportion
+//! to the run. A driver whose clusters lie scattered over the file would pay for that with every
+//! query.
 
 use std::fs::File;
 use std::io;
@@ -10,31 +10,31 @@ use std::sync::{Mutex, PoisonError};
 
 use super::os::{self, FileRun};
 
-/// Runs that are kept: 8 MiB. Ours. What lies behind them is asked for each time.
+/// Most runs in the cache. Our limit: 8 MiB of memory. Every query behind them goes to the kernel.
 const MAX_RUNS: usize = 1 << 20;
 
-/// The runs of a file from its start up to as far as they were asked for.
+/// The runs of a file from its start up to the highest position queried so far.
 #[derive(Debug, Default)]
 pub(super) struct Runs {
-    /// Ascending. Twice the end of each run, which begins where the one before ends; plus one if it
-    /// is data.
-    known: Mutex<Vec<u64>>,
+    /// One number for each run, ascending: twice its end, plus one if it is data. A run begins where
+    /// the one before ends.
+    packed: Mutex<Vec<u64>>,
 }
 
 impl Runs {
-    /// The run of `file`, which is `len` bytes long, that `position` lies in.
+    /// Returns the run around `position` of `file`, which is `len` bytes long.
     pub(super) fn find(&self, file: &File, len: u64, position: u64) -> io::Result<FileRun> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut frontier = known.last().map_or(0, |packed| unpack(*packed).end);
+        let mut runs = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut frontier = runs.last().map_or(0, |run| unpack(*run).end);
         if position < frontier {
-            let place = known.partition_point(|packed| unpack(*packed).end <= position);
-            // There is one: the last ends at the frontier.
-            return known.get(place).map(|packed| unpack(*packed)).ok_or(io::ErrorKind::NotFound.into());
+            let index = runs.partition_point(|run| unpack(*run).end <= position);
+            // Always found: the last run ends at the frontier.
+            return runs.get(index).map(|run| unpack(*run)).ok_or(io::ErrorKind::NotFound.into());
         }
-        while known.len() < MAX_RUNS {
+        while runs.len() < MAX_RUNS {
             let run = os::file_run(file, frontier, len)?;
-            // Lengths of files are below 2^63.
-            known.push(run.end << 1 | u64::from(run.is_data));
+            // A file is shorter than 2^63 bytes (off_t).
+            runs.push(run.end << 1 | u64::from(run.is_data));
             if position < run.end {
                 return Ok(run);
             }
@@ -55,7 +55,7 @@ mod tests {
     use std::io::{Seek, SeekFrom, Write};
 
     #[test]
-    fn answers_do_not_depend_on_the_order_of_questions() {
+    fn answers_do_not_depend_on_the_order_of_queries() {
         const UNIT: u64 = 1 << 20;
         let mut file = tempfile::tempfile().unwrap();
         file.set_len(16 * UNIT).unwrap();
@@ -63,13 +63,13 @@ mod tests {
             file.seek(SeekFrom::Start(unit * UNIT)).unwrap();
             file.write_all(&[1; UNIT as usize]).unwrap();
         }
-        let asked: Vec<FileRun> =
+        let expected: Vec<FileRun> =
             (0..16).map(|unit| os::file_run(&file, unit * UNIT + 7, 16 * UNIT).unwrap()).collect();
         let (forwards, backwards) = (Runs::default(), Runs::default());
         for unit in 0..16u64 {
             let find = |runs: &Runs, unit: u64| runs.find(&file, 16 * UNIT, unit * UNIT + 7).unwrap();
-            assert_eq!(find(&forwards, unit), asked[unit as usize]);
-            assert_eq!(find(&backwards, 15 - unit), asked[(15 - unit) as usize]);
+            assert_eq!(find(&forwards, unit), expected[unit as usize]);
+            assert_eq!(find(&backwards, 15 - unit), expected[(15 - unit) as usize]);
         }
     }
 }

@@ -1,8 +1,7 @@
-//! Spooling: formats that must be read by position, arriving as a stream.
+//! Spooling: copies a stream to a temporary file, for formats that need reads by position.
 //!
-//! The only place where imgtool uses scratch space: a qcow2 or VHDX image in a pipe or under an
-//! outer compression that can't be entered in the middle. The copy has no name and vanishes with
-//! the program.
+//! Nothing else in imgtool uses scratch space. The cases are qcow2 and VHDX images in a pipe, or under
+//! an outer compression without random access. The copy has no name and vanishes with the process.
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -13,10 +12,11 @@ use crate::buffer::BufferPool;
 use crate::error::{Error, Result};
 use crate::zero;
 
-/// Bytes copied at a time. Ours.
+/// Bytes copied at a time. Our choice.
 const CHUNK: usize = 256 * 1024;
 
-/// Copies `stream`, of at most `limit` bytes, to an unnamed temporary file; zeros become holes.
+/// Copies `stream` to an unnamed temporary file; chunks of zeros become holes. Fails if the stream is
+/// longer than `limit` bytes.
 pub(super) fn spool(mut stream: Stream, limit: u64) -> Result<File> {
     let failed = |e| {
         Error::io("write a temporary copy", e)
@@ -36,7 +36,7 @@ pub(super) fn spool(mut stream: Stream, limit: u64) -> Result<File> {
         if position > limit {
             return Err(Error::limit(format!("the file expands to more than {limit} bytes"))
                 .path(stream.path())
-                .hint("it may be made to take forever; if it is not, decompress it first"));
+                .hint("it may be a decompression bomb; if you trust it, decompress it first"));
         }
         if len < CHUNK {
             break;
@@ -48,15 +48,13 @@ pub(super) fn spool(mut stream: Stream, limit: u64) -> Result<File> {
 
 fn write_all_at(file: &File, mut bytes: &[u8], mut position: u64) -> io::Result<()> {
     while !bytes.is_empty() {
-        match os::write_vectored_at(file, &[IoSlice::new(bytes)], position) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(count) => {
-                bytes = &bytes[count..];
-                position += count as u64;
-            }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
+        let slices = [IoSlice::new(bytes)];
+        let count = os::retry_interrupted(|| os::write_vectored_at(file, &slices, position))?;
+        if count == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
         }
+        bytes = &bytes[count..];
+        position += count as u64;
     }
     Ok(())
 }

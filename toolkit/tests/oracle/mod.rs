@@ -1,10 +1,12 @@
-//! Programs that we did not write, as judges.
+//! Oracles: programs by others whose results the tests compare with.
 
 use std::io::{ErrorKind, Write};
 use std::process::{Command, Stdio};
 
-/// What `program` makes of `input`; `None` (and a visible line) where it is not installed, which CI
-/// does not let pass.
+/// Runs `program` with `input` and returns its output; `None`, with a printed line, if it is not installed.
+///
+/// # Panics
+/// If the program fails, or is missing while `CI` is set.
 pub fn run(program: &str, args: &[&str], input: &[u8]) -> Option<Vec<u8>> {
     let spawned = Command::new(program)
         .args(args)
@@ -20,9 +22,9 @@ pub fn run(program: &str, args: &[&str], input: &[u8]) -> Option<Vec<u8>> {
         }
         spawned => spawned.expect("start the oracle"),
     };
-    let mut stdin = child.stdin.take().expect("it is piped");
+    let mut stdin = child.stdin.take().expect("stdin is piped");
     let output = std::thread::scope(|scope| {
-        // A program that does not read its input closes it early: that is its affair.
+        // A program may close its input before the end.
         scope.spawn(move || drop(stdin.write_all(input)));
         child.wait_with_output().expect("wait for the oracle")
     });

@@ -1,12 +1,12 @@
-//! A format of a hundred lines, to show that the laws let a right driver pass and stop a wrong one.
+//! A small format, correct or with one flaw, for tests of the laws.
 //!
-//! A header (magic, number of devices, their sizes), then records in any order: device, unit
-//! number, length, CRC-32 of header and data, data. A last record marks the end. Units of 64 KiB
-//! without a record are zero.
+//! A header (magic, number of devices, their sizes) is followed by records in any order: device, length,
+//! unit index, CRC-32 of header and data, data. A last record marks the end. Units of 64 KiB without a
+//! record are zero.
 
 #![allow(dead_code)]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -25,7 +25,7 @@ const MAX_DEVICES: usize = 8;
 const MAX_SIZE: u64 = 1 << 46;
 const END: u64 = u64::MAX;
 
-/// What is wrong with a toy.
+/// The flaw of a toy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Flaw {
     None,
@@ -33,25 +33,25 @@ pub enum Flaw {
     DropsLastByte,
     /// Extents skip a byte.
     ExtentGap,
-    /// Data is told as a hole.
+    /// Some data is reported as a hole.
     HoleOverData,
     /// Zeros are stored.
     StoresZeros,
-    /// Records stand in the order in which threads finish.
+    /// Records are in the order in which threads finish.
     OrderOfThreads,
-    /// There is no end record: parts one after the other, and nobody misses the last.
+    /// Without an end record: the file only appends, and a truncation goes unnoticed.
     NoEndNeeded,
-    /// Numbers are taken as they come: indexes with them.
+    /// Numbers from the file are used as indexes without a check.
     TrustsHeader,
-    /// Reads through one shared position.
+    /// Reads go through one shared position.
     SharedPosition,
-    /// What is not stored is left as it is in the reader's buffer.
+    /// A read leaves the buffer unchanged where no unit is stored.
     LeavesHoles,
     /// Sizes are rounded down to units.
     RoundsDown,
-    /// Reads that fail count as zeros, a pipe that fails has ended.
+    /// A failed read counts as zeros, and a failed pipe as ended.
     SwallowsErrors,
-    /// Written to a pipe, the end is forgotten.
+    /// Without an end record in a pipe.
     PipeWithoutEnd,
 }
 
@@ -90,14 +90,7 @@ impl Driver for Toy {
         if input.is_stream() {
             let mut stream = input.into_stream()?;
             let info = read_header(|buf| exactly(&mut stream, buf))?;
-            return Ok(Box::new(ToyStream {
-                info,
-                stream,
-                flaw: self.0,
-                done: 0,
-                gaps: None,
-                given: HashMap::new(),
-            }));
+            return Ok(Box::new(ToyStream { info, stream, flaw: self.0, gaps: None, units: HashSet::new() }));
         }
         let input = input.into_random()?;
         let mut at = 0;
@@ -155,7 +148,7 @@ fn read_header(mut read: impl FnMut(&mut [u8]) -> Result<()>) -> Result<ImageInf
     Ok(info)
 }
 
-/// A record's header: device, length, unit number, CRC-32 of these and the data.
+/// Header of a record: device, length, unit index, CRC-32 of these and the data.
 struct Record {
     device: u32,
     len: u32,
@@ -186,7 +179,7 @@ impl Record {
         crc.finalize()
     }
 
-    /// `None` for the end record.
+    /// Validates the header and returns the guest range; `None` for the end record.
     fn check(&self, info: &ImageInfo, flaw: Flaw) -> Result<Option<Range<u64>>> {
         if flaw == Flaw::TrustsHeader && self.unit != END {
             let start = self.unit.wrapping_mul(UNIT);
@@ -265,8 +258,8 @@ impl RandomAccess for ToySource {
         while at < range.end && !list.is_full() {
             let end = ((at / UNIT + 1) * UNIT).min(range.end);
             let known = self.index.contains_key(&(device.0, at / UNIT));
-            let lied = self.flaw == Flaw::HoleOverData && (at / UNIT) % 7 == 3;
-            list.push(at, end - at, if known && !lied { ExtentKind::Data } else { ExtentKind::Hole });
+            let is_hidden = self.flaw == Flaw::HoleOverData && (at / UNIT) % 7 == 3;
+            list.push(at, end - at, if known && !is_hidden { ExtentKind::Data } else { ExtentKind::Hole });
             at = end;
         }
         let mut extents = list.into_vec();
@@ -329,10 +322,10 @@ struct ToyStream {
     info: ImageInfo,
     stream: Stream,
     flaw: Flaw,
-    done: usize,
-    /// Once the stream has ended: the zeros still to be handed out.
+    /// After the end of the stream: the zeros still to return.
     gaps: Option<Vec<Piece>>,
-    given: HashMap<(u32, u64), ()>,
+    /// Device and index of the units read so far.
+    units: HashSet<(u32, u64)>,
 }
 
 impl ImageSource for ToyStream {
@@ -364,7 +357,7 @@ impl SequentialAccess for ToyStream {
             let mut gaps = Vec::new();
             for device in &self.info.devices {
                 for unit in 0..device.size.div_ceil(UNIT) {
-                    if !self.given.contains_key(&(device.id.0, unit)) {
+                    if !self.units.contains(&(device.id.0, unit)) {
                         let start = unit * UNIT;
                         gaps.push(Piece::zero(device.id, start, UNIT.min(device.size - start)));
                     }
@@ -373,7 +366,7 @@ impl SequentialAccess for ToyStream {
             self.gaps = Some(gaps);
             return self.next_piece(pool);
         };
-        if self.given.insert((record.device, record.unit), ()).is_some() {
+        if !self.units.insert((record.device, record.unit)) {
             return Err(Error::corrupt("a unit comes twice"));
         }
         let mut data = pool.take(record.len as usize);
@@ -381,7 +374,6 @@ impl SequentialAccess for ToyStream {
         if record.crc_of(&data) != record.crc {
             return Err(Error::corrupt("checksum does not match"));
         }
-        self.done += 1;
         let flawed = self.flaw == Flaw::DropsLastByte;
         Ok(Some(if flawed {
             Piece::zero(DeviceId(record.device), range.start, u64::from(record.len))
@@ -470,12 +462,12 @@ impl ImageSink for ToySink {
     }
 
     fn finish(&self) -> Result<()> {
-        let is_endless = match self.flaw {
+        let omits_end = match self.flaw {
             Flaw::NoEndNeeded => true,
             Flaw::PipeWithoutEnd => self.output.is_stream(),
             _ => false,
         };
-        if is_endless {
+        if omits_end {
             return Ok(());
         }
         let mut end = Record { device: 0, len: 0, unit: END, crc: 0 };

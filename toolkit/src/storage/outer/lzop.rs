@@ -1,18 +1,20 @@
 //! The lzop container: a header, then blocks of LZO1X data with checksums.
 //!
-//! All numbers are big-endian. After the magic: the header (see [`LzopReader::read_header`]) with its
-//! checksum, then blocks: plain length (0 ends the member), stored length, checksums of the plain
-//! bytes, checksums of the stored bytes (only of compressed blocks), stored bytes. A block that did
-//! not shrink is stored as it is, both lengths equal. Members follow each other without padding.
+//! All numbers are big-endian. The magic is followed by the header (see [`LzopReader::read_header`]) with
+//! its checksum, then by blocks: plain length (0 ends the member), stored length, checksums of the plain
+//! bytes, checksums of the stored bytes (in compressed blocks only), stored bytes. A block that did not
+//! shrink is stored uncompressed, with equal lengths. Members follow each other without padding. The
+//! container has no specification: this is what lzop 1.04 writes.
 
 use std::io::{self, Read};
 
 use super::Refusal;
+use crate::storage::os;
 
-/// The first nine bytes of an lzop file.
+/// First nine bytes of an lzop file.
 pub(super) const MAGIC: [u8; 9] = [0x89, 0x4c, 0x5a, 0x4f, 0x00, 0x0d, 0x0a, 0x1a, 0x0a];
 
-/// Header flags of lzop.
+/// Flags in the header.
 mod flag {
     /// Adler-32 of the plain bytes of each block.
     pub(super) const ADLER32_D: u32 = 0x1;
@@ -24,40 +26,43 @@ mod flag {
     pub(super) const CRC32_D: u32 = 0x100;
     /// CRC-32 of the stored bytes of each compressed block.
     pub(super) const CRC32_C: u32 = 0x200;
-    /// One part of an archive over several files.
+    /// The file is one part of a multi-part archive.
     pub(super) const MULTIPART: u32 = 0x400;
-    /// A filter was applied before compression.
+    /// A filter changed the bytes before compression.
     pub(super) const FILTER: u32 = 0x800;
     /// The header's own checksum is a CRC-32, not an Adler-32.
     pub(super) const HEADER_CRC32: u32 = 0x1000;
 }
 
-/// The oldest version with this layout.
+/// Oldest lzop version with this layout.
 const VERSION_MIN: u16 = 0x0900;
-/// From this version on there are the version needed, the level and the upper half of the time.
+/// First version whose header has the version needed to extract, the level, and the upper half of the
+/// time.
 const VERSION_LONG_HEADER: u16 = 0x0940;
-/// The version of lzop 1.04: what needs a later one is not known here.
+/// Version number of lzop 1.04, the latest that we know. A file that needs a later one is refused.
 const VERSION_NEEDED_MAX: u16 = 0x1040;
 
-/// LZO1X-1, LZO1X-1(15) and LZO1X-999: one decoder reads all three.
+/// Compression methods LZO1X-1, LZO1X-1(15) and LZO1X-999: one decoder reads all three.
 const METHODS: std::ops::RangeInclusive<u8> = 1..=3;
 
-/// Largest block. Ours: lzop writes 256 KiB; the format would allow 64 MiB, twice of which in memory
-/// is too much for a header nobody vouches for.
+/// Largest block, plain bytes. Our limit: lzop writes 256 KiB and allows 64 MiB, but a decoder holds two
+/// buffers of that length, and the number comes from an untrusted file.
 const MAX_BLOCK_LEN: u32 = 16 << 20;
 
-/// Largest extra field. Ours: lzop writes none.
+/// Largest extra field, bytes. Our limit: lzop writes none.
 const MAX_EXTRA_LEN: u32 = 64 << 10;
 
-/// Reads what an lzop file holds, all its members one after the other.
+/// Decodes an lzop file, all members one after the other.
 pub(super) struct LzopReader<R> {
     inner: R,
     state: State,
-    /// The current block, plain.
+    /// The current block, decoded.
     plain: Vec<u8>,
-    /// Bytes of `plain` that were handed out.
-    given: usize,
+    /// Bytes of `plain` that the reader has returned.
+    returned: usize,
+    /// The current block as stored.
     stored: Vec<u8>,
+    /// Members begun so far.
     members: u64,
 }
 
@@ -65,24 +70,24 @@ pub(super) struct LzopReader<R> {
 enum State {
     /// Between members.
     Header,
-    /// Within a member with these flags.
+    /// Within a member that has these flags.
     Blocks(u32),
-    /// After the last.
+    /// After the last member.
     Ended,
-    /// After an error: there is no way on.
+    /// After an error, which is final.
     Failed,
 }
 
 impl<R: Read> LzopReader<R> {
     pub(super) fn new(inner: R) -> Self {
-        Self { inner, state: State::Header, plain: Vec::new(), given: 0, stored: Vec::new(), members: 0 }
+        Self { inner, state: State::Header, plain: Vec::new(), returned: 0, stored: Vec::new(), members: 0 }
     }
 
-    /// Gets the next block, or finds the end.
+    /// Reads a header or the next block.
     fn advance(&mut self) -> io::Result<()> {
         self.state = match self.state {
             State::Ended => State::Ended,
-            State::Failed => return Err(invalid("read on after an error".to_owned())),
+            State::Failed => return Err(invalid("read after an error".to_owned())),
             State::Header => self.read_header()?.map_or(State::Ended, State::Blocks),
             State::Blocks(flags) => {
                 if self.read_block(flags)? {
@@ -95,7 +100,7 @@ impl<R: Read> LzopReader<R> {
         Ok(())
     }
 
-    /// Reads a member's header; its flags, or `None` where the file ends instead.
+    /// Reads a member's header and returns its flags; `None` at the end of the file.
     fn read_header(&mut self) -> io::Result<Option<u32>> {
         let mut magic = [0; MAGIC.len()];
         if !self.read_magic(&mut magic)? {
@@ -140,24 +145,22 @@ impl<R: Read> LzopReader<R> {
             return Err(refused(format!("compression method {method} is not LZO1X")));
         }
         if filter != 0 || flags & flag::MULTIPART != 0 {
-            let what =
+            let feature =
                 if filter == 0 { "one part of several".to_owned() } else { format!("filter {filter}") };
-            return Err(refused(format!("{what} is not supported")));
+            return Err(refused(format!("{feature} is not supported")));
         }
         self.members += 1;
         Ok(Some(flags))
     }
 
-    /// Reads a magic number; false where the file ends instead.
+    /// Reads a member's magic; returns false at the end of the file.
     fn read_magic(&mut self, magic: &mut [u8; MAGIC.len()]) -> io::Result<bool> {
         let mut filled = 0;
         while filled < magic.len() {
-            match self.inner.read(&mut magic[filled..]) {
-                Ok(0) if filled == 0 && self.members > 0 => return Ok(false),
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => filled += count,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
+            match os::retry_interrupted(|| self.inner.read(&mut magic[filled..]))? {
+                0 if filled == 0 && self.members > 0 => return Ok(false),
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                count => filled += count,
             }
             if magic[..filled] != MAGIC[..filled] {
                 return Err(invalid("bytes after the end".to_owned()));
@@ -166,7 +169,8 @@ impl<R: Read> LzopReader<R> {
         Ok(true)
     }
 
-    /// Its checksum is not looked at: lzop writes no such field, nothing says what it covers.
+    /// Skips the extra field. Its checksum is not verified: lzop writes no such field, and what the
+    /// checksum covers is not documented.
     fn skip_extra_field(&mut self) -> io::Result<()> {
         let mut extra = Header { inner: &mut self.inner, bytes: Vec::new() };
         let len = extra.u32()?;
@@ -178,7 +182,7 @@ impl<R: Read> LzopReader<R> {
         Ok(())
     }
 
-    /// Reads and decodes a block; false at the end of the member.
+    /// Reads and decodes a block; returns false at the end of the member.
     fn read_block(&mut self, flags: u32) -> io::Result<bool> {
         let plain_len = read_u32(&mut self.inner)?;
         if plain_len == 0 {
@@ -198,12 +202,12 @@ impl<R: Read> LzopReader<R> {
         } else {
             Checksums::default()
         };
-        // Nothing is handed out of a block that turns out to be damaged.
-        self.given = 0;
+        // Until its checksums match, the reader returns no byte of the block.
+        self.returned = 0;
         self.plain.clear();
         self.stored.resize(stored_len as usize, 0);
         self.inner.read_exact(&mut self.stored)?;
-        if !stored_sums.hold(&self.stored) {
+        if !stored_sums.match_bytes(&self.stored) {
             return Err(invalid("checksum of a compressed block does not match".to_owned()));
         }
         if is_compressed {
@@ -220,7 +224,7 @@ impl<R: Read> LzopReader<R> {
         } else {
             std::mem::swap(&mut self.plain, &mut self.stored);
         }
-        if !plain_sums.hold(&self.plain) {
+        if !plain_sums.match_bytes(&self.plain) {
             self.plain.clear();
             return Err(invalid("checksum of a block does not match".to_owned()));
         }
@@ -230,22 +234,22 @@ impl<R: Read> LzopReader<R> {
 
 impl<R: Read> Read for LzopReader<R> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        while self.given == self.plain.len() && !matches!(self.state, State::Ended) && !buf.is_empty() {
+        while self.returned == self.plain.len() && !matches!(self.state, State::Ended) && !buf.is_empty() {
             self.advance().inspect_err(|_| {
                 self.plain.clear();
-                self.given = 0;
+                self.returned = 0;
                 self.state = State::Failed;
             })?;
         }
-        let left = &self.plain[self.given..];
+        let left = &self.plain[self.returned..];
         let count = left.len().min(buf.len());
         buf[..count].copy_from_slice(&left[..count]);
-        self.given += count;
+        self.returned += count;
         Ok(count)
     }
 }
 
-/// Checksums of a block, those that its flags ask for.
+/// The checksums of a block that the header's flags announce.
 #[derive(Default)]
 struct Checksums {
     adler32: Option<u32>,
@@ -253,14 +257,15 @@ struct Checksums {
 }
 
 impl Checksums {
-    /// Adler-32 stands before CRC-32.
+    /// Reads the checksums: Adler-32 comes before CRC-32.
     fn read(inner: &mut impl Read, has_adler32: u32, has_crc32: u32) -> io::Result<Self> {
         let adler32 = if has_adler32 != 0 { Some(read_u32(inner)?) } else { None };
         let crc32 = if has_crc32 != 0 { Some(read_u32(inner)?) } else { None };
         Ok(Self { adler32, crc32 })
     }
 
-    fn hold(&self, bytes: &[u8]) -> bool {
+    /// True if every checksum matches `bytes`.
+    fn match_bytes(&self, bytes: &[u8]) -> bool {
         self.adler32.is_none_or(|sum| sum == adler2::adler32_slice(bytes))
             && self.crc32.is_none_or(|sum| sum == crc32fast::hash(bytes))
     }
@@ -270,14 +275,14 @@ fn header_checksum(flags: u32, bytes: &[u8]) -> u32 {
     if flags & flag::HEADER_CRC32 != 0 { crc32fast::hash(bytes) } else { adler2::adler32_slice(bytes) }
 }
 
-/// Reads a header and keeps its bytes for the checksum.
+/// Reads header fields and keeps their bytes for the checksum.
 struct Header<'a, R> {
     inner: &'a mut R,
     bytes: Vec<u8>,
 }
 
 impl<R: Read> Header<'_, R> {
-    /// The next `len` bytes, which the caller has bounded.
+    /// Reads `len` bytes; the caller has bounded `len`.
     fn take(&mut self, len: usize) -> io::Result<&[u8]> {
         let start = self.bytes.len();
         self.bytes.resize(start + len, 0);
@@ -294,7 +299,7 @@ impl<R: Read> Header<'_, R> {
     }
 
     fn u16(&mut self) -> io::Result<u16> {
-        // Two bytes make no more than 16 bits.
+        // Two bytes hold 16 bits.
         Ok(self.number(2)? as u16)
     }
 

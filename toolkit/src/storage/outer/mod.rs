@@ -1,6 +1,6 @@
-//! Outer compression: found by magic number, undone through all frames, members and streams.
+//! Outer compression: detection by magic number, and decoders for all frames, members and streams.
 //!
-//! A stream that is cut short, damaged, or followed by anything else is an error.
+//! A stream that is cut short, damaged, or followed by other bytes is an error.
 
 use std::io::{self, BufReader, Read};
 use std::path::Path;
@@ -18,23 +18,23 @@ pub(crate) mod seek_table;
 mod seekable;
 mod units;
 
-/// An outer compression.
+/// A compression around a whole file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Compression {
     /// Zstandard, RFC 8878.
     Zstd,
     /// gzip, RFC 1952.
     Gzip,
-    /// The lzop container.
+    /// The container of lzop 1.04.
     Lzop,
-    /// xz.
+    /// The .xz format of XZ Utils.
     Xz,
     /// bzip2.
     Bzip2,
 }
 
 impl Compression {
-    /// Its usual name.
+    /// Returns the usual name, lower case.
     pub fn name(self) -> &'static str {
         match self {
             Self::Zstd => "zstd",
@@ -45,7 +45,7 @@ impl Compression {
         }
     }
 
-    /// Its file name extension without the dot.
+    /// Returns the file name extension without the dot.
     pub fn extension(self) -> &'static str {
         match self {
             Self::Zstd => "zst",
@@ -59,9 +59,9 @@ impl Compression {
     const ALL: [Self; 5] = [Self::Zstd, Self::Gzip, Self::Lzop, Self::Xz, Self::Bzip2];
 }
 
-/// The compression that a file beginning with `head` has.
+/// Detects the compression of a file that begins with `head`.
 pub fn detect(head: &[u8]) -> Option<Compression> {
-    // Zstandard: a frame, or a skippable frame (184D2A50..5F) that leads one.
+    // RFC 8878, 3.1: a frame, or a skippable frame (184D2A50..5F) before one.
     let zstd =
         head.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) || matches!(head, [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..]);
     // bzip2: "BZh", level, then the magic of a stream's first block (pi) or of an empty stream.
@@ -82,45 +82,48 @@ pub fn detect(head: &[u8]) -> Option<Compression> {
     }
 }
 
-/// The compression that a file's name stands for.
+/// Returns the compression that the extension of `path` names, in any case of letters.
 pub fn by_name(path: &Path) -> Option<Compression> {
     let extension = path.extension()?.to_str()?.to_ascii_lowercase();
     Compression::ALL.into_iter().find(|compression| compression.extension() == extension)
 }
 
-/// Memory an xz decoder may take. `xz -9` needs 65 MiB; a crafted header can ask for 4 GiB.
+/// Memory limit of an xz decoder, bytes. Our limit: `xz -9` needs 65 MiB, a crafted header 4 GiB.
 const XZ_MEMORY_LIMIT: u64 = 100 << 20;
 
-/// Largest zstd window, as a power of two. 27 (128 MiB) is what `zstd -d` itself takes without
-/// being told otherwise.
+/// Largest zstd window, as a power of two: 128 MiB, the default limit of `zstd -d`.
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 
-/// Bytes read from a compressed file at a time. Ours.
+/// Bytes read from a compressed file at a time. Our choice.
 const READ_AHEAD: usize = 256 * 1024;
 
-/// A reader of what `reader` compresses.
+/// Creates a decoder over `reader`.
+///
+/// Reads fail with `InvalidData` for damaged content, and with `Unsupported` for content beyond our
+/// limits; I/O errors of `reader` pass unchanged.
 ///
 /// # Errors
-/// When the decoder can't be set up.
+/// [`crate::ErrorKind::Io`] if there is no memory for the decoder.
 pub fn decoder(compression: Compression, reader: Box<dyn Read + Send>) -> Result<Box<dyn Decode>> {
     let reader = BufReader::with_capacity(READ_AHEAD, reader);
-    let setup = |e: io::Error| Error::io(format!("set up the {} decoder", compression.name()), e);
+    let setup_error = |e: io::Error| Error::io(format!("set up the {} decoder", compression.name()), e);
     let decoder: Box<dyn Decode> = match compression {
-        Compression::Zstd => Box::new(ZstdFrames::new(reader, ZSTD_WINDOW_LOG_MAX).map_err(setup)?),
+        Compression::Zstd => Box::new(ZstdFrames::new(reader, ZSTD_WINDOW_LOG_MAX).map_err(setup_error)?),
         Compression::Gzip => Box::new(GzipMembers::new(reader)),
         Compression::Lzop => Box::new(Certain(Box::new(lzop::LzopReader::new(reader)))),
         Compression::Xz => {
             let stream =
                 liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY_LIMIT, liblzma::stream::CONCATENATED)
-                    .map_err(|e| setup(e.into()))?;
+                    .map_err(|e| setup_error(e.into()))?;
             Box::new(Opaque::new(Box::new(liblzma::bufread::XzDecoder::new_stream(reader, stream))))
         }
         Compression::Bzip2 => Box::new(Opaque::new(Box::new(bzip2::bufread::MultiBzDecoder::new(reader)))),
     };
-    Ok(Box::new(Named { compression, decoder, was_cut: false }))
+    Ok(Box::new(ErrorContext { compression, decoder, was_cut: false }))
 }
 
-/// A view by position on a compressed file that was made for it; `None` when it was not.
+/// Opens a compressed file for reads of its content by position. Returns `None` unless the file has a
+/// valid seek table (seekable zstd).
 pub fn open_seekable(compression: Compression, source: &Arc<dyn ReadAt>) -> Option<Arc<dyn ReadAt>> {
     match compression {
         Compression::Zstd => {
@@ -130,7 +133,7 @@ pub fn open_seekable(compression: Compression, source: &Arc<dyn ReadAt>) -> Opti
     }
 }
 
-/// A legal compressed file that is not served, within an [`io::Error`].
+/// A valid compressed file beyond our limits or features, carried inside an [`io::Error`].
 #[derive(Debug)]
 pub(super) struct Refusal {
     message: String,
@@ -138,12 +141,12 @@ pub(super) struct Refusal {
 }
 
 impl Refusal {
-    /// As an error that a reader returns.
+    /// Wraps a refusal in an error that a reader can return.
     fn error(message: String, hint: &'static str) -> io::Error {
         io::Error::new(io::ErrorKind::Unsupported, Self { message, hint })
     }
 
-    /// The refusal within `e`, if that is what it is, as an error for a person.
+    /// Returns the refusal inside `e`, if there is one, as an error of the toolkit.
     pub(super) fn within(e: &io::Error) -> Option<Error> {
         let refusal = e.get_ref()?.downcast_ref::<Self>()?;
         Some(Error::unsupported(refusal.message.clone()).hint(refusal.hint))
@@ -158,16 +161,16 @@ impl std::fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-/// Puts the compression's name into decoding errors, and makes those about the content `InvalidData`
-/// or a [`Refusal`].
-struct Named {
+/// Translates decoding errors: adds the name of the compression, and turns errors about the content into
+/// `InvalidData` or a [`Refusal`].
+struct ErrorContext {
     compression: Compression,
     decoder: Box<dyn Decode>,
     was_cut: bool,
 }
 
-impl Named {
-    fn explain(&self, e: &io::Error) -> io::Error {
+impl ErrorContext {
+    fn translate(&self, e: &io::Error) -> io::Error {
         let name = self.compression.name();
         let text = e.to_string();
         if let Some(refusal) = e.get_ref().and_then(|inner| inner.downcast_ref::<Refusal>()) {
@@ -177,7 +180,7 @@ impl Named {
             );
         }
         match self.compression {
-            // The library's text for a window above the limit.
+            // libzstd's text for a window above the limit.
             Compression::Zstd if text.contains("requires too much memory") => Refusal::error(
                 format!("the zstd stream needs a window above {} MiB", 1 << (ZSTD_WINDOW_LOG_MAX - 20)),
                 "decompress it with zstd -d --long=31 first",
@@ -198,20 +201,20 @@ fn liblzma_code(e: &io::Error) -> Option<liblzma::stream::Error> {
     e.get_ref()?.downcast_ref::<liblzma::stream::Error>().cloned()
 }
 
-impl Read for Named {
+impl Read for ErrorContext {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         self.decoder.read(buf).map_err(|e| {
             use io::ErrorKind::{InvalidData, InvalidInput, Other, UnexpectedEof, Unsupported};
-            // Other kinds, and the operating system's own errors, are not about the content.
-            let content =
+            // Other kinds, and errors of the operating system, are not about the content.
+            let is_content =
                 matches!(e.kind(), InvalidData | InvalidInput | Other | UnexpectedEof | Unsupported);
             self.was_cut = e.kind() == UnexpectedEof;
-            if content && e.raw_os_error().is_none() { self.explain(&e) } else { e }
+            if is_content && e.raw_os_error().is_none() { self.translate(&e) } else { e }
         })
     }
 }
 
-impl Decode for Named {
+impl Decode for ErrorContext {
     fn unchecked(&self) -> u64 {
         self.decoder.unchecked()
     }

@@ -1,50 +1,50 @@
-//! The seek table of the Zstandard seekable format, version 0.1.0: which frame holds what.
+//! The seek table of the Zstandard seekable format, version 0.1.0 (zstd's `contrib/seekable_format`).
 //!
-//! The table is the file's last frame, a skippable one, little-endian: magic 184D2A5E, length of the
-//! rest; for each frame its stored length, its plain length, and, if the descriptor says so, the
-//! lower half of the XXH64 of its plain bytes; then the footer: number of frames, descriptor, magic
+//! The table is a skippable frame at the end of the file, little-endian: magic 184D2A5E and the length of
+//! the rest; for each frame its stored length, its plain length and, with the descriptor's checksum flag,
+//! the lower half of the XXH64 of its plain bytes; then the footer: number of frames, descriptor, magic
 //! 8F92EAB1.
 
 use std::io;
 
 use crate::storage::input::ReadAt;
 
-/// The skippable frame that holds the table.
+/// Magic of the skippable frame that holds the table (`Skippable_Magic_Number`).
 const TABLE_MAGIC: u32 = 0x184d_2a5e;
-/// The last four bytes of the file.
+/// Last four bytes of the file (`Seekable_Magic_Number`).
 const FOOTER_MAGIC: u32 = 0x8f92_eab1;
-/// Magic and length of a skippable frame.
+/// Bytes of a skippable frame's magic and length.
 const FRAME_HEADER_LEN: u64 = 8;
-/// Number of frames, descriptor, magic.
+/// Bytes of the footer: number of frames (4), descriptor (1), magic (4).
 const FOOTER_LEN: u64 = 9;
-/// The descriptor's bit for checksums.
+/// Bit 7 of the descriptor (`Checksum_Flag`): entries have checksums.
 const HAS_CHECKSUMS: u8 = 0x80;
-/// The descriptor's reserved bits; what they would mean is not known.
+/// Bits 2 to 6 of the descriptor (`Reserved_Bits`): must be zero.
 const RESERVED: u8 = 0x7c;
 
-/// Most frames. Ours: 48 MiB of table in memory. With the frames that imgtool makes of VMA archives
-/// that is 15 TiB of data; longer files are read as streams.
+/// Most frames. Our limit: 48 MiB of table in memory. With the frames that imgtool writes for VMA
+/// archives, 15 TiB of data; longer files are read as streams.
 const MAX_FRAMES: u32 = 1 << 22;
 
-/// Longest frame, stored or plain. Ours: frames are decoded whole.
+/// Longest frame, stored or plain, in bytes. Our limit, since frames are decoded whole.
 const MAX_FRAME_LEN: u32 = 16 << 20;
 
-/// Entries between two marks: what a search walks at most.
+/// Entries between two marks: the most that a search scans.
 const MARK_EVERY: usize = 64;
 
 /// Entries read from the file at a time.
 const READ_ENTRIES: usize = 4096;
 
-/// A frame, as the table has it.
+/// An entry of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Frame {
-    /// Its place in the table.
-    pub(super) number: u32,
-    /// Where it stands in the file.
+    /// Index in the table.
+    pub(super) index: u32,
+    /// Offset of the frame in the compressed file, bytes.
     pub(super) stored_at: u64,
-    /// Length in the file, bytes.
+    /// Length of the frame in the compressed file, bytes.
     pub(super) stored_len: u32,
-    /// Where its content stands in the plain bytes.
+    /// Offset of its content in the plain bytes.
     pub(super) plain_at: u64,
     /// Length of its content, bytes.
     pub(super) plain_len: u32,
@@ -54,19 +54,19 @@ pub(super) struct Frame {
 
 /// A table in memory: 8 bytes for each frame, 12 with checksums.
 pub(super) struct SeekTable {
-    /// Stored and plain length of each frame.
+    /// Stored and plain length of each frame, bytes.
     lens: Vec<[u32; 2]>,
-    /// One for each frame, or none.
+    /// One for each frame, or empty.
     checksums: Vec<u32>,
-    /// For every [`MARK_EVERY`]-th frame: where it stands stored and plain.
+    /// Stored and plain offset of every [`MARK_EVERY`]-th frame.
     marks: Vec<[u64; 2]>,
     plain_len: u64,
     longest_plain: u32,
 }
 
 impl SeekTable {
-    /// The table of `source`; `None` when there is none, when it does not fit the file, or when it
-    /// is beyond the limits. Numbers from the file are used only after that.
+    /// Reads the table of `source`. Returns `None` if there is none, it does not match the file's length,
+    /// or it exceeds the limits.
     pub(super) fn read(source: &dyn ReadAt) -> Option<Self> {
         let footer_at = source.len().checked_sub(FOOTER_LEN)?;
         let mut footer = [0; FOOTER_LEN as usize];
@@ -101,7 +101,7 @@ impl SeekTable {
             }
             at += len as u64;
         }
-        // Frames and table are the whole file: nothing lies between them.
+        // The frames must reach exactly to the table.
         (stored_at == table_at).then_some(table)
     }
 
@@ -109,11 +109,11 @@ impl SeekTable {
         Self { lens: Vec::new(), checksums: Vec::new(), marks: Vec::new(), plain_len: 0, longest_plain: 0 }
     }
 
-    /// Adds the next frame, which stands at `stored_at`.
+    /// Adds the frame at `stored_at` from its entry, and moves `stored_at` to its end.
     fn push(&mut self, entry: &[u8], stored_at: &mut u64) -> Option<()> {
         let (numbers, _) = entry.as_chunks::<4>();
         let [stored, plain] = [*numbers.first()?, *numbers.get(1)?].map(u32::from_le_bytes);
-        // A frame said to hold nothing would never be looked at, so its length could not be found wrong.
+        // An empty frame would never be decoded, so a wrong length would go unnoticed.
         if stored > MAX_FRAME_LEN || plain > MAX_FRAME_LEN || plain == 0 {
             return None;
         }
@@ -129,24 +129,24 @@ impl SeekTable {
         Some(())
     }
 
-    /// Length of all content, bytes.
+    /// Returns the plain length of the file, bytes.
     pub(super) fn plain_len(&self) -> u64 {
         self.plain_len
     }
 
-    /// Length of the longest frame's content, bytes.
+    /// Returns the plain length of the longest frame, bytes.
     pub(super) fn longest_plain(&self) -> u32 {
         self.longest_plain
     }
 
-    /// The frame that holds the plain byte at `position`; `None` beyond the end.
+    /// Returns the frame that holds the plain byte at `position`; `None` beyond the end.
     pub(super) fn find(&self, position: u64) -> Option<Frame> {
         let mark = self.marks.partition_point(|[_, plain_at]| *plain_at <= position).checked_sub(1)?;
         let [mut stored_at, mut plain_at] = self.marks[mark];
         for (index, [stored_len, plain_len]) in self.lens.iter().enumerate().skip(mark * MARK_EVERY) {
             if position < plain_at + u64::from(*plain_len) {
                 return Some(Frame {
-                    number: u32::try_from(index).ok()?,
+                    index: u32::try_from(index).ok()?,
                     stored_at,
                     stored_len: *stored_len,
                     plain_at,
@@ -161,10 +161,10 @@ impl SeekTable {
     }
 }
 
-/// The table over frames of these stored and plain lengths, ready to be appended to them.
+/// Encodes the table for frames of these stored and plain lengths; it goes right behind the frames.
 ///
 /// # Errors
-/// When there are more frames than a table holds.
+/// `InvalidInput` if there are more frames than a table can count.
 pub(crate) fn encode(frames: &[[u32; 2]]) -> io::Result<Vec<u8>> {
     let too_many = || io::Error::new(io::ErrorKind::InvalidInput, format!("{} frames", frames.len()));
     let count = u32::try_from(frames.len()).map_err(|_| too_many())?;
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn every_position_is_found_across_marks() {
+    fn finds_every_position_across_marks() {
         let frames: Vec<[u32; 2]> = (0..500).map(|n| [n % 7 + 1, n % 11 + 1]).collect();
         let table = SeekTable::read(&Memory(file(&frames))).expect("a table");
         let (mut stored_at, mut plain_at) = (0, 0);
@@ -214,7 +214,7 @@ mod tests {
             for position in plain_at..plain_at + u64::from(*plain_len) {
                 let found = table.find(position).expect("within");
                 assert_eq!(
-                    (found.number as usize, found.stored_at, found.plain_at),
+                    (found.index as usize, found.stored_at, found.plain_at),
                     (number, stored_at, plain_at)
                 );
             }
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_that_does_not_fit_the_file_is_none() {
+    fn rejects_a_table_that_does_not_match_the_file() {
         let good = file(&[[10, 20], [30, 40]]);
         assert!(SeekTable::read(&Memory(good.clone())).is_some());
         assert!(
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_hold() {
+    fn enforces_limits() {
         assert!(SeekTable::read(&Memory(file(&[[1, MAX_FRAME_LEN]]))).is_some());
         assert!(SeekTable::read(&Memory(file(&[[1, MAX_FRAME_LEN + 1]]))).is_none());
         assert!(SeekTable::read(&Memory(file(&[[MAX_FRAME_LEN + 1, 1]]))).is_none());

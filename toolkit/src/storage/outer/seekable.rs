@@ -1,8 +1,8 @@
-//! Seekable zstd: frames of their own and a table of where they stand.
+//! Seekable zstd: reads by position from independent frames and a seek table.
 //!
-//! A frame is decoded whole, once, and kept for whoever wants another part of it; while it is being
-//! decoded others wait for it, or decode other frames. A short read at the start of a long frame (the
-//! header of a VMA extent, when an archive is indexed) decodes only as far as it must.
+//! The first reader of a frame decodes all of it and caches the content for others. Meanwhile, other
+//! readers of the frame wait, or decode the frames after it. A short read at the start of a long frame
+//! (the header of a VMA extent, when an archive is indexed) decodes only the start.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -16,22 +16,22 @@ use super::seek_table::{Frame, SeekTable};
 use crate::buffer::{Buffer, BufferPool};
 use crate::storage::input::ReadAt;
 
-/// Content that is held: decoded frames and those being decoded. Ours: a quarter of what a
-/// conversion may use in all; 16 of the frames that imgtool makes of VMA archives.
-const MAX_HELD: u64 = 64 << 20;
+/// Bytes of content in memory: decoded frames and those being decoded. Our limit: a quarter of the
+/// memory budget of a conversion; 16 of the frames that imgtool writes for VMA archives.
+const MAX_CACHED: u64 = 64 << 20;
 
-/// A read of this much or less from a frame's very start does not decode all of it: the header of a
-/// VMA extent, which has a checksum of its own. Longer reads are of content, which must not be
-/// handed out before the frame's checksum has been looked at.
+/// Longest read, in bytes, that decodes only the start of a frame: the header of a VMA extent, which has
+/// a checksum of its own. Longer reads are of content, which no one may see before the frame's checksum
+/// is verified.
 const HEAD_LEN: usize = 512;
 
-/// Frames up to this length are always decoded whole: two blocks of zstd.
+/// Frames up to this many plain bytes are always decoded whole: two zstd blocks (RFC 8878, 3.1.1.2.4).
 const SHORT_FRAME_LEN: u32 = 256 << 10;
 
-/// How far ahead of what they wait for readers decode. Ours: as many frames as are held.
+/// Frames that a waiting reader may decode ahead. Our limit: as many as the cache holds.
 const MAX_AHEAD: usize = 16;
 
-/// Bytes read of a frame whose start is wanted, at first and then.
+/// Stored bytes read to decode the start of a frame: first, and in every later step.
 const HEAD_STEPS: [usize; 2] = [2 << 10, 64 << 10];
 
 /// A seekable zstd file, read by position.
@@ -39,7 +39,7 @@ pub(super) struct SeekableZstd {
     source: Arc<dyn ReadAt>,
     table: SeekTable,
     cache: Mutex<Cache>,
-    /// A frame was decoded, or has failed to be.
+    /// Signalled when a frame has been decoded or has failed.
     changed: Condvar,
     contexts: Mutex<Vec<DCtx<'static>>>,
     plain: BufferPool,
@@ -48,24 +48,24 @@ pub(super) struct SeekableZstd {
 
 #[derive(Default)]
 struct Cache {
-    /// By frame number.
+    /// By index of the frame in the seek table.
     slots: HashMap<u32, Slot>,
-    /// Frames that are decoded, the one that was wanted longest ago first.
+    /// Indexes of decoded frames, least recently used first.
     by_use: VecDeque<u32>,
-    /// Bytes of the content of all slots.
-    held: u64,
+    /// Plain bytes of all slots.
+    cached: u64,
 }
 
 enum Slot {
-    /// Somebody decodes it.
-    InWork,
-    /// Its content.
+    /// A thread is decoding the frame.
+    Decoding,
+    /// The content of the frame.
     Decoded(Arc<Buffer>),
 }
 
 impl SeekableZstd {
-    /// The view on `source`; `None` when it has no seek table that can be relied on. (Then it is read
-    /// as a stream, which finds what is wrong.)
+    /// Opens `source`; `None` without a valid seek table. (The caller then reads a stream, whose decoder
+    /// reports the damage.)
     pub(super) fn open(source: &Arc<dyn ReadAt>) -> Option<Self> {
         let table = SeekTable::read(&**source)?;
         Some(Self {
@@ -79,42 +79,43 @@ impl SeekableZstd {
         })
     }
 
-    /// Fills `buf`, which lies within `frame`, from `within` on.
-    fn read_frame(&self, frame: &Frame, buf: &mut [u8], within: usize) -> io::Result<()> {
-        let is_head = within == 0 && buf.len() <= HEAD_LEN && frame.plain_len > SHORT_FRAME_LEN;
+    /// Fills `buf` from the content of `frame`, starting `skip` bytes into it. The range lies within the
+    /// frame.
+    fn read_frame(&self, frame: &Frame, buf: &mut [u8], skip: usize) -> io::Result<()> {
+        let is_head = skip == 0 && buf.len() <= HEAD_LEN && frame.plain_len > SHORT_FRAME_LEN;
         match self.content(frame, is_head)? {
             Some(content) => {
-                buf.copy_from_slice(&content[within..within + buf.len()]);
+                buf.copy_from_slice(&content[skip..skip + buf.len()]);
                 Ok(())
             }
             None => self.with_context(|context| self.decode_head(context, frame, buf)),
         }
     }
 
-    /// The content of a frame, decoded unless somebody has done so; with `only_if_held`, `None`
-    /// instead.
-    fn content(&self, frame: &Frame, only_if_held: bool) -> io::Result<Option<Arc<Buffer>>> {
+    /// Returns the content of a frame from the cache, or decodes it. With `cached_only`, returns `None`
+    /// instead of decoding.
+    fn content(&self, frame: &Frame, cached_only: bool) -> io::Result<Option<Arc<Buffer>>> {
         let mut cache = lock(&self.cache);
         loop {
-            match cache.slots.get(&frame.number) {
+            match cache.slots.get(&frame.index) {
                 Some(Slot::Decoded(content)) => {
                     let content = Arc::clone(content);
-                    cache.used(frame.number);
+                    cache.touch(frame.index);
                     return Ok(Some(content));
                 }
-                Some(Slot::InWork) => {
-                    // Those who read on together would wait for each frame together: who waits
-                    // decodes what comes next instead.
-                    if let Some(next) = self.next_idle(&mut cache, frame) {
-                        // An error in it is for whoever asks for it.
+                Some(Slot::Decoding) => {
+                    // Threads that read side by side would all wait for the same frame, one frame
+                    // after the other: this one decodes a later frame instead.
+                    if let Some(next) = self.next_without_slot(&mut cache, frame) {
+                        // The reader of that frame will meet the error itself.
                         let _ = self.decode_into_cache(cache, &next);
                         cache = lock(&self.cache);
                         continue;
                     }
                 }
-                None if only_if_held => return Ok(None),
+                None if cached_only => return Ok(None),
                 None => {
-                    if cache.make_room(u64::from(frame.plain_len)) {
+                    if cache.evict_for(u64::from(frame.plain_len)) {
                         return self.decode_into_cache(cache, frame).map(Some);
                     }
                 }
@@ -123,33 +124,32 @@ impl SeekableZstd {
         }
     }
 
-    /// The first frame after `frame` that is neither decoded nor in work, if it is near and there is
-    /// room for it beside what is held.
-    fn next_idle(&self, cache: &mut Cache, frame: &Frame) -> Option<Frame> {
+    /// Returns the first frame after `frame` that has no slot, if it is near and fits into the cache.
+    fn next_without_slot(&self, cache: &mut Cache, frame: &Frame) -> Option<Frame> {
         let mut next = *frame;
         for _ in 0..MAX_AHEAD {
             next = self.table.find(next.plain_at + u64::from(next.plain_len))?;
-            if !cache.slots.contains_key(&next.number) {
-                return cache.make_room(u64::from(next.plain_len)).then_some(next);
+            if !cache.slots.contains_key(&next.index) {
+                return cache.evict_for(u64::from(next.plain_len)).then_some(next);
             }
         }
         None
     }
 
-    /// Decodes a frame that nobody has in work, for which there is room.
+    /// Decodes a frame that has no slot yet. The caller has made space for it in the cache.
     fn decode_into_cache(&self, mut cache: MutexGuard<'_, Cache>, frame: &Frame) -> io::Result<Arc<Buffer>> {
-        cache.slots.insert(frame.number, Slot::InWork);
-        cache.held += u64::from(frame.plain_len);
+        cache.slots.insert(frame.index, Slot::Decoding);
+        cache.cached += u64::from(frame.plain_len);
         drop(cache);
-        let mut work = InWork { owner: self, frame, content: None };
+        let mut guard = DecodingGuard { owner: self, frame, content: None };
         let mut content = self.plain.take(frame.plain_len as usize);
         self.with_context(|context| self.decode(context, frame, &mut content))?;
         let content = Arc::new(content);
-        work.content = Some(Arc::clone(&content));
+        guard.content = Some(Arc::clone(&content));
         Ok(content)
     }
 
-    /// Decodes all of a frame.
+    /// Decodes a whole frame into `content` and verifies its checksums.
     fn decode(&self, context: &mut DCtx<'static>, frame: &Frame, content: &mut [u8]) -> io::Result<()> {
         let mut stored = self.stored.take(frame.stored_len as usize);
         self.source.read_exact_at(&mut stored, frame.stored_at)?;
@@ -159,7 +159,7 @@ impl SeekableZstd {
             let why = format!("{len} bytes instead of the {} of the seek table", content.len());
             return Err(damaged(frame, &why));
         }
-        // The format takes the lower half of the 64 bits.
+        // Seekable format, "Checksum": the least significant 32 bits of the XXH64 digest.
         let sum = |content: &[u8]| XxHash64::oneshot(0, content) as u32;
         if frame.checksum.is_some_and(|checksum| checksum != sum(content)) {
             return Err(damaged(frame, "its checksum in the seek table does not match"));
@@ -167,23 +167,23 @@ impl SeekableZstd {
         Ok(())
     }
 
-    /// Decodes the start of a frame, as much as `head` holds.
+    /// Decodes the start of a frame, as many bytes as `head` holds.
     fn decode_head(&self, context: &mut DCtx<'static>, frame: &Frame, head: &mut [u8]) -> io::Result<()> {
         let zstd = |code| damaged(frame, get_error_name(code));
         context.reset(ResetDirective::SessionOnly).map_err(zstd)?;
         let head_len = head.len();
         let mut output = OutBuffer::around(head);
-        let mut done = 0;
+        let mut stored_done = 0;
         let mut steps = HEAD_STEPS.into_iter().chain(std::iter::repeat(HEAD_STEPS[1]));
         while output.pos() < head_len {
-            let left = frame.stored_len as usize - done;
+            let left = frame.stored_len as usize - stored_done;
             let len = steps.next().unwrap_or(HEAD_STEPS[1]).min(left);
             if len == 0 {
                 return Err(damaged(frame, "it ends early"));
             }
             let mut stored = self.stored.take(len);
-            self.source.read_exact_at(&mut stored, frame.stored_at + done as u64)?;
-            done += len;
+            self.source.read_exact_at(&mut stored, frame.stored_at + stored_done as u64)?;
+            stored_done += len;
             let mut input = InBuffer::around(&stored);
             while input.pos() < len && output.pos() < head_len {
                 context.decompress_stream(&mut output, &mut input).map_err(zstd)?;
@@ -192,10 +192,10 @@ impl SeekableZstd {
         Ok(())
     }
 
-    /// Runs `f` with a decoder that nobody else uses.
+    /// Runs `f` with a decoder for this thread alone; decoders are reused.
     fn with_context<T>(&self, f: impl FnOnce(&mut DCtx<'static>) -> io::Result<T>) -> io::Result<T> {
-        let kept = lock(&self.contexts).pop();
-        let mut context = match kept {
+        let idle = lock(&self.contexts).pop();
+        let mut context = match idle {
             Some(context) => context,
             None => {
                 let mut context = DCtx::try_create().ok_or(io::ErrorKind::OutOfMemory)?;
@@ -223,10 +223,10 @@ impl ReadAt for SeekableZstd {
         while !rest.is_empty() {
             let frame = self.table.find(at).ok_or(io::ErrorKind::UnexpectedEof)?;
             // Within the frame, so below its length.
-            let within = (at - frame.plain_at) as usize;
-            let len = rest.len().min(frame.plain_len as usize - within);
+            let skip = (at - frame.plain_at) as usize;
+            let len = rest.len().min(frame.plain_len as usize - skip);
             let (part, tail) = rest.split_at_mut(len);
-            self.read_frame(&frame, part, within)?;
+            self.read_frame(&frame, part, skip)?;
             rest = tail;
             at += len as u64;
         }
@@ -243,46 +243,46 @@ impl ReadAt for SeekableZstd {
 }
 
 impl Cache {
-    /// Notes that a frame was wanted.
-    fn used(&mut self, number: u32) {
-        if let Some(place) = self.by_use.iter().position(|known| *known == number) {
-            self.by_use.remove(place);
+    /// Marks a frame as the most recently used.
+    fn touch(&mut self, frame_index: u32) {
+        if let Some(position) = self.by_use.iter().position(|known| *known == frame_index) {
+            self.by_use.remove(position);
         }
-        self.by_use.push_back(number);
+        self.by_use.push_back(frame_index);
     }
 
-    /// Drops frames until `len` more bytes may be held; false when those in work take too much. One
-    /// frame is always let in.
-    fn make_room(&mut self, len: u64) -> bool {
-        while self.held + len > MAX_HELD && !self.slots.is_empty() {
+    /// Evicts frames until `len` more bytes fit; returns false if frames being decoded fill the cache. An
+    /// empty cache takes a frame of any length.
+    fn evict_for(&mut self, len: u64) -> bool {
+        while self.cached + len > MAX_CACHED && !self.slots.is_empty() {
             let Some(oldest) = self.by_use.pop_front() else { return false };
             if let Some(Slot::Decoded(content)) = self.slots.remove(&oldest) {
-                self.held -= content.len() as u64;
+                self.cached -= content.len() as u64;
             }
         }
         true
     }
 }
 
-/// A frame that this thread decodes. However that ends, those who wait are told.
-struct InWork<'a> {
+/// A frame that this thread decodes. Its drop wakes the waiting readers, also after an error or a panic.
+struct DecodingGuard<'a> {
     owner: &'a SeekableZstd,
     frame: &'a Frame,
     content: Option<Arc<Buffer>>,
 }
 
-impl Drop for InWork<'_> {
+impl Drop for DecodingGuard<'_> {
     fn drop(&mut self) {
         let mut cache = lock(&self.owner.cache);
-        let number = self.frame.number;
+        let index = self.frame.index;
         match self.content.take() {
             Some(content) => {
-                cache.slots.insert(number, Slot::Decoded(content));
-                cache.used(number);
+                cache.slots.insert(index, Slot::Decoded(content));
+                cache.touch(index);
             }
             None => {
-                cache.slots.remove(&number);
-                cache.held -= u64::from(self.frame.plain_len);
+                cache.slots.remove(&index);
+                cache.cached -= u64::from(self.frame.plain_len);
             }
         }
         drop(cache);
@@ -299,7 +299,7 @@ fn damaged(frame: &Frame, why: &str) -> io::Error {
         io::ErrorKind::InvalidData,
         format!(
             "zstd frame {} at {} of the compressed file is damaged ({why})",
-            frame.number, frame.stored_at
+            frame.index, frame.stored_at
         ),
     )
 }

@@ -1,36 +1,38 @@
-//! Compressed streams made of units that can be decoded by themselves: zstd frames and gzip members.
+//! Decoders for streams of independent units: zstd frames and gzip members.
 //!
-//! The decoders here know where a unit ends, because its checksum stands there: before that nobody
-//! can tell whether what it gave is right. And they can go on behind a unit that is damaged, which is
-//! what salvage needs.
+//! A unit ends with its checksum; until then its decoded bytes are unverified. The decoders report how
+//! many bytes that concerns, and can continue after a damaged unit, as salvage requires.
 
 use std::io::{self, BufRead, Chain, Cursor, Read};
 
 use flate2::bufread::GzDecoder;
 use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective, get_error_name};
 
-/// A reader that knows how far what it has handed out is known to be right.
+use crate::storage::os;
+
+/// A decoder that reports how many of its bytes are unverified.
 pub trait Decode: Read + Send {
-    /// Bytes, of those handed out last, whose checksum has not been looked at yet.
+    /// Returns how many of the bytes read last await the check of their checksum.
     fn unchecked(&self) -> u64;
 
-    /// Whether the last read failed because the input ended too early: what came before is as good
-    /// as it ever was.
+    /// Returns true if the last read failed because the compressed data ended too early: the bytes
+    /// before are then intact.
     fn was_cut(&self) -> bool {
         false
     }
 
-    /// After a failed read: gives the unit up and goes to the start of the next; false when there is
-    /// none.
+    /// After a failed read, abandons the unit and moves to the start of the next one. Returns false if
+    /// there is none.
     ///
     /// # Errors
-    /// When reading fails.
+    /// The read error of the compressed data.
     fn resume(&mut self) -> io::Result<bool> {
         Ok(false)
     }
 }
 
-/// Bytes that nothing checks, or that are checked before they are handed out.
+/// A reader whose bytes need no later check: they have no checksum, or it is verified before they are
+/// returned.
 pub(crate) struct Certain(pub(crate) Box<dyn Read + Send>);
 
 impl Read for Certain {
@@ -45,24 +47,25 @@ impl Decode for Certain {
     }
 }
 
-/// A decoder that does not tell where its checksums stand: only its end shows that all was right.
+/// A decoder that does not report where its checksums are: no byte is verified before the end.
 pub(super) struct Opaque {
     decoder: Box<dyn Read + Send>,
-    handed_out: u64,
+    /// Plain bytes returned so far; 0 after the end.
+    unverified: u64,
 }
 
 impl Opaque {
     pub(super) fn new(decoder: Box<dyn Read + Send>) -> Self {
-        Self { decoder, handed_out: 0 }
+        Self { decoder, unverified: 0 }
     }
 }
 
 impl Read for Opaque {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let count = self.decoder.read(buf)?;
-        self.handed_out += count as u64;
+        self.unverified += count as u64;
         if count == 0 && !buf.is_empty() {
-            self.handed_out = 0;
+            self.unverified = 0;
         }
         Ok(count)
     }
@@ -70,7 +73,7 @@ impl Read for Opaque {
 
 impl Decode for Opaque {
     fn unchecked(&self) -> u64 {
-        self.handed_out
+        self.unverified
     }
 }
 
@@ -78,24 +81,23 @@ impl Decode for Opaque {
 pub(super) struct ZstdFrames<R> {
     reader: R,
     context: DCtx<'static>,
-    /// Anything has been read: nothing at all is no zstd stream.
+    /// True once a byte has been read: an empty input is no zstd stream.
     begun: bool,
-    /// The start of a frame has been read, its end has not.
+    /// True between the start of a frame and its end.
     in_frame: bool,
-    /// Plain bytes of that frame so far.
-    handed_out: u64,
+    /// Plain bytes of that frame returned so far.
+    unverified: u64,
 }
 
 impl<R: BufRead> ZstdFrames<R> {
-    /// What a frame begins with.
+    /// Magic_Number of a frame, RFC 8878, 3.1.1.
     const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
-    /// # Errors
-    /// When there is no memory for the decoder.
+    /// Creates a decoder; `window_log_max` limits the window, as a power of two.
     pub(super) fn new(reader: R, window_log_max: u32) -> io::Result<Self> {
         let mut context = DCtx::try_create().ok_or(io::ErrorKind::OutOfMemory)?;
         context.set_parameter(DParameter::WindowLogMax(window_log_max)).map_err(zstd_error)?;
-        Ok(Self { reader, context, begun: false, in_frame: false, handed_out: 0 })
+        Ok(Self { reader, context, begun: false, in_frame: false, unverified: 0 })
     }
 }
 
@@ -107,19 +109,19 @@ impl<R: BufRead> Read for ZstdFrames<R> {
         loop {
             let stored = self.reader.fill_buf()?;
             if stored.is_empty() && !self.in_frame {
-                return if self.begun { Ok(0) } else { Err(nothing_at_all()) };
+                return if self.begun { Ok(0) } else { Err(empty_input()) };
             }
             self.begun = true;
             let (mut input, mut output) = (InBuffer::around(stored), OutBuffer::around(&mut *buf));
             let left = self.context.decompress_stream(&mut output, &mut input).map_err(zstd_error)?;
-            let (taken, given) = (input.pos(), output.pos());
-            self.reader.consume(taken);
+            let (consumed, produced) = (input.pos(), output.pos());
+            self.reader.consume(consumed);
             self.in_frame = left != 0;
-            self.handed_out = if self.in_frame { self.handed_out + given as u64 } else { 0 };
-            if given > 0 {
-                return Ok(given);
+            self.unverified = if self.in_frame { self.unverified + produced as u64 } else { 0 };
+            if produced > 0 {
+                return Ok(produced);
             }
-            if taken == 0 && self.in_frame && self.reader.fill_buf()?.is_empty() {
+            if consumed == 0 && self.in_frame && self.reader.fill_buf()?.is_empty() {
                 return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "incomplete frame"));
             }
         }
@@ -128,17 +130,17 @@ impl<R: BufRead> Read for ZstdFrames<R> {
 
 impl<R: BufRead + Send> Decode for ZstdFrames<R> {
     fn unchecked(&self) -> u64 {
-        self.handed_out
+        self.unverified
     }
 
     fn resume(&mut self) -> io::Result<bool> {
-        // What failed at its very start must not be found again.
+        // A frame that failed at its magic must not be found again.
         if !self.in_frame {
             let skipped = self.reader.fill_buf()?.len().min(1);
             self.reader.consume(skipped);
         }
         self.in_frame = false;
-        self.handed_out = 0;
+        self.unverified = 0;
         self.context.reset(ResetDirective::SessionOnly).map_err(zstd_error)?;
         if !read_past(&mut self.reader, &Self::MAGIC)? {
             return Ok(false);
@@ -152,7 +154,7 @@ impl<R: BufRead + Send> Decode for ZstdFrames<R> {
     }
 }
 
-fn nothing_at_all() -> io::Error {
+fn empty_input() -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, "it is empty")
 }
 
@@ -160,40 +162,41 @@ fn zstd_error(code: usize) -> io::Error {
     io::Error::other(get_error_name(code))
 }
 
-/// A reader behind what has been read of it already.
+/// A reader, preceded by bytes that a search has read from it already.
 type Replayed<R> = Chain<Cursor<&'static [u8]>, R>;
 
 /// The members of a gzip stream, one after the other.
 pub(super) struct GzipMembers<R> {
-    /// The member that is being decoded. What a search has read of it stands before the reader.
+    /// The member being decoded.
     member: Option<GzDecoder<Replayed<R>>>,
-    /// Between members.
+    /// The input, between members.
     reader: Option<R>,
-    /// Anything has been read: nothing at all is no gzip stream.
+    /// True once a byte has been read: an empty input is no gzip stream.
     begun: bool,
-    /// Plain bytes of the member so far.
-    handed_out: u64,
+    /// Plain bytes of the member returned so far.
+    unverified: u64,
 }
 
 impl<R: BufRead> GzipMembers<R> {
-    /// What a member begins with: two bytes of magic, and the only method there is.
+    /// Start of a member, RFC 1952, 2.3.1: ID1, ID2, and the only compression method (deflate).
     const MAGIC: &'static [u8] = &[0x1f, 0x8b, 0x08];
 
     pub(super) fn new(reader: R) -> Self {
-        Self { member: None, reader: Some(reader), begun: false, handed_out: 0 }
+        Self { member: None, reader: Some(reader), begun: false, unverified: 0 }
     }
 
+    /// Begins a member whose first bytes `read_already` have been read from `reader`.
     fn begin(&mut self, read_already: &'static [u8], reader: R) {
         self.member = Some(GzDecoder::new(Cursor::new(read_already).chain(reader)));
     }
 
-    /// Ends the member, if there is one.
+    /// Ends the current member, if there is one.
     fn end(&mut self) {
         if let Some(member) = self.member.take() {
             let (_, reader) = member.into_inner().into_inner();
             self.reader = Some(reader);
         }
-        self.handed_out = 0;
+        self.unverified = 0;
     }
 }
 
@@ -204,16 +207,16 @@ impl<R: BufRead> Read for GzipMembers<R> {
         }
         loop {
             if let Some(member) = &mut self.member {
-                let given = member.read(buf)?;
-                self.handed_out += given as u64;
-                if given > 0 {
-                    return Ok(given);
+                let count = member.read(buf)?;
+                self.unverified += count as u64;
+                if count > 0 {
+                    return Ok(count);
                 }
                 self.end();
             }
             let Some(reader) = &mut self.reader else { return Ok(0) };
             if reader.fill_buf()?.is_empty() {
-                return if self.begun { Ok(0) } else { Err(nothing_at_all()) };
+                return if self.begun { Ok(0) } else { Err(empty_input()) };
             }
             self.begun = true;
             if let Some(reader) = self.reader.take() {
@@ -225,11 +228,11 @@ impl<R: BufRead> Read for GzipMembers<R> {
 
 impl<R: BufRead + Send> Decode for GzipMembers<R> {
     fn unchecked(&self) -> u64 {
-        self.handed_out
+        self.unverified
     }
 
     fn resume(&mut self) -> io::Result<bool> {
-        // The member's first bytes have been read, so it is not found again.
+        // The failed member's magic has been read, so it is not found again.
         self.end();
         let Some(reader) = &mut self.reader else { return Ok(false) };
         if !read_past(reader, Self::MAGIC)? {
@@ -242,21 +245,16 @@ impl<R: BufRead + Send> Decode for GzipMembers<R> {
     }
 }
 
-/// Reads up to the end of the next `magic`, whose bytes all differ; false when there is none.
+/// Reads to the end of the next `magic`, whose bytes must all differ; returns false if there is none.
 fn read_past(reader: &mut impl BufRead, magic: &[u8]) -> io::Result<bool> {
     let mut matched = 0;
     loop {
-        let bytes = match reader.fill_buf() {
-            Ok(bytes) => bytes,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            Err(e) => return Err(e),
-        };
-        if bytes.is_empty() {
+        if os::retry_interrupted(|| reader.fill_buf().map(<[u8]>::is_empty))? {
             return Ok(false);
         }
-        let mut taken = 0;
-        for byte in bytes {
-            taken += 1;
+        let mut consumed = 0;
+        for byte in reader.fill_buf()? {
+            consumed += 1;
             matched = match magic.get(matched) {
                 Some(next) if next == byte => matched + 1,
                 _ => usize::from(magic.first() == Some(byte)),
@@ -265,7 +263,7 @@ fn read_past(reader: &mut impl BufRead, magic: &[u8]) -> io::Result<bool> {
                 break;
             }
         }
-        reader.consume(taken);
+        reader.consume(consumed);
         if matched == magic.len() {
             return Ok(true);
         }

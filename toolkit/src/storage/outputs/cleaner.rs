@@ -1,12 +1,12 @@
-//! Removing what is not finished when the program is told to end.
+//! Removal of unfinished outputs when a signal ends the program.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
 
-/// Removes the partial files of a run from another thread: for signal handlers whose program has
-/// no time to unwind. Nothing is begun any more after that.
+/// Removes the partial files of a run from another thread, for signal handlers of a program that has
+/// no time to unwind. The run creates no file after that.
 #[derive(Debug, Clone, Default)]
 pub struct Cleaner(Arc<Mutex<Paths>>);
 
@@ -14,17 +14,17 @@ pub struct Cleaner(Arc<Mutex<Paths>>);
 pub(super) struct Paths {
     pub(super) files: Vec<PathBuf>,
     pub(super) directories: Vec<PathBuf>,
-    /// The program ends: whatever would be made now would stay.
+    /// True once the program ends: a file created now would be left behind.
     closed: bool,
 }
 
 impl Cleaner {
-    /// Removes what is not finished.
+    /// Removes the unfinished files and the directories made for them.
     pub fn clean(&self) {
         let mut paths = self.lock();
         paths.closed = true;
         for path in paths.files.drain(..) {
-            // The file may be gone already; there is nobody left to tell otherwise.
+            // The file may be gone already; no one is left to report another error to.
             let _ = std::fs::remove_file(path);
         }
         for path in paths.directories.drain(..).rev() {
@@ -32,6 +32,7 @@ impl Cleaner {
         }
     }
 
+    /// Drops all paths: their files have final names, or are gone.
     pub(super) fn forget(&self) {
         let mut paths = self.lock();
         paths.files.clear();
@@ -42,12 +43,13 @@ impl Cleaner {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs `make` so that [`Cleaner::clean`] comes before or after it, never in between.
-    pub(super) fn making<T>(&self, make: impl FnOnce(&mut Paths) -> Result<T>) -> Result<T> {
+    /// Runs `create`, which adds the paths of its files. [`Cleaner::clean`] runs before or after it, never
+    /// between a file's creation and its registration.
+    pub(super) fn register<T>(&self, create: impl FnOnce(&mut Paths) -> Result<T>) -> Result<T> {
         let mut paths = self.lock();
         if paths.closed {
             return Err(Error::cancelled("interrupted"));
         }
-        make(&mut paths)
+        create(&mut paths)
     }
 }

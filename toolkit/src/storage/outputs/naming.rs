@@ -1,4 +1,4 @@
-//! How finished files get their final names, and how names are taken back.
+//! Renames finished files to their final names, and undoes that.
 
 use std::fs::File;
 use std::io;
@@ -10,10 +10,10 @@ use super::Output;
 use crate::error::{Error, Result, escape_control};
 use crate::storage::os::{self, FileId};
 
-/// A file in the making.
+/// A file that is being written under a temporary name.
 pub(super) struct PendingFile {
     pub(super) output: Output,
-    /// Where it will be: the directory resolved, so that one file has one such path.
+    /// Its later path, with the directory resolved, so that one file has one such path.
     pub(super) final_path: PathBuf,
     pub(super) temporary: TempPath,
     pub(super) overwrite: bool,
@@ -21,68 +21,71 @@ pub(super) struct PendingFile {
 
 impl PendingFile {
     /// Renames the finished file to its final name.
-    pub(super) fn give_name(self) -> Result<Named> {
+    pub(super) fn rename(self) -> Result<NamedFile> {
         let path = self.final_path;
-        let failed = |e| naming_failed(e, &path);
+        let failed = |e| rename_error(e, &path);
         let id =
             self.output.file().and_then(|file| file.metadata().ok()).map(|meta| os::file_identity(&meta));
-        // What is going to be renamed is what was written.
+        // The temporary name must still be that of the file that was written.
         match std::fs::symlink_metadata(&self.temporary) {
             Ok(meta) if id.is_none_or(|id| id == os::file_identity(&meta)) => {}
             Ok(_) => {
-                // It is not ours to remove.
-                let other = self.temporary.keep().map(|other| shown(&other)).unwrap_or_default();
-                return Err(Error::refused("another file took the place of the unfinished output")
+                // The file belongs to another program: keep it.
+                let other = self.temporary.keep().map(|other| display(&other)).unwrap_or_default();
+                return Err(Error::refused("another file has replaced the unfinished output")
                     .path(&path)
-                    .hint(format!("look at {other}, and convert again")));
+                    .hint(format!("inspect {other}, and convert again")));
             }
             Err(e) => return Err(failed(e)),
         }
         if self.overwrite && path.exists() {
-            // The old file keeps a name until every output has its own.
+            // An exchange keeps the old file until every output has its final name.
             if os::exchange_names(&self.temporary, &path).map_err(failed)? {
-                return Ok(Named { path, id, old: Some(self.temporary) });
+                return Ok(NamedFile { path, id, old: Some(self.temporary) });
             }
             self.temporary.persist(&path).map_err(|e| failed(e.error))?;
         } else {
             self.temporary.persist_noclobber(&path).map_err(|e| failed(e.error))?;
         }
-        Ok(Named { path, id, old: None })
+        Ok(NamedFile { path, id, old: None })
     }
 }
 
-/// Why the name could not be given, and what to do about it.
-fn naming_failed(e: io::Error, path: &Path) -> Error {
+/// The error of a rename that failed, with a hint where there is a remedy.
+fn rename_error(e: io::Error, path: &Path) -> Error {
     use io::ErrorKind::{AlreadyExists, NotFound, PermissionDenied, ResourceBusy};
     let hint = match e.kind() {
-        AlreadyExists => Some("it was made by somebody else meanwhile; --force overwrites it"),
-        NotFound => Some("the directory, or the unfinished output in it, was moved or removed meanwhile"),
+        AlreadyExists => Some("another program has created it meanwhile; --force overwrites it"),
+        NotFound => {
+            Some("the directory, or the unfinished output in it, has been moved or removed meanwhile")
+        }
         PermissionDenied => Some(
-            "the old file or the directory may not be changed (lsattr shows 'i' or 'a'; a sticky directory)",
+            "the old file or the directory is write-protected (lsattr shows 'i' or 'a', or the directory is sticky)",
         ),
-        ResourceBusy => Some("something is mounted there: unmount it, or write into it with -n"),
+        ResourceBusy => Some("it is a mount point: unmount it, or write into it with -n"),
         _ => None,
     };
-    let error = Error::io("give the finished output its name", e).path(path);
+    let error = Error::io("rename the finished output", e).path(path);
     match hint {
         Some(hint) => error.hint(hint),
         None => error,
     }
 }
 
-/// An output that has its final name; `old` is the file that had it before, removed when dropped.
-pub(super) struct Named {
+/// An output that has its final name.
+pub(super) struct NamedFile {
     pub(super) path: PathBuf,
     pub(super) id: Option<FileId>,
+    /// The replaced file under a temporary name, removed when dropped.
     pub(super) old: Option<TempPath>,
 }
 
-impl Named {
-    /// Takes the final name back; the path, when that fails.
+impl NamedFile {
+    /// Undoes the rename; returns the path if that fails.
     pub(super) fn undo(self) -> Option<PathBuf> {
         let ours = std::fs::symlink_metadata(&self.path).ok().map(|meta| os::file_identity(&meta)) == self.id;
         if !ours {
-            // Somebody has put another file there: it is not ours to remove.
+            // Another program has put its own file there: keep it.
             return None;
         }
         let undone = match &self.old {
@@ -93,32 +96,33 @@ impl Named {
     }
 }
 
-/// Takes the names back that were given; the error then, with what could not be taken back.
-pub(super) fn taken_back(named: Vec<Named>, error: Error) -> Error {
+/// Undoes all renames, last first. Returns `error` with a hint that names the files whose rename could
+/// not be undone.
+pub(super) fn roll_back(named: Vec<NamedFile>, error: Error) -> Error {
     let stuck: Vec<String> =
-        named.into_iter().rev().filter_map(Named::undo).map(|path| shown(&path)).collect();
+        named.into_iter().rev().filter_map(NamedFile::undo).map(|path| display(&path)).collect();
     if stuck.is_empty() {
         return error;
     }
     error.hint(format!(
-        "finished, but without the others, and its name could not be taken back: {}",
+        "finished without the other outputs, and its name could not be taken back: {}",
         stuck.join(", ")
     ))
 }
 
-fn shown(path: &Path) -> String {
+fn display(path: &Path) -> String {
     escape_control(&path.to_string_lossy())
 }
 
-/// Makes new names durable. Where a directory can't be flushed at all that is no error: the files
-/// themselves are flushed already.
+/// Flushes directories, so that new names survive a crash. A directory that can't be flushed at all is
+/// no error: the files themselves are flushed already.
 pub(super) fn sync_directories(mut directories: Vec<&Path>) -> Result<()> {
     directories.sort_unstable();
     directories.dedup();
     for directory in directories {
         let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
         match File::open(directory).and_then(|file| file.sync_all()) {
-            Err(e) if is_failure(&e) => {
+            Err(e) if is_sync_failure(&e) => {
                 return Err(Error::io("flush the directory", e).path(directory));
             }
             _ => {}
@@ -127,8 +131,8 @@ pub(super) fn sync_directories(mut directories: Vec<&Path>) -> Result<()> {
     Ok(())
 }
 
-/// Whether flushing a directory failed, rather than not being offered.
-fn is_failure(e: &io::Error) -> bool {
+/// True if flushing a directory failed, rather than not being supported.
+fn is_sync_failure(e: &io::Error) -> bool {
     use io::ErrorKind::{InvalidInput, IsADirectory, NotFound, PermissionDenied, Unsupported};
     !matches!(e.kind(), InvalidInput | IsADirectory | NotFound | PermissionDenied | Unsupported)
 }

@@ -1,6 +1,6 @@
-//! What an output may be: no source, no other output, nothing that is in the way.
+//! Checks of a target: no source, no other output, nothing in the way.
 
-use std::fs::{File, Metadata};
+use std::fs::Metadata;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -8,21 +8,21 @@ use super::{Links, Outputs, Wanted};
 use crate::error::{Error, Result, escape_control};
 use crate::storage::os::{self, FileClass, FileId};
 
-/// What standard output is called in messages: `-` would be taken for standard input.
+/// Name of standard output in messages: `-` would read as standard input.
 const STDOUT: &str = "standard output";
 
 impl Outputs {
-    /// Refuses outputs that are this file under any name, or a device that it lies on: it is a
-    /// source. `-` is standard input. What is not there needs no protection.
+    /// Refuses outputs that are the source `source` under any name, or a device below it. `-` is
+    /// standard input. A missing file needs no protection.
     ///
     /// # Errors
-    /// When the source can't be looked at: it could not be told from a target then.
+    /// [`crate::ErrorKind::Io`] if stat(2) fails: no target could be compared with the source then.
     pub fn protect(&mut self, source: &Path) -> Result<()> {
-        let meta = if source == Path::new("-") { stdin_metadata() } else { std::fs::metadata(source) };
+        let meta = if source == Path::new("-") { os::stdin_metadata() } else { std::fs::metadata(source) };
         let meta = match meta {
             Ok(meta) => meta,
-            Err(e) if is_nothing(&e) => return Ok(()),
-            Err(e) => return Err(Error::io("look at the source", e).path(source)),
+            Err(e) if is_missing(&e) => return Ok(()),
+            Err(e) => return Err(Error::io("stat the source", e).path(source)),
         };
         if matches!(os::classify(&meta), FileClass::Regular | FileClass::BlockDevice) {
             self.protected.push((source.to_owned(), os::file_layers(&meta, true)));
@@ -30,11 +30,11 @@ impl Outputs {
         Ok(())
     }
 
-    /// Refuses what [`Outputs::create`] and the others would refuse, for all outputs of a run, before
-    /// anything is opened or made.
+    /// Refuses, before any file is opened or created, every output of a run that [`Outputs::create`] or
+    /// [`Outputs::existing`] would refuse.
     ///
     /// # Errors
-    /// Those of [`Outputs::create`] and [`Outputs::existing`].
+    /// See [`Outputs::create`] and [`Outputs::existing`].
     pub fn check(&self, wanted: &[Wanted]) -> Result<()> {
         let mut names: Vec<PathBuf> = Vec::new();
         let mut taken = self.taken.clone();
@@ -43,10 +43,10 @@ impl Outputs {
                 Wanted::New { path, overwrite, links } => {
                     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
                     let missing = parent.is_some_and(|parent| !parent.exists());
-                    // In a directory that is not there yet nothing is in the way.
+                    // A directory that does not exist yet has nothing in the way.
                     let final_path = if missing { path.clone() } else { final_path(path, *links)? };
                     if names.contains(&final_path) {
-                        return Err(Error::usage("two outputs would be this file").path(path));
+                        return Err(Error::usage("two outputs would write this file").path(path));
                     }
                     if let Some(meta) = self.check_target(path, &final_path, *overwrite, &taken)? {
                         taken.push(os::file_layers(&meta, false));
@@ -65,7 +65,7 @@ impl Outputs {
         Ok(())
     }
 
-    /// Refuses a target that can't be, or may not be, replaced; what is there now.
+    /// Refuses a target that can't or must not be replaced. Returns the metadata of the file to replace.
     pub(super) fn check_target(
         &self,
         path: &Path,
@@ -75,14 +75,14 @@ impl Outputs {
     ) -> Result<Option<Metadata>> {
         let meta = match std::fs::metadata(final_path) {
             Ok(meta) => meta,
-            Err(e) if is_nothing(&e) => return Ok(None),
-            // What can't be looked at may be a source.
-            Err(e) => return Err(Error::io("look at the target", e).path(path)),
+            Err(e) if is_missing(&e) => return Ok(None),
+            // A target without metadata could be a source.
+            Err(e) => return Err(Error::io("stat the target", e).path(path)),
         };
         self.check_free(path, &meta, taken)?;
         match os::classify(&meta) {
             FileClass::Regular if overwrite => Ok(Some(meta)),
-            FileClass::Regular => Err(Error::refused("exists")
+            FileClass::Regular => Err(Error::refused("already exists")
                 .path(path)
                 .hint("--force overwrites it; -n writes one disk into it")),
             FileClass::Directory => Err(Error::refused("is a directory").path(path)),
@@ -95,19 +95,19 @@ impl Outputs {
         }
     }
 
-    /// Refuses what is a source, or another output.
+    /// Refuses a target that is a source or another output.
     pub(super) fn check_free(&self, path: &Path, meta: &Metadata, taken: &[Vec<FileId>]) -> Result<()> {
         let layers = os::file_layers(meta, false);
         if taken.iter().any(|other| os::same_bytes(other, &layers)) {
-            return Err(Error::usage("two outputs would be this file").path(path));
+            return Err(Error::usage("two outputs would write this file").path(path));
         }
-        for (source, beneath) in &self.protected {
+        for (source, source_layers) in &self.protected {
             let source_name = escape_control(&source.to_string_lossy());
-            if beneath[0] == layers[0] {
+            if source_layers[0] == layers[0] {
                 let text = format!("source and target are the same file ({source_name})");
                 return Err(Error::refused(text).path(path).hint("give the new image another name"));
             }
-            if os::same_bytes(beneath, &layers) {
+            if os::same_bytes(source_layers, &layers) {
                 let text = format!("writing to the target would change the source ({source_name})");
                 return Err(Error::refused(text)
                     .path(path)
@@ -117,9 +117,9 @@ impl Outputs {
         Ok(())
     }
 
-    /// Refuses standard output when it leads into a source or into another output.
+    /// Refuses standard output that is redirected into a source or another output.
     fn check_stdout(&self, taken: &mut Vec<Vec<FileId>>) -> Result<()> {
-        let Ok(meta) = stdout_metadata() else { return Ok(()) };
+        let Ok(meta) = os::stdout_metadata() else { return Ok(()) };
         if matches!(os::classify(&meta), FileClass::Regular | FileClass::BlockDevice) {
             self.check_free(Path::new(STDOUT), &meta, taken)?;
             taken.push(os::file_layers(&meta, false));
@@ -128,19 +128,21 @@ impl Outputs {
     }
 }
 
-/// Whether a question failed since nothing is there, or nobody could tell on this system.
-fn is_nothing(e: &io::Error) -> bool {
-    use io::ErrorKind::{NotADirectory, NotFound, Unsupported};
-    matches!(e.kind(), NotFound | NotADirectory | Unsupported)
+/// True if stat(2) failed because the file does not exist.
+fn is_missing(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
-/// Where a file called `path` will be: the directory is resolved, and a link if it is to be followed.
+/// Resolves the directory of `path`, and a symbolic link at `path` if `links` allows it, so that every
+/// name of a file gives the same path.
 pub(super) fn final_path(path: &Path, links: Links) -> Result<PathBuf> {
     if std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_symlink()) {
         if links == Links::Refuse {
-            return Err(Error::refused("is a symbolic link, and names that an image gives are not followed")
-                .path(path)
-                .hint("remove the link, or send the disk where it leads with --target NAME=PATH"));
+            return Err(Error::refused(
+                "is a symbolic link; refusing to follow it, as the name comes from an image",
+            )
+            .path(path)
+            .hint("remove the link, or send the disk where it leads with --target NAME=PATH"));
         }
         return std::fs::canonicalize(path).map_err(|e| {
             Error::io("follow the link", e)
@@ -154,36 +156,14 @@ pub(super) fn final_path(path: &Path, links: Links) -> Result<PathBuf> {
         _ => Path::new("."),
     };
     let found = std::fs::canonicalize(directory).map_err(|e| {
-        let is_missing = e.kind() == io::ErrorKind::NotFound;
+        let no_directory = e.kind() == io::ErrorKind::NotFound;
         let error = Error::io("create", e).path(path);
         let directory = directory.display();
-        if is_missing {
-            error.hint(format!("there is no directory {directory}: make it first"))
+        if no_directory {
+            error.hint(format!("directory {directory} does not exist: create it first"))
         } else {
             error
         }
     })?;
     Ok(found.join(name))
-}
-
-#[cfg(unix)]
-fn stdin_metadata() -> io::Result<Metadata> {
-    use std::os::fd::AsFd;
-    File::from(io::stdin().as_fd().try_clone_to_owned()?).metadata()
-}
-
-#[cfg(unix)]
-fn stdout_metadata() -> io::Result<Metadata> {
-    use std::os::fd::AsFd;
-    File::from(io::stdout().as_fd().try_clone_to_owned()?).metadata()
-}
-
-#[cfg(not(unix))]
-fn stdin_metadata() -> io::Result<Metadata> {
-    Err(io::ErrorKind::Unsupported.into())
-}
-
-#[cfg(not(unix))]
-fn stdout_metadata() -> io::Result<Metadata> {
-    Err(io::ErrorKind::Unsupported.into())
 }

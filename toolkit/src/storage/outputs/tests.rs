@@ -1,26 +1,26 @@
-//! What the set of outputs promises, by itself.
+//! Guarantees of the set of outputs.
 
 use std::fs::Permissions;
 
 use super::*;
 use crate::error::ErrorKind;
 
-/// What is in a directory: names, and the content of files.
+/// Names in a directory, with the content of files.
 fn content(dir: &Path) -> std::collections::BTreeMap<PathBuf, Option<Vec<u8>>> {
     let entries = std::fs::read_dir(dir).expect("read_dir").map(|entry| entry.expect("entry").path());
     entries.map(|path| (path.clone(), std::fs::read(&path).ok())).collect()
 }
 
-/// An output that may not be: an error, and nothing was written.
+/// Asserts that `create` fails and changes nothing in `dir`.
 #[track_caller]
-fn refused<T>(dir: &Path, ask: impl FnOnce() -> Result<T>) {
+fn assert_refused<T>(dir: &Path, create: impl FnOnce() -> Result<T>) {
     let before = content(dir);
-    assert!(ask().is_err());
+    assert!(create().is_err());
     assert_eq!(content(dir), before);
 }
 
 #[test]
-fn nothing_is_left_without_commit() {
+fn drop_without_commit_leaves_nothing() {
     let dir = tempfile::tempdir().expect("tempdir");
     let target = dir.path().join("sub/deep/x.raw");
     let mut outputs = Outputs::new();
@@ -33,7 +33,7 @@ fn nothing_is_left_without_commit() {
 }
 
 #[test]
-fn commit_names_all() {
+fn commit_renames_all_files() {
     let dir = tempfile::tempdir().expect("tempdir");
     let (a, b) = (dir.path().join("a"), dir.path().join("b"));
     let mut outputs = Outputs::new();
@@ -42,11 +42,11 @@ fn commit_names_all() {
     outputs.commit().expect("commit");
     assert_eq!(std::fs::read(&a).expect("read"), b"a");
     assert_eq!(std::fs::read(&b).expect("read"), b"\0b");
-    refused(dir.path(), || Outputs::new().create(&a, false));
+    assert_refused(dir.path(), || Outputs::new().create(&a, false));
 }
 
 #[test]
-fn a_failed_commit_gives_back_what_was_there() {
+fn failed_commit_restores_replaced_files() {
     let dir = tempfile::tempdir().expect("tempdir");
     let (a, b, c) = (dir.path().join("a"), dir.path().join("b"), dir.path().join("c"));
     std::fs::write(&a, b"old").expect("write");
@@ -63,7 +63,7 @@ fn a_failed_commit_gives_back_what_was_there() {
 }
 
 #[test]
-fn what_was_not_written_gets_no_final_name() {
+fn refuses_to_rename_a_replaced_temporary_file() {
     for overwrite in [false, true] {
         let dir = tempfile::tempdir().expect("tempdir");
         let (a, b) = (dir.path().join("a"), dir.path().join("b"));
@@ -83,7 +83,7 @@ fn what_was_not_written_gets_no_final_name() {
         assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
         assert!(!a.exists());
         assert_eq!(std::fs::read(&b).ok().as_deref(), overwrite.then_some(b"old".as_slice()));
-        assert_eq!(std::fs::read(&temporary).expect("somebody else's"), b"other");
+        assert_eq!(std::fs::read(&temporary).expect("the other program's file"), b"other");
     }
 }
 
@@ -110,30 +110,29 @@ fn long_names_still_get_a_partial_name() {
 }
 
 #[test]
-fn one_file_is_not_two_outputs_under_any_name() {
+fn refuses_one_file_as_two_outputs_under_any_name() {
     let dir = tempfile::tempdir().expect("tempdir");
     let (file, link) = (dir.path().join("f"), dir.path().join("l"));
     std::fs::write(&file, b"x").expect("write");
     std::fs::hard_link(&file, &link).expect("link");
     let mut outputs = Outputs::new();
     outputs.existing(&file, false, false).expect("first");
-    refused(dir.path(), || outputs.existing(&link, false, false));
-    refused(dir.path(), || outputs.create(&link, true));
+    assert_refused(dir.path(), || outputs.existing(&link, false, false));
+    assert_refused(dir.path(), || outputs.create(&link, true));
     let mut outputs = Outputs::new();
     outputs.create(&dir.path().join("n"), true).expect("first");
-    refused(dir.path(), || outputs.create(&dir.path().join("./n"), true));
+    assert_refused(dir.path(), || outputs.create(&dir.path().join("./n"), true));
     outputs.create(&file, true).expect("second");
-    refused(dir.path(), || outputs.existing(&link, false, false));
+    assert_refused(dir.path(), || outputs.existing(&link, false, false));
 }
 
-#[cfg(unix)]
 #[test]
-fn links_are_followed_and_modes_are_kept() {
+fn follows_links_and_keeps_modes() {
     use std::os::unix::fs::{PermissionsExt, symlink};
     let dir = tempfile::tempdir().expect("tempdir");
     let (file, link) = (dir.path().join("f"), dir.path().join("l"));
     symlink("f", &link).expect("link");
-    refused(dir.path(), || Outputs::new().create(&link, true));
+    assert_refused(dir.path(), || Outputs::new().create(&link, true));
     std::fs::write(&file, b"old").expect("write");
     std::fs::set_permissions(&file, Permissions::from_mode(0o600)).expect("mode");
     let mut outputs = Outputs::new();
@@ -145,7 +144,7 @@ fn links_are_followed_and_modes_are_kept() {
 }
 
 #[test]
-fn a_source_is_not_a_target() {
+fn refuses_a_source_as_target() {
     let dir = tempfile::tempdir().expect("tempdir");
     let source = dir.path().join("s");
     std::fs::write(&source, b"x").expect("write");
@@ -153,12 +152,12 @@ fn a_source_is_not_a_target() {
     std::fs::hard_link(&source, &link).expect("link");
     let mut outputs = Outputs::new();
     outputs.protect(&source).expect("it is there");
-    refused(dir.path(), || outputs.create(&link, true));
-    refused(dir.path(), || outputs.existing(&link, false, true));
+    assert_refused(dir.path(), || outputs.create(&link, true));
+    assert_refused(dir.path(), || outputs.existing(&link, false, true));
 }
 
 #[test]
-fn all_outputs_are_checked_before_one_is_made() {
+fn check_refuses_before_any_file_is_created() {
     let dir = tempfile::tempdir().expect("tempdir");
     let (free, taken, source) =
         (dir.path().join("free"), dir.path().join("taken"), dir.path().join("source"));
@@ -182,9 +181,8 @@ fn all_outputs_are_checked_before_one_is_made() {
     assert_eq!(std::fs::read_dir(dir.path()).expect("read_dir").count(), 2);
 }
 
-#[cfg(unix)]
 #[test]
-fn a_link_under_a_name_from_an_image_is_not_followed() {
+fn refuses_planted_links() {
     let dir = tempfile::tempdir().expect("tempdir");
     let (victim, link, nowhere) = (dir.path().join("v"), dir.path().join("l"), dir.path().join("n"));
     std::fs::write(&victim, b"old").expect("write");
@@ -201,7 +199,7 @@ fn a_link_under_a_name_from_an_image_is_not_followed() {
 }
 
 #[test]
-fn nothing_is_begun_after_cleaning() {
+fn creates_nothing_after_cleaning() {
     let dir = tempfile::tempdir().expect("tempdir");
     let mut outputs = Outputs::new();
     outputs.directory(&dir.path().join("d")).expect("mkdir");
@@ -216,13 +214,13 @@ fn nothing_is_begun_after_cleaning() {
 }
 
 #[test]
-fn a_name_that_somebody_took_meanwhile_is_not_taken_back() {
+fn undo_keeps_a_file_of_another_program() {
     let dir = tempfile::tempdir().expect("tempdir");
     let (a, b) = (dir.path().join("a"), dir.path().join("b"));
     std::fs::write(&a, b"theirs").expect("write");
     std::fs::write(&b, b"ours").expect("write");
     let id = std::fs::metadata(&b).ok().map(|meta| os::file_identity(&meta));
-    assert_eq!(Named { path: a.clone(), id, old: None }.undo(), None);
-    assert_eq!(Named { path: b.clone(), id, old: None }.undo(), None);
+    assert_eq!(NamedFile { path: a.clone(), id, old: None }.undo(), None);
+    assert_eq!(NamedFile { path: b.clone(), id, old: None }.undo(), None);
     assert!(a.exists() && !b.exists());
 }

@@ -1,28 +1,21 @@
-//! What holds the bytes of a file or block device, as sysfs tells it: the disk of a partition, the parts
-//! of a device-mapper or RAID device, the file behind a loop device.
+//! The devices and files below a file or block device, from sysfs: the disk of a partition, the parts of
+//! a device-mapper or RAID device, the file behind a loop device.
 
 use std::fs::Metadata;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::super::{FileClass, FileId};
-use super::classify;
+use super::super::unix::block_device_identity;
+use super::super::{FileClass, FileId, classify, file_identity};
 
-/// Where the kernel tells about devices.
+/// Mount point of the kernel's device tree.
 const SYSFS: &str = "/sys";
 
-/// Identifies a file across names and links: device and inode; for block devices the device it is.
-pub fn file_identity(meta: &Metadata) -> FileId {
-    if meta.file_type().is_block_device() { block_device(meta.rdev()) } else { (meta.dev(), meta.ino()) }
-}
-
-fn block_device(number: u64) -> FileId {
-    (u64::MAX, number)
-}
-
-/// A file or block device, and whatever holds its bytes: the disk of a partition, the parts of a
-/// device-mapper or RAID device, the file behind a loop device; with `file_systems` also the device
-/// that a file's file system is on. The file itself comes first.
+/// Returns the identity of a file or block device, followed by those of everything below it: the disk of
+/// a partition, the parts of a device-mapper or RAID device, the file behind a loop device.
+///
+/// With `file_systems`, the device that holds a file's file system counts as below the file. Outside of
+/// Linux the list holds the file alone.
 pub fn file_layers(meta: &Metadata, file_systems: bool) -> Vec<FileId> {
     let device = match classify(meta) {
         FileClass::BlockDevice => Some(meta.rdev()),
@@ -32,23 +25,24 @@ pub fn file_layers(meta: &Metadata, file_systems: bool) -> Vec<FileId> {
     layers_in(Path::new(SYSFS), file_identity(meta), device, file_systems)
 }
 
-/// `own`, and what is below it: `device`, which it is or lies on, and all that this rests on.
+/// Returns `own` and everything below it. `device` is the device that `own` is, or lies on.
 fn layers_in(sysfs: &Path, own: FileId, device: Option<u64>, file_systems: bool) -> Vec<FileId> {
     let mut found = vec![own];
     let mut devices = Vec::from_iter(device);
     while let Some(number) = devices.pop() {
-        if found[1..].contains(&block_device(number)) {
+        if found[1..].contains(&block_device_identity(number)) {
             continue;
         }
-        found.push(block_device(number));
-        let known = directory_of(sysfs, number);
-        devices.extend(known.join("partition").exists().then(|| device_number(&known.join(".."))).flatten());
-        let parts = std::fs::read_dir(known.join("slaves")).into_iter().flatten().flatten();
+        found.push(block_device_identity(number));
+        let directory = device_directory(sysfs, number);
+        let is_partition = directory.join("partition").exists();
+        devices.extend(is_partition.then(|| device_number(&directory.join(".."))).flatten());
+        let parts = std::fs::read_dir(directory.join("slaves")).into_iter().flatten().flatten();
         devices.extend(parts.filter_map(|part| device_number(&part.path())));
-        let backing = std::fs::read_to_string(known.join("loop/backing_file"));
+        let backing = std::fs::read_to_string(directory.join("loop/backing_file"));
         if let Ok(meta) = backing.and_then(|path| std::fs::metadata(path.trim_end_matches('\n'))) {
             found.push(file_identity(&meta));
-            // Behind a loop device there may be another device, which rests on something in any case.
+            // A loop device over a block device: that device's own layers count in any case.
             match classify(&meta) {
                 FileClass::BlockDevice => devices.push(meta.rdev()),
                 _ => devices.extend(file_systems.then(|| meta.dev())),
@@ -58,15 +52,15 @@ fn layers_in(sysfs: &Path, own: FileId, device: Option<u64>, file_systems: bool)
     found
 }
 
-/// What the kernel tells about a block device.
-fn directory_of(sysfs: &Path, number: u64) -> PathBuf {
+/// Returns the sysfs directory of a block device.
+fn device_directory(sysfs: &Path, number: u64) -> PathBuf {
     let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
-    // The link resolved: ".." is the disk then.
+    // With the link resolved, ".." of a partition is its disk.
     let link = sysfs.join(format!("dev/block/{major}:{minor}"));
     std::fs::canonicalize(&link).unwrap_or(link)
 }
 
-/// The number of the device that a directory of sysfs is about.
+/// Reads the device number (`MAJOR:MINOR`) from a device's sysfs directory.
 fn device_number(directory: &Path) -> Option<u64> {
     let text = std::fs::read_to_string(directory.join("dev")).ok()?;
     let (major, minor) = text.trim().split_once(':')?;
@@ -77,10 +71,10 @@ fn device_number(directory: &Path) -> Option<u64> {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
-    use super::super::super::same_bytes;
     use super::*;
+    use crate::storage::os::same_bytes;
 
-    /// A directory laid out as sysfs is: `dev/block/MAJOR:MINOR` are links into `devices`.
+    /// A directory laid out like sysfs: `dev/block/MAJOR:MINOR` are links into `devices`.
     struct Sysfs(tempfile::TempDir);
 
     impl Sysfs {
@@ -90,7 +84,7 @@ mod tests {
             Self(root)
         }
 
-        /// A device whose directory is at `place` below `devices`, and the devices it is made of.
+        /// Adds a device in the directory `place` below `devices`, made of the devices `slaves`.
         fn device(&self, place: &str, number: u64, slaves: &[&str]) -> u64 {
             let directory = self.0.path().join("devices").join(place);
             std::fs::create_dir_all(directory.join("slaves")).unwrap();
@@ -120,11 +114,11 @@ mod tests {
         }
 
         fn layers(&self, number: u64) -> Vec<FileId> {
-            layers_in(self.0.path(), block_device(number), Some(number), true)
+            layers_in(self.0.path(), block_device_identity(number), Some(number), true)
         }
 
-        /// Whether writing to one would change the other.
-        fn touch(&self, one: u64, other: u64) -> bool {
+        /// True if writing to one would change the other.
+        fn overlap(&self, one: u64, other: u64) -> bool {
             same_bytes(&self.layers(one), &self.layers(other))
         }
     }
@@ -134,79 +128,83 @@ mod tests {
     }
 
     #[test]
-    fn a_mapped_device_rests_on_its_partition_and_on_that_ones_disk() {
+    fn mapped_device_lies_on_its_partition_and_disk() {
         let sys = Sysfs::new();
         let disk = sys.device("pci/sda", number(8, 0), &[]);
         let part = sys.partition("pci/sda/sda1", number(8, 1));
         let other_part = sys.partition("pci/sda/sda2", number(8, 2));
         let linear = sys.device("virtual/dm-0", number(253, 0), &["pci/sda/sda1"]);
-        assert_eq!(sys.layers(linear)[1..], [linear, part, disk].map(block_device));
-        assert!(sys.touch(linear, part) && sys.touch(part, linear));
-        assert!(sys.touch(linear, disk) && sys.touch(disk, linear));
-        assert!(sys.touch(part, disk));
-        assert!(!sys.touch(linear, other_part) && !sys.touch(part, other_part));
+        assert_eq!(sys.layers(linear)[1..], [linear, part, disk].map(block_device_identity));
+        assert!(sys.overlap(linear, part) && sys.overlap(part, linear));
+        assert!(sys.overlap(linear, disk) && sys.overlap(disk, linear));
+        assert!(sys.overlap(part, disk));
+        assert!(!sys.overlap(linear, other_part) && !sys.overlap(part, other_part));
         let another_disk = sys.device("pci/sdb", number(8, 16), &[]);
-        assert!(!sys.touch(linear, another_disk));
+        assert!(!sys.overlap(linear, another_disk));
     }
 
     #[test]
-    fn two_volumes_of_one_disk_are_not_one_but_each_is_of_it() {
+    fn volumes_of_one_disk_overlap_the_disk_but_not_each_other() {
         let sys = Sysfs::new();
         let disk = sys.device("pci/sda", number(8, 0), &[]);
         let first = sys.device("virtual/dm-0", number(253, 0), &["pci/sda"]);
         let second = sys.device("virtual/dm-1", number(253, 1), &["pci/sda"]);
-        // A volume of two disks, and an encrypted one in it.
+        // A volume over two disks, and an encrypted volume over that.
         let more = sys.device("pci/sdb", number(8, 16), &[]);
         let wide = sys.device("virtual/dm-2", number(253, 2), &["pci/sda", "pci/sdb"]);
         let crypt = sys.device("virtual/dm-3", number(253, 3), &["virtual/dm-2"]);
-        assert!(!sys.touch(first, second));
-        assert!(sys.touch(first, disk) && sys.touch(second, disk) && !sys.touch(first, more));
-        assert!(!sys.touch(wide, first) && sys.touch(wide, disk) && sys.touch(wide, more));
-        assert!(sys.touch(crypt, wide) && sys.touch(crypt, more) && !sys.touch(crypt, second));
+        assert!(!sys.overlap(first, second));
+        assert!(sys.overlap(first, disk) && sys.overlap(second, disk) && !sys.overlap(first, more));
+        assert!(!sys.overlap(wide, first) && sys.overlap(wide, disk) && sys.overlap(wide, more));
+        assert!(sys.overlap(crypt, wide) && sys.overlap(crypt, more) && !sys.overlap(crypt, second));
     }
 
     #[test]
-    fn a_loop_device_rests_on_its_file_and_on_the_mapped_device_that_this_lies_on() {
+    fn loop_device_lies_on_its_file_and_the_device_below_it() {
         let sys = Sysfs::new();
         let file = sys.0.path().join("disk.raw");
         std::fs::write(&file, b"disk").unwrap();
         let meta = std::fs::metadata(&file).unwrap();
         let disk = sys.device("pci/sda", number(8, 0), &[]);
-        // The file system that the temporary directory is on, as a mapped device.
+        // A mapped device that holds the file system of the temporary directory.
         let mapped = sys.device("virtual/dm-0", meta.dev(), &["pci/sda"]);
         let over = sys.loop_over("virtual/loop0", number(7, 0), &file);
         let part = sys.partition("virtual/loop0/loop0p1", number(259, 0));
-        let layers = |file_systems| layers_in(sys.0.path(), block_device(part), Some(part), file_systems);
+        let layers =
+            |file_systems| layers_in(sys.0.path(), block_device_identity(part), Some(part), file_systems);
         assert_eq!(
             layers(true)[1..],
             [
-                block_device(part),
-                block_device(over),
+                block_device_identity(part),
+                block_device_identity(over),
                 file_identity(&meta),
-                block_device(mapped),
-                block_device(disk)
+                block_device_identity(mapped),
+                block_device_identity(disk)
             ]
         );
-        // As a target: what else is on the file system stays as it is.
-        assert_eq!(layers(false)[1..], [block_device(part), block_device(over), file_identity(&meta)]);
+        // For a target the file system does not count: writing leaves its other files alone.
+        assert_eq!(
+            layers(false)[1..],
+            [block_device_identity(part), block_device_identity(over), file_identity(&meta)]
+        );
         let source = layers_in(sys.0.path(), file_identity(&meta), Some(meta.dev()), true);
         assert!(same_bytes(&source, &layers(false)) && same_bytes(&source, &sys.layers(disk)));
     }
 
     #[test]
-    fn without_sysfs_a_device_is_only_itself() {
+    fn without_sysfs_a_device_has_one_layer() {
         let nowhere = Path::new("/nonexistent");
         let (one, other) = (number(253, 0), number(253, 1));
-        let layers = |number| layers_in(nowhere, block_device(number), Some(number), true);
-        assert_eq!(layers(one), [block_device(one); 2]);
+        let layers = |number| layers_in(nowhere, block_device_identity(number), Some(number), true);
+        assert_eq!(layers(one), [block_device_identity(one); 2]);
         assert!(same_bytes(&layers(one), &layers(one)) && !same_bytes(&layers(one), &layers(other)));
     }
 
     #[test]
-    fn devices_that_rest_on_each_other_are_looked_at_once() {
+    fn circular_devices_are_visited_once() {
         let sys = Sysfs::new();
         let first = sys.device("virtual/dm-0", number(253, 0), &["virtual/dm-1"]);
         let second = sys.device("virtual/dm-1", number(253, 1), &["virtual/dm-0"]);
-        assert_eq!(sys.layers(first)[1..], [first, second].map(block_device));
+        assert_eq!(sys.layers(first)[1..], [first, second].map(block_device_identity));
     }
 }
