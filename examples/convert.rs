@@ -9,59 +9,51 @@
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use imgtool_toolkit::{
-    CancelToken, Conversion, DeviceId, Input, OpenOptions, Progress, Registry, Result, pipeline::Totals,
-};
+use imgtool::{CancelToken, Gauge, Lane, Monitor, Phase, Report, Result};
 use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
 
-/// The progress callback. Worker threads call it concurrently, with a number of guest bytes.
+/// Shows the progress of a conversion in percent.
 struct Percent<F: Fn(u64) + Sync> {
-    total: u64,
+    total: AtomicU64,
     done: AtomicU64,
     show: F,
 }
 
-impl<F: Fn(u64) + Sync> Progress for Percent<F> {
-    fn advance(&self, _device: DeviceId, len: u64, _zero: u64) {
+impl<F: Fn(u64) + Sync> Monitor for Percent<F> {
+    fn begin(&self, _phase: Phase, gauge: &Arc<Gauge>) {
+        self.done.store(0, Ordering::Relaxed);
+        self.total.store(gauge.lanes().filter_map(|lane| lane.total).sum(), Ordering::Relaxed);
+    }
+
+    /// Worker threads call it concurrently, with a number of guest bytes.
+    fn advance(&self, _lane: Lane, len: u64, _zero: u64) {
         let before = self.done.fetch_add(len, Ordering::Relaxed);
-        let percent = |done: u64| done.saturating_mul(100).checked_div(self.total).unwrap_or(0);
+        let total = self.total.load(Ordering::Relaxed);
+        let percent = |done: u64| done.saturating_mul(100).checked_div(total).unwrap_or(0);
         if percent(before + len) > percent(before) {
             (self.show)(percent(before + len));
         }
     }
 }
 
-/// Converts `from`, or only its device `disk`, into the new file `to`.
+/// Converts `from`, or only its disk `disk`, into the new file `to`.
 fn convert(
     from: &Path,
     to: &Path,
     disk: Option<&str>,
     show: impl Fn(u64) + Sync,
     cancel: CancelToken,
-) -> Result<Totals> {
-    let mut registry = Registry::new();
-    imgtool_qcow2::register(&mut registry);
-    imgtool_vhdx::register(&mut registry);
-    imgtool_vma::register(&mut registry);
-    imgtool_raw::register(&mut registry);
-
-    let mut opened = registry.open(Input::open(from)?, None, &OpenOptions::default())?;
-    let driver = match registry.by_extension(&to.to_string_lossy()) {
-        Some(driver) => driver,
-        None => registry.get("raw")?,
-    };
-    let selected =
-        opened.source.info().devices.iter().filter(|device| disk.is_none_or(|disk| device.name == disk));
-    let progress = Percent { total: selected.map(|device| device.size).sum(), done: AtomicU64::new(0), show };
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut conversion = Conversion::new(&*driver).threads(threads).progress(&progress).cancel(cancel);
+) -> Result<Report> {
+    let percent = Percent { total: AtomicU64::new(0), done: AtomicU64::new(0), show };
+    let mut conversion = imgtool::convert(from, to).monitor(&percent).cancelled_by(cancel);
     if let Some(disk) = disk {
         conversion = conversion.disk(disk);
     }
-    conversion.to_file(&mut *opened.source, to)
+    conversion.run()
 }
 
 fn main() -> ExitCode {
@@ -84,12 +76,15 @@ fn main() -> ExitCode {
     }
     let show = |percent| eprint!("\r{percent:3} %");
     match convert(Path::new(from), Path::new(to), disk, show, cancel) {
-        Ok(totals) => {
-            eprintln!("\r{to}: {} bytes, {} of them zero", totals.guest_bytes, totals.zero_bytes);
+        Ok(report) => {
+            let disks = report.outputs.iter().flat_map(|output| &output.disks);
+            let zero: u64 = disks.map(|disk| disk.zero).sum();
+            eprintln!("\r{to}: {} bytes, {zero} of them zero", report.virtual_size());
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("\r{error}");
+            // The alternate form adds the cause: the words of the operating system.
+            eprintln!("\r{error:#}");
             ExitCode::FAILURE
         }
     }
@@ -98,12 +93,8 @@ fn main() -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use imgtool_toolkit::ErrorKind;
-    use std::path::PathBuf;
-
-    fn fixture(name: &str) -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
-    }
+    use imgtool::ErrorKind;
+    use imgtool_testing::fixture;
 
     #[test]
     fn progress_ends_at_100_percent() {
@@ -114,8 +105,8 @@ mod tests {
             last.fetch_max(percent, Ordering::Relaxed);
         };
         let from = fixture("two-disks.vma.zst");
-        let totals = convert(&from, &to, Some("drive-efidisk0"), show, CancelToken::new()).expect("converts");
-        assert_eq!(totals.guest_bytes, 540_672);
+        let report = convert(&from, &to, Some("drive-efidisk0"), show, CancelToken::new()).expect("converts");
+        assert_eq!(report.virtual_size(), 540_672);
         assert_eq!(std::fs::metadata(&to).expect("the target").len(), 540_672);
         assert_eq!(last.into_inner(), 100);
     }

@@ -12,67 +12,59 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
-use imgtool_toolkit::{DeviceReader, Driver, ImageSource, Input, OpenOptions, Result};
-use imgtool_vma::VmaDriver;
+use imgtool::contracts::OpenOptions;
+use imgtool::{Error, Image, Result};
 
 /// Opens an archive for random access. A compressed archive is a stream, which is first copied to an
 /// unnamed temporary file, unless it is a seekable .zst as written by imgtool.
-fn open(archive: &Path) -> Result<Box<dyn ImageSource>> {
-    let mut input = Input::open(archive)?;
-    if input.is_stream() {
-        input = input.spool()?;
-    }
-    VmaDriver.open(input, &OpenOptions::default())
+fn open(archive: &Path) -> Result<Image> {
+    imgtool::open_with(&imgtool::registry(), archive, Some("vma"), &OpenOptions::default())
 }
 
 /// Lists the disks with their sizes and stored bytes, from the archive's index, without reading data.
 fn list(archive: &Path) -> Result<String> {
-    let source = open(archive)?;
     let mut text = String::new();
-    for device in &source.info().devices {
+    for disk in open(archive)?.disks()? {
         let (mut at, mut stored) = (0, 0);
-        while let Some(random) = source.random().filter(|_| at < device.size) {
+        while at < disk.size() {
             // The extents may cover only the first part of the range.
-            for extent in random.extents(device.id, at..device.size)? {
+            for extent in disk.extents(at..disk.size())? {
                 at = extent.end();
                 stored += if extent.is_data() { extent.len } else { 0 };
             }
         }
-        text += &format!("{}: {} bytes, {stored} of them stored\n", device.name, device.size);
+        text += &format!("{}: {} bytes, {stored} of them stored\n", disk.name(), disk.size());
     }
     Ok(text)
 }
 
 /// Reads at most `len` bytes of a disk from `guest_offset` on.
 fn read(archive: &Path, disk: &str, guest_offset: u64, len: u64) -> Result<Vec<u8>> {
-    let source = open(archive)?;
-    let mut reader = DeviceReader::by_name(&*source, disk)?;
+    let mut reader = open(archive)?.disk(disk)?.reader();
     let mut bytes = Vec::new();
     reader
         .seek(SeekFrom::Start(guest_offset))
         .and_then(|_| reader.take(len).read_to_end(&mut bytes))
-        .map_err(|e| imgtool_toolkit::Error::io("read", e).path(archive).device(disk))?;
+        .map_err(|e| Error::io("read", e).path(archive).device(disk))?;
     Ok(bytes)
 }
 
 fn run(args: &[String]) -> Result<Vec<u8>> {
-    let number = |text: &String| {
-        text.parse().map_err(|_| imgtool_toolkit::Error::usage(format!("'{text}' is not a number of bytes")))
-    };
+    let number =
+        |text: &String| text.parse().map_err(|_| Error::usage(format!("'{text}' is not a number of bytes")));
     match args {
         [archive] => list(Path::new(archive)).map(String::into_bytes),
         [archive, disk, offset, len] => read(Path::new(archive), disk, number(offset)?, number(len)?),
-        _ => Err(imgtool_toolkit::Error::usage("usage: read_vma ARCHIVE [DISK OFFSET LENGTH]")),
+        _ => Err(Error::usage("usage: read_vma ARCHIVE [DISK OFFSET LENGTH]")),
     }
 }
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let written = run(&args).and_then(|bytes| {
-        std::io::stdout().write_all(&bytes).map_err(|e| imgtool_toolkit::Error::io("write", e))
-    });
+    let written =
+        run(&args).and_then(|bytes| std::io::stdout().write_all(&bytes).map_err(|e| Error::io("write", e)));
     if let Err(error) = written {
-        eprintln!("{error}");
+        eprintln!("{error:#}");
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS
@@ -81,12 +73,7 @@ fn main() -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sha2::{Digest, Sha256};
-    use std::path::PathBuf;
-
-    fn fixture(name: &str) -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
-    }
+    use imgtool_testing::{fixture, sha256};
 
     #[test]
     fn lists_stored_bytes() {
@@ -98,8 +85,7 @@ mod tests {
     fn parts_and_the_whole_disk_have_the_known_content() {
         let archive = fixture("two-disks.vma.zst");
         let whole = read(&archive, "drive-efidisk0", 0, u64::MAX).expect("the whole disk");
-        let digest: String = Sha256::digest(&whole).iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(digest, "a0fd2cf34e841d0d1e7f30367fc2b547c952d35ae30d9003b2890c10b61d82c9");
+        assert_eq!(sha256(&whole), "a0fd2cf34e841d0d1e7f30367fc2b547c952d35ae30d9003b2890c10b61d82c9");
         for (offset, len) in [(0, 1), (65_535, 2), (300_001, 70_000), (540_671, 10), (540_672, 10)] {
             let part = read(&archive, "drive-efidisk0", offset, len).expect("a part");
             let end = whole.len().min((offset + len) as usize);
@@ -111,6 +97,6 @@ mod tests {
     fn missing_disk_is_named_in_the_error() {
         let error = read(&fixture("sparse.vma"), "drive-scsi7", 0, 1).expect_err("no such disk");
         assert!(error.to_string().contains("drive-scsi7"), "{error}");
-        assert_eq!(error.hint_text(), Some("devices: drive-virtio0"));
+        assert_eq!(error.hint_text().as_deref(), Some("devices: drive-virtio0"));
     }
 }

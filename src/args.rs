@@ -206,7 +206,7 @@ pub struct MessageArgs {
     #[arg(short = 'p')]
     pub show_progress: bool,
 
-    /// How to show progress on standard error
+    /// Progress on standard error
     #[arg(long, value_name = "HOW", value_enum, default_value_t)]
     pub progress: ProgressMode,
 
@@ -241,13 +241,9 @@ fn threads(text: &str) -> Result<u16, String> {
 }
 
 impl ThreadArgs {
-    /// The number of workers.
+    /// The number of workers; 0 for one per processor.
     pub fn count(self) -> usize {
-        let threads = match self.threads {
-            Some(threads) => usize::from(threads),
-            None => std::thread::available_parallelism().map_or(1, usize::from),
-        };
-        threads.clamp(1, imgtool_toolkit::pipeline::MAX_THREADS)
+        self.threads.map_or(0, usize::from)
     }
 }
 

@@ -1,6 +1,6 @@
-//! The commands, one module each.
+//! The commands, one module each, and their dispatch.
 
-use imgtool_toolkit::Result;
+use imgtool_core::Result;
 
 use crate::args::Command;
 use crate::exit::Exit;
@@ -10,7 +10,6 @@ mod checksum;
 mod compare;
 mod convert;
 mod create;
-mod extras;
 mod formats;
 mod info;
 mod map;

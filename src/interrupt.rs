@@ -2,12 +2,12 @@
 //! comes, unfinished outputs are removed and the program exits.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use imgtool_toolkit::storage::Cleaner;
-use imgtool_toolkit::{CancelToken, Error, Result};
-
+use imgtool_core::sync::lock;
+use imgtool_core::{CancelToken, Error, Result};
+use imgtool_storage::Cleaner;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
@@ -64,7 +64,7 @@ impl Interrupt {
     }
 
     /// Sets the cleaner that removes unfinished outputs if the work does not stop by itself.
-    pub fn cleans(&self, cleaner: Cleaner) {
+    pub fn set_cleaner(&self, cleaner: Cleaner) {
         *lock(&self.0.cleaner) = Some(cleaner);
     }
 
@@ -126,8 +126,4 @@ fn is_ignored(signal: i32) -> bool {
         .find_map(|line| line.strip_prefix("SigIgn:"))
         .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
     mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -6,12 +6,12 @@ use std::process::ExitCode;
 
 mod args;
 mod commands;
-mod drivers;
 mod exit;
 mod images;
 mod interrupt;
-mod observe;
 mod progress;
+mod proxmox;
+mod remedy;
 mod report;
 
 fn main() -> ExitCode {

@@ -1,34 +1,21 @@
-//! Progress: counters that workers advance, and a thread that displays them.
+//! Progress: the monitor of a run, whose counters workers advance and a thread displays.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use imgtool_toolkit::{DeviceId, Progress};
+use imgtool_core::sync::lock;
+use imgtool_core::{Lane as LaneId, Location, Result};
+use imgtool_engine::{Gauge, Monitor, Phase};
+use imgtool_storage::Cleaner;
 
 use crate::args::ProgressMode;
+use crate::interrupt::Interrupt;
 use crate::report::{self, Stream, human_size, percent};
 
 mod bars;
 mod json;
-
-/// Progress of one device.
-pub struct Lane {
-    /// The device's name in the image, not escaped.
-    pub name: String,
-    /// Guest bytes in total; `None` for a stream whose length is unknown.
-    pub total: Option<u64>,
-    done: AtomicU64,
-    zero: AtomicU64,
-}
-
-impl Lane {
-    /// A lane at its start.
-    pub fn new(name: impl Into<String>, total: Option<u64>) -> Self {
-        Self { name: name.into(), total, done: AtomicU64::new(0), zero: AtomicU64::new(0) }
-    }
-}
 
 /// Snapshot of a lane, or of the sum of all lanes, in guest bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -42,22 +29,24 @@ struct Sample {
 struct Counters {
     phase: &'static str,
     started: Instant,
-    lanes: Vec<Lane>,
-    written: Box<dyn Fn() -> u64 + Send + Sync>,
-    limit: Option<RateLimit>,
+    gauge: Arc<Gauge>,
     stop: Mutex<bool>,
     stopping: Condvar,
     complete: AtomicBool,
 }
 
 impl Counters {
-    fn lane(&self, lane: &Lane) -> Sample {
-        let done = lane.done.load(Ordering::Relaxed);
-        Sample { done, total: lane.total, zero: lane.zero.load(Ordering::Relaxed) }
+    /// Every lane with its name.
+    fn lanes(&self) -> impl ExactSizeIterator<Item = (&str, Sample)> {
+        self.gauge.lanes().enumerate().map(|(index, info)| {
+            let lane = LaneId(u32::try_from(index).unwrap_or(u32::MAX));
+            let (done, zero) = self.gauge.count(lane);
+            (&*info.name, Sample { done, total: info.total, zero })
+        })
     }
 
     fn all(&self) -> Sample {
-        self.lanes.iter().map(|lane| self.lane(lane)).fold(
+        self.lanes().map(|(_, sample)| sample).fold(
             Sample { total: Some(0), ..Sample::default() },
             |sum, lane| Sample {
                 done: sum.done + lane.done,
@@ -69,43 +58,12 @@ impl Counters {
 
     /// Waits for the next update; false once the meter has stopped.
     fn wait(&self, interval: Duration) -> bool {
-        let stop = self.stop.lock().unwrap_or_else(PoisonError::into_inner);
+        let stop = lock(&self.stop);
         let (stop, _) = self
             .stopping
             .wait_timeout_while(stop, interval, |stop| !*stop)
             .unwrap_or_else(PoisonError::into_inner);
         !*stop
-    }
-}
-
-impl Progress for Counters {
-    fn advance(&self, device: DeviceId, len: u64, zero: u64) {
-        if let Some(lane) = self.lanes.get(device.0 as usize) {
-            lane.done.fetch_add(len, Ordering::Relaxed);
-            lane.zero.fetch_add(zero, Ordering::Relaxed);
-        }
-        if let Some(limit) = &self.limit {
-            limit.wait(self.started, len - zero.min(len));
-        }
-    }
-}
-
-/// Limits the throughput (`-r`) by putting workers to sleep.
-pub struct RateLimit {
-    bytes_per_second: u64,
-    passed: AtomicU64,
-}
-
-impl RateLimit {
-    /// Limits the work to this many bytes per second, at least 1.
-    pub fn new(bytes_per_second: u64) -> Self {
-        Self { bytes_per_second: bytes_per_second.max(1), passed: AtomicU64::new(0) }
-    }
-
-    fn wait(&self, started: Instant, len: u64) {
-        let passed = self.passed.fetch_add(len, Ordering::Relaxed) + len;
-        let due = Duration::from_secs_f64(passed as f64 / self.bytes_per_second as f64);
-        std::thread::sleep(due.saturating_sub(started.elapsed()));
     }
 }
 
@@ -158,27 +116,18 @@ fn show_lines(counters: &Counters) {
     }
 }
 
-/// Displays the progress of the work until it is finished or dropped.
-pub struct Meter {
+/// The display of one phase, until it is finished or dropped.
+struct Meter {
     counters: Arc<Counters>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Meter {
-    /// Starts to display `lanes`, whose index is the id of the sink's device.
-    pub fn start(
-        mode: ProgressMode,
-        phase: &'static str,
-        lanes: Vec<Lane>,
-        limit: Option<RateLimit>,
-        written: impl Fn() -> u64 + Send + Sync + 'static,
-    ) -> Self {
+    fn start(mode: ProgressMode, phase: &'static str, gauge: Arc<Gauge>) -> Self {
         let counters = Arc::new(Counters {
             phase,
             started: Instant::now(),
-            lanes,
-            written: Box::new(written),
-            limit,
+            gauge,
             stop: Mutex::new(false),
             stopping: Condvar::new(),
             complete: AtomicBool::new(false),
@@ -196,34 +145,15 @@ impl Meter {
         Self { counters, thread }
     }
 
-    /// The receiver of the workers' reports.
-    pub fn progress(&self) -> &dyn Progress {
-        &*self.counters
-    }
-
-    /// Zero bytes of a device, out of [`Self::done`].
-    pub fn zero(&self, device: usize) -> u64 {
-        self.counters.lanes.get(device).map_or(0, |lane| lane.zero.load(Ordering::Relaxed))
-    }
-
-    /// Guest bytes of a device processed so far.
-    pub fn done(&self, device: usize) -> u64 {
-        self.counters.lanes.get(device).map_or(0, |lane| lane.done.load(Ordering::Relaxed))
-    }
-
-    /// Time since the start.
-    pub fn elapsed(&self) -> Duration {
-        self.counters.started.elapsed()
-    }
-
-    /// Marks the work as complete and stops the display.
-    pub fn finish(&mut self) {
+    /// Marks the phase as complete and stops the display.
+    fn finish(self) {
         self.counters.complete.store(true, Ordering::Relaxed);
-        self.stop();
     }
+}
 
-    fn stop(&mut self) {
-        *self.counters.stop.lock().unwrap_or_else(PoisonError::into_inner) = true;
+impl Drop for Meter {
+    fn drop(&mut self) {
+        *lock(&self.counters.stop) = true;
         self.counters.stopping.notify_all();
         if let Some(thread) = self.thread.take() {
             // A panic in the display thread must not fail the work.
@@ -232,9 +162,54 @@ impl Meter {
     }
 }
 
-impl Drop for Meter {
-    fn drop(&mut self) {
-        self.stop();
+/// The program's side of a run: displays progress and keeps signals in order.
+pub struct Display<'a> {
+    mode: ProgressMode,
+    interrupt: &'a Interrupt,
+    meter: Mutex<Option<Meter>>,
+}
+
+impl<'a> Display<'a> {
+    /// A display in this mode.
+    pub fn new(mode: ProgressMode, interrupt: &'a Interrupt) -> Self {
+        Self { mode, interrupt, meter: Mutex::new(None) }
+    }
+
+    fn take_meter(&self) -> Option<Meter> {
+        lock(&self.meter).take()
+    }
+}
+
+impl Monitor for Display<'_> {
+    fn begin(&self, phase: Phase, gauge: &Arc<Gauge>) {
+        let name = match phase {
+            Phase::Verify => "verify",
+            Phase::Compare => "compare",
+            Phase::Checksum => "checksum",
+            _ => "convert",
+        };
+        drop(self.take_meter());
+        *lock(&self.meter) = Some(Meter::start(self.mode, name, Arc::clone(gauge)));
+    }
+
+    fn end(&self) {
+        if let Some(meter) = self.take_meter() {
+            meter.finish();
+        }
+    }
+
+    fn outputs(&self, cleaner: Cleaner) {
+        self.interrupt.set_cleaner(cleaner);
+    }
+
+    fn name_outputs(&self, step: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        self.interrupt.shielded(step)
+    }
+
+    fn left_incomplete(&self, target: &Location) {
+        // The bars must not be drawn over the note.
+        drop(self.take_meter());
+        report::note(&format!("{target} was overwritten in place and is now incomplete"));
     }
 }
 

@@ -3,13 +3,13 @@
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
-use std::path::Path;
 
-use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::{Error, ErrorKind, Result};
+use imgtool_core::error::escape_control;
+use imgtool_core::{Error, ErrorKind, Result};
 use serde::Serialize;
 
 use crate::exit::Exit;
+use crate::remedy;
 
 mod terminal;
 mod text;
@@ -31,31 +31,19 @@ pub fn tell(text: &str) {
 pub fn error(error: &Error) {
     let label = Stream::Err.paint(Paint::Bad, "error:");
     let mut text = flow(Stream::Err, &format!("imgtool: {label} {}", sentence(error)), 2);
-    if let Some(hint) = error.hint_text() {
-        let _ = write!(text, "\n{}", flow(Stream::Err, &format!("  hint: {}", escape_control(hint)), 4));
+    if let Some(remedy) = error.remedy() {
+        let hint = escape_control(&remedy::words(remedy));
+        let _ = write!(text, "\n{}", flow(Stream::Err, &format!("  hint: {hint}"), 4));
     }
     say(&text);
 }
 
-/// The text of an error. For an I/O error it reads "can't open: No such file or directory", without the
-/// error number that the standard library appends.
+/// The text of an error with its cause, without the number that the standard library appends.
 fn sentence(error: &Error) -> String {
-    let text = named(error);
-    let Some(cause) = error.io_error() else { return text };
-    let step = format!("{}: {cause}", escape_control(error.message()));
-    let plain = match cause.raw_os_error() {
-        Some(number) => step.replacen(&format!(" (os error {number})"), "", 1),
-        None => step.clone(),
-    };
-    text.replacen(&step, &format!("can't {plain}"), 1)
-}
-
-/// The text of an error, with "standard input" instead of `-`.
-fn named(error: &Error) -> String {
-    let text = error.to_string();
-    match text.strip_prefix("-: ") {
-        Some(rest) if error.file() == Some(Path::new("-")) => format!("standard input: {rest}"),
-        _ => text,
+    let text = format!("{error:#}");
+    match error.io_error().and_then(io::Error::raw_os_error) {
+        Some(number) => text.replacen(&format!(" (os error {number})"), "", 1),
+        None => text,
     }
 }
 
@@ -114,7 +102,10 @@ mod tests {
         let cause = io::Error::from_raw_os_error(2);
         let error = Error::io("open", cause).path("a.raw");
         assert_eq!(sentence(&error), "a.raw: can't open: No such file or directory");
-        assert_eq!(sentence(&Error::refused("exists").path("a")), "a: exists");
-        assert_eq!(sentence(&Error::corrupt("is empty").path("-")), "standard input: is empty");
+        assert_eq!(sentence(&Error::refused("already exists").path("a")), "a: already exists");
+        assert_eq!(
+            sentence(&Error::corrupt("is empty").path(imgtool_core::Location::Stdin)),
+            "standard input: is empty"
+        );
     }
 }

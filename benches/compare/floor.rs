@@ -6,14 +6,15 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use imgtool_toolkit::{BufferPool, Error, Input, Result};
+use imgtool_core::{BufferPool, Error, Result};
+use imgtool_storage::open::{Opening, open};
 
 /// Bytes per write, as in imgtool.
 const PIECE_LEN: u64 = 256 << 10;
 
 /// Writes the data extents of `image` to the same offsets of `target`, with other content.
 pub fn write(image: &Path, target: &Path) -> Result<()> {
-    let source = Input::open_plain(image)?.into_random()?;
+    let source = open(&image.into(), Opening::Plain)?.input.into_random()?;
     let mut buffer = BufferPool::new().take(PIECE_LEN as usize);
     buffer.fill(0xa5);
     let failed = |e| Error::io("write", e).path(target);

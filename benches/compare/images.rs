@@ -20,6 +20,15 @@ const SPARSE_DATA: u64 = 256 << 20;
 /// Bytes of each run of data in the sparse image.
 const SPARSE_RUN: u64 = 64 << 10;
 
+/// Guest size of the scattered image.
+const SCATTERED_SIZE: u64 = 40 << 30;
+
+/// Bytes of data in the scattered image.
+const SCATTERED_DATA: u64 = 2 << 30;
+
+/// Bytes of each run of data in the scattered image.
+const SCATTERED_RUN: u64 = 4 << 10;
+
 /// Guest size of the empty images.
 const EMPTY_SIZE: u64 = 8 << 40;
 
@@ -49,7 +58,8 @@ impl Images {
         let qemu = "qemu-img convert -W -m 16 -f raw -O qcow2";
         match name {
             "a.raw" => self.file_system(&path),
-            "sparse.raw" => sparse(&path),
+            "sparse.raw" => sparse(&path, SPARSE_SIZE, SPARSE_DATA, SPARSE_RUN),
+            "scattered.raw" => sparse(&path, SCATTERED_SIZE, SCATTERED_DATA, SCATTERED_RUN),
             "empty.raw" => set_len(&path, EMPTY_SIZE),
             "a.qcow2" => self.derive(&format!("{qemu} a.raw a.qcow2")),
             "a.vhdx" => self.derive("qemu-img convert -f raw -O vhdx a.raw a.vhdx"),
@@ -124,16 +134,17 @@ fn copy_tree(from: &Path, to: &Path, remaining: &mut u64) -> Result<(), String> 
 }
 
 /// Creates an image of short runs of noise, far apart.
-fn sparse(path: &Path) -> Result<(), String> {
+/// An image of `size` bytes with `data` bytes of data, in runs of `run_len` at equal distances.
+fn sparse(path: &Path, size: u64, data: u64, run_len: u64) -> Result<(), String> {
     use std::os::unix::fs::FileExt;
-    set_len(path, SPARSE_SIZE)?;
+    set_len(path, size)?;
     let describe = |e: std::io::Error| format!("{}: {e}", path.display());
     let file = fs::File::options().write(true).open(path).map_err(describe)?;
-    let runs = SPARSE_DATA / SPARSE_RUN;
+    let runs = data / run_len;
     let mut state = 1u64;
     for run in 0..runs {
-        let bytes: Vec<u8> = (0..SPARSE_RUN / 8).flat_map(|_| xorshift(&mut state).to_le_bytes()).collect();
-        file.write_all_at(&bytes, run * (SPARSE_SIZE / runs)).map_err(describe)?;
+        let bytes: Vec<u8> = (0..run_len / 8).flat_map(|_| xorshift(&mut state).to_le_bytes()).collect();
+        file.write_all_at(&bytes, run * (size / runs)).map_err(describe)?;
     }
     Ok(())
 }

@@ -7,13 +7,16 @@
 //! --rounds N     measured rounds, after one to warm up (default 7)
 //! --only TEXT    only conversions whose name contains TEXT (repeatable)
 //! --without TEXT no conversion whose name contains TEXT (repeatable)
+//! --baseline PROGRAM
+//!                an imgtool of another build, which runs as a further peer
 //! --tree DIR     fill the file system of the main image with the files of DIR (repeatable)
 //! --json FILE    write every sample to FILE, after each conversion
 //! --write-floor IMAGE TARGET
 //!                only write as many bytes as IMAGE has data, to the same offsets of TARGET
 //! ```
 //!
-//! A round runs our command and then each peer's. On a disk every command includes flushing its output:
+//! A round runs our command and each peer's, each time beginning with another. Memory is touched before
+//! each run: a virtual machine that returns free pages to its host pays for the first use of each page. On a disk every command includes flushing its output:
 //! imgtool always does, for a peer it is added. A run is repeated if other processes took much of the
 //! machine. A peer that is not installed, or fails, is listed as skipped.
 
@@ -23,7 +26,7 @@ mod measure;
 mod report;
 mod rows;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use images::Images;
@@ -35,6 +38,7 @@ struct Options {
     rounds: usize,
     only: Vec<String>,
     without: Vec<String>,
+    baseline: Option<PathBuf>,
     trees: Vec<PathBuf>,
     json: Option<PathBuf>,
 }
@@ -74,6 +78,7 @@ fn parse_options() -> Result<Options, String> {
         rounds: 7,
         only: Vec::new(),
         without: Vec::new(),
+        baseline: None,
         trees: Vec::new(),
         json: None,
     };
@@ -87,6 +92,7 @@ fn parse_options() -> Result<Options, String> {
             "--rounds" => options.rounds = value()?.parse().map_err(|_| "--rounds needs a number")?,
             "--only" => options.only.push(value()?),
             "--without" => options.without.push(value()?),
+            "--baseline" => options.baseline = Some(value()?.into()),
             "--tree" => options.trees.push(value()?.into()),
             "--json" => options.json = Some(value()?.into()),
             other => return Err(format!("unknown option {other}")),
@@ -121,7 +127,7 @@ fn run(options: Options) -> Result<(), String> {
         for input in &row.inputs {
             images.make(input)?;
         }
-        let runs = measure_row(row, &images, options.rounds, !is_memory)?;
+        let runs = measure_row(row, &images, options.rounds, !is_memory, options.baseline.as_deref())?;
         report::print_row(row, &runs);
         results.push(report::to_json(row, &runs));
         if let Some(path) = &options.json {
@@ -136,12 +142,23 @@ fn run(options: Options) -> Result<(), String> {
     Ok(())
 }
 
-fn measure_row(row: &Row, images: &Images, rounds: usize, flush: bool) -> Result<Vec<Run>, String> {
+fn measure_row(
+    row: &Row,
+    images: &Images,
+    rounds: usize,
+    flush: bool,
+    baseline: Option<&Path>,
+) -> Result<Vec<Run>, String> {
     let this = std::env::current_exe().map_err(|e| e.to_string())?;
     let ours = row.ours.replace("{i}", env!("CARGO_BIN_EXE_imgtool"));
     let mut runs = vec![Run::new("imgtool", ours, false)];
+    if let Some(program) = baseline {
+        let command = row.ours.replace("{i}", &program.display().to_string());
+        runs.push(Run::new("imgtool, baseline", command, false));
+    }
     for peer in &row.peers {
         let plain = peer.command.replace("{b}", &this.display().to_string());
+        let plain = plain.replace("{i}", env!("CARGO_BIN_EXE_imgtool"));
         let flushed = format!("{plain} && find . -name 'out*' -type f -exec sync {{}} +");
         let command = if flush { flushed } else { plain };
         runs.push(Run::new(peer.name, command, peer.is_floor));
@@ -149,9 +166,10 @@ fn measure_row(row: &Row, images: &Images, rounds: usize, flush: bool) -> Result
     for run in &mut runs {
         run.warm_up(images.dir())?;
     }
-    for _ in 0..rounds {
-        for run in &mut runs {
-            run.sample(images.dir())?;
+    for round in 0..rounds {
+        for index in 0..runs.len() {
+            let turn = (round + index) % runs.len();
+            runs[turn].sample(images.dir())?;
         }
     }
     Ok(runs)

@@ -155,6 +155,14 @@ fn archives() -> Vec<Row> {
     for index in [0, 5] {
         rows[index].inputs.push("a.vma".into());
     }
+    // Both commands run the same engine.
+    rows.push(Row {
+        name: "40 GiB scattered → vma".into(),
+        inputs: vec!["scattered.raw".into()],
+        ours: "{i} convert -q -f raw -O vma drive-scsi0=scattered.raw out".into(),
+        peers: vec![peer("imgtool vma create", "{i} vma create out -d format=raw:drive-scsi0=scattered.raw")],
+        goal: None,
+    });
     rows
 }
 

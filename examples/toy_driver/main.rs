@@ -12,31 +12,22 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use imgtool_toolkit::{Conversion, Input, OpenOptions, Registry, Result};
+use imgtool::{Registry, Result};
 
 mod slab;
 
 /// The built-in drivers and ours. The order does not matter: raw is used only if no other format matches.
 fn registry() -> Registry {
-    let mut registry = Registry::new();
+    let mut registry = imgtool::registry();
     registry.register(slab::SlabDriver);
-    imgtool_qcow2::register(&mut registry);
-    imgtool_vhdx::register(&mut registry);
-    imgtool_vma::register(&mut registry);
-    imgtool_raw::register(&mut registry);
     registry
 }
 
 /// Converts `from` into the format that the extension of `to` names.
 fn convert(from: &Path, to: &Path) -> Result<String> {
-    let registry = registry();
-    let mut opened = registry.open(Input::open(from)?, None, &OpenOptions::default())?;
-    let driver = match registry.by_extension(&to.to_string_lossy()) {
-        Some(driver) => driver,
-        None => registry.get("raw")?,
-    };
-    let totals = Conversion::new(&*driver).threads(4).overwrite(true).to_file(&mut *opened.source, to)?;
-    Ok(format!("{} to {}: {} bytes", opened.driver.name(), driver.name(), totals.guest_bytes))
+    let report = imgtool::convert(from, to).drivers(registry()).overwrite().run()?;
+    let made = &report.outputs[0];
+    Ok(format!("{}: {} bytes as {}", made.location, made.virtual_size(), made.format))
 }
 
 fn main() -> ExitCode {
@@ -51,7 +42,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("{error}");
+            eprintln!("{error:#}");
             ExitCode::FAILURE
         }
     }
@@ -60,10 +51,13 @@ fn main() -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::slab::SlabDriver;
-    use imgtool_toolkit::CreateOptions;
-    use imgtool_toolkit::conformance::{self, Content, Fill, Hostile, Image};
-    use std::os::unix::fs::MetadataExt;
-    use std::path::Path;
+    use imgtool::Result;
+    use imgtool::contracts::{
+        Capabilities, Confidence, CreateOptions, Driver, ImageSource, Input, OpenOptions,
+    };
+    use imgtool_testing::conformance::{self, Content, Fill, Hostile, Image};
+    use imgtool_testing::{assert_same, fixture, occupied, tempdir};
+    use std::sync::Arc;
 
     fn small() -> Image {
         let content = Content::zero().with(0..70_000, Fill::Random).with(190_000..200_000, Fill::Text);
@@ -90,17 +84,51 @@ mod tests {
         );
     }
 
+    /// Slab without a writer: all that a driver needs that only reads.
+    struct ReadOnly;
+
+    impl Driver for ReadOnly {
+        fn name(&self) -> &'static str {
+            "slab"
+        }
+
+        fn description(&self) -> &'static str {
+            "slab image, read only"
+        }
+
+        fn extensions(&self) -> &'static [&'static str] {
+            &["slab"]
+        }
+
+        fn capabilities(&self) -> Capabilities {
+            Capabilities { read: true, size_multiple: 1, ..Capabilities::default() }
+        }
+
+        fn probe(&self, head: &[u8], len: Option<u64>) -> Option<Confidence> {
+            SlabDriver.probe(head, len)
+        }
+
+        fn open(&self, input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
+            SlabDriver.open(input, options)
+        }
+    }
+
+    #[test]
+    fn the_laws_hold_for_a_driver_that_only_reads() {
+        let image = conformance::make_bytes(&SlabDriver, &CreateOptions::default(), &small());
+        conformance::read_only(&ReadOnly, &[(&image, small())]);
+    }
+
     #[test]
     fn converts_to_and_from_the_built_in_formats() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/sparse.vma");
+        let directory = tempdir();
+        let fixture = fixture("sparse.vma");
         let [slab, raw, direct] = ["a.slab", "a.raw", "b.raw"].map(|name| directory.path().join(name));
-        assert_eq!(super::convert(&fixture, &slab).expect("to slab"), "vma to slab: 536871424 bytes");
-        assert_eq!(super::convert(&slab, &raw).expect("from slab"), "slab to raw: 536871424 bytes");
+        let said = super::convert(&fixture, &slab).expect("to slab");
+        assert_eq!(said, format!("{}: 536871424 bytes as slab", slab.display()));
+        super::convert(&slab, &raw).expect("from slab");
         super::convert(&fixture, &direct).expect("without slab");
-        let read = |path: &Path| std::fs::read(path).expect("read");
-        assert!(read(&raw) == read(&direct), "content differs after the conversion through slab");
-        let on_disk = std::fs::metadata(&slab).expect("the slab image").blocks() * 512;
-        assert!(on_disk < 1 << 20, "zeros take no space: {on_disk} bytes");
+        assert_same(&raw, &direct, "through slab, and without");
+        assert!(occupied(&slab) < 1 << 20, "zeros take no space: {} bytes", occupied(&slab));
     }
 }

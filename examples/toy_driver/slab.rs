@@ -4,16 +4,16 @@
 //! The header is the magic `SLABIMG1` and the size of the disk in bytes, a little-endian `u64`.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use imgtool_toolkit::{
-    Access, BufferPool, Capabilities, Confidence, CreateOptions, Device, DeviceId, Driver, Error, Extent,
-    Geometry, ImageInfo, ImageSink, ImageSource, Input, Manifest, OpenOptions, Output, Piece, Prepared,
-    RandomAccess, RandomInput, Result, WriteList,
+use imgtool::contracts::{
+    Access, BufferPool, Capabilities, Confidence, Consumer, CreateOptions, Device, DeviceId, Driver, Error,
+    Extent, Geometry, ImageInfo, ImageSink, ImageSource, ImageWriter, Input, Manifest, OpenOptions, Output,
+    OutputFactory, OutputId, Prepared, RandomAccess, RandomInput, Result, SinkDevice, SinkPiece, WriteList,
 };
 
 const MAGIC: &[u8; 8] = b"SLABIMG1";
-/// File offset of the disk.
-const SLAB: u64 = 4096;
+const SLAB: u64 = 4096; // file offset of the disk
 
 pub struct SlabDriver;
 
@@ -31,7 +31,7 @@ impl Driver for SlabDriver {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { read: true, write: true, max_devices: 1, size_multiple: 1, ..Capabilities::default() }
+        Capabilities { read: true, write: true, size_multiple: 1, ..Capabilities::default() }
     }
 
     fn probe(&self, head: &[u8], _len: Option<u64>) -> Option<Confidence> {
@@ -39,7 +39,7 @@ impl Driver for SlabDriver {
     }
 
     /// Parses, validates and constructs, in this order: no value from the file is used unchecked.
-    fn open(&self, input: Input, _options: &OpenOptions) -> Result<Box<dyn ImageSource>> {
+    fn open(&self, input: Input, _options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
         let input = input.into_random()?;
         let header = input.read_vec(0, 16)?;
         let Some((MAGIC, [size, ..])) = header.split_first_chunk().map(|(m, rest)| (m, rest.as_chunks().0))
@@ -52,28 +52,21 @@ impl Driver for SlabDriver {
         }
         let devices = vec![Device::disk(0, "disk", size)];
         let info = ImageInfo { format: "slab", devices, ..ImageInfo::default() };
-        Ok(Box::new(SlabImage { info, input, size }))
+        Ok(Arc::new(SlabImage { info, input }))
     }
 
-    fn create(
-        &self,
-        output: Output,
-        manifest: &Manifest,
-        options: &CreateOptions,
-    ) -> Result<Box<dyn ImageSink>> {
-        let disk = manifest.single("slab")?;
-        if options.compress.is_some() || disk.open_ended || output.is_stream() {
-            return Err(Error::unsupported("slab: no compression, no pipes, no disks of unknown size"));
+    fn writer(&self, options: &CreateOptions) -> Result<Box<dyn ImageWriter>> {
+        match options.compress {
+            None => Ok(Box::new(SlabDriver)),
+            Some(_) => Err(Error::unsupported("slab has no compression")),
         }
-        Ok(Box::new(SlabSink { output, size: disk.size }))
     }
 }
 
-/// An open image. Many threads read it concurrently, through `&self`.
+/// An open image. Many threads read it concurrently, through `&self`, and only within its disk.
 struct SlabImage {
     info: ImageInfo,
     input: RandomInput,
-    size: u64,
 }
 
 impl ImageSource for SlabImage {
@@ -81,12 +74,8 @@ impl ImageSource for SlabImage {
         &self.info
     }
 
-    fn access(&mut self) -> Access<'_> {
+    fn access(&self) -> Access<'_> {
         Access::Random(self)
-    }
-
-    fn random(&self) -> Option<&dyn RandomAccess> {
-        Some(self)
     }
 }
 
@@ -96,46 +85,56 @@ impl RandomAccess for SlabImage {
         Ok(in_file.into_iter().map(|extent| Extent { start: extent.start - SLAB, ..extent }).collect())
     }
 
-    fn read_at(&self, device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
-        let end = guest_offset.checked_add(buf.len() as u64);
-        if device != DeviceId(0) || end.is_none_or(|end| end > self.size) {
-            return Err(Error::out_of_bounds(format!("device {device} ends at {}", self.size)));
-        }
+    fn read_at(&self, _device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
         self.input.read_exact_at(buf, SLAB + guest_offset)
+    }
+}
+
+/// Makes images. The writer of a format with options is a type of its own, which holds them.
+impl ImageWriter for SlabDriver {
+    fn create(&self, outputs: &mut dyn OutputFactory, manifest: &Manifest) -> Result<Box<dyn ImageSink>> {
+        let (disk, output) = (manifest.single("slab")?, outputs.main()?);
+        if disk.open_ended || output.is_stream() {
+            return Err(Error::unsupported("slab: no pipes, and no disks of unknown size"));
+        }
+        Ok(Box::new(SlabSink { outputs: [output], size: disk.size }))
     }
 }
 
 /// A new image. It says what to write where; the pipeline writes.
 struct SlabSink {
-    output: Output,
+    outputs: [Output; 1],
     size: u64,
 }
 
-impl ImageSink for SlabSink {
-    fn geometry(&self, _device: DeviceId) -> Geometry {
+impl Consumer for SlabSink {
+    fn geometry(&self, _device: SinkDevice) -> Geometry {
         let (granule, piece_len) = (SLAB, 64 * SLAB);
         Geometry { granule, granule_required: false, piece_len, max_zero_len: u64::MAX, ordered: false }
     }
 
-    fn output(&self, _device: DeviceId) -> &Output {
-        &self.output
-    }
-
     /// Finds the bytes to write. Many threads call this concurrently, without shared state.
-    fn prepare(&self, piece: Piece, _pool: &BufferPool) -> Result<Prepared> {
+    fn prepare(&self, piece: SinkPiece, _pool: &BufferPool) -> Result<Prepared> {
         let runs = piece.nonzero_runs(SLAB as usize);
-        Ok(Prepared::sparse(piece, runs, self.output.needs_zeros()))
+        Ok(Prepared::sparse(piece, runs, self.outputs[0].needs_zeros()))
+    }
+}
+
+impl ImageSink for SlabSink {
+    fn outputs(&self) -> &[Output] {
+        &self.outputs
     }
 
-    /// Assigns file offsets. Calls come in the order of the source.
+    /// Assigns file offsets, which follow from the guest offsets, so that calls may come in any order.
     fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
-        prepared.parts.iter().for_each(|part| writes.push(SLAB + part.guest.start, part.bytes.clone()));
+        let parts = prepared.parts.iter();
+        parts.for_each(|part| writes.push(OutputId::MAIN, SLAB + part.guest.start, part.bytes.clone()));
         Ok(())
     }
 
     /// Writes the header last, so that an unfinished file is not a valid image.
     fn finish(&self) -> Result<()> {
-        self.output.set_len(SLAB + self.size)?;
-        self.output.write_at(&[*MAGIC, self.size.to_le_bytes()].concat(), 0)
+        self.outputs[0].set_len(SLAB + self.size)?;
+        self.outputs[0].write_at(&[*MAGIC, self.size.to_le_bytes()].concat(), 0)
     }
 }

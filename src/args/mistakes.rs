@@ -5,7 +5,7 @@ use std::path::Path;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Command, CommandFactory};
-use imgtool_toolkit::{Error, suggest};
+use imgtool_core::{Error, suggest};
 
 use super::Cli;
 

@@ -1,28 +1,26 @@
-//! Values that shells complete. The parser accepts any text; the code that uses the value validates it
-//! and words the error.
+//! Argument values that shells can complete. The parser accepts any text; the code that uses a value
+//! validates it and words the error.
 
 use std::ffi::OsStr;
 
 use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
 use clap::{Arg, Command, Error};
 
-use crate::drivers;
-
 /// QEMU's cache modes, the values of `-t` and `-T`.
 pub const CACHE_MODES: [&str; 5] = ["none", "writeback", "writethrough", "directsync", "unsafe"];
 
-/// Kind of a value, from which the completions derive their words.
+/// Kind of a value, from which the completions derive the possible words.
 #[derive(Debug, Clone, Copy)]
 pub enum Offer {
     /// The name of a format.
     Formats,
-    /// `KEY=` of the `-o` options of all formats: the parser does not know the format of one value.
+    /// `KEY=` for the `-o` options of all formats, since the parser does not know the format of a value.
     OptionKeys,
 }
 
 impl Offer {
     fn values(self) -> Vec<PossibleValue> {
-        let registry = drivers::registry();
+        let registry = imgtool::registry();
         match self {
             Offer::Formats => {
                 let value = |name, help| PossibleValue::new(name).help(help);

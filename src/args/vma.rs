@@ -1,11 +1,11 @@
-//! The command line of `imgtool vma`: flag for flag that of Proxmox's `vma` program.
+//! The command line of `imgtool vma`. It has the same flags as Proxmox's `vma` program.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-/// Usage text that the `vma` program prints for every usage error.
+/// Usage text, which the `vma` program prints for every usage error.
 pub const USAGE: &str = "\
 usage: vma COMMAND ...
   vma list FILE
@@ -16,7 +16,7 @@ usage: vma COMMAND ...
   vma verify FILE [-v]
 ";
 
-/// `imgtool vma`. The last of several equal options counts, as with getopt(3).
+/// Arguments of `imgtool vma`. The last of several equal options counts, as with getopt(3).
 #[derive(Debug, Args)]
 pub struct VmaArgs {
     /// The command to run.
@@ -61,7 +61,7 @@ pub enum VmaCommand {
     },
 }
 
-/// `imgtool vma create`.
+/// Arguments of `imgtool vma create`.
 #[derive(Debug, Args)]
 #[command(args_override_self = true)]
 pub struct VmaCreateArgs {
@@ -81,7 +81,7 @@ pub struct VmaCreateArgs {
     pub disks: Vec<OsString>,
 }
 
-/// `imgtool vma extract`.
+/// Arguments of `imgtool vma extract`.
 #[derive(Debug, Args)]
 #[command(
     args_override_self = true,

@@ -1,16 +1,17 @@
-//! `imgtool check`: checks the whole structure of one image.
+//! `imgtool check`: checks the whole structure of an image, with qemu-img's JSON and exit codes.
 
 use std::fmt::Write as _;
 use std::path::Path;
 
-use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::{CheckReport, Error, Result, ResultExt};
+use imgtool_core::error::escape_control;
+use imgtool_core::{CheckReport, Error, Location, Result, ResultExt};
+use imgtool_engine::open;
 use serde::Serialize;
 
 use crate::args::CheckArgs;
 use crate::exit::Exit;
+use crate::images;
 use crate::report::{self, Stream};
-use crate::{drivers, images};
 
 #[derive(Serialize)]
 struct Document<'a> {
@@ -32,7 +33,7 @@ pub fn run(args: &CheckArgs) -> Result<Exit> {
     }
     match check(args) {
         Ok(exit) => Ok(exit),
-        // Not the code of a usage error: 2 means corrupt.
+        // Exit code 2 of a usage error would mean a corrupt image here.
         Err(error) => {
             report::error(&error);
             Ok(Exit::Failed)
@@ -41,21 +42,23 @@ pub fn run(args: &CheckArgs) -> Result<Exit> {
 }
 
 fn check(args: &CheckArgs) -> Result<Exit> {
-    let registry = drivers::registry();
+    let registry = imgtool::registry();
     let options = images::open_options(&registry, &args.input)?;
     let format = args.input.format.as_deref();
-    let input = images::input(&registry, &args.image, format)?;
+    let location = Location::source(args.image.as_os_str());
+    let open = open::open_input(&registry, &location, format)?;
     let driver = match format {
         Some(name) => registry.get(name)?,
-        None => registry.probe(&input.head()?, input.len()).in_file(&args.image)?,
+        None => registry.probe(&open.input.head()?, open.input.len()).in_file(&location)?.0,
     };
     let can = driver.capabilities();
     if !can.check {
-        return Err(Error::unsupported(format!("{} images have no structure to check", driver.name()))
-            .path(&args.image));
+        return Err(
+            Error::unsupported(format!("{} images have no structure to check", driver.name())).path(location)
+        );
     }
-    let input = if can.stream_read { input } else { input.spool()? };
-    let found = driver.check(input, &options).in_file(&args.image)?;
+    let open = if can.stream_read { open } else { open.spool()? };
+    let found = driver.check(open.input, &options).in_file(location)?;
     if args.output.is_json() {
         let filename = args.image.to_string_lossy().into_owned();
         report::print_json(&document(&Document { filename, format: driver.name(), report: &found }))?;
@@ -65,7 +68,7 @@ fn check(args: &CheckArgs) -> Result<Exit> {
     Ok(exit(&found))
 }
 
-/// The JSON document. Like qemu-img's, it omits the fields that the format does not have.
+/// Returns the JSON document. Like that of qemu-img, it omits the fields that the format does not have.
 fn document(document: &Document<'_>) -> serde_json::Value {
     let mut value = serde_json::to_value(document).unwrap_or_default();
     if let Some(map) = value.as_object_mut() {
@@ -96,7 +99,7 @@ fn page(path: &Path, format: &str, found: &CheckReport) -> String {
     if !found.findings.is_empty() && counted > found.findings.len() as u64 {
         let _ = writeln!(text, "(only the first {} findings are listed)", found.findings.len());
     }
-    let name = images::show(path);
+    let name = images::show(path.as_os_str());
     let verdict = match exit(found) {
         Exit::Done => format!("{name}: no errors were found in this {format} image"),
         Exit::LEAKS => {

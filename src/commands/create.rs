@@ -1,23 +1,21 @@
-//! `imgtool create`: an empty image, or one that shows what its backing file holds.
+//! `imgtool create`: creates an empty image, or one that shows the content of its backing file.
 
 use std::path::Path;
 
-use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::pipeline::{self, Job, Route};
-use imgtool_toolkit::{
-    CreateOptions, DeviceId, Error, ImageSource, Manifest, NoProgress, OpenOptions, Outputs, Registry,
-    Result, ResultExt,
-};
+use imgtool_core::error::escape_control;
+use imgtool_core::{Error, Location, Registry, Result};
+use imgtool_engine::create::{self, CreateRequest};
+use imgtool_engine::{TargetFormat, format};
 use serde::Serialize;
 
-use super::{extras, options};
-use crate::args::CreateArgs;
+use super::options;
+use crate::args::{CreateArgs, ProgressMode};
 use crate::exit::Exit;
-use crate::images::{self, Blank};
 use crate::interrupt::Interrupt;
-use crate::{drivers, report};
+use crate::progress::Display;
+use crate::{images, report};
 
-/// What was made, in JSON.
+/// JSON document about the new image.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Document<'a> {
@@ -25,83 +23,67 @@ struct Document<'a> {
     format: &'a str,
     virtual_size: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
-    backing_filename: Option<&'a str>,
+    backing_filename: Option<String>,
     notes: Vec<String>,
 }
 
-/// Makes an empty image.
+/// Creates an image.
 ///
 /// # Errors
-/// When it can't be made; nothing is left then.
+/// If the image can't be created. Nothing is left of it then.
 pub fn run(args: &CreateArgs) -> Result<Exit> {
     images::refuse_objects(&args.object)?;
-    let registry = drivers::registry();
-    let by_name = args.path.as_deref().and_then(|path| options::driver_by_name(&registry, path));
-    let driver = match (&args.format, by_name) {
-        (Some(name), _) => images::driver(&registry, name)?,
-        (None, Some(driver)) => driver,
-        (None, None) => {
-            args.path.iter().try_for_each(|path| images::check_name(&registry, path, "-f "))?;
-            registry.get("raw")?
-        }
-    };
+    let registry = imgtool::registry();
+    let location = args.path.as_deref().map(Location::from);
+    let driver = format::by_word_or_name(&registry, args.format.as_deref(), location.as_ref())?;
     if options::asks_for_help(&args.options) {
         return options::list(&*driver);
     }
-    let mut create = options::create_options(&args.options, None)?;
-    extras::add_backing(&mut create, args.backing.as_deref(), args.backing_format.as_deref())?;
-    driver.check_options(&create)?;
-    let Some(path) = &args.path else {
-        return Err(Error::usage("PATH is needed").hint("imgtool create -f FMT PATH SIZE"));
+    let mut format_options = options::format_options(&args.options, None)?;
+    options::add_backing(&mut format_options, args.backing.as_deref(), args.backing_format.as_deref())?;
+    let format = TargetFormat::new(driver, format_options)?;
+    let (Some(path), Some(location)) = (&args.path, location) else {
+        return Err(Error::usage("missing PATH").hint("imgtool create -f FMT PATH SIZE"));
     };
     if path == Path::new("-") {
         return Err(Error::usage("an empty image is made as a file, not on standard output")
             .hint("imgtool create -f FMT PATH SIZE"));
     }
-    let size = size(&registry, args, path, &create)?;
+    let size = size(&registry, args, path, &location, &format)?;
+    let backing_filename = format.writer.backing().map(|backing| backing.name);
+    let format_name = format.driver.name();
 
     let interrupt = Interrupt::listen()?;
-    let mut outputs = Outputs::new();
-    interrupt.cleans(outputs.cleaner());
-    let backing = extras::backing_path(path, &create)?;
-    backing.iter().try_for_each(|path| outputs.protect(path))?;
-    let mut blank = Blank::new(&images::stem(&registry, path), size);
-    let manifest = Manifest { devices: blank.info().devices.clone(), attachments: Vec::new() };
-    let output = outputs.create(path, args.force)?;
-    if let Some(data_file) = extras::create_data_file(path, &create, &mut outputs, args.force)? {
-        create.extras.outputs.insert(extras::DATA_FILE.to_owned(), data_file);
-    }
-    let sink = driver.create(output, &manifest, &create).in_file(path)?;
-    sink.begin()?;
-    // Over a backing file nothing is written: zeros would hide it.
-    if backing.is_none() {
-        let only = Route { from: DeviceId(0), to: DeviceId(0) };
-        let job = Job { routes: vec![only], threads: 1, progress: &NoProgress, cancel: interrupt.token() };
-        pipeline::copy(&mut blank, &*sink, &job)?;
-    }
-    sink.finish()?;
-    interrupt.shielded(|| outputs.commit())?;
+    let request = CreateRequest { path: path.clone(), format, size, overwrite: args.force };
+    let display = Display::new(ProgressMode::None, &interrupt);
+    let made = create::create(&registry, request, &display, &interrupt.token())?;
     let document = Document {
         filename: path.to_string_lossy().into_owned(),
-        format: driver.name(),
+        format: format_name,
         virtual_size: size,
-        backing_filename: create.get(extras::BACKING_FILE),
-        notes: sink.notes(),
+        backing_filename,
+        notes: made.notes.iter().map(ToString::to_string).collect(),
     };
     if args.output.is_json() {
         report::print_json(&document)?;
     } else if !args.quiet {
-        let below = document.backing_filename.map(|name| format!(", on {}", escape_control(name)));
+        let below = document.backing_filename.as_ref().map(|name| format!(", on {}", escape_control(name)));
         let size = report::exact_size(size);
-        let what = format!("{}, {size}{}", driver.name(), below.unwrap_or_default());
-        report::print(&format!("{}: {what}\n", images::show(path)))?;
+        let what = format!("{}, {size}{}", document.format, below.unwrap_or_default());
+        report::print(&format!("{}: {what}\n", images::show(path.as_os_str())))?;
         document.notes.iter().for_each(|note| report::note(note));
     }
     Ok(Exit::Done)
 }
 
 /// SIZE, or the size of the backing file.
-fn size(registry: &Registry, args: &CreateArgs, path: &Path, create: &CreateOptions) -> Result<u64> {
+fn size(
+    registry: &Registry,
+    args: &CreateArgs,
+    path: &Path,
+    location: &Location,
+    format: &TargetFormat,
+) -> Result<u64> {
     let is_size = |text: &str| options::size(text).is_ok();
     if let (Some(first), Some(second)) = (path.to_str(), args.size.as_deref())
         && is_size(first)
@@ -110,21 +92,11 @@ fn size(registry: &Registry, args: &CreateArgs, path: &Path, create: &CreateOpti
         return Err(Error::usage(format!("'{second}' is not a size"))
             .hint(format!("SIZE comes last: imgtool create {second} {first}")));
     }
-    let given = args.size.as_deref().map(options::size).transpose()?;
-    let missing = || Error::usage("SIZE is needed").hint("imgtool create -f FMT PATH SIZE");
+    let size = args.size.as_deref().map(options::size).transpose()?;
+    let missing = || Error::usage("missing SIZE").hint("imgtool create -f FMT PATH SIZE");
     if args.unsafe_backing {
-        return given.ok_or_else(missing);
+        return size.ok_or_else(missing);
     }
-    // Its own backing files are not looked for.
-    let facts = OpenOptions { info_only: true, ..OpenOptions::default() };
-    let base = extras::open_base(registry, path, create, &facts)?;
-    let devices = base.as_ref().map(|base| base.source.info().devices.as_slice());
-    match (given, devices) {
-        (_, Some(devices)) if devices.len() != 1 => {
-            Err(Error::unsupported(format!("the backing file holds {} devices, not one", devices.len())))
-        }
-        (Some(size), _) => Ok(size),
-        (None, Some([device])) => Ok(device.size),
-        (None, _) => Err(missing()),
-    }
+    let backing_size = create::backing_size(registry, location, format)?;
+    size.or(backing_size).ok_or_else(missing)
 }

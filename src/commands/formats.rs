@@ -1,19 +1,18 @@
-//! `imgtool formats`: the formats, their capabilities and their options.
+//! `imgtool formats`: lists the formats, their capabilities and their options.
 
 use std::fmt::Write as _;
 
-use imgtool_toolkit::{Capabilities, Driver, OptionSpec, Result};
+use imgtool_core::{Capabilities, Driver, OptionSpec, Result};
 use serde::Serialize;
 
 use crate::args::FormatsArgs;
-use crate::drivers;
 use crate::exit::Exit;
 use crate::report::{self, Paint, Stream};
 
-/// Most columns of a line. Our choice: longer lines are hard to read.
+/// Maximum columns of a line. Our choice: longer lines are hard to read.
 const MAX_COLUMNS: usize = 80;
 
-/// Terminals below this width show the explanations under the names instead of beside them.
+/// Columns below which a terminal shows the explanations under the names instead of beside them.
 const NARROW: usize = 60;
 
 /// One format in JSON.
@@ -23,13 +22,61 @@ struct FormatRecord<'a> {
     name: &'a str,
     description: &'a str,
     extensions: &'a [&'a str],
-    capabilities: Capabilities,
-    options: &'a [OptionSpec],
+    capabilities: CapabilitiesRecord,
+    options: Vec<OptionRecord>,
+}
+
+/// Capabilities of a format in JSON.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct CapabilitiesRecord {
+    read: bool,
+    write: bool,
+    stream_read: bool,
+    stream_write: bool,
+    max_devices: u32,
+    attachments: bool,
+    compression: bool,
+    open_ended: bool,
+    size_multiple: u64,
+    check: bool,
+}
+
+impl From<Capabilities> for CapabilitiesRecord {
+    fn from(can: Capabilities) -> Self {
+        Self {
+            read: can.read,
+            write: can.write,
+            stream_read: can.stream_read,
+            stream_write: can.stream_write,
+            max_devices: can.max_devices(),
+            attachments: can.attachments(),
+            compression: can.compression,
+            open_ended: can.open_ended,
+            size_multiple: can.size_multiple,
+            check: can.check,
+        }
+    }
+}
+
+/// One option in JSON.
+#[derive(Serialize)]
+struct OptionRecord {
+    name: &'static str,
+    help: &'static str,
+    default: &'static str,
+    values: String,
+}
+
+impl From<&OptionSpec> for OptionRecord {
+    fn from(spec: &OptionSpec) -> Self {
+        Self { name: spec.name, help: spec.help, default: spec.default, values: spec.kind.to_string() }
+    }
 }
 
 /// Prints the formats.
 pub fn run(args: &FormatsArgs) -> Result<Exit> {
-    let registry = drivers::registry();
+    let registry = imgtool::registry();
     if args.output.is_json() {
         let formats: Vec<FormatRecord<'_>> = registry
             .drivers()
@@ -37,8 +84,8 @@ pub fn run(args: &FormatsArgs) -> Result<Exit> {
                 name: driver.name(),
                 description: driver.description(),
                 extensions: driver.extensions(),
-                capabilities: driver.capabilities(),
-                options: driver.options(),
+                capabilities: driver.capabilities().into(),
+                options: driver.options().iter().map(OptionRecord::from).collect(),
             })
             .collect();
         report::print_json(&formats)?;
@@ -74,7 +121,7 @@ pub fn options(indent: usize, specs: &[OptionSpec]) -> String {
         let name = format!("{:<longest$}  ", format!("{}=", spec.name));
         let below = indent + name.len();
         paragraph(&mut text, indent, &name, spec.help);
-        paragraph(&mut text, below, "", &format!("{}; default: {}", spec.values, spec.default));
+        paragraph(&mut text, below, "", &format!("{}; default: {}", spec.kind, spec.default));
     }
     text
 }
@@ -84,16 +131,16 @@ fn narrow_options(indent: usize, specs: &[OptionSpec]) -> String {
     for spec in specs {
         let _ = writeln!(text, "{:indent$}{}=", "", spec.name);
         paragraph(&mut text, indent + 2, "", spec.help);
-        paragraph(&mut text, indent + 2, "", &format!("{}; default: {}", spec.values, spec.default));
+        paragraph(&mut text, indent + 2, "", &format!("{}; default: {}", spec.kind, spec.default));
     }
     text
 }
 
-/// Appends a text after a label; further lines are aligned with its first word.
+/// Appends a text after a label. Further lines are aligned with the text's first word.
 fn paragraph(text: &mut String, indent: usize, label: &str, words: &str) {
     let columns = Stream::Out.columns().unwrap_or(MAX_COLUMNS).min(MAX_COLUMNS);
     let begin = indent + label.len();
-    // Our minimum: narrower columns are unreadable; the terminal wraps the lines then.
+    // At least 20 columns, since narrower text is unreadable. The terminal wraps the lines then.
     let width = columns.saturating_sub(begin).max(20);
     for (index, line) in report::wrap(words, width).iter().enumerate() {
         let prefix = if index == 0 { format!("{:indent$}{label}", "") } else { " ".repeat(begin) };
@@ -101,7 +148,7 @@ fn paragraph(text: &mut String, indent: usize, label: &str, words: &str) {
     }
 }
 
-/// The capabilities of a driver in words.
+/// Returns the capabilities of a driver in words.
 fn capability_names(can: &Capabilities) -> Vec<String> {
     let mut list: Vec<String> = [
         (can.read, "read"),
@@ -109,14 +156,14 @@ fn capability_names(can: &Capabilities) -> Vec<String> {
         (can.stream_read, "read from a pipe"),
         (can.stream_write, "write to a pipe"),
         (can.compression, "compress"),
-        (can.attachments, "hold configurations"),
+        (can.attachments(), "hold configurations"),
         (can.check, "check"),
     ]
     .iter()
     .filter(|(has, _)| *has)
     .map(|(_, what)| (*what).to_owned())
     .collect();
-    list.push(match can.max_devices {
+    list.push(match can.max_devices() {
         1 => "one disk".to_owned(),
         many => format!("up to {many} disks"),
     });

@@ -1,34 +1,35 @@
-//! `imgtool info`: describes an image or archive without reading its data. Only a short stream is read
-//! to its end, because a stream cannot skip its data.
+//! `imgtool info`: describes images and archives without reading their data. Only a short stream is read to
+//! its end, because a stream cannot skip its data.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use imgtool_toolkit::external::{self, MAX_CHAIN_DEPTH};
-use imgtool_toolkit::storage::os;
-use imgtool_toolkit::{
-    Compression, Driver, Error, FactScope, ImageInfo, ImageSource, OpenOptions, Registry, Result,
+use imgtool_core::{
+    Driver, Error, FactScope, ImageInfo, ImageSource, Location, OpenOptions, Registry, Result,
 };
+use imgtool_engine::externals::{self, MAX_CHAIN_DEPTH};
+use imgtool_engine::open;
+use imgtool_storage::{Compression, os};
 use serde_json::{Map, Value, json};
 
 use crate::args::InfoArgs;
 use crate::exit::Exit;
-use crate::{drivers, images, report};
+use crate::{images, remedy, report};
 
 mod guest;
 mod page;
 
-/// Most decompressed bytes of a stream that are read without `--read-all`. Our limit: a fraction of a
-/// second.
+/// Maximum number of decompressed bytes of a stream that are read without `--read-all`. Our limit: reading
+/// them takes a fraction of a second.
 const STREAM_LEN: u64 = 64 << 20;
 
 /// One image to describe.
 struct ImageEntry {
-    path: PathBuf,
+    location: Location,
     compression: Vec<Compression>,
-    source: Box<dyn ImageSource>,
+    source: Arc<dyn ImageSource>,
     is_archive: bool,
-    /// Note on why the backing file is not shown.
+    /// Reason that the backing file is not shown, as a note.
     chain_ends: Option<String>,
 }
 
@@ -37,22 +38,25 @@ impl ImageEntry {
         self.source.info()
     }
 
-    fn notes(&self) -> impl Iterator<Item = &String> {
-        self.info().notes.iter().chain(&self.chain_ends)
+    /// Notes, and where facts are missing the way to learn them.
+    fn notes(&self) -> impl Iterator<Item = String> {
+        let info = self.info();
+        let notes = info.notes.iter().cloned();
+        notes.chain(info.remedy.as_ref().map(remedy::words)).chain(self.chain_ends.clone())
     }
 
-    /// The damage that the driver found while opening the image.
+    /// Returns the damage that the driver found while opening the image.
     fn damage(&self) -> Option<String> {
-        self.source.damage().map(ToString::to_string)
+        self.source.damage().map(|damage| format!("{damage:#}"))
     }
 
     fn virtual_size(&self) -> u64 {
         self.info().devices.iter().fold(0, |sum, device| sum.saturating_add(device.size))
     }
 
-    /// Allocated bytes; `None` unless the image is a regular file.
+    /// Returns the bytes allocated for the file; `None` unless it is a regular file.
     fn actual_size(&self) -> Option<u64> {
-        let meta = fs::metadata(&self.path).ok().filter(fs::Metadata::is_file)?;
+        let meta = fs::metadata(self.location.path()?).ok().filter(fs::Metadata::is_file)?;
         Some(os::allocated_len(&meta))
     }
 }
@@ -60,10 +64,10 @@ impl ImageEntry {
 /// Describes the images.
 ///
 /// # Errors
-/// An image cannot be opened; then nothing is printed. Damage further inside an image is no error: it is
-/// printed with everything else, and the exit code is [`Exit::Failed`].
+/// If an image cannot be opened. Nothing is printed then. Damage further inside an image is no error: it is
+/// printed with the facts, and the exit code is [`Exit::Failed`].
 pub fn run(args: &InfoArgs) -> Result<Exit> {
-    let registry = drivers::registry();
+    let registry = imgtool::registry();
     let options = OpenOptions {
         info_only: true,
         info_stream_len: if args.read_all { u64::MAX } else { STREAM_LEN },
@@ -72,12 +76,12 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
     };
     let mut entries = Vec::new();
     for path in &args.images {
-        let opened = images::open(&registry, path, args.input.format.as_deref(), &options)?;
+        let opened = images::open(&registry, path.as_os_str(), args.input.format.as_deref(), &options)?;
         entries.push(ImageEntry {
-            path: path.clone(),
+            location: opened.location,
             is_archive: is_archive(&*opened.driver),
             compression: opened.compression,
-            source: opened.source,
+            source: opened.image,
             chain_ends: None,
         });
         if args.backing_chain {
@@ -86,7 +90,7 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
     }
     if args.output.is_json() {
         let documents: Vec<Value> = entries.iter().map(document).collect();
-        // Like qemu-img: an array only if there can be several images.
+        // Like qemu-img, print an array only if there can be several images.
         let is_single = args.images.len() == 1 && !args.backing_chain;
         match (is_single, documents.as_slice()) {
             (true, [only]) => report::print_json(only)?,
@@ -105,7 +109,7 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
 }
 
 fn is_archive(driver: &dyn Driver) -> bool {
-    driver.capabilities().max_devices > 1
+    driver.capabilities().is_archive()
 }
 
 /// Appends the backing files of the last image.
@@ -114,7 +118,7 @@ fn follow_chain(registry: &Registry, options: &OpenOptions, entries: &mut Vec<Im
         let Some(last) = entries.last() else { return Ok(()) };
         let backing = last.info().references.iter().find(|r| matches!(r.role, "backing file" | "parent"));
         let Some(backing) = backing.cloned() else { return Ok(()) };
-        let from = last.path.clone();
+        let from = last.location.clone();
         let source = options.externals.open_image(
             backing.role,
             &backing.name,
@@ -124,28 +128,28 @@ fn follow_chain(registry: &Registry, options: &OpenOptions, entries: &mut Vec<Im
         );
         let source = match source {
             Ok(source) => source,
-            // The reference itself is listed with its image; only the file behind it is not shown.
+            // The image lists the reference itself. Only the file that it names is not shown.
             Err(error) => {
                 let Some(last) = entries.last_mut() else { return Ok(()) };
-                last.chain_ends = Some(format!("the rest of the chain is not shown: {error}"));
+                last.chain_ends = Some(format!("the rest of the chain is not shown: {error:#}"));
                 return Ok(());
             }
         };
         let is_archive = registry.get(source.info().format).is_ok_and(|driver| is_archive(&*driver));
-        let path = images::resolve(from.parent().unwrap_or(Path::new("")), &backing.name);
-        if entries.iter().any(|known| known.path == path) {
-            return Err(external::leads_back(backing.role, &backing.name, &from));
+        let Some(location) = open::resolve(&from, &backing.name) else { return Ok(()) };
+        if entries.iter().any(|known| known.location == location) {
+            return Err(externals::chain_loop(backing.role, &backing.name, &from));
         }
-        entries.push(ImageEntry { path, compression: Vec::new(), source, is_archive, chain_ends: None });
+        entries.push(ImageEntry { location, compression: Vec::new(), source, is_archive, chain_ends: None });
     }
     Err(Error::limit(format!("the chain is deeper than {MAX_CHAIN_DEPTH} images")))
 }
 
-/// The JSON object of one image, with qemu-img's names for fields of the same meaning.
+/// Returns the JSON object of one image, with qemu-img's names for fields of the same meaning.
 fn document(image: &ImageEntry) -> Value {
     let info = image.info();
     let mut map = Map::new();
-    map.insert("filename".into(), image.path.to_string_lossy().into());
+    map.insert("filename".into(), image.location.name().into());
     map.insert("format".into(), info.format.into());
     map.insert("virtual-size".into(), virtual_size(image));
     if let Some(size) = image.actual_size() {
@@ -177,18 +181,18 @@ fn document(image: &ImageEntry) -> Value {
     if let Some(damage) = image.damage() {
         map.insert("damage".into(), damage.into());
     }
-    let notes: Vec<&String> = image.notes().collect();
+    let notes: Vec<String> = image.notes().collect();
     map.insert("notes".into(), json!(notes));
     Value::Object(map)
 }
 
-/// The virtual size; null for a stream of unknown length.
+/// Returns the virtual size in bytes; null for a stream of unknown length.
 fn virtual_size(image: &ImageEntry) -> Value {
     let open_ended = image.info().devices.iter().any(|device| device.open_ended);
     if open_ended { Value::Null } else { image.virtual_size().into() }
 }
 
-fn device(device: &imgtool_toolkit::Device) -> Value {
+fn device(device: &imgtool_core::Device) -> Value {
     let size = if device.open_ended { Value::Null } else { device.size.into() };
     json!({
         "id": device.id.0,

@@ -1,22 +1,22 @@
-//! `imgtool map`: the allocation of a disk, and where its data lies in the files of a chain.
+//! `imgtool map`: prints the extents of a disk and the place of its data in the files of a chain.
 
 use std::ops::Range;
 
-use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::{Device, Error, Extent, ExtentKind, MapExtent, RandomAccess, Result, ResultExt};
+use imgtool_core::error::escape_control;
+use imgtool_core::{Device, Disk, Error, Extent, ExtentKind, Location, MapExtent, Result, ResultExt};
 use serde::Serialize;
 
 use super::options;
 use crate::args::MapArgs;
 use crate::exit::Exit;
+use crate::images;
 use crate::report::{self, Stream};
-use crate::{drivers, images};
 
 mod picture;
 
 use picture::Picture;
 
-/// One extent in JSON: qemu-img's fields in its order, then our own.
+/// One extent in JSON: the fields of qemu-img in its order, then our own.
 #[derive(Serialize)]
 struct ExtentRecord<'a> {
     start: u64,
@@ -33,32 +33,34 @@ struct ExtentRecord<'a> {
 
 /// Prints the extents of the devices.
 pub fn run(args: &MapArgs) -> Result<Exit> {
-    let registry = drivers::registry();
-    let options = imgtool_toolkit::OpenOptions {
+    let registry = imgtool::registry();
+    let options = imgtool_core::OpenOptions {
         snapshot: args.snapshot.snapshot.as_deref().map(images::snapshot_name),
         ..images::open_options(&registry, &args.input)?
     };
-    let opened = images::open_random(&registry, &args.image, args.input.format.as_deref(), &options)?;
-    let random = images::random(&opened)?;
-    let devices = images::select(&opened, &args.disk)?;
-    let window = window(args, &devices).in_file(&args.image)?;
+    let opened =
+        images::open_random(&registry, args.image.as_os_str(), args.input.format.as_deref(), &options)?;
+    let location: &Location = &opened.location;
+    let devices = opened.select(&args.disk)?;
+    let window = window(args, &devices).in_file(location)?;
     let json = args.output.is_json();
     let mut printer = Printer::new(json);
     printer.begin();
     for device in devices {
         let range = window.start.min(device.size)..window.end.min(device.size);
+        let disk = Disk::new(opened.image.clone(), device.id).in_file(location)?;
         if !json && !range.is_empty() {
-            printer.text.push_str(&picture(random, &device, range.clone()).in_file(&args.image)?);
+            printer.text.push_str(&picture(&disk, range.clone()).in_file(location)?);
             printer.header();
         }
-        walk(random, &device, range, |extent| printer.extent(&device.name, &extent)).in_file(&args.image)?;
+        walk(&disk, range, |extent| printer.extent(&device.name, &extent)).in_file(location)?;
         printer.end_of_device();
     }
     printer.end()?;
     Ok(Exit::Done)
 }
 
-/// The guest range to show.
+/// Returns the guest range to show.
 fn window(args: &MapArgs, devices: &[Device]) -> Result<Range<u64>> {
     let start = args.start_offset.as_deref().map_or(Ok(0), options::size)?;
     let longest = devices.iter().map(|device| device.size).max().unwrap_or(0);
@@ -71,9 +73,9 @@ fn window(args: &MapArgs, devices: &[Device]) -> Result<Range<u64>> {
 }
 
 /// Draws the allocation of a device.
-fn picture(random: &dyn RandomAccess, device: &Device, range: Range<u64>) -> Result<String> {
+fn picture(disk: &Disk, range: Range<u64>) -> Result<String> {
     let mut picture = Picture::new(range.clone(), Stream::Out.columns());
-    walk(random, device, range, |extent| {
+    walk(disk, range, |extent| {
         let kind = match extent {
             MapExtent { zero: false, .. } => ExtentKind::Data,
             MapExtent { present: true, .. } => ExtentKind::Zero,
@@ -82,20 +84,15 @@ fn picture(random: &dyn RandomAccess, device: &Device, range: Range<u64>) -> Res
         picture.add(Extent { start: extent.start, len: extent.len, kind });
         Ok(())
     })?;
-    Ok(picture.draw(&device.name))
+    Ok(picture.draw(disk.name()))
 }
 
 /// Calls `visit` for every extent in `range`, after joining neighbours of the same kind.
-fn walk(
-    random: &dyn RandomAccess,
-    device: &Device,
-    range: Range<u64>,
-    mut visit: impl FnMut(MapExtent) -> Result<()>,
-) -> Result<()> {
+fn walk(disk: &Disk, range: Range<u64>, mut visit: impl FnMut(MapExtent) -> Result<()>) -> Result<()> {
     let mut pending: Option<MapExtent> = None;
     let mut position = range.start;
     while position < range.end {
-        for extent in random.map(device.id, position..range.end)? {
+        for extent in disk.map(position..range.end)? {
             position = extent.end();
             if pending.as_mut().is_some_and(|known| known.join(&extent)) {
                 continue;
@@ -108,30 +105,30 @@ fn walk(
     pending.map_or(Ok(()), visit)
 }
 
-/// Lines of a terminal not available to the list, so that the drawing stays on the screen: the drawing
+/// Lines of the terminal that the list must leave free, so that the drawing stays on the screen: the drawing
 /// with title and legend, header and last line of the list, the command and the prompt.
 const RESERVED_LINES: usize = 12;
 
-/// Rows of the list on even the smallest terminal. Our choice.
+/// Minimum number of rows of the list, on any terminal. Our choice.
 const MIN_ROWS: usize = 8;
 
-/// Width of a row without the names at its end.
+/// Columns of a row without the names at its end.
 const FULL_ROW: usize = 61;
 
-/// Buffered bytes at which the text is written to standard output.
+/// Number of buffered bytes at which the text is written to standard output.
 const FLUSH_AT: usize = 64 * 1024;
 
-/// Prints the extents in parts, as the map of a fragmented disk is long.
+/// Prints the extents in parts, since the map of a fragmented disk is long.
 struct Printer {
     json: bool,
-    /// Most rows per device; the rest is only counted.
+    /// Maximum rows per device; further ones are only counted.
     max_rows: u64,
-    /// True if the terminal has no room for the columns of the mapping.
+    /// True if the terminal is too narrow for the columns of the mapping.
     narrow: bool,
     text: String,
-    /// Extents printed, of all devices.
+    /// Number of extents printed, over all devices.
     printed: u64,
-    /// Extents of the current device.
+    /// Number of extents of the current device.
     rows: u64,
 }
 
@@ -182,14 +179,14 @@ impl Printer {
             let (start, len) = (extent.start.to_string(), extent.len.to_string());
             let place = extent.place.as_ref();
             let offset = place.map_or_else(|| "-".to_owned(), |place| place.file_offset.to_string());
-            let file = place.map_or_else(String::new, |place| escape_control(&place.file.to_string_lossy()));
+            let file = place.map_or_else(String::new, |place| place.file.to_string());
             self.row([&start, &len, kind, &offset], &escape_control(device), &file);
         }
         self.printed += 1;
         if self.text.len() >= FLUSH_AT { self.flush() } else { Ok(()) }
     }
 
-    /// Appends a row. Numbers up to 64 TiB in bytes are aligned, on a narrow terminal up to 8 TiB.
+    /// Appends a row. The columns fit offsets up to 64 TiB; on a narrow terminal, up to 8 TiB.
     fn row(&mut self, [start, length, kind, place]: [&str; 4], device: &str, file: &str) {
         let row = if self.narrow {
             format!("{start:>13}  {length:>13}  {kind}")

@@ -1,51 +1,57 @@
-//! `imgtool measure`: how many bytes an image will need, before any is written.
+//! `imgtool measure`: prints the number of bytes that an image will need.
 
-use imgtool_toolkit::{Error, ImageSource, OpenOptions, Registry, Result};
+use imgtool_core::{Error, Measure, OpenOptions, Registry, Result};
+use imgtool_engine::{TargetFormat, create, foreign};
+use serde::Serialize;
 
 use super::options;
 use crate::args::MeasureArgs;
 use crate::exit::Exit;
-use crate::images::{self, Blank};
-use crate::{drivers, report};
+use crate::{images, report};
 
-/// Prints what an image will need.
+/// Sizes in JSON.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Document {
+    required: u64,
+    fully_allocated: u64,
+}
+
+/// Prints the size that an image will have.
 ///
 /// # Errors
-/// When the source can't be read, or the format does not measure.
+/// If the source can't be read, or the format can't be measured.
 pub fn run(args: &MeasureArgs) -> Result<Exit> {
-    let registry = drivers::registry();
-    let driver = images::driver(&registry, args.to.as_deref().unwrap_or("raw"))?;
+    let registry = imgtool::registry();
+    let driver = foreign::driver(&registry, args.to.as_deref().unwrap_or("raw"))?;
     if options::asks_for_help(&args.options) {
         return options::list(&*driver);
     }
-    let create = options::create_options(&args.options, None)?;
-    driver.check_options(&create)?;
-    let source = source(&registry, args)?;
-    let measure = driver.measure(&*source, &create)?;
+    let format = TargetFormat::new(driver, options::format_options(&args.options, None)?)?;
+    let Measure { required, fully_allocated, .. } = measure(&registry, args, &format)?;
     if args.output.is_json() {
-        report::print_json(&measure)?;
+        report::print_json(&Document { required, fully_allocated })?;
     } else {
-        report::print(&format!(
-            "required size: {}\nfully allocated size: {}\n",
-            measure.required, measure.fully_allocated
-        ))?;
+        report::print(&format!("required size: {required}\nfully allocated size: {fully_allocated}\n"))?;
     }
     Ok(Exit::Done)
 }
 
-fn source(registry: &Registry, args: &MeasureArgs) -> Result<Box<dyn ImageSource>> {
+fn measure(registry: &Registry, args: &MeasureArgs, format: &TargetFormat) -> Result<Measure> {
     match (&args.image, &args.size) {
         (Some(image), _) => {
             let options = OpenOptions {
                 snapshot: args.snapshot.snapshot.as_deref().map(images::snapshot_name),
                 ..images::open_options(registry, &args.input)?
             };
-            Ok(images::open_random(registry, image, args.input.format.as_deref(), &options)?.source)
+            let format_name = args.input.format.as_deref();
+            let opened = images::open_random(registry, image.as_os_str(), format_name, &options)?;
+            create::measure(format, &*opened.image)
         }
         (None, Some(size)) => {
             images::refuse(&args.input)?;
-            Ok(Box::new(Blank::new("disk", options::size(size)?)))
+            create::measure_empty(format, options::size(size)?)
         }
-        (None, None) => Err(Error::usage("there is no image to measure").hint("name one, or give --size")),
+        (None, None) => Err(Error::usage("missing IMAGE").hint("name an image, or give --size")),
     }
 }

@@ -1,26 +1,17 @@
-//! Values of `-o`, `-S` and sizes, for the commands that create images.
+//! Parsers for `-o`, `-S`, `-c` and sizes, for the commands that create images.
 
-use std::collections::BTreeMap;
-use std::path::Path;
-use std::sync::Arc;
-
-use imgtool_toolkit::{CreateOptions, Driver, Error, Registry, Result, parse_size};
+use imgtool_core::{Compress, Driver, Error, Result, parse_size};
+use imgtool_engine::FormatOptions;
 
 use super::formats;
 use crate::exit::Exit;
-use crate::{images, report};
+use crate::report;
 
-/// Granularity of `-S`: qemu-img's.
+/// Unit of `-S`, bytes: that of qemu-img.
 const SECTOR: u64 = 512;
 
-/// Largest value of `-S`: qemu-img's limit.
+/// Maximum value of `-S`, bytes. QEMU's limit.
 const MAX_SPARSE: u64 = 16 << 20;
-
-/// The driver for the extension of a file name. The extension of a compression is ignored.
-pub fn driver_by_name(registry: &Registry, path: &Path) -> Option<Arc<dyn Driver>> {
-    let path = images::without_compression(path);
-    registry.by_extension(&path.file_name()?.to_string_lossy())
-}
 
 /// Prints the list for `-o help`.
 pub fn list(driver: &dyn Driver) -> Result<Exit> {
@@ -33,28 +24,58 @@ pub fn list(driver: &dyn Driver) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// Collects `-o`, `-S` and SOURCE_DATE_EPOCH. Keys and values of `-o` are left to the driver.
+/// Collects `-o`, `-S` and SOURCE_DATE_EPOCH. The driver parses keys and values of `-o`.
 ///
 /// # Errors
-/// [`imgtool_toolkit::ErrorKind::Usage`] for a duplicate key or a malformed number.
-pub fn create_options(options: &[String], sparse_size: Option<&str>) -> Result<CreateOptions> {
-    let mut map = BTreeMap::new();
-    for (key, value) in options.iter().flat_map(|text| split_options(text)) {
-        if map.insert(key.clone(), value).is_some() {
-            return Err(Error::usage(format!("option '{key}' is given twice")));
-        }
-    }
-    let sparse_granularity = sparse_size.map(sparse).transpose()?;
-    Ok(CreateOptions {
-        options: map,
-        compress: None,
+/// [`imgtool_core::ErrorKind::Usage`] for a duplicate key or a malformed number.
+pub fn format_options(options: &[String], sparse_size: Option<&str>) -> Result<FormatOptions> {
+    let mut format_options = FormatOptions {
         source_date_epoch: source_date_epoch()?,
-        sparse_granularity,
-        ..CreateOptions::default()
-    })
+        sparse_granularity: sparse_size.map(sparse).transpose()?,
+        ..FormatOptions::default()
+    };
+    for (key, value) in options.iter().flat_map(|text| split_options(text)) {
+        add(&mut format_options, &key, &value)?;
+    }
+    Ok(format_options)
 }
 
-/// Parses `-S` within qemu-img's bounds.
+/// Adds the values of `-B`/`-b` and `-F` as the qcow2 options `backing_file` and `backing_fmt`.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] if `-o` gives one of them, too.
+pub fn add_backing(options: &mut FormatOptions, file: Option<&str>, format: Option<&str>) -> Result<()> {
+    for (key, value) in [("backing_file", file), ("backing_fmt", format)] {
+        value.map_or(Ok(()), |value| add(options, key, value))?;
+    }
+    Ok(())
+}
+
+fn add(options: &mut FormatOptions, key: &str, value: &str) -> Result<()> {
+    if options.pairs.iter().any(|(known, _)| known == key) {
+        return Err(Error::usage(format!("option '{key}' is given twice")));
+    }
+    options.pairs.push((key.to_owned(), value.to_owned()));
+    Ok(())
+}
+
+/// Parses the value of `-c`, `ALG[:LEVEL]`. An empty text means the default of the format.
+pub fn compress(text: &str) -> Result<Compress> {
+    let (algorithm, level) = match text.split_once(':') {
+        Some((algorithm, level)) => (algorithm, Some(level)),
+        None => (text, None),
+    };
+    let level = level
+        .map(|level| {
+            level.parse::<i32>().map_err(|_| {
+                Error::usage(format!("invalid compression level '{level}': expected a whole number"))
+            })
+        })
+        .transpose()?;
+    Ok(Compress { algorithm: (!algorithm.is_empty()).then(|| algorithm.to_owned()), level })
+}
+
+/// Parses the value of `-S`, with the bounds of qemu-img.
 fn sparse(text: &str) -> Result<u64> {
     let size = parse_size(text).ok_or_else(|| {
         Error::usage(format!("invalid value '{text}' for -S: expected a size such as 4k, 64k or 0"))
@@ -67,7 +88,7 @@ fn sparse(text: &str) -> Result<u64> {
     Ok(size)
 }
 
-/// Parses a size on the command line.
+/// Parses a size on the command line, in bytes.
 pub fn size(text: &str) -> Result<u64> {
     parse_size(text).ok_or_else(|| {
         Error::usage(format!("invalid size '{text}': expected a number such as 512M or 1.5G"))
@@ -75,7 +96,7 @@ pub fn size(text: &str) -> Result<u64> {
     })
 }
 
-/// Seconds since 1970 from SOURCE_DATE_EPOCH (<https://reproducible-builds.org>), if it is set.
+/// Returns the value of SOURCE_DATE_EPOCH (<https://reproducible-builds.org>), in seconds since 1970, if set.
 pub fn source_date_epoch() -> Result<Option<i64>> {
     match std::env::var("SOURCE_DATE_EPOCH") {
         Ok(text) if !text.is_empty() => text.parse().map(Some).map_err(|_| {
@@ -118,5 +139,14 @@ mod tests {
         );
         assert!(asks_for_help(&["a=1,help".to_owned()]));
         assert!(!asks_for_help(&["helper=1".to_owned()]));
+    }
+
+    #[test]
+    fn compression_is_an_algorithm_and_a_level() {
+        let parsed = |text| compress(text).map(|c| (c.algorithm, c.level)).ok();
+        assert_eq!(parsed(""), Some((None, None)));
+        assert_eq!(parsed("zstd:-3"), Some((Some("zstd".to_owned()), Some(-3))));
+        assert_eq!(parsed(":9"), Some((None, Some(9))));
+        assert_eq!(parsed("zstd:x"), None);
     }
 }

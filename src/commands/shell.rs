@@ -5,7 +5,7 @@ use std::{fs, io};
 
 use clap::{Command, CommandFactory};
 use clap_mangen::Man;
-use imgtool_toolkit::{Error, Result, ResultExt};
+use imgtool_core::{Error, Result, ResultExt};
 
 use super::options;
 use crate::args::{Cli, CompletionsArgs, ManArgs};
@@ -23,7 +23,7 @@ pub fn completions(args: &CompletionsArgs) -> Result<Exit> {
 /// Prints the manual page, or writes it and the pages of all commands into a directory.
 pub fn man(args: &ManArgs) -> Result<Exit> {
     let mut command = show_all_flags(Cli::command().disable_help_flag(true));
-    // This sets the full names of the commands, from which the pages get theirs: imgtool-convert.1.
+    // Sets the full names of the commands, from which the pages derive theirs: imgtool-convert.1.
     command.build();
     match &args.directory {
         None => report::print_bytes(&page(&command).map_err(write_error)?)?,
@@ -43,7 +43,7 @@ fn show_all_flags(command: Command) -> Command {
     command.mut_args(|arg| arg.hide_short_help(false)).mut_subcommands(show_all_flags)
 }
 
-/// The names and pages of a command and of all its subcommands.
+/// Returns the names and manual pages of a command and of all its subcommands.
 fn pages(command: &Command) -> io::Result<Vec<(String, Vec<u8>)>> {
     let mut all = vec![(page_name(command), page(command)?)];
     for subcommand in command.get_subcommands() {
@@ -77,16 +77,16 @@ fn page(command: &Command) -> io::Result<Vec<u8>> {
     Ok(without_redundant_breaks(&text))
 }
 
-/// The day of SOURCE_DATE_EPOCH, which packagers set; otherwise empty, so that the pages of a version
-/// are reproducible.
+/// Returns the date of SOURCE_DATE_EPOCH, which packagers set; otherwise nothing, so that the pages of a
+/// version are reproducible.
 fn date() -> String {
     let seconds = options::source_date_epoch().ok().flatten();
     let time = seconds.and_then(|seconds| chrono::DateTime::from_timestamp(seconds, 0));
     time.map_or_else(String::new, |time| time.date_naive().to_string())
 }
 
-/// Removes what `mandoc -T lint` warns of in clap's pages: line breaks beside a blank line, and blank
-/// lines in the source instead of `.sp`.
+/// Removes redundant line breaks from clap's pages, and replaces blank lines by `.sp`: `mandoc -T lint` warns
+/// of both.
 fn without_redundant_breaks(page: &[u8]) -> Vec<u8> {
     let mut lines: Vec<&[u8]> = page.split(|byte| *byte == b'\n').collect();
     for index in 1..lines.len() {
@@ -104,8 +104,8 @@ fn without_redundant_breaks(page: &[u8]) -> Vec<u8> {
     kept.join(&b'\n')
 }
 
-/// Writes the text below the flags of the help. A paragraph of `Title:` and indented lines becomes a
-/// preformatted section; the other paragraphs form the section NOTES.
+/// Writes the text that the help prints below the flags. A paragraph of `Title:` and indented lines becomes
+/// a preformatted section; all other paragraphs form the section NOTES.
 fn closing_sections(text: &mut Vec<u8>, closing: &str) -> io::Result<()> {
     let mut has_notes = false;
     for paragraph in closing.split("\n\n").filter(|paragraph| !paragraph.trim().is_empty()) {

@@ -1,17 +1,19 @@
-//! `imgtool vma`: stands in for the `vma` program of Proxmox VE, flag for flag and line for line.
+//! `imgtool vma`: a replacement of the `vma` program of Proxmox VE, with the same flags and output.
 //!
-//! Scripts read what it prints: the lines on standard output are exactly those of that program.
-//! Messages begin with its words; what is known of the place comes on the lines below.
+//! Scripts parse the output, so the lines on standard output are exactly those of that program. Messages
+//! begin with its words; our own place and hint follow on the lines below.
 
 use std::path::Path;
+use std::sync::Arc;
 
-use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::{DeviceKind, Error, ErrorKind, Input, OpenOptions, Result};
+use imgtool_core::error::escape_control;
+use imgtool_core::{DeviceKind, Error, ErrorKind, Location, OpenOptions, Result};
+use imgtool_storage::{Fingerprint, Identity, OpenInput, Opening};
 use imgtool_vma::{ArchiveHeader, VmaSource, reference};
 
 use crate::args::{VmaArgs, VmaCommand};
 use crate::exit::Exit;
-use crate::report;
+use crate::{remedy, report};
 
 mod create;
 mod extract;
@@ -20,13 +22,13 @@ mod map_file;
 mod tally;
 mod verify;
 
-/// A configuration that is not there.
+/// Exit code for a configuration that the archive does not hold.
 const NO_SUCH_CONFIG: Exit = Exit::Other(255);
 
-/// Does what the `vma` program does.
+/// Runs a command of the `vma` program.
 ///
 /// # Errors
-/// Never: errors are printed here, in that program's words.
+/// Never: this function prints errors itself, in the words of that program.
 pub fn run(args: &VmaArgs) -> Result<Exit> {
     let done = match &args.command {
         VmaCommand::List { file } => list::run(file),
@@ -38,7 +40,7 @@ pub fn run(args: &VmaArgs) -> Result<Exit> {
     Ok(done.unwrap_or_else(|failure| failure.print()))
 }
 
-/// An error and the step it happened in ("restore failed - ").
+/// An error with the prefix for the step that failed ("restore failed - ").
 struct Failure {
     step: &'static str,
     error: Error,
@@ -59,9 +61,9 @@ impl Failure {
         let error = &self.error;
         report::say(&format!("vma: {}{}", self.step, escape_control(&words(error))));
         let mut place = Vec::new();
-        // What the system refuses names its file already.
-        if let (Some(path), None) = (error.file(), error.io_error()) {
-            place.push(escape_control(&path.display().to_string()));
+        // The message of a failed system call already contains the file name.
+        if let (Some(location), None) = (error.location(), error.io_error()) {
+            place.push(escape_control(&location.name()));
         }
         if let Some(device) = error.device_name() {
             place.push(format!("device {}", escape_control(device)));
@@ -75,27 +77,27 @@ impl Failure {
         if !place.is_empty() {
             report::say(&format!("  at: {}", place.join(", ")));
         }
-        if let Some(hint) = error.hint_text() {
-            // Options that the program does not have are those of another command.
-            let hint = hint.replace(" --", " imgtool convert --");
+        if let Some(remedy) = error.remedy() {
+            // `imgtool vma` does not have these flags, but `imgtool convert` does.
+            let hint = remedy::words(remedy).replace(" --", " imgtool convert --");
             report::say(&format!("  hint: {}", escape_control(&hint)));
         }
         Exit::Failed
     }
 }
 
-/// The message in the program's words.
+/// Words the error like the `vma` program.
 fn words(error: &Error) -> String {
     let Some(cause) = error.io_error() else { return reference::message(error) };
     let reason = reason(cause);
-    match error.file() {
-        Some(path) if error.message() == "open" => format!("can't open file {} - {reason}", path.display()),
-        Some(path) => format!("{} {} failed - {reason}", error.message(), path.display()),
+    match error.location().map(Location::name) {
+        Some(name) if error.act() == Some("open") => format!("can't open file {name} - {reason}"),
+        Some(name) => format!("{} {name} failed - {reason}", error.message()),
         None => format!("{} failed - {reason}", error.message()),
     }
 }
 
-/// What the system says, without the number that the standard library adds.
+/// Returns the system's message, without the error number that the standard library appends.
 fn reason(cause: &std::io::Error) -> String {
     let text = cause.to_string();
     match cause.raw_os_error() {
@@ -104,21 +106,36 @@ fn reason(cause: &std::io::Error) -> String {
     }
 }
 
-/// Only the header of an archive.
+/// Reads only the header of an archive.
 fn header(file: &Path) -> Result<ArchiveHeader> {
-    ArchiveHeader::read(Input::open(file)?)
+    ArchiveHeader::read(input(file)?.input)
 }
 
-/// An archive to be read to its end. The header is looked at first: what is wrong with it is not
-/// said to be of the step that follows.
-fn open(file: &Path, step: &'static str) -> Result<VmaSource, Failure> {
-    let input = Input::open(file)?;
-    if !input.is_stream() {
+/// Opens the bytes of an archive, with outer compression removed.
+fn input(file: &Path) -> Result<OpenInput> {
+    imgtool_storage::open::open(&Location::source(file.as_os_str()), Opening::ByContent)
+}
+
+/// Opens an archive to be read to its end. The header is read first, so that an error in it does not get the
+/// prefix of `step`.
+fn open(file: &Path, step: &'static str) -> Result<Archive, Failure> {
+    let OpenInput { input, identity, fingerprint, .. } = input(file)?;
+    let is_stream = input.is_stream();
+    if !is_stream {
         header(file)?;
     }
-    let bare_of_step = input.is_stream();
-    let opened = VmaSource::open(input, &OpenOptions::default());
-    opened.map_err(|error| Failure { step: if bare_of_step { "" } else { step }, error })
+    let location = input.location().clone();
+    let source = VmaSource::open(input, &OpenOptions::default())
+        .map_err(|error| Failure { step: if is_stream { "" } else { step }, error })?;
+    Ok(Archive { location, source: Arc::new(source), identity, fingerprint })
+}
+
+/// An open archive.
+struct Archive {
+    location: Location,
+    source: Arc<VmaSource>,
+    identity: Option<Identity>,
+    fingerprint: Option<Fingerprint>,
 }
 
 fn config(file: &Path, name: &str) -> Result<Exit, Failure> {
@@ -135,12 +152,12 @@ fn config(file: &Path, name: &str) -> Result<Exit, Failure> {
     }
 }
 
-/// Whether a device is the state of a running guest.
+/// True if a device is the state of a running guest.
 fn is_state(kind: DeviceKind) -> bool {
     kind == DeviceKind::VmState
 }
 
-/// A mistake in what was asked for.
+/// Creates a usage error.
 fn usage(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::Usage, message)
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use imgtool_toolkit::error::escape_control;
+use imgtool_core::error::escape_control;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::{Counters, Rate, Sample};
@@ -30,7 +30,7 @@ struct Row {
 
 pub(super) fn show(counters: &Counters) {
     let screen = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
-    let each = counters.lanes.len() > 1 && counters.lanes.len() <= MAX_BARS;
+    let each = (2..=MAX_BARS).contains(&counters.lanes().len());
     let row = |name: String, is_whole| {
         let bar = screen.add(ProgressBar::new(STEPS));
         bar.set_style(style());
@@ -38,14 +38,14 @@ pub(super) fn show(counters: &Counters) {
     };
     let mut rows: Vec<Row> = Vec::new();
     if each {
-        rows.extend(counters.lanes.iter().map(|lane| row(escape_control(&lane.name), false)));
+        rows.extend(counters.lanes().map(|(name, _)| row(escape_control(name), false)));
     }
     let mut whole = row(name_of_all(counters), true);
     while counters.wait(INTERVAL) {
         let line = LineLayout::new(Stream::Err.columns().unwrap_or(80), rows.iter().chain([&whole]));
         let elapsed = counters.started.elapsed();
-        for (row, lane) in rows.iter_mut().zip(&counters.lanes) {
-            row.draw(counters.lane(lane), elapsed, &line);
+        for (row, (_, sample)) in rows.iter_mut().zip(counters.lanes()) {
+            row.draw(sample, elapsed, &line);
         }
         whole.draw(counters.all(), elapsed, &line);
     }
@@ -55,11 +55,13 @@ pub(super) fn show(counters: &Counters) {
 
 /// Name of the bar of the sum. It contains the phase, except for `convert`.
 fn name_of_all(counters: &Counters) -> String {
-    match (counters.phase, counters.lanes.as_slice()) {
-        ("convert", [only]) => escape_control(&only.name),
-        (phase, [only]) => format!("{phase} {}", escape_control(&only.name)),
-        ("convert", _) => "all".to_owned(),
-        (phase, _) => phase.to_owned(),
+    let mut lanes = counters.lanes();
+    let only = lanes.next().filter(|_| lanes.len() == 0).map(|(name, _)| escape_control(name));
+    match (counters.phase, only) {
+        ("convert", Some(only)) => only,
+        (phase, Some(only)) => format!("{phase} {only}"),
+        ("convert", None) => "all".to_owned(),
+        (phase, None) => phase.to_owned(),
     }
 }
 

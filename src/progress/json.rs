@@ -30,7 +30,7 @@ struct Line<'a> {
 }
 
 pub(super) fn show(counters: &Counters) {
-    let mut shown: Vec<Sample> = counters.lanes.iter().map(|_| Sample::default()).collect();
+    let mut shown: Vec<Sample> = counters.lanes().map(|_| Sample::default()).collect();
     while counters.wait(INTERVAL) {
         devices(counters, &mut shown);
         let all = counters.all();
@@ -53,11 +53,10 @@ fn devices(counters: &Counters, shown: &mut [Sample]) {
     if shown.len() < 2 {
         return;
     }
-    for (lane, shown) in counters.lanes.iter().zip(shown) {
-        let sample = counters.lane(lane);
+    for ((name, sample), shown) in counters.lanes().zip(shown) {
         if sample.done != shown.done {
             *shown = sample;
-            line(counters, counters.phase, Some(&lane.name), sample);
+            line(counters, counters.phase, Some(name), sample);
         }
     }
 }
@@ -69,7 +68,7 @@ fn line(counters: &Counters, phase: &str, device: Option<&str>, sample: Sample) 
         done: sample.done,
         total: sample.total,
         zero: sample.zero,
-        written: (counters.written)(),
+        written: counters.gauge.written(),
         elapsed: (counters.started.elapsed().as_secs_f64() * 1000.0).round() / 1000.0,
     };
     if let Ok(text) = serde_json::to_string(&line) {

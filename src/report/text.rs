@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use imgtool_toolkit::error::escape_control;
+use imgtool_core::error::escape_control;
 
 use super::terminal::width;
 

@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use imgtool_testing::images::Image;
+use imgtool_testing::vma::Archive;
+use imgtool_testing::{require, tempdir, text};
+
 use super::{all_end, qcow2};
-use crate::support::archive::Archive;
-use crate::support::images::Image;
-use crate::support::oracles::require;
-use crate::support::{tempdir, text};
 
 /// Runs a shell line in `directory`.
 #[track_caller]
@@ -88,14 +88,14 @@ fn demanding(directory: &Path) -> Vec<PathBuf> {
 fn what_expands_ends_within_memory() {
     require!("prlimit", "zstd", "gzip", "xz", "bzip2", "lzop");
     let dir = tempdir();
-    all_end(dir.path(), &expanding(dir.path()));
+    all_end("bombs", dir.path(), &expanding(dir.path()));
 }
 
 #[test]
 fn compressed_files_that_ask_for_memory_do_not_get_it() {
     require!("prlimit", "zstd", "xz");
     let dir = tempdir();
-    all_end(dir.path(), &demanding(dir.path()));
+    all_end("memory-demands", dir.path(), &demanding(dir.path()));
 }
 
 #[test]
@@ -115,7 +115,7 @@ fn facts_do_not_cost_more_than_256_times_the_file() {
     let stop = stop.exits(1).says("expands to more than 2147483648 bytes").says("decompress it first");
     assert!(stop.peak_memory < super::MEMORY);
     crate::support::imgtool(["info", "large.qcow2.zst"]).within(dir.path()).ok();
-    assert_eq!(crate::support::names(dir.path()), ["bomb.qcow2.zst", "large.qcow2.zst"]);
+    assert_eq!(imgtool_testing::names(dir.path()), ["bomb.qcow2.zst", "large.qcow2.zst"]);
     // The content is wanted: it goes on to the end.
     crate::support::imgtool(["convert", "bomb.qcow2.zst", "--to", "raw", "out.raw"]).within(dir.path()).ok();
     let len = std::fs::metadata(dir.path().join("out.raw")).unwrap().len();

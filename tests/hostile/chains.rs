@@ -2,11 +2,12 @@
 
 use std::fs::File;
 
+use imgtool_testing::images::{self, Image};
+use imgtool_testing::{oracles, require, snapshot, tempdir};
+
 use super::externals::with_parent;
 use super::{Craft, MEMORY, qcow2};
-use crate::support::images::{self, Image};
-use crate::support::oracles::{self, require};
-use crate::support::{imgtool, snapshot, tempdir};
+use crate::support::imgtool;
 
 #[test]
 fn a_chain_as_deep_as_is_followed_fits_on_the_stack_and_one_deeper_is_refused() {
@@ -25,11 +26,11 @@ fn a_chain_as_deep_as_is_followed_fits_on_the_stack_and_one_deeper_is_refused() 
     };
     let run = imgtool(line("256.qcow2")).within(dir.path()).measured().ok();
     assert!(run.peak_memory < MEMORY, "{} bytes", run.peak_memory);
-    crate::support::assert_same(&dir.path().join("0.raw"), &dir.path().join("out.raw"), "256 images");
+    imgtool_testing::assert_same(&dir.path().join("0.raw"), &dir.path().join("out.raw"), "256 images");
     std::fs::remove_file(dir.path().join("out.raw")).unwrap();
     imgtool(line("258.qcow2")).within(dir.path()).go().exits(1).says("deeper than");
     assert!(!dir.path().join("out.raw").exists());
-    // A loop is told at once.
+    // A loop is reported at once.
     let craft = Craft {
         path: dir.path().join("1.qcow2"),
         file: File::options().write(true).open(dir.path().join("1.qcow2")).unwrap(),
@@ -43,7 +44,7 @@ fn a_chain_as_deep_as_is_followed_fits_on_the_stack_and_one_deeper_is_refused() 
     assert!(!dir.path().join("out.raw").exists());
 }
 
-/// Every image has a BAT of 4 MiB in which something stands, though all of it is the parent's: what each
+/// Every image has a BAT of 4 MiB with some entries set, though all of it is the parent's: what each
 /// keeps of its tables must not add up.
 #[test]
 fn the_tables_of_a_long_chain_of_differencing_disks_fit_into_memory() {
@@ -88,7 +89,7 @@ fn an_image_is_taken_for_the_format_that_was_named() {
     let craft = qcow2(dir.path(), "guest.raw", 16 << 20, 16, 1 << 30, 1);
     craft.be64(8, 4096).be32(16, 11).put(4096, b"/etc/passwd");
     imgtool(["convert", "-f", "raw", "guest.raw", "--to", "raw", "out.raw"]).within(dir.path()).ok();
-    crate::support::assert_same(&craft.path, &dir.path().join("out.raw"), "raw is raw");
+    imgtool_testing::assert_same(&craft.path, &dir.path().join("out.raw"), "raw is raw");
     std::fs::remove_file(dir.path().join("out.raw")).unwrap();
     let before = snapshot(dir.path());
     for format in ["vhdx", "vma"] {
@@ -104,7 +105,7 @@ fn an_image_is_taken_for_the_format_that_was_named() {
     )
     .unwrap();
     imgtool(["convert", "-f", "raw", "zip.raw", "--to", "raw", "zip.out"]).within(dir.path()).ok();
-    crate::support::assert_same(&dir.path().join("zip.raw"), &dir.path().join("zip.out"), "not undone");
+    imgtool_testing::assert_same(&dir.path().join("zip.raw"), &dir.path().join("zip.out"), "not undone");
     std::fs::remove_file(dir.path().join("zip.raw")).unwrap();
     std::fs::remove_file(dir.path().join("zip.out")).unwrap();
     assert_eq!(snapshot(dir.path()), before);

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use imgtool_testing::images::{self, Image};
+use imgtool_testing::vma::Archive;
+use imgtool_testing::{names, require, snapshot, tempdir, text};
+
 use super::{clear, every_verb, qcow2};
-use crate::support::archive::Archive;
-use crate::support::images::{self, Image};
-use crate::support::oracles::require;
+use crate::support::imgtool;
 use crate::support::trace::opened_outside;
-use crate::support::{imgtool, names, snapshot, tempdir, text};
 
 /// A file outside, and names by which an image may ask for it.
 fn secret_names(secret: &Path, from: &Path) -> Vec<String> {
@@ -27,7 +28,7 @@ fn secret_names(secret: &Path, from: &Path) -> Vec<String> {
     ]
 }
 
-/// Runs every verb on `file` under strace: nothing outside of the directory is opened, by whatever name.
+/// Runs every command on `file` under strace, and checks that none opens a file outside of the directory.
 #[track_caller]
 fn opens_nothing(directory: &Path, file: &str, extra: &[&str]) {
     for mut line in every_verb(file, true) {

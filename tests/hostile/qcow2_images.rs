@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use imgtool_testing::{require, tempdir};
+
 use super::{Craft, all_end, qcow2};
-use crate::support::oracles::require;
-use crate::support::tempdir;
 
 const L1: u64 = 1 << 21;
 const REFTABLE: u64 = 1 << 22;
@@ -166,12 +166,12 @@ fn refcounts_and_snapshots(directory: &Path) -> Vec<PathBuf> {
 fn hostile_qcow2_headers_end_within_memory() {
     require!("prlimit");
     let dir = tempdir();
-    all_end(dir.path(), &headers(dir.path()));
+    all_end("qcow2-headers", dir.path(), &headers(dir.path()));
 }
 
 #[test]
 fn hostile_qcow2_refcounts_and_snapshots_end_within_memory() {
     require!("prlimit");
     let dir = tempdir();
-    all_end(dir.path(), &refcounts_and_snapshots(dir.path()));
+    all_end("qcow2-refcounts-and-snapshots", dir.path(), &refcounts_and_snapshots(dir.path()));
 }

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use imgtool_testing::{images, require, tempdir};
+
 use super::{Craft, all_end, qcow2};
-use crate::support::oracles::require;
-use crate::support::{images, tempdir};
 
 const L1: u64 = 1 << 21;
 const L2: u64 = 1 << 23;
@@ -157,12 +157,12 @@ fn compressed_clusters(directory: &Path) -> Vec<PathBuf> {
 fn hostile_qcow2_tables_end_within_memory() {
     require!("prlimit");
     let dir = tempdir();
-    all_end(dir.path(), &tables(dir.path()));
+    all_end("qcow2-tables", dir.path(), &tables(dir.path()));
 }
 
 #[test]
 fn hostile_compressed_clusters_end_within_memory() {
     require!("prlimit");
     let dir = tempdir();
-    all_end(dir.path(), &compressed_clusters(dir.path()));
+    all_end("qcow2-compressed-clusters", dir.path(), &compressed_clusters(dir.path()));
 }

@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use imgtool_testing::{images, require, tempdir, text};
+
 use super::{Craft, all_end};
-use crate::support::oracles::require;
-use crate::support::{images, imgtool, tempdir, text};
+use crate::support::imgtool;
 
 const HEADERS: [u64; 2] = [64 << 10, 128 << 10];
 const REGIONS: [u64; 2] = [192 << 10, 256 << 10];
@@ -19,7 +20,7 @@ const MOST: u32 = 0xfff0_0000;
 /// State of a payload block: fully present.
 const PRESENT: u64 = 6;
 
-/// The first bytes of the GUIDs of metadata items, as they stand in a file.
+/// The first bytes of the GUIDs of metadata items, as stored in a file.
 const FILE_PARAMETERS: [u8; 4] = [0x37, 0x67, 0xa1, 0xca];
 const DISK_SIZE: [u8; 4] = [0x24, 0x42, 0xa5, 0x2f];
 const LOGICAL_SECTOR: [u8; 4] = [0x1d, 0xbf, 0x41, 0x81];
@@ -31,7 +32,7 @@ fn crc32c(bytes: &[u8]) -> u32 {
     })
 }
 
-/// Puts the checksum right that stands at byte 4 of a structure.
+/// Corrects the checksum at byte 4 of a structure.
 fn seal(craft: &Craft, at: u64, len: usize) {
     use std::os::unix::fs::FileExt;
     let mut bytes = vec![0; len];
@@ -39,7 +40,7 @@ fn seal(craft: &Craft, at: u64, len: usize) {
     craft.put(at + 4, &crc32c(&bytes).to_le_bytes());
 }
 
-/// A disk of 256 MiB that is right, in blocks of 8 MiB, and where what stands in it.
+/// A valid disk of 256 MiB in blocks of 8 MiB, with the file offsets of its structures.
 struct Good {
     bytes: Vec<u8>,
     metadata: u64,
@@ -62,7 +63,7 @@ impl Good {
         Self { bytes, metadata, bat }
     }
 
-    /// Where a metadata item's value stands.
+    /// Returns the file offset of a metadata item's value.
     fn item(&self, guid: [u8; 4]) -> u64 {
         let table = &self.bytes[self.metadata as usize..];
         let entry = table.windows(4).position(|window| window == guid).unwrap();
@@ -252,12 +253,12 @@ fn tables(directory: &Path) -> Vec<PathBuf> {
 fn hostile_vhdx_logs_end_within_memory() {
     require!("prlimit");
     let dir = tempdir();
-    all_end(dir.path(), &logs(dir.path()));
+    all_end("vhdx-logs", dir.path(), &logs(dir.path()));
 }
 
 #[test]
 fn hostile_vhdx_tables_end_within_memory() {
     require!("prlimit");
     let dir = tempdir();
-    all_end(dir.path(), &tables(dir.path()));
+    all_end("vhdx-tables", dir.path(), &tables(dir.path()));
 }

@@ -3,13 +3,12 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use imgtool_testing::images::{self, Image};
+use imgtool_testing::vma::Archive;
+use imgtool_testing::{require, tempdir, text};
 use md5::{Digest, Md5};
 
 use super::all_end;
-use crate::support::archive::Archive;
-use crate::support::images::{self, Image};
-use crate::support::oracles::require;
-use crate::support::{tempdir, text};
 
 /// Puts the checksum of an archive's header right.
 fn seal_vma(bytes: &mut [u8]) {
@@ -183,5 +182,5 @@ fn vma_images(directory: &Path) -> Vec<PathBuf> {
 fn hostile_vma_archives_end_within_memory() {
     require!("prlimit");
     let dir = tempdir();
-    all_end(dir.path(), &vma_images(dir.path()));
+    all_end("vma-archives", dir.path(), &vma_images(dir.path()));
 }

@@ -3,8 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use super::oracles;
-use super::text;
+use imgtool_testing::{oracles, text};
 
 /// Whether this machine lets us have loop devices. They are no program that could be installed: where
 /// there are none (in most containers), or not for this user, such tests are skipped, which `.ci/run`
@@ -13,9 +12,9 @@ pub fn loop_devices() -> bool {
     let control = Path::new("/dev/loop-control");
     let opened = File::options().write(true).open(control);
     if let Err(e) = &opened {
-        let wanted = std::env::var_os("CI").is_some() && may_administer() && control.exists();
-        assert!(!wanted, "{}: {e}", control.display());
-        oracles::skip("no loop devices on this machine, or not for this user");
+        let why =
+            format!("no loop devices on this machine, or not for this user: {}: {e}", control.display());
+        oracles::unable(&why, may_administer() && control.exists());
     }
     opened.is_ok() && oracles::have("losetup")
 }
@@ -40,7 +39,7 @@ impl LoopDevice {
     }
 
     /// Over a disk with these partitions (first sector, sectors), devices of their own: its path with
-    /// `p1`, `p2` … The kernel is told of them, which needs no table that it would have to know.
+    /// `p1`, `p2` … addpart(8) adds them, so the disk needs no partition table.
     pub fn with_partitions(file: &Path, partitions: &[(u64, u64)]) -> Self {
         let output = oracles::run("losetup", &["--find", "--show", "--partscan", text(file)]);
         let device = Self(PathBuf::from(String::from_utf8(output.stdout).unwrap().trim()));
@@ -72,7 +71,7 @@ impl Drop for LoopDevice {
     fn drop(&mut self) {
         // Whether it works or not, the test has its result.
         let _ = std::process::Command::new("losetup").arg("-d").arg(&self.0).status();
-        // While somebody else looks at it (`losetup --find` does) it is not detached yet.
+        // While another process has it open (`losetup --find` does) it is not detached yet.
         let name = self.0.file_name().unwrap_or_default();
         let backing = Path::new("/sys/block").join(name).join("loop/backing_file");
         for _ in 0..1000 {

@@ -39,8 +39,8 @@ impl Outcome {
         self.ends_with(code)
     }
 
-    /// The same where files may be other than before: a target that is written in place, or what somebody
-    /// else writes meanwhile.
+    /// The same where files may be other than before: a target that is written in place, or a file that
+    /// another process writes meanwhile.
     #[track_caller]
     pub fn ends_with(self, code: i32) -> Self {
         assert_eq!(self.status.code(), Some(code), "{}\n--- stderr:\n{}", self.command, self.stderr);

@@ -3,8 +3,9 @@
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 
+use imgtool_testing::text;
+
 use super::run::PROGRAM;
-use super::text;
 
 /// What the program, its loader and its runtime open for themselves, and unnamed temporary files.
 const OF_THE_SYSTEM: [&str; 12] = [

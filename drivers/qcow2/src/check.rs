@@ -10,7 +10,7 @@ mod walk;
 
 use std::collections::BTreeSet;
 
-use imgtool_toolkit::{CheckReport, Error, Input, OpenOptions, RandomInput, Result};
+use imgtool_core::{CheckReport, Error, Input, OpenOptions, RandomInput, Result};
 
 use crate::layout::bitmap::walk_bitmaps;
 use crate::layout::header::{Header, INCOMPATIBLE_DATA_FILE};
@@ -79,7 +79,7 @@ fn read_snapshot_table(
         match check_l1(header, &snapshot) {
             Ok(()) => l1_tables.push((snapshot.l1_offset, snapshot.l1_entries)),
             Err(e) => damaged.push(format!(
-                "ERROR snapshot {} ({}): {e}; snapshot table entry corrupted",
+                "ERROR snapshot {} ({}): {e:#}; snapshot table entry corrupted",
                 snapshot.id, snapshot.name
             )),
         }

@@ -1,9 +1,10 @@
 //! Compressed clusters: decoding and encoding, with contexts that threads reuse.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use flate2::{Decompress, FlushDecompress};
-use imgtool_toolkit::{Error, RandomInput, Result};
+use imgtool_core::sync::lock;
+use imgtool_core::{Cache, Error, RandomInput, Result};
 use libdeflater::{CompressionLvl, Compressor, Decompressor};
 use zstd::zstd_safe::{CCtx, CParameter, DCtx, InBuffer, OutBuffer, ResetDirective};
 
@@ -23,18 +24,14 @@ const MAX_RECENT_CLUSTERS: usize = 4;
 /// limit.
 const MAX_RECENT_BYTES: usize = 8 << 20;
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Decoder of the compressed clusters of an image, for use by several threads.
 pub struct Decoder {
     compression: CompressionType,
     cluster_size: usize,
     idle: Mutex<Vec<DecodeContext>>,
-    /// Latest clusters that were read in part, by host offset, oldest first.
-    recent: Mutex<Vec<(u64, Arc<Vec<u8>>)>>,
-    max_recent: usize,
+    /// Latest clusters that were read in part, by host offset; `None` deep in a chain, where none fits into
+    /// the image's share of the memory.
+    recent: Option<Mutex<Cache<u64, Arc<Vec<u8>>>>>,
     max_idle: usize,
 }
 
@@ -60,8 +57,7 @@ impl Decoder {
             compression,
             cluster_size,
             idle: Mutex::default(),
-            recent: Mutex::default(),
-            max_recent: share.min(MAX_RECENT_CLUSTERS),
+            recent: (share > 0).then(|| Mutex::new(Cache::new(share.min(MAX_RECENT_CLUSTERS)))),
             // One per thread, except in a chain, where many images may have some.
             max_idle: if depth == 0 { usize::MAX } else { share / 2 },
         }
@@ -78,20 +74,15 @@ impl Decoder {
         if within == 0 && buf.len() == self.cluster_size {
             return self.decode(input, range, buf);
         }
-        let known =
-            lock(&self.recent).iter().find(|(at, _)| *at == range.host_offset).map(|(_, c)| Arc::clone(c));
+        let known = self.recent.as_ref().and_then(|recent| lock(recent).get(&range.host_offset).cloned());
         let cluster = match known {
             Some(cluster) => cluster,
             None => {
                 let mut cluster = vec![0; self.cluster_size];
                 self.decode(input, range, &mut cluster)?;
                 let cluster = Arc::new(cluster);
-                let mut recent = lock(&self.recent);
-                if recent.len() >= self.max_recent && !recent.is_empty() {
-                    recent.remove(0);
-                }
-                if self.max_recent > 0 {
-                    recent.push((range.host_offset, Arc::clone(&cluster)));
+                if let Some(recent) = &self.recent {
+                    lock(recent).insert(range.host_offset, Arc::clone(&cluster));
                 }
                 cluster
             }
@@ -191,6 +182,25 @@ fn unzstd(context: &mut DCtx<'static>, stored: &[u8], cluster: &mut [u8]) -> Res
     Ok(())
 }
 
+/// Returns the level to compress with: `level` if the algorithm has it, its default for `None`.
+pub fn check_level(compression: CompressionType, level: Option<i32>) -> Result<i32> {
+    let (default, allowed) = match compression {
+        // libdeflate's level 0 does not compress.
+        CompressionType::Zlib => (DEFAULT_DEFLATE_LEVEL, 1..=12),
+        CompressionType::Zstd => (DEFAULT_ZSTD_LEVEL, -7..=19),
+    };
+    let level = level.unwrap_or(default);
+    if allowed.contains(&level) {
+        return Ok(level);
+    }
+    Err(Error::usage(format!(
+        "{} level {level} is not within {}..{}",
+        compression.name(),
+        allowed.start(),
+        allowed.end()
+    )))
+}
+
 /// Encoder of the clusters of a new image, for use by several threads.
 pub struct Encoder {
     compression: CompressionType,
@@ -204,23 +214,9 @@ enum EncodeCodec {
 }
 
 impl Encoder {
-    /// Creates an encoder. `level` must be one of the algorithm's; `None` is the default.
-    pub fn new(compression: CompressionType, level: Option<i32>) -> Result<Self> {
-        let (default, allowed) = match compression {
-            // libdeflate's level 0 does not compress.
-            CompressionType::Zlib => (DEFAULT_DEFLATE_LEVEL, 1..=12),
-            CompressionType::Zstd => (DEFAULT_ZSTD_LEVEL, -7..=19),
-        };
-        let level = level.unwrap_or(default);
-        if !allowed.contains(&level) {
-            return Err(Error::usage(format!(
-                "{} level {level} is not within {}..{}",
-                compression.name(),
-                allowed.start(),
-                allowed.end()
-            )));
-        }
-        Ok(Self { compression, level, idle: Mutex::default() })
+    /// Creates an encoder. `level` is one that [`check_level`] has returned.
+    pub fn new(compression: CompressionType, level: i32) -> Self {
+        Self { compression, level, idle: Mutex::default() }
     }
 
     /// Takes a context for one thread, which returns it with [`Encoder::give_back`].
@@ -273,7 +269,7 @@ mod tests {
     #[test]
     fn decodes_a_deflate_stream_that_continues_after_the_cluster() {
         let text: Vec<u8> = (0..2000u32).flat_map(|i| (i % 300).to_be_bytes()).collect();
-        let encoder = Encoder::new(CompressionType::Zlib, Some(6)).unwrap();
+        let encoder = Encoder::new(CompressionType::Zlib, 6);
         let mut stored = vec![0; text.len()];
         let len = encoder.context().unwrap().encode(&text, &mut stored).unwrap();
         let mut cluster = vec![0; 4096];
@@ -303,7 +299,7 @@ mod tests {
         let noise: Vec<u8> =
             (0..4096u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect();
         for compression in [CompressionType::Zlib, CompressionType::Zstd] {
-            let encoder = Encoder::new(compression, None).unwrap();
+            let encoder = Encoder::new(compression, check_level(compression, None).unwrap());
             let mut context = encoder.context().unwrap();
             let mut out = vec![0; 4096];
             if let Some(len) = context.encode(&noise, &mut out) {
@@ -312,6 +308,6 @@ mod tests {
             assert!(context.encode(&[5; 4096], &mut out).unwrap() < 64);
             encoder.give_back(context);
         }
-        assert!(Encoder::new(CompressionType::Zlib, Some(13)).is_err());
+        assert!(check_level(CompressionType::Zlib, Some(13)).is_err());
     }
 }

@@ -1,11 +1,12 @@
-//! The driver that the registry holds.
+//! The driver that the registry holds, and its writer.
 
-use imgtool_toolkit::{
-    Capabilities, CheckReport, Confidence, CreateOptions, Driver, ImageSink, ImageSource, Input, Manifest,
-    Measure, OpenOptions, OptionSpec, Output, Result,
+use std::sync::Arc;
+
+use imgtool_core::{
+    BackingName, Capabilities, CheckReport, Confidence, CreateOptions, Driver, ImageSink, ImageSource,
+    ImageWriter, InPlace, Input, Manifest, Measure, OpenOptions, OptionSpec, OutputFactory, Result,
 };
 
-use crate::compressed::Encoder;
 use crate::layout::FORMAT;
 use crate::layout::header::MAGIC;
 use crate::options::{OPTIONS, SIZE_MULTIPLE, WriteOptions};
@@ -30,19 +31,18 @@ impl Driver for Qcow2Driver {
         &["qcow2", "qcow"]
     }
 
-    fn reads_snapshots(&self) -> bool {
-        true
-    }
-
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             read: true,
             write: true,
             stream_read: false,
             stream_write: false,
-            max_devices: 1,
-            attachments: false,
+            archive: None,
+            container: false,
+            verbatim: false,
+            in_place: InPlace::BlockDevices,
             compression: true,
+            snapshots: true,
             open_ended: true,
             size_multiple: SIZE_MULTIPLE,
             check: true,
@@ -53,34 +53,43 @@ impl Driver for Qcow2Driver {
         OPTIONS
     }
 
-    fn check_options(&self, options: &CreateOptions) -> Result<()> {
-        let parsed = WriteOptions::parse(options)?;
-        parsed.compress.map_or(Ok(()), |level| Encoder::new(parsed.compression, level).map(drop))
-    }
-
     fn probe(&self, head: &[u8], _len: Option<u64>) -> Option<Confidence> {
         // Opening refuses unknown versions by number.
         head.starts_with(&MAGIC).then_some(Confidence::Magic)
     }
 
-    fn open(&self, input: Input, options: &OpenOptions) -> Result<Box<dyn ImageSource>> {
-        Ok(Box::new(Qcow2Source::open(input, options)?))
-    }
-
-    fn create(
-        &self,
-        output: Output,
-        manifest: &Manifest,
-        options: &CreateOptions,
-    ) -> Result<Box<dyn ImageSink>> {
-        Ok(Box::new(Qcow2Sink::create(output, manifest, options)?))
+    fn open(&self, input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
+        Ok(Arc::new(Qcow2Source::open(input, options)?))
     }
 
     fn check(&self, input: Input, options: &OpenOptions) -> Result<CheckReport> {
         check::check(input, options)
     }
 
-    fn measure(&self, source: &dyn ImageSource, options: &CreateOptions) -> Result<Measure> {
-        measure::measure(source, options)
+    fn writer(&self, options: &CreateOptions) -> Result<Box<dyn ImageWriter>> {
+        Ok(Box::new(Qcow2Writer { options: WriteOptions::parse(options)? }))
+    }
+}
+
+/// Writer of images with checked options.
+struct Qcow2Writer {
+    options: WriteOptions,
+}
+
+impl ImageWriter for Qcow2Writer {
+    fn backing(&self) -> Option<BackingName> {
+        self.options.backing.clone()
+    }
+
+    fn companions(&self, _main: &str, _manifest: &Manifest) -> Vec<String> {
+        self.options.data_file.iter().cloned().collect()
+    }
+
+    fn measure(&self, source: &dyn ImageSource) -> Result<Measure> {
+        measure::measure(source, &self.options)
+    }
+
+    fn create(&self, outputs: &mut dyn OutputFactory, manifest: &Manifest) -> Result<Box<dyn ImageSink>> {
+        Ok(Box::new(Qcow2Sink::create(outputs, manifest, &self.options)?))
     }
 }

@@ -1,8 +1,6 @@
 //! Facts and notes about an image, with the keys of `qemu-img info --output=json`.
 
-use std::path::Path;
-
-use imgtool_toolkit::{ImageInfo, RandomInput, Reference};
+use imgtool_core::{ImageInfo, Location, RandomInput, Reference};
 use serde_json::{Map, Value, json};
 
 use crate::layout::FORMAT;
@@ -24,7 +22,7 @@ pub fn describe(
 ) -> ImageInfo {
     let mut info =
         ImageInfo { format: FORMAT, cluster_size: Some(header.shape.cluster_size()), ..ImageInfo::default() };
-    describe_names(&mut info, input.path(), header);
+    describe_names(&mut info, input.location(), header);
     if header.encryption != Encryption::None {
         info.top_fact("encrypted", "encrypted", true);
     }
@@ -41,11 +39,11 @@ pub fn describe(
     info
 }
 
-fn describe_names(info: &mut ImageInfo, path: &Path, header: &Header) {
+fn describe_names(info: &mut ImageInfo, location: &Location, header: &Header) {
     let extensions = &header.extensions;
     if let Some(name) = &header.backing_file {
         info.top_fact("backing-filename", "backing file", name.clone());
-        info.top_fact("full-backing-filename", "backing file path", full_backing_name(path, name));
+        info.top_fact("full-backing-filename", "backing file path", full_backing_name(location, name));
         if let Some(format) = &extensions.backing_format {
             info.top_fact("backing-filename-format", "backing file format", format.clone());
         }
@@ -64,12 +62,12 @@ fn describe_names(info: &mut ImageInfo, path: &Path, header: &Header) {
     }
 }
 
-/// Resolves a relative `name` against the directory of the image at `path`. A URL or `json:` name
+/// Resolves a relative `name` against the directory of the image at `location`. A URL or `json:` name
 /// stays as it is.
-fn full_backing_name(path: &Path, name: &str) -> String {
+fn full_backing_name(location: &Location, name: &str) -> String {
     let has_protocol = name.split_once(':').is_some_and(|(before, _)| !before.contains('/'));
-    match path.parent() {
-        Some(directory) if !has_protocol => directory.join(name).to_string_lossy().into_owned(),
+    match location.beside(name) {
+        Some(full) if !has_protocol => full.name().into_owned(),
         _ => name.to_owned(),
     }
 }

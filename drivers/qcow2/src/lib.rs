@@ -17,7 +17,7 @@ mod source;
 
 pub use driver::Qcow2Driver;
 
-use imgtool_toolkit::Registry;
+use imgtool_core::Registry;
 
 /// Adds the driver to `registry`.
 pub fn register(registry: &mut Registry) {

@@ -1,22 +1,21 @@
-//! Two-level mapping from guest to host offsets: L1 and L2 tables.
-
-mod l2_cache;
+//! Two-level mapping from guest to host offsets: reads and caches L1 and L2 tables, and returns the run at a
+//! guest offset.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
-use imgtool_toolkit::{Error, RandomInput, Result};
+use imgtool_core::sync::lock;
+use imgtool_core::{Cache, Error, RandomInput, Result};
 
 use crate::layout::MAX_L1_BYTES;
 use crate::layout::entry::{CompressedRange, L1Entry, L2Entry, Shape, SubclusterStatus, Subclusters};
 use crate::layout::table::decode_table;
-use l2_cache::L2Cache;
 
-/// Bytes of L2 tables cached for an image. Our limit: the pipeline works on a window of neighbouring
-/// pieces, so it needs few; 8 MiB cover 64 GiB of disk with clusters of 64 KiB.
+/// Bytes of L2 tables cached for the image on top. Our limit: the pipeline works on a window of neighbouring
+/// pieces, so a few tables suffice. 8 MiB cover 64 GiB of disk with clusters of 64 KiB.
 const L2_CACHE_BYTES: u64 = 8 << 20;
 
-/// Bytes of L2 tables cached for backing images, divided by the depth. Our limit.
+/// Bytes of L2 tables cached for a backing image, divided by one more than its depth. Our limit.
 const BACKING_L2_CACHE_BYTES: u64 = 4 << 20;
 
 /// Bytes of a slice, the unit in which L2 tables of backing images are read and cached. Our limit: with
@@ -33,13 +32,16 @@ const L1_PAGE: u64 = 4096;
 /// Bytes of L1 pages cached for a backing image. Our limit.
 const L1_PAGES_BYTES: u64 = 64 << 10;
 
-/// Maximum number of L1 entries that repeat the L2 table of another entry. Our limit: a sound image has
-/// none, since each table describes its own part of the disk, and with many of them a small file is a
-/// disk of terabytes of data.
+/// Maximum number of L1 entries that repeat the L2 table of another entry. Our limit: an intact image
+/// has none, since each table describes its own part of the disk. With many of them, a small file could
+/// describe terabytes of data.
 const MAX_SHARED_L2: usize = 1024;
 
-/// Words that the cache keeps of a table of equal entries; an entry has one or two.
+/// Words that the cache keeps of a slice whose entries are all equal. An entry has one or two words.
 const UNIFORM_WORDS: usize = 2;
+
+/// Minimum number of cached tables, since several threads read neighbouring tables at once.
+const MIN_TABLES: usize = 2;
 
 /// Source of the bytes of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,12 +51,12 @@ pub enum RunKind {
         /// Host offset of the run's first byte.
         host_offset: u64,
     },
-    /// Zeros, whatever the backing file holds.
+    /// Zeros, regardless of the backing image.
     Zero {
         /// Host offset of the run's first byte, if a cluster is allocated nevertheless.
         host_offset: Option<u64>,
     },
-    /// The backing file, or zeros without one.
+    /// Bytes of the backing image, or zeros without one.
     Unallocated {
         /// Host offset of the run's first byte, if a cluster is allocated for its neighbours.
         host_offset: Option<u64>,
@@ -73,7 +75,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// Host offset of the first byte, if the data file has the bytes uncompressed.
+    /// Host offset of the first byte, if the bytes are stored uncompressed.
     pub fn host_offset(&self) -> Option<u64> {
         match self.kind {
             RunKind::Data { host_offset } => Some(host_offset),
@@ -82,7 +84,7 @@ impl Run {
     }
 }
 
-/// Mapping of one state of the disk: the active one or a snapshot.
+/// Mapping of one state of the disk: the active state or a snapshot.
 pub struct Mapping {
     input: RandomInput,
     shape: Shape,
@@ -90,23 +92,23 @@ pub struct Mapping {
     /// True if guest data is in a data file, where host offsets equal guest offsets.
     external_data: bool,
     l1: L1Table,
-    /// Range of L1 entries without an L2 table, from the latest walk. Readers of a chain ask for the
-    /// same range again after every run of an overlay.
+    /// Indices of consecutive L1 entries without an L2 table, found by an earlier search. A read of a chain
+    /// queries the same range again after every run of an overlay.
     known_empty: Mutex<Range<u64>>,
-    /// Slices of L2 tables, by host offset.
-    cache: L2Cache,
-    /// Bytes of a slice as a power of two; those of a whole table in the image on top.
+    /// Slices of L2 tables.
+    slices: TableCache,
+    /// Length of a slice as a power of two, bytes. In the image on top, a slice is a whole table.
     slice_bits: u32,
 }
 
-/// L1 table, whole in memory or in pages.
+/// L1 table, either whole in memory or read page by page.
 enum L1Table {
     Whole(Vec<u64>),
-    Paged { offset: u64, entries: u32, pages: L2Cache },
+    Paged { l1_offset: u64, entries: u32, pages: TableCache },
 }
 
 impl Mapping {
-    /// Reads the L1 table, whose place the caller has checked. `depth` is the number of overlays above
+    /// Reads the L1 table, whose file range the caller has checked. `depth` is the number of overlays above
     /// this image; the images of a chain share the memory for tables.
     pub fn read(
         input: RandomInput,
@@ -126,22 +128,22 @@ impl Mapping {
             let table = if len == 0 { Vec::new() } else { decode_table(&input.read_vec(l1_offset, len)?) };
             L1Table::Whole(table)
         } else {
-            let pages = L2Cache::new(L1_PAGES_BYTES, L1_PAGE);
-            L1Table::Paged { offset: l1_offset, entries: l1_entries, pages }
+            let pages = TableCache::new(L1_PAGES_BYTES, L1_PAGE);
+            L1Table::Paged { l1_offset, entries: l1_entries, pages }
         };
         let (cache_len, slice) = match depth {
             0 => (L2_CACHE_BYTES, shape.cluster_size()),
             _ => (BACKING_L2_CACHE_BYTES / (depth + 1), shape.cluster_size().min(BACKING_L2_SLICE)),
         };
-        let cache = L2Cache::new(cache_len, slice);
+        let slices = TableCache::new(cache_len, slice);
         let slice_bits = slice.ilog2();
         let known_empty = Mutex::default();
-        let mapping = Self { input, shape, version, external_data, l1, known_empty, cache, slice_bits };
+        let mapping = Self { input, shape, version, external_data, l1, known_empty, slices, slice_bits };
         mapping.check_sharing().map_err(|e| e.at(l1_offset))?;
         Ok(mapping)
     }
 
-    /// Refuses an L1 table with many entries for the same L2 tables, unless those are empty.
+    /// Refuses an L1 table with many entries that share L2 tables, unless those tables are empty.
     fn check_sharing(&self) -> Result<()> {
         let L1Table::Whole(l1) = &self.l1 else { return Ok(()) };
         let mut l2_offsets: Vec<u64> = l1.iter().map(|entry| L1Entry(*entry).l2_offset()).collect();
@@ -157,13 +159,13 @@ impl Mapping {
                 return Err(Error::corrupt(format!(
                     "more than {MAX_SHARED_L2} L1 entries share an L2 table with another entry"
                 ))
-                .hint("'check' lists what is wrong with the image; use a backup"));
+                .hint("a check of the image lists what is wrong with it; use a backup"));
             }
         }
         Ok(())
     }
 
-    /// True if no entry of the L2 table at `l2_offset` has a host cluster, and all entries are equal.
+    /// True if all entries of the L2 table at `l2_offset` are equal and have no host cluster.
     fn is_empty_table(&self, l2_offset: u64) -> bool {
         let slices = self.shape.cluster_size() >> self.slice_bits;
         (0..slices).all(|slice| {
@@ -179,12 +181,12 @@ impl Mapping {
         })
     }
 
-    /// True if an L2 table describes `guest_offset`.
+    /// True if `guest_offset` has an L2 table.
     pub fn has_l2(&self, guest_offset: u64) -> Result<bool> {
         Ok(self.l1_entry(guest_offset)?.l2_offset() != 0)
     }
 
-    /// Guest bytes that a slice of an L2 table describes.
+    /// Number of guest bytes that a slice of an L2 table describes.
     fn slice_reach(&self) -> u64 {
         let entry_bits = if self.shape.extended_l2 { 4 } else { 3 };
         1 << (self.slice_bits - entry_bits + self.shape.cluster_bits)
@@ -196,7 +198,7 @@ impl Mapping {
         let end_of = |start: u64, reach: u64| (start & !(reach - 1)).saturating_add(reach).min(range.end);
         if !self.has_l2(range.start)? {
             let reach_bits = self.shape.l2_reach_bits();
-            // The range has a last byte, as it is not empty.
+            // The range is not empty, so it has a last byte.
             let next = self.next_l2(range.start >> reach_bits..((range.end - 1) >> reach_bits) + 1)?;
             let end = next.checked_mul(1 << reach_bits).map_or(range.end, |end| end.min(range.end));
             return Ok(Run { len: end - range.start, kind: RunKind::Unallocated { host_offset: None } });
@@ -233,17 +235,17 @@ impl Mapping {
         Ok(run)
     }
 
-    /// Index of the first L1 entry of `indices` with an L2 table, or their end. The first entry of
-    /// `indices` must have none.
+    /// Index of the first L1 entry in `indices` that has an L2 table, or `indices.end`. The first entry must
+    /// have none.
     fn next_l2(&self, indices: Range<u64>) -> Result<u64> {
-        let known = self.known_empty.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let known = lock(&self.known_empty).clone();
         let from = if known.contains(&indices.start) { known.end } else { indices.start };
         if from >= indices.end {
             return Ok(indices.end);
         }
         let next = self.walk_l1(from..indices.end)?;
-        let mut known = self.known_empty.lock().unwrap_or_else(PoisonError::into_inner);
-        // Planning runs ahead of reading. The range that reaches farthest serves both.
+        let mut known = lock(&self.known_empty);
+        // The planner queries farther ahead than the readers. A range that reaches farthest serves both.
         if next > known.end {
             let start = if from == known.end { known.start } else { indices.start };
             *known = start..next;
@@ -251,30 +253,31 @@ impl Mapping {
         Ok(next)
     }
 
-    /// Searches the L1 table, or its pages, for [`Self::next_l2`].
+    /// Searches the L1 entries in `indices` for one with an L2 table, as [`Self::next_l2`] does, without the
+    /// cached range.
     fn walk_l1(&self, indices: Range<u64>) -> Result<u64> {
         let has_table = |entry: &u64| L1Entry(*entry).l2_offset() != 0;
-        let (offset, entries, pages) = match &self.l1 {
+        let (l1_offset, entries, pages) = match &self.l1 {
             L1Table::Whole(table) => {
-                // At most the length of a table in memory.
+                // At most the length of a table in memory, so they fit a usize.
                 let from = indices.start.min(table.len() as u64) as usize;
                 let to = indices.end.min(table.len() as u64) as usize;
                 let found = table.get(from..to).and_then(|part| part.iter().position(has_table));
                 return Ok(found.map_or(indices.end, |found| indices.start + found as u64));
             }
-            L1Table::Paged { offset, entries, pages } => (*offset, u64::from(*entries), pages),
+            L1Table::Paged { l1_offset, entries, pages } => (*l1_offset, u64::from(*entries), pages),
         };
         let end = indices.end.min(entries);
         let mut index = indices.start;
         while index < end {
             let at = index * 8;
-            let run = self.input.run(offset + at)?;
-            if !run.is_data && run.end >= offset + at + 8 {
-                index = (run.end - offset) / 8;
+            let run = self.input.run(l1_offset + at)?;
+            if !run.is_data && run.end >= l1_offset + at + 8 {
+                index = (run.end - l1_offset) / 8;
                 continue;
             }
-            let page = self.l1_page(offset, entries, pages, at)?;
-            // Less than the entries of a page.
+            let page = self.l1_page(l1_offset, entries, pages, at)?;
+            // Below the number of entries in a page.
             let within = (at % L1_PAGE / 8) as usize;
             let rest = page.get(within..).unwrap_or_default();
             match rest.iter().position(has_table) {
@@ -291,9 +294,9 @@ impl Mapping {
         // The header check ensures that the table covers the disk.
         let entry = match &self.l1 {
             L1Table::Whole(table) => usize::try_from(index).ok().and_then(|index| table.get(index).copied()),
-            L1Table::Paged { offset, entries, pages } if index < u64::from(*entries) => {
-                let page = self.l1_page(*offset, u64::from(*entries), pages, index * 8)?;
-                // Less than the entries of a page.
+            L1Table::Paged { l1_offset, entries, pages } if index < u64::from(*entries) => {
+                let page = self.l1_page(*l1_offset, u64::from(*entries), pages, index * 8)?;
+                // Below the number of entries in a page.
                 page.get((index * 8 % L1_PAGE / 8) as usize).copied()
             }
             L1Table::Paged { .. } => None,
@@ -301,15 +304,16 @@ impl Mapping {
         Ok(L1Entry(entry.unwrap_or(0)))
     }
 
-    /// Page with the byte `at` of the L1 table of `entries` entries at `offset`.
-    fn l1_page(&self, offset: u64, entries: u64, pages: &L2Cache, at: u64) -> Result<Arc<[u64]>> {
+    /// Page that holds byte `at` of the L1 table at `l1_offset`, which has `entries` entries.
+    fn l1_page(&self, l1_offset: u64, entries: u64, pages: &TableCache, at: u64) -> Result<Arc<[u64]>> {
         let start = at - at % L1_PAGE;
-        // At most a page.
+        // At most one page.
         let len = (entries * 8 - start).min(L1_PAGE) as usize;
-        cached(pages, offset + start, || Ok(decode_table(&self.input.read_vec(offset + start, len)?)))
+        let page_offset = l1_offset + start;
+        pages.get_or_read(page_offset, || Ok(decode_table(&self.input.read_vec(page_offset, len)?)))
     }
 
-    /// Slice of an L2 table that describes `guest_offset`, whose L1 entry must have a table.
+    /// Slice of the L2 table that describes `guest_offset`. Its L1 entry must have a table.
     fn l2_slice(&self, guest_offset: u64) -> Result<Arc<[u64]>> {
         let table_offset = self.l1_entry(guest_offset)?.l2_offset();
         let cluster_size = self.shape.cluster_size();
@@ -325,11 +329,11 @@ impl Mapping {
         }
         let slices = (1u64 << self.shape.l2_reach_bits()) / reach;
         let slice_offset = table_offset + ((guest_offset / reach % slices) << self.slice_bits);
-        cached(&self.cache, slice_offset, || self.read_slice(slice_offset)).map_err(|e| e.guest(guest))
+        self.slices.get_or_read(slice_offset, || self.read_slice(slice_offset)).map_err(|e| e.guest(guest))
     }
 
-    /// Reads a slice of an L2 table, of which only [`UNIFORM_WORDS`] remain if all entries are equal. A
-    /// slice in a hole of the file is not read.
+    /// Reads a slice of an L2 table. If all its entries are equal, returns only the first [`UNIFORM_WORDS`]
+    /// words. A slice in a hole of the file is not read.
     fn read_slice(&self, slice_offset: u64) -> Result<Vec<u64>> {
         let len = 1u64 << self.slice_bits;
         let end = slice_offset.saturating_add(len);
@@ -339,7 +343,7 @@ impl Mapping {
                 return Ok(vec![0; UNIFORM_WORDS]);
             }
         }
-        // At most a cluster, 2 MiB.
+        // At most one cluster, 2 MiB.
         let mut words = decode_table(&self.input.read_vec(slice_offset, len as usize)?);
         let equals_first = |pair: &[u64]| pair == &words[..UNIFORM_WORDS];
         let first_pair_is_uniform = self.shape.extended_l2 || words[0] == words[1];
@@ -349,81 +353,135 @@ impl Mapping {
         Ok(words)
     }
 
-    /// Run from `guest_offset` to the end of its cluster or of equal subclusters, from a slice.
+    /// Run from `guest_offset` to the end of its cluster, or of its sequence of equal subclusters. `slice`
+    /// describes the offset.
     fn unit(&self, slice: &[u64], guest_offset: u64) -> Result<Run> {
-        let shape = self.shape;
-        let words = shape.l2_entry_words();
-        // The number of words is a power of two, and at least that of an entry.
-        let index = ((guest_offset >> shape.cluster_bits) as usize * words) & slice.len().wrapping_sub(1);
-        let entry = L2Entry(slice.get(index).copied().unwrap_or(0));
-        let within = shape.within_cluster(guest_offset);
-        let rest = shape.cluster_size() - within;
+        let (entry, subclusters) = self.l2_entry(slice, guest_offset);
+        let within = self.shape.within_cluster(guest_offset);
         let cluster = guest_offset - within;
-        let corrupt = |what: String| {
-            Err(Error::corrupt(what).guest(cluster..cluster.saturating_add(shape.cluster_size())))
+        let run = if entry.is_compressed() {
+            self.compressed_unit(entry, within)
+        } else {
+            self.standard_unit(entry, subclusters, cluster, within)
         };
-        if entry.is_compressed() {
-            if self.external_data {
-                return corrupt("a compressed cluster in an image with an external data file".into());
+        run.map_err(|e| e.guest(cluster..cluster.saturating_add(self.shape.cluster_size())))
+    }
+
+    /// Returns the entry for `guest_offset` from the slice that describes it, with the bitmap of an extended
+    /// entry.
+    fn l2_entry(&self, slice: &[u64], guest_offset: u64) -> (L2Entry, Option<Subclusters>) {
+        let words = self.shape.l2_entry_words();
+        // The number of words is a power of two, and at least one entry long. The mask also maps every index
+        // into a slice that was cut to its first words.
+        let index =
+            ((guest_offset >> self.shape.cluster_bits) as usize * words) & slice.len().wrapping_sub(1);
+        let word = |index: usize| slice.get(index).copied().unwrap_or(0);
+        (L2Entry(word(index)), self.shape.extended_l2.then(|| Subclusters(word(index + 1))))
+    }
+
+    /// Returns the run from byte `within` of a compressed cluster to its end.
+    fn compressed_unit(&self, entry: L2Entry, within: u64) -> Result<Run> {
+        if self.external_data {
+            return Err(Error::corrupt("a compressed cluster in an image with an external data file"));
+        }
+        let kind = RunKind::Compressed(entry.compressed_range(self.shape));
+        Ok(Run { len: self.shape.cluster_size() - within, kind })
+    }
+
+    /// Returns the run from byte `within` of an uncompressed cluster, which is at the guest offset `cluster`.
+    fn standard_unit(
+        &self,
+        entry: L2Entry,
+        subclusters: Option<Subclusters>,
+        cluster: u64,
+        within: u64,
+    ) -> Result<Run> {
+        let host_offset = self.host_cluster(entry, cluster)?.map(|host| host + within);
+        match subclusters {
+            Some(bitmap) => self.subcluster_unit(bitmap, host_offset, within),
+            None => {
+                let kind = self.cluster_kind(entry, host_offset)?;
+                Ok(Run { len: self.shape.cluster_size() - within, kind })
             }
-            return Ok(Run { len: rest, kind: RunKind::Compressed(entry.compressed_range(shape)) });
         }
+    }
+
+    /// Checks and returns the host offset of an uncompressed cluster, which is at the guest offset `cluster`;
+    /// `None` if it has no host cluster.
+    fn host_cluster(&self, entry: L2Entry, cluster: u64) -> Result<Option<u64>> {
         let host_cluster = entry.host_offset();
-        if !host_cluster.is_multiple_of(shape.cluster_size()) {
-            return corrupt(format!(
-                "the data cluster at offset {host_cluster} is not aligned to clusters of {} bytes",
-                shape.cluster_size()
-            ));
+        let cluster_size = self.shape.cluster_size();
+        if !host_cluster.is_multiple_of(cluster_size) {
+            return Err(Error::corrupt(format!(
+                "the data cluster at offset {host_cluster} is not aligned to clusters of {cluster_size} bytes"
+            )));
         }
-        // Offset 0 is valid in a data file only.
+        // Host offset 0 is valid only in a data file.
         let has_host = host_cluster != 0 || (self.external_data && entry.is_copied());
         if self.external_data && has_host && host_cluster != cluster {
-            return corrupt(format!(
+            return Err(Error::corrupt(format!(
                 "the cluster is at offset {host_cluster} of the data file instead of {cluster}"
-            ));
+            )));
         }
-        let data = RunKind::Data { host_offset: host_cluster + within };
-        let zero = RunKind::Zero { host_offset: has_host.then_some(host_cluster + within) };
-        if !shape.extended_l2 {
-            let kind = match (entry.reads_as_zeros(), has_host) {
-                (true, _) if self.version < 3 => {
-                    return corrupt("a zero cluster in a version 2 image".into());
-                }
-                (true, _) => zero,
-                (false, true) => data,
-                (false, false) => RunKind::Unallocated { host_offset: None },
-            };
-            return Ok(Run { len: rest, kind });
+        Ok(has_host.then_some(host_cluster))
+    }
+
+    /// Returns the source of the bytes at `host_offset` in an uncompressed cluster without subclusters.
+    fn cluster_kind(&self, entry: L2Entry, host_offset: Option<u64>) -> Result<RunKind> {
+        match (entry.reads_as_zeros(), host_offset) {
+            (true, _) if self.version < 3 => Err(Error::corrupt("a zero cluster in a version 2 image")),
+            (true, _) => Ok(RunKind::Zero { host_offset }),
+            (false, Some(host_offset)) => Ok(RunKind::Data { host_offset }),
+            (false, None) => Ok(RunKind::Unallocated { host_offset: None }),
         }
-        let bitmap = Subclusters(slice.get(index + 1).copied().unwrap_or(0));
-        let subcluster_size = shape.subcluster_size();
-        // Below 32.
+    }
+
+    /// Returns the run from byte `within` of a cluster to the end of its sequence of equal subclusters.
+    /// `host_offset` is that of the byte.
+    fn subcluster_unit(&self, bitmap: Subclusters, host_offset: Option<u64>, within: u64) -> Result<Run> {
+        let subcluster_size = self.shape.subcluster_size();
+        // At most 31: a cluster has 32 subclusters.
         let first = (within / subcluster_size) as u32;
         let (status, count) = bitmap.run(first);
         let len = (u64::from(first) + u64::from(count)) * subcluster_size - within;
-        let kind = match status {
-            SubclusterStatus::Allocated if has_host => data,
-            SubclusterStatus::Allocated => {
-                return corrupt("subclusters are marked as data, but the cluster has no host offset".into());
+        let kind = match (status, host_offset) {
+            (SubclusterStatus::Allocated, Some(host_offset)) => RunKind::Data { host_offset },
+            (SubclusterStatus::Allocated, None) => {
+                return Err(Error::corrupt(
+                    "subclusters are marked as data, but the cluster has no host offset",
+                ));
             }
-            SubclusterStatus::Zero => zero,
-            SubclusterStatus::Unallocated => {
-                RunKind::Unallocated { host_offset: has_host.then_some(host_cluster + within) }
-            }
-            SubclusterStatus::Invalid => {
-                return corrupt(format!("subcluster {first} is marked as both data and zeros"));
+            (SubclusterStatus::Zero, _) => RunKind::Zero { host_offset },
+            (SubclusterStatus::Unallocated, _) => RunKind::Unallocated { host_offset },
+            (SubclusterStatus::Invalid, _) => {
+                return Err(Error::corrupt(format!("subcluster {first} is marked as both data and zeros")));
             }
         };
         Ok(Run { len, kind })
     }
 }
 
-/// Returns the table at `host_offset` from the cache, or reads it into the cache.
-fn cached(cache: &L2Cache, host_offset: u64, read: impl FnOnce() -> Result<Vec<u64>>) -> Result<Arc<[u64]>> {
-    if let Some(table) = cache.get(host_offset) {
-        return Ok(table);
+/// Cache of tables, or of parts of them, by host offset. Its lock is not held while a table is read.
+struct TableCache(Mutex<Cache<u64, Arc<[u64]>>>);
+
+impl TableCache {
+    /// Creates a cache of `bytes` bytes for tables of `table_len` bytes.
+    fn new(bytes: u64, table_len: u64) -> Self {
+        let capacity = usize::try_from(bytes / table_len).unwrap_or(MIN_TABLES).max(MIN_TABLES);
+        Self(Mutex::new(Cache::new(capacity)))
     }
-    let table: Arc<[u64]> = read()?.into();
-    cache.put(host_offset, Arc::clone(&table));
-    Ok(table)
+
+    /// Returns the table at `host_offset` from the cache, or from `read`.
+    fn get_or_read(&self, host_offset: u64, read: impl FnOnce() -> Result<Vec<u64>>) -> Result<Arc<[u64]>> {
+        if let Some(table) = lock(&self.0).get(&host_offset) {
+            return Ok(Arc::clone(table));
+        }
+        let table: Arc<[u64]> = read()?.into();
+        let mut cache = lock(&self.0);
+        if cache.is_full() {
+            cache.evict_older_half();
+        }
+        cache.insert(host_offset, Arc::clone(&table));
+        Ok(table)
+    }
 }

@@ -1,15 +1,15 @@
 //! Prediction of the file size of a new image.
 
-use imgtool_toolkit::source::data_bytes;
-use imgtool_toolkit::{CreateOptions, Error, ImageSource, Measure, RandomAccess, Result};
+use imgtool_core::source::data_bytes;
+use imgtool_core::{DeviceId, Error, ImageSource, Measure, RandomAccess, Result};
 
 use crate::layout::entry::Shape;
 use crate::options::{Preallocation, SIZE_MULTIPLE, WriteOptions};
+use crate::refcounts::refcount_clusters;
 
 /// Predicts the bytes of an image of `source`, and of one with every cluster allocated. The numbers
 /// are those of `qemu-img measure`: all tables at full size, no gain from compression.
-pub fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Result<Measure> {
-    let options = WriteOptions::parse(options)?;
+pub fn measure(source: &dyn ImageSource, options: &WriteOptions) -> Result<Measure> {
     let [device] = source.info().devices.as_slice() else {
         return Err(Error::unsupported(format!(
             "qcow2 holds one device, not {}",
@@ -25,7 +25,7 @@ pub fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Result<Meas
     let guest = size.checked_next_multiple_of(cluster_size).ok_or_else(too_large)?;
     let tables = tables_len(shape, guest, options.refcount_order);
     let fully_allocated = tables.checked_add(guest).ok_or_else(too_large)?;
-    let random = source.random().ok_or_else(|| Error::unsupported("cannot measure a stream"))?;
+    let random = source.access().random().ok_or_else(|| Error::unsupported("cannot measure a stream"))?;
     // An upper bound over a backing file: its content is not compared.
     let data = match options.preallocation {
         _ if options.backing.is_some() || options.zero_unit.is_none() => guest,
@@ -55,26 +55,12 @@ fn tables_len(shape: Shape, guest: u64, refcount_order: u32) -> u64 {
     let l1_clusters = (l2_tables * 8).div_ceil(cluster_size);
     let counted = 1 + l2_tables + l1_clusters + guest / cluster_size;
     let entries = (cluster_size * 8) >> refcount_order;
-    let (mut blocks, mut table) = (0, 0);
-    // Refcount structures count themselves. Both numbers only grow, by less in each round.
-    loop {
-        let needed_blocks = (counted + blocks + table).div_ceil(entries);
-        let needed_table = (needed_blocks * 8).div_ceil(cluster_size);
-        if (needed_blocks, needed_table) == (blocks, table) {
-            break;
-        }
-        (blocks, table) = (needed_blocks, needed_table);
-    }
+    let (blocks, table) = refcount_clusters(counted, entries, cluster_size);
     (1 + l2_tables + l1_clusters + blocks + table) * cluster_size
 }
 
 /// Returns the number of clusters that hold data.
-fn data_clusters(
-    random: &dyn RandomAccess,
-    device: imgtool_toolkit::DeviceId,
-    size: u64,
-    cluster_size: u64,
-) -> Result<u64> {
+fn data_clusters(random: &dyn RandomAccess, device: DeviceId, size: u64, cluster_size: u64) -> Result<u64> {
     let mut clusters = 0;
     let mut next_cluster = 0;
     let mut position = 0;

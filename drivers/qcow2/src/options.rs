@@ -1,8 +1,8 @@
 //! Options of a new image: declaration, parsing, and the combinations that are allowed.
 
-use imgtool_toolkit::{CreateOptions, Error, OptionSpec, Result};
+use imgtool_core::{BackingName, CreateOptions, Error, OptionKind, OptionSpec, OptionValues, Remedy, Result};
 
-use crate::layout::FORMAT;
+use crate::compressed::check_level;
 use crate::layout::entry::Shape;
 use crate::layout::header::CompressionType;
 use crate::layout::{
@@ -20,7 +20,7 @@ const DEFAULT_REFCOUNT_ORDER: u32 = 4;
 pub const SIZE_MULTIPLE: u64 = 512;
 
 /// Smallest unit of zero detection in bytes, and the smallest piece. The toolkit's.
-pub const ZERO_GRANULARITY: u64 = imgtool_toolkit::zero::ZERO_GRANULARITY as u64;
+pub const ZERO_GRANULARITY: u64 = imgtool_core::zero::ZERO_GRANULARITY as u64;
 
 /// Declared options, under qemu-img's names.
 pub const OPTIONS: &[OptionSpec] = &[
@@ -28,67 +28,67 @@ pub const OPTIONS: &[OptionSpec] = &[
         name: "compat",
         help: "version of the format: 1.1 is version 3, 0.10 is version 2",
         default: "1.1",
-        values: "0.10|1.1|v2|v3",
+        kind: OptionKind::OneOf(&["0.10", "1.1", "v2", "v3"]),
     },
     OptionSpec {
         name: "cluster_size",
         help: "allocation unit",
         default: "64k",
-        values: "512..2M, a power of two",
+        kind: OptionKind::PowerOfTwo { min: 1 << MIN_CLUSTER_BITS, max: 1 << MAX_CLUSTER_BITS },
     },
     OptionSpec {
         name: "refcount_bits",
         help: "width of a reference count",
         default: "16",
-        values: "1|2|4|8|16|32|64",
+        kind: OptionKind::OneOfSizes(&[1, 2, 4, 8, 16, 32, 64]),
     },
     OptionSpec {
         name: "extended_l2",
         help: "subclusters of 1/32 cluster (clusters of 16k and more)",
         default: "off",
-        values: "on|off",
+        kind: OptionKind::Flag,
     },
     OptionSpec {
         name: "compression_type",
-        help: "how -c compresses clusters",
+        help: "algorithm of compressed clusters",
         default: "zlib",
-        values: "zlib|zstd",
+        kind: OptionKind::OneOf(&["zlib", "zstd"]),
     },
     OptionSpec {
         name: "lazy_refcounts",
         help: "allow QEMU to write reference counts late",
         default: "off",
-        values: "on|off",
+        kind: OptionKind::Flag,
     },
     OptionSpec {
         name: "preallocation",
         help: "space that is allocated before it is needed",
         default: "off",
-        values: "off|metadata|falloc|full",
+        kind: OptionKind::OneOf(&["off", "metadata", "falloc", "full"]),
     },
     OptionSpec {
         name: "backing_file",
         help: "image below the new one: only the difference to it is stored",
         default: "none",
-        values: "a file name",
+        kind: OptionKind::Path,
     },
     OptionSpec {
         name: "backing_fmt",
         help: "format of the backing file",
         default: "none",
-        values: "a format name",
+        kind: OptionKind::Text("a format name"),
     },
     OptionSpec {
         name: "data_file",
         help: "file that holds the guest's data beside the image",
         default: "none",
-        values: "a file name",
+        kind: OptionKind::Path,
     },
     OptionSpec {
         name: "data_file_raw",
         help: "the data file is a raw image of its own",
         default: "off",
-        values: "on|off",
+        kind: OptionKind::Flag,
     },
 ];
 
@@ -105,15 +105,6 @@ pub enum Preallocation {
     Full,
 }
 
-/// Reference of a new image to its backing file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BackingName {
-    /// File name, as stored in the image.
-    pub name: String,
-    /// Format name, as stored in the image.
-    pub format: String,
-}
-
 /// Checked options of a new image.
 #[derive(Debug, Clone)]
 pub struct WriteOptions {
@@ -125,8 +116,8 @@ pub struct WriteOptions {
     pub refcount_order: u32,
     /// Compression of compressed clusters.
     pub compression: CompressionType,
-    /// `Some` if clusters are compressed: the level, `None` for the default.
-    pub compress: Option<Option<i32>>,
+    /// Level of compression; `None` if clusters are not compressed.
+    pub compress: Option<i32>,
     /// True if QEMU may write refcounts late.
     pub lazy_refcounts: bool,
     /// Space that is allocated before it is needed.
@@ -145,34 +136,30 @@ pub struct WriteOptions {
 impl WriteOptions {
     /// Parses and checks all options.
     pub fn parse(options: &CreateOptions) -> Result<Self> {
-        options.check_names(FORMAT, OPTIONS)?;
-        let version = match options.get("compat") {
-            None | Some("1.1" | "v3") => 3,
-            Some("0.10" | "v2") => 2,
-            Some(other) => return Err(bad_value("compat", "0.10 or 1.1", other)),
-        };
+        let values = &options.values;
+        let flag = |name| values.flag(name).unwrap_or(false);
+        let cluster_size = values.size("cluster_size").unwrap_or(DEFAULT_CLUSTER_SIZE);
+        let compression = compression(options)?;
+        let level = options.compress.as_ref().map(|compress| check_level(compression, compress.level));
         let parsed = Self {
-            version,
-            shape: Shape {
-                cluster_bits: cluster_bits(options)?,
-                extended_l2: options.flag("extended_l2")?.unwrap_or(false),
+            version: match values.text("compat") {
+                Some("0.10" | "v2") => 2,
+                _ => 3,
             },
-            refcount_order: refcount_order(options)?,
-            compression: compression(options)?,
-            compress: options.compress.as_ref().map(|compress| compress.level),
-            lazy_refcounts: options.flag("lazy_refcounts")?.unwrap_or(false),
-            preallocation: match options.get("preallocation") {
-                None | Some("off") => Preallocation::Off,
+            shape: Shape { cluster_bits: cluster_size.ilog2(), extended_l2: flag("extended_l2") },
+            refcount_order: values.size("refcount_bits").map_or(DEFAULT_REFCOUNT_ORDER, u64::ilog2),
+            compression,
+            compress: level.transpose()?,
+            lazy_refcounts: flag("lazy_refcounts"),
+            preallocation: match values.text("preallocation") {
                 Some("metadata") => Preallocation::Metadata,
                 Some("falloc") => Preallocation::Falloc,
                 Some("full") => Preallocation::Full,
-                Some(other) => {
-                    return Err(bad_value("preallocation", "off, metadata, falloc or full", other));
-                }
+                _ => Preallocation::Off,
             },
-            backing: backing(options)?,
-            data_file: options.get("data_file").map(str::to_owned),
-            data_file_raw: options.flag("data_file_raw")?.unwrap_or(false),
+            backing: backing(values)?,
+            data_file: values.text("data_file").map(str::to_owned),
+            data_file_raw: flag("data_file_raw"),
             zero_unit: options.zero_unit(ZERO_GRANULARITY),
         };
         parsed.check_version()?;
@@ -241,32 +228,9 @@ impl WriteOptions {
             self.shape.cluster_size()
         ));
         Err(match fitting_bits {
-            Some(bits) => error.hint(format!("use -o cluster_size={}", 1u64 << bits)),
+            Some(bits) => error.remedied_by(Remedy::SetOption(format!("cluster_size={}", 1u64 << bits))),
             None => error.hint("qcow2 cannot hold a disk this large; raw can"),
         })
-    }
-}
-
-fn bad_value(name: &str, allowed: &str, value: &str) -> Error {
-    Error::usage(format!("option '{name}' must be {allowed}, not '{value}'"))
-}
-
-fn cluster_bits(options: &CreateOptions) -> Result<u32> {
-    let cluster_size = options.size("cluster_size")?.unwrap_or(DEFAULT_CLUSTER_SIZE);
-    let bits = cluster_size.checked_ilog2().unwrap_or(0);
-    if !cluster_size.is_power_of_two() || !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&bits) {
-        return Err(Error::usage(format!(
-            "cluster_size is {cluster_size}, not a power of two within 512..2097152"
-        )));
-    }
-    Ok(bits)
-}
-
-fn refcount_order(options: &CreateOptions) -> Result<u32> {
-    match options.number("refcount_bits")? {
-        None => Ok(DEFAULT_REFCOUNT_ORDER),
-        Some(bits) if bits.is_power_of_two() && bits <= 64 => Ok(bits.ilog2()),
-        Some(bits) => Err(Error::usage(format!("refcount_bits is {bits}, not a power of two within 1..64"))),
     }
 }
 
@@ -278,7 +242,7 @@ fn compression(options: &CreateOptions) -> Result<CompressionType> {
         "zstd" => Ok(CompressionType::Zstd),
         other => Err(Error::usage(format!("qcow2 clusters are compressed with zlib or zstd, not '{other}'"))),
     };
-    let from_option = options.get("compression_type").map(parse).transpose()?;
+    let from_option = options.values.text("compression_type").map(parse).transpose()?;
     let algorithm = options.compress.as_ref().and_then(|compress| compress.algorithm.as_deref());
     match (from_option, algorithm.map(parse).transpose()?) {
         (Some(one), Some(other)) if one != other => Err(Error::usage(format!(
@@ -290,12 +254,12 @@ fn compression(options: &CreateOptions) -> Result<CompressionType> {
     }
 }
 
-fn backing(options: &CreateOptions) -> Result<Option<BackingName>> {
-    match (options.get("backing_file"), options.get("backing_fmt")) {
+fn backing(values: &OptionValues) -> Result<Option<BackingName>> {
+    match (values.text("backing_file"), values.text("backing_fmt")) {
         (None, None) => Ok(None),
         (None, Some(_)) => Err(Error::usage("backing_fmt needs backing_file")),
         (Some(_), None) => Err(Error::usage("backing_file needs backing_fmt")
-            .hint("name its format: -o backing_file=NAME,backing_fmt=FORMAT")),
+            .remedied_by(Remedy::SetOption("backing_fmt=FORMAT".into()))),
         (Some(name), Some(_)) if name.is_empty() || name.len() > MAX_BACKING_NAME as usize => {
             Err(Error::usage(format!(
                 "the backing file's name has {} bytes, not 1..{MAX_BACKING_NAME}",
@@ -312,10 +276,10 @@ fn backing(options: &CreateOptions) -> Result<Option<BackingName>> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::layout::FORMAT;
 
     fn parse(pairs: &[(&str, &str)]) -> Result<WriteOptions> {
-        let options = pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        WriteOptions::parse(&CreateOptions { options, ..CreateOptions::default() })
+        WriteOptions::parse(&CreateOptions::parse(FORMAT, OPTIONS, pairs.iter().copied())?)
     }
 
     #[test]
@@ -345,7 +309,7 @@ mod tests {
     #[test]
     fn suggests_a_cluster_size_for_a_disk_beyond_the_l1_limit() {
         let error = parse(&[]).unwrap().check_size(4 << 50).unwrap_err();
-        assert_eq!(error.hint_text(), Some("use -o cluster_size=131072"));
+        assert_eq!(error.remedy(), Some(&Remedy::SetOption("cluster_size=131072".into())));
         assert!(parse(&[]).unwrap().check_size(2 << 50).is_ok());
         assert!(parse(&[("cluster_size", "2M")]).unwrap().check_size(8 << 60).is_err());
     }

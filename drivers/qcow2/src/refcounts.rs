@@ -1,9 +1,9 @@
-//! Stored refcounts of an image.
+//! Refcounts of an image: those that it stores, and the space that they need.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::ops::Range;
 
-use imgtool_toolkit::{CheckReport, RandomInput, Result};
+use imgtool_core::{Cache, CheckReport, RandomInput, Result};
 
 use crate::layout::entry::{RefcountTableEntry, refcount};
 use crate::layout::header::Header;
@@ -54,7 +54,7 @@ pub struct Refcounts {
     cluster_bits: u32,
     order: u32,
     /// Pages of refcount blocks, by host offset.
-    pages: HashMap<u64, Vec<u8>>,
+    pages: Cache<u64, Vec<u8>>,
 }
 
 impl Refcounts {
@@ -69,7 +69,7 @@ impl Refcounts {
             table: decode_table(&bytes),
             cluster_bits: geometry.cluster_bits,
             order: geometry.order,
-            pages: HashMap::new(),
+            pages: Cache::new(MAX_PAGES),
         })
     }
 
@@ -185,16 +185,33 @@ impl Refcounts {
             block_offset.checked_add(byte - byte % PAGE).filter(|offset| *offset < self.input.len());
         let Some(page_offset) = page_offset else { return Ok(Refcount::Known(0)) };
         let per_page = (PAGE * 8) >> self.order;
-        if !self.pages.contains_key(&page_offset) {
-            if self.pages.len() >= MAX_PAGES {
-                self.pages.clear();
-            }
-            let len = PAGE.min(self.cluster_size()).min(self.input.len() - page_offset);
-            let page = self.input.read_vec(page_offset, len as usize)?;
-            self.pages.insert(page_offset, page);
-        }
-        let page = self.pages.get(&page_offset).map(Vec::as_slice).unwrap_or_default();
         // Less than the entries of a page.
-        Ok(Refcount::Known(refcount(page, self.order, (index % per_page) as usize)))
+        let within = (index % per_page) as usize;
+        if let Some(page) = self.pages.get(&page_offset) {
+            return Ok(Refcount::Known(refcount(page, self.order, within)));
+        }
+        if self.pages.is_full() {
+            self.pages.evict_older_half();
+        }
+        let len = PAGE.min(self.cluster_size()).min(self.input.len() - page_offset);
+        let page = self.input.read_vec(page_offset, len as usize)?;
+        let found = refcount(&page, self.order, within);
+        self.pages.insert(page_offset, page);
+        Ok(Refcount::Known(found))
+    }
+}
+
+/// Returns the numbers of refcount blocks and of refcount table clusters for an image with `counted`
+/// other clusters. `block_entries` is the number of entries of a refcount block.
+pub fn refcount_clusters(counted: u64, block_entries: u64, cluster_size: u64) -> (u64, u64) {
+    let (mut blocks, mut table) = (1, 1);
+    // Blocks and table count themselves. Both numbers only grow, by less in each round.
+    loop {
+        let needed_blocks = (counted + blocks + table).div_ceil(block_entries);
+        let needed_table = (needed_blocks * 8).div_ceil(cluster_size);
+        if (needed_blocks, needed_table) == (blocks, table) {
+            return (blocks, table);
+        }
+        (blocks, table) = (needed_blocks, needed_table);
     }
 }

@@ -1,4 +1,4 @@
-//! Writing: a new image in one pass.
+//! The sink of a new image, which writes it in one pass.
 //!
 //! Order of a new file: header, L1 table (if the disk size is known), data in the order of its arrival
 //! with finished refcount blocks between, L2 tables, the refcount table and the remaining refcount
@@ -13,34 +13,36 @@ mod mapping_tables;
 mod place;
 mod prepare;
 
-use imgtool_toolkit::{
-    BufferPool, Bytes, DeviceId, Error, Geometry, ImageSink, Output, Piece, Prepared, Result, WriteList,
+use imgtool_core::sync::lock;
+use imgtool_core::{
+    BufferPool, Bytes, Consumer, Error, Geometry, ImageSink, Output, Prepared, Result, Sharing, SinkDevice,
+    SinkPiece, WriteList,
 };
 
 pub use image::Qcow2Sink;
 
 use crate::options::{Preallocation, SIZE_MULTIPLE, ZERO_GRANULARITY};
-use image::{Placement, lock, round_up_size};
+use image::{Placement, round_up_size};
 
-/// Bytes of a piece without compression. Measured: pieces that fit into the cache of one core are
-/// written fastest.
+/// Bytes of a piece without compression. Measured: pieces that fit into the cache of one core are written
+/// fastest.
 const PIECE_LEN: u64 = 256 << 10;
 
-/// Bytes of a piece with compression. Our choice: large enough that the hand-over between threads costs
+/// Bytes of a piece with compression. Our choice: large enough that handing it over between threads costs
 /// nothing.
 const COMPRESSED_PIECE_LEN: u64 = 1 << 20;
 
 /// Maximum bytes of a piece of zeros that are marked cluster by cluster. Our limit.
 const MARKED_ZERO_LEN: u64 = 64 << 20;
 
-impl ImageSink for Qcow2Sink {
-    fn geometry(&self, _device: DeviceId) -> Geometry {
+impl Consumer for Qcow2Sink {
+    fn geometry(&self, _device: SinkDevice) -> Geometry {
         let cluster_size = self.cluster_size();
         let whole = self.stores_whole_clusters();
         let granule = if whole || self.data_output().needs_zeros() || self.options.shape.extended_l2 {
             cluster_size.max(ZERO_GRANULARITY)
         } else {
-            // Parts of larger clusters are placed one by one; gathering them would only copy.
+            // Parts of larger clusters are placed one by one, since gathering them would only add a copy.
             cluster_size.clamp(ZERO_GRANULARITY, 64 << 10)
         };
         let zero_unit = self.options.zero_unit.unwrap_or(0);
@@ -57,27 +59,7 @@ impl ImageSink for Qcow2Sink {
         Geometry { granule, granule_required: whole, piece_len, max_zero_len, ordered: !self.is_linear() }
     }
 
-    fn keeps_bytes(&self, _device: DeviceId) -> bool {
-        self.options.preallocation == Preallocation::Off && !self.options.stores_zeros()
-    }
-
-    fn output(&self, _device: DeviceId) -> &Output {
-        self.data_output()
-    }
-
-    fn begin(&self) -> Result<()> {
-        if !matches!(self.options.preallocation, Preallocation::Falloc | Preallocation::Full) {
-            return Ok(());
-        }
-        let size = round_up_size(lock(&self.size).unwrap_or(0))?;
-        let start = match self.placement {
-            Placement::Linear { data_start } => data_start,
-            _ => 0,
-        };
-        self.data_output().allocate(start, size.next_multiple_of(self.cluster_size()))
-    }
-
-    fn prepare(&self, piece: Piece, pool: &BufferPool) -> Result<Prepared> {
+    fn prepare(&self, piece: SinkPiece, pool: &BufferPool) -> Result<Prepared> {
         if self.stores_whole_clusters() && !piece.start.is_multiple_of(self.cluster_size()) {
             return Err(Error::malformed("a piece does not start at a cluster boundary"));
         }
@@ -85,6 +67,42 @@ impl ImageSink for Qcow2Sink {
         match (&self.encoder, &self.base) {
             (None, None) => Ok(self.prepare_plain(piece)),
             (encoder, base) => self.prepare_clusters(piece, pool, encoder.as_ref(), base.as_ref()),
+        }
+    }
+
+    fn resize(&self, _device: SinkDevice, size: u64) -> Result<()> {
+        let mut known = lock(&self.size);
+        if known.is_some_and(|known| known != size) {
+            return Err(Error::unsupported("the disk size is already set and cannot change"));
+        }
+        self.options.check_size(round_up_size(size)?)?;
+        *known = Some(size);
+        Ok(())
+    }
+}
+
+impl ImageSink for Qcow2Sink {
+    fn outputs(&self) -> &[Output] {
+        &self.outputs
+    }
+
+    fn begin(&self) -> Result<Vec<u8>> {
+        if matches!(self.options.preallocation, Preallocation::Falloc | Preallocation::Full) {
+            let size = round_up_size(lock(&self.size).unwrap_or(0))?;
+            let start = match self.placement {
+                Placement::Linear { data_start } => data_start,
+                _ => 0,
+            };
+            self.data_output().allocate(start, size.next_multiple_of(self.cluster_size()))?;
+        }
+        Ok(Vec::new())
+    }
+
+    fn sharing(&self, _device: SinkDevice) -> Sharing {
+        if self.options.preallocation == Preallocation::Off && !self.options.stores_zeros() {
+            Sharing::Parts(self.data_id)
+        } else {
+            Sharing::Never
         }
     }
 
@@ -96,7 +114,7 @@ impl ImageSink for Qcow2Sink {
         };
         if let Some(start) = start {
             for part in &prepared.parts {
-                writes.push(start + part.guest.start, part.bytes.clone());
+                writes.push(self.data_id, start + part.guest.start, part.bytes.clone());
             }
             return Ok(());
         }
@@ -105,7 +123,7 @@ impl ImageSink for Qcow2Sink {
             match &part.bytes {
                 Bytes::Encoded(range) => {
                     let offset = self.place_compressed(&mut state, part.guest.start, range.len() as u64)?;
-                    writes.push(offset, part.bytes.clone());
+                    writes.push(self.data_id, offset, part.bytes.clone());
                 }
                 Bytes::Zero(_) if self.options.version >= 3 => {
                     self.mark_zeros(&mut state, part.guest.clone())?
@@ -113,17 +131,7 @@ impl ImageSink for Qcow2Sink {
                 bytes => self.place_plain(&mut state, part.guest.clone(), bytes, writes)?,
             }
         }
-        state.alloc.write_finished_blocks(&self.output)
-    }
-
-    fn resize(&self, _device: DeviceId, size: u64) -> Result<()> {
-        let mut known = lock(&self.size);
-        if known.is_some_and(|known| known != size) {
-            return Err(Error::unsupported("the disk size is already set and cannot change"));
-        }
-        self.options.check_size(round_up_size(size)?)?;
-        *known = Some(size);
-        Ok(())
+        state.alloc.write_finished_blocks(self.output())
     }
 
     fn finish(&self) -> Result<()> {

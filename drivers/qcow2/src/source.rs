@@ -3,11 +3,14 @@
 mod content;
 mod map;
 
+use std::borrow::Cow;
+use std::ffi::OsStr;
 use std::ops::Range;
+use std::path::Path;
 
-use imgtool_toolkit::{
-    Access, Device, DeviceId, Error, ErrorKind, Extent, ExtentKind, ExtentList, FileRange, ImageInfo,
-    ImageSource, Input, MapExtent, OpenOptions, RandomAccess, RandomInput, Result,
+use imgtool_core::{
+    Access, Device, DeviceId, Disk, Error, ErrorKind, Extent, ExtentKind, ExtentList, FileRange, ImageInfo,
+    ImageSource, Input, Loss, MapExtent, OpenOptions, RandomAccess, RandomInput, Result,
 };
 
 use crate::info;
@@ -29,8 +32,6 @@ const L2_BYTES_PER_ANSWER: u64 = 1 << 20;
 /// Opened image.
 pub struct Qcow2Source {
     info: ImageInfo,
-    /// Bytes of the disk, or of the selected snapshot's disk.
-    virtual_size: u64,
     shape: Shape,
     input: RandomInput,
     preallocation: PreallocationTest,
@@ -56,7 +57,7 @@ impl Qcow2Source {
             selector => match read_snapshots(&input, &header, selector.as_deref(), options.info_only) {
                 // The active state does not depend on the snapshots.
                 Err(e) if (options.info_only || options.salvage) && selector.is_none() => {
-                    notes.push(e.to_string());
+                    notes.push(format!("{e:#}"));
                     Snapshots::default()
                 }
                 read => read?,
@@ -66,7 +67,7 @@ impl Qcow2Source {
         let bitmaps = match options.info_only.then(|| list_bitmaps(&input, &header)) {
             Some(Ok(bitmaps)) => bitmaps,
             Some(Err(e)) => {
-                notes.push(e.to_string());
+                notes.push(format!("{e:#}"));
                 Vec::new()
             }
             None => Vec::new(),
@@ -82,31 +83,19 @@ impl Qcow2Source {
             Some(Content::open(&input, &header, selected, virtual_size, options)?)
         };
         let preallocation = PreallocationTest::new(&input, &header);
-        Ok(Self { info: image_info, virtual_size, shape: header.shape, input, preallocation, content })
+        Ok(Self { info: image_info, shape: header.shape, input, preallocation, content })
     }
 
     fn content(&self) -> Result<&Content> {
         self.content.as_ref().ok_or_else(|| Error::usage("the image was opened for its facts only"))
     }
-
-    fn check_range(&self, device: DeviceId, range: &Range<u64>) -> Result<()> {
-        if device != DISK {
-            return Err(Error::out_of_bounds(format!("the image has no device {device}")));
-        }
-        if range.start > range.end || range.end > self.virtual_size {
-            return Err(Error::out_of_bounds(format!(
-                "bytes {}..{} are not within the disk of {} bytes",
-                range.start, range.end, self.virtual_size
-            )));
-        }
-        Ok(())
-    }
 }
 
 /// Names the device after its file.
 fn device_name(input: &RandomInput) -> String {
-    let stem = input.path().file_stem().map(|stem| stem.to_string_lossy().into_owned());
-    stem.filter(|stem| !stem.is_empty() && stem != "-").unwrap_or_else(|| "disk".to_owned())
+    let name = input.location().file_name();
+    let stem = name.as_deref().and_then(|name| Path::new(name).file_stem()).map(OsStr::to_string_lossy);
+    stem.filter(|stem| !stem.is_empty() && stem != "-").map_or_else(|| "disk".to_owned(), Cow::into_owned)
 }
 
 impl ImageSource for Qcow2Source {
@@ -114,19 +103,15 @@ impl ImageSource for Qcow2Source {
         &self.info
     }
 
-    fn access(&mut self) -> Access<'_> {
+    fn access(&self) -> Access<'_> {
         Access::Random(self)
     }
 
-    fn random(&self) -> Option<&dyn RandomAccess> {
-        Some(self)
-    }
-
-    fn losses(&self) -> Vec<imgtool_toolkit::Loss> {
+    fn losses(&self) -> Vec<Loss> {
         let Some(content) = &self.content else { return Vec::new() };
         let mut losses = content.losses.as_ref().map(|losses| losses.list(DISK)).unwrap_or_default();
         if let Some(backing) = &content.backing {
-            losses.extend(backing.source.losses());
+            losses.extend(backing.image().losses());
         }
         losses
     }
@@ -134,13 +119,7 @@ impl ImageSource for Qcow2Source {
 
 impl Qcow2Source {
     /// Lists the extents of `range`; with a `resolution`, roughly and in units of that many bytes.
-    fn list_extents(
-        &self,
-        device: DeviceId,
-        range: Range<u64>,
-        resolution: Option<u64>,
-    ) -> Result<Vec<Extent>> {
-        self.check_range(device, &range)?;
+    fn list_extents(&self, range: Range<u64>, resolution: Option<u64>) -> Result<Vec<Extent>> {
         let content = self.content()?;
         let mut list = ExtentList::new();
         let mut tables = (L2_BYTES_PER_ANSWER >> self.shape.cluster_bits).max(1);
@@ -187,22 +166,20 @@ impl Qcow2Source {
 }
 
 impl RandomAccess for Qcow2Source {
-    fn extents(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>> {
-        self.list_extents(device, range, None)
+    fn extents(&self, _device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>> {
+        self.list_extents(range, None)
     }
 
-    fn rough_extents(&self, device: DeviceId, range: Range<u64>, resolution: u64) -> Result<Vec<Extent>> {
-        self.list_extents(device, range, Some(resolution))
+    fn rough_extents(&self, _device: DeviceId, range: Range<u64>, resolution: u64) -> Result<Vec<Extent>> {
+        self.list_extents(range, Some(resolution))
     }
 
-    fn map(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
-        self.check_range(device, &range)?;
+    fn map(&self, _device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
         self.content()?.map(range, &self.preallocation)
     }
 
-    fn read_at(&self, device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
+    fn read_at(&self, _device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
         let end = guest_offset.saturating_add(buf.len() as u64);
-        self.check_range(device, &(guest_offset..end))?;
         let content = self.content()?;
         let mut position = guest_offset;
         let mut rest = buf;
@@ -224,7 +201,7 @@ impl RandomAccess for Qcow2Source {
                 let e = e.guest(guest.clone());
                 let Some(losses) = content.losses.as_ref().filter(|_| is_damage(&e)) else { return Err(e) };
                 match host {
-                    Some(host_offset) => content.data.read_what_is_there(part, host_offset, |lost, e| {
+                    Some(host_offset) => content.data.read_salvage(part, host_offset, |lost, e| {
                         losses.add(position + lost.start as u64..position + lost.end as u64, &e);
                     }),
                     None => {
@@ -241,13 +218,10 @@ impl RandomAccess for Qcow2Source {
 
     fn read_granule(&self, _device: DeviceId) -> u64 {
         let backing = self.content.as_ref().and_then(|content| content.backing.as_ref());
-        self.shape.cluster_size().max(backing.map_or(1, |backing| backing.read_granule))
+        self.shape.cluster_size().max(backing.map_or(1, Disk::read_granule))
     }
 
-    fn locate(&self, device: DeviceId, range: Range<u64>) -> Option<FileRange<'_>> {
-        if range.is_empty() || self.check_range(device, &range).is_err() {
-            return None;
-        }
+    fn locate(&self, _device: DeviceId, range: Range<u64>) -> Option<FileRange<'_>> {
         let content = self.content.as_ref()?;
         let run = content.mapping.run(range.clone()).ok()?;
         match run.kind {
@@ -258,11 +232,7 @@ impl RandomAccess for Qcow2Source {
             }
             RunKind::Unallocated { .. } => {
                 let backing = content.backing.as_ref()?;
-                let end = (range.start + run.len).min(backing.size);
-                if range.start >= end {
-                    return None;
-                }
-                backing.source.random()?.locate(backing.device, range.start..end)
+                backing.locate(range.start..(range.start + run.len).min(backing.size()))
             }
             RunKind::Zero { .. } | RunKind::Compressed(_) => None,
         }

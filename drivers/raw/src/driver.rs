@@ -1,23 +1,26 @@
-//! The driver: the format as the registry sees it.
+//! The driver for raw images: its capabilities and options.
 
-use imgtool_toolkit::source::data_bytes;
-use imgtool_toolkit::{
-    Capabilities, Confidence, CreateOptions, Driver, Error, ImageSink, ImageSource, Input, Manifest, Measure,
-    OpenOptions, OptionSpec, Output, Result,
+use std::sync::Arc;
+
+use imgtool_core::{
+    Capabilities, Confidence, CreateOptions, Driver, ImageSource, ImageWriter, InPlace, Input, OpenOptions,
+    OptionKind, OptionSpec, Result,
 };
 
-use crate::{sink, source};
+use crate::options::WriteOptions;
+use crate::source;
+use crate::writer::RawWriter;
 
-/// Raw disk images and block devices.
+/// Driver for raw disk images and block devices.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RawDriver;
 
-/// The `-o` options; `sink::create` parses them.
+/// Options of a new image.
 const OPTIONS: &[OptionSpec] = &[OptionSpec {
     name: "preallocation",
     help: "space allocated ahead: off, by the file system (falloc), by writing zeros (full)",
     default: "off",
-    values: "off|falloc|full",
+    kind: OptionKind::OneOf(&["off", "falloc", "full"]),
 }];
 
 impl Driver for RawDriver {
@@ -39,12 +42,11 @@ impl Driver for RawDriver {
             write: true,
             stream_read: true,
             stream_write: true,
-            max_devices: 1,
-            attachments: false,
-            compression: false,
+            verbatim: true,
+            in_place: InPlace::Anywhere,
             open_ended: true,
             size_multiple: 1,
-            check: false,
+            ..Capabilities::default()
         }
     }
 
@@ -52,39 +54,16 @@ impl Driver for RawDriver {
         OPTIONS
     }
 
-    /// Accepts any bytes: a file of no other format is read as raw.
+    /// Accepts any bytes: a file that no other driver recognises is read as raw.
     fn probe(&self, _head: &[u8], _len: Option<u64>) -> Option<Confidence> {
         Some(Confidence::Fallback)
     }
 
-    fn open(&self, input: Input, _options: &OpenOptions) -> Result<Box<dyn ImageSource>> {
+    fn open(&self, input: Input, _options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
         source::open(input)
     }
 
-    fn create(
-        &self,
-        output: Output,
-        manifest: &Manifest,
-        options: &CreateOptions,
-    ) -> Result<Box<dyn ImageSink>> {
-        sink::create(output, manifest, options)
-    }
-
-    fn measure(&self, source: &dyn ImageSource, options: &CreateOptions) -> Result<Measure> {
-        let [device] = source.info().devices.as_slice() else {
-            return Err(Error::unsupported(format!(
-                "raw holds one device, not {}",
-                source.info().devices.len()
-            )));
-        };
-        let data_bytes = data_bytes(source, device)?;
-        let writes_all = options.get("preallocation").is_some_and(|value| value != "off")
-            || options.sparse_granularity == Some(0);
-        Ok(Measure {
-            // The file's length, holes included: the output's file system decides whether they save space.
-            required: device.size,
-            fully_allocated: device.size,
-            occupied: if writes_all { device.size } else { data_bytes },
-        })
+    fn writer(&self, options: &CreateOptions) -> Result<Box<dyn ImageWriter>> {
+        Ok(Box::new(WriteOptions::parse(options).map(RawWriter)?))
     }
 }

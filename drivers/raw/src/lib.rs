@@ -5,12 +5,14 @@
 //! input and output are streams, whose size is known only when they end.
 
 mod driver;
+mod options;
 mod sink;
 mod source;
+mod writer;
 
 pub use driver::RawDriver;
 
-use imgtool_toolkit::Registry;
+use imgtool_core::Registry;
 
 /// The driver's name.
 pub(crate) const FORMAT: &str = "raw";

@@ -1,12 +1,12 @@
 //! Reading raw images: files and block devices at random, streams in one pass.
 
 use std::ops::Range;
-use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use imgtool_toolkit::{
-    Access, BufferPool, Device, DeviceId, Error, Extent, FileRange, ImageInfo, ImageSource, Input, MapExtent,
-    MapPlace, Piece, RandomAccess, RandomInput, Result, SequentialAccess, Stream,
+use imgtool_core::source::second_pass;
+use imgtool_core::{
+    Access, BufferPool, Device, DeviceId, Extent, FileRange, ImageInfo, ImageSource, Input, Location,
+    MapExtent, MapPlace, Piece, RandomAccess, RandomInput, Result, Stream, StreamAccess,
 };
 
 /// The id of a raw image's only device.
@@ -16,17 +16,20 @@ const DISK: DeviceId = DeviceId(0);
 const STREAM_PIECE: usize = 256 * 1024;
 
 /// Opens an image: a stream is read in one pass, anything else by position.
-pub(crate) fn open(input: Input) -> Result<Box<dyn ImageSource>> {
+pub(crate) fn open(input: Input) -> Result<Arc<dyn ImageSource>> {
     let mut disk = Device::disk(DISK.0, "disk", 0);
     if input.is_stream() {
         disk.open_ended = true;
         let stream = input.into_stream()?;
         let info = info(disk);
-        return Ok(Box::new(RawStream { info, stream, final_size: None }));
+        return Ok(Arc::new(RawStream {
+            info,
+            pass: Mutex::new(Pass { stream, final_size: None, finished: false }),
+        }));
     }
     let input = input.into_random()?;
     disk.size = input.len();
-    Ok(Box::new(RawImage { info: info(disk), input }))
+    Ok(Arc::new(RawImage { info: info(disk), input }))
 }
 
 fn info(disk: Device) -> ImageInfo {
@@ -44,12 +47,8 @@ impl ImageSource for RawImage {
         &self.info
     }
 
-    fn access(&mut self) -> Access<'_> {
+    fn access(&self) -> Access<'_> {
         Access::Random(self)
-    }
-
-    fn random(&self) -> Option<&dyn RandomAccess> {
-        Some(self)
     }
 }
 
@@ -65,7 +64,7 @@ impl RandomAccess for RawImage {
     }
 
     fn map(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
-        let file: Arc<Path> = self.input.path().into();
+        let file: Arc<Location> = Arc::new(self.input.location().clone());
         let describe = |extent: Extent| MapExtent {
             // Holes have a file offset, too: guest and file offsets are the same.
             present: true,
@@ -75,10 +74,7 @@ impl RandomAccess for RawImage {
         Ok(self.extents(device, range)?.into_iter().map(describe).collect())
     }
 
-    fn read_at(&self, device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
-        if device != DISK {
-            return Err(Error::out_of_bounds(format!("a raw image has one device, {DISK}, not {device}")));
-        }
+    fn read_at(&self, _device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
         self.input.read_exact_at(buf, guest_offset)
     }
 
@@ -95,9 +91,16 @@ impl RandomAccess for RawImage {
 /// A pipe or a compressed file, read in one pass.
 struct RawStream {
     info: ImageInfo,
+    pass: Mutex<Pass>,
+}
+
+/// The pass over a stream.
+struct Pass {
     stream: Stream,
     /// Guest bytes; `None` until the stream ends.
     final_size: Option<u64>,
+    /// True once the end was reported.
+    finished: bool,
 }
 
 impl ImageSource for RawStream {
@@ -105,18 +108,18 @@ impl ImageSource for RawStream {
         &self.info
     }
 
-    fn access(&mut self) -> Access<'_> {
-        Access::Sequential(self)
-    }
-
-    fn random(&self) -> Option<&dyn RandomAccess> {
-        None
+    fn access(&self) -> Access<'_> {
+        Access::Stream(&self.pass)
     }
 }
 
-impl SequentialAccess for RawStream {
+impl StreamAccess for Pass {
     fn next_piece(&mut self, pool: &BufferPool) -> Result<Option<Piece>> {
+        if self.finished {
+            return Err(second_pass());
+        }
         if self.final_size.is_some() {
+            self.finished = true;
             return Ok(None);
         }
         let start = self.stream.position();
@@ -126,6 +129,7 @@ impl SequentialAccess for RawStream {
             self.final_size = Some(self.stream.position());
         }
         if filled == 0 {
+            self.finished = true;
             return Ok(None);
         }
         buffer.truncate(filled);

@@ -1,6 +1,6 @@
 //! The structural check of an image: both copies of each duplicated structure, and every BAT entry.
 
-use imgtool_toolkit::{CheckReport, ErrorKind, Input, Result};
+use imgtool_core::{CheckReport, ErrorKind, Input, Result};
 use roaring::RoaringBitmap;
 
 use crate::image::{Image, UnreadableHeader};
@@ -21,7 +21,7 @@ pub(crate) fn check(input: Input) -> Result<CheckReport> {
     let image = match Image::open(input, UnreadableHeader::UseOther, 0) {
         Ok(image) => image,
         Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed) => {
-            report.corruption(error.to_string());
+            report.corruption(format!("{error:#}"));
             return Ok(report);
         }
         Err(error) => return Err(error),

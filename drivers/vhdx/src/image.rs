@@ -1,6 +1,6 @@
 //! Opening an image: header, log, region table, metadata, each checked before the next is read.
 
-use imgtool_toolkit::{DeviceId, Error, ErrorKind, Input, RandomInput, Result};
+use imgtool_core::{DeviceId, Error, ErrorKind, Input, RandomInput, Remedy, Result};
 
 use crate::file::ReplayedFile;
 use crate::layout::MIB;
@@ -71,8 +71,8 @@ impl Image {
     /// with which it shares the memory for logs and tables.
     pub(crate) fn open(input: Input, unreadable: UnreadableHeader, depth: usize) -> Result<Self> {
         let input = input.into_random()?;
-        let path = input.path().to_owned();
-        Self::open_random(input, unreadable, depth).map_err(|e| e.path(path))
+        let location = input.location().clone();
+        Self::open_random(input, unreadable, depth).map_err(|e| e.path(location))
     }
 
     fn open_random(input: RandomInput, unreadable: UnreadableHeader, depth: usize) -> Result<Self> {
@@ -176,7 +176,8 @@ fn read_header(
     match input.read_vec(file_offset, HEADER_LEN) {
         Ok(bytes) => Ok(Header::decode(&bytes)),
         Err(error) if error.kind() == ErrorKind::Io && unreadable_header == UnreadableHeader::Fail => {
-            Err(error.hint("with --salvage the other header is used, which may be older"))
+            let advice = "copy it again, or use a backup: the other header may be older";
+            Err(error.remedied_by(Remedy::Salvage(advice.into())))
         }
         Err(error) => Ok(Err(unreadable_fault(&error))),
     }

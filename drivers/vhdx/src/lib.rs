@@ -16,17 +16,17 @@ mod driver;
 mod file;
 mod image;
 mod layout;
-mod measure;
 mod options;
 mod overlay;
 mod parent;
 mod replay;
 mod sink;
 mod source;
+mod writer;
 
 pub use driver::VhdxDriver;
 
-use imgtool_toolkit::Registry;
+use imgtool_core::Registry;
 
 /// The driver's name.
 pub(crate) const FORMAT: &str = "vhdx";

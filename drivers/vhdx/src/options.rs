@@ -1,7 +1,7 @@
 //! The options of a new file, and the layout that follows from them.
 
-use imgtool_toolkit::zero::ZERO_GRANULARITY;
-use imgtool_toolkit::{CreateOptions, Error, OptionSpec, Result};
+use imgtool_core::zero::ZERO_GRANULARITY;
+use imgtool_core::{CreateOptions, Error, OptionKind, OptionSpec, OptionValues, Result};
 use uuid::Uuid;
 
 use crate::layout::bat::{BatShape, ENTRY_LEN, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
@@ -20,55 +20,55 @@ const MAX_LOG_SIZE: u64 = (4 << 30) - MIB;
 /// of 1 MiB.
 const METADATA_LEN: u64 = MIB;
 
-/// The `-o` options.
+/// The options of a new image.
 pub(crate) const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "subformat",
         help: "blocks in the file: those with data (dynamic) or all (fixed)",
         default: "dynamic",
-        values: "dynamic|fixed",
+        kind: OptionKind::OneOf(&["dynamic", "fixed"]),
     },
     OptionSpec {
         name: "block_size",
         help: "unit in which space is allocated",
         default: "by size, as QEMU: 8M, above 1G 16M, above 100G 32M, above 32T 64M",
-        values: "1M..256M, a power of two",
+        kind: OptionKind::PowerOfTwoOrZero { min: MIN_BLOCK_SIZE, max: MAX_BLOCK_SIZE },
     },
     OptionSpec {
         name: "logical_sector_size",
         help: "sector size that the guest sees; the virtual size is rounded up to it",
         default: "512",
-        values: "512|4096",
+        kind: OptionKind::OneOfSizes(&[512, 4096]),
     },
     OptionSpec {
         name: "physical_sector_size",
         help: "physical sector size that the guest sees",
         default: "4096",
-        values: "512|4096",
+        kind: OptionKind::OneOfSizes(&[512, 4096]),
     },
     OptionSpec {
         name: "log_size",
         help: "space for the log of later writers",
         default: "1M",
-        values: "a multiple of 1M, less than 4G",
+        kind: OptionKind::Size { min: MIB, max: MAX_LOG_SIZE, unit: MIB },
     },
     OptionSpec {
         name: "disk_id",
         help: "SCSI page 83 identifier of the disk",
         default: "derived from content and options",
-        values: "a GUID",
+        kind: OptionKind::Text("a GUID"),
     },
     OptionSpec {
         name: "data_write_guid",
         help: "GUID by which differencing disks know this content",
         default: "derived from content and options",
-        values: "a GUID",
+        kind: OptionKind::Text("a GUID"),
     },
     OptionSpec {
         name: "file_write_guid",
         help: "GUID of this state of the file",
         default: "derived from content and options",
-        values: "a GUID",
+        kind: OptionKind::Text("a GUID"),
     },
 ];
 
@@ -98,48 +98,23 @@ pub(crate) struct VhdxOptions {
 
 impl VhdxOptions {
     /// Parses the options.
-    ///
-    /// # Errors
-    /// `Usage` if a name is unknown or a value out of bounds.
     pub(crate) fn parse(options: &CreateOptions) -> Result<Self> {
-        options.check_names(crate::FORMAT, OPTIONS)?;
         if options.compress.is_some() {
             return Err(Error::usage("VHDX images can't be compressed")
                 .hint("choose another format, or a name that ends in .zst or .gz"));
         }
-        let fixed = match options.get("subformat") {
-            None | Some("dynamic") => false,
-            Some("fixed") => true,
-            Some(other) => {
-                return Err(Error::usage(format!(
-                    "option 'subformat' must be dynamic or fixed, not '{other}'"
-                )));
-            }
-        };
-        // As in QEMU, 0 means "by size".
-        let block_size = options.size("block_size")?.filter(|&size| size != 0);
-        if let Some(size) = block_size
-            && (!size.is_power_of_two() || !(MIN_BLOCK_SIZE..=MAX_BLOCK_SIZE).contains(&size))
-        {
-            return Err(Error::usage(format!(
-                "option 'block_size' must be a power of two from 1M to 256M, not {size}"
-            )));
-        }
-        let log_size = options.size("log_size")?.unwrap_or(DEFAULT_LOG_SIZE);
-        if !log_size.is_multiple_of(MIB) || !(MIB..=MAX_LOG_SIZE).contains(&log_size) {
-            return Err(Error::usage(format!(
-                "option 'log_size' must be a multiple of 1M from 1M to 4095M, not {log_size}"
-            )));
-        }
+        let values = &options.values;
+        let size = |name: &str, default: u64| values.size(name).unwrap_or(default);
         Ok(Self {
-            fixed,
-            block_size,
-            logical_sector_size: sector_size(options, "logical_sector_size", DEFAULT_LOGICAL_SECTOR_SIZE)?,
-            physical_sector_size: sector_size(options, "physical_sector_size", DEFAULT_PHYSICAL_SECTOR_SIZE)?,
-            log_size,
-            disk_id: guid(options, "disk_id")?,
-            data_write_guid: guid(options, "data_write_guid")?,
-            file_write_guid: guid(options, "file_write_guid")?,
+            fixed: values.text("subformat") == Some("fixed"),
+            // As QEMU: 0 is the default.
+            block_size: values.size("block_size").filter(|size| *size > 0),
+            logical_sector_size: size("logical_sector_size", DEFAULT_LOGICAL_SECTOR_SIZE),
+            physical_sector_size: size("physical_sector_size", DEFAULT_PHYSICAL_SECTOR_SIZE),
+            log_size: size("log_size", DEFAULT_LOG_SIZE),
+            disk_id: guid(values, "disk_id")?,
+            data_write_guid: guid(values, "data_write_guid")?,
+            file_write_guid: guid(values, "file_write_guid")?,
             zero_unit: options.zero_unit(ZERO_GRANULARITY as u64),
         })
     }
@@ -206,18 +181,9 @@ fn default_block_size(virtual_size: u64) -> u64 {
     }
 }
 
-/// Parses a sector size, bytes.
-fn sector_size(options: &CreateOptions, name: &str, default: u64) -> Result<u64> {
-    match options.size(name)? {
-        None => Ok(default),
-        Some(size @ (512 | 4096)) => Ok(size),
-        Some(other) => Err(Error::usage(format!("option '{name}' must be 512 or 4096, not {other}"))),
-    }
-}
-
 /// Parses a GUID, which must not be nil.
-fn guid(options: &CreateOptions, name: &str) -> Result<Option<Uuid>> {
-    let Some(text) = options.get(name) else { return Ok(None) };
+fn guid(values: &OptionValues, name: &str) -> Result<Option<Uuid>> {
+    let Some(text) = values.text(name) else { return Ok(None) };
     match Uuid::try_parse(text) {
         Ok(guid) if !guid.is_nil() => Ok(Some(guid)),
         _ => Err(Error::usage(format!(

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use imgtool_toolkit::{Error, Result};
+use imgtool_core::{Error, Result};
 
 use crate::layout::log::{LOG_SECTOR, LogPage};
 

@@ -5,7 +5,9 @@
 //! must be the disk that the child was made from: its data-write GUID must equal the child's parent
 //! linkage.
 
-use imgtool_toolkit::{DeviceId, Error, ImageSource, OpenOptions, RandomAccess, Reference, Result};
+use std::sync::Arc;
+
+use imgtool_core::{Disk, Error, ImageSource, OpenOptions, Reference, Result};
 use uuid::Uuid;
 
 use crate::image::Image;
@@ -19,32 +21,6 @@ const NAME_KEYS: [&str; 3] = ["relative_path", "absolute_win32_path", "volume_pa
 /// Keys that hold the parent's data-write GUID (section 2.6.2.6.3). The second is set while the parent is
 /// being changed.
 const LINKAGE_KEYS: [&str; 2] = ["parent_linkage", "parent_linkage2"];
-
-/// An opened parent image.
-pub(crate) struct Parent {
-    source: Box<dyn ImageSource>,
-    device: DeviceId,
-    /// Guest bytes. May differ from the child's, which can be resized; the child reads zeros behind it.
-    pub(crate) virtual_size: u64,
-}
-
-impl Parent {
-    /// Returns the reader and the device to read by position.
-    ///
-    /// # Errors
-    /// `Unsupported` if the parent is a stream.
-    pub(crate) fn random(&self) -> Result<(&dyn RandomAccess, DeviceId)> {
-        match self.source.random() {
-            Some(random) => Ok((random, self.device)),
-            None => Err(Error::unsupported("the parent can only be read as a stream")),
-        }
-    }
-
-    /// Returns the source, for its losses.
-    pub(crate) fn source(&self) -> &dyn ImageSource {
-        &*self.source
-    }
-}
 
 /// Returns the reference to the parent, for `info`: empty if the image has none.
 pub(crate) fn references(image: &Image) -> Vec<Reference> {
@@ -73,7 +49,7 @@ fn local_name(name: &str) -> Option<String> {
 /// # Errors
 /// The first error if no name can be opened; `Corrupt` if the file is not the disk that the image was made
 /// from.
-pub(crate) fn open(image: &Image, options: &OpenOptions) -> Result<Parent> {
+pub(crate) fn open(image: &Image, options: &OpenOptions) -> Result<Disk> {
     let linkage = parent_linkage(image)?;
     let mut first_error = None;
     let mut tried = Vec::new();
@@ -81,7 +57,7 @@ pub(crate) fn open(image: &Image, options: &OpenOptions) -> Result<Parent> {
         if tried.contains(&name) {
             continue;
         }
-        match options.externals.open_image("parent", &name, image.file.path(), Some("vhdx"), options) {
+        match options.externals.open_image("parent", &name, image.file.location(), Some("vhdx"), options) {
             Ok(source) => return check_linkage(source, &linkage, &name),
             Err(error) => first_error = first_error.or(Some(error)),
         }
@@ -113,7 +89,7 @@ fn parent_linkage(image: &Image) -> Result<Vec<Uuid>> {
 }
 
 /// Checks that a source is the parent by its data-write GUID.
-fn check_linkage(source: Box<dyn ImageSource>, linkage: &[Uuid], name: &str) -> Result<Parent> {
+fn check_linkage(source: Arc<dyn ImageSource>, linkage: &[Uuid], name: &str) -> Result<Disk> {
     let info = source.info();
     let fact = info.facts.iter().find(|fact| fact.key == DATA_WRITE_GUID);
     let guid = fact.and_then(|fact| fact.value.as_str()).and_then(|text| Uuid::try_parse(text).ok());
@@ -126,14 +102,7 @@ fn check_linkage(source: Box<dyn ImageSource>, linkage: &[Uuid], name: &str) -> 
         ))
         .hint("the parent was changed or replaced after the image was made: find the original"));
     }
-    let [device] = info.devices.as_slice() else {
-        return Err(Error::malformed(format!(
-            "parent '{name}' has {} disks instead of one",
-            info.devices.len()
-        )));
-    };
-    let (device, virtual_size) = (device.id, device.size);
-    Ok(Parent { source, device, virtual_size })
+    Disk::only(source, &format!("parent '{name}'"))
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use imgtool_toolkit::{Error, RandomInput, Result};
+use imgtool_core::{Error, RandomInput, Result};
 
 use crate::layout::header::Header;
 use crate::layout::log::{
@@ -48,7 +48,7 @@ pub(crate) struct Replay {
 /// `Unsupported` for an unknown version of the log; `Corrupt` or `Malformed` if the log can't be replayed;
 /// `LimitExceeded` if it takes too much memory or time.
 pub(crate) fn replay(input: &RandomInput, header: &Header, depth: usize) -> Result<Replay> {
-    let at = |error: Error| error.path(input.path()).at(header.log_offset);
+    let at = |error: Error| error.path(input.location()).at(header.log_offset);
     if header.log_version != 0 {
         return Err(at(Error::unsupported(format!(
             "the log must be replayed, but has version {}; only version 0 is supported",
@@ -174,7 +174,7 @@ fn valid_entries(ring: &Ring<'_>, header: &Header) -> Result<Entries> {
             let entry_at = data.start + index as u64 * LOG_SECTOR;
             budget = budget.checked_sub(entry.entry_length.into()).ok_or_else(|| {
                 Error::limit("the entries of the log overlap, or claim more bytes than the log holds")
-                    .path(ring.input.path())
+                    .path(ring.input.location())
                     .at(ring.file_offset + entry_at)
                     .hint(DAMAGED_LOG_HINT)
             })?;
@@ -268,8 +268,9 @@ fn apply(ring: &Ring<'_>, sequence: &[u64], depth: usize) -> Result<Replay> {
                 i64::MAX
             )));
         }
-        apply_entry(ring, *position, &entry, &mut replay.overlay)
-            .map_err(|e| e.path(ring.input.path()).at(ring.file_offset + position).hint(DAMAGED_LOG_HINT))?;
+        apply_entry(ring, *position, &entry, &mut replay.overlay).map_err(|e| {
+            e.path(ring.input.location()).at(ring.file_offset + position).hint(DAMAGED_LOG_HINT)
+        })?;
         replay.min_len = entry.last_file_offset;
     }
     Ok(replay)

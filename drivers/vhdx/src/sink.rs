@@ -5,12 +5,13 @@
 //! has its place from the start. The bytes of a file depend on content and options alone, because its
 //! GUIDs derive from them.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
-use imgtool_toolkit::zero::ZERO_GRANULARITY;
-use imgtool_toolkit::{
-    BufferPool, Bytes, CreateOptions, DeviceId, Error, Geometry, ImageSink, Manifest, Output, Part, Piece,
-    Prepared, Result, WriteList,
+use imgtool_core::sync::lock;
+use imgtool_core::zero::ZERO_GRANULARITY;
+use imgtool_core::{
+    BufferPool, Bytes, Consumer, Geometry, ImageSink, Output, OutputId, Part, Prepared, Result, Sharing,
+    SinkDevice, SinkPiece, WriteList,
 };
 
 use crate::layout::bat::{BatEntry, ENTRY_LEN};
@@ -32,46 +33,9 @@ const PIECE_LEN: u64 = 256 << 10;
 /// Creator string of the file type identifier (section 2.2.1).
 const CREATOR: &str = concat!("imgtool ", env!("CARGO_PKG_VERSION"));
 
-/// Creates an image on `output` for the manifest's only device.
-pub(crate) fn create(
-    output: Output,
-    manifest: &Manifest,
-    options: &CreateOptions,
-) -> Result<Box<dyn ImageSink>> {
-    let device = manifest.single(crate::FORMAT)?;
-    let options = VhdxOptions::parse(options)?;
-    if device.open_ended {
-        return Err(Error::unsupported("VHDX needs the size of a disk before its data")
-            .hint("save the stream to a file first"));
-    }
-    if output.is_stream() {
-        return Err(Error::unsupported("a VHDX image can't be written to a stream")
-            .path(output.path())
-            .hint("write to a file"));
-    }
-    let layout = options.layout(device.size).map_err(|e| e.device(&*device.name))?;
-    let min_len = layout.file_len(if options.fixed { layout.shape.payload_blocks } else { 0 });
-    if let Some(capacity) = output.capacity()
-        && capacity < min_len
-    {
-        return Err(Error::refused(format!("the target holds {capacity} bytes, the image needs {min_len}"))
-            .path(output.path())
-            .device(&*device.name));
-    }
-    let bat = BatWriter::new(output.clone(), layout.bat);
-    Ok(Box::new(VhdxSink {
-        output,
-        device_size: device.size,
-        options,
-        layout,
-        fingerprint: Fingerprint::default(),
-        allocation: Mutex::new(Allocation { bat, blocks: 0 }),
-    }))
-}
-
 /// An image being written.
-struct VhdxSink {
-    output: Output,
+pub(crate) struct VhdxSink {
+    outputs: [Output; 1],
     /// Guest bytes, before rounding up to whole sectors.
     device_size: u64,
     options: VhdxOptions,
@@ -88,8 +52,8 @@ struct Allocation {
     blocks: u64,
 }
 
-impl ImageSink for VhdxSink {
-    fn geometry(&self, _device: DeviceId) -> Geometry {
+impl Consumer for VhdxSink {
+    fn geometry(&self, _device: SinkDevice) -> Geometry {
         let zero_unit = self.options.zero_unit;
         let piece_len = PIECE_LEN.max(zero_unit.unwrap_or(0));
         Geometry {
@@ -101,15 +65,7 @@ impl ImageSink for VhdxSink {
         }
     }
 
-    fn keeps_bytes(&self, _device: DeviceId) -> bool {
-        !self.options.fixed && self.options.zero_unit.is_some()
-    }
-
-    fn output(&self, _device: DeviceId) -> &Output {
-        &self.output
-    }
-
-    fn prepare(&self, piece: Piece, pool: &BufferPool) -> Result<Prepared> {
+    fn prepare(&self, piece: SinkPiece, pool: &BufferPool) -> Result<Prepared> {
         let start = piece.start;
         // The fingerprint covers the content, no matter which zeros are stored.
         let nonzero = piece.nonzero_runs(ZERO_GRANULARITY);
@@ -144,25 +100,43 @@ impl ImageSink for VhdxSink {
             }
         }
         let mut prepared = Prepared::new(piece);
-        if self.options.fixed && self.output.needs_zeros() {
+        if self.options.fixed && self.output().needs_zeros() {
             parts = fill_gaps(parts, start, start + prepared.len);
         }
         prepared.parts = parts;
         Ok(prepared)
     }
+}
+
+impl ImageSink for VhdxSink {
+    fn outputs(&self) -> &[Output] {
+        &self.outputs
+    }
+
+    fn sharing(&self, _device: SinkDevice) -> Sharing {
+        if self.options.fixed || self.options.zero_unit.is_none() {
+            Sharing::Never
+        } else {
+            Sharing::Parts(OutputId::MAIN)
+        }
+    }
 
     fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
         if self.options.fixed {
             for part in &prepared.parts {
-                writes.push(self.layout.payload_start + part.guest.start, part.bytes.clone());
+                writes.push(OutputId::MAIN, self.layout.payload_start + part.guest.start, part.bytes.clone());
             }
             return Ok(());
         }
-        let mut allocation = self.allocation();
+        let mut allocation = lock(&self.allocation);
         for part in &prepared.parts {
             let block_at =
                 self.allocate_block(&mut allocation, part.guest.start / self.layout.shape.block_size)?;
-            writes.push(block_at + part.guest.start % self.layout.shape.block_size, part.bytes.clone());
+            writes.push(
+                OutputId::MAIN,
+                block_at + part.guest.start % self.layout.shape.block_size,
+                part.bytes.clone(),
+            );
         }
         Ok(())
     }
@@ -173,16 +147,16 @@ impl ImageSink for VhdxSink {
             self.write_fixed_bat()?;
             layout.shape.payload_blocks
         } else {
-            let mut allocation = self.allocation();
+            let mut allocation = lock(&self.allocation);
             allocation.bat.finish()?;
             allocation.blocks
         };
         let file_len = layout.file_len(blocks);
         if self.options.fixed {
             let data_end = layout.payload_start + self.device_size;
-            self.output.write_zeros_at(data_end, file_len - data_end)?;
+            self.output().write_zeros_at(data_end, file_len - data_end)?;
         }
-        self.output.set_len(file_len)?;
+        self.output().set_len(file_len)?;
         let metadata = self.metadata().encode();
         self.write_region(&layout.metadata, &metadata)?;
         self.write_region(&layout.log, &[])?;
@@ -220,8 +194,22 @@ fn fill_gaps(parts: Vec<Part>, start: u64, end: u64) -> Vec<Part> {
 }
 
 impl VhdxSink {
-    fn allocation(&self) -> MutexGuard<'_, Allocation> {
-        self.allocation.lock().unwrap_or_else(PoisonError::into_inner)
+    /// A file on `output` with this layout, for a device of `device_size` bytes.
+    pub(crate) fn new(output: Output, device_size: u64, options: VhdxOptions, layout: FileLayout) -> Self {
+        let bat = BatWriter::new(output.clone(), layout.bat);
+        Self {
+            outputs: [output],
+            device_size,
+            options,
+            layout,
+            fingerprint: Fingerprint::default(),
+            allocation: Mutex::new(Allocation { bat, blocks: 0 }),
+        }
+    }
+
+    fn output(&self) -> &Output {
+        let [output] = &self.outputs;
+        output
     }
 
     /// File offset of a payload block, which is allocated at the end of the file if it is not present.
@@ -234,9 +222,9 @@ impl VhdxSink {
         let block_at = self.layout.file_len(allocation.blocks);
         allocation.blocks += 1;
         allocation.bat.set(bat_index, BatEntry::fully_present(block_at))?;
-        if self.output.needs_zeros() {
+        if self.output().needs_zeros() {
             // Now, before any data of the block: other threads may write to it as soon as it has an offset.
-            self.output.write_zeros_at(block_at, self.layout.shape.block_size)?;
+            self.output().write_zeros_at(block_at, self.layout.shape.block_size)?;
         }
         Ok(block_at)
     }
@@ -258,18 +246,18 @@ impl VhdxSink {
                 let entry = if is_payload { BatEntry::fully_present(block_at) } else { BatEntry(0) };
                 bytes.extend_from_slice(&entry.0.to_le_bytes());
             }
-            self.output.write_at(&bytes, file_offset)?;
+            self.output().write_at(&bytes, file_offset)?;
             file_offset += bytes.len() as u64;
             first = end;
         }
-        self.output.write_zeros_at(file_offset, bat.end() - file_offset)
+        self.output().write_zeros_at(file_offset, bat.end() - file_offset)
     }
 
     /// Writes `bytes` at the start of a region, and zeros to its end.
     fn write_region(&self, region: &Region, bytes: &[u8]) -> Result<()> {
-        self.output.write_at(bytes, region.file_offset)?;
+        self.output().write_at(bytes, region.file_offset)?;
         let end = region.file_offset + bytes.len() as u64;
-        self.output.write_zeros_at(end, region.end() - end)
+        self.output().write_zeros_at(end, region.end() - end)
     }
 
     /// The disk's properties, for the metadata region.
@@ -306,19 +294,19 @@ impl VhdxSink {
     /// Writes region tables, headers, and last the identifier, without which no program accepts the file.
     fn write_header_section(&self) -> Result<()> {
         let FileLayout { log, bat, metadata, .. } = &self.layout;
-        if self.output.needs_zeros() {
-            self.output.write_zeros_at(0, HEADER_SECTION_LEN)?;
+        if self.output().needs_zeros() {
+            self.output().write_zeros_at(0, HEADER_SECTION_LEN)?;
         }
         let table = RegionTable { bat: *bat, metadata: *metadata }.encode();
         for file_offset in REGION_TABLE_OFFSETS {
-            self.output.write_at(&table, file_offset)?;
+            self.output().write_at(&table, file_offset)?;
         }
         for (sequence_number, file_offset) in (1..).zip(HEADER_OFFSETS) {
             let mut header = Header::new(sequence_number, log.file_offset, log.length);
             header.file_write_guid = self.options.file_write_guid.unwrap_or_else(|| self.guid("file write"));
             header.data_write_guid = self.options.data_write_guid.unwrap_or_else(|| self.guid("data write"));
-            self.output.write_at(&header.encode(), file_offset)?;
+            self.output().write_at(&header.encode(), file_offset)?;
         }
-        self.output.write_at(&encode_identifier(CREATOR), 0)
+        self.output().write_at(&encode_identifier(CREATOR), 0)
     }
 }

@@ -1,10 +1,11 @@
 //! Reading images: facts, content and extents by position.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use imgtool_toolkit::{
-    Access, Device, DeviceId, Error, Extent, FileRange, ImageInfo, ImageSource, Input, Loss, Losses,
-    MapExtent, OpenOptions, RandomAccess, Result,
+use imgtool_core::{
+    Access, Device, DeviceId, Extent, FileRange, ImageInfo, ImageSource, Input, Loss, Losses, MapExtent,
+    OpenOptions, RandomAccess, Result,
 };
 use serde_json::{Map, Value, json};
 
@@ -18,17 +19,17 @@ use chain::Chain;
 use segment::{Origin, Segment};
 
 /// Opens an image and, unless only information is needed, its parent.
-pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Box<dyn ImageSource>> {
+pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
     let unreadable_header = if options.salvage { UnreadableHeader::UseOther } else { UnreadableHeader::Fail };
     let image = Image::open(input, unreadable_header, options.externals.depth())?;
     let parent = if image.metadata.has_parent && !options.info_only {
-        Some(parent::open(&image, options).map_err(|e| e.path(image.file.path()))?)
+        Some(parent::open(&image, options).map_err(|e| e.path(image.file.location()))?)
     } else {
         None
     };
     let info = describe(&image);
     let losses = options.salvage.then(Losses::default);
-    Ok(Box::new(VhdxSource { info, chain: Chain { image, parent }, losses }))
+    Ok(Arc::new(VhdxSource { info, chain: Chain { image, parent }, losses }))
 }
 
 /// Collects the facts and notes of an image.
@@ -111,39 +112,33 @@ impl ImageSource for VhdxSource {
         &self.info
     }
 
-    fn access(&mut self) -> Access<'_> {
+    fn access(&self) -> Access<'_> {
         Access::Random(self)
-    }
-
-    fn random(&self) -> Option<&dyn RandomAccess> {
-        Some(self)
     }
 
     fn losses(&self) -> Vec<Loss> {
         let mut losses = self.losses.as_ref().map(|losses| losses.list(DISK)).unwrap_or_default();
         if let Some(parent) = &self.chain.parent {
-            losses.extend(parent.source().losses());
+            losses.extend(parent.image().losses());
         }
         losses
     }
 }
 
 impl RandomAccess for VhdxSource {
-    fn extents(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>> {
-        self.list_extents(device, range, None)
+    fn extents(&self, _device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>> {
+        self.chain.extents(range, None, self.losses.is_some())
     }
 
-    fn rough_extents(&self, device: DeviceId, range: Range<u64>, resolution: u64) -> Result<Vec<Extent>> {
-        self.list_extents(device, range, Some(resolution))
+    fn rough_extents(&self, _device: DeviceId, range: Range<u64>, resolution: u64) -> Result<Vec<Extent>> {
+        self.chain.extents(range, Some(resolution), self.losses.is_some())
     }
 
-    fn map(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
-        self.check_range(device, range.start, range.end - range.start)?;
+    fn map(&self, _device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
         self.chain.map(range)
     }
 
-    fn read_at(&self, device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
-        self.check_range(device, guest_offset, buf.len() as u64)?;
+    fn read_at(&self, _device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
         let mut filled = 0;
         while filled < buf.len() {
             let position = guest_offset + filled as u64;
@@ -171,40 +166,11 @@ impl RandomAccess for VhdxSource {
     }
 
     fn locate(&self, _device: DeviceId, range: Range<u64>) -> Option<FileRange<'_>> {
-        if range.is_empty() || range.end > self.chain.image.metadata.virtual_size {
-            return None;
-        }
         match self.chain.image.segment(range.start, range.end - range.start).ok()? {
             Segment { len, origin: Origin::File(file_offset) } => {
                 self.chain.image.file.locate(file_offset..file_offset + len)
             }
             _ => None,
         }
-    }
-}
-
-impl VhdxSource {
-    fn list_extents(
-        &self,
-        device: DeviceId,
-        range: Range<u64>,
-        resolution: Option<u64>,
-    ) -> Result<Vec<Extent>> {
-        self.check_range(device, range.start, range.end - range.start)?;
-        self.chain.extents(range, resolution, self.losses.is_some())
-    }
-
-    /// Checks that the device exists, and that `len` bytes at guest offset `start` lie within it.
-    fn check_range(&self, device: DeviceId, start: u64, len: u64) -> Result<()> {
-        let size = self.chain.image.metadata.virtual_size;
-        if device != DISK {
-            return Err(Error::out_of_bounds(format!("the image has no device {device}")));
-        }
-        if start.checked_add(len).is_none_or(|end| end > size) {
-            return Err(Error::out_of_bounds(format!(
-                "{len} bytes at {start} exceed the disk of {size} bytes"
-            )));
-        }
-        Ok(())
     }
 }

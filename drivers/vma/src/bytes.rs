@@ -2,7 +2,7 @@
 
 use std::io::{self, Read};
 
-use imgtool_toolkit::{Input, RandomInput, Result, Stream};
+use imgtool_core::{RandomInput, Result, Stream};
 
 /// Bytes read and dropped at a time when skipping in a stream. Our choice.
 const SKIP_CHUNK: usize = 64 * 1024;
@@ -67,9 +67,8 @@ impl FileCursor {
 
     /// Turns the file into a stream that begins at offset 0.
     pub(crate) fn into_stream(self) -> Result<Stream> {
-        let path = self.input.path().to_owned();
-        let restarted = Self { position: 0, ..self };
-        Input::from_stream(path, Box::new(restarted))?.into_stream()
+        let location = self.input.location().clone();
+        Stream::plain(location, Box::new(Self { position: 0, ..self }))
     }
 }
 
@@ -98,6 +97,6 @@ impl ArchiveBytes for FileCursor {
 
 impl Read for FileCursor {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.read_full(buf).map_err(io::Error::other)
+        Ok(self.read_full(buf)?)
     }
 }

@@ -1,7 +1,7 @@
 //! Structure check of an archive, which continues after every fault.
 
-use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::{CancelToken, CheckReport, ErrorKind, Input, OpenOptions, Result};
+use imgtool_core::error::escape_control;
+use imgtool_core::{CancelToken, CheckReport, ErrorKind, Input, OpenOptions, Result};
 
 use crate::header::ArchiveHeader;
 use crate::layout::{EXTENT_HEADER, clusters_of};
@@ -26,13 +26,13 @@ fn check_until_cancelled(input: Input, options: &OpenOptions, cancel: &CancelTok
     let header = match ArchiveHeader::read_from(&mut window) {
         Ok(header) => header,
         Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed) => {
-            report.corruption(error.to_string());
+            report.corruption(format!("{error:#}"));
             return Ok(report);
         }
         Err(error) => return Err(error),
     };
     let mut checker = Checker {
-        tracker: Tracker::new(&header.devices),
+        tracker: Tracker::new(&header),
         report,
         allocated: 0,
         end: u64::from(header.header_size),
@@ -94,7 +94,7 @@ impl Checker {
                     self.allocated += u64::from(cluster.mask != 0);
                     self.dropped_blocks += u64::from((cluster.mask & !cluster.mask_within()).count_ones());
                 }
-                Err(error) => self.report.corruption(error.at(at).to_string()),
+                Err(error) => self.report.corruption(format!("{:#}", error.at(at))),
             }
         }
         if marked > block_count {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use imgtool_toolkit::{Buffer, DeviceId, Piece};
+use imgtool_core::{Buffer, DeviceId, Piece};
 
 use crate::layout::{CLUSTER, SUB_BLOCK, SUB_BLOCKS_PER_CLUSTER};
 

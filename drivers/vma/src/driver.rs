@@ -1,13 +1,15 @@
 //! The [`Driver`] implementation: what the registry knows of the format.
 
-use imgtool_toolkit::{
-    Capabilities, CheckReport, Confidence, CreateOptions, Driver, ImageSink, ImageSource, Input, Manifest,
-    Measure, OpenOptions, OptionSpec, Output, Result,
+use std::sync::Arc;
+
+use imgtool_core::{
+    Archive, Capabilities, CheckReport, Confidence, CreateOptions, Driver, ImageSink, ImageSource,
+    ImageWriter, Input, Manifest, Measure, OpenOptions, OptionSpec, OutputFactory, Result,
 };
 
 use crate::layout::{MAGIC, MAX_DEV_ID};
 use crate::options::{OPTIONS, VmaOptions};
-use crate::plan::SECTOR;
+use crate::plan::{ArchivePlan, SECTOR};
 use crate::sink::VmaSink;
 use crate::source::VmaSource;
 use crate::{check, measure};
@@ -35,12 +37,10 @@ impl Driver for VmaDriver {
             write: true,
             stream_read: true,
             stream_write: true,
-            max_devices: u32::from(MAX_DEV_ID),
-            attachments: true,
-            compression: false,
-            open_ended: false,
+            archive: Some(Archive { max_devices: u32::from(MAX_DEV_ID), attachments: true }),
             size_multiple: SECTOR,
             check: true,
+            ..Capabilities::default()
         }
     }
 
@@ -48,34 +48,36 @@ impl Driver for VmaDriver {
         OPTIONS
     }
 
-    fn check_options(&self, options: &CreateOptions) -> Result<()> {
-        options.check_names(self.name(), self.options())?;
-        VmaOptions::parse(options).map(drop)
-    }
-
     fn probe(&self, head: &[u8], _len: Option<u64>) -> Option<Confidence> {
         head.starts_with(&MAGIC).then_some(Confidence::Magic)
     }
 
-    fn open(&self, input: Input, options: &OpenOptions) -> Result<Box<dyn ImageSource>> {
-        Ok(Box::new(VmaSource::open(input, options)?))
-    }
-
-    fn create(
-        &self,
-        output: Output,
-        manifest: &Manifest,
-        options: &CreateOptions,
-    ) -> Result<Box<dyn ImageSink>> {
-        Ok(Box::new(VmaSink::create(output, manifest, options)?))
+    fn open(&self, input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
+        Ok(Arc::new(VmaSource::open(input, options)?))
     }
 
     fn check(&self, input: Input, options: &OpenOptions) -> Result<CheckReport> {
         check::check(input, options)
     }
 
-    fn measure(&self, source: &dyn ImageSource, options: &CreateOptions) -> Result<Measure> {
-        measure::measure(source, options)
+    fn writer(&self, options: &CreateOptions) -> Result<Box<dyn ImageWriter>> {
+        Ok(Box::new(VmaWriter { options: VmaOptions::parse(options)? }))
+    }
+}
+
+/// Makes archives with parsed options.
+struct VmaWriter {
+    options: VmaOptions,
+}
+
+impl ImageWriter for VmaWriter {
+    fn measure(&self, source: &dyn ImageSource) -> Result<Measure> {
+        measure::measure(source, &self.options)
+    }
+
+    fn create(&self, outputs: &mut dyn OutputFactory, manifest: &Manifest) -> Result<Box<dyn ImageSink>> {
+        let plan = ArchivePlan::new(manifest, &self.options)?;
+        Ok(Box::new(VmaSink::new(outputs.main()?, plan, self.options.zero_unit)))
     }
 }
 

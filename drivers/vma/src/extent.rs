@@ -1,12 +1,12 @@
 //! Extent headers: decoding, encoding, and the layout of the data after them.
 
-use imgtool_toolkit::{Error, Result};
+use imgtool_core::{Error, Result};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::layout::{
     BlockInfoLayout, CLUSTERS_PER_EXTENT, EXTENT_HEADER, EXTENT_MAGIC, ExtentLayout, SUB_BLOCK, extent_md5,
 };
-use crate::reference;
+use crate::reference::ChecksumMismatch;
 
 /// A slot of an extent header: the stored sub-blocks of one cluster.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -53,7 +53,7 @@ impl ExtentHeader {
             return Err(Error::malformed("an extent header has a wrong length"));
         };
         if layout.md5 != extent_md5(raw) {
-            return Err(Error::corrupt(reference::EXTENT_CHECKSUM));
+            return Err(ChecksumMismatch::ExtentHeader.error());
         }
         if layout.uuid != *uuid {
             return Err(Error::corrupt("wrong vma extent uuid"));

@@ -3,16 +3,17 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use imgtool_toolkit::{Attachment, Device, DeviceId, DeviceKind, Error, ErrorKind, Input, Result};
+use imgtool_core::{Attachment, Device, DeviceId, DeviceKind, Error, ErrorKind, Input, Result};
 use uuid::Uuid;
 use zerocopy::FromBytes;
 
 use crate::bytes::{ArchiveBytes, FileCursor};
+use crate::device_ids::DeviceIds;
 use crate::layout::{
     HEADER_FIXED, HeaderLayout, MAGIC, MAX_DEV_ID, MAX_DEVICE_SIZE, MAX_HEADER_READ, TABLE_ENTRIES, VERSION,
     VMSTATE_NAME, header_md5,
 };
-use crate::reference;
+use crate::reference::{self, ChecksumMismatch};
 
 /// Bytes of the header read at a time, so that a hostile `header_size` allocates little more than the
 /// file holds.
@@ -40,6 +41,8 @@ pub struct ArchiveHeader {
     pub configs: Vec<Attachment>,
     /// Peculiarities of the tables, such as ignored entries; one sentence each.
     pub notes: Vec<String>,
+    /// Indices into `devices`, by id.
+    pub(crate) ids: DeviceIds,
 }
 
 impl ArchiveHeader {
@@ -123,6 +126,7 @@ impl ArchiveHeader {
             devices: Vec::new(),
             configs: Vec::new(),
             notes: Vec::new(),
+            ids: DeviceIds::default(),
         }
     }
 
@@ -132,7 +136,7 @@ impl ArchiveHeader {
             return Err(Error::corrupt(reference::HEADER_EOF).hint(DAMAGED));
         };
         if layout.md5 != header_md5(raw) {
-            return Err(Error::corrupt(reference::HEADER_CHECKSUM).at(32).hint(DAMAGED));
+            return Err(ChecksumMismatch::ArchiveHeader.error().at(32).hint(DAMAGED));
         }
         if layout.version.get() != VERSION {
             return Err(Error::unsupported(format!(
@@ -140,7 +144,7 @@ impl ArchiveHeader {
                 layout.version.get().cast_signed()
             ))
             .at(4)
-            .hint("only version 1 is supported"));
+            .hint("only version 1 is supported: extract the archive with the program that made it"));
         }
         let blobs = Blobs::locate(layout, raw)?;
         let mut header = Self::empty(layout);
@@ -182,12 +186,13 @@ impl ArchiveHeader {
             ))
             .device(name)
             .at(4096 + u64::from(index) * 32 + 8)
-            .hint("the header is wrong: no archive can hold such a device"));
+            .hint("no archive can hold such a device: the header is damaged; use another copy or backup"));
         }
         if let Some(other) = self.devices.iter().find(|other| other.name == name) {
             self.notes.push(format!("devices {} and {index} have the same name", other.id));
         }
         let kind = if name == VMSTATE_NAME { DeviceKind::VmState } else { DeviceKind::Disk };
+        self.ids.push(DeviceId(index));
         self.devices.push(Device { id: DeviceId(index), name, size, open_ended: false, kind });
         Ok(())
     }
@@ -210,7 +215,9 @@ impl ArchiveHeader {
             let (Some(name), Some(data)) = (blobs.text(name), blobs.get(data)) else {
                 return Err(Error::malformed("vma contains invalid data pointers")
                     .at(2044 + index as u64 * 4)
-                    .hint(format!("the name or content of configuration entry {index} can't be found")));
+                    .hint(format!(
+                        "the name or content of configuration entry {index} can't be found; {DAMAGED}"
+                    )));
             };
             if self.configs.iter().any(|other| other.name == name) {
                 self.notes.push(format!("configuration entry {index} has the name of an earlier one"));
@@ -222,7 +229,7 @@ impl ArchiveHeader {
 
     /// The device with this id, or `None` if the archive has no such device.
     pub fn device(&self, id: DeviceId) -> Option<&Device> {
-        self.devices.iter().find(|device| device.id == id)
+        self.devices.get(self.ids.index_of(id)?)
     }
 }
 
@@ -236,9 +243,9 @@ fn read_raw(bytes: &mut impl ArchiveBytes) -> Result<Vec<u8>> {
         } else {
             ErrorKind::WrongFormat
         };
-        return Err(Error::new(kind, reference::HEADER_EOF)
-            .at(got as u64)
-            .hint(format!("a header is at least {HEADER_FIXED} bytes long")));
+        return Err(Error::new(kind, reference::HEADER_EOF).at(got as u64).hint(format!(
+            "a header is at least {HEADER_FIXED} bytes long: the file is cut short, or no VMA archive"
+        )));
     }
     if !raw.starts_with(&MAGIC) {
         return Err(Error::wrong_format("not a vma file - wrong magic number").at(0));
@@ -250,11 +257,12 @@ fn read_raw(bytes: &mut impl ArchiveBytes) -> Result<Vec<u8>> {
     let wrong =
         |kind| Error::new(kind, format!("wrong vma header size {}", header_size.cast_signed())).at(56);
     if header_size as usize <= HEADER_FIXED {
-        return Err(wrong(ErrorKind::Malformed).hint(format!("it must be above {HEADER_FIXED}")));
+        return Err(wrong(ErrorKind::Malformed).hint(format!("it must be above {HEADER_FIXED}; {DAMAGED}")));
     }
     if header_size > MAX_HEADER_READ {
-        return Err(wrong(ErrorKind::LimitExceeded)
-            .hint(format!("at most {MAX_HEADER_READ} is supported; real archives stay below 524288")));
+        return Err(wrong(ErrorKind::LimitExceeded).hint(format!(
+            "at most {MAX_HEADER_READ} is supported; real archives stay below 524288; {DAMAGED}"
+        )));
     }
     while raw.len() < header_size as usize {
         let start = raw.len();
@@ -284,7 +292,7 @@ impl<'a> Blobs<'a> {
         if (offset as usize) < HEADER_FIXED {
             return Err(Error::malformed(format!("wrong vma blob buffer offset {}", offset.cast_signed()))
                 .at(48)
-                .hint(format!("it must be at least {HEADER_FIXED}")));
+                .hint(format!("it must be at least {HEADER_FIXED}; {DAMAGED}")));
         }
         // Both are below 2^32, so their sum can't wrap in 64 bits.
         let end = u64::from(offset) + u64::from(size);
@@ -296,7 +304,7 @@ impl<'a> Blobs<'a> {
                 size.cast_signed()
             ))
             .at(52)
-            .hint(format!("the blobs must end within the header of {} bytes", raw.len())));
+            .hint(format!("the blobs must end within the header of {} bytes; {DAMAGED}", raw.len())));
         };
         let pointers = layout
             .dev_info

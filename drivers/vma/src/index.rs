@@ -7,12 +7,12 @@
 
 use std::sync::Arc;
 
-use imgtool_toolkit::{DeviceId, OpenOptions, RandomInput, Result};
+use imgtool_core::{DeviceId, OpenOptions, RandomInput, Result};
 
 use crate::bytes::{ArchiveBytes, FileCursor};
 use crate::cluster::VmaCluster;
 use crate::header::ArchiveHeader;
-use crate::layout::{EXTENT_HEADER, SUB_BLOCK, TABLE_ENTRIES};
+use crate::layout::{EXTENT_HEADER, SUB_BLOCK};
 use crate::walker::{ExtentSpan, Walker};
 
 /// Most runs of all devices together, 92 MiB of memory. Our limit: 20 TiB of full extents stay below
@@ -72,31 +72,24 @@ pub(crate) struct DeviceIndex {
 
 /// Index of all devices, or just their counts.
 pub(crate) struct Index {
-    devices: Vec<DeviceIndex>,
-    /// Index into `devices`, by `dev_id`.
-    by_id: [Option<u8>; TABLE_ENTRIES],
+    /// In the order of the header.
+    pub(crate) devices: Vec<DeviceIndex>,
+    header: Arc<ArchiveHeader>,
     /// Number of extents in the archive.
     pub(crate) extents: u64,
-    /// Archive offset of the first extent.
-    header_size: u64,
     /// False if the index only counts.
     keeps_runs: bool,
 }
 
 impl Index {
-    fn new(header: &ArchiveHeader, keeps_runs: bool) -> Self {
-        let mut index = Self {
-            devices: header.devices.iter().map(|_| DeviceIndex::default()).collect(),
-            by_id: [None; TABLE_ENTRIES],
-            extents: 0,
-            header_size: u64::from(header.header_size),
-            keeps_runs,
-        };
-        for (position, device) in header.devices.iter().enumerate() {
-            // At most 254 devices, with ids below 255.
-            index.by_id[device.id.0 as usize % TABLE_ENTRIES] = Some(position as u8);
-        }
-        index
+    fn new(header: &Arc<ArchiveHeader>, keeps_runs: bool) -> Self {
+        let devices = header.devices.iter().map(|_| DeviceIndex::default()).collect();
+        Self { devices, header: Arc::clone(header), extents: 0, keeps_runs }
+    }
+
+    /// Archive offset of the first extent.
+    fn header_size(&self) -> u64 {
+        u64::from(self.header.header_size)
     }
 
     /// Counts what the extents hold, without keeping runs. `bytes` must be positioned directly after
@@ -134,7 +127,7 @@ impl Index {
     ) -> Result<Option<Self>> {
         let mut cursor = FileCursor::new(input.clone());
         let mut index = Self::new(header, true);
-        cursor.skip(index.header_size)?;
+        cursor.skip(index.header_size())?;
         let mut walker = Walker::new(cursor, header, options);
         while let Some(span) = walker.next_extent()? {
             walker.bytes.skip(span.data_len)?;
@@ -156,9 +149,10 @@ impl Index {
     }
 
     fn add(&mut self, cluster: &VmaCluster, span: ExtentSpan) {
-        let unit = (span.file_offset - self.header_size) / Run::UNIT;
+        let unit = (span.file_offset - self.header_size()) / Run::UNIT;
         let keeps_runs = self.keeps_runs;
-        let Some(device) = self.device_mut(cluster.device) else { return };
+        let index = self.header.ids.index_of(cluster.device);
+        let Some(device) = index.and_then(|index| self.devices.get_mut(index)) else { return };
         if cluster.is_beyond() {
             device.beyond += 1;
             return;
@@ -173,18 +167,12 @@ impl Index {
 
     /// The index of the device `id`, or `None` if the archive has no such device.
     pub(crate) fn device(&self, id: DeviceId) -> Option<&DeviceIndex> {
-        let position = (*self.by_id.get(id.0 as usize)?)?;
-        self.devices.get(usize::from(position))
-    }
-
-    fn device_mut(&mut self, id: DeviceId) -> Option<&mut DeviceIndex> {
-        let position = (*self.by_id.get(id.0 as usize)?)?;
-        self.devices.get_mut(usize::from(position))
+        self.devices.get(self.header.ids.index_of(id)?)
     }
 
     /// File offset of the extent that holds `run`, which must not be a zero run.
     pub(crate) fn extent_offset(&self, run: &Run) -> u64 {
-        self.header_size + run.extent_unit() * Run::UNIT
+        self.header_size() + run.extent_unit() * Run::UNIT
     }
 }
 

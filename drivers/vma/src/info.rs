@@ -1,7 +1,7 @@
 //! Facts about an archive for `info`.
 
-use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::{DeviceKind, ImageInfo};
+use imgtool_core::error::escape_control;
+use imgtool_core::{DeviceKind, ImageInfo};
 use serde_json::json;
 
 use crate::header::ArchiveHeader;
@@ -47,7 +47,7 @@ pub(crate) fn info(header: &ArchiveHeader, index: Option<&Index>) -> ImageInfo {
 /// Note that stored sizes are unknown because only `stream_len` bytes of a stream were read.
 pub(crate) fn not_counted(stream_len: u64) -> String {
     format!(
-        "stored sizes are unknown: the archive is a stream, and only its first {stream_len} bytes were read; info --read-all reads it to the end"
+        "stored sizes are unknown: the archive is a stream, and only its first {stream_len} bytes were read"
     )
 }
 

@@ -56,7 +56,7 @@ pub const VMSTATE_NAME: &str = "vmstate";
 pub const MAX_BLOB: usize = 65_535;
 
 /// Entry of the device table.
-#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct DeviceInfoLayout {
     /// +0: blob offset of the name; 0 means none.
@@ -70,7 +70,7 @@ pub struct DeviceInfoLayout {
 }
 
 /// Fixed part of the archive header.
-#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct HeaderLayout {
     /// +0: [`MAGIC`].
@@ -102,7 +102,7 @@ pub struct HeaderLayout {
 }
 
 /// Slot of an extent header.
-#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct BlockInfoLayout {
     /// +0: bit *i* is set if sub-block *i* of the cluster is stored.
@@ -116,7 +116,7 @@ pub struct BlockInfoLayout {
 }
 
 /// Extent header.
-#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct ExtentLayout {
     /// +0: [`EXTENT_MAGIC`].

@@ -2,10 +2,10 @@
 //!
 //! # Map of the crate
 //!
-//! * `driver`: the [`Driver`](imgtool_toolkit::Driver) implementation
+//! * `driver`: the [`Driver`](imgtool_core::Driver) implementation
 //! * [`layout`], [`extent`], [`header`]: the on-disk format, decoded and checked
-//! * [`reference`]: error messages shared with the reference program
-//! * `bytes`, `walker`, `tracker`, `cluster`: the strict walk over an archive, common to all readers
+//! * [`mod@reference`]: error messages shared with the reference program
+//! * `bytes`, `walker`, `tracker`, `cluster`, `device_ids`: the strict walk over an archive, common to all readers
 //! * `source`, `index`, `mask_cache`: random access to archives in files; `stream`: one pass over a pipe
 //! * `window`, `scan`: the tolerant walk over a damaged archive; `salvage` and `check` use it
 //! * `info`: facts for `info`
@@ -14,6 +14,7 @@
 mod bytes;
 mod check;
 mod cluster;
+mod device_ids;
 mod driver;
 pub mod extent;
 pub mod header;
@@ -30,8 +31,6 @@ mod scan;
 mod sink;
 mod source;
 mod stream;
-#[cfg(any(test, feature = "testing"))]
-pub mod testing;
 mod tracker;
 mod walker;
 mod window;
@@ -40,7 +39,7 @@ pub use driver::VmaDriver;
 pub use header::ArchiveHeader;
 pub use source::VmaSource;
 
-use imgtool_toolkit::Registry;
+use imgtool_core::Registry;
 
 /// Adds the driver to a registry.
 pub fn register(registry: &mut Registry) {

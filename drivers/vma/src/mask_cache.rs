@@ -1,9 +1,10 @@
 //! Cache of extent headers: the masks that the index leaves in the file.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
-use imgtool_toolkit::{Error, RandomInput, Result};
+use imgtool_core::sync::lock;
+use imgtool_core::{Cache, DeviceId, Error, RandomInput, Result};
 
 use crate::extent::ExtentHeader;
 use crate::index::Run;
@@ -54,21 +55,19 @@ impl ExtentMap {
     }
 }
 
-/// File offset of an extent, and its map.
-type CacheEntry = (u64, Arc<ExtentMap>);
-
-/// Direct-mapped cache of extent maps, keyed by the file offset of the extent.
+/// Cache of extent maps.
 pub(crate) struct MaskCache {
     uuid: [u8; 16],
-    entries: Vec<Mutex<Option<CacheEntry>>>,
+    /// By the file offset of the extent. Reading a header takes longer than the look-up in the one lock.
+    entries: Mutex<Cache<u64, Arc<ExtentMap>>>,
 }
 
 impl MaskCache {
     pub(crate) fn new(uuid: [u8; 16]) -> Self {
-        Self { uuid, entries: (0..CACHED_EXTENTS).map(|_| Mutex::new(None)).collect() }
+        Self { uuid, entries: Mutex::new(Cache::new(CACHED_EXTENTS)) }
     }
 
-    /// Returns the map of the extent at `file_offset`, which holds `run` of the device `dev_id`.
+    /// Returns the map of the extent at `file_offset`, which holds `run` of `device`.
     ///
     /// # Errors
     /// Corrupt if the extent header no longer matches the index.
@@ -76,21 +75,20 @@ impl MaskCache {
         &self,
         input: &RandomInput,
         run: &Run,
-        dev_id: u32,
+        device: DeviceId,
         file_offset: u64,
     ) -> Result<Arc<ExtentMap>> {
-        let entry = &self.entries[(file_offset / EXTENT_HEADER as u64) as usize % CACHED_EXTENTS];
-        let cached = entry.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let cached = lock(&self.entries).get(&file_offset).cloned();
         let map = match cached {
-            Some((offset, map)) if offset == file_offset => map,
-            _ => {
+            Some(map) => map,
+            None => {
                 let map = Arc::new(self.read(input, file_offset)?);
-                *entry.lock().unwrap_or_else(PoisonError::into_inner) = Some((file_offset, Arc::clone(&map)));
+                lock(&self.entries).insert(file_offset, Arc::clone(&map));
                 map
             }
         };
         let first = map.header.slots.get(run.first_slot());
-        if first.is_none_or(|slot| u32::from(slot.dev_id) != dev_id || slot.cluster_num != run.first) {
+        if first.is_none_or(|slot| u32::from(slot.dev_id) != device.0 || slot.cluster_num != run.first) {
             return Err(header_changed(file_offset));
         }
         Ok(map)

@@ -1,6 +1,7 @@
 //! Size of an archive before it is written.
 
-use imgtool_toolkit::{CreateOptions, DeviceKind, Error, ImageSource, Manifest, Measure, Result};
+use imgtool_core::source::for_each_extent;
+use imgtool_core::{DeviceKind, Error, ImageSource, Manifest, Measure, Result};
 
 use crate::layout::{CLUSTERS_PER_EXTENT, EXTENT_HEADER, SUB_BLOCK, clusters_of};
 use crate::options::VmaOptions;
@@ -8,14 +9,17 @@ use crate::plan::ArchivePlan;
 
 /// Adds up the archive header, the extent headers, and every sub-block for which the source has data.
 /// The archive becomes smaller if some of that data is zero.
-pub(crate) fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Result<Measure> {
+pub(crate) fn measure(source: &dyn ImageSource, options: &VmaOptions) -> Result<Measure> {
     let info = source.info();
-    let Some(random) = source.random() else {
+    let Some(random) = source.access().random() else {
         return Err(Error::unsupported("a stream can't be measured").hint("save it to a file first"));
     };
-    let manifest = Manifest { devices: info.devices.clone(), attachments: info.attachments.clone() };
-    let options = VmaOptions::parse(options)?;
-    let plan = ArchivePlan::new(&manifest, &options)?;
+    let manifest = Manifest {
+        devices: info.devices.clone(),
+        attachments: info.attachments.clone(),
+        ..Manifest::default()
+    };
+    let plan = ArchivePlan::new(&manifest, options)?;
     let mut required = plan.header.len() as u64;
     let mut fully_allocated = required;
     for device in &info.devices {
@@ -26,19 +30,16 @@ pub(crate) fn measure(source: &dyn ImageSource, options: &CreateOptions) -> Resu
             required += headers + all;
             continue;
         }
-        let (mut position, mut counted_to) = (0, 0);
-        let mut stored = 0;
-        while position < device.size {
-            for extent in random.extents(device.id, position..device.size)? {
-                if extent.is_data() {
-                    // Count a sub-block once if two extents share it.
-                    let start = (extent.start / SUB_BLOCK * SUB_BLOCK).max(counted_to);
-                    counted_to = extent.end().next_multiple_of(SUB_BLOCK);
-                    stored += counted_to.saturating_sub(start);
-                }
-                position = extent.end();
+        let (mut stored, mut counted_to) = (0, 0);
+        for_each_extent(random, device.id, 0..device.size, |extent| {
+            if extent.is_data() {
+                // Count a sub-block once if two extents share it.
+                let start = (extent.start / SUB_BLOCK * SUB_BLOCK).max(counted_to);
+                counted_to = extent.end().next_multiple_of(SUB_BLOCK);
+                stored += counted_to.saturating_sub(start);
             }
-        }
+            Ok(())
+        })?;
         required += headers + stored;
     }
     Ok(Measure { required, fully_allocated, occupied: required })

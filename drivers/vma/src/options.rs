@@ -1,6 +1,6 @@
 //! The `-o` options of [`crate::VmaDriver`].
 
-use imgtool_toolkit::{CreateOptions, Error, OptionSpec, Result};
+use imgtool_core::{CreateOptions, Error, OptionKind, OptionSpec, Result};
 use uuid::Uuid;
 
 use crate::layout::SUB_BLOCK;
@@ -15,13 +15,13 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
         name: "uuid",
         help: "the archive's UUID",
         default: "derived from names, sizes, configurations and creation time",
-        values: "a UUID such as 6ba7b810-9dad-41d1-80b4-00c04fd430c8",
+        kind: OptionKind::Text("a UUID such as 6ba7b810-9dad-41d1-80b4-00c04fd430c8"),
     },
     OptionSpec {
         name: "ctime",
         help: "the archive's creation time, seconds since 1970",
         default: "SOURCE_DATE_EPOCH, else 315532800 (1980-01-01)",
-        values: "a whole number",
+        kind: OptionKind::Integer,
     },
 ];
 
@@ -43,7 +43,7 @@ impl VmaOptions {
             return Err(Error::unsupported("vma has no compression inside the format")
                 .hint("compress the archive as a whole: give it a name that ends in .vma.zst"));
         }
-        let uuid = match options.get("uuid") {
+        let uuid = match options.values.text("uuid") {
             None => None,
             Some(text) => Some(Uuid::parse_str(text).map_err(|_| {
                 Error::usage(format!(
@@ -52,14 +52,7 @@ impl VmaOptions {
                 ))
             })?),
         };
-        let ctime = match options.get("ctime") {
-            None => options.source_date_epoch.unwrap_or(DEFAULT_CTIME),
-            Some(text) => text.parse().map_err(|_| {
-                Error::usage(format!(
-                    "option 'ctime' expects a whole number of seconds since 1970, not '{text}'"
-                ))
-            })?,
-        };
+        let ctime = options.values.integer("ctime").or(options.source_date_epoch).unwrap_or(DEFAULT_CTIME);
         Ok(Self { uuid, ctime, zero_unit: options.zero_unit(SUB_BLOCK) })
     }
 }
@@ -69,8 +62,8 @@ mod tests {
     use super::*;
 
     fn parse(pairs: &[(&str, &str)], epoch: Option<i64>) -> Result<VmaOptions> {
-        let options = pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-        VmaOptions::parse(&CreateOptions { options, source_date_epoch: epoch, ..CreateOptions::default() })
+        let options = CreateOptions::parse("vma", OPTIONS, pairs.iter().copied())?;
+        VmaOptions::parse(&CreateOptions { source_date_epoch: epoch, ..options })
     }
 
     #[test]

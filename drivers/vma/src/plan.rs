@@ -3,10 +3,10 @@
 //! The plan keeps to what every known reader accepts, which is less than the format allows: unique
 //! names of letters, digits and `._-`; sizes in whole sectors; a header of at most 512 KiB.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
-use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::{Attachment, Device, DeviceId, DeviceKind, Error, Manifest, Result};
+use imgtool_core::error::escape_control;
+use imgtool_core::{Attachment, Device, DeviceKind, Error, Manifest, Remedy, Result};
 use md5::{Digest, Md5};
 use uuid::Uuid;
 use zerocopy::{FromZeros, IntoBytes};
@@ -30,8 +30,6 @@ const HEADER_UNIT: usize = 512;
 /// A device of the archive to write.
 #[derive(Debug, Clone)]
 pub(crate) struct PlannedDevice {
-    /// Id of the device in the manifest.
-    pub(crate) id: DeviceId,
     /// Id of the device in the archive, 1 to 254.
     pub(crate) dev_id: u8,
     pub(crate) name: String,
@@ -49,12 +47,10 @@ pub(crate) struct ArchivePlan {
     pub(crate) uuid: Uuid,
     /// The encoded header.
     pub(crate) header: Vec<u8>,
-    /// Devices by ascending `dev_id`.
+    /// Devices in the order of the manifest, which is that of their `dev_id`.
     pub(crate) devices: Vec<PlannedDevice>,
     /// Deviations from the manifest, such as rounded sizes; one sentence each.
     pub(crate) notes: Vec<String>,
-    /// Index into `devices`.
-    by_id: HashMap<DeviceId, usize>,
 }
 
 impl ArchivePlan {
@@ -68,23 +64,7 @@ impl ArchivePlan {
         let configs = plan_configs(&manifest.attachments, &mut notes)?;
         let uuid = options.uuid.unwrap_or_else(|| derive_uuid(&devices, &configs, options.ctime));
         let header = encode_header(uuid, options.ctime, &devices, &configs)?;
-        let mut by_id = HashMap::new();
-        for (index, device) in devices.iter().enumerate() {
-            if by_id.insert(device.id, index).is_some() {
-                return Err(Error::usage(format!("two devices have the id {}", device.id)));
-            }
-        }
-        Ok(Self { uuid, header, devices, notes, by_id })
-    }
-
-    /// Index of a device in [`ArchivePlan::devices`].
-    pub(crate) fn index_of(&self, id: DeviceId) -> Option<usize> {
-        self.by_id.get(&id).copied()
-    }
-
-    /// The device with this id in the manifest.
-    pub(crate) fn device(&self, id: DeviceId) -> Option<&PlannedDevice> {
-        self.devices.get(self.index_of(id)?)
+        Ok(Self { uuid, header, devices, notes })
     }
 }
 
@@ -103,7 +83,7 @@ fn plan_devices(devices: &[Device], notes: &mut Vec<String>) -> Result<Vec<Plann
         if !names.insert(device.name.as_str()) {
             return Err(Error::usage(format!("two devices are called '{}'", device.name))
                 .device(&device.name)
-                .hint("rename one: NAME=PATH in front of a source names its device"));
+                .remedied_by(Remedy::RenameDevice));
         }
         let size = planned_size(device)?;
         if size != device.size {
@@ -113,7 +93,6 @@ fn plan_devices(devices: &[Device], notes: &mut Vec<String>) -> Result<Vec<Plann
             ));
         }
         planned.push(PlannedDevice {
-            id: device.id,
             // Checked above: at most MAX_DEV_ID devices.
             dev_id: index as u8 + 1,
             name: device.name.clone(),
@@ -151,7 +130,7 @@ fn check_name(device: &Device) -> Result<()> {
     let refuse = |reason: &str| {
         Err(Error::usage(format!("the device name '{}' {reason}", escape_control(name)))
             .device(name)
-            .hint("rename it: NAME=PATH in front of a source names its device (drive-scsi0=disk.raw)"))
+            .remedied_by(Remedy::RenameDevice))
     };
     if name.is_empty() {
         return refuse("is empty");

@@ -3,15 +3,17 @@
 //! Every error about an archive begins with the reference program's own phrase ("short vma extent
 //! (87200 < 1192448)"), so that a search for it finds existing explanations. Place and hint follow
 //! separately. Phrases used in more than one file are defined here.
+//!
+//! The reference program misspells two of them. Errors have the right spelling; a [`ChecksumMismatch`]
+//! as their cause marks them, and [`message`] returns the reference program's words.
 
-use imgtool_toolkit::Error;
+use std::error::Error as StdError;
+use std::fmt;
+
+use imgtool_core::Error;
 
 /// The file ends within the fixed part of the archive header.
 pub(crate) const HEADER_EOF: &str = "can't read vma header - got EOF";
-/// The MD5 of the archive header is wrong. [`message`] has the reference program's spelling.
-pub(crate) const HEADER_CHECKSUM: &str = "wrong vma header checksum";
-/// The MD5 of an extent header is wrong. [`message`] has the reference program's spelling.
-pub(crate) const EXTENT_CHECKSUM: &str = "wrong vma extent header checksum";
 /// The masks of an extent mark more sub-blocks than its `block_count`.
 pub(crate) const TOO_MANY_BLOCKS: &str = "short vma extent - too many blocks";
 /// The masks of an extent mark fewer sub-blocks than its `block_count`.
@@ -27,11 +29,44 @@ pub(crate) fn short_extent(available: u64, needed: u64) -> String {
     format!("short vma extent ({available} < {needed})")
 }
 
+/// A header whose MD5 is wrong: the cause ([`StdError::source`]) of the error about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChecksumMismatch {
+    /// The archive header.
+    ArchiveHeader,
+    /// An extent header.
+    ExtentHeader,
+}
+
+impl ChecksumMismatch {
+    /// The error that this is the cause of.
+    pub(crate) fn error(self) -> Error {
+        let message = match self {
+            Self::ArchiveHeader => "wrong vma header checksum",
+            Self::ExtentHeader => "wrong vma extent header checksum",
+        };
+        Error::corrupt(message).because(self)
+    }
+
+    /// The reference program's spelling.
+    fn reference_message(self) -> &'static str {
+        match self {
+            Self::ArchiveHeader => "wrong vma header chechsum",
+            Self::ExtentHeader => "wrong vma extent header chechsum",
+        }
+    }
+}
+
+impl fmt::Display for ChecksumMismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("its MD5 does not match its content")
+    }
+}
+
+impl StdError for ChecksumMismatch {}
+
 /// Returns the reference program's message for `error`, letter for letter, without place and hint.
 pub fn message(error: &Error) -> String {
-    match error.message() {
-        HEADER_CHECKSUM => "wrong vma header chechsum".to_owned(),
-        EXTENT_CHECKSUM => "wrong vma extent header chechsum".to_owned(),
-        other => other.to_owned(),
-    }
+    let mismatch = error.source().and_then(|cause| cause.downcast_ref::<ChecksumMismatch>());
+    mismatch.map_or_else(|| error.message(), |mismatch| mismatch.reference_message()).to_owned()
 }

@@ -16,7 +16,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use imgtool_toolkit::{BufferPool, Device, DeviceId, Doubt, Input, Loss, Piece, Result, SequentialAccess};
+use imgtool_core::source::second_pass;
+use imgtool_core::{BufferPool, Device, DeviceId, Doubt, Input, Loss, Piece, Result, StreamAccess};
 use roaring::RoaringBitmap;
 use uuid::Uuid;
 
@@ -80,7 +81,7 @@ pub(crate) struct Salvage {
     faults: Faults,
     /// Per device: clusters found more than once.
     duplicated: Vec<RoaringBitmap>,
-    /// Per device: clusters from a part of a compressed stream whose checksum is not read yet.
+    /// Per device: clusters from a part of a compressed stream whose checksum has not been read so far.
     pending: Vec<RoaringBitmap>,
     /// Per device: clusters from a part of a compressed stream whose checksum was wrong or missing.
     unverified: Vec<RoaringBitmap>,
@@ -90,8 +91,10 @@ pub(crate) struct Salvage {
     next_cluster: usize,
     /// Progress of filling gaps, once the input has ended.
     gap_fill: Option<GapFill>,
+    /// True once the end was reported.
+    finished: bool,
     losses: Vec<Loss>,
-    /// Why names and sizes may be wrong.
+    /// Reason that names and sizes may be wrong.
     header_damage: Option<String>,
 }
 
@@ -119,13 +122,13 @@ impl Salvage {
             if let Some(uuid) = window.first_uuid() {
                 header.uuid = Uuid::from_bytes(uuid);
             }
-            header.notes.push(format!("the archive's header is damaged ({error}): {DAMAGED_HEADER}"));
-            format!("the archive's header is damaged ({error}): the name and size may be wrong")
+            header.notes.push(format!("the archive's header is damaged ({error:#}): {DAMAGED_HEADER}"));
+            format!("the archive's header is damaged ({error:#}): the name and size may be wrong")
         });
         let header = Arc::new(header);
         let salvage = Self {
             scanner: Scanner::new(window, *header.uuid.as_bytes(), u64::from(header.header_size)),
-            tracker: Tracker::lenient(&header.devices),
+            tracker: Tracker::lenient(&header),
             faults: Faults::default(),
             duplicated: bitmaps(&header),
             pending: bitmaps(&header),
@@ -133,6 +136,7 @@ impl Salvage {
             intact: Vec::new(),
             next_cluster: 0,
             gap_fill: None,
+            finished: false,
             losses: Vec::new(),
             header_damage,
             header: Arc::clone(&header),
@@ -164,7 +168,7 @@ impl Salvage {
         for (cluster, file_offset) in &self.intact {
             let file = *file_offset..*file_offset + cluster.stored_len();
             if self.scanner.window().is_unverified(&file)
-                && let Some(index) = self.index_of(cluster.device)
+                && let Some(index) = self.header.ids.index_of(cluster.device)
             {
                 self.unverified[index].insert(cluster.number);
             }
@@ -216,7 +220,7 @@ impl Salvage {
             match self.tracker.admit_slot(slot, slot_index as u8, false) {
                 Ok(cluster) if cluster.is_beyond() => {}
                 Ok(cluster) => {
-                    if let Some(index) = self.index_of(cluster.device) {
+                    if let Some(index) = self.header.ids.index_of(cluster.device) {
                         match self.scanner.window_mut().checksum_state(&file) {
                             ChecksumState::Verified => {}
                             ChecksumState::Pending => _ = self.pending[index].insert(cluster.number),
@@ -239,14 +243,10 @@ impl Salvage {
         self.tracker.missing_count() <= used
     }
 
-    fn index_of(&self, device: DeviceId) -> Option<usize> {
-        self.header.devices.iter().position(|known| known.id == device)
-    }
-
     /// Records a cluster that the tracker refused, in most cases a second copy; nothing tells which
     /// copy is right.
     fn note_duplicate(&mut self, device: DeviceId, cluster: u32) {
-        let index = self.index_of(device);
+        let index = self.header.ids.index_of(device);
         if let Some((index, known)) = index.and_then(|index| Some((index, self.header.devices.get(index)?)))
             && u64::from(cluster) * CLUSTER < known.size
         {
@@ -326,7 +326,7 @@ impl Salvage {
     }
 }
 
-impl SequentialAccess for Salvage {
+impl StreamAccess for Salvage {
     fn next_piece(&mut self, pool: &BufferPool) -> Result<Option<Piece>> {
         while self.gap_fill.is_none() {
             if let Some(piece) = self.next_intact(pool) {
@@ -338,8 +338,13 @@ impl SequentialAccess for Salvage {
                 ScanItem::End => break,
             }
         }
+        if self.finished {
+            return Err(second_pass());
+        }
         self.settle_checksums(u64::MAX);
-        Ok(self.next_gap())
+        let gap = self.next_gap();
+        self.finished = gap.is_none();
+        Ok(gap)
     }
 }
 

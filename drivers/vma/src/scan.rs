@@ -29,7 +29,7 @@ pub(crate) struct ScanExtent {
     pub(crate) file_offset: u64,
     /// Bytes of data, from its start, that certainly belong to the extent.
     pub(crate) usable: u64,
-    /// Why less than all data is usable.
+    /// Reason that a part of the data is unusable.
     pub(crate) fault: Option<String>,
     /// True if the bytes after the extent are what should follow. Otherwise a fault that began in its
     /// data may reach past its end.

@@ -5,16 +5,16 @@
 //! archive.
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
-use imgtool_toolkit::{
-    Buffer, BufferPool, Bytes, CreateOptions, DeviceId, Error, Geometry, ImageSink, Manifest, Output, Part,
-    Piece, Prepared, Result, WriteList,
+use imgtool_core::sync::lock;
+use imgtool_core::{
+    Buffer, BufferPool, Bytes, Consumer, Error, Geometry, ImageSink, Output, OutputId, Part, Prepared,
+    Result, Sharing, SinkDevice, SinkPiece, WriteList,
 };
 
 use crate::extent::{BlockInfo, ExtentHeader};
 use crate::layout::{CLUSTER, CLUSTERS_PER_EXTENT, EXTENT_HEADER, SUB_BLOCK, SUB_BLOCKS_PER_CLUSTER};
-use crate::options::VmaOptions;
 use crate::plan::{ArchivePlan, PlannedDevice};
 
 /// Guest bytes covered by a full extent.
@@ -24,7 +24,7 @@ const ZERO_EXTENTS: u64 = 1024;
 
 /// Writer of one archive.
 pub(crate) struct VmaSink {
-    output: Output,
+    outputs: [Output; 1],
     plan: ArchivePlan,
     /// Shortest run of zeros that is omitted, bytes, at most a cluster; `None` to store all zeros.
     zero_unit: Option<u64>,
@@ -40,17 +40,16 @@ struct State {
 }
 
 impl VmaSink {
-    /// Plans an archive of `manifest`. Writes nothing yet.
-    pub(crate) fn create(output: Output, manifest: &Manifest, options: &CreateOptions) -> Result<Self> {
-        let options = VmaOptions::parse(options)?;
-        let plan = ArchivePlan::new(manifest, &options)?;
+    /// A writer of the planned archive. Writes nothing yet.
+    pub(crate) fn new(output: Output, plan: ArchivePlan, zero_unit: Option<u64>) -> Self {
         let state =
             State { file_offset: plan.header.len() as u64, clusters_placed: vec![0; plan.devices.len()] };
-        Ok(Self { output, plan, zero_unit: options.zero_unit, state: Mutex::new(state) })
+        Self { outputs: [output], plan, zero_unit, state: Mutex::new(state) }
     }
 
-    fn device(&self, id: DeviceId) -> Result<&PlannedDevice> {
-        self.plan.device(id).ok_or_else(|| Error::usage(format!("the archive has no device {id}")))
+    fn device(&self, device: SinkDevice) -> Result<&PlannedDevice> {
+        let planned = self.plan.devices.get(device.index());
+        planned.ok_or_else(|| Error::usage(format!("the archive has no device {device}")))
     }
 
     /// True if all zeros of a device are stored. Those of guest state always are, because the reference
@@ -60,9 +59,9 @@ impl VmaSink {
     }
 }
 
-impl ImageSink for VmaSink {
-    fn geometry(&self, device: DeviceId) -> Geometry {
-        let stores_zeros = self.plan.device(device).is_some_and(|device| self.stores_zeros(device));
+impl Consumer for VmaSink {
+    fn geometry(&self, device: SinkDevice) -> Geometry {
+        let stores_zeros = self.device(device).is_ok_and(|device| self.stores_zeros(device));
         Geometry {
             granule: CLUSTER,
             granule_required: true,
@@ -72,23 +71,7 @@ impl ImageSink for VmaSink {
         }
     }
 
-    fn keeps_bytes(&self, _device: DeviceId) -> bool {
-        true
-    }
-
-    fn output(&self, _device: DeviceId) -> &Output {
-        &self.output
-    }
-
-    fn preamble(&self) -> Result<Vec<u8>> {
-        Ok(self.plan.header.clone())
-    }
-
-    fn append_only(&self) -> bool {
-        true
-    }
-
-    fn prepare(&self, piece: Piece, pool: &BufferPool) -> Result<Prepared> {
+    fn prepare(&self, piece: SinkPiece, pool: &BufferPool) -> Result<Prepared> {
         let device = self.device(piece.device)?;
         check_piece(device, &piece)?;
         let piece = if self.zero_unit.is_none() { piece.with_zeros_as_data(pool) } else { piece };
@@ -112,13 +95,29 @@ impl ImageSink for VmaSink {
         prepared.encoded = Some(encoded);
         Ok(prepared)
     }
+}
+
+impl ImageSink for VmaSink {
+    fn outputs(&self) -> &[Output] {
+        &self.outputs
+    }
+
+    fn begin(&self) -> Result<Vec<u8>> {
+        Ok(self.plan.header.clone())
+    }
+
+    fn append_only(&self) -> bool {
+        true
+    }
+
+    fn sharing(&self, _device: SinkDevice) -> Sharing {
+        Sharing::Parts(OutputId::MAIN)
+    }
 
     fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
-        let Some(index) = self.plan.index_of(prepared.device) else {
-            return Err(Error::usage(format!("the archive has no device {}", prepared.device)));
-        };
-        let device = &self.plan.devices[index];
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let device = self.device(prepared.device)?;
+        let index = prepared.device.index();
+        let mut state = lock(&self.state);
         if device.is_state && prepared.start != state.clusters_placed[index] * CLUSTER {
             return Err(Error::unsupported("guest state must be written in order")
                 .device(&device.name)
@@ -127,14 +126,14 @@ impl ImageSink for VmaSink {
         }
         state.clusters_placed[index] += prepared.len.div_ceil(CLUSTER);
         for part in &prepared.parts {
-            writes.push(state.file_offset, part.bytes.clone());
+            writes.push(OutputId::MAIN, state.file_offset, part.bytes.clone());
             state.file_offset += part.bytes.len();
         }
         Ok(())
     }
 
     fn finish(&self) -> Result<()> {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = lock(&self.state);
         for (device, placed) in self.plan.devices.iter().zip(&state.clusters_placed) {
             if *placed != device.clusters {
                 return Err(Error::corrupt(format!(
@@ -145,7 +144,7 @@ impl ImageSink for VmaSink {
             }
         }
         // A new file may lack zeros at the end of guest state, which are not written to it.
-        self.output.set_len(state.file_offset)
+        self.outputs[0].set_len(state.file_offset)
     }
 
     fn notes(&self) -> Vec<String> {
@@ -154,7 +153,7 @@ impl ImageSink for VmaSink {
 }
 
 /// Refuses a piece that is not made of whole clusters of the device.
-fn check_piece(device: &PlannedDevice, piece: &Piece) -> Result<()> {
+fn check_piece(device: &PlannedDevice, piece: &SinkPiece) -> Result<()> {
     let end = piece.start.checked_add(piece.len).filter(|end| *end <= device.size);
     let whole = piece.start.is_multiple_of(CLUSTER)
         && piece.len > 0
@@ -177,7 +176,7 @@ struct ClusterMasks {
 
 impl ClusterMasks {
     /// Masks that store the sub-blocks touched by `runs`, byte ranges of the piece.
-    fn of_runs(runs: Vec<Range<usize>>, piece: &Piece) -> Self {
+    fn of_runs(runs: Vec<Range<usize>>, piece: &SinkPiece) -> Self {
         let mut masks = Self::none(piece);
         for run in runs {
             masks.set(run.start as u64 / SUB_BLOCK..(run.end as u64).div_ceil(SUB_BLOCK));
@@ -186,7 +185,7 @@ impl ClusterMasks {
     }
 
     /// Masks that store every sub-block up to the end of the device.
-    fn all(piece: &Piece, device: &PlannedDevice) -> Self {
+    fn all(piece: &SinkPiece, device: &PlannedDevice) -> Self {
         let mut masks = Self::none(piece);
         // The last piece may be shorter than the device by less than a sector, which rounding added.
         let end = device.size.min(piece.start + piece.len.next_multiple_of(CLUSTER));
@@ -195,7 +194,7 @@ impl ClusterMasks {
     }
 
     /// Masks that store nothing. `Geometry::max_zero_len` bounds them to 60,416 clusters.
-    fn none(piece: &Piece) -> Self {
+    fn none(piece: &SinkPiece) -> Self {
         Self { clusters: vec![0; piece.len.div_ceil(CLUSTER) as usize] }
     }
 
@@ -207,7 +206,7 @@ impl ClusterMasks {
     }
 
     /// Number of zero bytes that complete the last sub-block, if it is stored and the piece ends within it.
-    fn tail_len(&self, piece: &Piece) -> usize {
+    fn tail_len(&self, piece: &SinkPiece) -> usize {
         let tail = piece.len.next_multiple_of(SUB_BLOCK) - piece.len;
         let last = piece.len / SUB_BLOCK;
         let mask = self.clusters.get((last / SUB_BLOCKS_PER_CLUSTER) as usize).copied().unwrap_or(0);

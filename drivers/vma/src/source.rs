@@ -4,20 +4,23 @@
 //! one pass ([`crate::stream`]). Salvage of a damaged archive is another kind of pass
 //! ([`crate::salvage`]).
 
+use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use imgtool_toolkit::{
-    Access, BufferPool, DeviceId, Doubt, Error, Extent, ExtentKind, ExtentList, FileRange, ImageInfo,
-    ImageSource, Input, Loss, OpenOptions, Piece, RandomAccess, RandomInput, Result, SequentialAccess,
+use imgtool_core::sync::lock;
+use imgtool_core::{
+    Access, BufferPool, Device, DeviceId, Doubt, Error, Extent, ExtentKind, ExtentList, FileRange, ImageInfo,
+    ImageSource, Input, Loss, OpenOptions, Piece, RandomAccess, RandomInput, Remedy, Result, ResultExt,
+    StreamAccess,
 };
 
 use crate::bytes::FileCursor;
 use crate::header::ArchiveHeader;
-use crate::index::{Index, MAX_RUNS, Run};
+use crate::index::{DeviceIndex, Index, MAX_RUNS, Run};
 use crate::info;
 use crate::layout::{CLUSTER, CLUSTERS_PER_EXTENT, SUB_BLOCK};
-use crate::mask_cache::MaskCache;
+use crate::mask_cache::{ExtentMap, MaskCache};
 use crate::salvage::Salvage;
 use crate::stream::ArchiveStream;
 
@@ -30,13 +33,19 @@ pub struct VmaSource {
     body: Body,
 }
 
+impl fmt::Debug for VmaSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VmaSource").field("info", &self.info).finish_non_exhaustive()
+    }
+}
+
 /// Access to the content, by the way the archive was opened.
 enum Body {
     /// Opened for information only.
-    InfoOnly(NoContent),
-    Indexed(Box<IndexedArchive>),
-    Stream(Box<ArchiveStream>),
-    Salvage(Box<Salvage>),
+    InfoOnly(Mutex<NoContent>),
+    Indexed(IndexedArchive),
+    Stream(Mutex<ArchiveStream>),
+    Salvage(Mutex<Salvage>),
 }
 
 impl VmaSource {
@@ -54,7 +63,7 @@ impl VmaSource {
     fn open_limited(input: Input, options: &OpenOptions, max_runs: usize) -> Result<Self> {
         if options.salvage {
             let (header, salvage) = Salvage::open(input)?;
-            return Ok(Self::new(header, Body::Salvage(Box::new(salvage))));
+            return Ok(Self::new(header, Body::Salvage(Mutex::new(salvage))));
         }
         if options.info_only {
             return Self::open_info_only(input, options);
@@ -62,7 +71,7 @@ impl VmaSource {
         if input.is_stream() {
             let mut stream = input.into_stream()?;
             let header = Arc::new(ArchiveHeader::read_from(&mut stream)?);
-            let body = Body::Stream(Box::new(ArchiveStream::new(stream, &header, options)));
+            let body = Body::Stream(Mutex::new(ArchiveStream::new(stream, &header, options)));
             return Ok(Self::new(header, body));
         }
         let input = input.into_random()?;
@@ -70,18 +79,13 @@ impl VmaSource {
         match Index::build(&input, &header, options, max_runs)? {
             Some(index) => {
                 let masks = MaskCache::new(*header.uuid.as_bytes());
-                let body = Body::Indexed(Box::new(IndexedArchive {
-                    header: Arc::clone(&header),
-                    input,
-                    index,
-                    masks,
-                }));
-                Ok(Self::new(header, body))
+                let archive = IndexedArchive { header: Arc::clone(&header), input, index, masks };
+                Ok(Self::new(header, Body::Indexed(archive)))
             }
             None => {
                 let mut stream = FileCursor::new(input).into_stream()?;
                 let header = Arc::new(ArchiveHeader::read_from(&mut stream)?);
-                let body = Body::Stream(Box::new(ArchiveStream::new(stream, &header, options)));
+                let body = Body::Stream(Mutex::new(ArchiveStream::new(stream, &header, options)));
                 Ok(Self::new(header, body))
             }
         }
@@ -90,7 +94,7 @@ impl VmaSource {
     /// Opens an archive for information only: counts what all extents of a file hold, or those of a stream
     /// up to [`OpenOptions::info_stream_len`].
     fn open_info_only(input: Input, options: &OpenOptions) -> Result<Self> {
-        let path = input.path().to_owned();
+        let location = input.location().clone();
         let (header, counted) = if input.is_stream() {
             let mut stream = input.into_stream()?;
             let header = Arc::new(ArchiveHeader::read_from(&mut stream)?);
@@ -104,13 +108,14 @@ impl VmaSource {
         };
         let (index, damage) = match counted {
             Ok(index) => (index, None),
-            Err(error) => (None, Some(error.path(&path))),
+            Err(error) => (None, Some(error.path(location))),
         };
         let mut info = info::info(&header, index.as_ref());
         if index.is_none() && damage.is_none() {
             info.notes.push(info::not_counted(options.info_stream_len));
+            info.remedy = Some(Remedy::ReadAll);
         }
-        Ok(Self { header, info, damage, body: Body::InfoOnly(NoContent) })
+        Ok(Self { header, info, damage, body: Body::InfoOnly(Mutex::new(NoContent)) })
     }
 
     fn new(header: Arc<ArchiveHeader>, body: Body) -> Self {
@@ -133,32 +138,25 @@ impl ImageSource for VmaSource {
         &self.info
     }
 
-    fn access(&mut self) -> Access<'_> {
-        match &mut self.body {
-            Body::InfoOnly(no_content) => Access::Sequential(no_content),
-            Body::Indexed(archive) => Access::Random(&**archive),
-            Body::Stream(stream) => Access::Sequential(&mut **stream),
-            Body::Salvage(salvage) => Access::Sequential(&mut **salvage),
-        }
-    }
-
-    fn random(&self) -> Option<&dyn RandomAccess> {
+    fn access(&self) -> Access<'_> {
         match &self.body {
-            Body::Indexed(archive) => Some(&**archive),
-            _ => None,
+            Body::InfoOnly(no_content) => Access::Stream(no_content),
+            Body::Indexed(archive) => Access::Random(archive),
+            Body::Stream(stream) => Access::Stream(stream),
+            Body::Salvage(salvage) => Access::Stream(salvage),
         }
     }
 
     fn losses(&self) -> Vec<Loss> {
         match &self.body {
-            Body::Salvage(salvage) => salvage.losses(),
+            Body::Salvage(salvage) => lock(salvage).losses(),
             _ => Vec::new(),
         }
     }
 
     fn doubts(&self) -> Vec<Doubt> {
         match &self.body {
-            Body::Salvage(salvage) => salvage.doubts(),
+            Body::Salvage(salvage) => lock(salvage).doubts(),
             _ => Vec::new(),
         }
     }
@@ -171,7 +169,7 @@ impl ImageSource for VmaSource {
 /// Stands in for the content of an archive opened for information only; every read fails.
 struct NoContent;
 
-impl SequentialAccess for NoContent {
+impl StreamAccess for NoContent {
     fn next_piece(&mut self, _pool: &BufferPool) -> Result<Option<Piece>> {
         Err(Error::usage("the archive was opened for information only, without its content"))
     }
@@ -205,31 +203,54 @@ impl RunSlice<'_> {
     }
 }
 
+/// A device of an indexed archive.
+struct IndexedDevice<'a> {
+    archive: &'a IndexedArchive,
+    device: &'a Device,
+    index: &'a DeviceIndex,
+}
+
 impl IndexedArchive {
+    fn device(&self, id: DeviceId) -> Result<IndexedDevice<'_>> {
+        let found = self.header.ids.index_of(id).and_then(|index| {
+            let (device, index) = (self.header.devices.get(index)?, self.index.devices.get(index)?);
+            Some(IndexedDevice { archive: self, device, index })
+        });
+        found.ok_or_else(|| Error::usage(format!("the archive has no device {id}")))
+    }
+}
+
+impl<'a> IndexedDevice<'a> {
     /// The part of `range`, guest bytes, that lies in the run of its first byte.
-    fn run_slice(&self, device: DeviceId, range: Range<u64>) -> Result<RunSlice<'_>> {
-        let run = self.index.device(device).and_then(|index| index.run_of(range.start / CLUSTER));
-        let Some(run) = run else {
-            return Err(
-                Error::out_of_bounds("the range lies outside the devices of the archive").guest(range)
-            );
+    fn run_slice(&self, range: Range<u64>) -> Result<RunSlice<'a>> {
+        let Some(run) = self.index.run_of(range.start / CLUSTER) else {
+            return Err(Error::out_of_bounds(format!(
+                "the range begins past the end of the device of {} bytes",
+                self.device.size
+            ))
+            .device(&self.device.name)
+            .guest(range));
         };
         Ok(RunSlice { run, guest: range.start..range.end.min(run.end() * CLUSTER) })
+    }
+
+    /// The map of the extent that holds a run with data.
+    fn extent_map(&self, run: &Run) -> Result<Arc<ExtentMap>> {
+        let IndexedArchive { input, index, masks, .. } = self.archive;
+        masks.extent(input, run, self.device.id, index.extent_offset(run))
     }
 
     /// Calls `each` for every stretch of a slice, with its guest bytes, and its file offset if they are
     /// stored.
     fn stretches(
         &self,
-        device: DeviceId,
         slice: &RunSlice<'_>,
         mut each: impl FnMut(Range<u64>, Option<u64>) -> Result<()>,
     ) -> Result<()> {
         if slice.run.is_zero() {
             return each(slice.guest.clone(), None);
         }
-        let extent_offset = self.index.extent_offset(slice.run);
-        let map = self.masks.extent(&self.input, slice.run, device.0, extent_offset)?;
+        let map = self.extent_map(slice.run)?;
         let base = slice.run_start();
         for stretch in map.stretches(slice.run, slice.blocks()) {
             let start = base + stretch.blocks.start * SUB_BLOCK;
@@ -240,43 +261,33 @@ impl IndexedArchive {
         }
         Ok(())
     }
-
-    fn name(&self, device: DeviceId) -> &str {
-        self.header.device(device).map_or("", |device| &device.name)
-    }
 }
 
 impl RandomAccess for IndexedArchive {
     fn extents(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>> {
+        let device = self.device(device)?;
         let mut extents = ExtentList::new();
         let mut position = range.start;
         while position < range.end && !extents.is_full() {
-            let slice = self.run_slice(device, position..range.end)?;
-            self.stretches(device, &slice, |guest, file_offset| {
+            let slice = device.run_slice(position..range.end)?;
+            let collected = device.stretches(&slice, |guest, file_offset| {
                 let kind = if file_offset.is_some() { ExtentKind::Data } else { ExtentKind::Zero };
                 extents.push(guest.start, guest.end - guest.start, kind);
                 Ok(())
-            })
-            .map_err(|e| e.device(self.name(device)))?;
+            });
+            collected.on_device(&device.device.name)?;
             position = slice.guest.end;
         }
         Ok(extents.into_vec())
     }
 
     fn read_at(&self, device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
-        let size = self.header.device(device).map_or(0, |device| device.size);
-        let end = guest_offset.checked_add(buf.len() as u64).filter(|end| *end <= size);
-        let Some(end) = end else {
-            return Err(Error::out_of_bounds(format!(
-                "{} bytes at {guest_offset} reach past the end of the device of {size} bytes",
-                buf.len()
-            ))
-            .device(self.name(device)));
-        };
+        let device = self.device(device)?;
+        let end = guest_offset.saturating_add(buf.len() as u64);
         let mut position = guest_offset;
         while position < end {
-            let slice = self.run_slice(device, position..end)?;
-            self.stretches(device, &slice, |guest, file_offset| {
+            let slice = device.run_slice(position..end)?;
+            let read = device.stretches(&slice, |guest, file_offset| {
                 let within = (guest.start - guest_offset) as usize..(guest.end - guest_offset) as usize;
                 match file_offset {
                     Some(offset) => self.input.read_exact_at(&mut buf[within], offset),
@@ -285,8 +296,8 @@ impl RandomAccess for IndexedArchive {
                         Ok(())
                     }
                 }
-            })
-            .map_err(|e| e.device(self.name(device)).guest(position..slice.guest.end))?;
+            });
+            read.map_err(|e| e.device(&device.device.name).guest(position..slice.guest.end))?;
             position = slice.guest.end;
         }
         Ok(())
@@ -299,9 +310,9 @@ impl RandomAccess for IndexedArchive {
 
     fn locate(&self, device: DeviceId, range: Range<u64>) -> Option<FileRange<'_>> {
         let file = self.input.file()?;
-        let slice = self.run_slice(device, range).ok().filter(|slice| !slice.run.is_zero())?;
-        let map =
-            self.masks.extent(&self.input, slice.run, device.0, self.index.extent_offset(slice.run)).ok()?;
+        let device = self.device(device).ok()?;
+        let slice = device.run_slice(range).ok().filter(|slice| !slice.run.is_zero())?;
+        let map = device.extent_map(slice.run).ok()?;
         let base = slice.run_start();
         let first = map.stretches(slice.run, slice.blocks()).into_iter().next()?;
         let within = slice.guest.start - (base + first.blocks.start * SUB_BLOCK);
@@ -312,10 +323,22 @@ impl RandomAccess for IndexedArchive {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use imgtool_storage::Opening;
+    use imgtool_testing::vma::{ArchiveBuilder, Slot, guest_content, slot};
+
     use super::*;
-    use crate::testing::{ArchiveBuilder, Slot, guest_content, slot};
 
     const SIZE: u64 = 200 * CLUSTER;
+
+    fn open_file(path: &Path) -> Input {
+        imgtool_storage::open::open(&path.into(), Opening::Plain).expect("open").input
+    }
+
+    fn random(source: &VmaSource) -> &dyn RandomAccess {
+        source.access().random().expect("indexed")
+    }
 
     /// Clusters in an order without two neighbours, a third of them zero.
     fn scattered() -> (Vec<Slot>, Input) {
@@ -323,21 +346,19 @@ mod tests {
             .map(|cluster| slot(1, cluster * 7 % 200, if cluster % 3 == 0 { 0 } else { 0x0ff1 }))
             .collect();
         let archive = ArchiveBuilder::new().device(1, "a", SIZE).extents(&slots, 59).build();
-        let dir = tempfile::tempdir().expect("tempdir");
-        let path = dir.path().join("a.vma");
-        std::fs::write(&path, archive).expect("write");
-        (slots, Input::open(&path).expect("open"))
+        let file = tempfile::NamedTempFile::new().expect("tempfile");
+        std::fs::write(file.path(), archive).expect("write");
+        (slots, open_file(file.path()))
     }
 
     #[test]
     fn reads_in_one_pass_above_the_run_limit() {
         let (slots, input) = scattered();
-        let mut source = VmaSource::open_limited(input, &OpenOptions::default(), 100).expect("open");
-        assert!(source.random().is_none());
-        let Access::Sequential(stream) = source.access() else { panic!("read in one pass") };
+        let source = VmaSource::open_limited(input, &OpenOptions::default(), 100).expect("open");
+        let Access::Stream(stream) = source.access() else { panic!("read in one pass") };
         let mut whole = vec![0; usize::try_from(SIZE).expect("small")];
         let pool = BufferPool::new();
-        while let Some(piece) = stream.next_piece(&pool).expect("sound") {
+        while let Some(piece) = lock(stream).next_piece(&pool).expect("sound") {
             if let Some(data) = &piece.data {
                 let start = usize::try_from(piece.start).expect("small");
                 whole[start..start + data.len()].copy_from_slice(data);
@@ -350,12 +371,11 @@ mod tests {
     fn locate_finds_stored_runs_in_the_file() {
         let (slots, input) = scattered();
         let source = VmaSource::open(input, &OpenOptions::default()).expect("open");
-        let random = source.random().expect("indexed");
         let truth = guest_content(1, SIZE, &slots);
         let device = DeviceId(1);
         let mut located = 0;
         for start in (0..SIZE).step_by(5000) {
-            let Some(found) = random.locate(device, start..SIZE) else {
+            let Some(found) = random(&source).locate(device, start..SIZE) else {
                 assert_eq!(truth[start as usize], 0);
                 continue;
             };
@@ -374,13 +394,11 @@ mod tests {
         let archive = ArchiveBuilder::new().device(1, "a", 2 * CLUSTER).extents(&slots, 59).build();
         let file = tempfile::NamedTempFile::new().expect("tempfile");
         std::fs::write(file.path(), &archive).expect("write");
-        let input = Input::open(file.path()).expect("open");
-        let source = VmaSource::open(input, &OpenOptions::default()).expect("open");
+        let source = VmaSource::open(open_file(file.path()), &OpenOptions::default()).expect("open");
         let mut changed = archive;
         changed[12_800 + 47] ^= 1;
         std::fs::write(file.path(), changed).expect("write");
-        let random = source.random().expect("indexed");
-        let error = random.read_at(DeviceId(1), &mut [0; 10], 0).expect_err("changed");
+        let error = random(&source).read_at(DeviceId(1), &mut [0; 10], 0).expect_err("changed");
         assert_eq!(error.message(), "the extent header changed while the archive was being read");
         assert_eq!((error.device_name(), error.file_offset()), (Some("a"), Some(12_800)));
     }

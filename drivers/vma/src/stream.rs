@@ -6,7 +6,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use imgtool_toolkit::{BufferPool, OpenOptions, Piece, Result, SequentialAccess, Stream};
+use imgtool_core::source::second_pass;
+use imgtool_core::{BufferPool, OpenOptions, Piece, Result, Stream, StreamAccess};
 
 use crate::bytes::ArchiveBytes;
 use crate::cluster::{data_piece, piece_group, stored_ranges};
@@ -32,8 +33,11 @@ impl ArchiveStream {
     }
 }
 
-impl SequentialAccess for ArchiveStream {
+impl StreamAccess for ArchiveStream {
     fn next_piece(&mut self, pool: &BufferPool) -> Result<Option<Piece>> {
+        if self.ended {
+            return Err(second_pass());
+        }
         while !self.ended {
             let Some(extent) = self.extent else {
                 self.extent = self.walker.next_extent()?;

@@ -2,12 +2,14 @@
 
 use std::ops::Range;
 
-use imgtool_toolkit::{Device, DeviceId, DeviceKind, Error, Result};
+use imgtool_core::{Device, DeviceId, DeviceKind, Error, Remedy, Result};
 use roaring::RoaringBitmap;
 
 use crate::cluster::VmaCluster;
+use crate::device_ids::DeviceIds;
 use crate::extent::{BlockInfo, ExtentHeader};
-use crate::layout::{CLUSTER, CLUSTER_MAP_UNIT, TABLE_ENTRIES, clusters_of};
+use crate::header::ArchiveHeader;
+use crate::layout::{CLUSTER, CLUSTER_MAP_UNIT, clusters_of};
 use crate::reference;
 
 /// Clusters between two compactions of the bitmaps, which turn dense ones into runs: 64 TiB then take
@@ -22,11 +24,14 @@ const CONTAINER_BITS: u32 = 16;
 /// containers; an archive with one cluster in each of millions was made to exhaust memory.
 const MAX_CONTAINERS: usize = 1 << 20;
 
+/// Advice for an archive that contradicts itself.
+const DAMAGED: &str = "the archive is damaged: copy it again, or use another backup";
+
 /// Clusters of all devices that have been read.
 pub(crate) struct Tracker {
+    /// In the order of the header.
     devices: Vec<DeviceTracker>,
-    /// Index into `devices`, by `dev_id`.
-    by_id: [Option<u8>; TABLE_ENTRIES],
+    ids: DeviceIds,
     /// True if the clusters of guest state must come in order.
     state_in_order: bool,
     /// Clusters added since the last compaction.
@@ -54,30 +59,30 @@ struct DeviceTracker {
 }
 
 impl Tracker {
-    pub(crate) fn new(devices: &[Device]) -> Self {
-        let mut by_id = [None; TABLE_ENTRIES];
-        let mut trackers = Vec::new();
-        for device in devices {
-            // At most 254 devices, with ids below 255.
-            by_id[device.id.0 as usize % TABLE_ENTRIES] = Some(trackers.len() as u8);
-            trackers.push(DeviceTracker {
-                id: device.id,
-                name: device.name.clone(),
-                kind: device.kind,
-                size: device.size,
-                clusters: clusters_of(device.size),
-                seen_within: 0,
-                seen_beyond: 0,
-                seen: RoaringBitmap::new(),
-                containers: RoaringBitmap::new(),
-            });
+    pub(crate) fn new(header: &ArchiveHeader) -> Self {
+        let tracker_of = |device: &Device| DeviceTracker {
+            id: device.id,
+            name: device.name.clone(),
+            kind: device.kind,
+            size: device.size,
+            clusters: clusters_of(device.size),
+            seen_within: 0,
+            seen_beyond: 0,
+            seen: RoaringBitmap::new(),
+            containers: RoaringBitmap::new(),
+        };
+        Self {
+            devices: header.devices.iter().map(tracker_of).collect(),
+            ids: header.ids.clone(),
+            state_in_order: true,
+            since_compaction: 0,
+            containers: 0,
         }
-        Self { devices: trackers, by_id, state_in_order: true, since_compaction: 0, containers: 0 }
     }
 
     /// A tracker for salvage: accepts guest state that continues after a gap.
-    pub(crate) fn lenient(devices: &[Device]) -> Self {
-        Self { state_in_order: false, ..Self::new(devices) }
+    pub(crate) fn lenient(header: &ArchiveHeader) -> Self {
+        Self { state_in_order: false, ..Self::new(header) }
     }
 
     /// Checks all slots of an extent in order and fills `clusters` with those that are not empty.
@@ -98,7 +103,7 @@ impl Tracker {
         }
         if blocks < u32::from(extent.block_count) {
             return Err(Error::malformed(reference::MISSING_BLOCKS).hint(format!(
-                "the extent header counts {} sub-blocks, its masks mark {blocks}",
+                "the extent header counts {} sub-blocks, its masks mark {blocks}; {DAMAGED}",
                 extent.block_count
             )));
         }
@@ -108,10 +113,10 @@ impl Tracker {
     /// Checks one slot, which is not empty, in the order of the reference program. `too_many` is true
     /// if the masks up to this slot mark more sub-blocks than the extent counts.
     pub(crate) fn admit_slot(&mut self, slot: &BlockInfo, index: u8, too_many: bool) -> Result<VmaCluster> {
-        let position = self.by_id[usize::from(slot.dev_id)];
-        let Some(device) = position.and_then(|position| self.devices.get_mut(usize::from(position))) else {
+        let device = self.ids.index_of(DeviceId(u32::from(slot.dev_id)));
+        let Some(device) = device.and_then(|index| self.devices.get_mut(index)) else {
             return Err(Error::malformed(format!("got wrong dev id {}", slot.dev_id))
-                .hint("the archive header has no such device"));
+                .hint(format!("the archive header has no such device; {DAMAGED}")));
         };
         let number = slot.cluster_num;
         let start = u64::from(number) * CLUSTER;
@@ -125,7 +130,9 @@ impl Tracker {
             return Err(Error::limit("the clusters are scattered over more than 4 PiB of guest")
                 .device(&device.name)
                 .guest(start..start + CLUSTER)
-                .hint("archives of real guests are not; this one was made to exhaust memory"));
+                .hint(
+                    "do not trust this archive: it looks made to exhaust memory, unlike those of real guests",
+                ));
         }
         device.add(number);
         self.since_compaction += 1;
@@ -166,9 +173,12 @@ impl Tracker {
         Err(Error::corrupt(format!("detected missing cluster {first} for stream {}", device.name))
             .device(&device.name)
             .guest(first * CLUSTER..end)
-            .hint(format!(
-                "{missing} of {} clusters are missing: the archive was cut or is damaged; --salvage restores what is whole",
-                device.clusters
+            .remedied_by(Remedy::Salvage(
+                format!(
+                    "{missing} of {} clusters are missing: the archive was cut or is damaged",
+                    device.clusters
+                )
+                .into(),
             )))
     }
 
@@ -193,7 +203,7 @@ impl DeviceTracker {
         let expected = self.seen_within + self.seen_beyond;
         if self.is_state() && state_in_order && u64::from(cluster) != expected {
             return Err(Error::malformed("found out of order vmstate data")
-                .hint(format!("found cluster {cluster}, expected {expected}")));
+                .hint(format!("found cluster {cluster}, expected {expected}; {DAMAGED}")));
         }
         if self.seen.contains(cluster) {
             let message = format!("found duplicated cluster {cluster} for stream {}", self.name);
@@ -201,14 +211,14 @@ impl DeviceTracker {
         }
         if too_many {
             return Err(Error::malformed(reference::TOO_MANY_BLOCKS)
-                .hint("the masks mark more sub-blocks than the extent header counts"));
+                .hint(format!("the masks mark more sub-blocks than the extent header counts; {DAMAGED}")));
         }
         // Guest state may be longer than its size, without limit; only the order matters.
         let tolerated = self.clusters.next_multiple_of(CLUSTER_MAP_UNIT);
         let beyond = !self.is_within(cluster) && !self.is_state();
         if beyond && (slot.mask != 0 || u64::from(cluster) >= tolerated) {
             return Err(Error::out_of_bounds("got wrong block address - write beyond end")
-                .hint(format!("the device ends at {}", self.size)));
+                .hint(format!("the device ends at {}; {DAMAGED}", self.size)));
         }
         Ok(())
     }

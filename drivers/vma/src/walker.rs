@@ -4,9 +4,10 @@
 //! accept and refuse the same archives with the same messages. Checks follow the order of the
 //! reference program.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
-use imgtool_toolkit::{DeviceId, Error, OpenOptions, Result};
+use imgtool_core::{DeviceId, Error, OpenOptions, Remedy, Result};
 
 use crate::bytes::ArchiveBytes;
 use crate::cluster::VmaCluster;
@@ -16,11 +17,10 @@ use crate::layout::{CLUSTER, CLUSTERS_PER_EXTENT, EXTENT_HEADER, MAX_BLOCK_COUNT
 use crate::reference;
 use crate::tracker::Tracker;
 
-const DAMAGED: &str =
-    "the archive is damaged here: copy it again, or use another backup; --salvage restores what is whole";
-const CUT: &str =
-    "the archive is cut short: copy it again, or use another backup; --salvage restores what is whole";
-const TRAILING: &str = "every device is complete, so these are bytes after the end of the archive; --ignore-trailing accepts them";
+const DAMAGED: Remedy =
+    Remedy::Salvage(Cow::Borrowed("the archive is damaged here: copy it again, or use another backup"));
+const CUT: Remedy =
+    Remedy::Salvage(Cow::Borrowed("the archive is cut short: copy it again, or use another backup"));
 
 /// Position of the current extent, whose data follows next.
 #[derive(Debug, Clone, Copy)]
@@ -48,7 +48,7 @@ impl<B: ArchiveBytes> Walker<B> {
     pub(crate) fn new(bytes: B, header: &Arc<ArchiveHeader>, options: &OpenOptions) -> Self {
         Self {
             bytes,
-            tracker: Tracker::new(&header.devices),
+            tracker: Tracker::new(header),
             clusters: Vec::new(),
             slots: [BlockInfo::default(); CLUSTERS_PER_EXTENT],
             header: Arc::clone(header),
@@ -84,14 +84,14 @@ impl<B: ArchiveBytes> Walker<B> {
                 return Ok(None);
             }
             Err(error) => {
-                let hint = if self.tracker.is_complete() {
-                    TRAILING
+                let remedy = if self.tracker.is_complete() {
+                    Remedy::IgnoreTrailing
                 } else if got < EXTENT_HEADER {
                     CUT
                 } else {
                     DAMAGED
                 };
-                return Err(error.at(file_offset).hint(hint));
+                return Err(error.at(file_offset).remedied_by(remedy));
             }
         };
         let span = ExtentSpan { file_offset, data_len: extent.data_len() };
@@ -113,7 +113,7 @@ impl<B: ArchiveBytes> Walker<B> {
             if self.bytes.skip(span.data_len)? < span.data_len {
                 return Err(self.short_extent(span));
             }
-            return Err(error.at(span.file_offset).hint(DAMAGED));
+            return Err(error.at(span.file_offset).remedied_by(DAMAGED));
         }
         Ok(())
     }
@@ -122,9 +122,9 @@ impl<B: ArchiveBytes> Walker<B> {
     pub(crate) fn short_extent(&self, span: ExtentSpan) -> Error {
         let available = self.bytes.position() - span.file_offset;
         let needed = EXTENT_HEADER as u64 + span.data_len;
-        let hint = if needed > MAX_EXTENT { DAMAGED } else { CUT };
+        let remedy = if needed > MAX_EXTENT { DAMAGED } else { CUT };
         let error = Error::corrupt(reference::short_extent(available, needed));
-        self.locate_first_lost(error, available).at(span.file_offset).hint(hint)
+        self.locate_first_lost(error, available).at(span.file_offset).remedied_by(remedy)
     }
 
     /// Adds to `error` the first cluster whose data is not in the first `available` bytes of the extent.

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use imgtool_toolkit::{Error, Input, RandomInput, Result, Stream};
+use imgtool_core::{Error, Input, RandomInput, Result, Stream};
 
 use crate::bytes::ArchiveBytes;
 use crate::extent::ExtentHeader;
@@ -13,9 +13,10 @@ use crate::layout::EXTENT_HEADER;
 pub(crate) const READ_CHUNK: usize = 256 * 1024;
 /// Released bytes at the front of the buffer before the rest is moved up. Our choice.
 const MAX_RELEASED: usize = 4 << 20;
-/// Bytes read at a time around an unreadable place of a file: a page.
-const PAGE: usize = 4096;
-/// The same through a decoder, whose frames have no such alignment: the alignment of extents.
+/// Bytes of a stream read at a time, so that few are lost before a fault. Our choice.
+const STREAM_STEP: usize = 4096;
+/// Bytes given up at a time around an unreadable place of a decoded file, whose frames have no
+/// alignment of their own: the alignment of extents.
 const DECODED_STEP: usize = EXTENT_HEADER;
 /// Faults of a stream that are reported one by one. Our limit.
 const MAX_FAULTS: usize = 64;
@@ -289,8 +290,7 @@ pub(crate) enum ChecksumState {
 fn read_until_error(stream: &mut Stream, buf: &mut [u8]) -> (usize, Option<Error>) {
     let mut filled = 0;
     while filled < buf.len() {
-        // Small reads, so that few bytes are lost before a fault.
-        let end = buf.len().min(filled + PAGE);
+        let end = buf.len().min(filled + STREAM_STEP);
         let before = stream.position();
         match ArchiveBytes::read_full(stream, &mut buf[filled..end]) {
             Ok(0) => break,
@@ -305,7 +305,7 @@ fn read_until_error(stream: &mut Stream, buf: &mut [u8]) -> (usize, Option<Error
     (filled, None)
 }
 
-/// Reads a part of a file. Unreadable pages are zeroed and added to `unreadable`.
+/// Reads a part of a file. Unreadable sectors are zeroed and added to `unreadable`.
 fn read_around_errors(input: &RandomInput, buf: &mut [u8], position: u64, unreadable: &mut Vec<Range<u64>>) {
     if input.read_exact_at(buf, position).is_ok() {
         return;
@@ -313,16 +313,9 @@ fn read_around_errors(input: &RandomInput, buf: &mut [u8], position: u64, unread
     if input.granule() > 1 {
         return read_decoded(input, buf, position, unreadable);
     }
-    let mut done = 0;
-    while done < buf.len() {
-        let at = position + done as u64;
-        let to_boundary = PAGE - usize::try_from(at % PAGE as u64).unwrap_or(0);
-        let end = buf.len().min(done + to_boundary);
-        if input.read_exact_at(&mut buf[done..end], at).is_err() {
-            mark_unreadable(&mut buf[done..end], at, unreadable);
-        }
-        done = end;
-    }
+    input.read_salvage(buf, position, |lost, _| {
+        mark_unreadable(position + lost.start as u64..position + lost.end as u64, unreadable);
+    });
 }
 
 /// Like [`read_around_errors`], through a decoder, for which every attempt decodes a whole frame: gives
@@ -338,7 +331,8 @@ fn read_decoded(input: &RandomInput, buf: &mut [u8], position: u64, unreadable: 
     let is_lost = len <= DECODED_STEP
         || !is_readable(&mut buf[..ends], position) && !is_readable(&mut buf[last..], position + last as u64);
     if is_lost {
-        return mark_unreadable(buf, position, unreadable);
+        buf.fill(0);
+        return mark_unreadable(position..position + len as u64, unreadable);
     }
     let half = (len / 2).next_multiple_of(DECODED_STEP).min(last);
     let (front, back) = buf.split_at_mut(half);
@@ -346,10 +340,8 @@ fn read_decoded(input: &RandomInput, buf: &mut [u8], position: u64, unreadable: 
     read_decoded(input, back, position + half as u64, unreadable);
 }
 
-/// Zeroes `buf` and adds its range to `unreadable`.
-fn mark_unreadable(buf: &mut [u8], position: u64, unreadable: &mut Vec<Range<u64>>) {
-    buf.fill(0);
-    let range = position..position + buf.len() as u64;
+/// Adds `range` to `unreadable`.
+fn mark_unreadable(range: Range<u64>, unreadable: &mut Vec<Range<u64>>) {
     let full = unreadable.len() >= MAX_UNREADABLE;
     match unreadable.last_mut() {
         Some(last) if full || last.end == range.start => last.end = range.end,

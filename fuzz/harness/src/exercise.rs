@@ -4,13 +4,14 @@
 //! because messages quote bytes of the image.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use imgtool_toolkit::progress::{CancelToken, NoProgress};
-use imgtool_toolkit::zero::is_zero;
-use imgtool_toolkit::{
-    BufferPool, CreateOptions, Device, DeviceId, Error, ExtentKind, ImageSource, Input, OpenOptions,
-    RandomAccess, Registry, Result, SequentialAccess, digest,
+use imgtool_core::zero::is_zero;
+use imgtool_core::{
+    BufferPool, CancelToken, CheckReport, CreateOptions, Device, DeviceId, Disk, Error, ExtentKind,
+    ImageSource, Input, Lane, NoProgress, OpenOptions, Registry, Result, StreamAccess,
 };
+use imgtool_engine::digest;
 
 /// Most devices to read.
 const DEVICES: usize = 8;
@@ -75,15 +76,15 @@ pub fn image(driver: &str, options: &OpenOptions, input: &dyn Fn() -> Input) {
     let open = |options: &OpenOptions| opened(driver.open(input(), options));
     let mut outcome = Outcome::default();
     let plain = open(options);
-    if let Some(mut source) = plain {
-        outcome = random(&*source, false);
-        whole(&mut *source, &mut outcome);
+    if let Some(source) = plain {
+        outcome = random(&source, false);
+        whole(&*source, &mut outcome);
         measured(&*source);
         for name in snapshots(&*source) {
             let snapshot = OpenOptions { snapshot: Some(name), ..options.clone() };
-            if let Some(mut source) = open(&snapshot) {
-                let mut outcome = random(&*source, false);
-                whole(&mut *source, &mut outcome);
+            if let Some(source) = open(&snapshot) {
+                let mut outcome = random(&source, false);
+                whole(&*source, &mut outcome);
             }
         }
         checked(driver.check(input(), options), &outcome);
@@ -92,9 +93,9 @@ pub fn image(driver: &str, options: &OpenOptions, input: &dyn Fn() -> Input) {
         open(&OpenOptions { info_only: true, ..options.clone() });
         open(&OpenOptions { force: true, ..options.clone() });
     }
-    if let Some(mut source) = open(&OpenOptions { salvage: true, ..options.clone() }) {
-        let mut salvaged = random(&*source, true);
-        whole(&mut *source, &mut salvaged);
+    if let Some(source) = open(&OpenOptions { salvage: true, ..options.clone() }) {
+        let mut salvaged = random(&source, true);
+        whole(&*source, &mut salvaged);
         if outcome.error.is_none() && outcome.data_bytes.is_some() && salvaged.data_bytes.is_some() {
             assert!(source.losses().is_empty(), "salvage loses {:?} of a sound image", source.losses());
             assert!(source.doubts().is_empty(), "salvage doubts a sound image: {:?}", source.doubts());
@@ -102,7 +103,7 @@ pub fn image(driver: &str, options: &OpenOptions, input: &dyn Fn() -> Input) {
     }
 }
 
-fn checked(report: Result<imgtool_toolkit::CheckReport>, outcome: &Outcome) {
+fn checked(report: Result<CheckReport>, outcome: &Outcome) {
     let (Some(report), Some(error)) = (opened(report), &outcome.error) else { return };
     let sound = report.corruptions == 0 && report.check_errors == 0;
     // `check` does not decode compressed clusters. And the last cluster of a qcow2 file may be cut, which
@@ -121,16 +122,17 @@ fn snapshots(source: &dyn ImageSource) -> Vec<String> {
 
 fn measured(source: &dyn ImageSource) {
     for driver in registry().drivers() {
-        let _ = opened(driver.measure(source, &CreateOptions::default()));
+        let writer = driver.writer(&CreateOptions::default()).expect("every driver of ours writes");
+        let _ = opened(writer.measure(source));
     }
 }
 
 /// Reads extents and content of a source by position.
-pub fn random(source: &dyn ImageSource, salvage: bool) -> Outcome {
+pub fn random(source: &Arc<dyn ImageSource>, salvage: bool) -> Outcome {
     let mut outcome = Outcome { error: None, data_bytes: Some(0) };
-    let Some(random) = source.random() else { return outcome };
-    for device in source.info().devices.iter().take(DEVICES) {
-        let mut reader = Reader { random, device, salvage, reads: READS, outcome: &mut outcome };
+    let Ok(disks) = Disk::all(source) else { return outcome };
+    for disk in disks.iter().take(DEVICES) {
+        let mut reader = Reader { disk, salvage, reads: READS, outcome: &mut outcome };
         reader.extents();
         reader.places();
     }
@@ -138,8 +140,7 @@ pub fn random(source: &dyn ImageSource, salvage: bool) -> Outcome {
 }
 
 struct Reader<'a> {
-    random: &'a dyn RandomAccess,
-    device: &'a Device,
+    disk: &'a Disk,
     salvage: bool,
     /// Remaining reads of this device.
     reads: usize,
@@ -150,10 +151,10 @@ impl Reader<'_> {
     fn extents(&mut self) {
         let mut at = 0;
         for _ in 0..ANSWERS {
-            if at >= self.device.size {
+            if at >= self.disk.size() {
                 return;
             }
-            let extents = match self.random.extents(self.device.id, at..self.device.size) {
+            let extents = match self.disk.extents(at..self.disk.size()) {
                 Ok(extents) => extents,
                 Err(error) => {
                     assert!(!self.salvage, "salvage gives up: {error}");
@@ -164,7 +165,7 @@ impl Reader<'_> {
             assert!(!extents.is_empty(), "no extent at {at}");
             for (index, extent) in extents.iter().enumerate() {
                 assert!(extent.len > 0 && extent.start == at, "{extent:?} at {at}");
-                assert!(extent.len <= self.device.size - at, "{extent:?} leaves {}", self.device.size);
+                assert!(extent.len <= self.disk.size() - at, "{extent:?} leaves {}", self.disk.size());
                 at = extent.end();
                 if index < ANSWERS || index + 2 > extents.len() {
                     self.read(extent.start..at.min(extent.start + READ_LEN as u64), extent.kind);
@@ -175,26 +176,26 @@ impl Reader<'_> {
                 }
             }
         }
-        if at < self.device.size {
+        if at < self.disk.size() {
             self.outcome.data_bytes = None;
         }
     }
 
     /// Reads at the end of the device, across extents, and beyond the end.
     fn places(&mut self) {
-        let size = self.device.size;
+        let size = self.disk.size();
         self.reads = self.reads.max(4);
         for start in [size.saturating_sub(READ_LEN as u64), size / 2, size / 3 + 511] {
             let end = start.saturating_add(READ_LEN as u64).min(size);
             if start < end {
                 self.read(start..end, ExtentKind::Data);
-                if let Err(error) = self.random.extents(self.device.id, start..end) {
+                if let Err(error) = self.disk.extents(start..end) {
                     assert!(!self.salvage, "salvage gives up: {error}");
                     self.outcome.fail(error);
                 }
             }
         }
-        let beyond = self.random.read_at(self.device.id, &mut [0; 2], size.saturating_sub(1));
+        let beyond = self.disk.read_at(&mut [0; 2], size.saturating_sub(1));
         assert!(beyond.is_err(), "a read beyond the device of {size} bytes succeeds");
     }
 
@@ -206,7 +207,7 @@ impl Reader<'_> {
         self.reads -= 1;
         let len = (range.end - range.start) as usize;
         let mut whole = vec![0xa5; len];
-        let result = self.random.read_at(self.device.id, &mut whole, range.start);
+        let result = self.disk.read_at(&mut whole, range.start);
         if let Err(error) = result {
             assert!(!self.salvage, "salvage gives up at {range:?}: {error}");
             assert!(kind == ExtentKind::Data, "{kind:?} at {range:?} can't be read: {error}");
@@ -216,18 +217,15 @@ impl Reader<'_> {
         let mut parts = vec![0x5a; len];
         let (first, second) = parts.split_at_mut(len / 3);
         let middle = range.start + first.len() as u64;
-        let halves = self
-            .random
-            .read_at(self.device.id, first, range.start)
-            .and_then(|()| self.random.read_at(self.device.id, second, middle));
+        let halves = self.disk.read_at(first, range.start).and_then(|()| self.disk.read_at(second, middle));
         assert!(halves.is_ok() && parts == whole, "{range:?} reads differently in two parts: {halves:?}");
     }
 }
 
 /// Reads an image that has little data through the pipeline.
-fn whole(source: &mut dyn ImageSource, outcome: &mut Outcome) {
+fn whole(source: &dyn ImageSource, outcome: &mut Outcome) {
     let total = source.info().devices.iter().fold(0u64, |sum, device| sum.saturating_add(device.size));
-    let is_streamed = source.random().is_none();
+    let is_streamed = source.access().is_stream();
     if outcome.data_bytes.is_none_or(|bytes| bytes > WHOLE) || is_streamed && total > MAX_STREAMED {
         return;
     }
@@ -241,18 +239,19 @@ fn whole(source: &mut dyn ImageSource, outcome: &mut Outcome) {
 ///
 /// # Errors
 /// When the source can't be read.
-pub fn digested(source: &mut dyn ImageSource) -> Result<Vec<(DeviceId, u64, u128)>> {
+pub fn digested(source: &dyn ImageSource) -> Result<Vec<(DeviceId, u64, u128)>> {
     let devices: Vec<(DeviceId, u64)> =
         source.info().devices.iter().map(|device| (device.id, device.size)).collect();
-    let digest = digest::digest_source(source, 1, &NoProgress, CancelToken::new())?;
-    Ok(devices.into_iter().map(|(device, size)| (device, size, digest.of(device))).collect())
+    let digest = digest::digest_source(source, Lane(0), 1, &NoProgress, CancelToken::new())?;
+    let lanes = (0..).map(Lane);
+    Ok(lanes.zip(devices).map(|(lane, (device, size))| (device, size, digest.of(lane))).collect())
 }
 
 /// Reads the pieces of a stream, and asserts that every byte of every device comes exactly once.
 ///
 /// # Errors
 /// When the stream can't be read, or `LimitExceeded` if it has too many pieces.
-pub fn stream(devices: &[Device], stream: &mut dyn SequentialAccess) -> Result<()> {
+pub fn stream(devices: &[Device], stream: &mut dyn StreamAccess) -> Result<()> {
     let pool = BufferPool::new();
     let mut seen: Vec<(DeviceId, Range<u64>)> = Vec::new();
     for _ in 0..PIECES {

@@ -5,8 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use imgtool_toolkit::storage::ReadAt;
-use imgtool_toolkit::storage::os::FileRun;
+use imgtool_core::{FileRun, ReadAt};
 
 /// Unit of storage, bytes.
 pub const SECTOR: u64 = 512;
@@ -104,6 +103,7 @@ impl ReadAt for SparseFile {
 }
 
 /// Reads a [`SparseFile`] from its start.
+#[derive(Debug)]
 pub struct SparseStream {
     file: Arc<SparseFile>,
     position: u64,

@@ -1,28 +1,21 @@
-//! What a person (or a program) is told about a conversion.
+//! Output of `convert`: the report of a conversion, for a person and as JSON.
 
-use std::fs;
-use std::path::Path;
-
-use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::storage::os;
-use imgtool_toolkit::{DeviceKind, Result};
+use imgtool_core::error::escape_control;
+use imgtool_core::{DeviceKind, Result};
+use imgtool_engine::{Note, OpenSource, Report};
 use serde::Serialize;
 
-use super::layout::{Layout, Place, Target};
-use super::sources::{Source, Taken};
-use super::write::Done;
 use crate::args::ConvertArgs;
 use crate::exit::Exit;
-use crate::images;
 use crate::report::{self, Align, Paint, Stream, count, human_size, human_time, percent};
 
-/// Says what a source turned out to be.
-pub fn announce(source: &Source) {
-    let info = source.opened.source.info();
+/// Prints the format and content of a source.
+pub fn announce(source: &OpenSource) {
+    let (opened, info) = (&source.opened, source.opened.image.info());
     let bytes: u64 = info.devices.iter().fold(0, |sum, device| sum.saturating_add(device.size));
     let disks = info.devices.iter().filter(|device| device.kind == DeviceKind::Disk).count();
-    let mut parts = vec![images::describe_format(&source.opened)];
-    if source.opened.driver.capabilities().max_devices > 1 {
+    let mut parts = vec![opened.format_name()];
+    if opened.driver.capabilities().is_archive() {
         parts.push(count(disks, "disk"));
         if !info.attachments.is_empty() {
             parts.push(count(info.attachments.len(), "configuration"));
@@ -31,12 +24,12 @@ pub fn announce(source: &Source) {
     if !info.devices.iter().any(|device| device.open_ended) {
         parts.push(human_size(bytes));
     }
-    if source.opened.spooled {
+    if opened.spooled {
         parts.push("copied to temporary storage first".to_owned());
     }
-    report::tell(&format!("{}: {}", images::show(&source.arg.path), parts.join(", ")));
+    report::tell(&format!("{}: {}", opened.location, parts.join(", ")));
     for note in &info.notes {
-        report::note(&format!("{}: {note}", images::show(&source.arg.path)));
+        report::note(&format!("{}: {note}", opened.location));
     }
 }
 
@@ -48,7 +41,7 @@ struct Summary<'a> {
     complete: bool,
     verified: bool,
     elapsed: f64,
-    notes: Vec<&'a str>,
+    notes: Vec<String>,
     lost: Vec<LostRange<'a>>,
 }
 
@@ -60,13 +53,13 @@ struct OutputSummary<'a> {
     compression: Option<&'a str>,
     virtual_size: u64,
     actual_size: u64,
-    devices: Vec<DeviceSummary<'a>>,
+    devices: Vec<DeviceSummary>,
 }
 
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct DeviceSummary<'a> {
-    name: &'a str,
+struct DeviceSummary {
+    name: String,
     virtual_size: u64,
     zero: u64,
 }
@@ -76,7 +69,7 @@ struct DeviceSummary<'a> {
 struct ConfigurationSummary<'a> {
     filename: String,
     name: &'a str,
-    size: usize,
+    size: u64,
 }
 
 #[derive(Serialize)]
@@ -87,19 +80,18 @@ struct LostRange<'a> {
     reason: &'a str,
 }
 
-/// Tells what was done, and what was lost.
+/// Prints the outputs and the losses.
 ///
 /// # Errors
-/// When the output can't be written.
-pub fn print(args: &ConvertArgs, layout: &Layout, taken: &[Taken], done: &Done) -> Result<Exit> {
-    let summary = summarise(layout, taken, done, args.target.verify);
-    let stdout_is_data = layout.targets.iter().any(|target| target.place.is_stdout());
+/// If standard output can't be written.
+pub fn print(args: &ConvertArgs, report: &Report, stdout_is_data: bool) -> Result<Exit> {
+    let summary = summarise(report);
     if args.output.is_json() && !stdout_is_data {
         report::print_json(&summary)?;
     } else if !args.messages.quiet {
         say(&summary);
     }
-    if summary.lost.is_empty() {
+    if report.is_complete() {
         return Ok(Exit::Done);
     }
     if !args.output.is_json() || stdout_is_data {
@@ -108,29 +100,23 @@ pub fn print(args: &ConvertArgs, layout: &Layout, taken: &[Taken], done: &Done) 
     Ok(Exit::Losses)
 }
 
-fn summarise<'a>(layout: &'a Layout, taken: &'a [Taken], done: &'a Done, verified: bool) -> Summary<'a> {
-    let outputs = layout
-        .targets
-        .iter()
-        .zip(&done.written)
-        .map(|(target, written)| summarise_output(target, *written, taken, done))
-        .collect();
+fn summarise(report: &Report) -> Summary<'_> {
     Summary {
-        outputs,
-        configurations: layout
+        outputs: report.outputs.iter().map(summarise_output).collect(),
+        configurations: report
             .files
             .iter()
-            .map(|(path, attachment)| ConfigurationSummary {
-                filename: path.to_string_lossy().into_owned(),
-                name: &attachment.name,
-                size: attachment.data.len(),
+            .map(|file| ConfigurationSummary {
+                filename: file.location.name().into_owned(),
+                name: &file.name,
+                size: file.len,
             })
             .collect(),
-        complete: done.losses.is_empty(),
-        verified,
-        elapsed: (done.elapsed.as_secs_f64() * 1000.0).round() / 1000.0,
-        notes: layout.notes.iter().chain(&done.notes).map(String::as_str).collect(),
-        lost: done
+        complete: report.is_complete(),
+        verified: report.verified,
+        elapsed: (report.elapsed.as_secs_f64() * 1000.0).round() / 1000.0,
+        notes: report.notes.iter().map(note).collect(),
+        lost: report
             .losses
             .iter()
             .map(|(device, loss)| LostRange {
@@ -143,43 +129,33 @@ fn summarise<'a>(layout: &'a Layout, taken: &'a [Taken], done: &'a Done, verifie
     }
 }
 
-fn summarise_output<'a>(
-    target: &'a Target,
-    written: u64,
-    taken: &'a [Taken],
-    done: &Done,
-) -> OutputSummary<'a> {
-    let devices: Vec<DeviceSummary<'a>> = target
-        .devices
-        .iter()
-        .map(|&index| {
-            let (virtual_size, zero) = done.devices[index];
-            DeviceSummary { name: &taken[index].name, virtual_size, zero }
-        })
-        .collect();
+/// Words a note for the command line.
+fn note(note: &Note) -> String {
+    match note {
+        Note::ConfigurationsLeftOut(names) => {
+            format!("not written: {} (a DEST that ends in '/' takes configurations too)", names.join(", "))
+        }
+        other => other.to_string(),
+    }
+}
+
+fn summarise_output(output: &imgtool_engine::OutputReport) -> OutputSummary<'_> {
+    let device = |disk: &'_ imgtool_engine::DiskReport| DeviceSummary {
+        name: disk.name.clone(),
+        virtual_size: disk.virtual_size,
+        zero: disk.zero,
+    };
     OutputSummary {
-        filename: target.place.path().to_string_lossy().into_owned(),
-        format: target.format.driver.name(),
-        compression: target.format.outer.map(|outer| outer.compression.name()),
-        virtual_size: devices.iter().fold(0, |sum, device| sum.saturating_add(device.virtual_size)),
-        actual_size: actual_size(&target.place, written),
-        devices,
+        filename: output.location.name().into_owned(),
+        format: output.format,
+        compression: output.compression,
+        virtual_size: output.virtual_size(),
+        actual_size: output.stored,
+        devices: output.disks.iter().map(device).collect(),
     }
 }
 
-/// Bytes that an output takes on disk; what was written to it where that can't be told.
-fn actual_size(place: &Place, written: u64) -> u64 {
-    match place {
-        Place::New(path) => allocated(path).unwrap_or(written),
-        Place::Existing { .. } | Place::Stream(_) => written,
-    }
-}
-
-fn allocated(path: &Path) -> Option<u64> {
-    fs::metadata(path).ok().map(|meta| os::allocated_len(&meta))
-}
-
-/// Is it done, is it all there, how big is it.
+/// Prints the table of outputs, the notes, and the verdict.
 fn say(summary: &Summary<'_>) {
     report::say(table(summary).trim_end());
     for note in &summary.notes {
@@ -205,7 +181,7 @@ fn table(summary: &Summary<'_>) -> String {
         ]);
     }
     for file in &summary.configurations {
-        let size = human_size(file.size as u64);
+        let size = human_size(file.size);
         rows.push(vec![file.filename.clone(), "config".to_owned(), String::new(), size, String::new()]);
     }
     let columns = [
@@ -225,7 +201,7 @@ fn table(summary: &Summary<'_>) -> String {
     }
 }
 
-/// The table where it has no room: a name, and what belongs to it below.
+/// Formats the table for a narrow terminal: each name, with its cells below.
 fn stacked(rows: &[Vec<String>]) -> String {
     let mut text = String::new();
     for row in rows {
@@ -249,7 +225,7 @@ fn verdict(summary: &Summary<'_>) -> String {
     if !summary.lost.is_empty() {
         let lost = summary.lost.iter().fold(0u64, |sum, range| sum.saturating_add(range.length));
         let how = Stream::Err.paint(Paint::Warning, &format!("finished with losses in {time}"));
-        return format!("{how}: {what}; {} of it lost or in doubt", human_size(lost));
+        return format!("{how}: {what}; {} of it lost or unverified", human_size(lost));
     }
     let proof = if summary.verified { ", read back and equal" } else { "" };
     let on_disk = human_size(sum(|output| output.actual_size));
@@ -261,9 +237,9 @@ fn say_losses(lost: &[LostRange<'_>]) {
     let bytes: u64 = lost.iter().fold(0, |sum, range| sum.saturating_add(range.length));
     let ranges = lost.iter().filter(|range| range.length > 0).count();
     report::tell(&match ranges {
-        0 => "nothing is known to be lost, but:".to_owned(),
+        0 => "no range is known to be lost, but:".to_owned(),
         _ => format!(
-            "{} lost or in doubt in {}; what is lost is zero:",
+            "{} lost or unverified in {}; lost ranges read as zeros:",
             report::exact_size(bytes),
             count(ranges, "range")
         ),

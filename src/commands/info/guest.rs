@@ -1,16 +1,16 @@
-//! The guest of an archive, according to its Proxmox configuration.
+//! Facts about the guest of an archive, from its Proxmox configuration.
 
 use std::collections::BTreeMap;
 
-use imgtool_toolkit::Attachment;
+use imgtool_core::Attachment;
 
-use crate::commands::convert::proxmox;
+use crate::proxmox;
 
-/// Longest configuration that is parsed. Our limit: real ones are a page of text.
+/// Maximum length in bytes of a configuration to parse. Our limit: real ones are a page of text.
 const MAX_LEN: usize = 1 << 20;
 
-/// Summary of the guest, such as "web, 4 cores, 8192 MiB memory, ostype l26"; without the settings that
-/// are missing or malformed.
+/// Summarises the guest ("web, 4 cores, 8192 MiB memory, ostype l26"). Missing or malformed settings are left
+/// out.
 pub fn summary(attachments: &[Attachment]) -> Option<String> {
     let settings = settings(attachments)?;
     let get = |key: &str| settings.get(key).map(String::as_str).filter(|value| !value.is_empty());
@@ -22,7 +22,7 @@ pub fn summary(attachments: &[Attachment]) -> Option<String> {
     ) {
         parts.push(format!("{cores} {}", if cores == 1 { "core" } else { "cores" }));
     }
-    // Memory is either "8192" or "current=8192".
+    // The value is either "8192" or "current=8192".
     if let Some(memory) = get("memory") {
         parts.push(format!("{} MiB memory", memory.strip_prefix("current=").unwrap_or(memory)));
     }
@@ -53,7 +53,7 @@ fn text(attachments: &[Attachment]) -> Option<&str> {
     std::str::from_utf8(&config.data).ok()
 }
 
-/// The settings of the guest itself, without those of its snapshots, which follow in sections.
+/// Returns the settings of the guest itself. Those of its snapshots follow in sections and are left out.
 fn settings(attachments: &[Attachment]) -> Option<BTreeMap<String, String>> {
     let lines = text(attachments)?.lines().take_while(|line| !line.starts_with('['));
     let pairs = lines.filter(|line| !line.starts_with('#')).filter_map(|line| line.split_once(':'));

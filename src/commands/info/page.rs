@@ -1,35 +1,20 @@
-//! The text output of `info`. The labels of the first lines are those of `qemu-img info`.
+//! Text output of `info`. The first lines have the labels of `qemu-img info`.
 
 use std::fmt::Write as _;
 
-use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::{Device, DeviceKind, Fact, FactScope, ImageInfo};
+use imgtool_core::error::escape_control;
+use imgtool_core::{Device, DeviceKind, Fact, FactScope, ImageInfo};
 use serde_json::Value;
 
 use super::{ImageEntry, guest};
 use crate::images;
 use crate::report::{self, Align, Paint, Stream, exact_size, human_size, percent};
 
+/// Returns the text on one image.
 pub(super) fn page(image: &ImageEntry) -> String {
     let info = image.info();
     let mut text = String::new();
-    line(&mut text, "image", &images::show(&image.path));
-    let mut format = info.format.to_owned();
-    for compression in image.compression.iter().rev() {
-        format.push_str(" in ");
-        format.push_str(compression.name());
-    }
-    line(&mut text, "file format", &format);
-    let open_ended = info.devices.iter().any(|device| device.open_ended);
-    let size =
-        if open_ended { "unknown before the end".to_owned() } else { exact_size(image.virtual_size()) };
-    line(&mut text, "virtual size", &size);
-    if let Some(bytes) = image.actual_size() {
-        line(&mut text, "disk size", &human_size(bytes));
-    }
-    if let (Some(bytes), false) = (info.cluster_size, image.is_archive) {
-        line(&mut text, "cluster size", &human_size(bytes));
-    }
+    summary(&mut text, image);
     facts(&mut text, 0, info.facts.iter().filter(|fact| fact.scope == FactScope::Image));
     if image.is_archive {
         if let Some(guest) = guest::summary(&info.attachments) {
@@ -38,6 +23,42 @@ pub(super) fn page(image: &ImageEntry) -> String {
         devices(&mut text, image);
         configurations(&mut text, image);
     }
+    format_facts(&mut text, image);
+    references(&mut text, info);
+    for note in image.notes() {
+        line(&mut text, "note", &note);
+    }
+    if let Some(damage) = image.damage() {
+        line(&mut text, "damaged", &damage);
+    }
+    text
+}
+
+/// Writes the lines that every image has: location, format and sizes.
+fn summary(text: &mut String, image: &ImageEntry) {
+    let info = image.info();
+    line(text, "image", &image.location.to_string());
+    let mut format = info.format.to_owned();
+    for compression in image.compression.iter().rev() {
+        format.push_str(" in ");
+        format.push_str(compression.name());
+    }
+    line(text, "file format", &format);
+    let open_ended = info.devices.iter().any(|device| device.open_ended);
+    let size =
+        if open_ended { "unknown before the end".to_owned() } else { exact_size(image.virtual_size()) };
+    line(text, "virtual size", &size);
+    if let Some(bytes) = image.actual_size() {
+        line(text, "disk size", &human_size(bytes));
+    }
+    if let (Some(bytes), false) = (info.cluster_size, image.is_archive) {
+        line(text, "cluster size", &human_size(bytes));
+    }
+}
+
+/// Writes the facts of the format under its name, without those that have a table of their own.
+fn format_facts(text: &mut String, image: &ImageEntry) {
+    let info = image.info();
     let specific: Vec<&Fact> = info
         .facts
         .iter()
@@ -45,21 +66,18 @@ pub(super) fn page(image: &ImageEntry) -> String {
         .collect();
     if !specific.is_empty() {
         text.push_str(&heading(info.format));
-        facts(&mut text, 4, specific.into_iter());
+        facts(text, 4, specific.into_iter());
     }
+}
+
+/// Writes the files that the image refers to.
+fn references(text: &mut String, info: &ImageInfo) {
     // A driver whose facts follow `qemu-img info` lists the file among them.
     let is_listed = |role: &str| info.facts.iter().any(|fact| fact.label == role);
     for reference in info.references.iter().filter(|reference| !is_listed(reference.role)) {
         let format = reference.format.as_deref().map(|f| format!(" ({f})")).unwrap_or_default();
-        line(&mut text, reference.role, &format!("{}{format}", reference.name));
+        line(text, reference.role, &format!("{}{format}", reference.name));
     }
-    for note in image.notes() {
-        line(&mut text, "note", note);
-    }
-    if let Some(damage) = image.damage() {
-        line(&mut text, "damaged", &damage);
-    }
-    text
 }
 
 fn line(text: &mut String, label: &str, value: &str) {
@@ -142,7 +160,7 @@ fn headed(table: &str) -> String {
     }
 }
 
-/// Stored bytes of a device, if the driver has counted them.
+/// Returns the stored bytes of a device, if the driver has counted them.
 fn stored(info: &ImageInfo, id: u32) -> Option<u64> {
     let rows = info.facts.iter().find(|fact| fact.key == "devices")?.value.as_array()?;
     let row = rows.iter().find(|row| row.get("dev-id").and_then(Value::as_u64) == Some(id.into()))?;
@@ -201,7 +219,7 @@ fn scalar(value: &Value) -> String {
     }
 }
 
-/// Formats a list of objects as a table with their keys as header.
+/// Formats a list of objects as a table, with their keys as the header.
 fn objects(indent: usize, items: &[Value]) -> String {
     let keys: Vec<&String> = items.iter().filter_map(Value::as_object).flat_map(|map| map.keys()).fold(
         Vec::new(),

@@ -1,20 +1,20 @@
-//! Drawing of the allocation of a disk, as a grid of cells.
+//! Drawing of the allocation of a disk as a grid of cells, for terminals.
 
 use std::fmt::Write as _;
 use std::ops::Range;
 
-use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::{Extent, ExtentKind};
+use imgtool_core::error::escape_control;
+use imgtool_core::{Extent, ExtentKind};
 
 use crate::report::{Paint, Stream, flow, human_size, percent, unicode};
 
-/// Most cells in a line. Our choice: it fits a terminal of 80 columns.
+/// Maximum number of cells in a line. Our choice: fits a terminal of 80 columns.
 const MAX_COLUMNS: usize = 64;
 
-/// Most lines. Our choice: the list of extents below stays visible.
+/// Maximum number of lines. Our choice: the list of extents below stays visible.
 const MAX_LINES: usize = 4;
 
-/// Width of the guest offset at the beginning of a line.
+/// Columns of the guest offset at the beginning of a line.
 const LABEL: usize = 10;
 
 /// Smallest number of guest bytes in a cell: one sector.
@@ -37,7 +37,7 @@ struct Signs {
 const SHADES: Signs = Signs { full: '█', most: '▓', some: '▒', zero: '░', hole: '·' };
 const ASCII: Signs = Signs { full: '#', most: '+', some: '-', zero: '0', hole: '.' };
 
-/// Content of a cell, in bytes.
+/// Guest bytes of each kind in a cell.
 #[derive(Debug, Clone, Copy, Default)]
 struct Cell {
     data: u64,
@@ -48,7 +48,7 @@ struct Cell {
 pub struct Picture {
     range: Range<u64>,
     columns: usize,
-    /// Guest bytes in a cell.
+    /// Number of guest bytes in a cell.
     cell_len: u64,
     cells: Vec<Cell>,
     data: u64,
@@ -57,7 +57,7 @@ pub struct Picture {
 }
 
 impl Picture {
-    /// An empty drawing for a terminal of this width; `None` means 80 columns.
+    /// Creates an empty drawing for a terminal of this width; `None` means 80 columns.
     pub fn new(range: Range<u64>, terminal_columns: Option<usize>) -> Self {
         let free = terminal_columns.unwrap_or(80).saturating_sub(LABEL + 2);
         // A power of two, so that every line begins at a round offset.
@@ -93,7 +93,7 @@ impl Picture {
         }
     }
 
-    /// The title, the lines and the legend.
+    /// Returns the title, the lines and the legend.
     pub fn draw(&self, name: &str) -> String {
         let signs = if unicode() { SHADES } else { ASCII };
         let len = self.range.end.saturating_sub(self.range.start);

@@ -1,15 +1,15 @@
-//! Completion scripts. clap generates them from the command line; for the value of `-o`, bash, fish and
-//! zsh get functions of our own, which know the options of the chosen format and their values.
+//! Completion scripts. clap generates them from the definition of the command line. For the value of `-o`,
+//! bash, fish and zsh get functions of our own, which complete the options of the chosen format and their
+//! values.
 
 use std::fmt::Write as _;
 
 use clap::builder::PossibleValuesParser;
 use clap::{Command, CommandFactory};
 use clap_complete::Shell;
-use imgtool_toolkit::{OptionSpec, Registry};
+use imgtool_core::{OptionSpec, Registry};
 
 use crate::args::Cli;
-use crate::drivers;
 
 /// Placeholder in clap's output for the call of our function.
 const MARK: &str = "__IMGTOOL_OPTION__";
@@ -17,7 +17,7 @@ const MARK: &str = "__IMGTOOL_OPTION__";
 /// Identifier of the `-o` arguments in clap.
 const OPTIONS: &str = "options";
 
-/// The completion script of a shell.
+/// Returns the completion script of a shell.
 pub fn script(shell: Shell) -> String {
     let mut command = Cli::command();
     if matches!(shell, Shell::Bash | Shell::Zsh | Shell::Fish) {
@@ -26,7 +26,7 @@ pub fn script(shell: Shell) -> String {
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut command, "imgtool", &mut text);
     let text = String::from_utf8_lossy(&text).into_owned();
-    let registry = drivers::registry();
+    let registry = imgtool::registry();
     match shell {
         Shell::Bash => text + &bash(&registry) + include_str!("completions.bash"),
         Shell::Fish => {
@@ -34,7 +34,7 @@ pub fn script(shell: Shell) -> String {
             call + &fish(&registry) + include_str!("completions.fish")
         }
         Shell::Zsh => {
-            // Our functions belong before the last lines, which register or call the completion.
+            // Our functions must precede the last lines, which register or call the completion.
             let call = text.replace(&format!("({MARK})"), "_imgtool_option");
             let (definitions, end) = call.split_at(call.rfind("\nif [").unwrap_or(call.len()));
             let own = zsh(&registry) + include_str!("completions.zsh");
@@ -53,7 +53,7 @@ fn with_mark(command: Command) -> Command {
         .mut_subcommands(with_mark)
 }
 
-/// The options of each format, and those of all formats under the name "".
+/// Returns the options of each format, and those of all formats under the name "".
 fn by_format(registry: &Registry) -> Vec<(&'static str, Vec<OptionSpec>)> {
     let mut all: Vec<OptionSpec> = Vec::new();
     let mut list: Vec<(&str, Vec<OptionSpec>)> = Vec::new();
@@ -69,9 +69,10 @@ fn by_format(registry: &Registry) -> Vec<(&'static str, Vec<OptionSpec>)> {
     list
 }
 
-/// The values of an option, if they are a fixed list.
-fn words(spec: &OptionSpec) -> Vec<&'static str> {
-    if spec.values.contains('|') { spec.values.split('|').collect() } else { Vec::new() }
+/// Returns the values of an option, if they are a fixed list; otherwise nothing.
+fn words(spec: &OptionSpec) -> Vec<String> {
+    let values = spec.kind.to_string();
+    if values.contains('|') { values.split('|').map(str::to_owned).collect() } else { Vec::new() }
 }
 
 fn bash(registry: &Registry) -> String {

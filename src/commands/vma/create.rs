@@ -1,19 +1,25 @@
-//! `vma create`: an archive of disks and configurations, with a random UUID and the time of day.
+//! `vma create`: makes an archive of disks and configurations, with a random UUID and the current time.
 
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::pipeline::{self, Job, Route};
-use imgtool_toolkit::storage::os::{self, FileClass};
-use imgtool_toolkit::{
-    Attachment, CreateOptions, Device, DeviceId, DeviceKind, Error, ImageSink, Input, Manifest, OpenOptions,
-    Opened, Output, Outputs, Progress, Registry, Result, ResultExt,
+use imgtool_core::error::escape_control;
+use imgtool_core::sync::lock;
+use imgtool_core::{
+    Attachment, CancelToken, Device, DeviceKind, Error, Lane, Location, Manifest, OpenOptions, Output,
+    Registry, Result, ResultExt, Slot,
 };
+use imgtool_engine::{
+    Destination, FormatOptions, Gauge, Layout, Monitor, Note, OpenSource, Opened, Phase, Plan, PlannedOutput,
+    RunOptions, SelectedDisk, TargetFormat, open,
+};
+use imgtool_storage::open::Opening;
+use imgtool_storage::os::{self, FileClass};
+use imgtool_storage::{Cleaner, Outputs};
 use imgtool_vma::layout::{CLUSTER, MAX_BLOB, MAX_DEV_ID, SUB_BLOCK};
 use uuid::Uuid;
 
@@ -21,42 +27,85 @@ use super::{Failure, usage};
 use crate::args::{ThreadArgs, VmaCreateArgs};
 use crate::exit::Exit;
 use crate::interrupt::Interrupt;
-use crate::{drivers, report};
+use crate::report;
 
-/// The device of this name is the state of a running guest.
+/// Name of the device that holds the state of a running guest.
 const STATE: &str = "vmstate";
 
 pub(super) fn run(args: &VmaCreateArgs) -> Result<Exit, Failure> {
-    let registry = drivers::registry();
+    let registry = imgtool::registry();
     let interrupt = Interrupt::listen()?;
-    let configs = args.configs.iter().map(|path| read_config(path)).collect::<Result<Vec<_>>>()?;
-    let mut sources = open_disks(args, &registry)?;
-    let devices = (0..).zip(&sources).map(|(number, disk)| disk.device(number)).collect();
-    let manifest = Manifest { devices, attachments: configs };
+    let attachments = args.configs.iter().map(|path| read_config(path)).collect::<Result<Vec<_>>>()?;
+    let disks = open_disks(args, &registry)?;
+    let devices = (0..).zip(&disks).map(|(number, disk)| disk.device(number)).collect();
+    let manifest = Manifest { devices, attachments: attachments.clone(), base: None };
     check_limits(&manifest)?;
 
     let mut outputs = Outputs::new();
-    interrupt.cleans(outputs.cleaner());
-    for disk in &sources {
-        outputs.protect(&disk.opened.path)?;
+    for disk in &disks {
+        outputs.protect(&disk.opened.location, disk.opened.identity.as_ref());
     }
-    let mut archive = Archive::open(&args.file, &mut outputs)?;
-    let sink = registry.get("vma")?.create(archive.output.clone(), &manifest, &options()?)?;
-    let progress = Percent::new(&manifest, args.verbose);
-    let copied = copy(&mut sources, &*sink, &progress, &interrupt);
-    // A command that gave up says why by its exit status; that the pipe broke is only what follows.
-    archive.close(&copied)?;
-    copied?;
-    interrupt.shielded(|| outputs.commit())?;
+    let mut archive = Archive::open(&args.file)?;
+    let format = TargetFormat::new(registry.get("vma")?, options()?)?;
+    let plan = plan(disks, archive.destination.clone(), format, attachments, outputs, registry);
+    let command = Mutex::new(archive.command.take());
+    let progress = Percent::new(&manifest, args.verbose, &interrupt, &command);
+    let options = RunOptions {
+        threads: ThreadArgs::default().count(),
+        // Like the reference program, skip the check for free space.
+        force: true,
+        cancel: interrupt.token(),
+        ..RunOptions::default()
+    };
+    let made = plan.run(&options, &progress);
+    if let (Err(error), Some(command)) = (&made, &mut *lock(&command)) {
+        command.give_up(error)?;
+    }
+    let report = made?;
     progress.summary(&manifest);
-    for note in sink.notes() {
-        report::say(&format!("vma: note: {}", escape_control(&note)));
+    for note in &report.notes {
+        if let Note::Text(text) = note {
+            report::say(&format!("vma: note: {}", escape_control(text)));
+        }
     }
     Ok(Exit::Done)
 }
 
-/// What the program refuses when it registers disks and configurations, in its words. The driver
-/// refuses it too.
+/// Plans a conversion of all disks into one archive.
+fn plan(
+    disks: Vec<Disk>,
+    destination: Destination,
+    format: TargetFormat,
+    attachments: Vec<Attachment>,
+    outputs: Outputs,
+    registry: Registry,
+) -> Plan {
+    let select = |(source, disk): (usize, &Disk)| SelectedDisk {
+        source,
+        // The identity is that in the source; name and kind are those in the archive.
+        device: Device { id: disk.device, ..disk.device(0) },
+        name: disk.name.clone(),
+    };
+    let selected: Vec<SelectedDisk> = disks.iter().enumerate().map(select).collect();
+    let output = PlannedOutput {
+        destination,
+        format,
+        disks: Slot::first(selected.len()).collect(),
+        attachments,
+        size: None,
+    };
+    let sources = disks.into_iter().map(|disk| OpenSource { name: Some(disk.name), opened: disk.opened });
+    Plan {
+        layout: Layout { outputs: vec![output], ..Layout::default() },
+        sources: sources.collect(),
+        selected,
+        outputs,
+        registry,
+    }
+}
+
+/// Refuses, in its words, the disks and configurations that the reference program refuses to register. The
+/// driver would refuse them, too.
 fn check_limits(manifest: &Manifest) -> Result<()> {
     for (number, device) in manifest.devices.iter().enumerate() {
         let hint = match device.size {
@@ -75,26 +124,14 @@ fn check_limits(manifest: &Manifest) -> Result<()> {
     }
 }
 
-fn copy(sources: &mut [Disk], sink: &dyn ImageSink, progress: &Percent, interrupt: &Interrupt) -> Result<()> {
-    sink.begin()?;
-    for (number, disk) in (0..).zip(sources) {
-        let route = Route { from: disk.device, to: DeviceId(number) };
-        let threads = ThreadArgs::default().count();
-        let job = Job { routes: vec![route], threads, progress, cancel: interrupt.token() };
-        pipeline::copy(&mut *disk.opened.source, sink, &job).in_file(&disk.opened.path)?;
-    }
-    sink.finish()
-}
-
-/// What must be unique about an archive, and when it was made.
-fn options() -> Result<CreateOptions> {
+/// Returns the options that make an archive unique: a random UUID and the current time.
+fn options() -> Result<FormatOptions> {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_err(|e| Error::io("read the clock", io::Error::other(e)))?;
-    let mut options = CreateOptions::default();
-    options.options.insert("uuid".to_owned(), Uuid::new_v4().to_string());
-    options.options.insert("ctime".to_owned(), now.as_secs().to_string());
-    Ok(options)
+    let uuid = ("uuid".to_owned(), Uuid::new_v4().to_string());
+    let ctime = ("ctime".to_owned(), now.as_secs().to_string());
+    Ok(FormatOptions { pairs: vec![uuid, ctime], ..FormatOptions::default() })
 }
 
 fn read_config(path: &Path) -> Result<Attachment> {
@@ -106,13 +143,13 @@ fn read_config(path: &Path) -> Result<Attachment> {
 /// A disk that goes into the archive.
 struct Disk {
     name: String,
-    device: DeviceId,
+    device: imgtool_core::DeviceId,
     opened: Opened,
 }
 
 impl Disk {
     fn device(&self, number: u32) -> Device {
-        let size = self.opened.source.info().device(self.device).map_or(0, |device| device.size);
+        let size = self.opened.image.info().device(self.device).map_or(0, |device| device.size);
         let kind = if self.name == STATE { DeviceKind::VmState } else { DeviceKind::Disk };
         Device { kind, ..Device::disk(number, self.name.clone(), size) }
     }
@@ -141,10 +178,10 @@ fn open_disks(args: &VmaCreateArgs, registry: &Registry) -> Result<Vec<Disk>> {
 
 fn open_disk(registry: &Registry, name: String, path: &Path, format: Option<&str>) -> Result<Disk> {
     let open = || -> Result<Opened> {
-        let input = Input::open_plain(path)?;
-        // A FIFO does not tell its length, which stands in the header.
-        let input = if input.is_stream() { input.spool()? } else { input };
-        registry.open(input, format, &OpenOptions::default())
+        let input = imgtool_storage::open::open(&Location::from(path), Opening::Plain)?;
+        // The header of the archive needs the length, which a FIFO does not have.
+        let input = input.cancelled_by(CancelToken::new()).spool()?;
+        open::open_image(registry, input, format, &OpenOptions::default())
     };
     let opened = open().map_err(|error| {
         let reason = match error.io_error() {
@@ -152,51 +189,51 @@ fn open_disk(registry: &Registry, name: String, path: &Path, format: Option<&str
             None => error.message().to_owned(),
         };
         let failure = Error::refused(format!("bdrv_open '{}' failed - {reason}", path.display()));
-        match error.hint_text() {
-            Some(hint) => failure.hint(hint),
+        match error.remedy() {
+            Some(remedy) => failure.remedied_by(remedy.clone()),
             None => failure,
         }
     })?;
-    match opened.source.info().devices.as_slice() {
+    match opened.image.info().devices.as_slice() {
         [only] => Ok(Disk { name, device: only.id, opened }),
         many => Err(usage(format!("bdrv_open '{}' failed - it holds {} disks", path.display(), many.len()))),
     }
 }
 
-/// Where the archive goes.
+/// Destination of the archive.
 struct Archive {
-    output: Output,
+    destination: Destination,
     command: Option<Piped>,
 }
 
-/// A command that reads the archive.
+/// A command that reads the archive from its standard input.
 struct Piped {
+    location: Location,
     child: Child,
     stdin: SharedStdin,
 }
 
 impl Archive {
-    fn open(path: &Path, outputs: &mut Outputs) -> Result<Self> {
+    fn open(path: &Path) -> Result<Self> {
         if let Some(command) = path.to_str().and_then(|text| text.strip_prefix("exec:")) {
-            return Self::exec(path, command, outputs);
+            return Self::exec(path, command);
         }
         let exists = fs::metadata(path).ok();
         let is_stream = exists.as_ref().is_some_and(|meta| os::classify(meta) == FileClass::Stream);
         if is_stream {
             let file = os::open_stream(path).map_err(|e| Error::io("open", e)).in_file(path)?;
             let output = Output::from_writer(path, Box::new(file));
-            outputs.stream(output.clone());
-            return Ok(Self { output, command: None });
+            return Ok(Self { destination: Destination::Open(output), command: None });
         }
         if exists.is_some() {
             return Err(Error::refused(format!("can't open file {} - File exists", path.display())));
         }
-        // A plain name: '-' is a file here.
+        // The reference program takes '-' as the name of a file.
         let path = if path == Path::new("-") { PathBuf::from("./-") } else { path.to_owned() };
-        Ok(Self { output: outputs.create(&path, false)?, command: None })
+        Ok(Self { destination: Destination::New(path), command: None })
     }
 
-    fn exec(path: &Path, command: &str, outputs: &mut Outputs) -> Result<Self> {
+    fn exec(path: &Path, command: &str) -> Result<Self> {
         let mut child = Command::new("sh")
             .args(["-c", command])
             .stdin(Stdio::piped())
@@ -205,56 +242,64 @@ impl Archive {
             .in_file(path)?;
         let stdin = SharedStdin(Arc::new(Mutex::new(child.stdin.take())));
         let output = Output::from_writer(path, Box::new(stdin.clone()));
-        outputs.stream(output.clone());
-        Ok(Self { output, command: Some(Piped { child, stdin }) })
+        Ok(Self {
+            destination: Destination::Open(output),
+            command: Some(Piped { location: path.into(), child, stdin }),
+        })
     }
+}
 
-    /// Ends the command's input and waits for its verdict. A command that has not ended by itself
-    /// must not take an unfinished archive for a finished one.
-    fn close(&mut self, copied: &Result<()>) -> Result<()> {
-        let Some(command) = &mut self.command else { return Ok(()) };
-        let path = self.output.path();
-        let closed_its_input =
-            |e: &Error| e.io_error().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe);
-        if copied.as_ref().is_err_and(|e| !closed_its_input(e)) {
-            // It may just have ended; then there is nothing to stop.
-            let _ = command.child.kill();
-            let _ = command.child.wait();
-            return Ok(());
-        }
-        // Nothing is buffered on our side.
-        drop(command.stdin.lock().take());
-        let status = command.child.wait().map_err(|e| Error::io("wait for", e)).in_file(path)?;
+impl Piped {
+    /// Ends the command's input and waits for its exit status.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::Refused`] if the command failed.
+    fn finish(&mut self) -> Result<()> {
+        // Dropping it closes the pipe. We buffer nothing that would have to be flushed.
+        drop(lock(&self.stdin.0).take());
+        let status = self.child.wait().map_err(|e| Error::io("wait for", e)).in_file(&self.location)?;
         if status.success() {
             return Ok(());
         }
-        Err(Error::refused(format!("the command that was to read the archive failed: {status}")).path(path))
+        Err(Error::refused(format!("the command that was to read the archive failed: {status}"))
+            .path(&self.location))
+    }
+
+    /// Kills the command after `error`, so that it does not take an unfinished archive for a finished one.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::Refused`] if the command had failed already: its exit status is the
+    /// cause, and the broken pipe only a consequence.
+    fn give_up(&mut self, error: &Error) -> Result<()> {
+        if error.io_error().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) {
+            return self.finish();
+        }
+        // Fails only if the command has just ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        Ok(())
     }
 }
 
-/// The standard input of a command, which somebody else may close.
+/// Standard input of a command, shared with the code that closes it.
 #[derive(Clone)]
 struct SharedStdin(Arc<Mutex<Option<ChildStdin>>>);
 
-impl SharedStdin {
-    fn lock(&self) -> MutexGuard<'_, Option<ChildStdin>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 impl Write for SharedStdin {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.lock().as_mut().ok_or(io::ErrorKind::BrokenPipe)?.write(bytes)
+        lock(&self.0).as_mut().ok_or(io::ErrorKind::BrokenPipe)?.write(bytes)
     }
 
     fn flush(&mut self) -> io::Result<()> {
         // After the command's end there is nothing left to flush.
-        self.lock().as_mut().map_or(Ok(()), ChildStdin::flush)
+        lock(&self.0).as_mut().map_or(Ok(()), ChildStdin::flush)
     }
 }
 
-/// What `-v` prints.
-struct Percent {
+/// Monitor of the run that prints the lines of `-v`.
+struct Percent<'a> {
+    interrupt: &'a Interrupt,
+    command: &'a Mutex<Option<Piped>>,
     verbose: bool,
     total: u64,
     state: Mutex<State>,
@@ -267,21 +312,29 @@ struct State {
     zeros: Vec<u64>,
 }
 
-impl Percent {
-    fn new(manifest: &Manifest, verbose: bool) -> Self {
+impl<'a> Percent<'a> {
+    fn new(
+        manifest: &Manifest,
+        verbose: bool,
+        interrupt: &'a Interrupt,
+        command: &'a Mutex<Option<Piped>>,
+    ) -> Self {
         let total = manifest.devices.iter().map(|device| device.size).sum();
         let zeros = vec![0; manifest.devices.len()];
-        if verbose && total > 0 {
-            report::say(&format!("progress 0% 0/{total} 0"));
+        Self {
+            interrupt,
+            command,
+            verbose,
+            total,
+            state: Mutex::new(State { done: 0, zero: 0, percent: 0, zeros }),
         }
-        Self { verbose, total, state: Mutex::new(State { done: 0, zero: 0, percent: 0, zeros }) }
     }
 
     fn summary(&self, manifest: &Manifest) {
         if !self.verbose {
             return;
         }
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = lock(&self.state);
         for (device, zeros) in manifest.devices.iter().zip(&state.zeros) {
             let zeros = zeros.saturating_add(beyond_end(device));
             let saved = i128::from(device.size) - i128::from(zeros);
@@ -291,7 +344,8 @@ impl Percent {
     }
 }
 
-/// The program counts the blocks of a disk's last cluster that lie past the disk's end as zeros.
+/// Returns the bytes of a disk's last cluster beyond the disk's end, which the reference program counts as
+/// zeros.
 fn beyond_end(device: &Device) -> u64 {
     match device.kind {
         DeviceKind::VmState => 0,
@@ -302,12 +356,29 @@ fn beyond_end(device: &Device) -> u64 {
     }
 }
 
-impl Progress for Percent {
-    fn advance(&self, device: DeviceId, len: u64, zero: u64) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+impl Monitor for Percent<'_> {
+    fn outputs(&self, cleaner: Cleaner) {
+        self.interrupt.set_cleaner(cleaner);
+    }
+
+    fn name_outputs(&self, step: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        if let Some(command) = &mut *lock(self.command) {
+            command.finish()?;
+        }
+        self.interrupt.shielded(step)
+    }
+
+    fn begin(&self, _phase: Phase, _gauge: &Arc<Gauge>) {
+        if self.verbose && self.total > 0 {
+            report::say(&format!("progress 0% 0/{} 0", self.total));
+        }
+    }
+
+    fn advance(&self, lane: Lane, len: u64, zero: u64) {
+        let mut state = lock(&self.state);
         state.done += len;
         state.zero += zero;
-        if let Some(zeros) = state.zeros.get_mut(device.0 as usize) {
+        if let Some(zeros) = state.zeros.get_mut(lane.index()) {
             *zeros += zero;
         }
         // No more than 254 disks of 2^48 bytes.

@@ -1,79 +1,78 @@
-//! `vma extract`: the disks of an archive into raw files, or where a map says.
+//! `vma extract`: writes the disks of an archive to raw files, or to the targets of a map.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::storage::os::{self, FileClass};
-use imgtool_toolkit::{
-    Attachment, Device, DeviceKind, Error, ImageInfo, ImageSource, Input, OpenOptions, Opened, Outputs,
-    Registry, Result,
+use imgtool_core::error::escape_control;
+use imgtool_core::{
+    Attachment, CancelToken, Device, DeviceKind, Error, ImageInfo, ImageSource, Location, OpenOptions,
+    Registry, Result, Slot,
 };
+use imgtool_engine::names::{self, Unique};
+use imgtool_engine::{
+    Destination, FormatOptions, Layout, Note, OpenSource, Opened, Plan, PlannedFile, PlannedOutput,
+    RunOptions, SIZE_TOLERANCE, SelectedDisk, TargetFormat, open as engine_open,
+};
+use imgtool_storage::Outputs;
+use imgtool_storage::open::Opening;
+use imgtool_storage::os::{self, FileClass};
 
 use super::map_file::{Entry, Map};
 use super::tally::Tally;
-use super::{Failure, is_state, list, open, usage};
+use super::{Archive, Failure, is_state, list, open, usage};
 use crate::args::{ProgressMode, ThreadArgs, VmaExtractArgs};
-use crate::commands::convert::format::Format;
-use crate::commands::convert::layout::{Layout, Place, Target};
-use crate::commands::convert::names::{self, Unique};
-use crate::commands::convert::sources::{Source, SourceArg, Taken};
-use crate::commands::convert::write::{self, SIZE_TOLERANCE, Work};
-use crate::drivers;
 use crate::exit::Exit;
 use crate::interrupt::Interrupt;
-use crate::progress::RateLimit;
+use crate::progress::Display;
 use crate::report;
 
-/// The longest device name whose file the program can make (`tmp-disk-NAME.raw`), bytes; names of
-/// configurations are cut there too.
+/// Maximum length of a device name, in bytes, whose file the reference program can create
+/// (`tmp-disk-NAME.raw`). Names of configurations are cut to it, too.
 const MAX_NAME: usize = 242;
 
-/// What messages begin with.
+/// Prefix of error messages.
 const STEP: &str = "restore failed - ";
 
 pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
-    let registry = drivers::registry();
+    let registry = imgtool::registry();
     let interrupt = Interrupt::listen()?;
-    let source = open(&args.file, STEP)?;
-    let header = source.header();
+    let archive = open(&args.file, STEP)?;
+    let header = archive.source.header();
     let mut outputs = Outputs::new();
-    outputs.protect(&args.file)?;
-    interrupt.cleans(outputs.cleaner());
+    outputs.protect(&archive.location, archive.identity.as_ref());
+    interrupt.set_cleaner(outputs.cleaner());
     make_directory(&args.dir, &mut outputs)?;
-    let plan = Plan::new(args, &registry, source.info().devices.clone(), &header.configs);
-    let (layout, taken, limit) = match &args.map {
+    let extraction = Extraction::new(args, &registry, archive.source.info().devices.clone(), &header.configs);
+    let (layout, selected, bytes_per_second) = match &args.map {
         None => {
-            report::print(&plan.announcement())?;
-            (plan.directory_layout()?, plan.taken(), None)
+            report::print(&extraction.announcement())?;
+            (extraction.directory_layout()?, extraction.selected(), None)
         }
         Some(map_path) => {
-            // Whoever writes the map reads the list and the configurations first.
-            for (path, config) in &plan.configs {
+            // The writer of the map reads the list and the configurations before it writes.
+            for (path, config) in &extraction.configs {
                 outputs.publish(path, &config.data)?;
             }
             report::print(&list::lines(header))?;
             let map = Map::read(map_path)?;
-            let limit = map.limit().map(RateLimit::new);
-            let (layout, taken) = plan.by_map(&map)?;
-            (layout, taken, limit)
+            let (layout, selected) = extraction.by_map(&map)?;
+            (layout, selected, map.limit())
         }
     };
-    let notes: Vec<String> = plan.notes.iter().chain(&layout.notes).cloned().collect();
-    let tally = Tally::new(taken.iter().map(|taken| &taken.device));
-    let work = Work {
-        registry: &registry,
-        base_options: OpenOptions::default(),
+    let made_anew = layout.notes.iter().map(ToString::to_string);
+    let notes: Vec<String> = extraction.notes.iter().cloned().chain(made_anew).collect();
+    let tally = Tally::new(selected.iter().map(|disk| &disk.device));
+    let options = RunOptions {
         threads: ThreadArgs::default().count(),
-        force: true,
-        take_busy: false,
-        progress: ProgressMode::None,
-        limit,
-        verify: false,
-        observer: args.verbose.then_some(&tally),
+        bytes_per_second,
+        taps: if args.verbose { vec![&tally] } else { Vec::new() },
+        cancel: interrupt.token(),
+        ..RunOptions::default()
     };
-    let sources = vec![wrap(args, &registry, Box::new(source))?];
-    write::write(work, &layout, sources, &taken, outputs, &interrupt).map_err(Failure::during(STEP))?;
+    let sources = vec![source(archive, &registry)?];
+    let plan = Plan { layout, sources, selected, outputs, registry };
+    let display = Display::new(ProgressMode::None, &interrupt);
+    let _ = plan.run(&options, &display).map_err(Failure::during(STEP))?;
     for note in notes {
         report::say(&format!("vma: note: {}", escape_control(&note)));
     }
@@ -83,7 +82,7 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-/// The directory must be new, and the one above it must be there.
+/// Creates the directory, which must be new; its parent must exist.
 fn make_directory(dir: &Path, outputs: &mut Outputs) -> Result<()> {
     outputs.new_directory(dir).map_err(|e| {
         let reason = e.io_error().map(super::reason).unwrap_or_default();
@@ -91,32 +90,34 @@ fn make_directory(dir: &Path, outputs: &mut Outputs) -> Result<()> {
     })
 }
 
-fn wrap(args: &VmaExtractArgs, registry: &Registry, source: Box<dyn ImageSource>) -> Result<Source> {
+fn source(archive: Archive, registry: &Registry) -> Result<OpenSource> {
     let opened = Opened {
-        path: args.file.clone(),
+        location: archive.location,
         driver: registry.get("vma")?,
         compression: Vec::new(),
         stored_len: None,
         spooled: false,
-        source,
+        identity: archive.identity,
+        fingerprint: archive.fingerprint,
+        image: archive.source,
     };
-    Ok(Source::new(SourceArg { name: None, path: args.file.clone() }, opened))
+    Ok(OpenSource { name: None, opened })
 }
 
-/// What goes where.
-struct Plan<'a> {
+/// Names and targets of everything that is extracted.
+struct Extraction<'a> {
     registry: &'a Registry,
     dir: &'a Path,
-    /// The disks that are wanted, and the state.
+    /// Selected disks, and the guest state.
     devices: Vec<Device>,
-    /// File names of the configurations and of the devices, each once.
+    /// Unique file names of the configurations and of the devices.
     configs: Vec<(PathBuf, Attachment)>,
     names: Vec<String>,
-    /// What is not called as the archive calls it.
+    /// Notes on names that differ from those in the archive.
     notes: Vec<String>,
 }
 
-impl<'a> Plan<'a> {
+impl<'a> Extraction<'a> {
     fn new(
         args: &'a VmaExtractArgs,
         registry: &'a Registry,
@@ -127,7 +128,7 @@ impl<'a> Plan<'a> {
             let wanted: Vec<&str> = wanted.split(',').collect();
             devices.retain(|device| is_state(device.kind) || wanted.contains(&device.name.as_str()));
         }
-        // Disks first: programs look for them by name, whatever a configuration is called.
+        // Disks come first, since programs look for them by name.
         let mut unique = Unique::by_case();
         let mut notes = Vec::new();
         let names = devices.iter().map(|device| file_name(device, &mut unique, &mut notes)).collect();
@@ -138,7 +139,7 @@ impl<'a> Plan<'a> {
                     dots if ["", ".", ".."].contains(&dots.as_str()) => "config".to_owned(),
                     name => name,
                 };
-                let name = unique.give_file(&name);
+                let name = unique.issue_file(&name);
                 if name != config.name {
                     notes.push(format!("configuration '{}' is written as '{name}'", config.name));
                 }
@@ -148,7 +149,7 @@ impl<'a> Plan<'a> {
         Self { registry, dir: &args.dir, devices, configs, names, notes }
     }
 
-    /// The line for each disk that is printed before its data is read.
+    /// Returns the lines that announce the disks before their data is read.
     fn announcement(&self) -> String {
         let mut text = String::new();
         for (device, name) in self.devices.iter().zip(&self.names) {
@@ -160,63 +161,98 @@ impl<'a> Plan<'a> {
         text
     }
 
-    fn taken(&self) -> Vec<Taken> {
-        let taken = |device: &Device| Taken { source: 0, device: device.clone(), name: device.name.clone() };
-        self.devices.iter().map(taken).collect()
+    fn selected(&self) -> Vec<SelectedDisk> {
+        let disk =
+            |device: &Device| SelectedDisk { source: 0, device: device.clone(), name: device.name.clone() };
+        self.devices.iter().map(disk).collect()
     }
 
     fn directory_layout(&self) -> Result<Layout> {
-        let targets = (0..self.devices.len()).map(|index| self.file(index, index)).collect::<Result<_>>()?;
-        Ok(Layout { targets, files: self.configs.clone(), ..Layout::default() })
-    }
-
-    /// A new raw file in the directory.
-    fn file(&self, device: usize, taken: usize) -> Result<Target> {
-        Ok(Target {
-            place: Place::New(self.dir.join(&self.names[device])),
-            format: Format::plain(self.registry.get("raw")?),
-            devices: vec![taken],
-            attachments: Vec::new(),
-            size: None,
+        let outputs = Slot::first(self.devices.len())
+            .map(|slot| self.file(slot.index(), slot))
+            .collect::<Result<_>>()?;
+        let file = |(path, attachment): &(PathBuf, Attachment)| PlannedFile {
+            path: path.clone(),
+            attachment: attachment.clone(),
+        };
+        Ok(Layout {
+            outputs,
+            files: self.configs.iter().map(file).collect(),
+            overwrite: true,
+            ..Layout::default()
         })
     }
 
-    fn by_map(&self, map: &Map) -> Result<(Layout, Vec<Taken>)> {
-        let mut layout = Layout::default();
-        let mut taken = Vec::new();
-        for (index, all) in self.taken().into_iter().enumerate() {
-            let target = if is_state(all.device.kind) {
-                self.file(index, taken.len())?
+    /// Plans a new raw file in the directory.
+    fn file(&self, device: usize, slot: Slot) -> Result<PlannedOutput> {
+        let destination = Destination::New(self.dir.join(&self.names[device]));
+        let format = TargetFormat::new(self.registry.verbatim()?, FormatOptions::default())?;
+        Ok(output(destination, format, slot))
+    }
+
+    fn by_map(&self, map: &Map) -> Result<(Layout, Vec<SelectedDisk>)> {
+        let mut layout = Layout { overwrite: true, ..Layout::default() };
+        let mut selected: Vec<SelectedDisk> = Vec::new();
+        for (index, disk) in self.selected().into_iter().enumerate() {
+            // At most 255 devices.
+            let slot = Slot(u32::try_from(selected.len()).unwrap_or(u32::MAX));
+            let output = if is_state(disk.device.kind) {
+                self.file(index, slot)?
             } else {
-                match map.get(&all.name) {
-                    None => return Err(usage(format!("no device name mapping for {}", all.name))),
+                match map.get(&disk.name) {
+                    None => return Err(usage(format!("no device name mapping for {}", disk.name))),
                     Some(Entry::Skip) => continue,
                     Some(Entry::Target { path, format, write_zeros, .. }) => {
-                        let target = self.mapped(&all, path, format.as_deref(), *write_zeros, taken.len())?;
-                        if matches!(target.place, Place::New(_)) {
+                        let output = self.mapped(&disk, path, format.as_deref(), *write_zeros, slot)?;
+                        if matches!(output.destination, Destination::New(_)) {
                             let made =
                                 format!("{} was made anew as an image of the same format", path.display());
-                            layout.notes.push(made);
+                            layout.notes.push(Note::Text(made));
                         }
-                        target
+                        output
                     }
                 }
             };
-            layout.targets.push(target);
-            taken.push(all);
+            layout.outputs.push(output);
+            selected.push(disk);
         }
-        Ok((layout, taken))
+        Ok((layout, selected))
     }
 
-    /// An existing target. A raw one is written in place; an image is made anew under its name.
+    /// Plans an existing target. A raw target is written in place; a new image replaces any other.
     fn mapped(
         &self,
-        taken: &Taken,
+        disk: &SelectedDisk,
         path: &Path,
         format: Option<&str>,
         write_zeros: bool,
-        number: usize,
-    ) -> Result<Target> {
+        slot: Slot,
+    ) -> Result<PlannedOutput> {
+        let opened = self.open_target(path, format)?;
+        let info = opened.image.info();
+        let [existing] = info.devices.as_slice() else {
+            return Err(usage("the target is no disk image").path(path));
+        };
+        check_size(disk, existing.size)?;
+        let is_raw = opened.driver.capabilities().verbatim;
+        let is_device = !fs::metadata(path).is_ok_and(|meta| meta.is_file());
+        let destination = if is_raw || is_device {
+            Destination::Existing { path: path.to_owned(), zeroed: is_raw && !write_zeros }
+        } else {
+            Destination::New(path.to_owned())
+        };
+        let size = matches!(destination, Destination::New(_)).then_some(existing.size);
+        if size.is_some() && has_snapshots(info) {
+            let message = "has internal snapshots, which would be lost";
+            return Err(Error::refused(format!("the target {} {message}", path.display()))
+                .hint("nothing was written; name another target, or delete them with qemu-img snapshot -d"));
+        }
+        let format = TargetFormat::new(opened.driver.clone(), same_options(&opened))?;
+        Ok(PlannedOutput { size, ..output(destination, format, slot) })
+    }
+
+    /// Opens an existing target for its format and size. Refuses unknown formats and pipes.
+    fn open_target(&self, path: &Path, format: Option<&str>) -> Result<Opened> {
         let plainly_raw =
             path.starts_with("/dev/") || path.extension().is_some_and(|extension| extension == "raw");
         let format = format.or(plainly_raw.then_some("raw"));
@@ -229,46 +265,40 @@ impl<'a> Plan<'a> {
                 .path(path)
                 .hint("imgtool convert ARCHIVE --disk NAME --to raw PIPE writes a disk into one"));
         }
-        let input = Input::open_plain(path)?;
-        // Its content is replaced: no other file that it names is needed.
+        // The content is replaced, so no external file of the image is needed.
         let options = OpenOptions { info_only: true, ..OpenOptions::default() };
-        let opened = self.registry.open(input, format, &options)?;
-        let info = opened.source.info();
-        let [existing] = info.devices.as_slice() else {
-            return Err(usage("the target is no disk image").path(path));
-        };
-        check_size(taken, existing.size)?;
-        let is_raw = opened.driver.name() == "raw";
-        let is_device = !fs::metadata(path).is_ok_and(|meta| meta.is_file());
-        let mut format = Format::plain(opened.driver.clone());
-        let cluster_size = info.cluster_size.filter(|_| !is_raw);
-        if let Some(size) = cluster_size
-            && format.driver.options().iter().any(|option| option.name == "cluster_size")
-        {
-            format.options.options.insert("cluster_size".to_owned(), size.to_string());
-        }
-        let place = if is_raw || is_device {
-            Place::Existing { path: path.to_owned(), zeroed: is_raw && !write_zeros }
-        } else {
-            Place::New(path.to_owned())
-        };
-        let size = matches!(place, Place::New(_)).then_some(existing.size);
-        if size.is_some() && has_snapshots(info) {
-            let message = "has internal snapshots, which would be lost";
-            return Err(Error::refused(format!("the target {} {message}", path.display()))
-                .hint("nothing was written; name another target, or delete them with qemu-img snapshot -d"));
-        }
-        Ok(Target { place, format, devices: vec![number], attachments: Vec::new(), size })
+        let input = imgtool_storage::open::open(&Location::from(path), Opening::Plain)?;
+        let input = input.cancelled_by(CancelToken::new());
+        engine_open::open_image(self.registry, input, format, &options)
     }
 }
 
-/// The program's name for a device's file; another where that one is no file name, or is given.
+/// Returns the options for a new image like `target`: its cluster size, if the format has that option.
+fn same_options(target: &Opened) -> FormatOptions {
+    let mut options = FormatOptions::default();
+    let is_raw = target.driver.capabilities().verbatim;
+    let cluster_size = target.image.info().cluster_size.filter(|_| !is_raw);
+    if let Some(size) = cluster_size
+        && target.driver.options().iter().any(|option| option.name == "cluster_size")
+    {
+        options.pairs.push(("cluster_size".to_owned(), size.to_string()));
+    }
+    options
+}
+
+/// Plans an image of one disk.
+fn output(destination: Destination, format: TargetFormat, slot: Slot) -> PlannedOutput {
+    PlannedOutput { destination, format, disks: vec![slot], attachments: Vec::new(), size: None }
+}
+
+/// Returns the reference program's name for a device's file, changed if that is no file name or already in
+/// use.
 fn file_name(device: &Device, unique: &mut Unique, notes: &mut Vec<String>) -> String {
     let (stem, extension) = match device.kind {
         DeviceKind::VmState => ("vmstate".to_owned(), "bin"),
         DeviceKind::Disk => (format!("disk-{}", names::component(&device.name, MAX_NAME)), "raw"),
     };
-    let name = unique.give(&stem, extension);
+    let name = unique.issue(&stem, extension);
     if !is_state(device.kind) && name != format!("disk-{}.raw", device.name) {
         notes.push(format!("device {} '{}' is written to '{name}'", device.id, device.name));
     }
@@ -280,14 +310,14 @@ fn has_snapshots(info: &ImageInfo) -> bool {
     snapshots.and_then(|fact| fact.value.as_array()).is_some_and(|list| !list.is_empty())
 }
 
-fn check_size(taken: &Taken, target_size: u64) -> Result<()> {
-    let fits = target_size.checked_sub(taken.device.size).is_some_and(|more| more <= SIZE_TOLERANCE);
+fn check_size(disk: &SelectedDisk, target_size: u64) -> Result<()> {
+    let fits = target_size.checked_sub(disk.device.size).is_some_and(|more| more <= SIZE_TOLERANCE);
     if fits {
         return Ok(());
     }
     Err(usage(format!(
         "vma_reader_register_bs for stream {} failed - unexpected size {target_size} != {}",
-        taken.name, taken.device.size
+        disk.name, disk.device.size
     ))
     .hint("a target is as large as its disk, or up to 4 MiB larger"))
 }

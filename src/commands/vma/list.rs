@@ -1,11 +1,12 @@
-//! `vma list`: also what `extract -r` and `verify -v` print first. Restore tools read these lines.
+//! `vma list`: prints the content of the header. `extract -r` and `verify -v` print the same lines first, and
+//! restore tools parse them.
 
 use std::fmt::Write as _;
 use std::path::Path;
 
 use chrono::{DateTime, Datelike, Local};
-use imgtool_toolkit::Device;
-use imgtool_toolkit::error::escape_control;
+use imgtool_core::Device;
+use imgtool_core::error::escape_control;
 use imgtool_vma::ArchiveHeader;
 
 use super::{Failure, header, is_state};
@@ -17,11 +18,11 @@ pub(super) fn run(file: &Path) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-/// Configurations in the header's order, devices by number, the time.
+/// Returns the lines: configurations in the header's order, devices by id, and the time.
 pub(super) fn lines(header: &ArchiveHeader) -> String {
     let mut text = String::new();
     for config in &header.configs {
-        // A name with a line feed would forge lines.
+        // A name with a line feed could forge lines.
         let name = escape_control(&config.name);
         let _ = writeln!(text, "CFG: size: {} name: {name}", config.data.len());
     }
@@ -39,12 +40,12 @@ pub(super) fn lines(header: &ArchiveHeader) -> String {
     text
 }
 
-/// Local time in the form of asctime.
+/// Formats the time as local time, like asctime.
 fn ctime(seconds: i64) -> String {
     match DateTime::from_timestamp(seconds, 0) {
         Some(time) => {
             let time = time.with_timezone(&Local);
-            // asctime writes the year as a plain number, also beyond 9999.
+            // Like asctime, print the year as a plain number, even beyond 9999.
             format!("CTIME: {} {}\n", time.format("%a %b %e %H:%M:%S"), time.year())
         }
         None => "CTIME: (null)".to_owned(),

@@ -1,44 +1,44 @@
-//! The map of `vma extract -r`: where each device goes.
+//! Parser for the map of `vma extract -r`, which gives the target of each device.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use imgtool_toolkit::{Error, Result, ResultExt};
+use imgtool_core::{Error, Result, ResultExt};
 
 use super::usage;
 
-/// The program reads lines of at most this many bytes.
+/// Maximum length of a line, bytes. Limit of the reference program.
 const MAX_LINE: u64 = 8191;
 
-/// More lines than an archive can have devices, twice over: what is beyond is no map.
+/// Maximum number of lines. Our limit: four times the number of devices of an archive.
 const MAX_LINES: usize = 1024;
 
-/// Names of cache modes that are known.
+/// Names of the valid cache modes.
 const CACHE_MODES: [&str; 6] = ["none", "off", "writeback", "writethrough", "directsync", "unsafe"];
 
-/// What a line says about a device.
+/// Instruction of a line for a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Entry {
-    /// It is left out.
+    /// Skip the device.
     Skip,
-    /// It goes there.
+    /// Write the device to a target.
     Target {
         path: PathBuf,
         format: Option<String>,
-        /// The target must be told about zeros.
+        /// True if zeros must be written to the target.
         write_zeros: bool,
-        /// Bytes a second; 0 for no limit.
+        /// Maximum bytes per second; 0 means no limit.
         bps: u64,
     },
 }
 
-/// The lines of a map; a later one for the same device wins.
+/// Lines of a map. The last one for a device wins.
 #[derive(Debug, Default)]
 pub(super) struct Map(Vec<(String, Entry)>);
 
 impl Map {
-    /// Reads a file or FIFO.
+    /// Reads the map from a file or FIFO.
     pub(super) fn read(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::io("open", e)).in_file(path)?;
         Self::from_reader(BufReader::new(file)).in_file(path)
@@ -68,7 +68,7 @@ impl Map {
         self.0.iter().rev().find(|(name, _)| name == device).map(|(_, entry)| entry)
     }
 
-    /// The least limit of those that there are.
+    /// Returns the lowest rate limit of all lines, in bytes per second, if any has one.
     pub(super) fn limit(&self) -> Option<u64> {
         let limits = self.0.iter().filter_map(|(_, entry)| match entry {
             Entry::Target { bps, .. } if *bps > 0 => Some(*bps),
@@ -78,7 +78,7 @@ impl Map {
     }
 }
 
-/// The options of a line, each at most once.
+/// Options of a line, each at most once.
 #[derive(Default)]
 struct Options<'a> {
     format: Option<&'a str>,
@@ -117,7 +117,8 @@ fn parse(line: &str) -> Result<(String, Entry)> {
 }
 
 impl<'a> Options<'a> {
-    /// Takes one option off the front of a line; `None` when there is none.
+    /// Parses the first option of a line and returns the rest; `None` if the line does not start with an
+    /// option.
     fn take(&mut self, line: &'a str) -> Result<Option<&'a str>> {
         let slots = [
             ("format", &mut self.format),
@@ -141,7 +142,7 @@ impl<'a> Options<'a> {
     }
 }
 
-/// A number as C writes it: decimal, octal with a leading 0, hexadecimal with a leading 0x.
+/// Parses a number as C does: decimal, octal with a leading 0, hexadecimal with a leading 0x.
 fn number(text: &str) -> Result<u64> {
     let parsed = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         Some(hex) => u64::from_str_radix(hex, 16),

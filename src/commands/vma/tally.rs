@@ -1,22 +1,23 @@
-//! What `-v` prints while an archive is read: progress, and how much was sparse.
+//! Counts for the lines of `-v` while an archive is read: progress, and the share of sparse blocks.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Instant;
 
-use imgtool_toolkit::{Device, Piece};
+use imgtool_core::sync::lock;
+use imgtool_core::{Device, Lane, SinkPiece};
+use imgtool_engine::pipeline::Tap;
 use imgtool_vma::layout::{CLUSTER, SUB_BLOCK};
 
-use crate::observe::Observe;
 use crate::report;
 
-/// 4 KiB blocks of a cluster.
+/// Number of 4 KiB sub-blocks in a cluster.
 const BLOCKS: u64 = CLUSTER / SUB_BLOCK;
 
-/// Counts clusters and blocks as they pass.
+/// Counts clusters and sub-blocks on their way to the outputs.
 pub(super) struct Tally {
     started: Instant,
-    /// Clusters of all devices that are read. The program leaves out those that a device ends in,
-    /// comes to more than 100 % with them, and divides by zero where there are no others.
+    /// Number of clusters of all devices that are read. The reference program leaves out the incomplete last
+    /// cluster of each device. So it exceeds 100 %, and divides by zero if there are no others.
     all_clusters: u64,
     counts: Mutex<Counts>,
 }
@@ -25,21 +26,21 @@ pub(super) struct Tally {
 struct Counts {
     clusters: u64,
     zero_clusters: u64,
-    /// Blocks that are not stored, within the device, in clusters of which others are.
+    /// Number of sub-blocks within the device that are not stored, in clusters with stored sub-blocks.
     partly_zero: u64,
     percent: u64,
 }
 
 impl Tally {
-    /// For these devices.
+    /// Creates the counts for these devices.
     pub(super) fn new<'a>(devices: impl IntoIterator<Item = &'a Device>) -> Self {
         let all_clusters = devices.into_iter().map(|device| device.size.div_ceil(CLUSTER)).sum();
         Self { started: Instant::now(), all_clusters, counts: Mutex::default() }
     }
 
-    /// The lines at the end.
+    /// Returns the lines to print at the end.
     pub(super) fn totals(&self) -> String {
-        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let counts = lock(&self.counts);
         if counts.clusters == 0 {
             return "vma archive contains no image data\n".to_owned();
         }
@@ -56,7 +57,7 @@ impl Tally {
     }
 }
 
-/// C's `%.3g` for numbers from 0 to some thousands.
+/// Formats a number from 0 to some thousands like `%.3g` in C.
 fn three_digits(number: f64) -> String {
     if number == 0.0 {
         return "0".to_owned();
@@ -67,18 +68,18 @@ fn three_digits(number: f64) -> String {
     if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
 }
 
-impl Observe for Tally {
+impl Tap for Tally {
     fn granule(&self) -> u64 {
         CLUSTER
     }
 
-    fn piece(&self, piece: &Piece) {
+    fn piece(&self, _lane: Lane, piece: &SinkPiece) {
         let clusters = piece.len.div_ceil(CLUSTER);
         let (zero_clusters, partly_zero) = match piece.data {
             Some(_) => zeros(piece),
             None => (clusters, 0),
         };
-        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counts = lock(&self.counts);
         counts.zero_clusters += zero_clusters;
         counts.partly_zero += partly_zero;
         let reached = counts.clusters + clusters;
@@ -88,13 +89,13 @@ impl Observe for Tally {
 }
 
 impl Tally {
-    /// A line at each cluster that changes the percentage.
+    /// Prints a line for each cluster that changes the percentage.
     fn print_percents(&self, counts: &mut Counts, reached: u64) {
         let mut text = String::new();
         let seconds = self.started.elapsed().as_secs();
-        // Sizes have 48 bits at most, so this can't overflow.
+        // Sizes have at most 48 bits, so this can't overflow.
         let next = |percent: u64| ((percent + 1) * self.all_clusters).div_ceil(100);
-        // Of no clusters there is no percentage.
+        // Without any cluster there is no percentage.
         while (1..=reached).contains(&next(counts.percent)) {
             let at = next(counts.percent);
             counts.percent = at * 100 / self.all_clusters;
@@ -105,14 +106,14 @@ impl Tally {
             ));
         }
         if !text.is_empty() {
-            // A reader that has gone away will be noticed at the end.
+            // If the reader of the output is gone, a later print reports it.
             let _ = report::print(&text);
         }
     }
 }
 
-/// Clusters of a piece that are all zero, and zero blocks in the others.
-fn zeros(piece: &Piece) -> (u64, u64) {
+/// Returns the number of clusters of a piece that are all zero, and of zero sub-blocks in the others.
+fn zeros(piece: &SinkPiece) -> (u64, u64) {
     let clusters = usize::try_from(piece.len.div_ceil(CLUSTER)).unwrap_or(0);
     let mut masks = vec![0u64; clusters];
     for run in &piece.runs {

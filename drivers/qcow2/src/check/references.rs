@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use imgtool_toolkit::{CheckReport, RandomInput};
+use imgtool_core::{CheckReport, RandomInput};
 
 use crate::layout::entry::L2Entry;
 use crate::layout::header::Header;

@@ -1,6 +1,6 @@
-//! Walk over all tables of an image: counts the references to clusters, reports damaged entries.
+//! Walk over all tables of an image: counts the references to each cluster and reports damaged entries.
 
-use imgtool_toolkit::{Error, Result};
+use imgtool_core::{Error, Result};
 
 use super::references::{Checker, L2Use};
 use crate::layout::SECTOR;
@@ -12,11 +12,11 @@ use crate::refcounts::Refcount;
 /// with a hundred snapshots has fewer.
 const MAX_L1_ENTRIES: u64 = 16 << 20;
 
-/// Maximum bytes of an encryption header. Our limit: LUKS headers have a few MiB; that of a crafted image
-/// can be as long as a sparse file.
+/// Maximum bytes of an encryption header. Our limit: LUKS headers have a few MiB, but a crafted image can
+/// declare one as long as a sparse file.
 const MAX_CRYPTO_HEADER: u64 = 256 << 20;
 
-/// Bytes of a bitmap table in one read. Our choice.
+/// Bytes of a bitmap table read at a time. Our choice.
 const BITMAP_TABLE_STEP: u64 = 1 << 20;
 
 /// Bits 9-55 of a bitmap table entry: a host offset. Specification, "Bitmap table".
@@ -49,7 +49,7 @@ impl Checker {
         self.walk_l1_tables()?;
         for (index, block) in self.refcounts.blocks(self.file_clusters) {
             self.count(block, cluster_size, 1);
-            // All else is counted by now: a refcount block has no second use.
+            // All other references are counted by now, and a refcount block must have no other.
             let uses = self.counted(block);
             if uses.is_some_and(|uses| uses > 1) {
                 self.report.corruption(format!(
@@ -83,17 +83,17 @@ impl Checker {
             let mut done = 0;
             while done < len {
                 let step = (len - done).min(BITMAP_TABLE_STEP);
-                let at = table_offset.saturating_add(done);
+                let step_offset = table_offset.saturating_add(done);
                 done += step;
-                if self.is_hole(at, step)? {
+                if self.is_hole(step_offset, step)? {
                     continue;
                 }
                 // `count` has reported a table beyond the end of the file.
-                let Ok(bytes) = self.input.read_vec(at, step as usize) else { break };
+                let Ok(bytes) = self.input.read_vec(step_offset, step as usize) else { break };
                 for entry in decode_table(&bytes) {
-                    let offset = entry & BITMAP_OFFSET_MASK;
-                    if offset != 0 {
-                        self.count(offset, cluster_size, 1);
+                    let host_offset = entry & BITMAP_OFFSET_MASK;
+                    if host_offset != 0 {
+                        self.count(host_offset, cluster_size, 1);
                     }
                 }
             }
@@ -101,32 +101,32 @@ impl Checker {
         Ok(())
     }
 
-    /// True if the file has a hole at `at` of `len` bytes, so that a table there is empty. Crafted images
-    /// are mostly holes.
-    fn is_hole(&self, at: u64, len: u64) -> Result<bool> {
-        if at >= self.input.len() {
+    /// True if the `len` bytes at `host_offset` are a hole of the file, so that a table there is empty. The
+    /// caller need not read it: crafted images have large tables that are mostly holes.
+    fn is_hole(&self, host_offset: u64, len: u64) -> Result<bool> {
+        if host_offset >= self.input.len() {
             return Ok(true);
         }
-        let run = self.input.run(at)?;
-        Ok(!run.is_data && run.end >= at.saturating_add(len).min(self.input.len()))
+        let run = self.input.run(host_offset)?;
+        Ok(!run.is_data && run.end >= host_offset.saturating_add(len).min(self.input.len()))
     }
 
-    /// Counts the L1 tables of the active state and of all snapshots, and their L2 tables. Each L2 table
-    /// is walked once, whatever its number of references.
+    /// Counts the L1 tables of the active state and of all snapshots, and their L2 tables. Walks an L2 table
+    /// only once, even if several L1 entries refer to it.
     fn walk_l1_tables(&mut self) -> Result<()> {
         let cluster_size = self.header.shape.cluster_size();
         let active = (self.header.l1_offset, self.header.l1_entries);
         let snapshots = self.snapshots.l1_tables.clone();
         let all = std::iter::once((active, true)).chain(snapshots.into_iter().map(|table| (table, false)));
         let mut total = 0;
-        for ((offset, entries), active) in all {
+        for ((l1_offset, entries), active) in all {
             total += u64::from(entries);
             if total > MAX_L1_ENTRIES {
                 return Err(Error::limit(format!("there are more than {MAX_L1_ENTRIES} L1 entries")));
             }
-            self.count(offset, u64::from(entries) * 8, 1);
+            self.count(l1_offset, u64::from(entries) * 8, 1);
             if self.first_walk {
-                self.walk_l1(offset, entries, active)?;
+                self.walk_l1(l1_offset, entries, active)?;
             }
         }
         let tables = std::mem::take(&mut self.l2_tables);
@@ -138,19 +138,19 @@ impl Checker {
         Ok(())
     }
 
-    /// Collects the L2 tables of one L1 table.
-    fn walk_l1(&mut self, offset: u64, entries: u32, active: bool) -> Result<()> {
+    /// Collects the L2 tables of one L1 table. `active` is true for the active state.
+    fn walk_l1(&mut self, l1_offset: u64, entries: u32, active: bool) -> Result<()> {
         let cluster_size = self.header.shape.cluster_size();
-        // The header check bounds it to 32 MiB.
+        // The header check bounds the length to 32 MiB.
         let len = usize::try_from(u64::from(entries) * 8).unwrap_or(usize::MAX);
-        if self.is_hole(offset, len as u64)? {
+        if self.is_hole(l1_offset, len as u64)? {
             return Ok(());
         }
-        let bytes = read_zero_filled(&self.input, offset, len)?;
+        let bytes = read_zero_filled(&self.input, l1_offset, len)?;
         let mut found = Vec::new();
         for (index, entry) in bytes.as_chunks::<8>().0.iter().enumerate() {
             let entry = L1Entry(u64::from_be_bytes(*entry));
-            // An entry with other bits alone refers to a table at offset 0, as for qemu-img.
+            // Like qemu-img, take an entry with only other bits set as a reference to a table at offset 0.
             if entry.0 == 0 {
                 continue;
             }
@@ -186,7 +186,8 @@ impl Checker {
         Ok(())
     }
 
-    /// Reports a bit 63 that contradicts the refcount: it must be set if the refcount is one.
+    /// Reports a copied flag (bit 63) that contradicts the refcount: it must be set if, and only if, the
+    /// refcount is one.
     fn check_copied(
         &mut self,
         times: u32,
@@ -267,16 +268,17 @@ impl Checker {
                 let times = u64::from(table.active_references);
                 *self.report.allocated_clusters.get_or_insert(0) += times;
                 *self.report.compressed_clusters.get_or_insert(0) += times;
-                // As for qemu-img, compressed clusters are always fragmented.
+                // Like qemu-img, count every compressed cluster as fragmented.
                 *self.report.fragmented_clusters.get_or_insert(0) += times;
             }
         }
-        // References are to whole sectors.
+        // A compressed cluster occupies whole sectors.
         let start = range.host_offset - range.host_offset % SECTOR;
         self.count(start, range.host_offset - start + range.max_len, table.references);
     }
 
-    /// Counts a cluster that is not compressed.
+    /// Counts an uncompressed cluster. `expected` is the host offset of the next cluster in an unfragmented
+    /// image.
     fn walk_standard(
         &mut self,
         entry: L2Entry,
@@ -284,50 +286,22 @@ impl Checker {
         table: &L2Use,
         expected: &mut u64,
     ) -> Result<()> {
-        let cluster_size = self.header.shape.cluster_size();
         let host = entry.host_offset();
-        if self.first_walk && entry.reserved() != 0 {
-            self.corruption(table.references, format!("ERROR L2 entry has reserved bits set: {:x}", entry.0));
-        }
         let has_host = host != 0 || (self.external_data && entry.is_copied());
         if self.header.version < 3 && entry.reads_as_zeros() {
             self.v2_zero_cluster.get_or_insert(entry);
         }
-        if self.first_walk
-            && let Some(bitmap) = subclusters
-            && (bitmap.is_invalid() || (bitmap.any_allocated() && !has_host))
-        {
-            self.corruption(
-                table.references,
-                format!("ERROR L2 entry {:x}: invalid subcluster allocation bitmap {:x}", entry.0, bitmap.0),
-            );
+        if self.first_walk {
+            self.report_standard_entry(entry, subclusters, has_host, table.references);
         }
         if !has_host {
             return Ok(());
         }
         if self.first_walk {
-            if table.active_references > 0 {
-                let times = u64::from(table.active_references);
-                *self.report.allocated_clusters.get_or_insert(0) += times;
-                if *expected != 0 && *expected != host {
-                    *self.report.fragmented_clusters.get_or_insert(0) += times;
-                }
-                *expected = host.saturating_add(cluster_size);
-            }
-            if !host.is_multiple_of(cluster_size) {
-                self.corruption(
-                    table.references,
-                    format!("ERROR data cluster at {host} is not properly aligned"),
-                );
-            }
+            self.report_host_cluster(host, table, expected);
         }
         if self.external_data {
-            if self.first_walk && table.active_references > 0 && !entry.is_copied() {
-                self.corruption(
-                    table.active_references,
-                    format!("ERROR OFLAG_COPIED data cluster: l2_entry={:x}", entry.0),
-                );
-            }
+            self.check_copied_in_data_file(entry, table);
             return Ok(());
         }
         if table.active_references > 0 {
@@ -335,7 +309,58 @@ impl Checker {
                 format!("data cluster: l2_entry={:x}", entry.0)
             })?;
         }
-        self.count(host, cluster_size, table.references);
+        self.count(host, self.header.shape.cluster_size(), table.references);
         Ok(())
+    }
+
+    /// Reports reserved bits that are set, and a bitmap that is invalid or contradicts the entry.
+    fn report_standard_entry(
+        &mut self,
+        entry: L2Entry,
+        subclusters: Option<Subclusters>,
+        has_host: bool,
+        times: u32,
+    ) {
+        if entry.reserved() != 0 {
+            self.corruption(times, format!("ERROR L2 entry has reserved bits set: {:x}", entry.0));
+        }
+        if let Some(bitmap) = subclusters
+            && (bitmap.is_invalid() || (bitmap.any_allocated() && !has_host))
+        {
+            self.corruption(
+                times,
+                format!("ERROR L2 entry {:x}: invalid subcluster allocation bitmap {:x}", entry.0, bitmap.0),
+            );
+        }
+    }
+
+    /// Reports a host cluster that is not aligned. Adds a cluster of the active state to the totals and
+    /// moves `expected` behind it.
+    fn report_host_cluster(&mut self, host: u64, table: &L2Use, expected: &mut u64) {
+        let cluster_size = self.header.shape.cluster_size();
+        if table.active_references > 0 {
+            let times = u64::from(table.active_references);
+            *self.report.allocated_clusters.get_or_insert(0) += times;
+            if *expected != 0 && *expected != host {
+                *self.report.fragmented_clusters.get_or_insert(0) += times;
+            }
+            *expected = host.saturating_add(cluster_size);
+        }
+        if !host.is_multiple_of(cluster_size) {
+            self.corruption(
+                table.references,
+                format!("ERROR data cluster at {host} is not properly aligned"),
+            );
+        }
+    }
+
+    /// Reports a cluster of a data file without the copied flag, which every cluster there must have.
+    fn check_copied_in_data_file(&mut self, entry: L2Entry, table: &L2Use) {
+        if self.first_walk && table.active_references > 0 && !entry.is_copied() {
+            self.corruption(
+                table.active_references,
+                format!("ERROR OFLAG_COPIED data cluster: l2_entry={:x}", entry.0),
+            );
+        }
     }
 }

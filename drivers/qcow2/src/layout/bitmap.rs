@@ -1,6 +1,6 @@
 //! Bitmap directory: persistent bitmaps are listed and checked, never converted.
 
-use imgtool_toolkit::{Error, RandomInput, Result};
+use imgtool_core::{Error, RandomInput, Result};
 
 use super::extension::BitmapsExtension;
 use super::header::{AUTOCLEAR_BITMAPS, Header};

@@ -1,6 +1,6 @@
 //! Header extensions: names of files and features, and references to bitmaps and encryption header.
 
-use imgtool_toolkit::{Error, Result};
+use imgtool_core::{Error, Result};
 
 use super::MAX_EXTENSION_TEXT;
 use super::table::{be32, be64};

@@ -1,6 +1,6 @@
 //! Header: fields and features, checked against the limits that all other code relies on.
 
-use imgtool_toolkit::{Error, RandomInput, Result};
+use imgtool_core::{Error, RandomInput, Remedy, Result};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -166,7 +166,8 @@ impl Header {
         let available = input.len().min(u64::from(V3_HEADER_LEN)) as usize;
         input.read_exact_at(&mut bytes[..available], 0)?;
         if available < 8 || bytes[..4] != MAGIC {
-            return Err(Error::wrong_format("is not a qcow2 image: the magic number is missing"));
+            return Err(Error::wrong_format("is not a qcow2 image: the magic number is missing")
+                .hint("state no format to let the content decide"));
         }
         if available < V2_HEADER_LEN as usize {
             return Err(
@@ -233,8 +234,15 @@ impl Header {
 
     /// Checks each field against its bounds.
     fn check_limits(&self, compression_type: u8) -> Result<()> {
-        let cluster_size = self.shape.cluster_size();
+        self.check_features(compression_type)?;
+        self.check_tables()?;
+        self.check_l1_covers_disk()
+    }
+
+    /// Checks the fields that feature bits and the cluster size depend on.
+    fn check_features(&self, compression_type: u8) -> Result<()> {
         if self.shape.extended_l2 && self.shape.cluster_bits < MIN_EXTENDED_L2_CLUSTER_BITS {
+            let cluster_size = self.shape.cluster_size();
             return Err(Error::malformed(format!(
                 "clusters of {cluster_size} bytes are too small for extended L2 entries; they need 16384"
             ))
@@ -252,14 +260,14 @@ impl Header {
             ))
             .at(104));
         }
-        check_table(
-            "the L1 table",
-            self.l1_offset,
-            u64::from(self.l1_entries) * 8,
-            MAX_L1_BYTES,
-            cluster_size,
-            40,
-        )?;
+        Ok(())
+    }
+
+    /// Checks the places and lengths of the L1, refcount and snapshot tables.
+    fn check_tables(&self) -> Result<()> {
+        let cluster_size = self.shape.cluster_size();
+        let l1_len = u64::from(self.l1_entries) * 8;
+        check_table("the L1 table", self.l1_offset, l1_len, MAX_L1_BYTES, cluster_size, 40)?;
         check_table(
             "the refcount table",
             self.refcount_table_offset,
@@ -276,6 +284,11 @@ impl Header {
         if self.snapshot_count > 0 {
             check_table("the snapshot table", self.snapshots_offset, 0, u64::MAX, cluster_size, 64)?;
         }
+        Ok(())
+    }
+
+    /// Checks that the L1 table has an entry for every part of the disk.
+    fn check_l1_covers_disk(&self) -> Result<()> {
         let needed = self.shape.l1_entries(self.virtual_size);
         if u64::from(self.l1_entries) < needed {
             return Err(Error::malformed(format!(
@@ -328,7 +341,7 @@ impl Header {
         if self.incompatible & INCOMPATIBLE_CORRUPT != 0 && !force {
             return Err(Error::refused("the image is marked corrupt")
                 .at(72)
-                .hint("repair a copy with 'qemu-img check -r all', or read it as it is with --force"));
+                .remedied_by(Remedy::OpenAnyway("repair a copy with 'qemu-img check -r all'".into())));
         }
         if let Err(number) = self.compression {
             return Err(Error::unsupported(format!("unknown compression type {number}")).at(104));

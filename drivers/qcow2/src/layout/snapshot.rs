@@ -1,7 +1,7 @@
 //! Snapshot table: the internal snapshots of an image.
 
-use imgtool_toolkit::error::escape_control;
-use imgtool_toolkit::{Error, RandomInput, Result};
+use imgtool_core::error::escape_control;
+use imgtool_core::{Error, RandomInput, Result};
 
 use super::header::Header;
 use super::table::{be16, be32, be64, check_table, read_zero_filled};

@@ -1,6 +1,6 @@
 //! Tables and big-endian fields: bounds, bytes to numbers and back, reading and writing.
 
-use imgtool_toolkit::{Error, Output, RandomInput, Result, zero};
+use imgtool_core::{Error, Output, RandomInput, Result, zero};
 
 /// Checks the place of a table: at most `max_len` bytes, aligned to clusters, and below 2^63.
 /// `field_offset` is the file offset of the field that names the table, for the error.

@@ -5,11 +5,12 @@
 //! when the pointer has left its range and no more compressed data can go there. The allocator then
 //! writes it at the pointer, so that memory holds a few blocks whatever the size of the image.
 
-use imgtool_toolkit::{Error, Output, Result};
+use imgtool_core::{Error, Output, Result};
 
 use crate::layout::MAX_REFCOUNT_TABLE_BYTES;
 use crate::layout::entry::{refcount, set_refcount};
 use crate::layout::table::{encode_table, write_table};
+use crate::refcounts::refcount_clusters;
 
 /// Bytes of finished refcount blocks in one write. Our choice: with small clusters, blocks are small.
 const BATCH_BYTES: usize = 256 << 10;
@@ -223,18 +224,9 @@ impl Allocator {
     /// Writes the remaining refcount blocks and the refcount table, which end the file.
     pub fn finish(&mut self, output: &Output) -> Result<RefcountTable> {
         let written = self.written.len() as u64;
-        let (mut blocks, mut table_clusters) = (written.max(1), 1);
-        // Blocks and table count themselves. Both numbers only grow, by less in each round.
-        loop {
-            let total = self.next + (blocks - written) + table_clusters;
-            let needed_blocks = total.div_ceil(self.block_entries()).max(written);
-            let needed_table = (needed_blocks * 8).div_ceil(self.cluster_size());
-            if needed_blocks <= blocks && needed_table <= table_clusters {
-                break;
-            }
-            blocks = blocks.max(needed_blocks);
-            table_clusters = table_clusters.max(needed_table);
-        }
+        // More blocks than were written: those cover full ranges, and there are clusters after them.
+        let (blocks, table_clusters) =
+            refcount_clusters(self.next - written, self.block_entries(), self.cluster_size());
         self.check_table_len(blocks)?;
         let table_offset = self.allocate(table_clusters + (blocks - written))?;
         let first_block = table_offset + (table_clusters << self.cluster_bits);
@@ -253,10 +245,13 @@ impl Allocator {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use imgtool_testing::conformance::{new_file, scratch};
+
     use super::*;
 
+    /// A new file, whose name is gone at once.
     fn output() -> Output {
-        Output::from_new_file("x", tempfile::tempfile().unwrap())
+        new_file(&scratch().path().join("x"))
     }
 
     /// Reads a refcount back through the refcount table.

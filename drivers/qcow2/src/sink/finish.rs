@@ -1,10 +1,11 @@
 //! End of a new image: tables, refcounts, and the header last.
 
-use imgtool_toolkit::{Error, Result};
+use imgtool_core::sync::lock;
+use imgtool_core::{Error, OutputId, Result};
 use zerocopy::IntoBytes;
 
 use super::alloc::{Allocator, RefcountTable};
-use super::image::{Placement, Qcow2Sink, State, lock, round_up_size};
+use super::image::{Placement, Qcow2Sink, State, round_up_size};
 use crate::layout::entry::{L1Entry, L2Entry, Subclusters};
 use crate::layout::extension::Extensions;
 use crate::layout::header::{
@@ -27,7 +28,7 @@ impl Qcow2Sink {
         let mut state = lock(&self.state);
         let State { alloc, tables } = &mut *state;
         let l1 = match self.placement {
-            Placement::Packed | Placement::External => tables.finish(virtual_size, alloc, &self.output)?,
+            Placement::Packed | Placement::External => tables.finish(virtual_size, alloc, self.output())?,
             Placement::Linear { data_start } => self.write_linear_tables(virtual_size, data_start, alloc)?,
             Placement::ExternalRaw => self.write_linear_tables(virtual_size, 0, alloc)?,
         };
@@ -45,15 +46,16 @@ impl Qcow2Sink {
         let mut bytes = Vec::new();
         encode_table(&l1, &mut bytes);
         bytes.resize(bytes.len().next_multiple_of(shape.cluster_size() as usize), 0);
-        write_table(&self.output, &bytes, l1_offset)?;
+        write_table(self.output(), &bytes, l1_offset)?;
         drop(bytes);
-        let refcount_table = alloc.finish(&self.output)?;
-        if let Some(data) = &self.data_output {
-            data.set_len(virtual_size)?;
+        let refcount_table = alloc.finish(self.output())?;
+        if self.data_id != OutputId::MAIN {
+            self.data_output().set_len(virtual_size)?;
         }
-        self.output.set_len(alloc.end())?;
-        let header = self.header(virtual_size, l1_offset, l1_entries as u64, refcount_table)?;
-        self.output.write_at(&header, 0)
+        self.output().set_len(alloc.end())?;
+        let places = Places { virtual_size, l1_offset, l1_entries: l1_entries as u64, refcount_table };
+        let header = self.header(&places)?;
+        self.output().write_at(&header, 0)
     }
 
     /// Writes L2 tables in which every guest cluster has a host offset, `data_start` plus its guest
@@ -68,7 +70,7 @@ impl Qcow2Sink {
         let tables = shape.l1_entries(virtual_size);
         let clusters = virtual_size.div_ceil(shape.cluster_size());
         if matches!(self.placement, Placement::Linear { .. }) {
-            alloc.allocate_run(clusters, &self.output)?;
+            alloc.allocate_run(clusters, self.output())?;
         }
         let first_table = alloc.allocate(tables)?;
         let mut l1 = Vec::new();
@@ -89,38 +91,55 @@ impl Qcow2Sink {
             }
             batch.resize(filled + shape.cluster_size() as usize, 0);
             if batch.len() >= WRITE_LEN {
-                write_table(&self.output, &batch, batch_offset)?;
+                write_table(self.output(), &batch, batch_offset)?;
                 batch_offset += batch.len() as u64;
                 batch.clear();
-                alloc.write_finished_blocks(&self.output)?;
+                alloc.write_finished_blocks(self.output())?;
             }
         }
-        write_table(&self.output, &batch, batch_offset)?;
+        write_table(self.output(), &batch, batch_offset)?;
         Ok(l1)
     }
 
     /// Encodes the first cluster: header, extensions and the backing file's name.
-    fn header(
-        &self,
-        virtual_size: u64,
-        l1_offset: u64,
-        l1_entries: u64,
-        refcount_table: RefcountTable,
-    ) -> Result<Vec<u8>> {
+    fn header(&self, places: &Places) -> Result<Vec<u8>> {
+        let header_len = self.header_len();
+        let name = self.backing_name();
+        let extensions = self.extensions(header_len as usize + name.len())?;
+        let name_offset = if name.is_empty() { 0 } else { u64::from(header_len) + extensions.len() as u64 };
+        let raw = self.raw_header(places, name_offset);
+        let mut bytes = raw.as_bytes()[..header_len as usize].to_vec();
+        bytes.extend_from_slice(&extensions);
+        bytes.extend_from_slice(name.as_bytes());
+        if self.output().needs_zeros() {
+            // At most 2 MiB.
+            bytes.resize(self.options.shape.cluster_size() as usize, 0);
+        }
+        Ok(bytes)
+    }
+
+    /// Returns the bytes of the header in the version of the image.
+    fn header_len(&self) -> u32 {
+        if self.options.version >= 3 { V3_HEADER_LEN } else { V2_HEADER_LEN }
+    }
+
+    /// Returns the name of the backing file, empty without one.
+    fn backing_name(&self) -> &str {
+        self.options.backing.as_ref().map_or("", |backing| backing.name.as_str())
+    }
+
+    /// Encodes the header extensions, which share the first cluster with `taken` other bytes.
+    fn extensions(&self, taken: usize) -> Result<Vec<u8>> {
         let options = &self.options;
-        let shape = options.shape;
-        let v3 = options.version >= 3;
-        let header_len = if v3 { V3_HEADER_LEN } else { V2_HEADER_LEN };
-        let name = options.backing.as_ref().map_or("", |backing| backing.name.as_str());
         let extensions = Extensions {
             backing_format: options.backing.as_ref().map(|backing| backing.format.clone()),
             data_file: options.data_file.clone(),
-            feature_names: if v3 { known_feature_names() } else { Vec::new() },
+            feature_names: if options.version >= 3 { known_feature_names() } else { Vec::new() },
             ..Extensions::default()
         };
         // At most 2 MiB.
-        let cluster_size = shape.cluster_size() as usize;
-        let max_len = cluster_size.saturating_sub(header_len as usize + name.len());
+        let cluster_size = options.shape.cluster_size() as usize;
+        let max_len = cluster_size.saturating_sub(taken);
         let extensions = extensions.encode(max_len);
         if extensions.len() > max_len {
             return Err(Error::limit(format!(
@@ -128,42 +147,56 @@ impl Qcow2Sink {
             ))
             .hint("use a larger cluster_size or shorter names"));
         }
-        let value_if = |on: bool, value: u64| if on { value } else { 0 };
-        let zstd = options.compression == CompressionType::Zstd;
-        let raw = RawHeader {
+        Ok(extensions)
+    }
+
+    /// Fills the fields of the header. `name_offset` is the place of the backing file's name, 0 without one.
+    fn raw_header(&self, places: &Places, name_offset: u64) -> RawHeader {
+        let options = &self.options;
+        RawHeader {
             magic: MAGIC,
             version: options.version.into(),
-            backing_file_offset: value_if(!name.is_empty(), u64::from(header_len) + extensions.len() as u64)
-                .into(),
+            backing_file_offset: name_offset.into(),
             // At most 1023.
-            backing_file_size: (name.len() as u32).into(),
-            cluster_bits: shape.cluster_bits.into(),
-            size: virtual_size.into(),
+            backing_file_size: (self.backing_name().len() as u32).into(),
+            cluster_bits: options.shape.cluster_bits.into(),
+            size: places.virtual_size.into(),
             crypt_method: 0.into(),
             // Both within QEMU's limits, which are far below 2^32.
-            l1_size: (l1_entries as u32).into(),
-            l1_table_offset: l1_offset.into(),
-            refcount_table_offset: refcount_table.offset.into(),
-            refcount_table_clusters: (refcount_table.clusters as u32).into(),
+            l1_size: (places.l1_entries as u32).into(),
+            l1_table_offset: places.l1_offset.into(),
+            refcount_table_offset: places.refcount_table.offset.into(),
+            refcount_table_clusters: (places.refcount_table.clusters as u32).into(),
             nb_snapshots: 0.into(),
             snapshots_offset: 0.into(),
-            incompatible_features: (value_if(options.data_file.is_some(), INCOMPATIBLE_DATA_FILE)
-                | value_if(zstd, INCOMPATIBLE_COMPRESSION_TYPE)
-                | value_if(shape.extended_l2, INCOMPATIBLE_EXTENDED_L2))
-            .into(),
+            incompatible_features: self.incompatible_features().into(),
             compatible_features: value_if(options.lazy_refcounts, COMPATIBLE_LAZY_REFCOUNTS).into(),
             autoclear_features: value_if(options.data_file_raw, AUTOCLEAR_DATA_FILE_RAW).into(),
             refcount_order: options.refcount_order.into(),
-            header_length: header_len.into(),
-            compression_type: u8::from(zstd),
+            header_length: self.header_len().into(),
+            compression_type: u8::from(options.compression == CompressionType::Zstd),
             padding: [0; 7],
-        };
-        let mut bytes = raw.as_bytes()[..header_len as usize].to_vec();
-        bytes.extend_from_slice(&extensions);
-        bytes.extend_from_slice(name.as_bytes());
-        if self.output.needs_zeros() {
-            bytes.resize(cluster_size, 0);
         }
-        Ok(bytes)
     }
+
+    /// Returns the feature bits that a program must know to read the image.
+    fn incompatible_features(&self) -> u64 {
+        let options = &self.options;
+        value_if(options.data_file.is_some(), INCOMPATIBLE_DATA_FILE)
+            | value_if(options.compression == CompressionType::Zstd, INCOMPATIBLE_COMPRESSION_TYPE)
+            | value_if(options.shape.extended_l2, INCOMPATIBLE_EXTENDED_L2)
+    }
+}
+
+/// Size of the disk and places of its tables, for the header.
+struct Places {
+    virtual_size: u64,
+    l1_offset: u64,
+    l1_entries: u64,
+    refcount_table: RefcountTable,
+}
+
+/// Returns `value` if `on`, otherwise 0.
+fn value_if(on: bool, value: u64) -> u64 {
+    if on { value } else { 0 }
 }

@@ -1,14 +1,18 @@
 //! New image: options, outputs and state.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
-use imgtool_toolkit::{CreateOptions, Error, Manifest, Output, Result};
+use imgtool_core::{Error, Manifest, Output, OutputFactory, OutputId, Result};
 
 use super::alloc::Allocator;
 use super::base::Base;
 use super::mapping_tables::MappingTables;
 use crate::compressed::Encoder;
+use crate::layout::FORMAT;
 use crate::options::{Preallocation, SIZE_MULTIPLE, WriteOptions};
+
+/// Output of the external data file.
+const DATA_FILE: OutputId = OutputId(1);
 
 /// Rule for the place of guest data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,9 +34,10 @@ pub(super) enum Placement {
 /// Sink that writes a new image.
 pub struct Qcow2Sink {
     pub(super) options: WriteOptions,
-    pub(super) output: Output,
-    /// Output of the external data file.
-    pub(super) data_output: Option<Output>,
+    /// The image, and the external data file if it has one.
+    pub(super) outputs: Vec<Output>,
+    /// Output of guest data.
+    pub(super) data_id: OutputId,
     pub(super) placement: Placement,
     /// Backing file. `None` if the image has none, so that zeros need no L2 entry.
     pub(super) base: Option<Base>,
@@ -50,11 +55,6 @@ pub(super) struct State {
     pub(super) tables: MappingTables,
 }
 
-/// Locks a mutex, also after another thread panicked.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Rounds a disk size up to sectors, as the header stores it.
 pub(super) fn round_up_size(size: u64) -> Result<u64> {
     size.checked_next_multiple_of(SIZE_MULTIPLE)
@@ -64,31 +64,26 @@ pub(super) fn round_up_size(size: u64) -> Result<u64> {
 
 impl Qcow2Sink {
     /// Creates the sink of a new image; writes nothing yet.
-    pub fn create(output: Output, manifest: &Manifest, options: &CreateOptions) -> Result<Self> {
-        let device = manifest.single("qcow2")?;
-        let write_options = WriteOptions::parse(options)?;
-        let shape = write_options.shape;
+    pub fn create(
+        factory: &mut dyn OutputFactory,
+        manifest: &Manifest,
+        options: &WriteOptions,
+    ) -> Result<Self> {
+        let options = options.clone();
+        let device = manifest.single(FORMAT)?;
+        let shape = options.shape;
         let size = (!device.open_ended).then_some(device.size);
-        if output.is_stream() {
-            return Err(Error::unsupported("cannot write qcow2 to a stream")
-                .path(output.path())
-                .hint("write to a file, or choose a format that can be streamed (raw, vma)"));
-        }
-        let data_output = options.extras.outputs.get("data_file").cloned();
-        if write_options.data_file.is_some() && data_output.is_none() {
-            return Err(Error::usage("the option data_file needs an output for the data file"));
-        }
-        let mut alloc = Allocator::new(shape.cluster_bits, write_options.refcount_order);
+        let mut alloc = Allocator::new(shape.cluster_bits, options.refcount_order);
         alloc.allocate(1)?;
         let mut l1_offset = None;
         if let Some(size) = size {
             let virtual_size = round_up_size(size)?;
-            write_options.check_size(virtual_size)?;
+            options.check_size(virtual_size)?;
             let clusters = (shape.l1_entries(virtual_size) * 8).div_ceil(shape.cluster_size());
             l1_offset = (clusters > 0).then(|| alloc.allocate(clusters)).transpose()?;
         }
-        let placement = match (&write_options.data_file, write_options.preallocation, size) {
-            (Some(_), Preallocation::Off, _) if !write_options.data_file_raw => Placement::External,
+        let placement = match (&options.data_file, options.preallocation, size) {
+            (Some(_), Preallocation::Off, _) if !options.data_file_raw => Placement::External,
             (None, Preallocation::Off, _) => Placement::Packed,
             (_, _, None) => {
                 return Err(Error::unsupported(
@@ -99,17 +94,18 @@ impl Qcow2Sink {
             // `finish` allocates these clusters, when it can write their refcounts.
             (None, _, Some(_)) => Placement::Linear { data_start: alloc.end() },
         };
-        let base =
-            write_options.backing.as_ref().map(|_| Base::new(options.extras.base.clone())).transpose()?;
-        let encoder = match write_options.compress {
-            Some(level) => Some(Encoder::new(write_options.compression, level)?),
-            None => None,
-        };
+        let mut outputs = vec![main_output(factory)?];
+        if let Some(name) = &options.data_file {
+            outputs.push(factory.beside(name)?);
+        }
+        let data_id = if options.data_file.is_some() { DATA_FILE } else { OutputId::MAIN };
+        let base = options.backing.as_ref().map(|_| Base(manifest.base.clone()));
+        let encoder = options.compress.map(|level| Encoder::new(options.compression, level));
         let state = State { alloc, tables: MappingTables::new(shape) };
         Ok(Self {
-            options: write_options,
-            output,
-            data_output,
+            options,
+            outputs,
+            data_id,
             placement,
             base,
             encoder,
@@ -119,9 +115,14 @@ impl Qcow2Sink {
         })
     }
 
+    /// Output of the image.
+    pub(super) fn output(&self) -> &Output {
+        &self.outputs[OutputId::MAIN.index()]
+    }
+
     /// Output of guest data.
     pub(super) fn data_output(&self) -> &Output {
-        self.data_output.as_ref().unwrap_or(&self.output)
+        &self.outputs[self.data_id.index()]
     }
 
     /// Bytes of a cluster.
@@ -138,4 +139,15 @@ impl Qcow2Sink {
     pub(super) fn stores_whole_clusters(&self) -> bool {
         self.encoder.is_some() || self.base.is_some()
     }
+}
+
+/// Makes the output of the image, which must be written by position.
+fn main_output(factory: &mut dyn OutputFactory) -> Result<Output> {
+    let output = factory.main()?;
+    if output.is_stream() {
+        return Err(Error::unsupported("cannot write qcow2 to a stream")
+            .path(output.location())
+            .hint("write to a file, or choose a format that can be streamed (raw, vma)"));
+    }
+    Ok(output)
 }

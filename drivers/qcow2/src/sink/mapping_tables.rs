@@ -3,9 +3,7 @@
 //! A table gets its host offset when it is first written, not when it is first used. Tables that leave
 //! memory together are therefore adjacent in the file, and the data before them is contiguous.
 
-use std::collections::HashMap;
-
-use imgtool_toolkit::{Error, Output, Result};
+use imgtool_core::{Cache, Error, Output, Result};
 
 use super::alloc::Allocator;
 use crate::layout::MAX_L1_BYTES;
@@ -23,18 +21,8 @@ const WRITE_LEN: usize = 1 << 20;
 pub struct MappingTables {
     shape: Shape,
     l1: Vec<u64>,
-    /// L2 tables in memory, by L1 index.
-    open: HashMap<u64, OpenTable>,
-    max_open: usize,
-    /// Number of look-ups so far.
-    clock: u64,
-}
-
-/// L2 table in memory.
-struct OpenTable {
-    words: Vec<u64>,
-    /// Clock of the last look-up.
-    last_use: u64,
+    /// Words of the L2 tables in memory, by L1 index.
+    open: Cache<u64, Vec<u64>>,
 }
 
 impl MappingTables {
@@ -42,28 +30,26 @@ impl MappingTables {
     pub fn new(shape: Shape) -> Self {
         // At least 8 with the largest clusters.
         let max_open = (OPEN_BYTES >> shape.cluster_bits) as usize;
-        Self { shape, l1: Vec::new(), open: HashMap::new(), max_open, clock: 0 }
+        Self { shape, l1: Vec::new(), open: Cache::new(max_open) }
     }
 
     /// Returns the words of the L2 entry for `guest_offset`, one or two.
     pub fn entry(&mut self, guest_offset: u64, alloc: &mut Allocator, output: &Output) -> Result<&mut [u64]> {
         let l1_index = guest_offset >> self.shape.l2_reach_bits();
-        if !self.open.contains_key(&l1_index) {
-            if self.open.len() >= self.max_open {
-                self.close_older_half(alloc, output)?;
-            }
-            let words = self.load(l1_index, output)?;
-            self.open.insert(l1_index, OpenTable { words, last_use: 0 });
-        }
-        self.clock += 1;
         let words = self.shape.l2_entry_words();
         let index =
             (guest_offset >> self.shape.cluster_bits & (self.shape.l2_entries() - 1)) as usize * words;
-        match self.open.get_mut(&l1_index) {
-            Some(table) => {
-                table.last_use = self.clock;
-                Ok(&mut table.words[index..index + words])
+        if self.open.get(&l1_index).is_none() {
+            if self.open.is_full() {
+                let mut older = self.open.evict_older_half();
+                older.sort_unstable_by_key(|(l1_index, _)| *l1_index);
+                self.close(older, alloc, output)?;
             }
+            let table = self.load(l1_index, output)?;
+            self.open.insert(l1_index, table);
+        }
+        match self.open.get(&l1_index) {
+            Some(table) => Ok(&mut table[index..index + words]),
             None => Err(Error::limit("an L2 table is missing")),
         }
     }
@@ -91,30 +77,18 @@ impl MappingTables {
         Ok(decode_table(&bytes))
     }
 
-    /// Writes the half of the tables that was used least recently.
-    fn close_older_half(&mut self, alloc: &mut Allocator, output: &Output) -> Result<()> {
-        let mut uses: Vec<u64> = self.open.values().map(|table| table.last_use).collect();
-        let middle = uses.len() / 2;
-        let median = *uses.select_nth_unstable(middle).1;
-        let mut indices: Vec<u64> =
-            self.open.iter().filter(|(_, table)| table.last_use <= median).map(|(index, _)| *index).collect();
-        indices.sort_unstable();
-        self.close(&indices, alloc, output)
-    }
-
-    /// Writes the tables `indices` (ascending) and drops them from memory. The write does not go through
-    /// the pipeline: the next use of a table reads it back.
-    fn close(&mut self, indices: &[u64], alloc: &mut Allocator, output: &Output) -> Result<()> {
+    /// Writes tables, by ascending L1 index, that have left memory. The write does not go through the
+    /// pipeline: the next use of a table reads it back.
+    fn close(&mut self, tables: Vec<(u64, Vec<u64>)>, alloc: &mut Allocator, output: &Output) -> Result<()> {
         let cluster_size = self.shape.cluster_size();
         let is_new = |l1: &[u64], index: u64| L1Entry(l1[index as usize]).l2_offset() == 0;
-        let new = indices.iter().filter(|index| is_new(&self.l1, **index)).count() as u64;
+        let new = tables.iter().filter(|(index, _)| is_new(&self.l1, *index)).count() as u64;
         let mut next_offset = if new > 0 { alloc.allocate(new)? } else { 0 };
         let mut batch = Vec::new();
         let mut batch_offset = 0;
-        for index in indices {
-            let Some(table) = self.open.remove(index) else { continue };
+        for (index, words) in tables {
             // `load` has grown the L1 table beyond the index.
-            let entry = &mut self.l1[*index as usize];
+            let entry = &mut self.l1[index as usize];
             if L1Entry(*entry).l2_offset() == 0 {
                 *entry = L1Entry::new(next_offset).0;
                 next_offset += cluster_size;
@@ -125,16 +99,16 @@ impl MappingTables {
                 batch.clear();
                 batch_offset = offset;
             }
-            encode_table(&table.words, &mut batch);
+            encode_table(&words, &mut batch);
         }
         write_table(output, &batch, batch_offset)
     }
 
     /// Writes all tables that are in memory. Returns the L1 table for a disk of `virtual_size` bytes.
     pub fn finish(&mut self, virtual_size: u64, alloc: &mut Allocator, output: &Output) -> Result<Vec<u64>> {
-        let mut indices: Vec<u64> = self.open.keys().copied().collect();
-        indices.sort_unstable();
-        self.close(&indices, alloc, output)?;
+        let mut open: Vec<_> = self.open.drain().collect();
+        open.sort_unstable_by_key(|(l1_index, _)| *l1_index);
+        self.close(open, alloc, output)?;
         let entries = usize::try_from(self.shape.l1_entries(virtual_size)).unwrap_or(usize::MAX);
         if self.l1.len() > entries || entries > (MAX_L1_BYTES / 8) as usize {
             return Err(Error::out_of_bounds(format!(

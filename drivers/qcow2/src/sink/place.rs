@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use imgtool_toolkit::{Bytes, Error, Result, WriteList};
+use imgtool_core::{Bytes, Error, Result, WriteList};
 
 use super::image::{Placement, Qcow2Sink, State};
 use crate::layout::entry::{CompressedRange, L2Entry, Subclusters};
@@ -27,7 +27,7 @@ impl Qcow2Sink {
                 Some((start, run)) if *start + (run.end - run.start) == host => run.end = end,
                 _ => {
                     if let Some((start, run)) = host_run.take() {
-                        writes.push(start, slice_of(bytes, &guest, &run));
+                        writes.push(self.data_id, start, slice_of(bytes, &guest, &run));
                     }
                     host_run = Some((host, position..end));
                 }
@@ -35,7 +35,7 @@ impl Qcow2Sink {
             position = end;
         }
         if let Some((start, run)) = host_run {
-            writes.push(start, slice_of(bytes, &guest, &run));
+            writes.push(self.data_id, start, slice_of(bytes, &guest, &run));
         }
         Ok(())
     }
@@ -45,7 +45,7 @@ impl Qcow2Sink {
     fn host_cluster(&self, state: &mut State, cluster: u64, part: Range<u64>) -> Result<u64> {
         let shape = self.options.shape;
         let State { alloc, tables } = state;
-        let words = tables.entry(cluster, alloc, &self.output)?;
+        let words = tables.entry(cluster, alloc, self.output())?;
         let entry = L2Entry(words[0]);
         let known = entry.is_copied().then(|| entry.host_offset());
         let host = match known {
@@ -87,7 +87,7 @@ impl Qcow2Sink {
         let State { alloc, tables } = state;
         let mut cluster = guest.start;
         while cluster < guest.end {
-            let words = tables.entry(cluster, alloc, &self.output)?;
+            let words = tables.entry(cluster, alloc, self.output())?;
             match words {
                 [entry] => *entry = L2Entry::ZEROS.0,
                 [entry, bitmap] => (*entry, *bitmap) = (0, Subclusters::ALL_ZERO.0),
@@ -107,7 +107,7 @@ impl Qcow2Sink {
                 Error::limit("the image is too large for compressed clusters of this size")
                     .hint("use a smaller cluster_size")
             })?;
-        tables.entry(cluster, alloc, &self.output)?[0] = entry.0;
+        tables.entry(cluster, alloc, self.output())?[0] = entry.0;
         Ok(host_offset)
     }
 }

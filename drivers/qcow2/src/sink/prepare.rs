@@ -3,16 +3,16 @@
 
 use std::ops::Range;
 
-use imgtool_toolkit::{BufferPool, Bytes, Part, Piece, Prepared, Result};
+use imgtool_core::{Buffer, BufferPool, Bytes, Part, Prepared, Result, SinkPiece};
 
 use super::base::Base;
 use super::image::Qcow2Sink;
-use crate::compressed::Encoder;
+use crate::compressed::{EncodeContext, Encoder};
 use crate::options::ZERO_GRANULARITY;
 
 impl Qcow2Sink {
     /// Splits a piece into parts with data. Zeros become parts only where they must be written.
-    pub(super) fn prepare_plain(&self, piece: Piece) -> Prepared {
+    pub(super) fn prepare_plain(&self, piece: SinkPiece) -> Prepared {
         let (start, len) = (piece.start, piece.len);
         if self.options.stores_zeros() {
             let mut prepared = Prepared::new(piece);
@@ -29,26 +29,13 @@ impl Qcow2Sink {
             ZERO_GRANULARITY
         };
         let runs = self.stored_runs(&piece, finest);
-        let mut prepared = Prepared::new(piece);
-        let mut zeros_from = start;
-        for run in runs {
-            let guest = start + run.start as u64..start + run.end as u64;
-            if needs_zeros && self.is_linear() && guest.start > zeros_from {
-                push_zeros(&mut prepared, zeros_from..guest.start);
-            }
-            zeros_from = guest.end;
-            prepared.parts.push(Part { guest, bytes: Bytes::Data(run) });
-        }
-        if needs_zeros && self.is_linear() && zeros_from < start + len {
-            push_zeros(&mut prepared, zeros_from..start + len);
-        }
-        prepared
+        Prepared::sparse(piece, runs, needs_zeros && self.is_linear())
     }
 
     /// Prepares whole clusters one by one. Each is left out, zeros, compressed or plain.
     pub(super) fn prepare_clusters(
         &self,
-        piece: Piece,
+        piece: SinkPiece,
         pool: &BufferPool,
         encoder: Option<&Encoder>,
         base: Option<&Base>,
@@ -61,73 +48,64 @@ impl Qcow2Sink {
         let mut stored = self.stored_runs(&piece, self.cluster_size()).into_iter().peekable();
         let mut prepared = Prepared::new(piece);
         let Some(data) = prepared.data.take() else { return Ok(prepared) };
-        let mut context = encoder.map(Encoder::context).transpose()?;
-        let mut encoded = context.as_ref().map(|_| pool.take(data.len().max(cluster_size)));
-        let mut used = 0;
+        let begin = |encoder| Compression::begin(encoder, pool, data.len(), cluster_size);
+        let mut compression = encoder.map(begin).transpose()?;
         let mut scratch = vec![0; if base.is_some() { cluster_size } else { 0 }];
         for (index, cluster) in data.chunks(cluster_size).enumerate() {
             let range = index * cluster_size..index * cluster_size + cluster.len();
             let guest = prepared.start + range.start as u64..prepared.start + range.end as u64;
             while stored.next_if(|run| run.end <= range.start).is_some() {}
             let is_zero = stored.peek().is_none_or(|run| run.start >= range.end);
-            match base {
-                // Every cluster is stored, even if the backing file has the same bytes.
-                _ if self.options.stores_zeros() => {}
-                None if is_zero => continue,
-                Some(base)
-                    if base.matches(guest.clone(), Some(cluster), &mut scratch[..cluster.len()])? =>
-                {
-                    continue;
+            match self.treatment(cluster, guest.clone(), is_zero, base, &mut scratch)? {
+                Treatment::LeaveOut => {}
+                Treatment::Zeros => push_zeros(&mut prepared, guest),
+                Treatment::Store => {
+                    let encoded = compression.as_mut().and_then(|compression| compression.encode(cluster));
+                    let bytes = encoded.map_or(Bytes::Data(range), Bytes::Encoded);
+                    prepared.parts.push(Part { guest, bytes });
                 }
-                Some(_) if is_zero => {
-                    push_zeros(&mut prepared, guest);
-                    continue;
-                }
-                _ => {}
             }
-            let bytes = match (&mut context, &mut encoded) {
-                (Some(context), Some(encoded)) => {
-                    let padded;
-                    let whole = if cluster.len() == cluster_size {
-                        cluster
-                    } else {
-                        // The disk may end within its last cluster.
-                        let mut copy = cluster.to_vec();
-                        copy.resize(cluster_size, 0);
-                        padded = copy;
-                        &padded
-                    };
-                    match context.encode(whole, &mut encoded[used..]) {
-                        Some(len) => {
-                            used += len;
-                            Bytes::Encoded(used - len..used)
-                        }
-                        None => Bytes::Data(range),
-                    }
-                }
-                _ => Bytes::Data(range),
-            };
-            prepared.parts.push(Part { guest, bytes });
-        }
-        if let (Some(encoder), Some(context)) = (encoder, context) {
-            encoder.give_back(context);
         }
         prepared.data = Some(data);
-        prepared.encoded = encoded;
+        prepared.encoded = compression.map(Compression::finish);
         Ok(prepared)
+    }
+
+    /// Decides what becomes of a cluster at the range `guest`. `is_zero` is true if it reads as zeros.
+    /// `scratch` is a buffer of a cluster's length if there is a base.
+    fn treatment(
+        &self,
+        cluster: &[u8],
+        guest: Range<u64>,
+        is_zero: bool,
+        base: Option<&Base>,
+        scratch: &mut [u8],
+    ) -> Result<Treatment> {
+        // Every cluster is stored, even if the backing file has the same bytes.
+        if self.options.stores_zeros() {
+            return Ok(Treatment::Store);
+        }
+        Ok(match base {
+            None if is_zero => Treatment::LeaveOut,
+            Some(base) if base.matches(guest, Some(cluster), &mut scratch[..cluster.len()])? => {
+                Treatment::LeaveOut
+            }
+            Some(_) if is_zero => Treatment::Zeros,
+            _ => Treatment::Store,
+        })
     }
 
     /// Returns the runs of a piece that are stored, found in units of `finest` bytes. Zeros shorter than
     /// the option `zero_unit` join the data around them. Compressed images ignore that option: short
     /// zeros cost them next to nothing.
-    fn stored_runs(&self, piece: &Piece, finest: u64) -> Vec<Range<usize>> {
+    fn stored_runs(&self, piece: &SinkPiece, finest: u64) -> Vec<Range<usize>> {
         let requested = self.options.zero_unit.filter(|_| self.encoder.is_none());
         // Both at most 2 MiB.
         piece.dense_runs(finest as usize, requested.unwrap_or(finest).max(finest) as usize)
     }
 
     /// Splits a piece of zeros into the clusters that need an entry, as the backing file has data there.
-    fn prepare_zeros(&self, piece: Piece, base: Option<&Base>) -> Result<Prepared> {
+    fn prepare_zeros(&self, piece: SinkPiece, base: Option<&Base>) -> Result<Prepared> {
         let (start, end) = (piece.start, piece.end());
         let mut prepared = Prepared::new(piece);
         let Some(base) = base else { return Ok(prepared) };
@@ -149,6 +127,58 @@ impl Qcow2Sink {
             position = cluster_end;
         }
         Ok(prepared)
+    }
+}
+
+/// Treatment of a cluster.
+enum Treatment {
+    /// Nothing is written: without an entry, it reads right.
+    LeaveOut,
+    /// It gets an entry that reads as zeros.
+    Zeros,
+    /// Its bytes are stored, compressed or plain.
+    Store,
+}
+
+/// Compression of the clusters of one piece, one after the other into one buffer.
+struct Compression<'a> {
+    encoder: &'a Encoder,
+    context: EncodeContext,
+    cluster_size: usize,
+    encoded: Buffer,
+    /// Bytes of `encoded` that hold clusters.
+    used: usize,
+}
+
+impl<'a> Compression<'a> {
+    /// Begins the compression of a piece of `len` bytes.
+    fn begin(encoder: &'a Encoder, pool: &BufferPool, len: usize, cluster_size: usize) -> Result<Self> {
+        let context = encoder.context()?;
+        let encoded = pool.take(len.max(cluster_size));
+        Ok(Self { encoder, context, cluster_size, encoded, used: 0 })
+    }
+
+    /// Compresses a cluster and returns its place in the buffer, or `None` if it does not shrink.
+    fn encode(&mut self, cluster: &[u8]) -> Option<Range<usize>> {
+        let padded;
+        let whole = if cluster.len() == self.cluster_size {
+            cluster
+        } else {
+            // The disk may end within its last cluster.
+            let mut copy = cluster.to_vec();
+            copy.resize(self.cluster_size, 0);
+            padded = copy;
+            &padded
+        };
+        let len = self.context.encode(whole, &mut self.encoded[self.used..])?;
+        self.used += len;
+        Some(self.used - len..self.used)
+    }
+
+    /// Gives the compressor back and returns the buffer.
+    fn finish(self) -> Buffer {
+        self.encoder.give_back(self.context);
+        self.encoded
     }
 }
 

@@ -2,10 +2,7 @@
 
 use std::ops::Range;
 
-use imgtool_toolkit::storage::os::FileRun;
-use imgtool_toolkit::{
-    DeviceId, Error, ExtentKind, ExtentList, ImageSource, Losses, OpenOptions, RandomInput, Result,
-};
+use imgtool_core::{Disk, Error, ExtentKind, ExtentList, FileRun, Losses, OpenOptions, RandomInput, Result};
 
 use crate::compressed::Decoder;
 use crate::layout::MAX_L1_BYTES;
@@ -21,18 +18,10 @@ pub(super) struct Content {
     decoder: Decoder,
     /// File of guest data: the image itself or its external data file.
     pub(super) data: RandomInput,
-    pub(super) backing: Option<Backing>,
+    /// Disk of the backing file, which may be smaller or larger than this one.
+    pub(super) backing: Option<Disk>,
     /// Guest ranges that salvage lost; `None` without salvage.
     pub(super) losses: Option<Losses>,
-}
-
-/// Opened backing file.
-pub(super) struct Backing {
-    pub(super) source: Box<dyn ImageSource>,
-    pub(super) device: DeviceId,
-    /// Bytes of the backing disk, which may be smaller or larger than this one.
-    pub(super) size: u64,
-    pub(super) read_granule: u64,
 }
 
 impl Content {
@@ -109,15 +98,11 @@ impl Content {
             buf.fill(0);
             return Ok(());
         };
-        let covered = backing.size.saturating_sub(guest_offset).min(buf.len() as u64);
+        let covered = backing.size().saturating_sub(guest_offset).min(buf.len() as u64);
         // At most the buffer's length.
         let (below, beyond) = buf.split_at_mut(covered as usize);
         beyond.fill(0);
-        match backing.source.random() {
-            Some(random) if !below.is_empty() => random.read_at(backing.device, below, guest_offset),
-            Some(_) => Ok(()),
-            None => Err(Error::unsupported("the backing file can only be read as a stream")),
-        }
+        if below.is_empty() { Ok(()) } else { backing.read_at(below, guest_offset) }
     }
 
     /// Appends the extents of data clusters. Holes of the file (preallocated, never written) are zeros.
@@ -165,21 +150,16 @@ impl Content {
         range: Range<u64>,
         resolution: Option<u64>,
     ) -> Result<u64> {
-        let covered = match &self.backing {
-            Some(backing) if range.start < backing.size => range.start..range.end.min(backing.size),
-            _ => {
-                list.push(range.start, range.end - range.start, ExtentKind::Hole);
-                return Ok(range.end);
-            }
+        let covering = self.backing.as_ref().filter(|backing| range.start < backing.size());
+        let Some(backing) = covering else {
+            list.push(range.start, range.end - range.start, ExtentKind::Hole);
+            return Ok(range.end);
         };
-        let Some((backing, random)) = self.backing.as_ref().and_then(|b| Some((b, b.source.random()?)))
-        else {
-            return Err(Error::unsupported("the backing file can only be read as a stream"));
-        };
+        let covered = range.start..range.end.min(backing.size());
         let mut reached = range.start;
         let extents = match resolution {
-            Some(resolution) => random.rough_extents(backing.device, covered, resolution)?,
-            None => random.extents(backing.device, covered)?,
+            Some(resolution) => backing.rough_extents(covered, resolution)?,
+            None => backing.extents(covered)?,
         };
         for extent in extents {
             list.push(extent.start, extent.len, extent.kind);
@@ -197,23 +177,12 @@ fn open_data_file(input: &RandomInput, header: &Header, options: &OpenOptions) -
     let Some(name) = &header.extensions.data_file else {
         return Err(Error::unsupported("the image keeps its data in an external file that it does not name"));
     };
-    options.externals.open_file("data file", name, input.path())?.into_random()
+    options.externals.open_file("data file", name, input.location())?.into_random()
 }
 
-fn open_backing(input: &RandomInput, header: &Header, options: &OpenOptions) -> Result<Option<Backing>> {
+fn open_backing(input: &RandomInput, header: &Header, options: &OpenOptions) -> Result<Option<Disk>> {
     let Some(name) = &header.backing_file else { return Ok(None) };
     let format = header.extensions.backing_format.as_deref();
-    let source = options.externals.open_image("backing file", name, input.path(), format, options)?;
-    let [device] = source.info().devices.as_slice() else {
-        return Err(Error::unsupported(format!(
-            "the backing file holds {} devices, not one",
-            source.info().devices.len()
-        )));
-    };
-    let (device, size) = (device.id, device.size);
-    let Some(random) = source.random() else {
-        return Err(Error::unsupported("the backing file can only be read as a stream"));
-    };
-    let read_granule = random.read_granule(device);
-    Ok(Some(Backing { device, size, read_granule, source }))
+    let image = options.externals.open_image("backing file", name, input.location(), format, options)?;
+    Disk::only(image, "the backing image").map(Some)
 }

@@ -1,21 +1,21 @@
 //! Map of an image: each run with its depth in the backing chain and its place in a file.
 
+use std::fs::File;
 use std::ops::Range;
-use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use imgtool_toolkit::extent::{MAX_EXTENTS_PER_ANSWER, push_map_extent};
-use imgtool_toolkit::storage::os;
-use imgtool_toolkit::{Error, Extent, ExtentKind, MapExtent, MapPlace, RandomInput, Result};
+use imgtool_core::extent::{MAX_EXTENTS_PER_ANSWER, push_map_extent};
+use imgtool_core::{Extent, ExtentKind, MapExtent, MapPlace, RandomInput, Result};
 
 use super::content::Content;
-use crate::layout::header::Header;
+use crate::layout::header::{Header, INCOMPATIBLE_DATA_FILE};
 use crate::mapping::RunKind;
 use crate::refcounts::{RefcountGeometry, Refcounts};
 
 /// Test whether an image is preallocated and mostly unwritten, made once and only for `map`.
 pub(super) struct PreallocationTest {
     input: RandomInput,
+    has_data_file: bool,
     cluster_size: u64,
     refcounts: RefcountGeometry,
     result: OnceLock<bool>,
@@ -26,6 +26,7 @@ impl PreallocationTest {
     pub(super) fn new(input: &RandomInput, header: &Header) -> Self {
         Self {
             input: input.clone(),
+            has_data_file: header.has(INCOMPATIBLE_DATA_FILE),
             cluster_size: header.shape.cluster_size(),
             refcounts: RefcountGeometry::of(header),
             result: OnceLock::new(),
@@ -35,28 +36,40 @@ impl PreallocationTest {
     /// True if far more clusters are allocated than the file occupies. Only then does `map` show holes
     /// of the file within clusters as zeros. This is qemu-img's rule, found by experiment: the holes of
     /// an ordinary image would fragment its map.
-    fn passes(&self, content: &Content) -> Result<bool> {
+    fn passes(&self) -> Result<bool> {
         if let Some(known) = self.result.get() {
             return Ok(*known);
         }
-        let result = self.run(content)?;
+        let result = self.run()?;
         Ok(*self.result.get_or_init(|| result))
     }
 
-    fn run(&self, content: &Content) -> Result<bool> {
-        let has_data_file = content.data.path() != self.input.path();
-        let meta = self.input.file().and_then(|file| file.metadata().ok());
-        let Some(meta) = meta.filter(|_| !has_data_file) else { return Ok(false) };
-        let occupied = os::allocated_len(&meta) / self.cluster_size;
+    fn run(&self) -> Result<bool> {
+        let allocated = self.input.file().filter(|_| !self.has_data_file).and_then(allocated_len);
+        let Some(allocated) = allocated else { return Ok(false) };
+        let occupied = allocated / self.cluster_size;
         let threshold = (occupied.saturating_mul(10) / 9).max(occupied.saturating_add(2));
         Refcounts::read(&self.input, self.refcounts)?.uses_at_least(threshold, occupied.saturating_add(2))
     }
 }
 
+/// Bytes that a file takes on its file system; `None` where the system does not tell.
+#[cfg(unix)]
+fn allocated_len(file: &File) -> Option<u64> {
+    use std::os::unix::fs::MetadataExt;
+    // `st_blocks` counts units of 512 bytes, whatever the file system's own block is.
+    Some(file.metadata().ok()?.blocks().saturating_mul(512))
+}
+
+#[cfg(not(unix))]
+fn allocated_len(_file: &File) -> Option<u64> {
+    None
+}
+
 impl Content {
     /// Maps `range`, which must be within the disk. Stops early when the answer is long.
     pub(super) fn map(&self, range: Range<u64>, preallocation: &PreallocationTest) -> Result<Vec<MapExtent>> {
-        let file: Arc<Path> = self.data.path().into();
+        let file = Arc::new(self.data.location().clone());
         let mut list = Vec::new();
         let mut position = range.start;
         while position < range.end && list.len() < MAX_EXTENTS_PER_ANSWER {
@@ -66,7 +79,7 @@ impl Content {
             let parts = match run.kind {
                 RunKind::Data { host_offset } => {
                     let data = MapExtent { place: place(host_offset), ..of(ExtentKind::Data) };
-                    if preallocation.passes(self)? { split_at_holes(&self.data, data)? } else { vec![data] }
+                    if preallocation.passes()? { split_at_holes(&self.data, data)? } else { vec![data] }
                 }
                 RunKind::Zero { host_offset } => {
                     vec![MapExtent { place: host_offset.and_then(place), ..of(ExtentKind::Zero) }]
@@ -87,15 +100,12 @@ impl Content {
     /// Maps a range of the backing file, one level deeper. Beyond the end of the backing file the range
     /// is a hole at `place`: an unused part of an allocated cluster.
     fn map_backing(&self, range: Range<u64>, place: Option<MapPlace>) -> Result<Vec<MapExtent>> {
-        let covering = self.backing.as_ref().filter(|backing| range.start < backing.size);
+        let covering = self.backing.as_ref().filter(|backing| range.start < backing.size());
         let Some(backing) = covering else {
             let hole = Extent { start: range.start, len: range.end - range.start, kind: ExtentKind::Hole };
             return Ok(vec![MapExtent { place, ..MapExtent::of(hole) }]);
         };
-        let Some(random) = backing.source.random() else {
-            return Err(Error::unsupported("the backing file can only be read as a stream"));
-        };
-        let runs = random.map(backing.device, range.start..range.end.min(backing.size))?;
+        let runs = backing.map(range.start..range.end.min(backing.size()))?;
         Ok(runs.into_iter().map(|run| MapExtent { depth: run.depth + 1, ..run }).collect())
     }
 }

@@ -1,7 +1,7 @@
 //! The conformance laws, for each kind of image that this driver writes.
 
 use imgtool_qcow2::Qcow2Driver;
-use imgtool_toolkit::conformance as laws;
+use imgtool_testing::conformance as laws;
 
 use crate::tools::options;
 

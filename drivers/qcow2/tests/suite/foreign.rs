@@ -2,12 +2,14 @@
 
 use std::path::Path;
 
+use imgtool_core::{CreateOptions, ErrorKind, OpenOptions};
 use imgtool_qcow2::Qcow2Driver;
 use imgtool_raw::RawDriver;
-use imgtool_toolkit::conformance::scratch;
-use imgtool_toolkit::{CreateOptions, Driver, ErrorKind, Input, OpenOptions};
+use imgtool_testing::conformance::{self as laws, scratch};
+use imgtool_testing::oracles::{run_in, try_run_in};
+use imgtool_testing::require;
 
-use crate::tools::{convert, have, open_options, run, run_any};
+use crate::tools::{convert, open_options};
 
 /// Asserts that this driver and qemu-img convert `image` to the same raw file.
 #[track_caller]
@@ -21,7 +23,7 @@ fn assert_same_snapshot(directory: &Path, image: &str, snapshot: Option<&str>) {
     let mut args = vec!["convert", "-f", "qcow2", "-O", "raw"];
     args.extend(snapshot.iter().flat_map(|name| ["-l", name]));
     args.extend([image, "theirs.raw"]);
-    run("qemu-img", directory, &args);
+    run_in("qemu-img", directory, &args);
     for threads in [1, 3] {
         let options = OpenOptions { snapshot: snapshot.map(str::to_owned), ..open_options() };
         let ours = convert(
@@ -32,7 +34,7 @@ fn assert_same_snapshot(directory: &Path, image: &str, snapshot: Option<&str>) {
         .unwrap();
         if std::fs::metadata(&ours).unwrap().len() > 64 << 20 {
             // Mostly holes, which qemu-img compare skips.
-            run("qemu-img", directory, &["compare", "-f", "raw", "-F", "raw", "ours.raw", "theirs.raw"]);
+            run_in("qemu-img", directory, &["compare", "-f", "raw", "-F", "raw", "ours.raw", "theirs.raw"]);
             continue;
         }
         let (mut theirs, ours) = (std::fs::read(&theirs).unwrap(), std::fs::read(ours).unwrap());
@@ -75,19 +77,17 @@ fn scribble(directory: &Path, image: &str, compressed: bool, v3: bool) {
         args.extend(["-c", command]);
     }
     args.extend(["-f", "qcow2", image]);
-    let (code, out, err) = run_any("qemu-io", directory, &args);
+    let (code, out, err) = try_run_in("qemu-io", directory, &args);
     assert_eq!(code, 0, "{out}{err}");
 }
 
 fn create(directory: &Path, image: &str, options: &str, size: &str) {
-    run("qemu-img", directory, &["create", "-q", "-f", "qcow2", "-o", options, image, size]);
+    run_in("qemu-img", directory, &["create", "-q", "-f", "qcow2", "-o", options, image, size]);
 }
 
 #[test]
 fn reads_every_version_cluster_size_refcount_width_and_compression() {
-    if !have("qemu-img") || !have("qemu-io") {
-        return;
-    }
+    require!("qemu-img", "qemu-io");
     let directory = scratch();
     for cluster in ["512", "4k", "64k", "2M"] {
         for compat in ["0.10", "1.1"] {
@@ -116,9 +116,7 @@ fn reads_every_version_cluster_size_refcount_width_and_compression() {
 
 #[test]
 fn reads_subclusters() {
-    if !have("qemu-img") || !have("qemu-io") {
-        return;
-    }
+    require!("qemu-img", "qemu-io");
     let directory = scratch();
     for cluster in ["16k", "64k", "2M"] {
         for compressed in [false, true] {
@@ -137,37 +135,31 @@ fn reads_subclusters() {
 
 #[test]
 fn reads_backing_chains() {
-    if !have("qemu-img") || !have("qemu-io") {
-        return;
-    }
+    require!("qemu-img", "qemu-io");
     let directory = scratch();
     // A chain of four, each image with another cluster size. The bottom is raw, shorter, and of odd size.
     std::fs::write(directory.path().join("bottom"), vec![0xb0; 3_000_321]).unwrap();
     create(directory.path(), "one", "cluster_size=2M,backing_file=bottom,backing_fmt=raw", "8M");
     scribble(directory.path(), "one", true, true);
     create(directory.path(), "two", "compat=0.10,cluster_size=4k,backing_file=one,backing_fmt=qcow2", "9M");
-    run("qemu-io", directory.path(), &["-c", "write -P 7 5M 300k", "-c", "write -P 8 600k 10k", "two"]);
+    run_in("qemu-io", directory.path(), &["-c", "write -P 7 5M 300k", "-c", "write -P 8 600k 10k", "two"]);
     create(directory.path(), "three", "cluster_size=64k,backing_file=two,backing_fmt=qcow2", "12M");
-    run("qemu-io", directory.path(), &["-c", "write -z 5100k 100k", "-c", "write -P 8 11M 10k", "three"]);
+    run_in("qemu-io", directory.path(), &["-c", "write -z 5100k 100k", "-c", "write -P 8 11M 10k", "three"]);
     for image in ["one", "two", "three"] {
         assert_same_content(directory.path(), image);
     }
     // Without permission the driver opens nothing, and the error names the backing file.
-    let input = Input::open_plain(&directory.path().join("three")).unwrap();
-    let error = Qcow2Driver.open(input, &OpenOptions::default()).err().unwrap();
+    let error = laws::open(&Qcow2Driver, &directory.path().join("three")).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Refused);
     assert!(error.to_string().contains("backing file 'two'"), "{error}");
     // A loop is an error.
-    run("qemu-img", directory.path(), &["rebase", "-u", "-b", "three", "-F", "qcow2", "one"]);
-    let input = Input::open_plain(&directory.path().join("three")).unwrap();
-    assert!(Qcow2Driver.open(input, &open_options()).is_err());
+    run_in("qemu-img", directory.path(), &["rebase", "-u", "-b", "three", "-F", "qcow2", "one"]);
+    assert!(laws::open_with(&Qcow2Driver, &directory.path().join("three"), &open_options()).is_err());
 }
 
 #[test]
 fn reads_data_files() {
-    if !have("qemu-img") || !have("qemu-io") {
-        return;
-    }
+    require!("qemu-img", "qemu-io");
     let directory = scratch();
     for set in [
         "data_file=d",
@@ -178,8 +170,7 @@ fn reads_data_files() {
         create(directory.path(), "x", set, "8M");
         scribble(directory.path(), "x", false, true);
         assert_same_content(directory.path(), "x");
-        let input = Input::open_plain(&directory.path().join("x")).unwrap();
-        let error = Qcow2Driver.open(input, &OpenOptions::default()).err().unwrap();
+        let error = laws::open(&Qcow2Driver, &directory.path().join("x")).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::Refused);
         assert!(error.to_string().contains("data file 'd'"), "{error}");
         std::fs::remove_file(directory.path().join("d")).unwrap();
@@ -188,48 +179,42 @@ fn reads_data_files() {
 
 #[test]
 fn reads_snapshots() {
-    if !have("qemu-img") || !have("qemu-io") {
-        return;
-    }
+    require!("qemu-img", "qemu-io");
     let directory = scratch();
     for set in ["compat=0.10", "cluster_size=512", "extended_l2=on"] {
         create(directory.path(), "x", set, "8M");
-        run("qemu-img", directory.path(), &["snapshot", "-c", "empty", "x"]);
+        run_in("qemu-img", directory.path(), &["snapshot", "-c", "empty", "x"]);
         scribble(directory.path(), "x", true, set != "compat=0.10");
-        run("qemu-img", directory.path(), &["snapshot", "-c", "first state", "x"]);
-        run("qemu-io", directory.path(), &["-c", "write -P 100 0 8M", "x"]);
-        run("qemu-img", directory.path(), &["snapshot", "-c", "zwei", "x"]);
+        run_in("qemu-img", directory.path(), &["snapshot", "-c", "first state", "x"]);
+        run_in("qemu-io", directory.path(), &["-c", "write -P 100 0 8M", "x"]);
+        run_in("qemu-img", directory.path(), &["snapshot", "-c", "zwei", "x"]);
         if set != "compat=0.10" {
-            run("qemu-img", directory.path(), &["resize", "-q", "x", "10M"]);
+            run_in("qemu-img", directory.path(), &["resize", "-q", "x", "10M"]);
         }
         for snapshot in [None, Some("empty"), Some("first state"), Some("3"), Some("zwei")] {
             assert_same_snapshot(directory.path(), "x", snapshot);
         }
-        let input = Input::open_plain(&directory.path().join("x")).unwrap();
         let options = OpenOptions { snapshot: Some("nobody".into()), ..OpenOptions::default() };
-        let error = Qcow2Driver.open(input, &options).err().unwrap();
+        let error = laws::open_with(&Qcow2Driver, &directory.path().join("x"), &options).err().unwrap();
         assert!(error.hint_text().unwrap().contains("first state"));
-        let input = Input::open_plain(&directory.path().join("x")).unwrap();
-        let source = Qcow2Driver.open(input, &OpenOptions::default()).unwrap();
+        let source = laws::open(&Qcow2Driver, &directory.path().join("x")).unwrap();
         assert!(source.info().notes.iter().any(|note| note.starts_with("3 internal snapshots")));
     }
 }
 
 #[test]
 fn reads_odd_and_large_sizes() {
-    if !have("qemu-img") || !have("qemu-io") {
-        return;
-    }
+    require!("qemu-img", "qemu-io");
     let directory = scratch();
     for size in ["0", "512", "66048", "1000960"] {
         create(directory.path(), "x", "compat=1.1", size);
         let size: u64 = size.parse().unwrap();
         if size > 0 {
             let command = format!("write -P 6 {} {}", size / 2, size - size / 2);
-            run("qemu-io", directory.path(), &["-c", &command, "x"]);
+            run_in("qemu-io", directory.path(), &["-c", &command, "x"]);
         }
         assert_same_content(directory.path(), "x");
-        run("qemu-img", directory.path(), &["convert", "-c", "-O", "qcow2", "x", "y"]);
+        run_in("qemu-img", directory.path(), &["convert", "-c", "-O", "qcow2", "x", "y"]);
         assert_same_content(directory.path(), "y");
     }
     // Data beyond the first L2 table, with and without compression.
@@ -237,30 +222,27 @@ fn reads_odd_and_large_sizes() {
     for command in
         ["write -P 6 511M 2M", "write -P 7 1100M 70k", "write -P 8 1228799k 1k", "write -c -P 9 600M 64k"]
     {
-        run("qemu-io", directory.path(), &["-c", command, "x"]);
+        run_in("qemu-io", directory.path(), &["-c", command, "x"]);
     }
     assert_same_content(directory.path(), "x");
 }
 
 #[test]
 fn refuses_encryption_by_name() {
-    if !have("qemu-img") {
-        return;
-    }
+    require!("qemu-img");
     let directory = scratch();
     for format in ["aes", "luks"] {
         let set = format!("encrypt.format={format},encrypt.key-secret=s");
         let args =
             ["create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=geheim00", "-o", &set, "x", "1M"];
-        run("qemu-img", directory.path(), &args);
+        run_in("qemu-img", directory.path(), &args);
         let path = directory.path().join("x");
-        let error =
-            Qcow2Driver.open(Input::open_plain(&path).unwrap(), &OpenOptions::default()).err().unwrap();
+        let error = laws::open(&Qcow2Driver, &path).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert!(error.to_string().to_lowercase().contains(&format!("encrypted ({format})")), "{error}");
         // Its facts are available nevertheless.
         let options = OpenOptions { info_only: true, ..OpenOptions::default() };
-        let source = Qcow2Driver.open(Input::open_plain(&path).unwrap(), &options).unwrap();
+        let source = laws::open_with(&Qcow2Driver, &path, &options).unwrap();
         assert!(source.info().facts.iter().any(|fact| fact.key == "encrypted"));
     }
 }

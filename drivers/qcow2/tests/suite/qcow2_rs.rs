@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use imgtool_toolkit::conformance as laws;
+use imgtool_testing::conformance as laws;
 
 use crate::variants::{Variant, content_of, disk, write_variant};
 
@@ -23,7 +23,7 @@ fn qcow2_rs_reads_the_same() {
     for shape in Variant::shapes().into_iter().filter(|v| v.cluster_size >= 4096 && !v.extended_l2) {
         for (compression, preallocation) in [(None, "off"), (None, "metadata"), (Some("zlib"), "off")] {
             let variant = Variant { compression, preallocation, ..shape };
-            write_variant(directory.path(), &variant, "", &image);
+            write_variant(directory.path(), &variant, &image);
             std::fs::rename(directory.path().join("x"), directory.path().join(format!("{number}.qcow2")))
                 .unwrap();
             println!("{number}: {variant:?}");

@@ -6,12 +6,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use imago::file::File;
 use imago::qcow2::Qcow2;
 use imago::{FormatAccess, FormatDriverBuilder, PermissiveImplicitOpenGate};
+use imgtool_core::{CreateOptions, Driver};
 use imgtool_qcow2::Qcow2Driver;
 use imgtool_raw::RawDriver;
-use imgtool_toolkit::conformance::{self as laws, Content, Fill, Image};
-use imgtool_toolkit::{CreateOptions, Driver, Input, OpenOptions};
+use imgtool_testing::conformance::{self as laws, Content, Fill, Image};
+use imgtool_testing::oracles::{assert_clean_qcow2, run_in, run_json_in};
+use imgtool_testing::require;
 
-use crate::tools::{assert_clean, convert, have, new_output, open_options, options, run, run_json};
+use crate::tools::{convert, open_options, options, write};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -85,8 +87,8 @@ impl Variant {
         all
     }
 
-    /// Creation options as text; `data` is the name of the data file.
-    fn options(&self, data: &str) -> String {
+    /// Creation options as text.
+    fn options(&self) -> String {
         let mut set = format!("compat={},cluster_size={}", self.compat, self.cluster_size);
         let mut add = |is_set: bool, option: &str| {
             if is_set {
@@ -101,7 +103,7 @@ impl Variant {
         add(self.lazy_refcounts, "lazy_refcounts=on");
         add(self.preallocation != "off", &format!("preallocation={}", self.preallocation));
         add(self.backing, "backing_file=base,backing_fmt=raw");
-        add(self.data_file, &format!("data_file={data}"));
+        add(self.data_file, "data_file=data");
         add(self.data_file_raw, "data_file_raw=on");
         set
     }
@@ -165,14 +167,12 @@ fn scribble(directory: &Path, variant: &Variant) {
     }
     let mut args: Vec<&str> = commands.iter().flat_map(|command| ["-c", command]).collect();
     args.extend(["-f", "qcow2", "x"]);
-    run("qemu-io", directory, &args);
+    run_in("qemu-io", directory, &args);
 }
 
 #[test]
 fn reads_every_variant_of_qemu() {
-    if !have("qemu-img") || !have("qemu-io") {
-        return;
-    }
+    require!("qemu-img", "qemu-io");
     let variants = Variant::all();
     // Version 3: seven widths of four cluster sizes, two of them with and without subclusters, with
     // eight ways to store data; version 2: four cluster sizes in four ways.
@@ -184,10 +184,10 @@ fn reads_every_variant_of_qemu() {
         std::fs::write(directory.join("text"), text).unwrap();
     };
     for_each(&variants, prepare, |directory, variant| {
-        let set = variant.options("data");
-        run("qemu-img", directory, &["create", "-q", "-f", "qcow2", "-o", &set, "x", "4160k"]);
+        let set = variant.options();
+        run_in("qemu-img", directory, &["create", "-q", "-f", "qcow2", "-o", &set, "x", "4160k"]);
         scribble(directory, variant);
-        run("qemu-img", directory, &["convert", "-f", "qcow2", "-O", "raw", "x", "theirs"]);
+        run_in("qemu-img", directory, &["convert", "-f", "qcow2", "-O", "raw", "x", "theirs"]);
         let ours = convert(
             (&Qcow2Driver, &directory.join("x"), &open_options()),
             (&RawDriver, &directory.join("ours"), &CreateOptions::default()),
@@ -197,8 +197,7 @@ fn reads_every_variant_of_qemu() {
         let (theirs, ours) = (std::fs::read(directory.join("theirs")).unwrap(), std::fs::read(ours).unwrap());
         assert_eq!(theirs.len(), ours.len(), "{variant:?}");
         assert_eq!(theirs.iter().zip(&ours).position(|(a, b)| a != b), None, "{variant:?}");
-        let report =
-            Qcow2Driver.check(Input::open_plain(&directory.join("x")).unwrap(), &open_options()).unwrap();
+        let report = Qcow2Driver.check(laws::input(&directory.join("x")).unwrap(), &open_options()).unwrap();
         assert_eq!((report.corruptions, report.leaks), (0, 0), "{variant:?}: {:?}", report.findings);
     });
 }
@@ -217,9 +216,7 @@ pub fn disk() -> Image {
 
 #[test]
 fn others_read_every_variant_of_ours() {
-    if !have("qemu-img") {
-        return;
-    }
+    require!("qemu-img");
     let mut variants = Vec::new();
     for variant in Variant::all() {
         let kinds: &[&str] = match variant.compression.is_some() || variant.backing {
@@ -246,12 +243,14 @@ fn others_read_every_variant_of_ours() {
         write_raw(&image, directory, "raw");
     };
     for_each(&variants, prepare, |directory, variant| {
-        let data = directory.join("data").to_str().unwrap().to_owned();
-        write_variant(directory, variant, &data, &image);
-        assert_clean(directory, "x", "raw");
-        assert_info(directory, variant, &data);
+        write_variant(directory, variant, &image);
+        assert_clean_qcow2(directory, "x", "raw");
+        assert_info(directory, variant);
         if variant.data_file_raw {
-            assert!(std::fs::read(&data).unwrap() == content, "{variant:?}: the data file is not the disk");
+            assert!(
+                std::fs::read(directory.join("data")).unwrap() == content,
+                "{variant:?}: the data file is not the disk"
+            );
         }
         // imago knows neither zstd nor extended L2 entries.
         if variant.compression != Some("zstd") && !variant.extended_l2 {
@@ -273,23 +272,16 @@ pub fn content_of(image: &Image) -> Vec<u8> {
 }
 
 /// Writes `image` to the file `x`, as `variant`.
-pub fn write_variant(directory: &Path, variant: &Variant, data: &str, image: &Image) {
-    let mut options = options(&variant.options(data));
-    options.compress = variant.compression.map(|_| imgtool_toolkit::Compress::default());
-    if variant.data_file {
-        options.extras.outputs.insert("data_file".into(), new_output(Path::new(data)));
-    }
-    if variant.backing {
-        let base = Input::open_plain(&directory.join("base")).unwrap();
-        options.extras.base = Some(RawDriver.open(base, &OpenOptions::default()).unwrap().into());
-    }
-    let sink = Qcow2Driver.create(new_output(&directory.join("x")), &image.manifest(), &options).unwrap();
-    laws::fill_sink(&mut laws::MemorySource::new(image), &*sink, 2).unwrap();
+pub fn write_variant(directory: &Path, variant: &Variant, image: &Image) {
+    let mut options = options(&variant.options());
+    options.compress = variant.compression.map(|_| imgtool_core::Compress::default());
+    let base = directory.join("base");
+    write(image, &options, variant.backing.then_some(&base), &directory.join("x"));
 }
 
 /// Asserts that `qemu-img info` shows the options of `variant`.
-fn assert_info(directory: &Path, variant: &Variant, data_name: &str) {
-    let info = run_json("qemu-img", directory, &["info", "--output=json", "x"]);
+fn assert_info(directory: &Path, variant: &Variant) {
+    let info = run_json_in("qemu-img", directory, &["info", "--output=json", "x"]);
     let data = &info["format-specific"]["data"];
     assert_eq!(info["virtual-size"], 3 * MIB, "{variant:?}");
     assert_eq!(info["cluster-size"], variant.cluster_size, "{variant:?}");
@@ -306,7 +298,7 @@ fn assert_info(directory: &Path, variant: &Variant, data_name: &str) {
         assert_eq!(data["extended-l2"], variant.extended_l2, "{variant:?}");
         assert_eq!(data["lazy-refcounts"], variant.lazy_refcounts, "{variant:?}");
         assert_eq!(data["corrupt"], false, "{variant:?}");
-        assert_eq!(data["data-file"].as_str(), variant.data_file.then_some(data_name), "{variant:?}");
+        assert_eq!(data["data-file"].as_str(), variant.data_file.then_some("data"), "{variant:?}");
         assert_eq!(data["data-file-raw"].as_bool().unwrap_or(false), variant.data_file_raw, "{variant:?}");
     }
 }

@@ -1,19 +1,21 @@
 //! Images of this driver, read by qemu-img.
 
+use std::path::Path;
+
+use imgtool_core::{CreateOptions, Driver, Remedy};
 use imgtool_qcow2::Qcow2Driver;
 use imgtool_raw::RawDriver;
-use imgtool_toolkit::conformance::{self as laws, Content, Fill, Image};
-use imgtool_toolkit::{CreateOptions, Driver, Input, OpenOptions};
+use imgtool_testing::conformance::{self as laws, Content, FileOutputs, Fill, Image};
+use imgtool_testing::oracles::{assert_clean_qcow2, run_json_in, try_run_in};
+use imgtool_testing::require;
 
-use crate::tools::{assert_clean, have, new_output, options, run_any, run_json};
+use crate::tools::{options, write};
 
 const MIB: u64 = 1 << 20;
 
 /// Writes each image with each set of options, and checks and compares it with qemu-img.
 fn check_all(images: &[Image], sets: &[String]) {
-    if !have("qemu-img") {
-        return;
-    }
+    require!("qemu-img");
     for image in images {
         let directory = laws::scratch();
         let raw = laws::make(&RawDriver, &CreateOptions::default(), image, directory.path());
@@ -21,7 +23,7 @@ fn check_all(images: &[Image], sets: &[String]) {
         for set in sets {
             let path = laws::make(&Qcow2Driver, &options(set), image, directory.path());
             println!("{image}: {set}");
-            assert_clean(directory.path(), path.file_name().unwrap().to_str().unwrap(), &raw_name);
+            assert_clean_qcow2(directory.path(), path.file_name().unwrap().to_str().unwrap(), &raw_name);
             std::fs::remove_file(path).unwrap();
         }
     }
@@ -112,13 +114,11 @@ fn writes_odd_sizes() {
 
 #[test]
 fn qemu_img_info_shows_the_options() {
-    if !have("qemu-img") {
-        return;
-    }
+    require!("qemu-img");
     let directory = laws::scratch();
     let set = "cluster_size=16k,refcount_bits=8,extended_l2=on,compression_type=zstd,lazy_refcounts=on";
     let path = laws::make(&Qcow2Driver, &options(set), &mixed(), directory.path());
-    let info = run_json("qemu-img", directory.path(), &["info", "--output=json", path.to_str().unwrap()]);
+    let info = run_json_in("qemu-img", directory.path(), &["info", "--output=json", path.to_str().unwrap()]);
     assert_eq!(info["cluster-size"], 16384);
     assert_eq!(info["virtual-size"], 5 * MIB);
     let data = &info["format-specific"]["data"];
@@ -128,28 +128,20 @@ fn qemu_img_info_shows_the_options() {
     assert_eq!(data["compression-type"], "zstd");
     assert_eq!(data["lazy-refcounts"], true);
     let path = laws::make(&Qcow2Driver, &options("compat=0.10"), &mixed(), directory.path());
-    let info = run_json("qemu-img", directory.path(), &["info", "--output=json", path.to_str().unwrap()]);
+    let info = run_json_in("qemu-img", directory.path(), &["info", "--output=json", path.to_str().unwrap()]);
     assert_eq!(info["format-specific"]["data"]["compat"], "0.10");
 }
 
 /// Writes `image` as an overlay of `base`. The sink compares with the base if `compare` is set.
-fn write_overlay(image: &Image, base: &std::path::Path, set: &str, compare: bool, output: &std::path::Path) {
-    let mut options = options(set);
-    options.options.insert("backing_file".into(), base.file_name().unwrap().to_str().unwrap().into());
-    options.options.insert("backing_fmt".into(), "raw".into());
-    if compare {
-        let source = RawDriver.open(Input::open_plain(base).unwrap(), &OpenOptions::default()).unwrap();
-        options.extras.base = Some(source.into());
-    }
-    let sink = Qcow2Driver.create(new_output(output), &image.manifest(), &options).unwrap();
-    laws::fill_sink(&mut laws::MemorySource::new(image), &*sink, 3).unwrap();
+fn write_overlay(image: &Image, base: &Path, set: &str, compare: bool, output: &Path) {
+    let name = base.file_name().unwrap().to_str().unwrap();
+    let options = options(&format!("{set},backing_file={name},backing_fmt=raw"));
+    write(image, &options, compare.then_some(base), output);
 }
 
 #[test]
 fn overlays_store_only_the_difference() {
-    if !have("qemu-img") {
-        return;
-    }
+    require!("qemu-img");
     let directory = laws::scratch();
     let base_image = Image::disk(
         "base",
@@ -182,14 +174,14 @@ fn overlays_store_only_the_difference() {
             let path = directory.path().join("x");
             write_overlay(&image, &base, set, compare, &path);
             println!("{set} {compare}");
-            assert_clean(directory.path(), "x", "raw");
+            assert_clean_qcow2(directory.path(), "x", "raw");
         }
     }
     // An overlay with the content of its base stores no data.
     let path = directory.path().join("x");
     write_overlay(&base_image, &base, "", true, &path);
     assert!(std::fs::metadata(&path).unwrap().len() < 400_000);
-    let info = run_json("qemu-img", directory.path(), &["info", "--output=json", "x"]);
+    let info = run_json_in("qemu-img", directory.path(), &["info", "--output=json", "x"]);
     assert_eq!(
         (info["backing-filename"].as_str(), info["backing-filename-format"].as_str()),
         (Some("base"), Some("raw"))
@@ -198,9 +190,7 @@ fn overlays_store_only_the_difference() {
 
 #[test]
 fn writes_data_files() {
-    if !have("qemu-img") {
-        return;
-    }
+    require!("qemu-img");
     for image in [mixed(), laws::far_apart()] {
         let directory = laws::scratch();
         let raw = laws::make(&RawDriver, &CreateOptions::default(), &image, directory.path());
@@ -213,16 +203,11 @@ fn writes_data_files() {
             "cluster_size=2M",
             "lazy_refcounts=on,data_file_raw=on,preallocation=falloc",
         ] {
-            let mut options = options(set);
-            options.options.insert("data_file".into(), "data".into());
-            options.extras.outputs.insert("data_file".into(), new_output(&directory.path().join("data")));
-            let output = new_output(&directory.path().join("x"));
-            let sink = Qcow2Driver.create(output, &image.manifest(), &options).unwrap();
-            laws::fill_sink(&mut laws::MemorySource::new(&image), &*sink, 3).unwrap();
+            write(&image, &options(&format!("{set},data_file=data")), None, &directory.path().join("x"));
             println!("{image} {set}");
-            assert_clean(directory.path(), "x", "raw");
+            assert_clean_qcow2(directory.path(), "x", "raw");
             if set.contains("data_file_raw") {
-                let (code, out, _) = run_any(
+                let (code, out, _) = try_run_in(
                     "qemu-img",
                     directory.path(),
                     &["compare", "-f", "raw", "-F", "raw", "data", "raw"],
@@ -238,9 +223,13 @@ fn refuses_a_disk_beyond_the_l1_limit_and_writes_nothing() {
     let directory = laws::scratch();
     let path = directory.path().join("x");
     let image = Image::disk("huge", 4 << 50, Content::zero());
-    let error = Qcow2Driver.create(new_output(&path), &image.manifest(), &options("")).err().unwrap();
-    assert!(error.hint_text().unwrap().contains("cluster_size=131072"));
+    let create = |image: &Image, set: &str| {
+        let outputs = &mut FileOutputs::new(&path);
+        Qcow2Driver.writer(&options(set)).unwrap().create(outputs, &image.manifest())
+    };
+    let error = create(&image, "").err().unwrap();
+    assert_eq!(error.remedy(), Some(&Remedy::SetOption("cluster_size=131072".into())));
     let huge = Image::disk("beyond", 1 << 63, Content::zero());
-    assert!(Qcow2Driver.create(new_output(&path), &huge.manifest(), &options("cluster_size=2M")).is_err());
-    assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
+    assert!(create(&huge, "cluster_size=2M").is_err());
+    assert!(!path.exists());
 }

@@ -1,6 +1,6 @@
 //! The file type identifier and the two headers (section 2.2).
 //!
-//! The headers have fixed offsets. An update overwrites the older one with a higher sequence number, so
+//! The headers have fixed offsets. An update overwrites the older header and gives it the higher sequence number, so
 //! that a torn write leaves the other intact.
 
 use uuid::Uuid;

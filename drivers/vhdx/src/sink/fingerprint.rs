@@ -7,7 +7,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use imgtool_toolkit::zero::ZERO_GRANULARITY;
+use imgtool_core::zero::ZERO_GRANULARITY;
 use twox_hash::XxHash3_128;
 use uuid::Uuid;
 

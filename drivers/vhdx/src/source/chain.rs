@@ -1,21 +1,20 @@
 //! An image together with its parent: content, extents and the map of guest ranges.
 
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 
-use imgtool_toolkit::extent::{MAX_EXTENTS_PER_ANSWER, push_map_extent};
-use imgtool_toolkit::{Error, Extent, ExtentKind, ExtentList, MapExtent, MapPlace, Result};
+use imgtool_core::extent::{MAX_EXTENTS_PER_ANSWER, push_map_extent};
+use imgtool_core::{Disk, Error, Extent, ExtentKind, ExtentList, Location, MapExtent, MapPlace, Result};
 
 use super::segment::{Origin, Segment};
 use crate::image::Image;
-use crate::parent::Parent;
 
 /// An image and its parent. Guest ranges passed to its methods lie within the disk.
 pub(super) struct Chain {
     pub(super) image: Image,
-    /// `None` if the disk has no parent, or was opened for information only.
-    pub(super) parent: Option<Parent>,
+    /// `None` if the disk has no parent, or was opened for information only. Its size may differ from the
+    /// child's, which can be resized; the child reads zeros behind it.
+    pub(super) parent: Option<Disk>,
 }
 
 impl Chain {
@@ -29,14 +28,13 @@ impl Chain {
             }
             Origin::Parent => {
                 let parent = self.parent()?;
-                let in_parent = parent.virtual_size.saturating_sub(guest_offset).min(buf.len() as u64);
+                let in_parent = parent.size().saturating_sub(guest_offset).min(buf.len() as u64);
                 let (from_parent, behind) = buf.split_at_mut(in_parent as usize);
                 behind.fill(0);
                 if from_parent.is_empty() {
                     return Ok(());
                 }
-                let (random, device) = parent.random()?;
-                random.read_at(device, from_parent, guest_offset)
+                parent.read_at(from_parent, guest_offset)
             }
         }
     }
@@ -76,7 +74,7 @@ impl Chain {
 
     /// Lists the runs of `range`, each with its image in the chain and its file offset there.
     pub(super) fn map(&self, range: Range<u64>) -> Result<Vec<MapExtent>> {
-        let file: Arc<Path> = self.image.file.path().into();
+        let file = Arc::new(self.image.file.location().clone());
         let mut list = Vec::new();
         let mut guest_offset = range.start;
         while guest_offset < range.end && list.len() < MAX_EXTENTS_PER_ANSWER {
@@ -96,10 +94,10 @@ impl Chain {
         Ok(list)
     }
 
-    fn parent(&self) -> Result<&Parent> {
+    fn parent(&self) -> Result<&Disk> {
         self.parent.as_ref().ok_or_else(|| {
             Error::unsupported("the parent is not open: the image was opened for information only")
-                .path(self.image.file.path())
+                .path(self.image.file.location())
         })
     }
 
@@ -142,15 +140,14 @@ impl Chain {
     ) -> Result<u64> {
         let parent = self.parent()?;
         let end = start + len;
-        if start >= parent.virtual_size {
+        if start >= parent.size() {
             return Ok(push(extents, start, len, ExtentKind::Hole));
         }
-        let (random, device) = parent.random()?;
         let mut guest_offset = start;
-        let in_parent = start..end.min(parent.virtual_size);
+        let in_parent = start..end.min(parent.size());
         let parent_extents = match resolution {
-            Some(resolution) => random.rough_extents(device, in_parent, resolution)?,
-            None => random.extents(device, in_parent)?,
+            Some(resolution) => parent.rough_extents(in_parent, resolution)?,
+            None => parent.extents(in_parent)?,
         };
         for extent in parent_extents {
             guest_offset = push(extents, guest_offset, extent.len, extent.kind);
@@ -159,7 +156,13 @@ impl Chain {
     }
 
     /// Maps a segment in the file: runs of data and holes.
-    fn map_file(&self, file: &Arc<Path>, start: u64, len: u64, file_offset: u64) -> Result<Vec<MapExtent>> {
+    fn map_file(
+        &self,
+        file: &Arc<Location>,
+        start: u64,
+        len: u64,
+        file_offset: u64,
+    ) -> Result<Vec<MapExtent>> {
         let mut extents = ExtentList::new();
         self.push_file_runs(&mut extents, start, len, file_offset, None)?;
         let describe = |extent: Extent| MapExtent {
@@ -176,12 +179,11 @@ impl Chain {
     /// Maps a segment in the parent, one level further down the chain.
     fn map_parent(&self, start: u64, len: u64) -> Result<Vec<MapExtent>> {
         let parent = self.parent()?;
-        if start >= parent.virtual_size {
+        if start >= parent.size() {
             return Ok(vec![MapExtent::of(Extent { start, len, kind: ExtentKind::Hole })]);
         }
-        let (random, device) = parent.random()?;
-        let end = (start + len).min(parent.virtual_size);
-        let parent_map = random.map(device, start..end)?;
+        let end = (start + len).min(parent.size());
+        let parent_map = parent.map(start..end)?;
         Ok(parent_map.into_iter().map(|run| MapExtent { depth: run.depth + 1, ..run }).collect())
     }
 }

@@ -1,6 +1,6 @@
 //! Look-up of guest ranges: the BAT and the sector bitmaps tell the origin of every byte.
 
-use imgtool_toolkit::{Error, Result};
+use imgtool_core::{Error, Remedy, Result};
 
 use crate::image::{DISK_NAME, Image};
 use crate::layout::bat::{
@@ -92,7 +92,7 @@ impl Image {
     fn check_block(&self, payload_block: u64, entry: BatEntry) -> Result<u64> {
         let file_offset = entry.file_offset();
         let guest_start = payload_block * self.shape.block_size;
-        let used = self.shape.block_size.min(self.metadata.virtual_size - guest_start);
+        let used = self.shape.block_size.min(self.metadata.virtual_size.saturating_sub(guest_start));
         for (name, region) in self.reserved_regions() {
             if region.overlaps(file_offset, used) {
                 return Err(self.block_error(
@@ -110,7 +110,7 @@ impl Image {
                     self.file.len()
                 ))
                 .at(file_offset)
-                .hint("the file is cut short: copy it again, or use a backup; --salvage reads the rest"),
+                .remedied_by(Remedy::Salvage("the file is cut short: copy it again, or use a backup".into())),
             ));
         }
         Ok(file_offset)
@@ -177,6 +177,6 @@ impl Image {
         let start = payload_block * self.shape.block_size;
         let end = start.saturating_add(self.shape.block_size).min(self.metadata.virtual_size);
         let entry_at = self.regions.bat.file_offset + self.shape.payload_bat_index(payload_block) * ENTRY_LEN;
-        error.path(self.file.path()).device(DISK_NAME).guest(start..end).at(entry_at)
+        error.path(self.file.location()).device(DISK_NAME).guest(start..end).at(entry_at)
     }
 }

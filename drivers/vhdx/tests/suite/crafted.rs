@@ -1,13 +1,14 @@
 //! Files built byte by byte: valid ones, damaged ones that can be read, and refusals.
 
-use imgtool_toolkit::{CheckReport, Driver, ErrorKind, OpenOptions};
+use imgtool_core::{CheckReport, Driver, ErrorKind, OpenOptions};
+use imgtool_testing::memory::unreadable_at;
 use imgtool_vhdx::VhdxDriver;
 
 use crate::support::builder::{
     BAT_AT, BAT_GUID, BLOCKS_AT, DISK_ID, DISK_SIZE, FILE_PARAMETERS, HEADERS_AT, LOGICAL, METADATA_AT,
     METADATA_GUID, PHYSICAL, REGIONS_AT, VhdxBuilder, guid,
 };
-use crate::support::{GIB, MIB, TIB, content, input, open_bytes, unreadable_at};
+use crate::support::{GIB, MIB, TIB, content, disk_of, input, open_bytes};
 
 /// A disk of four blocks of 1 MiB; each byte of the second is 1.
 fn four_blocks() -> VhdxBuilder {
@@ -22,7 +23,7 @@ fn expected() -> Vec<u8> {
 #[track_caller]
 fn assert_reads(vhdx: &VhdxBuilder, expected: &[u8]) {
     let source = vhdx.open().unwrap_or_else(|e| panic!("{e}"));
-    assert!(content(&*source).unwrap() == expected);
+    assert!(content(&source).unwrap() == expected);
 }
 
 /// Asserts that opening fails with this kind and words.
@@ -87,7 +88,7 @@ fn reads_zeros_in_blocks_without_content() {
 #[test]
 fn refuses_reserved_states() {
     let vhdx = four_blocks().bat(2, BLOCKS_AT, 4);
-    let error = content(&*vhdx.open().unwrap()).unwrap_err();
+    let error = content(&vhdx.open().unwrap()).unwrap_err();
     assert!(error.to_string().contains("reserved state 4"), "{error}");
     assert_eq!(error.guest_range(), Some(2 * MIB..3 * MIB));
     assert_eq!(error.file_offset(), Some(BAT_AT + 16));
@@ -97,7 +98,7 @@ fn refuses_reserved_states() {
 #[test]
 fn refuses_partially_present_blocks_without_a_parent() {
     let vhdx = four_blocks().bat(2, BLOCKS_AT, 7);
-    let error = content(&*vhdx.open().unwrap()).unwrap_err();
+    let error = content(&vhdx.open().unwrap()).unwrap_err();
     assert!(error.to_string().contains("no parent"), "{error}");
     assert_finding(&vhdx, "no parent");
 }
@@ -105,20 +106,20 @@ fn refuses_partially_present_blocks_without_a_parent() {
 #[test]
 fn refuses_blocks_past_the_end_of_the_file() {
     let vhdx = four_blocks().bat(2, 900 * MIB, 6);
-    let error = content(&*vhdx.open().unwrap()).unwrap_err();
+    let error = content(&vhdx.open().unwrap()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt);
     assert_eq!((error.guest_range(), error.file_offset()), (Some(2 * MIB..3 * MIB), Some(900 * MIB)));
     assert!(error.hint_text().is_some());
     assert_finding(&vhdx, "but the file ends at");
     let huge = four_blocks().bat(2, !(MIB - 1), 6);
-    assert!(content(&*huge.open().unwrap()).is_err());
+    assert!(content(&huge.open().unwrap()).is_err());
 }
 
 #[test]
 fn salvage_reads_sound_blocks_and_lists_losses() {
     let vhdx = four_blocks().bat(2, 900 * MIB, 6).bat(3, 0, 4);
     let source = vhdx.salvage().unwrap();
-    assert!(content(&*source).unwrap() == expected());
+    assert!(content(&source).unwrap() == expected());
     let losses = source.losses();
     assert!(losses.iter().any(|loss| loss.guest == (2 * MIB..3 * MIB)), "{losses:?}");
     assert!(losses.iter().all(|loss| loss.guest.start >= 2 * MIB), "{losses:?}");
@@ -133,7 +134,7 @@ fn reads_a_cut_last_block_that_holds_the_guests_bytes() {
     assert_reads(&vhdx, &expected);
     assert_eq!(check(&vhdx).corruptions, 0);
     vhdx.bytes.truncate((BLOCKS_AT + MIB + 4095) as usize);
-    assert!(content(&*vhdx.open().unwrap()).is_err());
+    assert!(content(&vhdx.open().unwrap()).is_err());
     assert_finding(&vhdx, "but the file ends at");
 }
 
@@ -141,7 +142,7 @@ fn reads_a_cut_last_block_that_holds_the_guests_bytes() {
 fn refuses_blocks_inside_the_tables() {
     for (at, name) in [(0, "header section"), (MIB, "log"), (METADATA_AT, "metadata"), (BAT_AT, "BAT")] {
         let vhdx = four_blocks().bat(2, at, 6);
-        let error = content(&*vhdx.open().unwrap()).unwrap_err();
+        let error = content(&vhdx.open().unwrap()).unwrap_err();
         assert!(error.to_string().contains(name), "{error}");
         assert_finding(&vhdx, name);
     }
@@ -163,20 +164,17 @@ fn interleaves_bitmap_entries() {
         .fill(BLOCKS_AT + MIB, MIB, 6)
         .bat(4098, BLOCKS_AT + 2 * MIB, 6)
         .fill(BLOCKS_AT + 2 * MIB, MIB, 7);
-    let source = vhdx.open().unwrap();
-    let random = source.random().unwrap();
-    let device = source.info().devices[0].id;
+    let disk = disk_of(&vhdx.open().unwrap());
     let mut byte = [0];
     for (at, expected) in
         [(4 * GIB - MIB - 1, 0), (4 * GIB - MIB, 5), (4 * GIB - 1, 5), (4 * GIB, 6), (4 * GIB + MIB, 7)]
     {
-        random.read_at(device, &mut byte, at).unwrap();
+        disk.read_at(&mut byte, at).unwrap();
         assert_eq!(byte[0], expected, "at {at}");
     }
     // With 4096-byte sectors a chunk is eight times as long.
     let vhdx = VhdxBuilder::new(4 * GIB + 2 * MIB, MIB, 4096).bat(4096, BLOCKS_AT, 6).fill(BLOCKS_AT, MIB, 6);
-    let source = vhdx.open().unwrap();
-    source.random().unwrap().read_at(device, &mut byte, 4 * GIB).unwrap();
+    disk_of(&vhdx.open().unwrap()).read_at(&mut byte, 4 * GIB).unwrap();
     assert_eq!(byte[0], 6);
 }
 
@@ -349,19 +347,19 @@ fn refuses_an_unreadable_header_except_in_salvage() {
     let vhdx = four_blocks();
     let open = |at: usize, salvage: bool| {
         let options = OpenOptions { salvage, ..OpenOptions::default() };
-        VhdxDriver.open(unreadable_at(&vhdx.bytes, at as u64), &options)
+        VhdxDriver.open(unreadable_at("memory.vhdx", &vhdx.bytes, at as u64), &options)
     };
     for at in HEADERS_AT {
-        let error = open(at, false).err().expect("refused");
+        let error = open(at, false).expect_err("refused");
         assert_eq!((error.kind(), error.file_offset()), (ErrorKind::Io, Some(at as u64)), "{error}");
         let source = open(at, true).unwrap();
         assert!(source.info().notes.iter().any(|note| note.contains("can't be read")));
-        assert!(content(&*source).unwrap() == expected());
+        assert!(content(&source).unwrap() == expected());
     }
     // One copy of the region table is enough, since both have the same content.
     for at in REGIONS_AT {
         let source = open(at, false).unwrap();
         assert!(source.info().notes.iter().any(|note| note.contains("can't be read")));
-        assert!(content(&*source).unwrap() == expected());
+        assert!(content(&source).unwrap() == expected());
     }
 }

@@ -1,15 +1,15 @@
 //! Differencing disks: pairs and chains built byte by byte, read by the driver and by dissect.hypervisor.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use imgtool_toolkit::{
-    Driver, ErrorKind, ExternalPolicy, Externals, ImageSource, Input, OpenOptions, Registry, Result,
-};
+use imgtool_core::{Driver, ErrorKind, ImageSource, OpenOptions, Registry, Result};
+use imgtool_engine::externals::{ExternalPolicy, PolicyOpener};
+use imgtool_testing::{conformance, oracles, require};
 use imgtool_vhdx::VhdxDriver;
 
 use crate::support::builder::{BLOCKS_AT, DATA_GUID, VhdxBuilder, guid};
-use crate::support::oracle::{dissect_compare, has_dissect};
-use crate::support::{GIB, MIB, content, open_file};
+use crate::support::{GIB, MIB, check_file, content, disk_of, open_file};
 
 const CHILD_GUID: &str = "cccccccc-0000-4000-8000-000000000002";
 
@@ -17,13 +17,14 @@ const CHILD_GUID: &str = "cccccccc-0000-4000-8000-000000000002";
 fn allowed(policy: ExternalPolicy) -> OpenOptions {
     let mut registry = Registry::new();
     imgtool_vhdx::register(&mut registry);
-    OpenOptions { externals: Externals::new(registry, policy), ..OpenOptions::default() }
+    let externals = PolicyOpener::new(registry, policy).externals();
+    OpenOptions { externals, ..OpenOptions::default() }
 }
 
 /// Opens an image with the parents beside it.
-fn open_chain(path: &Path) -> Result<Box<dyn ImageSource>> {
+fn open_chain(path: &Path) -> Result<Arc<dyn ImageSource>> {
     let options = allowed(ExternalPolicy { chain: true, paths: Vec::new() });
-    VhdxDriver.open(Input::open_plain(path)?, &options)
+    VhdxDriver.open(conformance::input(path)?, &options)
 }
 
 /// Writes the file and returns its path.
@@ -108,10 +109,10 @@ fn reads_a_child_over_its_parent() {
         save(directory.path(), "base.vhdx", &parent(logical));
         let path = save(directory.path(), "child.avhdx", &child(logical));
         let source = open_chain(&path).unwrap();
-        assert!(content(&*source).unwrap() == expected(logical), "sectors of {logical}");
+        assert!(content(&source).unwrap() == expected(logical), "sectors of {logical}");
         let facts = &source.info().facts;
         assert!(facts.iter().any(|fact| fact.key == "subformat" && fact.value == "differencing"));
-        let report = VhdxDriver.check(Input::open_plain(&path).unwrap(), &OpenOptions::default()).unwrap();
+        let report = check_file(&path);
         assert_eq!(report.corruptions, 0, "{:?}", report.findings);
         assert_eq!(report.allocated_clusters, Some(3));
     }
@@ -119,15 +120,13 @@ fn reads_a_child_over_its_parent() {
 
 #[test]
 fn dissect_reads_the_same() {
-    if !has_dissect() {
-        return;
-    }
+    require!("dissect");
     let directory = tempfile::tempdir().unwrap();
     save(directory.path(), "base.vhdx", &parent(512));
     let path = save(directory.path(), "child.avhdx", &child(512));
     let raw = directory.path().join("expected.raw");
     std::fs::write(&raw, expected(512)).unwrap();
-    dissect_compare(&path, &raw);
+    oracles::dissect_compare_vhdx(&path, &raw);
 }
 
 #[test]
@@ -144,10 +143,10 @@ fn reads_chains_of_several_children() {
     assert_eq!(open_chain(&path).map(|_| ()).unwrap_err().kind(), ErrorKind::Refused);
     let paths = ["base.vhdx", "child.avhdx"].map(|name| directory.path().join(name)).to_vec();
     let options = allowed(ExternalPolicy { chain: false, paths });
-    let source = VhdxDriver.open(Input::open_plain(&path).unwrap(), &options).unwrap();
+    let source = VhdxDriver.open(conformance::input(&path).unwrap(), &options).unwrap();
     let mut expected = expected(512);
     expected[..MIB as usize].fill(0x77);
-    assert!(content(&*source).unwrap() == expected);
+    assert!(content(&source).unwrap() == expected);
 }
 
 #[test]
@@ -169,8 +168,7 @@ fn reads_the_bitmap_of_the_second_chunk() {
     let path = save(directory.path(), "child.vhdx", &child);
     let source = open_chain(&path).unwrap();
     let mut bytes = [0; 1536];
-    let device = source.info().devices[0].id;
-    source.random().unwrap().read_at(device, &mut bytes, 4 * GIB + MIB).unwrap();
+    disk_of(&source).read_at(&mut bytes, 4 * GIB + MIB).unwrap();
     assert_eq!((bytes[0], bytes[511], bytes[512], bytes[1023], bytes[1024]), (1, 1, 2, 2, 1));
 }
 
@@ -184,7 +182,7 @@ fn reads_zeros_behind_a_shorter_parent() {
         .fill(BLOCKS_AT + 2 * MIB, 2 * MIB, 2);
     save(directory.path(), "base.vhdx", &small);
     let path = save(directory.path(), "child.vhdx", &child_of(&linkage(r".\base.vhdx"), 512));
-    let bytes = content(&*open_chain(&path).unwrap()).unwrap();
+    let bytes = content(&open_chain(&path).unwrap()).unwrap();
     let expected = [vec![1; 2 * MIB as usize], vec![2; 4096], vec![0; 6 * MIB as usize - 4096]].concat();
     assert!(bytes == expected);
 }
@@ -198,11 +196,11 @@ fn refuses_a_parent_that_is_not_allowed() {
     assert_eq!(error.kind(), ErrorKind::Refused);
     assert!(error.to_string().contains("base.vhdx"), "{error}");
     let facts = OpenOptions { info_only: true, ..OpenOptions::default() };
-    let source = VhdxDriver.open(Input::open_plain(&path).unwrap(), &facts).unwrap();
+    let source = VhdxDriver.open(conformance::input(&path).unwrap(), &facts).unwrap();
     // The path on this system; the facts have the locator's own text, with Windows separators.
     assert_eq!(source.info().references[0].name, "./base.vhdx");
     assert_eq!(source.info().references[0].role, "parent");
-    assert!(content(&*source).is_err());
+    assert!(content(&source).is_err());
 }
 
 #[test]
@@ -254,10 +252,10 @@ fn refuses_missing_or_misplaced_sector_bitmaps() {
     save(directory.path(), "base.vhdx", &parent(512));
     for (bitmap_at, state) in [(0, 0), (900 * MIB, 6), (0, 6), (BLOCKS_AT, 3)] {
         let path = save(directory.path(), "child.vhdx", &child(512).bat(4096, bitmap_at, state));
-        let error = content(&*open_chain(&path).unwrap()).unwrap_err();
+        let error = content(&open_chain(&path).unwrap()).unwrap_err();
         assert!(error.to_string().contains("bitmap"), "{error}");
         assert_eq!(error.guest_range(), Some(3 * MIB..4 * MIB));
-        let report = VhdxDriver.check(Input::open_plain(&path).unwrap(), &OpenOptions::default()).unwrap();
+        let report = check_file(&path);
         assert!(report.corruptions > 0);
     }
 }

@@ -1,12 +1,13 @@
 //! Logs made byte by byte, replayed in memory, and compared with what QEMU makes of them.
 
-use imgtool_toolkit::{Driver, ErrorKind, OpenOptions};
+use imgtool_core::{Driver, ErrorKind, OpenOptions};
+use imgtool_testing::oracles::{self, qemu_img};
+use imgtool_testing::text;
 use imgtool_vhdx::VhdxDriver;
 
 use crate::support::builder::{
     BAT_AT, BLOCKS_AT, Change, HEADERS_AT, LOG_GUID, LogEntry, METADATA_AT, VhdxBuilder, guid, seal_entry,
 };
-use crate::support::oracle::{arg, has_qemu, qemu_img};
 use crate::support::{MIB, content, input, open_file};
 
 /// File offset of payload block 1, whose content the logs change.
@@ -43,7 +44,7 @@ fn with_pages(pages: &[(usize, u8)]) -> Vec<u8> {
 #[track_caller]
 fn assert_replayed_by_us(vhdx: &VhdxBuilder, expected: &[u8]) {
     let source = vhdx.open().unwrap_or_else(|e| panic!("{e}"));
-    let found = content(&*source).unwrap();
+    let found = content(&source).unwrap();
     if let Some(at) = found.iter().zip(expected).position(|(a, b)| a != b) {
         panic!("byte {at}: {} instead of {}", found[at], expected[at]);
     }
@@ -58,19 +59,19 @@ fn assert_replayed_by_us(vhdx: &VhdxBuilder, expected: &[u8]) {
 #[track_caller]
 fn assert_replays(vhdx: &VhdxBuilder, expected: &[u8]) {
     assert_replayed_by_us(vhdx, expected);
-    if !has_qemu() {
+    if !oracles::have("qemu-img") {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
     let (dirty, raw) = (directory.path().join("dirty.vhdx"), directory.path().join("x.raw"));
     std::fs::write(&dirty, &vhdx.bytes).unwrap();
-    assert!(content(&*open_file(&dirty).unwrap()).unwrap() == expected);
+    assert!(content(&open_file(&dirty).unwrap()).unwrap() == expected);
     assert!(std::fs::read(&dirty).unwrap() == vhdx.bytes, "the source was changed");
-    qemu_img(&["check", "-r", "all", "-f", "vhdx", arg(&dirty)]);
+    qemu_img(&["check", "-r", "all", "-f", "vhdx", text(&dirty)]);
     let clean = open_file(&dirty).unwrap();
     assert!(clean.info().notes.is_empty(), "QEMU left a log: {:?}", clean.info().notes);
-    assert!(content(&*clean).unwrap() == expected, "QEMU's replay gives other content");
-    qemu_img(&["convert", "-f", "vhdx", "-O", "raw", arg(&dirty), arg(&raw)]);
+    assert!(content(&clean).unwrap() == expected, "QEMU's replay gives other content");
+    qemu_img(&["convert", "-f", "vhdx", "-O", "raw", text(&dirty), text(&raw)]);
     assert!(std::fs::read(&raw).unwrap() == expected, "QEMU reads other content");
 }
 
@@ -213,7 +214,7 @@ fn skips_a_sequence_without_its_tail() {
     let headless = entry(50, 512 << 10, vec![page(DATA_AT + 4096, 3)]);
     let vhdx = disk().log_entry(0, &old).log_entry(256 << 10, &headless);
     let source = vhdx.open().unwrap();
-    assert!(content(&*source).unwrap() == with_pages(&[(0, 2)]));
+    assert!(content(&source).unwrap() == with_pages(&[(0, 2)]));
     assert_refused(
         &disk().log_entry(256 << 10, &headless),
         ErrorKind::Corrupt,
@@ -320,7 +321,7 @@ fn zeroing_almost_everything_takes_no_memory() {
     // A legal descriptor of 2^62 bytes behind the image's structures.
     let changes = vec![zero(DATA_AT, 1 << 62)];
     let vhdx = disk().log_entry(0, &entry(1, 0, changes));
-    assert!(content(&*vhdx.open().unwrap()).unwrap() == vec![0; 4 * MIB as usize]);
+    assert!(content(&vhdx.open().unwrap()).unwrap() == vec![0; 4 * MIB as usize]);
 }
 
 #[test]
@@ -331,6 +332,6 @@ fn replays_the_log_of_the_current_header() {
     vhdx.put(HEADERS_AT[1] as u64 + 48, &[0; 16]);
     vhdx.seal(HEADERS_AT[1], 4096);
     let source = vhdx.open().unwrap();
-    assert!(content(&*source).unwrap() == with_pages(&[]));
+    assert!(content(&source).unwrap() == with_pages(&[]));
     assert!(source.info().notes.is_empty());
 }

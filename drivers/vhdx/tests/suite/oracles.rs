@@ -1,16 +1,15 @@
 //! Files of other programs read by the driver, and its files read by other programs.
 
 use std::fs::File;
-use std::io::Write;
 use std::path::Path;
-use std::process::Command;
 
-use imgtool_toolkit::conformance::{self, Content, Fill, Image};
-use imgtool_toolkit::{CreateOptions, Driver, Input, OpenOptions};
+use imgtool_core::CreateOptions;
+use imgtool_testing::conformance::{self, Content, Fill, Image};
+use imgtool_testing::oracles::{VhdiMount, dissect_compare_vhdx, qemu_img, run, vhdi_info};
+use imgtool_testing::{require, text};
 use imgtool_vhdx::VhdxDriver;
 
-use crate::support::oracle::{arg, available, dissect_compare, has_dissect, has_qemu, qemu_img, run};
-use crate::support::{GIB, MIB, open_file, options, write_raw};
+use crate::support::{GIB, MIB, check_file, disk_of, open_file, options, write_raw};
 
 /// A mix of content that reaches past the first chunk of 1 MiB blocks (4 GiB), with a ragged size.
 fn beyond_four_gib() -> Image {
@@ -33,15 +32,13 @@ fn small() -> Image {
 
 /// Compares a file's content and extents with the image.
 fn assert_image(path: &Path, image: &Image) {
-    let mut source = open_file(path).unwrap_or_else(|e| panic!("{e}"));
-    conformance::assert_content(&mut *source, image, 512);
+    let source = open_file(path).unwrap_or_else(|e| panic!("{e}"));
+    conformance::assert_content(&source, image, 512);
 }
 
 #[test]
 fn reads_files_of_qemu() {
-    if !has_qemu() {
-        return;
-    }
+    require!("qemu-img");
     let directory = tempfile::tempdir().unwrap();
     let (raw, vhdx) = (directory.path().join("x.raw"), directory.path().join("x.vhdx"));
     let cases: [(&Image, &[&str]); 2] = [
@@ -61,10 +58,9 @@ fn reads_files_of_qemu() {
     for (image, variants) in cases {
         write_raw(image, &raw);
         for variant in variants {
-            qemu_img(&["convert", "-f", "raw", "-O", "vhdx", "-o", variant, arg(&raw), arg(&vhdx)]);
+            qemu_img(&["convert", "-f", "raw", "-O", "vhdx", "-o", variant, text(&raw), text(&vhdx)]);
             assert_image(&vhdx, image);
-            let report =
-                VhdxDriver.check(Input::open_plain(&vhdx).unwrap(), &OpenOptions::default()).unwrap();
+            let report = check_file(&vhdx);
             assert_eq!((report.corruptions, report.check_errors), (0, 0), "{variant}: {:?}", report.findings);
             std::fs::remove_file(&vhdx).unwrap();
         }
@@ -91,9 +87,7 @@ fn make(image: &Image, options: &CreateOptions, directory: &Path) -> std::path::
 
 #[test]
 fn qemu_reads_ours() {
-    if !has_qemu() {
-        return;
-    }
+    require!("qemu-img");
     let directory = tempfile::tempdir().unwrap();
     let raw = directory.path().join("x.raw");
     for image in [small(), beyond_four_gib()] {
@@ -102,9 +96,9 @@ fn qemu_reads_ours() {
         let few = if image.devices[0].0.size > GIB { 2 } else { OURS.len() };
         for (pairs, _) in OURS.iter().take(few).filter(|(_, qemu_supports)| *qemu_supports) {
             let path = make(&image, &options(pairs), directory.path());
-            qemu_img(&["check", "-f", "vhdx", arg(&path)]);
-            qemu_img(&["compare", "-f", "vhdx", "-F", "raw", arg(&path), arg(&raw)]);
-            let info = qemu_img(&["info", "--output=json", arg(&path)]);
+            qemu_img(&["check", "-f", "vhdx", text(&path)]);
+            qemu_img(&["compare", "-f", "vhdx", "-F", "raw", text(&path), text(&raw)]);
+            let info = qemu_img(&["info", "--output=json", text(&path)]);
             assert!(info.contains("\"format\": \"vhdx\""), "{info}");
             assert!(info.contains(&format!("\"virtual-size\": {}", image.devices[0].0.size)), "{info}");
         }
@@ -113,85 +107,58 @@ fn qemu_reads_ours() {
 
 #[test]
 fn qemu_writes_into_ours() {
-    if !has_qemu() || !available("qemu-io", &["--version"]) {
-        return;
-    }
+    require!("qemu-img", "qemu-io");
     let directory = tempfile::tempdir().unwrap();
     let path = make(&small(), &options(&[("block_size", "1M")]), directory.path());
-    run("qemu-io", &["-f", "vhdx", "-c", "write -P 7 9M 1M", "-c", "write -P 8 0 512", arg(&path)]);
-    qemu_img(&["check", "-f", "vhdx", arg(&path)]);
-    let source = open_file(&path).unwrap();
-    let device = source.info().devices[0].id;
+    run("qemu-io", &["-f", "vhdx", "-c", "write -P 7 9M 1M", "-c", "write -P 8 0 512", text(&path)]);
+    qemu_img(&["check", "-f", "vhdx", text(&path)]);
+    let disk = disk_of(&open_file(&path).unwrap());
     for (at, expected) in [(9 * MIB, 7), (10 * MIB - 1, 7), (0, 8), (20 * MIB - 1, 1), (11 * MIB, 0)] {
         let mut byte = [0xee];
-        source.random().unwrap().read_at(device, &mut byte, at).unwrap();
+        disk.read_at(&mut byte, at).unwrap();
         assert_eq!(byte[0], expected, "at {at}");
     }
 }
 
 #[test]
 fn dissect_reads_ours() {
-    if !has_dissect() {
-        return;
-    }
+    require!("dissect");
     let directory = tempfile::tempdir().unwrap();
     let raw = directory.path().join("x.raw");
     for image in [small(), beyond_four_gib()] {
         write_raw(&image, &raw);
         for (pairs, _) in OURS {
-            dissect_compare(&make(&image, &options(pairs), directory.path()), &raw);
+            dissect_compare_vhdx(&make(&image, &options(pairs), directory.path()), &raw);
         }
     }
 }
 
 #[test]
 fn libvhdi_identifies_ours() {
-    if !available("vhdiinfo", &["-V"]) {
-        return;
-    }
+    require!("vhdiinfo");
     let directory = tempfile::tempdir().unwrap();
     for (pairs, kind) in [(&[][..], "Dynamic"), (&[("subformat", "fixed")][..], "Fixed")] {
         let path = make(&small(), &options(pairs), directory.path());
-        let text = String::from_utf8_lossy(&run("vhdiinfo", &[arg(&path)]).stdout).into_owned();
-        assert!(text.contains("VHDX") || text.contains("version 2"), "{text}");
-        assert!(text.contains(kind), "{text}");
-        assert!(text.contains(&format!("({} bytes)", 20 * MIB)), "{text}");
-    }
-}
-
-/// A FUSE mount, unmounted on drop.
-struct Mount(std::path::PathBuf);
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let _ = Command::new("fusermount").args(["-u", arg(&self.0)]).status();
+        let info = vhdi_info(&path);
+        assert!(info.contains("VHDX"), "{info}");
+        assert!(info.contains(kind), "{info}");
+        assert!(info.contains(&format!("({} bytes)", 20 * MIB)), "{info}");
     }
 }
 
 #[test]
 fn libvhdi_reads_ours() {
-    if !available("vhdimount", &["-V"]) || !available("fusermount", &["-V"]) {
-        return;
-    }
+    require!("vhdimount", "fusermount");
     let directory = tempfile::tempdir().unwrap();
     let image = small();
     let raw = directory.path().join("x.raw");
     write_raw(&image, &raw);
     for (number, (pairs, _)) in OURS.iter().enumerate() {
         let path = make(&image, &options(pairs), directory.path());
-        let point = directory.path().join(format!("mount{number}"));
-        std::fs::create_dir(&point).unwrap();
-        let mounted = Command::new("vhdimount").args([arg(&path), arg(&point)]).output().unwrap();
-        if !mounted.status.success() {
-            // No package provides /dev/fuse: skip where it can't be opened. `.ci/run` shows the line.
-            let usable = File::options().read(true).write(true).open("/dev/fuse").is_ok();
-            let required = std::env::var_os("CI").is_some() && usable;
-            assert!(!required, "vhdimount: {mounted:?}");
-            let _ = writeln!(std::io::stderr(), "SKIPPED: libvhdi_reads_ours: FUSE does not work here");
+        let Some(mount) = VhdiMount::of(&path, &directory.path().join(format!("mount{number}"))) else {
             return;
-        }
-        let mount = Mount(point);
-        let found = std::fs::read(mount.0.join("vhdi1")).unwrap();
+        };
+        let found = std::fs::read(mount.raw()).unwrap();
         assert!(found == std::fs::read(&raw).unwrap(), "{pairs:?}: libvhdi reads other content");
     }
 }

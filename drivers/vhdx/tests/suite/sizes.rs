@@ -3,20 +3,19 @@
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
-use imgtool_toolkit::conformance::{self, Content, Fill, Image, MemorySource};
-use imgtool_toolkit::{CreateOptions, Driver, ErrorKind, Input, OpenOptions};
+use imgtool_core::{Compress, CreateOptions, Driver, ErrorKind};
+use imgtool_testing::conformance::{self, Content, Fill, Image, MemorySource};
 use imgtool_vhdx::VhdxDriver;
 
-use crate::support::{GIB, KIB, MIB, TIB, open_file, options};
+use crate::support::{GIB, KIB, MIB, TIB, check_file, disk_of, open_file, options};
 
 /// Reads and compares the data extents only, as a conversion does.
 fn assert_data(path: &std::path::Path, image: &Image) {
-    let source = open_file(path).unwrap();
-    let (device, random) = (source.info().devices[0].clone(), source.random().unwrap());
+    let disk = disk_of(&open_file(path).unwrap());
     let content = &image.devices[0].1;
     let (mut at, mut data) = (0, 0);
-    while at < device.size {
-        for extent in random.extents(device.id, at..device.size).unwrap() {
+    while at < disk.size() {
+        for extent in disk.extents(at..disk.size()).unwrap() {
             at = extent.end();
             if !extent.is_data() {
                 assert!(content.is_zero(&extent.range()) || extent.len < 64 * KIB, "{extent:?} hides data");
@@ -25,7 +24,7 @@ fn assert_data(path: &std::path::Path, image: &Image) {
             data += extent.len;
             let mut found = vec![0; extent.len as usize];
             let mut expected = found.clone();
-            random.read_at(device.id, &mut found, extent.start).unwrap();
+            disk.read_at(&mut found, extent.start).unwrap();
             content.read(&mut expected, extent.start);
             assert!(found == expected, "{extent:?}");
         }
@@ -99,8 +98,8 @@ fn rounds_sizes_up_with_a_note() {
         let image = Image::disk("ragged", size, Content::zero().with(0..size, Fill::Random));
         let output = conformance::new_file(&directory.path().join("x"));
         let options = options(&[("logical_sector_size", logical)]);
-        let sink = VhdxDriver.create(output, &image.manifest(), &options).unwrap();
-        conformance::fill_sink(&mut MemorySource::new(&image), &*sink, 1).unwrap();
+        let sink = conformance::create(&VhdxDriver, output, &image.manifest(), &options).unwrap();
+        conformance::fill_sink(&MemorySource::new(&image), &*sink, 1).unwrap();
         let notes = sink.notes();
         assert_eq!(notes.len(), usize::from(size != expected));
         assert!(notes.iter().all(|note| note.contains(&expected.to_string())), "{notes:?}");
@@ -111,13 +110,9 @@ fn rounds_sizes_up_with_a_note() {
 
 #[test]
 fn refuses_bad_options_naming_the_bounds() {
-    let image = Image::disk("small", MIB, Content::zero());
     let refusal = |pairs: &[(&str, &str)]| {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("x");
-        let created = VhdxDriver.create(conformance::new_file(&path), &image.manifest(), &options(pairs));
-        let error = created.map(|_| ()).unwrap_err();
-        assert_eq!(std::fs::metadata(&path).unwrap().len(), 0, "something was written");
+        let parsed = CreateOptions::parse("vhdx", VhdxDriver.options(), pairs.iter().copied());
+        let error = parsed.and_then(|options| VhdxDriver.writer(&options)).map(|_| ()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
         error.to_string()
     };
@@ -125,19 +120,16 @@ fn refuses_bad_options_naming_the_bounds() {
         assert!(refusal(&[("block_size", bad)]).contains("block_size"));
     }
     assert!(refusal(&[("subformat", "sparse")]).contains("'subformat' can't be 'sparse'"));
-    assert!(refusal(&[("logical_sector_size", "1024")]).contains("512 or 4096"));
-    assert!(refusal(&[("physical_sector_size", "0")]).contains("512 or 4096"));
+    assert!(refusal(&[("logical_sector_size", "1024")]).contains("512|4096"));
+    assert!(refusal(&[("physical_sector_size", "0")]).contains("512|4096"));
     for bad in ["0", "1000", "4G", "1.5M"] {
         assert!(refusal(&[("log_size", bad)]).contains("log_size"));
     }
     assert!(refusal(&[("disk_id", "00000000-0000-0000-0000-000000000000")]).contains("GUID"));
     assert!(refusal(&[("file_write_guid", "x")]).contains("GUID"));
     assert!(refusal(&[("preallocation", "full")]).contains("unknown option"));
-    let compressed =
-        CreateOptions { compress: Some(imgtool_toolkit::Compress::default()), ..CreateOptions::default() };
-    let directory = tempfile::tempdir().unwrap();
-    let output = || conformance::new_file(&directory.path().join("y"));
-    assert!(VhdxDriver.create(output(), &image.manifest(), &compressed).is_err());
+    let compressed = CreateOptions { compress: Some(Compress::default()), ..CreateOptions::default() };
+    assert!(VhdxDriver.writer(&compressed).is_err());
 }
 
 #[test]
@@ -145,7 +137,8 @@ fn refuses_disks_above_the_limit() {
     let directory = tempfile::tempdir().unwrap();
     let image = Image::disk("huge", 64 * TIB + 1, Content::zero());
     let output = conformance::new_file(&directory.path().join("x"));
-    let Err(error) = VhdxDriver.create(output, &image.manifest(), &CreateOptions::default()) else {
+    let Err(error) = conformance::create(&VhdxDriver, output, &image.manifest(), &CreateOptions::default())
+    else {
         panic!()
     };
     assert_eq!(error.kind(), ErrorKind::Unsupported);
@@ -199,7 +192,7 @@ fn measures_the_exact_length() {
         for pairs in [&[][..], &[("block_size", "1M")], &[("subformat", "fixed"), ("block_size", "1M")]] {
             let directory = tempfile::tempdir().unwrap();
             let options = options(pairs);
-            let measured = VhdxDriver.measure(&MemorySource::new(&image), &options).unwrap();
+            let measured = VhdxDriver.writer(&options).unwrap().measure(&MemorySource::new(&image)).unwrap();
             let path = conformance::make(&VhdxDriver, &options, &image, directory.path());
             assert_eq!(std::fs::metadata(&path).unwrap().len(), measured.required, "{image} {pairs:?}");
             assert!(measured.required <= measured.fully_allocated);
@@ -213,9 +206,10 @@ fn refuses_a_small_output() {
     let path = directory.path().join("x");
     std::fs::write(&path, vec![0xaa; MIB as usize]).unwrap();
     let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
-    let output = imgtool_toolkit::Output::from_existing(&path, file, false).unwrap();
+    let output = imgtool_storage::file::existing(&*path, file, false).unwrap();
     let image = Image::disk("x", MIB, Content::zero());
-    let Err(error) = VhdxDriver.create(output, &image.manifest(), &CreateOptions::default()) else {
+    let Err(error) = conformance::create(&VhdxDriver, output, &image.manifest(), &CreateOptions::default())
+    else {
         panic!()
     };
     assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
@@ -227,7 +221,7 @@ fn checks_a_large_bat_quickly() {
     let image = far_apart(64 * TIB);
     let path = conformance::make(&VhdxDriver, &options(&[("block_size", "1M")]), &image, directory.path());
     let started = Instant::now();
-    let report = VhdxDriver.check(Input::open_plain(&path).unwrap(), &OpenOptions::default()).unwrap();
+    let report = check_file(&path);
     assert_eq!((report.corruptions, report.allocated_clusters), (0, Some(3)), "{:?}", report.findings);
     assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
 }

@@ -6,10 +6,10 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
 
+use imgtool_core::ReadAt;
 use imgtool_fuzz::scenario::Scenario;
 use imgtool_fuzz::sparse::SECTOR;
 use imgtool_fuzz::targets;
-use imgtool_toolkit::storage::ReadAt;
 
 const USAGE: &str = "usage: imgtool-fuzz pack IMAGE INPUT          an image as an input
        imgtool-fuzz unpack TARGET INPUT IMAGE  the image in an input, checksums made right

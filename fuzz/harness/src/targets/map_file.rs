@@ -1,6 +1,6 @@
 //! The map file of `imgtool vma extract -r`.
 
-use imgtool_toolkit::{Error, ErrorKind};
+use imgtool_core::{Error, ErrorKind};
 
 use crate::exercise;
 

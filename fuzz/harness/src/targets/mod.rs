@@ -1,6 +1,10 @@
 //! The targets: each accepts any bytes, and panics if the project breaks a promise.
 
+use std::io::Read;
 use std::sync::Arc;
+
+use imgtool_core::{Input, Result};
+use imgtool_storage::OpenInput;
 
 use crate::scenario::Scenario;
 use crate::sparse::SparseFile;
@@ -13,7 +17,7 @@ mod vhdx;
 mod vma;
 
 /// A target of the fuzzer.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct Target {
     /// Name of the target's program, and of the directories of its seeds and findings.
     pub name: &'static str,
@@ -55,6 +59,11 @@ fn file(input: &[u8], max_len: u64) -> (u8, SparseFile) {
 }
 
 /// Makes an input that is read by position.
-fn by_position(file: &Arc<SparseFile>) -> imgtool_toolkit::Input {
-    imgtool_toolkit::Input::from_read_at("image", Arc::clone(file) as _)
+fn by_position(file: &Arc<SparseFile>) -> Input {
+    Input::from_read_at("image", Arc::clone(file) as _)
+}
+
+/// Makes an input that is read in one pass, outer compression undone.
+fn from_pipe(name: &str, reader: impl Read + Send + 'static) -> Result<OpenInput> {
+    OpenInput::of(Input::from_reader(name, Box::new(reader))?).decompressed()
 }

@@ -3,8 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
-use imgtool_toolkit::{Input, RandomInput, Result};
+use imgtool_core::{Input, RandomInput, Result};
+use imgtool_storage::OpenInput;
 
+use super::from_pipe;
 use crate::exercise;
 use crate::sparse::SparseFile;
 
@@ -22,15 +24,20 @@ pub(super) fn run(input: &[u8]) {
     let mut file = SparseFile::new(input.len() as u64);
     file.write(0, input);
     let file = Arc::new(file);
-    let by_position = || Input::from_read_at("image", Arc::clone(&file) as _).decompressed();
-    let as_stream = || Input::from_stream("-", Box::new(io::Cursor::new(input.to_vec())));
+    let by_position = || OpenInput::of(Input::from_read_at("image", Arc::clone(&file) as _)).decompressed();
+    let piped = from_pipe("-", io::Cursor::new(input.to_vec()));
 
-    let stream = as_stream().and_then(read_stream);
+    let stream = piped.and_then(|open| read_stream(open.input));
     let has_table = input.ends_with(&SEEK_TABLE_MAGIC);
-    let is_seekable = by_position().is_ok_and(|input| !input.compression().is_empty() && !input.is_stream());
-    compare(&stream, &by_position().and_then(read_stream), has_table, "a file read in order");
+    let is_seekable = by_position().is_ok_and(|open| !open.compression.is_empty() && !open.input.is_stream());
+    compare(
+        &stream,
+        &by_position().and_then(|open| read_stream(open.input)),
+        has_table,
+        "a file read in order",
+    );
     if is_seekable {
-        let random = by_position().and_then(Input::into_random).and_then(|input| read_at_random(&input));
+        let random = by_position().and_then(|open| read_at_random(&open.input.into_random()?));
         compare(&stream, &random, has_table, "a file read by position");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use imgtool_toolkit::OpenOptions;
+use imgtool_core::OpenOptions;
 
 use super::{by_position, file};
 use crate::exercise;

@@ -1,11 +1,13 @@
 //! Detection of formats by content and name, and raw images.
 
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 
-use imgtool_toolkit::{Access, BufferPool, DeviceId, Input, OpenOptions};
+use imgtool_core::sync::lock;
+use imgtool_core::{Access, BufferPool, DeviceId, Input, Location, OpenOptions};
+use imgtool_storage::OpenInput;
 
+use super::from_pipe;
 use crate::exercise;
 use crate::sparse::SparseFile;
 
@@ -25,29 +27,33 @@ pub(super) fn run(input: &[u8]) {
     file.write(0, bytes);
     let file = Arc::new(file);
     let by_position = || Input::from_read_at(name, Arc::clone(&file) as _);
-    let stream = || Input::from_stream(name, Box::new(io::Cursor::new(bytes.to_vec())));
+    let open_by_position = || OpenInput::of(by_position());
+    let piped = || from_pipe(name, io::Cursor::new(bytes.to_vec()));
 
     // Opened by content, as `convert` does.
-    for input in [Ok(by_position()), by_position().decompressed(), stream()] {
-        let opened = input.and_then(|input| registry.open(input, None, &OpenOptions::default()));
+    for input in [Ok(open_by_position()), open_by_position().decompressed(), piped()] {
+        let options = OpenOptions::default();
+        let opened =
+            input.and_then(|input| imgtool_engine::open::open_image(&registry, input, None, &options));
         if let Some(opened) = exercise::opened(opened) {
-            assert!(Path::new(name) == opened.path);
-            let _ = exercise::random(&*opened.source, false);
+            assert!(opened.location == Location::from(name));
+            let _ = exercise::random(&opened.image, false);
         }
     }
     // Opened as raw, which accepts any bytes.
     exercise::image("raw", &OpenOptions::default(), &by_position);
     let raw = registry.get("raw").expect("a driver of ours");
-    let mut source = raw.open(by_position(), &OpenOptions::default()).expect("anything is a raw image");
+    let source = raw.open(by_position(), &OpenOptions::default()).expect("anything is a raw image");
     let mut content = vec![0; bytes.len()];
     let Access::Random(random) = source.access() else { panic!("a file is read at random") };
     random.read_at(DeviceId(0), &mut content, 0).expect("all of it is there");
     assert!(content == bytes, "a raw image is not its bytes");
-    if imgtool_toolkit::storage::outer::detect(bytes).is_none() {
-        let mut source = raw
-            .open(stream().expect("nothing to undo"), &OpenOptions::default())
+    if imgtool_storage::outer::detect(bytes).is_none() {
+        let source = raw
+            .open(piped().expect("nothing to undo").input, &OpenOptions::default())
             .expect("anything is a raw image");
-        let Access::Sequential(stream) = source.access() else { panic!("a pipe is read in one pass") };
+        let Access::Stream(stream) = source.access() else { panic!("a pipe is read in one pass") };
+        let mut stream = lock(stream);
         let pool = BufferPool::new();
         let mut at = 0;
         while let Some(piece) = stream.next_piece(&pool).expect("nothing can fail") {

@@ -3,8 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use imgtool_toolkit::OpenOptions;
-use imgtool_toolkit::storage::ReadAt;
+use imgtool_core::{OpenOptions, ReadAt};
 
 use super::{by_position, file};
 use crate::exercise;

@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
-use imgtool_toolkit::storage::ReadAt;
-use imgtool_toolkit::{Access, DeviceId, Driver, Error, ImageSource, Input, Loss, OpenOptions, Result};
+use imgtool_core::sync::lock;
+use imgtool_core::{
+    Access, DeviceId, Driver, Error, ErrorKind, ImageSource, Input, Loss, OpenOptions, ReadAt, Result,
+};
 use imgtool_vma::{ArchiveHeader, VmaDriver, layout};
 
-use super::{by_position, file};
+use super::{by_position, file, from_pipe};
 use crate::exercise;
 use crate::sparse::{SECTOR, SparseFile};
 
@@ -116,10 +118,10 @@ impl Archive {
 
     fn as_stream(&self) -> Result<Input> {
         // Decompresses if the stream starts like a compressed file.
-        Input::from_stream("-", Box::new(self.file.stream()))
+        Ok(from_pipe("-", self.file.stream())?.input)
     }
 
-    fn open(&self, input: Result<Input>, options: &OpenOptions) -> Result<Box<dyn ImageSource>> {
+    fn open(&self, input: Result<Input>, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
         VmaDriver.open(input?, options)
     }
 }
@@ -131,7 +133,7 @@ pub(super) fn run_file(input: &[u8]) {
     if !holds_itself(&archive.file) {
         exercise::image("vma", &archive.options, &|| by_position(&archive.file));
     } else if let Some(source) = exercise::opened(archive.open(archive.by_position(), &archive.options)) {
-        exercise::random(&*source, false);
+        exercise::random(&source, false);
     }
     pieces(&archive, archive.by_position(), &archive.salvage());
 }
@@ -147,14 +149,14 @@ pub(super) fn run_stream(input: &[u8]) {
 
 /// Reads all pieces one by one, and checks the losses.
 fn pieces(archive: &Archive, input: Result<Input>, options: &OpenOptions) {
-    let Some(mut source) = exercise::opened(archive.open(input, options)) else { return };
+    let Some(source) = exercise::opened(archive.open(input, options)) else { return };
     let devices = source.info().devices.clone();
-    if let Access::Sequential(stream) = source.access() {
-        let done = exercise::stream(&devices, stream);
+    if let Access::Stream(stream) = source.access() {
+        let done = exercise::stream(&devices, &mut *lock(stream));
         if options.salvage
             && let Err(error) = done
         {
-            assert_eq!(error.kind(), imgtool_toolkit::ErrorKind::LimitExceeded, "salvage gives up: {error}");
+            assert_eq!(error.kind(), ErrorKind::LimitExceeded, "salvage gives up: {error}");
         }
     }
     for loss in source.losses() {
@@ -175,7 +177,7 @@ struct Content {
 /// losses, and `check` must agree.
 pub(super) fn run_agree(input: &[u8]) {
     let archive = Archive::new(input);
-    if imgtool_toolkit::storage::outer::detect(&archive.file.bytes(0..16)).is_some() {
+    if imgtool_storage::outer::detect(&archive.file.bytes(0..16)).is_some() {
         return;
     }
     let file = content(&archive, archive.by_position(), &archive.options);
@@ -199,14 +201,14 @@ pub(super) fn run_agree(input: &[u8]) {
 }
 
 fn content(archive: &Archive, input: Result<Input>, options: &OpenOptions) -> Result<Content> {
-    let mut source = archive.open(input, options)?;
+    let source = archive.open(input, options)?;
     let info = source.info();
     let total = info.devices.iter().fold(0u64, |sum, device| sum.saturating_add(device.size));
     if options.salvage && total > MAX_SALVAGED {
         return Err(Error::limit("more zeros than are counted here"));
     }
     let info = format!("{:?} {:?} {:?}", info.devices, info.attachments, info.references);
-    let digests = exercise::digested(&mut *source)?;
+    let digests = exercise::digested(&*source)?;
     Ok(Content { info, digests, losses: source.losses() })
 }
 

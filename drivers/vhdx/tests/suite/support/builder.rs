@@ -2,7 +2,9 @@
 //!
 //! Their layout: header section at 0, log at 1 MiB, metadata at 2 MiB, BAT at 3 MiB, blocks from 4 MiB.
 
-use imgtool_toolkit::{ImageSource, OpenOptions, Result};
+use std::sync::Arc;
+
+use imgtool_core::{Driver, ImageSource, OpenOptions, Result};
 use uuid::Uuid;
 
 use super::{MIB, open_bytes};
@@ -187,13 +189,12 @@ impl VhdxBuilder {
     }
 
     /// Opens the image.
-    pub fn open(&self) -> Result<Box<dyn ImageSource>> {
+    pub fn open(&self) -> Result<Arc<dyn ImageSource>> {
         open_bytes(&self.bytes)
     }
 
     /// Opens the image for salvage.
-    pub fn salvage(&self) -> Result<Box<dyn ImageSource>> {
-        use imgtool_toolkit::Driver;
+    pub fn salvage(&self) -> Result<Arc<dyn ImageSource>> {
         let options = OpenOptions { salvage: true, ..OpenOptions::default() };
         imgtool_vhdx::VhdxDriver.open(super::input(&self.bytes), &options)
     }

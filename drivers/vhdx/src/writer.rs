@@ -1,0 +1,87 @@
+//! The writer: the size of a file before it is made, and its beginning.
+
+use imgtool_core::source::{data_bytes, for_each_extent};
+use imgtool_core::{
+    CreateOptions, Error, ImageSink, ImageSource, ImageWriter, Manifest, Measure, OutputFactory, Result,
+};
+
+use crate::options::VhdxOptions;
+use crate::sink::VhdxSink;
+
+/// Makes images with these options.
+#[derive(Debug)]
+pub(crate) struct VhdxWriter(VhdxOptions);
+
+impl VhdxWriter {
+    /// Parses the options.
+    pub(crate) fn new(options: &CreateOptions) -> Result<Self> {
+        Ok(Self(VhdxOptions::parse(options)?))
+    }
+}
+
+impl ImageWriter for VhdxWriter {
+    /// The length is exact if every data extent of the source holds data in each block that it touches.
+    fn measure(&self, source: &dyn ImageSource) -> Result<Measure> {
+        let Self(options) = self;
+        let [device] = source.info().devices.as_slice() else {
+            return Err(Error::unsupported(format!(
+                "vhdx holds one device, not {}",
+                source.info().devices.len()
+            )));
+        };
+        let layout = options.layout(device.size).map_err(|e| e.device(&*device.name))?;
+        let fully_allocated = layout.file_len(layout.shape.payload_blocks);
+        if options.zero_unit.is_none() {
+            return Ok(Measure { required: fully_allocated, fully_allocated, occupied: device.size });
+        }
+        // Unwritten parts of blocks are holes, in a fixed file too.
+        let occupied = data_bytes(source, device)?;
+        if options.fixed {
+            return Ok(Measure { required: fully_allocated, fully_allocated, occupied });
+        }
+        let Some(random) = source.access().random() else {
+            return Err(Error::unsupported("a stream can't be measured").hint("save it to a file first"));
+        };
+        let block_size = layout.shape.block_size;
+        let mut blocks = 0;
+        // Blocks below this index are counted.
+        let mut next_block = 0;
+        for_each_extent(random, device.id, 0..device.size, |extent| {
+            if extent.is_data() {
+                let first = (extent.start / block_size).max(next_block);
+                let end = extent.end().div_ceil(block_size);
+                blocks += end.saturating_sub(first);
+                next_block = next_block.max(end);
+            }
+            Ok(())
+        })?;
+        Ok(Measure { required: layout.file_len(blocks), fully_allocated, occupied })
+    }
+
+    fn create(&self, outputs: &mut dyn OutputFactory, manifest: &Manifest) -> Result<Box<dyn ImageSink>> {
+        let Self(options) = self;
+        let device = manifest.single(crate::FORMAT)?;
+        if device.open_ended {
+            return Err(Error::unsupported("VHDX needs the size of a disk before its data")
+                .hint("save the stream to a file first"));
+        }
+        let layout = options.layout(device.size).map_err(|e| e.device(&*device.name))?;
+        let output = outputs.main()?;
+        if output.is_stream() {
+            return Err(Error::unsupported("a VHDX image can't be written to a stream")
+                .path(output.location())
+                .hint("write to a file"));
+        }
+        let min_len = layout.file_len(if options.fixed { layout.shape.payload_blocks } else { 0 });
+        if let Some(capacity) = output.capacity()
+            && capacity < min_len
+        {
+            return Err(Error::refused(format!(
+                "the target holds {capacity} bytes, the image needs {min_len}"
+            ))
+            .path(output.location())
+            .device(&*device.name));
+        }
+        Ok(Box::new(VhdxSink::new(output, device.size, options.clone(), layout)))
+    }
+}

@@ -1,0 +1,237 @@
+//! Reads, converts and compares disk images and whole-VM archives: raw, qcow2, VHDX, Proxmox VMA.
+//!
+//! ```no_run
+//! # fn main() -> imgtool::Result<()> {
+//! let image = imgtool::open("vm.vma.zst")?;
+//! for disk in image.disks()? {
+//!     let mut boot_sector = [0; 512];
+//!     disk.read_at(&mut boot_sector, 0)?;
+//!     println!("{}: {} bytes, {:?}", disk.name(), disk.size(), disk.extents(0..disk.size())?.first());
+//! }
+//! let report = imgtool::convert("vm.vma.zst", "disks/").format("qcow2").run()?;
+//! println!("{} bytes in {:?}", report.virtual_size(), report.elapsed);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! [`open`] and [`convert`] support all formats of the program. For more control, use [`engine`], which
+//! plans and runs a request. For a driver of your own, implement the traits of [`contracts`] and add it with
+//! [`Registry::register`] to the drivers that [`registry`] returns.
+//!
+//! The library prints nothing, has no global state, and no `unsafe`. Without the feature `cli`
+//! (on by default), it has no dependency that only the program needs.
+
+use std::sync::Arc;
+
+pub use imgtool_core as contracts;
+pub use imgtool_core::{
+    Attachment, CancelToken, Disk, DiskReader, Error, ErrorKind, Extent, ExtentKind, ImageInfo, Lane,
+    Location, Loss, OpenOptions, Registry, Remedy, Result,
+};
+pub use imgtool_engine as engine;
+pub use imgtool_engine::{
+    DiskReport, FileReport, Gauge, LaneInfo, Monitor, Note, OutputReport, Phase, Report, Request, RunOptions,
+};
+
+use imgtool_core::{Compress, ImageSource, NoProgress};
+use imgtool_engine::Opened;
+
+/// Returns the drivers of the program. The driver for raw disks comes last, since it accepts every image
+/// that no other driver recognises.
+pub fn registry() -> Registry {
+    let mut registry = Registry::new();
+    imgtool_qcow2::register(&mut registry);
+    imgtool_vhdx::register(&mut registry);
+    imgtool_vma::register(&mut registry);
+    imgtool_raw::register(&mut registry);
+    registry
+}
+
+/// Opens an image or archive of any supported format for reading. Removes outer compression (zstd, gzip,
+/// lzop, xz, bzip2), and copies an image that can only be read as a stream to temporary storage.
+///
+/// External files that the image names (a backing image) are not opened: see [`open_with`].
+///
+/// # Errors
+/// If the image can't be opened, or no driver recognises it.
+pub fn open(location: impl Into<Location>) -> Result<Image> {
+    open_with(&registry(), location, None, &OpenOptions::default())
+}
+
+/// Like [`open`], with other drivers, a stated format, or options. [`OpenOptions::externals`] allows external
+/// files ([`engine::externals::PolicyOpener`] makes it). An archive in salvage is read in one pass, so only
+/// [`Conversion::salvage`] restores its disks.
+///
+/// # Errors
+/// Same as [`open`].
+pub fn open_with(
+    registry: &Registry,
+    location: impl Into<Location>,
+    format: Option<&str>,
+    options: &OpenOptions,
+) -> Result<Image> {
+    let cancel = CancelToken::new();
+    imgtool_engine::open::open_random(registry, &location.into(), format, options, &cancel).map(Image)
+}
+
+/// An open image or archive.
+#[derive(Debug)]
+pub struct Image(Opened);
+
+impl Image {
+    /// Returns all devices, in the image's order: disks, and the RAM of a virtual machine if an archive
+    /// contains it ([`Disk::device`] tells). Each handle keeps the image open.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] for an archive whose data is too scattered for random access.
+    pub fn disks(&self) -> Result<Vec<Disk>> {
+        Disk::all(&self.0.image)
+    }
+
+    /// Returns the disk called `name`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] if no disk has that name; the hint lists all names.
+    pub fn disk(&self, name: &str) -> Result<Disk> {
+        Disk::by_name(Arc::clone(&self.0.image), name)
+    }
+
+    /// Returns the name of the image's format ("qcow2").
+    pub fn format(&self) -> &'static str {
+        self.0.driver.name()
+    }
+
+    /// Returns the metadata: devices, configurations, facts, notes, and references to external files.
+    pub fn info(&self) -> &ImageInfo {
+        self.0.image.info()
+    }
+
+    /// Returns the image itself, for code that uses the traits of [`contracts`].
+    pub fn source(&self) -> &Arc<dyn ImageSource> {
+        &self.0.image
+    }
+}
+
+/// Prepares a conversion of the image at `source` into the file or directory `dest`; [`Conversion::run`]
+/// runs it. The extension of `dest` determines the format, unless [`Conversion::format`] sets it. Text is a
+/// path or URL; for a pipe, pass [`Location::Stdin`] or [`Location::Stdout`].
+pub fn convert(source: impl Into<Location>, dest: impl Into<Location>) -> Conversion<'static> {
+    Conversion {
+        registry: registry(),
+        request: Request::new(source, dest),
+        options: RunOptions::default(),
+        monitor: &NoProgress,
+    }
+}
+
+/// A builder for a conversion.
+#[derive(Debug)]
+#[must_use = "nothing happens before `run`"]
+pub struct Conversion<'a> {
+    registry: Registry,
+    request: Request,
+    options: RunOptions<'a>,
+    monitor: &'a dyn Monitor,
+}
+
+impl<'a> Conversion<'a> {
+    /// Sets the format of the output ("qcow2").
+    pub fn format(mut self, name: impl Into<String>) -> Self {
+        self.request.format = Some(name.into());
+        self
+    }
+
+    /// Sets an option of the format (`cluster_size` to `2M`).
+    pub fn option(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
+        self.request.options.pairs.push((key.into(), value.into()));
+        self
+    }
+
+    /// Selects a disk of an archive; call it again for more. By default, all disks are converted.
+    pub fn disk(mut self, name: impl Into<String>) -> Self {
+        self.request.disks.push(name.into());
+        self
+    }
+
+    /// Compresses the output: inside the format if it can, otherwise as a whole.
+    pub fn compressed(mut self) -> Self {
+        self.request.compress = Some(Compress::default());
+        self
+    }
+
+    /// Allows the source to name other files (a backing image) in its own directory.
+    pub fn allow_chain(mut self) -> Self {
+        self.request.open.policy.chain = true;
+        self
+    }
+
+    /// Allows existing files to be replaced, once the new ones are finished.
+    pub fn overwrite(mut self) -> Self {
+        self.request.overwrite = true;
+        self
+    }
+
+    /// Reads each output back and compares it with the source, before it gets its final name.
+    pub fn verify(mut self) -> Self {
+        self.options.verify = true;
+        self
+    }
+
+    /// Sets the number of worker threads; by default one per processor.
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.options.threads = threads;
+        self
+    }
+
+    /// Reports progress to `monitor`.
+    pub fn monitor(mut self, monitor: &'a dyn Monitor) -> Self {
+        self.monitor = monitor;
+        self
+    }
+
+    /// Stops with [`ErrorKind::Cancelled`] once the token is cancelled.
+    pub fn cancelled_by(mut self, cancel: CancelToken) -> Self {
+        self.options.cancel = cancel;
+        self
+    }
+
+    /// Uses these drivers instead of those of [`registry`].
+    pub fn drivers(mut self, registry: Registry) -> Self {
+        self.registry = registry;
+        self
+    }
+
+    /// Restores what is intact of a damaged source; [`Report::losses`] lists the ranges that are not.
+    pub fn salvage(mut self) -> Self {
+        self.request.open.salvage = true;
+        self
+    }
+
+    /// Changes other settings of the request.
+    pub fn with_request(mut self, change: impl FnOnce(&mut Request)) -> Self {
+        change(&mut self.request);
+        self
+    }
+
+    /// Changes other settings of the run.
+    pub fn with_options(mut self, change: impl FnOnce(&mut RunOptions<'a>)) -> Self {
+        change(&mut self.options);
+        self
+    }
+
+    /// Runs the conversion. The outputs get their final names together, once all of them are finished. After
+    /// an error or a cancellation, none of them is left.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] for an invalid request, [`ErrorKind::Refused`] if an output already exists,
+    /// [`ErrorKind::Cancelled`]; and any error of the source or the target.
+    pub fn run(self) -> Result<Report> {
+        let conversion = self.request.open(&self.registry, &self.options.cancel)?;
+        conversion.plan()?.run(&self.options, self.monitor)
+    }
+}
+
+/// Compiles and runs the example of the README with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,0 +1,50 @@
+//! Wording of remedies for the command line: names the flags for the actions that the libraries suggest.
+
+use imgtool_core::Remedy;
+
+/// Returns the hint for a remedy.
+pub fn words(remedy: &Remedy) -> String {
+    match remedy {
+        Remedy::Salvage(advice) => format!("{advice}; --salvage restores what is intact"),
+        Remedy::IgnoreTrailing => {
+            "every device is complete, so these are bytes after the end of the archive; --ignore-trailing accepts them"
+                .to_owned()
+        }
+        Remedy::OpenAnyway(advice) => format!("{advice}, or read it as it is with --force"),
+        Remedy::Overwrite => "--force overwrites it; -n writes one disk into it".to_owned(),
+        Remedy::WriteIntoDevice => "write into it with -n, or with --target NAME=PATH".to_owned(),
+        Remedy::ForceWrite(advice) => format!("nothing was written; {advice}; --force writes anyway"),
+        Remedy::NameTarget => {
+            "remove the link, or name the file that it leads to with --target NAME=PATH".to_owned()
+        }
+        Remedy::AllowExternal { .. } => {
+            "if you trust the image: --allow-external PATH for that file, or --allow-external chain for files in the image's directory"
+                .to_owned()
+        }
+        Remedy::NameFormat => "name its format with -f".to_owned(),
+        Remedy::NameTargetFormat { advice } => {
+            format!("-O FMT (create: -f FMT) sets the format, whatever the name of the file; {advice}")
+        }
+        Remedy::ReadAs { format, advice } => format!("{advice}; -f {format} reads it as a {format} disk"),
+        Remedy::SetOption(option) => format!("use -o {option}"),
+        Remedy::ListOptions { format, advice } => {
+            let end = if advice.ends_with('?') { " " } else { "; " };
+            format!("{advice}{end}'-o help' explains all options of {format}")
+        }
+        Remedy::SelectDisk { names, advice } => format!("{advice}, or take one with --disk: {names}"),
+        Remedy::NameDestination => {
+            "give DEST, or a --target for each device; --disk takes only some of them".to_owned()
+        }
+        Remedy::NameDiskFormat => {
+            "name the format with --to, or with --target NAME=PATH,format=FMT".to_owned()
+        }
+        Remedy::LeaveOutCompression => {
+            "leave out -c; a DEST that ends in .zst or .gz compresses the whole file".to_owned()
+        }
+        Remedy::ForceFront => {
+            "nothing was written; --force writes the disk to its front and leaves the rest alone".to_owned()
+        }
+        Remedy::ReadAll => "info --read-all reads it to its end".to_owned(),
+        other => other.to_string(),
+    }
+}

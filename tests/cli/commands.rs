@@ -1,0 +1,132 @@
+//! The commands beside `convert` and `info`, end to end.
+
+use std::path::{Path, PathBuf};
+
+use imgtool_testing::manifest::archives;
+use imgtool_testing::{fixture, images, names, oracles, require, sha256_file, tempdir, text};
+
+use crate::support::imgtool;
+
+const FORMATS: [&str; 4] = ["raw", "qcow2", "vhdx", "vma"];
+
+/// One content in every format; the first is raw.
+fn in_every_format(directory: &Path) -> Vec<PathBuf> {
+    let raw = directory.join("disk.raw");
+    images::every_mask().write_raw(&raw);
+    let mut made = vec![raw.clone()];
+    for format in &FORMATS[1..] {
+        let path = directory.join(format!("disk.{format}"));
+        imgtool(["convert", text(&raw), "--to", format, text(&path)]).ok();
+        made.push(path);
+    }
+    made
+}
+
+#[test]
+fn compare_finds_the_same_content_in_every_format() {
+    let dir = tempdir();
+    let made = in_every_format(dir.path());
+    for a in &made {
+        for b in &made {
+            imgtool(["compare", text(a), text(b)]).ok();
+        }
+    }
+}
+
+#[test]
+fn compare_finds_one_flipped_bit() {
+    let dir = tempdir();
+    let made = in_every_format(dir.path());
+    let mut bytes = std::fs::read(&made[0]).unwrap();
+    let place = bytes.len() - 70_000;
+    bytes[place] ^= 1;
+    let other = dir.path().join("other.raw");
+    std::fs::write(&other, bytes).unwrap();
+    for path in &made {
+        let run = imgtool(["compare", text(path), text(&other)]).go().exits(1);
+        let said = run.text() + &run.stderr;
+        assert!(said.contains(&place.to_string()), "not at {place}: {said}");
+    }
+    imgtool(["compare", text(&other), "/nonexistent"]).go().exits(2);
+}
+
+#[test]
+fn checksum_is_the_digest_of_the_guest_content() {
+    let dir = tempdir();
+    let made = in_every_format(dir.path());
+    let digest = sha256_file(&made[0]);
+    for path in &made {
+        let run = imgtool(["checksum", text(path)]).ok();
+        assert!(run.text().contains(&digest), "{}: {}", path.display(), run.text());
+    }
+    for entry in archives() {
+        let run = imgtool(["checksum", "--output", "json", text(&fixture(&entry.file))]).ok();
+        let said = run.json().to_string();
+        for device in &entry.devices {
+            assert!(said.contains(&device.sha256), "{} {}: {said}", entry.file, device.name);
+        }
+    }
+}
+
+#[test]
+fn check_finds_nothing_in_whole_images() {
+    let dir = tempdir();
+    for path in in_every_format(dir.path()).iter().skip(1) {
+        imgtool(["check", text(path)]).ok();
+    }
+    for entry in archives() {
+        imgtool(["check", text(&fixture(&entry.file))]).ok();
+    }
+}
+
+#[test]
+fn check_tells_corrupt_from_leaks_from_unreadable() {
+    require!("qemu-img");
+    let dir = tempdir();
+    let made = in_every_format(dir.path());
+    // A cluster at the end that nothing refers to: the reference count says 1.
+    let leaking = dir.path().join("leak.qcow2");
+    std::fs::copy(&made[1], &leaking).unwrap();
+    let script = ["-c", "write -q 0 64k", "-c", "discard -q 0 64k"];
+    oracles::run("qemu-io", &[&script[..], &[text(&leaking)]].concat());
+    imgtool(["check", text(&leaking)]).ok();
+    // The first L1 entry points beyond the file.
+    let mut bytes = std::fs::read(&made[1]).unwrap();
+    let l1 = u64::from_be_bytes(bytes[40..48].try_into().unwrap()) as usize;
+    bytes[l1 + 3] ^= 1;
+    let corrupt = dir.path().join("corrupt.qcow2");
+    std::fs::write(&corrupt, bytes).unwrap();
+    imgtool(["check", text(&corrupt)]).go().exits(2);
+    imgtool(["check", "/nonexistent"]).go().exits(1);
+}
+
+#[test]
+fn measure_tells_the_length_of_the_result() {
+    let dir = tempdir();
+    let made = in_every_format(dir.path());
+    for format in ["raw", "qcow2", "vma"] {
+        let info = imgtool(["measure", "-O", format, "--output", "json", text(&made[0])]).ok().json();
+        let required = info["required"].as_u64().unwrap();
+        let path = dir.path().join(format!("disk.{format}"));
+        let len = std::fs::metadata(&path).unwrap().len();
+        assert_eq!(required, len, "{format}");
+    }
+}
+
+#[test]
+fn created_images_are_empty_and_sound() {
+    require!("qemu-img");
+    let dir = tempdir();
+    for format in ["raw", "qcow2", "vhdx"] {
+        let path = dir.path().join(format!("new.{format}"));
+        imgtool(["create", "-f", format, text(&path), "3G"]).ok();
+        assert_eq!(oracles::qemu_info(&path, format)["virtual-size"], 3u64 << 30);
+        if format != "raw" {
+            oracles::qemu_check(&path, format);
+        }
+        let before = sha256_file(&path);
+        imgtool(["create", "-f", format, text(&path), "1M"]).go().exits(1);
+        assert_eq!(sha256_file(&path), before);
+    }
+    assert_eq!(names(dir.path()), ["new.qcow2", "new.raw", "new.vhdx"]);
+}

@@ -1,0 +1,181 @@
+//! `imgtool info`: what an image is, for people and for programs.
+
+use imgtool_testing::manifest::archives;
+use imgtool_testing::{fixture, images, oracles, require, tempdir, text};
+
+use crate::support::imgtool;
+
+#[test]
+fn every_fixture_is_described_by_its_manifest() {
+    for entry in archives() {
+        let path = fixture(&entry.file);
+        let info = imgtool(["info", "--output", "json", text(&path)]).ok().json();
+        assert_eq!(info["format"], "vma", "{}", entry.file);
+        assert_eq!(info["filename"], text(&path));
+        let shown = info.to_string();
+        assert!(shown.contains(&entry.uuid), "{}: no uuid in {shown}", entry.file);
+        for device in &entry.devices {
+            assert!(shown.contains(&format!("\"{}\"", device.name)), "{}: {shown}", entry.file);
+            assert!(shown.contains(&device.size.to_string()), "{}: {shown}", entry.file);
+        }
+        for name in &entry.attachments {
+            assert!(shown.contains(&format!("\"{name}\"")), "{}: {shown}", entry.file);
+        }
+        if let Some(compression) = &entry.compression {
+            assert!(shown.contains(&format!("\"{compression}\"")), "{}: {shown}", entry.file);
+        }
+    }
+}
+
+#[test]
+fn people_read_the_same() {
+    for entry in archives() {
+        let shown = imgtool(["info", text(&fixture(&entry.file))]).ok().text();
+        assert!(shown.contains("vma"), "{shown}");
+        for device in &entry.devices {
+            assert!(shown.contains(&device.name), "{shown}");
+            assert!(shown.contains(&device.size.to_string()), "{shown}");
+        }
+    }
+}
+
+#[test]
+fn standard_input_is_described_too() {
+    let entry = archives().remove(0);
+    let run = imgtool(["info", "--output", "json", "-"]).pipe_from(&fixture(&entry.file)).ok();
+    assert_eq!(run.json()["format"], "vma");
+}
+
+#[test]
+fn qemu_img_says_the_same_of_disk_images() {
+    require!("qemu-img");
+    let dir = tempdir();
+    let raw = dir.path().join("x.raw");
+    images::every_mask().write_raw(&raw);
+    let made = [
+        ("qcow2", ""),
+        ("qcow2", "cluster_size=512"),
+        ("qcow2", "cluster_size=2M,compat=0.10"),
+        ("qcow2", "-c compression_type=zstd"),
+        ("vhdx", ""),
+        ("vhdx", "block_size=1M"),
+        ("raw", ""),
+    ];
+    for (format, options) in made {
+        let image = dir.path().join("image");
+        oracles::qemu_make(&raw, format, options, &image);
+        let theirs = oracles::qemu_info(&image, format);
+        let ours = imgtool(["info", "--output", "json", text(&image)]).ok().json();
+        for field in ["filename", "format", "virtual-size", "actual-size", "cluster-size"] {
+            assert_eq!(ours[field], theirs[field], "{format} {options}: {field}");
+        }
+        if format == "qcow2" {
+            let (ours, theirs) = (&ours["format-specific"]["data"], &theirs["format-specific"]["data"]);
+            for field in ["compat", "compression-type", "refcount-bits"] {
+                assert_eq!(ours[field], theirs[field], "{options}: {field}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_guessed_raw_image_is_called_raw() {
+    let dir = tempdir();
+    let raw = dir.path().join("x.img");
+    images::every_mask().write_raw(&raw);
+    assert_eq!(imgtool(["info", "--output", "json", text(&raw)]).ok().json()["format"], "raw");
+}
+
+#[test]
+fn a_given_format_is_not_guessed() {
+    let fixture = fixture("sparse.vma");
+    let info = imgtool(["info", "-f", "raw", "--output", "json", text(&fixture)]).ok().json();
+    assert_eq!(info["format"], "raw");
+    assert_eq!(info["virtual-size"], std::fs::metadata(&fixture).unwrap().len());
+    let dir = tempdir();
+    let raw = dir.path().join("x.raw");
+    images::every_mask().write_raw(&raw);
+    for format in ["qcow2", "vhdx", "vma"] {
+        imgtool(["info", "-f", format, text(&raw)]).go().exits(1).says("x.raw");
+    }
+}
+
+#[test]
+fn what_is_not_there_is_an_error_with_its_name() {
+    imgtool(["info", "/nonexistent/image.qcow2"]).go().exits(1).says("/nonexistent/image.qcow2");
+}
+
+/// Stored and zero bytes of the devices of `two-disks.vma`.
+const COUNTED: [(u64, u64); 2] = [(2_154_496, 3_100_672), (12_288, 528_384)];
+
+fn counted(info: &serde_json::Value) -> Vec<(Option<u64>, Option<u64>)> {
+    let devices = info["format-specific"]["data"]["devices"].as_array().unwrap();
+    devices.iter().map(|device| (device["stored-bytes"].as_u64(), device["zero-bytes"].as_u64())).collect()
+}
+
+#[test]
+fn what_is_stored_is_counted_in_files_and_streams() {
+    for name in ["two-disks.vma.zst", "two-disks.vma.gz", "two-disks.vma.lzo"] {
+        let path = fixture(name);
+        let info = imgtool(["info", "--output", "json", text(&path)]).ok().json();
+        let piped = imgtool(["info", "--output", "json", "-"]).pipe_from(&path).ok().json();
+        for info in [info, piped] {
+            assert_eq!(counted(&info), COUNTED.map(|(stored, zero)| (Some(stored), Some(zero))), "{name}");
+            assert_eq!(info["format-specific"]["data"]["extents"], 2);
+        }
+    }
+}
+
+#[test]
+fn a_long_stream_is_only_read_to_its_end_when_asked() {
+    let dir = tempdir();
+    let raw = dir.path().join("a.raw");
+    // Noise above the 64 MiB that are read unasked.
+    std::fs::write(&raw, images::noise(5, 66 << 20)).unwrap();
+    let archive = dir.path().join("a.vma.gz");
+    imgtool(["convert", text(&raw), "--to", "vma", text(&archive)]).ok();
+    let info = imgtool(["info", "--output", "json", text(&archive)]).ok().json();
+    assert_eq!(counted(&info), [(None, None)]);
+    assert_eq!(info["notes"][1], "info --read-all reads it to its end", "{info}");
+    let info = imgtool(["info", "--read-all", "--output", "json", text(&archive)]).ok().json();
+    assert_eq!(counted(&info), [(Some(66 << 20), Some(0))]);
+}
+
+#[test]
+fn a_damaged_archive_tells_what_can_be_known() {
+    let dir = tempdir();
+    let archive = dir.path().join("a.vma");
+    let compressed = fixture("two-disks.vma.zst");
+    imgtool(["convert", "-f", "raw", "--to", "raw", text(&compressed), text(&archive)]).ok();
+    let whole = std::fs::read(&archive).unwrap();
+    let mut flipped = whole.clone();
+    flipped[12_800 + 100] ^= 1;
+    let cut = &whole[..whole.len() - 1];
+    let trailing = [&whole[..], b"x"].concat();
+    for (bytes, message) in [
+        (
+            &flipped[..],
+            "wrong vma extent header checksum: its MD5 does not match its content (file offset 12800)",
+        ),
+        (cut, "short vma extent (975359 < 975360)"),
+        (&trailing, "read short extent (1 bytes) (file offset 2180608)"),
+    ] {
+        std::fs::write(&archive, bytes).unwrap();
+        let json = imgtool(["info", "--output", "json", text(&archive)]).go().exits(1).says(message).json();
+        assert_eq!(json["devices"].as_array().unwrap().len(), 2);
+        assert_eq!(json["attachments"].as_array().unwrap().len(), 2);
+        assert_eq!(counted(&json), [(None, None); 2]);
+        assert!(json["damage"].as_str().unwrap().contains(message), "{json}");
+        let page = imgtool(["info", "-"]).pipe_from(&archive).go().exits(1).says(message);
+        assert!(
+            page.text().contains("drive-efidisk0") && page.text().contains("damaged: "),
+            "{}",
+            page.text()
+        );
+    }
+    // Without its header nothing is known.
+    flipped[5000] ^= 1;
+    std::fs::write(&archive, flipped).unwrap();
+    let refused = imgtool(["info", text(&archive)]).go().exits(1).says("wrong vma header checksum");
+    assert_eq!(refused.text(), "");
+}

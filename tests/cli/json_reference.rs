@@ -1,0 +1,153 @@
+//! `docs/json.md` beside what the program prints: every field that is printed is documented with its
+//! command, and every field that is documented is printed by one of the runs below.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use imgtool_testing::images::{self, Image};
+use imgtool_testing::{fixture, tempdir};
+use serde_json::Value;
+
+use crate::support::imgtool;
+
+/// The page, by the heading of a section.
+fn section<'a>(page: &'a str, heading: &str) -> &'a str {
+    let start = page.find(&format!("\n## {heading}\n")).unwrap_or_else(|| panic!("no section '{heading}'"));
+    let text = &page[start + heading.len() + 5..];
+    &text[..text.find("\n## ").unwrap_or(text.len())]
+}
+
+/// Returns everything in backticks.
+fn named(text: &str) -> BTreeSet<String> {
+    text.split('`').skip(1).step_by(2).map(str::to_owned).collect()
+}
+
+/// What the first columns of the tables name: the fields that must be found.
+fn fields(section: &str) -> BTreeSet<String> {
+    let rows = section.lines().filter_map(|line| line.strip_prefix("| `"));
+    let cells = rows.filter_map(|row| row.split(" |").next()).map(|cell| format!("`{cell}"));
+    cells.flat_map(|cell| named(&cell)).map(|path| path.rsplit('.').next().unwrap_or("").to_owned()).collect()
+}
+
+/// The keys of all objects, without those of `format-specific`, which every format has of its own.
+fn keys(value: &Value, found: &mut BTreeSet<String>) {
+    match value {
+        Value::Array(items) => items.iter().for_each(|item| keys(item, found)),
+        Value::Object(map) => {
+            for (key, inner) in map {
+                found.insert(key.clone());
+                if key == "format-specific" {
+                    found.extend(inner.as_object().expect("an object").keys().cloned());
+                } else {
+                    keys(inner, found);
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+/// The runs below that do not exit with 0: damage, losses, differences.
+const FAILING: [(&str, i32); 5] = [
+    ("info --output json cut.vma", 1),
+    ("convert --output json --salvage cut.vma --to raw cut.raw", 3),
+    ("check --output json cut.vma", 2),
+    ("compare --output json a.raw b.raw", 1),
+    ("compare --output json vm.vma a.raw", 1),
+];
+
+/// What the runs print on standard output (for `progress`: on standard error).
+fn printed(dir: &Path, lines: &[&str]) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for line in lines {
+        let code = FAILING.iter().find(|(failing, _)| failing == line).map_or(0, |(_, code)| *code);
+        let run = imgtool(line.split(' ')).within(dir).go().ends_with(code);
+        if line.contains("--progress json") {
+            let objects = run.stderr.lines().filter(|line| line.starts_with('{'));
+            objects.for_each(|line| keys(&serde_json::from_str(line).expect(line), &mut found));
+        } else {
+            keys(&run.json(), &mut found);
+        }
+    }
+    found
+}
+
+#[test]
+fn the_reference_is_what_is_printed() {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/json.md");
+    let page = std::fs::read_to_string(page).unwrap();
+    let dir = tempdir();
+    let here = dir.path();
+    Image::hole("x", 4 << 20).with(1 << 20, images::noise(1, 3 << 16)).write_raw(&here.join("a.raw"));
+    Image::hole("x", 4 << 20).with(1 << 20, images::noise(2, 3 << 16)).write_raw(&here.join("b.raw"));
+    std::fs::copy(fixture("two-disks.vma.zst"), here.join("vm.vma.zst")).unwrap();
+    std::fs::write(here.join("cut.vma"), &std::fs::read(fixture("sparse.vma")).unwrap()[..93_000]).unwrap();
+    for line in [
+        "convert -q -c a.raw a.qcow2",
+        "convert -q a.raw a.vhdx",
+        "convert -q vm.vma.zst vm.vma",
+        "create -q -f qcow2 -b a.qcow2 -F qcow2 overlay.qcow2",
+    ] {
+        imgtool(line.split(' ')).within(here).ok();
+    }
+    let sections: [(&str, &[&str]); 10] = [
+        (
+            "info",
+            &[
+                "info --output json a.raw a.qcow2 a.vhdx vm.vma vm.vma.zst overlay.qcow2",
+                "info --output json cut.vma",
+                "info --output json --backing-chain --allow-external chain overlay.qcow2",
+            ],
+        ),
+        (
+            "convert",
+            &[
+                "convert --output json vm.vma --to qcow2 out/",
+                "convert --output json --verify a.qcow2 c.raw",
+                "convert --output json --salvage cut.vma --to raw cut.raw",
+            ],
+        ),
+        (
+            "progress",
+            &["convert --progress json vm.vma --to raw out2/", "checksum --progress json a.raw vm.vma"],
+        ),
+        ("map", &["map --output json a.qcow2", "map --output json vm.vma", "map --output json a.raw"]),
+        (
+            "check",
+            &[
+                "check --output json a.qcow2",
+                "check --output json vm.vma",
+                "check --output json a.vhdx",
+                "check --output json cut.vma",
+            ],
+        ),
+        (
+            "compare",
+            &[
+                "compare --output json a.raw a.qcow2",
+                "compare --output json a.raw b.raw",
+                "compare --output json --strict a.raw a.vhdx",
+                "compare --output json vm.vma a.raw",
+            ],
+        ),
+        ("checksum", &["checksum --output json a.raw vm.vma", "checksum --output json -a blake3 a.raw"]),
+        (
+            "create",
+            &[
+                "create --output json n.qcow2 1M",
+                "create --output json -f qcow2 -b a.qcow2 -F qcow2 n2.qcow2",
+            ],
+        ),
+        ("measure", &["measure --output json -O qcow2 a.raw", "measure --output json --size 1G"]),
+        ("formats", &["formats --output json"]),
+    ];
+    for (heading, lines) in sections {
+        let text = section(&page, heading);
+        let found = printed(here, lines);
+        let documented = named(text);
+        let unknown: Vec<&String> = found.difference(&documented).collect();
+        assert!(unknown.is_empty(), "docs/json.md, {heading}: {unknown:?} are printed and not documented");
+        let missing: Vec<String> = fields(text).difference(&found).cloned().collect();
+        assert!(missing.is_empty(), "docs/json.md, {heading}: {missing:?} are documented and not printed");
+    }
+}

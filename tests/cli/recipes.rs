@@ -1,0 +1,124 @@
+//! The pages that show commands: what a reader would type is run, and what a page shows as output must
+//! come out. Blocks fenced `sh` are run; `console` is for what needs more than files and the program:
+//! cargo, a network, volumes.
+
+use std::path::Path;
+use std::process::Command;
+
+use imgtool_testing::{fixture, tempdir, text};
+
+use crate::support::imgtool;
+use crate::support::run::PROGRAM;
+
+/// The lines of all fenced blocks of one language.
+fn blocks(page: &str, language: &str) -> String {
+    let (mut inside, mut found) = (false, String::new());
+    for line in page.lines() {
+        match line.strip_prefix("```") {
+            Some(fence) => inside = !inside && fence == language,
+            None if inside => {
+                found.push_str(line);
+                found.push('\n');
+            }
+            None => {}
+        }
+    }
+    found
+}
+
+/// The text of a page, by its path in the repository.
+fn page(path: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// Runs `script` with the program in reach; its standard output must be as `expected`.
+fn run_script(name: &str, script: &str, here: &Path, expected: Option<&str>) {
+    let directory_of_program = Path::new(PROGRAM).parent().expect("the program is in a directory");
+    let search = format!("{}:{}", text(directory_of_program), std::env::var("PATH").unwrap_or_default());
+    let output = Command::new("bash")
+        .args(["-e", "-o", "pipefail", "-c", script])
+        .current_dir(here)
+        .env("PATH", search)
+        .env("volume", "volume")
+        .output()
+        .expect("bash");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{name}: {script}\n{}\n{stderr}", output.status);
+    if let Some(expected) = expected {
+        assert_eq!(String::from_utf8_lossy(&output.stdout), expected, "{name}\n{stderr}");
+    }
+}
+
+/// Runs a page in a directory that has the files it starts from.
+fn run(path: &str) {
+    let page = page(path);
+    let (script, expected) = (blocks(&page, "sh"), blocks(&page, "text"));
+    assert!(script.contains("imgtool ") && !expected.is_empty(), "{path} runs nothing");
+    let directory = tempdir();
+    let here = directory.path();
+    std::fs::copy(fixture("two-disks.vma.zst"), here.join("backup.vma.zst")).unwrap();
+    let whole = std::fs::read(fixture("sparse.vma")).unwrap();
+    std::fs::write(here.join("damaged.vma"), &whole[..93_000]).unwrap();
+    std::fs::File::create(here.join("volume")).unwrap().set_len(5_255_168).unwrap();
+    let disk = here.join("disk.qcow2");
+    let source = fixture("two-disks.vma.zst");
+    imgtool(["convert", text(&source), "--disk", "drive-efidisk0", "--to", "qcow2", text(&disk)]).ok();
+    run_script(path, &script, here, Some(&expected));
+}
+
+#[test]
+fn the_readme() {
+    let script = blocks(&page("README.md"), "sh");
+    let made = tempdir();
+    let here = |name: &str| made.path().join(name);
+    let archive = fixture("two-disks.vma.zst");
+    for name in ["a.qcow2", "a.vhdx", "b.raw", "disk.qcow2", "disk.vhdx", "disk.raw", "volume.raw"] {
+        imgtool(["convert", text(&archive), "--disk", "drive-efidisk0", text(&here(name))]).ok();
+    }
+    std::fs::copy(&archive, here("vm.vma.zst")).unwrap();
+    imgtool(["convert", text(&archive), text(&here("vm.vma"))]).ok();
+    std::fs::copy(fixture("qemu-server.conf"), here("qemu-server.conf")).unwrap();
+    // Each line stands for itself: it finds the sources and nothing that another line made.
+    let lines: Vec<_> = script.lines().filter(|line| !line.is_empty()).collect();
+    assert!(lines.len() > 20, "the README runs nothing");
+    for line in lines {
+        let directory = tempdir();
+        for entry in std::fs::read_dir(made.path()).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), directory.path().join(entry.file_name())).unwrap();
+        }
+        run_script("README.md", line, directory.path(), None);
+    }
+}
+
+#[test]
+fn the_tour() {
+    run("docs/tour.md");
+}
+
+#[test]
+fn a_proxmox_backup_elsewhere() {
+    run("docs/recipes/proxmox-backup.md");
+}
+
+#[test]
+fn a_template_for_proxmox() {
+    run("docs/recipes/proxmox-template.md");
+}
+
+#[test]
+fn a_damaged_backup() {
+    run("docs/recipes/rescue.md");
+}
+
+#[test]
+fn volumes() {
+    run("docs/recipes/volumes.md");
+}
+
+#[test]
+fn every_recipe_is_run() {
+    let names = imgtool_testing::names(&Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/recipes"));
+    assert_eq!(names, ["proxmox-backup.md", "proxmox-template.md", "rescue.md", "volumes.md"]);
+}

@@ -1,0 +1,206 @@
+//! A source is never a target, under whatever name; nor is one file two targets. Refused before
+//! anything is opened for writing.
+
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::Command;
+
+use imgtool_testing::images::{self, Image};
+use imgtool_testing::{fixture, oracles, require, snapshot, tempdir, text};
+
+use crate::support::devices::{LoopDevice, loop_devices};
+use crate::support::imgtool;
+use crate::support::run::PROGRAM;
+
+/// Runs a shell line in which `$IMGTOOL` is the program: it exits with `code`, says each of `words`,
+/// changes nothing, and opens nothing below the directory for writing.
+#[track_caller]
+fn refused(directory: &Path, line: &str, code: i32, words: &[&str]) {
+    let before = snapshot(directory);
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let traced = format!(
+        "strace -f -o {} -e trace=open,openat,openat2,creat,mkdir,mkdirat {PROGRAM}",
+        text(log.path())
+    );
+    let output = Command::new("bash")
+        .args(["-c", line])
+        .env("IMGTOOL", traced)
+        .current_dir(directory)
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{line}\n{stderr}");
+    for word in words {
+        assert!(stderr.contains(word), "no '{word}': {line}\n{stderr}");
+    }
+    assert_eq!(snapshot(directory), before, "{line}");
+    let trace = std::fs::read_to_string(log.path()).unwrap();
+    let writing = |call: &&str| {
+        let for_writing =
+            ["O_WRONLY", "O_RDWR", "O_CREAT", "creat(", "mkdir"].iter().any(|flag| call.contains(flag));
+        // What the C library and the Rust runtime open for themselves.
+        for_writing
+            && !call.contains("\"/dev/null\"")
+            && !call.contains("\"/proc/")
+            && !call.contains("\"/sys/")
+    };
+    let opened: Vec<&str> = trace.lines().filter(writing).collect();
+    assert!(opened.is_empty(), "{line}: {opened:?}");
+}
+
+fn with_image() -> tempfile::TempDir {
+    let dir = tempdir();
+    Image::hole("x", 2 << 20).with(70_000, images::noise(1, 1 << 20)).write_raw(&dir.path().join("disk.raw"));
+    dir
+}
+
+#[test]
+fn a_source_is_not_a_target_under_any_name() {
+    require!("strace");
+    let dir = with_image();
+    symlink("disk.raw", dir.path().join("soft")).unwrap();
+    std::fs::hard_link(dir.path().join("disk.raw"), dir.path().join("hard")).unwrap();
+    for to in ["raw", "qcow2", "vhdx", "vma"] {
+        for (source, target) in [
+            ("disk.raw", "disk.raw"),
+            ("disk.raw", "./disk.raw"),
+            ("disk.raw", "soft"),
+            ("disk.raw", "hard"),
+            ("soft", "disk.raw"),
+            ("hard", "disk.raw"),
+            ("/proc/self/cwd/disk.raw", "disk.raw"),
+            ("disk.raw", "/proc/self/cwd/./disk.raw"),
+            ("/proc/self/fd/7", "disk.raw"),
+            ("disk.raw", "/proc/self/fd/7"),
+            ("- < disk.raw", "disk.raw"),
+            ("/dev/stdin < disk.raw", "hard"),
+        ] {
+            let line = format!("$IMGTOOL convert --force {source} --to {to} {target} 7< disk.raw");
+            refused(dir.path(), &line, 1, &["same file"]);
+        }
+    }
+    for line in [
+        "$IMGTOOL convert -n disk.raw --to raw hard",
+        "$IMGTOOL convert -n - --to raw disk.raw < disk.raw",
+        "$IMGTOOL convert disk.raw --target disk=soft",
+        "$IMGTOOL convert disk.raw --to raw - >> hard",
+        "$IMGTOOL convert disk.raw --to vma - 1<> disk.raw",
+    ] {
+        refused(dir.path(), line, 1, &["same file"]);
+    }
+}
+
+#[test]
+fn what_a_source_rests_on_is_not_a_target() {
+    require!("strace", "qemu-img");
+    let dir = with_image();
+    for line in [
+        "convert -q -f raw -O qcow2 disk.raw base.qcow2",
+        "create -q -f qcow2 -F qcow2 -b base.qcow2 middle.qcow2",
+        "create -q -f qcow2 -F qcow2 -b middle.qcow2 top.qcow2",
+        "convert -q -f raw -O qcow2 -o data_file=data.bin disk.raw external.qcow2",
+    ] {
+        let done = Command::new("qemu-img").args(line.split(' ')).current_dir(dir.path()).status();
+        assert!(done.is_ok_and(|status| status.success()), "{line}");
+    }
+    for line in [
+        "$IMGTOOL convert --force --allow-external chain top.qcow2 --to raw middle.qcow2",
+        "$IMGTOOL convert --force --allow-external chain top.qcow2 --to raw base.qcow2",
+        "$IMGTOOL convert --force --allow-external chain external.qcow2 --to raw data.bin",
+        "$IMGTOOL convert --force --to qcow2 -B base.qcow2 -F qcow2 disk.raw base.qcow2",
+    ] {
+        refused(dir.path(), line, 1, &["same file"]);
+    }
+}
+
+#[test]
+fn one_file_is_not_two_targets() {
+    require!("strace");
+    let dir = tempdir();
+    std::fs::write(dir.path().join("old"), b"old").unwrap();
+    std::fs::hard_link(dir.path().join("old"), dir.path().join("same")).unwrap();
+    symlink("old", dir.path().join("link")).unwrap();
+    let source = fixture("two-disks.vma.zst");
+    for (a, b) in [("new", "new"), ("new", "./new"), ("old", "same"), ("old", "link"), ("link", "same")] {
+        let line = format!(
+            "$IMGTOOL convert --force '{}' --to qcow2 --target drive-scsi0={a},format=qcow2 --target drive-efidisk0={b},format=qcow2",
+            text(&source)
+        );
+        refused(dir.path(), &line, 2, &["two outputs"]);
+    }
+}
+
+#[test]
+fn everything_that_exists_is_refused_before_anything_is_made() {
+    require!("strace");
+    let dir = tempdir();
+    let out = dir.path().join("out");
+    std::fs::create_dir(&out).unwrap();
+    let source = fixture("two-disks.vma.zst");
+    for taken in ["drive-efidisk0.raw", "drive-scsi0.raw", "qemu-server.conf"] {
+        std::fs::write(out.join(taken), b"precious").unwrap();
+        refused(
+            dir.path(),
+            &format!("$IMGTOOL convert '{}' --to raw out", text(&source)),
+            1,
+            &[taken, "already exists"],
+        );
+        std::fs::remove_file(out.join(taken)).unwrap();
+    }
+}
+
+#[test]
+fn a_loop_device_and_its_file_are_one() {
+    require!("strace");
+    if !loop_devices() {
+        return;
+    }
+    let dir = with_image();
+    let device = LoopDevice::over(&dir.path().join("disk.raw"));
+    let device = text(device.path());
+    for line in [
+        format!("$IMGTOOL convert --force {device} --to raw disk.raw"),
+        format!("$IMGTOOL convert --force {device} --to qcow2 disk.raw"),
+        format!("$IMGTOOL convert -n --force disk.raw --to raw {device}"),
+        format!("$IMGTOOL convert -n --force disk.raw --to qcow2 {device}"),
+    ] {
+        refused(dir.path(), &line, 1, &["change the source"]);
+    }
+    refused(
+        dir.path(),
+        &format!("$IMGTOOL convert -n --force {device} --to raw {device}"),
+        1,
+        &["same file"],
+    );
+}
+
+#[test]
+fn a_partition_and_its_disk_are_one_but_two_partitions_are_not() {
+    require!("strace", "addpart");
+    if !loop_devices() {
+        return;
+    }
+    let dir = tempdir();
+    let image = Image::hole("disk", 4 << 20).with(1 << 20, images::noise(1, 1 << 20));
+    image.write_raw(&dir.path().join("disk.raw"));
+    let disk = LoopDevice::with_partitions(&dir.path().join("disk.raw"), &[(2048, 2048), (4096, 2048)]);
+    let disk = text(disk.path());
+    let (first, second) = (format!("{disk}p1"), format!("{disk}p2"));
+    if !Path::new(&second).exists() {
+        oracles::unable("nobody makes device files for partitions here", false);
+        return;
+    }
+    for (source, target) in [(&*first, disk), (disk, &first), (&first, "disk.raw"), ("disk.raw", &first)] {
+        let line = format!("$IMGTOOL convert -f raw -n --force {source} --to raw {target}");
+        refused(dir.path(), &line, 1, &["change the source"]);
+    }
+    refused(
+        dir.path(),
+        &format!("$IMGTOOL convert -f raw -n --force {first} --to raw {first}"),
+        1,
+        &["same file"],
+    );
+    // Two partitions of one disk share nothing.
+    imgtool(["convert", "-f", "raw", "-n", &first, "--to", "raw", &second]).ok();
+    assert!(std::fs::read(&first).unwrap() == std::fs::read(&second).unwrap());
+}

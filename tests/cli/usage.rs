@@ -1,0 +1,132 @@
+//! Arguments: help, usage errors, flags of qemu-img.
+
+use imgtool_testing::{assert_same, names, tempdir};
+
+use super::with_disk;
+use crate::support::imgtool;
+
+#[test]
+fn help_and_version_are_on_standard_output() {
+    for verb in [None, Some("convert"), Some("info"), Some("formats")] {
+        let run = imgtool(verb.into_iter().chain(["--help"])).ok();
+        assert!(run.text().contains("Usage"), "{verb:?}: {}", run.text());
+    }
+    assert!(imgtool(["--version"]).ok().text().starts_with("imgtool "));
+}
+
+#[test]
+fn usage_errors_exit_2_and_write_nothing() {
+    let dir = with_disk();
+    let lines: [&[&str]; 9] = [
+        &[],
+        &["frobnicate"],
+        &["convert"],
+        &["convert", "disk.raw"],
+        &["convert", "disk.raw", "--to", "nosuchformat", "out"],
+        &["convert", "--nosuchflag", "disk.raw", "--to", "raw", "out"],
+        &["convert", "disk.raw", "--to", "qcow2", "-o", "nosuchoption=1", "out"],
+        &["convert", "disk.raw", "--to", "qcow2", "-o", "cluster_size=3000", "out"],
+        &["convert", "disk.raw", "--to", "raw", "--threads", "many", "out"],
+    ];
+    for line in lines {
+        let run = imgtool(line.iter().copied()).within(dir.path()).go().exits(2);
+        assert!(!run.stderr.is_empty(), "{line:?} says nothing");
+        assert_eq!(names(dir.path()), ["disk.raw"], "{line:?}");
+    }
+}
+
+#[test]
+fn a_compression_after_a_blank_is_not_a_file_name() {
+    let dir = with_disk();
+    let line = ["convert", "-O", "vma", "disk.raw", "-c", "zstd"];
+    imgtool(line).within(dir.path()).go().exits(2).says("-c=zstd is the compression");
+    assert_eq!(names(dir.path()), ["disk.raw"]);
+}
+
+#[test]
+fn credentials_are_not_printed() {
+    let dir = with_disk();
+    let url = "https://user:secret@host/x.qcow2";
+    let json = format!("json:{{\"file.url\":\"{url}\"}}");
+    let lines: [&[&str]; 8] = [
+        &["info", url],
+        &["info", &json],
+        &["convert", url, "out.raw"],
+        &["convert", "disk.raw", url],
+        &["convert", "disk.raw", "-O", "qcow2", "-o", &format!("backing_file={url}"), "out.qcow2"],
+        &["create", "-f", "qcow2", url, "1M"],
+        &["vma", "create", url, "disk.raw"],
+        &["vma", "create", "out.vma", "-c", url, "disk.raw"],
+    ];
+    for line in lines {
+        let run = imgtool(line.iter().copied()).within(dir.path()).go();
+        assert!(!run.status.success(), "{line:?}");
+        assert!(!run.stderr.contains("secret") && !run.stderr.is_empty(), "{line:?}: {}", run.stderr);
+    }
+}
+
+#[test]
+fn capital_o_is_to() {
+    let dir = with_disk();
+    imgtool(["convert", "-O", "qcow2", "disk.raw", "a"]).within(dir.path()).ok();
+    imgtool(["convert", "--to", "qcow2", "disk.raw", "b"]).within(dir.path()).ok();
+    assert_same(&dir.path().join("a"), &dir.path().join("b"), "-O");
+}
+
+#[test]
+fn flags_of_qemu_img_scripts_are_taken() {
+    let dir = with_disk();
+    let line = "convert -p -q -W -t none -T none -U -m 4 -f raw -O qcow2 disk.raw out.qcow2";
+    imgtool(line.split(' ')).within(dir.path()).ok();
+    let line = "convert --image-opts -O raw driver=raw,file.filename=disk.raw out.raw";
+    imgtool(line.split(' ')).within(dir.path()).go().exits(2).says("--image-opts");
+    assert_eq!(names(dir.path()), ["disk.raw", "out.qcow2"]);
+}
+
+#[test]
+fn flags_may_be_repeated_as_qemu_imgs_and_the_last_counts() {
+    let dir = with_disk();
+    let line = "convert -p -p -q -q -f qcow2 -f raw -O vhdx -O qcow2 -t none -t writeback disk.raw copy";
+    imgtool(line.split(' ')).within(dir.path()).ok();
+    let info = imgtool(["info", "--output", "human", "--output", "json", "copy"]).within(dir.path()).ok();
+    assert_eq!(info.json()["format"], "qcow2");
+}
+
+#[test]
+fn what_makes_no_sense_is_said_before_a_source_is_opened() {
+    let dir = tempdir();
+    for line in [
+        "convert -O qcow2 -o cluster_size=3000 none out",
+        "convert -O qcow2 -o extended_l2=on,cluster_size=512 none out",
+        "convert -O qcow2 -c=zstd:99 none out",
+        "convert -O qcow2 -c=lzma none out",
+        "convert -O vhdx -o block_size=3M none out",
+        "convert -O vma -o uuid=x none out",
+        "convert -O raw -o preallocation=x none out",
+        "convert -c=zstd:99 none out.vma",
+        "convert -r fast none out",
+        "convert -S x none out",
+        "convert -O vmdk none out",
+        "convert none out.vmdk",
+        "convert none -O out.qcow2",
+        "measure -O qcow2 -o cluster_size=3000 none",
+        "create -f vhdx -o block_size=3M out 1G",
+        "create -f qcow2 - 1G",
+        "create 1G out",
+        "create out.vdi 1G",
+    ] {
+        let run = imgtool(line.split(' ')).within(dir.path()).go().exits(2);
+        assert!(!run.stderr.contains("No such file"), "{line}: {}", run.stderr);
+        assert!(names(dir.path()).is_empty(), "{line} wrote {:?}", names(dir.path()));
+    }
+}
+
+#[test]
+fn formats_lists_every_driver() {
+    let people = imgtool(["formats"]).ok().text();
+    let json = imgtool(["formats", "--output", "json"]).ok().json().to_string();
+    for format in ["raw", "qcow2", "vhdx", "vma"] {
+        assert!(people.contains(format), "{people}");
+        assert!(json.contains(&format!("\"{format}\"")), "{json}");
+    }
+}

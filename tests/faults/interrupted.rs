@@ -1,0 +1,228 @@
+//! Kills and signals at any moment of a conversion.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use imgtool_testing::images::{self, Image};
+use imgtool_testing::{fixture, names, snapshot, tempdir, text};
+
+use super::{ends, kill, partials};
+use crate::support::imgtool;
+use crate::support::run::{PROGRAM, Run};
+
+/// A conversion of a piped archive that waits for the rest of it, its output begun.
+fn stalled(out: &Path) -> Child {
+    let bytes = std::fs::read(fixture("sparse.vma")).unwrap();
+    let mut child = imgtool(["convert", "-", "--to", "qcow2", text(out)]).start();
+    child.stdin.as_mut().unwrap().write_all(&bytes[..bytes.len() / 2]).unwrap();
+    wait_for_partials(out.parent().unwrap());
+    assert!(child.try_wait().unwrap().is_none(), "the program did not wait for its input");
+    child
+}
+
+/// Waits until an output is begun.
+fn wait_for_partials(directory: &Path) {
+    let began = Instant::now();
+    while partials(directory).is_empty() {
+        assert!(began.elapsed() < Duration::from_secs(30), "no output was begun");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn an_interrupt_leaves_nothing_behind() {
+    for signal in ["-INT", "-TERM", "-HUP"] {
+        for out in ["out.qcow2", "new/"] {
+            let dir = tempdir();
+            let child = stalled(&dir.path().join(out));
+            kill(&child, signal);
+            assert_eq!(ends(child, signal).code(), Some(1), "{signal}");
+            assert!(names(dir.path()).is_empty(), "{signal}: {:?}", names(dir.path()));
+        }
+    }
+}
+
+#[test]
+fn a_kill_leaves_only_the_temporary_name() {
+    let dir = tempdir();
+    let child = stalled(&dir.path().join("out.qcow2"));
+    kill(&child, "-KILL");
+    assert_eq!(ends(child, "SIGKILL").signal(), Some(9));
+    let left = names(dir.path());
+    assert!(left.len() == 1 && left[0].starts_with(".out.qcow2.partial-"), "{left:?}");
+}
+
+/// Two disks in every format a directory or an archive can be made of, and how long that takes.
+struct Busy {
+    dir: tempfile::TempDir,
+    format: &'static str,
+    /// What a run that was left alone made.
+    wanted: BTreeMap<String, String>,
+    takes: Duration,
+}
+
+impl Busy {
+    fn new(format: &'static str) -> Self {
+        let dir = tempdir();
+        for seed in [1, 2] {
+            let image = Image::hole("x", 6 << 20).with(70_000, images::noise(seed, 5 << 20));
+            image.write_raw(&dir.path().join(format!("disk{seed}.raw")));
+        }
+        let mut busy = Self { dir, format, wanted: BTreeMap::new(), takes: Duration::ZERO };
+        let began = Instant::now();
+        let mut child = busy.run().start();
+        assert!(child.wait().unwrap().success());
+        busy.takes = began.elapsed();
+        busy.wanted = snapshot(busy.dir.path());
+        busy.clear();
+        busy
+    }
+
+    fn out(&self) -> &'static str {
+        if self.format == "vma" { "out.vma" } else { "out/" }
+    }
+
+    fn run(&self) -> Run {
+        imgtool(["convert", "disk1.raw", "disk2.raw", "--to", self.format, self.out()])
+            .within(self.dir.path())
+    }
+
+    fn clear(&self) {
+        let out = self.dir.path().join(self.out().trim_end_matches('/'));
+        if out.is_dir() {
+            std::fs::remove_dir_all(out).unwrap();
+        } else if out.exists() {
+            std::fs::remove_file(out).unwrap();
+        }
+    }
+
+    /// Runs it and sends `signal` at this moment; its exit code.
+    fn hit(&self, signal: &str, moment: Moment) -> Option<i32> {
+        let child = match moment {
+            Moment::Begun => {
+                let child = self.run().args(["-r", "4M"]).start();
+                wait_for_partials(self.dir.path());
+                child
+            }
+            Moment::Share(share) => {
+                let child = self.run().start();
+                std::thread::sleep(self.takes.mul_f64(share));
+                child
+            }
+        };
+        // It may have ended already.
+        let _ = Command::new("kill").args([signal, &child.id().to_string()]).stderr(Stdio::null()).status();
+        ends(child, signal).code()
+    }
+}
+
+/// How often each format is killed and interrupted, in threes: `IMGTOOL_TEST_ROUNDS`, for more than an
+/// everyday run of the tests has time for.
+fn rounds() -> u32 {
+    std::env::var("IMGTOOL_TEST_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(1)
+}
+
+/// The moment of a signal.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Moment {
+    /// An output is begun, and the run is too slow to end before the signal comes.
+    Begun,
+    /// After a share of the time that a run takes: it may have ended.
+    Share(f64),
+}
+
+/// The moment that is always in time, then `count` of them from the beginning of a run to a little behind its
+/// end.
+fn moments(count: u32) -> impl Iterator<Item = (usize, Moment)> {
+    let share = move |nth| Moment::Share((f64::from(nth) + 0.5) / f64::from(count) * 1.15);
+    std::iter::once(Moment::Begun).chain((0..count).map(share)).enumerate()
+}
+
+/// Every final name holds what it should, or is not there.
+fn nothing_unfinished(busy: &Busy, what: &str) {
+    for (name, digest) in snapshot(busy.dir.path()) {
+        if !name.contains(".partial-") && digest != "dir" {
+            assert_eq!(Some(&digest), busy.wanted.get(&name), "{what}: {name} is not finished");
+        }
+    }
+}
+
+#[test]
+fn kills_at_any_moment_leave_only_temporary_names_which_the_next_run_removes() {
+    for format in ["raw", "qcow2", "vhdx", "vma"] {
+        let busy = Busy::new(format);
+        let mut left_behind = 0;
+        let kills = 3 * rounds();
+        for (nth, moment) in moments(kills) {
+            busy.hit("-KILL", moment);
+            let what = format!("{format}: kill {nth}, {moment:?}");
+            nothing_unfinished(&busy, &what);
+            let left = partials(busy.dir.path()).len();
+            assert!(left > 0 || moment != Moment::Begun, "{what}: nothing is left");
+            left_behind += left;
+            let line = ["convert", "--force", "disk1.raw", "disk2.raw", "--to", format, busy.out()];
+            let run = imgtool(line).within(busy.dir.path()).ok();
+            assert_eq!(run.stderr.matches("left by a killed run").count(), left, "{what}: {}", run.stderr);
+            assert_eq!(snapshot(busy.dir.path()), busy.wanted, "{what}");
+            busy.clear();
+        }
+        eprintln!("{format}: {kills} kills, {left_behind} unfinished files");
+    }
+}
+
+#[test]
+fn signals_at_any_moment_leave_all_or_nothing() {
+    for format in ["raw", "qcow2", "vhdx", "vma"] {
+        let busy = Busy::new(format);
+        let before = snapshot(busy.dir.path());
+        let signals = 3 * rounds();
+        let mut interrupted = 0;
+        for (nth, moment) in moments(signals) {
+            let signal = ["-INT", "-TERM", "-HUP"][nth % 3];
+            let code = busy.hit(signal, moment);
+            interrupted += u32::from(code != Some(0));
+            let after = snapshot(busy.dir.path());
+            let what = format!("{format}: {signal} {nth}, {moment:?}: exit code {code:?}");
+            assert!(code == Some(1) || moment != Moment::Begun, "{what}");
+            match code {
+                Some(0) => assert_eq!(after, busy.wanted, "{what}"),
+                // Before the program listens, the signal ends it: it has no code then.
+                Some(1) | None => assert_eq!(after, before, "{what}"),
+                Some(_) => panic!("{what}"),
+            }
+            busy.clear();
+        }
+        eprintln!("{format}: {signals} signals, {interrupted} before the end");
+    }
+}
+
+#[test]
+fn a_run_does_not_take_the_unfinished_output_of_another() {
+    let dir = tempdir();
+    let first = stalled(&dir.path().join("out.qcow2"));
+    let theirs = partials(dir.path());
+    let raw = dir.path().join("disk.raw");
+    Image::hole("x", 1 << 20).with(0, images::noise(1, 100_000)).write_raw(&raw);
+    let run = imgtool(["convert", "disk.raw", "--to", "qcow2", "out.qcow2"]).within(dir.path()).ok();
+    assert!(!run.stderr.contains("killed"), "{}", run.stderr);
+    assert_eq!(partials(dir.path()), theirs);
+    kill(&first, "-TERM");
+    assert_eq!(ends(first, "the first").code(), Some(1));
+    assert_eq!(names(dir.path()), ["disk.raw", "out.qcow2"]);
+}
+
+#[test]
+fn nohup_is_respected() {
+    let dir = tempdir();
+    Image::hole("x", 4 << 20).with(0, images::noise(1, 4 << 20)).write_raw(&dir.path().join("disk.raw"));
+    let line = format!(
+        "trap '' HUP; '{PROGRAM}' convert -r 8M disk.raw --to raw out.raw & sleep 0.1; kill -HUP $!; wait $!"
+    );
+    let status = Command::new("bash").args(["-c", &line]).current_dir(dir.path()).output().unwrap();
+    assert!(status.status.success(), "{status:?}");
+    assert_eq!(names(dir.path()), ["disk.raw", "out.raw"]);
+}

@@ -1,0 +1,250 @@
+//! System calls that fail, are interrupted, do nothing or take long: whichever it is, between whichever
+//! formats, the program says so, exits with 1 and leaves nothing, or the content is right. strace is in
+//! the way of the calls.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use imgtool_testing::images::{self, Image};
+use imgtool_testing::{fixture, names, require, snapshot, tempdir, text};
+
+use crate::support::imgtool;
+use crate::support::run::PROGRAM;
+
+const FORMATS: [&str; 4] = ["raw", "qcow2", "vhdx", "vma"];
+
+/// Runs the program in `directory` with faults: `syscalls:error=E:when=N`, those on one path if there
+/// is one. The calls that were hit.
+fn with_fault(directory: &Path, fault: &str, path: Option<&Path>, args: &[&str]) -> (Output, Vec<String>) {
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let output = Command::new("strace")
+        .args(["-f", "-o", text(log.path()), "-e", &format!("trace={}", fault.split(':').next().unwrap())])
+        .args(["-e", &format!("inject={fault}")])
+        .args(path.iter().flat_map(|path| ["-P", text(path)]))
+        .arg(PROGRAM)
+        .args(args)
+        .current_dir(directory)
+        .output()
+        .unwrap();
+    let calls = std::fs::read_to_string(log.path()).unwrap();
+    let hit = calls.lines().filter(|line| line.contains("(INJECTED)") || line.contains("(DELAYED)"));
+    (output, hit.map(str::to_owned).collect())
+}
+
+/// A run that was hit fails, says `words` and changes nothing; whether it was hit.
+#[track_caller]
+fn fails_cleanly(directory: &Path, fault: &str, args: &[&str], words: &[&str]) -> bool {
+    let before = snapshot(directory);
+    let (output, hit) = with_fault(directory, fault, None, args);
+    let hit = !hit.is_empty();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let what = format!("{fault}: {args:?}\n{stderr}");
+    assert!(!stderr.contains("panicked"), "{what}");
+    if hit {
+        assert_eq!(output.status.code(), Some(1), "{what}");
+        for word in words {
+            assert!(stderr.contains(word), "no '{word}': {what}");
+        }
+        assert_eq!(snapshot(directory), before, "{what}");
+    } else {
+        assert_eq!(output.status.code(), Some(0), "{what}");
+    }
+    hit
+}
+
+/// One disk in every format.
+fn sources(directory: &Path) -> Vec<PathBuf> {
+    let raw = directory.join("disk.raw");
+    Image::hole("x", 3 << 20).with(70_000, images::noise(1, 1 << 20)).write_raw(&raw);
+    let mut all = vec![raw.clone()];
+    for format in &FORMATS[1..] {
+        let path = directory.join(format!("disk.{format}"));
+        imgtool(["convert", text(&raw), "--to", format, text(&path)]).ok();
+        all.push(path);
+    }
+    all
+}
+
+/// A conversion between two formats.
+struct Conversion {
+    directory: PathBuf,
+    source: PathBuf,
+    to: &'static str,
+    out: String,
+}
+
+/// From each of the sources in `directory`, which has nothing else, to each of `formats`.
+fn conversions(directory: &Path, formats: &[&'static str]) -> Vec<Conversion> {
+    let sources = sources(directory);
+    let each = sources.iter().flat_map(|source| formats.iter().map(move |to| (source.clone(), *to)));
+    each.map(|(source, to)| Conversion { directory: directory.into(), source, to, out: format!("out.{to}") })
+        .collect()
+}
+
+/// How a conversion with a fault ended.
+struct Ended {
+    code: Option<i32>,
+    /// The calls that were hit.
+    hit: Vec<String>,
+    /// For messages: what was done, and what the program said.
+    what: String,
+}
+
+impl Conversion {
+    /// Runs it with a fault, of calls on one path if there is one. An output is there if the program says
+    /// so, and then it is right; nothing else is left.
+    #[track_caller]
+    fn under(&self, fault: &str, path: Option<&Path>) -> Ended {
+        let line = ["convert", "--threads", "2", text(&self.source), "--to", self.to, &self.out];
+        let (output, hit) = with_fault(&self.directory, fault, path, &line);
+        let code = output.status.code();
+        let what = format!("{fault}: {line:?}: {hit:?}\n{}", String::from_utf8_lossy(&output.stderr));
+        if code == Some(0) {
+            imgtool(["compare", "disk.raw", &self.out]).within(&self.directory).ok();
+            std::fs::remove_file(self.directory.join(&self.out)).unwrap();
+        }
+        assert_eq!(names(&self.directory).len(), FORMATS.len(), "{what}");
+        Ended { code, hit, what }
+    }
+}
+
+#[test]
+fn the_nth_read_or_write_fails_between_any_two_formats() {
+    require!("strace");
+    let dir = tempdir();
+    let mut hits = 0;
+    for conversion in conversions(dir.path(), &FORMATS) {
+        let source = Some(&*conversion.source);
+        for nth in [1, 2, 5, 8] {
+            // From then on, as a broken disk does: what is read twice may be read the second time.
+            let reads = format!("pread64,copy_file_range:error=EIO:when={nth}+");
+            let writes = ["ENOSPC", "EIO", "EDQUOT"][nth % 3];
+            let writes = format!("pwrite64,pwritev:error={writes}:when={nth}");
+            for (fault, path, name) in
+                [(reads, source, text(&conversion.source)), (writes, None, &conversion.out)]
+            {
+                let Ended { code, hit, what } = conversion.under(&fault, path);
+                assert_eq!(code, Some(i32::from(!hit.is_empty())), "{what}");
+                assert!(hit.is_empty() || what.contains(&format!("{name}:")), "names no file: {what}");
+                hits += usize::from(!hit.is_empty());
+            }
+        }
+    }
+    assert!(hits >= 4 * 4 * 4, "only {hits} faults hit");
+}
+
+/// Reads of a VHDX image that may fail: its region table, of which there are two copies that say the
+/// same ([MS-VHDX] 2.2). Everything else that is read is needed, headers too: the other may be older.
+const SPARE_READS: [&str; 2] = [", 65536, 196608)", ", 65536, 262144)"];
+
+#[test]
+fn a_read_that_fails_once_is_an_error_unless_it_was_spare() {
+    require!("strace");
+    let dir = tempdir();
+    let (mut errors, mut spare) = (0, 0);
+    for conversion in conversions(dir.path(), &["raw", "vma"]) {
+        for nth in 1..100 {
+            let fault = format!("pread64,copy_file_range:error=EIO:when={nth}");
+            let Ended { code, hit, what } = conversion.under(&fault, Some(&conversion.source));
+            let [hit] = hit.as_slice() else {
+                assert_eq!(code, Some(0), "{what}");
+                break;
+            };
+            match code {
+                Some(1) => {
+                    assert!(what.contains(&format!("{}:", text(&conversion.source))), "{what}");
+                    errors += 1;
+                }
+                Some(0) if conversion.source.ends_with("disk.vhdx") => {
+                    assert!(SPARE_READS.iter().any(|read| hit.contains(read)), "{what}");
+                    spare += 1;
+                }
+                other => panic!("{other:?}: {what}"),
+            }
+        }
+    }
+    eprintln!("{errors} errors, {spare} spare reads");
+    assert!(errors >= 4 * 4 && spare == 4, "{errors} errors, {spare} spare reads");
+}
+
+#[test]
+fn calls_that_are_interrupted_or_slow_change_nothing_and_those_that_do_nothing_are_errors() {
+    require!("strace");
+    let dir = tempdir();
+    let mut hits = 0;
+    for conversion in conversions(dir.path(), &FORMATS) {
+        // Reads of the source alone: the loader of the program reads, too.
+        let from = Some(&*conversion.source);
+        for (fault, path, code) in [
+            ("pread64,copy_file_range:error=EINTR:when=2", from, 0),
+            ("pread64,copy_file_range:error=EINTR:when=5", from, 0),
+            ("pread64,copy_file_range:delay_enter=20000:when=1+2", from, 0),
+            ("pwrite64,pwritev:error=EINTR:when=1", None, 0),
+            ("pwrite64,pwritev:delay_enter=20000:when=1+2", None, 0),
+            // Nothing was read: the file ends there. Nothing was written.
+            ("pread64:retval=0:when=2", from, 1),
+            ("pwrite64,pwritev:retval=0:when=1", None, 1),
+        ] {
+            let Ended { code: ended, hit, what } = conversion.under(fault, path);
+            assert_eq!(ended, Some(if hit.is_empty() { 0 } else { code }), "{what}");
+            hits += hit.len();
+        }
+    }
+    eprintln!("{hits} calls hit");
+    assert!(hits >= 4 * 4 * 4, "only {hits} calls hit");
+}
+
+#[test]
+fn a_failing_flush_length_or_allocation_leaves_nothing() {
+    require!("strace");
+    let dir = tempdir();
+    Image::hole("x", 3 << 20).with(70_000, images::noise(1, 1 << 20)).write_raw(&dir.path().join("disk.raw"));
+    for to in FORMATS {
+        let out = format!("out.{to}");
+        let line = ["convert", "disk.raw", "--to", to, &out];
+        for fault in ["fsync:error=EIO:when=1", "fsync:error=EDQUOT:when=1", "fsync:error=EIO:when=2"] {
+            // The second flush is that of the directory, when the name is there already.
+            assert!(fails_cleanly(dir.path(), fault, &line, &[]), "{to}: {fault}");
+        }
+        let new_directory = format!("new/{out}/");
+        let line = ["convert", "disk.raw", "--to", to, &new_directory];
+        assert!(fails_cleanly(dir.path(), "fsync:error=EIO:when=1", &line, &[]), "{to}");
+    }
+    let preallocated = ["convert", "disk.raw", "--to", "raw", "-o", "preallocation=falloc", "out.raw"];
+    assert!(fails_cleanly(dir.path(), "fallocate:error=ENOSPC", &preallocated, &["out.raw"]));
+    let line = ["convert", "disk.raw", "--to", "raw", "out.raw"];
+    assert!(fails_cleanly(dir.path(), "ftruncate:error=EFBIG", &line, &["out.raw", "File too large"]));
+}
+
+#[test]
+fn all_disks_of_a_vm_appear_or_none_whichever_rename_fails() {
+    require!("strace");
+    let dir = tempdir();
+    let source = fixture("two-disks.vma.zst");
+    let renames = "rename,renameat,renameat2,link,linkat";
+    let line = ["convert", text(&source), "--to", "raw", "out/"];
+    let mut hits = 0;
+    for nth in 1..=6 {
+        let fault = format!("{renames}:error=EIO:when={nth}");
+        if !fails_cleanly(dir.path(), &fault, &line, &["can't rename the finished output"]) {
+            break;
+        }
+        hits += 1;
+    }
+    let files = names(&dir.path().join("out"));
+    assert_eq!(hits, files.len(), "each file gets its name by one call");
+    // The same over files that exist: they come back.
+    for name in &files {
+        std::fs::write(dir.path().join("out").join(name), format!("old {name}")).unwrap();
+    }
+    let line = ["convert", "--force", text(&source), "--to", "raw", "out/"];
+    for nth in 1..=files.len() {
+        let fault = format!("{renames}:error=EIO:when={nth}");
+        assert!(fails_cleanly(dir.path(), &fault, &line, &[]), "rename {nth}");
+    }
+    // Where a name can't even be taken back, the message lists it.
+    let (output, _) = with_fault(dir.path(), &format!("{renames}:error=EIO:when=2+"), None, &line);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("could not be taken back"), "{stderr}");
+}

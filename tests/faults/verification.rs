@@ -1,0 +1,230 @@
+//! `--verify`: a byte that changes between writing and reading back is found.
+
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use imgtool_testing::images::{self, Image};
+use imgtool_testing::{fixture, names, oracles, require, snapshot, tempdir, text};
+
+use crate::support::imgtool;
+use crate::support::run::PROGRAM;
+
+/// The program under strace, which stops it at its first flush: everything is written then, nothing
+/// is read back.
+fn stopped_at_flush(directory: &Path, args: &[&str]) -> (Child, u32) {
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let strace = Command::new("strace")
+        .args(["-f", "-o", text(log.path()), "-e", "trace=fsync", "-e", "inject=fsync:signal=SIGSTOP:when=1"])
+        .arg(PROGRAM)
+        .args(args)
+        .current_dir(directory)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let began = Instant::now();
+    while !std::fs::read_to_string(log.path()).unwrap().contains("stopped by SIGSTOP") {
+        assert!(began.elapsed() < Duration::from_secs(60), "it does not stop");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", strace.id())).unwrap();
+    (strace, children.trim().parse().expect("one child"))
+}
+
+/// Unfinished outputs below a directory.
+fn partials(directory: &Path) -> Vec<PathBuf> {
+    let found = snapshot(directory).into_keys().filter(|name| name.contains(".partial-"));
+    found.map(|name| directory.join(name)).collect()
+}
+
+/// Changes one bit of `pattern` in the file.
+fn flip(path: &Path, pattern: &[u8]) -> bool {
+    let bytes = std::fs::read(path).unwrap();
+    let Some(at) = bytes.windows(pattern.len()).position(|window| window == pattern) else { return false };
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    file.write_all_at(&[bytes[at] ^ 4], at as u64).unwrap();
+    true
+}
+
+fn go_on(strace: Child, pid: u32) -> (Option<i32>, String) {
+    assert!(Command::new("kill").args(["-CONT", &pid.to_string()]).status().unwrap().success());
+    let output = strace.wait_with_output().unwrap();
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn a_byte_that_changes_after_writing_is_found_in_every_format() {
+    require!("strace");
+    let dir = tempdir();
+    let content = images::noise(5, 300_000);
+    Image::hole("x", 3 << 20).with(65_536, content.clone()).write_raw(&dir.path().join("disk.raw"));
+    for to in ["raw", "qcow2", "vhdx", "vma"] {
+        let out = format!("out.{to}");
+        for harm in [true, false] {
+            let (strace, pid) =
+                stopped_at_flush(dir.path(), &["convert", "--verify", "disk.raw", "--to", to, &out]);
+            let partial = partials(dir.path());
+            assert_eq!(partial.len(), 1, "{to}");
+            if harm {
+                assert!(flip(&partial[0], &content[200_000..200_032]), "{to}: the content is not there");
+            }
+            let (code, stderr) = go_on(strace, pid);
+            if harm {
+                assert_eq!(code, Some(1), "{to}: {stderr}");
+                assert!(
+                    stderr.contains(&out) && stderr.contains("verification failed: the content differs"),
+                    "{to}: {stderr}"
+                );
+                assert_eq!(names(dir.path()), ["disk.raw"], "{to}");
+            } else {
+                assert_eq!(code, Some(0), "{to}: {stderr}");
+                std::fs::remove_file(dir.path().join(&out)).unwrap();
+            }
+        }
+    }
+}
+
+/// Zeros at the end of a disk, the refcounts of a qcow2 image, the first header of a VHDX image: content
+/// that is read does not tell.
+#[test]
+fn what_the_content_does_not_tell_is_found() {
+    require!("strace");
+    let dir = tempdir();
+    Image::hole("x", 3 << 20).with(65_536, images::noise(5, 300_000)).write_raw(&dir.path().join("disk.raw"));
+    let cut = |path: &Path| {
+        let file = std::fs::File::options().write(true).open(path).unwrap();
+        file.set_len((3 << 20) - 1_000_000).unwrap();
+    };
+    let first_refcount = |path: &Path| {
+        let bytes = std::fs::read(path).unwrap();
+        let at = |position: usize| u64::from_be_bytes(bytes[position..][..8].try_into().unwrap());
+        let block = at(usize::try_from(at(48)).unwrap());
+        let file = std::fs::File::options().write(true).open(path).unwrap();
+        file.write_all_at(&[0, 3], block).unwrap();
+    };
+    let header = |path: &Path| {
+        let file = std::fs::File::options().write(true).open(path).unwrap();
+        file.write_all_at(b"HEAD", 64 << 10).unwrap();
+    };
+    for (to, word) in [("raw", "instead of 3145728"), ("qcow2", "structure"), ("vhdx", "structure")] {
+        let out = format!("out.{to}");
+        let (strace, pid) =
+            stopped_at_flush(dir.path(), &["convert", "--verify", "disk.raw", "--to", to, &out]);
+        let partial = &partials(dir.path())[0];
+        match to {
+            "raw" => cut(partial),
+            "qcow2" => first_refcount(partial),
+            _ => header(partial),
+        }
+        let (code, stderr) = go_on(strace, pid);
+        assert_eq!(code, Some(1), "{to}: {stderr}");
+        assert!(stderr.contains(&out) && stderr.contains(word), "{to}: {stderr}");
+        assert_eq!(names(dir.path()), ["disk.raw"], "{to}");
+    }
+}
+
+#[test]
+fn a_byte_that_changes_in_one_of_many_outputs_is_found() {
+    require!("strace");
+    let source = fixture("two-disks.vma.zst");
+    let dir = tempdir();
+    for victim in ["drive-efidisk0", "drive-scsi0", "qemu-server.conf"] {
+        let (strace, pid) =
+            stopped_at_flush(dir.path(), &["convert", "--verify", text(&source), "--to", "raw", "out/"]);
+        let all = partials(dir.path());
+        let partial = all.iter().find(|path| text(path).contains(victim)).expect(victim);
+        let bytes = std::fs::read(partial).unwrap();
+        let at = bytes.iter().position(|byte| *byte != 0).unwrap();
+        assert!(flip(partial, &bytes[at..bytes.len().min(at + 16)]));
+        let (code, stderr) = go_on(strace, pid);
+        assert_eq!(code, Some(1), "{victim}: {stderr}");
+        assert!(stderr.contains(victim), "{victim}: {stderr}");
+        assert!(names(dir.path()).is_empty(), "{victim}: {:?}", names(dir.path()));
+    }
+}
+
+#[test]
+fn a_byte_that_changes_in_the_data_file_or_in_the_base_is_found() {
+    require!("strace");
+    let dir = tempdir();
+    let content = images::noise(5, 300_000);
+    Image::hole("x", 3 << 20).with(65_536, content.clone()).write_raw(&dir.path().join("disk.raw"));
+    let mut other = content.clone();
+    other[100_000..110_000].fill(7);
+    Image::hole("x", 3 << 20).with(65_536, other).write_raw(&dir.path().join("other.raw"));
+    let absolute = format!("data_file={},data_file_raw=on", text(&dir.path().join("beside.raw")));
+    for options in ["data_file=beside.raw", &absolute, "backing_file=other.raw,backing_fmt=raw"] {
+        for harm in [true, false] {
+            let before = snapshot(dir.path());
+            let line = ["convert", "--verify", "disk.raw", "--to", "qcow2", "-o", options, "out.qcow2"];
+            let (strace, pid) = stopped_at_flush(dir.path(), &line);
+            // The rest of the disk is in the base image.
+            let base = dir.path().join("other.raw");
+            let victim = match partials(dir.path()).iter().find(|path| text(path).contains("beside")) {
+                Some(partial) => partial.clone(),
+                None => base.clone(),
+            };
+            if harm {
+                assert!(flip(&victim, &content[200_000..200_032]), "{options}: the content is not there");
+            }
+            let (code, stderr) = go_on(strace, pid);
+            assert_eq!(code, Some(i32::from(harm)), "{options}: {stderr}");
+            if !harm {
+                std::fs::remove_file(dir.path().join("out.qcow2")).unwrap();
+                let _ = std::fs::remove_file(dir.path().join("beside.raw"));
+                continue;
+            }
+            assert!(
+                stderr.contains("out.qcow2") && stderr.contains("verification failed: the content differs"),
+                "{stderr}"
+            );
+            assert_eq!(names(dir.path()), ["disk.raw", "other.raw"], "{options}");
+            if victim == base {
+                assert!(flip(&base, &{
+                    let mut flipped = content[200_000..200_032].to_vec();
+                    flipped[0] ^= 4;
+                    flipped
+                }));
+            }
+            assert_eq!(snapshot(dir.path()), before, "{options}");
+        }
+    }
+}
+
+/// What the base needs in turn still has to be allowed; the output's own names need not.
+#[test]
+fn reading_back_opens_what_the_options_name_and_nothing_else() {
+    require!("qemu-img");
+    let dir = tempdir();
+    Image::hole("x", 3 << 20).with(65_536, images::noise(1, 300_000)).write_raw(&dir.path().join("disk.raw"));
+    Image::hole("x", 3 << 20)
+        .with(65_536, images::noise(2, 300_000))
+        .write_raw(&dir.path().join("lowest.raw"));
+    let base = dir.path().join("base.qcow2");
+    oracles::run("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "lowest.raw", text(&base)]);
+    let line = "convert --verify disk.raw --to qcow2 out.qcow2 -o backing_file=base.qcow2,backing_fmt=qcow2,data_file=beside";
+    let before = snapshot(dir.path());
+    imgtool(line.split(' ')).within(dir.path()).go().exits(1).says("lowest.raw");
+    assert_eq!(snapshot(dir.path()), before);
+    let lowest = dir.path().join("lowest.raw");
+    imgtool(line.split(' ').chain(["--allow-external", text(&lowest)])).within(dir.path()).ok();
+    imgtool("compare --allow-external chain disk.raw out.qcow2".split(' ')).within(dir.path()).ok();
+    // Over what was there, under the names that it had.
+    imgtool(line.split(' ').chain(["--force", "--allow-external", "chain"])).within(dir.path()).ok();
+    imgtool("compare --allow-external chain disk.raw out.qcow2".split(' ')).within(dir.path()).ok();
+}
+
+/// What is written in place keeps its length, as a device does: it may be larger than its disk.
+#[test]
+fn a_target_in_place_may_be_larger_than_its_disk() {
+    let dir = tempdir();
+    Image::hole("x", 3 << 20).with(65_536, images::noise(1, 300_000)).write_raw(&dir.path().join("disk.raw"));
+    std::fs::write(dir.path().join("larger.raw"), vec![1; 4 << 20]).unwrap();
+    imgtool("convert --verify -n disk.raw --to raw larger.raw".split(' ')).within(dir.path()).ok();
+    let (disk, target) = (dir.path().join("disk.raw"), dir.path().join("larger.raw"));
+    let (disk, target) = (std::fs::read(disk).unwrap(), std::fs::read(target).unwrap());
+    assert_eq!((disk.len(), target.len()), (3 << 20, 4 << 20));
+    assert!(target.starts_with(&disk) && target[3 << 20..].iter().all(|&byte| byte == 1));
+}

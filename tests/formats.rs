@@ -1,0 +1,12 @@
+//! Content through every format and every way: files, pipes, compressed, sparse, huge.
+
+mod file_system;
+mod fixtures;
+mod huge;
+mod matrix;
+mod qcow2_chains;
+mod qcow2_maps;
+mod shared_blocks;
+mod sparse_size;
+mod streams;
+mod threads;

@@ -1,0 +1,339 @@
+//! Any to any: every source × every sink, over the images that formats get wrong. The content of
+//! each output is the source's, by our reader and by programs that we did not write.
+
+use std::path::{Path, PathBuf};
+
+use imgtool_testing::images::{self, Image};
+use imgtool_testing::vma::Archive;
+use imgtool_testing::{assert_same, assert_same_rounded, names, oracles, require, sha256, tempdir, text};
+
+use crate::support::imgtool;
+
+/// Disk sizes are rounded up to whole sectors by every writer but ours of raw. The archives that the tests
+/// build are not rounded either.
+const SECTOR: u64 = 512;
+
+/// An image in a format, made by a program that is not ours.
+fn foreign(image: &Image, raw: &Path, format: &str, directory: &Path) -> PathBuf {
+    let path = directory.join(format!("{}.source.{format}", image.name));
+    match format {
+        "raw" => return raw.to_owned(),
+        "vma" => {
+            let archive = Archive::of([("drive-scsi0", image.clone())]).build();
+            std::fs::write(&path, archive.bytes).unwrap();
+        }
+        _ => oracles::qemu_make(raw, format, "", &path),
+    }
+    path
+}
+
+/// What an independent reader makes of outputs that should all hold their raw counterpart.
+fn ask_oracles(format: &str, outputs: &[(PathBuf, PathBuf)]) {
+    if matches!(format, "qcow2" | "vhdx") && oracles::have("qemu-img") {
+        for (raw, output) in outputs {
+            oracles::qemu_compare(raw, "raw", output, format);
+            oracles::qemu_check(output, format);
+        }
+    }
+    if format == "raw" || !oracles::have("dissect") {
+        return;
+    }
+    let paths: Vec<&Path> = outputs.iter().map(|(_, output)| output.as_path()).collect();
+    let seen: Vec<(u64, String)> = if format == "vma" {
+        let archives = oracles::dissect_vma(&paths);
+        archives
+            .into_iter()
+            .map(|mut archive| {
+                assert_eq!(archive.devices.len(), 1);
+                let device = archive.devices.remove(0);
+                (device.size, device.sha256)
+            })
+            .collect()
+    } else {
+        oracles::dissect_disks(format, &paths).into_iter().map(|disk| (disk.size, disk.sha256)).collect()
+    };
+    for ((raw, output), (size, digest)) in outputs.iter().zip(seen) {
+        let wanted = sha256_rounded(raw, size);
+        assert_eq!(digest, wanted, "dissect reads {} otherwise", output.display());
+    }
+}
+
+/// The digest of a raw file that is extended with zeros to `size`, less than a sector more.
+fn sha256_rounded(raw: &Path, size: u64) -> String {
+    let mut bytes = std::fs::read(raw).unwrap();
+    let len = bytes.len() as u64;
+    assert!(size >= len && size - len < SECTOR, "{} bytes became {size}", bytes.len());
+    bytes.resize(size as usize, 0);
+    sha256(&bytes)
+}
+
+/// One cell of the matrix: all images from one format to another.
+fn convert_all(from: &str, to: &str) {
+    if matches!(from, "qcow2" | "vhdx") && !oracles::have("qemu-img") {
+        return;
+    }
+    let dir = tempdir();
+    let mut outputs = Vec::new();
+    for image in images::all() {
+        let raw = dir.path().join(format!("{}.raw", image.name));
+        image.write_raw(&raw);
+        let source = foreign(&image, &raw, from, dir.path());
+        let output = dir.path().join(format!("{}.out.{to}", image.name));
+        imgtool(["convert", text(&source), "--to", to, text(&output)]).ok();
+        let back = dir.path().join(format!("{}.back", image.name));
+        imgtool(["convert", "-f", to, text(&output), "--to", "raw", text(&back)]).ok();
+        let what = format!("{}: {from} to {to}", image.name);
+        let is_exact = to == "raw" && matches!(from, "raw" | "vma");
+        let multiple = if is_exact { 1 } else { SECTOR };
+        assert_same_rounded(&raw, &back, multiple, &what);
+        if to == "raw" {
+            assert_same_rounded(&raw, &output, multiple, &what);
+        }
+        std::fs::remove_file(back).unwrap();
+        outputs.push((raw, output));
+    }
+    ask_oracles(to, &outputs);
+}
+
+macro_rules! cells {
+    ($($name:ident: $from:literal => $to:literal;)*) => {
+        $(#[test] fn $name() { convert_all($from, $to); })*
+    };
+}
+
+cells! {
+    raw_to_raw: "raw" => "raw";
+    raw_to_qcow2: "raw" => "qcow2";
+    raw_to_vma: "raw" => "vma";
+    raw_to_vhdx: "raw" => "vhdx";
+    qcow2_to_raw: "qcow2" => "raw";
+    qcow2_to_qcow2: "qcow2" => "qcow2";
+    qcow2_to_vma: "qcow2" => "vma";
+    qcow2_to_vhdx: "qcow2" => "vhdx";
+    vma_to_raw: "vma" => "raw";
+    vma_to_qcow2: "vma" => "qcow2";
+    vma_to_vma: "vma" => "vma";
+    vma_to_vhdx: "vma" => "vhdx";
+    vhdx_to_raw: "vhdx" => "raw";
+    vhdx_to_qcow2: "vhdx" => "qcow2";
+    vhdx_to_vma: "vhdx" => "vma";
+    vhdx_to_vhdx: "vhdx" => "vhdx";
+}
+
+/// From raw through these formats and back to raw.
+fn chain(formats: &[&str]) {
+    for image in images::all() {
+        let dir = tempdir();
+        let raw = dir.path().join("start.raw");
+        image.write_raw(&raw);
+        let mut at = raw.clone();
+        for (step, format) in formats.iter().chain(&["raw"]).enumerate() {
+            let next = dir.path().join(format!("{step}.{format}"));
+            imgtool(["convert", text(&at), "--to", format, text(&next)]).ok();
+            at = next;
+        }
+        assert_same_rounded(&raw, &at, SECTOR, &format!("{} through {formats:?}", image.name));
+    }
+}
+
+#[test]
+fn a_chain_through_vma_qcow2_vhdx_ends_where_it_began() {
+    chain(&["vma", "qcow2", "vhdx"]);
+}
+
+#[test]
+fn a_chain_through_vhdx_qcow2_vma_ends_where_it_began() {
+    chain(&["vhdx", "qcow2", "vma"]);
+}
+
+/// Three devices of 70 clusters and more, one of which ends within a sector.
+fn three_disks() -> [(&'static str, Image); 3] {
+    let size = 70 * 65_536;
+    [
+        ("drive-scsi0", images::every_mask()),
+        ("drive-efidisk0", Image::hole("efi", 540_672).with(4096, images::noise(5, 9000))),
+        ("drive-virtio1", Image::hole("seventy", size).with(65_536 * 64, images::prose(6, 65_536 * 6))),
+    ]
+}
+
+/// Unpacks an archive to each format and compares every device.
+fn unpack_everywhere(archive: &Archive, disks: &[(&str, Image)]) {
+    let dir = tempdir();
+    let source = dir.path().join("vm.vma");
+    std::fs::write(&source, archive.build().bytes).unwrap();
+    for format in ["raw", "qcow2", "vhdx"] {
+        let out = dir.path().join(format);
+        imgtool(["convert", text(&source), "--to", format, text(&out)]).ok();
+        let mut expected: Vec<String> = disks.iter().map(|(name, _)| format!("{name}.{format}")).collect();
+        expected.sort();
+        assert_eq!(names(&out), expected);
+        for (name, image) in disks {
+            let raw = dir.path().join("expected.raw");
+            image.write_raw(&raw);
+            let output = out.join(format!("{name}.{format}"));
+            let back = dir.path().join("back.raw");
+            imgtool(["convert", "--force", text(&output), "--to", "raw", text(&back)]).ok();
+            assert_same_rounded(&raw, &back, SECTOR, &format!("{name} as {format}"));
+            if format != "raw" && oracles::have("qemu-img") {
+                oracles::qemu_compare(&raw, "raw", &output, format);
+                oracles::qemu_check(&output, format);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_archive_of_three_devices_unpacks_to_every_format() {
+    let disks = three_disks();
+    unpack_everywhere(&Archive::of(disks.clone()), &disks);
+}
+
+#[test]
+fn clusters_shuffled_across_devices_unpack_to_every_format() {
+    let disks = three_disks();
+    unpack_everywhere(&Archive::of(disks.clone()).shuffled(3), &disks);
+}
+
+#[test]
+fn extents_of_1_7_and_59_clusters_and_gaps_in_device_ids_are_read() {
+    let disks = three_disks();
+    for (slots, ids) in [(1, [3, 200, 254]), (7, [9, 2, 5]), (59, [1, 128, 4])] {
+        let archive = Archive::of(disks.clone()).slots_per_extent(slots).ids(&ids).shuffled(slots as u64);
+        unpack_everywhere(&archive, &disks);
+    }
+}
+
+#[test]
+fn many_sources_of_many_formats_pack_into_one_archive() {
+    require!("qemu-img");
+    let dir = tempdir();
+    let disks = three_disks();
+    let mut args = vec!["convert".to_owned()];
+    for ((name, image), format) in disks.iter().zip(["raw", "qcow2", "vhdx"]) {
+        let raw = dir.path().join(format!("{name}.raw"));
+        image.write_raw(&raw);
+        args.push(format!("{name}={}", text(&foreign(image, &raw, format, dir.path()))));
+    }
+    let conf = dir.path().join("qemu-server.conf");
+    std::fs::write(&conf, "name: packed\n").unwrap();
+    let archive = dir.path().join("vm.vma");
+    args.extend(["--config", text(&conf), "--to", "vma", text(&archive)].map(str::to_owned));
+    imgtool(args).ok();
+    let out = dir.path().join("out");
+    imgtool(["convert", text(&archive), "--to", "raw", text(&out)]).ok();
+    for (name, _) in &disks {
+        let raw = dir.path().join(format!("{name}.raw"));
+        assert_same_rounded(&raw, &out.join(format!("{name}.raw")), SECTOR, name);
+    }
+    assert_eq!(std::fs::read(out.join("qemu-server.conf")).unwrap(), b"name: packed\n");
+    if oracles::have("dissect") {
+        let seen = oracles::dissect_vma(&[&archive]).remove(0);
+        for (device, (name, _)) in seen.devices.iter().zip(&disks) {
+            assert_eq!(device.name, *name);
+            assert_eq!(device.sha256, sha256_rounded(&dir.path().join(format!("{name}.raw")), device.size));
+        }
+        assert_eq!(seen.devices.len(), 3);
+        assert_eq!(seen.configs["qemu-server.conf"], sha256(b"name: packed\n"));
+    }
+}
+
+#[test]
+fn an_archive_repacked_keeps_devices_configurations_and_vmstate() {
+    let dir = tempdir();
+    for fixture in ["two-disks.vma.zst", "vmstate.vma.zst"] {
+        let fixture = imgtool_testing::fixture(fixture);
+        let packed = dir.path().join("packed.vma");
+        imgtool(["convert", "--force", text(&fixture), "--to", "vma", text(&packed)]).ok();
+        let (before, after) = (dir.path().join("before"), dir.path().join("after"));
+        imgtool(["convert", text(&fixture), "--to", "raw", text(&before)]).ok();
+        imgtool(["convert", text(&packed), "--to", "raw", text(&after)]).ok();
+        assert_eq!(imgtool_testing::snapshot(&before), imgtool_testing::snapshot(&after));
+        std::fs::remove_dir_all(before).unwrap();
+        std::fs::remove_dir_all(after).unwrap();
+    }
+}
+
+/// The images that tell most, where there are many options to try with each.
+fn telling() -> impl Iterator<Item = Image> {
+    let names = ["every-mask", "prose-and-holes", "prime", "1-byte", "zeros-written"];
+    images::all().into_iter().filter(move |image| names.contains(&image.name))
+}
+
+#[test]
+fn every_qcow2_that_qemu_makes_is_read() {
+    require!("qemu-img");
+    let dir = tempdir();
+    let options = [
+        "cluster_size=512",
+        "cluster_size=4k",
+        "cluster_size=2M",
+        "compat=0.10",
+        "compat=0.10,cluster_size=512",
+        "refcount_bits=1",
+        "refcount_bits=64,cluster_size=1k",
+        "preallocation=metadata",
+        "preallocation=full",
+        "lazy_refcounts=on",
+        "-c",
+        "-c cluster_size=512",
+        "-c compression_type=zstd",
+        "-c compression_type=zstd,cluster_size=2M",
+    ];
+    for image in telling() {
+        let raw = dir.path().join("x.raw");
+        image.write_raw(&raw);
+        for option in options {
+            let (source, out) = (dir.path().join("x.qcow2"), dir.path().join("out.raw"));
+            oracles::qemu_make(&raw, "qcow2", option, &source);
+            imgtool(["convert", "--force", text(&source), "--to", "raw", text(&out)]).ok();
+            assert_same_rounded(&raw, &out, SECTOR, &format!("{} with {option}", image.name));
+        }
+    }
+}
+
+#[test]
+fn every_qcow2_option_makes_an_image_that_qemu_reads() {
+    require!("qemu-img");
+    let dir = tempdir();
+    let options: [&[&str]; 9] = [
+        &["-o", "cluster_size=512"],
+        &["-o", "cluster_size=4k"],
+        &["-o", "cluster_size=2M"],
+        &["-o", "compat=0.10"],
+        &["-c"],
+        &["--compress=zstd"],
+        &["--compress=zlib", "-o", "cluster_size=512"],
+        &["--compress=zstd", "-o", "cluster_size=2M"],
+        &["-c", "-o", "compat=0.10"],
+    ];
+    for image in telling() {
+        let (raw, out) = (dir.path().join("x.raw"), dir.path().join("out.qcow2"));
+        image.write_raw(&raw);
+        for option in options {
+            imgtool(["convert", "--force", "--to", "qcow2"]).args(option).args([text(&raw), text(&out)]).ok();
+            oracles::qemu_compare(&raw, "raw", &out, "qcow2");
+            oracles::qemu_check(&out, "qcow2");
+            let back = dir.path().join("back.raw");
+            imgtool(["convert", "--force", text(&out), "--to", "raw", text(&back)]).ok();
+            assert_same_rounded(&raw, &back, SECTOR, &format!("{} with {option:?}", image.name));
+        }
+    }
+}
+
+#[test]
+fn an_image_of_no_bytes_stays_one_or_is_refused() {
+    let dir = tempdir();
+    let raw = dir.path().join("nothing.raw");
+    images::nothing().write_raw(&raw);
+    let out = dir.path().join("out.raw");
+    imgtool(["convert", text(&raw), "--to", "raw", text(&out)]).ok();
+    assert_same(&raw, &out, "nothing");
+    let qcow2 = dir.path().join("out.qcow2");
+    imgtool(["convert", text(&raw), "--to", "qcow2", text(&qcow2)]).ok();
+    if oracles::have("qemu-img") {
+        assert_eq!(oracles::qemu_info(&qcow2, "qcow2")["virtual-size"], 0);
+    }
+    let vma = dir.path().join("out.vma");
+    imgtool(["convert", text(&raw), "--to", "vma", text(&vma)]).go().exits(1);
+    assert_eq!(names(dir.path()), ["nothing.raw", "out.qcow2", "out.raw"]);
+}

@@ -1,0 +1,299 @@
+//! The same archive from a file, a pipe and under every outer compression gives the same disks;
+//! raw and VMA go through pipes in both directions.
+
+use std::path::{Path, PathBuf};
+
+use imgtool_testing::vma::Archive;
+use imgtool_testing::{
+    assert_same_rounded, fixture, images, names, oracles, require, snapshot, tempdir, text,
+};
+
+use crate::support::imgtool;
+
+/// An archive of two disks, 70 clusters and more, with a configuration.
+fn archive(directory: &Path) -> PathBuf {
+    let prose = images::all().into_iter().find(|image| image.name == "prose-and-holes").unwrap();
+    let built = Archive::of([("drive-scsi0", images::every_mask()), ("drive-scsi1", prose)])
+        .config("qemu-server.conf", b"cores: 2\n")
+        .shuffled(11)
+        .build();
+    let path = directory.join("vm.vma");
+    std::fs::write(&path, built.bytes).unwrap();
+    path
+}
+
+/// The compressor's output for a file.
+fn compress(tool: &str, args: &[&str], path: &Path) -> Vec<u8> {
+    let mut all = args.to_vec();
+    all.extend(["-c", text(path)]);
+    oracles::run(tool, &all).stdout
+}
+
+/// The file in three parts, each compressed on its own, one behind the other.
+fn compress_in_parts(tool: &str, args: &[&str], path: &Path) -> Vec<u8> {
+    let bytes = std::fs::read(path).unwrap();
+    let mut joined = Vec::new();
+    // Parts of odd length: a frame border is nowhere near a border of the archive.
+    for part in bytes.chunks(bytes.len() / 3 + 1) {
+        let piece = path.with_extension("part");
+        std::fs::write(&piece, part).unwrap();
+        joined.extend(compress(tool, args, &piece));
+    }
+    joined
+}
+
+/// Converts the compressed archive from a file and from a pipe.
+fn gives_the_same_disks(compressed: &[(&str, Vec<u8>)], source: &Path) {
+    let dir = tempdir();
+    let plain = dir.path().join("plain");
+    imgtool(["convert", text(source), "--to", "raw", text(&plain)]).ok();
+    let expected = snapshot(&plain);
+    assert_eq!(expected.len(), 3);
+    for (name, bytes) in compressed {
+        let file = dir.path().join(name);
+        std::fs::write(&file, bytes).unwrap();
+        let out = dir.path().join(format!("{name}.file"));
+        imgtool(["convert", text(&file), "--to", "raw", text(&out)]).ok();
+        assert_eq!(snapshot(&out), expected, "{name} from a file");
+        let out = dir.path().join(format!("{name}.pipe"));
+        imgtool(["convert", "-", "--to", "raw", text(&out)]).pipe_from(&file).ok();
+        assert_eq!(snapshot(&out), expected, "{name} from a pipe");
+    }
+}
+
+#[test]
+fn plain_from_a_pipe() {
+    let dir = tempdir();
+    let path = archive(dir.path());
+    gives_the_same_disks(&[("plain.vma", std::fs::read(&path).unwrap())], &path);
+}
+
+#[test]
+fn zstd_of_one_frame_and_of_many() {
+    require!("zstd");
+    let dir = tempdir();
+    let path = archive(dir.path());
+    let many = compress_in_parts("zstd", &["-q", "-1"], &path);
+    // A skippable frame before and after says nothing about the content.
+    let skippable = [&[0x50, 0x2a, 0x4d, 0x18, 3, 0, 0, 0, 1, 2, 3], many.as_slice()].concat();
+    gives_the_same_disks(
+        &[
+            ("one.zst", compress("zstd", &["-q"], &path)),
+            ("long.zst", compress("zstd", &["-q", "-19", "--long=27", "--check"], &path)),
+            ("many.zst", many),
+            ("skippable.zst", skippable),
+        ],
+        &path,
+    );
+}
+
+#[test]
+fn gzip_of_one_member_and_of_many() {
+    require!("gzip");
+    let dir = tempdir();
+    let path = archive(dir.path());
+    let many = compress_in_parts("gzip", &["-1"], &path);
+    gives_the_same_disks(&[("one.gz", compress("gzip", &[], &path)), ("many.gz", many)], &path);
+}
+
+#[test]
+fn lzop_at_every_method() {
+    require!("lzop");
+    let dir = tempdir();
+    let path = archive(dir.path());
+    gives_the_same_disks(
+        &[
+            ("fast.lzo", compress("lzop", &["-q", "-1"], &path)),
+            ("default.lzo", compress("lzop", &["-q"], &path)),
+            ("best.lzo", compress("lzop", &["-q", "-9"], &path)),
+            ("crc.lzo", compress("lzop", &["-q", "--crc32"], &path)),
+            ("unchecked.lzo", compress("lzop", &["-q", "-F"], &path)),
+        ],
+        &path,
+    );
+}
+
+#[test]
+fn xz_of_one_stream_and_of_many() {
+    require!("xz");
+    let dir = tempdir();
+    let path = archive(dir.path());
+    let many = compress_in_parts("xz", &["-1"], &path);
+    gives_the_same_disks(&[("one.xz", compress("xz", &["-2"], &path)), ("many.xz", many)], &path);
+}
+
+#[test]
+fn bzip2_of_one_stream_and_of_many() {
+    require!("bzip2");
+    let dir = tempdir();
+    let path = archive(dir.path());
+    let many = compress_in_parts("bzip2", &["-1"], &path);
+    gives_the_same_disks(&[("one.bz2", compress("bzip2", &[], &path)), ("many.bz2", many)], &path);
+}
+
+#[test]
+fn raw_through_standard_input_and_output() {
+    let dir = tempdir();
+    for image in images::all().into_iter().filter(|image| image.size < 64 << 20) {
+        let raw = dir.path().join("x.raw");
+        image.write_raw(&raw);
+        let run = imgtool(["convert", "-f", "raw", "-", "--to", "raw", "-"]).pipe_from(&raw).ok();
+        assert!(run.stdout == std::fs::read(&raw).unwrap(), "{}", image.name);
+    }
+}
+
+#[test]
+fn raw_from_a_pipe_becomes_every_format_that_can_wait_for_its_size() {
+    let dir = tempdir();
+    for image in images::all().into_iter().filter(|image| image.size < 64 << 20) {
+        let raw = dir.path().join("x.raw");
+        image.write_raw(&raw);
+        for format in ["raw", "qcow2"] {
+            let (out, back) = (dir.path().join("out"), dir.path().join("back"));
+            imgtool(["convert", "--force", "-f", "raw", "-", "--to", format, text(&out)])
+                .pipe_from(&raw)
+                .ok();
+            imgtool(["convert", "--force", "-f", format, text(&out), "--to", "raw", text(&back)]).ok();
+            let multiple = if format == "raw" { 1 } else { 512 };
+            assert_same_rounded(&raw, &back, multiple, &format!("{} to {format}", image.name));
+        }
+    }
+}
+
+#[test]
+fn an_archive_to_standard_output_is_the_archive_in_a_file() {
+    let dir = tempdir();
+    let raw = dir.path().join("disk.raw");
+    images::every_mask().write_raw(&raw);
+    let file = dir.path().join("file.vma");
+    imgtool(["convert", text(&raw), "--to", "vma", text(&file)]).ok();
+    for threads in ["1", "2", "7"] {
+        let run = imgtool(["convert", "--threads", threads, text(&raw), "--to", "vma", "-"]).ok();
+        assert!(run.stdout == std::fs::read(&file).unwrap(), "{threads} threads");
+    }
+}
+
+#[test]
+fn pipes_on_both_sides_carry_an_archive() {
+    let dir = tempdir();
+    let path = archive(dir.path());
+    let run = imgtool(["convert", "-", "--to", "vma", "-"]).pipe_from(&path).ok();
+    let (before, after) = (dir.path().join("before"), dir.path().join("after"));
+    imgtool(["convert", text(&path), "--to", "raw", text(&before)]).ok();
+    imgtool(["convert", "-", "--to", "raw", text(&after)]).pipe_bytes(run.stdout).ok();
+    assert_eq!(snapshot(&before), snapshot(&after));
+}
+
+#[test]
+fn qcow2_and_vhdx_from_a_pipe_or_compressed_are_read_too() {
+    require!("qemu-img", "zstd");
+    let dir = tempdir();
+    let raw = dir.path().join("x.raw");
+    images::every_mask().write_raw(&raw);
+    for format in ["qcow2", "vhdx"] {
+        let image = dir.path().join(format!("x.{format}"));
+        oracles::qemu_make(&raw, format, "", &image);
+        let out = dir.path().join(format!("{format}.pipe.raw"));
+        imgtool(["convert", "-", "--to", "raw", text(&out)]).pipe_from(&image).ok();
+        assert_same_rounded(&raw, &out, 512, format);
+        let compressed = dir.path().join(format!("x.{format}.zst"));
+        std::fs::write(&compressed, compress("zstd", &["-q"], &image)).unwrap();
+        let out = dir.path().join(format!("{format}.zst.raw"));
+        imgtool(["convert", text(&compressed), "--to", "raw", text(&out)]).ok();
+        assert_same_rounded(&raw, &out, 512, format);
+    }
+}
+
+#[test]
+fn a_compressed_stream_that_is_cut_or_followed_by_garbage_is_an_error() {
+    require!("zstd", "gzip", "lzop", "xz", "bzip2");
+    let dir = tempdir();
+    let path = archive(dir.path());
+    let streams = [
+        ("zst", compress("zstd", &["-q", "--check"], &path)),
+        ("gz", compress("gzip", &[], &path)),
+        ("lzo", compress("lzop", &["-q"], &path)),
+        ("xz", compress("xz", &["-0"], &path)),
+        ("bz2", compress("bzip2", &["-1"], &path)),
+    ];
+    for (name, bytes) in streams {
+        let len = bytes.len();
+        let mut damaged: Vec<(String, Vec<u8>)> = [len - 1, len - 5, len / 2, len / 7]
+            .map(|cut| (format!("{name} cut at {cut} of {len}"), bytes[..cut].to_vec()))
+            .into();
+        damaged.push((format!("{name} and garbage"), [bytes.as_slice(), b"garbage, not zeros"].concat()));
+        let mut flipped = bytes.clone();
+        flipped[len / 2] ^= 0x10;
+        damaged.push((format!("{name} with a flipped bit"), flipped));
+        for (what, bytes) in damaged {
+            let file = dir.path().join("damaged");
+            std::fs::write(&file, bytes).unwrap();
+            let before = names(dir.path());
+            let run = imgtool(["convert", "-f", "vma", text(&file), "--to", "qcow2"]);
+            let run = run.args([dir.path().join("out")]).go();
+            assert_eq!(run.status.code(), Some(1), "{what}: {}", run.stderr);
+            assert_eq!(names(dir.path()), before, "{what} left something");
+        }
+    }
+}
+
+#[test]
+fn a_pipe_that_nobody_reads_is_an_error_without_noise() {
+    let dir = tempdir();
+    let raw = dir.path().join("x.raw");
+    images::Image::hole("x", 8 << 20).with(0, images::noise(1, 8 << 20)).write_raw(&raw);
+    let command = format!(
+        "'{}' convert '{}' --to raw - | head -c 100 | wc -c; exit ${{PIPESTATUS[0]}}",
+        crate::support::run::PROGRAM,
+        text(&raw)
+    );
+    let output = std::process::Command::new("bash").args(["-c", &command]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "not every byte arrived");
+    assert!(!String::from_utf8_lossy(&output.stderr).contains("panicked"), "{output:?}");
+    assert_eq!(imgtool_testing::names(dir.path()), ["x.raw"]);
+}
+
+#[test]
+fn a_stream_that_brings_nothing_is_an_error() {
+    let dir = tempdir();
+    // What wrote it has failed; where the stream is copied first, too.
+    for to in ["raw", "qcow2", "vhdx", "vma"] {
+        let run = imgtool(["convert", "-", "--to", to, "out"]).within(dir.path()).pipe_bytes([]);
+        run.go().exits(1).says("input is empty");
+        assert!(names(dir.path()).is_empty(), "{to}");
+    }
+    imgtool(["convert", "-f", "raw", "-", "--to", "raw", "out"]).within(dir.path()).pipe_bytes([]).ok();
+    assert_eq!(std::fs::metadata(dir.path().join("out")).unwrap().len(), 0);
+}
+
+#[test]
+fn compressed_raw_images_can_be_compared() {
+    require!("zstd", "gzip");
+    let dir = tempdir();
+    let image = images::every_mask();
+    let raw = dir.path().join("disk.raw");
+    image.write_raw(&raw);
+    std::fs::write(dir.path().join("a.raw.zst"), compress("zstd", &["-q"], &raw)).unwrap();
+    std::fs::write(dir.path().join("b.raw.gz"), compress("gzip", &[], &raw)).unwrap();
+    imgtool(["convert", "disk.raw", "--to", "qcow2", "c.qcow2"]).within(dir.path()).ok();
+    for (a, b) in [("a.raw.zst", "b.raw.gz"), ("a.raw.zst", "c.qcow2"), ("c.qcow2", "b.raw.gz")] {
+        imgtool(["compare", a, b]).within(dir.path()).ok();
+    }
+    let mut bytes = std::fs::read(&raw).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&raw, bytes).unwrap();
+    imgtool(["compare", "a.raw.zst", "disk.raw"]).within(dir.path()).go().exits(1);
+}
+
+/// Whichever worker meets it: after an error the others do not ask the stream what is wrong with it now.
+#[test]
+fn a_stream_that_breaks_says_the_same_every_time() {
+    let dir = tempdir();
+    let whole = std::fs::read(fixture("two-disks.vma.zst")).unwrap();
+    std::fs::write(dir.path().join("cut.vma.zst"), &whole[..40_000]).unwrap();
+    let said: std::collections::BTreeSet<String> = (0..80)
+        .map(|_| imgtool(["convert", "cut.vma.zst", "out/"]).within(dir.path()).go().exits(1).stderr)
+        .collect();
+    assert_eq!(said.len(), 1, "{said:?}");
+}

@@ -1,0 +1,85 @@
+//! Same input, same bytes out, whatever the number of threads.
+
+use imgtool_testing::images::{self, Image};
+use imgtool_testing::vma::Archive;
+use imgtool_testing::{fixture, snapshot, tempdir, text};
+
+use crate::support::imgtool;
+
+/// Converts with 1, 2 and 7 threads, and once more with 7; all outputs must be the same bytes.
+fn same_with_any_threads(source: &str, options: &[&str]) {
+    let dir = tempdir();
+    let mut outputs = Vec::new();
+    for (round, threads) in ["1", "2", "7", "7"].into_iter().enumerate() {
+        // A directory as target is told apart from a file by the trailing slash.
+        let out = format!("{}/{round}/", text(dir.path()));
+        imgtool(["convert", "--threads", threads, source]).args(options).args([out]).ok();
+        outputs.push(snapshot(&dir.path().join(round.to_string())));
+    }
+    assert!(!outputs[0].is_empty());
+    for (round, output) in outputs.iter().enumerate() {
+        assert_eq!(*output, outputs[0], "{options:?}: round {round}");
+    }
+}
+
+/// A raw image with all kinds of content, 24 MiB.
+fn mixed() -> Image {
+    images::all().into_iter().find(|image| image.name == "prose-and-holes").unwrap()
+}
+
+fn raw_to(options: &[&str]) {
+    let dir = tempdir();
+    let raw = dir.path().join("disk.raw");
+    mixed().write_raw(&raw);
+    same_with_any_threads(text(&raw), options);
+}
+
+#[test]
+fn raw_is_the_same() {
+    raw_to(&["--to", "raw"]);
+}
+
+#[test]
+fn qcow2_is_the_same() {
+    raw_to(&["--to", "qcow2"]);
+}
+
+#[test]
+fn qcow2_with_small_clusters_is_the_same() {
+    raw_to(&["--to", "qcow2", "-o", "cluster_size=512"]);
+}
+
+#[test]
+fn compressed_qcow2_is_the_same() {
+    raw_to(&["--to", "qcow2", "-c"]);
+    raw_to(&["--to", "qcow2", "--compress=zstd"]);
+}
+
+#[test]
+fn vhdx_is_the_same() {
+    raw_to(&["--to", "vhdx"]);
+}
+
+#[test]
+fn vma_is_the_same() {
+    raw_to(&["--to", "vma"]);
+}
+
+#[test]
+fn all_disks_of_a_shuffled_archive_are_the_same() {
+    let dir = tempdir();
+    let other = Image::hole("other", 5_000_192).with(1_000_000, images::noise(8, 3_000_000));
+    let archive = Archive::of([("drive-scsi0", mixed()), ("drive-scsi1", other)]).shuffled(4).build();
+    let path = dir.path().join("vm.vma");
+    std::fs::write(&path, archive.bytes).unwrap();
+    for format in ["raw", "qcow2", "vhdx", "vma"] {
+        same_with_any_threads(text(&path), &["--to", format]);
+    }
+}
+
+#[test]
+fn a_compressed_archive_gives_the_same_disks() {
+    for format in ["raw", "qcow2", "vhdx"] {
+        same_with_any_threads(text(&fixture("two-disks.vma.zst")), &["--to", format]);
+    }
+}

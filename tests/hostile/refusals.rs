@@ -1,0 +1,203 @@
+//! What an image may not make the program do: opened files, unknown features, hostile headers.
+//! A refusal names what it refuses, and nothing was written.
+
+use std::ops::Range;
+use std::path::Path;
+use std::process::Command;
+
+use imgtool_testing::images::{self, Image};
+use imgtool_testing::{assert_same, first_difference, oracles, require, snapshot, tempdir, text};
+
+use crate::support::imgtool;
+use crate::support::trace::opened_outside;
+
+/// Converting `source` fails with exit code 1, says each of `words`, and writes nothing.
+fn refused(directory: &Path, source: &str, words: &[&str]) {
+    let before = snapshot(directory);
+    for format in ["raw", "qcow2", "vma"] {
+        let mut run = imgtool(["convert", source, "--to", format, "out"]).within(directory).go().exits(1);
+        for word in words {
+            run = run.says(word);
+        }
+        assert_eq!(snapshot(directory), before, "{source} to {format}");
+    }
+}
+
+/// A directory with `base.raw`.
+fn with_base() -> tempfile::TempDir {
+    let dir = tempdir();
+    Image::hole("base", 1 << 20).with(0, images::noise(1, 100_000)).write_raw(&dir.path().join("base.raw"));
+    dir
+}
+
+fn qemu_img(directory: &Path, line: &str) {
+    let output = Command::new("qemu-img").args(line.split(' ')).current_dir(directory).output().unwrap();
+    assert!(output.status.success(), "{line}: {output:?}");
+}
+
+#[test]
+fn a_backing_file_is_not_opened() {
+    require!("qemu-img");
+    let dir = with_base();
+    qemu_img(dir.path(), "create -q -f qcow2 -F raw -b base.raw overlay.qcow2");
+    refused(dir.path(), "overlay.qcow2", &["backing file", "base.raw"]);
+}
+
+#[test]
+fn a_backing_file_that_looks_like_a_secret_is_not_opened() {
+    require!("qemu-img", "strace");
+    let dir = with_base();
+    qemu_img(dir.path(), "create -q -u -f qcow2 -F raw -b /etc/passwd overlay.qcow2 1M");
+    refused(dir.path(), "overlay.qcow2", &["/etc/passwd"]);
+    assert_eq!(opened_outside(dir.path(), &["info", "overlay.qcow2"]), [""; 0]);
+}
+
+#[test]
+fn a_backing_file_that_is_allowed_is_read() {
+    require!("qemu-img");
+    let dir = with_base();
+    qemu_img(dir.path(), "create -q -f qcow2 -F raw -b base.raw overlay.qcow2 2M");
+    let line = ["-c", "write -q -P 7 300k 200k", "overlay.qcow2"];
+    let status = Command::new("qemu-io").args(line).current_dir(dir.path()).status();
+    assert!(status.is_ok_and(|status| status.success()));
+    qemu_img(dir.path(), "convert -O raw overlay.qcow2 wanted.raw");
+    for allowed in ["chain", "base.raw"] {
+        let line =
+            ["convert", "--force", "--allow-external", allowed, "overlay.qcow2", "--to", "raw", "out.raw"];
+        imgtool(line).within(dir.path()).ok();
+        assert_same(&dir.path().join("wanted.raw"), &dir.path().join("out.raw"), allowed);
+    }
+}
+
+#[test]
+fn an_external_data_file_is_not_opened() {
+    require!("qemu-img");
+    let dir = with_base();
+    qemu_img(dir.path(), "convert -f raw -O qcow2 -o data_file=data.bin base.raw image.qcow2");
+    refused(dir.path(), "image.qcow2", &["data file", "data.bin"]);
+}
+
+#[test]
+fn an_encrypted_image_is_refused() {
+    require!("qemu-img");
+    let dir = tempdir();
+    let line = "create -q --object secret,id=s,data=secret -f qcow2 -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 image.qcow2 1M";
+    qemu_img(dir.path(), line);
+    refused(dir.path(), "image.qcow2", &["encrypt"]);
+}
+
+#[test]
+fn an_unknown_incompatible_feature_is_refused() {
+    require!("qemu-img");
+    let dir = with_base();
+    qemu_img(dir.path(), "convert -f raw -O qcow2 base.raw image.qcow2");
+    let path = dir.path().join("image.qcow2");
+    let mut bytes = std::fs::read(&path).unwrap();
+    // Incompatible features: header bytes 72..80, big endian; bit 40 means nothing yet.
+    bytes[72 + 2] |= 1;
+    std::fs::write(&path, bytes).unwrap();
+    refused(dir.path(), "image.qcow2", &["feature"]);
+}
+
+#[test]
+fn extended_l2_entries_are_read_right() {
+    require!("qemu-img");
+    let dir = with_base();
+    qemu_img(dir.path(), "convert -f raw -O qcow2 -o extended_l2=on,cluster_size=64k base.raw image.qcow2");
+    imgtool(["convert", "image.qcow2", "--to", "raw", "out.raw"]).within(dir.path()).ok();
+    assert_same(&dir.path().join("base.raw"), &dir.path().join("out.raw"), "extended L2");
+}
+
+#[test]
+fn a_differencing_vhd_chain_is_not_followed_silently() {
+    require!("qemu-img");
+    let dir = with_base();
+    qemu_img(dir.path(), "convert -f raw -O vhdx base.raw image.vhdx");
+    let path = dir.path().join("image.vhdx");
+    let mut bytes = std::fs::read(&path).unwrap();
+    // The file parameters item follows its GUID caa16737-fa36-4d43-b3b6-33f0aa44e76b in the
+    // metadata table; its flags (bit 1: has a parent) are the second 32-bit word.
+    let guid =
+        [0x37, 0x67, 0xa1, 0xca, 0x36, 0xfa, 0x43, 0x4d, 0xb3, 0xb6, 0x33, 0xf0, 0xaa, 0x44, 0xe7, 0x6b];
+    let entry = bytes.windows(16).position(|window| window == guid).expect("file parameters");
+    let table = bytes.windows(8).position(|window| window == b"metadata").expect("metadata table");
+    let item = u32::from_le_bytes(bytes[entry + 16..entry + 20].try_into().unwrap()) as usize;
+    bytes[table + item + 4] |= 2;
+    std::fs::write(&path, bytes).unwrap();
+    refused(dir.path(), "image.vhdx", &["parent"]);
+}
+
+#[test]
+fn hostile_headers_end_in_an_error_within_memory() {
+    let dir = tempdir();
+    let be32 = |value: u32| value.to_be_bytes();
+    let mut l1_too_big = vec![0u8; 65_536];
+    l1_too_big[..4].copy_from_slice(b"QFI\xfb");
+    l1_too_big[4..8].copy_from_slice(&be32(3));
+    l1_too_big[20..24].copy_from_slice(&be32(16));
+    l1_too_big[24..32].copy_from_slice(&(1u64 << 62).to_be_bytes());
+    l1_too_big[36..40].copy_from_slice(&be32(u32::MAX));
+    l1_too_big[100..104].copy_from_slice(&be32(104));
+    let mut huge_header = vec![0u8; 12_800];
+    huge_header[..4].copy_from_slice(b"VMA\0");
+    huge_header[7] = 1;
+    huge_header[48..52].copy_from_slice(&be32(12_288));
+    huge_header[52..56].copy_from_slice(&be32(u32::MAX));
+    huge_header[56..60].copy_from_slice(&be32(0x7fff_0000));
+    let vhdx_only_magic = [b"vhdxfile".to_vec(), vec![0xff; 1 << 20]].concat();
+    let cases = [("qcow2", l1_too_big), ("vma", huge_header), ("vhdx", vhdx_only_magic)];
+    for (format, bytes) in cases {
+        let source = dir.path().join("hostile");
+        std::fs::write(&source, bytes).unwrap();
+        let before = snapshot(dir.path());
+        let line = ["convert", "hostile", "--to", "raw", "out"];
+        let run = imgtool(line).within(dir.path()).measured().go().exits(1);
+        assert!(run.peak_memory < 256 << 20, "{format}: {} bytes", run.peak_memory);
+        assert_eq!(snapshot(dir.path()), before, "{format}");
+    }
+}
+
+/// Header bytes of a qcow2 image without backing file and snapshots that may have any value: what they say is
+/// not needed, or changes the size of the disk alone (29 to 31).
+const ACCEPTED: [Range<usize>; 9] =
+    [14..15, 16..20, 29..32, 38..40, 49..54, 64..72, 80..96, 102..103, 105..112];
+
+/// Converts an image once for each place, in which one byte is another; whether it is refused must be as
+/// `refused` says, and what is not has the content of `base.raw`.
+#[track_caller]
+fn with_one_byte_changed(format: &str, places: &[usize], refused: impl Fn(usize) -> bool) {
+    let dir = with_base();
+    let (base, image) = (dir.path().join("base.raw"), dir.path().join("image"));
+    let (mutant, out) = (dir.path().join("mutant"), dir.path().join("mutant.raw"));
+    oracles::qemu_make(&base, format, "", &image);
+    let good = std::fs::read(&image).unwrap();
+    for place in places {
+        let mut bytes = good.clone();
+        bytes[*place] = bytes[*place].wrapping_add(0x81);
+        std::fs::write(&mutant, bytes).unwrap();
+        let run = imgtool(["convert", "-f", format, text(&mutant), "--to", "raw", text(&out)]).go();
+        if refused(*place) {
+            run.exits(1);
+        } else {
+            run.exits(0);
+            assert_eq!(first_difference(&base, &out), None, "{format} byte {place}");
+            std::fs::remove_file(&out).unwrap();
+        }
+    }
+}
+
+#[test]
+fn another_byte_in_a_qcow2_header_is_refused_or_changes_no_content() {
+    require!("qemu-img");
+    let places: Vec<usize> = (4..112).collect();
+    with_one_byte_changed("qcow2", &places, |place| !ACCEPTED.iter().any(|range| range.contains(&place)));
+}
+
+/// The checksum of the first copy is wrong then: the second is read.
+#[test]
+fn another_byte_in_one_header_or_region_table_of_a_vhdx_file_changes_no_content() {
+    require!("qemu-img");
+    let places: Vec<usize> =
+        (0..40).map(|i| 65_536 + i * 3).chain((0..30).map(|i| 196_608 + i * 3)).collect();
+    with_one_byte_changed("vhdx", &places, |_| false);
+}

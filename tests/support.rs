@@ -1,0 +1,8 @@
+//! The program under test, and what it needs around it: devices, mounts, a trace of its system calls.
+
+pub mod devices;
+pub mod run;
+pub mod shaky;
+pub mod trace;
+
+pub use run::imgtool;

@@ -1,0 +1,111 @@
+//! Devices and attachments, the content of an image in any format; and the types that number devices.
+//!
+//! A device is numbered in several ways during a conversion. Each number has a type of its own, so that
+//! the compiler catches a mix-up:
+//!
+//! | type | identifies |
+//! |---|---|
+//! | [`DeviceId`] | a device of a source, by the image's own number |
+//! | [`Slot`] | a device among those selected for the conversion, over all sources |
+//! | [`SinkDevice`] | a device in one sink's [`crate::Manifest`] |
+//! | [`OutputId`] | an output of one sink |
+//! | [`Lane`] | a line of the progress display |
+
+use std::fmt;
+
+/// Identity of a device within one source image. A conversion does not preserve it.
+///
+/// Formats that hold one disk use 0. A VMA archive uses its own `dev_id` (1..=254).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeviceId(pub u32);
+
+impl fmt::Display for DeviceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+macro_rules! indices {
+    ($($(#[$doc:meta])* $name:ident;)*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+            pub struct $name(pub u32);
+
+            impl $name {
+                /// Returns the number as an index into a list.
+                pub fn index(self) -> usize {
+                    self.0 as usize
+                }
+
+                /// Returns the first `count` numbers, from 0 on.
+                pub fn first(count: usize) -> impl Iterator<Item = Self> {
+                    (0..).map(Self).take(count)
+                }
+            }
+
+            impl fmt::Display for $name {
+                fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    self.0.fmt(f)
+                }
+            }
+        )*
+    };
+}
+
+indices! {
+    /// A device among those selected for the conversion, over all of its sources.
+    Slot;
+    /// A device of one sink: an index into [`crate::Manifest::devices`].
+    SinkDevice;
+    /// An output of one sink: an index into [`crate::ImageSink::outputs`].
+    OutputId;
+    /// A line of a progress display.
+    Lane;
+}
+
+impl OutputId {
+    /// The output that carries the image's own name.
+    pub const MAIN: Self = Self(0);
+}
+
+/// Kind of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DeviceKind {
+    /// A disk that a guest sees.
+    Disk,
+    /// The saved memory and device state of a running guest.
+    VmState,
+}
+
+/// One block device of an image: a raw, qcow2 or VHDX file has one, a VMA archive up to 254.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Device {
+    /// Identity within the image; in a manifest, the number of its [`SinkDevice`].
+    pub id: DeviceId,
+    /// Name from the image: untrusted, possibly not unique, and not a path.
+    pub name: String,
+    /// Virtual size in bytes. Any value is legal: 0, and sizes that are no multiple of a sector.
+    pub size: u64,
+    /// True if the size is unknown until the stream ends. `size` is 0 until then; afterwards
+    /// [`crate::Consumer::resize`] receives it.
+    pub open_ended: bool,
+    /// Disk or guest state.
+    pub kind: DeviceKind,
+}
+
+impl Device {
+    /// Creates a disk of `size` bytes.
+    pub fn disk(id: u32, name: impl Into<String>, size: u64) -> Self {
+        Self { id: DeviceId(id), name: name.into(), size, open_ended: false, kind: DeviceKind::Disk }
+    }
+}
+
+/// A named blob that travels with the devices (a VM configuration in a VMA archive).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attachment {
+    /// Name from the image: untrusted, possibly not unique, and not a path.
+    pub name: String,
+    /// Content.
+    pub data: Vec<u8>,
+}

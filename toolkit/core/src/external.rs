@@ -1,0 +1,167 @@
+//! Settings for opening an image, and the opener of external files: those that an image names (a backing
+//! image, a data file).
+//!
+//! A driver opens no file by name. It calls [`Externals`]; the [`ExternalOpener`] behind it decides whether
+//! the user allowed the file, detects loops in the chain, and chooses the driver.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::error::{Error, Result, escape_control};
+use crate::input::Input;
+use crate::location::{Location, Url};
+use crate::remedy::Remedy;
+use crate::source::ImageSource;
+
+/// Settings for opening an image.
+#[derive(Debug, Clone, Default)]
+pub struct OpenOptions {
+    /// True to restore the intact parts of a damaged image, fill the rest with zeros and list it.
+    pub salvage: bool,
+    /// True to open an image that is marked as unsafe (the corrupt bit of qcow2).
+    pub force: bool,
+    /// True to accept bytes after the end of an archive.
+    pub ignore_trailing: bool,
+    /// The internal snapshot (name or ID) to read instead of the active state.
+    pub snapshot: Option<String>,
+    /// True if the caller needs facts only, no content. The driver may skip work that needs external files
+    /// or the whole of a stream.
+    pub info_only: bool,
+    /// With `info_only`: maximum number of bytes of a stream to read for facts that only its end reveals.
+    pub info_stream_len: u64,
+    /// The opener of external files.
+    pub externals: Externals,
+}
+
+/// Opens the external files of images, if the user allowed them.
+pub trait ExternalOpener: Send + Sync {
+    /// Opens the external image `name` of the image at `from`. `format` names the driver; without it, the
+    /// content decides. `role` describes the file in errors ("backing file").
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`] if the user did not allow the file, or any error from opening it.
+    fn open_image(
+        &self,
+        role: &str,
+        name: &str,
+        from: &Location,
+        format: Option<&str>,
+        options: &OpenOptions,
+    ) -> Result<Arc<dyn ImageSource>>;
+
+    /// Opens the external file `name` of the image at `from` as plain bytes.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`] if the user did not allow the file; [`crate::ErrorKind::Io`].
+    fn open_file(&self, role: &str, name: &str, from: &Location) -> Result<Input>;
+
+    /// Opens an image inside another: a member of a container, whose bytes the container's driver passes in
+    /// ([`Input::section`]). This needs no permission, as the bytes belong to the container.
+    ///
+    /// # Errors
+    /// Any error from opening the member.
+    fn open_member(
+        &self,
+        member: Input,
+        format: Option<&str>,
+        options: &OpenOptions,
+    ) -> Result<Arc<dyn ImageSource>>;
+
+    /// Returns the number of overlays above the image that is being opened. A driver divides the memory for
+    /// its tables by it.
+    fn depth(&self) -> usize;
+}
+
+/// The opener of external files that an image gets. The default refuses every file.
+#[derive(Clone, Default)]
+pub struct Externals(Option<Arc<dyn ExternalOpener>>);
+
+impl Externals {
+    /// Opens external files with `opener`.
+    pub fn new(opener: Arc<dyn ExternalOpener>) -> Self {
+        Self(Some(opener))
+    }
+
+    /// See [`ExternalOpener::open_image`].
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`] if the user did not allow the file, or any error from opening it.
+    pub fn open_image(
+        &self,
+        role: &str,
+        name: &str,
+        from: &Location,
+        format: Option<&str>,
+        options: &OpenOptions,
+    ) -> Result<Arc<dyn ImageSource>> {
+        match &self.0 {
+            Some(opener) => opener.open_image(role, name, from, format, options),
+            None => Err(refusal(role, name, from)),
+        }
+    }
+
+    /// See [`ExternalOpener::open_file`].
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`] if the user did not allow the file; [`crate::ErrorKind::Io`].
+    pub fn open_file(&self, role: &str, name: &str, from: &Location) -> Result<Input> {
+        match &self.0 {
+            Some(opener) => opener.open_file(role, name, from),
+            None => Err(refusal(role, name, from)),
+        }
+    }
+
+    /// See [`ExternalOpener::open_member`].
+    ///
+    /// # Errors
+    /// Any error from opening the member; [`crate::ErrorKind::Unsupported`] without an opener, since only
+    /// the opener has the drivers.
+    pub fn open_member(
+        &self,
+        member: Input,
+        format: Option<&str>,
+        options: &OpenOptions,
+    ) -> Result<Arc<dyn ImageSource>> {
+        match &self.0 {
+            Some(opener) => opener.open_member(member, format, options),
+            None => {
+                Err(Error::unsupported("a container needs the drivers of its members")
+                    .path(member.location()))
+            }
+        }
+    }
+
+    /// True if there is no opener.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_none()
+    }
+
+    /// See [`ExternalOpener::depth`]; 0 without an opener.
+    pub fn depth(&self) -> usize {
+        self.0.as_ref().map_or(0, |opener| opener.depth())
+    }
+}
+
+impl fmt::Debug for Externals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Externals").field(&self.0.is_some()).finish()
+    }
+}
+
+/// Returns the error for an external file that the user did not allow.
+pub fn refusal(role: &str, name: &str, from: &Location) -> Error {
+    // A URL in an image may hold a password.
+    let shown = Url::parse(name).map_or_else(|| escape_control(name), |url| url.to_string());
+    Error::refused(format!("refusing to open the {role} '{shown}' that the image names"))
+        .path(from)
+        .remedied_by(Remedy::AllowExternal { name: shown })
+}
+
+/// Name and format of the backing image of a new image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackingName {
+    /// Name relative to the new image, as that will store it.
+    pub name: String,
+    /// Name of its format.
+    pub format: String,
+}

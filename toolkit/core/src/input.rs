@@ -1,0 +1,292 @@
+//! [`Input`]: the bytes of an image, read by position ([`RandomInput`]) or once in order ([`Stream`]).
+
+use std::io::{self, Read};
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::location::Location;
+use crate::progress::CancelToken;
+
+mod random;
+mod stream;
+
+pub use random::{FileRun, RandomInput, ReadAt};
+pub use stream::{Decode, Stream};
+
+/// Bytes at the start of an image that a driver's probe receives. Our limit: every magic number lies in the
+/// first 4 KiB.
+pub const PROBE_LEN: usize = 4096;
+
+/// The bytes of an image.
+#[derive(Debug)]
+pub struct Input {
+    location: Location,
+    cancel: CancelToken,
+    body: InputBody,
+}
+
+/// The two kinds of input.
+#[derive(Debug)]
+pub enum InputBody {
+    /// Bytes read by position.
+    Random(Arc<dyn ReadAt>),
+    /// Bytes read once, in order.
+    Stream(Stream),
+}
+
+impl Input {
+    /// Creates an input whose bytes are read by position: a file, an object of a store, memory.
+    pub fn from_read_at(location: impl Into<Location>, source: Arc<dyn ReadAt>) -> Self {
+        Self { location: location.into(), cancel: CancelToken::new(), body: InputBody::Random(source) }
+    }
+
+    /// Creates an input whose bytes are read once, in order.
+    ///
+    /// # Errors
+    /// If the first bytes can't be read.
+    pub fn from_reader(location: impl Into<Location>, reader: Box<dyn Read + Send>) -> Result<Self> {
+        let location = location.into();
+        let stream = Stream::plain(location.clone(), reader)?;
+        Ok(Self::from_stream(location, stream))
+    }
+
+    /// Creates an input from an open stream.
+    pub fn from_stream(location: impl Into<Location>, stream: Stream) -> Self {
+        Self { location: location.into(), cancel: CancelToken::new(), body: InputBody::Stream(stream) }
+    }
+
+    /// Makes reads fail with [`crate::ErrorKind::Cancelled`] once the token is cancelled. This also ends
+    /// opening, checking and measuring, without any code in the driver.
+    #[must_use]
+    pub fn cancelled_by(mut self, cancel: CancelToken) -> Self {
+        if let InputBody::Stream(stream) = &mut self.body {
+            stream.cancelled_by(cancel.clone());
+        }
+        self.cancel = cancel;
+        self
+    }
+
+    /// Returns the token of [`Input::cancelled_by`]. A driver that continues after a failed read needs it to
+    /// tell cancellation from damage.
+    pub fn cancel_token(&self) -> CancelToken {
+        self.cancel.clone()
+    }
+
+    /// Returns the location, for messages and for resolving names in the image.
+    pub fn location(&self) -> &Location {
+        &self.location
+    }
+
+    /// Returns the length in bytes, if known.
+    pub fn len(&self) -> Option<u64> {
+        match &self.body {
+            InputBody::Random(source) => Some(source.len()),
+            InputBody::Stream(_) => None,
+        }
+    }
+
+    /// True if the input is known to be empty.
+    pub fn is_empty(&self) -> bool {
+        self.len() == Some(0)
+    }
+
+    /// True if the input can only be read once, in order.
+    pub fn is_stream(&self) -> bool {
+        matches!(self.body, InputBody::Stream(_))
+    }
+
+    /// Returns the first bytes, up to [`PROBE_LEN`], without consuming them.
+    pub fn head(&self) -> Result<Vec<u8>> {
+        match &self.body {
+            InputBody::Stream(stream) => Ok(stream.head().to_vec()),
+            InputBody::Random(source) => {
+                let len = usize::try_from(source.len()).unwrap_or(PROBE_LEN).min(PROBE_LEN);
+                let mut head = vec![0; len];
+                source.read_exact_at(&mut head, 0).map_err(|e| read_error(e, &self.location, 0))?;
+                Ok(head)
+            }
+        }
+    }
+
+    /// Converts the input into one that is read by position.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Unsupported`] for a stream.
+    pub fn into_random(self) -> Result<RandomInput> {
+        match self.body {
+            InputBody::Random(source) => Ok(RandomInput::new(self.location, source, self.cancel)),
+            InputBody::Stream(_) => {
+                Err(Error::unsupported("this format can't be read from a stream").path(self.location))
+            }
+        }
+    }
+
+    /// Converts the input into a stream from its start.
+    ///
+    /// # Errors
+    /// If the first bytes can't be read.
+    pub fn into_stream(self) -> Result<Stream> {
+        match self.body {
+            InputBody::Stream(stream) => Ok(stream),
+            InputBody::Random(source) => {
+                let mut stream = Stream::plain(self.location, Box::new(Cursor::new(source)))?;
+                stream.cancelled_by(self.cancel);
+                Ok(stream)
+            }
+        }
+    }
+
+    /// Returns the body, for code that wraps it (a decoder, a copy).
+    pub fn into_body(self) -> InputBody {
+        self.body
+    }
+
+    /// Creates an input from a body.
+    pub fn from_body(location: impl Into<Location>, body: InputBody) -> Self {
+        Self { location: location.into(), cancel: CancelToken::new(), body }
+    }
+
+    /// Returns a part of the input as an input of its own: a member of a container.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Unsupported`] for a stream; [`crate::ErrorKind::OutOfBounds`] if the range
+    /// exceeds the input.
+    pub fn section(self, range: Range<u64>) -> Result<Self> {
+        self.into_random()?.section(range)
+    }
+}
+
+/// A part of an input that is read by position.
+struct Section {
+    source: Arc<dyn ReadAt>,
+    /// Byte range within the source.
+    range: Range<u64>,
+}
+
+impl ReadAt for Section {
+    fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
+        let end = position.checked_add(buf.len() as u64).filter(|end| *end <= self.len());
+        match end {
+            Some(_) => self.source.read_exact_at(buf, self.range.start + position),
+            None => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+
+    fn len(&self) -> u64 {
+        self.range.end - self.range.start
+    }
+
+    fn run(&self, position: u64) -> io::Result<FileRun> {
+        let run = self.source.run(self.range.start + position)?;
+        Ok(FileRun { end: run.end.min(self.range.end) - self.range.start, ..run })
+    }
+
+    fn rough_run(&self, position: u64, until: u64) -> io::Result<FileRun> {
+        let until = self.range.start.saturating_add(until).min(self.range.end);
+        let run = self.source.rough_run(self.range.start + position, until)?;
+        Ok(FileRun { end: run.end.min(self.range.end) - self.range.start, ..run })
+    }
+
+    fn granule(&self) -> u64 {
+        self.source.granule()
+    }
+}
+
+/// Reads an input by position in order, as a [`Read`].
+#[derive(Debug)]
+pub struct Cursor {
+    source: Arc<dyn ReadAt>,
+    position: u64,
+}
+
+impl Cursor {
+    /// Creates a reader from the start of `source`.
+    pub fn new(source: Arc<dyn ReadAt>) -> Self {
+        Self { source, position: 0 }
+    }
+}
+
+impl Read for Cursor {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let left = self.source.len().saturating_sub(self.position);
+        let count = buf.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        self.source.read_exact_at(&mut buf[..count], self.position)?;
+        self.position += count as u64;
+        Ok(count)
+    }
+}
+
+/// Converts the error of a failed read. Decoders report damage as `InvalidData` or `UnexpectedEof`.
+fn read_error(e: io::Error, location: &Location, position: u64) -> Error {
+    let carried = e.get_ref().is_some_and(|inner| inner.is::<Error>());
+    let damaged = matches!(e.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof);
+    let error = if damaged && !carried {
+        let text = e.to_string();
+        let early = text.is_empty() || e.get_ref().is_none();
+        Error::corrupt(if early { "the file ends early".to_owned() } else { text })
+            .remedied_by(crate::Remedy::Salvage("copy it again, or use a backup".into()))
+    } else {
+        Error::io("read", e)
+    };
+    match error.kind() {
+        crate::ErrorKind::Cancelled => error,
+        crate::ErrorKind::Unsupported => error.path(location),
+        _ => error.path(location).at(position),
+    }
+}
+
+/// Fills `buf` as far as the input reaches; returns the number of bytes, fewer than `buf.len()` only at the
+/// end. Retries interrupted reads.
+pub fn read_full(reader: &mut dyn Read, buf: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buf.len() {
+        match retry(|| reader.read(&mut buf[filled..]))? {
+            0 => break,
+            count => filled += count,
+        }
+    }
+    Ok(filled)
+}
+
+/// Repeats a call for as long as a signal interrupts it (EINTR).
+pub fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An input in memory.
+    struct Memory(Vec<u8>);
+
+    impl ReadAt for Memory {
+        fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
+            let start = usize::try_from(position).map_err(io::Error::other)?;
+            let bytes = self.0.get(start..start + buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+            buf.copy_from_slice(bytes);
+            Ok(())
+        }
+
+        fn len(&self) -> u64 {
+            self.0.len() as u64
+        }
+    }
+
+    #[test]
+    fn a_section_is_an_input_of_its_own() {
+        let whole = || Input::from_read_at("a.tar", Arc::new(Memory((0..100).collect())));
+        let section = whole().section(10..20).expect("within");
+        assert_eq!(section.len(), Some(10));
+        assert_eq!(section.head().expect("read"), (10..20).collect::<Vec<u8>>());
+        let random = section.into_random().expect("random");
+        assert!(random.read_exact_at(&mut [0; 2], 9).is_err(), "a section does not leak its neighbours");
+        assert!(whole().section(90..101).is_err());
+    }
+}

@@ -1,0 +1,213 @@
+//! Inputs that are read by position: the trait [`ReadAt`], and [`RandomInput`] over it, whose errors name
+//! file and offset.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{Input, InputBody, Section, read_error};
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::{Extent, ExtentKind, ExtentList};
+use crate::location::Location;
+use crate::progress::CancelToken;
+
+/// Bytes that can be read by position: a file, a decompressed view of one, an object of a store.
+pub trait ReadAt: Send + Sync {
+    /// Fills `buf` from the byte at `position` on.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` if the range exceeds the input.
+    fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()>;
+
+    /// Returns the length in bytes.
+    fn len(&self) -> u64;
+
+    /// True if the input has no bytes.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Returns the run of data or hole that contains `position`, which must be below the length.
+    fn run(&self, _position: u64) -> io::Result<FileRun> {
+        Ok(FileRun { end: self.len(), is_data: true })
+    }
+
+    /// Returns the run that contains `position`, possibly cut at `until`. Where the exact answer is costly,
+    /// may report a hole as data if data follows before `until`.
+    fn rough_run(&self, position: u64, _until: u64) -> io::Result<FileRun> {
+        self.run(position)
+    }
+
+    /// Returns the unit, in bytes, in which reads are cheapest.
+    fn granule(&self) -> u64 {
+        1
+    }
+
+    /// Returns the file, if it stores exactly these bytes.
+    fn file(&self) -> Option<&File> {
+        None
+    }
+}
+
+/// Run of data or hole in a file, as its file system reports it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileRun {
+    /// File offset one past the last byte.
+    pub end: u64,
+    /// True for data; a hole reads as zeros.
+    pub is_data: bool,
+}
+
+/// Bytes read at once after a larger read failed: a page, the unit in which the kernel reads disks.
+const SALVAGE_SECTOR: u64 = 4096;
+
+/// An input that is read by position. Cloning shares it.
+#[derive(Debug, Clone)]
+pub struct RandomInput {
+    location: Location,
+    source: Arc<dyn ReadAt>,
+    cancel: CancelToken,
+}
+
+impl RandomInput {
+    pub(super) fn new(location: Location, source: Arc<dyn ReadAt>, cancel: CancelToken) -> Self {
+        Self { location, source, cancel }
+    }
+
+    /// Returns the location, for messages and for resolving names in the image.
+    pub fn location(&self) -> &Location {
+        &self.location
+    }
+
+    /// Returns a part of the input as an input of its own: a member of a container.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::OutOfBounds`] if the range exceeds the input.
+    pub fn section(&self, range: Range<u64>) -> Result<Input> {
+        if range.start > range.end || range.end > self.len() {
+            return Err(Error::out_of_bounds(format!(
+                "bytes {}..{} leave the file of {} bytes",
+                range.start,
+                range.end,
+                self.len()
+            ))
+            .path(&self.location));
+        }
+        let section = Section { source: Arc::clone(&self.source), range };
+        let input = Input::from_body(&self.location, InputBody::Random(Arc::new(section)));
+        Ok(input.cancelled_by(self.cancel.clone()))
+    }
+
+    /// Returns the length in bytes.
+    pub fn len(&self) -> u64 {
+        self.source.len()
+    }
+
+    /// True if the input has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Fills `buf` from the byte at `position` on.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Corrupt`] if the file ends early, [`crate::ErrorKind::Cancelled`].
+    pub fn read_exact_at(&self, buf: &mut [u8], position: u64) -> Result<()> {
+        self.cancel.check()?;
+        let fits = position.checked_add(buf.len() as u64).is_some_and(|end| end <= self.len());
+        if !fits {
+            let needed = match buf.len() {
+                1 => format!("the byte at {position} is needed"),
+                len => format!("{len} bytes from {position} are needed"),
+            };
+            return Err(Error::corrupt(format!("the file ends at {}, but {needed}", self.len()))
+                .path(&self.location)
+                .at(position)
+                .hint("the file is cut short: copy it again, or use a backup"));
+        }
+        self.source.read_exact_at(buf, position).map_err(|e| read_error(e, &self.location, position))
+    }
+
+    /// Fills `buf` from the byte at `position` on, and with zeros where reading fails. If a large read fails,
+    /// reads sector by sector. Calls `lost` with each range of `buf` that could not be read, and the error.
+    pub fn read_salvage(&self, buf: &mut [u8], position: u64, mut lost: impl FnMut(Range<usize>, Error)) {
+        let there = usize::try_from(self.len().saturating_sub(position)).unwrap_or(usize::MAX).min(buf.len());
+        let mut done = 0;
+        while done < there {
+            let at = position + done as u64;
+            // At most a sector.
+            let len = (SALVAGE_SECTOR - at % SALVAGE_SECTOR) as usize;
+            let part = done..done.saturating_add(len).min(there);
+            if let Err(e) = self.read_exact_at(&mut buf[part.clone()], at) {
+                // After cancellation no read succeeds: report the rest as one range.
+                let part = if e.kind() == ErrorKind::Cancelled { done..buf.len() } else { part.clone() };
+                buf[part.clone()].fill(0);
+                lost(part.clone(), e);
+                done = part.end;
+                continue;
+            }
+            done = part.end;
+        }
+        if there < buf.len() {
+            // This read fails, with the message for a range beyond the end of the file.
+            if let Err(e) = self.read_exact_at(&mut buf[there..], position.saturating_add(there as u64)) {
+                buf[there..].fill(0);
+                lost(there..buf.len(), e);
+            }
+        }
+    }
+
+    /// Reads `len` bytes from `position` on. The caller must bound `len`.
+    pub fn read_vec(&self, position: u64, len: usize) -> Result<Vec<u8>> {
+        if position.checked_add(len as u64).is_none_or(|end| end > self.len()) {
+            self.read_exact_at(&mut [0], position.saturating_add(len as u64))?;
+        }
+        let mut bytes = vec![0; len];
+        self.read_exact_at(&mut bytes, position)?;
+        Ok(bytes)
+    }
+
+    /// Returns the run of data or hole that contains `position`, which must be below the length.
+    pub fn run(&self, position: u64) -> Result<FileRun> {
+        self.source.run(position).map_err(|e| read_error(e, &self.location, position))
+    }
+
+    /// Returns the runs of data and holes of a part of the file, as extents.
+    pub fn extents(&self, range: Range<u64>) -> Result<Vec<Extent>> {
+        self.extents_by(range, |position| self.run(position))
+    }
+
+    /// Like [`RandomInput::extents`], with `run_at` as the source of the run at each position.
+    pub fn extents_by(
+        &self,
+        range: Range<u64>,
+        run_at: impl Fn(u64) -> Result<FileRun>,
+    ) -> Result<Vec<Extent>> {
+        let mut extents = ExtentList::new();
+        let mut position = range.start;
+        while position < range.end && !extents.is_full() {
+            let run = run_at(position)?;
+            let end = run.end.min(range.end);
+            let kind = if run.is_data { ExtentKind::Data } else { ExtentKind::Hole };
+            extents.push(position, end - position, kind);
+            position = end;
+        }
+        Ok(extents.into_vec())
+    }
+
+    /// Returns the run that contains `position`, possibly cut at `until`; see [`ReadAt::rough_run`].
+    pub fn rough_run(&self, position: u64, until: u64) -> Result<FileRun> {
+        self.source.rough_run(position, until).map_err(|e| read_error(e, &self.location, position))
+    }
+
+    /// Returns the unit, in bytes, in which reads are cheapest.
+    pub fn granule(&self) -> u64 {
+        self.source.granule()
+    }
+
+    /// Returns the file, if it stores exactly these bytes.
+    pub fn file(&self) -> Option<&File> {
+        self.source.file()
+    }
+}

@@ -1,0 +1,141 @@
+//! Inputs that are read once, in order: the trait [`Decode`], and [`Stream`] over it.
+
+use std::io::{self, Read};
+use std::sync::Mutex;
+
+use super::{PROBE_LEN, read_error, read_full};
+use crate::error::Result;
+use crate::location::Location;
+use crate::progress::CancelToken;
+use crate::sync;
+
+/// A decoder: a reader that reports how much of its output is verified, and that can resume after damage.
+pub trait Decode: Read + Send {
+    /// Returns the number of bytes, at the end of those read so far, that a checksum still to come covers.
+    fn unchecked(&self) -> u64 {
+        0
+    }
+
+    /// True if the last read failed only because the compressed data ended early.
+    fn was_cut(&self) -> bool {
+        false
+    }
+
+    /// Skips, after a failed read, to the next position where decoding can begin. Returns false if there is
+    /// none.
+    fn resume(&mut self) -> io::Result<bool> {
+        Ok(false)
+    }
+}
+
+/// A reader of bytes that need no decoding.
+struct Plain(Box<dyn Read + Send>);
+
+impl Read for Plain {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buf)
+    }
+}
+
+impl Decode for Plain {}
+
+/// An input that is read once, in order.
+#[derive(Debug)]
+pub struct Stream {
+    location: Location,
+    /// Accessed only through `get_mut`; the mutex makes the stream `Sync`, so that sources can hold one.
+    reader: Mutex<Box<dyn Decode>>,
+    /// The first bytes, read ahead for probing.
+    head: Vec<u8>,
+    position: u64,
+    cancel: CancelToken,
+}
+
+impl Stream {
+    /// Creates a stream of bytes that need no decoding.
+    ///
+    /// # Errors
+    /// If the first bytes can't be read.
+    pub fn plain(location: impl Into<Location>, reader: Box<dyn Read + Send>) -> Result<Self> {
+        Self::new(location, Box::new(Plain(reader)))
+    }
+
+    /// Creates a stream over a decoder.
+    ///
+    /// # Errors
+    /// If the first bytes can't be read.
+    pub fn new(location: impl Into<Location>, mut reader: Box<dyn Decode>) -> Result<Self> {
+        let location = location.into();
+        let mut head = vec![0; PROBE_LEN];
+        let filled = read_full(&mut *reader, &mut head).map_err(|e| read_error(e, &location, 0))?;
+        head.truncate(filled);
+        Ok(Self { location, reader: Mutex::new(reader), head, position: 0, cancel: CancelToken::new() })
+    }
+
+    /// See [`crate::Input::cancelled_by`].
+    pub fn cancelled_by(&mut self, cancel: CancelToken) {
+        self.cancel = cancel;
+    }
+
+    /// Returns the location, for messages.
+    pub fn location(&self) -> &Location {
+        &self.location
+    }
+
+    /// Returns the first bytes, up to [`PROBE_LEN`], without consuming them.
+    pub fn head(&self) -> &[u8] {
+        &self.head
+    }
+
+    /// Returns the number of bytes read so far.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Fills `buf` as far as the stream reaches; returns the number of bytes, fewer than `buf.len()` only at
+    /// the end.
+    pub fn read_full(&mut self, buf: &mut [u8]) -> Result<usize> {
+        let position = self.position;
+        read_full(self, buf).map_err(|e| read_error(e, &self.location, position))
+    }
+
+    /// Returns the position up to which the content is final: verified by a checksum of the compression, or
+    /// covered by none. The bytes from there to [`Stream::position`] may be found wrong later.
+    pub fn checked_until(&mut self) -> u64 {
+        let decoded = self.position.max(self.head.len() as u64);
+        decoded.saturating_sub(self.decoder().unchecked())
+    }
+
+    /// True if the last read failed only because the compressed data ended early. The bytes read before it
+    /// are right then.
+    pub fn was_cut(&mut self) -> bool {
+        self.decoder().was_cut()
+    }
+
+    /// Skips, after a failed read, to the next frame or member; returns false if there is none. An unknown
+    /// number of bytes is missing in between. Unverified bytes before the fault are dropped.
+    pub fn resume(&mut self) -> Result<bool> {
+        let position = self.position;
+        self.decoder().resume().map_err(|e| read_error(e, &self.location, position))
+    }
+
+    fn decoder(&mut self) -> &mut dyn Decode {
+        &mut **sync::get_mut(&mut self.reader)
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.cancel.check()?;
+        let from_head = usize::try_from(self.position).ok().and_then(|at| self.head.get(at..)).unwrap_or(&[]);
+        let count = if from_head.is_empty() {
+            sync::get_mut(&mut self.reader).read(buf)?
+        } else {
+            let count = from_head.len().min(buf.len());
+            buf[..count].copy_from_slice(&from_head[..count]);
+            count
+        };
+        self.position += count as u64;
+        Ok(count)
+    }
+}

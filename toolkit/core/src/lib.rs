@@ -1,0 +1,60 @@
+//! Core traits and types of imgtool: sources, sinks, drivers, extents and errors.
+//!
+//! * [`ImageSource`] is an open image, read at random by many threads or in one pass; [`Disk`] is a
+//!   handle to one device of it.
+//! * [`Consumer`] takes the pieces of a copy; [`ImageSink`] is a consumer that writes them to an image.
+//! * [`Driver`] opens and creates images of one format; a [`Registry`] holds the drivers.
+//! * [`Input`] and [`Output`] are the bytes of an image; a [`Location`] says where they are.
+//!
+//! This crate contains no format and opens no file: `imgtool-storage` provides files, streams and outer
+//! compression, `imgtool-engine` moves content. There is no global state, and no `unsafe`.
+
+pub mod buffer;
+pub mod cache;
+mod debug;
+pub mod device;
+pub mod disk;
+pub mod driver;
+pub mod error;
+pub mod extent;
+pub mod external;
+pub mod input;
+pub mod location;
+pub mod losses;
+pub mod manifest;
+pub mod options;
+pub mod output;
+pub mod progress;
+pub mod registry;
+pub mod remedy;
+pub mod sink;
+pub mod source;
+pub mod suggest;
+pub mod sync;
+mod text;
+pub mod zero;
+
+pub use buffer::{Buffer, BufferPool};
+pub use cache::Cache;
+pub use device::{Attachment, Device, DeviceId, DeviceKind, Lane, OutputId, SinkDevice, Slot};
+pub use disk::{Disk, DiskReader};
+pub use driver::{
+    Archive, Capabilities, CheckReport, Confidence, Driver, ImageWriter, InPlace, Measure, OutputFactory,
+};
+pub use error::{Error, ErrorKind, Result, ResultExt};
+pub use extent::{Extent, ExtentKind, ExtentList, MapExtent, MapPlace};
+pub use external::{BackingName, ExternalOpener, Externals, OpenOptions};
+pub use input::{FileRun, Input, RandomInput, ReadAt, Stream};
+pub use location::Location;
+pub use losses::Losses;
+pub use manifest::Manifest;
+pub use options::{Compress, CreateOptions, OptionKind, OptionSpec, OptionValues, parse_size};
+pub use output::{Output, WriteAt};
+pub use progress::{CancelToken, NoProgress, Progress};
+pub use registry::Registry;
+pub use remedy::Remedy;
+pub use sink::{Bytes, Consumer, FileWrite, Geometry, ImageSink, Part, Prepared, Sharing, WriteList};
+pub use source::{
+    Access, Doubt, Fact, FactScope, FileRange, ImageInfo, ImageSource, Loss, Piece, RandomAccess, Reference,
+    SinkPiece, StreamAccess,
+};

@@ -1,0 +1,46 @@
+//! [`Losses`], a thread-safe list of the guest ranges that salvage could not restore.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Mutex;
+
+use crate::device::DeviceId;
+use crate::error::Error;
+use crate::source::Loss;
+use crate::sync::lock;
+
+/// Maximum number of ranges kept apart; beyond it, new ranges are joined to their neighbours. Our limit.
+const MAX_RANGES: usize = 65_536;
+
+/// Lost guest ranges of one device, in bytes, with the reason; keyed by start.
+#[derive(Debug, Default)]
+pub struct Losses(Mutex<BTreeMap<u64, (u64, String)>>);
+
+impl Losses {
+    /// Adds a range. A range that is added again, because it was read again, counts once.
+    pub fn add(&self, guest: Range<u64>, why: &Error) {
+        let mut ranges = lock(&self.0);
+        let full = ranges.len() >= MAX_RANGES;
+        let reason = match why.io_error() {
+            Some(cause) => format!("can't {}: {cause}", why.message()),
+            None => why.message().to_owned(),
+        };
+        let before = ranges.range_mut(..=guest.start).next_back();
+        if let Some((_, (end, known))) = before
+            && (*end >= guest.end || *end >= guest.start && *known == reason || full)
+        {
+            *end = guest.end.max(*end);
+            return;
+        }
+        ranges.insert(guest.start, (guest.end, reason));
+    }
+
+    /// Returns all ranges, ascending.
+    pub fn list(&self, device: DeviceId) -> Vec<Loss> {
+        let ranges = lock(&self.0);
+        ranges
+            .iter()
+            .map(|(start, (end, reason))| Loss { device, guest: *start..*end, reason: reason.clone() })
+            .collect()
+    }
+}

@@ -1,0 +1,30 @@
+//! [`Manifest`], the list of devices and attachments of a new image.
+
+use crate::device::{Attachment, Device};
+use crate::disk::Disk;
+use crate::error::{Error, Result};
+
+/// Devices and attachments of a new image, known before the first byte of data.
+#[derive(Debug, Clone, Default)]
+pub struct Manifest {
+    /// The devices, in the order in which they will be written.
+    pub devices: Vec<Device>,
+    /// Attachments. A format that can't store them ignores them.
+    pub attachments: Vec<Attachment>,
+    /// Disk of the backing image that [`crate::ImageWriter::backing`] names, if the caller opened it. The new
+    /// image does not store content that this disk already has.
+    pub base: Option<Disk>,
+}
+
+impl Manifest {
+    /// Returns the only device, for formats that hold one.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Unsupported`] if there is no device or more than one.
+    pub fn single(&self, format: &str) -> Result<&Device> {
+        match self.devices.as_slice() {
+            [device] => Ok(device),
+            devices => Err(Error::unsupported(format!("{format} holds one device, not {}", devices.len()))),
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! [`Registry`], the list of drivers, and the choice of a driver by name, extension or content.
+
+use std::sync::Arc;
+
+use crate::driver::{Confidence, Driver};
+use crate::error::{Error, Result};
+use crate::remedy::Remedy;
+use crate::suggest;
+
+/// List of drivers. Cloning is cheap and shares the drivers.
+#[derive(Debug, Clone, Default)]
+pub struct Registry {
+    drivers: Vec<Arc<dyn Driver>>,
+}
+
+impl Registry {
+    /// Creates a registry without drivers.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a driver; it replaces an earlier one of the same name.
+    pub fn register(&mut self, driver: impl Driver + 'static) {
+        self.drivers.retain(|known| known.name() != driver.name());
+        self.drivers.push(Arc::new(driver));
+    }
+
+    /// Returns all drivers, in the order of registration.
+    pub fn drivers(&self) -> impl Iterator<Item = &Arc<dyn Driver>> {
+        self.drivers.iter()
+    }
+
+    /// Returns the driver called `name`.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Usage`] if there is no such driver; the hint lists all names.
+    pub fn get(&self, name: &str) -> Result<Arc<dyn Driver>> {
+        self.drivers.iter().find(|driver| driver.name() == name).cloned().ok_or_else(|| {
+            let names = self.drivers.iter().map(|driver| driver.name());
+            Error::usage(format!("unknown format '{name}'")).hint(suggest::hint(name, "formats", names))
+        })
+    }
+
+    /// Returns the first driver one of whose extensions `file_name` has.
+    pub fn by_extension(&self, file_name: &str) -> Option<Arc<dyn Driver>> {
+        let lower = file_name.to_ascii_lowercase();
+        self.drivers
+            .iter()
+            .find(|driver| driver.extensions().iter().any(|ext| lower.ends_with(&format!(".{ext}"))))
+            .cloned()
+    }
+
+    /// Returns the driver whose images are the bytes of their disk ([`crate::Capabilities::verbatim`]).
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Usage`] if no such driver is registered.
+    pub fn verbatim(&self) -> Result<Arc<dyn Driver>> {
+        let verbatim = self.drivers.iter().find(|driver| driver.capabilities().verbatim);
+        verbatim.cloned().ok_or_else(|| Error::usage("no driver for raw disks is registered"))
+    }
+
+    /// Returns the driver that recognises an image by its first bytes with the highest confidence. `len` is
+    /// the length in bytes, if known.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::WrongFormat`] if no driver recognises the image.
+    pub fn probe(&self, head: &[u8], len: Option<u64>) -> Result<(Arc<dyn Driver>, Confidence)> {
+        let mut best: Option<(Confidence, &Arc<dyn Driver>)> = None;
+        for driver in &self.drivers {
+            if let Some(confidence) = driver.probe(head, len)
+                && best.as_ref().is_none_or(|(known, _)| confidence > *known)
+            {
+                best = Some((confidence, driver));
+            }
+        }
+        best.map(|(confidence, driver)| (Arc::clone(driver), confidence)).ok_or_else(|| {
+            Error::wrong_format("no driver recognises this image").remedied_by(Remedy::NameFormat)
+        })
+    }
+}

@@ -1,0 +1,131 @@
+//! [`Remedy`]: the action by which a user can resolve an error, for each program to put into its own words.
+//!
+//! A library does not know how a program spells "overwrite": as a flag, a button, a parameter. So an error
+//! carries the action, and the program words it. `Display` uses words that fit every program.
+
+use std::borrow::Cow;
+use std::fmt;
+
+/// Action by which a user can resolve an error.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Remedy {
+    /// Advice that fits every program ("free some space, or choose another directory").
+    Advice(Cow<'static, str>),
+    /// Open the damaged file for salvage ([`crate::OpenOptions::salvage`]), which restores its intact parts.
+    /// The advice is the better alternative ("copy it again, or use a backup").
+    Salvage(Cow<'static, str>),
+    /// Accept bytes after the end of an archive ([`crate::OpenOptions::ignore_trailing`]).
+    IgnoreTrailing,
+    /// Open an image that is marked as unsafe ([`crate::OpenOptions::force`]). The advice is the safer
+    /// alternative.
+    OpenAnyway(Cow<'static, str>),
+    /// Replace the file that already exists.
+    Overwrite,
+    /// Write into the block device that already exists.
+    WriteIntoDevice,
+    /// Write although the target is in use, or its size is unexpected. The advice is the safer alternative.
+    ForceWrite(Cow<'static, str>),
+    /// Remove the symbolic link, or name its target as the output.
+    NameTarget,
+    /// Allow the image to open an external file.
+    AllowExternal {
+        /// Name in the image; untrusted.
+        name: String,
+    },
+    /// State the format of the image.
+    NameFormat,
+    /// State the format of the output, whatever its name.
+    NameTargetFormat {
+        /// List of the formats.
+        advice: String,
+    },
+    /// State this format, in which any content is legal.
+    ReadAs {
+        /// Name of the format.
+        format: &'static str,
+        /// Alternative, or the likely cause.
+        advice: Cow<'static, str>,
+    },
+    /// Set this option of the format (`cluster_size=131072`).
+    SetOption(String),
+    /// List the options of a format.
+    ListOptions {
+        /// Name of the format.
+        format: String,
+        /// Nearest option, or all of them.
+        advice: String,
+    },
+    /// Select one of the disks.
+    SelectDisk {
+        /// Names of the disks; untrusted.
+        names: String,
+        /// Alternative that takes all of them.
+        advice: Cow<'static, str>,
+    },
+    /// State a destination for every disk, or select fewer.
+    NameDestination,
+    /// State the format of the target of one disk.
+    NameDiskFormat,
+    /// Do not request the compression that is part of the format, which it lacks.
+    LeaveOutCompression,
+    /// Write the disk to the front of a much larger target, by force.
+    ForceFront,
+    /// Give the device another name.
+    RenameDevice,
+    /// Read the stream to its end, which alone reveals the missing facts.
+    ReadAll,
+}
+
+impl From<String> for Remedy {
+    fn from(advice: String) -> Self {
+        Self::Advice(advice.into())
+    }
+}
+
+impl From<&'static str> for Remedy {
+    fn from(advice: &'static str) -> Self {
+        Self::Advice(advice.into())
+    }
+}
+
+/// Words the remedy for any program, without flags.
+impl fmt::Display for Remedy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Advice(advice) => f.write_str(advice),
+            Self::Salvage(advice) => write!(f, "{advice}; opening it for salvage restores what is intact"),
+            Self::IgnoreTrailing => {
+                f.write_str("every device is complete: allow trailing bytes to ignore what follows")
+            }
+            Self::OpenAnyway(advice) => write!(f, "{advice}, or force reading it as it is"),
+            Self::Overwrite => f.write_str("allow overwriting, or choose another name"),
+            Self::WriteIntoDevice => f.write_str("write into the device in place"),
+            Self::ForceWrite(advice) => write!(f, "nothing was written; {advice}; a forced write goes ahead"),
+            Self::NameTarget => f.write_str("remove the link, or name the file that it leads to"),
+            Self::AllowExternal { .. } => {
+                f.write_str("if you trust the image, allow this file, or all files in the image's directory")
+            }
+            Self::NameFormat => f.write_str("state its format"),
+            Self::NameTargetFormat { advice } => write!(f, "state the format of the output; {advice}"),
+            Self::ReadAs { format, advice } => {
+                write!(f, "{advice}; stating the format {format} reads it as a {format} disk")
+            }
+            Self::SetOption(option) => write!(f, "set the option {option}"),
+            Self::ListOptions { advice, .. } => f.write_str(advice),
+            Self::SelectDisk { names, advice } => write!(f, "{advice}, or select one of {names}"),
+            Self::NameDestination => {
+                f.write_str("name a destination, or a target for each disk; or select only some of them")
+            }
+            Self::NameDiskFormat => f.write_str("state the format of the target"),
+            Self::LeaveOutCompression => f.write_str(
+                "leave out the compression; a name that ends in .zst or .gz compresses the whole file",
+            ),
+            Self::ForceFront => f.write_str(
+                "nothing was written; a forced write fills the front of the target and leaves the rest alone",
+            ),
+            Self::RenameDevice => f.write_str("give the device another name"),
+            Self::ReadAll => f.write_str("read the stream to its end"),
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! [`Consumer`] and [`ImageSink`], the receivers of a copy.
+//!
+//! A [`Consumer`] takes pieces and stores nothing: it digests, compares or counts. An [`ImageSink`] is a
+//! consumer that makes an image. It never writes data itself, since every format comes down to bytes at
+//! file offsets: the sink decides which bytes go where, and the pipeline writes them. Three steps make the
+//! work parallel and its result deterministic:
+//!
+//! 1. [`Consumer::prepare`] finds zeros, compresses and assembles; in many threads, without shared state.
+//! 2. [`ImageSink::place`] chooses the file offsets of the prepared bytes; in source order, and cheap.
+//! 3. The pipeline writes the placed bytes; to a pipe in order, to several outputs in several threads.
+//!
+//! [`ImageSink::finish`] then writes the tables, the header last.
+
+use std::ops::Range;
+
+use crate::buffer::{Buffer, BufferPool};
+use crate::device::{OutputId, SinkDevice};
+use crate::error::{Error, Result};
+use crate::output::Output;
+use crate::source::SinkPiece;
+
+/// Alignment and length of the pieces that a consumer receives. All numbers are guest bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Geometry {
+    /// Alignment: pieces start at multiples of it, and so does the length of all but a device's last piece.
+    pub granule: u64,
+    /// True if the consumer can't handle a part of a granule. Otherwise pieces from badly shuffled streams
+    /// may be any multiple of 4 KiB.
+    pub granule_required: bool,
+    /// Length of a piece with data, and alignment of its start; a multiple of `granule`.
+    pub piece_len: u64,
+    /// Maximum length of a piece of zeros: a multiple of `piece_len`, or `u64::MAX` if zeros cost nothing.
+    pub max_zero_len: u64,
+    /// True if [`Consumer::settle`] or [`ImageSink::place`] must be called in source order. A sink
+    /// whose file offsets equal the guest offsets needs no order.
+    pub ordered: bool,
+}
+
+/// The bytes of one write.
+#[derive(Debug, Clone)]
+pub enum Bytes {
+    /// This many zeros.
+    Zero(u64),
+    /// A part of [`Prepared::data`].
+    Data(Range<usize>),
+    /// A part of [`Prepared::encoded`].
+    Encoded(Range<usize>),
+    /// Bytes of the sink's own (a full table).
+    Owned(Vec<u8>),
+}
+
+impl Bytes {
+    /// Returns the number of bytes.
+    pub fn len(&self) -> u64 {
+        match self {
+            Bytes::Zero(len) => *len,
+            Bytes::Data(range) | Bytes::Encoded(range) => range.len() as u64,
+            Bytes::Owned(bytes) => bytes.len() as u64,
+        }
+    }
+
+    /// True if there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// A part of a prepared piece that is contiguous in the file.
+#[derive(Debug, Clone)]
+pub struct Part {
+    /// Guest range that the part represents, in bytes.
+    pub guest: Range<u64>,
+    /// Bytes to write.
+    pub bytes: Bytes,
+}
+
+/// A piece after [`Consumer::prepare`].
+#[derive(Debug)]
+pub struct Prepared {
+    /// The device.
+    pub device: SinkDevice,
+    /// First guest byte.
+    pub start: u64,
+    /// Length in guest bytes.
+    pub len: u64,
+    /// Buffer of the piece.
+    pub data: Option<Buffer>,
+    /// Buffer of derived bytes: compressed clusters, headers.
+    pub encoded: Option<Buffer>,
+    /// Parts to write, in the order in which the sink places them.
+    pub parts: Vec<Part>,
+    /// Guest bytes of data that were consumed without a write.
+    pub consumed: u64,
+}
+
+impl Prepared {
+    /// Creates a prepared piece without parts; the sink adds them.
+    pub fn new(piece: SinkPiece) -> Self {
+        Self {
+            device: piece.device,
+            start: piece.start,
+            len: piece.len,
+            data: piece.data,
+            encoded: None,
+            parts: Vec::new(),
+            consumed: 0,
+        }
+    }
+
+    /// Creates a prepared piece with a part for each of `runs`, the ranges of the piece that hold data (see
+    /// [`crate::Piece::nonzero_runs`]). With `zeros_too`, the gaps become parts of zeros; an output that does not
+    /// read as zeros by itself needs them.
+    pub fn sparse(piece: SinkPiece, runs: Vec<Range<usize>>, zeros_too: bool) -> Self {
+        let (start, end) = (piece.start, piece.end());
+        let mut prepared = Self::new(piece);
+        let mut position = start;
+        let zeros = |guest: Range<u64>| {
+            let len = guest.end - guest.start;
+            (zeros_too && len > 0).then_some(Part { guest, bytes: Bytes::Zero(len) })
+        };
+        for run in runs {
+            let guest = start + run.start as u64..start + run.end as u64;
+            prepared.parts.extend(zeros(position..guest.start));
+            position = guest.end;
+            prepared.parts.push(Part { guest, bytes: Bytes::Data(run) });
+        }
+        prepared.parts.extend(zeros(position..end));
+        prepared
+    }
+
+    /// Creates a prepared piece without writes. Its data counts as data for progress.
+    pub fn consumed(piece: SinkPiece) -> Self {
+        let consumed = if piece.data.is_some() { piece.len } else { 0 };
+        Self { consumed, ..Self::new(piece) }
+    }
+
+    /// Resolves `bytes` to a slice; `None` for zeros.
+    pub fn bytes<'a>(&'a self, bytes: &'a Bytes) -> Option<&'a [u8]> {
+        match bytes {
+            Bytes::Zero(_) => None,
+            Bytes::Data(range) => self.data.as_deref().map(|data| &data[range.clone()]),
+            Bytes::Encoded(range) => self.encoded.as_deref().map(|data| &data[range.clone()]),
+            Bytes::Owned(bytes) => Some(bytes),
+        }
+    }
+
+    /// Returns the number of guest bytes that are written, or were consumed as data.
+    pub fn stored(&self) -> u64 {
+        let written = self.parts.iter().filter(|part| !matches!(part.bytes, Bytes::Zero(_)));
+        self.consumed + written.map(|part| part.guest.end - part.guest.start).sum::<u64>()
+    }
+}
+
+/// One write.
+#[derive(Debug, Clone)]
+pub struct FileWrite {
+    /// Output of the sink.
+    pub output: OutputId,
+    /// Offset in the output, in bytes.
+    pub file_offset: u64,
+    /// The bytes.
+    pub bytes: Bytes,
+}
+
+/// Writes of one placed piece. Writes that are adjacent in an output and pushed one after the other become
+/// one system call.
+#[derive(Debug, Default)]
+pub struct WriteList {
+    writes: Vec<FileWrite>,
+}
+
+impl WriteList {
+    /// Adds a write, unless it is empty.
+    pub fn push(&mut self, output: OutputId, file_offset: u64, bytes: Bytes) {
+        if !bytes.is_empty() {
+            self.writes.push(FileWrite { output, file_offset, bytes });
+        }
+    }
+
+    /// Returns the writes.
+    pub fn writes(&self) -> &[FileWrite] {
+        &self.writes
+    }
+
+    /// Returns the writes by value.
+    pub fn into_writes(self) -> Vec<FileWrite> {
+        self.writes
+    }
+}
+
+/// Receives the pieces of a copy.
+pub trait Consumer: Send + Sync {
+    /// Returns the alignment and length of the pieces of `device`.
+    fn geometry(&self, device: SinkDevice) -> Geometry;
+
+    /// Processes a piece. Many threads call it at once, in any order. A sink returns the parts to write; any
+    /// other consumer returns [`Prepared::consumed`].
+    fn prepare(&self, piece: SinkPiece, pool: &BufferPool) -> Result<Prepared>;
+
+    /// Receives a result of [`Consumer::prepare`]; in source order, and by one thread at a time, if
+    /// [`Geometry::ordered`]. For a sink, the pipeline calls [`ImageSink::place`] instead.
+    fn settle(&self, _prepared: &Prepared) -> Result<()> {
+        Ok(())
+    }
+
+    /// Receives the size of an open-ended device, in bytes, after its last piece.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Unsupported`] by default.
+    fn resize(&self, _device: SinkDevice, _size: u64) -> Result<()> {
+        Err(Error::unsupported("this format must know the size of a device before its data"))
+    }
+}
+
+/// Part of an output that may share its blocks with the source, on a file system with reflinks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// None: the sink changes the bytes, or must allocate them.
+    Never,
+    /// Every [`Bytes::Data`] that is placed in this output holds the piece's bytes unchanged: the pipeline
+    /// may share their blocks instead of writing a copy.
+    Parts(OutputId),
+    /// Every byte of the device is at its guest offset in this output, and zeros need no writing. The
+    /// pipeline may share whole extents, whose pieces the sink then does not receive.
+    Whole(OutputId),
+}
+
+/// A consumer that makes an image.
+///
+/// The order of calls: [`ImageSink::begin`], then prepare and place for every piece, then
+/// [`Consumer::resize`] for open-ended devices, then [`ImageSink::finish`].
+pub trait ImageSink: Consumer {
+    /// Returns the outputs, in the order of [`OutputId`]; the image's own first. Never empty.
+    fn outputs(&self) -> &[Output];
+
+    /// Prepares the outputs. Returns the bytes before the first piece, which the caller writes at the start
+    /// of the main output.
+    fn begin(&self) -> Result<Vec<u8>> {
+        Ok(Vec::new())
+    }
+
+    /// True if the main output is the bytes of [`ImageSink::begin`] followed by the parts of all pieces
+    /// in order: such a sink can write to a pipe or through a compressor.
+    fn append_only(&self) -> bool {
+        false
+    }
+
+    /// Returns which blocks of `device` may be shared with the source.
+    fn sharing(&self, _device: SinkDevice) -> Sharing {
+        Sharing::Never
+    }
+
+    /// Chooses the file offsets of the parts. The pipeline calls it in source order, and from one thread at a
+    /// time, if [`Geometry::ordered`]; it must be cheap.
+    fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()>;
+
+    /// Writes tables and header. Called once, after every write has succeeded. Afterwards the owner of the
+    /// outputs flushes them and gives them their names.
+    fn finish(&self) -> Result<()>;
+
+    /// Returns notes for the user about the image ("the virtual size was rounded up …").
+    fn notes(&self) -> Vec<String> {
+        Vec::new()
+    }
+}

@@ -1,0 +1,391 @@
+//! [`ImageSource`], an open image, and the two ways to read it.
+//!
+//! [`RandomAccess`] lets many threads read any part at once. [`StreamAccess`] is one pass, with pieces in the
+//! order of the stream.
+
+use std::fs::File;
+use std::ops::Range;
+use std::sync::Mutex;
+
+use serde_json::Value;
+
+use crate::buffer::{Buffer, BufferPool};
+use crate::device::{Attachment, Device, DeviceId, SinkDevice};
+use crate::error::{Error, Result};
+use crate::extent::{Extent, ExtentKind, MapExtent, check_answer};
+use crate::remedy::Remedy;
+use crate::zero;
+
+/// An open image.
+pub trait ImageSource: Send + Sync {
+    /// Returns devices, attachments and facts, which are known after opening, without reading data.
+    fn info(&self) -> &ImageInfo;
+
+    /// Returns the access to the content.
+    fn access(&self) -> Access<'_>;
+
+    /// Guest ranges that salvage could not restore; complete once all content has been read. Waits for the
+    /// end of a pass in progress: not for code that a copy of this image calls.
+    fn losses(&self) -> Vec<Loss> {
+        Vec::new()
+    }
+
+    /// Returns the devices that salvage can't prove complete; all of them once all content has been read.
+    fn doubts(&self) -> Vec<Doubt> {
+        Vec::new()
+    }
+
+    /// Returns the damage of an image that was opened nevertheless, since the caller wanted facts only
+    /// ([`crate::OpenOptions::info_only`]).
+    fn damage(&self) -> Option<&Error> {
+        None
+    }
+}
+
+/// Access to the content of an image.
+#[derive(Debug, Clone, Copy)]
+pub enum Access<'a> {
+    /// Reads of any part, from many threads at once.
+    Random(&'a dyn RandomAccess),
+    /// One pass in the stream's order. The mutex gives the pass to one thread.
+    Stream(&'a Mutex<dyn StreamAccess>),
+}
+
+impl<'a> Access<'a> {
+    /// Returns the random access, if the image has it.
+    pub fn random(self) -> Option<&'a dyn RandomAccess> {
+        match self {
+            Self::Random(random) => Some(random),
+            Self::Stream(_) => None,
+        }
+    }
+
+    /// True if the image can only be read in one pass.
+    pub fn is_stream(self) -> bool {
+        matches!(self, Self::Stream(_))
+    }
+}
+
+/// Reads any part of an image, through a shared reference.
+///
+/// The caller must keep ranges within the device. [`crate::Disk`] and the pipeline check them, so drivers
+/// need not.
+pub trait RandomAccess: Send + Sync {
+    /// Returns the extents of `range`: ascending, contiguous, at least one, starting at `range.start`. The
+    /// answer never exceeds `range.end`, but may end before it (see
+    /// [`crate::extent::MAX_EXTENTS_PER_ANSWER`]).
+    ///
+    /// `range` must not be empty and must lie within the device.
+    fn extents(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>>;
+
+    /// Like [`RandomAccess::extents`], with the image of the chain that each extent comes from and the offset
+    /// in its file.
+    fn map(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
+        Ok(self.extents(device, range)?.into_iter().map(MapExtent::of).collect())
+    }
+
+    /// Like [`RandomAccess::extents`], for a caller that reads in pieces ending at multiples of `resolution`
+    /// bytes: may report zeros as data if data follows before the next multiple. This is cheaper on file
+    /// systems that walk over a whole run to find its end.
+    fn rough_extents(&self, device: DeviceId, range: Range<u64>, _resolution: u64) -> Result<Vec<Extent>> {
+        self.extents(device, range)
+    }
+
+    /// Fills `buf` with guest bytes from `guest_offset` on. Unallocated ranges read as zeros.
+    fn read_at(&self, device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()>;
+
+    /// Returns the unit, in bytes, in which reads are cheapest (a compressed cluster is decoded whole). The
+    /// pipeline reads pieces of at least this length, aligned to it.
+    fn read_granule(&self, _device: DeviceId) -> u64 {
+        1
+    }
+
+    /// Returns the file range that holds the bytes from `range.start` on, contiguous and uncompressed, for
+    /// copies inside the kernel. Returns `None` if no file does.
+    fn locate(&self, _device: DeviceId, _range: Range<u64>) -> Option<FileRange<'_>> {
+        None
+    }
+}
+
+/// Range of a file that holds guest bytes uncompressed.
+#[derive(Debug, Clone, Copy)]
+pub struct FileRange<'a> {
+    /// The file.
+    pub file: &'a File,
+    /// Offset in the file, in bytes.
+    pub file_offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+/// Reads an image in one pass.
+pub trait StreamAccess: Send {
+    /// The next piece, or `None` when the stream has ended *and* nothing was missing. Every byte of
+    /// every device is returned exactly once, zeros included. After `None` every further call fails with
+    /// [`second_pass`]: a second reader must not take the stream for an empty disk.
+    ///
+    /// # Errors
+    /// If the stream is damaged, ends early or continues after its end. The caller must not call again then.
+    fn next_piece(&mut self, pool: &BufferPool) -> Result<Option<Piece>>;
+
+    /// Returns the size of an open-ended device ([`Device::open_ended`]) in bytes, once the stream has ended.
+    fn final_size(&self, _device: DeviceId) -> Option<u64> {
+        None
+    }
+}
+
+/// A contiguous part of a device on its way from source to sink. It belongs to a device of the source
+/// ([`DeviceId`]) and, once the pipeline has routed it, to a device of the sink ([`SinkPiece`]).
+#[derive(Debug)]
+pub struct Piece<D = DeviceId> {
+    /// The device.
+    pub device: D,
+    /// First guest byte.
+    pub start: u64,
+    /// Length in bytes, never 0.
+    pub len: u64,
+    /// Content, `len` bytes; `None` if all bytes are zero.
+    pub data: Option<Buffer>,
+    /// Ranges of `data` that may be nonzero, ascending and disjoint. The other bytes are known to be zero.
+    pub runs: Vec<Range<usize>>,
+}
+
+/// A piece of a sink's device.
+pub type SinkPiece = Piece<SinkDevice>;
+
+impl<D> Piece<D> {
+    /// Creates a piece of zeros.
+    pub fn zero(device: D, start: u64, len: u64) -> Self {
+        Self { device, start, len, data: None, runs: Vec::new() }
+    }
+
+    /// Creates a piece of data, all of which may be nonzero.
+    pub fn data(device: D, start: u64, data: Buffer) -> Self {
+        let len = data.len();
+        Self { device, start, len: len as u64, data: Some(data), runs: std::iter::once(0..len).collect() }
+    }
+
+    /// Returns the guest offset one past the last byte.
+    pub fn end(&self) -> u64 {
+        self.start + self.len
+    }
+
+    /// Assigns the piece to another device.
+    pub fn routed<E>(self, device: E) -> Piece<E> {
+        Piece { device, start: self.start, len: self.len, data: self.data, runs: self.runs }
+    }
+
+    /// Returns the nonzero runs, in units of `granularity` bytes counted from the piece's start: ranges of
+    /// `data`, ascending, disjoint and not adjacent. Only the last may end within a unit, at the piece's end.
+    pub fn nonzero_runs(&self, granularity: usize) -> Vec<Range<usize>> {
+        self.dense_runs(granularity, granularity)
+    }
+
+    /// Like [`Piece::nonzero_runs`], but tests the bytes of [`Piece::runs`] in units of `unit` bytes, a
+    /// multiple of `granularity`, so shorter zeros within them count as data. Bytes outside of the runs are
+    /// still left out in units of `granularity` bytes.
+    pub fn dense_runs(&self, granularity: usize, unit: usize) -> Vec<Range<usize>> {
+        let mut found: Vec<Range<usize>> = Vec::new();
+        let Some(data) = &self.data else { return found };
+        let mut looked_at = 0;
+        for run in &self.runs {
+            let start = (run.start / granularity * granularity).max(looked_at);
+            let end = run.end.div_ceil(granularity).saturating_mul(granularity).min(data.len());
+            if start < end {
+                zero::push_nonzero_runs(data, start..end, unit, &mut found);
+                looked_at = end;
+            }
+        }
+        found
+    }
+
+    /// Converts zeros into data, for sinks that store zeros like data. A piece of zeros must fit into memory:
+    /// [`crate::Geometry::max_zero_len`] bounds it.
+    #[must_use]
+    pub fn with_zeros_as_data(mut self, pool: &BufferPool) -> Self {
+        let len = usize::try_from(self.len).unwrap_or(usize::MAX);
+        if self.data.is_none() {
+            let mut zeros = pool.take(len);
+            zeros.fill(0);
+            self.data = Some(zeros);
+        }
+        self.runs = std::iter::once(0..len).collect();
+        self
+    }
+}
+
+/// Devices and attachments of an image, and facts about it.
+#[derive(Debug, Clone, Default)]
+pub struct ImageInfo {
+    /// Name of the driver ("qcow2").
+    pub format: &'static str,
+    /// Devices, in the image's order.
+    pub devices: Vec<Device>,
+    /// Attachments, in the image's order.
+    pub attachments: Vec<Attachment>,
+    /// Allocation unit in bytes, for formats that have one (`cluster-size` of `info`).
+    pub cluster_size: Option<u64>,
+    /// Facts about the image, in the order in which a person reads them.
+    pub facts: Vec<Fact>,
+    /// Warnings to read before relying on the content, one sentence each.
+    pub notes: Vec<String>,
+    /// The way to the facts that are missing, if there is one ([`Remedy::ReadAll`]).
+    pub remedy: Option<Remedy>,
+    /// External files that the image names. They are opened only if the user allows it.
+    pub references: Vec<Reference>,
+}
+
+impl ImageInfo {
+    /// Returns the device with this id.
+    pub fn device(&self, id: DeviceId) -> Option<&Device> {
+        self.devices.iter().find(|device| device.id == id)
+    }
+
+    /// Adds a fact about the format.
+    pub fn fact(&mut self, key: &'static str, label: &'static str, value: impl Into<Value>) {
+        self.facts.push(Fact { scope: FactScope::Format, key, label, value: value.into() });
+    }
+
+    /// Adds a fact that `qemu-img info` prints at the top level.
+    pub fn top_fact(&mut self, key: &'static str, label: &'static str, value: impl Into<Value>) {
+        self.facts.push(Fact { scope: FactScope::Image, key, label, value: value.into() });
+    }
+}
+
+/// One fact about an image.
+#[derive(Debug, Clone)]
+pub struct Fact {
+    /// Place in a JSON document.
+    pub scope: FactScope,
+    /// Name in JSON: that of `qemu-img info` for a fact of the same meaning.
+    pub key: &'static str,
+    /// Name for a person.
+    pub label: &'static str,
+    /// Value.
+    pub value: Value,
+}
+
+/// Place of a fact in a JSON document.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FactScope {
+    /// At the top level.
+    Image,
+    /// Under `format-specific.data`.
+    Format,
+}
+
+/// External file that an image names.
+#[derive(Debug, Clone)]
+pub struct Reference {
+    /// Role for the image: "backing file", "data file", "parent".
+    pub role: &'static str,
+    /// Name in the image; untrusted.
+    pub name: String,
+    /// Format in the image, if stored; untrusted.
+    pub format: Option<String>,
+}
+
+/// A device that can't be proven complete although no range of it is known to be lost.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Doubt {
+    /// The device.
+    pub device: DeviceId,
+    /// Reason, for a person.
+    pub reason: String,
+}
+
+/// A guest range that salvage could not restore and filled with zeros, or that it restored from unverified
+/// data. The reason says which.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loss {
+    /// The device.
+    pub device: DeviceId,
+    /// Guest range in bytes. An empty one at the end of a device puts the device as a whole in question.
+    pub guest: Range<u64>,
+    /// Reason, for a person.
+    pub reason: String,
+}
+
+/// The error of a stream that is read a second time.
+pub fn second_pass() -> Error {
+    Error::usage("the stream has been read already").hint("open it again, or save it to a file first")
+}
+
+/// Calls `visit` for every extent of `range`, in order. The answers of the driver are checked.
+///
+/// # Errors
+/// Those of [`RandomAccess::extents`] and of `visit`; [`crate::ErrorKind::Malformed`] for a fault of the
+/// driver.
+pub fn for_each_extent(
+    random: &dyn RandomAccess,
+    device: DeviceId,
+    range: Range<u64>,
+    mut visit: impl FnMut(Extent) -> Result<()>,
+) -> Result<()> {
+    let mut position = range.start;
+    while position < range.end {
+        for extent in check_answer(random.extents(device, position..range.end)?, position..range.end)? {
+            position = extent.end();
+            visit(extent)?;
+        }
+    }
+    Ok(())
+}
+
+/// Returns the number of bytes in a device's data extents; 0 for a stream, whose extents are unknown.
+///
+/// # Errors
+/// Same as [`RandomAccess::extents`].
+pub fn data_bytes(source: &dyn ImageSource, device: &Device) -> Result<u64> {
+    let Some(random) = source.access().random() else { return Ok(0) };
+    let mut bytes = 0;
+    for_each_extent(random, device.id, 0..device.size, |extent| {
+        bytes += if extent.is_data() { extent.len } else { 0 };
+        Ok(())
+    })?;
+    Ok(bytes)
+}
+
+/// Returns the extents of a range that is all of one kind, for drivers and tests.
+pub fn uniform_extent(range: Range<u64>, kind: ExtentKind) -> Vec<Extent> {
+    vec![Extent { start: range.start, len: range.end - range.start, kind }]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nonzero_runs_align_outward_and_join() {
+        let pool = BufferPool::new();
+        let mut buffer = pool.take(4096 * 4 + 10);
+        buffer.fill(0);
+        buffer[600] = 1;
+        buffer[4096 * 2 + 1] = 1;
+        buffer[4096 * 4 + 9] = 1;
+        let mut piece = Piece::data(DeviceId(0), 0, buffer);
+        piece.runs = vec![512..1024, 2048..4096, 4096 * 2..4096 * 4 + 10];
+        assert_eq!(piece.nonzero_runs(4096), [0..4096, 8192..12288, 16384..16394]);
+    }
+
+    #[test]
+    fn zeros_shorter_than_the_unit_are_kept_but_not_what_the_source_left_out() {
+        let pool = BufferPool::new();
+        let mut buffer = pool.take(4096 * 16);
+        buffer.fill(0);
+        buffer[0] = 1;
+        buffer[4096 * 9] = 1;
+        let mut piece = Piece::data(DeviceId(0), 0, buffer);
+        assert_eq!(piece.dense_runs(4096, 4096 * 4), [0..4096 * 4, 4096 * 8..4096 * 12]);
+        piece.runs = vec![0..4096 * 2, 4096 * 9..4096 * 10 + 1];
+        assert_eq!(piece.dense_runs(4096, 4096 * 4), [0..4096 * 2, 4096 * 9..4096 * 11]);
+    }
+
+    #[test]
+    fn zeros_as_data_are_all_one_run() {
+        let pool = BufferPool::new();
+        let piece = Piece::zero(DeviceId(0), 512, 1000).with_zeros_as_data(&pool);
+        assert_eq!(piece.data.as_deref(), Some(&[0; 1000][..]));
+        assert_eq!((piece.runs.len(), &piece.runs[0]), (1, &(0..1000)));
+    }
+}

@@ -1,0 +1,298 @@
+//! Comparison of the guest content of two images.
+//!
+//! The pipeline copies one image into a consumer that reads the same part of the other and looks for a
+//! difference. Ranges that are known to be zero in both images are not read.
+
+use std::ops::Range;
+use std::sync::Mutex;
+
+use imgtool_core::sync::lock;
+use imgtool_core::zero::is_zero;
+use imgtool_core::{
+    Buffer, BufferPool, CancelToken, Consumer, Device, Disk, Error, Geometry, Lane, Location, Prepared,
+    Result, ResultExt, SinkDevice, SinkPiece,
+};
+
+use crate::monitor::{Counter, LaneInfo, Monitor, Phase};
+use crate::open::Opened;
+use crate::pipeline::{self, Job, Route, Target};
+
+/// Bytes of a piece. Our choice: the parts of both images fit into the cache of one core.
+const PIECE_LEN: u64 = 256 * 1024;
+
+/// Maximum length of a piece of zeros, bytes. Our limit: short enough to share among threads, and to cancel
+/// quickly.
+const MAX_ZERO_LEN: u64 = 1 << 30;
+
+/// Two devices to compare.
+#[derive(Debug, Clone)]
+pub struct DevicePair {
+    /// Name of the first device.
+    pub name: String,
+    /// Device of the first image.
+    pub first: Device,
+    /// Device of the second image.
+    pub second: Device,
+}
+
+impl DevicePair {
+    fn swapped(&self) -> Self {
+        Self { name: self.name.clone(), first: self.second.clone(), second: self.first.clone() }
+    }
+}
+
+/// Result of pairing the devices of two images.
+#[derive(Debug, Clone)]
+pub enum Pairing {
+    /// Every device has a partner.
+    Pairs(Vec<DevicePair>),
+    /// The device is only in the image at this location.
+    Missing(Device, Location),
+}
+
+/// Pairs the devices of two images by name; two images of one device each are paired regardless of names. If
+/// `names` is not empty, pairs only these devices of the first image.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] for a name that no device has.
+pub fn pair_devices(first: &Opened, second: &Opened, names: &[String]) -> Result<Pairing> {
+    let a = first.select(names)?;
+    let b = second.image.info().devices.clone();
+    if let ([a], [b]) = (a.as_slice(), b.as_slice()) {
+        let pair = DevicePair { name: a.name.clone(), first: a.clone(), second: b.clone() };
+        return Ok(Pairing::Pairs(vec![pair]));
+    }
+    let mut left: Vec<Option<Device>> = b.into_iter().map(Some).collect();
+    let mut pairs = Vec::new();
+    for device in a {
+        let same = left.iter_mut().find(|other| other.as_ref().is_some_and(|o| o.name == device.name));
+        match same.and_then(Option::take) {
+            Some(other) => pairs.push(DevicePair { name: device.name.clone(), first: device, second: other }),
+            None => return Ok(Pairing::Missing(device, first.location.clone())),
+        }
+    }
+    match left.into_iter().flatten().next() {
+        Some(device) if names.is_empty() => Ok(Pairing::Missing(device, second.location.clone())),
+        _ => Ok(Pairing::Pairs(pairs)),
+    }
+}
+
+/// Finds the first difference of content. Returns the index of the pair and the guest offset. One of the
+/// images may be a stream. If the devices of a pair differ in size, the tail of the longer one must be zero.
+///
+/// # Errors
+/// If an image can't be read.
+pub fn first_difference(
+    first: &Opened,
+    second: &Opened,
+    pairs: &[DevicePair],
+    threads: usize,
+    monitor: &dyn Monitor,
+    cancel: &CancelToken,
+) -> Result<Option<(usize, u64)>> {
+    if second.image.access().is_stream() {
+        let pairs: Vec<DevicePair> = pairs.iter().map(DevicePair::swapped).collect();
+        return compare(second, first, &pairs, threads, monitor, cancel);
+    }
+    compare(first, second, pairs, threads, monitor, cancel)
+}
+
+/// Compares `stepped`, which the pipeline reads, with `other`, which needs random access.
+fn compare(
+    stepped: &Opened,
+    other: &Opened,
+    pairs: &[DevicePair],
+    threads: usize,
+    monitor: &dyn Monitor,
+    cancel: &CancelToken,
+) -> Result<Option<(usize, u64)>> {
+    let lanes =
+        pairs.iter().map(|pair| LaneInfo { name: pair.name.clone(), total: Some(pair.first.size) }).collect();
+    let counter = Counter::begin(monitor, Phase::Compare, lanes, Box::new(|| 0), None);
+    let comparer = Comparer::new(other, pairs, cancel.child())?;
+    let route = |(number, pair): (u32, &DevicePair)| Route {
+        from: pair.first.id,
+        target: 0,
+        to: SinkDevice(number),
+        lane: Lane(number),
+    };
+    let job = Job {
+        targets: vec![Target::Consumer(&comparer)],
+        routes: (0..).zip(pairs).map(route).collect(),
+        taps: Vec::new(),
+        threads,
+        progress: &counter,
+        cancel: comparer.cancel.clone(),
+    };
+    let copied = pipeline::copy(&*stepped.image, &job).in_file(&stepped.location);
+    let found = match (comparer.difference(), copied) {
+        (Some(found), _) => Some(found),
+        (None, Err(error)) => return Err(error),
+        (None, Ok(_)) => comparer.tails(cancel)?,
+    };
+    monitor.end();
+    Ok(found)
+}
+
+/// Consumer that compares each piece with the same part of another image.
+struct Comparer<'a> {
+    disks: Vec<Disk>,
+    location: &'a Location,
+    pairs: &'a [DevicePair],
+    pool: BufferPool,
+    /// First difference: index of the pair and guest offset. When a piece with a difference ends the copy,
+    /// workers already hold all earlier pieces and compare them to their end, so the minimum is correct.
+    difference: Mutex<Option<(usize, u64)>>,
+    /// Ends the copy at the first difference.
+    cancel: CancelToken,
+}
+
+impl<'a> Comparer<'a> {
+    /// Compares with the second device of each pair in `other`.
+    fn new(other: &'a Opened, pairs: &'a [DevicePair], cancel: CancelToken) -> Result<Self> {
+        let disk =
+            |pair: &DevicePair| Disk::new(other.image.clone(), pair.second.id).in_file(&other.location);
+        let disks = pairs.iter().map(disk).collect::<Result<_>>()?;
+        let (pool, difference) = (BufferPool::new(), Mutex::new(None));
+        Ok(Self { disks, location: &other.location, pairs, pool, difference, cancel })
+    }
+
+    /// Returns the first difference so far.
+    fn difference(&self) -> Option<(usize, u64)> {
+        *lock(&self.difference)
+    }
+
+    /// Finds the first nonzero byte in the tails of second devices that are longer than their first.
+    fn tails(&self, cancel: &CancelToken) -> Result<Option<(usize, u64)>> {
+        for (index, pair) in self.pairs.iter().enumerate() {
+            let mut position = pair.first.size;
+            while position < pair.second.size {
+                cancel.check()?;
+                let end = position.saturating_add(PIECE_LEN).min(pair.second.size);
+                if let Some(offset) = self.first_nonzero(index, position..end)? {
+                    return Ok(Some((index, offset)));
+                }
+                position = self.skip_zeros(index, end)?;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Returns the guest offset up to which the bytes from `position` on are known to be zero.
+    fn skip_zeros(&self, pair: usize, position: u64) -> Result<u64> {
+        let disk = &self.disks[pair];
+        if position >= disk.size() {
+            return Ok(position);
+        }
+        let extents = disk.extents(position..disk.size()).in_file(self.location)?;
+        let zeros = extents.iter().take_while(|extent| !extent.is_data());
+        Ok(zeros.last().map_or(position, |extent| extent.end()))
+    }
+
+    fn found(&self, pair: usize, offset: u64) {
+        let mut known = lock(&self.difference);
+        if known.is_none_or(|known| (pair, offset) < known) {
+            *known = Some((pair, offset));
+        }
+    }
+
+    /// Returns the guest offset of the first difference between a piece and the other image.
+    fn compare(&self, pair: usize, piece: &SinkPiece) -> Result<Option<u64>> {
+        let common = piece.end().min(self.disks[pair].size());
+        let Some(data) = piece.data.as_deref() else {
+            return if piece.start < common {
+                self.first_nonzero(pair, piece.start..common)
+            } else {
+                Ok(None)
+            };
+        };
+        let mut position = piece.start;
+        while position < common {
+            let extents = self.disks[pair].extents(position..common).in_file(self.location)?;
+            for extent in extents {
+                // Within the piece, which is in memory, so it fits a usize.
+                let ours =
+                    &data[(extent.start - piece.start) as usize..(extent.end() - piece.start) as usize];
+                let different = if extent.is_data() {
+                    let theirs = self.read(pair, extent.range())?;
+                    first_mismatch(ours, &theirs)
+                } else {
+                    first_nonzero_byte(ours)
+                };
+                if let Some(at) = different {
+                    return Ok(Some(extent.start + at as u64));
+                }
+                position = extent.end();
+            }
+        }
+        // Beyond the end of the other device, all bytes must be zero.
+        let beyond = (common.max(piece.start) - piece.start) as usize;
+        Ok(first_nonzero_byte(&data[beyond..]).map(|at| piece.start + (beyond + at) as u64))
+    }
+
+    fn first_nonzero(&self, pair: usize, range: Range<u64>) -> Result<Option<u64>> {
+        let mut position = range.start;
+        while position < range.end {
+            for extent in self.disks[pair].extents(position..range.end).in_file(self.location)? {
+                let mut at = extent.start;
+                while extent.is_data() && at < extent.end() {
+                    let end = at.saturating_add(PIECE_LEN).min(extent.end());
+                    let theirs = self.read(pair, at..end)?;
+                    if let Some(index) = first_nonzero_byte(&theirs) {
+                        return Ok(Some(at + index as u64));
+                    }
+                    at = end;
+                }
+                position = extent.end();
+            }
+        }
+        Ok(None)
+    }
+
+    fn read(&self, pair: usize, range: Range<u64>) -> Result<Buffer> {
+        let len = usize::try_from(range.end - range.start)
+            .map_err(|_| Error::limit("a piece does not fit into memory"))?;
+        let mut buffer = self.pool.take(len);
+        self.disks[pair]
+            .read_at(&mut buffer, range.start)
+            .in_file(self.location)
+            .on_device(&self.pairs[pair].second.name)?;
+        Ok(buffer)
+    }
+}
+
+fn first_mismatch(ours: &[u8], theirs: &[u8]) -> Option<usize> {
+    if ours == theirs {
+        return None;
+    }
+    ours.iter().zip(theirs).position(|(a, b)| a != b)
+}
+
+fn first_nonzero_byte(bytes: &[u8]) -> Option<usize> {
+    if is_zero(bytes) { None } else { bytes.iter().position(|byte| *byte != 0) }
+}
+
+impl Consumer for Comparer<'_> {
+    fn geometry(&self, _device: SinkDevice) -> Geometry {
+        Geometry {
+            granule: 1,
+            granule_required: false,
+            piece_len: PIECE_LEN,
+            max_zero_len: MAX_ZERO_LEN,
+            ordered: false,
+        }
+    }
+
+    fn prepare(&self, piece: SinkPiece, _pool: &BufferPool) -> Result<Prepared> {
+        let index = piece.device.index();
+        if let Some(offset) = self.compare(index, &piece)? {
+            self.found(index, offset);
+            self.cancel.cancel();
+        }
+        Ok(Prepared::consumed(piece))
+    }
+
+    fn resize(&self, _device: SinkDevice, _size: u64) -> Result<()> {
+        Ok(())
+    }
+}

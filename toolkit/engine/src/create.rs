@@ -1,0 +1,106 @@
+//! Creation of empty images, and measurement of the size that an image will have.
+
+use std::path::PathBuf;
+
+use imgtool_core::{CancelToken, Error, ImageSource, Location, Measure, OpenOptions, Registry, Result};
+use imgtool_storage::Outputs;
+
+use crate::blank::Blank;
+use crate::format::TargetFormat;
+use crate::layout::{Destination, Layout, PlannedOutput};
+use crate::monitor::Monitor;
+use crate::open::{self, Opened};
+use crate::report::Report;
+use crate::run::{Plan, RunOptions};
+use crate::sinks;
+use crate::sources::{OpenSource, SelectedDisk};
+
+/// Settings for a new image without data.
+#[derive(Debug)]
+pub struct CreateRequest {
+    /// Path of the new file.
+    pub path: PathBuf,
+    /// Format, options and backing image.
+    pub format: TargetFormat,
+    /// Virtual size in bytes.
+    pub size: u64,
+    /// True to replace an existing file.
+    pub overwrite: bool,
+}
+
+/// Returns the virtual size in bytes of the backing image that `format` names for a new image at
+/// `location`; `None` if it names none.
+///
+/// # Errors
+/// If the backing image can't be opened, or does not hold exactly one disk.
+pub fn backing_size(registry: &Registry, location: &Location, format: &TargetFormat) -> Result<Option<u64>> {
+    let Some(backing) = format.writer.backing() else { return Ok(None) };
+    let base = sinks::backing_path(location, &backing.name)?;
+    // Facts suffice, so its own backing images are not opened.
+    let options = OpenOptions { info_only: true, ..OpenOptions::default() };
+    let input = imgtool_storage::open::open(&base, imgtool_storage::Opening::Plain)?;
+    let opened = open::open_image(registry, input, Some(&backing.format), &options)?;
+    match opened.image.info().devices.as_slice() {
+        [device] => Ok(Some(device.size)),
+        devices => {
+            Err(Error::unsupported(format!("the backing file holds {} devices, not one", devices.len())))
+        }
+    }
+}
+
+/// Creates an image without data. On top of a backing image, it shows the content of that image.
+///
+/// # Errors
+/// If the image can't be created. Nothing is left of it then.
+pub fn create(
+    registry: &Registry,
+    request: CreateRequest,
+    monitor: &dyn Monitor,
+    cancel: &CancelToken,
+) -> Result<Report> {
+    let location = Location::from(&request.path);
+    let image = Blank::new(&open::stem(registry, &location), request.size);
+    let disk = image.info().devices[0].clone();
+    let has_backing = request.format.writer.backing().is_some();
+    let source = OpenSource { name: None, opened: Opened::in_memory(image, registry.verbatim()?) };
+    let output = PlannedOutput {
+        destination: Destination::New(request.path),
+        format: request.format,
+        disks: vec![imgtool_core::Slot(0)],
+        attachments: Vec::new(),
+        size: None,
+    };
+    let plan = Plan {
+        layout: Layout { outputs: vec![output], overwrite: request.overwrite, ..Layout::default() },
+        selected: vec![SelectedDisk { source: 0, name: disk.name.clone(), device: disk }],
+        sources: vec![source],
+        outputs: Outputs::new(),
+        registry: registry.clone(),
+    };
+    let options = RunOptions {
+        threads: 1,
+        // An empty image takes too little space for a space check.
+        force: true,
+        // Zeros would hide what the backing image holds.
+        without_content: has_backing,
+        cancel: cancel.clone(),
+        ..RunOptions::default()
+    };
+    plan.run(&options, monitor)
+}
+
+/// Returns the number of bytes that an image of this format will need for the content of `source`.
+///
+/// # Errors
+/// If the source can't be read; [`imgtool_core::ErrorKind::Unsupported`] if the format can't be measured.
+pub fn measure(format: &TargetFormat, source: &dyn ImageSource) -> Result<Measure> {
+    format.writer.measure(source)
+}
+
+/// Like [`measure`], for an empty disk of `size` bytes.
+///
+/// # Errors
+/// Same as [`measure`].
+pub fn measure_empty(format: &TargetFormat, size: u64) -> Result<Measure> {
+    measure(format, &Blank::new("disk", size))
+}

@@ -1,0 +1,91 @@
+//! Formats of other programs that no driver supports yet. They are recognised and refused by name, so that
+//! none is taken for raw: reading one as raw would turn its tables into disk content, and writing one would
+//! give a raw image a wrong extension.
+
+use std::sync::Arc;
+
+use imgtool_core::{Driver, Error, Location, Registry, Remedy, Result};
+
+/// A format of another program.
+struct Foreign {
+    /// Name for a person.
+    name: &'static str,
+    /// Names that a user may state, those of qemu-img among them.
+    called: &'static [&'static str],
+    /// File name extensions that no other format uses.
+    extensions: &'static [&'static str],
+    /// Magic numbers: file offset and bytes. One match suffices.
+    magics: &'static [(usize, &'static [u8])],
+}
+
+const FOREIGN: [Foreign; 7] = [
+    Foreign {
+        name: "VMDK",
+        called: &["vmdk"],
+        extensions: &["vmdk"],
+        magics: &[(0, b"KDMV"), (0, b"# Disk DescriptorFile")],
+    },
+    Foreign {
+        name: "VDI",
+        called: &["vdi"],
+        extensions: &["vdi"],
+        magics: &[(64, &[0x7f, 0x10, 0xda, 0xbe])],
+    },
+    Foreign {
+        name: "VHD",
+        called: &["vhd", "vpc"],
+        extensions: &["vhd", "vpc", "avhd"],
+        magics: &[(0, b"conectix")],
+    },
+    Foreign { name: "QED", called: &["qed"], extensions: &["qed"], magics: &[(0, b"QED\0")] },
+    Foreign {
+        name: "Parallels",
+        called: &["parallels"],
+        extensions: &["hds"],
+        magics: &[(0, b"WithoutFreeSpace"), (0, b"WithouFreSpacExt")],
+    },
+    Foreign { name: "OVA", called: &["ova", "ovf"], extensions: &["ova", "ovf"], magics: &[] },
+    Foreign { name: "DMG", called: &["dmg"], extensions: &["dmg"], magics: &[] },
+];
+
+/// Returns the name of the foreign format whose magic number is in `head`, the first bytes of a file.
+pub(crate) fn by_content(head: &[u8]) -> Option<&'static str> {
+    let fits = |(at, magic): &(usize, &[u8])| head.get(*at..).is_some_and(|rest| rest.starts_with(magic));
+    FOREIGN.iter().find(|format| format.magics.iter().any(fits)).map(|format| format.name)
+}
+
+/// Returns the driver called `name`. Like [`Registry::get`], with a better error for foreign formats.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] if there is no such driver.
+pub fn driver(registry: &Registry, name: &str) -> Result<Arc<dyn Driver>> {
+    let lower = name.to_ascii_lowercase();
+    let foreign = FOREIGN.iter().find(|format| format.called.contains(&lower.as_str()));
+    match (registry.get(name), foreign) {
+        (Err(_), Some(foreign)) => Err(Error::usage(format!("{} is not supported yet", foreign.name))
+            .hint(format!("{}; qemu-img converts between {lower} and qcow2 or raw", formats(registry)))),
+        (driver, _) => driver,
+    }
+}
+
+/// Refuses an output without a stated format whose name has the extension of a foreign format.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] for such a name.
+pub fn check_name(registry: &Registry, output: &Location) -> Result<()> {
+    let name = output.file_name().unwrap_or_default().to_ascii_lowercase();
+    let promised = name.rsplit_once('.').and_then(|(stem, extension)| {
+        FOREIGN.iter().find(|format| !stem.is_empty() && format.extensions.contains(&extension))
+    });
+    match promised {
+        Some(promised) => Err(Error::usage(format!("{} is not supported yet", promised.name))
+            .path(output)
+            .remedied_by(Remedy::NameTargetFormat { advice: formats(registry) })),
+        None => Ok(()),
+    }
+}
+
+fn formats(registry: &Registry) -> String {
+    let names: Vec<&str> = registry.drivers().map(|driver| driver.name()).collect();
+    format!("formats: {}", names.join(", "))
+}

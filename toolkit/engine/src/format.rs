@@ -1,0 +1,229 @@
+//! Choice of the format and compression of an output, from the user's statements and the file's name.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use imgtool_core::{Compress, CreateOptions, Driver, Error, ImageWriter, Location, Registry, Remedy, Result};
+use imgtool_storage::{Compression, Framing, outer};
+
+use crate::{foreign, open};
+
+/// Options of an output as the user stated them, not yet parsed by a driver.
+#[derive(Debug, Clone, Default)]
+pub struct FormatOptions {
+    /// Keys and values of the format's own options. If a key occurs twice, the last one counts.
+    pub pairs: Vec<(String, String)>,
+    /// Compression inside the format, if requested.
+    pub compress: Option<Compress>,
+    /// Time to use instead of the current time, in seconds since 1970.
+    pub source_date_epoch: Option<i64>,
+    /// Unit of zero detection, bytes; see [`CreateOptions::sparse_granularity`].
+    pub sparse_granularity: Option<u64>,
+}
+
+impl FormatOptions {
+    /// Returns the options that apply to every format, for an output of another format.
+    fn common(&self) -> Self {
+        Self {
+            source_date_epoch: self.source_date_epoch,
+            sparse_granularity: self.sparse_granularity,
+            ..Self::default()
+        }
+    }
+
+    /// True if some options apply to one format only.
+    fn is_specific(&self) -> bool {
+        !self.pairs.is_empty() || self.compress.is_some()
+    }
+
+    /// Parses the options with the driver.
+    fn writer(&self, driver: &dyn Driver) -> Result<Arc<dyn ImageWriter>> {
+        let pairs = self.pairs.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+        let options = CreateOptions {
+            compress: self.compress.clone(),
+            source_date_epoch: self.source_date_epoch,
+            sparse_granularity: self.sparse_granularity,
+            ..CreateOptions::parse(driver.name(), driver.options(), pairs)?
+        };
+        driver.writer(&options).map(Arc::from)
+    }
+}
+
+/// Compression of a whole output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OuterCompression {
+    /// Compression format.
+    pub compression: Compression,
+    /// Level on the format's own scale; `None` means its default.
+    pub level: Option<i32>,
+}
+
+/// Format of an output, with its options parsed.
+#[derive(Debug, Clone)]
+pub struct TargetFormat {
+    /// Driver of the format.
+    pub driver: Arc<dyn Driver>,
+    /// Writer of the driver, for the parsed options.
+    pub writer: Arc<dyn ImageWriter>,
+    /// Compression of the whole output, if any.
+    pub outer: Option<OuterCompression>,
+    options: FormatOptions,
+}
+
+impl TargetFormat {
+    /// Creates a format with these options, without outer compression.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::Usage`] for options that the driver refuses.
+    pub fn new(driver: Arc<dyn Driver>, options: FormatOptions) -> Result<Self> {
+        let writer = options.writer(&*driver)?;
+        Ok(Self { driver, writer, outer: None, options })
+    }
+
+    /// Chooses the format of the output `dest`: the format `name` that the user stated, else by the name of
+    /// the file, else raw. `compress` compresses inside the format, or the whole output if the format has no
+    /// compression.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::Usage`] for statements that contradict each other.
+    pub fn choose(
+        registry: &Registry,
+        name: Option<&str>,
+        dest: Option<&Location>,
+        compress: Option<Compress>,
+        options: FormatOptions,
+    ) -> Result<Self> {
+        let dest = dest.filter(|dest| !is_directory(dest));
+        let driver = by_word_or_name(registry, name, dest)?;
+        let by_extension = dest.and_then(outer::by_name);
+        let mut outer = by_extension.map(|compression| OuterCompression { compression, level: None });
+        let mut options = options;
+        if let Some(compress) = compress {
+            if driver.capabilities().compression {
+                options.compress = Some(compress);
+            } else {
+                outer = Some(whole_output(&*driver, outer, &compress)?);
+            }
+        }
+        check_outer(&*driver, outer)?;
+        Ok(Self { outer, ..Self::new(driver, options)? })
+    }
+
+    /// Returns the format of a disk with a target of its own: with the same options if the driver is the
+    /// same, and with outer compression if the extension of `location` names one.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::Usage`] if the format can't have the compression of that extension.
+    pub(crate) fn for_location(&self, driver: Arc<dyn Driver>, location: &Location) -> Result<Self> {
+        let outer = outer::by_name(location).map(|compression| OuterCompression { compression, level: None });
+        check_outer(&*driver, outer)?;
+        if driver.name() == self.driver.name() {
+            return Ok(Self { outer, ..self.clone() });
+        }
+        Ok(Self { outer, ..Self::new(driver, self.options.common())? })
+    }
+
+    /// True if the user stated options that belong to this format alone.
+    pub(crate) fn has_own_options(&self) -> bool {
+        self.options.is_specific()
+    }
+
+    /// True if the size of the output can be computed from its content: nothing is compressed, and no
+    /// backing image holds a part of it.
+    pub(crate) fn is_measurable(&self) -> bool {
+        self.outer.is_none() && self.options.compress.is_none() && self.writer.backing().is_none()
+    }
+
+    /// True if an image can hold several devices.
+    pub fn is_archive(&self) -> bool {
+        self.driver.capabilities().is_archive()
+    }
+
+    /// Returns the extension of its files, including that of the outer compression.
+    pub fn extension(&self) -> String {
+        let own = self.driver.extensions().first().copied().unwrap_or_default();
+        match self.outer {
+            Some(outer) => format!("{own}.{}", outer.compression.extension()),
+            None => own.to_owned(),
+        }
+    }
+}
+
+/// Returns the driver called `word`, else the one for the extension of the file, else the one for raw disks,
+/// as qemu-img does.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] for an unknown format, and for the extension of a foreign format.
+pub fn by_word_or_name(
+    registry: &Registry,
+    word: Option<&str>,
+    location: Option<&Location>,
+) -> Result<Arc<dyn Driver>> {
+    match (word, location) {
+        (Some(word), _) => foreign::driver(registry, word),
+        (None, None) => registry.verbatim(),
+        (None, Some(location)) => match open::driver_by_name(registry, location) {
+            Some(driver) => Ok(driver),
+            None => {
+                foreign::check_name(registry, location)?;
+                registry.verbatim()
+            }
+        },
+    }
+}
+
+/// True if a location is an existing directory, or its path ends in a separator.
+pub fn is_directory(location: &Location) -> bool {
+    location.path().is_some_and(|path| path.is_dir() || ends_in_separator(path))
+}
+
+/// True if a path ends in a separator, so that it can only be a directory.
+fn ends_in_separator(path: &Path) -> bool {
+    path.as_os_str().as_encoded_bytes().last().is_some_and(|last| std::path::is_separator(char::from(*last)))
+}
+
+/// Returns the outer compression that `compress` requests. `named` is the compression of the file's
+/// extension.
+fn whole_output(
+    driver: &dyn Driver,
+    named: Option<OuterCompression>,
+    compress: &Compress,
+) -> Result<OuterCompression> {
+    if !driver.capabilities().is_archive() && named.is_none() {
+        return Err(Error::usage(format!("{} has no compression of its own", driver.name()))
+            .remedied_by(Remedy::LeaveOutCompression));
+    }
+    let compression = match compress.algorithm.as_deref() {
+        None => named.map_or(Compression::Zstd, |outer| outer.compression),
+        Some("zstd" | "zst") => Compression::Zstd,
+        Some("gzip" | "gz") => Compression::Gzip,
+        Some(other) => {
+            return Err(Error::usage(format!("no compression of whole files is called '{other}'"))
+                .hint("zstd or gzip, with a level if you like: zstd:3"));
+        }
+    };
+    match named {
+        Some(named) if named.compression != compression => Err(Error::usage(format!(
+            "the compression is stated as {}, and as {} by the extension",
+            compression.name(),
+            named.compression.name()
+        ))),
+        _ => Ok(OuterCompression { compression, level: compress.level }),
+    }
+}
+
+fn check_outer(driver: &dyn Driver, outer: Option<OuterCompression>) -> Result<()> {
+    let Some(outer) = outer else { return Ok(()) };
+    if !matches!(outer.compression, Compression::Zstd | Compression::Gzip) {
+        let name = outer.compression.name();
+        return Err(Error::usage(format!("{name} is read, but not written"))
+            .hint("let the name of the output end in .zst (or .gz)"));
+    }
+    // Checks the level.
+    Framing::new(outer.compression, outer.level)?;
+    if !driver.capabilities().stream_write {
+        return Err(Error::usage(format!("{} can't be compressed as a whole", driver.name()))
+            .hint("leave out the compression's extension, or compress inside the format if it can"));
+    }
+    Ok(())
+}

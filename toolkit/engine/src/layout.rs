@@ -1,0 +1,484 @@
+//! Layout of a conversion: decides the name, format and destination of every output, before the first byte
+//! is written.
+
+use std::path::{Path, PathBuf};
+
+use imgtool_core::{
+    Attachment, DeviceKind, Driver, Error, InPlace, Location, Manifest, Output, Registry, Remedy, Result,
+    Slot, suggest,
+};
+use imgtool_storage::os::{self, FileClass};
+use imgtool_storage::{Links, OutputRequest};
+
+use crate::format::{self, TargetFormat};
+use crate::names::{self, Unique};
+use crate::open;
+use crate::report::Note;
+use crate::sources::{OpenSource, SelectedDisk};
+
+/// Destination of an output.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Destination {
+    /// A new file.
+    New(PathBuf),
+    /// An existing file or block device, which is written in place and keeps its length.
+    Existing {
+        /// Path.
+        path: PathBuf,
+        /// True if the target is known to read as zeros.
+        zeroed: bool,
+    },
+    /// Standard output, a FIFO, or another target that is written in order.
+    Stream(Location),
+    /// An output that the caller has opened.
+    Open(Output),
+}
+
+impl Destination {
+    /// Returns the location, for messages and for names relative to it.
+    pub fn location(&self) -> Location {
+        match self {
+            Self::New(path) | Self::Existing { path, .. } => path.into(),
+            Self::Stream(location) => location.clone(),
+            Self::Open(output) => output.location().clone(),
+        }
+    }
+
+    /// Returns the path, if the destination is a file or device.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::New(path) | Self::Existing { path, .. } => Some(path),
+            Self::Stream(_) | Self::Open(_) => None,
+        }
+    }
+
+    /// True if the destination can only be written in order.
+    pub fn is_stream(&self) -> bool {
+        match self {
+            Self::New(_) | Self::Existing { .. } => false,
+            Self::Stream(_) => true,
+            Self::Open(output) => output.is_stream(),
+        }
+    }
+
+    /// True for standard output.
+    pub fn is_stdout(&self) -> bool {
+        matches!(self, Self::Stream(Location::Stdout))
+    }
+}
+
+/// An image to make.
+#[derive(Debug)]
+pub struct PlannedOutput {
+    /// Destination.
+    pub destination: Destination,
+    /// Format and options.
+    pub format: TargetFormat,
+    /// Disks in the image, in order.
+    pub disks: Vec<Slot>,
+    /// Configurations in the image.
+    pub attachments: Vec<Attachment>,
+    /// Virtual size of the only disk in bytes, if it is larger than that of the source. Zeros fill the rest.
+    pub size: Option<u64>,
+}
+
+impl PlannedOutput {
+    /// Resolves a file name stored in the image, relative to the image's directory, as a reader of the image
+    /// does.
+    pub(crate) fn beside(&self, name: &str) -> Option<PathBuf> {
+        let path = self.destination.path()?;
+        Some(path.parent().unwrap_or(Path::new("")).join(name))
+    }
+
+    /// Returns the manifest of the image.
+    pub(crate) fn manifest(&self, selected: &[SelectedDisk]) -> Manifest {
+        let device = |(number, slot): (u32, &Slot)| {
+            let disk = &selected[slot.index()];
+            imgtool_core::Device {
+                id: imgtool_core::DeviceId(number),
+                name: disk.name.clone(),
+                size: self.size.unwrap_or(disk.device.size),
+                ..disk.device.clone()
+            }
+        };
+        Manifest {
+            devices: (0..).zip(&self.disks).map(device).collect(),
+            attachments: self.attachments.clone(),
+            base: None,
+        }
+    }
+}
+
+/// A configuration that becomes a file of its own.
+#[derive(Debug)]
+pub struct PlannedFile {
+    /// Path of the file.
+    pub path: PathBuf,
+    /// Configuration.
+    pub attachment: Attachment,
+}
+
+/// All outputs of a conversion.
+#[derive(Debug, Default)]
+pub struct Layout {
+    /// Directory that receives the outputs; created if missing.
+    pub directory: Option<PathBuf>,
+    /// Images to make. One that holds several disks comes first.
+    pub outputs: Vec<PlannedOutput>,
+    /// Configurations that become files.
+    pub files: Vec<PlannedFile>,
+    /// Notes for the user.
+    pub notes: Vec<Note>,
+    /// True to replace files that exist.
+    pub overwrite: bool,
+}
+
+impl Layout {
+    /// The outputs as [`imgtool_storage::Outputs::check`] examines them.
+    pub(crate) fn requests(&self, selected: &[SelectedDisk]) -> Vec<OutputRequest> {
+        let new = |path: &Path, overwrite: bool| OutputRequest::New {
+            path: path.to_owned(),
+            overwrite,
+            links: self.links(path),
+        };
+        let mut requests = Vec::new();
+        for output in &self.outputs {
+            requests.push(match &output.destination {
+                Destination::New(path) => new(path, self.overwrite),
+                Destination::Existing { path, .. } if is_written_in_place(&*output.format.driver, path) => {
+                    OutputRequest::Existing(path.clone())
+                }
+                Destination::Existing { path, .. } => new(path, true),
+                Destination::Stream(Location::Stdout) => OutputRequest::Stdout,
+                // A stream replaces nothing, and two outputs may share it.
+                Destination::Stream(_) | Destination::Open(_) => continue,
+            });
+            let main = output.destination.location();
+            let main = main.file_name().unwrap_or_default();
+            let companions = output.format.writer.companions(&main, &output.manifest(selected));
+            let companions = companions.iter().filter_map(|name| output.beside(name));
+            requests.extend(companions.map(|path| new(&path, self.overwrite)));
+        }
+        requests.extend(self.files.iter().map(|file| new(&file.path, self.overwrite)));
+        requests
+    }
+
+    /// Returns the treatment of a symbolic link at `path`. In the directory that receives the disks, names
+    /// come from the image, so links are refused. The user chose all other names.
+    pub(crate) fn links(&self, path: &Path) -> Links {
+        let inside = self.directory.as_deref().is_some_and(|directory| path.parent() == Some(directory));
+        if inside { Links::Refuse } else { Links::Follow }
+    }
+}
+
+/// A disk with a target of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskTarget {
+    /// Name of the disk.
+    pub name: String,
+    /// Target.
+    pub location: Location,
+    /// Format of the target, if the user stated it.
+    pub format: Option<String>,
+    /// True if the target is known to read as zeros.
+    pub zeroed: bool,
+}
+
+/// Request for a layout.
+#[derive(Debug)]
+pub struct LayoutRequest<'a> {
+    /// Drivers.
+    pub registry: &'a Registry,
+    /// Open sources.
+    pub sources: &'a [OpenSource],
+    /// Disks selected for the conversion.
+    pub selected: &'a [SelectedDisk],
+    /// Format of `dest`.
+    pub format: &'a TargetFormat,
+    /// File or directory for all disks without a target of their own.
+    pub dest: Option<&'a Location>,
+    /// Disks with a target of their own.
+    pub disk_targets: &'a [DiskTarget],
+    /// Configurations to convert.
+    pub attachments: Vec<Attachment>,
+    /// `Some` to write into the existing file or device; `Some(true)` if it is known to read as zeros.
+    pub in_place: Option<bool>,
+    /// True to replace existing files.
+    pub overwrite: bool,
+}
+
+impl LayoutRequest<'_> {
+    /// Decides every output.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::Usage`] if the request does not match the disks of the sources.
+    pub fn layout(&self) -> Result<Layout> {
+        let mut layout = Layout { overwrite: self.overwrite, ..Layout::default() };
+        let apart = self.outputs_apart()?;
+        let rest: Vec<Slot> = Slot::first(self.selected.len())
+            .filter(|slot| !apart.iter().any(|output| output.disks.contains(slot)))
+            .collect();
+        match self.dest {
+            Some(dest) => self.lay_out_dest(dest, rest, &mut layout)?,
+            None if rest.is_empty() => {}
+            None => {
+                return Err(Error::usage(format!("no place is given for {}", self.names(&rest)))
+                    .remedied_by(Remedy::NameDestination));
+            }
+        }
+        layout.outputs.extend(apart);
+        if layout.outputs.is_empty() && layout.files.is_empty() {
+            return Err(Error::usage("nothing to convert: the source holds no disk"));
+        }
+        Ok(layout)
+    }
+
+    /// Plans the outputs of disks with a target of their own.
+    fn outputs_apart(&self) -> Result<Vec<PlannedOutput>> {
+        let mut outputs: Vec<PlannedOutput> = Vec::new();
+        for target in self.disk_targets {
+            let slot = self.find(&target.name)?;
+            if outputs.iter().any(|output| output.disks.contains(&slot)) {
+                return Err(Error::usage(format!("device '{}' has two targets", target.name)));
+            }
+            outputs.push(self.output_apart(target, slot)?);
+        }
+        let is_used = |output: &PlannedOutput| output.format.driver.name() == self.format.driver.name();
+        if self.dest.is_none() && !outputs.iter().any(is_used) && self.format.has_own_options() {
+            return Err(Error::usage(format!(
+                "options for {} are stated, and no target is of that format",
+                self.format.driver.name()
+            ))
+            .remedied_by(Remedy::NameDiskFormat));
+        }
+        Ok(outputs)
+    }
+
+    fn output_apart(&self, target: &DiskTarget, slot: Slot) -> Result<PlannedOutput> {
+        let location = &target.location;
+        let driver = format::by_word_or_name(self.registry, target.format.as_deref(), Some(location))?;
+        let existing = location.path().filter(|path| path.exists() && is_written_in_place(&*driver, path));
+        if target.zeroed && existing.is_none() {
+            return Err(Error::usage("only a block device or raw file that exists can be known to be zero")
+                .path(location));
+        }
+        let format = self.format.for_location(driver, location)?;
+        let destination = match (stream_of(location), existing, location.path()) {
+            (Some(stream), _, _) => stream_destination(&*format.driver, stream)?,
+            (None, Some(_), _) if format.outer.is_some() => {
+                return Err(Error::usage("a compressed output can't be written in place").path(location));
+            }
+            (None, Some(path), _) => Destination::Existing { path: path.to_owned(), zeroed: target.zeroed },
+            (None, None, Some(path)) => Destination::New(path.to_owned()),
+            (None, None, None) => return Err(unsupported_target(location)),
+        };
+        Ok(self.output(destination, format, vec![slot]))
+    }
+
+    /// Returns the only disk of this name.
+    fn find(&self, name: &str) -> Result<Slot> {
+        let mut found = (0..)
+            .map(Slot)
+            .zip(self.selected)
+            .filter(|(_, disk)| disk.name == name || disk.device.name == name);
+        match (found.next(), found.next()) {
+            (Some((slot, _)), None) => Ok(slot),
+            (Some(_), Some(_)) => Err(Error::usage(format!("more than one device is called '{name}'"))),
+            (None, _) => Err(Error::usage(format!("a target is given for '{name}', which is not selected"))
+                .hint(suggest::hint(name, "devices", self.selected.iter().map(|disk| disk.name.as_str())))),
+        }
+    }
+
+    fn select_one(&self, slots: &[Slot], advice: &'static str) -> Remedy {
+        Remedy::SelectDisk { names: self.names(slots), advice: advice.into() }
+    }
+
+    fn names(&self, slots: &[Slot]) -> String {
+        let names: Vec<&str> = slots.iter().map(|slot| self.selected[slot.index()].name.as_str()).collect();
+        names.join(", ")
+    }
+
+    fn lay_out_dest(&self, dest: &Location, rest: Vec<Slot>, layout: &mut Layout) -> Result<()> {
+        let is_directory = format::is_directory(dest);
+        if self.format.is_archive() {
+            let location = match dest.path().filter(|_| is_directory) {
+                Some(directory) => {
+                    layout.directory = Some(directory.to_owned());
+                    directory.join(self.archive_name()).into()
+                }
+                None => dest.clone(),
+            };
+            return self.lay_out_archive(&location, rest, layout);
+        }
+        if rest.len() == 1 && !is_directory {
+            self.note_left_out(layout);
+            if let Some(path) = dest.path()
+                && self.in_place.is_some()
+                && !is_written_in_place(&*self.format.driver, path)
+            {
+                let text = format!("{dest} was made anew: its old options, size and snapshots are gone");
+                layout.notes.push(Note::Text(text));
+            }
+            layout.outputs.push(self.output(self.destination(dest)?, self.format.clone(), rest));
+            return Ok(());
+        }
+        let path = self.check_directory(dest, is_directory, &rest)?;
+        self.lay_out_directory(path, &rest, layout)
+    }
+
+    fn lay_out_archive(&self, location: &Location, rest: Vec<Slot>, layout: &mut Layout) -> Result<()> {
+        if self.in_place.is_some() {
+            return Err(Error::usage(format!(
+                "a {} archive is always a new file, only disks are written in place",
+                self.format.driver.name()
+            ))
+            .path(location));
+        }
+        let limit = self.format.driver.capabilities().max_devices() as usize;
+        if rest.len() > limit {
+            return Err(Error::unsupported(format!(
+                "{} holds at most {limit} devices, not {}",
+                self.format.driver.name(),
+                rest.len()
+            )));
+        }
+        let output = self.output(self.destination(location)?, self.format.clone(), rest);
+        layout.outputs.push(PlannedOutput { attachments: self.attachments.clone(), ..output });
+        Ok(())
+    }
+
+    /// Plans a directory of images: each disk becomes a file of its own.
+    fn lay_out_directory(&self, dest: &Path, rest: &[Slot], layout: &mut Layout) -> Result<()> {
+        let mut unique = Unique::default();
+        layout.directory = Some(dest.to_owned());
+        for &slot in rest {
+            let disk = &self.selected[slot.index()];
+            let (stem, format, extension) = match disk.device.kind {
+                DeviceKind::Disk => {
+                    (names::safe(&disk.name, "disk"), self.format.clone(), self.format.extension())
+                }
+                // Guest state is no disk: its bytes are written verbatim, whatever the format of the disks.
+                DeviceKind::VmState => {
+                    let verbatim = TargetFormat::new(self.registry.verbatim()?, Default::default())?;
+                    ("vmstate".to_owned(), verbatim, "bin".to_owned())
+                }
+            };
+            let path = dest.join(unique.issue(&stem, &extension));
+            layout.outputs.push(self.output(Destination::New(path), format, vec![slot]));
+        }
+        for attachment in &self.attachments {
+            let name = unique.issue_file(&names::safe(&attachment.name, "config"));
+            if name != attachment.name {
+                let text = format!("configuration '{}' is written as '{name}'", attachment.name);
+                layout.notes.push(Note::Text(text));
+            }
+            layout.files.push(PlannedFile { path: dest.join(name), attachment: attachment.clone() });
+        }
+        Ok(())
+    }
+
+    /// Checks that `dest` can be a directory for the disks, and returns its path.
+    fn check_directory<'d>(&self, dest: &'d Location, is_directory: bool, rest: &[Slot]) -> Result<&'d Path> {
+        let several = |what: &str| Error::usage(format!("{what}, not {}", rest.len())).path(dest);
+        if stream_of(dest).is_some() {
+            return Err(
+                several("a pipe takes one disk").remedied_by(self.select_one(rest, "make one archive"))
+            );
+        }
+        let path = dest.path().ok_or_else(|| unsupported_target(dest))?;
+        if self.in_place.is_some() {
+            return Err(several("one file or device that exists takes one disk in place")
+                .remedied_by(self.select_one(rest, "name a target for each")));
+        }
+        if is_directory {
+            return Ok(path);
+        }
+        let source_of = |slot: &Slot| self.selected[slot.index()].source;
+        if rest.iter().any(|slot| Some(source_of(slot)) != rest.first().map(source_of)) {
+            let (sources, format) = (self.sources.len(), self.format.driver.name());
+            return Err(Error::usage(format!("{sources} sources do not go into one {format} image"))
+                .path(dest)
+                .hint("a directory (a name that ends in '/') takes an image for each, an archive all of them; sources are never joined end to end"));
+        }
+        if path.exists() || open::driver_by_name(self.registry, dest).is_some() {
+            return Err(Error::usage(format!("{} devices do not go into one file", rest.len()))
+                .path(dest)
+                .remedied_by(self.select_one(rest, "name a directory")));
+        }
+        Ok(path)
+    }
+
+    fn destination(&self, dest: &Location) -> Result<Destination> {
+        if let Some(stream) = stream_of(dest) {
+            return stream_destination(&*self.format.driver, stream);
+        }
+        let path = dest.path().ok_or_else(|| unsupported_target(dest))?;
+        match self.in_place {
+            Some(_) if self.format.outer.is_some() => {
+                Err(Error::usage("a compressed output can't be written in place").path(dest))
+            }
+            Some(_) if !path.exists() => {
+                Err(Error::usage("only a file or device that exists can be written in place")
+                    .path(dest)
+                    .hint("it does not exist: leave out writing in place to make it"))
+            }
+            Some(zeroed) => Ok(Destination::Existing { path: path.to_owned(), zeroed }),
+            None => Ok(Destination::New(path.to_owned())),
+        }
+    }
+
+    fn output(&self, destination: Destination, format: TargetFormat, disks: Vec<Slot>) -> PlannedOutput {
+        PlannedOutput { destination, format, disks, attachments: Vec::new(), size: None }
+    }
+
+    fn archive_name(&self) -> String {
+        let first = self.sources.first().map(|source| open::stem(self.registry, &source.opened.location));
+        format!("{}.{}", names::safe(first.as_deref().unwrap_or("vm"), "vm"), self.format.extension())
+    }
+
+    /// Adds a note on the configurations that are left out, because a single disk goes into one file.
+    fn note_left_out(&self, layout: &mut Layout) {
+        if !self.attachments.is_empty() {
+            let names = self.attachments.iter().map(|attachment| attachment.name.clone()).collect();
+            layout.notes.push(Note::ConfigurationsLeftOut(names));
+        }
+    }
+}
+
+fn unsupported_target(location: &Location) -> Error {
+    Error::unsupported("only files, devices and pipes can be written")
+        .path(location)
+        .hint("write to a file first and upload it, or to a pipe")
+}
+
+/// Returns the location of a destination that is a stream: standard output, a FIFO.
+fn stream_of(dest: &Location) -> Option<Location> {
+    let Some(path) = dest.path() else { return (*dest == Location::Stdout).then(|| dest.clone()) };
+    if path == Path::new("/dev/stdout") {
+        return Some(Location::Stdout);
+    }
+    let is_stream = std::fs::metadata(path).is_ok_and(|meta| os::classify(&meta) == FileClass::Stream);
+    is_stream.then(|| dest.clone())
+}
+
+fn stream_destination(driver: &dyn Driver, stream: Location) -> Result<Destination> {
+    if driver.capabilities().stream_write {
+        return Ok(Destination::Stream(stream));
+    }
+    Err(Error::usage(format!("{} can't be written to a pipe", driver.name()))
+        .path(&stream)
+        .hint("its tables are written last, at the front: give a file name"))
+}
+
+/// True if an image of this format is written into the file or device at `path`; otherwise a new file
+/// replaces it.
+pub fn is_written_in_place(driver: &dyn Driver, path: &Path) -> bool {
+    match driver.capabilities().in_place {
+        InPlace::Never => false,
+        InPlace::Anywhere => true,
+        InPlace::BlockDevices => {
+            std::fs::metadata(path).is_ok_and(|meta| os::classify(&meta) == FileClass::BlockDevice)
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! The engine of imgtool: turns a request into a plan, runs the plan, and reports the result.
+//!
+//! ```text
+//! Request ──open──▶ OpenConversion ──plan──▶ Plan ──run──▶ Report
+//! ```
+//!
+//! * [`Request`] holds everything that a user can state about a conversion.
+//! * [`request::OpenConversion`] holds the open sources and the selected disks.
+//! * [`Plan`] holds every output with its format and destination, checked before the first byte is written.
+//! * [`Plan::run`] fills the outputs in one copy loop ([`pipeline`]) and gives them their names together.
+//! * [`Report`] lists the outputs, the lost ranges, and notes for the user.
+//!
+//! [`compare`], [`checksum`] and [`create`] use the same pipeline. The engine prints nothing and does not
+//! depend on the command line: a [`Monitor`] receives the progress, and errors carry typed remedies.
+
+pub mod allocation;
+mod blank;
+pub mod checksum;
+pub mod compare;
+pub mod create;
+pub mod digest;
+pub mod externals;
+pub mod foreign;
+pub mod format;
+pub mod layout;
+mod missing;
+pub mod monitor;
+pub mod names;
+pub mod open;
+pub mod pipeline;
+pub mod report;
+pub mod request;
+pub mod run;
+mod sinks;
+pub mod sources;
+mod space;
+mod verify;
+
+pub use externals::{ExternalPolicy, PolicyOpener};
+pub use format::{FormatOptions, TargetFormat};
+pub use layout::{Destination, DiskTarget, Layout, PlannedFile, PlannedOutput};
+pub use monitor::{Gauge, LaneInfo, Monitor, Phase};
+pub use open::{Opened, open};
+pub use report::{DiskReport, FileReport, Note, OutputReport, Report};
+pub use request::{OpenConversion, OpenSettings, Request};
+pub use run::{Plan, RunOptions};
+pub use sinks::SIZE_TOLERANCE;
+pub use sources::{OpenSource, SelectedDisk, SourceRequest};
+
+/// Compiles the example of the README with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,0 +1,173 @@
+//! [`Monitor`], through which a caller follows a run; and the counting and limiting of progress.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use imgtool_core::{Lane, Location, NoProgress, Progress, Result};
+use imgtool_storage::Cleaner;
+
+/// Phase of an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Phase {
+    /// Copying content from sources to outputs.
+    Convert,
+    /// Reading finished outputs back.
+    Verify,
+    /// Comparing two images.
+    Compare,
+    /// Digesting content.
+    Checksum,
+}
+
+/// A line of the progress display.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LaneInfo {
+    /// Name of the device; untrusted.
+    pub name: String,
+    /// Total guest bytes; `None` if unknown until the stream ends.
+    pub total: Option<u64>,
+}
+
+/// Returns the number of bytes written to the outputs so far.
+pub type WrittenBytes = Box<dyn Fn() -> u64 + Send + Sync>;
+
+/// The progress of a phase, to be polled by a display.
+pub struct Gauge {
+    lanes: Vec<GaugeLane>,
+    written: WrittenBytes,
+}
+
+impl fmt::Debug for Gauge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gauge").field("lanes", &self.lanes).finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug)]
+struct GaugeLane {
+    info: LaneInfo,
+    done: AtomicU64,
+    zero: AtomicU64,
+}
+
+impl Gauge {
+    fn new(lanes: Vec<LaneInfo>, written: WrittenBytes) -> Self {
+        let lane = |info| GaugeLane { info, done: AtomicU64::new(0), zero: AtomicU64::new(0) };
+        Self { lanes: lanes.into_iter().map(lane).collect(), written }
+    }
+
+    /// The lanes, in order: a [`Lane`] is an index into them.
+    pub fn lanes(&self) -> impl ExactSizeIterator<Item = &LaneInfo> {
+        self.lanes.iter().map(|lane| &lane.info)
+    }
+
+    /// Guest bytes of a lane so far, and how many of them were zero.
+    pub fn count(&self, lane: Lane) -> (u64, u64) {
+        self.lanes
+            .get(lane.index())
+            .map_or((0, 0), |lane| (lane.done.load(Ordering::Relaxed), lane.zero.load(Ordering::Relaxed)))
+    }
+
+    /// Bytes written to outputs so far.
+    pub fn written(&self) -> u64 {
+        (self.written)()
+    }
+}
+
+/// Receives what happens during a run. Every method has a default.
+pub trait Monitor: Sync {
+    /// Called once for each phase, when it begins: with verification, a run has two. A display can poll the
+    /// progress of the phase from `gauge` at any time.
+    fn begin(&self, _phase: Phase, _gauge: &Arc<Gauge>) {}
+
+    /// Receives progress piece by piece, for a monitor that does not poll. Called by many threads at once;
+    /// must be quick. Does nothing by default.
+    fn advance(&self, _lane: Lane, _len: u64, _zero: u64) {}
+
+    /// The phase is complete. Not called if it fails.
+    fn end(&self) {}
+
+    /// Called before the first output is created. `cleaner` removes unfinished outputs, for a signal handler
+    /// that has no time to unwind.
+    fn outputs(&self, _cleaner: Cleaner) {}
+
+    /// Runs the step that gives the outputs their names, which a signal handler must not cut in half. The
+    /// default runs it; a run whose monitor does not is an error.
+    fn name_outputs(&self, step: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        step()
+    }
+
+    /// Called if the run failed after it had begun to overwrite this target in place.
+    fn left_incomplete(&self, _target: &Location) {}
+}
+
+impl fmt::Debug for dyn Monitor + '_ {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Monitor")
+    }
+}
+
+/// A monitor that ignores everything.
+impl Monitor for NoProgress {}
+
+/// Counts the progress of a phase for the report, passes it on, and limits the speed.
+pub(crate) struct Counter<'a> {
+    monitor: &'a dyn Monitor,
+    gauge: Arc<Gauge>,
+    limit: Option<RateLimit>,
+}
+
+impl<'a> Counter<'a> {
+    /// Begins a phase.
+    pub(crate) fn begin(
+        monitor: &'a dyn Monitor,
+        phase: Phase,
+        lanes: Vec<LaneInfo>,
+        written: WrittenBytes,
+        bytes_per_second: Option<u64>,
+    ) -> Self {
+        let gauge = Arc::new(Gauge::new(lanes, written));
+        monitor.begin(phase, &gauge);
+        Self { monitor, gauge, limit: bytes_per_second.map(RateLimit::new) }
+    }
+
+    /// Returns the guest bytes of a lane so far, and the number of zeros among them.
+    pub(crate) fn totals(&self, lane: Lane) -> (u64, u64) {
+        self.gauge.count(lane)
+    }
+}
+
+impl Progress for Counter<'_> {
+    fn advance(&self, lane: Lane, len: u64, zero: u64) {
+        if let Some(counts) = self.gauge.lanes.get(lane.index()) {
+            counts.done.fetch_add(len, Ordering::Relaxed);
+            counts.zero.fetch_add(zero, Ordering::Relaxed);
+        }
+        self.monitor.advance(lane, len, zero);
+        if let Some(limit) = &self.limit {
+            limit.wait(len - zero.min(len));
+        }
+    }
+}
+
+/// Limits the number of bytes per second, by letting workers sleep.
+struct RateLimit {
+    started: Instant,
+    bytes_per_second: u64,
+    passed: AtomicU64,
+}
+
+impl RateLimit {
+    fn new(bytes_per_second: u64) -> Self {
+        Self { started: Instant::now(), bytes_per_second: bytes_per_second.max(1), passed: AtomicU64::new(0) }
+    }
+
+    fn wait(&self, len: u64) {
+        let passed = self.passed.fetch_add(len, Ordering::Relaxed) + len;
+        let due = Duration::from_secs_f64(passed as f64 / self.bytes_per_second as f64);
+        std::thread::sleep(due.saturating_sub(self.started.elapsed()));
+    }
+}

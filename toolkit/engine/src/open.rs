@@ -1,0 +1,255 @@
+//! Opening of images: outer compression, choice of the driver, and resolution of the names in images.
+
+use std::borrow::Cow;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use imgtool_core::{
+    CancelToken, Confidence, Device, Driver, Error, ImageSource, Location, OpenOptions, Registry, Remedy,
+    Result, suggest,
+};
+use imgtool_storage::open::{OpenInput, Opening};
+use imgtool_storage::{Compression, Fingerprint, Identity, outer};
+
+use crate::externals::{ExternalPolicy, PolicyOpener};
+use crate::{foreign, missing};
+
+/// An open image, with the facts about its file.
+#[derive(Debug)]
+pub struct Opened {
+    /// Location, for messages and for resolving names in the image.
+    pub location: Location,
+    /// Driver that opened the image.
+    pub driver: Arc<dyn Driver>,
+    /// Layers of outer compression that were removed, outermost first.
+    pub compression: Vec<Compression>,
+    /// Length of the file in bytes, before decompression, if it is a file.
+    pub stored_len: Option<u64>,
+    /// True if the image was a stream that was copied to temporary storage.
+    pub spooled: bool,
+    /// Identity of the file, if it is a file or block device.
+    pub identity: Option<Identity>,
+    /// State of the file when it was opened, if it is a regular file.
+    pub fingerprint: Option<Fingerprint>,
+    /// Image.
+    pub image: Arc<dyn ImageSource>,
+}
+
+impl Opened {
+    /// Wraps an image in memory, which has no file.
+    pub fn in_memory(image: impl ImageSource + 'static, driver: Arc<dyn Driver>) -> Self {
+        Self {
+            location: Location::from(""),
+            driver,
+            compression: Vec::new(),
+            stored_len: None,
+            spooled: false,
+            identity: None,
+            fingerprint: None,
+            image: Arc::new(image),
+        }
+    }
+
+    /// Returns the devices with these names; all devices if there are no names.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::Usage`] for a name that no device has.
+    pub fn select(&self, names: &[String]) -> Result<Vec<Device>> {
+        let devices = &self.image.info().devices;
+        if let Some(missing) = names.iter().find(|name| !devices.iter().any(|device| device.name == **name)) {
+            let known = devices.iter().map(|device| device.name.as_str());
+            return Err(Error::usage(format!("no device is called '{missing}'"))
+                .path(&self.location)
+                .hint(suggest::hint(missing, "devices", known)));
+        }
+        let is_selected = |device: &&Device| names.is_empty() || names.contains(&device.name);
+        Ok(devices.iter().filter(is_selected).cloned().collect())
+    }
+
+    /// Describes format and compression: "vma in zstd".
+    pub fn format_name(&self) -> String {
+        let mut text = self.driver.name().to_owned();
+        for compression in self.compression.iter().rev() {
+            text.push_str(" in ");
+            text.push_str(compression.name());
+        }
+        text
+    }
+
+    /// Returns the paths of the files that the image names. No output may overwrite them.
+    pub fn referenced_files(&self) -> Vec<PathBuf> {
+        let references = self.image.info().references.iter();
+        let located = references.filter_map(|reference| resolve(&self.location, &reference.name));
+        located.filter_map(|location| location.path().map(Path::to_owned)).collect()
+    }
+}
+
+/// Resolves the file name `name` in the image at `image`; `None` if that is a stream.
+pub fn resolve(image: &Location, name: &str) -> Option<Location> {
+    image.beside(name.strip_prefix("file:").unwrap_or(name))
+}
+
+/// Opens the bytes of an image and removes outer compression. `format` is the format that the user states, if
+/// any: for raw, where any content is legal, only the file's extension determines the compression.
+///
+/// # Errors
+/// If the input can't be opened; [`imgtool_core::ErrorKind::Unsupported`] for a foreign format, which no
+/// driver supports.
+pub fn open_input(registry: &Registry, location: &Location, format: Option<&str>) -> Result<OpenInput> {
+    let driver = format.map(|name| foreign::driver(registry, name)).transpose()?;
+    let is_verbatim = driver.is_some_and(|driver| driver.capabilities().verbatim);
+    let opening = if is_verbatim { Opening::ByName } else { Opening::ByContent };
+    let open = imgtool_storage::open::open(location, opening).map_err(|e| missing::explain(e, location))?;
+    if format.is_none()
+        && let Some(name) = foreign::by_content(&open.input.head()?)
+    {
+        let format = registry.verbatim()?.name();
+        return Err(Error::unsupported(format!("{name} images are not supported yet"))
+            .path(location)
+            .remedied_by(Remedy::ReadAs { format, advice: "qemu-img converts it to qcow2".into() }));
+    }
+    Ok(open)
+}
+
+/// Opens an image with the driver called `format`, or with the one that recognises it.
+///
+/// # Errors
+/// Same as [`open_input`], and any error of the driver.
+pub fn open(
+    registry: &Registry,
+    location: &Location,
+    format: Option<&str>,
+    options: &OpenOptions,
+    cancel: &CancelToken,
+) -> Result<Opened> {
+    let input = open_input(registry, location, format)?.cancelled_by(cancel.clone());
+    open_image(registry, input, format, options)
+}
+
+/// Like [`open`], for random access: a stream is copied to temporary storage first.
+///
+/// # Errors
+/// Same as [`open`] and [`OpenInput::spool`].
+pub fn open_random(
+    registry: &Registry,
+    location: &Location,
+    format: Option<&str>,
+    options: &OpenOptions,
+    cancel: &CancelToken,
+) -> Result<Opened> {
+    let input = open_input(registry, location, format)?.cancelled_by(cancel.clone()).spool()?;
+    open_image(registry, input, format, options)
+}
+
+/// Opens the image in an input with the driver called `format`, or with the one that recognises it. A stream
+/// that the driver can't read in one pass is copied to temporary storage first.
+///
+/// # Errors
+/// If no driver recognises the image; any error of the driver.
+pub fn open_image(
+    registry: &Registry,
+    input: OpenInput,
+    format: Option<&str>,
+    options: &OpenOptions,
+) -> Result<Opened> {
+    let location = input.input.location().clone();
+    open_located(registry, input, format, options).map_err(|e| e.path(location))
+}
+
+fn open_located(
+    registry: &Registry,
+    input: OpenInput,
+    format: Option<&str>,
+    options: &OpenOptions,
+) -> Result<Opened> {
+    let driver = choose_driver(registry, &input, format)?;
+    if options.snapshot.is_some() && !driver.capabilities().snapshots {
+        return Err(Error::unsupported(format!("{} images hold no snapshots", driver.name()))
+            .hint("leave the snapshot out to read the image as it is"));
+    }
+    let input = match (driver.capabilities().stream_read, options.info_only) {
+        (true, _) => input,
+        (false, true) => input.spool_for_facts()?,
+        (false, false) => input.spool()?,
+    };
+    let OpenInput { input, compression, stored_len, spooled, identity, fingerprint } = input;
+    let location = input.location().clone();
+    let image = driver.open(input, &with_opener(registry, options))?;
+    Ok(Opened { location, driver, compression, stored_len, spooled, identity, fingerprint, image })
+}
+
+/// The options with an opener: a container needs one for its members, even if no other file is allowed.
+fn with_opener(registry: &Registry, options: &OpenOptions) -> OpenOptions {
+    let mut options = options.clone();
+    if options.externals.is_empty() {
+        options.externals = PolicyOpener::new(registry.clone(), ExternalPolicy::default()).externals();
+    }
+    options
+}
+
+/// Returns the driver called `format`, or the one that recognises the content of the input.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::WrongFormat`] if no driver recognises the content, or if the content
+/// contradicts the file's extension.
+fn choose_driver(registry: &Registry, input: &OpenInput, format: Option<&str>) -> Result<Arc<dyn Driver>> {
+    if let Some(name) = format {
+        return registry.get(name);
+    }
+    let (driver, confidence) = registry.probe(&input.input.head()?, input.input.len())?;
+    if confidence == Confidence::Fallback {
+        check_name(registry, input, &*driver)?;
+    }
+    Ok(driver)
+}
+
+/// Refuses an image that only the fallback driver (raw) accepts, although its extension names another format:
+/// its beginning is damaged, and reading it as a raw disk would hide that.
+fn check_name(registry: &Registry, open: &OpenInput, driver: &dyn Driver) -> Result<()> {
+    let read_as =
+        |advice: &'static str| Remedy::ReadAs { format: driver.name(), advice: Cow::Borrowed(advice) };
+    if (open.input.is_stream() || open.spooled) && open.input.head()?.is_empty() {
+        return Err(Error::wrong_format("input is empty; did the command before the pipe fail?")
+            .at(0)
+            .remedied_by(read_as("check the command that writes the stream")));
+    }
+    let location = open.input.location();
+    let damaged = |what: &str| {
+        Error::wrong_format(format!("the name says {what}, the content does not begin like it"))
+            .at(0)
+            .remedied_by(read_as("the file is damaged or misnamed"))
+    };
+    let compression = outer::by_name(location);
+    if let Some(compression) = compression
+        && open.compression.is_empty()
+    {
+        return Err(damaged(compression.name()));
+    }
+    let by_name = driver_by_name(registry, location).filter(|other| other.name() != driver.name());
+    by_name.map_or(Ok(()), |other| Err(damaged(other.name())))
+}
+
+/// Returns the driver for a file's extension. An extension of outer compression is skipped.
+pub fn driver_by_name(registry: &Registry, location: &Location) -> Option<Arc<dyn Driver>> {
+    registry.by_extension(&name_without_compression(location)?)
+}
+
+/// Returns a file name without the extensions of its format and compression: "vm" for "vm.vma.zst".
+pub fn stem(registry: &Registry, location: &Location) -> String {
+    let Some(name) = name_without_compression(location) else { return "disk".to_owned() };
+    let known = |ext: &str| registry.drivers().any(|driver| driver.extensions().contains(&ext));
+    match name.rsplit_once('.') {
+        Some((stem, ext)) if !stem.is_empty() && known(&ext.to_ascii_lowercase()) => stem.to_owned(),
+        _ => name,
+    }
+}
+
+fn name_without_compression(location: &Location) -> Option<String> {
+    let name = location.file_name()?;
+    let stem = Path::new(&*name).file_stem().map(OsStr::to_string_lossy);
+    match stem.filter(|_| outer::by_name(location).is_some()) {
+        Some(stem) => Some(stem.into_owned()),
+        None => Some(name.into_owned()),
+    }
+}

@@ -1,0 +1,356 @@
+//! The pipeline: copies the content of a source into sinks and consumers.
+//!
+//! Every worker runs the same loop: take the next task (under a lock, in source order), read and prepare it
+//! (in parallel), submit it for placing (in source order), and write the placed pieces (one worker at a time
+//! for each output). There are no dedicated reader or writer threads: the worker that submits a
+//! piece while no other writes becomes the writer, and with one thread the loop is a plain copy.
+//!
+//! Memory is bounded: a worker takes a new task only while fewer than `window_per_thread` pieces per worker
+//! are in flight.
+
+mod flush;
+mod order;
+mod plan;
+mod regroup;
+mod share;
+mod target;
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use imgtool_core::sync::{into_inner, lock};
+use imgtool_core::{
+    Access, BufferPool, CancelToken, DeviceId, Error, ImageSource, Lane, Progress, RandomAccess, Result,
+    ResultExt, SinkDevice, SinkPiece, StreamAccess,
+};
+
+use flush::Flusher;
+use order::Orderer;
+use plan::{Plan, ReadTask};
+use regroup::Regroup;
+use share::BlockSharing;
+use target::Targets;
+pub use target::{Tap, Target};
+
+/// Returns the maximum number of pieces in flight per worker, waiting ones included. Our limit: with two, a
+/// worker can continue while one slow piece holds up the order. More cost memory, but if pieces are small, a
+/// worker that waits for the writer wakes less often (measured: 8 instead of 3 save 2 % of a copy in memory).
+fn window_per_thread(largest_piece: u64) -> u64 {
+    (WINDOW_BYTES / largest_piece.max(1)).clamp(3, 8)
+}
+
+/// Bytes in flight per worker up to which there may be more than three pieces. Our limit.
+const WINDOW_BYTES: u64 = 2 << 20;
+
+/// Bytes of memory for the buffers of pieces in flight. Our limit: half of the memory budget of a conversion.
+/// If large pieces would exceed it, fewer workers run.
+const BUFFER_BUDGET: u64 = 128 << 20;
+
+/// Maximum number of worker threads. Our limit: with more, placing pieces in order is the bottleneck.
+const MAX_THREADS: usize = 64;
+
+/// Route of one device from the source to a target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Route {
+    /// Device of the source.
+    pub from: DeviceId,
+    /// Index of the target in [`Job::targets`].
+    pub target: usize,
+    /// Device of that target.
+    pub to: SinkDevice,
+    /// Line of the progress display. Taps receive the device under this number.
+    pub lane: Lane,
+}
+
+/// Settings of a copy.
+#[derive(Debug)]
+pub struct Job<'a> {
+    /// Sinks or consumers that receive the content.
+    pub targets: Vec<Target<'a>>,
+    /// Routes of the devices to copy, in order. Other devices are skipped.
+    pub routes: Vec<Route>,
+    /// Observers of every piece on its way to its target.
+    pub taps: Vec<&'a dyn Tap>,
+    /// Number of worker threads; 0 for one per processor.
+    pub threads: usize,
+    /// Receiver of progress.
+    pub progress: &'a dyn Progress,
+    /// Token that cancels the copy.
+    pub cancel: CancelToken,
+}
+
+/// Number of bytes copied.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Guest bytes.
+    pub guest_bytes: u64,
+    /// Zeros without data among them.
+    pub zero_bytes: u64,
+}
+
+impl std::ops::Add for Totals {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            guest_bytes: self.guest_bytes + other.guest_bytes,
+            zero_bytes: self.zero_bytes + other.zero_bytes,
+        }
+    }
+}
+
+/// Copies the content of `source` into the targets. Calls neither [`imgtool_core::ImageSink::begin`] nor
+/// [`imgtool_core::ImageSink::finish`], since several sources may go into one sink.
+///
+/// # Errors
+/// The first error of source, sink or storage; or [`imgtool_core::ErrorKind::Cancelled`].
+pub fn copy(source: &dyn ImageSource, job: &Job<'_>) -> Result<Totals> {
+    let info = source.info();
+    if let Some(route) = job.routes.iter().find(|route| info.device(route.from).is_none()) {
+        return Err(Error::usage(format!("the source has no device {}", route.from)));
+    }
+    let targets = Targets::new(job)?;
+    match source.access() {
+        Access::Random(random) => {
+            let (shared, left) = share::share_blocks(random, &targets, &info.devices)?;
+            let plan = Plan::new(random, &targets, &info.devices, &left);
+            let largest = plan.largest_piece();
+            let sharing = BlockSharing::new(random, &targets, &info.devices);
+            let (copied, _) = run(Producer::Random(plan), Some(random), &targets, largest, sharing)?;
+            Ok(shared + copied)
+        }
+        Access::Stream(stream) => {
+            let twice =
+                |route: &Route| job.routes.iter().filter(|other| other.from == route.from).count() > 1;
+            if job.routes.iter().any(twice) {
+                return Err(Error::usage("a stream brings each device to one target only"));
+            }
+            let mut stream = lock(stream);
+            let regroup = Regroup::new(&targets, &info.devices);
+            let largest = regroup.largest_piece();
+            let producer = Producer::Stream { stream: &mut *stream, regroup, ended: false };
+            let (totals, producer) = run(producer, None, &targets, largest, BlockSharing::default())?;
+            if let Producer::Stream { stream, .. } = producer {
+                for route in &job.routes {
+                    if let Some(size) = stream.final_size(route.from) {
+                        targets.of(*route).resize(route.to, size)?;
+                    }
+                }
+            }
+            Ok(totals)
+        }
+    }
+}
+
+/// Source of the tasks, in source order.
+enum Producer<'a> {
+    Random(Plan<'a>),
+    Stream { stream: &'a mut dyn StreamAccess, regroup: Regroup, ended: bool },
+}
+
+/// Next task of a worker.
+enum Task {
+    Read(ReadTask),
+    Piece(Routed),
+}
+
+/// A piece with the index of its route.
+struct Routed {
+    route: usize,
+    piece: SinkPiece,
+}
+
+impl Producer<'_> {
+    fn next(&mut self, pool: &BufferPool) -> Result<Option<Task>> {
+        match self {
+            Producer::Random(plan) => Ok(plan.next()?.map(Task::Read)),
+            Producer::Stream { stream, regroup, ended } => loop {
+                if let Some(piece) = regroup.pop() {
+                    return Ok(Some(Task::Piece(piece)));
+                }
+                if *ended {
+                    return Ok(None);
+                }
+                // After an error, the stream is not read again, since a second error would hide the first.
+                *ended = true;
+                if let Some(piece) = stream.next_piece(pool)? {
+                    regroup.push(piece, pool)?;
+                    *ended = false;
+                } else {
+                    regroup.flush()?;
+                }
+            },
+        }
+    }
+}
+
+/// State that the workers share.
+struct Shared<'a, 'p> {
+    producer: Mutex<(u64, Producer<'p>)>,
+    random: Option<&'a dyn RandomAccess>,
+    orderer: Orderer<'a>,
+    targets: &'a Targets<'a>,
+    pool: BufferPool,
+    stop: AtomicBool,
+    error: Mutex<Option<Error>>,
+    guest_bytes: AtomicU64,
+    zero_bytes: AtomicU64,
+}
+
+/// Copies everything that the producer brings. Returns the producer with the numbers of bytes.
+fn run<'a, 'p>(
+    producer: Producer<'p>,
+    random: Option<&'a dyn RandomAccess>,
+    targets: &'a Targets<'a>,
+    largest_piece: u64,
+    sharing: BlockSharing<'a>,
+) -> Result<(Totals, Producer<'p>)> {
+    let window = window_per_thread(largest_piece);
+    let threads = worker_count(targets.job().threads, largest_piece, window);
+    let shared = Shared {
+        producer: Mutex::new((0, producer)),
+        random,
+        orderer: Orderer::new(targets, threads * window as usize, sharing),
+        targets,
+        pool: BufferPool::new(),
+        stop: AtomicBool::new(false),
+        error: Mutex::new(None),
+        guest_bytes: AtomicU64::new(0),
+        zero_bytes: AtomicU64::new(0),
+    };
+    run_workers(&shared, threads);
+    if let Some(error) = lock(&shared.error).take() {
+        return Err(error);
+    }
+    let totals = Totals {
+        guest_bytes: shared.guest_bytes.load(Ordering::Relaxed),
+        zero_bytes: shared.zero_bytes.load(Ordering::Relaxed),
+    };
+    let (_, producer) = into_inner(shared.producer);
+    Ok((totals, producer))
+}
+
+/// Returns the number of workers: `requested`, or one per processor for 0, as far as their buffers fit into
+/// the budget.
+fn worker_count(requested: usize, largest_piece: u64, window: u64) -> usize {
+    // A piece may be in memory twice: as read and as encoded.
+    let affordable = BUFFER_BUDGET / (largest_piece.max(1) * 2 * window);
+    let threads = match requested {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    };
+    threads.clamp(1, MAX_THREADS).min(usize::try_from(affordable).unwrap_or(1).max(1))
+}
+
+/// Runs the workers, the calling thread among them, and the flusher until all have ended.
+fn run_workers(shared: &Shared<'_, '_>, threads: usize) {
+    let flusher = Flusher::new(shared.targets.outputs());
+    std::thread::scope(|scope| {
+        let _stopping = flusher.stop_when_dropped();
+        // If the system creates no more threads (a limit on memory or processes), fewer do the work.
+        if flusher.has_work() {
+            let _ = std::thread::Builder::new().spawn_scoped(scope, || flusher.work());
+        }
+        let workers: Vec<_> = (1..threads)
+            .map_while(|_| std::thread::Builder::new().spawn_scoped(scope, || shared.work()).ok())
+            .collect();
+        shared.work();
+        for worker in workers {
+            if let Err(panic) = worker.join() {
+                std::panic::resume_unwind(panic);
+            }
+        }
+    });
+}
+
+/// Aborts the copy if a worker panics (a bug in a driver), so that the others do not wait for its piece.
+struct GiveUp<'s, 'a, 'p>(&'s Shared<'a, 'p>);
+
+impl Drop for GiveUp<'_, '_, '_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.stop.store(true, Ordering::Relaxed);
+            self.0.orderer.abort();
+        }
+    }
+}
+
+impl Shared<'_, '_> {
+    /// Runs the loop of one worker.
+    fn work(&self) {
+        let _panicking = GiveUp(self);
+        while !self.stop.load(Ordering::Relaxed) {
+            match self.step() {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(error) => {
+                    lock(&self.error).get_or_insert(error);
+                    self.stop.store(true, Ordering::Relaxed);
+                    self.orderer.abort();
+                }
+            }
+        }
+    }
+
+    /// Moves one piece from the source to its outputs. Returns false if none is left.
+    fn step(&self) -> Result<bool> {
+        self.targets.job().cancel.check()?;
+        if !self.orderer.admit() {
+            return Ok(false);
+        }
+        let (ticket, task) = {
+            let mut producer = lock(&self.producer);
+            let Some(task) = producer.1.next(&self.pool)? else {
+                self.orderer.withdraw();
+                return Ok(false);
+            };
+            producer.0 += 1;
+            (producer.0 - 1, task)
+        };
+        let Routed { route, piece } = match task {
+            Task::Piece(routed) => routed,
+            Task::Read(task) => self.read(task)?,
+        };
+        let (start, len) = (piece.start, piece.len);
+        let route = self.targets.job().routes[route];
+        for tap in &self.targets.job().taps {
+            tap.piece(route.lane, &piece);
+        }
+        let prepared = self.targets.of(route).prepare(piece, &self.pool);
+        let prepared = prepared.map_err(|e| e.guest(start..start + len))?;
+        let zero = len - prepared.stored().min(len);
+        self.orderer.submit(ticket, route.target, prepared)?;
+        self.guest_bytes.fetch_add(len, Ordering::Relaxed);
+        self.zero_bytes.fetch_add(zero, Ordering::Relaxed);
+        self.targets.job().progress.advance(route.lane, len, zero);
+        Ok(true)
+    }
+
+    fn read(&self, task: ReadTask) -> Result<Routed> {
+        let Some(random) = self.random.filter(|_| !task.runs.is_empty()) else {
+            let piece = SinkPiece::zero(task.to, task.start, task.len);
+            return Ok(Routed { route: task.route, piece });
+        };
+        let len = usize::try_from(task.len).map_err(|_| Error::limit("a piece does not fit into memory"))?;
+        let mut buffer = self.pool.take(len);
+        let mut filled = 0;
+        for run in &task.runs {
+            buffer[filled..run.start].fill(0);
+            let guest_offset = task.start + run.start as u64;
+            random
+                .read_at(task.from, &mut buffer[run.clone()], guest_offset)
+                .map_err(|e| e.guest(guest_offset..task.start + run.end as u64))
+                .on_device(&task.name)?;
+            filled = run.end;
+        }
+        buffer[filled..].fill(0);
+        let piece = SinkPiece {
+            device: task.to,
+            start: task.start,
+            len: task.len,
+            data: Some(buffer),
+            runs: task.runs,
+        };
+        Ok(Routed { route: task.route, piece })
+    }
+}

@@ -1,0 +1,247 @@
+//! Regrouping of a stream's pieces into multiples of a sink's granule.
+//!
+//! Pieces aligned to the granule pass unchanged. Others are gathered, granule by granule, until each
+//! granule is complete. A badly shuffled stream could leave many granules incomplete: beyond a limit the
+//! oldest goes to the sink in parts, or the copy fails if the sink needs whole granules
+//! ([`imgtool_core::Geometry::granule_required`]).
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::Range;
+
+use imgtool_core::{
+    Buffer, BufferPool, Device, DeviceId, Error, Geometry, Piece, Result, SinkDevice, SinkPiece,
+};
+
+use super::Routed;
+use super::target::Targets;
+
+/// Bytes of memory for incomplete granules. Our limit: a quarter of the memory budget of a conversion.
+const MAX_PENDING_BYTES: u64 = 64 << 20;
+
+/// Maximum length of a piece of a stream, bytes. Our limit: bounds the buffers in flight.
+const STREAM_PIECE: u64 = 1 << 20;
+
+/// Regroups the pieces of a stream.
+pub(super) struct Regroup {
+    /// Routes by device of the source.
+    routes: HashMap<DeviceId, SizedRoute>,
+    /// Incomplete granules by device of the source and granule index.
+    pending: BTreeMap<(DeviceId, u64), Pending>,
+    /// Keys of `pending`, oldest first. Granules that have been completed since may still be listed.
+    by_age: VecDeque<(DeviceId, u64)>,
+    pending_bytes: u64,
+    /// Pieces for the sink.
+    ready: VecDeque<Routed>,
+}
+
+/// The sink's side of a route.
+struct SizedRoute {
+    /// Index of the route.
+    index: usize,
+    to: SinkDevice,
+    /// Virtual size of the device in bytes; `None` if it is open-ended.
+    size: Option<u64>,
+    geometry: Geometry,
+}
+
+/// A granule that is not complete yet.
+struct Pending {
+    data: Buffer,
+    /// Filled ranges of `data`: ascending, disjoint, neighbours joined.
+    filled: Vec<Range<usize>>,
+}
+
+impl Regroup {
+    pub(super) fn new(targets: &Targets<'_>, devices: &[Device]) -> Self {
+        let mut routes = HashMap::new();
+        for (index, route) in targets.job().routes.iter().enumerate() {
+            let device = devices.iter().find(|device| device.id == route.from);
+            let size = device.filter(|device| !device.open_ended).map(|device| device.size);
+            let geometry = targets.geometry(*route);
+            routes.insert(route.from, SizedRoute { index, to: route.to, size, geometry });
+        }
+        Self {
+            routes,
+            pending: BTreeMap::new(),
+            by_age: VecDeque::new(),
+            pending_bytes: 0,
+            ready: VecDeque::new(),
+        }
+    }
+
+    /// Returns the longest piece for the sink, bytes.
+    pub(super) fn largest_piece(&self) -> u64 {
+        let granule = self.routes.values().map(|route| route.geometry.granule).max().unwrap_or(1);
+        granule.max(STREAM_PIECE)
+    }
+
+    /// Returns the next piece for the sink.
+    pub(super) fn pop(&mut self) -> Option<Routed> {
+        self.ready.pop_front()
+    }
+
+    /// Adds a piece of the source. Drops it if its device has no route.
+    pub(super) fn push(&mut self, piece: Piece, pool: &BufferPool) -> Result<()> {
+        let from = piece.device;
+        let Some(route) = self.routes.get(&from) else { return Ok(()) };
+        let granule = route.geometry.granule.max(1);
+        let ends_well = piece.end().is_multiple_of(granule) || route.size == Some(piece.end());
+        if piece.start.is_multiple_of(granule) && ends_well {
+            if piece.data.is_none() {
+                self.push_zeros(from, piece.start..piece.end());
+            } else {
+                let (index, piece) = (route.index, piece.routed(route.to));
+                self.ready.push_back(Routed { route: index, piece });
+            }
+            return Ok(());
+        }
+        self.split(&piece, from, granule, pool)
+    }
+
+    /// Cuts zeros to the sink's maximum length for a piece of zeros.
+    fn push_zeros(&mut self, from: DeviceId, guest: Range<u64>) {
+        let Some(route) = self.routes.get(&from) else { return };
+        let limit = route.geometry.max_zero_len.max(1);
+        let mut start = guest.start;
+        while start < guest.end {
+            let len = (guest.end - start).min(limit);
+            self.ready.push_back(Routed { route: route.index, piece: SinkPiece::zero(route.to, start, len) });
+            start += len;
+        }
+    }
+
+    /// Cuts a piece at granule boundaries. Passes whole granules of zeros on, and gathers the rest.
+    fn split(&mut self, piece: &Piece, from: DeviceId, granule: u64, pool: &BufferPool) -> Result<()> {
+        let mut start = piece.start;
+        while start < piece.end() {
+            let index = start / granule;
+            let end = (index + 1).saturating_mul(granule).min(piece.end());
+            let whole = start.is_multiple_of(granule) && end - start == granule;
+            let range = (start - piece.start) as usize..(end - piece.start) as usize;
+            match &piece.data {
+                None if whole => {
+                    // All whole granules of zeros at once.
+                    let end = piece.end() - piece.end() % granule;
+                    self.push_zeros(from, start..end);
+                    start = end;
+                    continue;
+                }
+                None => self.gather(from, index, start % granule, None, end - start, pool)?,
+                Some(data) => {
+                    self.gather(from, index, start % granule, Some(&data[range]), end - start, pool)?;
+                }
+            }
+            start = end;
+        }
+        Ok(())
+    }
+
+    /// Puts `len` bytes (`None`: zeros) into granule `index`, `offset` bytes from its start. Releases the
+    /// granule once it is complete, and the oldest granules beyond the memory limit.
+    fn gather(
+        &mut self,
+        from: DeviceId,
+        index: u64,
+        offset: u64,
+        bytes: Option<&[u8]>,
+        len: u64,
+        pool: &BufferPool,
+    ) -> Result<()> {
+        let Some(route) = self.routes.get(&from) else { return Ok(()) };
+        let granule = route.geometry.granule;
+        let complete_len = match route.size {
+            Some(size) => granule.min(size.saturating_sub(index * granule)),
+            None => granule,
+        };
+        let key = (from, index);
+        let pending = self.pending.entry(key).or_insert_with(|| {
+            self.by_age.push_back(key);
+            self.pending_bytes += granule;
+            let mut data = pool.take(usize::try_from(granule).unwrap_or(usize::MAX));
+            data.fill(0);
+            Pending { data, filled: Vec::new() }
+        });
+        let range = offset as usize..(offset + len) as usize;
+        if let Some(bytes) = bytes {
+            pending.data[range.clone()].copy_from_slice(bytes);
+        }
+        insert_range(&mut pending.filled, range);
+        let complete =
+            pending.filled.first().is_some_and(|run| run.start == 0 && run.end as u64 >= complete_len);
+        if complete {
+            self.release(key)?;
+        }
+        while self.pending_bytes > MAX_PENDING_BYTES {
+            let Some(oldest) = self.by_age.pop_front() else { break };
+            let required = self.routes.get(&oldest.0).is_some_and(|route| route.geometry.granule_required);
+            if required && self.pending.contains_key(&oldest) {
+                return Err(Error::limit("the stream is too badly shuffled for this target format")
+                    .hint("save the archive to a file and convert from there"));
+            }
+            self.release(oldest)?;
+        }
+        Ok(())
+    }
+
+    /// Moves the filled parts of a granule to the ready pieces.
+    fn release(&mut self, key: (DeviceId, u64)) -> Result<()> {
+        let (Some(pending), Some(route)) = (self.pending.remove(&key), self.routes.get(&key.0)) else {
+            return Ok(());
+        };
+        self.pending_bytes -= route.geometry.granule;
+        let base = key.1 * route.geometry.granule;
+        if let [only] = pending.filled.as_slice()
+            && only.start == 0
+        {
+            let mut data = pending.data;
+            data.truncate(only.end);
+            self.ready.push_back(Routed { route: route.index, piece: SinkPiece::data(route.to, base, data) });
+            return Ok(());
+        }
+        for run in pending.filled {
+            let mut part = BufferPool::new().take(run.len());
+            part.copy_from_slice(&pending.data[run.clone()]);
+            let piece = SinkPiece::data(route.to, base + run.start as u64, part);
+            self.ready.push_back(Routed { route: route.index, piece });
+        }
+        Ok(())
+    }
+
+    /// Releases all incomplete granules at the end of the stream (the tail of an open-ended device).
+    pub(super) fn flush(&mut self) -> Result<()> {
+        let keys: Vec<_> = self.pending.keys().copied().collect();
+        for key in keys {
+            self.release(key)?;
+        }
+        Ok(())
+    }
+}
+
+/// Adds a range to an ascending list of disjoint ranges and joins neighbours.
+fn insert_range(ranges: &mut Vec<Range<usize>>, range: Range<usize>) {
+    let first = ranges.partition_point(|known| known.end < range.start);
+    let mut joined = range;
+    let mut end = first;
+    while let Some(known) = ranges.get(end) {
+        if known.start > joined.end {
+            break;
+        }
+        joined = joined.start.min(known.start)..joined.end.max(known.end);
+        end += 1;
+    }
+    ranges.splice(first..end, std::iter::once(joined));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn joins_neighbouring_ranges() {
+        let mut ranges = Vec::new();
+        for range in [10..20, 30..40, 0..5, 20..30, 5..10] {
+            insert_range(&mut ranges, range);
+        }
+        assert_eq!(ranges, std::iter::once(0..40).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,204 @@
+//! Block sharing instead of copying, on file systems with reflinks (XFS, btrfs, bcachefs).
+//!
+//! If the output holds the guest's bytes at their guest offsets ([`Sharing::Whole`]), whole extents are
+//! shared and nothing is read. Zeros that the source has allocated stay allocated (and shared) then. For
+//! other outputs, a write of bytes that the source's file holds verbatim becomes a request to share them
+//! ([`Sharing::Parts`]): the same bytes at the same offsets.
+
+use std::ops::Range;
+
+use imgtool_core::source::for_each_extent;
+use imgtool_core::{
+    Device, DeviceId, Error, Extent, FileWrite, Output, OutputId, Prepared, RandomAccess, Result, ResultExt,
+    Sharing,
+};
+use imgtool_storage::os;
+
+use super::target::Targets;
+use super::{Route, Totals};
+
+/// Maximum number of bytes shared in one call. Our choice: the user can cancel between calls.
+const SHARE_STEP: u64 = 1 << 30;
+
+/// Maximum number of bytes copied at a time where sharing is not available. Our choice.
+const COPY_STEP: u64 = 256 * 1024;
+
+/// Alignment of shared ranges, bytes: the block size of such file systems, or a multiple of it.
+const SHARE_ALIGNMENT: u64 = 4096;
+
+/// Minimum length of a range to share, bytes. Our limit: for less, the request takes longer than a copy.
+const MIN_SHARE_LEN: u64 = 32 << 10;
+
+/// Turns writes into requests to share, for the routes that allow it.
+#[derive(Default)]
+pub(super) struct BlockSharing<'a> {
+    source: Option<&'a dyn RandomAccess>,
+    /// The routes whose source and output can share blocks.
+    routes: Vec<(Route, OutputId)>,
+}
+
+impl<'a> BlockSharing<'a> {
+    /// Selects the routes whose source and output can share blocks.
+    pub(super) fn new(source: &'a dyn RandomAccess, targets: &Targets<'_>, devices: &[Device]) -> Self {
+        let works = |route: &Route| {
+            let device = devices.iter().find(|device| device.id == route.from)?;
+            let Sharing::Parts(output) = targets.sharing(*route) else { return None };
+            let file = output_of(targets, *route, output)?;
+            can_share(source, file, device).then_some((*route, output))
+        };
+        let routes = targets.job().routes.iter().filter_map(works).collect();
+        Self { source: Some(source), routes }
+    }
+
+    /// Makes `output` share the bytes at `range` of the piece, from `file_offset` on. Returns false if the
+    /// caller has to write them.
+    pub(super) fn share(
+        &self,
+        target: usize,
+        prepared: &Prepared,
+        range: &Range<usize>,
+        output: &Output,
+        write: &FileWrite,
+    ) -> Result<bool> {
+        let (Some(source), Some(file)) = (self.source, output.file()) else { return Ok(false) };
+        let is_shared = |(route, id): &&(Route, OutputId)| {
+            route.target == target && route.to == prepared.device && *id == write.output
+        };
+        let Some(from) = self.routes.iter().find(is_shared).map(|(route, _)| route.from) else {
+            return Ok(false);
+        };
+        let file_offset = write.file_offset;
+        let len = range.len() as u64;
+        let aligned = len.is_multiple_of(SHARE_ALIGNMENT) && file_offset.is_multiple_of(SHARE_ALIGNMENT);
+        if !aligned || len < MIN_SHARE_LEN {
+            return Ok(false);
+        }
+        let guest = prepared.start + range.start as u64..prepared.start + range.end as u64;
+        let location = source.locate(from, guest);
+        let Some(location) =
+            location.filter(|p| p.len >= len && p.file_offset.is_multiple_of(SHARE_ALIGNMENT))
+        else {
+            return Ok(false);
+        };
+        let mut done = 0;
+        while done < range.len() {
+            let (from_offset, to_offset) = (location.file_offset + done as u64, file_offset + done as u64);
+            let shared = os::copy_range(location.file, from_offset, file, to_offset, range.len() - done)
+                .map_err(|e| Error::io("share or copy blocks", e).path(output.location()).at(to_offset))?;
+            if shared == 0 {
+                // The caller writes the whole range, so the shared part gets the same bytes again.
+                return Ok(false);
+            }
+            done += shared;
+        }
+        output.count_written(len);
+        Ok(true)
+    }
+}
+
+fn output_of<'a>(targets: &Targets<'a>, route: Route, output: OutputId) -> Option<&'a Output> {
+    targets.output_index(route.target, output).map(|index| targets.outputs()[index])
+}
+
+/// Shares the blocks of every device whose route allows it. Returns their totals, and the indices of the
+/// routes left to copy.
+pub(super) fn share_blocks(
+    source: &dyn RandomAccess,
+    targets: &Targets<'_>,
+    devices: &[Device],
+) -> Result<(Totals, Vec<usize>)> {
+    let mut totals = Totals::default();
+    let mut left = Vec::new();
+    for (index, route) in targets.job().routes.iter().enumerate() {
+        let device = devices.iter().find(|device| device.id == route.from);
+        let output = match targets.sharing(*route) {
+            Sharing::Whole(output) => output_of(targets, *route, output),
+            Sharing::Never | Sharing::Parts(_) => None,
+        };
+        match device.zip(output) {
+            Some((device, output)) if can_share(source, output, device) => {
+                let job = DeviceShare { source, output, device: device.id };
+                totals = totals + job.run(device.size, *route, targets).on_device(&device.name)?;
+            }
+            _ => left.push(index),
+        }
+    }
+    Ok((totals, left))
+}
+
+/// True if the device's data lies in a file that can share blocks with the output.
+///
+/// The first extent of data decides: an image lies on one file system, and the kernel copies a range that
+/// it can't share after all.
+fn can_share(source: &dyn RandomAccess, output: &Output, device: &Device) -> bool {
+    // Checked first, since a query for extents may take long.
+    let Some(output) = output.file().filter(|file| os::shares_blocks(file)) else {
+        return false;
+    };
+    let whole = 0..device.size;
+    !whole.is_empty()
+        && source.extents(device.id, whole).is_ok_and(|extents| {
+            extents.iter().find(|extent| extent.is_data()).is_some_and(|extent| {
+                source
+                    .locate(device.id, extent.range())
+                    .is_some_and(|location| os::can_share_blocks(location.file, output))
+            })
+        })
+}
+
+/// Sharing of one device's blocks with one output.
+struct DeviceShare<'a> {
+    source: &'a dyn RandomAccess,
+    output: &'a Output,
+    device: DeviceId,
+}
+
+impl DeviceShare<'_> {
+    fn run(&self, size: u64, route: Route, targets: &Targets<'_>) -> Result<Totals> {
+        let job = targets.job();
+        let mut totals = Totals::default();
+        for_each_extent(self.source, self.device, 0..size, |extent| {
+            job.cancel.check()?;
+            let zero = if extent.is_data() { 0 } else { extent.len };
+            if extent.is_data() {
+                self.extent(extent, targets)?;
+            }
+            totals = totals + Totals { guest_bytes: extent.len, zero_bytes: zero };
+            job.progress.advance(route.lane, extent.len, zero);
+            Ok(())
+        })?;
+        Ok(totals)
+    }
+
+    /// Shares one extent. Parts that no file holds verbatim (compressed ones) are read and written.
+    fn extent(&self, extent: Extent, targets: &Targets<'_>) -> Result<()> {
+        let mut buffer = Vec::new();
+        let mut at = extent.start;
+        while at < extent.end() {
+            targets.job().cancel.check()?;
+            let len = (extent.end() - at).min(SHARE_STEP);
+            let shared = self.share(at, len)?;
+            if shared > 0 {
+                self.output.count_written(shared);
+                at += shared;
+                continue;
+            }
+            let len = len.min(COPY_STEP);
+            buffer.resize(usize::try_from(len).unwrap_or(usize::MAX), 0);
+            self.source.read_at(self.device, &mut buffer, at).map_err(|e| e.guest(at..at + len))?;
+            self.output.write_at(&buffer, at)?;
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Shares at most `len` bytes from guest offset `at` on. Returns the number of bytes shared.
+    fn share(&self, at: u64, len: u64) -> Result<u64> {
+        let place = self.source.locate(self.device, at..at + len);
+        let (Some(place), Some(file)) = (place, self.output.file()) else { return Ok(0) };
+        let len = usize::try_from(place.len.min(len)).unwrap_or(usize::MAX);
+        let shared = os::copy_range(place.file, place.file_offset, file, at, len)
+            .map_err(|e| Error::io("share or copy blocks", e).path(self.output.location()).at(at))?;
+        Ok(shared as u64)
+    }
+}

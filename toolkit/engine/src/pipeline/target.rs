@@ -1,0 +1,136 @@
+//! The targets of a copy, which are sinks or consumers, and the taps that observe the pieces.
+
+use imgtool_core::{
+    BufferPool, Consumer, Error, Geometry, ImageSink, Lane, Output, Prepared, Result, Sharing, SinkDevice,
+    SinkPiece, WriteList,
+};
+use std::fmt;
+
+use super::{Job, Route};
+
+/// Receiver of a device's pieces.
+#[derive(Debug, Clone, Copy)]
+pub enum Target<'a> {
+    /// A sink, which makes an image.
+    Sink(&'a dyn ImageSink),
+    /// A consumer that stores nothing.
+    Consumer(&'a dyn Consumer),
+}
+
+impl<'a> Target<'a> {
+    fn consumer(self) -> &'a dyn Consumer {
+        match self {
+            Self::Sink(sink) => sink,
+            Self::Consumer(consumer) => consumer,
+        }
+    }
+
+    pub(super) fn outputs(self) -> &'a [Output] {
+        match self {
+            Self::Sink(sink) => sink.outputs(),
+            Self::Consumer(_) => &[],
+        }
+    }
+
+    /// Prepares a piece.
+    pub(super) fn prepare(self, piece: SinkPiece, pool: &BufferPool) -> Result<Prepared> {
+        self.consumer().prepare(piece, pool)
+    }
+
+    /// Places a prepared piece, or passes it to the consumer.
+    pub(super) fn place(self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
+        match self {
+            Self::Sink(sink) => sink.place(prepared, writes),
+            Self::Consumer(consumer) => consumer.settle(prepared),
+        }
+    }
+
+    /// Passes on the size of an open-ended device, in bytes.
+    pub(super) fn resize(self, device: SinkDevice, size: u64) -> Result<()> {
+        self.consumer().resize(device, size)
+    }
+
+    pub(super) fn sharing(self, device: SinkDevice) -> Sharing {
+        match self {
+            Self::Sink(sink) => sink.sharing(device),
+            Self::Consumer(_) => Sharing::Never,
+        }
+    }
+}
+
+/// Observer of every piece on its way to its target: a digest, a counter. Many threads call it at once.
+pub trait Tap: Send + Sync {
+    /// Returns the alignment in bytes that the tap needs for the start of pieces.
+    fn granule(&self) -> u64;
+
+    /// Receives a piece of the device whose progress is counted in `lane`.
+    fn piece(&self, lane: Lane, piece: &SinkPiece);
+}
+
+impl fmt::Debug for dyn Tap + '_ {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Tap")
+    }
+}
+
+/// Checked targets of a job, with the outputs of all of them in one list.
+pub(super) struct Targets<'a> {
+    job: &'a Job<'a>,
+    /// For each target, the index of its first output in the list.
+    first_outputs: Vec<usize>,
+    outputs: Vec<&'a Output>,
+    tap_granule: u64,
+}
+
+impl<'a> Targets<'a> {
+    pub(super) fn new(job: &'a Job<'a>) -> Result<Self> {
+        if let Some(route) = job.routes.iter().find(|route| route.target >= job.targets.len()) {
+            return Err(Error::usage(format!("there is no target {}", route.target)));
+        }
+        let (mut outputs, mut first_outputs) = (Vec::new(), Vec::new());
+        for target in &job.targets {
+            first_outputs.push(outputs.len());
+            outputs.extend(target.outputs());
+        }
+        let tap_granule = job.taps.iter().map(|tap| tap.granule()).max().unwrap_or(1);
+        Ok(Self { job, first_outputs, outputs, tap_granule })
+    }
+
+    pub(super) fn job(&self) -> &'a Job<'a> {
+        self.job
+    }
+
+    /// Returns the target of a route of the job.
+    pub(super) fn of(&self, route: Route) -> Target<'a> {
+        self.job.targets[route.target]
+    }
+
+    /// Returns the outputs of all targets.
+    pub(super) fn outputs(&self) -> &[&'a Output] {
+        &self.outputs
+    }
+
+    /// Returns the index of a target's output in the list of all outputs.
+    pub(super) fn output_index(&self, target: usize, output: imgtool_core::OutputId) -> Option<usize> {
+        let index = self.first_outputs.get(target)?.checked_add(output.index())?;
+        let end = self.first_outputs.get(target + 1).copied().unwrap_or(self.outputs.len());
+        (index < end).then_some(index)
+    }
+
+    /// Returns the geometry of pieces that suits the target of a route and every tap.
+    pub(super) fn geometry(&self, route: Route) -> Geometry {
+        let wanted = self.of(route).consumer().geometry(route.to);
+        let granule = wanted.granule.max(self.tap_granule);
+        let piece_len = wanted.piece_len.max(granule);
+        Geometry { granule, piece_len, max_zero_len: wanted.max_zero_len.max(piece_len), ..wanted }
+    }
+
+    /// Returns which blocks may be shared. With taps, whole extents are not shared, since a tap has to see
+    /// every piece.
+    pub(super) fn sharing(&self, route: Route) -> Sharing {
+        match self.of(route).sharing(route.to) {
+            Sharing::Whole(output) if !self.job.taps.is_empty() => Sharing::Parts(output),
+            sharing => sharing,
+        }
+    }
+}

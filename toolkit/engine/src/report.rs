@@ -1,0 +1,115 @@
+//! [`Report`], the result of a run: outputs, files, losses and notes.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use imgtool_core::{Location, Loss};
+
+/// Result of a run.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+#[must_use = "with salvage, a run can succeed with losses"]
+pub struct Report {
+    /// Images, in the order of the layout.
+    pub outputs: Vec<OutputReport>,
+    /// Configurations that became files.
+    pub files: Vec<FileReport>,
+    /// Ranges that could not be restored, with the name of the disk. An empty range at the end of a disk
+    /// means that the disk as a whole can't be proven complete.
+    pub losses: Vec<(String, Loss)>,
+    /// Notes for the user.
+    pub notes: Vec<Note>,
+    /// True if the outputs were read back and compared.
+    pub verified: bool,
+    /// Duration of the run.
+    pub elapsed: Duration,
+}
+
+impl Report {
+    /// True if there are no losses.
+    pub fn is_complete(&self) -> bool {
+        self.losses.is_empty()
+    }
+
+    /// Returns the total virtual size of all disks, in bytes.
+    pub fn virtual_size(&self) -> u64 {
+        self.outputs.iter().fold(0, |sum, output| sum.saturating_add(output.virtual_size()))
+    }
+}
+
+/// Report on an image.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct OutputReport {
+    /// Location.
+    pub location: Location,
+    /// Name of the format.
+    pub format: &'static str,
+    /// Name of the outer compression, if any.
+    pub compression: Option<&'static str>,
+    /// Disks, in the image's order.
+    pub disks: Vec<DiskReport>,
+    /// Bytes that the output takes on disk; if the system can't tell, the number of bytes written.
+    pub stored: u64,
+}
+
+impl OutputReport {
+    /// Returns the total virtual size of the image's disks, in bytes.
+    pub fn virtual_size(&self) -> u64 {
+        self.disks.iter().fold(0, |sum, disk| sum.saturating_add(disk.virtual_size))
+    }
+}
+
+/// Report on a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DiskReport {
+    /// Name; untrusted.
+    pub name: String,
+    /// Virtual size in bytes.
+    pub virtual_size: u64,
+    /// Number of these bytes that were zero and took no data.
+    pub zero: u64,
+}
+
+/// Report on a configuration that became a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FileReport {
+    /// Location of the file.
+    pub location: Location,
+    /// Name of the configuration in the source; untrusted.
+    pub name: String,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+/// A note for the user about a plan or run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Note {
+    /// A sentence of a driver or of the plan.
+    Text(String),
+    /// These configurations are left out, because a single disk goes into one file.
+    ConfigurationsLeftOut(Vec<String>),
+    /// A file left by a killed run was removed.
+    Swept(PathBuf),
+    /// A source file changed while it was read: the sentence about it.
+    SourceChanged(String),
+    /// Nothing of what went to standard output is kept.
+    StdoutClosed,
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Text(text) | Self::SourceChanged(text) => f.write_str(text),
+            Self::ConfigurationsLeftOut(names) => write!(f, "not written: {}", names.join(", ")),
+            Self::Swept(path) => write!(f, "removed {}, left by a killed run", path.display()),
+            Self::StdoutClosed => {
+                f.write_str("standard output is closed, or /dev/null: nothing of what was written is kept")
+            }
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! [`Request`], everything that a user can state about a conversion, and [`OpenConversion`], the request with
+//! its sources open.
+
+use imgtool_core::{Attachment, CancelToken, Compress, Error, Location, OpenOptions, Registry, Result};
+use imgtool_storage::Outputs;
+
+use crate::externals::{ExternalPolicy, PolicyOpener};
+use crate::format::{FormatOptions, TargetFormat};
+use crate::layout::{DiskTarget, Layout, LayoutRequest};
+use crate::report::Note;
+use crate::run::Plan;
+use crate::sources::{self, OpenSource, SelectedDisk, SourceRequest};
+
+/// A conversion as the user requests it.
+#[derive(Debug, Clone, Default)]
+pub struct Request {
+    /// Images to read.
+    pub sources: Vec<SourceRequest>,
+    /// Format of the sources, if the user states it.
+    pub source_format: Option<String>,
+    /// Settings for opening the sources.
+    pub open: OpenSettings,
+    /// Names of the disks to convert; empty for all.
+    pub disks: Vec<String>,
+    /// File or directory for all disks without a target of their own.
+    pub dest: Option<Location>,
+    /// Disks with a target of their own.
+    pub disk_targets: Vec<DiskTarget>,
+    /// Format of `dest`, if the user states it; otherwise the extension decides.
+    pub format: Option<String>,
+    /// Options of that format.
+    pub options: FormatOptions,
+    /// Compression inside the format, or of the whole output if the format has none.
+    pub compress: Option<Compress>,
+    /// Configurations for the output. Unless this is empty, those of the sources are left out.
+    pub attachments: Vec<Attachment>,
+    /// True if the caller adds configurations to [`OpenConversion::attachments`]: a format without a place
+    /// for them is refused before any source is opened.
+    pub wants_attachments: bool,
+    /// True to keep the configurations of the sources beside those in `attachments`.
+    pub keep_attachments: bool,
+    /// `Some` to write into the existing file or device; `Some(true)` if it is known to read as zeros.
+    pub in_place: Option<bool>,
+    /// True to replace existing files.
+    pub overwrite: bool,
+}
+
+/// Settings for opening the sources of a conversion; see [`OpenOptions`].
+#[derive(Debug, Clone, Default)]
+pub struct OpenSettings {
+    /// True to restore the intact parts of damaged images.
+    pub salvage: bool,
+    /// True to open images that are marked as unsafe.
+    pub force: bool,
+    /// True to accept bytes after the end of an archive.
+    pub ignore_trailing: bool,
+    /// Internal snapshot (name or ID) to read instead of the active state.
+    pub snapshot: Option<String>,
+    /// Policy for the external files of images.
+    pub policy: ExternalPolicy,
+}
+
+impl OpenSettings {
+    /// Converts the settings into options for drivers, with `opener` as the opener of external files.
+    pub fn options(&self, opener: &PolicyOpener) -> OpenOptions {
+        OpenOptions {
+            salvage: self.salvage,
+            force: self.force,
+            ignore_trailing: self.ignore_trailing,
+            snapshot: self.snapshot.clone(),
+            externals: opener.externals(),
+            ..OpenOptions::default()
+        }
+    }
+}
+
+impl Request {
+    /// Creates a request to convert one source into one destination. The source's content and the
+    /// destination's extension determine the formats.
+    pub fn new(source: impl Into<Location>, dest: impl Into<Location>) -> Self {
+        Self { sources: vec![SourceRequest::new(source)], dest: Some(dest.into()), ..Self::default() }
+    }
+
+    /// Checks the request and opens the sources.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::Usage`] for an invalid request; any error from opening a source.
+    pub fn open<'a>(&'a self, registry: &'a Registry, cancel: &CancelToken) -> Result<OpenConversion<'a>> {
+        let format = TargetFormat::choose(
+            registry,
+            self.format.as_deref(),
+            self.dest.as_ref(),
+            self.compress.clone(),
+            self.options.clone(),
+        )?;
+        if (self.wants_attachments || !self.attachments.is_empty())
+            && !format.driver.capabilities().attachments()
+        {
+            return Err(no_configurations(&format, registry));
+        }
+        let opener = PolicyOpener::new(registry.clone(), self.open.policy.clone());
+        let sources = sources::open_sources(
+            registry,
+            &self.sources,
+            self.source_format.as_deref(),
+            &self.open.options(&opener),
+            &format,
+            cancel,
+        )?;
+        let mut outputs = Outputs::new();
+        for source in &sources {
+            outputs.protect(&source.opened.location, source.opened.identity.as_ref());
+            source.opened.referenced_files().iter().try_for_each(|path| outputs.protect_path(path))?;
+        }
+        self.open.policy.paths.iter().try_for_each(|path| outputs.protect_path(path))?;
+        for file in opener.opened() {
+            outputs.protect(&file.location, file.identity.as_ref());
+        }
+        Ok(OpenConversion {
+            request: self,
+            registry,
+            format,
+            sources,
+            selected: Vec::new(),
+            attachments: self.attachments.clone(),
+            notes: Vec::new(),
+            outputs,
+        })
+    }
+}
+
+/// Returns the error for configurations that the format can't store.
+fn no_configurations(format: &TargetFormat, registry: &Registry) -> Error {
+    let archives = registry.drivers().filter(|driver| driver.capabilities().attachments());
+    let archives: Vec<_> = archives.map(|driver| driver.name()).collect();
+    Error::usage(format!("{} images hold no configurations", format.driver.name()))
+        .hint(format!("configurations go into archives: choose the format {}", archives.join(" or ")))
+}
+
+/// A conversion whose sources are open.
+#[derive(Debug)]
+pub struct OpenConversion<'a> {
+    request: &'a Request,
+    registry: &'a Registry,
+    format: TargetFormat,
+    sources: Vec<OpenSource>,
+    selected: Vec<SelectedDisk>,
+    /// Configurations for the output. The caller may add to them, depending on the selected disks.
+    pub attachments: Vec<Attachment>,
+    notes: Vec<Note>,
+    outputs: Outputs,
+}
+
+impl OpenConversion<'_> {
+    /// Returns the open sources.
+    pub fn sources(&self) -> &[OpenSource] {
+        &self.sources
+    }
+
+    /// Returns the format of the destination.
+    pub fn format(&self) -> &TargetFormat {
+        &self.format
+    }
+
+    /// Selects the disks and gives them the names that they will have in the output.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::Usage`] for a name that no disk has.
+    pub fn select(&mut self) -> Result<()> {
+        self.notes.clear();
+        self.selected = sources::select(self.registry, &self.sources, &self.request.disks)?;
+        if self.format.is_archive() {
+            let notes = sources::name_for_archive(&self.sources, &mut self.selected);
+            self.notes.extend(notes.into_iter().map(Note::Text));
+        }
+        Ok(())
+    }
+
+    /// The selected disks; a caller may rename them before the plan.
+    pub fn selected(&mut self) -> &mut [SelectedDisk] {
+        &mut self.selected
+    }
+
+    /// Decides every output. Selects the disks, unless [`OpenConversion::select`] has done so.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::Usage`] if the request does not match the disks of the sources.
+    pub fn plan(mut self) -> Result<Plan> {
+        if self.selected.is_empty() {
+            self.select()?;
+        }
+        let own = self.attachments.is_empty();
+        let mut attachments = std::mem::take(&mut self.attachments);
+        if own || self.request.keep_attachments {
+            for attachment in self.sources.iter().flat_map(OpenSource::attachments) {
+                // A configuration from the user replaces one of the same name from a source.
+                if own || !attachments.iter().any(|known| known.name == attachment.name) {
+                    attachments.push(attachment.clone());
+                }
+            }
+        }
+        let mut layout: Layout = LayoutRequest {
+            registry: self.registry,
+            sources: &self.sources,
+            selected: &self.selected,
+            format: &self.format,
+            dest: self.request.dest.as_ref(),
+            disk_targets: &self.request.disk_targets,
+            attachments,
+            in_place: self.request.in_place,
+            overwrite: self.request.overwrite,
+        }
+        .layout()?;
+        layout.notes.extend(self.notes);
+        Ok(Plan {
+            layout,
+            sources: self.sources,
+            selected: self.selected,
+            outputs: self.outputs,
+            registry: self.registry.clone(),
+        })
+    }
+}

@@ -1,0 +1,338 @@
+//! [`Plan`] and its run: copies the content, finishes the outputs, verifies them and gives them their names.
+
+use std::time::Instant;
+
+use imgtool_core::{
+    CancelToken, DeviceId, Error, Lane, Loss, OpenOptions, Output, Registry, Result, ResultExt, SinkDevice,
+};
+use imgtool_storage::{Outputs, os};
+
+use crate::digest::ContentDigest;
+use crate::externals::{ExternalPolicy, PolicyOpener};
+use crate::layout::{Destination, Layout, PlannedOutput};
+use crate::monitor::{Counter, LaneInfo, Monitor, Phase};
+use crate::pipeline::{self, Job, Route, Tap, Target};
+use crate::report::{DiskReport, FileReport, Note, OutputReport, Report};
+use crate::sinks::{self, OpenSink, SinkSettings};
+use crate::sources::{self, OpenSource, SelectedDisk};
+use crate::{space, verify};
+
+/// A conversion that is ready to run. Every output is decided, none is created yet.
+#[derive(Debug)]
+pub struct Plan {
+    /// All outputs.
+    pub layout: Layout,
+    /// Open sources.
+    pub sources: Vec<OpenSource>,
+    /// Disks selected for the conversion.
+    pub selected: Vec<SelectedDisk>,
+    /// Set of outputs, which refuses to overwrite a source.
+    pub outputs: Outputs,
+    /// Drivers.
+    pub registry: Registry,
+}
+
+/// Settings for running a plan.
+#[derive(Debug, Clone, Default)]
+pub struct RunOptions<'a> {
+    /// Number of worker threads; 0 for one per processor.
+    pub threads: usize,
+    /// True to write into targets that are in use, and to skip the check for free space.
+    pub force: bool,
+    /// True to copy no content: the outputs are made empty.
+    pub without_content: bool,
+    /// True to read every output back and compare it, before it gets its final name.
+    pub verify: bool,
+    /// Maximum number of bytes of data to copy per second.
+    pub bytes_per_second: Option<u64>,
+    /// Policy for the external files of the outputs' backing images.
+    pub base_policy: ExternalPolicy,
+    /// Observers of every piece. The lane of a disk is its slot.
+    pub taps: Vec<&'a dyn Tap>,
+    /// Token that cancels the run.
+    pub cancel: CancelToken,
+}
+
+impl Plan {
+    /// Makes all outputs of the layout.
+    ///
+    /// # Errors
+    /// The first failure. No output has its final name then.
+    pub fn run(mut self, options: &RunOptions<'_>, monitor: &dyn Monitor) -> Result<Report> {
+        monitor.outputs(self.outputs.cleaner());
+        self.check(options)?;
+        if let Some(directory) = &self.layout.directory {
+            self.outputs.directory(directory)?;
+        }
+        let base_opener = PolicyOpener::new(self.registry.clone(), options.base_policy.clone());
+        let base_options = OpenOptions { externals: base_opener.externals(), ..OpenOptions::default() };
+        let settings = SinkSettings {
+            registry: &self.registry,
+            base_options: &base_options,
+            force: options.force,
+            overwrite: self.layout.overwrite,
+            without_content: options.without_content,
+        };
+        let sinks = sinks::open_sinks(&self.layout, &self.selected, &mut self.outputs, settings)?;
+        let in_place: Vec<Output> = sinks
+            .iter()
+            .map(|open| open.output.clone())
+            .filter(|output| output.capacity().is_some())
+            .collect();
+        let result = self.fill(&sinks, &base_opener, options, monitor);
+        if result.is_err() {
+            for output in in_place.iter().filter(|output| output.written() > 0) {
+                monitor.left_incomplete(output.location());
+            }
+        }
+        result
+    }
+
+    /// Refuses a plan in which a selected disk has no source, or is not in exactly one output.
+    fn check_numbers(&self) -> Result<()> {
+        let mut placed = vec![0; self.selected.len()];
+        for slot in self.layout.outputs.iter().flat_map(|output| &output.disks) {
+            *placed
+                .get_mut(slot.index())
+                .ok_or_else(|| Error::usage("the plan places a disk that is not selected"))? += 1;
+        }
+        if placed.iter().any(|count| *count != 1) {
+            return Err(Error::usage("the plan does not place every selected disk in one output"));
+        }
+        match self.selected.iter().find(|disk| disk.source >= self.sources.len()) {
+            Some(disk) => Err(Error::usage("the plan selects a disk of no source").device(&*disk.name)),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses outputs that can't be made, before any output is created.
+    fn check(&mut self, options: &RunOptions<'_>) -> Result<()> {
+        self.check_numbers()?;
+        if options.verify && self.layout.outputs.iter().any(|output| output.destination.is_stream()) {
+            return Err(Error::usage("an output in a pipe can't be read back to verify it"));
+        }
+        for output in &self.layout.outputs {
+            if let Some(backing) = output.format.writer.backing() {
+                let base = sinks::backing_path(&output.destination.location(), &backing.name)?;
+                base.path().map_or(Ok(()), |path| self.outputs.protect_path(path))?;
+            }
+        }
+        self.outputs.check(&self.layout.requests(&self.selected))?;
+        if options.force { Ok(()) } else { space::check(&self.layout, &self.sources, &self.selected) }
+    }
+
+    /// Fills the outputs and gives them their names.
+    fn fill(
+        mut self,
+        sinks: &[OpenSink],
+        base_opener: &PolicyOpener,
+        options: &RunOptions<'_>,
+        monitor: &dyn Monitor,
+    ) -> Result<Report> {
+        let started = Instant::now();
+        let files = self.create_files()?;
+        let handles: Vec<Output> = sinks.iter().map(|open| open.output.clone()).collect();
+        let counted = handles.clone();
+        let written = Box::new(move || counted.iter().map(Output::written).sum());
+        let counter =
+            Counter::begin(monitor, Phase::Convert, self.lanes(), written, options.bytes_per_second);
+        let digest = ContentDigest::new();
+        self.copy(sinks, options, &counter, &digest)?;
+        let disks = self.disk_reports(&counter);
+        if options.verify {
+            monitor.end();
+            self.verify_files(&files)?;
+            let expected = verify::Expected {
+                digest: &digest,
+                disks: &disks,
+                selected: &self.selected,
+                base_opener,
+                threads: options.threads,
+                cancel: options.cancel.clone(),
+            };
+            verify::read_back(&self.layout, sinks, &expected, monitor)?;
+        }
+        let notes = self.notes(sinks);
+        self.commit(sinks, &files, options, monitor)?;
+        if !options.verify {
+            monitor.end();
+        }
+        Ok(Report {
+            outputs: self.output_reports(&handles, &disks),
+            files: self.file_reports(),
+            losses: self.losses(),
+            notes,
+            verified: options.verify,
+            elapsed: started.elapsed(),
+        })
+    }
+
+    /// Creates and writes the files beside the images.
+    fn create_files(&mut self) -> Result<Vec<Output>> {
+        let mut files = Vec::new();
+        for file in &self.layout.files {
+            let links = self.layout.links(&file.path);
+            let output = self.outputs.create_linked(&file.path, self.layout.overwrite, links)?;
+            output.write_at(&file.attachment.data, 0)?;
+            files.push(output);
+        }
+        Ok(files)
+    }
+
+    /// Reads the files beside the images back and compares them.
+    fn verify_files(&self, files: &[Output]) -> Result<()> {
+        let mut planned = self.layout.files.iter().zip(files);
+        planned.try_for_each(|(file, output)| verify::same_bytes(output, &file.attachment.data))
+    }
+
+    /// Copies the content of every source into the sinks, and finishes them.
+    fn copy(
+        &self,
+        sinks: &[OpenSink],
+        options: &RunOptions<'_>,
+        counter: &Counter<'_>,
+        digest: &ContentDigest,
+    ) -> Result<()> {
+        for open in sinks {
+            let preamble = open.sink.begin()?;
+            if !preamble.is_empty() {
+                open.output.write_at(&preamble, 0)?;
+            }
+        }
+        let mut taps = options.taps.clone();
+        if options.verify {
+            taps.push(digest);
+        }
+        let sources = if options.without_content { &[] } else { self.sources.as_slice() };
+        for (index, source) in sources.iter().enumerate() {
+            let job = Job {
+                targets: sinks.iter().map(|open| Target::Sink(&*open.sink)).collect(),
+                routes: self.routes(index),
+                taps: taps.clone(),
+                threads: options.threads,
+                progress: counter,
+                cancel: options.cancel.clone(),
+            };
+            pipeline::copy(&*source.opened.image, &job).in_file(&source.opened.location)?;
+        }
+        sinks.iter().try_for_each(|open| open.sink.finish())
+    }
+
+    /// Returns the routes of the disks of one source.
+    fn routes(&self, source: usize) -> Vec<Route> {
+        let way = |(slot, disk): (imgtool_core::Slot, &SelectedDisk)| {
+            let mut outputs = self.layout.outputs.iter().enumerate();
+            outputs.find_map(|(target, output)| {
+                let number = output.disks.iter().position(|known| *known == slot)?;
+                // Bounded by the number of devices in an archive.
+                let to = SinkDevice(u32::try_from(number).ok()?);
+                Some(Route { from: disk.device.id, target, to, lane: Lane(slot.0) })
+            })
+        };
+        sources::of_source(&self.selected, source).filter_map(way).collect()
+    }
+
+    fn lanes(&self) -> Vec<LaneInfo> {
+        let lane = |disk: &SelectedDisk| LaneInfo {
+            name: disk.name.clone(),
+            total: (!disk.device.open_ended).then_some(disk.device.size),
+        };
+        self.selected.iter().map(lane).collect()
+    }
+
+    /// Flushes, then gives all outputs their names. The flush may take long and can be interrupted; the
+    /// naming is short and can't.
+    fn commit(
+        &mut self,
+        sinks: &[OpenSink],
+        files: &[Output],
+        options: &RunOptions<'_>,
+        monitor: &dyn Monitor,
+    ) -> Result<()> {
+        for output in sinks.iter().flat_map(OpenSink::outputs).chain(files) {
+            output.sync()?;
+            options.cancel.check()?;
+        }
+        let mut outputs = Some(std::mem::take(&mut self.outputs));
+        monitor.name_outputs(&mut || outputs.take().map_or(Ok(()), Outputs::commit))?;
+        match outputs {
+            None => Ok(()),
+            Some(_) => Err(Error::refused("the monitor did not name the outputs")),
+        }
+    }
+
+    /// Collects the notes of drivers, of the set of outputs, and about the sources.
+    fn notes(&self, sinks: &[OpenSink]) -> Vec<Note> {
+        let to_stdout = self.layout.outputs.iter().any(|output| output.destination.is_stdout());
+        let closed = (to_stdout && os::is_stdout_closed()).then_some(Note::StdoutClosed);
+        let planned = self.layout.notes.iter().cloned();
+        planned
+            .chain(sinks.iter().flat_map(|open| open.sink.notes()).map(Note::Text))
+            .chain(self.outputs.swept().iter().cloned().map(Note::Swept))
+            .chain(self.sources.iter().filter_map(OpenSource::change).map(Note::SourceChanged))
+            .chain(closed)
+            .collect()
+    }
+
+    /// Returns the reports on the disks, from the numbers of the bytes copied.
+    fn disk_reports(&self, counter: &Counter<'_>) -> Vec<DiskReport> {
+        let of = |(lane, disk): (Lane, &SelectedDisk)| {
+            let (virtual_size, zero) = counter.totals(lane);
+            DiskReport { name: disk.name.clone(), virtual_size, zero }
+        };
+        Lane::first(self.selected.len()).zip(&self.selected).map(of).collect()
+    }
+
+    fn output_reports(&self, handles: &[Output], disks: &[DiskReport]) -> Vec<OutputReport> {
+        let of = |(planned, output): (&PlannedOutput, &Output)| OutputReport {
+            location: planned.destination.location(),
+            format: planned.format.driver.name(),
+            compression: planned.format.outer.map(|outer| outer.compression.name()),
+            disks: planned.disks.iter().map(|slot| disks[slot.index()].clone()).collect(),
+            stored: stored_len(&planned.destination, output.written()),
+        };
+        self.layout.outputs.iter().zip(handles).map(of).collect()
+    }
+
+    fn file_reports(&self) -> Vec<FileReport> {
+        let of = |file: &crate::layout::PlannedFile| FileReport {
+            location: (&file.path).into(),
+            name: file.attachment.name.clone(),
+            len: file.attachment.data.len() as u64,
+        };
+        self.layout.files.iter().map(of).collect()
+    }
+
+    fn losses(&self) -> Vec<(String, Loss)> {
+        let mut losses = Vec::new();
+        for (index, source) in self.sources.iter().enumerate() {
+            let disk = |id: DeviceId| {
+                sources::of_source(&self.selected, index)
+                    .map(|(_, disk)| disk)
+                    .find(|disk| disk.device.id == id)
+            };
+            for loss in source.opened.image.losses() {
+                losses.extend(disk(loss.device).map(|disk| (disk.name.clone(), loss)));
+            }
+            for doubt in source.opened.image.doubts() {
+                // An empty range: the disk as a whole can't be proven complete.
+                losses.extend(disk(doubt.device).map(|disk| {
+                    let guest = disk.device.size..disk.device.size;
+                    (disk.name.clone(), Loss { device: doubt.device, guest, reason: doubt.reason })
+                }));
+            }
+        }
+        losses
+    }
+}
+
+/// Returns the number of bytes that an output takes on disk: for a new file as the file system reports it,
+/// else `written`.
+fn stored_len(destination: &Destination, written: u64) -> u64 {
+    match destination {
+        Destination::New(path) => {
+            std::fs::metadata(path).map_or(written, |meta| imgtool_storage::os::allocated_len(&meta))
+        }
+        Destination::Existing { .. } | Destination::Stream(_) | Destination::Open(_) => written,
+    }
+}

@@ -1,0 +1,237 @@
+//! The sinks of a run, one for each image, and the outputs that they write to.
+
+use std::collections::BTreeMap;
+use std::io::{self, IsTerminal};
+
+use imgtool_core::error::escape_control;
+use imgtool_core::external::BackingName;
+use imgtool_core::{
+    Disk, Error, ImageSink, Input, Location, Manifest, OpenOptions, Output, OutputFactory, Registry, Remedy,
+    Result, ResultExt,
+};
+use imgtool_storage::open::Opening;
+use imgtool_storage::{CompressedSink, Framing, Outputs, os};
+
+use crate::externals::SuppliedFile;
+use crate::layout::{Destination, Layout, PlannedOutput, is_written_in_place};
+use crate::open;
+use crate::sources::SelectedDisk;
+
+/// Number of bytes by which an existing target may exceed its disk without being refused as a mistake. Our
+/// limit: LVM and others round sizes up to their extents, 4 MiB by default.
+pub const SIZE_TOLERANCE: u64 = 4 << 20;
+
+/// Sink of one image.
+pub(crate) struct OpenSink {
+    pub(crate) sink: Box<dyn ImageSink>,
+    /// Output with the image's own name.
+    pub(crate) output: Output,
+    /// Files that the image names: the outputs beside it and its backing image.
+    pub(crate) supplied: BTreeMap<String, SuppliedFile>,
+}
+
+impl OpenSink {
+    /// Every output of the image: its own and those beside it.
+    pub(crate) fn outputs(&self) -> &[Output] {
+        self.sink.outputs()
+    }
+}
+
+/// Settings for creating outputs.
+#[derive(Clone, Copy)]
+pub(crate) struct SinkSettings<'a> {
+    pub(crate) registry: &'a Registry,
+    /// Settings for opening the backing images of outputs.
+    pub(crate) base_options: &'a OpenOptions,
+    /// True to write into targets that are in use, or much larger than the disk.
+    pub(crate) force: bool,
+    /// True to replace existing files.
+    pub(crate) overwrite: bool,
+    /// True if the outputs will be empty, so that backing images need not be opened.
+    pub(crate) without_content: bool,
+}
+
+/// Creates the output and the sink of every image of a layout.
+///
+/// # Errors
+/// If one of them can't be created.
+pub(crate) fn open_sinks(
+    layout: &Layout,
+    selected: &[SelectedDisk],
+    outputs: &mut Outputs,
+    settings: SinkSettings<'_>,
+) -> Result<Vec<OpenSink>> {
+    layout.outputs.iter().map(|planned| open_sink(planned, layout, selected, outputs, settings)).collect()
+}
+
+fn open_sink(
+    planned: &PlannedOutput,
+    layout: &Layout,
+    selected: &[SelectedDisk],
+    outputs: &mut Outputs,
+    settings: SinkSettings<'_>,
+) -> Result<OpenSink> {
+    let location = planned.destination.location();
+    let mut manifest = planned.manifest(selected);
+    let output = open_output(planned, &manifest, layout, outputs, settings)?;
+    let mut supplied = BTreeMap::new();
+    if let Some(backing) = planned.format.writer.backing() {
+        let path = backing_path(&location, &backing.name)?;
+        if !settings.without_content {
+            manifest.base = Some(open_base(settings.registry, &path, &backing, settings.base_options)?);
+        }
+        if let Some(path) = path.path() {
+            supplied.insert(backing.name, SuppliedFile::Path(path.to_owned()));
+        }
+    }
+    let mut factory = Factory {
+        main: match planned.format.outer {
+            Some(_) => CompressedSink::inner_output(&location),
+            None => output.clone(),
+        },
+        location: &location,
+        outputs,
+        overwrite: settings.overwrite,
+        beside: &mut supplied,
+    };
+    let sink = planned.format.writer.create(&mut factory, &manifest).in_file(&location)?;
+    let sink = match planned.format.outer {
+        Some(outer) => {
+            let framing = Framing::new(outer.compression, outer.level)?;
+            Box::new(CompressedSink::new(sink, output.clone(), framing).in_file(&location)?)
+        }
+        None => sink,
+    };
+    Ok(OpenSink { sink, output, supplied })
+}
+
+/// Creates the outputs of one image for its driver.
+struct Factory<'a> {
+    main: Output,
+    location: &'a Location,
+    outputs: &'a mut Outputs,
+    overwrite: bool,
+    beside: &'a mut BTreeMap<String, SuppliedFile>,
+}
+
+impl OutputFactory for Factory<'_> {
+    fn main(&mut self) -> Result<Output> {
+        Ok(self.main.clone())
+    }
+
+    fn beside(&mut self, name: &str) -> Result<Output> {
+        let location = plain_name_beside(self.location, name)?;
+        let path = location.path().ok_or_else(|| Error::unsupported("is not a file").path(&location))?;
+        let output = self.outputs.create(path, self.overwrite)?;
+        self.beside.insert(name.to_owned(), SuppliedFile::Output(output.clone()));
+        Ok(output)
+    }
+}
+
+/// Returns the location of the backing image of a new image.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Unsupported`] if the name is not a path.
+pub(crate) fn backing_path(image: &Location, name: &str) -> Result<Location> {
+    plain_name_beside(image, name)
+}
+
+/// Returns the location of a file that an option of the new image at `image` names.
+fn plain_name_beside(image: &Location, name: &str) -> Result<Location> {
+    // "json:{...}", "nbd://host": a scheme before any slash.
+    let scheme = name.split_once(':').filter(|(scheme, _)| *scheme != "file" && !scheme.contains('/'));
+    if scheme.is_some() || name.is_empty() {
+        return Err(Error::unsupported(format!("'{}' is not a plain file name", escape_control(name)))
+            .hint("only plain paths are followed; ./NAME for a name with a colon"));
+    }
+    open::resolve(image, name).ok_or_else(|| Error::usage("a stream has no files beside it").path(image))
+}
+
+/// Opens the disk of a new image's backing image. The user named it in an option, so it needs no permission,
+/// but the external files that it names do.
+pub(crate) fn open_base(
+    registry: &Registry,
+    location: &Location,
+    backing: &BackingName,
+    options: &OpenOptions,
+) -> Result<Disk> {
+    let input = imgtool_storage::open::open(location, Opening::Plain)?;
+    let opened = open::open_image(registry, input, Some(&backing.format), options)?;
+    Disk::only(opened.image, "the backing image").in_file(location)
+}
+
+fn open_output(
+    planned: &PlannedOutput,
+    manifest: &Manifest,
+    layout: &Layout,
+    outputs: &mut Outputs,
+    settings: SinkSettings<'_>,
+) -> Result<Output> {
+    match &planned.destination {
+        Destination::New(path) => outputs.create_linked(path, layout.overwrite, layout.links(path)),
+        // An image file is replaced by the new one when that is finished.
+        Destination::Existing { path, .. } if !is_written_in_place(&*planned.format.driver, path) => {
+            outputs.create_linked(path, true, layout.links(path))
+        }
+        Destination::Existing { path, zeroed } => {
+            let output = outputs.existing(path, *zeroed, settings.force)?;
+            check_capacity(planned, manifest, &output, settings)?;
+            Ok(output)
+        }
+        Destination::Stream(location) => {
+            let output = open_stream(location)?;
+            outputs.stream(output.clone());
+            Ok(output)
+        }
+        Destination::Open(output) => {
+            outputs.stream(output.clone());
+            Ok(output.clone())
+        }
+    }
+}
+
+fn open_stream(location: &Location) -> Result<Output> {
+    let writer: Box<dyn io::Write + Send> = match location {
+        Location::Path(path) => {
+            Box::new(os::open_stream(path).map_err(|e| Error::io("open for writing", e)).in_file(path)?)
+        }
+        _ if io::stdout().is_terminal() => {
+            return Err(Error::usage("standard output is a terminal").hint("redirect it to a file or a pipe"));
+        }
+        _ => Box::new(io::stdout()),
+    };
+    Ok(Output::from_writer(location, writer))
+}
+
+/// Refuses an existing target for a verbatim image (raw) that is smaller than the disk, or larger by more
+/// than [`SIZE_TOLERANCE`].
+fn check_capacity(
+    planned: &PlannedOutput,
+    manifest: &Manifest,
+    output: &Output,
+    settings: SinkSettings<'_>,
+) -> Result<()> {
+    let (Some(capacity), [device]) = (output.capacity(), manifest.devices.as_slice()) else { return Ok(()) };
+    if device.open_ended || !planned.format.driver.capabilities().verbatim {
+        return Ok(());
+    }
+    let error = |what: &str| {
+        Error::refused(format!("the target is {what}: it has {capacity} bytes, the disk {}", device.size))
+            .path(output.location())
+            .device(&*device.name)
+    };
+    if capacity < device.size {
+        return Err(error("too small").hint("nothing was written; a larger target is needed"));
+    }
+    if capacity - device.size > SIZE_TOLERANCE && !settings.force {
+        return Err(error("much larger").remedied_by(Remedy::ForceFront));
+    }
+    Ok(())
+}
+
+/// Returns the first `len` bytes of an output that is read back, since an existing target may be longer than
+/// its disk.
+pub(crate) fn front(input: Input, len: u64) -> Result<Input> {
+    let whole = input.len().unwrap_or(0);
+    input.section(0..len.min(whole))
+}

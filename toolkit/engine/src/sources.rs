@@ -1,0 +1,237 @@
+//! The sources of a conversion: opens the images that the user named, and selects and names their disks.
+
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::path::Path;
+
+use imgtool_core::{
+    Attachment, CancelToken, Device, DeviceKind, Error, Location, OpenOptions, Registry, Result, Slot,
+    suggest,
+};
+use imgtool_storage::open::OpenInput;
+
+use crate::format::TargetFormat;
+use crate::names;
+use crate::open::{self, Opened};
+
+/// A source as the user named it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceRequest {
+    /// Name for its device, if the user gave one.
+    pub name: Option<String>,
+    /// Location.
+    pub location: Location,
+}
+
+impl SourceRequest {
+    /// Creates a source whose device keeps its name from the image or the file.
+    pub fn new(location: impl Into<Location>) -> Self {
+        Self { name: None, location: location.into() }
+    }
+
+    /// Parses `LOCATION` or `NAME=LOCATION`. If the whole text is the name of an existing file, it is a
+    /// location.
+    pub fn parse(text: &OsStr) -> Self {
+        match text.to_str().and_then(|text| text.split_once('=')) {
+            Some((name, location))
+                if !name.is_empty()
+                    && !name.contains('/')
+                    && !location.is_empty()
+                    && !Path::new(text).exists() =>
+            {
+                Self { name: Some(name.to_owned()), location: Location::source(OsStr::new(location)) }
+            }
+            _ => Self { name: None, location: Location::source(text) },
+        }
+    }
+}
+
+/// An open source.
+#[derive(Debug)]
+pub struct OpenSource {
+    /// Name for its device, if the user gave one.
+    pub name: Option<String>,
+    /// Image.
+    pub opened: Opened,
+}
+
+impl OpenSource {
+    /// Returns a note if the file was modified after it was opened. Replacing it does no harm, since the open
+    /// file is the one that is read.
+    pub fn change(&self) -> Option<String> {
+        let path = self.opened.location.path()?;
+        self.opened.fingerprint.filter(|fingerprint| fingerprint.was_changed(path)).map(|_| {
+            format!(
+                "{} was written to while it was read: the output may mix two states, convert again",
+                self.opened.location
+            )
+        })
+    }
+
+    /// Returns the configurations of the image.
+    pub fn attachments(&self) -> &[Attachment] {
+        &self.opened.image.info().attachments
+    }
+}
+
+/// A disk selected for the conversion. Its index in the list of all is its [`Slot`].
+#[derive(Debug, Clone)]
+pub struct SelectedDisk {
+    /// Index of its source.
+    pub source: usize,
+    /// Device as the source describes it.
+    pub device: Device,
+    /// Name in the output: for a file, or for a device of an archive.
+    pub name: String,
+}
+
+/// Opens the sources, in order. `target` determines whether a stream of unknown length has to be copied to
+/// temporary storage first.
+///
+/// # Errors
+/// If a source can't be opened, or standard input is named twice.
+pub(crate) fn open_sources(
+    registry: &Registry,
+    requests: &[SourceRequest],
+    format: Option<&str>,
+    options: &OpenOptions,
+    target: &TargetFormat,
+    cancel: &CancelToken,
+) -> Result<Vec<OpenSource>> {
+    if requests.iter().filter(|request| request.location == Location::Stdin).count() > 1 {
+        return Err(Error::usage("standard input can be only one of the sources"));
+    }
+    let open_one = |request: &SourceRequest| {
+        let input = open::open_input(registry, &request.location, format)?.cancelled_by(cancel.clone());
+        let input =
+            spool_if_endless(registry, input, format, target).map_err(|e| e.path(&request.location))?;
+        let opened = open::open_image(registry, input, format, options)?;
+        Ok(OpenSource { name: request.name.clone(), opened })
+    };
+    requests.iter().map(open_one).collect()
+}
+
+/// Copies a stream of unknown length to temporary storage, if the target needs the length in advance.
+fn spool_if_endless(
+    registry: &Registry,
+    input: OpenInput,
+    format: Option<&str>,
+    target: &TargetFormat,
+) -> Result<OpenInput> {
+    if !input.input.is_stream() || target.driver.capabilities().open_ended {
+        return Ok(input);
+    }
+    let driver = match format {
+        Some(name) => registry.get(name)?,
+        None => registry.probe(&input.input.head()?, input.input.len())?.0,
+    };
+    if driver.capabilities().open_ended { input.spool() } else { Ok(input) }
+}
+
+/// Selects the disks with these names; all disks if there are no names.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] for a name that no device has, and for a source of several devices
+/// that was given one name.
+pub fn select(registry: &Registry, sources: &[OpenSource], names: &[String]) -> Result<Vec<SelectedDisk>> {
+    let mut selected: Vec<SelectedDisk> = Vec::new();
+    for (index, source) in sources.iter().enumerate() {
+        let info = source.opened.image.info();
+        if source.name.is_some() && info.devices.len() != 1 {
+            return Err(Error::usage(format!(
+                "NAME=PATH names one device, and this image holds {}",
+                info.devices.len()
+            ))
+            .path(&source.opened.location));
+        }
+        for device in &info.devices {
+            let name = device_name(registry, source, device);
+            if names.is_empty() || names.iter().any(|wanted| *wanted == name || *wanted == device.name) {
+                selected.push(SelectedDisk { source: index, device: device.clone(), name });
+            }
+        }
+    }
+    let has =
+        |wanted: &&String| selected.iter().any(|disk| disk.name == **wanted || disk.device.name == **wanted);
+    match names.iter().find(|wanted| !has(wanted)) {
+        Some(missing) => Err(unknown_disk(registry, sources, missing)),
+        None => Ok(selected),
+    }
+}
+
+fn unknown_disk(registry: &Registry, sources: &[OpenSource], name: &str) -> Error {
+    let names_of = |source: &OpenSource| -> Vec<String> {
+        let devices = source.opened.image.info().devices.iter();
+        devices.map(|device| device_name(registry, source, device)).collect()
+    };
+    let known: Vec<String> = sources.iter().flat_map(names_of).collect();
+    Error::usage(format!("no device is called '{name}'")).hint(suggest::hint(
+        name,
+        "devices",
+        known.iter().map(String::as_str),
+    ))
+}
+
+/// Returns the name of a device: that from the user, else that in the archive, else, in a format without
+/// names, that of the file.
+fn device_name(registry: &Registry, source: &OpenSource, device: &Device) -> String {
+    if let Some(name) = &source.name {
+        return name.clone();
+    }
+    if source.opened.driver.capabilities().is_archive() {
+        return device.name.clone();
+    }
+    names::safe(&open::stem(registry, &source.opened.location), "disk")
+}
+
+/// Device name by which readers of archives recognise the state of a running guest.
+pub const VMSTATE: &str = "vmstate";
+
+/// Changes names so that they are unique and every reader of archives accepts them. Returns a note for each
+/// change. A name from the user stays as it is.
+pub(crate) fn name_for_archive(sources: &[OpenSource], selected: &mut [SelectedDisk]) -> Vec<String> {
+    let mut notes = Vec::new();
+    let mut used = HashSet::new();
+    for disk in selected {
+        let by_user = sources[disk.source].name.is_some();
+        let plain = if by_user { disk.name.clone() } else { names::portable(&disk.name) };
+        let mut name = plain.clone();
+        let mut number = 2u64;
+        while !used.insert(name.clone()) {
+            name = format!("{plain}-{number}");
+            number += 1;
+        }
+        if name != disk.name {
+            notes.push(format!("device '{}' is called '{name}' in the archive", disk.name));
+        }
+        if name == VMSTATE {
+            disk.device.kind = DeviceKind::VmState;
+        }
+        disk.name = name;
+    }
+    notes
+}
+
+/// Returns the selected disks of one source, with their slots.
+pub(crate) fn of_source(
+    selected: &[SelectedDisk],
+    source: usize,
+) -> impl Iterator<Item = (Slot, &SelectedDisk)> {
+    (0..).map(Slot).zip(selected).filter(move |(_, disk)| disk.source == source)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_a_name_before_an_equals_sign() {
+        let parse = |text: &str| SourceRequest::parse(OsStr::new(text));
+        assert_eq!(parse("scsi0=a/b=c.raw").name.as_deref(), Some("scsi0"));
+        assert_eq!(parse("scsi0=a/b=c.raw").location, "a/b=c.raw".into());
+        assert_eq!(parse("d/a=b.raw").name, None);
+        assert_eq!(parse("=b.raw").name, None);
+        assert_eq!(parse("x=-").location, Location::Stdin);
+        assert_eq!(parse("-").name, None);
+    }
+}

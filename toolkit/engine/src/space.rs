@@ -1,0 +1,244 @@
+//! The space check: refuses outputs that can't fit, before the first byte is written.
+//!
+//! A refusal must be right. But data of the source may turn out to be zero and take no space, some file
+//! systems compress or share blocks, and the size of a compressed output is unknown. So the check makes
+//! estimates, from the cheapest to the most costly, and stops at the first one that fits: everything
+//! allocated; the extents that the source reports; those without zeros, which it estimates from samples. It
+//! refuses the outputs if none fits.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+
+use imgtool_core::source::{for_each_extent, uniform_extent};
+use imgtool_core::zero;
+use imgtool_core::{
+    Access, DeviceId, Error, Extent, ExtentKind, ImageInfo, ImageSource, Measure, RandomAccess, Result,
+};
+use imgtool_storage::os;
+
+use crate::layout::{Destination, Layout, PlannedOutput};
+use crate::sources::{OpenSource, SelectedDisk};
+
+/// Bytes of a sample: the smallest run that an output stores.
+const SAMPLE: u64 = 4096;
+
+/// Maximum number of samples of an output. Our limit: a hard disk reads them in a few seconds. All data of
+/// a smaller output is read.
+const SAMPLES: u64 = 2048;
+
+/// Margin of error of the share of zeros in samples: five standard deviations of 2048 samples (0.5 / √2048 =
+/// 1.1 % each).
+const DOUBT: f64 = 0.055;
+
+/// Refuses outputs for which there is not enough space.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Refused`], with the needed and the free bytes.
+pub(crate) fn check(layout: &Layout, sources: &[OpenSource], selected: &[SelectedDisk]) -> Result<()> {
+    // Group the outputs by file system, since they share its space.
+    let mut groups: BTreeMap<u64, (&Path, Vec<&PlannedOutput>)> = BTreeMap::new();
+    for output in layout.outputs.iter().filter(|output| is_measured(output, selected)) {
+        let Some(directory) = output.destination.path().and_then(existing_directory) else { continue };
+        let Some(file_system) = os::file_system(directory) else { continue };
+        groups.entry(file_system).or_insert((directory, Vec::new())).1.push(output);
+    }
+    for (directory, outputs) in groups.into_values() {
+        let shares = sources.iter().any(|source| {
+            source.opened.location.path().is_some_and(|path| os::may_share_blocks(path, directory))
+        });
+        match os::space(directory) {
+            Ok(space) if space.is_exact && !shares => check_space(&outputs, sources, selected, space.free)?,
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// True if the size of an output can be computed from its source: it is a new file, not compressed, without
+/// a backing image.
+fn is_measured(output: &PlannedOutput, selected: &[SelectedDisk]) -> bool {
+    matches!(output.destination, Destination::New(_))
+        && output.format.is_measurable()
+        && output.disks.iter().all(|slot| !selected[slot.index()].device.open_ended)
+}
+
+/// Returns the directory of a new file, or its nearest ancestor that exists.
+fn existing_directory(path: &Path) -> Option<&Path> {
+    let directory = path.ancestors().skip(1).find(|above| above.as_os_str().is_empty() || above.is_dir())?;
+    Some(if directory.as_os_str().is_empty() { Path::new(".") } else { directory })
+}
+
+fn check_space(
+    outputs: &[&PlannedOutput],
+    sources: &[OpenSource],
+    selected: &[SelectedDisk],
+    free: u64,
+) -> Result<()> {
+    let (mut empty, mut full) = (0u64, 0u64);
+    for output in outputs {
+        // If the format can't be measured, there is no reason to refuse.
+        let blank = OutputContent::new(output, sources, selected, false);
+        let Ok(blank) = output.format.writer.measure(&blank) else { return Ok(()) };
+        empty = empty.saturating_add(blank.occupied);
+        full = full.saturating_add(blank.fully_allocated);
+    }
+    if empty > free {
+        return Err(not_enough_space(outputs, empty, free));
+    }
+    if full <= free
+        || stored_bytes(outputs, sources, selected).is_some_and(|len| empty.saturating_add(len) <= free)
+    {
+        return Ok(());
+    }
+    let mut estimate = 0u64;
+    let mut contents = Vec::new();
+    for output in outputs {
+        let content = OutputContent::new(output, sources, selected, true);
+        let Ok(Measure { occupied, .. }) = output.format.writer.measure(&content) else { return Ok(()) };
+        estimate = estimate.saturating_add(occupied);
+        contents.push(content);
+    }
+    if estimate <= free {
+        return Ok(());
+    }
+    let mut certain = 0u64;
+    for content in contents {
+        certain = certain.saturating_add(content.certain_bytes()?);
+    }
+    if certain > free { Err(not_enough_space(outputs, estimate, free)) } else { Ok(()) }
+}
+
+/// Bytes that the source files of the outputs occupy, if all of them are verbatim: an upper bound of
+/// their data that costs no walk over their extents, of which a scattered disk has half a million. A file
+/// system that compresses makes the check more lenient.
+fn stored_bytes(
+    outputs: &[&PlannedOutput],
+    sources: &[OpenSource],
+    selected: &[SelectedDisk],
+) -> Option<u64> {
+    let slots = outputs.iter().flat_map(|output| &output.disks);
+    slots.map(|slot| &sources[selected[slot.index()].source].opened).try_fold(0u64, |sum, opened| {
+        let meta = std::fs::metadata(opened.location.path()?).ok().filter(std::fs::Metadata::is_file)?;
+        let is_plain = opened.driver.capabilities().verbatim && opened.compression.is_empty();
+        is_plain.then(|| sum.saturating_add(os::allocated_len(&meta)))
+    })
+}
+
+fn not_enough_space(outputs: &[&PlannedOutput], needed: u64, free: u64) -> Error {
+    let what = if outputs.len() == 1 {
+        "the output needs at least".to_owned()
+    } else {
+        format!("the {} outputs need at least", outputs.len())
+    };
+    Error::refused(format!("not enough space: {what} {needed} bytes, and {free} are free"))
+        .path(outputs[0].destination.location())
+        .remedied_by(imgtool_core::Remedy::ForceWrite(
+            "free some space, choose another directory, or compress".into(),
+        ))
+}
+
+/// The disks of one output as one source, for measuring. Streams count as holes; without content, so does
+/// everything.
+struct OutputContent<'a> {
+    info: ImageInfo,
+    devices: Vec<(Option<&'a dyn RandomAccess>, DeviceId)>,
+}
+
+impl<'a> OutputContent<'a> {
+    fn new(
+        output: &PlannedOutput,
+        sources: &'a [OpenSource],
+        selected: &[SelectedDisk],
+        with_content: bool,
+    ) -> Self {
+        let mut content = Self { info: ImageInfo::default(), devices: Vec::new() };
+        for (number, slot) in (0..).zip(&output.disks) {
+            let from = &selected[slot.index()];
+            let mut device = from.device.clone();
+            device.id = DeviceId(number);
+            content.info.devices.push(device);
+            let random = sources[from.source].opened.image.access().random().filter(|_| with_content);
+            content.devices.push((random, from.device.id));
+        }
+        content
+    }
+
+    /// Returns the number of bytes that are certainly nonzero, estimated from samples of the data.
+    fn certain_bytes(&self) -> Result<u64> {
+        let mut data = 0u64;
+        self.each_data(|_, extent| {
+            data += extent.len;
+            Ok(())
+        })?;
+        let step = (data / SAMPLES).next_multiple_of(SAMPLE).max(SAMPLE);
+        let (mut sampled, mut not_zero) = (0u64, 0u64);
+        let (mut passed, mut next) = (0u64, 0u64);
+        let mut bytes = vec![0; usize::try_from(SAMPLE).unwrap_or_default()];
+        self.each_data(|device, extent| {
+            while next < passed + extent.len {
+                let start = extent.start + (next - passed);
+                let len = SAMPLE.min(extent.end() - start);
+                let buf = &mut bytes[..usize::try_from(len).unwrap_or_default()];
+                self.read_at(device, buf, start)?;
+                sampled += len;
+                not_zero += if zero::is_zero(buf) { 0 } else { len };
+                next += step;
+            }
+            passed += extent.len;
+            Ok(())
+        })?;
+        if sampled == data {
+            return Ok(not_zero);
+        }
+        let share = not_zero as f64 / sampled.max(1) as f64 - DOUBT;
+        Ok((data as f64 * share.max(0.0)) as u64)
+    }
+
+    /// Calls `see` with each extent of data.
+    fn each_data(&self, mut see: impl FnMut(DeviceId, Extent) -> Result<()>) -> Result<()> {
+        for device in &self.info.devices {
+            for_each_extent(self, device.id, 0..device.size, |extent| {
+                if extent.is_data() { see(device.id, extent) } else { Ok(()) }
+            })?;
+        }
+        Ok(())
+    }
+
+    fn source(&self, device: DeviceId) -> (Option<&'a dyn RandomAccess>, DeviceId) {
+        usize::try_from(device.0)
+            .ok()
+            .and_then(|number| self.devices.get(number))
+            .copied()
+            .unwrap_or((None, device))
+    }
+}
+
+impl ImageSource for OutputContent<'_> {
+    fn info(&self) -> &ImageInfo {
+        &self.info
+    }
+
+    fn access(&self) -> Access<'_> {
+        Access::Random(self)
+    }
+}
+
+impl RandomAccess for OutputContent<'_> {
+    fn extents(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>> {
+        match self.source(device) {
+            (Some(random), from) => random.extents(from, range),
+            (None, _) => Ok(uniform_extent(range, ExtentKind::Hole)),
+        }
+    }
+
+    fn read_at(&self, device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
+        match self.source(device) {
+            (Some(random), from) => random.read_at(from, buf, guest_offset),
+            (None, _) => {
+                buf.fill(0);
+                Ok(())
+            }
+        }
+    }
+}

@@ -1,0 +1,204 @@
+//! Verification: reads every finished output back, through its driver, before it gets its name.
+//!
+//! The run digests the content on its way from the source to the sinks. The digest of the output's content
+//! must be equal, which detects changes by a disk, a cable, a file system or our own writer.
+
+use std::sync::Arc;
+
+use imgtool_core::{
+    Attachment, CancelToken, Error, ErrorKind, ImageSource, Lane, OpenOptions, Output, Result, ResultExt,
+    Slot,
+};
+use imgtool_storage::open::OpenInput;
+
+use crate::digest::{self, ContentDigest};
+use crate::externals::PolicyOpener;
+use crate::layout::{Destination, Layout, PlannedOutput};
+use crate::monitor::{Counter, LaneInfo, Monitor, Phase};
+use crate::report::DiskReport;
+use crate::sinks::{self, OpenSink};
+use crate::sources::SelectedDisk;
+
+/// Largest sector to which a format rounds the virtual size, bytes: that of VHDX.
+const LARGEST_SECTOR: u64 = 4096;
+
+/// Content that was written to the outputs.
+pub(crate) struct Expected<'a> {
+    /// Digests by lane, which equals the slot.
+    pub(crate) digest: &'a ContentDigest,
+    /// Final sizes of the disks, by slot.
+    pub(crate) disks: &'a [DiskReport],
+    /// Disks, by slot.
+    pub(crate) selected: &'a [SelectedDisk],
+    /// Opener of the outputs' backing images.
+    pub(crate) base_opener: &'a PolicyOpener,
+    /// Number of worker threads.
+    pub(crate) threads: usize,
+    /// Token that cancels the verification.
+    pub(crate) cancel: CancelToken,
+}
+
+/// An output opened for reading, with the lanes of its devices.
+struct Reopened<'a> {
+    planned: &'a PlannedOutput,
+    image: Arc<dyn ImageSource>,
+    first_lane: Lane,
+}
+
+/// Reads every output back and compares its content with the content written.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`] if they differ.
+pub(crate) fn read_back(
+    layout: &Layout,
+    sinks: &[OpenSink],
+    expected: &Expected<'_>,
+    monitor: &dyn Monitor,
+) -> Result<()> {
+    // One phase for all outputs, so the lanes of each output follow those of the one before.
+    let mut lanes = Vec::new();
+    let mut reopened = Vec::new();
+    for (planned, open) in layout.outputs.iter().zip(sinks) {
+        let image = reopen(planned, open, expected).in_file(planned.destination.location())?;
+        // At most 254 lanes for each output.
+        let first_lane = Lane(u32::try_from(lanes.len()).unwrap_or(u32::MAX));
+        lanes.extend(image.info().devices.iter().map(|device| LaneInfo {
+            name: device.name.clone(),
+            total: (!device.open_ended).then_some(device.size),
+        }));
+        reopened.push(Reopened { planned, image, first_lane });
+    }
+    let counter = Counter::begin(monitor, Phase::Verify, lanes, Box::new(|| 0), None);
+    for output in &reopened {
+        let found = digest::digest_source(
+            &*output.image,
+            output.first_lane,
+            expected.threads,
+            &counter,
+            expected.cancel.clone(),
+        )
+        .in_file(output.planned.destination.location())?;
+        output.compare(&found, &counter, expected)?;
+    }
+    monitor.end();
+    Ok(())
+}
+
+/// Checks the structure and configurations of an output, and opens it for reading.
+fn reopen(planned: &PlannedOutput, open: &OpenSink, expected: &Expected<'_>) -> Result<Arc<dyn ImageSource>> {
+    for output in open.outputs() {
+        // What is still cached proves nothing about the disk.
+        output.sync_and_forget()?;
+    }
+    check(planned, open, expected.base_opener)?;
+    let image = open_again(planned, open, expected)?;
+    // Names are adapted to the format, contents are not.
+    let contents =
+        |attachments: &[Attachment]| attachments.iter().map(|one| one.data.clone()).collect::<Vec<_>>();
+    if contents(&image.info().attachments) != contents(&planned.attachments) {
+        return Err(differs(planned, "the configurations differ from what was written"));
+    }
+    Ok(image)
+}
+
+impl Reopened<'_> {
+    fn compare(&self, found: &ContentDigest, counter: &Counter<'_>, expected: &Expected<'_>) -> Result<()> {
+        let devices = &self.image.info().devices;
+        if devices.len() != self.planned.disks.len() {
+            return Err(differs(self.planned, "the number of devices differs from what was written"));
+        }
+        for ((number, device), slot) in (0..).zip(devices).zip(&self.planned.disks) {
+            let name = &expected.selected[slot.index()].name;
+            // The digest does not depend on trailing zeros, so compare the sizes, too.
+            let size = expected.disks[slot.index()].virtual_size;
+            let lane = Lane(self.first_lane.0.saturating_add(number));
+            // A compressed raw disk tells its size only at its end.
+            let found_size = if device.open_ended { counter.totals(lane).0 } else { device.size };
+            if !is_size_of(self.planned, found_size, size) {
+                let what = format!("the disk has {found_size} bytes instead of {size}");
+                return Err(differs(self.planned, &what).device(name));
+            }
+            if found.of(lane) != expected.digest.of(lane_of(*slot)) {
+                return Err(differs(self.planned, "the content differs from what was written").device(name));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns the lane of a disk during the copy.
+fn lane_of(slot: Slot) -> Lane {
+    Lane(slot.0)
+}
+
+/// True if the size of an output is that of its disk, or that rounded up to sectors. An existing target may
+/// be larger, as it keeps its length.
+fn is_size_of(planned: &PlannedOutput, size: u64, disk: u64) -> bool {
+    let existed = matches!(planned.destination, Destination::Existing { .. });
+    size >= disk && (size - disk < LARGEST_SECTOR || existed)
+}
+
+/// Reads back the file of a configuration and compares it with `sent`.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`] if they differ.
+pub(crate) fn same_bytes(output: &Output, sent: &[u8]) -> Result<()> {
+    output.sync_and_forget()?;
+    let mut found = vec![0; sent.len()];
+    output.read_exact_at(&mut found, 0)?;
+    if found == sent {
+        return Ok(());
+    }
+    Err(failure("the configuration differs from what was written").path(output.location()))
+}
+
+fn differs(planned: &PlannedOutput, what: &str) -> Error {
+    failure(what).path(planned.destination.location())
+}
+
+fn failure(what: &str) -> Error {
+    Error::corrupt(format!("verification failed: {what}"))
+        .hint("check the disk and the memory of this machine, then try again")
+}
+
+/// Checks the structure of an output, since reading its content does not cover the refcounts of a qcow2
+/// image or the second header of a VHDX image. A compressed archive has no such structure.
+fn check(planned: &PlannedOutput, open: &OpenSink, base_opener: &PolicyOpener) -> Result<()> {
+    if !planned.format.driver.capabilities().check || planned.format.outer.is_some() {
+        return Ok(());
+    }
+    let found = match planned.format.driver.check(open.output.reopen()?, &open_options(open, base_opener)) {
+        // A check that exceeds a limit has found no damage.
+        Err(e) if e.kind() == ErrorKind::LimitExceeded => return Ok(()),
+        found => found?,
+    };
+    let first = found.findings.first().map(|finding| format!(" ({finding})")).unwrap_or_default();
+    match found.corruptions.saturating_add(found.leaks).saturating_add(found.check_errors) {
+        0 => Ok(()),
+        _ => Err(differs(planned, &format!("the structure is damaged{first}"))),
+    }
+}
+
+fn open_again(
+    planned: &PlannedOutput,
+    open: &OpenSink,
+    expected: &Expected<'_>,
+) -> Result<Arc<dyn ImageSource>> {
+    let mut input = open.output.reopen()?;
+    if let (Destination::Existing { .. }, true, [slot]) =
+        (&planned.destination, planned.format.driver.capabilities().verbatim, planned.disks.as_slice())
+    {
+        // The target may be longer than the disk. The bytes after the disk are not ours.
+        input = sinks::front(input, expected.selected[slot.index()].device.size)?;
+    }
+    if planned.format.outer.is_some() {
+        input = OpenInput::of(input).decompressed()?.input;
+    }
+    planned.format.driver.open(input, &open_options(open, expected.base_opener))
+}
+
+/// Returns options with which an output may open only the files that its own options name.
+fn open_options(open: &OpenSink, base_opener: &PolicyOpener) -> OpenOptions {
+    let opener = base_opener.supplying(open.supplied.clone());
+    OpenOptions { externals: opener.externals(), ..OpenOptions::default() }
+}

@@ -1,0 +1,23 @@
+//! Storage access: files, streams, outer compression, and sets of outputs that get their names together.
+//!
+//! * [`open`] opens a [`imgtool_core::Location`] as an input. It detects and removes outer compression, so
+//!   that drivers see only plain bytes.
+//! * [`Outputs`] holds the outputs of one run. All of them get their final names, or none does.
+//! * [`CompressedSink`] compresses the output of an append-only sink.
+//! * [`os`] is the interface to the operating system, for everything beyond plain reads and writes.
+
+pub mod file;
+pub mod open;
+pub mod os;
+pub mod outer;
+mod outputs;
+mod partial;
+mod runs;
+mod spool;
+
+pub use open::{Fingerprint, Identity, OpenInput, Opening};
+pub use outer::Compression;
+pub use outer::frames::Framing;
+pub use outer::writer::CompressedSink;
+pub use outputs::{Cleaner, Links, OutputRequest, Outputs};
+pub use partial::partial_name;

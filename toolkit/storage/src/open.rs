@@ -1,0 +1,269 @@
+//! Opening of inputs: opens a location, removes outer compression, spools streams, and identifies files.
+
+use std::fs::File;
+use std::io::{self, IsTerminal, Seek};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use imgtool_core::input::{Cursor, InputBody};
+use imgtool_core::{CancelToken, Error, Input, Location, Result, Stream};
+
+use crate::file::RandomFile;
+use crate::os::{self, FileClass, FileId};
+use crate::outer::{self, Compression};
+use crate::spool;
+
+/// Maximum layers of outer compression. Our limit: more than one is a mistake, more than this an attack.
+const MAX_LAYERS: usize = 4;
+
+/// Maximum ratio by which a compressed file may expand if only facts are wanted. Our limit: disk images
+/// rarely compress beyond 20:1, bombs from 1000:1 (gzip) to a million to one (bzip2).
+const MAX_EXPANSION: u64 = 256;
+
+/// Bytes to which a file may expand in any case if only facts are wanted. Our limit: decompressing them takes
+/// a few seconds.
+const ALWAYS_SPOOLED: u64 = 2 << 30;
+
+/// Treatment of outer compression.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Opening {
+    /// Remove compression that the content shows.
+    ByContent,
+    /// Remove compression only if the file has its extension. This is for raw images: since any content is
+    /// legal in them, a magic number proves nothing.
+    ByName,
+    /// Leave the bytes as they are.
+    Plain,
+}
+
+/// An open input, with the facts about its file.
+#[derive(Debug)]
+pub struct OpenInput {
+    /// Bytes, with outer compression removed.
+    pub input: Input,
+    /// Layers of outer compression that were removed, outermost first.
+    pub compression: Vec<Compression>,
+    /// Length of the file in bytes, before decompression, if it is a file.
+    pub stored_len: Option<u64>,
+    /// True if a stream was copied to temporary storage ([`OpenInput::spool`]).
+    pub spooled: bool,
+    /// Identity of the file, if it is a file or block device.
+    pub identity: Option<Identity>,
+    /// State of the file when it was opened, if it is a regular file.
+    pub fingerprint: Option<Fingerprint>,
+}
+
+/// Opens a path or standard input.
+///
+/// # Errors
+/// If the location can't be opened, or is a directory or an invalid compressed file. For every URL:
+/// [`imgtool_core::ErrorKind::Unsupported`].
+pub fn open(location: &Location, opening: Opening) -> Result<OpenInput> {
+    open_at(location, opening).map_err(|e| e.path(location))
+}
+
+fn open_at(location: &Location, opening: Opening) -> Result<OpenInput> {
+    let plain = match location {
+        Location::Stdin => open_stdin()?,
+        Location::Path(path) => open_path(path)?,
+        Location::Url(url) => {
+            return Err(Error::unsupported(format!("{}:// is not supported yet", url.scheme()))
+                .hint("copy it to a file first, or pipe it in with curl or nbdcopy"));
+        }
+        _ => return Err(Error::usage("is not an input")),
+    };
+    let undo = match opening {
+        Opening::ByContent => true,
+        Opening::ByName => outer::by_name(location).is_some(),
+        Opening::Plain => false,
+    };
+    if undo { plain.decompressed() } else { Ok(plain) }
+}
+
+fn open_path(path: &Path) -> Result<OpenInput> {
+    let file = File::open(path).map_err(|e| Error::io("open", e))?;
+    from_file(Location::from(path), file)
+}
+
+fn open_stdin() -> Result<OpenInput> {
+    let stdin = io::stdin();
+    if stdin.is_terminal() {
+        return Err(Error::usage("standard input is a terminal")
+            .hint("pipe an image into the program, or name a file"));
+    }
+    let owned = stdin.as_fd().try_clone_to_owned().map_err(|e| Error::io("open", e))?;
+    let mut file = File::from(owned);
+    let at_start = file.stream_position().is_ok_and(|position| position == 0);
+    if at_start {
+        return from_file(Location::Stdin, file);
+    }
+    let identity = identity_of(&file);
+    let input = Input::from_reader(Location::Stdin, Box::new(file))?;
+    Ok(OpenInput { identity, ..OpenInput::of(input) })
+}
+
+fn identity_of(file: &File) -> Option<Identity> {
+    file.metadata().ok().and_then(|meta| Identity::of(&meta))
+}
+
+/// Creates an input over the plain bytes of an open file.
+///
+/// # Errors
+/// If its length can't be determined or, for a stream, its first bytes can't be read.
+pub fn from_file(location: Location, file: File) -> Result<OpenInput> {
+    let meta = file.metadata().map_err(|e| Error::io("open", e))?;
+    let (identity, fingerprint) = (Identity::of(&meta), Fingerprint::of(&meta));
+    match os::classify(&meta) {
+        FileClass::Regular | FileClass::BlockDevice => {
+            let len = os::file_len(&file).map_err(|e| Error::io("find the length", e))?;
+            let input = Input::from_read_at(location, Arc::new(RandomFile::new(file, len)));
+            Ok(OpenInput { stored_len: Some(len), identity, fingerprint, ..OpenInput::of(input) })
+        }
+        FileClass::Stream => Ok(OpenInput::of(Input::from_reader(location, Box::new(file))?)),
+        FileClass::Directory => Err(Error::usage("is a directory, not an image")),
+    }
+}
+
+impl OpenInput {
+    /// Wraps an input that has no file on this system.
+    pub fn of(input: Input) -> Self {
+        Self {
+            input,
+            compression: Vec::new(),
+            stored_len: None,
+            spooled: false,
+            identity: None,
+            fingerprint: None,
+        }
+    }
+
+    /// Removes outer compression that the content shows.
+    ///
+    /// # Errors
+    /// If the start of the compressed file is invalid, or the layers exceed a limit.
+    pub fn decompressed(mut self) -> Result<Self> {
+        while let Some(compression) = outer::detect(&self.input.head()?) {
+            if self.compression.len() >= MAX_LAYERS {
+                return Err(Error::limit(format!("compressed more than {MAX_LAYERS} times over")));
+            }
+            self.input = undo(compression, self.input)?;
+            self.compression.push(compression);
+        }
+        Ok(self)
+    }
+
+    /// Makes reads fail once the token is cancelled; see [`Input::cancelled_by`].
+    #[must_use]
+    pub fn cancelled_by(self, cancel: CancelToken) -> Self {
+        Self { input: self.input.cancelled_by(cancel), ..self }
+    }
+
+    /// Copies a stream to an unnamed temporary file in TMPDIR, so that it can be read by position.
+    pub fn spool(self) -> Result<Self> {
+        self.spool_within(u64::MAX)
+    }
+
+    /// Like [`OpenInput::spool`], for a caller that needs facts only: does not decompress a file that expands
+    /// to many times its length.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::LimitExceeded`] for such a file; I/O errors.
+    pub fn spool_for_facts(self) -> Result<Self> {
+        let limit =
+            self.stored_len.map_or(u64::MAX, |len| len.saturating_mul(MAX_EXPANSION).max(ALWAYS_SPOOLED));
+        self.spool_within(limit)
+    }
+
+    fn spool_within(self, limit: u64) -> Result<Self> {
+        if !self.input.is_stream() {
+            return Ok(self);
+        }
+        let (location, cancel) = (self.input.location().clone(), self.input.cancel_token());
+        let file = spool::spool(self.input.into_stream()?, limit)?;
+        let len = os::file_len(&file).map_err(|e| Error::io("find the length", e))?;
+        let input = Input::from_read_at(location, Arc::new(RandomFile::new(file, len)));
+        Ok(Self { input: input.cancelled_by(cancel), spooled: true, ..self })
+    }
+}
+
+fn undo(compression: Compression, input: Input) -> Result<Input> {
+    let (location, cancel) = (input.location().clone(), input.cancel_token());
+    let body = match input.into_body() {
+        InputBody::Random(source) => match outer::open_seekable(compression, &source) {
+            Some(seekable) => InputBody::Random(seekable),
+            None => InputBody::Stream(Stream::new(
+                location.clone(),
+                outer::decoder(compression, Box::new(Cursor::new(source)))?,
+            )?),
+        },
+        InputBody::Stream(stream) => {
+            InputBody::Stream(Stream::new(location.clone(), outer::decoder(compression, Box::new(stream))?)?)
+        }
+    };
+    Ok(Input::from_body(location, body).cancelled_by(cancel))
+}
+
+/// Identity of a file or block device, together with everything below it: the disk of a partition, the parts
+/// of a device-mapper or RAID device, the file behind a loop device. It shows whether writing to one changes
+/// another, regardless of their names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// The file or device itself, then the layers below it.
+    layers: Vec<FileId>,
+    /// The same, with the device that holds the file's file system and the layers below that.
+    with_file_system: Vec<FileId>,
+}
+
+impl Identity {
+    /// Returns the identity of a regular file or block device; `None` for anything else.
+    pub fn of(meta: &std::fs::Metadata) -> Option<Self> {
+        let has_bytes = matches!(os::classify(meta), FileClass::Regular | FileClass::BlockDevice);
+        has_bytes.then(|| Self {
+            layers: os::file_layers(meta, false),
+            with_file_system: os::file_layers(meta, true),
+        })
+    }
+
+    /// True if both are the same file or device.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.layers.first() == other.layers.first()
+    }
+
+    /// True if writing to `target` changes this file: they are the same, or one is a layer of the other. Also
+    /// true if `target` holds the file system of this file.
+    pub fn is_changed_by(&self, target: &Self) -> bool {
+        os::same_bytes(&self.with_file_system, &target.layers)
+    }
+
+    /// True if writing to one target changes the other.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        os::same_bytes(&self.layers, &other.layers)
+    }
+}
+
+/// State of a regular file: its identity, length, and time of modification.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fingerprint {
+    id: FileId,
+    len: u64,
+    modified: Option<std::time::SystemTime>,
+}
+
+impl Fingerprint {
+    /// Returns the state of a regular file; `None` for anything else.
+    pub fn of(meta: &std::fs::Metadata) -> Option<Self> {
+        meta.is_file().then(|| Self {
+            id: os::file_identity(meta),
+            len: meta.len(),
+            modified: meta.modified().ok(),
+        })
+    }
+
+    /// True if the file at `path` is still the same file, but was modified. Replacing it does no harm, since
+    /// the open file is the one that is read.
+    pub fn was_changed(&self, path: &Path) -> bool {
+        let now = std::fs::metadata(path).ok().and_then(|meta| Self::of(&meta));
+        now.is_some_and(|now| now.id == self.id && now != *self)
+    }
+}

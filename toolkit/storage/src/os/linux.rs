@@ -1,0 +1,266 @@
+//! Calls that only Linux has: holes, zeroing without writing, block sharing, block devices, writeback.
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustix::fs::{Advice, FallocateFlags};
+use rustix::io::Errno;
+
+use imgtool_core::FileRun;
+
+use super::{Space, file_identity};
+
+mod layers;
+
+pub use layers::file_layers;
+
+/// Returns the length of a block device in bytes: fstat(2) reports 0 for it.
+pub(super) fn block_device_len(mut file: &File) -> io::Result<u64> {
+    file.seek(SeekFrom::End(0))
+}
+
+/// Returns the name of a loop device over the file or block device that `meta` describes.
+pub(super) fn loop_device_over(meta: &Metadata) -> Option<String> {
+    let identity = file_identity(meta);
+    let device = std::fs::read_dir("/sys/block").ok()?.flatten().find(|entry| {
+        let backing = std::fs::read_to_string(entry.path().join("loop/backing_file"));
+        let meta = backing.and_then(|path| std::fs::metadata(path.trim_end_matches('\n')));
+        meta.is_ok_and(|meta| file_identity(&meta) == identity)
+    })?;
+    Some(device.file_name().to_string_lossy().into_owned())
+}
+
+/// Magic numbers (statfs(2), magic(5)) of file systems that other machines or user programs may serve.
+const REMOTE: [u64; 8] = [
+    0x6969,      // NFS
+    0xff53_4d42, // CIFS
+    0xfe53_4d42, // SMB2
+    0x6573_5546, // FUSE
+    0x0102_1997, // 9P
+    0x00c3_6400, // Ceph
+    0x0bd0_0bd0, // Lustre
+    0x0116_1970, // GFS2
+];
+
+/// Magic numbers of file systems whose free space says little, since they may compress or share what is
+/// written: btrfs, ZFS, bcachefs, F2FS, NTFS; and ramfs, which reports none.
+const ELASTIC: [u64; 6] = [0x9123_683e, 0x2fc1_2fc1, 0xca45_1a4e, 0xf2f5_2010, 0x7366_746e, 0x8584_58f6];
+
+/// Returns the file system's magic number: 32 bits, which some machines sign-extend.
+fn file_system_magic(fs: &rustix::fs::StatFs) -> u64 {
+    (fs.f_type as u64) & 0xffff_ffff
+}
+
+/// Returns true if other machines may use the directory too.
+pub fn is_remote(directory: &Path) -> bool {
+    rustix::fs::statfs(directory).is_ok_and(|fs| REMOTE.contains(&file_system_magic(&fs)))
+}
+
+/// Returns the free space of the file system that holds `directory`.
+///
+/// # Errors
+/// The error of statfs(2); `Unsupported` outside of Linux.
+pub fn space(directory: &Path) -> io::Result<Space> {
+    let fs = rustix::fs::statfs(directory)?;
+    // Only the superuser may use the reserve.
+    let blocks = if rustix::process::geteuid().is_root() { fs.f_bfree } else { fs.f_bavail };
+    let block_size = u64::try_from(fs.f_bsize).unwrap_or(0);
+    let magic = file_system_magic(&fs);
+    let is_exact = fs.f_blocks > 0 && !REMOTE.contains(&magic) && !ELASTIC.contains(&magic);
+    Ok(Space { free: blocks.saturating_mul(block_size), is_exact })
+}
+
+/// Returns the run of data or hole that contains `position`, which must be below `len`. Reports everything as
+/// data if holes are unknown (block devices, some network file systems, systems other than Linux).
+///
+/// # Errors
+/// `UnexpectedEof` if the file has become shorter than `len`; otherwise the error of lseek(2).
+pub fn file_run(file: &File, position: u64, len: u64) -> io::Result<FileRun> {
+    match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(position)) {
+        // A file that was truncated and has grown again reads as its new content.
+        Ok(data) if data > position => Ok(FileRun { end: data.min(len), is_data: false }),
+        Ok(_) => match rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(position)) {
+            Ok(hole) if hole > position => Ok(FileRun { end: hole.min(len), is_data: true }),
+            Ok(_) | Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOTTY | Errno::NXIO) => {
+                Ok(FileRun { end: len, is_data: true })
+            }
+            Err(e) => Err(e.into()),
+        },
+        // ENXIO: no data from here to the end, or the file was truncated before `position`.
+        Err(Errno::NXIO) if file.metadata()?.len() < len => Err(io::ErrorKind::UnexpectedEof.into()),
+        Err(Errno::NXIO) => Ok(FileRun { end: len, is_data: false }),
+        Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOTTY) => Ok(FileRun { end: len, is_data: true }),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Returns true if the file lies in memory (tmpfs).
+///
+/// Flushing such a file has no effect. Finding the end of a run takes time in proportion to the run (30 ms
+/// for 1 GiB), whereas a file system on disk has a list of extents.
+pub fn lives_in_memory(file: &File) -> bool {
+    // statfs(2): TMPFS_MAGIC.
+    const TMPFS: u64 = 0x0102_1994;
+    rustix::fs::fstatfs(file).is_ok_and(|fs| u64::try_from(fs.f_type).is_ok_and(|magic| magic == TMPFS))
+}
+
+/// Returns the start of the first data at or after `position` (< `len`), or `len` if there is none.
+///
+/// # Errors
+/// `UnexpectedEof` if the file has become shorter than `len`; otherwise the error of lseek(2).
+pub fn next_data(file: &File, position: u64, len: u64) -> io::Result<u64> {
+    match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(position)) {
+        Ok(data) => Ok(data.clamp(position, len)),
+        Err(Errno::NXIO) if file.metadata()?.len() < len => Err(io::ErrorKind::UnexpectedEof.into()),
+        Err(Errno::NXIO) => Ok(len),
+        Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOTTY) => Ok(position),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Opens a block device for reading and writing.
+///
+/// # Errors
+/// `ResourceBusy` with `exclusive` if the device is mounted or otherwise held; `Unsupported` outside of
+/// Linux; otherwise the error of open(2).
+pub fn open_block_device(path: &Path, exclusive: bool) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true);
+    if exclusive {
+        // open(2): O_EXCL without O_CREAT fails with EBUSY if the block device is in use.
+        let flags = rustix::fs::OFlags::EXCL.bits();
+        options.custom_flags(i32::try_from(flags).unwrap_or(0));
+    }
+    options.open(path)
+}
+
+/// Zeros a range without sending zeros: punches a hole in a file; on a block device, the kernel's fallocate
+/// does the same as BLKZEROOUT. Returns false if the call is not available; the caller then writes zeros.
+///
+/// # Errors
+/// The error of fallocate(2), if the file or device supports the call.
+pub fn zero_range(file: &File, position: u64, len: u64, is_block_device: bool) -> io::Result<bool> {
+    let attempts: &[FallocateFlags] = if is_block_device {
+        &[FallocateFlags::ZERO_RANGE.union(FallocateFlags::KEEP_SIZE)]
+    } else {
+        &[
+            FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE),
+            FallocateFlags::ZERO_RANGE.union(FallocateFlags::KEEP_SIZE),
+        ]
+    };
+    for flags in attempts {
+        match rustix::fs::fallocate(file, *flags, position, len) {
+            Ok(()) => return Ok(true),
+            // EBUSY: the device is mounted, and the user forced the write.
+            Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::NODEV | Errno::BUSY) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(false)
+}
+
+/// Allocates space for a range without writing it.
+///
+/// # Errors
+/// `StorageFull` if there is not enough space; `Unsupported` if the file system or the system has no
+/// such call.
+pub fn allocate_range(file: &File, position: u64, len: u64) -> io::Result<()> {
+    rustix::fs::fallocate(file, FallocateFlags::empty(), position, len).map_err(Into::into)
+}
+
+/// Magic numbers of file systems whose files can share blocks (statfs(2)): XFS, btrfs, bcachefs.
+const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683e, 0xca45_1a4e];
+
+/// Returns true if both files lie on one file system that can share blocks between files (reflink).
+///
+/// On such a file system, [`copy_range`] costs almost nothing. Elsewhere it copies the bytes, zeros included.
+pub fn can_share_blocks(from: &File, to: &File) -> bool {
+    let same = match (from.metadata(), to.metadata()) {
+        (Ok(from), Ok(to)) => from.dev() == to.dev() && from.is_file() && to.is_file(),
+        _ => false,
+    };
+    same && shares_blocks(to)
+}
+
+/// Returns true if the file lies on a file system whose files can share blocks.
+pub fn shares_blocks(file: &File) -> bool {
+    rustix::fs::fstatfs(file).is_ok_and(|fs| SHARING.contains(&file_system_magic(&fs)))
+}
+
+/// Returns true if `file` and a new file in `directory` could share blocks.
+pub fn may_share_blocks(file: &Path, directory: &Path) -> bool {
+    let device = |path: &Path| std::fs::metadata(path).map(|meta| meta.dev());
+    let same = device(file).is_ok_and(|one| device(directory).is_ok_and(|other| one == other));
+    same && rustix::fs::statfs(directory).is_ok_and(|fs| SHARING.contains(&file_system_magic(&fs)))
+}
+
+/// Copies up to `len` bytes within the kernel, as a reflink where the file system has it. Returns the
+/// bytes copied; 0 means not available for this pair of files.
+///
+/// # Errors
+/// An error of copy_file_range(2) that a plain copy would meet too.
+pub fn copy_range(
+    from: &File,
+    from_position: u64,
+    to: &File,
+    to_position: u64,
+    len: usize,
+) -> io::Result<usize> {
+    let (mut from_position, mut to_position) = (from_position, to_position);
+    match rustix::fs::copy_file_range(from, Some(&mut from_position), to, Some(&mut to_position), len) {
+        Ok(copied) => Ok(copied),
+        Err(
+            Errno::XDEV
+            | Errno::INVAL
+            | Errno::OPNOTSUPP
+            | Errno::NOSYS
+            | Errno::TXTBSY
+            | Errno::PERM
+            | Errno::BADF,
+        ) => Ok(0),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Swaps two names on one file system, so that neither is ever missing. Returns false if the file system does
+/// not support that.
+///
+/// # Errors
+/// The error of renameat2(2), if the file system supports RENAME_EXCHANGE.
+pub fn exchange_names(a: &Path, b: &Path) -> io::Result<bool> {
+    let cwd = rustix::fs::CWD;
+    match rustix::fs::renameat_with(cwd, a, cwd, b, rustix::fs::RenameFlags::EXCHANGE) {
+        Ok(()) => Ok(true),
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Returns true if the program was started without standard output. The Rust runtime then opens
+/// `/dev/null` in its place, for reading and writing, before `main`.
+pub fn is_stdout_closed() -> bool {
+    let stdout = io::stdout();
+    let Ok(stat) = rustix::fs::fstat(&stdout) else { return true };
+    // Linux, Documentation/admin-guide/devices.txt: major 1, minor 3 is /dev/null.
+    let is_null = rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::CharacterDevice
+        && stat.st_rdev == rustix::fs::makedev(1, 3);
+    let mode = rustix::fs::fcntl_getfl(&stdout).map(|flags| flags & rustix::fs::OFlags::RWMODE);
+    is_null && mode == Ok(rustix::fs::OFlags::RDWR)
+}
+
+/// Returns the machine's memory in bytes; `None` where the system does not report it.
+pub fn memory_len() -> Option<u64> {
+    let info = rustix::system::sysinfo();
+    Some((info.totalram as u64).saturating_mul(u64::from(info.mem_unit)))
+}
+
+/// Advises the kernel that a range will not be needed again (posix_fadvise(2), POSIX_FADV_DONTNEED).
+///
+/// Pages that are not on disk yet stay in memory; Linux starts to write them without waiting. A `len` of 0
+/// means to the end of the file.
+pub fn forget_range(file: &File, position: u64, len: u64) {
+    // Only advice, so a failure does not matter.
+    let _ = rustix::fs::fadvise(file, position, std::num::NonZero::new(len), Advice::DontNeed);
+}

@@ -1,0 +1,139 @@
+//! Calls that every Unix has: positional reads and writes, metadata, streams.
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, IoSlice};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, OFlags};
+use rustix::io::Errno;
+
+use super::{FileClass, FileId, platform};
+
+/// Returns the kind of the file that `meta` describes.
+pub fn classify(meta: &Metadata) -> FileClass {
+    let kind = meta.file_type();
+    if kind.is_dir() {
+        FileClass::Directory
+    } else if kind.is_block_device() {
+        FileClass::BlockDevice
+    } else if kind.is_file() {
+        FileClass::Regular
+    } else {
+        FileClass::Stream
+    }
+}
+
+/// Returns the length of a file or block device in bytes.
+///
+/// # Errors
+/// The error of fstat(2) or lseek(2); `Unsupported` for a block device outside of Linux.
+pub fn file_len(file: &File) -> io::Result<u64> {
+    let meta = file.metadata()?;
+    match classify(&meta) {
+        FileClass::BlockDevice => platform::block_device_len(file),
+        _ => Ok(meta.len()),
+    }
+}
+
+/// Returns the bytes that a file occupies on disk.
+pub fn allocated_len(meta: &Metadata) -> u64 {
+    // stat(2): st_blocks counts units of 512 bytes, regardless of the file system's block size.
+    meta.blocks().saturating_mul(512)
+}
+
+/// Returns the identity of a file across names and links: device and inode; for a block device, the
+/// device that the node names.
+pub fn file_identity(meta: &Metadata) -> FileId {
+    if meta.file_type().is_block_device() {
+        block_device_identity(meta.rdev())
+    } else {
+        (meta.dev(), meta.ino())
+    }
+}
+
+/// Identity of a block device by its device number. No file system has the device `u64::MAX`.
+pub(super) fn block_device_identity(rdev: u64) -> FileId {
+    (u64::MAX, rdev)
+}
+
+/// Returns the metadata of standard output.
+///
+/// # Errors
+/// The error of dup(2) or fstat(2).
+pub fn stdout_metadata() -> io::Result<Metadata> {
+    File::from(io::stdout().as_fd().try_clone_to_owned()?).metadata()
+}
+
+/// Reads up to `buf.len()` bytes at `position`; returns 0 at the end of the file. The file's own
+/// offset does not move, so threads may share the file.
+///
+/// # Errors
+/// The error of pread(2), `Interrupted` included.
+pub fn read_at(file: &File, buf: &mut [u8], position: u64) -> io::Result<usize> {
+    file.read_at(buf, position)
+}
+
+/// Writes `slices` at `position` with one call; returns the bytes written, which may be fewer than
+/// all. The file's own offset does not move.
+///
+/// # Errors
+/// The error of pwritev(2), `Interrupted` included.
+pub fn write_vectored_at(file: &File, slices: &[IoSlice<'_>], position: u64) -> io::Result<usize> {
+    rustix::io::pwritev(file, slices, position).map_err(Into::into)
+}
+
+/// Returns a description, for a person, of another use of a file or block device that does not keep us from
+/// opening it: a record lock, as running virtual machines hold, or a loop device over the file.
+///
+/// Returns `None` if there is no such use. The file then has our lock until it is closed.
+pub fn used_elsewhere(file: &File) -> Option<String> {
+    let lock = rustix::fs::fcntl_lock(file, FlockOperation::NonBlockingLockExclusive);
+    // Other errors come from file systems without locks (some network file systems).
+    if matches!(lock, Err(Errno::AGAIN | Errno::ACCESS)) {
+        return Some("another program, perhaps a virtual machine, has locked it".to_owned());
+    }
+    let device = platform::loop_device_over(&file.metadata().ok()?)?;
+    Some(format!("loop device /dev/{device} uses it"))
+}
+
+/// Time that [`open_stream`] waits for the reader of a FIFO. Our limit: scripts start both ends within
+/// milliseconds, and a missing reader must not block us for ever.
+const FIFO_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Opens a FIFO or another stream for writing, and waits at most two seconds for a FIFO's reader.
+///
+/// # Errors
+/// ENXIO if no reader opens the FIFO in time; otherwise the error of open(2).
+pub fn open_stream(path: &Path) -> io::Result<File> {
+    let nonblock = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or(0);
+    let began = Instant::now();
+    loop {
+        match OpenOptions::new().write(true).custom_flags(nonblock).open(path) {
+            Ok(file) => {
+                let flags = rustix::fs::fcntl_getfl(&file)?;
+                rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK)?;
+                return Ok(file);
+            }
+            Err(e) if e.raw_os_error() == Some(Errno::NXIO.raw_os_error()) => {
+                if began.elapsed() > FIFO_PATIENCE {
+                    return Err(e);
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// Returns true if `e` says that this program, or the system, has too many open files.
+pub fn is_out_of_files(e: &io::Error) -> bool {
+    matches!(Errno::from_io_error(e), Some(Errno::MFILE | Errno::NFILE))
+}
+
+/// Identifies the file system that a directory is on.
+pub fn file_system(directory: &Path) -> Option<u64> {
+    std::fs::metadata(directory).ok().map(|meta| std::os::unix::fs::MetadataExt::dev(&meta))
+}

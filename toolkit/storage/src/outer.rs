@@ -1,0 +1,214 @@
+//! Outer compression: detection by magic number, and decoders that read all frames, members or streams of a
+//! file.
+//!
+//! A file that is cut short, damaged, or followed by other bytes is an error.
+
+use std::io::{self, BufReader, Read};
+use std::sync::Arc;
+
+use imgtool_core::input::Decode;
+use imgtool_core::{Error, Location, ReadAt, Result};
+
+use units::{GzipMembers, Opaque, ZstdFrames};
+
+pub mod frames;
+mod lzop;
+pub(crate) mod seek_table;
+mod seekable;
+mod units;
+pub mod writer;
+
+/// Compression of a whole file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Compression {
+    /// Zstandard, RFC 8878.
+    Zstd,
+    /// gzip, RFC 1952.
+    Gzip,
+    /// The container of lzop 1.04.
+    Lzop,
+    /// The .xz format of XZ Utils.
+    Xz,
+    /// bzip2.
+    Bzip2,
+}
+
+impl Compression {
+    /// Returns the usual name, lower case.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Zstd => "zstd",
+            Self::Gzip => "gzip",
+            Self::Lzop => "lzop",
+            Self::Xz => "xz",
+            Self::Bzip2 => "bzip2",
+        }
+    }
+
+    /// Returns the file name extension without the dot.
+    pub fn extension(self) -> &'static str {
+        match self {
+            Self::Zstd => "zst",
+            Self::Gzip => "gz",
+            Self::Lzop => "lzo",
+            Self::Xz => "xz",
+            Self::Bzip2 => "bz2",
+        }
+    }
+
+    const ALL: [Self; 5] = [Self::Zstd, Self::Gzip, Self::Lzop, Self::Xz, Self::Bzip2];
+}
+
+/// Detects the compression of a file that begins with `head`.
+pub fn detect(head: &[u8]) -> Option<Compression> {
+    // RFC 8878, 3.1: a frame, or a skippable frame (184D2A50..5F) before one.
+    let zstd =
+        head.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) || matches!(head, [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..]);
+    // bzip2: "BZh", level, then the magic of a stream's first block (pi) or of an empty stream.
+    let bzip2 = matches!(head, [b'B', b'Z', b'h', b'1'..=b'9', 0x31, 0x41, 0x59, 0x26, 0x53, 0x59, ..])
+        || matches!(head, [b'B', b'Z', b'h', b'1'..=b'9', 0x17, 0x72, 0x45, 0x38, 0x50, 0x90, ..]);
+    if zstd {
+        Some(Compression::Zstd)
+    } else if head.starts_with(&[0x1f, 0x8b, 0x08]) {
+        Some(Compression::Gzip)
+    } else if head.starts_with(&lzop::MAGIC) {
+        Some(Compression::Lzop)
+    } else if head.starts_with(&[0xfd, b'7', b'z', b'X', b'Z', 0]) {
+        Some(Compression::Xz)
+    } else if bzip2 {
+        Some(Compression::Bzip2)
+    } else {
+        None
+    }
+}
+
+/// Returns the compression for the extension of `location`, in upper or lower case.
+pub fn by_name(location: &Location) -> Option<Compression> {
+    let name = location.file_name()?;
+    let (stem, extension) = name.rsplit_once('.')?;
+    if stem.is_empty() {
+        return None;
+    }
+    let extension = extension.to_ascii_lowercase();
+    Compression::ALL.into_iter().find(|compression| compression.extension() == extension)
+}
+
+/// Memory limit of an xz decoder, bytes. Our limit: `xz -9` needs 65 MiB, a crafted header 4 GiB.
+const XZ_MEMORY_LIMIT: u64 = 100 << 20;
+
+/// Largest zstd window as a power of two, bytes: 128 MiB, the default limit of `zstd -d`.
+const ZSTD_WINDOW_LOG_MAX: u32 = 27;
+
+/// Bytes read from a compressed file at a time. Our choice.
+const READ_AHEAD: usize = 256 * 1024;
+
+/// Creates a decoder over `reader`.
+///
+/// Reads fail with `InvalidData` for damaged content, and with `Unsupported` for content beyond our
+/// limits; I/O errors of `reader` pass unchanged.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Io`] if there is not enough memory for the decoder.
+pub fn decoder(compression: Compression, reader: Box<dyn Read + Send>) -> Result<Box<dyn Decode>> {
+    let reader = BufReader::with_capacity(READ_AHEAD, reader);
+    let setup_error = |e: io::Error| Error::io(format!("set up the {} decoder", compression.name()), e);
+    let decoder: Box<dyn Decode> = match compression {
+        Compression::Zstd => Box::new(ZstdFrames::new(reader, ZSTD_WINDOW_LOG_MAX).map_err(setup_error)?),
+        Compression::Gzip => Box::new(GzipMembers::new(reader)),
+        Compression::Lzop => Box::new(lzop::LzopReader::new(reader)),
+        Compression::Xz => {
+            let stream =
+                liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY_LIMIT, liblzma::stream::CONCATENATED)
+                    .map_err(|e| setup_error(e.into()))?;
+            Box::new(Opaque::new(Box::new(liblzma::bufread::XzDecoder::new_stream(reader, stream))))
+        }
+        Compression::Bzip2 => Box::new(Opaque::new(Box::new(bzip2::bufread::MultiBzDecoder::new(reader)))),
+    };
+    Ok(Box::new(ErrorContext { compression, decoder, was_cut: false }))
+}
+
+/// Opens a compressed file for reads of its content by position. Returns `None` unless the file has a
+/// valid seek table (seekable zstd).
+pub fn open_seekable(compression: Compression, source: &Arc<dyn ReadAt>) -> Option<Arc<dyn ReadAt>> {
+    match compression {
+        Compression::Zstd => {
+            seekable::SeekableZstd::open(source).map(|found| Arc::new(found) as Arc<dyn ReadAt>)
+        }
+        _ => None,
+    }
+}
+
+/// Returns the error for a valid compressed file beyond our limits or features: an error of the toolkit
+/// inside an [`io::Error`].
+fn unsupported(message: String, hint: &'static str) -> io::Error {
+    Error::unsupported(message).hint(hint).into()
+}
+
+/// Translates decoding errors: adds the name of the compression, and turns errors about the content into
+/// `InvalidData` or an error of the toolkit.
+struct ErrorContext {
+    compression: Compression,
+    decoder: Box<dyn Decode>,
+    was_cut: bool,
+}
+
+impl ErrorContext {
+    fn translate(&self, e: &io::Error) -> io::Error {
+        let name = self.compression.name();
+        let text = e.to_string();
+        if let Some(inner) = e.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
+            let error =
+                Error::new(inner.kind(), format!("the {name} stream can't be read: {}", inner.message()));
+            return match inner.remedy() {
+                Some(remedy) => error.remedied_by(remedy.clone()).into(),
+                None => error.into(),
+            };
+        }
+        match self.compression {
+            // libzstd's text for a window above the limit.
+            Compression::Zstd if text.contains("requires too much memory") => unsupported(
+                format!("the zstd stream needs a window above {} MiB", 1 << (ZSTD_WINDOW_LOG_MAX - 20)),
+                "decompress it with zstd -d --long=31 first",
+            ),
+            Compression::Xz if liblzma_code(e) == Some(liblzma::stream::Error::MemLimit) => unsupported(
+                format!("the xz stream needs more than {} MiB of memory to decode", XZ_MEMORY_LIMIT >> 20),
+                "decompress it with xz -d first",
+            ),
+            _ => io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("the {name} stream is damaged or cut short ({text})"),
+            ),
+        }
+    }
+}
+
+fn liblzma_code(e: &io::Error) -> Option<liblzma::stream::Error> {
+    e.get_ref()?.downcast_ref::<liblzma::stream::Error>().cloned()
+}
+
+impl Read for ErrorContext {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.decoder.read(buf).map_err(|e| {
+            use io::ErrorKind::{InvalidData, InvalidInput, Other, UnexpectedEof, Unsupported};
+            // Other kinds of errors, and errors of the operating system, do not concern the content.
+            let is_content =
+                matches!(e.kind(), InvalidData | InvalidInput | Other | UnexpectedEof | Unsupported);
+            self.was_cut = e.kind() == UnexpectedEof;
+            if is_content && e.raw_os_error().is_none() { self.translate(&e) } else { e }
+        })
+    }
+}
+
+impl Decode for ErrorContext {
+    fn unchecked(&self) -> u64 {
+        self.decoder.unchecked()
+    }
+
+    fn was_cut(&self) -> bool {
+        self.was_cut
+    }
+
+    fn resume(&mut self) -> io::Result<bool> {
+        self.decoder.resume()
+    }
+}

@@ -1,0 +1,234 @@
+//! Decoders for streams of independent units: zstd frames and gzip members.
+//!
+//! A unit ends with its checksum; until then, its decoded bytes are unverified. The decoders report the
+//! number of unverified bytes, and can continue after a damaged unit, as salvage requires.
+
+use std::io::{self, BufRead, Chain, Cursor, Read};
+
+use flate2::bufread::GzDecoder;
+use imgtool_core::input::{Decode, retry};
+use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective, get_error_name};
+
+/// A decoder that does not report the position of its checksums, so no byte counts as verified before the
+/// end.
+pub(super) struct Opaque {
+    decoder: Box<dyn Read + Send>,
+    /// Plain bytes returned so far; 0 after the end.
+    unverified: u64,
+}
+
+impl Opaque {
+    pub(super) fn new(decoder: Box<dyn Read + Send>) -> Self {
+        Self { decoder, unverified: 0 }
+    }
+}
+
+impl Read for Opaque {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let count = self.decoder.read(buf)?;
+        self.unverified += count as u64;
+        if count == 0 && !buf.is_empty() {
+            self.unverified = 0;
+        }
+        Ok(count)
+    }
+}
+
+impl Decode for Opaque {
+    fn unchecked(&self) -> u64 {
+        self.unverified
+    }
+}
+
+/// The frames of a zstd stream, one after the other.
+pub(super) struct ZstdFrames<R> {
+    reader: R,
+    context: DCtx<'static>,
+    /// True once a byte has been read. An empty input is no zstd stream.
+    begun: bool,
+    /// True between the start of a frame and its end.
+    in_frame: bool,
+    /// Plain bytes of that frame returned so far.
+    unverified: u64,
+}
+
+impl<R: BufRead> ZstdFrames<R> {
+    /// Magic_Number of a frame, RFC 8878, 3.1.1.
+    const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+
+    /// Creates a decoder; `window_log_max` limits the window, as a power of two.
+    pub(super) fn new(reader: R, window_log_max: u32) -> io::Result<Self> {
+        let mut context = DCtx::try_create().ok_or(io::ErrorKind::OutOfMemory)?;
+        context.set_parameter(DParameter::WindowLogMax(window_log_max)).map_err(zstd_error)?;
+        Ok(Self { reader, context, begun: false, in_frame: false, unverified: 0 })
+    }
+}
+
+impl<R: BufRead> Read for ZstdFrames<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if buf.is_empty() {
+            return Ok(0);
+        }
+        loop {
+            let stored = self.reader.fill_buf()?;
+            if stored.is_empty() && !self.in_frame {
+                return if self.begun { Ok(0) } else { Err(empty_input()) };
+            }
+            self.begun = true;
+            let (mut input, mut output) = (InBuffer::around(stored), OutBuffer::around(&mut *buf));
+            let left = self.context.decompress_stream(&mut output, &mut input).map_err(zstd_error)?;
+            let (consumed, produced) = (input.pos(), output.pos());
+            self.reader.consume(consumed);
+            self.in_frame = left != 0;
+            self.unverified = if self.in_frame { self.unverified + produced as u64 } else { 0 };
+            if produced > 0 {
+                return Ok(produced);
+            }
+            if consumed == 0 && self.in_frame && self.reader.fill_buf()?.is_empty() {
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "incomplete frame"));
+            }
+        }
+    }
+}
+
+impl<R: BufRead + Send> Decode for ZstdFrames<R> {
+    fn unchecked(&self) -> u64 {
+        self.unverified
+    }
+
+    fn resume(&mut self) -> io::Result<bool> {
+        // Skip a byte if the frame failed at its magic, so that the search does not find the frame again.
+        if !self.in_frame {
+            let skipped = self.reader.fill_buf()?.len().min(1);
+            self.reader.consume(skipped);
+        }
+        self.in_frame = false;
+        self.unverified = 0;
+        self.context.reset(ResetDirective::SessionOnly).map_err(zstd_error)?;
+        if !read_past(&mut self.reader, &Self::MAGIC)? {
+            return Ok(false);
+        }
+        let mut nothing: [u8; 0] = [];
+        let (mut input, mut output) =
+            (InBuffer::around(&Self::MAGIC), OutBuffer::around(nothing.as_mut_slice()));
+        self.context.decompress_stream(&mut output, &mut input).map_err(zstd_error)?;
+        self.in_frame = true;
+        Ok(true)
+    }
+}
+
+fn empty_input() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "it is empty")
+}
+
+fn zstd_error(code: usize) -> io::Error {
+    io::Error::other(get_error_name(code))
+}
+
+/// A reader, preceded by bytes that a search has read from it already.
+type Replayed<R> = Chain<Cursor<&'static [u8]>, R>;
+
+/// The members of a gzip stream, one after the other.
+pub(super) struct GzipMembers<R> {
+    /// The member being decoded.
+    member: Option<GzDecoder<Replayed<R>>>,
+    /// The input, between members.
+    reader: Option<R>,
+    /// True once a byte has been read. An empty input is no gzip stream.
+    begun: bool,
+    /// Plain bytes of the member returned so far.
+    unverified: u64,
+}
+
+impl<R: BufRead> GzipMembers<R> {
+    /// Start of a member, RFC 1952, 2.3.1: ID1, ID2, and the only compression method (deflate).
+    const MAGIC: &'static [u8] = &[0x1f, 0x8b, 0x08];
+
+    pub(super) fn new(reader: R) -> Self {
+        Self { member: None, reader: Some(reader), begun: false, unverified: 0 }
+    }
+
+    /// Begins a member whose first bytes `read_already` have been read from `reader`.
+    fn begin(&mut self, read_already: &'static [u8], reader: R) {
+        self.member = Some(GzDecoder::new(Cursor::new(read_already).chain(reader)));
+    }
+
+    /// Ends the current member, if there is one.
+    fn end(&mut self) {
+        if let Some(member) = self.member.take() {
+            let (_, reader) = member.into_inner().into_inner();
+            self.reader = Some(reader);
+        }
+        self.unverified = 0;
+    }
+}
+
+impl<R: BufRead> Read for GzipMembers<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if buf.is_empty() {
+            return Ok(0);
+        }
+        loop {
+            if let Some(member) = &mut self.member {
+                let count = member.read(buf)?;
+                self.unverified += count as u64;
+                if count > 0 {
+                    return Ok(count);
+                }
+                self.end();
+            }
+            let Some(reader) = &mut self.reader else { return Ok(0) };
+            if reader.fill_buf()?.is_empty() {
+                return if self.begun { Ok(0) } else { Err(empty_input()) };
+            }
+            self.begun = true;
+            if let Some(reader) = self.reader.take() {
+                self.begin(&[], reader);
+            }
+        }
+    }
+}
+
+impl<R: BufRead + Send> Decode for GzipMembers<R> {
+    fn unchecked(&self) -> u64 {
+        self.unverified
+    }
+
+    fn resume(&mut self) -> io::Result<bool> {
+        // The failed member's magic has been read, so it is not found again.
+        self.end();
+        let Some(reader) = &mut self.reader else { return Ok(false) };
+        if !read_past(reader, Self::MAGIC)? {
+            return Ok(false);
+        }
+        if let Some(reader) = self.reader.take() {
+            self.begin(Self::MAGIC, reader);
+        }
+        Ok(true)
+    }
+}
+
+/// Reads to the end of the next `magic`, whose bytes must all differ; returns false if there is none.
+fn read_past(reader: &mut impl BufRead, magic: &[u8]) -> io::Result<bool> {
+    let mut matched = 0;
+    loop {
+        if retry(|| reader.fill_buf().map(<[u8]>::is_empty))? {
+            return Ok(false);
+        }
+        let mut consumed = 0;
+        for byte in reader.fill_buf()? {
+            consumed += 1;
+            matched = match magic.get(matched) {
+                Some(next) if next == byte => matched + 1,
+                _ => usize::from(magic.first() == Some(byte)),
+            };
+            if matched == magic.len() {
+                break;
+            }
+        }
+        reader.consume(consumed);
+        if matched == magic.len() {
+            return Ok(true);
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! Removal of unfinished outputs when a signal ends the program.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use imgtool_core::sync::lock;
+use imgtool_core::{Error, Result};
+
+/// Removes the unfinished files of a run from another thread, for a signal handler that has no time to
+/// unwind. The run creates no more files afterwards.
+#[derive(Debug, Clone, Default)]
+pub struct Cleaner(Arc<Mutex<Paths>>);
+
+#[derive(Debug, Default)]
+pub(super) struct Paths {
+    pub(super) files: Vec<PathBuf>,
+    pub(super) directories: Vec<PathBuf>,
+    /// True once the program is ending. A file created now would be left behind.
+    closed: bool,
+}
+
+impl Cleaner {
+    /// Removes the unfinished files and the directories made for them.
+    pub fn clean(&self) {
+        let mut paths = lock(&self.0);
+        paths.closed = true;
+        for path in paths.files.drain(..) {
+            // The file may be gone already, and the program is ending: there is no use for an error.
+            let _ = std::fs::remove_file(path);
+        }
+        for path in paths.directories.drain(..).rev() {
+            let _ = std::fs::remove_dir(path);
+        }
+    }
+
+    /// Drops all paths, once their files have their final names or are removed.
+    pub(super) fn forget(&self) {
+        let mut paths = lock(&self.0);
+        paths.files.clear();
+        paths.directories.clear();
+    }
+
+    /// Runs `create`, which adds the paths of its files. [`Cleaner::clean`] runs before or after it, never
+    /// between a file's creation and its registration.
+    pub(super) fn register<T>(&self, create: impl FnOnce(&mut Paths) -> Result<T>) -> Result<T> {
+        let mut paths = lock(&self.0);
+        if paths.closed {
+            return Err(Error::cancelled("interrupted"));
+        }
+        create(&mut paths)
+    }
+}

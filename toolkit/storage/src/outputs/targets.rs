@@ -1,0 +1,177 @@
+//! Checks of a target: it must be neither a source nor another output, and nothing may be in the way.
+
+use std::fs::Metadata;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use imgtool_core::{Error, Location, Remedy, Result};
+
+use super::{Links, OutputRequest, Outputs};
+use crate::open::Identity;
+use crate::os::{self, FileClass};
+
+impl Outputs {
+    /// Protects a source: later outputs must not be this file or device under any name, nor hold its bytes. A
+    /// source that is no file (`None`) needs no protection.
+    pub fn protect(&mut self, source: &Location, identity: Option<&Identity>) {
+        self.protected.extend(identity.map(|identity| (source.clone(), identity.clone())));
+    }
+
+    /// Like [`Outputs::protect`], for a file that is not open: one that an image names, or the backing image
+    /// of an output. A file that does not exist needs no protection.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::Io`] if stat(2) fails, since no target can be compared with the source
+    /// then.
+    pub fn protect_path(&mut self, path: &Path) -> Result<()> {
+        match std::fs::metadata(path) {
+            Ok(meta) => self.protect(&path.into(), Identity::of(&meta).as_ref()),
+            Err(e) if is_missing(&e) => {}
+            Err(e) => return Err(Error::io("stat the source", e).path(path)),
+        }
+        Ok(())
+    }
+
+    /// Refuses, before any file is opened or created, every output of a run that [`Outputs::create`] or
+    /// [`Outputs::existing`] would refuse.
+    ///
+    /// # Errors
+    /// See [`Outputs::create`] and [`Outputs::existing`].
+    pub fn check(&self, requests: &[OutputRequest]) -> Result<()> {
+        let mut names: Vec<PathBuf> = Vec::new();
+        let mut claimed = self.claimed.clone();
+        for request in requests {
+            match request {
+                OutputRequest::New { path, overwrite, links } => {
+                    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+                    let missing = parent.is_some_and(|parent| !parent.exists());
+                    // A directory that does not exist yet has nothing in the way.
+                    let final_path = if missing { path.clone() } else { final_path(path, *links)? };
+                    if names.contains(&final_path) {
+                        return Err(Error::usage("two outputs would write this file").path(path));
+                    }
+                    if let Some(meta) = self.check_target(path, &final_path, *overwrite, &claimed)? {
+                        claimed.extend(Identity::of(&meta));
+                    }
+                    names.push(final_path);
+                }
+                OutputRequest::Existing(path) => {
+                    let meta =
+                        std::fs::metadata(path).map_err(|e| Error::io("open for writing", e).path(path))?;
+                    self.check_free(path, &meta, &claimed)?;
+                    claimed.extend(Identity::of(&meta));
+                }
+                OutputRequest::Stdout => self.check_stdout(&mut claimed)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a target that can't or must not be replaced. Returns the metadata of the file to replace.
+    pub(super) fn check_target(
+        &self,
+        path: &Path,
+        final_path: &Path,
+        overwrite: bool,
+        claimed: &[Identity],
+    ) -> Result<Option<Metadata>> {
+        let meta = match std::fs::metadata(final_path) {
+            Ok(meta) => meta,
+            Err(e) if is_missing(&e) => return Ok(None),
+            // A target without metadata could be a source.
+            Err(e) => return Err(Error::io("stat the target", e).path(path)),
+        };
+        self.check_free(path, &meta, claimed)?;
+        match os::classify(&meta) {
+            FileClass::Regular if overwrite => Ok(Some(meta)),
+            FileClass::Regular => {
+                Err(Error::refused("already exists").path(path).remedied_by(Remedy::Overwrite))
+            }
+            FileClass::Directory => Err(Error::refused("is a directory").path(path)),
+            FileClass::BlockDevice => {
+                Err(Error::refused("is a block device").path(path).remedied_by(Remedy::WriteIntoDevice))
+            }
+            FileClass::Stream => {
+                Err(Error::refused("is neither a regular file nor a block device").path(path))
+            }
+        }
+    }
+
+    /// Refuses a target that is a source or another output.
+    pub(super) fn check_free(
+        &self,
+        path: impl Into<Location>,
+        meta: &Metadata,
+        claimed: &[Identity],
+    ) -> Result<()> {
+        let Some(target) = Identity::of(meta) else { return Ok(()) };
+        if claimed.iter().any(|other| other.overlaps(&target)) {
+            return Err(Error::usage("two outputs would write this file").path(path));
+        }
+        for (source, identity) in &self.protected {
+            if identity.is_same(&target) {
+                return Err(Error::refused(format!("source and target are the same file ({source})"))
+                    .path(path)
+                    .hint("give the new image another name"));
+            }
+            if identity.is_changed_by(&target) {
+                return Err(Error::refused(format!(
+                    "writing to the target would change the source ({source})"
+                ))
+                .path(path)
+                .hint("one of them is a device on top of the other, or holds it"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses standard output that is redirected into a source or another output.
+    fn check_stdout(&self, claimed: &mut Vec<Identity>) -> Result<()> {
+        let Ok(meta) = os::stdout_metadata() else { return Ok(()) };
+        if let Some(identity) = Identity::of(&meta) {
+            self.check_free(&Location::Stdout, &meta, claimed)?;
+            claimed.push(identity);
+        }
+        Ok(())
+    }
+}
+
+/// True if stat(2) failed because the file does not exist.
+fn is_missing(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}
+
+/// Resolves the directory of `path`, and a symbolic link at `path` if `links` allows it, so that every
+/// name of a file gives the same path.
+pub(super) fn final_path(path: &Path, links: Links) -> Result<PathBuf> {
+    if std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_symlink()) {
+        if links == Links::Refuse {
+            return Err(Error::refused(
+                "is a symbolic link; refusing to follow it, as the name comes from an image",
+            )
+            .path(path)
+            .remedied_by(Remedy::NameTarget));
+        }
+        return std::fs::canonicalize(path).map_err(|e| {
+            Error::io("follow the link", e)
+                .path(path)
+                .hint("the link leads nowhere: remove it, or name another file")
+        });
+    }
+    let name = path.file_name().ok_or_else(|| Error::usage("is not a file name").path(path))?;
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let found = std::fs::canonicalize(directory).map_err(|e| {
+        let no_directory = e.kind() == io::ErrorKind::NotFound;
+        let error = Error::io("create", e).path(path);
+        let directory = directory.display();
+        if no_directory {
+            error.hint(format!("directory {directory} does not exist: create it first"))
+        } else {
+            error
+        }
+    })?;
+    Ok(found.join(name))
+}

@@ -1,0 +1,17 @@
+#![doc = include_str!("../README.md")]
+// A failed assumption ends the test that made it.
+#![allow(clippy::unwrap_used)]
+
+pub mod conformance;
+mod files;
+pub mod images;
+pub mod manifest;
+pub mod memory;
+pub mod oracles;
+pub mod toy;
+pub mod vma;
+
+pub use files::{
+    assert_same, assert_same_rounded, first_difference, fixture, names, occupied, sha256, sha256_file,
+    snapshot, tempdir, text,
+};

@@ -1,0 +1,144 @@
+//! Programs that we did not write: they judge our images, and make theirs.
+//!
+//! One rule for what is missing: the test says `SKIPPED: …` on standard error and passes; with `CI` set in
+//! the environment it fails. `.ci/run` lists and counts these lines.
+
+use std::collections::HashSet;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, PoisonError};
+
+use serde_json::Value;
+
+mod dissect;
+mod libvhdi;
+mod qemu;
+
+pub use dissect::{
+    SeenArchive, SeenDevice, dissect_compare_vhdx, dissect_disks, dissect_read_qcow2, dissect_vma,
+};
+pub use libvhdi::{VhdiMount, vhdi_info};
+pub use qemu::{assert_clean_qcow2, qemu_check, qemu_compare, qemu_img, qemu_info, qemu_make};
+
+/// True if a program can be run (`dissect`: if both of its packages can be imported). If not, the running
+/// test is skipped visibly, and fails with `CI` set.
+#[track_caller]
+pub fn have(tool: &str) -> bool {
+    let found = if tool == "dissect" { dissect::dissect_found() } else { program_found(tool) };
+    if !found {
+        missing(tool);
+    }
+    found
+}
+
+/// Says that the running test can't run on this machine. `.ci/run` shows and counts these lines.
+fn skip(why: &str) {
+    let test = std::thread::current().name().unwrap_or("a test").to_owned();
+    // Not eprintln: the test harness drops what a test that passes has printed with it.
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {test}: {why}");
+}
+
+/// Says that the running test can't run on this machine, for a lack that no package mends (devices, mounts). With
+/// `CI` set, fails if `must_work`: if the user has the rights and the machine the devices.
+#[track_caller]
+pub fn unable(why: &str, must_work: bool) {
+    assert!(!(must_work && std::env::var_os("CI").is_some()), "{why}");
+    skip(why);
+}
+
+/// Returns from a test unless these programs can be run.
+#[macro_export]
+macro_rules! require {
+    ($($tool:literal),+ $(,)?) => {
+        if $(!$crate::oracles::have($tool))||+ {
+            return;
+        }
+    };
+}
+
+#[track_caller]
+fn missing(tool: &str) {
+    static TOLD: Mutex<Option<HashSet<String>>> = Mutex::new(None);
+    let test = std::thread::current().name().unwrap_or("a test").to_owned();
+    assert!(std::env::var_os("CI").is_none(), "{test} needs {tool}, which is not installed");
+    let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
+    if told.get_or_insert_default().insert(format!("{test} {tool}")) {
+        skip(&format!("{tool} is not installed"));
+    }
+}
+
+fn program_found(tool: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let extra = ["/usr/sbin", "/sbin"].map(Into::into);
+    std::env::split_paths(&path).chain(extra).any(|directory| directory.join(tool).is_file())
+}
+
+/// Runs a program that must succeed.
+#[track_caller]
+pub fn run(tool: &str, args: &[&str]) -> Output {
+    let output = try_run(tool, args);
+    assert!(
+        output.status.success(),
+        "{tool} {args:?}: {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    output
+}
+
+/// Runs a program.
+#[track_caller]
+pub fn try_run(tool: &str, args: &[&str]) -> Output {
+    let path = std::env::var("PATH").unwrap_or_default();
+    Command::new(tool)
+        .args(args)
+        .env("PATH", format!("{path}:/usr/sbin:/sbin"))
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|e| panic!("{tool}: {e}"))
+}
+
+/// Runs a program in a directory; its exit code (-1: a signal), standard output and standard error.
+#[track_caller]
+pub fn try_run_in(tool: &str, directory: &Path, args: &[&str]) -> (i32, String, String) {
+    let output = Command::new(tool).args(args).current_dir(directory).stdin(Stdio::null()).output();
+    let output = output.unwrap_or_else(|e| panic!("{tool}: {e}"));
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
+}
+
+/// Runs a program in a directory, which must succeed; its standard output.
+#[track_caller]
+pub fn run_in(tool: &str, directory: &Path, args: &[&str]) -> String {
+    let (code, out, err) = try_run_in(tool, directory, args);
+    assert_eq!(code, 0, "{tool} {args:?}: {out}{err}");
+    out
+}
+
+/// Runs a program in a directory, which must succeed and print JSON.
+#[track_caller]
+pub fn run_json_in(tool: &str, directory: &Path, args: &[&str]) -> Value {
+    serde_json::from_str(&run_in(tool, directory, args)).unwrap()
+}
+
+/// Runs a program that must succeed on this standard input; its standard output.
+#[track_caller]
+pub fn filter(tool: &str, args: &[&str], input: &[u8]) -> Vec<u8> {
+    let mut child = Command::new(tool)
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|e| panic!("{tool}: {e}"));
+    let mut stdin = child.stdin.take().expect("it is piped");
+    let output = std::thread::scope(|scope| {
+        // A program that does not read its input closes it early: that is its affair.
+        scope.spawn(move || drop(stdin.write_all(input)));
+        child.wait_with_output().expect("wait for the program")
+    });
+    assert!(output.status.success(), "{tool} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    output.stdout
+}

@@ -1,0 +1,45 @@
+//! libvhdi: vhdiinfo and vhdimount.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::{run, unable};
+use crate::text;
+
+/// What vhdiinfo prints about a file.
+#[track_caller]
+pub fn vhdi_info(path: &Path) -> String {
+    String::from_utf8_lossy(&run("vhdiinfo", &[text(path)]).stdout).into_owned()
+}
+
+/// The content of a VHDX file, mounted by vhdimount; unmounted when dropped.
+#[derive(Debug)]
+pub struct VhdiMount(PathBuf);
+
+impl VhdiMount {
+    /// Mounts it on a new directory; `None` where this user can't mount with FUSE, which skips the test.
+    #[track_caller]
+    pub fn of(path: &Path, directory: &Path) -> Option<Self> {
+        std::fs::create_dir(directory).unwrap();
+        let mounted = Command::new("vhdimount").args([path, directory]).output().unwrap();
+        if !mounted.status.success() {
+            // No package brings the device. A user who can open it must get it.
+            let usable = File::options().read(true).write(true).open("/dev/fuse").is_ok();
+            unable(&format!("vhdimount: FUSE does not work here: {mounted:?}"), usable);
+            return None;
+        }
+        Some(Self(directory.to_owned()))
+    }
+
+    /// The guest's bytes as a raw file.
+    pub fn raw(&self) -> PathBuf {
+        self.0.join("vhdi1")
+    }
+}
+
+impl Drop for VhdiMount {
+    fn drop(&mut self) {
+        let _ = Command::new("fusermount").args(["-u", text(&self.0)]).status();
+    }
+}
