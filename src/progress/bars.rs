@@ -11,11 +11,11 @@ use crate::report::{self, Stream, fit, human_size, percent, width};
 /// Time between two updates. Our choice: short enough to look smooth.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-/// Most bars for single devices; with more devices there is only the bar of the sum. Our limit: bars
+/// Maximum number of bars for single devices; with more devices there is only the bar of the sum. Our limit: bars
 /// must not push earlier messages off the screen.
 const MAX_BARS: usize = 8;
 
-/// Most columns for the name before a bar. Our limit.
+/// Maximum number of columns for the name before a bar. Our limit.
 const MAX_NAME: usize = 20;
 
 /// Length of a bar: it counts thousandths, so that a device of unknown length can have one, too.

@@ -131,7 +131,7 @@ fn bitmap_fact(bitmap: &Bitmap) -> Value {
     json!({ "name": bitmap.name, "granularity": bitmap.granularity, "flags": flags })
 }
 
-/// Notes about snapshots and bitmaps that did not fit into their list.
+/// Notes for the lists of snapshots and bitmaps that were cut off.
 fn truncation_notes(header: &Header, snapshots: &Snapshots, bitmaps: &[Bitmap]) -> Vec<String> {
     let counts = [
         (snapshots.listed.len(), snapshots.count, "snapshots"),

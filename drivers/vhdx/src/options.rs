@@ -79,9 +79,9 @@ pub(crate) struct VhdxOptions {
     pub(crate) fixed: bool,
     /// Bytes of a payload block; `None` if the disk's size decides.
     block_size: Option<u64>,
-    /// Bytes.
+    /// Bytes of a sector as the guest sees it.
     pub(crate) logical_sector_size: u64,
-    /// Bytes.
+    /// Bytes of a sector of the device.
     pub(crate) physical_sector_size: u64,
     /// Bytes, a multiple of 1 MiB.
     log_size: u64,

@@ -7,12 +7,12 @@ use imgtool_core::{Error, Result};
 
 use crate::layout::log::{LOG_SECTOR, LogPage};
 
-/// Most pages held. Our limit: 64 MiB, sixty-four times the log of Hyper-V and QEMU (1 MiB).
+/// Maximum number of pages in memory. Our limit: 64 MiB, sixty-four times the log of Hyper-V and QEMU (1 MiB).
 const MAX_PAGES: usize = (64 << 20) / LOG_SECTOR as usize;
 /// Lower bound of the limit for images deep in a chain. Our limit: 128 KiB, so that a chain of 256
 /// images stays within bounds.
 const MIN_PAGES: usize = (128 << 10) / LOG_SECTOR as usize;
-/// Most separate zeroed ranges. Our limit: far above what a log of 64 MiB needs in practice.
+/// Maximum number of separate zeroed ranges. Our limit: far above what a log of 64 MiB needs in practice.
 const MAX_ZERO_RANGES: usize = 1 << 20;
 
 const REPLAY_HINT: &str = "let Hyper-V or 'qemu-img check -r all' replay the log of a copy first";
@@ -30,8 +30,8 @@ pub(crate) struct Overlay {
 
 impl Overlay {
     /// Creates an overlay without changes. `depth` counts the images above this one in a chain. A log
-    /// below another image is rare, since nothing writes there: the limits fall with the square of the
-    /// depth, to 1 MiB of pages for the eighth image.
+    /// below another image is rare, since nothing writes there: an image with n images above it gets
+    /// 1/(n + 1)² of the limits, so 1 MiB of pages if there are seven.
     pub(crate) fn new(depth: usize) -> Self {
         let share = depth.saturating_add(1).saturating_pow(2);
         Self {

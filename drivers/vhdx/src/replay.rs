@@ -17,11 +17,11 @@ use crate::layout::log::{
 };
 use crate::overlay::Overlay;
 
-/// Most bytes to checksum per byte of data in the log. Our limit, on time: valid entries do not overlap,
+/// Maximum number of bytes to checksum per byte of data in the log. Our limit, on time: valid entries do not overlap,
 /// but a partly overwritten one may reach into its successor.
 const MAX_CHECKSUMMED_PER_DATA: u64 = 2;
 
-/// Most bytes to checksum in all. Our limit, on time: 1 GiB, a thousand times the log of Hyper-V and QEMU
+/// Maximum number of bytes to checksum in all. Our limit, on time: 1 GiB, a thousand times the log of Hyper-V and QEMU
 /// and sixteen times the most that can be replayed.
 const MAX_CHECKSUMMED: u64 = 1 << 30;
 
@@ -82,7 +82,7 @@ struct Ring<'a> {
     input: &'a RandomInput,
     /// Bytes from the start of the file.
     file_offset: u64,
-    /// Bytes.
+    /// Length in bytes.
     length: u64,
 }
 
@@ -150,7 +150,7 @@ type Entries = BTreeMap<u64, Link>;
 /// The fields that link an entry to its neighbours. Small, because a log of 4 GiB holds a million entries.
 #[derive(Debug, Clone, Copy)]
 struct Link {
-    /// Bytes.
+    /// Length of the entry in bytes.
     entry_length: u32,
     /// Position of the first entry of the sequence.
     tail: u32,

@@ -6,7 +6,7 @@ use imgtool_core::{Buffer, DeviceId, Piece};
 
 use crate::layout::{CLUSTER, SUB_BLOCK, SUB_BLOCKS_PER_CLUSTER};
 
-/// Most clusters in a piece with data: 1 MiB, so that buffers stay in a core's cache.
+/// Maximum number of clusters in a piece with data: 1 MiB, so that buffers stay in a core's cache.
 const PIECE_CLUSTERS: usize = 16;
 
 /// A cluster named by a valid slot, with its range in the guest.

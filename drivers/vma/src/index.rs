@@ -15,7 +15,7 @@ use crate::header::ArchiveHeader;
 use crate::layout::{EXTENT_HEADER, SUB_BLOCK};
 use crate::walker::{ExtentSpan, Walker};
 
-/// Most runs of all devices together, 92 MiB of memory. Our limit: 20 TiB of full extents stay below
+/// Maximum number of runs of all devices together, 92 MiB of memory. Our limit: 20 TiB of full extents stay below
 /// it. Longer or more scattered archives are read in one pass instead.
 pub(crate) const MAX_RUNS: usize = 6_000_000;
 

@@ -23,7 +23,7 @@ pub const SUB_BLOCKS_PER_CLUSTER: u64 = 16;
 pub const CLUSTER: u64 = SUB_BLOCK * SUB_BLOCKS_PER_CLUSTER;
 /// Slots in an extent, one per cluster.
 pub const CLUSTERS_PER_EXTENT: usize = 59;
-/// Most sub-blocks in an extent: 944.
+/// Maximum number of sub-blocks in an extent: 944.
 pub const MAX_BLOCK_COUNT: u64 = CLUSTERS_PER_EXTENT as u64 * SUB_BLOCKS_PER_CLUSTER;
 
 /// Bytes of the fixed part of the archive header; the blobs follow it.
@@ -38,7 +38,7 @@ pub const MAX_EXTENT: u64 = EXTENT_HEADER as u64 + MAX_BLOCK_COUNT * SUB_BLOCK;
 pub const MAX_HEADER_READ: u32 = 16 << 20;
 /// Longest archive header written, bytes: the reference program's limit.
 pub const MAX_HEADER_WRITTEN: usize = 524_288;
-/// Most clusters of a device: cluster numbers have 32 bits (256 TiB).
+/// Maximum number of clusters of a device: cluster numbers have 32 bits (256 TiB).
 pub const MAX_CLUSTERS: u64 = 1 << 32;
 /// Bytes of the largest device.
 pub const MAX_DEVICE_SIZE: u64 = MAX_CLUSTERS * CLUSTER;

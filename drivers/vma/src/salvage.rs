@@ -30,7 +30,7 @@ use crate::window::{ChecksumState, Window};
 
 /// Losses listed one by one; further ones are joined to the last. Our limit: bounds memory.
 const MAX_LOSSES: usize = 65_536;
-/// Most zeros in one piece, bytes. Our limit: the largest archive then takes a million pieces, and a
+/// Maximum number of zeros in one piece, bytes. Our limit: the largest archive then takes a million pieces, and a
 /// sink that accepts 256 KiB at a time queues 2^18 parts of one.
 const MAX_ZERO_PIECE: u64 = 64 << 30;
 

@@ -19,7 +19,7 @@ use crate::plan::{ArchivePlan, PlannedDevice};
 
 /// Guest bytes covered by a full extent.
 const EXTENT_SPAN: u64 = CLUSTER * CLUSTERS_PER_EXTENT as u64;
-/// Most extents made of one piece of zeros: 512 KiB of headers, 3.7 GiB of guest. Our limit.
+/// Maximum number of extents made of one piece of zeros: 512 KiB of headers, 3.7 GiB of guest. Our limit.
 const ZERO_EXTENTS: u64 = 1024;
 
 /// Writer of one archive.

@@ -20,7 +20,7 @@ const COMPACT_INTERVAL: u32 = 1 << 22;
 /// of guest. The first cluster in a container costs some 60 bytes, each further one at most 2.
 const CONTAINER_BITS: u32 = 16;
 
-/// Most containers of all devices together: 4 PiB of guest. Our limit: real archives fill their
+/// Maximum number of containers of all devices together: 4 PiB of guest. Our limit: real archives fill their
 /// containers; an archive with one cluster in each of millions was made to exhaust memory.
 const MAX_CONTAINERS: usize = 1 << 20;
 
@@ -44,7 +44,7 @@ struct DeviceTracker {
     id: DeviceId,
     name: String,
     kind: DeviceKind,
-    /// Bytes.
+    /// Size of the device in bytes.
     size: u64,
     /// Clusters of the device.
     clusters: u64,

@@ -13,10 +13,10 @@ use crate::layout::EXTENT_HEADER;
 pub(crate) const READ_CHUNK: usize = 256 * 1024;
 /// Released bytes at the front of the buffer before the rest is moved up. Our choice.
 const MAX_RELEASED: usize = 4 << 20;
-/// Bytes of a stream read at a time, so that few are lost before a fault. Our choice.
+/// Bytes of a stream read at a time, so that a fault costs few bytes before it. Our choice.
 const STREAM_STEP: usize = 4096;
-/// Bytes given up at a time around an unreadable place of a decoded file, whose frames have no
-/// alignment of their own: the alignment of extents.
+/// Bytes that salvage gives up at a time around an unreadable place of a decoded file: the alignment of
+/// extents, since compressed frames have none.
 const DECODED_STEP: usize = EXTENT_HEADER;
 /// Faults of a stream that are reported one by one. Our limit.
 const MAX_FAULTS: usize = 64;

@@ -14,7 +14,7 @@ const MAX_COLUMNS: usize = 64;
 /// Maximum number of lines. Our choice: the list of extents below stays visible.
 const MAX_LINES: usize = 4;
 
-/// Columns of the guest offset at the beginning of a line.
+/// Width of the guest offset that begins each line, in columns.
 const LABEL: usize = 10;
 
 /// Smallest number of guest bytes in a cell: one sector.

@@ -24,8 +24,8 @@ pub trait ImageSource: Send + Sync {
     /// Returns the access to the content.
     fn access(&self) -> Access<'_>;
 
-    /// Guest ranges that salvage could not restore; complete once all content has been read. Waits for the
-    /// end of a pass in progress: not for code that a copy of this image calls.
+    /// Guest ranges that salvage could not restore; complete once all content has been read. Waits for
+    /// the end of a pass in progress, so a consumer must not call it during a copy from this image.
     fn losses(&self) -> Vec<Loss> {
         Vec::new()
     }

@@ -30,7 +30,8 @@ const MAX_BITMAP_TABLE_BYTES: u64 = 1 << 30;
 const MAX_L2_TABLES: usize = 5 << 20;
 
 impl Checker {
-    /// Walks over all tables once and counts the references of the current window.
+    /// Walks over all tables once and counts the references to the clusters of the current window: the
+    /// part of the file whose counters are in memory.
     pub(super) fn walk(&mut self) -> Result<()> {
         let cluster_size = self.header.shape.cluster_size();
         let header = self.header.clone();

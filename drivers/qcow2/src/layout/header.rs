@@ -43,6 +43,7 @@ pub const AUTOCLEAR_BITMAPS: u64 = 1;
 pub const AUTOCLEAR_DATA_FILE_RAW: u64 = 1 << 1;
 
 /// Header as stored, with the specification's field names and their file offsets.
+/// The number at each field is its offset in the structure, in bytes.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct RawHeader {

@@ -25,6 +25,7 @@ const CHECKSUM_AT: usize = 4;
 const VERSION: u16 = 1;
 
 /// VHDX_HEADER (section 2.2.2); 4016 reserved bytes follow.
+/// The number at each field is its offset in the structure, in bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawHeader {
@@ -66,7 +67,7 @@ pub(crate) struct Header {
     pub(crate) log_version: u16,
     /// Version of the file's format; 1 is the only one.
     pub(crate) version: u16,
-    /// Bytes.
+    /// Length of the log in bytes.
     pub(crate) log_length: u32,
     /// File offset, bytes.
     pub(crate) log_offset: u64,

@@ -24,6 +24,7 @@ const DATA_DESCRIPTOR_SIGNATURE: &[u8; 4] = b"desc";
 const DATA_SECTOR_SIGNATURE: &[u8; 4] = b"data";
 
 /// VHDX_LOG_ENTRY_HEADER (section 2.3.1.1).
+/// The number at each field is its offset in the structure, in bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawEntryHeader {
@@ -55,7 +56,7 @@ const _: () = assert!(size_of::<RawEntryHeader>() as u64 == ENTRY_HEADER_LEN);
 pub(crate) struct EntryHeader {
     /// CRC-32C of the whole entry.
     pub(crate) checksum: u32,
-    /// Bytes.
+    /// Length of the entry in bytes.
     pub(crate) entry_length: u32,
     /// Start of the sequence that this entry ends, bytes from the start of the log.
     pub(crate) tail: u32,
@@ -95,6 +96,7 @@ impl EntryHeader {
 
 /// VHDX_LOG_ZERO_DESCRIPTOR and VHDX_LOG_DATA_DESCRIPTOR (sections 2.3.1.2, 2.3.1.3), which differ in
 /// the first 16 bytes.
+/// The number at each field is its offset in the structure, in bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawDescriptor {

@@ -9,9 +9,9 @@ use super::{MAX_VIRTUAL_SIZE, guid};
 
 /// Bytes of the table at the start of the region; the items follow it (section 2.6.1).
 pub(crate) const METADATA_TABLE_LEN: usize = 64 << 10;
-/// Most entries (section 2.6.1.1).
+/// Maximum number of entries (section 2.6.1.1).
 const MAX_ENTRIES: u16 = 2047;
-/// Most bytes of an item (section 2.6.1.2).
+/// Maximum number of bytes of an item (section 2.6.1.2).
 pub(crate) const MAX_ITEM_LEN: u32 = 1 << 20;
 
 const SIGNATURE: &[u8; 8] = b"metadata";
@@ -36,11 +36,12 @@ const HAS_PARENT: u32 = 2;
 /// Type of the parent locators that have the keys of section 2.6.2.6.3.
 const VHDX_LOCATOR: Uuid = Uuid::from_u128(0xB04A_EFB7_D19E_4A81_B789_25B8_E944_5913);
 
-/// Most keys of a parent locator. Our limit: the specification has five. The item's length does not
+/// Maximum number of keys of a parent locator. Our limit: the specification has five. The item's length does not
 /// bound them, because texts may overlap.
 const MAX_LOCATOR_KEYS: u16 = 64;
 
 /// VHDX_METADATA_TABLE_HEADER (section 2.6.1.1).
+/// The number at each field is its offset in the structure, in bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawTableHeader {
@@ -56,6 +57,7 @@ struct RawTableHeader {
 const _: () = assert!(size_of::<RawTableHeader>() == 32);
 
 /// VHDX_METADATA_TABLE_ENTRY (section 2.6.1.2).
+/// The number at each field is its offset in the structure, in bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawEntry {
@@ -73,6 +75,7 @@ struct RawEntry {
 const _: () = assert!(size_of::<RawEntry>() == 32);
 
 /// VHDX_PARENT_LOCATOR_HEADER (section 2.6.2.6.1).
+/// The number at each field is its offset in the structure, in bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawLocatorHeader {
@@ -86,6 +89,7 @@ struct RawLocatorHeader {
 const _: () = assert!(size_of::<RawLocatorHeader>() == 20);
 
 /// VHDX_PARENT_LOCATOR_ENTRY (section 2.6.2.6.2): offsets count from the start of the item.
+/// The number at each field is its offset in the structure, in bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawLocatorEntry {

@@ -10,7 +10,7 @@ use super::{HEADER_SECTION_LEN, MIB, checksum, guid};
 pub(crate) const REGION_TABLE_OFFSETS: [u64; 2] = [192 << 10, 256 << 10];
 /// Bytes of a copy, all covered by its checksum (section 2.2.3).
 pub(crate) const REGION_TABLE_LEN: usize = 64 << 10;
-/// Most entries (section 2.2.3.1).
+/// Maximum number of entries (section 2.2.3.1).
 const MAX_ENTRIES: u32 = 2047;
 
 /// GUID of the BAT region (section 2.2.3.2).
@@ -25,6 +25,7 @@ const CHECKSUM_AT: usize = 4;
 const REQUIRED: u32 = 1;
 
 /// VHDX_REGION_TABLE_HEADER (section 2.2.3.1).
+/// The number at each field is its offset in the structure, in bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawTableHeader {
@@ -40,6 +41,7 @@ struct RawTableHeader {
 const _: () = assert!(size_of::<RawTableHeader>() == 16);
 
 /// VHDX_REGION_TABLE_ENTRY (section 2.2.3.2).
+/// The number at each field is its offset in the structure, in bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawEntry {
@@ -59,7 +61,7 @@ const _: () = assert!(size_of::<RawEntry>() == 32);
 pub(crate) struct Region {
     /// Bytes from the start of the file.
     pub(crate) file_offset: u64,
-    /// Bytes.
+    /// Length of the region in bytes.
     pub(crate) length: u32,
 }
 

@@ -10,7 +10,7 @@ use crate::layout::region::Region;
 
 /// Bytes of a page.
 const PAGE_LEN: u64 = 64 << 10;
-/// Most pages in memory. Our limit: 16 MiB, the whole BAT of 64 TiB in blocks of 32 MiB.
+/// Maximum number of pages in memory. Our limit: 16 MiB, the whole BAT of 64 TiB in blocks of 32 MiB.
 const MAX_PAGES: usize = 256;
 
 /// The BAT of one file.

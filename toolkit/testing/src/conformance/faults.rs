@@ -24,7 +24,7 @@ use super::memory::MemorySource;
 /// Time after which a run counts as hung. Our limit: generous, for busy machines.
 const HANG_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Most calls that a law makes fail, one per run; spread over all calls if there are more.
+/// Maximum number of calls that a law makes fail, one per run; spread over all calls if there are more.
 const MAX_FAULTS: u64 = 40;
 
 /// A fault of one call.

@@ -20,7 +20,7 @@ use super::image::Image;
 /// machines; it finds loops over numbers from the image.
 const MAX_TIME: Duration = Duration::from_secs(20);
 
-/// Most bytes of address space that all damaged images of one law may add. Our limit: allocators reserve
+/// Maximum number of bytes of address space that all damaged images of one law may add. Our limit: allocators reserve
 /// some; it finds allocations of a length from the image.
 const MAX_MEMORY: u64 = 2 << 30;
 
@@ -175,7 +175,7 @@ fn catch_panic<T>(driver: &dyn Driver, damage: &str, f: impl FnOnce() -> T) -> T
     catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|_| panic!("{}: panics on {damage}", driver.name()))
 }
 
-/// Most extent queries of a damaged image, and extents read of each answer: enough to reach all code,
+/// Maximum number of extent queries of a damaged image, and extents read of each answer: enough to reach all code,
 /// few enough for devices of exbibytes.
 const MAX_STEPS: usize = 64;
 
