@@ -9,20 +9,20 @@ use crate::layout::{
     MAX_BACKING_NAME, MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS, MIN_EXTENDED_L2_CLUSTER_BITS,
 };
 
-/// Default bytes of a cluster. QEMU's default.
+/// Default cluster size in bytes. QEMU's default.
 const DEFAULT_CLUSTER_SIZE: u64 = 64 << 10;
 
-/// Default refcount width, as a power of two: 16 bits. The only one of version 2 (specification,
+/// Default refcount width, as a power of two: 16 bits. The only width that version 2 supports (specification,
 /// "refcount_order"), and QEMU's default for version 3.
 const DEFAULT_REFCOUNT_ORDER: u32 = 4;
 
-/// Bytes of which a virtual size is a multiple. QEMU's limit: it counts sectors.
+/// A virtual size is a multiple of this many bytes. QEMU's limit: it counts sectors.
 pub const SIZE_MULTIPLE: u64 = 512;
 
-/// Smallest unit of zero detection in bytes, and the smallest piece. The toolkit's.
+/// Smallest unit of zero detection and smallest piece, in bytes. Set by the toolkit.
 pub const ZERO_GRANULARITY: u64 = imgtool_core::zero::ZERO_GRANULARITY as u64;
 
-/// Declared options, under qemu-img's names.
+/// Declared options, with the names that qemu-img uses.
 pub const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "compat",
@@ -99,9 +99,9 @@ pub enum Preallocation {
     Off,
     /// All tables; every guest cluster has a host cluster.
     Metadata,
-    /// As `Metadata`, with data clusters reserved in the file system.
+    /// Like `Metadata`, with data clusters reserved in the file system.
     Falloc,
-    /// As `Metadata`, with every byte written.
+    /// Like `Metadata`, with every byte written.
     Full,
 }
 
@@ -114,9 +114,9 @@ pub struct WriteOptions {
     pub shape: Shape,
     /// Refcount width as a power of two: a refcount has 2^order bits.
     pub refcount_order: u32,
-    /// Compression of compressed clusters.
+    /// Compression algorithm of compressed clusters.
     pub compression: CompressionType,
-    /// Level of compression; `None` if clusters are not compressed.
+    /// Compression level; `None` if clusters are not compressed.
     pub compress: Option<i32>,
     /// True if QEMU may write refcounts late.
     pub lazy_refcounts: bool,
@@ -195,14 +195,14 @@ impl WriteOptions {
             (self.data_file_raw && self.data_file.is_none(), "data_file_raw needs data_file"),
             (
                 self.data_file_raw && self.backing.is_some(),
-                "data_file_raw and backing_file exclude each other",
+                "data_file_raw and backing_file can't be combined",
             ),
             (
                 self.compress.is_some() && self.data_file.is_some(),
-                "compression and data_file exclude each other",
+                "compression and data_file can't be combined",
             ),
-            (self.compress.is_some() && preallocated, "compression and preallocation exclude each other"),
-            (self.backing.is_some() && preallocated, "backing_file and preallocation exclude each other"),
+            (self.compress.is_some() && preallocated, "compression and preallocation can't be combined"),
+            (self.backing.is_some() && preallocated, "backing_file and preallocation can't be combined"),
         ];
         match conflicts.iter().find(|(conflict, _)| *conflict) {
             Some((_, message)) => Err(Error::usage(*message)),
@@ -210,12 +210,12 @@ impl WriteOptions {
         }
     }
 
-    /// True if zeros are stored like data, and so every guest cluster is stored.
+    /// True if zeros are stored like data, so that every guest cluster is stored.
     pub fn stores_zeros(&self) -> bool {
         self.zero_unit.is_none() || self.preallocation == Preallocation::Full
     }
 
-    /// Refuses a disk of `virtual_size` bytes whose L1 table would be above QEMU's limit.
+    /// Refuses a disk of `virtual_size` bytes if its L1 table would exceed QEMU's limit.
     pub fn check_size(&self, virtual_size: u64) -> Result<()> {
         let max_entries = MAX_L1_BYTES / 8;
         if self.shape.l1_entries(virtual_size) <= max_entries {
@@ -234,8 +234,8 @@ impl WriteOptions {
     }
 }
 
-/// Returns the compression that the option `compression_type` or the requested algorithm names. The two
-/// must agree.
+/// Returns the compression selected by the option `compression_type` or by the requested algorithm. If both
+/// are given, they must agree.
 fn compression(options: &CreateOptions) -> Result<CompressionType> {
     let parse = |name: &str| match name {
         "zlib" | "deflate" => Ok(CompressionType::Zlib),
@@ -262,7 +262,7 @@ fn backing(values: &OptionValues) -> Result<Option<BackingName>> {
             .remedied_by(Remedy::SetOption("backing_fmt=FORMAT".into()))),
         (Some(name), Some(_)) if name.is_empty() || name.len() > MAX_BACKING_NAME as usize => {
             Err(Error::usage(format!(
-                "the backing file's name has {} bytes, not 1..{MAX_BACKING_NAME}",
+                "the backing file's name must have 1 to {MAX_BACKING_NAME} bytes, not {}",
                 name.len()
             )))
         }

@@ -8,15 +8,15 @@ use crate::layout::bat::{BatShape, ENTRY_LEN, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
 use crate::layout::region::Region;
 use crate::layout::{HEADER_SECTION_LEN, MAX_VIRTUAL_SIZE, MIB};
 
-/// Default logical sector size, bytes: the one that every guest can boot from.
+/// Default logical sector size in bytes: the one that every guest can boot from.
 pub(crate) const DEFAULT_LOGICAL_SECTOR_SIZE: u64 = 512;
-/// Default physical sector size, bytes: Hyper-V's. Payload blocks are aligned for it.
+/// Default physical sector size in bytes: Hyper-V's. Payload blocks are aligned to it.
 const DEFAULT_PHYSICAL_SECTOR_SIZE: u64 = 4096;
-/// Default length of the log, bytes: that of Hyper-V and QEMU.
+/// Default length of the log in bytes: that of Hyper-V and QEMU.
 const DEFAULT_LOG_SIZE: u64 = MIB;
-/// Longest log, bytes. QEMU's limit; the header's field has 32 bits (section 2.2.2).
+/// Maximum length of the log in bytes. QEMU's limit; the header's field has 32 bits (section 2.2.2).
 const MAX_LOG_SIZE: u64 = (4 << 30) - MIB;
-/// Length of the metadata region, bytes: table and items take less than 66 KiB, and regions are multiples
+/// Length of the metadata region in bytes: table and items take less than 66 KiB, and regions are multiples
 /// of 1 MiB.
 const METADATA_LEN: u64 = MIB;
 
@@ -77,21 +77,21 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
 pub(crate) struct VhdxOptions {
     /// True if every block is allocated from the start.
     pub(crate) fixed: bool,
-    /// Bytes of a payload block; `None` if the disk's size decides.
+    /// Size of a payload block in bytes; `None` if it depends on the disk's size.
     block_size: Option<u64>,
-    /// Bytes of a sector as the guest sees it.
+    /// Logical sector size in bytes, which the guest sees.
     pub(crate) logical_sector_size: u64,
-    /// Bytes of a sector of the device.
+    /// Physical sector size in bytes.
     pub(crate) physical_sector_size: u64,
-    /// Bytes, a multiple of 1 MiB.
+    /// Length of the log in bytes, a multiple of 1 MiB.
     log_size: u64,
-    /// SCSI page 83 identifier; `None` if it derives from the content.
+    /// SCSI page 83 identifier; `None` if it is derived from content and options.
     pub(crate) disk_id: Option<Uuid>,
-    /// Identity of the guest's content; `None` if it derives from the content.
+    /// Identity of the guest's content; `None` if it is derived from content and options.
     pub(crate) data_write_guid: Option<Uuid>,
-    /// Identity of this state of the file; `None` if it derives from the content.
+    /// Identity of this state of the file; `None` if it is derived from content and options.
     pub(crate) file_write_guid: Option<Uuid>,
-    /// Shortest run of zeros that becomes a hole, bytes: a power of two, at least 4 KiB. `None` if all
+    /// Shortest run of zeros that becomes a hole, in bytes: a power of two, at least 4 KiB. `None` if all
     /// zeros are stored like data.
     pub(crate) zero_unit: Option<u64>,
 }
@@ -107,7 +107,7 @@ impl VhdxOptions {
         let size = |name: &str, default: u64| values.size(name).unwrap_or(default);
         Ok(Self {
             fixed: values.text("subformat") == Some("fixed"),
-            // As QEMU: 0 is the default.
+            // As in QEMU, 0 selects the default.
             block_size: values.size("block_size").filter(|size| *size > 0),
             logical_sector_size: size("logical_sector_size", DEFAULT_LOGICAL_SECTOR_SIZE),
             physical_sector_size: size("physical_sector_size", DEFAULT_PHYSICAL_SECTOR_SIZE),
@@ -165,7 +165,7 @@ impl FileLayout {
     }
 }
 
-/// Makes a region. The options bound its length below 4 GiB; the longest BAT has 513 MiB.
+/// Makes a region. The options limit the log to less than 4 GiB; the longest BAT has 513 MiB.
 fn region(file_offset: u64, length: u64) -> Region {
     Region { file_offset, length: u32::try_from(length).unwrap_or(u32::MAX) }
 }

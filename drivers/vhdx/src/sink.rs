@@ -1,9 +1,9 @@
 //! Writing dynamic and fixed images.
 //!
-//! In a dynamic file, a payload block is allocated at the end of the file when its first data arrives:
-//! whole, but as a hole around the data. Blocks without data are not present. In a fixed file every block
-//! has its place from the start. The bytes of a file depend on content and options alone, because its
-//! GUIDs derive from them.
+//! In a dynamic file, a payload block is allocated at the end of the file when its first data arrives. The
+//! file grows by the whole block, but only the data is written; the rest of the block is a hole. Blocks
+//! without data are not present. In a fixed file, every block has its place from the start. The bytes of a
+//! file depend only on content and options, because its GUIDs are derived from them.
 
 use std::sync::Mutex;
 
@@ -27,7 +27,7 @@ mod fingerprint;
 use bat_writer::BatWriter;
 use fingerprint::Fingerprint;
 
-/// Bytes per piece. Our choice: the read buffer and the page cache's copy fit a core's cache.
+/// Bytes per piece. Our choice: the read buffer and the page cache's copy fit into a core's cache.
 const PIECE_LEN: u64 = 256 << 10;
 
 /// Creator string of the file type identifier (section 2.2.1).
@@ -36,7 +36,7 @@ const CREATOR: &str = concat!("imgtool ", env!("CARGO_PKG_VERSION"));
 /// An image being written.
 pub(crate) struct VhdxSink {
     outputs: [Output; 1],
-    /// Guest bytes, before rounding up to whole sectors.
+    /// Size of the device in bytes, before it is rounded up to whole sectors.
     device_size: u64,
     options: VhdxOptions,
     layout: FileLayout,
@@ -80,7 +80,7 @@ impl Consumer for VhdxSink {
                 let runs = piece.runs.clone();
                 (piece, runs)
             }
-            // `CreateOptions::zero_unit` bounds it to 2 MiB.
+            // `CreateOptions::zero_unit` limits the unit to 2 MiB.
             Some(unit) if unit as usize > ZERO_GRANULARITY => {
                 let runs = piece.dense_runs(ZERO_GRANULARITY, unit as usize);
                 (piece, runs)
@@ -89,7 +89,7 @@ impl Consumer for VhdxSink {
         };
         let mut parts = Vec::new();
         for run in stored {
-            // Neighbouring blocks may be far apart in the file: a part stays within one block.
+            // Neighbouring blocks may be far apart in the file, so a part stays within one block.
             let mut at = run.start;
             while at < run.end {
                 let guest = start + at as u64;
@@ -175,7 +175,7 @@ impl ImageSink for VhdxSink {
     }
 }
 
-/// Adds parts of zeros in the gaps between `parts`, from guest offset `start` to `end`.
+/// Fills the gaps around `parts`, from guest offset `start` to `end`, with parts of zeros.
 fn fill_gaps(parts: Vec<Part>, start: u64, end: u64) -> Vec<Part> {
     let zeros = |guest: std::ops::Range<u64>| Part { bytes: Bytes::Zero(guest.end - guest.start), guest };
     let mut filled = Vec::new();
@@ -194,7 +194,7 @@ fn fill_gaps(parts: Vec<Part>, start: u64, end: u64) -> Vec<Part> {
 }
 
 impl VhdxSink {
-    /// A file on `output` with this layout, for a device of `device_size` bytes.
+    /// Creates a sink that writes a device of `device_size` bytes to `output`, with this layout.
     pub(crate) fn new(output: Output, device_size: u64, options: VhdxOptions, layout: FileLayout) -> Self {
         let bat = BatWriter::new(output.clone(), layout.bat);
         Self {
@@ -212,7 +212,8 @@ impl VhdxSink {
         output
     }
 
-    /// File offset of a payload block, which is allocated at the end of the file if it is not present.
+    /// Returns the file offset of a payload block. Allocates the block at the end of the file if it is not
+    /// present.
     fn allocate_block(&self, allocation: &mut Allocation, payload_block: u64) -> Result<u64> {
         let bat_index = self.layout.shape.payload_bat_index(payload_block);
         let entry = allocation.bat.get(bat_index)?;
@@ -223,7 +224,7 @@ impl VhdxSink {
         allocation.blocks += 1;
         allocation.bat.set(bat_index, BatEntry::fully_present(block_at))?;
         if self.output().needs_zeros() {
-            // Now, before any data of the block: other threads may write to it as soon as it has an offset.
+            // Zero the block now: other threads may write data to it as soon as it has an offset.
             self.output().write_zeros_at(block_at, self.layout.shape.block_size)?;
         }
         Ok(block_at)
@@ -291,7 +292,8 @@ impl VhdxSink {
         )
     }
 
-    /// Writes region tables, headers, and last the identifier, without which no program accepts the file.
+    /// Writes the region tables, the headers and, last, the file type identifier, without which no program
+    /// accepts the file.
     fn write_header_section(&self) -> Result<()> {
         let FileLayout { log, bat, metadata, .. } = &self.layout;
         if self.output().needs_zeros() {

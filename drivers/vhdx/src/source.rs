@@ -1,4 +1,4 @@
-//! Reading images: facts, content and extents by position.
+//! Reading images: their facts, and content and extents at any guest offset.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -79,7 +79,7 @@ fn describe(image: &Image) -> ImageInfo {
     info
 }
 
-/// Adds a note for each damage or interruption that the image survived.
+/// Adds a note for each damaged header or region table, and one if the log was replayed.
 fn add_notes(image: &Image, notes: &mut Vec<String>) {
     for (ordinal, header) in ["first", "second"].iter().zip(&image.headers) {
         if let Err(why) = header {
@@ -93,7 +93,7 @@ fn add_notes(image: &Image, notes: &mut Vec<String>) {
     }
     if image.replay_stats.is_some() {
         notes.push(
-            "the image was not closed properly; its log is replayed in memory, the file is unchanged"
+            "the image was not closed properly; its log is replayed in memory, and the file is unchanged"
                 .to_owned(),
         );
     }

@@ -95,10 +95,11 @@ impl ExtentList {
     }
 }
 
-/// Checks an answer about `range`: it starts there, is contiguous, and does not leave the range.
+/// Checks an answer about `range`: it must start where the range starts, be contiguous and not empty, and
+/// stay within the range.
 ///
 /// # Errors
-/// [`crate::ErrorKind::Malformed`]: a fault of the driver.
+/// [`crate::ErrorKind::Malformed`] if the driver broke one of these rules.
 pub fn check_answer(answer: Vec<Extent>, range: Range<u64>) -> Result<Vec<Extent>> {
     let mut at = range.start;
     for extent in &answer {
@@ -113,21 +114,21 @@ pub fn check_answer(answer: Vec<Extent>, range: Range<u64>) -> Result<Vec<Extent
     Ok(answer)
 }
 
-/// An extent with the image of the chain that determines its content, and its place in that image's file.
-/// The fields have the meanings of those of `qemu-img map`.
+/// An extent, the image of the chain that determines its content, and its place in that image's file.
+/// The fields have the same meanings as in the output of `qemu-img map`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MapExtent {
     /// First guest byte.
     pub start: u64,
     /// Length in bytes, never 0.
     pub len: u64,
-    /// Depth of that image: 0 is the open image, 1 its backing image, and so on.
+    /// Depth of the image that determines the content: 0 is the open image, 1 its backing image, and so on.
     pub depth: u32,
-    /// True if that image has an entry for the extent, which hides its backing image.
+    /// True if that image has an entry for the extent; the entry hides the content of the backing image.
     pub present: bool,
     /// True if the bytes are known to read as zeros.
     pub zero: bool,
-    /// True if a file stores the bytes. They may still be a hole of the file; then `zero` is true, too.
+    /// True if a file stores the bytes. They may still be a hole in the file; `zero` is then true as well.
     pub data: bool,
     /// True if the bytes are compressed.
     pub compressed: bool,
@@ -145,7 +146,7 @@ pub struct MapPlace {
 }
 
 impl MapExtent {
-    /// Converts an extent of a single image whose place in the file is unknown.
+    /// Converts an extent of a single image. The extent's place in the file is unknown.
     pub fn of(extent: Extent) -> Self {
         Self {
             start: extent.start,
@@ -164,8 +165,8 @@ impl MapExtent {
         self.start + self.len
     }
 
-    /// Appends `next` if it follows in the guest and in the same file and has the same status. Returns true
-    /// if it was appended.
+    /// Appends `next` if it follows this extent, both in the guest and in the same file, and has the same
+    /// status. Returns true if it was appended.
     pub fn join(&mut self, next: &Self) -> bool {
         let follows = match (&self.place, &next.place) {
             (Some(a), Some(b)) => {

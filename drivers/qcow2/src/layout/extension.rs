@@ -1,11 +1,11 @@
-//! Header extensions: names of files and features, and references to bitmaps and encryption header.
+//! Header extensions: names of files and features, and references to the bitmaps and the encryption header.
 
 use imgtool_core::{Error, Result};
 
 use super::MAX_EXTENSION_TEXT;
 use super::table::{be32, be64};
 
-/// Type of the extension that ends the list. Specification, "Header extensions", as the other types.
+/// Type of the extension that ends the list. Specification, "Header extensions", like the types below.
 const END: u32 = 0;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 const FEATURE_NAMES: u32 = 0x6803_f857;
@@ -13,7 +13,7 @@ const BITMAPS: u32 = 0x2385_2875;
 const CRYPTO_HEADER: u32 = 0x0537_be77;
 const DATA_FILE: u32 = 0x4441_5441;
 
-/// Bytes of an entry of the feature name table. Specification, "Feature name table".
+/// Size in bytes of an entry of the feature name table. Specification, "Feature name table".
 const FEATURE_ENTRY: usize = 48;
 
 /// Header extensions of an image.
@@ -27,7 +27,7 @@ pub struct Extensions {
     pub feature_names: Vec<FeatureName>,
     /// Bitmaps extension.
     pub bitmaps: Option<BitmapsExtension>,
-    /// Host offset and bytes of the encryption header.
+    /// Host offset and length in bytes of the encryption header.
     pub crypto_header: Option<(u64, u64)>,
 }
 
@@ -38,14 +38,14 @@ pub enum FeatureKind {
     Incompatible,
     /// Features that a reader may ignore.
     Compatible,
-    /// Features that a reader may ignore, and that a writer that does not know them clears.
+    /// Features that a reader may ignore. A writer that does not know them clears their bits.
     Autoclear,
 }
 
 /// Entry of the feature name table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FeatureName {
-    /// Field of the bit.
+    /// Field that contains the bit.
     pub kind: FeatureKind,
     /// Bit number, 0 to 63 if the image is sound.
     pub bit: u8,
@@ -53,12 +53,12 @@ pub struct FeatureName {
     pub name: String,
 }
 
-/// Bitmaps extension: the place of the bitmap directory.
+/// Bitmaps extension: the location of the bitmap directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BitmapsExtension {
     /// Number of bitmaps.
     pub count: u32,
-    /// Bytes of the directory.
+    /// Length of the directory in bytes.
     pub directory_len: u64,
     /// Host offset of the directory.
     pub directory_offset: u64,
@@ -79,7 +79,7 @@ impl Extensions {
             let data = usize::try_from(len).ok().and_then(|len| area.get(start..start.checked_add(len)?));
             let Some(data) = data else {
                 return Err(Error::malformed(format!(
-                    "header extension {kind:#010x} has {len} bytes where {} are left",
+                    "header extension {kind:#010x} has {len} bytes, but only {} are left",
                     area.len() - start
                 ))
                 .at(host_offset));
@@ -131,8 +131,8 @@ impl Extensions {
             .map(|known| known.name.as_str())
     }
 
-    /// Encodes the extensions, with the one that ends the list. Leaves out feature names, which only
-    /// serve messages, if the result would be longer than `max_len` bytes.
+    /// Encodes the extensions, including the one that ends the list. Leaves out the feature names, which are
+    /// used only in messages, if the result would otherwise be longer than `max_len` bytes.
     pub fn encode(&self, max_len: usize) -> Vec<u8> {
         let mut bytes = self.encode_all();
         if bytes.len() > max_len && !self.feature_names.is_empty() {
@@ -182,7 +182,7 @@ fn push(bytes: &mut Vec<u8>, kind: u32, data: &[u8]) {
 fn name(data: &[u8], host_offset: u64) -> Result<String> {
     if data.len() > MAX_EXTENSION_TEXT {
         return Err(Error::limit(format!(
-            "a name in a header extension has {} bytes, above {MAX_EXTENSION_TEXT}",
+            "a name in a header extension has {} bytes; the limit is {MAX_EXTENSION_TEXT}",
             data.len()
         ))
         .at(host_offset));

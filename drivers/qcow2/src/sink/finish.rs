@@ -1,4 +1,4 @@
-//! End of a new image: tables, refcounts, and the header last.
+//! Finishing a new image: writing the tables, the refcounts and, last, the header.
 
 use imgtool_core::sync::lock;
 use imgtool_core::{Error, OutputId, Result};
@@ -15,7 +15,7 @@ use crate::layout::header::{
 };
 use crate::layout::table::{encode_table, write_table};
 
-/// Bytes of generated tables in one write. Our choice.
+/// Generated tables are written once this many bytes have accumulated. Our choice.
 const WRITE_LEN: usize = 1 << 20;
 
 impl Qcow2Sink {
@@ -112,18 +112,18 @@ impl Qcow2Sink {
         bytes.extend_from_slice(&extensions);
         bytes.extend_from_slice(name.as_bytes());
         if self.output().needs_zeros() {
-            // At most 2 MiB.
+            // A cluster has at most 2 MiB.
             bytes.resize(self.options.shape.cluster_size() as usize, 0);
         }
         Ok(bytes)
     }
 
-    /// Returns the bytes of the header in the version of the image.
+    /// Returns the length in bytes of the header in the image's version of the format.
     fn header_len(&self) -> u32 {
         if self.options.version >= 3 { V3_HEADER_LEN } else { V2_HEADER_LEN }
     }
 
-    /// Returns the name of the backing file, empty without one.
+    /// Returns the name of the backing file, or an empty string if there is none.
     fn backing_name(&self) -> &str {
         self.options.backing.as_ref().map_or("", |backing| backing.name.as_str())
     }
@@ -137,7 +137,7 @@ impl Qcow2Sink {
             feature_names: if options.version >= 3 { known_feature_names() } else { Vec::new() },
             ..Extensions::default()
         };
-        // At most 2 MiB.
+        // A cluster has at most 2 MiB.
         let cluster_size = options.shape.cluster_size() as usize;
         let max_len = cluster_size.saturating_sub(taken);
         let extensions = extensions.encode(max_len);
@@ -150,19 +150,20 @@ impl Qcow2Sink {
         Ok(extensions)
     }
 
-    /// Fills the fields of the header. `name_offset` is the place of the backing file's name, 0 without one.
+    /// Fills the fields of the header. `name_offset` is the host offset of the backing file's name, or 0 if
+    /// there is none.
     fn raw_header(&self, places: &Places, name_offset: u64) -> RawHeader {
         let options = &self.options;
         RawHeader {
             magic: MAGIC,
             version: options.version.into(),
             backing_file_offset: name_offset.into(),
-            // At most 1023.
+            // The name has at most 1023 bytes.
             backing_file_size: (self.backing_name().len() as u32).into(),
             cluster_bits: options.shape.cluster_bits.into(),
             size: places.virtual_size.into(),
             crypt_method: 0.into(),
-            // Both within QEMU's limits, which are far below 2^32.
+            // This and `refcount_table_clusters` are within QEMU's limits, which are far below 2^32.
             l1_size: (places.l1_entries as u32).into(),
             l1_table_offset: places.l1_offset.into(),
             refcount_table_offset: places.refcount_table.offset.into(),
@@ -188,7 +189,7 @@ impl Qcow2Sink {
     }
 }
 
-/// Size of the disk and places of its tables, for the header.
+/// Size of the disk and location of its tables, for the header.
 struct Places {
     virtual_size: u64,
     l1_offset: u64,

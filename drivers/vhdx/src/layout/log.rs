@@ -6,15 +6,15 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::guid;
 
-/// Bytes of a log sector, and of the file's page that a data sector restores (section 2.3.1).
+/// Size in bytes of a log sector, and of the page of the file that a data sector restores (section 2.3.1).
 pub(crate) const LOG_SECTOR: u64 = 4096;
 /// A page of the file, as restored from a data sector.
 pub(crate) type LogPage = [u8; LOG_SECTOR as usize];
-/// Bytes of an entry's header (section 2.3.1.1).
+/// Length in bytes of an entry's header (section 2.3.1.1).
 pub(crate) const ENTRY_HEADER_LEN: u64 = 64;
-/// Bytes of a descriptor (sections 2.3.1.2, 2.3.1.3).
+/// Length in bytes of a descriptor (sections 2.3.1.2, 2.3.1.3).
 pub(crate) const DESCRIPTOR_LEN: u64 = 32;
-/// Byte of an entry at which its checksum starts.
+/// Offset of the checksum in an entry, in bytes.
 pub(crate) const ENTRY_CHECKSUM_AT: u64 = 4;
 /// Signature of an entry.
 pub(crate) const ENTRY_SIGNATURE: &[u8; 4] = b"loge";
@@ -44,9 +44,9 @@ struct RawEntryHeader {
     reserved: U32,
     /// 32: equal to the header's, unless the entry is stale
     log_guid: [u8; 16],
-    /// 48: length that the file had, flushed to disk, when the entry was written
+    /// 48: length of the file, already flushed to disk, when the entry was written
     flushed_file_offset: U64,
-    /// 56: least length of the file after replay
+    /// 56: minimum length of the file after replay
     last_file_offset: U64,
 }
 const _: () = assert!(size_of::<RawEntryHeader>() as u64 == ENTRY_HEADER_LEN);
@@ -58,17 +58,17 @@ pub(crate) struct EntryHeader {
     pub(crate) checksum: u32,
     /// Length of the entry in bytes.
     pub(crate) entry_length: u32,
-    /// Start of the sequence that this entry ends, bytes from the start of the log.
+    /// Start of the sequence that this entry ends, in bytes from the start of the log.
     pub(crate) tail: u32,
-    /// One more than that of the entry before.
+    /// Sequence number, one more than that of the preceding entry.
     pub(crate) sequence_number: u64,
     /// Number of descriptors.
     pub(crate) descriptor_count: u32,
     /// Identity of the log that the entry belongs to.
     pub(crate) log_guid: Uuid,
-    /// Length that the file had when the entry was written, bytes.
+    /// Length of the file in bytes when the entry was written.
     pub(crate) flushed_file_offset: u64,
-    /// Least length of the file after replay, bytes.
+    /// Minimum length of the file after replay, in bytes.
     pub(crate) last_file_offset: u64,
 }
 
@@ -88,7 +88,7 @@ impl EntryHeader {
         })
     }
 
-    /// Number of sectors of header and descriptors; the data sectors follow them.
+    /// Returns the number of sectors that header and descriptors occupy; the data sectors follow them.
     pub(crate) fn descriptor_sectors(&self) -> u64 {
         (ENTRY_HEADER_LEN + u64::from(self.descriptor_count) * DESCRIPTOR_LEN).div_ceil(LOG_SECTOR)
     }
@@ -118,7 +118,7 @@ const _: () = assert!(size_of::<RawDescriptor>() as u64 == DESCRIPTOR_LEN);
 pub(crate) enum Descriptor {
     /// Zeroes `len` bytes of the file.
     Zero { file_offset: u64, len: u64 },
-    /// Overwrites a page of the file: first and last bytes are here, the rest is in the next data sector.
+    /// Overwrites a page of the file: its first and last bytes are here; the rest is in the next data sector.
     Data { file_offset: u64, leading: [u8; 8], trailing: [u8; 4] },
 }
 
@@ -150,8 +150,8 @@ impl Descriptor {
 }
 
 /// Restores a page from its data descriptor and data sector (section 2.3.1.4); `None` if the sector is not
-/// valid. In the sector, the entry's signature and sequence number take the place of the page's first 8
-/// and last 4 bytes, which the descriptor holds.
+/// valid. In the sector, the sector's signature and the entry's sequence number take the place of the page's
+/// first 8 and last 4 bytes, which the descriptor holds.
 pub(crate) fn restore_page(
     sector: &[u8],
     sequence_number: u64,

@@ -1,4 +1,4 @@
-//! Look-up of guest ranges: the BAT and the sector bitmaps tell the origin of every byte.
+//! Lookup of guest ranges: the BAT and the sector bitmaps determine the origin of every byte.
 
 use imgtool_core::{Error, Remedy, Result};
 
@@ -10,7 +10,7 @@ use crate::layout::bat::{
 /// A run of guest bytes with one origin. The caller knows its guest offset.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Segment {
-    /// Guest bytes, not 0.
+    /// Length in bytes, never 0.
     pub(super) len: u64,
     /// Origin of the run.
     pub(super) origin: Origin,
@@ -19,7 +19,7 @@ pub(super) struct Segment {
 /// Origin of guest bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Origin {
-    /// This offset in the file, bytes.
+    /// The file, at this offset in bytes.
     File(u64),
     /// Explicit zeros.
     Zero,
@@ -33,14 +33,15 @@ impl Image {
     /// Looks up the segment at `guest_offset`, at most `max_len` bytes of it.
     ///
     /// # Errors
-    /// With the guest range of the payload block if its entry or sector bitmap is not valid.
+    /// If the BAT entry or the sector bitmap of the payload block is not valid. The error contains the
+    /// block's guest range.
     pub(super) fn segment(&self, guest_offset: u64, max_len: u64) -> Result<Segment> {
         let shape = &self.shape;
         let payload_block = guest_offset / shape.block_size;
         let entry_at = self.regions.bat.file_offset + shape.payload_bat_index(payload_block) * ENTRY_LEN;
         let page = self.file.table_page(entry_at)?;
         if page.is_zero() {
-            // No block is present as far as this page of the BAT reaches.
+            // No block whose entry is in this page of the BAT is present.
             let next = (page.end() - self.regions.bat.file_offset) / ENTRY_LEN;
             let end = shape.payload_block_from(next).saturating_mul(shape.block_size);
             let len = end.saturating_sub(guest_offset).min(max_len);
@@ -88,7 +89,7 @@ impl Image {
     }
 
     /// Checks a present block and returns its file offset. The block must not overlap the file's structures,
-    /// and the file must hold the bytes that the guest uses: it may end within the disk's last block.
+    /// and the file must hold the bytes that the guest uses; the file may end within the disk's last block.
     fn check_block(&self, payload_block: u64, entry: BatEntry) -> Result<u64> {
         let file_offset = entry.file_offset();
         let guest_start = payload_block * self.shape.block_size;
@@ -116,7 +117,7 @@ impl Image {
         Ok(file_offset)
     }
 
-    /// Looks up the run of sectors that have the same bit in the sector bitmap.
+    /// Looks up the run of sectors that starts at `guest_offset` and has the same bit in the sector bitmap.
     fn partial_segment(
         &self,
         payload_block: u64,
@@ -127,7 +128,7 @@ impl Image {
         let bitmap_at = self.check_sector_bitmap(payload_block)?;
         let sector_size = self.shape.logical_sector_size;
         let end = guest_offset + max_len;
-        // Neighbouring sectors have their bits in the same page.
+        // Keep the page: the bits of neighbouring sectors are usually in the same one.
         let mut page = self.file.table_page(bitmap_at)?;
         let mut is_here = |sector: u64| -> Result<bool> {
             let bit = sector % SECTORS_PER_BITMAP;
@@ -172,7 +173,7 @@ impl Image {
         Ok(bitmap_at)
     }
 
-    /// Adds a block's guest range, and the file offset of its BAT entry, to an error.
+    /// Adds a block's guest range and the file offset of its BAT entry to an error.
     fn block_error(&self, payload_block: u64, error: Error) -> Error {
         let start = payload_block * self.shape.block_size;
         let end = start.saturating_add(self.shape.block_size).min(self.metadata.virtual_size);
