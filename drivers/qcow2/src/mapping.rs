@@ -18,15 +18,15 @@ const L2_CACHE_BYTES: u64 = 8 << 20;
 /// Bytes of L2 tables cached for a backing image, divided by one more than its depth. Our limit.
 const BACKING_L2_CACHE_BYTES: u64 = 4 << 20;
 
-/// Bytes of a slice, the unit in which L2 tables of backing images are read and cached. Our limit: with
-/// clusters of 2 MiB, whole tables of a long chain exceed the cache.
+/// Size in bytes of a slice, the unit in which L2 tables of backing images are read and cached. Our limit:
+/// with clusters of 2 MiB, whole tables of a long chain exceed the cache.
 const BACKING_L2_SLICE: u64 = 32 << 10;
 
 /// Maximum bytes of a backing image's L1 table in memory, divided by the depth. Our limit: enough for
 /// 64 TiB with clusters of 64 KiB at depth 1.
 const BACKING_L1_BYTES: u64 = 1 << 20;
 
-/// Bytes of a page, the unit in which larger L1 tables are read and cached.
+/// Size in bytes of a page, the unit in which larger L1 tables are read and cached.
 const L1_PAGE: u64 = 4096;
 
 /// Bytes of L1 pages cached for a backing image. Our limit.

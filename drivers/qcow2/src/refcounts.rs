@@ -9,7 +9,7 @@ use crate::layout::entry::{RefcountTableEntry, refcount};
 use crate::layout::header::Header;
 use crate::layout::table::{decode_table, read_zero_filled};
 
-/// Bytes of a page, the unit in which refcount blocks are read. Our limit: small, as the tables of a
+/// Size in bytes of a page, the unit in which refcount blocks are read. Our limit: small, as the tables of a
 /// crafted image jump about.
 const PAGE: u64 = 4096;
 

@@ -24,12 +24,12 @@ pub use image::Qcow2Sink;
 use crate::options::{Preallocation, SIZE_MULTIPLE, ZERO_GRANULARITY};
 use image::{Placement, round_up_size};
 
-/// Bytes of a piece without compression. Measured: pieces that fit into the cache of one core are written
-/// fastest.
+/// Length in bytes of a piece without compression. Measured: pieces that fit into the cache of one core are
+/// written fastest.
 const PIECE_LEN: u64 = 256 << 10;
 
-/// Bytes of a piece with compression. Our choice: large enough that handing it over between threads costs
-/// nothing.
+/// Length in bytes of a piece with compression. Our choice: large enough that passing it between threads
+/// costs nothing.
 const COMPRESSED_PIECE_LEN: u64 = 1 << 20;
 
 /// Maximum bytes of a piece of zeros that are marked cluster by cluster. Our limit.

@@ -10,8 +10,8 @@ use imgtool_core::{
 
 use crate::options::{Preallocation, WriteOptions};
 
-/// Bytes per piece. Our choice: the read buffer and the page cache's copy fit a core's cache. From page
-/// cache to tmpfs, 128 KiB to 2 MiB differ by 4 %, and smaller pieces take less memory.
+/// Length in bytes of a piece. Our choice: the read buffer and the page cache's copy fit into a core's cache.
+/// From page cache to tmpfs, 128 KiB to 2 MiB differ by 4 %, and smaller pieces take less memory.
 const PIECE_LEN: u64 = 256 * 1024;
 
 /// A raw image being written.

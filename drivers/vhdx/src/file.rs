@@ -131,7 +131,7 @@ impl ReplayedFile {
     }
 }
 
-/// Bytes of a table page.
+/// Length in bytes of a table page.
 const TABLE_PAGE_LEN: u64 = 64 << 10;
 /// Maximum number of pages cached for the image on top of a chain. Our limit: 4 MiB, the BAT of 16 TiB in
 /// blocks of 32 MiB, or the active part of any image that is read in order. Images below get less, by depth.

@@ -14,7 +14,7 @@ use uuid::Uuid;
 /// One mebibyte in bytes: the alignment of everything behind the header section (section 2.1).
 pub(crate) const MIB: u64 = 1 << 20;
 
-/// Bytes of the header section: file type identifier, two headers, two region tables (section 2.2).
+/// Length in bytes of the header section: file type identifier, two headers, two region tables (section 2.2).
 pub(crate) const HEADER_SECTION_LEN: u64 = MIB;
 
 /// Largest virtual disk, bytes: 64 TiB (section 2.6.2.2).

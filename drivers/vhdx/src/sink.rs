@@ -27,7 +27,7 @@ mod fingerprint;
 use bat_writer::BatWriter;
 use fingerprint::Fingerprint;
 
-/// Bytes per piece. Our choice: the read buffer and the page cache's copy fit into a core's cache.
+/// Length in bytes of a piece. Our choice: the read buffer and the page cache's copy fit into a core's cache.
 const PIECE_LEN: u64 = 256 << 10;
 
 /// Creator string of the file type identifier (section 2.2.1).

@@ -89,7 +89,7 @@ impl ExtentHeader {
         raw
     }
 
-    /// Bytes of data after the header.
+    /// Length in bytes of the data after the header.
     pub fn data_len(&self) -> u64 {
         u64::from(self.block_count) * SUB_BLOCK
     }

@@ -33,7 +33,7 @@ pub struct ArchiveHeader {
     pub uuid: Uuid,
     /// Creation time, seconds since 1970.
     pub ctime: i64,
-    /// Bytes of the header, which is also the archive offset of the first extent.
+    /// Length in bytes of the header, which is also the archive offset of the first extent.
     pub header_size: u32,
     /// Devices by ascending `dev_id` (1 to 254), which is the [`DeviceId`].
     pub devices: Vec<Device>,

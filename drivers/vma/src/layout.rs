@@ -15,22 +15,22 @@ pub const EXTENT_MAGIC: [u8; 4] = *b"VMAE";
 /// The only version of the format.
 pub const VERSION: u32 = 1;
 
-/// Bytes of a sub-block, the unit that is stored or omitted: 4 KiB. The specification says "block".
+/// Size in bytes of a sub-block, the unit that is stored or omitted: 4 KiB. The specification says "block".
 pub const SUB_BLOCK: u64 = 4096;
 /// Sub-blocks in a cluster: one for each bit of a mask.
 pub const SUB_BLOCKS_PER_CLUSTER: u64 = 16;
-/// Bytes of a cluster, the unit that a slot describes: 64 KiB.
+/// Size in bytes of a cluster, the unit that a slot describes: 64 KiB.
 pub const CLUSTER: u64 = SUB_BLOCK * SUB_BLOCKS_PER_CLUSTER;
 /// Slots in an extent, one per cluster.
 pub const CLUSTERS_PER_EXTENT: usize = 59;
 /// Maximum number of sub-blocks in an extent: 944.
 pub const MAX_BLOCK_COUNT: u64 = CLUSTERS_PER_EXTENT as u64 * SUB_BLOCKS_PER_CLUSTER;
 
-/// Bytes of the fixed part of the archive header; the blobs follow it.
+/// Length in bytes of the fixed part of the archive header; the blobs follow it.
 pub const HEADER_FIXED: usize = 12_288;
-/// Bytes of an extent header.
+/// Length in bytes of an extent header.
 pub const EXTENT_HEADER: usize = 512;
-/// Bytes of the longest extent: header and 944 sub-blocks.
+/// Length in bytes of the longest extent: header and 944 sub-blocks.
 pub const MAX_EXTENT: u64 = EXTENT_HEADER as u64 + MAX_BLOCK_COUNT * SUB_BLOCK;
 
 /// Longest archive header read, bytes. Our limit, because all of it is held in memory: the reference
@@ -40,7 +40,7 @@ pub const MAX_HEADER_READ: u32 = 16 << 20;
 pub const MAX_HEADER_WRITTEN: usize = 524_288;
 /// Maximum number of clusters of a device: cluster numbers have 32 bits (256 TiB).
 pub const MAX_CLUSTERS: u64 = 1 << 32;
-/// Bytes of the largest device.
+/// Size in bytes of the largest device.
 pub const MAX_DEVICE_SIZE: u64 = MAX_CLUSTERS * CLUSTER;
 /// Zero clusters past the end of a device are accepted up to the next multiple of this number, as in the
 /// reference program, whose bitmap of clusters has 64-bit words.
@@ -52,7 +52,7 @@ pub const TABLE_ENTRIES: usize = 256;
 pub const MAX_DEV_ID: u8 = 254;
 /// Name of the device that holds the state of a running guest.
 pub const VMSTATE_NAME: &str = "vmstate";
-/// Bytes of the longest blob: its length has 16 bits.
+/// Length in bytes of the longest blob: its length has 16 bits.
 pub const MAX_BLOB: usize = 65_535;
 
 /// Entry of the device table.

@@ -27,7 +27,7 @@ const CUT: Remedy =
 pub(crate) struct ExtentSpan {
     /// Archive offset of the extent header.
     pub(crate) file_offset: u64,
-    /// Bytes of data after the header.
+    /// Length in bytes of the data after the header.
     pub(crate) data_len: u64,
 }
 

@@ -55,7 +55,7 @@ pub trait Driver: Send + Sync {
     /// Parses the options and returns a writer for images that have them. Opens and creates nothing.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Usage`] for options that exclude each other; [`crate::ErrorKind::Unsupported`]
+    /// [`crate::ErrorKind::Usage`] for options that can't be combined; [`crate::ErrorKind::Unsupported`]
     /// by default, for a driver that only reads.
     fn writer(&self, _options: &CreateOptions) -> Result<Box<dyn ImageWriter>> {
         Err(Error::unsupported(format!("{} images are read, not written", self.name())))

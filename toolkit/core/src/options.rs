@@ -2,7 +2,7 @@
 //! values.
 //!
 //! The declaration drives parsing, help, completion and JSON. The values that a driver receives have the
-//! declared types and bounds; the driver checks only which of them exclude each other.
+//! declared types and bounds; the driver checks only which of them can't be combined.
 
 use std::collections::BTreeMap;
 use std::fmt;

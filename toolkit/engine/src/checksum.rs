@@ -16,7 +16,7 @@ use crate::monitor::{Counter, LaneInfo, Monitor, Phase};
 use crate::open::{self, Opened};
 use crate::pipeline::{self, Job, Route, Target};
 
-/// Bytes of a piece. Our choice: one thread digests a piece while others read.
+/// Length in bytes of a piece. Our choice: one thread digests a piece while others read.
 const PIECE_LEN: u64 = 1 << 20;
 
 /// Maximum length of a piece of zeros, bytes. Our limit: bounds how long cancelling has to wait for one.

@@ -17,7 +17,7 @@ use crate::monitor::{Counter, LaneInfo, Monitor, Phase};
 use crate::open::Opened;
 use crate::pipeline::{self, Job, Route, Target};
 
-/// Bytes of a piece. Our choice: the parts of both images fit into the cache of one core.
+/// Length in bytes of a piece. Our choice: the parts of both images fit into the cache of one core.
 const PIECE_LEN: u64 = 256 * 1024;
 
 /// Maximum length of a piece of zeros, bytes. Our limit: short enough to share among threads, and to cancel

@@ -42,7 +42,7 @@ fn window_per_thread(largest_piece: u64) -> u64 {
 /// Bytes in flight per worker up to which there may be more than three pieces. Our limit.
 const WINDOW_BYTES: u64 = 2 << 20;
 
-/// Bytes of memory for the buffers of pieces in flight. Our limit: half of the memory budget of a conversion.
+/// Memory in bytes for the buffers of pieces in flight. Our limit: half of the memory budget of a conversion.
 /// If large pieces would exceed it, fewer workers run.
 const BUFFER_BUDGET: u64 = 128 << 20;
 

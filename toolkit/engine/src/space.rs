@@ -20,7 +20,7 @@ use imgtool_storage::os;
 use crate::layout::{Destination, Layout, PlannedOutput};
 use crate::sources::{OpenSource, SelectedDisk};
 
-/// Bytes of a sample: the smallest run that an output stores.
+/// Size in bytes of a sample: the smallest run that an output stores.
 const SAMPLE: u64 = 4096;
 
 /// Maximum number of samples of an output. Our limit: a hard disk reads them in a few seconds. All data of

@@ -80,7 +80,7 @@ impl Image {
     }
 }
 
-/// Bytes of a 64 KiB cluster and of a 4 KiB block: the units that most formats cut images into.
+/// Size in bytes of a 64 KiB cluster and of a 4 KiB block: the units that most formats cut images into.
 const CLUSTER: u64 = 65_536;
 const BLOCK: u64 = 4096;
 

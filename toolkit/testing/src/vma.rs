@@ -12,8 +12,8 @@ pub use bytes::{
     ArchiveBuilder, CTIME, Extent, Slot, UUID, block_content, extent, guest_content, hole, slot,
 };
 
-/// Bytes of a sub-block.
+/// Size in bytes of a sub-block.
 const BLOCK: usize = 4096;
 
-/// Bytes of a cluster.
+/// Size in bytes of a cluster.
 const CLUSTER: usize = 65_536;

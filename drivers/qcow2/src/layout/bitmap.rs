@@ -7,7 +7,7 @@ use super::header::{AUTOCLEAR_BITMAPS, Header};
 use super::table::{be16, be32, be64, check_table};
 use super::{LISTED_ENTRY_BYTES, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MAX_LISTED_BYTES};
 
-/// Bytes of an entry before its extra data. Specification, "Bitmap directory".
+/// Length in bytes of an entry before its extra data. Specification, "Bitmap directory".
 const FIXED_LEN: usize = 24;
 /// Flag of a bitmap that was not saved correctly. Specification, "Bitmap directory", "flags".
 const FLAG_IN_USE: u32 = 1;

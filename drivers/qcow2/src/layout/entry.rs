@@ -27,7 +27,7 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Bytes of a cluster.
+    /// Size in bytes of a cluster.
     pub fn cluster_size(self) -> u64 {
         1 << self.cluster_bits
     }
@@ -52,7 +52,7 @@ impl Shape {
         self.cluster_bits + self.l2_bits()
     }
 
-    /// Bytes of a subcluster, or of the cluster without extended L2 entries.
+    /// Size in bytes of a subcluster, or of the cluster without extended L2 entries.
     pub fn subcluster_size(self) -> u64 {
         if self.extended_l2 { self.cluster_size() / SUBCLUSTERS } else { self.cluster_size() }
     }

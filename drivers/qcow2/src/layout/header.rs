@@ -15,11 +15,11 @@ use super::{
 /// Magic number at the start of an image. Specification, "Header".
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 
-/// Bytes of a version 2 header. Specification, "Header".
+/// Length in bytes of a version 2 header. Specification, "Header".
 pub const V2_HEADER_LEN: u32 = 72;
 /// Minimum bytes of a version 3 header. Specification, "header_length".
 const V3_MIN_HEADER_LEN: u32 = 104;
-/// Bytes of the header that the driver knows, and writes for version 3.
+/// Length in bytes of the header that the driver knows, and writes for version 3.
 pub const V3_HEADER_LEN: u32 = 112;
 
 /// Incompatible feature: the image was not closed. Specification, "incompatible_features", as the next
@@ -128,7 +128,7 @@ pub struct Header {
     pub version: u32,
     /// Cluster size and entry format.
     pub shape: Shape,
-    /// Bytes of the disk that the guest sees.
+    /// Size in bytes of the disk that the guest sees.
     pub virtual_size: u64,
     /// Encryption of guest data.
     pub encryption: Encryption,

@@ -7,7 +7,7 @@ use super::header::Header;
 use super::table::{be16, be32, be64, check_table, read_zero_filled};
 use super::{LISTED_ENTRY_BYTES, MAX_L1_BYTES, MAX_LISTED_BYTES, MAX_SNAPSHOT_TABLE_BYTES};
 
-/// Bytes of an entry before its extra data. Specification, "Snapshots".
+/// Length in bytes of an entry before its extra data. Specification, "Snapshots".
 const FIXED_LEN: usize = 40;
 
 /// Maximum bytes of extra data. QEMU's limit.

@@ -125,7 +125,7 @@ impl Qcow2Sink {
         &self.outputs[self.data_id.index()]
     }
 
-    /// Bytes of a cluster.
+    /// Size in bytes of a cluster.
     pub(super) fn cluster_size(&self) -> u64 {
         self.options.shape.cluster_size()
     }

@@ -11,9 +11,9 @@ use super::MIB;
 
 /// Logical sectors described by one sector-bitmap block: 1 MiB of bits (section 2.4).
 pub(crate) const SECTORS_PER_BITMAP: u64 = 1 << 23;
-/// Bytes of a sector-bitmap block (section 2.4).
+/// Size in bytes of a sector-bitmap block (section 2.4).
 pub(crate) const SECTOR_BITMAP_LEN: u64 = MIB;
-/// Bytes of a BAT entry (section 2.5.1).
+/// Length in bytes of a BAT entry (section 2.5.1).
 pub(crate) const ENTRY_LEN: u64 = 8;
 /// Smallest payload block, bytes; sizes are powers of two (section 2.6.2.1).
 pub(crate) const MIN_BLOCK_SIZE: u64 = MIB;
@@ -97,9 +97,9 @@ impl BatEntry {
 /// Dimensions of a disk's BAT, from which the index of every entry follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct BatShape {
-    /// Bytes of a payload block.
+    /// Size in bytes of a payload block.
     pub(crate) block_size: u64,
-    /// Bytes of a logical sector.
+    /// Size in bytes of a logical sector.
     pub(crate) logical_sector_size: u64,
     /// Payload blocks per sector-bitmap block (section 2.5).
     pub(crate) chunk_ratio: u64,

@@ -11,11 +11,11 @@ use super::{MIB, checksum, guid};
 
 /// Signature of the file type identifier, the first bytes of the file (section 2.2.1).
 pub(crate) const FILE_SIGNATURE: &[u8; 8] = b"vhdxfile";
-/// Bytes of the creator string that follows the signature, UTF-16LE (section 2.2.1).
+/// Length in bytes of the creator string that follows the signature, UTF-16LE (section 2.2.1).
 pub(crate) const CREATOR_LEN: usize = 512;
 /// File offsets of the two headers (section 2.2).
 pub(crate) const HEADER_OFFSETS: [u64; 2] = [64 << 10, 128 << 10];
-/// Bytes of a header, all covered by its checksum (section 2.2.2).
+/// Length in bytes of a header, all covered by its checksum (section 2.2.2).
 pub(crate) const HEADER_LEN: usize = 4096;
 
 const SIGNATURE: &[u8; 4] = b"head";

@@ -7,7 +7,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::bat::{MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
 use super::{MAX_VIRTUAL_SIZE, guid};
 
-/// Bytes of the table at the start of the region; the items follow it (section 2.6.1).
+/// Length in bytes of the table at the start of the region; the items follow it (section 2.6.1).
 pub(crate) const METADATA_TABLE_LEN: usize = 64 << 10;
 /// Maximum number of entries (section 2.6.1.1).
 const MAX_ENTRIES: u16 = 2047;
@@ -36,8 +36,8 @@ const HAS_PARENT: u32 = 2;
 /// Type of the parent locators that have the keys of section 2.6.2.6.3.
 const VHDX_LOCATOR: Uuid = Uuid::from_u128(0xB04A_EFB7_D19E_4A81_B789_25B8_E944_5913);
 
-/// Maximum number of keys of a parent locator. Our limit: the specification has five. The item's length does not
-/// bound them, because texts may overlap.
+/// Maximum number of keys of a parent locator. Our limit: the specification has five. The item's length does
+/// not limit them, because texts may overlap.
 const MAX_LOCATOR_KEYS: u16 = 64;
 
 /// VHDX_METADATA_TABLE_HEADER (section 2.6.1.1).
@@ -216,7 +216,7 @@ fn check_item_range(range: ItemRange, region_length: u32, name: &str) -> Result<
 /// Properties of the disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Metadata {
-    /// Bytes of a payload block.
+    /// Size in bytes of a payload block.
     pub(crate) block_size: u32,
     /// True if the file is fixed: every block keeps its space.
     pub(crate) leave_blocks_allocated: bool,

@@ -8,7 +8,7 @@ use super::{HEADER_SECTION_LEN, MIB, checksum, guid};
 
 /// File offsets of the two copies (section 2.2).
 pub(crate) const REGION_TABLE_OFFSETS: [u64; 2] = [192 << 10, 256 << 10];
-/// Bytes of a copy, all covered by its checksum (section 2.2.3).
+/// Size in bytes of a copy, all covered by its checksum (section 2.2.3).
 pub(crate) const REGION_TABLE_LEN: usize = 64 << 10;
 /// Maximum number of entries (section 2.2.3.1).
 const MAX_ENTRIES: u32 = 2047;

@@ -8,7 +8,7 @@ use imgtool_core::{Cache, Output, Result};
 use crate::layout::bat::{BatEntry, ENTRY_LEN};
 use crate::layout::region::Region;
 
-/// Bytes of a page.
+/// Size in bytes of a page.
 const PAGE_LEN: u64 = 64 << 10;
 /// Maximum number of pages in memory. Our limit: 16 MiB, the whole BAT of 64 TiB in blocks of 32 MiB.
 const MAX_PAGES: usize = 256;

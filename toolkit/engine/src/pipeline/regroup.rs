@@ -15,7 +15,7 @@ use imgtool_core::{
 use super::Routed;
 use super::target::Targets;
 
-/// Bytes of memory for incomplete granules. Our limit: a quarter of the memory budget of a conversion.
+/// Memory in bytes for incomplete granules. Our limit: a quarter of the memory budget of a conversion.
 const MAX_PENDING_BYTES: u64 = 64 << 20;
 
 /// Maximum length of a piece of a stream, bytes. Our limit: bounds the buffers in flight.

@@ -24,7 +24,7 @@ const LEADING_LEN: usize = 512;
 /// Bytes to add to `compress_bound`, which does not include the extra block at the start.
 const FLUSH_MARGIN: usize = 64;
 
-/// Bytes of memory for compressors. Our limit; at levels that need more, fewer compressors run at once.
+/// Memory in bytes for compressors. Our limit; at levels that need more, fewer compressors run at once.
 const CONTEXT_BUDGET: usize = 112 << 20;
 
 /// Outer compression of an output, with its level.

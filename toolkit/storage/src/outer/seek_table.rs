@@ -13,9 +13,9 @@ use imgtool_core::ReadAt;
 const TABLE_MAGIC: u32 = 0x184d_2a5e;
 /// Last four bytes of the file (`Seekable_Magic_Number`).
 const FOOTER_MAGIC: u32 = 0x8f92_eab1;
-/// Bytes of a skippable frame's magic and length.
+/// Size in bytes of a skippable frame's magic and length.
 const FRAME_HEADER_LEN: u64 = 8;
-/// Bytes of the footer: number of frames (4), descriptor (1), magic (4).
+/// Length in bytes of the footer: number of frames (4), descriptor (1), magic (4).
 const FOOTER_LEN: u64 = 9;
 /// Bit 7 of the descriptor (`Checksum_Flag`): entries have checksums.
 const HAS_CHECKSUMS: u8 = 0x80;

@@ -24,8 +24,8 @@ use super::frames::{
 };
 use super::seek_table;
 
-/// Bytes of a piece for sinks that prefer smaller ones (raw): shorter frames compress worse, and each
-/// takes an entry in the seek table.
+/// Length in bytes of a piece for sinks that prefer smaller ones (raw): shorter frames compress worse, and
+/// each takes an entry in the seek table.
 const PIECE_LEN: u64 = 2 << 20;
 
 /// Maximum length of a piece of zeros, bytes. Our limit: 256 frames, about 40 KiB of zstd or 1 MiB of gzip.

@@ -11,7 +11,7 @@ use imgtool_core::{
 
 use super::image::{Content, Image, Order, mix};
 
-/// Bytes of a piece of a stream: a VMA cluster.
+/// Length in bytes of a piece of a stream: a VMA cluster.
 const STREAM_PIECE: u64 = 65_536;
 
 /// Pieces that a shuffled stream mixes with each other: 4 MiB, the distance by which guest writes during
