@@ -1,4 +1,4 @@
-//! Usage errors: clap's findings, in the words and the form of all other errors.
+//! Usage errors: converts clap's errors to the wording and form of all other errors.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -68,7 +68,7 @@ pub fn explain(mistake: &clap::Error, args: &[OsString]) -> Error {
     }
 }
 
-/// An error for a word in the place of a command.
+/// Returns the error for an unknown word where a command is expected.
 fn unknown_command(word: &str, command: &Command, args: &[OsString]) -> Error {
     // A path is not a misspelt command.
     if word.contains(['.', '/']) || Path::new(word).exists() {
@@ -97,7 +97,7 @@ fn command_list(command: &Command) -> String {
     format!("commands: {}", names.join(", "))
 }
 
-/// An error for a surplus argument, an unknown flag or a flag before the command.
+/// Returns the error for a surplus argument, an unknown flag or a flag before the command.
 fn unknown_argument(arg: &str, command: &Command, args: &[OsString]) -> Error {
     if !arg.starts_with('-') {
         return Error::usage(format!("unexpected argument '{arg}'"));
@@ -119,13 +119,13 @@ fn unknown_argument(arg: &str, command: &Command, args: &[OsString]) -> Error {
     }
 }
 
-/// The command that follows misplaced flags.
+/// Returns the command that follows misplaced flags, if there is one.
 fn command_after_flags<'a>(command: &'a Command, args: &[OsString]) -> Option<&'a str> {
     let commands = args.iter().skip(1).filter_map(|arg| command.find_subcommand(arg.to_str()?));
     commands.map(Command::get_name).next()
 }
 
-/// An error for a long flag with a single dash, which the parser reads as short flags (`-to` as `-t o`).
+/// Returns an error if a long flag has a single dash: the parser reads it as short flags (`-to` as `-t o`).
 fn missing_dash(command: &Command, args: &[OsString]) -> Option<Error> {
     let is_long = |name: &str| command.get_arguments().any(|arg| arg.get_long() == Some(name));
     let slip = args.iter().skip(1).filter_map(|arg| arg.to_str()).find(|arg| {
@@ -137,7 +137,7 @@ fn missing_dash(command: &Command, args: &[OsString]) -> Option<Error> {
     )
 }
 
-/// The usage of a command if it fits one line, else `otherwise`.
+/// Returns the usage of a command if it fits on one line, else `otherwise`.
 fn usage(command: &Command, otherwise: &str) -> String {
     let text = command.clone().render_usage().to_string();
     let line = text.strip_prefix("Usage: ").unwrap_or_default().replace(['<', '>'], "");
@@ -152,7 +152,7 @@ fn bare(arg: &str) -> String {
     }
 }
 
-/// The innermost command of a command line and its full name ("imgtool vma extract").
+/// Returns the innermost command of a command line and its full name ("imgtool vma extract").
 fn path(args: &[OsString]) -> (Command, String) {
     let mut command = Cli::command();
     command.build();
@@ -173,7 +173,7 @@ fn path_of(args: &[OsString]) -> String {
     path(args).1
 }
 
-/// A value of clap's error context as text.
+/// Returns a value of clap's error context as text.
 fn plain(value: &ContextValue) -> String {
     match value {
         ContextValue::String(text) => text.clone(),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-/// Usage text, which the `vma` program prints for every usage error.
+/// Usage text that the `vma` program prints for every usage error.
 pub const USAGE: &str = "\
 usage: vma COMMAND ...
   vma list FILE
@@ -16,7 +16,8 @@ usage: vma COMMAND ...
   vma verify FILE [-v]
 ";
 
-/// Arguments of `imgtool vma`. The last of several equal options counts, as with getopt(3).
+/// Arguments of `imgtool vma`. If an option that is not repeatable occurs several times, the last one counts,
+/// as with getopt(3).
 #[derive(Debug, Args)]
 pub struct VmaArgs {
     /// The command to run.

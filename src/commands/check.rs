@@ -1,4 +1,5 @@
-//! `imgtool check`: checks the whole structure of an image, with qemu-img's JSON and exit codes.
+//! `imgtool check`: checks the whole structure of an image. The JSON fields and exit codes are those of
+//! qemu-img.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -24,7 +25,7 @@ struct Document<'a> {
 /// Checks an image.
 ///
 /// # Errors
-/// Only usage errors. Damage and failed checks have exit codes of their own.
+/// Only for an option that is not supported. Damage and failed checks have exit codes of their own.
 pub fn run(args: &CheckArgs) -> Result<Exit> {
     images::refuse(&args.input)?;
     if let Some(what) = &args.repair {
@@ -33,7 +34,7 @@ pub fn run(args: &CheckArgs) -> Result<Exit> {
     }
     match check(args) {
         Ok(exit) => Ok(exit),
-        // Exit code 2 of a usage error would mean a corrupt image here.
+        // A usage error must not be returned: its exit code, 2, would mean a corrupt image here.
         Err(error) => {
             report::error(&error);
             Ok(Exit::Failed)

@@ -1,4 +1,5 @@
-//! `imgtool compare`: compares the guest content of two images, with qemu-img's words and exit codes.
+//! `imgtool compare`: compares the guest content of two images. The messages and exit codes are those of
+//! qemu-img.
 
 use std::ffi::OsStr;
 
@@ -25,7 +26,7 @@ struct Verdict {
     notes: Vec<String>,
 }
 
-/// First difference.
+/// The first difference between the two images.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Difference {
@@ -50,7 +51,8 @@ struct Compared {
 /// Compares two images.
 ///
 /// # Errors
-/// Never: a failed comparison ends with exit code 2, like a usage error.
+/// If the result cannot be printed. A failed comparison is not returned as an error: it is printed and ends
+/// with exit code 2, like a usage error.
 pub fn run(args: &CompareArgs) -> Result<Exit> {
     let verdict = match verdict(args) {
         Ok(verdict) => verdict,
@@ -65,7 +67,7 @@ pub fn run(args: &CompareArgs) -> Result<Exit> {
         for note in &verdict.notes {
             report::note(note);
         }
-        // These are the words of qemu-img.
+        // The wording is that of qemu-img.
         report::print(&match &verdict.difference {
             None => "Images are identical.\n".to_owned(),
             Some(difference) => format!("{}\n", escape_control(&difference.text)),
@@ -83,7 +85,7 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
     let interrupt = Interrupt::listen()?;
     let opener = Opener { registry: &registry, options: &options };
     let first = opener.open(args.first.as_os_str(), args.input.format.as_deref(), args.strict)?;
-    // One of the two images needs random access; the other may be a stream.
+    // At least one of the two images needs random access; the other may be a stream.
     let first_streams = first.image.access().is_stream();
     let second_format = args.second_format.as_deref();
     let second = opener.open(args.second.as_os_str(), second_format, args.strict || first_streams)?;
@@ -117,17 +119,17 @@ struct Opener<'a> {
 }
 
 impl Opener<'_> {
-    /// Opens an image. `anywhere` is true if it needs random access.
+    /// Opens an image. `anywhere` is true if the comparison needs random access to it.
     fn open(&self, name: &OsStr, format: Option<&str>, anywhere: bool) -> Result<Opened> {
         let location = Location::source(name);
         let mut input = open::open_input(self.registry, &location, format)?;
-        // A raw image in a pipe has no known length.
+        // The length of a raw image in a pipe is unknown until the image is spooled.
         if anywhere || input.input.is_stream() && location == Location::Stdin {
             input = input.spool()?;
         }
         let opened = open::open_image(self.registry, input, format, self.options)?;
         if opened.image.info().devices.iter().any(|device| device.open_ended) {
-            // Nor does a compressed one.
+            // The length of a compressed raw image is unknown, too.
             return images::open_random(self.registry, name, format, self.options);
         }
         Ok(opened)

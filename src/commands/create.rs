@@ -1,4 +1,4 @@
-//! `imgtool create`: creates an empty image, or one that shows the content of its backing file.
+//! `imgtool create`: creates an empty image, or one that shows the content of its backing image.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ use crate::interrupt::Interrupt;
 use crate::progress::Display;
 use crate::{images, report};
 
-/// JSON document about the new image.
+/// JSON document that describes the new image.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Document<'a> {
@@ -30,7 +30,7 @@ struct Document<'a> {
 /// Creates an image.
 ///
 /// # Errors
-/// If the image can't be created. Nothing is left of it then.
+/// If the image can't be created. No incomplete image is left behind then.
 pub fn run(args: &CreateArgs) -> Result<Exit> {
     images::refuse_objects(&args.object)?;
     let registry = imgtool::registry();
@@ -76,7 +76,7 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// SIZE, or the size of the backing file.
+/// Returns SIZE if it is given, or else the size of the backing image.
 fn size(
     registry: &Registry,
     args: &CreateArgs,

@@ -1,5 +1,6 @@
-//! `imgtool info`: describes images and archives without reading their data. Only a short stream is read to
-//! its end, because a stream cannot skip its data.
+//! `imgtool info`: describes images and archives without reading their data. Streams are an exception,
+//! because their data cannot be skipped: a short stream is read to its end, a longer one
+//! only with `--read-all`.
 
 use std::fs;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use crate::{images, remedy, report};
 mod guest;
 mod page;
 
-/// Maximum number of decompressed bytes of a stream that are read without `--read-all`. Our limit: reading
+/// Maximum number of decompressed bytes to read from a stream without `--read-all`. Our limit: reading
 /// them takes a fraction of a second.
 const STREAM_LEN: u64 = 64 << 20;
 
@@ -29,7 +30,7 @@ struct ImageEntry {
     compression: Vec<Compression>,
     source: Arc<dyn ImageSource>,
     is_archive: bool,
-    /// Reason that the backing file is not shown, as a note.
+    /// Note that explains why the rest of the backing chain is not shown.
     chain_ends: Option<String>,
 }
 
@@ -38,7 +39,8 @@ impl ImageEntry {
         self.source.info()
     }
 
-    /// Notes, and where facts are missing the way to learn them.
+    /// Returns the notes on the image, including how to obtain facts that are missing and why the rest of the
+    /// backing chain is not shown.
     fn notes(&self) -> impl Iterator<Item = String> {
         let info = self.info();
         let notes = info.notes.iter().cloned();
@@ -54,7 +56,7 @@ impl ImageEntry {
         self.info().devices.iter().fold(0, |sum, device| sum.saturating_add(device.size))
     }
 
-    /// Returns the bytes allocated for the file; `None` unless it is a regular file.
+    /// Returns the allocated size of the file in bytes; `None` unless it is a regular file.
     fn actual_size(&self) -> Option<u64> {
         let meta = fs::metadata(self.location.path()?).ok().filter(fs::Metadata::is_file)?;
         Some(os::allocated_len(&meta))
@@ -64,8 +66,9 @@ impl ImageEntry {
 /// Describes the images.
 ///
 /// # Errors
-/// If an image cannot be opened. Nothing is printed then. Damage further inside an image is no error: it is
-/// printed with the facts, and the exit code is [`Exit::Failed`].
+/// If an image cannot be opened, or if its backing chain is a loop or too deep. Nothing is printed then.
+/// Damage deeper inside an image is not returned as an error: it is printed with the facts, and the exit code
+/// is [`Exit::Failed`].
 pub fn run(args: &InfoArgs) -> Result<Exit> {
     let registry = imgtool::registry();
     let options = OpenOptions {
@@ -112,7 +115,7 @@ fn is_archive(driver: &dyn Driver) -> bool {
     driver.capabilities().is_archive()
 }
 
-/// Appends the backing files of the last image.
+/// Appends the chain of backing images of the last entry.
 fn follow_chain(registry: &Registry, options: &OpenOptions, entries: &mut Vec<ImageEntry>) -> Result<()> {
     for _ in 0..MAX_CHAIN_DEPTH {
         let Some(last) = entries.last() else { return Ok(()) };
@@ -128,7 +131,7 @@ fn follow_chain(registry: &Registry, options: &OpenOptions, entries: &mut Vec<Im
         );
         let source = match source {
             Ok(source) => source,
-            // The image lists the reference itself. Only the file that it names is not shown.
+            // The reference is still shown with the image that holds it; only its target is not.
             Err(error) => {
                 let Some(last) = entries.last_mut() else { return Ok(()) };
                 last.chain_ends = Some(format!("the rest of the chain is not shown: {error:#}"));

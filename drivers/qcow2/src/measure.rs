@@ -7,8 +7,8 @@ use crate::layout::entry::Shape;
 use crate::options::{Preallocation, SIZE_MULTIPLE, WriteOptions};
 use crate::refcounts::refcount_clusters;
 
-/// Predicts the bytes of an image of `source`, and of one with every cluster allocated. The numbers
-/// are those of `qemu-img measure`: all tables at full size, no gain from compression.
+/// Predicts the file size of an image of `source`, and of one with every cluster allocated. Both sizes
+/// follow `qemu-img measure`, which assumes full tables and no gain from compression.
 pub fn measure(source: &dyn ImageSource, options: &WriteOptions) -> Result<Measure> {
     let [device] = source.info().devices.as_slice() else {
         return Err(Error::unsupported(format!(
@@ -26,7 +26,7 @@ pub fn measure(source: &dyn ImageSource, options: &WriteOptions) -> Result<Measu
     let tables = tables_len(shape, guest, options.refcount_order);
     let fully_allocated = tables.checked_add(guest).ok_or_else(too_large)?;
     let random = source.access().random().ok_or_else(|| Error::unsupported("cannot measure a stream"))?;
-    // An upper bound over a backing file: its content is not compared.
+    // With a backing image, this is an upper bound, because the contents are not compared.
     let data = match options.preallocation {
         _ if options.backing.is_some() || options.zero_unit.is_none() => guest,
         // Metadata preallocation makes the file longer, but its data clusters stay holes.
@@ -37,7 +37,7 @@ pub fn measure(source: &dyn ImageSource, options: &WriteOptions) -> Result<Measu
     };
     // Empty tables are not written, unless they are preallocated.
     let occupied = match options.preallocation {
-        // The gain from compression is not predictable.
+        // This does not hold with compression, whose gain is not predictable.
         _ if options.zero_unit.is_none() && options.compress.is_none() => fully_allocated,
         _ if options.backing.is_some() => 0,
         Preallocation::Off => data_bytes(source, device)?,
@@ -47,8 +47,8 @@ pub fn measure(source: &dyn ImageSource, options: &WriteOptions) -> Result<Measu
     Ok(Measure { required: tables + data, fully_allocated, occupied })
 }
 
-/// Returns the bytes of header, L1, L2 and refcount structures for `guest` bytes of disk, all of them
-/// allocated.
+/// Returns the size in bytes of the header and the L1, L2 and refcount structures for a disk of `guest`
+/// bytes, all of them allocated.
 fn tables_len(shape: Shape, guest: u64, refcount_order: u32) -> u64 {
     let cluster_size = shape.cluster_size();
     let l2_tables = shape.l1_entries(guest);

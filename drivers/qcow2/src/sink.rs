@@ -1,9 +1,9 @@
 //! The sink of a new image, which writes it in one pass.
 //!
-//! Order of a new file: header, L1 table (if the disk size is known), data in the order of its arrival
-//! with finished refcount blocks between, L2 tables, the refcount table and the remaining refcount
-//! blocks. With preallocation, and with a raw data file, every guest cluster has its host offset from
-//! the start, and `finish` generates the L2 tables.
+//! Order of a new file: the header, the L1 table (if the disk size is known), data in the order of its
+//! arrival with finished refcount blocks in between, L2 tables, the refcount table and the remaining
+//! refcount blocks. With preallocation or a raw data file, the host offset of every guest cluster is fixed
+//! from the start, and `finish` generates the L2 tables.
 
 mod alloc;
 mod base;
@@ -24,15 +24,15 @@ pub use image::Qcow2Sink;
 use crate::options::{Preallocation, SIZE_MULTIPLE, ZERO_GRANULARITY};
 use image::{Placement, round_up_size};
 
-/// Length in bytes of a piece without compression. Measured: pieces that fit into the cache of one core are
-/// written fastest.
+/// Length in bytes of a piece without compression. Measurements show that pieces that fit into the cache of
+/// one core are written fastest.
 const PIECE_LEN: u64 = 256 << 10;
 
 /// Length in bytes of a piece with compression. Our choice: large enough that passing it between threads
-/// costs nothing.
+/// costs next to nothing.
 const COMPRESSED_PIECE_LEN: u64 = 1 << 20;
 
-/// Maximum bytes of a piece of zeros that are marked cluster by cluster. Our limit.
+/// Maximum length in bytes of a piece of zeros that are marked cluster by cluster. Our limit.
 const MARKED_ZERO_LEN: u64 = 64 << 20;
 
 impl Consumer for Qcow2Sink {
@@ -42,7 +42,7 @@ impl Consumer for Qcow2Sink {
         let granule = if whole || self.data_output().needs_zeros() || self.options.shape.extended_l2 {
             cluster_size.max(ZERO_GRANULARITY)
         } else {
-            // Parts of larger clusters are placed one by one, since gathering them would only add a copy.
+            // Parts of larger clusters are placed one by one, because gathering them would only add a copy.
             cluster_size.clamp(ZERO_GRANULARITY, 64 << 10)
         };
         let zero_unit = self.options.zero_unit.unwrap_or(0);

@@ -1,9 +1,9 @@
-//! The options of a new image, checked.
+//! The validated options of a new image.
 
 use imgtool_core::zero::ZERO_GRANULARITY;
 use imgtool_core::{CreateOptions, Error, Result};
 
-/// Smallest sparse granularity, bytes. qemu-img's limit for `-S`.
+/// Smallest sparse granularity in bytes: qemu-img's limit for `-S`.
 const SECTOR: u64 = 512;
 
 /// Values of the option `preallocation`, named as in qemu-img.
@@ -13,7 +13,7 @@ pub(crate) enum Preallocation {
     Off,
     /// The file system reserves the space.
     Falloc,
-    /// Every byte is written, zeros too.
+    /// Every byte is written, including zeros.
     Full,
 }
 
@@ -21,14 +21,14 @@ pub(crate) enum Preallocation {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct WriteOptions {
     pub(crate) preallocation: Preallocation,
-    /// Shortest run of zeros that becomes a hole, bytes; a power of two.
+    /// Length in bytes of the shortest run of zeros that becomes a hole; a power of two.
     pub(crate) zero_unit: u64,
-    /// True if zeros are written as bytes.
+    /// True if zeros are written like data, instead of left as holes.
     pub(crate) stores_zeros: bool,
 }
 
 impl WriteOptions {
-    /// Parses the options.
+    /// Parses the options, and refuses compression.
     pub(crate) fn parse(options: &CreateOptions) -> Result<Self> {
         if options.compress.is_some() {
             return Err(Error::usage("raw images can't be compressed")

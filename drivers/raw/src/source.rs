@@ -1,4 +1,4 @@
-//! Reading raw images: files and block devices at random, streams in one pass.
+//! Readers of raw images: files and block devices by position, streams in one pass.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -12,7 +12,7 @@ use imgtool_core::{
 /// The id of a raw image's only device.
 const DISK: DeviceId = DeviceId(0);
 
-/// Bytes read from a stream at a time. Our choice: 256 KiB fit a core's cache.
+/// Number of bytes read from a stream at a time. Our choice: 256 KiB fit in a core's cache.
 const STREAM_PIECE: usize = 256 * 1024;
 
 /// Opens an image: a stream is read in one pass, anything else by position.
@@ -97,9 +97,9 @@ struct RawStream {
 /// The pass over a stream.
 struct Pass {
     stream: Stream,
-    /// Guest bytes; `None` until the stream ends.
+    /// Size of the disk in bytes; `None` until the stream ends.
     final_size: Option<u64>,
-    /// True once the end was reported.
+    /// True once the end has been reported.
     finished: bool,
 }
 

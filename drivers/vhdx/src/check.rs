@@ -8,14 +8,14 @@ use crate::layout::MIB;
 use crate::layout::bat::{BatEntry, ENTRY_LEN, PayloadState, SECTOR_BITMAP_LEN, SectorBitmapState};
 use crate::layout::region::REGION_TABLE_OFFSETS;
 
-/// End of the part of a file in which overlapping blocks are found, in MiB. Our limit: 256 TiB bound the
-/// memory to 32 MiB, and a file of the largest disk (64 TiB) ends long before.
+/// File offset in MiB up to which the check detects overlapping blocks. Our limit: 256 TiB bound the memory
+/// to 32 MiB, and the file of the largest disk (64 TiB) ends long before that.
 const MAX_CHECKED_MIB: u32 = 1 << 28;
 
-/// Checks an image. A log to replay is a finding, but no corruption.
+/// Checks an image. A log that needs to be replayed is a finding, but not a corruption.
 ///
 /// # Errors
-/// When the file can't be read or is not a VHDX image; damage goes into the report.
+/// Fails if the file can't be read or is not a VHDX image. Damage is not an error: the report lists it.
 pub(crate) fn check(input: Input) -> Result<CheckReport> {
     let mut report = CheckReport::default();
     let image = match Image::open(input, UnreadableHeader::UseOther, 0) {
@@ -38,7 +38,8 @@ pub(crate) fn check(input: Input) -> Result<CheckReport> {
     Ok(report)
 }
 
-/// Reports damaged copies of headers and region tables, of which one is enough to read the image.
+/// Reports damaged copies of the header and the region table, and region tables that differ. One intact
+/// copy of each is enough to read the image.
 fn check_copies(image: &Image, report: &mut CheckReport) {
     for (ordinal, header) in ["first", "second"].iter().zip(&image.headers) {
         match header {
@@ -64,13 +65,13 @@ fn check_copies(image: &Image, report: &mut CheckReport) {
 /// A walk over the BAT.
 struct BatCheck<'a> {
     image: &'a Image,
-    /// Mebibytes of the file that a block uses.
+    /// Mebibytes of the file that blocks use, by number.
     used_mib: RoaringBitmap,
-    /// End of the last structure or block in the file, bytes.
+    /// File offset at which the last structure or block ends.
     end: u64,
-    /// Payload blocks in the file.
+    /// Number of payload blocks allocated in the file.
     allocated: u64,
-    /// Payload blocks that do not follow the one before in the file.
+    /// Number of payload blocks that do not directly follow the previous one in the file.
     fragmented: u64,
     /// File offset at which the previous payload block ends.
     previous_end: Option<u64>,
@@ -82,7 +83,7 @@ impl<'a> BatCheck<'a> {
         Self { image, used_mib: RoaringBitmap::new(), end, allocated: 0, fragmented: 0, previous_end: None }
     }
 
-    /// Checks every entry, and fills in the report's numbers of blocks.
+    /// Checks every entry, and fills in the block counts of the report.
     fn run(mut self, report: &mut CheckReport) -> Result<()> {
         let shape = self.image.shape;
         let bat_at = self.image.regions.bat.file_offset;
@@ -143,7 +144,7 @@ impl<'a> BatCheck<'a> {
             PayloadState::FullyPresent => {}
         }
         let shape = &self.image.shape;
-        // The file may end within the disk's last block, behind the bytes that the guest uses.
+        // The file may end within the disk's last block, after the bytes that the guest uses.
         let used = shape.block_size.min(self.image.metadata.virtual_size - payload_block * shape.block_size);
         self.allocated += 1;
         let file_offset = entry.file_offset();
@@ -172,7 +173,8 @@ impl<'a> BatCheck<'a> {
         }
     }
 
-    /// Claims a part of the file for a block of `len` bytes, of which the file must hold the first `used`.
+    /// Claims a range of the file for a block of `len` bytes, of which the file must hold the first `used`.
+    /// Reports the block if it overlaps another structure or block, or if the file is too short.
     fn claim(&mut self, name: &str, file_offset: u64, used: u64, len: u64, report: &mut CheckReport) {
         for (other, region) in self.image.reserved_regions() {
             if region.overlaps(file_offset, used) {

@@ -1,7 +1,7 @@
-//! [`ReplayedFile`], the file as log replay would leave it: the input with an [`Overlay`] on top, and a
-//! cache of its tables.
+//! [`ReplayedFile`], the file as log replay would leave it: the input with an [`Overlay`] on top. It also
+//! caches the tables.
 //!
-//! The input is never written. Every read of tables and content goes through [`ReplayedFile`], so no code
+//! The input is never written to. Every read of tables and content goes through [`ReplayedFile`], so no code
 //! sees the file as it was before the replay.
 
 use std::fs::File;
@@ -18,7 +18,7 @@ use crate::overlay::Overlay;
 pub(crate) struct ReplayedFile {
     input: RandomInput,
     overlay: Overlay,
-    /// Length after replay, bytes.
+    /// Length in bytes after replay.
     len: u64,
     /// Table pages by file offset.
     pages: Mutex<Cache<u64, TablePage>>,
@@ -33,17 +33,17 @@ impl ReplayedFile {
         Self { input, overlay, len, pages: Mutex::new(Cache::new(max_pages)) }
     }
 
-    /// Length after replay, bytes.
+    /// Returns the length in bytes after replay.
     pub(crate) fn len(&self) -> u64 {
         self.len
     }
 
-    /// The input's location, for messages.
+    /// Returns the input's location, for messages.
     pub(crate) fn location(&self) -> &Location {
         self.input.location()
     }
 
-    /// Unit, in bytes, in which reads are cheapest.
+    /// Returns the size in bytes of the units in which reads are cheapest.
     pub(crate) fn granule(&self) -> u64 {
         self.input.granule()
     }
@@ -53,7 +53,7 @@ impl ReplayedFile {
         let end = file_offset.checked_add(buf.len() as u64);
         let stored = self.input.len();
         if end.is_none_or(|end| end > self.len) || self.len == stored {
-            // Beyond the end, the input returns the error.
+            // The input holds all these bytes, or returns the error for a range past the end.
             self.input.read_exact_at(buf, file_offset)?;
         } else {
             let from_input = usize::try_from(stored.saturating_sub(file_offset)).unwrap_or(usize::MAX);
@@ -74,17 +74,18 @@ impl ReplayedFile {
         Ok(bytes)
     }
 
-    /// The run of data or hole that contains `file_offset`, which must be below the length.
+    /// Returns the data or hole that contains `file_offset`, which must lie before the end of the file.
     pub(crate) fn run(&self, file_offset: u64) -> Result<FileRun> {
         self.overlaid_run(file_offset, || self.input.run(file_offset))
     }
 
-    /// Like [`Self::run`], but only as precise as a reader of everything up to `until` needs.
+    /// Like [`Self::run`], but only as precise as needed to read everything up to `until`.
     pub(crate) fn rough_run(&self, file_offset: u64, until: u64) -> Result<FileRun> {
         self.overlaid_run(file_offset, || self.input.rough_run(file_offset, until))
     }
 
-    /// The run that contains `file_offset`: that of the input, cut or replaced by the overlay's pages.
+    /// Returns the run that contains `file_offset`: that of the input, cut or replaced by the pages of the
+    /// overlay.
     fn overlaid_run(&self, file_offset: u64, input_run: impl Fn() -> Result<FileRun>) -> Result<FileRun> {
         let mut run = if file_offset < self.input.len() {
             input_run()?
@@ -101,7 +102,8 @@ impl ReplayedFile {
         }
     }
 
-    /// The same range of the input file, or `None` if the overlay changes any of it.
+    /// Returns the same range of the input file. Returns `None` if the overlay changes any of it, if it ends
+    /// past the input, or if the input can't be read as a plain file.
     pub(crate) fn locate(&self, range: Range<u64>) -> Option<FileRange<'_>> {
         let file: &File = self.input.file()?;
         if range.end > self.input.len() || self.overlay.touches(&range) {
@@ -110,7 +112,7 @@ impl ReplayedFile {
         Some(FileRange { file, file_offset: range.start, len: range.end - range.start })
     }
 
-    /// The table page that contains `file_offset`, from the cache or the file.
+    /// Returns the table page that contains `file_offset`, from the cache or the file.
     pub(crate) fn table_page(&self, file_offset: u64) -> Result<TablePage> {
         let start = file_offset / TABLE_PAGE_LEN * TABLE_PAGE_LEN;
         if let Some(page) = lock(&self.pages).get(&start) {
@@ -155,7 +157,7 @@ impl TablePage {
         self.bytes.is_none()
     }
 
-    /// File offset one past the last byte.
+    /// Returns the file offset one past the last byte.
     pub(crate) fn end(&self) -> u64 {
         self.start + TABLE_PAGE_LEN
     }
@@ -165,14 +167,14 @@ impl TablePage {
         (self.start..self.end()).contains(&file_offset)
     }
 
-    /// The little-endian number at `file_offset`, which must be a multiple of 8 within the page.
+    /// Returns the little-endian number at `file_offset`, which must be a multiple of 8 within the page.
     pub(crate) fn u64_at(&self, file_offset: u64) -> u64 {
         let at = (file_offset - self.start) as usize;
         let bytes = self.bytes.as_deref().and_then(|bytes| bytes.get(at..at + 8));
         bytes.and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_le_bytes)
     }
 
-    /// The byte at `file_offset`, which must be within the page.
+    /// Returns the byte at `file_offset`, which must be within the page.
     pub(crate) fn byte_at(&self, file_offset: u64) -> u8 {
         let at = (file_offset - self.start) as usize;
         self.bytes.as_deref().and_then(|bytes| bytes.get(at)).copied().unwrap_or(0)

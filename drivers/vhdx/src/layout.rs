@@ -11,16 +11,18 @@ pub(crate) mod region;
 
 use uuid::Uuid;
 
-/// One mebibyte in bytes: the alignment of everything behind the header section (section 2.1).
+/// One mebibyte in bytes: the alignment of everything after the header section (section 2.1).
 pub(crate) const MIB: u64 = 1 << 20;
 
-/// Length in bytes of the header section: file type identifier, two headers, two region tables (section 2.2).
+/// Length in bytes of the header section: the file type identifier, two headers and two copies of the region
+/// table (section 2.2).
 pub(crate) const HEADER_SECTION_LEN: u64 = MIB;
 
-/// Largest virtual disk, bytes: 64 TiB (section 2.6.2.2).
+/// Maximum size of a virtual disk in bytes: 64 TiB (section 2.6.2.2).
 pub(crate) const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
 
-/// CRC-32C of a structure, computed with its checksum field (4 bytes at `checksum_at`) as zero.
+/// Returns the CRC-32C of a structure, computed as if its checksum field (the 4 bytes at `checksum_at`) were
+/// zero.
 pub(crate) fn checksum(structure: &[u8], checksum_at: usize) -> u32 {
     let (before, rest) = structure.split_at(checksum_at.min(structure.len()));
     let after = rest.get(4..).unwrap_or(&[]);

@@ -1,4 +1,5 @@
-//! The changes of a replayed log, held in memory and laid over the bytes of the file.
+//! The changes that a replayed log makes to the file. They are held in memory and applied to the bytes that
+//! are read from the file.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -7,10 +8,11 @@ use imgtool_core::{Error, Result};
 
 use crate::layout::log::{LOG_SECTOR, LogPage};
 
-/// Maximum number of pages in memory. Our limit: 64 MiB, sixty-four times the log of Hyper-V and QEMU (1 MiB).
+/// Maximum number of pages in memory. Our limit: 64 MiB, sixty-four times the log of Hyper-V and QEMU
+/// (1 MiB).
 const MAX_PAGES: usize = (64 << 20) / LOG_SECTOR as usize;
-/// Lower bound of the limit for images deep in a chain. Our limit: 128 KiB, so that a chain of 256
-/// images stays within bounds.
+/// Lower bound of both limits, on pages and on zeroed ranges, for images deep in a chain. Our limit: 128 KiB
+/// of pages, so that the memory of a chain of 256 images stays within bounds.
 const MIN_PAGES: usize = (128 << 10) / LOG_SECTOR as usize;
 /// Maximum number of separate zeroed ranges. Our limit: far above what a log of 64 MiB needs in practice.
 const MAX_ZERO_RANGES: usize = 1 << 20;
@@ -22,16 +24,16 @@ const REPLAY_HINT: &str = "let Hyper-V or 'qemu-img check -r all' replay the log
 pub(crate) struct Overlay {
     max_pages: usize,
     max_zero_ranges: usize,
-    /// Zeroed ranges of the file in bytes, start → end, disjoint.
+    /// Zeroed ranges of the file, disjoint: maps the file offset of the start to that of the end.
     zeros: BTreeMap<u64, u64>,
-    /// Pages by file offset; they cover zeroed ranges.
+    /// Overwritten pages by file offset. They take precedence over zeroed ranges.
     pages: BTreeMap<u64, Box<LogPage>>,
 }
 
 impl Overlay {
-    /// Creates an overlay without changes. `depth` counts the images above this one in a chain. A log
-    /// below another image is rare, since nothing writes there: an image with n images above it gets
-    /// 1/(n + 1)² of the limits, so 1 MiB of pages if there are seven.
+    /// Creates an overlay without changes. `depth` is the number of images above this one in a chain. A
+    /// backing image rarely has a log to replay, since nothing writes to it: an image with n images above it
+    /// gets 1/(n + 1)² of the limits, for example 1 MiB of pages below seven images.
     pub(crate) fn new(depth: usize) -> Self {
         let share = depth.saturating_add(1).saturating_pow(2);
         Self {
@@ -87,14 +89,14 @@ impl Overlay {
         Ok(())
     }
 
-    /// One past the last changed byte of the file.
+    /// Returns the file offset one past the last changed byte; 0 without changes.
     pub(crate) fn end(&self) -> u64 {
         let zeros = self.zeros.last_key_value().map_or(0, |(_, &end)| end);
         let pages = self.pages.last_key_value().map_or(0, |(&start, _)| start.saturating_add(LOG_SECTOR));
         zeros.max(pages)
     }
 
-    /// Number of overwritten pages.
+    /// Returns the number of overwritten pages.
     pub(crate) fn page_count(&self) -> usize {
         self.pages.len()
     }
@@ -124,7 +126,7 @@ impl Overlay {
         zeroed || self.next_page(range.start).is_some_and(|page| page.start < range.end)
     }
 
-    /// File range of the first page that ends behind `file_offset`.
+    /// Returns the file range of the first overwritten page that ends after `file_offset`.
     pub(crate) fn next_page(&self, file_offset: u64) -> Option<Range<u64>> {
         let (&start, _) = self.pages.range(file_offset.saturating_sub(LOG_SECTOR - 1)..).next()?;
         Some(start..start + LOG_SECTOR)

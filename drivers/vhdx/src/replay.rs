@@ -1,10 +1,11 @@
 //! Log replay in memory (section 2.3.3).
 //!
-//! The log is a ring of 4 KiB sectors. An *entry* is valid if its header is sound, has the log GUID of
-//! the file's header, and its checksum matches. Entries that follow each other without a gap, with
-//! sequence numbers ascending by one, form a *sequence*. The `tail` field of its last entry, the *head*,
-//! points to the first entry to replay, which must belong to the same sequence. The *active* sequence is
-//! the one whose head has the highest sequence number. It is applied to an [`Overlay`].
+//! The log is a ring of 4 KiB sectors. An *entry* is valid if its header is sound and has the log GUID of
+//! the file's header, and if its checksum matches. Valid entries that follow each other without a gap, with
+//! sequence numbers ascending by one, form a *sequence*. The last entry of a sequence is its *head*. The
+//! `tail` field of the head points to the first entry to replay, which must belong to the same sequence. Of
+//! the sequences for which it does, the *active* one has the head with the highest sequence number. The
+//! active sequence is applied to an [`Overlay`].
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -17,15 +18,15 @@ use crate::layout::log::{
 };
 use crate::overlay::Overlay;
 
-/// Maximum number of bytes to checksum per byte of data in the log. Our limit, on time: valid entries do not overlap,
-/// but a partly overwritten one may reach into its successor.
+/// Maximum number of bytes to checksum per byte of data in the log. Our limit, on time: valid entries do not
+/// overlap, but a partly overwritten entry may reach into its successor.
 const MAX_CHECKSUMMED_PER_DATA: u64 = 2;
 
-/// Maximum number of bytes to checksum in all. Our limit, on time: 1 GiB, a thousand times the log of Hyper-V and QEMU
-/// and sixteen times the most that can be replayed.
+/// Maximum number of bytes to checksum in all. Our limit, on time: 1 GiB, a thousand times the log of Hyper-V
+/// and QEMU, and sixteen times the maximum that can be replayed.
 const MAX_CHECKSUMMED: u64 = 1 << 30;
 
-/// Bytes read at once.
+/// Maximum number of bytes to read at once.
 const CHUNK_LEN: u64 = 1 << 20;
 
 const DAMAGED_LOG_HINT: &str = "the image was not closed properly and its log is damaged: use a backup, or repair a copy with another program";
@@ -35,18 +36,19 @@ const DAMAGED_LOG_HINT: &str = "the image was not closed properly and its log is
 pub(crate) struct Replay {
     /// Changes to the file.
     pub(crate) overlay: Overlay,
-    /// Least length of the file after replay, bytes.
+    /// Minimum length of the file after replay, in bytes.
     pub(crate) min_len: u64,
     /// Number of entries applied.
     pub(crate) entries: usize,
 }
 
-/// Finds the active sequence of the log that `header` describes, and applies it. The header has a log
-/// GUID and passed [`Header::fault`]. `depth` counts the images above this one in a chain.
+/// Finds the active sequence of the log that `header` describes, and applies it. The header must have a log
+/// GUID, and [`Header::fault`] must have found no fault in it. `depth` is the number of images above this one
+/// in a chain.
 ///
 /// # Errors
 /// `Unsupported` for an unknown version of the log; `Corrupt` or `Malformed` if the log can't be replayed;
-/// `LimitExceeded` if it takes too much memory or time.
+/// `LimitExceeded` if the replay takes too much memory or time.
 pub(crate) fn replay(input: &RandomInput, header: &Header, depth: usize) -> Result<Replay> {
     let at = |error: Error| error.path(input.location()).at(header.log_offset);
     if header.log_version != 0 {
@@ -77,17 +79,17 @@ pub(crate) fn replay(input: &RandomInput, header: &Header, depth: usize) -> Resu
     apply(&ring, &active, depth).map_err(at)
 }
 
-/// The log as a ring of bytes. Positions count from the start of the log.
+/// The log as a ring of bytes. Positions are in bytes from the start of the log.
 struct Ring<'a> {
     input: &'a RandomInput,
-    /// Bytes from the start of the file.
+    /// File offset of the log in bytes.
     file_offset: u64,
-    /// Length in bytes.
+    /// Length of the log in bytes.
     length: u64,
 }
 
 impl Ring<'_> {
-    /// Fills `buf` from `position`, wrapping around at the end. `buf` is not longer than the ring.
+    /// Fills `buf` from `position`, wrapping around at the end. `buf` must not be longer than the ring.
     fn read(&self, buf: &mut [u8], position: u64) -> Result<()> {
         let position = position % self.length;
         let until_end = usize::try_from(self.length - position).unwrap_or(usize::MAX);
@@ -96,7 +98,8 @@ impl Ring<'_> {
         self.input.read_exact_at(second, self.file_offset)
     }
 
-    /// Finds the next sectors from `position` that are not entirely hole, at most `max_len` bytes of them.
+    /// Finds the next run of sectors from `position` on that do not lie entirely in a hole of the file. The
+    /// run has at most `max_len` bytes; `None` if only holes follow.
     fn next_data(&self, mut position: u64, max_len: u64) -> Result<Option<Range<u64>>> {
         while position < self.length {
             let until = position.saturating_add(max_len).min(self.length);
@@ -116,7 +119,7 @@ impl Ring<'_> {
         Ok(None)
     }
 
-    /// Counts the bytes of sectors that are not entirely hole.
+    /// Returns the total length in bytes of the sectors that do not lie entirely in a hole of the file.
     fn data_len(&self) -> Result<u64> {
         let (mut data, mut position) = (0, 0);
         while let Some(run) = self.next_data(position, self.length)? {
@@ -126,7 +129,8 @@ impl Ring<'_> {
         Ok(data)
     }
 
-    /// CRC-32C of the entry of `len` bytes at `position`, with its checksum field as zero.
+    /// Returns the CRC-32C of the entry of `len` bytes at `position`, computed as if its checksum field were
+    /// zero.
     fn checksum(&self, position: u64, len: u64) -> Result<u32> {
         let mut crc = 0;
         let mut summed = 0;
@@ -147,7 +151,8 @@ impl Ring<'_> {
 /// Valid entries by their position in the log.
 type Entries = BTreeMap<u64, Link>;
 
-/// The fields that link an entry to its neighbours. Small, because a log of 4 GiB holds a million entries.
+/// The fields that link an entry to its neighbours. The struct is small, because a log of
+/// 4 GiB can hold a million entries.
 #[derive(Debug, Clone, Copy)]
 struct Link {
     /// Length of the entry in bytes.
@@ -157,7 +162,8 @@ struct Link {
     sequence_number: u64,
 }
 
-/// Finds the valid entries. Holes of the file are skipped: they hold none, however long they are.
+/// Finds the valid entries. Holes of the file are skipped, however long they are, because they hold no
+/// entries.
 fn valid_entries(ring: &Ring<'_>, header: &Header) -> Result<Entries> {
     let mut entries = Entries::new();
     let mut budget = ring.data_len()?.saturating_mul(MAX_CHECKSUMMED_PER_DATA).min(MAX_CHECKSUMMED);
@@ -188,7 +194,7 @@ fn valid_entries(ring: &Ring<'_>, header: &Header) -> Result<Entries> {
     Ok(entries)
 }
 
-/// True if the numbers of an entry's header keep the rules of section 2.3.1.1.
+/// True if the numbers in an entry's header follow the rules of section 2.3.1.1.
 fn is_sound(entry: &EntryHeader, log_length: u64) -> bool {
     let length = u64::from(entry.entry_length);
     let tail = u64::from(entry.tail);
@@ -200,7 +206,7 @@ fn is_sound(entry: &EntryHeader, log_length: u64) -> bool {
         && entry.descriptor_sectors() * LOG_SECTOR <= length
 }
 
-/// Position of the entry that continues the sequence after the one at `position`.
+/// Returns the position of the entry that continues the sequence after the one at `position`.
 fn successor(entries: &Entries, position: u64, log_length: u64) -> Option<u64> {
     let entry = entries.get(&position)?;
     let next = (position + u64::from(entry.entry_length)) % log_length;
@@ -208,7 +214,7 @@ fn successor(entries: &Entries, position: u64, log_length: u64) -> Option<u64> {
     entries.get(&next).filter(|next| next.sequence_number == expected).map(|_| next)
 }
 
-/// Positions of the entries to replay, in order; `None` if there is no valid sequence.
+/// Returns the positions of the entries to replay, in order; `None` if there is no valid sequence.
 fn active_sequence(entries: &Entries, log_length: u64) -> Option<Vec<u64>> {
     // Sequence numbers ascend along a sequence, so no walk returns to an entry that it has passed.
     let mut head_of: BTreeMap<u64, u64> = BTreeMap::new();
@@ -245,7 +251,7 @@ fn active_sequence(entries: &Entries, log_length: u64) -> Option<Vec<u64>> {
     Some(sequence)
 }
 
-/// Applies the entries at the positions in `sequence` to an overlay.
+/// Applies the entries at the positions in `sequence` to a new overlay.
 fn apply(ring: &Ring<'_>, sequence: &[u64], depth: usize) -> Result<Replay> {
     let mut replay = Replay { overlay: Overlay::new(depth), min_len: 0, entries: sequence.len() };
     for position in sequence {
@@ -276,7 +282,7 @@ fn apply(ring: &Ring<'_>, sequence: &[u64], depth: usize) -> Result<Replay> {
     Ok(replay)
 }
 
-/// Applies the descriptors of the entry at `position`.
+/// Applies the descriptors of the entry at `position` to `overlay`.
 fn apply_entry(ring: &Ring<'_>, position: u64, entry: &EntryHeader, overlay: &mut Overlay) -> Result<()> {
     let number = entry.sequence_number;
     let mut data_sector = entry.descriptor_sectors() * LOG_SECTOR;

@@ -20,13 +20,13 @@ pub struct BlockInfo {
 }
 
 impl BlockInfo {
-    /// Number of sub-blocks that the slot stores. An empty slot stores none, whatever its mask.
+    /// Returns the number of sub-blocks that the slot stores: 0 for an empty slot, whatever its mask.
     pub fn stored(&self) -> u32 {
         if self.dev_id == 0 { 0 } else { self.mask.count_ones() }
     }
 }
 
-/// A decoded extent header, whose checksum, UUID and magic number were right.
+/// Content of an extent header, without the magic number, the UUID and the checksum.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExtentHeader {
     /// Number of sub-blocks that follow the header.
@@ -38,17 +38,18 @@ pub struct ExtentHeader {
 }
 
 impl ExtentHeader {
-    /// A header without clusters.
+    /// Returns a header without clusters.
     pub fn empty() -> Self {
         Self { block_count: 0, slots: [BlockInfo::default(); CLUSTERS_PER_EXTENT], reserved_used: false }
     }
 
-    /// Decodes a header of the archive with this UUID.
+    /// Decodes an extent header of the archive with the UUID `uuid`.
     ///
     /// # Errors
-    /// Fails if the checksum, the UUID or the magic number is wrong, checked in this order.
+    /// Fails if the checksum, the UUID, the magic number or the first reserved field is wrong. The checks run
+    /// in this order.
     pub fn parse(raw: &[u8; EXTENT_HEADER], uuid: &[u8; 16]) -> Result<Self> {
-        // Never fails: layout.rs asserts that the sizes are equal.
+        // The conversion never fails: layout.rs asserts that the sizes are equal.
         let Ok(layout) = ExtentLayout::ref_from_bytes(raw) else {
             return Err(Error::malformed("an extent header has a wrong length"));
         };
@@ -70,7 +71,7 @@ impl ExtentHeader {
         Ok(Self { block_count: layout.block_count.get(), slots, reserved_used })
     }
 
-    /// Encodes the header for the archive with this UUID.
+    /// Encodes the header for the archive with the UUID `uuid`.
     pub fn encode(&self, uuid: &[u8; 16]) -> [u8; EXTENT_HEADER] {
         let mut layout = ExtentLayout::new_zeroed();
         layout.magic = EXTENT_MAGIC;
@@ -89,12 +90,12 @@ impl ExtentHeader {
         raw
     }
 
-    /// Length in bytes of the data after the header.
+    /// Returns the length in bytes of the data after the header.
     pub fn data_len(&self) -> u64 {
         u64::from(self.block_count) * SUB_BLOCK
     }
 
-    /// For each slot, the number of sub-blocks stored before its own.
+    /// Returns, for each slot, the number of sub-blocks stored before its own.
     pub fn first_blocks(&self) -> [u32; CLUSTERS_PER_EXTENT] {
         let mut before = 0;
         self.slots.map(|slot| {

@@ -1,9 +1,9 @@
-//! Index of an archive in a file: the place of every cluster, from one pass over the extent headers.
+//! Index of an archive in a file: the location of every cluster, found in one pass over the extent headers.
 //!
-//! The pass does not read data. For each device the index holds *runs*: clusters that are consecutive
-//! both in the guest and in the slots of one extent (16 bytes for up to 59 clusters), and runs of
-//! zero clusters, which may span extents. The masks stay in the file; [`crate::mask_cache`] reads them
-//! again with the extent header.
+//! The pass does not read data. For each device, the index holds *runs* of two kinds: clusters that are
+//! consecutive both in the guest and in the slots of one extent (16 bytes for up to 59 clusters), and
+//! consecutive zero clusters, which may span extents. The index does not keep the masks;
+//! [`crate::mask_cache`] reads the extent headers again to get them.
 
 use std::sync::Arc;
 
@@ -15,25 +15,27 @@ use crate::header::ArchiveHeader;
 use crate::layout::{EXTENT_HEADER, SUB_BLOCK};
 use crate::walker::{ExtentSpan, Walker};
 
-/// Maximum number of runs of all devices together, 92 MiB of memory. Our limit: 20 TiB of full extents stay below
-/// it. Longer or more scattered archives are read in one pass instead.
+/// Maximum number of runs of all devices together, which take 92 MiB of memory. Our limit: 20 TiB of full
+/// extents stay below it. Longer or more scattered archives are read as streams instead.
 pub(crate) const MAX_RUNS: usize = 6_000_000;
 
-/// Consecutive clusters of one device: in consecutive slots of one extent, or all zero.
+/// Consecutive clusters of one device, either in consecutive slots of one extent or all zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Run {
     /// Number of the first cluster.
     pub(crate) first: u32,
     /// Number of clusters.
     pub(crate) count: u32,
-    /// [`Run::ZERO`], or the extent (upper 56 bits, in [`Run::UNIT`]s) and the first slot (lower 8 bits).
+    /// [`Run::ZERO`], or the extent's distance from the first extent (upper 56 bits, in [`Run::UNIT`]s) and
+    /// the first slot (lower 8 bits).
     place: u64,
 }
 
 impl Run {
-    /// Marks a run of zero clusters.
+    /// Value of `place` that marks a run of zero clusters.
     const ZERO: u64 = u64::MAX;
-    /// Extents begin at `header_size` plus a multiple of this many bytes; 56 bits of units suffice.
+    /// Extents begin at `header_size` plus a multiple of this many bytes. Any file offset in these units fits
+    /// into 56 bits.
     const UNIT: u64 = EXTENT_HEADER as u64;
 
     /// True if all clusters are zero, so the run has no place in the file.
@@ -41,17 +43,17 @@ impl Run {
         self.place == Self::ZERO
     }
 
-    /// Distance of the extent from the first extent, in units of 512 bytes.
+    /// Returns the distance of the extent from the first extent, in [`Run::UNIT`]s.
     fn extent_unit(&self) -> u64 {
         self.place >> 8
     }
 
-    /// Slot index of the first cluster.
+    /// Returns the index of the first cluster's slot.
     pub(crate) fn first_slot(&self) -> usize {
         (self.place & 0xff) as usize
     }
 
-    /// Number of the cluster after the last one.
+    /// Returns the number of the cluster after the last one.
     pub(crate) fn end(&self) -> u64 {
         u64::from(self.first) + u64::from(self.count)
     }
@@ -60,24 +62,25 @@ impl Run {
 /// Runs and counts of one device.
 #[derive(Debug, Default)]
 pub(crate) struct DeviceIndex {
-    /// Runs by ascending first cluster; together they cover the device.
+    /// Runs in ascending order of their first clusters; together they cover the device.
     pub(crate) runs: Vec<Run>,
-    /// Bytes of stored sub-blocks within the device.
+    /// Size in bytes of the stored sub-blocks that begin within the device.
     pub(crate) stored: u64,
-    /// Clusters past the end: zero clusters of a disk, any clusters of guest state.
+    /// Number of clusters past the end of the device: only zero clusters for a disk, any clusters for the
+    /// guest state.
     pub(crate) beyond: u64,
-    /// Sub-blocks stored past the end, in the last cluster.
+    /// Number of sub-blocks stored past the end of the device in its last cluster.
     pub(crate) dropped_blocks: u64,
 }
 
 /// Index of all devices, or just their counts.
 pub(crate) struct Index {
-    /// In the order of the header.
+    /// One index per device, in the order of the archive header.
     pub(crate) devices: Vec<DeviceIndex>,
     header: Arc<ArchiveHeader>,
     /// Number of extents in the archive.
     pub(crate) extents: u64,
-    /// False if the index only counts.
+    /// False if the index holds counts only.
     keeps_runs: bool,
 }
 
@@ -87,13 +90,13 @@ impl Index {
         Self { devices, header: Arc::clone(header), extents: 0, keeps_runs }
     }
 
-    /// Archive offset of the first extent.
+    /// Returns the archive offset of the first extent.
     fn header_size(&self) -> u64 {
         u64::from(self.header.header_size)
     }
 
-    /// Counts what the extents hold, without keeping runs. `bytes` must be positioned directly after
-    /// the archive header. Returns `None` if the archive reaches past the archive offset `limit`.
+    /// Counts the extents and their content, without keeping runs. `bytes` must be positioned directly after
+    /// the archive header. Returns `None` if the archive does not end before the archive offset `limit`.
     pub(crate) fn count(
         bytes: impl ArchiveBytes,
         header: &Arc<ArchiveHeader>,
@@ -118,7 +121,7 @@ impl Index {
         Ok(None)
     }
 
-    /// Indexes the whole archive. Returns `None` if that takes more than `max_runs` runs.
+    /// Indexes the whole archive. Returns `None` if the index needs more than `max_runs` runs.
     pub(crate) fn build(
         input: &RandomInput,
         header: &Arc<ArchiveHeader>,
@@ -165,12 +168,12 @@ impl Index {
         }
     }
 
-    /// The index of the device `id`, or `None` if the archive has no such device.
+    /// Returns the index of the device `id`, or `None` if the archive has no such device.
     pub(crate) fn device(&self, id: DeviceId) -> Option<&DeviceIndex> {
         self.devices.get(self.header.ids.index_of(id)?)
     }
 
-    /// File offset of the extent that holds `run`, which must not be a zero run.
+    /// Returns the file offset of the extent that holds `run`, which must not be a zero run.
     pub(crate) fn extent_offset(&self, run: &Run) -> u64 {
         self.header_size() + run.extent_unit() * Run::UNIT
     }
@@ -195,7 +198,7 @@ impl DeviceIndex {
         self.runs.push(Run { first: cluster.number, count: 1, place });
     }
 
-    /// The run that holds the cluster with this number.
+    /// Returns the run that holds the cluster number `cluster`, or `None` if no run holds it.
     pub(crate) fn run_of(&self, cluster: u64) -> Option<&Run> {
         let after = self.runs.partition_point(|run| u64::from(run.first) <= cluster);
         self.runs.get(after.checked_sub(1)?).filter(|run| cluster < run.end())

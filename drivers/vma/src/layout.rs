@@ -1,4 +1,4 @@
-//! Constants and structures of the on-disk format, after the VMA specification.
+//! Constants and structures of the on-disk format, as in the VMA specification.
 //!
 //! Integers are big endian, except the two-byte length before a blob, which is little endian. An
 //! archive is a header of `header_size` bytes followed by extents, back to back to the end of the
@@ -15,13 +15,14 @@ pub const EXTENT_MAGIC: [u8; 4] = *b"VMAE";
 /// The only version of the format.
 pub const VERSION: u32 = 1;
 
-/// Size in bytes of a sub-block, the unit that is stored or omitted: 4 KiB. The specification says "block".
+/// Size in bytes of a sub-block, the unit that is stored or omitted: 4 KiB. The specification calls it a
+/// block.
 pub const SUB_BLOCK: u64 = 4096;
-/// Sub-blocks in a cluster: one for each bit of a mask.
+/// Number of sub-blocks in a cluster, one for each bit of a mask.
 pub const SUB_BLOCKS_PER_CLUSTER: u64 = 16;
 /// Size in bytes of a cluster, the unit that a slot describes: 64 KiB.
 pub const CLUSTER: u64 = SUB_BLOCK * SUB_BLOCKS_PER_CLUSTER;
-/// Slots in an extent, one per cluster.
+/// Number of slots in an extent, one per cluster.
 pub const CLUSTERS_PER_EXTENT: usize = 59;
 /// Maximum number of sub-blocks in an extent: 944.
 pub const MAX_BLOCK_COUNT: u64 = CLUSTERS_PER_EXTENT as u64 * SUB_BLOCKS_PER_CLUSTER;
@@ -30,29 +31,29 @@ pub const MAX_BLOCK_COUNT: u64 = CLUSTERS_PER_EXTENT as u64 * SUB_BLOCKS_PER_CLU
 pub const HEADER_FIXED: usize = 12_288;
 /// Length in bytes of an extent header.
 pub const EXTENT_HEADER: usize = 512;
-/// Length in bytes of the longest extent: header and 944 sub-blocks.
+/// Length in bytes of the longest extent: a header and 944 sub-blocks.
 pub const MAX_EXTENT: u64 = EXTENT_HEADER as u64 + MAX_BLOCK_COUNT * SUB_BLOCK;
 
-/// Longest archive header read, bytes. Our limit, because all of it is held in memory: the reference
-/// program reads up to 2 GiB and writes at most 512 KiB.
+/// Maximum length in bytes of an archive header that the driver reads. Our limit, because the driver holds
+/// the whole header in memory; the reference program reads up to 2 GiB and writes at most 512 KiB.
 pub const MAX_HEADER_READ: u32 = 16 << 20;
-/// Longest archive header written, bytes: the reference program's limit.
+/// Maximum length in bytes of an archive header that the driver writes: the reference program's limit.
 pub const MAX_HEADER_WRITTEN: usize = 524_288;
 /// Maximum number of clusters of a device: cluster numbers have 32 bits (256 TiB).
 pub const MAX_CLUSTERS: u64 = 1 << 32;
 /// Size in bytes of the largest device.
 pub const MAX_DEVICE_SIZE: u64 = MAX_CLUSTERS * CLUSTER;
-/// Zero clusters past the end of a device are accepted up to the next multiple of this number, as in the
-/// reference program, whose bitmap of clusters has 64-bit words.
+/// Zero clusters past the end of a device are accepted up to the next multiple of this many clusters, as in
+/// the reference program, whose bitmap of clusters consists of 64-bit words.
 pub const CLUSTER_MAP_UNIT: u64 = 64;
 
-/// Entries in each table of the archive header.
+/// Number of entries in each table of the archive header.
 pub const TABLE_ENTRIES: usize = 256;
 /// Highest `dev_id` of a device; 0 marks an empty slot, 255 is reserved.
 pub const MAX_DEV_ID: u8 = 254;
 /// Name of the device that holds the state of a running guest.
 pub const VMSTATE_NAME: &str = "vmstate";
-/// Length in bytes of the longest blob: its length has 16 bits.
+/// Maximum length in bytes of a blob: the length field has 16 bits.
 pub const MAX_BLOB: usize = 65_535;
 
 /// Entry of the device table.
@@ -63,7 +64,7 @@ pub struct DeviceInfoLayout {
     pub name_offset: U32,
     /// +4: ignored.
     pub reserved: U32,
-    /// +8: size of the device, bytes.
+    /// +8: size in bytes of the device.
     pub device_size: U64,
     /// +16: ignored.
     pub reserved_tail: [u8; 16],
@@ -79,15 +80,15 @@ pub struct HeaderLayout {
     pub version: U32,
     /// +8: UUID in RFC byte order, repeated in every extent.
     pub uuid: [u8; 16],
-    /// +24: creation time, seconds since 1970.
+    /// +24: creation time, in seconds since 1970.
     pub ctime: I64,
     /// +32: MD5 of the whole header with this field zero.
     pub md5: [u8; 16],
     /// +48: archive offset of the blob area, at least [`HEADER_FIXED`].
     pub blob_buffer_offset: U32,
-    /// +52: bytes of the blob area, not rounded.
+    /// +52: size in bytes of the blob area, not rounded.
     pub blob_buffer_size: U32,
-    /// +56: bytes of the whole header.
+    /// +56: length in bytes of the whole header.
     pub header_size: U32,
     /// +60: ignored.
     pub reserved: [u8; 1984],
@@ -144,7 +145,7 @@ const _: () = assert!(size_of::<ExtentLayout>() == EXTENT_HEADER);
 const _: () = assert!(std::mem::offset_of!(ExtentLayout, md5) == 24);
 const _: () = assert!(std::mem::offset_of!(ExtentLayout, blockinfo) == 40);
 
-/// MD5 of `bytes` as if the sixteen bytes at `field` were zero.
+/// Returns the MD5 of `bytes`, computed as if the sixteen bytes at `field` were zero.
 ///
 /// # Panics
 /// Panics if `bytes` ends before the field does.
@@ -156,17 +157,17 @@ pub fn md5_without_field(bytes: &[u8], field: usize) -> [u8; 16] {
     md5.finalize().into()
 }
 
-/// MD5 of a whole archive header, which must have at least [`HEADER_FIXED`] bytes.
+/// Returns the MD5 of a whole archive header, which must be at least [`HEADER_FIXED`] bytes long.
 pub fn header_md5(header: &[u8]) -> [u8; 16] {
     md5_without_field(header, std::mem::offset_of!(HeaderLayout, md5))
 }
 
-/// MD5 of an extent header.
+/// Returns the MD5 of an extent header.
 pub fn extent_md5(header: &[u8; EXTENT_HEADER]) -> [u8; 16] {
     md5_without_field(header, std::mem::offset_of!(ExtentLayout, md5))
 }
 
-/// Number of clusters in a device of `size` bytes.
+/// Returns the number of clusters in a device of `size` bytes.
 pub fn clusters_of(size: u64) -> u64 {
     size.div_ceil(CLUSTER)
 }

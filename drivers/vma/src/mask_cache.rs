@@ -1,4 +1,4 @@
-//! Cache of extent headers: the masks that the index leaves in the file.
+//! Cache of extent headers, for the masks that the index does not keep.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -10,7 +10,8 @@ use crate::extent::ExtentHeader;
 use crate::index::Run;
 use crate::layout::{CLUSTERS_PER_EXTENT, EXTENT_HEADER, SUB_BLOCK, SUB_BLOCKS_PER_CLUSTER};
 
-/// Extents in the cache, 0.7 KiB each. Our choice: more than there are concurrent readers.
+/// Maximum number of extents in the cache, 0.7 KiB each. Our choice: more than the expected number of
+/// concurrent readers.
 const CACHED_EXTENTS: usize = 64;
 
 /// Decoded header of one extent, which locates the extent's sub-blocks.
@@ -22,7 +23,7 @@ pub(crate) struct ExtentMap {
     data_offset: u64,
 }
 
-/// A maximal run of sub-blocks that are either all stored, contiguous in guest and file, or all zero.
+/// A run of sub-blocks that are either all stored, contiguous in both the guest and the file, or all zero.
 pub(crate) struct Stretch {
     /// Sub-blocks, counted from the first cluster of the index run.
     pub(crate) blocks: Range<u64>,
@@ -58,7 +59,8 @@ impl ExtentMap {
 /// Cache of extent maps.
 pub(crate) struct MaskCache {
     uuid: [u8; 16],
-    /// By the file offset of the extent. Reading a header takes longer than the look-up in the one lock.
+    /// Maps by the file offset of their extents. One lock suffices: readers hold it only for look-ups and
+    /// insertions, which take less time than reading a header.
     entries: Mutex<Cache<u64, Arc<ExtentMap>>>,
 }
 
@@ -70,7 +72,7 @@ impl MaskCache {
     /// Returns the map of the extent at `file_offset`, which holds `run` of `device`.
     ///
     /// # Errors
-    /// Corrupt if the extent header no longer matches the index.
+    /// Fails if the extent header cannot be read or no longer matches the index.
     pub(crate) fn extent(
         &self,
         input: &RandomInput,
@@ -103,7 +105,7 @@ impl MaskCache {
     }
 }
 
-/// The error for an extent header that was valid when the index was built and is not now.
+/// Returns the error for an extent header that was valid when the index was built but no longer is.
 fn header_changed(file_offset: u64) -> Error {
     Error::corrupt("the extent header changed while the archive was being read")
         .at(file_offset)

@@ -5,8 +5,8 @@ use uuid::Uuid;
 
 use crate::layout::SUB_BLOCK;
 
-/// Default creation time: 1980-01-01. Not the current time, because equal input must give equal bytes;
-/// not 0, which readers do not expect.
+/// Default creation time: 1980-01-01. It is not the current time, because equal input must give equal bytes,
+/// and not 0, because readers do not expect that.
 pub(crate) const DEFAULT_CTIME: i64 = 315_532_800;
 
 /// Options that the driver declares.
@@ -28,11 +28,11 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
 /// Parsed options of the writer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct VmaOptions {
-    /// UUID of the archive; `None` to derive it from the content of the header.
+    /// UUID of the archive, or `None` to derive it from the content of the header.
     pub(crate) uuid: Option<Uuid>,
-    /// Creation time, seconds since 1970.
+    /// Creation time, in seconds since 1970.
     pub(crate) ctime: i64,
-    /// Shortest run of zeros that is omitted, bytes; `None` to store all zeros. See
+    /// Length in bytes of the shortest run of zeros that is omitted, or `None` to store all zeros. See
     /// [`CreateOptions::zero_unit`].
     pub(crate) zero_unit: Option<u64>,
 }

@@ -1,35 +1,37 @@
 //! Error messages of the reference program.
 //!
 //! Every error about an archive begins with the reference program's own phrase ("short vma extent
-//! (87200 < 1192448)"), so that a search for it finds existing explanations. Place and hint follow
-//! separately. Phrases used in more than one file are defined here.
+//! (87200 < 1192448)"), so that a search for it finds existing explanations. The error holds its
+//! place and hint separately. Phrases used in more than one file are defined here.
 //!
-//! The reference program misspells two of them. Errors have the right spelling; a [`ChecksumMismatch`]
-//! as their cause marks them, and [`message`] returns the reference program's words.
+//! The reference program misspells two of these phrases. This crate's errors spell them correctly and have
+//! a [`ChecksumMismatch`] as their cause, by which [`message`] recognizes them and returns the reference
+//! program's spelling.
 
 use std::error::Error as StdError;
 use std::fmt;
 
 use imgtool_core::Error;
 
-/// The file ends within the fixed part of the archive header.
+/// Message for a file that ends within the fixed part of the archive header.
 pub(crate) const HEADER_EOF: &str = "can't read vma header - got EOF";
-/// The masks of an extent mark more sub-blocks than its `block_count`.
+/// Message for an extent whose masks mark more sub-blocks than its `block_count`.
 pub(crate) const TOO_MANY_BLOCKS: &str = "short vma extent - too many blocks";
-/// The masks of an extent mark fewer sub-blocks than its `block_count`.
+/// Message for an extent whose masks mark fewer sub-blocks than its `block_count`.
 pub(crate) const MISSING_BLOCKS: &str = "vma extent error - missing blocks";
 
-/// The file ends `got` bytes into an extent header.
+/// Returns the message for a file that ends `got` bytes into an extent header.
 pub(crate) fn short_header(got: usize) -> String {
     format!("read short extent ({got} bytes)")
 }
 
-/// The file holds only `available` of the `needed` bytes of an extent, header included.
+/// Returns the message for a file that holds only `available` of the `needed` bytes of an extent, header
+/// included.
 pub(crate) fn short_extent(available: u64, needed: u64) -> String {
     format!("short vma extent ({available} < {needed})")
 }
 
-/// A header whose MD5 is wrong: the cause ([`StdError::source`]) of the error about it.
+/// The kind of header whose MD5 is wrong, as the cause ([`StdError::source`]) of the error about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChecksumMismatch {
     /// The archive header.
@@ -39,7 +41,7 @@ pub enum ChecksumMismatch {
 }
 
 impl ChecksumMismatch {
-    /// The error that this is the cause of.
+    /// Returns an error that has this mismatch as its cause.
     pub(crate) fn error(self) -> Error {
         let message = match self {
             Self::ArchiveHeader => "wrong vma header checksum",
@@ -48,7 +50,7 @@ impl ChecksumMismatch {
         Error::corrupt(message).because(self)
     }
 
-    /// The reference program's spelling.
+    /// Returns the message in the reference program's spelling.
     fn reference_message(self) -> &'static str {
         match self {
             Self::ArchiveHeader => "wrong vma header chechsum",

@@ -1,9 +1,9 @@
-//! Tolerant walk over a damaged archive: finds the valid extents and names what lies between them.
+//! Tolerant walk over a damaged archive: finds the valid extents and reports what lies between them.
 //!
 //! The [`Window`] holds the current extent and the header that should follow. A header inside an
-//! extent's data shows that bytes are missing. The bytes after an extent show whether it is intact:
-//! the next header, what a small fault left of it, or the end of the input. After a fault the scanner
-//! searches byte by byte for a header whose magic number, UUID and MD5 are right.
+//! extent's data shows that bytes are missing. The bytes after an extent show whether it is intact: the
+//! next header (possibly with a few damaged bytes) or the end of the input must follow. After a fault, the
+//! scanner searches byte by byte for a header with the right magic number, UUID and MD5.
 
 use std::ops::Range;
 
@@ -12,11 +12,11 @@ use crate::layout::{EXTENT_HEADER, EXTENT_MAGIC, MAX_BLOCK_COUNT, MAX_EXTENT};
 use crate::reference;
 use crate::window::{READ_CHUNK, Window};
 
-/// Next step of a scan.
+/// Result of one step of a scan.
 pub(crate) enum ScanItem {
     /// An extent whose header is valid.
     Extent(Box<ScanExtent>),
-    /// Archive bytes that are not an extent, and the reason.
+    /// Range of the archive that is not an extent, and the reason. Empty for a fault of the stream.
     Fault { file: Range<u64>, message: String },
     /// The end of the input.
     End,
@@ -27,16 +27,16 @@ pub(crate) struct ScanExtent {
     pub(crate) header: ExtentHeader,
     /// Archive offset of the header.
     pub(crate) file_offset: u64,
-    /// Bytes of data, from its start, that certainly belong to the extent.
+    /// Number of bytes, from the start of the data, that certainly belong to the extent.
     pub(crate) usable: u64,
-    /// Reason that a part of the data is unusable.
+    /// Reason why a part of the data is unusable.
     pub(crate) fault: Option<String>,
-    /// True if the bytes after the extent are what should follow. Otherwise a fault that began in its
-    /// data may reach past its end.
+    /// True if the bytes after the extent are what should follow. Otherwise, a fault that began in the
+    /// extent's data may reach past its end.
     pub(crate) ends_well: bool,
 }
 
-/// Walk over an archive that continues after damage.
+/// Iterates over the extents of an archive, and continues after damage.
 pub(crate) struct Scanner {
     window: Window,
     uuid: [u8; 16],
@@ -45,12 +45,12 @@ pub(crate) struct Scanner {
 }
 
 impl Scanner {
-    /// Starts at the archive offset `position`, the end of the archive header.
+    /// Creates a scanner that starts at the archive offset `position`, the end of the archive header.
     pub(crate) fn new(window: Window, uuid: [u8; 16], position: u64) -> Self {
         Self { window, uuid, position }
     }
 
-    /// The window, which holds the data of the last extent until the next call of [`Scanner::next`].
+    /// Returns the window, which holds the data of the last extent until the next call of [`Scanner::next`].
     pub(crate) fn window(&self) -> &Window {
         &self.window
     }
@@ -64,7 +64,7 @@ impl Scanner {
         let at = self.position;
         self.window.release(at);
         let got = self.window.ensure(at, EXTENT_HEADER);
-        // An extent that begins at a gap begins after it.
+        // A gap at `at` lies before the first byte of the next extent, so it does not affect that extent.
         self.window.drop_gaps_through(at);
         if let Some(fault) = self.window.next_fault() {
             return ScanItem::Fault { file: at..at, message: fault.message().to_owned() };
@@ -103,7 +103,7 @@ impl Scanner {
         let available = self.window.ensure(at, needed + EXTENT_HEADER);
         let next = at + needed as u64;
         if let Some(gap) = self.window.gap_within(&(at..next)) {
-            // A damaged part of the stream took the rest; the bytes after the gap are not this extent's.
+            // The rest of the extent is lost: the bytes after the gap belong to what follows it.
             self.position = gap;
             let usable = gap.saturating_sub(data);
             let fault = Some("the end of the extent is in a damaged part of the stream".to_owned());
@@ -130,12 +130,12 @@ impl Scanner {
         extent
     }
 
-    /// True if the `len` bytes at `at` may be the remains of a header, or can't be read.
+    /// True if the `len` bytes at `at` may be a damaged header, or can't be read.
     fn resembles_header(&self, at: u64, len: usize) -> bool {
         let mut expected = [0; 24];
         expected[..4].copy_from_slice(&EXTENT_MAGIC);
         expected[8..].copy_from_slice(&self.uuid);
-        // Of these 24 bytes only block_count differs between the extents of an archive.
+        // Of these 24 bytes, only block_count differs between the extents of an archive.
         let fixed = (0..len.min(24)).filter(|index| !(6..8).contains(index));
         let bytes = self.window.slice(at, len.min(24));
         let (mut same, mut all) = (0, 0);
@@ -146,7 +146,8 @@ impl Scanner {
         same * 4 >= all * 3 || !self.window.is_readable(&(at..at + len as u64))
     }
 
-    /// The first valid header whose magic number lies in `range`, which the window holds.
+    /// Returns the archive offset of the first valid header whose magic number lies in `range`, which the
+    /// window must hold.
     fn find(&self, range: Range<u64>) -> Option<u64> {
         let len = usize::try_from(range.end.saturating_sub(range.start)).ok()?;
         let bytes = self.window.slice(range.start, len);
@@ -163,7 +164,8 @@ impl Scanner {
         None
     }
 
-    /// The first valid header from `from` on, or the end of the input. Releases the bytes before it.
+    /// Returns the archive offset of the first valid header from `from` on, or the end of the input.
+    /// Releases the bytes that it has searched.
     fn search(&mut self, from: u64) -> u64 {
         let mut position = from;
         loop {
@@ -172,9 +174,9 @@ impl Scanner {
             if available < EXTENT_HEADER {
                 return position + available as u64;
             }
-            // Offsets at which a whole header is held; the next round searches the others.
+            // Number of offsets at which the window holds a whole header; the next round searches the rest.
             let starts = available - EXTENT_HEADER + 1;
-            // Three more bytes, so that `find` sees the whole magic number of the last one.
+            // Three more bytes, so that `find` sees all four bytes of the magic number at the last offset.
             if let Some(found) = self.find(position..position + (starts + 3) as u64) {
                 return found;
             }

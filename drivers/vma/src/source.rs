@@ -39,7 +39,7 @@ impl fmt::Debug for VmaSource {
     }
 }
 
-/// Access to the content, by the way the archive was opened.
+/// Access to the content, which depends on how the archive was opened.
 enum Body {
     /// Opened for information only.
     InfoOnly(Mutex<NoContent>),
@@ -49,7 +49,7 @@ enum Body {
 }
 
 impl VmaSource {
-    /// Opens an archive: with an index if `input` is a file, else for one pass.
+    /// Opens an archive: with an index if `input` is a file that is not too scattered, else for one pass.
     ///
     /// # Errors
     /// Fails if the archive header is invalid. For a file it also fails if an extent header is invalid
@@ -59,7 +59,7 @@ impl VmaSource {
         Self::open_limited(input, options, MAX_RUNS)
     }
 
-    /// Like [`VmaSource::open`], with the most runs that the index may have.
+    /// Like [`VmaSource::open`], but allows at most `max_runs` runs in the index.
     fn open_limited(input: Input, options: &OpenOptions, max_runs: usize) -> Result<Self> {
         if options.salvage {
             let (header, salvage) = Salvage::open(input)?;
@@ -91,8 +91,8 @@ impl VmaSource {
         }
     }
 
-    /// Opens an archive for information only: counts what all extents of a file hold, or those of a stream
-    /// up to [`OpenOptions::info_stream_len`].
+    /// Opens an archive for information only: counts the clusters in all extents of a file, or in those of a
+    /// stream up to [`OpenOptions::info_stream_len`].
     fn open_info_only(input: Input, options: &OpenOptions) -> Result<Self> {
         let location = input.location().clone();
         let (header, counted) = if input.is_stream() {
@@ -127,7 +127,7 @@ impl VmaSource {
         Self { header, info, damage: None, body }
     }
 
-    /// The archive's header.
+    /// Returns the archive's header.
     pub fn header(&self) -> &ArchiveHeader {
         &self.header
     }
@@ -166,7 +166,7 @@ impl ImageSource for VmaSource {
     }
 }
 
-/// Stands in for the content of an archive opened for information only; every read fails.
+/// Placeholder for the content of an archive opened for information only; every read fails.
 struct NoContent;
 
 impl StreamAccess for NoContent {
@@ -186,17 +186,17 @@ struct IndexedArchive {
 /// A part of a device within one run of the index.
 struct RunSlice<'a> {
     run: &'a Run,
-    /// Guest bytes of the device.
+    /// Guest range of the part.
     guest: Range<u64>,
 }
 
 impl RunSlice<'_> {
-    /// First guest byte of the whole run.
+    /// Returns the guest offset at which the whole run begins.
     fn run_start(&self) -> u64 {
         u64::from(self.run.first) * CLUSTER
     }
 
-    /// Sub-blocks that the slice touches, counted from the run's first cluster.
+    /// Returns the range of sub-blocks that the slice touches, counted from the run's first cluster.
     fn blocks(&self) -> Range<u64> {
         let base = self.run_start();
         (self.guest.start - base) / SUB_BLOCK..(self.guest.end - base).div_ceil(SUB_BLOCK)
@@ -221,7 +221,7 @@ impl IndexedArchive {
 }
 
 impl<'a> IndexedDevice<'a> {
-    /// The part of `range`, guest bytes, that lies in the run of its first byte.
+    /// Returns the part of the guest range `range` that lies in the run of its first byte.
     fn run_slice(&self, range: Range<u64>) -> Result<RunSlice<'a>> {
         let Some(run) = self.index.run_of(range.start / CLUSTER) else {
             return Err(Error::out_of_bounds(format!(
@@ -234,14 +234,14 @@ impl<'a> IndexedDevice<'a> {
         Ok(RunSlice { run, guest: range.start..range.end.min(run.end() * CLUSTER) })
     }
 
-    /// The map of the extent that holds a run with data.
+    /// Returns the map of the extent that holds `run`, which must have data.
     fn extent_map(&self, run: &Run) -> Result<Arc<ExtentMap>> {
         let IndexedArchive { input, index, masks, .. } = self.archive;
         masks.extent(input, run, self.device.id, index.extent_offset(run))
     }
 
-    /// Calls `each` for every stretch of a slice, with its guest bytes, and its file offset if they are
-    /// stored.
+    /// Calls `each` for every stretch of a slice, with its guest range and, if it is stored, its file
+    /// offset.
     fn stretches(
         &self,
         slice: &RunSlice<'_>,
@@ -304,7 +304,7 @@ impl RandomAccess for IndexedArchive {
     }
 
     fn read_granule(&self, _device: DeviceId) -> u64 {
-        // A decoder reads cheaply only in large units, so ask for a whole extent at a time.
+        // Reading through a decoder is cheap only in large units, so ask for a whole extent at a time.
         if self.input.granule() > 1 { CLUSTER * CLUSTERS_PER_EXTENT as u64 } else { CLUSTER }
     }
 
@@ -340,7 +340,7 @@ mod tests {
         source.access().random().expect("indexed")
     }
 
-    /// Clusters in an order without two neighbours, a third of them zero.
+    /// Returns slots in which no cluster is next to its successor, a third of them zero, and their archive.
     fn scattered() -> (Vec<Slot>, Input) {
         let slots: Vec<Slot> = (0..200)
             .map(|cluster| slot(1, cluster * 7 % 200, if cluster % 3 == 0 { 0 } else { 0x0ff1 }))

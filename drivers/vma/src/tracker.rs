@@ -1,4 +1,4 @@
-//! Record of the clusters read so far: each must come exactly once.
+//! Record of the clusters read so far: each must occur exactly once.
 
 use std::ops::Range;
 
@@ -12,31 +12,31 @@ use crate::header::ArchiveHeader;
 use crate::layout::{CLUSTER, CLUSTER_MAP_UNIT, clusters_of};
 use crate::reference;
 
-/// Clusters between two compactions of the bitmaps, which turn dense ones into runs: 64 TiB then take
-/// a few MiB.
+/// Number of clusters read between two compactions of the bitmaps. Compaction turns dense bitmaps into
+/// runs, so that those of 64 TiB take a few MiB.
 const COMPACT_INTERVAL: u32 = 1 << 22;
 
-/// Cluster numbers that share their upper bits share a container of the bitmap: 2^16 clusters, 4 GiB
-/// of guest. The first cluster in a container costs some 60 bytes, each further one at most 2.
+/// Number of low bits in which the cluster numbers in one container of a bitmap differ: a container covers
+/// 2^16 clusters, 4 GiB of guest data. Its first cluster takes some 60 bytes, each further one at most 2.
 const CONTAINER_BITS: u32 = 16;
 
-/// Maximum number of containers of all devices together: 4 PiB of guest. Our limit: real archives fill their
-/// containers; an archive with one cluster in each of millions was made to exhaust memory.
+/// Maximum number of containers of all devices together: 4 PiB of guest data. Our limit: real archives fill
+/// their containers; one with a single cluster in each of millions was made to exhaust memory.
 const MAX_CONTAINERS: usize = 1 << 20;
 
 /// Advice for an archive that contradicts itself.
 const DAMAGED: &str = "the archive is damaged: copy it again, or use another backup";
 
-/// Clusters of all devices that have been read.
+/// Keeps track of the clusters that have been read, for all devices.
 pub(crate) struct Tracker {
     /// In the order of the header.
     devices: Vec<DeviceTracker>,
     ids: DeviceIds,
     /// True if the clusters of guest state must come in order.
     state_in_order: bool,
-    /// Clusters added since the last compaction.
+    /// Number of clusters added since the last compaction.
     since_compaction: u32,
-    /// Bitmap containers in use, over all devices.
+    /// Number of bitmap containers in use by all devices together.
     containers: usize,
 }
 
@@ -46,11 +46,11 @@ struct DeviceTracker {
     kind: DeviceKind,
     /// Size of the device in bytes.
     size: u64,
-    /// Clusters of the device.
+    /// Number of clusters of the device.
     clusters: u64,
-    /// Clusters read that lie within the device.
+    /// Number of clusters read that lie within the device.
     seen_within: u64,
-    /// Clusters read that lie past the end of guest state.
+    /// Number of clusters read that lie past the end of guest state.
     seen_beyond: u64,
     /// All clusters read, except those past the end of guest state.
     seen: RoaringBitmap,
@@ -80,12 +80,12 @@ impl Tracker {
         }
     }
 
-    /// A tracker for salvage: accepts guest state that continues after a gap.
+    /// Creates a tracker for salvage, which accepts guest state that continues after a gap.
     pub(crate) fn lenient(header: &ArchiveHeader) -> Self {
         Self { state_in_order: false, ..Self::new(header) }
     }
 
-    /// Checks all slots of an extent in order and fills `clusters` with those that are not empty.
+    /// Checks all slots of an extent in order, and fills `clusters` with those that are not empty.
     pub(crate) fn admit_extent(
         &mut self,
         extent: &ExtentHeader,
@@ -110,8 +110,9 @@ impl Tracker {
         Ok(())
     }
 
-    /// Checks one slot, which is not empty, in the order of the reference program. `too_many` is true
-    /// if the masks up to this slot mark more sub-blocks than the extent counts.
+    /// Checks one slot that is not empty, and records its cluster. The checks run in the same order as in
+    /// the reference program. `too_many` is true if the masks up to and including this slot mark more
+    /// sub-blocks than the extent header counts.
     pub(crate) fn admit_slot(&mut self, slot: &BlockInfo, index: u8, too_many: bool) -> Result<VmaCluster> {
         let device = self.ids.index_of(DeviceId(u32::from(slot.dev_id)));
         let Some(device) = device.and_then(|index| self.devices.get_mut(index)) else {
@@ -156,7 +157,7 @@ impl Tracker {
         self.devices.iter().all(|device| device.seen_within == device.clusters)
     }
 
-    /// Clusters of all devices that have not been read.
+    /// Returns the number of clusters of all devices that have not been read.
     pub(crate) fn missing_count(&self) -> u64 {
         self.devices.iter().map(|device| device.clusters - device.seen_within).sum()
     }
@@ -182,7 +183,8 @@ impl Tracker {
             )))
     }
 
-    /// The next run of missing clusters, from cluster `from` on, of the device at `index` in the header.
+    /// Returns the next run of missing clusters, from cluster `from` on, of the device at `index` in the
+    /// header.
     pub(crate) fn next_missing(&self, index: usize, from: u64) -> Option<Range<u64>> {
         self.devices.get(index)?.next_missing(from)
     }
@@ -197,7 +199,8 @@ impl DeviceTracker {
         u64::from(cluster) < self.clusters
     }
 
-    /// Refuses a slot that is out of order, repeated or past the end of the device.
+    /// Refuses a slot that is out of order, repeated or past the end of the device, or that marks more
+    /// sub-blocks than its extent counts.
     fn check(&self, slot: &BlockInfo, state_in_order: bool, too_many: bool) -> Result<()> {
         let cluster = slot.cluster_num;
         let expected = self.seen_within + self.seen_beyond;
@@ -213,7 +216,7 @@ impl DeviceTracker {
             return Err(Error::malformed(reference::TOO_MANY_BLOCKS)
                 .hint(format!("the masks mark more sub-blocks than the extent header counts; {DAMAGED}")));
         }
-        // Guest state may be longer than its size, without limit; only the order matters.
+        // Guest state may exceed its stated size without limit; only the order matters.
         let tolerated = self.clusters.next_multiple_of(CLUSTER_MAP_UNIT);
         let beyond = !self.is_within(cluster) && !self.is_state();
         if beyond && (slot.mask != 0 || u64::from(cluster) >= tolerated) {
@@ -234,8 +237,8 @@ impl DeviceTracker {
         }
     }
 
-    /// The next run of missing clusters, from `from` on. Steps over runs, not single clusters, so that
-    /// billions of clusters or millions of gaps cost little.
+    /// Returns the next run of missing clusters, from `from` on. Steps over whole runs instead of single
+    /// clusters, so that billions of clusters or millions of gaps cost little.
     fn next_missing(&self, from: u64) -> Option<Range<u64>> {
         if from >= self.clusters {
             return None;

@@ -1,5 +1,5 @@
-//! Sliding window over the bytes of a damaged archive, which reads on after read errors and damage
-//! to an outer compression.
+//! Sliding window over the bytes of a damaged archive. It reads on after read errors and after damage
+//! to the outer compression.
 
 use std::ops::Range;
 
@@ -9,23 +9,26 @@ use crate::bytes::ArchiveBytes;
 use crate::extent::ExtentHeader;
 use crate::layout::EXTENT_HEADER;
 
-/// Bytes read at a time. Our choice.
+/// Number of bytes read at a time. Our choice.
 pub(crate) const READ_CHUNK: usize = 256 * 1024;
-/// Released bytes at the front of the buffer before the rest is moved up. Our choice.
+/// Maximum number of released bytes kept at the front of the buffer; above it, they are removed. Our choice.
 const MAX_RELEASED: usize = 4 << 20;
-/// Bytes of a stream read at a time, so that a fault costs few bytes before it. Our choice.
+/// Number of bytes read from a stream at a time: small, so that a fault costs few of the bytes before it.
+/// Our choice.
 const STREAM_STEP: usize = 4096;
-/// Bytes that salvage gives up at a time around an unreadable place of a decoded file: the alignment of
-/// extents, since compressed frames have none.
+/// Length in bytes of the parts that salvage gives up around an unreadable place of a decoded file. It is
+/// the alignment of extents, since compressed frames have none.
 const DECODED_STEP: usize = EXTENT_HEADER;
-/// Faults of a stream that are reported one by one. Our limit.
+/// Maximum number of faults of a stream that wait to be reported; further ones are dropped. Our limit.
 const MAX_FAULTS: usize = 64;
-/// Faults after which the window gives up a stream. Our limit: noise may be full of frame beginnings.
+/// Number of faults after which the window gives up a stream. Our limit: random bytes may contain many
+/// apparent starts of frames.
 const MAX_RESUMES: u32 = 1 << 16;
-/// Bytes before the early end of a compressed stream that count as unverified: a decoder may turn
-/// damage into output up to there. Our choice: several zstd blocks, a quarter of an extent.
+/// Maximum number of bytes before the early end of a compressed stream that count as unverified, since a
+/// decoder may have produced them from damaged input. Our choice: several zstd blocks, a quarter of an
+/// extent.
 const CUT_TAIL: u64 = 1 << 20;
-/// Unreadable ranges kept apart in a window; further ones are joined. Our limit.
+/// Maximum number of unreadable ranges of a window; further ones are joined to the last. Our limit.
 const MAX_UNREADABLE: usize = 4096;
 
 enum WindowInput {
@@ -35,8 +38,8 @@ enum WindowInput {
 
 /// The part of an archive held in memory.
 ///
-/// Positions are archive offsets as decoded. Where decompression resumed after damage the bytes
-/// before and after are adjacent, and the place is recorded as a gap.
+/// Positions are offsets in the decompressed archive. Where decompression resumed after damage, the bytes
+/// before and after the damage are adjacent, and the window records a gap between them.
 pub(crate) struct Window {
     input: WindowInput,
     bytes: Vec<u8>,
@@ -52,7 +55,7 @@ pub(crate) struct Window {
     gaps: Vec<u64>,
     /// Number of times decompression resumed.
     resumes: u32,
-    /// True if bytes since released turned out to be unverified.
+    /// True if bytes turned out to be unverified after they were released.
     released_unverified: bool,
     /// Ranges whose checksum was wrong or missing, from `base` on.
     unverified: Vec<Range<u64>>,
@@ -63,7 +66,7 @@ pub(crate) struct Window {
 }
 
 impl Window {
-    /// A window at the start of `input`.
+    /// Creates a window at the start of `input`.
     pub(crate) fn new(input: Input) -> Result<Self> {
         let input = if input.is_stream() {
             WindowInput::Stream(input.into_stream()?)
@@ -90,12 +93,12 @@ impl Window {
         self.bytes.len() - self.released
     }
 
-    /// Archive offset after the last byte held.
+    /// Returns the archive offset one past the last byte held.
     pub(crate) fn end(&self) -> u64 {
         self.base + self.held() as u64
     }
 
-    /// Releases the bytes before `position`, at most those held.
+    /// Releases the bytes before `position`, or all bytes held if that is further on.
     pub(crate) fn release(&mut self, position: u64) {
         let count =
             usize::try_from(position.saturating_sub(self.base)).unwrap_or(usize::MAX).min(self.held());
@@ -111,8 +114,8 @@ impl Window {
         self.unverified.retain(|range| range.end >= base);
     }
 
-    /// Reads on until the window holds `len` bytes from `position`. Returns how many of them it holds,
-    /// which is fewer only at the end.
+    /// Reads on until the window holds `len` bytes from `position`. Returns how many of them it holds, which
+    /// is fewer than `len` only at the end of the input.
     pub(crate) fn ensure(&mut self, position: u64, len: usize) -> usize {
         while !self.ended && self.end() < position.saturating_add(len as u64) {
             self.read_chunk();
@@ -120,7 +123,7 @@ impl Window {
         usize::try_from(self.end().saturating_sub(position)).unwrap_or(usize::MAX).min(len)
     }
 
-    /// The `len` bytes at `position`, or none if the window does not hold them all.
+    /// Returns the `len` bytes at `position`, or an empty slice if the window does not hold all of them.
     pub(crate) fn slice(&self, position: u64, len: usize) -> &[u8] {
         let start = self.released + usize::try_from(position - self.base).unwrap_or(usize::MAX);
         self.bytes.get(start..start + len).unwrap_or(&[])
@@ -131,7 +134,7 @@ impl Window {
         !self.unreadable.iter().any(|other| other.start < range.end && range.start < other.end)
     }
 
-    /// The UUID of the extent at the start of the window, if a valid one is there.
+    /// Returns the UUID of the extent at the start of the window, if a valid header is there.
     pub(crate) fn first_uuid(&mut self) -> Option<[u8; 16]> {
         let got = self.ensure(self.base, EXTENT_HEADER);
         let raw = self.slice(self.base, got).first_chunk::<EXTENT_HEADER>()?;
@@ -139,7 +142,7 @@ impl Window {
         ExtentHeader::parse(raw, &uuid).ok().map(|_| uuid)
     }
 
-    /// The first gap within `range`.
+    /// Returns the archive offset of the first gap within `range`.
     pub(crate) fn gap_within(&self, range: &Range<u64>) -> Option<u64> {
         self.gaps.iter().copied().find(|gap| range.contains(gap))
     }
@@ -159,7 +162,7 @@ impl Window {
         if self.faults.is_empty() { None } else { Some(self.faults.remove(0)) }
     }
 
-    /// State of the compression's checksums for `range`, which the window holds.
+    /// Returns the state of the compression's checksums for `range`, which the window must hold.
     pub(crate) fn checksum_state(&mut self, range: &Range<u64>) -> ChecksumState {
         if self.is_unverified(range) {
             return ChecksumState::Failed;
@@ -179,7 +182,7 @@ impl Window {
         self.unverified.iter().any(|other| other.start < range.end && range.start < other.end)
     }
 
-    /// True if bytes released since the last call turned out to be unverified.
+    /// True if released bytes turned out to be unverified since the last call.
     pub(crate) fn take_released_unverified(&mut self) -> bool {
         std::mem::take(&mut self.released_unverified)
     }
@@ -210,8 +213,8 @@ impl Window {
     }
 
     /// Resumes after a fault in a compressed stream. Bytes whose checksum is still pending become
-    /// unverified: all of them after damage, only the last part if the stream just ends, because
-    /// nearly all of a truncated copy is right.
+    /// unverified: all of them after damage, but only the last part if the stream ends early, because
+    /// nearly all of a truncated copy is intact.
     fn pass_fault(&mut self, error: Error) {
         let end = self.end();
         let WindowInput::Stream(stream) = &mut self.input else { return };
@@ -278,15 +281,15 @@ impl ArchiveBytes for Window {
 /// State of the compression's checksums for a part of the archive.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ChecksumState {
-    /// Right, or the input has none.
+    /// The checksums are right, or the input has none.
     Verified,
-    /// Not read yet.
+    /// A checksum has not been read yet.
     Pending,
-    /// Wrong or missing.
+    /// A checksum is wrong or missing.
     Failed,
 }
 
-/// Reads from a stream up to the first error; returns the bytes read before it, too.
+/// Reads from a stream up to the first error. Returns the number of bytes read, and the error.
 fn read_until_error(stream: &mut Stream, buf: &mut [u8]) -> (usize, Option<Error>) {
     let mut filled = 0;
     while filled < buf.len() {
@@ -318,8 +321,8 @@ fn read_around_errors(input: &RandomInput, buf: &mut [u8], position: u64, unread
     });
 }
 
-/// Like [`read_around_errors`], through a decoder, for which every attempt decodes a whole frame: gives
-/// up a part if neither its first nor its last bytes can be read, else halves it.
+/// Like [`read_around_errors`], but reads through a decoder, which must decode a whole frame at every
+/// attempt: gives up a part if neither its first nor its last bytes can be read, else halves it.
 fn read_decoded(input: &RandomInput, buf: &mut [u8], position: u64, unreadable: &mut Vec<Range<u64>>) {
     let is_readable = |buf: &mut [u8], at| input.read_exact_at(buf, at).is_ok();
     if buf.is_empty() || is_readable(buf, position) {
@@ -340,7 +343,7 @@ fn read_decoded(input: &RandomInput, buf: &mut [u8], position: u64, unreadable: 
     read_decoded(input, back, position + half as u64, unreadable);
 }
 
-/// Adds `range` to `unreadable`.
+/// Adds `range` to `unreadable`; extends the last range if the two are adjacent or the list is full.
 fn mark_unreadable(range: Range<u64>, unreadable: &mut Vec<Range<u64>>) {
     let full = unreadable.len() >= MAX_UNREADABLE;
     match unreadable.last_mut() {

@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use imgtool_core::{Error, Location, Result};
 use imgtool_engine::DiskTarget;
 
-/// Parses the value of `--target`. A comma in the path is doubled.
+/// Parses the value of `--target`. A comma in the path is written as two commas.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::Usage`] for a malformed value.

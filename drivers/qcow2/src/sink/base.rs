@@ -1,16 +1,16 @@
-//! Backing file of a new image, of which only the difference is stored.
+//! Backing image of a new image, which stores only its differences from the backing image.
 
 use std::ops::Range;
 
 use imgtool_core::{Disk, Result, zero};
 
-/// Backing file, if the caller opened it. If not, everything is stored, zeros included, as the content
-/// of the backing file is unknown.
+/// Backing image, or `None` if the caller did not open it. Its content is then unknown, so the new image
+/// stores everything, zeros included.
 pub struct Base(pub Option<Disk>);
 
 impl Base {
-    /// Returns the guest offset in `range` up to which the base reads as zeros: `range.start` if its content
-    /// is unknown, `range.end` if all of it does.
+    /// Returns the guest offset in `range` up to which the backing image reads as zeros: `range.start` if its
+    /// content is unknown, `range.end` if the whole range reads as zeros.
     pub fn zeros_until(&self, range: Range<u64>) -> Result<u64> {
         let Some(disk) = &self.0 else { return Ok(range.start) };
         let mut reached = range.start;
@@ -25,12 +25,12 @@ impl Base {
         Ok(range.end)
     }
 
-    /// True if the base reads as `expected` (`None` for zeros) in `range`. `scratch` is a buffer of the
-    /// range's length.
+    /// Returns true if the backing image reads as `expected` (`None` for zeros) in `range`. `scratch` must
+    /// have the length of the range.
     pub fn matches(&self, range: Range<u64>, expected: Option<&[u8]>, scratch: &mut [u8]) -> Result<bool> {
         let Some(disk) = &self.0 else { return Ok(false) };
         let covered = range.end.min(disk.size()).saturating_sub(range.start);
-        // At most the length of `scratch`.
+        // `covered` is at most the length of `scratch`.
         let (known, beyond) = scratch.split_at_mut(covered as usize);
         beyond.fill(0);
         if !known.is_empty() {

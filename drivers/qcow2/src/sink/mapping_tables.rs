@@ -1,4 +1,4 @@
-//! L1 and L2 tables of a new image: a bounded number of L2 tables in memory, the rest in the file.
+//! L1 and L2 tables of a new image: a bounded number of L2 tables is in memory, the rest in the file.
 //!
 //! A table gets its host offset when it is first written, not when it is first used. Tables that leave
 //! memory together are therefore adjacent in the file, and the data before them is contiguous.
@@ -10,11 +10,11 @@ use crate::layout::MAX_L1_BYTES;
 use crate::layout::entry::{L1Entry, Shape};
 use crate::layout::table::{decode_table, encode_table, write_table};
 
-/// Bytes of L2 tables in memory. Our limit: 128 GiB of disk with clusters of 64 KiB before a table is
-/// written early.
+/// Maximum size in bytes of the L2 tables in memory. Our limit: with clusters of 64 KiB, these tables map
+/// 128 GiB of disk before one is written early.
 const OPEN_BYTES: u64 = 16 << 20;
 
-/// Bytes of adjacent tables in one write. Our choice.
+/// Adjacent tables are written together once this many bytes have accumulated. Our choice.
 const WRITE_LEN: usize = 1 << 20;
 
 /// L1 table, and the L2 tables in memory.
@@ -28,12 +28,12 @@ pub struct MappingTables {
 impl MappingTables {
     /// Creates empty tables.
     pub fn new(shape: Shape) -> Self {
-        // At least 8 with the largest clusters.
+        // With the largest clusters, there is room for 8 tables.
         let max_open = (OPEN_BYTES >> shape.cluster_bits) as usize;
         Self { shape, l1: Vec::new(), open: Cache::new(max_open) }
     }
 
-    /// Returns the words of the L2 entry for `guest_offset`, one or two.
+    /// Returns the one or two words of the L2 entry for `guest_offset`.
     pub fn entry(&mut self, guest_offset: u64, alloc: &mut Allocator, output: &Output) -> Result<&mut [u64]> {
         let l1_index = guest_offset >> self.shape.l2_reach_bits();
         let words = self.shape.l2_entry_words();
@@ -77,8 +77,8 @@ impl MappingTables {
         Ok(decode_table(&bytes))
     }
 
-    /// Writes tables, by ascending L1 index, that have left memory. The write does not go through the
-    /// pipeline: the next use of a table reads it back.
+    /// Writes `tables`, which have left memory and are sorted by L1 index. The write does not go through the
+    /// pipeline, because the next use of a table reads it back.
     fn close(&mut self, tables: Vec<(u64, Vec<u64>)>, alloc: &mut Allocator, output: &Output) -> Result<()> {
         let cluster_size = self.shape.cluster_size();
         let is_new = |l1: &[u64], index: u64| L1Entry(l1[index as usize]).l2_offset() == 0;
@@ -87,7 +87,7 @@ impl MappingTables {
         let mut batch = Vec::new();
         let mut batch_offset = 0;
         for (index, words) in tables {
-            // `load` has grown the L1 table beyond the index.
+            // `load` has grown the L1 table to include the index.
             let entry = &mut self.l1[index as usize];
             if L1Entry(*entry).l2_offset() == 0 {
                 *entry = L1Entry::new(next_offset).0;

@@ -1,5 +1,5 @@
-//! Preparation of pieces by several threads: zero detection, comparison with the backing file,
-//! compression.
+//! Preparation of pieces, which several threads do at once: zero detection, comparison with the backing
+//! image, compression.
 
 use std::ops::Range;
 
@@ -16,7 +16,7 @@ impl Qcow2Sink {
         let (start, len) = (piece.start, piece.len);
         if self.options.stores_zeros() {
             let mut prepared = Prepared::new(piece);
-            // The piece is in memory.
+            // `prepare` has replaced zeros with data, so the whole piece is in memory.
             prepared.parts.push(Part { guest: start..start + len, bytes: Bytes::Data(0..len as usize) });
             return prepared;
         }
@@ -32,7 +32,7 @@ impl Qcow2Sink {
         Prepared::sparse(piece, runs, needs_zeros && self.is_linear())
     }
 
-    /// Prepares whole clusters one by one. Each is left out, zeros, compressed or plain.
+    /// Prepares whole clusters one by one. Each is left out, marked as zeros, or stored compressed or plain.
     pub(super) fn prepare_clusters(
         &self,
         piece: SinkPiece,
@@ -43,7 +43,7 @@ impl Qcow2Sink {
         if piece.data.is_none() {
             return self.prepare_zeros(piece, base);
         }
-        // At most 2 MiB.
+        // A cluster has at most 2 MiB.
         let cluster_size = self.cluster_size() as usize;
         let mut stored = self.stored_runs(&piece, self.cluster_size()).into_iter().peekable();
         let mut prepared = Prepared::new(piece);
@@ -71,8 +71,8 @@ impl Qcow2Sink {
         Ok(prepared)
     }
 
-    /// Decides what becomes of a cluster at the range `guest`. `is_zero` is true if it reads as zeros.
-    /// `scratch` is a buffer of a cluster's length if there is a base.
+    /// Decides on the treatment of `cluster`, which covers the guest offsets `guest`. `is_zero` is true if
+    /// the cluster reads as zeros. With a `base`, `scratch` must have room for one cluster.
     fn treatment(
         &self,
         cluster: &[u8],
@@ -81,7 +81,7 @@ impl Qcow2Sink {
         base: Option<&Base>,
         scratch: &mut [u8],
     ) -> Result<Treatment> {
-        // Every cluster is stored, even if the backing file has the same bytes.
+        // Every cluster is stored, even if the backing image has the same bytes.
         if self.options.stores_zeros() {
             return Ok(Treatment::Store);
         }
@@ -95,22 +95,22 @@ impl Qcow2Sink {
         })
     }
 
-    /// Returns the runs of a piece that are stored, found in units of `finest` bytes. Zeros shorter than
-    /// the option `zero_unit` join the data around them. Compressed images ignore that option: short
-    /// zeros cost them next to nothing.
+    /// Returns the runs of a piece that are stored, found in units of `finest` bytes. Runs of zeros
+    /// shorter than the option `zero_unit` join the data around them. Compressed images ignore that option,
+    /// because short runs of zeros cost them next to nothing.
     fn stored_runs(&self, piece: &SinkPiece, finest: u64) -> Vec<Range<usize>> {
         let requested = self.options.zero_unit.filter(|_| self.encoder.is_none());
-        // Both at most 2 MiB.
+        // Both units are at most 2 MiB.
         piece.dense_runs(finest as usize, requested.unwrap_or(finest).max(finest) as usize)
     }
 
-    /// Splits a piece of zeros into the clusters that need an entry, as the backing file has data there.
+    /// Splits a piece of zeros into the clusters that need an entry because the backing image has data there.
     fn prepare_zeros(&self, piece: SinkPiece, base: Option<&Base>) -> Result<Prepared> {
         let (start, end) = (piece.start, piece.end());
         let mut prepared = Prepared::new(piece);
         let Some(base) = base else { return Ok(prepared) };
         let cluster_size = self.cluster_size();
-        // At most 2 MiB.
+        // A cluster has at most 2 MiB.
         let mut scratch = vec![0; cluster_size as usize];
         let mut position = start;
         while position < end {
@@ -132,21 +132,21 @@ impl Qcow2Sink {
 
 /// Treatment of a cluster.
 enum Treatment {
-    /// Nothing is written: without an entry, it reads right.
+    /// Nothing is written, because the cluster reads correctly without an entry.
     LeaveOut,
-    /// It gets an entry that reads as zeros.
+    /// The cluster gets an entry that reads as zeros.
     Zeros,
-    /// Its bytes are stored, compressed or plain.
+    /// The bytes of the cluster are stored, compressed or plain.
     Store,
 }
 
-/// Compression of the clusters of one piece, one after the other into one buffer.
+/// Compression of the clusters of one piece, one after the other, into one buffer.
 struct Compression<'a> {
     encoder: &'a Encoder,
     context: EncodeContext,
     cluster_size: usize,
     encoded: Buffer,
-    /// Bytes of `encoded` that hold clusters.
+    /// Length in bytes of the part of `encoded` that holds clusters.
     used: usize,
 }
 
@@ -175,14 +175,14 @@ impl<'a> Compression<'a> {
         Some(self.used - len..self.used)
     }
 
-    /// Gives the compressor back and returns the buffer.
+    /// Gives the context back to the encoder and returns the buffer.
     fn finish(self) -> Buffer {
         self.encoder.give_back(self.context);
         self.encoded
     }
 }
 
-/// Appends zeros, joined with zeros that end where they begin.
+/// Appends zeros at `guest`, joined to the last part if that consists of zeros and ends where they begin.
 fn push_zeros(prepared: &mut Prepared, guest: Range<u64>) {
     if let Some(last) = prepared.parts.last_mut()
         && last.guest.end == guest.start

@@ -1,4 +1,4 @@
-//! The guest data of an image: clusters of the image or its data file, and the backing file below.
+//! The guest data of an image: clusters of the image or its external data file, and the backing image.
 
 use std::ops::Range;
 
@@ -16,11 +16,11 @@ use crate::mapping::{Mapping, RunKind};
 pub(super) struct Content {
     pub(super) mapping: Mapping,
     decoder: Decoder,
-    /// File of guest data: the image itself or its external data file.
+    /// File that holds the guest data: the image itself or its external data file.
     pub(super) data: RandomInput,
-    /// Disk of the backing file, which may be smaller or larger than this one.
+    /// Disk of the backing image, which may be smaller or larger than this one.
     pub(super) backing: Option<Disk>,
-    /// Guest ranges that salvage lost; `None` without salvage.
+    /// Guest ranges that salvage could not recover; `None` without salvage.
     pub(super) losses: Option<Losses>,
 }
 
@@ -33,7 +33,7 @@ impl Content {
         virtual_size: u64,
         options: &OpenOptions,
     ) -> Result<Self> {
-        // Refusals come before any large read.
+        // Open the other files first, so that unusable ones are refused before any large read.
         let data = open_data_file(input, header, options)?;
         let backing = open_backing(input, header, options)?;
         let (l1_offset, l1_entries) = match snapshot {
@@ -46,7 +46,7 @@ impl Content {
                 "the snapshot's L1 table has {l1_entries} entries, but {virtual_size} bytes of disk need {needed}"
             )));
         }
-        // Entries beyond the disk are for saved machine state.
+        // Entries past the end of the disk map the saved machine state.
         let l1_entries = l1_entries.min(u32::try_from(needed).unwrap_or(u32::MAX));
         check_table(
             "the L1 table",
@@ -83,7 +83,7 @@ impl Content {
         match kind {
             RunKind::Zero { .. } => buf.fill(0),
             RunKind::Unallocated { .. } => self.read_backing(buf, guest_offset)?,
-            // An offset within a cluster of at most 2 MiB.
+            // The offset fits in usize: a cluster has at most 2 MiB.
             RunKind::Compressed(range) => {
                 self.decoder.read(input, range, buf, shape.within_cluster(guest_offset) as usize)?;
             }
@@ -92,7 +92,7 @@ impl Content {
         Ok(())
     }
 
-    /// Fills `buf` from the backing file, and with zeros beyond its end.
+    /// Fills `buf` from the backing image, and with zeros past its end.
     fn read_backing(&self, buf: &mut [u8], guest_offset: u64) -> Result<()> {
         let Some(backing) = &self.backing else {
             buf.fill(0);
@@ -105,7 +105,8 @@ impl Content {
         if below.is_empty() { Ok(()) } else { backing.read_at(below, guest_offset) }
     }
 
-    /// Appends the extents of data clusters. Holes of the file (preallocated, never written) are zeros.
+    /// Appends the extents of data clusters. Holes in the file (clusters that were preallocated but never
+    /// written) count as zeros.
     pub(super) fn push_data(
         &self,
         list: &mut ExtentList,
@@ -121,7 +122,7 @@ impl Content {
                 let run = self.file_run(host, guest_offset + done, resolution)?;
                 (run.end, run.is_data)
             } else {
-                // Reading beyond the end of the file fails.
+                // Past the end of the file, report data: reading it fails.
                 (u64::MAX, true)
             };
             let part = (len - done).min(run_end.saturating_sub(host).max(1));
@@ -142,8 +143,8 @@ impl Content {
         }
     }
 
-    /// Appends the extents of an unallocated range, as the backing file has them. Returns the guest offset
-    /// that they reach.
+    /// Appends the extents that the backing image has in an unallocated range. Returns the guest offset at
+    /// which they end.
     pub(super) fn push_backing(
         &self,
         list: &mut ExtentList,
@@ -169,7 +170,7 @@ impl Content {
     }
 }
 
-/// Opens the file of guest data: the image itself without an external data file.
+/// Opens the file that holds the guest data: the external data file, or the image itself if it has none.
 fn open_data_file(input: &RandomInput, header: &Header, options: &OpenOptions) -> Result<RandomInput> {
     if !header.has(INCOMPATIBLE_DATA_FILE) {
         return Ok(input.clone());

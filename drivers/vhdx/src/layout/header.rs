@@ -1,7 +1,7 @@
 //! The file type identifier and the two headers (section 2.2).
 //!
-//! The headers have fixed offsets. An update overwrites the older header and gives it the higher sequence number, so
-//! that a torn write leaves the other intact.
+//! The headers have fixed offsets. An update overwrites the older header and gives it the higher sequence
+//! number, so that a torn write leaves the other header intact.
 
 use uuid::Uuid;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
@@ -19,7 +19,7 @@ pub(crate) const HEADER_OFFSETS: [u64; 2] = [64 << 10, 128 << 10];
 pub(crate) const HEADER_LEN: usize = 4096;
 
 const SIGNATURE: &[u8; 4] = b"head";
-/// Byte of a header at which its checksum starts.
+/// Offset of the checksum in a header, in bytes.
 const CHECKSUM_AT: usize = 4;
 /// The format's only version (section 2.2.2).
 const VERSION: u16 = 1;
@@ -55,7 +55,7 @@ const _: () = assert!(size_of::<RawHeader>() == 80);
 /// A decoded header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Header {
-    /// The valid header with the higher number is current.
+    /// Sequence number. Of two valid headers, the one with the higher number is current.
     pub(crate) sequence_number: u64,
     /// Identity of this state of the file.
     pub(crate) file_write_guid: Uuid,
@@ -69,7 +69,7 @@ pub(crate) struct Header {
     pub(crate) version: u16,
     /// Length of the log in bytes.
     pub(crate) log_length: u32,
-    /// File offset, bytes.
+    /// File offset of the log in bytes.
     pub(crate) log_offset: u64,
 }
 
@@ -119,7 +119,7 @@ impl Header {
         bytes
     }
 
-    /// Makes a header of version 1 with an empty log and nil GUIDs.
+    /// Creates a header of version 1 with an empty log and nil GUIDs.
     pub(crate) fn new(sequence_number: u64, log_offset: u64, log_length: u32) -> Self {
         Self {
             sequence_number,
@@ -133,7 +133,8 @@ impl Header {
         }
     }
 
-    /// Describes a field that is unsupported or breaks the format's rules, as a predicate for "the header …".
+    /// Describes a field that is unsupported or breaks the format's rules, as a predicate for "the header …";
+    /// `None` if there is no such field.
     pub(crate) fn fault(&self) -> Option<String> {
         if self.version != VERSION {
             return Some(format!("has version {}; only version {VERSION} is supported", self.version));
@@ -170,7 +171,7 @@ pub(crate) fn current(headers: &[Result<Header, String>; 2]) -> Result<&Header, 
     }
 }
 
-/// Decodes the creator string, up to its first zero.
+/// Decodes the creator string up to its first NUL.
 pub(crate) fn decode_creator(bytes: &[u8]) -> String {
     let units: Vec<u16> = bytes
         .chunks_exact(2)
@@ -180,7 +181,8 @@ pub(crate) fn decode_creator(bytes: &[u8]) -> String {
     String::from_utf16_lossy(&units)
 }
 
-/// Encodes the file type identifier: signature and creator string, cut to [`CREATOR_LEN`] bytes.
+/// Encodes the file type identifier: the signature and the creator string. The string is truncated or padded
+/// with zeros to [`CREATOR_LEN`] bytes.
 pub(crate) fn encode_identifier(creator: &str) -> Vec<u8> {
     let mut bytes = FILE_SIGNATURE.to_vec();
     bytes.extend(creator.encode_utf16().take(CREATOR_LEN / 2).flat_map(u16::to_le_bytes));

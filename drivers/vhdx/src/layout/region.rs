@@ -1,4 +1,5 @@
-//! The region table (section 2.2.3): offsets of the BAT and the metadata. The file has two copies.
+//! The region table (section 2.2.3): the offsets and lengths of the BAT and the metadata. The file has two
+//! copies of the table.
 
 use uuid::Uuid;
 use zerocopy::byteorder::little_endian::{U32, U64};
@@ -19,9 +20,9 @@ pub(crate) const BAT_REGION: Uuid = Uuid::from_u128(0x2DC2_7766_F623_4200_9D64_1
 pub(crate) const METADATA_REGION: Uuid = Uuid::from_u128(0x8B7C_A206_4790_4B9A_B8FE_575F_050F_886E);
 
 const SIGNATURE: &[u8; 4] = b"regi";
-/// Byte of the table at which its checksum starts.
+/// Offset of the checksum in the table, in bytes.
 const CHECKSUM_AT: usize = 4;
-/// Flag of an entry: a reader must know the region (section 2.2.3.2).
+/// Flag of an entry: a reader that does not know the region must not open the file (section 2.2.3.2).
 const REQUIRED: u32 = 1;
 
 /// VHDX_REGION_TABLE_HEADER (section 2.2.3.1).
@@ -51,7 +52,7 @@ struct RawEntry {
     file_offset: U64,
     /// 24: bytes, a multiple of 1 MiB
     length: U32,
-    /// 28: bit 0: a reader that does not know the region must not open the file
+    /// 28: if bit 0 is set, a reader that does not know the region must not open the file
     required: U32,
 }
 const _: () = assert!(size_of::<RawEntry>() == 32);
@@ -59,14 +60,14 @@ const _: () = assert!(size_of::<RawEntry>() == 32);
 /// A region of the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Region {
-    /// Bytes from the start of the file.
+    /// File offset of the region in bytes.
     pub(crate) file_offset: u64,
     /// Length of the region in bytes.
     pub(crate) length: u32,
 }
 
 impl Region {
-    /// File offset one past its last byte.
+    /// Returns the file offset one past the last byte of the region.
     pub(crate) fn end(&self) -> u64 {
         self.file_offset.saturating_add(u64::from(self.length))
     }
@@ -170,7 +171,8 @@ impl RegionTable {
     }
 }
 
-/// Describes an offset or length that breaks the rules, as the end of "places region …".
+/// Describes an offset or length that breaks the rules, as the end of "places region …"; `None` if both are
+/// valid.
 fn region_fault(region: &Region) -> Option<String> {
     let Region { file_offset, length } = *region;
     let aligned = file_offset.is_multiple_of(MIB) && u64::from(length).is_multiple_of(MIB) && length > 0;

@@ -1,9 +1,10 @@
 //! A fingerprint of the guest's content, summed by many threads in any order.
 //!
-//! The GUIDs of a new file derive from it: the same content makes the same file, different content makes
-//! different GUIDs. Each unit of 4 KiB that is not all zero is hashed with XXH3, the hash is weighted with
-//! the unit's index, and all are summed; so order, threads and the size of pieces do not matter. The
-//! fingerprint is not cryptographic: disks that share one can be constructed.
+//! The GUIDs of a new file are derived from it: the same content gives the same file, and different content
+//! gives different GUIDs. Each 4 KiB unit that is not all zeros is hashed with XXH3 and its hash is
+//! multiplied by a weight derived from the unit's index. The fingerprint is the sum of these products, so
+//! it does not depend on the order in which pieces are added, their size or the number of threads. It is
+//! not cryptographic: different disks with the same fingerprint can be constructed.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -19,14 +20,13 @@ pub(crate) struct Fingerprint {
 }
 
 impl Fingerprint {
-    /// Adds the content at `guest_offset`, a multiple of 4 KiB. The caller leaves out units that are all
-    /// zero.
+    /// Adds the content at `guest_offset`, a multiple of 4 KiB. The caller omits units that are all zeros.
     pub(crate) fn add(&self, guest_offset: u64, bytes: &[u8]) {
         let (mut low, mut high) = (0u64, 0u64);
         let first_unit = guest_offset / ZERO_GRANULARITY as u64;
         for (index, unit) in (first_unit..).zip(bytes.chunks(ZERO_GRANULARITY)) {
             let hash = XxHash3_128::oneshot(unit);
-            // Odd, so that multiplying modulo 2^64 loses no information.
+            // The weight is odd, so that multiplying by it modulo 2^64 loses no information.
             let weight = index.wrapping_mul(2).wrapping_add(1);
             low = low.wrapping_add((hash as u64).wrapping_mul(weight));
             high = high.wrapping_add(((hash >> 64) as u64).wrapping_mul(weight));
@@ -35,8 +35,8 @@ impl Fingerprint {
         self.high.fetch_add(high, Ordering::Relaxed);
     }
 
-    /// Derives the GUID for `purpose` in a file with these parameters. It is a version 8 UUID (RFC 9562):
-    /// one made by the application's own rule.
+    /// Derives the GUID for `purpose` in a file with these parameters. It is a version 8 UUID (RFC 9562),
+    /// whose content the application defines.
     pub(crate) fn guid(&self, purpose: &str, parameters: &[u64]) -> Uuid {
         let mut bytes = purpose.as_bytes().to_vec();
         for half in [self.low.load(Ordering::Relaxed), self.high.load(Ordering::Relaxed)] {
