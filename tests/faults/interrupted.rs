@@ -60,7 +60,7 @@ fn a_kill_leaves_only_the_temporary_name() {
 struct Busy {
     dir: tempfile::TempDir,
     format: &'static str,
-    /// What a run that was left alone made.
+    /// Output of a run that was not interrupted.
     wanted: BTreeMap<String, String>,
     takes: Duration,
 }
@@ -120,7 +120,7 @@ impl Busy {
     }
 }
 
-/// How often each format is killed and interrupted, in threes: `IMGTOOL_TEST_ROUNDS`, for more than an
+/// Number of times that each format is killed and interrupted, in threes: `IMGTOOL_TEST_ROUNDS`, for more than an
 /// everyday run of the tests has time for.
 fn rounds() -> u32 {
     std::env::var("IMGTOOL_TEST_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(1)

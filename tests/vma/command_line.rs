@@ -132,7 +132,7 @@ fn the_limits_of_an_archive_are_the_programs() {
         vma(path, &format!("verify {archive}")).exits(0);
     }
     assert_eq!(vma(path, "list ok1").text().lines().count(), 255);
-    // Nothing at all is an archive too, of which `verify -v` has something to say.
+    // An archive without disks is valid, and `verify -v` reports on it.
     assert!(vma(path, "verify -v ok5").text().ends_with("vma archive contains no image data\n"));
 }
 

@@ -173,7 +173,7 @@ impl<'a> BatCheck<'a> {
         }
     }
 
-    /// Claims a range of the file for a block of `len` bytes, of which the file must hold the first `used`.
+    /// Claims a range of the file for a block of `len` bytes. The file must contain its first `used` bytes.
     /// Reports the block if it overlaps another structure or block, or if the file is too short.
     fn claim(&mut self, name: &str, file_offset: u64, used: u64, len: u64, report: &mut CheckReport) {
         for (other, region) in self.image.reserved_regions() {

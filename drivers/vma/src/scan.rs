@@ -80,7 +80,7 @@ impl Scanner {
         ScanItem::Fault { file: at..self.position, message: fault }
     }
 
-    /// Decodes the header at `at`, of which the window holds `got` bytes.
+    /// Decodes the header at `at`. The window holds its first `got` bytes.
     fn header_at(&self, at: u64, got: usize) -> Result<ExtentHeader, String> {
         let Some(raw) = self.window.slice(at, got).first_chunk::<EXTENT_HEADER>() else {
             return Err(reference::short_header(got));

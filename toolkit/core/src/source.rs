@@ -159,7 +159,7 @@ impl<D> Piece<D> {
         Self { device, start, len, data: None, runs: Vec::new() }
     }
 
-    /// Creates a piece of data, all of which may be nonzero.
+    /// Creates a piece of data. Any of its bytes may be nonzero.
     pub fn data(device: D, start: u64, data: Buffer) -> Self {
         let len = data.len();
         Self { device, start, len: len as u64, data: Some(data), runs: std::iter::once(0..len).collect() }

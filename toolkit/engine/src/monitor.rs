@@ -87,7 +87,7 @@ pub trait Monitor: Sync {
     /// must be quick. Does nothing by default.
     fn advance(&self, _lane: Lane, _len: u64, _zero: u64) {}
 
-    /// The phase is complete. Not called if it fails.
+    /// Called when the current phase is complete; not called if it fails.
     fn end(&self) {}
 
     /// Called before the first output is created. `cleaner` removes unfinished outputs, for a signal handler

@@ -110,7 +110,7 @@ fn check_space(
 }
 
 /// Bytes that the source files of the outputs occupy, if all of them are verbatim: an upper bound of
-/// their data that costs no walk over their extents, of which a scattered disk has half a million. A file
+/// their data that costs no walk over their extents. A scattered disk has half a million of them. A file
 /// system that compresses makes the check more lenient.
 fn stored_bytes(
     outputs: &[&PlannedOutput],

@@ -56,7 +56,7 @@ pub fn as_file(name: &str, bytes: &[u8]) -> Input {
     Input::from_read_at(name, Arc::new(Memory(bytes.to_vec())))
 }
 
-/// An input that is read by position, of which one byte can't be read.
+/// An input that is read by position and has one unreadable byte.
 pub fn unreadable_at(name: &str, bytes: &[u8], byte: u64) -> Input {
     Input::from_read_at(name, Arc::new(Unreadable { memory: Memory(bytes.to_vec()), byte }))
 }

@@ -1,4 +1,4 @@
-//! The BAT of a new dynamic file, of which only a few pages are in memory at a time.
+//! Writer of the BAT of a new dynamic file, with only a few pages in memory at a time.
 //!
 //! The BAT of 64 TiB in blocks of 1 MiB takes 512 MiB. Content arrives mostly in ascending order, so most
 //! pages are written once; a page that is needed again is read back from the output.

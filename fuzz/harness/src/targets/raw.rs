@@ -11,7 +11,7 @@ use super::from_pipe;
 use crate::exercise;
 use crate::sparse::SparseFile;
 
-/// Names of the image, one of which the first byte of the input picks.
+/// Names of the image. The first byte of the input selects one.
 const NAMES: [&str; 8] =
     ["disk", "-", "disk.raw", "disk.qcow2", "disk.vhdx", "backup.vma", "backup.vma.zst", "disk.img.gz"];
 

@@ -100,7 +100,7 @@ fn dissect<T: DeserializeOwned>(kind: &str, paths: &[&Path]) -> Vec<T> {
     serde_json::from_slice(&python_script(DISSECT, &args)).expect("the script prints JSON")
 }
 
-/// What dissect.archive finds in VMA archives.
+/// Content of a VMA archive as dissect.archive reads it.
 #[track_caller]
 pub fn dissect_vma(paths: &[&Path]) -> Vec<SeenArchive> {
     dissect("vma", paths)
