@@ -157,3 +157,38 @@ fn a_driver_of_the_callers_own_is_used_like_the_others() {
     let disks = imgtool::open(&back).unwrap().disks().unwrap();
     assert!(disks.iter().map(digest).eq(TWO_DISKS.map(|(.., sha256)| sha256.to_owned())));
 }
+
+#[test]
+fn compresses_and_follows_a_chain_only_if_allowed() {
+    let dir = tempdir();
+    let path = |name: &str| dir.path().join(name);
+    let (base, overlay) = (path("base.raw"), path("overlay.qcow2"));
+    std::fs::write(&base, [7; 1 << 20]).unwrap();
+    let made =
+        imgtool::convert(&base, &overlay).option("backing_file", "base.raw").option("backing_fmt", "raw");
+    assert!(made.with_request(|request| request.open.policy.chain = true).run().unwrap().is_complete());
+    let error = imgtool::convert(&overlay, path("refused.raw")).run().unwrap_err();
+    assert!(matches!(error.remedy(), Some(Remedy::AllowExternal { .. })), "{error:?}");
+    let report = imgtool::convert(&overlay, path("small.qcow2"))
+        .allow_chain()
+        .compressed()
+        .with_options(|options| options.threads = 1)
+        .run()
+        .unwrap();
+    assert!(report.outputs[0].stored < 512 << 10, "{report:?}");
+    assert!(imgtool::convert(path("small.qcow2"), path("back.raw")).run().unwrap().is_complete());
+    assert_same(&base, &path("back.raw"), "through a chain and compressed");
+}
+
+#[test]
+fn salvages_a_truncated_archive_and_reports_the_losses() {
+    let dir = tempdir();
+    let (whole, cut) = (dir.path().join("whole.vma"), dir.path().join("cut.vma"));
+    assert!(imgtool::convert(fixture("two-disks.vma.zst"), &whole).run().unwrap().is_complete());
+    let bytes = std::fs::read(&whole).unwrap();
+    std::fs::write(&cut, &bytes[..bytes.len() / 2]).unwrap();
+    let conversion = || imgtool::convert(&cut, dir.path().join("out/")).format("raw");
+    assert!(matches!(conversion().run().unwrap_err().remedy(), Some(Remedy::Salvage(_))));
+    let report = conversion().salvage().run().unwrap();
+    assert!(!report.is_complete() && !report.losses.is_empty());
+}
