@@ -1,9 +1,9 @@
-//! Checking: refcounts against the references to each cluster.
+//! Image check: compares refcounts with the references to each cluster.
 //!
-//! References are counted in windows of the file, so that memory does not grow with its size. The
-//! first walk over all tables counts the first window, reports damaged entries and collects the
-//! windows with references. Each further window takes one more walk. The counts of corruptions and the
-//! wording of findings follow `qemu-img check`.
+//! References are counted in one window of the file at a time, so memory does not grow with the file size.
+//! The first walk over all tables counts the first window, reports damaged entries and collects the windows
+//! with references. Each further window takes another walk. The counts of corruptions and the wording of
+//! findings follow `qemu-img check`.
 
 mod references;
 mod walk;
@@ -19,8 +19,8 @@ use crate::refcounts::{Refcount, RefcountGeometry, Refcounts};
 
 use references::{CHUNK_CLUSTERS, Checker, SnapshotTable, WINDOW_CLUSTERS};
 
-/// Maximum number of windows, with one walk each. Our limit: 64 TiB have 128 windows with clusters of
-/// 16 KiB, the smallest that QEMU's L1 limit allows; only crafted images with large holes have more.
+/// Maximum number of windows; each takes one walk. Our limit: a file of 64 TiB has 128 windows with clusters
+/// of 16 KiB, the smallest that QEMU's L1 limit allows. Only crafted images with large holes have more.
 const MAX_WINDOWS: usize = 256;
 
 /// Checks the structures of an image; reads no guest data.
@@ -71,7 +71,8 @@ fn read_snapshot_table(
     let mut incomplete = Vec::new();
     let mut damaged = Vec::new();
     let len = walk_snapshots(input, header, |index, snapshot| {
-        // A missing part reads as zeros; counting the table's clusters reports it.
+        // The walk passes the entry again, zero-filled. `Checker::count` reports a table that extends past
+        // the end of the file by a cluster or more.
         let Ok(snapshot) = snapshot else { return Ok(()) };
         if snapshot.incomplete {
             incomplete.push(index);
@@ -93,17 +94,17 @@ fn read_snapshot_table(
 }
 
 impl Checker {
-    /// Checks window by window.
+    /// Counts the references of one window at a time and compares them with the refcounts.
     fn run(&mut self) -> Result<()> {
         self.refcounts.report_damage(self.file_clusters, &mut self.report);
         self.windows = self.refcounts.covered_windows(WINDOW_CLUSTERS, self.file_clusters);
         self.windows.insert(0);
-        // At least the cluster of the header.
+        // The cluster of the header is always in use.
         let mut image_end = 1;
         let mut next_window = Some(0);
         while let Some(window) = next_window {
             self.window_start = window * WINDOW_CLUSTERS;
-            // One more than the file has, as a table may leave the file by less than a cluster.
+            // One more than the file has, because a table may extend past its end by less than a cluster.
             let len = (self.file_clusters + 1).saturating_sub(self.window_start).min(WINDOW_CLUSTERS);
             self.counts.clear();
             // At most WINDOW_CLUSTERS.
@@ -130,8 +131,9 @@ impl Checker {
         Ok(())
     }
 
-    /// Reports zero clusters of a version 2 image as one corruption, unless there is another. Reading them
-    /// fails, so such an image must not pass, but `qemu-img check` ignores them and counts must agree.
+    /// Reports the zero clusters of a version 2 image as one corruption, if the check found nothing else.
+    /// Reading them fails, so the image must not pass; but `qemu-img check` ignores them, and the counts must
+    /// otherwise agree with it.
     fn report_v2_zero_cluster(&mut self) {
         let sound = self.report.corruptions + self.report.check_errors == 0;
         if let Some(entry) = self.v2_zero_cluster.filter(|_| sound) {
@@ -139,7 +141,7 @@ impl Checker {
         }
     }
 
-    /// Compares the counts of the window with the refcounts. Returns the last cluster in use.
+    /// Compares the reference counts of the window with the refcounts. Returns the last cluster in use.
     fn compare(&mut self) -> Result<Option<u64>> {
         let mut last = None;
         for chunk in 0..self.touched_chunks.len() {
@@ -158,7 +160,8 @@ impl Checker {
         Ok(last)
     }
 
-    /// Compares the count of one cluster of the window. True if the cluster is in use.
+    /// Compares the reference count of the cluster at `index` with its refcount. Returns true if it is in
+    /// use.
     fn compare_cluster(&mut self, index: usize) -> Result<bool> {
         let cluster = self.window_start + index as u64;
         let references = u64::from(self.counts[index]);

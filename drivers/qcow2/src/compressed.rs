@@ -11,27 +11,26 @@ use zstd::zstd_safe::{CCtx, CParameter, DCtx, InBuffer, OutBuffer, ResetDirectiv
 use crate::layout::entry::CompressedRange;
 use crate::layout::header::CompressionType;
 
-/// Default deflate level. Our choice: compresses 3.3 times as fast as qemu-img does, into 4 %
-/// fewer bytes.
+/// Default deflate level. Our choice: it compresses 3.3 times as fast as qemu-img, into 4 % fewer bytes.
 pub const DEFAULT_DEFLATE_LEVEL: i32 = 3;
-/// Default zstd level: that of the library and of qemu-img.
+/// Default zstd level, the same as in the library and in qemu-img.
 pub const DEFAULT_ZSTD_LEVEL: i32 = 3;
 
-/// Maximum number of decoded clusters kept for reads of less than a cluster. Our limit: at most 8 MiB
-/// with the largest clusters.
+/// Maximum number of decoded clusters kept for reads of less than a cluster. Our limit: 8 MiB with the
+/// largest clusters.
 const MAX_RECENT_CLUSTERS: usize = 4;
 
-/// Memory for the decoded clusters and idle decoders of one image, bytes. Our limit; an image deeper in a
-/// chain gets a share of it, by its depth.
+/// Memory in bytes for the decoded clusters of an image and, in a backing image, for its idle decoders. Our
+/// limit, divided by one more than the image's depth in the chain.
 const MAX_RECENT_BYTES: usize = 8 << 20;
 
-/// Decoder of the compressed clusters of an image, for use by several threads.
+/// Decoder for the compressed clusters of an image, shared by several threads.
 pub struct Decoder {
     compression: CompressionType,
     cluster_size: usize,
     idle: Mutex<Vec<DecodeContext>>,
-    /// Latest clusters that were read in part, by host offset; `None` deep in a chain, where none fits into
-    /// the image's share of the memory.
+    /// Decoded clusters of the latest partial reads, by host offset; `None` deep in a chain, where the
+    /// image's share of the memory is less than a cluster.
     recent: Option<Mutex<Cache<u64, Arc<Vec<u8>>>>>,
     max_idle: usize,
 }
@@ -59,12 +58,12 @@ impl Decoder {
             cluster_size,
             idle: Mutex::default(),
             recent: (share > 0).then(|| Mutex::new(Cache::new(share.min(MAX_RECENT_CLUSTERS)))),
-            // One per thread, except in a chain, where many images may have some.
+            // The top image keeps one per thread. Backing images keep fewer, because a chain may have many.
             max_idle: if depth == 0 { usize::MAX } else { share / 2 },
         }
     }
 
-    /// Fills `buf` with bytes of the decoded cluster, from offset `within` in it on.
+    /// Fills `buf` with the bytes of a decoded cluster from byte `within` on.
     pub fn read(
         &self,
         input: &RandomInput,
@@ -92,14 +91,14 @@ impl Decoder {
         Ok(())
     }
 
-    /// Decodes a whole cluster.
+    /// Decodes a whole cluster into `cluster`.
     fn decode(&self, input: &RandomInput, range: CompressedRange, cluster: &mut [u8]) -> Result<()> {
         let idle = lock(&self.idle).pop();
         let mut context = match idle {
             Some(context) => context,
             None => DecodeContext { stored: Vec::new(), codec: self.codec()? },
         };
-        // The end of the file may cut the last sector of the last cluster.
+        // The file may end within the last sector of its last cluster.
         let len = range.max_len.min(input.len().saturating_sub(range.host_offset));
         let len = usize::try_from(len).unwrap_or(0);
         if len == 0 {
@@ -142,12 +141,12 @@ impl Decoder {
 }
 
 impl DecodeCodec {
-    /// Fills `cluster`, or returns the reason why not. Bytes after the compressed data are ignored.
+    /// Decodes `stored` into `cluster`, or returns the reason for the failure. Ignores trailing bytes.
     fn decode(&mut self, stored: &[u8], cluster: &mut [u8]) -> Result<(), &'static str> {
         match self {
             DecodeCodec::Deflate(decompressor) => match decompressor.deflate_decompress(stored, cluster) {
                 Ok(len) if len == cluster.len() => Ok(()),
-                Ok(_) => Err("it holds less than a cluster"),
+                Ok(_) => Err("it decodes to less than a cluster"),
                 Err(_) => inflate_to_full(stored, cluster),
             },
             DecodeCodec::Zstd(context) => unzstd(context, stored, cluster),
@@ -155,14 +154,14 @@ impl DecodeCodec {
     }
 }
 
-/// Decodes a deflate stream that continues after the cluster or lacks its end. Both are legal, as
-/// "decompression stops when it has produced a cluster of data" (specification, "Compressed Clusters
+/// Decodes a deflate stream that continues after the end of the cluster or is not terminated. Both are legal,
+/// as "decompression stops when it has produced a cluster of data" (specification, "Compressed Clusters
 /// Descriptor"), but libdeflate rejects them.
 fn inflate_to_full(stored: &[u8], cluster: &mut [u8]) -> Result<(), &'static str> {
     let mut inflate = Decompress::new(false);
     match inflate.decompress(stored, cluster, FlushDecompress::Finish) {
         Ok(_) if inflate.total_out() == cluster.len() as u64 => Ok(()),
-        Ok(_) => Err("it holds less than a cluster"),
+        Ok(_) => Err("it decodes to less than a cluster"),
         Err(_) => Err("the data is damaged"),
     }
 }
@@ -177,13 +176,13 @@ fn unzstd(context: &mut DCtx<'static>, stored: &[u8], cluster: &mut [u8]) -> Res
         let before = (input.pos, output.pos());
         context.decompress_stream(&mut output, &mut input).map_err(|_| "the data is damaged")?;
         if (input.pos, output.pos()) == before {
-            return Err("it holds less than a cluster");
+            return Err("it decodes to less than a cluster");
         }
     }
     Ok(())
 }
 
-/// Returns the level to compress with: `level` if the algorithm has it, its default for `None`.
+/// Returns the compression level: `level` if the algorithm supports it, the algorithm's default for `None`.
 pub fn check_level(compression: CompressionType, level: Option<i32>) -> Result<i32> {
     let (default, allowed) = match compression {
         // libdeflate's level 0 does not compress.
@@ -202,7 +201,7 @@ pub fn check_level(compression: CompressionType, level: Option<i32>) -> Result<i
     )))
 }
 
-/// Encoder of the clusters of a new image, for use by several threads.
+/// Encoder for the clusters of a new image, shared by several threads.
 pub struct Encoder {
     compression: CompressionType,
     level: i32,
@@ -215,12 +214,12 @@ enum EncodeCodec {
 }
 
 impl Encoder {
-    /// Creates an encoder. `level` is one that [`check_level`] has returned.
+    /// Creates an encoder. `level` must come from [`check_level`].
     pub fn new(compression: CompressionType, level: i32) -> Self {
         Self { compression, level, idle: Mutex::default() }
     }
 
-    /// Takes a context for one thread, which returns it with [`Encoder::give_back`].
+    /// Returns a context for one thread, which gives it back with [`Encoder::give_back`].
     pub fn context(&self) -> Result<EncodeContext> {
         if let Some(codec) = lock(&self.idle).pop() {
             return Ok(EncodeContext(codec));
@@ -240,7 +239,7 @@ impl Encoder {
         Ok(EncodeContext(codec))
     }
 
-    /// Returns a context for the next piece.
+    /// Takes back a context, for reuse with another piece.
     pub fn give_back(&self, context: EncodeContext) {
         lock(&self.idle).push(context.0);
     }
@@ -250,8 +249,8 @@ impl Encoder {
 pub struct EncodeContext(EncodeCodec);
 
 impl EncodeContext {
-    /// Compresses `cluster` into `out`. Returns the bytes used, or `None` if `out` is too short or the
-    /// result would not be smaller than the cluster.
+    /// Compresses `cluster` into `out`. Returns the compressed length in bytes, or `None` if `out` is too
+    /// short or the result would not be smaller than the cluster.
     pub fn encode(&mut self, cluster: &[u8], out: &mut [u8]) -> Option<usize> {
         let max_len = out.len().min(cluster.len().checked_sub(1)?);
         let out = &mut out[..max_len];

@@ -1,4 +1,4 @@
-//! The driver that the registry holds, and its writer.
+//! Driver for the registry, and the writer that it creates.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::sink::Qcow2Sink;
 use crate::source::Qcow2Source;
 use crate::{check, measure};
 
-/// Driver of QEMU's qcow2 format.
+/// Driver for QEMU's qcow2 format.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Qcow2Driver;
 
@@ -54,7 +54,7 @@ impl Driver for Qcow2Driver {
     }
 
     fn probe(&self, head: &[u8], _len: Option<u64>) -> Option<Confidence> {
-        // Opening refuses unknown versions by number.
+        // Accept any version: `open` refuses an unknown one and names it.
         head.starts_with(&MAGIC).then_some(Confidence::Magic)
     }
 

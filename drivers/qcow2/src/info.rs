@@ -11,8 +11,8 @@ use crate::layout::header::{
 };
 use crate::layout::snapshot::{Snapshot, Snapshots};
 
-/// Describes an image: facts, notes and references. The caller adds the devices. Snapshots and
-/// bitmaps are listed one by one if `list` is set.
+/// Describes an image: facts, notes and references. The caller adds the devices. With `list`, lists the
+/// snapshots and adds a note for each list that was cut off.
 pub fn describe(
     input: &RandomInput,
     header: &Header,
@@ -62,8 +62,8 @@ fn describe_names(info: &mut ImageInfo, location: &Location, header: &Header) {
     }
 }
 
-/// Resolves a relative `name` against the directory of the image at `location`. A URL or `json:` name
-/// stays as it is.
+/// Resolves a relative `name` against the directory of the image at `location`. Returns a URL or a `json:`
+/// name unchanged.
 fn full_backing_name(location: &Location, name: &str) -> String {
     let has_protocol = name.split_once(':').is_some_and(|(before, _)| !before.contains('/'));
     match location.beside(name) {
@@ -131,7 +131,7 @@ fn bitmap_fact(bitmap: &Bitmap) -> Value {
     json!({ "name": bitmap.name, "granularity": bitmap.granularity, "flags": flags })
 }
 
-/// Notes for the lists of snapshots and bitmaps that were cut off.
+/// Returns a note for each list, of snapshots or of bitmaps, that was cut off.
 fn truncation_notes(header: &Header, snapshots: &Snapshots, bitmaps: &[Bitmap]) -> Vec<String> {
     let counts = [
         (snapshots.listed.len(), snapshots.count, "snapshots"),
@@ -147,7 +147,7 @@ fn notes(header: &Header, snapshots: &Snapshots) -> Vec<String> {
     let mut notes = Vec::new();
     let selected = snapshots.selected.as_ref();
     if let Some(snapshot) = selected {
-        notes.push(format!("the content is that of snapshot {} ({})", snapshot.id, snapshot.name));
+        notes.push(format!("the content is from snapshot {} ({})", snapshot.id, snapshot.name));
     }
     if header.has(INCOMPATIBLE_DIRTY) {
         notes.push("the image was not closed cleanly; its content is read as it is".to_owned());

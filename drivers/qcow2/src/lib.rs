@@ -1,7 +1,7 @@
-//! imgtool driver: QEMU's qcow2 format, versions 2 and 3.
+//! imgtool driver for QEMU's qcow2 format, versions 2 and 3.
 //!
-//! Written from the specification "Qcow2 Image File Format" (QEMU's docs/interop/qcow2). The README
-//! lists what the driver reads, writes and refuses.
+//! Written from the specification "Qcow2 Image File Format" (QEMU's docs/interop/qcow2). The README lists the
+//! features that the driver reads, writes and refuses.
 
 mod check;
 mod compressed;

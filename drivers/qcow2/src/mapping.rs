@@ -11,54 +11,54 @@ use crate::layout::MAX_L1_BYTES;
 use crate::layout::entry::{CompressedRange, L1Entry, L2Entry, Shape, SubclusterStatus, Subclusters};
 use crate::layout::table::decode_table;
 
-/// Bytes of L2 tables cached for the image on top. Our limit: the pipeline works on a window of neighbouring
-/// pieces, so a few tables suffice. 8 MiB cover 64 GiB of disk with clusters of 64 KiB.
+/// Size in bytes of the L2 table cache of the top image. Our limit: the pipeline works on a window of
+/// neighbouring pieces, so a few tables suffice. 8 MiB cover 64 GiB of disk with clusters of 64 KiB.
 const L2_CACHE_BYTES: u64 = 8 << 20;
 
-/// Bytes of L2 tables cached for a backing image, divided by one more than its depth. Our limit.
+/// Size in bytes of a backing image's L2 table cache, to be divided by one more than its depth. Our limit.
 const BACKING_L2_CACHE_BYTES: u64 = 4 << 20;
 
 /// Size in bytes of a slice, the unit in which L2 tables of backing images are read and cached. Our limit:
-/// with clusters of 2 MiB, whole tables of a long chain exceed the cache.
+/// with clusters of 2 MiB, whole tables do not fit into the caches of a long chain.
 const BACKING_L2_SLICE: u64 = 32 << 10;
 
-/// Maximum bytes of a backing image's L1 table in memory, divided by the depth. Our limit: enough for
-/// 64 TiB with clusters of 64 KiB at depth 1.
+/// Maximum size in bytes of a backing image's L1 table that is kept in memory, to be divided by the image's
+/// depth. Our limit: enough for 64 TiB with clusters of 64 KiB at depth 1.
 const BACKING_L1_BYTES: u64 = 1 << 20;
 
 /// Size in bytes of a page, the unit in which larger L1 tables are read and cached.
 const L1_PAGE: u64 = 4096;
 
-/// Bytes of L1 pages cached for a backing image. Our limit.
+/// Size in bytes of a backing image's cache of L1 pages. Our limit.
 const L1_PAGES_BYTES: u64 = 64 << 10;
 
-/// Maximum number of L1 entries that repeat the L2 table of another entry. Our limit: an intact image
-/// has none, since each table describes its own part of the disk. With many of them, a small file could
+/// Maximum number of L1 entries that repeat the L2 table of another entry. Our limit: an intact image has
+/// none, since each table describes a different part of the disk. With many of them, a small file could
 /// describe terabytes of data.
 const MAX_SHARED_L2: usize = 1024;
 
-/// Words that the cache keeps of a slice whose entries are all equal. An entry has one or two words.
+/// Number of words that the cache keeps of a slice whose entries are all equal. An entry has one or two.
 const UNIFORM_WORDS: usize = 2;
 
-/// Minimum number of cached tables, since several threads read neighbouring tables at once.
+/// Minimum number of tables in a cache, since several threads read neighbouring tables at once.
 const MIN_TABLES: usize = 2;
 
 /// Source of the bytes of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RunKind {
-    /// Plain bytes of the data file.
+    /// Uncompressed bytes of the file that stores the guest data.
     Data {
         /// Host offset of the run's first byte.
         host_offset: u64,
     },
     /// Zeros, regardless of the backing image.
     Zero {
-        /// Host offset of the run's first byte, if a cluster is allocated nevertheless.
+        /// Host offset of the run's first byte, if a host cluster is allocated nevertheless.
         host_offset: Option<u64>,
     },
-    /// Bytes of the backing image, or zeros without one.
+    /// Content of the backing image, or zeros without one.
     Unallocated {
-        /// Host offset of the run's first byte, if a cluster is allocated for its neighbours.
+        /// Host offset of the run's first byte, if a host cluster is allocated for other subclusters.
         host_offset: Option<u64>,
     },
     /// Part of one compressed cluster.
@@ -75,7 +75,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// Host offset of the first byte, if the bytes are stored uncompressed.
+    /// Returns the host offset of the first byte, if the bytes are stored uncompressed.
     pub fn host_offset(&self) -> Option<u64> {
         match self.kind {
             RunKind::Data { host_offset } => Some(host_offset),
@@ -89,15 +89,15 @@ pub struct Mapping {
     input: RandomInput,
     shape: Shape,
     version: u32,
-    /// True if guest data is in a data file, where host offsets equal guest offsets.
+    /// True if guest data is in an external data file, where host offsets equal guest offsets.
     external_data: bool,
     l1: L1Table,
-    /// Indices of consecutive L1 entries without an L2 table, found by an earlier search. A read of a chain
-    /// queries the same range again after every run of an overlay.
+    /// Indices of consecutive L1 entries without an L2 table, found by an earlier search. A read through a
+    /// chain queries the same range again after every run of an overlay.
     known_empty: Mutex<Range<u64>>,
-    /// Slices of L2 tables.
+    /// Cached slices of L2 tables.
     slices: TableCache,
-    /// Length of a slice as a power of two, bytes. In the image on top, a slice is a whole table.
+    /// Length in bytes of a slice, as a power of two. In the top image, a slice is a whole table.
     slice_bits: u32,
 }
 
@@ -143,7 +143,7 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// Refuses an L1 table with many entries that share L2 tables, unless those tables are empty.
+    /// Refuses an L1 table in memory with many entries that share L2 tables, unless those tables are empty.
     fn check_sharing(&self) -> Result<()> {
         let L1Table::Whole(l1) = &self.l1 else { return Ok(()) };
         let mut l2_offsets: Vec<u64> = l1.iter().map(|entry| L1Entry(*entry).l2_offset()).collect();
@@ -159,7 +159,7 @@ impl Mapping {
                 return Err(Error::corrupt(format!(
                     "more than {MAX_SHARED_L2} L1 entries share an L2 table with another entry"
                 ))
-                .hint("a check of the image lists what is wrong with it; use a backup"));
+                .hint("check the image to list its damage, or use a backup"));
             }
         }
         Ok(())
@@ -181,19 +181,19 @@ impl Mapping {
         })
     }
 
-    /// True if `guest_offset` has an L2 table.
+    /// True if an L2 table describes `guest_offset`.
     pub fn has_l2(&self, guest_offset: u64) -> Result<bool> {
         Ok(self.l1_entry(guest_offset)?.l2_offset() != 0)
     }
 
-    /// Number of guest bytes that a slice of an L2 table describes.
+    /// Returns the number of guest bytes that a slice of an L2 table describes.
     fn slice_reach(&self) -> u64 {
         let entry_bits = if self.shape.extended_l2 { 4 } else { 3 };
         1 << (self.slice_bits - entry_bits + self.shape.cluster_bits)
     }
 
-    /// First run of `range`, which must not be empty. A run ends with its slice of an L2 table at the
-    /// latest.
+    /// Returns the first run of `range`, which must not be empty. A run within an L2 table ends with its
+    /// slice at the latest.
     pub fn run(&self, range: Range<u64>) -> Result<Run> {
         let end_of = |start: u64, reach: u64| (start & !(reach - 1)).saturating_add(reach).min(range.end);
         if !self.has_l2(range.start)? {
@@ -235,8 +235,8 @@ impl Mapping {
         Ok(run)
     }
 
-    /// Index of the first L1 entry in `indices` that has an L2 table, or `indices.end`. The first entry must
-    /// have none.
+    /// Returns the index of the first L1 entry in `indices` that has an L2 table, or `indices.end`. The entry
+    /// at `indices.start` must have none.
     fn next_l2(&self, indices: Range<u64>) -> Result<u64> {
         let known = lock(&self.known_empty).clone();
         let from = if known.contains(&indices.start) { known.end } else { indices.start };
@@ -245,7 +245,7 @@ impl Mapping {
         }
         let next = self.walk_l1(from..indices.end)?;
         let mut known = lock(&self.known_empty);
-        // The planner queries farther ahead than the readers. A range that reaches farthest serves both.
+        // The planner searches farther ahead than the readers. The range that reaches farthest serves both.
         if next > known.end {
             let start = if from == known.end { known.start } else { indices.start };
             *known = start..next;
@@ -253,13 +253,12 @@ impl Mapping {
         Ok(next)
     }
 
-    /// Searches the L1 entries in `indices` for one with an L2 table, as [`Self::next_l2`] does, without the
-    /// cached range.
+    /// Searches the L1 entries in `indices` like [`Self::next_l2`], but without the cached range.
     fn walk_l1(&self, indices: Range<u64>) -> Result<u64> {
         let has_table = |entry: &u64| L1Entry(*entry).l2_offset() != 0;
         let (l1_offset, entries, pages) = match &self.l1 {
             L1Table::Whole(table) => {
-                // At most the length of a table in memory, so they fit a usize.
+                // At most the length of a table in memory, so both fit into a `usize`.
                 let from = indices.start.min(table.len() as u64) as usize;
                 let to = indices.end.min(table.len() as u64) as usize;
                 let found = table.get(from..to).and_then(|part| part.iter().position(has_table));
@@ -288,10 +287,10 @@ impl Mapping {
         Ok(indices.end)
     }
 
-    /// L1 entry for `guest_offset`.
+    /// Returns the L1 entry for `guest_offset`.
     fn l1_entry(&self, guest_offset: u64) -> Result<L1Entry> {
         let index = guest_offset >> self.shape.l2_reach_bits();
-        // The header check ensures that the table covers the disk.
+        // The caller of `read` has checked that the table covers the disk.
         let entry = match &self.l1 {
             L1Table::Whole(table) => usize::try_from(index).ok().and_then(|index| table.get(index).copied()),
             L1Table::Paged { l1_offset, entries, pages } if index < u64::from(*entries) => {
@@ -304,7 +303,7 @@ impl Mapping {
         Ok(L1Entry(entry.unwrap_or(0)))
     }
 
-    /// Page that holds byte `at` of the L1 table at `l1_offset`, which has `entries` entries.
+    /// Returns the page that contains byte `at` of the L1 table at `l1_offset`, which has `entries` entries.
     fn l1_page(&self, l1_offset: u64, entries: u64, pages: &TableCache, at: u64) -> Result<Arc<[u64]>> {
         let start = at - at % L1_PAGE;
         // At most one page.
@@ -313,7 +312,7 @@ impl Mapping {
         pages.get_or_read(page_offset, || Ok(decode_table(&self.input.read_vec(page_offset, len)?)))
     }
 
-    /// Slice of the L2 table that describes `guest_offset`. Its L1 entry must have a table.
+    /// Returns the slice of an L2 table that describes `guest_offset`, whose L1 entry must have a table.
     fn l2_slice(&self, guest_offset: u64) -> Result<Arc<[u64]>> {
         let table_offset = self.l1_entry(guest_offset)?.l2_offset();
         let cluster_size = self.shape.cluster_size();
@@ -333,7 +332,7 @@ impl Mapping {
     }
 
     /// Reads a slice of an L2 table. If all its entries are equal, returns only the first [`UNIFORM_WORDS`]
-    /// words. A slice in a hole of the file is not read.
+    /// words. Does not read a slice in a hole of the file, which contains only zeros.
     fn read_slice(&self, slice_offset: u64) -> Result<Vec<u64>> {
         let len = 1u64 << self.slice_bits;
         let end = slice_offset.saturating_add(len);
@@ -353,8 +352,8 @@ impl Mapping {
         Ok(words)
     }
 
-    /// Run from `guest_offset` to the end of its cluster, or of its sequence of equal subclusters. `slice`
-    /// describes the offset.
+    /// Returns the run from `guest_offset` to the end of its cluster, or of its sequence of equal
+    /// subclusters. `slice` must describe `guest_offset`.
     fn unit(&self, slice: &[u64], guest_offset: u64) -> Result<Run> {
         let (entry, subclusters) = self.l2_entry(slice, guest_offset);
         let within = self.shape.within_cluster(guest_offset);
@@ -367,12 +366,12 @@ impl Mapping {
         run.map_err(|e| e.guest(cluster..cluster.saturating_add(self.shape.cluster_size())))
     }
 
-    /// Returns the entry for `guest_offset` from the slice that describes it, with the bitmap of an extended
-    /// entry.
+    /// Returns the entry for `guest_offset` from the slice that describes it, with the subcluster bitmap of
+    /// an extended entry.
     fn l2_entry(&self, slice: &[u64], guest_offset: u64) -> (L2Entry, Option<Subclusters>) {
         let words = self.shape.l2_entry_words();
-        // The number of words is a power of two, and at least one entry long. The mask also maps every index
-        // into a slice that was cut to its first words.
+        // The number of words is a power of two, and at least one entry long. The mask therefore also maps
+        // every index into a slice that was cut to its first words.
         let index =
             ((guest_offset >> self.shape.cluster_bits) as usize * words) & slice.len().wrapping_sub(1);
         let word = |index: usize| slice.get(index).copied().unwrap_or(0);
@@ -388,7 +387,7 @@ impl Mapping {
         Ok(Run { len: self.shape.cluster_size() - within, kind })
     }
 
-    /// Returns the run from byte `within` of an uncompressed cluster, which is at the guest offset `cluster`.
+    /// Returns the run from byte `within` of the uncompressed cluster at guest offset `cluster`.
     fn standard_unit(
         &self,
         entry: L2Entry,
@@ -406,8 +405,8 @@ impl Mapping {
         }
     }
 
-    /// Checks and returns the host offset of an uncompressed cluster, which is at the guest offset `cluster`;
-    /// `None` if it has no host cluster.
+    /// Checks and returns the host offset of the uncompressed cluster at guest offset `cluster`; `None` if it
+    /// has no host cluster.
     fn host_cluster(&self, entry: L2Entry, cluster: u64) -> Result<Option<u64>> {
         let host_cluster = entry.host_offset();
         let cluster_size = self.shape.cluster_size();
@@ -437,7 +436,7 @@ impl Mapping {
     }
 
     /// Returns the run from byte `within` of a cluster to the end of its sequence of equal subclusters.
-    /// `host_offset` is that of the byte.
+    /// `host_offset` is the host offset of that byte.
     fn subcluster_unit(&self, bitmap: Subclusters, host_offset: Option<u64>, within: u64) -> Result<Run> {
         let subcluster_size = self.shape.subcluster_size();
         // At most 31: a cluster has 32 subclusters.
@@ -461,7 +460,7 @@ impl Mapping {
     }
 }
 
-/// Cache of tables, or of parts of them, by host offset. Its lock is not held while a table is read.
+/// Cache of tables or parts of tables, by host offset. Its lock is not held while a table is read.
 struct TableCache(Mutex<Cache<u64, Arc<[u64]>>>);
 
 impl TableCache {
@@ -471,7 +470,7 @@ impl TableCache {
         Self(Mutex::new(Cache::new(capacity)))
     }
 
-    /// Returns the table at `host_offset` from the cache, or from `read`.
+    /// Returns the table at `host_offset` from the cache, or calls `read` and caches the result.
     fn get_or_read(&self, host_offset: u64, read: impl FnOnce() -> Result<Vec<u64>>) -> Result<Arc<[u64]>> {
         if let Some(table) = lock(&self.0).get(&host_offset) {
             return Ok(Arc::clone(table));

@@ -7,12 +7,13 @@ use crate::layout::entry::Shape;
 use crate::options::{Preallocation, SIZE_MULTIPLE, WriteOptions};
 use crate::refcounts::refcount_clusters;
 
-/// Predicts the file size of an image of `source`, and of one with every cluster allocated. Both sizes
-/// follow `qemu-img measure`, which assumes full tables and no gain from compression.
+/// Predicts the file size of an image of `source`, its size with every cluster allocated, and the space that
+/// it occupies. The two sizes follow `qemu-img measure`, which assumes full tables and no gain from
+/// compression.
 pub fn measure(source: &dyn ImageSource, options: &WriteOptions) -> Result<Measure> {
     let [device] = source.info().devices.as_slice() else {
         return Err(Error::unsupported(format!(
-            "qcow2 holds one device, not {}",
+            "a qcow2 image stores one device, not {}",
             source.info().devices.len()
         )));
     };
@@ -37,7 +38,7 @@ pub fn measure(source: &dyn ImageSource, options: &WriteOptions) -> Result<Measu
     };
     // Empty tables are not written, unless they are preallocated.
     let occupied = match options.preallocation {
-        // This does not hold with compression, whose gain is not predictable.
+        // Every cluster is stored. With compression, the size is unpredictable.
         _ if options.zero_unit.is_none() && options.compress.is_none() => fully_allocated,
         _ if options.backing.is_some() => 0,
         Preallocation::Off => data_bytes(source, device)?,
@@ -47,8 +48,8 @@ pub fn measure(source: &dyn ImageSource, options: &WriteOptions) -> Result<Measu
     Ok(Measure { required: tables + data, fully_allocated, occupied })
 }
 
-/// Returns the size in bytes of the header and the L1, L2 and refcount structures for a disk of `guest`
-/// bytes, all of them allocated.
+/// Returns the size in bytes of the header and the L1, L2 and refcount structures of a fully allocated disk
+/// of `guest` bytes.
 fn tables_len(shape: Shape, guest: u64, refcount_order: u32) -> u64 {
     let cluster_size = shape.cluster_size();
     let l2_tables = shape.l1_entries(guest);
@@ -59,7 +60,7 @@ fn tables_len(shape: Shape, guest: u64, refcount_order: u32) -> u64 {
     (1 + l2_tables + l1_clusters + blocks + table) * cluster_size
 }
 
-/// Returns the number of clusters that hold data.
+/// Returns the number of clusters that contain data.
 fn data_clusters(random: &dyn RandomAccess, device: DeviceId, size: u64, cluster_size: u64) -> Result<u64> {
     let mut clusters = 0;
     let mut next_cluster = 0;

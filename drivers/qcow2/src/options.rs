@@ -1,4 +1,4 @@
-//! Options of a new image: declaration, parsing, and the combinations that are allowed.
+//! Options of a new image: declaration, parsing, and checks of their combinations.
 
 use imgtool_core::{BackingName, CreateOptions, Error, OptionKind, OptionSpec, OptionValues, Remedy, Result};
 
@@ -9,17 +9,17 @@ use crate::layout::{
     MAX_BACKING_NAME, MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS, MIN_EXTENDED_L2_CLUSTER_BITS,
 };
 
-/// Default cluster size in bytes. QEMU's default.
+/// Default cluster size in bytes, the same as QEMU's.
 const DEFAULT_CLUSTER_SIZE: u64 = 64 << 10;
 
 /// Default refcount width, as a power of two: 16 bits. The only width that version 2 supports (specification,
 /// "refcount_order"), and QEMU's default for version 3.
 const DEFAULT_REFCOUNT_ORDER: u32 = 4;
 
-/// A virtual size is a multiple of this many bytes. QEMU's limit: it counts sectors.
+/// Unit in bytes of virtual sizes. QEMU's limit: it counts sectors.
 pub const SIZE_MULTIPLE: u64 = 512;
 
-/// Smallest unit of zero detection and smallest piece, in bytes. Set by the toolkit.
+/// Unit in bytes of zero detection, and the smallest granule of a piece. Set by the toolkit.
 pub const ZERO_GRANULARITY: u64 = imgtool_core::zero::ZERO_GRANULARITY as u64;
 
 /// Declared options, with the names that qemu-img uses.
@@ -126,10 +126,10 @@ pub struct WriteOptions {
     pub backing: Option<BackingName>,
     /// Name of the external data file.
     pub data_file: Option<String>,
-    /// True if the data file is a raw image of its own.
+    /// True if the data file by itself is a raw image of the disk.
     pub data_file_raw: bool,
-    /// Zeros shorter than this many bytes (a power of two, at least 4 KiB) are stored like data;
-    /// `None`: all zeros are stored.
+    /// Minimum length in bytes of zeros that are not stored, a power of two and at least 4 KiB; `None` if all
+    /// zeros are stored.
     pub zero_unit: Option<u64>,
 }
 
@@ -229,7 +229,7 @@ impl WriteOptions {
         ));
         Err(match fitting_bits {
             Some(bits) => error.remedied_by(Remedy::SetOption(format!("cluster_size={}", 1u64 << bits))),
-            None => error.hint("qcow2 cannot hold a disk this large; raw can"),
+            None => error.hint("qcow2 does not support a disk this large; raw does"),
         })
     }
 }

@@ -1,4 +1,4 @@
-//! Refcounts of an image: those that it stores, and the space that they need.
+//! Refcounts of an image: reading them, and computing the space that they need.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -9,8 +9,8 @@ use crate::layout::entry::{RefcountTableEntry, refcount};
 use crate::layout::header::Header;
 use crate::layout::table::{decode_table, read_zero_filled};
 
-/// Size in bytes of a page, the unit in which refcount blocks are read. Our limit: small, as the tables of a
-/// crafted image jump about.
+/// Size in bytes of a page, the unit in which refcount blocks are read. Our choice: small, because the tables
+/// of a crafted image may refer to clusters in any order.
 const PAGE: u64 = 4096;
 
 /// Maximum number of pages in memory. Our limit: 16 MiB.
@@ -19,13 +19,13 @@ const MAX_PAGES: usize = 4096;
 /// Refcount of a host cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refcount {
-    /// Stored number; 0 without a refcount block.
+    /// Stored refcount; 0 without a refcount block.
     Known(u64),
-    /// The refcount block has no valid geometry.
+    /// The host offset of the refcount block is not aligned to clusters or is too large.
     Unreadable,
 }
 
-/// Place and width of the refcounts of an image, within the bounds that the header check enforces.
+/// Location and width of the refcounts of an image, within the bounds that the header check enforces.
 #[derive(Debug, Clone, Copy)]
 pub struct RefcountGeometry {
     table_offset: u64,
@@ -46,7 +46,7 @@ impl RefcountGeometry {
     }
 }
 
-/// Refcount table in memory, with pages of refcount blocks.
+/// Refcount table in memory, with cached pages of refcount blocks.
 pub struct Refcounts {
     input: RandomInput,
     /// Entries of the refcount table.
@@ -61,7 +61,7 @@ impl Refcounts {
     /// Reads the refcount table.
     pub fn read(input: &RandomInput, geometry: RefcountGeometry) -> Result<Self> {
         let len = u64::from(geometry.table_clusters) << geometry.cluster_bits;
-        // The header check bounds it to 8 MiB.
+        // The header check bounds the length to 8 MiB.
         let len = usize::try_from(len).unwrap_or(usize::MAX);
         let bytes = read_zero_filled(input, geometry.table_offset, len)?;
         Ok(Self {
@@ -100,12 +100,12 @@ impl Refcounts {
         1 << self.cluster_bits
     }
 
-    /// Entries of a refcount block.
+    /// Returns the number of entries in a refcount block.
     fn block_entries(&self) -> u64 {
         (self.cluster_size() * 8) >> self.order
     }
 
-    /// True if a refcount block starts beyond the end of the file.
+    /// True if the refcount block at `block_offset` starts beyond the end of the file.
     fn is_outside(&self, block_offset: u64, file_clusters: u64) -> bool {
         block_offset >> self.cluster_bits >= file_clusters
     }
@@ -128,7 +128,7 @@ impl Refcounts {
         }
     }
 
-    /// Index and host offset of each refcount block whose table entry is sound.
+    /// Returns the index and host offset of each refcount block whose table entry is valid.
     pub fn blocks(&self, file_clusters: u64) -> Vec<(usize, u64)> {
         let sound = |entry: &RefcountTableEntry| {
             let block_offset = entry.block_offset();
@@ -144,7 +144,7 @@ impl Refcounts {
             .collect()
     }
 
-    /// Indices of the windows of `window` clusters, within the file, that refcount blocks cover.
+    /// Returns the indices of the windows, of `window` clusters each, that refcount blocks cover in the file.
     pub fn covered_windows(&self, window: u64, file_clusters: u64) -> BTreeSet<u64> {
         let mut windows = BTreeSet::new();
         for (index, _) in self.table.iter().enumerate().filter(|(_, entry)| **entry != 0) {
@@ -157,7 +157,7 @@ impl Refcounts {
         windows
     }
 
-    /// True if no refcount block covers `clusters`, a non-empty range, so that all refcounts are 0.
+    /// True if no refcount block covers `clusters`, which must not be empty. All refcounts there are then 0.
     pub fn lacks_blocks(&self, clusters: Range<u64>) -> bool {
         let entries = self.block_entries();
         let (first, last) = (clusters.start / entries, (clusters.end - 1) / entries);
@@ -185,7 +185,7 @@ impl Refcounts {
             block_offset.checked_add(byte - byte % PAGE).filter(|offset| *offset < self.input.len());
         let Some(page_offset) = page_offset else { return Ok(Refcount::Known(0)) };
         let per_page = (PAGE * 8) >> self.order;
-        // Less than the entries of a page.
+        // Less than the number of entries in a page.
         let within = (index % per_page) as usize;
         if let Some(page) = self.pages.get(&page_offset) {
             return Ok(Refcount::Known(refcount(page, self.order, within)));
@@ -205,7 +205,7 @@ impl Refcounts {
 /// other clusters. `block_entries` is the number of entries of a refcount block.
 pub fn refcount_clusters(counted: u64, block_entries: u64, cluster_size: u64) -> (u64, u64) {
     let (mut blocks, mut table) = (1, 1);
-    // Blocks and table count themselves. Both numbers only grow, by less in each round.
+    // The blocks and the table need refcounts themselves. Both numbers only grow, by less in each round.
     loop {
         let needed_blocks = (counted + blocks + table).div_ceil(block_entries);
         let needed_table = (needed_blocks * 8).div_ceil(cluster_size);

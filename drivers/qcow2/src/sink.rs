@@ -1,9 +1,9 @@
-//! The sink of a new image, which writes it in one pass.
+//! Sink that writes a new image in one pass.
 //!
-//! Order of a new file: the header, the L1 table (if the disk size is known), data in the order of its
-//! arrival with finished refcount blocks in between, L2 tables, the refcount table and the remaining
-//! refcount blocks. With preallocation or a raw data file, the host offset of every guest cluster is fixed
-//! from the start, and `finish` generates the L2 tables.
+//! Order in a new file: the header, the L1 table (if the disk size is known), data in order of arrival with
+//! finished refcount blocks in between, L2 tables, the refcount table and the remaining refcount blocks. With
+//! preallocation or a raw data file, the host offset of every guest cluster is fixed from the start, and
+//! `finish` generates the L2 tables.
 
 mod alloc;
 mod base;
@@ -32,7 +32,7 @@ const PIECE_LEN: u64 = 256 << 10;
 /// costs next to nothing.
 const COMPRESSED_PIECE_LEN: u64 = 1 << 20;
 
-/// Maximum length in bytes of a piece of zeros that are marked cluster by cluster. Our limit.
+/// Maximum length in bytes of a piece of zeros whose clusters are marked one by one. Our limit.
 const MARKED_ZERO_LEN: u64 = 64 << 20;
 
 impl Consumer for Qcow2Sink {

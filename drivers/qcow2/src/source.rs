@@ -1,4 +1,4 @@
-//! Reading: the guest's view of an image and its backing files.
+//! Source of an image: the guest's view of the image and its backing files.
 
 mod content;
 mod map;
@@ -22,11 +22,11 @@ use crate::mapping::RunKind;
 use content::Content;
 use map::PreallocationTest;
 
-/// The single device of an image.
+/// ID of the only device of an image.
 const DISK: DeviceId = DeviceId(0);
 
-/// Bytes of L2 tables that one call of [`RandomAccess::extents`] examines. Our limit: the first piece
-/// must not wait until all tables of a large image are read.
+/// Maximum size in bytes of the L2 tables that one call of [`RandomAccess::extents`] examines. Our limit: the
+/// first piece must not wait until all tables of a large image are read.
 const L2_BYTES_PER_ANSWER: u64 = 1 << 20;
 
 /// Opened image.
@@ -35,7 +35,7 @@ pub struct Qcow2Source {
     shape: Shape,
     input: RandomInput,
     preallocation: PreallocationTest,
-    /// `None` if the image is opened for its facts only.
+    /// `None` if the image was opened for its facts only.
     content: Option<Content>,
 }
 
@@ -50,7 +50,7 @@ impl Qcow2Source {
         let mut notes = Vec::new();
         let depth = options.externals.depth();
         let snapshots = match &options.snapshot {
-            // The snapshots of a backing image do not matter.
+            // A backing image is read in its active state, so its snapshots do not matter.
             None if !options.info_only && depth > 0 => {
                 Snapshots { count: header.snapshot_count as usize, ..Snapshots::default() }
             }
@@ -63,7 +63,7 @@ impl Qcow2Source {
                 read => read?,
             },
         };
-        // Bitmaps are not converted: a damaged directory does not affect the content.
+        // Bitmaps are not converted, so a damaged directory does not affect the content.
         let bitmaps = match options.info_only.then(|| list_bitmaps(&input, &header)) {
             Some(Ok(bitmaps)) => bitmaps,
             Some(Err(e)) => {
@@ -91,7 +91,7 @@ impl Qcow2Source {
     }
 }
 
-/// Names the device after its file.
+/// Names the device after the image file, or `disk` if the file has no usable name.
 fn device_name(input: &RandomInput) -> String {
     let name = input.location().file_name();
     let stem = name.as_deref().and_then(|name| Path::new(name).file_stem()).map(OsStr::to_string_lossy);
@@ -118,7 +118,7 @@ impl ImageSource for Qcow2Source {
 }
 
 impl Qcow2Source {
-    /// Lists the extents of `range`; with a `resolution`, roughly and in units of that many bytes.
+    /// Lists the extents of `range`, like [`RandomAccess::rough_extents`] if there is a `resolution`.
     fn list_extents(&self, range: Range<u64>, resolution: Option<u64>) -> Result<Vec<Extent>> {
         let content = self.content()?;
         let mut list = ExtentList::new();
@@ -134,7 +134,7 @@ impl Qcow2Source {
             }
             let run = match content.mapping.run(position..range.end) {
                 Ok(run) => run,
-                // Reading it fills it with zeros and records the loss.
+                // A read fills this unit with zeros and records the loss.
                 Err(e) if content.losses.is_some() && is_damage(&e) => {
                     let end = self.unit_end(position).min(range.end);
                     list.push(position, end - position, ExtentKind::Data);
@@ -186,7 +186,7 @@ impl RandomAccess for Qcow2Source {
         while !rest.is_empty() {
             let run = content.mapping.run(position..end);
             let step = match &run {
-                // Salvage gives up a single unit at a time.
+                // Salvage reads unit by unit, so that it loses only damaged units.
                 Ok(run) if content.losses.is_none() => run.len,
                 Ok(run) => run.len.min(self.unit_end(position) - position),
                 Err(_) => self.unit_end(position).min(end) - position,
@@ -240,14 +240,14 @@ impl RandomAccess for Qcow2Source {
 }
 
 impl Qcow2Source {
-    /// End of the smallest mapped unit at `guest_offset`: a cluster or a subcluster.
+    /// Returns the end of the subcluster at `guest_offset`, or of the cluster if it has no subclusters.
     fn unit_end(&self, guest_offset: u64) -> u64 {
         let unit = self.shape.subcluster_size();
         (guest_offset - guest_offset % unit).saturating_add(unit)
     }
 }
 
-/// True if salvage may replace the bytes by zeros: damage, and unreadable sectors.
+/// True if salvage may replace the affected bytes with zeros: for damage and unreadable sectors.
 fn is_damage(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed | ErrorKind::Io)
 }

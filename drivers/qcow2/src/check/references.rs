@@ -1,4 +1,4 @@
-//! State of a check: references to host clusters, counted in a window of the file, and the report.
+//! State of a check: references to host clusters, counted in one window of the file, and the report.
 
 use std::collections::BTreeSet;
 
@@ -8,18 +8,19 @@ use crate::layout::entry::L2Entry;
 use crate::layout::header::Header;
 use crate::refcounts::Refcounts;
 
-/// Host clusters of a window, whose references are counted at once. Our limit: 64 MiB of counters.
+/// Number of host clusters in a window, the part of the file whose references are counted in one walk. Our
+/// limit: 64 MiB of counters.
 pub(super) const WINDOW_CLUSTERS: u64 = 32 << 20;
 
-/// Host clusters of a chunk, which is skipped if it has neither references nor refcounts. Our choice: a
-/// file may be large and empty.
+/// Number of host clusters in a chunk, which is skipped if it has neither references nor refcounts. Our
+/// choice: a file may be large and mostly empty.
 pub(super) const CHUNK_CLUSTERS: usize = 4096;
 
-/// Snapshot table, as far as references need it.
+/// Length of the snapshot table, and the L1 tables that it refers to.
 pub(super) struct SnapshotTable {
     /// Length in bytes.
     pub(super) len: u64,
-    /// Host offset and entries of each L1 table with a sound place.
+    /// Host offset and number of entries of each L1 table with a valid location.
     pub(super) l1_tables: Vec<(u64, u32)>,
 }
 
@@ -27,9 +28,9 @@ pub(super) struct SnapshotTable {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct L2Use {
     pub(super) host_offset: u64,
-    /// Number of L1 entries, over all states.
+    /// Number of L1 entries that refer to the table, in the active state and all snapshots.
     pub(super) references: u32,
-    /// Number of L1 entries of the active state, the only one in which bit 63 must be right.
+    /// Number of these entries in the active state, where the copied flag (bit 63) must be correct.
     pub(super) active_references: u32,
 }
 
@@ -38,27 +39,27 @@ pub(super) struct Checker {
     pub(super) input: RandomInput,
     pub(super) header: Header,
     pub(super) snapshots: SnapshotTable,
-    /// Host offset and entries of each bitmap table.
+    /// Host offset and number of entries of each bitmap table.
     pub(super) bitmaps: Vec<(u64, u32)>,
-    /// L2 tables by host offset, complete after the first walk.
+    /// L2 tables, sorted by host offset; complete after the first walk.
     pub(super) l2_tables: Vec<L2Use>,
     pub(super) refcounts: Refcounts,
     /// True if guest data is in an external data file.
     pub(super) external_data: bool,
-    /// Clusters of the file, including a partial last one.
+    /// Number of clusters in the file, including a partial last one.
     pub(super) file_clusters: u64,
     pub(super) report: CheckReport,
-    /// True during the first walk, the only one that reports entries and collects windows.
+    /// True during the first walk. Only this walk reports damaged entries and collects windows.
     pub(super) first_walk: bool,
-    /// First zero cluster of a version 2 image, which version 2 does not have.
+    /// First zero cluster found in a version 2 image. Only version 3 has zero clusters.
     pub(super) v2_zero_cluster: Option<L2Entry>,
-    /// First host cluster of the window.
+    /// Index of the first host cluster of the window.
     pub(super) window_start: u64,
-    /// References per cluster of the window, at most 65535.
+    /// Number of references to each cluster of the window, capped at the maximum refcount and at 65535.
     pub(super) counts: Vec<u16>,
-    /// True for each chunk of `counts` with a reference.
+    /// True for each chunk of `counts` that has a reference.
     pub(super) touched_chunks: Vec<bool>,
-    /// Indices of the windows with references or refcounts.
+    /// Indices of the windows that have references or refcounts.
     pub(super) windows: BTreeSet<u64>,
 }
 
@@ -69,9 +70,9 @@ impl Checker {
         self.report.corruptions = self.report.corruptions.saturating_add(u64::from(times).saturating_sub(1));
     }
 
-    /// Counts `weight` references to `len` bytes at `host_offset`. As in qemu-img, bytes that leave the
-    /// file by less than a cluster count, and a count above the maximum refcount of the image is an error
-    /// of its own.
+    /// Counts `weight` references to each cluster of the window that the `len` bytes at `host_offset` touch.
+    /// Like qemu-img, reports bytes that extend past the end of the file by a cluster or more and, as a
+    /// separate corruption, a count above the image's maximum refcount.
     pub(super) fn count(&mut self, host_offset: u64, len: u64, weight: u32) {
         let bits = self.header.shape.cluster_bits;
         let end = host_offset.checked_add(len);
@@ -102,14 +103,15 @@ impl Checker {
             self.counts[index] = u16::try_from(references.min(max)).unwrap_or(u16::MAX);
             if let Ok(too_many @ 1..) = u32::try_from(references.saturating_sub(max)) {
                 let offset = cluster << bits;
-                let finding =
-                    format!("ERROR cluster at {offset} has more references than refcounts of its width hold");
+                let finding = format!(
+                    "ERROR cluster at {offset} has more references than a refcount of this width can count"
+                );
                 self.corruption(too_many, finding);
             }
         }
     }
 
-    /// Number of references to a cluster so far, if it is in the window.
+    /// Returns the number of references to a cluster so far; `None` if it is outside the window.
     pub(super) fn counted(&self, host_offset: u64) -> Option<u16> {
         let cluster = host_offset >> self.header.shape.cluster_bits;
         let index = usize::try_from(cluster.checked_sub(self.window_start)?).ok()?;

@@ -8,30 +8,30 @@ use crate::layout::entry::{L1Entry, L2Entry, Subclusters};
 use crate::layout::table::{decode_table, read_zero_filled};
 use crate::refcounts::Refcount;
 
-/// Maximum number of L1 entries over all snapshots. Our limit: bounds time and memory; a disk of 64 TiB
-/// with a hundred snapshots has fewer.
+/// Maximum number of L1 entries in the active state and all snapshots. Our limit, which bounds time and
+/// memory: a disk of 64 TiB with clusters of 64 KiB and a hundred snapshots has fewer.
 const MAX_L1_ENTRIES: u64 = 16 << 20;
 
-/// Maximum bytes of an encryption header. Our limit: LUKS headers have a few MiB, but a crafted image can
-/// declare one as long as a sparse file.
+/// Maximum length in bytes of an encryption header. Our limit: LUKS headers have a few MiB, but a crafted
+/// image can declare one as long as a sparse file.
 const MAX_CRYPTO_HEADER: u64 = 256 << 20;
 
-/// Bytes of a bitmap table read at a time. Our choice.
+/// Length in bytes of one read of a bitmap table. Our choice.
 const BITMAP_TABLE_STEP: u64 = 1 << 20;
 
 /// Bits 9-55 of a bitmap table entry: a host offset. Specification, "Bitmap table".
 const BITMAP_OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 
-/// Maximum bytes of bitmap tables over all bitmaps. Our limit: a bitmap of 64 TiB in units of 64 KiB has
-/// a table of 2 MiB with the smallest clusters.
+/// Maximum size in bytes of all bitmap tables together. Our limit: a bitmap of 64 TiB with a granularity of
+/// 64 KiB has a table of 2 MiB with the smallest clusters.
 const MAX_BITMAP_TABLE_BYTES: u64 = 1 << 30;
 
-/// Maximum number of distinct L2 tables. Our limit: 64 TiB with clusters of 64 KiB have 2^17.
+/// Maximum number of distinct L2 tables. Our limit: a disk of 64 TiB with clusters of 64 KiB has 2^17.
 const MAX_L2_TABLES: usize = 5 << 20;
 
 impl Checker {
-    /// Walks over all tables once and counts the references to the clusters of the current window: the
-    /// part of the file whose counters are in memory.
+    /// Walks over all tables once and counts the references to the clusters of the current window, the part
+    /// of the file whose counters are in memory.
     pub(super) fn walk(&mut self) -> Result<()> {
         let cluster_size = self.header.shape.cluster_size();
         let header = self.header.clone();
@@ -50,7 +50,7 @@ impl Checker {
         self.walk_l1_tables()?;
         for (index, block) in self.refcounts.blocks(self.file_clusters) {
             self.count(block, cluster_size, 1);
-            // All other references are counted by now, and a refcount block must have no other.
+            // All other references are counted by now. A refcount block must have only this one.
             let uses = self.counted(block);
             if uses.is_some_and(|uses| uses > 1) {
                 self.report.corruption(format!(
@@ -62,7 +62,7 @@ impl Checker {
         Ok(())
     }
 
-    /// Counts the bitmap directory, bitmap tables and bitmap data.
+    /// Counts the references to the bitmap directory, the bitmap tables and the bitmap data.
     fn walk_bitmaps(&mut self) -> Result<()> {
         if self.bitmaps.is_empty() {
             return Ok(());
@@ -89,7 +89,7 @@ impl Checker {
                 if self.is_hole(step_offset, step)? {
                     continue;
                 }
-                // `count` has reported a table beyond the end of the file.
+                // `count` has reported a table that extends past the end of the file by a cluster or more.
                 let Ok(bytes) = self.input.read_vec(step_offset, step as usize) else { break };
                 for entry in decode_table(&bytes) {
                     let host_offset = entry & BITMAP_OFFSET_MASK;
@@ -102,8 +102,8 @@ impl Checker {
         Ok(())
     }
 
-    /// True if the `len` bytes at `host_offset` are a hole of the file, so that a table there is empty. The
-    /// caller need not read it: crafted images have large tables that are mostly holes.
+    /// True if the `len` bytes at `host_offset` are a hole in the file or beyond its end. A table there is
+    /// empty, so the caller need not read it: crafted images have large tables that are mostly holes.
     fn is_hole(&self, host_offset: u64, len: u64) -> Result<bool> {
         if host_offset >= self.input.len() {
             return Ok(true);
@@ -112,8 +112,8 @@ impl Checker {
         Ok(!run.is_data && run.end >= host_offset.saturating_add(len).min(self.input.len()))
     }
 
-    /// Counts the L1 tables of the active state and of all snapshots, and their L2 tables. Walks an L2 table
-    /// only once, even if several L1 entries refer to it.
+    /// Counts the references to the L1 tables of the active state and all snapshots, their L2 tables, and the
+    /// clusters of those. Walks each L2 table only once, even if several L1 entries refer to it.
     fn walk_l1_tables(&mut self) -> Result<()> {
         let cluster_size = self.header.shape.cluster_size();
         let active = (self.header.l1_offset, self.header.l1_entries);
@@ -139,10 +139,10 @@ impl Checker {
         Ok(())
     }
 
-    /// Collects the L2 tables of one L1 table. `active` is true for the active state.
+    /// Collects the L2 tables of an L1 table, of the active state if `active`, and reports damaged entries.
     fn walk_l1(&mut self, l1_offset: u64, entries: u32, active: bool) -> Result<()> {
         let cluster_size = self.header.shape.cluster_size();
-        // The header check bounds the length to 32 MiB.
+        // `check_table` has bounded the length to 32 MiB.
         let len = usize::try_from(u64::from(entries) * 8).unwrap_or(usize::MAX);
         if self.is_hole(l1_offset, len as u64)? {
             return Ok(());
@@ -151,7 +151,7 @@ impl Checker {
         let mut found = Vec::new();
         for (index, entry) in bytes.as_chunks::<8>().0.iter().enumerate() {
             let entry = L1Entry(u64::from_be_bytes(*entry));
-            // Like qemu-img, take an entry with only other bits set as a reference to a table at offset 0.
+            // As in qemu-img, a nonzero entry without an offset refers to a table at host offset 0.
             if entry.0 == 0 {
                 continue;
             }
@@ -187,8 +187,8 @@ impl Checker {
         Ok(())
     }
 
-    /// Reports a copied flag (bit 63) that contradicts the refcount: it must be set if, and only if, the
-    /// refcount is one.
+    /// Reports a copied flag (bit 63) that contradicts the refcount, as `times` corruptions. The flag must be
+    /// set if and only if the refcount is one.
     fn check_copied(
         &mut self,
         times: u32,
@@ -208,10 +208,10 @@ impl Checker {
         Ok(())
     }
 
-    /// Counts the clusters of one L2 table.
+    /// Counts the references from one L2 table to clusters.
     fn walk_l2(&mut self, table: &L2Use) -> Result<()> {
         let shape = self.header.shape;
-        // Host offset of the next cluster in an unfragmented image.
+        // Host offset of the next cluster in an unfragmented image; 0 before the first cluster.
         let mut expected = 0;
         if self.is_hole(table.host_offset, shape.cluster_size())? {
             return Ok(());
@@ -243,7 +243,7 @@ impl Checker {
         Ok(())
     }
 
-    /// Counts the sectors of a compressed cluster.
+    /// Counts the references to the host clusters of a compressed cluster and reports damage to its entry.
     fn walk_compressed(&mut self, entry: L2Entry, table: &L2Use) {
         let range = entry.compressed_range(self.header.shape);
         if self.first_walk {
@@ -278,8 +278,8 @@ impl Checker {
         self.count(start, range.host_offset - start + range.max_len, table.references);
     }
 
-    /// Counts an uncompressed cluster. `expected` is the host offset of the next cluster in an unfragmented
-    /// image.
+    /// Counts the references to an uncompressed cluster and reports damage to its entry. `expected` is the
+    /// host offset of the next cluster in an unfragmented image.
     fn walk_standard(
         &mut self,
         entry: L2Entry,
@@ -314,7 +314,7 @@ impl Checker {
         Ok(())
     }
 
-    /// Reports reserved bits that are set, and a bitmap that is invalid or contradicts the entry.
+    /// Reports reserved bits that are set, and a subcluster bitmap that is invalid or contradicts the entry.
     fn report_standard_entry(
         &mut self,
         entry: L2Entry,
@@ -335,8 +335,8 @@ impl Checker {
         }
     }
 
-    /// Reports a host cluster that is not aligned. Adds a cluster of the active state to the totals and
-    /// moves `expected` behind it.
+    /// Reports a host cluster that is not aligned. Adds a cluster of the active state to the totals and sets
+    /// `expected` to its end.
     fn report_host_cluster(&mut self, host: u64, table: &L2Use, expected: &mut u64) {
         let cluster_size = self.header.shape.cluster_size();
         if table.active_references > 0 {
@@ -355,7 +355,7 @@ impl Checker {
         }
     }
 
-    /// Reports a cluster of a data file without the copied flag, which every cluster there must have.
+    /// Reports an active entry without the copied flag, which every cluster in a data file must have.
     fn check_copied_in_data_file(&mut self, entry: L2Entry, table: &L2Use) {
         if self.first_walk && table.active_references > 0 && !entry.is_copied() {
             self.corruption(

@@ -1,4 +1,4 @@
-//! Bitmap directory: persistent bitmaps are listed and checked, never converted.
+//! Bitmap directory. Persistent bitmaps are listed and checked, but never converted.
 
 use imgtool_core::{Error, RandomInput, Result};
 
@@ -11,7 +11,7 @@ use super::{LISTED_ENTRY_BYTES, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MAX_LIS
 const FIXED_LEN: usize = 24;
 /// Flag of a bitmap that was not saved correctly. Specification, "Bitmap directory", "flags".
 const FLAG_IN_USE: u32 = 1;
-/// Flag of a bitmap that follows the guest's writes. Same source.
+/// Flag of a bitmap that tracks all writes to the disk. Same source.
 const FLAG_AUTO: u32 = 2;
 
 /// Entry of the bitmap directory.
@@ -19,19 +19,19 @@ const FLAG_AUTO: u32 = 2;
 pub struct Bitmap {
     /// Host offset of the bitmap table.
     pub table_offset: u64,
-    /// Entries of the bitmap table, eight bytes each.
+    /// Number of entries of the bitmap table, eight bytes each.
     pub table_entries: u32,
     /// True if the bitmap was not saved correctly.
     pub in_use: bool,
-    /// True if the bitmap follows the guest's writes.
+    /// True if the bitmap tracks all writes to the disk.
     pub auto: bool,
-    /// Guest bytes that one bit covers.
+    /// Number of guest bytes that one bit covers.
     pub granularity: u64,
     /// Name; untrusted.
     pub name: String,
 }
 
-/// Returns the number of bitmaps, 0 if the directory is marked inconsistent.
+/// Returns the number of bitmaps; 0 if the header marks the directory as inconsistent.
 pub fn count(header: &Header) -> u32 {
     consistent_extension(header).map_or(0, |extension| extension.count)
 }
@@ -53,7 +53,7 @@ pub fn list_bitmaps(input: &RandomInput, header: &Header) -> Result<Vec<Bitmap>>
     Ok(bitmaps)
 }
 
-/// Calls `visit` for every bitmap.
+/// Calls `visit` for every bitmap, unless the header marks the directory as inconsistent.
 pub fn walk_bitmaps(input: &RandomInput, header: &Header, mut visit: impl FnMut(Bitmap)) -> Result<()> {
     let Some(extension) = consistent_extension(header) else { return Ok(()) };
     if extension.count > MAX_BITMAPS {
@@ -82,7 +82,8 @@ pub fn walk_bitmaps(input: &RandomInput, header: &Header, mut visit: impl FnMut(
     Ok(())
 }
 
-/// Parses an entry at the start of `bytes`; returns it with its length in bytes.
+/// Parses the entry at the start of `bytes`. Returns it with its padded length in bytes, or `None` if it is
+/// invalid or extends past the end of `bytes`.
 fn parse(bytes: &[u8]) -> Option<(Bitmap, usize)> {
     let flags = be32(bytes, 12)?;
     let granularity_bits = u32::from(*bytes.get(17)?);

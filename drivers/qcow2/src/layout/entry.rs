@@ -1,4 +1,4 @@
-//! Entries of L1, L2 and refcount tables, and refcounts. Masks are private to these types.
+//! Entries of L1, L2 and refcount tables and of refcount blocks. The bit masks are private to this module.
 
 use super::{SECTOR, SUBCLUSTERS};
 
@@ -27,48 +27,48 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Size in bytes of a cluster.
+    /// Returns the size in bytes of a cluster.
     pub fn cluster_size(self) -> u64 {
         1 << self.cluster_bits
     }
 
-    /// Entries of an L2 table, as a power of two.
+    /// Returns the number of entries in an L2 table, as a power of two.
     pub fn l2_bits(self) -> u32 {
         self.cluster_bits - if self.extended_l2 { 4 } else { 3 }
     }
 
-    /// Entries of an L2 table.
+    /// Returns the number of entries in an L2 table.
     pub fn l2_entries(self) -> u64 {
         1 << self.l2_bits()
     }
 
-    /// Words of eight bytes in one L2 entry.
+    /// Returns the number of eight-byte words in an L2 entry.
     pub fn l2_entry_words(self) -> usize {
         if self.extended_l2 { 2 } else { 1 }
     }
 
-    /// Guest bytes that one L2 table describes, as a power of two (at most 2^39).
+    /// Returns the number of guest bytes that an L2 table describes, as a power of two: at most 39.
     pub fn l2_reach_bits(self) -> u32 {
         self.cluster_bits + self.l2_bits()
     }
 
-    /// Size in bytes of a subcluster, or of the cluster without extended L2 entries.
+    /// Returns the size in bytes of a subcluster, or of a cluster without extended L2 entries.
     pub fn subcluster_size(self) -> u64 {
         if self.extended_l2 { self.cluster_size() / SUBCLUSTERS } else { self.cluster_size() }
     }
 
-    /// L1 entries that a disk of `virtual_size` bytes needs.
+    /// Returns the number of L1 entries that a disk of `virtual_size` bytes needs.
     pub fn l1_entries(self, virtual_size: u64) -> u64 {
         virtual_size.div_ceil(1 << self.l2_reach_bits())
     }
 
-    /// Offset within its cluster of a guest or host `offset`.
+    /// Returns the offset within its cluster of a guest or host `offset`.
     pub fn within_cluster(self, offset: u64) -> u64 {
         offset & (self.cluster_size() - 1)
     }
 
-    /// Bits of the host offset in a compressed cluster descriptor. Specification, "Compressed Clusters
-    /// Descriptor": x = 62 - (cluster_bits - 8).
+    /// Returns the number of bits of the host offset in a compressed cluster descriptor. Specification,
+    /// "Compressed Clusters Descriptor": x = 62 - (cluster_bits - 8).
     fn compressed_offset_bits(self) -> u32 {
         62 - (self.cluster_bits - 8)
     }
@@ -84,7 +84,7 @@ impl L1Entry {
         Self(l2_offset | COPIED)
     }
 
-    /// Host offset of the L2 table; 0 if there is none.
+    /// Returns the host offset of the L2 table; 0 if there is none.
     pub fn l2_offset(self) -> u64 {
         self.0 & OFFSET_MASK
     }
@@ -94,7 +94,7 @@ impl L1Entry {
         self.0 & COPIED != 0
     }
 
-    /// Reserved bits that are set.
+    /// Returns the reserved bits that are set.
     pub fn reserved(self) -> u64 {
         self.0 & L1_RESERVED
     }
@@ -104,17 +104,17 @@ impl L1Entry {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct L2Entry(pub u64);
 
-/// Host bytes of a compressed cluster.
+/// Host range of a compressed cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CompressedRange {
-    /// Host offset of the first byte; any alignment.
+    /// Host offset of the first byte, not necessarily aligned.
     pub host_offset: u64,
     /// Maximum length in bytes: the data ends somewhere in the last sector.
     pub max_len: u64,
 }
 
 impl L2Entry {
-    /// Cluster that reads as zeros (version 3, without extended L2 entries).
+    /// Entry of a cluster that reads as zeros, in version 3 without extended L2 entries.
     pub const ZEROS: Self = Self(ZERO);
 
     /// Creates an entry for a data cluster with a refcount of one.
@@ -122,7 +122,7 @@ impl L2Entry {
         Self(host_offset | COPIED)
     }
 
-    /// Creates an entry for a compressed cluster; `None` if the descriptor cannot hold `range`.
+    /// Creates an entry for a compressed cluster; `None` if `range` is empty or does not fit.
     pub fn compressed(shape: Shape, range: CompressedRange) -> Option<Self> {
         let bits = shape.compressed_offset_bits();
         if range.max_len == 0 || range.host_offset >> bits.min(56) != 0 {
@@ -148,17 +148,17 @@ impl L2Entry {
         self.0 & ZERO != 0
     }
 
-    /// Host offset of a standard cluster; 0 if there is none.
+    /// Returns the host offset of a standard cluster; 0 if there is none.
     pub fn host_offset(self) -> u64 {
         self.0 & OFFSET_MASK
     }
 
-    /// Reserved bits of a standard cluster descriptor that are set.
+    /// Returns the reserved bits of a standard cluster descriptor that are set.
     pub fn reserved(self) -> u64 {
         self.0 & L2_RESERVED
     }
 
-    /// Host bytes of a compressed cluster.
+    /// Returns the host range of a compressed cluster.
     pub fn compressed_range(self, shape: Shape) -> CompressedRange {
         let bits = shape.compressed_offset_bits();
         let host_offset = self.0 & ((1 << bits) - 1);
@@ -167,8 +167,8 @@ impl L2Entry {
     }
 }
 
-/// Second eight bytes of an extended L2 entry, the status of each subcluster: bits 0-31 mark data, bits
-/// 32-63 zeros. Specification, "Extended L2 Entries".
+/// Second eight bytes of an extended L2 entry: the status of each subcluster. Bits 0-31 mark data, bits 32-63
+/// zeros. Specification, "Extended L2 Entries".
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Subclusters(pub u64);
 
@@ -177,21 +177,21 @@ pub struct Subclusters(pub u64);
 pub enum SubclusterStatus {
     /// Data in the host cluster.
     Allocated,
-    /// Reads as zeros.
+    /// Zeros.
     Zero,
-    /// Reads as the backing file, or as zeros without one.
+    /// Content of the backing image, or zeros without one.
     Unallocated,
-    /// Both bits set, which the specification forbids.
+    /// Both bits are set, which the specification forbids.
     Invalid,
 }
 
 impl Subclusters {
-    /// All subclusters hold data.
+    /// Bitmap with all subclusters marked as data.
     pub const ALL_ALLOCATED: Self = Self(0xffff_ffff);
-    /// All subclusters read as zeros.
+    /// Bitmap with all subclusters marked as zeros.
     pub const ALL_ZERO: Self = Self(0xffff_ffff << 32);
 
-    /// Status of the subcluster `index`, and the number of subclusters from there on that share it.
+    /// Returns the status of subcluster `index`, and the number of subclusters from there on that share it.
     pub fn run(self, index: u32) -> (SubclusterStatus, u32) {
         let allocated = (self.0 & 0xffff_ffff) as u32 >> index;
         let zero = (self.0 >> 32) as u32 >> index;
@@ -217,7 +217,7 @@ impl Subclusters {
         self.0 |= (!self.0 & 0xffff_ffff) << 32;
     }
 
-    /// True if any subcluster holds data.
+    /// True if any subcluster is marked as data.
     pub fn any_allocated(self) -> bool {
         self.0 & 0xffff_ffff != 0
     }
@@ -233,18 +233,18 @@ impl Subclusters {
 pub struct RefcountTableEntry(pub u64);
 
 impl RefcountTableEntry {
-    /// Host offset of the refcount block; 0 if there is none.
+    /// Returns the host offset of the refcount block; 0 if there is none.
     pub fn block_offset(self) -> u64 {
         self.0 & !REFCOUNT_TABLE_RESERVED
     }
 
-    /// Reserved bits that are set.
+    /// Returns the reserved bits that are set.
     pub fn reserved(self) -> u64 {
         self.0 & REFCOUNT_TABLE_RESERVED
     }
 }
 
-/// Reads the entry `index` of a refcount block whose entries have `1 << order` bits.
+/// Returns entry `index` of a refcount block whose entries have `1 << order` bits; 0 beyond its end.
 ///
 /// Entries narrower than a byte fill it from the least significant bit. Specification, "Refcount block
 /// entry".
@@ -261,7 +261,7 @@ pub fn refcount(block: &[u8], order: u32, index: usize) -> u64 {
     }
 }
 
-/// Sets the entry `index` of a refcount block to `value`, which must fit.
+/// Sets entry `index` of a refcount block to `value`, which must fit into `1 << order` bits.
 pub fn set_refcount(block: &mut [u8], order: u32, index: usize, value: u64) {
     if order >= 3 {
         let width = 1usize << (order - 3);
@@ -317,7 +317,7 @@ mod tests {
             set_refcount(&mut block, order, 5, 0);
             assert_eq!(refcount(&block, order, 5), 0);
         }
-        // A 2-bit block as qemu-img writes it: five clusters with one reference each.
+        // A block of 2-bit refcounts as qemu-img writes it: five clusters with one reference each.
         assert_eq!((0..6).map(|i| refcount(&[0x55, 0x01], 1, i)).collect::<Vec<_>>(), [1, 1, 1, 1, 1, 0]);
     }
 

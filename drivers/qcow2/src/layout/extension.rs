@@ -1,4 +1,4 @@
-//! Header extensions: names of files and features, and references to the bitmaps and the encryption header.
+//! Header extensions: names of files and features, locations of the bitmap directory and encryption header.
 
 use imgtool_core::{Error, Result};
 
@@ -23,7 +23,7 @@ pub struct Extensions {
     pub backing_format: Option<String>,
     /// Name of the external data file; untrusted.
     pub data_file: Option<String>,
-    /// Names of feature bits.
+    /// Names of feature bits; untrusted.
     pub feature_names: Vec<FeatureName>,
     /// Bitmaps extension.
     pub bitmaps: Option<BitmapsExtension>,
@@ -47,7 +47,7 @@ pub enum FeatureKind {
 pub struct FeatureName {
     /// Field that contains the bit.
     pub kind: FeatureKind,
-    /// Bit number, 0 to 63 if the image is sound.
+    /// Bit number, 0 to 63 in a sound image.
     pub bit: u8,
     /// Name; untrusted.
     pub name: String,
@@ -65,8 +65,8 @@ pub struct BitmapsExtension {
 }
 
 impl Extensions {
-    /// Parses `area`, the bytes from the end of the header (host offset `area_offset`) to the backing
-    /// file's name or the end of the cluster. Unknown extensions are ignored.
+    /// Parses `area`, the bytes from the end of the header (host offset `area_offset`) to the backing file's
+    /// name or the end of the cluster. Ignores unknown extensions.
     pub fn parse(area: &[u8], area_offset: u64) -> Result<Self> {
         let mut found = Self::default();
         let mut at = 0usize;
@@ -123,7 +123,7 @@ impl Extensions {
         Ok(())
     }
 
-    /// Returns the name of a feature bit from the image's own table.
+    /// Returns the name of a feature bit from the image's feature name table.
     pub fn feature_name(&self, kind: FeatureKind, bit: u32) -> Option<&str> {
         self.feature_names
             .iter()
@@ -131,8 +131,9 @@ impl Extensions {
             .map(|known| known.name.as_str())
     }
 
-    /// Encodes the extensions, including the one that ends the list. Leaves out the feature names, which are
-    /// used only in messages, if the result would otherwise be longer than `max_len` bytes.
+    /// Encodes the extensions of a new image, which has neither bitmaps nor encryption, and ends the list.
+    /// Leaves out the feature names, which serve only for messages, if the result would otherwise exceed
+    /// `max_len` bytes.
     pub fn encode(&self, max_len: usize) -> Vec<u8> {
         let mut bytes = self.encode_all();
         if bytes.len() > max_len && !self.feature_names.is_empty() {
@@ -172,13 +173,13 @@ impl Extensions {
 
 fn push(bytes: &mut Vec<u8>, kind: u32, data: &[u8]) {
     bytes.extend_from_slice(&kind.to_be_bytes());
-    // Our names and tables are shorter than a cluster.
+    // Our names and tables are far shorter than 2^32 bytes.
     bytes.extend_from_slice(&(data.len() as u32).to_be_bytes());
     bytes.extend_from_slice(data);
     bytes.resize(bytes.len().next_multiple_of(8), 0);
 }
 
-/// Decodes a name of bounded length.
+/// Decodes a name of at most [`MAX_EXTENSION_TEXT`] bytes.
 fn name(data: &[u8], host_offset: u64) -> Result<String> {
     if data.len() > MAX_EXTENSION_TEXT {
         return Err(Error::limit(format!(

@@ -17,33 +17,32 @@ pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 
 /// Length in bytes of a version 2 header. Specification, "Header".
 pub const V2_HEADER_LEN: u32 = 72;
-/// Minimum bytes of a version 3 header. Specification, "header_length".
+/// Minimum length in bytes of a version 3 header. Specification, "header_length".
 const V3_MIN_HEADER_LEN: u32 = 104;
-/// Length in bytes of the header that the driver knows, and writes for version 3.
+/// Length in bytes of the version 3 header that the driver writes. When reading, it ignores later fields.
 pub const V3_HEADER_LEN: u32 = 112;
 
-/// Incompatible feature: the image was not closed. Specification, "incompatible_features", as the next
-/// four.
+/// Incompatible feature: the image was not closed cleanly. Specification, "incompatible_features", like the
+/// next four.
 pub const INCOMPATIBLE_DIRTY: u64 = 1;
 /// Incompatible feature: structures may be damaged.
 pub const INCOMPATIBLE_CORRUPT: u64 = 1 << 1;
 /// Incompatible feature: guest data is in an external data file.
 pub const INCOMPATIBLE_DATA_FILE: u64 = 1 << 2;
-/// Incompatible feature: compressed clusters are not deflate.
+/// Incompatible feature: compressed clusters do not use deflate.
 pub const INCOMPATIBLE_COMPRESSION_TYPE: u64 = 1 << 3;
 /// Incompatible feature: L2 entries describe subclusters.
 pub const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
-/// All of these.
+/// All incompatible features that the driver knows.
 const INCOMPATIBLE_KNOWN: u64 = 0x1f;
 /// Compatible feature: refcounts may be written late. Specification, "compatible_features".
 pub const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1;
-/// Autoclear feature: the bitmaps are consistent. Specification, "autoclear_features", as the next.
+/// Autoclear feature: the bitmaps are consistent. Specification, "autoclear_features", like the next.
 pub const AUTOCLEAR_BITMAPS: u64 = 1;
-/// Autoclear feature: the data file is a raw image of its own.
+/// Autoclear feature: the data file by itself is a raw image of the disk.
 pub const AUTOCLEAR_DATA_FILE_RAW: u64 = 1 << 1;
 
-/// Header as stored, with the specification's field names and their file offsets.
-/// The number at each field is its offset in the structure, in bytes.
+/// Header as stored, with the specification's field names. The number at each field is its file offset.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct RawHeader {
@@ -61,7 +60,7 @@ pub struct RawHeader {
     pub size: U64,
     /// 32
     pub crypt_method: U32,
-    /// 36, in entries
+    /// 36; number of entries
     pub l1_size: U32,
     /// 40
     pub l1_table_offset: U64,
@@ -73,7 +72,7 @@ pub struct RawHeader {
     pub nb_snapshots: U32,
     /// 64
     pub snapshots_offset: U64,
-    /// 72, only in version 3 as all that follow
+    /// 72; only in version 3, like all following fields
     pub incompatible_features: U64,
     /// 80
     pub compatible_features: U64,
@@ -83,7 +82,7 @@ pub struct RawHeader {
     pub refcount_order: U32,
     /// 100
     pub header_length: U32,
-    /// 104, if `header_length` includes it
+    /// 104; only if `header_length` includes it
     pub compression_type: u8,
     /// 105
     pub padding: [u8; 7],
@@ -102,17 +101,17 @@ pub enum Encryption {
     Luks,
 }
 
-/// Compression of compressed clusters. Specification, "compression_type".
+/// Compression algorithm of an image. Specification, "compression_type".
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CompressionType {
-    /// Deflate without a zlib header, which QEMU calls zlib.
+    /// Deflate without a zlib header. QEMU calls it zlib.
     Zlib,
     /// Zstandard frames.
     Zstd,
 }
 
 impl CompressionType {
-    /// Name that QEMU uses.
+    /// Returns the name that QEMU uses.
     pub fn name(self) -> &'static str {
         match self {
             CompressionType::Zlib => "zlib",
@@ -121,7 +120,7 @@ impl CompressionType {
     }
 }
 
-/// Checked header: every offset aligned, every count within its limit.
+/// Checked header: every table offset is aligned, and every count is within its limit.
 #[derive(Debug, Clone)]
 pub struct Header {
     /// Version of the format: 2 or 3.
@@ -134,15 +133,15 @@ pub struct Header {
     pub encryption: Encryption,
     /// Host offset of the active L1 table.
     pub l1_offset: u64,
-    /// Entries of the active L1 table.
+    /// Number of entries in the active L1 table.
     pub l1_entries: u32,
     /// Host offset of the refcount table.
     pub refcount_table_offset: u64,
-    /// Clusters of the refcount table.
+    /// Number of clusters in the refcount table.
     pub refcount_table_clusters: u32,
     /// Host offset of the snapshot table.
     pub snapshots_offset: u64,
-    /// Entries of the snapshot table.
+    /// Number of entries in the snapshot table.
     pub snapshot_count: u32,
     /// Incompatible feature bits.
     pub incompatible: u64,
@@ -152,7 +151,7 @@ pub struct Header {
     pub autoclear: u64,
     /// Refcount width as a power of two, 0 to 6: a refcount has 2^order bits.
     pub refcount_order: u32,
-    /// Compression of compressed clusters; the stored number if it is unknown.
+    /// Compression algorithm; the stored number as `Err` if it is unknown.
     pub compression: Result<CompressionType, u8>,
     /// Name of the backing file; untrusted.
     pub backing_file: Option<String>,
@@ -168,7 +167,7 @@ impl Header {
         input.read_exact_at(&mut bytes[..available], 0)?;
         if available < 8 || bytes[..4] != MAGIC {
             return Err(Error::wrong_format("is not a qcow2 image: the magic number is missing")
-                .hint("state no format to let the content decide"));
+                .hint("omit the format to detect it from the content"));
         }
         if available < V2_HEADER_LEN as usize {
             return Err(
@@ -240,7 +239,7 @@ impl Header {
         self.check_l1_covers_disk()
     }
 
-    /// Checks the fields that feature bits and the cluster size depend on.
+    /// Checks the refcount width, and the feature bits against the cluster size and the compression type.
     fn check_features(&self, compression_type: u8) -> Result<()> {
         if self.shape.extended_l2 && self.shape.cluster_bits < MIN_EXTENDED_L2_CLUSTER_BITS {
             let cluster_size = self.shape.cluster_size();
@@ -264,7 +263,7 @@ impl Header {
         Ok(())
     }
 
-    /// Checks the places and lengths of the L1, refcount and snapshot tables.
+    /// Checks the locations and sizes of the L1, refcount and snapshot tables.
     fn check_tables(&self) -> Result<()> {
         let cluster_size = self.shape.cluster_size();
         let l1_len = u64::from(self.l1_entries) * 8;
@@ -329,8 +328,8 @@ impl Header {
         Ok(())
     }
 
-    /// Refuses an image that the driver cannot read, and names the reason. An image marked corrupt is
-    /// refused unless `force` is set.
+    /// Refuses an image that the driver cannot read, and names the reason. Refuses an image marked corrupt
+    /// unless `force` is set.
     pub fn check_readable(&self, force: bool) -> Result<()> {
         let unknown = self.incompatible & !INCOMPATIBLE_KNOWN;
         if unknown != 0 {
@@ -357,7 +356,7 @@ impl Header {
             .hint("decrypt it with qemu-img first: qemu-img convert --object secret,… --image-opts …"))
     }
 
-    /// Lists incompatible feature bits by number, with the names of the image's own table.
+    /// Lists incompatible feature bits by number, with their names from the image's feature name table.
     pub fn feature_list(&self, bits: u64) -> String {
         let names: Vec<String> = (0..64)
             .filter(|bit| bits >> bit & 1 == 1)
@@ -369,28 +368,28 @@ impl Header {
         names.join(", ")
     }
 
-    /// Incompatible feature bits that the driver does not know.
+    /// Returns the incompatible feature bits that the driver does not know.
     pub fn unknown_features(&self) -> u64 {
         self.incompatible & !INCOMPATIBLE_KNOWN
     }
 
-    /// True if any bit of `incompatible` is set among the incompatible features.
+    /// True if the image has any of the feature bits `incompatible`.
     pub fn has(&self, incompatible: u64) -> bool {
         self.incompatible & incompatible != 0
     }
 
-    /// Largest refcount that the image's refcount width can hold.
+    /// Returns the largest refcount that fits into the image's refcount width.
     pub fn max_refcount(&self) -> u64 {
         u64::MAX >> (64 - self.refcount_bits())
     }
 
-    /// Bits of a refcount.
+    /// Returns the number of bits in a refcount.
     pub fn refcount_bits(&self) -> u32 {
         1 << self.refcount_order
     }
 }
 
-/// Checks and returns the bytes of the header.
+/// Checks and returns the length in bytes of the header.
 fn header_len(raw: &RawHeader, version: u32, cluster_size: u64) -> Result<u32> {
     if version == 2 {
         return Ok(V2_HEADER_LEN);
@@ -415,7 +414,7 @@ fn encryption(method: u32) -> Result<Encryption> {
     }
 }
 
-/// Feature name table of a new image, in the words of the specification and QEMU.
+/// Returns the feature name table of a new image, in the words of the specification and QEMU.
 pub fn known_feature_names() -> Vec<FeatureName> {
     let names: [(FeatureKind, u8, &str); 8] = [
         (FeatureKind::Incompatible, 0, "dirty bit"),

@@ -10,10 +10,10 @@ use super::{LISTED_ENTRY_BYTES, MAX_L1_BYTES, MAX_LISTED_BYTES, MAX_SNAPSHOT_TAB
 /// Length in bytes of an entry before its extra data. Specification, "Snapshots".
 const FIXED_LEN: usize = 40;
 
-/// Maximum bytes of extra data. QEMU's limit.
+/// Maximum length in bytes of an entry's extra data. QEMU's limit.
 const MAX_EXTRA: u32 = 1024;
 
-/// Bytes of extra data that version 3 requires. Specification, "Snapshots", "extra data".
+/// Minimum length in bytes of the extra data in version 3. Specification, "Snapshots", "extra data".
 const V3_EXTRA: u32 = 16;
 
 /// Maximum number of snapshots in a message. Our limit.
@@ -26,7 +26,7 @@ pub struct Snapshot {
     pub entry_offset: u64,
     /// Host offset of the L1 table.
     pub l1_offset: u64,
-    /// Entries of the L1 table.
+    /// Number of entries in the L1 table.
     pub l1_entries: u32,
     /// Unique ID; untrusted.
     pub id: String,
@@ -34,15 +34,15 @@ pub struct Snapshot {
     pub name: String,
     /// Creation time in seconds since the epoch.
     pub date_sec: u32,
-    /// Nanoseconds of the creation time, beyond the second.
+    /// Nanoseconds of the creation time after `date_sec`.
     pub date_nsec: u32,
     /// Run time of the guest in nanoseconds.
     pub vm_clock_nsec: u64,
-    /// Bytes of saved machine state.
+    /// Size in bytes of the saved machine state.
     pub vm_state_size: u64,
-    /// Bytes of disk; those of the image if the entry has no size.
+    /// Virtual size in bytes; the image's if the entry has none.
     pub virtual_size: u64,
-    /// Instruction counter of QEMU, if it was enabled.
+    /// QEMU's instruction counter, if it was enabled.
     pub icount: Option<u64>,
     /// True if the entry lacks the sizes of machine state and disk, which version 3 requires.
     pub incomplete: bool,
@@ -51,16 +51,17 @@ pub struct Snapshot {
 /// Part of the snapshot table that is kept in memory.
 #[derive(Debug, Default)]
 pub struct Snapshots {
-    /// First snapshots of the table, as many as fit into [`MAX_LISTED_BYTES`].
+    /// First snapshots of the table, as many as fit into [`MAX_LISTED_BYTES`]; only a few unless the caller
+    /// requested all.
     pub listed: Vec<Snapshot>,
     /// Number of snapshots in the table.
     pub count: usize,
-    /// Snapshot that the caller selected.
+    /// Snapshot that the caller selected, if any.
     pub selected: Option<Snapshot>,
 }
 
-/// Reads the whole table. Finds the snapshot whose ID, or else name, is `selector`. Lists the first
-/// few snapshots for messages, or all of them if `list` is set.
+/// Reads the whole table and finds the snapshot whose ID or, failing that, name is `selector`. Lists all
+/// snapshots if `list` is set, otherwise the first few for messages.
 pub fn read_snapshots(
     input: &RandomInput,
     header: &Header,
@@ -96,8 +97,8 @@ pub fn read_snapshots(
 
 /// Calls `visit` with the index and the entry of every snapshot. Returns the table's length in bytes.
 ///
-/// For an entry that the end of the file cuts short, `visit` first gets an error. If it returns that
-/// error, the walk ends; if not, it then gets the entry with zeros in place of the missing bytes.
+/// For an entry that the end of the file cuts short, `visit` first receives an error. If it returns the
+/// error, the walk ends; otherwise it then receives the entry, with zeros in place of the missing bytes.
 pub fn walk_snapshots(
     input: &RandomInput,
     header: &Header,
@@ -130,7 +131,7 @@ pub fn walk_snapshots(
     Ok(entry_offset - header.snapshots_offset)
 }
 
-/// Reads the entry at `entry_offset`; returns it with its length in bytes.
+/// Reads the entry at `entry_offset`. Returns it with its padded length in bytes.
 fn read_snapshot(input: &RandomInput, header: &Header, entry_offset: u64) -> Result<(Snapshot, u64)> {
     let fixed = read_zero_filled(input, entry_offset, FIXED_LEN)?;
     let cut = || Error::corrupt("a snapshot entry is cut short");
@@ -164,7 +165,7 @@ fn read_snapshot(input: &RandomInput, header: &Header, entry_offset: u64) -> Res
     Ok((snapshot, len.next_multiple_of(8) as u64))
 }
 
-/// Checks the place of a snapshot's L1 table.
+/// Checks the location and size of a snapshot's L1 table.
 pub fn check_l1(header: &Header, snapshot: &Snapshot) -> Result<()> {
     check_table(
         "a snapshot's L1 table",

@@ -1,9 +1,9 @@
-//! Tables and big-endian fields: bounds, bytes to numbers and back, reading and writing.
+//! Helpers for tables and big-endian fields: bounds checks, decoding and encoding, reading and writing.
 
 use imgtool_core::{Error, Output, RandomInput, Result, zero};
 
-/// Checks the place of a table: at most `max_len` bytes, aligned to clusters, and below 2^63.
-/// `field_offset` is the file offset of the field that names the table, for the error.
+/// Checks a table's location and size: at most `max_len` bytes, aligned to clusters, and ending below 2^63.
+/// `field_offset` is the file offset of the field that contains the location, for the error.
 pub fn check_table(
     what: &str,
     host_offset: u64,
@@ -26,8 +26,8 @@ pub fn check_table(
     Ok(())
 }
 
-/// Reads `len` bytes at `host_offset`, with zeros in place of those beyond the end of the file. A
-/// damaged structure is examined as far as it goes. The caller bounds `len`.
+/// Reads `len` bytes at `host_offset`, with zeros in place of bytes beyond the end of the file, so that a
+/// truncated structure can still be examined. The caller bounds `len`.
 pub fn read_zero_filled(input: &RandomInput, host_offset: u64, len: usize) -> Result<Vec<u8>> {
     let available = input.len().saturating_sub(host_offset).min(len as u64);
     let mut bytes = vec![0; len];
@@ -51,13 +51,13 @@ pub fn write_table(output: &Output, table: &[u8], host_offset: u64) -> Result<()
     output.write_zeros_at(host_offset + done as u64, (table.len() - done) as u64)
 }
 
-/// Decodes a table of eight-byte entries; bytes beyond the last whole entry are ignored.
+/// Decodes a table of eight-byte entries. Ignores bytes after the last whole entry.
 pub fn decode_table(bytes: &[u8]) -> Vec<u64> {
     let (entries, _) = bytes.as_chunks::<8>();
     entries.iter().map(|entry| u64::from_be_bytes(*entry)).collect()
 }
 
-/// Appends the bytes of a table of eight-byte entries to `bytes`.
+/// Encodes a table of eight-byte entries and appends it to `bytes`.
 pub fn encode_table(entries: &[u64], bytes: &mut Vec<u8>) {
     bytes.reserve(entries.len() * 8);
     for entry in entries {
@@ -65,19 +65,19 @@ pub fn encode_table(entries: &[u64], bytes: &mut Vec<u8>) {
     }
 }
 
-/// Decodes the eight-byte number at index `at`; `None` if it leaves `bytes`.
+/// Decodes the eight-byte number at index `at`; `None` if it extends past the end of `bytes`.
 pub fn be64(bytes: &[u8], at: usize) -> Option<u64> {
     let field = bytes.get(at..at.checked_add(8)?)?;
     Some(u64::from_be_bytes(field.try_into().ok()?))
 }
 
-/// Decodes the four-byte number at index `at`; `None` if it leaves `bytes`.
+/// Decodes the four-byte number at index `at`; `None` if it extends past the end of `bytes`.
 pub fn be32(bytes: &[u8], at: usize) -> Option<u32> {
     let field = bytes.get(at..at.checked_add(4)?)?;
     Some(u32::from_be_bytes(field.try_into().ok()?))
 }
 
-/// Decodes the two-byte number at index `at`; `None` if it leaves `bytes`.
+/// Decodes the two-byte number at index `at`; `None` if it extends past the end of `bytes`.
 pub fn be16(bytes: &[u8], at: usize) -> Option<u16> {
     let field = bytes.get(at..at.checked_add(2)?)?;
     Some(u16::from_be_bytes(field.try_into().ok()?))

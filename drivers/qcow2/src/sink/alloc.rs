@@ -1,9 +1,10 @@
-//! Host clusters of a new image: a pointer that only moves forward, and the refcounts of the clusters
-//! before it.
+//! Allocation of host clusters in a new image: a pointer that only moves forward, and the refcounts of the
+//! clusters before it.
 //!
-//! Refcounts are encoded in memory from the first unfinished refcount block on. A block is finished
-//! when the pointer has left its range and no more compressed data can go there. The allocator then
-//! writes it at the pointer, so that memory holds a few blocks whatever the size of the image.
+//! The allocator keeps the refcounts in memory, encoded, from the first unfinished refcount block on. A block
+//! is finished when the pointer has left its range and no more compressed data can be added there. The
+//! allocator then writes it at the pointer, so memory contains only a few blocks, whatever the size of the
+//! image.
 
 use imgtool_core::{Error, Output, Result};
 
@@ -12,18 +13,18 @@ use crate::layout::entry::{refcount, set_refcount};
 use crate::layout::table::{encode_table, write_table};
 use crate::refcounts::refcount_clusters;
 
-/// Bytes of finished refcount blocks in one write. Our choice: with small clusters, blocks are small.
+/// Length in bytes of one write of refcount blocks. Our choice: with small clusters, blocks are small.
 const BATCH_BYTES: usize = 256 << 10;
 
-/// End of the offsets that L1 and L2 entries hold, 56 bits. Specification, "L1 table entry".
+/// End of the host offsets that fit into L1 and L2 entries, 56 bits. Specification, "L1 table entry".
 const MAX_HOST_OFFSET: u64 = 1 << 56;
 
-/// Place of the refcount table.
+/// Location of the refcount table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RefcountTable {
-    /// Host offset of its first byte.
+    /// Host offset of the first byte.
     pub offset: u64,
-    /// Its length in clusters.
+    /// Length in clusters.
     pub clusters: u64,
 }
 
@@ -32,13 +33,13 @@ pub struct RefcountTable {
 pub struct Allocator {
     cluster_bits: u32,
     refcount_order: u32,
-    /// Next free host cluster.
+    /// Index of the next free host cluster.
     next: u64,
-    /// Host offsets of the refcount blocks that were written.
+    /// Host offsets of the refcount blocks written so far.
     written: Vec<u64>,
     /// Encoded refcount blocks from block `written.len()` on.
     tail: Vec<u8>,
-    /// End of the latest compressed data, where the next may go; 0 if there is none.
+    /// Host offset of the end of the latest compressed data, where more may follow; 0 if there is none.
     cursor: u64,
 }
 
@@ -52,17 +53,17 @@ impl Allocator {
         1 << self.cluster_bits
     }
 
-    /// Entries of a refcount block.
+    /// Returns the number of entries in a refcount block.
     fn block_entries(&self) -> u64 {
         (self.cluster_size() * 8) >> self.refcount_order
     }
 
-    /// First host cluster whose refcount is in `tail`.
+    /// Returns the index of the first host cluster whose refcount is in `tail`.
     fn tail_start(&self) -> u64 {
         self.written.len() as u64 * self.block_entries()
     }
 
-    /// Host offset of the end of the allocated clusters.
+    /// Returns the host offset of the end of the allocated clusters.
     pub fn end(&self) -> u64 {
         self.next << self.cluster_bits
     }
@@ -77,15 +78,16 @@ impl Allocator {
         self.grow_tail(end);
         let tail_start = self.tail_start();
         for cluster in first..end {
-            // `tail` holds every entry up to `end`, so the index fits.
+            // `tail` contains every entry up to `end`, so the index fits.
             set_refcount(&mut self.tail, self.refcount_order, (cluster - tail_start) as usize, 1);
         }
         self.next = end;
         Ok(first << self.cluster_bits)
     }
 
-    /// Allocates a run of adjacent clusters of any length. Writes the refcount blocks that it fills right
-    /// after it, so that its refcounts need not fit into memory. Returns its host offset.
+    /// Allocates a run of `clusters` adjacent clusters, however long. Right after the run, writes the
+    /// refcount blocks that it fills, so that its refcounts need not fit into memory. Returns its host
+    /// offset.
     pub fn allocate_run(&mut self, clusters: u64, output: &Output) -> Result<u64> {
         let first = self.next;
         let end = first.checked_add(clusters).filter(|end| *end <= MAX_HOST_OFFSET >> self.cluster_bits);
@@ -138,8 +140,8 @@ impl Allocator {
         }
     }
 
-    /// Allocates `len` bytes, less than a cluster, for compressed data. Returns their host offset, right
-    /// after the latest compressed data where possible, so that clusters are shared.
+    /// Allocates `len` bytes, less than a cluster, for compressed data. Returns their host offset: right
+    /// after the latest compressed data where possible, so that compressed clusters share host clusters.
     pub fn allocate_bytes(&mut self, len: u64) -> Result<u64> {
         let cluster_size = self.cluster_size();
         let within = self.cursor & (cluster_size - 1);
@@ -159,7 +161,7 @@ impl Allocator {
         Ok(start)
     }
 
-    /// Adds a reference to `cluster`. False if its refcount was already written or is at its maximum.
+    /// Adds a reference to `cluster`. Returns false if its refcount was already written or is at its maximum.
     fn add_reference(&mut self, cluster: u64) -> bool {
         let Some(index) =
             cluster.checked_sub(self.tail_start()).and_then(|index| usize::try_from(index).ok())
@@ -175,7 +177,7 @@ impl Allocator {
         true
     }
 
-    /// Grows `tail`, by whole blocks, to hold all clusters below `end`.
+    /// Grows `tail` by whole refcount blocks, to cover all clusters below `end`.
     fn grow_tail(&mut self, end: u64) {
         let blocks = (end - self.tail_start()).div_ceil(self.block_entries());
         let len = (blocks as usize) << self.cluster_bits;
@@ -184,7 +186,7 @@ impl Allocator {
         }
     }
 
-    /// Writes finished refcount blocks, if there are enough for a batch.
+    /// Writes finished refcount blocks, in whole batches only.
     pub fn write_finished_blocks(&mut self, output: &Output) -> Result<()> {
         let batch_blocks = (BATCH_BYTES >> self.cluster_bits).max(1) as u64;
         let batch_entries = batch_blocks * self.block_entries();
@@ -198,7 +200,7 @@ impl Allocator {
                 if self.next - tail_start < 2 * batch_entries {
                     return Ok(());
                 }
-                // No compressed data came for two batches: give up the rest of its cluster.
+                // The latest compressed data is at least a batch behind: give up the rest of its cluster.
                 self.cursor = 0;
             }
             let offset = self.allocate(batch_blocks)?;
@@ -210,7 +212,7 @@ impl Allocator {
         }
     }
 
-    /// Refuses a refcount table for `blocks` refcount blocks that exceeds QEMU's limit.
+    /// Refuses `blocks` refcount blocks if their table would exceed QEMU's limit.
     fn check_table_len(&self, blocks: u64) -> Result<()> {
         if blocks * 8 > MAX_REFCOUNT_TABLE_BYTES {
             return Err(Error::limit(format!(
@@ -221,10 +223,10 @@ impl Allocator {
         Ok(())
     }
 
-    /// Writes the remaining refcount blocks and the refcount table, which end the file.
+    /// Writes the refcount table and the remaining refcount blocks at the end of the file.
     pub fn finish(&mut self, output: &Output) -> Result<RefcountTable> {
         let written = self.written.len() as u64;
-        // More blocks than were written: those cover full ranges, and there are clusters after them.
+        // `blocks` exceeds `written`: written blocks cover only full ranges, and clusters follow these.
         let (blocks, table_clusters) =
             refcount_clusters(self.next - written, self.block_entries(), self.cluster_size());
         self.check_table_len(blocks)?;
@@ -249,7 +251,7 @@ mod tests {
 
     use super::*;
 
-    /// A new file, whose name is gone at once.
+    /// Creates an output in a temporary directory, which is removed at once.
     fn output() -> Output {
         new_file(&scratch().path().join("x"))
     }
@@ -309,7 +311,7 @@ mod tests {
         let mut alloc = Allocator::new(9, 1);
         alloc.allocate(1).unwrap();
         let offsets: Vec<u64> = (0..5).map(|_| alloc.allocate_bytes(100).unwrap()).collect();
-        // Two bits count to three; the fourth starts a new cluster.
+        // A refcount of two bits is at most three, so the fourth allocation starts a new cluster.
         assert_eq!(offsets, [512, 612, 712, 1024, 1124]);
         // Data crosses a cluster boundary if the next cluster is free.
         assert_eq!(alloc.allocate_bytes(400).unwrap(), 1224);

@@ -1,4 +1,4 @@
-//! Backing image of a new image, which stores only its differences from the backing image.
+//! Backing image of a new image. The new image stores only its differences from the backing image.
 
 use std::ops::Range;
 
@@ -25,8 +25,8 @@ impl Base {
         Ok(range.end)
     }
 
-    /// Returns true if the backing image reads as `expected` (`None` for zeros) in `range`. `scratch` must
-    /// have the length of the range.
+    /// Returns true if the backing image reads as `expected` in `range`; `None` means zeros. `scratch` must
+    /// be as long as the range.
     pub fn matches(&self, range: Range<u64>, expected: Option<&[u8]>, scratch: &mut [u8]) -> Result<bool> {
         let Some(disk) = &self.0 else { return Ok(false) };
         let covered = range.end.min(disk.size()).saturating_sub(range.start);

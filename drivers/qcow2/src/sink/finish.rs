@@ -15,11 +15,11 @@ use crate::layout::header::{
 };
 use crate::layout::table::{encode_table, write_table};
 
-/// Generated tables are written once this many bytes have accumulated. Our choice.
+/// Length in bytes at which a batch of generated tables is written. Our choice.
 const WRITE_LEN: usize = 1 << 20;
 
 impl Qcow2Sink {
-    /// Writes all structures. The header comes last, so that an incomplete image has none.
+    /// Writes all structures, the header last, so that an incomplete image has no header.
     pub(super) fn write_tables(&self) -> Result<()> {
         let Some(size) = *lock(&self.size) else {
             return Err(Error::usage("the disk size was never set"));
@@ -58,8 +58,8 @@ impl Qcow2Sink {
         self.output().write_at(&header, 0)
     }
 
-    /// Writes L2 tables in which every guest cluster has a host offset, `data_start` plus its guest
-    /// offset. Returns their L1 table.
+    /// Writes L2 tables that map each guest cluster to `data_start` plus its guest offset. Returns the L1
+    /// table.
     fn write_linear_tables(
         &self,
         virtual_size: u64,
@@ -118,7 +118,7 @@ impl Qcow2Sink {
         Ok(bytes)
     }
 
-    /// Returns the length in bytes of the header in the image's version of the format.
+    /// Returns the length in bytes of the header for the image's version.
     fn header_len(&self) -> u32 {
         if self.options.version >= 3 { V3_HEADER_LEN } else { V2_HEADER_LEN }
     }
@@ -189,7 +189,7 @@ impl Qcow2Sink {
     }
 }
 
-/// Size of the disk and location of its tables, for the header.
+/// Virtual size, and locations of the tables, for the header.
 struct Places {
     virtual_size: u64,
     l1_offset: u64,

@@ -1,4 +1,4 @@
-//! New image: options, outputs and state.
+//! Sink type, with the options, outputs and state of a new image.
 
 use std::sync::Mutex;
 
@@ -11,10 +11,10 @@ use crate::compressed::Encoder;
 use crate::layout::FORMAT;
 use crate::options::{Preallocation, SIZE_MULTIPLE, WriteOptions};
 
-/// Output of the external data file.
+/// ID of the output for the external data file.
 const DATA_FILE: OutputId = OutputId(1);
 
-/// Rule for the place of guest data.
+/// Rule for the location of guest data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Placement {
     /// In the image, in clusters allocated on demand.
@@ -26,25 +26,25 @@ pub(super) enum Placement {
     },
     /// In the data file, at the guest offsets. Clusters without data have no L2 entry.
     External,
-    /// In the data file, at the guest offsets. Every cluster has an L2 entry, so that the data file alone
-    /// is the disk.
+    /// In the data file, at the guest offsets. Every cluster has an L2 entry, so the data file by itself is a
+    /// raw image of the disk.
     ExternalRaw,
 }
 
 /// Sink that writes a new image.
 pub struct Qcow2Sink {
     pub(super) options: WriteOptions,
-    /// The image, and the external data file if it has one.
+    /// Outputs of the image and, if it has one, of its external data file.
     pub(super) outputs: Vec<Output>,
-    /// Output of guest data.
+    /// ID of the output for guest data.
     pub(super) data_id: OutputId,
     pub(super) placement: Placement,
-    /// Backing file. `None` if the image has none, so that zeros need no L2 entry.
+    /// Backing image; `None` if there is none. Zeros then need no L2 entry.
     pub(super) base: Option<Base>,
     pub(super) encoder: Option<Encoder>,
-    /// Requested bytes of the disk, before rounding; `None` until the end of the source is known.
+    /// Requested size in bytes of the disk, before rounding; `None` until the end of the source is known.
     pub(super) size: Mutex<Option<u64>>,
-    /// Host offset of the L1 table; `None` if it follows the data.
+    /// Host offset of the L1 table; `None` if it follows the data or the disk is empty.
     pub(super) l1_offset: Option<u64>,
     pub(super) state: Mutex<State>,
 }
@@ -55,7 +55,7 @@ pub(super) struct State {
     pub(super) tables: MappingTables,
 }
 
-/// Rounds a disk size up to sectors, as the header stores it.
+/// Rounds a disk size in bytes up to a multiple of [`SIZE_MULTIPLE`].
 pub(super) fn round_up_size(size: u64) -> Result<u64> {
     size.checked_next_multiple_of(SIZE_MULTIPLE)
         .filter(|size| i64::try_from(*size).is_ok())
@@ -63,7 +63,7 @@ pub(super) fn round_up_size(size: u64) -> Result<u64> {
 }
 
 impl Qcow2Sink {
-    /// Creates the sink of a new image; writes nothing yet.
+    /// Creates the sink of a new image with its outputs; writes nothing yet.
     pub fn create(
         factory: &mut dyn OutputFactory,
         manifest: &Manifest,
@@ -91,7 +91,7 @@ impl Qcow2Sink {
                 ));
             }
             (Some(_), ..) => Placement::ExternalRaw,
-            // `finish` allocates these clusters, when it can write their refcounts.
+            // `finish` allocates these clusters, because only then can it write their refcounts.
             (None, _, Some(_)) => Placement::Linear { data_start: alloc.end() },
         };
         let mut outputs = vec![main_output(factory)?];
@@ -115,17 +115,17 @@ impl Qcow2Sink {
         })
     }
 
-    /// Output of the image.
+    /// Returns the output of the image.
     pub(super) fn output(&self) -> &Output {
         &self.outputs[OutputId::MAIN.index()]
     }
 
-    /// Output of guest data.
+    /// Returns the output for guest data.
     pub(super) fn data_output(&self) -> &Output {
         &self.outputs[self.data_id.index()]
     }
 
-    /// Size in bytes of a cluster.
+    /// Returns the size in bytes of a cluster.
     pub(super) fn cluster_size(&self) -> u64 {
         self.options.shape.cluster_size()
     }
@@ -135,13 +135,13 @@ impl Qcow2Sink {
         matches!(self.placement, Placement::Linear { .. } | Placement::ExternalRaw)
     }
 
-    /// True if clusters are only stored whole.
+    /// True if the sink stores only whole clusters.
     pub(super) fn stores_whole_clusters(&self) -> bool {
         self.encoder.is_some() || self.base.is_some()
     }
 }
 
-/// Makes the output of the image, which must be written by position.
+/// Creates the output of the image. Refuses a stream, because the sink writes at any offset.
 fn main_output(factory: &mut dyn OutputFactory) -> Result<Output> {
     let output = factory.main()?;
     if output.is_stream() {

@@ -14,7 +14,7 @@ use crate::layout::table::{decode_table, encode_table, write_table};
 /// 128 GiB of disk before one is written early.
 const OPEN_BYTES: u64 = 16 << 20;
 
-/// Adjacent tables are written together once this many bytes have accumulated. Our choice.
+/// Length in bytes at which a batch of adjacent tables is written. Our choice.
 const WRITE_LEN: usize = 1 << 20;
 
 /// L1 table, and the L2 tables in memory.
@@ -28,12 +28,13 @@ pub struct MappingTables {
 impl MappingTables {
     /// Creates empty tables.
     pub fn new(shape: Shape) -> Self {
-        // With the largest clusters, there is room for 8 tables.
+        // At least 8 tables, with the largest clusters.
         let max_open = (OPEN_BYTES >> shape.cluster_bits) as usize;
         Self { shape, l1: Vec::new(), open: Cache::new(max_open) }
     }
 
-    /// Returns the one or two words of the L2 entry for `guest_offset`.
+    /// Returns the one or two words of the L2 entry for `guest_offset`. Loads its table if necessary, which
+    /// may write older tables to `output`.
     pub fn entry(&mut self, guest_offset: u64, alloc: &mut Allocator, output: &Output) -> Result<&mut [u64]> {
         let l1_index = guest_offset >> self.shape.l2_reach_bits();
         let words = self.shape.l2_entry_words();
@@ -54,7 +55,7 @@ impl MappingTables {
         }
     }
 
-    /// Reads back an L2 table that was written early, or creates an empty one.
+    /// Reads back an L2 table that was written early, or creates an empty table.
     fn load(&mut self, l1_index: u64, output: &Output) -> Result<Vec<u64>> {
         let index = usize::try_from(l1_index).unwrap_or(usize::MAX);
         if index >= (MAX_L1_BYTES / 8) as usize {
@@ -77,8 +78,8 @@ impl MappingTables {
         Ok(decode_table(&bytes))
     }
 
-    /// Writes `tables`, which have left memory and are sorted by L1 index. The write does not go through the
-    /// pipeline, because the next use of a table reads it back.
+    /// Writes `tables`, which have left memory and are sorted by L1 index. Bypasses the pipeline, because the
+    /// next use of a table reads it back.
     fn close(&mut self, tables: Vec<(u64, Vec<u64>)>, alloc: &mut Allocator, output: &Output) -> Result<()> {
         let cluster_size = self.shape.cluster_size();
         let is_new = |l1: &[u64], index: u64| L1Entry(l1[index as usize]).l2_offset() == 0;

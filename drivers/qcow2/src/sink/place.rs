@@ -8,7 +8,7 @@ use super::image::{Placement, Qcow2Sink, State};
 use crate::layout::entry::{CompressedRange, L2Entry, Subclusters};
 
 impl Qcow2Sink {
-    /// Places bytes that are stored uncompressed, of one or more clusters.
+    /// Places the uncompressed bytes of one or more clusters and adds their writes to `writes`.
     pub(super) fn place_plain(
         &self,
         state: &mut State,
@@ -40,8 +40,8 @@ impl Qcow2Sink {
         Ok(())
     }
 
-    /// Returns the host offset of the guest cluster at `cluster`, allocated if it is new. `part` is the
-    /// guest range of it that the caller writes next.
+    /// Returns the host offset of the guest cluster at `cluster`; allocates it if it is new. `part` is the
+    /// guest range within the cluster that the caller writes next.
     fn host_cluster(&self, state: &mut State, cluster: u64, part: Range<u64>) -> Result<u64> {
         let shape = self.options.shape;
         let State { alloc, tables } = state;
@@ -57,7 +57,7 @@ impl Qcow2Sink {
                 };
                 let whole = part.end - part.start == shape.cluster_size();
                 if !whole && self.data_output().needs_zeros() {
-                    // Not through the pipeline, which may write the data first.
+                    // Bypass the pipeline, which may write the data before the zeros.
                     let output = self.data_output();
                     let max_len =
                         output.capacity().map_or(u64::MAX, |capacity| capacity.saturating_sub(host));
@@ -82,7 +82,7 @@ impl Qcow2Sink {
         Ok(host)
     }
 
-    /// Marks whole clusters as zeros, over the data of a backing file.
+    /// Marks whole clusters as zeros, which hide the data of the backing image.
     pub(super) fn mark_zeros(&self, state: &mut State, guest: Range<u64>) -> Result<()> {
         let State { alloc, tables } = state;
         let mut cluster = guest.start;
@@ -98,7 +98,7 @@ impl Qcow2Sink {
         Ok(())
     }
 
-    /// Places a compressed cluster of `len` bytes.
+    /// Places a compressed cluster of `len` bytes. Returns its host offset.
     pub(super) fn place_compressed(&self, state: &mut State, cluster: u64, len: u64) -> Result<u64> {
         let State { alloc, tables } = state;
         let host_offset = alloc.allocate_bytes(len)?;
@@ -112,7 +112,7 @@ impl Qcow2Sink {
     }
 }
 
-/// Returns the part of `bytes`, which hold the guest range `guest`, for the guest range `run`.
+/// Returns the part of `bytes` for the guest range `run`. `bytes` covers the guest range `guest`.
 fn slice_of(bytes: &Bytes, guest: &Range<u64>, run: &Range<u64>) -> Bytes {
     // Within the piece, which is in memory.
     let from = (run.start - guest.start) as usize;

@@ -1,5 +1,5 @@
-//! Preparation of pieces, which several threads do at once: zero detection, comparison with the backing
-//! image, compression.
+//! Preparation of pieces on several threads at once: zero detection, comparison with the backing image,
+//! compression.
 
 use std::ops::Range;
 
@@ -32,7 +32,7 @@ impl Qcow2Sink {
         Prepared::sparse(piece, runs, needs_zeros && self.is_linear())
     }
 
-    /// Prepares whole clusters one by one. Each is left out, marked as zeros, or stored compressed or plain.
+    /// Prepares whole clusters one by one. Each is left out, marked as zeros, or stored, compressed or not.
     pub(super) fn prepare_clusters(
         &self,
         piece: SinkPiece,
@@ -71,8 +71,8 @@ impl Qcow2Sink {
         Ok(prepared)
     }
 
-    /// Decides on the treatment of `cluster`, which covers the guest offsets `guest`. `is_zero` is true if
-    /// the cluster reads as zeros. With a `base`, `scratch` must have room for one cluster.
+    /// Decides on the treatment of `cluster`, which covers the guest range `guest`. `is_zero` is true if the
+    /// cluster reads as zeros. With a `base`, `scratch` must be at least as long as the cluster.
     fn treatment(
         &self,
         cluster: &[u8],
@@ -81,7 +81,7 @@ impl Qcow2Sink {
         base: Option<&Base>,
         scratch: &mut [u8],
     ) -> Result<Treatment> {
-        // Every cluster is stored, even if the backing image has the same bytes.
+        // Store every cluster, even if the backing image has the same bytes.
         if self.options.stores_zeros() {
             return Ok(Treatment::Store);
         }
@@ -95,9 +95,9 @@ impl Qcow2Sink {
         })
     }
 
-    /// Returns the runs of a piece that are stored, found in units of `finest` bytes. Runs of zeros
-    /// shorter than the option `zero_unit` join the data around them. Compressed images ignore that option,
-    /// because short runs of zeros cost them next to nothing.
+    /// Returns the runs of a piece that are stored, in units of `finest` bytes. Runs of zeros shorter than
+    /// the option `zero_unit` join the data around them. Compressed images ignore that option, because short
+    /// runs of zeros cost them next to nothing.
     fn stored_runs(&self, piece: &SinkPiece, finest: u64) -> Vec<Range<usize>> {
         let requested = self.options.zero_unit.filter(|_| self.encoder.is_none());
         // Both units are at most 2 MiB.
@@ -136,7 +136,7 @@ enum Treatment {
     LeaveOut,
     /// The cluster gets an entry that reads as zeros.
     Zeros,
-    /// The bytes of the cluster are stored, compressed or plain.
+    /// The bytes of the cluster are stored, compressed or not.
     Store,
 }
 
@@ -146,7 +146,7 @@ struct Compression<'a> {
     context: EncodeContext,
     cluster_size: usize,
     encoded: Buffer,
-    /// Length in bytes of the part of `encoded` that holds clusters.
+    /// Number of bytes of `encoded` in use.
     used: usize,
 }
 
@@ -158,7 +158,7 @@ impl<'a> Compression<'a> {
         Ok(Self { encoder, context, cluster_size, encoded, used: 0 })
     }
 
-    /// Compresses a cluster and returns its place in the buffer, or `None` if it does not shrink.
+    /// Compresses a cluster. Returns its range in the buffer, or `None` if it does not shrink.
     fn encode(&mut self, cluster: &[u8]) -> Option<Range<usize>> {
         let padded;
         let whole = if cluster.len() == self.cluster_size {
@@ -182,7 +182,7 @@ impl<'a> Compression<'a> {
     }
 }
 
-/// Appends zeros at `guest`, joined to the last part if that consists of zeros and ends where they begin.
+/// Appends zeros for `guest`. Extends the last part if it consists of zeros and ends at `guest.start`.
 fn push_zeros(prepared: &mut Prepared, guest: Range<u64>) {
     if let Some(last) = prepared.parts.last_mut()
         && last.guest.end == guest.start

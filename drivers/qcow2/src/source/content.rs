@@ -1,4 +1,4 @@
-//! The guest data of an image: clusters of the image or its external data file, and the backing image.
+//! Guest data of an image: clusters of the image or its external data file, and the backing image.
 
 use std::ops::Range;
 
@@ -16,9 +16,9 @@ use crate::mapping::{Mapping, RunKind};
 pub(super) struct Content {
     pub(super) mapping: Mapping,
     decoder: Decoder,
-    /// File that holds the guest data: the image itself or its external data file.
+    /// File that stores the guest data: the image itself or its external data file.
     pub(super) data: RandomInput,
-    /// Disk of the backing image, which may be smaller or larger than this one.
+    /// Disk of the backing image, which may be smaller or larger than this disk.
     pub(super) backing: Option<Disk>,
     /// Guest ranges that salvage could not recover; `None` without salvage.
     pub(super) losses: Option<Losses>,
@@ -71,7 +71,7 @@ impl Content {
         Ok(Self { mapping, decoder, data, backing, losses })
     }
 
-    /// Fills `buf` from one run, whose first guest byte is `guest_offset`.
+    /// Fills `buf` from a run that starts at `guest_offset`.
     pub(super) fn read_run(
         &self,
         input: &RandomInput,
@@ -105,8 +105,8 @@ impl Content {
         if below.is_empty() { Ok(()) } else { backing.read_at(below, guest_offset) }
     }
 
-    /// Appends the extents of data clusters. Holes in the file (clusters that were preallocated but never
-    /// written) count as zeros.
+    /// Appends the extents of data clusters. Holes in the file, left by clusters that were preallocated but
+    /// never written, count as zeros.
     pub(super) fn push_data(
         &self,
         list: &mut ExtentList,
@@ -132,7 +132,7 @@ impl Content {
         Ok(())
     }
 
-    /// Returns the run of the file at `host_offset`, which holds the guest byte at `guest_offset`.
+    /// Returns the run of the file at `host_offset`, which stores the guest byte at `guest_offset`.
     fn file_run(&self, host_offset: u64, guest_offset: u64, resolution: Option<u64>) -> Result<FileRun> {
         match resolution {
             Some(resolution) => {
@@ -170,13 +170,13 @@ impl Content {
     }
 }
 
-/// Opens the file that holds the guest data: the external data file, or the image itself if it has none.
+/// Opens the file that stores the guest data: the external data file, or the image itself if it has none.
 fn open_data_file(input: &RandomInput, header: &Header, options: &OpenOptions) -> Result<RandomInput> {
     if !header.has(INCOMPATIBLE_DATA_FILE) {
         return Ok(input.clone());
     }
     let Some(name) = &header.extensions.data_file else {
-        return Err(Error::unsupported("the image keeps its data in an external file that it does not name"));
+        return Err(Error::unsupported("the image does not name its external data file"));
     };
     options.externals.open_file("data file", name, input.location())?.into_random()
 }

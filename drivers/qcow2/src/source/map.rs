@@ -1,4 +1,4 @@
-//! Map of an image: each run with its depth in the backing chain and its place in a file.
+//! Map of an image: each run with its depth in the backing chain and its location in a file.
 
 use std::fs::File;
 use std::ops::Range;
@@ -12,7 +12,7 @@ use crate::layout::header::{Header, INCOMPATIBLE_DATA_FILE};
 use crate::mapping::RunKind;
 use crate::refcounts::{RefcountGeometry, Refcounts};
 
-/// Test whether an image is preallocated and mostly unwritten, made once and only for `map`.
+/// Test for a preallocated and mostly unwritten image. Runs at most once, and only for `map`.
 pub(super) struct PreallocationTest {
     input: RandomInput,
     has_data_file: bool,
@@ -33,9 +33,9 @@ impl PreallocationTest {
         }
     }
 
-    /// True if far more clusters are allocated than the file occupies. Only then does `map` show holes
-    /// of the file within clusters as zeros. This is qemu-img's rule, found by experiment: the holes of
-    /// an ordinary image would fragment its map.
+    /// True if the image has at least 10/9 as many allocated clusters as the file occupies, and at least two
+    /// more. Only then does `map` show holes of the file within clusters as zeros. This is qemu-img's rule,
+    /// found by experiment: the holes of an ordinary image would fragment its map.
     fn passes(&self) -> Result<bool> {
         if let Some(known) = self.result.get() {
             return Ok(*known);
@@ -53,11 +53,11 @@ impl PreallocationTest {
     }
 }
 
-/// Bytes that a file takes on its file system; `None` where the system does not tell.
+/// Returns the number of bytes that `file` takes on its file system; `None` if the system does not report it.
 #[cfg(unix)]
 fn allocated_len(file: &File) -> Option<u64> {
     use std::os::unix::fs::MetadataExt;
-    // `st_blocks` counts units of 512 bytes, whatever the file system's own block is.
+    // `st_blocks` counts units of 512 bytes, whatever the block size of the file system.
     Some(file.metadata().ok()?.blocks().saturating_mul(512))
 }
 
@@ -67,7 +67,7 @@ fn allocated_len(_file: &File) -> Option<u64> {
 }
 
 impl Content {
-    /// Maps `range`, which must be within the disk. Stops early when the answer is long.
+    /// Maps `range`, which must be within the disk. Stops early, at about [`MAX_EXTENTS_PER_ANSWER`] extents.
     pub(super) fn map(&self, range: Range<u64>, preallocation: &PreallocationTest) -> Result<Vec<MapExtent>> {
         let file = Arc::new(self.data.location().clone());
         let mut list = Vec::new();
@@ -97,8 +97,8 @@ impl Content {
         Ok(list)
     }
 
-    /// Maps a range of the backing file, one level deeper. Beyond the end of the backing file the range
-    /// is a hole at `place`: an unused part of an allocated cluster.
+    /// Maps an unallocated range through the backing image, one level deeper. Without a backing image or
+    /// beyond its end, the range is a hole. Its `place`, if any, is an unused part of an allocated cluster.
     fn map_backing(&self, range: Range<u64>, place: Option<MapPlace>) -> Result<Vec<MapExtent>> {
         let covering = self.backing.as_ref().filter(|backing| range.start < backing.size());
         let Some(backing) = covering else {
@@ -110,7 +110,7 @@ impl Content {
     }
 }
 
-/// Splits a run of data where holes of the file begin and end. Holes become zeros.
+/// Splits a run of data where holes in the file begin and end. Holes become zeros.
 fn split_at_holes(input: &RandomInput, whole: MapExtent) -> Result<Vec<MapExtent>> {
     let mut parts = Vec::new();
     let Some(place) = whole.place.clone() else { return Ok(vec![whole]) };

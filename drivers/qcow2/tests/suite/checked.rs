@@ -15,7 +15,7 @@ use crate::tools::options;
 const MIB: u64 = 1 << 20;
 const COPIED: u64 = 1 << 63;
 
-/// Image of qemu-io with data, compressed and preallocated zero clusters, and the host offsets of its
+/// An image made by qemu-io with data, compressed and preallocated zero clusters, and the host offsets of its
 /// tables.
 struct MixedImage {
     bytes: Vec<u8>,
@@ -70,7 +70,8 @@ impl MixedImage {
         bytes
     }
 
-    /// Damaged copies, one per kind of damage that qemu-img counts without reading garbage as a table.
+    /// Returns damaged copies, one per kind of damage that qemu-img counts without reading garbage as a
+    /// table.
     fn damaged(&self) -> Vec<(&'static str, Vec<u8>)> {
         let (l1, l2, table) = (self.l1, self.l2, self.refcount_table);
         let compressed = l2 + 8 * 64;
@@ -122,7 +123,7 @@ fn assert_same_check(directory: &Path, image: &str, what: &str) {
     let input = laws::input(&directory.join(image)).unwrap();
     let ours = Qcow2Driver.check(input, &OpenOptions::default());
     let Ok(theirs) = serde_json::from_str::<Value>(&out) else {
-        // qemu-img gives up over the length of a snapshot's extra data, and so does our check.
+        // qemu-img refuses the length of a snapshot's extra data, and so does our check.
         assert_ne!(code, 0, "{what}: {out}");
         let error = ours.expect_err(what);
         assert!(error.to_string().contains("bytes of extra data"), "{what}: {error}");
@@ -168,7 +169,7 @@ fn wrong_entries(old: u64, places: &[u64], cluster_size: u64, file_len: u64) -> 
     values
 }
 
-/// Image of qemu-img, and the file offsets of entries to damage.
+/// An image made by qemu-img, and the file offsets of entries to damage.
 struct VariantImage {
     bytes: Vec<u8>,
     /// Name and file offset of eight-byte entries.
@@ -234,7 +235,7 @@ impl VariantImage {
         for &(name, at) in &self.entries {
             let old = u64::from_be_bytes(self.bytes[at..at + 8].try_into().unwrap());
             for value in wrong_entries(old, &self.places, self.cluster_size, file_len) {
-                // qemu-img gives up at a snapshot's table beyond 2^63.
+                // qemu-img gives up if a snapshot's table is beyond 2^63.
                 if name == "snapshot" && value >> 63 == 1 {
                     continue;
                 }
@@ -346,7 +347,7 @@ fn measure_agrees_with_qemu_img() {
     }
 }
 
-/// Joins adjacent runs (start, length, true if zero) as qemu-img's map does.
+/// Joins adjacent runs (start, length, true if zero) like qemu-img's map.
 fn join_runs(runs: impl Iterator<Item = (u64, u64, bool)>) -> Vec<(u64, u64, bool)> {
     let mut joined: Vec<(u64, u64, bool)> = Vec::new();
     for (start, len, zero) in runs {
@@ -392,7 +393,7 @@ fn extents_agree_with_qemu_img_map() {
             at = extents.last().unwrap().end();
             ours.extend(extents.into_iter().map(|extent| (extent.start, extent.len, !extent.is_data())));
         }
-        // With small clusters, our extents show holes of the file more finely than qemu-img.
+        // With small clusters, our extents show holes of the file more finely than qemu-img's map.
         let ours = join_runs(ours.into_iter());
         for (start, len, _) in ours.iter().filter(|run| !run.2) {
             let within = theirs.iter().any(|run| !run.2 && run.0 <= *start && start + len <= run.0 + run.1);

@@ -1,4 +1,4 @@
-//! Images of qemu-img and qemu-io, read by this driver.
+//! Images made by qemu-img and qemu-io, read by this driver.
 
 use std::path::Path;
 
@@ -39,7 +39,7 @@ fn assert_same_snapshot(directory: &Path, image: &str, snapshot: Option<&str>) {
         }
         let (mut theirs, ours) = (std::fs::read(&theirs).unwrap(), std::fs::read(ours).unwrap());
         if snapshot.is_some() && theirs.len() > ours.len() {
-            // qemu-img uses the size of the active state, this driver that of the snapshot.
+            // qemu-img uses the size of the active state, this driver the size of the snapshot.
             assert!(theirs.drain(ours.len()..).all(|byte| byte == 0));
         }
         assert_eq!(theirs.len(), ours.len());
@@ -137,7 +137,7 @@ fn reads_subclusters() {
 fn reads_backing_chains() {
     require!("qemu-img", "qemu-io");
     let directory = scratch();
-    // A chain of four, each image with another cluster size. The bottom is raw, shorter, and of odd size.
+    // A chain of three images with different cluster sizes, over a raw image that is shorter and of odd size.
     std::fs::write(directory.path().join("bottom"), vec![0xb0; 3_000_321]).unwrap();
     create(directory.path(), "one", "cluster_size=2M,backing_file=bottom,backing_fmt=raw", "8M");
     scribble(directory.path(), "one", true, true);

@@ -1,4 +1,4 @@
-//! Damaged and crafted images: an error with its place, no panic, no hang, bounded memory.
+//! Damaged and crafted images: errors with their positions, no panics, no hangs, bounded memory.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -107,7 +107,7 @@ fn rejects_header_fields_out_of_bounds() {
 #[test]
 fn names_an_unknown_feature_from_the_image() {
     let directory = scratch();
-    // The feature name table begins at 112. Its first entry becomes that of bit 32.
+    // The feature name table begins at 112. Its first entry becomes the name of bit 32.
     let path = crafted(directory.path(), &[(75, &[1]), (120, &[0, 32]), (122, b"time travel\0")]);
     let error = read_all(&path, &OpenOptions::default()).unwrap_err();
     assert!(error.to_string().contains("'time travel' (bit 32)"), "{error}");
@@ -158,7 +158,7 @@ fn names_guest_range_and_file_offset_of_a_lost_cluster() {
     assert_eq!(source.losses()[0].guest, 65_536..131_072);
 }
 
-/// Reads an image with salvage; returns its content and the lost guest ranges.
+/// Reads an image with salvage, and returns its content and the lost guest ranges.
 fn salvage(path: &Path) -> (Vec<u8>, Vec<std::ops::Range<u64>>) {
     let salvage = OpenOptions { salvage: true, ..OpenOptions::default() };
     let source = laws::open_with(&Qcow2Driver, path, &salvage).unwrap();
@@ -177,7 +177,7 @@ fn salvage_keeps_the_neighbours_of_a_bad_entry() {
     assert_eq!(none, []);
     let be64 = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
     let l2 = (be64(be64(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
-    // Not aligned to clusters.
+    // An offset that is not aligned to clusters.
     bytes[l2 + 8..l2 + 16].copy_from_slice(&(1u64 << 63 | 0x1_0200).to_be_bytes());
     std::fs::write(&path, bytes).unwrap();
     expected[65_536..131_072].fill(0);

@@ -18,8 +18,8 @@ fn qcow2_rs_reads_the_same() {
     let directory = laws::scratch();
     let image = disk();
     let mut number = 0;
-    // qcow2-rs supports neither zstd, extended L2 entries, data files nor backing files other than qcow2,
-    // and fails on clusters below 4 KiB.
+    // qcow2-rs does not support zstd, extended L2 entries, data files and backing files other than qcow2, and
+    // fails on clusters below 4 KiB.
     for shape in Variant::shapes().into_iter().filter(|v| v.cluster_size >= 4096 && !v.extended_l2) {
         for (compression, preallocation) in [(None, "off"), (None, "metadata"), (Some("zlib"), "off")] {
             let variant = Variant { compression, preallocation, ..shape };

@@ -19,7 +19,7 @@ pub fn options(text: &str) -> CreateOptions {
     CreateOptions { compress, ..options }
 }
 
-/// Registry with the drivers qcow2 and raw.
+/// Returns a registry with the drivers qcow2 and raw.
 pub fn registry() -> Registry {
     let mut registry = Registry::new();
     imgtool_qcow2::register(&mut registry);
@@ -27,7 +27,7 @@ pub fn registry() -> Registry {
     registry
 }
 
-/// Options that allow external files in the image's own directory.
+/// Returns options that allow external files in the image's own directory.
 pub fn open_options() -> OpenOptions {
     let policy = ExternalPolicy { chain: true, paths: Vec::new() };
     OpenOptions { externals: PolicyOpener::new(registry(), policy).externals(), ..OpenOptions::default() }
@@ -47,7 +47,7 @@ impl OutputFactory for Replacing<'_> {
     }
 }
 
-/// Writes `image` to `path`, as an overlay that is compared with the raw image `base` if there is one.
+/// Writes `image` to `path`. If `base` is given, the sink omits data that equals this raw image.
 pub fn write(image: &Image, options: &CreateOptions, base: Option<&Path>, path: &Path) {
     let base = base.map(|base| Disk::only(laws::open(&RawDriver, base).unwrap(), "the base").unwrap());
     let manifest = Manifest { base, ..image.manifest() };
@@ -55,7 +55,7 @@ pub fn write(image: &Image, options: &CreateOptions, base: Option<&Path>, path: 
     laws::fill_sink(&laws::MemorySource::new(image), &*sink, 3).unwrap();
 }
 
-/// Converts with the pipeline. Returns the path of the result.
+/// Converts with the pipeline, and returns the path of the result.
 pub fn convert(
     from: (&dyn Driver, &Path, &OpenOptions),
     to: (&dyn Driver, &Path, &CreateOptions),

@@ -18,7 +18,7 @@ use crate::tools::{convert, open_options, options, write};
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
-/// Worker threads of a test. They mostly wait for QEMU's programs.
+/// Number of worker threads of a test. They mostly wait for QEMU's programs.
 const WORKERS: usize = 4;
 
 /// Variant of the format.
@@ -37,7 +37,7 @@ pub struct Variant {
 }
 
 impl Variant {
-    /// All combinations of version, cluster size, refcount width and extended L2.
+    /// Returns all combinations of version, cluster size, refcount width and extended L2.
     pub fn shapes() -> Vec<Self> {
         let mut shapes = Vec::new();
         for cluster_size in [512, 4 * KIB, 64 * KIB, 2 * MIB] {
@@ -66,7 +66,7 @@ impl Variant {
         shapes
     }
 
-    /// All shapes, combined with compression, backing file and data file where the format allows it.
+    /// Returns all shapes, combined with compression, backing file and data file where the format allows it.
     fn all() -> Vec<Self> {
         let mut all = Vec::new();
         for shape in Self::shapes() {
@@ -87,7 +87,7 @@ impl Variant {
         all
     }
 
-    /// Creation options as text.
+    /// Returns the creation options as text.
     fn options(&self) -> String {
         let mut set = format!("compat={},cluster_size={}", self.compat, self.cluster_size);
         let mut add = |is_set: bool, option: &str| {
@@ -109,7 +109,8 @@ impl Variant {
     }
 }
 
-/// Calls `each` for all items of `work` on several threads, each in a directory that `prepare` filled.
+/// Calls `each` for all items of `work` on several threads. Each thread has a directory that `prepare`
+/// filled.
 fn for_each<T: Sync + std::fmt::Debug>(
     work: &[T],
     prepare: impl Fn(&Path) + Sync,
@@ -131,7 +132,8 @@ fn for_each<T: Sync + std::fmt::Debug>(
     });
 }
 
-/// Content of the backing file `base`: shorter than the disk, and of a size that no cluster size divides.
+/// Returns the content of the backing file `base`: shorter than the disk, and of a size that no cluster size
+/// divides.
 fn base_image() -> Image {
     let content = Content::zero()
         .with(0..MIB, Fill::Text)
@@ -174,8 +176,8 @@ fn scribble(directory: &Path, variant: &Variant) {
 fn reads_every_variant_of_qemu() {
     require!("qemu-img", "qemu-io");
     let variants = Variant::all();
-    // Version 3: seven widths of four cluster sizes, two of them with and without subclusters, with
-    // eight ways to store data; version 2: four cluster sizes in four ways.
+    // Version 3: seven refcount widths, six combinations of cluster size and subclusters, eight ways to store
+    // data. Version 2: four cluster sizes, four ways.
     assert_eq!(variants.len(), 7 * 6 * 8 + 4 * 4);
     let prepare = |directory: &Path| {
         write_raw(&base_image(), directory, "base");
@@ -202,8 +204,8 @@ fn reads_every_variant_of_qemu() {
     });
 }
 
-/// Disk to write. Compared with the base it has equal parts, other data, zeros in place of data, and a
-/// longer end.
+/// Returns the disk to write. Compared with the base, it has equal parts, different data, zeros in place of
+/// data, and a longer end.
 pub fn disk() -> Image {
     let content = Content::zero()
         .with(0..MIB - 70 * KIB, Fill::Text)
@@ -233,8 +235,8 @@ fn others_read_every_variant_of_ours() {
     for (index, variant) in variants.iter_mut().enumerate() {
         variant.lazy_refcounts = variant.compat == "1.1" && index % 2 == 0;
     }
-    // Version 3: three places of data times four preallocations, two with a backing file, and two
-    // compressions with and without one.
+    // Version 3: three places for data times four preallocations, two variants with a backing file, and two
+    // compressions with and without a backing file.
     assert_eq!(variants.len(), 7 * 6 * (3 * 4 + 2 + 4) + 4 * (4 + 1 + 2));
     let image = disk();
     let content = content_of(&image);
@@ -252,7 +254,7 @@ fn others_read_every_variant_of_ours() {
                 "{variant:?}: the data file is not the disk"
             );
         }
-        // imago knows neither zstd nor extended L2 entries.
+        // imago supports neither zstd nor extended L2 entries.
         if variant.compression != Some("zstd") && !variant.extended_l2 {
             let path = directory.join("x");
             let disk =
@@ -264,7 +266,7 @@ fn others_read_every_variant_of_ours() {
     });
 }
 
-/// Content of a disk of 3 MiB.
+/// Returns the content of a disk of 3 MiB.
 pub fn content_of(image: &Image) -> Vec<u8> {
     let mut content = vec![0; 3 << 20];
     image.devices[0].1.read(&mut content, 0);

@@ -29,7 +29,7 @@ fn check_all(images: &[Image], sets: &[String]) {
     }
 }
 
-/// All combinations of one choice from each of `parts`.
+/// Returns all combinations of one choice from each of `parts`.
 fn product(parts: &[&[&str]]) -> Vec<String> {
     let mut sets = vec![String::new()];
     for choices in parts {
@@ -132,7 +132,7 @@ fn qemu_img_info_shows_the_options() {
     assert_eq!(info["format-specific"]["data"]["compat"], "0.10");
 }
 
-/// Writes `image` as an overlay of `base`. The sink compares with the base if `compare` is set.
+/// Writes `image` as an overlay of `base`. The sink compares the data with the base if `compare` is set.
 fn write_overlay(image: &Image, base: &Path, set: &str, compare: bool, output: &Path) {
     let name = base.file_name().unwrap().to_str().unwrap();
     let options = options(&format!("{set},backing_file={name},backing_fmt=raw"));
