@@ -1,8 +1,8 @@
 //! imgtool driver: raw disk images and block devices.
 //!
-//! A raw image is the guest's bytes and nothing else. Reading finds holes with SEEK_DATA and
-//! SEEK_HOLE; writing makes them by leaving zeros out. Any number of bytes is a valid size. Standard
-//! input and output are streams, whose size is known only when they end.
+//! A raw image is the guest's bytes and nothing else, so any size in bytes is valid. The reader finds
+//! holes with SEEK_DATA and SEEK_HOLE; the writer makes holes by skipping zeros. The size of an image
+//! that is read from a stream, such as standard input, is unknown until the stream ends.
 
 mod driver;
 mod options;

@@ -23,12 +23,12 @@ pub(crate) struct WriteOptions {
     pub(crate) preallocation: Preallocation,
     /// Length in bytes of the shortest run of zeros that becomes a hole; a power of two.
     pub(crate) zero_unit: u64,
-    /// True if zeros are written like data, instead of left as holes.
+    /// True if zeros are written like data instead of being left as holes.
     pub(crate) stores_zeros: bool,
 }
 
 impl WriteOptions {
-    /// Parses the options, and refuses compression.
+    /// Parses the options. A request for compression is a usage error.
     pub(crate) fn parse(options: &CreateOptions) -> Result<Self> {
         if options.compress.is_some() {
             return Err(Error::usage("raw images can't be compressed")

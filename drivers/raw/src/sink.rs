@@ -1,4 +1,4 @@
-//! Writing raw images: sparse files, existing files and block devices, streams.
+//! Writing raw images to sparse files, existing targets and streams.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -11,21 +11,22 @@ use imgtool_core::{
 use crate::options::{Preallocation, WriteOptions};
 
 /// Length in bytes of a piece. Our choice: the read buffer and the page cache's copy fit into a core's cache.
-/// From page cache to tmpfs, 128 KiB to 2 MiB differ by 4 %, and smaller pieces take less memory.
+/// From 128 KiB to 2 MiB, the speed of copies from the page cache to tmpfs differs by 4 %; shorter pieces
+/// take less memory.
 const PIECE_LEN: u64 = 256 * 1024;
 
 /// A raw image being written.
 pub(crate) struct RawSink {
     outputs: [Output; 1],
-    /// Guest bytes; of an open-ended device, known only at the end.
+    /// Virtual size in bytes; for an open-ended device, 0 until [`Consumer::resize`] sets it.
     size: AtomicU64,
-    /// True if the device's size is known only at the end.
+    /// True if the device's size is unknown until the source ends.
     open_ended: bool,
     options: WriteOptions,
 }
 
 impl RawSink {
-    /// An image of `device` on `output`.
+    /// Creates a sink that writes `device` to `output`.
     pub(crate) fn new(output: Output, device: &Device, options: WriteOptions) -> Self {
         Self { outputs: [output], size: AtomicU64::new(device.size), open_ended: device.open_ended, options }
     }
@@ -43,7 +44,7 @@ impl Consumer for RawSink {
             granule: 1,
             granule_required: false,
             piece_len,
-            // Zeros that are written as bytes fill the piece's own buffer.
+            // Zeros that are stored like data must fit into the buffer of one piece.
             max_zero_len: if self.options.stores_zeros { piece_len } else { u64::MAX },
             ordered: false,
         }
@@ -53,7 +54,7 @@ impl Consumer for RawSink {
         if self.options.stores_zeros {
             return Ok(prepare_with_zeros(piece, pool));
         }
-        // `CreateOptions::zero_unit` bounds it to 2 MiB.
+        // `CreateOptions::zero_unit` limits the unit to 2 MiB.
         let unit = self.options.zero_unit as usize;
         let runs = piece.dense_runs(unit.min(ZERO_GRANULARITY), unit);
         Ok(Prepared::sparse(piece, runs, self.output().needs_zeros()))
@@ -88,7 +89,7 @@ impl ImageSink for RawSink {
 
     fn sharing(&self, _device: SinkDevice) -> Sharing {
         if self.options.stores_zeros || self.options.preallocation == Preallocation::Falloc {
-            // Shared blocks would replace the space that was reserved.
+            // The options ask for allocated space; blocks shared with the source would replace it.
             Sharing::Never
         } else if self.output().needs_zeros() {
             Sharing::Parts(OutputId::MAIN)
@@ -109,7 +110,7 @@ impl ImageSink for RawSink {
     }
 }
 
-/// Makes one part of all bytes of a piece, zeros included.
+/// Prepares a piece as a single part of data that includes the zeros.
 fn prepare_with_zeros(piece: SinkPiece, pool: &BufferPool) -> Prepared {
     let piece = piece.with_zeros_as_data(pool);
     let len = piece.data.as_ref().map_or(0, |data| data.len());

@@ -1,4 +1,4 @@
-//! Readers of raw images: files and block devices by position, streams in one pass.
+//! Reading raw images: files and block devices by position, streams in one pass.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -12,7 +12,7 @@ use imgtool_core::{
 /// The id of a raw image's only device.
 const DISK: DeviceId = DeviceId(0);
 
-/// Number of bytes read from a stream at a time. Our choice: 256 KiB fit in a core's cache.
+/// Number of bytes read from a stream at a time. Our choice: 256 KiB fits into a core's cache.
 const STREAM_PIECE: usize = 256 * 1024;
 
 /// Opens an image: a stream is read in one pass, anything else by position.
@@ -66,7 +66,7 @@ impl RandomAccess for RawImage {
     fn map(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
         let file: Arc<Location> = Arc::new(self.input.location().clone());
         let describe = |extent: Extent| MapExtent {
-            // Holes have a file offset, too: guest and file offsets are the same.
+            // A hole has a file offset, as data does: guest and file offsets are equal.
             present: true,
             place: Some(MapPlace { file: Arc::clone(&file), file_offset: extent.start }),
             ..MapExtent::of(extent)
@@ -94,12 +94,12 @@ struct RawStream {
     pass: Mutex<Pass>,
 }
 
-/// The pass over a stream.
+/// State of the one pass over a stream.
 struct Pass {
     stream: Stream,
-    /// Size of the disk in bytes; `None` until the stream ends.
+    /// Virtual size in bytes; `None` until the stream ends.
     final_size: Option<u64>,
-    /// True once the end has been reported.
+    /// True once the caller has received the end of the stream.
     finished: bool,
 }
 

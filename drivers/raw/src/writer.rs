@@ -1,4 +1,4 @@
-//! Making raw images: measuring and creating.
+//! Measuring and creating raw images.
 
 use imgtool_core::source::data_bytes;
 use imgtool_core::{Error, ImageSink, ImageSource, ImageWriter, Manifest, Measure, OutputFactory, Result};
@@ -6,7 +6,7 @@ use imgtool_core::{Error, ImageSink, ImageSource, ImageWriter, Manifest, Measure
 use crate::options::{Preallocation, WriteOptions};
 use crate::sink::RawSink;
 
-/// Makes raw images.
+/// Writer of raw images with these options.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RawWriter(pub(crate) WriteOptions);
 
@@ -14,7 +14,7 @@ impl ImageWriter for RawWriter {
     fn measure(&self, source: &dyn ImageSource) -> Result<Measure> {
         let [device] = source.info().devices.as_slice() else {
             return Err(Error::unsupported(format!(
-                "raw holds one device, not {}",
+                "a raw image stores one device, not {}",
                 source.info().devices.len()
             )));
         };
@@ -34,7 +34,7 @@ impl ImageWriter for RawWriter {
             && capacity < device.size
         {
             return Err(Error::refused(format!(
-                "the target holds {capacity} bytes, the device needs {}",
+                "not enough space: the target has {capacity} bytes, the device needs {}",
                 device.size
             ))
             .device(&*device.name));

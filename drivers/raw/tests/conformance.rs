@@ -4,7 +4,7 @@ use imgtool_core::{CreateOptions, Device, Driver, ErrorKind, Manifest, Result};
 use imgtool_raw::RawDriver;
 use imgtool_testing::conformance;
 
-/// Creation options from pairs.
+/// Returns creation options from pairs of name and value.
 fn options(pairs: &[(&str, &str)]) -> Result<CreateOptions> {
     CreateOptions::parse("raw", RawDriver.options(), pairs.iter().copied())
 }

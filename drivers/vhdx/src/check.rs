@@ -1,4 +1,4 @@
-//! The structural check of an image: both copies of each duplicated structure, and every BAT entry.
+//! The structural check of an image: both headers, both copies of the region table, and every BAT entry.
 
 use imgtool_core::{CheckReport, ErrorKind, Input, Result};
 use roaring::RoaringBitmap;
@@ -8,14 +8,16 @@ use crate::layout::MIB;
 use crate::layout::bat::{BatEntry, ENTRY_LEN, PayloadState, SECTOR_BITMAP_LEN, SectorBitmapState};
 use crate::layout::region::REGION_TABLE_OFFSETS;
 
-/// File offset in MiB up to which the check detects overlapping blocks. Our limit: 256 TiB bound the memory
-/// to 32 MiB, and the file of the largest disk (64 TiB) ends long before that.
+/// File offset in MiB up to which the check detects overlapping blocks; a block beyond it counts as a check
+/// error. Our limit: 256 TiB bounds the memory to 32 MiB, and the file of the largest disk (64 TiB) ends long
+/// before that.
 const MAX_CHECKED_MIB: u32 = 1 << 28;
 
 /// Checks an image. A log that needs to be replayed is a finding, but not a corruption.
 ///
 /// # Errors
-/// Fails if the file can't be read or is not a VHDX image. Damage is not an error: the report lists it.
+/// Fails if the file can't be read, is not a VHDX image, requires an unsupported feature or exceeds a limit.
+/// Damage is not an error: the report lists it.
 pub(crate) fn check(input: Input) -> Result<CheckReport> {
     let mut report = CheckReport::default();
     let image = match Image::open(input, UnreadableHeader::UseOther, 0) {
@@ -29,7 +31,7 @@ pub(crate) fn check(input: Input) -> Result<CheckReport> {
     check_copies(&image, &mut report);
     BatCheck::new(&image).run(&mut report)?;
     if let Some(stats) = image.replay_stats {
-        // Not counted as corruption: an interrupted writer leaves such a file, and its content is complete.
+        // Not a corruption: an interrupted writer leaves a log to replay, and the content is complete.
         report.findings.push(format!(
             "the log is not empty: {} entries were replayed in memory; the file is unchanged",
             stats.entries
@@ -38,8 +40,8 @@ pub(crate) fn check(input: Input) -> Result<CheckReport> {
     Ok(report)
 }
 
-/// Reports damaged copies of the header and the region table, and region tables that differ. One intact
-/// copy of each is enough to read the image.
+/// Reports invalid headers, invalid copies of the region table, and copies that differ. One valid header and
+/// one valid copy are enough to read the image.
 fn check_copies(image: &Image, report: &mut CheckReport) {
     for (ordinal, header) in ["first", "second"].iter().zip(&image.headers) {
         match header {
@@ -62,10 +64,10 @@ fn check_copies(image: &Image, report: &mut CheckReport) {
     }
 }
 
-/// A walk over the BAT.
+/// A walk over the BAT, with its counts so far.
 struct BatCheck<'a> {
     image: &'a Image,
-    /// Mebibytes of the file that blocks use, by number.
+    /// Mebibytes of the file that blocks use, each as its file offset in MiB.
     used_mib: RoaringBitmap,
     /// File offset at which the last structure or block ends.
     end: u64,
@@ -83,7 +85,7 @@ impl<'a> BatCheck<'a> {
         Self { image, used_mib: RoaringBitmap::new(), end, allocated: 0, fragmented: 0, previous_end: None }
     }
 
-    /// Checks every entry, and fills in the block counts of the report.
+    /// Checks every entry, and fills in the end offset and the block counts of the report.
     fn run(mut self, report: &mut CheckReport) -> Result<()> {
         let shape = self.image.shape;
         let bat_at = self.image.regions.bat.file_offset;
@@ -173,8 +175,8 @@ impl<'a> BatCheck<'a> {
         }
     }
 
-    /// Claims a range of the file for a block of `len` bytes. The file must contain its first `used` bytes.
-    /// Reports the block if it overlaps another structure or block, or if the file is too short.
+    /// Claims `len` bytes of the file for a block; the file must contain at least the first `used` bytes.
+    /// Reports the block if it overlaps a structure or another block, or if the file is too short.
     fn claim(&mut self, name: &str, file_offset: u64, used: u64, len: u64, report: &mut CheckReport) {
         for (other, region) in self.image.reserved_regions() {
             if region.overlaps(file_offset, used) {

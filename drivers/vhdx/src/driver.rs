@@ -1,4 +1,4 @@
-//! The driver: the format as the registry sees it.
+//! The driver for VHDX images: its capabilities and options.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use crate::options::{DEFAULT_LOGICAL_SECTOR_SIZE, OPTIONS};
 use crate::writer::VhdxWriter;
 use crate::{check, source};
 
-/// Microsoft's VHDX format.
+/// Driver for Microsoft's VHDX format.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct VhdxDriver;
 

@@ -1,8 +1,7 @@
-//! [`ReplayedFile`], the file as log replay would leave it: the input with an [`Overlay`] on top. It also
-//! caches the tables.
+//! [`ReplayedFile`]: the file as log replay would leave it, with a cache for its tables.
 //!
-//! The input is never written to. Every read of tables and content goes through [`ReplayedFile`], so no code
-//! sees the file as it was before the replay.
+//! The driver never writes to the input. It reads tables and content only through [`ReplayedFile`], which
+//! applies the [`Overlay`] of replayed changes, so no reader sees the file as it was before the replay.
 
 use std::fs::File;
 use std::ops::Range;
@@ -25,8 +24,8 @@ pub(crate) struct ReplayedFile {
 }
 
 impl ReplayedFile {
-    /// Puts `overlay` on top of the input, for a file of at least `min_len` bytes. `depth` is the number of
-    /// images above this one in a chain.
+    /// Combines the input with `overlay`; the file is at least `min_len` bytes long. `depth` is the number of
+    /// images above this one in a chain; the greater it is, the fewer pages are cached.
     pub(crate) fn new(input: RandomInput, overlay: Overlay, min_len: u64, depth: usize) -> Self {
         let len = input.len().max(min_len).max(overlay.end());
         let max_pages = (MAX_CACHED_PAGES / depth.saturating_add(1)).max(MIN_CACHED_PAGES);
@@ -43,17 +42,18 @@ impl ReplayedFile {
         self.input.location()
     }
 
-    /// Returns the size in bytes of the units in which reads are cheapest.
+    /// Returns the unit, in bytes, in which reads are cheapest.
     pub(crate) fn granule(&self) -> u64 {
         self.input.granule()
     }
 
-    /// Fills `buf` from the byte at `file_offset` on.
+    /// Fills `buf` with the file's bytes from `file_offset` on. The file may be longer after replay than the
+    /// input; the added bytes are zeros, except where the overlay changes them.
     pub(crate) fn read_exact_at(&self, buf: &mut [u8], file_offset: u64) -> Result<()> {
         let end = file_offset.checked_add(buf.len() as u64);
         let stored = self.input.len();
         if end.is_none_or(|end| end > self.len) || self.len == stored {
-            // The input holds all these bytes, or returns the error for a range past the end.
+            // The input contains all of these bytes, or returns the error for a range past the end.
             self.input.read_exact_at(buf, file_offset)?;
         } else {
             let from_input = usize::try_from(stored.saturating_sub(file_offset)).unwrap_or(usize::MAX);
@@ -74,18 +74,18 @@ impl ReplayedFile {
         Ok(bytes)
     }
 
-    /// Returns the data or hole that contains `file_offset`, which must lie before the end of the file.
+    /// Returns the run of data or hole that contains `file_offset`, which must be below the length.
     pub(crate) fn run(&self, file_offset: u64) -> Result<FileRun> {
         self.overlaid_run(file_offset, || self.input.run(file_offset))
     }
 
-    /// Like [`Self::run`], but only as precise as needed to read everything up to `until`.
+    /// Like [`Self::run`], but possibly cut at `until`; see [`RandomInput::rough_run`].
     pub(crate) fn rough_run(&self, file_offset: u64, until: u64) -> Result<FileRun> {
         self.overlaid_run(file_offset, || self.input.rough_run(file_offset, until))
     }
 
-    /// Returns the run that contains `file_offset`: that of the input, cut or replaced by the pages of the
-    /// overlay.
+    /// Returns the run that contains `file_offset`: the input's run, cut before the next overwritten page of
+    /// the overlay or replaced by it. Zeroed ranges of the overlay are reported as the input has them.
     fn overlaid_run(&self, file_offset: u64, input_run: impl Fn() -> Result<FileRun>) -> Result<FileRun> {
         let mut run = if file_offset < self.input.len() {
             input_run()?
@@ -102,8 +102,8 @@ impl ReplayedFile {
         }
     }
 
-    /// Returns the same range of the input file. Returns `None` if the overlay changes any of it, if it ends
-    /// past the input, or if the input can't be read as a plain file.
+    /// Returns `range` as a range of the input file. Returns `None` if the overlay changes any of it, if it
+    /// ends past the input, or if the input is not a plain file.
     pub(crate) fn locate(&self, range: Range<u64>) -> Option<FileRange<'_>> {
         let file: &File = self.input.file()?;
         if range.end > self.input.len() || self.overlay.touches(&range) {
@@ -135,14 +135,14 @@ impl ReplayedFile {
 
 /// Length in bytes of a table page.
 const TABLE_PAGE_LEN: u64 = 64 << 10;
-/// Maximum number of pages cached for the image on top of a chain. Our limit: 4 MiB, the BAT of 16 TiB in
-/// blocks of 32 MiB, or the active part of any image that is read in order. Images below get less, by depth.
+/// Maximum number of pages cached for the top image of a chain. Our limit: 4 MiB, about the whole BAT of a
+/// 16 TiB disk with blocks of 32 MiB; sequential reads need less. An image deeper in the chain gets less.
 const MAX_CACHED_PAGES: usize = 64;
-/// Minimum number of cached pages, for images deep in a chain: one of the BAT, one of a sector bitmap.
+/// Minimum of that limit, for images deep in a chain: one page of the BAT and one of a sector bitmap.
 const MIN_CACHED_PAGES: usize = 2;
 
-/// A page of a table (the BAT or a sector bitmap): [`TABLE_PAGE_LEN`] bytes, aligned to their length in the
-/// file.
+/// A page of a table (the BAT or a sector bitmap): [`TABLE_PAGE_LEN`] bytes at a file offset that is a
+/// multiple of this length. Bytes past the end of the file are zeros.
 #[derive(Clone)]
 pub(crate) struct TablePage {
     /// File offset of the first byte.
@@ -162,7 +162,7 @@ impl TablePage {
         self.start + TABLE_PAGE_LEN
     }
 
-    /// True if the page holds the byte at `file_offset`.
+    /// True if the page contains the byte at `file_offset`.
     pub(crate) fn contains(&self, file_offset: u64) -> bool {
         (self.start..self.end()).contains(&file_offset)
     }

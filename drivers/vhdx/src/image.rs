@@ -1,4 +1,4 @@
-//! Opening an image: header, log, region table, metadata, each checked before the next is read.
+//! Opening an image: headers, log, region table and metadata, each checked before the next is read.
 
 use imgtool_core::{DeviceId, Error, ErrorKind, Input, RandomInput, Remedy, Result};
 
@@ -17,22 +17,23 @@ use crate::replay::{Replay, replay};
 
 /// The id of an image's only device.
 pub(crate) const DISK: DeviceId = DeviceId(0);
-/// The name of that device.
+/// The name of an image's only device.
 pub(crate) const DISK_NAME: &str = "disk";
 
-/// An image with its structures decoded, except for the BAT.
+/// An image with all structures decoded except for the BAT.
 pub(crate) struct Image {
     /// The file after log replay.
     pub(crate) file: ReplayedFile,
-    /// Name of the program that made the file (section 2.2.1).
+    /// Name of the program that created the file (section 2.2.1).
     pub(crate) creator: String,
-    /// Both headers; an error is a predicate for "the header …".
+    /// Both headers. An error is worded to follow "the header".
     pub(crate) headers: [Result<Header, String>; 2],
     /// The current header.
     pub(crate) header: Header,
-    /// Extent of the replay; `None` if the log was empty.
+    /// Counts of the log replay; `None` if the log was empty.
     pub(crate) replay_stats: Option<ReplayStats>,
-    /// Fault of each copy of the region table, a predicate for "the region table …".
+    /// Fault of each copy of the region table, worded to follow "the region table"; `None` if the copy is
+    /// valid.
     pub(crate) region_faults: [Option<String>; 2],
     /// True if both copies of the region table are valid but differ.
     pub(crate) region_tables_differ: bool,
@@ -40,35 +41,35 @@ pub(crate) struct Image {
     pub(crate) regions: RegionTable,
     /// Properties of the disk.
     pub(crate) metadata: Metadata,
-    /// Keys and values of the parent locator, in the file's order; empty unless differencing.
+    /// Keys and values of the parent locator, in the file's order; empty if the disk has no parent.
     pub(crate) parent_locator: Vec<(String, String)>,
     /// Dimensions of the BAT.
     pub(crate) shape: BatShape,
 }
 
-/// Extent of a log replay.
+/// Counts of a log replay.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ReplayStats {
-    /// Log entries applied.
+    /// Number of log entries applied.
     pub(crate) entries: usize,
-    /// Pages of 4 KiB overwritten.
+    /// Number of 4 KiB pages overwritten.
     pub(crate) pages: usize,
 }
 
-/// Treatment of a header that can't be read from the medium.
+/// Treatment of a header that can't be read because of an I/O error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum UnreadableHeader {
-    /// Fail. The header may be the current one and the other out of date, for instance about a log to
-    /// replay. A header that is read but damaged is no such error: the format has two headers because a
-    /// write may be interrupted, and the other is then current.
+    /// Fail. The unreadable header may be the current one, and the other may not mention a log that must be
+    /// replayed. A header that is read but damaged does not count as unreadable: an interrupted update
+    /// leaves one damaged header, and the other is then current.
     Fail,
-    /// Use the other header and add a note, as for a damaged one: for salvage and `check`.
+    /// Use the other header, as if this one were damaged: for salvage and `check`.
     UseOther,
 }
 
 impl Image {
-    /// Reads and checks all structures but the BAT. `depth` counts the images above this one in a chain,
-    /// with which it shares the memory for logs and tables.
+    /// Reads and checks all structures except for the BAT. `depth` is the number of images above this one in
+    /// a chain; the greater it is, the less memory the image may use for its log and tables.
     pub(crate) fn open(input: Input, unreadable: UnreadableHeader, depth: usize) -> Result<Self> {
         let input = input.into_random()?;
         let location = input.location().clone();
@@ -83,7 +84,7 @@ impl Image {
             .map_err(|why| {
                 Error::corrupt(why)
                     .at(HEADER_OFFSETS[0])
-                    .hint("the image is damaged: use a backup; its blocks may still be whole")
+                    .hint("the image is damaged: use a backup; its blocks may still be intact")
             })?
             .clone();
         if let Some(fault) = header.fault() {
@@ -115,13 +116,13 @@ impl Image {
         Ok(image)
     }
 
-    /// Reads the BAT entry at `bat_index`, which is below [`BatShape::entries`].
+    /// Reads the BAT entry at `bat_index`, which must be below [`BatShape::entries`].
     pub(crate) fn bat_entry(&self, bat_index: u64) -> Result<BatEntry> {
         let entry_at = self.regions.bat.file_offset + bat_index * ENTRY_LEN;
         Ok(BatEntry(self.file.table_page(entry_at)?.u64_at(entry_at)))
     }
 
-    /// Names and ranges of the structures that blocks must not overlap.
+    /// Returns the names and ranges of the structures that blocks must not overlap.
     pub(crate) fn reserved_regions(&self) -> [(&'static str, Region); 4] {
         let header = Region { file_offset: 0, length: MIB as u32 };
         let log = Region { file_offset: self.header.log_offset, length: self.header.log_length };
@@ -133,7 +134,7 @@ impl Image {
         ]
     }
 
-    /// Checks that the BAT's region is long enough for the disk and lies inside the file.
+    /// Checks that the BAT fits into its region and into the file.
     fn check_bat_region(&self) -> Result<()> {
         let needed = self.shape.entries(self.metadata.has_parent) * ENTRY_LEN;
         let bat = &self.regions.bat;
@@ -167,7 +168,7 @@ fn read_identifier(input: &RandomInput) -> Result<String> {
     }
 }
 
-/// Reads the header at `file_offset`. The inner error is a predicate for "the header …".
+/// Reads the header at `file_offset`. The inner error is worded to follow "the header".
 fn read_header(
     input: &RandomInput,
     file_offset: u64,
@@ -183,7 +184,8 @@ fn read_header(
     }
 }
 
-/// Describes a read error as a predicate, for messages that name file and offset themselves.
+/// Describes a read error in words that follow the name of a structure. The caller's message names the file
+/// and the structure, so the description omits the file and the offset.
 fn unreadable_fault(error: &Error) -> String {
     match error.io_error() {
         Some(cause) => format!("can't be read ({cause})"),
@@ -191,7 +193,7 @@ fn unreadable_fault(error: &Error) -> String {
     }
 }
 
-/// Replays the log, if there is one.
+/// Replays the log in memory unless it is empty.
 fn read_log(
     input: RandomInput,
     header: &Header,
@@ -209,14 +211,14 @@ fn read_log(
 struct RegionCopies {
     /// The first valid copy.
     table: RegionTable,
-    /// Fault of each copy, a predicate for "the region table …".
+    /// Fault of each copy, worded to follow "the region table"; `None` if the copy is valid.
     faults: [Option<String>; 2],
     /// True if both copies are valid but differ.
     differ: bool,
 }
 
-/// Reads both copies of the region table. Either is enough, even if the medium can't read the other: both
-/// are written once, with the same content.
+/// Reads both copies of the region table. One valid copy is enough, even if an I/O error prevents reading the
+/// other: both are written when the file is created, with the same content.
 fn read_regions(file: &ReplayedFile) -> Result<RegionCopies> {
     let copies = REGION_TABLE_OFFSETS.map(|file_offset| match file.read_vec(file_offset, REGION_TABLE_LEN) {
         Ok(bytes) => RegionTable::decode(&bytes),
@@ -258,7 +260,7 @@ fn read_regions(file: &ReplayedFile) -> Result<RegionCopies> {
     }
 }
 
-/// Checks that the log overlaps neither BAT nor metadata.
+/// Checks that the log overlaps neither the BAT nor the metadata.
 fn check_log_region(header: &Header, regions: &RegionTable) -> Result<()> {
     for (name, region) in [("BAT", regions.bat), ("metadata", regions.metadata)] {
         if header.log_length > 0 && region.overlaps(header.log_offset, header.log_length.into()) {

@@ -1,7 +1,7 @@
-//! The on-disk structures of MS-VHDX: constants, encoding and decoding, no I/O.
+//! The on-disk structures of MS-VHDX: constants, encoding and decoding, without I/O.
 //!
-//! Numbers are little-endian; so are the first three fields of a GUID. Fields that the specification
-//! reserves are written as zero and ignored when read.
+//! Numbers are little-endian, as are the first three fields of a GUID. Reserved fields are written as zero
+//! and ignored when read.
 
 pub(crate) mod bat;
 pub(crate) mod header;

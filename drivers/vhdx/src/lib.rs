@@ -1,13 +1,13 @@
 //! imgtool driver: Microsoft's VHDX format.
 //!
-//! Written from the public specification [MS-VHDX]; "section" in comments means one of its sections.
+//! Written from the public specification [MS-VHDX]; comments refer to its sections by number.
 //!
 //! The driver reads fixed, dynamic and differencing disks by position, from many threads at once. It
-//! replays a pending log in memory: the file is opened read-only and never changed. It writes dynamic
-//! and fixed disks, whose bytes depend on content and options alone.
+//! replays a pending log in memory; it never changes the file. It writes dynamic and fixed disks. The
+//! bytes of a new file depend only on the source, the options and the driver's version.
 //!
-//! The specification's words are used throughout: a *payload block* holds guest data, a *sector-bitmap
-//! block* tells which sectors of its payload blocks a differencing file holds.
+//! Names follow the specification: a *payload block* stores guest data, and a *sector-bitmap block*
+//! records which sectors of its payload blocks are stored in a differencing file.
 //!
 //! [MS-VHDX]: https://learn.microsoft.com/en-us/openspecs/windows_protocols/ms-vhdx/
 

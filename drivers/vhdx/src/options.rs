@@ -8,16 +8,17 @@ use crate::layout::bat::{BatShape, ENTRY_LEN, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
 use crate::layout::region::Region;
 use crate::layout::{HEADER_SECTION_LEN, MAX_VIRTUAL_SIZE, MIB};
 
-/// Default logical sector size in bytes: the one that every guest can boot from.
+/// Default logical sector size in bytes: every guest can boot from it.
 pub(crate) const DEFAULT_LOGICAL_SECTOR_SIZE: u64 = 512;
-/// Default physical sector size in bytes: Hyper-V's. Payload blocks are aligned to it.
+/// Default physical sector size in bytes, as in Hyper-V. Payload blocks are aligned to it.
 const DEFAULT_PHYSICAL_SECTOR_SIZE: u64 = 4096;
-/// Default length of the log in bytes: that of Hyper-V and QEMU.
+/// Default length of the log in bytes, as in Hyper-V and QEMU.
 const DEFAULT_LOG_SIZE: u64 = MIB;
-/// Maximum length of the log in bytes. QEMU's limit; the header's field has 32 bits (section 2.2.2).
+/// Maximum length of the log in bytes. QEMU's limit: the largest multiple of 1 MiB that fits into the 32-bit
+/// field of the header (section 2.2.2).
 const MAX_LOG_SIZE: u64 = (4 << 30) - MIB;
-/// Length of the metadata region in bytes: table and items take less than 66 KiB, and regions are multiples
-/// of 1 MiB.
+/// Length of the metadata region in bytes: the minimum of 1 MiB, because the table and the items take less
+/// than 66 KiB.
 const METADATA_LEN: u64 = MIB;
 
 /// The options of a new image.
@@ -77,9 +78,9 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
 pub(crate) struct VhdxOptions {
     /// True if every block is allocated from the start.
     pub(crate) fixed: bool,
-    /// Size of a payload block in bytes; `None` if it depends on the disk's size.
+    /// Size of a payload block in bytes; `None` if it depends on the virtual size.
     block_size: Option<u64>,
-    /// Logical sector size in bytes, which the guest sees.
+    /// Logical sector size in bytes.
     pub(crate) logical_sector_size: u64,
     /// Physical sector size in bytes.
     pub(crate) physical_sector_size: u64,
@@ -87,17 +88,17 @@ pub(crate) struct VhdxOptions {
     log_size: u64,
     /// SCSI page 83 identifier; `None` if it is derived from content and options.
     pub(crate) disk_id: Option<Uuid>,
-    /// Identity of the guest's content; `None` if it is derived from content and options.
+    /// GUID of the guest's content; `None` if it is derived from content and options.
     pub(crate) data_write_guid: Option<Uuid>,
-    /// Identity of this state of the file; `None` if it is derived from content and options.
+    /// GUID of this state of the file; `None` if it is derived from content and options.
     pub(crate) file_write_guid: Option<Uuid>,
-    /// Shortest run of zeros that becomes a hole, in bytes: a power of two, at least 4 KiB. `None` if all
-    /// zeros are stored like data.
+    /// Length in bytes of the shortest run of zeros that becomes a hole: a power of two, at least 4 KiB.
+    /// `None` if all zeros are stored like data.
     pub(crate) zero_unit: Option<u64>,
 }
 
 impl VhdxOptions {
-    /// Parses the options.
+    /// Parses the options. A request for compression or an invalid GUID is a usage error.
     pub(crate) fn parse(options: &CreateOptions) -> Result<Self> {
         if options.compress.is_some() {
             return Err(Error::usage("VHDX images can't be compressed")
@@ -144,7 +145,7 @@ impl VhdxOptions {
 /// Layout of a new file: header section, log, metadata, BAT and payload blocks, in this order.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FileLayout {
-    /// Guest bytes, a multiple of the logical sector size.
+    /// Virtual size in bytes, a multiple of the logical sector size.
     pub(crate) virtual_size: u64,
     /// Dimensions of the BAT.
     pub(crate) shape: BatShape,
@@ -154,23 +155,25 @@ pub(crate) struct FileLayout {
     pub(crate) metadata: Region,
     /// The BAT region.
     pub(crate) bat: Region,
-    /// File offset of the first payload block, bytes; the others follow without a gap.
+    /// File offset in bytes of the first payload block; the others follow without gaps.
     pub(crate) payload_start: u64,
 }
 
 impl FileLayout {
-    /// Length in bytes of a file that holds `payload_blocks` blocks; also the file offset of the next one.
+    /// Returns the length in bytes of a file with `payload_blocks` payload blocks, which is also the file
+    /// offset of the next block.
     pub(crate) fn file_len(&self, payload_blocks: u64) -> u64 {
         self.payload_start + payload_blocks * self.shape.block_size
     }
 }
 
-/// Makes a region. The options limit the log to less than 4 GiB; the longest BAT has 513 MiB.
+/// Creates a region. `length` fits into 32 bits: the log is shorter than 4 GiB, and the longest BAT has
+/// 513 MiB.
 fn region(file_offset: u64, length: u64) -> Region {
     Region { file_offset, length: u32::try_from(length).unwrap_or(u32::MAX) }
 }
 
-/// QEMU's default: small disks make small files, and no BAT has much more than a million entries.
+/// Returns QEMU's default: small disks get small files, and no BAT has much more than a million entries.
 fn default_block_size(virtual_size: u64) -> u64 {
     const GIB: u64 = 1 << 30;
     match virtual_size {
@@ -181,7 +184,7 @@ fn default_block_size(virtual_size: u64) -> u64 {
     }
 }
 
-/// Parses a GUID, which must not be nil.
+/// Parses the GUID of option `name`, which must not be nil; `None` if the option is not set.
 fn guid(values: &OptionValues, name: &str) -> Result<Option<Uuid>> {
     let Some(text) = values.text(name) else { return Ok(None) };
     match Uuid::try_parse(text) {

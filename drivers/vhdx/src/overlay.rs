@@ -1,5 +1,4 @@
-//! The changes that a replayed log makes to the file. They are held in memory and applied to the bytes that
-//! are read from the file.
+//! The changes that log replay makes to the file, kept in memory and applied to the bytes read from it.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -8,13 +7,13 @@ use imgtool_core::{Error, Result};
 
 use crate::layout::log::{LOG_SECTOR, LogPage};
 
-/// Maximum number of pages in memory. Our limit: 64 MiB, sixty-four times the log of Hyper-V and QEMU
-/// (1 MiB).
+/// Maximum number of pages in memory. Our limit: 64 MiB, sixty-four times the default log of Hyper-V and
+/// QEMU (1 MiB).
 const MAX_PAGES: usize = (64 << 20) / LOG_SECTOR as usize;
-/// Lower bound of both limits, on pages and on zeroed ranges, for images deep in a chain. Our limit: 128 KiB
-/// of pages, so that the memory of a chain of 256 images stays within bounds.
+/// Minimum of the limits on pages and on zeroed ranges, for images deep in a chain. Our limit: 128 KiB of
+/// pages, which bounds the memory of a chain of 256 images.
 const MIN_PAGES: usize = (128 << 10) / LOG_SECTOR as usize;
-/// Maximum number of separate zeroed ranges. Our limit: far above what a log of 64 MiB needs in practice.
+/// Maximum number of separate zeroed ranges. Our limit: far more than a log of 64 MiB needs in practice.
 const MAX_ZERO_RANGES: usize = 1 << 20;
 
 const REPLAY_HINT: &str = "let Hyper-V or 'qemu-img check -r all' replay the log of a copy first";
@@ -24,16 +23,16 @@ const REPLAY_HINT: &str = "let Hyper-V or 'qemu-img check -r all' replay the log
 pub(crate) struct Overlay {
     max_pages: usize,
     max_zero_ranges: usize,
-    /// Zeroed ranges of the file, disjoint: maps the file offset of the start to that of the end.
+    /// Zeroed ranges of the file, disjoint: maps the file offset of each start to the file offset of the end.
     zeros: BTreeMap<u64, u64>,
     /// Overwritten pages by file offset. They take precedence over zeroed ranges.
     pages: BTreeMap<u64, Box<LogPage>>,
 }
 
 impl Overlay {
-    /// Creates an overlay without changes. `depth` is the number of images above this one in a chain. A
-    /// backing image rarely has a log to replay, since nothing writes to it: an image with n images above it
-    /// gets 1/(n + 1)² of the limits, for example 1 MiB of pages below seven images.
+    /// Creates an overlay without changes. `depth` is the number of images above this one in a chain. Parent
+    /// images rarely have a log to replay, since nothing writes to them. Their limits are therefore divided
+    /// by (`depth` + 1)², for example to 1 MiB of pages below seven images.
     pub(crate) fn new(depth: usize) -> Self {
         let share = depth.saturating_add(1).saturating_pow(2);
         Self {
@@ -101,7 +100,7 @@ impl Overlay {
         self.pages.len()
     }
 
-    /// Applies the changes to `buf`, which holds the file's bytes from `file_offset` on.
+    /// Applies the changes to `buf`, which contains the file's bytes from `file_offset` on.
     pub(crate) fn apply(&self, buf: &mut [u8], file_offset: u64) {
         let end = file_offset.saturating_add(buf.len() as u64);
         let index = |at: u64| usize::try_from(at - file_offset).unwrap_or(usize::MAX);
@@ -126,7 +125,8 @@ impl Overlay {
         zeroed || self.next_page(range.start).is_some_and(|page| page.start < range.end)
     }
 
-    /// Returns the file range of the first overwritten page that ends after `file_offset`.
+    /// Returns the file range of the first overwritten page that ends after `file_offset`; `None` if no page
+    /// does.
     pub(crate) fn next_page(&self, file_offset: u64) -> Option<Range<u64>> {
         let (&start, _) = self.pages.range(file_offset.saturating_sub(LOG_SECTOR - 1)..).next()?;
         Some(start..start + LOG_SECTOR)

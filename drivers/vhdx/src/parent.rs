@@ -1,7 +1,7 @@
 //! The parent of a differencing disk (section 2.6.2.6).
 //!
 //! The parent locator names the parent in several ways. The driver tries each name that can be a path on
-//! this system, and the user's policy for external files decides which of them may be opened. The file
+//! this system, and the user's policy for external files decides which of them it may open. The file
 //! must be the disk that the child was made from: its data-write GUID must equal the child's parent
 //! linkage.
 
@@ -12,31 +12,31 @@ use uuid::Uuid;
 
 use crate::image::Image;
 
-/// Key of the fact that holds a source's data-write GUID.
+/// Key of the fact that contains a source's data-write GUID.
 pub(crate) const DATA_WRITE_GUID: &str = "data-write-guid";
 
-/// Keys that name the parent's file, in the order in which they are tried (section 2.6.2.6.3).
+/// Keys of the parent's names, in the order in which [`open`] tries them (section 2.6.2.6.3).
 const NAME_KEYS: [&str; 3] = ["relative_path", "absolute_win32_path", "volume_path"];
 
-/// Keys that hold the parent's data-write GUID (section 2.6.2.6.3). The second is set while the parent is
-/// being changed.
+/// Keys of the parent's data-write GUID (section 2.6.2.6.3). The second is set while a program changes the
+/// parent.
 const LINKAGE_KEYS: [&str; 2] = ["parent_linkage", "parent_linkage2"];
 
-/// Returns the reference to the parent, for `info`: empty if the image has none.
+/// Returns the reference to the parent, for `info`; empty if the image has no parent.
 pub(crate) fn references(image: &Image) -> Vec<Reference> {
-    // The name that `open` tries first; or else the first name, even though it is no path on this system.
+    // Prefer the name that `open` tries first. If no name is a path on this system, use the first as it is.
     let names = || NAME_KEYS.iter().filter_map(|key| value(image, key));
     let name = names().find_map(local_name).or_else(|| names().next().map(str::to_owned));
     name.map(|name| Reference { role: "parent", name, format: Some("vhdx".to_owned()) }).into_iter().collect()
 }
 
-/// Looks up a key of the parent locator.
+/// Returns the value of a key of the parent locator; `None` if the locator does not have the key.
 fn value<'a>(image: &'a Image, key: &str) -> Option<&'a str> {
     image.parent_locator.iter().find(|(known, _)| known == key).map(|(_, value)| value.as_str())
 }
 
-/// Converts a Windows path to one of this system by its separators; `None` for one with a drive letter, a
-/// volume or a share, which has no counterpart.
+/// Converts a Windows path to a path of this system by replacing the separators. Returns `None` for an empty
+/// path, and for a path with a drive letter, a volume or a share, which this system does not have.
 fn local_name(name: &str) -> Option<String> {
     let path = name.strip_prefix(r"\\?\").unwrap_or(name).replace('\\', "/");
     let has_drive = path.as_bytes().get(1) == Some(&b':');
@@ -44,11 +44,12 @@ fn local_name(name: &str) -> Option<String> {
     (!is_foreign).then_some(path)
 }
 
-/// Opens the parent of an image.
+/// Opens the parent of an image by the first of its names that can be opened.
 ///
 /// # Errors
-/// The first error if no name can be opened; `Corrupt` if the file is not the disk that the image was made
-/// from.
+/// `Unsupported` if no name is a path on this system; the error for the first name if none can be opened;
+/// `Corrupt` if the file is not the disk that the image was made from; `Malformed` if the parent locator has
+/// no valid linkage.
 pub(crate) fn open(image: &Image, options: &OpenOptions) -> Result<Disk> {
     let linkage = parent_linkage(image)?;
     let mut first_error = None;
@@ -88,7 +89,7 @@ fn parent_linkage(image: &Image) -> Result<Vec<Uuid>> {
     Ok(found)
 }
 
-/// Checks that a source is the parent by its data-write GUID.
+/// Checks by the data-write GUID that a source is the parent, and returns its only disk.
 fn check_linkage(source: Arc<dyn ImageSource>, linkage: &[Uuid], name: &str) -> Result<Disk> {
     let info = source.info();
     let fact = info.facts.iter().find(|fact| fact.key == DATA_WRITE_GUID);

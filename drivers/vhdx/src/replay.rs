@@ -3,9 +3,9 @@
 //! The log is a ring of 4 KiB sectors. An *entry* is valid if its header is sound and has the log GUID of
 //! the file's header, and if its checksum matches. Valid entries that follow each other without a gap, with
 //! sequence numbers ascending by one, form a *sequence*. The last entry of a sequence is its *head*. The
-//! `tail` field of the head points to the first entry to replay, which must belong to the same sequence. Of
-//! the sequences for which it does, the *active* one has the head with the highest sequence number. The
-//! active sequence is applied to an [`Overlay`].
+//! `tail` field of the head points to the first entry to replay. A sequence is valid if it contains that
+//! entry. The *active* sequence is the valid sequence whose head has the highest sequence number; the driver
+//! applies it to an [`Overlay`].
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -18,12 +18,12 @@ use crate::layout::log::{
 };
 use crate::overlay::Overlay;
 
-/// Maximum number of bytes to checksum per byte of data in the log. Our limit, on time: valid entries do not
-/// overlap, but a partly overwritten entry may reach into its successor.
+/// Maximum number of bytes to checksum per byte of data in the log. Our limit, to bound the time: valid
+/// entries do not overlap, but a partly overwritten entry may reach into its successor.
 const MAX_CHECKSUMMED_PER_DATA: u64 = 2;
 
-/// Maximum number of bytes to checksum in all. Our limit, on time: 1 GiB, a thousand times the log of Hyper-V
-/// and QEMU, and sixteen times the maximum that can be replayed.
+/// Maximum number of bytes to checksum in all. Our limit, to bound the time: 1 GiB, a thousand times the
+/// default log of Hyper-V and QEMU, and sixteen times the pages that an [`Overlay`] can contain.
 const MAX_CHECKSUMMED: u64 = 1 << 30;
 
 /// Maximum number of bytes to read at once.
@@ -42,9 +42,9 @@ pub(crate) struct Replay {
     pub(crate) entries: usize,
 }
 
-/// Finds the active sequence of the log that `header` describes, and applies it. The header must have a log
-/// GUID, and [`Header::fault`] must have found no fault in it. `depth` is the number of images above this one
-/// in a chain.
+/// Finds the active sequence of the log that `header` describes, and applies it to a new overlay. The header
+/// must have a log GUID, and [`Header::fault`] must return `None`. `depth` is the number of images above this
+/// one in a chain.
 ///
 /// # Errors
 /// `Unsupported` for an unknown version of the log; `Corrupt` or `Malformed` if the log can't be replayed;
@@ -70,7 +70,7 @@ pub(crate) fn replay(input: &RandomInput, header: &Header, depth: usize) -> Resu
     let entries = valid_entries(&ring, header)?;
     let active = active_sequence(&entries, log_length).ok_or_else(|| {
         at(Error::corrupt(format!(
-            "the log must be replayed, but holds no valid sequence ({} valid entries)",
+            "the log must be replayed, but contains no valid sequence ({} valid entries)",
             entries.len()
         )))
         .hint(DAMAGED_LOG_HINT)
@@ -89,7 +89,8 @@ struct Ring<'a> {
 }
 
 impl Ring<'_> {
-    /// Fills `buf` from `position`, wrapping around at the end. `buf` must not be longer than the ring.
+    /// Fills `buf` with the bytes from `position` on, wrapping around at the end of the ring. `buf` must not
+    /// be longer than the ring.
     fn read(&self, buf: &mut [u8], position: u64) -> Result<()> {
         let position = position % self.length;
         let until_end = usize::try_from(self.length - position).unwrap_or(usize::MAX);
@@ -98,8 +99,8 @@ impl Ring<'_> {
         self.input.read_exact_at(second, self.file_offset)
     }
 
-    /// Finds the next run of sectors from `position` on that do not lie entirely in a hole of the file. The
-    /// run has at most `max_len` bytes; `None` if only holes follow.
+    /// Finds the next run of sectors, from `position` on, that are not entirely in a hole of the file. The
+    /// run is at most `max_len` bytes long. Returns `None` if only holes follow.
     fn next_data(&self, mut position: u64, max_len: u64) -> Result<Option<Range<u64>>> {
         while position < self.length {
             let until = position.saturating_add(max_len).min(self.length);
@@ -109,7 +110,7 @@ impl Ring<'_> {
                 let end = end.next_multiple_of(LOG_SECTOR).min(until);
                 return Ok(Some(position..end));
             }
-            // The sector in which the hole ends may hold data.
+            // The sector in which the hole ends may contain data.
             let sector = end / LOG_SECTOR * LOG_SECTOR;
             if sector == position {
                 return Ok(Some(position..(position + LOG_SECTOR).min(until)));
@@ -119,7 +120,7 @@ impl Ring<'_> {
         Ok(None)
     }
 
-    /// Returns the total length in bytes of the sectors that do not lie entirely in a hole of the file.
+    /// Returns the total length in bytes of the sectors that are not entirely in a hole of the file.
     fn data_len(&self) -> Result<u64> {
         let (mut data, mut position) = (0, 0);
         while let Some(run) = self.next_data(position, self.length)? {
@@ -151,19 +152,18 @@ impl Ring<'_> {
 /// Valid entries by their position in the log.
 type Entries = BTreeMap<u64, Link>;
 
-/// The fields that link an entry to its neighbours. The struct is small, because a log of
-/// 4 GiB can hold a million entries.
+/// The fields that link an entry to its neighbours. The struct is small, because a log may have many entries:
+/// [`MAX_CHECKSUMMED`] permits 262,144 entries of 4 KiB.
 #[derive(Debug, Clone, Copy)]
 struct Link {
     /// Length of the entry in bytes.
     entry_length: u32,
-    /// Position of the first entry of the sequence.
+    /// Position of the first entry to replay, if this entry is the head.
     tail: u32,
     sequence_number: u64,
 }
 
-/// Finds the valid entries. Holes of the file are skipped, however long they are, because they hold no
-/// entries.
+/// Finds the valid entries. Skips holes of the file, which contain no entries.
 fn valid_entries(ring: &Ring<'_>, header: &Header) -> Result<Entries> {
     let mut entries = Entries::new();
     let mut budget = ring.data_len()?.saturating_mul(MAX_CHECKSUMMED_PER_DATA).min(MAX_CHECKSUMMED);
@@ -206,7 +206,8 @@ fn is_sound(entry: &EntryHeader, log_length: u64) -> bool {
         && entry.descriptor_sectors() * LOG_SECTOR <= length
 }
 
-/// Returns the position of the entry that continues the sequence after the one at `position`.
+/// Returns the position of the entry that follows the entry at `position` in its sequence; `None` if the
+/// latter is the head.
 fn successor(entries: &Entries, position: u64, log_length: u64) -> Option<u64> {
     let entry = entries.get(&position)?;
     let next = (position + u64::from(entry.entry_length)) % log_length;
@@ -216,7 +217,7 @@ fn successor(entries: &Entries, position: u64, log_length: u64) -> Option<u64> {
 
 /// Returns the positions of the entries to replay, in order; `None` if there is no valid sequence.
 fn active_sequence(entries: &Entries, log_length: u64) -> Option<Vec<u64>> {
-    // Sequence numbers ascend along a sequence, so no walk returns to an entry that it has passed.
+    // Maps each entry to the head of its sequence. Sequence numbers ascend, so no walk visits an entry twice.
     let mut head_of: BTreeMap<u64, u64> = BTreeMap::new();
     for &start in entries.keys() {
         let mut walked = Vec::new();

@@ -1,9 +1,10 @@
 //! Writing dynamic and fixed images.
 //!
-//! In a dynamic file, a payload block is allocated at the end of the file when its first data arrives. The
-//! file grows by the whole block, but only the data is written; the rest of the block is a hole. Blocks
-//! without data are not present. In a fixed file, every block has its place from the start. The bytes of a
-//! file depend only on content and options, because its GUIDs are derived from them.
+//! In a dynamic file, the sink allocates a payload block at the end of the file when the block's first data
+//! arrives. The file grows by the whole block, but only the data is written; the rest of the block is a hole,
+//! or zeroed if the target already exists. Blocks without data are not present. In a fixed file, every block
+//! has its place from the start. The GUIDs of a file are derived from content and options, so the same source
+//! and options give the same bytes.
 
 use std::sync::Mutex;
 
@@ -41,11 +42,11 @@ pub(crate) struct VhdxSink {
     options: VhdxOptions,
     layout: FileLayout,
     fingerprint: Fingerprint,
-    /// Unused for a fixed file.
+    /// Unused if the file is fixed.
     allocation: Mutex<Allocation>,
 }
 
-/// The payload blocks of a dynamic file that are allocated so far.
+/// The payload blocks allocated so far in a dynamic file.
 struct Allocation {
     bat: BatWriter,
     /// Number of payload blocks in the file.
@@ -67,7 +68,7 @@ impl Consumer for VhdxSink {
 
     fn prepare(&self, piece: SinkPiece, pool: &BufferPool) -> Result<Prepared> {
         let start = piece.start;
-        // The fingerprint covers the content, no matter which zeros are stored.
+        // The fingerprint depends on the content alone, not on which zeros are stored.
         let nonzero = piece.nonzero_runs(ZERO_GRANULARITY);
         for run in &nonzero {
             if let Some(data) = &piece.data {
@@ -89,7 +90,7 @@ impl Consumer for VhdxSink {
         };
         let mut parts = Vec::new();
         for run in stored {
-            // Neighbouring blocks may be far apart in the file, so a part stays within one block.
+            // Neighbouring blocks may be far apart in the file, so no part crosses a block boundary.
             let mut at = run.start;
             while at < run.end {
                 let guest = start + at as u64;
@@ -212,8 +213,8 @@ impl VhdxSink {
         output
     }
 
-    /// Returns the file offset of a payload block. Allocates the block at the end of the file if it is not
-    /// present.
+    /// Returns the file offset of a payload block. If the block is not present, allocates it at the end of
+    /// the file.
     fn allocate_block(&self, allocation: &mut Allocation, payload_block: u64) -> Result<u64> {
         let bat_index = self.layout.shape.payload_bat_index(payload_block);
         let entry = allocation.bat.get(bat_index)?;
@@ -261,7 +262,7 @@ impl VhdxSink {
         self.output().write_zeros_at(end, region.end() - end)
     }
 
-    /// The disk's properties, for the metadata region.
+    /// Returns the disk's properties, for the metadata region.
     fn metadata(&self) -> Metadata {
         let FileLayout { virtual_size, shape, .. } = &self.layout;
         // The options bound all of these far below 2^32.
@@ -277,7 +278,7 @@ impl VhdxSink {
         }
     }
 
-    /// Derives a GUID from content and options.
+    /// Derives the GUID for `purpose` from content and options.
     fn guid(&self, purpose: &str) -> uuid::Uuid {
         self.fingerprint.guid(
             purpose,

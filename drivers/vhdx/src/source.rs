@@ -1,4 +1,4 @@
-//! Reading images: their facts, and content and extents at any guest offset.
+//! Reading images: their facts, and the content and extents of any guest range.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -79,16 +79,16 @@ fn describe(image: &Image) -> ImageInfo {
     info
 }
 
-/// Adds a note for each damaged header or region table, and one if the log was replayed.
+/// Adds a note for each invalid header or region table, and one if the log was replayed.
 fn add_notes(image: &Image, notes: &mut Vec<String>) {
     for (ordinal, header) in ["first", "second"].iter().zip(&image.headers) {
         if let Err(why) = header {
-            notes.push(format!("the {ordinal} header {why}; the other one is used"));
+            notes.push(format!("the {ordinal} header {why}; using the other one"));
         }
     }
     for (ordinal, fault) in ["first", "second"].iter().zip(&image.region_faults) {
         if let Some(why) = fault {
-            notes.push(format!("the {ordinal} region table {why}; the other one is used"));
+            notes.push(format!("the {ordinal} region table {why}; using the other one"));
         }
     }
     if image.replay_stats.is_some() {
@@ -147,7 +147,7 @@ impl RandomAccess for VhdxSource {
             let len = segment
                 .as_ref()
                 .map_or_else(|_| self.chain.image.to_block_end(position, max_len), |segment| segment.len);
-            // `len` is at most the rest of `buf`.
+            // `len` is at most `max_len`, the length of the rest of `buf`.
             let part = &mut buf[filled..][..len as usize];
             let read = segment.and_then(|segment| self.chain.read_segment(part, position, segment.origin));
             if let Err(error) = read {

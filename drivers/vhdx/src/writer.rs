@@ -1,4 +1,4 @@
-//! The writer: the size of a file before it is made, and its beginning.
+//! Measuring and creating VHDX images.
 
 use imgtool_core::source::{data_bytes, for_each_extent};
 use imgtool_core::{
@@ -8,7 +8,7 @@ use imgtool_core::{
 use crate::options::VhdxOptions;
 use crate::sink::VhdxSink;
 
-/// Makes images with these options.
+/// Writer of images with these options.
 #[derive(Debug)]
 pub(crate) struct VhdxWriter(VhdxOptions);
 
@@ -20,12 +20,13 @@ impl VhdxWriter {
 }
 
 impl ImageWriter for VhdxWriter {
-    /// The length is exact if every data extent of the source holds data in each block that it touches.
+    /// Measures a new file. For a dynamic file, `required` includes every block that a data extent of the
+    /// source touches, even if the block contains only zeros.
     fn measure(&self, source: &dyn ImageSource) -> Result<Measure> {
         let Self(options) = self;
         let [device] = source.info().devices.as_slice() else {
             return Err(Error::unsupported(format!(
-                "vhdx holds one device, not {}",
+                "a VHDX image stores one device, not {}",
                 source.info().devices.len()
             )));
         };
@@ -34,7 +35,7 @@ impl ImageWriter for VhdxWriter {
         if options.zero_unit.is_none() {
             return Ok(Measure { required: fully_allocated, fully_allocated, occupied: device.size });
         }
-        // Unwritten parts of blocks are holes, in a fixed file too.
+        // Unwritten parts of blocks are holes, even in a fixed file.
         let occupied = data_bytes(source, device)?;
         if options.fixed {
             return Ok(Measure { required: fully_allocated, fully_allocated, occupied });
@@ -44,7 +45,7 @@ impl ImageWriter for VhdxWriter {
         };
         let block_size = layout.shape.block_size;
         let mut blocks = 0;
-        // Blocks below this index are counted.
+        // Index of the first block that is not counted yet.
         let mut next_block = 0;
         for_each_extent(random, device.id, 0..device.size, |extent| {
             if extent.is_data() {
@@ -77,7 +78,7 @@ impl ImageWriter for VhdxWriter {
             && capacity < min_len
         {
             return Err(Error::refused(format!(
-                "the target holds {capacity} bytes, the image needs {min_len}"
+                "not enough space: the target has {capacity} bytes, the image needs {min_len}"
             ))
             .path(output.location())
             .device(&*device.name));

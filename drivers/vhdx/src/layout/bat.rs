@@ -1,7 +1,8 @@
 //! The block allocation table, BAT (section 2.5): the state and file offset of every block.
 //!
-//! The entry of a chunk's sector-bitmap block follows the entries of its `chunk_ratio` payload
-//! blocks, in every type of file; only differencing files use it:
+//! The payload blocks form chunks of r = `chunk_ratio` blocks. The entries of a chunk's payload blocks (P)
+//! are followed by the entry of its sector-bitmap block (S). Every type of file has these S entries, but only
+//! differencing files use them:
 //!
 //! ```text
 //! P0 P1 … P(r-1) S0  Pr … P(2r-1) S1  …
@@ -9,20 +10,20 @@
 
 use super::MIB;
 
-/// Logical sectors described by one sector-bitmap block: 1 MiB of bits (section 2.4).
+/// Number of logical sectors that a sector-bitmap block describes: one per bit of its 1 MiB (section 2.4).
 pub(crate) const SECTORS_PER_BITMAP: u64 = 1 << 23;
 /// Size in bytes of a sector-bitmap block (section 2.4).
 pub(crate) const SECTOR_BITMAP_LEN: u64 = MIB;
 /// Length in bytes of a BAT entry (section 2.5.1).
 pub(crate) const ENTRY_LEN: u64 = 8;
-/// Smallest payload block, bytes; sizes are powers of two (section 2.6.2.1).
+/// Minimum size in bytes of a payload block; every size is a power of two (section 2.6.2.1).
 pub(crate) const MIN_BLOCK_SIZE: u64 = MIB;
-/// Largest payload block, bytes (section 2.6.2.1).
+/// Maximum size in bytes of a payload block (section 2.6.2.1).
 pub(crate) const MAX_BLOCK_SIZE: u64 = 256 * MIB;
 
 /// Bits 0..3 of an entry: the state (section 2.5.1).
 const STATE_MASK: u64 = 7;
-/// Bits 20..64 of an entry: the file offset in MiB. Masked in place, they are the offset in bytes.
+/// Bits 20..64 of an entry: the file offset in MiB. Masked but not shifted, they are the offset in bytes.
 const OFFSET_MASK: u64 = !(MIB - 1);
 
 /// A BAT entry as stored in the file.
@@ -38,12 +39,12 @@ pub(crate) enum PayloadState {
     Undefined,
     /// 2: zeros.
     Zero,
-    /// 3, and 5 in files of version 0.95 of the specification: discarded by the guest; read as zeros,
+    /// 3, or 5 in files written to version 0.95 of the specification: discarded by the guest; read as zeros,
     /// never from the parent.
     Unmapped,
     /// 6: the whole block is in this file.
     FullyPresent,
-    /// 7: the sector bitmap tells which sectors are in this file; differencing files only.
+    /// 7: some sectors are in this file, as the sector bitmap says; differencing files only.
     PartiallyPresent,
     /// 4: reserved.
     Reserved(u8),
@@ -61,17 +62,17 @@ pub(crate) enum SectorBitmapState {
 }
 
 impl BatEntry {
-    /// Makes the entry of a payload block fully present at `file_offset`, a multiple of 1 MiB.
+    /// Creates the entry of a payload block that is fully present at `file_offset`, a multiple of 1 MiB.
     pub(crate) fn fully_present(file_offset: u64) -> Self {
         Self((file_offset & OFFSET_MASK) | 6)
     }
 
-    /// File offset of the block in bytes; meaningful only if the state says that it is present.
+    /// Returns the block's file offset in bytes; meaningful only if the block is present.
     pub(crate) fn file_offset(self) -> u64 {
         self.0 & OFFSET_MASK
     }
 
-    /// State, for the entry of a payload block.
+    /// Decodes the state bits as the state of a payload block.
     pub(crate) fn payload_state(self) -> PayloadState {
         match self.0 & STATE_MASK {
             0 => PayloadState::NotPresent,
@@ -84,7 +85,7 @@ impl BatEntry {
         }
     }
 
-    /// State, for the entry of a sector-bitmap block.
+    /// Decodes the state bits as the state of a sector-bitmap block.
     pub(crate) fn sector_bitmap_state(self) -> SectorBitmapState {
         match self.0 & STATE_MASK {
             0 => SectorBitmapState::NotPresent,
@@ -94,21 +95,21 @@ impl BatEntry {
     }
 }
 
-/// Dimensions of a disk's BAT, from which the index of every entry follows.
+/// Dimensions of a disk's BAT. They determine the index of every entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct BatShape {
     /// Size in bytes of a payload block.
     pub(crate) block_size: u64,
     /// Size in bytes of a logical sector.
     pub(crate) logical_sector_size: u64,
-    /// Payload blocks per sector-bitmap block (section 2.5).
+    /// Number of payload blocks per sector-bitmap block (section 2.5).
     pub(crate) chunk_ratio: u64,
     /// Number of payload blocks of the disk.
     pub(crate) payload_blocks: u64,
 }
 
 impl BatShape {
-    /// Computes the shape for a disk. Sizes are in bytes and within the format's limits.
+    /// Computes the shape for a disk. Sizes are in bytes and must be within the format's limits.
     pub(crate) fn new(virtual_size: u64, block_size: u64, logical_sector_size: u64) -> Self {
         Self {
             block_size,
@@ -118,12 +119,12 @@ impl BatShape {
         }
     }
 
-    /// Number of sector-bitmap blocks of a differencing disk.
+    /// Returns the number of sector-bitmap blocks of a differencing disk.
     pub(crate) fn sector_bitmap_blocks(&self) -> u64 {
         self.payload_blocks.div_ceil(self.chunk_ratio)
     }
 
-    /// Number of entries in the table (section 2.5).
+    /// Returns the number of entries in the table (section 2.5).
     pub(crate) fn entries(&self, differencing: bool) -> u64 {
         if differencing {
             self.sector_bitmap_blocks() * (self.chunk_ratio + 1)
@@ -132,18 +133,18 @@ impl BatShape {
         }
     }
 
-    /// Index of a payload block's entry.
+    /// Returns the index of a payload block's entry.
     pub(crate) fn payload_bat_index(&self, payload_block: u64) -> u64 {
         payload_block + payload_block / self.chunk_ratio
     }
 
-    /// Index of the entry of the sector-bitmap block that covers a payload block.
+    /// Returns the index of the entry of the sector-bitmap block that covers a payload block.
     pub(crate) fn sector_bitmap_bat_index(&self, payload_block: u64) -> u64 {
         let chunk = payload_block / self.chunk_ratio;
         (chunk + 1) * self.chunk_ratio + chunk
     }
 
-    /// First payload block whose entry is at or behind `bat_index`.
+    /// Returns the first payload block whose entry is at or after `bat_index`.
     pub(crate) fn payload_block_from(&self, bat_index: u64) -> u64 {
         let per_chunk = self.chunk_ratio + 1;
         bat_index / per_chunk * self.chunk_ratio + (bat_index % per_chunk).min(self.chunk_ratio)
@@ -156,7 +157,7 @@ mod tests {
 
     #[test]
     fn interleaves_bitmap_entries() {
-        // 1 MiB blocks and 512-byte sectors: a bitmap entry comes before that of block 4096 (at 4 GiB).
+        // With 1 MiB blocks and 512-byte sectors, the first bitmap entry precedes the entry of block 4096.
         let shape = BatShape::new(10 << 30, MIB, 512);
         assert_eq!(shape.chunk_ratio, 4096);
         assert_eq!(shape.payload_bat_index(4095), 4095);

@@ -1,7 +1,7 @@
 //! The file type identifier and the two headers (section 2.2).
 //!
 //! The headers have fixed offsets. An update overwrites the older header and gives it the higher sequence
-//! number, so that a torn write leaves the other header intact.
+//! number, so a torn write leaves the other header intact.
 
 use uuid::Uuid;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
@@ -25,7 +25,7 @@ const CHECKSUM_AT: usize = 4;
 const VERSION: u16 = 1;
 
 /// VHDX_HEADER (section 2.2.2); 4016 reserved bytes follow.
-/// The number at each field is its offset in the structure, in bytes.
+/// Each field's doc begins with the field's offset in bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawHeader {
@@ -55,13 +55,13 @@ const _: () = assert!(size_of::<RawHeader>() == 80);
 /// A decoded header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Header {
-    /// Sequence number. Of two valid headers, the one with the higher number is current.
+    /// Sequence number. The valid header with the higher number is current.
     pub(crate) sequence_number: u64,
-    /// Identity of this state of the file.
+    /// GUID of this state of the file.
     pub(crate) file_write_guid: Uuid,
-    /// Identity of the guest's content.
+    /// GUID of the guest's content.
     pub(crate) data_write_guid: Uuid,
-    /// Identity of the log; nil if the log is empty.
+    /// GUID of the log; nil if the log is empty.
     pub(crate) log_guid: Uuid,
     /// Version of the log's format; 0 is the only one.
     pub(crate) log_version: u16,
@@ -74,7 +74,7 @@ pub(crate) struct Header {
 }
 
 impl Header {
-    /// Decodes a header from its 4096 bytes. The error is a predicate for "the header …".
+    /// Decodes a header from its 4096 bytes. The error is worded to follow "the header".
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, String> {
         let Ok((raw, _)) = RawHeader::ref_from_prefix(bytes) else {
             return Err("is cut short".to_owned());
@@ -133,8 +133,8 @@ impl Header {
         }
     }
 
-    /// Describes a field that is unsupported or breaks the format's rules, as a predicate for "the header …";
-    /// `None` if there is no such field.
+    /// Describes a field that is unsupported or breaks the format's rules, worded to follow "the header".
+    /// Returns `None` if every field is valid.
     pub(crate) fn fault(&self) -> Option<String> {
         if self.version != VERSION {
             return Some(format!("has version {}; only version {VERSION} is supported", self.version));
@@ -150,8 +150,8 @@ impl Header {
     }
 }
 
-/// Picks the current header: the valid one with the higher sequence number. The error says why there is
-/// none.
+/// Returns the current header: the valid one with the higher sequence number. The error says why neither
+/// header is current.
 pub(crate) fn current(headers: &[Result<Header, String>; 2]) -> Result<&Header, String> {
     match headers {
         [Ok(first), Ok(second)] if first.sequence_number == second.sequence_number => {
@@ -171,7 +171,7 @@ pub(crate) fn current(headers: &[Result<Header, String>; 2]) -> Result<&Header, 
     }
 }
 
-/// Decodes the creator string up to its first NUL.
+/// Decodes the creator string up to its first NUL; invalid UTF-16 becomes U+FFFD.
 pub(crate) fn decode_creator(bytes: &[u8]) -> String {
     let units: Vec<u16> = bytes
         .chunks_exact(2)

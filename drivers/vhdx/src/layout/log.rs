@@ -24,7 +24,7 @@ const DATA_DESCRIPTOR_SIGNATURE: &[u8; 4] = b"desc";
 const DATA_SECTOR_SIGNATURE: &[u8; 4] = b"data";
 
 /// VHDX_LOG_ENTRY_HEADER (section 2.3.1.1).
-/// The number at each field is its offset in the structure, in bytes.
+/// Each field's doc begins with the field's offset in bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawEntryHeader {
@@ -34,7 +34,7 @@ struct RawEntryHeader {
     checksum: U32,
     /// 8: bytes, a multiple of 4 KiB
     entry_length: U32,
-    /// 12: bytes from the start of the log to the first entry of this one's sequence
+    /// 12: bytes from the start of the log to the first entry of the sequence that this entry ends
     tail: U32,
     /// 16
     sequence_number: U64,
@@ -42,11 +42,11 @@ struct RawEntryHeader {
     descriptor_count: U32,
     /// 28
     reserved: U32,
-    /// 32: equal to the header's, unless the entry is stale
+    /// 32: equal to the file header's, unless the entry is stale
     log_guid: [u8; 16],
-    /// 48: length of the file, already flushed to disk, when the entry was written
+    /// 48: length in bytes of the file when the entry was written
     flushed_file_offset: U64,
-    /// 56: minimum length of the file after replay
+    /// 56: minimum length in bytes of the file after replay
     last_file_offset: U64,
 }
 const _: () = assert!(size_of::<RawEntryHeader>() as u64 == ENTRY_HEADER_LEN);
@@ -58,13 +58,13 @@ pub(crate) struct EntryHeader {
     pub(crate) checksum: u32,
     /// Length of the entry in bytes.
     pub(crate) entry_length: u32,
-    /// Start of the sequence that this entry ends, in bytes from the start of the log.
+    /// Distance in bytes from the start of the log to the first entry of the sequence that this entry ends.
     pub(crate) tail: u32,
-    /// Sequence number, one more than that of the preceding entry.
+    /// Sequence number, one more than the preceding entry's.
     pub(crate) sequence_number: u64,
     /// Number of descriptors.
     pub(crate) descriptor_count: u32,
-    /// Identity of the log that the entry belongs to.
+    /// GUID of the log that the entry belongs to.
     pub(crate) log_guid: Uuid,
     /// Length of the file in bytes when the entry was written.
     pub(crate) flushed_file_offset: u64,
@@ -88,7 +88,7 @@ impl EntryHeader {
         })
     }
 
-    /// Returns the number of sectors that header and descriptors occupy; the data sectors follow them.
+    /// Returns the number of sectors that the header and the descriptors occupy; the data sectors follow.
     pub(crate) fn descriptor_sectors(&self) -> u64 {
         (ENTRY_HEADER_LEN + u64::from(self.descriptor_count) * DESCRIPTOR_LEN).div_ceil(LOG_SECTOR)
     }
@@ -96,7 +96,7 @@ impl EntryHeader {
 
 /// VHDX_LOG_ZERO_DESCRIPTOR and VHDX_LOG_DATA_DESCRIPTOR (sections 2.3.1.2, 2.3.1.3), which differ in
 /// the first 16 bytes.
-/// The number at each field is its offset in the structure, in bytes.
+/// Each field's doc begins with the field's offset in bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawDescriptor {
@@ -118,7 +118,8 @@ const _: () = assert!(size_of::<RawDescriptor>() as u64 == DESCRIPTOR_LEN);
 pub(crate) enum Descriptor {
     /// Zeroes `len` bytes of the file.
     Zero { file_offset: u64, len: u64 },
-    /// Overwrites a page of the file: its first and last bytes are here; the rest is in the next data sector.
+    /// Overwrites a page of the file. `leading` and `trailing` are the page's first and last bytes; the next
+    /// data sector of the entry contains the rest.
     Data { file_offset: u64, leading: [u8; 8], trailing: [u8; 4] },
 }
 
@@ -150,8 +151,8 @@ impl Descriptor {
 }
 
 /// Restores a page from its data descriptor and data sector (section 2.3.1.4); `None` if the sector is not
-/// valid. In the sector, the sector's signature and the entry's sequence number take the place of the page's
-/// first 8 and last 4 bytes, which the descriptor holds.
+/// valid. The descriptor contains the page's first 8 and last 4 bytes, because the sector has its signature
+/// and the entry's sequence number in their place.
 pub(crate) fn restore_page(
     sector: &[u8],
     sequence_number: u64,

@@ -1,4 +1,4 @@
-//! The metadata region (section 2.6): a table, and the items that it points to.
+//! The metadata region (section 2.6): a table and the items that it points to.
 
 use uuid::Uuid;
 use zerocopy::byteorder::little_endian::{U16, U32};
@@ -11,7 +11,7 @@ use super::{MAX_VIRTUAL_SIZE, guid};
 pub(crate) const METADATA_TABLE_LEN: usize = 64 << 10;
 /// Maximum number of entries (section 2.6.1.1).
 const MAX_ENTRIES: u16 = 2047;
-/// Maximum number of bytes of an item (section 2.6.1.2).
+/// Maximum length of an item in bytes (section 2.6.1.2).
 pub(crate) const MAX_ITEM_LEN: u32 = 1 << 20;
 
 const SIGNATURE: &[u8; 8] = b"metadata";
@@ -33,15 +33,15 @@ const IS_REQUIRED: u32 = 4;
 const LEAVE_BLOCKS_ALLOCATED: u32 = 1;
 const HAS_PARENT: u32 = 2;
 
-/// Type of the parent locators that have the keys of section 2.6.2.6.3.
+/// Type of a parent locator with the keys of section 2.6.2.6.3.
 const VHDX_LOCATOR: Uuid = Uuid::from_u128(0xB04A_EFB7_D19E_4A81_B789_25B8_E944_5913);
 
-/// Maximum number of keys of a parent locator. Our limit: the specification has five. The item's length does
-/// not limit them, because texts may overlap.
+/// Maximum number of keys of a parent locator. Our limit: the specification defines five. The item's length
+/// does not bound the decoded strings, because keys and values may overlap in the file.
 const MAX_LOCATOR_KEYS: u16 = 64;
 
 /// VHDX_METADATA_TABLE_HEADER (section 2.6.1.1).
-/// The number at each field is its offset in the structure, in bytes.
+/// Each field's doc begins with the field's offset in bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawTableHeader {
@@ -57,7 +57,7 @@ struct RawTableHeader {
 const _: () = assert!(size_of::<RawTableHeader>() == 32);
 
 /// VHDX_METADATA_TABLE_ENTRY (section 2.6.1.2).
-/// The number at each field is its offset in the structure, in bytes.
+/// Each field's doc begins with the field's offset in bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawEntry {
@@ -75,7 +75,7 @@ struct RawEntry {
 const _: () = assert!(size_of::<RawEntry>() == 32);
 
 /// VHDX_PARENT_LOCATOR_HEADER (section 2.6.2.6.1).
-/// The number at each field is its offset in the structure, in bytes.
+/// Each field's doc begins with the field's offset in bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawLocatorHeader {
@@ -89,7 +89,7 @@ struct RawLocatorHeader {
 const _: () = assert!(size_of::<RawLocatorHeader>() == 20);
 
 /// VHDX_PARENT_LOCATOR_ENTRY (section 2.6.2.6.2): offsets count from the start of the item.
-/// The number at each field is its offset in the structure, in bytes.
+/// Each field's doc begins with the field's offset in bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawLocatorEntry {
@@ -104,16 +104,16 @@ struct RawLocatorEntry {
 }
 const _: () = assert!(size_of::<RawLocatorEntry>() == 12);
 
-/// Position of an item in the metadata region.
+/// Range of the metadata region that stores an item.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ItemRange {
-    /// Bytes from the start of the region.
+    /// Offset in bytes from the start of the region.
     pub(crate) offset: u32,
-    /// Bytes, at most [`MAX_ITEM_LEN`].
+    /// Length in bytes, at most [`MAX_ITEM_LEN`].
     pub(crate) length: u32,
 }
 
-/// A decoded metadata table: positions of the known items.
+/// A decoded metadata table: the range of each known item; `None` if the file has no such item.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct MetadataTable {
     pub(crate) file_parameters: ItemRange,
@@ -124,12 +124,12 @@ pub(crate) struct MetadataTable {
     pub(crate) parent_locator: Option<ItemRange>,
 }
 
-/// Reason why the metadata are unusable.
+/// Reason why the metadata is unusable.
 #[derive(Debug, Clone)]
 pub(crate) enum MetadataFault {
-    /// The metadata break the format's rules.
+    /// The metadata breaks the format's rules.
     Malformed(String),
-    /// The metadata are valid, but require a feature that is not supported.
+    /// The metadata is valid, but requires a feature that is not supported.
     Unsupported(String),
 }
 
@@ -191,7 +191,7 @@ impl MetadataTable {
     }
 }
 
-/// The known items with their names, in the order of [`MetadataTable::decode`].
+/// GUIDs and names of the known items. [`MetadataTable::decode`] refers to them by index.
 const KNOWN_ITEMS: [(Uuid, &str); 6] = [
     (FILE_PARAMETERS, "file parameters"),
     (VIRTUAL_DISK_SIZE, "virtual disk size"),
@@ -201,7 +201,7 @@ const KNOWN_ITEMS: [(Uuid, &str); 6] = [
     (PARENT_LOCATOR, "parent locator"),
 ];
 
-/// Checks that an item lies behind the table, inside the region, and is not too long.
+/// Checks that an item is after the table and inside the region, and that it is not too long.
 fn check_item_range(range: ItemRange, region_length: u32, name: &str) -> Result<(), MetadataFault> {
     let ItemRange { offset, length } = range;
     let fits = offset.checked_add(length).is_some_and(|end| end <= region_length);
@@ -218,28 +218,27 @@ fn check_item_range(range: ItemRange, region_length: u32, name: &str) -> Result<
 pub(crate) struct Metadata {
     /// Size in bytes of a payload block.
     pub(crate) block_size: u32,
-    /// True if the file is fixed: every block keeps its space.
+    /// True if the file is fixed: every block stays allocated.
     pub(crate) leave_blocks_allocated: bool,
     /// True if the file is differencing.
     pub(crate) has_parent: bool,
-    /// Guest bytes.
+    /// Virtual size in bytes.
     pub(crate) virtual_size: u64,
-    /// SCSI page 83 identifier (section 2.6.2.3).
+    /// SCSI page 83 identifier (section 2.6.2.3); nil if the file has no such item.
     pub(crate) virtual_disk_id: Uuid,
-    /// Bytes: 512 or 4096.
+    /// Logical sector size in bytes: 512 or 4096.
     pub(crate) logical_sector_size: u32,
-    /// Bytes: 512 or 4096; 0 if the file has no such item.
+    /// Physical sector size in bytes: 512 or 4096; 0 if the file has no such item.
     pub(crate) physical_sector_size: u32,
 }
 
-/// On-disk bytes of the items that have a fixed length.
+/// On-disk bytes of the items of fixed length; all zero for an optional item that the file does not have.
 #[derive(Debug, Default)]
 pub(crate) struct RawItems {
     pub(crate) file_parameters: [u8; 8],
     pub(crate) virtual_disk_size: [u8; 8],
     pub(crate) virtual_disk_id: [u8; 16],
     pub(crate) logical_sector_size: [u8; 4],
-    /// All zero if the file has no such item.
     pub(crate) physical_sector_size: [u8; 4],
 }
 
@@ -296,7 +295,7 @@ impl Metadata {
         Ok(())
     }
 
-    /// Encodes table and items, the first bytes of a metadata region. The disk has no parent.
+    /// Encodes the table and the items, which begin the metadata region. The disk must have no parent.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut flags = 0;
         if self.leave_blocks_allocated {
@@ -367,7 +366,8 @@ pub(crate) fn decode_parent_locator(item: &[u8]) -> Result<Vec<(String, String)>
     Ok(pairs)
 }
 
-/// Decodes a key or value, UTF-16LE; `offset` counts from the start of the item, `length` is in bytes.
+/// Decodes a key or value from UTF-16LE. `offset` and `length` are in bytes; `offset` counts from the start
+/// of the item.
 fn locator_string(item: &[u8], offset: U32, length: U16) -> Result<String, MetadataFault> {
     let start = offset.get() as usize;
     let bytes = item.get(start..).and_then(|rest| rest.get(..usize::from(length.get())));

@@ -9,7 +9,7 @@ use super::{HEADER_SECTION_LEN, MIB, checksum, guid};
 
 /// File offsets of the two copies (section 2.2).
 pub(crate) const REGION_TABLE_OFFSETS: [u64; 2] = [192 << 10, 256 << 10];
-/// Size in bytes of a copy, all covered by its checksum (section 2.2.3).
+/// Length in bytes of a copy, all covered by its checksum (section 2.2.3).
 pub(crate) const REGION_TABLE_LEN: usize = 64 << 10;
 /// Maximum number of entries (section 2.2.3.1).
 const MAX_ENTRIES: u32 = 2047;
@@ -22,11 +22,11 @@ pub(crate) const METADATA_REGION: Uuid = Uuid::from_u128(0x8B7C_A206_4790_4B9A_B
 const SIGNATURE: &[u8; 4] = b"regi";
 /// Offset of the checksum in the table, in bytes.
 const CHECKSUM_AT: usize = 4;
-/// Flag of an entry: a reader that does not know the region must not open the file (section 2.2.3.2).
+/// Bit 0 of [`RawEntry::required`] (section 2.2.3.2).
 const REQUIRED: u32 = 1;
 
 /// VHDX_REGION_TABLE_HEADER (section 2.2.3.1).
-/// The number at each field is its offset in the structure, in bytes.
+/// Each field's doc begins with the field's offset in bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawTableHeader {
@@ -42,7 +42,7 @@ struct RawTableHeader {
 const _: () = assert!(size_of::<RawTableHeader>() == 16);
 
 /// VHDX_REGION_TABLE_ENTRY (section 2.2.3.2).
-/// The number at each field is its offset in the structure, in bytes.
+/// Each field's doc begins with the field's offset in bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawEntry {
@@ -85,7 +85,7 @@ pub(crate) struct RegionTable {
     pub(crate) metadata: Region,
 }
 
-/// Reason why a copy of the table is unusable. The text is a predicate for "the region table …".
+/// Reason why a copy of the table is unusable, worded to follow "the region table".
 #[derive(Debug, Clone)]
 pub(crate) enum TableFault {
     /// The copy is damaged; the other may be intact.
@@ -95,7 +95,7 @@ pub(crate) enum TableFault {
 }
 
 impl RegionTable {
-    /// Decodes a copy from its 64 KiB.
+    /// Decodes a copy of the table from its 64 KiB.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, TableFault> {
         let damaged = |text: String| Err(TableFault::Damaged(text));
         let Ok((header, rest)) = RawTableHeader::ref_from_prefix(bytes) else {
@@ -171,8 +171,8 @@ impl RegionTable {
     }
 }
 
-/// Describes an offset or length that breaks the rules, as the end of "places region …"; `None` if both are
-/// valid.
+/// Describes an offset or length that breaks the format's rules, worded to follow "places region …".
+/// Returns `None` if both are valid.
 fn region_fault(region: &Region) -> Option<String> {
     let Region { file_offset, length } = *region;
     let aligned = file_offset.is_multiple_of(MIB) && u64::from(length).is_multiple_of(MIB) && length > 0;

@@ -1,25 +1,26 @@
-//! Writer of the BAT of a new dynamic file, with only a few pages in memory at a time.
+//! Writer of the BAT of a new dynamic file, with a limited number of pages in memory.
 //!
-//! The BAT of 64 TiB in blocks of 1 MiB takes 512 MiB. Content arrives mostly in ascending order, so most
-//! pages are written once; a page that is needed again is read back from the output.
+//! The BAT of a 64 TiB disk with blocks of 1 MiB takes 512 MiB. Content arrives mostly in ascending order, so
+//! most pages are written only once; the writer reads a page back from the output if it needs the page again.
 
 use imgtool_core::{Cache, Output, Result};
 
 use crate::layout::bat::{BatEntry, ENTRY_LEN};
 use crate::layout::region::Region;
 
-/// Size in bytes of a page.
+/// Length in bytes of a page.
 const PAGE_LEN: u64 = 64 << 10;
-/// Maximum number of pages in memory. Our limit: 16 MiB, the whole BAT of 64 TiB in blocks of 32 MiB.
+/// Maximum number of pages in memory. Our limit: 16 MiB, about the whole BAT of a 64 TiB disk with
+/// blocks of 32 MiB.
 const MAX_PAGES: usize = 256;
 
 /// The BAT of one file.
 pub(crate) struct BatWriter {
     output: Output,
     region: Region,
-    /// Pages in memory by index.
+    /// Pages in memory by page index.
     pages: Cache<u64, Page>,
-    /// For each page, true if the output holds it; the others are zero.
+    /// By page index: true if the output contains the page. Any other page not in memory is all zeros.
     written: Vec<bool>,
 }
 
@@ -30,7 +31,7 @@ struct Page {
 }
 
 impl BatWriter {
-    /// Creates a table of zeros for the BAT region of `output`.
+    /// Creates a BAT of zeros for `region` of `output`; writes nothing yet.
     pub(crate) fn new(output: Output, region: Region) -> Self {
         let pages = u64::from(region.length).div_ceil(PAGE_LEN);
         Self { output, region, pages: Cache::new(MAX_PAGES), written: vec![false; pages as usize] }
@@ -64,7 +65,7 @@ impl BatWriter {
         Ok(())
     }
 
-    /// Calls `act` with the bytes of the entry at `bat_index`.
+    /// Calls `act` with the bytes of the entry at `bat_index`, and returns its result.
     fn with_entry<T>(&mut self, bat_index: u64, act: impl FnOnce(&mut [u8]) -> T) -> Result<T> {
         let entry_at = bat_index * ENTRY_LEN;
         let index = entry_at / PAGE_LEN;
@@ -83,7 +84,7 @@ impl BatWriter {
         Ok(answer)
     }
 
-    /// Writes a page that is no longer in memory.
+    /// Writes a page to the output and marks it as written.
     fn write_page(&mut self, page: &Page) -> Result<()> {
         self.output.write_at(&page.bytes, self.region.file_offset + page.index * PAGE_LEN)?;
         if let Some(written) = self.written.get_mut(page.index as usize) {

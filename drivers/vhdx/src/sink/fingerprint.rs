@@ -1,10 +1,10 @@
 //! A fingerprint of the guest's content, summed by many threads in any order.
 //!
-//! The GUIDs of a new file are derived from it: the same content gives the same file, and different content
-//! gives different GUIDs. Each 4 KiB unit that is not all zeros is hashed with XXH3 and its hash is
+//! The sink derives the GUIDs of a new file from it: the same content gives the same GUIDs, and different
+//! content gives different ones. Each 4 KiB unit that is not all zeros is hashed with XXH3, and the hash is
 //! multiplied by a weight derived from the unit's index. The fingerprint is the sum of these products, so
 //! it does not depend on the order in which pieces are added, their size or the number of threads. It is
-//! not cryptographic: different disks with the same fingerprint can be constructed.
+//! not cryptographic: an attacker can construct different disks with the same fingerprint.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -20,13 +20,13 @@ pub(crate) struct Fingerprint {
 }
 
 impl Fingerprint {
-    /// Adds the content at `guest_offset`, a multiple of 4 KiB. The caller omits units that are all zeros.
+    /// Adds the content at `guest_offset`, a multiple of 4 KiB. The caller must omit units of zeros.
     pub(crate) fn add(&self, guest_offset: u64, bytes: &[u8]) {
         let (mut low, mut high) = (0u64, 0u64);
         let first_unit = guest_offset / ZERO_GRANULARITY as u64;
         for (index, unit) in (first_unit..).zip(bytes.chunks(ZERO_GRANULARITY)) {
             let hash = XxHash3_128::oneshot(unit);
-            // The weight is odd, so that multiplying by it modulo 2^64 loses no information.
+            // The weight is odd, so multiplying by it modulo 2^64 loses no information.
             let weight = index.wrapping_mul(2).wrapping_add(1);
             low = low.wrapping_add((hash as u64).wrapping_mul(weight));
             high = high.wrapping_add(((hash >> 64) as u64).wrapping_mul(weight));

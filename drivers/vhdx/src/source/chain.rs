@@ -9,16 +9,16 @@ use imgtool_core::{Disk, Error, Extent, ExtentKind, ExtentList, Location, MapExt
 use super::segment::{Origin, Segment};
 use crate::image::Image;
 
-/// An image and its parent. Guest ranges passed to its methods lie within the disk.
+/// An image and its parent. Guest ranges passed to the methods must lie within the disk.
 pub(super) struct Chain {
     pub(super) image: Image,
-    /// `None` if the disk has no parent, or was opened for information only. Its size may differ from the
-    /// child's, which can be resized; the child reads zeros behind it.
+    /// `None` if the disk has no parent or was opened for information only. The parent may be smaller than
+    /// the child, which can be resized; past the end of the parent, its content counts as zeros.
     pub(super) parent: Option<Disk>,
 }
 
 impl Chain {
-    /// Fills `buf` with the segment of the same length at `guest_offset`.
+    /// Fills `buf` with the content of the segment at `guest_offset`, which is as long as `buf`.
     pub(super) fn read_segment(&self, buf: &mut [u8], guest_offset: u64, origin: Origin) -> Result<()> {
         match origin {
             Origin::File(file_offset) => self.image.file.read_exact_at(buf, file_offset),
@@ -39,8 +39,9 @@ impl Chain {
         }
     }
 
-    /// Lists the extents of `range`, exactly or for a reader of pieces of `resolution` bytes. In salvage, a
-    /// block whose segment is not valid is listed as data: reading it fills in zeros and records the loss.
+    /// Lists the extents of `range`, exactly or for a caller that reads in pieces of `resolution` bytes. In
+    /// salvage, a block without a valid segment counts as data; reading it fills in zeros and records the
+    /// loss.
     pub(super) fn extents(
         &self,
         range: Range<u64>,
@@ -72,7 +73,7 @@ impl Chain {
         Ok(extents.into_vec())
     }
 
-    /// Lists the runs of `range`, each with its image in the chain and its file offset there.
+    /// Lists the runs of `range`, each with its image in the chain and its place in that image's file.
     pub(super) fn map(&self, range: Range<u64>) -> Result<Vec<MapExtent>> {
         let file = Arc::new(self.image.file.location().clone());
         let mut list = Vec::new();
@@ -101,8 +102,8 @@ impl Chain {
         })
     }
 
-    /// Adds the file's runs of data and holes for `len` bytes at guest offset `start`, as far as the list has
-    /// space; returns the guest offset of their end.
+    /// Adds the runs of data and holes for `len` bytes at guest offset `start`, stored from `file_offset` on,
+    /// until the list is full. Returns the guest offset of their end.
     fn push_file_runs(
         &self,
         extents: &mut ExtentList,
@@ -129,8 +130,8 @@ impl Chain {
         Ok(start + listed)
     }
 
-    /// Adds the parent's extents for `len` bytes at guest offset `start`, as far as the parent lists them;
-    /// returns the guest offset of their end.
+    /// Adds the parent's extents for `len` bytes at guest offset `start`, as many as the parent lists in one
+    /// answer. Returns the guest offset of their end.
     fn push_parent_extents(
         &self,
         extents: &mut ExtentList,
@@ -155,7 +156,7 @@ impl Chain {
         Ok(guest_offset)
     }
 
-    /// Maps a segment in the file: runs of data and holes.
+    /// Maps a segment stored in the file to its runs of data and holes.
     fn map_file(
         &self,
         file: &Arc<Location>,
@@ -176,7 +177,7 @@ impl Chain {
         Ok(extents.into_vec().into_iter().map(describe).collect())
     }
 
-    /// Maps a segment in the parent, one level further down the chain.
+    /// Maps a segment of the parent, one level deeper in the chain.
     fn map_parent(&self, start: u64, len: u64) -> Result<Vec<MapExtent>> {
         let parent = self.parent()?;
         if start >= parent.size() {
@@ -188,7 +189,7 @@ impl Chain {
     }
 }
 
-/// Adds an extent; returns the guest offset of its end.
+/// Adds an extent. Returns the guest offset of its end.
 fn push(extents: &mut ExtentList, start: u64, len: u64, kind: ExtentKind) -> u64 {
     extents.push(start, len, kind);
     start + len

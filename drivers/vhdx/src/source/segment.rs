@@ -23,7 +23,7 @@ pub(super) enum Origin {
     File(u64),
     /// Explicit zeros.
     Zero,
-    /// Zeros, because nothing is allocated.
+    /// Zeros, because the block is not allocated.
     Hole,
     /// The parent, at the same guest offset.
     Parent,
@@ -33,15 +33,15 @@ impl Image {
     /// Looks up the segment at `guest_offset`, at most `max_len` bytes of it.
     ///
     /// # Errors
-    /// If the BAT entry or the sector bitmap of the payload block is not valid. The error contains the
-    /// block's guest range.
+    /// If the BAT entry or the sector bitmap of the payload block can't be read or is not valid. An error
+    /// about an invalid one contains the block's guest range.
     pub(super) fn segment(&self, guest_offset: u64, max_len: u64) -> Result<Segment> {
         let shape = &self.shape;
         let payload_block = guest_offset / shape.block_size;
         let entry_at = self.regions.bat.file_offset + shape.payload_bat_index(payload_block) * ENTRY_LEN;
         let page = self.file.table_page(entry_at)?;
         if page.is_zero() {
-            // No block whose entry is in this page of the BAT is present.
+            // All entries in this page of the BAT are zero, so none of their blocks is present.
             let next = (page.end() - self.regions.bat.file_offset) / ENTRY_LEN;
             let end = shape.payload_block_from(next).saturating_mul(shape.block_size);
             let len = end.saturating_sub(guest_offset).min(max_len);
@@ -77,19 +77,19 @@ impl Image {
         Ok(Segment { len, origin })
     }
 
-    /// Bytes from `guest_offset` to the end of its payload block, at most `max_len`.
+    /// Returns the number of bytes from `guest_offset` to the end of its payload block, at most `max_len`.
     pub(super) fn to_block_end(&self, guest_offset: u64, max_len: u64) -> u64 {
         let block_size = self.shape.block_size;
         (block_size - guest_offset % block_size).min(max_len)
     }
 
-    /// Origin of a block that is not present in this file.
+    /// Returns the origin of a block that is not present in this file.
     fn not_present(&self) -> Origin {
         if self.metadata.has_parent { Origin::Parent } else { Origin::Hole }
     }
 
     /// Checks a present block and returns its file offset. The block must not overlap the file's structures,
-    /// and the file must hold the bytes that the guest uses; the file may end within the disk's last block.
+    /// and the file must contain the bytes that the guest uses; it may end within the disk's last block.
     fn check_block(&self, payload_block: u64, entry: BatEntry) -> Result<u64> {
         let file_offset = entry.file_offset();
         let guest_start = payload_block * self.shape.block_size;
@@ -117,7 +117,8 @@ impl Image {
         Ok(file_offset)
     }
 
-    /// Looks up the run of sectors that starts at `guest_offset` and has the same bit in the sector bitmap.
+    /// Looks up the run of sectors that starts at `guest_offset` and has equal bits in the sector bitmap, at
+    /// most `max_len` bytes of it. `block_at` is the file offset of the payload block.
     fn partial_segment(
         &self,
         payload_block: u64,
@@ -128,7 +129,7 @@ impl Image {
         let bitmap_at = self.check_sector_bitmap(payload_block)?;
         let sector_size = self.shape.logical_sector_size;
         let end = guest_offset + max_len;
-        // Keep the page: the bits of neighbouring sectors are usually in the same one.
+        // Keep the page: the bits of neighbouring sectors are usually in the same page.
         let mut page = self.file.table_page(bitmap_at)?;
         let mut is_here = |sector: u64| -> Result<bool> {
             let bit = sector % SECTORS_PER_BITMAP;
@@ -150,7 +151,7 @@ impl Image {
         Ok(Segment { len, origin })
     }
 
-    /// Checks the sector bitmap of a partially present block and returns its file offset.
+    /// Checks the sector bitmap of a partially present block and returns the bitmap's file offset.
     fn check_sector_bitmap(&self, payload_block: u64) -> Result<u64> {
         let entry = self.bat_entry(self.shape.sector_bitmap_bat_index(payload_block))?;
         let bitmap_at = entry.file_offset();
@@ -173,7 +174,8 @@ impl Image {
         Ok(bitmap_at)
     }
 
-    /// Adds a block's guest range and the file offset of its BAT entry to an error.
+    /// Adds the file, the device and the block's guest range to an error, and the file offset of the block's
+    /// BAT entry if the error has no file offset.
     fn block_error(&self, payload_block: u64, error: Error) -> Error {
         let start = payload_block * self.shape.block_size;
         let end = start.saturating_add(self.shape.block_size).min(self.metadata.virtual_size);

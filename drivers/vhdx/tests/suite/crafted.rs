@@ -10,12 +10,12 @@ use crate::support::builder::{
 };
 use crate::support::{GIB, MIB, TIB, content, disk_of, input, open_bytes};
 
-/// A disk of four blocks of 1 MiB; each byte of the second is 1.
+/// Returns a disk of four blocks of 1 MiB; each byte of the second is 1.
 fn four_blocks() -> VhdxBuilder {
     VhdxBuilder::new(4 * MIB, MIB, 512).bat(1, BLOCKS_AT, 6).fill(BLOCKS_AT, MIB, 1)
 }
 
-/// Content of [`four_blocks`].
+/// Returns the content of [`four_blocks`].
 fn expected() -> Vec<u8> {
     [vec![0; MIB as usize], vec![1; MIB as usize], vec![0; 2 * MIB as usize]].concat()
 }
@@ -26,7 +26,7 @@ fn assert_reads(vhdx: &VhdxBuilder, expected: &[u8]) {
     assert!(content(&source).unwrap() == expected);
 }
 
-/// Asserts that opening fails with this kind and words.
+/// Asserts that opening fails with an error of this kind that contains `words`.
 #[track_caller]
 fn assert_refused(vhdx: &VhdxBuilder, kind: ErrorKind, words: &str) {
     match vhdx.open() {
@@ -42,7 +42,7 @@ fn check(vhdx: &VhdxBuilder) -> CheckReport {
     VhdxDriver.check(input(&vhdx.bytes), &OpenOptions::default()).unwrap()
 }
 
-/// Asserts that `check` reports corruption in these words.
+/// Asserts that `check` reports corruption with these words.
 #[track_caller]
 fn assert_finding(vhdx: &VhdxBuilder, words: &str) {
     let report = check(vhdx);
@@ -156,7 +156,7 @@ fn check_finds_overlapping_blocks() {
 
 #[test]
 fn interleaves_bitmap_entries() {
-    // 1 MiB blocks, 512-byte sectors: entry 4096 is a bitmap's, block 4096 (at 4 GiB) has entry 4097.
+    // 1 MiB blocks, 512-byte sectors: entry 4096 is for a bitmap, block 4096 (at 4 GiB) has entry 4097.
     let vhdx = VhdxBuilder::new(4 * GIB + 2 * MIB, MIB, 512)
         .bat(4095, BLOCKS_AT, 6)
         .fill(BLOCKS_AT, MIB, 5)

@@ -13,7 +13,7 @@ use crate::support::{GIB, MIB, check_file, content, disk_of, open_file};
 
 const CHILD_GUID: &str = "cccccccc-0000-4000-8000-000000000002";
 
-/// Open options that allow external files by `policy`.
+/// Returns options that allow external files according to `policy`.
 fn allowed(policy: ExternalPolicy) -> OpenOptions {
     let mut registry = Registry::new();
     imgtool_vhdx::register(&mut registry);
@@ -21,7 +21,7 @@ fn allowed(policy: ExternalPolicy) -> OpenOptions {
     OpenOptions { externals, ..OpenOptions::default() }
 }
 
-/// Opens an image with the parents beside it.
+/// Opens an image, and allows parents in its directory.
 fn open_chain(path: &Path) -> Result<Arc<dyn ImageSource>> {
     let options = allowed(ExternalPolicy { chain: true, paths: Vec::new() });
     VhdxDriver.open(conformance::input(path)?, &options)
@@ -34,7 +34,7 @@ fn save(directory: &Path, name: &str, vhdx: &VhdxBuilder) -> PathBuf {
     path
 }
 
-/// A parent of eight blocks of 1 MiB; each byte of blocks 0..6 is the block's index plus one.
+/// Returns a parent of eight blocks of 1 MiB; each byte of blocks 0 to 5 is the block's index plus one.
 fn parent(logical: u32) -> VhdxBuilder {
     (0..6).fold(VhdxBuilder::new(8 * MIB, MIB, logical), |vhdx, block| {
         let at = BLOCKS_AT + block * MIB;
@@ -42,7 +42,7 @@ fn parent(logical: u32) -> VhdxBuilder {
     })
 }
 
-/// Pairs of the parent locator of a child of [`parent`].
+/// Returns the pairs of the parent locator of a child of [`parent`].
 fn linkage(name: &str) -> Vec<(String, String)> {
     vec![
         ("parent_linkage".to_owned(), format!("{{{DATA_GUID}}}")),
@@ -51,13 +51,13 @@ fn linkage(name: &str) -> Vec<(String, String)> {
     ]
 }
 
-/// An empty child with this parent locator.
+/// Returns an empty child with this parent locator.
 fn child_of(pairs: &[(String, String)], logical: u32) -> VhdxBuilder {
     let pairs: Vec<(&str, &str)> = pairs.iter().map(|(key, value)| (&**key, &**value)).collect();
     VhdxBuilder::new(8 * MIB, MIB, logical).differencing(MIB, &pairs).header_field(32, &guid(CHILD_GUID))
 }
 
-/// A child with a block in every state: 0 in the parent, 1 overwritten, 2 zero, 3 partially present,
+/// Returns a child with a block in every state: 0 in the parent, 1 overwritten, 2 zero, 3 partially present,
 /// 4 unmapped, 5 undefined, 6 new, 7 in neither file.
 fn child(logical: u32) -> VhdxBuilder {
     let chunk_ratio = (1 << 23) * u64::from(logical) / MIB;
@@ -83,13 +83,13 @@ fn child(logical: u32) -> VhdxBuilder {
     child
 }
 
-/// Sectors of block 3 in the child: scattered bits at first, then whole bytes of the bitmap.
+/// Returns the sectors of block 3 in the child: scattered bits at first, then whole bytes of the bitmap.
 fn sectors_here(logical: u32) -> Vec<u64> {
     let last = MIB / u64::from(logical) - 1;
     [0, 1, 2, 5, 7, 8, 15, 17].into_iter().chain(64..128).chain([last]).collect()
 }
 
-/// Content of [`child`] over [`parent`].
+/// Returns the content of [`child`] over [`parent`].
 fn expected(logical: u32) -> Vec<u8> {
     let mut bytes = Vec::new();
     for byte in [1, 0xa1, 0, 4, 0, 0, 0xa6, 0] {
@@ -151,7 +151,7 @@ fn reads_chains_of_several_children() {
 
 #[test]
 fn reads_the_bitmap_of_the_second_chunk() {
-    // Block 4097 of 1 MiB lies in the second chunk: entry 4098, bitmap entry 8193.
+    // Block 4097 of 1 MiB is in the second chunk: entry 4098, bitmap entry 8193.
     let directory = tempfile::tempdir().unwrap();
     let size = 4 * GIB + 2 * MIB;
     let base = VhdxBuilder::new(size, MIB, 512).bat(4098, BLOCKS_AT, 6).fill(BLOCKS_AT, MIB, 1);

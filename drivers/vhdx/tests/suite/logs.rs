@@ -1,4 +1,4 @@
-//! Logs made byte by byte, replayed in memory, and compared with what QEMU makes of them.
+//! Logs made byte by byte, replayed in memory, and compared with QEMU's replay.
 
 use imgtool_core::{Driver, ErrorKind, OpenOptions};
 use imgtool_testing::oracles::{self, qemu_img};
@@ -13,7 +13,7 @@ use crate::support::{MIB, content, input, open_file};
 /// File offset of payload block 1, whose content the logs change.
 const DATA_AT: u64 = BLOCKS_AT;
 
-/// A disk of four blocks of 1 MiB; each byte of the second is 1.
+/// Returns a disk of four blocks of 1 MiB; each byte of the second is 1.
 fn disk() -> VhdxBuilder {
     VhdxBuilder::new(4 * MIB, MIB, 512).bat(1, DATA_AT, 6).fill(DATA_AT, MIB, 1)
 }
@@ -26,12 +26,12 @@ fn zero(at: u64, len: u64) -> Change {
     Change::Zero { at, len }
 }
 
-/// An entry whose file lengths fit [`disk`].
+/// Returns an entry whose file lengths fit [`disk`].
 fn entry(number: u64, tail: u64, changes: Vec<Change>) -> Vec<u8> {
     LogEntry { flushed: 5 * MIB, last: 5 * MIB, ..LogEntry::new(number, tail, changes) }.bytes()
 }
 
-/// Content of [`disk`] with some pages of block 1 replaced: (page index, byte).
+/// Returns the content of [`disk`] with some pages of block 1 replaced: (page index, byte).
 fn with_pages(pages: &[(usize, u8)]) -> Vec<u8> {
     let mut expected = [vec![0; MIB as usize], vec![1; MIB as usize], vec![0; 2 * MIB as usize]].concat();
     for (number, byte) in pages {
@@ -144,7 +144,7 @@ fn skips_entries_before_the_tail() {
         .log_entry(0, &first)
         .log_entry(second_at, &second)
         .log_entry(second_at + second.len() as u64, &third);
-    // QEMU 10.0 applies the first entry too, which is harmless: the writer must have flushed it.
+    // QEMU 10.0 also applies the first entry, which is harmless: the writer must have flushed it.
     assert_replayed_by_us(&vhdx, &with_pages(&[(1, 3), (2, 4)]));
 }
 
@@ -210,7 +210,7 @@ fn a_gap_in_sequence_numbers_starts_a_new_sequence() {
 #[test]
 fn skips_a_sequence_without_its_tail() {
     let old = entry(10, 0, vec![page(DATA_AT, 2)]);
-    // Its tail points to 512 KiB, where no entry is.
+    // Its tail points to 512 KiB, where there is no entry.
     let headless = entry(50, 512 << 10, vec![page(DATA_AT + 4096, 3)]);
     let vhdx = disk().log_entry(0, &old).log_entry(256 << 10, &headless);
     let source = vhdx.open().unwrap();
@@ -222,7 +222,7 @@ fn skips_a_sequence_without_its_tail() {
     );
 }
 
-/// An entry with `count` descriptors, both zeros and data, and the disk's content after replay.
+/// Returns an entry with `count` descriptors, both zeros and data, and the disk's content after replay.
 fn many_descriptors(count: usize) -> (Vec<u8>, Vec<u8>) {
     let byte = |page: usize| if page.is_multiple_of(3) { 0 } else { (page % 250) as u8 + 2 };
     let changes = (0..count)
@@ -248,7 +248,7 @@ fn replays_entries_with_several_descriptor_sectors() {
 
 #[test]
 fn replay_extends_the_file() {
-    // Block 3 is behind the end of the file: the log extends the file and writes one page.
+    // Block 3 is beyond the end of the file: the log extends the file and writes one page.
     let mut bat = vec![0; 4096];
     bat[8..16].copy_from_slice(&(DATA_AT | 6).to_le_bytes());
     bat[24..32].copy_from_slice(&((DATA_AT + MIB) | 6).to_le_bytes());
@@ -318,7 +318,7 @@ fn refuses_inconsistent_entries() {
 
 #[test]
 fn zeroing_almost_everything_takes_no_memory() {
-    // A legal descriptor of 2^62 bytes behind the image's structures.
+    // A valid descriptor of 2^62 bytes beyond the image's structures.
     let changes = vec![zero(DATA_AT, 1 << 62)];
     let vhdx = disk().log_entry(0, &entry(1, 0, changes));
     assert!(content(&vhdx.open().unwrap()).unwrap() == vec![0; 4 * MIB as usize]);

@@ -1,4 +1,4 @@
-//! Tests of the VHDX driver: conformance laws, foreign programs, and files built byte by byte.
+//! Tests of the VHDX driver: conformance laws, independent programs, and files built byte by byte.
 #![allow(clippy::unwrap_used)]
 
 mod conformance;

@@ -11,7 +11,8 @@ use imgtool_vhdx::VhdxDriver;
 
 use crate::support::{GIB, MIB, check_file, disk_of, open_file, options, write_raw};
 
-/// A mix of content that reaches past the first chunk of 1 MiB blocks (4 GiB), with a ragged size.
+/// Returns an image with mixed content that reaches past the first chunk of 1 MiB blocks (4 GiB), and with a
+/// ragged size.
 fn beyond_four_gib() -> Image {
     let content = Content::zero()
         .with(0..300_000, Fill::Random)

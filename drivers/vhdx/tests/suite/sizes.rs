@@ -9,7 +9,7 @@ use imgtool_vhdx::VhdxDriver;
 
 use crate::support::{GIB, KIB, MIB, TIB, check_file, disk_of, open_file, options};
 
-/// Reads and compares the data extents only, as a conversion does.
+/// Reads and compares only the data extents, like a conversion.
 fn assert_data(path: &std::path::Path, image: &Image) {
     let disk = disk_of(&open_file(path).unwrap());
     let content = &image.devices[0].1;
@@ -32,7 +32,7 @@ fn assert_data(path: &std::path::Path, image: &Image) {
     assert!(data <= content.data_len(64 * KIB) + MIB, "{data} bytes of data");
 }
 
-/// A disk of `size` bytes with little data far apart.
+/// Returns a disk of `size` bytes with little data far apart.
 fn far_apart(size: u64) -> Image {
     let content = Content::zero()
         .with(1000..2000, Fill::Random)

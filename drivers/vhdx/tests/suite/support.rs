@@ -17,12 +17,12 @@ pub const MIB: u64 = 1 << 20;
 pub const GIB: u64 = 1 << 30;
 pub const TIB: u64 = 1 << 40;
 
-/// Creation options from valid pairs.
+/// Returns creation options from valid pairs.
 pub fn options(pairs: &[(&str, &str)]) -> CreateOptions {
     CreateOptions::parse("vhdx", VhdxDriver.options(), pairs.iter().copied()).unwrap()
 }
 
-/// Bytes as an input.
+/// Returns an input over bytes.
 pub fn input(bytes: &[u8]) -> Input {
     memory::as_file("memory.vhdx", bytes)
 }
@@ -42,7 +42,7 @@ pub fn check_file(path: &Path) -> CheckReport {
     VhdxDriver.check(conformance::input(path).unwrap(), &OpenOptions::default()).unwrap()
 }
 
-/// The disk of an image.
+/// Returns the disk of an image.
 pub fn disk_of(source: &Arc<dyn ImageSource>) -> Disk {
     Disk::only(Arc::clone(source), "the image").unwrap()
 }
@@ -61,7 +61,7 @@ pub fn content(source: &Arc<dyn ImageSource>) -> Result<Vec<u8>> {
             assert!(extent.is_data() || part.iter().all(|byte| *byte == 0), "{extent:?} is not zero");
         }
     }
-    // Reads that are not aligned return the same.
+    // Unaligned reads return the same bytes.
     for (start, len) in [(1, 511), (511, 2), (4095, 70_001), (MIB - 3, 7), (3 * MIB - 1, MIB)] {
         let end = (start + len).min(disk.size());
         if start < end {
@@ -89,7 +89,7 @@ pub fn write_raw(image: &Image, path: &Path) {
     }
 }
 
-/// Copies `len` bytes of content at guest offset `start`.
+/// Writes `len` bytes of content at guest offset `start` to the same offset of the file.
 fn write_area(file: &File, content: &Content, start: u64, len: u64) {
     let mut bytes = vec![0; MIB as usize];
     let mut written = 0;

@@ -37,7 +37,7 @@ pub fn guid(text: &str) -> [u8; 16] {
 /// A VHDX file being built.
 #[derive(Clone)]
 pub struct VhdxBuilder {
-    /// The file.
+    /// Content of the file.
     pub bytes: Vec<u8>,
     /// Metadata items: GUID, flags, value.
     items: Vec<(String, u32, Vec<u8>)>,
@@ -182,7 +182,7 @@ impl VhdxBuilder {
         self
     }
 
-    /// Makes it a differencing disk whose parent locator has these pairs.
+    /// Turns the disk into a differencing disk whose parent locator has these pairs.
     pub fn differencing(self, block_size: u64, pairs: &[(&str, &str)]) -> Self {
         let parameters = [(block_size as u32).to_le_bytes(), 2u32.to_le_bytes()].concat();
         self.item(FILE_PARAMETERS, 4, &parameters).item(PARENT_LOCATOR, 4, &locator(pairs))
@@ -199,8 +199,8 @@ impl VhdxBuilder {
         imgtool_vhdx::VhdxDriver.open(super::input(&self.bytes), &options)
     }
 
-    /// Writes a log entry at a position in the log, wrapping around at its end, and sets the headers' log
-    /// GUID: the log must be replayed.
+    /// Writes a log entry at a position in the log, wrapping around at its end, and sets the log GUID in both
+    /// headers, so that the log must be replayed.
     pub fn log_entry(mut self, position: u64, entry: &[u8]) -> Self {
         for (index, sector) in entry.chunks(4096).enumerate() {
             let at = (position + 4096 * index as u64) % MIB;
