@@ -1,24 +1,24 @@
-//! Forward reading of an archive: from a stream, or from a file without reading skipped bytes.
+//! Forward reading of an archive, from a stream or from a file. In a file, skipping reads nothing.
 
 use std::io::{self, Read};
 
 use imgtool_core::{RandomInput, Result, Stream};
 
-/// Bytes read and dropped at a time when skipping in a stream. Our choice.
+/// Number of bytes read and dropped at a time to skip in a stream. Our choice.
 const SKIP_CHUNK: usize = 64 * 1024;
 
 /// Forward reader over the bytes of an archive.
 pub(crate) trait ArchiveBytes {
-    /// Archive offset of the next byte.
+    /// Returns the archive offset of the next byte.
     fn position(&self) -> u64;
 
-    /// Number of bytes left, or `None` in a stream.
+    /// Returns the number of bytes left, or `None` if the length of the input is unknown.
     fn remaining(&self) -> Option<u64>;
 
-    /// Fills `buf` and returns the number of bytes read, which is short only at the end.
+    /// Fills `buf` and returns the number of bytes read, fewer than `buf.len()` only at the end of the input.
     fn read_full(&mut self, buf: &mut [u8]) -> Result<usize>;
 
-    /// Skips `len` bytes and returns the number skipped, which is short only at the end.
+    /// Skips `len` bytes and returns the number skipped, fewer than `len` only at the end of the input.
     fn skip(&mut self, len: u64) -> Result<u64>;
 }
 
@@ -65,7 +65,7 @@ impl FileCursor {
         self.input.len().saturating_sub(self.position)
     }
 
-    /// Turns the file into a stream that begins at offset 0.
+    /// Converts the cursor into a stream from the start of the file, whatever its position.
     pub(crate) fn into_stream(self) -> Result<Stream> {
         let location = self.input.location().clone();
         Stream::plain(location, Box::new(Self { position: 0, ..self }))

@@ -10,10 +10,10 @@ use crate::scan::{ScanExtent, ScanItem, Scanner};
 use crate::tracker::Tracker;
 use crate::window::Window;
 
-/// Checks the header, every extent, and that every cluster comes exactly once. Damage is reported as
+/// Checks the header and every extent, and that every cluster occurs exactly once. Reports damage as
 /// findings, not as an error.
 pub(crate) fn check(input: Input, options: &OpenOptions) -> Result<CheckReport> {
-    // A read error is a finding, but one caused by cancellation must not become one.
+    // The check turns read errors into findings, but cancellation is not a finding.
     let cancel = input.cancel_token();
     let report = check_until_cancelled(input, options, &cancel);
     cancel.check()?;
@@ -57,15 +57,15 @@ fn check_until_cancelled(input: Input, options: &OpenOptions, cancel: &CancelTok
 struct Checker {
     tracker: Tracker,
     report: CheckReport,
-    /// Clusters with stored sub-blocks.
+    /// Number of clusters with stored sub-blocks.
     allocated: u64,
     /// Archive offset of the end of the last extent.
     end: u64,
-    /// Extents with non-zero reserved bytes, which readers ignore.
+    /// Number of extents with non-zero reserved bytes, which readers ignore.
     reserved_used: u64,
-    /// Clusters past the end of their device, which readers drop.
+    /// Number of clusters past the end of their device, which readers drop.
     beyond: u64,
-    /// Sub-blocks past the end of their device in its last cluster, which readers drop.
+    /// Number of sub-blocks past the end of a device in its last cluster, which readers drop.
     dropped_blocks: u64,
 }
 

@@ -1,4 +1,4 @@
-//! Stored clusters with their guest range, and the pieces made of them.
+//! Clusters of an archive with their guest ranges, and the pieces made from them.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ use crate::layout::{CLUSTER, SUB_BLOCK, SUB_BLOCKS_PER_CLUSTER};
 /// Maximum number of clusters in a piece with data: 1 MiB, so that buffers stay in a core's cache.
 const PIECE_CLUSTERS: usize = 16;
 
-/// A cluster named by a valid slot, with its range in the guest.
+/// A cluster that a valid slot describes, with its range in the guest.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct VmaCluster {
     pub(crate) device: DeviceId,
@@ -19,37 +19,37 @@ pub(crate) struct VmaCluster {
     pub(crate) mask: u16,
     /// Slot index within the extent, 0 to 58.
     pub(crate) slot: u8,
-    /// First guest byte.
+    /// Guest offset of the first byte.
     pub(crate) start: u64,
-    /// Guest bytes: [`CLUSTER`], fewer at the end of the device, 0 past it.
+    /// Length in guest bytes: [`CLUSTER`], less at the end of the device, 0 past it.
     pub(crate) len: u64,
 }
 
 impl VmaCluster {
-    /// Bytes stored in the extent, sub-blocks past the end of the device included.
+    /// Returns the number of bytes stored in the extent, including sub-blocks past the end of the device.
     pub(crate) fn stored_len(&self) -> u64 {
         u64::from(self.mask.count_ones()) * SUB_BLOCK
     }
 
-    /// The mask without sub-blocks past the end of the device.
+    /// Returns the mask without sub-blocks past the end of the device.
     pub(crate) fn mask_within(&self) -> u16 {
         let blocks = self.len.div_ceil(SUB_BLOCK).min(u64::from(u16::BITS));
         self.mask & ((1u32 << blocks) - 1) as u16
     }
 
-    /// True if the whole cluster lies past the end of the device, so readers drop it.
+    /// True if the whole cluster is past the end of the device, so readers drop it.
     pub(crate) fn is_beyond(&self) -> bool {
         self.len == 0
     }
 
-    /// True if `next` begins in the guest where this cluster ends.
+    /// True if `next` begins where this cluster ends, on the same device.
     fn joins(&self, next: &VmaCluster) -> bool {
         self.device == next.device && self.len == CLUSTER && self.start + self.len == next.start
     }
 }
 
-/// Returns the indices of the clusters from `from` on that make one piece: consecutive in the guest,
-/// and either all zero or all with data.
+/// Returns the range of clusters, from index `from` on, that form one piece: consecutive in the guest, and
+/// either all zero or all with data. The range is empty if `from` is past the last cluster.
 pub(crate) fn piece_group(clusters: &[VmaCluster], from: usize) -> Range<usize> {
     let Some(first) = clusters.get(from) else { return from..from };
     let limit = if first.mask == 0 { usize::MAX } else { PIECE_CLUSTERS };
@@ -64,8 +64,8 @@ pub(crate) fn piece_group(clusters: &[VmaCluster], from: usize) -> Range<usize> 
     from..end
 }
 
-/// Byte ranges of the stored sub-blocks in a buffer that holds `clusters` one after the other;
-/// ascending, adjacent ones joined.
+/// Returns the byte ranges of the stored sub-blocks in a buffer that contains `clusters` one after the other.
+/// The ranges are ascending, and adjacent ones are joined.
 pub(crate) fn stored_ranges(clusters: &[VmaCluster]) -> Vec<Range<usize>> {
     let mut ranges: Vec<Range<usize>> = Vec::new();
     let unit = SUB_BLOCK as usize;
@@ -81,8 +81,8 @@ pub(crate) fn stored_ranges(clusters: &[VmaCluster]) -> Vec<Range<usize>> {
     ranges
 }
 
-/// Makes a data piece of `len` guest bytes that begins with `first`. Buffer bytes and stored ranges
-/// past the end of the device are cut off.
+/// Creates a piece of `len` guest bytes of data, starting with the cluster `first`. Cuts off buffer bytes and
+/// stored ranges past `len`, which are past the end of the device.
 pub(crate) fn data_piece(
     first: &VmaCluster,
     len: u64,

@@ -1,23 +1,23 @@
-//! Look-up of a device by its id: the one that header, index, tracker and salvage share.
+//! Look-up of devices by id.
 
 use imgtool_core::DeviceId;
 
 use crate::layout::TABLE_ENTRIES;
 
-/// For each id of a device its index in the list of devices.
+/// Map from the id of each device to its index in the list of devices.
 #[derive(Debug, Clone)]
 pub(crate) struct DeviceIds {
-    /// The index, by id; [`DeviceIds::NONE`] for an id without a device.
+    /// Index of the device with each id; [`DeviceIds::NONE`] for an id without a device.
     indices: [u8; TABLE_ENTRIES],
     /// Number of devices.
     len: u8,
 }
 
 impl DeviceIds {
-    /// Never an index: an archive has at most 254 devices.
+    /// Marker for an id without a device. It is never an index: an archive has at most 254 devices.
     const NONE: u8 = u8::MAX;
 
-    /// Adds the id of the next device in the list. Ids come from a table of [`TABLE_ENTRIES`].
+    /// Adds the id of the next device in the list. Ids are indices into a table of [`TABLE_ENTRIES`] entries.
     pub(crate) fn push(&mut self, id: DeviceId) {
         if let Some(index) = self.indices.get_mut(id.0 as usize) {
             *index = self.len;
@@ -25,7 +25,7 @@ impl DeviceIds {
         }
     }
 
-    /// The index of the device with this id, or `None` if there is no such device.
+    /// Returns the index of the device with this id, or `None` if there is no such device.
     pub(crate) fn index_of(&self, id: DeviceId) -> Option<usize> {
         let index = *self.indices.get(id.0 as usize)?;
         (index != Self::NONE).then_some(usize::from(index))

@@ -1,4 +1,4 @@
-//! The [`Driver`] implementation: what the registry knows of the format.
+//! The [`Driver`] implementation.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::sink::VmaSink;
 use crate::source::VmaSource;
 use crate::{check, measure};
 
-/// Driver for Proxmox VE's backup archives.
+/// Driver for backup archives of Proxmox VE.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct VmaDriver;
 
@@ -65,7 +65,7 @@ impl Driver for VmaDriver {
     }
 }
 
-/// Makes archives with parsed options.
+/// Writer of archives, with its parsed options.
 struct VmaWriter {
     options: VmaOptions,
 }

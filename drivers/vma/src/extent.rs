@@ -13,7 +13,7 @@ use crate::reference::ChecksumMismatch;
 pub struct BlockInfo {
     /// Bit *i* is set if sub-block *i* is stored.
     pub mask: u16,
-    /// Device of the cluster; 0 marks an empty slot.
+    /// Id of the cluster's device; 0 marks an empty slot.
     pub dev_id: u8,
     /// Cluster number within the device.
     pub cluster_num: u32,

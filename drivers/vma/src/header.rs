@@ -15,12 +15,13 @@ use crate::layout::{
 };
 use crate::reference::{self, ChecksumMismatch};
 
-/// Bytes of the header read at a time, so that a hostile `header_size` allocates little more than the
-/// file holds.
+/// Number of header bytes read at a time. Reading in chunks keeps a hostile `header_size` from allocating
+/// much more memory than the file has bytes.
 const HEADER_CHUNK: usize = 256 * 1024;
 
-/// Longest name kept, bytes; longer ones are truncated. Our limit: a blob holds 64 KiB and all table
-/// entries may share one, so a small archive could have 500 names of 64 KiB. QEMU's limit is the same.
+/// Maximum length in bytes of a name; the driver truncates longer names. Our limit: all table entries may
+/// share one blob, so a small archive could otherwise yield 510 names of 64 KiB. QEMU limits the names of
+/// backing files to the same length.
 const MAX_NAME: usize = 1023;
 
 /// Hint for a damaged header.
@@ -31,15 +32,15 @@ const DAMAGED: &str = "the archive is damaged at its start, or was cut: copy it 
 pub struct ArchiveHeader {
     /// UUID of the archive, repeated in every extent.
     pub uuid: Uuid,
-    /// Creation time, seconds since 1970.
+    /// Creation time, in seconds since 1970.
     pub ctime: i64,
     /// Length in bytes of the header, which is also the archive offset of the first extent.
     pub header_size: u32,
-    /// Devices by ascending `dev_id` (1 to 254), which is the [`DeviceId`].
+    /// Devices in ascending order of `dev_id` (1 to 254), which is also their [`DeviceId`].
     pub devices: Vec<Device>,
     /// Configurations in the order of their table.
     pub configs: Vec<Attachment>,
-    /// Peculiarities of the tables, such as ignored entries; one sentence each.
+    /// Notes for the user, for example about ignored table entries; one sentence each.
     pub notes: Vec<String>,
     /// Indices into `devices`, by id.
     pub(crate) ids: DeviceIds,
@@ -63,11 +64,12 @@ impl ArchiveHeader {
         Self::parse(&read_raw(bytes)?)
     }
 
-    /// Like [`ArchiveHeader::read_from`], but decodes a damaged header as far as possible, and returns
-    /// its error beside it.
+    /// Like [`ArchiveHeader::read_from`], but decodes a damaged header as far as possible, and also returns
+    /// the error that strict decoding reported.
     ///
     /// # Errors
-    /// Fails if not even one device can be decoded.
+    /// Fails if the header can't be read, if strict decoding fails for a reason other than damage, or if no
+    /// device can be decoded from a damaged header.
     pub(crate) fn read_lenient(bytes: &mut impl ArchiveBytes) -> Result<(Self, Option<Error>)> {
         let raw = read_raw(bytes)?;
         let error = match Self::parse(&raw) {
@@ -81,8 +83,8 @@ impl ArchiveHeader {
         }
     }
 
-    /// Decodes a damaged header, with every table entry that is plausible. Devices without a name are
-    /// used only if no device has one, so that noise does not become a device.
+    /// Decodes a damaged header and keeps every plausible table entry. Keeps devices without a name only if
+    /// no device has one, so that noise does not become a device.
     fn parse_lenient(raw: &[u8]) -> Option<Self> {
         let (layout, _) = HeaderLayout::ref_from_prefix(raw).ok()?;
         let blobs = Blobs::locate(layout, raw).ok();
@@ -117,7 +119,7 @@ impl ArchiveHeader {
         Some(header)
     }
 
-    /// The fixed fields, without devices and configurations.
+    /// Returns a header with the fixed fields of `layout`, without devices and configurations.
     fn empty(layout: &HeaderLayout) -> Self {
         Self {
             uuid: Uuid::from_bytes(layout.uuid),
@@ -130,7 +132,7 @@ impl ArchiveHeader {
         }
     }
 
-    /// Checks and decodes a whole header. `raw` is `header_size` bytes long, at least the fixed part.
+    /// Checks and decodes a whole header. `raw` must be `header_size` bytes long and contain the fixed part.
     fn parse(raw: &[u8]) -> Result<Self> {
         let Ok((layout, _)) = HeaderLayout::ref_from_prefix(raw) else {
             return Err(Error::corrupt(reference::HEADER_EOF).hint(DAMAGED));
@@ -153,7 +155,7 @@ impl ArchiveHeader {
         Ok(header)
     }
 
-    /// Adds the devices of the table, and a note for each entry that is not one.
+    /// Adds the devices of the table, and notes about ignored entries and truncated or repeated names.
     fn add_devices(&mut self, layout: &HeaderLayout, blobs: &Blobs<'_>) -> Result<()> {
         for (index, entry) in layout.dev_info.iter().enumerate() {
             let (size, name_offset) = (entry.device_size.get(), entry.name_offset.get());
@@ -182,7 +184,7 @@ impl ArchiveHeader {
     fn add_device(&mut self, index: u32, name: String, size: u64) -> Result<()> {
         if size > MAX_DEVICE_SIZE {
             return Err(Error::limit(format!(
-                "device size {size} is above {MAX_DEVICE_SIZE}, the most that cluster numbers can address"
+                "device size {size} is above {MAX_DEVICE_SIZE}, the maximum that cluster numbers can address"
             ))
             .device(name)
             .at(4096 + u64::from(index) * 32 + 8)
@@ -197,7 +199,8 @@ impl ArchiveHeader {
         Ok(())
     }
 
-    /// Adds the configurations of the table, and notes about incomplete or repeated entries.
+    /// Adds the configurations of the table, and notes about incomplete entries and truncated or repeated
+    /// names.
     fn add_configs(&mut self, layout: &HeaderLayout, blobs: &Blobs<'_>) -> Result<()> {
         for index in 0..TABLE_ENTRIES {
             let (name, data) = (layout.config_names[index].get(), layout.config_data[index].get());
@@ -227,13 +230,13 @@ impl ArchiveHeader {
         Ok(())
     }
 
-    /// The device with this id, or `None` if the archive has no such device.
+    /// Returns the device with this id, or `None` if the archive has no such device.
     pub fn device(&self, id: DeviceId) -> Option<&Device> {
         self.devices.get(self.ids.index_of(id)?)
     }
 }
 
-/// Reads `header_size` bytes of header and checks the magic number.
+/// Reads the whole header, `header_size` bytes, and checks its magic number and size.
 fn read_raw(bytes: &mut impl ArchiveBytes) -> Result<Vec<u8>> {
     let mut raw = vec![0; HEADER_FIXED];
     let got = bytes.read_full(&mut raw)?;
@@ -244,7 +247,7 @@ fn read_raw(bytes: &mut impl ArchiveBytes) -> Result<Vec<u8>> {
             ErrorKind::WrongFormat
         };
         return Err(Error::new(kind, reference::HEADER_EOF).at(got as u64).hint(format!(
-            "a header is at least {HEADER_FIXED} bytes long: the file is cut short, or no VMA archive"
+            "a header is at least {HEADER_FIXED} bytes long: the file is cut short, or is not a VMA archive"
         )));
     }
     if !raw.starts_with(&MAGIC) {
@@ -278,15 +281,15 @@ fn read_raw(bytes: &mut impl ArchiveBytes) -> Result<Vec<u8>> {
     Ok(raw)
 }
 
-/// The blobs to which the tables point.
+/// Blobs that the tables point to.
 struct Blobs<'a> {
     area: &'a [u8],
-    /// Range of each blob's content in `area`, by blob offset.
+    /// Range of each blob's content in `area`. The key is the offset of the blob's length field in `area`.
     contents: BTreeMap<u32, Range<usize>>,
 }
 
 impl<'a> Blobs<'a> {
-    /// Bounds the blob area and finds the blobs in it.
+    /// Checks the bounds of the blob area and finds the blobs in it.
     fn locate(layout: &HeaderLayout, raw: &'a [u8]) -> Result<Self> {
         let (offset, size) = (layout.blob_buffer_offset.get(), layout.blob_buffer_size.get());
         if (offset as usize) < HEADER_FIXED {
@@ -294,7 +297,7 @@ impl<'a> Blobs<'a> {
                 .at(48)
                 .hint(format!("it must be at least {HEADER_FIXED}; {DAMAGED}")));
         }
-        // Both are below 2^32, so their sum can't wrap in 64 bits.
+        // Both values are below 2^32, so their sum can't wrap in 64 bits.
         let end = u64::from(offset) + u64::from(size);
         let area = usize::try_from(end).ok().and_then(|end| raw.get(offset as usize..end));
         let Some(area) = area else {
@@ -316,8 +319,8 @@ impl<'a> Blobs<'a> {
         Ok(blobs)
     }
 
-    /// Walks over all blobs and records those to which a table points. A blob that ends past the area
-    /// does not count.
+    /// Walks over all blobs and records each one that a table points to. Ignores a blob that ends past the
+    /// area.
     fn scan(&mut self) {
         let mut starts = BTreeMap::new();
         let mut position = 1;
@@ -335,12 +338,13 @@ impl<'a> Blobs<'a> {
         self.contents = starts;
     }
 
-    /// The content of the blob at `pointer`, if a blob begins there.
+    /// Returns the content of the blob at `pointer`, or `None` if no blob begins there.
     fn get(&self, pointer: u32) -> Option<&'a [u8]> {
         self.contents.get(&pointer).map(|range| &self.area[range.clone()])
     }
 
-    /// A name, truncated to [`MAX_NAME`] bytes; invalid UTF-8 is replaced.
+    /// Returns the name at `pointer`, truncated to [`MAX_NAME`] bytes and with invalid UTF-8 replaced.
+    /// Returns `None` if [`Blobs::name`] does.
     fn text(&self, pointer: u32) -> Option<String> {
         let name = self.name(pointer)?;
         let kept = match name.get(..MAX_NAME) {
@@ -356,13 +360,14 @@ impl<'a> Blobs<'a> {
         Some(String::from_utf8_lossy(kept).into_owned())
     }
 
-    /// True if a name is longer than [`MAX_NAME`].
+    /// True if the name at `pointer` is longer than [`MAX_NAME`].
     fn is_truncated(&self, pointer: u32) -> bool {
         self.name(pointer).is_some_and(|name| name.len() > MAX_NAME)
     }
 
-    /// A name of any length: the blob must end with NUL, and the name ends at the first one. An empty
-    /// blob is not a name; the reference program reads out of bounds on it.
+    /// Returns the name at `pointer`, of any length. The name ends at the first NUL of its blob. Returns
+    /// `None` if no blob begins there, or if the blob is empty or does not end with a NUL. The reference
+    /// program reads out of bounds on an empty blob.
     fn name(&self, pointer: u32) -> Option<&'a [u8]> {
         let blob = self.get(pointer)?;
         if blob.last() != Some(&0) {

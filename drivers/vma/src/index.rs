@@ -1,6 +1,6 @@
 //! Index of an archive in a file: the location of every cluster, found in one pass over the extent headers.
 //!
-//! The pass does not read data. For each device, the index holds *runs* of two kinds: clusters that are
+//! The pass does not read data. For each device, the index stores *runs* of two kinds: clusters that are
 //! consecutive both in the guest and in the slots of one extent (16 bytes for up to 59 clusters), and
 //! consecutive zero clusters, which may span extents. The index does not keep the masks;
 //! [`crate::mask_cache`] reads the extent headers again to get them.
@@ -16,7 +16,7 @@ use crate::layout::{EXTENT_HEADER, SUB_BLOCK};
 use crate::walker::{ExtentSpan, Walker};
 
 /// Maximum number of runs of all devices together, which take 92 MiB of memory. Our limit: 20 TiB of full
-/// extents stay below it. Longer or more scattered archives are read as streams instead.
+/// extents stay below it. The source reads longer or more scattered archives as streams instead.
 pub(crate) const MAX_RUNS: usize = 6_000_000;
 
 /// Consecutive clusters of one device, either in consecutive slots of one extent or all zero.
@@ -34,8 +34,8 @@ pub(crate) struct Run {
 impl Run {
     /// Value of `place` that marks a run of zero clusters.
     const ZERO: u64 = u64::MAX;
-    /// Extents begin at `header_size` plus a multiple of this many bytes. Any file offset in these units fits
-    /// into 56 bits.
+    /// Unit in bytes of extent positions: extents begin at `header_size` plus a multiple of it. Any file
+    /// offset in this unit fits into 56 bits.
     const UNIT: u64 = EXTENT_HEADER as u64;
 
     /// True if all clusters are zero, so the run has no place in the file.
@@ -64,7 +64,7 @@ impl Run {
 pub(crate) struct DeviceIndex {
     /// Runs in ascending order of their first clusters; together they cover the device.
     pub(crate) runs: Vec<Run>,
-    /// Size in bytes of the stored sub-blocks that begin within the device.
+    /// Total size in bytes of the stored sub-blocks that begin within the device.
     pub(crate) stored: u64,
     /// Number of clusters past the end of the device: only zero clusters for a disk, any clusters for the
     /// guest state.
@@ -80,7 +80,7 @@ pub(crate) struct Index {
     header: Arc<ArchiveHeader>,
     /// Number of extents in the archive.
     pub(crate) extents: u64,
-    /// False if the index holds counts only.
+    /// True if the index stores runs, not only counts.
     keeps_runs: bool,
 }
 
@@ -168,19 +168,20 @@ impl Index {
         }
     }
 
-    /// Returns the index of the device `id`, or `None` if the archive has no such device.
+    /// Returns the runs and counts of the device `id`, or `None` if the archive has no such device.
     pub(crate) fn device(&self, id: DeviceId) -> Option<&DeviceIndex> {
         self.devices.get(self.header.ids.index_of(id)?)
     }
 
-    /// Returns the file offset of the extent that holds `run`, which must not be a zero run.
+    /// Returns the file offset of the extent that contains `run`, which must not be a zero run.
     pub(crate) fn extent_offset(&self, run: &Run) -> u64 {
         self.header_size() + run.extent_unit() * Run::UNIT
     }
 }
 
 impl DeviceIndex {
-    /// Extends the last run by a cluster of the extent at `unit`, or begins a new run.
+    /// Extends the last run by a cluster, or begins a new run. `unit` is the distance of the cluster's extent
+    /// from the first extent, in [`Run::UNIT`]s.
     fn add_to_runs(&mut self, cluster: &VmaCluster, is_zero: bool, unit: u64) {
         let slot = u64::from(cluster.slot);
         if let Some(last) = self.runs.last_mut()
@@ -198,7 +199,7 @@ impl DeviceIndex {
         self.runs.push(Run { first: cluster.number, count: 1, place });
     }
 
-    /// Returns the run that holds the cluster number `cluster`, or `None` if no run holds it.
+    /// Returns the run that contains cluster number `cluster`, or `None` if there is none.
     pub(crate) fn run_of(&self, cluster: u64) -> Option<&Run> {
         let after = self.runs.partition_point(|run| u64::from(run.first) <= cluster);
         self.runs.get(after.checked_sub(1)?).filter(|run| cluster < run.end())

@@ -1,4 +1,4 @@
-//! Facts about an archive for `info`.
+//! Facts about an archive, for the `info` command.
 
 use imgtool_core::error::escape_control;
 use imgtool_core::{DeviceKind, ImageInfo};
@@ -11,7 +11,7 @@ use crate::layout::CLUSTER;
 /// Seconds in a day.
 const DAY: i64 = 86_400;
 
-/// Describes an archive by its header and, where there is one, its index.
+/// Describes an archive from its header and, if there is one, its index.
 pub(crate) fn info(header: &ArchiveHeader, index: Option<&Index>) -> ImageInfo {
     let mut info = ImageInfo {
         format: "vma",
@@ -44,7 +44,8 @@ pub(crate) fn info(header: &ArchiveHeader, index: Option<&Index>) -> ImageInfo {
     info
 }
 
-/// Note that stored sizes are unknown because only `stream_len` bytes of a stream were read.
+/// Returns the note that stored sizes are unknown because only the first `stream_len` bytes of a stream were
+/// read.
 pub(crate) fn not_counted(stream_len: u64) -> String {
     format!(
         "stored sizes are unknown: the archive is a stream, and only its first {stream_len} bytes were read"
@@ -76,7 +77,7 @@ fn add_notes(info: &mut ImageInfo, header: &ArchiveHeader, index: &Index) {
     }
 }
 
-/// Formats seconds since 1970 as a date and time in UTC, proleptic Gregorian.
+/// Formats seconds since 1970 as a date and time in UTC, in the proleptic Gregorian calendar.
 fn utc(seconds: i64) -> String {
     let (days, second) = (seconds.div_euclid(DAY), seconds.rem_euclid(DAY));
     let (year, month, day) = civil(days);
@@ -88,11 +89,11 @@ fn utc(seconds: i64) -> String {
     )
 }
 
-/// Year, month and day of a day counted from 1970-01-01. Years are shifted to begin in March, so that
+/// Returns the year, month and day of a day counted from 1970-01-01. Years are shifted to begin in March, so
 /// the leap day is the last day of a year; 400 years have 146,097 days.
 fn civil(days: i64) -> (i64, i64, i64) {
     // i64 seconds are about 10^14 days, so nothing below overflows.
-    let shifted = days + 719_468; // from 0000-03-01
+    let shifted = days + 719_468; // counted from 0000-03-01
     let era = shifted.div_euclid(146_097);
     let day_of_era = shifted.rem_euclid(146_097);
     let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;

@@ -1,4 +1,4 @@
-//! Constants and structures of the on-disk format, as in the VMA specification.
+//! Constants and structures of the on-disk format, from the VMA specification.
 //!
 //! Integers are big endian, except the two-byte length before a blob, which is little endian. An
 //! archive is a header of `header_size` bytes followed by extents, back to back to the end of the
@@ -34,24 +34,24 @@ pub const EXTENT_HEADER: usize = 512;
 /// Length in bytes of the longest extent: a header and 944 sub-blocks.
 pub const MAX_EXTENT: u64 = EXTENT_HEADER as u64 + MAX_BLOCK_COUNT * SUB_BLOCK;
 
-/// Maximum length in bytes of an archive header that the driver reads. Our limit, because the driver holds
+/// Maximum length in bytes of an archive header that the driver reads. Our limit, because the driver keeps
 /// the whole header in memory; the reference program reads up to 2 GiB and writes at most 512 KiB.
 pub const MAX_HEADER_READ: u32 = 16 << 20;
 /// Maximum length in bytes of an archive header that the driver writes: the reference program's limit.
 pub const MAX_HEADER_WRITTEN: usize = 524_288;
-/// Maximum number of clusters of a device: cluster numbers have 32 bits (256 TiB).
+/// Maximum number of clusters in a device (256 TiB): cluster numbers have 32 bits.
 pub const MAX_CLUSTERS: u64 = 1 << 32;
 /// Size in bytes of the largest device.
 pub const MAX_DEVICE_SIZE: u64 = MAX_CLUSTERS * CLUSTER;
-/// Zero clusters past the end of a device are accepted up to the next multiple of this many clusters, as in
-/// the reference program, whose bitmap of clusters consists of 64-bit words.
+/// Number of clusters in a word of the reference program's cluster bitmap. Like that program, the driver
+/// accepts zero clusters past the end of a disk up to the next multiple of this number.
 pub const CLUSTER_MAP_UNIT: u64 = 64;
 
 /// Number of entries in each table of the archive header.
 pub const TABLE_ENTRIES: usize = 256;
 /// Highest `dev_id` of a device; 0 marks an empty slot, 255 is reserved.
 pub const MAX_DEV_ID: u8 = 254;
-/// Name of the device that holds the state of a running guest.
+/// Name of the device that contains the state of a running guest.
 pub const VMSTATE_NAME: &str = "vmstate";
 /// Maximum length in bytes of a blob: the length field has 16 bits.
 pub const MAX_BLOB: usize = 65_535;
@@ -60,7 +60,7 @@ pub const MAX_BLOB: usize = 65_535;
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct DeviceInfoLayout {
-    /// +0: blob offset of the name; 0 means none.
+    /// +0: offset of the name in the blob area; 0 means none.
     pub name_offset: U32,
     /// +4: ignored.
     pub reserved: U32,
@@ -86,15 +86,15 @@ pub struct HeaderLayout {
     pub md5: [u8; 16],
     /// +48: archive offset of the blob area, at least [`HEADER_FIXED`].
     pub blob_buffer_offset: U32,
-    /// +52: size in bytes of the blob area, not rounded.
+    /// +52: size in bytes of the blob area, without the padding after it.
     pub blob_buffer_size: U32,
     /// +56: length in bytes of the whole header.
     pub header_size: U32,
     /// +60: ignored.
     pub reserved: [u8; 1984],
-    /// +2044: blob offsets of the configurations' names; 0 means none.
+    /// +2044: offsets of the configurations' names in the blob area; 0 means none.
     pub config_names: [U32; TABLE_ENTRIES],
-    /// +3068: blob offsets of the configurations' content; 0 means none.
+    /// +3068: offsets of the configurations' content in the blob area; 0 means none.
     pub config_data: [U32; TABLE_ENTRIES],
     /// +4092: ignored.
     pub reserved_tail: [u8; 4],
@@ -110,7 +110,7 @@ pub struct BlockInfoLayout {
     pub mask: U16,
     /// +2: ignored.
     pub reserved: u8,
-    /// +3: device of the cluster; 0 marks an empty slot.
+    /// +3: id of the cluster's device; 0 marks an empty slot.
     pub dev_id: u8,
     /// +4: cluster number within the device.
     pub cluster_num: U32,
@@ -167,7 +167,7 @@ pub fn extent_md5(header: &[u8; EXTENT_HEADER]) -> [u8; 16] {
     md5_without_field(header, std::mem::offset_of!(ExtentLayout, md5))
 }
 
-/// Returns the number of clusters in a device of `size` bytes.
+/// Returns the number of clusters in a device of `size` bytes, including a partial last one.
 pub fn clusters_of(size: u64) -> u64 {
     size.div_ceil(CLUSTER)
 }

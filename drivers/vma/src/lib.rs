@@ -5,10 +5,10 @@
 //! * `driver`: the [`Driver`](imgtool_core::Driver) implementation
 //! * [`layout`], [`extent`], [`header`]: the on-disk format, decoded and checked
 //! * [`mod@reference`]: error messages shared with the reference program
-//! * `bytes`, `walker`, `tracker`, `cluster`, `device_ids`: the strict walk over an archive, common to all readers
+//! * `bytes`, `walker`, `tracker`, `cluster`, `device_ids`: the strict walk over an archive
 //! * `source`, `index`, `mask_cache`: random access to archives in files; `stream`: one pass over a pipe
 //! * `window`, `scan`: the tolerant walk over a damaged archive; `salvage` and `check` use it
-//! * `info`: facts for `info`
+//! * `info`: facts for the `info` command
 //! * `plan`, `options`, `sink`, `measure`: the writer
 
 mod bytes;

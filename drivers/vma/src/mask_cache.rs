@@ -19,13 +19,13 @@ pub(crate) struct ExtentMap {
     header: ExtentHeader,
     /// For each slot, the number of sub-blocks stored before its own.
     first_blocks: [u32; CLUSTERS_PER_EXTENT],
-    /// File offset of the data.
+    /// File offset of the extent's data.
     data_offset: u64,
 }
 
-/// A run of sub-blocks that are either all stored, contiguous in both the guest and the file, or all zero.
+/// Consecutive sub-blocks of a run, either all stored and contiguous in the file, or all zero.
 pub(crate) struct Stretch {
-    /// Sub-blocks, counted from the first cluster of the index run.
+    /// Range of sub-blocks, counted from the start of the run.
     pub(crate) blocks: Range<u64>,
     /// File offset of the data, or `None` for zeros.
     pub(crate) file_offset: Option<u64>,
@@ -69,7 +69,7 @@ impl MaskCache {
         Self { uuid, entries: Mutex::new(Cache::new(CACHED_EXTENTS)) }
     }
 
-    /// Returns the map of the extent at `file_offset`, which holds `run` of `device`.
+    /// Returns the map of the extent at `file_offset`, which must contain `run` of `device`.
     ///
     /// # Errors
     /// Fails if the extent header cannot be read or no longer matches the index.

@@ -7,8 +7,9 @@ use crate::layout::{CLUSTERS_PER_EXTENT, EXTENT_HEADER, SUB_BLOCK, clusters_of};
 use crate::options::VmaOptions;
 use crate::plan::ArchivePlan;
 
-/// Adds up the archive header, the extent headers, and every sub-block for which the source has data.
-/// The archive becomes smaller if some of that data is zero.
+/// Returns the size of the archive: its header, the extent headers, and every sub-block in which the source
+/// has data. If some of that data is zero, the archive becomes smaller. Guest state counts in full, as does
+/// every device if zeros are stored.
 pub(crate) fn measure(source: &dyn ImageSource, options: &VmaOptions) -> Result<Measure> {
     let info = source.info();
     let Some(random) = source.access().random() else {

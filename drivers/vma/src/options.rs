@@ -5,11 +5,11 @@ use uuid::Uuid;
 
 use crate::layout::SUB_BLOCK;
 
-/// Default creation time: 1980-01-01. It is not the current time, because equal input must give equal bytes,
-/// and not 0, because readers do not expect that.
+/// Default creation time, in seconds since 1970: 1980-01-01. It is not the current time, because equal input
+/// must give equal bytes, and not 0, which readers do not expect.
 pub(crate) const DEFAULT_CTIME: i64 = 315_532_800;
 
-/// Options that the driver declares.
+/// Options that the driver accepts.
 pub(crate) const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "uuid",

@@ -1,7 +1,7 @@
 //! Plan of an archive to write: checked names, sizes and configurations, and the encoded header.
 //!
-//! The plan keeps to what every known reader accepts, which is less than the format allows: unique
-//! names of letters, digits and `._-`; sizes in whole sectors; a header of at most 512 KiB.
+//! Every known reader accepts planned archives: device names are unique and consist of letters, digits and
+//! `._-`; sizes are whole sectors; the header has at most 512 KiB. The format allows more.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -17,14 +17,15 @@ use crate::layout::{
 };
 use crate::options::VmaOptions;
 
-/// Device sizes are multiples of this many bytes: the reference program counts the end of a device in
-/// sectors and loses the rest.
+/// Unit in bytes of device sizes: the reference program counts in sectors and loses a partial one at the end
+/// of a device.
 pub(crate) const SECTOR: u64 = 512;
-/// Longest device name, bytes: the reference program's `tmp-disk-NAME.raw` must fit a file name of 255.
+/// Maximum length in bytes of a device name: the reference program's `tmp-disk-NAME.raw` must not exceed 255
+/// bytes, the limit of Linux file systems.
 const MAX_NAME: usize = 242;
-/// Longest configuration name, bytes: the limit of Linux file systems.
+/// Maximum length in bytes of a configuration name: the limit of Linux file systems.
 const MAX_CONFIG_NAME: usize = 255;
-/// The header size is a multiple of this many bytes, as the reference program writes it.
+/// Unit in bytes of the header size, as in the reference program.
 const HEADER_UNIT: usize = 512;
 
 /// A device of the archive to write.
@@ -33,9 +34,9 @@ pub(crate) struct PlannedDevice {
     /// Id of the device in the archive, 1 to 254.
     pub(crate) dev_id: u8,
     pub(crate) name: String,
-    /// Bytes in the archive: the size in the manifest, rounded up to [`SECTOR`].
+    /// Size in bytes in the archive: the size in the manifest, rounded up to a multiple of [`SECTOR`].
     pub(crate) size: u64,
-    /// True for the state of a running guest: every sub-block is stored, in order.
+    /// True for the state of a running guest, which the sink stores in order and in full, zeros included.
     pub(crate) is_state: bool,
     /// Number of clusters.
     pub(crate) clusters: u64,
@@ -47,7 +48,7 @@ pub(crate) struct ArchivePlan {
     pub(crate) uuid: Uuid,
     /// The encoded header.
     pub(crate) header: Vec<u8>,
-    /// Devices in the order of the manifest, which is that of their `dev_id`.
+    /// Devices in the order of the manifest. Their `dev_id`s ascend from 1.
     pub(crate) devices: Vec<PlannedDevice>,
     /// Deviations from the manifest, such as rounded sizes; one sentence each.
     pub(crate) notes: Vec<String>,
@@ -57,7 +58,7 @@ impl ArchivePlan {
     /// Plans an archive of the devices and configurations in `manifest`.
     ///
     /// # Errors
-    /// Fails if a name, size or configuration is not accepted by every known reader.
+    /// Fails if some known reader would refuse a name, a size or a configuration.
     pub(crate) fn new(manifest: &Manifest, options: &VmaOptions) -> Result<Self> {
         let mut notes = Vec::new();
         let devices = plan_devices(&manifest.devices, &mut notes)?;
@@ -81,7 +82,7 @@ fn plan_devices(devices: &[Device], notes: &mut Vec<String>) -> Result<Vec<Plann
     for (index, device) in devices.iter().enumerate() {
         check_name(device)?;
         if !names.insert(device.name.as_str()) {
-            return Err(Error::usage(format!("two devices are called '{}'", device.name))
+            return Err(Error::usage(format!("two devices are named '{}'", device.name))
                 .device(&device.name)
                 .remedied_by(Remedy::RenameDevice));
         }
@@ -104,7 +105,8 @@ fn plan_devices(devices: &[Device], notes: &mut Vec<String>) -> Result<Vec<Plann
     Ok(planned)
 }
 
-/// The size of a device in the archive, bytes.
+/// Returns the size in bytes of a device in the archive. Refuses a size that is unknown, 0 or above
+/// [`MAX_DEVICE_SIZE`].
 fn planned_size(device: &Device) -> Result<u64> {
     if device.open_ended {
         return Err(Error::unsupported("an archive can't begin before the size of every device is known")
@@ -124,7 +126,8 @@ fn planned_size(device: &Device) -> Result<u64> {
     }
 }
 
-/// Refuses a name that some reader can't use as a part of a file name.
+/// Refuses a name that some known reader can't use in a file name, and guest state that is not called
+/// [`VMSTATE_NAME`].
 fn check_name(device: &Device) -> Result<()> {
     let name = &device.name;
     let refuse = |reason: &str| {
@@ -179,7 +182,7 @@ fn plan_configs(attachments: &[Attachment], notes: &mut Vec<String>) -> Result<V
     Ok(planned)
 }
 
-/// The last component of a path, if it can name a file in any directory.
+/// Returns the last component of a path. Refuses a component that can't be a file name.
 fn safe_component(name: &str) -> Result<&str> {
     let base = name.rsplit('/').next().unwrap_or(name);
     let reason = if base.is_empty() || base == "." || base == ".." {
@@ -232,7 +235,7 @@ impl BlobArea {
         Ok(position)
     }
 
-    /// Appends a name with its NUL and returns its offset in the area.
+    /// Appends a name with a terminating NUL and returns its offset in the area.
     fn push_name(&mut self, name: &str) -> Result<u32> {
         let mut blob = name.as_bytes().to_vec();
         blob.push(0);
@@ -264,7 +267,8 @@ fn encode_header(
         entry.device_size = device.size.into();
     }
     let BlobArea(blobs) = blobs;
-    // At least one unit: the reference program refuses a header that is only the fixed part.
+    // At least one unit, because the blob area is never empty. The reference program refuses a header that
+    // ends with the fixed part.
     let header_size = HEADER_FIXED + blobs.len().next_multiple_of(HEADER_UNIT);
     if header_size > MAX_HEADER_WRITTEN {
         return Err(Error::limit(format!(
@@ -276,7 +280,7 @@ fn encode_header(
     layout.version = VERSION.into();
     layout.uuid = *uuid.as_bytes();
     layout.ctime = ctime.into();
-    // None is above MAX_HEADER_WRITTEN, so the casts lose nothing.
+    // The values are at most MAX_HEADER_WRITTEN, so the casts are lossless.
     layout.blob_buffer_offset = (HEADER_FIXED as u32).into();
     layout.blob_buffer_size = (blobs.len() as u32).into();
     layout.header_size = (header_size as u32).into();

@@ -1,12 +1,11 @@
 //! Error messages of the reference program.
 //!
-//! Every error about an archive begins with the reference program's own phrase ("short vma extent
-//! (87200 < 1192448)"), so that a search for it finds existing explanations. The error holds its
-//! place and hint separately. Phrases used in more than one file are defined here.
+//! If the reference program has a phrase for an error ("short vma extent (87200 < 1192448)"), the driver uses
+//! it as the message, so that a search for it finds existing explanations. Place and hint are separate fields
+//! of the error. Phrases used in more than one file are defined here.
 //!
-//! The reference program misspells two of these phrases. This crate's errors spell them correctly and have
-//! a [`ChecksumMismatch`] as their cause, by which [`message`] recognizes them and returns the reference
-//! program's spelling.
+//! The reference program misspells two of these phrases. This crate's errors spell them correctly and have a
+//! [`ChecksumMismatch`] as their cause, from which [`message`] restores the reference program's spelling.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -25,13 +24,13 @@ pub(crate) fn short_header(got: usize) -> String {
     format!("read short extent ({got} bytes)")
 }
 
-/// Returns the message for a file that holds only `available` of the `needed` bytes of an extent, header
+/// Returns the message for a file that contains only `available` of the `needed` bytes of an extent, header
 /// included.
 pub(crate) fn short_extent(available: u64, needed: u64) -> String {
     format!("short vma extent ({available} < {needed})")
 }
 
-/// The kind of header whose MD5 is wrong, as the cause ([`StdError::source`]) of the error about it.
+/// Kind of header whose MD5 is wrong. It is the cause ([`StdError::source`]) of the error about the header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChecksumMismatch {
     /// The archive header.

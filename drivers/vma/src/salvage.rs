@@ -1,17 +1,18 @@
 //! Salvage: restores the intact clusters of a damaged archive and lists the rest.
 //!
-//! A cluster is intact if its extent header is valid and all its sub-blocks are present and readable;
-//! of several copies the first counts. If the bytes after an extent are neither an extent, nor the
-//! remains of one, nor the end of the archive, a fault may have begun in its data, and salvage drops
-//! the whole extent. If the input ends within an extent, the clusters before the end count. Missing
-//! clusters follow at the end as zeros and are listed as lost. The format has no checksum over data,
-//! so damage that leaves its length unchanged goes unnoticed.
+//! A cluster is intact if its extent header is valid and all its sub-blocks are present and readable; salvage
+//! uses the first of several copies. If the bytes after an extent are neither an extent, nor the remains of
+//! an extent, nor the end of the archive, a fault may have begun in its data, and salvage drops the whole
+//! extent. If the input ends within an extent, salvage restores the clusters before the end. After the last
+//! extent, it delivers zeros for the missing clusters and lists them as lost. The format has no checksum over
+//! data, so damage that does not change the length of the data goes unnoticed.
 //!
-//! If the archive comes through a compression with checksums, reading resumes at the next frame or
-//! member after a damaged one. Clusters delivered from a frame before its damage showed, which takes
-//! a frame longer than an extent, are listed as unverified.
+//! If the archive is compressed with checksums, reading resumes at the next frame or member after a damaged
+//! one. If a damaged frame is longer than an extent, salvage may have delivered clusters from it before the
+//! damage showed. It lists these clusters as unverified.
 //!
-//! A damaged archive header is used as far as it can be decoded; every device then gets a remark.
+//! Salvage decodes a damaged archive header as far as possible, and then reports a [`Doubt`] about every
+//! device.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -28,21 +29,22 @@ use crate::scan::{ScanExtent, ScanItem, Scanner};
 use crate::tracker::Tracker;
 use crate::window::{ChecksumState, Window};
 
-/// Losses listed one by one; further ones are joined to the last. Our limit: bounds memory.
+/// Maximum number of losses listed one by one; further losses of a device are joined to its last one. Our
+/// limit, to bound memory.
 const MAX_LOSSES: usize = 65_536;
-/// Maximum number of zeros in one piece, bytes. Our limit: the largest archive then takes a million pieces, and a
-/// sink that accepts 256 KiB at a time queues 2^18 parts of one.
+/// Maximum length in bytes of a piece of zeros. Our limit: the largest archive then takes a million pieces,
+/// and a sink that accepts 256 KiB at a time queues 2^18 parts of a piece.
 const MAX_ZERO_PIECE: u64 = 64 << 30;
 
 /// Note for an archive whose header is damaged.
 const DAMAGED_HEADER: &str =
     "names, sizes and configurations were decoded as far as possible and may be wrong";
-/// Reason to list a restored cluster.
+/// Reason to list a restored cluster with several copies.
 const DUPLICATED: &str = "it is in the archive more than once; the first copy was used";
-/// Reason to list a restored cluster.
+/// Reason to list a restored cluster whose checksum is wrong or missing.
 const UNVERIFIED: &str =
     "it was restored but may be wrong: the compressed stream is damaged before the checksum of this part";
-/// Remark on every device.
+/// Reason for the doubt about every device of a compressed archive that was cut.
 const CUT_BEFORE_CHECKSUM: &str =
     "the compressed stream ends before its checksum, so what was restored is unverified";
 
@@ -59,7 +61,7 @@ impl Faults {
         self.first.get_or_insert_with(|| format!("file offset {file_offset}: {message}"));
     }
 
-    /// Reason to list a missing cluster.
+    /// Returns the reason to list for a missing cluster.
     fn reason(&self) -> String {
         match (&self.first, self.count) {
             (None, _) => "it is not in the archive".to_owned(),
@@ -81,7 +83,7 @@ pub(crate) struct Salvage {
     faults: Faults,
     /// Per device: clusters found more than once.
     duplicated: Vec<RoaringBitmap>,
-    /// Per device: clusters from a part of a compressed stream whose checksum has not been read so far.
+    /// Per device: clusters from a part of a compressed stream whose checksum is still to be read.
     pending: Vec<RoaringBitmap>,
     /// Per device: clusters from a part of a compressed stream whose checksum was wrong or missing.
     unverified: Vec<RoaringBitmap>,
@@ -89,12 +91,12 @@ pub(crate) struct Salvage {
     intact: Vec<(VmaCluster, u64)>,
     /// Index into `intact` of the next cluster to deliver.
     next_cluster: usize,
-    /// Progress of filling gaps, once the input has ended.
+    /// Progress of filling gaps, or `None` until the input has ended.
     gap_fill: Option<GapFill>,
-    /// True once the end was reported.
+    /// True once [`StreamAccess::next_piece`] has returned `None`.
     finished: bool,
     losses: Vec<Loss>,
-    /// Reason that names and sizes may be wrong.
+    /// Reason why names and sizes may be wrong, if the archive header is damaged.
     header_damage: Option<String>,
 }
 
@@ -102,14 +104,14 @@ pub(crate) struct Salvage {
 struct GapFill {
     /// Index of the device in the header.
     device: usize,
-    /// Cluster from which to look for the next gap.
+    /// Number of the cluster from which to look for the next gap.
     next_cluster: u64,
-    /// Guest bytes of the current gap that are not delivered yet.
+    /// Guest range of the current gap that is still to be delivered.
     zeros: Range<u64>,
 }
 
 impl Salvage {
-    /// Opens an archive.
+    /// Opens an archive for salvage.
     ///
     /// # Errors
     /// Fails if not even one device can be decoded from the archive header.
@@ -144,12 +146,13 @@ impl Salvage {
         Ok((header, salvage))
     }
 
-    /// The lost and unverified ranges, by device and ascending; complete after the last piece.
+    /// Returns the lost and unverified ranges, by device and in ascending order. The list is complete after
+    /// the last piece.
     pub(crate) fn losses(&self) -> Vec<Loss> {
         self.losses.clone()
     }
 
-    /// Remarks that hold for every device as a whole.
+    /// Returns the doubts, which are the same for every device.
     pub(crate) fn doubts(&self) -> Vec<Doubt> {
         let cut = self.scanner.window().was_cut_before_checksum().then(|| CUT_BEFORE_CHECKSUM.to_owned());
         let reasons: Vec<String> = self.header_damage.iter().cloned().chain(cut).collect();
@@ -162,9 +165,10 @@ impl Salvage {
         self.header.devices.iter().flat_map(of_device).collect()
     }
 
-    /// Settles the clusters delivered so far by the checksums read up to archive offset `position`.
+    /// Settles the clusters delivered so far, by the checksums read up to archive offset `position`: they
+    /// become verified or unverified, or stay pending.
     fn settle_checksums(&mut self, position: u64) {
-        // The current extent was accepted before a later read found its checksum wrong.
+        // A read after the current extent was accepted may have found its checksum wrong.
         for (cluster, file_offset) in &self.intact {
             let file = *file_offset..*file_offset + cluster.stored_len();
             if self.scanner.window().is_unverified(&file)
@@ -198,7 +202,7 @@ impl Salvage {
             return;
         }
         if !extent.ends_well && !self.would_complete(extent) {
-            self.faults.add(extent.file_offset, "the extent is not followed by another");
+            self.faults.add(extent.file_offset, "no valid extent follows this one");
             return;
         }
         let data = extent.file_offset + EXTENT_HEADER as u64;
@@ -237,14 +241,14 @@ impl Salvage {
         }
     }
 
-    /// True if this extent completes the archive, so that the bytes after it do not matter.
+    /// True if the extent has enough clusters to complete the archive. The bytes after it do not matter then.
     fn would_complete(&self, extent: &ScanExtent) -> bool {
         let used = extent.header.slots.iter().filter(|slot| slot.dev_id != 0).count() as u64;
         self.tracker.missing_count() <= used
     }
 
-    /// Records a cluster that the tracker refused, in most cases a second copy; nothing tells which
-    /// copy is right.
+    /// Records a cluster that the tracker refused, in most cases because it is a second copy. Nothing shows
+    /// which copy is right.
     fn note_duplicate(&mut self, device: DeviceId, cluster: u32) {
         let index = self.header.ids.index_of(device);
         if let Some((index, known)) = index.and_then(|index| Some((index, self.header.devices.get(index)?)))
@@ -254,7 +258,7 @@ impl Salvage {
         }
     }
 
-    /// Returns the next piece of the current extent.
+    /// Returns the next piece of the current extent, or `None` if all its pieces have been delivered.
     fn next_intact(&mut self, pool: &BufferPool) -> Option<Piece> {
         let clusters: Vec<VmaCluster> = self.intact.iter().map(|(cluster, _)| *cluster).collect();
         let group = piece_group(&clusters, self.next_cluster);
@@ -278,7 +282,8 @@ impl Salvage {
         Some(data_piece(&first, len, buffer, stored_ranges(clusters)))
     }
 
-    /// Returns the next piece of zeros for missing clusters, and lists them.
+    /// Returns the next piece of zeros for missing clusters, and lists the clusters as lost. Returns `None`
+    /// after the last gap.
     fn next_gap(&mut self) -> Option<Piece> {
         loop {
             let fill = self.gap_fill.get_or_insert(GapFill { device: 0, next_cluster: 0, zeros: 0..0 });
@@ -306,7 +311,7 @@ impl Salvage {
         }
     }
 
-    /// Lists the duplicated and unverified clusters of a device, sorted in among its losses.
+    /// Adds the duplicated and unverified clusters of the device at `index` to its losses, in guest order.
     fn list_unverified(&mut self, index: usize) {
         let Some(device) = self.header.devices.get(index) else { return };
         let duplicated = std::mem::take(&mut self.duplicated[index]);
@@ -348,12 +353,13 @@ impl StreamAccess for Salvage {
     }
 }
 
-/// An empty bitmap for each device.
+/// Returns an empty bitmap for each device.
 fn bitmaps(header: &ArchiveHeader) -> Vec<RoaringBitmap> {
     header.devices.iter().map(|_| RoaringBitmap::new()).collect()
 }
 
-/// Adds a loss, joined to the last one if it continues that one or the list is full.
+/// Adds a loss, or joins it to the last one of the same device if the two are adjacent and have the same
+/// reason, or if the list is full.
 fn push_loss(losses: &mut Vec<Loss>, loss: Loss) {
     let full = losses.len() >= MAX_LOSSES;
     if let Some(last) = losses.last_mut()

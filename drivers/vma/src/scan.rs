@@ -1,4 +1,5 @@
-//! Tolerant walk over a damaged archive: finds the valid extents and reports what lies between them.
+//! Tolerant walk over a damaged archive: finds the valid extents and reports the ranges between them as
+//! faults.
 //!
 //! The [`Window`] holds the current extent and the header that should follow. A header inside an
 //! extent's data shows that bytes are missing. The bytes after an extent show whether it is intact: the
@@ -16,7 +17,8 @@ use crate::window::{READ_CHUNK, Window};
 pub(crate) enum ScanItem {
     /// An extent whose header is valid.
     Extent(Box<ScanExtent>),
-    /// Range of the archive that is not an extent, and the reason. Empty for a fault of the stream.
+    /// A range of the archive that is not an extent, and the reason. The range is empty for a fault of the
+    /// stream.
     Fault { file: Range<u64>, message: String },
     /// The end of the input.
     End,
@@ -29,10 +31,10 @@ pub(crate) struct ScanExtent {
     pub(crate) file_offset: u64,
     /// Number of bytes, from the start of the data, that certainly belong to the extent.
     pub(crate) usable: u64,
-    /// Reason why a part of the data is unusable.
+    /// Reason why a part of the data is unusable, or `None` if all of it is usable.
     pub(crate) fault: Option<String>,
-    /// True if the bytes after the extent are what should follow. Otherwise, a fault that began in the
-    /// extent's data may reach past its end.
+    /// True if the extent is followed by a header (possibly damaged), a gap or the end of the input, or if
+    /// `fault` is set. Otherwise, a fault that began in the extent's data may reach past its end.
     pub(crate) ends_well: bool,
 }
 
@@ -50,7 +52,7 @@ impl Scanner {
         Self { window, uuid, position }
     }
 
-    /// Returns the window, which holds the data of the last extent until the next call of [`Scanner::next`].
+    /// Returns the window, which holds the data of the last extent until the next call to [`Scanner::next`].
     pub(crate) fn window(&self) -> &Window {
         &self.window
     }
@@ -59,12 +61,12 @@ impl Scanner {
         &mut self.window
     }
 
-    /// Returns the next extent or fault.
+    /// Returns the next extent or fault, or the end of the input.
     pub(crate) fn next(&mut self) -> ScanItem {
         let at = self.position;
         self.window.release(at);
         let got = self.window.ensure(at, EXTENT_HEADER);
-        // A gap at `at` lies before the first byte of the next extent, so it does not affect that extent.
+        // A gap at `at` is before the first byte of the next extent, so it does not affect that extent.
         self.window.drop_gaps_through(at);
         if let Some(fault) = self.window.next_fault() {
             return ScanItem::Fault { file: at..at, message: fault.message().to_owned() };
@@ -80,7 +82,8 @@ impl Scanner {
         ScanItem::Fault { file: at..self.position, message: fault }
     }
 
-    /// Decodes the header at `at`. The window holds its first `got` bytes.
+    /// Decodes the header at archive offset `at`. The window holds its first `got` bytes. Returns a message
+    /// if it is short, unreadable or invalid.
     fn header_at(&self, at: u64, got: usize) -> Result<ExtentHeader, String> {
         let Some(raw) = self.window.slice(at, got).first_chunk::<EXTENT_HEADER>() else {
             return Err(reference::short_header(got));
@@ -95,7 +98,8 @@ impl Scanner {
         Ok(header)
     }
 
-    /// Determines how much of the extent's data is usable, and moves to where the next extent should begin.
+    /// Determines how much of the extent's data is usable, and moves to the offset at which the next extent
+    /// should begin.
     fn judge(&mut self, header: ExtentHeader, at: u64) -> ScanExtent {
         let data_len = header.data_len();
         let needed = EXTENT_HEADER + data_len as usize; // at most MAX_EXTENT
@@ -103,7 +107,7 @@ impl Scanner {
         let available = self.window.ensure(at, needed + EXTENT_HEADER);
         let next = at + needed as u64;
         if let Some(gap) = self.window.gap_within(&(at..next)) {
-            // The rest of the extent is lost: the bytes after the gap belong to what follows it.
+            // The rest of the extent is lost: the bytes after the gap belong to a later part of the archive.
             self.position = gap;
             let usable = gap.saturating_sub(data);
             let fault = Some("the end of the extent is in a damaged part of the stream".to_owned());
@@ -130,7 +134,9 @@ impl Scanner {
         extent
     }
 
-    /// True if the `len` bytes at `at` may be a damaged header, or can't be read.
+    /// True if the `len` bytes at `at` can't be read or may be a damaged header: at least three quarters of
+    /// the bytes that all headers of the archive share must match. Also true if `len` is 0, at the end of the
+    /// input.
     fn resembles_header(&self, at: u64, len: usize) -> bool {
         let mut expected = [0; 24];
         expected[..4].copy_from_slice(&EXTENT_MAGIC);
@@ -146,7 +152,7 @@ impl Scanner {
         same * 4 >= all * 3 || !self.window.is_readable(&(at..at + len as u64))
     }
 
-    /// Returns the archive offset of the first valid header whose magic number lies in `range`, which the
+    /// Returns the archive offset of the first valid header whose magic number is within `range`, which the
     /// window must hold.
     fn find(&self, range: Range<u64>) -> Option<u64> {
         let len = usize::try_from(range.end.saturating_sub(range.start)).ok()?;
@@ -164,8 +170,8 @@ impl Scanner {
         None
     }
 
-    /// Returns the archive offset of the first valid header from `from` on, or the end of the input.
-    /// Releases the bytes that it has searched.
+    /// Returns the archive offset of the first valid header from `from` on, or of the end of the input if
+    /// there is none. Releases the searched bytes.
     fn search(&mut self, from: u64) -> u64 {
         let mut position = from;
         loop {
@@ -174,7 +180,7 @@ impl Scanner {
             if available < EXTENT_HEADER {
                 return position + available as u64;
             }
-            // Number of offsets at which the window holds a whole header; the next round searches the rest.
+            // Number of offsets at which a whole header would fit; the next round searches the rest.
             let starts = available - EXTENT_HEADER + 1;
             // Three more bytes, so that `find` sees all four bytes of the magic number at the last offset.
             if let Some(found) = self.find(position..position + (starts + 3) as u64) {

@@ -1,7 +1,7 @@
 //! Writer of archives, to files and pipes alike: the archive header, then extents one after the other.
 //!
-//! Each piece becomes extents of its own, so pieces can be prepared independently: preparing encodes
-//! the extent headers and leaves the data in the piece's buffer. Placing appends the extents to the
+//! Each piece becomes one or more whole extents, so threads can prepare pieces independently. Preparing
+//! encodes the extent headers and leaves the data in the piece's buffer. Placing appends the extents to the
 //! archive.
 
 use std::ops::Range;
@@ -17,7 +17,7 @@ use crate::extent::{BlockInfo, ExtentHeader};
 use crate::layout::{CLUSTER, CLUSTERS_PER_EXTENT, EXTENT_HEADER, SUB_BLOCK, SUB_BLOCKS_PER_CLUSTER};
 use crate::plan::{ArchivePlan, PlannedDevice};
 
-/// Guest bytes covered by a full extent.
+/// Number of guest bytes that a full extent covers.
 const EXTENT_SPAN: u64 = CLUSTER * CLUSTERS_PER_EXTENT as u64;
 /// Maximum number of extents made of one piece of zeros: 512 KiB of headers, 3.7 GiB of guest. Our limit.
 const ZERO_EXTENTS: u64 = 1024;
@@ -26,7 +26,8 @@ const ZERO_EXTENTS: u64 = 1024;
 pub(crate) struct VmaSink {
     outputs: [Output; 1],
     plan: ArchivePlan,
-    /// Shortest run of zeros that is omitted, bytes, at most a cluster; `None` to store all zeros.
+    /// Length in bytes of the shortest run of zeros that is omitted, or `None` to store all zeros. More than
+    /// a cluster counts as a cluster.
     zero_unit: Option<u64>,
     state: Mutex<State>,
 }
@@ -35,12 +36,12 @@ pub(crate) struct VmaSink {
 struct State {
     /// Archive offset of the next extent.
     file_offset: u64,
-    /// Clusters placed so far, per device of the plan.
+    /// Number of clusters placed so far, for each device of the plan.
     clusters_placed: Vec<u64>,
 }
 
 impl VmaSink {
-    /// A writer of the planned archive. Writes nothing yet.
+    /// Creates a writer of the planned archive. Writes nothing.
     pub(crate) fn new(output: Output, plan: ArchivePlan, zero_unit: Option<u64>) -> Self {
         let state =
             State { file_offset: plan.header.len() as u64, clusters_placed: vec![0; plan.devices.len()] };
@@ -52,8 +53,8 @@ impl VmaSink {
         planned.ok_or_else(|| Error::usage(format!("the archive has no device {device}")))
     }
 
-    /// True if all zeros of a device are stored. Those of guest state always are, because the reference
-    /// program drops zero sub-blocks of guest state when it reads.
+    /// True if the sink stores all zeros of the device. It always stores the zeros of guest state, because
+    /// the reference program drops unstored sub-blocks when it reads guest state.
     fn stores_zeros(&self, device: &PlannedDevice) -> bool {
         device.is_state || self.zero_unit.is_none()
     }
@@ -143,7 +144,7 @@ impl ImageSink for VmaSink {
                 .device(&device.name));
             }
         }
-        // A new file may lack zeros at the end of guest state, which are not written to it.
+        // In a new file, zeros at the end of guest state may be unwritten; this extends the file over them.
         self.outputs[0].set_len(state.file_offset)
     }
 
@@ -175,7 +176,7 @@ struct ClusterMasks {
 }
 
 impl ClusterMasks {
-    /// Masks that store the sub-blocks touched by `runs`, byte ranges of the piece.
+    /// Returns masks that store the sub-blocks touched by `runs`, which are byte ranges of the piece.
     fn of_runs(runs: Vec<Range<usize>>, piece: &SinkPiece) -> Self {
         let mut masks = Self::none(piece);
         for run in runs {
@@ -184,16 +185,16 @@ impl ClusterMasks {
         masks
     }
 
-    /// Masks that store every sub-block up to the end of the device.
+    /// Returns masks that store every sub-block up to the end of the device.
     fn all(piece: &SinkPiece, device: &PlannedDevice) -> Self {
         let mut masks = Self::none(piece);
-        // The last piece may be shorter than the device by less than a sector, which rounding added.
+        // The last piece may end before the device, because the plan rounds sizes up to a sector.
         let end = device.size.min(piece.start + piece.len.next_multiple_of(CLUSTER));
         masks.set(0..(end - piece.start).div_ceil(SUB_BLOCK));
         masks
     }
 
-    /// Masks that store nothing. `Geometry::max_zero_len` bounds them to 60,416 clusters.
+    /// Returns masks that store nothing. `Geometry::max_zero_len` bounds a piece to 60,416 clusters.
     fn none(piece: &SinkPiece) -> Self {
         Self { clusters: vec![0; piece.len.div_ceil(CLUSTER) as usize] }
     }
@@ -205,7 +206,8 @@ impl ClusterMasks {
         }
     }
 
-    /// Number of zero bytes that complete the last sub-block, if it is stored and the piece ends within it.
+    /// Returns the number of zero bytes that complete the last sub-block: 0 unless the piece ends within a
+    /// stored sub-block.
     fn tail_len(&self, piece: &SinkPiece) -> usize {
         let tail = piece.len.next_multiple_of(SUB_BLOCK) - piece.len;
         let last = piece.len / SUB_BLOCK;
@@ -220,14 +222,14 @@ struct ExtentBuilder<'a> {
     sink: &'a VmaSink,
     device: &'a PlannedDevice,
     prepared: &'a mut Prepared,
-    /// Buffer for the extent headers, followed by `tail` zeros.
+    /// Buffer for the extent headers, followed by `tail` zero bytes.
     encoded: &'a mut Buffer,
-    /// Number of zeros that complete the last sub-block.
+    /// Number of zero bytes that complete the last sub-block.
     tail: usize,
 }
 
 impl ExtentBuilder<'_> {
-    /// Adds the extent `index` of `extents`: its header, then its data.
+    /// Adds extent `index` of the piece, which becomes `extents` in all: the header, then the data.
     fn add_extent(&mut self, index: usize, extents: usize, masks: &ClusterMasks) -> Result<()> {
         let first = index * CLUSTERS_PER_EXTENT;
         let clusters = &masks.clusters[first..masks.clusters.len().min(first + CLUSTERS_PER_EXTENT)];
@@ -270,7 +272,8 @@ impl ExtentBuilder<'_> {
         }
     }
 
-    /// Adds a run of stored sub-blocks, given as bytes of the piece. The last run may reach past its end.
+    /// Adds a run of stored sub-blocks, given as bytes of the piece. The last run may reach past the end of
+    /// the piece.
     fn add_run(&mut self, run: Range<u64>, extents: usize) {
         let (start, len) = (self.prepared.start, self.prepared.len);
         let within = run.start..run.end.min(len);

@@ -1,8 +1,7 @@
 //! Opened archives, and the three ways to read them.
 //!
-//! A file is indexed and read at random. A stream, or a file too scattered for the index, is read in
-//! one pass ([`crate::stream`]). Salvage of a damaged archive is another kind of pass
-//! ([`crate::salvage`]).
+//! A file is indexed for random access. A stream, or a file too scattered for the index, is read in one pass
+//! ([`crate::stream`]). Salvage reads a damaged archive in a different kind of pass ([`crate::salvage`]).
 
 use std::fmt;
 use std::ops::Range;
@@ -28,7 +27,7 @@ use crate::stream::ArchiveStream;
 pub struct VmaSource {
     header: Arc<ArchiveHeader>,
     info: ImageInfo,
-    /// The first fault, if the archive was opened for information only.
+    /// The first fault of the archive, if it was opened for information only.
     damage: Option<Error>,
     body: Body,
 }
@@ -49,7 +48,8 @@ enum Body {
 }
 
 impl VmaSource {
-    /// Opens an archive: with an index if `input` is a file that is not too scattered, else for one pass.
+    /// Opens an archive, for random access if `input` is a file that is not too scattered, otherwise for one
+    /// pass.
     ///
     /// # Errors
     /// Fails if the archive header is invalid. For a file it also fails if an extent header is invalid
@@ -91,8 +91,8 @@ impl VmaSource {
         }
     }
 
-    /// Opens an archive for information only: counts the clusters in all extents of a file, or in those of a
-    /// stream up to [`OpenOptions::info_stream_len`].
+    /// Opens an archive for information only: counts the clusters of a file, or of a stream that ends within
+    /// [`OpenOptions::info_stream_len`] bytes.
     fn open_info_only(input: Input, options: &OpenOptions) -> Result<Self> {
         let location = input.location().clone();
         let (header, counted) = if input.is_stream() {
@@ -221,7 +221,7 @@ impl IndexedArchive {
 }
 
 impl<'a> IndexedDevice<'a> {
-    /// Returns the part of the guest range `range` that lies in the run of its first byte.
+    /// Returns the part of the guest range `range` that is within the run of its first byte.
     fn run_slice(&self, range: Range<u64>) -> Result<RunSlice<'a>> {
         let Some(run) = self.index.run_of(range.start / CLUSTER) else {
             return Err(Error::out_of_bounds(format!(
@@ -234,7 +234,7 @@ impl<'a> IndexedDevice<'a> {
         Ok(RunSlice { run, guest: range.start..range.end.min(run.end() * CLUSTER) })
     }
 
-    /// Returns the map of the extent that holds `run`, which must have data.
+    /// Returns the map of the extent that contains `run`, which must not be a zero run.
     fn extent_map(&self, run: &Run) -> Result<Arc<ExtentMap>> {
         let IndexedArchive { input, index, masks, .. } = self.archive;
         masks.extent(input, run, self.device.id, index.extent_offset(run))
@@ -340,7 +340,8 @@ mod tests {
         source.access().random().expect("indexed")
     }
 
-    /// Returns slots in which no cluster is next to its successor, a third of them zero, and their archive.
+    /// Returns the slots of an archive, and the archive. No cluster is next to its successor; a third are
+    /// zero.
     fn scattered() -> (Vec<Slot>, Input) {
         let slots: Vec<Slot> = (0..200)
             .map(|cluster| slot(1, cluster * 7 % 200, if cluster % 3 == 0 { 0 } else { 0x0ff1 }))

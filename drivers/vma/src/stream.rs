@@ -1,7 +1,8 @@
-//! One-pass reading of an archive, from a pipe or through a decompressor.
+//! One-pass reading of an archive: from a pipe, through a decompressor, or from a file too scattered for the
+//! index.
 //!
-//! Pieces follow the order of the archive: runs of consecutive clusters of one device within one
-//! extent. Data is read directly into the piece's buffer.
+//! Pieces come in the order of the archive. Each piece consists of consecutive clusters of one device within
+//! one extent. Data is read directly into the buffer of its piece.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -15,10 +16,10 @@ use crate::header::ArchiveHeader;
 use crate::layout::CLUSTER;
 use crate::walker::{ExtentSpan, Walker};
 
-/// The extents of an archive, read in one pass.
+/// One-pass reader of an archive.
 pub(crate) struct ArchiveStream {
     walker: Walker<Stream>,
-    /// The extent whose data is being read.
+    /// The extent whose data is being read, or `None` between extents.
     extent: Option<ExtentSpan>,
     /// Index of the next cluster in [`Walker::clusters`].
     next_cluster: usize,
@@ -26,7 +27,8 @@ pub(crate) struct ArchiveStream {
 }
 
 impl ArchiveStream {
-    /// Starts at the first extent. `stream` must be positioned directly after the archive header.
+    /// Creates a reader that starts at the first extent. `stream` must be positioned directly after the
+    /// archive header.
     pub(crate) fn new(stream: Stream, header: &Arc<ArchiveHeader>, options: &OpenOptions) -> Self {
         let walker = Walker::new(stream, header, options);
         Self { walker, extent: None, next_cluster: 0, ended: false }
@@ -73,7 +75,7 @@ impl StreamAccess for ArchiveStream {
     }
 }
 
-/// Reads the stored ranges into `buffer` and zeroes the rest. Returns false if the data ends early.
+/// Reads the stored ranges into `buffer` and zeroes the rest. Returns false if the input ends early.
 fn fill(bytes: &mut impl ArchiveBytes, buffer: &mut [u8], stored: &[Range<usize>]) -> Result<bool> {
     let mut filled = 0;
     for range in stored {

@@ -12,31 +12,32 @@ use crate::header::ArchiveHeader;
 use crate::layout::{CLUSTER, CLUSTER_MAP_UNIT, clusters_of};
 use crate::reference;
 
-/// Number of clusters read between two compactions of the bitmaps. Compaction turns dense bitmaps into
-/// runs, so that those of 64 TiB take a few MiB.
+/// Number of clusters read between two compactions of the bitmaps. Compaction turns dense bitmaps into runs:
+/// the bitmaps of 64 TiB then take a few MiB.
 const COMPACT_INTERVAL: u32 = 1 << 22;
 
-/// Number of low bits in which the cluster numbers in one container of a bitmap differ: a container covers
-/// 2^16 clusters, 4 GiB of guest data. Its first cluster takes some 60 bytes, each further one at most 2.
+/// Binary logarithm of the number of clusters that one container of a bitmap covers: 2^16 clusters, 4 GiB of
+/// guest data. The first cluster in a container takes some 60 bytes, each further one at most 2.
 const CONTAINER_BITS: u32 = 16;
 
 /// Maximum number of containers of all devices together: 4 PiB of guest data. Our limit: real archives fill
-/// their containers; one with a single cluster in each of millions was made to exhaust memory.
+/// their containers; an archive with a single cluster in each of millions of containers is made to exhaust
+/// memory.
 const MAX_CONTAINERS: usize = 1 << 20;
 
 /// Advice for an archive that contradicts itself.
 const DAMAGED: &str = "the archive is damaged: copy it again, or use another backup";
 
-/// Keeps track of the clusters that have been read, for all devices.
+/// Record of the clusters read so far, for all devices.
 pub(crate) struct Tracker {
-    /// In the order of the header.
+    /// One tracker for each device, in the order of the archive header.
     devices: Vec<DeviceTracker>,
     ids: DeviceIds,
-    /// True if the clusters of guest state must come in order.
+    /// True if the clusters of guest state must be in order.
     state_in_order: bool,
     /// Number of clusters added since the last compaction.
     since_compaction: u32,
-    /// Number of bitmap containers in use by all devices together.
+    /// Number of containers of all devices together.
     containers: usize,
 }
 
@@ -44,17 +45,17 @@ struct DeviceTracker {
     id: DeviceId,
     name: String,
     kind: DeviceKind,
-    /// Size of the device in bytes.
+    /// Size in bytes of the device.
     size: u64,
-    /// Number of clusters of the device.
+    /// Number of clusters in the device.
     clusters: u64,
-    /// Number of clusters read that lie within the device.
+    /// Number of clusters read within the device.
     seen_within: u64,
-    /// Number of clusters read that lie past the end of guest state.
+    /// Number of clusters read past the end of guest state.
     seen_beyond: u64,
-    /// All clusters read, except those past the end of guest state.
+    /// Numbers of all clusters read, except clusters past the end of guest state.
     seen: RoaringBitmap,
-    /// Containers in use by `seen`.
+    /// Numbers of the containers of all clusters read.
     containers: RoaringBitmap,
 }
 
@@ -85,7 +86,7 @@ impl Tracker {
         Self { state_in_order: false, ..Self::new(header) }
     }
 
-    /// Checks all slots of an extent in order, and fills `clusters` with those that are not empty.
+    /// Checks all slots of an extent in order, and fills `clusters` from the slots that are not empty.
     pub(crate) fn admit_extent(
         &mut self,
         extent: &ExtentHeader,
@@ -110,9 +111,9 @@ impl Tracker {
         Ok(())
     }
 
-    /// Checks one slot that is not empty, and records its cluster. The checks run in the same order as in
-    /// the reference program. `too_many` is true if the masks up to and including this slot mark more
-    /// sub-blocks than the extent header counts.
+    /// Checks the slot at `index` of an extent, which must not be empty, and records its cluster. The checks
+    /// run in the same order as in the reference program. `too_many` is true if the masks up to and including
+    /// this slot mark more sub-blocks than the extent header counts.
     pub(crate) fn admit_slot(&mut self, slot: &BlockInfo, index: u8, too_many: bool) -> Result<VmaCluster> {
         let device = self.ids.index_of(DeviceId(u32::from(slot.dev_id)));
         let Some(device) = device.and_then(|index| self.devices.get_mut(index)) else {
@@ -128,7 +129,7 @@ impl Tracker {
             self.containers += 1;
         }
         if self.containers > MAX_CONTAINERS {
-            return Err(Error::limit("the clusters are scattered over more than 4 PiB of guest")
+            return Err(Error::limit("the clusters are scattered over more than 4 PiB of guest data")
                 .device(&device.name)
                 .guest(start..start + CLUSTER)
                 .hint(
@@ -162,7 +163,7 @@ impl Tracker {
         self.devices.iter().map(|device| device.clusters - device.seen_within).sum()
     }
 
-    /// Refuses an archive that lacks a cluster.
+    /// Fails if a cluster of any device has not been read.
     pub(crate) fn check_complete(&self) -> Result<()> {
         let Some((device, first)) =
             self.devices.iter().find_map(|device| Some((device, device.next_missing(0)?.start)))
@@ -184,7 +185,7 @@ impl Tracker {
     }
 
     /// Returns the next run of missing clusters, from cluster `from` on, of the device at `index` in the
-    /// header.
+    /// header, or `None` if no cluster from there on is missing.
     pub(crate) fn next_missing(&self, index: usize, from: u64) -> Option<Range<u64>> {
         self.devices.get(index)?.next_missing(from)
     }
@@ -216,7 +217,7 @@ impl DeviceTracker {
             return Err(Error::malformed(reference::TOO_MANY_BLOCKS)
                 .hint(format!("the masks mark more sub-blocks than the extent header counts; {DAMAGED}")));
         }
-        // Guest state may exceed its stated size without limit; only the order matters.
+        // Guest state may exceed its size in the header without limit; only the order matters.
         let tolerated = self.clusters.next_multiple_of(CLUSTER_MAP_UNIT);
         let beyond = !self.is_within(cluster) && !self.is_state();
         if beyond && (slot.mask != 0 || u64::from(cluster) >= tolerated) {
@@ -238,7 +239,7 @@ impl DeviceTracker {
     }
 
     /// Returns the next run of missing clusters, from `from` on. Steps over whole runs instead of single
-    /// clusters, so that billions of clusters or millions of gaps cost little.
+    /// clusters, so billions of clusters or millions of gaps cost little.
     fn next_missing(&self, from: u64) -> Option<Range<u64>> {
         if from >= self.clusters {
             return None;

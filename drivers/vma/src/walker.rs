@@ -1,8 +1,7 @@
 //! Strict walk over the extents of an archive.
 //!
-//! The index (which skips the data) and the stream (which reads it) both use the walker, so both
-//! accept and refuse the same archives with the same messages. Checks follow the order of the
-//! reference program.
+//! The index, which skips the data, and the stream, which reads it, both use the walker. So they accept the
+//! same archives and refuse others with the same messages. Checks run in the order of the reference program.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -22,7 +21,7 @@ const DAMAGED: Remedy =
 const CUT: Remedy =
     Remedy::Salvage(Cow::Borrowed("the archive is cut short: copy it again, or use another backup"));
 
-/// Position of the current extent, whose data follows next.
+/// Position and length of the current extent.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ExtentSpan {
     /// Archive offset of the extent header.
@@ -31,7 +30,7 @@ pub(crate) struct ExtentSpan {
     pub(crate) data_len: u64,
 }
 
-/// Walk over the extents in `B`.
+/// Strict walk over the extents of an archive, which it reads from `B`.
 pub(crate) struct Walker<B> {
     pub(crate) bytes: B,
     pub(crate) tracker: Tracker,
@@ -44,7 +43,8 @@ pub(crate) struct Walker<B> {
 }
 
 impl<B: ArchiveBytes> Walker<B> {
-    /// Starts at the first extent. `bytes` must be positioned directly after the archive header.
+    /// Creates a walker that starts at the first extent. `bytes` must be positioned directly after the
+    /// archive header.
     pub(crate) fn new(bytes: B, header: &Arc<ArchiveHeader>, options: &OpenOptions) -> Self {
         Self {
             bytes,
@@ -56,8 +56,9 @@ impl<B: ArchiveBytes> Walker<B> {
         }
     }
 
-    /// Reads the next extent header and fills [`Walker::clusters`]. The caller must read or skip the
-    /// data before the next call. Returns `None` at the end of a complete archive.
+    /// Reads the next extent header and fills [`Walker::clusters`]. The caller must read or skip the data
+    /// before the next call. Returns `None` at the end of a complete archive, or at trailing bytes that the
+    /// options allow.
     pub(crate) fn next_extent(&mut self) -> Result<Option<ExtentSpan>> {
         let file_offset = self.bytes.position();
         let mut raw = [0; EXTENT_HEADER];
@@ -73,7 +74,7 @@ impl<B: ArchiveBytes> Walker<B> {
         };
         let may_end = self.ignore_trailing && self.tracker.is_complete();
         let extent = match parsed {
-            // No extent holds so many sub-blocks, so these are trailing bytes like any others.
+            // No extent has this many sub-blocks, so these are trailing bytes like any others.
             Ok(extent) if may_end && u64::from(extent.block_count) > MAX_BLOCK_COUNT => {
                 self.bytes.skip(u64::MAX)?;
                 return Ok(None);
@@ -100,7 +101,8 @@ impl<B: ArchiveBytes> Walker<B> {
         Ok(Some(span))
     }
 
-    /// Checks that the data is present, as far as the length is known, and then the slots.
+    /// Checks that all the data is present, if the length of the input is known, and then checks the slots
+    /// and fills [`Walker::clusters`].
     fn admit(&mut self, extent: &ExtentHeader, span: ExtentSpan) -> Result<()> {
         let is_short = self.bytes.remaining().is_some_and(|left| left < span.data_len);
         if is_short || u64::from(extent.block_count) > MAX_BLOCK_COUNT {
@@ -109,7 +111,8 @@ impl<B: ArchiveBytes> Walker<B> {
             return Err(self.short_extent(span));
         }
         if let Err(error) = self.tracker.admit_extent(extent, &mut self.clusters) {
-            // Only skipping shows whether a stream holds all the data, and missing data is reported first.
+            // In a stream, only skipping shows whether data is missing, which takes precedence over a wrong
+            // slot.
             if self.bytes.skip(span.data_len)? < span.data_len {
                 return Err(self.short_extent(span));
             }
@@ -118,7 +121,7 @@ impl<B: ArchiveBytes> Walker<B> {
         Ok(())
     }
 
-    /// The error for an extent whose data ends early, at the current position of `bytes`.
+    /// Returns the error for an extent whose data ends early, at the current position of `bytes`.
     pub(crate) fn short_extent(&self, span: ExtentSpan) -> Error {
         let available = self.bytes.position() - span.file_offset;
         let needed = EXTENT_HEADER as u64 + span.data_len;
@@ -127,7 +130,8 @@ impl<B: ArchiveBytes> Walker<B> {
         self.locate_first_lost(error, available).at(span.file_offset).remedied_by(remedy)
     }
 
-    /// Adds to `error` the first cluster whose data is not in the first `available` bytes of the extent.
+    /// Adds to `error` the device and guest range of the first cluster whose data exceeds the first
+    /// `available` bytes of the extent, header included.
     fn locate_first_lost(&self, error: Error, available: u64) -> Error {
         let mut end = EXTENT_HEADER as u64;
         let lost = self.slots.iter().find(|slot| {

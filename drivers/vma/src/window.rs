@@ -11,24 +11,25 @@ use crate::layout::EXTENT_HEADER;
 
 /// Number of bytes read at a time. Our choice.
 pub(crate) const READ_CHUNK: usize = 256 * 1024;
-/// Maximum number of released bytes kept at the front of the buffer; above it, they are removed. Our choice.
+/// Maximum number of released bytes kept at the front of the buffer. When there are more, the window removes
+/// them. Our choice.
 const MAX_RELEASED: usize = 4 << 20;
 /// Number of bytes read from a stream at a time: small, so that a fault costs few of the bytes before it.
 /// Our choice.
 const STREAM_STEP: usize = 4096;
-/// Length in bytes of the parts that salvage gives up around an unreadable place of a decoded file. It is
-/// the alignment of extents, since compressed frames have none.
+/// Length in bytes of the smallest part of a decoded file that the window gives up around an unreadable
+/// place. It is the alignment of extents, because compressed frames have no alignment.
 const DECODED_STEP: usize = EXTENT_HEADER;
-/// Maximum number of faults of a stream that wait to be reported; further ones are dropped. Our limit.
+/// Maximum number of faults of a stream that wait to be reported; the window drops further ones. Our limit.
 const MAX_FAULTS: usize = 64;
-/// Number of faults after which the window gives up a stream. Our limit: random bytes may contain many
-/// apparent starts of frames.
+/// Maximum number of faults of a stream. At the next one, the window gives up. Our limit: random bytes may
+/// contain many apparent starts of frames.
 const MAX_RESUMES: u32 = 1 << 16;
 /// Maximum number of bytes before the early end of a compressed stream that count as unverified, since a
 /// decoder may have produced them from damaged input. Our choice: several zstd blocks, a quarter of an
 /// extent.
 const CUT_TAIL: u64 = 1 << 20;
-/// Maximum number of unreadable ranges of a window; further ones are joined to the last. Our limit.
+/// Maximum number of unreadable ranges in a window; the window joins further ones to the last. Our limit.
 const MAX_UNREADABLE: usize = 4096;
 
 enum WindowInput {
@@ -43,25 +44,25 @@ enum WindowInput {
 pub(crate) struct Window {
     input: WindowInput,
     bytes: Vec<u8>,
-    /// Length of the released front of `bytes`.
+    /// Number of released bytes at the front of `bytes`.
     released: usize,
     /// Archive offset of the first byte that is not released.
     base: u64,
-    /// True if no bytes follow those held.
+    /// True if the window can read no more bytes.
     ended: bool,
-    /// Faults of the stream not yet reported.
+    /// Faults of the stream that are still to be reported.
     faults: Vec<Error>,
     /// Archive offsets at which bytes are missing, because decompression resumed there.
     gaps: Vec<u64>,
-    /// Number of times decompression resumed.
+    /// Number of faults after which the window tried to resume.
     resumes: u32,
     /// True if bytes turned out to be unverified after they were released.
     released_unverified: bool,
-    /// Ranges whose checksum was wrong or missing, from `base` on.
+    /// Archive ranges, from `base` on, whose checksum was wrong or missing.
     unverified: Vec<Range<u64>>,
     /// True if the compressed stream ended before its last checksum.
     cut_before_checksum: bool,
-    /// Ranges that can't be read; the window holds zeros there.
+    /// Archive ranges that can't be read; the window contains zeros in their place.
     unreadable: Vec<Range<u64>>,
 }
 
@@ -98,7 +99,7 @@ impl Window {
         self.base + self.held() as u64
     }
 
-    /// Releases the bytes before `position`, or all bytes held if that is further on.
+    /// Releases the bytes before archive offset `position`, at most all bytes held.
     pub(crate) fn release(&mut self, position: u64) {
         let count =
             usize::try_from(position.saturating_sub(self.base)).unwrap_or(usize::MAX).min(self.held());
@@ -114,8 +115,8 @@ impl Window {
         self.unverified.retain(|range| range.end >= base);
     }
 
-    /// Reads on until the window holds `len` bytes from `position`. Returns how many of them it holds, which
-    /// is fewer than `len` only at the end of the input.
+    /// Reads on until the window holds `len` bytes from `position`. Returns the number of these bytes that it
+    /// holds, fewer than `len` only at the end of the input.
     pub(crate) fn ensure(&mut self, position: u64, len: usize) -> usize {
         while !self.ended && self.end() < position.saturating_add(len as u64) {
             self.read_chunk();
@@ -142,7 +143,7 @@ impl Window {
         ExtentHeader::parse(raw, &uuid).ok().map(|_| uuid)
     }
 
-    /// Returns the archive offset of the first gap within `range`.
+    /// Returns the archive offset of the first gap within `range`, if there is one.
     pub(crate) fn gap_within(&self, range: &Range<u64>) -> Option<u64> {
         self.gaps.iter().copied().find(|gap| range.contains(gap))
     }
@@ -157,7 +158,7 @@ impl Window {
         self.gaps.retain(|gap| *gap > position);
     }
 
-    /// Removes and returns the oldest fault of the stream not yet reported.
+    /// Removes and returns the oldest fault of the stream that is still to be reported.
     pub(crate) fn next_fault(&mut self) -> Option<Error> {
         if self.faults.is_empty() { None } else { Some(self.faults.remove(0)) }
     }
@@ -212,15 +213,15 @@ impl Window {
         }
     }
 
-    /// Resumes after a fault in a compressed stream. Bytes whose checksum is still pending become
-    /// unverified: all of them after damage, but only the last part if the stream ends early, because
+    /// Records a fault of a compressed stream and resumes after it. Bytes whose checksum is still pending
+    /// become unverified: all of them after damage, but only the last part if the stream ends early, because
     /// nearly all of a truncated copy is intact.
     fn pass_fault(&mut self, error: Error) {
         let end = self.end();
         let WindowInput::Stream(stream) = &mut self.input else { return };
         let pending = Stream::position(stream).saturating_sub(stream.checked_until());
         let mut from = end.saturating_sub(pending);
-        if stream.was_cut() {
+        if stream.was_truncated() {
             self.cut_before_checksum |= from < end;
             from = from.max(end.saturating_sub(CUT_TAIL));
         } else {
@@ -250,7 +251,7 @@ impl ArchiveBytes for Window {
         None
     }
 
-    /// Reads the archive header, which must be free of gaps and unreadable places.
+    /// Reads bytes of the archive header. Fails if they include a gap or an unreadable range.
     fn read_full(&mut self, buf: &mut [u8]) -> Result<usize> {
         let position = self.base;
         let got = self.ensure(position, buf.len());
@@ -289,7 +290,7 @@ pub(crate) enum ChecksumState {
     Failed,
 }
 
-/// Reads from a stream up to the first error. Returns the number of bytes read, and the error.
+/// Reads from a stream up to the first error. Returns the number of bytes read, and the error, if any.
 fn read_until_error(stream: &mut Stream, buf: &mut [u8]) -> (usize, Option<Error>) {
     let mut filled = 0;
     while filled < buf.len() {
@@ -299,7 +300,7 @@ fn read_until_error(stream: &mut Stream, buf: &mut [u8]) -> (usize, Option<Error
             Ok(0) => break,
             Ok(got) => filled += got,
             Err(error) => {
-                // The position counts the bytes that the failed read delivered.
+                // The position includes the bytes that the failed read delivered.
                 let got = usize::try_from(Stream::position(stream) - before).unwrap_or(0);
                 return (filled + got.min(end - filled), Some(error));
             }
@@ -308,7 +309,7 @@ fn read_until_error(stream: &mut Stream, buf: &mut [u8]) -> (usize, Option<Error
     (filled, None)
 }
 
-/// Reads a part of a file. Unreadable sectors are zeroed and added to `unreadable`.
+/// Reads a part of a file. Zeroes unreadable sectors and adds them to `unreadable`.
 fn read_around_errors(input: &RandomInput, buf: &mut [u8], position: u64, unreadable: &mut Vec<Range<u64>>) {
     if input.read_exact_at(buf, position).is_ok() {
         return;
@@ -322,7 +323,8 @@ fn read_around_errors(input: &RandomInput, buf: &mut [u8], position: u64, unread
 }
 
 /// Like [`read_around_errors`], but reads through a decoder, which must decode a whole frame at every
-/// attempt: gives up a part if neither its first nor its last bytes can be read, else halves it.
+/// attempt. To make few attempts, gives up a part if neither its first nor its last bytes can be read, and
+/// halves it otherwise.
 fn read_decoded(input: &RandomInput, buf: &mut [u8], position: u64, unreadable: &mut Vec<Range<u64>>) {
     let is_readable = |buf: &mut [u8], at| input.read_exact_at(buf, at).is_ok();
     if buf.is_empty() || is_readable(buf, position) {

@@ -28,7 +28,7 @@ fn clusters(dev_id: u8, count: u32) -> Vec<Slot> {
     (0..count).map(|cluster| slot(dev_id, cluster, mask_of(cluster))).collect()
 }
 
-/// Masks of every kind, by cluster number: empty, full, single sub-blocks, stripes.
+/// Returns a mask that depends on the cluster number: empty, full, a single sub-block or stripes.
 fn mask_of(cluster: u32) -> u16 {
     [0, 0xffff, 1, 0x8000, 0x5555, 0xaaaa, 0x0ff0, 0xf00f, 0, 0, 0x1234][cluster as usize % 11]
 }
@@ -101,7 +101,7 @@ fn reads_odd_sizes_exactly() {
         assert_reads("a full mask on the last cluster", &[(1, size)], &slots, 59);
         slots.last_mut().unwrap().mask = exact;
         assert_reads("an exact mask on the last cluster", &[(1, size)], &slots, 59);
-        // The reference program refuses this mask ("write beyond end"); archives of 2012 have such.
+        // The reference program refuses this mask ("write beyond end"); archives of 2012 contain such masks.
         slots.last_mut().unwrap().mask = 0x8001;
         assert_reads("a mask with a bit past the end", &[(1, size)], &slots, 59);
     }
@@ -162,7 +162,7 @@ fn ignores_reserved_bytes_and_header_padding() {
         .extents(&slots, 59)
         .with(|archive| {
             archive.reserved = 0xee;
-            // Makes the header size no multiple of 512.
+            // With this padding, the header size is not a multiple of 512.
             archive.padding = 7;
         })
         .build();
@@ -195,7 +195,7 @@ fn truncates_guest_state_to_its_size() {
     assert!(content[&1] == guest_content(1, size, &slots));
 }
 
-/// An archive to refuse, and the expected error.
+/// An archive that must be refused, and the expected error.
 struct Refusal {
     what: &'static str,
     archive: Vec<u8>,
@@ -205,7 +205,7 @@ struct Refusal {
     device: Option<&'static str>,
 }
 
-// By value for the callers, which build it in place.
+// By value, because the callers build it in place.
 #[allow(clippy::needless_pass_by_value)]
 fn refused(
     what: &'static str,
@@ -234,12 +234,12 @@ impl Refusal {
     }
 }
 
-/// An archive of one device of two clusters, with a header of 12,800 bytes.
+/// Returns a builder of an archive with one device of two clusters and a header of 12,800 bytes.
 fn two_clusters() -> ArchiveBuilder {
     ArchiveBuilder::new().device(1, "a", 2 * CLUSTER)
 }
 
-/// Valid slots for [`two_clusters`].
+/// Returns valid slots for [`two_clusters`].
 fn valid_slots() -> [Slot; 2] {
     [slot(1, 0, 3), slot(1, 1, 0)]
 }
@@ -360,7 +360,7 @@ fn refuses_invalid_headers() {
         "huge device",
         ArchiveBuilder::new().device(1, "a", 1 << 62),
         LimitExceeded,
-        "device size 4611686018427387904 is above 281474976710656, the most that cluster numbers can address",
+        "device size 4611686018427387904 is above 281474976710656, the maximum that cluster numbers can address",
         4136,
     )
     .device("a")
@@ -504,7 +504,7 @@ fn refuses_trailing_bytes_unless_allowed() {
         let lenient = OpenOptions { ignore_trailing: true, ..OpenOptions::default() };
         assert_eq!(read_both(&archive, &lenient).unwrap()[&1], guest_content(1, 2 * CLUSTER, &valid_slots()));
     }
-    // After an incomplete archive such bytes are damage.
+    // After an incomplete archive, such bytes are damage.
     let archive = two_clusters()
         .extent(extent(&[slot(1, 0, 1)]))
         .with(|archive| archive.trailing = vec![0; 600])

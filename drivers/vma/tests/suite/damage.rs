@@ -20,7 +20,7 @@ fn salvage() -> OpenOptions {
     OpenOptions { salvage: true, ..OpenOptions::default() }
 }
 
-/// An archive of three devices and 31 clusters, seven to an extent, with its content and slots.
+/// Returns an archive of three devices and 31 clusters, seven to an extent, with its content and slots.
 fn archive() -> (Vec<u8>, Content, Vec<Slot>) {
     let sizes = [(1u8, 20 * CLUSTER + 5120), (2, 9 * CLUSTER), (5, 512)];
     let mut slots = Vec::new();
@@ -46,7 +46,7 @@ fn archive() -> (Vec<u8>, Content, Vec<Slot>) {
     (builder.extents(&slots, 7).build(), content, slots)
 }
 
-/// The decompressed bytes of a fixture.
+/// Returns the decompressed bytes of a fixture.
 fn decompressed(name: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
     open_file(&fixture(name)).into_stream().unwrap().read_to_end(&mut bytes).unwrap();
@@ -62,14 +62,14 @@ fn refuses_an_archive_cut_anywhere() {
         let kinds = [ErrorKind::Corrupt, ErrorKind::WrongFormat];
         assert!(kinds.contains(&error.kind()), "cut at {cut}: {error}");
     }
-    // At the exact end of an extent only missing clusters reveal the cut.
+    // At the exact end of an extent, only missing clusters reveal the cut.
     let (end, _) =
         extent_ranges(&bytes).into_iter().map(|range| (range.start, range.end)).next_back().unwrap();
     let error = read_both(&bytes[..end], &OpenOptions::default()).unwrap_err();
     assert!(error.message().starts_with("detected missing cluster"), "{error}");
 }
 
-/// Byte ranges of the extents of an undamaged archive.
+/// Returns the byte ranges of the extents in an undamaged archive.
 fn extent_ranges(bytes: &[u8]) -> Vec<Range<usize>> {
     let mut at = u32::from_be_bytes(bytes[56..60].try_into().unwrap()) as usize;
     let mut ranges = Vec::new();
@@ -89,7 +89,7 @@ fn refuses_a_flipped_bit_in_any_header_byte() {
     let headers = std::iter::once(0..header_size)
         .chain(extent_ranges(&bytes).into_iter().map(|r| r.start..r.start + 512));
     for at in headers.flat_map(|range| range.step_by(1)).enumerate().filter_map(|(number, at)| {
-        // Every byte that is not zero, and every eleventh of the others.
+        // The first 60 bytes, every nonzero byte, and every eleventh byte.
         (number < 60 || bytes[at] != 0 || number % 11 == 0).then_some(at)
     }) {
         let mut flipped = bytes.clone();
@@ -111,7 +111,7 @@ fn refuses_a_flipped_bit_in_any_header_byte() {
     }
 }
 
-/// Salvages an archive; returns the restored content and the losses.
+/// Salvages an archive. Returns the restored content and the losses.
 fn salvaged(input: Input) -> (Content, Vec<Loss>) {
     let source = VmaSource::open(input, &salvage()).unwrap();
     let content = read_source(&source).unwrap();
@@ -151,7 +151,8 @@ fn assert_restored(what: &str, restored: &Content, losses: &[Loss], truth: &Cont
     lost_bytes
 }
 
-/// Damages an archive at every 4 KiB, and salvages it as a file and as a stream.
+/// Damages an archive at one place after another, 4 KiB apart, and salvages each result as a file and as a
+/// stream.
 fn salvage_at_every_step(bytes: &[u8], truth: &Content, damage: impl Fn(&mut Vec<u8>, usize)) {
     let header_size = u32::from_be_bytes(bytes[56..60].try_into().unwrap()) as usize;
     for at in (header_size..bytes.len()).step_by(STEP) {
@@ -180,7 +181,7 @@ fn salvages_an_archive_with_bytes_missing_anywhere() {
     for len in [1, 512, STEP, 3 * STEP + 5] {
         salvage_at_every_step(&bytes, &truth, |bytes, at| {
             if at + len > last.start {
-                // In the last extent missing bytes look the same as a cut.
+                // In the last extent, missing bytes look the same as a cut.
                 bytes.truncate(at);
             } else {
                 bytes.drain(at..at + len);
@@ -189,7 +190,7 @@ fn salvages_an_archive_with_bytes_missing_anywhere() {
     }
 }
 
-/// The content of an undamaged archive.
+/// Returns the content of an undamaged archive.
 fn fixture_content(bytes: &[u8]) -> Content {
     read(as_file(bytes), &OpenOptions::default()).unwrap()
 }
@@ -230,7 +231,7 @@ fn salvages_a_fixture_overwritten_anywhere() {
     assert!(restored_by_resync > 0);
 }
 
-/// Applies the overwriting of `hit`, a range of the archive, to the expected guest bytes.
+/// Overwrites the expected guest bytes that the archive stores in `hit`, a range of the archive.
 fn overwrite_truth(bytes: &[u8], extents: &[Range<usize>], hit: &Range<usize>, truth: &mut Content) {
     for range in extents {
         let mut at = range.start + 512;
@@ -316,7 +317,7 @@ fn salvage_loses_only_the_damaged_frame_and_retries_it_rarely() {
     assert!(best < 7 * CLUSTER);
 }
 
-/// A stream that ends with an error, as a decompressor does on a damaged frame.
+/// A stream that ends with an error, like a decompressor on a damaged frame.
 struct FailingStream(io::Cursor<Vec<u8>>);
 
 impl Read for FailingStream {
@@ -361,7 +362,7 @@ fn salvages_a_cut_zstd_frame() {
     assert!(best < 3_000_000, "{best} bytes are lost of a frame that is nearly whole");
 }
 
-/// A decoder may decode a damaged end without an error and only then miss the checksum.
+/// A decoder may decode a damaged end without an error and only then find no checksum.
 #[test]
 fn lists_clusters_without_a_checksum_as_unverified() {
     let dir = tempfile::tempdir().unwrap();
@@ -371,7 +372,8 @@ fn lists_clusters_without_a_checksum_as_unverified() {
         let path = dir.path().join(name);
         for seed in 1..40_u32 {
             let mut damaged = whole.clone();
-            // Only zeros follow the last data of the disks, so even short tails hold data.
+            // Only zeros follow the last data of the disks, and the archive does not store them, so even a
+            // short tail contains data.
             let from = whole.len() - (seed * seed * 8) as usize % 12_000 - 9;
             for (index, byte) in damaged[from..].iter_mut().enumerate() {
                 *byte = match seed % 3 {
@@ -411,7 +413,7 @@ fn salvage_reads_the_header_from_a_damaged_frame() {
     }
 }
 
-/// Compresses each extent as a frame or member of its own; the first also holds the archive header.
+/// Compresses each extent into a separate frame or member. The first one also contains the archive header.
 fn in_units(bytes: &[u8], pack: impl Fn(&[u8]) -> Vec<u8>) -> Vec<Vec<u8>> {
     let mut ranges = extent_ranges(bytes);
     ranges[0].start = 0;
@@ -431,8 +433,8 @@ fn gzip_member(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
-/// The archive of [`archive`] with noise as data: damage to it decompresses without an error, and only
-/// the checksum at the end of the frame reveals it.
+/// Returns the archive of [`archive`] with noise as data, and its content. Damaged noise decompresses without
+/// an error; only the checksum at the end of the frame reveals the damage.
 fn noisy_archive() -> (Vec<u8>, Content) {
     let (mut bytes, _, _) = archive();
     let mut state = 1u32;
@@ -447,7 +449,7 @@ fn noisy_archive() -> (Vec<u8>, Content) {
     (bytes, truth)
 }
 
-/// The four kinds of damage at byte `at`: a flipped bit, zeros, missing bytes, a cut.
+/// Returns `unit` with each of four kinds of damage at byte `at`: a flipped bit, zeros, missing bytes, a cut.
 fn damages(unit: &[u8], at: usize) -> [Vec<u8>; 4] {
     let mut flipped = unit.to_vec();
     flipped[at] ^= 0x10;
@@ -464,7 +466,7 @@ fn salvage_of_a_stream_loses_only_damaged_frames() {
     let (bytes, truth) = noisy_archive();
     for pack in [zstd_frame as fn(&[u8]) -> Vec<u8>, gzip_member] {
         let units = in_units(&bytes, pack);
-        // The first holds the archive's header.
+        // The first unit contains the archive header, so it stays undamaged.
         for damaged in [1, units.len() - 1] {
             let unit = &units[damaged];
             for at in [0, 3, 16, unit.len() / 2, unit.len() - 700] {
@@ -474,8 +476,8 @@ fn salvage_of_a_stream_loses_only_damaged_frames() {
                     let what = format!("unit {damaged} of {}, byte {at}, kind {kind}", units.len());
                     let (content, losses) = salvaged(as_stream(&all.concat()));
                     let lost = assert_restored(&what, &content, &losses, &truth);
-                    // An extent has seven clusters; a unit that lost bytes damages the next, too. A cut unit
-                    // damages as many as its last compressed block spans.
+                    // An extent has seven clusters. A unit with missing bytes damages the next unit as well.
+                    // A cut unit damages as many units as its last compressed block then spans.
                     let is_bounded = kind == 3 || lost <= 14 * CLUSTER;
                     assert!(lost > 0 && is_bounded, "{what}: {lost}");
                     let report = VmaDriver.check(as_stream(&all.concat()), &OpenOptions::default()).unwrap();
@@ -489,7 +491,7 @@ fn salvage_of_a_stream_loses_only_damaged_frames() {
 #[test]
 fn lists_clusters_from_a_long_damaged_frame_as_unverified() {
     let (bytes, truth) = noisy_archive();
-    // Opened, and refused because the archive header is in the damaged part.
+    // `counts`: archives opened, and archives refused because the header is in the damaged part.
     for (pack, counts) in [(zstd_frame as fn(&[u8]) -> Vec<u8>, (34, 2)), (gzip_member, (36, 0))] {
         let unit = pack(&bytes);
         let (mut opened, mut refused) = (0, 0);
@@ -533,7 +535,7 @@ fn salvage_keeps_and_lists_the_first_copy_of_a_duplicated_cluster() {
 #[test]
 fn salvage_decodes_a_damaged_header_as_far_as_possible() {
     let (bytes, truth, _) = archive();
-    // Reserved; the UUID; a version; a configuration's pointer; the table's end; the first blobs.
+    // Reserved bytes; UUID; version; offset of a configuration's name; end of the device table; first blobs.
     for range in [70..2000, 8..24, 4..8, 2044..2048, 8192..12_288, 12_288..12_300] {
         let mut damaged = bytes.clone();
         damaged[range.clone()].iter_mut().for_each(|byte| *byte ^= 0x5a);

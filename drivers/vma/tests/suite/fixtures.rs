@@ -15,7 +15,7 @@ fn assert_content(archive: &Entry, content: &Content) {
     }
 }
 
-/// The decompressed bytes of an archive.
+/// Returns the decompressed bytes of an archive.
 fn decompressed(name: &str) -> Vec<u8> {
     let mut stream = open_file(&fixture(name)).into_stream().unwrap();
     let mut bytes = Vec::new();
@@ -23,7 +23,7 @@ fn decompressed(name: &str) -> Vec<u8> {
     bytes
 }
 
-/// Archives whose content fits into memory a few times over.
+/// Returns the archives whose content fits into memory several times.
 fn small_archives() -> Vec<Entry> {
     let mut archives = manifest::archives();
     archives.retain(|archive| archive.devices.iter().all(|device| device.size < 600 << 20));
@@ -39,7 +39,7 @@ fn reads_every_archive_in_every_way() {
             assert_eq!(device.name, expected.name);
             assert_eq!(device.id.0, expected.id);
         }
-        // As stored: a stream if it is compressed.
+        // As stored: a stream if the archive is compressed.
         let content = read(open_file(&fixture(name)), &OpenOptions::default()).unwrap();
         assert_content(&archive, &content);
         // As a file and as a pipe.
@@ -60,7 +60,7 @@ fn salvage_and_check_accept_intact_archives() {
     }
 }
 
-/// The archive holds a gigabyte of zeros in 18 KB.
+/// The fixture stores a gigabyte of zeros in 18 KB.
 #[test]
 fn an_archive_of_zeros_yields_no_data() {
     let bytes = decompressed("zero.vma.zst");

@@ -1,5 +1,5 @@
-//! Input on which the reference program (7.2 to 11.0) crashes, writes outside its directory, or is
-//! silent. Each test describes its behaviour ("Reference") and asserts this driver's ("Ours").
+//! Input on which the reference program (7.2 to 11.0) crashes, writes outside its directory, or misses a
+//! fault. Each test describes the program's behaviour ("Reference") and asserts the driver's ("Ours").
 
 use imgtool_core::error::escape_control;
 use imgtool_core::sync::lock;
@@ -24,7 +24,7 @@ fn error_of(builder: &ArchiveBuilder) -> imgtool_core::Error {
     read_both(&builder.build(), &OpenOptions::default()).unwrap_err()
 }
 
-/// The error of an archive too large to keep in memory; asserts that file and stream agree.
+/// Returns the error of an archive whose devices exceed memory. Asserts that file and stream agree.
 fn error_of_huge(builder: &ArchiveBuilder) -> imgtool_core::Error {
     let archive = builder.build();
     let from_file = VmaSource::open(as_file(&archive), &OpenOptions::default()).err().unwrap();
@@ -37,7 +37,7 @@ fn error_of_huge(builder: &ArchiveBuilder) -> imgtool_core::Error {
     from_file
 }
 
-/// An archive of one disk of one cluster.
+/// Returns a builder of an archive with one disk of one cluster.
 fn one_cluster() -> ArchiveBuilder {
     ArchiveBuilder::new().device(1, "a", CLUSTER).extent(extent(&[slot(1, 0, 1)]))
 }
@@ -67,7 +67,7 @@ fn escapes_device_names_in_errors() {
     assert!(!escape_control(name).contains('\n'));
 }
 
-/// Reference: writes two devices of one name to one file, then fails to rename it.
+/// Reference: writes two devices of the same name to one file, then fails to rename it.
 /// Ours: distinguishes them by id and adds a note.
 #[test]
 fn distinguishes_devices_of_one_name_by_id() {
@@ -81,7 +81,7 @@ fn distinguishes_devices_of_one_name_by_id() {
     assert!(open(&builder).info().notes.contains(&"devices 1 and 2 have the same name".to_owned()));
 }
 
-/// Reference: the second of two configurations of one name overwrites the first.
+/// Reference: overwrites the first of two configurations of the same name with the second.
 /// Ours: returns both and adds a note.
 #[test]
 fn keeps_both_configurations_of_one_name() {
@@ -93,8 +93,8 @@ fn keeps_both_configurations_of_one_name() {
     assert_eq!(header.notes, ["configuration entry 1 has the name of an earlier one"]);
 }
 
-/// Reference: reads a name blob of zero length 4 GiB out of bounds (SIGSEGV).
-/// Ours: ignores such a device, refuses such a configuration.
+/// Reference: reads 4 GiB out of bounds for a name blob of zero length (SIGSEGV).
+/// Ours: ignores such a device and refuses such a configuration.
 #[test]
 fn rejects_name_blobs_of_zero_length() {
     let builder = one_cluster().with(|archive| {
@@ -109,7 +109,7 @@ fn rejects_name_blobs_of_zero_length() {
     assert_eq!(error_of(&builder).message(), "vma contains invalid data pointers");
 }
 
-/// Reference: offset plus size of the blob area wraps at 2^32 (SIGSEGV, or an empty list).
+/// Reference: adds offset and size of the blob area in 32 bits, which wraps (SIGSEGV, or an empty list).
 /// Ours: adds in 64 bits.
 #[test]
 fn blob_bounds_do_not_wrap() {
@@ -125,7 +125,7 @@ fn blob_bounds_do_not_wrap() {
 }
 
 /// Reference: allocates up to 2 GiB for a header before it checks anything.
-/// Ours: reads at most 16 MiB, and allocates little more than the file holds.
+/// Ours: reads at most 16 MiB, and allocates little more than the length of the file.
 #[test]
 fn header_sizes_are_bounded() {
     for size in [(16 << 20) + 1, i32::MAX as u32, u32::MAX] {
@@ -136,7 +136,7 @@ fn header_sizes_are_bounded() {
     assert_eq!(error.message(), "can't read vma header data - got EOF");
 }
 
-/// Reference: tries to allocate terabytes of bitmap for 2^62 bytes, prints sizes from 2^63 as negative.
+/// Reference: tries to allocate terabytes for 2^62 bytes, and prints sizes from 2^63 on as negative.
 /// Ours: refuses more than 2^32 clusters; memory grows with the clusters in the archive.
 #[test]
 fn device_sizes_are_bounded() {
@@ -150,9 +150,9 @@ fn device_sizes_are_bounded() {
     assert!(error.hint_text().unwrap().starts_with("4294967295 of 4294967296 clusters are missing"));
 }
 
-/// Reference: aborts (134) on a cluster far past the end, and in `verify` on unknown devices and on
+/// Reference: aborts (exit code 134) on a cluster far past the end, and in `verify` on unknown devices and on
 /// device 255.
-/// Ours: fails with the offset of the extent.
+/// Ours: fails with the file offset of the extent.
 #[test]
 fn refuses_wrong_slots_with_the_extent_offset() {
     for (bad, message) in [
@@ -238,7 +238,7 @@ fn check_notes_non_zero_reserved_bytes() {
     assert_eq!(report.findings, ["note: 1 extents have non-zero reserved bytes, which readers ignore"]);
 }
 
-/// Reference: drops zero sub-blocks of guest state, which shifts the rest to the front.
+/// Reference: drops unstored sub-blocks of guest state, which shifts the rest to the front.
 /// Ours: reads them as zeros.
 #[test]
 fn keeps_zero_sub_blocks_of_guest_state() {
@@ -290,7 +290,7 @@ fn drops_sub_blocks_past_the_end() {
     assert_eq!(report.findings, ["note: 1 sub-blocks lie past the end of their device and are left out"]);
 }
 
-/// Reference: refuses a block_count that does not match the masks.
+/// Reference: refuses a `block_count` that does not match the masks.
 /// Ours: refuses it with the same message.
 #[test]
 fn refuses_wrong_block_counts_with_the_reference_message() {
@@ -311,7 +311,7 @@ fn refuses_wrong_block_counts_with_the_reference_message() {
 }
 
 /// Reference: refuses invalid fields of an extent header.
-/// Ours: refuses them with the same message ("checksum" spelled correctly); salvage continues after it.
+/// Ours: gives the same message ("checksum" spelled correctly); salvage continues after such a header.
 #[test]
 fn refuses_invalid_extent_headers_with_the_reference_message() {
     type Change = fn(&mut imgtool_testing::vma::Extent);
@@ -344,7 +344,7 @@ fn refuses_invalid_extent_headers_with_the_reference_message() {
 }
 
 /// Reference: refuses a cut archive, but leaves its output files.
-/// Ours: refuses it with the same message (the end-to-end tests assert that no files stay).
+/// Ours: refuses it with the same message (the end-to-end tests assert that no files are left).
 #[test]
 fn refuses_cut_archives_with_the_reference_message() {
     let whole = one_cluster().build();
@@ -364,7 +364,7 @@ fn refuses_cut_archives_with_the_reference_message() {
 }
 
 /// Reference: fails on trailing bytes after it has written all data.
-/// Ours: fails, too, unless the options allow them.
+/// Ours: fails as well, unless the options allow them.
 #[test]
 fn trailing_bytes_fail_unless_allowed() {
     for (trailing, message) in
@@ -378,7 +378,7 @@ fn trailing_bytes_fail_unless_allowed() {
 }
 
 /// Reference: refuses a compressed archive ("not a vma file").
-/// Ours: the toolkit decompresses it, from pipes as well.
+/// Ours: the toolkit decompresses it, even from a pipe.
 #[test]
 fn reads_compressed_archives() {
     let plain = support::read(open_file(&fixture("two-disks.vma.zst")), &OpenOptions::default());
@@ -390,8 +390,8 @@ fn reads_compressed_archives() {
     }
 }
 
-/// Reference: behaviour on hundreds of thousands of gaps is unknown.
-/// Ours: finds gaps by runs, in time proportional to the archive.
+/// Reference: the behaviour on hundreds of thousands of gaps is unknown.
+/// Ours: finds gaps run by run, in time proportional to the length of the archive.
 #[test]
 fn handles_many_gaps_quickly() {
     let slots: Vec<_> = (0..300_000).map(|number| slot(1, number * 14_000, 0)).collect();

@@ -9,13 +9,13 @@ use imgtool_vma::VmaSource;
 use imgtool_vma::extent::{BlockInfo, ExtentHeader};
 
 const CLUSTER: u64 = 65_536;
-/// Clusters in each extent, all stored in full.
+/// Number of clusters in each extent, all stored in full.
 const PER_EXTENT: u64 = 59;
 const EXTENT: u64 = 512 + PER_EXTENT * CLUSTER;
 const EXTENTS: u64 = 285_000;
 const SIZE: u64 = EXTENTS * PER_EXTENT * CLUSTER;
 
-/// An archive generated on read. Each cluster repeats its own number.
+/// An archive generated as it is read. Each cluster repeats its own number.
 struct GeneratedArchive {
     header: Vec<u8>,
 }
@@ -42,7 +42,7 @@ impl GeneratedArchive {
     }
 }
 
-/// Byte of the device at this guest offset.
+/// Returns the byte of the device at guest offset `guest`.
 fn content(guest: u64) -> u8 {
     (guest / CLUSTER).to_be_bytes()[(guest % 8) as usize]
 }

@@ -13,10 +13,10 @@ use imgtool_storage::Opening;
 use imgtool_testing::memory;
 use imgtool_vma::VmaSource;
 
-/// The content of every device by id.
+/// The content of every device, by id.
 pub type Content = BTreeMap<u32, Vec<u8>>;
 
-/// Opens a file as the program does: outer compression is undone.
+/// Opens a file as the program does, with outer compression undone.
 pub fn open_file(path: &Path) -> Input {
     imgtool_storage::open::open(&path.into(), Opening::ByContent).unwrap().input
 }
@@ -29,12 +29,12 @@ pub fn as_stream(archive: &[u8]) -> Input {
     memory::as_stream("test.vma", archive)
 }
 
-/// A pipe as the program opens it: outer compression is undone.
+/// Returns a pipe as the program opens it, with outer compression undone.
 pub fn piped(reader: impl Read + Send + 'static) -> Result<Input> {
     memory::from_reader("test.vma", reader)
 }
 
-/// Opens and reads everything, whichever way the source offers.
+/// Opens an archive and reads every device, in the way that the source offers.
 pub fn read(input: Input, options: &OpenOptions) -> Result<Content> {
     read_source(&VmaSource::open(input, options)?)
 }
@@ -84,7 +84,7 @@ fn assert_zero_outside_runs(data: &[u8], runs: &[std::ops::Range<usize>]) {
     assert!(is_zero(&data[from..]));
 }
 
-/// Reads a device by its extents, and checks that these tell the truth.
+/// Reads a device, and checks that its extents match its content.
 fn read_random(random: &dyn RandomAccess, id: DeviceId, size: u64) -> Result<Vec<u8>> {
     let mut whole = vec![0xa5; size as usize];
     random.read_at(id, &mut whole, 0)?;
@@ -107,7 +107,7 @@ fn read_random(random: &dyn RandomAccess, id: DeviceId, size: u64) -> Result<Vec
     Ok(whole)
 }
 
-/// Reads from a file and from a stream; both must say the same.
+/// Reads an archive as a file and as a stream. Both must give the same content or the same error.
 pub fn read_both(archive: &[u8], options: &OpenOptions) -> Result<Content> {
     let from_file = read(as_file(archive), options);
     let from_stream = read(as_stream(archive), options);

@@ -31,7 +31,7 @@ fn small() -> Image {
         .and_attachment("qemu-server.conf", b"memory: 512\n")
 }
 
-/// Begins an archive of `manifest` with default options.
+/// Creates a sink for an archive of `manifest`, with default options.
 fn create_in(output: Output, manifest: &Manifest) -> Result<Box<dyn ImageSink>> {
     conformance::create(&VmaDriver, output, manifest, &CreateOptions::default())
 }
@@ -150,7 +150,7 @@ fn refuses_what_other_readers_reject() {
         devices: vec![Device::disk(0, "a", 512), Device::disk(1, "a", 512)],
         ..Manifest::default()
     };
-    assert_eq!(create(&twice).unwrap_err().message(), "two devices are called 'a'");
+    assert_eq!(create(&twice).unwrap_err().message(), "two devices are named 'a'");
     let many = |count: u32| Manifest {
         devices: (0..count).map(|id| Device::disk(id, format!("d{id}"), 512)).collect(),
         ..Manifest::default()
@@ -181,7 +181,7 @@ fn refuses_to_finish_before_every_cluster_is_written() {
     assert_eq!(error.message(), "0 of 1 clusters were written: the source was not read in full");
 }
 
-/// An image whose first device is guest state.
+/// Returns an image whose first device is guest state.
 fn with_state(len: u64, content: Content) -> Image {
     let mut image = Image::disk("with state", len, content);
     let state = &mut image.devices[0].0;
@@ -195,7 +195,7 @@ fn with_state(len: u64, content: Content) -> Image {
     image.and_disk("drive-scsi0", CLUSTER, Content::zero())
 }
 
-/// The reference program drops zero sub-blocks of guest state when it reads, which shifts the rest.
+/// The reference program drops unstored sub-blocks when it reads guest state, which shifts the rest.
 #[test]
 fn stores_every_sub_block_of_guest_state() {
     for len in [199_680, 4096, 512, 60 * CLUSTER + 5120] {
@@ -208,7 +208,7 @@ fn stores_every_sub_block_of_guest_state() {
             let source = VmaDriver.open(as_file(&bytes), &OpenOptions::default()).unwrap();
             assert_eq!(source.info().devices[0].kind, DeviceKind::VmState);
             conformance::assert_content(&source, &image, 512);
-            // A file, where zeros become holes, has the same bytes.
+            // An archive in a file, where zeros become holes, has the same bytes.
             let dir = tempfile::tempdir().unwrap();
             let path = conformance::make(&VmaDriver, &CreateOptions::default(), &image, dir.path());
             assert!(std::fs::read(path).unwrap() == bytes);
@@ -244,7 +244,7 @@ fn measure_bounds_the_archive_size() {
         let measure = writer.measure(&conformance::MemorySource::new(&image)).unwrap();
         let len = archive(&image, &CreateOptions::default()).len() as u64;
         assert!(len <= measure.required && measure.required <= measure.fully_allocated, "{image}");
-        // For an archive as the source the size is exact: its data is known to the sub-block.
+        // If the source is an archive, the size is exact, because its data is known to the sub-block.
         let bytes = archive(&image, &CreateOptions::default());
         let source = VmaDriver.open(as_file(&bytes), &OpenOptions::default()).unwrap();
         assert_eq!(writer.measure(&*source).unwrap().required, len, "{image}");
