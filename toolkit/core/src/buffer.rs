@@ -5,16 +5,15 @@ use std::sync::{Arc, Mutex};
 
 use crate::sync::lock;
 
-/// Alignment of every buffer in memory, bytes: one page. Measured: the kernel copies into and out of such
-/// buffers a quarter faster than those that the allocator places 16 bytes past a page, as it does for
-/// large vectors.
+/// Alignment of every buffer, in bytes: one page. Measured: the kernel copies to and from such buffers a
+/// quarter faster than to and from large vectors, which the allocator places 16 bytes past a page boundary.
 const ALIGNMENT: usize = 4096;
 
 /// A byte buffer that returns to its pool when dropped.
 #[derive(Debug)]
 pub struct Buffer {
     bytes: Vec<u8>,
-    /// Start of the buffer in `bytes`: the first multiple of [`ALIGNMENT`].
+    /// Index in `bytes` of the first byte of the buffer, whose address is a multiple of [`ALIGNMENT`].
     start: usize,
     len: usize,
     home: Arc<Mutex<Vec<Vec<u8>>>>,
@@ -58,16 +57,16 @@ pub struct BufferPool {
 }
 
 impl BufferPool {
-    /// Maximum number of idle buffers kept for reuse; more are freed. Our limit: above the number of pieces
-    /// in flight.
+    /// Maximum number of idle buffers kept for reuse; further ones are freed. Our limit: bounds the memory of
+    /// an idle pool.
     const KEEP: usize = 64;
 
-    /// An empty pool.
+    /// Creates an empty pool.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Returns a buffer of `len` bytes. Its content is arbitrary: it may hold bytes of an earlier use.
+    /// Returns a buffer of `len` bytes with arbitrary content, possibly from an earlier use.
     ///
     /// The caller must bound `len` if it comes from a file.
     pub fn take(&self, len: usize) -> Buffer {
@@ -75,10 +74,10 @@ impl BufferPool {
         let mut bytes = reused.unwrap_or_default();
         let room = len.saturating_add(ALIGNMENT);
         if bytes.len() < room {
-            // A new vector, since growing the old one would copy its stale content.
+            // Allocate a new vector: growing the old one would copy its stale content.
             bytes = vec![0; room];
         }
-        // The minimum bounds `align_offset` where it can't align the address and returns usize::MAX.
+        // `align_offset` may return usize::MAX; the minimum keeps `start` within `bytes`.
         let start = bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
         Buffer { bytes, start, len, home: Arc::clone(&self.free) }
     }

@@ -1,13 +1,12 @@
-//! A bounded cache with eviction of the least recently used entries, for drivers and decoders.
+//! [`Cache`], a bounded cache for drivers and decoders that evicts the least recently used entries.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 
-/// A cache that holds a bounded number of entries and evicts the least recently used.
+/// A cache of a bounded number of entries that evicts the least recently used one.
 ///
-/// [`Cache::insert`] evicts the entry used longest ago, which costs a walk over all entries. A cache of
-/// thousands of small entries makes space with [`Cache::evict_older_half`] instead: one walk for
-/// thousands of insertions.
+/// [`Cache::insert`] into a full cache walks over all entries. A cache of thousands of small entries should
+/// instead make space with [`Cache::evict_older_half`]: one walk for thousands of insertions.
 #[derive(Debug)]
 pub struct Cache<K, V> {
     entries: HashMap<K, Entry<V>>,
@@ -22,12 +21,12 @@ struct Entry<V> {
 }
 
 impl<K: Eq + Hash + Clone, V> Cache<K, V> {
-    /// Creates an empty cache of at most `capacity` entries; 0 is taken as 1.
+    /// Creates an empty cache of at most `capacity` entries; 0 counts as 1.
     pub fn new(capacity: usize) -> Self {
         Self { entries: HashMap::new(), capacity: capacity.max(1), clock: 0 }
     }
 
-    /// Returns the entry for `key` and marks it as the most recently used.
+    /// Returns the value cached for `key` and marks it as the most recently used.
     pub fn get(&mut self, key: &K) -> Option<&mut V> {
         self.clock += 1;
         let entry = self.entries.get_mut(key)?;
@@ -35,7 +34,8 @@ impl<K: Eq + Hash + Clone, V> Cache<K, V> {
         Some(&mut entry.value)
     }
 
-    /// Adds an entry or replaces it. Returns the evicted entry, if the cache was full.
+    /// Adds or replaces the entry for `key`. Returns the evicted entry, if `key` is new and the cache was
+    /// full.
     pub fn insert(&mut self, key: K, value: V) -> Option<(K, V)> {
         self.clock += 1;
         let evicted = if self.entries.contains_key(&key) || self.entries.len() < self.capacity {
@@ -47,7 +47,7 @@ impl<K: Eq + Hash + Clone, V> Cache<K, V> {
         evicted
     }
 
-    /// Removes and returns the least recently used entry.
+    /// Removes and returns the least recently used entry; `None` if the cache is empty.
     pub fn evict(&mut self) -> Option<(K, V)> {
         let oldest = self.entries.iter().min_by_key(|(_, entry)| entry.last_use)?.0.clone();
         let entry = self.entries.remove(&oldest)?;
@@ -59,7 +59,7 @@ impl<K: Eq + Hash + Clone, V> Cache<K, V> {
         self.entries.len() >= self.capacity
     }
 
-    /// Removes and returns the less recently used half of the entries, in no order.
+    /// Removes and returns the least recently used entries, just over half of them, in no particular order.
     pub fn evict_older_half(&mut self) -> Vec<(K, V)> {
         let mut uses: Vec<u64> = self.entries.values().map(|entry| entry.last_use).collect();
         if uses.is_empty() {
@@ -71,12 +71,12 @@ impl<K: Eq + Hash + Clone, V> Cache<K, V> {
         older.map(|(key, entry)| (key, entry.value)).collect()
     }
 
-    /// Removes and returns all entries, in no order.
+    /// Removes and returns all entries, in no particular order.
     pub fn drain(&mut self) -> impl Iterator<Item = (K, V)> {
         self.entries.drain().map(|(key, entry)| (key, entry.value))
     }
 
-    /// Number of entries.
+    /// Returns the number of entries.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
@@ -86,7 +86,7 @@ impl<K: Eq + Hash + Clone, V> Cache<K, V> {
         self.entries.is_empty()
     }
 
-    /// Returns all values, in no order, without marking them as used.
+    /// Returns all values, in no particular order, without marking them as used.
     pub fn values(&self) -> impl Iterator<Item = &V> {
         self.entries.values().map(|entry| &entry.value)
     }

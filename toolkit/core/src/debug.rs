@@ -1,5 +1,4 @@
-//! `Debug` for trait objects, so that a caller can derive it for a type that holds one and print a `Result`
-//! of it.
+//! `Debug` for the trait objects of this crate, so that types containing them can derive it.
 
 use std::fmt;
 

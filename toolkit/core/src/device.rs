@@ -1,12 +1,12 @@
-//! Devices and attachments, the content of an image in any format; and the types that number devices.
+//! [`Device`] and [`Attachment`], the content of an image in any format, and the types that number devices.
 //!
-//! A device is numbered in several ways during a conversion. Each number has a type of its own, so that
-//! the compiler catches a mix-up:
+//! A conversion numbers devices in several ways. Each number has its own type, so the compiler catches a
+//! mix-up:
 //!
 //! | type | identifies |
 //! |---|---|
-//! | [`DeviceId`] | a device of a source, by the image's own number |
-//! | [`Slot`] | a device among those selected for the conversion, over all sources |
+//! | [`DeviceId`] | a device of a source, by the image's own numbering |
+//! | [`Slot`] | a device selected for the conversion, counted across all sources |
 //! | [`SinkDevice`] | a device in one sink's [`crate::Manifest`] |
 //! | [`OutputId`] | an output of one sink |
 //! | [`Lane`] | a line of the progress display |
@@ -15,7 +15,7 @@ use std::fmt;
 
 /// Identity of a device within one source image. A conversion does not preserve it.
 ///
-/// Formats that hold one disk use 0. A VMA archive uses its own `dev_id` (1..=254).
+/// Single-disk formats use 0. A VMA archive uses its `dev_id` (1 to 254).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DeviceId(pub u32);
 
@@ -38,7 +38,7 @@ macro_rules! indices {
                     self.0 as usize
                 }
 
-                /// Returns the first `count` numbers, from 0 on.
+                /// Returns the first `count` numbers, starting at 0.
                 pub fn first(count: usize) -> impl Iterator<Item = Self> {
                     (0..).map(Self).take(count)
                 }
@@ -54,7 +54,7 @@ macro_rules! indices {
 }
 
 indices! {
-    /// A device among those selected for the conversion, over all of its sources.
+    /// A device selected for the conversion, counted across all of its sources.
     Slot;
     /// A device of one sink: an index into [`crate::Manifest::devices`].
     SinkDevice;
@@ -65,14 +65,14 @@ indices! {
 }
 
 impl OutputId {
-    /// The output that carries the image's own name.
+    /// The output with the image's own name.
     pub const MAIN: Self = Self(0);
 }
 
 /// Kind of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DeviceKind {
-    /// A disk that a guest sees.
+    /// A disk that the guest sees.
     Disk,
     /// The saved memory and device state of a running guest.
     VmState,
@@ -81,14 +81,14 @@ pub enum DeviceKind {
 /// One block device of an image: a raw, qcow2 or VHDX file has one, a VMA archive up to 254.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Device {
-    /// Identity within the image; in a manifest, the number of its [`SinkDevice`].
+    /// Identity within the image. In a manifest, it equals the [`SinkDevice`].
     pub id: DeviceId,
     /// Name from the image: untrusted, possibly not unique, and not a path.
     pub name: String,
-    /// Virtual size in bytes. Any value is legal: 0, and sizes that are no multiple of a sector.
+    /// Virtual size in bytes. Any value is legal, including 0 and sizes that are not a multiple of a sector.
     pub size: u64,
-    /// True if the size is unknown until the stream ends. `size` is 0 until then; afterwards
-    /// [`crate::Consumer::resize`] receives it.
+    /// True if the size is unknown until the stream ends. `size` is 0 until then; afterwards the pipeline
+    /// passes the size to [`crate::Consumer::resize`].
     pub open_ended: bool,
     /// Disk or guest state.
     pub kind: DeviceKind,
@@ -101,7 +101,7 @@ impl Device {
     }
 }
 
-/// A named blob that travels with the devices (a VM configuration in a VMA archive).
+/// A named blob stored along with the devices, such as a VM configuration in a VMA archive.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Attachment {
     /// Name from the image: untrusted, possibly not unique, and not a path.

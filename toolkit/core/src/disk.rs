@@ -1,4 +1,4 @@
-//! [`Disk`], a handle to one device of an open image, and [`DiskReader`], the same as a `Read + Seek`.
+//! [`Disk`], a handle to one device of an open image, and [`DiskReader`], which implements `Read` and `Seek`.
 
 use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -11,10 +11,10 @@ use crate::extent::{Extent, ExtentKind, MapExtent, check_answer};
 use crate::source::{FileRange, ImageSource, RandomAccess};
 use crate::suggest;
 
-/// One device of an open image, read at random by any number of threads.
+/// A handle to one device of an open image. Any number of threads may read it at random.
 ///
-/// Cloning is cheap and shares the image, which stays open as long as a handle exists. Every range is
-/// checked against the size of the device here, so drivers see only valid ranges.
+/// Cloning is cheap and shares the image, which stays open as long as a handle exists. Every method checks
+/// its range against the device's size, so drivers see only valid ranges.
 #[derive(Clone)]
 pub struct Disk {
     image: Arc<dyn ImageSource>,
@@ -26,8 +26,8 @@ impl Disk {
     /// Creates a handle to the device `device` of an image.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Usage`] if the image has no such device,
-    /// [`crate::ErrorKind::Unsupported`] if the image can only be read in one pass.
+    /// [`crate::ErrorKind::Usage`] if the image has no such device; [`crate::ErrorKind::Unsupported`] if the
+    /// image can only be read in one pass.
     pub fn new(image: Arc<dyn ImageSource>, device: DeviceId) -> Result<Self> {
         let size = image
             .info()
@@ -41,11 +41,11 @@ impl Disk {
         Ok(Self { image, device, size })
     }
 
-    /// Creates a handle to the device called `name`; to the first, if several have that name.
+    /// Creates a handle to the first device called `name`.
     ///
     /// # Errors
-    /// Same as [`Disk::new`]; [`crate::ErrorKind::Usage`] if no device has that name. The hint lists the
-    /// devices.
+    /// [`crate::ErrorKind::Usage`] if no device has that name, with a hint that lists the devices; otherwise
+    /// the same as [`Disk::new`].
     pub fn by_name(image: Arc<dyn ImageSource>, name: &str) -> Result<Self> {
         let devices = &image.info().devices;
         let Some(device) = devices.iter().find(|device| device.name == name).map(|device| device.id) else {
@@ -60,12 +60,12 @@ impl Disk {
     /// image").
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Unsupported`] if the image holds no device or several, or can only be read in
-    /// one pass.
+    /// [`crate::ErrorKind::Unsupported`] if the image has no device or several, or can only be read in one
+    /// pass.
     pub fn only(image: Arc<dyn ImageSource>, role: &str) -> Result<Self> {
         let [device] = image.info().devices.as_slice() else {
             let count = image.info().devices.len();
-            return Err(Error::unsupported(format!("{role} holds {count} devices, not one")));
+            return Err(Error::unsupported(format!("{role} has {count} devices, expected one")));
         };
         let device = device.id;
         Self::new(image, device)
@@ -90,37 +90,37 @@ impl Disk {
         self.image.info().device(self.device).unwrap_or(&NO_DEVICE)
     }
 
-    /// Returns the device's name in the image; untrusted.
+    /// Returns the device's name, which comes from the image and is untrusted.
     pub fn name(&self) -> &str {
         &self.device().name
     }
 
-    /// Returns the image that holds the device.
+    /// Returns the image that contains the device.
     pub fn image(&self) -> &Arc<dyn ImageSource> {
         &self.image
     }
 
-    /// Fills `buf` with guest bytes from `guest_offset` on. Unallocated ranges read as zeros.
+    /// Fills `buf` with guest bytes, starting at `guest_offset`. Unallocated ranges read as zeros.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::OutOfBounds`] if the range exceeds the disk, or an error of the image.
+    /// [`crate::ErrorKind::OutOfBounds`] if the range exceeds the disk, or any error of the image's driver.
     pub fn read_at(&self, buf: &mut [u8], guest_offset: u64) -> Result<()> {
         let end = guest_offset.checked_add(buf.len() as u64);
         self.check(guest_offset, end)?;
         if buf.is_empty() { Ok(()) } else { self.random()?.read_at(self.device, buf, guest_offset) }
     }
 
-    /// Returns the extents from `range.start` on: ascending, contiguous, within `range`, and at least one
+    /// Returns the extents of `range`: ascending, contiguous, starting at `range.start`, and at least one
     /// unless `range` is empty. The answer may end before `range.end`.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::OutOfBounds`] if the range exceeds the disk, or an error of the image.
+    /// [`crate::ErrorKind::OutOfBounds`] if the range exceeds the disk, or any error of the image's driver.
     pub fn extents(&self, range: Range<u64>) -> Result<Vec<Extent>> {
         self.within(range, |random, range| check_answer(random.extents(self.device, range.clone())?, range))
     }
 
-    /// Like [`Disk::extents`], but only as precise as a caller needs that reads in pieces ending at
-    /// multiples of `resolution` bytes; see [`RandomAccess::rough_extents`].
+    /// Like [`Disk::extents`], but only as precise as needed to read in pieces that end at multiples of
+    /// `resolution` bytes; see [`RandomAccess::rough_extents`].
     ///
     /// # Errors
     /// Same as [`Disk::extents`].
@@ -131,8 +131,8 @@ impl Disk {
         })
     }
 
-    /// Like [`Disk::extents`], with the image of the chain that each extent comes from and the offset in
-    /// its file.
+    /// Like [`Disk::extents`], but also returns the image of the chain, and the place in its file, that each
+    /// extent comes from.
     ///
     /// # Errors
     /// Same as [`Disk::extents`].
@@ -146,7 +146,8 @@ impl Disk {
         })
     }
 
-    /// Returns the file range that holds the bytes from `range.start` on; see [`RandomAccess::locate`].
+    /// Returns the file range that stores the guest bytes starting at `range.start`; see
+    /// [`RandomAccess::locate`]. Returns `None` also if `range` is empty or exceeds the disk.
     pub fn locate(&self, range: Range<u64>) -> Option<FileRange<'_>> {
         let is_within = range.start < range.end && range.end <= self.size;
         is_within.then(|| self.random().ok()?.locate(self.device, range)).flatten()
@@ -157,7 +158,7 @@ impl Disk {
         self.random().map_or(1, |random| random.read_granule(self.device))
     }
 
-    /// Returns a [`Read`] and [`Seek`] over the disk, positioned at its start.
+    /// Returns a reader positioned at the start of the disk.
     pub fn reader(&self) -> DiskReader {
         DiskReader { disk: self.clone(), position: 0 }
     }
@@ -205,11 +206,11 @@ static NO_DEVICE: Device = Device {
     kind: crate::device::DeviceKind::Disk,
 };
 
-/// A [`Read`] and [`Seek`] over a disk, for crates that read partition tables and file systems. Any number
-/// of readers may read one disk, each with its own position.
+/// A reader over a disk, for crates that parse partition tables and file systems. Any number of readers may
+/// read one disk, each with its own position.
 ///
-/// Nothing is buffered, and a driver may decode a whole compressed cluster for each small read: wrap the
-/// reader in a [`std::io::BufReader`].
+/// The reader does not buffer, and a driver may decode a whole compressed cluster for each small read. Wrap
+/// the reader in a [`std::io::BufReader`].
 #[derive(Debug, Clone)]
 pub struct DiskReader {
     disk: Disk,
@@ -236,7 +237,7 @@ impl Seek for DiskReader {
             SeekFrom::Current(distance) => self.position.checked_add_signed(distance),
         };
         self.position = position.ok_or_else(|| {
-            io::Error::new(io::ErrorKind::InvalidInput, "a position before the beginning or beyond 2^64")
+            io::Error::new(io::ErrorKind::InvalidInput, "seek to a position before the start or beyond 2^64")
         })?;
         Ok(self.position)
     }

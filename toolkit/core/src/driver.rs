@@ -1,5 +1,5 @@
-//! The contract of an image format: [`Driver`] opens, checks and describes images, [`ImageWriter`] makes
-//! them.
+//! The traits that an image format implements: [`Driver`] opens, checks and describes images; [`ImageWriter`]
+//! creates them.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,54 +15,56 @@ use crate::output::Output;
 use crate::sink::ImageSink;
 use crate::source::ImageSource;
 
-/// One image format.
+/// An image format.
 ///
-/// The methods without a default suffice for a driver that only reads.
+/// A driver that only reads needs only the methods without a default.
 pub trait Driver: Send + Sync {
-    /// Returns the name of the format: lower case, no blanks ("qcow2").
+    /// Returns the name of the format, in lower case and without spaces ("qcow2").
     fn name(&self) -> &'static str;
 
-    /// Describes the format in one line, for a person.
+    /// Returns a one-line description of the format for the user.
     fn description(&self) -> &'static str;
 
-    /// Returns the file name extensions without the dot. Outputs get the first.
+    /// Returns the file name extensions, without the dot. New images get the first one.
     fn extensions(&self) -> &'static [&'static str];
 
-    /// Describes which operations the driver supports.
+    /// Returns the operations that the driver supports.
     fn capabilities(&self) -> Capabilities;
 
-    /// Declares the options of [`Driver::writer`].
+    /// Returns the declarations of the options that [`Driver::writer`] accepts.
     fn options(&self) -> &'static [OptionSpec] {
         &[]
     }
 
-    /// Returns the confidence that an image is of this format; `None` if it is not. `head` holds the first
-    /// bytes, up to [`crate::input::PROBE_LEN`]; `len` is the length in bytes, if known.
+    /// Returns the confidence that an image is of this format, or `None` if it is not. `head` contains the
+    /// first bytes of the image, at most [`crate::input::PROBE_LEN`]; `len` is its file size in bytes, if
+    /// known.
     fn probe(&self, head: &[u8], len: Option<u64>) -> Option<Confidence>;
 
-    /// Opens an image for reading. The driver checks all metadata that it can check without reading data,
-    /// and refuses unsupported features by name.
+    /// Opens an image for reading. The driver checks all metadata that it can check without reading guest
+    /// data. Its error for an unsupported feature names the feature.
     fn open(&self, input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>>;
 
     /// Checks the whole structure of an image.
     ///
     /// # Errors
-    /// If the image can't be checked. Damage is no error: the report lists it.
+    /// If the image can't be checked; [`crate::ErrorKind::Unsupported`] by default. Damage is not an error:
+    /// the report lists it.
     fn check(&self, _input: Input, _options: &OpenOptions) -> Result<CheckReport> {
         Err(Error::unsupported(format!("{} images have no structure to check", self.name())))
     }
 
-    /// Parses the options and returns a writer for images that have them. Opens and creates nothing.
+    /// Parses the options and returns a writer that applies them. Opens and creates no files.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Usage`] for options that can't be combined; [`crate::ErrorKind::Unsupported`]
-    /// by default, for a driver that only reads.
+    /// [`crate::ErrorKind::Usage`] for options that can't be combined; [`crate::ErrorKind::Unsupported`] by
+    /// default, for a driver that only reads.
     fn writer(&self, _options: &CreateOptions) -> Result<Box<dyn ImageWriter>> {
-        Err(Error::unsupported(format!("{} images are read, not written", self.name())))
+        Err(Error::unsupported(format!("{} images can't be written", self.name())))
     }
 }
 
-/// Makes images of one format, with options that [`Driver::writer`] has checked.
+/// Creates images of one format, with options that [`Driver::writer`] has checked.
 pub trait ImageWriter: Send + Sync {
     /// Returns the backing image that the options name, if any. The caller opens it and passes its disk in
     /// [`Manifest::base`].
@@ -70,13 +72,13 @@ pub trait ImageWriter: Send + Sync {
         None
     }
 
-    /// Returns the names of the further outputs that [`ImageWriter::create`] will make, relative to the
-    /// image `main`. The caller checks all names before anything is created.
+    /// Returns the names of the other outputs that [`ImageWriter::create`] will create, relative to the
+    /// image, whose file name is `main`. The caller checks all names before it creates any output.
     fn companions(&self, _main: &str, _manifest: &Manifest) -> Vec<String> {
         Vec::new()
     }
 
-    /// Returns the number of bytes that an image made from `source` will need.
+    /// Predicts the size of an image created from `source`. Unsupported by default.
     fn measure(&self, _source: &dyn ImageSource) -> Result<Measure> {
         Err(Error::unsupported("this format can't be measured"))
     }
@@ -84,65 +86,66 @@ pub trait ImageWriter: Send + Sync {
     /// Creates the sink of a new image.
     ///
     /// # Errors
-    /// If the format can't hold the content of the manifest. Nothing has been written then.
+    /// If the format can't store the content of the manifest. Nothing has been written in this case.
     fn create(&self, outputs: &mut dyn OutputFactory, manifest: &Manifest) -> Result<Box<dyn ImageSink>>;
 }
 
-/// Makes the outputs of one image under temporary names. They are renamed, or removed, together.
+/// Creates the outputs of one image under temporary names. The caller later renames or removes all of them.
 pub trait OutputFactory {
-    /// Returns the output with the image's own name; the same one on every call.
+    /// Returns the output with the image's own name. Every call returns the same output.
     fn main(&mut self) -> Result<Output>;
 
-    /// Creates an output beside the image. `name` is relative to the image, as the image will refer to it.
+    /// Creates an output beside the image. `name` is relative to the image, which will store it in this form.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Refused`] if the name is not a plain file name, or already exists.
+    /// [`crate::ErrorKind::Unsupported`] if the name is not a plain file name; [`crate::ErrorKind::Refused`]
+    /// if the file already exists and the user did not allow overwriting.
     fn beside(&mut self, name: &str) -> Result<Output>;
 }
 
-/// The operations that a driver supports. The conformance suite selects the laws to test by them.
+/// The operations that a driver supports. The conformance suite uses them to select the laws to test.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Capabilities {
     /// True if images can be read.
     pub read: bool,
-    /// True if images can be made.
+    /// True if images can be created.
     pub write: bool,
     /// True if an image can be read in one pass from a pipe.
     pub stream_read: bool,
     /// True if an image can be written in one pass to a pipe.
     pub stream_write: bool,
-    /// Limits of an archive of whole machines; `None` if an image is one disk.
+    /// Limits, if an image is an archive of whole machines; `None` if an image is one disk.
     pub archive: Option<Archive>,
-    /// True if images hold other images, whose formats have drivers of their own (a tar of disks).
+    /// True if an image contains other images, each opened by the driver of its own format (a tar of disks).
     pub container: bool,
-    /// True if an image is the bytes of its disk and nothing else, so that every content is legal.
+    /// True if an image consists of its disk's bytes and nothing else, so any content is legal.
     pub verbatim: bool,
-    /// Existing targets that are written in place instead of being replaced.
+    /// Kinds of existing targets that are overwritten in place rather than replaced.
     pub in_place: InPlace,
     /// True if the format can compress its content.
     pub compression: bool,
     /// True if internal snapshots can be read.
     pub snapshots: bool,
-    /// True if an image can be made of a device whose size is unknown until the source ends.
+    /// True if an image can be created from a device whose size is unknown until the source ends.
     pub open_ended: bool,
-    /// Virtual sizes are rounded up to a multiple of this many bytes.
+    /// Multiple, in bytes, to which the driver rounds virtual sizes up.
     pub size_multiple: u64,
     /// True if [`Driver::check`] is implemented.
     pub check: bool,
 }
 
 impl Capabilities {
-    /// True if an image can hold several devices, each with a name.
+    /// True if an image can contain several devices, each with a name.
     pub fn is_archive(&self) -> bool {
         self.archive.is_some()
     }
 
-    /// Returns the maximum number of devices in one image.
+    /// Returns the maximum number of devices in one image; 1 unless the format is an archive.
     pub fn max_devices(&self) -> u32 {
         self.archive.map_or(1, |archive| archive.max_devices)
     }
 
-    /// True if an image can hold configurations.
+    /// True if an image can store attachments.
     pub fn attachments(&self) -> bool {
         self.archive.is_some_and(|archive| archive.attachments)
     }
@@ -153,66 +156,67 @@ impl Capabilities {
 pub struct Archive {
     /// Maximum number of devices.
     pub max_devices: u32,
-    /// True if an archive can hold configurations.
+    /// True if an archive can store attachments (VM configurations).
     pub attachments: bool,
 }
 
-/// Existing targets that a format writes in place, without a temporary name.
+/// Kinds of existing targets that a format overwrites in place, without a temporary file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum InPlace {
-    /// None: every image is a new file.
+    /// No targets: every image is a new file.
     #[default]
     Never,
-    /// Block devices: the image does not depend on where its file ends.
+    /// Block devices only. The format does not depend on the end of the file.
     BlockDevices,
-    /// Block devices and regular files that keep their length.
+    /// Block devices and regular files. A regular file keeps its length.
     Anywhere,
 }
 
-/// Confidence of a probe, ascending.
+/// Confidence of a probe, in ascending order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Confidence {
-    /// Every content is legal in this format. The driver is chosen if no other recognises the image.
+    /// Any content is legal in this format. [`crate::Registry::probe`] chooses the driver only if no other
+    /// recognises the image.
     Fallback,
     /// The image has the magic number of the format.
     Magic,
 }
 
-/// Result of [`Driver::check`].
+/// Result of [`Driver::check`]. A number is `None` if the driver does not determine it.
 #[derive(Debug, Clone, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct CheckReport {
-    /// Number of contradictions in the metadata. The content may be wrong.
+    /// Number of contradictions in the metadata, which may make the content wrong.
     pub corruptions: u64,
-    /// Number of allocated units that nothing refers to. The content is right.
+    /// Number of allocated units that nothing refers to. They waste space, but the content is intact.
     pub leaks: u64,
     /// Number of structures that could not be checked.
     pub check_errors: u64,
-    /// One line per finding, worst first; at most [`CheckReport::MAX_FINDINGS`].
+    /// One line per finding or note, in the order found; at most [`CheckReport::MAX_FINDINGS`].
     pub findings: Vec<String>,
-    /// File offset of the end of the used part.
+    /// File offset one past the last byte in use.
     pub image_end_offset: Option<u64>,
     /// Number of allocation units of the whole disk.
     pub total_clusters: Option<u64>,
-    /// Number of units that are allocated.
+    /// Number of allocated units.
     pub allocated_clusters: Option<u64>,
-    /// Number of allocated units that do not follow their predecessor in the file.
+    /// Number of allocated units that are not stored directly after their predecessor in the file.
     pub fragmented_clusters: Option<u64>,
-    /// Number of units that are compressed.
+    /// Number of compressed units.
     pub compressed_clusters: Option<u64>,
 }
 
 impl CheckReport {
-    /// Maximum number of findings kept as lines; further ones are only counted. Our limit.
+    /// Maximum number of findings in the report; further ones are only counted. Our limit.
     pub const MAX_FINDINGS: usize = 1000;
 
-    /// Counts one corruption and keeps its line.
+    /// Counts one corruption and adds its line to the findings.
     pub fn corruption(&mut self, finding: impl fmt::Display) {
         self.corruptions += 1;
         self.keep(finding);
     }
 
-    /// Counts leaked allocation units and keeps the line.
+    /// Counts `units` leaked allocation units and adds one line to the findings.
     pub fn leak(&mut self, units: u64, finding: impl fmt::Display) {
         self.leaks += units;
         self.keep(finding);
@@ -225,16 +229,16 @@ impl CheckReport {
     }
 }
 
-/// The expected size of an image.
+/// Predicted size of an image.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Measure {
-    /// Bytes that the image needs for the source's content, as its driver counts them.
+    /// File size in bytes that the image needs for the source's content.
     pub required: u64,
-    /// Bytes that the image would need if every part were allocated.
+    /// File size in bytes that the image would need if all of it were allocated.
     #[serde(rename = "fully-allocated")]
     pub fully_allocated: u64,
-    /// Minimum number of bytes that the image takes on a file system where holes take none. The space
-    /// check uses this number; the other two are for a user who wants to know how much to provide.
+    /// Minimum disk space in bytes that the image occupies on a file system with holes, for the check for
+    /// free space only.
     #[serde(skip)]
     pub occupied: u64,
 }

@@ -1,7 +1,7 @@
-//! [`Error`], the error type of the whole toolkit: a kind for programs to match on, and for a person the
-//! message, the place (file, device, guest range, file offset), the cause and a remedy.
+//! [`Error`], the error type of the whole toolkit. Programs match on its kind; users read its message, place
+//! (file, device, guest range, file offset), cause and remedy.
 //!
-//! A driver creates an error with one of the constructors and adds the places that it knows:
+//! A driver creates an error with one of the constructors and adds the parts of the place that it knows:
 //!
 //! ```
 //! use imgtool_core::{Error, ErrorKind, Remedy};
@@ -26,17 +26,17 @@ pub use crate::text::escape_control;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The input is not of the format it was opened as.
+    /// The input is not in the format that the caller opened it as.
     WrongFormat,
     /// The input breaks a rule of its format: a field has a forbidden value.
     Malformed,
-    /// The input was intact once: a checksum does not match, data is missing or occurs twice.
+    /// The input is damaged: a checksum does not match, or data is missing or occurs twice.
     Corrupt,
     /// A legal input or request that the toolkit does not support.
     Unsupported,
     /// Content arrived in an order that the operation can't handle.
     OutOfOrder,
-    /// An address beyond the end of a device or file.
+    /// A range beyond the end of a device or file.
     OutOfBounds,
     /// A legal value above a limit that protects memory or time.
     LimitExceeded,
@@ -45,7 +45,7 @@ pub enum ErrorKind {
     /// An operation that the user did not allow: opening an external file, overwriting, writing to a busy
     /// device.
     Refused,
-    /// A failed call of the operating system.
+    /// A failed system call.
     Io,
     /// The operation was cancelled.
     Cancelled,
@@ -53,7 +53,7 @@ pub enum ErrorKind {
 
 /// An error with its place: location, device, guest range and file offset.
 ///
-/// `{}` prints one line without the cause, which [`StdError::source`] returns; `{:#}` appends the cause.
+/// `{}` prints one line without the cause, which [`StdError::source`] returns; `{:#}` includes all causes.
 /// Neither prints the remedy.
 pub struct Error(Box<Inner>);
 
@@ -78,7 +78,8 @@ macro_rules! constructors {
 }
 
 impl Error {
-    /// Creates an error of `kind`. The message is lower case, without a full stop, with value and bound.
+    /// Creates an error of `kind`. The message is in lower case, has no full stop, and states the value and
+    /// the bound.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self(Box::new(Inner {
             kind,
@@ -93,29 +94,29 @@ impl Error {
     }
 
     constructors! {
-        /// [`ErrorKind::WrongFormat`].
+        /// Creates an [`ErrorKind::WrongFormat`] error.
         wrong_format => WrongFormat;
-        /// [`ErrorKind::Malformed`].
+        /// Creates an [`ErrorKind::Malformed`] error.
         malformed => Malformed;
-        /// [`ErrorKind::Corrupt`].
+        /// Creates an [`ErrorKind::Corrupt`] error.
         corrupt => Corrupt;
-        /// [`ErrorKind::Unsupported`].
+        /// Creates an [`ErrorKind::Unsupported`] error.
         unsupported => Unsupported;
-        /// [`ErrorKind::OutOfOrder`].
+        /// Creates an [`ErrorKind::OutOfOrder`] error.
         out_of_order => OutOfOrder;
-        /// [`ErrorKind::OutOfBounds`].
+        /// Creates an [`ErrorKind::OutOfBounds`] error.
         out_of_bounds => OutOfBounds;
-        /// [`ErrorKind::LimitExceeded`].
+        /// Creates an [`ErrorKind::LimitExceeded`] error.
         limit => LimitExceeded;
-        /// [`ErrorKind::Usage`].
+        /// Creates an [`ErrorKind::Usage`] error.
         usage => Usage;
-        /// [`ErrorKind::Refused`].
+        /// Creates an [`ErrorKind::Refused`] error.
         refused => Refused;
-        /// [`ErrorKind::Cancelled`].
+        /// Creates an [`ErrorKind::Cancelled`] error.
         cancelled => Cancelled;
     }
 
-    /// Creates the error of a failed system call; `act` names the operation ("read", "write", "open" …).
+    /// Creates the error for a failed system call. `act` names the operation ("read", "write", "open" …).
     ///
     /// If `source` carries an [`Error`], returns that error instead.
     pub fn io(act: impl Into<String>, source: io::Error) -> Self {
@@ -132,42 +133,42 @@ impl Error {
         self
     }
 
-    /// Names the file, unless one is named already: the innermost place wins.
+    /// Sets the location of the file, unless it is already set: the innermost location wins.
     #[must_use]
     pub fn path(mut self, location: impl Into<Location>) -> Self {
         self.0.location.get_or_insert_with(|| location.into());
         self
     }
 
-    /// Names the device, unless one is named already.
+    /// Sets the name of the device, unless it is already set.
     #[must_use]
     pub fn device(mut self, name: impl Into<String>) -> Self {
         self.0.device.get_or_insert_with(|| name.into());
         self
     }
 
-    /// Names the guest range in bytes, unless one is named already.
+    /// Sets the guest range in bytes, unless it is already set.
     #[must_use]
     pub fn guest(mut self, range: Range<u64>) -> Self {
         self.0.guest.get_or_insert(range);
         self
     }
 
-    /// Names the file offset in bytes, unless one is named already.
+    /// Sets the file offset in bytes, unless it is already set.
     #[must_use]
     pub fn at(mut self, file_offset: u64) -> Self {
         self.0.file_offset.get_or_insert(file_offset);
         self
     }
 
-    /// Adds the action that the user can take, unless the error has a remedy already.
+    /// Sets the remedy, an action that the user can take, unless it is already set.
     #[must_use]
     pub fn remedied_by(mut self, remedy: Remedy) -> Self {
         self.0.remedy.get_or_insert(remedy);
         self
     }
 
-    /// Adds advice in words that fit every program, so without command-line flags; see [`Remedy`].
+    /// Sets the remedy to advice that fits every program, without command-line flags; see [`Remedy`].
     #[must_use]
     pub fn hint(self, advice: impl Into<Remedy>) -> Self {
         self.remedied_by(advice.into())
@@ -188,32 +189,32 @@ impl Error {
         self.0.remedy.as_ref()
     }
 
-    /// Returns the remedy in words that name no flag; see [`Remedy`].
+    /// Returns the text of the remedy, if any, without command-line flags; see [`Remedy`].
     pub fn hint_text(&self) -> Option<String> {
         self.0.remedy.as_ref().map(Remedy::to_string)
     }
 
-    /// Returns the location of the file concerned.
+    /// Returns the location of the affected file, if known.
     pub fn location(&self) -> Option<&Location> {
         self.0.location.as_ref()
     }
 
-    /// Returns the name of the device concerned.
+    /// Returns the name of the affected device, if known.
     pub fn device_name(&self) -> Option<&str> {
         self.0.device.as_deref()
     }
 
-    /// Returns the guest range concerned, in bytes.
+    /// Returns the guest range of the fault, in bytes, if known.
     pub fn guest_range(&self) -> Option<Range<u64>> {
         self.0.guest.clone()
     }
 
-    /// Returns the file offset concerned, in bytes.
+    /// Returns the file offset of the fault, in bytes, if known.
     pub fn file_offset(&self) -> Option<u64> {
         self.0.file_offset
     }
 
-    /// The act of a failed call of the operating system: "open", "read" …
+    /// Returns the operation that failed ("open", "read" …); `None` unless the kind is [`ErrorKind::Io`].
     pub fn act(&self) -> Option<&str> {
         (self.0.kind == ErrorKind::Io).then_some(&*self.0.message)
     }
@@ -223,7 +224,7 @@ impl Error {
         self.0.source.as_deref()?.downcast_ref()
     }
 
-    /// Formats the places other than the file, for the end of the message.
+    /// Formats the device, guest range and file offset for the end of the message.
     fn places(&self) -> String {
         let inner = &*self.0;
         let device = inner.device.as_ref().map(|device| format!("device {}", escape_control(device)));
@@ -266,8 +267,8 @@ impl StdError for Error {
     }
 }
 
-/// Wraps an [`Error`] so that it passes through interfaces that return [`io::Error`]. [`Error::io`]
-/// unwraps it.
+/// Wraps an [`Error`] so that it can pass through interfaces that return [`io::Error`]. [`Error::io`] unwraps
+/// it.
 impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         let kind = match error.kind() {
@@ -279,7 +280,7 @@ impl From<Error> for io::Error {
     }
 }
 
-/// Adds the place to the error of a result.
+/// Adds the file or the device to the error of a [`Result`].
 pub trait ResultExt<T> {
     /// Applies [`Error::path`] to the error.
     ///

@@ -1,4 +1,5 @@
-//! Extents: runs of a device that hold data or read as zeros, with or without their place in a file.
+//! [`Extent`], a run of guest bytes that is data or reads as zeros, and [`MapExtent`], which adds its place
+//! in a file.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,9 +10,9 @@ use crate::location::Location;
 /// Status of an extent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ExtentKind {
-    /// Has to be read, and may still turn out to be zeros.
+    /// Must be read; may still turn out to be zeros.
     Data,
-    /// Allocated in the image, and known to read as zeros.
+    /// Allocated in the image and known to read as zeros.
     Zero,
     /// Not allocated, so it reads as zeros.
     Hole,
@@ -20,11 +21,11 @@ pub enum ExtentKind {
 /// A run of guest bytes with one status. Only [`ExtentKind::Data`] needs to be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
-    /// First guest byte.
+    /// Guest offset of the first byte.
     pub start: u64,
     /// Length in bytes, never 0.
     pub len: u64,
-    /// Status of all its bytes.
+    /// Status of all bytes.
     pub kind: ExtentKind,
 }
 
@@ -45,21 +46,21 @@ impl Extent {
     }
 }
 
-/// Collects extents in ascending order and joins neighbours of the same kind.
+/// A list of extents in ascending order that joins neighbours of the same kind.
 ///
-/// A driver's [`crate::RandomAccess::extents`] pushes extents until the range ends or the list
-/// [is full](ExtentList::is_full): an answer may cover only a part of the range.
+/// An implementation of [`crate::RandomAccess::extents`] pushes extents until it reaches the end of the range
+/// or the list [is full](ExtentList::is_full); an answer need not cover the whole range.
 #[derive(Debug, Default)]
 pub struct ExtentList {
     extents: Vec<Extent>,
     data_len: u64,
 }
 
-/// Maximum number of extents in one answer. Our limit: 4096 × 24 B = 96 KiB, for badly fragmented images.
+/// Maximum number of extents in one answer. Our limit: 96 KiB (4096 × 24 bytes) for a badly fragmented image.
 pub const MAX_EXTENTS_PER_ANSWER: usize = 4096;
 
-/// Bytes of data after which an answer ends. Our limit: reading starts only after the first answer, and
-/// the lookup of this much data may take 100 µs.
+/// Number of data bytes after which an answer ends. Our limit: reading starts only after the first answer,
+/// and looking up this much data takes up to 100 µs.
 pub const DATA_PER_ANSWER: u64 = 256 << 20;
 
 impl ExtentList {
@@ -68,7 +69,8 @@ impl ExtentList {
         Self::default()
     }
 
-    /// Appends `len` bytes of `kind` at `start`, which must be the end of the last extent.
+    /// Appends `len` bytes of `kind` at guest offset `start`, which must be the end of the last extent. Does
+    /// nothing if `len` is 0.
     pub fn push(&mut self, start: u64, len: u64, kind: ExtentKind) {
         if len == 0 {
             return;
@@ -84,7 +86,7 @@ impl ExtentList {
         self.extents.push(Extent { start, len, kind });
     }
 
-    /// True if the answer should end here.
+    /// True if the answer should end here: the extents or their data have reached the limit.
     pub fn is_full(&self) -> bool {
         self.extents.len() >= MAX_EXTENTS_PER_ANSWER || self.data_len >= DATA_PER_ANSWER
     }
@@ -95,8 +97,8 @@ impl ExtentList {
     }
 }
 
-/// Checks an answer about `range`: it must start where the range starts, be contiguous and not empty, and
-/// stay within the range.
+/// Checks a driver's answer about `range` and returns it. The answer must not be empty, must start at
+/// `range.start`, be contiguous, and stay within the range.
 ///
 /// # Errors
 /// [`crate::ErrorKind::Malformed`] if the driver broke one of these rules.
@@ -114,11 +116,11 @@ pub fn check_answer(answer: Vec<Extent>, range: Range<u64>) -> Result<Vec<Extent
     Ok(answer)
 }
 
-/// An extent, the image of the chain that determines its content, and its place in that image's file.
-/// The fields have the same meanings as in the output of `qemu-img map`.
+/// An extent with the image of the chain that determines its content, and its place in that image's file. The
+/// fields have the same meanings as in the output of `qemu-img map`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MapExtent {
-    /// First guest byte.
+    /// Guest offset of the first byte.
     pub start: u64,
     /// Length in bytes, never 0.
     pub len: u64,
@@ -128,7 +130,7 @@ pub struct MapExtent {
     pub present: bool,
     /// True if the bytes are known to read as zeros.
     pub zero: bool,
-    /// True if a file stores the bytes. They may still be a hole in the file; `zero` is then true as well.
+    /// True if a file stores the bytes. If they are a hole in that file, `zero` is true as well.
     pub data: bool,
     /// True if the bytes are compressed.
     pub compressed: bool,
@@ -146,7 +148,7 @@ pub struct MapPlace {
 }
 
 impl MapExtent {
-    /// Converts an extent of a single image. The extent's place in the file is unknown.
+    /// Converts an extent of an image without a chain. The place of the extent in the file is unknown.
     pub fn of(extent: Extent) -> Self {
         Self {
             start: extent.start,
@@ -165,8 +167,8 @@ impl MapExtent {
         self.start + self.len
     }
 
-    /// Appends `next` if it follows this extent, both in the guest and in the same file, and has the same
-    /// status. Returns true if it was appended.
+    /// Appends `next` if it has the same status and follows this extent in the guest and, if both have a
+    /// place, in the file. Returns true if it did.
     pub fn join(&mut self, next: &Self) -> bool {
         let follows = match (&self.place, &next.place) {
             (Some(a), Some(b)) => {
@@ -185,7 +187,7 @@ impl MapExtent {
     }
 }
 
-/// Appends an extent to a list, joined to the last one if possible.
+/// Appends an extent to a list, joining it to the last one if possible.
 pub fn push_map_extent(list: &mut Vec<MapExtent>, next: MapExtent) {
     if !list.last_mut().is_some_and(|last| last.join(&next)) {
         list.push(next);

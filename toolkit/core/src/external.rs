@@ -1,7 +1,7 @@
-//! Settings for opening an image, and the opener of external files: those that an image names (a backing
-//! image, a data file).
+//! Settings for opening an image, and the opener of the external files that the image names: a backing image
+//! or a data file.
 //!
-//! A driver opens no file by name. It calls [`Externals`]; the [`ExternalOpener`] behind it decides whether
+//! A driver never opens a file by name. It calls [`Externals`]; the [`ExternalOpener`] behind it checks that
 //! the user allowed the file, detects loops in the chain, and chooses the driver.
 
 use std::fmt;
@@ -16,7 +16,8 @@ use crate::source::ImageSource;
 /// Settings for opening an image.
 #[derive(Debug, Clone, Default)]
 pub struct OpenOptions {
-    /// True to restore the intact parts of a damaged image, fill the rest with zeros and list it.
+    /// True to restore the intact parts of a damaged image. The rest reads as zeros and is reported by
+    /// [`ImageSource::losses`].
     pub salvage: bool,
     /// True to open an image that is marked as unsafe (the corrupt bit of qcow2).
     pub force: bool,
@@ -24,10 +25,11 @@ pub struct OpenOptions {
     pub ignore_trailing: bool,
     /// The internal snapshot (name or ID) to read instead of the active state.
     pub snapshot: Option<String>,
-    /// True if the caller needs facts only, no content. The driver may skip work that needs external files
-    /// or the whole of a stream.
+    /// True if the caller needs only facts, not content. The driver may then skip work that requires external
+    /// files or a whole stream.
     pub info_only: bool,
-    /// With `info_only`: maximum number of bytes of a stream to read for facts that only its end reveals.
+    /// Maximum number of bytes of a stream to read with `info_only`, for facts that are known only at its
+    /// end.
     pub info_stream_len: u64,
     /// The opener of external files.
     pub externals: Externals,
@@ -35,8 +37,9 @@ pub struct OpenOptions {
 
 /// Opens the external files of images, if the user allowed them.
 pub trait ExternalOpener: Send + Sync {
-    /// Opens the external image `name` of the image at `from`. `format` names the driver; without it, the
-    /// content decides. `role` describes the file in errors ("backing file").
+    /// Opens the external image that the image at `from` refers to as `name`. `format` is the name of the
+    /// driver; if it is `None`, the opener probes the content. `role` describes the file in errors ("backing
+    /// file").
     ///
     /// # Errors
     /// [`crate::ErrorKind::Refused`] if the user did not allow the file, or any error from opening it.
@@ -49,14 +52,14 @@ pub trait ExternalOpener: Send + Sync {
         options: &OpenOptions,
     ) -> Result<Arc<dyn ImageSource>>;
 
-    /// Opens the external file `name` of the image at `from` as plain bytes.
+    /// Opens the external file that the image at `from` refers to as `name`, as plain bytes.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Refused`] if the user did not allow the file; [`crate::ErrorKind::Io`].
+    /// [`crate::ErrorKind::Refused`] if the user did not allow the file, or any error from opening it.
     fn open_file(&self, role: &str, name: &str, from: &Location) -> Result<Input>;
 
-    /// Opens an image inside another: a member of a container, whose bytes the container's driver passes in
-    /// ([`Input::section`]). This needs no permission, as the bytes belong to the container.
+    /// Opens a member of a container as an image. This needs no permission: the member's bytes are a section
+    /// of the container's input ([`Input::section`]).
     ///
     /// # Errors
     /// Any error from opening the member.
@@ -67,17 +70,17 @@ pub trait ExternalOpener: Send + Sync {
         options: &OpenOptions,
     ) -> Result<Arc<dyn ImageSource>>;
 
-    /// Returns the number of overlays above the image that is being opened. A driver divides the memory for
-    /// its tables by it.
+    /// Returns the number of overlays above the image that is being opened. The more there are, the less
+    /// memory a driver uses for the image's tables.
     fn depth(&self) -> usize;
 }
 
-/// The opener of external files that an image gets. The default refuses every file.
+/// The opener of external files that a driver receives. The default refuses every file.
 #[derive(Clone, Default)]
 pub struct Externals(Option<Arc<dyn ExternalOpener>>);
 
 impl Externals {
-    /// Opens external files with `opener`.
+    /// Creates a handle that opens external files with `opener`.
     pub fn new(opener: Arc<dyn ExternalOpener>) -> Self {
         Self(Some(opener))
     }
@@ -103,7 +106,7 @@ impl Externals {
     /// See [`ExternalOpener::open_file`].
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Refused`] if the user did not allow the file; [`crate::ErrorKind::Io`].
+    /// [`crate::ErrorKind::Refused`] if the user did not allow the file, or any error from opening it.
     pub fn open_file(&self, role: &str, name: &str, from: &Location) -> Result<Input> {
         match &self.0 {
             Some(opener) => opener.open_file(role, name, from),
@@ -124,10 +127,8 @@ impl Externals {
     ) -> Result<Arc<dyn ImageSource>> {
         match &self.0 {
             Some(opener) => opener.open_member(member, format, options),
-            None => {
-                Err(Error::unsupported("a container needs the drivers of its members")
-                    .path(member.location()))
-            }
+            None => Err(Error::unsupported("no drivers are available for the members of a container")
+                .path(member.location())),
         }
     }
 
@@ -150,7 +151,7 @@ impl fmt::Debug for Externals {
 
 /// Returns the error for an external file that the user did not allow.
 pub fn refusal(role: &str, name: &str, from: &Location) -> Error {
-    // A URL in an image may hold a password.
+    // A URL in an image may contain a password.
     let shown = Url::parse(name).map_or_else(|| escape_control(name), |url| url.to_string());
     Error::refused(format!("refusing to open the {role} '{shown}' that the image names"))
         .path(from)
@@ -160,8 +161,8 @@ pub fn refusal(role: &str, name: &str, from: &Location) -> Error {
 /// Name and format of the backing image of a new image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BackingName {
-    /// Name relative to the new image, as that will store it.
+    /// Name relative to the new image, which will store it in this form.
     pub name: String,
-    /// Name of its format.
+    /// Name of the backing image's format.
     pub format: String,
 }

@@ -1,4 +1,4 @@
-//! [`Input`]: the bytes of an image, read by position ([`RandomInput`]) or once in order ([`Stream`]).
+//! [`Input`]: the bytes of an image, read by position ([`RandomInput`]) or once, in order ([`Stream`]).
 
 use std::io::{self, Read};
 use std::ops::Range;
@@ -14,8 +14,8 @@ mod stream;
 pub use random::{FileRun, RandomInput, ReadAt};
 pub use stream::{Decode, Stream};
 
-/// Bytes at the start of an image that a driver's probe receives. Our limit: every magic number lies in the
-/// first 4 KiB.
+/// Maximum number of bytes at the start of an image that a driver's probe receives. Our limit: every magic
+/// number is within the first 4 KiB.
 pub const PROBE_LEN: usize = 4096;
 
 /// The bytes of an image.
@@ -56,7 +56,7 @@ impl Input {
         Self { location: location.into(), cancel: CancelToken::new(), body: InputBody::Stream(stream) }
     }
 
-    /// Makes reads fail with [`crate::ErrorKind::Cancelled`] once the token is cancelled. This also ends
+    /// Makes reads fail with [`crate::ErrorKind::Cancelled`] once the token is cancelled. This also stops
     /// opening, checking and measuring, without any code in the driver.
     #[must_use]
     pub fn cancelled_by(mut self, cancel: CancelToken) -> Self {
@@ -78,7 +78,7 @@ impl Input {
         &self.location
     }
 
-    /// Returns the length in bytes, if known.
+    /// Returns the length in bytes; `None` for a stream.
     pub fn len(&self) -> Option<u64> {
         match &self.body {
             InputBody::Random(source) => Some(source.len()),
@@ -137,7 +137,7 @@ impl Input {
         }
     }
 
-    /// Returns the body, for code that wraps it (a decoder, a copy).
+    /// Consumes the input and returns its body, for code that wraps it (a decoder, a copy).
     pub fn into_body(self) -> InputBody {
         self.body
     }
@@ -147,7 +147,7 @@ impl Input {
         Self { location: location.into(), cancel: CancelToken::new(), body }
     }
 
-    /// Returns a part of the input as an input of its own: a member of a container.
+    /// Converts a range of the input, such as a member of a container, into a separate input.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Unsupported`] for a stream; [`crate::ErrorKind::OutOfBounds`] if the range
@@ -157,7 +157,7 @@ impl Input {
     }
 }
 
-/// A part of an input that is read by position.
+/// A range of an input that is read by position.
 struct Section {
     source: Arc<dyn ReadAt>,
     /// Byte range within the source.
@@ -193,7 +193,7 @@ impl ReadAt for Section {
     }
 }
 
-/// Reads an input by position in order, as a [`Read`].
+/// A [`Read`] that reads a [`ReadAt`] in order, from its start to its end.
 #[derive(Debug)]
 pub struct Cursor {
     source: Arc<dyn ReadAt>,
@@ -201,7 +201,7 @@ pub struct Cursor {
 }
 
 impl Cursor {
-    /// Creates a reader from the start of `source`.
+    /// Creates a reader positioned at the start of `source`.
     pub fn new(source: Arc<dyn ReadAt>) -> Self {
         Self { source, position: 0 }
     }
@@ -217,7 +217,8 @@ impl Read for Cursor {
     }
 }
 
-/// Converts the error of a failed read. Decoders report damage as `InvalidData` or `UnexpectedEof`.
+/// Converts the error of a read that failed at `position`. Decoders report damage as `InvalidData` or
+/// `UnexpectedEof`, so these become [`crate::ErrorKind::Corrupt`].
 fn read_error(e: io::Error, location: &Location, position: u64) -> Error {
     let carried = e.get_ref().is_some_and(|inner| inner.is::<Error>());
     let damaged = matches!(e.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof);
@@ -236,8 +237,8 @@ fn read_error(e: io::Error, location: &Location, position: u64) -> Error {
     }
 }
 
-/// Fills `buf` as far as the input reaches; returns the number of bytes, fewer than `buf.len()` only at the
-/// end. Retries interrupted reads.
+/// Fills `buf` as far as the input reaches. Returns the number of bytes read, which is less than `buf.len()`
+/// only at the end of the input. Retries interrupted reads.
 pub fn read_full(reader: &mut dyn Read, buf: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buf.len() {

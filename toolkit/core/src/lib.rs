@@ -1,13 +1,13 @@
 //! Core traits and types of imgtool: sources, sinks, drivers, extents and errors.
 //!
-//! * [`ImageSource`] is an open image, read at random by many threads or in one pass; [`Disk`] is a
-//!   handle to one device of it.
-//! * [`Consumer`] takes the pieces of a copy; [`ImageSink`] is a consumer that writes them to an image.
-//! * [`Driver`] opens and creates images of one format; a [`Registry`] holds the drivers.
-//! * [`Input`] and [`Output`] are the bytes of an image; a [`Location`] says where they are.
+//! * [`ImageSource`] is an open image, which many threads read at random or one thread reads in one pass;
+//!   [`Disk`] is a handle to one of its devices.
+//! * [`Consumer`] receives the pieces of a copy; [`ImageSink`] is a consumer that creates an image from them.
+//! * [`Driver`] opens and creates images of one format; a [`Registry`] lists the drivers.
+//! * [`Input`] and [`Output`] are the bytes of an image; a [`Location`] names their source or target.
 //!
-//! This crate contains no format and opens no file: `imgtool-storage` provides files, streams and outer
-//! compression, `imgtool-engine` moves content. There is no global state, and no `unsafe`.
+//! This crate implements no format and opens no files: `imgtool-storage` provides files, streams and outer
+//! compression, and `imgtool-engine` copies content. There is no global state and no `unsafe` code.
 
 pub mod buffer;
 pub mod cache;

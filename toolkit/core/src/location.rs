@@ -1,8 +1,8 @@
 //! [`Location`] names the source or target of an image's bytes: a path, a URL, or a standard stream.
 //!
-//! A location is a name only. Two locations may lead to the same bytes, which only the opened inputs and
-//! outputs can tell. Messages contain locations, so their text never shows a credential: it leaves out the
-//! user parts and queries of URLs.
+//! A location is only a name: two locations may refer to the same bytes, and only the opened inputs and
+//! outputs can tell. Messages contain locations, so `Display` and `Debug` leave out the user part and the
+//! query of a URL, which may contain credentials.
 
 use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
@@ -19,21 +19,21 @@ pub enum Location {
     Stdin,
     /// Standard output.
     Stdout,
-    /// A path: of a regular file, a block device, a FIFO.
+    /// The path of a regular file, a block device or a FIFO.
     Path(PathBuf),
     /// A URL (`https`, `s3`, `nbd` …).
     Url(Url),
 }
 
 impl Location {
-    /// Parses the name of a source as a user types it: `-` is standard input, `SCHEME://…` a URL,
-    /// everything else a path.
+    /// Parses the name of a source as a user types it: `-` is standard input, `SCHEME://…` is a URL, and
+    /// anything else is a path.
     pub fn source(text: &OsStr) -> Self {
         Self::parse(text, Self::Stdin)
     }
 
-    /// Parses the name of a target as a user types it: `-` is standard output, `SCHEME://…` a URL,
-    /// everything else a path.
+    /// Parses the name of a target as a user types it: `-` is standard output, `SCHEME://…` is a URL, and
+    /// anything else is a path.
     pub fn target(text: &OsStr) -> Self {
         Self::parse(text, Self::Stdout)
     }
@@ -54,7 +54,7 @@ impl Location {
         }
     }
 
-    /// Returns the last component of a path or of a URL's path.
+    /// Returns the last component of a path or of a URL's path; `None` for standard input and output.
     pub fn file_name(&self) -> Option<Cow<'_, str>> {
         match self {
             Self::Stdin | Self::Stdout => None,
@@ -63,8 +63,8 @@ impl Location {
         }
     }
 
-    /// Resolves a name stored in the image at this location, relative to the image's directory. An absolute
-    /// path stays as it is. Returns `None` for standard input and output.
+    /// Resolves a name stored in the image at this location, relative to the image's directory. Beside a
+    /// path, an absolute name is returned unchanged. Returns `None` for standard input and output.
     pub fn beside(&self, name: &str) -> Option<Self> {
         match self {
             Self::Stdin | Self::Stdout => None,
@@ -73,8 +73,8 @@ impl Location {
         }
     }
 
-    /// Returns the name as the user typed it, for output that scripts read: `-` for standard input and
-    /// output, and a URL without its credentials.
+    /// Returns the name as the user typed it, but without the credentials of a URL, for output that scripts
+    /// read. Standard input and output are `-`.
     pub fn name(&self) -> Cow<'_, str> {
         match self {
             Self::Stdin | Self::Stdout => Cow::Borrowed("-"),
@@ -84,7 +84,7 @@ impl Location {
     }
 }
 
-/// Formats the location for a person: control characters escaped, credentials left out.
+/// Formats the location for messages: escapes control characters and leaves out credentials.
 impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -96,7 +96,7 @@ impl fmt::Display for Location {
     }
 }
 
-/// Same as `Display`, since debug output reaches logs, too.
+/// Same as `Display`, because debug output may end up in logs.
 impl fmt::Debug for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
@@ -127,14 +127,15 @@ impl From<PathBuf> for Location {
     }
 }
 
-/// `SCHEME://…` is a URL, everything else a path: unlike [`Location::source`], `-` is a file of that name.
+/// Parses `SCHEME://…` as a URL and anything else as a path. Unlike with [`Location::source`], `-` is a file
+/// of that name.
 impl From<&str> for Location {
     fn from(text: &str) -> Self {
         Url::parse(text).map_or_else(|| Self::Path(text.into()), Self::Url)
     }
 }
 
-/// Same as from `&str`.
+/// Same as `From<&str>`.
 impl From<String> for Location {
     fn from(text: String) -> Self {
         text.as_str().into()
@@ -153,7 +154,7 @@ impl From<Url> for Location {
     }
 }
 
-/// A URL, parsed only as far as choosing an opener and printing messages requires.
+/// A URL, parsed only as far as needed to choose an opener and print messages.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Url {
     text: String,
@@ -162,8 +163,8 @@ pub struct Url {
 }
 
 impl Url {
-    /// Parses `SCHEME://…`. The scheme follows RFC 3986, 3.1, and has at least two letters (a single letter
-    /// is a drive on some systems). Returns `None` for anything else.
+    /// Parses `SCHEME://…`. The scheme follows RFC 3986, 3.1, and has at least two characters, because a
+    /// single letter is a drive on some systems. Returns `None` for anything else.
     pub fn parse(text: &str) -> Option<Self> {
         let (scheme, _) = text.split_once("://")?;
         let is_scheme = scheme.len() > 1
@@ -172,7 +173,7 @@ impl Url {
         is_scheme.then(|| Self { text: text.to_owned(), scheme_len: scheme.len() })
     }
 
-    /// Returns the whole text with its credentials: for the opener, never for a message.
+    /// Returns the full text including credentials: for the opener, never for a message.
     pub fn secret_text(&self) -> &str {
         &self.text
     }
@@ -182,8 +183,9 @@ impl Url {
         &self.text[..self.scheme_len]
     }
 
-    /// Host, port and path: what follows `://` without user part, query and fragment. Empty if a password
-    /// may be in an unexpected place: people type `/`, `?` and `#` in passwords without escaping them.
+    /// Returns host, port and path: the text after `://` without user part, query and fragment. Returns an
+    /// empty string if a password may be in an unexpected place, because users type `/`, `?` and `#` in
+    /// passwords without escaping them.
     pub fn authority_and_path(&self) -> &str {
         let rest = &self.text[self.scheme_len + 3..];
         let authority = &rest[..rest.find(['/', '?', '#']).unwrap_or(rest.len())];
@@ -203,7 +205,8 @@ impl Url {
         path.rsplit('/').next().filter(|name| !name.is_empty())
     }
 
-    /// Returns the URL of `name` beside this one. User part and query stay, since they may grant access.
+    /// Returns the URL of `name` beside this one. Keeps the user part and the query, since they may grant
+    /// access.
     fn beside(&self, name: &str) -> Self {
         let end = self.text.find(['?', '#']).unwrap_or(self.text.len());
         let start = self.text[..end].rfind('/').map_or(end, |slash| slash + 1);

@@ -9,15 +9,16 @@ use crate::error::Error;
 use crate::source::Loss;
 use crate::sync::lock;
 
-/// Maximum number of ranges kept apart; beyond it, new ranges are joined to their neighbours. Our limit.
+/// Maximum number of separate ranges. Beyond it, a new range extends the one before it, including the gap
+/// between them. Our limit: bounds the memory for a badly damaged image.
 const MAX_RANGES: usize = 65_536;
 
-/// Lost guest ranges of one device, in bytes, with the reason; keyed by start.
+/// Lost guest ranges of one device, in bytes: end and reason, keyed by start.
 #[derive(Debug, Default)]
 pub struct Losses(Mutex<BTreeMap<u64, (u64, String)>>);
 
 impl Losses {
-    /// Adds a range. A range that is added again, because it was read again, counts once.
+    /// Adds a range. A range that is already in the list, because a caller read it again, is not added twice.
     pub fn add(&self, guest: Range<u64>, why: &Error) {
         let mut ranges = lock(&self.0);
         let full = ranges.len() >= MAX_RANGES;
@@ -35,7 +36,7 @@ impl Losses {
         ranges.insert(guest.start, (guest.end, reason));
     }
 
-    /// Returns all ranges, ascending.
+    /// Returns all ranges in ascending order, as losses of `device`.
     pub fn list(&self, device: DeviceId) -> Vec<Loss> {
         let ranges = lock(&self.0);
         ranges

@@ -12,12 +12,12 @@ pub struct Manifest {
     /// Attachments. A format that can't store them ignores them.
     pub attachments: Vec<Attachment>,
     /// Disk of the backing image that [`crate::ImageWriter::backing`] names, if the caller opened it. The new
-    /// image does not store content that this disk already has.
+    /// image does not store content that this disk already contains.
     pub base: Option<Disk>,
 }
 
 impl Manifest {
-    /// Returns the only device, for formats that hold one.
+    /// Returns the only device, for formats that store exactly one. `format` names the format in the error.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Unsupported`] if there is no device or more than one.

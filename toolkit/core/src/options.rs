@@ -1,8 +1,7 @@
-//! Options of a format: [`OptionSpec`] declares an option with its kind, [`OptionValues`] holds the parsed
-//! values.
+//! Options of a format: [`OptionSpec`] declares an option; [`OptionValues`] contains the parsed values.
 //!
-//! The declaration drives parsing, help, completion and JSON. The values that a driver receives have the
-//! declared types and bounds; the driver checks only which of them can't be combined.
+//! Parsing, help, completion and JSON output follow the declarations. The values that a driver receives have
+//! the declared types and bounds; the driver only checks that they can be combined.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,11 +13,11 @@ use crate::suggest;
 /// Declaration of an option.
 #[derive(Debug, Clone, Copy)]
 pub struct OptionSpec {
-    /// Key.
+    /// Key, as in `KEY=VALUE`.
     pub name: &'static str,
-    /// Description in one line, for a person.
+    /// One-line description for the user.
     pub help: &'static str,
-    /// Default value, for a person.
+    /// Default value, as shown to the user.
     pub default: &'static str,
     /// Type and bounds of the value.
     pub kind: OptionKind,
@@ -28,29 +27,29 @@ pub struct OptionSpec {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OptionKind {
-    /// `on` or `off`; `true`, `false`, `yes` and `no` are accepted, too.
+    /// `on` or `off`; the synonyms `true`, `yes`, `false` and `no` are accepted.
     Flag,
     /// One of these words.
     OneOf(&'static [&'static str]),
     /// A size in bytes that is a power of two; see [`parse_size`].
     PowerOfTwo {
-        /// Minimum.
+        /// Minimum in bytes.
         min: u64,
-        /// Maximum.
+        /// Maximum in bytes.
         max: u64,
     },
-    /// Like [`OptionKind::PowerOfTwo`], or 0: the driver then chooses by the size of the disk.
+    /// Like [`OptionKind::PowerOfTwo`], or 0 to let the driver choose by the size of the disk.
     PowerOfTwoOrZero {
-        /// Minimum, 0 excepted.
+        /// Minimum in bytes, except for 0.
         min: u64,
-        /// Maximum.
+        /// Maximum in bytes.
         max: u64,
     },
     /// A size in bytes that is a multiple of `unit`; see [`parse_size`].
     Size {
-        /// Minimum.
+        /// Minimum in bytes.
         min: u64,
-        /// Maximum.
+        /// Maximum in bytes.
         max: u64,
         /// Unit in bytes, never 0.
         unit: u64,
@@ -59,7 +58,7 @@ pub enum OptionKind {
     OneOfSizes(&'static [u64]),
     /// A whole number, possibly negative.
     Integer,
-    /// A text, with its description for a person ("a UUID").
+    /// Any text, with its description for the user ("a UUID").
     Text(&'static str),
     /// A file name.
     Path,
@@ -68,7 +67,7 @@ pub enum OptionKind {
 }
 
 impl OptionKind {
-    /// Returns the possible values, if they are a fixed list of words; otherwise nothing.
+    /// Returns the possible values if they are a fixed list of words, otherwise an empty list.
     pub fn words(self) -> &'static [&'static str] {
         match self {
             Self::Flag => &["on", "off"],
@@ -100,7 +99,7 @@ impl OptionKind {
     }
 }
 
-/// Formats the possible values for a person: `on|off`, `512..2M, a power of two`, `a file name`.
+/// Formats the possible values for the user: `on|off`, `512..2M, a power of two`, `a file name`.
 impl fmt::Display for OptionKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -123,7 +122,7 @@ impl fmt::Display for OptionKind {
     }
 }
 
-/// Formats a size as short as a user can type it: 2M, 64k, 512.
+/// Formats a size in the shortest form that [`parse_size`] accepts: 2M, 64k, 512.
 fn short_size(bytes: u64) -> String {
     let suffixes = [(40, "T"), (30, "G"), (20, "M"), (10, "k")];
     let fitting = suffixes.iter().find(|(shift, _)| bytes >= 1 << shift && bytes.is_multiple_of(1 << shift));
@@ -159,11 +158,11 @@ impl fmt::Debug for OptionValue {
 pub struct OptionValues(BTreeMap<&'static str, OptionValue>);
 
 impl OptionValues {
-    /// Parses keys and values by their declarations. `format` names the format in errors.
+    /// Parses pairs of key and value by their declarations. `format` names the format in errors.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Usage`] for an unknown key, and for a value that its kind does not allow. The hint
-    /// names the nearest valid key or value.
+    /// [`crate::ErrorKind::Usage`] for an unknown key, and for a value that its kind does not allow. The
+    /// message or the hint describes the valid keys or values.
     pub fn parse<'a>(
         format: &str,
         specs: &'static [OptionSpec],
@@ -187,7 +186,7 @@ impl OptionValues {
         self.0.is_empty()
     }
 
-    /// Returns the value of an [`OptionKind::Flag`], if set.
+    /// Returns the value of an [`OptionKind::Flag`] option, if set.
     pub fn flag(&self, name: &str) -> Option<bool> {
         match self.0.get(name)? {
             OptionValue::Flag(value) => Some(*value),
@@ -196,7 +195,7 @@ impl OptionValues {
     }
 
     /// Returns the value of an [`OptionKind::PowerOfTwo`], [`OptionKind::PowerOfTwoOrZero`],
-    /// [`OptionKind::Size`] or [`OptionKind::OneOfSizes`], if set.
+    /// [`OptionKind::Size`] or [`OptionKind::OneOfSizes`] option, if set.
     pub fn size(&self, name: &str) -> Option<u64> {
         match self.0.get(name)? {
             OptionValue::Size(value) => Some(*value),
@@ -204,7 +203,7 @@ impl OptionValues {
         }
     }
 
-    /// Returns the value of an [`OptionKind::Integer`], if set.
+    /// Returns the value of an [`OptionKind::Integer`] option, if set.
     pub fn integer(&self, name: &str) -> Option<i64> {
         match self.0.get(name)? {
             OptionValue::Integer(value) => Some(*value),
@@ -212,7 +211,8 @@ impl OptionValues {
         }
     }
 
-    /// Returns the value of an [`OptionKind::OneOf`], [`OptionKind::Text`] or [`OptionKind::Path`], if set.
+    /// Returns the value of an [`OptionKind::OneOf`], [`OptionKind::Text`] or [`OptionKind::Path`] option, if
+    /// set.
     pub fn text(&self, name: &str) -> Option<&str> {
         match self.0.get(name)? {
             OptionValue::Text(value) => Some(value),
@@ -220,7 +220,7 @@ impl OptionValues {
         }
     }
 
-    /// Returns the value of an [`OptionKind::Secret`], if set.
+    /// Returns the value of an [`OptionKind::Secret`] option, if set.
     pub fn secret(&self, name: &str) -> Option<&str> {
         match self.0.get(name)? {
             OptionValue::Secret(value) => Some(value),
@@ -242,7 +242,7 @@ fn wrong_value(spec: &OptionSpec, text: &str) -> Error {
     ))
 }
 
-/// Returns a hint about an unknown option: the nearest known one, or all of them if none is near.
+/// Returns a hint about an unknown option: the nearest known option, or all of them if none is near.
 fn unknown_option<'a>(name: &str, format: &str, known: impl Iterator<Item = &'a str> + Clone) -> String {
     match suggest::nearest(name, known.clone()) {
         Some(near) => format!("did you mean '{near}'?"),
@@ -250,9 +250,9 @@ fn unknown_option<'a>(name: &str, format: &str, known: impl Iterator<Item = &'a 
     }
 }
 
-/// Parses a size as qemu-img does: a number, optionally with a fraction, and one of the suffixes
-/// b k M G T P E (powers of 1024, either case). Returns `None` if
-/// `text` is no size or exceeds 2^64-1.
+/// Parses a size as qemu-img does: a number, optionally with a fraction, and one of the suffixes b, k, M, G,
+/// T, P and E (powers of 1024, either case) or none. Also accepts KiB to EiB. Returns `None` if `text` is not
+/// a size or exceeds 2^64-1 bytes.
 pub fn parse_size(text: &str) -> Option<u64> {
     let split = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
     let (number, suffix) = text.split_at(split);
@@ -280,8 +280,8 @@ pub fn parse_size(text: &str) -> Option<u64> {
     u64::try_from(bytes).ok()
 }
 
-/// Maximum unit of zero detection, bytes. Our limit: a piece is at least one unit long and kept in memory.
-/// It equals the largest qcow2 cluster.
+/// Maximum unit of zero detection, in bytes. Our limit: pieces are at least one unit long and kept in memory.
+/// It equals the size of the largest qcow2 cluster.
 pub const MAX_ZERO_UNIT: u64 = 2 << 20;
 
 /// Settings for a new image.
@@ -293,8 +293,8 @@ pub struct CreateOptions {
     pub compress: Option<Compress>,
     /// Time to use instead of the current time, in seconds since 1970 (`SOURCE_DATE_EPOCH`).
     pub source_date_epoch: Option<i64>,
-    /// Requested unit of zero detection, bytes; 0 writes zeros like data, and `None` means the finest unit of
-    /// the format. Sinks use [`CreateOptions::zero_unit`].
+    /// Requested unit of zero detection, in bytes. 0 writes zeros like data; `None` selects the format's
+    /// default. Sinks use [`CreateOptions::zero_unit`].
     pub sparse_granularity: Option<u64>,
 }
 
@@ -311,9 +311,9 @@ impl CreateOptions {
         Ok(Self { values: OptionValues::parse(format, specs, pairs)?, ..Self::default() })
     }
 
-    /// Returns the unit of zero detection, in bytes: `sparse_granularity` rounded up to a power of two, from
-    /// `finest`, the finest unit of the sink and a power of two, to [`MAX_ZERO_UNIT`]. Returns `None` if
-    /// zeros are written like data.
+    /// Returns the unit of zero detection, in bytes: `sparse_granularity`, rounded up to a power of two, at
+    /// most [`MAX_ZERO_UNIT`] and at least `finest`, the sink's finest unit (a power of two). Returns `None`
+    /// if zeros are written like data.
     pub fn zero_unit(&self, finest: u64) -> Option<u64> {
         match self.sparse_granularity {
             Some(0) => None,
@@ -328,7 +328,7 @@ impl CreateOptions {
 pub struct Compress {
     /// Name of the algorithm ("zlib", "zstd"); `None` means the format's default.
     pub algorithm: Option<String>,
-    /// Level on the algorithm's own scale; `None` means the driver's default.
+    /// Level on the algorithm's scale; `None` means the driver's default.
     pub level: Option<i32>,
 }
 

@@ -14,8 +14,8 @@ use crate::zero::zero_slices;
 
 /// A target that is written by position: a file, a block device.
 pub trait WriteAt: Send + Sync {
-    /// Writes `slices`, one after the other, from `position` on. Returns the number of bytes written, which
-    /// may be fewer than all.
+    /// Writes `slices` one after the other, starting at `position`. Returns the number of bytes written,
+    /// which may be less than their total length.
     fn write_vectored_at(&self, slices: &[IoSlice<'_>], position: u64) -> io::Result<usize>;
 
     /// Makes a range read as zeros without writing zeros. Returns false if the target can't do that.
@@ -23,8 +23,8 @@ pub trait WriteAt: Send + Sync {
         Ok(false)
     }
 
-    /// Fills `buf` from the byte at `position` on, as far as the target reaches. Returns the number of bytes
-    /// read.
+    /// Fills `buf` with the bytes starting at `position`, as far as the target reaches. Returns the number of
+    /// bytes read.
     fn read_at(&self, buf: &mut [u8], position: u64) -> io::Result<usize>;
 
     /// Sets the length in bytes. Called only if [`WriteAt::capacity`] is `None`.
@@ -35,7 +35,7 @@ pub trait WriteAt: Send + Sync {
         Ok(())
     }
 
-    /// Flushes to stable storage.
+    /// Flushes all writes to stable storage.
     fn sync(&self) -> io::Result<()>;
 
     /// Drops cached pages of the target, so that later reads come from the storage.
@@ -47,13 +47,13 @@ pub trait WriteAt: Send + Sync {
     /// True if bytes that were never written read as zeros.
     fn reads_as_zero(&self) -> bool;
 
-    /// True if concurrent writes are faster than sequential ones, as on a block device. The kernel locks a
-    /// regular file for the duration of a write.
-    fn takes_writes_at_once(&self) -> bool {
+    /// True if concurrent writes are faster than sequential ones, as on a block device. On a regular file
+    /// they are not, since the kernel locks the file for the duration of a write.
+    fn prefers_concurrent_writes(&self) -> bool {
         false
     }
 
-    /// Returns the file, for copies inside the kernel.
+    /// Returns the underlying file, if any, for copies inside the kernel.
     fn file(&self) -> Option<&File> {
         None
     }
@@ -62,7 +62,7 @@ pub trait WriteAt: Send + Sync {
     fn reopen(&self) -> io::Result<Arc<dyn ReadAt>>;
 }
 
-/// Target of an image's bytes. Cloning shares it; all methods take `&self`.
+/// Target of an image's bytes. Clones share the target and can write from several threads.
 #[derive(Clone)]
 pub struct Output(Arc<Inner>);
 
@@ -71,14 +71,14 @@ struct Inner {
     location: Location,
     target: Target,
     written: AtomicU64,
-    /// Highest end of a write so far, bytes from the start.
+    /// Highest end position of all writes so far, in bytes.
     reached: AtomicU64,
 }
 
 enum Target {
     Positional(Box<dyn WriteAt>),
     Stream(Mutex<StreamTarget>),
-    /// A stream whose bytes an enclosing sink compresses or frames, and writes.
+    /// A stream inside another sink, which compresses or frames its bytes and writes them.
     Framed,
 }
 
@@ -107,8 +107,8 @@ impl Output {
         Self::new(location, Target::Stream(Mutex::new(StreamTarget { writer, position: 0 })))
     }
 
-    /// Creates the output of an append-only sink inside another sink, which takes the bytes from the prepared
-    /// parts to compress or frame them. Writing to this output directly is an error.
+    /// Creates the output of an append-only sink inside another sink. The outer sink takes the bytes from the
+    /// prepared parts and compresses or frames them; writing to this output directly is an error.
     pub fn framed(location: impl Into<Location>) -> Self {
         Self::new(location, Target::Framed)
     }
@@ -144,32 +144,32 @@ impl Output {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// True if concurrent writes are faster than sequential ones; see [`WriteAt::takes_writes_at_once`].
-    pub fn takes_writes_at_once(&self) -> bool {
-        self.positional().is_some_and(WriteAt::takes_writes_at_once)
+    /// True if concurrent writes are faster than sequential ones; see [`WriteAt::prefers_concurrent_writes`].
+    pub fn prefers_concurrent_writes(&self) -> bool {
+        self.positional().is_some_and(WriteAt::prefers_concurrent_writes)
     }
 
-    /// True if zeros have to be written. In a new file, bytes that were never written read as zeros.
+    /// True if zeros must be written: to a stream, or if bytes that were never written do not read as zeros.
     pub fn needs_zeros(&self) -> bool {
         self.positional().is_none_or(|target| !target.reads_as_zero())
     }
 
-    /// Returns the fixed length of an existing target, in bytes.
+    /// Returns the fixed length of an existing target, in bytes; `None` for a new file or a stream.
     pub fn capacity(&self) -> Option<u64> {
         self.positional().and_then(WriteAt::capacity)
     }
 
-    /// Returns the number of bytes written so far, without zeros that needed no writing.
+    /// Returns the number of bytes written so far, not counting zeros that needed no writing.
     pub fn written(&self) -> u64 {
         self.0.written.load(Ordering::Relaxed)
     }
 
-    /// Returns the highest end of a write so far, in bytes from the start.
+    /// Returns the highest end position of all writes so far, in bytes.
     pub fn reached(&self) -> u64 {
         self.0.reached.load(Ordering::Relaxed)
     }
 
-    /// Returns the file, for copies inside the kernel.
+    /// Returns the underlying file, if any, for copies inside the kernel.
     pub fn file(&self) -> Option<&File> {
         self.positional().and_then(WriteAt::file)
     }
@@ -182,15 +182,16 @@ impl Output {
     /// Writes `bytes` at `position`.
     ///
     /// # Errors
-    /// I/O errors; for a stream, also if `position` is not its end.
+    /// [`crate::ErrorKind::OutOfBounds`] if the range exceeds an existing target;
+    /// [`crate::ErrorKind::OutOfOrder`] if `position` is not the end of a stream; I/O errors.
     pub fn write_at(&self, bytes: &[u8], position: u64) -> Result<()> {
         self.write_slices_at(&mut [IoSlice::new(bytes)], position)
     }
 
-    /// Writes `slices` one after the other from `position`, in as few calls as possible.
+    /// Writes `slices` one after the other, starting at `position`, in as few calls as possible.
     ///
     /// # Errors
-    /// I/O errors; for a stream, also if `position` is not its end.
+    /// Same as [`Output::write_at`].
     pub fn write_slices_at(&self, slices: &mut [IoSlice<'_>], position: u64) -> Result<()> {
         let total: u64 = slices.iter().map(|slice| slice.len() as u64).sum();
         match &self.0.target {
@@ -204,8 +205,9 @@ impl Output {
                 stream.position += total;
             }
             Target::Framed => {
-                return Err(Error::unsupported("a compressed output takes only the parts of pieces")
-                    .path(self.location()));
+                return Err(
+                    Error::unsupported("can't write directly to a compressed output").path(self.location())
+                );
             }
         }
         self.0.written.fetch_add(total, Ordering::Relaxed);
@@ -237,8 +239,8 @@ impl Output {
         Ok(())
     }
 
-    /// Makes `len` bytes from `position` on read as zeros, in the cheapest way that the target has: a new
-    /// file needs nothing, others get a hole or the device's own zeroing, or else plain zeros.
+    /// Makes `len` bytes starting at `position` read as zeros, in the cheapest way that the target supports:
+    /// nothing for a new file, otherwise a hole, the device's own zeroing, or plain zeros.
     pub fn write_zeros_at(&self, position: u64, len: u64) -> Result<()> {
         if len == 0 {
             return Ok(());
@@ -255,7 +257,7 @@ impl Output {
         self.write_plain_zeros_at(position, len)
     }
 
-    /// Writes zeros as bytes, even if a hole would do.
+    /// Writes `len` zero bytes starting at `position`, even where a hole would do.
     pub fn write_plain_zeros_at(&self, position: u64, len: u64) -> Result<()> {
         let mut at = position;
         for slice in zero_slices(len) {
@@ -265,7 +267,7 @@ impl Output {
         Ok(())
     }
 
-    /// Reads written bytes back. Other bytes read as zeros, also past the end of a new file.
+    /// Reads bytes back. Bytes past the end of the target read as zeros.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Unsupported`] for a stream.
@@ -285,7 +287,7 @@ impl Output {
         Ok(())
     }
 
-    /// Opens the output for reading, before it has its final name.
+    /// Opens the output for reading. The output need not have its final name yet.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Unsupported`] for a stream.
@@ -299,8 +301,8 @@ impl Output {
         Error::unsupported("a stream can't be read back").path(self.location())
     }
 
-    /// Flushes to stable storage and drops cached pages, so that later reads come from the storage, where the
-    /// system supports that.
+    /// Flushes to stable storage and, where the system supports it, drops cached pages, so that later reads
+    /// come from the storage.
     pub fn sync_and_forget(&self) -> Result<()> {
         self.sync()?;
         if let Some(target) = self.positional() {
@@ -309,8 +311,8 @@ impl Output {
         Ok(())
     }
 
-    /// Sets the length of a new file, in bytes, so that zeros at its end need no writing. Does nothing for an
-    /// existing target, which keeps its length, and for a stream.
+    /// Sets the length of a new file, in bytes, so that zeros at its end need no writing. Does nothing for a
+    /// stream or for an existing target, which keeps its length.
     pub fn set_len(&self, len: u64) -> Result<()> {
         match self.positional() {
             Some(target) if target.capacity().is_none() => {
@@ -320,7 +322,7 @@ impl Output {
         }
     }
 
-    /// Allocates space for a range of a new file without writing it, for preallocated images.
+    /// Allocates space for a range without writing it, for preallocated images; only in a new file.
     pub fn allocate(&self, position: u64, len: u64) -> Result<()> {
         match self.positional() {
             Some(target) if target.capacity().is_none() && len > 0 => {
@@ -330,10 +332,10 @@ impl Output {
         }
     }
 
-    /// Flushes to stable storage; a stream, to its reader.
+    /// Flushes all writes to stable storage, or to the reader of a stream.
     ///
     /// # Errors
-    /// Also if the system reports that an earlier write failed.
+    /// If flushing fails, or if the system reports that an earlier write has failed.
     pub fn sync(&self) -> Result<()> {
         let flushed = match &self.0.target {
             Target::Positional(target) => target.sync(),

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::device::Lane;
 use crate::error::{Error, Result};
 
-/// Receives the progress of a copy. Many threads call it at once, for every piece, so it must be fast.
+/// Receives the progress of a copy. Many threads call it at once for every piece, so it must be fast.
 pub trait Progress: Sync {
-    /// Reports `len` more guest bytes as copied; `zero` of them were zeros without data.
+    /// Counts `len` more copied guest bytes in `lane`; `zero` of them were zeros that needed no data.
     fn advance(&self, lane: Lane, len: u64, zero: u64);
 }
 
@@ -24,7 +24,7 @@ impl Progress for NoProgress {
 #[derive(Debug, Clone, Default)]
 pub struct CancelToken {
     cancelled: Arc<AtomicBool>,
-    /// The token that cancels this one, too.
+    /// Token whose cancellation also cancels this one.
     parent: Option<Arc<CancelToken>>,
 }
 
@@ -34,24 +34,25 @@ impl CancelToken {
         Self::default()
     }
 
-    /// Returns a token for a part of the work, which may end early. Cancelling this token cancels it, too.
+    /// Returns a token for a part of the operation that can be cancelled separately. Cancelling `self` also
+    /// cancels it.
     #[must_use]
     pub fn child(&self) -> Self {
         Self { cancelled: Arc::default(), parent: Some(Arc::new(self.clone())) }
     }
 
-    /// Cancels: the operation stops at its next piece, and every later read of its inputs fails.
+    /// Cancels the operation, which stops at its next piece. Every later read of its inputs fails.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
     }
 
-    /// True once [`CancelToken::cancel`] was called.
+    /// True if this token or a parent of it has been cancelled.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
             || self.parent.as_ref().is_some_and(|parent| parent.is_cancelled())
     }
 
-    /// Returns an error of [`crate::ErrorKind::Cancelled`] once [`CancelToken::cancel`] was called.
+    /// Returns a [`crate::ErrorKind::Cancelled`] error if the token is cancelled.
     pub fn check(&self) -> Result<()> {
         if self.is_cancelled() { Err(Error::cancelled("interrupted")) } else { Ok(()) }
     }

@@ -19,7 +19,7 @@ impl Registry {
         Self::default()
     }
 
-    /// Adds a driver; it replaces an earlier one of the same name.
+    /// Adds a driver, replacing an earlier one of the same name.
     pub fn register(&mut self, driver: impl Driver + 'static) {
         self.drivers.retain(|known| known.name() != driver.name());
         self.drivers.push(Arc::new(driver));
@@ -33,7 +33,7 @@ impl Registry {
     /// Returns the driver called `name`.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Usage`] if there is no such driver; the hint lists all names.
+    /// [`crate::ErrorKind::Usage`] if no driver has this name; the hint lists the known names.
     pub fn get(&self, name: &str) -> Result<Arc<dyn Driver>> {
         self.drivers.iter().find(|driver| driver.name() == name).cloned().ok_or_else(|| {
             let names = self.drivers.iter().map(|driver| driver.name());
@@ -41,7 +41,7 @@ impl Registry {
         })
     }
 
-    /// Returns the first driver one of whose extensions `file_name` has.
+    /// Returns the first driver that has the extension of `file_name`, ignoring case.
     pub fn by_extension(&self, file_name: &str) -> Option<Arc<dyn Driver>> {
         let lower = file_name.to_ascii_lowercase();
         self.drivers
@@ -50,17 +50,17 @@ impl Registry {
             .cloned()
     }
 
-    /// Returns the driver whose images are the bytes of their disk ([`crate::Capabilities::verbatim`]).
+    /// Returns the driver whose images consist of their disk's bytes ([`crate::Capabilities::verbatim`]).
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Usage`] if no such driver is registered.
+    /// [`crate::ErrorKind::Usage`] if no verbatim driver is registered.
     pub fn verbatim(&self) -> Result<Arc<dyn Driver>> {
         let verbatim = self.drivers.iter().find(|driver| driver.capabilities().verbatim);
         verbatim.cloned().ok_or_else(|| Error::usage("no driver for raw disks is registered"))
     }
 
-    /// Returns the driver that recognises an image by its first bytes with the highest confidence. `len` is
-    /// the length in bytes, if known.
+    /// Returns the driver that recognises an image with the highest confidence, and this confidence. `head`
+    /// contains the first bytes of the image; `len` is its file size in bytes, if known.
     ///
     /// # Errors
     /// [`crate::ErrorKind::WrongFormat`] if no driver recognises the image.

@@ -1,12 +1,13 @@
-//! [`Remedy`]: the action by which a user can resolve an error, for each program to put into its own words.
+//! [`Remedy`], an action by which a user can resolve an error.
 //!
-//! A library does not know how a program spells "overwrite": as a flag, a button, a parameter. So an error
-//! carries the action, and the program words it. `Display` uses words that fit every program.
+//! A library does not know how a program offers an action like overwriting: as a flag, a button or a
+//! parameter. So an error carries the action, and each program words it. `Display` uses words that fit every
+//! program.
 
 use std::borrow::Cow;
 use std::fmt;
 
-/// Action by which a user can resolve an error.
+/// An action by which a user can resolve an error.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Remedy {
@@ -37,14 +38,14 @@ pub enum Remedy {
     NameFormat,
     /// State the format of the output, whatever its name.
     NameTargetFormat {
-        /// List of the formats.
+        /// Text that lists the formats.
         advice: String,
     },
     /// State this format, in which any content is legal.
     ReadAs {
         /// Name of the format.
         format: &'static str,
-        /// Alternative, or the likely cause.
+        /// Alternative, or likely cause of the error.
         advice: Cow<'static, str>,
     },
     /// Set this option of the format (`cluster_size=131072`).
@@ -53,27 +54,27 @@ pub enum Remedy {
     ListOptions {
         /// Name of the format.
         format: String,
-        /// Nearest option, or all of them.
+        /// Text that suggests the nearest option or lists all of them.
         advice: String,
     },
     /// Select one of the disks.
     SelectDisk {
         /// Names of the disks; untrusted.
         names: String,
-        /// Alternative that takes all of them.
+        /// Alternative that uses all disks.
         advice: Cow<'static, str>,
     },
     /// State a destination for every disk, or select fewer.
     NameDestination,
-    /// State the format of the target of one disk.
+    /// State the format of one disk's target.
     NameDiskFormat,
-    /// Do not request the compression that is part of the format, which it lacks.
+    /// Do not request compression inside the format, which does not support it.
     LeaveOutCompression,
-    /// Write the disk to the front of a much larger target, by force.
+    /// Force writing the disk to the front of a much larger target.
     ForceFront,
     /// Give the device another name.
     RenameDevice,
-    /// Read the stream to its end, which alone reveals the missing facts.
+    /// Read the stream to its end to learn the missing facts.
     ReadAll,
 }
 
@@ -89,7 +90,7 @@ impl From<&'static str> for Remedy {
     }
 }
 
-/// Words the remedy for any program, without flags.
+/// Words the remedy for any program, without command-line flags.
 impl fmt::Display for Remedy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

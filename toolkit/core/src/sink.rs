@@ -1,15 +1,15 @@
 //! [`Consumer`] and [`ImageSink`], the receivers of a copy.
 //!
-//! A [`Consumer`] takes pieces and stores nothing: it digests, compares or counts. An [`ImageSink`] is a
-//! consumer that makes an image. It never writes data itself, since every format comes down to bytes at
-//! file offsets: the sink decides which bytes go where, and the pipeline writes them. Three steps make the
-//! work parallel and its result deterministic:
+//! A plain [`Consumer`] receives pieces and stores nothing: it digests, compares or counts. An [`ImageSink`]
+//! is a consumer that creates an image. Every format comes down to bytes at file offsets, so the sink only
+//! decides which bytes go where, and the pipeline writes them. Three steps make the work parallel and its
+//! result deterministic:
 //!
-//! 1. [`Consumer::prepare`] finds zeros, compresses and assembles; in many threads, without shared state.
-//! 2. [`ImageSink::place`] chooses the file offsets of the prepared bytes; in source order, and cheap.
-//! 3. The pipeline writes the placed bytes; to a pipe in order, to several outputs in several threads.
+//! 1. [`Consumer::prepare`] finds zeros, compresses and assembles, in many threads and without shared state.
+//! 2. [`ImageSink::place`] chooses the file offsets of the prepared bytes, in source order. It must be cheap.
+//! 3. The pipeline writes the placed bytes: to a pipe in order, to several outputs in several threads.
 //!
-//! [`ImageSink::finish`] then writes the tables, the header last.
+//! [`ImageSink::finish`] then writes the tables, and the header last.
 
 use std::ops::Range;
 
@@ -19,33 +19,35 @@ use crate::error::{Error, Result};
 use crate::output::Output;
 use crate::source::SinkPiece;
 
-/// Alignment and length of the pieces that a consumer receives. All numbers are guest bytes.
+/// Alignment and length of the pieces that a consumer receives, in guest bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct Geometry {
-    /// Alignment: pieces start at multiples of it, and so does the length of all but a device's last piece.
+    /// Alignment: the start of every piece is a multiple of it, and so is the length of every piece but a
+    /// device's last.
     pub granule: u64,
-    /// True if the consumer can't handle a part of a granule. Otherwise pieces from badly shuffled streams
-    /// may be any multiple of 4 KiB.
+    /// True if the consumer can't handle a part of a granule. Otherwise, pieces from a badly shuffled stream
+    /// may start and end at any multiple of 4 KiB.
     pub granule_required: bool,
-    /// Length of a piece with data, and alignment of its start; a multiple of `granule`.
+    /// Preferred length of a piece with data; a multiple of `granule`. Pieces may be longer, and those of a
+    /// stream may also be shorter.
     pub piece_len: u64,
     /// Maximum length of a piece of zeros: a multiple of `piece_len`, or `u64::MAX` if zeros cost nothing.
     pub max_zero_len: u64,
-    /// True if [`Consumer::settle`] or [`ImageSink::place`] must be called in source order. A sink
-    /// whose file offsets equal the guest offsets needs no order.
+    /// True if [`Consumer::settle`] or [`ImageSink::place`] must be called in source order. A sink whose file
+    /// offsets equal the guest offsets needs no order.
     pub ordered: bool,
 }
 
 /// The bytes of one write.
 #[derive(Debug, Clone)]
 pub enum Bytes {
-    /// This many zeros.
+    /// A run of zeros of this length.
     Zero(u64),
     /// A part of [`Prepared::data`].
     Data(Range<usize>),
     /// A part of [`Prepared::encoded`].
     Encoded(Range<usize>),
-    /// Bytes of the sink's own (a full table).
+    /// Bytes that the sink has created (a full table).
     Owned(Vec<u8>),
 }
 
@@ -79,17 +81,17 @@ pub struct Part {
 pub struct Prepared {
     /// The device.
     pub device: SinkDevice,
-    /// First guest byte.
+    /// Guest offset of the first byte.
     pub start: u64,
     /// Length in guest bytes.
     pub len: u64,
-    /// Buffer of the piece.
+    /// Content of the piece; `None` if all bytes are zero.
     pub data: Option<Buffer>,
-    /// Buffer of derived bytes: compressed clusters, headers.
+    /// Derived bytes, if any: compressed clusters, headers.
     pub encoded: Option<Buffer>,
     /// Parts to write, in the order in which the sink places them.
     pub parts: Vec<Part>,
-    /// Guest bytes of data that were consumed without a write.
+    /// Number of guest bytes of data that the consumer used without writing them.
     pub consumed: u64,
 }
 
@@ -107,9 +109,9 @@ impl Prepared {
         }
     }
 
-    /// Creates a prepared piece with a part for each of `runs`, the ranges of the piece that hold data (see
-    /// [`crate::Piece::nonzero_runs`]). With `zeros_too`, the gaps become parts of zeros; an output that does not
-    /// read as zeros by itself needs them.
+    /// Creates a prepared piece with a part for each of `runs`, the ranges of the piece that contain data
+    /// (see [`crate::Piece::nonzero_runs`]). If `zeros_too`, the gaps become parts of zeros, for an output
+    /// where unwritten bytes do not read as zeros.
     pub fn sparse(piece: SinkPiece, runs: Vec<Range<usize>>, zeros_too: bool) -> Self {
         let (start, end) = (piece.start, piece.end());
         let mut prepared = Self::new(piece);
@@ -128,13 +130,13 @@ impl Prepared {
         prepared
     }
 
-    /// Creates a prepared piece without writes. Its data counts as data for progress.
+    /// Creates a prepared piece without parts. Its data still counts as data in the progress.
     pub fn consumed(piece: SinkPiece) -> Self {
         let consumed = if piece.data.is_some() { piece.len } else { 0 };
         Self { consumed, ..Self::new(piece) }
     }
 
-    /// Resolves `bytes` to a slice; `None` for zeros.
+    /// Returns the slice that `bytes` refers to; `None` for zeros.
     pub fn bytes<'a>(&'a self, bytes: &'a Bytes) -> Option<&'a [u8]> {
         match bytes {
             Bytes::Zero(_) => None,
@@ -144,7 +146,7 @@ impl Prepared {
         }
     }
 
-    /// Returns the number of guest bytes that are written, or were consumed as data.
+    /// Returns the number of guest bytes that are written or consumed as data; zeros do not count.
     pub fn stored(&self) -> u64 {
         let written = self.parts.iter().filter(|part| !matches!(part.bytes, Bytes::Zero(_)));
         self.consumed + written.map(|part| part.guest.end - part.guest.start).sum::<u64>()
@@ -154,16 +156,16 @@ impl Prepared {
 /// One write.
 #[derive(Debug, Clone)]
 pub struct FileWrite {
-    /// Output of the sink.
+    /// Output to write to.
     pub output: OutputId,
-    /// Offset in the output, in bytes.
+    /// File offset in the output.
     pub file_offset: u64,
-    /// The bytes.
+    /// Bytes to write.
     pub bytes: Bytes,
 }
 
-/// Writes of one placed piece. Writes that are adjacent in an output and pushed one after the other become
-/// one system call.
+/// Writes of one placed piece. The pipeline joins writes that are adjacent in an output and pushed one after
+/// the other into one system call.
 #[derive(Debug, Default)]
 pub struct WriteList {
     writes: Vec<FileWrite>,
@@ -182,7 +184,7 @@ impl WriteList {
         &self.writes
     }
 
-    /// Returns the writes by value.
+    /// Consumes the list and returns the writes.
     pub fn into_writes(self) -> Vec<FileWrite> {
         self.writes
     }
@@ -197,8 +199,8 @@ pub trait Consumer: Send + Sync {
     /// other consumer returns [`Prepared::consumed`].
     fn prepare(&self, piece: SinkPiece, pool: &BufferPool) -> Result<Prepared>;
 
-    /// Receives a result of [`Consumer::prepare`]; in source order, and by one thread at a time, if
-    /// [`Geometry::ordered`]. For a sink, the pipeline calls [`ImageSink::place`] instead.
+    /// Receives a result of [`Consumer::prepare`]. If [`Geometry::ordered`], the pipeline calls it in source
+    /// order and from one thread at a time. For a sink, the pipeline calls [`ImageSink::place`] instead.
     fn settle(&self, _prepared: &Prepared) -> Result<()> {
         Ok(())
     }
@@ -215,22 +217,22 @@ pub trait Consumer: Send + Sync {
 /// Part of an output that may share its blocks with the source, on a file system with reflinks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sharing {
-    /// None: the sink changes the bytes, or must allocate them.
+    /// No part: the sink changes the bytes, or must allocate them.
     Never,
-    /// Every [`Bytes::Data`] that is placed in this output holds the piece's bytes unchanged: the pipeline
-    /// may share their blocks instead of writing a copy.
+    /// Every [`Bytes::Data`] placed in this output contains the piece's bytes unchanged. The pipeline may
+    /// share their blocks instead of writing a copy.
     Parts(OutputId),
     /// Every byte of the device is at its guest offset in this output, and zeros need no writing. The
-    /// pipeline may share whole extents, whose pieces the sink then does not receive.
+    /// pipeline may share whole extents instead of passing their pieces to the sink.
     Whole(OutputId),
 }
 
-/// A consumer that makes an image.
+/// A consumer that creates an image.
 ///
-/// The order of calls: [`ImageSink::begin`], then prepare and place for every piece, then
-/// [`Consumer::resize`] for open-ended devices, then [`ImageSink::finish`].
+/// The order of calls is: [`ImageSink::begin`]; [`Consumer::prepare`] and [`ImageSink::place`] for every
+/// piece; [`Consumer::resize`] for open-ended devices; [`ImageSink::finish`].
 pub trait ImageSink: Consumer {
-    /// Returns the outputs, in the order of [`OutputId`]; the image's own first. Never empty.
+    /// Returns the outputs, indexed by [`OutputId`]. The first is the image's own, so there is at least one.
     fn outputs(&self) -> &[Output];
 
     /// Prepares the outputs. Returns the bytes before the first piece, which the caller writes at the start
@@ -239,23 +241,23 @@ pub trait ImageSink: Consumer {
         Ok(Vec::new())
     }
 
-    /// True if the main output is the bytes of [`ImageSink::begin`] followed by the parts of all pieces
-    /// in order: such a sink can write to a pipe or through a compressor.
+    /// True if the main output consists of the bytes of [`ImageSink::begin`] followed by the parts of all
+    /// pieces in order, so that the sink can write to a pipe or through a compressor.
     fn append_only(&self) -> bool {
         false
     }
 
-    /// Returns which blocks of `device` may be shared with the source.
+    /// Returns the part of an output whose blocks `device` may share with the source.
     fn sharing(&self, _device: SinkDevice) -> Sharing {
         Sharing::Never
     }
 
-    /// Chooses the file offsets of the parts. The pipeline calls it in source order, and from one thread at a
-    /// time, if [`Geometry::ordered`]; it must be cheap.
+    /// Chooses the file offsets of the parts and adds the writes to `writes`. Must be cheap. If
+    /// [`Geometry::ordered`], the pipeline calls it in source order and from one thread at a time.
     fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()>;
 
-    /// Writes tables and header. Called once, after every write has succeeded. Afterwards the owner of the
-    /// outputs flushes them and gives them their names.
+    /// Writes the tables and the header. The caller calls it once, after every write has succeeded.
+    /// Afterwards, the owner of the outputs flushes them and gives them their final names.
     fn finish(&self) -> Result<()>;
 
     /// Returns notes for the user about the image ("the virtual size was rounded up …").

@@ -1,7 +1,7 @@
 //! [`ImageSource`], an open image, and the two ways to read it.
 //!
-//! [`RandomAccess`] lets many threads read any part at once. [`StreamAccess`] is one pass, with pieces in the
-//! order of the stream.
+//! [`RandomAccess`] lets many threads read any part at once. [`StreamAccess`] returns the content in one
+//! pass, in pieces in the order of the stream.
 
 use std::fs::File;
 use std::ops::Range;
@@ -18,24 +18,26 @@ use crate::zero;
 
 /// An open image.
 pub trait ImageSource: Send + Sync {
-    /// Returns devices, attachments and facts, which are known after opening, without reading data.
+    /// Returns the devices, the attachments and facts about the image, without reading data.
     fn info(&self) -> &ImageInfo;
 
     /// Returns the access to the content.
     fn access(&self) -> Access<'_>;
 
-    /// Guest ranges that salvage could not restore; complete once all content has been read. Waits for
-    /// the end of a pass in progress, so a consumer must not call it during a copy from this image.
+    /// Returns the guest ranges that salvage could not restore or verify. The list is complete after all
+    /// content has been read. Waits for a pass in progress to end, so a consumer must not call it during a
+    /// copy from this image.
     fn losses(&self) -> Vec<Loss> {
         Vec::new()
     }
 
-    /// Returns the devices that salvage can't prove complete; all of them once all content has been read.
+    /// Returns the devices that salvage can't prove complete. The list is complete after all content has been
+    /// read.
     fn doubts(&self) -> Vec<Doubt> {
         Vec::new()
     }
 
-    /// Returns the damage of an image that was opened nevertheless, since the caller wanted facts only
+    /// Returns the fault of a damaged image that the driver opened anyway because the caller needs only facts
     /// ([`crate::OpenOptions::info_only`]).
     fn damage(&self) -> Option<&Error> {
         None
@@ -66,7 +68,7 @@ impl<'a> Access<'a> {
     }
 }
 
-/// Reads any part of an image, through a shared reference.
+/// Reads any part of an image, from many threads at once.
 ///
 /// The caller must keep ranges within the device. [`crate::Disk`] and the pipeline check them, so drivers
 /// need not.
@@ -75,11 +77,11 @@ pub trait RandomAccess: Send + Sync {
     /// answer never exceeds `range.end`, but may end before it (see
     /// [`crate::extent::MAX_EXTENTS_PER_ANSWER`]).
     ///
-    /// `range` must not be empty and must lie within the device.
+    /// `range` must not be empty and must be within the device.
     fn extents(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>>;
 
-    /// Like [`RandomAccess::extents`], with the image of the chain that each extent comes from and the offset
-    /// in its file.
+    /// Like [`RandomAccess::extents`], but also returns the image of the chain, and the place in its file,
+    /// that each extent comes from.
     fn map(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
         Ok(self.extents(device, range)?.into_iter().map(MapExtent::of).collect())
     }
@@ -91,7 +93,7 @@ pub trait RandomAccess: Send + Sync {
         self.extents(device, range)
     }
 
-    /// Fills `buf` with guest bytes from `guest_offset` on. Unallocated ranges read as zeros.
+    /// Fills `buf` with guest bytes, starting at `guest_offset`. Unallocated ranges read as zeros.
     fn read_at(&self, device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()>;
 
     /// Returns the unit, in bytes, in which reads are cheapest (a compressed cluster is decoded whole). The
@@ -100,19 +102,20 @@ pub trait RandomAccess: Send + Sync {
         1
     }
 
-    /// Returns the file range that holds the bytes from `range.start` on, contiguous and uncompressed, for
-    /// copies inside the kernel. Returns `None` if no file does.
+    /// Returns a file range that stores guest bytes from `range.start` on, contiguous and uncompressed, for
+    /// copies inside the kernel. It may be shorter than `range`. Returns `None` if no file stores them in
+    /// this form.
     fn locate(&self, _device: DeviceId, _range: Range<u64>) -> Option<FileRange<'_>> {
         None
     }
 }
 
-/// Range of a file that holds guest bytes uncompressed.
+/// A range of a file that stores guest bytes uncompressed.
 #[derive(Debug, Clone, Copy)]
 pub struct FileRange<'a> {
     /// The file.
     pub file: &'a File,
-    /// Offset in the file, in bytes.
+    /// File offset of the first byte.
     pub file_offset: u64,
     /// Length in bytes.
     pub len: u64,
@@ -120,27 +123,29 @@ pub struct FileRange<'a> {
 
 /// Reads an image in one pass.
 pub trait StreamAccess: Send {
-    /// The next piece, or `None` when the stream has ended *and* nothing was missing. Every byte of
-    /// every device is returned exactly once, zeros included. After `None` every further call fails with
-    /// [`second_pass`]: a second reader must not take the stream for an empty disk.
+    /// Returns the next piece, or `None` when the stream has ended *and* nothing was missing. The pieces
+    /// contain every byte of every device exactly once, zeros included. After `None`, every further call
+    /// fails with [`second_pass`], because a second reader must not take the stream for an empty disk.
     ///
     /// # Errors
-    /// If the stream is damaged, ends early or continues after its end. The caller must not call again then.
+    /// If the stream is damaged, ends early or continues after the end of its content. After an error, the
+    /// caller must not call it again.
     fn next_piece(&mut self, pool: &BufferPool) -> Result<Option<Piece>>;
 
-    /// Returns the size of an open-ended device ([`Device::open_ended`]) in bytes, once the stream has ended.
+    /// Returns the size in bytes of an open-ended device ([`Device::open_ended`]), after the stream has
+    /// ended.
     fn final_size(&self, _device: DeviceId) -> Option<u64> {
         None
     }
 }
 
 /// A contiguous part of a device on its way from source to sink. It belongs to a device of the source
-/// ([`DeviceId`]) and, once the pipeline has routed it, to a device of the sink ([`SinkPiece`]).
+/// ([`DeviceId`]) until the pipeline routes it to a device of the sink ([`SinkPiece`]).
 #[derive(Debug)]
 pub struct Piece<D = DeviceId> {
     /// The device.
     pub device: D,
-    /// First guest byte.
+    /// Guest offset of the first byte.
     pub start: u64,
     /// Length in bytes, never 0.
     pub len: u64,
@@ -182,7 +187,7 @@ impl<D> Piece<D> {
     }
 
     /// Like [`Piece::nonzero_runs`], but tests the bytes of [`Piece::runs`] in units of `unit` bytes, a
-    /// multiple of `granularity`, so shorter zeros within them count as data. Bytes outside of the runs are
+    /// multiple of `granularity`, so zeros shorter than a unit count as data. Bytes outside the runs are
     /// still left out in units of `granularity` bytes.
     pub fn dense_runs(&self, granularity: usize, unit: usize) -> Vec<Range<usize>> {
         let mut found: Vec<Range<usize>> = Vec::new();
@@ -200,7 +205,7 @@ impl<D> Piece<D> {
     }
 
     /// Converts zeros into data, for sinks that store zeros like data. A piece of zeros must fit into memory:
-    /// [`crate::Geometry::max_zero_len`] bounds it.
+    /// [`crate::Geometry::max_zero_len`] bounds its length.
     #[must_use]
     pub fn with_zeros_as_data(mut self, pool: &BufferPool) -> Self {
         let len = usize::try_from(self.len).unwrap_or(usize::MAX);
@@ -223,25 +228,25 @@ pub struct ImageInfo {
     pub devices: Vec<Device>,
     /// Attachments, in the image's order.
     pub attachments: Vec<Attachment>,
-    /// Allocation unit in bytes, for formats that have one (`cluster-size` of `info`).
+    /// Allocation unit in bytes, for formats that have one (`cluster-size` in the output of `info`).
     pub cluster_size: Option<u64>,
-    /// Facts about the image, in the order in which a person reads them.
+    /// Facts about the image, in the order in which the program shows them.
     pub facts: Vec<Fact>,
-    /// Warnings to read before relying on the content, one sentence each.
+    /// Warnings for the user to read before relying on the content, one sentence each.
     pub notes: Vec<String>,
-    /// The way to the facts that are missing, if there is one ([`Remedy::ReadAll`]).
+    /// Action that reveals missing facts, if there are any ([`Remedy::ReadAll`]).
     pub remedy: Option<Remedy>,
-    /// External files that the image names. They are opened only if the user allows it.
+    /// External files that the image names. The driver opens them only if the user allows it.
     pub references: Vec<Reference>,
 }
 
 impl ImageInfo {
-    /// Returns the device with this id.
+    /// Returns the device with this ID.
     pub fn device(&self, id: DeviceId) -> Option<&Device> {
         self.devices.iter().find(|device| device.id == id)
     }
 
-    /// Adds a fact about the format.
+    /// Adds a fact that is specific to the format.
     pub fn fact(&mut self, key: &'static str, label: &'static str, value: impl Into<Value>) {
         self.facts.push(Fact { scope: FactScope::Format, key, label, value: value.into() });
     }
@@ -255,17 +260,17 @@ impl ImageInfo {
 /// One fact about an image.
 #[derive(Debug, Clone)]
 pub struct Fact {
-    /// Place in a JSON document.
+    /// Place in the JSON document.
     pub scope: FactScope,
-    /// Name in JSON: that of `qemu-img info` for a fact of the same meaning.
+    /// Key in JSON: the same as in `qemu-img info` for a fact of the same meaning.
     pub key: &'static str,
-    /// Name for a person.
+    /// Name for the user.
     pub label: &'static str,
     /// Value.
     pub value: Value,
 }
 
-/// Place of a fact in a JSON document.
+/// Place of a fact in the JSON document.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FactScope {
     /// At the top level.
@@ -274,14 +279,14 @@ pub enum FactScope {
     Format,
 }
 
-/// External file that an image names.
+/// An external file that an image names.
 #[derive(Debug, Clone)]
 pub struct Reference {
-    /// Role for the image: "backing file", "data file", "parent".
+    /// Role of the file: "backing file", "data file", "parent".
     pub role: &'static str,
-    /// Name in the image; untrusted.
+    /// Name stored in the image; untrusted.
     pub name: String,
-    /// Format in the image, if stored; untrusted.
+    /// Format stored in the image, if any; untrusted.
     pub format: Option<String>,
 }
 
@@ -290,7 +295,7 @@ pub struct Reference {
 pub struct Doubt {
     /// The device.
     pub device: DeviceId,
-    /// Reason, for a person.
+    /// Reason, for the user.
     pub reason: String,
 }
 
@@ -300,22 +305,23 @@ pub struct Doubt {
 pub struct Loss {
     /// The device.
     pub device: DeviceId,
-    /// Guest range in bytes. An empty one at the end of a device puts the device as a whole in question.
+    /// Guest range in bytes. An empty range at the end of a device means that the device as a whole can't be
+    /// proven complete.
     pub guest: Range<u64>,
-    /// Reason, for a person.
+    /// Reason, for the user.
     pub reason: String,
 }
 
-/// The error of a stream that is read a second time.
+/// Returns the error for a second pass over a stream.
 pub fn second_pass() -> Error {
     Error::usage("the stream has been read already").hint("open it again, or save it to a file first")
 }
 
-/// Calls `visit` for every extent of `range`, in order. The answers of the driver are checked.
+/// Calls `visit` for every extent of `range`, in order, and checks the driver's answers.
 ///
 /// # Errors
-/// Those of [`RandomAccess::extents`] and of `visit`; [`crate::ErrorKind::Malformed`] for a fault of the
-/// driver.
+/// Any error of [`RandomAccess::extents`] or `visit`; [`crate::ErrorKind::Malformed`] if the driver's answer
+/// is invalid.
 pub fn for_each_extent(
     random: &dyn RandomAccess,
     device: DeviceId,
@@ -346,7 +352,7 @@ pub fn data_bytes(source: &dyn ImageSource, device: &Device) -> Result<u64> {
     Ok(bytes)
 }
 
-/// Returns the extents of a range that is all of one kind, for drivers and tests.
+/// Returns a list with one extent of `kind` that covers `range`, for drivers and tests.
 pub fn uniform_extent(range: Range<u64>, kind: ExtentKind) -> Vec<Extent> {
     vec![Extent { start: range.start, len: range.end - range.start, kind }]
 }

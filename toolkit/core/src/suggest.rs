@@ -1,20 +1,20 @@
-//! Hints of the form "did you mean …?": finds the known name nearest to an unknown one.
+//! Hints of the form "did you mean …?", which suggest the known name nearest to an unknown one.
 
 /// Maximum number of names in a hint; the others are only counted. Our limit: keeps an error to a few lines.
 const MAX_LISTED: usize = 16;
 
-/// Maximum length in bytes of names that are compared. Our limit: the time grows with the product of both
-/// lengths, and a name from an image may have 64 KiB.
+/// Maximum length in bytes of a name to compare. Our limit: the time grows with the product of both lengths,
+/// and a name from an image may be 64 KiB long.
 const MAX_COMPARED: usize = 128;
 
-/// Returns the name in `known` that is nearest to `wanted`, if one is near: it differs by a few letters, or
-/// one contains the other.
+/// Returns the name in `known` that is nearest to `wanted`, if one is near: it differs in a few characters,
+/// or one of the two names contains the other. Ignores case.
 pub fn nearest<'a>(wanted: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let wanted = wanted.to_lowercase();
     if wanted.is_empty() || wanted.len() > MAX_COMPARED {
         return None;
     }
-    // A third of the letters may be wrong, but only one of four: 'vmdk' is no typing error for 'vhdx'.
+    // A third of the characters may be wrong, but only one of four: 'vmdk' is not a typing error for 'vhdx'.
     let allowed = (wanted.chars().count() + 1).div_euclid(3).max(1);
     known
         .into_iter()
@@ -29,8 +29,8 @@ pub fn nearest<'a>(wanted: &str, known: impl IntoIterator<Item = &'a str>) -> Op
         .map(|(_, name)| name)
 }
 
-/// Returns a hint about an unknown name: the nearest known name, then all of them. `what` is their plural
-/// ("formats").
+/// Returns a hint about an unknown name: the nearest known name, then a list of the known names. `what` is
+/// the plural noun for the names ("formats").
 ///
 /// ```
 /// let hint = imgtool_core::suggest::hint("qcow", "formats", ["raw", "qcow2"]);

@@ -1,5 +1,5 @@
-//! Mutex access that ignores poisoning. A panic in one worker ends the whole operation, and the others must
-//! still be able to read shared state until then.
+//! Mutex access that ignores poisoning. A panic in one worker ends the whole operation; until then, the other
+//! workers must still be able to access shared state.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

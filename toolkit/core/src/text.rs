@@ -2,8 +2,9 @@
 
 use std::borrow::Cow;
 
-/// Escapes control characters and those that change the direction of text, so that text from an untrusted
-/// image can't control the terminal. Leaves out what may be a credential in a URL: its user part and query.
+/// Escapes control characters and characters that change the text direction, so that text from an untrusted
+/// image can't control the terminal. Leaves out the user part and query of every URL, since they may contain
+/// credentials.
 pub fn escape_control(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in without_credentials(text).chars() {
@@ -18,8 +19,9 @@ pub fn escape_control(text: &str) -> String {
     out
 }
 
-/// Leaves out user part and query of every URL in a text. A URL ends at a blank; a query also at a quote. It
-/// leaves out too much rather than too little, since people do not escape passwords.
+/// Leaves out the user part and query of every URL in a text. A URL ends at whitespace; a query also ends at
+/// a quote. Users often leave passwords unescaped, so the function leaves out too much rather than too
+/// little.
 fn without_credentials(text: &str) -> Cow<'_, str> {
     if !text.contains("://") {
         return text.into();
@@ -31,7 +33,7 @@ fn without_credentials(text: &str) -> Cow<'_, str> {
         let url_len = rest[start..].find(char::is_whitespace).unwrap_or(rest.len() - start);
         let url = &rest[start..start + url_len];
         let authority_len = url.find(['/', '?', '#']).unwrap_or(url.len());
-        // A password with a '/' that is not escaped ends the authority early.
+        // An unescaped '/' in a password ends the authority early.
         let user_len = match url.rfind('@').filter(|_| url[..authority_len].contains([':', '@'])) {
             Some(at) => at + 1,
             None => 0,

@@ -1,13 +1,13 @@
 //! Zero detection: finds the nonzero parts of a buffer.
 //!
 //! The test is an OR-fold of u64 words with an early exit every 128 bytes, which the compiler vectorises. It
-//! runs at memory speed on zeros and exits within the first 128 bytes of most data. Measured: `align_to` in
-//! unsafe code is slower.
+//! runs at memory speed on zeros and exits within the first 128 bytes of most data. Measured: unsafe code
+//! with `align_to` is slower.
 
 use std::ops::Range;
 
-/// Unit of zero detection, bytes: the sub-block of VMA, the page of every cache, and the default of
-/// `qemu-img convert -S`.
+/// Default unit of zero detection, in bytes: the sub-block of VMA, the page of the page cache, and the
+/// default of `qemu-img convert -S`.
 pub const ZERO_GRANULARITY: usize = 4096;
 
 /// 64 KiB of zeros, for writers and digests that need them as bytes.
@@ -23,10 +23,10 @@ pub fn zero_slices(len: u64) -> impl Iterator<Item = &'static [u8]> {
     })
 }
 
-/// Bytes examined between two tests for an early exit. Measured: 64 to 128 are fastest.
+/// Number of bytes examined before each test for an early exit. Measured: 64 to 128 are fastest.
 const FOLD: usize = 128;
 
-/// True if every byte is zero, also for an empty slice.
+/// True if every byte is zero, or if there are no bytes.
 pub fn is_zero(bytes: &[u8]) -> bool {
     let mut chunks = bytes.chunks_exact(FOLD);
     for chunk in &mut chunks {
@@ -39,11 +39,12 @@ pub fn is_zero(bytes: &[u8]) -> bool {
     chunks.remainder().iter().all(|&byte| byte == 0)
 }
 
-/// Pushes the maximal nonzero runs within `within`, in units of `granularity` bytes counted from the start
-/// of `bytes`.
+/// Appends the maximal nonzero runs within `within` to `runs`, in units of `granularity` bytes counted from
+/// the start of `bytes`.
 ///
-/// Runs are pushed as ranges of `bytes`, ascending and disjoint; their starts are multiples of
-/// `granularity` or `within.start`, their ends likewise or `within.end`.
+/// Runs are ranges of `bytes`, ascending and disjoint. They start at a multiple of `granularity` or at
+/// `within.start`, and end at a multiple of `granularity` or at `within.end`. A run that starts at the end of
+/// the last one in `runs` extends it.
 pub fn push_nonzero_runs(
     bytes: &[u8],
     within: Range<usize>,

@@ -1,5 +1,5 @@
-//! Inputs that are read by position: the trait [`ReadAt`], and [`RandomInput`] over it, whose errors name
-//! file and offset.
+//! Inputs that are read by position: the trait [`ReadAt`] and its wrapper [`RandomInput`], whose errors name
+//! the file and the offset.
 
 use std::fs::File;
 use std::io;
@@ -12,9 +12,9 @@ use crate::extent::{Extent, ExtentKind, ExtentList};
 use crate::location::Location;
 use crate::progress::CancelToken;
 
-/// Bytes that can be read by position: a file, a decompressed view of one, an object of a store.
+/// Bytes that can be read by position: a file, its decompressed content, an object in a store.
 pub trait ReadAt: Send + Sync {
-    /// Fills `buf` from the byte at `position` on.
+    /// Fills `buf` with the bytes starting at `position`.
     ///
     /// # Errors
     /// `UnexpectedEof` if the range exceeds the input.
@@ -28,13 +28,13 @@ pub trait ReadAt: Send + Sync {
         self.len() == 0
     }
 
-    /// Returns the run of data or hole that contains `position`, which must be below the length.
+    /// Returns the run of data or hole that contains `position`, which must be less than the length.
     fn run(&self, _position: u64) -> io::Result<FileRun> {
         Ok(FileRun { end: self.len(), is_data: true })
     }
 
-    /// Returns the run that contains `position`, possibly cut at `until`. Where the exact answer is costly,
-    /// may report a hole as data if data follows before `until`.
+    /// Like [`ReadAt::run`], but may end the run at `until`. If the exact answer is costly, it may also
+    /// report a hole as data if data follows before `until`.
     fn rough_run(&self, position: u64, _until: u64) -> io::Result<FileRun> {
         self.run(position)
     }
@@ -44,25 +44,26 @@ pub trait ReadAt: Send + Sync {
         1
     }
 
-    /// Returns the file, if it stores exactly these bytes.
+    /// Returns the underlying file, if it stores exactly these bytes.
     fn file(&self) -> Option<&File> {
         None
     }
 }
 
-/// Run of data or hole in a file, as its file system reports it.
+/// A run of data or a hole in a file, as its file system reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileRun {
-    /// File offset one past the last byte.
+    /// Position one past the last byte.
     pub end: u64,
     /// True for data; a hole reads as zeros.
     pub is_data: bool,
 }
 
-/// Bytes read at once after a larger read failed: a page, the unit in which the kernel reads disks.
+/// Length in bytes of a read after a larger one has failed: one page, the unit in which the kernel reads
+/// disks.
 const SALVAGE_SECTOR: u64 = 4096;
 
-/// An input that is read by position. Cloning shares it.
+/// An input that is read by position. Clones share the source.
 #[derive(Debug, Clone)]
 pub struct RandomInput {
     location: Location,
@@ -80,7 +81,7 @@ impl RandomInput {
         &self.location
     }
 
-    /// Returns a part of the input as an input of its own: a member of a container.
+    /// Returns a range of the input, such as a member of a container, as a separate input.
     ///
     /// # Errors
     /// [`crate::ErrorKind::OutOfBounds`] if the range exceeds the input.
@@ -109,10 +110,11 @@ impl RandomInput {
         self.len() == 0
     }
 
-    /// Fills `buf` from the byte at `position` on.
+    /// Fills `buf` with the bytes starting at `position`.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Corrupt`] if the file ends early, [`crate::ErrorKind::Cancelled`].
+    /// [`crate::ErrorKind::Corrupt`] if the file ends early; [`crate::ErrorKind::Cancelled`]; any error of
+    /// the source.
     pub fn read_exact_at(&self, buf: &mut [u8], position: u64) -> Result<()> {
         self.cancel.check()?;
         let fits = position.checked_add(buf.len() as u64).is_some_and(|end| end <= self.len());
@@ -129,18 +131,18 @@ impl RandomInput {
         self.source.read_exact_at(buf, position).map_err(|e| read_error(e, &self.location, position))
     }
 
-    /// Fills `buf` from the byte at `position` on, and with zeros where reading fails. If a large read fails,
-    /// reads sector by sector. Calls `lost` with each range of `buf` that could not be read, and the error.
+    /// Like [`RandomInput::read_exact_at`], but reads sector by sector, and fills `buf` with zeros where a
+    /// read fails. Calls `lost` with each range of `buf` that could not be read, and with the error.
     pub fn read_salvage(&self, buf: &mut [u8], position: u64, mut lost: impl FnMut(Range<usize>, Error)) {
         let there = usize::try_from(self.len().saturating_sub(position)).unwrap_or(usize::MAX).min(buf.len());
         let mut done = 0;
         while done < there {
             let at = position + done as u64;
-            // At most a sector.
+            // At most `SALVAGE_SECTOR`, so it fits.
             let len = (SALVAGE_SECTOR - at % SALVAGE_SECTOR) as usize;
             let part = done..done.saturating_add(len).min(there);
             if let Err(e) = self.read_exact_at(&mut buf[part.clone()], at) {
-                // After cancellation no read succeeds: report the rest as one range.
+                // After cancellation, no read succeeds: report the rest as one range.
                 let part = if e.kind() == ErrorKind::Cancelled { done..buf.len() } else { part.clone() };
                 buf[part.clone()].fill(0);
                 lost(part.clone(), e);
@@ -150,7 +152,7 @@ impl RandomInput {
             done = part.end;
         }
         if there < buf.len() {
-            // This read fails, with the message for a range beyond the end of the file.
+            // This read always fails; its error describes a range beyond the end of the file.
             if let Err(e) = self.read_exact_at(&mut buf[there..], position.saturating_add(there as u64)) {
                 buf[there..].fill(0);
                 lost(there..buf.len(), e);
@@ -158,9 +160,10 @@ impl RandomInput {
         }
     }
 
-    /// Reads `len` bytes from `position` on. The caller must bound `len`.
+    /// Reads `len` bytes starting at `position`. The caller must bound `len`.
     pub fn read_vec(&self, position: u64, len: usize) -> Result<Vec<u8>> {
         if position.checked_add(len as u64).is_none_or(|end| end > self.len()) {
+            // This read always fails, before memory is allocated for bytes that the file does not have.
             self.read_exact_at(&mut [0], position.saturating_add(len as u64))?;
         }
         let mut bytes = vec![0; len];
@@ -168,17 +171,18 @@ impl RandomInput {
         Ok(bytes)
     }
 
-    /// Returns the run of data or hole that contains `position`, which must be below the length.
+    /// Returns the run of data or hole that contains `position`, which must be less than the length.
     pub fn run(&self, position: u64) -> Result<FileRun> {
         self.source.run(position).map_err(|e| read_error(e, &self.location, position))
     }
 
-    /// Returns the runs of data and holes of a part of the file, as extents.
+    /// Returns the runs of data and holes in `range`, as extents. The answer may end before `range.end`; see
+    /// [`ExtentList::is_full`].
     pub fn extents(&self, range: Range<u64>) -> Result<Vec<Extent>> {
         self.extents_by(range, |position| self.run(position))
     }
 
-    /// Like [`RandomInput::extents`], with `run_at` as the source of the run at each position.
+    /// Like [`RandomInput::extents`], but takes the run at each position from `run_at`.
     pub fn extents_by(
         &self,
         range: Range<u64>,
@@ -196,7 +200,7 @@ impl RandomInput {
         Ok(extents.into_vec())
     }
 
-    /// Returns the run that contains `position`, possibly cut at `until`; see [`ReadAt::rough_run`].
+    /// Returns the run that contains `position`, possibly ended at `until`; see [`ReadAt::rough_run`].
     pub fn rough_run(&self, position: u64, until: u64) -> Result<FileRun> {
         self.source.rough_run(position, until).map_err(|e| read_error(e, &self.location, position))
     }
@@ -206,7 +210,7 @@ impl RandomInput {
         self.source.granule()
     }
 
-    /// Returns the file, if it stores exactly these bytes.
+    /// Returns the underlying file, if it stores exactly these bytes.
     pub fn file(&self) -> Option<&File> {
         self.source.file()
     }

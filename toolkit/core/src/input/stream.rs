@@ -1,4 +1,4 @@
-//! Inputs that are read once, in order: the trait [`Decode`], and [`Stream`] over it.
+//! Inputs that are read once, in order: the trait [`Decode`] and its wrapper [`Stream`].
 
 use std::io::{self, Read};
 use std::sync::Mutex;
@@ -11,18 +11,19 @@ use crate::sync;
 
 /// A decoder: a reader that reports how much of its output is verified, and that can resume after damage.
 pub trait Decode: Read + Send {
-    /// Returns the number of bytes, at the end of those read so far, that a checksum still to come covers.
+    /// Returns how many of the last bytes read are not verified, because their checksum comes later in the
+    /// stream.
     fn unchecked(&self) -> u64 {
         0
     }
 
     /// True if the last read failed only because the compressed data ended early.
-    fn was_cut(&self) -> bool {
+    fn was_truncated(&self) -> bool {
         false
     }
 
-    /// Skips, after a failed read, to the next position where decoding can begin. Returns false if there is
-    /// none.
+    /// Skips to the next position where decoding can start, after a failed read. Returns false if none
+    /// follows.
     fn resume(&mut self) -> io::Result<bool> {
         Ok(false)
     }
@@ -43,7 +44,7 @@ impl Decode for Plain {}
 #[derive(Debug)]
 pub struct Stream {
     location: Location,
-    /// Accessed only through `get_mut`; the mutex makes the stream `Sync`, so that sources can hold one.
+    /// Accessed only through `get_mut`. The mutex makes the stream `Sync`, which sources must be.
     reader: Mutex<Box<dyn Decode>>,
     /// The first bytes, read ahead for probing.
     head: Vec<u8>,
@@ -87,33 +88,35 @@ impl Stream {
         &self.head
     }
 
-    /// Returns the number of bytes read so far.
+    /// Returns the number of bytes that the caller has read so far.
     pub fn position(&self) -> u64 {
         self.position
     }
 
-    /// Fills `buf` as far as the stream reaches; returns the number of bytes, fewer than `buf.len()` only at
-    /// the end.
+    /// Fills `buf` as far as the stream reaches. Returns the number of bytes read, which is less than
+    /// `buf.len()` only at the end of the stream.
     pub fn read_full(&mut self, buf: &mut [u8]) -> Result<usize> {
         let position = self.position;
         read_full(self, buf).map_err(|e| read_error(e, &self.location, position))
     }
 
-    /// Returns the position up to which the content is final: verified by a checksum of the compression, or
-    /// covered by none. The bytes from there to [`Stream::position`] may be found wrong later.
+    /// Returns the position up to which the content is final: verified by a checksum of the outer
+    /// compression, or not covered by one. Bytes between it and [`Stream::position`] may still turn out to be
+    /// damaged.
     pub fn checked_until(&mut self) -> u64 {
         let decoded = self.position.max(self.head.len() as u64);
         decoded.saturating_sub(self.decoder().unchecked())
     }
 
-    /// True if the last read failed only because the compressed data ended early. The bytes read before it
-    /// are right then.
-    pub fn was_cut(&mut self) -> bool {
-        self.decoder().was_cut()
+    /// True if the last read failed only because the compressed data ended early. In this case, unlike after
+    /// damage, the bytes before it are most likely intact even if unverified.
+    pub fn was_truncated(&mut self) -> bool {
+        self.decoder().was_truncated()
     }
 
-    /// Skips, after a failed read, to the next frame or member; returns false if there is none. An unknown
-    /// number of bytes is missing in between. Unverified bytes before the fault are dropped.
+    /// Skips to the next frame or member, after a failed read; returns false if none follows. An unknown
+    /// number of bytes is missing in between. Call [`Stream::checked_until`] first: afterwards, it counts
+    /// unverified bytes before the fault as final.
     pub fn resume(&mut self) -> Result<bool> {
         let position = self.position;
         self.decoder().resume().map_err(|e| read_error(e, &self.location, position))

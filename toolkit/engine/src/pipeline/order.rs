@@ -1,12 +1,12 @@
-//! Places pieces in source order and lets one worker at a time write to an output.
+//! Places pieces in source order, and lets one worker at a time write to a file or stream.
 //!
 //! Workers submit prepared pieces in any order. The worker that submits the next piece in source order places
-//! it, and every ready piece that follows. A placed piece waits in the queue of its output. A worker that
-//! finds an output without a writer empties the queue, while the others go on reading and preparing.
+//! it and all ready pieces after it. A placed piece waits in the queue of its output. A worker that finds an
+//! output without a writer empties its queue, while others go on reading and preparing.
 //!
-//! One writer is enough: the kernel allows one write into a file at a time (it holds the inode's lock for
-//! the whole call), so a second writer would only wait. Measured from page cache to tmpfs, two writers
-//! take the same time as one, and a third more CPU time.
+//! One writer is enough for a file: the kernel locks the inode during a write, so a second writer would only
+//! wait. Measured from page cache to tmpfs, two writers take the same time as one, and a third more CPU time.
+//! A block device takes several writes at once ([`Output::prefers_concurrent_writes`]).
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::IoSlice;
@@ -18,10 +18,10 @@ use imgtool_core::{Bytes, Error, FileWrite, Output, Prepared, Result, WriteList}
 use super::share::BlockSharing;
 use super::target::Targets;
 
-/// The writes of a placed piece into one output.
+/// The writes of a placed piece to one output.
 struct PlacedPiece {
     target: usize,
-    /// Shared by the writes into all outputs. The piece is in flight until the last of them is done.
+    /// The piece, shared by its writes to all outputs. It is in flight until the last write is done.
     prepared: Arc<Prepared>,
     writes: Vec<FileWrite>,
 }
@@ -44,11 +44,11 @@ struct State {
     in_flight: usize,
     /// Number of workers that wait for admission.
     waiting: usize,
-    /// Ticket of the piece to place next.
+    /// Ticket (index in source order) of the piece to place next.
     next: u64,
-    /// Prepared pieces that wait for their turn, by ticket, with the index of their target.
+    /// Prepared pieces that wait for an earlier piece, by ticket, with the index of their target.
     ready: BTreeMap<u64, (usize, Prepared)>,
-    /// One queue for each output of all targets.
+    /// Queues of placed pieces, by index of the output.
     queues: Vec<Queue>,
     aborted: bool,
 }
@@ -68,7 +68,7 @@ impl<'a> Orderer<'a> {
         Self { targets, ordered, window, sharing, state, changed: Condvar::new() }
     }
 
-    /// Waits until one more piece may be in flight; returns false if the copy was aborted.
+    /// Waits until one more piece may be in flight. Returns false if the copy was aborted.
     pub(super) fn admit(&self) -> bool {
         let mut state = lock(&self.state);
         if state.in_flight >= self.window {
@@ -82,8 +82,8 @@ impl<'a> Orderer<'a> {
         !state.aborted
     }
 
-    /// Returns the number of pieces in flight at which waiting workers are woken. This is half the window:
-    /// waking a thread for each piece takes longer than writing a small piece.
+    /// Returns the number of pieces in flight at which waiting workers wake. Our choice: half the window,
+    /// since waking a thread for each piece would take longer than writing a small piece.
     fn low_water(&self) -> usize {
         self.window / 2
     }
@@ -99,8 +99,8 @@ impl<'a> Orderer<'a> {
         self.changed.notify_all();
     }
 
-    /// Submits a prepared piece, which is number `ticket` in source order. Places and writes every piece that
-    /// is ready.
+    /// Submits the prepared piece with index `ticket` in source order. Places and writes all pieces that are
+    /// ready.
     pub(super) fn submit(&self, ticket: u64, target: usize, prepared: Prepared) -> Result<()> {
         if self.ordered {
             self.place_in_order(ticket, target, prepared)?;
@@ -117,7 +117,7 @@ impl<'a> Orderer<'a> {
         Ok(writes)
     }
 
-    /// Places the pieces whose turn it is.
+    /// Adds a piece to the ready pieces, then places them in order up to the first gap.
     fn place_in_order(&self, ticket: u64, target: usize, prepared: Prepared) -> Result<()> {
         let mut state = lock(&self.state);
         state.ready.insert(ticket, (target, prepared));
@@ -150,7 +150,7 @@ impl<'a> Orderer<'a> {
             let queue = index.and_then(|index| state.queues.get_mut(index));
             let queue = queue
                 .ok_or_else(|| Error::malformed("the driver wrote to an output that it did not make"))?;
-            // Nearly always, all writes go into one output.
+            // Nearly always, all writes go to one output.
             let rest = writes.iter().position(|write| write.output != output).map(|at| writes.split_off(at));
             queue.placed.push_back(PlacedPiece { target, prepared: Arc::clone(&prepared), writes });
             writes = rest.unwrap_or_default();
@@ -166,11 +166,11 @@ impl<'a> Orderer<'a> {
         }
     }
 
-    /// Writes the queued pieces, in order, of every output that has no writer.
+    /// Writes the queued pieces, in order, of every output that needs a writer.
     fn write_queued(&self) -> Result<()> {
         let mut state = lock(&self.state);
         while let Some(index) = self.output_without_writer(&state) {
-            // An error leaves the count as it is, so no later piece follows one that was not written.
+            // After an error, the count stays as it is, so no worker writes the pieces after the failed one.
             state.queues[index].writers += 1;
             while let Some(placed) = state.queues[index].placed.pop_front() {
                 drop(state);
@@ -191,14 +191,14 @@ impl<'a> Orderer<'a> {
         Ok(())
     }
 
-    /// Returns the index of an output that waits for a writer.
+    /// Returns the index of an output that needs a writer.
     fn output_without_writer(&self, state: &State) -> Option<usize> {
         state.queues.iter().zip(self.targets.outputs()).position(|(queue, output)| {
-            !queue.placed.is_empty() && (queue.writers == 0 || output.takes_writes_at_once())
+            !queue.placed.is_empty() && (queue.writers == 0 || output.prefers_concurrent_writes())
         })
     }
 
-    /// Writes one placed piece, adjacent writes in one call.
+    /// Writes one placed piece. Joins adjacent writes into one system call.
     fn write(&self, output: &Output, placed: &PlacedPiece) -> Result<()> {
         let prepared = &*placed.prepared;
         let mut rest = placed.writes.as_slice();
@@ -225,7 +225,7 @@ impl<'a> Orderer<'a> {
                 rest = &rest[1..];
             }
             if slices.is_empty() {
-                // A part refers to a buffer that the piece lacks: a bug in the driver.
+                // A write refers to a buffer that the piece lacks: a bug in the driver.
                 return Err(Error::malformed("the driver placed bytes that it did not prepare"));
             }
             output.write_slices_at(&mut slices, first.file_offset)?;
