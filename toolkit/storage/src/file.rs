@@ -16,15 +16,15 @@ pub(crate) struct RandomFile {
     len: u64,
     runs: Runs,
     lives_in_memory: bool,
-    /// True if pages leave the page cache once read. A file this large would displace everything else.
-    is_passing: bool,
+    /// True if reads drop their pages from the page cache: a file this large would displace everything else.
+    drops_pages: bool,
 }
 
 impl RandomFile {
     pub(crate) fn new(file: File, len: u64) -> Self {
         let lives_in_memory = os::lives_in_memory(&file);
-        let is_passing = !lives_in_memory && os::memory_len().is_some_and(|memory| len > memory / 2);
-        Self { file, len, runs: Runs::default(), lives_in_memory, is_passing }
+        let drops_pages = !lives_in_memory && os::memory_len().is_some_and(|memory| len > memory / 2);
+        Self { file, len, runs: Runs::default(), lives_in_memory, drops_pages }
     }
 }
 
@@ -40,7 +40,7 @@ impl ReadAt for RandomFile {
                 }
             }
         }
-        if self.is_passing {
+        if self.drops_pages {
             os::forget_range(&self.file, start, len);
         }
         Ok(())
@@ -71,13 +71,13 @@ impl ReadAt for RandomFile {
 /// A file or block device opened for writing.
 struct FileTarget {
     file: File,
-    /// Length in bytes of an existing target, which keeps it; `None` for a new file, which grows.
+    /// Fixed length in bytes of an existing target; `None` for a new file, which grows.
     capacity: Option<u64>,
     reads_as_zero: bool,
     is_block_device: bool,
 }
 
-/// Creates an output over a new, empty file. The file grows as it is written, and bytes that were never
+/// Creates an output over a new, empty file. The file grows with each write, and bytes that were never
 /// written read as zeros.
 pub fn new_file(location: impl Into<Location>, file: File) -> Output {
     let target = FileTarget { file, capacity: None, reads_as_zero: true, is_block_device: false };
@@ -85,7 +85,7 @@ pub fn new_file(location: impl Into<Location>, file: File) -> Output {
 }
 
 /// Creates an output over an existing file or block device, which keeps its length. `reads_as_zero` is true
-/// if it is known to hold only zeros.
+/// if it is known to contain only zeros.
 ///
 /// # Errors
 /// If its length can't be determined.
@@ -136,7 +136,7 @@ impl WriteAt for FileTarget {
         self.reads_as_zero
     }
 
-    fn takes_writes_at_once(&self) -> bool {
+    fn prefers_concurrent_writes(&self) -> bool {
         self.is_block_device
     }
 
@@ -151,7 +151,7 @@ impl WriteAt for FileTarget {
     }
 }
 
-/// Writes all of `bytes` at `position`.
+/// Writes all of `bytes` to `file`, starting at `position`.
 pub(crate) fn write_all_at(file: &File, mut bytes: &[u8], mut position: u64) -> io::Result<()> {
     while !bytes.is_empty() {
         match retry(|| os::write_vectored_at(file, &[IoSlice::new(bytes)], position))? {

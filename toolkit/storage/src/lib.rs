@@ -1,10 +1,10 @@
 //! Storage access: files, streams, outer compression, and sets of outputs that get their names together.
 //!
 //! * [`open`] opens a [`imgtool_core::Location`] as an input. It detects and removes outer compression, so
-//!   that drivers see only plain bytes.
+//!   drivers see only plain bytes.
 //! * [`Outputs`] holds the outputs of one run. All of them get their final names, or none does.
 //! * [`CompressedSink`] compresses the output of an append-only sink.
-//! * [`os`] is the interface to the operating system, for everything beyond plain reads and writes.
+//! * [`os`] is the interface to the operating system: all platform-specific calls.
 
 pub mod file;
 pub mod open;

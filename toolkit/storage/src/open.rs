@@ -1,4 +1,4 @@
-//! Opening of inputs: opens a location, removes outer compression, spools streams, and identifies files.
+//! Opens inputs: removes outer compression, spools streams, and identifies files.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Seek};
@@ -14,51 +14,52 @@ use crate::os::{self, FileClass, FileId};
 use crate::outer::{self, Compression};
 use crate::spool;
 
-/// Maximum layers of outer compression. Our limit: more than one is a mistake, more than this an attack.
+/// Maximum number of layers of outer compression. Our limit: a second layer is probably a mistake, a fifth an
+/// attack.
 const MAX_LAYERS: usize = 4;
 
-/// Maximum ratio by which a compressed file may expand if only facts are wanted. Our limit: disk images
-/// rarely compress beyond 20:1, bombs from 1000:1 (gzip) to a million to one (bzip2).
+/// Maximum ratio of plain to compressed length for [`OpenInput::spool_for_facts`]. Our limit: disk images
+/// rarely compress beyond 20:1; bombs reach 1000:1 (gzip) to 1,000,000:1 (bzip2).
 const MAX_EXPANSION: u64 = 256;
 
-/// Bytes to which a file may expand in any case if only facts are wanted. Our limit: decompressing them takes
-/// a few seconds.
+/// Plain length in bytes that [`OpenInput::spool_for_facts`] accepts at any ratio. Our limit: decompressing
+/// this much takes a few seconds.
 const ALWAYS_SPOOLED: u64 = 2 << 30;
 
 /// Treatment of outer compression.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Opening {
-    /// Remove compression that the content shows.
+    /// Remove compression detected by its magic number.
     ByContent,
-    /// Remove compression only if the file has its extension. This is for raw images: since any content is
-    /// legal in them, a magic number proves nothing.
+    /// Like [`Opening::ByContent`], but only if the file name ends in the extension of a compression. This is
+    /// for raw images: any content is legal in them, so a magic number proves nothing.
     ByName,
-    /// Leave the bytes as they are.
+    /// Leave the bytes unchanged.
     Plain,
 }
 
 /// An open input, with the facts about its file.
 #[derive(Debug)]
 pub struct OpenInput {
-    /// Bytes, with outer compression removed.
+    /// The input, without the layers in `compression`.
     pub input: Input,
-    /// Layers of outer compression that were removed, outermost first.
+    /// Removed layers of outer compression, outermost first.
     pub compression: Vec<Compression>,
-    /// Length of the file in bytes, before decompression, if it is a file.
+    /// Length in bytes of the file or block device, before decompression; `None` for a stream.
     pub stored_len: Option<u64>,
     /// True if a stream was copied to temporary storage ([`OpenInput::spool`]).
     pub spooled: bool,
-    /// Identity of the file, if it is a file or block device.
+    /// Identity of the file or block device; `None` for anything else.
     pub identity: Option<Identity>,
-    /// State of the file when it was opened, if it is a regular file.
+    /// State of a regular file when it was opened; `None` for a block device, or an input read as a stream.
     pub fingerprint: Option<Fingerprint>,
 }
 
 /// Opens a path or standard input.
 ///
 /// # Errors
-/// If the location can't be opened, or is a directory or an invalid compressed file. For every URL:
-/// [`imgtool_core::ErrorKind::Unsupported`].
+/// If the location can't be opened, is a directory or a terminal, or is an invalid compressed file;
+/// [`imgtool_core::ErrorKind::Unsupported`] for every URL.
 pub fn open(location: &Location, opening: Opening) -> Result<OpenInput> {
     open_at(location, opening).map_err(|e| e.path(location))
 }
@@ -110,7 +111,8 @@ fn identity_of(file: &File) -> Option<Identity> {
 /// Creates an input over the plain bytes of an open file.
 ///
 /// # Errors
-/// If its length can't be determined or, for a stream, its first bytes can't be read.
+/// If the file is a directory, its length can't be determined or, for a stream, its first bytes can't be
+/// read.
 pub fn from_file(location: Location, file: File) -> Result<OpenInput> {
     let meta = file.metadata().map_err(|e| Error::io("open", e))?;
     let (identity, fingerprint) = (Identity::of(&meta), Fingerprint::of(&meta));
@@ -126,7 +128,7 @@ pub fn from_file(location: Location, file: File) -> Result<OpenInput> {
 }
 
 impl OpenInput {
-    /// Wraps an input that has no file on this system.
+    /// Wraps an input without any facts about its file.
     pub fn of(input: Input) -> Self {
         Self {
             input,
@@ -138,14 +140,15 @@ impl OpenInput {
         }
     }
 
-    /// Removes outer compression that the content shows.
+    /// Removes all layers of outer compression that have a known magic number.
     ///
     /// # Errors
-    /// If the start of the compressed file is invalid, or the layers exceed a limit.
+    /// If the start of the compressed file is invalid; [`imgtool_core::ErrorKind::LimitExceeded`] for too
+    /// many layers.
     pub fn decompressed(mut self) -> Result<Self> {
         while let Some(compression) = outer::detect(&self.input.head()?) {
             if self.compression.len() >= MAX_LAYERS {
-                return Err(Error::limit(format!("compressed more than {MAX_LAYERS} times over")));
+                return Err(Error::limit(format!("more than {MAX_LAYERS} layers of compression")));
             }
             self.input = undo(compression, self.input)?;
             self.compression.push(compression);
@@ -159,13 +162,14 @@ impl OpenInput {
         Self { input: self.input.cancelled_by(cancel), ..self }
     }
 
-    /// Copies a stream to an unnamed temporary file in TMPDIR, so that it can be read by position.
+    /// Copies a stream to an unnamed temporary file in TMPDIR, so that it can be read by position. Returns
+    /// any other input unchanged.
     pub fn spool(self) -> Result<Self> {
         self.spool_within(u64::MAX)
     }
 
-    /// Like [`OpenInput::spool`], for a caller that needs facts only: does not decompress a file that expands
-    /// to many times its length.
+    /// Like [`OpenInput::spool`], for a caller that needs only facts about an image: refuses a compressed
+    /// file that expands to many times its length.
     ///
     /// # Errors
     /// [`imgtool_core::ErrorKind::LimitExceeded`] for such a file; I/O errors.
@@ -205,13 +209,13 @@ fn undo(compression: Compression, input: Input) -> Result<Input> {
 }
 
 /// Identity of a file or block device, together with everything below it: the disk of a partition, the parts
-/// of a device-mapper or RAID device, the file behind a loop device. It shows whether writing to one changes
-/// another, regardless of their names.
+/// of a device-mapper or RAID device, the file behind a loop device. It shows whether writing to one file
+/// changes another, regardless of their names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
     /// The file or device itself, then the layers below it.
     layers: Vec<FileId>,
-    /// The same, with the device that holds the file's file system and the layers below that.
+    /// `layers`, the device that contains the file's file system, and the layers below it.
     with_file_system: Vec<FileId>,
 }
 
@@ -231,7 +235,7 @@ impl Identity {
     }
 
     /// True if writing to `target` changes this file: they are the same, or one is a layer of the other. Also
-    /// true if `target` holds the file system of this file.
+    /// true if `target` contains the file system of this file.
     pub fn is_changed_by(&self, target: &Self) -> bool {
         os::same_bytes(&self.with_file_system, &target.layers)
     }
@@ -260,8 +264,8 @@ impl Fingerprint {
         })
     }
 
-    /// True if the file at `path` is still the same file, but was modified. Replacing it does no harm, since
-    /// the open file is the one that is read.
+    /// True if `path` still names this file and the file was modified. A replaced file does not count, since
+    /// the open file keeps its content.
     pub fn was_changed(&self, path: &Path) -> bool {
         let now = std::fs::metadata(path).ok().and_then(|meta| Self::of(&meta));
         now.is_some_and(|now| now.id == self.id && now != *self)

@@ -1,8 +1,8 @@
-//! Interface to the operating system: every platform-specific call.
+//! Interface to the operating system: all platform-specific calls.
 //!
-//! `unix` holds the calls that every Unix has, `linux` those that only Linux has. On another Unix, `other`
-//! replaces `linux` and reports each feature as not available. The toolkit then does without: it reads holes
-//! as data and writes zeros.
+//! Module `unix` contains the calls of every Unix, `linux` those of Linux alone. On any other Unix, `other`
+//! replaces `linux` and reports each feature as unavailable. The toolkit then reads holes as data and writes
+//! zeros.
 
 #[cfg(not(unix))]
 compile_error!("imgtool supports Unix only: it reads and writes files by position, as POSIX does");
@@ -20,7 +20,7 @@ mod other;
 use other as platform;
 pub use platform::*;
 
-/// Kind of a file that holds a disk image.
+/// Kind of a file, by how it can be read and written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileClass {
     /// A regular file.
@@ -38,8 +38,8 @@ pub type FileId = (u64, u64);
 
 /// Returns true if writing to one file would change the other.
 ///
-/// Both arguments are lists of [`file_layers`]. Two files that share a lower layer are separate: two
-/// partitions of a disk have no byte in common.
+/// Both arguments are results of [`file_layers`]. A shared lower layer is not enough: two partitions of a
+/// disk have no byte in common.
 pub fn same_bytes(one: &[FileId], other: &[FileId]) -> bool {
     let holds = |layers: &[FileId], file: &[FileId]| file.first().is_some_and(|own| layers.contains(own));
     holds(one, other) || holds(other, one)
@@ -50,7 +50,7 @@ pub fn same_bytes(one: &[FileId], other: &[FileId]) -> bool {
 pub struct Space {
     /// Number of bytes that this user may still write.
     pub free: u64,
-    /// True if each byte written takes one byte of `free`: the file system is local, and neither
-    /// compresses nor shares blocks.
+    /// True if each byte written takes one byte of `free`. False if the file system may be remote, or may
+    /// compress or deduplicate written data.
     pub is_exact: bool,
 }

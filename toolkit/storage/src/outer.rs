@@ -1,7 +1,7 @@
 //! Outer compression: detection by magic number, and decoders that read all frames, members or streams of a
 //! file.
 //!
-//! A file that is cut short, damaged, or followed by other bytes is an error.
+//! A file that is truncated, damaged, or followed by other bytes is an error.
 
 use std::io::{self, BufReader, Read};
 use std::sync::Arc;
@@ -34,7 +34,7 @@ pub enum Compression {
 }
 
 impl Compression {
-    /// Returns the usual name, lower case.
+    /// Returns the usual name in lower case.
     pub fn name(self) -> &'static str {
         match self {
             Self::Zstd => "zstd",
@@ -59,12 +59,12 @@ impl Compression {
     const ALL: [Self; 5] = [Self::Zstd, Self::Gzip, Self::Lzop, Self::Xz, Self::Bzip2];
 }
 
-/// Detects the compression of a file that begins with `head`.
+/// Returns the compression of a file that begins with `head`; `None` if no magic number matches.
 pub fn detect(head: &[u8]) -> Option<Compression> {
-    // RFC 8878, 3.1: a frame, or a skippable frame (184D2A50..5F) before one.
+    // RFC 8878, 3.1: a Zstandard frame, or a skippable frame (184D2A50 to 184D2A5F).
     let zstd =
         head.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) || matches!(head, [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..]);
-    // bzip2: "BZh", level, then the magic of a stream's first block (pi) or of an empty stream.
+    // bzip2: "BZh", level, then the magic of the first block (digits of pi) or of the end of an empty stream.
     let bzip2 = matches!(head, [b'B', b'Z', b'h', b'1'..=b'9', 0x31, 0x41, 0x59, 0x26, 0x53, 0x59, ..])
         || matches!(head, [b'B', b'Z', b'h', b'1'..=b'9', 0x17, 0x72, 0x45, 0x38, 0x50, 0x90, ..]);
     if zstd {
@@ -82,7 +82,7 @@ pub fn detect(head: &[u8]) -> Option<Compression> {
     }
 }
 
-/// Returns the compression for the extension of `location`, in upper or lower case.
+/// Returns the compression that the file name extension of `location` names, in upper or lower case.
 pub fn by_name(location: &Location) -> Option<Compression> {
     let name = location.file_name()?;
     let (stem, extension) = name.rsplit_once('.')?;
@@ -93,19 +93,19 @@ pub fn by_name(location: &Location) -> Option<Compression> {
     Compression::ALL.into_iter().find(|compression| compression.extension() == extension)
 }
 
-/// Memory limit of an xz decoder, bytes. Our limit: `xz -9` needs 65 MiB, a crafted header 4 GiB.
+/// Maximum memory of an xz decoder, in bytes. Our limit: `xz -9` files need 65 MiB, crafted headers 4 GiB.
 const XZ_MEMORY_LIMIT: u64 = 100 << 20;
 
-/// Largest zstd window as a power of two, bytes: 128 MiB, the default limit of `zstd -d`.
+/// Binary logarithm of the maximum zstd window in bytes: 128 MiB, the default limit of `zstd -d`.
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 
-/// Bytes read from a compressed file at a time. Our choice.
+/// Number of bytes read from a compressed file at a time. Our choice.
 const READ_AHEAD: usize = 256 * 1024;
 
 /// Creates a decoder over `reader`.
 ///
-/// Reads fail with `InvalidData` for damaged content, and with `Unsupported` for content beyond our
-/// limits; I/O errors of `reader` pass unchanged.
+/// Reads fail with `InvalidData` for damaged content, and with `Unsupported` for content beyond our limits;
+/// I/O errors of `reader` are passed on unchanged.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::Io`] if there is not enough memory for the decoder.
@@ -124,11 +124,11 @@ pub fn decoder(compression: Compression, reader: Box<dyn Read + Send>) -> Result
         }
         Compression::Bzip2 => Box::new(Opaque::new(Box::new(bzip2::bufread::MultiBzDecoder::new(reader)))),
     };
-    Ok(Box::new(ErrorContext { compression, decoder, was_cut: false }))
+    Ok(Box::new(ErrorContext { compression, decoder, was_truncated: false }))
 }
 
-/// Opens a compressed file for reads of its content by position. Returns `None` unless the file has a
-/// valid seek table (seekable zstd).
+/// Opens a compressed file for reading its content by position. Returns `None` unless the file has a valid
+/// seek table (seekable zstd).
 pub fn open_seekable(compression: Compression, source: &Arc<dyn ReadAt>) -> Option<Arc<dyn ReadAt>> {
     match compression {
         Compression::Zstd => {
@@ -138,8 +138,8 @@ pub fn open_seekable(compression: Compression, source: &Arc<dyn ReadAt>) -> Opti
     }
 }
 
-/// Returns the error for a valid compressed file beyond our limits or features: an error of the toolkit
-/// inside an [`io::Error`].
+/// Returns the error for a valid compressed file that exceeds our limits or needs an unsupported feature: an
+/// error of the toolkit inside an [`io::Error`].
 fn unsupported(message: String, hint: &'static str) -> io::Error {
     Error::unsupported(message).hint(hint).into()
 }
@@ -149,7 +149,7 @@ fn unsupported(message: String, hint: &'static str) -> io::Error {
 struct ErrorContext {
     compression: Compression,
     decoder: Box<dyn Decode>,
-    was_cut: bool,
+    was_truncated: bool,
 }
 
 impl ErrorContext {
@@ -193,7 +193,7 @@ impl Read for ErrorContext {
             // Other kinds of errors, and errors of the operating system, do not concern the content.
             let is_content =
                 matches!(e.kind(), InvalidData | InvalidInput | Other | UnexpectedEof | Unsupported);
-            self.was_cut = e.kind() == UnexpectedEof;
+            self.was_truncated = e.kind() == UnexpectedEof;
             if is_content && e.raw_os_error().is_none() { self.translate(&e) } else { e }
         })
     }
@@ -204,8 +204,8 @@ impl Decode for ErrorContext {
         self.decoder.unchecked()
     }
 
-    fn was_cut(&self) -> bool {
-        self.was_cut
+    fn was_truncated(&self) -> bool {
+        self.was_truncated
     }
 
     fn resume(&mut self) -> io::Result<bool> {

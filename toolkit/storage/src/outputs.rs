@@ -1,7 +1,8 @@
 //! The outputs of one run: only a finished output gets its final name.
 //!
 //! Each file is written beside its target as `.NAME.partial-XXXXXX` (`partial.rs`). [`Outputs::commit`]
-//! flushes all files and only then renames them; dropping the set before that removes everything.
+//! flushes all files and only then renames them. A drop without a commit removes everything that the set
+//! created.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -29,7 +30,7 @@ pub struct Outputs {
     others: Vec<Output>,
     directories: Vec<PathBuf>,
     published: Vec<PathBuf>,
-    /// The sources and their identities: no output may overlap with one.
+    /// The sources and their identities. No output may overlap a source.
     protected: Vec<(Location, Identity)>,
     /// Existing files that the outputs write into or replace.
     claimed: Vec<Identity>,
@@ -70,13 +71,13 @@ impl Outputs {
         Self::default()
     }
 
-    /// Returns a handle that removes the unfinished outputs from another thread.
+    /// Returns a handle to remove the unfinished outputs from another thread.
     pub fn cleaner(&self) -> Cleaner {
         self.cleaner.clone()
     }
 
     /// Creates a file that [`Outputs::commit`] renames to `path`; it replaces an existing file only with
-    /// `overwrite`. A symbolic link at `path` is followed.
+    /// `overwrite`. Follows a symbolic link at `path`.
     ///
     /// # Errors
     /// [`imgtool_core::ErrorKind::Refused`] if the target already exists, is a source, or is no regular file;
@@ -85,7 +86,7 @@ impl Outputs {
         self.create_linked(path, overwrite, Links::Follow)
     }
 
-    /// Like [`Outputs::create`], with a choice of how to treat a symbolic link at `path`.
+    /// Like [`Outputs::create`], but treats a symbolic link at `path` according to `links`.
     ///
     /// # Errors
     /// Same as [`Outputs::create`]; [`imgtool_core::ErrorKind::Refused`] for a link with [`Links::Refuse`].
@@ -114,10 +115,10 @@ impl Outputs {
         Ok(output)
     }
 
-    /// Opens an existing block device or file that is overwritten in place and keeps its length.
+    /// Opens an existing block device or file to overwrite it in place. It keeps its length.
     ///
-    /// `reads_as_zero` is true if it is known to hold only zeros. A target that is mounted, locked or
-    /// otherwise in use is refused without `force`.
+    /// `reads_as_zero` is true if the target is known to contain only zeros. `force` opens a target even if
+    /// it is mounted, locked or otherwise in use.
     ///
     /// # Errors
     /// [`imgtool_core::ErrorKind::Refused`] if it is a source or in use; [`imgtool_core::ErrorKind::Usage`]
@@ -159,8 +160,8 @@ impl Outputs {
         self.others.push(output);
     }
 
-    /// Creates a directory and its parents where they are missing. Unless the set is committed, each new
-    /// directory is removed again, if it is empty.
+    /// Creates a directory and its missing parents. Without a commit, the drop removes each new directory
+    /// that is empty.
     ///
     /// # Errors
     /// [`imgtool_core::ErrorKind::Refused`] if a file has that name; [`imgtool_core::ErrorKind::Io`].
@@ -168,7 +169,7 @@ impl Outputs {
         if path.is_dir() {
             return Ok(());
         }
-        // `components` drops a trailing '/', with which only a directory would be found.
+        // `components` drops a trailing '/', since a path with one matches only directories.
         if path.components().as_path().exists() {
             return Err(Error::refused("is a file, not a directory").path(path));
         }
@@ -181,8 +182,7 @@ impl Outputs {
         self.new_directory(path)
     }
 
-    /// Creates a directory that must not exist yet. Unless the set is committed, it is removed again, if
-    /// it is empty.
+    /// Creates a directory that must not exist yet. Without a commit, the drop removes it if it is empty.
     ///
     /// # Errors
     /// [`imgtool_core::ErrorKind::Io`], also if the name already exists.
@@ -196,8 +196,7 @@ impl Outputs {
         Ok(())
     }
 
-    /// Writes a new file that other programs see before the commit. Unless the set is committed, the file
-    /// is removed again.
+    /// Writes a new file that other programs see before the commit. Without a commit, the drop removes it.
     ///
     /// # Errors
     /// [`imgtool_core::ErrorKind::Io`], also if the name already exists.
@@ -215,7 +214,7 @@ impl Outputs {
     /// Flushes every output, renames all files to their final names, then flushes the directories.
     ///
     /// # Errors
-    /// The first flush or rename that fails. Renames of this call are undone.
+    /// The error of the first flush or rename that fails. The earlier renames are undone.
     pub fn commit(mut self) -> Result<()> {
         for pending in &self.files {
             pending.output.sync()?;
@@ -241,7 +240,7 @@ impl Outputs {
         Ok(())
     }
 
-    /// Returns the unfinished files left by a killed run that this run has removed.
+    /// Returns the paths of the unfinished files that this set has removed, left by a killed run.
     pub fn swept(&self) -> &[PathBuf] {
         &self.swept
     }
@@ -249,21 +248,21 @@ impl Outputs {
 
 impl Drop for Outputs {
     fn drop(&mut self) {
-        // A temporary file removes itself when dropped; a directory must be empty first.
+        // A temporary file removes itself when dropped. A directory can be removed only if it is empty.
         self.files.clear();
         for file in &self.published {
             // Another program may have removed it meanwhile.
             let _ = std::fs::remove_file(file);
         }
         for directory in self.directories.iter().rev() {
-            // Stays if another program has put a file into it meanwhile.
+            // The directory stays if another program has put a file into it meanwhile.
             let _ = std::fs::remove_dir(directory);
         }
         self.cleaner.forget();
     }
 }
 
-/// Returns the error of a file that could not be created, with a hint where there is a remedy.
+/// Returns the error for a file that could not be created, with a hint if there is a remedy.
 fn create_error(e: io::Error) -> Error {
     let hint = match e.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {

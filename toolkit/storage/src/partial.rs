@@ -1,8 +1,8 @@
-//! Unfinished outputs: their names, their creation, and the removal of those left by a killed run.
+//! Unfinished outputs: names, creation, and removal of the files left by a killed run.
 //!
-//! The creator of an unfinished file holds a lock on it (flock) until its process ends, by a signal or
-//! otherwise. A file of such a name without a lock has no owner any more. Creating and locking are two steps,
-//! and a sweep in between may remove the file; the creator notices that and creates another.
+//! The process that creates an unfinished file locks it (flock) until it closes the file or ends. An unlocked
+//! file with a partial name has no owner any more. A sweep between creating and locking may remove the file;
+//! the creator notices that and creates another.
 
 use std::cell::Cell;
 use std::fs::{File, TryLockError};
@@ -13,14 +13,14 @@ use tempfile::TempPath;
 
 use crate::os;
 
-/// Longest file name of Linux file systems, bytes (NAME_MAX).
+/// Maximum length of a file name on Linux, in bytes (NAME_MAX).
 const NAME_MAX: usize = 255;
-/// Bytes that a partial name adds: a dot, ".partial-" and six characters.
+/// Number of bytes that a partial name adds: a dot, ".partial-" and six characters.
 const PARTIAL_EXTRA: usize = 16;
-/// Random characters at the end.
+/// Number of random characters at the end of a partial name.
 const RANDOM_LEN: usize = 6;
-/// Maximum number of attempts to create a file. An attempt fails if a sweep removes the file before it is
-/// locked. Our limit: even one failure is rare.
+/// Maximum number of attempts to create a file. An attempt fails if a sweep removes the file before the
+/// creator has locked it. Our limit: even one failure is rare.
 const MAX_ATTEMPTS: u32 = 16;
 
 /// Creates and locks the unfinished file of the output `name`.
@@ -41,15 +41,15 @@ pub(super) fn create(directory: &Path, name: &str) -> io::Result<(File, TempPath
             return Ok((file, temporary));
         }
     }
-    Err(io::Error::other("the unfinished file vanishes as soon as it is created"))
+    Err(io::Error::other("another process keeps removing the unfinished file"))
 }
 
-/// Creates a new file with the usual permissions (those of tempfile would be 0600).
+/// Creates a new file with the default permissions (tempfile would use 0600).
 fn create_new(path: &Path) -> io::Result<File> {
     File::options().read(true).write(true).create_new(true).open(path)
 }
 
-/// Removes the unfinished files of the output `name` left by a killed run; adds their paths to `swept`.
+/// Removes the unfinished files of the output `name` left by a killed run, and adds their paths to `swept`.
 pub(super) fn sweep(directory: &Path, name: &str, swept: &mut Vec<PathBuf>) {
     // A process on another machine may hold a lock that we can't see.
     if os::is_remote(directory) {
@@ -83,7 +83,7 @@ fn prefix(name: &str) -> String {
     format!(".{}.partial-", &name[..keep])
 }
 
-/// Removes an unfinished file if no running program holds it; returns true if it did.
+/// Removes an unfinished file if no running program has locked it. Returns true if the file was removed.
 fn remove_abandoned(path: &Path) -> bool {
     if !std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file()) {
         return false;
@@ -95,7 +95,7 @@ fn remove_abandoned(path: &Path) -> bool {
     }
 }
 
-/// True if `path` is (still) a name of `file`.
+/// True if `path` still names `file`.
 fn is_at(file: &File, path: &Path) -> bool {
     let id = |meta: io::Result<std::fs::Metadata>| meta.ok().map(|meta| os::file_identity(&meta));
     let own = id(file.metadata());

@@ -1,8 +1,8 @@
 //! Cache of the data and hole runs of a file.
 //!
-//! Some file systems walk over a whole run to find its end: on tmpfs, a query takes time in proportion to the
-//! run. Without the cache, a driver whose clusters are scattered over the file would pay this with every
-//! query.
+//! Some file systems walk over a whole run to find its end: on tmpfs, a query takes time proportional to the
+//! length of the run. Without the cache, a driver whose clusters are scattered over the file would pay this
+//! for every query.
 
 use std::fs::File;
 use std::io;
@@ -13,19 +13,20 @@ use imgtool_core::sync::lock;
 
 use crate::os;
 
-/// Maximum number of runs in the cache. Our limit: 8 MiB of memory. Queries beyond them go to the kernel.
+/// Maximum number of runs in the cache. Our limit: 8 MiB of memory. Queries beyond the last cached run go to
+/// the kernel.
 const MAX_RUNS: usize = 1 << 20;
 
-/// The runs of a file from its start up to the highest position queried so far.
+/// The runs of a file from its start to the run of the highest position queried so far.
 #[derive(Debug, Default)]
 pub(crate) struct Runs {
-    /// One number for each run, ascending: twice its end, plus one if it is data. A run begins where
-    /// the one before ends.
+    /// One number for each run, ascending: twice its end, plus one if it is data. A run begins where the
+    /// previous one ends.
     packed: Mutex<Vec<u64>>,
 }
 
 impl Runs {
-    /// Returns the run around `position` of `file`, which is `len` bytes long.
+    /// Returns the run that contains `position` in `file`, which is `len` bytes long.
     pub(crate) fn find(&self, file: &File, len: u64, position: u64) -> io::Result<FileRun> {
         let mut runs = lock(&self.packed);
         let mut frontier = runs.last().map_or(0, |run| unpack(*run).end);

@@ -1,7 +1,7 @@
-//! Spooling: copies a stream to a temporary file, for formats that need reads by position.
+//! Spooling: copies a stream to a temporary file, for readers that need reads by position or the length.
 //!
-//! Nothing else in imgtool uses scratch space. The cases are qcow2 and VHDX images in a pipe, or under
-//! an outer compression without random access. The copy has no name and disappears with the process.
+//! Nothing else in imgtool uses scratch space. The usual case is a qcow2 or VHDX image from a pipe, or inside
+//! outer compression without random access. The copy has no name and disappears with the process.
 
 use std::fs::File;
 
@@ -9,11 +9,11 @@ use imgtool_core::{BufferPool, Error, Result, Stream, zero};
 
 use crate::file::write_all_at;
 
-/// Bytes copied at a time. Our choice.
+/// Number of bytes copied at a time. Our choice.
 const CHUNK: usize = 256 * 1024;
 
-/// Copies `stream` to an unnamed temporary file; chunks of zeros become holes. Fails if the stream is
-/// longer than `limit` bytes.
+/// Copies `stream` to an unnamed temporary file; chunks of zeros become holes. Fails with
+/// [`imgtool_core::ErrorKind::LimitExceeded`] if the stream is longer than `limit` bytes.
 pub(super) fn spool(mut stream: Stream, limit: u64) -> Result<File> {
     let failed = |e| {
         Error::io("write a temporary copy", e)

@@ -1,4 +1,4 @@
-//! Calls that only Linux has: holes, zeroing without writing, block sharing, block devices, writeback.
+//! Calls that only Linux has: holes, zeroing without writing, block sharing, block devices, page cache.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -16,12 +16,13 @@ mod layers;
 
 pub use layers::file_layers;
 
-/// Returns the length of a block device in bytes: fstat(2) reports 0 for it.
+/// Returns the length of a block device in bytes. Seeks to its end, since fstat(2) reports 0.
 pub(super) fn block_device_len(mut file: &File) -> io::Result<u64> {
     file.seek(SeekFrom::End(0))
 }
 
-/// Returns the name of a loop device over the file or block device that `meta` describes.
+/// Returns the name of a loop device over the file or block device that `meta` describes, such as `loop0`;
+/// `None` if there is none.
 pub(super) fn loop_device_over(meta: &Metadata) -> Option<String> {
     let identity = file_identity(meta);
     let device = std::fs::read_dir("/sys/block").ok()?.flatten().find(|entry| {
@@ -32,7 +33,7 @@ pub(super) fn loop_device_over(meta: &Metadata) -> Option<String> {
     Some(device.file_name().to_string_lossy().into_owned())
 }
 
-/// Magic numbers (statfs(2), magic(5)) of file systems that other machines or user programs may serve.
+/// Magic numbers (statfs(2), kernel sources) of file systems that other machines or user programs may serve.
 const REMOTE: [u64; 8] = [
     0x6969,      // NFS
     0xff53_4d42, // CIFS
@@ -44,27 +45,27 @@ const REMOTE: [u64; 8] = [
     0x0116_1970, // GFS2
 ];
 
-/// Magic numbers of file systems whose free space says little, since they may compress or share what is
-/// written: btrfs, ZFS, bcachefs, F2FS, NTFS; and ramfs, which reports none.
+/// Magic numbers of file systems whose free space is only an estimate, since they may compress or share
+/// written data (btrfs, ZFS, bcachefs, F2FS, NTFS), and of ramfs, which reports no free space.
 const ELASTIC: [u64; 6] = [0x9123_683e, 0x2fc1_2fc1, 0xca45_1a4e, 0xf2f5_2010, 0x7366_746e, 0x8584_58f6];
 
-/// Returns the file system's magic number: 32 bits, which some machines sign-extend.
+/// Returns the file system's 32-bit magic number. Some architectures sign-extend `f_type`.
 fn file_system_magic(fs: &rustix::fs::StatFs) -> u64 {
     (fs.f_type as u64) & 0xffff_ffff
 }
 
-/// Returns true if other machines may use the directory too.
+/// Returns true if other machines may have access to `directory`.
 pub fn is_remote(directory: &Path) -> bool {
     rustix::fs::statfs(directory).is_ok_and(|fs| REMOTE.contains(&file_system_magic(&fs)))
 }
 
-/// Returns the free space of the file system that holds `directory`.
+/// Returns the free space of the file system that contains `directory`.
 ///
 /// # Errors
 /// The error of statfs(2); `Unsupported` outside of Linux.
 pub fn space(directory: &Path) -> io::Result<Space> {
     let fs = rustix::fs::statfs(directory)?;
-    // Only the superuser may use the reserve.
+    // Only the superuser may use the reserved blocks.
     let blocks = if rustix::process::geteuid().is_root() { fs.f_bfree } else { fs.f_bavail };
     let block_size = u64::try_from(fs.f_bsize).unwrap_or(0);
     let magic = file_system_magic(&fs);
@@ -73,13 +74,13 @@ pub fn space(directory: &Path) -> io::Result<Space> {
 }
 
 /// Returns the run of data or hole that contains `position`, which must be below `len`. Reports everything as
-/// data if holes are unknown (block devices, some network file systems, systems other than Linux).
+/// data where holes are unknown (block devices, some network file systems, systems other than Linux).
 ///
 /// # Errors
 /// `UnexpectedEof` if the file has become shorter than `len`; otherwise the error of lseek(2).
 pub fn file_run(file: &File, position: u64, len: u64) -> io::Result<FileRun> {
     match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(position)) {
-        // A file that was truncated and has grown again reads as its new content.
+        // If another program truncated and extended the file, its new content counts.
         Ok(data) if data > position => Ok(FileRun { end: data.min(len), is_data: false }),
         Ok(_) => match rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(position)) {
             Ok(hole) if hole > position => Ok(FileRun { end: hole.min(len), is_data: true }),
@@ -88,7 +89,7 @@ pub fn file_run(file: &File, position: u64, len: u64) -> io::Result<FileRun> {
             }
             Err(e) => Err(e.into()),
         },
-        // ENXIO: no data from here to the end, or the file was truncated before `position`.
+        // ENXIO: no data from `position` to the end, or the file now ends before `position`.
         Err(Errno::NXIO) if file.metadata()?.len() < len => Err(io::ErrorKind::UnexpectedEof.into()),
         Err(Errno::NXIO) => Ok(FileRun { end: len, is_data: false }),
         Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOTTY) => Ok(FileRun { end: len, is_data: true }),
@@ -96,9 +97,9 @@ pub fn file_run(file: &File, position: u64, len: u64) -> io::Result<FileRun> {
     }
 }
 
-/// Returns true if the file lies in memory (tmpfs).
+/// Returns true if the file is stored in memory (tmpfs).
 ///
-/// Flushing such a file has no effect. Finding the end of a run takes time in proportion to the run (30 ms
+/// Flushing such a file has no effect. Finding the end of a run takes time proportional to its length (30 ms
 /// for 1 GiB), whereas a file system on disk has a list of extents.
 pub fn lives_in_memory(file: &File) -> bool {
     // statfs(2): TMPFS_MAGIC.
@@ -106,7 +107,8 @@ pub fn lives_in_memory(file: &File) -> bool {
     rustix::fs::fstatfs(file).is_ok_and(|fs| u64::try_from(fs.f_type).is_ok_and(|magic| magic == TMPFS))
 }
 
-/// Returns the start of the first data at or after `position` (< `len`), or `len` if there is none.
+/// Returns the start of the first data at or after `position`, which must be below `len`; `len` if only a
+/// hole follows. Returns `position` where holes are unknown.
 ///
 /// # Errors
 /// `UnexpectedEof` if the file has become shorter than `len`; otherwise the error of lseek(2).
@@ -120,11 +122,11 @@ pub fn next_data(file: &File, position: u64, len: u64) -> io::Result<u64> {
     }
 }
 
-/// Opens a block device for reading and writing.
+/// Opens a block device for reading and writing; with `exclusive`, only if it is not in use.
 ///
 /// # Errors
-/// `ResourceBusy` with `exclusive` if the device is mounted or otherwise held; `Unsupported` outside of
-/// Linux; otherwise the error of open(2).
+/// `ResourceBusy` if the device is mounted or otherwise in use; `Unsupported` outside of Linux; otherwise the
+/// error of open(2).
 pub fn open_block_device(path: &Path, exclusive: bool) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true);
@@ -136,8 +138,8 @@ pub fn open_block_device(path: &Path, exclusive: bool) -> io::Result<File> {
     options.open(path)
 }
 
-/// Zeros a range without sending zeros: punches a hole in a file; on a block device, the kernel's fallocate
-/// does the same as BLKZEROOUT. Returns false if the call is not available; the caller then writes zeros.
+/// Zeros a range without sending zeros: punches a hole in a file, or has the kernel zero a block device, like
+/// BLKZEROOUT. Returns false if the call is not available; the caller then writes zeros.
 ///
 /// # Errors
 /// The error of fallocate(2), if the file or device supports the call.
@@ -161,19 +163,19 @@ pub fn zero_range(file: &File, position: u64, len: u64, is_block_device: bool) -
     Ok(false)
 }
 
-/// Allocates space for a range without writing it.
+/// Allocates space for a range without writing it. Extends the file if it ends before the range does.
 ///
 /// # Errors
-/// `StorageFull` if there is not enough space; `Unsupported` if the file system or the system has no
-/// such call.
+/// `StorageFull` if there is not enough space; `Unsupported` if the file system or the operating system can't
+/// allocate; otherwise the error of fallocate(2).
 pub fn allocate_range(file: &File, position: u64, len: u64) -> io::Result<()> {
     rustix::fs::fallocate(file, FallocateFlags::empty(), position, len).map_err(Into::into)
 }
 
-/// Magic numbers of file systems whose files can share blocks (statfs(2)): XFS, btrfs, bcachefs.
+/// Magic numbers (statfs(2)) of file systems whose files can share blocks: XFS, btrfs, bcachefs.
 const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683e, 0xca45_1a4e];
 
-/// Returns true if both files lie on one file system that can share blocks between files (reflink).
+/// Returns true if both are regular files on one file system whose files can share blocks (reflink).
 ///
 /// On such a file system, [`copy_range`] costs almost nothing. Elsewhere it copies the bytes, zeros included.
 pub fn can_share_blocks(from: &File, to: &File) -> bool {
@@ -184,7 +186,7 @@ pub fn can_share_blocks(from: &File, to: &File) -> bool {
     same && shares_blocks(to)
 }
 
-/// Returns true if the file lies on a file system whose files can share blocks.
+/// Returns true if the file is on a file system whose files can share blocks.
 pub fn shares_blocks(file: &File) -> bool {
     rustix::fs::fstatfs(file).is_ok_and(|fs| SHARING.contains(&file_system_magic(&fs)))
 }
@@ -196,11 +198,11 @@ pub fn may_share_blocks(file: &Path, directory: &Path) -> bool {
     same && rustix::fs::statfs(directory).is_ok_and(|fs| SHARING.contains(&file_system_magic(&fs)))
 }
 
-/// Copies up to `len` bytes within the kernel, as a reflink where the file system has it. Returns the
-/// bytes copied; 0 means not available for this pair of files.
+/// Copies up to `len` bytes within the kernel, as a reflink if the file system supports it. Returns the
+/// number of bytes copied; 0 if the call is not available for this pair of files.
 ///
 /// # Errors
-/// An error of copy_file_range(2) that a plain copy would meet too.
+/// The error of copy_file_range(2), unless it means that the call is not available for these files.
 pub fn copy_range(
     from: &File,
     from_position: u64,
@@ -224,8 +226,8 @@ pub fn copy_range(
     }
 }
 
-/// Swaps two names on one file system, so that neither is ever missing. Returns false if the file system does
-/// not support that.
+/// Atomically exchanges two names on one file system: neither is ever missing. Returns false if the file
+/// system does not support this.
 ///
 /// # Errors
 /// The error of renameat2(2), if the file system supports RENAME_EXCHANGE.
@@ -250,7 +252,7 @@ pub fn is_stdout_closed() -> bool {
     is_null && mode == Ok(rustix::fs::OFlags::RDWR)
 }
 
-/// Returns the machine's memory in bytes; `None` where the system does not report it.
+/// Returns the size of the machine's memory in bytes; `None` outside of Linux.
 pub fn memory_len() -> Option<u64> {
     let info = rustix::system::sysinfo();
     Some((info.totalram as u64).saturating_mul(u64::from(info.mem_unit)))

@@ -1,4 +1,4 @@
-//! Replacement of `linux` on every other Unix: reports each feature as not available and emulates nothing.
+//! Replacement for `linux` on every other Unix: reports each feature as unavailable and emulates nothing.
 //!
 //! The functions are documented in `linux.rs`.
 
@@ -12,77 +12,77 @@ use imgtool_core::FileRun;
 
 use super::{FileId, Space, file_identity};
 
-/// `Unsupported`: the length of a block device needs an ioctl of each system.
+/// Fails with `Unsupported`: every system has its own ioctl for the length of a block device.
 pub(super) fn block_device_len(_file: &File) -> io::Result<u64> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
-/// No loop devices.
+/// Returns `None`: loop devices exist only on Linux.
 pub(super) fn loop_device_over(_meta: &Metadata) -> Option<String> {
     None
 }
 
-/// The file itself and nothing below it.
+/// Returns only the file itself.
 pub fn file_layers(meta: &Metadata, _file_systems: bool) -> Vec<FileId> {
     vec![file_identity(meta)]
 }
 
-/// Always true: any file system may be remote.
+/// Returns true: any file system may be remote.
 pub fn is_remote(_directory: &Path) -> bool {
     true
 }
 
-/// `Unsupported`.
+/// Fails with `Unsupported`.
 pub fn space(_directory: &Path) -> io::Result<Space> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
-/// One run of data up to the end.
+/// Returns one run of data up to `len`.
 pub fn file_run(_file: &File, _position: u64, len: u64) -> io::Result<FileRun> {
     Ok(FileRun { end: len, is_data: true })
 }
 
-/// Data at `position`.
+/// Returns `position`: everything counts as data.
 pub fn next_data(_file: &File, position: u64, _len: u64) -> io::Result<u64> {
     Ok(position)
 }
 
-/// Always false.
+/// Returns false.
 pub fn lives_in_memory(_file: &File) -> bool {
     false
 }
 
-/// `Unsupported`: only Linux tells by O_EXCL whether the device is in use.
+/// Fails with `Unsupported`: only on Linux does O_EXCL refuse a device in use.
 pub fn open_block_device(_path: &Path, _exclusive: bool) -> io::Result<File> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
-/// `Ok(false)`: write zeros.
+/// Returns false: the caller writes zeros.
 pub fn zero_range(_file: &File, _position: u64, _len: u64, _is_block_device: bool) -> io::Result<bool> {
     Ok(false)
 }
 
-/// `Unsupported`.
+/// Fails with `Unsupported`.
 pub fn allocate_range(_file: &File, _position: u64, _len: u64) -> io::Result<()> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
-/// Always false.
+/// Returns false.
 pub fn can_share_blocks(_from: &File, _to: &File) -> bool {
     false
 }
 
-/// Always false.
+/// Returns false.
 pub fn shares_blocks(_file: &File) -> bool {
     false
 }
 
-/// Always false.
+/// Returns false.
 pub fn may_share_blocks(_file: &Path, _directory: &Path) -> bool {
     false
 }
 
-/// `Ok(0)`: copy by reading and writing.
+/// Returns 0: the caller reads and writes instead.
 pub fn copy_range(
     _from: &File,
     _from_position: u64,
@@ -93,20 +93,20 @@ pub fn copy_range(
     Ok(0)
 }
 
-/// `Ok(false)`: rename instead.
+/// Returns false: the caller renames instead.
 pub fn exchange_names(_a: &Path, _b: &Path) -> io::Result<bool> {
     Ok(false)
 }
 
-/// Always false.
+/// Returns false.
 pub fn is_stdout_closed() -> bool {
     false
 }
 
-/// Unknown.
+/// Returns `None`.
 pub fn memory_len() -> Option<u64> {
     None
 }
 
-/// Does nothing: it is advice only.
+/// Does nothing, since the call is only advice.
 pub fn forget_range(_file: &File, _position: u64, _len: u64) {}

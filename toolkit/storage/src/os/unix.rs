@@ -1,4 +1,4 @@
-//! Calls that every Unix has: positional reads and writes, metadata, streams.
+//! Calls that every Unix has: reads and writes by position, metadata, locks, streams.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, IoSlice};
@@ -38,14 +38,14 @@ pub fn file_len(file: &File) -> io::Result<u64> {
     }
 }
 
-/// Returns the bytes that a file occupies on disk.
+/// Returns the number of bytes that a file occupies on disk.
 pub fn allocated_len(meta: &Metadata) -> u64 {
     // stat(2): st_blocks counts units of 512 bytes, regardless of the file system's block size.
     meta.blocks().saturating_mul(512)
 }
 
-/// Returns the identity of a file across names and links: device and inode; for a block device, the
-/// device that the node names.
+/// Returns the identity of a file across names and links: device and inode; for a block device, its device
+/// number.
 pub fn file_identity(meta: &Metadata) -> FileId {
     if meta.file_type().is_block_device() {
         block_device_identity(meta.rdev())
@@ -54,7 +54,8 @@ pub fn file_identity(meta: &Metadata) -> FileId {
     }
 }
 
-/// Identity of a block device by its device number. No file system has the device `u64::MAX`.
+/// Returns the identity of the block device with the number `rdev`. No file system has the device number
+/// `u64::MAX`.
 pub(super) fn block_device_identity(rdev: u64) -> FileId {
     (u64::MAX, rdev)
 }
@@ -67,8 +68,8 @@ pub fn stdout_metadata() -> io::Result<Metadata> {
     File::from(io::stdout().as_fd().try_clone_to_owned()?).metadata()
 }
 
-/// Reads up to `buf.len()` bytes at `position`; returns 0 at the end of the file. The file's own
-/// offset does not move, so threads may share the file.
+/// Reads up to `buf.len()` bytes at `position` and returns their number, 0 at the end of the file. The file's
+/// cursor does not move, so threads may share the file.
 ///
 /// # Errors
 /// The error of pread(2), `Interrupted` included.
@@ -76,8 +77,8 @@ pub fn read_at(file: &File, buf: &mut [u8], position: u64) -> io::Result<usize> 
     file.read_at(buf, position)
 }
 
-/// Writes `slices` at `position` with one call; returns the bytes written, which may be fewer than
-/// all. The file's own offset does not move.
+/// Writes `slices` at `position` with one call and returns the number of bytes written, possibly less than
+/// all. The file's cursor does not move.
 ///
 /// # Errors
 /// The error of pwritev(2), `Interrupted` included.
@@ -85,10 +86,10 @@ pub fn write_vectored_at(file: &File, slices: &[IoSlice<'_>], position: u64) -> 
     rustix::io::pwritev(file, slices, position).map_err(Into::into)
 }
 
-/// Returns a description, for a person, of another use of a file or block device that does not keep us from
-/// opening it: a record lock, as running virtual machines hold, or a loop device over the file.
+/// Describes, for the user, another use of a file or block device that did not prevent opening it: a record
+/// lock, such as a running virtual machine holds, or a loop device over the file.
 ///
-/// Returns `None` if there is no such use. The file then has our lock until it is closed.
+/// Returns `None` if there is no other use. This process then holds the lock until it closes the file.
 pub fn used_elsewhere(file: &File) -> Option<String> {
     let lock = rustix::fs::fcntl_lock(file, FlockOperation::NonBlockingLockExclusive);
     // Other errors come from file systems without locks (some network file systems).
@@ -100,10 +101,10 @@ pub fn used_elsewhere(file: &File) -> Option<String> {
 }
 
 /// Time that [`open_stream`] waits for the reader of a FIFO. Our limit: scripts start both ends within
-/// milliseconds, and a missing reader must not block us for ever.
+/// milliseconds, and a missing reader must not block the program forever.
 const FIFO_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Opens a FIFO or another stream for writing, and waits at most two seconds for a FIFO's reader.
+/// Opens a FIFO or another stream for writing. Waits up to `FIFO_PATIENCE` for the reader of a FIFO.
 ///
 /// # Errors
 /// ENXIO if no reader opens the FIFO in time; otherwise the error of open(2).
@@ -133,7 +134,7 @@ pub fn is_out_of_files(e: &io::Error) -> bool {
     matches!(Errno::from_io_error(e), Some(Errno::MFILE | Errno::NFILE))
 }
 
-/// Identifies the file system that a directory is on.
+/// Returns the device number of the file system that contains `directory`; `None` if stat(2) fails.
 pub fn file_system(directory: &Path) -> Option<u64> {
     std::fs::metadata(directory).ok().map(|meta| std::os::unix::fs::MetadataExt::dev(&meta))
 }

@@ -1,5 +1,5 @@
-//! Frames and their compressors: plain bytes are cut into frames (zstd) or members (gzip), which a pool of
-//! compressors encodes.
+//! Frames and their compressors: cuts plain bytes into frames (zstd) or members (gzip), and encodes each with
+//! a compressor from a pool.
 
 use std::sync::{Condvar, Mutex, PoisonError};
 
@@ -13,18 +13,19 @@ use zstd::zstd_safe::{compress_bound, get_error_name};
 
 use super::Compression;
 
-/// Maximum number of plain bytes in a frame or member. Our choice: more than a VMA extent with its header
-/// (3.7 MiB), so that an extent is one frame.
+/// Maximum plain length of a frame or member, in bytes. Our choice: longer than a VMA extent with its header
+/// (3.7 MiB), so an extent fits into one frame.
 pub(super) const FRAME_LEN: usize = 4 << 20;
 
-/// Bytes at the start of a zstd frame that get a block of their own: the header of a VMA extent. A reader
+/// Plain length of the first zstd block of a longer frame, in bytes: the header of a VMA extent. A reader
 /// that indexes an archive decodes only this block.
 const LEADING_LEN: usize = 512;
 
-/// Bytes to add to `compress_bound`, which does not include the extra block at the start.
+/// Number of bytes to add to `compress_bound`, which does not account for the extra block at the start.
 const FLUSH_MARGIN: usize = 64;
 
-/// Memory in bytes for compressors. Our limit; at levels that need more, fewer compressors run at once.
+/// Maximum memory of all compressors, in bytes. Our limit: the more memory a level needs, the fewer
+/// compressors run at once.
 const CONTEXT_BUDGET: usize = 112 << 20;
 
 /// Outer compression of an output, with its level.
@@ -32,12 +33,12 @@ const CONTEXT_BUDGET: usize = 112 << 20;
 pub enum Framing {
     /// Zstandard frames with a seek table.
     SeekableZstd {
-        /// Level of zstd, -7 to 19.
+        /// zstd level, -7 to 19.
         level: i32,
     },
     /// gzip members.
     Gzip {
-        /// Level of libdeflate, 1 to 12; 1 to 9 match gzip's roughly.
+        /// libdeflate level, 1 to 12. Levels 1 to 9 roughly match those of gzip.
         level: i32,
     },
 }
@@ -46,7 +47,7 @@ impl Framing {
     /// Returns the framing for `compression` at `level`, or at its default level (zstd 3, gzip 6).
     ///
     /// # Errors
-    /// [`imgtool_core::ErrorKind::Unsupported`] for a compression that we only read;
+    /// [`imgtool_core::ErrorKind::Unsupported`] for a compression that the toolkit can only read;
     /// [`imgtool_core::ErrorKind::Usage`] for a level out of range.
     pub fn new(compression: Compression, level: Option<i32>) -> Result<Self> {
         let (framing, levels) = match compression {
@@ -85,7 +86,7 @@ impl<'a> Chunk<'a> {
         }
     }
 
-    /// Splits off the first `len` bytes; there are at least as many.
+    /// Splits the chunk after `len` bytes, which must not exceed its length.
     fn split_at(self, len: usize) -> (Self, Self) {
         match self {
             Chunk::Data(bytes) => {
@@ -96,7 +97,7 @@ impl<'a> Chunk<'a> {
         }
     }
 
-    /// Returns the bytes as slices; zeros in slices of at most 64 KiB.
+    /// Returns the bytes as slices, zeros in slices of at most 64 KiB.
     fn slices(self) -> impl Iterator<Item = &'a [u8]> {
         let (data, zeros) = match self {
             Chunk::Data(bytes) => (Some(bytes), 0),
@@ -106,7 +107,7 @@ impl<'a> Chunk<'a> {
     }
 }
 
-/// Cuts chunks into frames of at most [`FRAME_LEN`] bytes. An empty chunk gives an empty frame.
+/// Cuts chunks into frames of at most [`FRAME_LEN`] bytes. A single empty chunk gives an empty frame.
 pub(super) fn cut_into_frames<'a>(chunks: &[Chunk<'a>]) -> Vec<Vec<Chunk<'a>>> {
     let mut frames: Vec<Vec<Chunk<'a>>> = Vec::new();
     let mut space = 0;
@@ -132,23 +133,22 @@ pub(super) fn cut_into_frames<'a>(chunks: &[Chunk<'a>]) -> Vec<Vec<Chunk<'a>>> {
     frames
 }
 
-/// True if a frame has the full length and holds only zeros.
 pub(super) fn is_full_zero_frame(frame: &[Chunk<'_>]) -> bool {
     frame_len(frame) == FRAME_LEN && frame.iter().all(|chunk| matches!(chunk, Chunk::Zero(_)))
 }
 
-/// Returns the plain bytes of a frame, at most [`FRAME_LEN`].
+/// Returns the plain length of a frame in bytes, at most [`FRAME_LEN`].
 pub(super) fn frame_len(frame: &[Chunk<'_>]) -> usize {
     frame.iter().map(|chunk| chunk.len() as usize).sum()
 }
 
-/// A pool of compressors: creating one takes a third of the time of compressing a cluster.
+/// A pool of compressors. Creating one takes a third of the time needed to compress a cluster.
 pub(super) struct CompressorPool {
     framing: Framing,
     /// Maximum number of compressors in use at once.
     max_count: usize,
     state: Mutex<PoolState>,
-    /// Signalled when a compressor comes back.
+    /// Signalled when a compressor returns to the pool.
     returned: Condvar,
 }
 
@@ -166,7 +166,7 @@ enum FrameCompressor {
 
 impl CompressorPool {
     pub(super) fn new(framing: Framing) -> Self {
-        // Memory of a compressor for frames of 4 MiB, in MiB; measured with zstd 1.5.7.
+        // Memory in MiB of a compressor for frames of 4 MiB, measured with zstd 1.5.7.
         let context_mib = match framing {
             Framing::SeekableZstd { level } => match level {
                 ..=3 => 4,
@@ -189,7 +189,7 @@ impl CompressorPool {
         Self { framing, max_count, state: Mutex::default(), returned: Condvar::new() }
     }
 
-    /// Takes an idle compressor or creates one; waits if all are in use.
+    /// Takes an idle compressor or creates one. Waits while the maximum number is in use.
     pub(super) fn take(&self) -> PooledCompressor<'_> {
         let mut state = lock(&self.state);
         while state.idle.is_empty() && state.count >= self.max_count {
@@ -222,7 +222,7 @@ impl Drop for PooledCompressor<'_> {
 }
 
 impl PooledCompressor<'_> {
-    /// Returns the most bytes that a frame of `len` plain bytes can take.
+    /// Returns the maximum stored length in bytes of a frame of `len` plain bytes.
     pub(super) fn bound(&mut self, len: usize) -> usize {
         match &mut self.compressor {
             Some(FrameCompressor::Gzip(compressor)) => compressor.gzip_compress_bound(len),
@@ -230,7 +230,7 @@ impl PooledCompressor<'_> {
         }
     }
 
-    /// Compresses a frame to the start of `target`; returns its stored length.
+    /// Compresses a frame into the start of `target` and returns its stored length in bytes.
     pub(super) fn encode(
         &mut self,
         frame: &[Chunk<'_>],
@@ -266,7 +266,8 @@ impl FrameCompressor {
     }
 }
 
-/// Compresses one zstd frame, with its content size in the header and a checksum at its end.
+/// Compresses one zstd frame, with its content size in the header and a checksum at its end. Returns its
+/// stored length in bytes, or zstd's error code.
 fn encode_zstd(
     context: &mut CCtx<'static>,
     level: i32,
@@ -289,7 +290,7 @@ fn encode_zstd(
                 return Ok(());
             }
             if output.pos() == output.capacity() {
-                // Impossible, since `target` has the worst-case length, but the loop must end. zstd returns
+                // Unreachable, since `target` has the worst-case length, but the loop must end. zstd returns
                 // ZSTD_error_dstSize_tooSmall (70) as -70.
                 return Err(0usize.wrapping_sub(70));
             }

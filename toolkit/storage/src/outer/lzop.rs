@@ -1,10 +1,10 @@
 //! The lzop container: a header, then blocks of LZO1X data with checksums.
 //!
-//! All numbers are big-endian. The magic is followed by the header (see [`Member::read`]) with
-//! its checksum, then by blocks: plain length (0 ends the member), stored length, checksums of the plain
-//! bytes, checksums of the stored bytes (in compressed blocks only), stored bytes. A block that did not
-//! shrink is stored uncompressed, with equal lengths. Members follow each other without padding. The
-//! container has no specification; this describes what lzop 1.04 writes.
+//! All numbers are big-endian. The magic is followed by the header (see [`Member::read`]) with its checksum,
+//! then by blocks: plain length (0 ends the member), stored length, checksums of the plain bytes, checksums
+//! of the stored bytes (in compressed blocks only), stored bytes. A block that did not shrink is stored
+//! uncompressed, with equal lengths. Members follow each other without padding. The container has no
+//! specification; this is the format that lzop 1.04 writes.
 
 use std::io::{self, Read};
 
@@ -29,7 +29,7 @@ mod flag {
     pub(super) const MULTIPART: u32 = 0x400;
     /// A filter changed the bytes before compression.
     pub(super) const FILTER: u32 = 0x800;
-    /// The header's own checksum is a CRC-32, not an Adler-32.
+    /// The header's checksum is a CRC-32, not an Adler-32.
     pub(super) const HEADER_CRC32: u32 = 0x1000;
 }
 
@@ -38,26 +38,26 @@ const VERSION_MIN: u16 = 0x0900;
 /// First version whose header has the version needed to extract, the level, and the upper half of the
 /// time.
 const VERSION_LONG_HEADER: u16 = 0x0940;
-/// Version number of lzop 1.04, the latest release. A file that needs a later one is refused.
+/// Version number of lzop 1.04, the latest release. The decoder refuses a file that needs a later version.
 const VERSION_NEEDED_MAX: u16 = 0x1040;
 
 /// Compression methods LZO1X-1, LZO1X-1(15) and LZO1X-999: one decoder reads all three.
 const METHODS: std::ops::RangeInclusive<u8> = 1..=3;
 
-/// Largest block, plain bytes. Our limit: lzop writes 256 KiB and allows 64 MiB, but a decoder holds two
-/// buffers of that length, and the number comes from an untrusted file.
+/// Maximum plain length of a block, in bytes. Our limit: lzop writes 256 KiB and allows 64 MiB, but the
+/// decoder allocates two buffers of this length, which comes from an untrusted file.
 const MAX_BLOCK_LEN: u32 = 16 << 20;
 
-/// Largest extra field, bytes. Our limit: lzop writes none.
+/// Maximum length of the extra field, in bytes. Our limit: lzop writes no extra field.
 const MAX_EXTRA_LEN: u32 = 64 << 10;
 
-/// Decodes an lzop file, all members one after the other.
+/// Decoder of all members of an lzop file.
 pub(super) struct LzopReader<R> {
     inner: R,
     state: State,
     /// The current block, decoded.
     plain: Vec<u8>,
-    /// Bytes of `plain` that the reader has returned.
+    /// Number of bytes of `plain` returned so far.
     returned: usize,
     /// The current block as stored.
     stored: Vec<u8>,
@@ -130,8 +130,8 @@ impl<R: Read> LzopReader<R> {
         Ok(true)
     }
 
-    /// Skips the extra field. Its checksum is not verified: lzop writes no such field, and what the
-    /// checksum covers is not documented.
+    /// Skips the extra field. Its checksum is not verified: lzop writes no extra field, and no document says
+    /// which bytes the checksum covers.
     fn skip_extra_field(&mut self) -> io::Result<()> {
         let mut extra = Header { inner: &mut self.inner, bytes: Vec::new() };
         let len = extra.u32()?;
@@ -193,7 +193,7 @@ impl<R: Read> LzopReader<R> {
     }
 }
 
-/// Every block is verified before its bytes are returned, so no byte is ever unchecked.
+/// The reader verifies every block before it returns the first byte, so no byte is ever unchecked.
 impl<R: Read + Send> Decode for LzopReader<R> {}
 
 impl<R: Read> Read for LzopReader<R> {
@@ -213,7 +213,7 @@ impl<R: Read> Read for LzopReader<R> {
     }
 }
 
-/// Checksums of a block, as far as the header's flags announce them.
+/// Checksums of a block that the header's flags announce.
 #[derive(Default)]
 struct Checksums {
     adler32: Option<u32>,
@@ -221,10 +221,10 @@ struct Checksums {
 }
 
 impl Checksums {
-    /// Reads the checksums: Adler-32 comes before CRC-32.
-    fn read(inner: &mut impl Read, has_adler32: u32, has_crc32: u32) -> io::Result<Self> {
-        let adler32 = if has_adler32 != 0 { Some(read_u32(inner)?) } else { None };
-        let crc32 = if has_crc32 != 0 { Some(read_u32(inner)?) } else { None };
+    /// Reads the checksums whose flag is set, Adler-32 before CRC-32.
+    fn read(inner: &mut impl Read, adler32_flag: u32, crc32_flag: u32) -> io::Result<Self> {
+        let adler32 = if adler32_flag != 0 { Some(read_u32(inner)?) } else { None };
+        let crc32 = if crc32_flag != 0 { Some(read_u32(inner)?) } else { None };
         Ok(Self { adler32, crc32 })
     }
 
@@ -239,7 +239,7 @@ fn header_checksum(flags: u32, bytes: &[u8]) -> u32 {
     if flags & flag::HEADER_CRC32 != 0 { crc32fast::hash(bytes) } else { adler2::adler32_slice(bytes) }
 }
 
-/// Fields of a member's header that decide how its blocks are read.
+/// Fields of a member's header that the decoder needs to read the blocks.
 struct Member {
     method: u8,
     flags: u32,
@@ -307,14 +307,14 @@ fn read_versions<R: Read>(header: &mut Header<'_, R>) -> io::Result<bool> {
     Ok(long)
 }
 
-/// Reads header fields and keeps their bytes for the checksum.
+/// Reader of header fields that keeps their bytes for the checksum.
 struct Header<'a, R> {
     inner: &'a mut R,
     bytes: Vec<u8>,
 }
 
 impl<R: Read> Header<'_, R> {
-    /// Reads `len` bytes; the caller has bounded `len`.
+    /// Reads `len` bytes. The caller must have checked `len` against a limit.
     fn take(&mut self, len: usize) -> io::Result<&[u8]> {
         let start = self.bytes.len();
         self.bytes.resize(start + len, 0);
@@ -331,7 +331,7 @@ impl<R: Read> Header<'_, R> {
     }
 
     fn u16(&mut self) -> io::Result<u16> {
-        // Two bytes hold 16 bits.
+        // Lossless: the number has two bytes.
         Ok(self.number(2)? as u16)
     }
 

@@ -1,15 +1,17 @@
 //! The seek table of the Zstandard seekable format, version 0.1.0 (zstd's `contrib/seekable_format`).
 //!
-//! The table is a skippable frame at the end of the file, little-endian: magic 184D2A5E and the length of
-//! the rest; for each frame its stored length, its plain length and, with the descriptor's checksum flag,
-//! the lower half of the XXH64 of its plain bytes; then the footer: number of frames, descriptor, magic
-//! 8F92EAB1.
+//! The table is a skippable frame at the end of the file. All numbers are little-endian:
+//!
+//! * header: magic 184D2A5E, length of the rest;
+//! * an entry for each frame: stored length, plain length and, if the descriptor's checksum flag is set, the
+//!   lower half of the XXH64 of the plain bytes;
+//! * footer: number of frames, descriptor, magic 8F92EAB1.
 
 use std::io;
 
 use imgtool_core::ReadAt;
 
-/// Magic of the skippable frame that holds the table (`Skippable_Magic_Number`).
+/// Magic of the skippable frame that contains the table (`Skippable_Magic_Number`).
 const TABLE_MAGIC: u32 = 0x184d_2a5e;
 /// Last four bytes of the file (`Seekable_Magic_Number`).
 const FOOTER_MAGIC: u32 = 0x8f92_eab1;
@@ -22,51 +24,51 @@ const HAS_CHECKSUMS: u8 = 0x80;
 /// Bits 2 to 6 of the descriptor (`Reserved_Bits`): must be zero.
 const RESERVED: u8 = 0x7c;
 
-/// Maximum number of frames. Our limit: 48 MiB of table in memory. With the frames that our writer makes of
-/// VMA archives, this suffices for 15 TiB of data; longer files are read as streams.
+/// Maximum number of frames. Our limit: a full table takes 48 MiB of memory and covers 15 TiB of a VMA
+/// archive. The toolkit reads longer files as streams.
 const MAX_FRAMES: u32 = 1 << 22;
 
-/// Maximum length of a frame, stored or plain, in bytes. Our limit, since frames are decoded whole.
+/// Maximum length of a frame, stored or plain, in bytes. Our limit, since most frames are decoded whole.
 const MAX_FRAME_LEN: u32 = 16 << 20;
 
-/// Number of entries between two marks, and so the maximum that a search scans.
+/// Number of entries from one mark to the next: the maximum that a search scans.
 const MARK_EVERY: usize = 64;
 
 /// Number of entries read from the file at a time.
 const READ_ENTRIES: usize = 4096;
 
-/// An entry of the table.
+/// A frame of the file, as the table describes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Frame {
     /// Index in the table.
     pub(super) index: u32,
-    /// Offset of the frame in the compressed file, bytes.
+    /// Offset of the frame in the compressed file, in bytes.
     pub(super) stored_at: u64,
-    /// Length of the frame in the compressed file, bytes.
+    /// Length of the frame in the compressed file, in bytes.
     pub(super) stored_len: u32,
-    /// Offset of its content in the plain bytes.
+    /// Offset of the content in the plain bytes of the file.
     pub(super) plain_at: u64,
-    /// Length of its content, bytes.
+    /// Length of the content, in bytes.
     pub(super) plain_len: u32,
-    /// The lower half of the XXH64 of its content.
+    /// Lower half of the XXH64 of the content; `None` if the table has no checksums.
     pub(super) checksum: Option<u32>,
 }
 
 /// A table in memory: 8 bytes for each frame, 12 with checksums.
 pub(super) struct SeekTable {
-    /// Stored and plain length of each frame, bytes.
+    /// Stored and plain length of each frame, in bytes.
     lens: Vec<[u32; 2]>,
-    /// One checksum for each frame, or empty.
+    /// One checksum for each frame; empty if the table has no checksums.
     checksums: Vec<u32>,
-    /// Stored and plain offset of every [`MARK_EVERY`]-th frame, bytes.
+    /// Stored and plain offset of every [`MARK_EVERY`]-th frame, in bytes.
     marks: Vec<[u64; 2]>,
     plain_len: u64,
     longest_plain: u32,
 }
 
 impl SeekTable {
-    /// Reads the table of `source`. Returns `None` if there is none, it does not match the file's length,
-    /// or it exceeds the limits.
+    /// Reads the table of `source`. Returns `None` if there is no table, or it is unreadable, does not match
+    /// the file's length, or exceeds the limits.
     pub(super) fn read(source: &dyn ReadAt) -> Option<Self> {
         let footer_at = source.len().checked_sub(FOOTER_LEN)?;
         let mut footer = [0; FOOTER_LEN as usize];
@@ -101,7 +103,7 @@ impl SeekTable {
             }
             at += len as u64;
         }
-        // The frames must reach exactly to the table.
+        // The table must directly follow the last frame.
         (stored_at == table_at).then_some(table)
     }
 
@@ -109,7 +111,8 @@ impl SeekTable {
         Self { lens: Vec::new(), checksums: Vec::new(), marks: Vec::new(), plain_len: 0, longest_plain: 0 }
     }
 
-    /// Adds the frame at `stored_at` from its entry, and moves `stored_at` to its end.
+    /// Adds the frame at `stored_at` from its entry, and advances `stored_at` to its end. Returns `None` if
+    /// the frame is empty or too long.
     fn push(&mut self, entry: &[u8], stored_at: &mut u64) -> Option<()> {
         let (numbers, _) = entry.as_chunks::<4>();
         let [stored, plain] = [*numbers.first()?, *numbers.get(1)?].map(u32::from_le_bytes);
@@ -122,24 +125,24 @@ impl SeekTable {
         }
         self.lens.push([stored, plain]);
         self.checksums.extend(numbers.get(2).copied().map(u32::from_le_bytes));
-        // At most 2^22 frames of at most 2^24 bytes.
+        // No overflow: at most 2^22 frames of at most 2^24 bytes.
         *stored_at += u64::from(stored);
         self.plain_len += u64::from(plain);
         self.longest_plain = self.longest_plain.max(plain);
         Some(())
     }
 
-    /// Returns the plain length of the file, bytes.
+    /// Returns the plain length of the file in bytes.
     pub(super) fn plain_len(&self) -> u64 {
         self.plain_len
     }
 
-    /// Returns the plain length of the longest frame, bytes.
+    /// Returns the plain length of the longest frame in bytes.
     pub(super) fn longest_plain(&self) -> u32 {
         self.longest_plain
     }
 
-    /// Returns the frame that holds the plain byte at `position`; `None` beyond the end.
+    /// Returns the frame that contains the plain byte at `position`; `None` beyond the end.
     pub(super) fn find(&self, position: u64) -> Option<Frame> {
         let mark = self.marks.partition_point(|[_, plain_at]| *plain_at <= position).checked_sub(1)?;
         let [mut stored_at, mut plain_at] = self.marks[mark];
@@ -161,10 +164,11 @@ impl SeekTable {
     }
 }
 
-/// Encodes the table for frames of these stored and plain lengths. It must directly follow the frames.
+/// Encodes the table for frames of these stored and plain lengths, without checksums. It must directly follow
+/// the frames.
 ///
 /// # Errors
-/// `InvalidInput` if there are more frames than a table can count.
+/// `InvalidInput` if there are more frames than a table can describe.
 pub(crate) fn encode(frames: &[[u32; 2]]) -> io::Result<Vec<u8>> {
     let too_many = || io::Error::new(io::ErrorKind::InvalidInput, format!("{} frames", frames.len()));
     let count = u32::try_from(frames.len()).map_err(|_| too_many())?;
@@ -245,7 +249,7 @@ mod tests {
             let is_plain_len =
                 (good.len() - 33 + 8..good.len() - 9).contains(&at) && (at - (good.len() - 25)) % 8 >= 4;
             let read = SeekTable::read(&Memory(bad));
-            // A plain length is checked when its frame is decoded, and against the limit.
+            // A wrong plain length shows only when its frame is decoded, unless it exceeds the limit.
             assert!(read.is_none() || is_plain_len, "byte {at}");
         }
     }

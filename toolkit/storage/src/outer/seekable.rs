@@ -1,8 +1,8 @@
 //! Seekable zstd: reads by position from independent frames and a seek table.
 //!
 //! The first reader of a frame decodes all of it and caches the content for others. Meanwhile, other readers
-//! of the frame wait, or decode later frames. A short read at the start of a long frame
-//! (the header of a VMA extent, when an archive is indexed) decodes only the start.
+//! of the frame wait, or decode later frames. A short read at the start of a long frame decodes only the
+//! start. Indexing a VMA archive reads the headers of its extents this way.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -16,22 +16,23 @@ use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective, get
 use super::ZSTD_WINDOW_LOG_MAX;
 use super::seek_table::{Frame, SeekTable};
 
-/// Bytes of content in memory: decoded frames and those being decoded. Our limit: a quarter of the
-/// memory budget of a conversion, or 16 of the frames that our writer makes of VMA archives.
+/// Maximum plain length of all cached frames in bytes, including frames that are being decoded. Our limit: a
+/// quarter of the memory budget of a conversion, or 16 frames of our writer.
 const MAX_CACHED: u64 = 64 << 20;
 
-/// Longest read, in bytes, that decodes only the start of a frame: the header of a VMA extent, which has
-/// a checksum of its own. Longer reads are of content, which the caller must not receive before the frame's
-/// checksum is verified.
+/// Maximum length in bytes of a read that decodes only the start of a frame: the header of a VMA extent,
+/// which contains its own checksum. Longer reads return content, so the frame's checksum must be verified
+/// first.
 const HEAD_LEN: usize = 512;
 
-/// Frames up to this many plain bytes are always decoded whole: two zstd blocks (RFC 8878, 3.1.1.2.4).
+/// Maximum plain length in bytes of a frame that is always decoded whole: two zstd blocks (RFC 8878,
+/// 3.1.1.2.4).
 const SHORT_FRAME_LEN: u32 = 256 << 10;
 
-/// Number of frames that a waiting reader may decode ahead. Our limit: as many as the cache holds.
+/// Maximum number of frames by which a waiting reader decodes ahead. Our limit: the cache fits as many.
 const MAX_AHEAD: usize = 16;
 
-/// Stored bytes read to decode the start of a frame: first, and in every later step.
+/// Number of stored bytes read to decode the start of a frame: in the first step, and in every later one.
 const HEAD_STEPS: [usize; 2] = [2 << 10, 64 << 10];
 
 /// A seekable zstd file, read by position.
@@ -48,11 +49,11 @@ pub(super) struct SeekableZstd {
 
 #[derive(Default)]
 struct Cache {
-    /// Slots by index of the frame in the seek table.
+    /// Slots by the frame's index in the seek table.
     slots: HashMap<u32, Slot>,
     /// Indexes of decoded frames, least recently used first.
     by_use: VecDeque<u32>,
-    /// Plain bytes of all slots.
+    /// Plain length of all slots in bytes.
     cached: u64,
 }
 
@@ -64,8 +65,8 @@ enum Slot {
 }
 
 impl SeekableZstd {
-    /// Opens `source`; `None` without a valid seek table. (The caller then reads a stream, whose decoder
-    /// reports the damage.)
+    /// Opens `source`. Returns `None` without a valid seek table; the caller then reads a stream, whose
+    /// decoder reports any damage.
     pub(super) fn open(source: &Arc<dyn ReadAt>) -> Option<Self> {
         let table = SeekTable::read(&**source)?;
         Some(Self {
@@ -79,7 +80,7 @@ impl SeekableZstd {
         })
     }
 
-    /// Fills `buf` from the content of `frame`, starting `skip` bytes into it. The range lies within the
+    /// Fills `buf` from the content of `frame`, starting `skip` bytes into it. The range must be within the
     /// frame.
     fn read_frame(&self, frame: &Frame, buf: &mut [u8], skip: usize) -> io::Result<()> {
         let is_head = skip == 0 && buf.len() <= HEAD_LEN && frame.plain_len > SHORT_FRAME_LEN;
@@ -93,7 +94,7 @@ impl SeekableZstd {
     }
 
     /// Returns the content of a frame from the cache, or decodes it. With `cached_only`, returns `None`
-    /// instead of decoding.
+    /// instead of decoding it.
     fn content(&self, frame: &Frame, cached_only: bool) -> io::Result<Option<Arc<Buffer>>> {
         let mut cache = lock(&self.cache);
         loop {
@@ -104,10 +105,10 @@ impl SeekableZstd {
                     return Ok(Some(content));
                 }
                 Some(Slot::Decoding) => {
-                    // Threads that read neighbouring ranges would all wait for one frame after another:
-                    // instead of waiting, decode a later frame.
+                    // Threads that read neighbouring ranges would all wait for the same frame. Decode a later
+                    // one instead.
                     if let Some(next) = self.next_without_slot(&mut cache, frame) {
-                        // The reader of that frame will meet the error itself.
+                        // The reader of that frame will get the error itself.
                         let _ = self.decode_into_cache(cache, &next);
                         cache = lock(&self.cache);
                         continue;
@@ -124,7 +125,8 @@ impl SeekableZstd {
         }
     }
 
-    /// Returns the first frame after `frame` that has no slot, if it is near and fits into the cache.
+    /// Returns the first frame after `frame` that has no slot, if it is at most [`MAX_AHEAD`] frames ahead
+    /// and fits into the cache.
     fn next_without_slot(&self, cache: &mut Cache, frame: &Frame) -> Option<Frame> {
         let mut next = *frame;
         for _ in 0..MAX_AHEAD {
@@ -167,7 +169,7 @@ impl SeekableZstd {
         Ok(())
     }
 
-    /// Decodes the start of a frame, as many bytes as `head` holds.
+    /// Fills `head` with the start of a frame, without decoding the rest.
     fn decode_head(&self, context: &mut DCtx<'static>, frame: &Frame, head: &mut [u8]) -> io::Result<()> {
         let zstd = |code| damaged(frame, get_error_name(code));
         context.reset(ResetDirective::SessionOnly).map_err(zstd)?;
@@ -192,7 +194,7 @@ impl SeekableZstd {
         Ok(())
     }
 
-    /// Runs `f` with a decoder for this thread alone; decoders are reused.
+    /// Runs `f` with a decoder that no other thread uses. Decoders are reused, except after an error.
     fn with_context<T>(&self, f: impl FnOnce(&mut DCtx<'static>) -> io::Result<T>) -> io::Result<T> {
         let idle = lock(&self.contexts).pop();
         let mut context = match idle {
@@ -222,7 +224,7 @@ impl ReadAt for SeekableZstd {
         let mut rest = buf;
         while !rest.is_empty() {
             let frame = self.table.find(at).ok_or(io::ErrorKind::UnexpectedEof)?;
-            // Within the frame, so below its length.
+            // Lossless: `at` is within the frame.
             let skip = (at - frame.plain_at) as usize;
             let len = rest.len().min(frame.plain_len as usize - skip);
             let (part, tail) = rest.split_at_mut(len);
@@ -252,7 +254,7 @@ impl Cache {
     }
 
     /// Evicts frames until `len` more bytes fit; returns false if frames being decoded fill the cache. An
-    /// empty cache takes a frame of any length.
+    /// empty cache accepts a frame of any length.
     fn evict_for(&mut self, len: u64) -> bool {
         while self.cached + len > MAX_CACHED && !self.slots.is_empty() {
             let Some(oldest) = self.by_use.pop_front() else { return false };
@@ -264,8 +266,8 @@ impl Cache {
     }
 }
 
-/// Guard of a frame that this thread decodes. Its drop wakes the waiting readers, also after an error or a
-/// panic.
+/// Guard of a frame that this thread is decoding. Its drop stores the content, or removes the slot after an
+/// error or a panic, and wakes the waiting readers.
 struct DecodingGuard<'a> {
     owner: &'a SeekableZstd,
     frame: &'a Frame,

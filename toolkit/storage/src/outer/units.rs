@@ -9,11 +9,10 @@ use flate2::bufread::GzDecoder;
 use imgtool_core::input::{Decode, retry};
 use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective, get_error_name};
 
-/// A decoder that does not report the position of its checksums, so no byte counts as verified before the
-/// end.
+/// A decoder that does not report the positions of checksums, so no byte counts as verified before the end.
 pub(super) struct Opaque {
     decoder: Box<dyn Read + Send>,
-    /// Plain bytes returned so far; 0 after the end.
+    /// Number of plain bytes returned so far; 0 after the end.
     unverified: u64,
 }
 
@@ -40,7 +39,7 @@ impl Decode for Opaque {
     }
 }
 
-/// The frames of a zstd stream, one after the other.
+/// Decoder of all frames of a zstd stream.
 pub(super) struct ZstdFrames<R> {
     reader: R,
     context: DCtx<'static>,
@@ -48,7 +47,7 @@ pub(super) struct ZstdFrames<R> {
     begun: bool,
     /// True between the start of a frame and its end.
     in_frame: bool,
-    /// Plain bytes of that frame returned so far.
+    /// Number of plain bytes of the current frame returned so far.
     unverified: u64,
 }
 
@@ -56,7 +55,7 @@ impl<R: BufRead> ZstdFrames<R> {
     /// Magic_Number of a frame, RFC 8878, 3.1.1.
     const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
-    /// Creates a decoder; `window_log_max` limits the window, as a power of two.
+    /// Creates a decoder. `window_log_max` is the binary logarithm of the maximum window in bytes.
     pub(super) fn new(reader: R, window_log_max: u32) -> io::Result<Self> {
         let mut context = DCtx::try_create().ok_or(io::ErrorKind::OutOfMemory)?;
         context.set_parameter(DParameter::WindowLogMax(window_log_max)).map_err(zstd_error)?;
@@ -125,10 +124,10 @@ fn zstd_error(code: usize) -> io::Error {
     io::Error::other(get_error_name(code))
 }
 
-/// A reader, preceded by bytes that a search has read from it already.
+/// A reader, preceded by bytes that a search has already read from it.
 type Replayed<R> = Chain<Cursor<&'static [u8]>, R>;
 
-/// The members of a gzip stream, one after the other.
+/// Decoder of all members of a gzip stream.
 pub(super) struct GzipMembers<R> {
     /// The member being decoded.
     member: Option<GzDecoder<Replayed<R>>>,
@@ -136,7 +135,7 @@ pub(super) struct GzipMembers<R> {
     reader: Option<R>,
     /// True once a byte has been read. An empty input is no gzip stream.
     begun: bool,
-    /// Plain bytes of the member returned so far.
+    /// Number of plain bytes of the current member returned so far.
     unverified: u64,
 }
 
@@ -195,7 +194,7 @@ impl<R: BufRead + Send> Decode for GzipMembers<R> {
     }
 
     fn resume(&mut self) -> io::Result<bool> {
-        // The failed member's magic has been read, so it is not found again.
+        // The failed member's magic has been read, so the search does not find it again.
         self.end();
         let Some(reader) = &mut self.reader else { return Ok(false) };
         if !read_past(reader, Self::MAGIC)? {
@@ -208,7 +207,7 @@ impl<R: BufRead + Send> Decode for GzipMembers<R> {
     }
 }
 
-/// Reads to the end of the next `magic`, whose bytes must all differ; returns false if there is none.
+/// Reads past the next `magic`, whose bytes must all differ. Returns false if the input ends first.
 fn read_past(reader: &mut impl BufRead, magic: &[u8]) -> io::Result<bool> {
     let mut matched = 0;
     loop {

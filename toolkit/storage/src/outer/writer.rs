@@ -1,10 +1,9 @@
-//! Writer of outer compression: all workers compress a whole output (`.vma.zst`, `.raw.gz`).
+//! Writer of outer compression: compresses a whole output (`.vma.zst`, `.raw.gz`) with all workers.
 //!
-//! [`CompressedSink`] wraps a sink that only appends to its file ([`ImageSink::append_only`]). Each
-//! prepared piece becomes frames (zstd) or members (gzip) of its own, so workers compress independently
-//! and the result does not depend on their number. A zstd file ends with a seek table for reads by
-//! position, which other zstd programs skip. Any program that reads several frames or members reads the
-//! whole file.
+//! [`CompressedSink`] wraps a sink that only appends to its file ([`ImageSink::append_only`]). Each prepared
+//! piece becomes frames (zstd) or members (gzip) of its own, so workers compress independently, and the
+//! result does not depend on the number of workers. A zstd file ends with a seek table for reads by position,
+//! which other zstd programs skip. Any program that reads several frames or members reads the whole file.
 
 use std::fmt;
 use std::ops::Range;
@@ -24,11 +23,12 @@ use super::frames::{
 };
 use super::seek_table;
 
-/// Length in bytes of a piece for sinks that prefer smaller ones (raw): shorter frames compress worse, and
-/// each takes an entry in the seek table.
+/// Target length of a piece in bytes, for inner sinks with shorter pieces (raw): short frames compress worse,
+/// and each takes an entry in the seek table.
 const PIECE_LEN: u64 = 2 << 20;
 
-/// Maximum length of a piece of zeros, bytes. Our limit: 256 frames, about 40 KiB of zstd or 1 MiB of gzip.
+/// Maximum length of a piece of zeros, in bytes. Our limit: 256 frames, about 40 KiB of zstd or 1 MiB of
+/// gzip.
 const MAX_ZERO_LEN: u64 = 1 << 30;
 
 /// A sink that compresses the output of another, append-only sink.
@@ -58,7 +58,7 @@ struct State {
 }
 
 impl CompressedSink {
-    /// Returns the output for the inner sink: a stream whose bytes this sink takes, named `location`.
+    /// Returns the output for the inner sink, named `location`. The compressed sink takes its bytes.
     pub fn inner_output(location: &Location) -> Output {
         Output::framed(location)
     }
@@ -66,7 +66,7 @@ impl CompressedSink {
     /// Wraps `inner`, which was created over [`CompressedSink::inner_output`], and writes to `output`.
     ///
     /// # Errors
-    /// [`imgtool_core::ErrorKind::Unsupported`] if `inner` is not append-only;
+    /// [`imgtool_core::ErrorKind::Unsupported`] if `inner` is not append-only or has several outputs;
     /// [`imgtool_core::ErrorKind::Refused`] if `output` is an existing target of fixed length.
     pub fn new(inner: Box<dyn ImageSink>, output: Output, framing: Framing) -> Result<Self> {
         if !inner.append_only() {
@@ -135,13 +135,13 @@ impl CompressedSink {
         Ok(self.zero_frame.get_or_init(|| frame[..len].to_vec()))
     }
 
-    /// Adds a frame to the file and the seek table; returns its file offset.
+    /// Reserves file space for a frame and records it for the seek table. Returns its file offset.
     fn append(&self, state: &mut State, frame: &[u8]) -> Result<u64> {
         let at = state.file_offset;
         state.file_offset += frame.len() as u64;
         if let Framing::SeekableZstd { .. } = self.framing {
-            // `encode_zstd` puts the content size into the header; both lengths fit 32 bits, since
-            // a frame holds at most FRAME_LEN bytes.
+            // `encode_zstd` puts the content size into the header; both lengths fit into 32 bits, since a
+            // frame contains at most FRAME_LEN plain bytes.
             let plain = get_frame_content_size(frame).ok().flatten().and_then(|len| u32::try_from(len).ok());
             let (Some(plain), Ok(stored)) = (plain, u32::try_from(frame.len())) else {
                 return Err(Error::limit("a compressed frame does not fit the seek table").at(at));
@@ -151,7 +151,8 @@ impl CompressedSink {
         Ok(at)
     }
 
-    /// Compresses bytes outside of a piece, and notes their frames; they follow each other in the file.
+    /// Compresses bytes that belong to no piece, and reserves consecutive file offsets for their frames.
+    /// Returns the first file offset and the frames.
     fn frame(&self, bytes: &[u8]) -> Result<(u64, Buffer)> {
         let (compressed, ranges) = self.pack(&[Chunk::Data(bytes)])?;
         let mut state = lock(&self.state);
@@ -174,7 +175,7 @@ impl Consumer for CompressedSink {
         let unit = inner.piece_len.max(1);
         let piece_len = unit * (PIECE_LEN / unit).max(1);
         Geometry {
-            // Where the format takes any granule, whole pieces make better frames.
+            // If the format accepts any granule, whole pieces make better frames.
             granule: if inner.granule_required { inner.granule } else { piece_len },
             piece_len,
             max_zero_len: inner.max_zero_len.min((MAX_ZERO_LEN / piece_len).max(1) * piece_len),
@@ -196,7 +197,7 @@ impl Consumer for CompressedSink {
         // represent no guest bytes.
         for part in &mut prepared.parts {
             if !matches!(part.bytes, Bytes::Zero(_)) {
-                // In memory, so its length is a usize.
+                // The part is in memory, so its length fits into a usize.
                 part.bytes = Bytes::Data(0..part.bytes.len() as usize);
             }
         }

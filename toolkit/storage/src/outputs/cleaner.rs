@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use imgtool_core::sync::lock;
 use imgtool_core::{Error, Result};
 
-/// Removes the unfinished files of a run from another thread, for a signal handler that has no time to
-/// unwind. The run creates no more files afterwards.
+/// Handle that removes the unfinished files of a run from another thread, for a signal handler that has no
+/// time to unwind. Afterwards, the run can't create any more files.
 #[derive(Debug, Clone, Default)]
 pub struct Cleaner(Arc<Mutex<Paths>>);
 
@@ -20,12 +20,12 @@ pub(super) struct Paths {
 }
 
 impl Cleaner {
-    /// Removes the unfinished files and the directories made for them.
+    /// Removes the unfinished files and the directories created for them.
     pub fn clean(&self) {
         let mut paths = lock(&self.0);
         paths.closed = true;
         for path in paths.files.drain(..) {
-            // The file may be gone already, and the program is ending: there is no use for an error.
+            // The file may be gone already, and the program is ending, so ignore the error.
             let _ = std::fs::remove_file(path);
         }
         for path in paths.directories.drain(..).rev() {
@@ -33,15 +33,15 @@ impl Cleaner {
         }
     }
 
-    /// Drops all paths, once their files have their final names or are removed.
+    /// Forgets all paths. Their files have their final names or are removed.
     pub(super) fn forget(&self) {
         let mut paths = lock(&self.0);
         paths.files.clear();
         paths.directories.clear();
     }
 
-    /// Runs `create`, which adds the paths of its files. [`Cleaner::clean`] runs before or after it, never
-    /// between a file's creation and its registration.
+    /// Runs `create`, which adds the paths of its files. [`Cleaner::clean`] can't run between a file's
+    /// creation and its registration. Fails after [`Cleaner::clean`].
     pub(super) fn register<T>(&self, create: impl FnOnce(&mut Paths) -> Result<T>) -> Result<T> {
         let mut paths = lock(&self.0);
         if paths.closed {

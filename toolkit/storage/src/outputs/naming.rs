@@ -15,7 +15,7 @@ use crate::os::{self, FileId};
 #[derive(Debug)]
 pub(super) struct PendingFile {
     pub(super) output: Output,
-    /// Path after the rename. Its directory is resolved, so that a file has only one such path.
+    /// Path after the rename. Its directory is resolved, so a file has only one such path.
     pub(super) final_path: PathBuf,
     pub(super) temporary: TempPath,
     pub(super) overwrite: bool,
@@ -53,7 +53,7 @@ impl PendingFile {
     }
 }
 
-/// Returns the error of a rename that failed, with a hint where there is a remedy.
+/// Returns the error for a rename that failed, with a hint if there is a remedy.
 fn rename_error(e: io::Error, path: &Path) -> Error {
     use io::ErrorKind::{AlreadyExists, NotFound, PermissionDenied, ResourceBusy};
     let hint = match e.kind() {
@@ -85,11 +85,11 @@ pub(super) struct NamedFile {
 }
 
 impl NamedFile {
-    /// Undoes the rename; returns the path if that fails.
+    /// Undoes the rename, unless another program has replaced the file. Returns the path if that fails.
     pub(super) fn undo(self) -> Option<PathBuf> {
         let ours = std::fs::symlink_metadata(&self.path).ok().map(|meta| os::file_identity(&meta)) == self.id;
         if !ours {
-            // Another program has put its own file there: keep it.
+            // Another program has put a file there: keep it.
             return None;
         }
         let undone = match &self.old {
@@ -118,8 +118,8 @@ fn display(path: &Path) -> String {
     escape_control(&path.to_string_lossy())
 }
 
-/// Flushes directories, so that new names survive a crash. A file system that can't flush directories is no
-/// error, since the files themselves are flushed already.
+/// Flushes directories, so that new names survive a crash. Ignores a directory that can't be opened or
+/// flushed, since the files themselves are flushed already.
 pub(super) fn sync_directories(mut directories: Vec<&Path>) -> Result<()> {
     directories.sort_unstable();
     directories.dedup();
@@ -135,7 +135,7 @@ pub(super) fn sync_directories(mut directories: Vec<&Path>) -> Result<()> {
     Ok(())
 }
 
-/// True if flushing a directory failed, rather than not being supported.
+/// True if a flush failed; false if the directory can't be opened or does not support flushing.
 fn is_sync_failure(e: &io::Error) -> bool {
     use io::ErrorKind::{InvalidInput, IsADirectory, NotFound, PermissionDenied, Unsupported};
     !matches!(e.kind(), InvalidInput | IsADirectory | NotFound | PermissionDenied | Unsupported)

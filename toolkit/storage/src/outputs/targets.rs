@@ -1,4 +1,5 @@
-//! Checks of a target: it must be neither a source nor another output, and nothing may be in the way.
+//! Checks of a target: it must not be a source, another output, or an existing file that the run may not
+//! replace.
 
 use std::fs::Metadata;
 use std::io;
@@ -11,18 +12,18 @@ use crate::open::Identity;
 use crate::os::{self, FileClass};
 
 impl Outputs {
-    /// Protects a source: later outputs must not be this file or device under any name, nor hold its bytes. A
-    /// source that is no file (`None`) needs no protection.
+    /// Protects a source: later outputs must not be this file or device under any name, nor contain its
+    /// bytes. A source that is no file (`None`) needs no protection.
     pub fn protect(&mut self, source: &Location, identity: Option<&Identity>) {
         self.protected.extend(identity.map(|identity| (source.clone(), identity.clone())));
     }
 
-    /// Like [`Outputs::protect`], for a file that is not open: one that an image names, or the backing image
-    /// of an output. A file that does not exist needs no protection.
+    /// Like [`Outputs::protect`], for a file that is not open, such as a file that an image names, or the
+    /// backing image of an output. A file that does not exist needs no protection.
     ///
     /// # Errors
-    /// [`imgtool_core::ErrorKind::Io`] if stat(2) fails, since no target can be compared with the source
-    /// then.
+    /// [`imgtool_core::ErrorKind::Io`] if stat(2) fails for another reason: no target can be compared with
+    /// the source then.
     pub fn protect_path(&mut self, path: &Path) -> Result<()> {
         match std::fs::metadata(path) {
             Ok(meta) => self.protect(&path.into(), Identity::of(&meta).as_ref()),
@@ -32,8 +33,9 @@ impl Outputs {
         Ok(())
     }
 
-    /// Refuses, before any file is opened or created, every output of a run that [`Outputs::create`] or
-    /// [`Outputs::existing`] would refuse.
+    /// Refuses the outputs that [`Outputs::create`] or [`Outputs::existing`] would refuse, before any file is
+    /// opened or created. Only [`Outputs::existing`] itself checks the kind of its target, and whether it is
+    /// in use.
     ///
     /// # Errors
     /// See [`Outputs::create`] and [`Outputs::existing`].
@@ -45,7 +47,7 @@ impl Outputs {
                 OutputRequest::New { path, overwrite, links } => {
                     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
                     let missing = parent.is_some_and(|parent| !parent.exists());
-                    // A directory that does not exist yet has nothing in the way.
+                    // A directory that does not exist yet contains no file to replace.
                     let final_path = if missing { path.clone() } else { final_path(path, *links)? };
                     if names.contains(&final_path) {
                         return Err(Error::usage("two outputs would write this file").path(path));
@@ -67,7 +69,8 @@ impl Outputs {
         Ok(())
     }
 
-    /// Refuses a target that can't or must not be replaced. Returns the metadata of the file to replace.
+    /// Refuses a target that can't or must not be replaced. Returns the metadata of the file to replace;
+    /// `None` if there is no file.
     pub(super) fn check_target(
         &self,
         path: &Path,
@@ -78,7 +81,7 @@ impl Outputs {
         let meta = match std::fs::metadata(final_path) {
             Ok(meta) => meta,
             Err(e) if is_missing(&e) => return Ok(None),
-            // A target without metadata could be a source.
+            // If stat(2) fails, the target could be a source.
             Err(e) => return Err(Error::io("stat the target", e).path(path)),
         };
         self.check_free(path, &meta, claimed)?;
@@ -97,7 +100,7 @@ impl Outputs {
         }
     }
 
-    /// Refuses a target that is a source or another output.
+    /// Refuses a target that is another output or a source, or that overlaps one.
     pub(super) fn check_free(
         &self,
         path: impl Into<Location>,
@@ -119,13 +122,14 @@ impl Outputs {
                     "writing to the target would change the source ({source})"
                 ))
                 .path(path)
-                .hint("one of them is a device on top of the other, or holds it"));
+                .hint("one of them is stored on the other"));
             }
         }
         Ok(())
     }
 
-    /// Refuses standard output that is redirected into a source or another output.
+    /// Refuses standard output that is redirected into a source or another output. Otherwise adds it to
+    /// `claimed`.
     fn check_stdout(&self, claimed: &mut Vec<Identity>) -> Result<()> {
         let Ok(meta) = os::stdout_metadata() else { return Ok(()) };
         if let Some(identity) = Identity::of(&meta) {
@@ -141,8 +145,8 @@ fn is_missing(e: &io::Error) -> bool {
     matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
-/// Resolves the directory of `path`, and a symbolic link at `path` if `links` allows it, so that every
-/// name of a file gives the same path.
+/// Resolves the directory of `path`, and a symbolic link at `path` if `links` allows it, so that different
+/// paths to one name become equal.
 pub(super) fn final_path(path: &Path, links: Links) -> Result<PathBuf> {
     if std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_symlink()) {
         if links == Links::Refuse {

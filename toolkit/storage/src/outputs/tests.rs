@@ -1,4 +1,4 @@
-//! Guarantees of the set of outputs.
+//! Tests of the guarantees of [`Outputs`].
 
 use std::fs::Permissions;
 
@@ -6,7 +6,7 @@ use imgtool_core::ErrorKind;
 
 use super::*;
 
-/// Names in a directory, with the content of files.
+/// Returns the paths in a directory with the content of each file; `None` for a directory.
 fn content(dir: &Path) -> std::collections::BTreeMap<PathBuf, Option<Vec<u8>>> {
     let entries = std::fs::read_dir(dir).expect("read_dir").map(|entry| entry.expect("entry").path());
     entries.map(|path| (path.clone(), std::fs::read(&path).ok())).collect()

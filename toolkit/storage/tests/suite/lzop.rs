@@ -1,4 +1,4 @@
-//! The lzop decoder against files of lzop itself, whole and damaged.
+//! Tests of the lzop decoder with files from lzop itself, intact and damaged.
 
 use std::io::{Cursor, Read};
 
@@ -15,7 +15,7 @@ fn decode(bytes: &[u8]) -> std::io::Result<Vec<u8>> {
     Ok(plain)
 }
 
-/// Text, random bytes and zeros, for compressed and stored blocks.
+/// Returns text, random bytes and zeros, which lzop packs into compressed and stored blocks.
 fn content() -> Vec<u8> {
     let mut bytes = vec![0; 1_500_001];
     let content = Content::zero()
@@ -113,7 +113,7 @@ fn every_flipped_bit_is_an_error() {
     let content = &content()[350_000..560_000];
     for options in [&["-C", "--crc32"][..], &["-C"], &["-9"]] {
         let packed = filter("lzop", options, content);
-        // Header and blocks have checksums throughout.
+        // The header and all blocks have checksums.
         for at in (0..100).chain((100..packed.len()).step_by(2503)) {
             for bit in 0..8 {
                 let mut damaged = packed.clone();
@@ -129,7 +129,7 @@ fn damage_without_checksums_does_not_panic() {
     require!("lzop");
     let content = &content()[300_000..500_000];
     let packed = filter("lzop", &["-F"], content);
-    // Some damage shows, some does not: both must happen.
+    // Without checksums, the decoder notices some damage and misses some. The test must meet both.
     let (mut noticed, mut unnoticed) = (0, 0);
     for at in (0..packed.len()).step_by(311) {
         for change in [0xff, 0x01, 0x80] {
@@ -144,7 +144,7 @@ fn damage_without_checksums_does_not_panic() {
     assert!(noticed > 0 && unnoticed > 0, "{noticed} noticed, {unnoticed} not");
 }
 
-/// Returns a file with the header of lzop 1.04, with the given fields and a valid checksum.
+/// Returns a file with a header of lzop 1.04 that has the given fields and a valid checksum.
 fn crafted(version_needed: u16, method: u8, flags: u32, blocks: &[u8]) -> Vec<u8> {
     let mut header = vec![0x10, 0x40, 0x20, 0xa0];
     header.extend(version_needed.to_be_bytes());

@@ -1,4 +1,4 @@
-//! Tests of outer compression, against the programs that write and read it.
+//! Tests of outer compression against the programs that write and read it.
 #![allow(clippy::unwrap_used)]
 
 mod lzop;

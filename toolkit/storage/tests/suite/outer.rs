@@ -1,4 +1,4 @@
-//! Outer decompression: all frames, members and streams, and errors for everything else.
+//! Tests of outer decompression: all frames, members and streams, and errors for everything else.
 
 use std::io::{Cursor, Read};
 
@@ -9,7 +9,6 @@ use imgtool_testing::conformance::{Content, Fill};
 use imgtool_testing::oracles::filter;
 use imgtool_testing::require;
 
-/// Text, random bytes and zeros.
 fn content() -> Vec<u8> {
     let mut bytes = vec![0; 700_001];
     let content = Content::zero().with(0..200_000, Fill::Text).with(300_000..500_000, Fill::Random);
@@ -23,7 +22,7 @@ fn decode(compression: Compression, bytes: &[u8]) -> std::io::Result<Vec<u8>> {
     Ok(plain)
 }
 
-/// A program with options that write a compression.
+/// A program, with its options, that writes files of a compression.
 struct Packer {
     compression: Compression,
     program: &'static str,
@@ -125,7 +124,7 @@ fn rejects_truncation_anywhere() {
         let both = [&first[..], &second].concat();
         let cuts = (0..20).chain(first.len() - 15..first.len() + 15).chain((20..both.len()).step_by(60_011));
         let cuts = cuts.chain(both.len() - 20..both.len());
-        // pzstd writes several frames, and any of them may be the last.
+        // pzstd writes several frames, so the end of each is a valid end of the file.
         let could_end =
             |cut: usize| cut == first.len() || packer.program == "pzstd" && is_frame_end(&both, cut);
         for cut in cuts.filter(|cut| !could_end(*cut)) {
@@ -146,7 +145,7 @@ fn rejects_bytes_after_the_end() {
     let content = &content()[..100_000];
     for packer in &PACKERS {
         let packed = packer.pack(content);
-        // Three zeros: xz allows padding in multiples of four only, the others none.
+        // Three zeros: xz allows padding only in multiples of four bytes, and the other formats allow none.
         for tail in [
             &b"x"[..],
             b"garbage that is longer than a header",
@@ -161,7 +160,7 @@ fn rejects_bytes_after_the_end() {
     }
 }
 
-/// Flips bits, one per case. Returns what was flipped, and the decoded content; `None` if that is an error.
+/// Flips one bit at a time. Returns each flip with the decoded content; `None` after an error.
 fn with_flipped_bits(packer: &Packer, content: &[u8]) -> Vec<(String, Option<Vec<u8>>)> {
     let packed = packer.pack(content);
     let places = (0..40).chain((40..packed.len()).step_by(25_003)).chain(packed.len() - 30..packed.len());
@@ -176,7 +175,7 @@ fn with_flipped_bits(packer: &Packer, content: &[u8]) -> Vec<(String, Option<Vec
         .collect()
 }
 
-/// Some bits are not part of the content: a time, a file name, the operating system.
+/// Some bits do not affect the content: those of the time, the file name and the operating system.
 #[test]
 fn flipped_bits_never_change_checksummed_content() {
     require!("zstd", "pzstd", "gzip", "xz", "bzip2");
@@ -231,7 +230,7 @@ fn from_pipe(name: &str, bytes: impl AsRef<[u8]>) -> Result<OpenInput> {
     OpenInput::of(Input::from_reader(name, Box::new(bytes))?).decompressed()
 }
 
-/// Opens and reads all of a file. A file of a single bzip2 block fails at the opening already.
+/// Opens a file and reads all of it. A damaged file of a single bzip2 block already fails to open.
 fn read_through(path: &std::path::Path) -> Result<()> {
     let mut stream = open(&path.into(), Opening::ByContent)?.input.into_stream()?;
     let mut chunk = vec![0; 10_000];
@@ -242,7 +241,7 @@ fn read_through(path: &std::path::Path) -> Result<()> {
 #[test]
 fn refuses_windows_above_the_limit_with_a_hint() {
     require!("zstd");
-    // A frame header that asks for a window of 256 MiB, then 2 GiB, and a block.
+    // A frame header that needs a window of 256 MiB or 2 GiB, and a block.
     for exponent in [18u8, 21] {
         let frame = [0x28, 0xb5, 0x2f, 0xfd, 0, exponent << 3, 0x01, 0, 0];
         let error = from_pipe("x.zst", frame).err().unwrap();
@@ -250,7 +249,7 @@ fn refuses_windows_above_the_limit_with_a_hint() {
         assert!(error.to_string().contains("128 MiB"), "{error}");
         assert!(error.hint_text().unwrap().contains("zstd -d --long=31"), "{error}");
     }
-    // The same from zstd itself.
+    // A file with a window of 2 GiB from zstd itself.
     let packed = filter("zstd", &["-c", "-q", "--ultra", "--long=31", "-1"], &content());
     let error = from_pipe("x.zst", packed).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
@@ -262,8 +261,8 @@ fn accepts_a_window_of_128_mib() {
     assert!(from_pipe("x.zst", frame).is_ok());
 }
 
-/// Opens an xz file whose header names this dictionary size, which counts, not the content's length. -T1 keeps xz
-/// from reducing it.
+/// Opens an xz file whose header names this dictionary size, which determines the memory of the decoder. -T1
+/// keeps xz from reducing it.
 fn xz_with_dictionary(dictionary: &str) -> Result<OpenInput> {
     from_pipe(
         "x.xz",

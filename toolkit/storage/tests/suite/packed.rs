@@ -1,4 +1,4 @@
-//! Outer compression writer and reader by position, against zstd, gzip and zeekstd.
+//! Tests of the outer compression writer and of reads by position, against zstd, gzip and zeekstd.
 
 use std::io::{self, Read, Write};
 use std::sync::Arc;
@@ -24,7 +24,7 @@ const FRAMINGS: [Framing; 4] = [
     Framing::Gzip { level: 1 },
 ];
 
-/// A sink of the plain bytes of a device, like raw into a pipe.
+/// A sink for the plain bytes of a device, like raw into a pipe.
 struct Flat([Output; 1]);
 
 impl Consumer for Flat {
@@ -98,7 +98,7 @@ fn bytes_of(image: &Image) -> Vec<u8> {
     bytes
 }
 
-/// Opens a stream and undoes its outer compression.
+/// Opens a stream and removes its outer compression.
 fn from_pipe(reader: impl Read + Send + 'static) -> OpenInput {
     let input = Input::from_reader(Location::Stdin, Box::new(reader)).unwrap();
     OpenInput::of(input).decompressed().unwrap()
@@ -227,7 +227,7 @@ fn refuses_sinks_and_targets_that_cannot_be_packed() {
     assert!(CompressedSink::new(flat(), existing, FRAMINGS[0]).is_err(), "an existing target");
 }
 
-/// Bytes in memory that count the bytes read.
+/// Source in memory that counts the bytes read.
 struct CountedMemory {
     bytes: Vec<u8>,
     read: AtomicU64,
@@ -258,7 +258,7 @@ fn seekable(bytes: &[u8]) -> Arc<dyn ReadAt> {
     counted(bytes).1.expect("the file has a seek table")
 }
 
-/// Compares random reads by four threads at once, and checks reads beyond the end.
+/// Checks random reads by four concurrent threads, and reads beyond the end.
 fn assert_reads(view: &Arc<dyn ReadAt>, expected: &[u8]) {
     assert_eq!(view.len(), expected.len() as u64);
     std::thread::scope(|scope| {
@@ -385,13 +385,13 @@ fn decodes_a_frame_once_for_many_readers() {
         }
     });
     let read = memory.read.load(Ordering::Relaxed);
-    // All frames once, and the starts read before their frame was decoded.
+    // Each frame once, and 2 KiB for each short read before its frame is decoded.
     assert!(read <= bytes.len() as u64 + 7 * 4 * 2048, "{read} of {} bytes", bytes.len());
 }
 
 #[test]
 fn parallel_readers_decode_ahead() {
-    /// Takes 20 ms for a read, and counts the reads at once.
+    /// Storage that takes 20 ms for a read, and counts concurrent reads.
     struct SlowStorage {
         inner: Arc<dyn ReadAt>,
         current: AtomicU64,
@@ -431,7 +431,8 @@ fn parallel_readers_decode_ahead() {
             });
         }
     });
-    // All threads need the same frame or the next: without decoding ahead, one frame is read at a time.
+    // All threads need the same frame or the next. Without decoding ahead, they would read one frame at a
+    // time.
     let peak = slow.peak.load(Ordering::SeqCst);
     assert!(peak >= 3, "{peak} frames at once");
 }
@@ -482,7 +483,7 @@ fn never_reads_wrong_bytes_through_a_damaged_table() {
         }
     }
     assert!(unused > 0 && errors > 0, "{unused} tables are not used, {errors} are errors");
-    // Truncated, or with bytes after the table: no table is found, and the stream is an error.
+    // Truncated, or with bytes after the table: the reader finds no table, and the stream decoder fails.
     for bad in [&bytes[..bytes.len() - 1], &bytes[..bytes.len() / 2], &[&bytes[..], b"x"].concat()] {
         assert!(counted(bad).1.is_none());
         let stream = from_pipe(io::Cursor::new(bad.to_vec()));

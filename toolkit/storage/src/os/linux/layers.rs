@@ -1,5 +1,4 @@
-//! The devices and files below a file or block device, from sysfs: the disk of a partition, the parts of
-//! a device-mapper or RAID device, the file behind a loop device.
+//! Layers of a file or block device: the devices and files below it, from sysfs.
 
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
@@ -11,11 +10,11 @@ use super::super::{FileClass, FileId, classify, file_identity};
 /// Mount point of the kernel's device tree.
 const SYSFS: &str = "/sys";
 
-/// Returns the identity of a file or block device, followed by those of everything below it: the disk of
-/// a partition, the parts of a device-mapper or RAID device, the file behind a loop device.
+/// Returns the identity of a file or block device, followed by the identities of everything below it: the
+/// disk of a partition, the parts of a device-mapper or RAID device, the file behind a loop device.
 ///
-/// With `file_systems`, the device that holds a file's file system counts as below the file. Outside of
-/// Linux the list holds the file alone.
+/// With `file_systems`, the device that contains a file's file system counts as below the file. Outside of
+/// Linux, the list contains only the file itself.
 pub fn file_layers(meta: &Metadata, file_systems: bool) -> Vec<FileId> {
     let device = match classify(meta) {
         FileClass::BlockDevice => Some(meta.rdev()),
@@ -25,8 +24,8 @@ pub fn file_layers(meta: &Metadata, file_systems: bool) -> Vec<FileId> {
     layers_in(Path::new(SYSFS), file_identity(meta), device, file_systems)
 }
 
-/// Returns `own` and everything below it. `device` is the number of the device that `own` is, or is stored
-/// on.
+/// Returns `own` and everything below it. `device` is the device number of `own`, which is then listed twice,
+/// or of the device that stores it.
 fn layers_in(sysfs: &Path, own: FileId, device: Option<u64>, file_systems: bool) -> Vec<FileId> {
     let mut found = vec![own];
     let mut devices = Vec::from_iter(device);
@@ -43,7 +42,7 @@ fn layers_in(sysfs: &Path, own: FileId, device: Option<u64>, file_systems: bool)
         let backing = std::fs::read_to_string(directory.join("loop/backing_file"));
         if let Ok(meta) = backing.and_then(|path| std::fs::metadata(path.trim_end_matches('\n'))) {
             found.push(file_identity(&meta));
-            // The layers of a block device below a loop device count in any case.
+            // The layers of a block device below a loop device count even without `file_systems`.
             match classify(&meta) {
                 FileClass::BlockDevice => devices.push(meta.rdev()),
                 _ => devices.extend(file_systems.then(|| meta.dev())),
@@ -85,7 +84,7 @@ mod tests {
             Self(root)
         }
 
-        /// Adds a device in the directory `place` below `devices`, made of the devices `slaves`.
+        /// Adds a device in the directory `place` below `devices`, built from the devices `slaves`.
         fn device(&self, place: &str, number: u64, slaves: &[&str]) -> u64 {
             let directory = self.0.path().join("devices").join(place);
             std::fs::create_dir_all(directory.join("slaves")).unwrap();
@@ -150,7 +149,7 @@ mod tests {
         let disk = sys.device("pci/sda", number(8, 0), &[]);
         let first = sys.device("virtual/dm-0", number(253, 0), &["pci/sda"]);
         let second = sys.device("virtual/dm-1", number(253, 1), &["pci/sda"]);
-        // A volume over two disks, and an encrypted volume over that.
+        // A volume across two disks, and an encrypted volume on top of it.
         let more = sys.device("pci/sdb", number(8, 16), &[]);
         let wide = sys.device("virtual/dm-2", number(253, 2), &["pci/sda", "pci/sdb"]);
         let crypt = sys.device("virtual/dm-3", number(253, 3), &["virtual/dm-2"]);
@@ -167,7 +166,7 @@ mod tests {
         std::fs::write(&file, b"disk").unwrap();
         let meta = std::fs::metadata(&file).unwrap();
         let disk = sys.device("pci/sda", number(8, 0), &[]);
-        // A mapped device that holds the file system of the temporary directory.
+        // A mapped device that contains the file system of the temporary directory.
         let mapped = sys.device("virtual/dm-0", meta.dev(), &["pci/sda"]);
         let over = sys.loop_over("virtual/loop0", number(7, 0), &file);
         let part = sys.partition("virtual/loop0/loop0p1", number(259, 0));
@@ -183,7 +182,8 @@ mod tests {
                 block_device_identity(disk)
             ]
         );
-        // For a target the file system does not count: writing leaves its other files alone.
+        // For a target, the file system does not count: writing to the target leaves its other files
+        // unchanged.
         assert_eq!(
             layers(false)[1..],
             [block_device_identity(part), block_device_identity(over), file_identity(&meta)]
