@@ -1,15 +1,15 @@
-//! Comparison of allocation: finds the first place where only one of two images holds data.
+//! Compares allocation: finds the first place where only one of two images has data.
 
 use imgtool_core::{Disk, Extent, Result, ResultExt};
 
 use crate::compare::DevicePair;
 use crate::open::Opened;
 
-/// Finds the first place where one image holds data and the other does not. Returns the index of the pair
-/// and the guest offset. The devices of a pair must have equal sizes.
+/// Returns the index of the pair and the guest offset of the first place where only one image has data;
+/// `None` if there is no difference. The devices of a pair must have equal sizes.
 ///
 /// # Errors
-/// If an image can't be read, or only in one pass.
+/// If an image can't be read, or is a stream.
 pub fn first_difference(
     first: &Opened,
     second: &Opened,

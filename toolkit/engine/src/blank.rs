@@ -7,7 +7,7 @@ use imgtool_core::{
     Access, Device, DeviceId, Extent, ExtentKind, ImageInfo, ImageSource, RandomAccess, Result,
 };
 
-/// An image of one disk without data.
+/// An image of one disk that holds only zeros.
 pub struct Blank(ImageInfo);
 
 impl Blank {

@@ -1,6 +1,6 @@
-//! Checksums: a digest of each device's content, equal for equal content in any format.
+//! Checksums: a digest of each device's content that is the same in every format.
 //!
-//! Many threads read the content. One at a time digests it, in guest order, as the pipeline settles pieces.
+//! Many threads read the content. One at a time digests it, in guest order.
 
 use std::sync::Mutex;
 
@@ -19,7 +19,7 @@ use crate::pipeline::{self, Job, Route, Target};
 /// Length in bytes of a piece. Our choice: one thread digests a piece while others read.
 const PIECE_LEN: u64 = 1 << 20;
 
-/// Maximum length of a piece of zeros, bytes. Our limit: bounds how long cancelling has to wait for one.
+/// Maximum length in bytes of a piece of zeros. Our limit: cancelling waits until one piece is digested.
 const MAX_ZERO_LEN: u64 = 256 << 20;
 
 /// A digest algorithm.
@@ -27,7 +27,7 @@ const MAX_ZERO_LEN: u64 = 256 << 20;
 pub enum Algorithm {
     /// SHA-256.
     Sha256,
-    /// BLAKE3 with 256 bits.
+    /// BLAKE3, 256 bits.
     Blake3,
 }
 
@@ -52,11 +52,11 @@ pub struct DeviceChecksum {
     pub digest: String,
 }
 
-/// Digests the selected devices of an image, or all.
+/// Digests the selected devices of an image. If a regular file is a stream with its content out of guest
+/// order, digests a temporary copy of it.
 ///
 /// # Errors
-/// [`ErrorKind::OutOfOrder`] for a stream whose content does not come in guest order; any error from reading
-/// the image.
+/// [`ErrorKind::OutOfOrder`] if any other stream is not in guest order; any error from reading the image.
 pub fn checksum(
     registry: &Registry,
     location: &Location,
@@ -68,7 +68,7 @@ pub fn checksum(
     let is_file =
         location.path().and_then(|path| std::fs::metadata(path).ok()).is_some_and(|meta| meta.is_file());
     match digest(&opened, request, monitor, cancel) {
-        // An archive may hold its clusters in any order. A temporary copy can be read in guest order.
+        // An archive may store its clusters in any order. A temporary copy can be read in guest order.
         Err(e) if e.kind() == ErrorKind::OutOfOrder && is_file => {
             drop(opened);
             let opened = open::open_random(registry, location, request.format, request.options, cancel)?;
@@ -79,10 +79,10 @@ pub fn checksum(
     }
 }
 
-/// Settings of [`checksum`], with the devices to digest.
+/// Settings of [`checksum`].
 #[derive(Debug, Clone, Copy)]
 pub struct ChecksumRequest<'a> {
-    /// Algorithm.
+    /// Digest algorithm.
     pub algorithm: Algorithm,
     /// Format of the image, if the user states it.
     pub format: Option<&'a str>,
@@ -161,7 +161,7 @@ impl Hasher {
     }
 }
 
-/// Digest of a device so far.
+/// Unfinished digest of a device.
 struct DeviceDigest {
     name: String,
     size: u64,
@@ -212,7 +212,7 @@ impl Consumer for Digester {
     fn settle(&self, prepared: &Prepared) -> Result<()> {
         let mut device = lock(&self.0[prepared.device.index()]);
         if prepared.start != device.position {
-            return Err(Error::out_of_order("the content does not come in order, and a digest needs it so")
+            return Err(Error::out_of_order("the stream is not in guest order, which a digest requires")
                 .device(&*device.name)
                 .hint("save the stream to a file first"));
         }

@@ -1,7 +1,7 @@
 //! Comparison of the guest content of two images.
 //!
-//! The pipeline copies one image into a consumer that reads the same part of the other and looks for a
-//! difference. Ranges that are known to be zero in both images are not read.
+//! The pipeline copies one image into a consumer that compares each piece with the same part of the other.
+//! Ranges that are known to be zero in both images are not read.
 
 use std::ops::Range;
 use std::sync::Mutex;
@@ -17,10 +17,10 @@ use crate::monitor::{Counter, LaneInfo, Monitor, Phase};
 use crate::open::Opened;
 use crate::pipeline::{self, Job, Route, Target};
 
-/// Length in bytes of a piece. Our choice: the parts of both images fit into the cache of one core.
+/// Length in bytes of a piece. Our choice: the pieces of both images fit into the cache of one core.
 const PIECE_LEN: u64 = 256 * 1024;
 
-/// Maximum length of a piece of zeros, bytes. Our limit: short enough to share among threads, and to cancel
+/// Maximum length in bytes of a piece of zeros. Our limit: short enough to share among threads, and to cancel
 /// quickly.
 const MAX_ZERO_LEN: u64 = 1 << 30;
 
@@ -44,13 +44,13 @@ impl DevicePair {
 /// Result of pairing the devices of two images.
 #[derive(Debug, Clone)]
 pub enum Pairing {
-    /// Every device has a partner.
+    /// Every selected device has a partner.
     Pairs(Vec<DevicePair>),
-    /// The device is only in the image at this location.
+    /// This device is only in the image at this location.
     Missing(Device, Location),
 }
 
-/// Pairs the devices of two images by name; two images of one device each are paired regardless of names. If
+/// Pairs the devices of two images by name, or regardless of names if there is one device on each side. If
 /// `names` is not empty, pairs only these devices of the first image.
 ///
 /// # Errors
@@ -77,11 +77,11 @@ pub fn pair_devices(first: &Opened, second: &Opened, names: &[String]) -> Result
     }
 }
 
-/// Finds the first difference of content. Returns the index of the pair and the guest offset. One of the
+/// Returns the index of the pair and the guest offset of the first difference in content, if any. One of the
 /// images may be a stream. If the devices of a pair differ in size, the tail of the longer one must be zero.
 ///
 /// # Errors
-/// If an image can't be read.
+/// If an image can't be read, or both are streams.
 pub fn first_difference(
     first: &Opened,
     second: &Opened,
@@ -140,10 +140,10 @@ struct Comparer<'a> {
     location: &'a Location,
     pairs: &'a [DevicePair],
     pool: BufferPool,
-    /// First difference: index of the pair and guest offset. When a piece with a difference ends the copy,
-    /// workers already hold all earlier pieces and compare them to their end, so the minimum is correct.
+    /// First difference: index of the pair and guest offset. A piece with a difference ends the copy, but
+    /// workers finish all earlier pieces, so an earlier difference replaces this one.
     difference: Mutex<Option<(usize, u64)>>,
-    /// Ends the copy at the first difference.
+    /// Ends the copy after a difference.
     cancel: CancelToken,
 }
 
@@ -157,12 +157,11 @@ impl<'a> Comparer<'a> {
         Ok(Self { disks, location: &other.location, pairs, pool, difference, cancel })
     }
 
-    /// Returns the first difference so far.
     fn difference(&self) -> Option<(usize, u64)> {
         *lock(&self.difference)
     }
 
-    /// Finds the first nonzero byte in the tails of second devices that are longer than their first.
+    /// Finds the first nonzero byte in a second device beyond the end of the first device of its pair.
     fn tails(&self, cancel: &CancelToken) -> Result<Option<(usize, u64)>> {
         for (index, pair) in self.pairs.iter().enumerate() {
             let mut position = pair.first.size;
@@ -178,7 +177,7 @@ impl<'a> Comparer<'a> {
         Ok(None)
     }
 
-    /// Returns the guest offset up to which the bytes from `position` on are known to be zero.
+    /// Returns the guest offset at which the known zeros from `position` on end.
     fn skip_zeros(&self, pair: usize, position: u64) -> Result<u64> {
         let disk = &self.disks[pair];
         if position >= disk.size() {
@@ -210,7 +209,7 @@ impl<'a> Comparer<'a> {
         while position < common {
             let extents = self.disks[pair].extents(position..common).in_file(self.location)?;
             for extent in extents {
-                // Within the piece, which is in memory, so it fits a usize.
+                // The extent is within a piece in memory, so it fits a usize.
                 let ours =
                     &data[(extent.start - piece.start) as usize..(extent.end() - piece.start) as usize];
                 let different = if extent.is_data() {

@@ -1,4 +1,4 @@
-//! Creation of empty images, and measurement of the size that an image will have.
+//! Creates empty images, and measures the size that an image will have.
 
 use std::path::PathBuf;
 
@@ -20,7 +20,7 @@ use crate::sources::{OpenSource, SelectedDisk};
 pub struct CreateRequest {
     /// Path of the new file.
     pub path: PathBuf,
-    /// Format, options and backing image.
+    /// Format, with its options and backing image.
     pub format: TargetFormat,
     /// Virtual size in bytes.
     pub size: u64,
@@ -28,15 +28,15 @@ pub struct CreateRequest {
     pub overwrite: bool,
 }
 
-/// Returns the virtual size in bytes of the backing image that `format` names for a new image at
-/// `location`; `None` if it names none.
+/// Returns the virtual size in bytes of the backing image that `format` names for a new image at `location`;
+/// `None` if there is none.
 ///
 /// # Errors
-/// If the backing image can't be opened, or does not hold exactly one disk.
+/// If the backing image can't be opened, or does not contain exactly one disk.
 pub fn backing_size(registry: &Registry, location: &Location, format: &TargetFormat) -> Result<Option<u64>> {
     let Some(backing) = format.writer.backing() else { return Ok(None) };
     let base = sinks::backing_path(location, &backing.name)?;
-    // Facts suffice, so its own backing images are not opened.
+    // Facts suffice, so the driver opens no further backing images.
     let options = OpenOptions { info_only: true, ..OpenOptions::default() };
     let input = imgtool_storage::open::open(&base, imgtool_storage::Opening::Plain)?;
     let opened = open::open_image(registry, input, Some(&backing.format), &options)?;
@@ -48,10 +48,10 @@ pub fn backing_size(registry: &Registry, location: &Location, format: &TargetFor
     }
 }
 
-/// Creates an image without data. On top of a backing image, it shows the content of that image.
+/// Creates an image without data. With a backing image, the guest sees the content of that image.
 ///
 /// # Errors
-/// If the image can't be created. Nothing is left of it then.
+/// If the image can't be created. No file is left then.
 pub fn create(
     registry: &Registry,
     request: CreateRequest,
@@ -79,9 +79,9 @@ pub fn create(
     };
     let options = RunOptions {
         threads: 1,
-        // An empty image takes too little space for a space check.
+        // An empty image is too small to need a space check.
         force: true,
-        // Zeros would hide what the backing image holds.
+        // Zeros would hide the content of the backing image.
         without_content: has_backing,
         cancel: cancel.clone(),
         ..RunOptions::default()
@@ -89,7 +89,7 @@ pub fn create(
     plan.run(&options, monitor)
 }
 
-/// Returns the number of bytes that an image of this format will need for the content of `source`.
+/// Returns the size that an image of this format will have with the content of `source`.
 ///
 /// # Errors
 /// If the source can't be read; [`imgtool_core::ErrorKind::Unsupported`] if the format can't be measured.

@@ -1,9 +1,9 @@
 //! A digest of guest content that does not depend on how the content is cut into pieces.
 //!
-//! Each 4 KiB page of a device that is not all zero is hashed together with its index, and the digest of the
-//! device is the sum of these hashes. So zeros cost nothing, pieces may come in any order and from many
-//! threads, and the same content has the same digest in every format. The digest detects faults of memory,
-//! disk and program, but no forgery: for that, see `checksum`.
+//! The digest of a device is the sum of the hashes of its nonzero 4 KiB pages, each hashed together with its
+//! index. So zeros cost nothing, many threads may add pieces in any order, and the same content has the same
+//! digest in every format. The digest detects faults in memory, on disk and in the program, but not forgery:
+//! for that, see `checksum`.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -18,14 +18,14 @@ use twox_hash::XxHash3_128;
 
 use crate::pipeline::{self, Job, Route, Tap, Target};
 
-/// Digests of devices, by lane. Shared by the workers of a pipeline.
+/// Digests of devices, by lane. The workers of a pipeline share them.
 #[derive(Debug, Default)]
 pub struct ContentDigest {
     sums: Mutex<BTreeMap<Lane, u128>>,
 }
 
 impl ContentDigest {
-    /// Creates the digests of devices without content.
+    /// Creates the digests of empty devices.
     pub fn new() -> Self {
         Self::default()
     }
@@ -53,8 +53,7 @@ impl ContentDigest {
     }
 }
 
-/// Hashes a page. A short last page has the hash of the whole page that it becomes in a format that rounds
-/// sizes up.
+/// Hashes a page with its index. A short last page is padded with zeros, as in a format that rounds sizes up.
 fn hash_page(number: u64, page: &[u8]) -> u128 {
     if page.len() == ZERO_GRANULARITY {
         return XxHash3_128::oneshot_with_seed(number, page);
@@ -74,8 +73,7 @@ impl Tap for ContentDigest {
     }
 }
 
-/// Reads and digests all content of `source`. Its devices get the lanes from `first_lane` on, in the image's
-/// order.
+/// Reads and digests all content of `source`. Its devices get consecutive lanes from `first_lane` on.
 ///
 /// # Errors
 /// If the source can't be read; [`imgtool_core::ErrorKind::Cancelled`].
@@ -91,8 +89,8 @@ pub fn digest_source(
     Ok(digest)
 }
 
-/// Reads all content of `source` and shows it to `taps`. Its devices get the lanes from `first_lane` on, in
-/// the image's order.
+/// Reads all content of `source` and passes it to `taps`. Its devices get consecutive lanes from `first_lane`
+/// on.
 ///
 /// # Errors
 /// If the source can't be read; [`imgtool_core::ErrorKind::Cancelled`].
@@ -117,7 +115,7 @@ pub fn read_all(
     pipeline::copy(source, &Job { targets, routes, taps: taps.to_vec(), threads, progress, cancel }).map(drop)
 }
 
-/// A consumer that discards all pieces, for reading an image to its end.
+/// Consumer that discards all pieces, for reading an image to its end.
 struct Discard;
 
 impl Consumer for Discard {

@@ -1,5 +1,4 @@
-//! [`ExternalPolicy`] and [`PolicyOpener`]: a file that an image names is opened only if the user allowed
-//! it.
+//! [`ExternalPolicy`] and [`PolicyOpener`]: an image can open another file only if the user allowed it.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,33 +16,34 @@ use imgtool_storage::open::{OpenInput, Opening};
 /// Maximum depth of a chain of images. Our limit: chains in use stay below 100. QEMU has no limit.
 pub const MAX_CHAIN_DEPTH: usize = 256;
 
-/// Our limit: containers inside containers. One (a tar of disks) is the use; an archive may contain itself.
+/// Maximum depth of containers in containers. Our limit: a tar of disks needs one level, but a hostile
+/// archive may contain itself.
 const MAX_NESTING: usize = 4;
 
 /// Files that the user allows images to open. The default allows none.
 #[derive(Debug, Clone, Default)]
 pub struct ExternalPolicy {
-    /// True to allow regular files in the directory of the image that the user named, and below.
+    /// True to allow regular files in or below the directory of the image that the user named.
     pub chain: bool,
     /// Further files to allow, in any directory.
     pub paths: Vec<PathBuf>,
 }
 
-/// A file that the caller supplies for a name in an image. The policy does not apply to it.
+/// File that the caller supplies for a name in an image. The policy does not apply to it.
 #[derive(Debug, Clone)]
 pub enum SuppliedFile {
-    /// An output that does not have its final name yet.
+    /// An output, which may not have its final name yet.
     Output(Output),
     /// The file at this path.
     Path(PathBuf),
 }
 
-/// A file that was opened because an image named it.
+/// File that was opened because an image names it.
 #[derive(Debug, Clone)]
 pub struct OpenedFile {
     /// Location.
     pub location: Location,
-    /// Identity, if it is a file or block device.
+    /// Identity, if it is a regular file or block device.
     pub identity: Option<Identity>,
 }
 
@@ -65,15 +65,16 @@ fn open_plain(path: &Path) -> Result<OpenInput> {
 pub struct PolicyOpener {
     registry: Registry,
     policy: ExternalPolicy,
-    /// Canonical path of the first image of the chain, which the user named.
+    /// Canonical path of the image that the user named; `None` in the opener of that image.
     root: Option<PathBuf>,
-    /// Canonical paths of the images above in the chain. A name that leads to one of them is a loop.
+    /// Canonical paths of the images above this one in the chain. A name that resolves to one of them closes
+    /// a loop.
     above: Vec<PathBuf>,
     /// Number of containers around this image.
     nesting: usize,
-    /// All files that this opener and those derived from it have opened.
+    /// All files that this opener and its clones have opened.
     opened: Arc<Mutex<Vec<OpenedFile>>>,
-    /// Supplied files by name. They apply to the first image only, not to those below it.
+    /// Supplied files by name. They apply only to the first image of the chain.
     supplied: BTreeMap<String, SuppliedFile>,
 }
 
@@ -91,8 +92,7 @@ impl PolicyOpener {
         }
     }
 
-    /// Returns an opener with the same policy that opens `supplied` files for the names in an image: files
-    /// that the caller has just created or opened.
+    /// Returns an opener with the same policy that opens `supplied` files for the names in an image.
     #[must_use]
     pub fn supplying(&self, supplied: BTreeMap<String, SuppliedFile>) -> Self {
         Self { supplied, ..self.clone() }
@@ -103,7 +103,7 @@ impl PolicyOpener {
         Externals::new(Arc::new(self.clone()))
     }
 
-    /// Returns all files that were opened so far. No output may be one of them.
+    /// Returns all files opened so far. No output may overwrite one of them.
     pub fn opened(&self) -> Vec<OpenedFile> {
         lock(&self.opened).clone()
     }
@@ -114,7 +114,7 @@ impl PolicyOpener {
         Ok(open.input)
     }
 
-    /// Returns the canonical path of an allowed name, and the opener for the names in that file.
+    /// Returns the canonical path of `name`, if allowed, and the opener for the names in that file.
     fn admit(&self, role: &str, name: &str, from: &Location) -> Result<(PathBuf, Self)> {
         if !self.policy.chain && self.policy.paths.is_empty() {
             return Err(refusal(role, name, from));
@@ -219,16 +219,16 @@ fn canonical(path: &Path, role: &str) -> Result<PathBuf> {
         .map_err(|e| Error::io(format!("find the directory of its {role}"), e).path(path))
 }
 
-/// Returns the error for a loop in the chain: `name` in the image at `from` leads to that image itself or to
-/// one above it.
+/// Returns the error for a loop in the chain: `name` in the image at `from` leads to that image or to an
+/// image above it.
 pub fn chain_loop(role: &str, name: &str, from: &Location) -> Error {
     Error::malformed(format!("{role} '{}' leads back to an image of the same chain", escape_control(name)))
         .path(from)
         .hint("the chain has no end: one of its images must name another file")
 }
 
-/// Opens an external file or a container's member with the driver called `format`, or with the one that
-/// recognises its content. Does not compare the content with the file's extension.
+/// Opens an external file or a container's member with the driver called `format`, if stated, otherwise with
+/// the driver that recognises it. Does not compare the content with the file extension.
 fn open_bare(
     registry: &Registry,
     input: Input,

@@ -1,6 +1,5 @@
-//! Formats of other programs that no driver supports yet. They are recognised and refused by name, so that
-//! none is taken for raw: reading one as raw would turn its tables into disk content, and writing one would
-//! give a raw image a wrong extension.
+//! Formats of other programs that no driver supports yet. They are recognised and refused by name: read as
+//! raw, their tables would become disk content, and a raw output would get a wrong extension.
 
 use std::sync::Arc;
 
@@ -8,9 +7,9 @@ use imgtool_core::{Driver, Error, Location, Registry, Remedy, Result};
 
 /// A format of another program.
 struct Foreign {
-    /// Name for a person.
+    /// Name in messages.
     name: &'static str,
-    /// Names that a user may state, those of qemu-img among them.
+    /// Names that a user may state, including those of qemu-img.
     called: &'static [&'static str],
     /// File name extensions that no other format uses.
     extensions: &'static [&'static str],
@@ -57,7 +56,7 @@ pub(crate) fn by_content(head: &[u8]) -> Option<&'static str> {
 /// Returns the driver called `name`. Like [`Registry::get`], with a better error for foreign formats.
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Usage`] if there is no such driver.
+/// [`imgtool_core::ErrorKind::Usage`] if no driver has this name.
 pub fn driver(registry: &Registry, name: &str) -> Result<Arc<dyn Driver>> {
     let lower = name.to_ascii_lowercase();
     let foreign = FOREIGN.iter().find(|format| format.called.contains(&lower.as_str()));
@@ -68,10 +67,10 @@ pub fn driver(registry: &Registry, name: &str) -> Result<Arc<dyn Driver>> {
     }
 }
 
-/// Refuses an output without a stated format whose name has the extension of a foreign format.
+/// Refuses an output name with the extension of a foreign format, unless the user states a format.
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Usage`] for such a name.
+/// [`imgtool_core::ErrorKind::Usage`] for the extension of a foreign format.
 pub fn check_name(registry: &Registry, output: &Location) -> Result<()> {
     let name = output.file_name().unwrap_or_default().to_ascii_lowercase();
     let promised = name.rsplit_once('.').and_then(|(stem, extension)| {

@@ -1,4 +1,4 @@
-//! Choice of the format and compression of an output, from the user's statements and the file's name.
+//! Chooses the format and compression of an output from the user's settings and the file name.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use crate::{foreign, open};
 /// Options of an output as the user stated them, not yet parsed by a driver.
 #[derive(Debug, Clone, Default)]
 pub struct FormatOptions {
-    /// Keys and values of the format's own options. If a key occurs twice, the last one counts.
+    /// Keys and values of the format's own options. If a key occurs twice, the last value counts.
     pub pairs: Vec<(String, String)>,
     /// Compression inside the format, if requested.
     pub compress: Option<Compress>,
@@ -22,7 +22,7 @@ pub struct FormatOptions {
 }
 
 impl FormatOptions {
-    /// Returns the options that apply to every format, for an output of another format.
+    /// Returns the options that apply to every format, for an output in another format.
     fn common(&self) -> Self {
         Self {
             source_date_epoch: self.source_date_epoch,
@@ -31,7 +31,7 @@ impl FormatOptions {
         }
     }
 
-    /// True if some options apply to one format only.
+    /// True if any option applies to one format only.
     fn is_specific(&self) -> bool {
         !self.pairs.is_empty() || self.compress.is_some()
     }
@@ -71,7 +71,7 @@ pub struct TargetFormat {
 }
 
 impl TargetFormat {
-    /// Creates a format with these options, without outer compression.
+    /// Creates a target format with these options, without outer compression.
     ///
     /// # Errors
     /// [`imgtool_core::ErrorKind::Usage`] for options that the driver refuses.
@@ -80,12 +80,12 @@ impl TargetFormat {
         Ok(Self { driver, writer, outer: None, options })
     }
 
-    /// Chooses the format of the output `dest`: the format `name` that the user stated, else by the name of
-    /// the file, else raw. `compress` compresses inside the format, or the whole output if the format has no
+    /// Chooses the format of the output `dest`: `name` if stated, otherwise the format of the file extension,
+    /// otherwise raw. `compress` compresses inside the format, or the whole output if the format has no
     /// compression.
     ///
     /// # Errors
-    /// [`imgtool_core::ErrorKind::Usage`] for statements that contradict each other.
+    /// [`imgtool_core::ErrorKind::Usage`] for unknown names and contradictory settings.
     pub fn choose(
         registry: &Registry,
         name: Option<&str>,
@@ -109,11 +109,11 @@ impl TargetFormat {
         Ok(Self { outer, ..Self::new(driver, options)? })
     }
 
-    /// Returns the format of a disk with a target of its own: with the same options if the driver is the
-    /// same, and with outer compression if the extension of `location` names one.
+    /// Returns the format of a disk with a separate target: with the same options if the driver is the same,
+    /// and with outer compression if the extension of `location` names one.
     ///
     /// # Errors
-    /// [`imgtool_core::ErrorKind::Usage`] if the format can't have the compression of that extension.
+    /// [`imgtool_core::ErrorKind::Usage`] if the format can't have that compression.
     pub(crate) fn for_location(&self, driver: Arc<dyn Driver>, location: &Location) -> Result<Self> {
         let outer = outer::by_name(location).map(|compression| OuterCompression { compression, level: None });
         check_outer(&*driver, outer)?;
@@ -123,23 +123,23 @@ impl TargetFormat {
         Ok(Self { outer, ..Self::new(driver, self.options.common())? })
     }
 
-    /// True if the user stated options that belong to this format alone.
+    /// True if the user stated options that apply to this format only.
     pub(crate) fn has_own_options(&self) -> bool {
         self.options.is_specific()
     }
 
-    /// True if the size of the output can be computed from its content: nothing is compressed, and no
-    /// backing image holds a part of it.
+    /// True if the size of the output follows from its content: it has neither compression nor a backing
+    /// image.
     pub(crate) fn is_measurable(&self) -> bool {
         self.outer.is_none() && self.options.compress.is_none() && self.writer.backing().is_none()
     }
 
-    /// True if an image can hold several devices.
+    /// True if an image can contain several devices.
     pub fn is_archive(&self) -> bool {
         self.driver.capabilities().is_archive()
     }
 
-    /// Returns the extension of its files, including that of the outer compression.
+    /// Returns the file extension, including that of the outer compression.
     pub fn extension(&self) -> String {
         let own = self.driver.extensions().first().copied().unwrap_or_default();
         match self.outer {
@@ -149,8 +149,8 @@ impl TargetFormat {
     }
 }
 
-/// Returns the driver called `word`, else the one for the extension of the file, else the one for raw disks,
-/// as qemu-img does.
+/// Returns the driver called `word`, if stated, otherwise the driver for the file extension, otherwise the
+/// raw driver, like qemu-img.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::Usage`] for an unknown format, and for the extension of a foreign format.
@@ -172,18 +172,17 @@ pub fn by_word_or_name(
     }
 }
 
-/// True if a location is an existing directory, or its path ends in a separator.
+/// True if the location is an existing directory, or its path ends in a separator.
 pub fn is_directory(location: &Location) -> bool {
     location.path().is_some_and(|path| path.is_dir() || ends_in_separator(path))
 }
 
-/// True if a path ends in a separator, so that it can only be a directory.
+/// True if the path ends in a separator, and so can only be a directory.
 fn ends_in_separator(path: &Path) -> bool {
     path.as_os_str().as_encoded_bytes().last().is_some_and(|last| std::path::is_separator(char::from(*last)))
 }
 
-/// Returns the outer compression that `compress` requests. `named` is the compression of the file's
-/// extension.
+/// Returns the outer compression that `compress` requests. `named` is the compression of the file extension.
 fn whole_output(
     driver: &dyn Driver,
     named: Option<OuterCompression>,
@@ -219,7 +218,7 @@ fn check_outer(driver: &dyn Driver, outer: Option<OuterCompression>) -> Result<(
         return Err(Error::usage(format!("{name} is read, but not written"))
             .hint("let the name of the output end in .zst (or .gz)"));
     }
-    // Checks the level.
+    // Fails if the level is out of range.
     Framing::new(outer.compression, outer.level)?;
     if !driver.capabilities().stream_write {
         return Err(Error::usage(format!("{} can't be compressed as a whole", driver.name()))

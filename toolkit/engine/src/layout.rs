@@ -1,5 +1,5 @@
-//! Layout of a conversion: decides the name, format and destination of every output, before the first byte
-//! is written.
+//! Layout of a conversion: decides the name, format and destination of every output before the first byte is
+//! written.
 
 use std::path::{Path, PathBuf};
 
@@ -22,7 +22,8 @@ use crate::sources::{OpenSource, SelectedDisk};
 pub enum Destination {
     /// A new file.
     New(PathBuf),
-    /// An existing file or block device, which is written in place and keeps its length.
+    /// An existing file or block device: written in place, keeping its length, or replaced
+    /// ([`is_written_in_place`]).
     Existing {
         /// Path.
         path: PathBuf,
@@ -36,7 +37,7 @@ pub enum Destination {
 }
 
 impl Destination {
-    /// Returns the location, for messages and for names relative to it.
+    /// Returns the location, for messages and for resolving relative names.
     pub fn location(&self) -> Location {
         match self {
             Self::New(path) | Self::Existing { path, .. } => path.into(),
@@ -62,7 +63,7 @@ impl Destination {
         }
     }
 
-    /// True for standard output.
+    /// True if this is standard output.
     pub fn is_stdout(&self) -> bool {
         matches!(self, Self::Stream(Location::Stdout))
     }
@@ -79,13 +80,12 @@ pub struct PlannedOutput {
     pub disks: Vec<Slot>,
     /// Configurations in the image.
     pub attachments: Vec<Attachment>,
-    /// Virtual size of the only disk in bytes, if it is larger than that of the source. Zeros fill the rest.
+    /// Virtual size in bytes of the only disk, if larger than in the source. Zeros fill the rest.
     pub size: Option<u64>,
 }
 
 impl PlannedOutput {
-    /// Resolves a file name stored in the image, relative to the image's directory, as a reader of the image
-    /// does.
+    /// Resolves a file name stored in the image, relative to its directory, like a reader of the image.
     pub(crate) fn beside(&self, name: &str) -> Option<PathBuf> {
         let path = self.destination.path()?;
         Some(path.parent().unwrap_or(Path::new("")).join(name))
@@ -110,7 +110,7 @@ impl PlannedOutput {
     }
 }
 
-/// A configuration that becomes a file of its own.
+/// A configuration to write as a separate file.
 #[derive(Debug)]
 pub struct PlannedFile {
     /// Path of the file.
@@ -124,18 +124,18 @@ pub struct PlannedFile {
 pub struct Layout {
     /// Directory that receives the outputs; created if missing.
     pub directory: Option<PathBuf>,
-    /// Images to make. One that holds several disks comes first.
+    /// Images to make. Those of disks with a separate target come last.
     pub outputs: Vec<PlannedOutput>,
-    /// Configurations that become files.
+    /// Configurations to write as separate files.
     pub files: Vec<PlannedFile>,
     /// Notes for the user.
     pub notes: Vec<Note>,
-    /// True to replace files that exist.
+    /// True to replace existing files.
     pub overwrite: bool,
 }
 
 impl Layout {
-    /// The outputs as [`imgtool_storage::Outputs::check`] examines them.
+    /// Returns all outputs in the form that [`imgtool_storage::Outputs::check`] expects.
     pub(crate) fn requests(&self, selected: &[SelectedDisk]) -> Vec<OutputRequest> {
         let new = |path: &Path, overwrite: bool| OutputRequest::New {
             path: path.to_owned(),
@@ -172,12 +172,12 @@ impl Layout {
     }
 }
 
-/// A disk with a target of its own.
+/// A disk with a separate target.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskTarget {
     /// Name of the disk.
     pub name: String,
-    /// Target.
+    /// Location of the target.
     pub location: Location,
     /// Format of the target, if the user stated it.
     pub format: Option<String>,
@@ -188,7 +188,7 @@ pub struct DiskTarget {
 /// Request for a layout.
 #[derive(Debug)]
 pub struct LayoutRequest<'a> {
-    /// Drivers.
+    /// Registry of drivers.
     pub registry: &'a Registry,
     /// Open sources.
     pub sources: &'a [OpenSource],
@@ -196,13 +196,14 @@ pub struct LayoutRequest<'a> {
     pub selected: &'a [SelectedDisk],
     /// Format of `dest`.
     pub format: &'a TargetFormat,
-    /// File or directory for all disks without a target of their own.
+    /// File or directory for all disks without a separate target.
     pub dest: Option<&'a Location>,
-    /// Disks with a target of their own.
+    /// Disks with a separate target.
     pub disk_targets: &'a [DiskTarget],
     /// Configurations to convert.
     pub attachments: Vec<Attachment>,
-    /// `Some` to write into the existing file or device; `Some(true)` if it is known to read as zeros.
+    /// `Some` to write into the existing file or device at `dest`; `Some(true)` if it is known to read as
+    /// zeros.
     pub in_place: Option<bool>,
     /// True to replace existing files.
     pub overwrite: bool,
@@ -223,7 +224,7 @@ impl LayoutRequest<'_> {
             Some(dest) => self.lay_out_dest(dest, rest, &mut layout)?,
             None if rest.is_empty() => {}
             None => {
-                return Err(Error::usage(format!("no place is given for {}", self.names(&rest)))
+                return Err(Error::usage(format!("missing target for {}", self.names(&rest)))
                     .remedied_by(Remedy::NameDestination));
             }
         }
@@ -234,7 +235,7 @@ impl LayoutRequest<'_> {
         Ok(layout)
     }
 
-    /// Plans the outputs of disks with a target of their own.
+    /// Plans the outputs of disks with a separate target.
     fn outputs_apart(&self) -> Result<Vec<PlannedOutput>> {
         let mut outputs: Vec<PlannedOutput> = Vec::new();
         for target in self.disk_targets {
@@ -247,7 +248,7 @@ impl LayoutRequest<'_> {
         let is_used = |output: &PlannedOutput| output.format.driver.name() == self.format.driver.name();
         if self.dest.is_none() && !outputs.iter().any(is_used) && self.format.has_own_options() {
             return Err(Error::usage(format!(
-                "options for {} are stated, and no target is of that format",
+                "options for {} are given, but no target has that format",
                 self.format.driver.name()
             ))
             .remedied_by(Remedy::NameDiskFormat));
@@ -260,7 +261,7 @@ impl LayoutRequest<'_> {
         let driver = format::by_word_or_name(self.registry, target.format.as_deref(), Some(location))?;
         let existing = location.path().filter(|path| path.exists() && is_written_in_place(&*driver, path));
         if target.zeroed && existing.is_none() {
-            return Err(Error::usage("only a block device or raw file that exists can be known to be zero")
+            return Err(Error::usage("only an existing block device or raw file can be marked as zeroed")
                 .path(location));
         }
         let format = self.format.for_location(driver, location)?;
@@ -276,7 +277,7 @@ impl LayoutRequest<'_> {
         Ok(self.output(destination, format, vec![slot]))
     }
 
-    /// Returns the only disk of this name.
+    /// Returns the slot of the only disk called `name`.
     fn find(&self, name: &str) -> Result<Slot> {
         let mut found = (0..)
             .map(Slot)
@@ -317,7 +318,9 @@ impl LayoutRequest<'_> {
                 && self.in_place.is_some()
                 && !is_written_in_place(&*self.format.driver, path)
             {
-                let text = format!("{dest} was made anew: its old options, size and snapshots are gone");
+                let text = format!(
+                    "{dest} was replaced by a new image: its old options, size and snapshots are gone"
+                );
                 layout.notes.push(Note::Text(text));
             }
             layout.outputs.push(self.output(self.destination(dest)?, self.format.clone(), rest));
@@ -348,7 +351,7 @@ impl LayoutRequest<'_> {
         Ok(())
     }
 
-    /// Plans a directory of images: each disk becomes a file of its own.
+    /// Plans a directory with a file for each disk and each configuration.
     fn lay_out_directory(&self, dest: &Path, rest: &[Slot], layout: &mut Layout) -> Result<()> {
         let mut unique = Unique::default();
         layout.directory = Some(dest.to_owned());
@@ -358,7 +361,7 @@ impl LayoutRequest<'_> {
                 DeviceKind::Disk => {
                     (names::safe(&disk.name, "disk"), self.format.clone(), self.format.extension())
                 }
-                // Guest state is no disk: its bytes are written verbatim, whatever the format of the disks.
+                // Guest state is not a disk, so its bytes are written verbatim in every format.
                 DeviceKind::VmState => {
                     let verbatim = TargetFormat::new(self.registry.verbatim()?, Default::default())?;
                     ("vmstate".to_owned(), verbatim, "bin".to_owned())
@@ -437,7 +440,7 @@ impl LayoutRequest<'_> {
         format!("{}.{}", names::safe(first.as_deref().unwrap_or("vm"), "vm"), self.format.extension())
     }
 
-    /// Adds a note on the configurations that are left out, because a single disk goes into one file.
+    /// Adds a note about the configurations that the file of a single disk leaves out.
     fn note_left_out(&self, layout: &mut Layout) {
         if !self.attachments.is_empty() {
             let names = self.attachments.iter().map(|attachment| attachment.name.clone()).collect();
@@ -452,7 +455,7 @@ fn unsupported_target(location: &Location) -> Error {
         .hint("write to a file first and upload it, or to a pipe")
 }
 
-/// Returns the location of a destination that is a stream: standard output, a FIFO.
+/// Returns the location of `dest` if it is a stream: standard output, a FIFO.
 fn stream_of(dest: &Location) -> Option<Location> {
     let Some(path) = dest.path() else { return (*dest == Location::Stdout).then(|| dest.clone()) };
     if path == Path::new("/dev/stdout") {

@@ -1,17 +1,17 @@
-//! The engine of imgtool: turns a request into a plan, runs the plan, and reports the result.
+//! The engine of imgtool: turns a request into a plan, runs the plan and reports the result.
 //!
 //! ```text
 //! Request ──open──▶ OpenConversion ──plan──▶ Plan ──run──▶ Report
 //! ```
 //!
-//! * [`Request`] holds everything that a user can state about a conversion.
+//! * [`Request`] is everything that a user can request of a conversion.
 //! * [`request::OpenConversion`] holds the open sources and the selected disks.
-//! * [`Plan`] holds every output with its format and destination, checked before the first byte is written.
-//! * [`Plan::run`] fills the outputs in one copy loop ([`pipeline`]) and gives them their names together.
+//! * [`Plan`] lists every output with its format and destination.
+//! * [`Plan::run`] checks and fills them in one copy loop ([`pipeline`]), and names them together.
 //! * [`Report`] lists the outputs, the lost ranges, and notes for the user.
 //!
 //! [`compare`], [`checksum`] and [`create`] use the same pipeline. The engine prints nothing and does not
-//! depend on the command line: a [`Monitor`] receives the progress, and errors carry typed remedies.
+//! depend on the command line: a [`Monitor`] receives the progress, and errors contain typed remedies.
 
 pub mod allocation;
 mod blank;

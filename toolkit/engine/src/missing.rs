@@ -7,10 +7,10 @@ use std::path::Path;
 use imgtool_core::error::escape_control;
 use imgtool_core::{Error, Location, suggest};
 
-/// Maximum number of directory entries that are compared. Our limit: an error must appear at once.
+/// Maximum number of directory entries to compare. Our limit: an error must appear at once.
 const MAX_ENTRIES: usize = 10_000;
 
-/// Adds a hint to an error of a `location` that does not exist: the name that the user probably meant.
+/// Adds a hint to the error for a `location` that does not exist.
 pub fn explain(error: Error, location: &Location) -> Error {
     let is_missing = error.io_error().is_some_and(|cause| cause.kind() == io::ErrorKind::NotFound);
     match location.path().and_then(hint).filter(|_| is_missing) {
@@ -27,14 +27,14 @@ fn hint(path: &Path) -> Option<String> {
     let parent = path.parent()?;
     let directory = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
     if !directory.is_dir() {
-        return Some(format!("there is no directory {}", escape_control(&parent.to_string_lossy())));
+        return Some(format!("directory {} does not exist", escape_control(&parent.to_string_lossy())));
     }
     let wanted = path.file_name().and_then(OsStr::to_str)?;
     let mut names: Vec<String> = std::fs::read_dir(directory)
         .ok()?
         .take(MAX_ENTRIES)
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        // Compares without extensions: a common extension does not make two names similar.
+        // Compare without extensions: a common extension does not make two names similar.
         .filter(|name| !name.starts_with('.') && suggest::nearest(stem(wanted), [stem(name)]).is_some())
         .collect();
     names.sort();

@@ -1,4 +1,4 @@
-//! [`Monitor`], through which a caller follows a run; and the counting and limiting of progress.
+//! [`Monitor`], which receives the events of a run, and [`Gauge`], which counts its progress.
 
 use std::fmt;
 use std::sync::Arc;
@@ -22,19 +22,19 @@ pub enum Phase {
     Checksum,
 }
 
-/// A line of the progress display.
+/// A lane: one line of the progress display.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LaneInfo {
     /// Name of the device; untrusted.
     pub name: String,
-    /// Total guest bytes; `None` if unknown until the stream ends.
+    /// Total number of guest bytes; `None` if unknown until the stream ends.
     pub total: Option<u64>,
 }
 
-/// Returns the number of bytes written to the outputs so far.
+/// Function that returns the number of bytes written to the outputs so far.
 pub type WrittenBytes = Box<dyn Fn() -> u64 + Send + Sync>;
 
-/// The progress of a phase, to be polled by a display.
+/// Progress of a phase, for a display to poll.
 pub struct Gauge {
     lanes: Vec<GaugeLane>,
     written: WrittenBytes,
@@ -59,48 +59,48 @@ impl Gauge {
         Self { lanes: lanes.into_iter().map(lane).collect(), written }
     }
 
-    /// The lanes, in order: a [`Lane`] is an index into them.
+    /// Returns the lanes, in order. A [`Lane`] is an index into them.
     pub fn lanes(&self) -> impl ExactSizeIterator<Item = &LaneInfo> {
         self.lanes.iter().map(|lane| &lane.info)
     }
 
-    /// Guest bytes of a lane so far, and how many of them were zero.
+    /// Returns the number of guest bytes of a lane so far, and the number of zeros among them.
     pub fn count(&self, lane: Lane) -> (u64, u64) {
         self.lanes
             .get(lane.index())
             .map_or((0, 0), |lane| (lane.done.load(Ordering::Relaxed), lane.zero.load(Ordering::Relaxed)))
     }
 
-    /// Bytes written to outputs so far.
+    /// Returns the number of bytes written to the outputs so far.
     pub fn written(&self) -> u64 {
         (self.written)()
     }
 }
 
-/// Receives what happens during a run. Every method has a default.
+/// Receives the events of a run. Every method has a default.
 pub trait Monitor: Sync {
-    /// Called once for each phase, when it begins: with verification, a run has two. A display can poll the
-    /// progress of the phase from `gauge` at any time.
+    /// Called when a phase begins. With verification, a run has two phases. A display can poll the progress
+    /// from `gauge` at any time.
     fn begin(&self, _phase: Phase, _gauge: &Arc<Gauge>) {}
 
-    /// Receives progress piece by piece, for a monitor that does not poll. Called by many threads at once;
-    /// must be quick. Does nothing by default.
+    /// Called for each piece, by many threads at once, so it must be fast. `len` more guest bytes were
+    /// copied; `zero` of them were zeros without data.
     fn advance(&self, _lane: Lane, _len: u64, _zero: u64) {}
 
-    /// Called when the current phase is complete; not called if it fails.
+    /// Called when the current phase is complete, but not if it fails.
     fn end(&self) {}
 
     /// Called before the first output is created. `cleaner` removes unfinished outputs, for a signal handler
     /// that has no time to unwind.
     fn outputs(&self, _cleaner: Cleaner) {}
 
-    /// Runs the step that gives the outputs their names, which a signal handler must not cut in half. The
-    /// default runs it; a run whose monitor does not is an error.
+    /// Runs `step`, which gives the outputs their names and which a signal handler must not interrupt. The
+    /// default calls it; the run fails if a monitor does not.
     fn name_outputs(&self, step: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         step()
     }
 
-    /// Called if the run failed after it had begun to overwrite this target in place.
+    /// Called if the run failed after it had begun to overwrite `target` in place.
     fn left_incomplete(&self, _target: &Location) {}
 }
 
@@ -113,7 +113,7 @@ impl fmt::Debug for dyn Monitor + '_ {
 /// A monitor that ignores everything.
 impl Monitor for NoProgress {}
 
-/// Counts the progress of a phase for the report, passes it on, and limits the speed.
+/// Counts the progress of a phase, passes it to the monitor, and limits the speed.
 pub(crate) struct Counter<'a> {
     monitor: &'a dyn Monitor,
     gauge: Arc<Gauge>,
@@ -134,7 +134,7 @@ impl<'a> Counter<'a> {
         Self { monitor, gauge, limit: bytes_per_second.map(RateLimit::new) }
     }
 
-    /// Returns the guest bytes of a lane so far, and the number of zeros among them.
+    /// Returns the counts of a lane; see [`Gauge::count`].
     pub(crate) fn totals(&self, lane: Lane) -> (u64, u64) {
         self.gauge.count(lane)
     }
@@ -153,7 +153,7 @@ impl Progress for Counter<'_> {
     }
 }
 
-/// Limits the number of bytes per second, by letting workers sleep.
+/// Limits the number of data bytes per second by making workers sleep.
 struct RateLimit {
     started: Instant,
     bytes_per_second: u64,

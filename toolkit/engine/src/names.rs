@@ -1,9 +1,9 @@
-//! Safe file names, made from untrusted names in images, and unique names.
+//! Makes safe and unique file names from untrusted names in images.
 
 use std::collections::HashSet;
 
-/// Maximum length in bytes of a name made from an image's name. Our limit: with an extension, a suffix and
-/// the parts of a temporary name, the name stays below NAME_MAX (255).
+/// Maximum length in bytes of a name from [`safe`]. Our limit: with an extension, a number and the parts of a
+/// temporary name, a file name stays below NAME_MAX (255).
 const MAX_LEN: usize = 200;
 
 /// Returns a safe path component: no separator, no control character, no leading dot, not empty, and short
@@ -33,7 +33,7 @@ pub fn component(name: &str, max_len: usize) -> String {
     out
 }
 
-/// Returns a device name that every reader of archives accepts: A-Z a-z 0-9 . _ -
+/// Returns a device name that every reader of archives accepts: `A-Z a-z 0-9 . _ -`.
 pub fn portable(name: &str) -> String {
     let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '_' };
     safe(&name.chars().map(plain).collect::<String>(), "disk")
@@ -57,7 +57,7 @@ impl Unique {
         self.issued.insert(if self.by_case { name.to_owned() } else { name.to_lowercase() })
     }
 
-    /// Returns `stem.extension`, with a number after the stem if that name was issued before.
+    /// Issues `stem.extension`, with a number after the stem if that name was issued before.
     pub fn issue(&mut self, stem: &str, extension: &str) -> String {
         let join = |stem: &str| match extension {
             "" => stem.to_owned(),

@@ -1,4 +1,4 @@
-//! Opening of images: outer compression, choice of the driver, and resolution of the names in images.
+//! Opens images: removes outer compression, chooses the driver, and resolves file names in images.
 
 use std::borrow::Cow;
 use std::ffi::OsStr;
@@ -26,18 +26,18 @@ pub struct Opened {
     pub compression: Vec<Compression>,
     /// Length of the file in bytes, before decompression, if it is a file.
     pub stored_len: Option<u64>,
-    /// True if the image was a stream that was copied to temporary storage.
+    /// True if the image was a stream, which was copied to temporary storage.
     pub spooled: bool,
     /// Identity of the file, if it is a file or block device.
     pub identity: Option<Identity>,
     /// State of the file when it was opened, if it is a regular file.
     pub fingerprint: Option<Fingerprint>,
-    /// Image.
+    /// The open image.
     pub image: Arc<dyn ImageSource>,
 }
 
 impl Opened {
-    /// Wraps an image in memory, which has no file.
+    /// Wraps an image that exists only in memory.
     pub fn in_memory(image: impl ImageSource + 'static, driver: Arc<dyn Driver>) -> Self {
         Self {
             location: Location::from(""),
@@ -51,7 +51,7 @@ impl Opened {
         }
     }
 
-    /// Returns the devices with these names; all devices if there are no names.
+    /// Returns the devices with these names; all devices if `names` is empty.
     ///
     /// # Errors
     /// [`imgtool_core::ErrorKind::Usage`] for a name that no device has.
@@ -85,17 +85,17 @@ impl Opened {
     }
 }
 
-/// Resolves the file name `name` in the image at `image`; `None` if that is a stream.
+/// Resolves the file name `name` in the image at `image`; `None` for a stream.
 pub fn resolve(image: &Location, name: &str) -> Option<Location> {
     image.beside(name.strip_prefix("file:").unwrap_or(name))
 }
 
-/// Opens the bytes of an image and removes outer compression. `format` is the format that the user states, if
-/// any: for raw, where any content is legal, only the file's extension determines the compression.
+/// Opens the bytes of an image and removes outer compression. If the user states the `format` raw, in which
+/// any content is legal, only the file extension determines the compression.
 ///
 /// # Errors
-/// If the input can't be opened; [`imgtool_core::ErrorKind::Unsupported`] for a foreign format, which no
-/// driver supports.
+/// If the input can't be opened; [`imgtool_core::ErrorKind::Usage`] for an unknown `format`;
+/// [`imgtool_core::ErrorKind::Unsupported`] for content in a foreign format.
 pub fn open_input(registry: &Registry, location: &Location, format: Option<&str>) -> Result<OpenInput> {
     let driver = format.map(|name| foreign::driver(registry, name)).transpose()?;
     let is_verbatim = driver.is_some_and(|driver| driver.capabilities().verbatim);
@@ -112,7 +112,7 @@ pub fn open_input(registry: &Registry, location: &Location, format: Option<&str>
     Ok(open)
 }
 
-/// Opens an image with the driver called `format`, or with the one that recognises it.
+/// Opens an image with the driver called `format`, if stated, otherwise with the driver that recognises it.
 ///
 /// # Errors
 /// Same as [`open_input`], and any error of the driver.
@@ -127,7 +127,7 @@ pub fn open(
     open_image(registry, input, format, options)
 }
 
-/// Like [`open`], for random access: a stream is copied to temporary storage first.
+/// Like [`open`], for random access: copies a stream to temporary storage first.
 ///
 /// # Errors
 /// Same as [`open`] and [`OpenInput::spool`].
@@ -142,8 +142,8 @@ pub fn open_random(
     open_image(registry, input, format, options)
 }
 
-/// Opens the image in an input with the driver called `format`, or with the one that recognises it. A stream
-/// that the driver can't read in one pass is copied to temporary storage first.
+/// Opens the image in an input with the driver called `format`, if stated, otherwise with the driver that
+/// recognises it. Copies a stream to temporary storage first if the driver can't read it in one pass.
 ///
 /// # Errors
 /// If no driver recognises the image; any error of the driver.
@@ -179,7 +179,8 @@ fn open_located(
     Ok(Opened { location, driver, compression, stored_len, spooled, identity, fingerprint, image })
 }
 
-/// The options with an opener: a container needs one for its members, even if no other file is allowed.
+/// Adds an opener to options without one: a container needs it for its members, even if no other file is
+/// allowed.
 fn with_opener(registry: &Registry, options: &OpenOptions) -> OpenOptions {
     let mut options = options.clone();
     if options.externals.is_empty() {
@@ -188,11 +189,11 @@ fn with_opener(registry: &Registry, options: &OpenOptions) -> OpenOptions {
     options
 }
 
-/// Returns the driver called `format`, or the one that recognises the content of the input.
+/// Returns the driver called `format`, if stated, otherwise the driver that recognises the input.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::WrongFormat`] if no driver recognises the content, or if the content
-/// contradicts the file's extension.
+/// contradicts the file extension.
 fn choose_driver(registry: &Registry, input: &OpenInput, format: Option<&str>) -> Result<Arc<dyn Driver>> {
     if let Some(name) = format {
         return registry.get(name);
@@ -204,8 +205,8 @@ fn choose_driver(registry: &Registry, input: &OpenInput, format: Option<&str>) -
     Ok(driver)
 }
 
-/// Refuses an image that only the fallback driver (raw) accepts, although its extension names another format:
-/// its beginning is damaged, and reading it as a raw disk would hide that.
+/// Refuses an image that only the fallback driver (raw) accepts although its extension names another format:
+/// reading it as a raw disk would hide a damaged beginning. Also refuses an empty stream.
 fn check_name(registry: &Registry, open: &OpenInput, driver: &dyn Driver) -> Result<()> {
     let read_as =
         |advice: &'static str| Remedy::ReadAs { format: driver.name(), advice: Cow::Borrowed(advice) };
@@ -216,7 +217,7 @@ fn check_name(registry: &Registry, open: &OpenInput, driver: &dyn Driver) -> Res
     }
     let location = open.input.location();
     let damaged = |what: &str| {
-        Error::wrong_format(format!("the name says {what}, the content does not begin like it"))
+        Error::wrong_format(format!("the name says {what}, but the content does not"))
             .at(0)
             .remedied_by(read_as("the file is damaged or misnamed"))
     };
@@ -230,7 +231,7 @@ fn check_name(registry: &Registry, open: &OpenInput, driver: &dyn Driver) -> Res
     by_name.map_or(Ok(()), |other| Err(damaged(other.name())))
 }
 
-/// Returns the driver for a file's extension. An extension of outer compression is skipped.
+/// Returns the driver for the file extension, ignoring an extension of outer compression.
 pub fn driver_by_name(registry: &Registry, location: &Location) -> Option<Arc<dyn Driver>> {
     registry.by_extension(&name_without_compression(location)?)
 }

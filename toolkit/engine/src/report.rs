@@ -1,4 +1,4 @@
-//! [`Report`], the result of a run: outputs, files, losses and notes.
+//! [`Report`], the result of a run: its outputs, losses and notes.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -13,10 +13,10 @@ use imgtool_core::{Location, Loss};
 pub struct Report {
     /// Images, in the order of the layout.
     pub outputs: Vec<OutputReport>,
-    /// Configurations that became files.
+    /// Configurations written as separate files.
     pub files: Vec<FileReport>,
-    /// Ranges that could not be restored, with the name of the disk. An empty range at the end of a disk
-    /// means that the disk as a whole can't be proven complete.
+    /// Ranges that salvage could not restore or verify, with the name of the disk. An empty range at the end
+    /// of a disk means that the disk as a whole can't be proven complete.
     pub losses: Vec<(String, Loss)>,
     /// Notes for the user.
     pub notes: Vec<Note>,
@@ -50,12 +50,12 @@ pub struct OutputReport {
     pub compression: Option<&'static str>,
     /// Disks, in the image's order.
     pub disks: Vec<DiskReport>,
-    /// Bytes that the output takes on disk; if the system can't tell, the number of bytes written.
+    /// Number of bytes that a new file takes on disk; for other outputs, the number of bytes written.
     pub stored: u64,
 }
 
 impl OutputReport {
-    /// Returns the total virtual size of the image's disks, in bytes.
+    /// Returns the total virtual size of the disks, in bytes.
     pub fn virtual_size(&self) -> u64 {
         self.disks.iter().fold(0, |sum, disk| sum.saturating_add(disk.virtual_size))
     }
@@ -67,13 +67,13 @@ impl OutputReport {
 pub struct DiskReport {
     /// Name; untrusted.
     pub name: String,
-    /// Virtual size in bytes.
+    /// Number of guest bytes copied: the virtual size in the source, or 0 if the run copied no content.
     pub virtual_size: u64,
-    /// Number of these bytes that were zero and took no data.
+    /// Number of these bytes that were zeros without data.
     pub zero: u64,
 }
 
-/// Report on a configuration that became a file.
+/// Report on a configuration written as a separate file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FileReport {
@@ -89,15 +89,15 @@ pub struct FileReport {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Note {
-    /// A sentence of a driver or of the plan.
+    /// A sentence from a driver or the plan.
     Text(String),
-    /// These configurations are left out, because a single disk goes into one file.
+    /// Names of configurations left out, since the file of a single disk can't store them.
     ConfigurationsLeftOut(Vec<String>),
-    /// A file left by a killed run was removed.
+    /// Path of a removed file that was left by a killed run.
     Swept(PathBuf),
-    /// A source file changed while it was read: the sentence about it.
+    /// A sentence about a source file that changed while it was read.
     SourceChanged(String),
-    /// Nothing of what went to standard output is kept.
+    /// Standard output is closed or `/dev/null`: the output written to it is lost.
     StdoutClosed,
 }
 

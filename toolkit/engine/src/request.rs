@@ -1,4 +1,4 @@
-//! [`Request`], everything that a user can state about a conversion, and [`OpenConversion`], the request with
+//! [`Request`], everything that a user can request of a conversion, and [`OpenConversion`], the request with
 //! its sources open.
 
 use imgtool_core::{Attachment, CancelToken, Compress, Error, Location, OpenOptions, Registry, Result};
@@ -22,24 +22,26 @@ pub struct Request {
     pub open: OpenSettings,
     /// Names of the disks to convert; empty for all.
     pub disks: Vec<String>,
-    /// File or directory for all disks without a target of their own.
+    /// File or directory for all disks without a separate target.
     pub dest: Option<Location>,
-    /// Disks with a target of their own.
+    /// Disks with a separate target.
     pub disk_targets: Vec<DiskTarget>,
     /// Format of `dest`, if the user states it; otherwise the extension decides.
     pub format: Option<String>,
     /// Options of that format.
     pub options: FormatOptions,
-    /// Compression inside the format, or of the whole output if the format has none.
+    /// Compression inside the format, or of the whole output if the format has no compression.
     pub compress: Option<Compress>,
-    /// Configurations for the output. Unless this is empty, those of the sources are left out.
+    /// Configurations for the output. They replace the configurations of the sources, unless
+    /// `keep_attachments` is set.
     pub attachments: Vec<Attachment>,
-    /// True if the caller adds configurations to [`OpenConversion::attachments`]: a format without a place
-    /// for them is refused before any source is opened.
+    /// True if the caller will add configurations to [`OpenConversion::attachments`]. A format that can't
+    /// store them is refused before any source is opened.
     pub wants_attachments: bool,
-    /// True to keep the configurations of the sources beside those in `attachments`.
+    /// True to keep the configurations of the sources in addition to `attachments`.
     pub keep_attachments: bool,
-    /// `Some` to write into the existing file or device; `Some(true)` if it is known to read as zeros.
+    /// `Some` to write into the existing file or device at `dest`; `Some(true)` if it is known to read as
+    /// zeros.
     pub in_place: Option<bool>,
     /// True to replace existing files.
     pub overwrite: bool,
@@ -145,7 +147,7 @@ pub struct OpenConversion<'a> {
     format: TargetFormat,
     sources: Vec<OpenSource>,
     selected: Vec<SelectedDisk>,
-    /// Configurations for the output. The caller may add to them, depending on the selected disks.
+    /// Configurations for the output. The caller may add more.
     pub attachments: Vec<Attachment>,
     notes: Vec<Note>,
     outputs: Outputs,
@@ -162,7 +164,7 @@ impl OpenConversion<'_> {
         &self.format
     }
 
-    /// Selects the disks and gives them the names that they will have in the output.
+    /// Selects the disks and gives them their names in the output.
     ///
     /// # Errors
     /// [`imgtool_core::ErrorKind::Usage`] for a name that no disk has.
@@ -176,12 +178,12 @@ impl OpenConversion<'_> {
         Ok(())
     }
 
-    /// The selected disks; a caller may rename them before the plan.
+    /// Returns the selected disks. The caller may rename them before [`OpenConversion::plan`].
     pub fn selected(&mut self) -> &mut [SelectedDisk] {
         &mut self.selected
     }
 
-    /// Decides every output. Selects the disks, unless [`OpenConversion::select`] has done so.
+    /// Decides every output. Selects the disks first, unless [`OpenConversion::select`] has done so.
     ///
     /// # Errors
     /// [`imgtool_core::ErrorKind::Usage`] if the request does not match the disks of the sources.
@@ -193,7 +195,7 @@ impl OpenConversion<'_> {
         let mut attachments = std::mem::take(&mut self.attachments);
         if own || self.request.keep_attachments {
             for attachment in self.sources.iter().flat_map(OpenSource::attachments) {
-                // A configuration from the user replaces one of the same name from a source.
+                // A configuration from the user replaces a source's configuration with the same name.
                 if own || !attachments.iter().any(|known| known.name == attachment.name) {
                     attachments.push(attachment.clone());
                 }

@@ -1,4 +1,4 @@
-//! [`Plan`] and its run: copies the content, finishes the outputs, verifies them and gives them their names.
+//! [`Plan`], which copies the content, finishes the outputs, verifies them and gives them their names.
 
 use std::time::Instant;
 
@@ -17,7 +17,7 @@ use crate::sinks::{self, OpenSink, SinkSettings};
 use crate::sources::{self, OpenSource, SelectedDisk};
 use crate::{space, verify};
 
-/// A conversion that is ready to run. Every output is decided, none is created yet.
+/// A conversion that is ready to run. Every output is decided, but not created yet.
 #[derive(Debug)]
 pub struct Plan {
     /// All outputs.
@@ -28,7 +28,7 @@ pub struct Plan {
     pub selected: Vec<SelectedDisk>,
     /// Set of outputs, which refuses to overwrite a source.
     pub outputs: Outputs,
-    /// Drivers.
+    /// Registry of drivers.
     pub registry: Registry,
 }
 
@@ -39,15 +39,15 @@ pub struct RunOptions<'a> {
     pub threads: usize,
     /// True to write into targets that are in use, and to skip the check for free space.
     pub force: bool,
-    /// True to copy no content: the outputs are made empty.
+    /// True to make empty outputs, without copying content.
     pub without_content: bool,
-    /// True to read every output back and compare it, before it gets its final name.
+    /// True to read every output back and compare it before it gets its final name.
     pub verify: bool,
-    /// Maximum number of bytes of data to copy per second.
+    /// Maximum number of data bytes to copy per second; zeros do not count.
     pub bytes_per_second: Option<u64>,
-    /// Policy for the external files of the outputs' backing images.
+    /// Policy for the external files that backing images of outputs name.
     pub base_policy: ExternalPolicy,
-    /// Observers of every piece. The lane of a disk is its slot.
+    /// Observers of every piece. The lane of a disk equals its slot.
     pub taps: Vec<&'a dyn Tap>,
     /// Token that cancels the run.
     pub cancel: CancelToken,
@@ -57,7 +57,8 @@ impl Plan {
     /// Makes all outputs of the layout.
     ///
     /// # Errors
-    /// The first failure. No output has its final name then.
+    /// The first failure. No new file has its final name then, and a target that was overwritten in place is
+    /// incomplete ([`Monitor::left_incomplete`]).
     pub fn run(mut self, options: &RunOptions<'_>, monitor: &dyn Monitor) -> Result<Report> {
         monitor.outputs(self.outputs.cleaner());
         self.check(options)?;
@@ -89,7 +90,7 @@ impl Plan {
     }
 
     /// Refuses a plan in which a selected disk has no source, or is not in exactly one output.
-    fn check_numbers(&self) -> Result<()> {
+    fn check_slots(&self) -> Result<()> {
         let mut placed = vec![0; self.selected.len()];
         for slot in self.layout.outputs.iter().flat_map(|output| &output.disks) {
             *placed
@@ -107,7 +108,7 @@ impl Plan {
 
     /// Refuses outputs that can't be made, before any output is created.
     fn check(&mut self, options: &RunOptions<'_>) -> Result<()> {
-        self.check_numbers()?;
+        self.check_slots()?;
         if options.verify && self.layout.outputs.iter().any(|output| output.destination.is_stream()) {
             return Err(Error::usage("an output in a pipe can't be read back to verify it"));
         }
@@ -167,7 +168,7 @@ impl Plan {
         })
     }
 
-    /// Creates and writes the files beside the images.
+    /// Creates the files for configurations.
     fn create_files(&mut self) -> Result<Vec<Output>> {
         let mut files = Vec::new();
         for file in &self.layout.files {
@@ -179,7 +180,7 @@ impl Plan {
         Ok(files)
     }
 
-    /// Reads the files beside the images back and compares them.
+    /// Reads the files for configurations back and compares them.
     fn verify_files(&self, files: &[Output]) -> Result<()> {
         let mut planned = self.layout.files.iter().zip(files);
         planned.try_for_each(|(file, output)| verify::same_bytes(output, &file.attachment.data))
@@ -218,13 +219,12 @@ impl Plan {
         sinks.iter().try_for_each(|open| open.sink.finish())
     }
 
-    /// Returns the routes of the disks of one source.
     fn routes(&self, source: usize) -> Vec<Route> {
         let way = |(slot, disk): (imgtool_core::Slot, &SelectedDisk)| {
             let mut outputs = self.layout.outputs.iter().enumerate();
             outputs.find_map(|(target, output)| {
                 let number = output.disks.iter().position(|known| *known == slot)?;
-                // Bounded by the number of devices in an archive.
+                // The number of devices in an archive is bounded, so it fits.
                 let to = SinkDevice(u32::try_from(number).ok()?);
                 Some(Route { from: disk.device.id, target, to, lane: Lane(slot.0) })
             })
@@ -240,8 +240,8 @@ impl Plan {
         self.selected.iter().map(lane).collect()
     }
 
-    /// Flushes, then gives all outputs their names. The flush may take long and can be interrupted; the
-    /// naming is short and can't.
+    /// Flushes all outputs, then gives them their names. The user can cancel the slow flush, but not the
+    /// quick naming.
     fn commit(
         &mut self,
         sinks: &[OpenSink],
@@ -261,7 +261,7 @@ impl Plan {
         }
     }
 
-    /// Collects the notes of drivers, of the set of outputs, and about the sources.
+    /// Collects the notes of the plan, the drivers and the outputs, and the notes about the sources.
     fn notes(&self, sinks: &[OpenSink]) -> Vec<Note> {
         let to_stdout = self.layout.outputs.iter().any(|output| output.destination.is_stdout());
         let closed = (to_stdout && os::is_stdout_closed()).then_some(Note::StdoutClosed);
@@ -274,7 +274,6 @@ impl Plan {
             .collect()
     }
 
-    /// Returns the reports on the disks, from the numbers of the bytes copied.
     fn disk_reports(&self, counter: &Counter<'_>) -> Vec<DiskReport> {
         let of = |(lane, disk): (Lane, &SelectedDisk)| {
             let (virtual_size, zero) = counter.totals(lane);
@@ -315,7 +314,7 @@ impl Plan {
                 losses.extend(disk(loss.device).map(|disk| (disk.name.clone(), loss)));
             }
             for doubt in source.opened.image.doubts() {
-                // An empty range: the disk as a whole can't be proven complete.
+                // An empty range means that the disk as a whole can't be proven complete.
                 losses.extend(disk(doubt.device).map(|disk| {
                     let guest = disk.device.size..disk.device.size;
                     (disk.name.clone(), Loss { device: doubt.device, guest, reason: doubt.reason })
@@ -326,8 +325,7 @@ impl Plan {
     }
 }
 
-/// Returns the number of bytes that an output takes on disk: for a new file as the file system reports it,
-/// else `written`.
+/// Returns the number of bytes that a new file takes on disk; `written` for other outputs.
 fn stored_len(destination: &Destination, written: u64) -> u64 {
     match destination {
         Destination::New(path) => {

@@ -1,4 +1,4 @@
-//! The sinks of a run, one for each image, and the outputs that they write to.
+//! Creates the sinks of a run, one for each image, and the outputs that they fill.
 
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal};
@@ -17,21 +17,21 @@ use crate::layout::{Destination, Layout, PlannedOutput, is_written_in_place};
 use crate::open;
 use crate::sources::SelectedDisk;
 
-/// Number of bytes by which an existing target may exceed its disk without being refused as a mistake. Our
-/// limit: LVM and others round sizes up to their extents, 4 MiB by default.
+/// Maximum number of bytes by which an existing target may be larger than its disk. Our limit: LVM and others
+/// round sizes up to their extents, 4 MiB by default.
 pub const SIZE_TOLERANCE: u64 = 4 << 20;
 
 /// Sink of one image.
 pub(crate) struct OpenSink {
     pub(crate) sink: Box<dyn ImageSink>,
-    /// Output with the image's own name.
+    /// Main output of the image.
     pub(crate) output: Output,
-    /// Files that the image names: the outputs beside it and its backing image.
+    /// Files that the image names: its further outputs and its backing image.
     pub(crate) supplied: BTreeMap<String, SuppliedFile>,
 }
 
 impl OpenSink {
-    /// Every output of the image: its own and those beside it.
+    /// Returns every output of the image, the main output first.
     pub(crate) fn outputs(&self) -> &[Output] {
         self.sink.outputs()
     }
@@ -47,14 +47,14 @@ pub(crate) struct SinkSettings<'a> {
     pub(crate) force: bool,
     /// True to replace existing files.
     pub(crate) overwrite: bool,
-    /// True if the outputs will be empty, so that backing images need not be opened.
+    /// True if the outputs stay empty, so backing images need not be opened.
     pub(crate) without_content: bool,
 }
 
-/// Creates the output and the sink of every image of a layout.
+/// Creates the outputs and the sink of every image of a layout.
 ///
 /// # Errors
-/// If one of them can't be created.
+/// If an output can't be created, or a backing image can't be opened.
 pub(crate) fn open_sinks(
     layout: &Layout,
     selected: &[SelectedDisk],
@@ -131,14 +131,15 @@ impl OutputFactory for Factory<'_> {
 /// Returns the location of the backing image of a new image.
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Unsupported`] if the name is not a path.
+/// [`imgtool_core::ErrorKind::Unsupported`] if the name is not a path; [`imgtool_core::ErrorKind::Usage`] if
+/// the new image is a stream.
 pub(crate) fn backing_path(image: &Location, name: &str) -> Result<Location> {
     plain_name_beside(image, name)
 }
 
-/// Returns the location of a file that an option of the new image at `image` names.
+/// Returns the location of the file `name`, as the new image at `image` refers to it.
 fn plain_name_beside(image: &Location, name: &str) -> Result<Location> {
-    // "json:{...}", "nbd://host": a scheme before any slash.
+    // A scheme precedes any slash: "json:{...}", "nbd://host".
     let scheme = name.split_once(':').filter(|(scheme, _)| *scheme != "file" && !scheme.contains('/'));
     if scheme.is_some() || name.is_empty() {
         return Err(Error::unsupported(format!("'{}' is not a plain file name", escape_control(name)))
@@ -147,8 +148,8 @@ fn plain_name_beside(image: &Location, name: &str) -> Result<Location> {
     open::resolve(image, name).ok_or_else(|| Error::usage("a stream has no files beside it").path(image))
 }
 
-/// Opens the disk of a new image's backing image. The user named it in an option, so it needs no permission,
-/// but the external files that it names do.
+/// Opens the disk in the backing image of a new image. The user named the backing image in an option, so it
+/// needs no permission, but external files that it names do.
 pub(crate) fn open_base(
     registry: &Registry,
     location: &Location,
@@ -169,7 +170,7 @@ fn open_output(
 ) -> Result<Output> {
     match &planned.destination {
         Destination::New(path) => outputs.create_linked(path, layout.overwrite, layout.links(path)),
-        // An image file is replaced by the new one when that is finished.
+        // The new file replaces the existing image when it is finished.
         Destination::Existing { path, .. } if !is_written_in_place(&*planned.format.driver, path) => {
             outputs.create_linked(path, true, layout.links(path))
         }
@@ -203,8 +204,8 @@ fn open_stream(location: &Location) -> Result<Output> {
     Ok(Output::from_writer(location, writer))
 }
 
-/// Refuses an existing target for a verbatim image (raw) that is smaller than the disk, or larger by more
-/// than [`SIZE_TOLERANCE`].
+/// Refuses an existing target of a verbatim image (raw) if it is smaller than the disk, or, unless forced,
+/// larger by more than [`SIZE_TOLERANCE`].
 fn check_capacity(
     planned: &PlannedOutput,
     manifest: &Manifest,
@@ -229,8 +230,7 @@ fn check_capacity(
     Ok(())
 }
 
-/// Returns the first `len` bytes of an output that is read back, since an existing target may be longer than
-/// its disk.
+/// Returns the first `len` bytes of an output to read back. An existing target may be longer than its disk.
 pub(crate) fn front(input: Input, len: u64) -> Result<Input> {
     let whole = input.len().unwrap_or(0);
     input.section(0..len.min(whole))

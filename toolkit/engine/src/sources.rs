@@ -1,4 +1,4 @@
-//! The sources of a conversion: opens the images that the user named, and selects and names their disks.
+//! The sources of a conversion: opens the images that the user named, selects their disks and names them.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -14,23 +14,22 @@ use crate::format::TargetFormat;
 use crate::names;
 use crate::open::{self, Opened};
 
-/// A source as the user named it.
+/// A source, as the user named it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SourceRequest {
-    /// Name for its device, if the user gave one.
+    /// Name for the source's device, if the user gave one.
     pub name: Option<String>,
     /// Location.
     pub location: Location,
 }
 
 impl SourceRequest {
-    /// Creates a source whose device keeps its name from the image or the file.
+    /// Creates a source whose device is named by the image or the file.
     pub fn new(location: impl Into<Location>) -> Self {
         Self { name: None, location: location.into() }
     }
 
-    /// Parses `LOCATION` or `NAME=LOCATION`. If the whole text is the name of an existing file, it is a
-    /// location.
+    /// Parses `LOCATION` or `NAME=LOCATION`. The path of an existing file is always a location.
     pub fn parse(text: &OsStr) -> Self {
         match text.to_str().and_then(|text| text.split_once('=')) {
             Some((name, location))
@@ -49,15 +48,15 @@ impl SourceRequest {
 /// An open source.
 #[derive(Debug)]
 pub struct OpenSource {
-    /// Name for its device, if the user gave one.
+    /// Name for the source's device, if the user gave one.
     pub name: Option<String>,
-    /// Image.
+    /// The open image.
     pub opened: Opened,
 }
 
 impl OpenSource {
-    /// Returns a note if the file was modified after it was opened. Replacing it does no harm, since the open
-    /// file is the one that is read.
+    /// Returns a note if the file was modified after it was opened. A replaced file needs no note, since the
+    /// run reads the file that it opened.
     pub fn change(&self) -> Option<String> {
         let path = self.opened.location.path()?;
         self.opened.fingerprint.filter(|fingerprint| fingerprint.was_changed(path)).map(|_| {
@@ -74,19 +73,19 @@ impl OpenSource {
     }
 }
 
-/// A disk selected for the conversion. Its index in the list of all is its [`Slot`].
+/// A disk selected for the conversion. Its index among all selected disks is its [`Slot`].
 #[derive(Debug, Clone)]
 pub struct SelectedDisk {
     /// Index of its source.
     pub source: usize,
     /// Device as the source describes it.
     pub device: Device,
-    /// Name in the output: for a file, or for a device of an archive.
+    /// Name in the output: of a file, or of a device in an archive.
     pub name: String,
 }
 
-/// Opens the sources, in order. `target` determines whether a stream of unknown length has to be copied to
-/// temporary storage first.
+/// Opens the sources, in order. Copies a stream of unknown length to temporary storage if `target` needs the
+/// length in advance.
 ///
 /// # Errors
 /// If a source can't be opened, or standard input is named twice.
@@ -128,11 +127,11 @@ fn spool_if_endless(
     if driver.capabilities().open_ended { input.spool() } else { Ok(input) }
 }
 
-/// Selects the disks with these names; all disks if there are no names.
+/// Selects the disks with these names; all disks if `names` is empty.
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Usage`] for a name that no device has, and for a source of several devices
-/// that was given one name.
+/// [`imgtool_core::ErrorKind::Usage`] for a name that no device has, or if the user gave a name to a source
+/// without exactly one device.
 pub fn select(registry: &Registry, sources: &[OpenSource], names: &[String]) -> Result<Vec<SelectedDisk>> {
     let mut selected: Vec<SelectedDisk> = Vec::new();
     for (index, source) in sources.iter().enumerate() {
@@ -172,8 +171,8 @@ fn unknown_disk(registry: &Registry, sources: &[OpenSource], name: &str) -> Erro
     ))
 }
 
-/// Returns the name of a device: that from the user, else that in the archive, else, in a format without
-/// names, that of the file.
+/// Returns the name of a device: from the user if given, otherwise from the archive, or, in a format without
+/// names, from the file name.
 fn device_name(registry: &Registry, source: &OpenSource, device: &Device) -> String {
     if let Some(name) = &source.name {
         return name.clone();
@@ -187,8 +186,8 @@ fn device_name(registry: &Registry, source: &OpenSource, device: &Device) -> Str
 /// Device name by which readers of archives recognise the state of a running guest.
 pub const VMSTATE: &str = "vmstate";
 
-/// Changes names so that they are unique and every reader of archives accepts them. Returns a note for each
-/// change. A name from the user stays as it is.
+/// Makes the names unique and, unless the user chose them, acceptable to every reader of archives. Turns a
+/// device called [`VMSTATE`] into guest state. Returns a note for each changed name.
 pub(crate) fn name_for_archive(sources: &[OpenSource], selected: &mut [SelectedDisk]) -> Vec<String> {
     let mut notes = Vec::new();
     let mut used = HashSet::new();

@@ -1,10 +1,13 @@
 //! The space check: refuses outputs that can't fit, before the first byte is written.
 //!
-//! A refusal must be right. But data of the source may turn out to be zero and take no space, some file
-//! systems compress or share blocks, and the size of a compressed output is unknown. So the check makes
-//! estimates, from the cheapest to the most costly, and stops at the first one that fits: everything
-//! allocated; the extents that the source reports; those without zeros, which it estimates from samples. It
-//! refuses the outputs if none fits.
+//! The check must not refuse outputs that would fit. It skips outputs of unknown size, and file systems that
+//! are remote, compress or share blocks. Data may turn out to be zero and take no space, so the check makes
+//! estimates, from the cheapest to the most expensive, and accepts the outputs at the first one that fits:
+//!
+//! 1. the outputs with every part allocated;
+//! 2. the space that verbatim source files occupy;
+//! 3. the extents of data that the sources report;
+//! 4. the nonzero data in these extents, estimated from samples.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -20,23 +23,23 @@ use imgtool_storage::os;
 use crate::layout::{Destination, Layout, PlannedOutput};
 use crate::sources::{OpenSource, SelectedDisk};
 
-/// Size in bytes of a sample: the smallest run that an output stores.
+/// Length in bytes of a sample: the smallest run that an output stores.
 const SAMPLE: u64 = 4096;
 
-/// Maximum number of samples of an output. Our limit: a hard disk reads them in a few seconds. All data of
-/// a smaller output is read.
+/// Maximum number of samples for an output. Our limit: a hard disk reads them in a few seconds. If there is
+/// less data, all of it is read.
 const SAMPLES: u64 = 2048;
 
-/// Margin of error of the share of zeros in samples: five standard deviations of 2048 samples (0.5 / √2048 =
-/// 1.1 % each).
-const DOUBT: f64 = 0.055;
+/// Margin of error of a share estimated from [`SAMPLES`] samples: five standard deviations of 0.5 / √2048 =
+/// 1.1 % each.
+const MARGIN: f64 = 0.055;
 
 /// Refuses outputs for which there is not enough space.
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Refused`], with the needed and the free bytes.
+/// [`imgtool_core::ErrorKind::Refused`], with the needed and free bytes; any error from reading a source.
 pub(crate) fn check(layout: &Layout, sources: &[OpenSource], selected: &[SelectedDisk]) -> Result<()> {
-    // Group the outputs by file system, since they share its space.
+    // Group the outputs by file system, whose space they share.
     let mut groups: BTreeMap<u64, (&Path, Vec<&PlannedOutput>)> = BTreeMap::new();
     for output in layout.outputs.iter().filter(|output| is_measured(output, selected)) {
         let Some(directory) = output.destination.path().and_then(existing_directory) else { continue };
@@ -55,15 +58,15 @@ pub(crate) fn check(layout: &Layout, sources: &[OpenSource], selected: &[Selecte
     Ok(())
 }
 
-/// True if the size of an output can be computed from its source: it is a new file, not compressed, without
-/// a backing image.
+/// True if the size of an output follows from its source: it is a new file without compression or backing
+/// image, and the sizes of its disks are known.
 fn is_measured(output: &PlannedOutput, selected: &[SelectedDisk]) -> bool {
     matches!(output.destination, Destination::New(_))
         && output.format.is_measurable()
         && output.disks.iter().all(|slot| !selected[slot.index()].device.open_ended)
 }
 
-/// Returns the directory of a new file, or its nearest ancestor that exists.
+/// Returns the directory of a new file, or the nearest ancestor that exists.
 fn existing_directory(path: &Path) -> Option<&Path> {
     let directory = path.ancestors().skip(1).find(|above| above.as_os_str().is_empty() || above.is_dir())?;
     Some(if directory.as_os_str().is_empty() { Path::new(".") } else { directory })
@@ -109,9 +112,9 @@ fn check_space(
     if certain > free { Err(not_enough_space(outputs, estimate, free)) } else { Ok(()) }
 }
 
-/// Bytes that the source files of the outputs occupy, if all of them are verbatim: an upper bound of
-/// their data that costs no walk over their extents. A scattered disk has half a million of them. A file
-/// system that compresses makes the check more lenient.
+/// Returns the number of bytes that the source files occupy, if all of them are verbatim: an upper bound of
+/// their data without a walk over extents, of which a scattered disk has half a million. A source file system
+/// that compresses makes the check more lenient.
 fn stored_bytes(
     outputs: &[&PlannedOutput],
     sources: &[OpenSource],
@@ -138,8 +141,8 @@ fn not_enough_space(outputs: &[&PlannedOutput], needed: u64, free: u64) -> Error
         ))
 }
 
-/// The disks of one output as one source, for measuring. Streams count as holes; without content, so does
-/// everything.
+/// The disks of one output as one source, for measuring. Streams count as holes. Without content, so does
+/// every disk.
 struct OutputContent<'a> {
     info: ImageInfo,
     devices: Vec<(Option<&'a dyn RandomAccess>, DeviceId)>,
@@ -164,7 +167,7 @@ impl<'a> OutputContent<'a> {
         content
     }
 
-    /// Returns the number of bytes that are certainly nonzero, estimated from samples of the data.
+    /// Returns a lower bound of the length in bytes of nonzero data, estimated from samples.
     fn certain_bytes(&self) -> Result<u64> {
         let mut data = 0u64;
         self.each_data(|_, extent| {
@@ -191,7 +194,7 @@ impl<'a> OutputContent<'a> {
         if sampled == data {
             return Ok(not_zero);
         }
-        let share = not_zero as f64 / sampled.max(1) as f64 - DOUBT;
+        let share = not_zero as f64 / sampled.max(1) as f64 - MARGIN;
         Ok((data as f64 * share.max(0.0)) as u64)
     }
 

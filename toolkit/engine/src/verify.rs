@@ -1,7 +1,7 @@
-//! Verification: reads every finished output back, through its driver, before it gets its name.
+//! Verification: reads every finished output back through its driver, before the output gets its name.
 //!
-//! The run digests the content on its way from the source to the sinks. The digest of the output's content
-//! must be equal, which detects changes by a disk, a cable, a file system or our own writer.
+//! The run digests the content on its way from the sources to the sinks. The content read back must have the
+//! same digest. This detects changes by a disk, a cable, a file system or our own writer.
 
 use std::sync::Arc;
 
@@ -19,22 +19,21 @@ use crate::report::DiskReport;
 use crate::sinks::{self, OpenSink};
 use crate::sources::SelectedDisk;
 
-/// Largest sector to which a format rounds the virtual size, bytes: that of VHDX.
+/// Largest sector size in bytes to which a format (VHDX) rounds virtual sizes up.
 const LARGEST_SECTOR: u64 = 4096;
 
 /// Content that was written to the outputs.
 pub(crate) struct Expected<'a> {
-    /// Digests by lane, which equals the slot.
+    /// Digests by lane. The lane of a disk equals its slot.
     pub(crate) digest: &'a ContentDigest,
     /// Final sizes of the disks, by slot.
     pub(crate) disks: &'a [DiskReport],
     /// Disks, by slot.
     pub(crate) selected: &'a [SelectedDisk],
-    /// Opener of the outputs' backing images.
+    /// Opener for the external files of backing images.
     pub(crate) base_opener: &'a PolicyOpener,
     /// Number of worker threads.
     pub(crate) threads: usize,
-    /// Token that cancels the verification.
     pub(crate) cancel: CancelToken,
 }
 
@@ -45,22 +44,22 @@ struct Reopened<'a> {
     first_lane: Lane,
 }
 
-/// Reads every output back and compares its content with the content written.
+/// Reads every output back and compares it with the content written.
 ///
 /// # Errors
-/// [`ErrorKind::Corrupt`] if they differ.
+/// [`ErrorKind::Corrupt`] if an output differs or is damaged; any error from reading it.
 pub(crate) fn read_back(
     layout: &Layout,
     sinks: &[OpenSink],
     expected: &Expected<'_>,
     monitor: &dyn Monitor,
 ) -> Result<()> {
-    // One phase for all outputs, so the lanes of each output follow those of the one before.
+    // All outputs share one phase, so their lanes are consecutive.
     let mut lanes = Vec::new();
     let mut reopened = Vec::new();
     for (planned, open) in layout.outputs.iter().zip(sinks) {
         let image = reopen(planned, open, expected).in_file(planned.destination.location())?;
-        // At most 254 lanes for each output.
+        // An output has at most 254 lanes, so the number fits.
         let first_lane = Lane(u32::try_from(lanes.len()).unwrap_or(u32::MAX));
         lanes.extend(image.info().devices.iter().map(|device| LaneInfo {
             name: device.name.clone(),
@@ -87,16 +86,16 @@ pub(crate) fn read_back(
 /// Checks the structure and configurations of an output, and opens it for reading.
 fn reopen(planned: &PlannedOutput, open: &OpenSink, expected: &Expected<'_>) -> Result<Arc<dyn ImageSource>> {
     for output in open.outputs() {
-        // What is still cached proves nothing about the disk.
+        // Reading cached pages would prove nothing about the disk.
         output.sync_and_forget()?;
     }
     check(planned, open, expected.base_opener)?;
     let image = open_again(planned, open, expected)?;
-    // Names are adapted to the format, contents are not.
+    // Drivers may adapt names to the format, but not contents.
     let contents =
         |attachments: &[Attachment]| attachments.iter().map(|one| one.data.clone()).collect::<Vec<_>>();
     if contents(&image.info().attachments) != contents(&planned.attachments) {
-        return Err(differs(planned, "the configurations differ from what was written"));
+        return Err(differs(planned, "the configurations differ from the source"));
     }
     Ok(image)
 }
@@ -105,21 +104,21 @@ impl Reopened<'_> {
     fn compare(&self, found: &ContentDigest, counter: &Counter<'_>, expected: &Expected<'_>) -> Result<()> {
         let devices = &self.image.info().devices;
         if devices.len() != self.planned.disks.len() {
-            return Err(differs(self.planned, "the number of devices differs from what was written"));
+            return Err(differs(self.planned, "the number of devices differs from the source"));
         }
         for ((number, device), slot) in (0..).zip(devices).zip(&self.planned.disks) {
             let name = &expected.selected[slot.index()].name;
-            // The digest does not depend on trailing zeros, so compare the sizes, too.
+            // Compare the sizes as well: trailing zeros do not change the digest.
             let size = expected.disks[slot.index()].virtual_size;
             let lane = Lane(self.first_lane.0.saturating_add(number));
-            // A compressed raw disk tells its size only at its end.
+            // The size of a compressed raw disk is known only at its end.
             let found_size = if device.open_ended { counter.totals(lane).0 } else { device.size };
             if !is_size_of(self.planned, found_size, size) {
                 let what = format!("the disk has {found_size} bytes instead of {size}");
                 return Err(differs(self.planned, &what).device(name));
             }
             if found.of(lane) != expected.digest.of(lane_of(*slot)) {
-                return Err(differs(self.planned, "the content differs from what was written").device(name));
+                return Err(differs(self.planned, "the content differs from the source").device(name));
             }
         }
         Ok(())
@@ -131,17 +130,17 @@ fn lane_of(slot: Slot) -> Lane {
     Lane(slot.0)
 }
 
-/// True if the size of an output is that of its disk, or that rounded up to sectors. An existing target may
-/// be larger, as it keeps its length.
+/// True if `size` equals `disk`, the size of the disk, or `disk` rounded up to a sector. An existing target
+/// may be larger, since it keeps its length.
 fn is_size_of(planned: &PlannedOutput, size: u64, disk: u64) -> bool {
     let existed = matches!(planned.destination, Destination::Existing { .. });
     size >= disk && (size - disk < LARGEST_SECTOR || existed)
 }
 
-/// Reads back the file of a configuration and compares it with `sent`.
+/// Reads the file of a configuration back and compares it with `sent`.
 ///
 /// # Errors
-/// [`ErrorKind::Corrupt`] if they differ.
+/// [`ErrorKind::Corrupt`] if the bytes differ.
 pub(crate) fn same_bytes(output: &Output, sent: &[u8]) -> Result<()> {
     output.sync_and_forget()?;
     let mut found = vec![0; sent.len()];
@@ -149,7 +148,7 @@ pub(crate) fn same_bytes(output: &Output, sent: &[u8]) -> Result<()> {
     if found == sent {
         return Ok(());
     }
-    Err(failure("the configuration differs from what was written").path(output.location()))
+    Err(failure("the configuration differs from the source").path(output.location()))
 }
 
 fn differs(planned: &PlannedOutput, what: &str) -> Error {
@@ -161,14 +160,14 @@ fn failure(what: &str) -> Error {
         .hint("check the disk and the memory of this machine, then try again")
 }
 
-/// Checks the structure of an output, since reading its content does not cover the refcounts of a qcow2
-/// image or the second header of a VHDX image. A compressed archive has no such structure.
+/// Checks the structure of an output, since reading the content does not check qcow2 refcounts or the second
+/// header of a VHDX image. A compressed archive has no such structure.
 fn check(planned: &PlannedOutput, open: &OpenSink, base_opener: &PolicyOpener) -> Result<()> {
     if !planned.format.driver.capabilities().check || planned.format.outer.is_some() {
         return Ok(());
     }
     let found = match planned.format.driver.check(open.output.reopen()?, &open_options(open, base_opener)) {
-        // A check that exceeds a limit has found no damage.
+        // A check that stopped at a limit has found no damage.
         Err(e) if e.kind() == ErrorKind::LimitExceeded => return Ok(()),
         found => found?,
     };
@@ -197,7 +196,7 @@ fn open_again(
     planned.format.driver.open(input, &open_options(open, expected.base_opener))
 }
 
-/// Returns options with which an output may open only the files that its own options name.
+/// Returns options with an opener that supplies the files named by an output.
 fn open_options(open: &OpenSink, base_opener: &PolicyOpener) -> OpenOptions {
     let opener = base_opener.supplying(open.supplied.clone());
     OpenOptions { externals: opener.externals(), ..OpenOptions::default() }

@@ -1,9 +1,9 @@
 //! Early writeback: a background thread starts writing finished data to disk while the copy continues.
 //!
-//! By default, Linux keeps dirty pages until they are a tenth of memory, and the final flush then waits for
-//! all of them. The thread starts writeback whenever enough bytes have been written; files in memory need
-//! none. It neither waits for the disk nor commits a journal: measured, a real flush in between took longer
-//! than it saved. Once an output is longer than a quarter of memory, its written pages leave the page cache.
+//! By default, Linux keeps dirty pages until they take up a tenth of memory, and the final flush waits for
+//! all of them. The thread starts writeback whenever enough bytes are written to a file on disk. It neither
+//! waits for the disk nor commits a journal: real flushes took longer than they saved (measured). Once a
+//! quarter of memory has been written to an output, it drops older pages of the output from the page cache.
 //! The kernel reports write errors at the final flush.
 
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -13,18 +13,18 @@ use imgtool_core::Output;
 use imgtool_core::sync::lock;
 use imgtool_storage::os;
 
-/// Bytes written to an output before writeback starts. Our choice: 15 to 100 ms of work at disk speeds of
-/// 2 to 0.3 GB/s, so the final flush is short.
+/// Number of bytes written to an output before writeback starts. Our choice: 15 to 100 ms of work for a disk
+/// (2 to 0.3 GB/s), so the final flush is short.
 const WRITEBACK_LEN: u64 = 32 << 20;
 
-/// Time between two checks of the outputs.
+/// Time between two checks of the outputs. Our choice.
 const INTERVAL: Duration = Duration::from_millis(30);
 
 /// Progress of an output when writeback was last started.
 struct Writeback {
     /// Number of bytes written to the output.
     written: u64,
-    /// Highest end of a write, bytes from the start.
+    /// Highest file offset at which a write ended, in bytes.
     reached: u64,
 }
 
@@ -33,8 +33,8 @@ impl Writeback {
         Self { written: output.written(), reached: output.reached() }
     }
 
-    /// Starts writeback of the range by which the output has grown, if enough was written. Overwritten ranges
-    /// before it are left to the kernel. With `forget`, older pages leave the page cache.
+    /// Starts writeback of the range by which the output has grown, if enough bytes were written. Leaves
+    /// overwritten ranges before it to the kernel. With `forget`, drops older pages from the page cache.
     fn advance(&mut self, output: &Output, forget: bool) {
         let Some(file) = output.file() else { return };
         let now = Self::new(output);
@@ -58,7 +58,7 @@ pub(super) struct Flusher {
 }
 
 impl Flusher {
-    /// Creates a flusher for those of `outputs` that are files on disk.
+    /// Creates a flusher for the outputs that are files on disk.
     pub(super) fn new(outputs: &[&Output]) -> Self {
         let mut files: Vec<Output> = Vec::new();
         for output in outputs {
@@ -70,7 +70,7 @@ impl Flusher {
         Self { outputs: files, stopped: Mutex::new(false), changed: Condvar::new() }
     }
 
-    /// Returns true if any output is a file on disk.
+    /// True if any output is a file on disk.
     pub(super) fn has_work(&self) -> bool {
         !self.outputs.is_empty()
     }
@@ -93,7 +93,7 @@ impl Flusher {
         }
     }
 
-    /// Returns a guard whose drop ends the loop, also after a panic.
+    /// Returns a guard that ends the loop when dropped, even during a panic.
     pub(super) fn stop_when_dropped(&self) -> StopWhenDropped<'_> {
         StopWhenDropped(self)
     }

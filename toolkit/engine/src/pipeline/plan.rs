@@ -1,7 +1,7 @@
 //! Read plan of a random-access source: cuts its devices into read tasks.
 //!
-//! Tasks are cut at guest offsets that are multiples of the sink's piece length. Pieces without data are
-//! joined up to the sink's maximum for zeros, and are not read.
+//! Tasks end at guest offsets that are multiples of the sink's piece length. Pieces without data are joined
+//! up to the sink's maximum for zeros, and are not read.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -12,8 +12,8 @@ use imgtool_core::{Device, DeviceId, Extent, RandomAccess, Result, ResultExt, Si
 
 use super::target::Targets;
 
-/// Maximum length of a piece, bytes, regardless of what source and sink prefer. Our limit: a piece is held in
-/// memory, and a hostile image chooses its cluster size.
+/// Maximum length in bytes of a piece that is enlarged to match the source's read granule. Our limit: a piece
+/// is kept in memory, and a hostile image chooses its cluster size.
 const MAX_PIECE: u64 = 8 << 20;
 
 /// A range of a device to read.
@@ -27,7 +27,7 @@ pub(super) struct ReadTask {
     pub(super) start: u64,
     /// Length in guest bytes.
     pub(super) len: u64,
-    /// Ranges that hold data, relative to `start`; empty if all bytes are zero.
+    /// Ranges of data, relative to `start`; empty if all bytes are zero.
     pub(super) runs: Vec<Range<usize>>,
 }
 
@@ -38,7 +38,7 @@ pub(super) struct Plan<'a> {
     largest_piece: u64,
 }
 
-/// The rest of one device. All lengths and positions are guest bytes.
+/// The part of one device that is still to be cut into tasks. All lengths and positions are guest bytes.
 struct DevicePlan {
     route: usize,
     from: DeviceId,
@@ -83,7 +83,7 @@ impl<'a> Plan<'a> {
         Self { source, devices: plans, largest_piece }
     }
 
-    /// Returns the longest piece with data, bytes.
+    /// Returns the maximum length in bytes of a piece with data.
     pub(super) fn largest_piece(&self) -> u64 {
         self.largest_piece
     }
@@ -100,15 +100,14 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// Returns a piece length that suits both sides: a multiple of the sink's, at least the source's read
-/// granule unless that exceeds [`MAX_PIECE`].
+/// Returns the read granule of the source rounded up to a multiple of the sink's piece length, or the sink's
+/// piece length if that exceeds [`MAX_PIECE`].
 fn piece_len(sink_piece_len: u64, read_granule: u64) -> u64 {
     let common = read_granule.next_multiple_of(sink_piece_len.max(1));
     if common <= MAX_PIECE { common.max(sink_piece_len) } else { sink_piece_len }
 }
 
 impl DevicePlan {
-    /// Returns the next task of this device.
     fn next(&mut self, source: &dyn RandomAccess) -> Result<ReadTask> {
         let start = self.position;
         let piece_end = self.next_cut(start);
@@ -138,15 +137,16 @@ impl DevicePlan {
         (position - position % self.piece_len).saturating_add(self.piece_len).min(self.size)
     }
 
-    /// Returns the end of the piece when zeros reach to `zero_end`: a cut within the sink's limit.
+    /// Returns the end of a piece of zeros: a multiple of the piece length within `zero_end` and the sink's
+    /// limit, or the device's end.
     fn zero_piece_end(&self, zero_end: u64) -> u64 {
         let limit = self.position.saturating_add(self.max_zero_len);
         let end = zero_end.min(limit);
         if end >= self.size { self.size } else { end - end % self.piece_len }
     }
 
-    /// Returns the guest offset up to which the bytes from the current position on are zeros. Queries extents
-    /// up to `at_least`, and takes at most one answer beyond that.
+    /// Returns the guest offset at which the known zeros from the current position on end. Queries the
+    /// extents up to `at_least`, and at most once more.
     fn zero_until(&mut self, source: &dyn RandomAccess, at_least: u64) -> Result<u64> {
         let mut reached = self.position;
         let mut index = 0;
@@ -166,7 +166,7 @@ impl DevicePlan {
             if reached >= limit {
                 return Ok(reached);
             }
-            // Beyond the first piece, join only extents that are known already, or one more answer.
+            // Beyond the first piece, use only known extents, or one more answer.
             if reached >= at_least && index + 1 == self.known.len() && index > 0 {
                 return Ok(reached);
             }
@@ -179,7 +179,7 @@ impl DevicePlan {
         self.known.back().map_or(self.position, Extent::end)
     }
 
-    /// Returns the data between the current position and `end`, relative to the position.
+    /// Returns the ranges of data between the current position and `end`, relative to the position.
     fn data_runs(&mut self, source: &dyn RandomAccess, end: u64) -> Result<Vec<Range<usize>>> {
         while self.known_end() < end {
             self.query(source, self.known_end())?;
@@ -192,7 +192,7 @@ impl DevicePlan {
             if from >= to {
                 continue;
             }
-            // Below MAX_PIECE, so it fits.
+            // The run is within a piece in memory, so it fits a usize.
             let run = (from - self.position) as usize..(to - self.position) as usize;
             match runs.last_mut() {
                 Some(last) if last.end == run.start => last.end = run.end,
@@ -202,7 +202,7 @@ impl DevicePlan {
         Ok(runs)
     }
 
-    /// Queries the extents from `from` on; they must be contiguous and end within the device.
+    /// Queries the extents from guest offset `from` on, and checks the driver's answer.
     fn query(&mut self, source: &dyn RandomAccess, from: u64) -> Result<()> {
         let range = from..self.size;
         let answer = source.rough_extents(self.from, range.clone(), self.piece_len);

@@ -1,8 +1,8 @@
-//! Regrouping of a stream's pieces into multiples of a sink's granule.
+//! Regroups the pieces of a stream into multiples of the sink's granule.
 //!
-//! Pieces aligned to the granule pass unchanged. Others are gathered, granule by granule, until each
-//! granule is complete. A badly shuffled stream could leave many granules incomplete: beyond a limit the
-//! oldest goes to the sink in parts, or the copy fails if the sink needs whole granules
+//! Aligned pieces with data pass unchanged. Others are gathered until their granules are complete. A badly
+//! shuffled stream could leave many granules incomplete. Beyond a limit, the oldest granule goes to the sink
+//! in parts, or the copy fails if the sink needs whole granules
 //! ([`imgtool_core::Geometry::granule_required`]).
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -15,26 +15,26 @@ use imgtool_core::{
 use super::Routed;
 use super::target::Targets;
 
-/// Memory in bytes for incomplete granules. Our limit: a quarter of the memory budget of a conversion.
+/// Maximum size in bytes of incomplete granules. Our limit: a quarter of the memory budget of a conversion.
 const MAX_PENDING_BYTES: u64 = 64 << 20;
 
-/// Maximum length of a piece of a stream, bytes. Our limit: bounds the buffers in flight.
+/// Maximum length in bytes of a piece with data in a stream: 16 VMA clusters. It bounds the buffers in
+/// flight.
 const STREAM_PIECE: u64 = 1 << 20;
 
-/// Regroups the pieces of a stream.
 pub(super) struct Regroup {
     /// Routes by device of the source.
     routes: HashMap<DeviceId, SizedRoute>,
     /// Incomplete granules by device of the source and granule index.
     pending: BTreeMap<(DeviceId, u64), Pending>,
-    /// Keys of `pending`, oldest first. Granules that have been completed since may still be listed.
+    /// Keys of `pending`, oldest first. It may still list released granules.
     by_age: VecDeque<(DeviceId, u64)>,
     pending_bytes: u64,
     /// Pieces for the sink.
     ready: VecDeque<Routed>,
 }
 
-/// The sink's side of a route.
+/// A route, with the geometry of its target and the size of its device.
 struct SizedRoute {
     /// Index of the route.
     index: usize,
@@ -47,7 +47,7 @@ struct SizedRoute {
 /// A granule that is not complete yet.
 struct Pending {
     data: Buffer,
-    /// Filled ranges of `data`: ascending, disjoint, neighbours joined.
+    /// Filled ranges of `data`: ascending, disjoint and not adjacent.
     filled: Vec<Range<usize>>,
 }
 
@@ -69,18 +69,17 @@ impl Regroup {
         }
     }
 
-    /// Returns the longest piece for the sink, bytes.
+    /// Returns the maximum length in bytes of a piece with data.
     pub(super) fn largest_piece(&self) -> u64 {
         let granule = self.routes.values().map(|route| route.geometry.granule).max().unwrap_or(1);
         granule.max(STREAM_PIECE)
     }
 
-    /// Returns the next piece for the sink.
     pub(super) fn pop(&mut self) -> Option<Routed> {
         self.ready.pop_front()
     }
 
-    /// Adds a piece of the source. Drops it if its device has no route.
+    /// Adds a piece of the stream. Drops it if its device has no route.
     pub(super) fn push(&mut self, piece: Piece, pool: &BufferPool) -> Result<()> {
         let from = piece.device;
         let Some(route) = self.routes.get(&from) else { return Ok(()) };
@@ -98,7 +97,7 @@ impl Regroup {
         self.split(&piece, from, granule, pool)
     }
 
-    /// Cuts zeros to the sink's maximum length for a piece of zeros.
+    /// Passes on zeros, cut to the sink's maximum length for zeros.
     fn push_zeros(&mut self, from: DeviceId, guest: Range<u64>) {
         let Some(route) = self.routes.get(&from) else { return };
         let limit = route.geometry.max_zero_len.max(1);
@@ -110,7 +109,7 @@ impl Regroup {
         }
     }
 
-    /// Cuts a piece at granule boundaries. Passes whole granules of zeros on, and gathers the rest.
+    /// Cuts a piece at granule boundaries. Passes on whole granules of zeros, and gathers the rest.
     fn split(&mut self, piece: &Piece, from: DeviceId, granule: u64, pool: &BufferPool) -> Result<()> {
         let mut start = piece.start;
         while start < piece.end() {
@@ -120,7 +119,7 @@ impl Regroup {
             let range = (start - piece.start) as usize..(end - piece.start) as usize;
             match &piece.data {
                 None if whole => {
-                    // All whole granules of zeros at once.
+                    // Pass on all whole granules of zeros at once.
                     let end = piece.end() - piece.end() % granule;
                     self.push_zeros(from, start..end);
                     start = end;
@@ -136,8 +135,8 @@ impl Regroup {
         Ok(())
     }
 
-    /// Puts `len` bytes (`None`: zeros) into granule `index`, `offset` bytes from its start. Releases the
-    /// granule once it is complete, and the oldest granules beyond the memory limit.
+    /// Copies `len` bytes, or zeros for `None`, into granule `index`, `offset` bytes from its start. Releases
+    /// the granule if it is complete, and the oldest granules beyond the memory limit.
     fn gather(
         &mut self,
         from: DeviceId,
@@ -207,7 +206,7 @@ impl Regroup {
         Ok(())
     }
 
-    /// Releases all incomplete granules at the end of the stream (the tail of an open-ended device).
+    /// Releases all incomplete granules at the end of the stream: the tail of an open-ended device.
     pub(super) fn flush(&mut self) -> Result<()> {
         let keys: Vec<_> = self.pending.keys().copied().collect();
         for key in keys {

@@ -1,9 +1,9 @@
-//! Block sharing instead of copying, on file systems with reflinks (XFS, btrfs, bcachefs).
+//! Shares blocks instead of copying them, on file systems with reflinks (XFS, btrfs, bcachefs).
 //!
-//! If the output holds the guest's bytes at their guest offsets ([`Sharing::Whole`]), whole extents are
-//! shared and nothing is read. Zeros that the source has allocated stay allocated (and shared) then. For
-//! other outputs, a write of bytes that the source's file holds verbatim becomes a request to share them
-//! ([`Sharing::Parts`]): the same bytes at the same offsets.
+//! If the output stores every guest byte at its guest offset ([`Sharing::Whole`]), whole extents are shared
+//! and nothing is read. Zeros allocated in the source are then allocated in the output. For other outputs
+//! ([`Sharing::Parts`]), the kernel shares the bytes of a write if a file of the source stores them verbatim.
+//! The output has the same bytes as after a copy.
 
 use std::ops::Range;
 
@@ -23,17 +23,17 @@ const SHARE_STEP: u64 = 1 << 30;
 /// Maximum number of bytes copied at a time where sharing is not available. Our choice.
 const COPY_STEP: u64 = 256 * 1024;
 
-/// Alignment of shared ranges, bytes: the block size of such file systems, or a multiple of it.
+/// Alignment in bytes of shared ranges: the block size of file systems with reflinks, or a multiple of it.
 const SHARE_ALIGNMENT: u64 = 4096;
 
-/// Minimum length of a range to share, bytes. Our limit: for less, the request takes longer than a copy.
+/// Minimum length in bytes of a range to share. Our limit: copying a shorter range is faster.
 const MIN_SHARE_LEN: u64 = 32 << 10;
 
-/// Turns writes into requests to share, for the routes that allow it.
+/// Shares blocks in place of writes, for the routes that allow it.
 #[derive(Default)]
 pub(super) struct BlockSharing<'a> {
     source: Option<&'a dyn RandomAccess>,
-    /// The routes whose source and output can share blocks.
+    /// Routes whose source and output can share blocks.
     routes: Vec<(Route, OutputId)>,
 }
 
@@ -50,8 +50,8 @@ impl<'a> BlockSharing<'a> {
         Self { source: Some(source), routes }
     }
 
-    /// Makes `output` share the bytes at `range` of the piece, from `file_offset` on. Returns false if the
-    /// caller has to write them.
+    /// Shares the bytes at `range` of the piece with `output`, at the file offset of `write`. Returns false
+    /// if the caller has to write them.
     pub(super) fn share(
         &self,
         target: usize,
@@ -126,12 +126,12 @@ pub(super) fn share_blocks(
     Ok((totals, left))
 }
 
-/// True if the device's data lies in a file that can share blocks with the output.
+/// True if the device's data is in a file that can share blocks with the output.
 ///
-/// The first extent of data decides: an image lies on one file system, and the kernel copies a range that
-/// it can't share after all.
+/// Checks only the first extent of data: an image is usually on one file system, and the kernel copies a
+/// range that it can't share.
 fn can_share(source: &dyn RandomAccess, output: &Output, device: &Device) -> bool {
-    // Checked first, since a query for extents may take long.
+    // Check this first: querying extents may take a long time.
     let Some(output) = output.file().filter(|file| os::shares_blocks(file)) else {
         return false;
     };
@@ -146,7 +146,7 @@ fn can_share(source: &dyn RandomAccess, output: &Output, device: &Device) -> boo
         })
 }
 
-/// Sharing of one device's blocks with one output.
+/// Shares the blocks of one device with one output.
 struct DeviceShare<'a> {
     source: &'a dyn RandomAccess,
     output: &'a Output,
@@ -170,7 +170,7 @@ impl DeviceShare<'_> {
         Ok(totals)
     }
 
-    /// Shares one extent. Parts that no file holds verbatim (compressed ones) are read and written.
+    /// Shares one extent. Copies the parts that no file stores verbatim (compressed clusters).
     fn extent(&self, extent: Extent, targets: &Targets<'_>) -> Result<()> {
         let mut buffer = Vec::new();
         let mut at = extent.start;

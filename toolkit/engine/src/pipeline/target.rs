@@ -1,4 +1,4 @@
-//! The targets of a copy, which are sinks or consumers, and the taps that observe the pieces.
+//! The targets of a copy (sinks and consumers), and the taps that observe the pieces.
 
 use imgtool_core::{
     BufferPool, Consumer, Error, Geometry, ImageSink, Lane, Output, Prepared, Result, Sharing, SinkDevice,
@@ -8,12 +8,12 @@ use std::fmt;
 
 use super::{Job, Route};
 
-/// Receiver of a device's pieces.
+/// Receiver of the pieces of a copy.
 #[derive(Debug, Clone, Copy)]
 pub enum Target<'a> {
-    /// A sink, which makes an image.
+    /// Sink, which makes an image.
     Sink(&'a dyn ImageSink),
-    /// A consumer that stores nothing.
+    /// Consumer that stores nothing.
     Consumer(&'a dyn Consumer),
 }
 
@@ -32,12 +32,11 @@ impl<'a> Target<'a> {
         }
     }
 
-    /// Prepares a piece.
     pub(super) fn prepare(self, piece: SinkPiece, pool: &BufferPool) -> Result<Prepared> {
         self.consumer().prepare(piece, pool)
     }
 
-    /// Places a prepared piece, or passes it to the consumer.
+    /// Places a prepared piece, or lets the consumer settle it.
     pub(super) fn place(self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
         match self {
             Self::Sink(sink) => sink.place(prepared, writes),
@@ -58,7 +57,7 @@ impl<'a> Target<'a> {
     }
 }
 
-/// Observer of every piece on its way to its target: a digest, a counter. Many threads call it at once.
+/// Observer of every piece on its way to its target, such as a digest. Many threads call it at once.
 pub trait Tap: Send + Sync {
     /// Returns the alignment in bytes that the tap needs for the start of pieces.
     fn granule(&self) -> u64;
@@ -73,10 +72,10 @@ impl fmt::Debug for dyn Tap + '_ {
     }
 }
 
-/// Checked targets of a job, with the outputs of all of them in one list.
+/// The checked targets of a job, with all their outputs in one list.
 pub(super) struct Targets<'a> {
     job: &'a Job<'a>,
-    /// For each target, the index of its first output in the list.
+    /// Index of the first output of each target in `outputs`.
     first_outputs: Vec<usize>,
     outputs: Vec<&'a Output>,
     tap_granule: u64,
@@ -100,7 +99,6 @@ impl<'a> Targets<'a> {
         self.job
     }
 
-    /// Returns the target of a route of the job.
     pub(super) fn of(&self, route: Route) -> Target<'a> {
         self.job.targets[route.target]
     }
@@ -110,7 +108,7 @@ impl<'a> Targets<'a> {
         &self.outputs
     }
 
-    /// Returns the index of a target's output in the list of all outputs.
+    /// Returns the index of a target's output in [`Targets::outputs`].
     pub(super) fn output_index(&self, target: usize, output: imgtool_core::OutputId) -> Option<usize> {
         let index = self.first_outputs.get(target)?.checked_add(output.index())?;
         let end = self.first_outputs.get(target + 1).copied().unwrap_or(self.outputs.len());
@@ -125,8 +123,8 @@ impl<'a> Targets<'a> {
         Geometry { granule, piece_len, max_zero_len: wanted.max_zero_len.max(piece_len), ..wanted }
     }
 
-    /// Returns which blocks may be shared. With taps, whole extents are not shared, since a tap has to see
-    /// every piece.
+    /// Returns the blocks that may be shared. With taps, whole extents are not shared, since a tap must
+    /// receive every piece.
     pub(super) fn sharing(&self, route: Route) -> Sharing {
         match self.of(route).sharing(route.to) {
             Sharing::Whole(output) if !self.job.taps.is_empty() => Sharing::Parts(output),
