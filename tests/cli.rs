@@ -15,7 +15,7 @@ mod targets;
 mod texts;
 mod usage;
 
-/// A directory with `disk.raw` in it.
+/// Creates a directory that contains `disk.raw`.
 fn with_disk() -> tempfile::TempDir {
     let dir = tempdir();
     images::every_mask().write_raw(&dir.path().join("disk.raw"));

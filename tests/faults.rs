@@ -20,7 +20,7 @@ mod system_calls;
 mod targets;
 mod verification;
 
-/// The unfinished outputs in a directory and those below it.
+/// Returns the sorted paths of all unfinished outputs below a directory.
 fn partials(directory: &Path) -> Vec<String> {
     let mut found = Vec::new();
     let mut rest = vec![directory.to_owned()];
@@ -43,9 +43,9 @@ fn kill(child: &Child, signal: &str) {
     assert!(status.success());
 }
 
-/// Waits for the end, but not forever.
+/// Waits for the program to end, for at most 20 seconds.
 fn ends(mut child: Child, what: &str) -> std::process::ExitStatus {
-    // Its input stays open: the program must not wait for more of it.
+    // Standard input stays open: the program must not wait for more of it.
     let stdin = child.stdin.take();
     let began = Instant::now();
     let status = loop {
@@ -63,7 +63,7 @@ fn ends(mut child: Child, what: &str) -> std::process::ExitStatus {
     status
 }
 
-/// A disk of 8 MiB as `disk.raw`, and an archive of it, `disk.vma`.
+/// Creates a directory with a disk of 8 MiB, `disk.raw`, and an archive of it, `disk.vma`.
 fn with_disk() -> tempfile::TempDir {
     let dir = tempdir();
     Image::hole("x", 8 << 20).with(0, images::noise(1, 8 << 20)).write_raw(&dir.path().join("disk.raw"));
@@ -72,7 +72,7 @@ fn with_disk() -> tempfile::TempDir {
 }
 
 fn sh(directory: &Path, line: &str) -> Output {
-    // Signals have their usual effect, also where the tests were started with nohup or in the background.
+    // Signals have their default effect, even if the tests run under nohup or in the background.
     let mut command = Command::new("env");
     command
         .args(["--default-signal=HUP,INT", "bash", "-c", line])

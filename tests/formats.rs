@@ -1,4 +1,4 @@
-//! Content through every format and every way: files, pipes, compressed, sparse, huge.
+//! Content through every format and in every form: files, pipes, compressed, sparse, huge.
 
 mod file_system;
 mod fixtures;

@@ -1,5 +1,5 @@
-//! Images made to harm: every command ends, within 256 MiB, without a panic, without a control character
-//! on the terminal, without opening what the image names, and leaves nothing unless it succeeded.
+//! Malicious images: every command ends within 256 MiB, does not panic, prints no control characters, opens
+//! no file that the image names, and leaves nothing unless it succeeds.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -21,16 +21,17 @@ mod refusals;
 mod vhdx;
 mod vma;
 
-/// What a program may have resident for any image.
+/// Maximum resident memory of a run in bytes, for any image. Our limit.
 const MEMORY: u64 = 256 << 20;
 
-/// Processor time of one run, seconds: far more than any needs, on any machine.
+/// Maximum processor time of a run in seconds. Our limit: far more than any run needs.
 const CPU_SECONDS: u32 = 60;
 
-/// Content up to here is read, hashed and archived in tests; the time for that follows the size.
+/// Maximum size in bytes of the disks that the tests read, hash and archive: the time for that follows the
+/// size.
 const SMALL: u64 = 2 << 30;
 
-/// A file in the making, mostly a hole.
+/// A crafted file, mostly a hole.
 struct Craft {
     path: PathBuf,
     file: File,
@@ -58,8 +59,8 @@ impl Craft {
     }
 }
 
-/// A qcow2 header that is right. At 2 MiB is the L1 table, at 4 MiB the refcount table: cluster borders
-/// for any size of cluster.
+/// Creates a qcow2 image with a valid header. The L1 table is at 2 MiB, the refcount table at 4 MiB: cluster
+/// boundaries for any cluster size.
 fn qcow2(
     directory: &Path,
     name: &str,
@@ -74,8 +75,8 @@ fn qcow2(
     craft
 }
 
-/// Returns every command for one file. `small`: those whose cost follows the size of the disk, too.
-fn every_verb(file: &str, small: bool) -> Vec<Vec<&str>> {
+/// Returns every command for one file. `small` adds the commands whose cost follows the size of the disk.
+fn every_command(file: &str, small: bool) -> Vec<Vec<&str>> {
     let mut lines: Vec<Vec<&str>> = vec![
         vec!["info", file],
         vec!["info", "--backing-chain", "--allow-external", "chain", file],
@@ -106,8 +107,8 @@ fn every_verb(file: &str, small: bool) -> Vec<Vec<&str>> {
     lines
 }
 
-/// Returns commands for a file that can't be opened: one for each way of opening.
-fn few_verbs(file: &str) -> Vec<Vec<&str>> {
+/// Returns commands for a file that can't be opened: one for each way of opening it.
+fn few_commands(file: &str) -> Vec<Vec<&str>> {
     vec![
         vec!["check", file],
         vec!["map", file],
@@ -116,11 +117,11 @@ fn few_verbs(file: &str) -> Vec<Vec<&str>> {
     ]
 }
 
-/// ext4 has no larger file; XFS and memory have. The exit code of a run that makes a larger raw file is that
-/// of the file system, and not in the snapshot.
+/// Maximum size in bytes of a file on ext4. The exit code of a run that writes a larger raw file depends on
+/// the file system, so the snapshot omits it.
 const LARGEST_FILE: u64 = (16 << 40) - 4096;
 
-/// The size of the largest disk that `info` knows of.
+/// Returns the size in bytes of the largest disk that `info` reports; 0 if it reports none.
 fn largest_disk(facts: &Outcome) -> u64 {
     let Ok(facts) = serde_json::from_slice::<serde_json::Value>(&facts.stdout) else { return 0 };
     let devices = facts["devices"].as_array().into_iter().flatten();
@@ -128,8 +129,9 @@ fn largest_disk(facts: &Outcome) -> u64 {
     sizes.filter_map(serde_json::Value::as_u64).max().unwrap_or(0)
 }
 
-/// Runs every command on every file: each ends within memory, and with the exit code that the snapshot of
-/// this name has. After a change that is meant: `INSTA_UPDATE=always cargo test --test main hostile::`.
+/// Runs every command on every file. Each must end within the memory limit, with the exit code in the
+/// snapshot `exit-codes-NAME`. After an intended change, run
+/// `INSTA_UPDATE=always cargo test --test main hostile::`.
 #[track_caller]
 fn all_end(name: &str, directory: &Path, files: &[PathBuf]) {
     let mut worst = (0, String::new());
@@ -155,11 +157,11 @@ fn all_end(name: &str, directory: &Path, files: &[PathBuf]) {
         note(&facts_line, &facts, false);
         let is_large = largest_disk(&facts) > LARGEST_FILE;
         let lines = if facts.status.success() || file.ends_with(".vma") {
-            // Of a stream the size may not be known: the corpus has small ones.
+            // The size of a stream may be unknown; the streams of the corpus are small.
             let size = if facts.status.success() { facts.json()["virtual-size"].as_u64() } else { None };
-            every_verb(file, size.unwrap_or(0) <= SMALL)
+            every_command(file, size.unwrap_or(0) <= SMALL)
         } else {
-            few_verbs(file)
+            few_commands(file)
         };
         for line in lines {
             let makes_raw = line.ends_with(&["--to", "raw", "out/"]) || line.contains(&"extract");
@@ -176,7 +178,7 @@ fn all_end(name: &str, directory: &Path, files: &[PathBuf]) {
     insta::assert_snapshot!(format!("exit-codes-{name}"), table);
 }
 
-/// One run, which must end by itself, say what it says in plain text, and leave nothing but a result.
+/// Runs one command, which must end by itself, print plain text, and leave nothing but a result.
 #[track_caller]
 fn run(directory: &Path, line: &[&str]) -> Outcome {
     let before = names(directory);

@@ -1,4 +1,4 @@
-//! The library of the program, used by a program of another kind: `imgtool::open` and `imgtool::convert`.
+//! The library as another program uses it: `imgtool::open` and `imgtool::convert`.
 
 use std::io::Read;
 
@@ -14,14 +14,14 @@ const TWO_DISKS: [(&str, u64, &str); 2] = [
     ("drive-efidisk0", 540_672, "a0fd2cf34e841d0d1e7f30367fc2b547c952d35ae30d9003b2890c10b61d82c9"),
 ];
 
-/// The digest of all content of a disk.
+/// Returns the SHA-256 of all content of a disk.
 fn digest(disk: &Disk) -> String {
     let mut content = Vec::new();
     disk.reader().read_to_end(&mut content).unwrap();
     sha256(&content)
 }
 
-/// Asserts that a file holds the two disks, and nothing else.
+/// Asserts that `disks` are the two disks of `two-disks.vma.zst`.
 #[track_caller]
 fn assert_two_disks(disks: &[Disk]) {
     let found: Vec<_> = disks.iter().map(|disk| (disk.name(), disk.size(), digest(disk))).collect();

@@ -1,11 +1,11 @@
-//! End-to-end tests: the built program against images that it did not make, and against programs
-//! that we did not write.
+//! End-to-end tests of the built program, against images that it did not make and against independent
+//! programs.
 //!
-//! One room per subject: `cli` is the command line and the texts, `formats` the content through every format,
-//! `faults` errors and interruptions, `hostile` images made to harm, `vma` archives and `imgtool vma`, `library`
-//! the library without the program. A test whose oracle is missing prints `SKIPPED: …` and passes; with `CI` set
-//! it fails. What no package brings (loop devices, mounts) may be missing in CI too: `.ci/run` lists such tests at
-//! its end.
+//! One module per subject: `cli` tests the command line and its texts, `formats` the content through every
+//! format, `faults` errors and interruptions, `hostile` malicious images, `vma` archives and `imgtool vma`,
+//! `library` the library without the program. A test whose oracle is missing prints `SKIPPED: …` and passes;
+//! with `CI` set, it fails. Loop devices and mounts, which no package provides, may be missing even with `CI`
+//! set; `.ci/run` lists the skipped tests at its end.
 
 #![allow(clippy::unwrap_used)]
 

@@ -1,4 +1,4 @@
-//! The program under test, and what it needs around it: devices, mounts, a trace of its system calls.
+//! The program under test and its surroundings: devices, mounts, a trace of its system calls.
 
 pub mod devices;
 pub mod run;

@@ -27,16 +27,16 @@ DEV: dev_id=1 size: 5255168 devname: drive-scsi0
 DEV: dev_id=2 size: 540672 devname: drive-efidisk0
 ";
 
-/// An archive of the fixtures without its compression.
+/// Writes an archive of the fixtures without its compression, and returns its path.
 fn plain(directory: &Path, name: &str) -> PathBuf {
     let path = directory.join(name);
-    // Taken for raw, its content is only decompressed.
+    // As raw, the archive is only decompressed.
     let compressed = fixture(&format!("{name}.zst"));
     imgtool(["convert", "-f", "raw", "--to", "raw"]).args([&compressed, &path]).ok();
     path
 }
 
-/// The archive of two disks in a directory of its own, and the directory.
+/// Creates a directory with the archive of two disks. Returns the directory and the name of the archive.
 fn two_disks() -> (tempfile::TempDir, &'static str) {
     let dir = tempdir();
     plain(dir.path(), "two-disks.vma");
@@ -47,7 +47,7 @@ fn without_time(text: &str) -> String {
     text.lines().filter(|line| !line.starts_with("CTIME: ")).map(|line| format!("{line}\n")).collect()
 }
 
-/// Existing targets for a map, full of old bytes or of zeros.
+/// Creates a target for a map, filled with `byte`.
 fn target(directory: &Path, name: &str, size: usize, byte: u8) -> PathBuf {
     let path = directory.join(name);
     std::fs::write(&path, vec![byte; size]).unwrap();
@@ -59,7 +59,7 @@ fn vma(directory: &Path, line: &str) -> Outcome {
     imgtool(["vma"]).args(line.split(' ')).within(directory).go()
 }
 
-/// A directory with the archive of two disks and a small disk.
+/// Creates a directory with the archive of two disks, `a.vma`, and a small disk, `d.raw`.
 fn scene() -> tempfile::TempDir {
     let dir = tempdir();
     let (from, to) = (fixture("two-disks.vma.zst"), dir.path().join("a.vma"));

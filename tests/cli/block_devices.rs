@@ -1,4 +1,4 @@
-//! Restoring to block devices that exist: sizes, tails, zeros, and devices that are in use.
+//! Restoring to existing block devices: sizes, tails, zeros, and devices in use.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ const EFI_SIZE: usize = 540_672;
 const SCSI_SIZE: usize = 5_255_168;
 const TOLERANCE: usize = 4 << 20;
 
-/// Restores the EFI disk to a target; options are appended.
+/// Restores the EFI disk to `target`, with the options `more`.
 fn restore_efi(target: &Path, more: &[&str]) -> crate::support::run::Outcome {
     let target = format!("drive-efidisk0={}", text(target));
     imgtool(["convert", text(&fixture("two-disks.vma.zst")), "--disk", "drive-efidisk0", "--target", &target])
@@ -51,7 +51,7 @@ fn other_sizes_are_refused_with_both_and_nothing_is_written() {
         let run = restore_efi(device.path(), &[]).exits(1);
         run.says(&EFI_SIZE.to_string()).says(&size.to_string());
         assert!(device.bytes() == old, "{size}");
-        // A map of the vma program is refused in its words.
+        // A map file of the vma program is refused with the message of that program.
         let map = dir.path().join("map");
         std::fs::write(&map, format!("skip=drive-scsi0\n1:drive-efidisk0={}\n", text(device.path())))
             .unwrap();
@@ -65,7 +65,7 @@ fn other_sizes_are_refused_with_both_and_nothing_is_written() {
             .says(&words);
         assert!(device.bytes() == old, "{size}, by a map");
     }
-    // Of a much larger one --force takes the front.
+    // With --force, the disk replaces the front of a much larger device.
     let old = noise(7, EFI_SIZE + 2 * TOLERANCE);
     let device = LoopDevice::holding(&dir.path().join("disk"), &old);
     restore_efi(device.path(), &["--force"]).exits(0);
@@ -73,7 +73,8 @@ fn other_sizes_are_refused_with_both_and_nothing_is_written() {
     assert!(device.bytes()[EFI_SIZE..] == old[EFI_SIZE..]);
 }
 
-/// The calls with which a run zeroes ranges, and its writes to the target.
+/// Returns the number of calls with which a run zeroes ranges of the target, and the number of bytes that it
+/// writes there. `zeroed` is appended to the target's argument.
 fn calls(target: &Path, zeroed: &str) -> (usize, u64) {
     let trace = tempdir();
     let log = trace.path().join("trace");
@@ -114,11 +115,11 @@ fn zeros_are_left_to_the_device_and_not_written_where_it_is_zero() {
     let device = LoopDevice::holding(&dir.path().join("new"), &vec![0; SCSI_SIZE]);
     assert_eq!(calls(device.path(), ",zeroed"), (0, stored));
     assert_eq!(sha256(&device.bytes()), SCSI);
-    // The user's word counts: what was there stays where the disk is zero.
+    // The program believes the user: old data stays where the disk is zero.
     let device = LoopDevice::holding(&dir.path().join("lied"), &vec![0xaa; SCSI_SIZE]);
     calls(device.path(), ",zeroed");
     assert_ne!(sha256(&device.bytes()), SCSI);
-    // A file that exists: holes are punched.
+    // The program punches holes into an existing file.
     let file = dir.path().join("file");
     std::fs::write(&file, noise(9, SCSI_SIZE)).unwrap();
     let (zeroings, written) = calls(&file, "");
@@ -139,7 +140,7 @@ fn a_device_in_use_is_refused_without_force() {
         let before = device.bytes();
         restore_efi(device.path(), &[]).exits(1).says("mounted or otherwise in use").says("--force");
         assert!(device.bytes() == before, "mounted");
-        // Under a loop device that is mounted the file is as busy.
+        // The file below a mounted loop device is in use as well.
         restore_efi(&dir.path().join("disk"), &[]).exits(1).says("uses it");
         assert!(device.bytes() == before, "the file below");
         restore_efi(device.path(), &["--force"]).exits(0);
@@ -165,7 +166,8 @@ fn a_device_that_is_swapped_to_is_refused() {
     oracles::run("mkswap", &["-q", text(device.path())]);
     let swapon = std::process::Command::new("swapon").arg(device.path()).output().unwrap();
     if !swapon.status.success() {
-        // Containers with loop devices may still refuse; mounted devices are refused by the same call.
+        // A container with loop devices may still forbid swapping. The test with a mounted device covers the
+        // same check.
         oracles::unable(&format!("this user may not swap: {swapon:?}"), false);
         return;
     }
@@ -181,7 +183,7 @@ fn what_a_virtual_machine_has_locked_is_refused() {
     let file = dir.path().join("disk.raw");
     let old = noise(10, EFI_SIZE);
     std::fs::write(&file, &old).unwrap();
-    // It reads commands from its standard input, with the image open and locked.
+    // qemu-io waits for commands on its standard input, with the image open and locked.
     let mut machine = std::process::Command::new("qemu-io")
         .args(["-f", "raw", text(&file)])
         .stdin(std::process::Stdio::piped())

@@ -1,4 +1,4 @@
-//! `imgtool info`: what an image is, for people and for programs.
+//! `imgtool info`: descriptions of images, for people and for programs.
 
 use imgtool_testing::manifest::archives;
 use imgtool_testing::{fixture, images, oracles, require, tempdir, text};
@@ -105,7 +105,7 @@ fn what_is_not_there_is_an_error_with_its_name() {
     imgtool(["info", "/nonexistent/image.qcow2"]).go().exits(1).says("/nonexistent/image.qcow2");
 }
 
-/// Stored and zero bytes of the devices of `two-disks.vma`.
+/// Numbers of stored and of zero bytes of each device of `two-disks.vma`.
 const COUNTED: [(u64, u64); 2] = [(2_154_496, 3_100_672), (12_288, 528_384)];
 
 fn counted(info: &serde_json::Value) -> Vec<(Option<u64>, Option<u64>)> {
@@ -130,7 +130,7 @@ fn what_is_stored_is_counted_in_files_and_streams() {
 fn a_long_stream_is_only_read_to_its_end_when_asked() {
     let dir = tempdir();
     let raw = dir.path().join("a.raw");
-    // Noise above the 64 MiB that are read unasked.
+    // Noise, longer than the 64 MiB that `info` reads without --read-all.
     std::fs::write(&raw, images::noise(5, 66 << 20)).unwrap();
     let archive = dir.path().join("a.vma.gz");
     imgtool(["convert", text(&raw), "--to", "vma", text(&archive)]).ok();
@@ -173,7 +173,7 @@ fn a_damaged_archive_tells_what_can_be_known() {
             page.text()
         );
     }
-    // Without its header nothing is known.
+    // If the header is damaged, nothing is known.
     flipped[5000] ^= 1;
     std::fs::write(&archive, flipped).unwrap();
     let refused = imgtool(["info", text(&archive)]).go().exits(1).says("wrong vma header checksum");

@@ -1,5 +1,5 @@
-//! `docs/json.md` beside what the program prints: every field that is printed is documented with its
-//! command, and every field that is documented is printed by one of the runs below.
+//! Compares `docs/json.md` with the output of the program: every printed field is documented with its
+//! command, and one of the runs below prints every documented field.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::support::imgtool;
 
-/// The page, by the heading of a section.
+/// Returns the section of `page` under `heading`.
 fn section<'a>(page: &'a str, heading: &str) -> &'a str {
     let start = page.find(&format!("\n## {heading}\n")).unwrap_or_else(|| panic!("no section '{heading}'"));
     let text = &page[start + heading.len() + 5..];
@@ -22,14 +22,15 @@ fn named(text: &str) -> BTreeSet<String> {
     text.split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }
 
-/// What the first columns of the tables name: the fields that must be found.
+/// Returns the fields that the first columns of the tables name. The runs must print all of them.
 fn fields(section: &str) -> BTreeSet<String> {
     let rows = section.lines().filter_map(|line| line.strip_prefix("| `"));
     let cells = rows.filter_map(|row| row.split(" |").next()).map(|cell| format!("`{cell}"));
     cells.flat_map(|cell| named(&cell)).map(|path| path.rsplit('.').next().unwrap_or("").to_owned()).collect()
 }
 
-/// The keys of all objects, without those of `format-specific`, which every format has of its own.
+/// Collects the keys of all objects; below `format-specific`, only those of its top level, since the rest
+/// depends on the format.
 fn keys(value: &Value, found: &mut BTreeSet<String>) {
     match value {
         Value::Array(items) => items.iter().for_each(|item| keys(item, found)),
@@ -47,7 +48,7 @@ fn keys(value: &Value, found: &mut BTreeSet<String>) {
     }
 }
 
-/// The runs below that do not exit with 0: damage, losses, differences.
+/// Runs below that do not exit with 0, because of damage, losses or differences, and their exit codes.
 const FAILING: [(&str, i32); 5] = [
     ("info --output json cut.vma", 1),
     ("convert --output json --salvage cut.vma --to raw cut.raw", 3),
@@ -56,7 +57,7 @@ const FAILING: [(&str, i32); 5] = [
     ("compare --output json vm.vma a.raw", 1),
 ];
 
-/// What the runs print on standard output (for `progress`: on standard error).
+/// Returns the keys that the runs print on standard output, or with `--progress json` on standard error.
 fn printed(dir: &Path, lines: &[&str]) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for line in lines {

@@ -1,4 +1,4 @@
-//! Names of outputs: what may be written where, and what is never overwritten.
+//! Names of outputs: valid targets, and files that are never overwritten.
 
 use imgtool_testing::{assert_same, names, snapshot};
 

@@ -1,4 +1,4 @@
-//! Reports during and after a conversion: the format that was found, progress, the summary.
+//! Reports during and after a conversion: the detected format, progress, the summary.
 
 use imgtool_testing::images::{self, Image};
 use imgtool_testing::{fixture, tempdir, text};
@@ -7,7 +7,7 @@ use super::with_disk;
 use crate::support::imgtool;
 
 #[test]
-fn a_found_format_is_told() {
+fn reports_the_detected_format() {
     let source = fixture("two-disks.vma.zst");
     let dir = tempdir();
     let run = imgtool(["convert", text(&source), "--to", "qcow2", text(&dir.path().join("out"))]).ok();
@@ -49,7 +49,7 @@ fn progress_in_json_ends_at_100_percent_once() {
     }
     let last = objects.last().unwrap();
     assert_eq!(last["done"], last["total"], "{}", run.stderr);
-    // The digests of the objects themselves tell repeated final lines apart from repeated states.
+    // A second object equal to the last one would be a repeated final line.
     assert_eq!(objects.iter().filter(|object| *object == last).count(), 1, "{}", run.stderr);
 }
 
@@ -68,7 +68,7 @@ fn each_phase_reaches_100_percent_once() {
         .filter(|object| object["done"] == object["total"])
         .map(|object| object["phase"].as_str().unwrap())
         .collect();
-    // Both outputs are one phase.
+    // The two outputs share each phase.
     assert_eq!(complete, ["convert", "verify"], "{}", run.stderr);
     assert_eq!(objects.last(), whole.last().copied(), "{}", run.stderr);
     for object in &whole {

@@ -1,6 +1,6 @@
-//! The pages that show commands: what a reader would type is run, and what a page shows as output must
-//! come out. Blocks fenced `sh` are run; `console` is for what needs more than files and the program:
-//! cargo, a network, volumes.
+//! The pages that show commands. The tests run the blocks fenced `sh`, and their output must be that of the
+//! blocks fenced `text`. Blocks fenced `console` are not run: they need more than files and the program, such
+//! as cargo, a network or volumes.
 
 use std::path::Path;
 use std::process::Command;
@@ -10,7 +10,7 @@ use imgtool_testing::{fixture, tempdir, text};
 use crate::support::imgtool;
 use crate::support::run::PROGRAM;
 
-/// The lines of all fenced blocks of one language.
+/// Returns the lines of all fenced blocks of one language.
 fn blocks(page: &str, language: &str) -> String {
     let (mut inside, mut found) = (false, String::new());
     for line in page.lines() {
@@ -26,13 +26,13 @@ fn blocks(page: &str, language: &str) -> String {
     found
 }
 
-/// The text of a page, by its path in the repository.
+/// Returns the text of a page, by its path in the repository.
 fn page(path: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
     std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// Runs `script` with the program in reach; its standard output must be as `expected`.
+/// Runs `script` with the program in `PATH`. If `expected` is given, standard output must equal it.
 fn run_script(name: &str, script: &str, here: &Path, expected: Option<&str>) {
     let directory_of_program = Path::new(PROGRAM).parent().expect("the program is in a directory");
     let search = format!("{}:{}", text(directory_of_program), std::env::var("PATH").unwrap_or_default());
@@ -50,7 +50,7 @@ fn run_script(name: &str, script: &str, here: &Path, expected: Option<&str>) {
     }
 }
 
-/// Runs a page in a directory that has the files it starts from.
+/// Runs the commands of a page in a directory with the files that they need.
 fn run(path: &str) {
     let page = page(path);
     let (script, expected) = (blocks(&page, "sh"), blocks(&page, "text"));
@@ -79,7 +79,7 @@ fn the_readme() {
     std::fs::copy(&archive, here("vm.vma.zst")).unwrap();
     imgtool(["convert", text(&archive), text(&here("vm.vma"))]).ok();
     std::fs::copy(fixture("qemu-server.conf"), here("qemu-server.conf")).unwrap();
-    // Each line stands for itself: it finds the sources and nothing that another line made.
+    // Each line runs alone: it finds the sources, but no output of another line.
     let lines: Vec<_> = script.lines().filter(|line| !line.is_empty()).collect();
     assert!(lines.len() > 20, "the README runs nothing");
     for line in lines {

@@ -1,5 +1,5 @@
-//! A source is never a target, under whatever name; nor is one file two targets. Refused before
-//! anything is opened for writing.
+//! A source is never a target, under any name, and no file is two targets. The program refuses both before it
+//! opens anything for writing.
 
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -12,8 +12,8 @@ use crate::support::devices::{LoopDevice, loop_devices};
 use crate::support::imgtool;
 use crate::support::run::PROGRAM;
 
-/// Runs a shell line in which `$IMGTOOL` is the program: it exits with `code`, says each of `words`,
-/// changes nothing, and opens nothing below the directory for writing.
+/// Runs a shell line in which `$IMGTOOL` is the program. Asserts that it exits with `code`, prints each of
+/// `words`, changes nothing in `directory`, and opens nothing for writing.
 #[track_caller]
 fn refused(directory: &Path, line: &str, code: i32, words: &[&str]) {
     let before = snapshot(directory);
@@ -38,7 +38,7 @@ fn refused(directory: &Path, line: &str, code: i32, words: &[&str]) {
     let writing = |call: &&str| {
         let for_writing =
             ["O_WRONLY", "O_RDWR", "O_CREAT", "creat(", "mkdir"].iter().any(|flag| call.contains(flag));
-        // What the C library and the Rust runtime open for themselves.
+        // The C library and the Rust runtime open these files for themselves.
         for_writing
             && !call.contains("\"/dev/null\"")
             && !call.contains("\"/proc/")

@@ -1,4 +1,4 @@
-//! Completions and manual pages come from the definitions of the command line.
+//! Completions and manual pages, which are generated from the definitions of the command line.
 
 use imgtool_testing::{names, require, tempdir};
 
@@ -14,7 +14,7 @@ fn every_shell_has_completions() {
 }
 
 #[test]
-fn every_verb_has_a_manual_page() {
+fn every_command_has_a_manual_page() {
     let dir = tempdir();
     imgtool(["man"]).args([dir.path()]).ok();
     let pages = names(dir.path());
@@ -34,11 +34,11 @@ fn every_verb_has_a_manual_page() {
     assert!(imgtool(["man"]).ok().text().contains("SYNOPSIS"));
 }
 
-/// What a script says in a shell, which must not complain.
+/// Runs a script in a shell, which must succeed with empty standard error, and returns its standard output.
 fn shell(shell: &str, script: &str) -> String {
     let dir = std::path::Path::new(crate::support::run::PROGRAM).parent().unwrap();
     let path = format!("{}:{}", dir.display(), std::env::var("PATH").unwrap_or_default());
-    // The limit is for scripts that wait for what never comes.
+    // The time limit ends scripts that wait for output that never comes.
     let run = std::process::Command::new("timeout")
         .args(["120", shell, "-c", script])
         .env("PATH", path)
@@ -52,7 +52,7 @@ fn shell(shell: &str, script: &str) -> String {
 #[test]
 fn bash_completes_verbs_formats_and_options() {
     require!("bash");
-    // Words are given as bash gives them: split at each '='.
+    // The words are split at each '=', as bash splits them.
     let script = r#"source <(imgtool completions bash)
 ask() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _imgtool_or_option imgtool "${@: -1}" "${COMP_WORDS[COMP_CWORD-1]}"; echo "${COMPREPLY[*]}"; }
 ask imgtool con
@@ -123,8 +123,8 @@ fn zsh_takes_its_completions() {
 #[test]
 fn zsh_completes_the_options_of_a_format() {
     require!("zsh");
-    // A terminal of its own, in which a tab is pressed; it waits for what must appear, and the test of a
-    // program that never says it ends with the time limit.
+    // The script presses the tab key in a pseudo-terminal and waits for the completion. If it never appears,
+    // the time limit ends the script.
     for (line, wanted) in [
         ("imgtool convert -O vhdx -o blo", "-o block_size="),
         ("imgtool convert -O qcow2 -o compat=1.1,ref", "compat=1.1,refcount_bits="),

@@ -1,4 +1,4 @@
-//! Targets that exist already: what was there is replaced where the disk is, and left alone beyond.
+//! Existing targets: the disk replaces old data up to its size, and data beyond it stays.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,14 +9,14 @@ use imgtool_testing::{assert_same_rounded, fixture, names, sha256_file, snapshot
 use crate::support::imgtool;
 use crate::support::run::PROGRAM;
 
-/// A file full of old data.
+/// Writes a file of `size` bytes of old data and returns them.
 fn old(path: &Path, size: u64) -> Vec<u8> {
     let bytes = images::noise(77, size as usize);
     std::fs::write(path, &bytes).unwrap();
     bytes
 }
 
-/// A shell's command line, in a directory with `disk.raw`; exit code and what was said.
+/// Runs a shell line in `directory`, and returns its exit code and standard error.
 fn shell(directory: &Path, line: &str) -> (Option<i32>, String) {
     let mut sh = Command::new("sh");
     sh.args(["-c", line]).env("IMGTOOL", PROGRAM).current_dir(directory);
@@ -24,14 +24,14 @@ fn shell(directory: &Path, line: &str) -> (Option<i32>, String) {
     (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
-/// What is started without standard output gets /dev/null in its place: an image that goes there is lost.
+/// The Rust runtime opens /dev/null in place of a closed standard output; an image written there is lost.
 #[test]
 fn an_image_does_not_vanish_in_a_closed_standard_output_without_a_word() {
     let dir = tempdir();
     Image::hole("x", 1 << 20).with(0, images::noise(1, 65_536)).write_raw(&dir.path().join("disk.raw"));
     for to in ["raw", "vma"] {
         let (code, said) = shell(dir.path(), &format!("$IMGTOOL convert disk.raw --to {to} - >&-"));
-        // Started like this by a program that wants no output, it is no error.
+        // Not an error: a program that wants no output may start the conversion like this.
         assert_eq!(code, Some(0), "{said}");
         assert!(said.contains("note: standard output is closed"), "{said}");
         let (code, said) = shell(dir.path(), &format!("$IMGTOOL convert disk.raw --to {to} - >/dev/null"));

@@ -1,4 +1,4 @@
-//! What the program says, word for word. After a change that is meant: `INSTA_UPDATE=always cargo
+//! Output of the program, word for word. After an intended change, run `INSTA_UPDATE=always cargo
 //! test --test main cli::texts::`, then read the difference.
 //!
 //! Nothing here depends on the file system, the terminal or the clock: space on disk and times are
@@ -11,7 +11,7 @@ use imgtool_testing::{fixture, oracles, require, tempdir};
 
 use crate::support::imgtool;
 
-/// A run as a person sees it: the command, what it printed, how it ended.
+/// Runs a command and returns the command, its output and its exit code, as a person sees them.
 fn screen(dir: &Path, line: &str) -> String {
     let run = imgtool(line.split_whitespace())
         .env("LC_ALL", "C")
@@ -32,7 +32,7 @@ fn screens(dir: &Path, lines: &[&str]) -> String {
     lines.iter().map(|line| screen(dir, line)).collect::<Vec<_>>().join("\n")
 }
 
-/// Without what depends on where and when it ran.
+/// Blanks out everything that depends on the time or the file system.
 fn blank(shown: &str) -> String {
     let line = |line: &str| -> String {
         for label in ["disk size: ", "\"actual-size\": ", "\"elapsed\": "] {
@@ -66,7 +66,7 @@ fn blank(shown: &str) -> String {
     lines.map(|line| line + "\n").collect()
 }
 
-/// A directory with an image of each format, made of the same disk, and an archive of two disks.
+/// Creates a directory with images of one disk in each format, an overlay, and two archives of two disks.
 fn workshop() -> tempfile::TempDir {
     let dir = tempdir();
     Image::hole("x", 8 << 20)
@@ -220,7 +220,7 @@ fn errors() {
     }
 }
 
-/// Lines that people type who have not read the manual.
+/// Commands of people who have not read the manual.
 #[test]
 fn mistakes() {
     let dir = workshop();

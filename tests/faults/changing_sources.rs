@@ -1,4 +1,4 @@
-//! Sources that fail, are cut or change while they are read.
+//! Sources that fail, are truncated or change while the program reads them.
 
 use std::time::{Duration, Instant};
 
@@ -33,7 +33,7 @@ fn a_source_that_is_cut_while_it_is_read_is_an_error() {
         imgtool(["convert", text(&raw), "--to", format, text(&source)]).ok();
         std::fs::remove_file(&raw).unwrap();
         let out = dir.path().join("out.qcow2");
-        // Slowly: two seconds are left when it begins.
+        // At 8 MiB/s, the conversion takes two seconds, enough to cut the source meanwhile.
         let child = imgtool(["convert", "-r", "8M", text(&source), "--to", "qcow2", text(&out)]).start();
         let began = Instant::now();
         while partials(dir.path()).is_empty() && began.elapsed() < Duration::from_secs(30) {
@@ -47,7 +47,7 @@ fn a_source_that_is_cut_while_it_is_read_is_an_error() {
     }
 }
 
-/// A source that is written to meanwhile has no one state that could be converted; that is said.
+/// A source that another program writes meanwhile has no single state to convert, and the program says so.
 #[test]
 fn a_source_that_changes_while_it_is_read_is_told() {
     require!("strace");

@@ -1,4 +1,4 @@
-//! Signals and limits under every command: those that write, and those that only read.
+//! Signals and limits during every command, whether it writes or only reads.
 
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
@@ -10,7 +10,7 @@ use imgtool_testing::{names, require, snapshot, tempdir, text};
 use super::{ends, kill, remove, sh, with_disk};
 use crate::support::imgtool;
 
-/// Every command that writes, and the name of its output.
+/// Every command that writes, with the name of its output.
 const WRITING: [(&[&str], &str); 6] = [
     (&["create", "-f", "raw", "-o", "preallocation=full", "new.raw", "8M"], "new.raw"),
     (&["create", "-f", "qcow2", "-o", "preallocation=full", "new.qcow2", "8M"], "new.qcow2"),
@@ -21,7 +21,7 @@ const WRITING: [(&[&str], &str); 6] = [
 ];
 
 #[test]
-fn a_limit_for_file_sizes_stops_every_verb_that_writes() {
+fn a_limit_for_file_sizes_stops_every_command_that_writes() {
     let dir = with_disk();
     let before = snapshot(dir.path());
     for (args, made) in WRITING {
@@ -69,12 +69,12 @@ fn a_signal_while_any_verb_writes_or_flushes_leaves_all_or_nothing() {
             }
         }
     }
-    // The second flush is that of the directory: the names are there. A signal at a write races with the
-    // work.
+    // The second flush is of the directory, when the outputs have their names. A signal at a write races with
+    // the rest of the work.
     assert!(interrupted > 0 && finished > 0, "{interrupted} interrupted, {finished} finished");
 }
 
-/// Waits until a program has a handler for a signal: proc(5), SigCgt.
+/// Waits until a program has a handler for `signal`: SigCgt in proc(5).
 fn wait_until_listening(child: &Child, signal: i32) {
     let path = format!("/proc/{}/status", child.id());
     let began = Instant::now();
@@ -89,15 +89,15 @@ fn wait_until_listening(child: &Child, signal: i32) {
     }
 }
 
-/// A command that only reads removes its temporary files (the copy of an image from a pipe).
+/// A command that only reads removes its temporary file, the copy of an image from a pipe.
 #[test]
-fn a_signal_ends_every_verb_that_only_reads() {
+fn a_signal_ends_every_command_that_only_reads() {
     let dir = with_disk();
     imgtool(["convert", "disk.raw", "disk.qcow2"]).within(dir.path()).ok();
     imgtool(["create", "-f", "qcow2", "huge.qcow2", "64T"]).within(dir.path()).ok();
     let bytes = std::fs::read(dir.path().join("disk.qcow2")).unwrap();
     let before = snapshot(dir.path());
-    // Commands that read content listen to signals and exit with 1; a signal ends the others as any program.
+    // Commands that read content handle signals and exit with 1; a signal kills the others, like any program.
     let lines: [(&[&str], bool); 8] = [
         (&["info", "-"], false),
         (&["check", "-"], false),
@@ -115,7 +115,7 @@ fn a_signal_ends_every_verb_that_only_reads() {
         let run = imgtool(line).within(dir.path()).env("TMPDIR", text(temporary.path()));
         let mut child = run.start();
         if line.contains(&"-") && line[0] != "vma" {
-            // More than a pipe holds: it is read, and the rest waited for.
+            // More than a pipe holds: the program has read some of it and waits for the rest.
             child.stdin.as_mut().unwrap().write_all(&bytes[..bytes.len() / 2]).unwrap();
         }
         if listens {
@@ -137,14 +137,15 @@ fn a_signal_during_a_long_flush_does_not_call_finished_outputs_interrupted() {
     let dir = with_disk();
     let before = names(dir.path());
     for (args, made) in WRITING {
-        // Longer than the program waits for its work to stop.
+        // The delay is longer than the program waits for its work to stop.
         let line = format!(
             "strace -f -o /dev/null -e trace=fsync -e inject=fsync:signal=SIGTERM:delay_exit=3000000:when=1 \
              $IMGTOOL {}",
             args.join(" ")
         );
         let run = sh(dir.path(), &line);
-        // The program learns of the signal while it flushes, or while it names the outputs. It finishes then.
+        // The program notices the signal while it flushes or while it renames the outputs. In the second
+        // case, it finishes.
         match run.status.code() {
             Some(0) => remove(&dir.path().join(made)),
             code => assert_eq!(code, Some(1), "{line}: {run:?}"),

@@ -1,4 +1,4 @@
-//! A damaged archive is an error that names the place, exit code 1, and leaves nothing behind.
+//! Damaged archives: the program reports the position, exits with 1 and leaves nothing behind.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use imgtool_testing::{snapshot, tempdir, text};
 use crate::support::imgtool;
 use crate::support::run::Outcome;
 
-/// Two small disks in several extents.
+/// Returns an archive of two small disks in several extents.
 fn healthy() -> Archive {
     let first = Image::hole("first", 9 * 65_536 + 512)
         .with(4096, images::noise(1, 4096))
@@ -21,8 +21,8 @@ fn healthy() -> Archive {
         .slots_per_extent(4)
 }
 
-/// Converts bytes that are no whole archive, from a file and from a pipe: both must fail, say
-/// where, and leave the directory as it was.
+/// Converts a damaged archive from a file and from a pipe. Both runs must fail and leave the directory
+/// unchanged, and the error must name the file. Returns the run on the file.
 fn fails(directory: &Path, bytes: &[u8], what: &str) -> Outcome {
     let file = directory.join("damaged.vma");
     std::fs::write(&file, bytes).unwrap();
@@ -41,7 +41,7 @@ fn fails(directory: &Path, bytes: &[u8], what: &str) -> Outcome {
     from_file
 }
 
-/// An archive that is whole, as the tests damage it: otherwise they would prove nothing.
+/// Builds an archive, and proves that it can be converted before the tests damage it.
 fn proven(directory: &Path, archive: &Archive) -> Built {
     let built = archive.build();
     let file = directory.join("healthy.vma");
@@ -67,7 +67,7 @@ fn an_archive_cut_anywhere_is_an_error() {
     for cut in cuts {
         fails(dir.path(), &built.bytes[..cut], &format!("cut at {cut} of {len}"));
     }
-    // Cut between two extents nothing looks wrong but that clusters are missing.
+    // After a cut between two extents, only the missing clusters show the damage.
     for extent in &built.extents {
         fails(dir.path(), &built.bytes[..*extent], &format!("cut before the extent at {extent}"));
     }

@@ -14,7 +14,7 @@ use super::{ends, kill, partials};
 use crate::support::imgtool;
 use crate::support::run::{PROGRAM, Run};
 
-/// A conversion of a piped archive that waits for the rest of it, its output begun.
+/// Starts a conversion that has begun its output and waits for the rest of a piped archive.
 fn stalled(out: &Path) -> Child {
     let bytes = std::fs::read(fixture("sparse.vma")).unwrap();
     let mut child = imgtool(["convert", "-", "--to", "qcow2", text(out)]).start();
@@ -24,7 +24,7 @@ fn stalled(out: &Path) -> Child {
     child
 }
 
-/// Waits until an output is begun.
+/// Waits until the program has begun an output.
 fn wait_for_partials(directory: &Path) {
     let began = Instant::now();
     while partials(directory).is_empty() {
@@ -56,11 +56,11 @@ fn a_kill_leaves_only_the_temporary_name() {
     assert!(left.len() == 1 && left[0].starts_with(".out.qcow2.partial-"), "{left:?}");
 }
 
-/// Two disks in every format a directory or an archive can be made of, and how long that takes.
+/// A conversion of two disks to one format, and its duration.
 struct Busy {
     dir: tempfile::TempDir,
     format: &'static str,
-    /// Output of a run that was not interrupted.
+    /// Content of the directory after an uninterrupted run.
     wanted: BTreeMap<String, String>,
     takes: Duration,
 }
@@ -100,7 +100,8 @@ impl Busy {
         }
     }
 
-    /// Runs it and sends `signal` at this moment; its exit code.
+    /// Runs the conversion, sends `signal` at `moment`, and returns the exit code; `None` if a signal ended
+    /// it.
     fn hit(&self, signal: &str, moment: Moment) -> Option<i32> {
         let child = match moment {
             Moment::Begun => {
@@ -114,35 +115,35 @@ impl Busy {
                 child
             }
         };
-        // It may have ended already.
+        // The program may have ended already.
         let _ = Command::new("kill").args([signal, &child.id().to_string()]).stderr(Stdio::null()).status();
         ends(child, signal).code()
     }
 }
 
-/// Number of times that each format is killed and interrupted, in threes: `IMGTOOL_TEST_ROUNDS`, for more than an
-/// everyday run of the tests has time for.
+/// Returns the number of rounds of three kills and three signals for each format: `IMGTOOL_TEST_ROUNDS`, by
+/// default 1.
 fn rounds() -> u32 {
     std::env::var("IMGTOOL_TEST_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(1)
 }
 
-/// The moment of a signal.
+/// The moment at which a signal is sent.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Moment {
-    /// An output is begun, and the run is too slow to end before the signal comes.
+    /// After an output has begun. The run is too slow to end before the signal.
     Begun,
-    /// After a share of the time that a run takes: it may have ended.
+    /// After this share of the duration of a run, which may have ended by then.
     Share(f64),
 }
 
-/// The moment that is always in time, then `count` of them from the beginning of a run to a little behind its
-/// end.
+/// Returns the moment that is never too late, then `count` moments from the start of a run to a little after
+/// its end.
 fn moments(count: u32) -> impl Iterator<Item = (usize, Moment)> {
     let share = move |nth| Moment::Share((f64::from(nth) + 0.5) / f64::from(count) * 1.15);
     std::iter::once(Moment::Begun).chain((0..count).map(share)).enumerate()
 }
 
-/// Every final name holds what it should, or is not there.
+/// Asserts that every file with a final name has its full content.
 fn nothing_unfinished(busy: &Busy, what: &str) {
     for (name, digest) in snapshot(busy.dir.path()) {
         if !name.contains(".partial-") && digest != "dir" {
@@ -190,7 +191,7 @@ fn signals_at_any_moment_leave_all_or_nothing() {
             assert!(code == Some(1) || moment != Moment::Begun, "{what}");
             match code {
                 Some(0) => assert_eq!(after, busy.wanted, "{what}"),
-                // Before the program listens, the signal ends it: it has no code then.
+                // A signal kills the program before it handles signals; then there is no exit code.
                 Some(1) | None => assert_eq!(after, before, "{what}"),
                 Some(_) => panic!("{what}"),
             }

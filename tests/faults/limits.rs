@@ -1,4 +1,4 @@
-//! Too little memory, space or length of a file: an error, and no unfinished output.
+//! Too little memory or space, or a limit on file sizes: an error, and no unfinished output.
 
 use std::path::Path;
 use std::process::Command;
@@ -10,8 +10,8 @@ use crate::support::devices;
 use crate::support::imgtool;
 use crate::support::run::PROGRAM;
 
-/// The places of panics, but for one: a thread that the system could begin but not give its stack for
-/// signals ends in the standard library, before any code of ours, which calls a panic what is an abort.
+/// Returns the first lines of all panics except those of the standard library when it can't allocate the
+/// signal stack of a new thread, which happens before any of our code runs.
 fn our_panics(stderr: &str) -> Vec<&str> {
     let lines: Vec<&str> = stderr.lines().collect();
     let panics = lines.iter().enumerate().filter(|(_, line)| line.contains("panicked"));
@@ -50,8 +50,8 @@ fn little_memory_is_enough_or_an_error_but_never_an_unfinished_output() {
                 .arg(PROGRAM)
                 .args(line)
                 .env("SOURCE_DATE_EPOCH", "1790000000")
-                // The standard library takes a trace when memory is short, runs short itself, and waits for
-                // itself forever.
+                // When memory is short, the standard library runs out of it while taking a backtrace, and
+                // deadlocks.
                 .env("RUST_BACKTRACE", "0")
                 .current_dir(dir.path())
                 .output()
@@ -80,7 +80,7 @@ fn little_memory_is_enough_or_an_error_but_never_an_unfinished_output() {
     }
 }
 
-/// A shell line within a file system of 8 MiB at `small`, if this user may mount one.
+/// Runs a shell line in a file system of 8 MiB at `small`. `None` if this user may not mount one.
 fn in_a_small_file_system(directory: &Path, line: &str) -> Option<std::process::Output> {
     std::fs::create_dir_all(directory.join("small")).unwrap();
     let script = format!("mount -t tmpfs -o size=8m none small || exit 99; cd small || exit 99; {line}");
@@ -107,13 +107,13 @@ fn a_small_file_system_that_fills_up_leaves_nothing_behind() {
     std::fs::write(dir.path().join("zeros.raw"), vec![0; 24 << 20]).unwrap();
     let source = fixture("two-disks.vma.zst");
     for format in ["raw", "qcow2", "vhdx", "vma"] {
-        // Known before the first byte, with both numbers.
+        // The program knows before the first byte, and says how much space there is.
         let line = format!("$IMGTOOL convert ../disk.raw --to {format} out; code=$?; ls -A; exit $code");
         let Some(run) = in_a_small_file_system(dir.path(), &line) else { return };
         let stderr = String::from_utf8_lossy(&run.stderr);
         assert_eq!((run.status.code(), run.stdout.as_slice()), (Some(1), &b""[..]), "{format}: {stderr}");
         assert!(stderr.contains("not enough space") && stderr.contains("8388608"), "{format}: {stderr}");
-        // Found out on the way: from a pipe, compressed, or because the person insists.
+        // The program finds out during the copy: from a pipe, or with --force.
         for how in [
             format!("$IMGTOOL convert --force ../disk.raw --to {format} out"),
             format!("cat ../disk.raw | $IMGTOOL convert --force - --to {format} new/out"),
@@ -125,7 +125,7 @@ fn a_small_file_system_that_fills_up_leaves_nothing_behind() {
             assert_eq!((run.status.code(), run.stdout.as_slice()), (Some(1), &b""[..]), "{how}: {stderr}");
             assert!(stderr.contains("No space left on device"), "{how}: {stderr}");
         }
-        // What fits is not refused, however large it looks.
+        // A disk that fits is not refused, however large it looks.
         for fits in ["zeros.raw", "small.raw"] {
             let line = format!("$IMGTOOL convert ../{fits} --to {format} out && ls -A");
             let run = in_a_small_file_system(dir.path(), &line).unwrap();

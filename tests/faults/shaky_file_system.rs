@@ -1,5 +1,5 @@
-//! Files on a file system whose n-th read or write fails, is served in part or is slow: between any two
-//! formats the output is right to the last byte, or there is none.
+//! Conversions on a file system whose n-th read or write fails, is served in part or is slow: between any two
+//! formats, the output is right to the last byte, or there is none.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -13,10 +13,10 @@ use crate::support::shaky::{Fault, Shaky, When};
 
 const FORMATS: [&str; 4] = ["raw", "qcow2", "vhdx", "vma"];
 
-/// The file system with a disk in every format on it, and what each conversion makes.
+/// A faulty file system with a disk in every format, and the expected output of each conversion.
 struct Bench {
     shaky: Shaky,
-    /// By the formats of source and target.
+    /// Expected output by the formats of source and target.
     wanted: BTreeMap<(&'static str, &'static str), Vec<u8>>,
 }
 
@@ -52,8 +52,8 @@ impl Bench {
         run.status.code()
     }
 
-    /// A conversion with faults: the output is right, or there is none and the exit code says so; in
-    /// either case nothing else is left.
+    /// Runs a conversion with faults. Either the output is right, or there is none and the exit code is 1;
+    /// nothing else is left.
     #[track_caller]
     fn run(&self, (from, to): Pair, reads: Option<Hit>, writes: Option<Hit>) -> Ran {
         self.shaky.plan(reads, writes);
@@ -70,7 +70,9 @@ impl Bench {
         Ran { hits, failed: code == Some(1) }
     }
 
-    /// A conversion of which one call is hit: it fails if the call does. Whether there was such a call.
+    /// Runs a conversion in which one call is hit; it fails exactly if that call does. Returns true if there
+    /// was such
+    /// a call.
     #[track_caller]
     fn nth(&self, pair: Pair, reads: Option<Hit>, writes: Option<Hit>) -> bool {
         let ran = self.run(pair, reads, writes);
@@ -80,7 +82,7 @@ impl Bench {
     }
 }
 
-/// The formats of source and target.
+/// Formats of source and target.
 type Pair = (&'static str, &'static str);
 type Hit = (Fault, When);
 
@@ -109,14 +111,14 @@ fn reads_and_writes_that_are_all_served_in_part_change_nothing() {
     assert!(hits > 16 * 256, "{hits}");
 }
 
-/// Every read of each format, and every write of each, one after the other.
+/// Covers every read and every write of each format, one after the other.
 #[test]
 fn the_nth_read_or_write_is_served_in_part_or_slow_or_fails() {
     let Some(bench) = Bench::new() else { return };
     let from_each = FORMATS.into_iter().flat_map(|from| [(from, "raw"), (from, "vma")]);
     let to_each = FORMATS.into_iter().flat_map(|to| [("raw", to), ("vma", to)]);
-    // What fails goes on failing, as a broken disk does: the kernel passes a call on in parts, and when
-    // only the second fails, the program sees a short read and asks again.
+    // Failures last, like those of a broken disk: the kernel splits a call, and if only the second part
+    // failed, the program would see a short read and try again.
     for (fault, when) in
         [(Fault::Short, When::Nth as fn(u64) -> When), (Fault::Slow, When::Nth), (Fault::Fails, When::From)]
     {
@@ -132,7 +134,7 @@ fn the_nth_read_or_write_is_served_in_part_or_slow_or_fails() {
     }
 }
 
-/// Bytes in one write or read of a pipe: never what the program would like.
+/// Lengths in bytes of the writes and reads on a pipe, none of them as the program would like.
 const MORSELS: [usize; 6] = [1, 4095, 17, 511, 4096, 1000];
 
 #[test]
@@ -171,7 +173,7 @@ fn a_pipe_that_brings_or_takes_little_at_a_time_changes_nothing() {
                     if got.len() == before {
                         break;
                     }
-                    // The pipe is full most of the time.
+                    // Keeps the pipe full most of the time.
                     std::thread::sleep(Duration::from_micros(50));
                 }
                 got

@@ -1,6 +1,5 @@
-//! System calls that fail, are interrupted, do nothing or take long: whichever it is, between whichever
-//! formats, the program says so, exits with 1 and leaves nothing, or the content is right. strace is in
-//! the way of the calls.
+//! System calls that fail, are interrupted, do nothing or take long, between all formats: either the program
+//! reports an error, exits with 1 and leaves nothing, or the content is right. strace injects the faults.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -13,8 +12,8 @@ use crate::support::run::PROGRAM;
 
 const FORMATS: [&str; 4] = ["raw", "qcow2", "vhdx", "vma"];
 
-/// Runs the program in `directory` with faults: `syscalls:error=E:when=N`, those on one path if there
-/// is one. The calls that were hit.
+/// Runs the program in `directory` with the fault `SYSCALLS:error=E:when=N`, only on `path` if it is given.
+/// Also returns the calls that were hit, as strace prints them.
 fn with_fault(directory: &Path, fault: &str, path: Option<&Path>, args: &[&str]) -> (Output, Vec<String>) {
     let log = tempfile::NamedTempFile::new().unwrap();
     let output = Command::new("strace")
@@ -31,7 +30,7 @@ fn with_fault(directory: &Path, fault: &str, path: Option<&Path>, args: &[&str])
     (output, hit.map(str::to_owned).collect())
 }
 
-/// A run that was hit fails, says `words` and changes nothing; whether it was hit.
+/// Asserts that a run that was hit fails, prints `words` and changes nothing. Returns true if it was hit.
 #[track_caller]
 fn fails_cleanly(directory: &Path, fault: &str, args: &[&str], words: &[&str]) -> bool {
     let before = snapshot(directory);
@@ -52,7 +51,7 @@ fn fails_cleanly(directory: &Path, fault: &str, args: &[&str], words: &[&str]) -
     hit
 }
 
-/// One disk in every format.
+/// Writes one disk in every format and returns the paths, raw first.
 fn sources(directory: &Path) -> Vec<PathBuf> {
     let raw = directory.join("disk.raw");
     Image::hole("x", 3 << 20).with(70_000, images::noise(1, 1 << 20)).write_raw(&raw);
@@ -73,7 +72,7 @@ struct Conversion {
     out: String,
 }
 
-/// From each of the sources in `directory`, which has nothing else, to each of `formats`.
+/// Creates the sources in `directory`, and returns the conversions from each of them to each of `formats`.
 fn conversions(directory: &Path, formats: &[&'static str]) -> Vec<Conversion> {
     let sources = sources(directory);
     let each = sources.iter().flat_map(|source| formats.iter().map(move |to| (source.clone(), *to)));
@@ -81,18 +80,18 @@ fn conversions(directory: &Path, formats: &[&'static str]) -> Vec<Conversion> {
         .collect()
 }
 
-/// How a conversion with a fault ended.
+/// Result of a conversion with a fault.
 struct Ended {
     code: Option<i32>,
-    /// The calls that were hit.
+    /// Calls that were hit, as strace prints them.
     hit: Vec<String>,
-    /// For messages: what was done, and what the program said.
+    /// The fault, the command and the messages of the program, for messages of the test.
     what: String,
 }
 
 impl Conversion {
-    /// Runs it with a fault, of calls on one path if there is one. An output is there if the program says
-    /// so, and then it is right; nothing else is left.
+    /// Runs the conversion with a fault, only on `path` if it is given. If it succeeds, the output must be
+    /// right; nothing else may be left.
     #[track_caller]
     fn under(&self, fault: &str, path: Option<&Path>) -> Ended {
         let line = ["convert", "--threads", "2", text(&self.source), "--to", self.to, &self.out];
@@ -116,7 +115,8 @@ fn the_nth_read_or_write_fails_between_any_two_formats() {
     for conversion in conversions(dir.path(), &FORMATS) {
         let source = Some(&*conversion.source);
         for nth in [1, 2, 5, 8] {
-            // From then on, as a broken disk does: what is read twice may be read the second time.
+            // All later reads fail as well, like on a broken disk; otherwise a second read of the same range
+            // could succeed.
             let reads = format!("pread64,copy_file_range:error=EIO:when={nth}+");
             let writes = ["ENOSPC", "EIO", "EDQUOT"][nth % 3];
             let writes = format!("pwrite64,pwritev:error={writes}:when={nth}");
@@ -133,8 +133,8 @@ fn the_nth_read_or_write_fails_between_any_two_formats() {
     assert!(hits >= 4 * 4 * 4, "only {hits} faults hit");
 }
 
-/// Reads of a VHDX image that may fail: its region table, of which there are two copies that say the
-/// same ([MS-VHDX] 2.2). Everything else that is read is needed, headers too: the other may be older.
+/// Reads of a VHDX image that may fail: those of its region table, which has two equal copies ([MS-VHDX]
+/// 2.2). All other reads are needed, even those of both headers, since either may be the newer one.
 const SPARE_READS: [&str; 2] = [", 65536, 196608)", ", 65536, 262144)"];
 
 #[test]
@@ -173,7 +173,7 @@ fn calls_that_are_interrupted_or_slow_change_nothing_and_those_that_do_nothing_a
     let dir = tempdir();
     let mut hits = 0;
     for conversion in conversions(dir.path(), &FORMATS) {
-        // Reads of the source alone: the loader of the program reads, too.
+        // Only reads of the source, since the loader of the program reads as well.
         let from = Some(&*conversion.source);
         for (fault, path, code) in [
             ("pread64,copy_file_range:error=EINTR:when=2", from, 0),
@@ -181,7 +181,7 @@ fn calls_that_are_interrupted_or_slow_change_nothing_and_those_that_do_nothing_a
             ("pread64,copy_file_range:delay_enter=20000:when=1+2", from, 0),
             ("pwrite64,pwritev:error=EINTR:when=1", None, 0),
             ("pwrite64,pwritev:delay_enter=20000:when=1+2", None, 0),
-            // Nothing was read: the file ends there. Nothing was written.
+            // A read of no bytes is the end of the file; a write of no bytes is an error.
             ("pread64:retval=0:when=2", from, 1),
             ("pwrite64,pwritev:retval=0:when=1", None, 1),
         ] {
@@ -203,7 +203,7 @@ fn a_failing_flush_length_or_allocation_leaves_nothing() {
         let out = format!("out.{to}");
         let line = ["convert", "disk.raw", "--to", to, &out];
         for fault in ["fsync:error=EIO:when=1", "fsync:error=EDQUOT:when=1", "fsync:error=EIO:when=2"] {
-            // The second flush is that of the directory, when the name is there already.
+            // The second flush is of the directory, when the output has its final name.
             assert!(fails_cleanly(dir.path(), fault, &line, &[]), "{to}: {fault}");
         }
         let new_directory = format!("new/{out}/");
@@ -233,7 +233,7 @@ fn all_disks_of_a_vm_appear_or_none_whichever_rename_fails() {
     }
     let files = names(&dir.path().join("out"));
     assert_eq!(hits, files.len(), "each file gets its name by one call");
-    // The same over files that exist: they come back.
+    // After a failed rename, existing files are restored.
     for name in &files {
         std::fs::write(dir.path().join("out").join(name), format!("old {name}")).unwrap();
     }
@@ -242,7 +242,7 @@ fn all_disks_of_a_vm_appear_or_none_whichever_rename_fails() {
         let fault = format!("{renames}:error=EIO:when={nth}");
         assert!(fails_cleanly(dir.path(), &fault, &line, &[]), "rename {nth}");
     }
-    // Where a name can't even be taken back, the message lists it.
+    // If undoing a rename fails, the message lists the file.
     let (output, _) = with_fault(dir.path(), &format!("{renames}:error=EIO:when=2+"), None, &line);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");

@@ -14,12 +14,12 @@ use crate::support::run::PROGRAM;
 #[test]
 fn of_two_runs_for_one_target_one_wins_and_the_other_says_so() {
     let dir = with_disk();
-    // Slowly, so that both are at work at once.
+    // Rate-limited, so that both run at the same time.
     let line = "$IMGTOOL convert -q -r 16M disk.raw new.qcow2 & $IMGTOOL convert -q -r 16M disk.raw new.qcow2; \
                 first=$?; wait $!; echo $first $?";
     let run = sh(dir.path(), line);
     let codes = String::from_utf8_lossy(&run.stdout).trim().to_owned();
-    // Which one is a race; that it is one is not.
+    // Either run may win, but exactly one does.
     assert!(["0 1", "1 0"].contains(&&*codes), "{run:?}");
     assert!(String::from_utf8_lossy(&run.stderr).to_lowercase().contains(" exists"), "{run:?}");
     imgtool(["compare", "disk.raw", "new.qcow2"]).within(dir.path()).ok();
@@ -52,7 +52,7 @@ fn targets_of_every_kind_are_written_or_refused() {
     std::os::unix::fs::symlink("victim", path.join("link")).unwrap();
     std::fs::write(path.join("victim"), b"old").unwrap();
     std::fs::create_dir(path.join("directory")).unwrap();
-    let before = snapshot_without_links(path);
+    let before = names_and_lengths(path);
     let convert = |options: &[&str], to: &str| {
         let all = [&["convert", "-q"], options, &["disk.raw", "--to", "raw", to]].concat();
         imgtool(all).within(path).go()
@@ -63,8 +63,8 @@ fn targets_of_every_kind_are_written_or_refused() {
     convert(&[], "victim").exits(1).says("already exists");
     convert(&[], "/dev/full").exits(1).says("No space left");
     convert(&[], "disk.raw/new.raw").exits(1);
-    assert_eq!(snapshot_without_links(path), before);
-    // A link that the user named is followed; it stays a link.
+    assert_eq!(names_and_lengths(path), before);
+    // The program follows a link that the user named, and keeps it.
     convert(&["--force"], "link").exits(0);
     assert!(std::fs::symlink_metadata(path.join("link")).unwrap().is_symlink());
     assert_same(&path.join("disk.raw"), &path.join("victim"), "through the link");
@@ -76,8 +76,8 @@ fn targets_of_every_kind_are_written_or_refused() {
     assert_same(&path.join("disk.raw"), &path.join("got"), "through the pipe");
 }
 
-/// Names and content of the regular files.
-fn snapshot_without_links(directory: &Path) -> Vec<(String, u64)> {
+/// Returns the names and lengths of all entries, except of links that lead nowhere.
+fn names_and_lengths(directory: &Path) -> Vec<(String, u64)> {
     let of = |name: String| std::fs::metadata(directory.join(&name)).ok().map(|meta| (name, meta.len()));
     names(directory).into_iter().filter_map(of).collect()
 }

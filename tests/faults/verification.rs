@@ -11,8 +11,8 @@ use imgtool_testing::{fixture, names, oracles, require, snapshot, tempdir, text}
 use crate::support::imgtool;
 use crate::support::run::PROGRAM;
 
-/// The program under strace, which stops it at its first flush: everything is written then, nothing
-/// is read back.
+/// Starts the program under strace, which stops it at its first flush: everything is written, and nothing is
+/// read back yet. Returns strace and the process ID of the program.
 fn stopped_at_flush(directory: &Path, args: &[&str]) -> (Child, u32) {
     let log = tempfile::NamedTempFile::new().unwrap();
     let strace = Command::new("strace")
@@ -33,13 +33,13 @@ fn stopped_at_flush(directory: &Path, args: &[&str]) -> (Child, u32) {
     (strace, children.trim().parse().expect("one child"))
 }
 
-/// Unfinished outputs below a directory.
+/// Returns the unfinished outputs below a directory.
 fn partials(directory: &Path) -> Vec<PathBuf> {
     let found = snapshot(directory).into_keys().filter(|name| name.contains(".partial-"));
     found.map(|name| directory.join(name)).collect()
 }
 
-/// Changes one bit of `pattern` in the file.
+/// Flips a bit in the first occurrence of `pattern` in a file. Returns true if there is one.
 fn flip(path: &Path, pattern: &[u8]) -> bool {
     let bytes = std::fs::read(path).unwrap();
     let Some(at) = bytes.windows(pattern.len()).position(|window| window == pattern) else { return false };
@@ -86,8 +86,8 @@ fn a_byte_that_changes_after_writing_is_found_in_every_format() {
     }
 }
 
-/// Zeros at the end of a disk, the refcounts of a qcow2 image, the first header of a VHDX image: content
-/// that is read does not tell.
+/// Damage that the guest's content does not show: zeros cut off the end of a disk, the refcounts of a qcow2
+/// image, the first header of a VHDX image.
 #[test]
 fn what_the_content_does_not_tell_is_found() {
     require!("strace");
@@ -160,7 +160,7 @@ fn a_byte_that_changes_in_the_data_file_or_in_the_base_is_found() {
             let before = snapshot(dir.path());
             let line = ["convert", "--verify", "disk.raw", "--to", "qcow2", "-o", options, "out.qcow2"];
             let (strace, pid) = stopped_at_flush(dir.path(), &line);
-            // The rest of the disk is in the base image.
+            // Without a data file, the rest of the disk is in the base image.
             let base = dir.path().join("other.raw");
             let victim = match partials(dir.path()).iter().find(|path| text(path).contains("beside")) {
                 Some(partial) => partial.clone(),
@@ -193,7 +193,7 @@ fn a_byte_that_changes_in_the_data_file_or_in_the_base_is_found() {
     }
 }
 
-/// What the base needs in turn still has to be allowed; the output's own names need not.
+/// The user must still allow the images that the base refers to, but not the names in the output's options.
 #[test]
 fn reading_back_opens_what_the_options_name_and_nothing_else() {
     require!("qemu-img");
@@ -211,12 +211,12 @@ fn reading_back_opens_what_the_options_name_and_nothing_else() {
     let lowest = dir.path().join("lowest.raw");
     imgtool(line.split(' ').chain(["--allow-external", text(&lowest)])).within(dir.path()).ok();
     imgtool("compare --allow-external chain disk.raw out.qcow2".split(' ')).within(dir.path()).ok();
-    // Over what was there, under the names that it had.
+    // Over the existing output, under the same names.
     imgtool(line.split(' ').chain(["--force", "--allow-external", "chain"])).within(dir.path()).ok();
     imgtool("compare --allow-external chain disk.raw out.qcow2".split(' ')).within(dir.path()).ok();
 }
 
-/// What is written in place keeps its length, as a device does: it may be larger than its disk.
+/// Like a device, a target written in place keeps its length, which may exceed the size of its disk.
 #[test]
 fn a_target_in_place_may_be_larger_than_its_disk() {
     let dir = tempdir();

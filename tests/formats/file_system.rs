@@ -1,4 +1,4 @@
-//! A real file system, larger than memory budgets and small tests: through VMA and qcow2 and back.
+//! A real file system, larger than the memory limit, converted to VMA, to qcow2 and back.
 
 use std::path::Path;
 use std::time::Instant;
@@ -7,23 +7,24 @@ use imgtool_testing::{occupied, oracles, require, sha256_file, tempdir, text};
 
 use crate::support::imgtool;
 
-/// The most memory that a conversion may hold.
+/// Maximum memory of a conversion in bytes. Our limit.
 const MEMORY_LIMIT: u64 = 256 << 20;
 
-/// More than this must be in the image, or the test proves little.
+/// Minimum size in bytes of the data in the image; with less, the test would prove little.
 const ENOUGH_DATA: u64 = 1 << 30;
 
-/// What is copied into the image: more, because holes and small files count differently there.
+/// Size in bytes of the files copied into the image: more, since holes and small files count differently
+/// there.
 const WANTED_DATA: u64 = 1200 << 20;
 
-/// Less than this is not worth looking for files that fit.
+/// Remaining size in bytes below which the search for files that fit ends.
 const SPARE: u64 = 16 << 20;
 
-/// An ext4 file system of 4 GiB that holds this machine's programs and libraries.
-fn ext4_of_this_machine(path: &Path) {
+/// Creates an ext4 file system of 4 GiB that contains files of `/usr/lib`.
+fn ext4_of_usr_lib(path: &Path) {
     let staging = path.with_extension("files");
     std::fs::create_dir(&staging).unwrap();
-    // On a machine with few libraries the same ones again make it large enough.
+    // If there are few libraries, several copies make it large enough.
     let mut left = WANTED_DATA;
     for round in 0..20 {
         if left < SPARE {
@@ -38,7 +39,7 @@ fn ext4_of_this_machine(path: &Path) {
     std::fs::remove_dir_all(staging).unwrap();
 }
 
-/// Copies regular files as long as they fit into `left`.
+/// Copies the regular files below `from` that fit into `left` bytes, and reduces `left` accordingly.
 fn fill(from: &Path, to: &Path, left: &mut u64) {
     std::fs::create_dir_all(to).unwrap();
     let Ok(entries) = std::fs::read_dir(from) else { return };
@@ -66,7 +67,7 @@ fn a_file_system_survives_raw_vma_qcow2_raw() {
     require!("mkfs.ext4", "e2fsck", "qemu-img");
     let dir = tempdir();
     let raw = dir.path().join("disk.raw");
-    ext4_of_this_machine(&raw);
+    ext4_of_usr_lib(&raw);
     let data = occupied(&raw);
     assert!(data > ENOUGH_DATA, "only {data} bytes of data");
     let digest = sha256_file(&raw);

@@ -1,4 +1,4 @@
-//! Archives that the reference program made: every device has the digest of the manifest.
+//! Archives made by the reference program: every device has the digest in the manifest.
 
 use imgtool_testing::manifest::{Entry, archives};
 use imgtool_testing::{fixture, names, oracles, sha256_file, tempdir, text};
@@ -10,7 +10,7 @@ use crate::support::run::Run;
 fn unpack(entry: &Entry, how: &str, convert: impl Fn(&str) -> Run) {
     let dir = tempdir();
     let out = dir.path().join("out");
-    // With the slash a single disk goes into a directory too.
+    // With the slash, even a single disk goes into a directory.
     convert(&format!("{}/", text(&out))).ok();
     let mut expected: Vec<String> = entry.devices.iter().map(|device| device.file_name("raw")).collect();
     expected.extend(entry.attachments.iter().cloned());

@@ -7,10 +7,10 @@ use imgtool_testing::{assert_same, occupied, oracles, require, tempdir, text};
 
 use crate::support::imgtool;
 
-/// The most memory a conversion may hold, at any size.
+/// Maximum memory in bytes of a conversion of any size. Our limit.
 const MEMORY_LIMIT: u64 = 256 << 20;
 
-/// A very large image with a few islands of data.
+/// Returns a very large image with a few islands of data.
 fn islands(size: u64) -> Image {
     Image::hole("islands", size)
         .with(0, images::noise(1, 100_000))
@@ -36,7 +36,7 @@ fn eight_tebibytes_of_nothing_take_no_time_and_no_space() {
     assert!(occupied(&at) < 1 << 20, "{} bytes are occupied", occupied(&at));
 }
 
-/// ext4 knows no file of more than 16 TiB; memory does.
+/// A file on ext4 has at most 16 TiB; a file in memory may be larger.
 #[test]
 fn sixty_four_tebibytes_of_nothing_and_back_take_no_memory_either() {
     require!("qemu-img");
@@ -67,7 +67,7 @@ fn names_len(directory: &std::path::Path) -> usize {
     imgtool_testing::names(directory).len()
 }
 
-/// Converts islands of data through these formats to raw; nothing is lost and nothing is added.
+/// Converts islands of data through `formats` to raw. Nothing may be lost, and nothing added.
 fn islands_survive(size: u64, formats: &[&str]) {
     let dir = tempdir();
     let raw = dir.path().join("start");
@@ -78,7 +78,7 @@ fn islands_survive(size: u64, formats: &[&str]) {
         let next = dir.path().join(format!("{step}.{format}"));
         let run = imgtool(["convert", text(&at), "--to", format, text(&next)]).measured().ok();
         assert!(run.peak_memory <= MEMORY_LIMIT, "{format}: {} bytes", run.peak_memory);
-        // qemu-img knows no holes in VHDX and would read all of a larger one.
+        // qemu-img does not see holes in VHDX, and would read all of a larger image.
         if *format == "qcow2" || (*format == "vhdx" && size < 8 << 30) {
             oracles::qemu_check(&next, format);
             oracles::qemu_compare(&raw, "raw", &next, format);
@@ -103,7 +103,7 @@ fn islands_in_four_tebibytes_survive() {
 
 #[test]
 fn vhdx_beyond_four_gibibytes_is_read_by_qemu() {
-    // The interleaved entries of the block allocation table begin at 4 GiB.
+    // From 4 GiB on, sector bitmap entries are interleaved in the block allocation table.
     require!("qemu-img");
     islands_survive(6 << 30, &["vhdx"]);
 }
@@ -137,7 +137,9 @@ fn zeros_that_were_written_become_holes() {
     }
 }
 
-/// Converts a large raw image that repeats itself from afar, and measures.
+/// Converts a large raw image that repeats itself every 90 MiB, and returns the peak memory in bytes.
+/// `source`
+/// makes the source from the raw file.
 fn peak_memory(arguments: &[&str], source: impl FnOnce(&std::path::Path) -> std::path::PathBuf) -> u64 {
     let dir = tempdir();
     let raw = dir.path().join("disk.raw");
@@ -163,7 +165,7 @@ fn a_zstd_stream_with_a_long_window_stays_within_memory() {
     require!("zstd");
     let peak = peak_memory(&["--to", "qcow2"], |raw| {
         let packed = raw.with_extension("raw.zst");
-        // From standard input zstd can't know the length, so the header asks for the whole window.
+        // From standard input, zstd can't know the length, so the header asks for the whole window.
         let command = format!("zstd -q -1 --long=27 < '{}' > '{}'", text(raw), text(&packed));
         oracles::run("sh", &["-c", &command]);
         packed

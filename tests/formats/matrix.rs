@@ -1,5 +1,5 @@
-//! Any to any: every source × every sink, over the images that formats get wrong. The content of
-//! each output is the source's, by our reader and by programs that we did not write.
+//! Every format to every format, over the images that formats tend to get wrong. Our reader and independent
+//! programs must find the content of the source in each output.
 
 use std::path::{Path, PathBuf};
 
@@ -9,11 +9,11 @@ use imgtool_testing::{assert_same, assert_same_rounded, names, oracles, require,
 
 use crate::support::imgtool;
 
-/// Disk sizes are rounded up to whole sectors by every writer but ours of raw. The archives that the tests
-/// build are not rounded either.
+/// Sector size in bytes. Every writer except our raw writer rounds disk sizes up to whole sectors. The
+/// archives that the tests build are not rounded.
 const SECTOR: u64 = 512;
 
-/// An image in a format, made by a program that is not ours.
+/// Makes an image in a format, without our program, and returns its path.
 fn foreign(image: &Image, raw: &Path, format: &str, directory: &Path) -> PathBuf {
     let path = directory.join(format!("{}.source.{format}", image.name));
     match format {
@@ -27,7 +27,8 @@ fn foreign(image: &Image, raw: &Path, format: &str, directory: &Path) -> PathBuf
     path
 }
 
-/// What an independent reader makes of outputs that should all hold their raw counterpart.
+/// Asserts that independent readers find the content of the raw file in its output, for each pair in
+/// `outputs`.
 fn ask_oracles(format: &str, outputs: &[(PathBuf, PathBuf)]) {
     if matches!(format, "qcow2" | "vhdx") && oracles::have("qemu-img") {
         for (raw, output) in outputs {
@@ -58,7 +59,7 @@ fn ask_oracles(format: &str, outputs: &[(PathBuf, PathBuf)]) {
     }
 }
 
-/// The digest of a raw file that is extended with zeros to `size`, less than a sector more.
+/// Returns the digest of a raw file, extended with zeros to `size` bytes, less than a sector more.
 fn sha256_rounded(raw: &Path, size: u64) -> String {
     let mut bytes = std::fs::read(raw).unwrap();
     let len = bytes.len() as u64;
@@ -67,7 +68,7 @@ fn sha256_rounded(raw: &Path, size: u64) -> String {
     sha256(&bytes)
 }
 
-/// One cell of the matrix: all images from one format to another.
+/// Tests one cell of the matrix: converts all images from one format to another.
 fn convert_all(from: &str, to: &str) {
     if matches!(from, "qcow2" | "vhdx") && !oracles::have("qemu-img") {
         return;
@@ -120,7 +121,7 @@ cells! {
     vhdx_to_vhdx: "vhdx" => "vhdx";
 }
 
-/// From raw through these formats and back to raw.
+/// Converts all images from raw through `formats` and back to raw.
 fn chain(formats: &[&str]) {
     for image in images::all() {
         let dir = tempdir();
@@ -146,7 +147,7 @@ fn a_chain_through_vhdx_qcow2_vma_ends_where_it_began() {
     chain(&["vhdx", "qcow2", "vma"]);
 }
 
-/// Three devices of 70 clusters and more, one of which ends within a sector.
+/// Returns three devices. The first two end within a cluster.
 fn three_disks() -> [(&'static str, Image); 3] {
     let size = 70 * 65_536;
     [
@@ -253,7 +254,7 @@ fn an_archive_repacked_keeps_devices_configurations_and_vmstate() {
     }
 }
 
-/// The images that tell most, where there are many options to try with each.
+/// Returns the most revealing images, for tests that try many options with each.
 fn telling() -> impl Iterator<Item = Image> {
     let names = ["every-mask", "prose-and-holes", "prime", "1-byte", "zeros-written"];
     images::all().into_iter().filter(move |image| names.contains(&image.name))

@@ -1,4 +1,4 @@
-//! New images with a backing image or a data file: `create` and `convert` with a backing file or a data file.
+//! `create` and `convert` with a backing image or a data file.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use imgtool_testing::{names, oracles, require, snapshot, tempdir, text};
 
 use crate::support::imgtool;
 
-/// `base.raw`, and `base.qcow2` over it with changes.
+/// Creates a directory with `base.raw`, and with an overlay of it that has changes, `base.qcow2`.
 fn with_bases() -> tempfile::TempDir {
     let dir = tempdir();
     let raw = dir.path().join("base.raw");
@@ -99,7 +99,7 @@ fn a_difference_to_a_base_that_is_an_overlay_itself() {
                 let packed: &[&str] = if compress { &["-c"] } else { &[] };
                 imgtool(line).args(packed).args(extra).within(dir.path())
             };
-            // Source and base both name base.raw: neither may open it unasked.
+            // Source and base both refer to base.raw, which neither may open unless the user allows it.
             let before = snapshot(dir.path());
             convert(&[]).go().exits(1).says("base.raw");
             assert_eq!(snapshot(dir.path()), before);
@@ -110,7 +110,7 @@ fn a_difference_to_a_base_that_is_an_overlay_itself() {
             imgtool(["compare", "--allow-external", "chain", "new.qcow2", "source.qcow2"])
                 .within(dir.path())
                 .ok();
-            // Only the difference: what differs lies in few clusters.
+            // Only the difference is stored, in few clusters.
             let map = imgtool(["map", "--output", "json", "--allow-external", "chain", "new.qcow2"]);
             let map = map.within(dir.path()).ok().json();
             let own: u64 = map
@@ -140,7 +140,7 @@ fn data_files_through_create_and_convert() {
     .iter()
     .enumerate()
     {
-        // QEMU takes a relative name as relative to where it runs, we to the image.
+        // QEMU resolves a relative name against its working directory, we against the image.
         let data = text(&dir.path().join(format!("made-{number}.data"))).to_owned();
         let options = format!("data_file={data},{set}");
         let name = format!("made-{number}.qcow2");
@@ -161,7 +161,7 @@ fn data_files_through_create_and_convert() {
         if set.contains("data_file_raw=on") {
             imgtool_testing::assert_same(&raw, &dir.path().join(&data), set);
         }
-        // A data file that is there is not written over.
+        // An existing data file is not overwritten.
         let before = snapshot(dir.path());
         imgtool(["create", "-f", "qcow2", "-o", &options, "again.qcow2", "3M"])
             .within(dir.path())
@@ -183,9 +183,11 @@ fn data_files_through_create_and_convert() {
     assert!(names(dir.path()).iter().all(|name| !name.contains("partial")));
 }
 
-/// An image with an L1 table of 32 MiB (2 EiB of disk in clusters of 2 MiB) in which `tables` lists
-/// entries and the L2 tables that they name, in clusters of the file; `l2` lists the entries of the
-/// first such table.
+/// Writes an image with an L1 table of 32 MiB (a disk of 2 EiB in clusters of 2 MiB). `tables` lists indices
+/// in
+/// the L1 table, each with the host cluster of its L2 table. `l2` lists indices and entries of the L2 table
+/// in
+/// host cluster 18.
 fn huge_tables(path: &Path, backing: Option<&str>, tables: &[(u64, u64)], l2: &[(u64, u64)]) {
     const CLUSTER: u64 = 2 << 20;
     let name = backing.unwrap_or("");
@@ -223,7 +225,7 @@ fn huge_tables(path: &Path, backing: Option<&str>, tables: &[(u64, u64)], l2: &[
     write(19 * CLUSTER, text(path).as_bytes());
 }
 
-/// Would run for hours if every layer's tables were walked anew for every stop in a layer above.
+/// Takes hours if the reader walks the tables of every layer anew for each extent of the layer above.
 #[test]
 fn a_long_chain_with_huge_tables_costs_what_is_stored() {
     let dir = tempdir();
@@ -242,7 +244,7 @@ fn a_long_chain_with_huge_tables_costs_what_is_stored() {
     assert_eq!(found, 200);
 }
 
-/// Tables that are holes of the file, or say the same throughout, are not walked entry by entry.
+/// The reader does not walk tables entry by entry if they are holes of the file or repeat one entry.
 #[test]
 fn a_million_names_for_an_empty_table_cost_nothing() {
     let dir = tempdir();

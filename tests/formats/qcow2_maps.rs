@@ -1,4 +1,4 @@
-//! `map` and `measure` give qemu-img's numbers, over images that qemu-img and qemu-io made: every
+//! `map` and `measure` print the same numbers as qemu-img, for images that qemu-img and qemu-io made: every
 //! cluster size, versions, subclusters, compression, snapshots, preallocation, data files, chains.
 
 use std::path::Path;
@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::support::imgtool;
 
-/// Images in a directory of their own, made by other programs.
+/// Images in a temporary directory, most of them made by other programs.
 struct Gallery {
     dir: tempfile::TempDir,
     names: Vec<(String, &'static str)>,
@@ -105,7 +105,7 @@ fn chains(gallery: &mut Gallery) {
     gallery.write("four", &["write -q -P 8 1M 10k"]);
 }
 
-/// Images that qemu-img compressed, and ones of ours.
+/// Adds images that qemu-img compressed, and images that our program converted.
 fn converted(gallery: &mut Gallery) {
     for (from, name) in [("plain-64k", "packed"), ("three", "packed-chain")] {
         let (from, to) = (gallery.path(from), gallery.path(name));
@@ -191,7 +191,7 @@ fn assert_same_measure(gallery: &Gallery) {
     ];
     for (number, (name, format)) in gallery.names.iter().enumerate() {
         let path = gallery.path(name);
-        // Each image with three sets, so that all pairs of neighbours are seen.
+        // Three sets for each image, so that the images together cover all sets.
         for set in sets.iter().cycle().skip(number * 3).take(3) {
             let args = ["measure", "--output=json", "-f", format, "-O", "qcow2", "-o", set];
             let theirs = theirs(&args, &path);

@@ -1,5 +1,5 @@
-//! File systems whose files can share blocks: outputs are the same bytes as elsewhere, and
-//! blocks that are equal in source and output are shared.
+//! File systems whose files can share blocks: outputs have the same bytes as elsewhere, and share equal
+//! blocks with the source.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use imgtool_testing::{oracles, require, sha256_file, tempdir, text};
 use crate::support::devices::{LoopDevice, Mounted, loop_devices};
 use crate::support::imgtool;
 
-/// Whether `filefrag` sees blocks of the file that another file has too.
+/// True if `filefrag` reports blocks that the file shares with another file.
 fn shares_blocks(path: &Path) -> bool {
     let output = oracles::run("filefrag", &["-v", text(path)]);
     String::from_utf8_lossy(&output.stdout).contains("shared")
@@ -40,7 +40,7 @@ fn shared_blocks_change_no_byte() {
         std::fs::create_dir(place).unwrap();
         image().write_raw(&place.join("a.raw"));
     }
-    // Source, its format, target, options, whether its blocks can be shared at all.
+    // Source, its format, target, options, and whether source and target can share blocks.
     let conversions: [(&str, &str, &str, &[&str], bool); 10] = [
         ("a.raw", "raw", "b.raw", &[], true),
         ("a.raw", "raw", "a.qcow2", &["--to", "qcow2"], true),

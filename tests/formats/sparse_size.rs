@@ -1,4 +1,4 @@
-//! `-S`: how short runs of zeros may be to be stored like data, in every format.
+//! `-S`: the minimum length of a run of zeros that is left out, in every format.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::support::imgtool;
 
 const MIB: u64 = 1 << 20;
 
-/// 8 MiB that are all written, most of them zeros: `disk.raw`. Its like with holes: `holes.raw`.
+/// Writes a disk of 8 MiB, mostly zeros: `disk.raw`, fully allocated, and `holes.raw`, with holes.
 fn disks(directory: &Path) {
     let mut bytes = vec![0; 8 << 20];
     for (number, (start, len)) in (0..).zip([
@@ -29,7 +29,7 @@ fn disks(directory: &Path) {
     assert!(occupied(&directory.join("holes.raw")) < MIB);
 }
 
-/// Where an image has data of its own, by qemu-img's map.
+/// Returns the start and end of each range that qemu-img's map reports as data.
 fn data_by_qemu(image: &Path) -> Vec<(u64, u64)> {
     let run = oracles::run("qemu-img", &["map", "-f", "qcow2", "--output=json", text(image)]);
     let map: Value = serde_json::from_slice(&run.stdout).unwrap();
@@ -51,7 +51,8 @@ fn qcow2_allocates_what_qemu_img_allocates() {
     disks(dir.path());
     let base = dir.path().join("base.qcow2");
     oracles::run("qemu-img", &["create", "-q", "-f", "qcow2", text(&base), "8M"]);
-    // Other content than the disk's: what a base holds already is not stored, which qemu-img doesn't see.
+    // The content differs from the disk's: we do not store data that the base already contains, but qemu-img
+    // does.
     oracles::run("qemu-io", &["-f", "qcow2", "-c", "write -q -P 7 0 8M", text(&base)]);
     for set in [
         "",
@@ -117,7 +118,7 @@ fn nothing_is_left_out_with_0() {
         "raw",
     ] {
         for source in ["disk.raw", "holes.raw"] {
-            // qemu-img takes the name of a data file as relative to where it runs.
+            // qemu-img resolves the name of a data file against its working directory.
             let set = set.replace("=data", &format!("={}/data", text(dir.path())));
             let line = format!("convert -q -S 0 {source} --force --verify out --to {set}");
             imgtool(line.split(' ')).within(dir.path()).ok();
@@ -147,7 +148,7 @@ fn nothing_is_left_out_with_0() {
             }
         }
     }
-    // A stream too, of which nobody knows the end before it comes.
+    // Also from a stream, whose size is unknown until it ends.
     for format in ["raw", "qcow2"] {
         let out = dir.path().join("streamed");
         imgtool(["convert", "-q", "-S", "0", "-f", "raw", "-", "--to", format, text(&out), "--force"])

@@ -1,5 +1,5 @@
-//! The same archive from a file, a pipe and under every outer compression gives the same disks;
-//! raw and VMA go through pipes in both directions.
+//! An archive from a file, from a pipe and under every outer compression gives the same disks; raw and VMA go
+//! through pipes in both directions.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use imgtool_testing::{
 
 use crate::support::imgtool;
 
-/// An archive of two disks, 70 clusters and more, with a configuration.
+/// Writes an archive of two disks and a configuration file, and returns its path.
 fn archive(directory: &Path) -> PathBuf {
     let prose = images::all().into_iter().find(|image| image.name == "prose-and-holes").unwrap();
     let built = Archive::of([("drive-scsi0", images::every_mask()), ("drive-scsi1", prose)])
@@ -22,18 +22,18 @@ fn archive(directory: &Path) -> PathBuf {
     path
 }
 
-/// The compressor's output for a file.
+/// Returns the compressor's output for a file.
 fn compress(tool: &str, args: &[&str], path: &Path) -> Vec<u8> {
     let mut all = args.to_vec();
     all.extend(["-c", text(path)]);
     oracles::run(tool, &all).stdout
 }
 
-/// The file in three parts, each compressed on its own, one behind the other.
+/// Returns the file in three parts, each compressed on its own, concatenated.
 fn compress_in_parts(tool: &str, args: &[&str], path: &Path) -> Vec<u8> {
     let bytes = std::fs::read(path).unwrap();
     let mut joined = Vec::new();
-    // Parts of odd length: a frame border is nowhere near a border of the archive.
+    // Parts of odd length, so that no frame ends near a border of the archive.
     for part in bytes.chunks(bytes.len() / 3 + 1) {
         let piece = path.with_extension("part");
         std::fs::write(&piece, part).unwrap();
@@ -42,7 +42,7 @@ fn compress_in_parts(tool: &str, args: &[&str], path: &Path) -> Vec<u8> {
     joined
 }
 
-/// Converts the compressed archive from a file and from a pipe.
+/// Asserts that each compressed archive gives the same disks as `source`, from a file and from a pipe.
 fn gives_the_same_disks(compressed: &[(&str, Vec<u8>)], source: &Path) {
     let dir = tempdir();
     let plain = dir.path().join("plain");
@@ -74,7 +74,7 @@ fn zstd_of_one_frame_and_of_many() {
     let dir = tempdir();
     let path = archive(dir.path());
     let many = compress_in_parts("zstd", &["-q", "-1"], &path);
-    // A skippable frame before and after says nothing about the content.
+    // A skippable frame at the front does not change the content.
     let skippable = [&[0x50, 0x2a, 0x4d, 0x18, 3, 0, 0, 0, 1, 2, 3], many.as_slice()].concat();
     gives_the_same_disks(
         &[
@@ -256,7 +256,7 @@ fn a_pipe_that_nobody_reads_is_an_error_without_noise() {
 #[test]
 fn a_stream_that_brings_nothing_is_an_error() {
     let dir = tempdir();
-    // What wrote it has failed; where the stream is copied first, too.
+    // The program before the pipe must have failed, so an empty stream is an error for every target.
     for to in ["raw", "qcow2", "vhdx", "vma"] {
         let run = imgtool(["convert", "-", "--to", to, "out"]).within(dir.path()).pipe_bytes([]);
         run.go().exits(1).says("input is empty");
@@ -286,7 +286,8 @@ fn compressed_raw_images_can_be_compared() {
     imgtool(["compare", "a.raw.zst", "disk.raw"]).within(dir.path()).go().exits(1);
 }
 
-/// Whichever worker meets it: after an error the others do not ask the stream what is wrong with it now.
+/// After one worker has met an error, the others do not read the stream again, so the message is always the
+/// same.
 #[test]
 fn a_stream_that_breaks_says_the_same_every_time() {
     let dir = tempdir();

@@ -1,4 +1,4 @@
-//! Same input, same bytes out, whatever the number of threads.
+//! The same input gives the same bytes, with any number of threads.
 
 use imgtool_testing::images::{self, Image};
 use imgtool_testing::vma::Archive;
@@ -6,12 +6,12 @@ use imgtool_testing::{fixture, snapshot, tempdir, text};
 
 use crate::support::imgtool;
 
-/// Converts with 1, 2 and 7 threads, and once more with 7; all outputs must be the same bytes.
+/// Converts with 1, 2, 7 and again 7 threads; all outputs must have the same bytes.
 fn same_with_any_threads(source: &str, options: &[&str]) {
     let dir = tempdir();
     let mut outputs = Vec::new();
     for (round, threads) in ["1", "2", "7", "7"].into_iter().enumerate() {
-        // A directory as target is told apart from a file by the trailing slash.
+        // The trailing slash makes the target a directory.
         let out = format!("{}/{round}/", text(dir.path()));
         imgtool(["convert", "--threads", threads, source]).args(options).args([out]).ok();
         outputs.push(snapshot(&dir.path().join(round.to_string())));
@@ -22,7 +22,7 @@ fn same_with_any_threads(source: &str, options: &[&str]) {
     }
 }
 
-/// A raw image with all kinds of content, 24 MiB.
+/// Returns a raw image of 24 MiB with all kinds of content.
 fn mixed() -> Image {
     images::all().into_iter().find(|image| image.name == "prose-and-holes").unwrap()
 }

@@ -16,7 +16,8 @@ fn sh(directory: &Path, line: &str) {
     assert!(status.unwrap().success(), "{line}");
 }
 
-/// What tools make: hundreds of MiB of nothing, some behind the head of an image, some compressed again.
+/// Makes hundreds of MiB of zeros in compressed files, some after the header of an image, some compressed
+/// again.
 fn expanding(directory: &Path) -> Vec<PathBuf> {
     let head = qcow2(directory, "head", 5 << 20, 16, 64 << 40, 131_072);
     let archive = Archive::of([("drive-scsi0", Image::hole("x", 1 << 20))]).build();
@@ -51,21 +52,22 @@ fn expanding(directory: &Path) -> Vec<PathBuf> {
     paths
 }
 
-/// Headers that ask for more memory than there is, made by hand where no tool makes them.
+/// Makes compressed files whose headers ask for too much memory, by hand where no tool makes them.
 fn demanding(directory: &Path) -> Vec<PathBuf> {
     sh(
         directory,
         "head -c 64M /dev/zero | zstd -q --ultra -20 --long=31 --no-check > window-of-2-gib.raw.zst",
     );
     sh(directory, "head -c 1M /dev/zero | xz --lzma2=dict=1536MiB > dictionary-of-1536-mib.raw.xz");
-    // Window descriptor 0x88: 128 MiB, the most that is allowed; a block that repeats a zero 128 KiB times.
+    // Window descriptor 0x88: 128 MiB, the most that we allow; then blocks that each repeat a zero 128 KiB
+    // times.
     let frame =
         [&[0x28, 0xb5, 0x2f, 0xfd, 0, 0x88][..], &[0x02, 0, 0x10, 0].repeat(1599), &[0x03, 0, 0x10, 0]];
     let lzop =
         [b"\x89LZO\0\r\n\x1a\n".as_slice(), &[0x10, 0x30, 0x20, 0xa0, 0x09, 0x40, 1, 5, 3, 0, 0, 1]].concat();
     let gzip_name = [&[0x1f, 0x8b, 8, 8, 0, 0, 0, 0, 0, 3][..], &[b'x'; 8 << 20]].concat();
     let skippable = [&[0x50, 0x2a, 0x4d, 0x18, 0xff, 0xff, 0xff, 0xff][..], &[0; 4096]].concat();
-    // A seek table (a skippable frame at the end) of 4 Gi frames, of which nothing is there.
+    // A seek table (a skippable frame at the end) that claims 4 Gi frames and contains none.
     let footer = [&[0xff; 4][..], &[0], &0x8f92_eab1u32.to_le_bytes()].concat();
     let table = [&[0x5e, 0x2a, 0x4d, 0x18][..], &(footer.len() as u32).to_le_bytes(), &footer].concat();
     let made = [
@@ -102,10 +104,11 @@ fn compressed_files_that_ask_for_memory_do_not_get_it() {
 fn facts_do_not_cost_more_than_256_times_the_file() {
     require!("zstd");
     let dir = tempdir();
-    // A qcow2 header, then 3 GiB of nothing in 100 KiB: must be copied to be read by position.
+    // A qcow2 header and 3 GiB of zeros in 100 KiB: the program must unpack a copy to read it by position.
     let head = qcow2(dir.path(), "head", 5 << 20, 16, 1 << 30, 2);
     sh(dir.path(), "(cat head; head -c 3G /dev/zero) | zstd -q -1 > bomb.qcow2.zst");
-    // 300 MiB expand to 512 MiB beyond 2 GiB: no bomb. Incompressible content makes the file long.
+    // Expands to more than 2 GiB, but to less than 256 times its length, due to 10 MiB of incompressible
+    // content.
     sh(
         dir.path(),
         "(cat head; head -c 10M /dev/urandom; head -c 2300M /dev/zero) | zstd -q -1 > large.qcow2.zst",
@@ -116,7 +119,7 @@ fn facts_do_not_cost_more_than_256_times_the_file() {
     assert!(stop.peak_memory < super::MEMORY);
     crate::support::imgtool(["info", "large.qcow2.zst"]).within(dir.path()).ok();
     assert_eq!(imgtool_testing::names(dir.path()), ["bomb.qcow2.zst", "large.qcow2.zst"]);
-    // The content is wanted: it goes on to the end.
+    // `convert` needs the content and reads it to the end.
     crate::support::imgtool(["convert", "bomb.qcow2.zst", "--to", "raw", "out.raw"]).within(dir.path()).ok();
     let len = std::fs::metadata(dir.path().join("out.raw")).unwrap().len();
     assert_eq!(len, 1 << 30, "{}", text(dir.path()));

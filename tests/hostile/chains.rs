@@ -44,8 +44,8 @@ fn a_chain_as_deep_as_is_followed_fits_on_the_stack_and_one_deeper_is_refused() 
     assert!(!dir.path().join("out.raw").exists());
 }
 
-/// Every image has a BAT of 4 MiB with some entries set, though all of it is the parent's: what each
-/// keeps of its tables must not add up.
+/// Every image has a BAT of 4 MiB with some entries set, although all content is the parent's. The tables
+/// that the images keep in memory must not add up.
 #[test]
 fn the_tables_of_a_long_chain_of_differencing_disks_fit_into_memory() {
     const IMAGES: usize = 80;
@@ -68,8 +68,8 @@ fn the_tables_of_a_long_chain_of_differencing_disks_fit_into_memory() {
         let bytes = std::fs::read(&path).unwrap();
         let entry = bytes.windows(4).position(|window| window == BAT_REGION).unwrap() + 16;
         let bat = u64::from_le_bytes(bytes[entry..entry + 8].try_into().unwrap());
-        // In each 64 KiB of it one block that is not present, with a place that means nothing then. The
-        // others are zeros.
+        // One block in each 64 KiB of the BAT is not present, so its offset has no meaning. All other blocks
+        // are zeros.
         let entries: Vec<u8> = (0..500 << 10)
             .flat_map(|entry| (1u64 << 20 | if entry % 8192 == 0 { 0 } else { 2 }).to_le_bytes())
             .collect();
@@ -98,7 +98,7 @@ fn an_image_is_taken_for_the_format_that_was_named() {
             .go()
             .exits(1);
     }
-    // Bytes that look compressed are the disk's own, too.
+    // Bytes that look compressed are ordinary content of a raw disk.
     std::fs::write(
         dir.path().join("zip.raw"),
         [&[0x1f, 0x8b, 8, 0], images::noise(1, 5000).as_slice()].concat(),

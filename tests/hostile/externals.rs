@@ -1,4 +1,4 @@
-//! What an image names outside itself is not opened, whatever the name; strace sees all that is.
+//! Files that an image names are not opened, whatever the name. strace records every file that is opened.
 
 use std::path::Path;
 
@@ -6,11 +6,11 @@ use imgtool_testing::images::{self, Image};
 use imgtool_testing::vma::Archive;
 use imgtool_testing::{names, require, snapshot, tempdir, text};
 
-use super::{clear, every_verb, qcow2};
+use super::{clear, every_command, qcow2};
 use crate::support::imgtool;
 use crate::support::trace::opened_outside;
 
-/// A file outside, and names by which an image may ask for it.
+/// Returns names by which an image in `from` may ask for the file `secret` outside of it.
 fn secret_names(secret: &Path, from: &Path) -> Vec<String> {
     let path = text(secret);
     let up = "../".repeat(from.components().count());
@@ -28,10 +28,10 @@ fn secret_names(secret: &Path, from: &Path) -> Vec<String> {
     ]
 }
 
-/// Runs every command on `file` under strace, and checks that none opens a file outside of the directory.
+/// Runs every command on `file` under strace, and asserts that none opens a file outside of `directory`.
 #[track_caller]
 fn opens_nothing(directory: &Path, file: &str, extra: &[&str]) {
-    for mut line in every_verb(file, true) {
+    for mut line in every_command(file, true) {
         line.extend(extra);
         let opened = opened_outside(directory, &line);
         assert!(opened.is_empty(), "{line:?}: {opened:?}");
@@ -60,14 +60,14 @@ fn what_a_qcow2_image_names_is_not_opened() {
             imgtool(["convert", &file, "--to", "raw", "out"]).within(dir.path()).go().exits(1);
             assert_eq!(snapshot(dir.path()), before, "{name}");
             if format == "raw" {
-                // `chain` allows files of the image's own directory: links do not lead out of it.
+                // `chain` allows files in the image's directory; links must not lead out of it.
                 for extra in [[].as_slice(), &["--allow-external", "chain"]] {
                     opens_nothing(dir.path(), &file, extra);
                 }
             }
             std::fs::remove_file(craft.path).unwrap();
         }
-        // An external data file: incompatible feature bit 2, the name in an extension.
+        // An external data file: incompatible feature bit 2, and the name in a header extension.
         let file = format!("data{number}.qcow2");
         let craft = qcow2(dir.path(), &file, 16 << 20, 16, 1 << 20, 1);
         craft.be64(72, 4).be32(104, 0x4441_5441).be32(108, name.len() as u32).put(112, name.as_bytes());
@@ -79,7 +79,7 @@ fn what_a_qcow2_image_names_is_not_opened() {
     }
 }
 
-/// Makes a differencing image of a dynamic one: a parent locator with these paths.
+/// Turns a dynamic image into a differencing image with a parent locator of these entries.
 pub(super) fn with_parent(directory: &Path, file: &str, entries: &[(&str, &str)]) {
     const PARENT_LOCATOR: [u8; 16] =
         [0x2d, 0x5f, 0xd3, 0xa8, 0x0b, 0xb3, 0x4d, 0x45, 0xab, 0xf7, 0xd3, 0xd8, 0x48, 0x34, 0xab, 0x0c];
@@ -143,7 +143,7 @@ fn what_a_vhdx_image_names_is_not_opened() {
     }
 }
 
-/// Names of disks and configurations, and what a configuration says: all of it is text.
+/// Names of disks and configuration files, and paths in a configuration file, are only text.
 #[test]
 fn what_an_archive_names_is_not_opened() {
     require!("strace");
@@ -171,7 +171,7 @@ fn what_an_archive_names_is_not_opened() {
     assert_eq!(snapshot(outside.path()), untouched);
 }
 
-/// Names within what compresses an image: gzip and lzop keep that of the file that was compressed.
+/// gzip and lzop store the name of the file that they compressed.
 #[test]
 fn what_a_compressed_file_was_called_is_not_opened() {
     require!("strace", "gzip", "lzop");
@@ -191,7 +191,7 @@ fn what_a_compressed_file_was_called_is_not_opened() {
     }
 }
 
-/// What is not a name at all is no name either: bitmaps, snapshots and header texts of a qcow2 image.
+/// Names of bitmaps and snapshots in a qcow2 image are not names of files.
 #[test]
 fn what_a_qcow2_image_calls_its_parts_is_not_opened() {
     require!("strace", "qemu-img");

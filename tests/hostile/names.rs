@@ -1,5 +1,5 @@
-//! Names that an image gives never leave the directory, never follow a link, and never reach a
-//! terminal as they are.
+//! Names in an image never lead out of the directory, never follow a link, and never reach a terminal
+//! unescaped.
 
 use std::os::unix::fs::{FileTypeExt, symlink};
 use std::path::Path;
@@ -16,7 +16,7 @@ fn small(name: &'static str) -> Image {
     Image::hole(name, 2 * 65_536).with(4096, images::noise(1, 4096))
 }
 
-/// What nobody would call a disk.
+/// Returns names that nobody would give to a disk.
 fn odd_names() -> Vec<String> {
     let mut names: Vec<String> = [
         "../escaped",
@@ -62,7 +62,7 @@ fn odd_names() -> Vec<String> {
     names
 }
 
-/// Nothing that a terminal obeys is in what was printed.
+/// Asserts that the output contains no character that controls a terminal.
 #[track_caller]
 fn harmless(run: &Outcome) {
     let said = run.text() + &run.stderr;
@@ -119,7 +119,7 @@ fn odd_names_stay_in_the_directory_and_off_the_terminal() {
                 let files = names(&deep.join("out"));
                 assert!(files.len() >= 2, "{name:?}: {files:?}");
                 assert!(
-                    // `vma extract` keeps a leading dot, as its model does.
+                    // `vma extract` keeps a leading dot, like the vma program.
                     files.iter().all(|file| line[0] == "vma" || !file.starts_with('.')),
                     "{files:?}"
                 );
@@ -131,7 +131,7 @@ fn odd_names_stay_in_the_directory_and_off_the_terminal() {
     }
 }
 
-/// Names that no configuration of a new archive may have.
+/// Returns the names that no configuration file of a new archive may have.
 fn names_that_a_new_archive_refuses() -> Vec<String> {
     let short = [
         "..",
@@ -159,11 +159,11 @@ fn two_hundred_and_fifty_four_equal_names_are_as_many_files() {
     assert_eq!(names(&dir.path().join("out")).len(), 254);
 }
 
-/// Puts something at a place.
+/// Creates a link, a directory or a special file at a path.
 type Plant<'a> = &'a dyn Fn(&Path);
 
 /// Links and special files that the author of an archive may have planted in the target directory are
-/// refused, also with --force, and stay as they are.
+/// refused, even with --force, and stay unchanged.
 #[test]
 fn what_is_planted_in_the_directory_is_not_followed() {
     let dir = tempdir();
@@ -196,7 +196,7 @@ fn what_is_planted_in_the_directory_is_not_followed() {
             assert_eq!(meta.file_type().is_fifo(), kind == "pipe");
             if meta.is_dir() { std::fs::remove_dir(&place) } else { std::fs::remove_file(&place) }.unwrap();
         }
-        // A second name of another file: the name is replaced, the other file is not written to.
+        // A hard link to another file: the program replaces the name and does not write to the file.
         std::fs::hard_link(&victim, &place).unwrap();
         imgtool(["convert", "--force", text(&source), "--to", "raw", text(&out)]).ok();
         assert_eq!(std::fs::read(&victim).unwrap(), b"precious");
@@ -204,7 +204,7 @@ fn what_is_planted_in_the_directory_is_not_followed() {
     }
 }
 
-/// A link that the user names is one that the user means.
+/// A user who names a link wants its target to be written.
 #[test]
 fn a_link_that_the_user_names_is_followed() {
     let dir = tempdir();

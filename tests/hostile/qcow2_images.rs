@@ -1,4 +1,4 @@
-//! qcow2 images whose header, extensions, snapshots and refcounts are made to harm.
+//! Malicious qcow2 images: header, extensions, snapshots and refcounts.
 
 use std::path::{Path, PathBuf};
 
@@ -8,22 +8,22 @@ use super::{Craft, all_end, qcow2};
 
 const L1: u64 = 1 << 21;
 const REFTABLE: u64 = 1 << 22;
-/// Where snapshots, bitmaps and names are put.
+/// File offset of snapshots, bitmaps and names.
 const ELSEWHERE: u64 = 1 << 24;
 
-/// One image: the header of a disk of 1 GiB, and what `change` makes of it.
+/// Creates an image of a disk of 1 GiB, and applies `change` to it.
 fn edited(directory: &Path, name: &str, change: impl Fn(&Craft)) -> PathBuf {
     let craft = qcow2(directory, &format!("{name}.qcow2"), 64 << 20, 16, 1 << 30, 2);
     change(&craft);
     craft.path
 }
 
-/// A header extension as the first.
+/// Writes the type and length of the first header extension.
 fn extension(craft: &Craft, kind: u32, len: u32) {
     craft.be32(104, kind).be32(108, len);
 }
 
-/// Bitmaps (extension, section "Bitmaps extension"): their number, and the bytes of their directory.
+/// Writes a bitmaps extension with this number of bitmaps and a directory of `directory_len` bytes.
 fn bitmaps(craft: &Craft, number: u32, directory_len: u64) {
     craft.be64(88, 1);
     extension(craft, 0x2385_2875, 24);
@@ -117,7 +117,7 @@ fn refcounts_and_snapshots(directory: &Path) -> Vec<PathBuf> {
             c.put(ELSEWHERE + 12, &[0xff; 4]).be32(ELSEWHERE + 36, u32::MAX);
         }),
         edited(directory, "snapshots-that-share-an-l1-of-32-mib", |c| {
-            // 40 bytes, 24 of extra data, id and name of one byte: 72 with padding.
+            // An entry: 40 bytes, 24 of extra data, an id and a name of one byte each; 72 bytes with padding.
             c.be32(60, 65_536).be64(64, ELSEWHERE);
             let mut table = Vec::new();
             for number in 0..65_536u32 {

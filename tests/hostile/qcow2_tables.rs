@@ -1,4 +1,4 @@
-//! qcow2 images whose L1 and L2 tables and compressed clusters are made to harm.
+//! Malicious qcow2 images: L1 and L2 tables, and compressed clusters.
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 const TIB: u64 = 1 << 40;
 
-/// One image: `cluster_bits`, the size of the disk, entries of its L1 table, and what `change` makes of it.
+/// Creates an image of a disk of `size` bytes with `l1_size` L1 entries, and applies `change` to it.
 fn image(
     directory: &Path,
     name: &str,
@@ -30,7 +30,7 @@ const USUAL: (u32, u64, u32) = (12, 64 << 20, 32);
 /// A disk of 256 MiB in clusters of 2 MiB: one L2 table.
 const LARGE_CLUSTERS: (u32, u64, u32) = (21, 1 << 28, 1);
 
-/// `count` times the same entry.
+/// Writes the same entry `count` times, from file offset `at` on.
 fn fill(craft: &Craft, at: u64, count: u64, entry: u64) {
     let bytes: Vec<u8> = (0..count).flat_map(|_| entry.to_be_bytes()).collect();
     craft.put(at, &bytes);
@@ -68,7 +68,8 @@ fn tables(directory: &Path) -> Vec<PathBuf> {
                 c.be64(L2 + 8 * i, (1 << 24) | COPIED);
             });
         }),
-        // 2 PiB by a table of 64 KiB: nothing but unallocated clusters, then all of them zero.
+        // 2 PiB described by one table of 64 KiB: unallocated clusters, then zero clusters, then both in
+        // turn.
         image(directory, "one-empty-l2-table-for-2-pib", (16, 2048 * TIB, 4 << 20), |c| {
             c.file.set_len(1 << 27).unwrap();
             fill(c, L1, 4 << 20, 1 << 26);
@@ -93,7 +94,7 @@ fn tables(directory: &Path) -> Vec<PathBuf> {
             fill(c, L2, 128, DATA | COPIED);
         }),
         image(directory, "extended-l2-of-contradictions", (16, 1 << 28, 1), |c| {
-            // Incompatible feature bit 4; each entry says of each subcluster that it is both.
+            // Incompatible feature bit 4. Each entry marks every subcluster both as allocated and as zero.
             c.be64(72, 16).be64(L1, L2 | COPIED);
             let entry = [(DATA | COPIED).to_be_bytes(), [0xff; 8]].concat();
             c.put(L2, &entry.repeat(4096));
@@ -101,12 +102,13 @@ fn tables(directory: &Path) -> Vec<PathBuf> {
     ]
 }
 
-/// The L2 entry of a compressed cluster of `sectors` sectors more than one.
+/// Returns the L2 entry of a compressed cluster at file offset `at`, with `sectors` sectors after the first.
 fn compressed(cluster_bits: u32, at: u64, sectors: u64) -> u64 {
     COMPRESSED | (sectors << (62 - (cluster_bits - 8))) | at
 }
 
-/// A zstd frame without content size: window descriptor, and one block that repeats a zero.
+/// Returns a zstd frame without content size: a window descriptor, and one block that repeats a zero `len`
+/// times.
 fn zstd_frame(window: u8, len: u32) -> Vec<u8> {
     // The last block (bit 0), run-length encoded (bits 1 and 2).
     let header = 1 | 1 << 1 | len << 3;
@@ -124,7 +126,7 @@ fn compressed_clusters(directory: &Path) -> Vec<PathBuf> {
             c.be64(L1, L2 | COPIED);
             fill(c, L2, 512, u64::MAX);
         }),
-        // Deflate: one final stored block of nothing, a cluster that is too short.
+        // Deflate: one final stored block of no bytes, so that the cluster is too short.
         image(directory, "compressed-clusters-of-nothing", LARGE_CLUSTERS, |c| {
             c.be64(L1, L2 | COPIED).put(DATA, &[1, 0, 0, 0xff, 0xff]);
             fill(c, L2, 128, compressed(21, DATA, 0x1fff));
@@ -133,7 +135,7 @@ fn compressed_clusters(directory: &Path) -> Vec<PathBuf> {
             c.be64(L1, L2 | COPIED).put(DATA, &[0, 0, 0, 0xff, 0xff].repeat(400_000));
             fill(c, L2, 128, compressed(21, DATA, 0x1fff >> 1));
         }),
-        // Each cluster could ask for a window of 128 MiB, for every thread.
+        // Each cluster asks for a window of 128 MiB, in every thread.
         image(directory, "zstd-clusters-with-windows-of-128-mib", (16, 1 << 27, 1), |c| {
             zstd(c, &zstd_frame(17 << 3, 65_536));
             fill(c, L2, 2048, compressed(16, DATA, 1));

@@ -1,5 +1,5 @@
-//! What an image may not make the program do: opened files, unknown features, hostile headers.
-//! A refusal names what it refuses, and nothing was written.
+//! Refusals: external files, unknown features, malicious headers. The message names the reason, and nothing
+//! is written.
 
 use std::ops::Range;
 use std::path::Path;
@@ -11,7 +11,7 @@ use imgtool_testing::{assert_same, first_difference, oracles, require, snapshot,
 use crate::support::imgtool;
 use crate::support::trace::opened_outside;
 
-/// Converting `source` fails with exit code 1, says each of `words`, and writes nothing.
+/// Asserts that converting `source` fails with exit code 1, prints each of `words`, and writes nothing.
 fn refused(directory: &Path, source: &str, words: &[&str]) {
     let before = snapshot(directory);
     for format in ["raw", "qcow2", "vma"] {
@@ -23,7 +23,7 @@ fn refused(directory: &Path, source: &str, words: &[&str]) {
     }
 }
 
-/// A directory with `base.raw`.
+/// Creates a directory that contains `base.raw`.
 fn with_base() -> tempfile::TempDir {
     let dir = tempdir();
     Image::hole("base", 1 << 20).with(0, images::noise(1, 100_000)).write_raw(&dir.path().join("base.raw"));
@@ -93,7 +93,7 @@ fn an_unknown_incompatible_feature_is_refused() {
     qemu_img(dir.path(), "convert -f raw -O qcow2 base.raw image.qcow2");
     let path = dir.path().join("image.qcow2");
     let mut bytes = std::fs::read(&path).unwrap();
-    // Incompatible features: header bytes 72..80, big endian; bit 40 means nothing yet.
+    // Incompatible features: header bytes 72 to 79, big-endian. Bit 40 has no meaning.
     bytes[72 + 2] |= 1;
     std::fs::write(&path, bytes).unwrap();
     refused(dir.path(), "image.qcow2", &["feature"]);
@@ -157,13 +157,13 @@ fn hostile_headers_end_in_an_error_within_memory() {
     }
 }
 
-/// Header bytes of a qcow2 image without backing file and snapshots that may have any value: what they say is
-/// not needed, or changes the size of the disk alone (29 to 31).
+/// Header bytes that may have any value in a qcow2 image without a backing file and snapshots: the reader
+/// does not need them, or they change only the size of the disk (29 to 31).
 const ACCEPTED: [Range<usize>; 9] =
     [14..15, 16..20, 29..32, 38..40, 49..54, 64..72, 80..96, 102..103, 105..112];
 
-/// Converts an image once for each place, in which one byte is another; whether it is refused must be as
-/// `refused` says, and what is not has the content of `base.raw`.
+/// Converts an image once for each place, with the byte there changed. The program must refuse the image
+/// where `refused` returns true; elsewhere the output must have the content of `base.raw`.
 #[track_caller]
 fn with_one_byte_changed(format: &str, places: &[usize], refused: impl Fn(usize) -> bool) {
     let dir = with_base();
@@ -193,7 +193,7 @@ fn another_byte_in_a_qcow2_header_is_refused_or_changes_no_content() {
     with_one_byte_changed("qcow2", &places, |place| !ACCEPTED.iter().any(|range| range.contains(&place)));
 }
 
-/// The checksum of the first copy is wrong then: the second is read.
+/// The checksum of the first copy is wrong, so the program reads the second.
 #[test]
 fn another_byte_in_one_header_or_region_table_of_a_vhdx_file_changes_no_content() {
     require!("qemu-img");

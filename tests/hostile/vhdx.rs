@@ -1,4 +1,4 @@
-//! VHDX images made to harm, out of one that is right.
+//! Malicious VHDX images, made from a valid one.
 
 use std::path::{Path, PathBuf};
 
@@ -9,13 +9,13 @@ use crate::support::imgtool;
 
 const HEADERS: [u64; 2] = [64 << 10, 128 << 10];
 const REGIONS: [u64; 2] = [192 << 10, 256 << 10];
-/// Where logs are put.
+/// File offset of logs.
 const LOG: u64 = 1 << 30;
 const LOG_GUID: [u8; 16] = [0x11; 16];
-/// Where blocks are put.
+/// File offset of blocks.
 const DATA: u64 = 2 << 30;
 const MAX: [u8; 4] = u32::MAX.to_le_bytes();
-/// The longest length that is a multiple of 1 MiB.
+/// Maximum length that fits into 32 bits and is a multiple of 1 MiB.
 const MOST: u32 = 0xfff0_0000;
 /// State of a payload block: fully present.
 const PRESENT: u64 = 6;
@@ -25,7 +25,7 @@ const FILE_PARAMETERS: [u8; 4] = [0x37, 0x67, 0xa1, 0xca];
 const DISK_SIZE: [u8; 4] = [0x24, 0x42, 0xa5, 0x2f];
 const LOGICAL_SECTOR: [u8; 4] = [0x1d, 0xbf, 0x41, 0x81];
 
-/// CRC-32C, bit by bit: the checksum of VHDX.
+/// Returns the CRC-32C of `bytes`, the checksum of VHDX, computed bit by bit.
 fn crc32c(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |crc: u32, byte| {
         (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0x82f6_3b78 & (crc & 1).wrapping_neg()))
@@ -70,7 +70,7 @@ impl Good {
         self.metadata + u64::from(u32::from_le_bytes(table[entry + 16..entry + 20].try_into().unwrap()))
     }
 
-    /// A file of 8 GiB, mostly hole, with its checksums right.
+    /// Creates a file of 8 GiB, mostly a hole, applies `change` to it and corrects its checksums.
     fn edited(&self, directory: &Path, name: &str, change: impl Fn(&Craft)) -> PathBuf {
         let craft = Craft::new(directory, &format!("{name}.vhdx"), 8 << 30);
         craft.put(0, &self.bytes);
@@ -81,22 +81,22 @@ impl Good {
     }
 }
 
-/// The same in both headers or both region tables.
+/// Writes the same value into both headers or both region tables.
 fn each(places: [u64; 2], craft: &Craft, at: u64, value: &[u8]) {
     for place in places {
         craft.put(place + at, value);
     }
 }
 
-/// A log that has to be replayed.
+/// Makes both headers refer to a log of `len` bytes that must be replayed.
 fn log(craft: &Craft, len: u32) {
     each(HEADERS, craft, 68, &len.to_le_bytes());
     each(HEADERS, craft, 72, &LOG.to_le_bytes());
     each(HEADERS, craft, 48, &LOG_GUID);
 }
 
-/// A log entry: its length, its number, the file's length behind it, and its descriptors. Its checksum
-/// is right when `sealed`.
+/// Writes a log entry with its length, sequence number, file length `last` and descriptors. Corrects its
+/// checksum if `sealed`.
 fn log_entry(craft: &Craft, len: u32, number: u64, last: u64, descriptors: &[u8], sealed: bool) {
     craft.put(LOG, b"loge").put(LOG + 8, &len.to_le_bytes()).put(LOG + 16, &number.to_le_bytes());
     craft.put(LOG + 24, &(descriptors.len() as u32 / 32).to_le_bytes()).put(LOG + 32, &LOG_GUID);
@@ -106,7 +106,7 @@ fn log_entry(craft: &Craft, len: u32, number: u64, last: u64, descriptors: &[u8]
     }
 }
 
-/// A descriptor that zeroes `len` bytes.
+/// Returns a descriptor that zeroes `len` bytes at file offset `at`.
 fn zero_descriptor(at: u64, len: u64, number: u64) -> Vec<u8> {
     [b"zero".as_slice(), &[0; 4], &len.to_le_bytes(), &at.to_le_bytes(), &number.to_le_bytes()].concat()
 }

@@ -1,4 +1,4 @@
-//! VMA archives made to harm.
+//! Malicious VMA archives.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use md5::{Digest, Md5};
 
 use super::all_end;
 
-/// Puts the checksum of an archive's header right.
+/// Corrects the checksum of an archive's header.
 fn seal_vma(bytes: &mut [u8]) {
     let header_size = u32::from_be_bytes(bytes[56..60].try_into().unwrap()) as usize;
     bytes[32..48].fill(0);
@@ -18,7 +18,7 @@ fn seal_vma(bytes: &mut [u8]) {
     bytes[32..48].copy_from_slice(&digest);
 }
 
-/// VMA archives made to harm.
+/// Creates the archives and returns their paths.
 fn vma_images(directory: &Path) -> Vec<PathBuf> {
     let good = Archive::of([("drive-scsi0", Image::hole("x", 1 << 20).with(0, images::noise(1, 65_536)))])
         .config("qemu-server.conf", b"cores: 1\n")
@@ -84,7 +84,7 @@ fn vma_images(directory: &Path) -> Vec<PathBuf> {
         b.truncate(good.extents[0]);
         (0..20_000).for_each(|_| b.extend(&extent));
     });
-    // The extent's header is right, what it says is not.
+    // Changes an extent header and corrects its checksum.
     let extent = |b: &mut Vec<u8>, change: &dyn Fn(&mut [u8])| {
         let at = good.extents[0];
         change(&mut b[at..at + 512]);
@@ -92,7 +92,7 @@ fn vma_images(directory: &Path) -> Vec<PathBuf> {
         let digest = Md5::digest(&b[at..at + 512]);
         b[at + 24..at + 40].copy_from_slice(&digest);
     };
-    // Each of the 59 block infos: mask (2 bytes), 0, device id, number of the cluster.
+    // Each of the 59 block infos: mask (2 bytes), 0, device id, cluster number.
     edit("clusters-of-2-to-the-48", &|b| {
         extent(b, &|header| header[40..].chunks_exact_mut(8).for_each(|info| info[4..].fill(0xff)));
     });
@@ -149,7 +149,7 @@ fn vma_images(directory: &Path) -> Vec<PathBuf> {
             b.extend(header);
         }
     });
-    // A zero cluster in each 4 GiB of many devices: each costs 8 bytes here, and what to note that takes.
+    // A zero cluster in each 4 GiB of many devices: each takes 8 bytes here, and some memory in the reader.
     edit("clusters-scattered-over-5-pib", &|b| {
         (1..=20).for_each(|id| device(b, id, 1 << 48));
         seal_vma(b);

@@ -108,7 +108,7 @@ fn refusals_leave_no_file() {
     assert!(names(dir.path()).is_empty());
 }
 
-/// Cancels at the first progress.
+/// Cancels at the first report of progress.
 struct CancelSoon(CancelToken);
 
 impl Monitor for CancelSoon {
@@ -153,7 +153,7 @@ fn a_driver_of_the_callers_own_is_used_like_the_others() {
     let made = imgtool::convert(fixture("two-disks.vma.zst"), &toy).drivers(registry()).run().unwrap();
     assert_eq!(made.outputs[0].format, "toy");
     assert!(imgtool::convert(&toy, &back).drivers(registry()).run().unwrap().is_complete());
-    // The toy has no names for its disks.
+    // The toy format stores no names of disks.
     let disks = imgtool::open(&back).unwrap().disks().unwrap();
     assert!(disks.iter().map(digest).eq(TWO_DISKS.map(|(.., sha256)| sha256.to_owned())));
 }

@@ -1,4 +1,4 @@
-//! `imgtool::open`: images and archives at random, whatever their format.
+//! `imgtool::open`: random access to images and archives of any format.
 
 use imgtool::ErrorKind;
 use imgtool::contracts::OpenOptions;

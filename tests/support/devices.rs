@@ -1,13 +1,12 @@
-//! Block devices for tests: loop devices over files.
+//! Block devices for tests: loop devices over files, and mounted file systems on them.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use imgtool_testing::{oracles, text};
 
-/// Whether this machine lets us have loop devices. They are no program that could be installed: where
-/// there are none (in most containers), or not for this user, such tests are skipped, which `.ci/run`
-/// shows. Who may administer a machine that has them must get them when `CI` is set.
+/// True if this user can use loop devices. If not, as in most containers, reports the running test as
+/// skipped. With `CI` set, fails instead if the user may administer the system and it has loop devices.
 pub fn loop_devices() -> bool {
     let control = Path::new("/dev/loop-control");
     let opened = File::options().write(true).open(control);
@@ -19,7 +18,7 @@ pub fn loop_devices() -> bool {
     opened.is_ok() && oracles::have("losetup")
 }
 
-/// Whether this user may mount file systems and the like: CAP_SYS_ADMIN, capabilities(7).
+/// True if this user may mount file systems and the like: CAP_SYS_ADMIN, capabilities(7).
 pub fn may_administer() -> bool {
     const CAP_SYS_ADMIN: u32 = 21;
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -32,14 +31,15 @@ pub fn may_administer() -> bool {
 pub struct LoopDevice(PathBuf);
 
 impl LoopDevice {
-    /// Over a file or another device.
+    /// Attaches a loop device to a file or another device.
     pub fn over(file: &Path) -> Self {
         let output = oracles::run("losetup", &["--find", "--show", text(file)]);
         Self(PathBuf::from(String::from_utf8(output.stdout).unwrap().trim()))
     }
 
-    /// Over a disk with these partitions (first sector, sectors), devices of their own: its path with
-    /// `p1`, `p2` … addpart(8) adds them, so the disk needs no partition table.
+    /// Attaches a loop device to a disk with these partitions (first sector, number of sectors). The device
+    /// of each is the path of the disk with `p1`, `p2` … addpart(8) adds them, so the disk needs no partition
+    /// table.
     pub fn with_partitions(file: &Path, partitions: &[(u64, u64)]) -> Self {
         let output = oracles::run("losetup", &["--find", "--show", "--partscan", text(file)]);
         let device = Self(PathBuf::from(String::from_utf8(output.stdout).unwrap().trim()));
@@ -50,18 +50,18 @@ impl LoopDevice {
         device
     }
 
-    /// Over a new file of these bytes.
+    /// Attaches a loop device to a new file of these bytes.
     pub fn holding(file: &Path, bytes: &[u8]) -> Self {
         std::fs::write(file, bytes).unwrap();
         Self::over(file)
     }
 
-    /// The device.
+    /// Returns the path of the device.
     pub fn path(&self) -> &Path {
         &self.0
     }
 
-    /// What is on it now.
+    /// Returns the current content of the device.
     pub fn bytes(&self) -> Vec<u8> {
         std::fs::read(&self.0).unwrap()
     }
@@ -69,9 +69,9 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        // Whether it works or not, the test has its result.
+        // A failure does not change the result of the test.
         let _ = std::process::Command::new("losetup").arg("-d").arg(&self.0).status();
-        // While another process has it open (`losetup --find` does) it is not detached yet.
+        // The kernel does not detach the device while another process has it open, like `losetup --find`.
         let name = self.0.file_name().unwrap_or_default();
         let backing = Path::new("/sys/block").join(name).join("loop/backing_file");
         for _ in 0..1000 {
@@ -83,12 +83,12 @@ impl Drop for LoopDevice {
     }
 }
 
-/// A file system that is mounted, unmounted when dropped.
+/// A mounted file system, unmounted when dropped.
 pub struct Mounted(PathBuf);
 
 impl Mounted {
-    /// Makes an ext4 on the device and mounts it so that nothing is written to the device: it is in use
-    /// and stays as it is.
+    /// Makes an ext4 file system on the device, and mounts it without writing to the device: it is in use and
+    /// unchanged.
     pub fn ext4_read_only(device: &LoopDevice, directory: &Path) -> Self {
         oracles::run("mkfs.ext4", &["-q", "-F", text(device.path())]);
         std::fs::create_dir_all(directory).unwrap();
@@ -96,7 +96,8 @@ impl Mounted {
         Self(directory.to_owned())
     }
 
-    /// Makes an XFS on the device (of 300 MiB or more) and mounts it: files can share blocks there.
+    /// Makes an XFS file system, whose files can share blocks, on the device (at least 300 MiB) and mounts
+    /// it.
     pub fn xfs(device: &LoopDevice, directory: &Path) -> Self {
         oracles::run("mkfs.xfs", &["-q", "-f", text(device.path())]);
         Self::mount(device, directory)

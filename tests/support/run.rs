@@ -11,26 +11,26 @@ use std::time::{Duration, Instant};
 /// The program under test.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_imgtool");
 
-/// What a run left.
+/// Result of a run.
 #[derive(Debug)]
 pub struct Outcome {
     /// The command line, for messages.
     pub command: String,
-    /// How it ended.
+    /// Exit status.
     pub status: ExitStatus,
-    /// Its standard output.
+    /// Standard output.
     pub stdout: Vec<u8>,
-    /// Its standard error.
+    /// Standard error.
     pub stderr: String,
-    /// The most memory that was resident, bytes; 0 when it was not measured.
+    /// Peak resident memory in bytes; 0 if it was not measured.
     pub peak_memory: u64,
-    /// What is not as before in the directory that it ran in and in those that it was told of.
+    /// Changed files in the directory in which the program ran, and in those that its arguments name.
     pub changes: Vec<String>,
 }
 
 impl Outcome {
-    /// Asserts an exit code. A panic or a signal never passes. Who fails or refuses (1, 2) has written
-    /// nothing: every file is as it was.
+    /// Asserts an exit code, and that the program did not panic. After a failure or a refusal (1 or 2), no
+    /// file may have changed.
     #[track_caller]
     pub fn exits(self, code: i32) -> Self {
         if matches!(code, 1 | 2) {
@@ -39,8 +39,8 @@ impl Outcome {
         self.ends_with(code)
     }
 
-    /// The same where files may be other than before: a target that is written in place, or a file that
-    /// another process writes meanwhile.
+    /// Like [`Self::exits`], but files may have changed, such as a target that is written in place, or a file
+    /// that another process writes meanwhile.
     #[track_caller]
     pub fn ends_with(self, code: i32) -> Self {
         assert_eq!(self.status.code(), Some(code), "{}\n--- stderr:\n{}", self.command, self.stderr);
@@ -48,7 +48,7 @@ impl Outcome {
         self
     }
 
-    /// Asserts that the message says `wanted`, in any case.
+    /// Asserts that standard error contains `wanted`, ignoring case.
     #[track_caller]
     pub fn says(self, wanted: &str) -> Self {
         assert!(
@@ -60,12 +60,12 @@ impl Outcome {
         self
     }
 
-    /// Standard output as text.
+    /// Returns standard output as text.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }
 
-    /// Standard output as JSON.
+    /// Returns standard output as JSON.
     #[track_caller]
     pub fn json(&self) -> serde_json::Value {
         serde_json::from_slice(&self.stdout)
@@ -73,7 +73,7 @@ impl Outcome {
     }
 }
 
-/// A run of the program in the making.
+/// A run of the program, to be set up and started.
 pub struct Run {
     command: Command,
     input: Input,
@@ -86,7 +86,7 @@ enum Input {
     Bytes(Vec<u8>),
 }
 
-/// A run of the program with these arguments. Standard input is empty; the time of day is fixed
+/// Sets up a run of the program with these arguments. Standard input is empty, and the time of day is fixed
 /// so that outputs can be compared.
 pub fn imgtool<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Run {
     let mut command = Command::new(PROGRAM);
@@ -101,37 +101,37 @@ impl Run {
         self
     }
 
-    /// Sets a variable of its environment.
+    /// Sets an environment variable.
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.command.env(name, value);
         self
     }
 
-    /// Runs it in this directory.
+    /// Runs the program in this directory.
     pub fn within(mut self, directory: &Path) -> Self {
         self.command.current_dir(directory);
         self
     }
 
-    /// Standard input is a pipe that brings the content of a file.
+    /// Feeds the content of a file through a pipe to standard input.
     pub fn pipe_from(mut self, path: &Path) -> Self {
         self.input = Input::Pipe(path.to_owned());
         self
     }
 
-    /// Standard input is a pipe that brings these bytes.
+    /// Feeds these bytes through a pipe to standard input.
     pub fn pipe_bytes(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.input = Input::Bytes(bytes.into());
         self
     }
 
-    /// Ends it when it has used this much processor time: unlike that of the clock, it does not depend
-    /// on what else the machine does. Comes last of what is set.
+    /// Ends the program after this much processor time, which does not depend on the load of the machine,
+    /// unlike elapsed time. Must be the last setting.
     pub fn cpu_limit(self, seconds: u32) -> Self {
         self.through("prlimit", &format!("--cpu={seconds}"))
     }
 
-    /// Runs it with the help of a program that becomes it: `helper argument PROGRAM …`.
+    /// Runs the program through a helper that executes it: `helper argument PROGRAM …`.
     fn through(mut self, helper: &str, argument: &str) -> Self {
         let mut command = Command::new(helper);
         command.arg(argument).arg(self.command.get_program()).args(self.command.get_args());
@@ -143,19 +143,19 @@ impl Run {
         self
     }
 
-    /// Measures the peak memory while it runs.
+    /// Measures the peak memory of the run.
     pub fn measured(mut self) -> Self {
         self.measure = true;
         self
     }
 
-    /// Runs it to its end, which must be a good one.
+    /// Runs the program to its end, which must be a success.
     #[track_caller]
     pub fn ok(self) -> Outcome {
         self.go().exits(0)
     }
 
-    /// Runs it to its end.
+    /// Runs the program to its end.
     #[track_caller]
     pub fn go(mut self) -> Outcome {
         let name = format!("{:?}", self.command);
@@ -184,24 +184,23 @@ impl Run {
         Outcome { command: name, status, stdout: out.join().expect("stdout"), stderr, peak_memory, changes }
     }
 
-    /// Starts it with a pipe as standard input that the caller feeds; output is dropped. SIGHUP and SIGINT
-    /// have their usual effect, also where the tests themselves were started with nohup or by a script in
-    /// the background.
+    /// Starts the program with a pipe as standard input, which the caller feeds; its output is discarded.
+    /// SIGHUP and SIGINT have their default effect, even if the tests run under nohup or in the background.
     pub fn start(self) -> Child {
         let mut run = self.through("env", "--default-signal=HUP,INT");
         run.command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         run.command.spawn().expect("spawn")
     }
 
-    /// The same, with a pipe as standard output, too.
+    /// Starts the program with pipes as standard input and standard output.
     pub fn start_piped(mut self) -> Child {
         self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         self.command.spawn().expect("spawn")
     }
 }
 
-/// The directories that a command could write to: its own, and those of paths among its arguments.
-/// Only temporary ones, which no other test uses.
+/// Returns the directories that a command could write to: its own, and those of paths among its arguments.
+/// Only temporary directories, which no other test uses.
 fn watched_directories(command: &Command) -> Vec<PathBuf> {
     let values = command.get_args().filter_map(OsStr::to_str).flat_map(|text| text.split(['=', ',']));
     let paths = values.map(PathBuf::from).filter(|path| path.is_absolute());
@@ -216,13 +215,14 @@ fn watched_directories(command: &Command) -> Vec<PathBuf> {
         .collect()
 }
 
-/// What changes when a file is written, replaced or changed, by path; directories are just there.
+/// Returns the inode and the times of each file by its path; they change when a file is written or replaced.
+/// Directories have zeros.
 fn files_in(directories: &[PathBuf]) -> BTreeMap<PathBuf, [i64; 5]> {
     let mut found = BTreeMap::new();
     let mut rest = directories.to_vec();
     while let Some(directory) = rest.pop() {
         for entry in std::fs::read_dir(&directory).into_iter().flatten().flatten() {
-            // Not followed: a link out of the directory is a file of it.
+            // Links are not followed: a link out of the directory counts as a file of it.
             let Ok(meta) = entry.metadata() else { continue };
             let mut facts = [0; 5];
             if meta.is_dir() {
@@ -249,7 +249,7 @@ fn differences(before: &BTreeMap<PathBuf, [i64; 5]>, after: &BTreeMap<PathBuf, [
 fn feed(child: &mut Child, input: Input) -> Option<std::thread::JoinHandle<()>> {
     let mut stdin = child.stdin.take()?;
     Some(std::thread::spawn(move || {
-        // A program that refuses its input closes the pipe early: that is not our error.
+        // A program that refuses its input closes the pipe early, which is no error.
         let _ = match input {
             Input::Nothing => Ok(0),
             Input::Pipe(path) => {
@@ -260,11 +260,11 @@ fn feed(child: &mut Child, input: Input) -> Option<std::thread::JoinHandle<()>> 
     }))
 }
 
-/// No run of a test takes longer: a program that hangs fails its test instead of stopping them all.
+/// Maximum duration of a run. Our limit: longer than any run takes, so that only a program that hangs fails.
 const PATIENCE: Duration = Duration::from_secs(400);
 
-/// Waits for the end; asks the kernel for the peak of resident memory again and again until then. Until the
-/// program has taken its name, the memory is still that of the process of the tests.
+/// Waits for the program to end, and polls its peak resident memory in bytes if `measure` is set. Until the
+/// process has the program's name, its memory is still that of the test process.
 #[track_caller]
 fn watch(child: &mut Child, measure: bool, name: &str) -> (ExitStatus, u64) {
     let proc_status = format!("/proc/{}/status", child.id());

@@ -1,5 +1,5 @@
-//! A file system in memory, mounted through FUSE, whose n-th read or write fails, is served in part or
-//! takes its time: what no disk does on demand.
+//! A file system in memory, mounted through FUSE, whose n-th read or write fails, is served in part or is
+//! slow, which no disk does on demand.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -17,31 +17,31 @@ use imgtool_testing::oracles;
 
 use super::devices::may_administer;
 
-/// What happens to a call.
+/// A fault of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// EIO for reads, ENOSPC for writes.
+    /// The call fails: EIO for reads, ENOSPC for writes.
     Fails,
-    /// About half of it is served, an odd number of bytes.
+    /// About half of the bytes are served, an odd number.
     Short,
-    /// Up to 4 KiB of it are served, an odd number of bytes.
+    /// At most 4 KiB are served, an odd number of bytes.
     VeryShort,
-    /// It takes 20 ms.
+    /// The call is delayed by 20 ms.
     Slow,
 }
 
-/// Which calls are hit, the first being 1.
+/// Selects the calls that are hit, counted from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum When {
-    /// This one alone.
+    /// This call alone.
     Nth(u64),
-    /// This one and all that follow.
+    /// This call and all that follow.
     From(u64),
-    /// All of them.
+    /// All calls.
     Always,
 }
 
-/// What happens to reads, or to writes.
+/// Plan and counters of the reads or of the writes.
 #[derive(Default)]
 struct Calls {
     plan: Option<(Fault, When)>,
@@ -65,7 +65,7 @@ impl Calls {
 
 #[derive(Default)]
 struct State {
-    /// By number of the inode.
+    /// Content by inode number.
     files: BTreeMap<u64, Vec<u8>>,
     names: BTreeMap<String, u64>,
     last: u64,
@@ -75,7 +75,7 @@ struct State {
 
 impl State {
     fn make(&mut self, name: &str, bytes: Vec<u8>) -> u64 {
-        // 1 is the directory.
+        // Inode 1 is the directory.
         self.last += 1;
         let number = self.last + 1;
         self.files.insert(number, bytes);
@@ -107,7 +107,7 @@ impl State {
     }
 }
 
-/// How many bytes of `len` a call that was hit serves.
+/// Returns the number of bytes that a call for `len` bytes serves.
 fn served(fault: Option<Fault>, len: usize) -> usize {
     match fault {
         Some(Fault::Short) if len > 1 => (len / 2) | 1,
@@ -116,10 +116,10 @@ fn served(fault: Option<Fault>, len: usize) -> usize {
     }
 }
 
-/// Nothing is kept by the kernel.
+/// Time for which the kernel may cache entries and attributes: none.
 const TTL: Duration = Duration::ZERO;
 
-/// The mounted file system. It has one directory.
+/// A mounted file system with a single directory.
 pub struct Shaky {
     state: Arc<Mutex<State>>,
     directory: tempfile::TempDir,
@@ -127,7 +127,7 @@ pub struct Shaky {
 }
 
 impl Shaky {
-    /// Mounts an empty one, if this user may.
+    /// Mounts an empty file system. `None` if this user may not.
     pub fn mount() -> Option<Self> {
         let directory = imgtool_testing::tempdir();
         let state = Arc::new(Mutex::new(State::default()));
@@ -149,36 +149,36 @@ impl Shaky {
         self.state.lock().unwrap()
     }
 
-    /// The path of a name in it.
+    /// Returns the path of a name in the file system.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
-    /// Puts a file there.
+    /// Adds a file.
     pub fn put(&self, name: &str, bytes: Vec<u8>) {
         self.state().make(name, bytes);
     }
 
-    /// Takes a file away.
+    /// Removes a file and returns its content; `None` if it does not exist.
     pub fn take(&self, name: &str) -> Option<Vec<u8>> {
         let mut state = self.state();
         let number = state.names.remove(name)?;
         state.files.remove(&number)
     }
 
-    /// The names in it.
+    /// Returns the names of all files.
     pub fn names(&self) -> Vec<String> {
         self.state().names.keys().cloned().collect()
     }
 
-    /// From now on reads, and writes, are hit like this. Counting begins anew.
+    /// Sets the faults of later reads and writes, and counts calls from 1 again.
     pub fn plan(&self, reads: Option<(Fault, When)>, writes: Option<(Fault, When)>) {
         let mut state = self.state();
         state.reads = Calls { plan: reads, ..Calls::default() };
         state.writes = Calls { plan: writes, ..Calls::default() };
     }
 
-    /// Reads and writes that were hit.
+    /// Returns the number of reads and writes that were hit.
     pub fn hits(&self) -> u64 {
         let state = self.state();
         state.reads.hits + state.writes.hits
@@ -187,12 +187,12 @@ impl Shaky {
 
 impl Drop for Shaky {
     fn drop(&mut self) {
-        // Before its directory is removed. If it can't be, that fails too, and says so.
+        // Unmounts the file system before its directory is removed.
         let _ = self.session.take().map(BackgroundSession::umount_and_join);
     }
 }
 
-/// What the kernel asks.
+/// Handler of the kernel's requests.
 struct Served(Arc<Mutex<State>>);
 
 impl Served {
@@ -266,7 +266,7 @@ impl Filesystem for Served {
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        // Direct: what a call serves is what the program sees.
+        // With direct I/O, the program sees exactly the bytes that a call serves.
         reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO);
     }
 

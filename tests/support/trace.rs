@@ -1,4 +1,4 @@
-//! What a program opens, as strace sees it.
+//! Files that a program opens, as strace reports them.
 
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
@@ -7,7 +7,7 @@ use imgtool_testing::text;
 
 use super::run::PROGRAM;
 
-/// What the program, its loader and its runtime open for themselves, and unnamed temporary files.
+/// Path prefixes of files that the program, its loader and its runtime open for themselves.
 const OF_THE_SYSTEM: [&str; 12] = [
     "/etc/ld.so.cache",
     "/etc/localtime",
@@ -23,8 +23,9 @@ const OF_THE_SYSTEM: [&str; 12] = [
     "/dev/null",
 ];
 
-/// Runs the program with these arguments in `directory` and tells what it opened, or tried to open, that is
-/// neither below the directory nor of the system; connections and programs that it started, too.
+/// Runs the program with these arguments in `directory`. Returns its calls that open, or try to open, a file
+/// that is neither below the directory nor one of the system's, that connect to a socket, or that start a
+/// program.
 #[track_caller]
 pub fn opened_outside(directory: &Path, args: &[&str]) -> Vec<String> {
     let log = tempfile::NamedTempFile::new().unwrap();
@@ -32,7 +33,7 @@ pub fn opened_outside(directory: &Path, args: &[&str]) -> Vec<String> {
         .args(["-f", "-y", "-s", "8192", "-o", text(log.path())])
         .args(["-e", "trace=open,openat,openat2,creat,connect,execve", PROGRAM])
         .args(args)
-        // cargo's: the loader would look through all of it.
+        // Cargo sets this variable, and the loader would search all of its directories.
         .env_remove("LD_LIBRARY_PATH")
         .current_dir(directory)
         .output()
@@ -40,7 +41,7 @@ pub fn opened_outside(directory: &Path, args: &[&str]) -> Vec<String> {
     let trace = std::fs::read_to_string(log.path()).unwrap();
     assert!(trace.contains("execve(") && trace.contains("+++ exited"), "{args:?}: {trace}");
     let home = std::fs::canonicalize(directory).unwrap();
-    // A thread that ended within a call is shown with a call of no name.
+    // strace shows a call without a name for a thread that ended within the call.
     let is_call = |line: &&str| line.contains("(") && !line.contains("resumed>") && !line.contains("???(");
     let calls = trace.lines().filter(is_call);
     calls.skip(1).filter(|call| is_outside(&home, call)).map(str::to_owned).collect()
@@ -64,7 +65,7 @@ fn is_outside(home: &Path, call: &str) -> bool {
     !is_fine(&asked) || got.is_some_and(|path| !path.starts_with("/proc/") && !is_fine(&path))
 }
 
-/// A path with its dots done, links not looked at.
+/// Resolves `.` and `..` in a path, without following links.
 fn resolved(home: &Path, path: &str) -> PathBuf {
     let mut all = PathBuf::new();
     for part in home.join(path).components() {

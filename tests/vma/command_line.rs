@@ -67,7 +67,7 @@ fn create_takes_disks_with_their_format() {
         &["convert", "-O", "qcow2", text(&dir.path().join("d.raw")), text(&dir.path().join("d.qcow2"))],
     );
     let qcow2_len = std::fs::metadata(dir.path().join("d.qcow2")).unwrap().len();
-    // As raw the image file itself is the disk.
+    // As raw, the image file itself is the disk.
     vma(dir.path(), "create b.vma -d format=qcow2:a=d.qcow2 -d format=raw:b=d.qcow2 -d format=qcow2:d.qcow2")
         .exits(0);
     let list = vma(dir.path(), "list b.vma").exits(0).text();
@@ -78,7 +78,7 @@ fn create_takes_disks_with_their_format() {
     ] {
         assert!(list.contains(&line), "no {line} in\n{list}");
     }
-    // Without -d too, and a format that it is not.
+    // Without -d, and with a format that is wrong.
     vma(dir.path(), "create c.vma format=raw:b=d.qcow2 d.qcow2").exits(0);
     assert!(vma(dir.path(), "list c.vma").text().contains(&format!("size: {qcow2_len} devname: b")));
     vma(dir.path(), "create e.vma -d format=qcow2:a=d.raw").exits(1).says("vma: bdrv_open 'd.raw' failed");
@@ -111,7 +111,7 @@ fn the_limits_of_an_archive_are_the_programs() {
         ("create x -c 64k".to_owned(), "vma: Unable to append config data 64k (len = 65536)"),
         (format!("create x{}", configs(0..9)), "524288"),
         (format!("create x{}", configs(0..257)), "at most 256"),
-        ("create x a=small a=small".to_owned(), "two devices are called 'a'"),
+        ("create x a=small a=small".to_owned(), "two devices are named 'a'"),
         ("create x ../a=small".to_owned(), "A-Z a-z 0-9 . _ -"),
         ("create x =small".to_owned(), "is empty"),
         (format!("create x {}=small", "n".repeat(243)), "243 bytes long"),
@@ -171,7 +171,7 @@ fn a_command_that_stops_reading_or_fails_is_an_error() {
     let create = |command: &str| imgtool(["vma", "create", command, "d.raw"]).within(dir.path()).go();
     create("exec:cat > ok.vma").exits(0);
     vma(dir.path(), "verify ok.vma").exits(0);
-    // What the command writes is its own.
+    // The command's own file stays, even if the command fails.
     create("exec:cat > bad.vma; exit 3").ends_with(1).says("exit status: 3");
     create("exec:head -c 100 > /dev/null").exits(1).says("Broken pipe");
     create("exec:kill -9 $$").exits(1);

@@ -1,6 +1,6 @@
-//! `imgtool vma` does what the `vma` program does: its lines, its files, its exit codes.
+//! `imgtool vma` behaves like the `vma` program: the same lines, files and exit codes.
 //!
-//! What it prints was recorded from that program, with the archives of the fixtures.
+//! The expected lines were recorded from that program, with the archives of the fixtures.
 
 use imgtool_testing::{fixture, names, sha256_file, snapshot, tempdir};
 
@@ -154,7 +154,7 @@ fn create_makes_what_extract_takes_apart() {
     imgtool(["vma", "extract", "c.vma", "e"]).within(dir.path()).ok();
     assert_eq!(sha256_file(&dir.path().join("e/disk-drive-scsi0.raw")), SCSI);
     assert_eq!(sha256_file(&dir.path().join("e/disk-disk1.raw")), EFI);
-    // Each archive has a UUID of its own.
+    // Each archive has its own UUID.
     let uuid = |name: &str| std::fs::read(dir.path().join(name)).unwrap()[8..24].to_vec();
     imgtool(["vma", "create", "c2.vma", "d/disk-drive-efidisk0.raw"]).within(dir.path()).ok();
     imgtool(["vma", "create", "c3.vma", "d/disk-drive-efidisk0.raw"]).within(dir.path()).ok();

@@ -1,4 +1,4 @@
-//! Maps of `imgtool vma extract -r`: disks into existing targets, in the words of the program.
+//! Maps of `imgtool vma extract -r`: disks into existing targets, with the messages of the vma program.
 
 use std::process::{Command, Stdio};
 
@@ -30,7 +30,7 @@ fn every_option_of_a_map_line_is_taken() {
         assert_eq!(names(&dir.path().join("out")), ["qemu-server.conf", "qemu-server.fw"]);
         std::fs::remove_dir_all(dir.path().join("out")).unwrap();
     }
-    // 0: the target is taken to be zero, so old bytes stay where the disk is.
+    // With 0, the target counts as zero, so old bytes stay where the disk is zero.
     target(dir.path(), "t.raw", 540_672, 0x55);
     std::fs::write(dir.path().join("map"), "0:drive-efidisk0=t.raw\n").unwrap();
     vma(dir.path(), "extract -d drive-efidisk0 -r map a.vma out").exits(0);
@@ -77,7 +77,7 @@ fn a_map_that_is_wrong_is_told_in_the_programs_words_and_leaves_nothing() {
     }
     vma(dir.path(), "extract -r nomap a.vma out").exits(1).says("vma: can't open file nomap - No such file");
     assert_eq!(snapshot(dir.path()), before);
-    // A pipe, which would be waited for.
+    // A pipe, on which the program would wait.
     oracles::run("mkfifo", &[text(&dir.path().join("pipe.raw"))]);
     std::fs::write(dir.path().join("map"), "format=raw:1:drive-efidisk0=pipe.raw\n").unwrap();
     let refused = vma(dir.path(), "extract -d drive-efidisk0 -r map a.vma out").exits(1);
@@ -94,7 +94,7 @@ fn whoever_writes_the_map_sees_list_and_configurations_first() {
     let dir = scene();
     target(dir.path(), "t.raw", 540_672, 0x55);
     oracles::run("mkfifo", &[text(&dir.path().join("map"))]);
-    // From a pipe, as restore tools do after decompressing.
+    // From a pipe, like restore tools after decompressing.
     let mut program = Command::new(PROGRAM)
         .args(["vma", "extract", "-v", "-r", "map", "-", "out"])
         .current_dir(dir.path())
@@ -136,7 +136,7 @@ fn an_image_that_a_map_names_is_made_anew_with_its_size() {
         args.extend([text(&image), &size_text]);
         oracles::run("qemu-img", &args);
         std::fs::write(dir.path().join("map"), "skip=drive-efidisk0\n1:drive-scsi0=image\n").unwrap();
-        vma(dir.path(), "extract -r map a.vma out").exits(0).says("image was made anew");
+        vma(dir.path(), "extract -r map a.vma out").exits(0).says("image was replaced by a new image");
         let info = oracles::qemu_info(&image, format);
         assert_eq!(info["virtual-size"], size, "{format}");
         if create.starts_with("cluster_size") {

@@ -1,4 +1,4 @@
-//! Names from an archive as `imgtool vma` writes and prints them.
+//! Names from an archive, as `imgtool vma` writes and prints them.
 
 use imgtool_testing::images::{self, Image, noise};
 use imgtool_testing::vma::Archive;
@@ -78,7 +78,7 @@ fn names_from_an_archive_do_not_leave_the_directory() {
     let made = names(&dir.path().join("d"));
     let expected = [".._out.conf", "disk-.._.._up-2.raw", "disk-.._.._up-3.raw", "disk-.._.._up.raw"];
     assert_eq!(made, expected, "each of its own name");
-    // The disk has the name that programs look for, not the configuration.
+    // The disk gets the name that programs look for; the configuration file gets another.
     let disk = std::fs::read(dir.path().join("d/disk-.._.._up.raw")).unwrap();
     assert!(disk.len() == 65_536 && disk[..4096] == images::noise(1, 4096));
     assert_eq!(std::fs::read(dir.path().join("d/disk-.._.._up-3.raw")).unwrap(), b"y");

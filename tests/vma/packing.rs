@@ -1,4 +1,4 @@
-//! Packing disks into archives: names, configurations, what Proxmox VE wants to restore it.
+//! Packing disks into archives: names, configurations, and everything that Proxmox VE needs to restore them.
 
 use std::path::Path;
 
@@ -56,7 +56,7 @@ fn proxmox_writes_the_configuration_that_qmrestore_reads() {
     ] {
         assert!(config.lines().any(|have| have == line), "no '{line}' in\n{config}");
     }
-    // The state of the guest is no drive; a line that is given names the storage.
+    // The state of the guest is no drive. A line given by the user names the storage.
     let archive = "vzdump-qemu-9000-2026_01_02-03_04_06.vma";
     imgtool([
         "convert",
@@ -75,7 +75,7 @@ fn proxmox_writes_the_configuration_that_qmrestore_reads() {
     assert!(!config.contains("scsi1"), "{config}");
     let run = imgtool(["convert", "web.raw", "vm.vma", "--proxmox", "memory=512"]).within(dir.path()).ok();
     run.says("qmrestore refuses the name 'vm.vma'");
-    // A configuration that was made for other disks.
+    // A configuration file that was made for other disks.
     let config = "scsi0: local:100/a.raw\n#qmdump#map:scsi0:drive-scsi0:local:raw:\n";
     std::fs::write(dir.path().join("qemu-server.conf"), config).unwrap();
     let named = "vzdump-qemu-1-2026_01_02-03_04_05.vma";

@@ -1,6 +1,6 @@
-//! The transcripts of the reference program (`fixtures/vma-transcripts.txt`) are replayed: every line on
-//! standard output, every message, every file left. What differs is in `docs/vma-compat.md`, and here
-//! in one place: [`Ours::of`].
+//! Replays the transcripts of the reference program (`fixtures/vma-transcripts.txt`): every line on standard
+//! output, every message, every file left. The differences are listed in `docs/vma-compat.md`, and
+//! implemented here in one place: [`Ours::of`].
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -11,7 +11,7 @@ use super::{EFI, SCSI};
 use crate::support::imgtool;
 use crate::support::run::PROGRAM;
 
-/// Bytes of the EFI disk, and how much larger a target may be.
+/// Size in bytes of the EFI disk, and the number of bytes by which a target may be larger.
 const EFI_SIZE: usize = 540_672;
 const TOLERANCE: usize = 4 << 20;
 
@@ -22,7 +22,7 @@ struct Block {
     stdout: Vec<String>,
     stderr: Vec<String>,
     exit: i32,
-    /// `# d1 then holds: …`
+    /// A directory and the files in it, from a line such as `# d1 then holds: …`.
     holds: Option<(String, Vec<String>)>,
 }
 
@@ -55,7 +55,7 @@ fn blocks() -> Vec<Block> {
     blocks
 }
 
-/// What is expected of ours.
+/// Expected result of our program.
 struct Ours {
     exit: i32,
     stdout: Vec<String>,
@@ -64,7 +64,7 @@ struct Ours {
 }
 
 impl Ours {
-    /// The transcript, but for what docs/vma-compat.md says.
+    /// Returns the result in the transcript, with the differences that `docs/vma-compat.md` lists.
     fn of(block: &Block) -> Self {
         // Fatal messages end with exit code 1 instead of an abort.
         let exit = if block.exit == 133 { 1 } else { block.exit };
@@ -72,7 +72,7 @@ impl Ours {
         let stdout = block.stdout.iter().map(|line| line.replace("progress 102%", "progress 100%")).collect();
         // No empty line follows a message.
         let stderr = block.stderr.iter().filter(|line| !line.is_empty()).cloned().collect();
-        // Nothing is left when it fails.
+        // A failed command leaves nothing.
         let holds = block
             .holds
             .clone()
@@ -81,8 +81,8 @@ impl Ours {
     }
 }
 
-/// Whether `lines` are the lines of a transcript; `(…)` stands for any number of lines of the same kind
-/// as the one before, and seconds may differ.
+/// True if `lines` match a transcript. `(…)` in the transcript matches any number of lines of the same kind
+/// as the line before, and seconds may differ.
 fn same_lines(transcript: &[String], lines: &[&str]) -> bool {
     let seconds = |line: &str| match line.split_once(", duration ") {
         Some((front, _)) => front.to_owned(),
@@ -95,7 +95,7 @@ fn same_lines(transcript: &[String], lines: &[&str]) -> bool {
             while lines.next_if(|line| line.starts_with(&kind)).is_some() {}
             continue;
         }
-        // After an ellipsis its last line has been taken with the others.
+        // The ellipsis has consumed the line after it, which the caller removes from the transcript.
         let expected = seconds(expected);
         if lines.peek() != Some(&expected) {
             return false;
@@ -106,7 +106,7 @@ fn same_lines(transcript: &[String], lines: &[&str]) -> bool {
     lines.next().is_none()
 }
 
-/// An ellipsis takes the line behind it too, so that line is looked for on its own.
+/// Like [`same_lines`], but the progress line after an ellipsis must occur exactly once.
 fn with_last_of_ellipsis(transcript: &[String], lines: &[&str]) -> bool {
     let Some(at) = transcript.iter().position(|line| line.starts_with("(…")) else {
         return same_lines(transcript, lines);
@@ -132,7 +132,7 @@ fn run(directory: &Path, command: &str) -> Output {
         .unwrap()
 }
 
-/// What was there before each command: the transcripts tell of it in comments.
+/// Creates the files that exist before a command, according to the comments in the transcripts.
 fn set_the_scene(directory: &Path, block: &Block, number: usize) {
     let words: Vec<&str> = block.command.split(' ').collect();
     let output = match words[0] {
@@ -189,10 +189,10 @@ fn the_transcripts_of_the_reference_program_are_reproduced() {
         assert_eq!(output.status.code(), Some(ours.exit), "{what}");
         let lines: Vec<&str> = stdout.lines().collect();
         assert!(with_last_of_ellipsis(&ours.stdout, &lines), "not {:#?}\nbut {what}", ours.stdout);
-        // Place and hint follow a message, indented.
+        // The position and the hint follow a message, indented.
         let said: Vec<&str> = stderr.lines().filter(|line| !line.starts_with("  ")).collect();
         if block.command.starts_with("create -v") {
-            // How often is a matter of the buffers.
+            // The number of progress lines depends on the buffers.
             assert_eq!(said.first().copied(), ours.stderr.first().map(String::as_str), "{what}");
             assert_eq!(said.last().copied(), ours.stderr.last().map(String::as_str), "{what}");
         } else {
@@ -207,7 +207,8 @@ fn the_transcripts_of_the_reference_program_are_reproduced() {
     }
 }
 
-/// What the map's targets hold: the disks where all went well, else what was there before.
+/// Asserts that the targets of a map contain the disks after a success, and their old content after a
+/// failure.
 fn check_targets(directory: &Path, block: &Block, number: usize, exit: i32) {
     let Some(map) = block.command.split(' ').find(|word| word.starts_with("map")) else { return };
     let efi = std::fs::read(directory.join("t2.raw")).unwrap();

@@ -1,5 +1,5 @@
-//! A whole virtual machine: through every format and back, restored in part without reading the rest,
-//! and restored as far as it goes when the archive is damaged.
+//! A whole virtual machine: converted through every format and back, restored in part without reading the
+//! rest, and restored as far as possible from a damaged archive.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use crate::support::run::PROGRAM;
 const CONFIG: &[u8] = b"name: web\nscsi0: local:100/a.raw\n#qmdump#map:scsi0:drive-scsi0:local:raw:\n";
 const FIREWALL: &[u8] = b"[OPTIONS]\nenable: 1\n";
 
-/// Three disks of different shapes, the state of the guest and two configurations.
+/// Writes an archive of three disks of different shapes, the state of the guest and two configuration files.
 fn machine(directory: &Path) {
     let system = Image::hole("s", 9 << 20)
         .with(0, prose(1, 700_000))
@@ -36,7 +36,7 @@ fn machine(directory: &Path) {
     std::fs::write(directory.join("vm.vma"), archive.bytes).unwrap();
 }
 
-/// What `vma list` says of names and sizes.
+/// Returns the sorted names and sizes that `vma list` prints.
 fn list(directory: &Path, archive: &str) -> Vec<String> {
     let listed = imgtool(["vma", "list", archive]).within(directory).ok().text();
     let without_id = |line: &str| {
@@ -130,11 +130,11 @@ fn uuid_and_time_are_what_was_asked_for_and_else_the_same_each_time() {
     assert_eq!(sha256_file(&dir.path().join("b.vma")), sha256_file(&dir.path().join("c.vma")));
 }
 
-/// Reads of a file by a run of the program: how many bytes.
+/// Runs the program and returns the number of bytes of a file that it reads.
 fn bytes_read(file: &Path, args: &[&str]) -> u64 {
     let trace = tempdir();
     let log = trace.path().join("trace");
-    // One trace for each thread: lines are whole.
+    // One trace per thread, so that no line is split.
     let output = std::process::Command::new("strace")
         .args(["-ff", "-y", "-e", "trace=read,readv,pread64,preadv,preadv2,mmap,copy_file_range,sendfile"])
         .args(["-o", text(&log), PROGRAM])
@@ -158,7 +158,7 @@ fn of_an_archive_that_can_be_read_at_random_only_what_is_needed_is_read() {
     require!("strace");
     let dir = tempdir();
     let dir = dir.path().canonicalize().unwrap();
-    // Noise, which zstd makes little shorter.
+    // Noise, which zstd shortens only a little.
     for (name, seed, len) in [("a.raw", 1, 24 << 20), ("b.raw", 2, 8 << 20)] {
         std::fs::write(dir.join(name), noise(seed, len)).unwrap();
     }
@@ -190,7 +190,7 @@ fn of_an_archive_that_can_be_read_at_random_only_what_is_needed_is_read() {
     }
 }
 
-/// The ranges of a run with `--salvage --output json`: device, start, length.
+/// Returns the lost ranges of a run with `--salvage --output json`: device, start, length.
 fn lost(json: &serde_json::Value) -> Vec<(String, u64, u64)> {
     let lost = json["lost"].as_array().unwrap();
     lost.iter()
@@ -211,7 +211,7 @@ fn salvage_lists_in_text_and_json_what_is_lost_and_the_rest_is_right() {
     imgtool(["convert", "-q", "whole.vma", "--to", "raw", "truth"]).within(path).ok();
     let whole = std::fs::read(path.join("whole.vma")).unwrap();
     let sizes = [("drive-scsi0", 5_255_168u64), ("drive-efidisk0", 540_672)];
-    // A cut, a piece that is missing, an extent header that is overwritten.
+    // Two cuts, a missing piece, and an overwritten extent header.
     let second = 12_800 + 1_192_448;
     let mut headless = whole.clone();
     headless[second..second + 512].fill(0xee);
@@ -289,8 +289,8 @@ fn salvage_goes_around_a_broken_frame() {
         expected[*start as usize..(start + len) as usize].fill(0);
     }
     assert!(std::fs::read(path.join("out.raw")).unwrap() == expected);
-    // From a pipe too: what comes behind the frame is found again, and all of the frame is listed, what
-    // was decoded of it as possibly wrong.
+    // From a pipe, the program finds the content after the frame as well. It lists the whole frame, since
+    // even the part that was decoded may be wrong.
     let run = imgtool(["convert", "--salvage", "--output", "json", "-", "--to", "raw", "piped.raw"]);
     let from_pipe = lost(&run.pipe_bytes(bytes).within(path).go().exits(3).json());
     let mut piped = std::fs::read(path.join("piped.raw")).unwrap();

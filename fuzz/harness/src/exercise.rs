@@ -13,23 +13,23 @@ use imgtool_core::{
 };
 use imgtool_engine::digest;
 
-/// Most devices to read.
+/// Maximum number of devices to read.
 const DEVICES: usize = 8;
-/// Most lists of extents to request per device, and most extents of each to read.
+/// Maximum number of lists of extents to request per device, and of extents to read from each list.
 const ANSWERS: usize = 24;
-/// Bytes per read: more than a small cluster, and not a multiple of one.
+/// Length in bytes of a read: more than a small cluster, and not a multiple of one.
 const READ_LEN: usize = 20_000;
-/// Most reads per device.
+/// Maximum number of reads per device.
 const READS: usize = 24;
-/// Most bytes of data in an image that is read as a whole.
+/// Maximum size in bytes of the data in an image that is read as a whole.
 pub const WHOLE: u64 = 2 << 20;
-/// Largest sum of devices in a stream that is read as a whole, bytes: in salvage, missing ranges come as
-/// pieces of 1 GiB.
+/// Maximum total size in bytes of the devices in a stream that is read as a whole: with salvage, the stream
+/// returns missing ranges as pieces of 1 GiB.
 const MAX_STREAMED: u64 = 64 << 30;
-/// Most pieces to read from a stream.
+/// Maximum number of pieces to read from a stream.
 const PIECES: usize = 2000;
 
-/// Zeros to compare with in one call: the fuzzer would count every step of a loop over bytes.
+/// Zeros for comparisons in one call: the fuzzer would count every step of a loop over bytes.
 static ZEROS: [u8; READ_LEN] = [0; READ_LEN];
 
 /// Returns a registry of all drivers.
@@ -47,7 +47,7 @@ pub fn registry() -> Registry {
 pub struct Outcome {
     /// First error of a read or a list of extents.
     pub error: Option<Error>,
-    /// Bytes in data extents; `None` unless all extents were listed.
+    /// Total size in bytes of the data extents; `None` unless all extents were listed.
     pub data_bytes: Option<u64>,
 }
 
@@ -58,13 +58,13 @@ impl Outcome {
     }
 }
 
-/// Formats an error as the program does, and asserts that it has no control characters.
+/// Formats an error like the program, and asserts that it has no control characters.
 pub fn printed(error: &Error) {
     let text = format!("{error} {:?}", error.hint_text());
     assert!(!text.chars().any(char::is_control), "an error carries control characters: {text:?}");
 }
 
-/// Returns the value of a result; formats its error ([`printed`]).
+/// Returns the value of a result, or formats its error with [`printed`].
 pub fn opened<T>(result: Result<T>) -> Option<T> {
     result.inspect_err(printed).ok()
 }
@@ -106,14 +106,14 @@ pub fn image(driver: &str, options: &OpenOptions, input: &dyn Fn() -> Input) {
 fn checked(report: Result<CheckReport>, outcome: &Outcome) {
     let (Some(report), Some(error)) = (opened(report), &outcome.error) else { return };
     let sound = report.corruptions == 0 && report.check_errors == 0;
-    // `check` does not decode compressed clusters. And the last cluster of a qcow2 file may be cut, which
-    // only a read of the missing part notices.
+    // `check` does not decode compressed clusters. The last cluster of a qcow2 file may be cut, and only a
+    // read of the missing part notices.
     let is_known =
         report.compressed_clusters.unwrap_or(0) > 0 || error.message().starts_with("the file ends at");
     assert!(!sound || is_known, "check finds nothing, but reading says: {error}");
 }
 
-/// Ids of the first two snapshots among the facts.
+/// Returns the ids of the first two snapshots among the facts.
 fn snapshots(source: &dyn ImageSource) -> Vec<String> {
     let facts = source.info().facts.iter().filter(|fact| fact.key == "snapshots");
     let list = facts.filter_map(|fact| fact.value.as_array()).flatten().take(2);
@@ -222,7 +222,7 @@ impl Reader<'_> {
     }
 }
 
-/// Reads an image that has little data through the pipeline.
+/// Reads an image through the pipeline, if it has little data.
 fn whole(source: &dyn ImageSource, outcome: &mut Outcome) {
     let total = source.info().devices.iter().fold(0u64, |sum, device| sum.saturating_add(device.size));
     let is_streamed = source.access().is_stream();
@@ -238,7 +238,7 @@ fn whole(source: &dyn ImageSource, outcome: &mut Outcome) {
 /// Computes id, size and digest of every device through the pipeline.
 ///
 /// # Errors
-/// When the source can't be read.
+/// If the source can't be read.
 pub fn digested(source: &dyn ImageSource) -> Result<Vec<(DeviceId, u64, u128)>> {
     let devices: Vec<(DeviceId, u64)> =
         source.info().devices.iter().map(|device| (device.id, device.size)).collect();
@@ -247,10 +247,10 @@ pub fn digested(source: &dyn ImageSource) -> Result<Vec<(DeviceId, u64, u128)>> 
     Ok(lanes.zip(devices).map(|(lane, (device, size))| (device, size, digest.of(lane))).collect())
 }
 
-/// Reads the pieces of a stream, and asserts that every byte of every device comes exactly once.
+/// Reads the pieces of a stream, and asserts that they contain every byte of every device exactly once.
 ///
 /// # Errors
-/// When the stream can't be read, or `LimitExceeded` if it has too many pieces.
+/// If the stream can't be read; `LimitExceeded` if it has too many pieces.
 pub fn stream(devices: &[Device], stream: &mut dyn StreamAccess) -> Result<()> {
     let pool = BufferPool::new();
     let mut seen: Vec<(DeviceId, Range<u64>)> = Vec::new();

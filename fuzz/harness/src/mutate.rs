@@ -2,7 +2,7 @@
 
 use crate::scenario::{MAX_FILE_LEN, Scenario};
 
-/// Bytes of a piece that the fuzzer's own mutator changes at once.
+/// Maximum number of bytes of a piece that the fuzzer's own mutator changes or adds at once.
 const WINDOW: usize = 64;
 
 /// Changes the input in `data[..size]`, which may grow to `data.len()` bytes, and returns its new size.
@@ -85,7 +85,7 @@ fn pick<'a>(scenario: &'a mut Scenario, random: &mut Random) -> &'a mut Vec<u8> 
     &mut scenario.pieces[index].1
 }
 
-/// Copies a table entry over another one or behind the last.
+/// Copies a table entry over another one or after the last.
 fn copy_entry(scenario: &mut Scenario, random: &mut Random) {
     let len = [4, 8, 16, 32, 512][random.below(5)];
     let from = pick(scenario, random);
@@ -134,7 +134,7 @@ fn interesting(scenario: &Scenario, random: &mut Random) -> u64 {
     }
 }
 
-/// Picks a position in the file: an edge of a piece or any other, rounded down.
+/// Picks a position in the file, an edge of a piece or any other, and rounds it down.
 fn place(scenario: &Scenario, random: &mut Random) -> u64 {
     let near = match scenario.pieces.get(random.below(scenario.pieces.len().max(1))) {
         Some((position, bytes)) if random.below(2) == 0 => {
@@ -156,7 +156,7 @@ fn file_len(scenario: &Scenario, random: &mut Random) -> u64 {
     len.min(MAX_FILE_LEN)
 }
 
-/// A xorshift64* generator, seeded by the fuzzer alone.
+/// A xorshift64* generator that depends only on the fuzzer's seed.
 struct Random(u64);
 
 impl Random {
@@ -171,7 +171,7 @@ impl Random {
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    /// Returns a number below `bound`, which is not 0.
+    /// Returns a number below `bound`; 0 if `bound` is 0.
     fn below(&mut self, bound: usize) -> usize {
         ((self.next() >> 32) % bound.max(1) as u64) as usize
     }

@@ -8,13 +8,15 @@
 
 use crate::sparse::SparseFile;
 
-/// Longest file of a scenario, bytes. Our limit: 64 TiB, the largest image that imgtool promises to handle.
+/// Maximum length in bytes of a scenario's file. Our limit: 64 TiB, the largest image that imgtool promises
+/// to
+/// handle.
 pub const MAX_FILE_LEN: u64 = 64 << 40;
 
-/// Longest piece, bytes: its length field has 16 bits.
+/// Maximum length in bytes of a piece: its length field has 16 bits.
 const MAX_PIECE: usize = u16::MAX as usize;
 
-/// Longest gap of zeros within a piece; a longer one starts a new piece.
+/// Maximum number of consecutive zeros within a piece; a longer gap starts a new piece.
 const JOINED_GAP: usize = 16;
 
 /// A file in pieces.
@@ -22,7 +24,7 @@ const JOINED_GAP: usize = 16;
 pub struct Scenario {
     /// Flags, whose bits each target defines.
     pub flags: u8,
-    /// Length of the file, bytes.
+    /// Length of the file in bytes.
     pub len: u64,
     /// Position in the file and content of each piece. A later piece overwrites an earlier one.
     pub pieces: Vec<(u64, Vec<u8>)>,
@@ -60,7 +62,7 @@ impl Scenario {
         input
     }
 
-    /// Makes a scenario of a whole file: its runs of nonzero bytes.
+    /// Makes a scenario of a whole file from its runs of nonzero bytes.
     pub fn of_file(bytes: &[u8]) -> Self {
         let mut pieces: Vec<(u64, Vec<u8>)> = Vec::new();
         let mut at = 0;

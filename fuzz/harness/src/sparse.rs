@@ -1,4 +1,4 @@
-//! A file in memory that stores its written sectors only: images of any length in little memory.
+//! A file in memory that stores only its written sectors: images of any length in little memory.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use imgtool_core::{FileRun, ReadAt};
 
-/// Unit of storage, bytes.
+/// Unit of storage in bytes.
 pub const SECTOR: u64 = 512;
 
 /// A file in memory whose holes take no memory.
@@ -23,7 +23,7 @@ impl SparseFile {
         Self { len, sectors: BTreeMap::new() }
     }
 
-    /// Writes bytes; those beyond the end are dropped.
+    /// Writes bytes, but drops those beyond the end.
     pub fn write(&mut self, position: u64, bytes: &[u8]) {
         let mut position = position;
         let mut rest = bytes;
@@ -39,7 +39,7 @@ impl SparseFile {
         }
     }
 
-    /// Fills `buf` from `position`; holes and bytes beyond the end are zeros.
+    /// Fills `buf` with the bytes from `position` on; holes and bytes beyond the end are zeros.
     pub fn read(&self, buf: &mut [u8], position: u64) {
         buf.fill(0);
         let end = position.saturating_add(buf.len() as u64);
@@ -53,14 +53,14 @@ impl SparseFile {
         }
     }
 
-    /// Reads the bytes of `range`, which the caller has bounded.
+    /// Returns the bytes of `range`, whose length the caller must bound.
     pub fn bytes(&self, range: Range<u64>) -> Vec<u8> {
         let mut bytes = vec![0; usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(0)];
         self.read(&mut bytes, range.start);
         bytes
     }
 
-    /// Positions of the written sectors in `range`, ascending.
+    /// Returns the positions of the written sectors in `range`, ascending.
     pub fn written(&self, range: Range<u64>) -> impl Iterator<Item = u64> + '_ {
         let first = range.start.div_ceil(SECTOR);
         self.sectors.range(first..range.end.div_ceil(SECTOR).max(first)).map(|(number, _)| number * SECTOR)
@@ -102,7 +102,7 @@ impl ReadAt for SparseFile {
     }
 }
 
-/// Reads a [`SparseFile`] from its start.
+/// Reader of a [`SparseFile`] from its start.
 #[derive(Debug)]
 pub struct SparseStream {
     file: Arc<SparseFile>,

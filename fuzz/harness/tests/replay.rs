@@ -1,7 +1,7 @@
 //! Runs the seeds and the findings through their targets.
 //!
-//! A process of its own, with little memory to have: an image that makes the program allocate what it
-//! asks for ends the test.
+//! The test runs in its own process with little memory: an image that makes the program allocate as much as
+//! it asks for ends the test.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use imgtool_fuzz::targets;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// What this process may allocate, beside its code. Law 3 promises 256 MiB; the rest is for the test's
-/// own threads and buffers.
+/// Maximum number of bytes that this process may allocate, besides its code. The program promises to stay
+/// within 256 MiB; the rest is for the test's own threads and buffers.
 const MOST_MEMORY: u64 = 320 << 20;
 
-/// The longest for one input, in a debug build on a busy machine. What it is to find are loops over
-/// numbers from the image.
+/// Maximum time for one input, in a debug build on a busy machine. Our limit: it catches loops whose count
+/// comes from the image.
 const MOST_TIME: Duration = Duration::from_secs(60);
 
 fn inputs(kind: &str, target: &str) -> Vec<PathBuf> {
@@ -35,7 +35,7 @@ fn seeds_and_findings_hold_the_promises() {
         let seeds = inputs("seeds", target.name);
         assert!(!seeds.is_empty(), "{} has no seeds", target.name);
         for input in seeds.into_iter().chain(inputs("findings", target.name)) {
-            // Shown when it panics or is killed.
+            // Shown if the target panics or the process is killed.
             println!("{}", input.display());
             let started = Instant::now();
             (target.run)(&fs::read(&input).expect("readable"));
@@ -47,7 +47,7 @@ fn seeds_and_findings_hold_the_promises() {
 
 #[test]
 fn a_broken_promise_is_noticed() {
-    // The replay would be worth nothing if panics got lost on the way.
+    // The replay would be worthless if panics got lost.
     let lost = std::panic::catch_unwind(|| targets::run("no such target", b""));
     assert!(lost.is_err());
 }

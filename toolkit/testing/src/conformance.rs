@@ -1,9 +1,9 @@
-//! The laws of drivers as library functions, which every driver calls from its tests.
+//! Laws that every driver must obey, as library functions for the drivers' tests.
 //!
-//! Each law is one function over a driver and its create options. If the driver breaks the law, the
-//! function panics with a message that names the driver, the image and the position. [`all`] runs every
-//! law that the driver's [`imgtool_core::Capabilities`] imply, with images that any format must be able to
-//! hold; [`read_only()`] does so for a driver that only reads, with images that other programs made:
+//! Each law is one function over a driver and its create options. If the driver breaks the law, the function
+//! panics with a message that names the driver, the image and the position. [`all`] runs every law that the
+//! driver's [`imgtool_core::Capabilities`] imply, with images that any format must be able to store;
+//! [`read_only()`] does the same for a driver that only reads, with images that other programs made:
 //!
 //! ```
 //! use imgtool_core::{CreateOptions, Driver};
@@ -16,8 +16,8 @@
 //! }
 //! ```
 //!
-//! Laws about one format take more: [`hostile_bytes_do_not_panic`] takes a finished image, the ranges to
-//! damage, and a function that repairs its checksums. [`faults`] has storage that fails on purpose.
+//! Laws about damaged images need more: [`hostile_bytes_do_not_panic`] takes a finished image, the ranges to
+//! damage, and a function that repairs its checksums. [`faults`] contains storage that fails on purpose.
 
 mod compare;
 pub mod faults;

@@ -7,23 +7,23 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-/// A fixture of the repository by its file name.
+/// Returns the path of a fixture in the repository, by its file name.
 pub fn fixture(name: &str) -> PathBuf {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("below toolkit");
     repository.join("fixtures").join(name)
 }
 
-/// A directory of the test's own.
+/// Creates a temporary directory, removed when the returned value is dropped.
 pub fn tempdir() -> tempfile::TempDir {
     tempfile::tempdir().expect("a temporary directory")
 }
 
-/// A path as text.
+/// Returns a path as text.
 pub fn text(path: &Path) -> &str {
     path.to_str().expect("test paths are UTF-8")
 }
 
-/// The SHA-256 of a file in lower-case hexadecimal.
+/// Returns the SHA-256 of a file in lower-case hexadecimal.
 pub fn sha256_file(path: &Path) -> String {
     let mut file = File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let mut hasher = Sha256::new();
@@ -38,7 +38,7 @@ pub fn sha256_file(path: &Path) -> String {
     hex(&hasher.finalize())
 }
 
-/// The SHA-256 of bytes in lower-case hexadecimal.
+/// Returns the SHA-256 of bytes in lower-case hexadecimal.
 pub fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
@@ -47,7 +47,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Everything below a directory: relative path → content digest (directories: "dir").
+/// Returns everything below a directory by relative path: the SHA-256 of each file, `dir` for each directory.
 pub fn snapshot(directory: &Path) -> BTreeMap<String, String> {
     fn walk(root: &Path, directory: &Path, found: &mut BTreeMap<String, String>) {
         for entry in std::fs::read_dir(directory).expect("read_dir") {
@@ -66,7 +66,7 @@ pub fn snapshot(directory: &Path) -> BTreeMap<String, String> {
     found
 }
 
-/// The names directly in a directory, sorted.
+/// Returns the sorted names of the entries directly in a directory.
 pub fn names(directory: &Path) -> Vec<String> {
     let mut names: Vec<String> = std::fs::read_dir(directory)
         .unwrap_or_else(|e| panic!("{}: {e}", directory.display()))
@@ -76,8 +76,8 @@ pub fn names(directory: &Path) -> Vec<String> {
     names
 }
 
-/// Asserts that `longer` holds the bytes of `shorter`, and zeros up to a multiple of `multiple` bytes:
-/// formats with a sector round sizes up.
+/// Asserts that `longer` contains the bytes of `shorter`, then zeros up to a multiple of `multiple` bytes:
+/// formats with sectors round sizes up.
 #[track_caller]
 pub fn assert_same_rounded(shorter: &Path, longer: &Path, multiple: u64, what: &str) {
     let wanted = std::fs::metadata(shorter).unwrap().len();
@@ -88,13 +88,14 @@ pub fn assert_same_rounded(shorter: &Path, longer: &Path, multiple: u64, what: &
     }
 }
 
-/// Asserts that two files hold the same bytes.
+/// Asserts that two files contain the same bytes.
 #[track_caller]
 pub fn assert_same(a: &Path, b: &Path, what: &str) {
     assert_same_rounded(a, b, 1, what);
 }
 
-/// The first byte in which two files differ; the shorter one goes on with zeros.
+/// Returns the position of the first byte in which two files differ. The shorter file counts as padded with
+/// zeros.
 pub fn first_difference(a: &Path, b: &Path) -> Option<u64> {
     let open = |path: &Path| File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let (mut a, mut b) = (open(a), open(b));
@@ -127,7 +128,7 @@ fn fill(file: &mut File, buf: &mut [u8]) -> usize {
     filled
 }
 
-/// Bytes that a file occupies on disk.
+/// Returns the size in bytes that a file occupies on disk.
 pub fn occupied(path: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     std::fs::metadata(path).unwrap_or_else(|e| panic!("{}: {e}", path.display())).blocks() * 512

@@ -1,4 +1,4 @@
-//! Test images: a size and the runs that hold something. Deterministic, without stored files.
+//! Test images: a size and the runs that were written. Deterministic, without stored files.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -7,15 +7,15 @@ use std::path::Path;
 /// A disk's content.
 #[derive(Debug, Clone)]
 pub struct Image {
-    /// What is special about it.
+    /// Name of the case that it covers.
     pub name: &'static str,
-    /// Its size in bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// What was written, ascending and disjoint; all else was never written.
+    /// Written runs as offset and bytes, ascending and disjoint; everything else was never written.
     pub runs: Vec<(u64, Vec<u8>)>,
 }
 
-/// Pseudo-random bytes (xorshift64*), none of them zero so that a lost byte always shows.
+/// Returns pseudorandom bytes (xorshift64*). None of them is zero, so that a lost byte always shows.
 pub fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = Vec::with_capacity(len + 8);
@@ -29,7 +29,7 @@ pub fn noise(seed: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
-/// Bytes that compress: short words from a small alphabet.
+/// Returns bytes that compress: short words from a small alphabet.
 pub fn prose(seed: u64, len: usize) -> Vec<u8> {
     let mut bytes = noise(seed, len);
     for byte in &mut bytes {
@@ -39,12 +39,12 @@ pub fn prose(seed: u64, len: usize) -> Vec<u8> {
 }
 
 impl Image {
-    /// An image that nothing was written to.
+    /// Returns an image of `size` bytes to which nothing was written.
     pub fn hole(name: &'static str, size: u64) -> Self {
         Self { name, size, runs: Vec::new() }
     }
 
-    /// Adds a run; runs come in ascending order.
+    /// Adds a run of bytes at offset `at`, after all earlier runs.
     #[must_use]
     pub fn with(mut self, at: u64, bytes: Vec<u8>) -> Self {
         let end = self.runs.last().map_or(0, |(start, bytes)| start + bytes.len() as u64);
@@ -53,7 +53,7 @@ impl Image {
         self
     }
 
-    /// Writes it as a raw file; what was not written stays a hole.
+    /// Writes the image as a raw file; unwritten ranges stay holes.
     pub fn write_raw(&self, path: &Path) {
         let file = File::create(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         file.set_len(self.size).expect("set_len");
@@ -62,7 +62,7 @@ impl Image {
         }
     }
 
-    /// The content of a range; zeros beyond the end.
+    /// Returns the content of a range; zeros beyond the end.
     pub fn read(&self, at: u64, len: usize) -> Vec<u8> {
         let end = at + len as u64;
         let mut out = vec![0; len];
@@ -80,11 +80,11 @@ impl Image {
     }
 }
 
-/// Size in bytes of a 64 KiB cluster and of a 4 KiB block: the units that most formats cut images into.
+/// Sizes in bytes of a cluster and of a block, the units into which most formats divide images.
 const CLUSTER: u64 = 65_536;
 const BLOCK: u64 = 4096;
 
-/// The cases that formats get wrong. Sizes are multiples of nothing in particular.
+/// Returns images that formats tend to get wrong, of arbitrary sizes.
 pub fn all() -> Vec<Image> {
     let mut images = vec![
         Image::hole("hole", 3 << 20),
@@ -101,12 +101,12 @@ pub fn all() -> Vec<Image> {
     images
 }
 
-/// An image of no bytes: legal as raw and qcow2, refused by formats that can't say it.
+/// Returns an empty image: valid as raw and qcow2, refused by formats that can't represent it.
 pub fn nothing() -> Image {
     Image::hole("nothing", 0)
 }
 
-/// Sizes that are no multiple of a sector, a block or a cluster, with data up to the end.
+/// Returns images whose size is no multiple of a sector, a block or a cluster, with data up to the end.
 fn odd_sizes() -> Vec<Image> {
     let sized = |name, size: u64| {
         let head = size.min(1000);
@@ -128,7 +128,8 @@ fn odd_sizes() -> Vec<Image> {
     ]
 }
 
-/// One qcow2 L2 table maps 512 MiB: data on both sides of that border, and near the end.
+/// Returns an image with data near its end and on both sides of 512 MiB, the range that one qcow2 L2 table
+/// maps.
 fn past_one_l2_table() -> Image {
     let border = 512 << 20;
     Image::hole("past-one-l2-table", (700 << 20) + 512)
@@ -139,7 +140,8 @@ fn past_one_l2_table() -> Image {
         .with(700 << 20, noise(14, 512))
 }
 
-/// 100 clusters: each single block, each pair of neighbours, stripes, none, all, arbitrary ones.
+/// Returns an image whose 100 clusters have different blocks written: each single block, each pair of
+/// neighbours, stripes, none, all, arbitrary ones.
 pub fn every_mask() -> Image {
     let mut masks: Vec<u16> = (0..16).map(|bit| 1 << bit).collect();
     masks.extend((0..15).map(|bit| 3 << bit));
@@ -152,7 +154,7 @@ pub fn every_mask() -> Image {
             let at = cluster as u64 * CLUSTER + block * BLOCK;
             let len = BLOCK.min(size.saturating_sub(at)) as usize;
             if len > 0 {
-                // Some blocks hold a single byte, at their start or end.
+                // Some blocks contain a single nonzero byte, at their start or end.
                 let bytes = match (cluster as u64 + block) % 5 {
                     0 => std::iter::once(7).chain(std::iter::repeat_n(0, len - 1)).collect(),
                     1 => std::iter::repeat_n(0, len - 1).chain(std::iter::once(9)).collect(),
@@ -165,7 +167,7 @@ pub fn every_mask() -> Image {
     image
 }
 
-/// What compresses, beside what does not, beside nothing.
+/// Returns an image with compressible data, incompressible data and holes side by side.
 fn prose_and_holes() -> Image {
     let mut image = Image::hole("prose-and-holes", 24 << 20);
     for i in 0..12u64 {

@@ -1,5 +1,5 @@
 #![doc = include_str!("../README.md")]
-// A failed assumption ends the test that made it.
+// In test support, a failed `unwrap` fails the test.
 #![allow(clippy::unwrap_used)]
 
 pub mod conformance;

@@ -1,10 +1,10 @@
-//! `fixtures/manifest.json`: what the fixtures hold.
+//! Reads `fixtures/manifest.json`, which describes the content of the fixtures.
 
 use serde::Deserialize;
 
 use crate::fixture;
 
-/// The manifest.
+/// The whole manifest.
 #[derive(Debug, Deserialize)]
 struct Manifest {
     archives: Vec<Entry>,
@@ -13,46 +13,46 @@ struct Manifest {
 /// One archive.
 #[derive(Debug, Deserialize)]
 pub struct Entry {
-    /// Its file name.
+    /// File name in `fixtures/`.
     pub file: String,
-    /// Its length.
+    /// Length in bytes.
     pub bytes: u64,
-    /// The digest of the file itself.
+    /// SHA-256 of the file itself, in hexadecimal.
     #[serde(rename = "file-sha256")]
     pub file_sha256: String,
-    /// Its outer compression.
+    /// Outer compression; `None` if the file has none.
     pub compression: Option<String>,
-    /// The archive's UUID.
+    /// UUID of the archive.
     pub uuid: String,
-    /// The names of its configurations.
+    /// Names of the configuration files.
     pub attachments: Vec<String>,
-    /// Its devices.
+    /// Devices of the archive.
     pub devices: Vec<DeviceEntry>,
 }
 
 /// One device of an archive.
 #[derive(Debug, Deserialize)]
 pub struct DeviceEntry {
-    /// Its id.
+    /// Device id.
     pub id: u32,
-    /// Its name.
+    /// Device name.
     pub name: String,
     /// "disk" or "vmstate".
     pub kind: String,
-    /// Its size in bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// The digest of its content.
+    /// SHA-256 of the content, in hexadecimal.
     pub sha256: String,
 }
 
 impl DeviceEntry {
-    /// The file it is written to in a directory of outputs.
+    /// Returns the name of the file to which the device is extracted.
     pub fn file_name(&self, extension: &str) -> String {
         if self.kind == "vmstate" { "vmstate.bin".to_owned() } else { format!("{}.{extension}", self.name) }
     }
 }
 
-/// Every archive of the manifest.
+/// Returns every archive of the manifest.
 pub fn archives() -> Vec<Entry> {
     let text = std::fs::read_to_string(fixture("manifest.json")).expect("manifest.json");
     let manifest: Manifest = serde_json::from_str(&text).expect("manifest.json is valid");

@@ -1,4 +1,4 @@
-//! Bytes in memory as inputs.
+//! Inputs over bytes in memory.
 
 use std::io::{self, Cursor, Read};
 use std::sync::Arc;
@@ -41,7 +41,7 @@ impl ReadAt for Unreadable {
     }
 }
 
-/// A pipe that brings at most 10,007 bytes at a time.
+/// A pipe that delivers at most 10,007 bytes at a time.
 struct Drip(Cursor<Vec<u8>>);
 
 impl Read for Drip {
@@ -51,25 +51,25 @@ impl Read for Drip {
     }
 }
 
-/// An input that is read by position.
+/// Returns an input that is read by position.
 pub fn as_file(name: &str, bytes: &[u8]) -> Input {
     Input::from_read_at(name, Arc::new(Memory(bytes.to_vec())))
 }
 
-/// An input that is read by position and has one unreadable byte.
+/// Returns an input that is read by position and can't read the byte at offset `byte`.
 pub fn unreadable_at(name: &str, bytes: &[u8], byte: u64) -> Input {
     Input::from_read_at(name, Arc::new(Unreadable { memory: Memory(bytes.to_vec()), byte }))
 }
 
-/// An input that is read as a pipe, outer compression undone.
+/// Returns an input that is read as a pipe, with outer compression undone.
 pub fn as_stream(name: &str, bytes: &[u8]) -> Input {
     from_reader(name, Drip(Cursor::new(bytes.to_vec()))).unwrap()
 }
 
-/// A pipe as the program opens it: outer compression is undone.
+/// Opens a pipe like the program, with outer compression undone.
 ///
 /// # Errors
-/// When the first bytes can't be read or decompressed.
+/// If the first bytes can't be read or decompressed.
 pub fn from_reader(name: &str, reader: impl Read + Send + 'static) -> Result<Input> {
     let stream = Input::from_reader(name, Box::new(reader))?;
     Ok(OpenInput::of(stream).decompressed()?.input)

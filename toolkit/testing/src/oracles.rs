@@ -1,7 +1,7 @@
-//! Programs that we did not write: they judge our images, and make theirs.
+//! Independent programs that check our images and make images for our drivers.
 //!
-//! One rule for what is missing: the test says `SKIPPED: …` on standard error and passes; with `CI` set in
-//! the environment it fails. `.ci/run` lists and counts these lines.
+//! If a program is missing, the test prints `SKIPPED: …` on standard error and passes; with `CI` set in the
+//! environment, it fails. `.ci/run` lists and counts these lines.
 
 use std::collections::HashSet;
 use std::io::Write;
@@ -21,8 +21,8 @@ pub use dissect::{
 pub use libvhdi::{VhdiMount, vhdi_info};
 pub use qemu::{assert_clean_qcow2, qemu_check, qemu_compare, qemu_img, qemu_info, qemu_make};
 
-/// True if a program can be run (`dissect`: if both of its packages can be imported). If not, the running
-/// test is skipped visibly, and fails with `CI` set.
+/// True if a program is installed (for `dissect`: if both of its packages can be imported). If it is not,
+/// reports the running test as skipped, or fails it with `CI` set.
 #[track_caller]
 pub fn have(tool: &str) -> bool {
     let found = if tool == "dissect" { dissect::dissect_found() } else { program_found(tool) };
@@ -32,15 +32,15 @@ pub fn have(tool: &str) -> bool {
     found
 }
 
-/// Says that the running test can't run on this machine. `.ci/run` shows and counts these lines.
+/// Reports on standard error that the running test is skipped. `.ci/run` lists and counts these lines.
 fn skip(why: &str) {
     let test = std::thread::current().name().unwrap_or("a test").to_owned();
-    // Not eprintln: the test harness drops what a test that passes has printed with it.
+    // Not `eprintln!`: the test harness discards its output if the test passes.
     let _ = writeln!(std::io::stderr(), "SKIPPED: {test}: {why}");
 }
 
-/// Says that the running test can't run on this machine, for a lack that no package mends (devices, mounts). With
-/// `CI` set, fails if `must_work`: if the user has the rights and the machine the devices.
+/// Reports the running test as skipped for lack of something that no package provides, such as a device or
+/// the right to mount. With `CI` set, fails if `must_work`: if the device and the rights exist.
 #[track_caller]
 pub fn unable(why: &str, must_work: bool) {
     assert!(!(must_work && std::env::var_os("CI").is_some()), "{why}");
@@ -59,11 +59,11 @@ macro_rules! require {
 
 #[track_caller]
 fn missing(tool: &str) {
-    static TOLD: Mutex<Option<HashSet<String>>> = Mutex::new(None);
+    static REPORTED: Mutex<Option<HashSet<String>>> = Mutex::new(None);
     let test = std::thread::current().name().unwrap_or("a test").to_owned();
     assert!(std::env::var_os("CI").is_none(), "{test} needs {tool}, which is not installed");
-    let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
-    if told.get_or_insert_default().insert(format!("{test} {tool}")) {
+    let mut reported = REPORTED.lock().unwrap_or_else(PoisonError::into_inner);
+    if reported.get_or_insert_default().insert(format!("{test} {tool}")) {
         skip(&format!("{tool} is not installed"));
     }
 }
@@ -88,7 +88,7 @@ pub fn run(tool: &str, args: &[&str]) -> Output {
     output
 }
 
-/// Runs a program.
+/// Runs a program, which may fail.
 #[track_caller]
 pub fn try_run(tool: &str, args: &[&str]) -> Output {
     let path = std::env::var("PATH").unwrap_or_default();
@@ -100,7 +100,8 @@ pub fn try_run(tool: &str, args: &[&str]) -> Output {
         .unwrap_or_else(|e| panic!("{tool}: {e}"))
 }
 
-/// Runs a program in a directory; its exit code (-1: a signal), standard output and standard error.
+/// Runs a program in a directory and returns its exit code (-1 after a signal), standard output and standard
+/// error.
 #[track_caller]
 pub fn try_run_in(tool: &str, directory: &Path, args: &[&str]) -> (i32, String, String) {
     let output = Command::new(tool).args(args).current_dir(directory).stdin(Stdio::null()).output();
@@ -109,7 +110,7 @@ pub fn try_run_in(tool: &str, directory: &Path, args: &[&str]) -> (i32, String, 
     (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
 }
 
-/// Runs a program in a directory, which must succeed; its standard output.
+/// Runs a program in a directory and returns its standard output. The program must succeed.
 #[track_caller]
 pub fn run_in(tool: &str, directory: &Path, args: &[&str]) -> String {
     let (code, out, err) = try_run_in(tool, directory, args);
@@ -117,13 +118,13 @@ pub fn run_in(tool: &str, directory: &Path, args: &[&str]) -> String {
     out
 }
 
-/// Runs a program in a directory, which must succeed and print JSON.
+/// Runs a program in a directory and returns the JSON that it prints. The program must succeed.
 #[track_caller]
 pub fn run_json_in(tool: &str, directory: &Path, args: &[&str]) -> Value {
     serde_json::from_str(&run_in(tool, directory, args)).unwrap()
 }
 
-/// Runs a program that must succeed on this standard input; its standard output.
+/// Runs a program with `input` as standard input and returns its standard output. The program must succeed.
 #[track_caller]
 pub fn filter(tool: &str, args: &[&str], input: &[u8]) -> Vec<u8> {
     let mut child = Command::new(tool)
@@ -135,7 +136,7 @@ pub fn filter(tool: &str, args: &[&str], input: &[u8]) -> Vec<u8> {
         .unwrap_or_else(|e| panic!("{tool}: {e}"));
     let mut stdin = child.stdin.take().expect("it is piped");
     let output = std::thread::scope(|scope| {
-        // A program that does not read its input closes it early: that is its affair.
+        // A program may close its input before it has read all of it.
         scope.spawn(move || drop(stdin.write_all(input)));
         child.wait_with_output().expect("wait for the program")
     });

@@ -1,8 +1,8 @@
 //! A small format, correct or with one flaw, for tests of the laws.
 //!
-//! A header (magic, number of devices, their sizes) is followed by records in any order: device, length,
-//! unit index, CRC-32 of header and data, data. A last record marks the end. Units of 64 KiB without a
-//! record are zero.
+//! A header (magic, number of devices, their sizes) is followed by records in any order: device, length, unit
+//! index, CRC-32 of header and data, data. An end record is the last. Units of 64 KiB without a record are
+//! zero.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -21,16 +21,16 @@ const MAGIC: &[u8; 8] = b"TOYIMG1\n";
 const UNIT: u64 = 65_536;
 const RECORD_LEN: usize = 24;
 const MAX_DEVICES: usize = 8;
-/// Our limit: 64 TiB.
+/// Maximum size of a device in bytes. Our limit: 64 TiB.
 const MAX_SIZE: u64 = 1 << 46;
 const END: u64 = u64::MAX;
 
-/// The flaw of a toy.
+/// A flaw of a [`Toy`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Flaw {
-    /// None: the driver keeps every law.
+    /// No flaw: the driver obeys every law.
     None,
-    /// The last byte of every unit is lost.
+    /// The last byte of every unit is lost; when read from a stream, the whole unit.
     DropsLastByte,
     /// Extents skip a byte.
     ExtentGap,
@@ -40,19 +40,19 @@ pub enum Flaw {
     StoresZeros,
     /// Records are in the order in which threads finish.
     OrderOfThreads,
-    /// Without an end record: the file only appends, and a truncation goes unnoticed.
+    /// The file has no end record, so a truncation goes unnoticed.
     NoEndNeeded,
     /// Numbers from the file are used as indexes without a check.
     TrustsHeader,
-    /// Reads go through one shared position.
+    /// All reads share one position.
     SharedPosition,
     /// A read leaves the buffer unchanged where no unit is stored.
     LeavesHoles,
     /// Sizes are rounded down to units.
     RoundsDown,
-    /// A failed read counts as zeros, and a failed pipe as ended.
+    /// A failed read returns zeros, and a failed pipe counts as ended.
     SwallowsErrors,
-    /// Without an end record in a pipe.
+    /// A pipe gets no end record.
     PipeWithoutEnd,
     /// The driver recognises every file.
     ClaimsAll,
@@ -333,14 +333,14 @@ struct ToyStream {
     pass: Mutex<ToyPass>,
 }
 
-/// The one pass over a stream.
+/// The only pass over a stream.
 struct ToyPass {
     devices: Vec<Device>,
     stream: Stream,
     flaw: Flaw,
-    /// After the end of the stream: the zeros still to return.
+    /// Pieces of zeros still to return after the end of the stream; `None` before the end.
     gaps: Option<Vec<Piece>>,
-    /// Device and index of the units read so far.
+    /// Device id and index of each unit read so far.
     units: HashSet<(u32, u64)>,
     finished: bool,
 }

@@ -1,7 +1,7 @@
-//! VMA archives built byte by byte: legal ones of every shape, and every kind of broken one.
+//! VMA archives built byte by byte: valid archives of every shape, and broken ones of every kind.
 //!
-//! Written from the format's description and without any code of the driver, so that the two can't be wrong
-//! in the same way. [`ArchiveBuilder`] writes the bytes; every field of them can be set. [`Archive`] arranges
+//! This code follows the format's description and shares no code with the driver, so that the two can't be
+//! wrong in the same way. [`ArchiveBuilder`] writes the bytes and can set every field. [`Archive`] arranges
 //! the content of disk images for it.
 
 mod archive;

@@ -63,7 +63,7 @@ fn by_position(file: &Arc<SparseFile>) -> Input {
     Input::from_read_at("image", Arc::clone(file) as _)
 }
 
-/// Makes an input that is read in one pass, outer compression undone.
+/// Makes an input that is read in one pass, with outer compression undone.
 fn from_pipe(name: &str, reader: impl Read + Send + 'static) -> Result<OpenInput> {
     OpenInput::of(Input::from_reader(name, Box::new(reader))?).decompressed()
 }

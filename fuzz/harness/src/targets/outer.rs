@@ -10,10 +10,10 @@ use super::from_pipe;
 use crate::exercise;
 use crate::sparse::SparseFile;
 
-/// Most decompressed bytes to read. Our limit, on the time per input.
+/// Maximum number of decompressed bytes to read. Our limit, for the time per input.
 const MOST: usize = 4 << 20;
 
-/// The last bytes of a seekable zstd file.
+/// Last bytes of a seekable zstd file.
 const SEEK_TABLE_MAGIC: [u8; 4] = [0xb1, 0xea, 0x92, 0x8f];
 
 /// Decompressed content, at most [`MOST`] bytes.
@@ -79,14 +79,14 @@ fn read_at_random(input: &RandomInput) -> Plain {
     Ok(plain)
 }
 
-/// Asserts that a file reads like a stream. They may differ only if a seek table does not match its file: a
-/// stream ignores the table, a file is refused for it.
+/// Asserts that a file reads like a stream. They may differ only if a seek table does not match the file: the
+/// stream ignores the table, but the file is refused.
 fn compare(stream: &Plain, file: &Plain, has_table: bool, what: &str) {
     match (stream, file) {
         (Ok(stream), Ok(file)) => assert!(stream == file, "{what} has other content than a stream"),
         (Err(_), Err(_)) => {}
         (Ok(_), Err(_)) if has_table => {}
-        // The damage is behind the bytes that are compared.
+        // The damage is beyond the bytes that are compared.
         (Err(_), Ok(plain)) | (Ok(plain), Err(_)) if plain.len() >= MOST => {}
         (stream, file) => panic!(
             "{what} and a stream disagree: {:?} and {:?}",
@@ -96,14 +96,14 @@ fn compare(stream: &Plain, file: &Plain, has_table: bool, what: &str) {
     }
 }
 
-/// As much of the lzop format as correcting checksums needs.
+/// The part of the lzop format that is needed to correct checksums.
 mod lzop {
     pub(super) const MAGIC: [u8; 9] = [0x89, 0x4c, 0x5a, 0x4f, 0x00, 0x0d, 0x0a, 0x1a, 0x0a];
 
-    /// Longest block whose checksums are corrected, bytes. Our limit, on the time per input.
+    /// Maximum length in bytes of a block whose checksums are corrected. Our limit, for the time per input.
     const MAX_BLOCK: usize = 1 << 20;
 
-    /// Corrects all checksums in `bytes`, as far as they are an lzop file.
+    /// Corrects all checksums in `bytes`, up to the point where they stop being an lzop file.
     pub(super) fn sealed(bytes: &[u8]) -> Vec<u8> {
         let mut file = Sealer { bytes: bytes.to_vec(), at: 0 };
         while file.member().is_some() {}

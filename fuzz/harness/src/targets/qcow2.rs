@@ -12,7 +12,9 @@ use crate::sparse::SparseFile;
 /// Flag: the file may have any length.
 const ANY_LEN: u8 = 1;
 
-/// Longest file without the flag, bytes. Our limit: `check` has a counter for each cluster of the file.
+/// Maximum length in bytes of a file without this flag. Our limit: `check` has a counter for each cluster of
+/// the
+/// file.
 const MAX_LEN: u64 = 256 << 20;
 
 pub(super) fn image(input: &[u8]) -> SparseFile {

@@ -30,7 +30,7 @@ pub(super) fn run(input: &[u8]) {
     let open_by_position = || OpenInput::of(by_position());
     let piped = || from_pipe(name, io::Cursor::new(bytes.to_vec()));
 
-    // Opened by content, as `convert` does.
+    // Opened by content, like `convert`.
     for input in [Ok(open_by_position()), open_by_position().decompressed(), piped()] {
         let options = OpenOptions::default();
         let opened =

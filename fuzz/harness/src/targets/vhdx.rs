@@ -21,9 +21,9 @@ const STRUCTURES: [(&[u8; 4], u64, u64); 4] = [
     (b"regi", 256 << 10, 64 << 10),
 ];
 
-/// Longest log entry whose checksum is corrected, bytes. Our limit, on the time per input.
+/// Maximum length in bytes of a log entry whose checksum is corrected. Our limit, for the time per input.
 const MAX_ENTRY: u64 = 1 << 20;
-/// Most log entries whose checksum is corrected. Our limit, on the time per input.
+/// Maximum number of log entries per header whose checksums are corrected. Our limit, for the time per input.
 const MAX_ENTRIES: usize = 64;
 
 pub(super) fn image(input: &[u8]) -> SparseFile {
@@ -46,8 +46,8 @@ fn seal(file: &mut SparseFile, at: u64, len: u64) {
     file.write(at + 4, &crc32c::crc32c(&bytes).to_le_bytes());
 }
 
-/// Corrects the log entries of both headers (MS-VHDX 2.3.1.1). Entries that wrap around the end of the log
-/// keep their checksums.
+/// Corrects the checksums of the log entries of both headers (MS-VHDX 2.3.1.1). Entries that wrap around the
+/// end of the log keep their checksums.
 fn seal_log(file: &mut SparseFile) {
     for (_, header, _) in &STRUCTURES[..2] {
         let fields = file.bytes(header + 68..header + 80);

@@ -16,16 +16,18 @@ use crate::sparse::{SECTOR, SparseFile};
 const LEAVE_CHECKSUMS: u8 = 1;
 /// Flag: keeps the UUIDs of the extents.
 const LEAVE_UUIDS: u8 = 2;
-/// Flag: allows bytes behind the end.
+/// Flag: allows bytes after the end.
 const IGNORE_TRAILING: u8 = 4;
 
-/// Longest archive, bytes. Our limit: streams are read to their end, and salvage searches every byte.
+/// Maximum length in bytes of an archive. Our limit: streams are read to their end, and salvage searches
+/// every
+/// byte.
 const MAX_LEN: u64 = 512 << 10;
-/// Largest sum of devices to salvage, bytes. Our limit: missing ranges come as pieces of 1 GiB.
+/// Maximum total size in bytes of the devices to salvage. Our limit: missing ranges are pieces of 1 GiB.
 const MAX_SALVAGED: u64 = 64 << 30;
-/// Longest header whose checksum is corrected, bytes. Our limit, on the time per input.
+/// Maximum length in bytes of a header whose checksum is corrected. Our limit, for the time per input.
 const MAX_HEADER: u64 = 256 << 10;
-/// Most extents whose checksum is corrected. Our limit, on the time per input.
+/// Maximum number of extents whose checksums are corrected. Our limit, for the time per input.
 const MAX_EXTENTS: usize = 256;
 
 pub(super) fn image(input: &[u8]) -> SparseFile {
@@ -42,7 +44,7 @@ fn sealed(input: &[u8]) -> (u8, SparseFile) {
         let md5 = layout::header_md5(&file.bytes(0..header_size));
         file.write(32, &md5);
     }
-    // First the chain of extents, which may start anywhere, then those that a search by sector finds.
+    // First the chain of extents, which may start anywhere, then the extents that a search by sector finds.
     let mut at = header_size;
     for _ in 0..MAX_EXTENTS {
         if !seal_extent(&mut file, at, flags) {
@@ -58,8 +60,9 @@ fn sealed(input: &[u8]) -> (u8, SparseFile) {
     (flags, file)
 }
 
-/// True if the archive's data contains what looks like an extent. `check` and salvage, which read on after
-/// damage, treat it as one, because bytes may be missing before it. No backup contains a part of itself.
+/// True if the archive's data contains bytes that look like an extent. `check` and salvage, which go on after
+/// damage, treat them as one, because bytes before them may be missing. No real backup contains a part of
+/// itself.
 fn holds_itself(file: &SparseFile) -> bool {
     let mut chain = std::collections::BTreeSet::new();
     let mut at = u64::from(be32(file, 56));
@@ -74,7 +77,7 @@ fn holds_itself(file: &SparseFile) -> bool {
     })
 }
 
-/// Corrects UUID and MD5 of an extent header; returns false if none is at `at`.
+/// Corrects the UUID and the MD5 of an extent header. Returns false if there is none at `at`.
 fn seal_extent(file: &mut SparseFile, at: u64, flags: u8) -> bool {
     let mut header = [0; layout::EXTENT_HEADER];
     file.read(&mut header, at);
@@ -126,7 +129,7 @@ impl Archive {
     }
 }
 
-/// Reads an archive from a file: by index, in salvage, and with `check`.
+/// Reads an archive from a file: by index, with salvage, and with `check`.
 pub(super) fn run_file(input: &[u8]) {
     let archive = Archive::new(input);
     let _ = exercise::opened(archive.by_position().and_then(ArchiveHeader::read));
@@ -165,7 +168,7 @@ fn pieces(archive: &Archive, input: Result<Input>, options: &OpenOptions) {
     }
 }
 
-/// Content of an archive, as one way of reading sees it.
+/// Content of an archive, read in one way.
 #[derive(Debug)]
 struct Content {
     info: String,

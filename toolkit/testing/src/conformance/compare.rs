@@ -1,4 +1,4 @@
-//! The comparison of an open image with its description.
+//! Compares an open image with its description.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,10 +10,10 @@ use imgtool_core::{
 
 use super::image::{Content, Image, mix};
 
-/// Bytes compared at a time: odd, so that reads begin and end at odd positions.
+/// Number of bytes compared at a time: odd, so that reads begin and end at odd positions.
 const COMPARE_LEN: usize = 1_000_003;
 
-/// Asserts that `source` holds exactly `image`: devices, sizes (rounded up to a multiple of
+/// Asserts that `source` contains exactly `image`: devices, sizes (rounded up to a multiple of
 /// `size_multiple` bytes), every byte, and valid extents.
 ///
 /// # Panics
@@ -131,7 +131,7 @@ fn check_runs(range: &Range<u64>, runs: impl Iterator<Item = (u64, u64)>, what: 
     Ok(())
 }
 
-/// Compares a disk from start to end.
+/// Compares a disk with `content`, from start to end.
 fn compare_all(disk: &Disk, content: &Content) -> Result<(), String> {
     let mut found = vec![0; COMPARE_LEN];
     let mut at = 0;
@@ -143,7 +143,7 @@ fn compare_all(disk: &Disk, content: &Content) -> Result<(), String> {
     Ok(())
 }
 
-/// Compares reads at odd positions and lengths.
+/// Compares reads at arbitrary positions and of arbitrary lengths.
 fn compare_odd_reads(disk: &Disk, content: &Content) -> Result<(), String> {
     for round in 0..200 {
         let Some((range, len)) = odd_range(disk.size(), round) else { break };
@@ -152,8 +152,8 @@ fn compare_odd_reads(disk: &Disk, content: &Content) -> Result<(), String> {
     Ok(())
 }
 
-/// Returns the `round`-th of a sequence of pseudorandom ranges in a device of `size` bytes, up to 200,000
-/// bytes long, with its length. `None` if the device is empty.
+/// Returns a pseudorandom range within a device of `size` bytes, and its length of at most 200,000 bytes.
+/// Equal arguments give equal ranges. `None` if the device is empty.
 pub(super) fn odd_range(size: u64, round: u64) -> Option<(Range<u64>, usize)> {
     if size == 0 {
         return None;
@@ -164,7 +164,7 @@ pub(super) fn odd_range(size: u64, round: u64) -> Option<(Range<u64>, usize)> {
     Some((start..start + len, len as usize))
 }
 
-/// Reads `found.len()` bytes at `start` and compares them.
+/// Reads `found.len()` bytes at `start` and compares them with `content`.
 pub(super) fn compare_read(
     disk: &Disk,
     content: &Content,
@@ -197,7 +197,7 @@ fn compare_bytes(content: &Content, device: DeviceId, start: u64, found: &[u8]) 
     }
 }
 
-/// Reads a stream to its end, and checks that it brings every byte of every device once.
+/// Reads a stream to its end, and checks that it delivers every byte of every device exactly once.
 fn compare_stream(stream: &mut dyn StreamAccess, devices: &[Device], image: &Image) -> Result<(), String> {
     let pool = BufferPool::new();
     let mut covered: Vec<Vec<Range<u64>>> = vec![Vec::new(); devices.len()];
@@ -257,7 +257,7 @@ fn compare_zeros(content: &Content, piece: &Piece) -> Result<(), String> {
     Ok(())
 }
 
-/// Checks that all bytes outside of the runs are zero.
+/// Checks that the runs are ascending, and that all bytes outside of them are zero.
 fn compare_runs(data: &[u8], runs: &[Range<usize>]) -> Result<(), String> {
     let mut at = 0;
     for run in runs.iter().cloned().chain(std::iter::once(data.len()..data.len())) {

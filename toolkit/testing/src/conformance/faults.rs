@@ -1,5 +1,5 @@
-//! Storage that fails on purpose, and the laws about it: whichever read or write fails, with any number of
-//! threads, the driver or the copy returns an error, and neither panics nor hangs.
+//! Storage that fails on purpose, and the laws about it: no matter which read or write fails, and with how
+//! many threads, the driver or the copy returns an error, and neither panics nor hangs.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -24,37 +24,38 @@ use super::memory::MemorySource;
 /// Time after which a run counts as hung. Our limit: generous, for busy machines.
 const HANG_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Maximum number of calls that a law makes fail, one per run; spread over all calls if there are more.
+/// Maximum number of calls, besides the last, that a law makes fail, one per run; spread evenly over all
+/// calls if there are more.
 const MAX_FAULTS: u64 = 40;
 
-/// A fault of one call.
+/// A fault injected into a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// The call fails with EIO, or a write with ENOSPC.
+    /// A read fails with EIO, a write with ENOSPC.
     Fail,
-    /// A read returns the end of the input; a write takes no byte.
+    /// A read reports the end of the input; a write accepts no bytes.
     End,
-    /// The call transfers one byte. For streams.
+    /// The call transfers at most one byte. Streams only.
     Short,
-    /// The call is interrupted once (EINTR). For streams.
+    /// The call is interrupted once (EINTR). Streams only.
     Interrupt,
-    /// The call takes 20 ms longer.
+    /// The call is delayed by 20 ms.
     Delay,
 }
 
-/// Counts calls and selects those that get a fault.
+/// Counts calls and selects the calls that get a fault.
 #[derive(Debug)]
 pub struct Plan {
     fault: Fault,
-    /// Number of the first call with a fault; with `lasting`, all later calls have it too.
+    /// Index of the first call with a fault; if `lasting`, all later calls get it as well.
     from: u64,
     lasting: bool,
     calls: AtomicU64,
 }
 
 impl Plan {
-    /// Selects call number `nth`, from 0; with [`Fault::Fail`] and [`Fault::End`] also all later calls, as
-    /// with a broken disk.
+    /// Selects call `nth`, counted from 0. [`Fault::Fail`] and [`Fault::End`] also select all later calls,
+    /// like a broken disk.
     pub fn nth(fault: Fault, nth: u64) -> Arc<Self> {
         let lasting = matches!(fault, Fault::Fail | Fault::End);
         Arc::new(Self { fault, from: nth, lasting, calls: AtomicU64::new(0) })
@@ -75,7 +76,7 @@ impl Plan {
         self.calls.load(Ordering::Relaxed)
     }
 
-    /// Counts a call and returns its fault, if it has one. A delay has passed when this returns.
+    /// Counts a call and returns its fault, if any. Sleeps for [`Fault::Delay`].
     fn next_fault(&self) -> Option<Fault> {
         let call = self.calls.fetch_add(1, Ordering::Relaxed);
         let is_selected = call == self.from || (self.lasting && call > self.from);
@@ -86,12 +87,12 @@ impl Plan {
     }
 }
 
-/// EIO.
+/// Returns EIO.
 fn device_error() -> io::Error {
     io::Error::from_raw_os_error(5)
 }
 
-/// ENOSPC.
+/// Returns ENOSPC.
 fn no_space() -> io::Error {
     io::Error::from_raw_os_error(28)
 }
@@ -104,7 +105,7 @@ pub struct FaultyStorage {
 }
 
 impl FaultyStorage {
-    /// Wraps `inner`.
+    /// Wraps `inner` and applies `plan` to its reads.
     pub fn new(inner: Arc<dyn ReadAt>, plan: Arc<Plan>) -> Self {
         Self { inner, plan }
     }
@@ -129,17 +130,18 @@ impl ReadAt for FaultyStorage {
 pub struct FaultyStream<S> {
     inner: S,
     plan: Arc<Plan>,
-    /// True after an interrupted call: the retry succeeds.
+    /// True after an interrupted call, so that the retry succeeds.
     interrupted: bool,
 }
 
 impl<S> FaultyStream<S> {
-    /// Wraps `inner`.
+    /// Wraps `inner` and applies `plan` to its reads or writes.
     pub fn new(inner: S, plan: Arc<Plan>) -> Self {
         Self { inner, plan, interrupted: false }
     }
 
-    /// Applies the plan to a call for `len` bytes; returns how many bytes to transfer.
+    /// Applies the plan to a call for `len` bytes and returns the number of bytes to transfer, or the error
+    /// that `failure` makes.
     fn admit(&mut self, len: usize, failure: fn() -> io::Error) -> io::Result<usize> {
         let is_retry = std::mem::take(&mut self.interrupted);
         match self.plan.next_fault() {
@@ -200,7 +202,7 @@ impl Consumer for Discard {
 /// Runs every law about faults that the driver's capabilities imply.
 ///
 /// # Panics
-/// If the driver breaks the law.
+/// If the driver breaks a law.
 pub fn all(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let can = driver.capabilities();
     failing_reads_are_errors(driver, options, image);
@@ -214,7 +216,7 @@ pub fn all(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     }
 }
 
-/// Returns the numbers of the calls to make fail, out of `calls`.
+/// Returns the indices of the calls to make fail, out of `calls`.
 fn spread(calls: u64) -> impl Iterator<Item = u64> {
     let step = calls.div_ceil(MAX_FAULTS).max(1) as usize;
     (0..calls).step_by(step).chain(calls.checked_sub(1))
@@ -259,7 +261,7 @@ fn expect_io(driver: &dyn Driver, what: &str, result: Result<()>) {
     }
 }
 
-/// A failed read makes the copy fail, whichever read it is; a slow read does not.
+/// A copy ends with an I/O error if any of its reads fails; a slow read is no error.
 ///
 /// # Panics
 /// If the driver breaks the law.
@@ -268,7 +270,7 @@ pub fn failing_reads_are_errors(driver: &dyn Driver, options: &CreateOptions, im
     failing_reads_of_bytes_are_errors(driver, &bytes, image, &OpenOptions::default());
 }
 
-/// Same as [`failing_reads_are_errors`], for the bytes of a finished image.
+/// Like [`failing_reads_are_errors`], for the bytes of a finished image.
 pub(super) fn failing_reads_of_bytes_are_errors(
     driver: &dyn Driver,
     bytes: &[u8],
@@ -287,7 +289,7 @@ pub(super) fn failing_reads_of_bytes_are_errors(
             let what = format!("{image}: read {nth} of {} fails, {threads} threads", counting.calls());
             let plan = Plan::nth(Fault::Fail, nth);
             let result = without_hang(&what, || read(&plan, threads));
-            // The order of threads differs from run to run, and with it the number of reads.
+            // The order of the threads differs from run to run, and so does the number of reads.
             if plan.calls() > nth {
                 expect_io(driver, &what, result);
             }
@@ -298,8 +300,8 @@ pub(super) fn failing_reads_of_bytes_are_errors(
     slow.unwrap_or_else(|e| panic!("{}: {what}: {e:#}", driver.name()));
 }
 
-/// A pipe that fails makes the copy fail; one that delivers single bytes, is interrupted or is slow does
-/// not.
+/// A copy from a pipe that fails ends with an I/O error; single-byte, interrupted and slow reads are no
+/// errors.
 ///
 /// # Panics
 /// If the driver breaks the law.
@@ -333,7 +335,7 @@ pub fn failing_pipes_are_errors(driver: &dyn Driver, options: &CreateOptions, im
     result.unwrap_or_else(|e| panic!("{}: {what}: {e:#}", driver.name()));
 }
 
-/// A failed write into a pipe makes the copy fail; partial and interrupted writes are completed.
+/// A failed write to a pipe makes the copy fail; partial and interrupted writes are completed.
 ///
 /// # Panics
 /// If the driver breaks the law.
@@ -383,7 +385,7 @@ pub fn targets_that_are_too_small_are_errors(driver: &dyn Driver, options: &Crea
     }
 }
 
-/// A failed call of the source, read as a stream or by position, ends the copy with its error.
+/// A failed call to the source, as a stream or by position, ends the copy with its error.
 ///
 /// # Panics
 /// If the driver breaks the law.
@@ -418,7 +420,7 @@ struct FaultySource {
     stream: Mutex<FaultyPieces>,
 }
 
-/// The pieces of a stream with faults.
+/// The stream access of a [`FaultySource`].
 struct FaultyPieces {
     inner: Arc<MemorySource>,
     plan: Arc<Plan>,
@@ -433,7 +435,7 @@ impl FaultySource {
 }
 
 impl Plan {
-    /// Counts a call of a source and fails if the plan says so.
+    /// Counts a call to a source and fails if the plan says so.
     fn check(&self) -> Result<()> {
         match self.next_fault() {
             Some(Fault::Fail) => Err(Error::io("read", device_error())),

@@ -1,4 +1,4 @@
-//! Building blocks of the laws: write images through drivers, and open them.
+//! Building blocks of the laws: functions that write images through drivers, and open them.
 
 use std::fs::File;
 use std::io::Write;
@@ -17,21 +17,21 @@ use imgtool_storage::{Opening, file, open as storage};
 use super::image::Image;
 use super::memory::MemorySource;
 
-/// Threads of laws that are not about threads.
+/// Number of threads in laws that are not about threads.
 pub const THREADS: usize = 2;
 
-/// Creates a temporary directory, removed when dropped.
+/// Creates a temporary directory, removed when the returned value is dropped.
 pub fn scratch() -> tempfile::TempDir {
     tempfile::Builder::new().prefix("conformance-").tempdir().expect("make a temporary directory")
 }
 
-/// Creates an output file.
+/// Creates an output file at `path`, which must not exist.
 pub fn new_file(path: &Path) -> Output {
     let file = File::options().read(true).write(true).create_new(true).open(path).expect("create an output");
     file::new_file(path, file)
 }
 
-/// A stream output into memory, like a pipe.
+/// A stream output to memory, in place of a pipe.
 #[derive(Debug, Clone, Default)]
 pub struct Pipe(Arc<Mutex<Vec<u8>>>);
 
@@ -58,7 +58,7 @@ impl Write for Pipe {
     }
 }
 
-/// The only output of an image: a file, a device, a pipe. Refuses outputs beside it.
+/// The only output of an image: a file, a device or a pipe. Refuses to create outputs beside it.
 #[derive(Debug)]
 pub struct SingleOutput(pub Output);
 
@@ -72,7 +72,7 @@ impl OutputFactory for SingleOutput {
     }
 }
 
-/// The outputs of an image in a directory: new files, under their final names at once.
+/// Outputs of an image: new files in one directory, under their final names from the start.
 #[derive(Debug)]
 pub struct FileOutputs {
     path: PathBuf,
@@ -81,7 +81,7 @@ pub struct FileOutputs {
 }
 
 impl FileOutputs {
-    /// Makes the image at `path` and other outputs in the same directory.
+    /// Returns a factory that creates the image at `path`, and its other outputs in the same directory.
     pub fn new(path: &Path) -> Self {
         Self { path: path.to_owned(), main: None, beside: Vec::new() }
     }
@@ -103,7 +103,7 @@ impl OutputFactory for FileOutputs {
     }
 }
 
-/// Begins an image in `output`, which stays its only output.
+/// Begins an image in `output`, its only output.
 ///
 /// # Errors
 /// The error of the driver.
@@ -154,7 +154,7 @@ pub(super) fn copy(
     pipeline::copy(source, &job).map(drop)
 }
 
-/// Creates `image` in `output` with `driver`, writes its content and flushes.
+/// Writes `image` to `output` with `driver`, and syncs the output.
 ///
 /// # Errors
 /// The first error of the driver or the copy.
@@ -168,7 +168,7 @@ pub fn write(
     write_to(driver, options, image, &mut SingleOutput(output.clone()), threads)
 }
 
-/// Like [`write()`], into outputs of a factory.
+/// Like [`write()`], to the outputs of a factory.
 ///
 /// # Errors
 /// The first error of the driver or the copy.
@@ -192,10 +192,11 @@ pub fn make(driver: &dyn Driver, options: &CreateOptions, image: &Image, directo
     make_with(driver, options, image, directory, THREADS)
 }
 
-/// Like [`make`], with a number of threads.
+/// Like [`make`], with `threads` threads.
 ///
 /// # Panics
-/// If the driver can't write the image, or makes other outputs beside it than it has announced.
+/// If the driver can't write the image, or if the outputs beside it differ from those that the driver
+/// announced.
 pub fn make_with(
     driver: &dyn Driver,
     options: &CreateOptions,
@@ -218,7 +219,7 @@ pub fn make_with(
     path
 }
 
-/// Returns the file that `driver` writes for `image`.
+/// Returns the bytes of the file that `driver` writes for `image`.
 ///
 /// # Panics
 /// If the driver can't write the image.
@@ -227,10 +228,10 @@ pub fn make_bytes(driver: &dyn Driver, options: &CreateOptions, image: &Image) -
     std::fs::read(make(driver, options, image, directory.path())).expect("read the output")
 }
 
-/// Returns an input over a file, without undoing outer compression.
+/// Opens a file as an input, without undoing outer compression.
 ///
 /// # Errors
-/// When it can't be opened.
+/// If the file can't be opened.
 pub fn input(path: &Path) -> Result<Input> {
     storage::open(&path.into(), Opening::Plain).map(|opened| opened.input)
 }
@@ -251,7 +252,7 @@ pub fn open_with(driver: &dyn Driver, path: &Path, options: &OpenOptions) -> Res
     driver.open(input(path)?, options)
 }
 
-/// Returns an opener for the members of containers, by the drivers of `registry`. It refuses everything
+/// Returns an opener that opens members of containers with the drivers of `registry`, and refuses everything
 /// outside the container.
 pub fn members(registry: &Registry) -> Externals {
     Externals::new(Arc::new(Members(registry.clone())))
@@ -293,7 +294,7 @@ impl ExternalOpener for Members {
     }
 }
 
-/// True if the driver refused the request, rather than failed.
+/// True if the driver refused the request rather than failed.
 pub(super) fn is_refusal(error: &Error) -> bool {
     use imgtool_core::ErrorKind::{LimitExceeded, Refused, Unsupported, Usage};
     matches!(error.kind(), Unsupported | Usage | Refused | LimitExceeded)

@@ -16,16 +16,16 @@ use super::compare::compare;
 use super::harness::make_bytes;
 use super::image::Image;
 
-/// Longest time for opening a damaged image and reading a part of it. Our limit: generous, for busy
-/// machines; it finds loops over numbers from the image.
+/// Maximum time for opening a damaged image and reading a part of it. Our limit: generous, for busy machines;
+/// it still catches loops whose count comes from the image.
 const MAX_TIME: Duration = Duration::from_secs(20);
 
-/// Maximum number of bytes of address space that all damaged images of one law may add. Our limit: allocators reserve
-/// some; it finds allocations of a length from the image.
+/// Maximum growth of the address space in bytes, over all damaged images of one law. Our limit: above the
+/// reserves of allocators; it still catches allocations whose length comes from the image.
 const MAX_MEMORY: u64 = 2 << 30;
 
-/// A truncated image fails to open or to be read in full, unless the cut removed no content. (A format
-/// without a header may show a smaller device instead.)
+/// Opening a truncated image, or reading all of it, fails unless the cut removed no content. A format without
+/// a header may show a smaller device instead.
 ///
 /// # Panics
 /// If the driver breaks the law.
@@ -33,7 +33,7 @@ pub fn truncated_is_an_error(driver: &dyn Driver, options: &CreateOptions, image
     truncated_bytes_are_an_error(driver, &make_bytes(driver, options, image), image, &OpenOptions::default());
 }
 
-/// [`truncated_is_an_error`] for a file that holds `image`.
+/// Like [`truncated_is_an_error`], for the bytes of a finished image.
 pub(super) fn truncated_bytes_are_an_error(
     driver: &dyn Driver,
     whole: &[u8],
@@ -94,13 +94,13 @@ pub struct Hostile<'a> {
 }
 
 impl<'a> Hostile<'a> {
-    /// Damages the first `len` bytes of an image without checksums.
+    /// Selects the first `len` bytes of an image without checksums.
     pub fn head(image: &'a [u8], len: usize) -> Self {
         Self { image, places: std::iter::once(0..len.min(image.len())).collect(), repair: &|_| () }
     }
 
-    /// Returns descriptions and images in which one byte, or one aligned number of four or eight bytes, is
-    /// replaced by a value that breaks arithmetic.
+    /// Returns damaged copies of the image with descriptions. In each copy, one byte or one aligned number of
+    /// four or eight bytes is replaced by a value that breaks arithmetic.
     fn damaged(&self) -> impl Iterator<Item = (String, Vec<u8>)> + '_ {
         self.places.iter().flat_map(|place| place.clone()).flat_map(move |at| {
             let old = self.image[at];
@@ -130,8 +130,8 @@ impl<'a> Hostile<'a> {
     }
 }
 
-/// Opening a damaged image, querying its extents and reading parts of it ends without a panic, in bounded
-/// time and memory.
+/// Opening a damaged image, querying its extents and reading parts of it never panics, and takes bounded time
+/// and memory.
 ///
 /// # Panics
 /// If the driver breaks the law.
@@ -139,7 +139,7 @@ pub fn hostile_bytes_do_not_panic(driver: &dyn Driver, hostile: &Hostile<'_>) {
     hostile_bytes_do_not_panic_with(driver, hostile, &OpenOptions::default());
 }
 
-/// Like [`hostile_bytes_do_not_panic`], with options for the opening.
+/// Like [`hostile_bytes_do_not_panic`], with options for opening the image.
 ///
 /// # Panics
 /// If the driver breaks the law.
@@ -175,8 +175,8 @@ fn catch_panic<T>(driver: &dyn Driver, damage: &str, f: impl FnOnce() -> T) -> T
     catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|_| panic!("{}: panics on {damage}", driver.name()))
 }
 
-/// Maximum number of extent queries of a damaged image, and extents read of each answer: enough to reach all code,
-/// few enough for devices of exbibytes.
+/// Maximum number of extent queries on a damaged image, and of extents read per query; its square bounds the
+/// pieces of a stream. Our limit: enough to reach all code, few enough for devices of exbibytes.
 const MAX_STEPS: usize = 64;
 
 fn read_some(source: &Arc<dyn ImageSource>) {

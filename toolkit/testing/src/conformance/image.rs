@@ -1,4 +1,4 @@
-//! Images by description: the laws write them and compare with them.
+//! Images by description, for the laws to write and to compare with.
 
 use std::fmt;
 use std::ops::Range;
@@ -14,24 +14,25 @@ pub enum Fill {
     Random,
     /// Bytes that compress to about a third.
     Text,
-    /// Runs of random bytes and of zeros in turn, random first; the number is the bytes of each run.
+    /// Alternating runs of random bytes and zeros, random bytes first. The number is the length of each run
+    /// in bytes.
     Checker(u64),
     /// The same byte everywhere.
     Byte(u8),
 }
 
-/// Content of a device: areas with a fill, zeros elsewhere; or given bytes.
+/// Content of a device: given bytes at its start, then areas with a fill, and zeros elsewhere.
 #[derive(Debug, Clone, Default)]
 pub struct Content {
     areas: Vec<(Range<u64>, Fill)>,
-    /// Bytes from the start of the device, below the areas.
+    /// Given bytes at the start of the device, before all areas.
     bytes: Arc<[u8]>,
-    /// The runs of `bytes` that are not zero, in units of 4 KiB.
+    /// Runs of `bytes` that are not all zeros, in units of [`ZERO_GRANULARITY`].
     runs: Arc<[Range<usize>]>,
 }
 
-/// Shortest run, in bytes, that [`Content::extents`] reports as a hole; a file system with 4 KiB blocks
-/// reports finer checkers as data.
+/// Shortest run of a checker, in bytes, that [`Content::extents`] reports as a hole. A file system with 4 KiB
+/// blocks reports finer checkers as data.
 const FINEST_EXTENT: u64 = 4096;
 
 impl Content {
@@ -47,10 +48,10 @@ impl Content {
         Self { areas: Vec::new(), bytes: bytes.into(), runs: runs.into() }
     }
 
-    /// Adds an area behind all earlier ones.
+    /// Adds an area after all earlier ones.
     ///
     /// # Panics
-    /// If the area overlaps or precedes an earlier one, or given bytes.
+    /// If the area begins before the end of an earlier one, or of the given bytes.
     #[must_use]
     pub fn with(mut self, area: Range<u64>, fill: Fill) -> Self {
         let last = self.areas.last().map_or(self.bytes.len() as u64, |(area, _)| area.end);
@@ -79,18 +80,18 @@ impl Content {
         }
     }
 
-    /// Returns true if `range` lies outside of all areas and runs of given bytes.
+    /// Returns true if `range` is outside of all areas and of all runs of given bytes, and therefore zero.
     pub fn is_zero(&self, range: &Range<u64>) -> bool {
         let is_outside = |part: &Range<u64>| part.end <= range.start || part.start >= range.end;
         self.areas.iter().all(|(area, _)| is_outside(area)) && self.byte_runs().all(|run| is_outside(&run))
     }
 
-    /// Returns the runs of given bytes that may not be zero.
+    /// Returns the runs of the given bytes that may not be zero.
     fn byte_runs(&self) -> impl Iterator<Item = Range<u64>> {
         self.runs.iter().map(|run| run.start as u64..run.end as u64)
     }
 
-    /// Returns the extents of `range`: data and holes. The list may end early, as a driver's may.
+    /// Returns the extents of `range`. Like the list of a driver, it may end before the range does.
     pub fn extents(&self, range: Range<u64>) -> Vec<Extent> {
         let mut list = ExtentList::new();
         let mut at = range.start;
@@ -109,7 +110,8 @@ impl Content {
         list.into_vec()
     }
 
-    /// Returns the bytes of all areas, each extended outward to multiples of `unit`.
+    /// Returns the total length in bytes of all areas and runs of given bytes, each extended outward to
+    /// multiples of `unit`.
     pub fn data_len(&self, unit: u64) -> u64 {
         let rounded =
             |(area, _): &(Range<u64>, Fill)| area.end.next_multiple_of(unit) - area.start / unit * unit;
@@ -119,7 +121,7 @@ impl Content {
 }
 
 impl Fill {
-    /// Fills `target` with the bytes from `start` on of an area that begins at `area_start`.
+    /// Fills `target` with the bytes at `start` in an area that begins at `area_start`.
     fn write(self, target: &mut [u8], start: u64, area_start: u64) {
         match self {
             Fill::Byte(byte) => target.fill(byte),
@@ -174,7 +176,7 @@ fn fill_random(target: &mut [u8], start: u64) {
     }
 }
 
-/// SplitMix64's output function: a bijection that mixes its input well.
+/// Applies the output function of SplitMix64, a bijection that mixes its input well.
 pub(super) fn mix(input: u64) -> u64 {
     let mut z = input.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -187,17 +189,17 @@ pub(super) fn mix(input: u64) -> u64 {
 pub enum Order {
     /// By position.
     Random,
-    /// In one pass, pieces of 64 KiB in order, one device after the other.
+    /// In one pass: one device after the other, in order, in pieces of 64 KiB.
     Stream,
-    /// In one pass, devices in turn and pieces of 64 KiB out of order within about 4 MiB, as a
-    /// backup program writes them.
+    /// In one pass: devices in turn, in pieces of 64 KiB that are out of order within about 4 MiB, like the
+    /// output of a backup program.
     Shuffled,
 }
 
-/// An image by description: devices with their content, and the access to them.
+/// An image described by its devices, their content, and the access to them.
 #[derive(Debug, Clone)]
 pub struct Image {
-    /// Name for messages.
+    /// Name used in messages.
     pub name: String,
     /// The devices and their content; a device's id is its index in this list.
     pub devices: Vec<(Device, Content)>,
@@ -239,7 +241,7 @@ impl Image {
         self
     }
 
-    /// Returns the same image with another access.
+    /// Returns a copy of the image that is read in `order`.
     #[must_use]
     pub fn read_as(&self, order: Order) -> Self {
         Self { order, ..self.clone() }
@@ -263,8 +265,8 @@ impl fmt::Display for Image {
 
 const MIB: u64 = 1 << 20;
 
-/// Returns images of one disk that every format must be able to hold: empty, sparse, full, ragged, with
-/// distant data.
+/// Returns images of one disk that every format must be able to store: empty, sparse, full, with ragged
+/// areas, and with data far apart.
 pub fn patterns() -> Vec<Image> {
     let checker = |unit: u64| Content::zero().with(0..3 * MIB, Fill::Checker(unit));
     vec![
@@ -291,8 +293,8 @@ pub fn patterns() -> Vec<Image> {
     ]
 }
 
-/// Returns an image with little data on both sides of 512 MiB: more than one L2 table of a qcow2 file
-/// with 64 KiB clusters, many BAT entries of VHDX.
+/// Returns an image with little data on both sides of 512 MiB, which needs more than one L2 table in a qcow2
+/// file with 64 KiB clusters, and many BAT entries in VHDX.
 pub fn far_apart() -> Image {
     let content = Content::zero()
         .with(MIB + 512..MIB + 70_000, Fill::Random)
@@ -315,7 +317,8 @@ fn ragged_areas() -> Content {
     content
 }
 
-/// Returns three disks of different sizes and a configuration, for formats that hold several devices.
+/// Returns three disks of different sizes and two configuration files, for formats that store several
+/// devices.
 pub fn several_devices() -> Image {
     let second = Content::zero().with(100_000..900_001, Fill::Text);
     let third = Content::zero().with(0..MIB, Fill::Checker(4096)).with(6 * MIB..6 * MIB + 9, Fill::Byte(3));

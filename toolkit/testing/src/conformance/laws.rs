@@ -24,11 +24,11 @@ use super::truncated_is_an_error;
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
-/// Runs every law that the capabilities of a driver that reads and writes imply. For a driver that only
-/// reads, see [`super::read_only()`].
+/// Runs every law that the capabilities of a driver imply. The driver must read and write; for a driver that
+/// only reads, see [`super::read_only()`].
 ///
 /// # Panics
-/// If the driver breaks the law.
+/// If the driver breaks a law.
 pub fn all(driver: &dyn Driver, options: &CreateOptions) {
     let can = driver.capabilities();
     assert!(can.read && can.write, "{}: does not read and write", driver.name());
@@ -50,7 +50,7 @@ pub fn all(driver: &dyn Driver, options: &CreateOptions) {
     parallel_reads(driver, options);
     reads_stay_within_the_device(driver, options);
     cancelled_copies_end(driver, options);
-    cancelled_looks_end(driver, options);
+    cancelled_opens_and_checks_end(driver, options);
     probe_knows_its_own(driver, options);
     truncated_is_an_error(driver, options, &mixed_image());
     existing_target_with_old_data(driver, options, &mixed_image());
@@ -79,13 +79,14 @@ pub fn mixed_image() -> Image {
     Image::disk("a bit of everything", 3 * MIB, content)
 }
 
-/// Returns an image of several devices if the format can hold them, of one otherwise.
+/// Returns an image of several devices if the format can store them, or else of one.
 fn several_within(driver: &dyn Driver) -> Image {
     let several = several_devices();
     if driver.capabilities().max_devices() as usize >= several.devices.len() { several } else { far_apart() }
 }
 
-/// An image read back equals the image written: every byte, the extents, and reads at random.
+/// An image read back equals the image written, in every byte, in its extents, and in reads at arbitrary
+/// positions.
 ///
 /// # Panics
 /// If the driver breaks the law.
@@ -100,14 +101,14 @@ pub fn round_trip(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     assert_eq!(source.info().format, driver.name(), "the format in its info is the driver's name");
 }
 
-/// Asserts that the file at `path` holds `image`.
+/// Asserts that the file at `path` contains `image`.
 fn expect_content(driver: &dyn Driver, path: &Path, image: &Image, law: &str) {
     let source = open(driver, path)
         .unwrap_or_else(|e| panic!("{}: {law}: {image} can't be opened: {e:#}", driver.name()));
     expect_source(driver, &source, image, law);
 }
 
-/// Asserts that `source` holds `image`.
+/// Asserts that `source` contains `image`.
 pub(super) fn expect_source(driver: &dyn Driver, source: &Arc<dyn ImageSource>, image: &Image, law: &str) {
     if let Err(fault) = compare(source, image, driver.capabilities().size_multiple) {
         panic!("{}: {law}: {image}: {fault}", driver.name());
@@ -136,7 +137,7 @@ pub fn same_bytes_for_any_thread_count(driver: &dyn Driver, options: &CreateOpti
     }
 }
 
-/// Returns the position of the first difference of two files. Skips ranges that are holes in both.
+/// Returns the position of the first difference between two files. Skips ranges that are holes in both.
 fn first_difference(left: &Path, right: &Path) -> Option<u64> {
     let open = |path: &Path| input(path).and_then(Input::into_random).expect("open the output");
     let (left, right) = (open(left), open(right));
@@ -182,7 +183,7 @@ pub fn sequential_equals_random(driver: &dyn Driver, options: &CreateOptions, im
     }
 }
 
-/// A device keeps a size that is no multiple of any unit; size 0 may be refused.
+/// A device keeps any size, rounded up to the format's multiple. The driver may refuse size 0.
 ///
 /// # Panics
 /// If the driver breaks the law.
@@ -223,7 +224,7 @@ pub fn sizes(driver: &dyn Driver, options: &CreateOptions) {
     }
 }
 
-/// A device of 544 MiB with little data gives a small file and few extents of data.
+/// A device of 544 MiB with little data makes a small file whose extents report little data.
 ///
 /// # Panics
 /// If the driver breaks the law.
@@ -234,7 +235,7 @@ pub fn sparse_stays_sparse(driver: &dyn Driver, options: &CreateOptions) {
         let directory = scratch();
         let path = make(driver, options, &image.read_as(order), directory.path());
         let allocated = os::allocated_len(&std::fs::metadata(&path).expect("stat the file"));
-        // 4 MiB for headers, tables and a log. Our limit.
+        // Our limit: 4 MiB for headers, tables and a log.
         let allowed = content.data_len(64 * KIB) + 4 * MIB;
         assert!(
             allocated <= allowed,
@@ -281,7 +282,7 @@ pub fn parallel_reads(driver: &dyn Driver, options: &CreateOptions) {
     read_in_parallel(driver, &source, &image);
 }
 
-/// Reads the first disk of an image by four threads, and compares it.
+/// Reads the first disk of an image with four threads, and compares it.
 pub(super) fn read_in_parallel(driver: &dyn Driver, source: &Arc<dyn ImageSource>, image: &Image) {
     let Some(disk) = first_disk(source) else { return };
     let content = &image.devices[0].1;
@@ -303,7 +304,7 @@ pub(super) fn read_in_parallel(driver: &dyn Driver, source: &Arc<dyn ImageSource
     });
 }
 
-/// Reads and extents beyond the end of a disk fail, and a device that does not exist is no disk.
+/// Reads and extents beyond the end of a disk are refused, and so is a device that does not exist.
 ///
 /// # Panics
 /// If the driver breaks the law.
@@ -361,8 +362,8 @@ pub(super) fn expect_probed(driver: &dyn Driver, input: &Input) {
     assert!(found.is_some(), "{} does not recognise its own image", driver.name());
 }
 
-/// Asserts that a driver does not claim foreign content: it would shadow the drivers after it. A driver whose
-/// format has any content may accept it as a fallback.
+/// Asserts that a driver does not claim foreign content, which would shadow the drivers after it. A driver
+/// whose format allows any content may claim it as a fallback.
 pub(super) fn expect_not_probed(driver: &dyn Driver) {
     let noise: Vec<u8> = (0..4096u64).map(|at| super::image::mix(at) as u8).collect();
     for head in [vec![], vec![0; 4096], vec![0xff; 4096], noise] {
@@ -372,7 +373,7 @@ pub(super) fn expect_not_probed(driver: &dyn Driver) {
     }
 }
 
-/// The driver refuses to create an image with more devices than the format holds, and writes nothing.
+/// The driver refuses to create an image with more devices than the format can store, and writes nothing.
 ///
 /// # Panics
 /// If the driver breaks the law.
@@ -386,15 +387,15 @@ pub fn too_many_devices_are_refused(driver: &dyn Driver, options: &CreateOptions
     assert_eq!(len, 0, "{}: wrote to a refused image", driver.name());
 }
 
-/// An existing target full of old data holds the image afterwards, zeros included, and keeps its length.
-/// A driver that never writes in place may refuse it at creation instead.
+/// An existing target full of old data contains the image afterwards, including its zeros, and keeps its
+/// length. A driver that never writes in place may refuse the target instead.
 ///
 /// # Panics
 /// If the driver breaks the law.
 pub fn existing_target_with_old_data(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let directory = scratch();
     let fresh = std::fs::metadata(make(driver, options, image, directory.path())).expect("metadata").len();
-    // A format without a header takes the length for the device's size: it must match.
+    // A format without a header takes the file's length as the device's size, so the two must match.
     let len = if fresh == image.devices[0].0.size { fresh } else { fresh + 64 * MIB };
     for order in [Order::Random, Order::Stream] {
         let image = image.read_as(order);
@@ -458,7 +459,7 @@ pub fn stream_output_equals_file_output(driver: &dyn Driver, options: &CreateOpt
     }
 }
 
-/// An image read from a pipe, in odd portions, has the same content as from a file.
+/// An image read from a pipe, in odd portions, has the same content as one read from a file.
 ///
 /// # Panics
 /// If the driver breaks the law.
@@ -467,7 +468,7 @@ pub fn stream_read_equals_file_read(driver: &dyn Driver, options: &CreateOptions
     expect_stream(driver, &bytes, image, &OpenOptions::default());
 }
 
-/// Asserts that an image read from a pipe, in odd portions, holds `image`.
+/// Asserts that an image read from a pipe, in odd portions, contains `image`.
 pub(super) fn expect_stream(driver: &dyn Driver, bytes: &[u8], image: &Image, options: &OpenOptions) {
     let reader = OddPortions { bytes: Cursor::new(bytes.to_vec()), round: 0 };
     let input = Input::from_reader(Location::Stdin, Box::new(reader)).expect("first bytes");
@@ -477,7 +478,7 @@ pub(super) fn expect_stream(driver: &dyn Driver, bytes: &[u8], image: &Image, op
     expect_source(driver, &source, image, "read from a pipe");
 }
 
-/// A reader that returns odd portions, as pipes do.
+/// A reader that returns odd portions, like a pipe.
 struct OddPortions {
     bytes: Cursor<Vec<u8>>,
     round: u64,
@@ -519,7 +520,7 @@ pub fn open_ended_sources(driver: &dyn Driver, options: &CreateOptions) {
     }
 }
 
-/// The driver's check of its own images reports no finding.
+/// The driver's check of its own images reports no findings.
 ///
 /// # Panics
 /// If the driver breaks the law.
@@ -540,7 +541,7 @@ pub fn check_finds_nothing(driver: &dyn Driver, options: &CreateOptions) {
     }
 }
 
-/// Asserts that the driver's check of an image reports no finding.
+/// Asserts that the driver's check of an image reports no findings.
 pub(super) fn expect_clean(driver: &dyn Driver, input: Input, image: &Image, options: &OpenOptions) {
     let report = match driver.check(input, options) {
         Ok(report) => report,
@@ -550,12 +551,12 @@ pub(super) fn expect_clean(driver: &dyn Driver, input: Input, image: &Image, opt
     assert!(clean, "{}: {image}: {:?}", driver.name(), report.findings);
 }
 
-/// Opening, checking or measuring an image ends with [`ErrorKind::Cancelled`] once the user cancels, never
-/// with a verdict on bytes that were not read.
+/// After the user cancels, opening, checking or measuring an image ends with [`ErrorKind::Cancelled`], never
+/// with a verdict on unread bytes.
 ///
 /// # Panics
 /// If the driver breaks the law.
-pub fn cancelled_looks_end(driver: &dyn Driver, options: &CreateOptions) {
+pub fn cancelled_opens_and_checks_end(driver: &dyn Driver, options: &CreateOptions) {
     let directory = scratch();
     let path = make(driver, options, &mixed_image(), directory.path());
     let cancel = CancelToken::new();

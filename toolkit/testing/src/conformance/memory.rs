@@ -1,4 +1,4 @@
-//! A source over an image by description.
+//! A source whose content is computed from a description.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -11,14 +11,14 @@ use imgtool_core::{
 
 use super::image::{Content, Image, Order, mix};
 
-/// Length in bytes of a piece of a stream: a VMA cluster.
+/// Length in bytes of a piece of a stream: one VMA cluster.
 const STREAM_PIECE: u64 = 65_536;
 
-/// Pieces that a shuffled stream mixes with each other: 4 MiB, the distance by which guest writes during
-/// a backup bring clusters out of order.
+/// Number of pieces within which a shuffled stream changes the order: 4 MiB, the distance by which guest
+/// writes during a backup displace clusters.
 const SHUFFLE_WINDOW: usize = 64;
 
-/// A source that computes its bytes from an [`Image`], whatever its size, without storing them.
+/// A source that computes its bytes from an [`Image`] of any size, without storing them.
 #[derive(Debug)]
 pub struct MemorySource {
     info: ImageInfo,
@@ -33,11 +33,11 @@ struct MemoryDisk {
     content: Content,
 }
 
-/// The pieces of a stream that are left.
+/// The remaining pieces of a stream.
 #[derive(Debug)]
 struct MemoryStream {
     disks: Arc<[MemoryDisk]>,
-    /// Index of the device and start of each remaining piece, last piece first.
+    /// Device index and start of each remaining piece, last piece first.
     pieces: Vec<(usize, u64)>,
     open_ended: bool,
     finished: bool,
@@ -65,7 +65,7 @@ impl MemorySource {
         Self { info, disks, order: image.order, stream: Mutex::new(stream) }
     }
 
-    /// Hides the sizes until the end of the stream, as a pipe without a header does.
+    /// Hides the sizes until the end of the stream, like a pipe without a header.
     #[must_use]
     pub fn open_ended(mut self) -> Self {
         for device in &mut self.info.devices {
@@ -82,7 +82,8 @@ impl MemorySource {
     }
 }
 
-/// Returns the pieces of a stream, last first.
+/// Returns the device index and start of each piece of a stream, last piece first. Empty if the image is read
+/// by position.
 fn stream_order(image: &Image) -> Vec<(usize, u64)> {
     if image.order == Order::Random {
         return Vec::new();

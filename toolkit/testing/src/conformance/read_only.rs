@@ -11,23 +11,23 @@ use super::laws::{
     expect_stream, read_in_parallel,
 };
 
-/// Bytes at the start of each image that are damaged: the headers of most formats.
+/// Number of bytes to damage at the start of each image: enough for the headers of most formats.
 const DAMAGED_LEN: usize = 512;
 
-/// Runs every law that the capabilities of a read-only driver imply, over `samples`: the bytes of an image,
-/// small ones, and their expected content ([`Image::from_bytes`]).
+/// Runs every law that the capabilities of a read-only driver imply, over `samples`: each is the bytes of a
+/// small image with its expected content ([`Image::from_bytes`]).
 ///
 /// # Panics
-/// If the driver breaks the law.
+/// If the driver breaks a law.
 pub fn read_only(driver: &dyn Driver, samples: &[(&[u8], Image)]) {
     read_only_with(driver, samples, &OpenOptions::default());
 }
 
-/// Like [`read_only`], with options for the opening: those of a container name an opener for its members
+/// Like [`read_only`], with options for opening. A container needs an opener for its members
 /// ([`super::members`]).
 ///
 /// # Panics
-/// If the driver breaks the law.
+/// If the driver breaks a law.
 pub fn read_only_with(driver: &dyn Driver, samples: &[(&[u8], Image)], options: &OpenOptions) {
     let can = driver.capabilities();
     assert!(can.read && !can.write, "{}: not a driver that only reads", driver.name());
@@ -40,7 +40,7 @@ pub fn read_only_with(driver: &dyn Driver, samples: &[(&[u8], Image)], options: 
         truncated_bytes_are_an_error(driver, bytes, image, options);
         hostile_bytes_do_not_panic_with(driver, &Hostile::head(bytes, DAMAGED_LEN), options);
         failing_reads_of_bytes_are_errors(driver, bytes, image, options);
-        cancelled_looks_end(driver, bytes, options);
+        cancelled_opens_and_checks_end(driver, bytes, options);
     }
 }
 
@@ -61,7 +61,7 @@ fn reads_the_expected_content(driver: &dyn Driver, bytes: &[u8], image: &Image, 
     }
 }
 
-fn cancelled_looks_end(driver: &dyn Driver, bytes: &[u8], options: &OpenOptions) {
+fn cancelled_opens_and_checks_end(driver: &dyn Driver, bytes: &[u8], options: &OpenOptions) {
     let cancel = CancelToken::new();
     cancel.cancel();
     expect_cancelled(driver, &|| random_input(bytes).cancelled_by(cancel.clone()), options);

@@ -1,4 +1,4 @@
-//! dissect.archive and dissect.hypervisor: readers in Python.
+//! dissect.archive and dissect.hypervisor, independent readers in Python.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -16,7 +16,7 @@ fn python() -> String {
     std::env::var("IMGTOOL_TEST_PYTHON").unwrap_or_else(|_| "python3".to_owned())
 }
 
-/// True if both packages can be imported by `IMGTOOL_TEST_PYTHON`, or python3 without it.
+/// True if the interpreter `IMGTOOL_TEST_PYTHON`, by default python3, can import both packages.
 pub(super) fn dissect_found() -> bool {
     static FOUND: OnceLock<bool> = OnceLock::new();
     *FOUND.get_or_init(|| {
@@ -31,23 +31,23 @@ pub(super) fn dissect_found() -> bool {
 /// A device as an independent reader sees it.
 #[derive(Debug, PartialEq, Eq, Deserialize)]
 pub struct SeenDevice {
-    /// Its id in an archive.
+    /// Device id in an archive; 0 for a disk image.
     #[serde(default)]
     pub id: u32,
-    /// Its name.
+    /// Device name; empty for a disk image.
     pub name: String,
-    /// Its size.
+    /// Size in bytes.
     pub size: u64,
-    /// The digest of its content.
+    /// SHA-256 of the content, in hexadecimal.
     pub sha256: String,
 }
 
 /// An archive as an independent reader sees it.
 #[derive(Debug, Deserialize)]
 pub struct SeenArchive {
-    /// Its devices, by id.
+    /// Devices, by id.
     pub devices: Vec<SeenDevice>,
-    /// Its configurations and their digests.
+    /// SHA-256 of each configuration file, by its name.
     pub configs: BTreeMap<String, String>,
 }
 
@@ -87,7 +87,7 @@ for path in paths:
 print(json.dumps(seen))
 "#;
 
-/// Runs a script with arguments; its standard output.
+/// Runs a script with arguments and returns its standard output.
 #[track_caller]
 fn python_script(script: &str, args: &[&str]) -> Vec<u8> {
     run(&python(), &[&["-c", script], args].concat()).stdout
@@ -100,13 +100,13 @@ fn dissect<T: DeserializeOwned>(kind: &str, paths: &[&Path]) -> Vec<T> {
     serde_json::from_slice(&python_script(DISSECT, &args)).expect("the script prints JSON")
 }
 
-/// Content of a VMA archive as dissect.archive reads it.
+/// Returns the content of VMA archives as dissect.archive reads it.
 #[track_caller]
 pub fn dissect_vma(paths: &[&Path]) -> Vec<SeenArchive> {
     dissect("vma", paths)
 }
 
-/// What dissect.hypervisor finds in disk images of one format ("vhdx", "qcow2").
+/// Returns the content of disk images of one format ("vhdx", "qcow2") as dissect.hypervisor reads it.
 #[track_caller]
 pub fn dissect_disks(kind: &str, paths: &[&Path]) -> Vec<SeenDevice> {
     dissect(kind, paths)
@@ -138,8 +138,8 @@ while at < size:
     at = end
 ";
 
-/// dissect.hypervisor finds the content of a raw file in a VHDX file. Holes of the raw file beyond its first
-/// 64 MiB are not compared.
+/// Asserts that dissect.hypervisor reads the content of a raw file from a VHDX file. Holes of the raw file
+/// beyond its first 64 MiB are not compared.
 #[track_caller]
 pub fn dissect_compare_vhdx(vhdx: &Path, raw: &Path) {
     python_script(COMPARE, &[text(vhdx), text(raw)]);
@@ -156,7 +156,7 @@ for part in sys.argv[2:]:
     sys.stdout.buffer.write(stream.read(length))
 ";
 
-/// Bytes of these ranges of a qcow2 disk, one behind the other, as dissect.hypervisor reads them.
+/// Returns the bytes in `ranges` of a qcow2 disk, concatenated, as dissect.hypervisor reads them.
 #[track_caller]
 pub fn dissect_read_qcow2(path: &Path, ranges: &[Range<u64>]) -> Vec<u8> {
     let parts: Vec<String> =

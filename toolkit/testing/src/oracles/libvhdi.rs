@@ -7,24 +7,24 @@ use std::process::Command;
 use super::{run, unable};
 use crate::text;
 
-/// What vhdiinfo prints about a file.
+/// Returns the output of vhdiinfo for a file.
 #[track_caller]
 pub fn vhdi_info(path: &Path) -> String {
     String::from_utf8_lossy(&run("vhdiinfo", &[text(path)]).stdout).into_owned()
 }
 
-/// The content of a VHDX file, mounted by vhdimount; unmounted when dropped.
+/// Content of a VHDX file, mounted by vhdimount and unmounted on drop.
 #[derive(Debug)]
 pub struct VhdiMount(PathBuf);
 
 impl VhdiMount {
-    /// Mounts it on a new directory; `None` where this user can't mount with FUSE, which skips the test.
+    /// Mounts the file on a new directory. `None` if this user can't mount with FUSE, which skips the test.
     #[track_caller]
     pub fn of(path: &Path, directory: &Path) -> Option<Self> {
         std::fs::create_dir(directory).unwrap();
         let mounted = Command::new("vhdimount").args([path, directory]).output().unwrap();
         if !mounted.status.success() {
-            // No package brings the device. A user who can open it must get it.
+            // No package provides the device. For a user who can open it, mounting must work.
             let usable = File::options().read(true).write(true).open("/dev/fuse").is_ok();
             unable(&format!("vhdimount: FUSE does not work here: {mounted:?}"), usable);
             return None;
@@ -32,7 +32,7 @@ impl VhdiMount {
         Some(Self(directory.to_owned()))
     }
 
-    /// The guest's bytes as a raw file.
+    /// Returns the path of the guest's content as a raw file.
     pub fn raw(&self) -> PathBuf {
         self.0.join("vhdi1")
     }

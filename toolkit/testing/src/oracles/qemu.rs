@@ -7,25 +7,26 @@ use serde_json::Value;
 use super::{run, run_in};
 use crate::text;
 
-/// Standard output of qemu-img, which must succeed.
+/// Runs qemu-img, which must succeed, and returns its standard output.
 #[track_caller]
 pub fn qemu_img(args: &[&str]) -> String {
     String::from_utf8_lossy(&run("qemu-img", args).stdout).into_owned()
 }
 
-/// qemu-img finds the same content in both; the longer may go on with zeros.
+/// Asserts that qemu-img finds the same content in both images. The longer one may end with zeros.
 #[track_caller]
 pub fn qemu_compare(a: &Path, a_format: &str, b: &Path, b_format: &str) {
     run("qemu-img", &["compare", "-f", a_format, "-F", b_format, text(a), text(b)]);
 }
 
-/// qemu-img finds no fault and no leak.
+/// Asserts that qemu-img finds no errors and no leaks.
 #[track_caller]
 pub fn qemu_check(path: &Path, format: &str) {
     run("qemu-img", &["check", "-q", "-f", format, text(path)]);
 }
 
-/// Makes an image of another format with qemu-img.
+/// Converts a raw file to `format` with qemu-img. `options` are the options of the format, after `-c` to
+/// compress.
 #[track_caller]
 pub fn qemu_make(raw: &Path, format: &str, options: &str, to: &Path) {
     let mut args = vec!["convert", "-f", "raw", "-O", format];
@@ -40,15 +41,15 @@ pub fn qemu_make(raw: &Path, format: &str, options: &str, to: &Path) {
     run("qemu-img", &args);
 }
 
-/// What `qemu-img info --output=json` says.
+/// Returns the output of `qemu-img info --output=json`.
 #[track_caller]
 pub fn qemu_info(path: &Path, format: &str) -> Value {
     let info = qemu_img(&["info", "--output=json", "-f", format, text(path)]);
     serde_json::from_str(&info).expect("qemu-img prints JSON")
 }
 
-/// qemu-img finds no fault in a qcow2 image and no difference to a raw one. Both are named relative to
-/// `directory`, as is what the image names.
+/// Asserts that qemu-img finds no errors in a qcow2 image and no difference from a raw one. Both names are
+/// relative to `directory`, as are the names that the image refers to.
 #[track_caller]
 pub fn assert_clean_qcow2(directory: &Path, image: &str, raw: &str) {
     run_in("qemu-img", directory, &["check", "-f", "qcow2", image]);

@@ -1,5 +1,5 @@
-//! Archives of disk images: clusters in any order, extents of any length, gaps in the device ids, clusters
-//! left out or doubled.
+//! Archives of disk images, with clusters in any order, extents of any length, gaps in the device ids, and
+//! clusters left out or doubled.
 
 use super::{ArchiveBuilder, BLOCK, CLUSTER, Slot, slot};
 use crate::images::{Image, noise};
@@ -7,14 +7,14 @@ use crate::images::{Image, noise};
 /// A device of an archive.
 #[derive(Debug, Clone)]
 struct Member {
-    /// 1..=254.
+    /// Device id, 1 to 254.
     id: u8,
     name: String,
     image: Image,
 }
 
 impl Member {
-    /// The slot of a cluster: what holds zeros only is not stored, except in the state of a guest.
+    /// Returns the slot of a cluster. Sub-blocks of zeros are not stored, except in the state of a guest.
     fn slot(&self, cluster: u32) -> Slot {
         let start = u64::from(cluster) * CLUSTER as u64;
         let content = self.image.read(start, CLUSTER);
@@ -29,7 +29,7 @@ impl Member {
     }
 }
 
-/// An archive in the making.
+/// An archive to build from disk images.
 #[derive(Debug, Clone)]
 pub struct Archive {
     members: Vec<Member>,
@@ -40,17 +40,17 @@ pub struct Archive {
     doubled: Option<(u8, u32)>,
 }
 
-/// A built archive.
+/// A finished archive.
 #[derive(Debug, Clone)]
 pub struct Built {
-    /// The file.
+    /// Bytes of the file.
     pub bytes: Vec<u8>,
-    /// Positions of its extent headers.
+    /// File offsets of the extent headers.
     pub extents: Vec<usize>,
 }
 
 impl Archive {
-    /// An archive of these devices, with ids 1, 2, 3 …
+    /// Begins an archive of these devices, with ids 1, 2, 3 …
     pub fn of<'a>(members: impl IntoIterator<Item = (&'a str, Image)>) -> Self {
         let members = members
             .into_iter()
@@ -83,35 +83,35 @@ impl Archive {
         self
     }
 
-    /// Fills this many of an extent's 59 slots.
+    /// Fills `slots` of the 59 slots of each extent.
     #[must_use]
     pub fn slots_per_extent(mut self, slots: usize) -> Self {
         self.slots_per_extent = slots;
         self
     }
 
-    /// Puts the clusters of all disks into an arbitrary order (a vmstate stream keeps its own).
+    /// Shuffles the clusters of all disks. A vmstate stays in order.
     #[must_use]
     pub fn shuffled(mut self, seed: u64) -> Self {
         self.shuffle = Some(seed);
         self
     }
 
-    /// Leaves a cluster out: not legal.
+    /// Leaves a cluster out, which is invalid.
     #[must_use]
     pub fn without_cluster(mut self, id: u8, cluster: u32) -> Self {
         self.left_out = Some((id, cluster));
         self
     }
 
-    /// Brings a cluster twice: not legal.
+    /// Stores a cluster twice, which is invalid.
     #[must_use]
     pub fn with_cluster_twice(mut self, id: u8, cluster: u32) -> Self {
         self.doubled = Some((id, cluster));
         self
     }
 
-    /// The archive.
+    /// Builds the archive.
     pub fn build(&self) -> Built {
         let mut builder = ArchiveBuilder::new();
         for (name, data) in &self.configs {
@@ -125,7 +125,7 @@ impl Archive {
         builder.extents(&slots, self.slots_per_extent).built()
     }
 
-    /// Index of the member and number of the cluster, in the order of the file.
+    /// Returns the member index and the cluster number of each slot, in the order of the file.
     fn order(&self) -> Vec<(usize, u32)> {
         let mut slots = Vec::new();
         for (index, member) in self.members.iter().enumerate() {
@@ -136,7 +136,7 @@ impl Archive {
             }
         }
         if let Some(seed) = self.shuffle {
-            // Sorting by noise is a shuffle; equal keys do no harm.
+            // Sorting by random keys shuffles the slots; equal keys do no harm.
             let keys = noise(seed, slots.len() * 4);
             let mut keyed: Vec<_> = keys.chunks_exact(4).map(<[u8]>::to_vec).zip(slots).collect();
             keyed.sort();

@@ -1,4 +1,4 @@
-//! The bytes of an archive: header, blobs, extents, and what is wrong with them.
+//! Bytes of an archive: header, blobs and extents, valid or with faults.
 
 use std::collections::BTreeMap;
 
@@ -7,54 +7,54 @@ use md5::{Digest, Md5};
 use super::{BLOCK, Built, CLUSTER};
 use crate::images::Image;
 
-/// The UUID that built archives have.
+/// UUID of built archives.
 pub const UUID: [u8; 16] = *b"\x01\x23\x45\x67\x89\xab\x4d\xef\x80\x11\x22\x33\x44\x55\x66\x77";
-/// The creation time that built archives have: 2026-11-22 10:03:58 UTC.
+/// Creation time of built archives: 2026-11-22 10:03:58 UTC.
 pub const CTIME: i64 = 1_795_341_838;
 
 /// One slot of an extent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slot {
-    /// 0: empty.
+    /// Device id; 0 in an empty slot.
     pub dev_id: u8,
     /// Cluster number.
     pub cluster: u32,
-    /// Stored sub-blocks.
+    /// Bit mask of the stored sub-blocks.
     pub mask: u16,
-    /// The byte that readers ignore.
+    /// Byte that readers ignore.
     pub reserved: u8,
 }
 
-/// A slot of the device `dev_id`.
+/// Returns a slot of the device `dev_id`.
 pub fn slot(dev_id: u8, cluster: u32, mask: u16) -> Slot {
     Slot { dev_id, cluster, mask, reserved: 0 }
 }
 
-/// A slot that holds nothing; its mask and cluster number mean nothing.
+/// Returns an empty slot, whose mask and cluster number have no meaning.
 pub fn hole() -> Slot {
     Slot { dev_id: 0, cluster: 77, mask: 0xffff, reserved: 0 }
 }
 
-/// An extent and what is wrong with it.
+/// An extent, valid or with faults.
 #[derive(Debug, Clone)]
 pub struct Extent {
-    /// At most 59.
+    /// Slots, at most 59.
     pub slots: Vec<Slot>,
-    /// In place of the right number.
+    /// Number of sub-blocks in the header; `None` for the actual number.
     pub block_count: Option<u16>,
-    /// In place of the archive's.
+    /// UUID; the archive's UUID in a valid extent.
     pub uuid: [u8; 16],
-    /// In place of "VMAE".
+    /// Magic; "VMAE" in a valid extent.
     pub magic: [u8; 4],
-    /// In place of 0.
+    /// Reserved field; 0 in a valid extent.
     pub reserved1: u16,
-    /// XORed into the header after the checksum was made: position and value.
+    /// Position and value of a byte that is XORed into the header after the checksum is computed.
     pub flip: Option<(usize, u8)>,
-    /// Bytes taken off the end of the data.
+    /// Number of bytes cut off the end of the data.
     pub cut: usize,
 }
 
-/// A sound extent.
+/// Returns a valid extent.
 pub fn extent(slots: &[Slot]) -> Extent {
     Extent {
         slots: slots.to_vec(),
@@ -67,36 +67,36 @@ pub fn extent(slots: &[Slot]) -> Extent {
     }
 }
 
-/// An archive in the making.
+/// An archive to build, in which every field can be set.
 #[derive(Debug, Clone)]
 pub struct ArchiveBuilder {
-    /// The blobs, padded at the front.
+    /// The blob buffer. Its first byte is unused, since blob offset 0 means no blob.
     pub blobs: Vec<u8>,
-    /// Blob offset of the name and size, by device id.
+    /// Id, blob offset of the name, and size in bytes of each device.
     pub devices: Vec<(u8, u32, u64)>,
-    /// Index, blob offset of name and of content.
+    /// Index, blob offset of the name, and blob offset of the content of each configuration file.
     pub configs: Vec<(usize, u32, u32)>,
-    /// In place of "VMA\0".
+    /// Magic; "VMA\0" in a valid header.
     pub magic: [u8; 4],
-    /// In place of 1.
+    /// Version; 1 in a valid header.
     pub version: u32,
-    /// In place of 12288.
+    /// Offset of the blob buffer; 12288 in a valid header.
     pub blob_buffer_offset: u32,
-    /// In place of the real one.
+    /// Size of the blob buffer; `None` for the actual size.
     pub blob_buffer_size: Option<u32>,
-    /// In place of the real one; the header that is built stays as long as it is.
+    /// Header size; `None` for the actual size. The header that is built keeps its actual size.
     pub header_size: Option<u32>,
-    /// Bytes that the header is longer than it must be.
+    /// Number of bytes added to the end of the header.
     pub padding: usize,
-    /// Fills the bytes that readers ignore.
+    /// Value of the bytes that readers ignore.
     pub reserved: u8,
-    /// XORed into the header after the checksum was made: position and value.
+    /// Position and value of a byte that is XORed into the header after the checksum is computed.
     pub flip: Option<(usize, u8)>,
-    /// Content of devices, by id. A device without one holds [`block_content`].
+    /// Content of devices, by id. A device without an image contains [`block_content`].
     pub images: BTreeMap<u8, Image>,
-    /// The extents.
+    /// Extents, in the order of the file.
     pub extents: Vec<Extent>,
-    /// Bytes behind the last extent.
+    /// Bytes after the last extent.
     pub trailing: Vec<u8>,
 }
 
@@ -122,12 +122,12 @@ impl Default for ArchiveBuilder {
 }
 
 impl ArchiveBuilder {
-    /// An archive with nothing in it.
+    /// Returns an archive without devices and extents.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds a blob; its offset.
+    /// Adds a blob and returns its offset.
     pub fn blob(&mut self, bytes: &[u8]) -> u32 {
         let offset = self.blobs.len() as u32;
         self.blobs.extend_from_slice(&(bytes.len() as u16).to_le_bytes());
@@ -135,7 +135,7 @@ impl ArchiveBuilder {
         offset
     }
 
-    /// Adds a device with a name blob of its own.
+    /// Adds a device with its own name blob.
     #[must_use]
     pub fn device(mut self, dev_id: u8, name: &str, size: u64) -> Self {
         let offset = self.blob(format!("{name}\0").as_bytes());
@@ -143,7 +143,7 @@ impl ArchiveBuilder {
         self
     }
 
-    /// Adds a device with this content.
+    /// Adds a device with the content of `image`.
     #[must_use]
     pub fn device_of(mut self, dev_id: u8, name: &str, image: Image) -> Self {
         let size = image.size;
@@ -151,7 +151,7 @@ impl ArchiveBuilder {
         self.device(dev_id, name, size)
     }
 
-    /// Adds a configuration with blobs of its own at the next free index.
+    /// Adds a configuration file with its own blobs, at the next free index.
     #[must_use]
     pub fn config(mut self, name: &str, data: &[u8]) -> Self {
         let name = self.blob(format!("{name}\0").as_bytes());
@@ -174,19 +174,19 @@ impl ArchiveBuilder {
         self
     }
 
-    /// Changes anything.
+    /// Changes any field.
     #[must_use]
     pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
         change(&mut self);
         self
     }
 
-    /// The archive.
+    /// Returns the bytes of the archive.
     pub fn build(&self) -> Vec<u8> {
         self.built().bytes
     }
 
-    /// The archive and the positions of its extents.
+    /// Returns the archive and the file offsets of its extents.
     pub fn built(&self) -> Built {
         let mut bytes = self.header();
         let mut extents = Vec::new();
@@ -198,7 +198,7 @@ impl ArchiveBuilder {
         Built { bytes, extents }
     }
 
-    /// The archive's header.
+    /// Returns the archive's header.
     pub fn header(&self) -> Vec<u8> {
         let area = self.blobs.len().next_multiple_of(512);
         let mut raw = vec![self.reserved; 12_288];
@@ -274,7 +274,7 @@ impl ArchiveBuilder {
     }
 }
 
-/// Content of a sub-block in the archives built here: every eight bytes encode their position.
+/// Returns the content of a sub-block in the archives built here: every eight bytes encode their position.
 pub fn block_content(dev_id: u8, cluster: u32, block: usize) -> [u8; BLOCK] {
     let mut bytes = [0; BLOCK];
     for (number, word) in bytes.chunks_exact_mut(8).enumerate() {
@@ -288,8 +288,8 @@ pub fn block_content(dev_id: u8, cluster: u32, block: usize) -> [u8; BLOCK] {
     bytes
 }
 
-/// The guest's bytes of a device of `size` bytes that `slots` describe, sub-blocks past the end left
-/// out.
+/// Returns the guest's bytes of a device of `size` bytes that `slots` describe, without sub-blocks past the
+/// end.
 pub fn guest_content(dev_id: u8, size: u64, slots: &[Slot]) -> Vec<u8> {
     let clusters = (size as usize).div_ceil(CLUSTER);
     let mut guest = vec![0; clusters * CLUSTER];

@@ -98,7 +98,7 @@ fn finds_an_unchecked_header() {
 #[test]
 fn finds_a_shared_position() {
     let message = rejection(Flaw::SharedPosition, |toy| {
-        // The scope's panic replaces the reader's.
+        // The panic of the thread scope replaces the message of the reader's panic.
         laws::parallel_reads(toy, &options());
     });
     assert_contains(&message, &["thread panicked"]);
@@ -145,7 +145,7 @@ fn finds_a_swallowed_pipe_error() {
     assert_contains(&message, &["of a pipe fails", "succeeded without an error"]);
 }
 
-/// A toy that is only read.
+/// A toy driver that only reads.
 struct ReadOnly(Toy);
 
 impl Driver for ReadOnly {
@@ -174,7 +174,7 @@ impl Driver for ReadOnly {
     }
 }
 
-/// Returns an image of the toy format with its content, which stands for an image of another program.
+/// Returns an image of the toy format and its content, in place of an image made by another program.
 fn sample() -> (Vec<u8>, Image) {
     let (device, content) = small().devices[0].clone();
     let mut plain = vec![0; device.size as usize];

@@ -1,4 +1,4 @@
-//! The contract of containers, with a toy one: an archive of images that drivers of their own read.
+//! The contract of containers, tested with a toy: an archive of images, which other drivers read.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,14 +11,14 @@ use imgtool_testing::conformance::{self as laws, Content, Fill, Image};
 use imgtool_testing::toy::{Flaw, Toy};
 
 const MAGIC: &[u8; 8] = b"CRATE01\n";
-/// Magic number, checksum of the list, number of members.
+/// Length in bytes of the header: magic number, checksum of the list, number of members.
 const HEADER_LEN: u64 = 16;
-/// Name, position and length of a member.
+/// Length in bytes of a list entry: name, position and length of a member.
 const ENTRY_LEN: u64 = 32;
 const NAME_LEN: usize = 16;
 const MAX_MEMBERS: u32 = 16;
 
-/// A list of members, followed by their bytes, as in a tar file.
+/// Driver of a toy container: a list of members, followed by their bytes.
 struct CrateDriver;
 
 impl Driver for CrateDriver {

@@ -1,5 +1,5 @@
-//! Tests of the laws themselves, against drivers that break them, and of the contracts that no driver of the
-//! program uses yet: containers, several outputs.
+//! Tests of the laws themselves, against drivers that break them, and of the contracts for containers and for
+//! images of several outputs, with toy drivers.
 #![allow(clippy::unwrap_used)]
 
 mod conformance;

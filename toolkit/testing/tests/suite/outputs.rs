@@ -1,4 +1,4 @@
-//! The contract of images of several outputs, with a toy one: a descriptor and a flat file beside it.
+//! The contract of images of several outputs, tested with a toy: a descriptor and a flat file beside it.
 
 use std::path::Path;
 
@@ -14,7 +14,7 @@ use imgtool_testing::conformance::{
     self as laws, Content, FileOutputs, Fill, Image, MemorySource, Order, SingleOutput,
 };
 
-/// A descriptor, with a line for each write in the order of placing, and the bytes in `NAME-flat.bin`.
+/// Driver of a toy format: a descriptor with a line for each used mebibyte, and the bytes in `NAME-flat.bin`.
 struct SplitDriver;
 
 impl Driver for SplitDriver {
@@ -74,7 +74,7 @@ struct SplitSink {
 
 const DESCRIPTOR: OutputId = OutputId::MAIN;
 const FLAT: OutputId = OutputId(1);
-/// Bytes of a line of the descriptor: one for each megabyte of the disk.
+/// Length in bytes of a line of the descriptor, which has a line for each mebibyte of the disk.
 const LINE_LEN: u64 = 32;
 const UNIT: u64 = 1 << 20;
 
@@ -110,7 +110,7 @@ impl ImageSink for SplitSink {
     }
 
     fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
-        // Both outputs in turn: the order of writes within each is kept.
+        // Writes to both outputs in turn; the order within each output must be kept.
         for part in &prepared.parts {
             writes.push(FLAT, part.guest.start, part.bytes.clone());
             let unit = part.guest.start / UNIT;
@@ -141,7 +141,7 @@ fn expected_flat() -> Vec<u8> {
     bytes
 }
 
-/// Writes the image with the pipeline itself; returns the digest of what passed.
+/// Writes the image with the pipeline and returns the digest of its content.
 fn write_split(order: Order, threads: usize, path: &Path) -> u128 {
     let image = image().read_as(order);
     let mut outputs = FileOutputs::new(path);
