@@ -29,7 +29,7 @@ impl<F: Fn(u64) + Sync> Monitor for Percent<F> {
         self.total.store(gauge.lanes().filter_map(|lane| lane.total).sum(), Ordering::Relaxed);
     }
 
-    /// Worker threads call it concurrently, with a number of guest bytes.
+    /// Adds the guest bytes of a piece. Worker threads call this method concurrently.
     fn advance(&self, _lane: Lane, len: u64, _zero: u64) {
         let before = self.done.fetch_add(len, Ordering::Relaxed);
         let total = self.total.load(Ordering::Relaxed);
@@ -40,7 +40,7 @@ impl<F: Fn(u64) + Sync> Monitor for Percent<F> {
     }
 }
 
-/// Converts `from`, or only its disk `disk`, into the new file `to`.
+/// Converts `from`, or only its disk `disk`, into the new file `to`. `show` receives the progress in percent.
 fn convert(
     from: &Path,
     to: &Path,
@@ -83,7 +83,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            // The alternate form adds the cause: the words of the operating system.
+            // The alternate form adds the cause: the message of the operating system.
             eprintln!("\r{error:#}");
             ExitCode::FAILURE
         }

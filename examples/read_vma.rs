@@ -5,8 +5,8 @@
 //! cargo run --release --example read_vma -- fixtures/sparse.vma drive-virtio0 268455936 64
 //! ```
 //!
-//! Given only an archive, it lists the disks and their stored bytes. Given a disk, an offset and a length,
-//! it prints those bytes of the guest.
+//! Given only an archive, it lists the disks and the number of bytes stored for each. With a disk, a guest
+//! offset and a length, it prints these guest bytes.
 
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
@@ -15,13 +15,13 @@ use std::process::ExitCode;
 use imgtool::contracts::OpenOptions;
 use imgtool::{Error, Image, Result};
 
-/// Opens an archive for random access. A compressed archive is a stream, which is first copied to an
-/// unnamed temporary file, unless it is a seekable .zst as written by imgtool.
+/// Opens an archive for random access. A compressed archive is first copied to an unnamed temporary file,
+/// unless it is a seekable .zst as imgtool writes it.
 fn open(archive: &Path) -> Result<Image> {
     imgtool::open_with(&imgtool::registry(), archive, Some("vma"), &OpenOptions::default())
 }
 
-/// Lists the disks with their sizes and stored bytes, from the archive's index, without reading data.
+/// Lists the disks with their virtual sizes and stored bytes. Reads the archive's index, but no data.
 fn list(archive: &Path) -> Result<String> {
     let mut text = String::new();
     for disk in open(archive)?.disks()? {
@@ -38,7 +38,7 @@ fn list(archive: &Path) -> Result<String> {
     Ok(text)
 }
 
-/// Reads at most `len` bytes of a disk from `guest_offset` on.
+/// Reads at most `len` bytes of a disk, starting at `guest_offset`.
 fn read(archive: &Path, disk: &str, guest_offset: u64, len: u64) -> Result<Vec<u8>> {
     let mut reader = open(archive)?.disk(disk)?.reader();
     let mut bytes = Vec::new();

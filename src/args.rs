@@ -1,5 +1,5 @@
-//! The command line. Every flag is defined once, here or in a module below, and feeds the parser, the
-//! help, the manual pages and the shell completions.
+//! Definition of the command line. Every flag is defined once, here or in a module below; the parser, the
+//! help, the manual pages and the shell completions all use that definition.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -216,7 +216,7 @@ pub struct MessageArgs {
 }
 
 impl MessageArgs {
-    /// Combines `-p`, `-q` and `--progress`.
+    /// Returns the mode that `-p`, `-q` and `--progress` select. `--progress` wins unless it is `auto`.
     pub fn mode(self) -> ProgressMode {
         match (self.progress, self.show_progress, self.quiet) {
             // As in qemu-img: -q silences -p.
@@ -241,7 +241,7 @@ fn threads(text: &str) -> Result<u16, String> {
 }
 
 impl ThreadArgs {
-    /// The number of workers; 0 for one per processor.
+    /// Returns the number of workers; 0 means one per processor.
     pub fn count(self) -> usize {
         self.threads.map_or(0, usize::from)
     }
@@ -283,13 +283,13 @@ pub struct ManArgs {
     pub directory: Option<PathBuf>,
 }
 
-/// Name of the command, and of the program, that replaces Proxmox's `vma`.
+/// Name of the command that replaces Proxmox's `vma`. A program with this name implies the command.
 const VMA: &str = "vma";
 
 /// Parses the command line.
 ///
 /// # Errors
-/// The exit code, after printing help, the version or a usage error.
+/// Returns the exit code after printing help, the version or a usage error.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Exit> {
     let mut args: Vec<OsString> = args.into_iter().collect();
     let invoked_as_vma =

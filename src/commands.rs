@@ -1,4 +1,4 @@
-//! The commands, one module each, and their dispatch.
+//! The commands and their dispatch.
 
 use imgtool_core::Result;
 

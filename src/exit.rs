@@ -18,7 +18,7 @@ pub enum Exit {
 }
 
 impl Exit {
-    /// `compare`: the contents differ.
+    /// `compare`: the images differ.
     pub const DIFFERENT: Exit = Exit::Failed;
     /// `compare`: an image could not be opened or read.
     pub const NOT_COMPARED: Exit = Exit::Usage;
@@ -27,7 +27,7 @@ impl Exit {
     /// `check`: space is wasted, the content is intact.
     pub const LEAKS: Exit = Exit::Losses;
 
-    /// The exit code.
+    /// Returns the numeric exit code.
     pub fn code(self) -> u8 {
         match self {
             Exit::Done => 0,

@@ -1,4 +1,4 @@
-//! Opening of images that the user named on the command line, and their names for a person.
+//! Opens images that the user names on the command line, and formats their names for messages.
 
 use std::ffi::OsStr;
 
@@ -11,7 +11,7 @@ use crate::args::InputArgs;
 /// Returns the settings for opening images.
 ///
 /// # Errors
-/// For flags that [`refuse`] refuses.
+/// Same as [`refuse`].
 pub fn open_settings(args: &InputArgs) -> Result<OpenSettings> {
     refuse(args)?;
     let (chain, paths): (Vec<_>, Vec<_>) =
@@ -23,7 +23,7 @@ pub fn open_settings(args: &InputArgs) -> Result<OpenSettings> {
     })
 }
 
-/// Like [`open_settings`], as options for drivers.
+/// Returns the settings of [`open_settings`] as options for drivers.
 ///
 /// # Errors
 /// Same as [`open_settings`].
@@ -35,7 +35,7 @@ pub fn open_options(registry: &Registry, args: &InputArgs) -> Result<OpenOptions
 /// Refuses flags of qemu-img that are not supported.
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Usage`] for such a flag, with the reason.
+/// [`imgtool_core::ErrorKind::Usage`] if one of them was given.
 pub fn refuse(args: &InputArgs) -> Result<()> {
     if args.image_opts {
         return Err(Error::usage("--image-opts is not supported: images are named by plain paths")
@@ -53,13 +53,13 @@ pub fn refuse_objects(objects: &[String]) -> Result<()> {
         return Ok(());
     }
     Err(Error::usage("--object is not supported: no encrypted or remote image is opened")
-        .hint("leave it out; qemu-img reads such an image into one that imgtool can read"))
+        .hint("leave it out; convert such an image with qemu-img first"))
 }
 
 /// Opens an image that the user named.
 ///
 /// # Errors
-/// When it can't be opened.
+/// If it can't be opened.
 pub fn open(
     registry: &Registry,
     name: &OsStr,
@@ -82,7 +82,7 @@ pub fn open_random(
     opening::open_random(registry, &Location::source(name), format, options, &CancelToken::new())
 }
 
-/// Formats a name on the command line for a person.
+/// Formats the name of an image for messages: `-` becomes "standard input".
 pub fn show(name: &OsStr) -> String {
     match name.to_str() {
         Some("-") => "standard input".to_owned(),
@@ -96,7 +96,7 @@ pub fn snapshot_name(text: &str) -> String {
     bare.unwrap_or(text).to_owned()
 }
 
-/// Returns the kind of a device in one word, as text and JSON show it.
+/// Returns the kind of a device in one word, for text and JSON.
 pub fn kind_name(kind: DeviceKind) -> &'static str {
     match kind {
         DeviceKind::Disk => "disk",

@@ -1,5 +1,5 @@
-//! Signals. The first one cancels the work. If the work does not stop in time, or a second signal
-//! comes, unfinished outputs are removed and the program exits.
+//! Signal handling. The first signal cancels the work. If the work does not stop in time, or a second signal
+//! comes, the handler removes unfinished outputs and exits the program.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -25,10 +25,10 @@ pub struct Interrupt(Arc<Shared>);
 struct Shared {
     cancel: CancelToken,
     cleaner: Mutex<Option<Cleaner>>,
-    /// Held while outputs are renamed, as an exit in between would leave some without their final
-    /// names; and while the program exits.
+    /// Held while the outputs are renamed, since an exit in between would leave only some of them with their
+    /// final names. Also held during the exit.
     naming: Mutex<()>,
-    /// True once all outputs have their final names: signals no longer make the run fail.
+    /// True if all outputs have their final names. Signals no longer make the run fail then.
     named: AtomicBool,
     /// Number of signals so far.
     signals: AtomicU32,
@@ -58,7 +58,7 @@ impl Interrupt {
         Ok(interrupt)
     }
 
-    /// The token that the work polls.
+    /// Returns the token that the work polls.
     pub fn token(&self) -> CancelToken {
         self.0.cancel.clone()
     }
@@ -68,8 +68,8 @@ impl Interrupt {
         *lock(&self.0.cleaner) = Some(cleaner);
     }
 
-    /// Runs the step that renames the outputs. Signals wait for its end; after a success they have no
-    /// effect on the result.
+    /// Runs the step that renames the outputs. An exit by a signal waits for its end. After the step has
+    /// succeeded, signals no longer affect the result.
     pub fn shielded<T>(&self, step: impl FnOnce() -> Result<T>) -> Result<T> {
         let _naming = lock(&self.0.naming);
         let value = step()?;
@@ -81,8 +81,8 @@ impl Interrupt {
         self.0.cancel.cancel();
         if self.0.signals.fetch_add(1, Ordering::SeqCst) > 0 {
             self.abort();
-            // The outputs are complete; only the report is missing, perhaps blocked by a reader that
-            // does not read.
+            // The outputs are complete; only the report is missing, perhaps because the reader of a pipe does
+            // not read.
             std::thread::sleep(PATIENCE);
             // If this fails, the next signal tries again.
             let _ = signal_hook::low_level::emulate_default_handler(signal);
@@ -114,7 +114,7 @@ impl Interrupt {
 /// Turns a write beyond the file size limit (`ulimit -f`) into an error. By default the kernel kills
 /// the program with SIGXFSZ, which leaves its unfinished outputs behind.
 pub fn handle_file_size_limit() {
-    // The flag is never read. If this fails, the kernel's default stays in force.
+    // The flag is never read. If the call fails, the kernel's default stays in force.
     let _ = signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)));
 }
 

@@ -14,12 +14,12 @@
 //! # }
 //! ```
 //!
-//! [`open`] and [`convert`] support all formats of the program. For more control, use [`engine`], which
-//! plans and runs a request. For a driver of your own, implement the traits of [`contracts`] and add it with
+//! [`open`] and [`convert`] support all formats of the program. For more control, use [`engine`], which plans
+//! and runs a request. To add a driver of your own, implement the traits of [`contracts`] and add it with
 //! [`Registry::register`] to the drivers that [`registry`] returns.
 //!
-//! The library prints nothing, has no global state, and no `unsafe`. Without the feature `cli`
-//! (on by default), it has no dependency that only the program needs.
+//! The library prints nothing, has no global state and no `unsafe`. Without the feature `cli` (on by
+//! default), it does not depend on crates that only the program needs.
 
 use std::sync::Arc;
 
@@ -36,8 +36,8 @@ pub use imgtool_engine::{
 use imgtool_core::{Compress, ImageSource, NoProgress};
 use imgtool_engine::Opened;
 
-/// Returns the drivers of the program. The driver for raw disks comes last, since it accepts every image
-/// that no other driver recognises.
+/// Returns the drivers of the program. The driver for raw disks accepts every image, but is chosen only if no
+/// other driver recognises it.
 pub fn registry() -> Registry {
     let mut registry = Registry::new();
     imgtool_qcow2::register(&mut registry);
@@ -58,9 +58,9 @@ pub fn open(location: impl Into<Location>) -> Result<Image> {
     open_with(&registry(), location, None, &OpenOptions::default())
 }
 
-/// Like [`open`], with other drivers, a stated format, or options. [`OpenOptions::externals`] allows external
-/// files ([`engine::externals::PolicyOpener`] makes it). An archive in salvage is read in one pass, so only
-/// [`Conversion::salvage`] restores its disks.
+/// Like [`open`], with other drivers, an explicit format, or options. To allow external files, set
+/// [`OpenOptions::externals`] with [`engine::externals::PolicyOpener`]. With [`OpenOptions::salvage`], an
+/// archive can only be read in one pass: use [`Conversion::salvage`] to restore its disks.
 ///
 /// # Errors
 /// Same as [`open`].
@@ -79,8 +79,8 @@ pub fn open_with(
 pub struct Image(Opened);
 
 impl Image {
-    /// Returns all devices, in the image's order: disks, and the RAM of a virtual machine if an archive
-    /// contains it ([`Disk::device`] tells). Each handle keeps the image open.
+    /// Returns all devices, in the image's order: disks, and the state of a running guest if an archive
+    /// contains it ([`Disk::device`] tells them apart). Each handle keeps the image open.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] for an archive whose data is too scattered for random access.
@@ -91,7 +91,7 @@ impl Image {
     /// Returns the disk called `name`.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`] if no disk has that name; the hint lists all names.
+    /// Same as [`Image::disks`]; [`ErrorKind::Usage`] if no disk has that name. The hint lists all names.
     pub fn disk(&self, name: &str) -> Result<Disk> {
         Disk::by_name(Arc::clone(&self.0.image), name)
     }
@@ -112,8 +112,8 @@ impl Image {
     }
 }
 
-/// Prepares a conversion of the image at `source` into the file or directory `dest`; [`Conversion::run`]
-/// runs it. The extension of `dest` determines the format, unless [`Conversion::format`] sets it. Text is a
+/// Prepares a conversion of the image at `source` into the file or directory `dest`; [`Conversion::run`] runs
+/// it. The extension of `dest` determines the format, unless [`Conversion::format`] sets it. A string is a
 /// path or URL; for a pipe, pass [`Location::Stdin`] or [`Location::Stdout`].
 pub fn convert(source: impl Into<Location>, dest: impl Into<Location>) -> Conversion<'static> {
     Conversion {
@@ -147,25 +147,25 @@ impl<'a> Conversion<'a> {
         self
     }
 
-    /// Selects a disk of an archive; call it again for more. By default, all disks are converted.
+    /// Selects a disk of an archive; call it once per disk. By default, all disks are converted.
     pub fn disk(mut self, name: impl Into<String>) -> Self {
         self.request.disks.push(name.into());
         self
     }
 
-    /// Compresses the output: inside the format if it can, otherwise as a whole.
+    /// Compresses the output: inside the format if the format can compress, otherwise as a whole.
     pub fn compressed(mut self) -> Self {
         self.request.compress = Some(Compress::default());
         self
     }
 
-    /// Allows the source to name other files (a backing image) in its own directory.
+    /// Allows the source to use other files in or below its directory, such as a backing image.
     pub fn allow_chain(mut self) -> Self {
         self.request.open.policy.chain = true;
         self
     }
 
-    /// Allows existing files to be replaced, once the new ones are finished.
+    /// Replaces existing files after all new ones are complete.
     pub fn overwrite(mut self) -> Self {
         self.request.overwrite = true;
         self
@@ -189,19 +189,19 @@ impl<'a> Conversion<'a> {
         self
     }
 
-    /// Stops with [`ErrorKind::Cancelled`] once the token is cancelled.
+    /// Stops with [`ErrorKind::Cancelled`] when `cancel` is cancelled.
     pub fn cancelled_by(mut self, cancel: CancelToken) -> Self {
         self.options.cancel = cancel;
         self
     }
 
-    /// Uses these drivers instead of those of [`registry`].
+    /// Uses these drivers instead of the built-in ones ([`registry`]).
     pub fn drivers(mut self, registry: Registry) -> Self {
         self.registry = registry;
         self
     }
 
-    /// Restores what is intact of a damaged source; [`Report::losses`] lists the ranges that are not.
+    /// Restores the intact parts of a damaged source; [`Report::losses`] lists the lost ranges.
     pub fn salvage(mut self) -> Self {
         self.request.open.salvage = true;
         self
@@ -219,19 +219,19 @@ impl<'a> Conversion<'a> {
         self
     }
 
-    /// Runs the conversion. The outputs get their final names together, once all of them are finished. After
-    /// an error or a cancellation, none of them is left.
+    /// Runs the conversion. The outputs get their final names together, after all of them are complete. After
+    /// an error or a cancellation, no new file is left.
     ///
     /// # Errors
     /// [`ErrorKind::Usage`] for an invalid request, [`ErrorKind::Refused`] if an output already exists,
-    /// [`ErrorKind::Cancelled`]; and any error of the source or the target.
+    /// [`ErrorKind::Cancelled`] after a cancellation, and any error of the source or the target.
     pub fn run(self) -> Result<Report> {
         let conversion = self.request.open(&self.registry, &self.options.cancel)?;
         conversion.plan()?.run(&self.options, self.monitor)
     }
 }
 
-/// Compiles and runs the example of the README with the tests.
+/// Runs the example of the README with the doc tests.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;

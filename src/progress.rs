@@ -1,4 +1,4 @@
-//! Progress: the monitor of a run, whose counters workers advance and a thread displays.
+//! Progress of a run: the workers advance counters, and a separate thread displays them.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -17,7 +17,7 @@ use crate::report::{self, Stream, human_size, percent};
 mod bars;
 mod json;
 
-/// Snapshot of a lane, or of the sum of all lanes, in guest bytes.
+/// Progress of a lane, or of all lanes together, in guest bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Sample {
     done: u64,
@@ -36,7 +36,7 @@ struct Counters {
 }
 
 impl Counters {
-    /// Every lane with its name.
+    /// Returns the name and the progress of every lane.
     fn lanes(&self) -> impl ExactSizeIterator<Item = (&str, Sample)> {
         self.gauge.lanes().enumerate().map(|(index, info)| {
             let lane = LaneId(u32::try_from(index).unwrap_or(u32::MAX));
@@ -56,7 +56,7 @@ impl Counters {
         )
     }
 
-    /// Waits for the next update; false once the meter has stopped.
+    /// Waits for the next update. Returns false if the meter has stopped.
     fn wait(&self, interval: Duration) -> bool {
         let stop = lock(&self.stop);
         let (stop, _) = self
@@ -67,8 +67,8 @@ impl Counters {
     }
 }
 
-/// Seconds after which the weight of an older rate has fallen to 1/e. Our choice: the number changes
-/// slowly enough to read it.
+/// Seconds after which the weight of an older rate has fallen to 1/e. Our choice: the number changes slowly
+/// enough to be read.
 const RATE_MEMORY: f64 = 3.0;
 
 /// Smoothed rate in bytes per second.
@@ -86,7 +86,7 @@ impl Rate {
             return;
         }
         let now = done.saturating_sub(self.done) as f64 / seconds;
-        // The average since the start at first, that of the last seconds later.
+        // At first the average since the start, later the average of the last seconds.
         let weight = (1.0 - (-seconds / RATE_MEMORY).exp()).max(seconds / elapsed.as_secs_f64());
         self.rate += (now - self.rate) * weight;
         (self.at, self.done) = (elapsed, done);
@@ -100,7 +100,7 @@ impl Rate {
 /// Time between two lines of [`show_lines`].
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Displays progress without a terminal: a line from time to time, for logs.
+/// Displays progress without a terminal: prints a line at intervals, for logs.
 fn show_lines(counters: &Counters) {
     let mut rate = Rate::default();
     while counters.wait(LINE_INTERVAL) {
@@ -116,7 +116,7 @@ fn show_lines(counters: &Counters) {
     }
 }
 
-/// The display of one phase, until it is finished or dropped.
+/// Display of one phase. It stops when it is finished or dropped.
 struct Meter {
     counters: Arc<Counters>,
     thread: Option<JoinHandle<()>>,
@@ -162,7 +162,7 @@ impl Drop for Meter {
     }
 }
 
-/// The program's side of a run: displays progress and keeps signals in order.
+/// Monitor of the program's runs: displays progress, and tells the signal handler about the outputs.
 pub struct Display<'a> {
     mode: ProgressMode,
     interrupt: &'a Interrupt,
@@ -170,7 +170,7 @@ pub struct Display<'a> {
 }
 
 impl<'a> Display<'a> {
-    /// A display in this mode.
+    /// Creates a display in this mode.
     pub fn new(mode: ProgressMode, interrupt: &'a Interrupt) -> Self {
         Self { mode, interrupt, meter: Mutex::new(None) }
     }

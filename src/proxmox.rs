@@ -1,5 +1,5 @@
-//! `--proxmox`: writes a guest configuration, so that Proxmox VE can restore an archive of disks that have
-//! none.
+//! `--proxmox`: creates a guest configuration for disks that have none, so that Proxmox VE can restore their
+//! archive.
 //!
 //! `qmrestore` needs two lines for each disk: a setting (`scsi0: …`), and a comment
 //! `#qmdump#map:DRIVE:DEVICE:STORAGE:FORMAT:`, which assigns a device of the archive to the drive.
@@ -12,26 +12,28 @@ use imgtool_core::{Attachment, DeviceKind, Error, Result};
 use imgtool_engine::SelectedDisk;
 use imgtool_storage::Compression;
 
-/// The name of a guest's configuration in an archive.
+/// Name of the guest's configuration in an archive.
 pub const CONFIG_NAME: &str = "qemu-server.conf";
 
 /// Prefix of the lines that assign a device of the archive to a drive.
 const MAP_LINE: &str = "#qmdump#map:";
 
-/// Prefix of archive names that `qmrestore` accepts.
+/// Prefix that `qmrestore` requires of an archive's name.
 const ARCHIVE_PREFIX: &str = "vzdump-qemu-";
 
-/// Storage name for the volume names of disk lines. Every node has this one; `qmrestore --storage` replaces
-/// it.
+/// Name of the storage in the volume names of disk lines. Every node has this storage; `qmrestore --storage`
+/// replaces it.
 const ANY_STORAGE: &str = "local";
 
-/// Guest number for the volume names of disk lines. `qmrestore` replaces it.
+/// Guest number (VMID) in the volume names of disk lines, if the archive's name has none. `qmrestore`
+/// replaces it.
 const ANY_VMID: &str = "100";
 
-/// Makes the configuration, and renames the disks to match its map lines. `dest` is the archive.
+/// Creates the configuration, and renames the disks to match its map lines. `dest` is the path of the
+/// archive, from whose name the guest number is taken.
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Usage`] for a setting that is not `KEY=VALUE`.
+/// [`imgtool_core::ErrorKind::Usage`] for a setting that is malformed or given twice.
 pub fn configure(
     settings: &[String],
     selected: &mut [SelectedDisk],
@@ -107,7 +109,7 @@ pub fn notes_on_map(config: &[u8], disks: &[&str]) -> Vec<String> {
     missing.chain(unmapped).collect()
 }
 
-/// Returns the guest number in `vzdump-qemu-VMID-YYYY_MM_DD-HH_MM_SS.vma…`.
+/// Returns the guest number in `vzdump-qemu-VMID-YYYY_MM_DD-HH_MM_SS.vma…`; `None` for any other name.
 fn vmid_of(name: &str) -> Option<&str> {
     let (vmid, rest) = name.strip_prefix(ARCHIVE_PREFIX)?.split_once('-')?;
     let (time, extension) = rest.split_once(".vma")?;
@@ -140,14 +142,14 @@ fn parse(settings: &[String]) -> Result<BTreeMap<String, String>> {
     Ok(lines)
 }
 
-/// A bus for disks, and the number of disks on it.
+/// A bus, and the maximum number of disks on it.
 struct Bus {
     name: &'static str,
     drives: u32,
     bootable: bool,
 }
 
-/// All buses with their number of disks, from qm.conf(5).
+/// All buses for disks, from qm.conf(5).
 const BUSES: [Bus; 6] = [
     Bus { name: "scsi", drives: 31, bootable: true },
     Bus { name: "virtio", drives: 16, bootable: true },
@@ -157,7 +159,7 @@ const BUSES: [Bus; 6] = [
     Bus { name: "tpmstate", drives: 1, bootable: false },
 ];
 
-/// Returns the bus of a drive such as `scsi0`.
+/// Returns the bus of a drive such as `scsi0`; `None` if no such drive exists.
 fn bus_of(drive: &str) -> Option<&'static Bus> {
     BUSES.iter().find(|bus| {
         let number = drive.strip_prefix(bus.name).filter(|n| *n == "0" || !n.starts_with('0'));
@@ -165,8 +167,9 @@ fn bus_of(drive: &str) -> Option<&'static Bus> {
     })
 }
 
-/// Assigns a drive to each disk and names the disk after it. A disk whose name is not that of a drive becomes
-/// the next free SCSI disk.
+/// Assigns a drive to each disk, in order, and renames the disk after it. A disk that is not named after a
+/// free drive gets the next free one, starting with SCSI. The guest state gets `None`, and so does a disk if
+/// no drive is free.
 fn name_drives(selected: &mut [SelectedDisk]) -> Vec<Option<String>> {
     let named = |device: &SelectedDisk| {
         let name = device.name.strip_prefix("drive-").unwrap_or(&device.name);

@@ -38,7 +38,7 @@ pub fn error(error: &Error) {
     say(&text);
 }
 
-/// The text of an error with its cause, without the number that the standard library appends.
+/// Returns the text of an error with its cause, without the error number that the standard library appends.
 fn sentence(error: &Error) -> String {
     let text = format!("{error:#}");
     match error.io_error().and_then(io::Error::raw_os_error) {
@@ -47,7 +47,7 @@ fn sentence(error: &Error) -> String {
     }
 }
 
-/// The exit code for an error.
+/// Returns the exit code for an error.
 pub fn exit_of(error: &Error) -> Exit {
     if error.kind() == ErrorKind::Usage { Exit::Usage } else { Exit::Failed }
 }
@@ -62,7 +62,7 @@ pub fn print(text: &str) -> Result<()> {
     print_bytes(text.as_bytes())
 }
 
-/// Like [`print()`], for bytes.
+/// Prints bytes to standard output, like [`print()`].
 pub fn print_bytes(bytes: &[u8]) -> Result<()> {
     let mut out = io::stdout().lock();
     match out.write_all(bytes).and_then(|()| out.flush()) {

@@ -1,6 +1,6 @@
-//! Lower bound of a conversion without compression: it writes as many bytes to the same offsets of a new
-//! file, from a buffer in memory, without reading or inspecting data. The kernel serializes writes to one
-//! file (inode lock), so no number of threads is faster than this.
+//! Measures a lower bound for a conversion without compression: writes as many bytes as the image has data,
+//! to the same offsets of a new file, from one buffer and without reading the data. The kernel serializes
+//! writes to one file (inode lock), so more threads would not be faster.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -9,10 +9,10 @@ use std::path::Path;
 use imgtool_core::{BufferPool, Error, Result};
 use imgtool_storage::open::{Opening, open};
 
-/// Bytes per write, as in imgtool.
+/// Length in bytes of a write, as in the writers for raw and qcow2.
 const PIECE_LEN: u64 = 256 << 10;
 
-/// Writes the data extents of `image` to the same offsets of `target`, with other content.
+/// Writes other content to `target`, at the offsets of the data extents of `image`.
 pub fn write(image: &Path, target: &Path) -> Result<()> {
     let source = open(&image.into(), Opening::Plain)?.input.into_random()?;
     let mut buffer = BufferPool::new().take(PIECE_LEN as usize);

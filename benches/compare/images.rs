@@ -1,38 +1,38 @@
-//! The source images. Each is created for the first row that needs it and removed after the last, so
-//! that a tmpfs need not hold all of them.
+//! Source images. Each is created for the first row that needs it and, except for `a.raw`, removed after the
+//! last one, so that a tmpfs need not hold them all.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Guest size of the main image.
+/// Virtual size in bytes of the main image.
 const VIRTUAL_SIZE: u64 = 4 << 30;
 
-/// Bytes of files in the main image.
+/// Maximum total length in bytes of the files in the main image.
 const FILES_LEN: u64 = 1400 << 20;
 
-/// Guest size of the sparse image.
+/// Virtual size in bytes of the sparse image.
 const SPARSE_SIZE: u64 = 1 << 40;
 
-/// Bytes of data in the sparse image.
+/// Number of data bytes in the sparse image.
 const SPARSE_DATA: u64 = 256 << 20;
 
-/// Bytes of each run of data in the sparse image.
+/// Length in bytes of each run of data in the sparse image.
 const SPARSE_RUN: u64 = 64 << 10;
 
-/// Guest size of the scattered image.
+/// Virtual size in bytes of the scattered image.
 const SCATTERED_SIZE: u64 = 40 << 30;
 
-/// Bytes of data in the scattered image.
+/// Number of data bytes in the scattered image.
 const SCATTERED_DATA: u64 = 2 << 30;
 
-/// Bytes of each run of data in the scattered image.
+/// Length in bytes of each run of data in the scattered image.
 const SCATTERED_RUN: u64 = 4 << 10;
 
-/// Guest size of the empty images.
+/// Virtual size in bytes of the empty images.
 const EMPTY_SIZE: u64 = 8 << 40;
 
-/// The directory of the images and the files that fill the main image.
+/// Directory of the images, and the directory trees whose files fill the main image.
 pub struct Images {
     dir: PathBuf,
     trees: Vec<PathBuf>,
@@ -47,7 +47,7 @@ impl Images {
         &self.dir
     }
 
-    /// Creates the image with this name unless it exists.
+    /// Creates the image with this name unless it already exists.
     pub fn make(&self, name: &str) -> Result<(), String> {
         let path = self.dir.join(name);
         if path.exists() {
@@ -81,7 +81,7 @@ impl Images {
         }
     }
 
-    /// Removes an image that no later row needs.
+    /// Removes the image with this name if it exists.
     pub fn remove(&self, name: &str) -> Result<(), String> {
         let path = self.dir.join(name);
         if path.exists() { fs::remove_file(&path).map_err(|e| format!("{name}: {e}")) } else { Ok(()) }
@@ -94,8 +94,8 @@ impl Images {
         sh(&self.dir, command)
     }
 
-    /// Creates an ext4 file system with files of this machine, whose content compresses like that of a
-    /// real guest.
+    /// Creates an ext4 file system and fills it with the files of the trees, since programs and text compress
+    /// like the disk of a real guest.
     fn file_system(&self, path: &Path) -> Result<(), String> {
         set_len(path, VIRTUAL_SIZE)?;
         let staging = self.dir.join("files");
@@ -110,7 +110,8 @@ impl Images {
     }
 }
 
-/// Copies regular files in the order of their names, `remaining` bytes at most.
+/// Copies the regular files below `from` in the order of their names. Skips files that cannot be read or are
+/// longer than `remaining` bytes.
 fn copy_tree(from: &Path, to: &Path, remaining: &mut u64) -> Result<(), String> {
     let mut entries: Vec<_> = match fs::read_dir(from) {
         Ok(entries) => entries.flatten().collect(),
@@ -133,8 +134,8 @@ fn copy_tree(from: &Path, to: &Path, remaining: &mut u64) -> Result<(), String> 
     Ok(())
 }
 
-/// Creates an image of short runs of noise, far apart.
-/// An image of `size` bytes with `data` bytes of data, in runs of `run_len` at equal distances.
+/// Creates an image of `size` bytes with `data` bytes of noise, in runs of `run_len` bytes at equal
+/// distances.
 fn sparse(path: &Path, size: u64, data: u64, run_len: u64) -> Result<(), String> {
     use std::os::unix::fs::FileExt;
     set_len(path, size)?;

@@ -15,10 +15,11 @@
 //!                only write as many bytes as IMAGE has data, to the same offsets of TARGET
 //! ```
 //!
-//! A round runs our command and each peer's, each time beginning with another. Memory is touched before
-//! each run: a virtual machine that returns free pages to its host pays for the first use of each page. On a disk every command includes flushing its output:
-//! imgtool always does, for a peer it is added. A run is repeated if other processes took much of the
-//! machine. A peer that is not installed, or fails, is listed as skipped.
+//! Each round runs our command and those of all peers, and begins with a different one. Memory is touched
+//! before each run: in a virtual machine that returns free pages to its host, the first use of each page is
+//! slow. On a disk, every measured command also flushes its output: imgtool always does, and for a peer the
+//! flush is added. A run is repeated if other processes used too much CPU time. A peer that is not installed
+//! or fails in the warm-up is listed as skipped.
 
 mod floor;
 mod images;
@@ -102,7 +103,7 @@ fn parse_options() -> Result<Options, String> {
         return Err("--rounds needs at least 1".into());
     }
     if options.trees.is_empty() {
-        // Programs, libraries and text, like the disk of a guest.
+        // Programs, libraries and text, as on the disk of a guest.
         options.trees = ["/usr/bin", "/usr/lib", "/usr/share"].map(PathBuf::from).to_vec();
     }
     Ok(options)
@@ -134,7 +135,7 @@ fn run(options: Options) -> Result<(), String> {
             report::write_json(path, dir.path(), options.rounds, &results)?;
         }
         let needed = |input: &String| rows[index + 1..].iter().any(|row| row.inputs.contains(input));
-        // a.raw stays, as other images are derived from it.
+        // Keep a.raw, since other images are derived from it.
         for input in row.inputs.iter().filter(|input| *input != "a.raw" && !needed(input)) {
             images.remove(input)?;
         }

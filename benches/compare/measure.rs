@@ -1,17 +1,18 @@
-//! Runs one command and measures it: wall time here, CPU time and memory with GNU time.
+//! Runs one command and measures it: wall time in this process, CPU time and memory with GNU time.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-/// Share of one CPU; a run is repeated if other processes took more than this meanwhile.
+/// Maximum CPU time of other processes during a run, as a share of its wall time; above it, the run is
+/// repeated.
 const DISTURBED: f64 = 0.15;
 
-/// Most repetitions of a disturbed run.
+/// Maximum number of repetitions of a disturbed run.
 const REPEATS: usize = 2;
 
-/// Time limit of a run in seconds: several times what the slowest of these conversions takes.
+/// Time limit of a run in seconds: several times the duration of the slowest conversion.
 const LONGEST: &str = "90";
 
 /// Measurements of one run.
@@ -23,20 +24,20 @@ pub struct Sample {
     pub cpu: f64,
     /// Peak resident memory of the largest process, in KiB.
     pub memory: u64,
-    /// Allocated bytes of the output.
+    /// Allocated size of the outputs in bytes.
     pub output: u64,
-    /// CPU time of all other processes on the machine meanwhile, in seconds.
+    /// CPU time of all other processes during the run, in seconds.
     pub others: f64,
 }
 
-/// One program's runs of one conversion.
+/// Runs of one program in one conversion.
 pub struct Run {
     pub program: &'static str,
     command: String,
     /// True if the command does only an unavoidable part of the work.
     pub is_floor: bool,
     samples: Vec<Sample>,
-    /// Reason why the command is skipped.
+    /// Reason for skipping the command; `None` if it is measured.
     pub skipped: Option<String>,
 }
 
@@ -45,7 +46,8 @@ impl Run {
         Self { program, command, is_floor, samples: Vec::new(), skipped: None }
     }
 
-    /// Runs once without measuring. A peer that is missing or fails is skipped from then on.
+    /// Runs the command once without recording a sample. A peer that is not installed or fails is skipped
+    /// from then on; a failure of imgtool is an error.
     pub fn warm_up(&mut self, dir: &Path) -> Result<(), String> {
         for part in self.command.split(['|', '&']).filter(|part| !part.trim().is_empty()) {
             let program = part.split_whitespace().next().unwrap_or_default();
@@ -114,7 +116,7 @@ impl Run {
         Ok(Sample { wall, cpu, memory: memory as u64, output, others: (busy - cpu).max(0.0) })
     }
 
-    /// The median of each quantity.
+    /// Returns the median of each quantity; `None` without samples.
     pub fn median(&self) -> Option<Sample> {
         let middle = |pick: fn(&Sample) -> f64| {
             let mut values: Vec<f64> = self.samples.iter().map(pick).collect();
@@ -130,13 +132,13 @@ impl Run {
         })
     }
 
-    /// Shortest and longest wall time.
+    /// Returns the shortest and the longest wall time in seconds.
     pub fn spread(&self) -> (f64, f64) {
         let walls = self.samples.iter().map(|sample| sample.wall);
         (walls.clone().fold(f64::INFINITY, f64::min), walls.fold(0.0, f64::max))
     }
 
-    /// The command without the paths of this machine.
+    /// Returns the command with the names of imgtool and this benchmark in place of their paths.
     fn named_command(&self) -> String {
         let this = std::env::current_exe().map(|path| path.display().to_string()).unwrap_or_default();
         self.command.replace(env!("CARGO_BIN_EXE_imgtool"), "imgtool").replace(&this, "compare")
@@ -158,8 +160,8 @@ impl Run {
     }
 }
 
-/// Uses as much memory as the largest of these conversions writes, so that the host has backed the pages
-/// before the measured run needs them.
+/// Touches as much memory as the largest conversion writes, so that the host backs these pages before the
+/// measured run needs them.
 fn touch_memory() {
     const LEN: usize = 3 << 30;
     const PAGE: usize = 4096;
@@ -170,8 +172,8 @@ fn touch_memory() {
     std::hint::black_box(&bytes);
 }
 
-/// Busy CPU seconds of the machine since boot (proc_stat(5): user, nice, system, irq and softirq, in
-/// hundredths).
+/// Returns the busy CPU time of all processors since boot, in seconds. proc_stat(5) counts user, nice,
+/// system, irq and softirq time in hundredths.
 fn busy_seconds() -> f64 {
     let text = std::fs::read_to_string("/proc/stat").unwrap_or_default();
     let numbers: Vec<f64> = text
@@ -184,14 +186,14 @@ fn busy_seconds() -> f64 {
     [0, 1, 2, 5, 6].iter().filter_map(|index| numbers.get(*index)).sum::<f64>() / 100.0
 }
 
-/// Outputs of the last run: every entry whose name begins with `out`.
+/// Returns the outputs of the last run: every entry whose name begins with `out`.
 fn outputs(dir: &Path) -> Result<Vec<std::path::PathBuf>, String> {
     let entries = std::fs::read_dir(dir).map_err(|e| e.to_string())?.flatten();
     let ours = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("out"));
     Ok(ours.map(|entry| entry.path()).collect())
 }
 
-/// Allocated bytes of the outputs of the last run.
+/// Returns the allocated size in bytes of the last run's outputs, without the files in an output directory.
 fn occupied(dir: &Path) -> Result<u64, String> {
     let files = outputs(dir)?;
     Ok(files.iter().filter_map(|path| std::fs::metadata(path).ok()).map(|meta| meta.blocks() * 512).sum())

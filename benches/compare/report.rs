@@ -1,4 +1,4 @@
-//! The table and the JSON.
+//! Reports of the results: a table on standard output, and a JSON file.
 
 use std::path::Path;
 use std::process::Command;
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::measure::Run;
 use crate::rows::Row;
 
-/// Description of the machine and of the programs.
+/// Returns a description of the machine and of the programs.
 pub fn machine() -> Value {
     let first = |command: &str| output(command).lines().next().unwrap_or_default().to_owned();
     json!({
@@ -22,7 +22,7 @@ pub fn machine() -> Value {
     })
 }
 
-/// Type of the file system of `dir`.
+/// Returns the type of the file system that contains `dir`, such as "tmpfs".
 pub fn file_system(dir: &Path) -> String {
     output(&format!("stat -f -c %T '{}'", dir.display())).trim().to_owned()
 }
@@ -74,7 +74,7 @@ pub fn print_row(row: &Row, runs: &[Run]) {
     }
 }
 
-/// Writes all measurements so far.
+/// Writes all measurements so far to the JSON file.
 pub fn write_json(path: &Path, dir: &Path, rounds: usize, rows: &[Value]) -> Result<(), String> {
     let whole = json!({
         "machine": machine(),

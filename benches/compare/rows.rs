@@ -1,23 +1,23 @@
-//! The conversions, the peers' commands and the goals.
+//! Conversions to compare, with the commands of the peers and the goals.
 
-/// One conversion: our command and those of the peers.
+/// One conversion: our command and the commands of the peers.
 pub struct Row {
     pub name: String,
-    /// Images that must exist.
+    /// Names of the source images that the commands need.
     pub inputs: Vec<String>,
-    /// Our command; `{i}` stands for the program.
+    /// Our command; `{i}` stands for imgtool.
     pub ours: String,
     pub peers: Vec<Peer>,
-    /// Goal for the ratio of the best peer's time to ours.
+    /// Goal for the ratio of the fastest peer's time to ours, if there is one.
     pub goal: Option<f64>,
 }
 
 /// Another program's command for the same conversion, or for an unavoidable part of it.
 pub struct Peer {
     pub name: &'static str,
+    /// Command; `{b}` stands for this benchmark, `{i}` for imgtool.
     pub command: String,
-    /// True if the command does only an unavoidable part of the work. `{b}` in a command stands for this
-    /// benchmark.
+    /// True if the command does only an unavoidable part of the work.
     pub is_floor: bool,
 }
 
@@ -34,7 +34,7 @@ fn row(name: &str, input: &str, ours: &str, peers: Vec<Peer>, goal: Option<f64>)
     Row { name: name.into(), inputs: vec![input.into()], ours, peers, goal }
 }
 
-/// qemu-img with its defaults, and with its fastest settings.
+/// Returns qemu-img with its defaults and with its fastest settings, both with the arguments `rest`.
 fn qemu(rest: &str) -> Vec<Peer> {
     vec![
         peer("qemu-img", format!("qemu-img convert {rest}")),
@@ -42,7 +42,7 @@ fn qemu(rest: &str) -> Vec<Peer> {
     ]
 }
 
-/// All rows, in the order of the report.
+/// Returns all rows in the order of the report.
 pub fn rows() -> Vec<Row> {
     let mut rows = plain();
     rows.extend(compressed());
@@ -88,8 +88,8 @@ fn compressed() -> Vec<Row> {
     ]
 }
 
-/// Conversions whose peer is the reference VMA program, which few machines have. The floor is a copy of
-/// the archive, or a zstd decoder that discards its output.
+/// Returns the conversions whose peer is the reference VMA program, which few machines have. The floor is a
+/// copy of the archive, or zstd alone.
 fn archives() -> Vec<Row> {
     const TO_QCOW2: &str = "qemu-img convert -W -m 16 -f raw -O qcow2 out.d/disk-drive-scsi0.raw out.qcow2";
     let copy = || floor("floor: cp of the archive", "cp --sparse=never a.vma out");
@@ -155,7 +155,7 @@ fn archives() -> Vec<Row> {
     for index in [0, 5] {
         rows[index].inputs.push("a.vma".into());
     }
-    // Both commands run the same engine.
+    // Both commands run the same engine, so there is no goal.
     rows.push(Row {
         name: "40 GiB scattered → vma".into(),
         inputs: vec!["scattered.raw".into()],

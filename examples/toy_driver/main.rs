@@ -6,8 +6,8 @@
 //! cargo run --release --example toy_driver -- target/sparse.slab target/sparse.qcow2
 //! ```
 //!
-//! `slab.rs` is the driver; the tests below are all that is needed to check it against the laws of the
-//! toolkit. `docs/drivers.md` explains both.
+//! `slab.rs` is the driver. The tests below are enough to check it against the laws of the toolkit.
+//! `docs/drivers.md` explains both.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -16,14 +16,15 @@ use imgtool::{Registry, Result};
 
 mod slab;
 
-/// The built-in drivers and ours. The order does not matter: raw is used only if no other format matches.
+/// Returns the built-in drivers and ours. Their order does not matter: raw is used only if no other format
+/// matches.
 fn registry() -> Registry {
     let mut registry = imgtool::registry();
     registry.register(slab::SlabDriver);
     registry
 }
 
-/// Converts `from` into the format that the extension of `to` names.
+/// Converts `from` into the file `to`, whose extension selects the format.
 fn convert(from: &Path, to: &Path) -> Result<String> {
     let report = imgtool::convert(from, to).drivers(registry()).overwrite().run()?;
     let made = &report.outputs[0];
@@ -84,7 +85,7 @@ mod tests {
         );
     }
 
-    /// Slab without a writer: all that a driver needs that only reads.
+    /// Slab without a writer: everything that a read-only driver needs.
     struct ReadOnly;
 
     impl Driver for ReadOnly {

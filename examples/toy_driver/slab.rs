@@ -1,7 +1,7 @@
 //! Driver of a custom format: *slab*, invented for this example.
 //!
-//! A slab image is a header and, at file offset 4096, the disk in one piece; zeros are holes of the file.
-//! The header is the magic `SLABIMG1` and the size of the disk in bytes, a little-endian `u64`.
+//! A slab image is a header and, at file offset 4096, the disk in one piece; zeros are holes in the file. The
+//! header is the magic number `SLABIMG1` and the size of the disk in bytes, a little-endian `u64`.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -63,7 +63,7 @@ impl Driver for SlabDriver {
     }
 }
 
-/// An open image. Many threads read it concurrently, through `&self`, and only within its disk.
+/// An open image. Many threads read it concurrently, through `&self` and only within the bounds of its disk.
 struct SlabImage {
     info: ImageInfo,
     input: RandomInput,
@@ -90,7 +90,7 @@ impl RandomAccess for SlabImage {
     }
 }
 
-/// Makes images. The writer of a format with options is a type of its own, which holds them.
+/// Creates images. If a format has options, its writer is a separate type that stores them.
 impl ImageWriter for SlabDriver {
     fn create(&self, outputs: &mut dyn OutputFactory, manifest: &Manifest) -> Result<Box<dyn ImageSink>> {
         let (disk, output) = (manifest.single("slab")?, outputs.main()?);
@@ -101,7 +101,7 @@ impl ImageWriter for SlabDriver {
     }
 }
 
-/// A new image. It says what to write where; the pipeline writes.
+/// A new image. It decides which bytes go to which file offset; the pipeline writes them.
 struct SlabSink {
     outputs: [Output; 1],
     size: u64,
@@ -113,7 +113,7 @@ impl Consumer for SlabSink {
         Geometry { granule, granule_required: false, piece_len, max_zero_len: u64::MAX, ordered: false }
     }
 
-    /// Finds the bytes to write. Many threads call this concurrently, without shared state.
+    /// Finds the bytes to write. Worker threads call this concurrently, so there is no shared state.
     fn prepare(&self, piece: SinkPiece, _pool: &BufferPool) -> Result<Prepared> {
         let runs = piece.nonzero_runs(SLAB as usize);
         Ok(Prepared::sparse(piece, runs, self.outputs[0].needs_zeros()))
@@ -125,7 +125,7 @@ impl ImageSink for SlabSink {
         &self.outputs
     }
 
-    /// Assigns file offsets, which follow from the guest offsets, so that calls may come in any order.
+    /// Assigns file offsets. They follow from the guest offsets, so calls may come in any order.
     fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
         let parts = prepared.parts.iter();
         parts.for_each(|part| writes.push(OutputId::MAIN, SLAB + part.guest.start, part.bytes.clone()));

@@ -194,8 +194,8 @@ pub struct DeviceArgs {
     /// Add a qemu-server.conf that qmrestore accepts, with this setting; repeatable
     ///
     /// A disk named like a drive (scsi0, drive-virtio1, efidisk0 ...) becomes that drive, any other
-    /// disk the next free SCSI drive; devices are renamed as qmrestore expects. Memory defaults to
-    /// 2048 MiB.
+    /// disk the next free drive, SCSI first; devices are renamed as qmrestore expects. Memory
+    /// defaults to 2048 MiB.
     #[arg(long, value_name = "KEY=VALUE", num_args = 1)]
     pub proxmox: Vec<String>,
 }

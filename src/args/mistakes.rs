@@ -1,4 +1,4 @@
-//! Usage errors: converts clap's errors to the wording and form of all other errors.
+//! Usage errors: converts clap's errors into the form and wording of all other errors.
 
 use std::ffi::OsString;
 use std::path::Path;

@@ -6,15 +6,15 @@ use std::ffi::OsStr;
 use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
 use clap::{Arg, Command, Error};
 
-/// QEMU's cache modes, the values of `-t` and `-T`.
+/// QEMU's cache modes: the values of `-t` and `-T`.
 pub const CACHE_MODES: [&str; 5] = ["none", "writeback", "writethrough", "directsync", "unsafe"];
 
-/// Kind of a value, from which the completions derive the possible words.
+/// Kind of an argument value. Shell completions offer the words of that kind.
 #[derive(Debug, Clone, Copy)]
 pub enum Offer {
     /// The name of a format.
     Formats,
-    /// `KEY=` for the `-o` options of all formats, since the parser does not know the format of a value.
+    /// `KEY=` for the `-o` options of all formats: the parser does not know which one the value is for.
     OptionKeys,
 }
 

@@ -25,7 +25,7 @@ struct Document<'a> {
 /// Checks an image.
 ///
 /// # Errors
-/// Only for an option that is not supported. Damage and failed checks have exit codes of their own.
+/// Only for an unsupported option. A damaged image and a failed check have exit codes of their own.
 pub fn run(args: &CheckArgs) -> Result<Exit> {
     images::refuse(&args.input)?;
     if let Some(what) = &args.repair {
@@ -69,7 +69,7 @@ fn check(args: &CheckArgs) -> Result<Exit> {
     Ok(exit(&found))
 }
 
-/// Returns the JSON document. Like that of qemu-img, it omits the fields that the format does not have.
+/// Returns the JSON document. As in qemu-img, fields that do not apply to the format are omitted.
 fn document(document: &Document<'_>) -> serde_json::Value {
     let mut value = serde_json::to_value(document).unwrap_or_default();
     if let Some(map) = value.as_object_mut() {
@@ -79,7 +79,7 @@ fn document(document: &Document<'_>) -> serde_json::Value {
 }
 
 fn exit(found: &CheckReport) -> Exit {
-    // Like qemu-img: an incomplete check has no verdict.
+    // As in qemu-img, an incomplete check has no verdict.
     if found.check_errors > 0 {
         Exit::Failed
     } else if found.corruptions > 0 {

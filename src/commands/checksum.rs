@@ -1,4 +1,4 @@
-//! `imgtool checksum`: prints a digest of each device's content, which is the same in every format.
+//! `imgtool checksum`: prints a digest of each device's content. The digest does not depend on the format.
 
 use std::path::Path;
 
@@ -28,7 +28,7 @@ struct Line {
 /// Prints the digests.
 ///
 /// # Errors
-/// If an image can't be read.
+/// If an image can't be read. In text form, the digests of the images before it are already printed.
 pub fn run(args: &ChecksumArgs) -> Result<Exit> {
     let registry = imgtool::registry();
     let options = OpenOptions {
@@ -51,7 +51,7 @@ pub fn run(args: &ChecksumArgs) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// Formats a line like sha256sum and b3sum. The name of an archive is followed by that of the device.
+/// Formats a line like sha256sum and b3sum. The name of an archive is followed by the name of the device.
 fn human(line: &Line) -> String {
     let name =
         if line.is_archive { format!("{}:{}", line.filename, line.device) } else { line.filename.clone() };

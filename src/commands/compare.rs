@@ -30,10 +30,11 @@ struct Verdict {
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Difference {
-    /// "content", "size", "allocation" or "missing".
+    /// `content`, `size`, `allocation` or `missing`.
     kind: &'static str,
     device: String,
     #[serde(skip_serializing_if = "Option::is_none")]
+    /// Guest offset of the difference; `None` for `size` and `missing`.
     offset: Option<u64>,
     #[serde(skip)]
     text: String,
@@ -51,8 +52,8 @@ struct Compared {
 /// Compares two images.
 ///
 /// # Errors
-/// If the result cannot be printed. A failed comparison is not returned as an error: it is printed and ends
-/// with exit code 2, like a usage error.
+/// If the result cannot be printed. Any other error is printed here, and the exit code is
+/// [`Exit::NOT_COMPARED`].
 pub fn run(args: &CompareArgs) -> Result<Exit> {
     let verdict = match verdict(args) {
         Ok(verdict) => verdict,
@@ -67,7 +68,7 @@ pub fn run(args: &CompareArgs) -> Result<Exit> {
         for note in &verdict.notes {
             report::note(note);
         }
-        // The wording is that of qemu-img.
+        // The wording follows qemu-img.
         report::print(&match &verdict.difference {
             None => "Images are identical.\n".to_owned(),
             Some(difference) => format!("{}\n", escape_control(&difference.text)),
@@ -85,7 +86,7 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
     let interrupt = Interrupt::listen()?;
     let opener = Opener { registry: &registry, options: &options };
     let first = opener.open(args.first.as_os_str(), args.input.format.as_deref(), args.strict)?;
-    // At least one of the two images needs random access; the other may be a stream.
+    // The comparison needs random access to at least one image; the other may be a stream.
     let first_streams = first.image.access().is_stream();
     let second_format = args.second_format.as_deref();
     let second = opener.open(args.second.as_os_str(), second_format, args.strict || first_streams)?;
@@ -129,7 +130,7 @@ impl Opener<'_> {
         }
         let opened = open::open_image(self.registry, input, format, self.options)?;
         if opened.image.info().devices.iter().any(|device| device.open_ended) {
-            // The length of a compressed raw image is unknown, too.
+            // The length of a compressed raw image is unknown until it is copied to temporary storage.
             return images::open_random(self.registry, name, format, self.options);
         }
         Ok(opened)

@@ -19,7 +19,7 @@ use crate::{images, proxmox};
 mod disk_target;
 mod summary;
 
-/// Converts.
+/// Converts the sources and prints a summary.
 ///
 /// # Errors
 /// If the conversion fails. No output has its final name then.
@@ -101,12 +101,12 @@ fn refuse_unsupported(args: &ConvertArgs) -> Result<()> {
     }
     if args.compat.bitmaps || args.compat.skip_broken_bitmaps {
         return Err(Error::usage("--bitmaps is not supported: persistent bitmaps are not written")
-            .hint("leave it out: the content is complete without them, and those left out are named"));
+            .hint("omit it: disk contents are converted in full, and omitted bitmaps are listed"));
     }
     Ok(())
 }
 
-/// Names that follow `-c` by mistake: its value takes a `=`.
+/// Algorithm names that users write after `-c` by mistake; its value needs a `=` (`-c=zstd`).
 const COMPRESSIONS: [&str; 5] = ["zstd", "zst", "gzip", "gz", "zlib"];
 
 /// Splits the paths into the sources and DEST, if there is one.
@@ -144,8 +144,8 @@ fn add_proxmox(args: &ConvertArgs, conversion: &mut OpenConversion<'_>) -> Resul
     Ok(())
 }
 
-/// Adds notes on an archive that Proxmox can't restore: for its name, or for a configuration that does not
-/// match its disks.
+/// Adds notes on the reasons why Proxmox will refuse to restore an archive: its name, or a configuration that
+/// does not match its disks.
 fn note_on_restoring(plan: &mut Plan) {
     let mut notes = Vec::new();
     for output in &plan.layout.outputs {

@@ -1,4 +1,4 @@
-//! `imgtool create`: creates an empty image, or one that shows the content of its backing image.
+//! `imgtool create`: creates an empty image, or an overlay on a backing image.
 
 use std::path::Path;
 
@@ -46,8 +46,9 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
         return Err(Error::usage("missing PATH").hint("imgtool create -f FMT PATH SIZE"));
     };
     if path == Path::new("-") {
-        return Err(Error::usage("an empty image is made as a file, not on standard output")
-            .hint("imgtool create -f FMT PATH SIZE"));
+        return Err(
+            Error::usage("cannot create an image on standard output").hint("imgtool create -f FMT PATH SIZE")
+        );
     }
     let size = size(&registry, args, path, &location, &format)?;
     let backing_filename = format.writer.backing().map(|backing| backing.name);
@@ -76,7 +77,7 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// Returns SIZE if it is given, or else the size of the backing image.
+/// Returns SIZE in bytes if it is given, otherwise the virtual size of the backing image.
 fn size(
     registry: &Registry,
     args: &CreateArgs,

@@ -9,10 +9,10 @@ use crate::args::FormatsArgs;
 use crate::exit::Exit;
 use crate::report::{self, Paint, Stream};
 
-/// Maximum columns of a line. Our choice: longer lines are hard to read.
+/// Maximum number of columns in a line. Our choice: longer lines are hard to read.
 const MAX_COLUMNS: usize = 80;
 
-/// Columns below which a terminal shows the explanations under the names instead of beside them.
+/// Minimum number of columns for explanations beside the option names. A narrower terminal has them below.
 const NARROW: usize = 60;
 
 /// One format in JSON.
@@ -110,7 +110,7 @@ fn page(driver: &dyn Driver) -> String {
     text
 }
 
-/// Lists the `-o` options of a format with their meanings, values and defaults.
+/// Returns a list of the `-o` options of a format with their meanings, values and defaults.
 pub fn options(indent: usize, specs: &[OptionSpec]) -> String {
     if Stream::Out.columns().is_some_and(|columns| columns < NARROW) {
         return narrow_options(indent, specs);
@@ -136,11 +136,11 @@ fn narrow_options(indent: usize, specs: &[OptionSpec]) -> String {
     text
 }
 
-/// Appends a text after a label. Further lines are aligned with the text's first word.
+/// Appends a label and a text, wrapped so that further lines are aligned with the text's first word.
 fn paragraph(text: &mut String, indent: usize, label: &str, words: &str) {
     let columns = Stream::Out.columns().unwrap_or(MAX_COLUMNS).min(MAX_COLUMNS);
     let begin = indent + label.len();
-    // At least 20 columns, since narrower text is unreadable. The terminal wraps the lines then.
+    // At least 20 columns, since narrower text is unreadable. The terminal wraps lines that are too long.
     let width = columns.saturating_sub(begin).max(20);
     for (index, line) in report::wrap(words, width).iter().enumerate() {
         let prefix = if index == 0 { format!("{:indent$}{label}", "") } else { " ".repeat(begin) };

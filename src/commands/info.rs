@@ -1,6 +1,6 @@
 //! `imgtool info`: describes images and archives without reading their data. Streams are an exception,
-//! because their data cannot be skipped: a short stream is read to its end, a longer one
-//! only with `--read-all`.
+//! because their data cannot be skipped: a short stream is read to its end, a longer one only with
+//! `--read-all`.
 
 use std::fs;
 use std::sync::Arc;
@@ -30,7 +30,7 @@ struct ImageEntry {
     compression: Vec<Compression>,
     source: Arc<dyn ImageSource>,
     is_archive: bool,
-    /// Note that explains why the rest of the backing chain is not shown.
+    /// Reason why the rest of the backing chain is not shown, worded as a note.
     chain_ends: Option<String>,
 }
 
@@ -39,15 +39,15 @@ impl ImageEntry {
         self.source.info()
     }
 
-    /// Returns the notes on the image, including how to obtain facts that are missing and why the rest of the
-    /// backing chain is not shown.
+    /// Returns the notes on the image, including how to obtain missing facts and why the rest of the backing
+    /// chain is not shown.
     fn notes(&self) -> impl Iterator<Item = String> {
         let info = self.info();
         let notes = info.notes.iter().cloned();
         notes.chain(info.remedy.as_ref().map(remedy::words)).chain(self.chain_ends.clone())
     }
 
-    /// Returns the damage that the driver found while opening the image.
+    /// Returns the damage that the driver found while opening the image, if any.
     fn damage(&self) -> Option<String> {
         self.source.damage().map(|damage| format!("{damage:#}"))
     }
@@ -115,7 +115,7 @@ fn is_archive(driver: &dyn Driver) -> bool {
     driver.capabilities().is_archive()
 }
 
-/// Appends the chain of backing images of the last entry.
+/// Appends the backing chain of the last entry, as far as its images can be opened.
 fn follow_chain(registry: &Registry, options: &OpenOptions, entries: &mut Vec<ImageEntry>) -> Result<()> {
     for _ in 0..MAX_CHAIN_DEPTH {
         let Some(last) = entries.last() else { return Ok(()) };
@@ -131,7 +131,7 @@ fn follow_chain(registry: &Registry, options: &OpenOptions, entries: &mut Vec<Im
         );
         let source = match source {
             Ok(source) => source,
-            // The reference is still shown with the image that holds it; only its target is not.
+            // The image that names this file still shows the reference.
             Err(error) => {
                 let Some(last) = entries.last_mut() else { return Ok(()) };
                 last.chain_ends = Some(format!("the rest of the chain is not shown: {error:#}"));

@@ -1,4 +1,4 @@
-//! `imgtool map`: prints the extents of a disk and the place of its data in the files of a chain.
+//! `imgtool map`: prints the extents of a disk, each with its place in a file of the backing chain.
 
 use std::ops::Range;
 
@@ -16,7 +16,7 @@ mod picture;
 
 use picture::Picture;
 
-/// One extent in JSON: the fields of qemu-img in its order, then our own.
+/// One extent in JSON: the fields of `qemu-img map` in the same order, then our own.
 #[derive(Serialize)]
 struct ExtentRecord<'a> {
     start: u64,
@@ -31,7 +31,7 @@ struct ExtentRecord<'a> {
     device: &'a str,
 }
 
-/// Prints the extents of the devices.
+/// Prints the extents of the selected devices.
 pub fn run(args: &MapArgs) -> Result<Exit> {
     let registry = imgtool::registry();
     let options = imgtool_core::OpenOptions {
@@ -60,7 +60,7 @@ pub fn run(args: &MapArgs) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// Returns the guest range to show.
+/// Returns the guest range to show. It may end beyond the end of a device.
 fn window(args: &MapArgs, devices: &[Device]) -> Result<Range<u64>> {
     let start = args.start_offset.as_deref().map_or(Ok(0), options::size)?;
     let longest = devices.iter().map(|device| device.size).max().unwrap_or(0);
@@ -72,7 +72,7 @@ fn window(args: &MapArgs, devices: &[Device]) -> Result<Range<u64>> {
     Ok(start..start.saturating_add(len))
 }
 
-/// Draws the allocation of a device.
+/// Draws the allocation of a guest range.
 fn picture(disk: &Disk, range: Range<u64>) -> Result<String> {
     let mut picture = Picture::new(range.clone(), Stream::Out.columns());
     walk(disk, range, |extent| {
@@ -87,7 +87,7 @@ fn picture(disk: &Disk, range: Range<u64>) -> Result<String> {
     Ok(picture.draw(disk.name()))
 }
 
-/// Calls `visit` for every extent in `range`, after joining neighbours of the same kind.
+/// Calls `visit` for every extent in `range`, after joining extents that continue each other.
 fn walk(disk: &Disk, range: Range<u64>, mut visit: impl FnMut(MapExtent) -> Result<()>) -> Result<()> {
     let mut pending: Option<MapExtent> = None;
     let mut position = range.start;
@@ -105,30 +105,30 @@ fn walk(disk: &Disk, range: Range<u64>, mut visit: impl FnMut(MapExtent) -> Resu
     pending.map_or(Ok(()), visit)
 }
 
-/// Lines of the terminal that the list must leave free, so that the drawing stays on the screen: the drawing
-/// with title and legend, header and last line of the list, the command and the prompt.
+/// Number of terminal lines that the list must leave free, so that the drawing stays on the screen: for the
+/// drawing with its title and legend, the header and the last line of the list, the command and the prompt.
 const RESERVED_LINES: usize = 12;
 
-/// Minimum number of rows of the list, on any terminal. Our choice.
+/// Minimum number of rows in the list, even if the drawing scrolls off the screen. Our choice.
 const MIN_ROWS: usize = 8;
 
-/// Columns of a row without the names at its end.
+/// Width in columns of a row without the names at its end.
 const FULL_ROW: usize = 61;
 
 /// Number of buffered bytes at which the text is written to standard output.
 const FLUSH_AT: usize = 64 * 1024;
 
-/// Prints the extents in parts, since the map of a fragmented disk is long.
+/// Prints the extents in batches, since the map of a fragmented disk is long.
 struct Printer {
     json: bool,
-    /// Maximum rows per device; further ones are only counted.
+    /// Maximum number of rows per device; further extents are only counted.
     max_rows: u64,
-    /// True if the terminal is too narrow for the columns of the mapping.
+    /// True if the terminal is narrower than [`FULL_ROW`]: rows omit the places and the names.
     narrow: bool,
     text: String,
-    /// Number of extents printed, over all devices.
+    /// Number of extents printed so far, of all devices.
     printed: u64,
-    /// Number of extents of the current device.
+    /// Number of extents of the current device so far.
     rows: u64,
 }
 
@@ -186,7 +186,7 @@ impl Printer {
         if self.text.len() >= FLUSH_AT { self.flush() } else { Ok(()) }
     }
 
-    /// Appends a row. The columns fit offsets up to 64 TiB; on a narrow terminal, up to 8 TiB.
+    /// Appends a row. Numbers are aligned up to 15 digits (909 TiB), on a narrow terminal up to 13 (9 TiB).
     fn row(&mut self, [start, length, kind, place]: [&str; 4], device: &str, file: &str) {
         let row = if self.narrow {
             format!("{start:>13}  {length:>13}  {kind}")

@@ -1,4 +1,4 @@
-//! `imgtool measure`: prints the number of bytes that an image will need.
+//! `imgtool measure`: prints the file size that a new image will need.
 
 use imgtool_core::{Error, Measure, OpenOptions, Registry, Result};
 use imgtool_engine::{TargetFormat, create, foreign};
@@ -9,7 +9,7 @@ use crate::args::MeasureArgs;
 use crate::exit::Exit;
 use crate::{images, report};
 
-/// Sizes in JSON.
+/// File sizes in bytes, as JSON.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Document {
@@ -17,7 +17,7 @@ struct Document {
     fully_allocated: u64,
 }
 
-/// Prints the size that an image will have.
+/// Prints the file size that a new image will need, and its size when fully allocated.
 ///
 /// # Errors
 /// If the source can't be read, or the format can't be measured.

@@ -1,4 +1,4 @@
-//! Parsers for `-o`, `-S`, `-c` and sizes, for the commands that create images.
+//! Parsers for `-o`, `-S`, `-c` and sizes, shared by several commands.
 
 use imgtool_core::{Compress, Driver, Error, Result, parse_size};
 use imgtool_engine::FormatOptions;
@@ -7,10 +7,10 @@ use super::formats;
 use crate::exit::Exit;
 use crate::report;
 
-/// Unit of `-S`, bytes: that of qemu-img.
+/// Unit of `-S` in bytes, as in qemu-img.
 const SECTOR: u64 = 512;
 
-/// Maximum value of `-S`, bytes. QEMU's limit.
+/// Maximum value of `-S` in bytes. QEMU's limit.
 const MAX_SPARSE: u64 = 16 << 20;
 
 /// Prints the list for `-o help`.
@@ -24,7 +24,7 @@ pub fn list(driver: &dyn Driver) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// Collects `-o`, `-S` and SOURCE_DATE_EPOCH. The driver parses keys and values of `-o`.
+/// Collects the values of `-o`, `-S` and SOURCE_DATE_EPOCH. The driver parses the keys and values of `-o`.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::Usage`] for a duplicate key or a malformed number.
@@ -43,7 +43,7 @@ pub fn format_options(options: &[String], sparse_size: Option<&str>) -> Result<F
 /// Adds the values of `-B`/`-b` and `-F` as the qcow2 options `backing_file` and `backing_fmt`.
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Usage`] if `-o` gives one of them, too.
+/// [`imgtool_core::ErrorKind::Usage`] if `-o` also sets one of them.
 pub fn add_backing(options: &mut FormatOptions, file: Option<&str>, format: Option<&str>) -> Result<()> {
     for (key, value) in [("backing_file", file), ("backing_fmt", format)] {
         value.map_or(Ok(()), |value| add(options, key, value))?;
@@ -59,7 +59,7 @@ fn add(options: &mut FormatOptions, key: &str, value: &str) -> Result<()> {
     Ok(())
 }
 
-/// Parses the value of `-c`, `ALG[:LEVEL]`. An empty text means the default of the format.
+/// Parses the value of `-c`, `ALG[:LEVEL]`. An empty algorithm or a missing level means the format's default.
 pub fn compress(text: &str) -> Result<Compress> {
     let (algorithm, level) = match text.split_once(':') {
         Some((algorithm, level)) => (algorithm, Some(level)),
@@ -75,7 +75,7 @@ pub fn compress(text: &str) -> Result<Compress> {
     Ok(Compress { algorithm: (!algorithm.is_empty()).then(|| algorithm.to_owned()), level })
 }
 
-/// Parses the value of `-S`, with the bounds of qemu-img.
+/// Parses the value of `-S` into bytes, with the bounds of qemu-img.
 fn sparse(text: &str) -> Result<u64> {
     let size = parse_size(text).ok_or_else(|| {
         Error::usage(format!("invalid value '{text}' for -S: expected a size such as 4k, 64k or 0"))
@@ -88,7 +88,7 @@ fn sparse(text: &str) -> Result<u64> {
     Ok(size)
 }
 
-/// Parses a size on the command line, in bytes.
+/// Parses a size from the command line into bytes.
 pub fn size(text: &str) -> Result<u64> {
     parse_size(text).ok_or_else(|| {
         Error::usage(format!("invalid size '{text}': expected a number such as 512M or 1.5G"))
@@ -106,7 +106,7 @@ pub fn source_date_epoch() -> Result<Option<i64>> {
     }
 }
 
-/// Splits `K=V,K=V` like qemu-img: a comma in a value is doubled, and a key without a value means `on`.
+/// Splits `K=V,K=V` like qemu-img: a comma in a value is doubled, and a key without a value gets `on`.
 fn split_options(text: &str) -> Vec<(String, String)> {
     let parts = text.replace(",,", "\u{0}");
     parts

@@ -23,7 +23,7 @@ pub fn completions(args: &CompletionsArgs) -> Result<Exit> {
 /// Prints the manual page, or writes it and the pages of all commands into a directory.
 pub fn man(args: &ManArgs) -> Result<Exit> {
     let mut command = show_all_flags(Cli::command().disable_help_flag(true));
-    // Sets the full names of the commands, from which the pages derive theirs: imgtool-convert.1.
+    // Sets the full names of the commands, which become the names of the pages (imgtool-convert.1).
     command.build();
     match &args.directory {
         None => report::print_bytes(&page(&command).map_err(write_error)?)?,
@@ -77,8 +77,8 @@ fn page(command: &Command) -> io::Result<Vec<u8>> {
     Ok(without_redundant_breaks(&text))
 }
 
-/// Returns the date of SOURCE_DATE_EPOCH, which packagers set; otherwise nothing, so that the pages of a
-/// version are reproducible.
+/// Returns the date of SOURCE_DATE_EPOCH, which packagers set. Otherwise the date is empty, so that the pages
+/// of a version are reproducible.
 fn date() -> String {
     let seconds = options::source_date_epoch().ok().flatten();
     let time = seconds.and_then(|seconds| chrono::DateTime::from_timestamp(seconds, 0));
@@ -86,7 +86,7 @@ fn date() -> String {
 }
 
 /// Removes redundant line breaks from clap's pages, and replaces blank lines by `.sp`: `mandoc -T lint` warns
-/// of both.
+/// about both.
 fn without_redundant_breaks(page: &[u8]) -> Vec<u8> {
     let mut lines: Vec<&[u8]> = page.split(|byte| *byte == b'\n').collect();
     for index in 1..lines.len() {
@@ -132,7 +132,7 @@ fn closing_sections(text: &mut Vec<u8>, closing: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// Escapes the control characters of roff.
+/// Escapes the characters that are special in roff.
 fn roff(line: &str) -> String {
     let text = line.replace('\\', "\\e").replace('-', "\\-").replace('\'', "\\(aq");
     if text.starts_with('.') { format!("\\&{text}") } else { text }

@@ -1,7 +1,7 @@
-//! `imgtool vma`: a replacement of the `vma` program of Proxmox VE, with the same flags and output.
+//! `imgtool vma`: a replacement for the `vma` program of Proxmox VE, with the same flags and output.
 //!
-//! Scripts parse the output, so the lines on standard output are exactly those of that program. Messages
-//! begin with its words; our own place and hint follow on the lines below.
+//! Scripts parse the output, so the lines on standard output are exactly those of that program. Error
+//! messages begin with its wording; the place of the error and a hint follow on lines of their own.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -22,13 +22,13 @@ mod map_file;
 mod tally;
 mod verify;
 
-/// Exit code for a configuration that the archive does not hold.
+/// Exit code for a configuration that the archive does not contain.
 const NO_SUCH_CONFIG: Exit = Exit::Other(255);
 
 /// Runs a command of the `vma` program.
 ///
 /// # Errors
-/// Never: this function prints errors itself, in the words of that program.
+/// Never: this function prints errors itself, in that program's words.
 pub fn run(args: &VmaArgs) -> Result<Exit> {
     let done = match &args.command {
         VmaCommand::List { file } => list::run(file),
@@ -86,7 +86,7 @@ impl Failure {
     }
 }
 
-/// Words the error like the `vma` program.
+/// Returns the message that the `vma` program prints for an error.
 fn words(error: &Error) -> String {
     let Some(cause) = error.io_error() else { return reference::message(error) };
     let reason = reason(cause);
@@ -111,13 +111,13 @@ fn header(file: &Path) -> Result<ArchiveHeader> {
     ArchiveHeader::read(input(file)?.input)
 }
 
-/// Opens the bytes of an archive, with outer compression removed.
+/// Opens the bytes of an archive and removes outer compression.
 fn input(file: &Path) -> Result<OpenInput> {
     imgtool_storage::open::open(&Location::source(file.as_os_str()), Opening::ByContent)
 }
 
-/// Opens an archive to be read to its end. The header is read first, so that an error in it does not get the
-/// prefix of `step`.
+/// Opens an archive that will be read to its end. Reads the header first, since an error in it does not get
+/// the prefix `step`.
 fn open(file: &Path, step: &'static str) -> Result<Archive, Failure> {
     let OpenInput { input, identity, fingerprint, .. } = input(file)?;
     let is_stream = input.is_stream();

@@ -1,4 +1,4 @@
-//! Progress on a terminal: a bar for each device and one for the sum.
+//! Progress on a terminal: a bar for each device and one for all devices together.
 
 use std::time::Duration;
 
@@ -11,14 +11,14 @@ use crate::report::{self, Stream, fit, human_size, percent, width};
 /// Time between two updates. Our choice: short enough to look smooth.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-/// Maximum number of bars for single devices; with more devices there is only the bar of the sum. Our limit: bars
-/// must not push earlier messages off the screen.
+/// Maximum number of devices with a bar each; if there are more, only the bar for all of them is drawn. Our
+/// limit: bars must not push earlier messages off the screen.
 const MAX_BARS: usize = 8;
 
 /// Maximum number of columns for the name before a bar. Our limit.
 const MAX_NAME: usize = 20;
 
-/// Length of a bar: it counts thousandths, so that a device of unknown length can have one, too.
+/// Number of steps in a bar: thousandths instead of bytes, since the length of a device may be unknown.
 const STEPS: u64 = 1000;
 
 struct Row {
@@ -49,11 +49,11 @@ pub(super) fn show(counters: &Counters) {
         }
         whole.draw(counters.all(), elapsed, &line);
     }
-    // The summary follows on the screen.
+    // The summary takes the place of the bars.
     let _ = screen.clear();
 }
 
-/// Name of the bar of the sum. It contains the phase, except for `convert`.
+/// Returns the name of the bar for all devices. It contains the phase, except for `convert`.
 fn name_of_all(counters: &Counters) -> String {
     let mut lanes = counters.lanes();
     let only = lanes.next().filter(|_| lanes.len() == 0).map(|(name, _)| escape_control(name));
@@ -86,7 +86,7 @@ struct LineLayout {
     zero: bool,
 }
 
-/// Widths of the parts, including the gap before them.
+// Widths of the parts in columns, including the gap before each.
 const SHARE: usize = 6;
 const TOTAL: usize = 13;
 const RATE: usize = 12;
@@ -99,7 +99,7 @@ impl LineLayout {
         Self::fitting(columns, longest)
     }
 
-    /// The parts that fit beside a bar of a useful length, in order of importance: time left, rate,
+    /// Selects the parts that fit beside a bar of a useful length, in order of importance: time left, rate,
     /// share of zeros, total.
     fn fitting(columns: usize, longest_name: usize) -> Self {
         let name = longest_name.min(MAX_NAME).min(columns / 4).max(1);
@@ -149,7 +149,7 @@ impl LineLayout {
     }
 }
 
-/// Estimated time to the end, such as "0:07", "12:30" or "1:02:03".
+/// Estimates the time to the end ("0:07", "12:30", "1:02:03"); `None` if the total or the rate is unknown.
 fn time_left(sample: Sample, rate: u64) -> Option<String> {
     let left = sample.total?.checked_sub(sample.done)?;
     let seconds = left.checked_div(rate)?;

@@ -1,8 +1,8 @@
 //! Progress as JSON lines.
 //!
-//! Each round prints a line for every device that has advanced, if there are several, then one for the
-//! sum, whose `device` is null. The sum reaches 100 % only in the very last line: while the outputs are
-//! flushed and renamed, lines of the phase `finish` show that the program is alive.
+//! Each round prints a line for every device that has advanced, if there are several devices, and then one
+//! for all of them together, whose `device` is null. Only the very last line reaches 100 %: while the outputs
+//! are flushed and renamed, lines of the phase `finish` show that the program is alive.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::report;
 /// Time between two rounds; docs/json.md promises at least one per second.
 const INTERVAL: Duration = Duration::from_millis(500);
 
-/// Phase after the last byte has been copied and before the outputs are complete.
+/// Name of the phase between the last copied byte and the completion of the outputs.
 const FINISH: &str = "finish";
 
 #[derive(Serialize)]
@@ -43,12 +43,12 @@ pub(super) fn show(counters: &Counters) {
     if counters.complete.load(Ordering::Relaxed) {
         devices(counters, &mut shown);
         let all = counters.all();
-        // At the end the length of a stream is known, too.
+        // At the end, the length of a stream is known.
         line(counters, counters.phase, None, Sample { total: Some(all.done), ..all });
     }
 }
 
-/// Prints the devices that have advanced. For a single device the line of the sum is enough.
+/// Prints the devices that have advanced. For a single device, the line for all is enough.
 fn devices(counters: &Counters, shown: &mut [Sample]) {
     if shown.len() < 2 {
         return;

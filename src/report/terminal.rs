@@ -34,12 +34,12 @@ impl Stream {
         !is_forbidden && self.can_draw()
     }
 
-    /// Width of the terminal; `None` for anything else.
+    /// Returns the width of the terminal in columns; `None` if the stream is not a terminal.
     pub fn columns(self) -> Option<usize> {
         self.size().map(|(width, _)| usize::from(width.0))
     }
 
-    /// Height of the terminal; `None` for anything else.
+    /// Returns the height of the terminal in lines; `None` if the stream is not a terminal.
     pub fn lines(self) -> Option<usize> {
         self.size().map(|(_, height)| usize::from(height.0))
     }
@@ -92,7 +92,7 @@ pub fn unicode() -> bool {
     locale.contains("utf-8") || locale.contains("utf8")
 }
 
-/// Number of terminal columns that a text occupies.
+/// Returns the number of terminal columns that a text occupies.
 pub fn width(text: &str) -> usize {
     text.width()
 }
@@ -116,7 +116,7 @@ pub fn fit(text: &str, columns: usize) -> String {
     if columns == 0 { String::new() } else { format!("{kept}{mark}{}", " ".repeat(pad)) }
 }
 
-/// Wraps a text at the width of a terminal, between words and with further lines indented. On any other
+/// Wraps a text between words at the width of the terminal, and indents the further lines. On any other
 /// stream the text stays one line, which is easier to parse.
 pub fn flow(stream: Stream, text: &str, indent: usize) -> String {
     match stream.columns() {
@@ -125,7 +125,7 @@ pub fn flow(stream: Stream, text: &str, indent: usize) -> String {
     }
 }
 
-/// Like [`flow`], for this number of columns.
+/// Wraps a text like [`flow`], at this number of columns.
 pub fn flow_within(columns: usize, text: &str, indent: usize) -> String {
     let mut out = String::new();
     let mut used = 0;
@@ -144,14 +144,14 @@ pub fn flow_within(columns: usize, text: &str, indent: usize) -> String {
     out
 }
 
-/// Width of a text without the escape sequences of [`Stream::paint`].
+/// Returns the width of a text without the escape sequences of [`Stream::paint`].
 fn width_without_colours(text: &str) -> usize {
     let mut parts = text.split('\x1b');
     let first = parts.next().map_or(0, width);
     first + parts.map(|part| width(part.split_once('m').map_or(part, |(_, rest)| rest))).sum::<usize>()
 }
 
-/// Splits a text between words into lines of at most `columns`.
+/// Splits a text between words into lines of at most `columns`. A longer word is not split.
 pub fn wrap(text: &str, columns: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
     for word in text.split_whitespace() {

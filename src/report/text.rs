@@ -7,7 +7,7 @@ use imgtool_core::error::escape_control;
 
 use super::terminal::width;
 
-/// A size as qemu-img prints it: at most three digits and a binary unit.
+/// Formats a size like qemu-img, with at most three digits and a binary unit.
 pub fn human_size(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let mut unit = 0;
@@ -27,12 +27,12 @@ pub fn human_size(bytes: u64) -> String {
     format!("{digits} {}", UNITS[unit])
 }
 
-/// A size, rounded and exact: "4 MiB (4194304 bytes)".
+/// Formats a size, rounded and exact: "4 MiB (4194304 bytes)".
 pub fn exact_size(bytes: u64) -> String {
     format!("{} ({bytes} bytes)", human_size(bytes))
 }
 
-/// A share in percent: "62 %"; "-" if `whole` is zero. Only exact values become "0 %" and "100 %".
+/// Formats a share in percent ("62 %"); "-" if `whole` is zero. Only exact values become "0 %" and "100 %".
 pub fn percent(part: u64, whole: u64) -> String {
     match (part, whole) {
         (_, 0) => "-".to_owned(),
@@ -42,7 +42,7 @@ pub fn percent(part: u64, whole: u64) -> String {
     }
 }
 
-/// A duration: "0.4 s", "12 s", "3 min 5 s", "2 h 10 min".
+/// Formats a duration: "0.4 s", "12 s", "3 min 5 s", "2 h 10 min".
 pub fn human_time(time: Duration) -> String {
     let seconds = time.as_secs();
     match seconds {
@@ -56,18 +56,18 @@ pub fn human_time(time: Duration) -> String {
 /// Alignment of a column of a [`table`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Align {
-    /// For words.
+    /// Left-aligned, for words.
     Left,
-    /// For numbers.
+    /// Right-aligned, for numbers.
     Right,
 }
 
-/// Widest cell that widens its column. Our limit: the longest file name is 255 bytes. A name in an image
-/// may have 65535 characters, and padding 16000 rows to that width would take a gigabyte.
+/// Maximum width in columns of a cell that widens its column. Our limit: the longest file name is 255 bytes.
+/// A name in an image may have 65535 characters, and padding 16000 rows to that width would take a gigabyte.
 const WIDEST_CELL: usize = 255;
 
-/// Formats rows as aligned columns and escapes the cells. A header without names is omitted. A row with
-/// a cell wider than [`WIDEST_CELL`] is not aligned.
+/// Formats rows as aligned columns and escapes control characters in cells. Omits a header without names. A
+/// row with a cell wider than [`WIDEST_CELL`] is not aligned.
 pub fn table(indent: usize, columns: &[(&str, Align)], rows: &[Vec<String>]) -> String {
     let rows: Vec<Vec<String>> =
         rows.iter().map(|row| row.iter().map(|cell| escape_control(cell)).collect()).collect();
@@ -97,12 +97,12 @@ pub fn table(indent: usize, columns: &[(&str, Align)], rows: &[Vec<String>]) -> 
     out
 }
 
-/// Width of the longest line of a text.
+/// Returns the width in columns of the longest line of a text.
 pub fn widest(text: &str) -> usize {
     text.lines().map(width).max().unwrap_or(0)
 }
 
-/// A count and its noun: "1 disk", "3 disks".
+/// Formats a count with its noun: "1 disk", "3 disks".
 pub fn count(number: usize, what: &str) -> String {
     format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }

@@ -1,4 +1,4 @@
-//! Output of `convert`: the report of a conversion, for a person and as JSON.
+//! Output of `convert`: the report of a conversion, as text and as JSON.
 
 use imgtool_core::error::escape_control;
 use imgtool_core::{DeviceKind, Result};
@@ -9,7 +9,7 @@ use crate::args::ConvertArgs;
 use crate::exit::Exit;
 use crate::report::{self, Align, Paint, Stream, count, human_size, human_time, percent};
 
-/// Prints the format and content of a source.
+/// Prints the format, contents and notes of a source to standard error, before the conversion.
 pub fn announce(source: &OpenSource) {
     let (opened, info) = (&source.opened, source.opened.image.info());
     let bytes: u64 = info.devices.iter().fold(0, |sum, device| sum.saturating_add(device.size));
@@ -80,7 +80,8 @@ struct LostRange<'a> {
     reason: &'a str,
 }
 
-/// Prints the outputs and the losses.
+/// Prints the outputs and the losses, and returns the exit code. If an output is written to standard output
+/// (`stdout_is_data`), prints text to standard error instead of JSON.
 ///
 /// # Errors
 /// If standard output can't be written.
@@ -133,7 +134,10 @@ fn summarise(report: &Report) -> Summary<'_> {
 fn note(note: &Note) -> String {
     match note {
         Note::ConfigurationsLeftOut(names) => {
-            format!("not written: {} (a DEST that ends in '/' takes configurations too)", names.join(", "))
+            format!(
+                "not written: {} (a DEST that ends in '/' also receives configurations)",
+                names.join(", ")
+            )
         }
         other => other.to_string(),
     }
@@ -201,7 +205,7 @@ fn table(summary: &Summary<'_>) -> String {
     }
 }
 
-/// Formats the table for a narrow terminal: each name, with its cells below.
+/// Formats the table for a narrow terminal: each name on a line, with its cells below.
 fn stacked(rows: &[Vec<String>]) -> String {
     let mut text = String::new();
     for row in rows {

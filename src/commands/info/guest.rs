@@ -9,8 +9,8 @@ use crate::proxmox;
 /// Maximum length in bytes of a configuration to parse. Our limit: real ones are a page of text.
 const MAX_LEN: usize = 1 << 20;
 
-/// Summarises the guest ("web, 4 cores, 8192 MiB memory, ostype l26"). Missing or malformed settings are left
-/// out.
+/// Summarises the guest ("web, 4 cores, 8192 MiB memory, ostype l26"). Omits missing settings and a malformed
+/// number of cores; returns `None` if nothing remains.
 pub fn summary(attachments: &[Attachment]) -> Option<String> {
     let settings = settings(attachments)?;
     let get = |key: &str| settings.get(key).map(String::as_str).filter(|value| !value.is_empty());
@@ -31,7 +31,8 @@ pub fn summary(attachments: &[Attachment]) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join(", "))
 }
 
-/// Maps each device of the archive to the drive that a restore creates and the storage it came from.
+/// Maps the name of each device in the archive to the drive that a restore creates and the storage of the
+/// original drive ("scsi0 (was on local-lvm)").
 pub fn drives(attachments: &[Attachment]) -> BTreeMap<String, String> {
     let Some(text) = text(attachments) else { return BTreeMap::new() };
     let maps = text.lines().filter_map(|line| line.strip_prefix("#qmdump#map:"));
@@ -53,7 +54,7 @@ fn text(attachments: &[Attachment]) -> Option<&str> {
     std::str::from_utf8(&config.data).ok()
 }
 
-/// Returns the settings of the guest itself. Those of its snapshots follow in sections and are left out.
+/// Returns the current settings of the guest, without the sections of its snapshots, which come after them.
 fn settings(attachments: &[Attachment]) -> Option<BTreeMap<String, String>> {
     let lines = text(attachments)?.lines().take_while(|line| !line.starts_with('['));
     let pairs = lines.filter(|line| !line.starts_with('#')).filter_map(|line| line.split_once(':'));

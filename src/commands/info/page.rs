@@ -1,4 +1,4 @@
-//! Text output of `info`. The first lines have the labels of `qemu-img info`.
+//! Text output of `info`. The first lines use the labels of `qemu-img info`.
 
 use std::fmt::Write as _;
 
@@ -10,7 +10,7 @@ use super::{ImageEntry, guest};
 use crate::images;
 use crate::report::{self, Align, Paint, Stream, exact_size, human_size, percent};
 
-/// Returns the text on one image.
+/// Returns the text that describes one image.
 pub(super) fn page(image: &ImageEntry) -> String {
     let info = image.info();
     let mut text = String::new();
@@ -45,8 +45,11 @@ fn summary(text: &mut String, image: &ImageEntry) {
     }
     line(text, "file format", &format);
     let open_ended = info.devices.iter().any(|device| device.open_ended);
-    let size =
-        if open_ended { "unknown before the end".to_owned() } else { exact_size(image.virtual_size()) };
+    let size = if open_ended {
+        "unknown until the end of the stream".to_owned()
+    } else {
+        exact_size(image.virtual_size())
+    };
     line(text, "virtual size", &size);
     if let Some(bytes) = image.actual_size() {
         line(text, "disk size", &human_size(bytes));
@@ -56,7 +59,8 @@ fn summary(text: &mut String, image: &ImageEntry) {
     }
 }
 
-/// Writes the facts of the format under its name, without those that have a table of their own.
+/// Writes the format-specific facts under the name of the format, except for the devices of an archive, which
+/// have a table.
 fn format_facts(text: &mut String, image: &ImageEntry) {
     let info = image.info();
     let specific: Vec<&Fact> = info
@@ -72,7 +76,7 @@ fn format_facts(text: &mut String, image: &ImageEntry) {
 
 /// Writes the files that the image refers to.
 fn references(text: &mut String, info: &ImageInfo) {
-    // A driver whose facts follow `qemu-img info` lists the file among them.
+    // Some drivers already list the file among the facts, as `qemu-img info` does.
     let is_listed = |role: &str| info.facts.iter().any(|fact| fact.label == role);
     for reference in info.references.iter().filter(|reference| !is_listed(reference.role)) {
         let format = reference.format.as_deref().map(|f| format!(" ({f})")).unwrap_or_default();
@@ -160,7 +164,7 @@ fn headed(table: &str) -> String {
     }
 }
 
-/// Returns the stored bytes of a device, if the driver has counted them.
+/// Returns the number of bytes stored for a device, if the driver has counted them.
 fn stored(info: &ImageInfo, id: u32) -> Option<u64> {
     let rows = info.facts.iter().find(|fact| fact.key == "devices")?.value.as_array()?;
     let row = rows.iter().find(|row| row.get("dev-id").and_then(Value::as_u64) == Some(id.into()))?;
@@ -187,7 +191,7 @@ fn facts<'a>(text: &mut String, indent: usize, facts: impl Iterator<Item = &'a F
     }
 }
 
-/// Writes one fact; lists and objects are indented below its label.
+/// Writes one fact. Objects and lists of objects are indented below its label.
 fn value(text: &mut String, indent: usize, label: &str, fact: &Value) {
     let pad = " ".repeat(indent);
     let label = escape_control(label);
@@ -219,7 +223,7 @@ fn scalar(value: &Value) -> String {
     }
 }
 
-/// Formats a list of objects as a table, with their keys as the header.
+/// Formats a list of objects as a table, with the keys of the objects as the header.
 fn objects(indent: usize, items: &[Value]) -> String {
     let keys: Vec<&String> = items.iter().filter_map(Value::as_object).flat_map(|map| map.keys()).fold(
         Vec::new(),

@@ -1,4 +1,4 @@
-//! Drawing of the allocation of a disk as a grid of cells, for terminals.
+//! Drawing of the allocation of a disk: a grid of cells, for terminals.
 
 use std::fmt::Write as _;
 use std::ops::Range;
@@ -8,7 +8,7 @@ use imgtool_core::{Extent, ExtentKind};
 
 use crate::report::{Paint, Stream, flow, human_size, percent, unicode};
 
-/// Maximum number of cells in a line. Our choice: fits a terminal of 80 columns.
+/// Maximum number of cells in a line. Our choice: the line fits a terminal of 80 columns.
 const MAX_COLUMNS: usize = 64;
 
 /// Maximum number of lines. Our choice: the list of extents below stays visible.
@@ -17,7 +17,7 @@ const MAX_LINES: usize = 4;
 /// Width of the guest offset that begins each line, in columns.
 const LABEL: usize = 10;
 
-/// Smallest number of guest bytes in a cell: one sector.
+/// Minimum number of guest bytes in a cell: one sector.
 const MIN_CELL_LEN: u64 = 512;
 
 /// Characters for the states of a cell.
@@ -37,14 +37,14 @@ struct Signs {
 const SHADES: Signs = Signs { full: '█', most: '▓', some: '▒', zero: '░', hole: '·' };
 const ASCII: Signs = Signs { full: '#', most: '+', some: '-', zero: '0', hole: '.' };
 
-/// Guest bytes of each kind in a cell.
+/// Number of guest bytes of each kind in a cell.
 #[derive(Debug, Clone, Copy, Default)]
 struct Cell {
     data: u64,
     zero: u64,
 }
 
-/// The drawing of a guest range of a device.
+/// Drawing of a guest range of a device.
 pub struct Picture {
     range: Range<u64>,
     columns: usize,
@@ -66,12 +66,12 @@ impl Picture {
         let max_cells = (columns * MAX_LINES) as u64;
         let cell_len =
             len.div_ceil(max_cells).checked_next_power_of_two().unwrap_or(1 << 63).max(MIN_CELL_LEN);
-        // At most `max_cells`, which is at most 256.
+        // At most `max_cells`, so at most 256.
         let cells = vec![Cell::default(); len.div_ceil(cell_len) as usize];
         Self { range, columns, cell_len, cells, data: 0, zero: 0, hole: 0 }
     }
 
-    /// Adds an extent, which must lie inside the range.
+    /// Adds an extent, which must be inside the range.
     pub fn add(&mut self, extent: Extent) {
         match extent.kind {
             ExtentKind::Data => self.data += extent.len,
@@ -93,7 +93,7 @@ impl Picture {
         }
     }
 
-    /// Returns the title, the lines and the legend.
+    /// Returns the drawing: a title with the device's name, the lines of cells and a legend.
     pub fn draw(&self, name: &str) -> String {
         let signs = if unicode() { SHADES } else { ASCII };
         let len = self.range.end.saturating_sub(self.range.start);

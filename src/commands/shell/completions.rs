@@ -53,7 +53,7 @@ fn with_mark(command: Command) -> Command {
         .mut_subcommands(with_mark)
 }
 
-/// Returns the options of each format, and those of all formats under the name "".
+/// Returns the options of each format by its name, and the options of all formats under the empty name.
 fn by_format(registry: &Registry) -> Vec<(&'static str, Vec<OptionSpec>)> {
     let mut all: Vec<OptionSpec> = Vec::new();
     let mut list: Vec<(&str, Vec<OptionSpec>)> = Vec::new();
@@ -69,7 +69,7 @@ fn by_format(registry: &Registry) -> Vec<(&'static str, Vec<OptionSpec>)> {
     list
 }
 
-/// Returns the values of an option, if they are a fixed list; otherwise nothing.
+/// Returns the values of an option if they are a fixed list, otherwise an empty list.
 fn words(spec: &OptionSpec) -> Vec<String> {
     let values = spec.kind.to_string();
     if values.contains('|') { values.split('|').map(str::to_owned).collect() } else { Vec::new() }

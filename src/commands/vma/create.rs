@@ -1,4 +1,4 @@
-//! `vma create`: makes an archive of disks and configurations, with a random UUID and the current time.
+//! `vma create`: creates an archive of disks and configurations, with a random UUID and the current time.
 
 use std::fs;
 use std::io::{self, Write};
@@ -29,7 +29,7 @@ use crate::exit::Exit;
 use crate::interrupt::Interrupt;
 use crate::report;
 
-/// Name of the device that holds the state of a running guest.
+/// Name of the device with the state of a running guest.
 const STATE: &str = "vmstate";
 
 pub(super) fn run(args: &VmaCreateArgs) -> Result<Exit, Failure> {
@@ -82,7 +82,7 @@ fn plan(
 ) -> Plan {
     let select = |(source, disk): (usize, &Disk)| SelectedDisk {
         source,
-        // The identity is that in the source; name and kind are those in the archive.
+        // The id is from the source; name and kind are for the archive.
         device: Device { id: disk.device, ..disk.device(0) },
         name: disk.name.clone(),
     };
@@ -104,8 +104,8 @@ fn plan(
     }
 }
 
-/// Refuses, in its words, the disks and configurations that the reference program refuses to register. The
-/// driver would refuse them, too.
+/// Refuses the disks and configurations that the reference program refuses to register, in that program's
+/// words. The driver also refuses them, but with messages of its own.
 fn check_limits(manifest: &Manifest) -> Result<()> {
     for (number, device) in manifest.devices.iter().enumerate() {
         let hint = match device.size {
@@ -140,7 +140,7 @@ fn read_config(path: &Path) -> Result<Attachment> {
     Ok(Attachment { name, data })
 }
 
-/// A disk that goes into the archive.
+/// A disk to add to the archive.
 struct Disk {
     name: String,
     device: imgtool_core::DeviceId,
@@ -179,7 +179,7 @@ fn open_disks(args: &VmaCreateArgs, registry: &Registry) -> Result<Vec<Disk>> {
 fn open_disk(registry: &Registry, name: String, path: &Path, format: Option<&str>) -> Result<Disk> {
     let open = || -> Result<Opened> {
         let input = imgtool_storage::open::open(&Location::from(path), Opening::Plain)?;
-        // The header of the archive needs the length, which a FIFO does not have.
+        // The archive header contains the size of the disk, which is unknown for a FIFO.
         let input = input.cancelled_by(CancelToken::new()).spool()?;
         open::open_image(registry, input, format, &OpenOptions::default())
     };
@@ -200,13 +200,13 @@ fn open_disk(registry: &Registry, name: String, path: &Path, format: Option<&str
     }
 }
 
-/// Destination of the archive.
+/// Destination of the archive, and the command that reads it from a pipe, if any.
 struct Archive {
     destination: Destination,
     command: Option<Piped>,
 }
 
-/// A command that reads the archive from its standard input.
+/// A running command that reads the archive from its standard input.
 struct Piped {
     location: Location,
     child: Child,
@@ -228,7 +228,7 @@ impl Archive {
         if exists.is_some() {
             return Err(Error::refused(format!("can't open file {} - File exists", path.display())));
         }
-        // The reference program takes '-' as the name of a file.
+        // The reference program treats '-' as the name of a file.
         let path = if path == Path::new("-") { PathBuf::from("./-") } else { path.to_owned() };
         Ok(Self { destination: Destination::New(path), command: None })
     }
@@ -250,26 +250,25 @@ impl Archive {
 }
 
 impl Piped {
-    /// Ends the command's input and waits for its exit status.
+    /// Closes the command's standard input and waits for its exit status.
     ///
     /// # Errors
     /// [`imgtool_core::ErrorKind::Refused`] if the command failed.
     fn finish(&mut self) -> Result<()> {
-        // Dropping it closes the pipe. We buffer nothing that would have to be flushed.
+        // Dropping the handle closes the pipe. It has no buffer to flush.
         drop(lock(&self.stdin.0).take());
         let status = self.child.wait().map_err(|e| Error::io("wait for", e)).in_file(&self.location)?;
         if status.success() {
             return Ok(());
         }
-        Err(Error::refused(format!("the command that was to read the archive failed: {status}"))
-            .path(&self.location))
+        Err(Error::refused(format!("the command reading the archive failed: {status}")).path(&self.location))
     }
 
-    /// Kills the command after `error`, so that it does not take an unfinished archive for a finished one.
+    /// Kills the command after `error`, so that it does not mistake an unfinished archive for a complete one.
     ///
     /// # Errors
-    /// [`imgtool_core::ErrorKind::Refused`] if the command had failed already: its exit status is the
-    /// cause, and the broken pipe only a consequence.
+    /// [`imgtool_core::ErrorKind::Refused`] if the command had already failed. Its exit status then explains
+    /// `error`, a broken pipe.
     fn give_up(&mut self, error: &Error) -> Result<()> {
         if error.io_error().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) {
             return self.finish();
@@ -291,12 +290,13 @@ impl Write for SharedStdin {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        // After the command's end there is nothing left to flush.
+        // After the pipe is closed, there is nothing left to flush.
         lock(&self.0).as_mut().map_or(Ok(()), ChildStdin::flush)
     }
 }
 
-/// Monitor of the run that prints the lines of `-v`.
+/// Monitor of the run. Prints the lines of `-v`, and waits for the command before the archive counts as
+/// complete.
 struct Percent<'a> {
     interrupt: &'a Interrupt,
     command: &'a Mutex<Option<Piped>>,
@@ -305,6 +305,7 @@ struct Percent<'a> {
     state: Mutex<State>,
 }
 
+/// Progress so far, in guest bytes; `zeros` counts per device.
 struct State {
     done: u64,
     zero: u64,
@@ -344,8 +345,8 @@ impl<'a> Percent<'a> {
     }
 }
 
-/// Returns the bytes of a disk's last cluster beyond the disk's end, which the reference program counts as
-/// zeros.
+/// Returns the number of bytes between a disk's last sub-block and the end of its last cluster. The reference
+/// program counts them as zeros.
 fn beyond_end(device: &Device) -> u64 {
     match device.kind {
         DeviceKind::VmState => 0,
@@ -381,7 +382,7 @@ impl Monitor for Percent<'_> {
         if let Some(zeros) = state.zeros.get_mut(lane.index()) {
             *zeros += zero;
         }
-        // No more than 254 disks of 2^48 bytes.
+        // Cannot overflow: an archive has at most 254 disks of 2^48 bytes.
         let percent = (state.done * 100).checked_div(self.total).unwrap_or(100);
         if self.verbose && percent != state.percent {
             state.percent = percent;

@@ -1,4 +1,4 @@
-//! `vma extract`: writes the disks of an archive to raw files, or to the targets of a map.
+//! `vma extract`: writes the disks of an archive to raw files, or to the targets in a map.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,8 +26,8 @@ use crate::interrupt::Interrupt;
 use crate::progress::Display;
 use crate::report;
 
-/// Maximum length of a device name, in bytes, whose file the reference program can create
-/// (`tmp-disk-NAME.raw`). Names of configurations are cut to it, too.
+/// Maximum length in bytes of a device's or configuration's name; longer ones are cut. With this length, the
+/// reference program's `tmp-disk-NAME.raw` has 255 bytes, the maximum for a file name.
 const MAX_NAME: usize = 242;
 
 /// Prefix of error messages.
@@ -49,7 +49,7 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
             (extraction.directory_layout()?, extraction.selected(), None)
         }
         Some(map_path) => {
-            // The writer of the map reads the list and the configurations before it writes.
+            // The program that writes the map first reads the list and the configurations.
             for (path, config) in &extraction.configs {
                 outputs.publish(path, &config.data)?;
             }
@@ -82,7 +82,7 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-/// Creates the directory, which must be new; its parent must exist.
+/// Creates the directory. It must not exist yet; its parent must exist.
 fn make_directory(dir: &Path, outputs: &mut Outputs) -> Result<()> {
     outputs.new_directory(dir).map_err(|e| {
         let reason = e.io_error().map(super::reason).unwrap_or_default();
@@ -104,16 +104,17 @@ fn source(archive: Archive, registry: &Registry) -> Result<OpenSource> {
     Ok(OpenSource { name: None, opened })
 }
 
-/// Names and targets of everything that is extracted.
+/// Names and targets of everything to extract.
 struct Extraction<'a> {
     registry: &'a Registry,
     dir: &'a Path,
     /// Selected disks, and the guest state.
     devices: Vec<Device>,
-    /// Unique file names of the configurations and of the devices.
+    /// Paths and contents of the configurations; the paths are unique.
     configs: Vec<(PathBuf, Attachment)>,
+    /// Unique file names of `devices`, in the same order.
     names: Vec<String>,
-    /// Notes on names that differ from those in the archive.
+    /// Notes on file names that differ from the names in the archive.
     notes: Vec<String>,
 }
 
@@ -128,7 +129,7 @@ impl<'a> Extraction<'a> {
             let wanted: Vec<&str> = wanted.split(',').collect();
             devices.retain(|device| is_state(device.kind) || wanted.contains(&device.name.as_str()));
         }
-        // Disks come first, since programs look for them by name.
+        // Disks get their names first, since programs look for them by name.
         let mut unique = Unique::by_case();
         let mut notes = Vec::new();
         let names = devices.iter().map(|device| file_name(device, &mut unique, &mut notes)).collect();
@@ -194,7 +195,7 @@ impl<'a> Extraction<'a> {
         let mut layout = Layout { overwrite: true, ..Layout::default() };
         let mut selected: Vec<SelectedDisk> = Vec::new();
         for (index, disk) in self.selected().into_iter().enumerate() {
-            // At most 255 devices.
+            // The conversion cannot fail: there are at most 255 devices.
             let slot = Slot(u32::try_from(selected.len()).unwrap_or(u32::MAX));
             let output = if is_state(disk.device.kind) {
                 self.file(index, slot)?
@@ -206,7 +207,7 @@ impl<'a> Extraction<'a> {
                         let output = self.mapped(&disk, path, format.as_deref(), *write_zeros, slot)?;
                         if matches!(output.destination, Destination::New(_)) {
                             let made =
-                                format!("{} was made anew as an image of the same format", path.display());
+                                format!("{} was replaced by a new image of the same format", path.display());
                             layout.notes.push(Note::Text(made));
                         }
                         output
@@ -219,7 +220,8 @@ impl<'a> Extraction<'a> {
         Ok((layout, selected))
     }
 
-    /// Plans an existing target. A raw target is written in place; a new image replaces any other.
+    /// Plans the output for an existing target. A raw image or a device is overwritten in place; a new image
+    /// replaces any other image.
     fn mapped(
         &self,
         disk: &SelectedDisk,
@@ -231,7 +233,7 @@ impl<'a> Extraction<'a> {
         let opened = self.open_target(path, format)?;
         let info = opened.image.info();
         let [existing] = info.devices.as_slice() else {
-            return Err(usage("the target is no disk image").path(path));
+            return Err(usage("the target is not a disk image").path(path));
         };
         check_size(disk, existing.size)?;
         let is_raw = opened.driver.capabilities().verbatim;
@@ -251,7 +253,7 @@ impl<'a> Extraction<'a> {
         Ok(PlannedOutput { size, ..output(destination, format, slot) })
     }
 
-    /// Opens an existing target for its format and size. Refuses unknown formats and pipes.
+    /// Opens an existing target to find its format and size. Refuses unknown formats and pipes.
     fn open_target(&self, path: &Path, format: Option<&str>) -> Result<Opened> {
         let plainly_raw =
             path.starts_with("/dev/") || path.extension().is_some_and(|extension| extension == "raw");
@@ -286,13 +288,13 @@ fn same_options(target: &Opened) -> FormatOptions {
     options
 }
 
-/// Plans an image of one disk.
+/// Plans an output with one disk.
 fn output(destination: Destination, format: TargetFormat, slot: Slot) -> PlannedOutput {
     PlannedOutput { destination, format, disks: vec![slot], attachments: Vec::new(), size: None }
 }
 
-/// Returns the reference program's name for a device's file, changed if that is no file name or already in
-/// use.
+/// Returns the file name that the reference program gives a device. If it is not a valid file name or already
+/// in use, changes it and adds a note.
 fn file_name(device: &Device, unique: &mut Unique, notes: &mut Vec<String>) -> String {
     let (stem, extension) = match device.kind {
         DeviceKind::VmState => ("vmstate".to_owned(), "bin"),

@@ -18,7 +18,7 @@ pub(super) fn run(file: &Path) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-/// Returns the lines: configurations in the header's order, devices by id, and the time.
+/// Returns the lines: configurations in the header's order, devices by ascending id, and the creation time.
 pub(super) fn lines(header: &ArchiveHeader) -> String {
     let mut text = String::new();
     for config in &header.configs {
@@ -40,7 +40,7 @@ pub(super) fn lines(header: &ArchiveHeader) -> String {
     text
 }
 
-/// Formats the time as local time, like asctime.
+/// Formats a time in seconds since 1970 as local time, like asctime(3).
 fn ctime(seconds: i64) -> String {
     match DateTime::from_timestamp(seconds, 0) {
         Some(time) => {

@@ -8,16 +8,16 @@ use imgtool_core::{Error, Result, ResultExt};
 
 use super::usage;
 
-/// Maximum length of a line, bytes. Limit of the reference program.
+/// Maximum length of a line in bytes, including the line feed. The reference program's limit.
 const MAX_LINE: u64 = 8191;
 
-/// Maximum number of lines. Our limit: four times the number of devices of an archive.
+/// Maximum number of lines. Our limit: about four times the maximum number of devices in an archive.
 const MAX_LINES: usize = 1024;
 
 /// Names of the valid cache modes.
 const CACHE_MODES: [&str; 6] = ["none", "off", "writeback", "writethrough", "directsync", "unsafe"];
 
-/// Instruction of a line for a device.
+/// Instruction for a device, from one line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Entry {
     /// Skip the device.
@@ -26,14 +26,14 @@ pub(super) enum Entry {
     Target {
         path: PathBuf,
         format: Option<String>,
-        /// True if zeros must be written to the target.
+        /// True if zeros must be written; false if the target already reads as zeros.
         write_zeros: bool,
-        /// Maximum bytes per second; 0 means no limit.
+        /// Maximum number of bytes per second; 0 means no limit.
         bps: u64,
     },
 }
 
-/// Lines of a map. The last one for a device wins.
+/// Lines of a map. The last line for a device wins.
 #[derive(Debug, Default)]
 pub(super) struct Map(Vec<(String, Entry)>);
 
@@ -68,7 +68,7 @@ impl Map {
         self.0.iter().rev().find(|(name, _)| name == device).map(|(_, entry)| entry)
     }
 
-    /// Returns the lowest rate limit of all lines, in bytes per second, if any has one.
+    /// Returns the lowest rate limit of all lines, in bytes per second, if any line has one.
     pub(super) fn limit(&self) -> Option<u64> {
         let limits = self.0.iter().filter_map(|(_, entry)| match entry {
             Entry::Target { bps, .. } if *bps > 0 => Some(*bps),

@@ -1,4 +1,4 @@
-//! Counts for the lines of `-v` while an archive is read: progress, and the share of sparse blocks.
+//! Counters for the lines of `-v` while an archive is read: progress, and the share of sparse bytes.
 
 use std::sync::Mutex;
 use std::time::Instant;
@@ -16,8 +16,8 @@ const BLOCKS: u64 = CLUSTER / SUB_BLOCK;
 /// Counts clusters and sub-blocks on their way to the outputs.
 pub(super) struct Tally {
     started: Instant,
-    /// Number of clusters of all devices that are read. The reference program leaves out the incomplete last
-    /// cluster of each device. So it exceeds 100 %, and divides by zero if there are no others.
+    /// Number of clusters of all devices to read, including incomplete last clusters. The reference program
+    /// does not count these, so its progress can exceed 100 %, and it divides by zero if there are no others.
     all_clusters: u64,
     counts: Mutex<Counts>,
 }
@@ -26,19 +26,19 @@ pub(super) struct Tally {
 struct Counts {
     clusters: u64,
     zero_clusters: u64,
-    /// Number of sub-blocks within the device that are not stored, in clusters with stored sub-blocks.
+    /// Number of zero sub-blocks in clusters that also have nonzero ones, up to the end of the device.
     partly_zero: u64,
     percent: u64,
 }
 
 impl Tally {
-    /// Creates the counts for these devices.
+    /// Creates a tally for these devices.
     pub(super) fn new<'a>(devices: impl IntoIterator<Item = &'a Device>) -> Self {
         let all_clusters = devices.into_iter().map(|device| device.size.div_ceil(CLUSTER)).sum();
         Self { started: Instant::now(), all_clusters, counts: Mutex::default() }
     }
 
-    /// Returns the lines to print at the end.
+    /// Returns the lines with the totals, to print at the end.
     pub(super) fn totals(&self) -> String {
         let counts = lock(&self.counts);
         if counts.clusters == 0 {
@@ -57,7 +57,7 @@ impl Tally {
     }
 }
 
-/// Formats a number from 0 to some thousands like `%.3g` in C.
+/// Formats a number like `%.3g` in C, but without exponents: a number from 1000 on keeps all integer digits.
 fn three_digits(number: f64) -> String {
     if number == 0.0 {
         return "0".to_owned();
@@ -95,7 +95,7 @@ impl Tally {
         let seconds = self.started.elapsed().as_secs();
         // Sizes have at most 48 bits, so this can't overflow.
         let next = |percent: u64| ((percent + 1) * self.all_clusters).div_ceil(100);
-        // Without any cluster there is no percentage.
+        // Without any cluster, `next` is 0 and no line is printed.
         while (1..=reached).contains(&next(counts.percent)) {
             let at = next(counts.percent);
             counts.percent = at * 100 / self.all_clusters;
@@ -106,13 +106,14 @@ impl Tally {
             ));
         }
         if !text.is_empty() {
-            // If the reader of the output is gone, a later print reports it.
+            // If this write fails, printing the totals reports it.
             let _ = report::print(&text);
         }
     }
 }
 
-/// Returns the number of clusters of a piece that are all zero, and of zero sub-blocks in the others.
+/// Returns the number of all-zero clusters in a piece, and the number of zero sub-blocks in its other
+/// clusters.
 fn zeros(piece: &SinkPiece) -> (u64, u64) {
     let clusters = usize::try_from(piece.len.div_ceil(CLUSTER)).unwrap_or(0);
     let mut masks = vec![0u64; clusters];
