@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn a_callback_can_stop_the_conversion() {
+    fn callback_can_cancel_the_conversion() {
         let directory = tempfile::tempdir().expect("a directory");
         let to = directory.path().join("scsi.qcow2");
         let cancel = CancelToken::new();

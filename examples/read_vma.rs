@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_and_the_whole_disk_have_the_known_content() {
+    fn reads_whole_and_partial_disks() {
         let archive = fixture("two-disks.vma.zst");
         let whole = read(&archive, "drive-efidisk0", 0, u64::MAX).expect("the whole disk");
         assert_eq!(sha256(&whole), "a0fd2cf34e841d0d1e7f30367fc2b547c952d35ae30d9003b2890c10b61d82c9");

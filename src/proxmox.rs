@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn every_disk_has_its_line_and_its_map() {
+    fn every_disk_gets_a_drive_line_and_a_map_line() {
         let mut devices = selected(&["web", "drive-scsi0", "efidisk0"]);
         let dest = Path::new("vzdump-qemu-9000-2026_01_02-03_04_05.vma.zst");
         let settings = ["memory=4096".to_owned(), "name=web".to_owned()];

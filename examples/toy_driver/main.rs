@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn the_laws_hold_for_a_driver_that_only_reads() {
+    fn the_laws_hold_for_a_read_only_driver() {
         let image = conformance::make_bytes(&SlabDriver, &CreateOptions::default(), &small());
         conformance::read_only(&ReadOnly, &[(&image, small())]);
     }

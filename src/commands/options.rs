@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn compression_is_an_algorithm_and_a_level() {
+    fn parses_compression_algorithm_and_level() {
         let parsed = |text| compress(text).map(|c| (c.algorithm, c.level)).ok();
         assert_eq!(parsed(""), Some((None, None)));
         assert_eq!(parsed("zstd:-3"), Some((Some("zstd".to_owned()), Some(-3))));

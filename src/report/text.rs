@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn shares_never_round_to_zero_or_to_all() {
+    fn percentages_never_round_to_0_or_100() {
         assert_eq!(percent(0, 10), "0 %");
         assert_eq!(percent(1, 10_000), "<1 %");
         assert_eq!(percent(9_999, 10_000), ">99 %");

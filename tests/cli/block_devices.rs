@@ -24,7 +24,7 @@ fn restore_efi(target: &Path, more: &[&str]) -> crate::support::run::Outcome {
 }
 
 #[test]
-fn sizes_up_to_4_mib_above_the_disk_fit_and_the_tail_stays() {
+fn accepts_devices_up_to_4_mib_larger_and_keeps_the_tail() {
     if !loop_devices() {
         return;
     }
@@ -40,7 +40,7 @@ fn sizes_up_to_4_mib_above_the_disk_fit_and_the_tail_stays() {
 }
 
 #[test]
-fn other_sizes_are_refused_with_both_and_nothing_is_written() {
+fn refuses_other_device_sizes_and_names_both_sizes() {
     if !loop_devices() {
         return;
     }
@@ -100,7 +100,7 @@ fn calls(target: &Path, zeroed: &str) -> (usize, u64) {
 }
 
 #[test]
-fn zeros_are_left_to_the_device_and_not_written_where_it_is_zero() {
+fn never_writes_zeros_and_skips_zeroing_a_zeroed_device() {
     if !loop_devices() {
         return;
     }
@@ -128,7 +128,7 @@ fn zeros_are_left_to_the_device_and_not_written_where_it_is_zero() {
 }
 
 #[test]
-fn a_device_in_use_is_refused_without_force() {
+fn refuses_a_device_in_use_without_force() {
     if !loop_devices() {
         return;
     }
@@ -156,7 +156,7 @@ fn a_device_in_use_is_refused_without_force() {
 }
 
 #[test]
-fn a_device_that_is_swapped_to_is_refused() {
+fn refuses_an_active_swap_device() {
     if !loop_devices() {
         return;
     }
@@ -177,7 +177,7 @@ fn a_device_that_is_swapped_to_is_refused() {
 }
 
 #[test]
-fn what_a_virtual_machine_has_locked_is_refused() {
+fn refuses_an_image_locked_by_qemu_without_force() {
     require!("qemu-io");
     let dir = tempdir();
     let file = dir.path().join("disk.raw");

@@ -23,7 +23,7 @@ fn in_every_format(directory: &Path) -> Vec<PathBuf> {
 }
 
 #[test]
-fn compare_finds_the_same_content_in_every_format() {
+fn compare_reports_equal_content_across_formats() {
     let dir = tempdir();
     let made = in_every_format(dir.path());
     for a in &made {
@@ -69,7 +69,7 @@ fn checksum_is_the_digest_of_the_guest_content() {
 }
 
 #[test]
-fn check_finds_nothing_in_whole_images() {
+fn check_passes_intact_images() {
     let dir = tempdir();
     for path in in_every_format(dir.path()).iter().skip(1) {
         imgtool(["check", text(path)]).ok();
@@ -105,7 +105,7 @@ fn check_distinguishes_corrupt_leaking_and_unreadable() {
 }
 
 #[test]
-fn measure_tells_the_length_of_the_result() {
+fn measure_predicts_the_output_length() {
     let dir = tempdir();
     let made = in_every_format(dir.path());
     for format in ["raw", "qcow2", "vma"] {
@@ -118,7 +118,7 @@ fn measure_tells_the_length_of_the_result() {
 }
 
 #[test]
-fn created_images_are_empty_and_sound() {
+fn created_images_are_empty_and_valid() {
     require!("qemu-img");
     let dir = tempdir();
     for format in ["raw", "qcow2", "vhdx"] {

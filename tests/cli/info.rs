@@ -6,7 +6,7 @@ use imgtool_testing::{fixture, images, oracles, require, tempdir, text};
 use crate::support::imgtool;
 
 #[test]
-fn every_fixture_is_described_by_its_manifest() {
+fn json_output_matches_the_fixture_manifest() {
     for entry in archives() {
         let path = fixture(&entry.file);
         let info = imgtool(["info", "--output", "json", text(&path)]).ok().json();
@@ -28,7 +28,7 @@ fn every_fixture_is_described_by_its_manifest() {
 }
 
 #[test]
-fn people_read_the_same() {
+fn text_output_matches_the_fixture_manifest() {
     for entry in archives() {
         let shown = imgtool(["info", text(&fixture(&entry.file))]).ok().text();
         assert!(shown.contains("vma"), "{shown}");
@@ -40,14 +40,14 @@ fn people_read_the_same() {
 }
 
 #[test]
-fn standard_input_is_described_too() {
+fn reads_standard_input() {
     let entry = archives().remove(0);
     let run = imgtool(["info", "--output", "json", "-"]).pipe_from(&fixture(&entry.file)).ok();
     assert_eq!(run.json()["format"], "vma");
 }
 
 #[test]
-fn qemu_img_says_the_same_of_disk_images() {
+fn json_fields_match_qemu_img() {
     require!("qemu-img");
     let dir = tempdir();
     let raw = dir.path().join("x.raw");
@@ -79,7 +79,7 @@ fn qemu_img_says_the_same_of_disk_images() {
 }
 
 #[test]
-fn a_guessed_raw_image_is_called_raw() {
+fn unrecognized_content_is_reported_as_raw() {
     let dir = tempdir();
     let raw = dir.path().join("x.img");
     images::every_mask().write_raw(&raw);
@@ -87,7 +87,7 @@ fn a_guessed_raw_image_is_called_raw() {
 }
 
 #[test]
-fn a_given_format_is_not_guessed() {
+fn explicit_format_overrides_detection() {
     let fixture = fixture("sparse.vma");
     let info = imgtool(["info", "-f", "raw", "--output", "json", text(&fixture)]).ok().json();
     assert_eq!(info["format"], "raw");
@@ -101,7 +101,7 @@ fn a_given_format_is_not_guessed() {
 }
 
 #[test]
-fn what_is_not_there_is_an_error_with_its_name() {
+fn missing_files_are_named() {
     imgtool(["info", "/nonexistent/image.qcow2"]).go().exits(1).says("/nonexistent/image.qcow2");
 }
 
@@ -114,7 +114,7 @@ fn counted(info: &serde_json::Value) -> Vec<(Option<u64>, Option<u64>)> {
 }
 
 #[test]
-fn what_is_stored_is_counted_in_files_and_streams() {
+fn counts_stored_and_zero_bytes_in_files_and_streams() {
     for name in ["two-disks.vma.zst", "two-disks.vma.gz", "two-disks.vma.lzo"] {
         let path = fixture(name);
         let info = imgtool(["info", "--output", "json", text(&path)]).ok().json();
@@ -127,7 +127,7 @@ fn what_is_stored_is_counted_in_files_and_streams() {
 }
 
 #[test]
-fn a_long_stream_is_only_read_to_its_end_when_asked() {
+fn reads_long_streams_to_the_end_only_with_read_all() {
     let dir = tempdir();
     let raw = dir.path().join("a.raw");
     // Noise, longer than the 64 MiB that `info` reads without --read-all.
@@ -142,7 +142,7 @@ fn a_long_stream_is_only_read_to_its_end_when_asked() {
 }
 
 #[test]
-fn a_damaged_archive_tells_what_can_be_known() {
+fn reports_damage_and_the_facts_still_readable() {
     let dir = tempdir();
     let archive = dir.path().join("a.vma");
     let compressed = fixture("two-disks.vma.zst");

@@ -74,7 +74,7 @@ fn printed(dir: &Path, lines: &[&str]) -> BTreeSet<String> {
 }
 
 #[test]
-fn the_reference_is_what_is_printed() {
+fn documented_fields_match_the_output() {
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/json.md");
     let page = std::fs::read_to_string(page).unwrap();
     let dir = tempdir();

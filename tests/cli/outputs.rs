@@ -6,7 +6,7 @@ use super::with_disk;
 use crate::support::imgtool;
 
 #[test]
-fn many_disks_do_not_fit_into_one_file() {
+fn refuses_two_sources_for_one_qcow2_image() {
     let dir = with_disk();
     std::fs::copy(dir.path().join("disk.raw"), dir.path().join("other.raw")).unwrap();
     let before = snapshot(dir.path());
@@ -16,7 +16,7 @@ fn many_disks_do_not_fit_into_one_file() {
 }
 
 #[test]
-fn an_existing_output_is_not_overwritten_without_force() {
+fn refuses_to_overwrite_without_force() {
     let dir = with_disk();
     std::fs::write(dir.path().join("out"), b"precious").unwrap();
     let before = snapshot(dir.path());
@@ -30,7 +30,7 @@ fn an_existing_output_is_not_overwritten_without_force() {
 }
 
 #[test]
-fn the_source_is_never_the_target() {
+fn refuses_to_overwrite_the_source_even_with_force() {
     let dir = with_disk();
     std::fs::hard_link(dir.path().join("disk.raw"), dir.path().join("link.raw")).unwrap();
     std::os::unix::fs::symlink("disk.raw", dir.path().join("symlink.raw")).unwrap();
@@ -43,7 +43,7 @@ fn the_source_is_never_the_target() {
 }
 
 #[test]
-fn one_disk_into_a_directory_is_named_after_its_source() {
+fn names_a_disk_in_a_directory_after_its_source() {
     let dir = with_disk();
     std::fs::create_dir(dir.path().join("there")).unwrap();
     imgtool(["convert", "disk.raw", "--to", "qcow2", "there"]).within(dir.path()).ok();
@@ -53,7 +53,7 @@ fn one_disk_into_a_directory_is_named_after_its_source() {
 }
 
 #[test]
-fn the_format_follows_the_extension_of_the_target() {
+fn infers_the_format_from_the_target_extension() {
     let dir = with_disk();
     for (name, format) in [("a.qcow2", "qcow2"), ("a.vhdx", "vhdx"), ("a.vma", "vma"), ("a.raw", "raw")] {
         imgtool(["convert", "disk.raw", name]).within(dir.path()).ok();

@@ -16,7 +16,7 @@ fn reports_the_detected_format() {
 }
 
 #[test]
-fn the_summary_names_every_output() {
+fn summary_names_every_output() {
     let source = fixture("two-disks.vma.zst");
     let dir = tempdir();
     let run = imgtool(["convert", text(&source), "--to", "qcow2", text(&dir.path().join("out"))]).ok();
@@ -27,7 +27,7 @@ fn the_summary_names_every_output() {
 }
 
 #[test]
-fn quiet_is_quiet() {
+fn quiet_prints_nothing() {
     let dir = with_disk();
     let run =
         imgtool(["convert", "-q", "-f", "raw", "disk.raw", "--to", "qcow2", "x"]).within(dir.path()).ok();
@@ -35,7 +35,7 @@ fn quiet_is_quiet() {
 }
 
 #[test]
-fn progress_in_json_ends_at_100_percent_once() {
+fn json_progress_reaches_100_percent_once() {
     let dir = tempdir();
     let raw = dir.path().join("disk.raw");
     Image::hole("x", 64 << 20).with(5 << 20, images::noise(1, 20 << 20)).write_raw(&raw);

@@ -68,7 +68,7 @@ fn run(path: &str) {
 }
 
 #[test]
-fn the_readme() {
+fn readme_commands_succeed() {
     let script = blocks(&page("README.md"), "sh");
     let made = tempdir();
     let here = |name: &str| made.path().join(name);
@@ -93,32 +93,32 @@ fn the_readme() {
 }
 
 #[test]
-fn the_tour() {
+fn tour_prints_the_documented_output() {
     run("docs/tour.md");
 }
 
 #[test]
-fn a_proxmox_backup_elsewhere() {
+fn proxmox_backup_recipe_prints_the_documented_output() {
     run("docs/recipes/proxmox-backup.md");
 }
 
 #[test]
-fn a_template_for_proxmox() {
+fn proxmox_template_recipe_prints_the_documented_output() {
     run("docs/recipes/proxmox-template.md");
 }
 
 #[test]
-fn a_damaged_backup() {
+fn rescue_recipe_prints_the_documented_output() {
     run("docs/recipes/rescue.md");
 }
 
 #[test]
-fn volumes() {
+fn volumes_recipe_prints_the_documented_output() {
     run("docs/recipes/volumes.md");
 }
 
 #[test]
-fn every_recipe_is_run() {
+fn every_recipe_has_a_test() {
     let names = imgtool_testing::names(&Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/recipes"));
     assert_eq!(names, ["proxmox-backup.md", "proxmox-template.md", "rescue.md", "volumes.md"]);
 }

@@ -55,7 +55,7 @@ fn with_image() -> tempfile::TempDir {
 }
 
 #[test]
-fn a_source_is_not_a_target_under_any_name() {
+fn refuses_the_source_as_target_under_any_name() {
     require!("strace");
     let dir = with_image();
     symlink("disk.raw", dir.path().join("soft")).unwrap();
@@ -91,7 +91,7 @@ fn a_source_is_not_a_target_under_any_name() {
 }
 
 #[test]
-fn what_a_source_rests_on_is_not_a_target() {
+fn refuses_backing_images_and_data_files_as_targets() {
     require!("strace", "qemu-img");
     let dir = with_image();
     for line in [
@@ -114,7 +114,7 @@ fn what_a_source_rests_on_is_not_a_target() {
 }
 
 #[test]
-fn one_file_is_not_two_targets() {
+fn refuses_one_file_as_two_targets() {
     require!("strace");
     let dir = tempdir();
     std::fs::write(dir.path().join("old"), b"old").unwrap();
@@ -131,7 +131,7 @@ fn one_file_is_not_two_targets() {
 }
 
 #[test]
-fn everything_that_exists_is_refused_before_anything_is_made() {
+fn refuses_existing_outputs_before_creating_any() {
     require!("strace");
     let dir = tempdir();
     let out = dir.path().join("out");
@@ -150,7 +150,7 @@ fn everything_that_exists_is_refused_before_anything_is_made() {
 }
 
 #[test]
-fn a_loop_device_and_its_file_are_one() {
+fn treats_a_loop_device_and_its_file_as_one() {
     require!("strace");
     if !loop_devices() {
         return;
@@ -175,7 +175,7 @@ fn a_loop_device_and_its_file_are_one() {
 }
 
 #[test]
-fn a_partition_and_its_disk_are_one_but_two_partitions_are_not() {
+fn partition_overlaps_its_disk_but_not_another_partition() {
     require!("strace", "addpart");
     if !loop_devices() {
         return;

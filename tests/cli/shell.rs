@@ -50,7 +50,7 @@ fn shell(shell: &str, script: &str) -> String {
 }
 
 #[test]
-fn bash_completes_verbs_formats_and_options() {
+fn bash_completes_commands_formats_and_options() {
     require!("bash");
     // The words are split at each '=', as bash splits them.
     let script = r#"source <(imgtool completions bash)
@@ -113,7 +113,7 @@ fn fish_completes_formats_and_options() {
 }
 
 #[test]
-fn zsh_takes_its_completions() {
+fn zsh_loads_its_completions() {
     require!("zsh");
     let script =
         "autoload -Uz compinit; compinit -D; source <(imgtool completions zsh); print ${_comps[imgtool]}";
@@ -121,7 +121,7 @@ fn zsh_takes_its_completions() {
 }
 
 #[test]
-fn zsh_completes_the_options_of_a_format() {
+fn zsh_completes_format_options() {
     require!("zsh");
     // The script presses the tab key in a pseudo-terminal and waits for the completion. If it never appears,
     // the time limit ends the script.
@@ -153,7 +153,7 @@ fn manual_pages_have_sections_and_no_empty_entries() {
 }
 
 #[test]
-fn manual_pages_are_clean() {
+fn manual_pages_pass_mandoc_lint() {
     require!("mandoc");
     let dir = tempdir();
     imgtool(["man"]).args([dir.path()]).ok();

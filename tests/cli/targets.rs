@@ -26,7 +26,7 @@ fn shell(directory: &Path, line: &str) -> (Option<i32>, String) {
 
 /// The Rust runtime opens /dev/null in place of a closed standard output; an image written there is lost.
 #[test]
-fn an_image_does_not_vanish_in_a_closed_standard_output_without_a_word() {
+fn notes_that_standard_output_is_closed() {
     let dir = tempdir();
     Image::hole("x", 1 << 20).with(0, images::noise(1, 65_536)).write_raw(&dir.path().join("disk.raw"));
     for to in ["raw", "vma"] {
@@ -45,7 +45,7 @@ fn an_image_does_not_vanish_in_a_closed_standard_output_without_a_word() {
 }
 
 #[test]
-fn with_too_few_open_files_an_error_says_so() {
+fn reports_too_many_open_files_and_leaves_no_output() {
     let dir = tempdir();
     Image::hole("x", 1 << 20).with(0, images::noise(1, 65_536)).write_raw(&dir.path().join("disk.raw"));
     let (mut failed, mut finished) = (0, 0);
@@ -66,7 +66,7 @@ fn with_too_few_open_files_an_error_says_so() {
 }
 
 #[test]
-fn old_data_in_an_existing_target_is_gone() {
+fn replaces_all_old_data_in_an_existing_target() {
     let dir = tempdir();
     for image in images::all().into_iter().filter(|image| image.size < 16 << 20) {
         let (raw, target) = (dir.path().join("x.raw"), dir.path().join("target"));
@@ -78,7 +78,7 @@ fn old_data_in_an_existing_target_is_gone() {
 }
 
 #[test]
-fn the_tail_of_a_larger_target_is_left_alone() {
+fn leaves_the_tail_of_a_larger_target_unchanged() {
     let dir = tempdir();
     let (raw, target) = (dir.path().join("x.raw"), dir.path().join("target"));
     let image = images::every_mask();
@@ -92,7 +92,7 @@ fn the_tail_of_a_larger_target_is_left_alone() {
 }
 
 #[test]
-fn a_target_of_the_wrong_size_is_refused_with_both_sizes() {
+fn refuses_a_target_of_the_wrong_size_and_names_both_sizes() {
     let dir = tempdir();
     let (raw, target) = (dir.path().join("x.raw"), dir.path().join("target"));
     let image = images::every_mask();
@@ -107,7 +107,7 @@ fn a_target_of_the_wrong_size_is_refused_with_both_sizes() {
 }
 
 #[test]
-fn each_device_goes_to_a_place_of_its_own() {
+fn writes_each_device_to_its_own_target() {
     let dir = tempdir();
     let source = fixture("two-disks.vma.zst");
     let (scsi, efi) = (dir.path().join("scsi"), dir.path().join("efi.qcow2"));
@@ -123,7 +123,7 @@ fn each_device_goes_to_a_place_of_its_own() {
 }
 
 #[test]
-fn a_verified_output_is_the_same_output() {
+fn verify_does_not_change_the_output() {
     let dir = tempdir();
     let raw = dir.path().join("x.raw");
     Image::hole("x", 9 << 20).with(70_000, images::prose(1, 3 << 20)).write_raw(&raw);

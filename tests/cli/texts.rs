@@ -123,7 +123,7 @@ fn info() {
 }
 
 #[test]
-fn looking_at_images() {
+fn inspection_commands() {
     let dir = workshop();
     let lines = [
         "map disk.qcow2",
@@ -291,7 +291,7 @@ fn losses() {
 }
 
 #[test]
-fn an_overlay_shows_its_backing_file() {
+fn overlay_reads_the_same_as_its_backing_file() {
     require!("qemu-img");
     let dir = workshop();
     let line = "compare --allow-external chain overlay.qcow2 disk.raw";

@@ -6,7 +6,7 @@ use super::with_disk;
 use crate::support::imgtool;
 
 #[test]
-fn help_and_version_are_on_standard_output() {
+fn prints_help_and_version_to_standard_output() {
     for verb in [None, Some("convert"), Some("info"), Some("formats")] {
         let run = imgtool(verb.into_iter().chain(["--help"])).ok();
         assert!(run.text().contains("Usage"), "{verb:?}: {}", run.text());
@@ -36,7 +36,7 @@ fn usage_errors_exit_2_and_write_nothing() {
 }
 
 #[test]
-fn a_compression_after_a_blank_is_not_a_file_name() {
+fn rejects_a_compression_separated_by_a_space() {
     let dir = with_disk();
     let line = ["convert", "-O", "vma", "disk.raw", "-c", "zstd"];
     imgtool(line).within(dir.path()).go().exits(2).says("-c=zstd is the compression");
@@ -44,7 +44,7 @@ fn a_compression_after_a_blank_is_not_a_file_name() {
 }
 
 #[test]
-fn credentials_are_not_printed() {
+fn errors_omit_url_credentials() {
     let dir = with_disk();
     let url = "https://user:secret@host/x.qcow2";
     let json = format!("json:{{\"file.url\":\"{url}\"}}");
@@ -66,7 +66,7 @@ fn credentials_are_not_printed() {
 }
 
 #[test]
-fn capital_o_is_to() {
+fn capital_o_is_short_for_to() {
     let dir = with_disk();
     imgtool(["convert", "-O", "qcow2", "disk.raw", "a"]).within(dir.path()).ok();
     imgtool(["convert", "--to", "qcow2", "disk.raw", "b"]).within(dir.path()).ok();
@@ -74,7 +74,7 @@ fn capital_o_is_to() {
 }
 
 #[test]
-fn flags_of_qemu_img_scripts_are_taken() {
+fn accepts_flags_from_qemu_img_scripts() {
     let dir = with_disk();
     let line = "convert -p -q -W -t none -T none -U -m 4 -f raw -O qcow2 disk.raw out.qcow2";
     imgtool(line.split(' ')).within(dir.path()).ok();
@@ -84,7 +84,7 @@ fn flags_of_qemu_img_scripts_are_taken() {
 }
 
 #[test]
-fn flags_may_be_repeated_as_qemu_imgs_and_the_last_counts() {
+fn repeated_flags_override_earlier_ones() {
     let dir = with_disk();
     let line = "convert -p -p -q -q -f qcow2 -f raw -O vhdx -O qcow2 -t none -t writeback disk.raw copy";
     imgtool(line.split(' ')).within(dir.path()).ok();
@@ -93,7 +93,7 @@ fn flags_may_be_repeated_as_qemu_imgs_and_the_last_counts() {
 }
 
 #[test]
-fn what_makes_no_sense_is_said_before_a_source_is_opened() {
+fn reports_usage_errors_before_opening_a_source() {
     let dir = tempdir();
     for line in [
         "convert -O qcow2 -o cluster_size=3000 none out",

@@ -9,7 +9,7 @@ use super::{ends, partials, remove, sh, with_disk};
 use crate::support::imgtool;
 
 #[test]
-fn a_failed_source_takes_the_whole_archive_with_it() {
+fn one_failed_source_discards_the_whole_archive() {
     let dir = tempdir();
     let bytes = std::fs::read(fixture("sparse.vma")).unwrap();
     let (whole, cut) = (dir.path().join("whole.raw"), dir.path().join("cut.vma"));
@@ -24,7 +24,7 @@ fn a_failed_source_takes_the_whole_archive_with_it() {
 }
 
 #[test]
-fn a_source_that_is_cut_while_it_is_read_is_an_error() {
+fn detects_a_source_truncated_during_conversion() {
     let dir = tempdir();
     let raw = dir.path().join("disk.raw");
     for format in ["raw", "qcow2", "vhdx", "vma"] {
@@ -49,7 +49,7 @@ fn a_source_that_is_cut_while_it_is_read_is_an_error() {
 
 /// A source that another program writes meanwhile has no single state to convert, and the program says so.
 #[test]
-fn a_source_that_changes_while_it_is_read_is_told() {
+fn warns_about_a_source_written_during_conversion() {
     require!("strace");
     let dir = with_disk();
     let stop = "strace -f -o log -e trace=pwritev,pwrite64,copy_file_range -e inject=pwritev,pwrite64,copy_file_range:signal=SIGSTOP:when=1";

@@ -21,7 +21,7 @@ const WRITING: [(&[&str], &str); 6] = [
 ];
 
 #[test]
-fn a_limit_for_file_sizes_stops_every_command_that_writes() {
+fn file_size_limit_stops_every_writing_command() {
     let dir = with_disk();
     let before = snapshot(dir.path());
     for (args, made) in WRITING {
@@ -35,7 +35,7 @@ fn a_limit_for_file_sizes_stops_every_command_that_writes() {
 }
 
 #[test]
-fn a_signal_while_any_verb_writes_or_flushes_leaves_all_or_nothing() {
+fn signal_during_write_or_flush_leaves_all_outputs_or_none() {
     require!("strace");
     let dir = with_disk();
     let before = names(dir.path());
@@ -91,7 +91,7 @@ fn wait_until_listening(child: &Child, signal: i32) {
 
 /// A command that only reads removes its temporary file, the copy of an image from a pipe.
 #[test]
-fn a_signal_ends_every_command_that_only_reads() {
+fn signal_ends_every_read_only_command() {
     let dir = with_disk();
     imgtool(["convert", "disk.raw", "disk.qcow2"]).within(dir.path()).ok();
     imgtool(["create", "-f", "qcow2", "huge.qcow2", "64T"]).within(dir.path()).ok();
@@ -132,7 +132,7 @@ fn a_signal_ends_every_command_that_only_reads() {
 }
 
 #[test]
-fn a_signal_during_a_long_flush_does_not_call_finished_outputs_interrupted() {
+fn signal_during_a_slow_flush_leaves_all_outputs_or_none() {
     require!("strace");
     let dir = with_disk();
     let before = names(dir.path());

@@ -54,7 +54,7 @@ fn proven(directory: &Path, archive: &Archive) -> Built {
 }
 
 #[test]
-fn an_archive_cut_anywhere_is_an_error() {
+fn rejects_an_archive_truncated_anywhere() {
     let dir = tempdir();
     let built = proven(dir.path(), &healthy());
     let len = built.bytes.len();
@@ -74,7 +74,7 @@ fn an_archive_cut_anywhere_is_an_error() {
 }
 
 #[test]
-fn a_flipped_bit_in_the_archive_header_is_an_error() {
+fn rejects_a_flipped_bit_in_the_archive_header() {
     let dir = tempdir();
     let built = proven(dir.path(), &healthy());
     let mut places = vec![0, 3, 4, 7, 8, 23, 24, 31, 32, 47, 48, 51, 52, 55, 56, 57, 59, 60, 2043];
@@ -89,7 +89,7 @@ fn a_flipped_bit_in_the_archive_header_is_an_error() {
 }
 
 #[test]
-fn a_flipped_bit_in_an_extent_header_is_an_error_that_names_its_place() {
+fn names_the_offset_of_a_damaged_extent_header() {
     let dir = tempdir();
     let built = proven(dir.path(), &healthy());
     for extent in &built.extents {
@@ -105,7 +105,7 @@ fn a_flipped_bit_in_an_extent_header_is_an_error_that_names_its_place() {
 }
 
 #[test]
-fn a_missing_cluster_is_an_error_that_names_device_and_range() {
+fn names_device_and_range_of_a_missing_cluster() {
     let dir = tempdir();
     for (id, name, cluster) in [(1, "drive-scsi0", 0u32), (1, "drive-scsi0", 9), (2, "drive-scsi1", 2)] {
         let built = healthy().without_cluster(id, cluster).build();
@@ -116,7 +116,7 @@ fn a_missing_cluster_is_an_error_that_names_device_and_range() {
 }
 
 #[test]
-fn a_cluster_that_comes_twice_is_an_error_that_names_device_and_range() {
+fn names_device_and_range_of_a_duplicate_cluster() {
     let dir = tempdir();
     for (id, name, cluster) in [(1, "drive-scsi0", 0u32), (1, "drive-scsi0", 7), (2, "drive-scsi1", 1)] {
         let built = healthy().with_cluster_twice(id, cluster).build();
@@ -127,7 +127,7 @@ fn a_cluster_that_comes_twice_is_an_error_that_names_device_and_range() {
 }
 
 #[test]
-fn bytes_after_the_last_extent_are_an_error() {
+fn rejects_bytes_after_the_last_extent() {
     let dir = tempdir();
     let built = proven(dir.path(), &healthy());
     for tail in [vec![0u8], vec![0; 512], vec![0; 10_240], images::noise(1, 700)] {
@@ -137,7 +137,7 @@ fn bytes_after_the_last_extent_are_an_error() {
 }
 
 #[test]
-fn an_extent_that_comes_twice_or_is_missing_is_an_error() {
+fn rejects_duplicate_and_missing_extents() {
     let dir = tempdir();
     let built = proven(dir.path(), &healthy());
     let (start, end) = (built.extents[1], built.extents[2]);
@@ -148,7 +148,7 @@ fn an_extent_that_comes_twice_or_is_missing_is_an_error() {
 }
 
 #[test]
-fn a_damaged_archive_does_not_touch_what_is_there() {
+fn damaged_archive_leaves_existing_files_unchanged() {
     let dir = tempdir();
     let built = proven(dir.path(), &healthy());
     let source = dir.path().join("cut.vma");
@@ -163,7 +163,7 @@ fn a_damaged_archive_does_not_touch_what_is_there() {
 }
 
 #[test]
-fn a_cut_qcow2_or_vhdx_is_an_error() {
+fn rejects_truncated_qcow2_and_vhdx_images() {
     imgtool_testing::require!("qemu-img");
     let dir = tempdir();
     let raw = dir.path().join("x.raw");
@@ -184,7 +184,7 @@ fn a_cut_qcow2_or_vhdx_is_an_error() {
 }
 
 #[test]
-fn salvage_keeps_what_is_whole_lists_what_is_lost_and_exits_3() {
+fn salvage_keeps_intact_data_lists_losses_and_exits_3() {
     let dir = tempdir();
     let built = proven(dir.path(), &healthy());
     let source = dir.path().join("cut.vma");

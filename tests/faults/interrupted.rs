@@ -34,7 +34,7 @@ fn wait_for_partials(directory: &Path) {
 }
 
 #[test]
-fn an_interrupt_leaves_nothing_behind() {
+fn interrupt_leaves_no_files() {
     for signal in ["-INT", "-TERM", "-HUP"] {
         for out in ["out.qcow2", "new/"] {
             let dir = tempdir();
@@ -47,7 +47,7 @@ fn an_interrupt_leaves_nothing_behind() {
 }
 
 #[test]
-fn a_kill_leaves_only_the_temporary_name() {
+fn kill_leaves_only_the_partial_file() {
     let dir = tempdir();
     let child = stalled(&dir.path().join("out.qcow2"));
     kill(&child, "-KILL");
@@ -153,7 +153,7 @@ fn nothing_unfinished(busy: &Busy, what: &str) {
 }
 
 #[test]
-fn kills_at_any_moment_leave_only_temporary_names_which_the_next_run_removes() {
+fn next_run_removes_partial_files_of_killed_runs() {
     for format in ["raw", "qcow2", "vhdx", "vma"] {
         let busy = Busy::new(format);
         let mut left_behind = 0;
@@ -176,7 +176,7 @@ fn kills_at_any_moment_leave_only_temporary_names_which_the_next_run_removes() {
 }
 
 #[test]
-fn signals_at_any_moment_leave_all_or_nothing() {
+fn signals_at_any_time_leave_all_outputs_or_none() {
     for format in ["raw", "qcow2", "vhdx", "vma"] {
         let busy = Busy::new(format);
         let before = snapshot(busy.dir.path());
@@ -202,7 +202,7 @@ fn signals_at_any_moment_leave_all_or_nothing() {
 }
 
 #[test]
-fn a_run_does_not_take_the_unfinished_output_of_another() {
+fn keeps_the_partial_file_of_a_concurrent_run() {
     let dir = tempdir();
     let first = stalled(&dir.path().join("out.qcow2"));
     let theirs = partials(dir.path());

@@ -24,7 +24,7 @@ fn our_panics(stderr: &str) -> Vec<&str> {
 }
 
 #[test]
-fn only_one_panic_is_not_ours() {
+fn panic_filter_ignores_only_the_std_stack_panic() {
     let theirs = "\nthread '<unnamed>' (7) panicked at library/std/src/sys/pal/unix/stack_overflow.rs:1:2:\n\
                   failed to allocate an alternative stack: Cannot allocate memory (os error 12)\n";
     let ours = "\nthread 'main' panicked at src/main.rs:1:2:\nfailed to allocate an alternative stack\n";
@@ -36,7 +36,7 @@ fn only_one_panic_is_not_ours() {
 }
 
 #[test]
-fn little_memory_is_enough_or_an_error_but_never_an_unfinished_output() {
+fn low_memory_never_leaves_an_unfinished_output() {
     require!("prlimit");
     let dir = tempdir();
     Image::hole("x", 8 << 20).with(0, images::noise(1, 8 << 20)).write_raw(&dir.path().join("disk.raw"));
@@ -100,7 +100,7 @@ fn in_a_small_file_system(directory: &Path, line: &str) -> Option<std::process::
 }
 
 #[test]
-fn a_small_file_system_that_fills_up_leaves_nothing_behind() {
+fn full_file_system_leaves_no_output() {
     let dir = tempdir();
     Image::hole("x", 24 << 20).with(0, images::noise(1, 24 << 20)).write_raw(&dir.path().join("disk.raw"));
     Image::hole("x", 24 << 20).with(0, images::noise(1, 3 << 20)).write_raw(&dir.path().join("small.raw"));
@@ -141,7 +141,7 @@ fn a_small_file_system_that_fills_up_leaves_nothing_behind() {
 }
 
 #[test]
-fn a_limit_for_file_sizes_leaves_nothing_behind() {
+fn file_size_limit_leaves_no_output() {
     let dir = tempdir();
     let raw = dir.path().join("disk.raw");
     Image::hole("x", 8 << 20).with(0, images::noise(1, 8 << 20)).write_raw(&raw);
@@ -157,7 +157,7 @@ fn a_limit_for_file_sizes_leaves_nothing_behind() {
 }
 
 #[test]
-fn standard_output_that_is_full_is_an_error() {
+fn full_standard_output_is_an_error() {
     let dir = tempdir();
     let raw = dir.path().join("disk.raw");
     Image::hole("x", 1 << 20).with(0, images::noise(1, 1 << 20)).write_raw(&raw);

@@ -96,7 +96,7 @@ fn pairs() -> impl Iterator<Item = (&'static str, &'static str)> {
 }
 
 #[test]
-fn reads_and_writes_that_are_all_served_in_part_change_nothing() {
+fn short_reads_and_writes_do_not_change_the_output() {
     let Some(bench) = Bench::new() else { return };
     let mut hits = 0;
     for pair in pairs() {
@@ -113,7 +113,7 @@ fn reads_and_writes_that_are_all_served_in_part_change_nothing() {
 
 /// Covers every read and every write of each format, one after the other.
 #[test]
-fn the_nth_read_or_write_is_served_in_part_or_slow_or_fails() {
+fn handles_a_fault_in_every_single_read_and_write() {
     let Some(bench) = Bench::new() else { return };
     let from_each = FORMATS.into_iter().flat_map(|from| [(from, "raw"), (from, "vma")]);
     let to_each = FORMATS.into_iter().flat_map(|to| [("raw", to), ("vma", to)]);
@@ -138,7 +138,7 @@ fn the_nth_read_or_write_is_served_in_part_or_slow_or_fails() {
 const MORSELS: [usize; 6] = [1, 4095, 17, 511, 4096, 1000];
 
 #[test]
-fn a_pipe_that_brings_or_takes_little_at_a_time_changes_nothing() {
+fn small_pipe_transfers_do_not_change_the_output() {
     let dir = tempdir();
     let raw = dir.path().join("disk.raw");
     Image::hole("x", 1 << 20).with(70_000, images::noise(1, 300_000)).write_raw(&raw);

@@ -108,7 +108,7 @@ impl Conversion {
 }
 
 #[test]
-fn the_nth_read_or_write_fails_between_any_two_formats() {
+fn failed_reads_and_writes_name_the_file() {
     require!("strace");
     let dir = tempdir();
     let mut hits = 0;
@@ -138,7 +138,7 @@ fn the_nth_read_or_write_fails_between_any_two_formats() {
 const SPARE_READS: [&str; 2] = [", 65536, 196608)", ", 65536, 262144)"];
 
 #[test]
-fn a_read_that_fails_once_is_an_error_unless_it_was_spare() {
+fn single_failed_read_is_an_error_unless_redundant() {
     require!("strace");
     let dir = tempdir();
     let (mut errors, mut spare) = (0, 0);
@@ -168,7 +168,7 @@ fn a_read_that_fails_once_is_an_error_unless_it_was_spare() {
 }
 
 #[test]
-fn calls_that_are_interrupted_or_slow_change_nothing_and_those_that_do_nothing_are_errors() {
+fn retries_interrupted_calls_and_rejects_empty_transfers() {
     require!("strace");
     let dir = tempdir();
     let mut hits = 0;
@@ -195,7 +195,7 @@ fn calls_that_are_interrupted_or_slow_change_nothing_and_those_that_do_nothing_a
 }
 
 #[test]
-fn a_failing_flush_length_or_allocation_leaves_nothing() {
+fn failed_flush_truncate_or_allocation_leaves_no_output() {
     require!("strace");
     let dir = tempdir();
     Image::hole("x", 3 << 20).with(70_000, images::noise(1, 1 << 20)).write_raw(&dir.path().join("disk.raw"));
@@ -217,7 +217,7 @@ fn a_failing_flush_length_or_allocation_leaves_nothing() {
 }
 
 #[test]
-fn all_disks_of_a_vm_appear_or_none_whichever_rename_fails() {
+fn failed_rename_rolls_back_all_outputs() {
     require!("strace");
     let dir = tempdir();
     let source = fixture("two-disks.vma.zst");

@@ -12,7 +12,7 @@ use crate::support::imgtool;
 use crate::support::run::PROGRAM;
 
 #[test]
-fn of_two_runs_for_one_target_one_wins_and_the_other_says_so() {
+fn exactly_one_of_two_concurrent_runs_succeeds() {
     let dir = with_disk();
     // Rate-limited, so that both run at the same time.
     let line = "$IMGTOOL convert -q -r 16M disk.raw new.qcow2 & $IMGTOOL convert -q -r 16M disk.raw new.qcow2; \
@@ -27,7 +27,7 @@ fn of_two_runs_for_one_target_one_wins_and_the_other_says_so() {
 }
 
 #[test]
-fn a_directory_that_vanishes_meanwhile_is_an_error() {
+fn directory_removed_during_conversion_is_an_error() {
     let dir = with_disk();
     for out in ["out/new.qcow2", "out/"] {
         let directory = dir.path().join("out");
@@ -45,7 +45,7 @@ fn a_directory_that_vanishes_meanwhile_is_an_error() {
 }
 
 #[test]
-fn targets_of_every_kind_are_written_or_refused() {
+fn writes_or_refuses_every_kind_of_target() {
     let dir = with_disk();
     let path = dir.path();
     std::os::unix::fs::symlink("nowhere", path.join("dangling")).unwrap();
@@ -83,7 +83,7 @@ fn names_and_lengths(directory: &Path) -> Vec<(String, u64)> {
 }
 
 #[test]
-fn a_reader_that_leaves_is_an_error() {
+fn broken_pipe_is_an_error() {
     let dir = tempdir();
     Image::hole("x", 4 << 20).with(0, images::noise(1, 4 << 20)).write_raw(&dir.path().join("disk.raw"));
     for format in ["raw", "vma"] {
@@ -99,7 +99,7 @@ fn a_reader_that_leaves_is_an_error() {
 }
 
 #[test]
-fn a_directory_that_cannot_be_made_is_an_error() {
+fn failure_to_create_the_directory_is_an_error() {
     let dir = tempdir();
     std::fs::write(dir.path().join("file"), b"").unwrap();
     let before = snapshot(dir.path());

@@ -55,7 +55,7 @@ fn go_on(strace: Child, pid: u32) -> (Option<i32>, String) {
 }
 
 #[test]
-fn a_byte_that_changes_after_writing_is_found_in_every_format() {
+fn verify_finds_a_changed_byte_in_every_format() {
     require!("strace");
     let dir = tempdir();
     let content = images::noise(5, 300_000);
@@ -89,7 +89,7 @@ fn a_byte_that_changes_after_writing_is_found_in_every_format() {
 /// Damage that the guest's content does not show: zeros cut off the end of a disk, the refcounts of a qcow2
 /// image, the first header of a VHDX image.
 #[test]
-fn what_the_content_does_not_tell_is_found() {
+fn verify_finds_damage_outside_the_guest_content() {
     require!("strace");
     let dir = tempdir();
     Image::hole("x", 3 << 20).with(65_536, images::noise(5, 300_000)).write_raw(&dir.path().join("disk.raw"));
@@ -126,7 +126,7 @@ fn what_the_content_does_not_tell_is_found() {
 }
 
 #[test]
-fn a_byte_that_changes_in_one_of_many_outputs_is_found() {
+fn verify_finds_a_changed_byte_in_any_output() {
     require!("strace");
     let source = fixture("two-disks.vma.zst");
     let dir = tempdir();
@@ -146,7 +146,7 @@ fn a_byte_that_changes_in_one_of_many_outputs_is_found() {
 }
 
 #[test]
-fn a_byte_that_changes_in_the_data_file_or_in_the_base_is_found() {
+fn verify_finds_a_changed_byte_in_data_file_or_base() {
     require!("strace");
     let dir = tempdir();
     let content = images::noise(5, 300_000);
@@ -195,7 +195,7 @@ fn a_byte_that_changes_in_the_data_file_or_in_the_base_is_found() {
 
 /// The user must still allow the images that the base refers to, but not the names in the output's options.
 #[test]
-fn reading_back_opens_what_the_options_name_and_nothing_else() {
+fn verify_opens_only_files_named_by_the_options() {
     require!("qemu-img");
     let dir = tempdir();
     Image::hole("x", 3 << 20).with(65_536, images::noise(1, 300_000)).write_raw(&dir.path().join("disk.raw"));
@@ -218,7 +218,7 @@ fn reading_back_opens_what_the_options_name_and_nothing_else() {
 
 /// Like a device, a target written in place keeps its length, which may exceed the size of its disk.
 #[test]
-fn a_target_in_place_may_be_larger_than_its_disk() {
+fn verify_accepts_a_larger_target_written_in_place() {
     let dir = tempdir();
     Image::hole("x", 3 << 20).with(65_536, images::noise(1, 300_000)).write_raw(&dir.path().join("disk.raw"));
     std::fs::write(dir.path().join("larger.raw"), vec![1; 4 << 20]).unwrap();

@@ -63,7 +63,7 @@ fn fill(from: &Path, to: &Path, left: &mut u64) {
 }
 
 #[test]
-fn a_file_system_survives_raw_vma_qcow2_raw() {
+fn file_system_survives_vma_and_qcow2() {
     require!("mkfs.ext4", "e2fsck", "qemu-img");
     let dir = tempdir();
     let raw = dir.path().join("disk.raw");

@@ -27,7 +27,7 @@ fn unpack(entry: &Entry, how: &str, convert: impl Fn(&str) -> Run) {
 }
 
 #[test]
-fn the_manifest_is_about_these_files() {
+fn manifest_matches_the_fixture_files() {
     for entry in archives() {
         let path = fixture(&entry.file);
         assert_eq!(std::fs::metadata(&path).unwrap().len(), entry.bytes, "{}", entry.file);
@@ -36,7 +36,7 @@ fn the_manifest_is_about_these_files() {
 }
 
 #[test]
-fn from_the_file() {
+fn unpacks_fixtures_from_files() {
     for entry in archives() {
         let path = fixture(&entry.file);
         unpack(&entry, "from the file", |out| imgtool(["convert", text(&path), "--to", "raw", out]));
@@ -44,7 +44,7 @@ fn from_the_file() {
 }
 
 #[test]
-fn from_a_pipe() {
+fn unpacks_fixtures_from_pipes() {
     for entry in archives() {
         let path = fixture(&entry.file);
         unpack(&entry, "from a pipe", |out| imgtool(["convert", "-", "--to", "raw", out]).pipe_from(&path));
@@ -52,7 +52,7 @@ fn from_a_pipe() {
 }
 
 #[test]
-fn with_the_format_given() {
+fn unpacks_fixtures_with_an_explicit_format() {
     for entry in archives() {
         let path = fixture(&entry.file);
         unpack(&entry, "-f vma", |out| imgtool(["convert", "-f", "vma", text(&path), "--to", "raw", out]));
@@ -60,7 +60,7 @@ fn with_the_format_given() {
 }
 
 #[test]
-fn as_qcow2_and_vhdx_by_our_reader_and_qemu() {
+fn unpacked_qcow2_and_vhdx_images_match_the_manifest() {
     for entry in archives().iter().filter(|entry| entry.compression.as_deref() != Some("lzop")) {
         for format in ["qcow2", "vhdx"] {
             let dir = tempdir();
@@ -82,7 +82,7 @@ fn as_qcow2_and_vhdx_by_our_reader_and_qemu() {
 }
 
 #[test]
-fn one_disk_of_many() {
+fn unpacks_only_the_selected_disk() {
     let dir = tempdir();
     let (out, entry) = (dir.path().join("efi.raw"), &archives()[0]);
     let source = fixture(&entry.file);

@@ -19,7 +19,7 @@ fn islands(size: u64) -> Image {
 }
 
 #[test]
-fn eight_tebibytes_of_nothing_take_no_time_and_no_space() {
+fn converts_8_tib_of_zeros_quickly_and_sparsely() {
     let dir = tempdir();
     let raw = dir.path().join("raw");
     Image::hole("x", 8 << 40).write_raw(&raw);
@@ -38,7 +38,7 @@ fn eight_tebibytes_of_nothing_take_no_time_and_no_space() {
 
 /// A file on ext4 has at most 16 TiB; a file in memory may be larger.
 #[test]
-fn sixty_four_tebibytes_of_nothing_and_back_take_no_memory_either() {
+fn converts_64_tib_of_zeros_in_64_mib_of_memory() {
     require!("qemu-img");
     let Ok(dir) = tempfile::tempdir_in("/dev/shm") else {
         oracles::unable("there is no file system in memory at /dev/shm", true);
@@ -96,20 +96,20 @@ fn islands_survive(size: u64, formats: &[&str]) {
 }
 
 #[test]
-fn islands_in_four_tebibytes_survive() {
+fn preserves_scattered_data_in_4_tib() {
     require!("qemu-img");
     islands_survive((4 << 40) + 512, &["qcow2", "vhdx", "qcow2"]);
 }
 
 #[test]
-fn vhdx_beyond_four_gibibytes_is_read_by_qemu() {
+fn qemu_reads_vhdx_beyond_4_gib() {
     // From 4 GiB on, sector bitmap entries are interleaved in the block allocation table.
     require!("qemu-img");
     islands_survive(6 << 30, &["vhdx"]);
 }
 
 #[test]
-fn sparse_stays_sparse_in_every_format() {
+fn sparse_images_stay_sparse_in_every_format() {
     let dir = tempdir();
     let raw = dir.path().join("start.raw");
     islands(3 << 30).write_raw(&raw);
@@ -126,7 +126,7 @@ fn sparse_stays_sparse_in_every_format() {
 }
 
 #[test]
-fn zeros_that_were_written_become_holes() {
+fn written_zeros_become_holes() {
     let dir = tempdir();
     let raw = dir.path().join("x.raw");
     Image::hole("z", 32 << 20).with(0, vec![0; 32 << 20]).write_raw(&raw);
@@ -161,7 +161,7 @@ fn peak_memory(arguments: &[&str], source: impl FnOnce(&std::path::Path) -> std:
 }
 
 #[test]
-fn a_zstd_stream_with_a_long_window_stays_within_memory() {
+fn long_zstd_window_stays_within_the_memory_limit() {
     require!("zstd");
     let peak = peak_memory(&["--to", "qcow2"], |raw| {
         let packed = raw.with_extension("raw.zst");
@@ -175,7 +175,7 @@ fn a_zstd_stream_with_a_long_window_stays_within_memory() {
 }
 
 #[test]
-fn many_threads_with_large_clusters_stay_within_memory() {
+fn large_clusters_on_16_threads_stay_within_memory_limit() {
     for arguments in [
         &["--to", "qcow2", "-o", "cluster_size=2M", "--compress=zstd"][..],
         &["--to", "qcow2", "-o", "cluster_size=2M", "--compress=zlib:1"],

@@ -138,12 +138,12 @@ fn chain(formats: &[&str]) {
 }
 
 #[test]
-fn a_chain_through_vma_qcow2_vhdx_ends_where_it_began() {
+fn vma_qcow2_vhdx_chain_preserves_content() {
     chain(&["vma", "qcow2", "vhdx"]);
 }
 
 #[test]
-fn a_chain_through_vhdx_qcow2_vma_ends_where_it_began() {
+fn vhdx_qcow2_vma_chain_preserves_content() {
     chain(&["vhdx", "qcow2", "vma"]);
 }
 
@@ -184,19 +184,19 @@ fn unpack_everywhere(archive: &Archive, disks: &[(&str, Image)]) {
 }
 
 #[test]
-fn an_archive_of_three_devices_unpacks_to_every_format() {
+fn unpacks_three_devices_to_every_format() {
     let disks = three_disks();
     unpack_everywhere(&Archive::of(disks.clone()), &disks);
 }
 
 #[test]
-fn clusters_shuffled_across_devices_unpack_to_every_format() {
+fn unpacks_shuffled_clusters_to_every_format() {
     let disks = three_disks();
     unpack_everywhere(&Archive::of(disks.clone()).shuffled(3), &disks);
 }
 
 #[test]
-fn extents_of_1_7_and_59_clusters_and_gaps_in_device_ids_are_read() {
+fn reads_extents_of_any_length_and_gaps_in_device_ids() {
     let disks = three_disks();
     for (slots, ids) in [(1, [3, 200, 254]), (7, [9, 2, 5]), (59, [1, 128, 4])] {
         let archive = Archive::of(disks.clone()).slots_per_extent(slots).ids(&ids).shuffled(slots as u64);
@@ -205,7 +205,7 @@ fn extents_of_1_7_and_59_clusters_and_gaps_in_device_ids_are_read() {
 }
 
 #[test]
-fn many_sources_of_many_formats_pack_into_one_archive() {
+fn packs_sources_of_several_formats_into_one_archive() {
     require!("qemu-img");
     let dir = tempdir();
     let disks = three_disks();
@@ -239,7 +239,7 @@ fn many_sources_of_many_formats_pack_into_one_archive() {
 }
 
 #[test]
-fn an_archive_repacked_keeps_devices_configurations_and_vmstate() {
+fn repacking_keeps_devices_configurations_and_guest_state() {
     let dir = tempdir();
     for fixture in ["two-disks.vma.zst", "vmstate.vma.zst"] {
         let fixture = imgtool_testing::fixture(fixture);
@@ -261,7 +261,7 @@ fn telling() -> impl Iterator<Item = Image> {
 }
 
 #[test]
-fn every_qcow2_that_qemu_makes_is_read() {
+fn reads_every_qcow2_variant_from_qemu() {
     require!("qemu-img");
     let dir = tempdir();
     let options = [
@@ -293,7 +293,7 @@ fn every_qcow2_that_qemu_makes_is_read() {
 }
 
 #[test]
-fn every_qcow2_option_makes_an_image_that_qemu_reads() {
+fn qemu_reads_images_with_every_qcow2_option() {
     require!("qemu-img");
     let dir = tempdir();
     let options: [&[&str]; 9] = [
@@ -322,7 +322,7 @@ fn every_qcow2_option_makes_an_image_that_qemu_reads() {
 }
 
 #[test]
-fn an_image_of_no_bytes_stays_one_or_is_refused() {
+fn empty_image_stays_empty_or_is_refused() {
     let dir = tempdir();
     let raw = dir.path().join("nothing.raw");
     images::nothing().write_raw(&raw);

@@ -30,7 +30,7 @@ fn write(path: &Path, commands: &[&str]) {
 }
 
 #[test]
-fn a_created_overlay_shows_what_its_base_holds() {
+fn new_overlay_reads_the_same_as_its_base() {
     require!("qemu-img", "qemu-io");
     for set in ["compat=1.1", "compat=0.10", "cluster_size=512", "extended_l2=on", "cluster_size=2M"] {
         for (base, format) in [("base.raw", "raw"), ("base.qcow2", "qcow2")] {
@@ -53,7 +53,7 @@ fn a_created_overlay_shows_what_its_base_holds() {
 }
 
 #[test]
-fn an_overlay_may_be_larger_and_its_base_may_be_missing() {
+fn allows_a_larger_overlay_and_with_u_a_missing_base() {
     require!("qemu-img", "qemu-io");
     let dir = with_bases();
     let options = "backing_file=base.raw,backing_fmt=raw";
@@ -86,7 +86,7 @@ fn an_overlay_may_be_larger_and_its_base_may_be_missing() {
 }
 
 #[test]
-fn a_difference_to_a_base_that_is_an_overlay_itself() {
+fn stores_only_the_difference_to_a_base_overlay() {
     require!("qemu-img", "qemu-io");
     for set in ["compat=1.1", "compat=0.10", "cluster_size=512", "extended_l2=on", "cluster_size=2M"] {
         for compress in [false, true] {
@@ -127,7 +127,7 @@ fn a_difference_to_a_base_that_is_an_overlay_itself() {
 }
 
 #[test]
-fn data_files_through_create_and_convert() {
+fn creates_and_converts_images_with_data_files() {
     require!("qemu-img", "qemu-io");
     let dir = with_bases();
     let raw = dir.path().join("base.raw");
@@ -227,7 +227,7 @@ fn huge_tables(path: &Path, backing: Option<&str>, tables: &[(u64, u64)], l2: &[
 
 /// Takes hours if the reader walks the tables of every layer anew for each extent of the layer above.
 #[test]
-fn a_long_chain_with_huge_tables_costs_what_is_stored() {
+fn long_chain_with_huge_tables_converts_quickly() {
     let dir = tempdir();
     let data = (19 * (2u64 << 20)) | (1 << 63);
     for layer in 0..200u64 {
@@ -246,7 +246,7 @@ fn a_long_chain_with_huge_tables_costs_what_is_stored() {
 
 /// The reader does not walk tables entry by entry if they are holes of the file or repeat one entry.
 #[test]
-fn a_million_names_for_an_empty_table_cost_nothing() {
+fn million_references_to_an_empty_table_convert_quickly() {
     let dir = tempdir();
     let all: Vec<(u64, u64)> = (0..4 << 20).step_by(4).map(|index| (index, 18)).collect();
     let zeros: Vec<(u64, u64)> = (0..1 << 18).map(|index| (index, 1)).collect();

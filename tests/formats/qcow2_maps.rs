@@ -131,7 +131,7 @@ fn without(mut value: Value, field: &str) -> Value {
 }
 
 #[test]
-fn map_and_measure_are_qemu_imgs() {
+fn map_and_measure_match_qemu_img() {
     require!("qemu-img", "qemu-io");
     let mut gallery = Gallery::new();
     single_images(&mut gallery);
@@ -161,7 +161,7 @@ fn assert_same_map(gallery: &Gallery) {
 }
 
 #[test]
-fn a_map_for_a_person_names_files_and_places() {
+fn text_map_names_every_file_of_the_chain() {
     require!("qemu-img", "qemu-io");
     let mut gallery = Gallery::new();
     chains(&mut gallery);
@@ -208,7 +208,7 @@ fn assert_same_measure(gallery: &Gallery) {
 }
 
 #[test]
-fn an_empty_disk_of_any_size_is_measured_as_qemu_img_does() {
+fn measure_of_an_empty_disk_matches_qemu_img() {
     require!("qemu-img");
     for size in ["0", "512", "1M", "5G", "64T", "1P"] {
         for set in ["compat=1.1", "cluster_size=2M", "refcount_bits=64", "extended_l2=on,cluster_size=128k"] {

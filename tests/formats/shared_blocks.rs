@@ -24,7 +24,7 @@ fn image() -> Image {
 }
 
 #[test]
-fn shared_blocks_change_no_byte() {
+fn block_sharing_does_not_change_the_content() {
     require!("mkfs.xfs", "mount", "filefrag", "qemu-img");
     if !loop_devices() {
         return;

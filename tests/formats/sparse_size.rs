@@ -45,7 +45,7 @@ fn data_by_qemu(image: &Path) -> Vec<(u64, u64)> {
 }
 
 #[test]
-fn qcow2_allocates_what_qemu_img_allocates() {
+fn qcow2_allocation_matches_qemu_img() {
     require!("qemu-img", "qemu-io");
     let dir = tempdir();
     disks(dir.path());
@@ -83,7 +83,7 @@ fn qcow2_allocates_what_qemu_img_allocates() {
 }
 
 #[test]
-fn holes_of_the_source_are_no_short_zeros() {
+fn source_holes_stay_holes_below_the_sparse_size() {
     let dir = tempdir();
     disks(dir.path());
     for format in ["raw", "qcow2", "vhdx", "vma"] {
@@ -101,7 +101,7 @@ fn holes_of_the_source_are_no_short_zeros() {
 }
 
 #[test]
-fn nothing_is_left_out_with_0() {
+fn sparse_size_0_stores_every_zero() {
     require!("qemu-img");
     let dir = tempdir();
     disks(dir.path());
@@ -159,7 +159,7 @@ fn nothing_is_left_out_with_0() {
 }
 
 #[test]
-fn what_a_vhdx_file_calls_itself_does_not_depend_on_its_zeros() {
+fn vhdx_guids_do_not_depend_on_the_sparse_size() {
     let dir = tempdir();
     disks(dir.path());
     let facts = ["4k", "1M", "0"].map(|size| {
@@ -173,7 +173,7 @@ fn what_a_vhdx_file_calls_itself_does_not_depend_on_its_zeros() {
 }
 
 #[test]
-fn places_of_their_own_follow_it_too() {
+fn sparse_size_applies_to_separate_targets() {
     let dir = tempdir();
     disks(dir.path());
     imgtool(["convert", "-q", "a=holes.raw", "b=holes.raw", "two.vma"]).within(dir.path()).ok();
@@ -185,7 +185,7 @@ fn places_of_their_own_follow_it_too() {
 }
 
 #[test]
-fn other_sizes_than_qemu_img_takes_are_refused() {
+fn refuses_sparse_sizes_that_qemu_img_rejects() {
     let dir = tempdir();
     disks(dir.path());
     let before = snapshot(dir.path());

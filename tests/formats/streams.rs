@@ -62,14 +62,14 @@ fn gives_the_same_disks(compressed: &[(&str, Vec<u8>)], source: &Path) {
 }
 
 #[test]
-fn plain_from_a_pipe() {
+fn reads_uncompressed_archives() {
     let dir = tempdir();
     let path = archive(dir.path());
     gives_the_same_disks(&[("plain.vma", std::fs::read(&path).unwrap())], &path);
 }
 
 #[test]
-fn zstd_of_one_frame_and_of_many() {
+fn reads_zstd_with_one_or_many_frames() {
     require!("zstd");
     let dir = tempdir();
     let path = archive(dir.path());
@@ -88,7 +88,7 @@ fn zstd_of_one_frame_and_of_many() {
 }
 
 #[test]
-fn gzip_of_one_member_and_of_many() {
+fn reads_gzip_with_one_or_many_members() {
     require!("gzip");
     let dir = tempdir();
     let path = archive(dir.path());
@@ -97,7 +97,7 @@ fn gzip_of_one_member_and_of_many() {
 }
 
 #[test]
-fn lzop_at_every_method() {
+fn reads_lzop_at_every_level() {
     require!("lzop");
     let dir = tempdir();
     let path = archive(dir.path());
@@ -114,7 +114,7 @@ fn lzop_at_every_method() {
 }
 
 #[test]
-fn xz_of_one_stream_and_of_many() {
+fn reads_xz_with_one_or_many_streams() {
     require!("xz");
     let dir = tempdir();
     let path = archive(dir.path());
@@ -123,7 +123,7 @@ fn xz_of_one_stream_and_of_many() {
 }
 
 #[test]
-fn bzip2_of_one_stream_and_of_many() {
+fn reads_bzip2_with_one_or_many_streams() {
     require!("bzip2");
     let dir = tempdir();
     let path = archive(dir.path());
@@ -132,7 +132,7 @@ fn bzip2_of_one_stream_and_of_many() {
 }
 
 #[test]
-fn raw_through_standard_input_and_output() {
+fn copies_raw_from_standard_input_to_standard_output() {
     let dir = tempdir();
     for image in images::all().into_iter().filter(|image| image.size < 64 << 20) {
         let raw = dir.path().join("x.raw");
@@ -143,7 +143,7 @@ fn raw_through_standard_input_and_output() {
 }
 
 #[test]
-fn raw_from_a_pipe_becomes_every_format_that_can_wait_for_its_size() {
+fn converts_piped_raw_to_raw_and_qcow2() {
     let dir = tempdir();
     for image in images::all().into_iter().filter(|image| image.size < 64 << 20) {
         let raw = dir.path().join("x.raw");
@@ -161,7 +161,7 @@ fn raw_from_a_pipe_becomes_every_format_that_can_wait_for_its_size() {
 }
 
 #[test]
-fn an_archive_to_standard_output_is_the_archive_in_a_file() {
+fn archive_on_standard_output_equals_the_file() {
     let dir = tempdir();
     let raw = dir.path().join("disk.raw");
     images::every_mask().write_raw(&raw);
@@ -174,7 +174,7 @@ fn an_archive_to_standard_output_is_the_archive_in_a_file() {
 }
 
 #[test]
-fn pipes_on_both_sides_carry_an_archive() {
+fn repacks_an_archive_from_pipe_to_pipe() {
     let dir = tempdir();
     let path = archive(dir.path());
     let run = imgtool(["convert", "-", "--to", "vma", "-"]).pipe_from(&path).ok();
@@ -185,7 +185,7 @@ fn pipes_on_both_sides_carry_an_archive() {
 }
 
 #[test]
-fn qcow2_and_vhdx_from_a_pipe_or_compressed_are_read_too() {
+fn reads_piped_and_compressed_qcow2_and_vhdx() {
     require!("qemu-img", "zstd");
     let dir = tempdir();
     let raw = dir.path().join("x.raw");
@@ -205,7 +205,7 @@ fn qcow2_and_vhdx_from_a_pipe_or_compressed_are_read_too() {
 }
 
 #[test]
-fn a_compressed_stream_that_is_cut_or_followed_by_garbage_is_an_error() {
+fn rejects_damaged_compressed_streams() {
     require!("zstd", "gzip", "lzop", "xz", "bzip2");
     let dir = tempdir();
     let path = archive(dir.path());
@@ -238,7 +238,7 @@ fn a_compressed_stream_that_is_cut_or_followed_by_garbage_is_an_error() {
 }
 
 #[test]
-fn a_pipe_that_nobody_reads_is_an_error_without_noise() {
+fn broken_pipe_is_an_error_without_a_panic() {
     let dir = tempdir();
     let raw = dir.path().join("x.raw");
     images::Image::hole("x", 8 << 20).with(0, images::noise(1, 8 << 20)).write_raw(&raw);
@@ -254,7 +254,7 @@ fn a_pipe_that_nobody_reads_is_an_error_without_noise() {
 }
 
 #[test]
-fn a_stream_that_brings_nothing_is_an_error() {
+fn rejects_empty_input_unless_declared_raw() {
     let dir = tempdir();
     // The program before the pipe must have failed, so an empty stream is an error for every target.
     for to in ["raw", "qcow2", "vhdx", "vma"] {
@@ -267,7 +267,7 @@ fn a_stream_that_brings_nothing_is_an_error() {
 }
 
 #[test]
-fn compressed_raw_images_can_be_compared() {
+fn compares_compressed_raw_images() {
     require!("zstd", "gzip");
     let dir = tempdir();
     let image = images::every_mask();
@@ -289,7 +289,7 @@ fn compressed_raw_images_can_be_compared() {
 /// After one worker has met an error, the others do not read the stream again, so the message is always the
 /// same.
 #[test]
-fn a_stream_that_breaks_says_the_same_every_time() {
+fn truncated_stream_gives_the_same_error_every_time() {
     let dir = tempdir();
     let whole = std::fs::read(fixture("two-disks.vma.zst")).unwrap();
     std::fs::write(dir.path().join("cut.vma.zst"), &whole[..40_000]).unwrap();

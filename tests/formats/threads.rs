@@ -35,38 +35,38 @@ fn raw_to(options: &[&str]) {
 }
 
 #[test]
-fn raw_is_the_same() {
+fn raw_output_does_not_depend_on_threads() {
     raw_to(&["--to", "raw"]);
 }
 
 #[test]
-fn qcow2_is_the_same() {
+fn qcow2_output_does_not_depend_on_threads() {
     raw_to(&["--to", "qcow2"]);
 }
 
 #[test]
-fn qcow2_with_small_clusters_is_the_same() {
+fn small_cluster_qcow2_output_does_not_depend_on_threads() {
     raw_to(&["--to", "qcow2", "-o", "cluster_size=512"]);
 }
 
 #[test]
-fn compressed_qcow2_is_the_same() {
+fn compressed_qcow2_output_does_not_depend_on_threads() {
     raw_to(&["--to", "qcow2", "-c"]);
     raw_to(&["--to", "qcow2", "--compress=zstd"]);
 }
 
 #[test]
-fn vhdx_is_the_same() {
+fn vhdx_output_does_not_depend_on_threads() {
     raw_to(&["--to", "vhdx"]);
 }
 
 #[test]
-fn vma_is_the_same() {
+fn vma_output_does_not_depend_on_threads() {
     raw_to(&["--to", "vma"]);
 }
 
 #[test]
-fn all_disks_of_a_shuffled_archive_are_the_same() {
+fn shuffled_archive_output_does_not_depend_on_threads() {
     let dir = tempdir();
     let other = Image::hole("other", 5_000_192).with(1_000_000, images::noise(8, 3_000_000));
     let archive = Archive::of([("drive-scsi0", mixed()), ("drive-scsi1", other)]).shuffled(4).build();
@@ -78,7 +78,7 @@ fn all_disks_of_a_shuffled_archive_are_the_same() {
 }
 
 #[test]
-fn a_compressed_archive_gives_the_same_disks() {
+fn compressed_archive_output_does_not_depend_on_threads() {
     for format in ["raw", "qcow2", "vhdx"] {
         same_with_any_threads(text(&fixture("two-disks.vma.zst")), &["--to", format]);
     }

@@ -87,21 +87,21 @@ fn demanding(directory: &Path) -> Vec<PathBuf> {
 }
 
 #[test]
-fn what_expands_ends_within_memory() {
+fn decompression_bombs_stay_within_limits() {
     require!("prlimit", "zstd", "gzip", "xz", "bzip2", "lzop");
     let dir = tempdir();
     all_end("bombs", dir.path(), &expanding(dir.path()));
 }
 
 #[test]
-fn compressed_files_that_ask_for_memory_do_not_get_it() {
+fn excessive_memory_demands_stay_within_limits() {
     require!("prlimit", "zstd", "xz");
     let dir = tempdir();
     all_end("memory-demands", dir.path(), &demanding(dir.path()));
 }
 
 #[test]
-fn facts_do_not_cost_more_than_256_times_the_file() {
+fn info_refuses_to_expand_a_file_more_than_256_times() {
     require!("zstd");
     let dir = tempdir();
     // A qcow2 header and 3 GiB of zeros in 100 KiB: the program must unpack a copy to read it by position.

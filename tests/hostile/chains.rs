@@ -10,7 +10,7 @@ use super::{Craft, MEMORY, qcow2};
 use crate::support::imgtool;
 
 #[test]
-fn a_chain_as_deep_as_is_followed_fits_on_the_stack_and_one_deeper_is_refused() {
+fn follows_chains_up_to_the_depth_limit_and_refuses_deeper() {
     require!("qemu-img");
     let dir = tempdir();
     Image::hole("x", 1 << 20).with(0, images::noise(1, 100_000)).write_raw(&dir.path().join("0.raw"));
@@ -47,7 +47,7 @@ fn a_chain_as_deep_as_is_followed_fits_on_the_stack_and_one_deeper_is_refused() 
 /// Every image has a BAT of 4 MiB with some entries set, although all content is the parent's. The tables
 /// that the images keep in memory must not add up.
 #[test]
-fn the_tables_of_a_long_chain_of_differencing_disks_fit_into_memory() {
+fn long_vhdx_chain_stays_within_the_memory_limit() {
     const IMAGES: usize = 80;
     const BAT_REGION: [u8; 4] = [0x66, 0x77, 0xc2, 0x2d];
     let guid = "dddddddd-0000-4000-8000-000000000001";
@@ -83,7 +83,7 @@ fn the_tables_of_a_long_chain_of_differencing_disks_fit_into_memory() {
 }
 
 #[test]
-fn an_image_is_taken_for_the_format_that_was_named() {
+fn explicit_format_overrides_detection() {
     let dir = tempdir();
     // The guest of a raw disk wrote a qcow2 header with a backing file into its first sectors.
     let craft = qcow2(dir.path(), "guest.raw", 16 << 20, 16, 1 << 30, 1);

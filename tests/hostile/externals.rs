@@ -42,7 +42,7 @@ fn opens_nothing(directory: &Path, file: &str, extra: &[&str]) {
 }
 
 #[test]
-fn what_a_qcow2_image_names_is_not_opened() {
+fn never_opens_outside_files_named_in_a_qcow2_image() {
     require!("strace");
     let (dir, outside) = (tempdir(), tempdir());
     let secret = outside.path().join("secret");
@@ -118,7 +118,7 @@ pub(super) fn with_parent(directory: &Path, file: &str, entries: &[(&str, &str)]
 }
 
 #[test]
-fn what_a_vhdx_image_names_is_not_opened() {
+fn never_opens_outside_files_named_in_a_vhdx_image() {
     require!("strace");
     let (dir, outside) = (tempdir(), tempdir());
     let secret = outside.path().join("secret");
@@ -145,7 +145,7 @@ fn what_a_vhdx_image_names_is_not_opened() {
 
 /// Names of disks and configuration files, and paths in a configuration file, are only text.
 #[test]
-fn what_an_archive_names_is_not_opened() {
+fn never_opens_files_named_in_an_archive() {
     require!("strace");
     let (dir, outside) = (tempdir(), tempdir());
     let secret = outside.path().join("secret");
@@ -173,7 +173,7 @@ fn what_an_archive_names_is_not_opened() {
 
 /// gzip and lzop store the name of the file that they compressed.
 #[test]
-fn what_a_compressed_file_was_called_is_not_opened() {
+fn never_opens_the_stored_name_of_a_compressed_file() {
     require!("strace", "gzip", "lzop");
     let (dir, outside) = (tempdir(), tempdir());
     let secret = outside.path().join("secret");
@@ -193,7 +193,7 @@ fn what_a_compressed_file_was_called_is_not_opened() {
 
 /// Names of bitmaps and snapshots in a qcow2 image are not names of files.
 #[test]
-fn what_a_qcow2_image_calls_its_parts_is_not_opened() {
+fn never_opens_names_of_bitmaps_or_snapshots() {
     require!("strace", "qemu-img");
     let (dir, outside) = (tempdir(), tempdir());
     let secret = outside.path().join("secret");

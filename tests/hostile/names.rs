@@ -75,7 +75,7 @@ fn harmless(run: &Outcome) {
 }
 
 #[test]
-fn odd_names_stay_in_the_directory_and_off_the_terminal() {
+fn odd_names_are_confined_and_escaped() {
     let refused = names_that_a_new_archive_refuses();
     for name in odd_names() {
         let dir = tempdir();
@@ -150,7 +150,7 @@ fn names_that_a_new_archive_refuses() -> Vec<String> {
 }
 
 #[test]
-fn two_hundred_and_fifty_four_equal_names_are_as_many_files() {
+fn writes_254_equally_named_disks_to_254_files() {
     let dir = tempdir();
     let name = "same";
     let archive = Archive::of((0..254).map(|_| (name, Image::hole("x", 65_536)))).build();
@@ -165,7 +165,7 @@ type Plant<'a> = &'a dyn Fn(&Path);
 /// Links and special files that the author of an archive may have planted in the target directory are
 /// refused, even with --force, and stay unchanged.
 #[test]
-fn what_is_planted_in_the_directory_is_not_followed() {
+fn refuses_planted_links_and_special_files() {
     let dir = tempdir();
     let victim = dir.path().join("victim");
     std::fs::write(&victim, b"precious").unwrap();
@@ -206,7 +206,7 @@ fn what_is_planted_in_the_directory_is_not_followed() {
 
 /// A user who names a link wants its target to be written.
 #[test]
-fn a_link_that_the_user_names_is_followed() {
+fn follows_a_link_named_by_the_user() {
     let dir = tempdir();
     small("x").write_raw(&dir.path().join("x.raw"));
     std::fs::write(dir.path().join("file"), b"old").unwrap();
@@ -235,7 +235,7 @@ fn names_from_an_archive_stay_in_the_output_directory() {
 }
 
 #[test]
-fn devices_of_one_name_do_not_overwrite_each_other() {
+fn devices_with_equal_names_do_not_overwrite_each_other() {
     let disk = |seed| Image::hole("d", 65_536).with(0, images::noise(seed, 4096));
     let dir = tempdir();
     let archive = Archive::of([("same", disk(1)), ("same", disk(2))]).build();

@@ -163,14 +163,14 @@ fn refcounts_and_snapshots(directory: &Path) -> Vec<PathBuf> {
 }
 
 #[test]
-fn hostile_qcow2_headers_end_within_memory() {
+fn hostile_qcow2_headers_stay_within_limits() {
     require!("prlimit");
     let dir = tempdir();
     all_end("qcow2-headers", dir.path(), &headers(dir.path()));
 }
 
 #[test]
-fn hostile_qcow2_refcounts_and_snapshots_end_within_memory() {
+fn hostile_refcounts_and_snapshots_stay_within_limits() {
     require!("prlimit");
     let dir = tempdir();
     all_end("qcow2-refcounts-and-snapshots", dir.path(), &refcounts_and_snapshots(dir.path()));

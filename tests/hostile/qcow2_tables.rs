@@ -156,14 +156,14 @@ fn compressed_clusters(directory: &Path) -> Vec<PathBuf> {
 }
 
 #[test]
-fn hostile_qcow2_tables_end_within_memory() {
+fn hostile_qcow2_tables_stay_within_limits() {
     require!("prlimit");
     let dir = tempdir();
     all_end("qcow2-tables", dir.path(), &tables(dir.path()));
 }
 
 #[test]
-fn hostile_compressed_clusters_end_within_memory() {
+fn hostile_compressed_clusters_stay_within_limits() {
     require!("prlimit");
     let dir = tempdir();
     all_end("qcow2-compressed-clusters", dir.path(), &compressed_clusters(dir.path()));

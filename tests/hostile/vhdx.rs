@@ -250,14 +250,14 @@ fn tables(directory: &Path) -> Vec<PathBuf> {
 }
 
 #[test]
-fn hostile_vhdx_logs_end_within_memory() {
+fn hostile_vhdx_logs_stay_within_limits() {
     require!("prlimit");
     let dir = tempdir();
     all_end("vhdx-logs", dir.path(), &logs(dir.path()));
 }
 
 #[test]
-fn hostile_vhdx_tables_end_within_memory() {
+fn hostile_vhdx_tables_stay_within_limits() {
     require!("prlimit");
     let dir = tempdir();
     all_end("vhdx-tables", dir.path(), &tables(dir.path()));

@@ -179,7 +179,7 @@ fn vma_images(directory: &Path) -> Vec<PathBuf> {
 }
 
 #[test]
-fn hostile_vma_archives_end_within_memory() {
+fn hostile_vma_archives_stay_within_limits() {
     require!("prlimit");
     let dir = tempdir();
     all_end("vma-archives", dir.path(), &vma_images(dir.path()));

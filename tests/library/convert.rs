@@ -59,7 +59,7 @@ fn converts_one_disk_by_name() {
 }
 
 #[test]
-fn a_directory_takes_every_disk_and_configuration() {
+fn writes_every_disk_and_configuration_to_a_directory() {
     let dir = tempdir();
     let dest = format!("{}/", dir.path().join("disks").display());
     let conversion = imgtool::convert(fixture("two-disks.vma.zst"), dest.as_str());
@@ -77,7 +77,7 @@ fn a_directory_takes_every_disk_and_configuration() {
 
 /// The name decides the format and the compression of the whole file.
 #[test]
-fn a_raw_disk_becomes_an_archive_in_a_file_called_vma_zst() {
+fn file_name_selects_format_and_compression() {
     let dir = tempdir();
     let (raw, archive) = (dir.path().join("disk.raw"), dir.path().join("e.vma.zst"));
     Image::hole("disk", 200_704).with(1000, noise(1, 150_000)).write_raw(&raw);
@@ -118,7 +118,7 @@ impl Monitor for CancelSoon {
 }
 
 #[test]
-fn a_cancelled_conversion_leaves_no_file() {
+fn cancelled_conversion_leaves_no_file() {
     let dir = tempdir();
     let cancel = CancelToken::new();
     let monitor = CancelSoon(cancel.clone());
@@ -142,7 +142,7 @@ fn replaces_an_existing_file_only_if_allowed() {
 }
 
 #[test]
-fn a_driver_of_the_callers_own_is_used_like_the_others() {
+fn uses_a_driver_registered_by_the_caller() {
     let dir = tempdir();
     let (toy, back) = (dir.path().join("copy.toy"), dir.path().join("back.vma"));
     let registry = || {

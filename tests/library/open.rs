@@ -8,7 +8,7 @@ use imgtool_testing::{fixture, tempdir};
 use super::{TWO_DISKS, assert_two_disks, digest};
 
 #[test]
-fn opens_a_compressed_archive_at_random() {
+fn reads_a_compressed_archive_by_position() {
     let image = imgtool::open(fixture("two-disks.vma.zst")).unwrap();
     assert_eq!(image.format(), "vma");
     assert_two_disks(&image.disks().unwrap());
@@ -18,14 +18,14 @@ fn opens_a_compressed_archive_at_random() {
 }
 
 #[test]
-fn a_disk_outlives_the_handle_of_its_image() {
+fn disk_outlives_its_image_handle() {
     let (name, size, sha256) = TWO_DISKS[1];
     let disk = imgtool::open(fixture("two-disks.vma.gz")).unwrap().disk(name).unwrap();
     assert_eq!((disk.size(), digest(&disk).as_str()), (size, sha256));
 }
 
 #[test]
-fn reads_and_extents_leave_no_disk() {
+fn refuses_reads_and_extents_beyond_the_disk() {
     let dir = tempdir();
     let path = dir.path().join("disk.raw");
     Image::hole("disk", 100_000).with(0, noise(1, 5000)).write_raw(&path);
@@ -37,7 +37,7 @@ fn reads_and_extents_leave_no_disk() {
 }
 
 #[test]
-fn a_missing_disk_lists_the_others() {
+fn missing_disk_error_lists_the_others() {
     let error = imgtool::open(fixture("two-disks.vma.zst")).unwrap().disk("drive-scsi1").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Usage);
     let hint = error.hint_text().unwrap();
@@ -45,7 +45,7 @@ fn a_missing_disk_lists_the_others() {
 }
 
 #[test]
-fn a_stated_format_decides() {
+fn explicit_format_overrides_detection() {
     let registry = imgtool::registry();
     let options = OpenOptions::default();
     let path = fixture("sparse.vma");

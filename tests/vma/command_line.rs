@@ -13,7 +13,7 @@ use crate::support::imgtool;
 const USAGE: &str = "usage: vma COMMAND";
 
 #[test]
-fn usage_is_on_standard_output_with_exit_code_1() {
+fn prints_usage_to_standard_output_and_exits_1() {
     let dir = scene();
     for line in [
         "",
@@ -39,7 +39,7 @@ fn usage_is_on_standard_output_with_exit_code_1() {
 }
 
 #[test]
-fn options_may_come_behind_and_twice() {
+fn options_may_follow_arguments_and_repeat() {
     let dir = scene();
     vma(dir.path(), "config a.vma -c nope -c qemu-server.fw").exits(0);
     vma(dir.path(), "config -c -x a.vma").exits(255);
@@ -59,7 +59,7 @@ fn options_may_come_behind_and_twice() {
 }
 
 #[test]
-fn create_takes_disks_with_their_format() {
+fn create_accepts_a_format_for_each_disk() {
     require!("qemu-img");
     let dir = scene();
     oracles::run(
@@ -92,7 +92,7 @@ fn create_takes_disks_with_their_format() {
 }
 
 #[test]
-fn the_limits_of_an_archive_are_the_programs() {
+fn create_enforces_the_archive_limits() {
     let dir = scene();
     let path = dir.path();
     std::fs::write(path.join("empty"), b"").unwrap();
@@ -137,7 +137,7 @@ fn the_limits_of_an_archive_are_the_programs() {
 }
 
 #[test]
-fn a_fifo_takes_an_archive_if_somebody_reads_it() {
+fn writes_to_a_fifo_only_if_it_has_a_reader() {
     let dir = scene();
     oracles::run("mkfifo", &[text(&dir.path().join("fifo"))]);
     vma(dir.path(), "create fifo d.raw")
@@ -165,7 +165,7 @@ fn a_fifo_takes_an_archive_if_somebody_reads_it() {
 }
 
 #[test]
-fn a_command_that_stops_reading_or_fails_is_an_error() {
+fn failed_output_command_is_an_error() {
     let dir = scene();
     std::fs::write(dir.path().join("d.raw"), noise(4, 3 << 20)).unwrap();
     let create = |command: &str| imgtool(["vma", "create", command, "d.raw"]).within(dir.path()).go();

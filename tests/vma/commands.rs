@@ -26,7 +26,7 @@ fn list_prints_the_lines_that_restore_tools_read() {
 }
 
 #[test]
-fn years_are_plain_numbers_as_in_asctime() {
+fn prints_unpadded_years_like_asctime() {
     let dir = tempdir();
     std::fs::write(dir.path().join("a.raw"), [1; 512]).unwrap();
     for (ctime, line) in [
@@ -44,7 +44,7 @@ fn years_are_plain_numbers_as_in_asctime() {
 }
 
 #[test]
-fn config_prints_the_bytes_or_ends_with_255() {
+fn config_prints_the_bytes_or_exits_255() {
     let (dir, archive) = two_disks();
     let config = imgtool(["vma", "config", archive]).within(dir.path()).ok();
     assert_eq!(config.stdout, std::fs::read(fixture("qemu-server.conf")).unwrap());
@@ -55,7 +55,7 @@ fn config_prints_the_bytes_or_ends_with_255() {
 }
 
 #[test]
-fn extract_announces_the_disks_and_names_them() {
+fn extract_announces_and_names_the_disks() {
     let (dir, archive) = two_disks();
     let run = imgtool(["vma", "extract", archive, "d1"]).within(dir.path()).ok();
     assert_eq!(
@@ -94,7 +94,7 @@ fn verbose_extract_counts_to_100_percent() {
 }
 
 #[test]
-fn the_state_of_a_guest_becomes_vmstate_bin() {
+fn extracts_guest_state_to_vmstate_bin() {
     let dir = tempdir();
     let archive = fixture("vmstate.vma.zst");
     let out = dir.path().join("d");
@@ -104,7 +104,7 @@ fn the_state_of_a_guest_becomes_vmstate_bin() {
 }
 
 #[test]
-fn only_the_drives_that_were_asked_for_are_extracted() {
+fn extracts_only_the_selected_drives() {
     let (dir, archive) = two_disks();
     imgtool(["vma", "extract", "-d", "drive-efidisk0,other", archive, "d"]).within(dir.path()).ok();
     let out = dir.path().join("d");
@@ -112,7 +112,7 @@ fn only_the_drives_that_were_asked_for_are_extracted() {
 }
 
 #[test]
-fn damage_is_told_in_the_programs_words_and_leaves_nothing() {
+fn damage_gets_the_reference_messages_and_leaves_no_output() {
     let (dir, archive) = two_disks();
     let bytes = std::fs::read(dir.path().join(archive)).unwrap();
     std::fs::write(dir.path().join("cut.vma"), &bytes[..100_000]).unwrap();
@@ -134,7 +134,7 @@ fn damage_is_told_in_the_programs_words_and_leaves_nothing() {
 }
 
 #[test]
-fn create_makes_what_extract_takes_apart() {
+fn create_and_extract_round_trip() {
     let (dir, archive) = two_disks();
     imgtool(["vma", "extract", archive, "d"]).within(dir.path()).ok();
     let run = imgtool(["vma", "create", "-v", "c.vma", "-c", "d/qemu-server.conf"])
@@ -162,7 +162,7 @@ fn create_makes_what_extract_takes_apart() {
 }
 
 #[test]
-fn create_refuses_in_the_programs_words() {
+fn create_refuses_with_the_reference_messages() {
     let (dir, archive) = two_disks();
     for (args, words) in [
         (
@@ -184,7 +184,7 @@ fn create_refuses_in_the_programs_words() {
 }
 
 #[test]
-fn a_command_takes_the_archive_and_its_verdict_counts() {
+fn create_pipes_to_a_command_and_checks_its_exit_status() {
     let dir = tempdir();
     target(dir.path(), "x.raw", 200_000, 1);
     imgtool(["vma", "create", "exec:cat > a.vma", "x.raw"]).within(dir.path()).ok();
@@ -196,7 +196,7 @@ fn a_command_takes_the_archive_and_its_verdict_counts() {
 
 #[cfg(unix)]
 #[test]
-fn called_vma_it_is_the_vma_program() {
+fn acts_as_the_vma_program_if_named_vma() {
     let (dir, archive) = two_disks();
     let vma = dir.path().join("vma");
     std::os::unix::fs::symlink(PROGRAM, &vma).unwrap();

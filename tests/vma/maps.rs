@@ -9,7 +9,7 @@ use crate::support::imgtool;
 use crate::support::run::PROGRAM;
 
 #[test]
-fn every_option_of_a_map_line_is_taken() {
+fn accepts_every_option_of_a_map_line() {
     let dir = scene();
     for line in [
         "1:drive-efidisk0=t.raw",
@@ -40,7 +40,7 @@ fn every_option_of_a_map_line_is_taken() {
 }
 
 #[test]
-fn a_map_that_is_wrong_is_told_in_the_programs_words_and_leaves_nothing() {
+fn invalid_maps_get_the_reference_messages() {
     let dir = scene();
     target(dir.path(), "t.raw", 540_672, 0x55);
     std::fs::write(dir.path().join("map"), "").unwrap();
@@ -90,7 +90,7 @@ fn a_map_that_is_wrong_is_told_in_the_programs_words_and_leaves_nothing() {
 }
 
 #[test]
-fn whoever_writes_the_map_sees_list_and_configurations_first() {
+fn writes_list_and_configurations_before_reading_the_map() {
     let dir = scene();
     target(dir.path(), "t.raw", 540_672, 0x55);
     oracles::run("mkfifo", &[text(&dir.path().join("map"))]);
@@ -120,7 +120,7 @@ fn whoever_writes_the_map_sees_list_and_configurations_first() {
 }
 
 #[test]
-fn an_image_that_a_map_names_is_made_anew_with_its_size() {
+fn recreates_a_mapped_image_with_its_size() {
     require!("qemu-img");
     let dir = scene();
     for (format, create, more) in
@@ -168,7 +168,7 @@ fn an_image_that_a_map_names_is_made_anew_with_its_size() {
 }
 
 #[test]
-fn a_map_sends_disks_into_existing_files() {
+fn writes_mapped_disks_into_existing_files() {
     let (dir, archive) = two_disks();
     let scsi = target(dir.path(), "t1.raw", 5_255_168, 0);
     let efi = target(dir.path(), "t2.raw", 540_672 + (4 << 20), 0xaa);
@@ -187,7 +187,7 @@ fn a_map_sends_disks_into_existing_files() {
 }
 
 #[test]
-fn a_map_that_does_not_fit_is_refused_before_anything_is_written() {
+fn refuses_a_mismatched_map_before_writing() {
     let (dir, archive) = two_disks();
     let scsi = target(dir.path(), "t1.raw", 5_255_168, 0x55);
     for (map, words) in [
@@ -206,7 +206,7 @@ fn a_map_that_does_not_fit_is_refused_before_anything_is_written() {
 }
 
 #[test]
-fn a_map_may_skip_disks_and_go_into_images() {
+fn map_may_skip_disks_and_target_images() {
     let (dir, archive) = two_disks();
     imgtool(["create", "-f", "qcow2", "t.qcow2", "5255168"]).within(dir.path()).ok();
     std::fs::write(dir.path().join("map"), "skip=drive-efidisk0\ncache=none:0:drive-scsi0=t.qcow2\n\n")

@@ -8,7 +8,7 @@ use super::vma;
 use crate::support::imgtool;
 
 #[test]
-fn names_are_files_as_the_program_makes_them() {
+fn changes_only_unsafe_or_duplicate_file_names() {
     let dir = tempdir();
     let disk = |seed| Image::hole("d", 4096).with(0, noise(seed, 4096));
     let long = "n".repeat(242);
@@ -47,7 +47,7 @@ fn names_are_files_as_the_program_makes_them() {
 }
 
 #[test]
-fn names_do_not_forge_lines() {
+fn names_cannot_forge_output_lines() {
     let dir = tempdir();
     let disk = Image::hole("d", 4096).with(0, images::noise(1, 4096));
     let archive = Archive::of([("a\nDEV: dev_id=9 size: 1 devname: b\x1b[2J", disk)])
@@ -65,7 +65,7 @@ fn names_do_not_forge_lines() {
 }
 
 #[test]
-fn names_from_an_archive_do_not_leave_the_directory() {
+fn names_from_an_archive_stay_in_the_output_directory() {
     let dir = tempdir();
     let disk = |seed| Image::hole("d", 65_536).with(0, images::noise(seed, 4096));
     let archive = Archive::of([("../../up", disk(1)), ("../../up", disk(2))])

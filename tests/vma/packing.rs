@@ -18,7 +18,7 @@ fn device_names(directory: &Path, archive: &str) -> Vec<String> {
 }
 
 #[test]
-fn devices_are_named_after_their_files_and_once_each() {
+fn derives_unique_device_names_from_file_names() {
     let dir = tempdir();
     std::fs::create_dir(dir.path().join("other")).unwrap();
     for (name, seed) in [("web.raw", 1), ("other/web.img", 2), ("my disk.raw", 3)] {
@@ -91,7 +91,7 @@ fn proxmox_writes_the_configuration_that_qmrestore_reads() {
 }
 
 #[test]
-fn configurations_are_kept_replaced_or_joined() {
+fn configurations_are_kept_replaced_or_combined() {
     let dir = tempdir();
     disk(dir.path(), "web.raw", 1);
     std::fs::write(dir.path().join("qemu-server.conf"), "one\n").unwrap();
@@ -114,7 +114,7 @@ fn configurations_are_kept_replaced_or_joined() {
 }
 
 #[test]
-fn a_whole_output_is_compressed_by_its_name_or_by_c() {
+fn extension_or_c_flag_compresses_the_whole_output() {
     let dir = tempdir();
     disk(dir.path(), "web.raw", 1);
     for (args, magic) in [
@@ -141,7 +141,7 @@ fn a_whole_output_is_compressed_by_its_name_or_by_c() {
 }
 
 #[test]
-fn an_overlay_stores_only_the_difference() {
+fn overlay_compares_equal_and_protects_its_base() {
     let dir = tempdir();
     disk(dir.path(), "base.raw", 1);
     imgtool(["convert", "base.raw", "base.qcow2"]).within(dir.path()).ok();

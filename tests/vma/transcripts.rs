@@ -163,7 +163,7 @@ fn set_the_scene(directory: &Path, block: &Block, number: usize) {
 }
 
 #[test]
-fn the_transcripts_of_the_reference_program_are_reproduced() {
+fn reproduces_the_transcripts_of_the_reference_program() {
     let dir = tempdir();
     let path = dir.path();
     for name in ["two-disks.vma", "vmstate.vma"] {

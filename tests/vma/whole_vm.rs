@@ -49,7 +49,7 @@ fn list(directory: &Path, archive: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_machine_through_qcow2_vhdx_and_raw_comes_back_equal() {
+fn virtual_machine_survives_qcow2_vhdx_and_raw() {
     let dir = tempdir();
     machine(dir.path());
     for (archive, from_pipe) in [("back.vma", false), ("back.vma.zst", true)] {
@@ -111,7 +111,7 @@ fn a_machine_through_qcow2_vhdx_and_raw_comes_back_equal() {
 }
 
 #[test]
-fn uuid_and_time_are_what_was_asked_for_and_else_the_same_each_time() {
+fn uuid_and_time_are_configurable_and_reproducible() {
     let dir = tempdir();
     machine(dir.path());
     let uuid = "36a8e9e0-c2d8-4832-a443-d0a951b8175e";
@@ -154,7 +154,7 @@ fn bytes_read(file: &Path, args: &[&str]) -> u64 {
 }
 
 #[test]
-fn of_an_archive_that_can_be_read_at_random_only_what_is_needed_is_read() {
+fn reads_only_the_needed_parts_of_a_seekable_archive() {
     require!("strace");
     let dir = tempdir();
     let dir = dir.path().canonicalize().unwrap();
@@ -203,7 +203,7 @@ fn lost(json: &serde_json::Value) -> Vec<(String, u64, u64)> {
 }
 
 #[test]
-fn salvage_lists_in_text_and_json_what_is_lost_and_the_rest_is_right() {
+fn salvage_lists_losses_in_text_and_json_and_keeps_the_rest() {
     let dir = tempdir();
     let path = dir.path();
     let from = fixture("two-disks.vma.zst");
@@ -267,7 +267,7 @@ fn salvage_lists_in_text_and_json_what_is_lost_and_the_rest_is_right() {
 }
 
 #[test]
-fn salvage_goes_around_a_broken_frame() {
+fn salvage_skips_a_damaged_frame() {
     require!("zstd");
     let dir = tempdir();
     let path = dir.path();
@@ -302,7 +302,7 @@ fn salvage_goes_around_a_broken_frame() {
 }
 
 #[test]
-fn compressed_archives_are_what_other_programs_read() {
+fn other_programs_read_compressed_archives() {
     require!("zstd", "gzip");
     let dir = tempdir();
     machine(dir.path());

@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn never_encodes_a_cluster_into_its_own_length() {
+    fn encoded_clusters_are_always_shorter() {
         let noise: Vec<u8> =
             (0..4096u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect();
         for compression in [CompressionType::Zlib, CompressionType::Zstd] {

@@ -10,7 +10,7 @@ fn options(pairs: &[(&str, &str)]) -> Result<CreateOptions> {
 }
 
 #[test]
-fn keeps_the_laws() {
+fn obeys_the_laws() {
     conformance::all(&RawDriver, &CreateOptions::default());
 }
 

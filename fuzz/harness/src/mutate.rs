@@ -182,7 +182,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_comes_out_fits_and_can_be_read() {
+    fn mutations_fit_the_buffer_and_decode() {
         let scenario =
             Scenario { flags: 0, len: 1 << 20, pieces: vec![(0, vec![1; 100]), (65_536, vec![2; 8])] };
         let mut data = vec![0; 4096];

@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_the_same_after_packing() {
+    fn round_trips_a_file() {
         let mut bytes = vec![0; 300_000];
         bytes[0] = 1;
         bytes[20] = 2;
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_is_a_scenario() {
+    fn decodes_any_input() {
         let input: Vec<u8> = (0..=255).collect();
         for len in 0..input.len() {
             let scenario = Scenario::decode(&input[..len]);

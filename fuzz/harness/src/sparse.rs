@@ -125,7 +125,7 @@ mod tests {
     use std::io::Read;
 
     #[test]
-    fn what_was_written_is_read_and_the_rest_is_holes() {
+    fn reads_written_bytes_and_reports_holes() {
         let mut file = SparseFile::new(1 << 40);
         file.write(1000, &[7; 600]);
         file.write((1 << 40) - 2, &[9; 10]);

@@ -28,7 +28,7 @@ fn inputs(kind: &str, target: &str) -> Vec<PathBuf> {
 }
 
 #[test]
-fn seeds_and_findings_hold_the_promises() {
+fn seeds_and_findings_pass_within_limits() {
     let limit = Rlimit { current: Some(MOST_MEMORY), maximum: getrlimit(Resource::Data).maximum };
     setrlimit(Resource::Data, limit).expect("a limit");
     for target in targets::ALL {
@@ -46,7 +46,7 @@ fn seeds_and_findings_hold_the_promises() {
 }
 
 #[test]
-fn a_broken_promise_is_noticed() {
+fn replay_does_not_swallow_panics() {
     // The replay would be worthless if panics got lost.
     let lost = std::panic::catch_unwind(|| targets::run("no such target", b""));
     assert!(lost.is_err());

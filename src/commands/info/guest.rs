@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn drives_come_from_the_qmdump_map() {
+    fn reads_drives_from_the_qmdump_map() {
         let map =
             drives(&config("scsi0: x\n#qmdump#map:scsi0:drive-scsi0:local-lvm:raw:\n#qmdump#map:bad\n"));
         assert_eq!(map.get("drive-scsi0").map(String::as_str), Some("scsi0 (was on local-lvm)"));

@@ -161,7 +161,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_are_read() {
+    fn parses_map_lines() {
         let entry = |line: &str| parse(line).expect(line);
         assert_eq!(entry("skip=a"), ("a".to_owned(), Entry::Skip));
         let target = |path: &str, format: Option<&str>, write_zeros, bps| Entry::Target {
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_rejected_in_the_programs_words() {
+    fn rejects_invalid_lines_with_the_reference_messages() {
         for (line, message) in [
             ("format=raw:format=raw:0:a=b", "read map failed - duplicate value for option 'format'"),
             ("format=raw", "read map failed - option 'format' not terminated ('format=raw')"),

@@ -139,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_have_three_digits() {
+    fn formats_three_significant_digits() {
         for (number, text) in [
             (61.528, "61.5"),
             (0.0, "0"),

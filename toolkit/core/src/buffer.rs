@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buffers_are_used_again() {
+    fn buffers_are_reused() {
         let pool = BufferPool::new();
         let mut buffer = pool.take(10);
         buffer.fill(7);
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn buffers_begin_at_a_page() {
+    fn buffers_are_page_aligned() {
         let pool = BufferPool::new();
         for len in [1, 512, 262_144, 5_000_000] {
             let buffer = pool.take(len);

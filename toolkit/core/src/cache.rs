@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn evicts_the_entry_used_longest_ago() {
+    fn evicts_the_least_recently_used_entry() {
         let mut cache = Cache::new(2);
         assert_eq!(cache.insert("a", 1), None);
         assert_eq!(cache.insert("b", 2), None);

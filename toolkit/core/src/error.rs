@@ -309,7 +309,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn display_names_every_place_once() {
+    fn display_shows_the_first_path_and_every_location() {
         let error = Error::corrupt("short extent")
             .path("vm.vma")
             .path("outer.zst")
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn the_cause_is_a_source_and_shown_on_demand() {
+    fn alternate_display_appends_the_cause() {
         let error = Error::io("open", io::Error::from_raw_os_error(2)).path("a.raw");
         assert_eq!(error.to_string(), "a.raw: can't open");
         assert_eq!(format!("{error:#}"), "a.raw: can't open: No such file or directory (os error 2)");
@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_survive_interfaces_of_std() {
+    fn errors_survive_conversion_to_io_error() {
         let through_std = io::Error::from(Error::limit("too large").hint("use another"));
         let error = Error::io("read", through_std);
         assert_eq!((error.kind(), error.message()), (ErrorKind::LimitExceeded, "too large"));

@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_section_is_an_input_of_its_own() {
+    fn section_exposes_only_its_own_range() {
         let whole = || Input::from_read_at("a.tar", Arc::new(Memory((0..100).collect())));
         let section = whole().section(10..20).expect("within");
         assert_eq!(section.len(), Some(10));

@@ -234,7 +234,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dashes_paths_and_urls_are_told_apart() {
+    fn distinguishes_dashes_paths_and_urls() {
         let source = |text: &str| Location::source(OsStr::new(text));
         assert_eq!(source("-"), Location::Stdin);
         assert_eq!(Location::target(OsStr::new("-")), Location::Stdout);
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_show_no_credentials() {
+    fn display_and_debug_omit_credentials() {
         let location = Location::source(OsStr::new("https://me:secret@host:8/a/b.qcow2?sig=secret#x"));
         assert_eq!(location.to_string(), "https://host:8/a/b.qcow2");
         assert_eq!(format!("{location:?}"), "https://host:8/a/b.qcow2");
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn names_in_an_image_are_relative_to_it() {
+    fn resolves_names_relative_to_the_image() {
         let beside = |text: &str, name: &str| Location::source(OsStr::new(text)).beside(name);
         assert_eq!(beside("d/a.qcow2", "b.raw"), Some("d/b.raw".into()));
         assert_eq!(beside("a.qcow2", "/x/b.raw"), Some("/x/b.raw".into()));

@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn values_have_the_declared_type() {
+    fn parses_values_as_their_declared_type() {
         assert_eq!(parse("flag", "yes").expect("a flag").flag("flag"), Some(true));
         assert_eq!(parse("word", "full").expect("a word").text("word"), Some("full"));
         assert_eq!(parse("cluster", "64k").expect("a size").size("cluster"), Some(65_536));
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_values_name_the_right_ones() {
+    fn invalid_value_errors_list_valid_values() {
         let bad = [("flag", "2"), ("cluster", "96k"), ("cluster", "4M"), ("log", "1.5M"), ("bits", "3")];
         for (name, value) in bad {
             assert!(parse(name, value).is_err(), "{name}={value}");
@@ -380,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_qemu_imgs() {
+    fn parses_sizes_like_qemu_img() {
         assert_eq!(parse_size("512"), Some(512));
         assert_eq!(parse_size("64k"), Some(65_536));
         assert_eq!(parse_size("2M"), Some(2 << 20));

@@ -375,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn zeros_shorter_than_the_unit_are_kept_but_not_what_the_source_left_out() {
+    fn dense_runs_keep_short_zeros_but_not_source_holes() {
         let pool = BufferPool::new();
         let mut buffer = pool.take(4096 * 16);
         buffer.fill(0);
@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn zeros_as_data_are_all_one_run() {
+    fn zeros_as_data_form_one_run() {
         let pool = BufferPool::new();
         let piece = Piece::zero(DeviceId(0), 512, 1000).with_zeros_as_data(&pool);
         assert_eq!(piece.data.as_deref(), Some(&[0; 1000][..]));

@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn suggests_near_names_only() {
+    fn suggests_only_similar_names() {
         let formats = ["raw", "qcow2", "vhdx", "vma"];
         for (wanted, meant) in [
             ("qcow", Some("qcow2")),
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn cuts_long_lists() {
+    fn truncates_long_lists() {
         let names: Vec<String> = (0..100).map(|number| format!("drive-scsi{number}")).collect();
         let hint = hint("x", "devices", names.iter().map(String::as_str));
         assert!(hint.ends_with("drive-scsi15 and 84 more"), "{hint}");

@@ -56,7 +56,7 @@ mod tests {
     use super::escape_control;
 
     #[test]
-    fn credentials_in_urls_are_left_out() {
+    fn removes_credentials_from_urls() {
         for (text, shown) in [
             (
                 "directory https://user:secret@host/x does not exist",
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_of_many_urls_takes_no_stack() {
+    fn many_urls_do_not_overflow_the_stack() {
         let text = "://u:p@h ".repeat(100_000);
         assert_eq!(escape_control(&text), "://h ".repeat(100_000));
     }

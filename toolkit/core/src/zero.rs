@@ -69,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_byte_anywhere_is_seen() {
+    fn detects_a_nonzero_byte_at_any_position() {
         for len in [1, 7, 8, 127, 128, 129, 4096, 4097] {
             let mut bytes = vec![0u8; len];
             assert!(is_zero(&bytes));

@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn cutting_and_order_do_not_matter_but_places_and_bytes_do() {
+    fn digest_depends_on_positions_but_not_splits_or_order() {
         let mut bytes = vec![0u8; 4096 * 5 + 100];
         bytes[5] = 1;
         bytes[4096 * 2] = 2;

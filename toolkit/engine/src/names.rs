@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_can_not_leave_their_directory() {
+    fn safe_names_stay_in_their_directory() {
         for (name, safe_name) in [
             ("drive-scsi0", "drive-scsi0"),
             ("../evil", "_._evil"),

@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sweep_removes_only_files_without_owner() {
+    fn sweep_removes_only_orphaned_files() {
         let dir = tempfile::tempdir().expect("tempdir");
         let make = |name: &str| File::create_new(dir.path().join(name)).expect("create");
         for name in [

@@ -404,7 +404,7 @@ fn extents_agree_with_qemu_img_map() {
 }
 
 #[test]
-fn does_not_pass_an_unreadable_image() {
+fn check_reports_an_unreadable_image() {
     require!("qemu-img", "qemu-io");
     let directory = scratch();
     let path = directory.path().join("x");

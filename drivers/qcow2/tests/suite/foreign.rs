@@ -86,7 +86,7 @@ fn create(directory: &Path, image: &str, options: &str, size: &str) {
 }
 
 #[test]
-fn reads_every_version_cluster_size_refcount_width_and_compression() {
+fn reads_every_version_cluster_size_refcount_and_compression() {
     require!("qemu-img", "qemu-io");
     let directory = scratch();
     for cluster in ["512", "4k", "64k", "2M"] {
@@ -228,7 +228,7 @@ fn reads_odd_and_large_sizes() {
 }
 
 #[test]
-fn refuses_encryption_by_name() {
+fn encryption_errors_name_the_method() {
     require!("qemu-img");
     let directory = scratch();
     for format in ["aes", "luks"] {

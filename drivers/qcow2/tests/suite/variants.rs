@@ -173,7 +173,7 @@ fn scribble(directory: &Path, variant: &Variant) {
 }
 
 #[test]
-fn reads_every_variant_of_qemu() {
+fn reads_every_qemu_variant() {
     require!("qemu-img", "qemu-io");
     let variants = Variant::all();
     // Version 3: seven refcount widths, six combinations of cluster size and subclusters, eight ways to store
@@ -217,7 +217,7 @@ pub fn disk() -> Image {
 }
 
 #[test]
-fn others_read_every_variant_of_ours() {
+fn other_readers_accept_every_variant_we_write() {
     require!("qemu-img");
     let mut variants = Vec::new();
     for variant in Variant::all() {

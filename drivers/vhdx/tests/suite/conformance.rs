@@ -11,17 +11,17 @@ use crate::support::builder::{
 use crate::support::{MIB, check_file, options};
 
 #[test]
-fn keeps_the_laws() {
+fn obeys_the_laws() {
     conformance::all(&VhdxDriver, &CreateOptions::default());
 }
 
 #[test]
-fn keeps_the_laws_with_small_blocks() {
+fn obeys_the_laws_with_small_blocks() {
     conformance::all(&VhdxDriver, &options(&[("block_size", "1M")]));
 }
 
 #[test]
-fn keeps_the_laws_with_fixed_files() {
+fn obeys_the_laws_with_fixed_files() {
     conformance::all(&VhdxDriver, &options(&[("subformat", "fixed"), ("block_size", "2M")]));
 }
 

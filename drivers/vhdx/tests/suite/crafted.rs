@@ -126,7 +126,7 @@ fn salvage_reads_sound_blocks_and_lists_losses() {
 }
 
 #[test]
-fn reads_a_cut_last_block_that_holds_the_guests_bytes() {
+fn reads_a_truncated_last_block_that_covers_the_disk() {
     let size = 3 * MIB + 4096;
     let mut vhdx = VhdxBuilder::new(size, 2 * MIB, 512).bat(1, BLOCKS_AT, 6).fill(BLOCKS_AT, 2 * MIB, 3);
     vhdx.bytes.truncate((BLOCKS_AT + MIB + 4096) as usize);
@@ -335,7 +335,7 @@ fn reads_an_empty_disk() {
 }
 
 #[test]
-fn refuses_files_cut_within_the_structures() {
+fn refuses_files_truncated_within_the_structures() {
     for len in [0, 7, 8, 520, 70_000, 200_000, MIB as usize, 3 * MIB as usize] {
         assert!(open_bytes(&four_blocks().bytes[..len]).is_err(), "{len} bytes");
     }

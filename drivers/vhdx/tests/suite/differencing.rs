@@ -173,7 +173,7 @@ fn reads_the_bitmap_of_the_second_chunk() {
 }
 
 #[test]
-fn reads_zeros_behind_a_shorter_parent() {
+fn reads_zeros_past_the_end_of_a_shorter_parent() {
     let directory = tempfile::tempdir().unwrap();
     let small = VhdxBuilder::new(2 * MIB + 4096, 2 * MIB, 512)
         .bat(0, BLOCKS_AT, 6)
@@ -188,7 +188,7 @@ fn reads_zeros_behind_a_shorter_parent() {
 }
 
 #[test]
-fn refuses_a_parent_that_is_not_allowed() {
+fn refuses_parents_unless_allowed() {
     let directory = tempfile::tempdir().unwrap();
     save(directory.path(), "base.vhdx", &parent(512));
     let path = save(directory.path(), "child.vhdx", &child(512));
@@ -204,7 +204,7 @@ fn refuses_a_parent_that_is_not_allowed() {
 }
 
 #[test]
-fn refuses_another_disk_as_parent() {
+fn refuses_a_parent_with_another_guid() {
     let directory = tempfile::tempdir().unwrap();
     let other = parent(512).header_field(32, &guid("eeeeeeee-0000-4000-8000-000000000009"));
     save(directory.path(), "base.vhdx", &other);

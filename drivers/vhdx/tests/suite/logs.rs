@@ -317,7 +317,7 @@ fn refuses_inconsistent_entries() {
 }
 
 #[test]
-fn zeroing_almost_everything_takes_no_memory() {
+fn huge_zero_descriptors_take_no_memory() {
     // A valid descriptor of 2^62 bytes beyond the image's structures.
     let changes = vec![zero(DATA_AT, 1 << 62)];
     let vhdx = disk().log_entry(0, &entry(1, 0, changes));

@@ -38,7 +38,7 @@ fn assert_image(path: &Path, image: &Image) {
 }
 
 #[test]
-fn reads_files_of_qemu() {
+fn reads_qemu_files() {
     require!("qemu-img");
     let directory = tempfile::tempdir().unwrap();
     let (raw, vhdx) = (directory.path().join("x.raw"), directory.path().join("x.vhdx"));

@@ -42,7 +42,7 @@ fn far_apart(size: u64) -> Image {
 }
 
 #[test]
-fn cost_follows_the_data() {
+fn cost_depends_on_data_not_disk_size() {
     let sizes = [
         (10 * GIB, "1M"),
         (10 * GIB, "0"),

@@ -54,7 +54,7 @@ fn decompressed(name: &str) -> Vec<u8> {
 }
 
 #[test]
-fn refuses_an_archive_cut_anywhere() {
+fn refuses_an_archive_truncated_anywhere() {
     let (bytes, _, _) = archive();
     let cuts = (0..bytes.len()).step_by(509).chain(bytes.len() - 3..bytes.len()).chain(0..20);
     for cut in cuts.chain([12_287, 12_288, 12_799, 12_801, 13_311, 13_312]) {
@@ -168,7 +168,7 @@ fn salvage_at_every_step(bytes: &[u8], truth: &Content, damage: impl Fn(&mut Vec
 }
 
 #[test]
-fn salvages_an_archive_cut_anywhere() {
+fn salvages_an_archive_truncated_anywhere() {
     let (bytes, truth, _) = archive();
     salvage_at_every_step(&bytes, &truth, |bytes, at| bytes.truncate(at));
     salvage_at_every_step(&bytes, &truth, |bytes, at| bytes.truncate(at + 17));
@@ -196,7 +196,7 @@ fn fixture_content(bytes: &[u8]) -> Content {
 }
 
 #[test]
-fn salvages_a_fixture_cut_anywhere() {
+fn salvages_a_fixture_truncated_anywhere() {
     let bytes = decompressed("two-disks.vma.zst");
     let truth = fixture_content(&bytes);
     let header_size = 12_800;
@@ -345,7 +345,7 @@ fn salvage_keeps_data_before_a_stream_error() {
 }
 
 #[test]
-fn salvages_a_cut_zstd_frame() {
+fn salvages_a_truncated_zstd_frame() {
     let whole = std::fs::read(fixture("two-disks.vma.zst")).unwrap();
     let truth = fixture_content(&decompressed("two-disks.vma.zst"));
     let dir = tempfile::tempdir().unwrap();
@@ -518,7 +518,7 @@ fn lists_clusters_from_a_long_damaged_frame_as_unverified() {
 }
 
 #[test]
-fn salvage_keeps_and_lists_the_first_copy_of_a_duplicated_cluster() {
+fn salvage_keeps_the_first_copy_of_a_duplicate_cluster() {
     let slots = [slot(1, 0, 1), slot(1, 1, 1)];
     let archive = ArchiveBuilder::new()
         .device(1, "a", 3 * CLUSTER)

@@ -31,7 +31,7 @@ fn small_archives() -> Vec<Entry> {
 }
 
 #[test]
-fn reads_every_archive_in_every_way() {
+fn reads_every_archive_from_files_and_pipes() {
     for archive in small_archives() {
         let name = &archive.file;
         let header = ArchiveHeader::read(open_file(&fixture(name))).unwrap();
@@ -114,7 +114,7 @@ fn guest_state_is_not_a_disk() {
 
 /// The reference program prints "short vma extent (87200 < 1192448)" for an archive cut at byte 100,000.
 #[test]
-fn a_cut_archive_gets_the_reference_message() {
+fn truncated_archive_gets_the_reference_message() {
     let mut bytes = decompressed("two-disks.vma.zst");
     bytes.truncate(100_000);
     let error = read_both(&bytes, &OpenOptions::default()).unwrap_err();

@@ -70,7 +70,7 @@ fn escapes_device_names_in_errors() {
 /// Reference: writes two devices of the same name to one file, then fails to rename it.
 /// Ours: distinguishes them by id and adds a note.
 #[test]
-fn distinguishes_devices_of_one_name_by_id() {
+fn distinguishes_devices_with_equal_names_by_id() {
     let builder = ArchiveBuilder::new()
         .device(1, "a", 4096)
         .device(2, "a", 4096)
@@ -84,7 +84,7 @@ fn distinguishes_devices_of_one_name_by_id() {
 /// Reference: overwrites the first of two configurations of the same name with the second.
 /// Ours: returns both and adds a note.
 #[test]
-fn keeps_both_configurations_of_one_name() {
+fn keeps_both_configurations_with_equal_names() {
     let header = header(&one_cluster().config("c", b"1").config("c", b"2"));
     assert_eq!(
         (header.configs[0].data.as_slice(), header.configs[1].data.as_slice()),
@@ -215,7 +215,7 @@ fn notes_every_ignored_table_entry() {
 /// Reference: loses the last `size % 512` bytes, or aborts if a size is just above a multiple of 4 MiB.
 /// Ours: reads every byte.
 #[test]
-fn reads_sizes_that_are_no_multiple_of_512() {
+fn reads_sizes_not_divisible_by_512() {
     for size in [1, 100, 511, 513, 4 << 20, (4 << 20) + 1, (4 << 20) + 511] {
         let count = u64::div_ceil(size, CLUSTER) as u32;
         let slots: Vec<_> = (0..count).map(|cluster| slot(1, cluster, 0xffff)).collect();
@@ -346,7 +346,7 @@ fn refuses_invalid_extent_headers_with_the_reference_message() {
 /// Reference: refuses a cut archive, but leaves its output files.
 /// Ours: refuses it with the same message (the end-to-end tests assert that no files are left).
 #[test]
-fn refuses_cut_archives_with_the_reference_message() {
+fn refuses_truncated_archives_with_the_reference_message() {
     let whole = one_cluster().build();
     for (len, message) in [
         (0, "can't read vma header - got EOF"),

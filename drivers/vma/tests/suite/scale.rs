@@ -68,7 +68,7 @@ impl ReadAt for GeneratedArchive {
 }
 
 #[test]
-fn reads_a_terabyte_at_random() {
+fn reads_a_terabyte_archive_by_position() {
     let header = ArchiveBuilder::new().device(1, "a", SIZE).header();
     let input = Input::from_read_at("generated.vma", Arc::new(GeneratedArchive { header }));
     let source = VmaSource::open(input, &OpenOptions::default()).unwrap();

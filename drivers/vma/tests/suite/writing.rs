@@ -77,7 +77,7 @@ fn bytes_and_uuid_depend_only_on_the_input() {
 }
 
 #[test]
-fn zero_disks_take_one_header_per_59_clusters() {
+fn all_zero_disks_take_one_header_per_59_clusters() {
     let image = Image::disk("1 GiB of zeros", 1 << 30, Content::zero());
     let extents = 16_384u64.div_ceil(CLUSTERS_PER_EXTENT as u64);
     assert_eq!(archive(&image, &CreateOptions::default()).len() as u64, 12_800 + 512 * extents);
@@ -130,7 +130,7 @@ fn makes_configuration_names_safe_and_unique() {
 }
 
 #[test]
-fn refuses_what_other_readers_reject() {
+fn refuses_manifests_that_other_readers_reject() {
     let disk =
         |name: &str, size| Manifest { devices: vec![Device::disk(0, name, size)], ..Manifest::default() };
     for (manifest, message) in [

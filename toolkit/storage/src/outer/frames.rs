@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn levels_are_checked() {
+    fn rejects_levels_out_of_range() {
         assert_eq!(Framing::new(Compression::Zstd, None).ok(), Some(Framing::SeekableZstd { level: 3 }));
         assert_eq!(Framing::new(Compression::Gzip, Some(9)).ok(), Some(Framing::Gzip { level: 9 }));
         for (compression, level) in [(Compression::Zstd, 20), (Compression::Zstd, -8), (Compression::Gzip, 0)]

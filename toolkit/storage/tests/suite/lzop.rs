@@ -27,7 +27,7 @@ fn content() -> Vec<u8> {
 }
 
 #[test]
-fn reads_all_options_of_lzop() {
+fn reads_files_made_with_any_lzop_option() {
     require!("lzop");
     let content = content();
     let option_sets: &[&[&str]] = &[
@@ -167,7 +167,7 @@ fn crafted(version_needed: u16, method: u8, flags: u32, blocks: &[u8]) -> Vec<u8
 const HELLO: [u8; 17] = [0, 0, 0, 5, 0, 0, 0, 5, b'h', b'e', b'l', b'l', b'o', 0, 0, 0, 0];
 
 #[test]
-fn refuses_unsupported_features_by_name() {
+fn errors_name_the_unsupported_feature() {
     assert_eq!(decode(&crafted(0x0940, 1, 0, &HELLO)).unwrap(), b"hello");
     assert_eq!(decode(&crafted(0x0940, 1, 0x40, &HELLO)).unwrap(), b"hello", "an extra field is skipped");
     let large = [1, 0, 0, 1, 0, 0, 0, 5, 0];
@@ -190,7 +190,7 @@ fn refuses_unsupported_features_by_name() {
 }
 
 #[test]
-fn archive_is_equal_in_every_compression() {
+fn archive_reads_the_same_in_every_compression() {
     let read = |name: &str| {
         let mut plain = Vec::new();
         let opened = open(&fixture(name).into(), Opening::ByContent).unwrap();

@@ -327,7 +327,7 @@ fn leaves_lookalikes_unchanged() {
 }
 
 #[test]
-fn finds_the_compression_by_name() {
+fn detects_the_compression_by_file_extension() {
     let cases = [
         ("a.zst", Some(Compression::Zstd)),
         ("b.VMA.GZ", Some(Compression::Gzip)),

@@ -185,7 +185,7 @@ fn reads_a_packed_image_by_position_and_as_a_stream() {
 }
 
 #[test]
-fn long_zeros_compress_to_little() {
+fn long_zero_runs_compress_well() {
     let image = Image::disk("zeros", 2 << 30, Content::zero().with(1 << 30..(1 << 30) + 1, Fill::Byte(1)));
     let bytes = packed(&image, Framing::SeekableZstd { level: 3 }, 2);
     assert!(bytes.len() < 200_000, "{} bytes", bytes.len());
@@ -286,7 +286,7 @@ fn assert_reads(view: &Arc<dyn ReadAt>, expected: &[u8]) {
 }
 
 #[test]
-fn reads_our_files_at_random() {
+fn reads_our_files_by_position() {
     let image = image();
     let view = seekable(&packed(&image, FRAMINGS[0], 2));
     assert_eq!(view.granule(), 4 << 20);
@@ -294,7 +294,7 @@ fn reads_our_files_at_random() {
 }
 
 #[test]
-fn reads_files_of_zeekstd_and_zeekstd_reads_ours() {
+fn interoperates_with_zeekstd() {
     let expected = bytes_of(&image());
     for frame_len in [1, 100_000, 2_000_000] {
         let expected = &expected[..expected.len().min(frame_len * 300)];

@@ -334,7 +334,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_in_parts_equal_one_read() {
+    fn partial_reads_match_a_whole_read() {
         for image in patterns().into_iter().filter(|image| image.devices[0].0.size < 8 * MIB) {
             let (device, content) = &image.devices[0];
             let mut whole = vec![0; device.size as usize];

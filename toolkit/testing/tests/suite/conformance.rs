@@ -117,7 +117,7 @@ fn finds_a_lost_tail() {
 }
 
 #[test]
-fn finds_a_pipe_with_other_bytes() {
+fn finds_pipe_output_that_differs_from_a_file() {
     let message = rejection(Flaw::PipeWithoutEnd, |toy| {
         laws::stream_output_equals_file_output(toy, &options(), &laws::mixed_image());
     });
@@ -183,13 +183,13 @@ fn sample() -> (Vec<u8>, Image) {
 }
 
 #[test]
-fn accepts_a_correct_driver_that_only_reads() {
+fn accepts_a_correct_read_only_driver() {
     let (bytes, image) = sample();
     laws::read_only(&ReadOnly(Toy(Flaw::None)), &[(&bytes, image)]);
 }
 
 #[test]
-fn finds_flaws_of_drivers_that_only_read() {
+fn finds_flaws_in_read_only_drivers() {
     let (bytes, image) = sample();
     let flaws = [
         (Flaw::ExtentGap, "the driver returned an invalid extent at"),

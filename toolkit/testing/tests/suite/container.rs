@@ -169,7 +169,7 @@ fn two_members() -> (Vec<u8>, Image) {
 }
 
 #[test]
-fn a_container_of_images_keeps_the_laws() {
+fn container_of_images_obeys_the_laws() {
     let (bytes, image) = two_members();
     laws::read_only_with(&CrateDriver, &[(&bytes, image)], &options());
 }
@@ -185,7 +185,7 @@ fn members_may_be_containers() {
 }
 
 #[test]
-fn refuses_members_of_unknown_formats_and_without_an_opener() {
+fn refuses_unknown_formats_and_a_missing_opener() {
     let bytes = crate_of(&[("notes.txt", b"no image")]);
     let open = |options| CrateDriver.open(Input::from_read_at("x", memory(&bytes)), &options).err().unwrap();
     assert_eq!(open(options()).kind(), ErrorKind::WrongFormat);

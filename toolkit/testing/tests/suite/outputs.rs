@@ -167,7 +167,7 @@ fn write_split(order: Order, threads: usize, path: &Path) -> u128 {
 }
 
 #[test]
-fn both_outputs_get_their_writes_for_any_order_and_thread_count() {
+fn both_outputs_are_correct_in_any_order_with_any_threads() {
     let mut first: Option<(Vec<u8>, u128)> = None;
     for order in [Order::Random, Order::Stream, Order::Shuffled] {
         for threads in [1, 2, 7] {
@@ -197,7 +197,7 @@ fn the_writer_announces_its_outputs() {
 }
 
 #[test]
-fn refuses_a_single_output_and_names_outside_of_the_directory() {
+fn refuses_a_single_output_and_names_outside_the_directory() {
     let directory = laws::scratch();
     let path = directory.path().join("x.split");
     let writer = SplitDriver.writer(&CreateOptions::default()).unwrap();
@@ -239,7 +239,7 @@ impl ImageSink for Stray {
 }
 
 #[test]
-fn writes_to_a_missing_output_end_the_copy() {
+fn write_to_a_missing_output_fails_the_copy() {
     let directory = laws::scratch();
     let outputs = ["a", "b"].map(|name| laws::new_file(&directory.path().join(name)));
     let stray = Stray(SplitSink { outputs, size: 9 * UNIT + 7 });

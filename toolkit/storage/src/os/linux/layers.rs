@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn mapped_device_lies_on_its_partition_and_disk() {
+    fn mapped_device_overlaps_its_partition_and_disk() {
         let sys = Sysfs::new();
         let disk = sys.device("pci/sda", number(8, 0), &[]);
         let part = sys.partition("pci/sda/sda1", number(8, 1));
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn loop_device_lies_on_its_file_and_the_device_below_it() {
+    fn loop_device_layers_include_its_file_and_device() {
         let sys = Sysfs::new();
         let file = sys.0.path().join("disk.raw");
         std::fs::write(&file, b"disk").unwrap();
