@@ -58,7 +58,7 @@ pub struct MapArgs {
     #[arg(long, value_name = "NAME")]
     pub disk: Vec<String>,
 
-    /// Start at this guest offset: bytes, or with a suffix k, M, G, T [default: 0]
+    /// Start at this guest offset: bytes, or with a suffix k, M, G, T, P, E [default: 0]
     #[arg(short = 's', long, value_name = "SIZE")]
     pub start_offset: Option<String>,
 

@@ -7,7 +7,7 @@ use super::formats;
 use crate::exit::Exit;
 use crate::report;
 
-/// Unit of `-S` in bytes, as in qemu-img.
+/// `-S` must be a multiple of this many bytes, as in qemu-img.
 const SECTOR: u64 = 512;
 
 /// Maximum value of `-S` in bytes. QEMU's limit.
@@ -27,7 +27,7 @@ pub fn list(driver: &dyn Driver) -> Result<Exit> {
 /// Collects the values of `-o`, `-S` and SOURCE_DATE_EPOCH. The driver parses the keys and values of `-o`.
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Usage`] for a duplicate key or a malformed number.
+/// [`imgtool_core::ErrorKind::Usage`] for a duplicate key, or if `-S` or SOURCE_DATE_EPOCH is not valid.
 pub fn format_options(options: &[String], sparse_size: Option<&str>) -> Result<FormatOptions> {
     let mut format_options = FormatOptions {
         source_date_epoch: source_date_epoch()?,
@@ -106,7 +106,7 @@ pub fn source_date_epoch() -> Result<Option<i64>> {
     }
 }
 
-/// Splits `K=V,K=V` like qemu-img: a comma in a value is doubled, and a key without a value gets `on`.
+/// Splits `K=V,K=V` like qemu-img: `,,` stands for a comma in a value, and a key without a value gets `on`.
 fn split_options(text: &str) -> Vec<(String, String)> {
     let parts = text.replace(",,", "\u{0}");
     parts

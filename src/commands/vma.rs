@@ -78,7 +78,7 @@ impl Failure {
             report::say(&format!("  at: {}", place.join(", ")));
         }
         if let Some(remedy) = error.remedy() {
-            // `imgtool vma` does not have these flags, but `imgtool convert` does.
+            // The hint may name a flag that `imgtool vma` lacks: it names `imgtool convert`, which has it.
             let hint = remedy::words(remedy).replace(" --", " imgtool convert --");
             report::say(&format!("  hint: {}", escape_control(&hint)));
         }
@@ -111,13 +111,13 @@ fn header(file: &Path) -> Result<ArchiveHeader> {
     ArchiveHeader::read(input(file)?.input)
 }
 
-/// Opens the bytes of an archive and removes outer compression.
+/// Opens an archive for reading, decompressing it if the file is compressed.
 fn input(file: &Path) -> Result<OpenInput> {
     imgtool_storage::open::open(&Location::source(file.as_os_str()), Opening::ByContent)
 }
 
-/// Opens an archive that will be read to its end. Reads the header first, since an error in it does not get
-/// the prefix `step`.
+/// Opens an archive that will be read to its end. The header of a file is read separately, so that an error
+/// in it is reported without the prefix `step`.
 fn open(file: &Path, step: &'static str) -> Result<Archive, Failure> {
     let OpenInput { input, identity, fingerprint, .. } = input(file)?;
     let is_stream = input.is_stream();
@@ -152,7 +152,7 @@ fn config(file: &Path, name: &str) -> Result<Exit, Failure> {
     }
 }
 
-/// True if a device is the state of a running guest.
+/// True if devices of this kind hold the saved state of a running guest.
 fn is_state(kind: DeviceKind) -> bool {
     kind == DeviceKind::VmState
 }

@@ -111,8 +111,8 @@ impl<B: ArchiveBytes> Walker<B> {
             return Err(self.short_extent(span));
         }
         if let Err(error) = self.tracker.admit_extent(extent, &mut self.clusters) {
-            // In a stream, only skipping shows whether data is missing, which takes precedence over a wrong
-            // slot.
+            // In a stream, only skipping shows whether data is missing. If it is, report that rather than the
+            // wrong slot.
             if self.bytes.skip(span.data_len)? < span.data_len {
                 return Err(self.short_extent(span));
             }
@@ -130,8 +130,8 @@ impl<B: ArchiveBytes> Walker<B> {
         self.locate_first_lost(error, available).at(span.file_offset).remedied_by(remedy)
     }
 
-    /// Adds to `error` the device and guest range of the first cluster whose data exceeds the first
-    /// `available` bytes of the extent, header included.
+    /// Adds to `error` the device and guest range of the first cluster whose data ends beyond the
+    /// first `available` bytes of the extent, header included.
     fn locate_first_lost(&self, error: Error, available: u64) -> Error {
         let mut end = EXTENT_HEADER as u64;
         let lost = self.slots.iter().find(|slot| {

@@ -32,7 +32,7 @@ pub fn read_zero_filled(input: &RandomInput, host_offset: u64, len: usize) -> Re
     let available = input.len().saturating_sub(host_offset).min(len as u64);
     let mut bytes = vec![0; len];
     if available > 0 {
-        // At most `len`.
+        // At most `len`, so the cast is lossless.
         input.read_exact_at(&mut bytes[..available as usize], host_offset)?;
     }
     Ok(bytes)

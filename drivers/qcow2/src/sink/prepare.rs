@@ -16,7 +16,7 @@ impl Qcow2Sink {
         let (start, len) = (piece.start, piece.len);
         if self.options.stores_zeros() {
             let mut prepared = Prepared::new(piece);
-            // `prepare` has replaced zeros with data, so the whole piece is in memory.
+            // `prepare` has already expanded zeros into a buffer, so the whole piece is in memory.
             prepared.parts.push(Part { guest: start..start + len, bytes: Bytes::Data(0..len as usize) });
             return prepared;
         }
@@ -43,7 +43,7 @@ impl Qcow2Sink {
         if piece.data.is_none() {
             return self.prepare_zeros(piece, base);
         }
-        // A cluster has at most 2 MiB.
+        // A cluster is at most 2 MiB, so the cast is lossless.
         let cluster_size = self.cluster_size() as usize;
         let mut stored = self.stored_runs(&piece, self.cluster_size()).into_iter().peekable();
         let mut prepared = Prepared::new(piece);
@@ -95,9 +95,9 @@ impl Qcow2Sink {
         })
     }
 
-    /// Returns the runs of a piece that are stored, in units of `finest` bytes. Runs of zeros shorter than
-    /// the option `zero_unit` join the data around them. Compressed images ignore that option, because short
-    /// runs of zeros cost them next to nothing.
+    /// Returns the byte ranges of a piece that are stored, aligned to `finest` bytes. Runs of zeros shorter
+    /// than the option `zero_unit` join the data around them. Compressed images ignore that option, because
+    /// short runs of zeros cost them next to nothing.
     fn stored_runs(&self, piece: &SinkPiece, finest: u64) -> Vec<Range<usize>> {
         let requested = self.options.zero_unit.filter(|_| self.encoder.is_none());
         // Both units are at most 2 MiB.
@@ -110,7 +110,7 @@ impl Qcow2Sink {
         let mut prepared = Prepared::new(piece);
         let Some(base) = base else { return Ok(prepared) };
         let cluster_size = self.cluster_size();
-        // A cluster has at most 2 MiB.
+        // A cluster is at most 2 MiB, so the cast is lossless.
         let mut scratch = vec![0; cluster_size as usize];
         let mut position = start;
         while position < end {

@@ -1,5 +1,5 @@
-//! The region table (section 2.2.3): the offsets and lengths of the BAT and the metadata. The file has two
-//! copies of the table.
+//! The region table ([MS-VHDX] section 2.2.3): the offsets and lengths of the BAT and the metadata. The file
+//! has two copies of the table.
 
 use uuid::Uuid;
 use zerocopy::byteorder::little_endian::{U32, U64};
@@ -146,7 +146,7 @@ impl RegionTable {
         }
     }
 
-    /// Encodes the table to its 64 KiB, checksum included.
+    /// Encodes the table as a 64 KiB copy, checksum included.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let header = RawTableHeader {
             signature: *SIGNATURE,

@@ -1,10 +1,11 @@
 //! A fingerprint of the guest's content, summed by many threads in any order.
 //!
-//! The sink derives the GUIDs of a new file from it: the same content gives the same GUIDs, and different
-//! content gives different ones. Each 4 KiB unit that is not all zeros is hashed with XXH3, and the hash is
-//! multiplied by a weight derived from the unit's index. The fingerprint is the sum of these products, so
-//! it does not depend on the order in which pieces are added, their size or the number of threads. It is
-//! not cryptographic: an attacker can construct different disks with the same fingerprint.
+//! The sink derives the GUIDs of a new file from it and from the file's parameters: the same content and
+//! parameters give the same GUIDs, and different content almost certainly gives different ones. Each 4 KiB
+//! unit that is not all zeros is hashed with XXH3, and the hash is multiplied by a weight derived from the
+//! unit's index. The fingerprint is the sum of these products, so it does not depend on the order in which
+//! pieces are added, their size or the number of threads. It is not cryptographic: an attacker can construct
+//! different disks with the same fingerprint.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

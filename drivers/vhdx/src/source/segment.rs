@@ -33,8 +33,8 @@ impl Image {
     /// Looks up the segment at `guest_offset`, at most `max_len` bytes of it.
     ///
     /// # Errors
-    /// If the BAT entry or the sector bitmap of the payload block can't be read or is not valid. An error
-    /// about an invalid one contains the block's guest range.
+    /// If the BAT entry or the sector bitmap of the payload block can't be read or is not valid. If
+    /// it is not valid, the error contains the block's guest range.
     pub(super) fn segment(&self, guest_offset: u64, max_len: u64) -> Result<Segment> {
         let shape = &self.shape;
         let payload_block = guest_offset / shape.block_size;

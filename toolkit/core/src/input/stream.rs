@@ -109,7 +109,7 @@ impl Stream {
     }
 
     /// True if the last read failed only because the compressed data ended early. In this case, unlike after
-    /// damage, the bytes before it are most likely intact even if unverified.
+    /// damage, the bytes already read are most likely intact even if unverified.
     pub fn was_truncated(&mut self) -> bool {
         self.decoder().was_truncated()
     }
