@@ -67,8 +67,8 @@ impl Counters {
     }
 }
 
-/// Seconds after which the weight of an older rate has fallen to 1/e. Our choice: the number changes slowly
-/// enough to be read.
+/// Seconds after which the weight of an older rate has fallen to 1/e. Our choice: the displayed rate then
+/// changes slowly enough to be read.
 const RATE_MEMORY: f64 = 3.0;
 
 /// Smoothed rate in bytes per second.
@@ -86,7 +86,7 @@ impl Rate {
             return;
         }
         let now = done.saturating_sub(self.done) as f64 / seconds;
-        // At first the average since the start, later the average of the last seconds.
+        // At first the average since the start, later a weighted average of the last few seconds.
         let weight = (1.0 - (-seconds / RATE_MEMORY).exp()).max(seconds / elapsed.as_secs_f64());
         self.rate += (now - self.rate) * weight;
         (self.at, self.done) = (elapsed, done);

@@ -1,5 +1,5 @@
-//! A file system in memory, mounted through FUSE, whose n-th read or write fails, is served in part or is
-//! slow, which no disk does on demand.
+//! An in-memory file system, mounted through FUSE, that injects faults: chosen reads or writes fail, are
+//! served in part, or are slow. A real disk cannot do this on demand.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -17,12 +17,12 @@ use imgtool_testing::oracles;
 
 use super::devices::may_administer;
 
-/// A fault of a call.
+/// A fault to inject into a read or write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     /// The call fails: EIO for reads, ENOSPC for writes.
     Fails,
-    /// About half of the bytes are served, an odd number.
+    /// About half of the bytes are served, rounded to an odd number.
     Short,
     /// At most 4 KiB are served, an odd number of bytes.
     VeryShort,
@@ -127,7 +127,8 @@ pub struct Shaky {
 }
 
 impl Shaky {
-    /// Mounts an empty file system. `None` if this user may not.
+    /// Mounts an empty file system. Returns `None` if mounting fails, for example because the user lacks
+    /// permission.
     pub fn mount() -> Option<Self> {
         let directory = imgtool_testing::tempdir();
         let state = Arc::new(Mutex::new(State::default()));

@@ -1,9 +1,9 @@
 //! Tolerant walk over a damaged archive: finds the valid extents and reports the ranges between them as
 //! faults.
 //!
-//! The [`Window`] holds the current extent and the header that should follow. A header inside an
-//! extent's data shows that bytes are missing. The bytes after an extent show whether it is intact: the
-//! next header (possibly with a few damaged bytes) or the end of the input must follow. After a fault, the
+//! The [`Window`] holds the current extent and the header that should follow. A header inside an extent's
+//! data shows that bytes are missing. The bytes after an extent show whether it is intact: the next header
+//! (possibly with a few damaged bytes), a gap or the end of the input should follow. After a fault, the
 //! scanner searches byte by byte for a header with the right magic number, UUID and MD5.
 
 use std::ops::Range;
@@ -17,8 +17,8 @@ use crate::window::{READ_CHUNK, Window};
 pub(crate) enum ScanItem {
     /// An extent whose header is valid.
     Extent(Box<ScanExtent>),
-    /// A range of the archive that is not an extent, and the reason. The range is empty for a fault of the
-    /// stream.
+    /// A range of the archive that is not an extent, and the reason. The range is empty if the underlying
+    /// stream reported the fault.
     Fault { file: Range<u64>, message: String },
     /// The end of the input.
     End,
@@ -29,7 +29,8 @@ pub(crate) struct ScanExtent {
     pub(crate) header: ExtentHeader,
     /// Archive offset of the header.
     pub(crate) file_offset: u64,
-    /// Number of bytes, from the start of the data, that certainly belong to the extent.
+    /// Number of bytes, from the start of the data, that are treated as the extent's; uncertain if
+    /// `ends_well` is false.
     pub(crate) usable: u64,
     /// Reason why a part of the data is unusable, or `None` if all of it is usable.
     pub(crate) fault: Option<String>,

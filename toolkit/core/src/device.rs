@@ -1,7 +1,8 @@
-//! [`Device`] and [`Attachment`], the content of an image in any format, and the types that number devices.
+//! [`Device`] and [`Attachment`], which describe the content of an image in any format, and the index types
+//! of a conversion.
 //!
-//! A conversion numbers devices in several ways. Each number has its own type, so the compiler catches a
-//! mix-up:
+//! A conversion numbers devices, outputs and progress lines. Each number has its own type, so the compiler
+//! catches a mix-up:
 //!
 //! | type | identifies |
 //! |---|---|

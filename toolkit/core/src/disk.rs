@@ -11,7 +11,7 @@ use crate::extent::{Extent, ExtentKind, MapExtent, check_answer};
 use crate::source::{FileRange, ImageSource, RandomAccess};
 use crate::suggest;
 
-/// A handle to one device of an open image. Any number of threads may read it at random.
+/// A handle to one device of an open image. Any number of threads may read it concurrently, at any offset.
 ///
 /// Cloning is cheap and shares the image, which stays open as long as a handle exists. Every method checks
 /// its range against the device's size, so drivers see only valid ranges.
@@ -131,8 +131,8 @@ impl Disk {
         })
     }
 
-    /// Like [`Disk::extents`], but also returns the image of the chain, and the place in its file, that each
-    /// extent comes from.
+    /// Like [`Disk::extents`], but also reports, for each extent, which image of the backing chain it comes
+    /// from and where in that image's file.
     ///
     /// # Errors
     /// Same as [`Disk::extents`].
@@ -147,7 +147,7 @@ impl Disk {
     }
 
     /// Returns the file range that stores the guest bytes starting at `range.start`; see
-    /// [`RandomAccess::locate`]. Returns `None` also if `range` is empty or exceeds the disk.
+    /// [`RandomAccess::locate`]. Also returns `None` if `range` is empty or exceeds the disk.
     pub fn locate(&self, range: Range<u64>) -> Option<FileRange<'_>> {
         let is_within = range.start < range.end && range.end <= self.size;
         is_within.then(|| self.random().ok()?.locate(self.device, range)).flatten()

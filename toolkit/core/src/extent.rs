@@ -56,11 +56,12 @@ pub struct ExtentList {
     data_len: u64,
 }
 
-/// Maximum number of extents in one answer. Our limit: 96 KiB (4096 × 24 bytes) for a badly fragmented image.
+/// Maximum number of extents in one answer. Our limit: an answer takes at most 96 KiB (4096 × 24 bytes), even
+/// for a badly fragmented image.
 pub const MAX_EXTENTS_PER_ANSWER: usize = 4096;
 
 /// Number of data bytes after which an answer ends. Our limit: reading starts only after the first answer,
-/// and looking up this much data takes up to 100 µs.
+/// and looking up 256 MiB delays it by at most 100 µs.
 pub const DATA_PER_ANSWER: u64 = 256 << 20;
 
 impl ExtentList {
@@ -98,7 +99,7 @@ impl ExtentList {
 }
 
 /// Checks a driver's answer about `range` and returns it. The answer must not be empty, must start at
-/// `range.start`, be contiguous, and stay within the range.
+/// `range.start`, must be contiguous, must stay within the range, and must have no empty extents.
 ///
 /// # Errors
 /// [`crate::ErrorKind::Malformed`] if the driver broke one of these rules.
@@ -116,8 +117,8 @@ pub fn check_answer(answer: Vec<Extent>, range: Range<u64>) -> Result<Vec<Extent
     Ok(answer)
 }
 
-/// An extent with the image of the chain that determines its content, and its place in that image's file. The
-/// fields have the same meanings as in the output of `qemu-img map`.
+/// An extent, plus which image of the backing chain determines its content and where in that image's file it
+/// is stored. The fields have the same meanings as in the output of `qemu-img map`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MapExtent {
     /// Guest offset of the first byte.
@@ -167,8 +168,8 @@ impl MapExtent {
         self.start + self.len
     }
 
-    /// Appends `next` if it has the same status and follows this extent in the guest and, if both have a
-    /// place, in the file. Returns true if it did.
+    /// Appends `next` if it has the same status, follows this extent in the guest, and either both have
+    /// places that are contiguous in one file or neither has a place. Returns true if it did.
     pub fn join(&mut self, next: &Self) -> bool {
         let follows = match (&self.place, &next.place) {
             (Some(a), Some(b)) => {

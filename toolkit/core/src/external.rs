@@ -75,7 +75,7 @@ pub trait ExternalOpener: Send + Sync {
     fn depth(&self) -> usize;
 }
 
-/// The opener of external files that a driver receives. The default refuses every file.
+/// The handle through which a driver opens external files. The default refuses every file.
 #[derive(Clone, Default)]
 pub struct Externals(Option<Arc<dyn ExternalOpener>>);
 

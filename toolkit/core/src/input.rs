@@ -14,8 +14,8 @@ mod stream;
 pub use random::{FileRun, RandomInput, ReadAt};
 pub use stream::{Decode, Stream};
 
-/// Maximum number of bytes at the start of an image that a driver's probe receives. Our limit: every magic
-/// number is within the first 4 KiB.
+/// Maximum number of bytes at the start of an image that a driver's probe receives. Our limit: the first 4
+/// KiB contain the magic number of every supported format.
 pub const PROBE_LEN: usize = 4096;
 
 /// The bytes of an image.
@@ -36,7 +36,8 @@ pub enum InputBody {
 }
 
 impl Input {
-    /// Creates an input whose bytes are read by position: a file, an object of a store, memory.
+    /// Creates an input whose bytes are read by position: such as a file, an object in an object store, or
+    /// memory.
     pub fn from_read_at(location: impl Into<Location>, source: Arc<dyn ReadAt>) -> Self {
         Self { location: location.into(), cancel: CancelToken::new(), body: InputBody::Random(source) }
     }
@@ -137,7 +138,7 @@ impl Input {
         }
     }
 
-    /// Consumes the input and returns its body, for code that wraps it (a decoder, a copy).
+    /// Consumes the input and returns its body, for callers that wrap it, for example in a decoder.
     pub fn into_body(self) -> InputBody {
         self.body
     }

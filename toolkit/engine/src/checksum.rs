@@ -16,10 +16,12 @@ use crate::monitor::{Counter, LaneInfo, Monitor, Phase};
 use crate::open::{self, Opened};
 use crate::pipeline::{self, Job, Route, Target};
 
-/// Length in bytes of a piece. Our choice: one thread digests a piece while others read.
+/// Length in bytes of a piece. Our choice: long enough that one thread digests a piece while others read the
+/// next ones.
 const PIECE_LEN: u64 = 1 << 20;
 
-/// Maximum length in bytes of a piece of zeros. Our limit: cancelling waits until one piece is digested.
+/// Maximum length in bytes of a piece of zeros. Our limit: a cancellation waits until the current piece is
+/// digested.
 const MAX_ZERO_LEN: u64 = 256 << 20;
 
 /// A digest algorithm.
@@ -52,8 +54,8 @@ pub struct DeviceChecksum {
     pub digest: String,
 }
 
-/// Digests the selected devices of an image. If a regular file is a stream with its content out of guest
-/// order, digests a temporary copy of it.
+/// Digests the selected devices of an image. If a regular file can only be read as a stream, and the stream
+/// is not in guest order, digests a temporary copy of it.
 ///
 /// # Errors
 /// [`ErrorKind::OutOfOrder`] if any other stream is not in guest order; any error from reading the image.
