@@ -15,6 +15,8 @@ mod commands;
 mod damaged_archives;
 mod interrupted;
 mod limits;
+mod moved_directories;
+mod odd_file_systems;
 mod shaky_file_system;
 mod system_calls;
 mod targets;

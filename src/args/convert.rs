@@ -30,7 +30,7 @@ The output format is that of --to, else that of DEST's extension, else raw. If
 DEST ends in .zst or .gz, the whole output is compressed, provided that the
 format can be written sequentially.
 
-An unfinished output is called .NAME.partial-XXXXXX. If anything fails, no
+An unfinished output is called .NAME.partial-XXXXXXXXXXXX. If anything fails, no
 unfinished output is left under its final name, and of several outputs either
 all appear or none.
 

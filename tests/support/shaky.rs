@@ -1,5 +1,6 @@
 //! An in-memory file system, mounted through FUSE, that injects faults: chosen reads or writes fail, are
-//! served in part, or are slow. A real disk cannot do this on demand.
+//! served in part, or are slow. A real disk cannot do this on demand. It can also have the
+//! habits of odd file systems.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -41,6 +42,43 @@ pub enum When {
     Always,
 }
 
+impl When {
+    fn hits(self, count: u64) -> bool {
+        match self {
+            When::Nth(nth) => count == nth,
+            When::From(nth) => count >= nth,
+            When::Always => true,
+        }
+    }
+}
+
+/// A habit of an odd file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Habit {
+    /// Renames can't replace or exchange names on request (exFAT, vboxsf, s3fs, rclone).
+    NoRenameFlags,
+    /// A file has only one name.
+    NoLinks,
+    /// No file can be renamed.
+    NoRenames,
+    /// These renames are done, but report EIO.
+    RenameReportsFailure(When),
+    /// These renames fail with EIO and are not done.
+    RenameFails(When),
+    /// Links are made, but report EIO.
+    LinkReportsFailure,
+    /// The first flush of a file fails with EIO, after half a second.
+    FirstFlushFails,
+    /// The first flush of a directory fails with EIO.
+    FirstDirectoryFlushFails,
+    /// Names that differ only in case are equal.
+    IgnoresCase,
+    /// Each read returns another byte in its middle.
+    UnstableReads,
+    /// Files report a length that is larger by 4 KiB.
+    LongLengths,
+}
+
 /// Plan and counters of the reads or of the writes.
 #[derive(Default)]
 struct Calls {
@@ -53,11 +91,7 @@ impl Calls {
     fn strike(&mut self) -> Option<Fault> {
         self.count += 1;
         let (fault, when) = self.plan?;
-        let is_hit = match when {
-            When::Nth(nth) => self.count == nth,
-            When::From(nth) => self.count >= nth,
-            When::Always => true,
-        };
+        let is_hit = when.hits(self.count);
         self.hits += u64::from(is_hit);
         is_hit.then_some(fault)
     }
@@ -71,9 +105,42 @@ struct State {
     last: u64,
     reads: Calls,
     writes: Calls,
+    habits: Vec<Habit>,
+    renames: u64,
+    flushes: u64,
+    directory_flushes: u64,
 }
 
 impl State {
+    fn has(&self, habit: Habit) -> bool {
+        self.habits.contains(&habit)
+    }
+
+    /// True if the current rename is hit by a habit that `when` selects.
+    fn hits_rename(&self, when: impl Fn(&Habit) -> Option<When>) -> bool {
+        self.habits.iter().filter_map(when).any(|when| when.hits(self.renames))
+    }
+
+    /// Returns a name as the file system stores it.
+    fn key(&self, name: &OsStr) -> String {
+        let name = name.to_str().unwrap_or("?");
+        if self.has(Habit::IgnoresCase) { name.to_lowercase() } else { name.to_owned() }
+    }
+
+    /// Removes a name, and the file if it has no other name.
+    fn unlink(&mut self, name: &str) -> bool {
+        let Some(number) = self.names.remove(name) else { return false };
+        self.forget(number);
+        true
+    }
+
+    /// Removes a file that has no name.
+    fn forget(&mut self, number: u64) {
+        if !self.names.values().any(|known| *known == number) {
+            self.files.remove(&number);
+        }
+    }
+
     fn make(&mut self, name: &str, bytes: Vec<u8>) -> u64 {
         // Inode 1 is the directory.
         self.last += 1;
@@ -86,6 +153,8 @@ impl State {
     fn attributes(&self, number: u64) -> Option<FileAttr> {
         let bytes = if number == INodeNo::ROOT.0 { None } else { Some(self.files.get(&number)?) };
         let size = bytes.map_or(0, |bytes| bytes.len() as u64);
+        let more = if bytes.is_some() && self.has(Habit::LongLengths) { 4096 } else { 0 };
+        let size = size + more;
         let time = SystemTime::UNIX_EPOCH;
         Some(FileAttr {
             ino: INodeNo(number),
@@ -179,6 +248,29 @@ impl Shaky {
         state.writes = Calls { plan: writes, ..Calls::default() };
     }
 
+    /// Sets the habits of the file system, and counts renames and flushes from 1 again.
+    pub fn adopt(&self, habits: &[Habit]) {
+        let mut state = self.state();
+        state.habits = habits.to_vec();
+        (state.renames, state.flushes, state.directory_flushes) = (0, 0, 0);
+    }
+
+    /// Returns the number of writes since the last call of [`Self::plan`].
+    pub fn writes(&self) -> u64 {
+        self.state().writes.count
+    }
+
+    /// Returns the number of renames since the last call of [`Self::adopt`].
+    pub fn renames(&self) -> u64 {
+        self.state().renames
+    }
+
+    /// Returns the content of a file; `None` if it does not exist.
+    pub fn content(&self, name: &str) -> Option<Vec<u8>> {
+        let state = self.state();
+        state.files.get(state.names.get(name)?).cloned()
+    }
+
     /// Returns the number of reads and writes that were hit.
     pub fn hits(&self) -> u64 {
         let state = self.state();
@@ -202,14 +294,10 @@ impl Served {
     }
 }
 
-fn text(name: &OsStr) -> &str {
-    name.to_str().unwrap_or("?")
-}
-
 impl Filesystem for Served {
     fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let state = self.state();
-        match state.names.get(text(name)).and_then(|number| state.attributes(*number)) {
+        match state.names.get(&state.key(name)).and_then(|number| state.attributes(*number)) {
             Some(attributes) => reply.entry(&TTL, &attributes, Generation(0)),
             None => reply.error(Errno::ENOENT),
         }
@@ -261,7 +349,8 @@ impl Filesystem for Served {
         reply: ReplyCreate,
     ) {
         let mut state = self.state();
-        let number = state.make(text(name), Vec::new());
+        let key = state.key(name);
+        let number = state.make(&key, Vec::new());
         let attributes = state.attributes(number).expect("it was just made");
         reply.created(&TTL, &attributes, Generation(0), FileHandle(0), FopenFlags::FOPEN_DIRECT_IO);
     }
@@ -292,7 +381,12 @@ impl Filesystem for Served {
         let Some(bytes) = state.files.get(&inode.0) else { return reply.error(Errno::ENOENT) };
         let rest = &bytes[(offset as usize).min(bytes.len())..];
         let len = rest.len().min(size as usize);
-        reply.data(&rest[..served(fault, len)]);
+        let mut bytes = rest[..served(fault, len)].to_vec();
+        if state.has(Habit::UnstableReads) && !bytes.is_empty() {
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= (state.reads.count % 255 + 1) as u8;
+        }
+        reply.data(&bytes);
     }
 
     fn write(
@@ -333,22 +427,58 @@ impl Filesystem for Served {
         reply: ReplyEmpty,
     ) {
         let mut state = self.state();
-        let (from, to) = (text(from), text(to));
-        if flags.contains(RenameFlags::RENAME_NOREPLACE) && state.names.contains_key(to) {
+        if state.has(Habit::NoRenames) {
+            return reply.error(Errno::ENOSYS);
+        }
+        if !flags.is_empty() && state.has(Habit::NoRenameFlags) {
+            return reply.error(Errno::EINVAL);
+        }
+        let (from, to) = (state.key(from), state.key(to));
+        if flags.contains(RenameFlags::RENAME_NOREPLACE) && state.names.contains_key(&to) {
             return reply.error(Errno::EEXIST);
         }
-        let Some(number) = state.names.remove(from) else { return reply.error(Errno::ENOENT) };
-        if let Some(replaced) = state.names.insert(to.to_owned(), number) {
-            state.files.remove(&replaced);
+        state.renames += 1;
+        let fails = |habit: &Habit| if let Habit::RenameFails(when) = habit { Some(*when) } else { None };
+        if state.hits_rename(fails) {
+            return reply.error(Errno::EIO);
         }
-        reply.ok();
+        let Some(number) = state.names.get(&from).copied() else { return reply.error(Errno::ENOENT) };
+        let is_exchange = flags.contains(RenameFlags::RENAME_EXCHANGE);
+        if is_exchange && !state.names.contains_key(&to) {
+            return reply.error(Errno::ENOENT);
+        }
+        state.names.remove(&from);
+        match state.names.insert(to, number) {
+            Some(other) if is_exchange => _ = state.names.insert(from, other),
+            Some(replaced) => state.forget(replaced),
+            None => {}
+        }
+        let reports =
+            |habit: &Habit| if let Habit::RenameReportsFailure(when) = habit { Some(*when) } else { None };
+        if state.hits_rename(reports) { reply.error(Errno::EIO) } else { reply.ok() }
+    }
+
+    fn link(&self, _: &Request, inode: INodeNo, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let mut state = self.state();
+        if state.has(Habit::NoLinks) {
+            return reply.error(Errno::EPERM);
+        }
+        let key = state.key(name);
+        let Some(attributes) = state.attributes(inode.0) else { return reply.error(Errno::ENOENT) };
+        if state.names.contains_key(&key) {
+            return reply.error(Errno::EEXIST);
+        }
+        state.names.insert(key, inode.0);
+        if state.has(Habit::LinkReportsFailure) {
+            return reply.error(Errno::EIO);
+        }
+        reply.entry(&TTL, &attributes, Generation(0));
     }
 
     fn unlink(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let mut state = self.state();
-        let Some(number) = state.names.remove(text(name)) else { return reply.error(Errno::ENOENT) };
-        state.files.remove(&number);
-        reply.ok();
+        let key = state.key(name);
+        if state.unlink(&key) { reply.ok() } else { reply.error(Errno::ENOENT) }
     }
 
     fn readdir(&self, _: &Request, _: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
@@ -362,10 +492,23 @@ impl Filesystem for Served {
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        let mut state = self.state();
+        state.flushes += 1;
+        let fails = state.has(Habit::FirstFlushFails) && state.flushes == 1;
+        drop(state);
+        if fails {
+            std::thread::sleep(Duration::from_millis(500));
+            return reply.error(Errno::EIO);
+        }
         reply.ok();
     }
 
     fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        let mut state = self.state();
+        state.directory_flushes += 1;
+        if state.has(Habit::FirstDirectoryFlushFails) && state.directory_flushes == 1 {
+            return reply.error(Errno::EIO);
+        }
         reply.ok();
     }
 

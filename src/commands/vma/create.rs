@@ -64,8 +64,8 @@ pub(super) fn run(args: &VmaCreateArgs) -> Result<Exit, Failure> {
     let report = made?;
     progress.summary(&manifest);
     for note in &report.notes {
-        if let Note::Text(text) = note {
-            report::say(&format!("vma: note: {}", escape_control(text)));
+        if matches!(note, Note::Text(_) | Note::UnsafeNaming(_)) {
+            report::say(&format!("vma: note: {}", escape_control(&note.to_string())));
         }
     }
     Ok(Exit::Done)

@@ -72,8 +72,9 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
     let sources = vec![source(archive, &registry)?];
     let plan = Plan { layout, sources, selected, outputs, registry };
     let display = Display::new(ProgressMode::None, &interrupt);
-    let _ = plan.run(&options, &display).map_err(Failure::during(STEP))?;
-    for note in notes {
+    let done = plan.run(&options, &display).map_err(Failure::during(STEP))?;
+    let about_names = done.notes.iter().filter(|note| matches!(note, Note::UnsafeNaming(_)));
+    for note in notes.into_iter().chain(about_names.map(ToString::to_string)) {
         report::say(&format!("vma: note: {}", escape_control(&note)));
     }
     if args.verbose {

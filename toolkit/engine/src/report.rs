@@ -99,6 +99,8 @@ pub enum Note {
     SourceChanged(String),
     /// Standard output is closed or `/dev/null`: the output written to it is lost.
     StdoutClosed,
+    /// Directory whose file system can neither rename without replacing nor link.
+    UnsafeNaming(PathBuf),
 }
 
 impl fmt::Display for Note {
@@ -110,6 +112,12 @@ impl fmt::Display for Note {
             Self::StdoutClosed => {
                 f.write_str("standard output is closed, or /dev/null: nothing of what was written is kept")
             }
+            Self::UnsafeNaming(path) => write!(
+                f,
+                "the file system of {} can neither rename without replacing nor link: an output's name is an \
+                 empty file for a moment, and a program that puts a file there in that moment loses it",
+                path.display()
+            ),
         }
     }
 }

@@ -269,6 +269,7 @@ impl Plan {
         planned
             .chain(sinks.iter().flat_map(|open| open.sink.notes()).map(Note::Text))
             .chain(self.outputs.swept().iter().cloned().map(Note::Swept))
+            .chain(self.outputs.without_safe_naming().map(Into::into).map(Note::UnsafeNaming))
             .chain(self.sources.iter().filter_map(OpenSource::change).map(Note::SourceChanged))
             .chain(closed)
             .collect()

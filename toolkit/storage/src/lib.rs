@@ -7,6 +7,7 @@
 //! * [`os`] is the interface to the operating system: all platform-specific calls.
 
 pub mod file;
+mod folder;
 pub mod open;
 pub mod os;
 pub mod outer;
@@ -20,4 +21,3 @@ pub use outer::Compression;
 pub use outer::frames::Framing;
 pub use outer::writer::CompressedSink;
 pub use outputs::{Cleaner, Links, OutputRequest, Outputs};
-pub use partial::partial_name;

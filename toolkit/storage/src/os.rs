@@ -1,13 +1,15 @@
 //! Interface to the operating system: all platform-specific calls.
 //!
-//! Module `unix` contains the calls of every Unix, `linux` those of Linux alone. On any other Unix, `other`
-//! replaces `linux` and reports each feature as unavailable. The toolkit then reads holes as data and writes
-//! zeros.
+//! Modules `unix` and `directory` contain the calls of every Unix, `linux` those of Linux alone. On any other
+//! Unix, `other` replaces `linux` and reports each feature as unavailable. The toolkit then reads holes as
+//! data and writes zeros.
 
 #[cfg(not(unix))]
 compile_error!("imgtool supports Unix only: it reads and writes files by position, as POSIX does");
 
+mod directory;
 mod unix;
+pub use directory::{DirectoryHandle, NamedInode, Rename};
 pub use unix::*;
 
 #[cfg(target_os = "linux")]

@@ -1,26 +1,29 @@
 //! The outputs of one run: only a finished output gets its final name.
 //!
-//! Each file is written beside its target as `.NAME.partial-XXXXXX` (`partial.rs`). [`Outputs::commit`]
+//! Each file is written beside its target as `.NAME.partial-XXXXXXXXXXXX` (`partial.rs`). [`Outputs::commit`]
 //! flushes all files and only then renames them. A drop without a commit removes everything that the set
-//! created.
+//! created. The directories stay open, so that this works even if one of them is moved meanwhile.
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use imgtool_core::{Error, Location, Output, Remedy, Result};
 
 use crate::file;
+use crate::folder::{Entry, Folder, Naming, Temporary};
 use crate::open::Identity;
 use crate::os::{self, FileClass};
 use crate::partial;
 
 mod cleaner;
 mod naming;
+mod rename;
 mod targets;
 
 pub use cleaner::Cleaner;
-use naming::{NamedFile, PendingFile, roll_back, sync_directories};
+use naming::{NamedFile, PendingFile, check_in_place, roll_back, sync_directories};
 use targets::final_path;
 
 /// Set of the outputs of one run.
@@ -28,8 +31,11 @@ use targets::final_path;
 pub struct Outputs {
     files: Vec<PendingFile>,
     others: Vec<Output>,
-    directories: Vec<PathBuf>,
-    published: Vec<PathBuf>,
+    /// New directories, and files that other programs see before the commit.
+    directories: Vec<Entry>,
+    published: Vec<Temporary>,
+    /// Directories that receive files.
+    folders: Vec<Arc<Folder>>,
     /// The sources and their identities. No output may overlap a source.
     protected: Vec<(Location, Identity)>,
     /// Existing files that the outputs write into or replace.
@@ -99,20 +105,55 @@ impl Outputs {
         let (Some(directory), Some(name)) = (final_path.parent(), final_path.file_name()) else {
             return Err(Error::usage("is not a file name").path(path));
         };
-        let name = name.to_string_lossy();
-        partial::sweep(directory, &name, &mut self.swept);
-        let (file, temporary) = self.cleaner.register(|paths| {
-            let created = partial::create(directory, &name).map_err(|e| create_error(e).path(path))?;
-            paths.files.push(created.1.to_path_buf());
-            Ok(created)
-        })?;
+        let (final_name, name) = (name.to_owned(), name.to_string_lossy());
+        let folder = self.folder(directory).map_err(|e| create_error(e).path(path))?;
+        partial::sweep(&folder, &name, &mut self.swept);
+        let (file, temporary) = self.create_temporary(path, &folder, &name)?;
         if let Some(old) = old {
             self.claimed.extend(Identity::of(&old));
             file.set_permissions(old.permissions()).map_err(|e| Error::io("create", e).path(path))?;
         }
         let output = file::new_file(path, file);
-        self.files.push(PendingFile { output: output.clone(), final_path, temporary, overwrite });
+        self.files.push(PendingFile { output: output.clone(), final_path, final_name, temporary, overwrite });
         Ok(output)
+    }
+
+    /// Creates the unfinished file of the output `name`. The first one in a directory shows how files can be
+    /// renamed there, and that they can, before any time is spent on their content.
+    fn create_temporary(&self, path: &Path, folder: &Arc<Folder>, name: &str) -> Result<(File, Temporary)> {
+        self.cleaner.register(|paths| {
+            let created = partial::create(folder, name).map_err(|e| create_error(e).path(path))?;
+            let (file, mut entry) = created;
+            if folder.naming.get().is_none() {
+                let before = Temporary::new(entry.clone());
+                let naming = rename::probe(&mut entry, partial::new_name(name))
+                    .map_err(|e| probe_error(e).path(path))?;
+                // Another name may be another inode.
+                entry.id = file.metadata().map_or(entry.id, |meta| os::file_identity(&meta));
+                drop(before);
+                folder.naming.get_or_init(|| naming);
+            }
+            paths.files.push(entry.clone());
+            Ok((file, Temporary::new(entry)))
+        })
+    }
+
+    /// Returns the open directory at `path`.
+    fn folder(&mut self, path: &Path) -> io::Result<Arc<Folder>> {
+        let folder = Folder::open(path)?;
+        let known = self.folders.iter().find(|known| known.path == folder.path && known.is_in_place());
+        if let Some(known) = known {
+            return Ok(known.clone());
+        }
+        self.folders.push(folder.clone());
+        Ok(folder)
+    }
+
+    /// Returns the directories whose file systems give a name to a finished file only by replacing an empty
+    /// one: they can neither rename without replacing nor link.
+    pub fn without_safe_naming(&self) -> impl Iterator<Item = &Path> {
+        let unsafe_ones = self.folders.iter().filter(|folder| folder.naming.get() == Some(&Naming::Reserve));
+        unsafe_ones.map(|folder| &*folder.path)
     }
 
     /// Opens an existing block device or file to overwrite it in place. It keeps its length.
@@ -187,12 +228,18 @@ impl Outputs {
     /// # Errors
     /// [`imgtool_core::ErrorKind::Io`], also if the name already exists.
     pub fn new_directory(&mut self, path: &Path) -> Result<()> {
-        self.cleaner.register(|paths| {
-            std::fs::create_dir(path).map_err(|e| Error::io("create the directory", e).path(path))?;
-            paths.directories.push(path.to_owned());
-            Ok(())
+        let failed = |e| Error::io("create the directory", e).path(path);
+        // A path that ends in ".." names a directory that exists.
+        let name = path.file_name().ok_or_else(|| failed(io::ErrorKind::AlreadyExists.into()))?;
+        let folder = self.folder(parent(path)).map_err(failed)?;
+        let made = self.cleaner.register(|paths| {
+            folder.handle.create_directory(name).map_err(failed)?;
+            let id = folder.handle.look_up(name).map_err(failed)?.id;
+            let made = Entry { folder: folder.clone(), name: name.to_owned(), id };
+            paths.directories.push(made.clone());
+            Ok(made)
         })?;
-        self.directories.push(path.to_owned());
+        self.directories.push(made);
         Ok(())
     }
 
@@ -202,12 +249,16 @@ impl Outputs {
     /// [`imgtool_core::ErrorKind::Io`], also if the name already exists.
     pub fn publish(&mut self, path: &Path, bytes: &[u8]) -> Result<()> {
         let failed = |e| Error::io("unable to write file", e).path(path);
-        let mut file = self.cleaner.register(|paths| {
-            let file = File::create_new(path).map_err(failed)?;
-            paths.files.push(path.to_owned());
-            Ok(file)
+        let name = path.file_name().ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
+        let folder = self.folder(parent(path)).map_err(failed)?;
+        let (mut file, published) = self.cleaner.register(|paths| {
+            let file = folder.handle.create_file(name).map_err(failed)?;
+            let id = os::file_identity(&file.metadata().map_err(failed)?);
+            let entry = Entry { folder: folder.clone(), name: name.to_owned(), id };
+            paths.files.push(entry.clone());
+            Ok((file, Temporary::new(entry)))
         })?;
-        self.published.push(path.to_owned());
+        self.published.push(published);
         file.write_all(bytes).map_err(failed)
     }
 
@@ -215,6 +266,7 @@ impl Outputs {
     ///
     /// # Errors
     /// The error of the first flush or rename that fails. The earlier renames are undone.
+    /// [`imgtool_core::ErrorKind::Refused`] if a directory was moved or removed meanwhile.
     pub fn commit(mut self) -> Result<()> {
         for pending in &self.files {
             pending.output.sync()?;
@@ -222,6 +274,7 @@ impl Outputs {
         for other in &self.others {
             other.sync()?;
         }
+        check_in_place(&self.files)?;
         let mut named: Vec<NamedFile> = Vec::new();
         for pending in std::mem::take(&mut self.files) {
             match pending.rename() {
@@ -229,13 +282,15 @@ impl Outputs {
                 Err(error) => return Err(roll_back(named, error)),
             }
         }
-        let of_directories = self.directories.iter().filter_map(|directory| directory.parent());
-        let of_files = named.iter().filter_map(|file| file.path.parent());
+        let of_directories = self.directories.iter().map(|directory| &directory.folder);
+        let of_files = named.iter().map(|file| &file.named.folder);
         if let Err(error) = sync_directories(of_files.chain(of_directories).collect()) {
             return Err(roll_back(named, error));
         }
         self.directories.clear();
-        self.published.clear();
+        for published in self.published.drain(..) {
+            let _ = published.keep();
+        }
         self.cleaner.forget();
         Ok(())
     }
@@ -248,15 +303,11 @@ impl Outputs {
 
 impl Drop for Outputs {
     fn drop(&mut self) {
-        // A temporary file removes itself when dropped. A directory can be removed only if it is empty.
+        // Files remove themselves when dropped. A directory can be removed only if it is empty.
         self.files.clear();
-        for file in &self.published {
-            // Another program may have removed it meanwhile.
-            let _ = std::fs::remove_file(file);
-        }
+        self.published.clear();
         for directory in self.directories.iter().rev() {
-            // The directory stays if another program has put a file into it meanwhile.
-            let _ = std::fs::remove_dir(directory);
+            directory.remove_directory();
         }
         self.cleaner.forget();
     }
@@ -276,6 +327,17 @@ fn create_error(e: io::Error) -> Error {
         Some(hint) => error.hint(hint),
         None => error,
     }
+}
+
+/// Returns the error for a file system that does not rename, found before the first byte is written.
+fn probe_error(e: io::Error) -> Error {
+    Error::io("rename a file in the directory", e)
+        .hint("an unfinished output has a temporary name: choose a directory on another file system")
+}
+
+/// Returns the directory of a path.
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 #[cfg(test)]

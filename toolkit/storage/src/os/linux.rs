@@ -1,16 +1,19 @@
-//! Calls that only Linux has: holes, zeroing without writing, block sharing, block devices, page cache.
+//! Calls that only Linux has: holes, zeroing without writing, block sharing, block devices, page cache,
+//! renames with flags.
 
+use std::ffi::OsStr;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::{Advice, FallocateFlags};
+use rustix::fs::{Advice, FallocateFlags, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use imgtool_core::FileRun;
 
-use super::{Space, file_identity};
+use super::{Rename, Space, file_identity};
 
 mod layers;
 
@@ -132,7 +135,7 @@ pub fn open_block_device(path: &Path, exclusive: bool) -> io::Result<File> {
     options.read(true).write(true);
     if exclusive {
         // open(2): O_EXCL without O_CREAT fails with EBUSY if the block device is in use.
-        let flags = rustix::fs::OFlags::EXCL.bits();
+        let flags = OFlags::EXCL.bits();
         options.custom_flags(i32::try_from(flags).unwrap_or(0));
     }
     options.open(path)
@@ -226,18 +229,22 @@ pub fn copy_range(
     }
 }
 
-/// Atomically exchanges two names on one file system: neither is ever missing. Returns false if the file
-/// system does not support this.
-///
-/// # Errors
-/// The error of renameat2(2), if the file system supports RENAME_EXCHANGE.
-pub fn exchange_names(a: &Path, b: &Path) -> io::Result<bool> {
-    let cwd = rustix::fs::CWD;
-    match rustix::fs::renameat_with(cwd, a, cwd, b, rustix::fs::RenameFlags::EXCHANGE) {
-        Ok(()) => Ok(true),
-        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(false),
-        Err(e) => Err(e.into()),
-    }
+/// Flags for opening a directory that this user may use but not read: open(2), O_PATH.
+pub(super) const OPEN_UNREADABLE: OFlags = OFlags::PATH;
+
+/// Renames within a directory, with a flag of renameat2(2).
+pub(super) fn rename_specially(
+    directory: &OwnedFd,
+    from: &OsStr,
+    to: &OsStr,
+    how: Rename,
+) -> Result<(), Errno> {
+    let flags = match how {
+        Rename::Replace => RenameFlags::empty(),
+        Rename::NoReplace => RenameFlags::NOREPLACE,
+        Rename::Exchange => RenameFlags::EXCHANGE,
+    };
+    rustix::fs::renameat_with(directory, from, directory, to, flags)
 }
 
 /// Returns true if the program was started without standard output. The Rust runtime then opens
@@ -248,8 +255,8 @@ pub fn is_stdout_closed() -> bool {
     // Linux, Documentation/admin-guide/devices.txt: major 1, minor 3 is /dev/null.
     let is_null = rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::CharacterDevice
         && stat.st_rdev == rustix::fs::makedev(1, 3);
-    let mode = rustix::fs::fcntl_getfl(&stdout).map(|flags| flags & rustix::fs::OFlags::RWMODE);
-    is_null && mode == Ok(rustix::fs::OFlags::RDWR)
+    let mode = rustix::fs::fcntl_getfl(&stdout).map(|flags| flags & OFlags::RWMODE);
+    is_null && mode == Ok(OFlags::RDWR)
 }
 
 /// Returns the size of the machine's memory in bytes; `None` outside of Linux.

@@ -4,13 +4,18 @@
 
 #![allow(clippy::missing_errors_doc)]
 
+use std::ffi::OsStr;
 use std::fs::{File, Metadata};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
+
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 
 use imgtool_core::FileRun;
 
-use super::{FileId, Space, file_identity};
+use super::{FileId, Rename, Space, file_identity};
 
 /// Fails with `Unsupported`: every system has its own ioctl for the length of a block device.
 pub(super) fn block_device_len(_file: &File) -> io::Result<u64> {
@@ -93,9 +98,17 @@ pub fn copy_range(
     Ok(0)
 }
 
-/// Returns false: the caller renames instead.
-pub fn exchange_names(_a: &Path, _b: &Path) -> io::Result<bool> {
-    Ok(false)
+/// Flags for opening a directory that this user may not read: no other ones.
+pub(super) const OPEN_UNREADABLE: OFlags = OFlags::RDONLY;
+
+/// Fails with ENOSYS: the caller makes links instead.
+pub(super) fn rename_specially(
+    _directory: &OwnedFd,
+    _from: &OsStr,
+    _to: &OsStr,
+    _how: Rename,
+) -> Result<(), Errno> {
+    Err(Errno::NOSYS)
 }
 
 /// Returns false.

@@ -1,10 +1,11 @@
 //! Removal of unfinished outputs when a signal ends the program.
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use imgtool_core::sync::lock;
 use imgtool_core::{Error, Result};
+
+use crate::folder::Entry;
 
 /// Handle that removes the unfinished files of a run from another thread, for a signal handler that has no
 /// time to unwind. Afterwards, the run can't create any more files.
@@ -13,8 +14,8 @@ pub struct Cleaner(Arc<Mutex<Paths>>);
 
 #[derive(Debug, Default)]
 pub(super) struct Paths {
-    pub(super) files: Vec<PathBuf>,
-    pub(super) directories: Vec<PathBuf>,
+    pub(super) files: Vec<Entry>,
+    pub(super) directories: Vec<Entry>,
     /// True once the program is ending. A file created now would be left behind.
     closed: bool,
 }
@@ -24,12 +25,12 @@ impl Cleaner {
     pub fn clean(&self) {
         let mut paths = lock(&self.0);
         paths.closed = true;
-        for path in paths.files.drain(..) {
-            // The file may be gone already, and the program is ending, so ignore the error.
-            let _ = std::fs::remove_file(path);
+        for file in paths.files.drain(..) {
+            // The program is ending, so nothing follows from a failure.
+            file.remove_file();
         }
-        for path in paths.directories.drain(..).rev() {
-            let _ = std::fs::remove_dir(path);
+        for directory in paths.directories.drain(..).rev() {
+            directory.remove_directory();
         }
     }
 

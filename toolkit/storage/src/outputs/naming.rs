@@ -1,15 +1,17 @@
-//! Renames finished files to their final names, and undoes the renames if one of them fails.
+//! Gives finished files their final names, and takes the names back if one of them fails.
 
-use std::fs::File;
+use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
-
-use tempfile::TempPath;
+use std::sync::Arc;
 
 use imgtool_core::error::escape_control;
 use imgtool_core::{Error, Output, Remedy, Result};
 
-use crate::os::{self, FileId};
+use super::rename::{self, NotReplaced, Replaced};
+use crate::folder::{Entry, Folder, Naming, Temporary};
+use crate::os;
+use crate::partial;
 
 /// A file that has a temporary name until it is finished.
 #[derive(Debug)]
@@ -17,44 +19,79 @@ pub(super) struct PendingFile {
     pub(super) output: Output,
     /// Path after the rename. Its directory is resolved, so a file has only one such path.
     pub(super) final_path: PathBuf,
-    pub(super) temporary: TempPath,
+    pub(super) final_name: OsString,
+    pub(super) temporary: Temporary,
     pub(super) overwrite: bool,
 }
 
 impl PendingFile {
     /// Renames the finished file to its final name.
     pub(super) fn rename(self) -> Result<NamedFile> {
-        let path = self.final_path;
-        let failed = |e| rename_error(e, &path);
-        let id =
-            self.output.file().and_then(|file| file.metadata().ok()).map(|meta| os::file_identity(&meta));
-        // The temporary name must still belong to the file that was written.
-        match std::fs::symlink_metadata(&self.temporary) {
-            Ok(meta) if id.is_none_or(|id| id == os::file_identity(&meta)) => {}
-            Ok(_) => {
-                // The file belongs to another program: keep it.
-                let other = self.temporary.keep().map(|other| display(&other)).unwrap_or_default();
-                return Err(Error::refused("another file has replaced the unfinished output")
-                    .path(&path)
-                    .hint(format!("inspect {other}, and convert again")));
-            }
-            Err(e) => return Err(failed(e)),
-        }
-        if self.overwrite && path.exists() {
-            // An exchange keeps the old file until every output has its final name.
-            if os::exchange_names(&self.temporary, &path).map_err(failed)? {
-                return Ok(NamedFile { path, id, old: Some(self.temporary) });
-            }
-            self.temporary.persist(&path).map_err(|e| failed(e.error))?;
+        let path = self.final_path.clone();
+        let file = self.current()?;
+        let folder = &file.folder;
+        let exists = self.overwrite && folder.handle.look_up(&self.final_name).is_ok();
+        let old = if exists {
+            let spare = partial::new_name(&self.final_name.to_string_lossy());
+            Some(rename::replace(&file, &self.final_name, spare).map_err(|e| replace_error(e, &path))?)
         } else {
-            self.temporary.persist_noclobber(&path).map_err(|e| failed(e.error))?;
+            // The creation of the first file has set the way.
+            let naming = folder.naming.get().copied().unwrap_or(Naming::NoReplace);
+            rename::to_free_name(&file, &self.final_name, naming).map_err(|e| rename_error(e, &path))?;
+            None
+        };
+        let named = Entry { name: self.final_name.clone(), ..file.clone() };
+        Ok(NamedFile { path, output: self.output.clone(), named, old })
+    }
+
+    /// Returns the temporary name with the current inode of the written file, to which the name must still
+    /// belong.
+    fn current(&self) -> Result<Entry> {
+        let path = &self.final_path;
+        let Some(known) = self.temporary.entry() else {
+            return Err(rename_error(io::ErrorKind::NotFound.into(), path));
+        };
+        let found = known.folder.handle.look_up(&known.name).map_err(|e| rename_error(e, path))?;
+        if found.id == current_id(&self.output, known.id) {
+            return Ok(Entry { id: found.id, ..known.clone() });
         }
-        Ok(NamedFile { path, id, old: None })
+        // The file belongs to another program: keep it.
+        let other = display(&known.path());
+        Err(Error::refused("another file has replaced the unfinished output")
+            .path(path)
+            .hint(format!("inspect {other}, and convert again")))
+    }
+}
+
+/// Returns the inode of an output. Some file systems change it with the name, so `before` may be old.
+fn current_id(output: &Output, before: os::FileId) -> os::FileId {
+    output.file().and_then(|file| file.metadata().ok()).map_or(before, |meta| os::file_identity(&meta))
+}
+
+/// Fails if the directory of an output was moved, removed or replaced: the output would not get the name that
+/// the user has chosen.
+pub(super) fn check_in_place(files: &[PendingFile]) -> Result<()> {
+    for file in files {
+        if file.temporary.entry().is_some_and(|entry| !entry.folder.is_in_place()) {
+            return Err(Error::refused("the directory was moved or removed while the output was written")
+                .path(&file.final_path)
+                .hint("no output was kept, also not in the moved directory: convert again"));
+        }
+    }
+    Ok(())
+}
+
+/// Returns the error for a file that was not replaced, and says where the old one is.
+fn replace_error(failed: NotReplaced, path: &Path) -> Error {
+    let error = rename_error(failed.error, path);
+    match failed.old {
+        Some(old) => error.hint(format!("the old file is {}", display(&old.path()))),
+        None => error,
     }
 }
 
 /// Returns the error for a rename that failed, with a hint if there is a remedy.
-fn rename_error(e: io::Error, path: &Path) -> Error {
+pub(super) fn rename_error(e: io::Error, path: &Path) -> Error {
     use io::ErrorKind::{AlreadyExists, NotFound, PermissionDenied, ResourceBusy};
     let hint = match e.kind() {
         AlreadyExists => {
@@ -77,34 +114,45 @@ fn rename_error(e: io::Error, path: &Path) -> Error {
 }
 
 /// An output that has its final name.
+#[derive(Debug)]
 pub(super) struct NamedFile {
     pub(super) path: PathBuf,
-    pub(super) id: Option<FileId>,
-    /// The replaced file under a temporary name. Dropping it removes the file.
-    pub(super) old: Option<TempPath>,
+    pub(super) output: Output,
+    /// The final name and the inode at the time of the rename.
+    pub(super) named: Entry,
+    /// The file that had the name before. Dropping it removes the file.
+    pub(super) old: Option<Replaced>,
 }
 
 impl NamedFile {
-    /// Undoes the rename, unless another program has replaced the file. Returns the path if that fails.
-    pub(super) fn undo(self) -> Option<PathBuf> {
-        let ours = std::fs::symlink_metadata(&self.path).ok().map(|meta| os::file_identity(&meta)) == self.id;
-        if !ours {
+    /// Undoes the rename, unless another program has replaced the file. If that fails, returns what is left,
+    /// for the user.
+    pub(super) fn undo(self) -> Option<String> {
+        let named = Entry { id: current_id(&self.output, self.named.id), ..self.named };
+        let found = named.folder.handle.look_up(&named.name);
+        let is_missing = found.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
+        let is_ours = found.is_ok_and(|found| found.id == named.id);
+        let path = display(&self.path);
+        match self.old {
+            Some(Replaced::Kept(old)) if is_ours || is_missing => {
+                let place = rename::restore(old, &named.name).err()?;
+                let place = place.map_or_else(String::new, |old| display(&old.path()));
+                Some(format!("{path} (the old file is {place})"))
+            }
+            Some(Replaced::Lost) if is_ours => {
+                Some(format!("{path} (the file system could not keep the old file)"))
+            }
             // Another program has put a file there: keep it.
-            return None;
+            _ if !is_ours => None,
+            _ => (!named.remove_file()).then_some(path),
         }
-        let undone = match &self.old {
-            Some(old) => os::exchange_names(old, &self.path).map(|_| ()),
-            None => std::fs::remove_file(&self.path),
-        };
-        undone.is_err().then_some(self.path)
     }
 }
 
 /// Undoes all renames, last first. Returns `error` with a hint that names the files whose rename could
 /// not be undone.
 pub(super) fn roll_back(named: Vec<NamedFile>, error: Error) -> Error {
-    let stuck: Vec<String> =
-        named.into_iter().rev().filter_map(NamedFile::undo).map(|path| display(&path)).collect();
+    let stuck: Vec<String> = named.into_iter().rev().filter_map(NamedFile::undo).collect();
     if stuck.is_empty() {
         return error;
     }
@@ -118,16 +166,15 @@ fn display(path: &Path) -> String {
     escape_control(&path.to_string_lossy())
 }
 
-/// Flushes directories, so that new names survive a crash. Ignores a directory that can't be opened or
-/// flushed, since the files themselves are flushed already.
-pub(super) fn sync_directories(mut directories: Vec<&Path>) -> Result<()> {
-    directories.sort_unstable();
-    directories.dedup();
-    for directory in directories {
-        let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
-        match File::open(directory).and_then(|file| file.sync_all()) {
+/// Flushes directories, so that new names survive a crash. Ignores a directory that does not support
+/// flushing, since the files themselves are flushed already.
+pub(super) fn sync_directories(mut folders: Vec<&Arc<Folder>>) -> Result<()> {
+    folders.sort_unstable_by_key(|folder| Arc::as_ptr(folder));
+    folders.dedup_by_key(|folder| Arc::as_ptr(folder));
+    for folder in folders {
+        match folder.handle.sync() {
             Err(e) if is_sync_failure(&e) => {
-                return Err(Error::io("flush the directory", e).path(directory));
+                return Err(Error::io("flush the directory", e).path(&folder.path));
             }
             _ => {}
         }
@@ -135,7 +182,7 @@ pub(super) fn sync_directories(mut directories: Vec<&Path>) -> Result<()> {
     Ok(())
 }
 
-/// True if a flush failed; false if the directory can't be opened or does not support flushing.
+/// True if a flush failed; false if the directory does not support flushing.
 fn is_sync_failure(e: &io::Error) -> bool {
     use io::ErrorKind::{InvalidInput, IsADirectory, NotFound, PermissionDenied, Unsupported};
     !matches!(e.kind(), InvalidInput | IsADirectory | NotFound | PermissionDenied | Unsupported)

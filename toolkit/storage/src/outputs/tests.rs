@@ -218,14 +218,124 @@ fn creates_nothing_after_cleaning() {
     assert_eq!(std::fs::read_dir(dir.path()).expect("read_dir").count(), 0);
 }
 
+/// Returns an entry for a file of the directory.
+fn entry(folder: &Arc<Folder>, name: &str) -> Entry {
+    let id = folder.handle.look_up(name.as_ref()).expect("look up").id;
+    Entry { folder: folder.clone(), name: name.into(), id }
+}
+
+/// Writes files whose content is their name.
+fn with_files(names: &[&str]) -> (tempfile::TempDir, Arc<Folder>) {
+    let dir = tempfile::tempdir().expect("tempdir");
+    for name in names {
+        std::fs::write(dir.path().join(name), name).expect("write");
+    }
+    let folder = Folder::open(dir.path()).expect("open");
+    (dir, folder)
+}
+
 #[test]
 fn undo_keeps_a_file_of_another_program() {
+    let (dir, folder) = with_files(&["ours", "theirs"]);
+    let file = File::open(dir.path().join("ours")).expect("open");
+    let output = file::new_file(dir.path().join("ours"), file);
+    for name in ["theirs", "ours"] {
+        let named = Entry { name: name.into(), ..entry(&folder, "ours") };
+        let named = NamedFile { path: named.path(), output: output.clone(), named, old: None };
+        assert_eq!(named.undo(), None);
+    }
+    assert_eq!(folder.handle.names().expect("names"), ["theirs"]);
+}
+
+#[test]
+fn every_naming_refuses_existing_names() {
+    for naming in [Naming::NoReplace, Naming::Link, Naming::Reserve] {
+        let (dir, folder) = with_files(&["new", "taken"]);
+        let before = content(dir.path());
+        let file = entry(&folder, "new");
+        let error = rename::to_free_name(&file, "taken".as_ref(), naming).expect_err("it exists");
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists, "{naming:?}");
+        assert_eq!(content(dir.path()), before, "{naming:?}");
+        rename::to_free_name(&file, "free".as_ref(), naming).expect("it is free");
+        let after = content(dir.path());
+        assert_eq!(after.len(), 2, "{naming:?}");
+        assert_eq!(after[&dir.path().join("free")].as_deref(), Some(b"new".as_slice()), "{naming:?}");
+    }
+}
+
+#[test]
+fn failed_naming_leaves_no_reservation() {
+    for naming in [Naming::NoReplace, Naming::Link, Naming::Reserve] {
+        let (dir, folder) = with_files(&["new"]);
+        let file = entry(&folder, "new");
+        // While it is open, like every output, no other file gets its inode number.
+        let _open = File::open(dir.path().join("new")).expect("open");
+        std::fs::remove_file(dir.path().join("new")).expect("remove");
+        rename::to_free_name(&file, "free".as_ref(), naming).expect_err("there is no file");
+        assert_eq!(folder.handle.names().expect("names"), Vec::<std::ffi::OsString>::new(), "{naming:?}");
+    }
+}
+
+#[test]
+fn restores_a_replaced_file() {
+    let (dir, folder) = with_files(&["new", "old"]);
+    let file = entry(&folder, "new");
+    let replaced = rename::replace(&file, "old".as_ref(), "spare".into()).expect("replace");
+    assert_eq!(std::fs::read(dir.path().join("old")).expect("read"), b"new");
+    let rename::Replaced::Kept(old) = replaced else { panic!("the file is lost") };
+    rename::restore(old, "old".as_ref()).expect("restore");
+    assert_eq!(std::fs::read(dir.path().join("old")).expect("read"), b"old");
+    assert_eq!(folder.handle.names().expect("names"), ["old"]);
+}
+
+#[test]
+fn moved_directory_keeps_no_outputs() {
+    for is_replaced in [false, true] {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (there, moved) = (dir.path().join("there"), dir.path().join("moved"));
+        std::fs::create_dir(&there).expect("mkdir");
+        let mut outputs = Outputs::new();
+        outputs.create(&there.join("a"), false).expect("create").write_at(b"a", 0).expect("write");
+        outputs.directory(&there.join("made/deep")).expect("mkdir");
+        outputs.create(&there.join("made/deep/b"), false).expect("create");
+        std::fs::rename(&there, &moved).expect("rename");
+        if is_replaced {
+            std::fs::create_dir_all(there.join("made/deep")).expect("mkdir");
+            std::fs::write(there.join("made/deep/theirs"), b"x").expect("write");
+        }
+        let error = outputs.commit().expect_err("it was moved");
+        assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+        assert_eq!(std::fs::read_dir(&moved).expect("read_dir").count(), 0);
+        assert_eq!(there.join("made/deep/theirs").exists(), is_replaced);
+    }
+}
+
+#[test]
+fn moved_new_directory_is_left_empty() {
     let dir = tempfile::tempdir().expect("tempdir");
-    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
-    std::fs::write(&a, b"theirs").expect("write");
-    std::fs::write(&b, b"ours").expect("write");
-    let id = std::fs::metadata(&b).ok().map(|meta| os::file_identity(&meta));
-    assert_eq!(NamedFile { path: a.clone(), id, old: None }.undo(), None);
-    assert_eq!(NamedFile { path: b.clone(), id, old: None }.undo(), None);
-    assert!(a.exists() && !b.exists());
+    let (made, moved) = (dir.path().join("made"), dir.path().join("moved"));
+    let mut outputs = Outputs::new();
+    outputs.new_directory(&made).expect("mkdir");
+    outputs.publish(&made.join("config"), b"x").expect("publish");
+    outputs.create(&made.join("a"), false).expect("create");
+    std::fs::rename(&made, &moved).expect("rename");
+    // This one is not ours.
+    std::fs::create_dir(&made).expect("mkdir");
+    outputs.cleaner().clean();
+    drop(outputs);
+    assert_eq!(std::fs::read_dir(&moved).expect("read_dir").count(), 0);
+    assert!(made.exists());
+}
+
+#[test]
+fn removed_directory_gets_no_outputs() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let there = dir.path().join("there");
+    std::fs::create_dir(&there).expect("mkdir");
+    let mut outputs = Outputs::new();
+    outputs.create(&there.join("a"), false).expect("create");
+    std::fs::remove_dir_all(&there).expect("remove");
+    outputs.create(&there.join("b"), false).expect_err("it is gone");
+    outputs.commit().expect_err("it is gone");
+    assert_eq!(std::fs::read_dir(dir.path()).expect("read_dir").count(), 0);
 }
