@@ -316,7 +316,13 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Exit> {
         } else {
             report::error(&mistakes::explain(&mistake, &args));
         }
-        if is_help { Exit::Done } else { Exit::Usage }
+        // For `check`, the code of a usage error means a corrupt image.
+        let is_check = args.get(1).is_some_and(|command| command == "check");
+        match (is_help, is_check) {
+            (true, _) => Exit::Done,
+            (false, true) => Exit::Failed,
+            (false, false) => Exit::Usage,
+        }
     })
 }
 

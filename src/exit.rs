@@ -7,9 +7,9 @@ use std::process::ExitCode;
 pub enum Exit {
     /// Success; `compare`: identical; `check`: clean.
     Done,
-    /// Failed; `compare`: different; `check`: could not check.
+    /// Failed; `compare`: different; `check`: could not check, or usage error.
     Failed,
-    /// Usage error; `compare`: could not compare; `check`: corrupt.
+    /// Usage error; `compare`: usage error, or could not compare; `check`: corrupt.
     Usage,
     /// Finished with losses; `check`: leaks only.
     Losses,

@@ -32,17 +32,26 @@ struct Shared {
     named: AtomicBool,
     /// Number of signals so far.
     signals: AtomicU32,
+    /// Exit code of an interrupted run.
+    failed: Exit,
 }
 
 impl Interrupt {
-    /// Installs the handlers and starts the thread that serves them.
+    /// Installs the handlers and starts the thread that serves them. An interrupted run exits with
+    /// [`Exit::Failed`].
     pub fn listen() -> Result<Self> {
+        Self::listen_for(Exit::Failed)
+    }
+
+    /// Like [`Self::listen`], with another exit code for an interrupted run.
+    pub fn listen_for(failed: Exit) -> Result<Self> {
         let interrupt = Self(Arc::new(Shared {
             cancel: CancelToken::new(),
             cleaner: Mutex::new(None),
             naming: Mutex::new(()),
             named: AtomicBool::new(false),
             signals: AtomicU32::new(0),
+            failed,
         }));
         let failed = |e| Error::io("set up signal handling", e);
         let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
@@ -107,7 +116,7 @@ impl Interrupt {
             cleaner.clean();
         }
         report::error(&Error::cancelled("interrupted"));
-        std::process::exit(i32::from(Exit::Failed.code()));
+        std::process::exit(i32::from(self.0.failed.code()));
     }
 }
 

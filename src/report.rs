@@ -57,6 +57,19 @@ pub fn note(text: &str) {
     tell(&format!("{} {}", Stream::Err.paint(Paint::Warning, "note:"), escape_control(text)));
 }
 
+/// Prints a note if the report on finished outputs could not be printed. They are complete all the same, so
+/// the exit code must not say that the command failed.
+pub fn note_unprinted(printed: Result<()>) {
+    if let Err(error) = printed {
+        note(&unprinted(&error));
+    }
+}
+
+/// Words the failure to print the report on finished outputs.
+pub fn unprinted(error: &Error) -> String {
+    format!("{}; the outputs are complete", sentence(error))
+}
+
 /// Prints a result to standard output. A closed pipe is not an error.
 pub fn print(text: &str) -> Result<()> {
     print_bytes(text.as_bytes())

@@ -18,6 +18,7 @@ mod limits;
 mod moved_directories;
 mod odd_file_systems;
 mod shaky_file_system;
+mod standard_output;
 mod system_calls;
 mod targets;
 mod verification;

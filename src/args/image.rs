@@ -97,7 +97,7 @@ pub struct CacheArgs {
     after_help = "\
 Exit codes:
   0  clean
-  1  could not check
+  1  could not check, or usage error
   2  corrupt
   3  leaks only: space is wasted, the content is intact
 
@@ -138,7 +138,7 @@ If one device is longer, the rest of it must be zero.
 Exit codes:
   0  identical
   1  different
-  2  could not compare
+  2  could not compare, or usage error
 
 Examples:
   imgtool compare disk.qcow2 disk.vhdx

@@ -25,24 +25,21 @@ struct Document<'a> {
 /// Checks an image.
 ///
 /// # Errors
-/// Only for an unsupported option. A damaged image and a failed check have exit codes of their own.
+/// Never: any error is printed here, and the exit code is [`Exit::Failed`]. The code of a usage error, 2,
+/// would mean a corrupt image.
 pub fn run(args: &CheckArgs) -> Result<Exit> {
+    Ok(check(args).unwrap_or_else(|error| {
+        report::error(&error);
+        Exit::Failed
+    }))
+}
+
+fn check(args: &CheckArgs) -> Result<Exit> {
     images::refuse(&args.input)?;
     if let Some(what) = &args.repair {
         return Err(Error::usage(format!("-r {what} is not supported: imgtool never modifies an image"))
             .hint("'imgtool convert' makes a clean copy; 'qemu-img check -r' repairs in place"));
     }
-    match check(args) {
-        Ok(exit) => Ok(exit),
-        // A usage error must not be returned: its exit code, 2, would mean a corrupt image here.
-        Err(error) => {
-            report::error(&error);
-            Ok(Exit::Failed)
-        }
-    }
-}
-
-fn check(args: &CheckArgs) -> Result<Exit> {
     let registry = imgtool::registry();
     let options = images::open_options(&registry, &args.input)?;
     let format = args.input.format.as_deref();

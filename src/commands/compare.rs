@@ -52,29 +52,34 @@ struct Compared {
 /// Compares two images.
 ///
 /// # Errors
-/// If the result cannot be printed. Any other error is printed here, and the exit code is
-/// [`Exit::NOT_COMPARED`].
+/// Never: any error is printed here, and the exit code is [`Exit::NOT_COMPARED`]. The code of other errors,
+/// 1, would mean that the images differ.
 pub fn run(args: &CompareArgs) -> Result<Exit> {
-    let verdict = match verdict(args) {
-        Ok(verdict) => verdict,
-        Err(error) => {
-            report::error(&error);
-            return Ok(Exit::NOT_COMPARED);
-        }
-    };
+    let exit = verdict(args).and_then(|verdict| {
+        print(args, &verdict)?;
+        Ok(if verdict.identical { Exit::Done } else { Exit::DIFFERENT })
+    });
+    Ok(exit.unwrap_or_else(|error| {
+        report::error(&error);
+        Exit::NOT_COMPARED
+    }))
+}
+
+fn print(args: &CompareArgs, verdict: &Verdict) -> Result<()> {
     if args.output.is_json() {
-        report::print_json(&verdict)?;
-    } else if !args.messages.quiet {
-        for note in &verdict.notes {
-            report::note(note);
-        }
-        // The wording follows qemu-img.
-        report::print(&match &verdict.difference {
-            None => "Images are identical.\n".to_owned(),
-            Some(difference) => format!("{}\n", escape_control(&difference.text)),
-        })?;
+        return report::print_json(verdict);
     }
-    Ok(if verdict.identical { Exit::Done } else { Exit::DIFFERENT })
+    if args.messages.quiet {
+        return Ok(());
+    }
+    for note in &verdict.notes {
+        report::note(note);
+    }
+    // The wording follows qemu-img.
+    report::print(&match &verdict.difference {
+        None => "Images are identical.\n".to_owned(),
+        Some(difference) => format!("{}\n", escape_control(&difference.text)),
+    })
 }
 
 fn verdict(args: &CompareArgs) -> Result<Verdict> {
@@ -83,7 +88,7 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
     if args.first.as_os_str() == "-" && args.second.as_os_str() == "-" {
         return Err(Error::usage("standard input can be only one of the images"));
     }
-    let interrupt = Interrupt::listen()?;
+    let interrupt = Interrupt::listen_for(Exit::NOT_COMPARED)?;
     let opener = Opener { registry: &registry, options: &options };
     let first = opener.open(args.first.as_os_str(), args.input.format.as_deref(), args.strict)?;
     // The comparison needs random access to at least one image; the other may be a stream.

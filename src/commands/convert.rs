@@ -58,7 +58,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         ..RunOptions::default()
     };
     let report = plan.run(&options, &Display::new(args.messages.mode(), &interrupt))?;
-    summary::print(args, &report, stdout_is_data)
+    Ok(summary::print(args, &report, stdout_is_data))
 }
 
 /// Converts the arguments into a request.

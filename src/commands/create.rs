@@ -66,12 +66,13 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
         notes: made.notes.iter().map(ToString::to_string).collect(),
     };
     if args.output.is_json() {
-        report::print_json(&document)?;
+        report::note_unprinted(report::print_json(&document));
     } else if !args.quiet {
         let below = document.backing_filename.as_ref().map(|name| format!(", on {}", escape_control(name)));
         let size = report::exact_size(size);
         let what = format!("{}, {size}{}", document.format, below.unwrap_or_default());
-        report::print(&format!("{}: {what}\n", images::show(path.as_os_str())))?;
+        let line = format!("{}: {what}\n", images::show(path.as_os_str()));
+        report::note_unprinted(report::print(&line));
         document.notes.iter().for_each(|note| report::note(note));
     }
     Ok(Exit::Done)

@@ -1,7 +1,7 @@
 //! Output of `convert`: the report of a conversion, as text and as JSON.
 
+use imgtool_core::DeviceKind;
 use imgtool_core::error::escape_control;
-use imgtool_core::{DeviceKind, Result};
 use imgtool_engine::{Note, OpenSource, Report};
 use serde::Serialize;
 
@@ -82,23 +82,20 @@ struct LostRange<'a> {
 
 /// Prints the outputs and the losses, and returns the exit code. If an output is written to standard output
 /// (`stdout_is_data`), prints text to standard error instead of JSON.
-///
-/// # Errors
-/// If standard output can't be written.
-pub fn print(args: &ConvertArgs, report: &Report, stdout_is_data: bool) -> Result<Exit> {
+pub fn print(args: &ConvertArgs, report: &Report, stdout_is_data: bool) -> Exit {
     let summary = summarise(report);
     if args.output.is_json() && !stdout_is_data {
-        report::print_json(&summary)?;
+        report::note_unprinted(report::print_json(&summary));
     } else if !args.messages.quiet {
         say(&summary);
     }
     if report.is_complete() {
-        return Ok(Exit::Done);
+        return Exit::Done;
     }
     if !args.output.is_json() || stdout_is_data {
         say_losses(&summary.lost);
     }
-    Ok(Exit::Losses)
+    Exit::Losses
 }
 
 fn summarise(report: &Report) -> Summary<'_> {

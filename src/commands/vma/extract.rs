@@ -74,11 +74,10 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
     let display = Display::new(ProgressMode::None, &interrupt);
     let done = plan.run(&options, &display).map_err(Failure::during(STEP))?;
     let about_names = done.notes.iter().filter(|note| matches!(note, Note::UnsafeNaming(_)));
-    for note in notes.into_iter().chain(about_names.map(ToString::to_string)) {
+    let unprinted = if args.verbose { report::print(&tally.totals()).err() } else { None };
+    let notes = notes.into_iter().chain(about_names.map(ToString::to_string));
+    for note in notes.chain(unprinted.iter().map(report::unprinted)) {
         report::say(&format!("vma: note: {}", escape_control(&note)));
-    }
-    if args.verbose {
-        report::print(&tally.totals())?;
     }
     Ok(Exit::Done)
 }

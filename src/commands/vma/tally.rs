@@ -106,7 +106,7 @@ impl Tally {
             ));
         }
         if !text.is_empty() {
-            // If this write fails, printing the totals reports it.
+            // If this write fails, printing the totals fails as well.
             let _ = report::print(&text);
         }
     }
