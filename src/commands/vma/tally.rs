@@ -57,15 +57,22 @@ impl Tally {
     }
 }
 
-/// Formats a number like `%.3g` in C, but without exponents: a number from 1000 on keeps all integer digits.
+/// Formats a number like `%.3g` in C: three significant digits without trailing zeros, with an exponent below
+/// 0.0001 and from 1000 on.
 fn three_digits(number: f64) -> String {
-    if number == 0.0 {
-        return "0".to_owned();
+    let scientific = format!("{number:.2e}");
+    let Some((mantissa, exponent)) = scientific.split_once('e') else { return scientific };
+    let exponent: i32 = exponent.parse().unwrap_or(0);
+    let trimmed = |text: &str| match text.contains('.') {
+        true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
+        false => text.to_owned(),
+    };
+    if (-4..3).contains(&exponent) {
+        let decimals = (2 - exponent) as usize;
+        return trimmed(&format!("{number:.decimals$}"));
     }
-    let magnitude = number.abs().log10().floor();
-    let decimals = (2.0 - magnitude).clamp(0.0, 6.0) as usize;
-    let text = format!("{number:.decimals$}");
-    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
+    let sign = if exponent < 0 { '-' } else { '+' };
+    format!("{}e{sign}{:02}", trimmed(mantissa), exponent.abs())
 }
 
 impl Tap for Tally {
@@ -146,8 +153,12 @@ mod tests {
             (100.0, "100"),
             (5.254, "5.25"),
             (5.0, "5"),
-            (1234.5, "1234"),
+            (999.4, "999"),
+            (999.6, "1e+03"),
+            (1234.5, "1.23e+03"),
+            (1e12, "1e+12"),
             (0.1234, "0.123"),
+            (0.00001234, "1.23e-05"),
         ] {
             assert_eq!(three_digits(number), text);
         }
