@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 use std::io::{self, Write};
 
-use imgtool_core::error::escape_control;
+use imgtool_core::error::{escape_control, is_hidden};
 use imgtool_core::{Error, ErrorKind, Result};
 use serde::Serialize;
 
@@ -91,14 +91,17 @@ pub fn print_json(value: &impl Serialize) -> Result<()> {
     print(&(json_for_terminals(&text) + "\n"))
 }
 
-/// Escapes the control characters that JSON permits in strings but a terminal would obey (DEL, C1 controls,
-/// bidirectional marks). The values stay the same for a JSON parser.
+/// Escapes the characters that JSON permits in strings but a terminal would obey or not show (DEL, C1 controls,
+/// direction marks, tags). The values stay the same for a JSON parser.
 pub fn json_for_terminals(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         // Line feeds occur only between values: inside strings the serializer has escaped them.
-        if c != '\n' && escape_control(c.encode_utf8(&mut [0; 4])).len() > c.len_utf8() {
-            let _ = write!(out, "\\u{:04x}", u32::from(c));
+        if c != '\n' && is_hidden(c) {
+            // JSON escapes a character above U+FFFF as two UTF-16 units.
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                let _ = write!(out, "\\u{unit:04x}");
+            }
         } else {
             out.push(c);
         }
@@ -109,6 +112,14 @@ pub fn json_for_terminals(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn json_keeps_the_value_of_hidden_characters() {
+        let all: String = ('\0'..=char::MAX).collect();
+        let shown = json_for_terminals(&serde_json::to_string(&all).expect("a string"));
+        assert!(!shown.contains(is_hidden));
+        assert_eq!(serde_json::from_str::<String>(&shown).expect("JSON"), all);
+    }
 
     #[test]
     fn io_errors_omit_the_errno() {

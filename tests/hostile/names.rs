@@ -5,9 +5,10 @@ use std::os::unix::fs::{FileTypeExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
+use imgtool_core::error::is_hidden;
 use imgtool_testing::images::{self, Image};
 use imgtool_testing::vma::Archive;
-use imgtool_testing::{fixture, names, snapshot, tempdir, text};
+use imgtool_testing::{fixture, names, require, snapshot, tempdir, text};
 
 use crate::support::imgtool;
 use crate::support::run::Outcome;
@@ -37,6 +38,9 @@ fn odd_names() -> Vec<String> {
         "\u{7f}",
         "x\u{202e}war.x",
         "\u{200f}",
+        "a\u{61c}b\u{2028}c",
+        "sda\u{200b}\u{ad}\u{feff}",
+        "\u{e0001}\u{e0041}\u{e007f}x",
         ".hidden",
         "-",
         "--force",
@@ -66,12 +70,27 @@ fn odd_names() -> Vec<String> {
 #[track_caller]
 fn harmless(run: &Outcome) {
     let said = run.text() + &run.stderr;
-    let bad = said.chars().find(|c| {
-        (c.is_control() && *c != '\n')
-            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    });
+    let bad = said.chars().find(|c| is_hidden(*c) && *c != '\n');
     assert!(bad.is_none(), "{}: {bad:?} in {said:?}", run.command);
     assert!(!said.contains("panicked"), "{}: {said}", run.command);
+}
+
+/// The characters that are escaped are those to which Unicode gives the categories Cc, Cf, Zl and Zp.
+#[test]
+fn hidden_characters_are_those_of_unicode() {
+    require!("python3");
+    let script =
+        "import sys, unicodedata as u\nfor c in range(sys.maxunicode + 1): print(u.category(chr(c)))";
+    let output = Command::new("python3").args(["-c", script]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let categories = String::from_utf8(output.stdout).unwrap();
+    for (number, category) in (0u32..).zip(categories.lines()) {
+        let Some(c) = char::from_u32(number) else { continue };
+        // An older version of Unicode has fewer characters: Cn is an unassigned one.
+        if category != "Cn" {
+            assert_eq!(is_hidden(c), matches!(category, "Cc" | "Cf" | "Zl" | "Zp"), "{c:?} is {category}");
+        }
+    }
 }
 
 #[test]

@@ -20,7 +20,7 @@ use std::ops::Range;
 
 use crate::location::Location;
 use crate::remedy::Remedy;
-pub use crate::text::escape_control;
+pub use crate::text::{escape_control, is_hidden};
 
 /// Kind of an error, as far as programs need to tell errors apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

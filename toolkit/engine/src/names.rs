@@ -2,11 +2,13 @@
 
 use std::collections::HashSet;
 
+use imgtool_core::error::is_hidden;
+
 /// Maximum length in bytes of a name from [`safe`]. Our limit: with an extension, a number and the parts of a
 /// temporary name, a file name stays below NAME_MAX (255).
 const MAX_LEN: usize = 200;
 
-/// Returns a safe path component: no separator, no control character, no leading dot, not empty, and short
+/// Returns a safe path component: no separator, no hidden character, no leading dot, not empty, and short
 /// enough for a file name. `fallback` replaces an unusable name.
 pub fn safe(name: &str, fallback: &str) -> String {
     let mut out = component(name, MAX_LEN);
@@ -16,15 +18,12 @@ pub fn safe(name: &str, fallback: &str) -> String {
     if out.trim_matches(['_', '.', ' ']).is_empty() { fallback.to_owned() } else { out }
 }
 
-/// Returns a name that is safe as a part of a path component: no separator, no control character, at most
+/// Returns a name that is safe as a part of a path component: no separator, no hidden character, at most
 /// `max_len` bytes. It may be empty, `.` or `..`.
 pub fn component(name: &str, max_len: usize) -> String {
     let mut out = String::new();
     for c in name.chars() {
-        let hostile = c.is_control()
-            || matches!(c, '/' | '\\')
-            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-        let c = if hostile { '_' } else { c };
+        let c = if is_hidden(c) || matches!(c, '/' | '\\') { '_' } else { c };
         if out.len() + c.len_utf8() > max_len {
             break;
         }
@@ -97,6 +96,7 @@ mod tests {
             (".hidden", "_hidden"),
             ("a\nb\x1b[2J", "a_b_[2J"),
             ("c:\\x", "c:_x"),
+            ("a\u{61c}b\u{200b}c\u{e0041}", "a_b_c_"),
             ("ö ä.img", "ö ä.img"),
         ] {
             assert_eq!(safe(name, "disk"), safe_name, "{name:?}");
