@@ -117,10 +117,13 @@ fn is_archive(driver: &dyn Driver) -> bool {
 
 /// Appends the backing chain of the last entry, as far as its images can be opened.
 fn follow_chain(registry: &Registry, options: &OpenOptions, entries: &mut Vec<ImageEntry>) -> Result<()> {
-    for _ in 0..MAX_CHAIN_DEPTH {
+    for depth in 0..=MAX_CHAIN_DEPTH {
         let Some(last) = entries.last() else { return Ok(()) };
         let backing = last.info().references.iter().find(|r| matches!(r.role, "backing file" | "parent"));
         let Some(backing) = backing.cloned() else { return Ok(()) };
+        if depth == MAX_CHAIN_DEPTH {
+            break;
+        }
         let from = last.location.clone();
         let source = options.externals.open_image(
             backing.role,

@@ -2,25 +2,78 @@
 
 use std::fs::File;
 
+use imgtool::contracts::OpenOptions;
+use imgtool_engine::{ExternalPolicy, PolicyOpener};
 use imgtool_testing::images::{self, Image};
 use imgtool_testing::{oracles, require, snapshot, tempdir};
 
 use super::externals::with_parent;
 use super::{Craft, MEMORY, qcow2};
 use crate::support::imgtool;
+use crate::support::run::PROGRAM;
 
-#[test]
-fn follows_chains_up_to_the_depth_limit_and_refuses_deeper() {
-    require!("qemu-img");
+/// Creates a directory with the images `0.qcow2`, which has the content of `0.raw`, to `DEPTH.qcow2`, each the
+/// backing file of the next.
+fn deep_chain(depth: u32) -> tempfile::TempDir {
     let dir = tempdir();
     Image::hole("x", 1 << 20).with(0, images::noise(1, 100_000)).write_raw(&dir.path().join("0.raw"));
     oracles::qemu_make(&dir.path().join("0.raw"), "qcow2", "", &dir.path().join("0.qcow2"));
-    for number in 1..=258 {
+    for number in 1..=depth {
         let craft = qcow2(dir.path(), &format!("{number}.qcow2"), 16 << 20, 16, 1 << 20, 1);
         let name = format!("{}.qcow2", number - 1);
         craft.be64(8, 4096).be32(16, name.len() as u32).put(4096, name.as_bytes());
         craft.be32(104, 0xe279_2aca).be32(108, 5).put(112, b"qcow2");
     }
+    dir
+}
+
+/// Threads of programs that use the library have 2 MiB of stack, or 128 KiB with musl.
+#[test]
+fn a_deep_chain_fits_on_a_small_stack() {
+    require!("qemu-img");
+    let dir = deep_chain(256);
+    let top = dir.path().join("256.qcow2");
+    let expected = std::fs::read(dir.path().join("0.raw")).unwrap();
+    let read = move || {
+        let registry = imgtool::registry();
+        let policy = ExternalPolicy { chain: true, paths: Vec::new() };
+        let externals = PolicyOpener::new(registry.clone(), policy).externals();
+        let options = OpenOptions { externals, ..OpenOptions::default() };
+        let image = imgtool::open_with(&registry, &top, None, &options).unwrap();
+        let disk = image.disks().unwrap().remove(0);
+        let mut found = vec![0; expected.len()];
+        disk.read_at(&mut found, 0).unwrap();
+        assert!(found == expected);
+        assert_eq!(disk.map(0..1 << 20).unwrap()[0].depth, 256);
+        assert!(disk.extents(0..1 << 20).unwrap()[0].is_data());
+        assert!(disk.rough_extents(0..1 << 20, 65_536).unwrap()[0].is_data());
+        assert!(disk.locate(0..65_536).is_some());
+        assert!(disk.losses().is_empty() && disk.read_granule() > 0);
+        std::mem::drop((image, disk));
+    };
+    std::thread::Builder::new().stack_size(512 << 10).spawn(read).unwrap().join().unwrap();
+    // The main thread of the program has the stack that the user's limit gives.
+    for line in ["info --backing-chain", "map", "check", "convert --to raw", "checksum"] {
+        let script = format!(
+            "ulimit -s 512; exec {PROGRAM} {line} --allow-external chain 256.qcow2 {}",
+            if line.starts_with("convert") { "out.raw" } else { "" }
+        );
+        let output = std::process::Command::new("bash")
+            .args(["-c", &script])
+            .current_dir(dir.path())
+            .output()
+            .unwrap();
+        // `check` reports that the crafted image has no refcounts.
+        let code = output.status.code();
+        assert!(code == Some(0) || line == "check" && code.is_some(), "{line}: {output:?}");
+    }
+    imgtool_testing::assert_same(&dir.path().join("0.raw"), &dir.path().join("out.raw"), "256 images");
+}
+
+#[test]
+fn follows_chains_up_to_the_depth_limit_and_refuses_deeper() {
+    require!("qemu-img");
+    let dir = deep_chain(258);
     let line = |top: &str| {
         ["convert", "--allow-external", "chain", top, "--to", "raw", "out.raw"].map(str::to_owned)
     };

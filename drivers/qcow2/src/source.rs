@@ -111,7 +111,7 @@ impl ImageSource for Qcow2Source {
         let Some(content) = &self.content else { return Vec::new() };
         let mut losses = content.losses.as_ref().map(|losses| losses.list(DISK)).unwrap_or_default();
         if let Some(backing) = &content.backing {
-            losses.extend(backing.image().losses());
+            losses.extend(backing.losses());
         }
         losses
     }

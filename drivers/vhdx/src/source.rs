@@ -119,7 +119,7 @@ impl ImageSource for VhdxSource {
     fn losses(&self) -> Vec<Loss> {
         let mut losses = self.losses.as_ref().map(|losses| losses.list(DISK)).unwrap_or_default();
         if let Some(parent) = &self.chain.parent {
-            losses.extend(parent.image().losses());
+            losses.extend(parent.losses());
         }
         losses
     }

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use crate::device::{Device, DeviceId};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentKind, MapExtent, check_answer};
-use crate::source::{FileRange, ImageSource, RandomAccess};
+use crate::source::{FileRange, ImageSource, Loss, RandomAccess};
+use crate::stack::deeper;
 use crate::suggest;
 
 /// A handle to one device of an open image. Any number of threads may read it concurrently, at any offset.
@@ -107,7 +108,11 @@ impl Disk {
     pub fn read_at(&self, buf: &mut [u8], guest_offset: u64) -> Result<()> {
         let end = guest_offset.checked_add(buf.len() as u64);
         self.check(guest_offset, end)?;
-        if buf.is_empty() { Ok(()) } else { self.random()?.read_at(self.device, buf, guest_offset) }
+        if buf.is_empty() {
+            return Ok(());
+        }
+        let random = self.random()?;
+        deeper(|| random.read_at(self.device, buf, guest_offset))
     }
 
     /// Returns the extents of `range`: ascending, contiguous, starting at `range.start`, and at least one
@@ -150,12 +155,17 @@ impl Disk {
     /// [`RandomAccess::locate`]. Also returns `None` if `range` is empty or exceeds the disk.
     pub fn locate(&self, range: Range<u64>) -> Option<FileRange<'_>> {
         let is_within = range.start < range.end && range.end <= self.size;
-        is_within.then(|| self.random().ok()?.locate(self.device, range)).flatten()
+        is_within.then(|| deeper(|| self.random().ok()?.locate(self.device, range))).flatten()
     }
 
     /// Returns the unit, in bytes, in which reads are cheapest.
     pub fn read_granule(&self) -> u64 {
-        self.random().map_or(1, |random| random.read_granule(self.device))
+        self.random().map_or(1, |random| deeper(|| random.read_granule(self.device)))
+    }
+
+    /// Returns the losses of the image that contains the device; see [`ImageSource::losses`].
+    pub fn losses(&self) -> Vec<Loss> {
+        deeper(|| self.image.losses())
     }
 
     /// Returns a reader positioned at the start of the disk.
@@ -169,7 +179,11 @@ impl Disk {
         answer: impl FnOnce(&dyn RandomAccess, Range<u64>) -> Result<Vec<T>>,
     ) -> Result<Vec<T>> {
         self.check(range.start, Some(range.end))?;
-        if range.is_empty() { Ok(Vec::new()) } else { answer(self.random()?, range) }
+        if range.is_empty() {
+            return Ok(Vec::new());
+        }
+        let random = self.random()?;
+        deeper(|| answer(random, range))
     }
 
     fn check(&self, start: u64, end: Option<u64>) -> Result<()> {

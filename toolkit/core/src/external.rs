@@ -12,6 +12,7 @@ use crate::input::Input;
 use crate::location::{Location, Url};
 use crate::remedy::Remedy;
 use crate::source::ImageSource;
+use crate::stack::deeper;
 
 /// Settings for opening an image.
 #[derive(Debug, Clone, Default)]
@@ -98,7 +99,7 @@ impl Externals {
         options: &OpenOptions,
     ) -> Result<Arc<dyn ImageSource>> {
         match &self.0 {
-            Some(opener) => opener.open_image(role, name, from, format, options),
+            Some(opener) => deeper(|| opener.open_image(role, name, from, format, options)),
             None => Err(refusal(role, name, from)),
         }
     }
@@ -126,7 +127,7 @@ impl Externals {
         options: &OpenOptions,
     ) -> Result<Arc<dyn ImageSource>> {
         match &self.0 {
-            Some(opener) => opener.open_member(member, format, options),
+            Some(opener) => deeper(|| opener.open_member(member, format, options)),
             None => Err(Error::unsupported("no drivers are available for the members of a container")
                 .path(member.location())),
         }

@@ -29,6 +29,7 @@ pub mod registry;
 pub mod remedy;
 pub mod sink;
 pub mod source;
+mod stack;
 pub mod suggest;
 pub mod sync;
 mod text;
