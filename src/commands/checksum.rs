@@ -78,6 +78,9 @@ fn digest_image(
     let display = Display::new(args.messages.mode(), interrupt);
     let location = Location::source(path.as_os_str());
     let (opened, found) = checksum(registry, &location, &request, &display, &interrupt.token())?;
+    if !args.messages.quiet {
+        opened.changes().iter().for_each(|change| report::note(change));
+    }
     let is_archive = opened.driver.capabilities().is_archive();
     let line = |found: imgtool_engine::checksum::DeviceChecksum| Line {
         filename: path.to_string_lossy().into_owned(),

@@ -115,6 +115,12 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
         verdict.difference = found.map(|(pair, offset)| allocation_difference(&pairs[pair].name, offset));
     }
     verdict.identical = verdict.difference.is_none();
+    for change in first.changes().into_iter().chain(second.changes()) {
+        // Both images share the opener of the files that they name.
+        if !verdict.notes.contains(&change) {
+            verdict.notes.push(change);
+        }
+    }
     Ok(verdict)
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use imgtool_core::error::escape_control;
 use imgtool_core::{DeviceKind, Error, ErrorKind, Location, OpenOptions, Result};
-use imgtool_storage::{Fingerprint, Identity, OpenInput, Opening};
+use imgtool_storage::{FileWatch, Identity, OpenInput, Opening};
 use imgtool_vma::{ArchiveHeader, VmaSource, reference};
 
 use crate::args::{VmaArgs, VmaCommand};
@@ -119,7 +119,7 @@ fn input(file: &Path) -> Result<OpenInput> {
 /// Opens an archive that will be read to its end. The header of a file is read separately, so that an error
 /// in it is reported without the prefix `step`.
 fn open(file: &Path, step: &'static str) -> Result<Archive, Failure> {
-    let OpenInput { input, identity, fingerprint, .. } = input(file)?;
+    let OpenInput { input, identity, watch, .. } = input(file)?;
     let is_stream = input.is_stream();
     if !is_stream {
         header(file)?;
@@ -127,7 +127,7 @@ fn open(file: &Path, step: &'static str) -> Result<Archive, Failure> {
     let location = input.location().clone();
     let source = VmaSource::open(input, &OpenOptions::default())
         .map_err(|error| Failure { step: if is_stream { "" } else { step }, error })?;
-    Ok(Archive { location, source: Arc::new(source), identity, fingerprint })
+    Ok(Archive { location, source: Arc::new(source), identity, watch })
 }
 
 /// An open archive.
@@ -135,7 +135,7 @@ struct Archive {
     location: Location,
     source: Arc<VmaSource>,
     identity: Option<Identity>,
-    fingerprint: Option<Fingerprint>,
+    watch: Option<FileWatch>,
 }
 
 fn config(file: &Path, name: &str) -> Result<Exit, Failure> {
@@ -150,6 +150,11 @@ fn config(file: &Path, name: &str) -> Result<Exit, Failure> {
             Ok(NO_SUCH_CONFIG)
         }
     }
+}
+
+/// Prints a note.
+fn note(text: &str) {
+    report::say(&format!("vma: note: {}", escape_control(text)));
 }
 
 /// True if devices of this kind hold the saved state of a running guest.

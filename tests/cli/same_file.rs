@@ -8,7 +8,7 @@ use std::process::Command;
 use imgtool_testing::images::{self, Image};
 use imgtool_testing::{fixture, oracles, require, snapshot, tempdir, text};
 
-use crate::support::devices::{LoopDevice, loop_devices};
+use crate::support::devices::{LoopDevice, Mounted, loop_devices};
 use crate::support::imgtool;
 use crate::support::run::PROGRAM;
 
@@ -87,6 +87,102 @@ fn refuses_the_source_as_target_under_any_name() {
         "$IMGTOOL convert disk.raw --to vma - 1<> disk.raw",
     ] {
         refused(dir.path(), line, 1, &["same file"]);
+    }
+}
+
+/// A file of an overlay and the file of the layer that stores it have different device and inode numbers.
+#[test]
+fn treats_an_overlay_file_and_its_layer_file_as_one() {
+    require!("strace");
+    let dir = tempdir();
+    let path = |name: &str| dir.path().join(name);
+    let (first, second) = (path("lower1"), path("lower2"));
+    let mounted = Mounted::overlay(&[&first, &second], &path("upper"), &path("work"), &path("merged"));
+    let Some(_mounted) = mounted else { return };
+    let disk = |name: &str, seed| {
+        let image = Image::hole("x", 2 << 20).with(70_000, images::noise(seed, 1 << 20));
+        image.write_raw(&path(name));
+    };
+    disk("lower1/first", 1);
+    disk("lower2/second", 2);
+    disk("merged/new", 3);
+    // Shadowed by the upper layer since it is written.
+    disk("lower2/copied", 4);
+    std::fs::File::options().append(true).open(path("merged/copied")).unwrap().set_len(3 << 20).unwrap();
+    std::fs::create_dir(path("bound")).unwrap();
+    oracles::run("mount", &["--bind", text(&path("merged")), text(&path("bound"))]);
+    let bound = Unmount(path("bound"));
+    for (source, target) in [
+        ("merged/new", "upper/new"),
+        ("upper/new", "merged/new"),
+        ("bound/new", "upper/new"),
+        ("upper/new", "bound/new"),
+        ("merged/copied", "upper/copied"),
+        ("upper/copied", "merged/copied"),
+        ("merged/first", "lower1/first"),
+        ("merged/second", "lower2/second"),
+        ("- < merged/new", "upper/new"),
+        ("- < upper/new", "merged/new"),
+    ] {
+        for line in [
+            format!("$IMGTOOL convert -f raw -n --force {source} --to raw {target}"),
+            format!("$IMGTOOL convert -f raw --force {source} --to qcow2 {target}"),
+        ] {
+            refused(dir.path(), &line, 1, &["change the source"]);
+        }
+    }
+    refused(
+        dir.path(),
+        "$IMGTOOL create -f qcow2 --force -b ../merged/new -F raw upper/new",
+        1,
+        &["change the source"],
+    );
+    refused(
+        dir.path(),
+        "$IMGTOOL convert -f raw merged/new --to raw - 1<> upper/new",
+        1,
+        &["change the source"],
+    );
+    // Another file of the same overlay is another file, and a write to the overlay leaves the lower layers.
+    imgtool(["convert", "-f", "raw", "-n", "merged/new", "--to", "raw", "upper/copied", "--force"])
+        .within(dir.path())
+        .ok();
+    let before = std::fs::read(path("lower1/first")).unwrap();
+    imgtool(["convert", "-f", "raw", "-n", "upper/new", "--to", "raw", "merged/first"])
+        .within(dir.path())
+        .ok();
+    assert!(std::fs::read(path("lower1/first")).unwrap() == before);
+    drop(bound);
+}
+
+/// Where the layers of an overlay can't be seen, a note says that nothing was compared.
+#[test]
+fn notes_overlay_layers_that_it_can_not_see() {
+    let dir = tempdir();
+    let path = |name: &str| dir.path().join(name);
+    let (lower, upper) = (path("layers/lower"), path("layers/upper"));
+    let mounted = Mounted::overlay(&[&lower], &upper, &path("layers/work"), &path("merged"));
+    let Some(_mounted) = mounted else { return };
+    std::fs::write(path("merged/old"), vec![1; 1 << 20]).unwrap();
+    std::fs::write(path("disk.raw"), vec![2; 1 << 20]).unwrap();
+    let line = ["convert", "-f", "raw", "-n", "disk.raw", "--to", "raw", "merged/old"];
+    assert!(!imgtool(line).within(dir.path()).ok().stderr.contains("could be the source"));
+    // The path of the layers leads elsewhere from here on, as in a container.
+    std::fs::rename(path("layers"), path("moved")).unwrap();
+    imgtool(line).within(dir.path()).ok().says("merged/old could be the source disk.raw");
+    std::fs::write(path("merged/other"), vec![3; 1 << 20]).unwrap();
+    let line = ["convert", "-f", "raw", "-n", "merged/other", "--to", "raw", "merged/old"];
+    assert!(!imgtool(line).within(dir.path()).ok().stderr.contains("could be the source"));
+    let line = ["convert", "-f", "raw", "disk.raw", "--to", "raw", "merged/new"];
+    assert!(!imgtool(line).within(dir.path()).ok().stderr.contains("could be the source"));
+}
+
+/// A mount point that is unmounted when dropped.
+struct Unmount(std::path::PathBuf);
+
+impl Drop for Unmount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
     }
 }
 

@@ -1,7 +1,9 @@
 //! Files that an image names are not opened, whatever the name. strace records every file that is opened.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use imgtool_storage::os::{DirectoryHandle, Rename};
 use imgtool_testing::images::{self, Image};
 use imgtool_testing::vma::Archive;
 use imgtool_testing::{names, require, snapshot, tempdir, text};
@@ -213,4 +215,104 @@ fn never_opens_names_of_bitmaps_or_snapshots() {
     opens_nothing(dir.path(), "snapshot.qcow2", &[]);
     opens_nothing(dir.path(), "snapshot.qcow2", &["--allow-external", "chain"]);
     assert_eq!(names(dir.path()), ["snapshot.qcow2"]);
+}
+
+/// Sets a flag when dropped.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// While the program looks and opens, another program exchanges the backing file with a link to a secret, its
+/// directory with a link to another one, and the image itself with a link to an image elsewhere.
+#[test]
+fn exchanged_names_let_no_outside_file_in() {
+    const ROUNDS: usize = 150;
+    let (dir, outside) = (tempdir(), tempdir());
+    let path = |name: &str| dir.path().join(name);
+    let (allowed, secret) = (vec![b'a'; 1 << 20], vec![b's'; 1 << 20]);
+    std::fs::create_dir(path("sub")).unwrap();
+    for (directory, content) in [(dir.path(), &allowed), (&path("sub"), &allowed), (outside.path(), &secret)]
+    {
+        std::fs::write(directory.join("b.raw"), content).unwrap();
+    }
+    let overlay = |directory: &Path, file: &str, name: &str, virtual_size: u64| {
+        let craft = qcow2(directory, file, 16 << 20, 16, virtual_size, 1);
+        craft.be64(8, 4096).be32(16, name.len() as u32).put(4096, name.as_bytes());
+        craft.be32(104, 0xe279_2aca).be32(108, 3).put(112, b"raw");
+    };
+    overlay(dir.path(), "top.qcow2", "b.raw", 1 << 20);
+    overlay(dir.path(), "deep.qcow2", "sub/b.raw", 1 << 20);
+    // The link may lead to this image from the start: then it is the image that the user named.
+    overlay(outside.path(), "top.qcow2", "b.raw", 2 << 20);
+    let of_the_link = [secret.as_slice(), &[0; 1 << 20]].concat();
+    let cases =
+        [("top.qcow2", "b.raw", "b.raw"), ("deep.qcow2", "sub", ""), ("top.qcow2", "top.qcow2", "top.qcow2")];
+    for (image, exchanged, target) in cases {
+        std::os::unix::fs::symlink(outside.path().join(target), path("link")).unwrap();
+        let home = DirectoryHandle::open(dir.path()).unwrap();
+        let exchange = || home.rename(exchanged.as_ref(), "link".as_ref(), Rename::Exchange).unwrap();
+        let stop = AtomicBool::new(false);
+        let mut done = 0;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    exchange();
+                }
+            });
+            // A failed assertion must end the other thread as well.
+            let _stopped = StopOnDrop(&stop);
+            for _ in 0..ROUNDS {
+                let line = ["convert", "--force", "--allow-external", "chain", image, "--to", "raw", "out"];
+                let run = imgtool(line).within(dir.path()).go();
+                let code = run.status.code();
+                assert!(matches!(code, Some(0 | 1)), "{code:?}: {}", run.stderr);
+                if code == Some(0) {
+                    done += 1;
+                    let out = std::fs::read(path("out")).unwrap();
+                    let is_allowed = out == allowed || exchanged == image && out == of_the_link;
+                    assert!(is_allowed, "the secret was let in through {exchanged}");
+                }
+            }
+        });
+        println!("{exchanged}: {done} of {ROUNDS} conversions finished");
+        if std::fs::symlink_metadata(path("link")).is_ok_and(|meta| !meta.is_symlink()) {
+            exchange();
+        }
+        std::fs::remove_file(path("link")).unwrap();
+    }
+}
+
+/// Links inside of the directory are followed as long as they stay there.
+#[test]
+fn follows_links_within_the_directory() {
+    let (dir, outside) = (tempdir(), tempdir());
+    let path = |name: &str| dir.path().join(name);
+    std::fs::create_dir_all(path("images/deep")).unwrap();
+    std::fs::write(path("images/deep/base.raw"), images::noise(1, 1 << 20)).unwrap();
+    std::fs::write(outside.path().join("base.raw"), images::noise(2, 1 << 20)).unwrap();
+    std::os::unix::fs::symlink("deep", path("images/way")).unwrap();
+    std::os::unix::fs::symlink("way/base.raw", path("images/link")).unwrap();
+    std::os::unix::fs::symlink(path("images/deep/base.raw"), path("images/whole")).unwrap();
+    std::os::unix::fs::symlink(outside.path().join("base.raw"), path("images/out-of-here")).unwrap();
+    for (name, code) in
+        [("link", 0), ("way/base.raw", 0), ("whole", 0), ("deep/../link", 0), ("out-of-here", 1)]
+    {
+        let craft = qcow2(&path("images"), "top.qcow2", 16 << 20, 16, 1 << 20, 1);
+        craft.be64(8, 4096).be32(16, name.len() as u32).put(4096, name.as_bytes());
+        craft.be32(104, 0xe279_2aca).be32(108, 3).put(112, b"raw");
+        // The directory is that of the image, even if the user names it by a link.
+        std::os::unix::fs::symlink("images/top.qcow2", path("top")).unwrap();
+        let line = ["convert", "--allow-external", "chain", "top", "--to", "raw", "out.raw"];
+        imgtool(line).within(dir.path()).go().exits(code);
+        if code == 0 {
+            assert!(std::fs::read(path("out.raw")).unwrap() == images::noise(1, 1 << 20), "{name}");
+            std::fs::remove_file(path("out.raw")).unwrap();
+        }
+        std::fs::remove_file(path("top")).unwrap();
+        std::fs::remove_file(path("images/top.qcow2")).unwrap();
+    }
 }

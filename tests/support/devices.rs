@@ -103,6 +103,23 @@ impl Mounted {
         Self::mount(device, directory)
     }
 
+    /// Mounts an overlay of directories, the topmost of `lower` first; `None` if it can't be mounted here.
+    pub fn overlay(lower: &[&Path], upper: &Path, work: &Path, directory: &Path) -> Option<Self> {
+        for made in lower.iter().copied().chain([upper, work, directory]) {
+            std::fs::create_dir_all(made).unwrap();
+        }
+        let lower: Vec<&str> = lower.iter().copied().map(text).collect();
+        let options = format!("lowerdir={},upperdir={},workdir={}", lower.join(":"), text(upper), text(work));
+        let mount = std::process::Command::new("mount")
+            .args(["-t", "overlay", "overlay", "-o", &options, text(directory)])
+            .output();
+        let mounted = mount.is_ok_and(|output| output.status.success());
+        if !mounted {
+            oracles::unable("no overlay can be mounted on this machine, or by this user", false);
+        }
+        mounted.then(|| Self(directory.to_owned()))
+    }
+
     fn mount(device: &LoopDevice, directory: &Path) -> Self {
         std::fs::create_dir_all(directory).unwrap();
         oracles::run("mount", &[text(device.path()), text(directory)]);

@@ -64,8 +64,8 @@ pub(super) fn run(args: &VmaCreateArgs) -> Result<Exit, Failure> {
     let report = made?;
     progress.summary(&manifest);
     for note in &report.notes {
-        if matches!(note, Note::Text(_) | Note::UnsafeNaming(_)) {
-            report::say(&format!("vma: note: {}", escape_control(&note.to_string())));
+        if matches!(note, Note::Text(_) | Note::SourceChanged(_) | Note::UnsafeNaming(_)) {
+            super::note(&note.to_string());
         }
     }
     Ok(Exit::Done)

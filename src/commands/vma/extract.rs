@@ -3,10 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use imgtool_core::error::escape_control;
 use imgtool_core::{
-    Attachment, CancelToken, Device, DeviceKind, Error, ImageInfo, ImageSource, Location, OpenOptions,
-    Registry, Result, Slot,
+    Attachment, CancelToken, Device, DeviceKind, Error, Externals, ImageInfo, ImageSource, Location,
+    OpenOptions, Registry, Result, Slot,
 };
 use imgtool_engine::names::{self, Unique};
 use imgtool_engine::{
@@ -19,7 +18,7 @@ use imgtool_storage::os::{self, FileClass};
 
 use super::map_file::{Entry, Map};
 use super::tally::Tally;
-use super::{Archive, Failure, is_state, list, open, usage};
+use super::{Archive, Failure, is_state, list, note, open, usage};
 use crate::args::{ProgressMode, ThreadArgs, VmaExtractArgs};
 use crate::exit::Exit;
 use crate::interrupt::Interrupt;
@@ -59,8 +58,6 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
             (layout, selected, map.limit())
         }
     };
-    let made_anew = layout.notes.iter().map(ToString::to_string);
-    let notes: Vec<String> = extraction.notes.iter().cloned().chain(made_anew).collect();
     let tally = Tally::new(selected.iter().map(|disk| &disk.device));
     let options = RunOptions {
         threads: ThreadArgs::default().count(),
@@ -69,15 +66,18 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
         cancel: interrupt.token(),
         ..RunOptions::default()
     };
+    let names_changed = extraction.notes;
     let sources = vec![source(archive, &registry)?];
     let plan = Plan { layout, sources, selected, outputs, registry };
     let display = Display::new(ProgressMode::None, &interrupt);
     let done = plan.run(&options, &display).map_err(Failure::during(STEP))?;
-    let about_names = done.notes.iter().filter(|note| matches!(note, Note::UnsafeNaming(_)));
+    let is_printed =
+        |note: &&Note| matches!(note, Note::Text(_) | Note::SourceChanged(_) | Note::UnsafeNaming(_));
     let unprinted = if args.verbose { report::print(&tally.totals()).err() } else { None };
-    let notes = notes.into_iter().chain(about_names.map(ToString::to_string));
-    for note in notes.chain(unprinted.iter().map(report::unprinted)) {
-        report::say(&format!("vma: note: {}", escape_control(&note)));
+    let notes =
+        names_changed.into_iter().chain(done.notes.iter().filter(is_printed).map(ToString::to_string));
+    for text in notes.chain(unprinted.iter().map(report::unprinted)) {
+        note(&text);
     }
     Ok(Exit::Done)
 }
@@ -98,7 +98,8 @@ fn source(archive: Archive, registry: &Registry) -> Result<OpenSource> {
         stored_len: None,
         spooled: false,
         identity: archive.identity,
-        fingerprint: archive.fingerprint,
+        watch: archive.watch,
+        externals: Externals::default(),
         image: archive.source,
     };
     Ok(OpenSource { name: None, opened })

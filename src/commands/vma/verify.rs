@@ -5,9 +5,10 @@ use std::path::Path;
 use imgtool_core::{ImageSource, Lane, NoProgress};
 use imgtool_engine::digest;
 use imgtool_engine::pipeline::Tap;
+use imgtool_storage::FileWatch;
 
 use super::tally::Tally;
-use super::{Failure, list, open};
+use super::{Failure, list, note, open};
 use crate::args::ThreadArgs;
 use crate::exit::Exit;
 use crate::interrupt::Interrupt;
@@ -27,6 +28,7 @@ pub(super) fn run(file: &Path, verbose: bool) -> Result<Exit, Failure> {
     let threads = ThreadArgs::default().count();
     digest::read_all(&*archive.source, Lane(0), taps, threads, &NoProgress, interrupt.token())
         .map_err(Failure::during(STEP))?;
+    archive.watch.iter().flat_map(FileWatch::changes).for_each(|change| note(&change));
     if verbose {
         report::print(&tally.totals())?;
     }

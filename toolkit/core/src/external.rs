@@ -71,6 +71,15 @@ pub trait ExternalOpener: Send + Sync {
         options: &OpenOptions,
     ) -> Result<Arc<dyn ImageSource>>;
 
+    /// Called before the driver opens the image at `image`, which is the file with this device and inode. The
+    /// opener can tell from them that the path leads to another file when the image names a file.
+    fn image_opened(&self, _image: &Location, _id: (u64, u64)) {}
+
+    /// Describes, in a sentence each, what has changed since the external files were opened.
+    fn changes(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Returns the number of overlays above the image that is being opened. The more there are, the less
     /// memory a driver uses for the image's tables.
     fn depth(&self) -> usize;
@@ -131,6 +140,18 @@ impl Externals {
             None => Err(Error::unsupported("no drivers are available for the members of a container")
                 .path(member.location())),
         }
+    }
+
+    /// See [`ExternalOpener::image_opened`].
+    pub fn image_opened(&self, image: &Location, id: (u64, u64)) {
+        if let Some(opener) = &self.0 {
+            opener.image_opened(image, id);
+        }
+    }
+
+    /// See [`ExternalOpener::changes`]; none without an opener.
+    pub fn changes(&self) -> Vec<String> {
+        self.0.as_ref().map_or_else(Vec::new, |opener| opener.changes())
     }
 
     /// True if there is no opener.

@@ -1,6 +1,7 @@
 //! [`ExternalPolicy`] and [`PolicyOpener`]: an image can open another file only if the user allowed it.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -10,8 +11,9 @@ use imgtool_core::sync::lock;
 use imgtool_core::{
     Error, ExternalOpener, Externals, ImageSource, Input, Location, OpenOptions, Output, Registry, Result,
 };
-use imgtool_storage::Identity;
 use imgtool_storage::open::{OpenInput, Opening};
+use imgtool_storage::os::{self, DirectoryHandle, FileId};
+use imgtool_storage::{FileWatch, Identity};
 
 /// Maximum depth of a chain of images. Our limit: chains in use stay below 100. QEMU has no limit.
 pub const MAX_CHAIN_DEPTH: usize = 256;
@@ -45,6 +47,34 @@ pub struct OpenedFile {
     pub location: Location,
     /// Identity, if it is a regular file or block device.
     pub identity: Option<Identity>,
+    /// Watch over the file, if it is a regular file.
+    pub watch: Option<FileWatch>,
+}
+
+/// Directory that [`ExternalPolicy::chain`] allows.
+#[derive(Debug, Clone)]
+struct ChainDirectory {
+    /// Canonical path.
+    path: PathBuf,
+    /// The open directory: its path may lead to another one later.
+    handle: Arc<DirectoryHandle>,
+}
+
+/// File that the policy allows, and how to open it.
+enum Allowed {
+    /// By this path, which the user allowed.
+    Named(PathBuf),
+    /// By this path below a directory.
+    Beneath(ChainDirectory, PathBuf),
+}
+
+/// External file that may be opened.
+struct Admission {
+    /// Canonical path.
+    path: PathBuf,
+    allowed: Allowed,
+    /// Opener for the names in that file.
+    below: PolicyOpener,
 }
 
 impl SuppliedFile {
@@ -65,8 +95,8 @@ fn open_plain(path: &Path) -> Result<OpenInput> {
 pub struct PolicyOpener {
     registry: Registry,
     policy: ExternalPolicy,
-    /// Canonical path of the image that the user named; `None` in the opener of that image.
-    root: Option<PathBuf>,
+    /// Directory of the image that the user named; `None` in the opener of that image.
+    root: Option<ChainDirectory>,
     /// Canonical paths of the images above this one in the chain. A name that resolves to one of them closes
     /// a loop.
     above: Vec<PathBuf>,
@@ -74,6 +104,8 @@ pub struct PolicyOpener {
     nesting: usize,
     /// All files that this opener and its clones have opened.
     opened: Arc<Mutex<Vec<OpenedFile>>>,
+    /// Locations and identities of all images opened so far.
+    images: Arc<Mutex<Vec<(Location, FileId)>>>,
     /// Supplied files by name. They apply only to the first image of the chain.
     supplied: BTreeMap<String, SuppliedFile>,
 }
@@ -88,6 +120,7 @@ impl PolicyOpener {
             above: Vec::new(),
             nesting: 0,
             opened: Arc::default(),
+            images: Arc::default(),
             supplied: BTreeMap::new(),
         }
     }
@@ -108,14 +141,35 @@ impl PolicyOpener {
         lock(&self.opened).clone()
     }
 
-    fn open_admitted(&self, path: &Path) -> Result<Input> {
-        let open = open_plain(path)?;
-        lock(&self.opened).push(OpenedFile { location: path.into(), identity: open.identity });
-        Ok(open.input)
+    /// Opens the file that the image at `from` refers to as `name`, if allowed. Returns it with the opener for
+    /// the names in it.
+    fn open_allowed(&self, role: &str, name: &str, from: &Location) -> Result<(Input, Self)> {
+        let Admission { path, allowed, below } = self.admit(role, name, from)?;
+        let open = match allowed {
+            Allowed::Named(named) => open_plain(&named)?,
+            Allowed::Beneath(directory, relative) => {
+                let opened = directory.handle.open_beneath(&relative);
+                let file = opened.map_err(|e| moved(role, name, from, e))?;
+                if !file.metadata().is_ok_and(|meta| meta.is_file()) {
+                    return Err(refusal(role, name, from));
+                }
+                imgtool_storage::open::from_file(Location::from(&path), file)?
+            }
+        };
+        if let Some(id) = open.identity.as_ref().and_then(Identity::id) {
+            // An image may be named by its canonical path, and by that in the image above it.
+            self.image_opened(&Location::from(&path), id);
+            if let Some(beside) = from.beside(plain_name(name)) {
+                self.image_opened(&beside, id);
+            }
+        }
+        let opened = OpenedFile { location: path.into(), identity: open.identity, watch: open.watch };
+        lock(&self.opened).push(opened);
+        Ok((open.input, below))
     }
 
-    /// Returns the canonical path of `name`, if allowed, and the opener for the names in that file.
-    fn admit(&self, role: &str, name: &str, from: &Location) -> Result<(PathBuf, Self)> {
+    /// Decides whether the image at `from` may open `name`, without opening it.
+    fn admit(&self, role: &str, name: &str, from: &Location) -> Result<Admission> {
         if !self.policy.chain && self.policy.paths.is_empty() {
             return Err(refusal(role, name, from));
         }
@@ -134,15 +188,17 @@ impl PolicyOpener {
             .path(from)
             .hint("only plain paths are followed; convert a copy whose reference is a path"));
         }
-        let name_path = name.strip_prefix("file:").unwrap_or(name);
         let from_real = canonical(from_path, role)?;
         let directory = from_real.parent().unwrap_or(Path::new("/"));
-        let path = std::fs::canonicalize(directory.join(name_path))
+        let path = std::fs::canonicalize(directory.join(plain_name(name)))
             .map_err(|e| Error::io(format!("open {role} '{}'", escape_control(name)), e).path(from))?;
-        let root = self.root.clone().unwrap_or_else(|| from_real.clone());
-        if !self.admits(&path, &root) {
+        let root = match &self.root {
+            Some(root) => root.clone(),
+            None => self.chain_directory(from, &from_real)?,
+        };
+        let Some(allowed) = self.allows(&path, &root) else {
             return Err(refusal(role, name, from));
-        }
+        };
         if path == from_real || self.above.contains(&path) {
             return Err(chain_loop(role, name, from));
         }
@@ -151,19 +207,38 @@ impl PolicyOpener {
         }
         let mut above = self.above.clone();
         above.push(from_real);
-        Ok((path, Self { root: Some(root), above, supplied: BTreeMap::new(), ..self.clone() }))
+        let below = Self { root: Some(root), above, supplied: BTreeMap::new(), ..self.clone() };
+        Ok(Admission { path, allowed, below })
     }
 
-    fn admits(&self, path: &Path, root: &Path) -> bool {
-        let named = self
-            .policy
-            .paths
-            .iter()
-            .any(|allowed| std::fs::canonicalize(allowed).is_ok_and(|allowed| allowed == path));
-        let in_chain = self.policy.chain
-            && root.parent().is_some_and(|directory| path.starts_with(directory))
-            && std::fs::metadata(path).is_ok_and(|meta| meta.is_file());
-        named || in_chain
+    /// Opens the directory of the image that the user named, at the canonical path `real`. Refuses it if
+    /// another file has taken the image's place since the image was opened: the directory would be that of
+    /// the other file.
+    fn chain_directory(&self, image: &Location, real: &Path) -> Result<ChainDirectory> {
+        let (Some(path), Some(name)) = (real.parent(), real.file_name()) else {
+            return Err(Error::usage("is a directory, not an image").path(image));
+        };
+        let failed = |e| Error::io("open the directory of the image", e).path(image);
+        let handle = DirectoryHandle::open(path).map_err(failed)?;
+        let found = handle.look_up(name).map_err(failed)?.id;
+        let images = lock(&self.images);
+        let mut known = images.iter().filter(|(location, _)| location == image).peekable();
+        if known.peek().is_some() && !known.any(|(_, id)| *id == found) {
+            return Err(Error::refused("leads to another file since it was opened")
+                .path(image)
+                .hint("another program renames files there: try again when it has finished"));
+        }
+        Ok(ChainDirectory { path: path.to_owned(), handle: Arc::new(handle) })
+    }
+
+    fn allows(&self, path: &Path, root: &ChainDirectory) -> Option<Allowed> {
+        let mut named = self.policy.paths.iter();
+        if let Some(named) = named.find(|named| std::fs::canonicalize(named).is_ok_and(|real| real == path)) {
+            return Some(Allowed::Named(named.clone()));
+        }
+        let relative = path.strip_prefix(&root.path).ok().filter(|_| self.policy.chain)?;
+        let is_file = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file());
+        is_file.then(|| Allowed::Beneath(root.clone(), relative.to_owned()))
     }
 }
 
@@ -178,10 +253,7 @@ impl ExternalOpener for PolicyOpener {
     ) -> Result<Arc<dyn ImageSource>> {
         let (input, below) = match self.supplied.get(name) {
             Some(supplied) => (supplied.open()?, Self { supplied: BTreeMap::new(), ..self.clone() }),
-            None => {
-                let (path, below) = self.admit(role, name, from)?;
-                (self.open_admitted(&path)?, below)
-            }
+            None => self.open_allowed(role, name, from)?,
         };
         let options = OpenOptions { externals: below.externals(), snapshot: None, ..options.clone() };
         open_bare(&self.registry, input, format, &options)
@@ -190,7 +262,7 @@ impl ExternalOpener for PolicyOpener {
     fn open_file(&self, role: &str, name: &str, from: &Location) -> Result<Input> {
         match self.supplied.get(name) {
             Some(supplied) => supplied.open(),
-            None => self.open_admitted(&self.admit(role, name, from)?.0),
+            None => Ok(self.open_allowed(role, name, from)?.0),
         }
     }
 
@@ -209,9 +281,35 @@ impl ExternalOpener for PolicyOpener {
         open_bare(&self.registry, member, format, &options)
     }
 
+    fn image_opened(&self, image: &Location, id: FileId) {
+        lock(&self.images).push((image.clone(), id));
+    }
+
+    fn changes(&self) -> Vec<String> {
+        self.opened().iter().filter_map(|file| file.watch.as_ref()).flat_map(FileWatch::changes).collect()
+    }
+
     fn depth(&self) -> usize {
         self.above.len()
     }
+}
+
+/// Returns the path in a name that may begin with the scheme "file:".
+fn plain_name(name: &str) -> &str {
+    name.strip_prefix("file:").unwrap_or(name)
+}
+
+/// Returns the error for an allowed file that could not be opened.
+fn moved(role: &str, name: &str, from: &Location, e: io::Error) -> Error {
+    if os::is_link_refused(&e) {
+        return Error::refused(format!(
+            "{role} '{}' became a link while it was opened",
+            escape_control(name)
+        ))
+        .path(from)
+        .hint("another program renames files there: try again when it has finished");
+    }
+    Error::io(format!("open {role} '{}'", escape_control(name)), e).path(from)
 }
 
 fn canonical(path: &Path, role: &str) -> Result<PathBuf> {

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imgtool_core::{
-    CancelToken, Confidence, Device, Driver, Error, ImageSource, Location, OpenOptions, Registry, Remedy,
-    Result, suggest,
+    CancelToken, Confidence, Device, Driver, Error, Externals, ImageSource, Location, OpenOptions, Registry,
+    Remedy, Result, suggest,
 };
 use imgtool_storage::open::{OpenInput, Opening};
-use imgtool_storage::{Compression, Fingerprint, Identity, outer};
+use imgtool_storage::{Compression, FileWatch, Identity, outer};
 
 use crate::externals::{ExternalPolicy, PolicyOpener};
 use crate::{foreign, missing};
@@ -30,8 +30,10 @@ pub struct Opened {
     pub spooled: bool,
     /// Identity of the file, if it is a file or block device.
     pub identity: Option<Identity>,
-    /// State of the file when it was opened, if it is a regular file.
-    pub fingerprint: Option<Fingerprint>,
+    /// Watch over the file, if it is a regular file.
+    pub watch: Option<FileWatch>,
+    /// Opener of the files that the image names.
+    pub externals: Externals,
     /// The open image.
     pub image: Arc<dyn ImageSource>,
 }
@@ -46,7 +48,8 @@ impl Opened {
             stored_len: None,
             spooled: false,
             identity: None,
-            fingerprint: None,
+            watch: None,
+            externals: Externals::default(),
             image: Arc::new(image),
         }
     }
@@ -75,6 +78,14 @@ impl Opened {
             text.push_str(compression.name());
         }
         text
+    }
+
+    /// Describes, in a sentence each, what has changed since the image and the files that it names were
+    /// opened.
+    pub fn changes(&self) -> Vec<String> {
+        let mut changes = self.watch.as_ref().map_or_else(Vec::new, FileWatch::changes);
+        changes.extend(self.externals.changes());
+        changes
     }
 
     /// Returns the paths of the files that the image names. No output may overwrite them.
@@ -173,10 +184,15 @@ fn open_located(
         (false, true) => input.spool_for_facts()?,
         (false, false) => input.spool()?,
     };
-    let OpenInput { input, compression, stored_len, spooled, identity, fingerprint } = input;
+    let OpenInput { input, compression, stored_len, spooled, identity, watch } = input;
     let location = input.location().clone();
-    let image = driver.open(input, &with_opener(registry, options))?;
-    Ok(Opened { location, driver, compression, stored_len, spooled, identity, fingerprint, image })
+    let options = with_opener(registry, options);
+    if let Some(id) = identity.as_ref().and_then(Identity::id) {
+        options.externals.image_opened(&location, id);
+    }
+    let image = driver.open(input, &options)?;
+    let externals = options.externals;
+    Ok(Opened { location, driver, compression, stored_len, spooled, identity, watch, externals, image })
 }
 
 /// Adds an opener to options without one: a container needs it for its members, even if no other file is

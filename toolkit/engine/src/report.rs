@@ -95,7 +95,7 @@ pub enum Note {
     ConfigurationsLeftOut(Vec<String>),
     /// Path of a removed file that was left by a killed run.
     Swept(PathBuf),
-    /// A sentence about a source file that changed while it was read.
+    /// A sentence about a source that changed while it was read, or whose name leads to another file now.
     SourceChanged(String),
     /// Standard output is closed or `/dev/null`: the output written to it is lost.
     StdoutClosed,

@@ -11,6 +11,7 @@ use crate::digest::ContentDigest;
 use crate::externals::{ExternalPolicy, PolicyOpener};
 use crate::layout::{Destination, Layout, PlannedOutput};
 use crate::monitor::{Counter, LaneInfo, Monitor, Phase};
+use crate::open::Opened;
 use crate::pipeline::{self, Job, Route, Tap, Target};
 use crate::report::{DiskReport, FileReport, Note, OutputReport, Report};
 use crate::sinks::{self, OpenSink, SinkSettings};
@@ -270,9 +271,26 @@ impl Plan {
             .chain(sinks.iter().flat_map(|open| open.sink.notes()).map(Note::Text))
             .chain(self.outputs.swept().iter().cloned().map(Note::Swept))
             .chain(self.outputs.without_safe_naming().map(Into::into).map(Note::UnsafeNaming))
-            .chain(self.sources.iter().filter_map(OpenSource::change).map(Note::SourceChanged))
+            .chain(self.outputs.doubts().iter().cloned().map(Note::Text))
+            .chain(self.source_changes(sinks).into_iter().map(Note::SourceChanged))
             .chain(closed)
             .collect()
+    }
+
+    /// Describes what has changed in the sources and in the backing images of the outputs since they were
+    /// opened.
+    fn source_changes(&self, sinks: &[OpenSink]) -> Vec<String> {
+        let sources = self.sources.iter().map(|source| &source.opened);
+        let mut changes: Vec<String> = Vec::new();
+        for change in
+            sources.chain(sinks.iter().filter_map(|open| open.base.as_ref())).flat_map(Opened::changes)
+        {
+            // Sources share the opener of the files that they name.
+            if !changes.contains(&change) {
+                changes.push(change);
+            }
+        }
+        changes
     }
 
     fn disk_reports(&self, counter: &Counter<'_>) -> Vec<DiskReport> {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal};
+use std::sync::Arc;
 
 use imgtool_core::error::escape_control;
 use imgtool_core::external::BackingName;
@@ -14,7 +15,7 @@ use imgtool_storage::{CompressedSink, Framing, Outputs, os};
 
 use crate::externals::SuppliedFile;
 use crate::layout::{Destination, Layout, PlannedOutput, is_written_in_place};
-use crate::open;
+use crate::open::{self, Opened};
 use crate::sources::SelectedDisk;
 
 /// Maximum number of bytes by which an existing target may be larger than its disk. Our limit: LVM and others
@@ -28,6 +29,8 @@ pub(crate) struct OpenSink {
     pub(crate) output: Output,
     /// Files that the image names: its further outputs and its backing image.
     pub(crate) supplied: BTreeMap<String, SuppliedFile>,
+    /// Backing image of the new image, if its content was needed.
+    pub(crate) base: Option<Opened>,
 }
 
 impl OpenSink {
@@ -75,10 +78,13 @@ fn open_sink(
     let mut manifest = planned.manifest(selected);
     let output = open_output(planned, &manifest, layout, outputs, settings)?;
     let mut supplied = BTreeMap::new();
+    let mut base = None;
     if let Some(backing) = planned.format.writer.backing() {
         let path = backing_path(&location, &backing.name)?;
         if !settings.without_content {
-            manifest.base = Some(open_base(settings.registry, &path, &backing, settings.base_options)?);
+            let opened = open_base(settings.registry, &path, &backing, settings.base_options)?;
+            manifest.base = Some(Disk::only(Arc::clone(&opened.image), "the backing image").in_file(&path)?);
+            base = Some(opened);
         }
         if let Some(path) = path.path() {
             supplied.insert(backing.name, SuppliedFile::Path(path.to_owned()));
@@ -102,7 +108,7 @@ fn open_sink(
         }
         None => sink,
     };
-    Ok(OpenSink { sink, output, supplied })
+    Ok(OpenSink { sink, output, supplied, base })
 }
 
 /// Creates the outputs of one image for its driver.
@@ -148,17 +154,16 @@ fn plain_name_beside(image: &Location, name: &str) -> Result<Location> {
     open::resolve(image, name).ok_or_else(|| Error::usage("a stream has no files beside it").path(image))
 }
 
-/// Opens the disk in the backing image of a new image. The user named the backing image in an option, so it
+/// Opens the backing image of a new image. The user named the backing image in an option, so it
 /// needs no permission, but external files that it names do.
 pub(crate) fn open_base(
     registry: &Registry,
     location: &Location,
     backing: &BackingName,
     options: &OpenOptions,
-) -> Result<Disk> {
+) -> Result<Opened> {
     let input = imgtool_storage::open::open(location, Opening::Plain)?;
-    let opened = open::open_image(registry, input, Some(&backing.format), options)?;
-    Disk::only(opened.image, "the backing image").in_file(location)
+    open::open_image(registry, input, Some(&backing.format), options)
 }
 
 fn open_output(

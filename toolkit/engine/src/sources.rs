@@ -55,18 +55,6 @@ pub struct OpenSource {
 }
 
 impl OpenSource {
-    /// Returns a note if the file was modified after it was opened. A replaced file needs no note, since the
-    /// run reads the file that it opened.
-    pub fn change(&self) -> Option<String> {
-        let path = self.opened.location.path()?;
-        self.opened.fingerprint.filter(|fingerprint| fingerprint.was_changed(path)).map(|_| {
-            format!(
-                "{} was written to while it was read: the output may mix two states, convert again",
-                self.opened.location
-            )
-        })
-    }
-
     /// Returns the configurations of the image.
     pub fn attachments(&self) -> &[Attachment] {
         &self.opened.image.info().attachments

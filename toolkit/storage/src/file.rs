@@ -12,7 +12,7 @@ use crate::runs::Runs;
 
 /// A regular file or block device opened for reading.
 pub(crate) struct RandomFile {
-    file: File,
+    file: Arc<File>,
     len: u64,
     runs: Runs,
     lives_in_memory: bool,
@@ -21,7 +21,7 @@ pub(crate) struct RandomFile {
 }
 
 impl RandomFile {
-    pub(crate) fn new(file: File, len: u64) -> Self {
+    pub(crate) fn new(file: Arc<File>, len: u64) -> Self {
         let lives_in_memory = os::lives_in_memory(&file);
         let drops_pages = !lives_in_memory && os::memory_len().is_some_and(|memory| len > memory / 2);
         Self { file, len, runs: Runs::default(), lives_in_memory, drops_pages }
@@ -147,7 +147,7 @@ impl WriteAt for FileTarget {
     fn reopen(&self) -> io::Result<Arc<dyn ReadAt>> {
         let file = self.file.try_clone()?;
         let len = os::file_len(&file)?;
-        Ok(Arc::new(RandomFile::new(file, len)))
+        Ok(Arc::new(RandomFile::new(Arc::new(file), len)))
     }
 }
 

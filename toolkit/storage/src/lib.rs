@@ -8,6 +8,7 @@
 
 pub mod file;
 mod folder;
+mod identity;
 pub mod open;
 pub mod os;
 pub mod outer;
@@ -15,9 +16,12 @@ mod outputs;
 mod partial;
 mod runs;
 mod spool;
+mod watch;
 
-pub use open::{Fingerprint, Identity, OpenInput, Opening};
+pub use identity::Identity;
+pub use open::{OpenInput, Opening};
 pub use outer::Compression;
 pub use outer::frames::Framing;
 pub use outer::writer::CompressedSink;
 pub use outputs::{Cleaner, Links, OutputRequest, Outputs};
+pub use watch::FileWatch;

@@ -10,9 +10,11 @@ use imgtool_core::input::{Cursor, InputBody};
 use imgtool_core::{CancelToken, Error, Input, Location, Result, Stream};
 
 use crate::file::RandomFile;
-use crate::os::{self, FileClass, FileId};
+use crate::identity::Identity;
+use crate::os::{self, FileClass};
 use crate::outer::{self, Compression};
 use crate::spool;
+use crate::watch::FileWatch;
 
 /// Maximum number of layers of outer compression. Our limit: a second layer is probably a mistake, a fifth an
 /// attack.
@@ -51,8 +53,8 @@ pub struct OpenInput {
     pub spooled: bool,
     /// Identity of the file or block device; `None` for anything else.
     pub identity: Option<Identity>,
-    /// State of a regular file when it was opened; `None` for a block device, or an input read as a stream.
-    pub fingerprint: Option<Fingerprint>,
+    /// Watch over a regular file; `None` for anything else.
+    pub watch: Option<FileWatch>,
 }
 
 /// Opens a path or standard input.
@@ -99,13 +101,11 @@ fn open_stdin() -> Result<OpenInput> {
     if at_start {
         return from_file(Location::Stdin, file);
     }
-    let identity = identity_of(&file);
+    let identity = Identity::of_file(&file);
+    let file = Arc::new(file);
+    let watch = FileWatch::start(&Location::Stdin, &file);
     let input = Input::from_reader(Location::Stdin, Box::new(file))?;
-    Ok(OpenInput { identity, ..OpenInput::of(input) })
-}
-
-fn identity_of(file: &File) -> Option<Identity> {
-    file.metadata().ok().and_then(|meta| Identity::of(&meta))
+    Ok(OpenInput { identity, watch, ..OpenInput::of(input) })
 }
 
 /// Creates an input over the plain bytes of an open file.
@@ -115,12 +115,15 @@ fn identity_of(file: &File) -> Option<Identity> {
 /// read.
 pub fn from_file(location: Location, file: File) -> Result<OpenInput> {
     let meta = file.metadata().map_err(|e| Error::io("open", e))?;
-    let (identity, fingerprint) = (Identity::of(&meta), Fingerprint::of(&meta));
     match os::classify(&meta) {
         FileClass::Regular | FileClass::BlockDevice => {
+            let identity = Identity::of_file(&file);
+            let file = Arc::new(file);
+            // The watch begins before anything of the file is used, its length included.
+            let watch = FileWatch::start(&location, &file);
             let len = os::file_len(&file).map_err(|e| Error::io("find the length", e))?;
             let input = Input::from_read_at(location, Arc::new(RandomFile::new(file, len)));
-            Ok(OpenInput { stored_len: Some(len), identity, fingerprint, ..OpenInput::of(input) })
+            Ok(OpenInput { stored_len: Some(len), identity, watch, ..OpenInput::of(input) })
         }
         FileClass::Stream => Ok(OpenInput::of(Input::from_reader(location, Box::new(file))?)),
         FileClass::Directory => Err(Error::usage("is a directory, not an image")),
@@ -130,14 +133,7 @@ pub fn from_file(location: Location, file: File) -> Result<OpenInput> {
 impl OpenInput {
     /// Wraps an input without any facts about its file.
     pub fn of(input: Input) -> Self {
-        Self {
-            input,
-            compression: Vec::new(),
-            stored_len: None,
-            spooled: false,
-            identity: None,
-            fingerprint: None,
-        }
+        Self { input, compression: Vec::new(), stored_len: None, spooled: false, identity: None, watch: None }
     }
 
     /// Removes all layers of outer compression that have a known magic number.
@@ -186,7 +182,7 @@ impl OpenInput {
         let (location, cancel) = (self.input.location().clone(), self.input.cancel_token());
         let file = spool::spool(self.input.into_stream()?, limit)?;
         let len = os::file_len(&file).map_err(|e| Error::io("find the length", e))?;
-        let input = Input::from_read_at(location, Arc::new(RandomFile::new(file, len)));
+        let input = Input::from_read_at(location, Arc::new(RandomFile::new(Arc::new(file), len)));
         Ok(Self { input: input.cancelled_by(cancel), spooled: true, ..self })
     }
 }
@@ -206,68 +202,4 @@ fn undo(compression: Compression, input: Input) -> Result<Input> {
         }
     };
     Ok(Input::from_body(location, body).cancelled_by(cancel))
-}
-
-/// Identity of a file or block device, together with everything below it: the disk of a partition, the parts
-/// of a device-mapper or RAID device, the file behind a loop device. It shows whether writing to one file
-/// changes another, regardless of their names.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Identity {
-    /// The file or device itself, then the layers below it.
-    layers: Vec<FileId>,
-    /// `layers`, the device that contains the file's file system, and the layers below it.
-    with_file_system: Vec<FileId>,
-}
-
-impl Identity {
-    /// Returns the identity of a regular file or block device; `None` for anything else.
-    pub fn of(meta: &std::fs::Metadata) -> Option<Self> {
-        let has_bytes = matches!(os::classify(meta), FileClass::Regular | FileClass::BlockDevice);
-        has_bytes.then(|| Self {
-            layers: os::file_layers(meta, false),
-            with_file_system: os::file_layers(meta, true),
-        })
-    }
-
-    /// True if both are the same file or device.
-    pub fn is_same(&self, other: &Self) -> bool {
-        self.layers.first() == other.layers.first()
-    }
-
-    /// True if writing to `target` changes this file: they are the same, or one is a layer of the other. Also
-    /// true if `target` contains the file system of this file.
-    pub fn is_changed_by(&self, target: &Self) -> bool {
-        os::same_bytes(&self.with_file_system, &target.layers)
-    }
-
-    /// True if writing to one target changes the other.
-    pub fn overlaps(&self, other: &Self) -> bool {
-        os::same_bytes(&self.layers, &other.layers)
-    }
-}
-
-/// State of a regular file: its identity, length, and time of modification.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Fingerprint {
-    id: FileId,
-    len: u64,
-    modified: Option<std::time::SystemTime>,
-}
-
-impl Fingerprint {
-    /// Returns the state of a regular file; `None` for anything else.
-    pub fn of(meta: &std::fs::Metadata) -> Option<Self> {
-        meta.is_file().then(|| Self {
-            id: os::file_identity(meta),
-            len: meta.len(),
-            modified: meta.modified().ok(),
-        })
-    }
-
-    /// True if `path` still names this file and the file was modified. A replaced file does not count, since
-    /// the open file keeps its content.
-    pub fn was_changed(&self, path: &Path) -> bool {
-        let now = std::fs::metadata(path).ok().and_then(|meta| Self::of(&meta));
-        now.is_some_and(|now| now.id == self.id && now != *self)
-    }
 }

@@ -38,6 +38,16 @@ pub enum FileClass {
 /// Identity of a file or block device across names and links.
 pub type FileId = (u64, u64);
 
+/// Files below a file on an overlay file system.
+#[derive(Debug)]
+pub struct OverlayFiles {
+    /// Metadata of each file that may store the file, the topmost first, and true if a write to the file
+    /// changes it.
+    pub files: Vec<(std::fs::Metadata, bool)>,
+    /// False if there may be others, which this process can't see. True for a file on any other file system.
+    pub is_complete: bool,
+}
+
 /// Returns true if writing to one file would change the other.
 ///
 /// Both arguments are results of [`file_layers`]. A shared lower layer is not enough: two partitions of a

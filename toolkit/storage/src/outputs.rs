@@ -13,7 +13,7 @@ use imgtool_core::{Error, Location, Output, Remedy, Result};
 
 use crate::file;
 use crate::folder::{Entry, Folder, Naming, Temporary};
-use crate::open::Identity;
+use crate::identity::Identity;
 use crate::os::{self, FileClass};
 use crate::partial;
 
@@ -41,6 +41,8 @@ pub struct Outputs {
     /// Existing files that the outputs write into or replace.
     claimed: Vec<Identity>,
     swept: Vec<PathBuf>,
+    /// Sentences about targets that may be sources, as far as this process can see.
+    doubts: Vec<String>,
     cleaner: Cleaner,
 }
 
@@ -110,7 +112,7 @@ impl Outputs {
         partial::sweep(&folder, &name, &mut self.swept);
         let (file, temporary) = self.create_temporary(path, &folder, &name)?;
         if let Some(old) = old {
-            self.claimed.extend(Identity::of(&old));
+            self.claimed.extend(Identity::of(&old, &final_path));
             file.set_permissions(old.permissions()).map_err(|e| Error::io("create", e).path(path))?;
         }
         let output = file::new_file(path, file);
@@ -166,7 +168,8 @@ impl Outputs {
     /// if it is another output, a directory or a stream; [`imgtool_core::ErrorKind::Io`].
     pub fn existing(&mut self, path: &Path, reads_as_zero: bool, force: bool) -> Result<Output> {
         let meta = std::fs::metadata(path).map_err(|e| Error::io("open for writing", e).path(path))?;
-        self.check_free(path, &meta, &self.claimed)?;
+        let identity = Identity::of(&meta, path);
+        self.check_free(path, identity.as_ref(), &self.claimed)?;
         let file = match os::classify(&meta) {
             FileClass::BlockDevice => os::open_block_device(path, !force).map_err(|e| {
                 if e.kind() == std::io::ErrorKind::ResourceBusy {
@@ -191,7 +194,7 @@ impl Outputs {
                 .remedied_by(Remedy::ForceWrite("stop the program that uses it".into())));
         }
         let output = file::existing(path, file, reads_as_zero)?;
-        self.claimed.extend(Identity::of(&meta));
+        self.claimed.extend(identity);
         self.others.push(output.clone());
         Ok(output)
     }
@@ -298,6 +301,12 @@ impl Outputs {
     /// Returns the paths of the unfinished files that this set has removed, left by a killed run.
     pub fn swept(&self) -> &[PathBuf] {
         &self.swept
+    }
+
+    /// Returns a sentence for each pair of source and existing target that [`Outputs::check`] could not
+    /// compare: one of them is on an overlay whose layers this process can't see.
+    pub fn doubts(&self) -> &[String] {
+        &self.doubts
     }
 }
 

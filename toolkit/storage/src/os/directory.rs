@@ -6,11 +6,12 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Component, Path};
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
+use super::unix::block_device_identity;
 use super::{FileId, platform};
 
 /// An open directory.
@@ -104,6 +105,31 @@ impl DirectoryHandle {
         Ok(rustix::fs::openat(&self.fd, name, flags, Mode::empty())?.into())
     }
 
+    /// Opens a file below the directory for reading. `path` is relative, without "..", and no part of it may be
+    /// a symbolic link: whatever other programs rename meanwhile, the file is below the directory.
+    ///
+    /// openat2(2) does the same in one call, but Linux before 5.6 lacks it and older sandboxes forbid it.
+    ///
+    /// # Errors
+    /// ELOOP if the last part is a symbolic link, ENOTDIR if another one is; `InvalidInput` if `path` is
+    /// absolute or contains ".."; otherwise the error of openat(2).
+    pub fn open_beneath(&self, path: &Path) -> io::Result<File> {
+        let mut at: Option<OwnedFd> = None;
+        let mut parts = path.components().peekable();
+        while let Some(Component::Normal(name)) = parts.next() {
+            let directory = at.as_ref().unwrap_or(&self.fd);
+            if parts.peek().is_none() {
+                // A FIFO without a writer would block.
+                let flags =
+                    OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+                return Ok(rustix::fs::openat(directory, name, flags, Mode::empty())?.into());
+            }
+            let flags = platform::OPEN_UNREADABLE | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            at = Some(rustix::fs::openat(directory, name, flags, Mode::empty())?);
+        }
+        Err(io::ErrorKind::InvalidInput.into())
+    }
+
     /// Creates a directory.
     ///
     /// # Errors
@@ -176,16 +202,46 @@ impl DirectoryHandle {
     }
 }
 
-/// Returns the identity of a file: device and inode.
+/// Returns the identity of a file: device and inode; for a block device, its device number.
 fn identity(stat: &Stat) -> FileId {
     // The types differ between systems.
     #[allow(clippy::unnecessary_cast)]
-    (stat.st_dev as u64, stat.st_ino as u64)
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::BlockDevice => block_device_identity(stat.st_rdev as u64),
+        _ => (stat.st_dev as u64, stat.st_ino as u64),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn opens_only_files_beneath_the_directory() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = |name: &str| dir.path().join(name);
+        std::fs::create_dir_all(path("home/sub")).expect("directories");
+        std::fs::write(path("home/sub/file"), b"inside").expect("a file");
+        std::fs::write(path("secret"), b"outside").expect("a file");
+        for (target, link) in [("../secret", "home/link"), ("sub", "home/way")] {
+            std::os::unix::fs::symlink(target, path(link)).expect("a link");
+        }
+        let home = DirectoryHandle::open(&path("home")).expect("opened");
+        let file = home.open_beneath(Path::new("sub/file")).expect("opened");
+        assert_eq!(io::read_to_string(file).expect("read"), "inside");
+        for name in ["link", "way/file", "sub/file/x"] {
+            let error = home.open_beneath(Path::new(name)).expect_err(name);
+            assert!(crate::os::is_link_refused(&error), "{name}: {error}");
+        }
+        let secret = path("secret");
+        for name in ["../secret", "sub/../../secret", "", "."].map(Path::new).into_iter().chain([&*secret]) {
+            let error = home.open_beneath(name).expect_err("leads outside");
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{}", name.display());
+        }
+        // The open directory counts, not what has its path now.
+        std::fs::rename(path("home"), path("moved")).expect("renamed");
+        assert!(home.open_beneath(Path::new("sub/file")).is_ok());
+    }
 
     #[test]
     fn reaches_names_after_a_move() {

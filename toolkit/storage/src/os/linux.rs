@@ -4,9 +4,9 @@
 use std::ffi::OsStr;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{Advice, FallocateFlags, OFlags, RenameFlags};
 use rustix::io::Errno;
@@ -16,12 +16,19 @@ use imgtool_core::FileRun;
 use super::{Rename, Space, file_identity};
 
 mod layers;
+mod overlay;
 
 pub use layers::file_layers;
+pub use overlay::overlay_files;
 
 /// Returns the length of a block device in bytes. Seeks to its end, since fstat(2) reports 0.
 pub(super) fn block_device_len(mut file: &File) -> io::Result<u64> {
     file.seek(SeekFrom::End(0))
+}
+
+/// Returns a path that leads to the open file, whatever its name is now.
+pub fn path_of(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 /// Returns the name of a loop device over the file or block device that `meta` describes, such as `loop0`;

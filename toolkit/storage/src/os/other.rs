@@ -8,14 +8,14 @@ use std::ffi::OsStr;
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use imgtool_core::FileRun;
 
-use super::{FileId, Rename, Space, file_identity};
+use super::{FileId, OverlayFiles, Rename, Space, file_identity};
 
 /// Fails with `Unsupported`: every system has its own ioctl for the length of a block device.
 pub(super) fn block_device_len(_file: &File) -> io::Result<u64> {
@@ -30,6 +30,16 @@ pub(super) fn loop_device_over(_meta: &Metadata) -> Option<String> {
 /// Returns only the file itself.
 pub fn file_layers(meta: &Metadata, _file_systems: bool) -> Vec<FileId> {
     vec![file_identity(meta)]
+}
+
+/// Returns no files: no other Unix has overlayfs.
+pub fn overlay_files(_meta: &Metadata, _path: &Path) -> OverlayFiles {
+    OverlayFiles { files: Vec::new(), is_complete: true }
+}
+
+/// Returns an empty path, which leads nowhere: not every Unix has a path to an open file.
+pub fn path_of(_file: &File) -> PathBuf {
+    PathBuf::new()
 }
 
 /// Returns true: any file system may be remote.

@@ -60,12 +60,17 @@ pub(super) fn block_device_identity(rdev: u64) -> FileId {
     (u64::MAX, rdev)
 }
 
-/// Returns the metadata of standard output.
+/// Returns true if `e` says that [`super::DirectoryHandle::open_beneath`] met a symbolic link.
+pub fn is_link_refused(e: &io::Error) -> bool {
+    matches!(Errno::from_io_error(e), Some(Errno::LOOP | Errno::NOTDIR))
+}
+
+/// Returns standard output as a file.
 ///
 /// # Errors
-/// The error of dup(2) or fstat(2).
-pub fn stdout_metadata() -> io::Result<Metadata> {
-    File::from(io::stdout().as_fd().try_clone_to_owned()?).metadata()
+/// The error of dup(2).
+pub fn stdout() -> io::Result<File> {
+    Ok(io::stdout().as_fd().try_clone_to_owned()?.into())
 }
 
 /// Reads up to `buf.len()` bytes at `position` and returns their number, 0 at the end of the file. The file's

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use imgtool_core::{Error, Location, Remedy, Result};
 
 use super::{Links, OutputRequest, Outputs};
-use crate::open::Identity;
+use crate::identity::Identity;
 use crate::os::{self, FileClass};
 
 impl Outputs {
@@ -26,7 +26,7 @@ impl Outputs {
     /// the source then.
     pub fn protect_path(&mut self, path: &Path) -> Result<()> {
         match std::fs::metadata(path) {
-            Ok(meta) => self.protect(&path.into(), Identity::of(&meta).as_ref()),
+            Ok(meta) => self.protect(&path.into(), Identity::of(&meta, path).as_ref()),
             Err(e) if is_missing(&e) => {}
             Err(e) => return Err(Error::io("stat the source", e).path(path)),
         }
@@ -39,8 +39,9 @@ impl Outputs {
     ///
     /// # Errors
     /// See [`Outputs::create`] and [`Outputs::existing`].
-    pub fn check(&self, requests: &[OutputRequest]) -> Result<()> {
+    pub fn check(&mut self, requests: &[OutputRequest]) -> Result<()> {
         let mut names: Vec<PathBuf> = Vec::new();
+        let mut doubts = Vec::new();
         let mut claimed = self.claimed.clone();
         for request in requests {
             match request {
@@ -53,20 +54,39 @@ impl Outputs {
                         return Err(Error::usage("two outputs would write this file").path(path));
                     }
                     if let Some(meta) = self.check_target(path, &final_path, *overwrite, &claimed)? {
-                        claimed.extend(Identity::of(&meta));
+                        let identity = Identity::of(&meta, &final_path);
+                        doubts.extend(self.doubts_about(path, identity.as_ref()));
+                        claimed.extend(identity);
                     }
                     names.push(final_path);
                 }
                 OutputRequest::Existing(path) => {
                     let meta =
                         std::fs::metadata(path).map_err(|e| Error::io("open for writing", e).path(path))?;
-                    self.check_free(path, &meta, &claimed)?;
-                    claimed.extend(Identity::of(&meta));
+                    let identity = Identity::of(&meta, path);
+                    self.check_free(path, identity.as_ref(), &claimed)?;
+                    doubts.extend(self.doubts_about(path, identity.as_ref()));
+                    claimed.extend(identity);
                 }
                 OutputRequest::Stdout => self.check_stdout(&mut claimed)?,
             }
         }
+        self.doubts = doubts;
         Ok(())
+    }
+
+    /// Returns a sentence for each source that may be the file `target` although the two look different.
+    fn doubts_about(&self, path: &Path, target: Option<&Identity>) -> Vec<String> {
+        let sources =
+            self.protected.iter().filter(|(_, source)| target.is_some_and(|t| t.may_be_same(source)));
+        let doubt = |(source, _): &(Location, Identity)| {
+            format!(
+                "{} could be the source {source}: one of them is on an overlay whose layers can't be seen from \
+                 here",
+                Location::from(path)
+            )
+        };
+        sources.map(doubt).collect()
     }
 
     /// Refuses a target that can't or must not be replaced. Returns the metadata of the file to replace;
@@ -84,7 +104,7 @@ impl Outputs {
             // If stat(2) fails, the target could be a source.
             Err(e) => return Err(Error::io("stat the target", e).path(path)),
         };
-        self.check_free(path, &meta, claimed)?;
+        self.check_free(path, Identity::of(&meta, final_path).as_ref(), claimed)?;
         match os::classify(&meta) {
             FileClass::Regular if overwrite => Ok(Some(meta)),
             FileClass::Regular => {
@@ -104,20 +124,20 @@ impl Outputs {
     pub(super) fn check_free(
         &self,
         path: impl Into<Location>,
-        meta: &Metadata,
+        target: Option<&Identity>,
         claimed: &[Identity],
     ) -> Result<()> {
-        let Some(target) = Identity::of(meta) else { return Ok(()) };
-        if claimed.iter().any(|other| other.overlaps(&target)) {
+        let Some(target) = target else { return Ok(()) };
+        if claimed.iter().any(|other| other.overlaps(target)) {
             return Err(Error::usage("two outputs would write this file").path(path));
         }
         for (source, identity) in &self.protected {
-            if identity.is_same(&target) {
+            if identity.is_same(target) {
                 return Err(Error::refused(format!("source and target are the same file ({source})"))
                     .path(path)
                     .hint("give the new image another name"));
             }
-            if identity.is_changed_by(&target) {
+            if identity.is_changed_by(target) {
                 return Err(Error::refused(format!(
                     "writing to the target would change the source ({source})"
                 ))
@@ -131,9 +151,9 @@ impl Outputs {
     /// Refuses standard output that is redirected into a source or another output. Otherwise adds it to
     /// `claimed`.
     fn check_stdout(&self, claimed: &mut Vec<Identity>) -> Result<()> {
-        let Ok(meta) = os::stdout_metadata() else { return Ok(()) };
-        if let Some(identity) = Identity::of(&meta) {
-            self.check_free(&Location::Stdout, &meta, claimed)?;
+        let Ok(stdout) = os::stdout() else { return Ok(()) };
+        if let Some(identity) = Identity::of_file(&stdout) {
+            self.check_free(&Location::Stdout, Some(&identity), claimed)?;
             claimed.push(identity);
         }
         Ok(())
