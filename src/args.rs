@@ -8,7 +8,7 @@ use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::exit::Exit;
-use crate::report;
+use crate::{report, sandbox};
 use values::Offer;
 
 mod convert;
@@ -313,6 +313,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Exit> {
         if is_help || mistake.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
             // A failure to print cannot be reported anywhere.
             let _ = mistake.print();
+            // Scripts parse the one line of -V.
+            if mistake.kind() == ErrorKind::DisplayVersion && args.iter().any(|arg| arg == "--version") {
+                let _ = report::print(&sandbox::describe());
+            }
         } else {
             report::error(&mistakes::explain(&mistake, &args));
         }

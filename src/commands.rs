@@ -4,6 +4,7 @@ use imgtool_core::Result;
 
 use crate::args::Command;
 use crate::exit::Exit;
+use crate::sandbox::{self, Writes};
 
 mod check;
 mod checksum;
@@ -18,8 +19,30 @@ mod options;
 mod shell;
 mod vma;
 
+/// True for a command that reads images and writes no file. The others enter the sandbox when they know what
+/// they write.
+fn only_reads(command: &Command) -> bool {
+    match command {
+        Command::Info(_)
+        | Command::Map(_)
+        | Command::Check(_)
+        | Command::Compare(_)
+        | Command::Checksum(_)
+        | Command::Measure(_) => true,
+        Command::Vma(args) => args.command.only_reads(),
+        Command::Convert(_)
+        | Command::Create(_)
+        | Command::Formats(_)
+        | Command::Completions(_)
+        | Command::Man(_) => false,
+    }
+}
+
 /// Runs a command.
 pub fn run(command: Command) -> Result<Exit> {
+    if only_reads(&command) {
+        sandbox::enter(Writes::nothing());
+    }
     match command {
         Command::Convert(args) => convert::run(&args),
         Command::Info(args) => info::run(&args),

@@ -13,6 +13,7 @@ mod progress;
 mod proxmox;
 mod remedy;
 mod report;
+mod sandbox;
 
 fn main() -> ExitCode {
     interrupt::handle_file_size_limit();

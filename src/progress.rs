@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use imgtool_core::sync::lock;
 use imgtool_core::{Lane as LaneId, Location, Result};
-use imgtool_engine::{Gauge, Monitor, Phase};
+use imgtool_engine::{Gauge, Monitor, Phase, Reach};
 use imgtool_storage::Cleaner;
 
 use crate::args::ProgressMode;
 use crate::interrupt::Interrupt;
 use crate::report::{self, Stream, human_size, percent};
+use crate::sandbox;
 
 mod bars;
 mod json;
@@ -200,6 +201,10 @@ impl Monitor for Display<'_> {
 
     fn outputs(&self, cleaner: Cleaner) {
         self.interrupt.set_cleaner(cleaner);
+    }
+
+    fn opened(&self, reach: &Reach) {
+        sandbox::narrow(reach);
     }
 
     fn name_outputs(&self, step: &mut dyn FnMut() -> Result<()>) -> Result<()> {

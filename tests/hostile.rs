@@ -14,6 +14,7 @@ use crate::support::run::Outcome;
 
 mod bombs;
 mod chains;
+mod confinement;
 mod externals;
 mod names;
 mod qcow2_images;

@@ -62,6 +62,13 @@ pub enum VmaCommand {
     },
 }
 
+impl VmaCommand {
+    /// True if the command writes no file.
+    pub fn only_reads(&self) -> bool {
+        matches!(self, Self::List { .. } | Self::Config { .. } | Self::Verify { .. })
+    }
+}
+
 /// Arguments of `imgtool vma create`.
 #[derive(Debug, Args)]
 #[command(args_override_self = true)]

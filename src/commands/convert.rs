@@ -14,6 +14,7 @@ use crate::args::ConvertArgs;
 use crate::exit::Exit;
 use crate::interrupt::Interrupt;
 use crate::progress::Display;
+use crate::sandbox::{self, Writes};
 use crate::{images, proxmox};
 
 mod disk_target;
@@ -35,6 +36,8 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     let request = request(args)?;
     let bytes_per_second = rate_limit(args)?;
 
+    let targets = request.dest.iter().chain(request.disk_targets.iter().map(|target| &target.location));
+    sandbox::enter(Writes::to(targets, &request.options.pairs));
     let interrupt = Interrupt::listen()?;
     let cancel = interrupt.token();
     let mut conversion = request.open(&registry, &cancel)?;

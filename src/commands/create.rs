@@ -13,6 +13,7 @@ use crate::args::{CreateArgs, ProgressMode};
 use crate::exit::Exit;
 use crate::interrupt::Interrupt;
 use crate::progress::Display;
+use crate::sandbox::{self, Writes};
 use crate::{images, report};
 
 /// JSON document that describes the new image.
@@ -41,6 +42,7 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
     }
     let mut format_options = options::format_options(&args.options, None)?;
     options::add_backing(&mut format_options, args.backing.as_deref(), args.backing_format.as_deref())?;
+    sandbox::enter(Writes::to(&location, &format_options.pairs));
     let format = TargetFormat::new(driver, format_options)?;
     let (Some(path), Some(location)) = (&args.path, location) else {
         return Err(Error::usage("missing PATH").hint("imgtool create -f FMT PATH SIZE"));

@@ -15,7 +15,7 @@ use imgtool_core::{
 };
 use imgtool_engine::{
     Destination, FormatOptions, Gauge, Layout, Monitor, Note, OpenSource, Opened, Phase, Plan, PlannedOutput,
-    RunOptions, SelectedDisk, TargetFormat, open,
+    Reach, RunOptions, SelectedDisk, TargetFormat, open,
 };
 use imgtool_storage::open::Opening;
 use imgtool_storage::os::{self, FileClass};
@@ -27,12 +27,17 @@ use super::{Failure, usage};
 use crate::args::{ThreadArgs, VmaCreateArgs};
 use crate::exit::Exit;
 use crate::interrupt::Interrupt;
-use crate::report;
+use crate::sandbox::Writes;
+use crate::{report, sandbox};
 
 /// Name of the device with the state of a running guest.
 const STATE: &str = "vmstate";
 
 pub(super) fn run(args: &VmaCreateArgs) -> Result<Exit, Failure> {
+    // A command is free to do what it wants, and would inherit all limits.
+    if exec_command(&args.file).is_none() {
+        sandbox::enter(Writes::to([&Location::from(&args.file)], &[]));
+    }
     let registry = imgtool::registry();
     let interrupt = Interrupt::listen()?;
     let attachments = args.configs.iter().map(|path| read_config(path)).collect::<Result<Vec<_>>>()?;
@@ -200,6 +205,11 @@ fn open_disk(registry: &Registry, name: String, path: &Path, format: Option<&str
     }
 }
 
+/// Returns the command that reads the archive, if `path` is one.
+fn exec_command(path: &Path) -> Option<&str> {
+    path.to_str()?.strip_prefix("exec:")
+}
+
 /// Destination of the archive, and the command that reads it from a pipe, if any.
 struct Archive {
     destination: Destination,
@@ -215,7 +225,7 @@ struct Piped {
 
 impl Archive {
     fn open(path: &Path) -> Result<Self> {
-        if let Some(command) = path.to_str().and_then(|text| text.strip_prefix("exec:")) {
+        if let Some(command) = exec_command(path) {
             return Self::exec(path, command);
         }
         let exists = fs::metadata(path).ok();
@@ -360,6 +370,10 @@ fn beyond_end(device: &Device) -> u64 {
 impl Monitor for Percent<'_> {
     fn outputs(&self, cleaner: Cleaner) {
         self.interrupt.set_cleaner(cleaner);
+    }
+
+    fn opened(&self, reach: &Reach) {
+        sandbox::narrow(reach);
     }
 
     fn name_outputs(&self, step: &mut dyn FnMut() -> Result<()>) -> Result<()> {

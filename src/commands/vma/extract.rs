@@ -24,6 +24,7 @@ use crate::exit::Exit;
 use crate::interrupt::Interrupt;
 use crate::progress::Display;
 use crate::report;
+use crate::sandbox::{self, Writes};
 
 /// Maximum length in bytes of a device's or configuration's name; longer ones are cut. With this length, the
 /// reference program's `tmp-disk-NAME.raw` has 255 bytes, the maximum for a file name.
@@ -33,6 +34,11 @@ const MAX_NAME: usize = 242;
 const STEP: &str = "restore failed - ";
 
 pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
+    sandbox::enter(match args.map {
+        // The map comes after the program has read the header of the archive.
+        Some(_) => Writes::Anywhere,
+        None => Writes::to([&Location::from(&args.dir)], &[]),
+    });
     let registry = imgtool::registry();
     let interrupt = Interrupt::listen()?;
     let archive = open(&args.file, STEP)?;

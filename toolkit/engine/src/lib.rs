@@ -39,7 +39,7 @@ mod verify;
 pub use externals::{ExternalPolicy, PolicyOpener};
 pub use format::{FormatOptions, TargetFormat};
 pub use layout::{Destination, DiskTarget, Layout, PlannedFile, PlannedOutput};
-pub use monitor::{Gauge, LaneInfo, Monitor, Phase};
+pub use monitor::{Gauge, LaneInfo, Monitor, Phase, Reach};
 pub use open::{Opened, open};
 pub use report::{DiskReport, FileReport, Note, OutputReport, Report};
 pub use request::{OpenConversion, OpenSettings, Request};

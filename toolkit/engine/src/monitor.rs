@@ -1,6 +1,8 @@
 //! [`Monitor`], which receives the events of a run, and [`Gauge`], which counts its progress.
 
+use std::collections::BTreeSet;
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -77,6 +79,17 @@ impl Gauge {
     }
 }
 
+/// Files that a run may still open by name when all sources and outputs are open.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// Directories in which the run renames, replaces and removes files.
+    pub files: BTreeSet<PathBuf>,
+    /// Directories in which the run has created directories, which it removes if it fails.
+    pub parents: BTreeSet<PathBuf>,
+    /// Files and directories that verification may read: backing images of the outputs.
+    pub reads: BTreeSet<PathBuf>,
+}
+
 /// Receives the events of a run. Every method has a default.
 pub trait Monitor: Sync {
     /// Called when a phase begins. With verification, a run has two phases. A display can poll the progress
@@ -93,6 +106,10 @@ pub trait Monitor: Sync {
     /// Called before the first output is created. `cleaner` removes unfinished outputs, for a signal handler
     /// that has no time to unwind.
     fn outputs(&self, _cleaner: Cleaner) {}
+
+    /// Called when all sources and outputs are open, before their content is copied, in the thread that runs
+    /// the plan. From here on, the run opens no file outside of `reach`, and starts most of its threads.
+    fn opened(&self, _reach: &Reach) {}
 
     /// Runs `step`, which gives the outputs their names and which a signal handler must not interrupt. The
     /// default calls it; the run fails if a monitor does not.

@@ -1,5 +1,7 @@
 //! [`Plan`], which copies the content, finishes the outputs, verifies them and gives them their names.
 
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use imgtool_core::{
@@ -10,7 +12,7 @@ use imgtool_storage::{Outputs, os};
 use crate::digest::ContentDigest;
 use crate::externals::{ExternalPolicy, PolicyOpener};
 use crate::layout::{Destination, Layout, PlannedOutput};
-use crate::monitor::{Counter, LaneInfo, Monitor, Phase};
+use crate::monitor::{Counter, LaneInfo, Monitor, Phase, Reach};
 use crate::open::Opened;
 use crate::pipeline::{self, Job, Route, Tap, Target};
 use crate::report::{DiskReport, FileReport, Note, OutputReport, Report};
@@ -133,6 +135,7 @@ impl Plan {
     ) -> Result<Report> {
         let started = Instant::now();
         let files = self.create_files()?;
+        monitor.opened(&self.reach(sinks, &options.base_policy));
         let handles: Vec<Output> = sinks.iter().map(|open| open.output.clone()).collect();
         let counted = handles.clone();
         let written = Box::new(move || counted.iter().map(Output::written).sum());
@@ -167,6 +170,16 @@ impl Plan {
             verified: options.verify,
             elapsed: started.elapsed(),
         })
+    }
+
+    /// Returns the files that the run may still open.
+    fn reach(&self, sinks: &[OpenSink], policy: &ExternalPolicy) -> Reach {
+        let mut reads: BTreeSet<PathBuf> = policy.paths.iter().cloned().collect();
+        for base in sinks.iter().flat_map(OpenSink::backing_images) {
+            reads.extend(base.parent().filter(|_| policy.chain).map(Path::to_owned));
+            reads.insert(base.to_owned());
+        }
+        Reach { files: self.outputs.file_directories(), parents: self.outputs.parent_directories(), reads }
     }
 
     /// Creates the files for configurations.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal};
+use std::path::Path;
 use std::sync::Arc;
 
 use imgtool_core::error::escape_control;
@@ -37,6 +38,14 @@ impl OpenSink {
     /// Returns every output of the image, the main output first.
     pub(crate) fn outputs(&self) -> &[Output] {
         self.sink.outputs()
+    }
+
+    /// Returns the paths of the backing images that verification opens.
+    pub(crate) fn backing_images(&self) -> impl Iterator<Item = &Path> {
+        self.supplied.values().filter_map(|file| match file {
+            SuppliedFile::Path(path) => Some(path.as_path()),
+            SuppliedFile::Output(_) => None,
+        })
     }
 }
 

@@ -4,6 +4,7 @@
 //! flushes all files and only then renames them. A drop without a commit removes everything that the set
 //! created. The directories stay open, so that this works even if one of them is moved meanwhile.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -296,6 +297,17 @@ impl Outputs {
         }
         self.cleaner.forget();
         Ok(())
+    }
+
+    /// Returns the directories in which [`Outputs::commit`] and the drop rename and remove files.
+    pub fn file_directories(&self) -> BTreeSet<PathBuf> {
+        let files = self.files.iter().map(|pending| &pending.temporary).chain(&self.published);
+        files.filter_map(Temporary::entry).map(|entry| entry.folder.path.clone()).collect()
+    }
+
+    /// Returns the directories in which this set has created directories.
+    pub fn parent_directories(&self) -> BTreeSet<PathBuf> {
+        self.directories.iter().map(|entry| entry.folder.path.clone()).collect()
     }
 
     /// Returns the paths of the unfinished files that this set has removed, left by a killed run.

@@ -1,0 +1,238 @@
+//! Confinement on Linux: Landlock for files and TCP, seccomp for system calls.
+
+use std::path::{Path, PathBuf};
+
+use imgtool_engine::Reach;
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, RestrictSelfAttr, Ruleset,
+    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, Scope, make_bitflags, path_beneath_rules,
+};
+
+mod system_calls;
+
+/// Newest version of Landlock whose rights are requested. The kernel ignores those that it does not know.
+/// Versions above 7 are untested; they deny what imgtool does not use.
+const NEWEST: ABI = ABI::V10;
+
+/// Rights in the directory of an output: create, write, read back, rename, remove.
+fn to_write() -> BitFlags<AccessFs> {
+    make_bitflags!(AccessFs::{ReadFile | ReadDir | WriteFile | RemoveFile | MakeReg | Refer | Truncate})
+}
+
+/// Rights at a directory in which a directory for outputs may be created.
+fn to_create() -> BitFlags<AccessFs> {
+    to_write() | AccessFs::MakeDir | AccessFs::RemoveDir
+}
+
+/// Rights at the parent of a new directory: flush it, and remove the new directory after a failure.
+fn to_remove() -> BitFlags<AccessFs> {
+    make_bitflags!(AccessFs::{ReadDir | RemoveDir})
+}
+
+/// Rights of a file that is only read.
+fn to_read() -> BitFlags<AccessFs> {
+    make_bitflags!(AccessFs::{ReadFile | ReadDir})
+}
+
+/// Refuses system calls, network and, with `writable`, writes elsewhere. Where a step fails, the process goes on
+/// without it: the kernel may be too old, or too many files open.
+pub(super) fn enter(writable: Option<&[PathBuf]>) {
+    let _ = system_calls::refuse();
+    let _ = restrict_writes(writable);
+}
+
+fn restrict_writes(writable: Option<&[PathBuf]>) -> Option<()> {
+    let mut handled = BitFlags::from(AccessFs::Execute);
+    if writable.is_some() {
+        // Sources may be devices, which are not known yet, so ioctl(2) stays allowed.
+        handled |= AccessFs::from_write(NEWEST) & !BitFlags::from(AccessFs::IoctlDev);
+    }
+    let mut rules = Ruleset::default()
+        .handle_access(handled)
+        .and_then(|rules| rules.handle_access(AccessNet::from_all(NEWEST)))
+        .and_then(|rules| rules.scope(Scope::from_all(NEWEST)))
+        .and_then(Ruleset::create)
+        .ok()?;
+    for path in writable.unwrap_or_default() {
+        allow(&mut rules, path, to_create() & handled)?;
+    }
+    rules.restrict_self().ok().map(drop)
+}
+
+/// Closes all files but those within `reach`, and those that describe this system. Later threads inherit this;
+/// since version 8 of Landlock, existing threads get it too.
+pub(super) fn narrow(reach: &Reach) {
+    let _ = restrict_files(reach, true);
+}
+
+fn restrict_files(reach: &Reach, all_threads: bool) -> Option<()> {
+    let mut rules =
+        Ruleset::default().handle_access(AccessFs::from_all(NEWEST)).and_then(Ruleset::create).ok()?;
+    for directory in &reach.files {
+        allow(&mut rules, directory, to_write())?;
+    }
+    for directory in &reach.parents {
+        allow(&mut rules, directory, to_remove())?;
+    }
+    for path in &reach.reads {
+        allow(&mut rules, path, to_read())?;
+    }
+    // The number of processors that may be used, and the layers of block devices.
+    for path in ["/proc", "/sys"] {
+        allow(&mut rules, Path::new(path), to_read())?;
+    }
+    rules.all_threads(all_threads).and_then(RulesetCreated::restrict_self).ok().map(drop)
+}
+
+/// Allows `access` at and below `path`.
+///
+/// # Errors
+/// `None` if the path exists and can't be opened, for example because too many files are open. A confined
+/// process would then lack the path.
+fn allow(rules: &mut RulesetCreated, path: &Path, access: BitFlags<AccessFs>) -> Option<()> {
+    let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+    match path_beneath_rules([path], access).next() {
+        Some(rule) => {
+            // Fails for what takes no rules and needs none, such as a pipe.
+            let _ = rules.add_rule(rule.ok()?);
+            Some(())
+        }
+        None => (!path.exists()).then_some(()),
+    }
+}
+
+/// Returns what the kernel enforces.
+pub(super) fn enforced() -> Vec<&'static str> {
+    let can = |ruleset: Result<Ruleset, RulesetError>| ruleset.and_then(Ruleset::create).is_ok();
+    let strict = || Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
+    let mut parts = Vec::new();
+    if can(strict().handle_access(AccessFs::from_all(ABI::V1))) {
+        parts.push("files (Landlock)");
+    }
+    if can(strict().handle_access(AccessNet::from_all(ABI::V4))) {
+        parts.push("TCP (Landlock)");
+    }
+    if system_calls::supported() {
+        parts.push("programs and sockets (seccomp)");
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+    use std::io::ErrorKind;
+    use std::net::TcpListener;
+    use std::process::Command;
+
+    use imgtool_testing::oracles;
+
+    use super::*;
+
+    /// Runs `test` in a thread of its own: a thread can't be released again.
+    fn confined(test: impl FnOnce() + Send + 'static) {
+        std::thread::spawn(test).join().expect("the confined thread failed");
+    }
+
+    /// True if the kernel enforces what `name` says. Otherwise reports the test as skipped.
+    fn can(name: &str) -> bool {
+        let can = enforced().contains(&name);
+        if !can {
+            oracles::unable(&format!("the kernel does not enforce: {name}"), false);
+        }
+        can
+    }
+
+    fn denied<T>(result: std::io::Result<T>) -> bool {
+        result.is_err_and(|e| e.kind() == ErrorKind::PermissionDenied)
+    }
+
+    #[test]
+    fn writes_only_beneath_the_given_directories() {
+        if !can("files (Landlock)") {
+            return;
+        }
+        let (inside, outside) =
+            (tempfile::tempdir().expect("a directory"), tempfile::tempdir().expect("one"));
+        let (dir, other) = (inside.path().to_owned(), outside.path().to_owned());
+        fs::write(other.join("source"), "x").expect("write");
+        confined(move || {
+            enter(Some(std::slice::from_ref(&dir)));
+            fs::create_dir(dir.join("new")).expect("create a directory");
+            fs::write(dir.join("new/a"), "x").expect("write");
+            fs::rename(dir.join("new/a"), dir.join("new/b")).expect("rename");
+            fs::remove_file(dir.join("new/b")).expect("remove");
+            assert_eq!(fs::read(other.join("source")).expect("read"), b"x");
+            assert!(denied(fs::write(other.join("a"), "x")));
+            assert!(denied(fs::remove_file(other.join("source"))));
+            assert!(denied(fs::rename(other.join("source"), dir.join("source"))));
+        });
+    }
+
+    #[test]
+    fn opens_only_files_within_reach_when_narrowed() {
+        if !can("files (Landlock)") {
+            return;
+        }
+        let home = tempfile::tempdir().expect("a directory");
+        let [files, parents, reads, other] = ["files", "parents", "reads", "other"].map(|name| {
+            let path = home.path().join(name);
+            fs::create_dir(&path).expect("create");
+            fs::create_dir(path.join("empty")).expect("create");
+            fs::write(path.join("old"), "x").expect("write");
+            path
+        });
+        let reach = Reach {
+            files: [files.clone()].into(),
+            parents: [parents.clone()].into(),
+            reads: [reads.clone()].into(),
+        };
+        let open = File::open(other.join("old")).expect("open");
+        confined(move || {
+            restrict_files(&reach, false).expect("restrict");
+            fs::write(files.join("new"), "x").expect("write");
+            fs::rename(files.join("new"), files.join("old")).expect("replace");
+            assert!(denied(fs::create_dir(files.join("another"))));
+            File::open(&parents).and_then(|directory| directory.sync_all()).expect("flush");
+            fs::remove_dir(parents.join("empty")).expect("remove");
+            assert!(denied(fs::read(parents.join("old"))));
+            assert!(denied(fs::remove_file(parents.join("old"))));
+            assert_eq!(fs::read(reads.join("old")).expect("read"), b"x");
+            assert!(denied(fs::write(reads.join("old"), "y")));
+            assert!(denied(fs::read(other.join("old"))));
+            assert!(denied(fs::read_dir(&other)));
+            // What is open already stays open.
+            assert_eq!(std::io::read_to_string(&open).expect("read"), "x");
+            fs::read("/proc/self/status").expect("describes this system");
+        });
+    }
+
+    #[test]
+    fn starts_no_program_and_opens_no_socket() {
+        if !can("programs and sockets (seccomp)") {
+            return;
+        }
+        confined(|| {
+            Command::new("true").status().expect("a program that can be started");
+            enter(None);
+            assert!(denied(Command::new("true").status()));
+            assert!(denied(TcpListener::bind("127.0.0.1:0")));
+            assert!(denied(std::os::unix::net::UnixDatagram::unbound()));
+            // The signal handler needs a pair of sockets, and workers need threads.
+            std::os::unix::net::UnixStream::pair().expect("a pair of sockets");
+            std::thread::spawn(|| assert!(denied(TcpListener::bind("127.0.0.1:0"))))
+                .join()
+                .expect("a thread");
+        });
+    }
+
+    #[test]
+    fn writes_anywhere_while_targets_are_unknown() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("a");
+        confined(move || {
+            enter(None);
+            fs::write(&path, "x").expect("write");
+        });
+    }
+}

@@ -1,0 +1,16 @@
+//! Systems without confinement.
+
+use std::path::PathBuf;
+
+use imgtool_engine::Reach;
+
+/// Does nothing.
+pub(super) fn enter(_writable: Option<&[PathBuf]>) {}
+
+/// Does nothing.
+pub(super) fn narrow(_reach: &Reach) {}
+
+/// Returns nothing.
+pub(super) fn enforced() -> Vec<&'static str> {
+    Vec::new()
+}
