@@ -13,6 +13,7 @@ use crate::support::run::PROGRAM;
 mod changing_sources;
 mod commands;
 mod damaged_archives;
+mod damaged_frames;
 mod interrupted;
 mod limits;
 mod moved_directories;

@@ -18,6 +18,11 @@ pub(crate) trait ArchiveBytes {
     /// Fills `buf` and returns the number of bytes read, fewer than `buf.len()` only at the end of the input.
     fn read_full(&mut self, buf: &mut [u8]) -> Result<usize>;
 
+    /// Like [`ArchiveBytes::read_full`], for an extent header, whose checksum the caller verifies.
+    fn read_header(&mut self, buf: &mut [u8]) -> Result<usize> {
+        self.read_full(buf)
+    }
+
     /// Skips `len` bytes and returns the number skipped, fewer than `len` only at the end of the input.
     fn skip(&mut self, len: u64) -> Result<u64>;
 }
@@ -65,6 +70,11 @@ impl FileCursor {
         self.input.len().saturating_sub(self.position)
     }
 
+    /// Returns the number of bytes, of `wanted` bytes, that are left.
+    fn count_left(&self, wanted: usize) -> usize {
+        usize::try_from(self.left()).unwrap_or(usize::MAX).min(wanted)
+    }
+
     /// Converts the cursor into a stream from the start of the file, whatever its position.
     pub(crate) fn into_stream(self) -> Result<Stream> {
         let location = self.input.location().clone();
@@ -82,8 +92,15 @@ impl ArchiveBytes for FileCursor {
     }
 
     fn read_full(&mut self, buf: &mut [u8]) -> Result<usize> {
-        let count = usize::try_from(self.left()).unwrap_or(usize::MAX).min(buf.len());
+        let count = self.count_left(buf.len());
         self.input.read_exact_at(&mut buf[..count], self.position)?;
+        self.position += count as u64;
+        Ok(count)
+    }
+
+    fn read_header(&mut self, buf: &mut [u8]) -> Result<usize> {
+        let count = self.count_left(buf.len());
+        self.input.read_unverified_at(&mut buf[..count], self.position)?;
         self.position += count as u64;
         Ok(count)
     }

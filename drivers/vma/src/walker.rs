@@ -62,7 +62,7 @@ impl<B: ArchiveBytes> Walker<B> {
     pub(crate) fn next_extent(&mut self) -> Result<Option<ExtentSpan>> {
         let file_offset = self.bytes.position();
         let mut raw = [0; EXTENT_HEADER];
-        let got = self.bytes.read_full(&mut raw)?;
+        let got = self.bytes.read_header(&mut raw)?;
         if got == 0 {
             self.tracker.check_complete()?;
             return Ok(None);

@@ -165,13 +165,21 @@ struct Section {
     range: Range<u64>,
 }
 
+impl Section {
+    /// Returns the position within the source at which a read of `len` bytes begins.
+    fn position_in_source(&self, len: usize, position: u64) -> io::Result<u64> {
+        let end = position.checked_add(len as u64).filter(|end| *end <= self.len());
+        end.map(|_| self.range.start + position).ok_or(io::ErrorKind::UnexpectedEof.into())
+    }
+}
+
 impl ReadAt for Section {
     fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
-        let end = position.checked_add(buf.len() as u64).filter(|end| *end <= self.len());
-        match end {
-            Some(_) => self.source.read_exact_at(buf, self.range.start + position),
-            None => Err(io::ErrorKind::UnexpectedEof.into()),
-        }
+        self.source.read_exact_at(buf, self.position_in_source(buf.len(), position)?)
+    }
+
+    fn read_unverified_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
+        self.source.read_unverified_at(buf, self.position_in_source(buf.len(), position)?)
     }
 
     fn len(&self) -> u64 {

@@ -20,6 +20,13 @@ pub trait ReadAt: Send + Sync {
     /// `UnexpectedEof` if the range exceeds the input.
     fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()>;
 
+    /// Like [`ReadAt::read_exact_at`], for a caller that verifies the bytes itself, by a checksum that they
+    /// contain. A decoder may skip its own checksum if it would have to read much more for it. No other
+    /// caller may use this: it could return damaged bytes.
+    fn read_unverified_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
+        self.read_exact_at(buf, position)
+    }
+
     /// Returns the length in bytes.
     fn len(&self) -> u64;
 
@@ -116,10 +123,23 @@ impl RandomInput {
     /// [`crate::ErrorKind::Corrupt`] if the file ends early; [`crate::ErrorKind::Cancelled`]; any error of
     /// the source.
     pub fn read_exact_at(&self, buf: &mut [u8], position: u64) -> Result<()> {
+        self.check_range(buf.len(), position)?;
+        self.source.read_exact_at(buf, position).map_err(|e| read_error(e, &self.location, position))
+    }
+
+    /// Like [`RandomInput::read_exact_at`], for a caller that verifies the bytes itself; see
+    /// [`ReadAt::read_unverified_at`].
+    pub fn read_unverified_at(&self, buf: &mut [u8], position: u64) -> Result<()> {
+        self.check_range(buf.len(), position)?;
+        self.source.read_unverified_at(buf, position).map_err(|e| read_error(e, &self.location, position))
+    }
+
+    /// Checks before a read that it is within the file and not cancelled.
+    fn check_range(&self, len: usize, position: u64) -> Result<()> {
         self.cancel.check()?;
-        let fits = position.checked_add(buf.len() as u64).is_some_and(|end| end <= self.len());
+        let fits = position.checked_add(len as u64).is_some_and(|end| end <= self.len());
         if !fits {
-            let needed = match buf.len() {
+            let needed = match len {
                 1 => format!("the byte at {position} is needed"),
                 len => format!("{len} bytes from {position} are needed"),
             };
@@ -128,7 +148,7 @@ impl RandomInput {
                 .at(position)
                 .hint("the file is cut short: copy it again, or use a backup"));
         }
-        self.source.read_exact_at(buf, position).map_err(|e| read_error(e, &self.location, position))
+        Ok(())
     }
 
     /// Like [`RandomInput::read_exact_at`], but reads sector by sector, and fills `buf` with zeros where a

@@ -1,8 +1,9 @@
 //! Seekable zstd: reads by position from independent frames and a seek table.
 //!
 //! The first reader of a frame decodes all of it and caches the content for others. Meanwhile, other readers
-//! of the frame wait, or decode later frames. A short read at the start of a long frame decodes only the
-//! start. Indexing a VMA archive reads the headers of its extents this way.
+//! of the frame wait, or decode later frames. Every read verifies the checksums of its frames, except
+//! [`ReadAt::read_unverified_at`]: it decodes only the start of a long frame. Indexing a VMA archive reads the
+//! headers of its extents this way.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -20,9 +21,8 @@ use super::seek_table::{Frame, SeekTable};
 /// quarter of the memory budget of a conversion, or 16 frames of our writer.
 const MAX_CACHED: u64 = 64 << 20;
 
-/// Maximum length in bytes of a read that decodes only the start of a frame: the header of a VMA extent,
-/// which contains its own checksum. Longer reads return content, so the frame's checksum must be verified
-/// first.
+/// Maximum length in bytes of an unverified read that decodes only the start of a frame: the header of a VMA
+/// extent, which contains its own checksum.
 const HEAD_LEN: usize = 512;
 
 /// Maximum plain length in bytes of a frame that is always decoded whole: two zstd blocks (RFC 8878,
@@ -83,26 +83,36 @@ impl SeekableZstd {
     /// Fills `buf` from the content of `frame`, starting `skip` bytes into it. The range must be within the
     /// frame.
     fn read_frame(&self, frame: &Frame, buf: &mut [u8], skip: usize) -> io::Result<()> {
-        let is_head = skip == 0 && buf.len() <= HEAD_LEN && frame.plain_len > SHORT_FRAME_LEN;
-        match self.content(frame, is_head)? {
-            Some(content) => {
-                buf.copy_from_slice(&content[skip..skip + buf.len()]);
-                Ok(())
-            }
-            None => self.with_context(|context| self.decode_head(context, frame, buf)),
-        }
+        let content = self.content(frame)?;
+        buf.copy_from_slice(&content[skip..skip + buf.len()]);
+        Ok(())
     }
 
-    /// Returns the content of a frame from the cache, or decodes it. With `cached_only`, returns `None`
-    /// instead of decoding it.
-    fn content(&self, frame: &Frame, cached_only: bool) -> io::Result<Option<Arc<Buffer>>> {
+    /// Returns the long frame that starts at `position`, if a read of `len` bytes needs only its head.
+    fn frame_with_head(&self, len: usize, position: u64) -> Option<Frame> {
+        let frame = self.table.find(position)?;
+        let is_head = frame.plain_at == position && len <= HEAD_LEN && frame.plain_len > SHORT_FRAME_LEN;
+        is_head.then_some(frame)
+    }
+
+    /// Returns the content of a frame if it is in the cache.
+    fn cached(&self, frame: &Frame) -> Option<Arc<Buffer>> {
+        let mut cache = lock(&self.cache);
+        let Some(Slot::Decoded(content)) = cache.slots.get(&frame.index) else { return None };
+        let content = Arc::clone(content);
+        cache.touch(frame.index);
+        Some(content)
+    }
+
+    /// Returns the content of a frame from the cache, or decodes it.
+    fn content(&self, frame: &Frame) -> io::Result<Arc<Buffer>> {
         let mut cache = lock(&self.cache);
         loop {
             match cache.slots.get(&frame.index) {
                 Some(Slot::Decoded(content)) => {
                     let content = Arc::clone(content);
                     cache.touch(frame.index);
-                    return Ok(Some(content));
+                    return Ok(content);
                 }
                 Some(Slot::Decoding) => {
                     // Threads that read neighbouring ranges would all wait for the same frame. Decode a later
@@ -114,10 +124,9 @@ impl SeekableZstd {
                         continue;
                     }
                 }
-                None if cached_only => return Ok(None),
                 None => {
                     if cache.evict_for(u64::from(frame.plain_len)) {
-                        return self.decode_into_cache(cache, frame).map(Some);
+                        return self.decode_into_cache(cache, frame);
                     }
                 }
             }
@@ -233,6 +242,19 @@ impl ReadAt for SeekableZstd {
             at += len as u64;
         }
         Ok(())
+    }
+
+    fn read_unverified_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
+        match self.frame_with_head(buf.len(), position) {
+            Some(frame) => match self.cached(&frame) {
+                Some(content) => {
+                    buf.copy_from_slice(&content[..buf.len()]);
+                    Ok(())
+                }
+                None => self.with_context(|context| self.decode_head(context, &frame, buf)),
+            },
+            None => self.read_exact_at(buf, position),
+        }
     }
 
     fn len(&self) -> u64 {
