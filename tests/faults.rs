@@ -23,6 +23,7 @@ mod standard_output;
 mod system_calls;
 mod targets;
 mod verification;
+mod wrong_lengths;
 
 /// Returns the sorted paths of all unfinished outputs below a directory.
 fn partials(directory: &Path) -> Vec<String> {

@@ -102,6 +102,8 @@ struct State {
     /// Content by inode number.
     files: BTreeMap<u64, Vec<u8>>,
     names: BTreeMap<String, u64>,
+    /// Lengths that files report instead of their own, by inode number.
+    reported: BTreeMap<u64, u64>,
     last: u64,
     reads: Calls,
     writes: Calls,
@@ -152,9 +154,9 @@ impl State {
 
     fn attributes(&self, number: u64) -> Option<FileAttr> {
         let bytes = if number == INodeNo::ROOT.0 { None } else { Some(self.files.get(&number)?) };
-        let size = bytes.map_or(0, |bytes| bytes.len() as u64);
+        let len = bytes.map_or(0, |bytes| bytes.len() as u64);
         let more = if bytes.is_some() && self.has(Habit::LongLengths) { 4096 } else { 0 };
-        let size = size + more;
+        let size = self.reported.get(&number).copied().unwrap_or(len + more);
         let time = SystemTime::UNIX_EPOCH;
         Some(FileAttr {
             ino: INodeNo(number),
@@ -227,6 +229,13 @@ impl Shaky {
     /// Adds a file.
     pub fn put(&self, name: &str, bytes: Vec<u8>) {
         self.state().make(name, bytes);
+    }
+
+    /// Makes a file report another length than it has.
+    pub fn report(&self, name: &str, len: u64) {
+        let mut state = self.state();
+        let number = state.names[name];
+        state.reported.insert(number, len);
     }
 
     /// Removes a file and returns its content; `None` if it does not exist.

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use imgtool_core::input::{Cursor, InputBody};
+use imgtool_core::input::{Cursor, InputBody, retry};
 use imgtool_core::{CancelToken, Error, Input, Location, Result, Stream};
 
 use crate::file::RandomFile;
@@ -116,17 +116,43 @@ fn open_stdin() -> Result<OpenInput> {
 pub fn from_file(location: Location, file: File) -> Result<OpenInput> {
     let meta = file.metadata().map_err(|e| Error::io("open", e))?;
     match os::classify(&meta) {
-        FileClass::Regular | FileClass::BlockDevice => {
+        class @ (FileClass::Regular | FileClass::BlockDevice) => {
             let identity = Identity::of_file(&file);
             let file = Arc::new(file);
             // The watch begins before anything of the file is used, its length included.
             let watch = FileWatch::start(&location, &file);
-            let len = os::file_len(&file).map_err(|e| Error::io("find the length", e))?;
+            let Some(len) = measure(&file, class)? else {
+                let input = Input::from_reader(location, Box::new(file))?;
+                return Ok(OpenInput { identity, ..OpenInput::of(input) });
+            };
             let input = Input::from_read_at(location, Arc::new(RandomFile::new(file, len)));
             Ok(OpenInput { stored_len: Some(len), identity, watch, ..OpenInput::of(input) })
         }
         FileClass::Stream => Ok(OpenInput::of(Input::from_reader(location, Box::new(file))?)),
         FileClass::Directory => Err(Error::usage("is a directory, not an image")),
+    }
+}
+
+/// Returns the length of an open file in bytes; `None` for a file that reports no length but contains bytes,
+/// which must be read as a stream. Files of procfs do so, and files of some FUSE file systems.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Unsupported`] if the file contains more than any other length that it reports.
+fn measure(file: &File, class: FileClass) -> Result<Option<u64>> {
+    let file_len = || os::file_len(file).map_err(|e| Error::io("find the length", e));
+    let len = file_len()?;
+    let contains_more = class == FileClass::Regular
+        && retry(|| os::read_at(file, &mut [0], len)).map_err(|e| Error::io("read", e).at(len))? > 0;
+    if !contains_more {
+        return Ok(Some(len));
+    }
+    match file_len()? {
+        // Another process appended to the file between the calls.
+        grown if grown > len => Ok(Some(grown)),
+        0 => Ok(None),
+        _ => Err(Error::unsupported(format!("the file reports {len} bytes but contains more"))
+            .at(len)
+            .hint("its file system reports a wrong length; copy it with cat and convert the copy")),
     }
 }
 
