@@ -102,10 +102,10 @@ pub fn resolve(image: &Location, name: &str) -> Option<Location> {
 }
 
 /// Opens the bytes of an image and removes outer compression. If the user states the `format` raw, in which
-/// any content is legal, only the file extension determines the compression.
+/// any content is legal, only the file extensions determine the compression.
 ///
 /// # Errors
-/// If the input can't be opened; [`imgtool_core::ErrorKind::Usage`] for an unknown `format`;
+/// If the input can't be opened, or its content contradicts those extensions; [`imgtool_core::ErrorKind::Usage`] for an unknown `format`;
 /// [`imgtool_core::ErrorKind::Unsupported`] for content in a foreign format.
 pub fn open_input(registry: &Registry, location: &Location, format: Option<&str>) -> Result<OpenInput> {
     let driver = format.map(|name| foreign::driver(registry, name)).transpose()?;
@@ -209,8 +209,9 @@ fn with_opener(registry: &Registry, options: &OpenOptions) -> OpenOptions {
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::WrongFormat`] if no driver recognises the content, or if the content
-/// contradicts the file extension.
+/// contradicts the file extension, or for an empty stream, whatever the format.
 fn choose_driver(registry: &Registry, input: &OpenInput, format: Option<&str>) -> Result<Arc<dyn Driver>> {
+    refuse_empty_stream(input)?;
     if let Some(name) = format {
         return registry.get(name);
     }
@@ -221,30 +222,33 @@ fn choose_driver(registry: &Registry, input: &OpenInput, format: Option<&str>) -
     Ok(driver)
 }
 
-/// Refuses an image that only the fallback driver (raw) accepts although its extension names another format:
-/// reading it as a raw disk would hide a damaged beginning. Also refuses an empty stream.
-fn check_name(registry: &Registry, open: &OpenInput, driver: &dyn Driver) -> Result<()> {
-    let read_as =
-        |advice: &'static str| Remedy::ReadAs { format: driver.name(), advice: Cow::Borrowed(advice) };
+/// Refuses an empty stream: the command that writes it has failed. A file may be empty.
+fn refuse_empty_stream(open: &OpenInput) -> Result<()> {
     if (open.input.is_stream() || open.spooled) && open.input.head()?.is_empty() {
         return Err(Error::wrong_format("input is empty; did the command before the pipe fail?")
             .at(0)
-            .remedied_by(read_as("check the command that writes the stream")));
+            .hint("check the command that writes the input"));
     }
+    Ok(())
+}
+
+/// Refuses an image that only the fallback driver (raw) accepts although its extension names another format:
+/// reading it as a raw disk would hide a damaged beginning.
+fn check_name(registry: &Registry, open: &OpenInput, driver: &dyn Driver) -> Result<()> {
     let location = open.input.location();
-    let damaged = |what: &str| {
-        Error::wrong_format(format!("the name says {what}, but the content does not"))
-            .at(0)
-            .remedied_by(read_as("the file is damaged or misnamed"))
-    };
-    let compression = outer::by_name(location);
-    if let Some(compression) = compression
-        && open.compression.is_empty()
-    {
-        return Err(damaged(compression.name()));
+    if let Some(missing) = outer::layers_by_name(location).get(open.compression.len()) {
+        return Err(outer::misnamed(*missing));
     }
-    let by_name = driver_by_name(registry, location).filter(|other| other.name() != driver.name());
-    by_name.map_or(Ok(()), |other| Err(damaged(other.name())))
+    match driver_by_name(registry, location).filter(|other| other.name() != driver.name()) {
+        Some(other) => {
+            let advice = Cow::Borrowed("the file is damaged or misnamed");
+            let message = format!("the name says {}, but the content does not", other.name());
+            Err(Error::wrong_format(message)
+                .at(0)
+                .remedied_by(Remedy::ReadAs { format: driver.name(), advice }))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Returns the driver for the file extension, ignoring an extension of outer compression.

@@ -33,7 +33,7 @@ const ALWAYS_SPOOLED: u64 = 2 << 30;
 pub enum Opening {
     /// Remove compression detected by its magic number.
     ByContent,
-    /// Like [`Opening::ByContent`], but only if the file name ends in the extension of a compression. This is
+    /// Remove as many layers as the file name has extensions of compressions: one for "disk.raw.gz". This is
     /// for raw images: any content is legal in them, so a magic number proves nothing.
     ByName,
     /// Leave the bytes unchanged.
@@ -76,12 +76,11 @@ fn open_at(location: &Location, opening: Opening) -> Result<OpenInput> {
         }
         _ => return Err(Error::usage("is not an input")),
     };
-    let undo = match opening {
-        Opening::ByContent => true,
-        Opening::ByName => outer::by_name(location).is_some(),
-        Opening::Plain => false,
-    };
-    if undo { plain.decompressed() } else { Ok(plain) }
+    match opening {
+        Opening::ByContent => plain.decompressed(),
+        Opening::ByName => plain.decompressed_by_name(),
+        Opening::Plain => Ok(plain),
+    }
 }
 
 fn open_path(path: &Path) -> Result<OpenInput> {
@@ -167,15 +166,39 @@ impl OpenInput {
     /// # Errors
     /// If the start of the compressed file is invalid; [`imgtool_core::ErrorKind::LimitExceeded`] for too
     /// many layers.
-    pub fn decompressed(mut self) -> Result<Self> {
-        while let Some(compression) = outer::detect(&self.input.head()?) {
-            if self.compression.len() >= MAX_LAYERS {
-                return Err(Error::limit(format!("more than {MAX_LAYERS} layers of compression")));
-            }
+    pub fn decompressed(self) -> Result<Self> {
+        let open = self.without_layers(MAX_LAYERS)?;
+        match outer::detect(&open.input.head()?) {
+            Some(_) => Err(too_many_layers()),
+            None => Ok(open),
+        }
+    }
+
+    /// Removes the outermost layers of compression, at most `count`.
+    ///
+    /// # Errors
+    /// If the start of the compressed file is invalid.
+    pub fn without_layers(mut self, count: usize) -> Result<Self> {
+        while self.compression.len() < count
+            && let Some(compression) = outer::detect(&self.input.head()?)
+        {
             self.input = undo(compression, self.input)?;
             self.compression.push(compression);
         }
         Ok(self)
+    }
+
+    /// Removes as many layers of compression as the file name names; see [`Opening::ByName`].
+    fn decompressed_by_name(self) -> Result<Self> {
+        let named = outer::layers_by_name(self.input.location());
+        if named.len() > MAX_LAYERS {
+            return Err(too_many_layers());
+        }
+        let open = self.without_layers(named.len())?;
+        match named.get(open.compression.len()) {
+            Some(missing) => Err(outer::misnamed(*missing)),
+            None => Ok(open),
+        }
     }
 
     /// Makes reads fail once the token is cancelled; see [`Input::cancelled_by`].
@@ -211,6 +234,10 @@ impl OpenInput {
         let input = Input::from_read_at(location, Arc::new(RandomFile::new(Arc::new(file), len)));
         Ok(Self { input: input.cancelled_by(cancel), spooled: true, ..self })
     }
+}
+
+fn too_many_layers() -> Error {
+    Error::limit(format!("more than {MAX_LAYERS} layers of compression"))
 }
 
 fn undo(compression: Compression, input: Input) -> Result<Input> {

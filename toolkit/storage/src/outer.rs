@@ -84,13 +84,36 @@ pub fn detect(head: &[u8]) -> Option<Compression> {
 
 /// Returns the compression that the file name extension of `location` names, in upper or lower case.
 pub fn by_name(location: &Location) -> Option<Compression> {
-    let name = location.file_name()?;
-    let (stem, extension) = name.rsplit_once('.')?;
-    if stem.is_empty() {
-        return None;
+    layers_by_name(location).first().copied()
+}
+
+/// Returns the layers of compression that the file name extensions of `location` name, outermost first: gzip,
+/// then zstd for "disk.raw.zst.gz".
+pub fn layers_by_name(location: &Location) -> Vec<Compression> {
+    let name = location.file_name().unwrap_or_default();
+    let mut stem = &*name;
+    let mut layers = Vec::new();
+    while let Some((rest, extension)) = stem.rsplit_once('.')
+        && !rest.is_empty()
+        && let Some(layer) = by_extension(extension)
+    {
+        layers.push(layer);
+        stem = rest;
     }
-    let extension = extension.to_ascii_lowercase();
-    Compression::ALL.into_iter().find(|compression| compression.extension() == extension)
+    layers
+}
+
+fn by_extension(extension: &str) -> Option<Compression> {
+    Compression::ALL.into_iter().find(|known| extension.eq_ignore_ascii_case(known.extension()))
+}
+
+/// Returns the error for a file whose name ends in the extension of `compression`, but whose content is not
+/// compressed: the start of the file is damaged or missing, or the name is wrong.
+pub fn misnamed(compression: Compression) -> Error {
+    let (name, extension) = (compression.name(), compression.extension());
+    Error::wrong_format(format!("the name says {name}, but the content does not")).at(0).hint(format!(
+        "the file is damaged or misnamed; if it holds the disk itself, rename it to a name without .{extension}"
+    ))
 }
 
 /// Maximum memory of an xz decoder, in bytes. Our limit: `xz -9` files need 65 MiB, crafted headers 4 GiB.
