@@ -44,6 +44,7 @@ pub fn words(remedy: &Remedy) -> String {
         Remedy::ForceFront => {
             "nothing was written; --force writes the disk to its front and leaves the rest alone".to_owned()
         }
+        Remedy::AcceptLarger(advice) => format!("{advice}; --force accepts a larger target"),
         Remedy::ReadAll => "info --read-all reads it to its end".to_owned(),
         other => other.to_string(),
     }

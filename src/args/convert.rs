@@ -153,7 +153,8 @@ pub struct TargetArgs {
     /// Do not create DEST: write into an existing file or block device
     ///
     /// The target may be up to 4 MiB larger than the disk (with --force, any larger size); the rest
-    /// of it stays untouched. A smaller target is refused.
+    /// of it stays untouched. A smaller target is refused. The size of a raw stream (a pipe, a .gz)
+    /// is known, and compared, only at its end.
     #[arg(short = 'n', long = "no-create")]
     pub no_create: bool,
 

@@ -228,3 +228,85 @@ fn verify_accepts_a_larger_target_written_in_place() {
     assert_eq!((disk.len(), target.len()), (3 << 20, 4 << 20));
     assert!(target.starts_with(&disk) && target[3 << 20..].iter().all(|&byte| byte == 1));
 }
+
+/// Compressed outputs are read back through their compression, and targets of a stream up to its size.
+#[test]
+fn intact_outputs_of_every_kind_pass() {
+    require!("zstd", "gzip");
+    let dir = tempdir();
+    let raw = dir.path().join("disk.raw");
+    Image::hole("x", 3 << 20).with(65_536, images::noise(1, 300_000)).write_raw(&raw);
+    let bytes = std::fs::read(&raw).unwrap();
+    for (name, program) in [("s.raw.zst", "zstd"), ("s.raw.gz", "gzip")] {
+        std::fs::write(dir.path().join(name), oracles::filter(program, &["-c"], &bytes)).unwrap();
+    }
+    let pipe = |line: &str| imgtool(line.split(' ')).within(dir.path()).pipe_from(&raw).ok();
+    for source in ["disk.raw", "-", "s.raw.zst", "s.raw.gz"] {
+        let outputs = [
+            "raw out.raw",
+            "raw out.raw.zst",
+            "raw out.raw.gz",
+            "vma out.vma",
+            "vma out.vma.gz",
+            "vma out.vma.zst",
+            "qcow2 out.qcow2",
+            "vhdx out.vhdx",
+        ];
+        for output in outputs {
+            pipe(&format!("convert --verify -f raw {source} --to {output}"));
+            let (_, file) = output.split_once(' ').unwrap();
+            imgtool(["compare", "disk.raw", file]).within(dir.path()).ok();
+            std::fs::remove_file(dir.path().join(file)).unwrap();
+        }
+        for len in [3 << 20, 4 << 20] {
+            for line in [
+                "convert --verify -n -f raw SOURCE --to raw t.raw",
+                "convert --verify -f raw x=SOURCE --target x=t.raw",
+            ] {
+                std::fs::write(dir.path().join("t.raw"), vec![1; len]).unwrap();
+                pipe(&line.replace("SOURCE", source));
+                let target = std::fs::read(dir.path().join("t.raw")).unwrap();
+                assert!(target.len() == len && target.starts_with(&bytes), "{line}: {source}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_byte_that_changes_in_the_target_of_a_stream_is_found() {
+    require!("strace", "gzip");
+    let dir = tempdir();
+    let content = images::noise(5, 300_000);
+    Image::hole("x", 3 << 20).with(65_536, content.clone()).write_raw(&dir.path().join("disk.raw"));
+    let bytes = std::fs::read(dir.path().join("disk.raw")).unwrap();
+    std::fs::write(dir.path().join("s.raw.gz"), oracles::filter("gzip", &["-c"], &bytes)).unwrap();
+    for harm in [true, false] {
+        let target = dir.path().join("t.raw");
+        std::fs::write(&target, vec![1; 3 << 20]).unwrap();
+        let line = ["convert", "--verify", "-n", "-f", "raw", "s.raw.gz", "--to", "raw", "t.raw"];
+        let (strace, pid) = stopped_at_flush(dir.path(), &line);
+        if harm {
+            assert!(flip(&target, &content[200_000..200_032]));
+        }
+        let (code, stderr) = go_on(strace, pid);
+        assert_eq!(code, Some(i32::from(harm)), "{stderr}");
+        assert_eq!(stderr.contains("verification failed: the content differs"), harm, "{stderr}");
+    }
+}
+
+#[test]
+fn salvaged_outputs_pass_and_the_losses_are_listed() {
+    let dir = tempdir();
+    let mut archive = std::fs::read(fixture("two-disks.vma.zst")).unwrap();
+    archive.truncate(archive.len() / 2);
+    std::fs::write(dir.path().join("cut.vma.zst"), archive).unwrap();
+    for to in ["raw", "qcow2", "vhdx"] {
+        let line = ["convert", "--salvage", "--verify", "cut.vma.zst", "--to", to, "out/"];
+        imgtool(line).within(dir.path()).go().exits(3).says("lost");
+        std::fs::remove_dir_all(dir.path().join("out")).unwrap();
+    }
+    for name in ["out.vma", "out.vma.gz", "out.vma.zst"] {
+        let line = ["convert", "--salvage", "--verify", "cut.vma.zst", "--to", "vma", name];
+        imgtool(line).within(dir.path()).go().exits(3).says("lost");
+    }
+}

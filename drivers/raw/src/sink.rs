@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use imgtool_core::zero::ZERO_GRANULARITY;
 use imgtool_core::{
-    BufferPool, Bytes, Consumer, Device, Geometry, ImageSink, Output, OutputId, Part, Prepared, Result,
-    Sharing, SinkDevice, SinkPiece, WriteList,
+    BufferPool, Bytes, Consumer, Device, Error, Geometry, ImageSink, Output, OutputId, Part, Prepared,
+    Result, Sharing, SinkDevice, SinkPiece, WriteList,
 };
 
 use crate::options::{Preallocation, WriteOptions};
@@ -35,6 +35,19 @@ impl RawSink {
         let [output] = &self.outputs;
         output
     }
+
+    /// Refuses a piece of a stream beyond the end of an existing target. A hole there is never written, so no
+    /// write would fail.
+    fn check_capacity(&self, piece: &SinkPiece) -> Result<()> {
+        match self.output().capacity() {
+            Some(capacity) if self.open_ended && piece.end() > capacity => Err(Error::refused(format!(
+                "the target is too small: it has {capacity} bytes, the stream has more"
+            ))
+            .path(self.output().location())
+            .hint("a larger target is needed")),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Consumer for RawSink {
@@ -51,6 +64,7 @@ impl Consumer for RawSink {
     }
 
     fn prepare(&self, piece: SinkPiece, pool: &BufferPool) -> Result<Prepared> {
+        self.check_capacity(&piece)?;
         if self.options.stores_zeros {
             return Ok(prepare_with_zeros(piece, pool));
         }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, IoSlice, Write};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::error::{Error, Result};
@@ -73,6 +73,8 @@ struct Inner {
     written: AtomicU64,
     /// Highest end position of all writes so far, in bytes.
     reached: AtomicU64,
+    /// True once a range was zeroed without writing zeros.
+    zeroed: AtomicBool,
 }
 
 enum Target {
@@ -119,6 +121,7 @@ impl Output {
             target,
             written: AtomicU64::new(0),
             reached: AtomicU64::new(0),
+            zeroed: AtomicBool::new(false),
         }))
     }
 
@@ -162,6 +165,11 @@ impl Output {
     /// Returns the number of bytes written so far, not counting zeros that needed no writing.
     pub fn written(&self) -> u64 {
         self.0.written.load(Ordering::Relaxed)
+    }
+
+    /// True if the content of an existing target was overwritten, at least in part.
+    pub fn was_changed(&self) -> bool {
+        self.written() > 0 || self.0.zeroed.load(Ordering::Relaxed)
     }
 
     /// Returns the highest end position of all writes so far, in bytes.
@@ -251,6 +259,7 @@ impl Output {
                 return Ok(());
             }
             if target.zero_range(position, len).map_err(|e| self.write_error(e, position))? {
+                self.0.zeroed.store(true, Ordering::Relaxed);
                 return Ok(());
             }
         }

@@ -72,6 +72,9 @@ pub enum Remedy {
     LeaveOutCompression,
     /// Force writing the disk to the front of a much larger target.
     ForceFront,
+    /// Accept that a target which was already overwritten is much larger than the disk. The advice is the
+    /// safer alternative.
+    AcceptLarger(Cow<'static, str>),
     /// Give the device another name.
     RenameDevice,
     /// Read the stream to its end to learn the missing facts.
@@ -125,6 +128,9 @@ impl fmt::Display for Remedy {
             Self::ForceFront => f.write_str(
                 "nothing was written; a forced write fills the front of the target and leaves the rest alone",
             ),
+            Self::AcceptLarger(advice) => {
+                write!(f, "{advice}, or force the write to accept the larger target")
+            }
             Self::RenameDevice => f.write_str("give the device another name"),
             Self::ReadAll => f.write_str("read the stream to its end"),
         }

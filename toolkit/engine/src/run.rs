@@ -85,7 +85,7 @@ impl Plan {
             .collect();
         let result = self.fill(&sinks, &base_opener, options, monitor);
         if result.is_err() {
-            for output in in_place.iter().filter(|output| output.written() > 0) {
+            for output in in_place.iter().filter(|output| output.was_changed()) {
                 monitor.left_incomplete(output.location());
             }
         }
@@ -144,6 +144,7 @@ impl Plan {
         let digest = ContentDigest::new();
         self.copy(sinks, options, &counter, &digest)?;
         let disks = self.disk_reports(&counter);
+        self.check_stream_sizes(sinks, &disks, options.force)?;
         if options.verify {
             monitor.end();
             self.verify_files(&files)?;
@@ -231,6 +232,16 @@ impl Plan {
             pipeline::copy(&*source.opened.image, &job).in_file(&source.opened.location)?;
         }
         sinks.iter().try_for_each(|open| open.sink.finish())
+    }
+
+    /// Refuses a disk whose size was unknown until its stream ended, if its existing target has another size.
+    fn check_stream_sizes(&self, sinks: &[OpenSink], disks: &[DiskReport], force: bool) -> Result<()> {
+        for (planned, open) in self.layout.outputs.iter().zip(sinks) {
+            for slot in planned.disks.iter().filter(|slot| self.selected[slot.index()].device.open_ended) {
+                sinks::check_stream_size(planned, &open.output, &disks[slot.index()], force)?;
+            }
+        }
+        Ok(())
     }
 
     fn routes(&self, source: usize) -> Vec<Route> {

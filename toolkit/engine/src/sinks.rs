@@ -17,6 +17,7 @@ use imgtool_storage::{CompressedSink, Framing, Outputs, os};
 use crate::externals::SuppliedFile;
 use crate::layout::{Destination, Layout, PlannedOutput, is_written_in_place};
 use crate::open::{self, Opened};
+use crate::report::DiskReport;
 use crate::sources::SelectedDisk;
 
 /// Maximum number of bytes by which an existing target may be larger than its disk. Our limit: LVM and others
@@ -240,6 +241,33 @@ fn check_capacity(
     }
     if capacity - device.size > SIZE_TOLERANCE && !settings.force {
         return Err(error("much larger").remedied_by(Remedy::ForceFront));
+    }
+    Ok(())
+}
+
+/// Like [`check_capacity`], after the copy, for a disk whose size was unknown until its stream ended.
+pub(crate) fn check_stream_size(
+    planned: &PlannedOutput,
+    output: &Output,
+    disk: &DiskReport,
+    force: bool,
+) -> Result<()> {
+    let is_verbatim = planned.format.driver.capabilities().verbatim;
+    let Some(capacity) = output.capacity().filter(|_| is_verbatim) else { return Ok(()) };
+    let size = disk.virtual_size;
+    let error = |what: &str| {
+        Error::refused(format!(
+            "the target was overwritten in place, but is {what}: it has {capacity} bytes, the stream had {size}"
+        ))
+        .path(output.location())
+        .device(&*disk.name)
+    };
+    if capacity < size {
+        return Err(error("too small").hint("a larger target is needed"));
+    }
+    if capacity - size > SIZE_TOLERANCE && !force {
+        let advice = "its old content follows the disk; check the command that writes the stream";
+        return Err(error("much larger").remedied_by(Remedy::AcceptLarger(advice.into())));
     }
     Ok(())
 }

@@ -188,10 +188,11 @@ fn open_again(
         (&planned.destination, planned.format.driver.capabilities().verbatim, planned.disks.as_slice())
     {
         // The target may be longer than the disk. The bytes after the disk are not ours.
-        input = sinks::front(input, expected.selected[slot.index()].device.size)?;
+        input = sinks::front(input, expected.disks[slot.index()].virtual_size)?;
     }
     if planned.format.outer.is_some() {
-        input = OpenInput::of(input).decompressed()?.input;
+        // One layer: the disk itself may begin like a compressed file.
+        input = OpenInput::of(input).without_layers(1)?.input;
     }
     planned.format.driver.open(input, &open_options(open, expected.base_opener))
 }
