@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use imgtool_engine::Reach;
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, RestrictSelfAttr, Ruleset,
-    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, Scope, make_bitflags, path_beneath_rules,
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, RestrictSelfAttr,
+    Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, Scope, make_bitflags,
+    path_beneath_rules,
 };
 
 mod system_calls;
@@ -69,10 +70,10 @@ fn restrict_files(reach: &Reach, all_threads: bool) -> Option<()> {
     let mut rules =
         Ruleset::default().handle_access(AccessFs::from_all(NEWEST)).and_then(Ruleset::create).ok()?;
     for directory in &reach.files {
-        allow(&mut rules, directory, to_write())?;
+        (&mut rules).add_rule(PathBeneath::new(directory, to_write())).ok()?;
     }
     for directory in &reach.parents {
-        allow(&mut rules, directory, to_remove())?;
+        (&mut rules).add_rule(PathBeneath::new(directory, to_remove())).ok()?;
     }
     for path in &reach.reads {
         allow(&mut rules, path, to_read())?;
@@ -124,7 +125,9 @@ mod tests {
     use std::io::ErrorKind;
     use std::net::TcpListener;
     use std::process::Command;
+    use std::sync::Arc;
 
+    use imgtool_storage::os::DirectoryHandle;
     use imgtool_testing::oracles;
 
     use super::*;
@@ -182,11 +185,8 @@ mod tests {
             fs::write(path.join("old"), "x").expect("write");
             path
         });
-        let reach = Reach {
-            files: [files.clone()].into(),
-            parents: [parents.clone()].into(),
-            reads: [reads.clone()].into(),
-        };
+        let handle = |path| vec![Arc::new(DirectoryHandle::open(path).expect("open"))];
+        let reach = Reach { files: handle(&files), parents: handle(&parents), reads: [reads.clone()].into() };
         let open = File::open(other.join("old")).expect("open");
         confined(move || {
             restrict_files(&reach, false).expect("restrict");

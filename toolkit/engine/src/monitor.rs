@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use imgtool_core::{Lane, Location, NoProgress, Progress, Result};
 use imgtool_storage::Cleaner;
+use imgtool_storage::os::DirectoryHandle;
 
 /// Phase of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,12 +81,13 @@ impl Gauge {
 }
 
 /// Files that a run may still open by name when all sources and outputs are open.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default)]
 pub struct Reach {
-    /// Directories in which the run renames, replaces and removes files.
-    pub files: BTreeSet<PathBuf>,
+    /// Directories in which the run renames, replaces and removes files. They are open, because another process
+    /// may move them.
+    pub files: Vec<Arc<DirectoryHandle>>,
     /// Directories in which the run has created directories, which it removes if it fails.
-    pub parents: BTreeSet<PathBuf>,
+    pub parents: Vec<Arc<DirectoryHandle>>,
     /// Files and directories that verification may read: backing images of the outputs.
     pub reads: BTreeSet<PathBuf>,
 }

@@ -16,7 +16,7 @@ use crate::os::{DirectoryHandle, FileId};
 pub(crate) struct Folder {
     /// Path when the directory was opened, without symbolic links.
     pub(crate) path: PathBuf,
-    pub(crate) handle: DirectoryHandle,
+    pub(crate) handle: Arc<DirectoryHandle>,
     /// Way to give a file of this directory a name that must be free; set with the first output.
     pub(crate) naming: OnceLock<Naming>,
 }
@@ -40,7 +40,7 @@ impl Folder {
     /// The error of realpath(3) or open(2).
     pub(crate) fn open(path: &Path) -> io::Result<Arc<Self>> {
         let path = std::fs::canonicalize(path)?;
-        let handle = DirectoryHandle::open(&path)?;
+        let handle = Arc::new(DirectoryHandle::open(&path)?);
         Ok(Arc::new(Self { path, handle, naming: OnceLock::new() }))
     }
 

@@ -4,7 +4,6 @@
 //! flushes all files and only then renames them. A drop without a commit removes everything that the set
 //! created. The directories stay open, so that this works even if one of them is moved meanwhile.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -15,7 +14,7 @@ use imgtool_core::{Error, Location, Output, Remedy, Result};
 use crate::file;
 use crate::folder::{Entry, Folder, Naming, Temporary};
 use crate::identity::Identity;
-use crate::os::{self, FileClass};
+use crate::os::{self, DirectoryHandle, FileClass};
 use crate::partial;
 
 mod cleaner;
@@ -300,14 +299,14 @@ impl Outputs {
     }
 
     /// Returns the directories in which [`Outputs::commit`] and the drop rename and remove files.
-    pub fn file_directories(&self) -> BTreeSet<PathBuf> {
+    pub fn file_directories(&self) -> Vec<Arc<DirectoryHandle>> {
         let files = self.files.iter().map(|pending| &pending.temporary).chain(&self.published);
-        files.filter_map(Temporary::entry).map(|entry| entry.folder.path.clone()).collect()
+        different(files.filter_map(Temporary::entry))
     }
 
     /// Returns the directories in which this set has created directories.
-    pub fn parent_directories(&self) -> BTreeSet<PathBuf> {
-        self.directories.iter().map(|entry| entry.folder.path.clone()).collect()
+    pub fn parent_directories(&self) -> Vec<Arc<DirectoryHandle>> {
+        different(self.directories.iter())
     }
 
     /// Returns the paths of the unfinished files that this set has removed, left by a killed run.
@@ -320,6 +319,17 @@ impl Outputs {
     pub fn doubts(&self) -> &[String] {
         &self.doubts
     }
+}
+
+/// Returns each directory of `entries` once.
+fn different<'a>(entries: impl Iterator<Item = &'a Entry>) -> Vec<Arc<DirectoryHandle>> {
+    let mut handles: Vec<Arc<DirectoryHandle>> = Vec::new();
+    for entry in entries {
+        if !handles.iter().any(|known| Arc::ptr_eq(known, &entry.folder.handle)) {
+            handles.push(Arc::clone(&entry.folder.handle));
+        }
+    }
+    handles
 }
 
 impl Drop for Outputs {
