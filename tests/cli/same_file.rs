@@ -155,7 +155,7 @@ fn treats_an_overlay_file_and_its_layer_file_as_one() {
     drop(bound);
 }
 
-/// Where the layers of an overlay can't be seen, a note says that nothing was compared.
+/// The program notes that it compared nothing if it can't see the layers of an overlay.
 #[test]
 fn notes_overlay_layers_that_it_can_not_see() {
     let dir = tempdir();

@@ -27,8 +27,8 @@ fn incompressible(seed: u64, len: usize) -> Vec<u8> {
 const TABLE: usize = 64 << 10;
 const CLUSTER: usize = 128 << 10;
 
-/// Returns a qcow2 image with clusters of 512 bytes, each of which is read by itself, and with a megabyte of
-/// noise at its end. Writes its disk to `disk.raw`.
+/// Returns a qcow2 image with clusters of 512 bytes, so that each is read separately, and with a megabyte
+/// of noise at its end. Writes its disk to `disk.raw`.
 fn small_clusters(directory: &Path) -> Vec<u8> {
     let raw = directory.join("disk.raw");
     Image::hole("x", 64 << 10).with(DATA, incompressible(1, 512)).write_raw(&raw);
@@ -59,8 +59,8 @@ fn move_cluster(image: &mut [u8], at: usize, to: usize) {
     image[at..at + 8].copy_from_slice(&(to as u64 | 1 << 63).to_be_bytes());
 }
 
-/// Compresses bytes as two frames, the second of which begins at `border`, and a seek table without
-/// checksums: the frames have their own. If `flipped` is given, a byte of the second frame is changed there.
+/// Compresses bytes as two frames, split at `border`, and a seek table without checksums, since the
+/// frames have their own. If `flipped` is given, a byte of the second frame is changed there.
 fn two_frames(plain: &[u8], border: usize, flipped: Option<&[u8]>) -> Vec<u8> {
     let (mut file, mut entries) = (Vec::new(), Vec::new());
     for part in [&plain[..border], &plain[border..]] {

@@ -105,7 +105,8 @@ pub fn resolve(image: &Location, name: &str) -> Option<Location> {
 /// any content is legal, only the file extensions determine the compression.
 ///
 /// # Errors
-/// If the input can't be opened, or its content contradicts those extensions; [`imgtool_core::ErrorKind::Usage`] for an unknown `format`;
+/// If the input can't be opened, or its content contradicts those extensions;
+/// [`imgtool_core::ErrorKind::Usage`] for an unknown `format`;
 /// [`imgtool_core::ErrorKind::Unsupported`] for content in a foreign format.
 pub fn open_input(registry: &Registry, location: &Location, format: Option<&str>) -> Result<OpenInput> {
     let driver = format.map(|name| foreign::driver(registry, name)).transpose()?;

@@ -113,8 +113,8 @@ fn check_space(
 }
 
 /// Returns the number of bytes that the source files occupy, if all of them are verbatim: an upper bound of
-/// their data without a walk over extents, of which a scattered disk has half a million. A source file system
-/// that compresses makes the check more lenient.
+/// their data, without a walk over the extents; a scattered disk has half a million. A source file system that
+/// compresses makes the check more lenient.
 fn stored_bytes(
     outputs: &[&PlannedOutput],
     sources: &[OpenSource],
