@@ -162,6 +162,10 @@ pub struct InputArgs {
     #[arg(long)]
     pub ignore_trailing: bool,
 
+    /// Use at most this much memory, such as 1G [default: 256M]
+    #[arg(long, value_name = "SIZE", value_parser = memory, hide_short_help = true)]
+    pub memory: Option<u64>,
+
     /// Accepted for compatibility, no effect: images are never locked
     #[arg(short = 'U', long = "force-share")]
     pub force_share: bool,
@@ -234,6 +238,13 @@ pub struct ThreadArgs {
     /// Number of worker threads, at most 64 [default: number of CPUs]
     #[arg(short = 'm', long, value_name = "N", value_parser = threads)]
     pub threads: Option<u16>,
+}
+
+/// Parses the limit of `--memory`.
+fn memory(text: &str) -> Result<u64, String> {
+    let least = imgtool_core::memory::MIN_LIMIT;
+    let size = imgtool_core::parse_size(text).filter(|size| *size >= least);
+    size.ok_or_else(|| format!("expected a size of at least {}M, such as 1G", least >> 20))
 }
 
 fn threads(text: &str) -> Result<u16, String> {

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{CancelToken, DeviceKind, Error, Location, OpenOptions, Registry, Result};
+use imgtool_core::{CancelToken, DeviceKind, Error, Location, Memory, OpenOptions, Registry, Result};
 use imgtool_engine::{ExternalPolicy, OpenSettings, Opened, PolicyOpener, open as opening};
 
 use crate::args::InputArgs;
@@ -19,6 +19,7 @@ pub fn open_settings(args: &InputArgs) -> Result<OpenSettings> {
     Ok(OpenSettings {
         ignore_trailing: args.ignore_trailing,
         policy: ExternalPolicy { chain: !chain.is_empty(), paths },
+        memory: args.memory.map_or_else(Memory::default, Memory::new),
         ..OpenSettings::default()
     })
 }

@@ -33,7 +33,7 @@ pub use imgtool_engine::{
     DiskReport, FileReport, Gauge, LaneInfo, Monitor, Note, OutputReport, Phase, Report, Request, RunOptions,
 };
 
-use imgtool_core::{Compress, ImageSource, NoProgress};
+use imgtool_core::{Compress, ImageSource, Memory, NoProgress};
 use imgtool_engine::Opened;
 
 /// Returns the drivers of the program. The driver for raw disks accepts every image, but is chosen only if no
@@ -180,6 +180,14 @@ impl<'a> Conversion<'a> {
     /// Sets the number of worker threads; by default one per processor.
     pub fn threads(mut self, threads: usize) -> Self {
         self.options.threads = threads;
+        self
+    }
+
+    /// Limits the resident memory to `bytes`; by default [`contracts::memory::DEFAULT_LIMIT`], 256 MiB. A
+    /// conversion that needs more is refused, and the error names the limit that would suffice
+    /// ([`Remedy::AllowMemory`]).
+    pub fn memory(mut self, bytes: u64) -> Self {
+        self.request.open.memory = Memory::new(bytes);
         self
     }
 

@@ -45,6 +45,7 @@ pub fn words(remedy: &Remedy) -> String {
             "nothing was written; --force writes the disk to its front and leaves the rest alone".to_owned()
         }
         Remedy::AcceptLarger(advice) => format!("{advice}; --force accepts a larger target"),
+        Remedy::AllowMemory { bytes } => format!("allow more with --memory {}M", bytes >> 20),
         Remedy::ReadAll => "info --read-all reads it to its end".to_owned(),
         other => other.to_string(),
     }

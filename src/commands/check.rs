@@ -44,7 +44,7 @@ fn check(args: &CheckArgs) -> Result<Exit> {
     let options = images::open_options(&registry, &args.input)?;
     let format = args.input.format.as_deref();
     let location = Location::source(args.image.as_os_str());
-    let open = open::open_input(&registry, &location, format)?;
+    let open = open::open_input(&registry, &location, format, &options.memory)?;
     let driver = match format {
         Some(name) => registry.get(name)?,
         None => registry.probe(&open.input.head()?, open.input.len()).in_file(&location)?.0,

@@ -85,6 +85,7 @@ fn print(args: &CompareArgs, verdict: &Verdict) -> Result<()> {
 fn verdict(args: &CompareArgs) -> Result<Verdict> {
     let registry = imgtool::registry();
     let options = images::open_options(&registry, &args.input)?;
+    let options = OpenOptions { memory: options.memory.shared_by(2), ..options };
     if args.first.as_os_str() == "-" && args.second.as_os_str() == "-" {
         return Err(Error::usage("standard input can be only one of the images"));
     }
@@ -107,7 +108,8 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
     if verdict.difference.is_none() {
         let display = Display::new(args.messages.mode(), &interrupt);
         let (threads, cancel) = (args.threads.count(), interrupt.token());
-        let found = compare::first_difference(&first, &second, &pairs, threads, &display, &cancel)?;
+        let found =
+            compare::first_difference(&first, &second, &pairs, threads, &display, &cancel, &options.memory)?;
         verdict.difference = found.map(|(pair, offset)| content_difference(&pairs, pair, offset));
     }
     if args.strict && verdict.difference.is_none() {
@@ -134,7 +136,7 @@ impl Opener<'_> {
     /// Opens an image. `anywhere` is true if the comparison needs random access to it.
     fn open(&self, name: &OsStr, format: Option<&str>, anywhere: bool) -> Result<Opened> {
         let location = Location::source(name);
-        let mut input = open::open_input(self.registry, &location, format)?;
+        let mut input = open::open_input(self.registry, &location, format, &self.options.memory)?;
         // The length of a raw image in a pipe is unknown until the image is spooled.
         if anywhere || input.input.is_stream() && location == Location::Stdin {
             input = input.spool()?;

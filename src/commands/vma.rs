@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{DeviceKind, Error, ErrorKind, Location, OpenOptions, Result};
+use imgtool_core::{DeviceKind, Error, ErrorKind, Location, Memory, OpenOptions, Result};
 use imgtool_storage::{FileWatch, Identity, OpenInput, Opening};
 use imgtool_vma::{ArchiveHeader, VmaSource, reference};
 
@@ -108,26 +108,27 @@ fn reason(cause: &std::io::Error) -> String {
 
 /// Reads only the header of an archive.
 fn header(file: &Path) -> Result<ArchiveHeader> {
-    ArchiveHeader::read(input(file)?.input)
+    ArchiveHeader::read(input(file, &Memory::default())?.input)
 }
 
 /// Opens an archive for reading, decompressing it if the file is compressed.
-fn input(file: &Path) -> Result<OpenInput> {
-    imgtool_storage::open::open(&Location::source(file.as_os_str()), Opening::ByContent)
+fn input(file: &Path, memory: &Memory) -> Result<OpenInput> {
+    imgtool_storage::open::open(&Location::source(file.as_os_str()), Opening::ByContent, memory)
 }
 
 /// Opens an archive that will be read to its end. The header of a file is read separately, so that an error
 /// in it is reported without the prefix `step`.
 fn open(file: &Path, step: &'static str) -> Result<Archive, Failure> {
-    let OpenInput { input, identity, watch, .. } = input(file)?;
+    let memory = Memory::default();
+    let OpenInput { input, identity, watch, .. } = input(file, &memory)?;
     let is_stream = input.is_stream();
     if !is_stream {
         header(file)?;
     }
     let location = input.location().clone();
-    let source = VmaSource::open(input, &OpenOptions::default())
+    let source = VmaSource::open(input, &OpenOptions { memory: memory.clone(), ..OpenOptions::default() })
         .map_err(|error| Failure { step: if is_stream { "" } else { step }, error })?;
-    Ok(Archive { location, source: Arc::new(source), identity, watch })
+    Ok(Archive { location, source: Arc::new(source), identity, watch, memory })
 }
 
 /// An open archive.
@@ -136,6 +137,8 @@ struct Archive {
     source: Arc<VmaSource>,
     identity: Option<Identity>,
     watch: Option<FileWatch>,
+    /// Ledger from which everything that reads the archive borrows.
+    memory: Memory,
 }
 
 fn config(file: &Path, name: &str) -> Result<Exit, Failure> {

@@ -5,12 +5,14 @@ use std::sync::Arc;
 use imgtool_core::{
     BackingName, Capabilities, CheckReport, Confidence, CreateOptions, Driver, ImageSink, ImageSource,
     ImageWriter, InPlace, Input, Manifest, Measure, OpenOptions, OptionSpec, OutputFactory, Result,
+    TableMemory,
 };
 
+use crate::compressed::Encoder;
 use crate::layout::FORMAT;
 use crate::layout::header::MAGIC;
 use crate::options::{OPTIONS, SIZE_MULTIPLE, WriteOptions};
-use crate::sink::Qcow2Sink;
+use crate::sink::{Qcow2Sink, table_memory};
 use crate::source::Qcow2Source;
 use crate::{check, measure};
 
@@ -67,13 +69,18 @@ impl Driver for Qcow2Driver {
     }
 
     fn writer(&self, options: &CreateOptions) -> Result<Box<dyn ImageWriter>> {
-        Ok(Box::new(Qcow2Writer { options: WriteOptions::parse(options)? }))
+        let options = WriteOptions::parse(options)?;
+        let encoder = options.compress.map(|level| Arc::new(Encoder::new(options.compression, level)));
+        Ok(Box::new(Qcow2Writer { options, encoder }))
     }
 }
 
 /// Writer of images with checked options.
 struct Qcow2Writer {
     options: WriteOptions,
+    /// Compressors, shared by all images that this writer creates: a conversion of many disks needs only as
+    /// many as it has workers.
+    encoder: Option<Arc<Encoder>>,
 }
 
 impl ImageWriter for Qcow2Writer {
@@ -85,11 +92,15 @@ impl ImageWriter for Qcow2Writer {
         self.options.data_file.iter().cloned().collect()
     }
 
+    fn tables(&self, manifest: &Manifest) -> TableMemory {
+        table_memory(manifest, &self.options)
+    }
+
     fn measure(&self, source: &dyn ImageSource) -> Result<Measure> {
         measure::measure(source, &self.options)
     }
 
     fn create(&self, outputs: &mut dyn OutputFactory, manifest: &Manifest) -> Result<Box<dyn ImageSink>> {
-        Ok(Box::new(Qcow2Sink::create(outputs, manifest, &self.options)?))
+        Ok(Box::new(Qcow2Sink::create(outputs, manifest, &self.options, self.encoder.clone())?))
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use imgtool_core::sync::lock;
-use imgtool_core::{Cache, Error, RandomInput, Result};
+use imgtool_core::{Cache, Error, Lease, Memory, RandomInput, Result};
 
 use crate::layout::MAX_L1_BYTES;
 use crate::layout::entry::{CompressedRange, L1Entry, L2Entry, Shape, SubclusterStatus, Subclusters};
@@ -99,6 +99,7 @@ pub struct Mapping {
     slices: TableCache,
     /// Length in bytes of a slice, as a power of two. In the top image, a slice is a whole table.
     slice_bits: u32,
+    _lease: Lease,
 }
 
 /// L1 table, either whole in memory or read page by page.
@@ -109,7 +110,8 @@ enum L1Table {
 
 impl Mapping {
     /// Reads the L1 table, whose file range the caller has checked. `depth` is the number of overlays above
-    /// this image; the images of a chain share the memory for tables.
+    /// this image; the images of a chain share the memory for tables, which they borrow from `memory`.
+    #[expect(clippy::too_many_arguments, reason = "the fields of a header, and two shares")]
     pub fn read(
         input: RandomInput,
         shape: Shape,
@@ -118,11 +120,24 @@ impl Mapping {
         l1_offset: u64,
         l1_entries: u32,
         depth: usize,
+        memory: &Memory,
     ) -> Result<Self> {
         let len = u64::from(l1_entries) * 8;
         debug_assert!(len <= MAX_L1_BYTES);
         let depth = depth as u64;
-        let l1 = if depth == 0 || len <= BACKING_L1_BYTES / depth {
+        let is_whole = depth == 0 || len <= BACKING_L1_BYTES / depth;
+        // The slices of an image that shares the memory with others are short, like those of a backing image.
+        let (cache_len, slice) = match (depth, memory.cache_share(L2_CACHE_BYTES)) {
+            (0, L2_CACHE_BYTES) => (L2_CACHE_BYTES, shape.cluster_size()),
+            (0, share) => (share, shape.cluster_size().min(BACKING_L2_SLICE)),
+            (_, _) => {
+                let share = memory.cache_share(BACKING_L2_CACHE_BYTES) / (depth + 1);
+                (share, shape.cluster_size().min(BACKING_L2_SLICE))
+            }
+        };
+        let l1_bytes = if is_whole { len } else { L1_PAGES_BYTES };
+        let lease = memory.lease(l1_bytes + cache_len, "the tables of a qcow2 image")?;
+        let l1 = if is_whole {
             let len = usize::try_from(len);
             let len = len.map_err(|_| Error::limit("the L1 table does not fit into memory"))?;
             let table = if len == 0 { Vec::new() } else { decode_table(&input.read_vec(l1_offset, len)?) };
@@ -131,14 +146,11 @@ impl Mapping {
             let pages = TableCache::new(L1_PAGES_BYTES, L1_PAGE);
             L1Table::Paged { l1_offset, entries: l1_entries, pages }
         };
-        let (cache_len, slice) = match depth {
-            0 => (L2_CACHE_BYTES, shape.cluster_size()),
-            _ => (BACKING_L2_CACHE_BYTES / (depth + 1), shape.cluster_size().min(BACKING_L2_SLICE)),
-        };
         let slices = TableCache::new(cache_len, slice);
         let slice_bits = slice.ilog2();
         let known_empty = Mutex::default();
-        let mapping = Self { input, shape, version, external_data, l1, known_empty, slices, slice_bits };
+        let mapping =
+            Self { input, shape, version, external_data, l1, known_empty, slices, slice_bits, _lease: lease };
         mapping.check_sharing().map_err(|e| e.at(l1_offset))?;
         Ok(mapping)
     }

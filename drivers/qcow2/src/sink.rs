@@ -10,6 +10,7 @@ mod base;
 mod finish;
 mod image;
 mod mapping_tables;
+mod memory;
 mod place;
 mod prepare;
 
@@ -19,7 +20,7 @@ use imgtool_core::{
     SinkPiece, WriteList,
 };
 
-pub use image::Qcow2Sink;
+pub use image::{Qcow2Sink, table_memory};
 
 use crate::options::{Preallocation, SIZE_MULTIPLE, ZERO_GRANULARITY};
 use image::{Placement, round_up_size};
@@ -66,8 +67,12 @@ impl Consumer for Qcow2Sink {
         let piece = if self.options.stores_zeros() { piece.with_zeros_as_data(pool) } else { piece };
         match (&self.encoder, &self.base) {
             (None, None) => Ok(self.prepare_plain(piece)),
-            (encoder, base) => self.prepare_clusters(piece, pool, encoder.as_ref(), base.as_ref()),
+            (encoder, base) => self.prepare_clusters(piece, pool, encoder.as_deref(), base.as_ref()),
         }
+    }
+
+    fn worker_memory(&self) -> u64 {
+        self.encoder.as_ref().map_or(0, |encoder| encoder.context_memory(self.cluster_size()))
     }
 
     fn resize(&self, _device: SinkDevice, size: u64) -> Result<()> {

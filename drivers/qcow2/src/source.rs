@@ -221,6 +221,10 @@ impl RandomAccess for Qcow2Source {
         self.shape.cluster_size().max(backing.map_or(1, Disk::read_granule))
     }
 
+    fn reader_memory(&self, _device: DeviceId) -> u64 {
+        self.content.as_ref().map_or(0, Content::reader_memory) + self.input.granule()
+    }
+
     fn locate(&self, _device: DeviceId, range: Range<u64>) -> Option<FileRange<'_>> {
         let content = self.content.as_ref()?;
         let run = content.mapping.run(range.clone()).ok()?;

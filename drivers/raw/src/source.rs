@@ -136,6 +136,10 @@ impl StreamAccess for Pass {
         Ok(Some(Piece::data(DISK, start, buffer)))
     }
 
+    fn in_order(&self) -> bool {
+        true
+    }
+
     fn final_size(&self, _device: DeviceId) -> Option<u64> {
         self.final_size
     }

@@ -1,6 +1,6 @@
 //! The structural check of an image: both headers, both copies of the region table, and every BAT entry.
 
-use imgtool_core::{CheckReport, ErrorKind, Input, Result};
+use imgtool_core::{CheckReport, ErrorKind, Input, Memory, Result};
 use roaring::RoaringBitmap;
 
 use crate::image::{Image, UnreadableHeader};
@@ -18,9 +18,9 @@ const MAX_CHECKED_MIB: u32 = 1 << 28;
 /// # Errors
 /// Fails if the file can't be read, is not a VHDX image, requires an unsupported feature or exceeds a limit.
 /// Damage is not an error: the report lists it.
-pub(crate) fn check(input: Input) -> Result<CheckReport> {
+pub(crate) fn check(input: Input, memory: &Memory) -> Result<CheckReport> {
     let mut report = CheckReport::default();
-    let image = match Image::open(input, UnreadableHeader::UseOther, 0) {
+    let image = match Image::open(input, UnreadableHeader::UseOther, 0, memory) {
         Ok(image) => image,
         Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed) => {
             report.corruption(format!("{error:#}"));

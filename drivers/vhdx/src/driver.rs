@@ -53,8 +53,8 @@ impl Driver for VhdxDriver {
         source::open(input, options)
     }
 
-    fn check(&self, input: Input, _options: &OpenOptions) -> Result<CheckReport> {
-        check::check(input)
+    fn check(&self, input: Input, options: &OpenOptions) -> Result<CheckReport> {
+        check::check(input, &options.memory)
     }
 
     fn writer(&self, options: &CreateOptions) -> Result<Box<dyn ImageWriter>> {

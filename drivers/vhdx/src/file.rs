@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use imgtool_core::sync::lock;
 use imgtool_core::zero::is_zero;
-use imgtool_core::{Cache, FileRange, FileRun, Location, RandomInput, Result};
+use imgtool_core::{Cache, FileRange, FileRun, Lease, Location, Memory, RandomInput, Result};
 
 use crate::overlay::Overlay;
 
@@ -21,15 +21,31 @@ pub(crate) struct ReplayedFile {
     len: u64,
     /// Table pages by file offset.
     pages: Mutex<Cache<u64, TablePage>>,
+    /// Memory for the pages and the overlay.
+    _lease: Lease,
 }
 
 impl ReplayedFile {
     /// Combines the input with `overlay`; the file is at least `min_len` bytes long. `depth` is the number of
     /// images above this one in a chain; the greater it is, the fewer pages are cached.
-    pub(crate) fn new(input: RandomInput, overlay: Overlay, min_len: u64, depth: usize) -> Self {
+    ///
+    /// # Errors
+    /// `LimitExceeded` if `memory` can't lend what the pages and the overlay need.
+    pub(crate) fn new(
+        input: RandomInput,
+        overlay: Overlay,
+        min_len: u64,
+        depth: usize,
+        memory: &Memory,
+    ) -> Result<Self> {
         let len = input.len().max(min_len).max(overlay.end());
-        let max_pages = (MAX_CACHED_PAGES / depth.saturating_add(1)).max(MIN_CACHED_PAGES);
-        Self { input, overlay, len, pages: Mutex::new(Cache::new(max_pages)) }
+        let share = memory.cache_share(MAX_CACHED_PAGES) / (depth as u64).saturating_add(1);
+        let max_pages = share.max(MIN_CACHED_PAGES);
+        let bytes = max_pages * TABLE_PAGE_LEN + overlay.memory();
+        let lease = memory.lease(bytes, "the tables and the log of a VHDX image")?;
+        // At most MAX_CACHED_PAGES, so it fits.
+        let pages = Mutex::new(Cache::new(max_pages as usize));
+        Ok(Self { input, overlay, len, pages, _lease: lease })
     }
 
     /// Returns the length in bytes after replay.
@@ -137,9 +153,9 @@ impl ReplayedFile {
 const TABLE_PAGE_LEN: u64 = 64 << 10;
 /// Maximum number of pages cached for the top image of a chain. Our limit: 4 MiB, about the whole BAT of a
 /// 16 TiB disk with blocks of 32 MiB; sequential reads need less. An image deeper in the chain gets less.
-const MAX_CACHED_PAGES: usize = 64;
+const MAX_CACHED_PAGES: u64 = 64;
 /// Minimum of that limit, for images deep in a chain: one page of the BAT and one of a sector bitmap.
-const MIN_CACHED_PAGES: usize = 2;
+const MIN_CACHED_PAGES: u64 = 2;
 
 /// A page of a table (the BAT or a sector bitmap): [`TABLE_PAGE_LEN`] bytes at a file offset that is a
 /// multiple of this length. Bytes past the end of the file are zeros.

@@ -1,6 +1,6 @@
 //! Opening an image: headers, log, region table and metadata, each checked before the next is read.
 
-use imgtool_core::{DeviceId, Error, ErrorKind, Input, RandomInput, Remedy, Result};
+use imgtool_core::{DeviceId, Error, ErrorKind, Input, Memory, RandomInput, Remedy, Result};
 
 use crate::file::ReplayedFile;
 use crate::layout::MIB;
@@ -69,14 +69,25 @@ pub(crate) enum UnreadableHeader {
 
 impl Image {
     /// Reads and checks all structures except for the BAT. `depth` is the number of images above this one in
-    /// a chain; the greater it is, the less memory the image may use for its log and tables.
-    pub(crate) fn open(input: Input, unreadable: UnreadableHeader, depth: usize) -> Result<Self> {
+    /// a chain; the greater it is, the less memory the image may use for its log and tables, which borrow
+    /// from `memory`.
+    pub(crate) fn open(
+        input: Input,
+        unreadable: UnreadableHeader,
+        depth: usize,
+        memory: &Memory,
+    ) -> Result<Self> {
         let input = input.into_random()?;
         let location = input.location().clone();
-        Self::open_random(input, unreadable, depth).map_err(|e| e.path(location))
+        Self::open_random(input, unreadable, depth, memory).map_err(|e| e.path(location))
     }
 
-    fn open_random(input: RandomInput, unreadable: UnreadableHeader, depth: usize) -> Result<Self> {
+    fn open_random(
+        input: RandomInput,
+        unreadable: UnreadableHeader,
+        depth: usize,
+        memory: &Memory,
+    ) -> Result<Self> {
         let creator = read_identifier(&input)?;
         let [first, second] = HEADER_OFFSETS;
         let headers = [read_header(&input, first, unreadable)?, read_header(&input, second, unreadable)?];
@@ -90,7 +101,7 @@ impl Image {
         if let Some(fault) = header.fault() {
             return Err(Error::malformed(format!("the header {fault}")).at(HEADER_OFFSETS[0]));
         }
-        let (file, replay_stats) = read_log(input, &header, depth)?;
+        let (file, replay_stats) = read_log(input, &header, depth, memory)?;
         let RegionCopies { table: regions, faults: region_faults, differ } = read_regions(&file)?;
         check_log_region(&header, &regions)?;
         let (metadata, parent_locator) = read_metadata(&file, &regions.metadata)?;
@@ -198,13 +209,14 @@ fn read_log(
     input: RandomInput,
     header: &Header,
     depth: usize,
+    memory: &Memory,
 ) -> Result<(ReplayedFile, Option<ReplayStats>)> {
     if header.log_guid.is_nil() {
-        return Ok((ReplayedFile::new(input, Overlay::new(depth), 0, depth), None));
+        return Ok((ReplayedFile::new(input, Overlay::new(depth), 0, depth, memory)?, None));
     }
     let Replay { overlay, min_len, entries } = replay(&input, header, depth)?;
     let stats = ReplayStats { entries, pages: overlay.page_count() };
-    Ok((ReplayedFile::new(input, overlay, min_len, depth), Some(stats)))
+    Ok((ReplayedFile::new(input, overlay, min_len, depth, memory)?, Some(stats)))
 }
 
 /// Result of reading both copies of the region table.

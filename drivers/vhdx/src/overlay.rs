@@ -43,6 +43,12 @@ impl Overlay {
         }
     }
 
+    /// Returns the memory in bytes that the changes take. A page takes its length and an entry of 16 bytes in
+    /// a tree; the tree has space for twice as many.
+    pub(crate) fn memory(&self) -> u64 {
+        self.pages.len() as u64 * (LOG_SECTOR + 32) + self.zeros.len() as u64 * 32
+    }
+
     /// Zeroes a range of the file and drops earlier pages inside it. Both ends are multiples of
     /// [`LOG_SECTOR`].
     ///

@@ -25,7 +25,7 @@ use crate::options::{FileLayout, VhdxOptions};
 mod bat_writer;
 mod fingerprint;
 
-use bat_writer::BatWriter;
+pub(crate) use bat_writer::BatWriter;
 use fingerprint::Fingerprint;
 
 /// Length in bytes of a piece. Our choice: the read buffer and the page cache's copy fit into a core's cache.
@@ -195,9 +195,16 @@ fn fill_gaps(parts: Vec<Part>, start: u64, end: u64) -> Vec<Part> {
 }
 
 impl VhdxSink {
-    /// Creates a sink that writes a device of `device_size` bytes to `output`, with this layout.
-    pub(crate) fn new(output: Output, device_size: u64, options: VhdxOptions, layout: FileLayout) -> Self {
-        let bat = BatWriter::new(output.clone(), layout.bat);
+    /// Creates a sink that writes a device of `device_size` bytes to `output`, with this layout. `memory` is
+    /// the image's share of the memory in bytes, if it is limited.
+    pub(crate) fn new(
+        output: Output,
+        device_size: u64,
+        options: VhdxOptions,
+        layout: FileLayout,
+        memory: Option<u64>,
+    ) -> Self {
+        let bat = BatWriter::new(output.clone(), layout.bat, memory);
         Self {
             outputs: [output],
             device_size,

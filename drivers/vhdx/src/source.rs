@@ -21,7 +21,7 @@ use segment::{Origin, Segment};
 /// Opens an image and, unless only information is needed, its parent.
 pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
     let unreadable_header = if options.salvage { UnreadableHeader::UseOther } else { UnreadableHeader::Fail };
-    let image = Image::open(input, unreadable_header, options.externals.depth())?;
+    let image = Image::open(input, unreadable_header, options.externals.depth(), &options.memory)?;
     let parent = if image.metadata.has_parent && !options.info_only {
         Some(parent::open(&image, options).map_err(|e| e.path(image.file.location()))?)
     } else {

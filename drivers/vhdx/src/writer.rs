@@ -3,10 +3,11 @@
 use imgtool_core::source::{data_bytes, for_each_extent};
 use imgtool_core::{
     CreateOptions, Error, ImageSink, ImageSource, ImageWriter, Manifest, Measure, OutputFactory, Result,
+    TableMemory,
 };
 
 use crate::options::VhdxOptions;
-use crate::sink::VhdxSink;
+use crate::sink::{BatWriter, VhdxSink};
 
 /// Writer of images with these options.
 #[derive(Debug)]
@@ -20,6 +21,13 @@ impl VhdxWriter {
 }
 
 impl ImageWriter for VhdxWriter {
+    fn tables(&self, manifest: &Manifest) -> TableMemory {
+        let Self(options) = self;
+        let device = manifest.single(crate::FORMAT).ok().filter(|_| !options.fixed);
+        let layout = device.and_then(|device| options.layout(device.size).ok());
+        layout.map_or(TableMemory::default(), |layout| BatWriter::memory(layout.bat))
+    }
+
     /// Measures a new file. For a dynamic file, `required` includes every block that a data extent of the
     /// source touches, even if the block contains only zeros.
     fn measure(&self, source: &dyn ImageSource) -> Result<Measure> {
@@ -83,6 +91,6 @@ impl ImageWriter for VhdxWriter {
             .path(output.location())
             .device(&*device.name));
         }
-        Ok(Box::new(VhdxSink::new(output, device.size, options.clone(), layout)))
+        Ok(Box::new(VhdxSink::new(output, device.size, options.clone(), layout, manifest.tables)))
     }
 }

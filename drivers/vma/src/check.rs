@@ -32,7 +32,7 @@ fn check_until_cancelled(input: Input, options: &OpenOptions, cancel: &CancelTok
         Err(error) => return Err(error),
     };
     let mut checker = Checker {
-        tracker: Tracker::new(&header),
+        tracker: Tracker::new(&header, &options.memory)?,
         report,
         allocated: 0,
         end: u64::from(header.header_size),

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use imgtool_core::{DeviceId, OpenOptions, RandomInput, Result};
+use imgtool_core::{DeviceId, Lease, Memory, OpenOptions, RandomInput, Result};
 
 use crate::bytes::{ArchiveBytes, FileCursor};
 use crate::cluster::VmaCluster;
@@ -18,6 +18,9 @@ use crate::walker::{ExtentSpan, Walker};
 /// Maximum number of runs of all devices together, which take 92 MiB of memory. Our limit: 20 TiB of full
 /// extents stay below it. The source reads longer or more scattered archives as streams instead.
 pub(crate) const MAX_RUNS: usize = 6_000_000;
+
+/// Number of bytes that the index borrows at a time. Our choice.
+const LOAN_STEP: u64 = 1 << 20;
 
 /// Consecutive clusters of one device, either in consecutive slots of one extent or all zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,12 +85,15 @@ pub(crate) struct Index {
     pub(crate) extents: u64,
     /// True if the index stores runs, not only counts.
     keeps_runs: bool,
+    /// Memory for the runs.
+    memory: Lease,
 }
 
 impl Index {
-    fn new(header: &Arc<ArchiveHeader>, keeps_runs: bool) -> Self {
+    fn new(header: &Arc<ArchiveHeader>, keeps_runs: bool, memory: &Memory) -> Result<Self> {
         let devices = header.devices.iter().map(|_| DeviceIndex::default()).collect();
-        Self { devices, header: Arc::clone(header), extents: 0, keeps_runs }
+        let memory = memory.lease(0, "the index of an archive")?;
+        Ok(Self { devices, header: Arc::clone(header), extents: 0, keeps_runs, memory })
     }
 
     /// Returns the archive offset of the first extent.
@@ -103,8 +109,8 @@ impl Index {
         options: &OpenOptions,
         limit: u64,
     ) -> Result<Option<Self>> {
-        let mut index = Self::new(header, false);
-        let mut walker = Walker::new(bytes, header, options);
+        let mut index = Self::new(header, false, &options.memory)?;
+        let mut walker = Walker::new(bytes, header, options)?;
         while walker.bytes.position() < limit {
             let Some(span) = walker.next_extent()? else { return Ok(Some(index)) };
             if span.file_offset.saturating_add(span.data_len) >= limit {
@@ -121,7 +127,8 @@ impl Index {
         Ok(None)
     }
 
-    /// Indexes the whole archive. Returns `None` if the index needs more than `max_runs` runs.
+    /// Indexes the whole archive. Returns `None` if the index needs more than `max_runs` runs, or more than
+    /// half of the memory that is free.
     pub(crate) fn build(
         input: &RandomInput,
         header: &Arc<ArchiveHeader>,
@@ -129,16 +136,25 @@ impl Index {
         max_runs: usize,
     ) -> Result<Option<Self>> {
         let mut cursor = FileCursor::new(input.clone());
-        let mut index = Self::new(header, true);
+        let mut index = Self::new(header, true, &options.memory)?;
+        let max_bytes = options.memory.free() / 2;
         cursor.skip(index.header_size())?;
-        let mut walker = Walker::new(cursor, header, options);
+        let mut walker = Walker::new(cursor, header, options)?;
         while let Some(span) = walker.next_extent()? {
             walker.bytes.skip(span.data_len)?;
             for cluster in &walker.clusters {
                 index.add(cluster, span);
             }
             index.extents += 1;
-            if index.devices.iter().map(|device| device.runs.len()).sum::<usize>() > max_runs {
+            let runs: usize = index.devices.iter().map(|device| device.runs.len()).sum();
+            let bytes = runs as u64 * size_of::<Run>() as u64;
+            if bytes > index.memory.bytes() {
+                let more = bytes.saturating_add(LOAN_STEP).min(max_bytes.max(bytes));
+                if bytes > max_bytes || !index.memory.try_raise(more) {
+                    return Ok(None);
+                }
+            }
+            if runs > max_runs {
                 return Ok(None);
             }
         }

@@ -18,7 +18,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use imgtool_core::source::second_pass;
-use imgtool_core::{BufferPool, Device, DeviceId, Doubt, Input, Loss, Piece, Result, StreamAccess};
+use imgtool_core::{BufferPool, Device, DeviceId, Doubt, Input, Loss, Memory, Piece, Result, StreamAccess};
 use roaring::RoaringBitmap;
 use uuid::Uuid;
 
@@ -115,7 +115,7 @@ impl Salvage {
     ///
     /// # Errors
     /// Fails if not even one device can be decoded from the archive header.
-    pub(crate) fn open(input: Input) -> Result<(Arc<ArchiveHeader>, Self)> {
+    pub(crate) fn open(input: Input, memory: &Memory) -> Result<(Arc<ArchiveHeader>, Self)> {
         let mut window = Window::new(input)?;
         let (mut header, damage) = ArchiveHeader::read_lenient(&mut window).map_err(|e| {
             e.hint("an archive can't be restored without its header; use another copy or backup")
@@ -130,7 +130,7 @@ impl Salvage {
         let header = Arc::new(header);
         let salvage = Self {
             scanner: Scanner::new(window, *header.uuid.as_bytes(), u64::from(header.header_size)),
-            tracker: Tracker::lenient(&header),
+            tracker: Tracker::lenient(&header, memory)?,
             faults: Faults::default(),
             duplicated: bitmaps(&header),
             pending: bitmaps(&header),

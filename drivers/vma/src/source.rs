@@ -62,7 +62,7 @@ impl VmaSource {
     /// Like [`VmaSource::open`], but allows at most `max_runs` runs in the index.
     fn open_limited(input: Input, options: &OpenOptions, max_runs: usize) -> Result<Self> {
         if options.salvage {
-            let (header, salvage) = Salvage::open(input)?;
+            let (header, salvage) = Salvage::open(input, &options.memory)?;
             return Ok(Self::new(header, Body::Salvage(Mutex::new(salvage))));
         }
         if options.info_only {
@@ -71,7 +71,7 @@ impl VmaSource {
         if input.is_stream() {
             let mut stream = input.into_stream()?;
             let header = Arc::new(ArchiveHeader::read_from(&mut stream)?);
-            let body = Body::Stream(Mutex::new(ArchiveStream::new(stream, &header, options)));
+            let body = Body::Stream(Mutex::new(ArchiveStream::new(stream, &header, options)?));
             return Ok(Self::new(header, body));
         }
         let input = input.into_random()?;
@@ -85,7 +85,7 @@ impl VmaSource {
             None => {
                 let mut stream = FileCursor::new(input).into_stream()?;
                 let header = Arc::new(ArchiveHeader::read_from(&mut stream)?);
-                let body = Body::Stream(Mutex::new(ArchiveStream::new(stream, &header, options)));
+                let body = Body::Stream(Mutex::new(ArchiveStream::new(stream, &header, options)?));
                 Ok(Self::new(header, body))
             }
         }
@@ -325,6 +325,7 @@ impl RandomAccess for IndexedArchive {
 mod tests {
     use std::path::Path;
 
+    use imgtool_core::Memory;
     use imgtool_storage::Opening;
     use imgtool_testing::vma::{ArchiveBuilder, Slot, guest_content, slot};
 
@@ -333,7 +334,7 @@ mod tests {
     const SIZE: u64 = 200 * CLUSTER;
 
     fn open_file(path: &Path) -> Input {
-        imgtool_storage::open::open(&path.into(), Opening::Plain).expect("open").input
+        imgtool_storage::open::open(&path.into(), Opening::Plain, &Memory::default()).expect("open").input
     }
 
     fn random(source: &VmaSource) -> &dyn RandomAccess {

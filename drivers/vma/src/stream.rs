@@ -29,9 +29,9 @@ pub(crate) struct ArchiveStream {
 impl ArchiveStream {
     /// Creates a reader that starts at the first extent. `stream` must be positioned directly after the
     /// archive header.
-    pub(crate) fn new(stream: Stream, header: &Arc<ArchiveHeader>, options: &OpenOptions) -> Self {
-        let walker = Walker::new(stream, header, options);
-        Self { walker, extent: None, next_cluster: 0, ended: false }
+    pub(crate) fn new(stream: Stream, header: &Arc<ArchiveHeader>, options: &OpenOptions) -> Result<Self> {
+        let walker = Walker::new(stream, header, options)?;
+        Ok(Self { walker, extent: None, next_cluster: 0, ended: false })
     }
 }
 

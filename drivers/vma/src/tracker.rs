@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use imgtool_core::{Device, DeviceId, DeviceKind, Error, Remedy, Result};
+use imgtool_core::{Device, DeviceId, DeviceKind, Error, Lease, Memory, Remedy, Result};
 use roaring::RoaringBitmap;
 
 use crate::cluster::VmaCluster;
@@ -25,6 +25,16 @@ const CONTAINER_BITS: u32 = 16;
 /// memory.
 const MAX_CONTAINERS: usize = 1 << 20;
 
+/// Number of clusters read between two loans. Our choice: they add at most 8 MiB, all of them to containers of
+/// their own.
+const LOAN_INTERVAL: u32 = 1 << 16;
+
+/// Memory in bytes of a container besides its content. Measured with roaring 0.12.
+const CONTAINER_BYTES: u64 = 96;
+
+/// Purpose of the loan, for errors.
+const PURPOSE: &str = "the record of an archive's scattered clusters";
+
 /// Advice for an archive that contradicts itself.
 const DAMAGED: &str = "the archive is damaged: copy it again, or use another backup";
 
@@ -39,6 +49,10 @@ pub(crate) struct Tracker {
     since_compaction: u32,
     /// Number of containers of all devices together.
     containers: usize,
+    /// Number of clusters added since the memory was borrowed.
+    since_loan: u32,
+    /// Memory for the bitmaps.
+    memory: Lease,
 }
 
 struct DeviceTracker {
@@ -60,7 +74,8 @@ struct DeviceTracker {
 }
 
 impl Tracker {
-    pub(crate) fn new(header: &ArchiveHeader) -> Self {
+    /// Creates a tracker, which borrows from `memory`.
+    pub(crate) fn new(header: &ArchiveHeader, memory: &Memory) -> Result<Self> {
         let tracker_of = |device: &Device| DeviceTracker {
             id: device.id,
             name: device.name.clone(),
@@ -72,18 +87,27 @@ impl Tracker {
             seen: RoaringBitmap::new(),
             containers: RoaringBitmap::new(),
         };
-        Self {
+        Ok(Self {
             devices: header.devices.iter().map(tracker_of).collect(),
             ids: header.ids.clone(),
             state_in_order: true,
             since_compaction: 0,
             containers: 0,
-        }
+            since_loan: 0,
+            memory: memory.lease(0, PURPOSE)?,
+        })
     }
 
     /// Creates a tracker for salvage, which accepts guest state that continues after a gap.
-    pub(crate) fn lenient(header: &ArchiveHeader) -> Self {
-        Self { state_in_order: false, ..Self::new(header) }
+    pub(crate) fn lenient(header: &ArchiveHeader, memory: &Memory) -> Result<Self> {
+        Ok(Self { state_in_order: false, ..Self::new(header, memory)? })
+    }
+
+    /// Borrows the memory that the bitmaps take.
+    fn borrow(&mut self) -> Result<()> {
+        self.since_loan = 0;
+        let bitmaps = self.devices.iter().map(|device| device.seen.serialized_size() as u64).sum::<u64>();
+        self.memory.raise(bitmaps + self.containers as u64 * CONTAINER_BYTES, PURPOSE)
     }
 
     /// Checks all slots of an extent in order, and fills `clusters` from the slots that are not empty.
@@ -142,6 +166,10 @@ impl Tracker {
         let cluster = VmaCluster { device: device.id, number, mask: slot.mask, slot: index, start, len };
         if self.since_compaction >= COMPACT_INTERVAL {
             self.compact();
+        }
+        self.since_loan += 1;
+        if self.since_loan >= LOAN_INTERVAL {
+            self.borrow()?;
         }
         Ok(cluster)
     }

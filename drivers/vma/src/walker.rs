@@ -45,15 +45,15 @@ pub(crate) struct Walker<B> {
 impl<B: ArchiveBytes> Walker<B> {
     /// Creates a walker that starts at the first extent. `bytes` must be positioned directly after the
     /// archive header.
-    pub(crate) fn new(bytes: B, header: &Arc<ArchiveHeader>, options: &OpenOptions) -> Self {
-        Self {
+    pub(crate) fn new(bytes: B, header: &Arc<ArchiveHeader>, options: &OpenOptions) -> Result<Self> {
+        Ok(Self {
             bytes,
-            tracker: Tracker::new(header),
+            tracker: Tracker::new(header, &options.memory)?,
             clusters: Vec::new(),
             slots: [BlockInfo::default(); CLUSTERS_PER_EXTENT],
             header: Arc::clone(header),
             ignore_trailing: options.ignore_trailing,
-        }
+        })
     }
 
     /// Reads the next extent header and fills [`Walker::clusters`]. The caller must read or skip the data

@@ -10,8 +10,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use imgtool_core::error::escape_control;
 use imgtool_core::sync::lock;
 use imgtool_core::{
-    Attachment, CancelToken, Device, DeviceKind, Error, Lane, Location, Manifest, OpenOptions, Output,
-    Registry, Result, ResultExt, Slot,
+    Attachment, CancelToken, Device, DeviceKind, Error, Lane, Location, Manifest, Memory, OpenOptions,
+    Output, Registry, Result, ResultExt, Slot,
 };
 use imgtool_engine::{
     Destination, FormatOptions, Gauge, Layout, Monitor, Note, OpenSource, Opened, Phase, Plan, PlannedOutput,
@@ -41,9 +41,10 @@ pub(super) fn run(args: &VmaCreateArgs) -> Result<Exit, Failure> {
     let registry = imgtool::registry();
     let interrupt = Interrupt::listen()?;
     let attachments = args.configs.iter().map(|path| read_config(path)).collect::<Result<Vec<_>>>()?;
-    let disks = open_disks(args, &registry)?;
+    let memory = Memory::default().shared_by(args.drives.len() + args.disks.len());
+    let disks = open_disks(args, &registry, &memory)?;
     let devices = (0..).zip(&disks).map(|(number, disk)| disk.device(number)).collect();
-    let manifest = Manifest { devices, attachments: attachments.clone(), base: None };
+    let manifest = Manifest { devices, attachments: attachments.clone(), ..Manifest::default() };
     check_limits(&manifest)?;
 
     let mut outputs = Outputs::new();
@@ -52,7 +53,7 @@ pub(super) fn run(args: &VmaCreateArgs) -> Result<Exit, Failure> {
     }
     let mut archive = Archive::open(&args.file)?;
     let format = TargetFormat::new(registry.get("vma")?, options()?)?;
-    let plan = plan(disks, archive.destination.clone(), format, attachments, outputs, registry);
+    let plan = plan(disks, archive.destination.clone(), format, attachments, outputs, registry, memory);
     let command = Mutex::new(archive.command.take());
     let progress = Percent::new(&manifest, args.verbose, &interrupt, &command);
     let options = RunOptions {
@@ -84,6 +85,7 @@ fn plan(
     attachments: Vec<Attachment>,
     outputs: Outputs,
     registry: Registry,
+    memory: Memory,
 ) -> Plan {
     let select = |(source, disk): (usize, &Disk)| SelectedDisk {
         source,
@@ -106,6 +108,7 @@ fn plan(
         selected,
         outputs,
         registry,
+        memory,
     }
 }
 
@@ -160,7 +163,7 @@ impl Disk {
     }
 }
 
-fn open_disks(args: &VmaCreateArgs, registry: &Registry) -> Result<Vec<Disk>> {
+fn open_disks(args: &VmaCreateArgs, registry: &Registry, memory: &Memory) -> Result<Vec<Disk>> {
     if !args.drives.is_empty() && !args.disks.is_empty() {
         return Err(usage("Unexpected extra argument - specify all devices via '-d'"));
     }
@@ -176,17 +179,24 @@ fn open_disks(args: &VmaCreateArgs, registry: &Registry) -> Result<Vec<Disk>> {
             Some((name, path)) => (name.to_owned(), path),
             None => (format!("disk{index}"), disk),
         };
-        disks.push(open_disk(registry, name, Path::new(path), format)?);
+        disks.push(open_disk(registry, name, Path::new(path), format, memory)?);
     }
     Ok(disks)
 }
 
-fn open_disk(registry: &Registry, name: String, path: &Path, format: Option<&str>) -> Result<Disk> {
+fn open_disk(
+    registry: &Registry,
+    name: String,
+    path: &Path,
+    format: Option<&str>,
+    memory: &Memory,
+) -> Result<Disk> {
     let open = || -> Result<Opened> {
-        let input = imgtool_storage::open::open(&Location::from(path), Opening::Plain)?;
+        let input = imgtool_storage::open::open(&Location::from(path), Opening::Plain, memory)?;
         // The archive header contains the size of the disk, which is unknown for a FIFO.
         let input = input.cancelled_by(CancelToken::new()).spool()?;
-        open::open_image(registry, input, format, &OpenOptions::default())
+        let options = OpenOptions { memory: memory.clone(), ..OpenOptions::default() };
+        open::open_image(registry, input, format, &options)
     };
     let opened = open().map_err(|error| {
         let reason = match error.io_error() {

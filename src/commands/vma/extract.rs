@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use imgtool_core::{
-    Attachment, CancelToken, Device, DeviceKind, Error, Externals, ImageInfo, ImageSource, Location,
+    Attachment, CancelToken, Device, DeviceKind, Error, Externals, ImageInfo, ImageSource, Location, Memory,
     OpenOptions, Registry, Result, Slot,
 };
 use imgtool_engine::names::{self, Unique};
@@ -73,8 +73,9 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
         ..RunOptions::default()
     };
     let names_changed = extraction.notes;
+    let memory = archive.memory.clone();
     let sources = vec![source(archive, &registry)?];
-    let plan = Plan { layout, sources, selected, outputs, registry };
+    let plan = Plan { layout, sources, selected, outputs, registry, memory };
     let display = Display::new(ProgressMode::None, &interrupt);
     let done = plan.run(&options, &display).map_err(Failure::during(STEP))?;
     let is_printed =
@@ -107,6 +108,7 @@ fn source(archive: Archive, registry: &Registry) -> Result<OpenSource> {
         watch: archive.watch,
         externals: Externals::default(),
         image: archive.source,
+        bytes: None,
     };
     Ok(OpenSource { name: None, opened })
 }
@@ -276,7 +278,7 @@ impl<'a> Extraction<'a> {
         }
         // The content is replaced, so no external file of the image is needed.
         let options = OpenOptions { info_only: true, ..OpenOptions::default() };
-        let input = imgtool_storage::open::open(&Location::from(path), Opening::Plain)?;
+        let input = imgtool_storage::open::open(&Location::from(path), Opening::Plain, &Memory::default())?;
         let input = input.cancelled_by(CancelToken::new());
         engine_open::open_image(self.registry, input, format, &options)
     }

@@ -26,8 +26,16 @@ pub(super) fn run(file: &Path, verbose: bool) -> Result<Exit, Failure> {
     let tally = Tally::new(&archive.source.info().devices);
     let taps: &[&dyn Tap] = if verbose { &[&tally] } else { &[] };
     let threads = ThreadArgs::default().count();
-    digest::read_all(&*archive.source, Lane(0), taps, threads, &NoProgress, interrupt.token())
-        .map_err(Failure::during(STEP))?;
+    digest::read_all(
+        &*archive.source,
+        Lane(0),
+        taps,
+        threads,
+        &NoProgress,
+        interrupt.token(),
+        &archive.memory,
+    )
+    .map_err(Failure::during(STEP))?;
     archive.watch.iter().flat_map(FileWatch::changes).for_each(|change| note(&change));
     if verbose {
         report::print(&tally.totals())?;

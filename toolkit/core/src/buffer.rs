@@ -66,6 +66,11 @@ impl BufferPool {
         Self::default()
     }
 
+    /// Frees all idle buffers.
+    pub fn clear(&self) {
+        lock(&self.free).clear();
+    }
+
     /// Returns a buffer of `len` bytes with arbitrary content, possibly from an earlier use.
     ///
     /// The caller must bound `len` if it comes from a file.

@@ -158,6 +158,11 @@ impl Disk {
         is_within.then(|| deeper(|| self.random().ok()?.locate(self.device, range))).flatten()
     }
 
+    /// See [`RandomAccess::reader_memory`].
+    pub fn reader_memory(&self) -> u64 {
+        self.random().map_or(0, |random| random.reader_memory(self.device))
+    }
+
     /// Returns the unit, in bytes, in which reads are cheapest.
     pub fn read_granule(&self) -> u64 {
         self.random().map_or(1, |random| deeper(|| random.read_granule(self.device)))

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::external::{BackingName, OpenOptions};
 use crate::input::Input;
 use crate::manifest::Manifest;
+use crate::memory::TableMemory;
 use crate::options::{CreateOptions, OptionSpec};
 use crate::output::Output;
 use crate::sink::ImageSink;
@@ -76,6 +77,11 @@ pub trait ImageWriter: Send + Sync {
     /// image, whose file name is `main`. The caller checks all names before it creates any output.
     fn companions(&self, _main: &str, _manifest: &Manifest) -> Vec<String> {
         Vec::new()
+    }
+
+    /// Returns the memory that the tables of an image need while it is written; nothing by default.
+    fn tables(&self, _manifest: &Manifest) -> TableMemory {
+        TableMemory::default()
     }
 
     /// Predicts the size of an image created from `source`. Unsupported by default.

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result, escape_control};
 use crate::input::Input;
 use crate::location::{Location, Url};
+use crate::memory::Memory;
 use crate::remedy::Remedy;
 use crate::source::ImageSource;
 use crate::stack::deeper;
@@ -34,6 +35,8 @@ pub struct OpenOptions {
     pub info_stream_len: u64,
     /// The opener of external files.
     pub externals: Externals,
+    /// Ledger from which the image's tables and caches borrow.
+    pub memory: Memory,
 }
 
 /// Opens the external files of images, if the user allowed them.

@@ -200,6 +200,10 @@ impl ReadAt for Section {
     fn granule(&self) -> u64 {
         self.source.granule()
     }
+
+    fn release(&self) {
+        self.source.release();
+    }
 }
 
 /// A [`Read`] that reads a [`ReadAt`] in order, from its start to its end.

@@ -14,6 +14,9 @@ pub struct Manifest {
     /// Disk of the backing image that [`crate::ImageWriter::backing`] names, if the caller opened it. The new
     /// image does not store content that this disk already contains.
     pub base: Option<Disk>,
+    /// Memory in bytes for the tables of the image, within the bounds of [`crate::ImageWriter::tables`];
+    /// `None` for the upper bound. It may decide the layout of the image.
+    pub tables: Option<u64>,
 }
 
 impl Manifest {

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use crate::error::{Error, Result};
 use crate::input::{Input, ReadAt, retry};
 use crate::location::Location;
+use crate::memory::Memory;
 use crate::sync::lock;
 use crate::zero::zero_slices;
 
@@ -59,7 +60,7 @@ pub trait WriteAt: Send + Sync {
     }
 
     /// Opens the target for reading.
-    fn reopen(&self) -> io::Result<Arc<dyn ReadAt>>;
+    fn reopen(&self, memory: &Memory) -> io::Result<Arc<dyn ReadAt>>;
 }
 
 /// Target of an image's bytes. Clones share the target and can write from several threads.
@@ -300,9 +301,9 @@ impl Output {
     ///
     /// # Errors
     /// [`crate::ErrorKind::Unsupported`] for a stream.
-    pub fn reopen(&self) -> Result<Input> {
+    pub fn reopen(&self, memory: &Memory) -> Result<Input> {
         let Some(target) = self.positional() else { return Err(self.not_readable()) };
-        let bytes = target.reopen().map_err(|e| Error::io("open again", e).path(self.location()))?;
+        let bytes = target.reopen(memory).map_err(|e| Error::io("open again", e).path(self.location()))?;
         Ok(Input::from_read_at(self.location(), bytes))
     }
 

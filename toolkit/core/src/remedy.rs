@@ -79,6 +79,11 @@ pub enum Remedy {
     RenameDevice,
     /// Read the stream to its end to learn the missing facts.
     ReadAll,
+    /// Allow this much memory ([`crate::Memory::new`]).
+    AllowMemory {
+        /// Limit in bytes that suffices for the refused step; a multiple of 1 MiB.
+        bytes: u64,
+    },
 }
 
 impl From<String> for Remedy {
@@ -133,6 +138,7 @@ impl fmt::Display for Remedy {
             }
             Self::RenameDevice => f.write_str("give the device another name"),
             Self::ReadAll => f.write_str("read the stream to its end"),
+            Self::AllowMemory { bytes } => write!(f, "allow {} MiB of memory", bytes >> 20),
         }
     }
 }

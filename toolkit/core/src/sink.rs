@@ -199,6 +199,12 @@ pub trait Consumer: Send + Sync {
     /// other consumer returns [`Prepared::consumed`].
     fn prepare(&self, piece: SinkPiece, pool: &BufferPool) -> Result<Prepared>;
 
+    /// Returns the memory in bytes that a thread in [`Consumer::prepare`] needs besides the piece and its
+    /// encoded form: a compressor.
+    fn worker_memory(&self) -> u64 {
+        0
+    }
+
     /// Receives a result of [`Consumer::prepare`]. If [`Geometry::ordered`], the pipeline calls it in source
     /// order and from one thread at a time. For a sink, the pipeline calls [`ImageSink::place`] instead.
     fn settle(&self, _prepared: &Prepared) -> Result<()> {

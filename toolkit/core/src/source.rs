@@ -102,6 +102,12 @@ pub trait RandomAccess: Send + Sync {
         1
     }
 
+    /// Returns the memory in bytes that a thread in [`RandomAccess::read_at`] needs besides the buffer: a
+    /// decoder.
+    fn reader_memory(&self, _device: DeviceId) -> u64 {
+        0
+    }
+
     /// Returns a file range that stores guest bytes from `range.start` on, contiguous and uncompressed, for
     /// copies inside the kernel. It may be shorter than `range`. Returns `None` if no file stores them in
     /// this form.
@@ -131,6 +137,12 @@ pub trait StreamAccess: Send {
     /// If the stream is damaged, ends early or continues after the end of its content. After an error, the
     /// caller must not call it again.
     fn next_piece(&mut self, pool: &BufferPool) -> Result<Option<Piece>>;
+
+    /// True if the pieces of each device come in ascending order and without gaps, so that no piece has to be
+    /// kept until its neighbours arrive.
+    fn in_order(&self) -> bool {
+        false
+    }
 
     /// Returns the size in bytes of an open-ended device ([`Device::open_ended`]), after the stream has
     /// ended.

@@ -123,6 +123,7 @@ fn digest(
         threads: request.threads,
         progress: &counter,
         cancel: cancel.clone(),
+        memory: request.options.memory.clone(),
     };
     pipeline::copy(&*opened.image, &job).in_file(&opened.location)?;
     monitor.end();

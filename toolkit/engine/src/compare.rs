@@ -9,8 +9,8 @@ use std::sync::Mutex;
 use imgtool_core::sync::lock;
 use imgtool_core::zero::is_zero;
 use imgtool_core::{
-    Buffer, BufferPool, CancelToken, Consumer, Device, Disk, Error, Geometry, Lane, Location, Prepared,
-    Result, ResultExt, SinkDevice, SinkPiece,
+    Buffer, BufferPool, CancelToken, Consumer, Device, Disk, Error, Geometry, Lane, Location, Memory,
+    Prepared, Result, ResultExt, SinkDevice, SinkPiece,
 };
 
 use crate::monitor::{Counter, LaneInfo, Monitor, Phase};
@@ -78,7 +78,7 @@ pub fn pair_devices(first: &Opened, second: &Opened, names: &[String]) -> Result
 }
 
 /// Returns the index of the pair and the guest offset of the first difference in content, if any. One of the
-/// images may be a stream. If the devices of a pair differ in size, the tail of the longer one must be zero.
+/// images may be a stream. The comparison borrows from `memory`. If the devices of a pair differ in size, the tail of the longer one must be zero.
 ///
 /// # Errors
 /// If an image can't be read, or both are streams.
@@ -89,12 +89,13 @@ pub fn first_difference(
     threads: usize,
     monitor: &dyn Monitor,
     cancel: &CancelToken,
+    memory: &Memory,
 ) -> Result<Option<(usize, u64)>> {
     if second.image.access().is_stream() {
         let pairs: Vec<DevicePair> = pairs.iter().map(DevicePair::swapped).collect();
-        return compare(second, first, &pairs, threads, monitor, cancel);
+        return compare(second, first, &pairs, threads, monitor, cancel, memory);
     }
-    compare(first, second, pairs, threads, monitor, cancel)
+    compare(first, second, pairs, threads, monitor, cancel, memory)
 }
 
 /// Compares `stepped`, which the pipeline reads, with `other`, which needs random access.
@@ -105,6 +106,7 @@ fn compare(
     threads: usize,
     monitor: &dyn Monitor,
     cancel: &CancelToken,
+    memory: &Memory,
 ) -> Result<Option<(usize, u64)>> {
     let lanes =
         pairs.iter().map(|pair| LaneInfo { name: pair.name.clone(), total: Some(pair.first.size) }).collect();
@@ -123,6 +125,7 @@ fn compare(
         threads,
         progress: &counter,
         cancel: comparer.cancel.clone(),
+        memory: memory.clone(),
     };
     let copied = pipeline::copy(&*stepped.image, &job).in_file(&stepped.location);
     let found = match (comparer.difference(), copied) {
@@ -280,6 +283,10 @@ impl Consumer for Comparer<'_> {
             max_zero_len: MAX_ZERO_LEN,
             ordered: false,
         }
+    }
+
+    fn worker_memory(&self) -> u64 {
+        PIECE_LEN + self.disks.iter().map(Disk::reader_memory).max().unwrap_or(0)
     }
 
     fn prepare(&self, piece: SinkPiece, _pool: &BufferPool) -> Result<Prepared> {

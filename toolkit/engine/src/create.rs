@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use imgtool_core::{CancelToken, Error, ImageSource, Location, Measure, OpenOptions, Registry, Result};
+use imgtool_core::{
+    CancelToken, Error, ImageSource, Location, Measure, Memory, OpenOptions, Registry, Result,
+};
 use imgtool_storage::Outputs;
 
 use crate::blank::Blank;
@@ -38,7 +40,7 @@ pub fn backing_size(registry: &Registry, location: &Location, format: &TargetFor
     let base = sinks::backing_path(location, &backing.name)?;
     // Facts suffice, so the driver opens no further backing images.
     let options = OpenOptions { info_only: true, ..OpenOptions::default() };
-    let input = imgtool_storage::open::open(&base, imgtool_storage::Opening::Plain)?;
+    let input = imgtool_storage::open::open(&base, imgtool_storage::Opening::Plain, &options.memory)?;
     let opened = open::open_image(registry, input, Some(&backing.format), &options)?;
     match opened.image.info().devices.as_slice() {
         [device] => Ok(Some(device.size)),
@@ -76,6 +78,7 @@ pub fn create(
         sources: vec![source],
         outputs: Outputs::new(),
         registry: registry.clone(),
+        memory: Memory::default(),
     };
     let options = RunOptions {
         threads: 1,

@@ -11,8 +11,8 @@ use std::sync::Mutex;
 use imgtool_core::sync::lock;
 use imgtool_core::zero::{ZERO_GRANULARITY, is_zero};
 use imgtool_core::{
-    BufferPool, CancelToken, Consumer, Geometry, ImageSource, Lane, Prepared, Progress, Result, SinkDevice,
-    SinkPiece,
+    BufferPool, CancelToken, Consumer, Geometry, ImageSource, Lane, Memory, Prepared, Progress, Result,
+    SinkDevice, SinkPiece,
 };
 use twox_hash::XxHash3_128;
 
@@ -83,9 +83,10 @@ pub fn digest_source(
     threads: usize,
     progress: &dyn Progress,
     cancel: CancelToken,
+    memory: &Memory,
 ) -> Result<ContentDigest> {
     let digest = ContentDigest::new();
-    read_all(source, first_lane, &[&digest], threads, progress, cancel)?;
+    read_all(source, first_lane, &[&digest], threads, progress, cancel, memory)?;
     Ok(digest)
 }
 
@@ -101,6 +102,7 @@ pub fn read_all(
     threads: usize,
     progress: &dyn Progress,
     cancel: CancelToken,
+    memory: &Memory,
 ) -> Result<()> {
     let devices = (0..).zip(&source.info().devices);
     let routes = devices
@@ -112,7 +114,8 @@ pub fn read_all(
         })
         .collect();
     let targets = vec![Target::Consumer(&Discard)];
-    pipeline::copy(source, &Job { targets, routes, taps: taps.to_vec(), threads, progress, cancel }).map(drop)
+    let (taps, memory) = (taps.to_vec(), memory.clone());
+    pipeline::copy(source, &Job { targets, routes, taps, threads, progress, cancel, memory }).map(drop)
 }
 
 /// Consumer that discards all pieces, for reading an image to its end.

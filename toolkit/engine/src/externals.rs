@@ -9,7 +9,8 @@ use imgtool_core::error::escape_control;
 use imgtool_core::external::refusal;
 use imgtool_core::sync::lock;
 use imgtool_core::{
-    Error, ExternalOpener, Externals, ImageSource, Input, Location, OpenOptions, Output, Registry, Result,
+    Error, ExternalOpener, Externals, ImageSource, Input, Location, Memory, OpenOptions, Output, Registry,
+    Result,
 };
 use imgtool_storage::open::{OpenInput, Opening};
 use imgtool_storage::os::{self, DirectoryHandle, FileId};
@@ -78,16 +79,16 @@ struct Admission {
 }
 
 impl SuppliedFile {
-    fn open(&self) -> Result<Input> {
+    fn open(&self, memory: &Memory) -> Result<Input> {
         match self {
-            Self::Output(output) => output.reopen(),
-            Self::Path(path) => Ok(open_plain(path)?.input),
+            Self::Output(output) => output.reopen(memory),
+            Self::Path(path) => Ok(open_plain(path, memory)?.input),
         }
     }
 }
 
-fn open_plain(path: &Path) -> Result<OpenInput> {
-    imgtool_storage::open::open(&path.into(), Opening::Plain)
+fn open_plain(path: &Path, memory: &Memory) -> Result<OpenInput> {
+    imgtool_storage::open::open(&path.into(), Opening::Plain, memory)
 }
 
 /// Opens the files that images name, as far as the policy allows.
@@ -108,6 +109,8 @@ pub struct PolicyOpener {
     images: Arc<Mutex<Vec<(Location, FileId)>>>,
     /// Supplied files by name. They apply only to the first image of the chain.
     supplied: BTreeMap<String, SuppliedFile>,
+    /// Ledger from which the opened files borrow.
+    memory: Memory,
 }
 
 impl PolicyOpener {
@@ -122,7 +125,14 @@ impl PolicyOpener {
             opened: Arc::default(),
             images: Arc::default(),
             supplied: BTreeMap::new(),
+            memory: Memory::default(),
         }
+    }
+
+    /// Lets the opened files borrow from `memory`.
+    #[must_use]
+    pub fn borrowing(&self, memory: &Memory) -> Self {
+        Self { memory: memory.clone(), ..self.clone() }
     }
 
     /// Returns an opener with the same policy that opens `supplied` files for the names in an image.
@@ -146,14 +156,14 @@ impl PolicyOpener {
     fn open_allowed(&self, role: &str, name: &str, from: &Location) -> Result<(Input, Self)> {
         let Admission { path, allowed, below } = self.admit(role, name, from)?;
         let open = match allowed {
-            Allowed::Named(named) => open_plain(&named)?,
+            Allowed::Named(named) => open_plain(&named, &self.memory)?,
             Allowed::Beneath(directory, relative) => {
                 let opened = directory.handle.open_beneath(&relative);
                 let file = opened.map_err(|e| moved(role, name, from, e))?;
                 if !file.metadata().is_ok_and(|meta| meta.is_file()) {
                     return Err(refusal(role, name, from));
                 }
-                imgtool_storage::open::from_file(Location::from(&path), file)?
+                imgtool_storage::open::from_file(Location::from(&path), file, &self.memory)?
             }
         };
         if let Some(id) = open.identity.as_ref().and_then(Identity::id) {
@@ -252,7 +262,7 @@ impl ExternalOpener for PolicyOpener {
         options: &OpenOptions,
     ) -> Result<Arc<dyn ImageSource>> {
         let (input, below) = match self.supplied.get(name) {
-            Some(supplied) => (supplied.open()?, Self { supplied: BTreeMap::new(), ..self.clone() }),
+            Some(supplied) => (supplied.open(&self.memory)?, Self { supplied: BTreeMap::new(), ..self.clone() }),
             None => self.open_allowed(role, name, from)?,
         };
         let options = OpenOptions { externals: below.externals(), snapshot: None, ..options.clone() };
@@ -261,7 +271,7 @@ impl ExternalOpener for PolicyOpener {
 
     fn open_file(&self, role: &str, name: &str, from: &Location) -> Result<Input> {
         match self.supplied.get(name) {
-            Some(supplied) => supplied.open(),
+            Some(supplied) => supplied.open(&self.memory),
             None => Ok(self.open_allowed(role, name, from)?.0),
         }
     }

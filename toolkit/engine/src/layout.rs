@@ -106,6 +106,7 @@ impl PlannedOutput {
             devices: (0..).zip(&self.disks).map(device).collect(),
             attachments: self.attachments.clone(),
             base: None,
+            tables: None,
         }
     }
 }

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imgtool_core::{
-    CancelToken, Confidence, Device, Driver, Error, Externals, ImageSource, Location, OpenOptions, Registry,
-    Remedy, Result, suggest,
+    CancelToken, Confidence, Device, Driver, Error, Externals, ImageSource, Input, Location, Memory,
+    OpenOptions, RandomInput, Registry, Remedy, Result, suggest,
 };
 use imgtool_storage::open::{OpenInput, Opening};
 use imgtool_storage::{Compression, FileWatch, Identity, outer};
@@ -36,6 +36,8 @@ pub struct Opened {
     pub externals: Externals,
     /// The open image.
     pub image: Arc<dyn ImageSource>,
+    /// Bytes of the image, for [`Opened::release`], unless they are a stream.
+    pub bytes: Option<RandomInput>,
 }
 
 impl Opened {
@@ -51,7 +53,13 @@ impl Opened {
             watch: None,
             externals: Externals::default(),
             image: Arc::new(image),
+            bytes: None,
         }
+    }
+
+    /// Frees the decoded bytes that were kept for further reads. The image stays readable.
+    pub fn release(&self) {
+        self.bytes.iter().for_each(RandomInput::release);
     }
 
     /// Returns the devices with these names; all devices if `names` is empty.
@@ -102,17 +110,23 @@ pub fn resolve(image: &Location, name: &str) -> Option<Location> {
 }
 
 /// Opens the bytes of an image and removes outer compression. If the user states the `format` raw, in which
-/// any content is legal, only the file extensions determine the compression.
+/// any content is legal, only the file extensions determine the compression. Decoders borrow from `memory`.
 ///
 /// # Errors
 /// If the input can't be opened, or its content contradicts those extensions;
 /// [`imgtool_core::ErrorKind::Usage`] for an unknown `format`;
 /// [`imgtool_core::ErrorKind::Unsupported`] for content in a foreign format.
-pub fn open_input(registry: &Registry, location: &Location, format: Option<&str>) -> Result<OpenInput> {
+pub fn open_input(
+    registry: &Registry,
+    location: &Location,
+    format: Option<&str>,
+    memory: &Memory,
+) -> Result<OpenInput> {
     let driver = format.map(|name| foreign::driver(registry, name)).transpose()?;
     let is_verbatim = driver.is_some_and(|driver| driver.capabilities().verbatim);
     let opening = if is_verbatim { Opening::ByName } else { Opening::ByContent };
-    let open = imgtool_storage::open::open(location, opening).map_err(|e| missing::explain(e, location))?;
+    let open =
+        imgtool_storage::open::open(location, opening, memory).map_err(|e| missing::explain(e, location))?;
     if format.is_none()
         && let Some(name) = foreign::by_content(&open.input.head()?)
     {
@@ -135,7 +149,7 @@ pub fn open(
     options: &OpenOptions,
     cancel: &CancelToken,
 ) -> Result<Opened> {
-    let input = open_input(registry, location, format)?.cancelled_by(cancel.clone());
+    let input = open_input(registry, location, format, &options.memory)?.cancelled_by(cancel.clone());
     open_image(registry, input, format, options)
 }
 
@@ -150,7 +164,8 @@ pub fn open_random(
     options: &OpenOptions,
     cancel: &CancelToken,
 ) -> Result<Opened> {
-    let input = open_input(registry, location, format)?.cancelled_by(cancel.clone()).spool()?;
+    let input =
+        open_input(registry, location, format, &options.memory)?.cancelled_by(cancel.clone()).spool()?;
     open_image(registry, input, format, options)
 }
 
@@ -185,15 +200,21 @@ fn open_located(
         (false, true) => input.spool_for_facts()?,
         (false, false) => input.spool()?,
     };
-    let OpenInput { input, compression, stored_len, spooled, identity, watch } = input;
+    let OpenInput { input, compression, stored_len, spooled, identity, watch, memory: _ } = input;
     let location = input.location().clone();
     let options = with_opener(registry, options);
     if let Some(id) = identity.as_ref().and_then(Identity::id) {
         options.externals.image_opened(&location, id);
     }
+    let (input, bytes) = if input.is_stream() {
+        (input, None)
+    } else {
+        let bytes = input.into_random()?;
+        (Input::from(bytes.clone()), Some(bytes))
+    };
     let image = driver.open(input, &options)?;
     let externals = options.externals;
-    Ok(Opened { location, driver, compression, stored_len, spooled, identity, watch, externals, image })
+    Ok(Opened { location, driver, compression, stored_len, spooled, identity, watch, externals, image, bytes })
 }
 
 /// Adds an opener to options without one: a container needs it for its members, even if no other file is
@@ -201,7 +222,8 @@ fn open_located(
 fn with_opener(registry: &Registry, options: &OpenOptions) -> OpenOptions {
     let mut options = options.clone();
     if options.externals.is_empty() {
-        options.externals = PolicyOpener::new(registry.clone(), ExternalPolicy::default()).externals();
+        let opener = PolicyOpener::new(registry.clone(), ExternalPolicy::default());
+        options.externals = opener.borrowing(&options.memory).externals();
     }
     options
 }

@@ -5,9 +5,10 @@
 //! for each output, except for block devices). There are no dedicated reader or writer threads: a worker that
 //! submits a piece while no other writes becomes the writer. With one thread, the loop is a plain copy.
 //!
-//! Memory is bounded: a worker takes a new task only if fewer than `window_per_thread` pieces per worker are
-//! in flight.
+//! Memory is bounded: the workers and the pieces in flight borrow from the ledger of the run before the copy
+//! begins, and a worker takes a new task only if fewer pieces are in flight.
 
+mod crew;
 mod flush;
 mod order;
 mod plan;
@@ -20,10 +21,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use imgtool_core::sync::{into_inner, lock};
 use imgtool_core::{
-    Access, BufferPool, CancelToken, DeviceId, Error, ImageSource, Lane, Progress, RandomAccess, Result,
-    ResultExt, SinkDevice, SinkPiece, StreamAccess,
+    Access, BufferPool, CancelToken, DeviceId, Error, ImageSource, Lane, Memory, Progress, RandomAccess,
+    Result, ResultExt, SinkDevice, SinkPiece, StreamAccess,
 };
 
+use crew::Crew;
 use flush::Flusher;
 use order::Orderer;
 use plan::{Plan, ReadTask};
@@ -31,23 +33,6 @@ use regroup::Regroup;
 use share::BlockSharing;
 use target::Targets;
 pub use target::{Tap, Target};
-
-/// Returns the maximum number of pieces in flight per worker. Our limit: with two, a worker can continue
-/// while a slow piece delays the next. With small pieces, a larger window wakes a waiting worker less often
-/// (measured: a copy in memory takes 2 % less time with 8 than with 3).
-fn window_per_thread(largest_piece: u64) -> u64 {
-    (WINDOW_BYTES / largest_piece.max(1)).clamp(3, 8)
-}
-
-/// Number of bytes in flight per worker beyond which the window shrinks to three pieces. Our limit.
-const WINDOW_BYTES: u64 = 2 << 20;
-
-/// Maximum size in bytes of all buffers in flight. Our limit: half of the memory budget of a conversion. If
-/// large pieces would exceed it, fewer workers run.
-const BUFFER_BUDGET: u64 = 128 << 20;
-
-/// Maximum number of worker threads. Our limit: with more, placing pieces in order is the bottleneck.
-const MAX_THREADS: usize = 64;
 
 /// Route of one device from the source to a target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +62,8 @@ pub struct Job<'a> {
     pub progress: &'a dyn Progress,
     /// Token that cancels the copy.
     pub cancel: CancelToken,
+    /// Ledger from which workers and pieces borrow.
+    pub memory: Memory,
 }
 
 /// Numbers of bytes copied.
@@ -99,12 +86,33 @@ impl std::ops::Add for Totals {
     }
 }
 
+/// Refuses a copy for which the memory does not suffice. Reads and writes nothing.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::LimitExceeded`] with the limit that would suffice.
+pub fn check_memory(source: &dyn ImageSource, job: &Job<'_>) -> Result<()> {
+    let targets = Targets::new(job)?;
+    let devices = &source.info().devices;
+    match source.access() {
+        Access::Random(random) => {
+            let all: Vec<usize> = (0..job.routes.len()).collect();
+            let plan = Plan::new(random, &targets, devices, &all);
+            Crew::hire(job, source.access(), plan.largest_piece()).map(drop)
+        }
+        Access::Stream(stream) => {
+            let regroup = Regroup::new(&targets, devices, lock(stream).in_order())?;
+            Crew::hire(job, source.access(), regroup.largest_piece()).map(drop)
+        }
+    }
+}
+
 /// Copies the content of `source` into the targets. Calls neither [`imgtool_core::ImageSink::begin`] nor
 /// [`imgtool_core::ImageSink::finish`], since several sources may fill one sink.
 ///
 /// # Errors
 /// The first error of source, target or storage; [`imgtool_core::ErrorKind::Cancelled`];
-/// [`imgtool_core::ErrorKind::Usage`] for an invalid route.
+/// [`imgtool_core::ErrorKind::Usage`] for an invalid route; [`imgtool_core::ErrorKind::LimitExceeded`] if the
+/// memory does not suffice.
 pub fn copy(source: &dyn ImageSource, job: &Job<'_>) -> Result<Totals> {
     let info = source.info();
     if let Some(route) = job.routes.iter().find(|route| info.device(route.from).is_none()) {
@@ -115,9 +123,9 @@ pub fn copy(source: &dyn ImageSource, job: &Job<'_>) -> Result<Totals> {
         Access::Random(random) => {
             let (shared, left) = share::share_blocks(random, &targets, &info.devices)?;
             let plan = Plan::new(random, &targets, &info.devices, &left);
-            let largest = plan.largest_piece();
+            let crew = Crew::hire(job, source.access(), plan.largest_piece())?;
             let sharing = BlockSharing::new(random, &targets, &info.devices);
-            let (copied, _) = run(Producer::Random(plan), Some(random), &targets, largest, sharing)?;
+            let (copied, _) = run(Producer::Random(plan), Some(random), &targets, &crew, sharing)?;
             Ok(shared + copied)
         }
         Access::Stream(stream) => {
@@ -126,11 +134,12 @@ pub fn copy(source: &dyn ImageSource, job: &Job<'_>) -> Result<Totals> {
             if job.routes.iter().any(twice) {
                 return Err(Error::usage("a stream can feed each device to only one target"));
             }
+            let access = source.access();
             let mut stream = lock(stream);
-            let regroup = Regroup::new(&targets, &info.devices);
-            let largest = regroup.largest_piece();
+            let regroup = Regroup::new(&targets, &info.devices, stream.in_order())?;
+            let crew = Crew::hire(job, access, regroup.largest_piece())?;
             let producer = Producer::Stream { stream: &mut *stream, regroup, ended: false };
-            let (totals, producer) = run(producer, None, &targets, largest, BlockSharing::default())?;
+            let (totals, producer) = run(producer, None, &targets, &crew, BlockSharing::default())?;
             if let Producer::Stream { stream, .. } = producer {
                 for route in &job.routes {
                     if let Some(size) = stream.final_size(route.from) {
@@ -204,15 +213,13 @@ fn run<'a, 'p>(
     producer: Producer<'p>,
     random: Option<&'a dyn RandomAccess>,
     targets: &'a Targets<'a>,
-    largest_piece: u64,
+    crew: &Crew,
     sharing: BlockSharing<'a>,
 ) -> Result<(Totals, Producer<'p>)> {
-    let window = window_per_thread(largest_piece);
-    let threads = worker_count(targets.job().threads, largest_piece, window);
     let shared = Shared {
         producer: Mutex::new((0, producer)),
         random,
-        orderer: Orderer::new(targets, threads * window as usize, sharing),
+        orderer: Orderer::new(targets, crew.window, sharing),
         targets,
         pool: BufferPool::new(),
         stop: AtomicBool::new(false),
@@ -220,7 +227,7 @@ fn run<'a, 'p>(
         guest_bytes: AtomicU64::new(0),
         zero_bytes: AtomicU64::new(0),
     };
-    run_workers(&shared, threads);
+    run_workers(&shared, crew.threads);
     if let Some(error) = lock(&shared.error).take() {
         return Err(error);
     }
@@ -230,18 +237,6 @@ fn run<'a, 'p>(
     };
     let (_, producer) = into_inner(shared.producer);
     Ok((totals, producer))
-}
-
-/// Returns the number of workers: `requested` (0 means one per processor), but no more than [`MAX_THREADS`]
-/// and [`BUFFER_BUDGET`] allow.
-fn worker_count(requested: usize, largest_piece: u64, window: u64) -> usize {
-    // A piece may be in memory twice: as read and as encoded.
-    let affordable = BUFFER_BUDGET / (largest_piece.max(1) * 2 * window);
-    let threads = match requested {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        threads => threads,
-    };
-    threads.clamp(1, MAX_THREADS).min(usize::try_from(affordable).unwrap_or(1).max(1))
 }
 
 /// Runs the workers, the calling thread among them, and the flusher until all have ended.

@@ -1,7 +1,9 @@
 //! [`Request`], everything that a user can request of a conversion, and [`OpenConversion`], the request with
 //! its sources open.
 
-use imgtool_core::{Attachment, CancelToken, Compress, Error, Location, OpenOptions, Registry, Result};
+use imgtool_core::{
+    Attachment, CancelToken, Compress, Error, Location, Memory, OpenOptions, Registry, Result,
+};
 use imgtool_storage::Outputs;
 
 use crate::externals::{ExternalPolicy, PolicyOpener};
@@ -60,6 +62,8 @@ pub struct OpenSettings {
     pub snapshot: Option<String>,
     /// Policy for the external files of images.
     pub policy: ExternalPolicy,
+    /// Ledger from which all parts of the conversion borrow.
+    pub memory: Memory,
 }
 
 impl OpenSettings {
@@ -70,7 +74,8 @@ impl OpenSettings {
             force: self.force,
             ignore_trailing: self.ignore_trailing,
             snapshot: self.snapshot.clone(),
-            externals: opener.externals(),
+            externals: opener.borrowing(&self.memory).externals(),
+            memory: self.memory.clone(),
             ..OpenOptions::default()
         }
     }
@@ -220,6 +225,7 @@ impl OpenConversion<'_> {
             selected: self.selected,
             outputs: self.outputs,
             registry: self.registry.clone(),
+            memory: self.request.open.memory.clone(),
         })
     }
 }

@@ -4,8 +4,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use imgtool_core::memory::shares;
 use imgtool_core::{
-    CancelToken, DeviceId, Error, Lane, Loss, OpenOptions, Output, Registry, Result, ResultExt, SinkDevice,
+    CancelToken, DeviceId, Error, Lane, Lease, Loss, Memory, OpenOptions, Output, Registry, Result,
+    ResultExt, SinkDevice, TableMemory,
 };
 use imgtool_storage::{Outputs, os};
 
@@ -33,7 +35,13 @@ pub struct Plan {
     pub outputs: Outputs,
     /// Registry of drivers.
     pub registry: Registry,
+    /// Ledger from which all parts of the run borrow.
+    pub memory: Memory,
 }
+
+/// Memory in bytes for the smallest copy of any format, which the tables must leave free: a worker with two
+/// buffers of 4 MiB and a compressor.
+const COPY_FLOOR: u64 = 16 << 20;
 
 /// Settings for running a plan.
 #[derive(Debug, Clone, Default)]
@@ -65,17 +73,22 @@ impl Plan {
     pub fn run(mut self, options: &RunOptions<'_>, monitor: &dyn Monitor) -> Result<Report> {
         monitor.outputs(self.outputs.cleaner());
         self.check(options)?;
+        let (shares, tables) = self.lease_tables()?;
         if let Some(directory) = &self.layout.directory {
             self.outputs.directory(directory)?;
         }
+        let memory = self.memory.shared_by(self.layout.outputs.len());
         let base_opener = PolicyOpener::new(self.registry.clone(), options.base_policy.clone());
-        let base_options = OpenOptions { externals: base_opener.externals(), ..OpenOptions::default() };
+        let base_opener = base_opener.borrowing(&memory);
+        let base_options =
+            OpenOptions { externals: base_opener.externals(), memory, ..OpenOptions::default() };
         let settings = SinkSettings {
             registry: &self.registry,
             base_options: &base_options,
             force: options.force,
             overwrite: self.layout.overwrite,
             without_content: options.without_content,
+            shares: &shares,
         };
         let sinks = sinks::open_sinks(&self.layout, &self.selected, &mut self.outputs, settings)?;
         let in_place: Vec<Output> = sinks
@@ -83,7 +96,7 @@ impl Plan {
             .map(|open| open.output.clone())
             .filter(|output| output.capacity().is_some())
             .collect();
-        let result = self.fill(&sinks, &base_opener, options, monitor);
+        let result = self.fill(&sinks, tables, &base_opener, options, monitor);
         if result.is_err() {
             for output in in_place.iter().filter(|output| output.was_changed()) {
                 monitor.left_incomplete(output.location());
@@ -125,10 +138,27 @@ impl Plan {
         if options.force { Ok(()) } else { space::check(&self.layout, &self.sources, &self.selected) }
     }
 
-    /// Fills the outputs and gives them their names.
+    /// Borrows the memory for the tables of all outputs. Returns the share of each output.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::LimitExceeded`] if less is free, or nothing would be left for a copy.
+    fn lease_tables(&self) -> Result<(Vec<u64>, Lease)> {
+        let outputs = self.layout.outputs.iter();
+        let needs: Vec<TableMemory> =
+            outputs.map(|output| sinks::table_memory(output, &self.selected)).collect::<Result<_>>()?;
+        let shares = shares(self.memory.tables(), &needs);
+        let sum = shares.iter().fold(0, |sum: u64, share| sum.saturating_add(*share));
+        let purpose = format_args!("the tables of {} outputs", shares.len());
+        let mut lease = self.memory.lease(sum.saturating_add(COPY_FLOOR), purpose)?;
+        lease.lower(sum);
+        Ok((shares, lease))
+    }
+
+    /// Fills the outputs and gives them their names. `tables` is the memory for the sinks' tables.
     fn fill(
         mut self,
         sinks: &[OpenSink],
+        tables: Lease,
         base_opener: &PolicyOpener,
         options: &RunOptions<'_>,
         monitor: &dyn Monitor,
@@ -143,6 +173,7 @@ impl Plan {
             Counter::begin(monitor, Phase::Convert, self.lanes(), written, options.bytes_per_second);
         let digest = ContentDigest::new();
         self.copy(sinks, options, &counter, &digest)?;
+        drop(tables);
         let disks = self.disk_reports(&counter);
         self.check_stream_sizes(sinks, &disks, options.force)?;
         if options.verify {
@@ -155,6 +186,7 @@ impl Plan {
                 base_opener,
                 threads: options.threads,
                 cancel: options.cancel.clone(),
+                memory: self.memory.shared_by(self.layout.outputs.len()),
             };
             verify::read_back(&self.layout, sinks, &expected, monitor)?;
         }
@@ -209,27 +241,32 @@ impl Plan {
         counter: &Counter<'_>,
         digest: &ContentDigest,
     ) -> Result<()> {
+        let mut taps = options.taps.clone();
+        if options.verify {
+            taps.push(digest);
+        }
+        let sources = if options.without_content { &[] } else { self.sources.as_slice() };
+        let job = |index: usize| Job {
+            targets: sinks.iter().map(|open| Target::Sink(&*open.sink)).collect(),
+            routes: self.routes(index),
+            taps: taps.clone(),
+            threads: options.threads,
+            progress: counter,
+            cancel: options.cancel.clone(),
+            memory: self.memory.clone(),
+        };
+        for (index, source) in sources.iter().enumerate() {
+            pipeline::check_memory(&*source.opened.image, &job(index)).in_file(&source.opened.location)?;
+        }
         for open in sinks {
             let preamble = open.sink.begin()?;
             if !preamble.is_empty() {
                 open.output.write_at(&preamble, 0)?;
             }
         }
-        let mut taps = options.taps.clone();
-        if options.verify {
-            taps.push(digest);
-        }
-        let sources = if options.without_content { &[] } else { self.sources.as_slice() };
         for (index, source) in sources.iter().enumerate() {
-            let job = Job {
-                targets: sinks.iter().map(|open| Target::Sink(&*open.sink)).collect(),
-                routes: self.routes(index),
-                taps: taps.clone(),
-                threads: options.threads,
-                progress: counter,
-                cancel: options.cancel.clone(),
-            };
-            pipeline::copy(&*source.opened.image, &job).in_file(&source.opened.location)?;
+            pipeline::copy(&*source.opened.image, &job(index)).in_file(&source.opened.location)?;
+            source.opened.release();
         }
         sinks.iter().try_for_each(|open| open.sink.finish())
     }

@@ -9,12 +9,13 @@ use imgtool_core::error::escape_control;
 use imgtool_core::external::BackingName;
 use imgtool_core::{
     Disk, Error, ImageSink, Input, Location, Manifest, OpenOptions, Output, OutputFactory, Registry, Remedy,
-    Result, ResultExt,
+    Result, ResultExt, TableMemory,
 };
 use imgtool_storage::open::Opening;
-use imgtool_storage::{CompressedSink, Framing, Outputs, os};
+use imgtool_storage::{CompressedSink, Compressors, Framing, Outputs, os};
 
 use crate::externals::SuppliedFile;
+use crate::format::OuterCompression;
 use crate::layout::{Destination, Layout, PlannedOutput, is_written_in_place};
 use crate::open::{self, Opened};
 use crate::report::DiskReport;
@@ -62,6 +63,8 @@ pub(crate) struct SinkSettings<'a> {
     pub(crate) overwrite: bool,
     /// True if the outputs stay empty, so backing images need not be opened.
     pub(crate) without_content: bool,
+    /// Memory in bytes for the tables of each output.
+    pub(crate) shares: &'a [u64],
 }
 
 /// Creates the outputs and the sink of every image of a layout.
@@ -74,18 +77,51 @@ pub(crate) fn open_sinks(
     outputs: &mut Outputs,
     settings: SinkSettings<'_>,
 ) -> Result<Vec<OpenSink>> {
-    layout.outputs.iter().map(|planned| open_sink(planned, layout, selected, outputs, settings)).collect()
+    let mut compressors = Vec::new();
+    let planned = layout.outputs.iter().zip(settings.shares);
+    planned
+        .map(|(planned, tables)| {
+            let manifest = Manifest { tables: Some(*tables), ..planned.manifest(selected) };
+            open_sink(planned, layout, manifest, outputs, settings, &mut compressors)
+        })
+        .collect()
+}
+
+/// Returns the memory for the tables of an output.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] for a compression level out of range.
+pub(crate) fn table_memory(planned: &PlannedOutput, selected: &[SelectedDisk]) -> Result<TableMemory> {
+    let manifest = planned.manifest(selected);
+    let inner = planned.format.writer.tables(&manifest);
+    let Some(outer) = planned.format.outer else { return Ok(inner) };
+    let len = manifest.devices.iter().fold(0, |sum: u64, device| sum.saturating_add(device.size));
+    let len = if manifest.devices.iter().any(|device| device.open_ended) { u64::MAX } else { len };
+    let list = CompressedSink::table_memory(Framing::new(outer.compression, outer.level)?, len);
+    let sum = |a: u64, b: u64| a.saturating_add(b);
+    Ok(TableMemory { least: sum(inner.least, list.least), most: sum(inner.most, list.most) })
+}
+
+/// Returns the compressors of an output. Outputs with equal settings share them.
+fn shared_compressors(outer: OuterCompression, known: &mut Vec<Compressors>) -> Result<Compressors> {
+    let framing = Framing::new(outer.compression, outer.level)?;
+    if let Some(shared) = known.iter().find(|shared| shared.framing() == framing) {
+        return Ok(shared.clone());
+    }
+    let new = Compressors::new(framing);
+    known.push(new.clone());
+    Ok(new)
 }
 
 fn open_sink(
     planned: &PlannedOutput,
     layout: &Layout,
-    selected: &[SelectedDisk],
+    mut manifest: Manifest,
     outputs: &mut Outputs,
     settings: SinkSettings<'_>,
+    compressors: &mut Vec<Compressors>,
 ) -> Result<OpenSink> {
     let location = planned.destination.location();
-    let mut manifest = planned.manifest(selected);
     let output = open_output(planned, &manifest, layout, outputs, settings)?;
     let mut supplied = BTreeMap::new();
     let mut base = None;
@@ -113,8 +149,9 @@ fn open_sink(
     let sink = planned.format.writer.create(&mut factory, &manifest).in_file(&location)?;
     let sink = match planned.format.outer {
         Some(outer) => {
-            let framing = Framing::new(outer.compression, outer.level)?;
-            Box::new(CompressedSink::new(sink, output.clone(), framing).in_file(&location)?)
+            let shared = shared_compressors(outer, compressors)?;
+            let sink = CompressedSink::sharing(sink, output.clone(), &shared, manifest.tables);
+            Box::new(sink.in_file(&location)?)
         }
         None => sink,
     };
@@ -172,7 +209,7 @@ pub(crate) fn open_base(
     backing: &BackingName,
     options: &OpenOptions,
 ) -> Result<Opened> {
-    let input = imgtool_storage::open::open(location, Opening::Plain)?;
+    let input = imgtool_storage::open::open(location, Opening::Plain, &options.memory)?;
     open::open_image(registry, input, Some(&backing.format), options)
 }
 

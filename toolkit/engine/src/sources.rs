@@ -88,11 +88,16 @@ pub(crate) fn open_sources(
     if requests.iter().filter(|request| request.location == Location::Stdin).count() > 1 {
         return Err(Error::usage("standard input can be only one of the sources"));
     }
+    let memory = options.memory.shared_by(requests.len());
+    let options = &OpenOptions { memory, ..options.clone() };
     let open_one = |request: &SourceRequest| {
-        let input = open::open_input(registry, &request.location, format)?.cancelled_by(cancel.clone());
+        let input = open::open_input(registry, &request.location, format, &options.memory)?;
+        let input = input.cancelled_by(cancel.clone());
         let input =
             spool_if_endless(registry, input, format, target).map_err(|e| e.path(&request.location))?;
         let opened = open::open_image(registry, input, format, options)?;
+        // Opening has decoded parts of the file, and the other sources come first.
+        opened.release();
         Ok(OpenSource { name: request.name.clone(), opened })
     };
     requests.iter().map(open_one).collect()

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use imgtool_core::{
-    Attachment, CancelToken, Error, ErrorKind, ImageSource, Lane, OpenOptions, Output, Result, ResultExt,
-    Slot,
+    Attachment, CancelToken, Error, ErrorKind, ImageSource, Lane, Memory, OpenOptions, Output, Result,
+    ResultExt, Slot,
 };
 use imgtool_storage::open::OpenInput;
 
@@ -35,6 +35,8 @@ pub(crate) struct Expected<'a> {
     /// Number of worker threads.
     pub(crate) threads: usize,
     pub(crate) cancel: CancelToken,
+    /// Ledger from which the readers borrow.
+    pub(crate) memory: Memory,
 }
 
 /// An output opened for reading, with the lanes of its devices.
@@ -68,13 +70,14 @@ pub(crate) fn read_back(
         reopened.push(Reopened { planned, image, first_lane });
     }
     let counter = Counter::begin(monitor, Phase::Verify, lanes, Box::new(|| 0), None);
-    for output in &reopened {
+    for output in reopened {
         let found = digest::digest_source(
             &*output.image,
             output.first_lane,
             expected.threads,
             &counter,
             expected.cancel.clone(),
+            &expected.memory,
         )
         .in_file(output.planned.destination.location())?;
         output.compare(&found, &counter, expected)?;
@@ -89,8 +92,9 @@ fn reopen(planned: &PlannedOutput, open: &OpenSink, expected: &Expected<'_>) -> 
         // Reading cached pages would prove nothing about the disk.
         output.sync_and_forget()?;
     }
-    check(planned, open, expected.base_opener)?;
-    let image = open_again(planned, open, expected)?;
+    let options = open_options(open, expected);
+    check(planned, open, &options)?;
+    let image = open_again(planned, open, expected, &options)?;
     // Drivers may adapt names to the format, but not contents.
     let contents =
         |attachments: &[Attachment]| attachments.iter().map(|one| one.data.clone()).collect::<Vec<_>>();
@@ -162,11 +166,11 @@ fn failure(what: &str) -> Error {
 
 /// Checks the structure of an output, since reading the content does not check qcow2 refcounts or the second
 /// header of a VHDX image. A compressed archive has no such structure.
-fn check(planned: &PlannedOutput, open: &OpenSink, base_opener: &PolicyOpener) -> Result<()> {
+fn check(planned: &PlannedOutput, open: &OpenSink, options: &OpenOptions) -> Result<()> {
     if !planned.format.driver.capabilities().check || planned.format.outer.is_some() {
         return Ok(());
     }
-    let found = match planned.format.driver.check(open.output.reopen()?, &open_options(open, base_opener)) {
+    let found = match planned.format.driver.check(open.output.reopen(&options.memory)?, options) {
         // A check that stopped at a limit has found no damage.
         Err(e) if e.kind() == ErrorKind::LimitExceeded => return Ok(()),
         found => found?,
@@ -182,8 +186,9 @@ fn open_again(
     planned: &PlannedOutput,
     open: &OpenSink,
     expected: &Expected<'_>,
+    options: &OpenOptions,
 ) -> Result<Arc<dyn ImageSource>> {
-    let mut input = open.output.reopen()?;
+    let mut input = open.output.reopen(&options.memory)?;
     if let (Destination::Existing { .. }, true, [slot]) =
         (&planned.destination, planned.format.driver.capabilities().verbatim, planned.disks.as_slice())
     {
@@ -192,13 +197,14 @@ fn open_again(
     }
     if planned.format.outer.is_some() {
         // One layer: the disk itself may begin like a compressed file.
-        input = OpenInput::of(input).without_layers(1)?.input;
+        input = OpenInput::of(input).borrowing(&options.memory).without_layers(1)?.input;
     }
-    planned.format.driver.open(input, &open_options(open, expected.base_opener))
+    planned.format.driver.open(input, options)
 }
 
 /// Returns options with an opener that supplies the files named by an output.
-fn open_options(open: &OpenSink, base_opener: &PolicyOpener) -> OpenOptions {
-    let opener = base_opener.supplying(open.supplied.clone());
-    OpenOptions { externals: opener.externals(), ..OpenOptions::default() }
+fn open_options(open: &OpenSink, expected: &Expected<'_>) -> OpenOptions {
+    let opener = expected.base_opener.supplying(open.supplied.clone());
+    let memory = expected.memory.clone();
+    OpenOptions { externals: opener.externals(), memory, ..OpenOptions::default() }
 }

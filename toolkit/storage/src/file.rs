@@ -5,7 +5,7 @@ use std::io::{self, IoSlice};
 use std::sync::Arc;
 
 use imgtool_core::input::retry;
-use imgtool_core::{Error, FileRun, Location, Output, ReadAt, Result, WriteAt};
+use imgtool_core::{Error, FileRun, Location, Memory, Output, ReadAt, Result, WriteAt};
 
 use crate::os;
 use crate::runs::Runs;
@@ -21,10 +21,10 @@ pub(crate) struct RandomFile {
 }
 
 impl RandomFile {
-    pub(crate) fn new(file: Arc<File>, len: u64) -> Self {
+    pub(crate) fn new(file: Arc<File>, len: u64, memory: &Memory) -> Self {
         let lives_in_memory = os::lives_in_memory(&file);
         let drops_pages = !lives_in_memory && os::memory_len().is_some_and(|memory| len > memory / 2);
-        Self { file, len, runs: Runs::default(), lives_in_memory, drops_pages }
+        Self { file, len, runs: Runs::new(memory), lives_in_memory, drops_pages }
     }
 }
 
@@ -144,10 +144,10 @@ impl WriteAt for FileTarget {
         Some(&self.file)
     }
 
-    fn reopen(&self) -> io::Result<Arc<dyn ReadAt>> {
+    fn reopen(&self, memory: &Memory) -> io::Result<Arc<dyn ReadAt>> {
         let file = self.file.try_clone()?;
         let len = os::file_len(&file)?;
-        Ok(Arc::new(RandomFile::new(Arc::new(file), len)))
+        Ok(Arc::new(RandomFile::new(Arc::new(file), len, memory)))
     }
 }
 

@@ -22,6 +22,6 @@ pub use identity::Identity;
 pub use open::{OpenInput, Opening};
 pub use outer::Compression;
 pub use outer::frames::Framing;
-pub use outer::writer::CompressedSink;
+pub use outer::writer::{CompressedSink, Compressors};
 pub use outputs::{Cleaner, Links, OutputRequest, Outputs};
 pub use watch::FileWatch;

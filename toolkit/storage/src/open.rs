@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use imgtool_core::input::{Cursor, InputBody, retry};
-use imgtool_core::{CancelToken, Error, Input, Location, Result, Stream};
+use imgtool_core::{CancelToken, Error, Input, Location, Memory, Result, Stream};
 
 use crate::file::RandomFile;
 use crate::identity::Identity;
@@ -55,21 +55,23 @@ pub struct OpenInput {
     pub identity: Option<Identity>,
     /// Watch over a regular file; `None` for anything else.
     pub watch: Option<FileWatch>,
+    /// Ledger from which decoders and caches borrow.
+    pub memory: Memory,
 }
 
-/// Opens a path or standard input.
+/// Opens a path or standard input. Decoders and caches borrow from `memory`.
 ///
 /// # Errors
 /// If the location can't be opened, is a directory or a terminal, or is an invalid compressed file;
 /// [`imgtool_core::ErrorKind::Unsupported`] for every URL.
-pub fn open(location: &Location, opening: Opening) -> Result<OpenInput> {
-    open_at(location, opening).map_err(|e| e.path(location))
+pub fn open(location: &Location, opening: Opening, memory: &Memory) -> Result<OpenInput> {
+    open_at(location, opening, memory).map_err(|e| e.path(location))
 }
 
-fn open_at(location: &Location, opening: Opening) -> Result<OpenInput> {
+fn open_at(location: &Location, opening: Opening, memory: &Memory) -> Result<OpenInput> {
     let plain = match location {
-        Location::Stdin => open_stdin()?,
-        Location::Path(path) => open_path(path)?,
+        Location::Stdin => open_stdin(memory)?,
+        Location::Path(path) => open_path(path, memory)?,
         Location::Url(url) => {
             return Err(Error::unsupported(format!("{}:// is not supported yet", url.scheme()))
                 .hint("copy it to a file first, or pipe it in with curl or nbdcopy"));
@@ -83,12 +85,12 @@ fn open_at(location: &Location, opening: Opening) -> Result<OpenInput> {
     }
 }
 
-fn open_path(path: &Path) -> Result<OpenInput> {
+fn open_path(path: &Path, memory: &Memory) -> Result<OpenInput> {
     let file = File::open(path).map_err(|e| Error::io("open", e))?;
-    from_file(Location::from(path), file)
+    from_file(Location::from(path), file, memory)
 }
 
-fn open_stdin() -> Result<OpenInput> {
+fn open_stdin(memory: &Memory) -> Result<OpenInput> {
     let stdin = io::stdin();
     if stdin.is_terminal() {
         return Err(Error::usage("standard input is a terminal")
@@ -98,13 +100,13 @@ fn open_stdin() -> Result<OpenInput> {
     let mut file = File::from(owned);
     let at_start = file.stream_position().is_ok_and(|position| position == 0);
     if at_start {
-        return from_file(Location::Stdin, file);
+        return from_file(Location::Stdin, file, memory);
     }
     let identity = Identity::of_file(&file);
     let file = Arc::new(file);
     let watch = FileWatch::start(&Location::Stdin, &file);
     let input = Input::from_reader(Location::Stdin, Box::new(file))?;
-    Ok(OpenInput { identity, watch, ..OpenInput::of(input) })
+    Ok(OpenInput { identity, watch, ..OpenInput::of(input).borrowing(memory) })
 }
 
 /// Creates an input over the plain bytes of an open file.
@@ -112,7 +114,7 @@ fn open_stdin() -> Result<OpenInput> {
 /// # Errors
 /// If the file is a directory, its length can't be determined or, for a stream, its first bytes can't be
 /// read.
-pub fn from_file(location: Location, file: File) -> Result<OpenInput> {
+pub fn from_file(location: Location, file: File, memory: &Memory) -> Result<OpenInput> {
     let meta = file.metadata().map_err(|e| Error::io("open", e))?;
     match os::classify(&meta) {
         class @ (FileClass::Regular | FileClass::BlockDevice) => {
@@ -122,12 +124,15 @@ pub fn from_file(location: Location, file: File) -> Result<OpenInput> {
             let watch = FileWatch::start(&location, &file);
             let Some(len) = measure(&file, class)? else {
                 let input = Input::from_reader(location, Box::new(file))?;
-                return Ok(OpenInput { identity, ..OpenInput::of(input) });
+                return Ok(OpenInput { identity, ..OpenInput::of(input).borrowing(memory) });
             };
-            let input = Input::from_read_at(location, Arc::new(RandomFile::new(file, len)));
-            Ok(OpenInput { stored_len: Some(len), identity, watch, ..OpenInput::of(input) })
+            let input = Input::from_read_at(location, Arc::new(RandomFile::new(file, len, memory)));
+            let open = OpenInput::of(input).borrowing(memory);
+            Ok(OpenInput { stored_len: Some(len), identity, watch, ..open })
         }
-        FileClass::Stream => Ok(OpenInput::of(Input::from_reader(location, Box::new(file))?)),
+        FileClass::Stream => {
+            Ok(OpenInput::of(Input::from_reader(location, Box::new(file))?).borrowing(memory))
+        }
         FileClass::Directory => Err(Error::usage("is a directory, not an image")),
     }
 }
@@ -156,9 +161,23 @@ fn measure(file: &File, class: FileClass) -> Result<Option<u64>> {
 }
 
 impl OpenInput {
-    /// Wraps an input without any facts about its file.
+    /// Wraps an input without any facts about its file, and with a ledger of its own.
     pub fn of(input: Input) -> Self {
-        Self { input, compression: Vec::new(), stored_len: None, spooled: false, identity: None, watch: None }
+        Self {
+            input,
+            compression: Vec::new(),
+            stored_len: None,
+            spooled: false,
+            identity: None,
+            watch: None,
+            memory: Memory::default(),
+        }
+    }
+
+    /// Lets decoders and caches borrow from `memory`.
+    #[must_use]
+    pub fn borrowing(self, memory: &Memory) -> Self {
+        Self { memory: memory.clone(), ..self }
     }
 
     /// Removes all layers of outer compression that have a known magic number.
@@ -182,7 +201,7 @@ impl OpenInput {
         while self.compression.len() < count
             && let Some(compression) = outer::detect(&self.input.head()?)
         {
-            self.input = undo(compression, self.input)?;
+            self.input = undo(compression, self.input, &self.memory)?;
             self.compression.push(compression);
         }
         Ok(self)
@@ -231,7 +250,7 @@ impl OpenInput {
         let (location, cancel) = (self.input.location().clone(), self.input.cancel_token());
         let file = spool::spool(self.input.into_stream()?, limit)?;
         let len = os::file_len(&file).map_err(|e| Error::io("find the length", e))?;
-        let input = Input::from_read_at(location, Arc::new(RandomFile::new(Arc::new(file), len)));
+        let input = Input::from_read_at(location, Arc::new(RandomFile::new(Arc::new(file), len, &self.memory)));
         Ok(Self { input: input.cancelled_by(cancel), spooled: true, ..self })
     }
 }
@@ -240,18 +259,19 @@ fn too_many_layers() -> Error {
     Error::limit(format!("more than {MAX_LAYERS} layers of compression"))
 }
 
-fn undo(compression: Compression, input: Input) -> Result<Input> {
+fn undo(compression: Compression, input: Input, memory: &Memory) -> Result<Input> {
     let (location, cancel) = (input.location().clone(), input.cancel_token());
     let body = match input.into_body() {
-        InputBody::Random(source) => match outer::open_seekable(compression, &source) {
+        InputBody::Random(source) => match outer::open_seekable(compression, &source, memory) {
             Some(seekable) => InputBody::Random(seekable),
             None => InputBody::Stream(Stream::new(
                 location.clone(),
-                outer::decoder(compression, Box::new(Cursor::new(source)))?,
+                outer::decoder(compression, Box::new(Cursor::new(source)), memory)?,
             )?),
         },
         InputBody::Stream(stream) => {
-            InputBody::Stream(Stream::new(location.clone(), outer::decoder(compression, Box::new(stream))?)?)
+            let decoder = outer::decoder(compression, Box::new(stream), memory)?;
+            InputBody::Stream(Stream::new(location.clone(), decoder)?)
         }
     };
     Ok(Input::from_body(location, body).cancelled_by(cancel))

@@ -7,9 +7,10 @@ use std::io::{self, BufReader, Read};
 use std::sync::Arc;
 
 use imgtool_core::input::Decode;
-use imgtool_core::{Error, Location, ReadAt, Result};
+use imgtool_core::{Error, Location, Memory, ReadAt, Result};
 
-use units::{GzipMembers, Opaque, ZstdFrames};
+use units::{GzipMembers, Leased, Opaque, ZstdFrames};
+use xz::XzStreams;
 
 pub mod frames;
 mod lzop;
@@ -17,6 +18,8 @@ pub(crate) mod seek_table;
 mod seekable;
 mod units;
 pub mod writer;
+mod xz;
+mod zstd_header;
 
 /// Compression of a whole file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -116,8 +119,11 @@ pub fn misnamed(compression: Compression) -> Error {
     ))
 }
 
-/// Maximum memory of an xz decoder, in bytes. Our limit: `xz -9` files need 65 MiB, crafted headers 4 GiB.
-const XZ_MEMORY_LIMIT: u64 = 100 << 20;
+/// Memory in bytes of a bzip2 decoder with the longest blocks (bzip2's manual: 3.7 MB).
+const BZIP2_MEMORY: u64 = 4 << 20;
+
+/// Memory in bytes of a gzip decoder: its window of 32 KiB and its tables.
+const GZIP_MEMORY: u64 = 128 << 10;
 
 /// Binary logarithm of the maximum zstd window in bytes: 128 MiB, the default limit of `zstd -d`.
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
@@ -125,37 +131,48 @@ const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 /// Number of bytes read from a compressed file at a time. Our choice.
 const READ_AHEAD: usize = 256 * 1024;
 
-/// Creates a decoder over `reader`.
+/// Creates a decoder over `reader`, which borrows its window from `memory`.
 ///
-/// Reads fail with `InvalidData` for damaged content, and with `Unsupported` for content beyond our limits;
-/// I/O errors of `reader` are passed on unchanged.
+/// Reads fail with `InvalidData` for damaged content, and with an error of the toolkit for content beyond our
+/// limits; I/O errors of `reader` are passed on unchanged.
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Io`] if there is not enough memory for the decoder.
-pub fn decoder(compression: Compression, reader: Box<dyn Read + Send>) -> Result<Box<dyn Decode>> {
+/// [`imgtool_core::ErrorKind::LimitExceeded`] if `memory` can't lend what the decoder needs from the start.
+pub fn decoder(
+    compression: Compression,
+    reader: Box<dyn Read + Send>,
+    memory: &Memory,
+) -> Result<Box<dyn Decode>> {
     let reader = BufReader::with_capacity(READ_AHEAD, reader);
+    let lease = |bytes| memory.lease(bytes, format_args!("a {} decoder", compression.name()));
     let setup_error = |e: io::Error| Error::io(format!("set up the {} decoder", compression.name()), e);
     let decoder: Box<dyn Decode> = match compression {
-        Compression::Zstd => Box::new(ZstdFrames::new(reader, ZSTD_WINDOW_LOG_MAX).map_err(setup_error)?),
-        Compression::Gzip => Box::new(GzipMembers::new(reader)),
-        Compression::Lzop => Box::new(lzop::LzopReader::new(reader)),
-        Compression::Xz => {
-            let stream =
-                liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY_LIMIT, liblzma::stream::CONCATENATED)
-                    .map_err(|e| setup_error(e.into()))?;
-            Box::new(Opaque::new(Box::new(liblzma::bufread::XzDecoder::new_stream(reader, stream))))
+        Compression::Zstd => {
+            Box::new(ZstdFrames::new(reader, ZSTD_WINDOW_LOG_MAX, memory).map_err(setup_error)?)
         }
-        Compression::Bzip2 => Box::new(Opaque::new(Box::new(bzip2::bufread::MultiBzDecoder::new(reader)))),
+        Compression::Gzip => Box::new(Leased::new(GzipMembers::new(reader), lease(GZIP_MEMORY)?)),
+        Compression::Lzop => Box::new(Leased::new(lzop::LzopReader::new(reader), lease(lzop::MEMORY)?)),
+        Compression::Xz => {
+            Box::new(Opaque::new(Box::new(XzStreams::new(reader, memory).map_err(setup_error)?)))
+        }
+        Compression::Bzip2 => {
+            let decoder = Opaque::new(Box::new(bzip2::bufread::MultiBzDecoder::new(reader)));
+            Box::new(Leased::new(decoder, lease(BZIP2_MEMORY)?))
+        }
     };
     Ok(Box::new(ErrorContext { compression, decoder, was_truncated: false }))
 }
 
 /// Opens a compressed file for reading its content by position. Returns `None` unless the file has a valid
-/// seek table (seekable zstd).
-pub fn open_seekable(compression: Compression, source: &Arc<dyn ReadAt>) -> Option<Arc<dyn ReadAt>> {
+/// seek table (seekable zstd) that `memory` can hold.
+pub fn open_seekable(
+    compression: Compression,
+    source: &Arc<dyn ReadAt>,
+    memory: &Memory,
+) -> Option<Arc<dyn ReadAt>> {
     match compression {
         Compression::Zstd => {
-            seekable::SeekableZstd::open(source).map(|found| Arc::new(found) as Arc<dyn ReadAt>)
+            seekable::SeekableZstd::open(source, memory).map(|found| Arc::new(found) as Arc<dyn ReadAt>)
         }
         _ => None,
     }
@@ -194,7 +211,7 @@ impl ErrorContext {
                 "decompress it with zstd -d --long=31 first",
             ),
             Compression::Xz if liblzma_code(e) == Some(liblzma::stream::Error::MemLimit) => unsupported(
-                format!("the xz stream needs more than {} MiB of memory to decode", XZ_MEMORY_LIMIT >> 20),
+                format!("the xz stream needs more than {} MiB of memory to decode", xz::MAX_MEMORY >> 20),
                 "decompress it with xz -d first",
             ),
             _ => io::Error::new(

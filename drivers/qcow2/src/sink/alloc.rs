@@ -13,8 +13,9 @@ use crate::layout::entry::{refcount, set_refcount};
 use crate::layout::table::{encode_table, write_table};
 use crate::refcounts::refcount_clusters;
 
-/// Length in bytes of one write of refcount blocks. Our choice: with small clusters, blocks are small.
-const BATCH_BYTES: usize = 256 << 10;
+/// Maximum length in bytes of one write of refcount blocks, unless a block is longer. Our choice: with small
+/// clusters, blocks are small.
+pub const BATCH_BYTES: usize = 256 << 10;
 
 /// End of the host offsets that fit into L1 and L2 entries, 56 bits. Specification, "L1 table entry".
 const MAX_HOST_OFFSET: u64 = 1 << 56;
@@ -33,6 +34,8 @@ pub struct RefcountTable {
 pub struct Allocator {
     cluster_bits: u32,
     refcount_order: u32,
+    /// Length in bytes of one write of refcount blocks.
+    batch: usize,
     /// Index of the next free host cluster.
     next: u64,
     /// Host offsets of the refcount blocks written so far.
@@ -46,7 +49,21 @@ pub struct Allocator {
 impl Allocator {
     /// Creates an allocator with no cluster allocated.
     pub fn new(cluster_bits: u32, refcount_order: u32) -> Self {
-        Self { cluster_bits, refcount_order, next: 0, written: Vec::new(), tail: Vec::new(), cursor: 0 }
+        Self {
+            cluster_bits,
+            refcount_order,
+            batch: BATCH_BYTES,
+            next: 0,
+            written: Vec::new(),
+            tail: Vec::new(),
+            cursor: 0,
+        }
+    }
+
+    /// Writes refcount blocks in batches of `batch` bytes.
+    #[must_use]
+    pub fn with_batch(self, batch: usize) -> Self {
+        Self { batch, ..self }
     }
 
     fn cluster_size(&self) -> u64 {
@@ -188,7 +205,7 @@ impl Allocator {
 
     /// Writes finished refcount blocks, in whole batches only.
     pub fn write_finished_blocks(&mut self, output: &Output) -> Result<()> {
-        let batch_blocks = (BATCH_BYTES >> self.cluster_bits).max(1) as u64;
+        let batch_blocks = (self.batch >> self.cluster_bits).max(1) as u64;
         let batch_entries = batch_blocks * self.block_entries();
         loop {
             let tail_start = self.tail_start();

@@ -1,12 +1,13 @@
 //! Sink type, with the options, outputs and state of a new image.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
-use imgtool_core::{Error, Manifest, Output, OutputFactory, OutputId, Result};
+use imgtool_core::{Error, Manifest, Output, OutputFactory, OutputId, Result, TableMemory};
 
 use super::alloc::Allocator;
 use super::base::Base;
 use super::mapping_tables::MappingTables;
+use super::memory;
 use crate::compressed::Encoder;
 use crate::layout::FORMAT;
 use crate::options::{Preallocation, SIZE_MULTIPLE, WriteOptions};
@@ -41,7 +42,7 @@ pub struct Qcow2Sink {
     pub(super) placement: Placement,
     /// Backing image; `None` if there is none. Zeros then need no L2 entry.
     pub(super) base: Option<Base>,
-    pub(super) encoder: Option<Encoder>,
+    pub(super) encoder: Option<Arc<Encoder>>,
     /// Requested size in bytes of the disk, before rounding; `None` until the end of the source is known.
     pub(super) size: Mutex<Option<u64>>,
     /// Host offset of the L1 table; `None` if it follows the data or the disk is empty.
@@ -63,17 +64,20 @@ pub(super) fn round_up_size(size: u64) -> Result<u64> {
 }
 
 impl Qcow2Sink {
-    /// Creates the sink of a new image with its outputs; writes nothing yet.
+    /// Creates the sink of a new image with its outputs, which compresses with `encoder`; writes nothing yet.
     pub fn create(
         factory: &mut dyn OutputFactory,
         manifest: &Manifest,
         options: &WriteOptions,
+        encoder: Option<Arc<Encoder>>,
     ) -> Result<Self> {
         let options = options.clone();
         let device = manifest.single(FORMAT)?;
         let shape = options.shape;
         let size = (!device.open_ended).then_some(device.size);
-        let mut alloc = Allocator::new(shape.cluster_bits, options.refcount_order);
+        let division = memory::divide(&options, size, manifest.tables);
+        let alloc = Allocator::new(shape.cluster_bits, options.refcount_order);
+        let mut alloc = alloc.with_batch(division.batch);
         alloc.allocate(1)?;
         let mut l1_offset = None;
         if let Some(size) = size {
@@ -100,8 +104,7 @@ impl Qcow2Sink {
         }
         let data_id = if options.data_file.is_some() { DATA_FILE } else { OutputId::MAIN };
         let base = options.backing.as_ref().map(|_| Base(manifest.base.clone()));
-        let encoder = options.compress.map(|level| Encoder::new(options.compression, level));
-        let state = State { alloc, tables: MappingTables::new(shape) };
+        let state = State { alloc, tables: MappingTables::new(shape, division.open_tables) };
         Ok(Self {
             options,
             outputs,
@@ -139,6 +142,14 @@ impl Qcow2Sink {
     pub(super) fn stores_whole_clusters(&self) -> bool {
         self.encoder.is_some() || self.base.is_some()
     }
+}
+
+/// Returns the memory for the tables of a new image.
+pub fn table_memory(manifest: &Manifest, options: &WriteOptions) -> TableMemory {
+    let Ok(device) = manifest.single(FORMAT) else { return TableMemory::default() };
+    let size = (!device.open_ended).then_some(device.size);
+    let is_linear = options.preallocation != Preallocation::Off || options.data_file_raw;
+    memory::table_memory(options, size, is_linear)
 }
 
 /// Creates the output of the image. Refuses a stream, because the sink writes at any offset.

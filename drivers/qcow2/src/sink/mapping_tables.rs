@@ -10,10 +10,6 @@ use crate::layout::MAX_L1_BYTES;
 use crate::layout::entry::{L1Entry, Shape};
 use crate::layout::table::{decode_table, encode_table, write_table};
 
-/// Maximum size in bytes of the L2 tables in memory. Our limit: with clusters of 64 KiB, these tables map
-/// 128 GiB of disk before one is written early.
-const OPEN_BYTES: u64 = 16 << 20;
-
 /// Length in bytes at which a batch of adjacent tables is written. Our choice.
 const WRITE_LEN: usize = 1 << 20;
 
@@ -26,10 +22,8 @@ pub struct MappingTables {
 }
 
 impl MappingTables {
-    /// Creates empty tables.
-    pub fn new(shape: Shape) -> Self {
-        // At least 8 tables, with the largest clusters.
-        let max_open = (OPEN_BYTES >> shape.cluster_bits) as usize;
+    /// Creates empty tables, of which at most `max_open` are in memory.
+    pub fn new(shape: Shape, max_open: usize) -> Self {
         Self { shape, l1: Vec::new(), open: Cache::new(max_open) }
     }
 

@@ -64,11 +64,22 @@ impl Content {
             l1_offset,
             l1_entries,
             options.externals.depth(),
+            &options.memory,
         )?;
         let compression = header.compression.unwrap_or(CompressionType::Zlib);
-        let decoder = Decoder::new(compression, header.shape.cluster_size(), options.externals.depth());
+        let decoder = Decoder::new(
+            compression,
+            header.shape.cluster_size(),
+            options.externals.depth(),
+            &options.memory,
+        )?;
         let losses = options.salvage.then(Losses::default);
         Ok(Self { mapping, decoder, data, backing, losses })
+    }
+
+    /// Returns the memory in bytes that a reader needs besides its buffer.
+    pub(super) fn reader_memory(&self) -> u64 {
+        self.decoder.context_memory().max(self.backing.as_ref().map_or(0, Disk::reader_memory))
     }
 
     /// Fills `buf` from a run that starts at `guest_offset`.

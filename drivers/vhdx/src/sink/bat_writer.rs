@@ -3,7 +3,7 @@
 //! The BAT of a 64 TiB disk with blocks of 1 MiB takes 512 MiB. Content arrives mostly in ascending order, so
 //! most pages are written only once; the writer reads a page back from the output if it needs the page again.
 
-use imgtool_core::{Cache, Output, Result};
+use imgtool_core::{Cache, Output, Result, TableMemory};
 
 use crate::layout::bat::{BatEntry, ENTRY_LEN};
 use crate::layout::region::Region;
@@ -12,7 +12,7 @@ use crate::layout::region::Region;
 const PAGE_LEN: u64 = 64 << 10;
 /// Maximum number of pages in memory. Our limit: 16 MiB, about the whole BAT of a 64 TiB disk with
 /// blocks of 32 MiB.
-const MAX_PAGES: usize = 256;
+const MAX_PAGES: u64 = 256;
 
 /// The BAT of one file.
 pub(crate) struct BatWriter {
@@ -31,10 +31,21 @@ struct Page {
 }
 
 impl BatWriter {
-    /// Creates a BAT of zeros for `region` of `output`; writes nothing yet.
-    pub(crate) fn new(output: Output, region: Region) -> Self {
+    /// Creates a BAT of zeros for `region` of `output`, of which at most `memory` bytes are in memory; `None`
+    /// for as much as it can use. Writes nothing yet.
+    pub(crate) fn new(output: Output, region: Region, memory: Option<u64>) -> Self {
         let pages = u64::from(region.length).div_ceil(PAGE_LEN);
-        Self { output, region, pages: Cache::new(MAX_PAGES), written: vec![false; pages as usize] }
+        // At most MAX_PAGES, so it fits.
+        let max_pages = memory.map_or(MAX_PAGES, |memory| memory / PAGE_LEN).min(MAX_PAGES) as usize;
+        Self { output, region, pages: Cache::new(max_pages), written: vec![false; pages as usize] }
+    }
+
+    /// Returns the memory for the pages of a BAT in `region`.
+    pub(crate) fn memory(region: Region) -> TableMemory {
+        let pages = u64::from(region.length).div_ceil(PAGE_LEN);
+        // `written` has a byte for each page.
+        let memory = |in_memory: u64| in_memory.min(pages) * PAGE_LEN + pages;
+        TableMemory { least: memory(1), most: memory(MAX_PAGES) }
     }
 
     /// Returns the entry at `bat_index`.

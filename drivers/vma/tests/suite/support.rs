@@ -7,7 +7,7 @@ use std::path::Path;
 use imgtool_core::sync::lock;
 use imgtool_core::zero::is_zero;
 use imgtool_core::{
-    Access, BufferPool, DeviceId, Error, ImageSource, Input, OpenOptions, RandomAccess, Result,
+    Access, BufferPool, DeviceId, Error, ImageSource, Input, Memory, OpenOptions, RandomAccess, Result,
 };
 use imgtool_storage::Opening;
 use imgtool_testing::memory;
@@ -18,7 +18,7 @@ pub type Content = BTreeMap<u32, Vec<u8>>;
 
 /// Opens a file as the program does, with outer compression undone.
 pub fn open_file(path: &Path) -> Input {
-    imgtool_storage::open::open(&path.into(), Opening::ByContent).unwrap().input
+    imgtool_storage::open::open(&path.into(), Opening::ByContent, &Memory::default()).unwrap().input
 }
 
 pub fn as_file(archive: &[u8]) -> Input {

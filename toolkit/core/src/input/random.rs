@@ -55,6 +55,9 @@ pub trait ReadAt: Send + Sync {
     fn file(&self) -> Option<&File> {
         None
     }
+
+    /// Frees the caches. The caller has read what it needs; later reads are slower, but succeed.
+    fn release(&self) {}
 }
 
 /// A run of data or a hole in a file, as its file system reports it.
@@ -76,6 +79,12 @@ pub struct RandomInput {
     location: Location,
     source: Arc<dyn ReadAt>,
     cancel: CancelToken,
+}
+
+impl From<RandomInput> for Input {
+    fn from(input: RandomInput) -> Self {
+        Self::from_body(input.location, InputBody::Random(input.source)).cancelled_by(input.cancel)
+    }
 }
 
 impl RandomInput {
@@ -223,6 +232,11 @@ impl RandomInput {
     /// Returns the run that contains `position`, possibly ended at `until`; see [`ReadAt::rough_run`].
     pub fn rough_run(&self, position: u64, until: u64) -> Result<FileRun> {
         self.source.rough_run(position, until).map_err(|e| read_error(e, &self.location, position))
+    }
+
+    /// See [`ReadAt::release`].
+    pub fn release(&self) {
+        self.source.release();
     }
 
     /// Returns the unit, in bytes, in which reads are cheapest.

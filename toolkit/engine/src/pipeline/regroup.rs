@@ -9,14 +9,12 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 
 use imgtool_core::{
-    Buffer, BufferPool, Device, DeviceId, Error, Geometry, Piece, Result, SinkDevice, SinkPiece,
+    Buffer, BufferPool, Device, DeviceId, Error, Geometry, Lease, Piece, Result, SinkDevice, SinkPiece,
 };
 
 use super::Routed;
+use super::crew;
 use super::target::Targets;
-
-/// Maximum size in bytes of incomplete granules. Our limit: a quarter of the memory budget of a conversion.
-const MAX_PENDING_BYTES: u64 = 64 << 20;
 
 /// Maximum length in bytes of a piece with data in a stream: 16 VMA clusters. It bounds the buffers in
 /// flight.
@@ -27,9 +25,15 @@ pub(super) struct Regroup {
     routes: HashMap<DeviceId, SizedRoute>,
     /// Incomplete granules by device of the source and granule index.
     pending: BTreeMap<(DeviceId, u64), Pending>,
-    /// Keys of `pending`, oldest first. It may still list released granules.
-    by_age: VecDeque<(DeviceId, u64)>,
+    /// Keys of `pending` by the number of the granule, which ascends with its age.
+    by_age: BTreeMap<u64, (DeviceId, u64)>,
+    /// Number of the next granule.
+    next_age: u64,
     pending_bytes: u64,
+    /// Maximum of `pending_bytes`.
+    max_pending: u64,
+    /// Memory for `pending`.
+    memory: Lease,
     /// Pieces for the sink.
     ready: VecDeque<Routed>,
 }
@@ -47,12 +51,15 @@ struct SizedRoute {
 /// A granule that is not complete yet.
 struct Pending {
     data: Buffer,
+    /// Key in [`Regroup::by_age`].
+    age: u64,
     /// Filled ranges of `data`: ascending, disjoint and not adjacent.
     filled: Vec<Range<usize>>,
 }
 
 impl Regroup {
-    pub(super) fn new(targets: &Targets<'_>, devices: &[Device]) -> Self {
+    /// Creates a regrouper for a stream, whose pieces come `in_order` or not. Borrows its memory.
+    pub(super) fn new(targets: &Targets<'_>, devices: &[Device], in_order: bool) -> Result<Self> {
         let mut routes = HashMap::new();
         for (index, route) in targets.job().routes.iter().enumerate() {
             let device = devices.iter().find(|device| device.id == route.from);
@@ -60,13 +67,20 @@ impl Regroup {
             let geometry = targets.geometry(*route);
             routes.insert(route.from, SizedRoute { index, to: route.to, size, geometry });
         }
-        Self {
+        let granule = routes.values().map(|route: &SizedRoute| route.geometry.granule).max().unwrap_or(1);
+        let ledger = &targets.job().memory;
+        let memory = crew::pending_granules(ledger, in_order, granule)?;
+        Ok(Self {
             routes,
             pending: BTreeMap::new(),
-            by_age: VecDeque::new(),
+            by_age: BTreeMap::new(),
+            next_age: 0,
             pending_bytes: 0,
+            // A single granule is always kept: the next piece may complete it.
+            max_pending: crew::max_pending(ledger).max(granule),
+            memory,
             ready: VecDeque::new(),
-        }
+        })
     }
 
     /// Returns the maximum length in bytes of a piece with data.
@@ -154,11 +168,13 @@ impl Regroup {
         };
         let key = (from, index);
         let pending = self.pending.entry(key).or_insert_with(|| {
-            self.by_age.push_back(key);
+            let age = self.next_age;
+            self.next_age += 1;
+            self.by_age.insert(age, key);
             self.pending_bytes += granule;
             let mut data = pool.take(usize::try_from(granule).unwrap_or(usize::MAX));
             data.fill(0);
-            Pending { data, filled: Vec::new() }
+            Pending { data, age, filled: Vec::new() }
         });
         let range = offset as usize..(offset + len) as usize;
         if let Some(bytes) = bytes {
@@ -170,16 +186,16 @@ impl Regroup {
         if complete {
             self.release(key)?;
         }
-        while self.pending_bytes > MAX_PENDING_BYTES {
-            let Some(oldest) = self.by_age.pop_front() else { break };
+        while self.pending_bytes > self.max_pending {
+            let Some((_, &oldest)) = self.by_age.first_key_value() else { break };
             let required = self.routes.get(&oldest.0).is_some_and(|route| route.geometry.granule_required);
-            if required && self.pending.contains_key(&oldest) {
+            if required {
                 return Err(Error::limit("the stream is too badly shuffled for this target format")
                     .hint("save the archive to a file and convert from there"));
             }
             self.release(oldest)?;
         }
-        Ok(())
+        self.memory.raise(self.pending_bytes, crew::PENDING)
     }
 
     /// Moves the filled parts of a granule to the ready pieces.
@@ -187,6 +203,7 @@ impl Regroup {
         let (Some(pending), Some(route)) = (self.pending.remove(&key), self.routes.get(&key.0)) else {
             return Ok(());
         };
+        self.by_age.remove(&pending.age);
         self.pending_bytes -= route.geometry.granule;
         let base = key.1 * route.geometry.granule;
         if let [only] = pending.filled.as_slice()

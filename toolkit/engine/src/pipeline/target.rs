@@ -36,6 +36,11 @@ impl<'a> Target<'a> {
         self.consumer().prepare(piece, pool)
     }
 
+    /// See [`Consumer::worker_memory`].
+    pub(super) fn worker_memory(self) -> u64 {
+        self.consumer().worker_memory()
+    }
+
     /// Places a prepared piece, or lets the consumer settle it.
     pub(super) fn place(self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
         match self {

@@ -1,6 +1,7 @@
 //! Frames and their compressors: cuts plain bytes into frames (zstd) or members (gzip), and encodes each with
 //! a compressor from a pool.
 
+use std::fmt;
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use imgtool_core::sync::lock;
@@ -145,11 +146,19 @@ pub(super) fn frame_len(frame: &[Chunk<'_>]) -> usize {
 /// A pool of compressors. Creating one takes a third of the time needed to compress a cluster.
 pub(super) struct CompressorPool {
     framing: Framing,
+    /// Memory in bytes of one compressor.
+    context_bytes: usize,
     /// Maximum number of compressors in use at once.
     max_count: usize,
     state: Mutex<PoolState>,
     /// Signalled when a compressor returns to the pool.
     returned: Condvar,
+}
+
+impl fmt::Debug for CompressorPool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CompressorPool").field("framing", &self.framing).finish_non_exhaustive()
+    }
 }
 
 #[derive(Default)]
@@ -185,8 +194,14 @@ impl CompressorPool {
                 }
             }
         };
-        let max_count = (CONTEXT_BUDGET / (context_mib << 20)).max(1);
-        Self { framing, max_count, state: Mutex::default(), returned: Condvar::new() }
+        let context_bytes = context_mib << 20;
+        let max_count = (CONTEXT_BUDGET / context_bytes).max(1);
+        Self { framing, context_bytes, max_count, state: Mutex::default(), returned: Condvar::new() }
+    }
+
+    /// Returns the memory in bytes of one compressor.
+    pub(super) fn context_bytes(&self) -> u64 {
+        self.context_bytes as u64
     }
 
     /// Takes an idle compressor or creates one. Waits while the maximum number is in use.

@@ -48,6 +48,9 @@ const METHODS: std::ops::RangeInclusive<u8> = 1..=3;
 /// decoder allocates two buffers of this length, which comes from an untrusted file.
 const MAX_BLOCK_LEN: u32 = 16 << 20;
 
+/// Memory in bytes of a decoder: the two buffers of the longest block.
+pub(super) const MEMORY: u64 = 2 * MAX_BLOCK_LEN as u64;
+
 /// Maximum length of the extra field, in bytes. Our limit: lzop writes no extra field.
 const MAX_EXTRA_LEN: u32 = 64 << 10;
 

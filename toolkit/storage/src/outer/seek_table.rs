@@ -7,9 +7,7 @@
 //!   lower half of the XXH64 of the plain bytes;
 //! * footer: number of frames, descriptor, magic 8F92EAB1.
 
-use std::io;
-
-use imgtool_core::ReadAt;
+use imgtool_core::{Lease, Memory, ReadAt, Result, TableMemory};
 
 /// Magic of the skippable frame that contains the table (`Skippable_Magic_Number`).
 const TABLE_MAGIC: u32 = 0x184d_2a5e;
@@ -27,6 +25,9 @@ const RESERVED: u8 = 0x7c;
 /// Maximum number of frames. Our limit: a full table takes 48 MiB of memory and covers 15 TiB of a VMA
 /// archive. The toolkit reads longer files as streams.
 const MAX_FRAMES: u32 = 1 << 22;
+
+/// Minimum memory in bytes of a list of frames that is being written. Our choice: 10 GiB of an archive.
+const MIN_LIST: u64 = 32 << 10;
 
 /// Maximum length of a frame, stored or plain, in bytes. Our limit, since most frames are decoded whole.
 const MAX_FRAME_LEN: u32 = 16 << 20;
@@ -64,12 +65,13 @@ pub(super) struct SeekTable {
     marks: Vec<[u64; 2]>,
     plain_len: u64,
     longest_plain: u32,
+    _lease: Lease,
 }
 
 impl SeekTable {
     /// Reads the table of `source`. Returns `None` if there is no table, or it is unreadable, does not match
-    /// the file's length, or exceeds the limits.
-    pub(super) fn read(source: &dyn ReadAt) -> Option<Self> {
+    /// the file's length, or exceeds the limits or the memory.
+    pub(super) fn read(source: &dyn ReadAt, memory: &Memory) -> Option<Self> {
         let footer_at = source.len().checked_sub(FOOTER_LEN)?;
         let mut footer = [0; FOOTER_LEN as usize];
         source.read_exact_at(&mut footer, footer_at).ok()?;
@@ -91,7 +93,9 @@ impl SeekTable {
         if header != *expected.as_flattened() {
             return None;
         }
-        let mut table = Self::empty();
+        // A mark takes 16 bytes for 64 entries.
+        let mut table =
+            Self::empty(count as usize, has_checksums, memory.try_lease(entries_len + entries_len / 16)?);
         let mut stored_at = 0;
         let mut chunk = vec![0; READ_ENTRIES * entry_len as usize];
         let mut at = entries_at;
@@ -107,8 +111,15 @@ impl SeekTable {
         (stored_at == table_at).then_some(table)
     }
 
-    fn empty() -> Self {
-        Self { lens: Vec::new(), checksums: Vec::new(), marks: Vec::new(), plain_len: 0, longest_plain: 0 }
+    fn empty(count: usize, has_checksums: bool, lease: Lease) -> Self {
+        Self {
+            lens: Vec::with_capacity(count),
+            checksums: Vec::with_capacity(if has_checksums { count } else { 0 }),
+            marks: Vec::new(),
+            plain_len: 0,
+            longest_plain: 0,
+            _lease: lease,
+        }
     }
 
     /// Adds the frame at `stored_at` from its entry, and advances `stored_at` to its end. Returns `None` if
@@ -164,33 +175,91 @@ impl SeekTable {
     }
 }
 
-/// Encodes the table for frames of these stored and plain lengths, without checksums. It must directly follow
-/// the frames.
-///
-/// # Errors
-/// `InvalidInput` if there are more frames than a table can describe.
-pub(crate) fn encode(frames: &[[u32; 2]]) -> io::Result<Vec<u8>> {
-    let too_many = || io::Error::new(io::ErrorKind::InvalidInput, format!("{} frames", frames.len()));
-    let count = u32::try_from(frames.len()).map_err(|_| too_many())?;
-    let rest_len = u64::from(count) * 8 + FOOTER_LEN;
-    let rest_len = u32::try_from(rest_len).map_err(|_| too_many())?;
-    let mut table = Vec::with_capacity(FRAME_HEADER_LEN as usize + rest_len as usize);
-    table.extend(TABLE_MAGIC.to_le_bytes());
-    table.extend(rest_len.to_le_bytes());
-    frames.iter().flatten().for_each(|number| table.extend(number.to_le_bytes()));
-    table.extend(count.to_le_bytes());
-    table.push(0);
-    table.extend(FOOTER_MAGIC.to_le_bytes());
-    Ok(table)
+/// The frames of a file that is being written. Equal frames in a row, as zeros give them, take one entry.
+#[derive(Debug, Default)]
+pub(super) struct FrameList {
+    runs: Vec<FrameRun>,
+    /// Number of frames.
+    count: u64,
+    /// Maximum number of runs.
+    max_runs: usize,
+}
+
+/// Frames of equal lengths, one after the other.
+#[derive(Debug, Clone, Copy)]
+struct FrameRun {
+    stored: u32,
+    plain: u32,
+    count: u32,
+}
+
+/// Number of encoded bytes that are written at a time.
+const WRITE_LEN: usize = 256 << 10;
+
+impl FrameList {
+    /// Creates an empty list that takes at most `memory` bytes; `None` for as much as a list may take. A longer
+    /// list is given up.
+    pub(super) fn within(memory: Option<u64>) -> Self {
+        let max_runs = memory.map_or(u64::MAX, |memory| memory / size_of::<FrameRun>() as u64);
+        let max_runs = max_runs.min(MAX_FRAMES.into()) as usize;
+        Self { max_runs, ..Self::default() }
+    }
+
+    /// Returns the memory for a list of `frames` frames.
+    pub(super) fn memory(frames: u64) -> TableMemory {
+        let most = frames.min(MAX_FRAMES.into()) * size_of::<FrameRun>() as u64;
+        TableMemory { least: most.min(MIN_LIST), most }
+    }
+
+    /// Adds a frame of this stored and plain length in bytes.
+    pub(super) fn push(&mut self, stored: u32, plain: u32) {
+        self.count += 1;
+        let is_full = self.runs.len() >= self.max_runs;
+        match self.runs.last_mut() {
+            Some(last) if (last.stored, last.plain) == (stored, plain) && last.count < u32::MAX => {
+                last.count += 1;
+            }
+            _ if !is_full => self.runs.push(FrameRun { stored, plain, count: 1 }),
+            // A table without all frames is of no use.
+            _ => self.max_runs = 0,
+        }
+    }
+
+    /// Encodes the table, without checksums, and passes it to `write` in parts. It must directly follow the
+    /// frames. Encodes nothing if the list was given up, or has more frames than a table can describe.
+    pub(super) fn encode(&self, mut write: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let count = u32::try_from(self.count).ok().filter(|_| self.max_runs > 0);
+        let rest_len = self.count.saturating_mul(8).saturating_add(FOOTER_LEN);
+        let (Some(count), Ok(rest_len)) = (count, u32::try_from(rest_len)) else { return Ok(()) };
+        let mut part = Vec::with_capacity(WRITE_LEN + FOOTER_LEN as usize);
+        part.extend(TABLE_MAGIC.to_le_bytes());
+        part.extend(rest_len.to_le_bytes());
+        for run in &self.runs {
+            for _ in 0..run.count {
+                part.extend(run.stored.to_le_bytes());
+                part.extend(run.plain.to_le_bytes());
+                if part.len() >= WRITE_LEN {
+                    write(&part)?;
+                    part.clear();
+                }
+            }
+        }
+        part.extend(count.to_le_bytes());
+        part.push(0);
+        part.extend(FOOTER_MAGIC.to_le_bytes());
+        write(&part)
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
 
-    struct Memory(Vec<u8>);
+    struct Bytes(Vec<u8>);
 
-    impl ReadAt for Memory {
+    impl ReadAt for Bytes {
         fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
             let start = position as usize;
             buf.copy_from_slice(self.0.get(start..start + buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?);
@@ -202,17 +271,44 @@ mod tests {
         }
     }
 
+    fn encode(frames: &[[u32; 2]], memory: Option<u64>) -> Vec<u8> {
+        let mut list = FrameList::within(memory);
+        frames.iter().for_each(|[stored, plain]| list.push(*stored, *plain));
+        let mut bytes = Vec::new();
+        let write = |part: &[u8]| {
+            bytes.extend_from_slice(part);
+            Ok(())
+        };
+        list.encode(write).expect("in memory");
+        bytes
+    }
+
+    #[test]
+    fn equal_frames_take_no_memory() {
+        let mut frames = vec![[30, 40]; 100_000];
+        let few = encode(&frames, Some(12));
+        assert_eq!(few.len(), 8 + 100_000 * 8 + 9);
+        assert!(few == encode(&frames, None));
+        frames.push([30, 41]);
+        assert!(encode(&frames, Some(12)).is_empty(), "two runs");
+        assert_eq!(encode(&frames, Some(24)).len(), few.len() + 8);
+    }
+
+    fn read(source: &Bytes) -> Option<SeekTable> {
+        SeekTable::read(source, &Memory::default())
+    }
+
     fn file(frames: &[[u32; 2]]) -> Vec<u8> {
         let stored: u32 = frames.iter().map(|[stored, _]| stored).sum();
         let mut bytes = vec![1; stored as usize];
-        bytes.extend(encode(frames).expect("a few frames"));
+        bytes.extend(encode(frames, None));
         bytes
     }
 
     #[test]
     fn finds_every_position_across_marks() {
         let frames: Vec<[u32; 2]> = (0..500).map(|n| [n % 7 + 1, n % 11 + 1]).collect();
-        let table = SeekTable::read(&Memory(file(&frames))).expect("a table");
+        let table = read(&Bytes(file(&frames))).expect("a table");
         let (mut stored_at, mut plain_at) = (0, 0);
         for (number, [stored_len, plain_len]) in frames.iter().enumerate() {
             for position in plain_at..plain_at + u64::from(*plain_len) {
@@ -233,22 +329,16 @@ mod tests {
     #[test]
     fn rejects_a_table_that_does_not_match_the_file() {
         let good = file(&[[10, 20], [30, 40]]);
-        assert!(SeekTable::read(&Memory(good.clone())).is_some());
-        assert!(
-            SeekTable::read(&Memory([vec![0], good.clone()].concat())).is_none(),
-            "a byte too many before"
-        );
-        assert!(
-            SeekTable::read(&Memory([good.clone(), vec![0]].concat())).is_none(),
-            "a byte too many after"
-        );
-        assert!(SeekTable::read(&Memory(good[1..].to_vec())).is_none(), "a byte too few");
+        assert!(read(&Bytes(good.clone())).is_some());
+        assert!(read(&Bytes([vec![0], good.clone()].concat())).is_none(), "a byte too many before");
+        assert!(read(&Bytes([good.clone(), vec![0]].concat())).is_none(), "a byte too many after");
+        assert!(read(&Bytes(good[1..].to_vec())).is_none(), "a byte too few");
         for at in good.len() - 33..good.len() {
             let mut bad = good.clone();
             bad[at] ^= 0x40;
             let is_plain_len =
                 (good.len() - 33 + 8..good.len() - 9).contains(&at) && (at - (good.len() - 25)) % 8 >= 4;
-            let read = SeekTable::read(&Memory(bad));
+            let read = read(&Bytes(bad));
             // A wrong plain length shows only when its frame is decoded, unless it exceeds the limit.
             assert!(read.is_none() || is_plain_len, "byte {at}");
         }
@@ -256,17 +346,17 @@ mod tests {
 
     #[test]
     fn enforces_limits() {
-        assert!(SeekTable::read(&Memory(file(&[[1, MAX_FRAME_LEN]]))).is_some());
-        assert!(SeekTable::read(&Memory(file(&[[1, MAX_FRAME_LEN + 1]]))).is_none());
-        assert!(SeekTable::read(&Memory(file(&[[MAX_FRAME_LEN + 1, 1]]))).is_none());
-        assert!(SeekTable::read(&Memory(file(&[[1, 1], [1, 0], [1, 1]]))).is_none());
-        assert!(SeekTable::read(&Memory(file(&[]))).is_none());
+        assert!(read(&Bytes(file(&[[1, MAX_FRAME_LEN]]))).is_some());
+        assert!(read(&Bytes(file(&[[1, MAX_FRAME_LEN + 1]]))).is_none());
+        assert!(read(&Bytes(file(&[[MAX_FRAME_LEN + 1, 1]]))).is_none());
+        assert!(read(&Bytes(file(&[[1, 1], [1, 0], [1, 1]]))).is_none());
+        assert!(read(&Bytes(file(&[]))).is_none());
         for len in 0..40 {
-            assert!(SeekTable::read(&Memory(vec![0; len])).is_none());
+            assert!(read(&Bytes(vec![0; len])).is_none());
         }
         let mut many = file(&[[1, 1]]);
         let at = many.len() - 9;
         many[at..at + 4].copy_from_slice(&u32::MAX.to_le_bytes());
-        assert!(SeekTable::read(&Memory(many)).is_none());
+        assert!(read(&Bytes(many)).is_none());
     }
 }

@@ -10,7 +10,7 @@ use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use imgtool_core::sync::lock;
-use imgtool_core::{Buffer, BufferPool, ReadAt};
+use imgtool_core::{Buffer, BufferPool, Lease, Memory, ReadAt};
 use twox_hash::XxHash64;
 use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective, get_error_name};
 
@@ -47,7 +47,6 @@ pub(super) struct SeekableZstd {
     stored: BufferPool,
 }
 
-#[derive(Default)]
 struct Cache {
     /// Slots by the frame's index in the seek table.
     slots: HashMap<u32, Slot>,
@@ -55,6 +54,8 @@ struct Cache {
     by_use: VecDeque<u32>,
     /// Plain length of all slots in bytes.
     cached: u64,
+    /// Memory for the slots.
+    lease: Lease,
 }
 
 enum Slot {
@@ -67,12 +68,14 @@ enum Slot {
 impl SeekableZstd {
     /// Opens `source`. Returns `None` without a valid seek table; the caller then reads a stream, whose
     /// decoder reports any damage.
-    pub(super) fn open(source: &Arc<dyn ReadAt>) -> Option<Self> {
-        let table = SeekTable::read(&**source)?;
+    pub(super) fn open(source: &Arc<dyn ReadAt>, memory: &Memory) -> Option<Self> {
+        let table = SeekTable::read(&**source, memory)?;
+        let lease = memory.try_lease(0)?;
+        let cache = Cache { slots: HashMap::new(), by_use: VecDeque::new(), cached: 0, lease };
         Some(Self {
             source: Arc::clone(source),
             table,
-            cache: Mutex::default(),
+            cache: Mutex::new(cache),
             changed: Condvar::new(),
             contexts: Mutex::default(),
             plain: BufferPool::new(),
@@ -264,6 +267,13 @@ impl ReadAt for SeekableZstd {
     fn granule(&self) -> u64 {
         u64::from(self.table.longest_plain()).max(1)
     }
+
+    fn release(&self) {
+        lock(&self.cache).clear();
+        lock(&self.contexts).clear();
+        self.plain.clear();
+        self.stored.clear();
+    }
 }
 
 impl Cache {
@@ -278,13 +288,29 @@ impl Cache {
     /// Evicts frames until `len` more bytes fit; returns false if frames being decoded fill the cache. An
     /// empty cache accepts a frame of any length.
     fn evict_for(&mut self, len: u64) -> bool {
-        while self.cached + len > MAX_CACHED && !self.slots.is_empty() {
+        while !self.fits(len) && !self.slots.is_empty() {
             let Some(oldest) = self.by_use.pop_front() else { return false };
             if let Some(Slot::Decoded(content)) = self.slots.remove(&oldest) {
                 self.cached -= content.len() as u64;
             }
         }
         true
+    }
+
+    /// True if `len` more bytes are within the limit, and the ledger lends them.
+    fn fits(&mut self, len: u64) -> bool {
+        let sum = self.cached.saturating_add(len);
+        sum <= MAX_CACHED && self.lease.try_raise(sum)
+    }
+
+    /// Evicts all frames that are not being decoded.
+    fn clear(&mut self) {
+        while let Some(oldest) = self.by_use.pop_front() {
+            if let Some(Slot::Decoded(content)) = self.slots.remove(&oldest) {
+                self.cached -= content.len() as u64;
+            }
+        }
+        self.lease.lower(self.cached);
     }
 }
 

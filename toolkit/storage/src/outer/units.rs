@@ -5,9 +5,43 @@
 
 use std::io::{self, BufRead, Chain, Cursor, Read};
 
+use super::zstd_header::{FrameMemory, MAGIC, frame_memory};
 use flate2::bufread::GzDecoder;
 use imgtool_core::input::{Decode, retry};
+use imgtool_core::{Lease, Memory};
 use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective, get_error_name};
+
+/// A decoder together with the memory that it borrows.
+pub(super) struct Leased<D> {
+    decoder: D,
+    _lease: Lease,
+}
+
+impl<D> Leased<D> {
+    pub(super) fn new(decoder: D, lease: Lease) -> Self {
+        Self { decoder, _lease: lease }
+    }
+}
+
+impl<D: Decode> Read for Leased<D> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.decoder.read(buf)
+    }
+}
+
+impl<D: Decode> Decode for Leased<D> {
+    fn unchecked(&self) -> u64 {
+        self.decoder.unchecked()
+    }
+
+    fn was_truncated(&self) -> bool {
+        self.decoder.was_truncated()
+    }
+
+    fn resume(&mut self) -> io::Result<bool> {
+        self.decoder.resume()
+    }
+}
 
 /// A decoder that does not report the positions of checksums, so no byte counts as verified before the end.
 pub(super) struct Opaque {
@@ -43,6 +77,10 @@ impl Decode for Opaque {
 pub(super) struct ZstdFrames<R> {
     reader: R,
     context: DCtx<'static>,
+    /// Memory for the longest window so far, which the decoder keeps.
+    lease: Lease,
+    /// Header of the current frame as far as it was passed to the decoder; `None` once it is complete.
+    header: Option<Vec<u8>>,
     /// True once a byte has been read. An empty input is no zstd stream.
     begun: bool,
     /// True between the start of a frame and its end.
@@ -52,16 +90,42 @@ pub(super) struct ZstdFrames<R> {
 }
 
 impl<R: BufRead> ZstdFrames<R> {
-    /// Magic_Number of a frame, RFC 8878, 3.1.1.
-    const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
-
     /// Creates a decoder. `window_log_max` is the binary logarithm of the maximum window in bytes.
-    pub(super) fn new(reader: R, window_log_max: u32) -> io::Result<Self> {
+    pub(super) fn new(reader: R, window_log_max: u32, memory: &Memory) -> io::Result<Self> {
         let mut context = DCtx::try_create().ok_or(io::ErrorKind::OutOfMemory)?;
         context.set_parameter(DParameter::WindowLogMax(window_log_max)).map_err(zstd_error)?;
-        Ok(Self { reader, context, begun: false, in_frame: false, unverified: 0 })
+        let lease = memory.lease(0, "a zstd decoder")?;
+        let header = Some(Vec::new());
+        Ok(Self { reader, context, lease, header, begun: false, in_frame: false, unverified: 0 })
+    }
+
+    /// Borrows the memory for the window that the frame announces, once its header is complete. Returns the
+    /// number of buffered bytes that the decoder may have: all of them, or a part of an incomplete header.
+    fn admit(&mut self) -> io::Result<usize> {
+        let stored = self.reader.fill_buf()?;
+        let Some(known) = &mut self.header else { return Ok(stored.len()) };
+        // A header has at most 18 bytes (RFC 8878, 3.1.1.1), so usually all of it is buffered.
+        let mut head = known.clone();
+        head.extend_from_slice(&stored[..stored.len().min(MAX_HEADER)]);
+        let FrameMemory::Bytes(bytes) = frame_memory(&head) else {
+            *known = head;
+            return Ok(stored.len());
+        };
+        let len = stored.len();
+        // zstd refuses a window above its limit itself.
+        if bytes <= MAX_WINDOW_MEMORY {
+            self.lease.raise(bytes, format_args!("a zstd window of {} MiB", bytes >> 20))?;
+        }
+        self.header = None;
+        Ok(len)
     }
 }
+
+/// Maximum length of a frame header in bytes, RFC 8878, 3.1.1.1, with the magic number.
+const MAX_HEADER: usize = 18;
+
+/// Maximum memory in bytes of a window that zstd accepts with our limit, 128 MiB, and of the decoder.
+const MAX_WINDOW_MEMORY: u64 = 129 << 20;
 
 impl<R: BufRead> Read for ZstdFrames<R> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
@@ -69,7 +133,8 @@ impl<R: BufRead> Read for ZstdFrames<R> {
             return Ok(0);
         }
         loop {
-            let stored = self.reader.fill_buf()?;
+            let admitted = self.admit()?;
+            let stored = &self.reader.fill_buf()?[..admitted];
             if stored.is_empty() && !self.in_frame {
                 return if self.begun { Ok(0) } else { Err(empty_input()) };
             }
@@ -79,6 +144,9 @@ impl<R: BufRead> Read for ZstdFrames<R> {
             let (consumed, produced) = (input.pos(), output.pos());
             self.reader.consume(consumed);
             self.in_frame = left != 0;
+            if !self.in_frame {
+                self.header = Some(Vec::new());
+            }
             self.unverified = if self.in_frame { self.unverified + produced as u64 } else { 0 };
             if produced > 0 {
                 return Ok(produced);
@@ -104,12 +172,13 @@ impl<R: BufRead + Send> Decode for ZstdFrames<R> {
         self.in_frame = false;
         self.unverified = 0;
         self.context.reset(ResetDirective::SessionOnly).map_err(zstd_error)?;
-        if !read_past(&mut self.reader, &Self::MAGIC)? {
+        self.header = Some(Vec::new());
+        if !read_past(&mut self.reader, &MAGIC)? {
             return Ok(false);
         }
+        self.header = Some(MAGIC.to_vec());
         let mut nothing: [u8; 0] = [];
-        let (mut input, mut output) =
-            (InBuffer::around(&Self::MAGIC), OutBuffer::around(nothing.as_mut_slice()));
+        let (mut input, mut output) = (InBuffer::around(&MAGIC), OutBuffer::around(nothing.as_mut_slice()));
         self.context.decompress_stream(&mut output, &mut input).map_err(zstd_error)?;
         self.in_frame = true;
         Ok(true)

@@ -7,21 +7,21 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use zstd::zstd_safe::get_frame_content_size;
 
 use imgtool_core::sync::lock;
 use imgtool_core::{
     Buffer, BufferPool, Bytes, Consumer, Error, Geometry, ImageSink, Location, Output, OutputId, Part,
-    Prepared, Result, SinkDevice, SinkPiece, WriteList,
+    Prepared, Result, SinkDevice, SinkPiece, TableMemory, WriteList,
 };
 
 use super::frames::{
     Chunk, CompressorPool, FRAME_LEN, Framing, PooledCompressor, cut_into_frames, frame_len,
     is_full_zero_frame,
 };
-use super::seek_table;
+use super::seek_table::FrameList;
 
 /// Target length of a piece in bytes, for inner sinks with shorter pieces (raw): short frames compress worse,
 /// and each takes an entry in the seek table.
@@ -36,7 +36,7 @@ pub struct CompressedSink {
     inner: Box<dyn ImageSink>,
     outputs: [Output; 1],
     framing: Framing,
-    compressors: CompressorPool,
+    compressors: Arc<CompressorPool>,
     pool: BufferPool,
     /// A compressed frame of [`FRAME_LEN`] zeros.
     zero_frame: OnceLock<Vec<u8>>,
@@ -49,12 +49,32 @@ impl fmt::Debug for CompressedSink {
     }
 }
 
-#[derive(Default)]
 struct State {
     /// File offset of the next frame.
     file_offset: u64,
     /// Stored and plain length of every frame so far, for the seek table.
-    frames: Vec<[u32; 2]>,
+    frames: FrameList,
+}
+
+/// Compressors and buffers for the compressed outputs of a run, which share them: a run needs only as many as
+/// it has workers.
+#[derive(Debug, Clone)]
+pub struct Compressors {
+    framing: Framing,
+    compressors: Arc<CompressorPool>,
+    pool: BufferPool,
+}
+
+impl Compressors {
+    /// Creates an empty pool.
+    pub fn new(framing: Framing) -> Self {
+        Self { framing, compressors: Arc::new(CompressorPool::new(framing)), pool: BufferPool::new() }
+    }
+
+    /// Returns the framing of the outputs.
+    pub fn framing(&self) -> Framing {
+        self.framing
+    }
 }
 
 impl CompressedSink {
@@ -69,6 +89,20 @@ impl CompressedSink {
     /// [`imgtool_core::ErrorKind::Unsupported`] if `inner` is not append-only or has several outputs;
     /// [`imgtool_core::ErrorKind::Refused`] if `output` is an existing target of fixed length.
     pub fn new(inner: Box<dyn ImageSink>, output: Output, framing: Framing) -> Result<Self> {
+        Self::sharing(inner, output, &Compressors::new(framing), None)
+    }
+
+    /// Like [`CompressedSink::new`], with compressors that other outputs share. `memory` limits the seek
+    /// table to a number of bytes; a file with more frames gets none, and is then read as a stream.
+    ///
+    /// # Errors
+    /// Same as [`CompressedSink::new`].
+    pub fn sharing(
+        inner: Box<dyn ImageSink>,
+        output: Output,
+        shared: &Compressors,
+        memory: Option<u64>,
+    ) -> Result<Self> {
         if !inner.append_only() {
             return Err(Error::unsupported("this format can't be compressed as a whole while it is written")
                 .path(output.location())
@@ -83,16 +117,25 @@ impl CompressedSink {
                 Error::refused("a compressed image goes to a new file or a pipe").path(output.location())
             );
         }
-        let compressors = CompressorPool::new(framing);
+        let Compressors { framing, compressors, pool } = shared.clone();
+        let frames = FrameList::within(memory);
         Ok(Self {
             inner,
             outputs: [output],
             framing,
             compressors,
-            pool: BufferPool::new(),
+            pool,
             zero_frame: OnceLock::new(),
-            state: Mutex::default(),
+            state: Mutex::new(State { file_offset: 0, frames }),
         })
+    }
+
+    /// Returns the memory for the seek table of an output of at most `plain_len` bytes.
+    pub fn table_memory(framing: Framing, plain_len: u64) -> TableMemory {
+        match framing {
+            Framing::SeekableZstd { .. } => FrameList::memory(plain_len.div_ceil(PIECE_LEN)),
+            Framing::Gzip { .. } => TableMemory::default(),
+        }
     }
 
     /// Compresses `chunks` into frames; returns the buffer and the range of each frame in it.
@@ -146,7 +189,7 @@ impl CompressedSink {
             let (Some(plain), Ok(stored)) = (plain, u32::try_from(frame.len())) else {
                 return Err(Error::limit("a compressed frame does not fit the seek table").at(at));
             };
-            state.frames.push([stored, plain]);
+            state.frames.push(stored, plain);
         }
         Ok(at)
     }
@@ -182,6 +225,10 @@ impl Consumer for CompressedSink {
             ordered: true,
             ..inner
         }
+    }
+
+    fn worker_memory(&self) -> u64 {
+        self.compressors.context_bytes() + self.inner.worker_memory()
     }
 
     fn prepare(&self, piece: SinkPiece, pool: &BufferPool) -> Result<Prepared> {
@@ -255,9 +302,12 @@ impl ImageSink for CompressedSink {
         }
         if let Framing::SeekableZstd { .. } = self.framing {
             let state = lock(&self.state);
-            let table =
-                seek_table::encode(&state.frames).map_err(|e| Error::io("encode the seek table", e))?;
-            self.output().write_at(&table, state.file_offset)?;
+            let mut at = state.file_offset;
+            state.frames.encode(|part| {
+                self.output().write_at(part, at)?;
+                at += part.len() as u64;
+                Ok(())
+            })?;
         }
         Ok(())
     }

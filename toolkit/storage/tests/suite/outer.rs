@@ -2,7 +2,7 @@
 
 use std::io::{Cursor, Read};
 
-use imgtool_core::{ErrorKind, Input, Result};
+use imgtool_core::{ErrorKind, Input, Memory, Result};
 use imgtool_storage::outer::{Compression, by_name, decoder, detect};
 use imgtool_storage::{OpenInput, Opening, open::open};
 use imgtool_testing::conformance::{Content, Fill};
@@ -18,7 +18,9 @@ fn content() -> Vec<u8> {
 
 fn decode(compression: Compression, bytes: &[u8]) -> std::io::Result<Vec<u8>> {
     let mut plain = Vec::new();
-    decoder(compression, Box::new(Cursor::new(bytes.to_vec()))).unwrap().read_to_end(&mut plain)?;
+    decoder(compression, Box::new(Cursor::new(bytes.to_vec())), &Memory::default())
+        .unwrap()
+        .read_to_end(&mut plain)?;
     Ok(plain)
 }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use imgtool_core::{
-    BufferPool, Bytes, Consumer, CreateOptions, Driver, Geometry, ImageSink, Input, Location, OpenOptions,
+    BufferPool, Bytes, Consumer, CreateOptions, Driver, Geometry, ImageSink, Input, Location, Memory, OpenOptions,
     Output, Part, Prepared, ReadAt, Result, SinkDevice, SinkPiece, WriteList,
 };
 use imgtool_storage::outer::{Compression, open_seekable};
@@ -249,7 +249,7 @@ impl ReadAt for CountedMemory {
 fn counted(bytes: &[u8]) -> (Arc<CountedMemory>, Option<Arc<dyn ReadAt>>) {
     let memory = Arc::new(CountedMemory { bytes: bytes.to_vec(), read: AtomicU64::new(0) });
     let source: Arc<dyn ReadAt> = memory.clone();
-    let view = open_seekable(Compression::Zstd, &source);
+    let view = open_seekable(Compression::Zstd, &source, &Memory::default());
     memory.read.store(0, Ordering::Relaxed);
     (memory, view)
 }
@@ -417,7 +417,7 @@ fn parallel_readers_decode_ahead() {
     let (memory, _) = counted(&packed(&image, FRAMINGS[1], 2));
     let slow = Arc::new(SlowStorage { inner: memory, current: AtomicU64::new(0), peak: AtomicU64::new(0) });
     let source: Arc<dyn ReadAt> = slow.clone();
-    let view = open_seekable(Compression::Zstd, &source).unwrap();
+    let view = open_seekable(Compression::Zstd, &source, &Memory::default()).unwrap();
     let expected = bytes_of(&image);
     let next = AtomicU64::new(0);
     std::thread::scope(|scope| {

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 use imgtool_core::sync::lock;
 use imgtool_core::{
     CancelToken, Consumer, CreateOptions, Driver, Error, ExternalOpener, Externals, ImageSink, ImageSource,
-    Input, Lane, Location, Manifest, NoProgress, OpenOptions, Output, OutputFactory, Registry, Result,
-    SinkDevice, external,
+    Input, Lane, Location, Manifest, Memory, NoProgress, OpenOptions, Output, OutputFactory, Registry,
+    Result, SinkDevice, external,
 };
 use imgtool_engine::pipeline::{self, Job, Route, Target};
 use imgtool_storage::{Opening, file, open as storage};
@@ -149,8 +149,8 @@ pub(super) fn copy(
     let routes = devices
         .map(|(device, index)| Route { from: device.id, target: 0, to: SinkDevice(index), lane: Lane(index) })
         .collect();
-    let targets = vec![target];
-    let job = Job { targets, routes, taps: Vec::new(), threads, progress: &NoProgress, cancel };
+    let (targets, memory) = (vec![target], Memory::default());
+    let job = Job { targets, routes, taps: Vec::new(), threads, progress: &NoProgress, cancel, memory };
     pipeline::copy(source, &job).map(drop)
 }
 

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use imgtool_core::{
     BufferPool, Bytes, Consumer, CreateOptions, Driver, ErrorKind, Geometry, ImageSink, ImageWriter, InPlace,
-    Input, Manifest, OpenOptions, Output, OutputFactory, OutputId, Prepared, Result, SinkDevice, SinkPiece,
-    WriteList,
+    Input, Manifest, Memory, OpenOptions, Output, OutputFactory, OutputId, Prepared, Result, SinkDevice,
+    SinkPiece, WriteList,
 };
 use imgtool_core::{CancelToken, Capabilities, Confidence, Error, ImageSource, Lane, NoProgress, Sharing};
 use imgtool_engine::digest::ContentDigest;
@@ -159,6 +159,7 @@ fn write_split(order: Order, threads: usize, path: &Path) -> u128 {
         threads,
         progress: &NoProgress,
         cancel: CancelToken::new(),
+        memory: Memory::default(),
     };
     let totals = pipeline::copy(&source, &job).unwrap();
     assert_eq!(totals.guest_bytes, 9 * UNIT + 7);
