@@ -4,6 +4,7 @@ mod file_system;
 mod fixtures;
 mod huge;
 mod matrix;
+mod memory;
 mod qcow2_chains;
 mod qcow2_maps;
 mod shared_blocks;

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use imgtool_core::{BufferPool, Error, Result};
+use imgtool_core::{BufferPool, Error, Memory, Result};
 use imgtool_storage::open::{Opening, open};
 
 /// Length in bytes of a write, as in the writers for raw and qcow2.
@@ -14,7 +14,7 @@ const PIECE_LEN: u64 = 256 << 10;
 
 /// Writes other content to `target`, at the offsets of the data extents of `image`.
 pub fn write(image: &Path, target: &Path) -> Result<()> {
-    let source = open(&image.into(), Opening::Plain)?.input.into_random()?;
+    let source = open(&image.into(), Opening::Plain, &Memory::default())?.input.into_random()?;
     let mut buffer = BufferPool::new().take(PIECE_LEN as usize);
     buffer.fill(0xa5);
     let failed = |e| Error::io("write", e).path(target);

@@ -198,7 +198,10 @@ impl Allocator {
     fn grow_tail(&mut self, end: u64) {
         let blocks = (end - self.tail_start()).div_ceil(self.block_entries());
         let len = (blocks as usize) << self.cluster_bits;
-        if len > self.tail.len() {
+        if self.tail.is_empty() {
+            // Zeroed by the allocator, so that unused entries of a large block take no memory.
+            self.tail = vec![0; len];
+        } else if len > self.tail.len() {
             self.tail.resize(len, 0);
         }
     }

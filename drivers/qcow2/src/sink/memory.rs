@@ -14,6 +14,9 @@ use crate::options::WriteOptions;
 /// 128 GiB of disk before one is written early.
 const OPEN_BYTES: u64 = 16 << 20;
 
+/// Unit in bytes in which memory becomes resident.
+const PAGE: u64 = 4096;
+
 /// Division of an image's share of the memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Division {
@@ -34,6 +37,8 @@ struct Sizes {
     refcount_block: u64,
     /// The longest batch of refcount blocks.
     batch: u64,
+    /// The refcounts of all clusters of the image.
+    refcounts: u64,
 }
 
 impl Sizes {
@@ -57,12 +62,17 @@ impl Sizes {
                 .max(l2_table),
             refcount_block: cluster_size,
             batch: (BATCH_BYTES as u64).max(cluster_size),
+            // The tables add less than a hundredth to the data, and a few clusters.
+            refcounts: virtual_size.map_or(u64::MAX, |size| {
+                let clusters = size.div_ceil(cluster_size);
+                ((clusters + clusters / 64 + 64) << refcount_order).div_ceil(8).next_multiple_of(PAGE)
+            }),
         }
     }
 
     /// Memory of the refcounts: a batch waits while compressed data may be added to its clusters.
-    fn refcounts(batch: u64) -> u64 {
-        batch.saturating_mul(2)
+    fn pending_refcounts(&self, batch: u64) -> u64 {
+        batch.saturating_mul(2).min(self.refcounts)
     }
 }
 
@@ -75,10 +85,10 @@ pub(super) fn table_memory(
 ) -> TableMemory {
     let sizes = Sizes::new(options.shape, options.refcount_order, virtual_size);
     if is_linear {
-        let all = sizes.fixed.saturating_add(Sizes::refcounts(sizes.batch));
+        let all = sizes.fixed.saturating_add(sizes.pending_refcounts(sizes.batch));
         return TableMemory { least: all, most: all };
     }
-    let sum = |refcounts, tables| sizes.fixed.saturating_add(Sizes::refcounts(refcounts) + tables);
+    let sum = |refcounts, tables| sizes.fixed.saturating_add(sizes.pending_refcounts(refcounts) + tables);
     TableMemory { least: sum(sizes.refcount_block, sizes.l2_table), most: sum(sizes.batch, sizes.l2_tables) }
 }
 
@@ -87,7 +97,7 @@ pub(super) fn divide(options: &WriteOptions, virtual_size: Option<u64>, share: O
     let sizes = Sizes::new(options.shape, options.refcount_order, virtual_size);
     let most = table_memory(options, virtual_size, false).most;
     let rest = share.unwrap_or(most).min(most).saturating_sub(sizes.fixed);
-    let full = Sizes::refcounts(sizes.batch) + sizes.l2_tables;
+    let full = sizes.pending_refcounts(sizes.batch) + sizes.l2_tables;
     let batch = if rest >= full {
         sizes.batch
     } else {
@@ -95,7 +105,7 @@ pub(super) fn divide(options: &WriteOptions, virtual_size: Option<u64>, share: O
         let part = rest / 8 / 2;
         (part - part % sizes.refcount_block).clamp(sizes.refcount_block, sizes.batch)
     };
-    let tables = rest.saturating_sub(Sizes::refcounts(batch)) / sizes.l2_table.max(1);
+    let tables = rest.saturating_sub(sizes.pending_refcounts(batch)) / sizes.l2_table.max(1);
     Division { open_tables: usize::try_from(tables).unwrap_or(usize::MAX).max(1), batch: batch as usize }
 }
 
@@ -135,7 +145,7 @@ mod tests {
         assert!(memory.most < 1 << 20, "{memory:?}");
         // One table of 2 MiB would describe 512 GiB.
         let memory = table_memory(&options(&[("cluster_size", "2M")]), GIB, false);
-        assert_eq!(memory.least, 8 + 8 + 512 * 8 + 2 * (2 << 20));
+        assert_eq!(memory.least, 8 + 8 + 512 * 8 + PAGE);
     }
 
     #[test]

@@ -250,6 +250,9 @@ fn insert_range(ranges: &mut Vec<Range<usize>>, range: Range<usize>) {
 
 #[cfg(test)]
 mod tests {
+    use imgtool_core::{CancelToken, Consumer, Lane, Memory, NoProgress};
+
+    use super::super::{Job, Route, Target};
     use super::*;
 
     #[test]
@@ -259,5 +262,48 @@ mod tests {
             insert_range(&mut ranges, range);
         }
         assert_eq!(ranges, std::iter::once(0..40).collect::<Vec<_>>());
+    }
+
+    /// Consumer of whole granules of 128 KiB.
+    struct Granules;
+
+    impl Consumer for Granules {
+        fn geometry(&self, _device: SinkDevice) -> Geometry {
+            Geometry {
+                granule: 128 << 10,
+                granule_required: true,
+                piece_len: 128 << 10,
+                max_zero_len: u64::MAX,
+                ordered: true,
+            }
+        }
+
+        fn prepare(&self, piece: SinkPiece, _pool: &BufferPool) -> Result<imgtool_core::Prepared> {
+            Ok(imgtool_core::Prepared::consumed(piece))
+        }
+    }
+
+    #[test]
+    fn complete_granules_leave_nothing_behind() {
+        let job = Job {
+            targets: vec![Target::Consumer(&Granules)],
+            routes: vec![Route { from: DeviceId(0), target: 0, to: SinkDevice(0), lane: Lane(0) }],
+            taps: Vec::new(),
+            threads: 1,
+            progress: &NoProgress,
+            cancel: CancelToken::new(),
+            memory: Memory::default(),
+        };
+        let targets = Targets::new(&job).expect("a target");
+        let devices = [Device::disk(0, "disk", 1 << 40)];
+        let mut regroup = Regroup::new(&targets, &devices, false).expect("memory");
+        let pool = BufferPool::new();
+        for half in 0..1000 {
+            let piece = Piece::data(DeviceId(0), half * (64 << 10), pool.take(64 << 10));
+            regroup.push(piece, &pool).expect("in order");
+            assert_eq!(regroup.pop().is_some(), half % 2 == 1);
+            assert_eq!(regroup.by_age.len() as u64, 1 - half % 2);
+        }
+        assert_eq!(regroup.pending_bytes, 0);
     }
 }

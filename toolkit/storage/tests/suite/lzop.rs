@@ -195,7 +195,7 @@ fn errors_name_the_unsupported_feature() {
 fn archive_reads_the_same_in_every_compression() {
     let read = |name: &str| {
         let mut plain = Vec::new();
-        let opened = open(&fixture(name).into(), Opening::ByContent).unwrap();
+        let opened = open(&fixture(name).into(), Opening::ByContent, &Memory::default()).unwrap();
         opened.input.into_stream().unwrap().read_to_end(&mut plain).unwrap();
         plain
     };

@@ -234,7 +234,7 @@ fn from_pipe(name: &str, bytes: impl AsRef<[u8]>) -> Result<OpenInput> {
 
 /// Opens a file and reads all of it. A damaged file of a single bzip2 block already fails to open.
 fn read_through(path: &std::path::Path) -> Result<()> {
-    let mut stream = open(&path.into(), Opening::ByContent)?.input.into_stream()?;
+    let mut stream = open(&path.into(), Opening::ByContent, &Memory::default())?.input.into_stream()?;
     let mut chunk = vec![0; 10_000];
     while stream.read_full(&mut chunk)? > 0 {}
     Ok(())

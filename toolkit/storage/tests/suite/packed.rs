@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use imgtool_core::{
-    BufferPool, Bytes, Consumer, CreateOptions, Driver, Geometry, ImageSink, Input, Location, Memory, OpenOptions,
-    Output, Part, Prepared, ReadAt, Result, SinkDevice, SinkPiece, WriteList,
+    BufferPool, Bytes, Consumer, CreateOptions, Driver, Geometry, ImageSink, Input, Location, Memory,
+    OpenOptions, Output, Part, Prepared, ReadAt, Result, SinkDevice, SinkPiece, WriteList,
 };
 use imgtool_storage::outer::{Compression, open_seekable};
 use imgtool_storage::{CompressedSink, Framing, OpenInput, Opening, file, open::open};
@@ -162,7 +162,7 @@ fn reads_a_packed_image_by_position_and_as_a_stream() {
             )
             .unwrap();
             pack(inner, &image, framing, laws::new_file(&path), 3);
-            let input = open(&path.as_path().into(), Opening::ByContent).unwrap();
+            let input = open(&path.as_path().into(), Opening::ByContent, &Memory::default()).unwrap();
             let is_zstd = matches!(framing, Framing::SeekableZstd { .. });
             assert_eq!(input.compression, [if is_zstd { Compression::Zstd } else { Compression::Gzip }]);
             assert_eq!(input.input.is_stream(), !is_zstd);

@@ -233,7 +233,7 @@ pub fn make_bytes(driver: &dyn Driver, options: &CreateOptions, image: &Image) -
 /// # Errors
 /// If the file can't be opened.
 pub fn input(path: &Path) -> Result<Input> {
-    storage::open(&path.into(), Opening::Plain).map(|opened| opened.input)
+    storage::open(&path.into(), Opening::Plain, &Memory::default()).map(|opened| opened.input)
 }
 
 /// Opens a file with `driver`, without undoing outer compression.

@@ -252,7 +252,7 @@ impl Image {
         Manifest {
             devices: self.devices.iter().map(|(device, _)| device.clone()).collect(),
             attachments: self.attachments.clone(),
-            base: None,
+            ..Manifest::default()
         }
     }
 }

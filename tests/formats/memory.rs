@@ -1,0 +1,289 @@
+//! One limit bounds the memory of a run: whatever the disks, threads, formats and layers of compression.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use imgtool_testing::images::{self, Image};
+use imgtool_testing::vma::{ArchiveBuilder, Slot, slot};
+use imgtool_testing::{assert_same, names, oracles, require, tempdir, text};
+
+use crate::support::imgtool;
+
+/// Default memory limit in bytes.
+const LIMIT: u64 = 256 << 20;
+
+const CLUSTER: u64 = 64 << 10;
+
+/// Returns `data` as a zstd frame of uncompressed blocks that announces a window of 128 MiB.
+fn stored_frame(data: &[u8]) -> Vec<u8> {
+    // RFC 8878: magic, Frame_Header_Descriptor, Window_Descriptor.
+    let mut frame = vec![0x28, 0xb5, 0x2f, 0xfd, 0x00, 0x88];
+    let mut blocks = data.chunks(128 << 10).peekable();
+    while let Some(block) = blocks.next() {
+        let is_last = u32::from(blocks.peek().is_none());
+        let header = is_last | u32::try_from(block.len()).unwrap() << 3;
+        frame.extend(&header.to_le_bytes()[..3]);
+        frame.extend(block);
+    }
+    frame
+}
+
+/// Converts with several limits; returns the peak with the default one.
+#[test]
+fn nested_windows_share_the_limit() {
+    let dir = tempdir();
+    let nested = dir.path().join("nested.raw.zst");
+    let mut bytes = vec![0; 140 << 20];
+    for _ in 0..4 {
+        bytes = stored_frame(&bytes);
+    }
+    std::fs::write(&nested, bytes).unwrap();
+    let out = dir.path().join("out.raw");
+    let refused = imgtool(["convert", text(&nested), text(&out)]).measured().go().exits(1);
+    assert!(refused.peak_memory < LIMIT, "{} bytes", refused.peak_memory);
+    let refused = refused.says("not enough memory for a zstd window of 128 MiB").says("--memory ");
+    assert!(!out.exists(), "{}", refused.stderr);
+    for command in ["checksum", "info"] {
+        let run = imgtool([command, text(&nested)]).measured().go();
+        assert!(run.peak_memory < LIMIT, "{command}: {} bytes", run.peak_memory);
+    }
+    imgtool(["convert", "--memory", "700M", text(&nested), text(&out)]).ok();
+    assert_eq!(std::fs::metadata(&out).unwrap().len(), 140 << 20);
+}
+
+/// Returns the limit that a refusal names.
+fn suggested_limit(stderr: &str) -> String {
+    let rest = stderr.split("--memory ").nth(1).expect("a limit");
+    rest.split_whitespace().next().unwrap().to_owned()
+}
+
+/// An archive of `devices` disks of 1 TiB, each with a sub-block at every `stride`th cluster.
+fn sparse_devices(path: &Path, devices: u8, clusters: u32, stride: u32) {
+    let mut builder = ArchiveBuilder::new();
+    for id in 1..=devices {
+        builder = builder.device(id, &format!("d{id}"), 1 << 40);
+    }
+    let slots: Vec<Slot> =
+        (0..clusters).flat_map(|number| (1..=devices).map(move |id| slot(id, number * stride, 1))).collect();
+    std::fs::write(path, builder.extents(&slots, 59).build()).unwrap();
+}
+
+#[test]
+fn tables_of_many_outputs_share_the_limit() {
+    let dir = tempdir();
+    let archive = dir.path().join("many.vma");
+    // As a stream, the archive is not indexed first. It lacks clusters, so each run ends with an error.
+    for (devices, clusters, format) in [(254, 100, "qcow2"), (254, 100, "vhdx"), (16, 512, "qcow2")] {
+        sparse_devices(&archive, devices, clusters, 8192);
+        let out = dir.path().join("out");
+        let run = imgtool(["convert", "-q", "-", "--to", format, text(&out)]).pipe_from(&archive);
+        let run = run.measured().go().exits(1).says("missing cluster");
+        assert!(run.peak_memory < LIMIT, "{devices} to {format}: {} bytes", run.peak_memory);
+    }
+}
+
+#[test]
+fn refuses_too_many_tables_before_the_first_byte() {
+    let dir = tempdir();
+    let archive = dir.path().join("many.vma");
+    sparse_devices(&archive, 254, 1, 1);
+    let out = dir.path().join("out");
+    let args = ["convert", "-q", "-", "--to", "qcow2", "-o", "cluster_size=2M", text(&out)];
+    let refused = imgtool(args).pipe_from(&archive).measured().go().exits(1);
+    let refused = refused.says("not enough memory for the tables of 254 outputs");
+    assert!(!out.exists());
+    let limit = suggested_limit(&refused.stderr);
+    let run = imgtool(args).args(["--memory", &limit]).pipe_from(&archive);
+    run.go().exits(1).says("missing cluster");
+}
+
+/// The tables in memory decide the layout, so a limit or a number of threads must not change a single image.
+#[test]
+fn one_image_does_not_depend_on_the_limit() {
+    let dir = tempdir();
+    let raw = dir.path().join("disk.raw");
+    let image = Image::hole("far", 40 << 30);
+    let islands = (0..300u64).fold(image, |image, n| {
+        // Out of order: every table is used several times.
+        image.with(n * 7919 % 320 * (128 << 20), images::noise(n, 5000))
+    });
+    islands.write_raw(&raw);
+    let first = dir.path().join("first.qcow2");
+    imgtool(["convert", "-q", text(&raw), text(&first)]).ok();
+    for (memory, threads) in [("128M", "1"), ("256M", "7"), ("2G", "3")] {
+        let next = dir.path().join(format!("{memory}.qcow2"));
+        imgtool(["convert", "-q", "--memory", memory, "-m", threads, text(&raw), text(&next)]).ok();
+        assert_same(&first, &next, memory);
+    }
+}
+
+#[test]
+fn strong_compression_runs_fewer_workers() {
+    let dir = tempdir();
+    let raw = dir.path().join("disk.raw");
+    Image::hole("prose", 24 << 20).with(0, images::prose(1, 24 << 20)).write_raw(&raw);
+    let options = "cluster_size=2M,compression_type=zstd";
+    let args = ["convert", "-q", "-m", "16", "-c=zstd:19", "-o", options];
+    let out = dir.path().join("out.qcow2");
+    let run = imgtool(args).args([text(&raw), text(&out)]).measured().ok();
+    assert!(run.peak_memory < LIMIT, "{} bytes", run.peak_memory);
+}
+
+#[test]
+fn caches_of_many_sources_share_the_limit() {
+    let dir = tempdir();
+    let raw = dir.path().join("disk.raw");
+    let content = (0..3u64).fold(Image::hole("part", 60 << 20), |image, part| {
+        image.with(part * (20 << 20), images::prose(part, 12 << 20))
+    });
+    content.write_raw(&raw);
+    let options = "cluster_size=2M,compression_type=zstd";
+    let sources: Vec<PathBuf> = (0..12).map(|n| dir.path().join(format!("disk{n}.qcow2"))).collect();
+    imgtool(["convert", "-q", "-c", "-o", options, text(&raw), text(&sources[0])]).ok();
+    for copy in &sources[1..] {
+        std::fs::copy(&sources[0], copy).unwrap();
+    }
+    let out = dir.path().join("out.vma");
+    let run = imgtool(["convert", "-q", "-m", "16"]).args(&sources).args([&out]).measured().ok();
+    assert!(run.peak_memory < LIMIT, "{} bytes", run.peak_memory);
+}
+
+/// Writes an archive whose index is as large as can be: even, then odd zero clusters; and a disk with content.
+fn scattered_archive(path: &Path, clusters: u32, content: u32) {
+    let mut builder = ArchiveBuilder::new().device(1, "a", u64::from(clusters) * CLUSTER);
+    builder = builder.device(2, "b", u64::from(content) * CLUSTER);
+    let scattered = (0..clusters).step_by(2).chain((1..clusters).step_by(2)).map(|number| slot(1, number, 0));
+    let stored = (0..content).map(|number| slot(2, number, 0xffff));
+    let slots: Vec<Slot> = scattered.chain(stored).collect();
+    std::fs::write(path, builder.extents(&slots, 59).build()).unwrap();
+}
+
+#[test]
+fn a_large_index_leaves_less_for_pieces() {
+    let dir = tempdir();
+    let archive = dir.path().join("scattered.vma");
+    scattered_archive(&archive, 59 * 100_000, 59 * 16);
+    let out = dir.path().join("out");
+    for format in ["raw", "qcow2"] {
+        let args = ["convert", "-q", "-m", "64", "--disk", "b", "--to", format, "--force"];
+        let run = imgtool(args).args([text(&archive), text(&out)]).measured().ok();
+        assert!(run.peak_memory < LIMIT, "{format}: {} bytes", run.peak_memory);
+    }
+}
+
+/// A source of [`forty_shapes_stay_within_memory`].
+fn write_shapes(dir: &Path) {
+    let far = images::noise(1, 64 << 20);
+    let disk = (0..3u64).fold(Image::hole("disk", 400 << 20), |image, part| {
+        image
+            .with(part * (110 << 20), far.clone())
+            .with(part * (110 << 20) + (70 << 20), images::prose(part, 9 << 20))
+    });
+    disk.write_raw(&dir.join("disk.raw"));
+    Image::hole("prose", 40 << 20).with(0, images::prose(9, 40 << 20)).write_raw(&dir.join("prose.raw"));
+    let whole = |devices: u8, clusters: u32, every: u32| {
+        let mut builder = ArchiveBuilder::new();
+        for id in 1..=devices {
+            builder = builder.device(id, &format!("d{id}"), u64::from(clusters) * CLUSTER);
+        }
+        let mask = |number: u32| if number.is_multiple_of(every) { 0x8001 } else { 0 };
+        let slots: Vec<Slot> = (0..clusters)
+            .flat_map(|number| (1..=devices).map(move |id| slot(id, number, mask(number))))
+            .collect();
+        builder.extents(&slots, 59).build()
+    };
+    std::fs::write(dir.join("vm254.vma"), whole(254, 256, 5)).unwrap();
+    std::fs::write(dir.join("vm16.vma"), whole(16, 16_384, 37)).unwrap();
+    scattered_archive(&dir.join("index.vma"), 59 * 100_000, 59 * 16);
+    sparse_devices(&dir.join("tables.vma"), 254, 100, 8192);
+    let shell = |command: &str| oracles::run_in("sh", dir, &["-c", command]);
+    shell("for f in *.vma; do zstd -q -1 $f; done; zstd -q -1 --long=27 < disk.raw > long.raw.zst");
+    shell("zstd -q -1 --long=27 < long.raw.zst > nested.raw.zst; xz -9 -T1 < prose.raw > prose.raw.xz");
+    shell("lzop -q < disk.raw > disk.raw.lzo; gzip -1 < disk.raw > disk.raw.gz");
+    let pack = |args: &[&str], out: &str| {
+        imgtool(["convert", "-q"]).args(args).args([text(&dir.join("disk.raw")), text(&dir.join(out))]).ok();
+    };
+    pack(&[], "seekable.raw.zst");
+    pack(&["-c=zstd", "-o", "cluster_size=2M"], "large.qcow2");
+    pack(&["-c"], "small.qcow2");
+    pack(&[], "disk.vhdx");
+    for n in 0..12 {
+        std::fs::copy(dir.join("large.qcow2"), dir.join(format!("copy{n}.qcow2"))).unwrap();
+    }
+}
+
+/// Command lines of [`forty_shapes_stay_within_memory`]; `OUT` is a new name.
+const SHAPES: [&str; 42] = [
+    "convert -m 1 disk.raw OUT.raw",
+    "convert -m 64 disk.raw OUT.raw",
+    "convert -m 1 disk.raw OUT.qcow2",
+    "convert -m 64 disk.raw OUT.qcow2",
+    "convert -m 64 -o cluster_size=2M disk.raw OUT.qcow2",
+    "convert -m 64 -o cluster_size=128k,extended_l2=on disk.raw OUT.qcow2",
+    "convert -m 1 -c=zstd:19 -o cluster_size=2M prose.raw OUT.qcow2",
+    "convert -m 7 -c=zstd:19 -o cluster_size=2M prose.raw OUT.qcow2",
+    "convert -m 64 -c=zstd:19 -o cluster_size=2M prose.raw OUT.qcow2",
+    "convert -m 64 -c=zlib:12 -o cluster_size=2M prose.raw OUT.qcow2",
+    "convert -m 64 -c=zstd -o cluster_size=64k disk.raw OUT.qcow2",
+    "convert -m 64 -o block_size=256M disk.raw OUT.vhdx",
+    "convert -m 64 disk.raw OUT.vma",
+    "convert -m 64 disk.raw OUT.vma.zst",
+    "convert -m 64 -c=zstd:19 prose.raw OUT.vma",
+    "convert -m 64 -c=zstd:15 prose.raw OUT.raw.zst",
+    "convert -m 64 --verify disk.raw OUT.raw.zst",
+    "convert -m 64 disk.raw OUT.raw.gz",
+    "convert -m 64 long.raw.zst OUT.raw",
+    "convert -m 64 -c=zstd -o cluster_size=2M long.raw.zst OUT.qcow2",
+    "convert -m 64 --memory 400M nested.raw.zst OUT.raw",
+    "convert -m 64 prose.raw.xz OUT.qcow2",
+    "convert -m 64 disk.raw.lzo OUT.qcow2",
+    "convert -m 64 disk.raw.gz OUT.vhdx --to vhdx",
+    "convert -m 64 seekable.raw.zst OUT.qcow2",
+    "convert -m 64 large.qcow2 OUT.raw",
+    "convert -m 64 small.qcow2 OUT.vma.zst",
+    "convert -m 64 copy0.qcow2 copy1.qcow2 copy2.qcow2 copy3.qcow2 copy4.qcow2 copy5.qcow2 copy6.qcow2 copy7.qcow2 copy8.qcow2 copy9.qcow2 copy10.qcow2 copy11.qcow2 OUT.vma",
+    "convert -m 1 vm254.vma.zst --to qcow2 OUT",
+    "convert -m 64 vm254.vma.zst --to qcow2 OUT",
+    "convert -m 64 vm254.vma.zst --to qcow2 -c OUT",
+    "convert -m 64 vm254.vma --to vhdx OUT",
+    "convert -m 64 vm254.vma --to raw -c=zstd OUT",
+    "convert -m 64 --verify vm254.vma --to qcow2 OUT",
+    "convert -m 64 vm16.vma.zst --to qcow2 OUT",
+    "convert -m 64 vm16.vma.zst --to qcow2 -o cluster_size=128k,extended_l2=on OUT",
+    "convert -m 64 index.vma --to qcow2 OUT",
+    "convert -m 64 --disk b index.vma.zst --to raw OUT",
+    "convert -m 64 tables.vma.zst --to qcow2 OUT",
+    "convert -m 64 tables.vma.zst --to vhdx OUT",
+    "compare -m 64 index.vma seekable.raw.zst",
+    "check index.vma",
+];
+
+/// Prints the table with `--run-ignored`; takes minutes.
+#[test]
+#[ignore = "takes minutes and 3 GiB: run it with --ignored --nocapture after a change of the memory budget"]
+fn forty_shapes_stay_within_memory() {
+    require!("zstd");
+    require!("xz");
+    require!("lzop");
+    let dir = tempdir();
+    write_shapes(dir.path());
+    let before = names(dir.path());
+    let mut beyond = Vec::new();
+    for shape in SHAPES {
+        let words = shape.split(' ').map(|word| word.replace("OUT", "out"));
+        let run = imgtool(words).within(dir.path()).measured().go();
+        let limit = if shape.contains("--memory 400M") { 400 << 20 } else { LIMIT };
+        let mib = run.peak_memory >> 20;
+        println!("{mib:4} MiB  exit {}  {shape}", run.status.code().unwrap_or(-1));
+        if run.peak_memory > limit {
+            beyond.push(format!("{mib} MiB: {shape}"));
+        }
+        for name in names(dir.path()).iter().filter(|name| !before.contains(name)) {
+            let path = dir.path().join(name);
+            let _ = std::fs::remove_file(&path).or_else(|_| std::fs::remove_dir_all(&path));
+        }
+    }
+    let _ = File::create(dir.path().join("done")).and_then(|mut file| file.write_all(b"done"));
+    assert!(beyond.is_empty(), "{beyond:#?}");
+}
