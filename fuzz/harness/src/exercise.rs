@@ -9,7 +9,7 @@ use std::sync::Arc;
 use imgtool_core::zero::is_zero;
 use imgtool_core::{
     BufferPool, CancelToken, CheckReport, CreateOptions, Device, DeviceId, Disk, Error, ExtentKind,
-    ImageSource, Input, Lane, NoProgress, OpenOptions, Registry, Result, StreamAccess,
+    ImageSource, Input, Lane, Memory, NoProgress, OpenOptions, Registry, Result, StreamAccess,
 };
 use imgtool_engine::digest;
 
@@ -242,7 +242,8 @@ fn whole(source: &dyn ImageSource, outcome: &mut Outcome) {
 pub fn digested(source: &dyn ImageSource) -> Result<Vec<(DeviceId, u64, u128)>> {
     let devices: Vec<(DeviceId, u64)> =
         source.info().devices.iter().map(|device| (device.id, device.size)).collect();
-    let digest = digest::digest_source(source, Lane(0), 1, &NoProgress, CancelToken::new())?;
+    let digest =
+        digest::digest_source(source, Lane(0), 1, &NoProgress, CancelToken::new(), &Memory::default())?;
     let lanes = (0..).map(Lane);
     Ok(lanes.zip(devices).map(|(lane, (device, size))| (device, size, digest.of(lane))).collect())
 }

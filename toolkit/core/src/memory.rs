@@ -26,8 +26,9 @@ pub const MIN_LIMIT: u64 = 64 << 20;
 /// allocations, and what the allocator keeps after a part has freed it. Measured: 8 to 20 MiB.
 const OVERHEAD: u64 = 24 << 20;
 
-/// Divisor of the limit: all tables of all outputs together may take a quarter.
-const TABLES_DIVISOR: u64 = 4;
+/// Divisor of the limit: all tables of all outputs together may take an eighth. With the default limit, that
+/// leaves space for a zstd window of 128 MiB and 64 MiB of incomplete clusters.
+const TABLES_DIVISOR: u64 = 8;
 
 /// Ledger of the memory of one run. Cloning gives another handle to the same ledger.
 #[derive(Clone)]
