@@ -203,7 +203,9 @@ fn write_shapes(dir: &Path) {
     sparse_devices(&dir.join("tables.vma"), 254, 100, 8192);
     let shell = |command: &str| oracles::run_in("sh", dir, &["-c", command]);
     shell("for f in *.vma; do zstd -q -1 $f; done; zstd -q -1 --long=27 < disk.raw > long.raw.zst");
-    shell("zstd -q -1 --long=27 < long.raw.zst > nested.raw.zst; xz -9 -T1 < mixed.raw > mixed.raw.xz");
+    shell(
+        "zstd -q -1 --long=27 < long.raw.zst > nested.raw.zst; xz --lzma2=preset=0,dict=64MiB -T1 < mixed.raw > mixed.raw.xz",
+    );
     shell("lzop -q < disk.raw > disk.raw.lzo; gzip -1 < disk.raw > disk.raw.gz");
     let pack = |args: &[&str], out: &str| {
         imgtool(["convert", "-q"]).args(args).args([text(&dir.join("disk.raw")), text(&dir.join(out))]).ok();

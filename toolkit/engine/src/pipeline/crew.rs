@@ -166,7 +166,7 @@ mod tests {
     fn large_pieces_and_little_memory_reduce_the_workers() {
         let memory = Memory::default();
         assert_eq!(hire(&memory, 4, 256 << 10).ok(), Some((4, 32)));
-        assert_eq!(hire(&memory, 64, 256 << 10).ok(), Some((30, 240)));
+        assert_eq!(hire(&memory, 64, 256 << 10).ok(), Some((32, 256)));
         assert_eq!(hire(&memory, 64, 8 << 20).ok(), Some((2, 6)));
         let window = memory.lease(128 << 20, "a window").expect("free");
         let _index = memory.lease(80 << 20, "an index").expect("free");
