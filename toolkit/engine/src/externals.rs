@@ -262,7 +262,9 @@ impl ExternalOpener for PolicyOpener {
         options: &OpenOptions,
     ) -> Result<Arc<dyn ImageSource>> {
         let (input, below) = match self.supplied.get(name) {
-            Some(supplied) => (supplied.open(&self.memory)?, Self { supplied: BTreeMap::new(), ..self.clone() }),
+            Some(supplied) => {
+                (supplied.open(&self.memory)?, Self { supplied: BTreeMap::new(), ..self.clone() })
+            }
             None => self.open_allowed(role, name, from)?,
         };
         let options = OpenOptions { externals: below.externals(), snapshot: None, ..options.clone() };

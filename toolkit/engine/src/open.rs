@@ -214,7 +214,18 @@ fn open_located(
     };
     let image = driver.open(input, &options)?;
     let externals = options.externals;
-    Ok(Opened { location, driver, compression, stored_len, spooled, identity, watch, externals, image, bytes })
+    Ok(Opened {
+        location,
+        driver,
+        compression,
+        stored_len,
+        spooled,
+        identity,
+        watch,
+        externals,
+        image,
+        bytes,
+    })
 }
 
 /// Adds an opener to options without one: a container needs it for its members, even if no other file is

@@ -250,7 +250,8 @@ impl OpenInput {
         let (location, cancel) = (self.input.location().clone(), self.input.cancel_token());
         let file = spool::spool(self.input.into_stream()?, limit)?;
         let len = os::file_len(&file).map_err(|e| Error::io("find the length", e))?;
-        let input = Input::from_read_at(location, Arc::new(RandomFile::new(Arc::new(file), len, &self.memory)));
+        let input =
+            Input::from_read_at(location, Arc::new(RandomFile::new(Arc::new(file), len, &self.memory)));
         Ok(Self { input: input.cancelled_by(cancel), spooled: true, ..self })
     }
 }
