@@ -57,9 +57,10 @@ pub struct BufferPool {
 }
 
 impl BufferPool {
-    /// Maximum number of idle buffers kept for reuse; further ones are freed. Our limit: bounds the memory of
-    /// an idle pool.
-    const KEEP: usize = 64;
+    /// Maximum number of idle buffers kept for reuse; further ones are freed. Our limit: as many as a copy has
+    /// pieces in flight, 64 workers with 8 each. Freeing buffers of other threads leaves gaps in the
+    /// allocator's arenas. Measured with 32 workers: 240 MiB resident for 64 MiB of pieces if only 64 are kept.
+    const KEEP: usize = 512;
 
     /// Creates an empty pool.
     pub fn new() -> Self {

@@ -204,6 +204,13 @@ impl CompressorPool {
         self.context_bytes as u64
     }
 
+    /// Frees the idle compressors.
+    pub(super) fn clear(&self) {
+        let mut state = lock(&self.state);
+        state.count -= state.idle.len();
+        state.idle.clear();
+    }
+
     /// Takes an idle compressor or creates one. Waits while the maximum number is in use.
     pub(super) fn take(&self) -> PooledCompressor<'_> {
         let mut state = lock(&self.state);

@@ -309,6 +309,9 @@ impl ImageSink for CompressedSink {
                 Ok(())
             })?;
         }
+        // The outputs may be read back next.
+        self.pool.clear();
+        self.compressors.clear();
         Ok(())
     }
 
