@@ -253,7 +253,7 @@ const SHAPES: [&str; 42] = [
     "convert -m 64 vm254.vma.zst --to qcow2 OUT",
     "convert -m 64 vm254.vma.zst --to qcow2 -c OUT",
     "convert -m 64 vm254.vma --to vhdx OUT",
-    "convert -m 64 vm254.vma --to raw -c=zstd OUT",
+    "convert -m 64 vm254.vma OUT.vma.zst",
     "convert -m 64 --verify vm254.vma --to qcow2 OUT",
     "convert -m 64 vm16.vma.zst --to qcow2 OUT",
     "convert -m 64 vm16.vma.zst --to qcow2 -o cluster_size=128k,extended_l2=on OUT",

@@ -25,15 +25,21 @@ impl<R: BufRead> XzStreams<R> {
         Ok(Self { reader, stream, lease })
     }
 
-    /// Doubles the memory of the decoder, up to [`MAX_MEMORY`].
+    /// Doubles the memory of the decoder until it suffices for the current block, up to [`MAX_MEMORY`].
     fn grow(&mut self) -> io::Result<()> {
-        let memory = self.lease.bytes().saturating_mul(2).min(MAX_MEMORY);
-        if memory == self.lease.bytes() {
-            return Err(XzError::MemLimit.into());
+        loop {
+            let memory = self.lease.bytes().saturating_mul(2).min(MAX_MEMORY);
+            if memory == self.lease.bytes() {
+                return Err(XzError::MemLimit.into());
+            }
+            let purpose = format_args!("an xz decoder of {} MiB", memory >> 20);
+            self.lease.raise(memory, purpose)?;
+            // liblzma refuses a limit below what the block needs.
+            match self.stream.set_memlimit(memory) {
+                Err(XzError::MemLimit) => {}
+                set => return Ok(set?),
+            }
         }
-        let purpose = format_args!("an xz decoder of {} MiB", memory >> 20);
-        self.lease.raise(memory, purpose)?;
-        Ok(self.stream.set_memlimit(memory)?)
     }
 }
 
@@ -65,6 +71,30 @@ impl<R: BufRead> Read for XzStreams<R> {
             if at_end && consumed == 0 {
                 return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "premature eof"));
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::BufReader;
+
+    use liblzma::bufread::XzEncoder;
+
+    use super::*;
+
+    #[test]
+    fn borrows_what_each_preset_needs() {
+        let plain = b"text ".repeat(1000);
+        for (preset, mib) in [(0, 10), (6, 10), (7, 20), (9, 80)] {
+            let mut stored = Vec::new();
+            XzEncoder::new(&plain[..], preset).read_to_end(&mut stored).expect("in memory");
+            let memory = Memory::default();
+            let mut decoder = XzStreams::new(BufReader::new(&stored[..]), &memory).expect("free");
+            let mut found = Vec::new();
+            decoder.read_to_end(&mut found).expect("valid");
+            assert!(found == plain, "preset {preset}");
+            assert_eq!(decoder.lease.bytes() >> 20, mib, "preset {preset}");
         }
     }
 }
