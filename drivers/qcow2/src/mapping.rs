@@ -32,10 +32,14 @@ const L1_PAGE: u64 = 4096;
 /// Size in bytes of a backing image's cache of L1 pages. Our limit.
 const L1_PAGES_BYTES: u64 = 64 << 10;
 
-/// Maximum number of L1 entries that repeat the L2 table of another entry. Our limit: an intact image has
-/// none, since each table describes a different part of the disk. With many of them, a small file could
-/// describe terabytes of data.
-const MAX_SHARED_L2: usize = 1024;
+/// Maximum size in bytes of the L2 tables that L1 entries repeat after another entry. Our limit: an intact
+/// image has none, since each table describes a different part of the disk. With many of them, a small file
+/// could describe terabytes of data, or hundreds of millions of extents: 16 for every byte of a table with
+/// subclusters. All tables of this size together have 16 million, which take two seconds.
+const MAX_SHARED_BYTES: usize = 1 << 20;
+
+/// Number of L1 entries that may repeat a table whatever its size: a few of a damaged image.
+const MIN_SHARED_L2: usize = 4;
 
 /// Number of words that the cache keeps of a slice whose entries are all equal. An entry has one or two.
 const UNIFORM_WORDS: usize = 2;
@@ -162,14 +166,15 @@ impl Mapping {
         l2_offsets.retain(|offset| *offset != 0);
         l2_offsets.sort_unstable();
         let groups = l2_offsets.chunk_by(|a, b| a == b).filter(|group| group.len() > 1);
+        let max_shared = (MAX_SHARED_BYTES >> self.shape.cluster_bits).max(MIN_SHARED_L2);
         let mut shared = 0;
         for group in groups {
             if !self.is_empty_table(group[0]) {
                 shared += group.len() - 1;
             }
-            if shared > MAX_SHARED_L2 {
+            if shared > max_shared {
                 return Err(Error::corrupt(format!(
-                    "more than {MAX_SHARED_L2} L1 entries share an L2 table with another entry"
+                    "more than {max_shared} L1 entries share an L2 table with another entry"
                 ))
                 .hint("check the image to list its damage, or use a backup"));
             }

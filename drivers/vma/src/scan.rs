@@ -13,6 +13,15 @@ use crate::layout::{EXTENT_HEADER, EXTENT_MAGIC, MAX_BLOCK_COUNT, MAX_EXTENT};
 use crate::reference;
 use crate::window::{READ_CHUNK, Window};
 
+/// Number of apparent headers with a wrong MD5 after which the search skips those that overlap the last one.
+/// From then on, it hashes every byte at most once. Our limit: an archive has none by chance, since they all
+/// begin with its UUID.
+const MAX_OVERLAPPING: u32 = 4096;
+
+/// Length in bytes of the start of a header, up to the MD5: magic number, a reserved field, `block_count` and
+/// UUID.
+const FIXED_LEN: usize = 24;
+
 /// Result of one step of a scan.
 pub(crate) enum ScanItem {
     /// An extent whose header is valid.
@@ -45,12 +54,16 @@ pub(crate) struct Scanner {
     uuid: [u8; 16],
     /// Archive offset at which the next extent should begin.
     position: u64,
+    /// Number of apparent headers that the search rejected because of their MD5.
+    rejected: u32,
+    /// Archive offset of the end of the last one.
+    rejected_end: u64,
 }
 
 impl Scanner {
     /// Creates a scanner that starts at the archive offset `position`, the end of the archive header.
     pub(crate) fn new(window: Window, uuid: [u8; 16], position: u64) -> Self {
-        Self { window, uuid, position }
+        Self { window, uuid, position, rejected: 0, rejected_end: 0 }
     }
 
     /// Returns the window, which holds the data of the last extent until the next call to [`Scanner::next`].
@@ -139,12 +152,12 @@ impl Scanner {
     /// the bytes that all headers of the archive share must match. Also true if `len` is 0, at the end of the
     /// input.
     fn resembles_header(&self, at: u64, len: usize) -> bool {
-        let mut expected = [0; 24];
+        let mut expected = [0; FIXED_LEN];
         expected[..4].copy_from_slice(&EXTENT_MAGIC);
         expected[8..].copy_from_slice(&self.uuid);
-        // Of these 24 bytes, only block_count differs between the extents of an archive.
-        let fixed = (0..len.min(24)).filter(|index| !(6..8).contains(index));
-        let bytes = self.window.slice(at, len.min(24));
+        // Of these bytes, only block_count differs between the extents of an archive.
+        let fixed = (0..len.min(FIXED_LEN)).filter(|index| !(6..8).contains(index));
+        let bytes = self.window.slice(at, len.min(FIXED_LEN));
         let (mut same, mut all) = (0, 0);
         for index in fixed {
             all += 1;
@@ -155,20 +168,36 @@ impl Scanner {
 
     /// Returns the archive offset of the first valid header whose magic number is within `range`, which the
     /// window must hold.
-    fn find(&self, range: Range<u64>) -> Option<u64> {
+    fn find(&mut self, range: Range<u64>) -> Option<u64> {
         let len = usize::try_from(range.end.saturating_sub(range.start)).ok()?;
-        let bytes = self.window.slice(range.start, len);
         let mut from = 0;
-        while let Some(at) = bytes[from..].windows(4).position(|four| four == EXTENT_MAGIC) {
+        loop {
+            let bytes = self.window.slice(range.start, len).get(from..)?;
+            let at = bytes.windows(4).position(|four| four == EXTENT_MAGIC)?;
             let position = range.start + (from + at) as u64;
-            let available =
-                usize::try_from(self.window.end() - position).unwrap_or(usize::MAX).min(EXTENT_HEADER);
-            if self.header_at(position, available).is_ok() {
+            if self.is_header(position) {
                 return Some(position);
             }
             from += at + 1;
         }
-        None
+    }
+
+    /// True if a valid header is at archive offset `at`. Compares the UUID first and the MD5 last, since an MD5
+    /// takes as long as the search of several KiB.
+    fn is_header(&mut self, at: u64) -> bool {
+        let fixed = self.window.slice(at, FIXED_LEN);
+        let is_apparent = fixed.get(4..6) == Some(&[0; 2]) && fixed.get(8..) == Some(&self.uuid);
+        let is_skipped = self.rejected >= MAX_OVERLAPPING && at < self.rejected_end;
+        if !is_apparent || is_skipped {
+            return false;
+        }
+        let available = usize::try_from(self.window.end() - at).unwrap_or(usize::MAX).min(EXTENT_HEADER);
+        let is_valid = self.header_at(at, available).is_ok();
+        if !is_valid {
+            self.rejected = self.rejected.saturating_add(1);
+            self.rejected_end = at + EXTENT_HEADER as u64;
+        }
+        is_valid
     }
 
     /// Returns the archive offset of the first valid header from `from` on, or of the end of the input if
