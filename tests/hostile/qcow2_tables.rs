@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use imgtool_testing::{images, require, tempdir};
 
 use super::{Craft, all_end, qcow2};
+use crate::support::imgtool;
 
 const L1: u64 = 1 << 21;
 const L2: u64 = 1 << 23;
@@ -153,6 +154,26 @@ fn compressed_clusters(directory: &Path) -> Vec<PathBuf> {
             fill(c, L2, 128, compressed(21, DATA, 0x1fff >> 1));
         }),
     ]
+}
+
+/// One table of alternating subclusters for a thousand L1 entries, so 400 KB describe 131 million extents. Every
+/// look at them took seconds.
+#[test]
+fn tables_that_many_entries_share_take_little_time() {
+    require!("prlimit");
+    let dir = tempdir();
+    image(dir.path(), "shared", (16, 1000 << 28, 1000), |c| {
+        c.be64(72, 16);
+        fill(c, L1, 1000, L2 | COPIED);
+        let pair = [DATA | COPIED, 0xaaaa_aaaa_5555_5555].map(u64::to_be_bytes).concat();
+        c.put(L2, &pair.repeat(4096));
+    });
+    for line in
+        ["measure --to qcow2 shared.qcow2", "measure shared.qcow2", "map shared.qcow2", "check shared.qcow2"]
+    {
+        let run = imgtool(line.split(' ')).within(dir.path()).cpu_limit(3).go();
+        assert!(matches!(run.status.code(), Some(1 | 2)), "{line}: {:?}\n{}", run.status, run.stderr);
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@ use imgtool_testing::{require, tempdir, text};
 use md5::{Digest, Md5};
 
 use super::all_end;
+use crate::support::imgtool;
 
 /// Corrects the checksum of an archive's header.
 fn seal_vma(bytes: &mut [u8]) {
@@ -176,6 +177,24 @@ fn vma_images(directory: &Path) -> Vec<PathBuf> {
     let hole = &all[all.iter().position(|path| text(path).contains("in-a-hole")).unwrap()];
     File::options().write(true).open(hole).unwrap().set_len(3 << 30).unwrap();
     all
+}
+
+/// Bytes that look like the start of an extent header everywhere. They took half a minute.
+#[test]
+fn apparent_extent_headers_take_little_time() {
+    require!("prlimit");
+    let dir = tempdir();
+    let good = Archive::of([("drive-scsi0", Image::hole("x", 1 << 20))]).build();
+    let start = [b"VMAE\0\0\0\0", &good.bytes[8..24]].concat();
+    for pattern in [b"VMAE".as_slice(), &start] {
+        let mut bytes = good.bytes[..good.extents[0]].to_vec();
+        bytes.extend(pattern.repeat((128 << 20) / pattern.len()));
+        std::fs::write(dir.path().join("noise.vma"), bytes).unwrap();
+        for line in ["check noise.vma", "convert -q --salvage --force noise.vma --to raw out/"] {
+            let run = imgtool(line.split(' ')).within(dir.path()).cpu_limit(3).go();
+            assert!(matches!(run.status.code(), Some(2 | 3)), "{line}: {:?}\n{}", run.status, run.stderr);
+        }
+    }
 }
 
 #[test]

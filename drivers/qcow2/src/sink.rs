@@ -1,9 +1,10 @@
 //! Sink that writes a new image in one pass.
 //!
-//! Order in a new file: the header, the L1 table (if the disk size is known), data in order of arrival with
-//! finished refcount blocks in between, L2 tables, the refcount table and the remaining refcount blocks. With
-//! preallocation or a raw data file, the host offset of every guest cluster is fixed from the start, and
-//! `finish` generates the L2 tables.
+//! Order in a new file: the header, data in order of arrival with finished refcount blocks in between, L2
+//! tables, the L1 table, the refcount table and the remaining refcount blocks. The L1 table follows the data
+//! because a stream shows the disk's size only at its end, and the same content must give the same bytes.
+//! With preallocation or a raw data file, the L1 table follows the header, the host offset of every guest
+//! cluster is fixed from the start, and `finish` generates the L2 tables.
 
 mod alloc;
 mod base;
@@ -47,6 +48,8 @@ impl Consumer for Qcow2Sink {
             cluster_size.clamp(ZERO_GRANULARITY, 64 << 10)
         };
         let zero_unit = self.options.zero_unit.unwrap_or(0);
+        // A unit of zero detection is stored or left out as a whole.
+        let granule = granule.max(zero_unit);
         let piece_len = if self.encoder.is_some() { COMPRESSED_PIECE_LEN } else { PIECE_LEN }
             .max(cluster_size)
             .max(zero_unit);
@@ -136,7 +139,7 @@ impl ImageSink for Qcow2Sink {
                 bytes => self.place_plain(&mut state, part.guest.clone(), bytes, writes)?,
             }
         }
-        state.alloc.write_finished_blocks(self.output())
+        Ok(())
     }
 
     fn finish(&self) -> Result<()> {

@@ -58,7 +58,8 @@ impl Consumer for VhdxSink {
         let zero_unit = self.options.zero_unit;
         let piece_len = PIECE_LEN.max(zero_unit.unwrap_or(0));
         Geometry {
-            granule: ZERO_GRANULARITY as u64,
+            // A unit of zero detection is stored or left out as a whole.
+            granule: zero_unit.unwrap_or(0).max(ZERO_GRANULARITY as u64),
             granule_required: false,
             piece_len,
             max_zero_len: if zero_unit.is_some() { u64::MAX } else { piece_len },
@@ -83,7 +84,7 @@ impl Consumer for VhdxSink {
             }
             // `CreateOptions::zero_unit` limits the unit to 2 MiB.
             Some(unit) if unit as usize > ZERO_GRANULARITY => {
-                let runs = piece.dense_runs(ZERO_GRANULARITY, unit as usize);
+                let runs = piece.nonzero_runs(unit as usize);
                 (piece, runs)
             }
             Some(_) => (piece, nonzero),

@@ -63,7 +63,12 @@ pub(crate) struct FileCursor {
 
 impl FileCursor {
     pub(crate) fn new(input: RandomInput) -> Self {
-        Self { input, position: 0 }
+        Self::at(input, 0)
+    }
+
+    /// Creates a reader that starts at `position`.
+    pub(crate) fn at(input: RandomInput, position: u64) -> Self {
+        Self { input, position }
     }
 
     fn left(&self) -> u64 {

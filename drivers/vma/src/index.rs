@@ -74,6 +74,12 @@ pub(crate) struct DeviceIndex {
     pub(crate) beyond: u64,
     /// Number of sub-blocks stored past the end of the device in its last cluster.
     pub(crate) dropped_blocks: u64,
+    /// True if some cluster does not follow its predecessor in the guest.
+    is_shuffled: bool,
+    /// Number of the next cluster, if the clusters are in guest order.
+    next_cluster: u64,
+    /// Ordinal numbers of the device's first and last cluster among the clusters of the archive.
+    span: Option<(u64, u64)>,
 }
 
 /// Index of all devices, or just their counts.
@@ -83,6 +89,8 @@ pub(crate) struct Index {
     header: Arc<ArchiveHeader>,
     /// Number of extents in the archive.
     pub(crate) extents: u64,
+    /// Number of clusters in the archive.
+    clusters: u64,
     /// True if the index stores runs, not only counts.
     keeps_runs: bool,
     /// Memory for the runs.
@@ -93,7 +101,7 @@ impl Index {
     fn new(header: &Arc<ArchiveHeader>, keeps_runs: bool, memory: &Memory) -> Result<Self> {
         let devices = header.devices.iter().map(|_| DeviceIndex::default()).collect();
         let memory = memory.lease(0, "the index of an archive")?;
-        Ok(Self { devices, header: Arc::clone(header), extents: 0, keeps_runs, memory })
+        Ok(Self { devices, header: Arc::clone(header), extents: 0, clusters: 0, keeps_runs, memory })
     }
 
     /// Returns the archive offset of the first extent.
@@ -176,12 +184,27 @@ impl Index {
             device.beyond += 1;
             return;
         }
+        device.is_shuffled |= u64::from(cluster.number) != device.next_cluster;
+        device.next_cluster = u64::from(cluster.number) + 1;
+        device.span = Some((device.span.map_or(self.clusters, |(first, _)| first), self.clusters));
+        self.clusters += 1;
         let mask_within = cluster.mask_within();
         device.stored += u64::from(mask_within.count_ones()) * SUB_BLOCK;
         device.dropped_blocks += u64::from((cluster.mask & !mask_within).count_ones());
         if keeps_runs {
             device.add_to_runs(cluster, mask_within == 0, unit);
         }
+    }
+
+    /// True if the archive contains these devices one after another, each in guest order.
+    pub(crate) fn is_sequential(&self, devices: &[DeviceId]) -> bool {
+        let mut end = None;
+        devices.iter().filter_map(|id| self.device(*id)).all(|device| {
+            let Some((first, last)) = device.span else { return true };
+            let follows = end.is_none_or(|end| end < first);
+            end = Some(last);
+            follows && !device.is_shuffled
+        })
     }
 
     /// Returns the runs and counts of the device `id`, or `None` if the archive has no such device.

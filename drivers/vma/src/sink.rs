@@ -1,6 +1,7 @@
 //! Writer of archives, to files and pipes alike: the archive header, then extents one after the other.
 //!
-//! Each piece becomes one or more whole extents, so threads can prepare pieces independently. Preparing
+//! Each piece becomes one or more whole extents, so threads can prepare pieces independently. An extent covers
+//! 59 clusters from a multiple of 59 on, so the archive does not depend on the length of the pieces. Preparing
 //! encodes the extent headers and leaves the data in the piece's buffer. Placing appends the extents to the
 //! archive.
 
@@ -64,8 +65,10 @@ impl Consumer for VmaSink {
     fn geometry(&self, device: SinkDevice) -> Geometry {
         let stores_zeros = self.device(device).is_ok_and(|device| self.stores_zeros(device));
         Geometry {
-            granule: CLUSTER,
-            granule_required: true,
+            // Extents cover the same guest ranges, whatever the pieces of the source. If a shuffled stream
+            // leaves parts, these are whole clusters, since every stream of known size consists of clusters.
+            granule: EXTENT_SPAN,
+            granule_required: false,
             piece_len: EXTENT_SPAN,
             max_zero_len: if stores_zeros { EXTENT_SPAN } else { EXTENT_SPAN * ZERO_EXTENTS },
             ordered: true,
@@ -81,7 +84,7 @@ impl Consumer for VmaSink {
         } else {
             // Fits usize: at most a cluster.
             let unit = self.zero_unit.unwrap_or(SUB_BLOCK).min(CLUSTER) as usize;
-            ClusterMasks::of_runs(piece.dense_runs(SUB_BLOCK as usize, unit), &piece)
+            ClusterMasks::of_runs(piece.nonzero_runs(unit), &piece)
         };
         let extents = masks.clusters.len().div_ceil(CLUSTERS_PER_EXTENT);
         let tail = masks.tail_len(&piece);

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 use imgtool_core::sync::lock;
 use imgtool_core::{
     Access, BufferPool, Device, DeviceId, Doubt, Error, Extent, ExtentKind, ExtentList, FileRange, ImageInfo,
-    ImageSource, Input, Loss, OpenOptions, Piece, RandomAccess, RandomInput, Remedy, Result, ResultExt,
-    StreamAccess,
+    ImageSource, Input, Loss, Memory, OpenOptions, Piece, RandomAccess, RandomInput, Remedy, Result,
+    ResultExt, StreamAccess, StreamOrder,
 };
 
 use crate::bytes::FileCursor;
@@ -21,7 +21,7 @@ use crate::info;
 use crate::layout::{CLUSTER, CLUSTERS_PER_EXTENT, SUB_BLOCK};
 use crate::mask_cache::{ExtentMap, MaskCache};
 use crate::salvage::Salvage;
-use crate::stream::ArchiveStream;
+use crate::stream::{ArchiveOrder, ArchiveStream};
 
 /// An opened archive.
 pub struct VmaSource {
@@ -79,7 +79,14 @@ impl VmaSource {
         match Index::build(&input, &header, options, max_runs)? {
             Some(index) => {
                 let masks = MaskCache::new(*header.uuid.as_bytes());
-                let archive = IndexedArchive { header: Arc::clone(&header), input, index, masks };
+                let archive = IndexedArchive {
+                    header: Arc::clone(&header),
+                    input,
+                    index,
+                    masks,
+                    ignore_trailing: options.ignore_trailing,
+                    memory: options.memory.clone(),
+                };
                 Ok(Self::new(header, Body::Indexed(archive)))
             }
             None => {
@@ -181,6 +188,10 @@ struct IndexedArchive {
     input: RandomInput,
     index: Index,
     masks: MaskCache,
+    /// True if bytes after a complete archive are allowed.
+    ignore_trailing: bool,
+    /// Ledger from which a second pass over the extent headers borrows.
+    memory: Memory,
 }
 
 /// A part of a device within one run of the index.
@@ -306,6 +317,15 @@ impl RandomAccess for IndexedArchive {
     fn read_granule(&self, _device: DeviceId) -> u64 {
         // Reading through a decoder is cheap only in large units, so ask for a whole extent at a time.
         if self.input.granule() > 1 { CLUSTER * CLUSTERS_PER_EXTENT as u64 } else { CLUSTER }
+    }
+
+    fn stream_order(&self, devices: &[DeviceId]) -> Result<Option<Box<dyn StreamOrder + '_>>> {
+        if self.index.is_sequential(devices) {
+            return Ok(None);
+        }
+        let (ignore_trailing, memory) = (self.ignore_trailing, self.memory.clone());
+        let options = OpenOptions { ignore_trailing, memory, ..OpenOptions::default() };
+        Ok(Some(Box::new(ArchiveOrder::new(&self.input, &self.header, &options)?)))
     }
 
     fn locate(&self, device: DeviceId, range: Range<u64>) -> Option<FileRange<'_>> {

@@ -8,9 +8,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use imgtool_core::source::second_pass;
-use imgtool_core::{BufferPool, OpenOptions, Piece, Result, Stream, StreamAccess};
+use imgtool_core::{
+    BufferPool, OpenOptions, Piece, RandomInput, Result, Stream, StreamAccess, StreamOrder, StreamPart,
+};
 
-use crate::bytes::ArchiveBytes;
+use crate::bytes::{ArchiveBytes, FileCursor};
 use crate::cluster::{data_piece, piece_group, stored_ranges};
 use crate::header::ArchiveHeader;
 use crate::layout::CLUSTER;
@@ -72,6 +74,46 @@ impl StreamAccess for ArchiveStream {
             return Ok(Some(data_piece(&first, len, buffer, stored)));
         }
         Ok(None)
+    }
+}
+
+/// Order in which [`ArchiveStream`] would deliver the content of an archive in a file. Reads the extent headers
+/// again, because the index does not keep the places of zero clusters.
+pub(crate) struct ArchiveOrder {
+    walker: Walker<FileCursor>,
+    /// Index of the next cluster in [`Walker::clusters`].
+    next_cluster: usize,
+}
+
+impl ArchiveOrder {
+    /// Creates the order of the archive in `input`.
+    pub(crate) fn new(
+        input: &RandomInput,
+        header: &Arc<ArchiveHeader>,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        let cursor = FileCursor::at(input.clone(), u64::from(header.header_size));
+        Ok(Self { walker: Walker::new(cursor, header, options)?, next_cluster: 0 })
+    }
+}
+
+impl StreamOrder for ArchiveOrder {
+    fn next_part(&mut self) -> Result<Option<StreamPart>> {
+        loop {
+            let group = piece_group(&self.walker.clusters, self.next_cluster);
+            let Some(first) = self.walker.clusters.get(group.start).copied() else {
+                let Some(extent) = self.walker.next_extent()? else { return Ok(None) };
+                self.walker.bytes.skip(extent.data_len)?;
+                self.next_cluster = 0;
+                continue;
+            };
+            self.next_cluster = group.end;
+            if !first.is_beyond() {
+                let len: u64 = self.walker.clusters[group].iter().map(|cluster| cluster.len).sum();
+                let guest = first.start..first.start + len;
+                return Ok(Some(StreamPart { device: first.device, guest, has_data: first.mask != 0 }));
+            }
+        }
     }
 }
 

@@ -59,5 +59,5 @@ pub use remedy::Remedy;
 pub use sink::{Bytes, Consumer, FileWrite, Geometry, ImageSink, Part, Prepared, Sharing, WriteList};
 pub use source::{
     Access, Doubt, Fact, FactScope, FileRange, ImageInfo, ImageSource, Loss, Piece, RandomAccess, Reference,
-    SinkPiece, StreamAccess,
+    SinkPiece, StreamAccess, StreamOrder, StreamPart,
 };

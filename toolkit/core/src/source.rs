@@ -108,6 +108,13 @@ pub trait RandomAccess: Send + Sync {
         0
     }
 
+    /// Returns the order in which a stream of the same image delivers its content, if this is not one of
+    /// `devices` after another in guest order. A sink whose layout follows the order of the pieces then makes
+    /// the same bytes from a file as from a pipe.
+    fn stream_order(&self, _devices: &[DeviceId]) -> Result<Option<Box<dyn StreamOrder + '_>>> {
+        Ok(None)
+    }
+
     /// Returns a file range that stores guest bytes from `range.start` on, contiguous and uncompressed, for
     /// copies inside the kernel. It may be shorter than `range`. Returns `None` if no file stores them in
     /// this form.
@@ -125,6 +132,24 @@ pub struct FileRange<'a> {
     pub file_offset: u64,
     /// Length in bytes.
     pub len: u64,
+}
+
+/// Order of the content in a stream: see [`RandomAccess::stream_order`].
+pub trait StreamOrder: Send {
+    /// Returns the next part, with the same device, guest range and presence of data as the piece that
+    /// [`StreamAccess::next_piece`] returns; `None` at the end.
+    fn next_part(&mut self) -> Result<Option<StreamPart>>;
+}
+
+/// A part of a device, without its content.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamPart {
+    /// The device.
+    pub device: DeviceId,
+    /// Guest range in bytes, never empty.
+    pub guest: Range<u64>,
+    /// True if the part contains data; all its bytes are zero otherwise.
+    pub has_data: bool,
 }
 
 /// Reads an image in one pass.
@@ -194,13 +219,15 @@ impl<D> Piece<D> {
 
     /// Returns the nonzero runs, in units of `granularity` bytes counted from the piece's start: ranges of
     /// `data`, ascending, disjoint and not adjacent. Only the last may end within a unit, at the piece's end.
+    /// The result depends on the content alone, not on [`Piece::runs`].
     pub fn nonzero_runs(&self, granularity: usize) -> Vec<Range<usize>> {
         self.dense_runs(granularity, granularity)
     }
 
     /// Like [`Piece::nonzero_runs`], but tests the bytes of [`Piece::runs`] in units of `unit` bytes, a
     /// multiple of `granularity`, so zeros shorter than a unit count as data. Bytes outside the runs are
-    /// still left out in units of `granularity` bytes.
+    /// still left out in units of `granularity` bytes. The result depends on the source's holes, so only a sink
+    /// whose output has the same bytes with and without zeros (raw) may use it.
     pub fn dense_runs(&self, granularity: usize, unit: usize) -> Vec<Range<usize>> {
         let mut found: Vec<Range<usize>> = Vec::new();
         let Some(data) = &self.data else { return found };

@@ -21,15 +21,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use imgtool_core::sync::{into_inner, lock};
 use imgtool_core::{
-    Access, BufferPool, CancelToken, DeviceId, Error, ImageSource, Lane, Memory, Progress, RandomAccess,
-    Result, ResultExt, SinkDevice, SinkPiece, StreamAccess,
+    Access, BufferPool, CancelToken, Device, DeviceId, Error, ImageSource, Lane, Memory, Progress,
+    RandomAccess, Result, ResultExt, SinkDevice, SinkPiece, StreamAccess, StreamOrder,
 };
 
-use crew::Crew;
+use crew::{Arrival, Crew};
 use flush::Flusher;
 use order::Orderer;
 use plan::{Plan, ReadTask};
-use regroup::Regroup;
+use regroup::{FittedContent, FittedPiece, Regroup};
 use share::BlockSharing;
 use target::Targets;
 pub use target::{Tap, Target};
@@ -95,12 +95,12 @@ pub fn check_memory(source: &dyn ImageSource, job: &Job<'_>) -> Result<()> {
     let devices = &source.info().devices;
     match source.access() {
         Access::Random(random) => {
-            let all: Vec<usize> = (0..job.routes.len()).collect();
-            let plan = Plan::new(random, &targets, devices, &all);
-            Crew::hire(job, source.access(), plan.largest_piece()).map(drop)
+            let (_producer, largest) = Producer::of_random(random, &targets, devices, &all_routes(job))?;
+            Crew::hire(job, source.access(), largest).map(drop)
         }
         Access::Stream(stream) => {
-            let regroup = Regroup::new(&targets, devices, lock(stream).in_order())?;
+            let arrival = Arrival::of_stream(&*lock(stream));
+            let regroup = Regroup::new(&targets, devices, &all_routes(job), arrival)?;
             Crew::hire(job, source.access(), regroup.largest_piece()).map(drop)
         }
     }
@@ -122,21 +122,20 @@ pub fn copy(source: &dyn ImageSource, job: &Job<'_>) -> Result<Totals> {
     match source.access() {
         Access::Random(random) => {
             let (shared, left) = share::share_blocks(random, &targets, &info.devices)?;
-            let plan = Plan::new(random, &targets, &info.devices, &left);
-            let crew = Crew::hire(job, source.access(), plan.largest_piece())?;
+            let (producer, largest) = Producer::of_random(random, &targets, &info.devices, &left)?;
+            let crew = Crew::hire(job, source.access(), largest)?;
             let sharing = BlockSharing::new(random, &targets, &info.devices);
-            let (copied, _) = run(Producer::Random(plan), Some(random), &targets, &crew, sharing)?;
+            let (copied, _) = run(producer, Some(random), &targets, &crew, sharing)?;
             Ok(shared + copied)
         }
         Access::Stream(stream) => {
-            let twice =
-                |route: &Route| job.routes.iter().filter(|other| other.from == route.from).count() > 1;
-            if job.routes.iter().any(twice) {
+            if has_device_twice(&job.routes) {
                 return Err(Error::usage("a stream can feed each device to only one target"));
             }
             let access = source.access();
             let mut stream = lock(stream);
-            let regroup = Regroup::new(&targets, &info.devices, stream.in_order())?;
+            let arrival = Arrival::of_stream(&*stream);
+            let regroup = Regroup::new(&targets, &info.devices, &all_routes(job), arrival)?;
             let crew = Crew::hire(job, access, regroup.largest_piece())?;
             let producer = Producer::Stream { stream: &mut *stream, regroup, ended: false };
             let (totals, producer) = run(producer, None, &targets, &crew, BlockSharing::default())?;
@@ -152,9 +151,23 @@ pub fn copy(source: &dyn ImageSource, job: &Job<'_>) -> Result<Totals> {
     }
 }
 
+/// Returns the indices of all routes.
+fn all_routes(job: &Job<'_>) -> Vec<usize> {
+    (0..job.routes.len()).collect()
+}
+
+/// True if two routes have the same device of the source.
+fn has_device_twice(routes: &[Route]) -> bool {
+    routes.iter().any(|route| routes.iter().filter(|other| other.from == route.from).count() > 1)
+}
+
 /// Supplies the tasks, in source order.
 enum Producer<'a> {
+    /// Reads the devices one after another, in guest order.
     Random(Plan<'a>),
+    /// Reads in the order of a stream of the same image.
+    Ordered { order: Box<dyn StreamOrder + 'a>, regroup: Regroup, plan: Plan<'a>, ended: bool },
+    /// Reads the stream.
     Stream { stream: &'a mut dyn StreamAccess, regroup: Regroup, ended: bool },
 }
 
@@ -170,13 +183,51 @@ struct Routed {
     piece: SinkPiece,
 }
 
-impl Producer<'_> {
+impl<'a> Producer<'a> {
+    /// Returns the producer for the routes with these indices of a random-access source, and the maximum length
+    /// in bytes of a piece with data.
+    fn of_random(
+        random: &'a dyn RandomAccess,
+        targets: &Targets<'_>,
+        devices: &[Device],
+        routes: &[usize],
+    ) -> Result<(Self, u64)> {
+        let plan = Plan::new(random, targets, devices, routes);
+        let regroup = || Regroup::new(targets, devices, routes, Arrival::Unread);
+        if let Some(mut probe) = order::of_stream(random, targets)?
+            && !regroup()?.refuses(&mut *probe, &targets.job().cancel)?
+            && let Some(order) = order::of_stream(random, targets)?
+        {
+            let regroup = regroup()?;
+            let largest = regroup.largest_piece();
+            return Ok((Producer::Ordered { order, regroup, plan, ended: false }, largest));
+        }
+        let largest = plan.largest_piece();
+        Ok((Producer::Random(plan), largest))
+    }
+
     fn next(&mut self, pool: &BufferPool) -> Result<Option<Task>> {
         match self {
             Producer::Random(plan) => Ok(plan.next()?.map(Task::Read)),
+            Producer::Ordered { order, regroup, plan, ended } => loop {
+                if let Some(fitted) = regroup.pop() {
+                    return task_of(fitted, Some(plan));
+                }
+                if *ended {
+                    return Ok(None);
+                }
+                // As below.
+                *ended = true;
+                if let Some(part) = order.next_part()? {
+                    regroup.push_unread(part, pool)?;
+                    *ended = false;
+                } else {
+                    regroup.flush()?;
+                }
+            },
             Producer::Stream { stream, regroup, ended } => loop {
-                if let Some(piece) = regroup.pop() {
-                    return Ok(Some(Task::Piece(piece)));
+                if let Some(fitted) = regroup.pop() {
+                    return task_of(fitted, None);
                 }
                 if *ended {
                     return Ok(None);
@@ -192,6 +243,19 @@ impl Producer<'_> {
             },
         }
     }
+}
+
+/// Returns the task for a piece of the stream. `plan` finds the data of a piece that is still to be read.
+fn task_of(fitted: FittedPiece, plan: Option<&Plan<'_>>) -> Result<Option<Task>> {
+    let FittedPiece { route, content } = fitted;
+    Ok(match content {
+        FittedContent::Read(piece) => Some(Task::Piece(Routed { route, piece })),
+        FittedContent::Unread(from, guest) => {
+            let task = plan.map(|plan| plan.task(route, from, guest)).transpose()?.flatten();
+            let task = task.ok_or_else(|| Error::malformed("a stream left out the content of a piece"))?;
+            Some(Task::Read(task))
+        }
+    })
 }
 
 /// State that the workers share.

@@ -13,6 +13,7 @@ use units::{GzipMembers, Leased, Opaque, ZstdFrames};
 use xz::XzStreams;
 
 pub mod frames;
+mod guest_units;
 mod lzop;
 pub(crate) mod seek_table;
 mod seekable;

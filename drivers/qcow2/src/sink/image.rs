@@ -45,7 +45,7 @@ pub struct Qcow2Sink {
     pub(super) encoder: Option<Arc<Encoder>>,
     /// Requested size in bytes of the disk, before rounding; `None` until the end of the source is known.
     pub(super) size: Mutex<Option<u64>>,
-    /// Host offset of the L1 table; `None` if it follows the data or the disk is empty.
+    /// Host offset of the L1 table; `None` if `finish` allocates it or the disk is empty.
     pub(super) l1_offset: Option<u64>,
     pub(super) state: Mutex<State>,
 }
@@ -79,14 +79,15 @@ impl Qcow2Sink {
         let alloc = Allocator::new(shape.cluster_bits, options.refcount_order);
         let mut alloc = alloc.with_batch(division.batch);
         alloc.allocate(1)?;
+        let virtual_size = size.map(round_up_size).transpose()?;
+        virtual_size.map_or(Ok(()), |size| options.check_size(size))?;
         let mut l1_offset = None;
-        if let Some(size) = size {
-            let virtual_size = round_up_size(size)?;
-            options.check_size(virtual_size)?;
+        let mut allocate_l1 = |virtual_size| {
             let clusters = (shape.l1_entries(virtual_size) * 8).div_ceil(shape.cluster_size());
             l1_offset = (clusters > 0).then(|| alloc.allocate(clusters)).transpose()?;
-        }
-        let placement = match (&options.data_file, options.preallocation, size) {
+            Ok::<u64, Error>(alloc.end())
+        };
+        let placement = match (&options.data_file, options.preallocation, virtual_size) {
             (Some(_), Preallocation::Off, _) if !options.data_file_raw => Placement::External,
             (None, Preallocation::Off, _) => Placement::Packed,
             (_, _, None) => {
@@ -94,9 +95,12 @@ impl Qcow2Sink {
                     "preallocation and data_file_raw need a source whose size is known",
                 ));
             }
-            (Some(_), ..) => Placement::ExternalRaw,
+            (Some(_), _, Some(size)) => {
+                allocate_l1(size)?;
+                Placement::ExternalRaw
+            }
             // `finish` allocates these clusters, because only then can it write their refcounts.
-            (None, _, Some(_)) => Placement::Linear { data_start: alloc.end() },
+            (None, _, Some(size)) => Placement::Linear { data_start: allocate_l1(size)? },
         };
         let mut outputs = vec![main_output(factory)?];
         if let Some(name) = &options.data_file {

@@ -1,4 +1,7 @@
 //! Placement of the parts of a piece: host clusters and L2 entries, in guest order.
+//!
+//! Finished refcount blocks are written after each cluster, not after each piece, so the layout does not depend
+//! on the length of the pieces.
 
 use std::ops::Range;
 
@@ -23,6 +26,7 @@ impl Qcow2Sink {
             let cluster = position - self.options.shape.within_cluster(position);
             let end = cluster.saturating_add(cluster_size).min(guest.end);
             let host = self.host_cluster(state, cluster, position..end)? + (position - cluster);
+            state.alloc.write_finished_blocks(self.output())?;
             match &mut host_run {
                 Some((start, run)) if *start + (run.end - run.start) == host => run.end = end,
                 _ => {
@@ -93,6 +97,7 @@ impl Qcow2Sink {
                 [entry, bitmap] => (*entry, *bitmap) = (0, Subclusters::ALL_ZERO.0),
                 _ => {}
             }
+            alloc.write_finished_blocks(self.output())?;
             cluster = cluster.saturating_add(self.cluster_size());
         }
         Ok(())
@@ -108,6 +113,7 @@ impl Qcow2Sink {
                     .hint("use a smaller cluster_size")
             })?;
         tables.entry(cluster, alloc, self.output())?[0] = entry.0;
+        alloc.write_finished_blocks(self.output())?;
         Ok(host_offset)
     }
 }

@@ -95,13 +95,13 @@ impl Qcow2Sink {
         })
     }
 
-    /// Returns the byte ranges of a piece that are stored, aligned to `finest` bytes. Runs of zeros shorter
-    /// than the option `zero_unit` join the data around them. Compressed images ignore that option, because
-    /// short runs of zeros cost them next to nothing.
+    /// Returns the runs of a piece that are stored, in units of `finest` bytes or, if longer, of the option
+    /// `zero_unit`: a unit with data is stored whole. Compressed images ignore that option, because short runs
+    /// of zeros cost them next to nothing.
     fn stored_runs(&self, piece: &SinkPiece, finest: u64) -> Vec<Range<usize>> {
         let requested = self.options.zero_unit.filter(|_| self.encoder.is_none());
         // Both units are at most 2 MiB.
-        piece.dense_runs(finest as usize, requested.unwrap_or(finest).max(finest) as usize)
+        piece.nonzero_runs(requested.unwrap_or(finest).max(finest) as usize)
     }
 
     /// Splits a piece of zeros into the clusters that need an entry because the backing image has data there.

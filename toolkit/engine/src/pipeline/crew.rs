@@ -1,6 +1,6 @@
 //! Memory of a copy: how many workers run, and how many pieces may be in flight.
 
-use imgtool_core::{Access, Lease, Memory, RandomAccess, Result};
+use imgtool_core::{Access, Lease, Memory, RandomAccess, Result, StreamAccess};
 
 use super::Job;
 
@@ -30,7 +30,7 @@ const PENDING_DIVISOR: u64 = 4;
 
 /// Granule in bytes up to which no pieces are gathered: the alignment of the pieces of every stream (VMA
 /// clusters).
-const STREAM_ALIGNMENT: u64 = 64 << 10;
+pub(super) const STREAM_ALIGNMENT: u64 = 64 << 10;
 
 /// Workers of a copy, and the memory that they borrow.
 #[derive(Debug)]
@@ -108,17 +108,35 @@ pub(super) fn max_pending(memory: &Memory) -> u64 {
     MAX_PENDING.min(memory.limit() / PENDING_DIVISOR)
 }
 
+/// How the content of an image arrives that comes in the order of a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Arrival {
+    /// In guest order within each device.
+    InOrder,
+    /// In any order.
+    AnyOrder,
+    /// Not at all: the workers read it later.
+    Unread,
+}
+
+impl Arrival {
+    pub(super) fn of_stream(stream: &dyn StreamAccess) -> Self {
+        if stream.in_order() { Self::InOrder } else { Self::AnyOrder }
+    }
+}
+
 /// Borrows the memory for incomplete granules that a stream will probably need. The loan can be raised up to
 /// [`max_pending`].
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::LimitExceeded`] if less is free.
-pub(super) fn pending_granules(memory: &Memory, in_order: bool, granule: u64) -> Result<Lease> {
-    let bytes = match granule {
-        ..=STREAM_ALIGNMENT => 0,
+pub(super) fn pending_granules(memory: &Memory, arrival: Arrival, granule: u64) -> Result<Lease> {
+    let bytes = match arrival {
+        _ if granule <= STREAM_ALIGNMENT => 0,
+        Arrival::Unread => 0,
         // The pieces complete a granule before they begin the next.
-        _ if in_order => granule.saturating_mul(2),
-        _ => max_pending(memory),
+        Arrival::InOrder => granule.saturating_mul(2),
+        Arrival::AnyOrder => max_pending(memory),
     };
     memory.lease(bytes, PENDING)
 }

@@ -13,10 +13,31 @@ use std::io::IoSlice;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use imgtool_core::sync::lock;
-use imgtool_core::{Bytes, Error, FileWrite, Output, Prepared, Result, WriteList};
+use imgtool_core::{
+    Bytes, DeviceId, Error, FileWrite, Output, Prepared, RandomAccess, Result, StreamOrder, WriteList,
+};
 
+use super::has_device_twice;
 use super::share::BlockSharing;
 use super::target::Targets;
+
+/// Returns the order of a stream of the same image, if the layout of some target depends on it.
+pub(super) fn of_stream<'a>(
+    source: &'a dyn RandomAccess,
+    targets: &Targets<'_>,
+) -> Result<Option<Box<dyn StreamOrder + 'a>>> {
+    let routes = &targets.job().routes;
+    if has_device_twice(routes) {
+        return Ok(None);
+    }
+    let of_target = |target| {
+        let routes = routes.iter().filter(|route| route.target == target);
+        let ordered = routes.filter(|route| targets.geometry(**route).ordered);
+        let devices: Vec<DeviceId> = ordered.map(|route| route.from).collect();
+        source.stream_order(&devices).transpose()
+    };
+    (0..targets.job().targets.len()).find_map(of_target).transpose()
+}
 
 /// The writes of a placed piece to one output.
 struct PlacedPiece {

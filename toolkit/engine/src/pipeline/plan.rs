@@ -38,6 +38,26 @@ pub(super) struct Plan<'a> {
     largest_piece: u64,
 }
 
+/// Joins the ranges of data in `extents` within the guest range `within`, relative to its start.
+fn runs_within(extents: &VecDeque<Extent>, within: Range<u64>) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    let relevant = extents.iter().take_while(|extent| extent.start < within.end);
+    for extent in relevant.filter(|extent| extent.is_data()) {
+        let from = extent.start.max(within.start);
+        let to = extent.end().min(within.end);
+        if from >= to {
+            continue;
+        }
+        // The run is within a piece in memory, so it fits a usize.
+        let run = (from - within.start) as usize..(to - within.start) as usize;
+        match runs.last_mut() {
+            Some(last) if last.end == run.start => last.end = run.end,
+            _ => runs.push(run),
+        }
+    }
+    runs
+}
+
 /// The part of one device that is still to be cut into tasks. All lengths and positions are guest bytes.
 struct DevicePlan {
     route: usize,
@@ -86,6 +106,29 @@ impl<'a> Plan<'a> {
     /// Returns the maximum length in bytes of a piece with data.
     pub(super) fn largest_piece(&self) -> u64 {
         self.largest_piece
+    }
+
+    /// Returns a task to read the guest range `guest` of the device `from`; `None` if the route with this
+    /// index is not planned.
+    pub(super) fn task(&self, route: usize, from: DeviceId, guest: Range<u64>) -> Result<Option<ReadTask>> {
+        let Some(device) = self.devices.iter().find(|device| device.route == route) else { return Ok(None) };
+        let mut known = VecDeque::new();
+        let mut reached = guest.start;
+        while reached < guest.end {
+            let range = reached..guest.end;
+            let answer = self.source.extents(from, range.clone());
+            known.extend(answer.and_then(|answer| check_answer(answer, range)).on_device(&device.name)?);
+            reached = known.back().map_or(guest.end, Extent::end);
+        }
+        Ok(Some(ReadTask {
+            route,
+            from,
+            to: device.to,
+            name: Arc::clone(&device.name),
+            start: guest.start,
+            len: guest.end - guest.start,
+            runs: runs_within(&known, guest),
+        }))
     }
 
     /// Returns the next task, or `None` after the last.
@@ -184,22 +227,7 @@ impl DevicePlan {
         while self.known_end() < end {
             self.query(source, self.known_end())?;
         }
-        let mut runs: Vec<Range<usize>> = Vec::new();
-        let within = self.known.iter().take_while(|extent| extent.start < end);
-        for extent in within.filter(|extent| extent.is_data()) {
-            let from = extent.start.max(self.position);
-            let to = extent.end().min(end);
-            if from >= to {
-                continue;
-            }
-            // The run is within a piece in memory, so it fits a usize.
-            let run = (from - self.position) as usize..(to - self.position) as usize;
-            match runs.last_mut() {
-                Some(last) if last.end == run.start => last.end = run.end,
-                _ => runs.push(run),
-            }
-        }
-        Ok(runs)
+        Ok(runs_within(&self.known, self.position..end))
     }
 
     /// Queries the extents from guest offset `from` on, and checks the driver's answer.

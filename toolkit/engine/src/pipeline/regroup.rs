@@ -4,16 +4,21 @@
 //! shuffled stream could leave many granules incomplete. Beyond a limit, the oldest granule goes to the sink
 //! in parts, or the copy fails if the sink needs whole granules
 //! ([`imgtool_core::Geometry::granule_required`]).
+//!
+//! An image in a file may have the order of a stream ([`imgtool_core::RandomAccess::stream_order`]). Its parts
+//! pass through the same steps, without their content, so that a sink gets them in the order in which it would
+//! get the pieces of the stream. The workers read the content afterwards. An order that the sink would refuse is
+//! not followed.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 
 use imgtool_core::{
-    Buffer, BufferPool, Device, DeviceId, Error, Geometry, Lease, Piece, Result, SinkDevice, SinkPiece,
+    Buffer, BufferPool, CancelToken, Device, DeviceId, Error, Geometry, Lease, Piece, Result, SinkDevice,
+    SinkPiece, StreamOrder, StreamPart,
 };
 
-use super::Routed;
-use super::crew;
+use super::crew::{self, Arrival};
 use super::target::Targets;
 
 /// Maximum length in bytes of a piece with data in a stream: 16 VMA clusters. It bounds the buffers in
@@ -29,13 +34,32 @@ pub(super) struct Regroup {
     by_age: BTreeMap<u64, (DeviceId, u64)>,
     /// Number of the next granule.
     next_age: u64,
+    /// Total size of the granules in `pending`, with and without a buffer: a file and a stream of the same
+    /// image must be cut alike.
     pending_bytes: u64,
     /// Maximum of `pending_bytes`.
     max_pending: u64,
-    /// Memory for `pending`.
+    /// Total size of the buffers in `pending`.
+    buffered_bytes: u64,
+    /// Memory for the buffers.
     memory: Lease,
     /// Pieces for the sink.
-    ready: VecDeque<Routed>,
+    ready: VecDeque<FittedPiece>,
+}
+
+/// A piece for the sink.
+pub(super) struct FittedPiece {
+    /// Index of the route.
+    pub(super) route: usize,
+    pub(super) content: FittedContent,
+}
+
+/// Content of a piece for the sink.
+pub(super) enum FittedContent {
+    /// A piece with its content, or of zeros.
+    Read(SinkPiece),
+    /// Guest range of a piece of the source's device whose content is still to be read.
+    Unread(DeviceId, Range<u64>),
 }
 
 /// A route, with the geometry of its target and the size of its device.
@@ -49,27 +73,47 @@ struct SizedRoute {
 }
 
 /// A granule that is not complete yet.
+#[derive(Default)]
 struct Pending {
-    data: Buffer,
     /// Key in [`Regroup::by_age`].
     age: u64,
-    /// Filled ranges of `data`: ascending, disjoint and not adjacent.
+    /// True if a part has data.
+    has_data: bool,
+    /// Content, zeros where there is no data yet; `None` before the first data, and if the content is still
+    /// to be read.
+    data: Option<Buffer>,
+    /// Filled ranges of the granule: ascending, disjoint and not adjacent.
     filled: Vec<Range<usize>>,
 }
 
+/// Content of a part to gather.
+#[derive(Clone, Copy)]
+enum Part<'a> {
+    Zero,
+    Data(&'a [u8]),
+    Unread,
+}
+
 impl Regroup {
-    /// Creates a regrouper for a stream, whose pieces come `in_order` or not. Borrows its memory.
-    pub(super) fn new(targets: &Targets<'_>, devices: &[Device], in_order: bool) -> Result<Self> {
+    /// Creates a regrouper for the routes with these indices, whose content comes as `arrival` says. Each
+    /// device may have one of them. Borrows the memory for the content that waits.
+    pub(super) fn new(
+        targets: &Targets<'_>,
+        devices: &[Device],
+        indices: &[usize],
+        arrival: Arrival,
+    ) -> Result<Self> {
         let mut routes = HashMap::new();
-        for (index, route) in targets.job().routes.iter().enumerate() {
+        for &index in indices {
+            let route = targets.job().routes[index];
             let device = devices.iter().find(|device| device.id == route.from);
             let size = device.filter(|device| !device.open_ended).map(|device| device.size);
-            let geometry = targets.geometry(*route);
+            let geometry = targets.geometry(route);
             routes.insert(route.from, SizedRoute { index, to: route.to, size, geometry });
         }
         let granule = routes.values().map(|route: &SizedRoute| route.geometry.granule).max().unwrap_or(1);
         let ledger = &targets.job().memory;
-        let memory = crew::pending_granules(ledger, in_order, granule)?;
+        let memory = crew::pending_granules(ledger, arrival, granule)?;
         Ok(Self {
             routes,
             pending: BTreeMap::new(),
@@ -78,6 +122,7 @@ impl Regroup {
             pending_bytes: 0,
             // A single granule is always kept: the next piece may complete it.
             max_pending: crew::max_pending(ledger).max(granule),
+            buffered_bytes: 0,
             memory,
             ready: VecDeque::new(),
         })
@@ -89,26 +134,69 @@ impl Regroup {
         granule.max(STREAM_PIECE)
     }
 
-    pub(super) fn pop(&mut self) -> Option<Routed> {
+    /// True if this order leaves more granules incomplete than are gathered, and a sink needs whole ones.
+    pub(super) fn refuses(mut self, order: &mut dyn StreamOrder, cancel: &CancelToken) -> Result<bool> {
+        let gathers = |route: &SizedRoute| {
+            route.geometry.granule_required && route.geometry.granule > crew::STREAM_ALIGNMENT
+        };
+        if !self.routes.values().any(gathers) {
+            return Ok(false);
+        }
+        let pool = BufferPool::new();
+        while let Some(part) = order.next_part()? {
+            cancel.check()?;
+            if self.push_unread(part, &pool).is_err() {
+                return Ok(true);
+            }
+            self.ready.clear();
+        }
+        Ok(false)
+    }
+
+    pub(super) fn pop(&mut self) -> Option<FittedPiece> {
         self.ready.pop_front()
     }
 
     /// Adds a piece of the stream. Drops it if its device has no route.
     pub(super) fn push(&mut self, piece: Piece, pool: &BufferPool) -> Result<()> {
-        let from = piece.device;
+        let (from, guest) = (piece.device, piece.start..piece.end());
         let Some(route) = self.routes.get(&from) else { return Ok(()) };
-        let granule = route.geometry.granule.max(1);
-        let ends_well = piece.end().is_multiple_of(granule) || route.size == Some(piece.end());
-        if piece.start.is_multiple_of(granule) && ends_well {
-            if piece.data.is_none() {
-                self.push_zeros(from, piece.start..piece.end());
-            } else {
-                let (index, piece) = (route.index, piece.routed(route.to));
-                self.ready.push_back(Routed { route: index, piece });
-            }
+        if piece.data.is_some() && route.is_aligned(&guest) {
+            let (route, piece) = (route.index, piece.routed(route.to));
+            self.ready.push_back(FittedPiece { route, content: FittedContent::Read(piece) });
             return Ok(());
         }
-        self.split(&piece, from, granule, pool)
+        let part = piece.data.as_deref().map_or(Part::Zero, Part::Data);
+        self.push_part(from, guest, part, pool)
+    }
+
+    /// Adds a part of the stream whose content is still to be read.
+    pub(super) fn push_unread(&mut self, part: StreamPart, pool: &BufferPool) -> Result<()> {
+        let (from, guest) = (part.device, part.guest);
+        let Some(route) = self.routes.get(&from) else { return Ok(()) };
+        if part.has_data && route.is_aligned(&guest) {
+            let route = route.index;
+            self.ready.push_back(FittedPiece { route, content: FittedContent::Unread(from, guest) });
+            return Ok(());
+        }
+        self.push_part(from, guest, if part.has_data { Part::Unread } else { Part::Zero }, pool)
+    }
+
+    /// Passes on aligned zeros, and gathers the rest.
+    fn push_part(
+        &mut self,
+        from: DeviceId,
+        guest: Range<u64>,
+        part: Part<'_>,
+        pool: &BufferPool,
+    ) -> Result<()> {
+        let Some(route) = self.routes.get(&from) else { return Ok(()) };
+        if matches!(part, Part::Zero) && route.is_aligned(&guest) {
+            self.push_zeros(from, guest);
+            return Ok(());
+        }
+        let granule = route.geometry.granule.max(1);
+        self.split(from, guest, part, granule, pool)
     }
 
     /// Passes on zeros, cut to the sink's maximum length for zeros.
@@ -118,67 +206,79 @@ impl Regroup {
         let mut start = guest.start;
         while start < guest.end {
             let len = (guest.end - start).min(limit);
-            self.ready.push_back(Routed { route: route.index, piece: SinkPiece::zero(route.to, start, len) });
+            let content = FittedContent::Read(SinkPiece::zero(route.to, start, len));
+            self.ready.push_back(FittedPiece { route: route.index, content });
             start += len;
         }
     }
 
-    /// Cuts a piece at granule boundaries. Passes on whole granules of zeros, and gathers the rest.
-    fn split(&mut self, piece: &Piece, from: DeviceId, granule: u64, pool: &BufferPool) -> Result<()> {
-        let mut start = piece.start;
-        while start < piece.end() {
+    /// Cuts a part at granule boundaries. Passes on whole granules of zeros, and gathers the rest.
+    fn split(
+        &mut self,
+        from: DeviceId,
+        guest: Range<u64>,
+        part: Part<'_>,
+        granule: u64,
+        pool: &BufferPool,
+    ) -> Result<()> {
+        let mut start = guest.start;
+        while start < guest.end {
             let index = start / granule;
-            let end = (index + 1).saturating_mul(granule).min(piece.end());
+            let end = (index + 1).saturating_mul(granule).min(guest.end);
             let whole = start.is_multiple_of(granule) && end - start == granule;
-            let range = (start - piece.start) as usize..(end - piece.start) as usize;
-            match &piece.data {
-                None if whole => {
-                    // Pass on all whole granules of zeros at once.
-                    let end = piece.end() - piece.end() % granule;
-                    self.push_zeros(from, start..end);
-                    start = end;
-                    continue;
-                }
-                None => self.gather(from, index, start % granule, None, end - start, pool)?,
-                Some(data) => {
-                    self.gather(from, index, start % granule, Some(&data[range]), end - start, pool)?;
-                }
+            if whole && matches!(part, Part::Zero) {
+                // Pass on all whole granules of zeros at once.
+                let end = guest.end - guest.end % granule;
+                self.push_zeros(from, start..end);
+                start = end;
+                continue;
             }
+            let part = match part {
+                // Within the piece, which is in memory.
+                Part::Data(data) => {
+                    Part::Data(&data[(start - guest.start) as usize..(end - guest.start) as usize])
+                }
+                other => other,
+            };
+            self.gather((from, index), start % granule..start % granule + (end - start), part, pool)?;
             start = end;
         }
         Ok(())
     }
 
-    /// Copies `len` bytes, or zeros for `None`, into granule `index`, `offset` bytes from its start. Releases
-    /// the granule if it is complete, and the oldest granules beyond the memory limit.
+    /// Adds a part to the granule `key`, at the bytes `within` it. Releases the granule if it is complete, and
+    /// the oldest granules beyond the memory limit.
     fn gather(
         &mut self,
-        from: DeviceId,
-        index: u64,
-        offset: u64,
-        bytes: Option<&[u8]>,
-        len: u64,
+        key: (DeviceId, u64),
+        within: Range<u64>,
+        part: Part<'_>,
         pool: &BufferPool,
     ) -> Result<()> {
-        let Some(route) = self.routes.get(&from) else { return Ok(()) };
+        let Some(route) = self.routes.get(&key.0) else { return Ok(()) };
         let granule = route.geometry.granule;
         let complete_len = match route.size {
-            Some(size) => granule.min(size.saturating_sub(index * granule)),
+            Some(size) => granule.min(size.saturating_sub(key.1 * granule)),
             None => granule,
         };
-        let key = (from, index);
         let pending = self.pending.entry(key).or_insert_with(|| {
             let age = self.next_age;
             self.next_age += 1;
             self.by_age.insert(age, key);
             self.pending_bytes += granule;
-            let mut data = pool.take(usize::try_from(granule).unwrap_or(usize::MAX));
-            data.fill(0);
-            Pending { data, age, filled: Vec::new() }
+            Pending { age, ..Pending::default() }
         });
-        let range = offset as usize..(offset + len) as usize;
-        if let Some(bytes) = bytes {
-            pending.data[range.clone()].copy_from_slice(bytes);
+        // Within a granule, which fits into memory.
+        let range = within.start as usize..within.end as usize;
+        pending.has_data |= !matches!(part, Part::Zero);
+        if let Part::Data(bytes) = part {
+            let data = pending.data.get_or_insert_with(|| {
+                self.buffered_bytes += granule;
+                let mut data = pool.take(usize::try_from(granule).unwrap_or(usize::MAX));
+                data.fill(0);
+                data
+            });
+            data[range.clone()].copy_from_slice(bytes);
         }
         insert_range(&mut pending.filled, range);
         let complete =
@@ -195,30 +295,32 @@ impl Regroup {
             }
             self.release(oldest)?;
         }
-        self.memory.raise(self.pending_bytes, crew::PENDING)
+        self.memory.raise(self.buffered_bytes, crew::PENDING)
     }
 
     /// Moves the filled parts of a granule to the ready pieces.
     fn release(&mut self, key: (DeviceId, u64)) -> Result<()> {
-        let (Some(pending), Some(route)) = (self.pending.remove(&key), self.routes.get(&key.0)) else {
+        let (Some(mut pending), Some(route)) = (self.pending.remove(&key), self.routes.get(&key.0)) else {
             return Ok(());
         };
         self.by_age.remove(&pending.age);
         self.pending_bytes -= route.geometry.granule;
-        let base = key.1 * route.geometry.granule;
-        if let [only] = pending.filled.as_slice()
-            && only.start == 0
-        {
-            let mut data = pending.data;
-            data.truncate(only.end);
-            self.ready.push_back(Routed { route: route.index, piece: SinkPiece::data(route.to, base, data) });
-            return Ok(());
+        if pending.data.is_some() {
+            self.buffered_bytes -= route.geometry.granule;
         }
-        for run in pending.filled {
-            let mut part = BufferPool::new().take(run.len());
-            part.copy_from_slice(&pending.data[run.clone()]);
-            let piece = SinkPiece::data(route.to, base + run.start as u64, part);
-            self.ready.push_back(Routed { route: route.index, piece });
+        let base = key.1 * route.geometry.granule;
+        let filled = std::mem::take(&mut pending.filled);
+        let is_whole = matches!(filled.as_slice(), [only] if only.start == 0);
+        for run in filled {
+            let guest = base + run.start as u64..base + run.end as u64;
+            let content = match pending.data.take_if(|_| is_whole) {
+                Some(mut whole) => {
+                    whole.truncate(run.end);
+                    FittedContent::Read(SinkPiece::data(route.to, base, whole))
+                }
+                None => pending.content_of(key.0, route.to, guest, run),
+            };
+            self.ready.push_back(FittedPiece { route: route.index, content });
         }
         Ok(())
     }
@@ -230,6 +332,38 @@ impl Regroup {
             self.release(key)?;
         }
         Ok(())
+    }
+}
+
+impl SizedRoute {
+    /// True if the range consists of whole granules, or ends with the device.
+    fn is_aligned(&self, guest: &Range<u64>) -> bool {
+        let granule = self.geometry.granule.max(1);
+        let ends_well = guest.end.is_multiple_of(granule) || self.size == Some(guest.end);
+        guest.start.is_multiple_of(granule) && ends_well
+    }
+}
+
+impl Pending {
+    /// Returns the bytes `run` of the granule, the guest range `guest`, as a piece.
+    fn content_of(
+        &self,
+        from: DeviceId,
+        to: SinkDevice,
+        guest: Range<u64>,
+        run: Range<usize>,
+    ) -> FittedContent {
+        match &self.data {
+            _ if !self.has_data => {
+                FittedContent::Read(SinkPiece::zero(to, guest.start, guest.end - guest.start))
+            }
+            None => FittedContent::Unread(from, guest),
+            Some(data) => {
+                let mut part = BufferPool::new().take(run.len());
+                part.copy_from_slice(&data[run]);
+                FittedContent::Read(SinkPiece::data(to, guest.start, part))
+            }
+        }
     }
 }
 
@@ -250,7 +384,7 @@ fn insert_range(ranges: &mut Vec<Range<usize>>, range: Range<usize>) {
 
 #[cfg(test)]
 mod tests {
-    use imgtool_core::{CancelToken, Consumer, Lane, Memory, NoProgress};
+    use imgtool_core::{Consumer, Lane, Memory, NoProgress};
 
     use super::super::{Job, Route, Target};
     use super::*;
@@ -283,9 +417,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn complete_granules_leave_nothing_behind() {
-        let job = Job {
+    fn job() -> Job<'static> {
+        Job {
             targets: vec![Target::Consumer(&Granules)],
             routes: vec![Route { from: DeviceId(0), target: 0, to: SinkDevice(0), lane: Lane(0) }],
             taps: Vec::new(),
@@ -293,10 +426,15 @@ mod tests {
             progress: &NoProgress,
             cancel: CancelToken::new(),
             memory: Memory::default(),
-        };
+        }
+    }
+
+    #[test]
+    fn complete_granules_leave_nothing_behind() {
+        let job = job();
         let targets = Targets::new(&job).expect("a target");
         let devices = [Device::disk(0, "disk", 1 << 40)];
-        let mut regroup = Regroup::new(&targets, &devices, false).expect("memory");
+        let mut regroup = Regroup::new(&targets, &devices, &[0], Arrival::AnyOrder).expect("memory");
         let pool = BufferPool::new();
         for half in 0..1000 {
             let piece = Piece::data(DeviceId(0), half * (64 << 10), pool.take(64 << 10));
@@ -304,6 +442,26 @@ mod tests {
             assert_eq!(regroup.pop().is_some(), half % 2 == 1);
             assert_eq!(regroup.by_age.len() as u64, 1 - half % 2);
         }
-        assert_eq!(regroup.pending_bytes, 0);
+        assert_eq!((regroup.pending_bytes, regroup.buffered_bytes), (0, 0));
+    }
+
+    #[test]
+    fn granules_without_content_count_but_take_no_memory() {
+        let job = job();
+        let targets = Targets::new(&job).expect("a target");
+        let devices = [Device::disk(0, "disk", 1 << 40)];
+        let free = job.memory.free();
+        let mut regroup = Regroup::new(&targets, &devices, &[0], Arrival::Unread).expect("memory");
+        let pool = BufferPool::new();
+        let half = |granule: u64| granule * (128 << 10)..granule * (128 << 10) + (64 << 10);
+        // A limit of 64 MiB allows 512 granules of 128 KiB.
+        for granule in 0..512 {
+            let part = StreamPart { device: DeviceId(0), guest: half(granule), has_data: granule % 2 == 0 };
+            regroup.push_unread(part, &pool).expect("as many as are allowed");
+        }
+        assert_eq!((regroup.pending_bytes, regroup.buffered_bytes), (64 << 20, 0));
+        assert_eq!(job.memory.free(), free);
+        let part = StreamPart { device: DeviceId(0), guest: half(512), has_data: true };
+        regroup.push_unread(part, &pool).expect_err("one too many for a sink of whole granules");
     }
 }

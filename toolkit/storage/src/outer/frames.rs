@@ -88,7 +88,7 @@ impl<'a> Chunk<'a> {
     }
 
     /// Splits the chunk after `len` bytes, which must not exceed its length.
-    fn split_at(self, len: usize) -> (Self, Self) {
+    pub(super) fn split_at(self, len: usize) -> (Self, Self) {
         match self {
             Chunk::Data(bytes) => {
                 let (first, rest) = bytes.split_at(len);
@@ -99,7 +99,7 @@ impl<'a> Chunk<'a> {
     }
 
     /// Returns the bytes as slices, zeros in slices of at most 64 KiB.
-    fn slices(self) -> impl Iterator<Item = &'a [u8]> {
+    pub(super) fn slices(self) -> impl Iterator<Item = &'a [u8]> {
         let (data, zeros) = match self {
             Chunk::Data(bytes) => (Some(bytes), 0),
             Chunk::Zero(len) => (None, len),
@@ -132,10 +132,6 @@ pub(super) fn cut_into_frames<'a>(chunks: &[Chunk<'a>]) -> Vec<Vec<Chunk<'a>>> {
         }
     }
     frames
-}
-
-pub(super) fn is_full_zero_frame(frame: &[Chunk<'_>]) -> bool {
-    frame_len(frame) == FRAME_LEN && frame.iter().all(|chunk| matches!(chunk, Chunk::Zero(_)))
 }
 
 /// Returns the plain length of a frame in bytes, at most [`FRAME_LEN`].

@@ -1,26 +1,28 @@
 //! Writer of outer compression: compresses a whole output (`.vma.zst`, `.raw.gz`) with all workers.
 //!
-//! [`CompressedSink`] wraps a sink that only appends to its file ([`ImageSink::append_only`]). Each prepared
-//! piece becomes frames (zstd) or members (gzip) of its own, so workers compress independently, and the
-//! result does not depend on the number of workers. A zstd file ends with a seek table for reads by position,
-//! which other zstd programs skip. Any program that reads several frames or members reads the whole file.
+//! [`CompressedSink`] wraps a sink that only appends to its file ([`ImageSink::append_only`]). The bytes are cut
+//! into units by guest position ([`guest_units`]), and each unit with data becomes a frame (zstd) or
+//! member (gzip) of its own. So workers compress independently, and the result depends neither on their number
+//! nor on the pieces of the source. Units without data are joined into common frames, in the order of placing.
+//!
+//! A zstd file ends with a seek table for reads by position, which other zstd programs skip. Any program that
+//! reads several frames or members reads the whole file.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 
 use zstd::zstd_safe::get_frame_content_size;
 
 use imgtool_core::sync::lock;
 use imgtool_core::{
-    Buffer, BufferPool, Bytes, Consumer, Error, Geometry, ImageSink, Location, Output, OutputId, Part,
-    Prepared, Result, SinkDevice, SinkPiece, TableMemory, WriteList,
+    Buffer, BufferPool, Bytes, Consumer, Error, Geometry, ImageSink, Location, Output, OutputId, Prepared,
+    Result, SinkDevice, SinkPiece, TableMemory, WriteList,
 };
 
-use super::frames::{
-    Chunk, CompressorPool, FRAME_LEN, Framing, PooledCompressor, cut_into_frames, frame_len,
-    is_full_zero_frame,
-};
+use super::frames::{Chunk, CompressorPool, FRAME_LEN, Framing, cut_into_frames, frame_len};
+use super::guest_units::{self, Empty, Plain, Unit};
 use super::seek_table::FrameList;
 
 /// Target length of a piece in bytes, for inner sinks with shorter pieces (raw): short frames compress worse,
@@ -31,6 +33,16 @@ const PIECE_LEN: u64 = 2 << 20;
 /// gzip.
 const MAX_ZERO_LEN: u64 = 1 << 30;
 
+/// Maximum number of different frames of zeros to keep. Our limit: a disk has two lengths, [`FRAME_LEN`] and
+/// [`PIECE_LEN`], and that of its tail.
+const MAX_ZERO_FRAMES: usize = 8;
+
+/// A unit, cut into frames.
+enum Cut<'a> {
+    Frames(Vec<Vec<Chunk<'a>>>),
+    Empty(Empty),
+}
+
 /// A sink that compresses the output of another, append-only sink.
 pub struct CompressedSink {
     inner: Box<dyn ImageSink>,
@@ -38,9 +50,20 @@ pub struct CompressedSink {
     framing: Framing,
     compressors: Arc<CompressorPool>,
     pool: BufferPool,
-    /// A compressed frame of [`FRAME_LEN`] zeros.
-    zero_frame: OnceLock<Vec<u8>>,
+    /// Compressed frames of zeros, by plain length.
+    zero_frames: Mutex<HashMap<u64, Arc<[u8]>>>,
+    /// Results of [`Consumer::prepare`] that wait to be placed, by device and guest offset. Each belongs to a
+    /// piece in flight and takes less than the piece: at most the headers of its units without data.
+    packed: Mutex<HashMap<(SinkDevice, u64), Vec<Packed>>>,
     state: Mutex<State>,
+}
+
+/// A part of a prepared piece.
+enum Packed {
+    /// A compressed frame, as a range of [`Prepared::encoded`].
+    Frame(Range<usize>),
+    /// Units without data. They join their neighbours of other pieces before they are compressed.
+    Empty(Empty),
 }
 
 impl fmt::Debug for CompressedSink {
@@ -54,6 +77,8 @@ struct State {
     file_offset: u64,
     /// Stored and plain length of every frame so far, for the seek table.
     frames: FrameList,
+    /// Units without data that were placed, but not compressed yet: at most one group.
+    pending: Option<(SinkDevice, Empty)>,
 }
 
 /// Compressors and buffers for the compressed outputs of a run, which share them: a run needs only as many as
@@ -125,8 +150,9 @@ impl CompressedSink {
             framing,
             compressors,
             pool,
-            zero_frame: OnceLock::new(),
-            state: Mutex::new(State { file_offset: 0, frames }),
+            zero_frames: Mutex::default(),
+            packed: Mutex::default(),
+            state: Mutex::new(State { file_offset: 0, frames, pending: None }),
         })
     }
 
@@ -138,44 +164,130 @@ impl CompressedSink {
         }
     }
 
-    /// Compresses `chunks` into frames; returns the buffer and the range of each frame in it.
-    fn pack(&self, chunks: &[Chunk<'_>]) -> Result<(Buffer, Vec<Range<usize>>)> {
-        let frames = cut_into_frames(chunks);
+    /// Compresses the units with data, and groups of units without data that are whole. Returns the buffer with
+    /// the frames, and the parts in order.
+    fn pack(&self, units: Vec<Unit<'_>>, group_len: u64) -> Result<(Buffer, Vec<Packed>)> {
         let mut compressor = self.compressors.take();
-        let zeros = match frames.iter().any(|frame| is_full_zero_frame(frame)) {
-            true => self.zero_frame(&mut compressor)?,
-            false => &[],
+        let cut = |unit| match unit {
+            Unit::Data(chunks) => Cut::Frames(cut_into_frames(&chunks)),
+            Unit::Empty(empty) => Cut::Empty(empty),
         };
-        let max_len = |frame: &Vec<Chunk<'_>>| {
-            if is_full_zero_frame(frame) { zeros.len() } else { compressor.bound(frame_len(frame)) }
+        let cuts: Vec<Cut<'_>> = units.into_iter().map(cut).collect();
+        let max_len = |cut: &Cut<'_>| match cut {
+            Cut::Frames(frames) => {
+                frames.iter().map(|frame| compressor.bound(frame_len(frame))).sum::<usize>()
+            }
+            Cut::Empty(empty) if empty.is_whole(group_len) => compressor.bound(empty.plain.bytes().len()),
+            Cut::Empty(_) => 0,
         };
-        let mut packed = self.pool.take(frames.iter().map(max_len).sum());
-        let mut ranges = Vec::with_capacity(frames.len());
+        let mut buffer = self.pool.take(cuts.iter().map(max_len).sum());
+        let mut packed = Vec::with_capacity(cuts.len());
         let mut end = 0;
-        for frame in &frames {
-            let target = &mut packed[end..];
-            let len = if is_full_zero_frame(frame) {
-                target[..zeros.len()].copy_from_slice(zeros);
-                zeros.len()
-            } else {
-                compressor.encode(frame, target, &self.pool)?
-            };
-            ranges.push(end..end + len);
+        let mut encode = |frame: &[Chunk<'_>], packed: &mut Vec<Packed>| {
+            let len = compressor.encode(frame, &mut buffer[end..], &self.pool)?;
+            packed.push(Packed::Frame(end..end + len));
             end += len;
+            Ok::<(), Error>(())
+        };
+        for cut in cuts {
+            match cut {
+                Cut::Frames(frames) => {
+                    frames.iter().try_for_each(|frame| encode(frame, &mut packed))?;
+                }
+                Cut::Empty(empty) if empty.is_whole(group_len) && !empty.plain.bytes().is_empty() => {
+                    encode(&[Chunk::Data(empty.plain.bytes())], &mut packed)?;
+                }
+                Cut::Empty(empty) => packed.push(Packed::Empty(empty)),
+            }
         }
         drop(compressor);
-        packed.truncate(end);
-        Ok((packed, ranges))
+        buffer.truncate(end);
+        Ok((buffer, packed))
     }
 
-    /// Returns a frame of [`FRAME_LEN`] zeros, compressed once: long runs of zeros are copies of it.
-    fn zero_frame(&self, compressor: &mut PooledCompressor<'_>) -> Result<&[u8]> {
-        if let Some(known) = self.zero_frame.get() {
-            return Ok(known);
+    /// Returns a compressed frame of `len` zeros. Few lengths occur, so their frames are compressed once.
+    fn zero_frame(&self, len: u64) -> Result<Arc<[u8]>> {
+        if let Some(known) = lock(&self.zero_frames).get(&len) {
+            return Ok(Arc::clone(known));
         }
-        let mut frame = self.pool.take(compressor.bound(FRAME_LEN));
-        let len = compressor.encode(&[Chunk::Zero(FRAME_LEN as u64)], &mut frame, &self.pool)?;
-        Ok(self.zero_frame.get_or_init(|| frame[..len].to_vec()))
+        let frame: Arc<[u8]> = self.encode(&[Chunk::Zero(len)])?.into();
+        let mut frames = lock(&self.zero_frames);
+        if frames.len() < MAX_ZERO_FRAMES {
+            frames.insert(len, Arc::clone(&frame));
+        }
+        Ok(frame)
+    }
+
+    /// Compresses one frame.
+    fn encode(&self, frame: &[Chunk<'_>]) -> Result<Vec<u8>> {
+        let mut compressor = self.compressors.take();
+        let mut buffer = self.pool.take(compressor.bound(frame_len(frame)));
+        let len = compressor.encode(frame, &mut buffer, &self.pool)?;
+        Ok(buffer[..len].to_vec())
+    }
+
+    /// Compresses the pending units without data and reserves file space for their frames. Returns the first
+    /// file offset and the frames; the latter are empty if no unit is pending.
+    fn flush(&self, state: &mut State) -> Result<(u64, Vec<u8>)> {
+        let start = state.file_offset;
+        let mut frames = Vec::new();
+        let Some((_, Empty { plain, .. })) = state.pending.take() else { return Ok((start, frames)) };
+        match plain {
+            Plain::Bytes(bytes) => {
+                for bytes in bytes.chunks(FRAME_LEN) {
+                    let frame = self.encode(&[Chunk::Data(bytes)])?;
+                    self.append(state, &frame)?;
+                    frames.extend_from_slice(&frame);
+                }
+            }
+            Plain::Zeros(mut left) => {
+                while left > 0 {
+                    let len = left.min(FRAME_LEN as u64);
+                    let frame = self.zero_frame(len)?;
+                    self.append(state, &frame)?;
+                    frames.extend_from_slice(&frame);
+                    left -= len;
+                }
+            }
+        }
+        Ok((start, frames))
+    }
+
+    /// Adds the writes of the pending units without data.
+    fn place_pending(&self, state: &mut State, writes: &mut WriteList) -> Result<()> {
+        let (at, frames) = self.flush(state)?;
+        writes.push(OutputId::MAIN, at, Bytes::Owned(frames));
+        Ok(())
+    }
+
+    /// Adds units without data to the pending ones, or replaces these and adds their writes to `writes`.
+    fn place_empty(
+        &self,
+        state: &mut State,
+        device: SinkDevice,
+        empty: Empty,
+        writes: &mut WriteList,
+    ) -> Result<()> {
+        let group_len = self.group_len(device);
+        let empty = match &mut state.pending {
+            Some((pending, joined)) if *pending == device => joined.join(empty, group_len),
+            _ => Some(empty),
+        };
+        if let Some(empty) = empty {
+            self.place_pending(state, writes)?;
+            state.pending = Some((device, empty));
+        }
+        Ok(())
+    }
+
+    /// Returns the number of guest bytes of a unit.
+    fn unit_len(&self, device: SinkDevice) -> u64 {
+        let unit = self.inner.geometry(device).piece_len.max(1);
+        unit * (PIECE_LEN / unit).max(1)
+    }
+
+    fn group_len(&self, device: SinkDevice) -> u64 {
+        self.unit_len(device).saturating_mul(guest_units::GROUP_UNITS)
     }
 
     /// Reserves file space for a frame and records it for the seek table. Returns its file offset.
@@ -196,14 +308,16 @@ impl CompressedSink {
 
     /// Compresses bytes that belong to no piece, and reserves consecutive file offsets for their frames.
     /// Returns the first file offset and the frames.
-    fn frame(&self, bytes: &[u8]) -> Result<(u64, Buffer)> {
-        let (compressed, ranges) = self.pack(&[Chunk::Data(bytes)])?;
+    fn frame(&self, bytes: &[u8]) -> Result<(u64, Vec<u8>)> {
+        let mut frames = Vec::new();
         let mut state = lock(&self.state);
         let start = state.file_offset;
-        for range in ranges {
-            self.append(&mut state, &compressed[range])?;
+        for frame in cut_into_frames(&[Chunk::Data(bytes)]) {
+            let frame = self.encode(&frame)?;
+            self.append(&mut state, &frame)?;
+            frames.extend_from_slice(&frame);
         }
-        Ok((start, compressed))
+        Ok((start, frames))
     }
 
     fn output(&self) -> &Output {
@@ -215,8 +329,7 @@ impl CompressedSink {
 impl Consumer for CompressedSink {
     fn geometry(&self, device: SinkDevice) -> Geometry {
         let inner = self.inner.geometry(device);
-        let unit = inner.piece_len.max(1);
-        let piece_len = unit * (PIECE_LEN / unit).max(1);
+        let piece_len = self.unit_len(device);
         Geometry {
             // If the format accepts any granule, whole pieces make better frames.
             granule: if inner.granule_required { inner.granule } else { piece_len },
@@ -233,27 +346,18 @@ impl Consumer for CompressedSink {
 
     fn prepare(&self, piece: SinkPiece, pool: &BufferPool) -> Result<Prepared> {
         let mut prepared = self.inner.prepare(piece, pool)?;
-        let chunks: Vec<Chunk<'_>> = prepared
-            .parts
-            .iter()
-            .filter(|part| !part.bytes.is_empty())
-            .map(|part| prepared.bytes(&part.bytes).map_or(Chunk::Zero(part.bytes.len()), Chunk::Data))
-            .collect();
-        let (compressed, ranges) = self.pack(&chunks)?;
-        // The inner sink's `place` needs its parts, but only their lengths. The frames follow them and
-        // represent no guest bytes.
+        let (unit_len, group_len) = (self.unit_len(prepared.device), self.group_len(prepared.device));
+        let (frames, packed) = self.pack(guest_units::cut(&prepared, unit_len, group_len), group_len)?;
+        lock(&self.packed).insert((prepared.device, prepared.start), packed);
+        // The inner sink's `place` needs its parts, but only their lengths.
         for part in &mut prepared.parts {
             if !matches!(part.bytes, Bytes::Zero(_)) {
                 // The part is in memory, so its length fits into a usize.
                 part.bytes = Bytes::Data(0..part.bytes.len() as usize);
             }
         }
-        let end = prepared.start + prepared.len;
-        prepared
-            .parts
-            .extend(ranges.into_iter().map(|range| Part { guest: end..end, bytes: Bytes::Encoded(range) }));
         prepared.data = None;
-        prepared.encoded = Some(compressed);
+        prepared.encoded = Some(frames);
         Ok(prepared)
     }
 
@@ -269,32 +373,33 @@ impl ImageSink for CompressedSink {
 
     fn begin(&self) -> Result<Vec<u8>> {
         let preamble = self.inner.begin()?;
-        if preamble.is_empty() { Ok(preamble) } else { Ok(self.frame(&preamble)?.1.to_vec()) }
+        if preamble.is_empty() { Ok(preamble) } else { Ok(self.frame(&preamble)?.1) }
     }
 
     fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
-        let is_frame = |part: &&Part| matches!(part.bytes, Bytes::Encoded(_));
-        let plain = Prepared {
-            device: prepared.device,
-            start: prepared.start,
-            len: prepared.len,
-            data: None,
-            encoded: None,
-            parts: prepared.parts.iter().filter(|part| !is_frame(part)).cloned().collect(),
-            consumed: prepared.consumed,
-        };
-        self.inner.place(&plain, &mut WriteList::default())?;
+        self.inner.place(prepared, &mut WriteList::default())?;
+        let packed = lock(&self.packed).remove(&(prepared.device, prepared.start)).unwrap_or_default();
         let mut state = lock(&self.state);
-        for part in prepared.parts.iter().filter(is_frame) {
-            let Some(frame) = prepared.bytes(&part.bytes) else { continue };
-            let at = self.append(&mut state, frame)?;
-            writes.push(OutputId::MAIN, at, part.bytes.clone());
+        for part in packed {
+            match part {
+                Packed::Empty(empty) => self.place_empty(&mut state, prepared.device, empty, writes)?,
+                Packed::Frame(range) => {
+                    self.place_pending(&mut state, writes)?;
+                    let bytes = Bytes::Encoded(range);
+                    let at = self.append(&mut state, prepared.bytes(&bytes).unwrap_or_default())?;
+                    writes.push(OutputId::MAIN, at, bytes);
+                }
+            }
         }
         Ok(())
     }
 
     fn finish(&self) -> Result<()> {
         self.inner.finish()?;
+        let (at, frames) = self.flush(&mut lock(&self.state))?;
+        if !frames.is_empty() {
+            self.output().write_at(&frames, at)?;
+        }
         if lock(&self.state).file_offset == 0 {
             // An empty file is no valid compressed file: write an empty frame.
             let (at, frame) = self.frame(&[])?;

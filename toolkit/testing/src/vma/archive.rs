@@ -36,6 +36,7 @@ pub struct Archive {
     configs: Vec<(String, Vec<u8>)>,
     slots_per_extent: usize,
     shuffle: Option<u64>,
+    interleaved: bool,
     left_out: Option<(u8, u32)>,
     doubled: Option<(u8, u32)>,
 }
@@ -62,6 +63,7 @@ impl Archive {
             configs: Vec::new(),
             slots_per_extent: 58,
             shuffle: None,
+            interleaved: false,
             left_out: None,
             doubled: None,
         }
@@ -94,6 +96,13 @@ impl Archive {
     #[must_use]
     pub fn shuffled(mut self, seed: u64) -> Self {
         self.shuffle = Some(seed);
+        self
+    }
+
+    /// Takes the clusters from all disks in turn. Each disk stays in order.
+    #[must_use]
+    pub fn interleaved(mut self) -> Self {
+        self.interleaved = true;
         self
     }
 
@@ -134,6 +143,9 @@ impl Archive {
                     slots.push((index, cluster));
                 }
             }
+        }
+        if self.interleaved {
+            slots.sort_by_key(|(index, cluster)| (*cluster, *index));
         }
         if let Some(seed) = self.shuffle {
             // Sorting by random keys shuffles the slots; equal keys do no harm.
