@@ -26,7 +26,8 @@ const RESERVED: u8 = 0x7c;
 /// archive. The toolkit reads longer files as streams.
 const MAX_FRAMES: u32 = 1 << 22;
 
-/// Minimum memory in bytes of a list of frames that is being written. Our choice: 10 GiB of an archive.
+/// Minimum memory in bytes of a list of frames that is being written. Our choice: 10 GiB of an archive, or the
+/// tails of 254 disks with the archive's header.
 const MIN_LIST: u64 = 32 << 10;
 
 /// Maximum length of a frame, stored or plain, in bytes. Our limit, since most frames are decoded whole.
@@ -208,7 +209,7 @@ impl FrameList {
     /// Returns the memory for a list of `frames` frames.
     pub(super) fn memory(frames: u64) -> TableMemory {
         let most = frames.min(MAX_FRAMES.into()) * size_of::<FrameRun>() as u64;
-        TableMemory { least: most.min(MIN_LIST), most }
+        TableMemory { least: MIN_LIST, most: most.max(MIN_LIST) }
     }
 
     /// Adds a frame of this stored and plain length in bytes.
@@ -292,6 +293,14 @@ mod tests {
         frames.push([30, 41]);
         assert!(encode(&frames, Some(12)).is_empty(), "two runs");
         assert_eq!(encode(&frames, Some(24)).len(), few.len() + 8);
+    }
+
+    #[test]
+    fn the_list_of_a_small_file_has_space_for_tails() {
+        let memory = FrameList::memory(1);
+        assert_eq!(memory.least, memory.most);
+        let frames: Vec<[u32; 2]> = (1..=600).map(|len| [len, len]).collect();
+        assert!(!encode(&frames, Some(memory.least)).is_empty());
     }
 
     fn read(source: &Bytes) -> Option<SeekTable> {
