@@ -128,6 +128,15 @@ impl Mapping {
     ) -> Result<Self> {
         let len = u64::from(l1_entries) * 8;
         debug_assert!(len <= MAX_L1_BYTES);
+        if l1_offset.saturating_add(len) > input.len() {
+            return Err(Error::corrupt(format!(
+                "the L1 table needs {len} bytes at {l1_offset}, but the file ends at {}",
+                input.len()
+            ))
+            .path(input.location())
+            .at(l1_offset)
+            .hint("the file is cut short: copy it again, or use a backup"));
+        }
         let depth = depth as u64;
         let is_whole = depth == 0 || len <= BACKING_L1_BYTES / depth;
         // The slices of an image that shares the memory with others are short, like those of a backing image.

@@ -1,7 +1,7 @@
 //! Writer of outer compression: compresses a whole output (`.vma.zst`, `.raw.gz`) with all workers.
 //!
 //! [`CompressedSink`] wraps a sink that only appends to its file ([`ImageSink::append_only`]). The bytes are cut
-//! into units by guest position ([`guest_units`]), and each unit with data becomes a frame (zstd) or
+//! into units by guest position (`guest_units`), and each unit with data becomes a frame (zstd) or
 //! member (gzip) of its own. So workers compress independently, and the result depends neither on their number
 //! nor on the pieces of the source. Units without data are joined into common frames, in the order of placing.
 //!
