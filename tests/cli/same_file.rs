@@ -143,6 +143,16 @@ fn treats_an_overlay_file_and_its_layer_file_as_one() {
         1,
         &["change the source"],
     );
+    // A loop device over one of the two leads to the other as well.
+    for (under, other) in
+        [("merged/new", "upper/new"), ("upper/new", "merged/new"), ("merged/copied", "upper/copied")]
+    {
+        let device = LoopDevice::over(&path(under));
+        for (source, target) in [(other, text(device.path())), (text(device.path()), other)] {
+            let line = format!("$IMGTOOL convert -f raw -n {source} --to raw {target}");
+            refused(dir.path(), &line, 1, &["source"]);
+        }
+    }
     // Another file of the same overlay is another file, and a write to the overlay leaves the lower layers.
     imgtool(["convert", "-f", "raw", "-n", "merged/new", "--to", "raw", "upper/copied", "--force"])
         .within(dir.path())

@@ -121,7 +121,9 @@ fn an_empty_stream_is_an_error_for_every_command() {
     Image::hole("x", SIZE).write_raw(&dir.path().join("disk.raw"));
     fs::write(dir.path().join("t.raw"), vec![7; SIZE as usize]).unwrap();
     fs::write(dir.path().join("nothing.raw.gz"), oracles::filter("gzip", &["-c"], b"")).unwrap();
-    for source in ["-", "/dev/null", "nothing.raw.gz"] {
+    let empty = "input is empty; did the command before the pipe fail?";
+    let nothing = "the gzip stream contains nothing; did the command that wrote it fail?";
+    for (source, message) in [("-", empty), ("/dev/null", empty), ("nothing.raw.gz", nothing)] {
         for (line, code) in [
             ("convert SOURCE --to raw out", 1),
             ("convert SOURCE --to raw -", 1),
@@ -141,7 +143,7 @@ fn an_empty_stream_is_an_error_for_every_command() {
             for format in ["", " -f raw"] {
                 let line = line.replace("SOURCE", source) + format;
                 let run = imgtool(line.split(' ')).within(dir.path()).pipe_bytes([]);
-                run.go().exits(code).says("input is empty; did the command before the pipe fail?");
+                run.go().exits(code).says(message);
             }
         }
     }
@@ -171,4 +173,10 @@ fn an_empty_file_is_an_empty_disk() {
     fs::write(dir.path().join("empty.raw"), b"").unwrap();
     imgtool(["convert", "empty.raw", "--to", "raw", "out"]).within(dir.path()).ok();
     assert_eq!(fs::read(dir.path().join("out")).unwrap(), b"");
+    // Readers would take the result for the output of a command that failed.
+    for target in ["out.raw.gz", "out.raw.zst"] {
+        let run = imgtool(["convert", "empty.raw", target]).within(dir.path()).go().exits(1);
+        run.says("a disk of 0 bytes can't be compressed");
+    }
+    assert_eq!(names(dir.path()), ["empty.raw", "out"]);
 }

@@ -1,5 +1,7 @@
 //! One limit bounds the memory of a run: whatever the disks, threads, formats and layers of compression.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use imgtool_testing::images::{self, Image};
@@ -47,6 +49,73 @@ fn nested_windows_share_the_limit() {
     }
     imgtool(["convert", "--memory", "700M", text(&nested), text(&out)]).ok();
     assert_eq!(std::fs::metadata(&out).unwrap().len(), 140 << 20);
+}
+
+/// Returns a zstd frame of `len` equal bytes, in blocks of run-length type.
+fn run_length_frame(len: u32) -> Vec<u8> {
+    // RFC 8878: magic, Frame_Header_Descriptor with a content size of 4 bytes and a single segment.
+    let mut frame = vec![0x28, 0xb5, 0x2f, 0xfd, 0xa0];
+    frame.extend(len.to_le_bytes());
+    let mut left = len;
+    while left > 0 {
+        let block = left.min(128 << 10);
+        left -= block;
+        frame.extend(&(u32::from(left == 0) | 1 << 1 | block << 3).to_le_bytes()[..3]);
+        frame.push(b'x');
+    }
+    frame
+}
+
+/// Writes a seekable zstd file of frames with equal content, each after `hole` bytes that decoders skip.
+fn write_seekable(path: &Path, frame: &[u8], plain_len: u32, hole: u32, count: u32) {
+    let file = File::create(path).unwrap();
+    let stored_len = u32::try_from(frame.len()).unwrap() + hole;
+    for index in 0..u64::from(count) {
+        let mut at = index * u64::from(stored_len);
+        if hole > 0 {
+            let header = [0x184d_2a50u32.to_le_bytes(), (hole - 8).to_le_bytes()].concat();
+            file.write_all_at(&header, at).unwrap();
+            at += u64::from(hole);
+        }
+        file.write_all_at(frame, at).unwrap();
+    }
+    let entries = [stored_len.to_le_bytes(), plain_len.to_le_bytes()].concat().repeat(count as usize);
+    let footer = [&count.to_le_bytes()[..], &[0], &0x8f92_eab1u32.to_le_bytes()].concat();
+    let rest = u32::try_from(entries.len() + footer.len()).unwrap();
+    let table = [&0x184d_2a5eu32.to_le_bytes()[..], &rest.to_le_bytes(), &entries, &footer].concat();
+    file.write_all_at(&table, u64::from(count) * u64::from(stored_len)).unwrap();
+}
+
+/// Seek tables of other programs: frames of one byte, of 16 MiB, and frames that take 16 MiB in the file.
+#[test]
+fn frames_of_any_length_share_the_limit() {
+    let dir = tempdir();
+    let file = dir.path().join("disk.raw.zst");
+    for (len, hole, count) in [(1, 0, 200_000), (16 << 20, 0, 40), (64 << 10, (16 << 20) - 1000, 256)] {
+        write_seekable(&file, &run_length_frame(len), len, hole, count);
+        for (memory, limit) in [("256M", LIMIT), ("128M", 128 << 20)] {
+            let out = dir.path().join("out.raw");
+            let args = ["convert", "-q", "-m", "64", "--memory", memory, text(&file), text(&out)];
+            let run = imgtool(args).measured().ok();
+            let peak = run.peak_memory >> 20;
+            assert!(run.peak_memory < limit, "{count} frames of {len} bytes within {memory}: {peak} MiB");
+            assert_eq!(std::fs::metadata(&out).unwrap().len(), u64::from(len) * u64::from(count));
+            std::fs::remove_file(out).unwrap();
+        }
+    }
+}
+
+/// The limit also has to suffice for the tables of the output, which grow with it.
+#[test]
+fn the_limit_that_a_refusal_names_suffices() {
+    let dir = tempdir();
+    let source = dir.path().join("long.raw.zst");
+    std::fs::write(&source, stored_frame(&vec![1; 130 << 20])).unwrap();
+    let out = dir.path().join("out.qcow2");
+    let args = ["convert", "-q", text(&source), text(&out), "--memory"];
+    let refused = imgtool(args).args(["64M"]).go().exits(1);
+    let limit = suggested_limit(&refused.says("a zstd window of 128 MiB").stderr);
+    imgtool(args).args([&limit]).ok();
 }
 
 /// Returns the limit that a refusal names.

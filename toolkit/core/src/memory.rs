@@ -4,7 +4,7 @@
 //! several of them at once. There are two kinds of loan:
 //!
 //! * A [`Lease`] is taken when a part learns what it needs: a decoder reads the size of its window, an index
-//!   grows, a copy starts its workers. The ledger refuses a lease beyond the limit, and the error names the
+//!   grows, a copy starts its workers. The ledger refuses a lease beyond the limit, and the error names a
 //!   limit that would suffice.
 //! * A share is apportioned before a run starts, by [`shares`]. Tables of an image decide its layout, so their
 //!   memory must follow from the limit and the number of images, not from what happens to be free.
@@ -25,6 +25,13 @@ pub const MIN_LIMIT: u64 = 64 << 20;
 /// Part of the limit that the ledger does not lend, in bytes: program, libraries, the main stack, small
 /// allocations, and what the allocator keeps after a part has freed it. Measured: 8 to 20 MiB.
 const OVERHEAD: u64 = 24 << 20;
+
+/// Memory in bytes without which no copy starts. Our limit: one worker with pieces of the usual size.
+pub const COPY_FLOOR: u64 = 16 << 20;
+
+/// Memory in bytes that a run usually needs beside the part that the ledger refuses: workers, their compressors,
+/// caches. Our choice, so that a limit suffices that a refusal names.
+const REST: u64 = 32 << 20;
 
 /// Divisor of the limit: all tables of all outputs together may take an eighth. With the default limit, that
 /// leaves space for a zstd window of 128 MiB and 64 MiB of incomplete clusters.
@@ -105,10 +112,14 @@ impl Memory {
         Some(Lease { memory: self.clone(), bytes })
     }
 
-    /// Returns the error for `bytes` more bytes than the ledger can lend.
+    /// Returns the error for `bytes` more bytes than the ledger can lend. It names a limit that leaves space for
+    /// the tables of the outputs, which grow with the limit, and for a copy. Later parts of the run may still
+    /// need more: a decoder shows what the layer below it needs only when it runs.
     pub fn refusal(&self, bytes: u64, purpose: impl fmt::Display) -> Error {
-        let missing = bytes.saturating_sub(self.free());
-        let needed = self.limit().saturating_add(missing).checked_next_multiple_of(MIB).unwrap_or(u64::MAX);
+        let lent = self.lendable().saturating_sub(self.free());
+        let others = lent.saturating_add(bytes).saturating_add(OVERHEAD + REST);
+        let needed = others.saturating_add(others / (TABLES_DIVISOR - 1));
+        let needed = needed.checked_next_multiple_of(MIB).unwrap_or(u64::MAX);
         let limit = self.limit() / MIB;
         Error::limit(format!("not enough memory for {purpose} within the limit of {limit} MiB"))
             .remedied_by(Remedy::AllowMemory { bytes: needed })
@@ -196,7 +207,7 @@ mod tests {
         let first = memory.lease(70 << 20, "a window").expect("free");
         let error = memory.lease(10 << 20, "a window").expect_err("6 MiB are left");
         assert_eq!(error.kind(), ErrorKind::LimitExceeded);
-        assert_eq!(error.remedy(), Some(&Remedy::AllowMemory { bytes: 104 << 20 }));
+        assert_eq!(error.remedy(), Some(&Remedy::AllowMemory { bytes: 156 << 20 }));
         drop(first);
         assert_eq!(memory.free(), 76 << 20);
     }

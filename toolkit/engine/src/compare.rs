@@ -286,7 +286,9 @@ impl Consumer for Comparer<'_> {
     }
 
     fn worker_memory(&self) -> u64 {
-        PIECE_LEN + self.disks.iter().map(Disk::reader_memory).max().unwrap_or(0)
+        let reader = self.disks.iter().map(Disk::reader_memory).max().unwrap_or(0);
+        // The other disk is read in the pieces of the first.
+        self.disks.iter().map(Disk::read_granule).fold(PIECE_LEN, u64::max) + reader
     }
 
     fn prepare(&self, piece: SinkPiece, _pool: &BufferPool) -> Result<Prepared> {

@@ -256,14 +256,20 @@ fn choose_driver(registry: &Registry, input: &OpenInput, format: Option<&str>) -
     Ok(driver)
 }
 
-/// Refuses an empty stream: the command that writes it has failed. A file may be empty.
+/// Refuses an empty stream, and a compressed file without content: the command that wrote it has failed. A file
+/// may be empty.
 fn refuse_empty_stream(open: &OpenInput) -> Result<()> {
-    if (open.input.is_stream() || open.spooled) && open.input.head()?.is_empty() {
-        return Err(Error::wrong_format("input is empty; did the command before the pipe fail?")
-            .at(0)
-            .hint("check the command that writes the input"));
+    if !(open.input.is_stream() || open.spooled) || !open.input.head()?.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    let error = match open.compression.first() {
+        Some(compression) => Error::wrong_format(format!(
+            "the {} stream contains nothing; did the command that wrote it fail?",
+            compression.name()
+        )),
+        None => Error::wrong_format("input is empty; did the command before the pipe fail?").at(0),
+    };
+    Err(error.hint("check the command that writes the input"))
 }
 
 /// Refuses an image that only the fallback driver (raw) accepts although its extension names another format:

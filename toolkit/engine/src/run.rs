@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use imgtool_core::memory::shares;
+use imgtool_core::memory::{COPY_FLOOR, shares};
 use imgtool_core::{
     CancelToken, DeviceId, Error, Lane, Lease, Loss, Memory, OpenOptions, Output, Registry, Result,
     ResultExt, SinkDevice, TableMemory,
@@ -38,10 +38,6 @@ pub struct Plan {
     /// Ledger from which all parts of the run borrow.
     pub memory: Memory,
 }
-
-/// Memory in bytes for the smallest copy of any format, which the tables must leave free: a worker with two
-/// buffers of 4 MiB and a compressor.
-const COPY_FLOOR: u64 = 16 << 20;
 
 /// Settings for running a plan.
 #[derive(Debug, Clone, Default)]
@@ -148,10 +144,15 @@ impl Plan {
             outputs.map(|output| sinks::table_memory(output, &self.selected)).collect::<Result<_>>()?;
         let shares = shares(self.memory.tables(), &needs);
         let sum = shares.iter().fold(0, |sum: u64, share| sum.saturating_add(*share));
-        let purpose = format_args!("the tables of {} outputs", shares.len());
-        let mut lease = self.memory.lease(sum.saturating_add(COPY_FLOOR), purpose)?;
-        lease.lower(sum);
-        Ok((shares, lease))
+        if self.memory.free() >= sum.saturating_add(COPY_FLOOR) {
+            return Ok((shares, self.memory.lease(sum, "the tables of the outputs")?));
+        }
+        Err(match self.layout.outputs.as_slice() {
+            [output] => {
+                self.memory.refusal(sum, "the tables of the output").path(output.destination.location())
+            }
+            outputs => self.memory.refusal(sum, format_args!("the tables of {} outputs", outputs.len())),
+        })
     }
 
     /// Fills the outputs and gives them their names. `tables` is the memory for the sinks' tables.

@@ -113,6 +113,10 @@ impl WriteAt for FileTarget {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
+        // A file is shorter than 2^63 bytes (off_t).
+        if i64::try_from(len).is_err() {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
         self.file.set_len(len)
     }
 

@@ -5,6 +5,10 @@ use std::path::Path;
 
 use crate::os::{self, FileClass, FileId};
 
+/// Maximum number of loop devices below each other whose files are looked at. Our limit: a loop over an overlay
+/// over a loop is rare.
+const MAX_NESTING: usize = 4;
+
 /// Identity of a file or block device, together with everything below it: the disk of a partition, the parts
 /// of a device-mapper or RAID device, the file behind a loop device, the files of the layers of an overlay.
 /// It shows whether writing to one file changes another, regardless of their names.
@@ -26,14 +30,28 @@ impl Identity {
         if !matches!(os::classify(meta), FileClass::Regular | FileClass::BlockDevice) {
             return None;
         }
-        let mut layers = os::file_layers(meta, false);
-        let mut with_file_system = os::file_layers(meta, true);
+        let mut identity = Self { layers: Vec::new(), with_file_system: Vec::new(), is_complete: true };
+        identity.add(meta, path, true, MAX_NESTING);
+        Some(identity)
+    }
+
+    /// Adds a file or device and everything below it. With `is_written`, a write to the identified file changes
+    /// this one. `nesting` bounds the number of loop devices below each other.
+    fn add(&mut self, meta: &Metadata, path: &Path, is_written: bool, nesting: usize) {
         let overlay = os::overlay_files(meta, path);
-        for (below, is_written) in &overlay.files {
-            with_file_system.extend(os::file_layers(below, true));
-            layers.extend(is_written.then(|| os::file_layers(below, false)).into_iter().flatten());
+        self.is_complete &= overlay.is_complete;
+        let below = overlay.files.into_iter().map(|(below, changes)| (below, changes && is_written));
+        for (meta, is_written) in std::iter::once((meta.clone(), is_written)).chain(below) {
+            self.with_file_system.extend(os::file_layers(&meta, true));
+            let written = if is_written { os::file_layers(&meta, false) } else { Vec::new() };
+            self.layers.extend(written);
+            // The file behind a loop device may be on an overlay again.
+            let changed = if is_written { os::loop_files(&meta, false) } else { Vec::new() };
+            for file in os::loop_files(&meta, true) {
+                let Some(below) = std::fs::metadata(&file).ok().filter(|_| nesting > 0) else { continue };
+                self.add(&below, &file, changed.contains(&file), nesting - 1);
+            }
         }
-        Some(Self { layers, with_file_system, is_complete: overlay.is_complete })
     }
 
     /// Returns the identity of an open file or block device; `None` for anything else.

@@ -83,6 +83,10 @@ pub(super) fn table_memory(
     virtual_size: Option<u64>,
     is_linear: bool,
 ) -> TableMemory {
+    if virtual_size.is_some_and(|size| options.check_size(size).is_err()) {
+        // No memory suffices for this image; creating it fails.
+        return TableMemory::default();
+    }
     let sizes = Sizes::new(options.shape, options.refcount_order, virtual_size);
     if is_linear {
         let all = sizes.fixed.saturating_add(sizes.pending_refcounts(sizes.batch));

@@ -191,7 +191,7 @@ mod tests {
         assert_eq!(hire(&memory, 64, 8 << 20).ok(), Some((1, 1)));
         let error = hire(&memory, 1, 12 << 20).expect_err("24 MiB are free");
         assert_eq!(error.kind(), ErrorKind::LimitExceeded);
-        assert_eq!(error.remedy(), Some(&Remedy::AllowMemory { bytes: 257 << 20 }));
+        assert_eq!(error.remedy(), Some(&Remedy::AllowMemory { bytes: 330 << 20 }));
         drop(window);
         assert_eq!(hire(&memory, 1, 12 << 20).ok(), Some((1, 3)));
     }

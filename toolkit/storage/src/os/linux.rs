@@ -18,7 +18,7 @@ use super::{Rename, Space, file_identity};
 mod layers;
 mod overlay;
 
-pub use layers::file_layers;
+pub use layers::{file_layers, loop_files};
 pub use overlay::overlay_files;
 
 /// Returns the length of a block device in bytes. Seeks to its end, since fstat(2) reports 0.

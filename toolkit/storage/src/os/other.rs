@@ -32,6 +32,11 @@ pub fn file_layers(meta: &Metadata, _file_systems: bool) -> Vec<FileId> {
     vec![file_identity(meta)]
 }
 
+/// Returns no files: loop devices exist only on Linux.
+pub fn loop_files(_meta: &Metadata, _file_systems: bool) -> Vec<PathBuf> {
+    Vec::new()
+}
+
 /// Returns no files: no other Unix has overlayfs.
 pub fn overlay_files(_meta: &Metadata, _path: &Path) -> OverlayFiles {
     OverlayFiles { files: Vec::new(), is_complete: true }

@@ -31,7 +31,7 @@ const MAX_FRAMES: u32 = 1 << 22;
 const MIN_LIST: u64 = 32 << 10;
 
 /// Maximum length of a frame, stored or plain, in bytes. Our limit, since most frames are decoded whole.
-const MAX_FRAME_LEN: u32 = 16 << 20;
+pub(super) const MAX_FRAME_LEN: u32 = 16 << 20;
 
 /// Number of entries from one mark to the next: the maximum that a search scans.
 const MARK_EVERY: usize = 64;
@@ -66,6 +66,7 @@ pub(super) struct SeekTable {
     marks: Vec<[u64; 2]>,
     plain_len: u64,
     longest_plain: u32,
+    longest_stored: u32,
     _lease: Lease,
 }
 
@@ -119,6 +120,7 @@ impl SeekTable {
             marks: Vec::new(),
             plain_len: 0,
             longest_plain: 0,
+            longest_stored: 0,
             _lease: lease,
         }
     }
@@ -141,6 +143,7 @@ impl SeekTable {
         *stored_at += u64::from(stored);
         self.plain_len += u64::from(plain);
         self.longest_plain = self.longest_plain.max(plain);
+        self.longest_stored = self.longest_stored.max(stored);
         Some(())
     }
 
@@ -152,6 +155,11 @@ impl SeekTable {
     /// Returns the plain length of the longest frame in bytes.
     pub(super) fn longest_plain(&self) -> u32 {
         self.longest_plain
+    }
+
+    /// Returns the stored length of the longest frame in bytes.
+    pub(super) fn longest_stored(&self) -> u32 {
+        self.longest_stored
     }
 
     /// Returns the frame that contains the plain byte at `position`; `None` beyond the end.
@@ -227,9 +235,10 @@ impl FrameList {
     }
 
     /// Encodes the table, without checksums, and passes it to `write` in parts. It must directly follow the
-    /// frames. Encodes nothing if the list was given up, or has more frames than a table can describe.
+    /// frames. Encodes nothing if the list was given up, or has more frames than readers of the toolkit take.
     pub(super) fn encode(&self, mut write: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let count = u32::try_from(self.count).ok().filter(|_| self.max_runs > 0);
+        let count = u32::try_from(self.count).ok();
+        let count = count.filter(|count| self.max_runs > 0 && *count <= MAX_FRAMES);
         let rest_len = self.count.saturating_mul(8).saturating_add(FOOTER_LEN);
         let (Some(count), Ok(rest_len)) = (count, u32::try_from(rest_len)) else { return Ok(()) };
         let mut part = Vec::with_capacity(WRITE_LEN + FOOTER_LEN as usize);
@@ -282,6 +291,14 @@ mod tests {
         };
         list.encode(write).expect("in memory");
         bytes
+    }
+
+    /// A table that the reader refuses would only lengthen the file.
+    #[test]
+    fn a_list_of_too_many_frames_is_not_encoded() {
+        let mut list = FrameList::within(None);
+        (0..=MAX_FRAMES).for_each(|_| list.push(9, 5));
+        list.encode(|_| Err(imgtool_core::Error::usage("a table is written"))).expect("nothing is written");
     }
 
     #[test]

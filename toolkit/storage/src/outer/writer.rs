@@ -378,7 +378,9 @@ impl ImageSink for CompressedSink {
 
     fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
         self.inner.place(prepared, &mut WriteList::default())?;
-        let packed = lock(&self.packed).remove(&(prepared.device, prepared.start)).unwrap_or_default();
+        let not_prepared = || Error::usage("a piece is placed that was not prepared");
+        let packed =
+            lock(&self.packed).remove(&(prepared.device, prepared.start)).ok_or_else(not_prepared)?;
         let mut state = lock(&self.state);
         for part in packed {
             match part {
@@ -386,7 +388,7 @@ impl ImageSink for CompressedSink {
                 Packed::Frame(range) => {
                     self.place_pending(&mut state, writes)?;
                     let bytes = Bytes::Encoded(range);
-                    let at = self.append(&mut state, prepared.bytes(&bytes).unwrap_or_default())?;
+                    let at = self.append(&mut state, prepared.bytes(&bytes).ok_or_else(not_prepared)?)?;
                     writes.push(OutputId::MAIN, at, bytes);
                 }
             }
@@ -401,14 +403,15 @@ impl ImageSink for CompressedSink {
             self.output().write_at(&frames, at)?;
         }
         if lock(&self.state).file_offset == 0 {
-            // An empty file is no valid compressed file: write an empty frame.
-            let (at, frame) = self.frame(&[])?;
-            self.output().write_at(&frame, at)?;
+            return Err(Error::unsupported("a disk of 0 bytes can't be compressed")
+                .path(self.output().location())
+                .hint("no program can tell the result from the output of a command that failed"));
         }
         if let Framing::SeekableZstd { .. } = self.framing {
-            let state = lock(&self.state);
+            let mut state = lock(&self.state);
             let mut at = state.file_offset;
-            state.frames.encode(|part| {
+            // Frees the list: the outputs may be read back next, and need memory for that.
+            std::mem::take(&mut state.frames).encode(|part| {
                 self.output().write_at(part, at)?;
                 at += part.len() as u64;
                 Ok(())

@@ -16,17 +16,35 @@ const SYSFS: &str = "/sys";
 /// With `file_systems`, the device that contains a file's file system counts as below the file. Outside of
 /// Linux, the list contains only the file itself.
 pub fn file_layers(meta: &Metadata, file_systems: bool) -> Vec<FileId> {
+    walk(meta, file_systems, &mut Vec::new())
+}
+
+/// Returns the paths of the files behind the loop devices among the layers of a file or block device; see
+/// [`file_layers`].
+pub fn loop_files(meta: &Metadata, file_systems: bool) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    walk(meta, file_systems, &mut files);
+    files
+}
+
+fn walk(meta: &Metadata, file_systems: bool, loop_files: &mut Vec<PathBuf>) -> Vec<FileId> {
     let device = match classify(meta) {
         FileClass::BlockDevice => Some(meta.rdev()),
         FileClass::Regular if file_systems => Some(meta.dev()),
         _ => None,
     };
-    layers_in(Path::new(SYSFS), file_identity(meta), device, file_systems)
+    layers_in(Path::new(SYSFS), file_identity(meta), device, file_systems, loop_files)
 }
 
 /// Returns `own` and everything below it. `device` is the device number of `own`, which is then listed twice,
-/// or of the device that stores it.
-fn layers_in(sysfs: &Path, own: FileId, device: Option<u64>, file_systems: bool) -> Vec<FileId> {
+/// or of the device that stores it. Adds the files behind loop devices to `loop_files`.
+fn layers_in(
+    sysfs: &Path,
+    own: FileId,
+    device: Option<u64>,
+    file_systems: bool,
+    loop_files: &mut Vec<PathBuf>,
+) -> Vec<FileId> {
     let mut found = vec![own];
     let mut devices = Vec::from_iter(device);
     while let Some(number) = devices.pop() {
@@ -40,8 +58,10 @@ fn layers_in(sysfs: &Path, own: FileId, device: Option<u64>, file_systems: bool)
         let parts = std::fs::read_dir(directory.join("slaves")).into_iter().flatten().flatten();
         devices.extend(parts.filter_map(|part| device_number(&part.path())));
         let backing = std::fs::read_to_string(directory.join("loop/backing_file"));
-        if let Ok(meta) = backing.and_then(|path| std::fs::metadata(path.trim_end_matches('\n'))) {
+        let backing = backing.map(|path| PathBuf::from(path.trim_end_matches('\n'))).unwrap_or_default();
+        if let Ok(meta) = std::fs::metadata(&backing) {
             found.push(file_identity(&meta));
+            loop_files.push(backing);
             // The layers of a block device below a loop device count even without `file_systems`.
             match classify(&meta) {
                 FileClass::BlockDevice => devices.push(meta.rdev()),
@@ -114,7 +134,7 @@ mod tests {
         }
 
         fn layers(&self, number: u64) -> Vec<FileId> {
-            layers_in(self.0.path(), block_device_identity(number), Some(number), true)
+            layers_in(self.0.path(), block_device_identity(number), Some(number), true, &mut Vec::new())
         }
 
         /// True if writing to one would change the other.
@@ -170,8 +190,9 @@ mod tests {
         let mapped = sys.device("virtual/dm-0", meta.dev(), &["pci/sda"]);
         let over = sys.loop_over("virtual/loop0", number(7, 0), &file);
         let part = sys.partition("virtual/loop0/loop0p1", number(259, 0));
-        let layers =
-            |file_systems| layers_in(sys.0.path(), block_device_identity(part), Some(part), file_systems);
+        let layers = |file_systems| {
+            layers_in(sys.0.path(), block_device_identity(part), Some(part), file_systems, &mut Vec::new())
+        };
         assert_eq!(
             layers(true)[1..],
             [
@@ -188,7 +209,7 @@ mod tests {
             layers(false)[1..],
             [block_device_identity(part), block_device_identity(over), file_identity(&meta)]
         );
-        let source = layers_in(sys.0.path(), file_identity(&meta), Some(meta.dev()), true);
+        let source = layers_in(sys.0.path(), file_identity(&meta), Some(meta.dev()), true, &mut Vec::new());
         assert!(same_bytes(&source, &layers(false)) && same_bytes(&source, &sys.layers(disk)));
     }
 
@@ -196,7 +217,8 @@ mod tests {
     fn without_sysfs_a_device_has_one_layer() {
         let nowhere = Path::new("/nonexistent");
         let (one, other) = (number(253, 0), number(253, 1));
-        let layers = |number| layers_in(nowhere, block_device_identity(number), Some(number), true);
+        let layers =
+            |number| layers_in(nowhere, block_device_identity(number), Some(number), true, &mut Vec::new());
         assert_eq!(layers(one), [block_device_identity(one); 2]);
         assert!(same_bytes(&layers(one), &layers(one)) && !same_bytes(&layers(one), &layers(other)));
     }
