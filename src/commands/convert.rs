@@ -69,7 +69,7 @@ fn request(args: &ConvertArgs) -> Result<Request> {
     let disk_targets: Vec<DiskTarget> =
         args.devices.target.iter().map(|text| disk_target::parse(text)).collect::<Result<_>>()?;
     let bare_compress = args.target.compress.as_deref() == Some("");
-    let (sources, dest) = split_paths(&args.paths, !disk_targets.is_empty(), bare_compress)?;
+    let (sources, dest) = split_paths(&args.paths, &disk_targets, bare_compress)?;
     let mut format_options =
         options::format_options(&args.target.options, args.target.sparse_size.as_deref())?;
     let (backing, backing_format) = (args.target.backing.as_deref(), args.target.backing_format.as_deref());
@@ -112,15 +112,17 @@ fn refuse_unsupported(args: &ConvertArgs) -> Result<()> {
 /// Algorithm names that users write after `-c` by mistake; its value needs a `=` (`-c=zstd`).
 const COMPRESSIONS: [&str; 5] = ["zstd", "zst", "gzip", "gz", "zlib"];
 
-/// Splits the paths into the sources and DEST, if there is one.
-fn split_paths(
-    paths: &[OsString],
-    has_disk_targets: bool,
+/// Splits the paths into the sources and DEST, if there is one. The last path is a source if it names a disk
+/// with a target of its own.
+fn split_paths<'a>(
+    paths: &'a [OsString],
+    disk_targets: &[DiskTarget],
     has_bare_compress: bool,
-) -> Result<(&[OsString], Option<&OsStr>)> {
+) -> Result<(&'a [OsString], Option<&'a OsStr>)> {
     match paths {
         [] => Err(Error::usage("missing SOURCE").hint("imgtool convert SOURCE... DEST")),
-        [_] if has_disk_targets => Ok((paths, None)),
+        [_] if !disk_targets.is_empty() => Ok((paths, None)),
+        [.., last] if names_a_target(last, disk_targets) => Ok((paths, None)),
         [_] => Err(Error::usage("missing DEST")
             .hint("imgtool convert SOURCE... DEST; 'imgtool convert --help' has examples")),
         [.., dest] if has_bare_compress && COMPRESSIONS.iter().any(|name| dest == name) => {
@@ -130,6 +132,12 @@ fn split_paths(
         }
         [sources @ .., dest] => Ok((sources, Some(dest))),
     }
+}
+
+/// True if a path is `NAME=PATH` with the name of a disk that has a target of its own: a source, not DEST.
+fn names_a_target(path: &OsStr, disk_targets: &[DiskTarget]) -> bool {
+    let name = SourceRequest::parse(path).name;
+    name.is_some_and(|name| disk_targets.iter().any(|target| target.name == name))
 }
 
 /// Adds the configuration that `--proxmox` describes.

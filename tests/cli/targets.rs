@@ -122,6 +122,19 @@ fn writes_each_device_to_its_own_target() {
     assert_eq!(sha256_file(&back), entry.devices[1].sha256);
 }
 
+/// Without DEST, the last path is a source if a target names its device.
+#[test]
+fn writes_each_source_to_its_own_target() {
+    let dir = tempdir();
+    images::every_mask().write_raw(&dir.path().join("x.raw"));
+    Image::hole("y", 70_000).with(65_000, images::noise(1, 5000)).write_raw(&dir.path().join("y.raw"));
+    let line = ["convert", "a=x.raw", "b=y.raw", "--target", "a=a.out", "--target", "b=b.out"];
+    imgtool(line).within(dir.path()).ok();
+    for (source, target) in [("x.raw", "a.out"), ("y.raw", "b.out")] {
+        assert_eq!(sha256_file(&dir.path().join(source)), sha256_file(&dir.path().join(target)));
+    }
+}
+
 #[test]
 fn verify_does_not_change_the_output() {
     let dir = tempdir();
