@@ -1,5 +1,6 @@
 //! Mutation of scenarios within their framing: numbers, table entries, pieces, lengths.
 
+use crate::random::Random;
 use crate::scenario::{MAX_FILE_LEN, Scenario};
 
 /// Maximum number of bytes of a piece that the fuzzer's own mutator changes or adds at once.
@@ -14,7 +15,7 @@ pub fn mutate(
     seed: u32,
     mutate_bytes: &mut dyn FnMut(&mut [u8], usize, usize) -> usize,
 ) -> usize {
-    let mut random = Random::new(seed);
+    let mut random = Random::new(u64::from(seed));
     let mut scenario = Scenario::decode(&data[..size]);
     for _ in 0..=random.below(3) {
         change(&mut scenario, &mut random, mutate_bytes);
@@ -130,7 +131,7 @@ fn interesting(scenario: &Scenario, random: &mut Random) -> u64 {
         4 => scenario.len.wrapping_sub(random.below(3) as u64),
         // A pointer, with flags of the formats in its highest and lowest bits.
         5 | 6 => place(scenario, random) | [0, 1, 6, 1 << 63, 1 << 62][random.below(5)],
-        _ => random.next(),
+        _ => random.number(),
     }
 }
 
@@ -140,7 +141,7 @@ fn place(scenario: &Scenario, random: &mut Random) -> u64 {
         Some((position, bytes)) if random.below(2) == 0 => {
             position.wrapping_add([0, bytes.len()][random.below(2)] as u64)
         }
-        _ => random.next() % scenario.len.max(1),
+        _ => random.number() % scenario.len.max(1),
     };
     let unit = 1u64 << [0, 9, 12, 16, 20][random.below(5)];
     near - near % unit
@@ -154,27 +155,6 @@ fn file_len(scenario: &Scenario, random: &mut Random) -> u64 {
         _ => place(scenario, random),
     };
     len.min(MAX_FILE_LEN)
-}
-
-/// A xorshift64* generator that depends only on the fuzzer's seed.
-struct Random(u64);
-
-impl Random {
-    fn new(seed: u32) -> Self {
-        Self(u64::from(seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    /// Returns a number below `bound`; 0 if `bound` is 0.
-    fn below(&mut self, bound: usize) -> usize {
-        ((self.next() >> 32) % bound.max(1) as u64) as usize
-    }
 }
 
 #[cfg(test)]
