@@ -192,20 +192,25 @@ fn inflate_to_full(stored: &[u8], cluster: &mut [u8]) -> Result<(), &'static str
     }
 }
 
-/// Decodes zstd frames until the cluster is full.
+/// Decodes zstd frames until the cluster is full and the last frame has ended. A frame that continues is
+/// damage: no writer makes one, qemu-img rejects it too, and its checksum would go unverified.
 fn unzstd(context: &mut DCtx<'static>, stored: &[u8], cluster: &mut [u8]) -> Result<(), &'static str> {
     context.reset(ResetDirective::SessionOnly).map_err(|_| "cannot reset the decoder")?;
     let cluster_size = cluster.len();
     let mut input = InBuffer::around(stored);
     let mut output = OutBuffer::around(cluster);
-    while output.pos() < cluster_size {
+    loop {
         let before = (input.pos, output.pos());
-        context.decompress_stream(&mut output, &mut input).map_err(|_| "the data is damaged")?;
+        let rest = context.decompress_stream(&mut output, &mut input).map_err(|_| "the data is damaged")?;
+        let is_full = output.pos() == cluster_size;
+        if is_full && rest == 0 {
+            return Ok(());
+        }
         if (input.pos, output.pos()) == before {
-            return Err("it decodes to less than a cluster");
+            let [more, less] = ["it decodes to more than a cluster", "it decodes to less than a cluster"];
+            return Err(if is_full { more } else { less });
         }
     }
-    Ok(())
 }
 
 /// Returns the compression level: `level` if the algorithm supports it, the algorithm's default for `None`.
@@ -313,6 +318,32 @@ impl EncodeContext {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    /// A longer frame shows damage, such as a changed cluster size, and its checksum would go unverified.
+    #[test]
+    fn refuses_a_zstd_frame_that_continues_after_the_cluster() {
+        let text: Vec<u8> = (0..2000u32).flat_map(|i| (i % 300).to_be_bytes()).collect();
+        let decode = |stored: &[u8], len: usize| {
+            let mut cluster = vec![0; len];
+            let result = DecodeCodec::Zstd(DCtx::create()).decode(stored, &mut cluster);
+            assert!(result.is_err() || cluster == text[..len]);
+            result
+        };
+        let mut context = CCtx::create();
+        context.set_parameter(CParameter::ChecksumFlag(true)).unwrap();
+        for has_len in [true, false] {
+            context.set_parameter(CParameter::ContentSizeFlag(has_len)).unwrap();
+            let mut stored = Vec::with_capacity(text.len());
+            context.compress2(&mut stored, &text).unwrap();
+            assert_eq!(decode(&stored, text.len()), Ok(()));
+            assert_eq!(decode(&stored, text.len() / 2), Err("it decodes to more than a cluster"));
+            assert_eq!(decode(&stored, text.len() + 1), Err("it decodes to less than a cluster"));
+            // Sectors are stored as a whole, so other clusters may follow.
+            assert_eq!(decode(&[&stored[..], &[7; 100]].concat(), text.len()), Ok(()));
+            *stored.last_mut().unwrap() ^= 1;
+            assert_eq!(decode(&stored, text.len()), Err("the data is damaged"));
+        }
+    }
 
     #[test]
     fn decodes_a_deflate_stream_that_continues_after_the_cluster() {
