@@ -124,7 +124,7 @@ pub fn from_file(location: Location, file: File, memory: &Memory) -> Result<Open
             let watch = FileWatch::start(&location, &file);
             let Some(len) = measure(&file, class)? else {
                 let input = Input::from_reader(location, Box::new(file))?;
-                return Ok(OpenInput { identity, ..OpenInput::of(input).borrowing(memory) });
+                return Ok(OpenInput { identity, watch, ..OpenInput::of(input).borrowing(memory) });
             };
             let input = Input::from_read_at(location, Arc::new(RandomFile::new(file, len, memory)));
             let open = OpenInput::of(input).borrowing(memory);
@@ -145,7 +145,10 @@ pub fn from_file(location: Location, file: File, memory: &Memory) -> Result<Open
 fn measure(file: &File, class: FileClass) -> Result<Option<u64>> {
     let file_len = || os::file_len(file).map_err(|e| Error::io("find the length", e));
     let len = file_len()?;
+    // The largest offset: the kernel refuses to read there, and no file contains more.
+    const END: u64 = i64::MAX as u64;
     let contains_more = class == FileClass::Regular
+        && len < END
         && retry(|| os::read_at(file, &mut [0], len)).map_err(|e| Error::io("read", e).at(len))? > 0;
     if !contains_more {
         return Ok(Some(len));
@@ -276,4 +279,25 @@ fn undo(compression: Compression, input: Input, memory: &Memory) -> Result<Input
         }
     };
     Ok(Input::from_body(location, body).cancelled_by(cancel))
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn watches_a_file_that_reports_no_length() {
+        let file = File::open("/proc/version").expect("open");
+        let open = from_file(Location::from("/proc/version"), file, &Memory::default()).expect("a stream");
+        assert!(open.input.is_stream());
+        assert!(open.watch.is_some_and(|watch| watch.changes().is_empty()));
+    }
+
+    #[test]
+    fn opens_the_longest_file() {
+        let file = tempfile::tempfile_in("/dev/shm").expect("create");
+        file.set_len(i64::MAX as u64).expect("a file system in memory allows it");
+        let open = from_file(Location::from("longest"), file, &Memory::default()).expect("open");
+        assert_eq!(open.stored_len, Some(i64::MAX as u64));
+    }
 }
