@@ -143,6 +143,24 @@ fn completed_links_that_report_failure_count_as_done() {
     bench.holds_new(&["a.raw", "b.raw"], "replaced");
 }
 
+/// A reserved name whose inode can't be read is free again after the run.
+#[test]
+fn unreadable_attributes_leave_no_reservation() {
+    let Some(bench) = Bench::new() else { return };
+    let habits = [Habit::NoRenameFlags, Habit::NoLinks];
+    bench.one(&habits, &[]).ends_with(0);
+    let (reads, mut failed) = (bench.shaky.attributes(), 0);
+    for nth in 1..=reads {
+        bench.clear();
+        let run = bench.one(&[&habits[..], &[Habit::AttributesFail(When::Nth(nth))]].concat(), &[]);
+        let is_done = run.status.success();
+        failed += u64::from(!is_done);
+        let expected = is_done.then_some(&bench.disk);
+        assert!(bench.shaky.content("x.raw").as_ref() == expected, "read {nth} of {reads}: {}", run.stderr);
+    }
+    assert!(failed > 0, "none of {reads} reads failed");
+}
+
 #[test]
 fn failed_rename_leaves_all_disks_or_none() {
     let Some(bench) = Bench::new() else { return };

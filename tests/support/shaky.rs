@@ -67,6 +67,8 @@ pub enum Habit {
     RenameFails(When),
     /// Links are made, but report EIO.
     LinkReportsFailure,
+    /// These reads of a file's attributes fail with EIO.
+    AttributesFail(When),
     /// The first flush of a file fails with EIO, after half a second.
     FirstFlushFails,
     /// The first flush of a directory fails with EIO.
@@ -109,6 +111,7 @@ struct State {
     writes: Calls,
     habits: Vec<Habit>,
     renames: u64,
+    attributes: u64,
     flushes: u64,
     directory_flushes: u64,
 }
@@ -261,7 +264,7 @@ impl Shaky {
     pub fn adopt(&self, habits: &[Habit]) {
         let mut state = self.state();
         state.habits = habits.to_vec();
-        (state.renames, state.flushes, state.directory_flushes) = (0, 0, 0);
+        (state.renames, state.attributes, state.flushes, state.directory_flushes) = (0, 0, 0, 0);
     }
 
     /// Returns the number of writes since the last call of [`Self::plan`].
@@ -272,6 +275,11 @@ impl Shaky {
     /// Returns the number of renames since the last call of [`Self::adopt`].
     pub fn renames(&self) -> u64 {
         self.state().renames
+    }
+
+    /// Returns how often the attributes of files were read since the last call of [`Self::adopt`].
+    pub fn attributes(&self) -> u64 {
+        self.state().attributes
     }
 
     /// Returns the content of a file; `None` if it does not exist.
@@ -313,7 +321,16 @@ impl Filesystem for Served {
     }
 
     fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        match self.state().attributes(inode.0) {
+        let mut state = self.state();
+        if inode != INodeNo::ROOT {
+            state.attributes += 1;
+            let count = state.attributes;
+            let fails = |habit: &Habit| matches!(habit, Habit::AttributesFail(when) if when.hits(count));
+            if state.habits.iter().any(fails) {
+                return reply.error(Errno::EIO);
+            }
+        }
+        match state.attributes(inode.0) {
             Some(attributes) => reply.attr(&TTL, &attributes),
             None => reply.error(Errno::ENOENT),
         }

@@ -55,16 +55,22 @@ fn remove_old_name(file: &Entry, to: &OsStr, error: Option<io::Error>) -> io::Re
 /// Reserves a free name by an empty file, which the file then replaces.
 fn reserve_and_rename(file: &Entry, to: &OsStr) -> io::Result<()> {
     let handle = &file.folder.handle;
-    let id = os::file_identity(&handle.create_file(to)?.metadata()?);
-    let reserved = Entry { name: to.to_owned(), id, ..file.clone() };
-    let found = handle.look_up(to)?;
-    if found.id != id || found.len != 0 {
+    // The empty file stays open to the end, so that no other one gets its inode number.
+    let empty = handle.create_file(to)?;
+    let meta = empty.metadata().inspect_err(|_| {
+        // The file was created just now, so it is ours.
+        let _ = handle.remove_file(to);
+    })?;
+    let reserved = Entry { name: to.to_owned(), id: os::file_identity(&meta), ..file.clone() };
+    let withdraw = |_: &io::Error| {
+        reserved.remove_file();
+    };
+    let found = handle.look_up(to).inspect_err(withdraw)?;
+    if found.id != reserved.id || found.len != 0 {
         // Another program has put its file there, or has written to the empty one.
         return Err(io::ErrorKind::AlreadyExists.into());
     }
-    over(file, to).inspect_err(|_| {
-        reserved.remove_file();
-    })
+    over(file, to).inspect_err(withdraw)
 }
 
 /// Finds out how files of the directory can get a name that must be free, by renaming `file` to `spare`,
@@ -113,7 +119,14 @@ pub(super) struct NotReplaced {
 pub(super) fn replace(file: &Entry, to: &OsStr, spare: OsString) -> Result<Replaced, NotReplaced> {
     let handle = &file.folder.handle;
     let failed = |error| NotReplaced { error, old: None };
-    let old_id = handle.look_up(to).map_err(failed)?.id;
+    let old = handle.look_up(to).map_err(failed)?;
+    if !old.is_regular {
+        // Checked when the output was created, but an exchange of names would also move a directory.
+        return Err(failed(io::Error::other(
+            "the name belongs to a directory or another special file by now",
+        )));
+    }
+    let old_id = old.id;
     match handle.rename(&file.name, to, Rename::Exchange) {
         Err(e) if e.kind() == io::ErrorKind::Unsupported => {}
         Err(e) if !handle.holds(to, file.id) => return Err(failed(e)),

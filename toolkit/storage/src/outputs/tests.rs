@@ -339,3 +339,24 @@ fn removed_directory_gets_no_outputs() {
     outputs.commit().expect_err("it is gone");
     assert_eq!(std::fs::read_dir(dir.path()).expect("read_dir").count(), 0);
 }
+
+#[test]
+fn replaces_only_regular_files() {
+    for overwritten in ["directory", "link"] {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (old, new) = (dir.path().join("old"), dir.path().join("old/inside"));
+        std::fs::write(&old, b"old").expect("write");
+        let mut outputs = Outputs::new();
+        outputs.create(&old, true).expect("create").write_at(b"new", 0).expect("write");
+        std::fs::remove_file(&old).expect("remove");
+        match overwritten {
+            "directory" => std::fs::create_dir_all(&new).expect("mkdir"),
+            _ => std::os::unix::fs::symlink("nowhere", &old).expect("link"),
+        }
+        let error = outputs.commit().expect_err("another program has put it there");
+        assert!(error.to_string().contains("rename the finished output"), "{error}");
+        assert_eq!(new.exists(), overwritten == "directory");
+        assert_eq!(std::fs::read_dir(dir.path()).expect("read_dir").count(), 1, "{overwritten}");
+        assert!(std::fs::symlink_metadata(&old).is_ok_and(|meta| !meta.is_file()));
+    }
+}
