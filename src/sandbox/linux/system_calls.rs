@@ -1,18 +1,60 @@
 //! Refusal of system calls that no conversion needs, by a seccomp filter.
 
-/// Installs the filter for this thread and its later threads. The calls then fail with EPERM.
+/// Installs the filters for this thread and its later threads. The calls then fail with EPERM.
 ///
 /// # Errors
 /// `None` if the kernel or this processor has no filters.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"))]
 pub(super) fn refuse() -> Option<()> {
-    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+    programs()?.iter().try_for_each(|program| seccompiler::apply_filter(program).ok())
+}
+
+/// Returns the programs of the filters. The kernel runs all of them for each call.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"))]
+fn programs() -> Option<Vec<seccompiler::BpfProgram>> {
+    use seccompiler::{SeccompAction, SeccompFilter};
 
     let architecture = std::env::consts::ARCH.try_into().ok()?;
     let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
-    let rules = REFUSED.iter().map(|call| (*call, Vec::new())).collect();
-    let filter = SeccompFilter::new(rules, SeccompAction::Allow, refused, architecture).ok()?;
-    seccompiler::apply_filter(&BpfProgram::try_from(filter).ok()?).ok()
+    let rules = REFUSED.iter().map(|call| (*call, Vec::new())).chain([(libc::SYS_ioctl, typing()?)]);
+    let filter = SeccompFilter::new(rules.collect(), SeccompAction::Allow, refused, architecture).ok()?;
+    let mut programs = vec![filter.try_into().ok()?];
+    if cfg!(target_arch = "x86_64") {
+        programs.push(x32());
+    }
+    Some(programs)
+}
+
+/// Returns the rules for the requests of ioctl(2) that type into a terminal. A shell would run the typed line
+/// after the program has ended. Linux before 6.2 allows TIOCSTI to every user.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"))]
+fn typing() -> Option<Vec<seccompiler::SeccompRule>> {
+    use seccompiler::{SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, SeccompCondition, SeccompRule};
+
+    // The type differs between C libraries. The kernel uses the lower 32 bits of the request.
+    #[allow(clippy::unnecessary_cast)]
+    let requests = [libc::TIOCSTI as u64, libc::TIOCLINUX as u64];
+    let rule = |request| SeccompRule::new(vec![SeccompCondition::new(1, Dword, Eq, request).ok()?]).ok();
+    requests.into_iter().map(rule).collect()
+}
+
+/// Returns a program that refuses the system calls of x32, an interface of some kernels to programs with
+/// pointers of 32 bits. Its calls have numbers of their own and the same architecture code.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"))]
+fn x32() -> seccompiler::BpfProgram {
+    use libc::{BPF_ABS, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W};
+
+    /// Bit that is set in the number of each call (__X32_SYSCALL_BIT of the kernel).
+    const X32_BIT: u32 = 0x4000_0000;
+    // The codes have 16 bits; the constants of the C library have 32.
+    let step = |code: u32, jf, k| seccompiler::sock_filter { code: code as u16, jt: 0, jf, k };
+    vec![
+        // The number of the call is the first field of the data (seccomp(2)).
+        step(BPF_LD | BPF_W | BPF_ABS, 0, 0),
+        step(BPF_JMP | BPF_JSET | BPF_K, 1, X32_BIT),
+        step(BPF_RET | BPF_K, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM.unsigned_abs()),
+        step(BPF_RET | BPF_K, 0, libc::SECCOMP_RET_ALLOW),
+    ]
 }
 
 /// True if the kernel has filters, and this processor is supported.
@@ -87,4 +129,76 @@ pub(super) fn refuse() -> Option<()> {
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64")))]
 pub(super) fn supported() -> bool {
     false
+}
+
+#[cfg(all(test, any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64")))]
+mod tests {
+    use std::fmt::Write as _;
+    use std::process::Command;
+
+    use imgtool_testing::require;
+
+    use super::*;
+
+    /// Installs the filters given in hexadecimal and makes calls. Prints the number of the error of each.
+    const CALLS: &str = r#"
+import ctypes, sys
+libc = ctypes.CDLL(None, use_errno=True)
+class Program(ctypes.Structure):
+    _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+null = open("/dev/null")
+for text in sys.argv[1:]:
+    code = bytes.fromhex(text)
+    steps = ctypes.create_string_buffer(code, len(code))
+    program = Program(len(code) // 8, ctypes.cast(steps, ctypes.c_void_p))
+    assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+    assert libc.prctl(22, 2, ctypes.byref(program)) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+def ioctl(request):
+    return libc.ioctl(null.fileno(), ctypes.c_ulong(request), ctypes.byref(ctypes.c_char(0)))
+def x32(number):
+    return libc.syscall(ctypes.c_long(0x40000000 | number), 0, 0, 0, 0, 0)
+calls = [lambda request=request: ioctl(request) for request in (0x5412, 0x541c, 0x5413, 0xabcd00005412)]
+calls += [lambda number=number: x32(number) for number in (520, 545, 521, 514, 41)]
+for call in calls:
+    ctypes.set_errno(0)
+    call()
+    print(ctypes.get_errno(), end=" ")
+"#;
+
+    /// Returns the instructions as the kernel takes them.
+    fn hex(program: &seccompiler::BpfProgram) -> String {
+        program.iter().fold(String::new(), |mut text, step| {
+            let bytes = [&step.code.to_ne_bytes()[..], &[step.jt, step.jf], &step.k.to_ne_bytes()].concat();
+            bytes.iter().for_each(|byte| write!(text, "{byte:02x}").expect("a string"));
+            text
+        })
+    }
+
+    /// Returns the errors of the calls under `programs`.
+    fn errors(programs: &[seccompiler::BpfProgram]) -> Vec<i32> {
+        let python = Command::new("python3").args(["-c", CALLS]).args(programs.iter().map(hex)).output();
+        let output = python.expect("python3 starts");
+        assert!(output.status.success(), "{output:?}");
+        let numbers = String::from_utf8(output.stdout).expect("numbers");
+        numbers.split_whitespace().map(|number| number.parse().expect("a number")).collect()
+    }
+
+    /// Code in a decoder can't have the shell run a line after the program. /dev/null is no terminal, so the
+    /// kernel answers ENOTTY without the filter.
+    #[test]
+    fn types_into_no_terminal() {
+        require!("python3");
+        let refused = [libc::EPERM, libc::EPERM, libc::ENOTTY, libc::EPERM];
+        assert_eq!(errors(&programs().expect("filters"))[..4], refused);
+        assert_eq!(errors(&[])[..4], [libc::ENOTTY; 4]);
+    }
+
+    /// The numbers are those of execve, execveat, ptrace, ioctl and socket.
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn makes_no_call_of_x32() {
+        require!("python3");
+        assert_eq!(errors(&programs().expect("filters"))[4..], [libc::EPERM; 5]);
+        assert!(!errors(&[])[4..].contains(&libc::EPERM));
+    }
 }
