@@ -9,7 +9,7 @@ use imgtool_core::{Error, ErrorKind, Result};
 use serde::Serialize;
 
 use crate::exit::Exit;
-use crate::remedy;
+use crate::{remedy, sandbox};
 
 mod terminal;
 mod text;
@@ -31,11 +31,21 @@ pub fn tell(text: &str) {
 pub fn error(error: &Error) {
     let label = Stream::Err.paint(Paint::Bad, "error:");
     let mut text = flow(Stream::Err, &format!("imgtool: {label} {}", sentence(error)), 2);
-    if let Some(remedy) = error.remedy() {
-        let hint = escape_control(&remedy::words(remedy));
+    if let Some(hint) = error.remedy().map(remedy::words).or_else(|| confinement(error)) {
+        let hint = escape_control(&hint);
         let _ = write!(text, "\n{}", flow(Stream::Err, &format!("  hint: {hint}"), 4));
     }
     say(&text);
+}
+
+/// Returns a hint for an error that the confinement of this process may have caused.
+fn confinement(error: &Error) -> Option<String> {
+    let is_denied = error.io_error().is_some_and(|e| e.kind() == io::ErrorKind::PermissionDenied);
+    (is_denied && sandbox::is_narrowed()).then(|| {
+        "the program had confined itself to the files of the run: if another program has put a file in the place of \
+         one of them, try again"
+            .to_owned()
+    })
 }
 
 /// Returns the text of an error with its cause, without the error number that the standard library appends.

@@ -23,6 +23,9 @@ use other as platform;
 /// True once the process is confined. A command that starts programs never is.
 static ENTERED: AtomicBool = AtomicBool::new(false);
 
+/// True once the process can open no other files.
+static NARROWED: AtomicBool = AtomicBool::new(false);
+
 /// Files that a command may write, besides temporary copies.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Writes {
@@ -68,9 +71,14 @@ pub fn enter(writes: Writes) {
 
 /// Confines the process further when all sources and outputs are open. Does nothing without [`enter`].
 pub fn narrow(reach: &Reach) {
-    if ENTERED.load(Ordering::Relaxed) {
-        platform::narrow(reach);
+    if ENTERED.load(Ordering::Relaxed) && platform::narrow(reach) {
+        NARROWED.store(true, Ordering::Relaxed);
     }
+}
+
+/// True if the kernel refuses files outside of the reach that [`narrow`] has set.
+pub fn is_narrowed() -> bool {
+    NARROWED.load(Ordering::Relaxed)
 }
 
 /// Describes what the kernel enforces, for `--version`.

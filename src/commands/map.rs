@@ -4,13 +4,14 @@ use std::ops::Range;
 
 use imgtool_core::error::escape_control;
 use imgtool_core::{Device, Disk, Error, Extent, ExtentKind, Location, MapExtent, Result, ResultExt};
+use imgtool_engine::Reach;
 use serde::Serialize;
 
 use super::options;
 use crate::args::MapArgs;
 use crate::exit::Exit;
-use crate::images;
 use crate::report::{self, Stream};
+use crate::{images, sandbox};
 
 mod picture;
 
@@ -40,6 +41,7 @@ pub fn run(args: &MapArgs) -> Result<Exit> {
     };
     let opened =
         images::open_random(&registry, args.image.as_os_str(), args.input.format.as_deref(), &options)?;
+    sandbox::narrow(&Reach::default());
     let location: &Location = &opened.location;
     let devices = opened.select(&args.disk)?;
     let window = window(args, &devices).in_file(location)?;

@@ -1,13 +1,13 @@
 //! `imgtool measure`: prints the file size that a new image will need.
 
 use imgtool_core::{Error, Measure, OpenOptions, Registry, Result};
-use imgtool_engine::{TargetFormat, create, foreign};
+use imgtool_engine::{Reach, TargetFormat, create, foreign};
 use serde::Serialize;
 
 use super::options;
 use crate::args::MeasureArgs;
 use crate::exit::Exit;
-use crate::{images, report};
+use crate::{images, report, sandbox};
 
 /// File sizes in bytes, as JSON.
 #[derive(Serialize)]
@@ -46,6 +46,7 @@ fn measure(registry: &Registry, args: &MeasureArgs, format: &TargetFormat) -> Re
             };
             let format_name = args.input.format.as_deref();
             let opened = images::open_random(registry, image.as_os_str(), format_name, &options)?;
+            sandbox::narrow(&Reach::default());
             create::measure(format, &*opened.image)
         }
         (None, Some(size)) => {

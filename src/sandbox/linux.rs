@@ -15,14 +15,23 @@ mod system_calls;
 /// Versions above 7 are untested; they deny what imgtool does not use.
 const NEWEST: ABI = ABI::V10;
 
-/// Rights in the directory of an output: create, write, read back, rename, remove.
-fn to_write() -> BitFlags<AccessFs> {
-    make_bitflags!(AccessFs::{ReadFile | ReadDir | WriteFile | RemoveFile | MakeReg | Refer | Truncate})
+/// Rights at a directory in which outputs and directories for them may be created, written, read back,
+/// renamed and removed.
+fn to_create() -> BitFlags<AccessFs> {
+    make_bitflags!(AccessFs::{
+        ReadFile | ReadDir | WriteFile | Truncate | MakeReg | RemoveFile | Refer | MakeDir | RemoveDir
+    })
 }
 
-/// Rights at a directory in which a directory for outputs may be created.
-fn to_create() -> BitFlags<AccessFs> {
-    to_write() | AccessFs::MakeDir | AccessFs::RemoveDir
+/// Rights at the directory of open outputs: name them, and remove their old names. Without `Refer`, nothing
+/// moves to another directory below it. A new file can't be opened, so it stays empty.
+fn to_name() -> BitFlags<AccessFs> {
+    make_bitflags!(AccessFs::{MakeReg | RemoveFile})
+}
+
+/// Rights at the directory of open outputs in which an empty file reserves a name.
+fn to_reserve() -> BitFlags<AccessFs> {
+    to_name() | make_bitflags!(AccessFs::{ReadFile | WriteFile})
 }
 
 /// Rights at the parent of a new directory: flush it, and remove the new directory after a failure.
@@ -61,19 +70,20 @@ fn restrict_writes(writable: Option<&[PathBuf]>) -> Option<()> {
 }
 
 /// Closes all files but those within `reach`, and those that describe this system. Later threads inherit this;
-/// since version 8 of Landlock, existing threads get it too.
-pub(super) fn narrow(reach: &Reach) {
-    let _ = restrict_files(reach, true);
+/// since version 8 of Landlock, existing threads get it too. Returns true if the kernel does so.
+pub(super) fn narrow(reach: &Reach) -> bool {
+    restrict_files(reach, true).is_some()
 }
 
 fn restrict_files(reach: &Reach, all_threads: bool) -> Option<()> {
     let mut rules =
         Ruleset::default().handle_access(AccessFs::from_all(NEWEST)).and_then(Ruleset::create).ok()?;
-    for directory in &reach.files {
-        (&mut rules).add_rule(PathBeneath::new(directory, to_write())).ok()?;
-    }
-    for directory in &reach.parents {
-        (&mut rules).add_rule(PathBeneath::new(directory, to_remove())).ok()?;
+    let directories =
+        [(&reach.files, to_name()), (&reach.reserved, to_reserve()), (&reach.parents, to_remove())];
+    for (directories, access) in directories {
+        for directory in directories {
+            (&mut rules).add_rule(PathBeneath::new(directory, access)).ok()?;
+        }
     }
     for path in &reach.reads {
         allow(&mut rules, path, to_read())?;
@@ -122,7 +132,7 @@ pub(super) fn enforced() -> Vec<&'static str> {
 #[cfg(test)]
 mod tests {
     use std::fs::{self, File};
-    use std::io::ErrorKind;
+    use std::io::{ErrorKind, Write};
     use std::net::TcpListener;
     use std::process::Command;
     use std::sync::Arc;
@@ -178,21 +188,30 @@ mod tests {
             return;
         }
         let home = tempfile::tempdir().expect("a directory");
-        let [files, parents, reads, other] = ["files", "parents", "reads", "other"].map(|name| {
-            let path = home.path().join(name);
-            fs::create_dir(&path).expect("create");
-            fs::create_dir(path.join("empty")).expect("create");
-            fs::write(path.join("old"), "x").expect("write");
-            path
-        });
+        let [files, reserved, parents, reads, other] = ["files", "reserved", "parents", "reads", "other"]
+            .map(|name| {
+                let path = home.path().join(name);
+                for name in ["empty", "below"] {
+                    fs::create_dir_all(path.join(name)).expect("create");
+                }
+                for name in ["old", "output", "below/old"] {
+                    fs::write(path.join(name), "x").expect("write");
+                }
+                path
+            });
         let handle = |path| vec![Arc::new(DirectoryHandle::open(path).expect("open"))];
-        let reach = Reach { files: handle(&files), parents: handle(&parents), reads: [reads.clone()].into() };
+        let reach = Reach {
+            files: handle(&files),
+            reserved: handle(&reserved),
+            parents: handle(&parents),
+            reads: [reads.clone()].into(),
+        };
         let open = File::open(other.join("old")).expect("open");
+        let mut output = File::options().write(true).open(files.join("output")).expect("open");
         confined(move || {
             restrict_files(&reach, false).expect("restrict");
-            fs::write(files.join("new"), "x").expect("write");
-            fs::rename(files.join("new"), files.join("old")).expect("replace");
-            assert!(denied(fs::create_dir(files.join("another"))));
+            names_open_files_only(&files, &mut output);
+            File::create_new(reserved.join("new")).expect("reserve");
             File::open(&parents).and_then(|directory| directory.sync_all()).expect("flush");
             fs::remove_dir(parents.join("empty")).expect("remove");
             assert!(denied(fs::read(parents.join("old"))));
@@ -205,6 +224,26 @@ mod tests {
             assert_eq!(std::io::read_to_string(&open).expect("read"), "x");
             fs::read("/proc/self/status").expect("describes this system");
         });
+    }
+
+    /// The directory of outputs may be the user's home: nothing in or below it can be read or written.
+    fn names_open_files_only(files: &Path, output: &mut File) {
+        for path in [files.join("old"), files.join("below/old")] {
+            assert!(denied(fs::read(&path)));
+            assert!(denied(File::options().append(true).open(&path)));
+            assert!(denied(File::options().write(true).truncate(true).open(&path)));
+        }
+        assert!(denied(fs::read_dir(files)));
+        assert!(denied(fs::write(files.join("new"), "x")));
+        assert!(denied(fs::create_dir(files.join("another"))));
+        // What naming and removing the outputs takes.
+        output.write_all(b"y").expect("write");
+        output.set_len(1).expect("truncate");
+        assert!(fs::rename(files.join("output"), files.join("below/output")).is_err());
+        fs::hard_link(files.join("output"), files.join("link")).expect("link");
+        fs::rename(files.join("output"), files.join("named")).expect("rename");
+        fs::rename(files.join("named"), files.join("old")).expect("replace");
+        fs::remove_file(files.join("link")).expect("remove");
     }
 
     #[test]

@@ -89,6 +89,77 @@ fn is_confined_further_before_it_copies() {
 }
 
 #[test]
+fn commands_without_outputs_are_confined_further_when_all_is_open() {
+    require!("strace");
+    if !kernel_confines() {
+        return;
+    }
+    for args in [
+        &["map", "disk.raw"] as &[&str],
+        &["measure", "disk.raw"],
+        &["compare", "disk.raw", "disk.raw"],
+        &["compare", "--strict", "disk.raw", "disk.raw"],
+    ] {
+        let dir = with_disk();
+        let calls = trace(dir.path(), args);
+        let confined = positions(&calls, "landlock_restrict_self(");
+        let source = positions(&calls, "\"disk.raw\", O_RDONLY|O_CLOEXEC");
+        assert_eq!(confined.len(), 2, "{args:?}: {calls:#?}");
+        assert!(source.iter().all(|position| *position < confined[1]), "{args:?}: {calls:#?}");
+    }
+}
+
+/// Creates an overlay `base.qcow2` of `mid.qcow2` in the directory `other`, and a link to it in `here`.
+fn with_linked_base() -> tempfile::TempDir {
+    let dir = with_disk();
+    let other = dir.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    std::fs::create_dir(dir.path().join("here")).unwrap();
+    imgtool(["create", "-f", "qcow2", "mid.qcow2", "2M"]).within(&other).ok();
+    let line = ["create", "-f", "qcow2", "-b", "mid.qcow2", "-F", "qcow2", "base.qcow2"];
+    imgtool(line).within(&other).ok();
+    std::os::unix::fs::symlink("../other/base.qcow2", dir.path().join("here/link.qcow2")).unwrap();
+    dir
+}
+
+/// `chain` allows the directory of the file, not that of a link to it.
+#[test]
+fn verifies_an_overlay_whose_base_is_named_by_a_link() {
+    let dir = with_linked_base();
+    for base in ["link.qcow2", "../other/base.qcow2"] {
+        let line =
+            ["convert", "--verify", "--allow-external", "chain", "-O", "qcow2", "-F", "qcow2", "-B", base];
+        imgtool([&line[..], &["../disk.raw", "out.qcow2"]].concat()).within(&dir.path().join("here")).ok();
+        std::fs::remove_file(dir.path().join("here/out.qcow2")).unwrap();
+    }
+}
+
+/// Another program puts another file in the place of the base after the confinement.
+#[test]
+fn a_refusal_by_the_confinement_says_so() {
+    require!("strace");
+    if !kernel_confines() {
+        return;
+    }
+    let dir = with_linked_base();
+    std::fs::copy(dir.path().join("other/mid.qcow2"), dir.path().join("new")).unwrap();
+    let call = "landlock_restrict_self";
+    let line = format!(
+        "strace -f -o log -e trace={call} -e inject={call}:signal=SIGSTOP:when=2 {PROGRAM} convert --verify \
+         --allow-external chain -O qcow2 -F qcow2 -B other/base.qcow2 disk.raw out.qcow2 & \
+         until grep -q 'stopped by SIGSTOP' log 2>/dev/null; do sleep 0.01; done; \
+         mkdir elsewhere; mv new elsewhere; ln -sf ../elsewhere/new other/base.qcow2; \
+         child=$(cat /proc/$!/task/$!/children); \
+         while kill -CONT $child 2>/dev/null; do sleep 0.01; done; wait $!"
+    );
+    let run = Command::new("bash").args(["-c", &line]).current_dir(dir.path()).output().unwrap();
+    let said = String::from_utf8_lossy(&run.stderr);
+    assert_eq!(run.status.code(), Some(1), "{said}");
+    let words = said.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(words.contains("ermission denied") && words.contains("confined itself"), "{said}");
+}
+
+#[test]
 fn commands_that_read_an_archive_are_free() {
     require!("strace");
     let dir = with_disk();

@@ -13,7 +13,7 @@ use imgtool_core::{
     Prepared, Result, ResultExt, SinkDevice, SinkPiece,
 };
 
-use crate::monitor::{Counter, LaneInfo, Monitor, Phase};
+use crate::monitor::{Counter, LaneInfo, Monitor, Phase, Reach};
 use crate::open::Opened;
 use crate::pipeline::{self, Job, Route, Target};
 
@@ -108,6 +108,7 @@ fn compare(
     cancel: &CancelToken,
     memory: &Memory,
 ) -> Result<Option<(usize, u64)>> {
+    monitor.opened(&Reach::default());
     let lanes =
         pairs.iter().map(|pair| LaneInfo { name: pair.name.clone(), total: Some(pair.first.size) }).collect();
     let counter = Counter::begin(monitor, Phase::Compare, lanes, Box::new(|| 0), None);

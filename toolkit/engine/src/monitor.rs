@@ -83,9 +83,11 @@ impl Gauge {
 /// Files that a run may still open by name when all sources and outputs are open.
 #[derive(Debug, Clone, Default)]
 pub struct Reach {
-    /// Directories in which the run renames, replaces and removes files. They are open, because another process
-    /// may move them.
+    /// Directories in which the run renames, replaces and removes files, but opens none. They are open, because
+    /// another process may move them.
     pub files: Vec<Arc<DirectoryHandle>>,
+    /// Those of `files` in which an empty file reserves the name of an output, so that the run creates files.
+    pub reserved: Vec<Arc<DirectoryHandle>>,
     /// Directories in which the run has created directories, which it removes if it fails.
     pub parents: Vec<Arc<DirectoryHandle>>,
     /// Files and directories that verification may read: backing images of the outputs.
@@ -109,8 +111,8 @@ pub trait Monitor: Sync {
     /// that has no time to unwind.
     fn outputs(&self, _cleaner: Cleaner) {}
 
-    /// Called when all sources and outputs are open, before their content is copied, in the thread that runs
-    /// the plan. From here on, the run opens no file outside of `reach`, and starts most of its threads.
+    /// Called when all sources and outputs are open, before their content is copied or compared, in the thread
+    /// of the caller. From here on, the run opens no file outside of `reach`, and starts most of its threads.
     fn opened(&self, _reach: &Reach) {}
 
     /// Runs `step`, which gives the outputs their names and which a signal handler must not interrupt. The

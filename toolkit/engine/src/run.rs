@@ -1,7 +1,7 @@
 //! [`Plan`], which copies the content, finishes the outputs, verifies them and gives them their names.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use imgtool_core::memory::{COPY_FLOOR, shares};
@@ -166,7 +166,7 @@ impl Plan {
     ) -> Result<Report> {
         let started = Instant::now();
         let files = self.create_files()?;
-        monitor.opened(&self.reach(sinks, &options.base_policy));
+        monitor.opened(&self.reach(sinks, options));
         let handles: Vec<Output> = sinks.iter().map(|open| open.output.clone()).collect();
         let counted = handles.clone();
         let written = Box::new(move || counted.iter().map(Output::written).sum());
@@ -206,14 +206,24 @@ impl Plan {
         })
     }
 
-    /// Returns the files that the run may still open.
-    fn reach(&self, sinks: &[OpenSink], policy: &ExternalPolicy) -> Reach {
-        let mut reads: BTreeSet<PathBuf> = policy.paths.iter().cloned().collect();
-        for base in sinks.iter().flat_map(OpenSink::backing_images) {
-            reads.extend(base.parent().filter(|_| policy.chain).map(Path::to_owned));
+    /// Returns the files that the run may still open. Only verification opens files: the backing images of the
+    /// outputs.
+    fn reach(&self, sinks: &[OpenSink], options: &RunOptions<'_>) -> Reach {
+        let policy = &options.base_policy;
+        let mut reads = BTreeSet::new();
+        for base in sinks.iter().flat_map(OpenSink::backing_images).filter(|_| options.verify) {
+            reads.extend(policy.paths.iter().cloned());
             reads.insert(base.to_owned());
+            // The policy allows the directory of the file itself, wherever a link to it is.
+            let real = std::fs::canonicalize(base).ok().filter(|_| policy.chain);
+            reads.extend(real.as_deref().and_then(Path::parent).map(Path::to_owned));
         }
-        Reach { files: self.outputs.file_directories(), parents: self.outputs.parent_directories(), reads }
+        Reach {
+            files: self.outputs.file_directories(),
+            reserved: self.outputs.reserved_directories(),
+            parents: self.outputs.parent_directories(),
+            reads,
+        }
     }
 
     /// Creates the files for configurations.

@@ -304,6 +304,13 @@ impl Outputs {
         different(files.filter_map(Temporary::entry))
     }
 
+    /// Returns those of [`Outputs::file_directories`] in which [`Outputs::commit`] creates an empty file to
+    /// reserve a name.
+    pub fn reserved_directories(&self) -> Vec<Arc<DirectoryHandle>> {
+        let files = self.files.iter().filter_map(|pending| pending.temporary.entry());
+        different(files.filter(|entry| entry.folder.naming.get() == Some(&Naming::Reserve)))
+    }
+
     /// Returns the directories in which this set has created directories.
     pub fn parent_directories(&self) -> Vec<Arc<DirectoryHandle>> {
         different(self.directories.iter())
