@@ -112,7 +112,7 @@ fn allow(rules: &mut RulesetCreated, path: &Path, access: BitFlags<AccessFs>) ->
     }
 }
 
-/// Returns what the kernel enforces.
+/// Returns what the kernel enforces. Installs the filter of system calls, since the kernel tells only then.
 pub(super) fn enforced() -> Vec<&'static str> {
     let can = |ruleset: Result<Ruleset, RulesetError>| ruleset.and_then(Ruleset::create).is_ok();
     let strict = || Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
@@ -123,7 +123,7 @@ pub(super) fn enforced() -> Vec<&'static str> {
     if can(strict().handle_access(AccessNet::from_all(ABI::V4))) {
         parts.push("TCP (Landlock)");
     }
-    if system_calls::supported() {
+    if system_calls::refuse().is_some() {
         parts.push("programs and sockets (seccomp)");
     }
     parts

@@ -57,13 +57,6 @@ fn x32() -> seccompiler::BpfProgram {
     ]
 }
 
-/// True if the kernel has filters, and this processor is supported.
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"))]
-pub(super) fn supported() -> bool {
-    // proc(5): a kernel with seccomp shows the mode of each process.
-    std::fs::read_to_string("/proc/self/status").is_ok_and(|status| status.contains("\nSeccomp:"))
-}
-
 /// Numbers of the refused system calls. A list of the calls that *are* needed would depend on the version of the
 /// C library.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"))]
@@ -123,12 +116,6 @@ const REFUSED: [i64; 44] = [
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64")))]
 pub(super) fn refuse() -> Option<()> {
     None
-}
-
-/// Returns false: no filters for this processor.
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64")))]
-pub(super) fn supported() -> bool {
-    false
 }
 
 #[cfg(all(test, any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64")))]

@@ -14,6 +14,10 @@ const MAX_NESTING: usize = 4;
 /// It shows whether writing to one file changes another, regardless of their names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
+    /// The file or device itself, then the files of an overlay's layers that a read of it may come from.
+    reads: Vec<FileId>,
+    /// The file or device itself, then the files of an overlay's layers that a write to it changes.
+    writes: Vec<FileId>,
     /// The file or device itself, then the layers below it that a write to it changes.
     layers: Vec<FileId>,
     /// `layers`, every other file that a read may come from, the device that contains the file's file system,
@@ -30,7 +34,13 @@ impl Identity {
         if !matches!(os::classify(meta), FileClass::Regular | FileClass::BlockDevice) {
             return None;
         }
-        let mut identity = Self { layers: Vec::new(), with_file_system: Vec::new(), is_complete: true };
+        let mut identity = Self {
+            reads: Vec::new(),
+            writes: Vec::new(),
+            layers: Vec::new(),
+            with_file_system: Vec::new(),
+            is_complete: true,
+        };
         identity.add(meta, path, true, MAX_NESTING);
         Some(identity)
     }
@@ -42,6 +52,10 @@ impl Identity {
         self.is_complete &= overlay.is_complete;
         let below = overlay.files.into_iter().map(|(below, changes)| (below, changes && is_written));
         for (meta, is_written) in std::iter::once((meta.clone(), is_written)).chain(below) {
+            if nesting == MAX_NESTING {
+                self.reads.push(os::file_identity(&meta));
+                self.writes.extend(is_written.then(|| os::file_identity(&meta)));
+            }
             self.with_file_system.extend(os::file_layers(&meta, true));
             let written = if is_written { os::file_layers(&meta, false) } else { Vec::new() };
             self.layers.extend(written);
@@ -72,12 +86,12 @@ impl Identity {
     /// True if writing to `target` changes this file: they are the same, or one is a layer of the other. Also
     /// true if `target` contains the file system of this file.
     pub fn is_changed_by(&self, target: &Self) -> bool {
-        os::same_bytes(&self.with_file_system, &target.layers)
+        contains_any(&self.with_file_system, &target.writes) || contains_any(&target.layers, &self.reads)
     }
 
     /// True if writing to one target changes the other.
     pub fn overlaps(&self, other: &Self) -> bool {
-        os::same_bytes(&self.layers, &other.layers)
+        contains_any(&self.layers, &other.writes) || contains_any(&other.layers, &self.writes)
     }
 
     /// True if the two could be one file although they look different: one is on an overlay whose layers this
@@ -86,4 +100,10 @@ impl Identity {
         let device = |identity: &Self| identity.layers.first().map(|(device, _)| *device);
         !(self.is_complete && other.is_complete) && device(self) != device(other)
     }
+}
+
+/// True if `layers` contains one of `files`. A layer that both sides have is not enough: two partitions of a disk
+/// have no byte in common.
+fn contains_any(layers: &[FileId], files: &[FileId]) -> bool {
+    files.iter().any(|file| layers.contains(file))
 }

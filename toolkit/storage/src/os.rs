@@ -48,15 +48,6 @@ pub struct OverlayFiles {
     pub is_complete: bool,
 }
 
-/// Returns true if writing to one file would change the other.
-///
-/// Both arguments are results of [`file_layers`]. A shared lower layer is not enough: two partitions of a
-/// disk have no byte in common.
-pub fn same_bytes(one: &[FileId], other: &[FileId]) -> bool {
-    let holds = |layers: &[FileId], file: &[FileId]| file.first().is_some_and(|own| layers.contains(own));
-    holds(one, other) || holds(other, one)
-}
-
 /// Free space of a file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Space {
