@@ -42,6 +42,8 @@ pub fn registry() -> Registry {
     let mut registry = Registry::new();
     imgtool_qcow2::register(&mut registry);
     imgtool_vhdx::register(&mut registry);
+    imgtool_vhd::register(&mut registry);
+    imgtool_vdi::register(&mut registry);
     imgtool_vma::register(&mut registry);
     imgtool_raw::register(&mut registry);
     registry

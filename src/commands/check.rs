@@ -47,7 +47,7 @@ fn check(args: &CheckArgs) -> Result<Exit> {
     let open = open::open_input(&registry, &location, format, &options.memory)?;
     let driver = match format {
         Some(name) => registry.get(name)?,
-        None => registry.probe(&open.input.head()?, open.input.len()).in_file(&location)?.0,
+        None => open::recognise(&registry, &open).in_file(&location)?.0,
     };
     let can = driver.capabilities();
     if !can.check {
@@ -55,7 +55,8 @@ fn check(args: &CheckArgs) -> Result<Exit> {
             Error::unsupported(format!("{} images have no structure to check", driver.name())).path(location)
         );
     }
-    let open = if can.stream_read { open } else { open.spool()? };
+    let head = open.input.head()?;
+    let open = if driver.reads_stream(&head) { open } else { open.spool()? };
     let found = driver.check(open.input, &options).in_file(location)?;
     if args.output.is_json() {
         let filename = args.image.to_string_lossy().into_owned();

@@ -11,12 +11,7 @@ use crate::refcounts::refcount_clusters;
 /// it occupies. The two sizes follow `qemu-img measure`, which assumes full tables and no gain from
 /// compression.
 pub fn measure(source: &dyn ImageSource, options: &WriteOptions) -> Result<Measure> {
-    let [device] = source.info().devices.as_slice() else {
-        return Err(Error::unsupported(format!(
-            "a qcow2 image stores one device, not {}",
-            source.info().devices.len()
-        )));
-    };
+    let device = source.info().single("a qcow2 image")?;
     let size = device.size.checked_next_multiple_of(SIZE_MULTIPLE);
     let Some(size) = size else { return Err(Error::limit("the disk is too large")) };
     options.check_size(size)?;

@@ -12,12 +12,7 @@ pub(crate) struct RawWriter(pub(crate) WriteOptions);
 
 impl ImageWriter for RawWriter {
     fn measure(&self, source: &dyn ImageSource) -> Result<Measure> {
-        let [device] = source.info().devices.as_slice() else {
-            return Err(Error::unsupported(format!(
-                "a raw image stores one device, not {}",
-                source.info().devices.len()
-            )));
-        };
+        let device = source.info().single("a raw image")?;
         let writes_all = self.0.stores_zeros || self.0.preallocation != Preallocation::Off;
         Ok(Measure {
             // The file's length, holes included: the output's file system decides whether they save space.

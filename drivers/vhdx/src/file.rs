@@ -7,6 +7,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
+use imgtool_core::layered::StoredBytes;
 use imgtool_core::sync::lock;
 use imgtool_core::zero::is_zero;
 use imgtool_core::{Cache, FileRange, FileRun, Lease, Location, Memory, RandomInput, Result};
@@ -53,51 +54,11 @@ impl ReplayedFile {
         self.len
     }
 
-    /// Returns the input's location, for messages.
-    pub(crate) fn location(&self) -> &Location {
-        self.input.location()
-    }
-
-    /// Returns the unit, in bytes, in which reads are cheapest.
-    pub(crate) fn granule(&self) -> u64 {
-        self.input.granule()
-    }
-
-    /// Fills `buf` with the file's bytes from `file_offset` on. The file may be longer after replay than the
-    /// input; the added bytes are zeros, except where the overlay changes them.
-    pub(crate) fn read_exact_at(&self, buf: &mut [u8], file_offset: u64) -> Result<()> {
-        let end = file_offset.checked_add(buf.len() as u64);
-        let stored = self.input.len();
-        if end.is_none_or(|end| end > self.len) || self.len == stored {
-            // The input contains all of these bytes, or returns the error for a range past the end.
-            self.input.read_exact_at(buf, file_offset)?;
-        } else {
-            let from_input = usize::try_from(stored.saturating_sub(file_offset)).unwrap_or(usize::MAX);
-            let (in_input, behind) = buf.split_at_mut(from_input.min(buf.len()));
-            if !in_input.is_empty() {
-                self.input.read_exact_at(in_input, file_offset)?;
-            }
-            behind.fill(0);
-        }
-        self.overlay.apply(buf, file_offset);
-        Ok(())
-    }
-
     /// Reads `len` bytes from `file_offset` on. The caller must bound `len`.
     pub(crate) fn read_vec(&self, file_offset: u64, len: usize) -> Result<Vec<u8>> {
         let mut bytes = vec![0; len];
         self.read_exact_at(&mut bytes, file_offset)?;
         Ok(bytes)
-    }
-
-    /// Returns the run of data or hole that contains `file_offset`, which must be below the length.
-    pub(crate) fn run(&self, file_offset: u64) -> Result<FileRun> {
-        self.overlaid_run(file_offset, || self.input.run(file_offset))
-    }
-
-    /// Like [`Self::run`], but possibly cut at `until`; see [`RandomInput::rough_run`].
-    pub(crate) fn rough_run(&self, file_offset: u64, until: u64) -> Result<FileRun> {
-        self.overlaid_run(file_offset, || self.input.rough_run(file_offset, until))
     }
 
     /// Returns the run that contains `file_offset`: the input's run, cut before the next overwritten page of
@@ -118,16 +79,6 @@ impl ReplayedFile {
         }
     }
 
-    /// Returns `range` as a range of the input file. Returns `None` if the overlay changes any of it, if it
-    /// ends past the input, or if the input is not a plain file.
-    pub(crate) fn locate(&self, range: Range<u64>) -> Option<FileRange<'_>> {
-        let file: &File = self.input.file()?;
-        if range.end > self.input.len() || self.overlay.touches(&range) {
-            return None;
-        }
-        Some(FileRange { file, file_offset: range.start, len: range.end - range.start })
-    }
-
     /// Returns the table page that contains `file_offset`, from the cache or the file.
     pub(crate) fn table_page(&self, file_offset: u64) -> Result<TablePage> {
         let start = file_offset / TABLE_PAGE_LEN * TABLE_PAGE_LEN;
@@ -146,6 +97,54 @@ impl ReplayedFile {
         let page = TablePage { start, bytes };
         lock(&self.pages).insert(start, page.clone());
         Ok(page)
+    }
+}
+
+impl StoredBytes for ReplayedFile {
+    fn location(&self) -> &Location {
+        self.input.location()
+    }
+
+    /// Fills `buf` with the file's bytes from `file_offset` on. The file may be longer after replay than the
+    /// input; the added bytes are zeros, except where the overlay changes them.
+    fn read_exact_at(&self, buf: &mut [u8], file_offset: u64) -> Result<()> {
+        let end = file_offset.checked_add(buf.len() as u64);
+        let stored = self.input.len();
+        if end.is_none_or(|end| end > self.len) || self.len == stored {
+            // The input contains all of these bytes, or returns the error for a range past the end.
+            self.input.read_exact_at(buf, file_offset)?;
+        } else {
+            let from_input = usize::try_from(stored.saturating_sub(file_offset)).unwrap_or(usize::MAX);
+            let (in_input, behind) = buf.split_at_mut(from_input.min(buf.len()));
+            if !in_input.is_empty() {
+                self.input.read_exact_at(in_input, file_offset)?;
+            }
+            behind.fill(0);
+        }
+        self.overlay.apply(buf, file_offset);
+        Ok(())
+    }
+
+    fn run(&self, file_offset: u64) -> Result<FileRun> {
+        self.overlaid_run(file_offset, || self.input.run(file_offset))
+    }
+
+    fn rough_run(&self, file_offset: u64, until: u64) -> Result<FileRun> {
+        self.overlaid_run(file_offset, || self.input.rough_run(file_offset, until))
+    }
+
+    /// Returns `range` as a range of the input file. Returns `None` if the overlay changes any of it, if it
+    /// ends past the input, or if the input is not a plain file.
+    fn locate(&self, range: Range<u64>) -> Option<FileRange<'_>> {
+        let file: &File = self.input.file()?;
+        if range.end > self.input.len() || self.overlay.touches(&range) {
+            return None;
+        }
+        Some(FileRange { file, file_offset: range.start, len: range.end - range.start })
+    }
+
+    fn granule(&self) -> u64 {
+        self.input.granule()
     }
 }
 

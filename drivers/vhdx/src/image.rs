@@ -1,5 +1,6 @@
 //! Opening an image: headers, log, region table and metadata, each checked before the next is read.
 
+use imgtool_core::layered::StoredBytes;
 use imgtool_core::{DeviceId, Error, ErrorKind, Input, Memory, RandomInput, Remedy, Result};
 
 use crate::file::ReplayedFile;

@@ -7,6 +7,8 @@
 
 use std::sync::Arc;
 
+use imgtool_core::external::local_name;
+use imgtool_core::layered::StoredBytes;
 use imgtool_core::{Disk, Error, ImageSource, OpenOptions, Reference, Result};
 use uuid::Uuid;
 
@@ -33,15 +35,6 @@ pub(crate) fn references(image: &Image) -> Vec<Reference> {
 /// Returns the value of a key of the parent locator; `None` if the locator does not have the key.
 fn value<'a>(image: &'a Image, key: &str) -> Option<&'a str> {
     image.parent_locator.iter().find(|(known, _)| known == key).map(|(_, value)| value.as_str())
-}
-
-/// Converts a Windows path to a path of this system by replacing the separators. Returns `None` for an empty
-/// path, and for a path with a drive letter, a volume or a share, which this system does not have.
-fn local_name(name: &str) -> Option<String> {
-    let path = name.strip_prefix(r"\\?\").unwrap_or(name).replace('\\', "/");
-    let has_drive = path.as_bytes().get(1) == Some(&b':');
-    let is_foreign = has_drive || path.starts_with("//") || path.starts_with("Volume{") || path.is_empty();
-    (!is_foreign).then_some(path)
 }
 
 /// Opens the parent of an image by the first of its names that can be opened.
@@ -104,19 +97,4 @@ fn check_linkage(source: Arc<dyn ImageSource>, linkage: &[Uuid], name: &str) -> 
         .hint("the parent was changed or replaced after the image was made: find the original"));
     }
     Disk::only(source, &format!("parent '{name}'"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn converts_windows_paths_that_have_a_counterpart() {
-        assert_eq!(local_name(r".\base.vhdx").as_deref(), Some("./base.vhdx"));
-        assert_eq!(local_name(r"..\a\base.vhdx").as_deref(), Some("../a/base.vhdx"));
-        assert_eq!(local_name("/srv/base.vhdx").as_deref(), Some("/srv/base.vhdx"));
-        for foreign in [r"C:\base.vhdx", r"\\?\C:\base.vhdx", r"\\server\x", r"\\?\Volume{1}\x", ""] {
-            assert_eq!(local_name(foreign), None, "{foreign}");
-        }
-    }
 }

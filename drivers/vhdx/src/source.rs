@@ -1,22 +1,15 @@
 //! Reading images: their facts, and the content and extents of any guest range.
 
-use std::ops::Range;
 use std::sync::Arc;
 
-use imgtool_core::{
-    Access, Device, DeviceId, Extent, FileRange, ImageInfo, ImageSource, Input, Loss, Losses, MapExtent,
-    OpenOptions, RandomAccess, Result,
-};
+use imgtool_core::layered::{LayeredSource, Segment, SegmentMap, StoredBytes};
+use imgtool_core::{Device, ImageInfo, ImageSource, Input, OpenOptions, Result};
 use serde_json::{Map, Value, json};
 
 use crate::image::{DISK, DISK_NAME, Image, UnreadableHeader};
 use crate::parent::{self, DATA_WRITE_GUID};
 
-mod chain;
 mod segment;
-
-use chain::Chain;
-use segment::{Origin, Segment};
 
 /// Opens an image and, unless only information is needed, its parent.
 pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
@@ -28,8 +21,7 @@ pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageS
         None
     };
     let info = describe(&image);
-    let losses = options.salvage.then(Losses::default);
-    Ok(Arc::new(VhdxSource { info, chain: Chain { image, parent }, losses }))
+    Ok(Arc::new(LayeredSource::new(info, image, parent, options.salvage)))
 }
 
 /// Collects the facts and notes of an image.
@@ -99,78 +91,16 @@ fn add_notes(image: &Image, notes: &mut Vec<String>) {
     }
 }
 
-/// An opened image.
-struct VhdxSource {
-    info: ImageInfo,
-    chain: Chain,
-    /// Ranges that could not be read; `Some` if the image was opened for salvage.
-    losses: Option<Losses>,
-}
-
-impl ImageSource for VhdxSource {
-    fn info(&self) -> &ImageInfo {
-        &self.info
+impl SegmentMap for Image {
+    fn segment(&self, guest_offset: u64, max_len: u64) -> Result<Segment> {
+        self.look_up(guest_offset, max_len)
     }
 
-    fn access(&self) -> Access<'_> {
-        Access::Random(self)
+    fn to_unit_end(&self, guest_offset: u64, max_len: u64) -> u64 {
+        self.to_block_end(guest_offset, max_len)
     }
 
-    fn losses(&self) -> Vec<Loss> {
-        let mut losses = self.losses.as_ref().map(|losses| losses.list(DISK)).unwrap_or_default();
-        if let Some(parent) = &self.chain.parent {
-            losses.extend(parent.losses());
-        }
-        losses
-    }
-}
-
-impl RandomAccess for VhdxSource {
-    fn extents(&self, _device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>> {
-        self.chain.extents(range, None, self.losses.is_some())
-    }
-
-    fn rough_extents(&self, _device: DeviceId, range: Range<u64>, resolution: u64) -> Result<Vec<Extent>> {
-        self.chain.extents(range, Some(resolution), self.losses.is_some())
-    }
-
-    fn map(&self, _device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
-        self.chain.map(range)
-    }
-
-    fn read_at(&self, _device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
-        let mut filled = 0;
-        while filled < buf.len() {
-            let position = guest_offset + filled as u64;
-            let max_len = (buf.len() - filled) as u64;
-            let segment = self.chain.image.segment(position, max_len);
-            let len = segment
-                .as_ref()
-                .map_or_else(|_| self.chain.image.to_block_end(position, max_len), |segment| segment.len);
-            // `len` is at most `max_len`, the length of the rest of `buf`.
-            let part = &mut buf[filled..][..len as usize];
-            let read = segment.and_then(|segment| self.chain.read_segment(part, position, segment.origin));
-            if let Err(error) = read {
-                let error = error.guest(position..position + len);
-                let Some(losses) = &self.losses else { return Err(error) };
-                part.fill(0);
-                losses.add(position..position + len, &error);
-            }
-            filled += part.len();
-        }
-        Ok(())
-    }
-
-    fn read_granule(&self, _device: DeviceId) -> u64 {
-        self.chain.image.file.granule()
-    }
-
-    fn locate(&self, _device: DeviceId, range: Range<u64>) -> Option<FileRange<'_>> {
-        match self.chain.image.segment(range.start, range.end - range.start).ok()? {
-            Segment { len, origin: Origin::File(file_offset) } => {
-                self.chain.image.file.locate(file_offset..file_offset + len)
-            }
-            _ => None,
-        }
+    fn file(&self, _index: usize) -> &dyn StoredBytes {
+        &self.file
     }
 }

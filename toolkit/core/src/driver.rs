@@ -23,6 +23,11 @@ pub trait Driver: Send + Sync {
     /// Returns the name of the format, in lower case and without spaces ("qcow2").
     fn name(&self) -> &'static str;
 
+    /// Returns other names of the format that users may state ("vpc" for VHD, as in qemu-img).
+    fn aliases(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// Returns a one-line description of the format for the user.
     fn description(&self) -> &'static str;
 
@@ -41,6 +46,19 @@ pub trait Driver: Send + Sync {
     /// first bytes of the image, at most [`crate::input::PROBE_LEN`]; `len` is its file size in bytes, if
     /// known.
     fn probe(&self, head: &[u8], len: Option<u64>) -> Option<Confidence>;
+
+    /// True if a file that has one of the driver's extensions, and that no driver recognises by its first
+    /// bytes, is of this format. `end` contains its last bytes, at most [`crate::input::PROBE_END_LEN`], or is
+    /// `None` for a stream, whose end is not known yet. False by default.
+    fn probe_end(&self, _end: Option<&[u8]>) -> bool {
+        false
+    }
+
+    /// True if an image that begins with `head` can be read in one pass from a stream. By default, every image
+    /// of a format with [`Capabilities::stream_read`] can.
+    fn reads_stream(&self, _head: &[u8]) -> bool {
+        self.capabilities().stream_read
+    }
 
     /// Opens an image for reading. The driver checks all metadata that it can check without reading guest
     /// data. Its error for an unsupported feature names the feature.
@@ -71,6 +89,11 @@ pub trait ImageWriter: Send + Sync {
     /// [`Manifest::base`].
     fn backing(&self) -> Option<BackingName> {
         None
+    }
+
+    /// False if a format with [`Capabilities::stream_write`] can't write this variant to a stream.
+    fn writes_stream(&self) -> bool {
+        true
     }
 
     /// Returns the names of the other outputs that [`ImageWriter::create`] will create, relative to the
@@ -116,9 +139,9 @@ pub struct Capabilities {
     pub read: bool,
     /// True if images can be created.
     pub write: bool,
-    /// True if an image can be read in one pass from a pipe.
+    /// True if an image of some variant can be read in one pass from a pipe.
     pub stream_read: bool,
-    /// True if an image can be written in one pass to a pipe.
+    /// True if an image of some variant can be written in one pass to a pipe.
     pub stream_write: bool,
     /// Limits, if an image is an archive of whole machines; `None` if an image is one disk.
     pub archive: Option<Archive>,

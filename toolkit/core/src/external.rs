@@ -62,6 +62,23 @@ pub trait ExternalOpener: Send + Sync {
     /// [`crate::ErrorKind::Refused`] if the user did not allow the file, or any error from opening it.
     fn open_file(&self, role: &str, name: &str, from: &Location) -> Result<Input>;
 
+    /// Returns the names of files that may be the external image which the image at `from` identifies by
+    /// `identity` instead of a name: the files that the user allowed by path and, if the user allowed the
+    /// files of the directory, those in it with this extension. [`ExternalOpener::open_file`] opens them.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`] if the user allowed no file, as by default; or an error of listing the
+    /// directory.
+    fn candidates(
+        &self,
+        role: &str,
+        identity: &str,
+        from: &Location,
+        _extension: &str,
+    ) -> Result<Vec<String>> {
+        Err(refusal(role, identity, from))
+    }
+
     /// Opens a member of a container as an image. This needs no permission: the member's bytes are a section
     /// of the container's input ([`Input::section`]).
     ///
@@ -124,6 +141,23 @@ impl Externals {
         match &self.0 {
             Some(opener) => opener.open_file(role, name, from),
             None => Err(refusal(role, name, from)),
+        }
+    }
+
+    /// See [`ExternalOpener::candidates`].
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`] if the user allowed no file, or an error of listing the directory.
+    pub fn candidates(
+        &self,
+        role: &str,
+        identity: &str,
+        from: &Location,
+        extension: &str,
+    ) -> Result<Vec<String>> {
+        match &self.0 {
+            Some(opener) => opener.candidates(role, identity, from, extension),
+            None => Err(refusal(role, identity, from)),
         }
     }
 
@@ -190,4 +224,28 @@ pub struct BackingName {
     pub name: String,
     /// Name of the backing image's format.
     pub format: String,
+}
+
+/// Converts a Windows path to a path of this system by replacing the separators. Returns `None` for an empty
+/// path, and for a path with a drive letter, a volume or a share, which this system does not have.
+pub fn local_name(name: &str) -> Option<String> {
+    let path = name.strip_prefix(r"\\?\").unwrap_or(name).replace('\\', "/");
+    let has_drive = path.as_bytes().get(1) == Some(&b':');
+    let is_foreign = has_drive || path.starts_with("//") || path.starts_with("Volume{") || path.is_empty();
+    (!is_foreign).then_some(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn converts_windows_paths_that_have_a_counterpart() {
+        assert_eq!(local_name(r".\base.vhdx").as_deref(), Some("./base.vhdx"));
+        assert_eq!(local_name(r"..\a\base.vhdx").as_deref(), Some("../a/base.vhdx"));
+        assert_eq!(local_name("/srv/base.vhdx").as_deref(), Some("/srv/base.vhdx"));
+        for foreign in [r"C:\base.vhdx", r"\\?\C:\base.vhdx", r"\\server\x", r"\\?\Volume{1}\x", ""] {
+            assert_eq!(local_name(foreign), None, "{foreign}");
+        }
+    }
 }

@@ -18,6 +18,10 @@ pub use stream::{Decode, Stream};
 /// KiB contain the magic number of every supported format.
 pub const PROBE_LEN: usize = 4096;
 
+/// Maximum number of bytes from the end of a file that [`crate::Driver::probe_end`] receives: a footer of one
+/// sector.
+pub const PROBE_END_LEN: usize = 512;
+
 /// The bytes of an image.
 #[derive(Debug)]
 pub struct Input {
@@ -108,6 +112,16 @@ impl Input {
                 Ok(head)
             }
         }
+    }
+
+    /// Returns the last bytes, up to [`PROBE_END_LEN`]; `None` for a stream.
+    pub fn end(&self) -> Result<Option<Vec<u8>>> {
+        let InputBody::Random(source) = &self.body else { return Ok(None) };
+        let len = usize::try_from(source.len()).unwrap_or(PROBE_END_LEN).min(PROBE_END_LEN);
+        let mut end = vec![0; len];
+        let position = source.len() - len as u64;
+        source.read_exact_at(&mut end, position).map_err(|e| read_error(e, &self.location, position))?;
+        Ok(Some(end))
     }
 
     /// Converts the input into one that is read by position.

@@ -9,6 +9,7 @@
 //! This crate implements no format and opens no files: `imgtool-storage` provides files, streams and outer
 //! compression, and `imgtool-engine` copies content. There is no global state and no `unsafe` code.
 
+pub mod block_sink;
 pub mod buffer;
 pub mod cache;
 mod debug;
@@ -18,7 +19,9 @@ pub mod driver;
 pub mod error;
 pub mod extent;
 pub mod external;
+pub mod fingerprint;
 pub mod input;
+pub mod layered;
 pub mod location;
 pub mod losses;
 pub mod manifest;
@@ -33,6 +36,7 @@ pub mod source;
 mod stack;
 pub mod suggest;
 pub mod sync;
+pub mod table;
 mod text;
 pub mod zero;
 

@@ -30,12 +30,13 @@ impl Registry {
         self.drivers.iter()
     }
 
-    /// Returns the driver called `name`.
+    /// Returns the driver called `name`, which may be an alias.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Usage`] if no driver has this name; the hint lists the known names.
     pub fn get(&self, name: &str) -> Result<Arc<dyn Driver>> {
-        self.drivers.iter().find(|driver| driver.name() == name).cloned().ok_or_else(|| {
+        let is_called = |driver: &&Arc<dyn Driver>| driver.name() == name || driver.aliases().contains(&name);
+        self.drivers.iter().find(is_called).cloned().ok_or_else(|| {
             let names = self.drivers.iter().map(|driver| driver.name());
             Error::usage(format!("unknown format '{name}'")).hint(suggest::hint(name, "formats", names))
         })

@@ -236,7 +236,7 @@ pub enum Sharing {
 /// A consumer that creates an image.
 ///
 /// The order of calls is: [`ImageSink::begin`]; [`Consumer::prepare`] and [`ImageSink::place`] for every
-/// piece; [`Consumer::resize`] for open-ended devices; [`ImageSink::finish`].
+/// piece; [`Consumer::resize`] for open-ended devices; [`ImageSink::end`]; [`ImageSink::finish`].
 pub trait ImageSink: Consumer {
     /// Returns the outputs, indexed by [`OutputId`]. The first is the image's own, so there is at least one.
     fn outputs(&self) -> &[Output];
@@ -247,8 +247,8 @@ pub trait ImageSink: Consumer {
         Ok(Vec::new())
     }
 
-    /// True if the main output consists of the bytes of [`ImageSink::begin`] followed by the parts of all
-    /// pieces in order, so that the sink can write to a pipe or through a compressor.
+    /// True if the main output consists of the bytes of [`ImageSink::begin`], the parts of all pieces in order,
+    /// and the bytes of [`ImageSink::end`], so that the sink can write to a pipe or through a compressor.
     fn append_only(&self) -> bool {
         false
     }
@@ -261,6 +261,12 @@ pub trait ImageSink: Consumer {
     /// Chooses the file offsets of the parts and adds the writes to `writes`. Must be cheap. If
     /// [`Geometry::ordered`], the pipeline calls it in source order and from one thread at a time.
     fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()>;
+
+    /// Returns the bytes after the last piece of an append-only image. The caller writes them at the end of
+    /// the main output, before it calls [`ImageSink::finish`].
+    fn end(&self) -> Result<Vec<u8>> {
+        Ok(Vec::new())
+    }
 
     /// Writes the tables and the header. The caller calls it once, after every write has succeeded.
     /// Afterwards, the owner of the outputs flushes them and gives them their final names.

@@ -285,6 +285,18 @@ impl ImageInfo {
         self.devices.iter().find(|device| device.id == id)
     }
 
+    /// Returns the only device, for formats that store exactly one. `format` names such an image in the error
+    /// ("a raw image").
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Unsupported`] if there is no device or more than one.
+    pub fn single(&self, format: &str) -> Result<&Device> {
+        match self.devices.as_slice() {
+            [device] => Ok(device),
+            devices => Err(Error::unsupported(format!("{format} stores one device, not {}", devices.len()))),
+        }
+    }
+
     /// Adds a fact that is specific to the format.
     pub fn fact(&mut self, key: &'static str, label: &'static str, value: impl Into<Value>) {
         self.facts.push(Fact { scope: FactScope::Format, key, label, value: value.into() });

@@ -23,6 +23,10 @@ pub const MAX_CHAIN_DEPTH: usize = 256;
 /// archive may contain itself.
 const MAX_NESTING: usize = 4;
 
+/// Maximum number of files of a directory that are candidates for an image without a name. Our limit: a
+/// driver opens each of them.
+const MAX_CANDIDATES: usize = 1000;
+
 /// Files that the user allows images to open. The default allows none.
 #[derive(Debug, Clone, Default)]
 pub struct ExternalPolicy {
@@ -278,6 +282,26 @@ impl ExternalOpener for PolicyOpener {
         }
     }
 
+    fn candidates(
+        &self,
+        role: &str,
+        identity: &str,
+        from: &Location,
+        extension: &str,
+    ) -> Result<Vec<String>> {
+        if !self.policy.chain && self.policy.paths.is_empty() {
+            return Err(refusal(role, identity, from));
+        }
+        let mut names: Vec<String> = self.supplied.keys().cloned().collect();
+        names.extend(self.policy.paths.iter().filter_map(|path| std::path::absolute(path).ok()).filter_map(
+            |path| path.to_str().map(str::to_owned),
+        ));
+        if let Some(path) = from.path().filter(|_| self.policy.chain) {
+            names.extend(files_beside(&canonical(path, role)?, extension)?);
+        }
+        Ok(names)
+    }
+
     fn open_member(
         &self,
         member: Input,
@@ -322,6 +346,20 @@ fn moved(role: &str, name: &str, from: &Location, e: io::Error) -> Error {
         .hint("another program renames files there: try again when it has finished");
     }
     Error::io(format!("open {role} '{}'", escape_control(name)), e).path(from)
+}
+
+/// Returns the names of the files in the directory of `image` that have this extension, in upper or lower
+/// case, in alphabetical order.
+fn files_beside(image: &Path, extension: &str) -> Result<Vec<String>> {
+    let directory = image.parent().unwrap_or(Path::new("/"));
+    let entries = std::fs::read_dir(directory).map_err(|e| Error::io("list", e).path(directory))?;
+    let has_extension = |name: &str| {
+        name.rsplit_once('.').is_some_and(|(_, found)| found.eq_ignore_ascii_case(extension))
+    };
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut names: Vec<String> = names.filter(|name| has_extension(name)).take(MAX_CANDIDATES).collect();
+    names.sort_unstable();
+    Ok(names)
 }
 
 fn canonical(path: &Path, role: &str) -> Result<PathBuf> {

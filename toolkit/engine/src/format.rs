@@ -105,8 +105,9 @@ impl TargetFormat {
                 outer = Some(whole_output(&*driver, outer, &compress)?);
             }
         }
-        check_outer(&*driver, outer)?;
-        Ok(Self { outer, ..Self::new(driver, options)? })
+        let format = Self { outer, ..Self::new(driver, options)? };
+        format.check_outer()?;
+        Ok(format)
     }
 
     /// Returns the format of a disk with a separate target: with the same options if the driver is the same,
@@ -116,11 +117,33 @@ impl TargetFormat {
     /// [`imgtool_core::ErrorKind::Usage`] if the format can't have that compression.
     pub(crate) fn for_location(&self, driver: Arc<dyn Driver>, location: &Location) -> Result<Self> {
         let outer = outer::by_name(location).map(|compression| OuterCompression { compression, level: None });
-        check_outer(&*driver, outer)?;
-        if driver.name() == self.driver.name() {
-            return Ok(Self { outer, ..self.clone() });
+        let format = match driver.name() == self.driver.name() {
+            true => Self { outer, ..self.clone() },
+            false => Self { outer, ..Self::new(driver, self.options.common())? },
+        };
+        format.check_outer()?;
+        Ok(format)
+    }
+
+    /// True if an image of this format, with its options, can be written to a stream.
+    pub fn writes_stream(&self) -> bool {
+        self.driver.capabilities().stream_write && self.writer.writes_stream()
+    }
+
+    fn check_outer(&self) -> Result<()> {
+        let Some(outer) = self.outer else { return Ok(()) };
+        if !matches!(outer.compression, Compression::Zstd | Compression::Gzip) {
+            let name = outer.compression.name();
+            return Err(Error::usage(format!("{name} is read, but not written"))
+                .hint("let the name of the output end in .zst (or .gz)"));
         }
-        Ok(Self { outer, ..Self::new(driver, self.options.common())? })
+        // Fails if the level is out of range.
+        Framing::new(outer.compression, outer.level)?;
+        if !self.writes_stream() {
+            return Err(Error::usage(format!("{} can't be compressed as a whole", self.driver.name()))
+                .hint("leave out the compression's extension, or compress inside the format if it can"));
+        }
+        Ok(())
     }
 
     /// True if the user stated options that apply to this format only.
@@ -211,18 +234,3 @@ fn whole_output(
     }
 }
 
-fn check_outer(driver: &dyn Driver, outer: Option<OuterCompression>) -> Result<()> {
-    let Some(outer) = outer else { return Ok(()) };
-    if !matches!(outer.compression, Compression::Zstd | Compression::Gzip) {
-        let name = outer.compression.name();
-        return Err(Error::usage(format!("{name} is read, but not written"))
-            .hint("let the name of the output end in .zst (or .gz)"));
-    }
-    // Fails if the level is out of range.
-    Framing::new(outer.compression, outer.level)?;
-    if !driver.capabilities().stream_write {
-        return Err(Error::usage(format!("{} can't be compressed as a whole", driver.name()))
-            .hint("leave out the compression's extension, or compress inside the format if it can"));
-    }
-    Ok(())
-}

@@ -267,7 +267,7 @@ impl LayoutRequest<'_> {
         }
         let format = self.format.for_location(driver, location)?;
         let destination = match (stream_of(location), existing, location.path()) {
-            (Some(stream), _, _) => stream_destination(&*format.driver, stream)?,
+            (Some(stream), _, _) => stream_destination(&format, stream)?,
             (None, Some(_), _) if format.outer.is_some() => {
                 return Err(Error::usage("a compressed output can't be written in place").path(location));
             }
@@ -415,7 +415,7 @@ impl LayoutRequest<'_> {
 
     fn destination(&self, dest: &Location) -> Result<Destination> {
         if let Some(stream) = stream_of(dest) {
-            return stream_destination(&*self.format.driver, stream);
+            return stream_destination(self.format, stream);
         }
         let path = dest.path().ok_or_else(|| unsupported_target(dest))?;
         match self.in_place {
@@ -466,11 +466,11 @@ fn stream_of(dest: &Location) -> Option<Location> {
     is_stream.then(|| dest.clone())
 }
 
-fn stream_destination(driver: &dyn Driver, stream: Location) -> Result<Destination> {
-    if driver.capabilities().stream_write {
+fn stream_destination(format: &TargetFormat, stream: Location) -> Result<Destination> {
+    if format.writes_stream() {
         return Ok(Destination::Stream(stream));
     }
-    Err(Error::usage(format!("{} can't be written to a pipe", driver.name()))
+    Err(Error::usage(format!("{} can't be written to a pipe", format.driver.name()))
         .path(&stream)
         .hint("its tables are written last, at the front: give a file name"))
 }

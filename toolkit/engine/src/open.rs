@@ -195,7 +195,8 @@ fn open_located(
         return Err(Error::unsupported(format!("{} images hold no snapshots", driver.name()))
             .hint("leave the snapshot out to read the image as it is"));
     }
-    let input = match (driver.capabilities().stream_read, options.info_only) {
+    let head = input.input.head()?;
+    let input = match (driver.reads_stream(&head), options.info_only) {
         (true, _) => input,
         (false, true) => input.spool_for_facts()?,
         (false, false) => input.spool()?,
@@ -249,11 +250,28 @@ fn choose_driver(registry: &Registry, input: &OpenInput, format: Option<&str>) -
     if let Some(name) = format {
         return registry.get(name);
     }
-    let (driver, confidence) = registry.probe(&input.input.head()?, input.input.len())?;
+    let (driver, confidence) = recognise(registry, input)?;
     if confidence == Confidence::Fallback {
         check_name(registry, input, &*driver)?;
     }
     Ok(driver)
+}
+
+/// Returns the driver that recognises the input by its first bytes or, if the name has the extension of a
+/// format, by its last bytes. A name alone decides nothing else, and the end of a file alone neither: a guest
+/// may have written the last sector of a raw disk.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::WrongFormat`] if no driver recognises the content.
+pub fn recognise(registry: &Registry, open: &OpenInput) -> Result<(Arc<dyn Driver>, Confidence)> {
+    let input = &open.input;
+    let found = registry.probe(&input.head()?, input.len())?;
+    if found.1 != Confidence::Fallback {
+        return Ok(found);
+    }
+    let Some(named) = driver_by_name(registry, input.location()) else { return Ok(found) };
+    let end = input.end()?;
+    Ok(if named.probe_end(end.as_deref()) { (named, Confidence::Magic) } else { found })
 }
 
 /// Refuses an empty stream, and a compressed file without content: the command that wrote it has failed. A file

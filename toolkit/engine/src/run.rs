@@ -279,7 +279,14 @@ impl Plan {
             pipeline::copy(&*source.opened.image, &job(index)).in_file(&source.opened.location)?;
             source.opened.release();
         }
-        sinks.iter().try_for_each(|open| open.sink.finish())
+        for open in sinks {
+            let end = open.sink.end()?;
+            if !end.is_empty() {
+                open.output.write_at(&end, open.output.reached())?;
+            }
+            open.sink.finish()?;
+        }
+        Ok(())
     }
 
     /// Refuses a disk whose size was unknown until its stream ended, if its existing target has another size.

@@ -1,5 +1,6 @@
 //! Lookup of guest ranges: the BAT and the sector bitmaps determine the origin of every byte.
 
+use imgtool_core::layered::{Origin, Segment, StoredBytes};
 use imgtool_core::{Error, Remedy, Result};
 
 use crate::image::{DISK_NAME, Image};
@@ -7,35 +8,13 @@ use crate::layout::bat::{
     BatEntry, ENTRY_LEN, PayloadState, SECTOR_BITMAP_LEN, SECTORS_PER_BITMAP, SectorBitmapState,
 };
 
-/// A run of guest bytes with one origin. The caller knows its guest offset.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Segment {
-    /// Length in bytes, never 0.
-    pub(super) len: u64,
-    /// Origin of the run.
-    pub(super) origin: Origin,
-}
-
-/// Origin of guest bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Origin {
-    /// The file, at this offset in bytes.
-    File(u64),
-    /// Explicit zeros.
-    Zero,
-    /// Zeros, because the block is not allocated.
-    Hole,
-    /// The parent, at the same guest offset.
-    Parent,
-}
-
 impl Image {
     /// Looks up the segment at `guest_offset`, at most `max_len` bytes of it.
     ///
     /// # Errors
     /// If the BAT entry or the sector bitmap of the payload block can't be read or is not valid. If
     /// it is not valid, the error contains the block's guest range.
-    pub(super) fn segment(&self, guest_offset: u64, max_len: u64) -> Result<Segment> {
+    pub(super) fn look_up(&self, guest_offset: u64, max_len: u64) -> Result<Segment> {
         let shape = &self.shape;
         let payload_block = guest_offset / shape.block_size;
         let entry_at = self.regions.bat.file_offset + shape.payload_bat_index(payload_block) * ENTRY_LEN;
@@ -55,7 +34,7 @@ impl Image {
             PayloadState::Undefined | PayloadState::Unmapped => Origin::Hole,
             PayloadState::FullyPresent => {
                 let block_at = self.check_block(payload_block, entry)?;
-                Origin::File(block_at + guest_offset % shape.block_size)
+                stored_at(block_at + guest_offset % shape.block_size)
             }
             PayloadState::PartiallyPresent if self.metadata.has_parent => {
                 let block_at = self.check_block(payload_block, entry)?;
@@ -147,7 +126,7 @@ impl Image {
         }
         let len = (sector * sector_size).min(end) - guest_offset;
         let origin =
-            if here { Origin::File(block_at + guest_offset % self.shape.block_size) } else { Origin::Parent };
+            if here { stored_at(block_at + guest_offset % self.shape.block_size) } else { Origin::Parent };
         Ok(Segment { len, origin })
     }
 
@@ -182,4 +161,9 @@ impl Image {
         let entry_at = self.regions.bat.file_offset + self.shape.payload_bat_index(payload_block) * ENTRY_LEN;
         error.path(self.file.location()).device(DISK_NAME).guest(start..end).at(entry_at)
     }
+}
+
+/// Returns the origin of bytes in the image's only file.
+fn stored_at(file_offset: u64) -> Origin {
+    Origin::File { index: 0, file_offset }
 }

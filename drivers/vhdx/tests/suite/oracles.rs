@@ -9,7 +9,7 @@ use imgtool_testing::oracles::{VhdiMount, dissect_compare_vhdx, qemu_img, run, v
 use imgtool_testing::{require, text};
 use imgtool_vhdx::VhdxDriver;
 
-use crate::support::{GIB, MIB, check_file, disk_of, open_file, options, write_raw};
+use crate::support::{GIB, MIB, check_file, disk_of, open_file, options};
 
 /// Returns an image with mixed content that reaches past the first chunk of 1 MiB blocks (4 GiB), and with a
 /// ragged size.
@@ -57,7 +57,7 @@ fn reads_qemu_files() {
         (&beyond_four_gib(), &["block_size=1M", "block_size=1M,block_state_zero=off"]),
     ];
     for (image, variants) in cases {
-        write_raw(image, &raw);
+        image.write_raw(&raw);
         for variant in variants {
             qemu_img(&["convert", "-f", "raw", "-O", "vhdx", "-o", variant, text(&raw), text(&vhdx)]);
             assert_image(&vhdx, image);
@@ -92,7 +92,7 @@ fn qemu_reads_ours() {
     let directory = tempfile::tempdir().unwrap();
     let raw = directory.path().join("x.raw");
     for image in [small(), beyond_four_gib()] {
-        write_raw(&image, &raw);
+        image.write_raw(&raw);
         // QEMU compares gigabytes slowly: two variants of the large disk, all of the small one.
         let few = if image.devices[0].0.size > GIB { 2 } else { OURS.len() };
         for (pairs, _) in OURS.iter().take(few).filter(|(_, qemu_supports)| *qemu_supports) {
@@ -127,7 +127,7 @@ fn dissect_reads_ours() {
     let directory = tempfile::tempdir().unwrap();
     let raw = directory.path().join("x.raw");
     for image in [small(), beyond_four_gib()] {
-        write_raw(&image, &raw);
+        image.write_raw(&raw);
         for (pairs, _) in OURS {
             dissect_compare_vhdx(&make(&image, &options(pairs), directory.path()), &raw);
         }
@@ -153,7 +153,7 @@ fn libvhdi_reads_ours() {
     let directory = tempfile::tempdir().unwrap();
     let image = small();
     let raw = directory.path().join("x.raw");
-    write_raw(&image, &raw);
+    image.write_raw(&raw);
     for (number, (pairs, _)) in OURS.iter().enumerate() {
         let path = make(&image, &options(pairs), directory.path());
         let Some(mount) = VhdiMount::of(&path, &directory.path().join(format!("mount{number}"))) else {

@@ -2,13 +2,11 @@
 
 pub mod builder;
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use imgtool_core::{CheckReport, CreateOptions, Disk, Driver, ImageSource, Input, OpenOptions, Result};
-use imgtool_testing::conformance::{self, Content, Image};
+use imgtool_testing::conformance;
 use imgtool_testing::memory;
 use imgtool_vhdx::VhdxDriver;
 
@@ -71,32 +69,4 @@ pub fn content(source: &Arc<dyn ImageSource>) -> Result<Vec<u8>> {
         }
     }
     Ok(bytes)
-}
-
-/// Writes the content of an image into a sparse raw file.
-pub fn write_raw(image: &Image, path: &Path) {
-    let (device, content) = &image.devices[0];
-    let file = File::create(path).unwrap();
-    file.set_len(device.size).unwrap();
-    let mut at = 0;
-    while at < device.size {
-        for extent in content.extents(at..device.size) {
-            at = extent.end();
-            if extent.is_data() {
-                write_area(&file, content, extent.start, extent.len);
-            }
-        }
-    }
-}
-
-/// Writes `len` bytes of content at guest offset `start` to the same offset of the file.
-fn write_area(file: &File, content: &Content, start: u64, len: u64) {
-    let mut bytes = vec![0; MIB as usize];
-    let mut written = 0;
-    while written < len {
-        let part = &mut bytes[..(len - written).min(MIB) as usize];
-        content.read(part, start + written);
-        file.write_all_at(part, start + written).unwrap();
-        written += part.len() as u64;
-    }
 }

@@ -376,6 +376,11 @@ impl ImageSink for CompressedSink {
         if preamble.is_empty() { Ok(preamble) } else { Ok(self.frame(&preamble)?.1) }
     }
 
+    fn end(&self) -> Result<Vec<u8>> {
+        let end = self.inner.end()?;
+        if end.is_empty() { Ok(end) } else { Ok(self.frame(&end)?.1.to_vec()) }
+    }
+
     fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
         self.inner.place(prepared, &mut WriteList::default())?;
         let not_prepared = || Error::usage("a piece is placed that was not prepared");

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
+use imgtool_core::input::PROBE_LEN;
 use imgtool_core::sync::lock;
 use imgtool_core::{
     Access, BufferPool, Consumer, CreateOptions, DeviceId, Driver, Error, ErrorKind, Extent, Geometry,
@@ -211,7 +212,7 @@ pub fn all(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     if can.stream_read {
         failing_pipes_are_errors(driver, options, image);
     }
-    if can.stream_write {
+    if can.stream_write && driver.writer(options).expect("valid options").writes_stream() {
         failing_pipe_writes_are_errors(driver, options, image);
     }
 }
@@ -307,6 +308,9 @@ pub(super) fn failing_reads_of_bytes_are_errors(
 /// If the driver breaks the law.
 pub fn failing_pipes_are_errors(driver: &dyn Driver, options: &CreateOptions, image: &Image) {
     let bytes = make_bytes(driver, options, image);
+    if !driver.reads_stream(&bytes[..bytes.len().min(PROBE_LEN)]) {
+        return;
+    }
     let read = |plan: &Arc<Plan>, threads| {
         let stream = FaultyStream::new(io::Cursor::new(bytes.clone()), Arc::clone(plan));
         read_through(driver, Input::from_reader("faulty", Box::new(stream)), &OpenOptions::default(), threads)

@@ -127,6 +127,11 @@ pub fn fill_sink(source: &dyn ImageSource, sink: &dyn ImageSink, threads: usize)
         main.write_at(&head, 0)?;
     }
     copy(source, Target::Sink(sink), threads, CancelToken::new())?;
+    let end = sink.end()?;
+    if !end.is_empty() {
+        let main = sink.outputs().first().expect("a sink has an output");
+        main.write_at(&end, main.reached())?;
+    }
     sink.finish()
 }
 

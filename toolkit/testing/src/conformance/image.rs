@@ -1,7 +1,10 @@
 //! Images by description, for the laws to write and to compare with.
 
 use std::fmt;
+use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use imgtool_core::zero::{self, ZERO_GRANULARITY};
@@ -218,6 +221,30 @@ impl Image {
             devices: vec![(device, content)],
             attachments: Vec::new(),
             order: Order::Random,
+        }
+    }
+
+    /// Writes the content of the only disk into a sparse raw file.
+    ///
+    /// # Panics
+    /// If the file can't be written.
+    pub fn write_raw(&self, path: &Path) {
+        let [(device, content)] = &self.devices[..] else { panic!("{self} has several disks") };
+        let file = File::create(path).expect("create the raw file");
+        file.set_len(device.size).expect("set the length");
+        let mut part = vec![0; 1 << 20];
+        let mut at = 0;
+        while at < device.size {
+            for extent in content.extents(at..device.size) {
+                while extent.is_data() && at < extent.end() {
+                    let len = (extent.end() - at).min(1 << 20);
+                    let part = &mut part[..len as usize];
+                    content.read(part, at);
+                    file.write_all_at(part, at).expect("write the raw file");
+                    at += len;
+                }
+                at = extent.end();
+            }
         }
     }
 

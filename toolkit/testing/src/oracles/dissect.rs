@@ -71,6 +71,12 @@ def disk(kind, fh):
     if kind == "vhdx":
         from dissect.hypervisor.disk.vhdx import VHDX
         disk = stream = VHDX(fh)
+    elif kind == "vdi":
+        from dissect.hypervisor.disk.vdi import VDI
+        disk = stream = VDI(fh)
+    elif kind == "vhd":
+        from dissect.hypervisor.disk.vhd import VHD
+        disk = stream = VHD(fh)
     else:
         from dissect.hypervisor.disk.qcow2 import QCow2
         disk = QCow2(fh)
@@ -106,7 +112,7 @@ pub fn dissect_vma(paths: &[&Path]) -> Vec<SeenArchive> {
     dissect("vma", paths)
 }
 
-/// Returns the content of disk images of one format ("vhdx", "qcow2") as dissect.hypervisor reads it.
+/// Returns the content of disk images of one format ("vhdx", "vhd", "vdi", "qcow2") as dissect.hypervisor reads it.
 #[track_caller]
 pub fn dissect_disks(kind: &str, paths: &[&Path]) -> Vec<SeenDevice> {
     dissect(kind, paths)

@@ -13,7 +13,7 @@ pub fn vhdi_info(path: &Path) -> String {
     String::from_utf8_lossy(&run("vhdiinfo", &[text(path)]).stdout).into_owned()
 }
 
-/// Content of a VHDX file, mounted by vhdimount and unmounted on drop.
+/// Content of a VHD or VHDX file, mounted by vhdimount and unmounted on drop.
 #[derive(Debug)]
 pub struct VhdiMount(PathBuf);
 

@@ -1,7 +1,7 @@
-//! A fingerprint of the guest's content, summed by many threads in any order.
+//! [`Fingerprint`] of a guest's content, summed by many threads in any order.
 //!
-//! The sink derives the GUIDs of a new file from it and from the file's parameters: the same content and
-//! parameters give the same GUIDs, and different content almost certainly gives different ones. Each 4 KiB
+//! Sinks derive the identifiers of a new image from it and from the image's parameters: the same content and
+//! parameters give the same identifiers, and different content almost certainly gives different ones. Each 4 KiB
 //! unit that is not all zeros is hashed with XXH3, and the hash is multiplied by a weight derived from the
 //! unit's index. The fingerprint is the sum of these products, so it does not depend on the order in which
 //! pieces are added, their size or the number of threads. It is not cryptographic: an attacker can construct
@@ -9,20 +9,21 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use imgtool_core::zero::ZERO_GRANULARITY;
 use twox_hash::XxHash3_128;
 use uuid::Uuid;
 
+use crate::zero::ZERO_GRANULARITY;
+
 /// The running sum; the two halves of the 128-bit hashes are summed separately.
 #[derive(Debug, Default)]
-pub(crate) struct Fingerprint {
+pub struct Fingerprint {
     low: AtomicU64,
     high: AtomicU64,
 }
 
 impl Fingerprint {
     /// Adds the content at `guest_offset`, a multiple of 4 KiB. The caller must omit units of zeros.
-    pub(crate) fn add(&self, guest_offset: u64, bytes: &[u8]) {
+    pub fn add(&self, guest_offset: u64, bytes: &[u8]) {
         let (mut low, mut high) = (0u64, 0u64);
         let first_unit = guest_offset / ZERO_GRANULARITY as u64;
         for (index, unit) in (first_unit..).zip(bytes.chunks(ZERO_GRANULARITY)) {
@@ -38,7 +39,7 @@ impl Fingerprint {
 
     /// Derives the GUID for `purpose` in a file with these parameters. It is a version 8 UUID (RFC 9562),
     /// whose content the application defines.
-    pub(crate) fn guid(&self, purpose: &str, parameters: &[u64]) -> Uuid {
+    pub fn guid(&self, purpose: &str, parameters: &[u64]) -> Uuid {
         let mut bytes = purpose.as_bytes().to_vec();
         for half in [self.low.load(Ordering::Relaxed), self.high.load(Ordering::Relaxed)] {
             bytes.extend_from_slice(&half.to_le_bytes());

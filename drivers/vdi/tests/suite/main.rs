@@ -1,0 +1,7 @@
+//! Tests of the VDI driver: conformance laws, independent programs, and files built byte by byte.
+#![allow(clippy::unwrap_used)]
+
+mod conformance;
+mod crafted;
+mod oracles;
+mod support;

@@ -1,0 +1,224 @@
+//! Opening an image: its footer, and its header and BAT unless it is fixed.
+
+use std::sync::{Arc, Mutex};
+
+use imgtool_core::layered::{Origin, Segment, SegmentMap, StoredBytes};
+use imgtool_core::sync::lock;
+use imgtool_core::table::{PAGE_LEN, PagedTable};
+use imgtool_core::{Cache, DeviceId, Error, Input, RandomInput, Remedy, Result};
+
+use crate::layout::footer::{DiskType, FOOTER_LEN, Footer};
+use crate::layout::header::{HEADER_LEN, Header};
+use crate::layout::{ABSENT, ENTRY_LEN, Fault, SECTOR_SIZE, bitmap_len};
+
+/// The id of an image's only device.
+pub(crate) const DISK: DeviceId = DeviceId(0);
+
+/// The name of an image's only device.
+pub(crate) const DISK_NAME: &str = "disk";
+
+/// Maximum length in bytes of the cached part of the BAT of the top image of a chain. Our limit: the table of
+/// 2 TiB in blocks of 2 MiB. An image deeper in the chain gets less.
+const MAX_CACHED_BAT: u64 = 4 << 20;
+
+/// Maximum number of sector bitmaps in memory. Our limit: 1 MiB for the longest bitmaps.
+const MAX_CACHED_BITMAPS: usize = 16;
+
+/// An open image, without its parent.
+pub(crate) struct Image {
+    pub(crate) input: RandomInput,
+    pub(crate) footer: Footer,
+    /// True if the footer at the end is missing or damaged, so that its copy was used.
+    pub(crate) used_copy: bool,
+    /// Header and BAT; `None` in a fixed image.
+    pub(crate) blocks: Option<Blocks>,
+}
+
+/// The blocks of a dynamic or differencing image.
+pub(crate) struct Blocks {
+    pub(crate) header: Header,
+    pub(crate) bat: PagedTable,
+    /// Sector bitmaps of a differencing image by block.
+    bitmaps: Mutex<Cache<u64, Arc<[u8]>>>,
+}
+
+impl Image {
+    /// Reads and checks all structures but the entries of the BAT. `depth` is the number of images above this
+    /// one in a chain.
+    ///
+    /// # Errors
+    /// `WrongFormat` if the file has no footer; `Unsupported`, `Malformed` or `Corrupt` by its structures.
+    pub(crate) fn open(input: Input, depth: usize) -> Result<Self> {
+        let input = input.into_random()?;
+        Self::open_random(&input, depth).map_err(|e| e.path(input.location()))
+    }
+
+    fn open_random(input: &RandomInput, depth: usize) -> Result<Self> {
+        let (footer, used_copy) = read_footer(input)?;
+        let blocks = match footer.disk_type {
+            DiskType::Fixed => None,
+            DiskType::Dynamic | DiskType::Differencing => Some(Blocks::open(input, &footer, depth)?),
+        };
+        let image = Self { input: input.clone(), footer, used_copy, blocks };
+        if image.blocks.is_none() && image.footer.current_size > input.len() {
+            return Err(Error::corrupt(format!(
+                "the disk has {} bytes, but the file has {}",
+                image.footer.current_size,
+                input.len()
+            ))
+            .hint("the file is cut short: copy it again, or use a backup"));
+        }
+        Ok(image)
+    }
+
+    /// Returns the number of guest bytes that the block `index` contributes to the disk.
+    pub(crate) fn used_len(&self, blocks: &Blocks, index: u64) -> u64 {
+        let start = index.saturating_mul(blocks.header.block_size);
+        self.footer.current_size.saturating_sub(start).min(blocks.header.block_size)
+    }
+
+    /// Returns the file offset of the data of a block from its entry. The block must be behind the BAT, and
+    /// the file must contain the bytes that the disk uses.
+    pub(crate) fn stored_block(&self, blocks: &Blocks, index: u64, entry: u32) -> Result<u64> {
+        let block_offset = u64::from(entry) * SECTOR_SIZE;
+        let data_offset = block_offset + bitmap_len(blocks.header.block_size);
+        let used = self.used_len(blocks, index);
+        if block_offset < blocks.header.bat_end() {
+            return Err(Error::malformed(format!(
+                "the block at {block_offset} overlaps the structures before {}",
+                blocks.header.bat_end()
+            ))
+            .at(block_offset));
+        }
+        if data_offset + used > self.input.len() {
+            return Err(Error::corrupt(format!(
+                "the block needs {used} bytes at {data_offset}, but the file ends at {}",
+                self.input.len()
+            ))
+            .at(data_offset)
+            .remedied_by(Remedy::Salvage("the file is cut short: copy it again, or use a backup".into())));
+        }
+        Ok(data_offset)
+    }
+
+    fn block_segment(&self, blocks: &Blocks, guest_offset: u64, max_len: u64) -> Result<Segment> {
+        let block_size = blocks.header.block_size;
+        let (index, in_block) = (guest_offset / block_size, guest_offset % block_size);
+        let is_child = self.footer.disk_type == DiskType::Differencing;
+        let (bytes, equal) = blocks.bat.run::<4>(index, (in_block + max_len).div_ceil(block_size))?;
+        let entry = u32::from_be_bytes(bytes);
+        if entry == ABSENT {
+            let origin = if is_child { Origin::Parent } else { Origin::Hole };
+            return Ok(Segment { len: (equal * block_size - in_block).min(max_len), origin });
+        }
+        let data_offset = self.stored_block(blocks, index, entry)?;
+        let len = (block_size - in_block).min(max_len);
+        let stored = Origin::File { index: 0, file_offset: data_offset + in_block };
+        if !is_child {
+            // In a dynamic image, a clear bit means that the guest never wrote to the sector. Readers differ
+            // in its content, but files in use have zeros there.
+            return Ok(Segment { len, origin: stored });
+        }
+        let bitmap = blocks.bitmap(&self.input, index, data_offset)?;
+        let (here, len) = bit_run(&bitmap, in_block, len);
+        Ok(Segment { len, origin: if here { stored } else { Origin::Parent } })
+    }
+}
+
+impl Blocks {
+    fn open(input: &RandomInput, footer: &Footer, depth: usize) -> Result<Self> {
+        let bytes = input.read_vec(footer.data_offset, HEADER_LEN)?;
+        let header = Header::decode(&bytes, footer.current_size).map_err(|fault| {
+            match fault {
+                Fault::NoSignature => Error::malformed("the dynamic header has no signature"),
+                Fault::Unsupported(what) => Error::unsupported(format!("the dynamic header {what}")),
+                Fault::Malformed(what) => Error::malformed(format!("the dynamic header {what}")),
+            }
+            .at(footer.data_offset)
+        })?;
+        let pages = (MAX_CACHED_BAT / PAGE_LEN) as usize / depth.saturating_add(1);
+        let len = header.entries * ENTRY_LEN;
+        let bat = PagedTable::new(input.clone(), header.bat_offset, len, pages.max(1))?;
+        Ok(Self { header, bat, bitmaps: Mutex::new(Cache::new(MAX_CACHED_BITMAPS)) })
+    }
+
+    /// Returns the sector bitmap of a block, which precedes its data.
+    fn bitmap(&self, input: &RandomInput, index: u64, data_offset: u64) -> Result<Arc<[u8]>> {
+        if let Some(bitmap) = lock(&self.bitmaps).get(&index) {
+            return Ok(Arc::clone(bitmap));
+        }
+        let len = bitmap_len(self.header.block_size);
+        // At most 64 KiB, the bitmap of the largest block.
+        let bitmap: Arc<[u8]> = Arc::from(input.read_vec(data_offset - len, len as usize)?);
+        lock(&self.bitmaps).insert(index, Arc::clone(&bitmap));
+        Ok(bitmap)
+    }
+}
+
+/// Returns the bit of the sector at `in_block`, and the number of bytes from there on, at most `max_len`,
+/// whose sectors have the same bit. The first sector is the most significant bit of the first byte.
+fn bit_run(bitmap: &[u8], in_block: u64, max_len: u64) -> (bool, u64) {
+    let bit = |sector: u64| {
+        bitmap.get((sector / 8) as usize).is_some_and(|byte| byte >> (7 - sector % 8) & 1 == 1)
+    };
+    let first = in_block / SECTOR_SIZE;
+    let here = bit(first);
+    let end = in_block + max_len;
+    let mut next = first + 1;
+    while next * SECTOR_SIZE < end && bit(next) == here {
+        next += 1;
+    }
+    (here, (next * SECTOR_SIZE).min(end) - in_block)
+}
+
+impl SegmentMap for Image {
+    fn segment(&self, guest_offset: u64, max_len: u64) -> Result<Segment> {
+        let Some(blocks) = &self.blocks else {
+            return Ok(Segment { len: max_len, origin: Origin::File { index: 0, file_offset: guest_offset } });
+        };
+        self.block_segment(blocks, guest_offset, max_len).map_err(|error| {
+            let start = guest_offset - guest_offset % blocks.header.block_size;
+            let used = self.used_len(blocks, guest_offset / blocks.header.block_size);
+            error.path(self.input.location()).device(DISK_NAME).guest(start..start + used)
+        })
+    }
+
+    fn to_unit_end(&self, guest_offset: u64, max_len: u64) -> u64 {
+        let unit = self.blocks.as_ref().map_or(SECTOR_SIZE, |blocks| blocks.header.block_size);
+        (unit - guest_offset % unit).min(max_len)
+    }
+
+    fn file(&self, _index: usize) -> &dyn StoredBytes {
+        &self.input
+    }
+}
+
+/// Reads the footer at the end or, if it is damaged, its copy at the start. Returns true with the copy.
+fn read_footer(input: &RandomInput) -> Result<(Footer, bool)> {
+    let fault = match Footer::decode(&last_sector(input)?) {
+        Ok(footer) => return Ok((footer, false)),
+        Err(Fault::Unsupported(what)) => return Err(Error::unsupported(format!("the footer {what}"))),
+        Err(fault) => fault,
+    };
+    let len = input.len().min(FOOTER_LEN as u64) as usize;
+    match Footer::decode(&input.read_vec(0, len)?) {
+        // A fixed image has no copy: a guest may have written this sector.
+        Ok(footer) if footer.disk_type != DiskType::Fixed => Ok((footer, true)),
+        Err(Fault::Unsupported(what)) => Err(Error::unsupported(format!("the copy of the footer {what}"))),
+        _ => Err(match fault {
+            Fault::Malformed(what) => Error::corrupt(format!("the footer {what}"))
+                .at(input.len().saturating_sub(FOOTER_LEN as u64))
+                .hint("the image is damaged: use a backup"),
+            _ => Error::wrong_format("is not a VHD image: the footer is missing"),
+        }),
+    }
+}
+
+/// Reads the footer at the end of the file, whose last byte Virtual PC before 2004 omitted.
+fn last_sector(input: &RandomInput) -> Result<Vec<u8>> {
+    let footer_len = FOOTER_LEN - usize::from(input.len() % SECTOR_SIZE == SECTOR_SIZE - 1);
+    let len = input.len().min(footer_len as u64);
+    let mut bytes = input.read_vec(input.len() - len, len as usize)?;
+    bytes.resize(FOOTER_LEN, 0);
+    Ok(bytes)
+}

@@ -1,0 +1,132 @@
+//! The options of a new image, and the layout that follows from them.
+
+use imgtool_core::zero::ZERO_GRANULARITY;
+use imgtool_core::{CreateOptions, Error, OptionKind, OptionSpec, Result};
+use uuid::Uuid;
+
+use crate::layout::footer::{DiskType, FOOTER_LEN};
+use crate::layout::header::{HEADER_LEN, Header};
+use crate::layout::{ENTRY_LEN, SECTOR_SIZE};
+
+/// Size of a block in bytes: Microsoft's default, and the only one that all readers take.
+const BLOCK_SIZE: u64 = 2 << 20;
+
+/// Maximum virtual size of a dynamic image in bytes: Microsoft's limit, 2040 GiB.
+const MAX_DYNAMIC_SIZE: u64 = 2040 << 30;
+
+/// Default multiple, in bytes, of the virtual size of a fixed image: Azure takes whole MiB only.
+const FIXED_ALIGNMENT: u64 = 1 << 20;
+
+/// Seconds from 1970 to 2000, the epoch of the format's times.
+const EPOCH: i64 = 946_684_800;
+
+/// The options of a new image.
+pub(crate) const OPTIONS: &[OptionSpec] = &[
+    OptionSpec {
+        name: "subformat",
+        help: "blocks in the file: those with data (dynamic) or all (fixed, for Azure)",
+        default: "dynamic",
+        kind: OptionKind::OneOf(&["dynamic", "fixed"]),
+    },
+    OptionSpec {
+        name: "align",
+        help: "multiple to which the virtual size is rounded up; Azure requires 1M",
+        default: "1M if fixed, else 512",
+        kind: OptionKind::OneOfSizes(&[512, 1 << 20]),
+    },
+    OptionSpec {
+        name: "force_size",
+        help: "accepted for compatibility: sizes are never rounded to a geometry",
+        default: "on",
+        kind: OptionKind::OneOf(&["on"]),
+    },
+    OptionSpec {
+        name: "uuid",
+        help: "UUID of the image, by which differencing images identify it",
+        default: "derived from content and options",
+        kind: OptionKind::Text("a UUID"),
+    },
+];
+
+/// The options of a new image, parsed and checked.
+#[derive(Debug, Clone)]
+pub(crate) struct VhdOptions {
+    /// Type of the image: dynamic or fixed.
+    pub(crate) disk_type: DiskType,
+    /// Multiple, in bytes, to which the virtual size is rounded up.
+    align: u64,
+    /// UUID of the image; `None` if it is derived from content and options.
+    pub(crate) uuid: Option<Uuid>,
+    /// Time of creation in the format's unit, seconds since 2000.
+    pub(crate) time: u32,
+    /// Length in bytes of the shortest run of zeros that becomes a hole; `None` if all zeros are stored.
+    pub(crate) zero_unit: Option<u64>,
+}
+
+impl VhdOptions {
+    /// Parses the options. A request for compression or an invalid UUID is a usage error.
+    pub(crate) fn parse(options: &CreateOptions) -> Result<Self> {
+        if options.compress.is_some() {
+            return Err(Error::usage("VHD images can't be compressed")
+                .hint("choose another format, or a name that ends in .zst or .gz"));
+        }
+        let values = &options.values;
+        let is_fixed = values.text("subformat") == Some("fixed");
+        let uuid = match values.text("uuid").map(|text| (text, Uuid::try_parse(text))) {
+            None => None,
+            Some((_, Ok(uuid))) if !uuid.is_nil() => Some(uuid),
+            Some((text, _)) => {
+                return Err(Error::usage(format!(
+                    "option 'uuid' must be a UUID such as 6a1b2c3d-0000-4000-8000-000000000001, not '{text}'"
+                )));
+            }
+        };
+        let seconds = options.source_date_epoch.map_or(0, |seconds| seconds.saturating_sub(EPOCH).max(0));
+        Ok(Self {
+            disk_type: if is_fixed { DiskType::Fixed } else { DiskType::Dynamic },
+            align: values.size("align").unwrap_or(if is_fixed { FIXED_ALIGNMENT } else { SECTOR_SIZE }),
+            uuid,
+            time: u32::try_from(seconds).unwrap_or(u32::MAX),
+            zero_unit: options.zero_unit(ZERO_GRANULARITY as u64),
+        })
+    }
+
+    /// True if the image is fixed.
+    pub(crate) fn is_fixed(&self) -> bool {
+        self.disk_type == DiskType::Fixed
+    }
+
+    /// Returns the virtual size for a device of `size` bytes.
+    ///
+    /// # Errors
+    /// `Unsupported` if the device is larger than the format's limit.
+    pub(crate) fn virtual_size(&self, size: u64) -> Result<u64> {
+        let rounded = size.checked_next_multiple_of(self.align);
+        match rounded {
+            Some(rounded) if self.is_fixed() && rounded < 1 << 62 => Ok(rounded),
+            Some(rounded) if !self.is_fixed() && rounded <= MAX_DYNAMIC_SIZE => Ok(rounded),
+            _ => Err(Error::unsupported(format!(
+                "the device has {size} bytes; the limit of dynamic VHD images is {MAX_DYNAMIC_SIZE} (2040 GiB)"
+            ))
+            .hint("choose VHDX, or the subformat fixed")),
+        }
+    }
+}
+
+/// Returns the dynamic header for a disk of `virtual_size` bytes: a copy of the footer, the header and the BAT
+/// follow each other.
+pub(crate) fn header(virtual_size: u64) -> Header {
+    Header {
+        bat_offset: (FOOTER_LEN + HEADER_LEN) as u64,
+        entries: virtual_size.div_ceil(BLOCK_SIZE),
+        block_size: BLOCK_SIZE,
+        parent_uuid: Uuid::nil(),
+        parent_name: String::new(),
+        locators: Vec::new(),
+    }
+}
+
+/// Returns the length in bytes of a BAT, padded to whole sectors.
+pub(crate) fn bat_len(header: &Header) -> u64 {
+    (header.entries * ENTRY_LEN).next_multiple_of(SECTOR_SIZE)
+}

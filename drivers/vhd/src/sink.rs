@@ -1,0 +1,95 @@
+//! Measuring and creating images.
+
+mod dynamic;
+mod fixed;
+
+use imgtool_core::block_sink::{BlockSettings, measure};
+use imgtool_core::source::data_bytes;
+use imgtool_core::{
+    CreateOptions, Error, ImageSink, ImageSource, ImageWriter, Manifest, Measure, OutputFactory, Result,
+};
+use uuid::Uuid;
+
+use crate::layout::footer::{FOOTER_LEN, Footer, Geometry};
+use crate::options::{VhdOptions, header};
+use dynamic::DynamicLayout;
+use fixed::FixedSink;
+
+/// Writer of images with these options.
+#[derive(Debug)]
+pub(crate) struct VhdWriter(VhdOptions);
+
+impl VhdWriter {
+    /// Parses the options.
+    pub(crate) fn new(options: &CreateOptions) -> Result<Self> {
+        Ok(Self(VhdOptions::parse(options)?))
+    }
+}
+
+impl ImageWriter for VhdWriter {
+    fn writes_stream(&self) -> bool {
+        self.0.is_fixed()
+    }
+
+    fn measure(&self, source: &dyn ImageSource) -> Result<Measure> {
+        let Self(options) = self;
+        let device = source.info().single("a VHD image")?;
+        let virtual_size = options.virtual_size(device.size).map_err(|e| e.device(&*device.name))?;
+        if options.is_fixed() {
+            let required = virtual_size + FOOTER_LEN as u64;
+            let occupied = match options.zero_unit {
+                Some(_) => data_bytes(source, device)?,
+                None => device.size,
+            };
+            return Ok(Measure { required, fully_allocated: required, occupied });
+        }
+        let header = header(virtual_size);
+        let settings =
+            BlockSettings { device_size: device.size, fixed: false, zero_unit: options.zero_unit };
+        measure(source, device, settings, header.block_size, |blocks| dynamic::file_len(&header, blocks))
+    }
+
+    fn create(&self, outputs: &mut dyn OutputFactory, manifest: &Manifest) -> Result<Box<dyn ImageSink>> {
+        let Self(options) = self;
+        let device = manifest.single("VHD")?;
+        if device.open_ended {
+            return Err(Error::unsupported("VHD needs the size of a disk before its data")
+                .hint("save the stream to a file first"));
+        }
+        let virtual_size = options.virtual_size(device.size).map_err(|e| e.device(&*device.name))?;
+        let output = outputs.main()?;
+        if options.is_fixed() {
+            return Ok(Box::new(FixedSink::new(output, device.size, virtual_size, options.clone())));
+        }
+        if output.is_stream() {
+            return Err(Error::unsupported("a dynamic VHD image can't be written to a stream")
+                .path(output.location())
+                .hint("write to a file, or choose the subformat fixed"));
+        }
+        Ok(Box::new(DynamicLayout::sink(output, device.size, virtual_size, options.clone())))
+    }
+}
+
+/// Returns the footer of a new image.
+fn footer(options: &VhdOptions, virtual_size: u64, uuid: Uuid) -> Footer {
+    Footer {
+        disk_type: options.disk_type,
+        // A dynamic header follows the copy of the footer.
+        data_offset: FOOTER_LEN as u64,
+        time: options.time,
+        creator: [0; 4],
+        current_size: virtual_size,
+        geometry: Geometry::of(virtual_size),
+        uuid: options.uuid.unwrap_or(uuid),
+        saved_state: false,
+    }
+}
+
+/// Returns the note for a virtual size that was rounded up.
+fn rounding_note(device_size: u64, virtual_size: u64) -> Vec<String> {
+    let note = format!(
+        "virtual size rounded up from {device_size} to {virtual_size} bytes; zeros follow the disk, so a \
+         GPT's backup header is not at its end"
+    );
+    (virtual_size != device_size).then_some(note).into_iter().collect()
+}

@@ -1,0 +1,99 @@
+//! Writing dynamic images: a copy of the footer, the dynamic header, the BAT, blocks in the order of their
+//! first data, and the footer.
+
+use imgtool_core::block_sink::{BlockLayout, BlockSettings, BlockSink};
+use imgtool_core::fingerprint::Fingerprint;
+use imgtool_core::table::{PAGE_LEN, TableWriter};
+use imgtool_core::{Output, Result};
+
+use super::{footer, rounding_note};
+use crate::layout::header::Header;
+use crate::layout::{ABSENT, SECTOR_SIZE, bitmap_len};
+use crate::options::{VhdOptions, bat_len, header};
+
+/// Maximum length in bytes of the part of the BAT in memory: all of it, 4 MiB for the largest disk.
+const MAX_BAT_IN_MEMORY: u64 = 4 << 20;
+
+/// The layout and the properties of a new image.
+pub(super) struct DynamicLayout {
+    header: Header,
+    options: VhdOptions,
+    /// Size of the device in bytes, before it is rounded up to whole sectors.
+    device_size: u64,
+    virtual_size: u64,
+    /// Bitmap of a block: the guest may have written every sector.
+    bitmap: Vec<u8>,
+}
+
+impl DynamicLayout {
+    /// Creates a sink that writes to `output`.
+    pub(super) fn sink(
+        output: Output,
+        device_size: u64,
+        virtual_size: u64,
+        options: VhdOptions,
+    ) -> BlockSink<Self> {
+        let header = header(virtual_size);
+        let pages = (MAX_BAT_IN_MEMORY / PAGE_LEN) as usize;
+        let bat = TableWriter::new(output.clone(), header.bat_offset, bat_len(&header), 0xff, pages);
+        let settings = BlockSettings { device_size, fixed: false, zero_unit: options.zero_unit };
+        // The block size bounds it to 512 bytes.
+        let bitmap = vec![0xff; bitmap_len(header.block_size) as usize];
+        BlockSink::new(output, bat, Self { header, options, device_size, virtual_size, bitmap }, settings)
+    }
+}
+
+/// Returns the file offset of the bitmap of the block at `position`, which is also where `position` blocks end.
+fn block_offset(header: &Header, position: u64) -> u64 {
+    header.bat_offset + bat_len(header) + position * (bitmap_len(header.block_size) + header.block_size)
+}
+
+/// Returns the length in bytes of a file with this number of blocks.
+pub(super) fn file_len(header: &Header, blocks: u64) -> u64 {
+    block_offset(header, blocks) + SECTOR_SIZE
+}
+
+impl BlockLayout for DynamicLayout {
+    fn block_size(&self) -> u64 {
+        self.header.block_size
+    }
+
+    fn data_offset(&self, position: u64) -> u64 {
+        block_offset(&self.header, position) + self.bitmap.len() as u64
+    }
+
+    fn block_head(&self) -> &[u8] {
+        &self.bitmap
+    }
+
+    /// The bitmap of a sector precedes the data, so no file system can share it.
+    fn is_aligned(&self) -> bool {
+        false
+    }
+
+    fn position(&self, bat: &mut TableWriter, index: u64) -> Result<Option<u64>> {
+        let entry = u32::from_be_bytes(bat.get(index)?);
+        let blocks_len = (u64::from(entry) * SECTOR_SIZE).saturating_sub(block_offset(&self.header, 0));
+        let position = blocks_len / (self.header.block_size + self.bitmap.len() as u64);
+        Ok((entry != ABSENT).then_some(position))
+    }
+
+    fn allocate(&self, bat: &mut TableWriter, index: u64, position: u64) -> Result<()> {
+        let sector = block_offset(&self.header, position) / SECTOR_SIZE;
+        // The size of the disk is limited to 2040 GiB, so the file has fewer than 2^32 sectors.
+        bat.set(index, u32::try_from(sector).unwrap_or(ABSENT).to_be_bytes())
+    }
+
+    fn finish(&self, output: &Output, blocks: u64, fingerprint: &Fingerprint) -> Result<()> {
+        let parameters = [self.device_size, self.virtual_size, self.header.block_size];
+        let uuid = fingerprint.guid("dynamic vhd", &parameters);
+        let footer = footer(&self.options, self.virtual_size, uuid).encode();
+        output.write_at(&footer, block_offset(&self.header, blocks))?;
+        output.write_at(&self.header.encode(), SECTOR_SIZE)?;
+        output.write_at(&footer, 0)
+    }
+
+    fn notes(&self) -> Vec<String> {
+        rounding_note(self.device_size, self.virtual_size)
+    }
+}

@@ -1,0 +1,112 @@
+//! Reading a fixed image from a stream: its footer is known only at the end.
+
+use std::sync::{Arc, Mutex};
+
+use imgtool_core::source::second_pass;
+use imgtool_core::{
+    Access, BufferPool, Device, DeviceId, Error, ImageInfo, ImageSource, Input, Piece, Result, Stream,
+    StreamAccess,
+};
+
+use crate::image::{DISK, DISK_NAME};
+use crate::layout::Fault;
+use crate::layout::footer::{DiskType, FOOTER_LEN, Footer};
+
+/// Number of bytes read from a stream at a time. Our choice: 256 KiB fits into a core's cache.
+const STREAM_PIECE: usize = 256 << 10;
+
+/// Opens a stream as a fixed image.
+pub(crate) fn open(input: Input) -> Result<Arc<dyn ImageSource>> {
+    let stream = input.into_stream()?;
+    let mut disk = Device::disk(DISK.0, DISK_NAME, 0);
+    disk.open_ended = true;
+    let mut info = ImageInfo { format: crate::FORMAT, devices: vec![disk], ..ImageInfo::default() };
+    info.fact("subformat", "type", DiskType::Fixed.name());
+    let pass = Pass { stream, start: 0, held: Vec::new(), final_size: None, finished: false };
+    Ok(Arc::new(FixedStream { info, pass: Mutex::new(pass) }))
+}
+
+/// A fixed image, read in one pass.
+struct FixedStream {
+    info: ImageInfo,
+    pass: Mutex<Pass>,
+}
+
+/// State of the one pass over a stream.
+struct Pass {
+    stream: Stream,
+    /// Guest offset of the first byte of `held`.
+    start: u64,
+    /// The last bytes read, at most [`FOOTER_LEN`]: the footer, if the stream ends here.
+    held: Vec<u8>,
+    /// Virtual size in bytes; `None` until the stream ends.
+    final_size: Option<u64>,
+    /// True once the caller has received the end of the stream.
+    finished: bool,
+}
+
+impl ImageSource for FixedStream {
+    fn info(&self) -> &ImageInfo {
+        &self.info
+    }
+
+    fn access(&self) -> Access<'_> {
+        Access::Stream(&self.pass)
+    }
+}
+
+impl StreamAccess for Pass {
+    fn next_piece(&mut self, pool: &BufferPool) -> Result<Option<Piece>> {
+        if self.finished {
+            return Err(second_pass());
+        }
+        let mut buffer = pool.take(STREAM_PIECE);
+        let kept = self.held.len();
+        buffer[..kept].copy_from_slice(&self.held);
+        let filled = kept + self.stream.read_full(&mut buffer[kept..])?;
+        let guest_len = filled.saturating_sub(FOOTER_LEN);
+        self.held = buffer[guest_len..filled].to_vec();
+        let start = self.start;
+        self.start += guest_len as u64;
+        if filled < STREAM_PIECE {
+            self.final_size = Some(self.start);
+            self.check_footer()?;
+        }
+        if guest_len == 0 {
+            self.finished = true;
+            return Ok(None);
+        }
+        buffer.truncate(guest_len);
+        Ok(Some(Piece::data(DISK, start, buffer)))
+    }
+
+    fn final_size(&self, _device: DeviceId) -> Option<u64> {
+        self.final_size
+    }
+}
+
+impl Pass {
+    /// Checks that the stream ends with the footer of a disk of the size that was read.
+    fn check_footer(&self) -> Result<()> {
+        let at = |error: Error| error.path(self.stream.location()).at(self.start);
+        let footer = Footer::decode(&self.held).map_err(|fault| match fault {
+            Fault::NoSignature => at(Error::corrupt("the stream does not end with a VHD footer")
+                .hint("the stream was cut short, or is not a VHD image")),
+            Fault::Unsupported(what) => at(Error::unsupported(format!("the footer {what}"))),
+            Fault::Malformed(what) => at(Error::corrupt(format!("the footer {what}"))),
+        })?;
+        if footer.disk_type != DiskType::Fixed {
+            return Err(at(Error::corrupt(format!(
+                "the footer describes a {} image, but the stream does not begin like one",
+                footer.disk_type.name()
+            ))));
+        }
+        if footer.current_size != self.start {
+            return Err(at(Error::corrupt(format!(
+                "the disk has {} bytes, but the stream had {} before the footer",
+                footer.current_size, self.start
+            ))));
+        }
+        Ok(())
+    }
+}

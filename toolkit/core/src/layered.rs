@@ -1,0 +1,395 @@
+//! [`LayeredSource`], a reader of images that map runs of guest bytes to places in files, possibly on top of
+//! a parent image.
+//!
+//! A driver implements [`SegmentMap`], the lookup of one run. The source derives everything else from it:
+//! extents, the map, reads, places for block sharing, the content of the parent, and the losses of a salvage.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::device::DeviceId;
+use crate::disk::Disk;
+use crate::error::{Error, Result};
+use crate::extent::{
+    Extent, ExtentKind, ExtentList, MAX_EXTENTS_PER_ANSWER, MapExtent, MapPlace, push_map_extent,
+};
+use crate::input::{FileRun, RandomInput};
+use crate::location::Location;
+use crate::losses::Losses;
+use crate::source::{Access, FileRange, ImageInfo, ImageSource, Loss, RandomAccess};
+
+/// A run of guest bytes with one origin. The caller knows its guest offset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// Length in bytes, never 0.
+    pub len: u64,
+    /// Origin of all bytes.
+    pub origin: Origin,
+}
+
+/// Origin of guest bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// Stored as they are.
+    File {
+        /// Index of the file; see [`SegmentMap::file`].
+        index: usize,
+        /// File offset of the first byte.
+        file_offset: u64,
+    },
+    /// Stored in a form that [`SegmentMap::read_encoded`] decodes.
+    Encoded,
+    /// Explicit zeros, which hide the parent.
+    Zero,
+    /// Zeros, because nothing is stored and there is no parent.
+    Hole,
+    /// The parent, at the same guest offset.
+    Parent,
+}
+
+/// The lookup of guest ranges in one image, without its parent.
+pub trait SegmentMap: Send + Sync {
+    /// Looks up the segment at `guest_offset`, at most `max_len` bytes of it. The caller keeps the range
+    /// within the disk.
+    ///
+    /// # Errors
+    /// If the tables of the image can't be read or are not valid. The error contains the guest range.
+    fn segment(&self, guest_offset: u64, max_len: u64) -> Result<Segment>;
+
+    /// Returns the number of bytes from `guest_offset` to the end of its allocation unit, at most `max_len`:
+    /// the range that is lost in a salvage if [`SegmentMap::segment`] fails.
+    fn to_unit_end(&self, guest_offset: u64, max_len: u64) -> u64;
+
+    /// Returns the file of an [`Origin::File`]. File 0 is the image's own.
+    fn file(&self, index: usize) -> &dyn StoredBytes;
+
+    /// Fills `buf` with the content of an [`Origin::Encoded`] segment, from `guest_offset` on. The range is
+    /// within the segment.
+    ///
+    /// # Errors
+    /// If the content can't be read or decoded; [`crate::ErrorKind::Unsupported`] by default, for formats
+    /// that store no such segments.
+    fn read_encoded(&self, _buf: &mut [u8], _guest_offset: u64) -> Result<()> {
+        Err(Error::unsupported("the format stores no encoded data"))
+    }
+
+    /// Returns the unit, in bytes, in which reads are cheapest.
+    fn read_granule(&self) -> u64 {
+        self.file(0).granule()
+    }
+}
+
+/// The bytes of a file that stores guest data.
+pub trait StoredBytes: Send + Sync {
+    /// Returns the location, for messages and for the map.
+    fn location(&self) -> &Location;
+
+    /// Fills `buf` with the bytes starting at `file_offset`.
+    ///
+    /// # Errors
+    /// If the file ends early or can't be read.
+    fn read_exact_at(&self, buf: &mut [u8], file_offset: u64) -> Result<()>;
+
+    /// Returns the run of data or hole that contains `file_offset`, which must be less than the length.
+    ///
+    /// # Errors
+    /// If the file system can't tell.
+    fn run(&self, file_offset: u64) -> Result<FileRun>;
+
+    /// Like [`StoredBytes::run`], but possibly ended at `until`; see [`crate::ReadAt::rough_run`].
+    ///
+    /// # Errors
+    /// Same as [`StoredBytes::run`].
+    fn rough_run(&self, file_offset: u64, until: u64) -> Result<FileRun>;
+
+    /// Returns the range as a range of the underlying file, if that file stores exactly these bytes.
+    fn locate(&self, range: Range<u64>) -> Option<FileRange<'_>>;
+
+    /// Returns the unit, in bytes, in which reads are cheapest.
+    fn granule(&self) -> u64;
+}
+
+impl StoredBytes for RandomInput {
+    fn location(&self) -> &Location {
+        self.location()
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], file_offset: u64) -> Result<()> {
+        self.read_exact_at(buf, file_offset)
+    }
+
+    fn run(&self, file_offset: u64) -> Result<FileRun> {
+        self.run(file_offset)
+    }
+
+    fn rough_run(&self, file_offset: u64, until: u64) -> Result<FileRun> {
+        self.rough_run(file_offset, until)
+    }
+
+    fn locate(&self, range: Range<u64>) -> Option<FileRange<'_>> {
+        let file = self.file().filter(|_| range.end <= self.len())?;
+        Some(FileRange { file, file_offset: range.start, len: range.end - range.start })
+    }
+
+    fn granule(&self) -> u64 {
+        self.granule()
+    }
+}
+
+/// An open image with one disk, read through a [`SegmentMap`] and its parent.
+pub struct LayeredSource<M> {
+    info: ImageInfo,
+    map: M,
+    parent: Option<Disk>,
+    losses: Option<Losses>,
+}
+
+impl<M> fmt::Debug for LayeredSource<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LayeredSource").field("info", &self.info).finish_non_exhaustive()
+    }
+}
+
+impl<M: SegmentMap> LayeredSource<M> {
+    /// Combines the lookup of an image with its parent. `info` describes the image's only disk.
+    ///
+    /// `parent` is `None` if the image has no parent or was opened for information only. A parent may be
+    /// smaller than the disk: its content past its end counts as zeros. With `salvage`, a range that can't be
+    /// read is filled with zeros and recorded as a loss.
+    pub fn new(info: ImageInfo, map: M, parent: Option<Disk>, salvage: bool) -> Self {
+        Self { info, map, parent, losses: salvage.then(Losses::default) }
+    }
+
+    fn device(&self) -> DeviceId {
+        self.info.devices.first().map_or(DeviceId(0), |device| device.id)
+    }
+
+    fn parent(&self) -> Result<&Disk> {
+        self.parent.as_ref().ok_or_else(|| {
+            Error::unsupported("the parent is not open: the image was opened for information only")
+                .path(self.map.file(0).location())
+        })
+    }
+
+    /// Fills `buf` with the content of the segment at `guest_offset`, which is as long as `buf`.
+    fn read_segment(&self, buf: &mut [u8], guest_offset: u64, origin: Origin) -> Result<()> {
+        match origin {
+            Origin::File { index, file_offset } => self.map.file(index).read_exact_at(buf, file_offset),
+            Origin::Encoded => self.map.read_encoded(buf, guest_offset),
+            Origin::Zero | Origin::Hole => {
+                buf.fill(0);
+                Ok(())
+            }
+            Origin::Parent => {
+                let parent = self.parent()?;
+                let in_parent = parent.size().saturating_sub(guest_offset).min(buf.len() as u64);
+                let (from_parent, past_end) = buf.split_at_mut(in_parent as usize);
+                past_end.fill(0);
+                if from_parent.is_empty() {
+                    return Ok(());
+                }
+                parent.read_at(from_parent, guest_offset)
+            }
+        }
+    }
+
+    /// Lists the extents of `range`, exactly or for a caller that reads in pieces of `resolution` bytes. In
+    /// salvage, a range without a valid segment counts as data; reading it fills in zeros and records the
+    /// loss.
+    fn list_extents(&self, range: Range<u64>, resolution: Option<u64>) -> Result<Vec<Extent>> {
+        let mut extents = ExtentList::new();
+        let mut at = range.start;
+        while at < range.end && !extents.is_full() {
+            let max_len = range.end - at;
+            let Segment { len, origin } = match self.map.segment(at, max_len) {
+                Ok(segment) => segment,
+                Err(_) if self.losses.is_some() => {
+                    Segment { len: self.map.to_unit_end(at, max_len), origin: Origin::Encoded }
+                }
+                Err(error) => return Err(error),
+            };
+            at = match origin {
+                Origin::File { index, file_offset } => {
+                    self.push_file_runs(&mut extents, at..at + len, (index, file_offset), resolution)?
+                }
+                Origin::Parent => self.push_parent_extents(&mut extents, at..at + len, resolution)?,
+                Origin::Encoded => push(&mut extents, at, len, ExtentKind::Data),
+                Origin::Zero => push(&mut extents, at, len, ExtentKind::Zero),
+                Origin::Hole => push(&mut extents, at, len, ExtentKind::Hole),
+            };
+        }
+        Ok(extents.into_vec())
+    }
+
+    /// Adds the runs of data and holes of `guest`, stored in a file from an offset on, until the list is
+    /// full. Returns the guest offset of their end.
+    fn push_file_runs(
+        &self,
+        extents: &mut ExtentList,
+        guest: Range<u64>,
+        (index, file_offset): (usize, u64),
+        resolution: Option<u64>,
+    ) -> Result<u64> {
+        let file = self.map.file(index);
+        let mut at = guest.start;
+        while at < guest.end && !extents.is_full() {
+            let run_at = file_offset + (at - guest.start);
+            let run = match resolution {
+                Some(resolution) => {
+                    file.rough_run(run_at, run_at.saturating_add(resolution - at % resolution))?
+                }
+                None => file.run(run_at)?,
+            };
+            let len = run.end.saturating_sub(run_at).clamp(1, guest.end - at);
+            at = push(extents, at, len, if run.is_data { ExtentKind::Data } else { ExtentKind::Zero });
+        }
+        Ok(at)
+    }
+
+    /// Adds the parent's extents of `guest`, as many as the parent lists in one answer. Returns the guest
+    /// offset of their end.
+    fn push_parent_extents(
+        &self,
+        extents: &mut ExtentList,
+        guest: Range<u64>,
+        resolution: Option<u64>,
+    ) -> Result<u64> {
+        let parent = self.parent()?;
+        let mut at = guest.start;
+        if at >= parent.size() {
+            return Ok(push(extents, at, guest.end - at, ExtentKind::Hole));
+        }
+        let in_parent = at..guest.end.min(parent.size());
+        let parent_extents = match resolution {
+            Some(resolution) => parent.rough_extents(in_parent, resolution)?,
+            None => parent.extents(in_parent)?,
+        };
+        for extent in parent_extents {
+            at = push(extents, at, extent.len, extent.kind);
+        }
+        Ok(at)
+    }
+
+    /// Maps a segment to its runs.
+    fn map_segment(&self, start: u64, Segment { len, origin }: Segment) -> Result<Vec<MapExtent>> {
+        let uniform = |kind| MapExtent::of(Extent { start, len, kind });
+        Ok(match origin {
+            Origin::Zero => vec![uniform(ExtentKind::Zero)],
+            Origin::Hole => vec![uniform(ExtentKind::Hole)],
+            Origin::Encoded => vec![MapExtent { compressed: true, ..uniform(ExtentKind::Data) }],
+            Origin::File { index, file_offset } => self.map_file(start..start + len, index, file_offset)?,
+            Origin::Parent => self.map_parent(start, len)?,
+        })
+    }
+
+    /// Maps a segment stored in a file to its runs of data and holes.
+    fn map_file(&self, guest: Range<u64>, index: usize, file_offset: u64) -> Result<Vec<MapExtent>> {
+        let file = Arc::new(self.map.file(index).location().clone());
+        let start = guest.start;
+        let mut extents = ExtentList::new();
+        self.push_file_runs(&mut extents, guest, (index, file_offset), None)?;
+        let describe = |extent: Extent| MapExtent {
+            data: true,
+            place: Some(MapPlace {
+                file: Arc::clone(&file),
+                file_offset: file_offset + (extent.start - start),
+            }),
+            ..MapExtent::of(extent)
+        };
+        Ok(extents.into_vec().into_iter().map(describe).collect())
+    }
+
+    /// Maps a segment of the parent, one level deeper in the chain.
+    fn map_parent(&self, start: u64, len: u64) -> Result<Vec<MapExtent>> {
+        let parent = self.parent()?;
+        if start >= parent.size() {
+            return Ok(vec![MapExtent::of(Extent { start, len, kind: ExtentKind::Hole })]);
+        }
+        let runs = parent.map(start..(start + len).min(parent.size()))?;
+        Ok(runs.into_iter().map(|run| MapExtent { depth: run.depth + 1, ..run }).collect())
+    }
+}
+
+impl<M: SegmentMap> ImageSource for LayeredSource<M> {
+    fn info(&self) -> &ImageInfo {
+        &self.info
+    }
+
+    fn access(&self) -> Access<'_> {
+        Access::Random(self)
+    }
+
+    fn losses(&self) -> Vec<Loss> {
+        let mut losses = self.losses.as_ref().map(|losses| losses.list(self.device())).unwrap_or_default();
+        if let Some(parent) = &self.parent {
+            losses.extend(parent.image().losses());
+        }
+        losses
+    }
+}
+
+impl<M: SegmentMap> RandomAccess for LayeredSource<M> {
+    fn extents(&self, _device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>> {
+        self.list_extents(range, None)
+    }
+
+    fn rough_extents(&self, _device: DeviceId, range: Range<u64>, resolution: u64) -> Result<Vec<Extent>> {
+        self.list_extents(range, Some(resolution.max(1)))
+    }
+
+    fn map(&self, _device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
+        let mut list = Vec::new();
+        let mut at = range.start;
+        while at < range.end && list.len() < MAX_EXTENTS_PER_ANSWER {
+            let segment = self.map.segment(at, range.end - at)?;
+            for run in self.map_segment(at, segment)? {
+                at = run.end();
+                push_map_extent(&mut list, run);
+            }
+        }
+        Ok(list)
+    }
+
+    fn read_at(&self, _device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
+        let mut filled = 0;
+        while filled < buf.len() {
+            let at = guest_offset + filled as u64;
+            let max_len = (buf.len() - filled) as u64;
+            let segment = self.map.segment(at, max_len);
+            let len = match &segment {
+                Ok(segment) => segment.len.min(max_len),
+                Err(_) => self.map.to_unit_end(at, max_len),
+            };
+            // `len` is at most `max_len`, the length of the rest of `buf`.
+            let part = &mut buf[filled..][..len as usize];
+            if let Err(error) = segment.and_then(|segment| self.read_segment(part, at, segment.origin)) {
+                let error = error.guest(at..at + len);
+                let Some(losses) = &self.losses else { return Err(error) };
+                part.fill(0);
+                losses.add(at..at + len, &error);
+            }
+            filled += part.len();
+        }
+        Ok(())
+    }
+
+    fn read_granule(&self, _device: DeviceId) -> u64 {
+        self.map.read_granule()
+    }
+
+    fn locate(&self, _device: DeviceId, range: Range<u64>) -> Option<FileRange<'_>> {
+        match self.map.segment(range.start, range.end - range.start).ok()? {
+            Segment { len, origin: Origin::File { index, file_offset } } => {
+                self.map.file(index).locate(file_offset..file_offset.checked_add(len)?)
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Adds an extent. Returns the guest offset of its end.
+fn push(extents: &mut ExtentList, start: u64, len: u64, kind: ExtentKind) -> u64 {
+    extents.push(start, len, kind);
+    start + len
+}
