@@ -17,24 +17,12 @@ struct Foreign {
     magics: &'static [(usize, &'static [u8])],
 }
 
-const FOREIGN: [Foreign; 7] = [
+const FOREIGN: [Foreign; 5] = [
     Foreign {
         name: "VMDK",
         called: &["vmdk"],
         extensions: &["vmdk"],
         magics: &[(0, b"KDMV"), (0, b"# Disk DescriptorFile")],
-    },
-    Foreign {
-        name: "VDI",
-        called: &["vdi"],
-        extensions: &["vdi"],
-        magics: &[(64, &[0x7f, 0x10, 0xda, 0xbe])],
-    },
-    Foreign {
-        name: "VHD",
-        called: &["vhd", "vpc"],
-        extensions: &["vhd", "vpc", "avhd"],
-        magics: &[(0, b"conectix")],
     },
     Foreign { name: "QED", called: &["qed"], extensions: &["qed"], magics: &[(0, b"QED\0")] },
     Foreign {

@@ -359,8 +359,9 @@ pub fn probe_knows_its_own(driver: &dyn Driver, options: &CreateOptions) {
 
 /// Asserts that the driver recognises an image.
 pub(super) fn expect_probed(driver: &dyn Driver, input: &Input) {
-    let found = driver.probe(&input.head().expect("first bytes"), input.len());
-    assert!(found.is_some(), "{} does not recognise its own image", driver.name());
+    let by_head = driver.probe(&input.head().expect("first bytes"), input.len()).is_some();
+    let by_end = driver.probe_end(input.end().expect("last bytes").as_deref());
+    assert!(by_head || by_end, "{} does not recognise its own image", driver.name());
 }
 
 /// Asserts that a driver does not claim foreign content, which would shadow the drivers after it. A driver
