@@ -328,9 +328,7 @@ impl Header {
     /// Returns the file offset of the data of a block, by its position in the file. A position has 32 bits,
     /// and so have the lengths, so the sum fits.
     pub(crate) fn block_data(&self, position: u32) -> u64 {
-        self.data_offset
-            + u64::from(position) * (self.block_extra + self.block_size)
-            + self.block_extra
+        self.data_offset + u64::from(position) * (self.block_extra + self.block_size) + self.block_extra
     }
 
     /// Encodes a header of version 1.1.

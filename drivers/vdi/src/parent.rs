@@ -30,7 +30,9 @@ pub(crate) fn open(image: &Image, options: &OpenOptions) -> Result<Disk> {
     let mut changed = None;
     for name in options.externals.candidates("parent", &format!("{{{uuid}}}"), from, crate::FORMAT)? {
         let Ok(input) = options.externals.open_file("parent", &name, from) else { continue };
-        let Some(found) = header(input).filter(|found| found.uuid == uuid && !uuid.is_nil()) else { continue };
+        let Some(found) = header(input).filter(|found| found.uuid == uuid && !uuid.is_nil()) else {
+            continue;
+        };
         if !content.is_nil() && found.modification_uuid != content {
             changed = changed.or(Some((name, found.modification_uuid)));
             continue;

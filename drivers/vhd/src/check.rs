@@ -1,6 +1,6 @@
 //! The structural check of an image: both footers, the header and every entry of the BAT.
 
-use imgtool_core::{CheckReport, ErrorKind, Input, RandomInput, Result};
+use imgtool_core::{CheckReport, ErrorKind, Input, Memory, RandomInput, Result};
 
 use crate::image::{Blocks, Image};
 use crate::layout::footer::{FOOTER_LEN, Footer};
@@ -11,9 +11,9 @@ use crate::layout::{ABSENT, SECTOR_SIZE, bitmap_len};
 /// # Errors
 /// If the file can't be read, is not a VHD image or requires an unsupported feature. Damage is not an error:
 /// the report lists it.
-pub(crate) fn check(input: Input) -> Result<CheckReport> {
+pub(crate) fn check(input: Input, memory: &Memory) -> Result<CheckReport> {
     let mut report = CheckReport::default();
-    let image = match Image::open(input, 0) {
+    let image = match Image::open(input, 0, memory) {
         Ok(image) => image,
         Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed) => {
             report.corruption(format!("{error:#}"));
@@ -90,7 +90,8 @@ fn check_blocks(image: &Image, blocks: &Blocks, report: &mut CheckReport) -> Res
             ));
         }
     }
-    let end = sectors.last().map_or(blocks.header.bat_end(), |last| u64::from(*last) * SECTOR_SIZE + block_len);
+    let end =
+        sectors.last().map_or(blocks.header.bat_end(), |last| u64::from(*last) * SECTOR_SIZE + block_len);
     report.image_end_offset = Some((end + FOOTER_LEN as u64).min(image.input.len()));
     report.total_clusters = Some(blocks.header.entries);
     report.allocated_clusters = Some(sectors.len() as u64);

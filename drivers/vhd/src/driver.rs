@@ -59,7 +59,9 @@ impl Driver for VhdDriver {
     /// Recognises the footer of a fixed image. The end of a stream is checked once it has been read.
     fn probe_end(&self, end: Option<&[u8]>) -> bool {
         // Virtual PC before 2004 omitted the last byte.
-        end.is_none_or(|end| end.starts_with(COOKIE) || end.get(1..).is_some_and(|end| end.starts_with(COOKIE)))
+        end.is_none_or(|end| {
+            end.starts_with(COOKIE) || end.get(1..).is_some_and(|end| end.starts_with(COOKIE))
+        })
     }
 
     /// A fixed image can be read in one pass. The blocks of the others are in any order.
@@ -74,8 +76,8 @@ impl Driver for VhdDriver {
         source::open(input, options)
     }
 
-    fn check(&self, input: Input, _options: &OpenOptions) -> Result<CheckReport> {
-        check::check(input)
+    fn check(&self, input: Input, options: &OpenOptions) -> Result<CheckReport> {
+        check::check(input, &options.memory)
     }
 
     fn writer(&self, options: &CreateOptions) -> Result<Box<dyn ImageWriter>> {

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex};
 
 use imgtool_core::layered::{Origin, Segment, SegmentMap, StoredBytes};
 use imgtool_core::sync::lock;
-use imgtool_core::table::{PAGE_LEN, PagedTable};
-use imgtool_core::{Cache, DeviceId, Error, Input, RandomInput, Remedy, Result};
+use imgtool_core::table::PagedTable;
+use imgtool_core::{Cache, DeviceId, Error, Input, Lease, Memory, RandomInput, Remedy, Result};
 
 use crate::layout::footer::{DiskType, FOOTER_LEN, Footer};
 use crate::layout::header::{HEADER_LEN, Header};
@@ -17,12 +17,9 @@ pub(crate) const DISK: DeviceId = DeviceId(0);
 /// The name of an image's only device.
 pub(crate) const DISK_NAME: &str = "disk";
 
-/// Maximum length in bytes of the cached part of the BAT of the top image of a chain. Our limit: the table of
-/// 2 TiB in blocks of 2 MiB. An image deeper in the chain gets less.
-const MAX_CACHED_BAT: u64 = 4 << 20;
-
-/// Maximum number of sector bitmaps in memory. Our limit: 1 MiB for the longest bitmaps.
-const MAX_CACHED_BITMAPS: usize = 16;
+/// Maximum number of sector bitmaps in memory for the top image of a chain. Our limit: 1 MiB for the
+/// longest bitmaps. An image deeper in the chain gets less.
+const MAX_CACHED_BITMAPS: u64 = 16;
 
 /// An open image, without its parent.
 pub(crate) struct Image {
@@ -40,24 +37,26 @@ pub(crate) struct Blocks {
     pub(crate) bat: PagedTable,
     /// Sector bitmaps of a differencing image by block.
     bitmaps: Mutex<Cache<u64, Arc<[u8]>>>,
+    /// Memory for the bitmaps.
+    _lease: Lease,
 }
 
 impl Image {
     /// Reads and checks all structures but the entries of the BAT. `depth` is the number of images above this
-    /// one in a chain.
+    /// one in a chain. The BAT and the sector bitmaps borrow from `memory`.
     ///
     /// # Errors
     /// `WrongFormat` if the file has no footer; `Unsupported`, `Malformed` or `Corrupt` by its structures.
-    pub(crate) fn open(input: Input, depth: usize) -> Result<Self> {
+    pub(crate) fn open(input: Input, depth: usize, memory: &Memory) -> Result<Self> {
         let input = input.into_random()?;
-        Self::open_random(&input, depth).map_err(|e| e.path(input.location()))
+        Self::open_random(&input, depth, memory).map_err(|e| e.path(input.location()))
     }
 
-    fn open_random(input: &RandomInput, depth: usize) -> Result<Self> {
+    fn open_random(input: &RandomInput, depth: usize, memory: &Memory) -> Result<Self> {
         let (footer, used_copy) = read_footer(input)?;
         let blocks = match footer.disk_type {
             DiskType::Fixed => None,
-            DiskType::Dynamic | DiskType::Differencing => Some(Blocks::open(input, &footer, depth)?),
+            DiskType::Dynamic | DiskType::Differencing => Some(Blocks::open(input, &footer, depth, memory)?),
         };
         let image = Self { input: input.clone(), footer, used_copy, blocks };
         if image.blocks.is_none() && image.footer.current_size > input.len() {
@@ -126,7 +125,7 @@ impl Image {
 }
 
 impl Blocks {
-    fn open(input: &RandomInput, footer: &Footer, depth: usize) -> Result<Self> {
+    fn open(input: &RandomInput, footer: &Footer, depth: usize, memory: &Memory) -> Result<Self> {
         let bytes = input.read_vec(footer.data_offset, HEADER_LEN)?;
         let header = Header::decode(&bytes, footer.current_size).map_err(|fault| {
             match fault {
@@ -136,10 +135,15 @@ impl Blocks {
             }
             .at(footer.data_offset)
         })?;
-        let pages = (MAX_CACHED_BAT / PAGE_LEN) as usize / depth.saturating_add(1);
         let len = header.entries * ENTRY_LEN;
-        let bat = PagedTable::new(input.clone(), header.bat_offset, len, pages.max(1))?;
-        Ok(Self { header, bat, bitmaps: Mutex::new(Cache::new(MAX_CACHED_BITMAPS)) })
+        let bat = PagedTable::new(input.clone(), header.bat_offset, len, depth, memory)?;
+        let share = memory.cache_share(MAX_CACHED_BITMAPS) / (depth as u64).saturating_add(1);
+        let max_bitmaps = if footer.disk_type == DiskType::Differencing { share.max(1) } else { 0 };
+        let bytes = max_bitmaps * bitmap_len(header.block_size);
+        let lease = memory.lease(bytes, "the sector bitmaps of a VHD image")?;
+        // At most MAX_CACHED_BITMAPS, so it fits.
+        let bitmaps = Mutex::new(Cache::new(max_bitmaps.max(1) as usize));
+        Ok(Self { header, bat, bitmaps, _lease: lease })
     }
 
     /// Returns the sector bitmap of a block, which precedes its data.
@@ -158,9 +162,8 @@ impl Blocks {
 /// Returns the bit of the sector at `in_block`, and the number of bytes from there on, at most `max_len`,
 /// whose sectors have the same bit. The first sector is the most significant bit of the first byte.
 fn bit_run(bitmap: &[u8], in_block: u64, max_len: u64) -> (bool, u64) {
-    let bit = |sector: u64| {
-        bitmap.get((sector / 8) as usize).is_some_and(|byte| byte >> (7 - sector % 8) & 1 == 1)
-    };
+    let bit =
+        |sector: u64| bitmap.get((sector / 8) as usize).is_some_and(|byte| byte >> (7 - sector % 8) & 1 == 1);
     let first = in_block / SECTOR_SIZE;
     let here = bit(first);
     let end = in_block + max_len;
@@ -174,7 +177,10 @@ fn bit_run(bitmap: &[u8], in_block: u64, max_len: u64) -> (bool, u64) {
 impl SegmentMap for Image {
     fn segment(&self, guest_offset: u64, max_len: u64) -> Result<Segment> {
         let Some(blocks) = &self.blocks else {
-            return Ok(Segment { len: max_len, origin: Origin::File { index: 0, file_offset: guest_offset } });
+            return Ok(Segment {
+                len: max_len,
+                origin: Origin::File { index: 0, file_offset: guest_offset },
+            });
         };
         self.block_segment(blocks, guest_offset, max_len).map_err(|error| {
             let start = guest_offset - guest_offset % blocks.header.block_size;

@@ -5,13 +5,15 @@ mod fixed;
 
 use imgtool_core::block_sink::{BlockSettings, measure};
 use imgtool_core::source::data_bytes;
+use imgtool_core::table::TableWriter;
 use imgtool_core::{
     CreateOptions, Error, ImageSink, ImageSource, ImageWriter, Manifest, Measure, OutputFactory, Result,
+    TableMemory,
 };
 use uuid::Uuid;
 
 use crate::layout::footer::{FOOTER_LEN, Footer, Geometry};
-use crate::options::{VhdOptions, header};
+use crate::options::{VhdOptions, bat_len, header};
 use dynamic::DynamicLayout;
 use fixed::FixedSink;
 
@@ -27,6 +29,13 @@ impl VhdWriter {
 }
 
 impl ImageWriter for VhdWriter {
+    fn tables(&self, manifest: &Manifest) -> TableMemory {
+        let Self(options) = self;
+        let device = manifest.single(crate::FORMAT).ok().filter(|_| !options.is_fixed());
+        let virtual_size = device.and_then(|device| options.virtual_size(device.size).ok());
+        virtual_size.map_or(TableMemory::default(), |size| TableWriter::memory(bat_len(&header(size))))
+    }
+
     fn writes_stream(&self) -> bool {
         self.0.is_fixed()
     }
@@ -44,14 +53,13 @@ impl ImageWriter for VhdWriter {
             return Ok(Measure { required, fully_allocated: required, occupied });
         }
         let header = header(virtual_size);
-        let settings =
-            BlockSettings { device_size: device.size, fixed: false, zero_unit: options.zero_unit };
+        let settings = BlockSettings { device_size: device.size, fixed: false, zero_unit: options.zero_unit };
         measure(source, device, settings, header.block_size, |blocks| dynamic::file_len(&header, blocks))
     }
 
     fn create(&self, outputs: &mut dyn OutputFactory, manifest: &Manifest) -> Result<Box<dyn ImageSink>> {
         let Self(options) = self;
-        let device = manifest.single("VHD")?;
+        let device = manifest.single(crate::FORMAT)?;
         if device.open_ended {
             return Err(Error::unsupported("VHD needs the size of a disk before its data")
                 .hint("save the stream to a file first"));
@@ -66,7 +74,8 @@ impl ImageWriter for VhdWriter {
                 .path(output.location())
                 .hint("write to a file, or choose the subformat fixed"));
         }
-        Ok(Box::new(DynamicLayout::sink(output, device.size, virtual_size, options.clone())))
+        let layout = DynamicLayout::new(device.size, virtual_size, options.clone());
+        Ok(Box::new(layout.sink(output, manifest.tables)))
     }
 }
 

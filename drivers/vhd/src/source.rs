@@ -14,7 +14,7 @@ pub(crate) const UUID: &str = "uuid";
 
 /// Opens an image and, unless only information is needed, its parent.
 pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
-    let image = Image::open(input, options.externals.depth())?;
+    let image = Image::open(input, options.externals.depth(), &options.memory)?;
     let parent = match &image.blocks {
         Some(blocks) if image.footer.disk_type == DiskType::Differencing && !options.info_only => {
             let parent = parent::open(&image, blocks, options);
@@ -61,7 +61,8 @@ fn by_geometry(footer: &Footer) -> bool {
 fn describe_blocks(image: &Image, info: &mut ImageInfo) {
     info.references = parent::references(image);
     if image.used_copy {
-        info.notes.push("the footer at the end is missing or damaged; using its copy at the start".to_owned());
+        info.notes
+            .push("the footer at the end is missing or damaged; using its copy at the start".to_owned());
     }
     let Some(blocks) = &image.blocks else { return };
     info.cluster_size = Some(blocks.header.block_size);

@@ -142,8 +142,10 @@ impl VhdxLayout {
         }
         for (sequence_number, file_offset) in (1..).zip(HEADER_OFFSETS) {
             let mut header = Header::new(sequence_number, log.file_offset, log.length);
-            header.file_write_guid = self.options.file_write_guid.unwrap_or_else(|| self.guid(fingerprint, "file write"));
-            header.data_write_guid = self.options.data_write_guid.unwrap_or_else(|| self.guid(fingerprint, "data write"));
+            header.file_write_guid =
+                self.options.file_write_guid.unwrap_or_else(|| self.guid(fingerprint, "file write"));
+            header.data_write_guid =
+                self.options.data_write_guid.unwrap_or_else(|| self.guid(fingerprint, "data write"));
             output.write_at(&header.encode(), file_offset)?;
         }
         output.write_at(&encode_identifier(CREATOR), 0)

@@ -27,7 +27,9 @@ impl Manifest {
     pub fn single(&self, format: &str) -> Result<&Device> {
         match self.devices.as_slice() {
             [device] => Ok(device),
-            devices => Err(Error::unsupported(format!("a {format} image stores one device, not {}", devices.len()))),
+            devices => {
+                Err(Error::unsupported(format!("a {format} image stores one device, not {}", devices.len())))
+            }
         }
     }
 }

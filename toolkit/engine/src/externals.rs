@@ -293,9 +293,13 @@ impl ExternalOpener for PolicyOpener {
             return Err(refusal(role, identity, from));
         }
         let mut names: Vec<String> = self.supplied.keys().cloned().collect();
-        names.extend(self.policy.paths.iter().filter_map(|path| std::path::absolute(path).ok()).filter_map(
-            |path| path.to_str().map(str::to_owned),
-        ));
+        names.extend(
+            self.policy
+                .paths
+                .iter()
+                .filter_map(|path| std::path::absolute(path).ok())
+                .filter_map(|path| path.to_str().map(str::to_owned)),
+        );
         if let Some(path) = from.path().filter(|_| self.policy.chain) {
             names.extend(files_beside(&canonical(path, role)?, extension)?);
         }
@@ -353,9 +357,8 @@ fn moved(role: &str, name: &str, from: &Location, e: io::Error) -> Error {
 fn files_beside(image: &Path, extension: &str) -> Result<Vec<String>> {
     let directory = image.parent().unwrap_or(Path::new("/"));
     let entries = std::fs::read_dir(directory).map_err(|e| Error::io("list", e).path(directory))?;
-    let has_extension = |name: &str| {
-        name.rsplit_once('.').is_some_and(|(_, found)| found.eq_ignore_ascii_case(extension))
-    };
+    let has_extension =
+        |name: &str| name.rsplit_once('.').is_some_and(|(_, found)| found.eq_ignore_ascii_case(extension));
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let mut names: Vec<String> = names.filter(|name| has_extension(name)).take(MAX_CANDIDATES).collect();
     names.sort_unstable();

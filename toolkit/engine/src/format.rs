@@ -233,4 +233,3 @@ fn whole_output(
         _ => Ok(OuterCompression { compression, level: compress.level }),
     }
 }
-

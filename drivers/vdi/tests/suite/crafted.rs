@@ -79,7 +79,7 @@ fn reads_version_0_1() {
     let mut bytes = vec![0; 420];
     bytes[64..68].copy_from_slice(&0xbeda_107f_u32.to_le_bytes());
     for (at, value) in [(68, 1), (72, 1), (360, BLOCK as u32), (364, 3), (368, 2)] {
-        bytes[at..at + 4].copy_from_slice(&(value as u32).to_le_bytes());
+        bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
     }
     bytes[352..360].copy_from_slice(&(3 * BLOCK).to_le_bytes());
     for entry in [1_u32, u32::MAX, 0] {

@@ -21,7 +21,9 @@ fn reads_qemu_images() {
     require!("qemu-img");
     let directory = tempfile::tempdir().unwrap();
     let (raw, vdi) = (directory.path().join("x.raw"), directory.path().join("x.vdi"));
-    for (image, variants) in [(small(), &["static=off", "static=on"][..]), (beyond_four_gib(), &["static=off"])] {
+    for (image, variants) in
+        [(small(), &["static=off", "static=on"][..]), (beyond_four_gib(), &["static=off"])]
+    {
         image.write_raw(&raw);
         for variant in variants {
             qemu_img(&["convert", "-f", "raw", "-O", "vdi", "-o", variant, text(&raw), text(&vdi)]);

@@ -153,11 +153,7 @@ impl Footer {
             time: raw.time.get(),
             creator: raw.creator,
             current_size,
-            geometry: Geometry {
-                cylinders: raw.cylinders.get(),
-                heads: raw.heads,
-                sectors: raw.sectors,
-            },
+            geometry: Geometry { cylinders: raw.cylinders.get(), heads: raw.heads, sectors: raw.sectors },
             uuid: Uuid::from_bytes(raw.uuid),
             saved_state: raw.saved_state != 0,
         })

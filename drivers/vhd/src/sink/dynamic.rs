@@ -3,16 +3,13 @@
 
 use imgtool_core::block_sink::{BlockLayout, BlockSettings, BlockSink};
 use imgtool_core::fingerprint::Fingerprint;
-use imgtool_core::table::{PAGE_LEN, TableWriter};
+use imgtool_core::table::TableWriter;
 use imgtool_core::{Output, Result};
 
 use super::{footer, rounding_note};
 use crate::layout::header::Header;
 use crate::layout::{ABSENT, SECTOR_SIZE, bitmap_len};
 use crate::options::{VhdOptions, bat_len, header};
-
-/// Maximum length in bytes of the part of the BAT in memory: all of it, 4 MiB for the largest disk.
-const MAX_BAT_IN_MEMORY: u64 = 4 << 20;
 
 /// The layout and the properties of a new image.
 pub(super) struct DynamicLayout {
@@ -26,20 +23,22 @@ pub(super) struct DynamicLayout {
 }
 
 impl DynamicLayout {
-    /// Creates a sink that writes to `output`.
-    pub(super) fn sink(
-        output: Output,
-        device_size: u64,
-        virtual_size: u64,
-        options: VhdOptions,
-    ) -> BlockSink<Self> {
+    /// Lays out an image of a device of `device_size` bytes, which is rounded up to `virtual_size`.
+    pub(super) fn new(device_size: u64, virtual_size: u64, options: VhdOptions) -> Self {
         let header = header(virtual_size);
-        let pages = (MAX_BAT_IN_MEMORY / PAGE_LEN) as usize;
-        let bat = TableWriter::new(output.clone(), header.bat_offset, bat_len(&header), 0xff, pages);
-        let settings = BlockSettings { device_size, fixed: false, zero_unit: options.zero_unit };
         // The block size bounds it to 512 bytes.
         let bitmap = vec![0xff; bitmap_len(header.block_size) as usize];
-        BlockSink::new(output, bat, Self { header, options, device_size, virtual_size, bitmap }, settings)
+        Self { header, options, device_size, virtual_size, bitmap }
+    }
+
+    /// Creates a sink that writes to `output`. `memory` is the image's share of the memory in bytes, if it is
+    /// limited.
+    pub(super) fn sink(self, output: Output, memory: Option<u64>) -> BlockSink<Self> {
+        let bat =
+            TableWriter::new(output.clone(), self.header.bat_offset, bat_len(&self.header), 0xff, memory);
+        let (device_size, zero_unit) = (self.device_size, self.options.zero_unit);
+        let settings = BlockSettings { device_size, fixed: false, zero_unit };
+        BlockSink::new(output, bat, self, settings)
     }
 }
 

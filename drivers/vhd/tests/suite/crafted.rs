@@ -81,8 +81,7 @@ impl Builder {
         self.uuid = [9; 16];
         self.header[40..56].copy_from_slice(&uuid);
         let units = |name: &str| name.encode_utf16().collect::<Vec<u16>>();
-        let full: Vec<u8> =
-            units(&format!(r"C:\vm\{name}")).into_iter().flat_map(u16::to_be_bytes).collect();
+        let full: Vec<u8> = units(&format!(r"C:\vm\{name}")).into_iter().flat_map(u16::to_be_bytes).collect();
         self.header[64..64 + full.len()].copy_from_slice(&full);
         self.names = units(&format!(r".\{name}")).into_iter().flat_map(u16::to_le_bytes).collect();
         self.header[576..580].copy_from_slice(b"W2ru");
