@@ -251,7 +251,7 @@ fn mistakes() {
         "convert disk.raw -O x.qcow2",
         "convert -O vmdk disk.raw x",
         "convert disk.raw x.vmdk",
-        "convert -f vdi disk.raw x",
+        "convert -f vmdk disk.raw x",
         "convert -O raw -o cluster_size=64k disk.raw x",
         "convert -O qcow2 -o size=1G disk.raw x",
         "convert dsik.raw x",

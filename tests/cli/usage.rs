@@ -113,7 +113,7 @@ fn reports_usage_errors_before_opening_a_source() {
         "create -f vhdx -o block_size=3M out 1G",
         "create -f qcow2 - 1G",
         "create 1G out",
-        "create out.vdi 1G",
+        "create out.vmdk 1G",
     ] {
         let run = imgtool(line.split(' ')).within(dir.path()).go().exits(2);
         assert!(!run.stderr.contains("No such file"), "{line}: {}", run.stderr);
