@@ -73,7 +73,8 @@ def disk(kind, fh):
         disk = stream = VHDX(fh)
     elif kind == "vdi":
         from dissect.hypervisor.disk.vdi import VDI
-        disk = stream = VDI(fh)
+        disk = VDI(fh)
+        stream = disk.open()
     elif kind == "vhd":
         from dissect.hypervisor.disk.vhd import VHD
         disk = stream = VHD(fh)
