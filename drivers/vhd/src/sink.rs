@@ -66,6 +66,17 @@ impl ImageWriter for VhdWriter {
         }
         let virtual_size = options.virtual_size(device.size).map_err(|e| e.device(&*device.name))?;
         let output = outputs.main()?;
+        let min_len = match options.is_fixed() {
+            true => virtual_size + FOOTER_LEN as u64,
+            false => dynamic::file_len(&header(virtual_size), 0),
+        };
+        if let Some(capacity) = output.capacity().filter(|capacity| *capacity < min_len) {
+            return Err(Error::refused(format!(
+                "not enough space: the target has {capacity} bytes, the image needs {min_len}"
+            ))
+            .path(output.location())
+            .device(&*device.name));
+        }
         if options.is_fixed() {
             return Ok(Box::new(FixedSink::new(output, device.size, virtual_size, options.clone())));
         }

@@ -8,6 +8,7 @@ use imgtool_core::{
 };
 
 use super::{footer, rounding_note};
+use crate::layout::footer::FOOTER_LEN;
 use crate::options::VhdOptions;
 
 /// Length in bytes of a piece. Our choice: the read buffer and the page cache's copy fit into a core's cache.
@@ -35,7 +36,7 @@ impl FixedSink {
         output
     }
 
-    fn footer(&self) -> [u8; crate::layout::footer::FOOTER_LEN] {
+    fn footer(&self) -> [u8; FOOTER_LEN] {
         let uuid = self.fingerprint.guid("fixed vhd", &[self.device_size, self.virtual_size]);
         footer(&self.options, self.virtual_size, uuid).encode()
     }
@@ -45,7 +46,8 @@ impl Consumer for FixedSink {
     fn geometry(&self, _device: SinkDevice) -> Geometry {
         let piece_len = PIECE_LEN.max(self.options.zero_unit.unwrap_or(0));
         Geometry {
-            granule: ZERO_GRANULARITY as u64,
+            // A unit of zero detection is stored or left out as a whole.
+            granule: self.options.zero_unit.unwrap_or(0).max(ZERO_GRANULARITY as u64),
             granule_required: false,
             piece_len,
             max_zero_len: if self.options.zero_unit.is_some() { u64::MAX } else { piece_len },
@@ -67,7 +69,7 @@ impl Consumer for FixedSink {
         };
         let runs = match unit as usize {
             ZERO_GRANULARITY => nonzero,
-            unit => piece.dense_runs(ZERO_GRANULARITY, unit),
+            unit => piece.nonzero_runs(unit),
         };
         Ok(Prepared::sparse(piece, runs, self.output().needs_zeros()))
     }
@@ -111,8 +113,13 @@ impl ImageSink for FixedSink {
         if self.append_only() {
             return Ok(());
         }
+        if self.output().needs_zeros() {
+            self.output().write_zeros_at(self.device_size, self.virtual_size - self.device_size)?;
+        }
         self.output().set_len(self.virtual_size)?;
-        self.output().write_at(&self.footer(), self.virtual_size)
+        // Readers look for the footer at the end of the file, which may be an existing one, or of the device.
+        let end = self.output().capacity().map_or(self.virtual_size, |capacity| capacity - FOOTER_LEN as u64);
+        self.output().write_at(&self.footer(), end)
     }
 
     fn notes(&self) -> Vec<String> {
