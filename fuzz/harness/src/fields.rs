@@ -1,7 +1,7 @@
 //! Mutation of images that knows their structure: fields of headers, entries of tables, whole extents.
 //!
 //! Each submodule finds the fields of one format by following the image's own tables. [`mutate`] changes some
-//! of them to values that are plausible for their [`Kind`]. The targets then correct the checksums, so that
+//! of them to values that are plausible for their `Kind`. The targets then correct the checksums, so that
 //! the mutation gets past them. [`judge`] compares the outcome with other programs.
 
 pub mod fuzz;
