@@ -112,7 +112,8 @@ fn allow(rules: &mut RulesetCreated, path: &Path, access: BitFlags<AccessFs>) ->
     }
 }
 
-/// Returns what the kernel enforces. Installs the filter of system calls, since the kernel tells only then.
+/// Returns what the kernel enforces. Confines the calling thread with the filter of system calls, since the kernel
+/// tells only then.
 pub(super) fn enforced() -> Vec<&'static str> {
     let can = |ruleset: Result<Ruleset, RulesetError>| ruleset.and_then(Ruleset::create).is_ok();
     let strict = || Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
@@ -149,7 +150,7 @@ mod tests {
 
     /// True if the kernel enforces what `name` says. Otherwise reports the test as skipped.
     fn can(name: &str) -> bool {
-        let can = enforced().contains(&name);
+        let can = std::thread::spawn(enforced).join().expect("a thread").contains(&name);
         if !can {
             oracles::unable(&format!("the kernel does not enforce: {name}"), false);
         }
