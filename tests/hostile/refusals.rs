@@ -201,3 +201,18 @@ fn changed_byte_in_one_vhdx_header_copy_is_harmless() {
         (0..40).map(|i| 65_536 + i * 3).chain((0..30).map(|i| 196_608 + i * 3)).collect();
     with_one_byte_changed("vhdx", &places, |_| false);
 }
+
+/// A fixed VHD begins with the first sector of the guest, which may look like an image of another format.
+#[test]
+fn a_guest_does_not_choose_the_format_of_its_disk() {
+    require!("qemu-img");
+    let dir = with_base();
+    qemu_img(dir.path(), "create -q -f qcow2 inner.qcow2 64M");
+    let inner = std::fs::read(dir.path().join("inner.qcow2")).unwrap();
+    Image::hole("guest", 2 << 20).with(0, inner).write_raw(&dir.path().join("guest.raw"));
+    imgtool("convert -q -f raw guest.raw -O vhd -o subformat=fixed guest.vhd".split(' '))
+        .within(dir.path())
+        .ok();
+    imgtool("convert guest.vhd --to raw back.raw".split(' ')).within(dir.path()).ok().says("vhd, 2 MiB");
+    assert_same(&dir.path().join("guest.raw"), &dir.path().join("back.raw"), "the disk of the guest");
+}

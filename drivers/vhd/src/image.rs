@@ -59,11 +59,11 @@ impl Image {
             DiskType::Dynamic | DiskType::Differencing => Some(Blocks::open(input, &footer, depth, memory)?),
         };
         let image = Self { input: input.clone(), footer, used_copy, blocks };
-        if image.blocks.is_none() && image.footer.current_size > input.len() {
+        let footer_offset = input.len() - last_len(input);
+        if image.blocks.is_none() && image.footer.current_size > footer_offset {
             return Err(Error::corrupt(format!(
-                "the disk has {} bytes, but the file has {}",
+                "the disk has {} bytes, but the file has {footer_offset} before its footer",
                 image.footer.current_size,
-                input.len()
             ))
             .hint("the file is cut short: copy it again, or use a backup"));
         }
@@ -220,10 +220,16 @@ fn read_footer(input: &RandomInput) -> Result<(Footer, bool)> {
     }
 }
 
-/// Reads the footer at the end of the file, whose last byte Virtual PC before 2004 omitted.
-fn last_sector(input: &RandomInput) -> Result<Vec<u8>> {
+/// Returns the length in bytes of the footer at the end of the file, whose last byte Virtual PC before 2004
+/// omitted.
+fn last_len(input: &RandomInput) -> u64 {
     let footer_len = FOOTER_LEN - usize::from(input.len() % SECTOR_SIZE == SECTOR_SIZE - 1);
-    let len = input.len().min(footer_len as u64);
+    input.len().min(footer_len as u64)
+}
+
+/// Reads the footer at the end of the file.
+fn last_sector(input: &RandomInput) -> Result<Vec<u8>> {
+    let len = last_len(input);
     let mut bytes = input.read_vec(input.len() - len, len as usize)?;
     bytes.resize(FOOTER_LEN, 0);
     Ok(bytes)

@@ -257,21 +257,30 @@ fn choose_driver(registry: &Registry, input: &OpenInput, format: Option<&str>) -
     Ok(driver)
 }
 
-/// Returns the driver that recognises the input by its first bytes or, if the name has the extension of a
-/// format, by its last bytes. A name alone decides nothing else, and the end of a file alone neither: a guest
-/// may have written the last sector of a raw disk.
+/// Returns the driver that recognises the input by its last bytes, if the name has the extension of the format,
+/// or by its first bytes. The end comes first: it is of the image's program, while a guest may have written the
+/// first sector of a disk that begins the file. A name alone decides nothing else, and the end of a file alone
+/// neither: a guest may have written the last sector of a raw disk.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::WrongFormat`] if no driver recognises the content.
 pub fn recognise(registry: &Registry, open: &OpenInput) -> Result<(Arc<dyn Driver>, Confidence)> {
     let input = &open.input;
+    let named = driver_by_name(registry, input.location());
+    let end = if named.is_some() { input.end()? } else { None };
+    let knows = |driver: &Arc<dyn Driver>| end.is_some() && driver.probe_end(end.as_deref());
+    if let Some(named) = named.clone().filter(knows) {
+        return Ok((named, Confidence::Magic));
+    }
     let found = registry.probe(&input.head()?, input.len())?;
     if found.1 != Confidence::Fallback {
         return Ok(found);
     }
-    let Some(named) = driver_by_name(registry, input.location()) else { return Ok(found) };
-    let end = input.end()?;
-    Ok(if named.probe_end(end.as_deref()) { (named, Confidence::Magic) } else { found })
+    // The end of a stream is not known yet.
+    match named.filter(|named| named.probe_end(end.as_deref())) {
+        Some(named) => Ok((named, Confidence::Magic)),
+        None => Ok(found),
+    }
 }
 
 /// Refuses an empty stream, and a compressed file without content: the command that wrote it has failed. A file

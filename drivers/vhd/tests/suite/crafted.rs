@@ -190,6 +190,9 @@ fn refuses_structures_that_contradict_themselves() {
         assert!(message.contains(text), "{message}");
     }
     assert!(open_bytes(&footer(4096, 2, UUID)).unwrap_err().to_string().contains("the disk has 4096 bytes"));
+    // A disk that ends within the footer.
+    let bytes = [vec![5; 4096 - 512], footer(4096, 2, UUID)].concat();
+    assert!(open_bytes(&bytes).unwrap_err().to_string().contains("the file has 3584 before its footer"));
 }
 
 #[test]
