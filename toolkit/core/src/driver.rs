@@ -47,9 +47,9 @@ pub trait Driver: Send + Sync {
     /// known.
     fn probe(&self, head: &[u8], len: Option<u64>) -> Option<Confidence>;
 
-    /// True if a file that has one of the driver's extensions, and that no driver recognises by its first
-    /// bytes, is of this format. `end` contains its last bytes, at most [`crate::input::PROBE_END_LEN`], or is
-    /// `None` for a stream, whose end is not known yet. False by default.
+    /// True if a file that has one of the driver's extensions is of this format by its last bytes, `end`, at
+    /// most [`crate::input::PROBE_END_LEN`]. For `None`, the end of a stream that is not known yet, true if the
+    /// format has a signature there. False by default.
     fn probe_end(&self, _end: Option<&[u8]>) -> bool {
         false
     }

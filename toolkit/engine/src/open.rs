@@ -266,21 +266,17 @@ fn choose_driver(registry: &Registry, input: &OpenInput, format: Option<&str>) -
 /// [`imgtool_core::ErrorKind::WrongFormat`] if no driver recognises the content.
 pub fn recognise(registry: &Registry, open: &OpenInput) -> Result<(Arc<dyn Driver>, Confidence)> {
     let input = &open.input;
-    let named = driver_by_name(registry, input.location());
-    let end = if named.is_some() { input.end()? } else { None };
-    let knows = |driver: &Arc<dyn Driver>| end.is_some() && driver.probe_end(end.as_deref());
-    if let Some(named) = named.clone().filter(knows) {
+    // Other formats have no signature at the end, which takes a read, of a whole frame in a seekable `.zst`.
+    let by_end = driver_by_name(registry, input.location()).filter(|driver| driver.probe_end(None));
+    let Some(named) = by_end else { return registry.probe(&input.head()?, input.len()) };
+    let end = input.end()?;
+    if end.is_some() && named.probe_end(end.as_deref()) {
         return Ok((named, Confidence::Magic));
     }
     let found = registry.probe(&input.head()?, input.len())?;
-    if found.1 != Confidence::Fallback {
-        return Ok(found);
-    }
     // The end of a stream is not known yet.
-    match named.filter(|named| named.probe_end(end.as_deref())) {
-        Some(named) => Ok((named, Confidence::Magic)),
-        None => Ok(found),
-    }
+    let is_stream = end.is_none() && found.1 == Confidence::Fallback;
+    Ok(if is_stream { (named, Confidence::Magic) } else { found })
 }
 
 /// Refuses an empty stream, and a compressed file without content: the command that wrote it has failed. A file
