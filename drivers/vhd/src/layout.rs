@@ -28,6 +28,20 @@ fn checksum(bytes: &[u8], checksum_at: usize) -> u32 {
     !others.fold(0u32, |sum, (_, byte)| sum.wrapping_add(u32::from(*byte)))
 }
 
+/// Checks the checksum of a structure, `stored` at `checksum_at`, and the major version of the format.
+fn check_integrity(bytes: &[u8], checksum_at: usize, stored: u32, version: u32) -> Result<(), Fault> {
+    let computed = checksum(bytes, checksum_at);
+    if computed != stored {
+        return Err(Fault::Malformed(format!(
+            "has checksum {stored:#010x}, but its content has {computed:#010x}"
+        )));
+    }
+    if version >> 16 != VERSION >> 16 {
+        return Err(Fault::Unsupported(format!("has version {}", version >> 16)));
+    }
+    Ok(())
+}
+
 /// A fault of a structure, worded to follow its name ("the footer …").
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Fault {

@@ -18,7 +18,7 @@ use crate::scenario::Scenario;
 use crate::sparse::SparseFile;
 use crate::targets;
 
-/// Formats of which [`mutate`] knows the structure: names of targets.
+/// Names of the targets whose formats [`mutate`] can change field by field.
 pub const FORMATS: [&str; 3] = ["qcow2", "vhdx", "vma_agree"];
 
 /// Maximum number of fields in a group. Our limit, for the time per input.

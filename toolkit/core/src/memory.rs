@@ -184,7 +184,7 @@ impl Drop for Lease {
 pub struct TableMemory {
     /// Minimum with which the driver can write the image.
     pub least: u64,
-    /// Maximum of which the driver can make use.
+    /// Maximum that the driver can use.
     pub most: u64,
 }
 

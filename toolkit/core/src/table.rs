@@ -122,8 +122,8 @@ pub struct TableWriter {
 }
 
 impl TableWriter {
-    /// Creates a table of `len` bytes at `file_offset` of `output`, of which at most `memory` bytes are in
-    /// memory; `None` for as much as it can use. Writes nothing yet.
+    /// Creates a table of `len` bytes at `file_offset` of `output`. The writer keeps at most `memory` bytes of
+    /// it in memory; `None` for as much as it can use. Writes nothing yet.
     pub fn new(output: Output, file_offset: u64, len: u64, fill: u8, memory: Option<u64>) -> Self {
         let pages = usize::try_from(len.div_ceil(PAGE_LEN)).unwrap_or(usize::MAX);
         let max_pages = memory.map_or(MAX_WRITTEN_PAGES, |memory| memory / PAGE_LEN).min(MAX_WRITTEN_PAGES);

@@ -22,7 +22,7 @@ pub struct MappingTables {
 }
 
 impl MappingTables {
-    /// Creates empty tables, of which at most `max_open` are in memory.
+    /// Creates empty tables and keeps at most `max_open` of them in memory.
     pub fn new(shape: Shape, max_open: usize) -> Self {
         Self { shape, l1: Vec::new(), open: Cache::new(max_open) }
     }

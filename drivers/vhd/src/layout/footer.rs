@@ -4,7 +4,7 @@ use uuid::Uuid;
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{Fault, SECTOR_SIZE, VERSION, checksum};
+use super::{Fault, SECTOR_SIZE, VERSION, check_integrity, checksum};
 
 /// Signature of the footer.
 pub(crate) const COOKIE: &[u8; 8] = b"conectix";
@@ -127,16 +127,7 @@ impl Footer {
         if &raw.cookie != COOKIE {
             return Err(Fault::NoSignature);
         }
-        let computed = checksum(raw.as_bytes(), CHECKSUM_AT);
-        if computed != raw.checksum.get() {
-            return Err(Fault::Malformed(format!(
-                "has checksum {:#010x}, but its content has {computed:#010x}",
-                raw.checksum
-            )));
-        }
-        if raw.version.get() >> 16 != VERSION >> 16 {
-            return Err(Fault::Unsupported(format!("has version {}", raw.version.get() >> 16)));
-        }
+        check_integrity(raw.as_bytes(), CHECKSUM_AT, raw.checksum.get(), raw.version.get())?;
         let disk_type = match raw.disk_type.get() {
             2 => DiskType::Fixed,
             3 => DiskType::Dynamic,

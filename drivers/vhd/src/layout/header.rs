@@ -4,7 +4,7 @@ use uuid::Uuid;
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{ENTRY_LEN, Fault, VERSION, checksum};
+use super::{ENTRY_LEN, Fault, VERSION, check_integrity, checksum};
 
 const COOKIE: &[u8; 8] = b"cxsparse";
 /// Length of the header in bytes.
@@ -102,16 +102,7 @@ impl Header {
         if &raw.cookie != COOKIE {
             return Err(Fault::NoSignature);
         }
-        let computed = checksum(raw.as_bytes(), CHECKSUM_AT);
-        if computed != raw.checksum.get() {
-            return Err(Fault::Malformed(format!(
-                "has checksum {:#010x}, but its content has {computed:#010x}",
-                raw.checksum
-            )));
-        }
-        if raw.version.get() >> 16 != VERSION >> 16 {
-            return Err(Fault::Unsupported(format!("has version {}", raw.version.get() >> 16)));
-        }
+        check_integrity(raw.as_bytes(), CHECKSUM_AT, raw.checksum.get(), raw.version.get())?;
         let block_size = raw.block_size.get();
         if !block_size.is_power_of_two() || !(MIN_BLOCK_SIZE..=MAX_BLOCK_SIZE).contains(&block_size) {
             return Err(Fault::Malformed(format!(

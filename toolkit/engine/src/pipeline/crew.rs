@@ -108,7 +108,7 @@ pub(super) fn max_pending(memory: &Memory) -> u64 {
     MAX_PENDING.min(memory.limit() / PENDING_DIVISOR)
 }
 
-/// How the content of an image arrives that comes in the order of a stream.
+/// Way in which the content of an image arrives if it comes in the order of a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Arrival {
     /// In guest order within each device.
