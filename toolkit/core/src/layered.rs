@@ -17,6 +17,7 @@ use crate::extent::{
 use crate::input::{FileRun, RandomInput};
 use crate::location::Location;
 use crate::losses::Losses;
+use crate::remedy::Remedy;
 use crate::source::{Access, FileRange, ImageInfo, ImageSource, Loss, RandomAccess};
 
 /// A run of guest bytes with one origin. The caller knows its guest offset.
@@ -78,6 +79,27 @@ pub trait SegmentMap: Send + Sync {
     fn read_granule(&self) -> u64 {
         self.file(0).granule()
     }
+
+    /// Returns the memory in bytes that a thread needs for a read besides its buffer: a decoder.
+    fn reader_memory(&self) -> u64 {
+        0
+    }
+}
+
+/// Checks that `file` contains the `used` bytes at `file_offset` that the disk uses of a unit ("cluster").
+///
+/// # Errors
+/// [`crate::ErrorKind::Corrupt`] if the file ends before them.
+pub fn check_stored(file: &RandomInput, unit: &str, file_offset: u64, used: u64) -> Result<()> {
+    if file_offset.checked_add(used).is_some_and(|end| end <= file.len()) {
+        return Ok(());
+    }
+    Err(Error::corrupt(format!(
+        "the {unit} needs {used} bytes at {file_offset}, but the file ends at {}",
+        file.len()
+    ))
+    .at(file_offset)
+    .remedied_by(Remedy::Salvage("the file is cut short: copy it again, or use a backup".into())))
 }
 
 /// The bytes of a file that stores guest data.
@@ -376,6 +398,10 @@ impl<M: SegmentMap> RandomAccess for LayeredSource<M> {
 
     fn read_granule(&self, _device: DeviceId) -> u64 {
         self.map.read_granule()
+    }
+
+    fn reader_memory(&self, _device: DeviceId) -> u64 {
+        self.map.reader_memory().max(self.parent.as_ref().map_or(0, Disk::reader_memory))
     }
 
     fn locate(&self, _device: DeviceId, range: Range<u64>) -> Option<FileRange<'_>> {

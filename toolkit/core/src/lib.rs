@@ -13,6 +13,7 @@ pub mod block_sink;
 pub mod buffer;
 pub mod cache;
 mod debug;
+pub mod decoded;
 pub mod device;
 pub mod disk;
 pub mod driver;
@@ -38,6 +39,7 @@ pub mod suggest;
 pub mod sync;
 pub mod table;
 mod text;
+pub mod unit_check;
 pub mod zero;
 
 pub use buffer::{Buffer, BufferPool};

@@ -84,7 +84,16 @@ impl PagedTable {
     pub fn run<const N: usize>(&self, index: u64, max: u64) -> Result<([u8; N], u64)> {
         let past_end = || Error::out_of_bounds(format!("the table has no entry {index}"));
         let at = index.checked_mul(N as u64).ok_or_else(past_end)?;
-        let page = self.page(at / PAGE_LEN)?;
+        let page = match self.cached(at / PAGE_LEN) {
+            Some(page) => page,
+            None => {
+                let zeros = self.hole(at)? / N as u64;
+                if zeros > PAGE_LEN / N as u64 {
+                    return Ok(([0; N], zeros.min(max.max(1))));
+                }
+                self.page(at / PAGE_LEN)?
+            }
+        };
         let rest = page.get((at % PAGE_LEN) as usize..).unwrap_or_default();
         let (entries, _) = rest.as_chunks::<N>();
         let first = *entries.first().ok_or_else(past_end)?;
@@ -93,10 +102,22 @@ impl PagedTable {
         Ok((first, equal as u64))
     }
 
-    fn page(&self, index: u64) -> Result<Arc<[u8]>> {
-        if let Some(page) = lock(&self.pages).get(&index) {
-            return Ok(Arc::clone(page));
+    fn cached(&self, index: u64) -> Option<Arc<[u8]>> {
+        lock(&self.pages).get(&index).map(|page| Arc::clone(page))
+    }
+
+    /// Returns the number of bytes from byte `at` of the table to the end of the hole of the file, and at most to
+    /// the end of the table; 0 if there is data. A sparse file may have a table of gigabytes that is not stored.
+    fn hole(&self, at: u64) -> Result<u64> {
+        if at >= self.len {
+            return Ok(0);
         }
+        let run = self.input.run(self.file_offset + at)?;
+        let end = if run.is_data { at } else { run.end.saturating_sub(self.file_offset).min(self.len) };
+        Ok(end.saturating_sub(at))
+    }
+
+    fn page(&self, index: u64) -> Result<Arc<[u8]>> {
         let start = index.saturating_mul(PAGE_LEN).min(self.len);
         // At most `PAGE_LEN`.
         let len = (self.len - start).min(PAGE_LEN) as usize;
@@ -218,5 +239,51 @@ impl TableWriter {
             *written = true;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::io;
+
+    use super::*;
+    use crate::input::{FileRun, Input, ReadAt};
+
+    /// A file of 1 TiB: a hole, and a last page of ones. Its hole can't be read, to show that nobody does.
+    struct Sparse;
+
+    const LEN: u64 = 1 << 40;
+    const DATA: u64 = LEN - PAGE_LEN;
+
+    impl ReadAt for Sparse {
+        fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
+            assert!(position >= DATA - PAGE_LEN, "reads at {position}");
+            for (at, byte) in buf.iter_mut().enumerate() {
+                *byte = u8::from(position + at as u64 >= DATA);
+            }
+            Ok(())
+        }
+
+        fn len(&self) -> u64 {
+            LEN
+        }
+
+        fn run(&self, position: u64) -> io::Result<FileRun> {
+            let is_data = position >= DATA;
+            Ok(FileRun { end: if is_data { LEN } else { DATA }, is_data })
+        }
+    }
+
+    #[test]
+    fn a_hole_is_one_run_that_is_not_read() {
+        let input = Input::from_read_at("sparse", Arc::new(Sparse)).into_random().unwrap();
+        let table = PagedTable::new(input, 8, LEN - 8, 0, &Memory::default()).unwrap();
+        assert_eq!(table.run::<8>(0, u64::MAX).unwrap(), ([0; 8], (DATA - 8) / 8));
+        assert_eq!(table.run::<8>(5, 7).unwrap(), ([0; 8], 7));
+        assert_eq!(table.run::<8>(DATA / 8, 9).unwrap(), ([1; 8], 9));
+        // Less than a page of the hole is read with its page.
+        assert_eq!(table.run::<8>((DATA - 16) / 8, 9).unwrap(), ([0; 8], 1));
+        assert!(table.run::<8>(LEN / 8, 1).is_err());
     }
 }

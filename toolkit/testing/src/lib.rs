@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 pub mod conformance;
+pub mod crafted;
 mod files;
 pub mod images;
 pub mod manifest;

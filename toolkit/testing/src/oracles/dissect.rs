@@ -78,6 +78,9 @@ def disk(kind, fh):
     elif kind == "vhd":
         from dissect.hypervisor.disk.vhd import VHD
         disk = stream = VHD(fh)
+    elif kind == "hds":
+        from dissect.hypervisor.disk.hdd import HDS
+        disk = stream = HDS(fh)
     else:
         from dissect.hypervisor.disk.qcow2 import QCow2
         disk = QCow2(fh)
@@ -113,7 +116,7 @@ pub fn dissect_vma(paths: &[&Path]) -> Vec<SeenArchive> {
     dissect("vma", paths)
 }
 
-/// Returns the content of disk images of one format ("vhdx", "vhd", "vdi", "qcow2") as dissect.hypervisor reads it.
+/// Returns the content of disk images of one format ("vhdx", "vhd", "vdi", "hds", "qcow2") as dissect.hypervisor reads it.
 #[track_caller]
 pub fn dissect_disks(kind: &str, paths: &[&Path]) -> Vec<SeenDevice> {
     dissect(kind, paths)
