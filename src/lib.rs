@@ -44,6 +44,7 @@ pub fn registry() -> Registry {
     imgtool_vhdx::register(&mut registry);
     imgtool_vhd::register(&mut registry);
     imgtool_vdi::register(&mut registry);
+    imgtool_parallels::register(&mut registry);
     imgtool_vma::register(&mut registry);
     imgtool_raw::register(&mut registry);
     registry
