@@ -40,6 +40,8 @@ use imgtool_engine::Opened;
 /// other driver recognises it.
 pub fn registry() -> Registry {
     let mut registry = Registry::new();
+    // Before qcow2, which claims all versions in order to refuse the unknown ones.
+    imgtool_qcow1::register(&mut registry);
     imgtool_qcow2::register(&mut registry);
     imgtool_vhdx::register(&mut registry);
     imgtool_vhd::register(&mut registry);
