@@ -49,6 +49,7 @@ pub fn registry() -> Registry {
     imgtool_parallels::register(&mut registry);
     imgtool_qed::register(&mut registry);
     imgtool_bochs::register(&mut registry);
+    imgtool_cloop::register(&mut registry);
     imgtool_vma::register(&mut registry);
     imgtool_raw::register(&mut registry);
     registry

@@ -1,0 +1,42 @@
+//! The driver for cloop images: its capabilities.
+
+use std::sync::Arc;
+
+use imgtool_core::{Capabilities, CheckReport, Confidence, Driver, ImageSource, Input, OpenOptions, Result};
+
+use crate::layout::{SECTOR_SIZE, is_cloop};
+use crate::{check, image};
+
+/// Driver for cloop images, which reads.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CloopDriver;
+
+impl Driver for CloopDriver {
+    fn name(&self) -> &'static str {
+        crate::FORMAT
+    }
+
+    fn description(&self) -> &'static str {
+        "compressed loopback image"
+    }
+
+    fn extensions(&self) -> &'static [&'static str] {
+        &["cloop"]
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { read: true, size_multiple: SECTOR_SIZE, check: true, ..Capabilities::default() }
+    }
+
+    fn probe(&self, head: &[u8], _len: Option<u64>) -> Option<Confidence> {
+        is_cloop(head).then_some(Confidence::Magic)
+    }
+
+    fn open(&self, input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
+        image::open(input, options)
+    }
+
+    fn check(&self, input: Input, options: &OpenOptions) -> Result<CheckReport> {
+        check::check(input, &options.memory)
+    }
+}
