@@ -7,6 +7,7 @@ mod matrix;
 mod memory;
 mod qcow2_chains;
 mod qcow2_maps;
+mod read_only;
 mod same_bytes;
 mod shared_blocks;
 mod sparse_size;

@@ -114,6 +114,8 @@ fn reports_usage_errors_before_opening_a_source() {
         "create -f qcow2 - 1G",
         "create 1G out",
         "create out.vmdk 1G",
+        "create out.qed 1G",
+        "create -f dmg out 1G",
     ] {
         let run = imgtool(line.split(' ')).within(dir.path()).go().exits(2);
         assert!(!run.stderr.contains("No such file"), "{line}: {}", run.stderr);

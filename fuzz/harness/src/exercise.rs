@@ -36,6 +36,12 @@ static ZEROS: [u8; READ_LEN] = [0; READ_LEN];
 pub fn registry() -> Registry {
     let mut registry = Registry::new();
     imgtool_raw::register(&mut registry);
+    imgtool_parallels::register(&mut registry);
+    imgtool_qed::register(&mut registry);
+    imgtool_qcow1::register(&mut registry);
+    imgtool_bochs::register(&mut registry);
+    imgtool_cloop::register(&mut registry);
+    imgtool_dmg::register(&mut registry);
     imgtool_qcow2::register(&mut registry);
     imgtool_vhdx::register(&mut registry);
     imgtool_vma::register(&mut registry);
@@ -121,8 +127,8 @@ fn snapshots(source: &dyn ImageSource) -> Vec<String> {
 }
 
 fn measured(source: &dyn ImageSource) {
-    for driver in registry().drivers() {
-        let writer = driver.writer(&CreateOptions::default()).expect("every driver of ours writes");
+    for driver in registry().drivers().filter(|driver| driver.capabilities().write) {
+        let writer = driver.writer(&CreateOptions::default()).expect("the driver writes");
         let _ = opened(writer.measure(source));
     }
 }

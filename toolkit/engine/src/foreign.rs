@@ -17,22 +17,14 @@ struct Foreign {
     magics: &'static [(usize, &'static [u8])],
 }
 
-const FOREIGN: [Foreign; 5] = [
+const FOREIGN: [Foreign; 2] = [
     Foreign {
         name: "VMDK",
         called: &["vmdk"],
         extensions: &["vmdk"],
         magics: &[(0, b"KDMV"), (0, b"# Disk DescriptorFile")],
     },
-    Foreign { name: "QED", called: &["qed"], extensions: &["qed"], magics: &[(0, b"QED\0")] },
-    Foreign {
-        name: "Parallels",
-        called: &["parallels"],
-        extensions: &["hds"],
-        magics: &[(0, b"WithoutFreeSpace"), (0, b"WithouFreSpacExt")],
-    },
     Foreign { name: "OVA", called: &["ova", "ovf"], extensions: &["ova", "ovf"], magics: &[] },
-    Foreign { name: "DMG", called: &["dmg"], extensions: &["dmg"], magics: &[] },
 ];
 
 /// Returns the name of the foreign format whose magic number is in `head`, the first bytes of a file.
@@ -55,6 +47,18 @@ pub fn driver(registry: &Registry, name: &str) -> Result<Arc<dyn Driver>> {
     }
 }
 
+/// Refuses a format that is only read as that of an output.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] for such a format.
+pub fn check_writes(registry: &Registry, driver: &dyn Driver) -> Result<()> {
+    if driver.capabilities().write {
+        return Ok(());
+    }
+    Err(Error::usage(format!("{} is read, but not written", driver.name()))
+        .remedied_by(Remedy::NameTargetFormat { advice: formats(registry) }))
+}
+
 /// Refuses an output name with the extension of a foreign format, unless the user states a format.
 ///
 /// # Errors
@@ -73,6 +77,7 @@ pub fn check_name(registry: &Registry, output: &Location) -> Result<()> {
 }
 
 fn formats(registry: &Registry) -> String {
-    let names: Vec<&str> = registry.drivers().map(|driver| driver.name()).collect();
+    let writers = registry.drivers().filter(|driver| driver.capabilities().write);
+    let names: Vec<&str> = writers.map(|driver| driver.name()).collect();
     format!("formats: {}", names.join(", "))
 }

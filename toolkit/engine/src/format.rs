@@ -176,23 +176,26 @@ impl TargetFormat {
 /// raw driver, like qemu-img.
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Usage`] for an unknown format, and for the extension of a foreign format.
+/// [`imgtool_core::ErrorKind::Usage`] for an unknown format or one that is only read, and for the extension
+/// of a foreign format.
 pub fn by_word_or_name(
     registry: &Registry,
     word: Option<&str>,
     location: Option<&Location>,
 ) -> Result<Arc<dyn Driver>> {
-    match (word, location) {
-        (Some(word), _) => foreign::driver(registry, word),
-        (None, None) => registry.verbatim(),
+    let driver = match (word, location) {
+        (Some(word), _) => foreign::driver(registry, word)?,
+        (None, None) => registry.verbatim()?,
         (None, Some(location)) => match open::driver_by_name(registry, location) {
-            Some(driver) => Ok(driver),
+            Some(driver) => driver,
             None => {
                 foreign::check_name(registry, location)?;
-                registry.verbatim()
+                registry.verbatim()?
             }
         },
-    }
+    };
+    foreign::check_writes(registry, &*driver)?;
+    Ok(driver)
 }
 
 /// True if the location is an existing directory, or its path ends in a separator.

@@ -110,7 +110,8 @@ pub fn resolve(image: &Location, name: &str) -> Option<Location> {
 }
 
 /// Opens the bytes of an image and removes outer compression. If the user states the `format` raw, in which
-/// any content is legal, only the file extensions determine the compression. Decoders borrow from `memory`.
+/// any content is legal, only the file extensions determine the compression. A file that its end identifies as
+/// an image of the stated format, or of its extension's, is not compressed. Decoders borrow from `memory`.
 ///
 /// # Errors
 /// If the input can't be opened, or its content contradicts those extensions;
@@ -123,10 +124,18 @@ pub fn open_input(
     memory: &Memory,
 ) -> Result<OpenInput> {
     let driver = format.map(|name| foreign::driver(registry, name)).transpose()?;
-    let is_verbatim = driver.is_some_and(|driver| driver.capabilities().verbatim);
-    let opening = if is_verbatim { Opening::ByName } else { Opening::ByContent };
-    let open =
+    let is_verbatim = driver.as_ref().is_some_and(|driver| driver.capabilities().verbatim);
+    let opening = if is_verbatim { Opening::ByName } else { Opening::Plain };
+    let mut open =
         imgtool_storage::open::open(location, opening, memory).map_err(|e| missing::explain(e, location))?;
+    if !is_verbatim {
+        let driver = driver.or_else(|| driver_by_name(registry, location));
+        // An image that its end identifies begins with its content, which may look like any compression.
+        let end = open.input.end().map_err(|e| e.path(location))?;
+        if !driver.is_some_and(|driver| end.is_some() && driver.probe_end(end.as_deref())) {
+            open = open.decompressed().map_err(|e| missing::explain(e.path(location), location))?;
+        }
+    }
     if format.is_none()
         && let Some(name) = foreign::by_content(&open.input.head()?)
     {

@@ -13,6 +13,7 @@ mod map_file;
 mod outer;
 mod qcow2;
 mod raw;
+mod small;
 mod vhdx;
 mod vma;
 
@@ -28,10 +29,11 @@ pub struct Target {
 }
 
 /// All targets.
-pub const ALL: [Target; 9] = [
+pub const ALL: [Target; 10] = [
     Target { name: "raw", run: raw::run, image: None },
     Target { name: "qcow2", run: qcow2::run, image: Some(qcow2::image) },
     Target { name: "vhdx", run: vhdx::run, image: Some(vhdx::image) },
+    Target { name: "small", run: small::run, image: Some(small::image) },
     Target { name: "vma_file", run: vma::run_file, image: Some(vma::image) },
     Target { name: "vma_stream", run: vma::run_stream, image: Some(vma::image) },
     Target { name: "vma_agree", run: vma::run_agree, image: Some(vma::image) },
