@@ -45,6 +45,7 @@ pub fn registry() -> Registry {
     imgtool_qcow2::register(&mut registry);
     imgtool_vhdx::register(&mut registry);
     imgtool_vhd::register(&mut registry);
+    imgtool_vmdk::register(&mut registry);
     imgtool_vdi::register(&mut registry);
     imgtool_parallels::register(&mut registry);
     imgtool_qed::register(&mut registry);

@@ -62,6 +62,17 @@ pub trait ExternalOpener: Send + Sync {
     /// [`crate::ErrorKind::Refused`] if the user did not allow the file, or any error from opening it.
     fn open_file(&self, role: &str, name: &str, from: &Location) -> Result<Input>;
 
+    /// Opens a file that is a part of the image at `from`, such as an extent of a split disk: a regular file
+    /// in the image's own directory, called `name` without any directory. Such a file needs no permission,
+    /// since the user named its image; any other name is treated as in [`ExternalOpener::open_file`].
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`] if the user did not allow the file, as by default; or any error from
+    /// opening it.
+    fn open_part(&self, role: &str, name: &str, from: &Location) -> Result<Input> {
+        self.open_file(role, name, from)
+    }
+
     /// Returns the names of files that may be the external image which the image at `from` identifies by
     /// `identity` instead of a name: the files that the user allowed by path and, if the user allowed the
     /// files of the directory, those in it with this extension. [`ExternalOpener::open_file`] opens them.
@@ -144,6 +155,17 @@ impl Externals {
         }
     }
 
+    /// See [`ExternalOpener::open_part`].
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`] if the user did not allow the file, or any error from opening it.
+    pub fn open_part(&self, role: &str, name: &str, from: &Location) -> Result<Input> {
+        match &self.0 {
+            Some(opener) => opener.open_part(role, name, from),
+            None => Err(refusal(role, name, from)),
+        }
+    }
+
     /// See [`ExternalOpener::candidates`].
     ///
     /// # Errors
@@ -215,6 +237,13 @@ pub fn refusal(role: &str, name: &str, from: &Location) -> Error {
     Error::refused(format!("refusing to open the {role} '{shown}' that the image names"))
         .path(from)
         .remedied_by(Remedy::AllowExternal { name: shown })
+}
+
+/// True if `name` is the name of a file without any directory, on every system: neither a path, nor a drive
+/// letter, nor a URL.
+pub fn is_plain_name(name: &str) -> bool {
+    let forbidden = |c: char| c.is_control() || matches!(c, '/' | '\\' | ':');
+    !name.is_empty() && name != "." && name != ".." && !name.contains(forbidden)
 }
 
 /// Name and format of the backing image of a new image.

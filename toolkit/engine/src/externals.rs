@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use imgtool_core::error::escape_control;
-use imgtool_core::external::refusal;
+use imgtool_core::external::{is_plain_name, refusal};
 use imgtool_core::sync::lock;
 use imgtool_core::{
     Error, ExternalOpener, Externals, ImageSource, Input, Location, Memory, OpenOptions, Output, Registry,
@@ -245,6 +245,34 @@ impl PolicyOpener {
         Ok(ChainDirectory { path: path.to_owned(), handle: Arc::new(handle) })
     }
 
+    /// Opens the file `name` in the directory of the image at `from`, unless that file is the image itself or
+    /// one above it. Returns `None` if it is no regular file, or if the image has no directory of its own: it
+    /// is in a container, or not a file.
+    fn open_beside(&self, role: &str, name: &str, from: &Location) -> Result<Option<Input>> {
+        let Some(from_path) = from.path().filter(|_| self.nesting == 0 && is_plain_name(name)) else {
+            return Ok(None);
+        };
+        let from_real = canonical(from_path, role)?;
+        let directory = self.chain_directory(from, &from_real)?;
+        let path = directory.path.join(name);
+        if path == from_real || self.above.contains(&path) {
+            return Err(chain_loop(role, name, from));
+        }
+        let file = match directory.handle.open_beneath(Path::new(name)) {
+            Ok(file) => file,
+            // A link needs a permission for the file that it leads to.
+            Err(e) if os::is_link_refused(&e) => return Ok(None),
+            Err(e) => return Err(Error::io(format!("open {role} '{name}'"), e).path(from)),
+        };
+        if !file.metadata().is_ok_and(|meta| meta.is_file()) {
+            return Ok(None);
+        }
+        let open = imgtool_storage::open::from_file(Location::from(&path), file, &self.memory)?;
+        let opened = OpenedFile { location: path.into(), identity: open.identity, watch: open.watch };
+        lock(&self.opened).push(opened);
+        Ok(Some(open.input))
+    }
+
     fn allows(&self, path: &Path, root: &ChainDirectory) -> Option<Allowed> {
         let mut named = self.policy.paths.iter();
         if let Some(named) = named.find(|named| std::fs::canonicalize(named).is_ok_and(|real| real == path)) {
@@ -279,6 +307,16 @@ impl ExternalOpener for PolicyOpener {
         match self.supplied.get(name) {
             Some(supplied) => supplied.open(&self.memory),
             None => Ok(self.open_allowed(role, name, from)?.0),
+        }
+    }
+
+    fn open_part(&self, role: &str, name: &str, from: &Location) -> Result<Input> {
+        if let Some(supplied) = self.supplied.get(name) {
+            return supplied.open(&self.memory);
+        }
+        match self.open_beside(role, name, from)? {
+            Some(input) => Ok(input),
+            None => self.open_file(role, name, from),
         }
     }
 

@@ -17,15 +17,8 @@ struct Foreign {
     magics: &'static [(usize, &'static [u8])],
 }
 
-const FOREIGN: [Foreign; 2] = [
-    Foreign {
-        name: "VMDK",
-        called: &["vmdk"],
-        extensions: &["vmdk"],
-        magics: &[(0, b"KDMV"), (0, b"# Disk DescriptorFile")],
-    },
-    Foreign { name: "OVA", called: &["ova", "ovf"], extensions: &["ova", "ovf"], magics: &[] },
-];
+const FOREIGN: [Foreign; 1] =
+    [Foreign { name: "OVA", called: &["ova", "ovf"], extensions: &["ova", "ovf"], magics: &[] }];
 
 /// Returns the name of the foreign format whose magic number is in `head`, the first bytes of a file.
 pub(crate) fn by_content(head: &[u8]) -> Option<&'static str> {

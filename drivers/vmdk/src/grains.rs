@@ -1,0 +1,443 @@
+//! [`GrainFile`], a sparse file: a grain directory, grain tables, and grains. The three kinds of sparse files
+//! differ in their headers and in the form of their entries.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use imgtool_core::sync::lock;
+use imgtool_core::{Cache, Error, Lease, Memory, RandomInput, Remedy, Result};
+
+use crate::layout::hosted::{self, GD_AT_END};
+use crate::layout::marker::{BARE_HEAD, GRAIN_HEAD, Kind, Marker};
+use crate::layout::sesparse::{self, Grain};
+use crate::layout::{SECTOR_SIZE, cowd};
+
+/// Maximum number of grain tables in memory for an image. Our limit: 256 KiB, the tables of 2 GiB, since many
+/// threads read at different places. An image deeper in a chain, or of many extents, gets less.
+const MAX_CACHED_TABLES: u64 = 64;
+
+/// Maximum length of a grain directory in bytes. Our limit: the directory of a 64 TiB disk in SE sparse form.
+const MAX_DIRECTORY_LEN: u64 = 32 << 20;
+
+/// Maximum number of entries of the grain directory that share one table. Our limit: a crafted file could
+/// otherwise contain a disk of terabytes in a few KiB.
+const MAX_TABLE_SHARES: usize = 1024;
+
+/// Place of a grain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Not in this file: the parent has it, or it is zeros.
+    Absent,
+    /// Explicit zeros.
+    Zero,
+    /// At this file offset.
+    At(u64),
+}
+
+/// Form of the grains of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// As the guest has them.
+    Plain,
+    /// Compressed, after a head of this many bytes.
+    Compressed(usize),
+}
+
+/// A sparse file.
+pub(crate) struct GrainFile {
+    pub(crate) input: RandomInput,
+    /// Size of a grain in bytes, a power of two.
+    pub(crate) grain_size: u64,
+    /// Capacity in bytes.
+    pub(crate) capacity: u64,
+    pub(crate) form: Form,
+    /// Header of a hosted file.
+    pub(crate) hosted: Option<hosted::Header>,
+    /// Name of the kind, for messages.
+    pub(crate) kind: &'static str,
+    /// File offset of each grain table; 0 for none.
+    pub(crate) directory: Vec<u64>,
+    /// Number of entries of a grain table.
+    pub(crate) table_entries: u64,
+    /// Parts of the file that contain no grain: headers, the descriptor, the directory.
+    pub(crate) reserved: Vec<Range<u64>>,
+    entries: Entries,
+    /// Grain tables by their number in the directory.
+    tables: Mutex<Cache<u64, Arc<[Place]>>>,
+    /// Memory for the directory and the tables.
+    _lease: Lease,
+}
+
+/// Form of the entries of a grain table.
+#[derive(Debug, Clone, Copy)]
+enum Entries {
+    /// 32-bit sectors; 1 means zeros if `zeroed`.
+    Sectors { zeroed: bool },
+    /// Numbers of grains from this file offset on, in SE sparse form.
+    SeSparse { grains: u64 },
+}
+
+impl Entries {
+    /// Width of an entry in bytes.
+    fn width(self) -> u64 {
+        match self {
+            Self::Sectors { .. } => 4,
+            Self::SeSparse { .. } => 8,
+        }
+    }
+}
+
+/// Memory for the tables of one file.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TableBudget<'a> {
+    /// Number of images above this one in a chain.
+    pub(crate) depth: usize,
+    /// Number of extents of the image.
+    pub(crate) extents: usize,
+    pub(crate) memory: &'a Memory,
+}
+
+impl TableBudget<'_> {
+    fn max_tables(self) -> u64 {
+        let share = self.memory.cache_share(MAX_CACHED_TABLES) / (self.depth as u64).saturating_add(1);
+        (share / (self.extents as u64).max(1)).max(1)
+    }
+}
+
+/// Where a file says that its tables are.
+struct Shape {
+    grain_size: u64,
+    capacity: u64,
+    form: Form,
+    kind: &'static str,
+    directory: u64,
+    directory_entries: u64,
+    table_entries: u64,
+    entries: Entries,
+    reserved: Vec<Range<u64>>,
+}
+
+impl GrainFile {
+    /// Opens a hosted sparse file with this header. If the directory is at the end, the footer counts.
+    pub(crate) fn hosted(
+        input: &RandomInput,
+        header: hosted::Header,
+        budget: TableBudget<'_>,
+    ) -> Result<Self> {
+        let header = if header.directory == GD_AT_END { footer(input, &header)? } else { header };
+        let sectors = |start: u64, len: u64| {
+            let start = start.saturating_mul(SECTOR_SIZE);
+            start..start.saturating_add(len.saturating_mul(SECTOR_SIZE))
+        };
+        let form = match (header.compressed, header.markers) {
+            (false, _) => Form::Plain,
+            (true, true) => Form::Compressed(GRAIN_HEAD),
+            (true, false) => Form::Compressed(BARE_HEAD),
+        };
+        let shape = Shape {
+            grain_size: header.grain_size * SECTOR_SIZE,
+            capacity: header.capacity * SECTOR_SIZE,
+            form,
+            kind: "hosted sparse",
+            directory: header.directory,
+            directory_entries: header.directory_entries(),
+            table_entries: header.table_entries.into(),
+            entries: Entries::Sectors { zeroed: header.zeroed_grains },
+            reserved: vec![
+                0..hosted::HEADER_LEN as u64,
+                sectors(header.descriptor_offset, header.descriptor_size),
+            ],
+        };
+        Ok(Self { hosted: Some(header), ..Self::open(input, shape, budget)? })
+    }
+
+    /// Opens a COWD file.
+    pub(crate) fn cowd(
+        input: &RandomInput,
+        header: &cowd::Header,
+        budget: TableBudget<'_>,
+    ) -> Result<Self> {
+        let shape = Shape {
+            grain_size: header.grain_size * SECTOR_SIZE,
+            capacity: header.capacity * SECTOR_SIZE,
+            form: Form::Plain,
+            kind: "COWD",
+            directory: header.directory,
+            directory_entries: header.directory_entries,
+            table_entries: cowd::TABLE_ENTRIES,
+            entries: Entries::Sectors { zeroed: false },
+            reserved: vec![0..cowd::HEADER_LEN as u64],
+        };
+        Self::open(input, shape, budget)
+    }
+
+    /// Opens an SE sparse file.
+    pub(crate) fn se_sparse(
+        input: &RandomInput,
+        header: &sesparse::Header,
+        budget: TableBudget<'_>,
+    ) -> Result<Self> {
+        let volatile = header.volatile_header * SECTOR_SIZE;
+        let bytes = input.read_vec(volatile, sesparse::HEADER_LEN)?;
+        sesparse::Header::check_volatile(&bytes).map_err(|fault| fault.of("volatile header", volatile))?;
+        let tables = header.tables.offset * SECTOR_SIZE;
+        let shape = Shape {
+            grain_size: sesparse::GRAIN_SECTORS * SECTOR_SIZE,
+            capacity: header.capacity * SECTOR_SIZE,
+            form: Form::Plain,
+            kind: "SE sparse",
+            directory: header.directory.offset,
+            directory_entries: header.directory_entries,
+            table_entries: sesparse::TABLE_ENTRIES,
+            entries: Entries::SeSparse { grains: header.grains.offset.saturating_mul(SECTOR_SIZE) },
+            reserved: vec![
+                0..sesparse::HEADER_LEN as u64,
+                tables..tables + header.tables.size * SECTOR_SIZE,
+            ],
+        };
+        let table_len = sesparse::TABLE_SECTORS * SECTOR_SIZE;
+        let mut file = Self::open(input, shape, budget)?;
+        for (index, table) in file.directory.iter_mut().enumerate() {
+            let at = header.directory.offset * SECTOR_SIZE + index as u64 * 8;
+            let entry = sesparse::directory_entry(*table).map_err(|fault| fault.of("directory entry", at))?;
+            *table = match entry {
+                None => 0,
+                // Both factors are bounded, so the product fits.
+                Some(number) if (number + 1) * sesparse::TABLE_SECTORS <= header.tables.size => {
+                    tables + number * table_len
+                }
+                Some(number) => {
+                    return Err(Error::malformed(format!(
+                        "the directory names table {number}; the file has {}",
+                        header.tables.size / sesparse::TABLE_SECTORS
+                    ))
+                    .at(at));
+                }
+            };
+        }
+        file.check_shares()?;
+        Ok(file)
+    }
+
+    fn open(input: &RandomInput, shape: Shape, budget: TableBudget<'_>) -> Result<Self> {
+        let width = shape.entries.width();
+        let len = shape.directory_entries.saturating_mul(width);
+        if len > MAX_DIRECTORY_LEN {
+            return Err(Error::limit(format!(
+                "the grain directory has {len} bytes; the limit is {MAX_DIRECTORY_LEN}"
+            )));
+        }
+        let offset = shape.directory.checked_mul(SECTOR_SIZE).ok_or_else(|| {
+            Error::malformed(format!("the grain directory is at sector {}, out of bounds", shape.directory))
+        })?;
+        let max_tables = budget.max_tables().min(shape.directory_entries.max(1));
+        // The directory is read in one piece, and has 8 bytes an entry in memory.
+        let bytes = len + shape.directory_entries * 8 + max_tables * shape.table_entries * 16;
+        let lease = budget.memory.lease(bytes, "the grain tables of a VMDK image")?;
+        // At most `MAX_DIRECTORY_LEN`.
+        let raw = input.read_vec(offset, len as usize)?;
+        let directory = match shape.entries {
+            Entries::Sectors { .. } => {
+                raw.as_chunks().0.iter().map(|e| u64::from(u32::from_le_bytes(*e)) * SECTOR_SIZE).collect()
+            }
+            Entries::SeSparse { .. } => raw.as_chunks().0.iter().map(|e| u64::from_le_bytes(*e)).collect(),
+        };
+        let mut reserved = shape.reserved;
+        reserved.push(offset..offset + len);
+        let file = Self {
+            input: input.clone(),
+            grain_size: shape.grain_size,
+            capacity: shape.capacity,
+            form: shape.form,
+            hosted: None,
+            kind: shape.kind,
+            directory,
+            table_entries: shape.table_entries,
+            reserved,
+            entries: shape.entries,
+            // At most MAX_CACHED_TABLES, so it fits.
+            tables: Mutex::new(Cache::new(max_tables as usize)),
+            _lease: lease,
+        };
+        if let Entries::Sectors { .. } = file.entries {
+            file.check_shares()?;
+        }
+        Ok(file)
+    }
+
+    /// Refuses a directory whose entries share a table too often, unless that table is empty.
+    fn check_shares(&self) -> Result<()> {
+        if self.directory.len() <= MAX_TABLE_SHARES {
+            return Ok(());
+        }
+        let mut sorted: Vec<u64> = self.directory.iter().copied().filter(|table| *table != 0).collect();
+        sorted.sort_unstable();
+        for run in sorted.chunk_by(|a, b| a == b).filter(|run| run.len() > MAX_TABLE_SHARES) {
+            let index = self.directory.iter().position(|table| *table == run[0]).unwrap_or(0) as u64;
+            let entries = self.read_table(index, run[0])?;
+            if entries.iter().any(|entry| matches!(entry, Place::At(_))) {
+                return Err(Error::malformed(format!(
+                    "{} entries of the grain directory share one table; the limit is {MAX_TABLE_SHARES}",
+                    run.len()
+                ))
+                .at(run[0]));
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the number of grains of the capacity.
+    pub(crate) fn grains(&self) -> u64 {
+        self.capacity.div_ceil(self.grain_size)
+    }
+
+    /// Returns the number of bytes of a grain that the capacity includes.
+    pub(crate) fn used_len(&self, grain: u64) -> u64 {
+        self.capacity.saturating_sub(grain.saturating_mul(self.grain_size)).min(self.grain_size)
+    }
+
+    /// Returns the place of the grain `grain`, and the number of grains from there on, at least 1 and at most
+    /// `max`, that continue it: equal states, and for plain grains neighbours in the file.
+    pub(crate) fn run(&self, grain: u64, max: u64) -> Result<(Place, u64)> {
+        let (table, entry) = (grain / self.table_entries, grain % self.table_entries);
+        let past_end = || Error::out_of_bounds(format!("the file has no grain {grain}"));
+        let index = usize::try_from(table).map_err(|_| past_end())?;
+        let offset = *self.directory.get(index).ok_or_else(past_end)?;
+        if offset == 0 {
+            let empty = self.directory[index..].iter().take_while(|offset| **offset == 0);
+            let tables = empty.take((max / self.table_entries + 2) as usize).count() as u64;
+            return Ok((Place::Absent, (tables * self.table_entries - entry).min(max).max(1)));
+        }
+        let places = self.table(table, offset)?;
+        // A table has at most 4096 entries.
+        let rest = &places[entry as usize..];
+        let max = usize::try_from(max).unwrap_or(usize::MAX).clamp(1, rest.len());
+        let first = rest[0];
+        let is_next = |(distance, place): (u64, &Place)| match (first, *place, self.form) {
+            (Place::At(first), Place::At(next), Form::Plain) => {
+                next == first + distance * self.grain_size && self.check_place(grain + distance, next).is_ok()
+            }
+            (Place::At(_), Place::At(_), Form::Compressed(_)) => true,
+            (first, next, _) => first == next,
+        };
+        let len = 1 + (1..).zip(&rest[1..max]).take_while(|pair| is_next(*pair)).count() as u64;
+        if let Place::At(offset) = first {
+            self.check_place(grain, offset)?;
+        }
+        Ok((first, len))
+    }
+
+    /// Checks that the grain `grain`, stored at `offset`, is behind the structures and within the file.
+    pub(crate) fn check_place(&self, grain: u64, offset: u64) -> Result<()> {
+        let len = match self.form {
+            Form::Plain => self.used_len(grain),
+            Form::Compressed(head) => head as u64 + 1,
+        };
+        let end = offset.saturating_add(len);
+        if self.reserved.iter().any(|range| range.start < end && offset < range.end) {
+            return Err(Error::malformed(format!("grain {grain} overlaps the structures of the file"))
+                .at(offset)
+                .remedied_by(Remedy::Salvage("use a backup".into())));
+        }
+        if end > self.input.len() {
+            return Err(Error::corrupt(format!(
+                "grain {grain} needs {len} bytes at {offset}, but the file ends at {}",
+                self.input.len()
+            ))
+            .at(offset)
+            .remedied_by(Remedy::Salvage("the file is cut short: copy it again, or use a backup".into())));
+        }
+        Ok(())
+    }
+
+    fn table(&self, index: u64, offset: u64) -> Result<Arc<[Place]>> {
+        if let Some(table) = lock(&self.tables).get(&index) {
+            return Ok(Arc::clone(table));
+        }
+        let table = self.read_table(index, offset)?;
+        lock(&self.tables).insert(index, Arc::clone(&table));
+        Ok(table)
+    }
+
+    /// Reads the grain table `index` at `offset`. A table is complete even if the capacity ends within it.
+    fn read_table(&self, index: u64, offset: u64) -> Result<Arc<[Place]>> {
+        // At most 32 KiB.
+        let len = (self.table_entries * self.entries.width()) as usize;
+        let name = |error: Error| error.device(crate::image::DISK_NAME);
+        if self.reserved.first().is_some_and(|header| offset < header.end) {
+            return Err(Error::malformed(format!("grain table {index} overlaps the header")).at(offset));
+        }
+        let bytes = self.input.read_vec(offset, len).map_err(name)?;
+        match self.entries {
+            Entries::Sectors { zeroed } => {
+                Ok(bytes.as_chunks().0.iter().map(|e| sector(u32::from_le_bytes(*e), zeroed)).collect())
+            }
+            Entries::SeSparse { grains } => {
+                let place = |(at, entry): (u64, &[u8; 8])| {
+                    let entry = u64::from_le_bytes(*entry);
+                    let grain = sesparse::table_entry(entry)
+                        .map_err(|fault| fault.of("grain table entry", offset + at * 8))?;
+                    Ok(match grain {
+                        Grain::Absent => Place::Absent,
+                        Grain::Zero => Place::Zero,
+                        // A grain has a number below 2^60; the product saturates, and is beyond the file.
+                        Grain::Data(number) => {
+                            Place::At(grains.saturating_add(number.saturating_mul(self.grain_size)))
+                        }
+                    })
+                };
+                (0..).zip(bytes.as_chunks().0).map(place).collect()
+            }
+        }
+    }
+}
+
+/// Decodes an entry of a table of 32-bit sectors.
+fn sector(entry: u32, zeroed: bool) -> Place {
+    match entry {
+        0 => Place::Absent,
+        1 if zeroed => Place::Zero,
+        sector => Place::At(u64::from(sector) * SECTOR_SIZE),
+    }
+}
+
+/// Reads the footer of a stream: the last sector but one. Zeros may follow the end of the stream, which some
+/// programs write, so the last marker of a footer counts.
+fn footer(input: &RandomInput, header: &hosted::Header) -> Result<hosted::Header> {
+    const TAIL: u64 = 128 * SECTOR_SIZE;
+    let missing = || {
+        Error::corrupt("the stream has no footer, which has the place of its tables")
+            .at(input.len())
+            .remedied_by(Remedy::Salvage("the file is cut short: copy it again, or use a backup".into()))
+    };
+    let tail_len = input.len().min(TAIL + 3 * SECTOR_SIZE) / SECTOR_SIZE * SECTOR_SIZE;
+    let start = input.len() / SECTOR_SIZE * SECTOR_SIZE - tail_len;
+    // At most 67 KiB.
+    let tail = input.read_vec(start, tail_len as usize)?;
+    let (sectors, _) = tail.as_chunks::<512>();
+    let used = sectors.iter().rposition(|sector| *sector != [0; 512]).ok_or_else(missing)?;
+    let at = start + used as u64 * SECTOR_SIZE;
+    let is_footer = used > 0
+        && sectors[used].starts_with(hosted::MAGIC)
+        && matches!(sectors[used - 1].first_chunk().map(Marker::decode),
+            Some(Marker::Metadata { kind: Kind::Footer, .. }));
+    if !is_footer {
+        return Err(missing());
+    }
+    let footer = hosted::Header::decode(&sectors[used]).map_err(|fault| fault.of("footer", at))?;
+    if footer.directory == GD_AT_END {
+        return Err(Error::malformed("the footer does not have the place of the grain directory").at(at));
+    }
+    let same = |header: &hosted::Header| {
+        (header.capacity, header.grain_size, header.table_entries, header.compressed, header.markers)
+    };
+    if same(&footer) != same(header) {
+        return Err(Error::malformed("the footer contradicts the header").at(at));
+    }
+    // Streams have their descriptor behind the header.
+    Ok(hosted::Header {
+        descriptor_offset: header.descriptor_offset,
+        descriptor_size: header.descriptor_size,
+        ..footer
+    })
+}

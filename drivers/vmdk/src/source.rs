@@ -1,0 +1,142 @@
+//! Reading images by position: their facts, and the parent of a snapshot.
+
+use std::sync::Arc;
+
+use imgtool_core::layered::LayeredSource;
+use imgtool_core::{Device, ImageInfo, ImageSource, Input, OpenOptions, Reference, Result};
+use serde_json::{Value, json};
+
+use crate::descriptor::{Access, Kind, NO_PARENT};
+use crate::grains::GrainFile;
+use crate::image::{Content, DISK, DISK_NAME, Image};
+use crate::layout::hosted;
+use crate::parent;
+
+/// Key of the fact that contains an image's content identifier.
+pub(crate) const CID: &str = "cid";
+
+/// Maximum number of extents that the facts list. Our limit, for the length of the output.
+const MAX_LISTED_EXTENTS: usize = 1000;
+
+/// Opens an image and, unless only information is needed, its parent.
+pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
+    let image = Image::open(input, options)?;
+    let child = image.descriptor.as_ref().and_then(|found| Some((found, found.parent_cid()?)));
+    let parent = match child {
+        Some((descriptor, cid)) if !options.info_only => {
+            let parent = parent::open(&image, descriptor, cid, options);
+            Some(parent.map_err(|error| error.path(image.files[0].location()))?)
+        }
+        _ => None,
+    };
+    let info = describe(&image);
+    Ok(Arc::new(LayeredSource::new(info, image, parent, options.salvage)))
+}
+
+/// Collects the facts of an image, with the names of qemu-img where it has them.
+fn describe(image: &Image) -> ImageInfo {
+    let mut info = ImageInfo {
+        format: crate::FORMAT,
+        devices: vec![Device::disk(DISK.0, DISK_NAME, image.virtual_size)],
+        ..ImageInfo::default()
+    };
+    describe_descriptor(image, &mut info);
+    let listed: Vec<Value> = image.extents.iter().take(MAX_LISTED_EXTENTS).map(|e| extent(image, e)).collect();
+    if !image.single {
+        info.fact("extent-count", "extents", image.extents.len());
+    }
+    info.fact("extents", "extent list", Value::from(listed));
+    let hosted = image.extents.iter().filter_map(|extent| match &extent.content {
+        Content::Grains { file, .. } => Some(file),
+        _ => None,
+    });
+    for file in hosted {
+        let size = info.cluster_size.unwrap_or(0).max(file.grain_size);
+        info.cluster_size = Some(size);
+        note_header(file, &mut info);
+    }
+    info.references.extend(parent::references(image));
+    info.references.extend(extent_references(image));
+    if image.single && image.descriptor.is_none() {
+        info.notes.push(
+            "the file has no descriptor: if it is one extent of a split disk or snapshot, name the disk's \
+             descriptor instead"
+                .to_owned(),
+        );
+    }
+    info
+}
+
+fn describe_descriptor(image: &Image, info: &mut ImageInfo) {
+    let Some(descriptor) = &image.descriptor else { return };
+    if let Some(create_type) = &descriptor.create_type {
+        info.fact("create-type", "type", create_type.clone());
+    }
+    if let Some(cid) = descriptor.cid {
+        info.fact(CID, "content identifier", cid);
+    }
+    info.fact("parent-cid", "content identifier of the parent", descriptor.parent_cid.unwrap_or(NO_PARENT));
+    if let Some(adapter) = &descriptor.adapter {
+        info.fact("adapter-type", "adapter", adapter.clone());
+    }
+    if let Some(version) = &descriptor.hardware_version {
+        info.fact("hwversion", "hardware version", version.clone());
+    }
+}
+
+/// Adds notes about the header of a sparse file.
+fn note_header(file: &GrainFile, info: &mut ImageInfo) {
+    let Some(header) = &file.hosted else { return };
+    let mut note = |text: String| {
+        if !info.notes.contains(&text) {
+            info.notes.push(text);
+        }
+    };
+    if header.unclean_shutdown {
+        note("the image was not closed: its tables may be incomplete".to_owned());
+    }
+    if header.version == 3 && !header.compressed {
+        note("the header has version 3, which VMware uses with a change tracking file".to_owned());
+    }
+}
+
+/// Describes an extent as qemu-img does.
+fn extent(image: &Image, extent: &crate::image::Extent) -> Value {
+    let (file, grain) = match &extent.content {
+        Content::Grains { file, index } => (Some(*index), Some(file)),
+        Content::Flat { file, .. } => (Some(*file), None),
+        Content::Zero | Content::NoAccess | Content::Closed => (None, None),
+    };
+    let format = match (&extent.content, grain) {
+        (_, Some(file)) => file.kind,
+        (Content::Flat { .. }, _) => "FLAT",
+        (Content::Zero, _) => "ZERO",
+        (Content::NoAccess, _) => "NOACCESS",
+        _ => "",
+    };
+    let mut value = json!({ "virtual-size": extent.len, "format": format });
+    if let Some(file) = file.and_then(|index| image.files.get(index)) {
+        value["filename"] = file.location().to_string().into();
+    }
+    if let Some(file) = grain {
+        value["cluster-size"] = file.grain_size.into();
+        if file.hosted.as_ref().is_some_and(|header: &hosted::Header| header.compressed) {
+            value["compressed"] = true.into();
+        }
+    }
+    value
+}
+
+/// Returns the files that the descriptor names.
+fn extent_references(image: &Image) -> Vec<Reference> {
+    let Some(descriptor) = image.descriptor.as_ref().filter(|_| !image.single) else { return Vec::new() };
+    let mut names: Vec<&str> = Vec::new();
+    for line in descriptor.extents.iter().take(MAX_LISTED_EXTENTS) {
+        if line.access == Access::Readable && line.kind != Kind::Zero && names.last() != Some(&&*line.name) {
+            names.push(&line.name);
+        }
+    }
+    let reference = |name: &str| Reference { role: "extent", name: name.to_owned(), format: None };
+    names.into_iter().map(reference).collect()
+}
+

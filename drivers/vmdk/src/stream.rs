@@ -1,0 +1,391 @@
+//! Reading a stream of compressed grains in one pass, from a pipe or in a salvage.
+//!
+//! Grains are in ascending order, each after a marker with its place in the guest. The tables are in front
+//! (layout A of qemu-img and VMware's libraries), or behind their grains and at the end (layout B of vCenter).
+//! Either way, they must list exactly the grains of the stream, so a missing one is noticed.
+
+use std::sync::{Arc, Mutex};
+
+use imgtool_core::source::second_pass;
+use imgtool_core::sync::lock;
+use imgtool_core::{
+    Access, Buffer, BufferPool, Device, Error, ErrorKind, ImageInfo, ImageSource, Input, Lease, Loss, Losses,
+    OpenOptions, Piece, Remedy, Result, Stream, StreamAccess,
+};
+use libdeflater::Decompressor;
+
+use crate::descriptor::{Descriptor, NO_PARENT};
+use crate::image::{DISK, DISK_NAME};
+use crate::inflate::{check_len, inflate};
+use crate::layout::SECTOR_SIZE;
+use crate::layout::hosted::{self, GD_AT_END, Header};
+use crate::layout::marker::{GRAIN_HEAD, Kind, Marker};
+use crate::source::CID;
+
+mod tables;
+use tables::Tables;
+
+/// Length of a sector as an index.
+const SECTOR: usize = SECTOR_SIZE as usize;
+
+/// Place of the tables in a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TablePlace {
+    /// Before the first grain.
+    Front,
+    /// Behind their grains; the directory at the end.
+    Behind,
+}
+
+/// A stream that can be read in one pass.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct StreamLayout {
+    header: Header,
+    tables: TablePlace,
+}
+
+/// Returns the layout of an image that begins with `head`, if it can be read in one pass: it has markers, and
+/// everything before its first grain is in order. A snapshot can't, since its parent has the other grains.
+pub(crate) fn layout(head: &[u8]) -> Option<StreamLayout> {
+    let header = head.starts_with(hosted::MAGIC).then(|| Header::decode(head).ok()).flatten()?;
+    let descriptor_end = header.descriptor_offset.saturating_add(header.descriptor_size);
+    if !header.markers || header.is_wrapper() || header.overhead == 0 || descriptor_end > header.overhead {
+        return None;
+    }
+    let start = usize::try_from(header.descriptor_offset.checked_mul(SECTOR_SIZE)?).ok()?;
+    if header.descriptor_size > 0 {
+        let text = String::from_utf8_lossy(head.get(start..)?).to_ascii_lowercase();
+        let parent = text.lines().find_map(|line| line.trim().strip_prefix("parentcid"));
+        let cid = parent.map(|value| value.trim_start_matches([' ', '=']).trim());
+        if cid.is_some_and(|cid| cid != "ffffffff") {
+            return None;
+        }
+    }
+    let directory_len = header.directory_entries().checked_mul(4)?.div_ceil(SECTOR_SIZE);
+    let tables = match header.directory {
+        GD_AT_END => TablePlace::Behind,
+        directory if directory.checked_add(directory_len)? <= header.overhead => TablePlace::Front,
+        _ => TablePlace::Behind,
+    };
+    Some(StreamLayout { header, tables })
+}
+
+/// Opens a stream, reading what precedes the first grain.
+pub(crate) fn open(input: Input, layout: StreamLayout, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
+    let mut stream = input.into_stream()?;
+    let located = |error: Error, stream: &Stream| error.path(stream.location());
+    let front = Front::read(&mut stream, &layout, options).map_err(|e| located(e, &stream))?;
+    let header = layout.header;
+    let grain_size = header.grain_size * SECTOR_SIZE;
+    // Stored bytes of a grain, and the decoder.
+    let lease = options.memory.lease(3 * grain_size + (64 << 10), "a compressed grain")?;
+    let info = describe(&header, front.descriptor.as_ref());
+    let pass = Pass {
+        stream,
+        tables: front.tables,
+        header,
+        codec: Decompressor::new(),
+        stored: Vec::new(),
+        at: 0,
+        pending: None,
+        state: State::Grains,
+        salvage: options.salvage,
+        ignore_trailing: options.ignore_trailing,
+        losses: Arc::default(),
+        _lease: lease,
+    };
+    Ok(Arc::new(GrainStream { info, losses: Arc::clone(&pass.losses), pass: Mutex::new(pass) }))
+}
+
+fn describe(header: &Header, descriptor: Option<&Descriptor>) -> ImageInfo {
+    let mut info = ImageInfo {
+        format: crate::FORMAT,
+        devices: vec![Device::disk(DISK.0, DISK_NAME, header.capacity * SECTOR_SIZE)],
+        cluster_size: Some(header.grain_size * SECTOR_SIZE),
+        ..ImageInfo::default()
+    };
+    if let Some(descriptor) = descriptor {
+        if let Some(create_type) = &descriptor.create_type {
+            info.fact("create-type", "type", create_type.clone());
+        }
+        if let Some(cid) = descriptor.cid {
+            info.fact(CID, "content identifier", cid);
+        }
+        info.fact("parent-cid", "content identifier of the parent", NO_PARENT);
+    }
+    info
+}
+
+/// Structures before the first grain.
+struct Front {
+    descriptor: Option<Descriptor>,
+    tables: Tables,
+}
+
+impl Front {
+    fn read(stream: &mut Stream, layout: &StreamLayout, options: &OpenOptions) -> Result<Self> {
+        let header = &layout.header;
+        let mut lease = options.memory.lease(0, "the tables of a stream")?;
+        let wanted = match layout.tables {
+            TablePlace::Front => header.overhead,
+            TablePlace::Behind => header.descriptor_offset.saturating_add(header.descriptor_size),
+        };
+        let wanted = wanted.saturating_mul(SECTOR_SIZE);
+        let end = header.overhead.saturating_mul(SECTOR_SIZE);
+        let mut bytes = Vec::new();
+        let mut chunk = vec![0; 64 << 10];
+        while stream.position() < end {
+            let len = (end - stream.position()).min(chunk.len() as u64) as usize;
+            let keep = wanted.saturating_sub(stream.position()).min(len as u64) as usize;
+            let read = stream.read_full(&mut chunk[..len])?;
+            lease.raise(2 * (bytes.len() + keep) as u64, "the tables of a stream")?;
+            bytes.extend_from_slice(&chunk[..keep.min(read)]);
+            if read < len {
+                return Err(cut(stream.position()));
+            }
+        }
+        let text = (header.descriptor_offset * SECTOR_SIZE) as usize;
+        let text = bytes.get(text..text + (header.descriptor_size * SECTOR_SIZE) as usize);
+        let text = text.filter(|_| header.descriptor_offset > 0 && header.descriptor_size > 0);
+        let descriptor = match text.map(Descriptor::parse).transpose() {
+            Err(_) if options.salvage => None,
+            descriptor => descriptor?,
+        };
+        let tables = match layout.tables {
+            TablePlace::Front => Tables::in_front(header, &bytes, lease)?,
+            TablePlace::Behind => Tables::behind(header, lease)?,
+        };
+        Ok(Self { descriptor, tables })
+    }
+}
+
+/// Returns the error for a stream that ends at `position`.
+fn cut(position: u64) -> Error {
+    Error::corrupt("the stream ends early")
+        .at(position)
+        .remedied_by(Remedy::Salvage("it was cut short: copy it again, or use a backup".into()))
+}
+
+/// An image that is read in one pass.
+struct GrainStream {
+    info: ImageInfo,
+    losses: Arc<Losses>,
+    pass: Mutex<Pass>,
+}
+
+impl ImageSource for GrainStream {
+    fn info(&self) -> &ImageInfo {
+        &self.info
+    }
+
+    fn access(&self) -> Access<'_> {
+        Access::Stream(&self.pass)
+    }
+
+    fn losses(&self) -> Vec<Loss> {
+        let _ended = lock(&self.pass);
+        self.losses.list(DISK)
+    }
+}
+
+/// State of the one pass over a stream.
+struct Pass {
+    stream: Stream,
+    tables: Tables,
+    header: Header,
+    codec: Decompressor,
+    /// Compressed bytes of a grain.
+    stored: Vec<u8>,
+    /// Guest offset of the next piece.
+    at: u64,
+    /// A grain that was read: its guest offset and content.
+    pending: Option<(u64, Buffer)>,
+    state: State,
+    salvage: bool,
+    ignore_trailing: bool,
+    losses: Arc<Losses>,
+    /// Memory for a grain.
+    _lease: Lease,
+}
+
+/// Progress of a pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// More grains may follow.
+    Grains,
+    /// The stream has ended and was complete.
+    Ended,
+    /// The caller knows that.
+    Finished,
+}
+
+impl StreamAccess for Pass {
+    fn next_piece(&mut self, pool: &BufferPool) -> Result<Option<Piece>> {
+        if self.state == State::Finished {
+            return Err(second_pass());
+        }
+        while self.pending.is_none() && self.state == State::Grains {
+            if let Err(error) = self.step(pool) {
+                let position = self.stream.position();
+                let error = error.path(self.stream.location()).at(position).device(DISK_NAME);
+                if !self.salvage || error.kind() == ErrorKind::Cancelled {
+                    return Err(error);
+                }
+                // The next marker is not known any more.
+                self.losses.add(self.at..self.virtual_size(), &error);
+                self.state = State::Ended;
+            }
+        }
+        let next = self.pending.as_ref().map_or(self.virtual_size(), |(start, _)| *start);
+        if self.at < next {
+            let piece = Piece::zero(DISK, self.at, next - self.at);
+            self.at = next;
+            return Ok(Some(piece));
+        }
+        if let Some((start, data)) = self.pending.take() {
+            self.at = start + data.len() as u64;
+            return Ok(Some(Piece::data(DISK, start, data)));
+        }
+        self.state = State::Finished;
+        Ok(None)
+    }
+
+    fn in_order(&self) -> bool {
+        true
+    }
+}
+
+impl Pass {
+    fn virtual_size(&self) -> u64 {
+        self.header.capacity * SECTOR_SIZE
+    }
+
+    /// Reads the next marker and what it announces.
+    fn step(&mut self, pool: &BufferPool) -> Result<()> {
+        let position = self.stream.position() / SECTOR_SIZE;
+        let mut sector = [0; SECTOR];
+        match self.stream.read_full(&mut sector)? {
+            SECTOR => {}
+            // Some programs end a stream without its marker.
+            0 if self.tables.is_complete_without_end() => {
+                self.state = State::Ended;
+                return Ok(());
+            }
+            _ => return Err(cut(self.stream.position())),
+        }
+        let head = sector.first_chunk().map_or(Marker::Unknown(0), Marker::decode);
+        match head {
+            Marker::Grain { lba, len } => self.read_grain(lba, len, position, &sector, pool),
+            Marker::Metadata { kind: Kind::End, .. } => self.end(),
+            Marker::Metadata { kind: Kind::Progress, sectors } => self.skip(sectors),
+            Marker::Metadata { kind: Kind::Table, sectors } => {
+                let bytes = self.read_sectors(sectors, self.tables.table_sectors(), "grain table")?;
+                self.tables.meet_table(&bytes, position + 1)
+            }
+            Marker::Metadata { kind: Kind::Directory, sectors } => {
+                let bytes = self.read_sectors(sectors, self.tables.directory_sectors(), "grain directory")?;
+                self.tables.meet_directory(&bytes, position + 1)
+            }
+            Marker::Metadata { kind: Kind::Footer, sectors } => {
+                let bytes = self.read_sectors(sectors, 1, "footer")?;
+                let footer = Header::decode(&bytes).map_err(|fault| fault.of("footer", (position + 1) * SECTOR_SIZE))?;
+                if (footer.capacity, footer.grain_size) != (self.header.capacity, self.header.grain_size) {
+                    return Err(Error::corrupt("the footer contradicts the header"));
+                }
+                self.tables.meet_footer(footer.directory)
+            }
+            Marker::Unknown(kind) => Err(Error::malformed(format!("the stream has a marker of type {kind}"))),
+        }
+    }
+
+    /// Reads the metadata that follows a marker, which must have the expected number of sectors.
+    fn read_sectors(&mut self, sectors: u64, expected: u64, name: &str) -> Result<Vec<u8>> {
+        if sectors != expected {
+            return Err(Error::malformed(format!("the {name} has {sectors} sectors, not {expected}")));
+        }
+        // `Tables` bounds the directory, and has borrowed memory for it.
+        let mut bytes = vec![0; (sectors * SECTOR_SIZE) as usize];
+        if self.stream.read_full(&mut bytes)? < bytes.len() {
+            return Err(cut(self.stream.position()));
+        }
+        Ok(bytes)
+    }
+
+    fn skip(&mut self, sectors: u64) -> Result<()> {
+        let mut sector = [0; SECTOR];
+        for _ in 0..sectors {
+            if self.stream.read_full(&mut sector)? < SECTOR {
+                return Err(cut(self.stream.position()));
+            }
+        }
+        Ok(())
+    }
+
+    fn read_grain(
+        &mut self,
+        lba: u64,
+        len: u32,
+        position: u64,
+        sector: &[u8; SECTOR],
+        pool: &BufferPool,
+    ) -> Result<()> {
+        let start = lba.saturating_mul(SECTOR_SIZE);
+        if lba % self.header.grain_size != 0 || lba >= self.header.capacity {
+            return Err(Error::corrupt(format!(
+                "a marker names sector {lba}, which is no grain of {} sectors within {}",
+                self.header.grain_size, self.header.capacity
+            )));
+        }
+        if start < self.at {
+            return Err(Error::out_of_order(format!(
+                "the grain of sector {lba} comes after that of sector {}",
+                self.at / SECTOR_SIZE
+            ))
+            .hint("save the stream to a file first"));
+        }
+        let grain_size = self.header.grain_size * SECTOR_SIZE;
+        check_len(len, grain_size)?;
+        self.tables.meet_grain(lba / self.header.grain_size, position)?;
+        // At most 2 MiB and a sector.
+        let end = (GRAIN_HEAD + len as usize).next_multiple_of(SECTOR);
+        self.stored.clear();
+        self.stored.extend_from_slice(sector);
+        self.stored.resize(end, 0);
+        let rest = self.stream.read_full(&mut self.stored[SECTOR..])?;
+        if SECTOR + rest < GRAIN_HEAD + len as usize {
+            return Err(cut(self.stream.position()));
+        }
+        let used = (self.virtual_size() - start).min(grain_size);
+        let mut data = pool.take(grain_size as usize);
+        let stored = &self.stored[GRAIN_HEAD..GRAIN_HEAD + len as usize];
+        if let Err(error) = inflate(&mut self.codec, stored, &mut data, used) {
+            let error = error.at(position * SECTOR_SIZE).guest(start..start + used).device(DISK_NAME);
+            if !self.salvage {
+                return Err(error.path(self.stream.location()));
+            }
+            self.losses.add(start..start + used, &error);
+            data.fill(0);
+        }
+        data.truncate(used as usize);
+        self.pending = Some((start, data));
+        Ok(())
+    }
+
+    /// Ends the stream. Zeros may follow: qemu-img writes up to 64 KiB of them.
+    fn end(&mut self) -> Result<()> {
+        self.tables.check_complete()?;
+        let mut rest = vec![0; 64 << 10];
+        loop {
+            let read = self.stream.read_full(&mut rest)?;
+            if !self.ignore_trailing && rest[..read].iter().any(|byte| *byte != 0) {
+                return Err(Error::corrupt("bytes follow the end of the stream")
+                    .remedied_by(Remedy::IgnoreTrailing));
+            }
+            if read < rest.len() {
+                break;
+            }
+        }
+        self.state = State::Ended;
+        Ok(())
+    }
+}

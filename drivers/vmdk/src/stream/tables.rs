@@ -1,0 +1,228 @@
+//! [`Tables`], the comparison of a stream's tables with its grains.
+
+use std::collections::VecDeque;
+
+use imgtool_core::{Error, Lease, Remedy, Result};
+
+use crate::layout::SECTOR_SIZE;
+use crate::layout::hosted::Header;
+
+/// Maximum number of tables that are behind the grains of later tables. Our limit; programs write each table
+/// right behind its grains.
+const MAX_OPEN_TABLES: usize = 64;
+
+/// Maximum length of a grain directory in bytes. Our limit, as in files.
+const MAX_DIRECTORY_LEN: u64 = 32 << 20;
+
+/// The tables of a stream, as far as they are known.
+pub(super) struct Tables {
+    table_entries: u64,
+    directory_entries: u64,
+    kind: Kind,
+    /// Memory for everything here.
+    lease: Lease,
+}
+
+enum Kind {
+    /// Known before the first grain.
+    Front {
+        /// Sector of each grain, 0 without one. A grain that was met is set to 0.
+        expected: Vec<u32>,
+        /// Number of grains that were not met yet.
+        missing: u64,
+    },
+    /// Derived from the grains, and compared with the tables that follow.
+    Behind {
+        /// Sector of each table that was met, 0 without one.
+        directory: Vec<u32>,
+        /// Tables that were not met yet: their index, and the sectors of their grains.
+        open: VecDeque<(u64, Vec<u32>)>,
+        /// Sectors of tables without grains.
+        empty: Vec<u32>,
+        /// Sector of the directory, once it was met.
+        directory_at: Option<u64>,
+        has_footer: bool,
+    },
+}
+
+fn contradiction(what: &str) -> Error {
+    Error::corrupt(format!("{what} contradicts the grains of the stream"))
+        .remedied_by(Remedy::Salvage("the stream is damaged: copy it again, or use a backup".into()))
+}
+
+fn entries(bytes: &[u8]) -> impl Iterator<Item = u32> {
+    bytes.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes))
+}
+
+impl Tables {
+    /// Reads the tables from `front`, the bytes before the first grain.
+    pub(super) fn in_front(header: &Header, front: &[u8], mut lease: Lease) -> Result<Self> {
+        let part = |sector: u64, len: u64| {
+            let start = usize::try_from(sector.checked_mul(SECTOR_SIZE)?).ok()?;
+            front.get(start..start.checked_add(usize::try_from(len).ok()?)?)
+        };
+        let table_entries = u64::from(header.table_entries);
+        let grains = header.capacity.div_ceil(header.grain_size);
+        let outside = || {
+            Error::unsupported("the tables of the stream are neither before its grains nor behind them")
+                .hint("save the stream to a file first")
+        };
+        let directory = part(header.directory, header.directory_entries() * 4).ok_or_else(outside)?;
+        let mut expected: Vec<u32> = Vec::new();
+        for sector in entries(directory) {
+            let len = expected.len() + table_entries as usize;
+            // The front has at least 4 bytes for each entry but those of absent and shared tables.
+            lease.raise(2 * front.len() as u64 + 4 * len as u64, "the tables of a stream")?;
+            match sector {
+                0 => expected.resize(len, 0),
+                sector => {
+                    let table = part(sector.into(), table_entries * 4).ok_or_else(outside)?;
+                    // Entry 1 means zeros, which have no grain in the stream.
+                    expected.extend(entries(table).map(|entry| {
+                        if entry == 1 && header.zeroed_grains { 0 } else { entry }
+                    }));
+                }
+            }
+        }
+        expected.truncate(usize::try_from(grains).unwrap_or(usize::MAX));
+        let missing = expected.iter().filter(|entry| **entry != 0).count() as u64;
+        let directory_entries = header.directory_entries();
+        Ok(Self { table_entries, directory_entries, kind: Kind::Front { expected, missing }, lease })
+    }
+
+    /// Expects the tables behind the grains.
+    pub(super) fn behind(header: &Header, mut lease: Lease) -> Result<Self> {
+        let directory_entries = header.directory_entries();
+        let len = directory_entries.saturating_mul(4);
+        if len > MAX_DIRECTORY_LEN {
+            return Err(Error::limit(format!(
+                "the grain directory has {len} bytes; the limit is {MAX_DIRECTORY_LEN}"
+            )));
+        }
+        // The directory, and its copy from the stream; the open tables.
+        let tables = MAX_OPEN_TABLES as u64 * u64::from(header.table_entries) * 4;
+        lease.raise(2 * len + SECTOR_SIZE + tables, "the tables of a stream")?;
+        let kind = Kind::Behind {
+            directory: vec![0; directory_entries as usize],
+            open: VecDeque::new(),
+            empty: Vec::new(),
+            directory_at: None,
+            has_footer: false,
+        };
+        Ok(Self { table_entries: header.table_entries.into(), directory_entries, kind, lease })
+    }
+
+    /// Returns the number of sectors of a table.
+    pub(super) fn table_sectors(&self) -> u64 {
+        (self.table_entries * 4).div_ceil(SECTOR_SIZE)
+    }
+
+    /// Returns the number of sectors of the directory.
+    pub(super) fn directory_sectors(&self) -> u64 {
+        (self.directory_entries * 4).div_ceil(SECTOR_SIZE)
+    }
+
+    /// Enters a grain whose marker is at `sector`.
+    pub(super) fn meet_grain(&mut self, grain: u64, sector: u64) -> Result<()> {
+        let sector = u32::try_from(sector)
+            .map_err(|_| Error::malformed("a grain is beyond 2 TiB, where no table can list it"))?;
+        match &mut self.kind {
+            Kind::Front { expected, missing } => {
+                let entry = usize::try_from(grain).ok().and_then(|grain| expected.get_mut(grain));
+                match entry {
+                    Some(entry) if *entry == sector => {
+                        *entry = 0;
+                        *missing -= 1;
+                        Ok(())
+                    }
+                    _ => Err(contradiction("the grain table")),
+                }
+            }
+            Kind::Behind { directory, open, .. } => {
+                let (index, within) = (grain / self.table_entries, (grain % self.table_entries) as usize);
+                if directory.get(index as usize).is_none_or(|sector| *sector != 0) {
+                    return Err(contradiction("a grain table before its grain"));
+                }
+                if open.back().is_none_or(|(last, _)| *last != index) {
+                    if open.len() == MAX_OPEN_TABLES {
+                        return Err(Error::limit(format!(
+                            "more than {MAX_OPEN_TABLES} grain tables are not behind their grains"
+                        ))
+                        .hint("save the stream to a file first"));
+                    }
+                    open.push_back((index, vec![0; self.table_entries as usize]));
+                }
+                if let Some((_, table)) = open.back_mut() {
+                    table[within] = sector;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Compares a table that is at `sector`.
+    pub(super) fn meet_table(&mut self, bytes: &[u8], sector: u64) -> Result<()> {
+        let Kind::Behind { directory, open, empty, .. } = &mut self.kind else {
+            return Err(Error::malformed("a grain table follows, although the header has the tables in front"));
+        };
+        let sector = u32::try_from(sector).map_err(|_| Error::malformed("a grain table is beyond 2 TiB"))?;
+        let found: Vec<u32> = entries(bytes).take(self.table_entries as usize).collect();
+        if found.iter().all(|entry| *entry == 0) {
+            empty.push(sector);
+            let bytes = self.lease.bytes() + 8;
+            return self.lease.raise(bytes, "the empty tables of a stream");
+        }
+        let place = open.iter().position(|(_, table)| *table == found);
+        let Some((index, _)) = place.and_then(|place| open.remove(place)) else {
+            return Err(contradiction("a grain table"));
+        };
+        directory[index as usize] = sector;
+        Ok(())
+    }
+
+    /// Compares the directory, which is at `sector`.
+    pub(super) fn meet_directory(&mut self, bytes: &[u8], sector: u64) -> Result<()> {
+        let Kind::Behind { directory, open, empty, directory_at, .. } = &mut self.kind else {
+            return Err(Error::malformed("a directory follows, although the header has one in front"));
+        };
+        let agrees = |(found, expected): (u32, &u32)| {
+            found == *expected || *expected == 0 && empty.binary_search(&found).is_ok()
+        };
+        if !open.is_empty() || !entries(bytes).zip(directory.iter()).all(agrees) {
+            return Err(contradiction("the grain directory"));
+        }
+        *directory_at = Some(sector);
+        Ok(())
+    }
+
+    /// Compares the place of the directory in the footer.
+    pub(super) fn meet_footer(&mut self, directory: u64) -> Result<()> {
+        match &mut self.kind {
+            Kind::Behind { directory_at, has_footer, .. } if *directory_at == Some(directory) => {
+                *has_footer = true;
+                Ok(())
+            }
+            Kind::Behind { .. } => Err(contradiction("the place of the directory in the footer")),
+            Kind::Front { .. } => Ok(()),
+        }
+    }
+
+    /// True if the tables show that every grain was met even if the stream has no end marker.
+    pub(super) fn is_complete_without_end(&self) -> bool {
+        matches!(&self.kind, Kind::Front { missing: 0, .. })
+    }
+
+    /// Checks at the end marker that nothing is missing.
+    pub(super) fn check_complete(&self) -> Result<()> {
+        match &self.kind {
+            Kind::Front { missing: 0, .. } => Ok(()),
+            Kind::Front { missing, .. } => {
+                Err(Error::corrupt(format!("the stream ends, but {missing} grains of its tables are missing"))
+                    .remedied_by(Remedy::Salvage("copy it again, or use a backup".into())))
+            }
+            Kind::Behind { directory_at: Some(_), has_footer: true, .. } => Ok(()),
+            Kind::Behind { .. } => Err(Error::corrupt("the stream ends without its directory and footer")
+                .remedied_by(Remedy::Salvage("copy it again, or use a backup".into()))),
+        }
+    }
+}
