@@ -249,9 +249,9 @@ fn mistakes() {
         "convert --verify=yes disk.raw x",
         "convert -to qcow2 disk.raw x",
         "convert disk.raw -O x.qcow2",
-        "convert -O vmdk disk.raw x",
-        "convert disk.raw x.vmdk",
-        "convert -f vmdk disk.raw x",
+        "convert -O ova disk.raw x",
+        "convert disk.raw x.ova",
+        "convert -f ova disk.raw x",
         "convert -O raw -o cluster_size=64k disk.raw x",
         "convert -O qcow2 -o size=1G disk.raw x",
         "convert dsik.raw x",
@@ -271,7 +271,7 @@ fn mistakes() {
         "map --start-offset 9M disk.raw",
         "create 10G disk.new",
         "create -f qcow2 - 10G",
-        "create x.vmdk 10G",
+        "create x.ova 10G",
     ];
     insta::assert_snapshot!("mistakes", screens(here, &lines));
     assert_eq!(imgtool_testing::snapshot(here), before);

@@ -24,6 +24,7 @@ fn foreign(image: &Image, raw: &Path, format: &str, directory: &Path) -> PathBuf
         }
         // By default, QEMU rounds a VHD up to a geometry.
         "vhd" => oracles::qemu_make(raw, "vpc", "force_size=on", &path),
+        "vmdk" => oracles::qemu_make(raw, format, "subformat=streamOptimized", &path),
         _ => oracles::qemu_make(raw, format, "", &path),
     }
     path
@@ -32,7 +33,7 @@ fn foreign(image: &Image, raw: &Path, format: &str, directory: &Path) -> PathBuf
 /// Asserts that independent readers find the content of the raw file in its output, for each pair in
 /// `outputs`.
 fn ask_oracles(format: &str, outputs: &[(PathBuf, PathBuf)]) {
-    if matches!(format, "qcow2" | "vhdx" | "vdi" | "vhd") && oracles::have("qemu-img") {
+    if matches!(format, "qcow2" | "vhdx" | "vdi" | "vhd" | "vmdk") && oracles::have("qemu-img") {
         for (raw, output) in outputs {
             oracles::qemu_compare(raw, "raw", output, if format == "vhd" { "vpc" } else { format });
             if format != "vhd" {
@@ -40,6 +41,12 @@ fn ask_oracles(format: &str, outputs: &[(PathBuf, PathBuf)]) {
             }
         }
     }
+    // dissect.hypervisor fails if the size of a VMDK is no multiple of its grain.
+    let is_readable = |(raw, _): &&(PathBuf, PathBuf)| {
+        format != "vmdk"
+            || std::fs::metadata(raw).unwrap().len().next_multiple_of(SECTOR).is_multiple_of(65_536)
+    };
+    let outputs: Vec<&(PathBuf, PathBuf)> = outputs.iter().filter(is_readable).collect();
     if format == "raw" || !oracles::have("dissect") {
         return;
     }
@@ -112,36 +119,49 @@ cells! {
     raw_to_vhdx: "raw" => "vhdx";
     raw_to_vhd: "raw" => "vhd";
     raw_to_vdi: "raw" => "vdi";
+    raw_to_vmdk: "raw" => "vmdk";
     raw_to_vma: "raw" => "vma";
     qcow2_to_raw: "qcow2" => "raw";
     qcow2_to_qcow2: "qcow2" => "qcow2";
     qcow2_to_vhdx: "qcow2" => "vhdx";
     qcow2_to_vhd: "qcow2" => "vhd";
     qcow2_to_vdi: "qcow2" => "vdi";
+    qcow2_to_vmdk: "qcow2" => "vmdk";
     qcow2_to_vma: "qcow2" => "vma";
     vhdx_to_raw: "vhdx" => "raw";
     vhdx_to_qcow2: "vhdx" => "qcow2";
     vhdx_to_vhdx: "vhdx" => "vhdx";
     vhdx_to_vhd: "vhdx" => "vhd";
     vhdx_to_vdi: "vhdx" => "vdi";
+    vhdx_to_vmdk: "vhdx" => "vmdk";
     vhdx_to_vma: "vhdx" => "vma";
     vhd_to_raw: "vhd" => "raw";
     vhd_to_qcow2: "vhd" => "qcow2";
     vhd_to_vhdx: "vhd" => "vhdx";
     vhd_to_vhd: "vhd" => "vhd";
     vhd_to_vdi: "vhd" => "vdi";
+    vhd_to_vmdk: "vhd" => "vmdk";
     vhd_to_vma: "vhd" => "vma";
     vdi_to_raw: "vdi" => "raw";
     vdi_to_qcow2: "vdi" => "qcow2";
     vdi_to_vhdx: "vdi" => "vhdx";
     vdi_to_vhd: "vdi" => "vhd";
     vdi_to_vdi: "vdi" => "vdi";
+    vdi_to_vmdk: "vdi" => "vmdk";
     vdi_to_vma: "vdi" => "vma";
+    vmdk_to_raw: "vmdk" => "raw";
+    vmdk_to_qcow2: "vmdk" => "qcow2";
+    vmdk_to_vhdx: "vmdk" => "vhdx";
+    vmdk_to_vhd: "vmdk" => "vhd";
+    vmdk_to_vdi: "vmdk" => "vdi";
+    vmdk_to_vmdk: "vmdk" => "vmdk";
+    vmdk_to_vma: "vmdk" => "vma";
     vma_to_raw: "vma" => "raw";
     vma_to_qcow2: "vma" => "qcow2";
     vma_to_vhdx: "vma" => "vhdx";
     vma_to_vhd: "vma" => "vhd";
     vma_to_vdi: "vma" => "vdi";
+    vma_to_vmdk: "vma" => "vmdk";
     vma_to_vma: "vma" => "vma";
     parallels_to_raw: "parallels" => "raw";
     parallels_to_qcow2: "parallels" => "qcow2";
@@ -187,6 +207,11 @@ fn vma_qcow2_vhdx_chain_preserves_content() {
 #[test]
 fn vhd_vdi_vhdx_chain_preserves_content() {
     chain(&["vhd", "vdi", "vhdx"]);
+}
+
+#[test]
+fn vmdk_vdi_qcow2_chain_preserves_content() {
+    chain(&["vmdk", "vdi", "qcow2"]);
 }
 
 #[test]

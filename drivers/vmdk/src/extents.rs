@@ -34,10 +34,11 @@ fn open_any(input: &RandomInput, options: &OpenOptions) -> Result<Image> {
         let header = hosted::Header::decode(&head).map_err(|fault| fault.of("header", 0))?;
         let descriptor = embedded_descriptor(input, &header, options.salvage)?;
         return match descriptor {
-            Some(descriptor) if header.is_wrapper() => open_described(input, descriptor, options),
-            descriptor => {
-                single(input, GrainFile::hosted(input, header, budget)?, descriptor, options)
+            Some(descriptor) if header.is_wrapper() && descriptor.sectors() > 0 => {
+                open_described(input, descriptor, options)
             }
+            Some(descriptor) if header.is_wrapper() => empty(input, descriptor, options),
+            descriptor => single(input, GrainFile::hosted(input, header, budget)?, descriptor, options),
         };
     }
     if head.starts_with(cowd::MAGIC) {
@@ -73,8 +74,8 @@ fn refuse_bare(what: &str, options: &OpenOptions) -> Result<()> {
 }
 
 fn se_sparse(input: &RandomInput, head: &[u8], budget: TableBudget<'_>) -> Result<GrainFile> {
-    let header = sesparse::Header::decode(head, input.len() / SECTOR_SIZE)
-        .map_err(|fault| fault.of("header", 0))?;
+    let header =
+        sesparse::Header::decode(head, input.len() / SECTOR_SIZE).map_err(|fault| fault.of("header", 0))?;
     GrainFile::se_sparse(input, &header, budget)
 }
 
@@ -101,6 +102,18 @@ fn embedded_descriptor(
     }
 }
 
+/// Makes the image of a disk without sectors. Its header has no numbers that count.
+fn empty(input: &RandomInput, descriptor: Descriptor, options: &OpenOptions) -> Result<Image> {
+    Ok(Image {
+        files: vec![input.clone()],
+        virtual_size: 0,
+        extents: Vec::new(),
+        descriptor: Some(descriptor),
+        single: true,
+        inflater: Inflater::new(0, 0, &options.memory)?,
+    })
+}
+
 /// Makes the image of a single sparse file.
 fn single(
     input: &RandomInput,
@@ -112,16 +125,13 @@ fn single(
         return Err(Error::unsupported("the descriptor in the sparse file has more than one extent")
             .hint("save the descriptor as a file beside it, and name that"));
     }
-    let compressed = if file.hosted.as_ref().is_some_and(|header| header.compressed) {
-        file.grain_size
-    } else {
-        0
-    };
+    let compressed =
+        if file.hosted.as_ref().is_some_and(|header| header.compressed) { file.grain_size } else { 0 };
     let extent = Extent { start: 0, len: file.capacity, content: Content::Grains { file, index: 0 } };
     Ok(Image {
         files: vec![input.clone()],
         virtual_size: extent.len,
-        extents: vec![extent],
+        extents: std::iter::once(extent).filter(|extent| extent.len > 0).collect(),
         descriptor,
         single: true,
         inflater: Inflater::new(compressed, options.externals.depth(), &options.memory)?,

@@ -152,11 +152,7 @@ impl GrainFile {
     }
 
     /// Opens a COWD file.
-    pub(crate) fn cowd(
-        input: &RandomInput,
-        header: &cowd::Header,
-        budget: TableBudget<'_>,
-    ) -> Result<Self> {
+    pub(crate) fn cowd(input: &RandomInput, header: &cowd::Header, budget: TableBudget<'_>) -> Result<Self> {
         let shape = Shape {
             grain_size: header.grain_size * SECTOR_SIZE,
             capacity: header.capacity * SECTOR_SIZE,
@@ -190,10 +186,7 @@ impl GrainFile {
             directory_entries: header.directory_entries,
             table_entries: sesparse::TABLE_ENTRIES,
             entries: Entries::SeSparse { grains: header.grains.offset.saturating_mul(SECTOR_SIZE) },
-            reserved: vec![
-                0..sesparse::HEADER_LEN as u64,
-                tables..tables + header.tables.size * SECTOR_SIZE,
-            ],
+            reserved: vec![0..sesparse::HEADER_LEN as u64, tables..tables + header.tables.size * SECTOR_SIZE],
         };
         let table_len = sesparse::TABLE_SECTORS * SECTOR_SIZE;
         let mut file = Self::open(input, shape, budget)?;
@@ -419,8 +412,10 @@ fn footer(input: &RandomInput, header: &hosted::Header) -> Result<hosted::Header
     let at = start + used as u64 * SECTOR_SIZE;
     let is_footer = used > 0
         && sectors[used].starts_with(hosted::MAGIC)
-        && matches!(sectors[used - 1].first_chunk().map(Marker::decode),
-            Some(Marker::Metadata { kind: Kind::Footer, .. }));
+        && matches!(
+            sectors[used - 1].first_chunk().map(Marker::decode),
+            Some(Marker::Metadata { kind: Kind::Footer, .. })
+        );
     if !is_footer {
         return Err(missing());
     }

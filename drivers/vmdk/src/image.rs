@@ -41,10 +41,16 @@ pub(crate) struct Extent {
 /// Content of an extent.
 pub(crate) enum Content {
     /// The guest's bytes in a file.
-    Flat { file: usize, file_offset: u64 },
+    Flat {
+        file: usize,
+        file_offset: u64,
+    },
     Zero,
     /// A sparse file, the one with this index.
-    Grains { file: GrainFile, index: usize },
+    Grains {
+        file: GrainFile,
+        index: usize,
+    },
     /// Nothing: reading it is an error.
     NoAccess,
     /// Not opened, because only information is needed.
@@ -129,7 +135,8 @@ impl SegmentMap for Image {
 
     fn read_encoded(&self, buf: &mut [u8], guest_offset: u64) -> Result<()> {
         let index = self.extent_at(guest_offset);
-        let Some(Extent { start, content: Content::Grains { file, .. }, .. }) = self.extents.get(index) else {
+        let Some(Extent { start, content: Content::Grains { file, .. }, .. }) = self.extents.get(index)
+        else {
             return Err(Error::unsupported("the extent is not compressed"));
         };
         let mut at = guest_offset - start;

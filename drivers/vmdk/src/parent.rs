@@ -24,12 +24,7 @@ pub(crate) fn references(image: &Image) -> Vec<Reference> {
 /// # Errors
 /// `Unsupported` if no name is a path on this system; the error for the first name if none can be opened;
 /// `Corrupt` if the parent was written to after the child was made.
-pub(crate) fn open(
-    image: &Image,
-    descriptor: &Descriptor,
-    cid: u32,
-    options: &OpenOptions,
-) -> Result<Disk> {
+pub(crate) fn open(image: &Image, descriptor: &Descriptor, cid: u32, options: &OpenOptions) -> Result<Disk> {
     let mut first_error = None;
     for name in names(descriptor) {
         let from = image.files[0].location();

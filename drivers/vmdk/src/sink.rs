@@ -183,7 +183,8 @@ impl ImageWriter for VmdkWriter {
                 measure(source, device, settings, GRAIN_SIZE, |grains| layout.file_len(grains))
             }
             Subformat::MonolithicFlat | Subformat::Vmfs | Subformat::SplitFlat => {
-                let required = image.sectors * SECTOR_SIZE + image.descriptor(&Fingerprint::default()).len() as u64;
+                let required =
+                    image.sectors * SECTOR_SIZE + image.descriptor(&Fingerprint::default()).len() as u64;
                 let occupied = match zero_unit {
                     Some(_) => data_bytes(source, device)?,
                     None => device.size,

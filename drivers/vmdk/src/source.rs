@@ -41,7 +41,8 @@ fn describe(image: &Image) -> ImageInfo {
         ..ImageInfo::default()
     };
     describe_descriptor(image, &mut info);
-    let listed: Vec<Value> = image.extents.iter().take(MAX_LISTED_EXTENTS).map(|e| extent(image, e)).collect();
+    let listed: Vec<Value> =
+        image.extents.iter().take(MAX_LISTED_EXTENTS).map(|e| extent(image, e)).collect();
     if !image.single {
         info.fact("extent-count", "extents", image.extents.len());
     }
@@ -139,4 +140,3 @@ fn extent_references(image: &Image) -> Vec<Reference> {
     let reference = |name: &str| Reference { role: "extent", name: name.to_owned(), format: None };
     names.into_iter().map(reference).collect()
 }
-

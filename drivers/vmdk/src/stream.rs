@@ -71,7 +71,11 @@ pub(crate) fn layout(head: &[u8]) -> Option<StreamLayout> {
 }
 
 /// Opens a stream, reading what precedes the first grain.
-pub(crate) fn open(input: Input, layout: StreamLayout, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
+pub(crate) fn open(
+    input: Input,
+    layout: StreamLayout,
+    options: &OpenOptions,
+) -> Result<Arc<dyn ImageSource>> {
     let mut stream = input.into_stream()?;
     let located = |error: Error, stream: &Stream| error.path(stream.location());
     let front = Front::read(&mut stream, &layout, options).map_err(|e| located(e, &stream))?;
@@ -264,14 +268,14 @@ impl Pass {
     fn step(&mut self, pool: &BufferPool) -> Result<()> {
         let position = self.stream.position() / SECTOR_SIZE;
         let mut sector = [0; SECTOR];
-        match self.stream.read_full(&mut sector)? {
-            SECTOR => {}
+        let read = self.stream.read_full(&mut sector)?;
+        if read < SECTOR {
             // Some programs end a stream without its marker.
-            0 if self.tables.is_complete_without_end() => {
+            if self.tables.is_complete_without_end() && sector[..read].iter().all(|byte| *byte == 0) {
                 self.state = State::Ended;
                 return Ok(());
             }
-            _ => return Err(cut(self.stream.position())),
+            return Err(cut(self.stream.position()));
         }
         let head = sector.first_chunk().map_or(Marker::Unknown(0), Marker::decode);
         match head {
@@ -288,7 +292,8 @@ impl Pass {
             }
             Marker::Metadata { kind: Kind::Footer, sectors } => {
                 let bytes = self.read_sectors(sectors, 1, "footer")?;
-                let footer = Header::decode(&bytes).map_err(|fault| fault.of("footer", (position + 1) * SECTOR_SIZE))?;
+                let footer = Header::decode(&bytes)
+                    .map_err(|fault| fault.of("footer", (position + 1) * SECTOR_SIZE))?;
                 if (footer.capacity, footer.grain_size) != (self.header.capacity, self.header.grain_size) {
                     return Err(Error::corrupt("the footer contradicts the header"));
                 }
@@ -378,8 +383,9 @@ impl Pass {
         loop {
             let read = self.stream.read_full(&mut rest)?;
             if !self.ignore_trailing && rest[..read].iter().any(|byte| *byte != 0) {
-                return Err(Error::corrupt("bytes follow the end of the stream")
-                    .remedied_by(Remedy::IgnoreTrailing));
+                return Err(
+                    Error::corrupt("bytes follow the end of the stream").remedied_by(Remedy::IgnoreTrailing)
+                );
             }
             if read < rest.len() {
                 break;

@@ -44,6 +44,7 @@ pub fn registry() -> Registry {
     imgtool_dmg::register(&mut registry);
     imgtool_qcow2::register(&mut registry);
     imgtool_vhdx::register(&mut registry);
+    imgtool_vmdk::register(&mut registry);
     imgtool_vma::register(&mut registry);
     registry
 }

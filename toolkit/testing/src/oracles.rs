@@ -13,12 +13,14 @@ use serde_json::Value;
 
 mod dissect;
 mod libvhdi;
+mod libvmdk;
 mod qemu;
 
 pub use dissect::{
     SeenArchive, SeenDevice, dissect_compare_vhdx, dissect_disks, dissect_read_qcow2, dissect_vma,
 };
 pub use libvhdi::{VhdiMount, vhdi_info};
+pub use libvmdk::{VmdkMount, seven_zip};
 pub use qemu::{assert_clean_qcow2, qemu_check, qemu_compare, qemu_img, qemu_info, qemu_make};
 
 /// True if a program is installed (for `dissect`: if both of its packages can be imported). If it is not,

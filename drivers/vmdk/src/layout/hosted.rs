@@ -115,7 +115,9 @@ impl Header {
             return Err(Fault::Unsupported(format!("has unknown flags ({flags:#x})")));
         }
         if flags & VALID_NEWLINE_TEST != 0 && raw.newline_test != NEWLINE_TEST {
-            return malformed("shows that the file was transferred in text mode, which changed it".to_owned());
+            return malformed(
+                "shows that the file was transferred in text mode, which changed it".to_owned(),
+            );
         }
         let compressed = flags & COMPRESSED != 0;
         match (raw.compression.get(), compressed) {

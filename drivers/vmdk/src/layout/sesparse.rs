@@ -118,7 +118,9 @@ impl Header {
         let capacity = raw.capacity.get();
         let directory_entries = capacity.div_ceil(GRAIN_SECTORS * TABLE_ENTRIES);
         if capacity >= MAX_SECTORS || directory_entries > MAX_DIRECTORY_ENTRIES {
-            return Err(Fault::Malformed(format!("has a capacity of {capacity} sectors; the limit is 64 TiB")));
+            return Err(Fault::Malformed(format!(
+                "has a capacity of {capacity} sectors; the limit is 64 TiB"
+            )));
         }
         let area = |raw: RawArea, name: &str| {
             let (offset, size) = (raw.offset.get(), raw.size.get());
@@ -156,7 +158,9 @@ impl Header {
             return Err(Fault::Malformed(format!("has the magic number {:#x}", raw.magic)));
         }
         if raw.replay_journal.get() != 0 {
-            return Err(Fault::Unsupported("asks for a replay of the journal, which was not closed".to_owned()));
+            return Err(Fault::Unsupported(
+                "asks for a replay of the journal, which was not closed".to_owned(),
+            ));
         }
         Ok(())
     }

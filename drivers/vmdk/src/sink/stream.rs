@@ -244,9 +244,11 @@ impl ImageSink for StreamSink {
             let (index, entry) = (grain / TABLE_ENTRIES, (grain % TABLE_ENTRIES) as usize);
             if state.table.as_ref().is_some_and(|(current, _)| *current != index) {
                 if state.table.as_ref().is_some_and(|(current, _)| *current > index) {
-                    return Err(Error::out_of_order("the grains of a stream must be in the order of the disk")
-                        .guest(part.guest.clone())
-                        .hint("save the source to a file, and convert from there"));
+                    return Err(Error::out_of_order(
+                        "the grains of a stream must be in the order of the disk",
+                    )
+                    .guest(part.guest.clone())
+                    .hint("save the source to a file, and convert from there"));
                 }
                 let at = state.at;
                 let table = state.end_table()?;

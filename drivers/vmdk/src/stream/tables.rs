@@ -78,9 +78,13 @@ impl Tables {
                 sector => {
                     let table = part(sector.into(), table_entries * 4).ok_or_else(outside)?;
                     // Entry 1 means zeros, which have no grain in the stream.
-                    expected.extend(entries(table).map(|entry| {
-                        if entry == 1 && header.zeroed_grains { 0 } else { entry }
-                    }));
+                    expected.extend(
+                        entries(table).map(
+                            |entry| {
+                                if entry == 1 && header.zeroed_grains { 0 } else { entry }
+                            },
+                        ),
+                    );
                 }
             }
         }
@@ -163,7 +167,9 @@ impl Tables {
     /// Compares a table that is at `sector`.
     pub(super) fn meet_table(&mut self, bytes: &[u8], sector: u64) -> Result<()> {
         let Kind::Behind { directory, open, empty, .. } = &mut self.kind else {
-            return Err(Error::malformed("a grain table follows, although the header has the tables in front"));
+            return Err(Error::malformed(
+                "a grain table follows, although the header has the tables in front",
+            ));
         };
         let sector = u32::try_from(sector).map_err(|_| Error::malformed("a grain table is beyond 2 TiB"))?;
         let found: Vec<u32> = entries(bytes).take(self.table_entries as usize).collect();
@@ -216,10 +222,10 @@ impl Tables {
     pub(super) fn check_complete(&self) -> Result<()> {
         match &self.kind {
             Kind::Front { missing: 0, .. } => Ok(()),
-            Kind::Front { missing, .. } => {
-                Err(Error::corrupt(format!("the stream ends, but {missing} grains of its tables are missing"))
-                    .remedied_by(Remedy::Salvage("copy it again, or use a backup".into())))
-            }
+            Kind::Front { missing, .. } => Err(Error::corrupt(format!(
+                "the stream ends, but {missing} grains of its tables are missing"
+            ))
+            .remedied_by(Remedy::Salvage("copy it again, or use a backup".into()))),
             Kind::Behind { directory_at: Some(_), has_footer: true, .. } => Ok(()),
             Kind::Behind { .. } => Err(Error::corrupt("the stream ends without its directory and footer")
                 .remedied_by(Remedy::Salvage("copy it again, or use a backup".into()))),

@@ -16,6 +16,7 @@ mod raw;
 mod small;
 mod vhdx;
 mod vma;
+mod vmdk;
 
 /// A target of the fuzzer.
 #[derive(Debug, Clone, Copy)]
@@ -29,10 +30,11 @@ pub struct Target {
 }
 
 /// All targets.
-pub const ALL: [Target; 10] = [
+pub const ALL: [Target; 11] = [
     Target { name: "raw", run: raw::run, image: None },
     Target { name: "qcow2", run: qcow2::run, image: Some(qcow2::image) },
     Target { name: "vhdx", run: vhdx::run, image: Some(vhdx::image) },
+    Target { name: "vmdk", run: vmdk::run, image: Some(vmdk::image) },
     Target { name: "small", run: small::run, image: Some(small::image) },
     Target { name: "vma_file", run: vma::run_file, image: Some(vma::image) },
     Target { name: "vma_stream", run: vma::run_stream, image: Some(vma::image) },

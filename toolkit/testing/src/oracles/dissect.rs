@@ -81,6 +81,10 @@ def disk(kind, fh):
     elif kind == "hds":
         from dissect.hypervisor.disk.hdd import HDS
         disk = stream = HDS(fh)
+    elif kind == "vmdk":
+        from pathlib import Path
+        from dissect.hypervisor.disk.vmdk import VMDK
+        disk = stream = VMDK(Path(fh.name))
     else:
         from dissect.hypervisor.disk.qcow2 import QCow2
         disk = QCow2(fh)
@@ -116,7 +120,8 @@ pub fn dissect_vma(paths: &[&Path]) -> Vec<SeenArchive> {
     dissect("vma", paths)
 }
 
-/// Returns the content of disk images of one format ("vhdx", "vhd", "vdi", "hds", "qcow2") as dissect.hypervisor reads it.
+/// Returns the content of disk images of one format ("vhdx", "vhd", "vdi", "vmdk", "hds", "qcow2") as
+/// dissect.hypervisor reads it.
 #[track_caller]
 pub fn dissect_disks(kind: &str, paths: &[&Path]) -> Vec<SeenDevice> {
     dissect(kind, paths)

@@ -1,0 +1,324 @@
+//! Streams of compressed grains, in the layouts of several programs: read by position and from a pipe, cut,
+//! damaged, and written.
+
+use imgtool_core::{Access, BufferPool, Driver, ErrorKind, OpenOptions, Result};
+use imgtool_testing::conformance;
+use imgtool_testing::{memory, oracles};
+use imgtool_vmdk::VmdkDriver;
+
+use crate::crafted::open_bytes;
+use crate::support::{make, small};
+
+const GRAIN: usize = 65_536;
+
+/// Part of a stream.
+#[derive(Clone)]
+pub enum Part {
+    Grain(u64, Vec<u8>),
+    Table,
+    EmptyTable,
+    Directory,
+    Footer,
+    Progress,
+    End,
+    Bytes(Vec<u8>),
+}
+
+/// Place of the directory that the header states.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Place {
+    Front,
+    End,
+    /// Behind the grains, but in the header (vmdktool).
+    Known,
+}
+
+/// Compresses a grain with stored blocks, as no compressor would.
+fn zlib(bytes: &[u8]) -> Vec<u8> {
+    let (a, b) = bytes.iter().fold((1u32, 0u32), |(a, b), byte| {
+        let a = (a + u32::from(*byte)) % 65_521;
+        (a, (b + a) % 65_521)
+    });
+    let mut out = vec![0x78, 0x01];
+    let chunks: Vec<&[u8]> = bytes.chunks(65_535).collect();
+    for (index, chunk) in chunks.iter().enumerate() {
+        let len = chunk.len() as u16;
+        out.push(u8::from(index + 1 == chunks.len()));
+        out.extend(len.to_le_bytes());
+        out.extend((!len).to_le_bytes());
+        out.extend_from_slice(chunk);
+    }
+    out.extend((b << 16 | a).to_be_bytes());
+    out
+}
+
+fn marker(sectors: u64, kind: u32) -> Vec<u8> {
+    let mut bytes = vec![0; 512];
+    bytes[..8].copy_from_slice(&sectors.to_le_bytes());
+    bytes[12..16].copy_from_slice(&kind.to_le_bytes());
+    bytes
+}
+
+/// Builds a stream of a disk of `sectors` sectors with one table, whose sector 128 is the first marker.
+pub fn stream(sectors: u64, place: Place, parts: &[Part]) -> Vec<u8> {
+    let mut header = vec![0; 512];
+    header[..4].copy_from_slice(b"KDMV");
+    header[4] = 3;
+    header[8..12].copy_from_slice(&0x3_0001_u32.to_le_bytes());
+    header[12..20].copy_from_slice(&sectors.to_le_bytes());
+    header[20] = 128;
+    header[44..48].copy_from_slice(&512u32.to_le_bytes());
+    header[56..64].fill(0xff);
+    header[64] = 128;
+    header[73..77].copy_from_slice(b"\n \r\n");
+    header[77] = 1;
+    let mut bytes = header.clone();
+    bytes.resize(128 * 512, 0);
+    let mut table = vec![0; 2048];
+    let (mut table_at, mut directory_at) = (40, 39);
+    for part in parts {
+        let sector = (bytes.len() / 512) as u32;
+        match part {
+            Part::Grain(grain, content) => {
+                table[*grain as usize * 4..][..4].copy_from_slice(&sector.to_le_bytes());
+                let data = zlib(content);
+                bytes.extend((grain * 128).to_le_bytes());
+                bytes.extend((data.len() as u32).to_le_bytes());
+                bytes.extend(data);
+            }
+            Part::Table => {
+                table_at = sector + 1;
+                bytes.extend([marker(4, 1), table.clone()].concat());
+            }
+            Part::EmptyTable => {
+                table_at = sector + 1;
+                bytes.extend([marker(4, 1), vec![0; 2048]].concat());
+            }
+            Part::Directory => {
+                directory_at = sector + 1;
+                bytes.extend(marker(1, 2));
+                bytes.extend(table_at.to_le_bytes());
+            }
+            Part::Footer => {
+                let mut footer = header.clone();
+                footer[56..64].copy_from_slice(&u64::from(directory_at).to_le_bytes());
+                bytes.extend([marker(1, 3), footer].concat());
+            }
+            Part::Progress => bytes.extend(marker(0, 4)),
+            Part::End => bytes.extend(marker(0, 0)),
+            Part::Bytes(more) => bytes.extend(more),
+        }
+        bytes.resize(bytes.len().next_multiple_of(512), 0);
+    }
+    match place {
+        Place::Front => {
+            bytes[39 * 512..][..4].copy_from_slice(&40u32.to_le_bytes());
+            bytes[40 * 512..][..2048].copy_from_slice(&table);
+            bytes[56..64].copy_from_slice(&39u64.to_le_bytes());
+        }
+        Place::Known => bytes[56..64].copy_from_slice(&u64::from(directory_at).to_le_bytes()),
+        Place::End => {}
+    }
+    bytes
+}
+
+/// Reads a stream from a pipe.
+pub fn from_pipe_with(bytes: &[u8], options: &OpenOptions) -> Result<Vec<u8>> {
+    assert!(VmdkDriver.reads_stream(&bytes[..bytes.len().min(4096)]), "not a stream");
+    let source = VmdkDriver.open(memory::as_stream("x.vmdk", bytes), options)?;
+    let Access::Stream(pass) = source.access() else { panic!("not read in one pass") };
+    let mut content = Vec::new();
+    let mut pass = pass.lock().unwrap();
+    while let Some(piece) = pass.next_piece(&BufferPool::new())? {
+        assert_eq!(piece.start, content.len() as u64);
+        match piece.data {
+            Some(data) => content.extend_from_slice(&data),
+            None => content.resize(content.len() + piece.len as usize, 0),
+        }
+    }
+    Ok(content)
+}
+
+fn from_pipe(bytes: &[u8]) -> Result<Vec<u8>> {
+    from_pipe_with(bytes, &OpenOptions::default())
+}
+
+fn grains(bytes: &[u8]) -> Vec<u8> {
+    bytes.iter().flat_map(|byte| [*byte; GRAIN]).collect()
+}
+
+fn data(byte: u8) -> Vec<u8> {
+    vec![byte; GRAIN]
+}
+
+/// Sectors of the disk in most tests: four grains and a part of a fifth.
+const SECTORS: u64 = 4 * 128 + 100;
+
+fn expected() -> Vec<u8> {
+    [grains(&[0, 1, 0, 2]), vec![3; 51_200]].concat()
+}
+
+fn three(last: usize) -> [Part; 3] {
+    [Part::Grain(1, data(1)), Part::Grain(3, data(2)), Part::Grain(4, vec![3; last])]
+}
+
+#[test]
+fn reads_all_layouts_by_position_and_from_a_pipe() {
+    use Part::{Bytes, Directory, End, Footer, Progress, Table};
+    let tail = [Table, Directory, Footer, End];
+    let layouts: [(Place, Vec<Part>); 7] = [
+        (Place::Front, [&three(GRAIN)[..], &[End]].concat()),
+        // qemu-img ends right behind the last grain, or with zeros, and its last grain may be short.
+        (Place::Front, three(51_200).to_vec()),
+        (Place::Front, [&three(51_200)[..], &[Bytes(vec![0; 65_536])]].concat()),
+        (Place::End, [&three(GRAIN)[..], &tail].concat()),
+        (Place::End, [&[Progress][..], &three(51_200), &[Progress], &tail].concat()),
+        (Place::End, [&three(GRAIN)[..], &tail, &[Bytes(vec![0; 5120])]].concat()),
+        (Place::Known, [&three(GRAIN)[..], &tail].concat()),
+    ];
+    for (number, (place, parts)) in layouts.iter().enumerate() {
+        let bytes = stream(SECTORS, *place, parts);
+        assert!(open_bytes(&bytes).unwrap() == expected(), "layout {number} by position");
+        assert!(from_pipe(&bytes).unwrap() == expected(), "layout {number} from a pipe");
+    }
+    let empty = [Part::EmptyTable, Directory, Footer, End];
+    assert!(from_pipe(&stream(200, Place::End, &empty)).unwrap() == vec![0; 200 * 512]);
+}
+
+#[track_caller]
+fn assert_fault(bytes: &[u8], kind: ErrorKind, text: &str) {
+    let error = from_pipe(bytes).unwrap_err();
+    assert!(error.kind() == kind && format!("{error:#}").contains(text), "{error:#}, not {text}");
+}
+
+#[test]
+fn a_cut_stream_is_an_error_wherever_it_ends() {
+    use Part::{Directory, End, Footer, Table};
+    for (place, tail) in [(Place::Front, vec![End]), (Place::End, vec![Table, Directory, Footer, End])] {
+        let bytes = stream(SECTORS, place, &[&three(GRAIN)[..], &tail].concat());
+        // Without its end marker, only a stream with tables in front is known to be complete: from the end of
+        // its last grain on, whose padding has 484 bytes.
+        let complete = if place == Place::Front { bytes.len() - 512 - 484 } else { bytes.len() };
+        for len in (4096..bytes.len()).step_by(512).chain([complete - 1, complete, bytes.len() - 1]) {
+            let read = from_pipe(&bytes[..len]);
+            assert_eq!(read.is_ok(), len >= complete, "{len} of {}", bytes.len());
+        }
+    }
+}
+
+#[test]
+fn missing_and_moved_grains_contradict_the_tables() {
+    use Part::{Bytes, Directory, End, Footer, Grain, Table};
+    let tail = [Table, Directory, Footer, End];
+    let whole = stream(SECTORS, Place::End, &[&three(GRAIN)[..], &tail].concat());
+    // The first grain takes 65 547 + 12 bytes: 129 sectors.
+    let without_one = [&whole[..65_536], &whole[65_536 + 129 * 512..]].concat();
+    assert_fault(&without_one, ErrorKind::Corrupt, "contradicts");
+    let front = stream(SECTORS, Place::Front, &[&three(GRAIN)[..], &[End]].concat());
+    assert_fault(
+        &[&front[..65_536], &front[65_536 + 129 * 512..]].concat(),
+        ErrorKind::Corrupt,
+        "contradicts",
+    );
+    let mut early = front.clone();
+    early.truncate(front.len() - 130 * 512);
+    early.extend(vec![0; 512]);
+    assert_fault(&early, ErrorKind::Corrupt, "1 grains of its tables are missing");
+    let no_footer = stream(SECTORS, Place::End, &[&three(GRAIN)[..], &[Table, Directory, End]].concat());
+    assert_fault(&no_footer, ErrorKind::Corrupt, "without its directory and footer");
+    let twice = [Grain(1, data(1)), Grain(1, data(1)), End];
+    assert_fault(&stream(SECTORS, Place::End, &twice), ErrorKind::OutOfOrder, "comes after");
+    let beyond = [Grain(5, data(1)), End];
+    assert_fault(&stream(SECTORS, Place::End, &beyond), ErrorKind::Corrupt, "no grain");
+    let more = [&three(GRAIN)[..], &tail, &[Bytes(vec![7; 10])]].concat();
+    let more = stream(SECTORS, Place::End, &more);
+    assert_fault(&more, ErrorKind::Corrupt, "follow the end");
+    let options = OpenOptions { ignore_trailing: true, ..OpenOptions::default() };
+    assert!(from_pipe_with(&more, &options).unwrap() == expected());
+}
+
+#[test]
+fn damaged_grains_are_errors_and_salvage_keeps_the_others() {
+    use Part::{Directory, End, Footer, Grain, Table};
+    let mut parts = three(GRAIN).to_vec();
+    parts.extend([Table, Directory, Footer, End]);
+    let whole = stream(SECTORS, Place::End, &parts);
+    let mut damaged = whole.clone();
+    damaged[65_536 + 5000] ^= 1;
+    let mut moved = whole.clone();
+    moved[65_536 + 1] = 1;
+    let mut long = whole.clone();
+    long[65_536 + 10] = 4;
+    for (bytes, text) in [(&damaged, "damaged"), (&moved, "marker of grain 1"), (&long, "limit is twice")] {
+        let error = open_bytes(bytes).unwrap_err();
+        assert!(
+            error.kind() == ErrorKind::Corrupt && error.to_string().contains(text),
+            "{error}, not {text}"
+        );
+        assert!(from_pipe(bytes).is_err());
+    }
+    let more = stream(SECTORS, Place::End, &[Grain(1, vec![1; GRAIN + 1]), Table, Directory, Footer, End]);
+    assert!(open_bytes(&more).unwrap_err().to_string().contains("more than"));
+    let less = stream(SECTORS, Place::End, &[Grain(1, vec![1; GRAIN - 1]), Table, Directory, Footer, End]);
+    assert!(open_bytes(&less).unwrap_err().to_string().contains("65535 bytes of 65536"));
+    let options = OpenOptions { salvage: true, ..OpenOptions::default() };
+    let kept = [grains(&[0, 0, 0, 2]), vec![3; 51_200]].concat();
+    assert!(from_pipe_with(&damaged, &options).unwrap() == kept);
+    // A stream that was cut has no directory; its grains still name their places.
+    let source = VmdkDriver.open(memory::as_file("x.vmdk", &whole[..65_536 + 260 * 512]), &options).unwrap();
+    assert!(source.access().is_stream());
+}
+
+/// Walks over the markers of a stream, and returns the guest sectors of its grains.
+fn walk(bytes: &[u8]) -> Vec<u64> {
+    let number = |at: usize, len: usize| {
+        bytes[at..at + len].iter().rev().fold(0u64, |number, byte| number << 8 | u64::from(*byte))
+    };
+    let (mut at, mut grains) = (number(64, 8) as usize * 512, Vec::new());
+    loop {
+        let (value, len, kind) = (number(at, 8), number(at + 8, 4) as usize, number(at + 12, 4));
+        if len > 0 {
+            grains.push(value);
+            let end = at + 12 + len;
+            assert!(bytes[end..end.next_multiple_of(512)].iter().all(|byte| *byte == 0), "padding at {end}");
+            at = end.next_multiple_of(512);
+            continue;
+        }
+        if kind == 0 {
+            assert_eq!((value, at + 512), (0, bytes.len()), "the end marker is not the last sector");
+            return grains;
+        }
+        at += 512 + value as usize * 512;
+    }
+}
+
+#[test]
+fn ours_ends_with_its_marker_and_is_what_importers_take() {
+    let directory = tempfile::tempdir().unwrap();
+    let bytes = std::fs::read(make(&small(), &[], directory.path())).unwrap();
+    assert_eq!(&bytes[4..12], &[3, 0, 0, 0, 1, 0, 3, 0]);
+    assert_eq!(&bytes[12..28], &[0, 0xa0, 0, 0, 0, 0, 0, 0, 128, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(&bytes[56..72], &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 128, 0, 0, 0, 0, 0, 0, 0]);
+    let grains = walk(&bytes);
+    assert!(grains.is_sorted() && grains.len() == 1 + 16 + 16 + 1, "{grains:?}");
+    let text = String::from_utf8_lossy(&bytes[512..21 * 512]);
+    for line in
+        ["createType=\"streamOptimized\"\n", "RW 40960 SPARSE \"disk.vmdk\"\n", "parentCID=ffffffff\n"]
+    {
+        assert!(text.contains(line), "{line} is not in {text}");
+    }
+}
+
+#[test]
+fn ours_is_no_larger_than_that_of_qemu() {
+    if !oracles::have("qemu-img") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (raw, theirs) = (directory.path().join("x.raw"), directory.path().join("x.vmdk"));
+    conformance::mixed_image().write_raw(&raw);
+    oracles::qemu_make(&raw, "vmdk", "subformat=streamOptimized", &theirs);
+    let ours = make(&conformance::mixed_image(), &[], directory.path());
+    let len = |path: &std::path::Path| std::fs::metadata(path).unwrap().len();
+    assert!(len(&ours) <= len(&theirs), "{} and {}", len(&ours), len(&theirs));
+}
