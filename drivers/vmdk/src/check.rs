@@ -191,7 +191,10 @@ impl<'a> FileCheck<'a> {
     /// Compares the redundant directory and its tables with the ones in use.
     fn check_redundant(&mut self, report: &mut CheckReport) -> Result<()> {
         let redundant = self.file.hosted.as_ref().and_then(|header| header.redundant_directory);
-        let Some(directory) = redundant.filter(|sector| *sector != 0) else { return Ok(()) };
+        let own = self.file.hosted.as_ref().map(|header| header.directory);
+        let Some(directory) = redundant.filter(|sector| *sector != 0 && Some(*sector) != own) else {
+            return Ok(());
+        };
         let (file, offset) = (self.file, directory.saturating_mul(SECTOR_SIZE));
         let table_len = (file.table_entries * 4) as usize;
         let mut differing = 0u64;

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use imgtool_core::error::escape_control;
+use imgtool_core::input::PROBE_LEN;
 use imgtool_core::{Error, Input, OpenOptions, RandomInput, Remedy, Result};
 
 use crate::descriptor::{self, Access, Descriptor, ExtentLine, Kind};
@@ -28,7 +29,7 @@ impl Image {
 }
 
 fn open_any(input: &RandomInput, options: &OpenOptions) -> Result<Image> {
-    let head = input.read_vec(0, head_len(input, cowd::HEADER_LEN))?;
+    let head = input.read_vec(0, head_len(input, PROBE_LEN))?;
     let budget = TableBudget { depth: options.externals.depth(), extents: 1, memory: &options.memory };
     if head.starts_with(hosted::MAGIC) {
         let header = hosted::Header::decode(&head).map_err(|fault| fault.of("header", 0))?;

@@ -209,6 +209,13 @@ impl ImageWriter for VmdkWriter {
             .path(output.location())
             .hint("write to a file, or choose the subformat streamOptimized"));
         }
+        if self.writes_stream() && output.capacity().is_some() {
+            return Err(Error::unsupported(
+                "the footer of a stream is at the end of its file, so it can't be written into an existing target",
+            )
+            .path(output.location())
+            .hint("write to a new file, or choose the subformat monolithicSparse"));
+        }
         let name = output.location().file_name().unwrap_or_default().into_owned();
         let image = self.image(manifest, &name)?;
         if self.options.subformat == Subformat::StreamOptimized {

@@ -79,6 +79,13 @@ pub(crate) fn open(
     let mut stream = input.into_stream()?;
     let located = |error: Error, stream: &Stream| error.path(stream.location());
     let front = Front::read(&mut stream, &layout, options).map_err(|e| located(e, &stream))?;
+    if front.descriptor.as_ref().is_some_and(|descriptor| descriptor.parent_cid().is_some()) {
+        return Err(Error::unsupported(
+            "a snapshot can't be read from a stream: its parent has other grains",
+        )
+        .path(stream.location())
+        .hint("save the stream to a file beside its parent"));
+    }
     let header = layout.header;
     let grain_size = header.grain_size * SECTOR_SIZE;
     // Stored bytes of a grain, and the decoder.
