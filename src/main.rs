@@ -17,6 +17,7 @@ mod sandbox;
 
 fn main() -> ExitCode {
     interrupt::handle_file_size_limit();
+    imgtool_storage::os::allow_most_open_files();
     let exit = args::parse(std::env::args_os()).map(|cli| {
         commands::run(cli.command).unwrap_or_else(|error| {
             report::error(&error);

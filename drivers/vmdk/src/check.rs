@@ -146,7 +146,8 @@ impl<'a> FileCheck<'a> {
             Ok((place, len)) => (place, len),
             Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed) => {
                 report.corruption(format!("{}{error:#}", self.prefix));
-                return Ok(1);
+                let lost = self.file.to_unit_end(grain * self.file.grain_size);
+                return Ok(lost / self.file.grain_size);
             }
             Err(error) => return Err(error),
         };

@@ -251,11 +251,11 @@ fn decode(text: &[u8]) -> Result<String> {
         return Ok(text.to_owned());
     }
     let lines = text.split(|byte| *byte == b'\n').map(|line| line.trim_ascii().to_ascii_lowercase());
-    let stated = lines.filter_map(|line| {
+    let mut stated = lines.filter_map(|line| {
         let (key, value) = std::str::from_utf8(&line).ok()?.split_once('=')?;
         (key.trim() == "encoding").then(|| unquote(value.trim()).to_owned())
     });
-    let encoding = stated.last().unwrap_or_else(|| "UTF-8".to_owned());
+    let encoding = stated.next().unwrap_or_else(|| "UTF-8".to_owned());
     if matches!(&*encoding, "windows-1252" | "iso-8859-1" | "latin1") {
         // The two differ only in the characters 0x80 to 0x9f: quotes, dashes, the euro sign.
         return Ok(text.iter().map(|byte| char::from(*byte)).collect());

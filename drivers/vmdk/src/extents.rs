@@ -128,7 +128,8 @@ fn single(
     }
     let compressed =
         if file.hosted.as_ref().is_some_and(|header| header.compressed) { file.grain_size } else { 0 };
-    let extent = Extent { start: 0, len: file.capacity, content: Content::Grains { file, index: 0 } };
+    let extent =
+        Extent { start: 0, len: file.capacity, content: Content::Grains { file: Box::new(file), index: 0 } };
     Ok(Image {
         files: vec![input.clone()],
         virtual_size: extent.len,
@@ -253,7 +254,7 @@ impl Opener<'_> {
             Ok(file)
         });
         let file = opened.map_err(|error| error.path(input.location()))?;
-        Ok(Content::Grains { file, index })
+        Ok(Content::Grains { file: Box::new(file), index })
     }
 }
 

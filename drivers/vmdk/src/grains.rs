@@ -19,8 +19,8 @@ const MAX_CACHED_TABLES: u64 = 64;
 /// Maximum length of a grain directory in bytes. Our limit: the directory of a 64 TiB disk in SE sparse form.
 const MAX_DIRECTORY_LEN: u64 = 32 << 20;
 
-/// Maximum number of entries of the grain directory that share one table. Our limit: a crafted file could
-/// otherwise contain a disk of terabytes in a few KiB.
+/// Maximum number of entries of the grain directory that share tables with something in them. Our limit: an
+/// intact image has none, and a crafted file could contain a disk of terabytes in a few KiB.
 const MAX_TABLE_SHARES: usize = 1024;
 
 /// Place of a grain.
@@ -162,7 +162,7 @@ impl GrainFile {
             directory_entries: header.directory_entries,
             table_entries: cowd::TABLE_ENTRIES,
             entries: Entries::Sectors { zeroed: false },
-            reserved: vec![0..cowd::HEADER_LEN as u64],
+            reserved: std::iter::once(0..cowd::HEADER_LEN as u64).collect(),
         };
         Self::open(input, shape, budget)
     }
@@ -208,7 +208,7 @@ impl GrainFile {
                 }
             };
         }
-        file.check_shares()?;
+        file.check_shares(budget.memory)?;
         Ok(file)
     }
 
@@ -253,30 +253,48 @@ impl GrainFile {
             _lease: lease,
         };
         if let Entries::Sectors { .. } = file.entries {
-            file.check_shares()?;
+            file.check_shares(budget.memory)?;
         }
         Ok(file)
     }
 
-    /// Refuses a directory whose entries share a table too often, unless that table is empty.
-    fn check_shares(&self) -> Result<()> {
+    /// Refuses a directory too many of whose entries share tables with something in them.
+    fn check_shares(&self, memory: &Memory) -> Result<()> {
         if self.directory.len() <= MAX_TABLE_SHARES {
             return Ok(());
         }
-        let mut sorted: Vec<u64> = self.directory.iter().copied().filter(|table| *table != 0).collect();
+        let bytes = self.directory.len() as u64 * 16;
+        let _lease = memory.lease(bytes, "the check of a grain directory for shared tables")?;
+        let tables = self.directory.iter().enumerate().map(|(index, table)| (*table, index as u64));
+        let mut sorted: Vec<(u64, u64)> = tables.filter(|(table, _)| *table != 0).collect();
         sorted.sort_unstable();
-        for run in sorted.chunk_by(|a, b| a == b).filter(|run| run.len() > MAX_TABLE_SHARES) {
-            let index = self.directory.iter().position(|table| *table == run[0]).unwrap_or(0) as u64;
-            let entries = self.read_table(index, run[0])?;
+        let mut sharing = 0;
+        for run in sorted.chunk_by(|a, b| a.0 == b.0).filter(|run| run.len() > 1) {
+            let (offset, index) = run[0];
+            // A table that can't be read is an error where it is used.
+            let entries = self.read_table(index, offset).unwrap_or_default();
             if entries.iter().any(|entry| matches!(entry, Place::At(_))) {
+                sharing += run.len();
+            }
+            if sharing > MAX_TABLE_SHARES {
                 return Err(Error::malformed(format!(
-                    "{} entries of the grain directory share one table; the limit is {MAX_TABLE_SHARES}",
-                    run.len()
+                    "more than {MAX_TABLE_SHARES} entries of the grain directory share tables"
                 ))
-                .at(run[0]));
+                .at(offset));
             }
         }
         Ok(())
+    }
+
+    /// Returns the number of bytes from `within` to the end of what is lost if the lookup there fails: the
+    /// grain, or the table if it can't be read.
+    pub(crate) fn to_unit_end(&self, within: u64) -> u64 {
+        let table_span = self.grain_size.saturating_mul(self.table_entries);
+        let index = within / table_span;
+        let offset = usize::try_from(index).ok().and_then(|index| self.directory.get(index));
+        let is_readable = offset.is_some_and(|offset| *offset == 0 || self.table(index, *offset).is_ok());
+        let unit = if is_readable { self.grain_size } else { table_span };
+        unit - within % unit
     }
 
     /// Returns the number of grains of the capacity.

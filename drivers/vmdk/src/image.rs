@@ -48,7 +48,7 @@ pub(crate) enum Content {
     Zero,
     /// A sparse file, the one with this index.
     Grains {
-        file: GrainFile,
+        file: Box<GrainFile>,
         index: usize,
     },
     /// Nothing: reading it is an error.
@@ -120,12 +120,12 @@ impl SegmentMap for Image {
     fn to_unit_end(&self, guest_offset: u64, max_len: u64) -> u64 {
         let Some(extent) = self.extents.get(self.extent_at(guest_offset)) else { return max_len };
         let within = guest_offset - extent.start;
-        let unit = match &extent.content {
-            Content::Grains { file, .. } => file.grain_size,
-            Content::NoAccess | Content::Closed => extent.len,
-            Content::Flat { .. } | Content::Zero => SECTOR_SIZE,
+        let rest = match &extent.content {
+            Content::Grains { file, .. } => file.to_unit_end(within),
+            Content::NoAccess | Content::Closed => extent.len - within,
+            Content::Flat { .. } | Content::Zero => SECTOR_SIZE - within % SECTOR_SIZE,
         };
-        (unit - within % unit).min(extent.len - within).min(max_len)
+        rest.min(extent.len - within).min(max_len)
     }
 
     fn file(&self, index: usize) -> &dyn StoredBytes {

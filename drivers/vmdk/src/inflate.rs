@@ -27,9 +27,12 @@ pub(crate) struct Inflater {
     idle: Mutex<Vec<Context>>,
     max_idle: usize,
     /// Decoded grains of the latest partial reads, by extent and grain.
-    recent: Mutex<Cache<(usize, u64), Arc<Vec<u8>>>>,
+    recent: Mutex<Recent>,
     _lease: Lease,
 }
+
+/// Decoded grains by extent and grain.
+type Recent = Cache<(usize, u64), Arc<Vec<u8>>>;
 
 struct Context {
     codec: Decompressor,

@@ -342,7 +342,7 @@ impl Pass {
         pool: &BufferPool,
     ) -> Result<()> {
         let start = lba.saturating_mul(SECTOR_SIZE);
-        if lba % self.header.grain_size != 0 || lba >= self.header.capacity {
+        if !lba.is_multiple_of(self.header.grain_size) || lba >= self.header.capacity {
             return Err(Error::corrupt(format!(
                 "a marker names sector {lba}, which is no grain of {} sectors within {}",
                 self.header.grain_size, self.header.capacity

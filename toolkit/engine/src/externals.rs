@@ -262,6 +262,11 @@ impl PolicyOpener {
             Ok(file) => file,
             // A link needs a permission for the file that it leads to.
             Err(e) if os::is_link_refused(&e) => return Ok(None),
+            Err(e) if os::is_out_of_files(&e) => {
+                return Err(Error::io(format!("open {role} '{name}'"), e)
+                    .path(from)
+                    .hint("allow more open files (ulimit -n)"));
+            }
             Err(e) => return Err(Error::io(format!("open {role} '{name}'"), e).path(from)),
         };
         if !file.metadata().is_ok_and(|meta| meta.is_file()) {

@@ -254,7 +254,7 @@ mod tests {
             (10, &[7], "unknown flags"),
             (77, &[0], "contradict"),
             (77, &[2], "unknown compression 2"),
-            (76, &[b'\r'], "text mode"),
+            (76, b"\r", "text mode"),
             (20, &[0], "grains of 0 sectors"),
             (20, &[0, 16], "grains of 4096 sectors"),
             (44, &[0, 4], "tables of 1024 entries"),

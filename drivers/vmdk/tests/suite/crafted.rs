@@ -143,7 +143,7 @@ fn refuses_numbers_out_of_bounds() {
 
 #[test]
 fn refuses_a_directory_that_repeats_one_table() {
-    let mut file = Sparse::new(512).grain(0, 1);
+    let mut file = Sparse::new(512).grain(0, 1).grain(200, 2);
     let empty = Sparse::new(512);
     for (file, is_refused) in [(&mut file, true), (&mut { empty }, false)] {
         // 2000 entries behind everything else.
@@ -152,6 +152,12 @@ fn refuses_a_directory_that_repeats_one_table() {
         let sector = bytes.len() as u64 / 512;
         bytes[56..64].copy_from_slice(&sector.to_le_bytes());
         bytes.extend(std::iter::repeat_n(8u32.to_le_bytes(), 2000).flatten());
+        let opened = VmdkDriver.open(memory::as_file("x.vmdk", &bytes), &OpenOptions::default());
+        assert_eq!(opened.is_err(), is_refused);
+        // Shared by pairs, too.
+        for (index, entry) in bytes[sector as usize * 512..].chunks_mut(4).enumerate() {
+            entry[0] = [8, 9][index % 2];
+        }
         let opened = VmdkDriver.open(memory::as_file("x.vmdk", &bytes), &OpenOptions::default());
         assert_eq!(opened.is_err(), is_refused);
     }

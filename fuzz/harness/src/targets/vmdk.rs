@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use imgtool_core::input::{Cursor, PROBE_LEN};
-use imgtool_core::{Access, Driver, Input, OpenOptions};
+use imgtool_core::{Access, Driver, Input, OpenOptions, ReadAt};
 use imgtool_vmdk::VmdkDriver;
 
 use super::{by_position, file};

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, OFlags};
 use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{FileClass, FileId, platform};
 
@@ -137,6 +138,13 @@ pub fn open_stream(path: &Path) -> io::Result<File> {
 /// Returns true if `e` says that this program, or the system, has too many open files.
 pub fn is_out_of_files(e: &io::Error) -> bool {
     matches!(Errno::from_io_error(e), Some(Errno::MFILE | Errno::NFILE))
+}
+
+/// Raises the number of files that this process may have open to the most that the system allows it: a split
+/// disk of terabytes has thousands of extents. Does nothing if that fails.
+pub fn allow_most_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }
 
 /// Returns the device number of the file system that contains `directory`; `None` if stat(2) fails.
