@@ -13,3 +13,4 @@ mod shared_blocks;
 mod sparse_size;
 mod streams;
 mod threads;
+mod vmdk;

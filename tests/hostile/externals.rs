@@ -44,6 +44,31 @@ fn opens_nothing(directory: &Path, file: &str, extra: &[&str]) {
 }
 
 #[test]
+fn never_opens_outside_files_named_in_a_vmdk_descriptor() {
+    require!("strace");
+    let (dir, outside) = (tempdir(), tempdir());
+    let secret = outside.path().join("secret");
+    std::fs::write(&secret, images::noise(3, 1 << 20)).unwrap();
+    std::os::unix::fs::symlink(&secret, dir.path().join("link")).unwrap();
+    for (number, name) in secret_names(&secret, dir.path()).iter().enumerate() {
+        for (kind, line) in [("flat", "FLAT"), ("sparse", "SPARSE"), ("parent", "ZERO")] {
+            let file = format!("{kind}{number}.vmdk");
+            let cid = if kind == "parent" { "1" } else { "ffffffff" };
+            let text = format!(
+                "# Disk DescriptorFile\nversion=1\nCID=2\nparentCID={cid}\nparentFileNameHint=\"{name}\"\n\
+                 RW 2048 {line} \"{name}\"\n"
+            );
+            std::fs::write(dir.path().join(&file), text).unwrap();
+            imgtool(["convert", &file, "--to", "raw", "out"]).within(dir.path()).go().exits(1);
+            for extra in [[].as_slice(), &["--allow-external", "chain"]] {
+                opens_nothing(dir.path(), &file, extra);
+            }
+            std::fs::remove_file(dir.path().join(&file)).unwrap();
+        }
+    }
+}
+
+#[test]
 fn never_opens_outside_files_named_in_a_qcow2_image() {
     require!("strace");
     let (dir, outside) = (tempdir(), tempdir());

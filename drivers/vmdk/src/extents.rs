@@ -1,13 +1,14 @@
 //! Opening the files of a disk: the image's own, and those that its descriptor names.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use imgtool_core::error::escape_control;
 use imgtool_core::input::PROBE_LEN;
 use imgtool_core::{Error, Input, OpenOptions, RandomInput, Remedy, Result};
 
 use crate::descriptor::{self, Access, Descriptor, ExtentLine, Kind};
-use crate::grains::{GrainFile, TableBudget};
+use crate::grains::{FileMemory, GrainFile, TableCache};
 use crate::image::{Content, Extent, Image};
 use crate::inflate::Inflater;
 use crate::layout::{SECTOR_SIZE, cowd, hosted, sesparse};
@@ -30,13 +31,14 @@ impl Image {
 
 fn open_any(input: &RandomInput, options: &OpenOptions) -> Result<Image> {
     let head = input.read_vec(0, head_len(input, PROBE_LEN))?;
-    let budget = TableBudget { depth: options.externals.depth(), extents: 1, memory: &options.memory };
+    let tables = &TableCache::new(options.externals.depth(), &options.memory)?;
+    let budget = FileMemory { tables, id: 0, memory: &options.memory };
     if head.starts_with(hosted::MAGIC) {
         let header = hosted::Header::decode(&head).map_err(|fault| fault.of("header", 0))?;
         let descriptor = embedded_descriptor(input, &header, options.salvage)?;
         return match descriptor {
             Some(descriptor) if header.is_wrapper() && descriptor.sectors() > 0 => {
-                open_described(input, descriptor, options)
+                open_described(input, descriptor, tables, options)
             }
             Some(descriptor) if header.is_wrapper() => empty(input, descriptor, options),
             descriptor => single(input, GrainFile::hosted(input, header, budget)?, descriptor, options),
@@ -57,7 +59,7 @@ fn open_any(input: &RandomInput, options: &OpenOptions) -> Result<Image> {
         return Err(Error::wrong_format("has neither a magic number nor a descriptor of VMDK"));
     }
     let text = input.read_vec(0, head_len(input, descriptor::MAX_LEN + 1))?;
-    open_described(input, Descriptor::parse(&text)?, options)
+    open_described(input, Descriptor::parse(&text)?, tables, options)
 }
 
 /// Returns the number of bytes to read for a head of at most `most`.
@@ -74,7 +76,7 @@ fn refuse_bare(what: &str, options: &OpenOptions) -> Result<()> {
         .remedied_by(Remedy::OpenAnyway("name its descriptor, the small .vmdk file beside it".into())))
 }
 
-fn se_sparse(input: &RandomInput, head: &[u8], budget: TableBudget<'_>) -> Result<GrainFile> {
+fn se_sparse(input: &RandomInput, head: &[u8], budget: FileMemory<'_>) -> Result<GrainFile> {
     let header =
         sesparse::Header::decode(head, input.len() / SECTOR_SIZE).map_err(|fault| fault.of("header", 0))?;
     GrainFile::se_sparse(input, &header, budget)
@@ -141,21 +143,16 @@ fn single(
 }
 
 /// Opens the extents of a descriptor in the file `own`.
-fn open_described(own: &RandomInput, descriptor: Descriptor, options: &OpenOptions) -> Result<Image> {
+fn open_described(
+    own: &RandomInput,
+    descriptor: Descriptor,
+    tables: &Arc<TableCache>,
+    options: &OpenOptions,
+) -> Result<Image> {
     if descriptor.extents.is_empty() {
         return Err(Error::malformed("the descriptor has no extents"));
     }
-    let mut opener = Opener {
-        own,
-        options,
-        budget: TableBudget {
-            depth: options.externals.depth(),
-            extents: descriptor.extents.len(),
-            memory: &options.memory,
-        },
-        files: vec![own.clone()],
-        flat: HashMap::new(),
-    };
+    let mut opener = Opener { own, options, tables, files: vec![own.clone()], flat: HashMap::new() };
     let mut extents = Vec::new();
     let mut start = 0;
     let mut largest_grain = 0;
@@ -187,7 +184,7 @@ fn open_described(own: &RandomInput, descriptor: Descriptor, options: &OpenOptio
 struct Opener<'a> {
     own: &'a RandomInput,
     options: &'a OpenOptions,
-    budget: TableBudget<'a>,
+    tables: &'a Arc<TableCache>,
     files: Vec<RandomInput>,
     /// Files with the guest's bytes, by name: several extents may be in one.
     flat: HashMap<String, usize>,
@@ -243,7 +240,8 @@ impl Opener<'_> {
         }
         let index = self.file(&line.name)?;
         let input = &self.files[index];
-        let opened = open_grains(input, kind, self.budget).and_then(|file| {
+        let budget = FileMemory { tables: self.tables, id: index, memory: &self.options.memory };
+        let opened = open_grains(input, kind, budget).and_then(|file| {
             if file.capacity < line.sectors * SECTOR_SIZE {
                 return Err(Error::malformed(format!(
                     "the descriptor says that the extent has {} sectors, but the file has {}",
@@ -259,7 +257,7 @@ impl Opener<'_> {
 }
 
 /// Opens the sparse file of an extent, which must be of the kind that the descriptor states.
-fn open_grains(input: &RandomInput, kind: Kind, budget: TableBudget<'_>) -> Result<GrainFile> {
+fn open_grains(input: &RandomInput, kind: Kind, budget: FileMemory<'_>) -> Result<GrainFile> {
     let head = input.read_vec(0, head_len(input, cowd::HEADER_LEN))?;
     let (magic, name): (&[u8], _) = match kind {
         Kind::VmfsSparse => (cowd::MAGIC, "COWD"),

@@ -12,9 +12,12 @@ use crate::layout::marker::{BARE_HEAD, GRAIN_HEAD, Kind, Marker};
 use crate::layout::sesparse::{self, Grain};
 use crate::layout::{SECTOR_SIZE, cowd};
 
-/// Maximum number of grain tables in memory for an image. Our limit: 256 KiB, the tables of 2 GiB, since many
-/// threads read at different places. An image deeper in a chain, or of many extents, gets less.
+/// Maximum number of grain tables in memory for an image. Our limit: since many threads read at different
+/// places. An image deeper in a chain gets less.
 const MAX_CACHED_TABLES: u64 = 64;
+
+/// Memory in bytes for the longest table: 4096 entries.
+const TABLE_BYTES: u64 = 4096 * size_of::<Place>() as u64;
 
 /// Maximum length of a grain directory in bytes. Our limit: the directory of a 64 TiB disk in SE sparse form.
 const MAX_DIRECTORY_LEN: u64 = 32 << 20;
@@ -62,9 +65,10 @@ pub(crate) struct GrainFile {
     /// Parts of the file that contain no grain: headers, the descriptor, the directory.
     pub(crate) reserved: Vec<Range<u64>>,
     entries: Entries,
-    /// Grain tables by their number in the directory.
-    tables: Mutex<Cache<u64, Arc<[Place]>>>,
-    /// Memory for the directory and the tables.
+    tables: Arc<TableCache>,
+    /// Number of the file in `tables`.
+    id: usize,
+    /// Memory for the directory.
     _lease: Lease,
 }
 
@@ -87,21 +91,36 @@ impl Entries {
     }
 }
 
-/// Memory for the tables of one file.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct TableBudget<'a> {
-    /// Number of images above this one in a chain.
-    pub(crate) depth: usize,
-    /// Number of extents of the image.
-    pub(crate) extents: usize,
-    pub(crate) memory: &'a Memory,
+/// Places of the grains of one table.
+type Table = Arc<[Place]>;
+
+/// Grain tables of all files of an image, by file and by their number in the directory.
+pub(crate) struct TableCache {
+    tables: Mutex<Cache<(usize, u64), Table>>,
+    /// Memory for the tables.
+    _lease: Lease,
 }
 
-impl TableBudget<'_> {
-    fn max_tables(self) -> u64 {
-        let share = self.memory.cache_share(MAX_CACHED_TABLES) / (self.depth as u64).saturating_add(1);
-        (share / (self.extents as u64).max(1)).max(1)
+impl TableCache {
+    /// Creates a cache for an image with `depth` images above it in a chain.
+    pub(crate) fn new(depth: usize, memory: &Memory) -> Result<Arc<Self>> {
+        let tables = memory.cache_share(MAX_CACHED_TABLES) / (depth as u64).saturating_add(1);
+        let lease = memory.lease(tables.max(1) * TABLE_BYTES, "the grain tables of a VMDK image")?;
+        // At most MAX_CACHED_TABLES, so it fits.
+        let tables = Mutex::new(Cache::new(tables as usize));
+        Ok(Arc::new(Self { tables, _lease: lease }))
     }
+}
+
+/// Memory for one file.
+#[derive(Clone, Copy)]
+pub(crate) struct FileMemory<'a> {
+    /// Cache of its tables.
+    pub(crate) tables: &'a Arc<TableCache>,
+    /// Number of the file in the cache.
+    pub(crate) id: usize,
+    /// Lends memory for its directory.
+    pub(crate) memory: &'a Memory,
 }
 
 /// Where a file says that its tables are.
@@ -122,7 +141,7 @@ impl GrainFile {
     pub(crate) fn hosted(
         input: &RandomInput,
         header: hosted::Header,
-        budget: TableBudget<'_>,
+        budget: FileMemory<'_>,
     ) -> Result<Self> {
         let header = if header.directory == GD_AT_END { footer(input, &header)? } else { header };
         let sectors = |start: u64, len: u64| {
@@ -152,7 +171,7 @@ impl GrainFile {
     }
 
     /// Opens a COWD file.
-    pub(crate) fn cowd(input: &RandomInput, header: &cowd::Header, budget: TableBudget<'_>) -> Result<Self> {
+    pub(crate) fn cowd(input: &RandomInput, header: &cowd::Header, budget: FileMemory<'_>) -> Result<Self> {
         let shape = Shape {
             grain_size: header.grain_size * SECTOR_SIZE,
             capacity: header.capacity * SECTOR_SIZE,
@@ -171,7 +190,7 @@ impl GrainFile {
     pub(crate) fn se_sparse(
         input: &RandomInput,
         header: &sesparse::Header,
-        budget: TableBudget<'_>,
+        budget: FileMemory<'_>,
     ) -> Result<Self> {
         let volatile = header.volatile_header * SECTOR_SIZE;
         let bytes = input.read_vec(volatile, sesparse::HEADER_LEN)?;
@@ -212,7 +231,7 @@ impl GrainFile {
         Ok(file)
     }
 
-    fn open(input: &RandomInput, shape: Shape, budget: TableBudget<'_>) -> Result<Self> {
+    fn open(input: &RandomInput, shape: Shape, budget: FileMemory<'_>) -> Result<Self> {
         let width = shape.entries.width();
         let len = shape.directory_entries.saturating_mul(width);
         if len > MAX_DIRECTORY_LEN {
@@ -223,10 +242,9 @@ impl GrainFile {
         let offset = shape.directory.checked_mul(SECTOR_SIZE).ok_or_else(|| {
             Error::malformed(format!("the grain directory is at sector {}, out of bounds", shape.directory))
         })?;
-        let max_tables = budget.max_tables().min(shape.directory_entries.max(1));
         // The directory is read in one piece, and has 8 bytes an entry in memory.
-        let bytes = len + shape.directory_entries * 8 + max_tables * shape.table_entries * 16;
-        let lease = budget.memory.lease(bytes, "the grain tables of a VMDK image")?;
+        let bytes = len + shape.directory_entries * 8;
+        let lease = budget.memory.lease(bytes, "the grain directory of a VMDK image")?;
         // At most `MAX_DIRECTORY_LEN`.
         let raw = input.read_vec(offset, len as usize)?;
         let directory = match shape.entries {
@@ -248,8 +266,8 @@ impl GrainFile {
             table_entries: shape.table_entries,
             reserved,
             entries: shape.entries,
-            // At most MAX_CACHED_TABLES, so it fits.
-            tables: Mutex::new(Cache::new(max_tables as usize)),
+            tables: Arc::clone(budget.tables),
+            id: budget.id,
             _lease: lease,
         };
         if let Entries::Sectors { .. } = file.entries {
@@ -361,17 +379,17 @@ impl GrainFile {
         Ok(())
     }
 
-    fn table(&self, index: u64, offset: u64) -> Result<Arc<[Place]>> {
-        if let Some(table) = lock(&self.tables).get(&index) {
+    fn table(&self, index: u64, offset: u64) -> Result<Table> {
+        if let Some(table) = lock(&self.tables.tables).get(&(self.id, index)) {
             return Ok(Arc::clone(table));
         }
         let table = self.read_table(index, offset)?;
-        lock(&self.tables).insert(index, Arc::clone(&table));
+        lock(&self.tables.tables).insert((self.id, index), Arc::clone(&table));
         Ok(table)
     }
 
     /// Reads the grain table `index` at `offset`. A table is complete even if the capacity ends within it.
-    fn read_table(&self, index: u64, offset: u64) -> Result<Arc<[Place]>> {
+    fn read_table(&self, index: u64, offset: u64) -> Result<Table> {
         // At most 32 KiB.
         let len = (self.table_entries * self.entries.width()) as usize;
         let name = |error: Error| error.device(crate::image::DISK_NAME);

@@ -87,6 +87,12 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
         kind: OptionKind::Integer,
     },
     OptionSpec {
+        name: "zeroed_grain",
+        help: "accepted for compatibility: grains of zeros are never stored",
+        default: "off",
+        kind: OptionKind::Flag,
+    },
+    OptionSpec {
         name: "align",
         help: "multiple to which the virtual size is rounded up; some programs hang unless it is 64k",
         default: "512",

@@ -1,0 +1,128 @@
+//! VMDK through the program: disks of several files, streams in pipes, snapshots, and sizes beyond 2 TiB.
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use imgtool_testing::images;
+use imgtool_testing::{assert_same, names, oracles, require, sha256_file, snapshot, tempdir, text};
+
+use crate::support::imgtool;
+
+/// Variants that consist of several files.
+const SEVERAL: [&str; 4] = ["monolithicFlat", "vmfs", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"];
+
+fn write_raw(directory: &Path) -> std::path::PathBuf {
+    let raw = directory.join("disk.raw");
+    images::every_mask().write_raw(&raw);
+    raw
+}
+
+#[test]
+fn disks_of_several_files_need_no_flag() {
+    require!("qemu-img");
+    let dir = tempdir();
+    let raw = write_raw(dir.path());
+    let size = std::fs::metadata(&raw).unwrap().len();
+    assert_eq!(size % 512, 0);
+    for subformat in SEVERAL {
+        let (theirs, ours) = (dir.path().join("theirs.vmdk"), dir.path().join(format!("{subformat}.vmdk")));
+        let option = format!("subformat={subformat}");
+        if subformat != "vmfs" {
+            oracles::qemu_make(&raw, "vmdk", &option, &theirs);
+            imgtool(["convert", text(&theirs), "--force", "--to", "raw", "back.raw"]).within(dir.path()).ok();
+            assert_same(&raw, &dir.path().join("back.raw"), subformat);
+        }
+        imgtool(["convert", "--verify", text(&raw), "-o", &option, text(&ours)]).ok();
+        oracles::qemu_compare(&raw, "raw", &ours, "vmdk");
+        imgtool(["compare", text(&raw), text(&ours)]).ok();
+        imgtool(["check", text(&ours)]).ok();
+    }
+}
+
+#[test]
+fn several_files_appear_together_and_replace_nothing() {
+    let dir = tempdir();
+    let raw = write_raw(dir.path());
+    for subformat in SEVERAL {
+        let out = dir.path().join(subformat);
+        std::fs::create_dir(&out).unwrap();
+        let option = format!("subformat={subformat}");
+        let target = out.join("a.vmdk");
+        imgtool(["convert", text(&raw), "-o", &option, text(&target)]).ok();
+        let files = names(&out);
+        assert_eq!(files.len(), 2, "{files:?}");
+        // Each of them keeps the others from being written.
+        for name in files {
+            let other = dir.path().join(format!("{subformat}-{name}"));
+            std::fs::create_dir(&other).unwrap();
+            std::fs::write(other.join(&name), "old").unwrap();
+            let before = snapshot(&other);
+            let target = other.join("a.vmdk");
+            imgtool(["convert", text(&raw), "-o", &option, text(&target)])
+                .go()
+                .exits(1)
+                .says("already exists");
+            assert_eq!(snapshot(&other), before, "{subformat}: {name}");
+        }
+    }
+}
+
+#[test]
+fn streams_pass_through_pipes_in_both_directions() {
+    let dir = tempdir();
+    let raw = write_raw(dir.path());
+    let file = dir.path().join("disk.vmdk");
+    imgtool(["convert", text(&raw), text(&file)]).ok();
+    let piped = imgtool(["convert", "-q", text(&raw), "--to", "vmdk", "-"]).ok();
+    assert!(piped.stdout == std::fs::read(&file).unwrap(), "a pipe and a file receive other bytes");
+    imgtool(["convert", "-f", "vmdk", "-", "--to", "raw", "back.raw"])
+        .within(dir.path())
+        .pipe_from(&file)
+        .ok();
+    assert_same(&raw, &dir.path().join("back.raw"), "a stream from a pipe");
+    let mut cut = piped.stdout;
+    cut.truncate(cut.len() - 1);
+    let before = snapshot(dir.path());
+    let run = imgtool(["convert", "-f", "vmdk", "-", "--to", "raw", "cut.raw"]).within(dir.path());
+    run.pipe_bytes(cut).go().exits(1).says("ends early");
+    assert_eq!(snapshot(dir.path()), before);
+    imgtool(["convert", text(&raw), "-o", "subformat=vmfs", "--to", "vmdk", "-"]).go().exits(2);
+}
+
+#[test]
+fn snapshots_need_permission_for_their_parents() {
+    require!("qemu-img", "qemu-io");
+    let dir = tempdir();
+    let raw = write_raw(dir.path());
+    let path = |name: &str| dir.path().join(name);
+    oracles::qemu_make(&raw, "vmdk", "subformat=twoGbMaxExtentSparse", &path("base.vmdk"));
+    let (base, top) = (path("base.vmdk"), path("top.vmdk"));
+    oracles::qemu_img(&["create", "-q", "-f", "vmdk", "-F", "vmdk", "-b", text(&base), text(&top)]);
+    oracles::run("qemu-io", &["-f", "vmdk", "-c", "write -P 9 10k 70k", text(&top)]);
+    oracles::qemu_img(&["convert", "-f", "vmdk", "-O", "raw", text(&top), text(&path("merged.raw"))]);
+    let refused = imgtool(["convert", text(&top), text(&path("out.raw"))]).go().exits(1);
+    refused.says("--allow-external").says("base.vmdk");
+    imgtool(["convert", "--allow-external", "chain", text(&top), text(&path("out.raw"))]).ok();
+    assert_eq!(sha256_file(&path("out.raw")), sha256_file(&path("merged.raw")));
+}
+
+#[test]
+fn disks_beyond_two_tib_keep_their_ends() {
+    let dir = tempdir();
+    let raw = dir.path().join("disk.raw");
+    let file = std::fs::File::create(&raw).unwrap();
+    let size = (3 << 40) + 512;
+    file.set_len(size).unwrap();
+    for at in [0, (2 << 40) - 100, size - 512] {
+        file.write_all_at(&[7; 300], at).unwrap();
+    }
+    for subformat in ["streamOptimized", "monolithicSparse", "vmfs"] {
+        let out = dir.path().join(format!("{subformat}.vmdk"));
+        imgtool(["convert", text(&raw), "-o", &format!("subformat={subformat}"), text(&out)]).ok();
+        imgtool(["compare", text(&raw), text(&out)]).ok();
+        imgtool(["check", text(&out)]).ok();
+    }
+    let split = dir.path().join("split.vmdk");
+    let refused = imgtool(["convert", text(&raw), "-o", "subformat=twoGbMaxExtentFlat", text(&split)]).go();
+    refused.exits(1).says("1537 extents");
+}
