@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use imgtool_core::source::second_pass;
 use imgtool_core::sync::lock;
+use imgtool_core::zero::is_zero;
 use imgtool_core::{
     Access, Buffer, BufferPool, Device, Error, ErrorKind, ImageInfo, ImageSource, Input, Lease, Loss, Losses,
     OpenOptions, Piece, Remedy, Result, Stream, StreamAccess,
@@ -27,6 +28,9 @@ use tables::Tables;
 
 /// Length of a sector as an index.
 const SECTOR: usize = SECTOR_SIZE as usize;
+
+/// Maximum number of sectors before the first grain besides descriptor, tables and two grains. Our limit: 1 MiB.
+const MAX_PADDING: u64 = 2048;
 
 /// Place of the tables in a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +66,15 @@ pub(crate) fn layout(head: &[u8]) -> Option<StreamLayout> {
         }
     }
     let directory_len = header.directory_entries().checked_mul(4)?.div_ceil(SECTOR_SIZE);
+    let table_len = (u64::from(header.table_entries) * 4).div_ceil(SECTOR_SIZE);
+    let tables_len = header.directory_entries().checked_mul(table_len)?.checked_add(directory_len)?;
+    // Both sets of tables, and padding. Everything before the first grain is read, so its length is bounded.
+    let most = descriptor_end
+        .checked_add(tables_len.checked_mul(2)?)?
+        .checked_add(2 * header.grain_size + MAX_PADDING)?;
+    if header.overhead > most {
+        return None;
+    }
     let tables = match header.directory {
         GD_AT_END => TablePlace::Behind,
         directory if directory.checked_add(directory_len)? <= header.overhead => TablePlace::Front,
@@ -288,7 +301,8 @@ impl Pass {
         match head {
             Marker::Grain { lba, len } => self.read_grain(lba, len, position, &sector, pool),
             Marker::Metadata { kind: Kind::End, .. } => self.end(),
-            Marker::Metadata { kind: Kind::Progress, sectors } => self.skip(sectors),
+            // Nothing follows, whatever its number says.
+            Marker::Metadata { kind: Kind::Progress, .. } => Ok(()),
             Marker::Metadata { kind: Kind::Table, sectors } => {
                 let bytes = self.read_sectors(sectors, self.tables.table_sectors(), "grain table")?;
                 self.tables.meet_table(&bytes, position + 1)
@@ -321,16 +335,6 @@ impl Pass {
             return Err(cut(self.stream.position()));
         }
         Ok(bytes)
-    }
-
-    fn skip(&mut self, sectors: u64) -> Result<()> {
-        let mut sector = [0; SECTOR];
-        for _ in 0..sectors {
-            if self.stream.read_full(&mut sector)? < SECTOR {
-                return Err(cut(self.stream.position()));
-            }
-        }
-        Ok(())
     }
 
     fn read_grain(
@@ -386,19 +390,21 @@ impl Pass {
     /// Ends the stream. Zeros may follow: qemu-img writes up to 64 KiB of them.
     fn end(&mut self) -> Result<()> {
         self.tables.check_complete()?;
+        self.state = State::Ended;
+        if self.ignore_trailing || self.salvage {
+            return Ok(());
+        }
         let mut rest = vec![0; 64 << 10];
         loop {
             let read = self.stream.read_full(&mut rest)?;
-            if !self.ignore_trailing && rest[..read].iter().any(|byte| *byte != 0) {
+            if !is_zero(&rest[..read]) {
                 return Err(
                     Error::corrupt("bytes follow the end of the stream").remedied_by(Remedy::IgnoreTrailing)
                 );
             }
             if read < rest.len() {
-                break;
+                return Ok(());
             }
         }
-        self.state = State::Ended;
-        Ok(())
     }
 }
