@@ -144,6 +144,9 @@ impl GrainFile {
         budget: FileMemory<'_>,
     ) -> Result<Self> {
         let header = if header.directory == GD_AT_END { footer(input, &header)? } else { header };
+        if header.markers && header.directory >= header.overhead {
+            check_directory_marker(input, header.directory)?;
+        }
         let sectors = |start: u64, len: u64| {
             let start = start.saturating_mul(SECTOR_SIZE);
             start..start.saturating_add(len.saturating_mul(SECTOR_SIZE))
@@ -427,6 +430,19 @@ fn sector(entry: u32, zeroed: bool) -> Place {
         0 => Place::Absent,
         1 if zeroed => Place::Zero,
         sector => Place::At(u64::from(sector) * SECTOR_SIZE),
+    }
+}
+
+/// Checks that the directory of a stream has its marker. Without it, the header or the footer could point into
+/// a grain, whose bytes would be taken for the directory.
+fn check_directory_marker(input: &RandomInput, directory: u64) -> Result<()> {
+    let marker = directory.saturating_sub(1).saturating_mul(SECTOR_SIZE);
+    let bytes = input.read_vec(marker, SECTOR_SIZE as usize)?;
+    match bytes.first_chunk().map(Marker::decode) {
+        Some(Marker::Metadata { kind: Kind::Directory, .. }) => Ok(()),
+        _ => Err(Error::malformed(format!("the grain directory at sector {directory} has no marker"))
+            .at(marker)
+            .remedied_by(Remedy::Salvage("copy the file again, or use a backup".into()))),
     }
 }
 

@@ -183,7 +183,7 @@ impl Header {
 
     /// True if the file only wraps the descriptor of a disk in other files.
     pub(crate) fn is_wrapper(&self) -> bool {
-        self.capacity == 0 && self.descriptor_size > 0
+        self.capacity == 0 && self.descriptor_size > 0 && self.descriptor_offset > 0
     }
 
     /// Returns the number of entries of the grain directory.

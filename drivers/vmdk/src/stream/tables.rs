@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use imgtool_core::{Error, Lease, Remedy, Result};
 
 use crate::layout::SECTOR_SIZE;
-use crate::layout::hosted::Header;
+use crate::layout::hosted::{GD_AT_END, Header};
 
 /// Maximum number of tables that are behind the grains of later tables. Our limit; programs write each table
 /// right behind its grains.
@@ -39,6 +39,8 @@ enum Kind {
         open: VecDeque<(u64, Vec<u32>)>,
         /// Sectors of tables without grains.
         empty: Vec<u32>,
+        /// Sector of the directory that the header states, if it does.
+        stated_at: Option<u64>,
         /// Sector of the directory, once it was met.
         directory_at: Option<u64>,
         has_footer: bool,
@@ -110,6 +112,7 @@ impl Tables {
             directory: vec![0; directory_entries as usize],
             open: VecDeque::new(),
             empty: Vec::new(),
+            stated_at: (header.directory != GD_AT_END).then_some(header.directory),
             directory_at: None,
             has_footer: false,
         };
@@ -188,7 +191,7 @@ impl Tables {
 
     /// Compares the directory, which is at `sector`.
     pub(super) fn meet_directory(&mut self, bytes: &[u8], sector: u64) -> Result<()> {
-        let Kind::Behind { directory, open, empty, directory_at, .. } = &mut self.kind else {
+        let Kind::Behind { directory, open, empty, stated_at, directory_at, .. } = &mut self.kind else {
             return Err(Error::malformed("a directory follows, although the header has one in front"));
         };
         let agrees = |(found, expected): (u32, &u32)| {
@@ -196,6 +199,9 @@ impl Tables {
         };
         if !open.is_empty() || !entries(bytes).zip(directory.iter()).all(agrees) {
             return Err(contradiction("the grain directory"));
+        }
+        if stated_at.is_some_and(|stated| stated != sector) {
+            return Err(contradiction("the place of the directory in the header"));
         }
         *directory_at = Some(sector);
         Ok(())

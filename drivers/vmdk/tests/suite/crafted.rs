@@ -138,6 +138,8 @@ fn refuses_numbers_out_of_bounds() {
     assert_fault(&outside.bytes(), ErrorKind::Corrupt, "ends at");
     assert_fault(&file().with(4, &[4]).bytes(), ErrorKind::Unsupported, "version 4");
     assert_fault(&file().with(74, b"\n").bytes(), ErrorKind::Malformed, "text mode");
+    // A capacity of 0 is no descriptor's if there is none.
+    assert_fault(&file().with(12, &[0; 32]).bytes(), ErrorKind::Malformed, "grains of 0 sectors");
     assert_fault(&file().bytes()[..300], ErrorKind::Malformed, "cut short");
 }
 

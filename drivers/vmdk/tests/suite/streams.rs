@@ -269,6 +269,17 @@ fn damaged_grains_are_errors_and_salvage_keeps_the_others() {
     assert!(source.access().is_stream());
 }
 
+#[test]
+fn a_directory_without_its_marker_is_refused() {
+    use Part::{Directory, End, Footer, Table};
+    let parts = [&three(GRAIN)[..], &[Table, Directory, Footer, End]].concat();
+    // The first bytes of a grain's marker would be an empty directory.
+    let mut bytes = stream(SECTORS, Place::Known, &parts);
+    bytes[56..64].copy_from_slice(&128u64.to_le_bytes());
+    assert!(open_bytes(&bytes).unwrap_err().to_string().contains("no marker"));
+    assert_fault(&bytes, ErrorKind::Corrupt, "in the header");
+}
+
 /// Walks over the markers of a stream, and returns the guest sectors of its grains.
 fn walk(bytes: &[u8]) -> Vec<u64> {
     let number = |at: usize, len: usize| {
