@@ -113,9 +113,7 @@ fn reports_usage_errors_before_opening_a_source() {
         "create -f vhdx -o block_size=3M out 1G",
         "create -f qcow2 - 1G",
         "create 1G out",
-        "create out.vmdk 1G",
-        "create out.qed 1G",
-        "create -f dmg out 1G",
+        "create out.ova 1G",
     ] {
         let run = imgtool(line.split(' ')).within(dir.path()).go().exits(2);
         assert!(!run.stderr.contains("No such file"), "{line}: {}", run.stderr);
