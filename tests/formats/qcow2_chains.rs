@@ -259,3 +259,23 @@ fn million_references_to_an_empty_table_convert_quickly() {
         assert!(map.as_array().unwrap().iter().all(|extent| extent["data"] == false), "{name}: {map}");
     }
 }
+
+#[test]
+fn names_in_a_linked_image_are_beside_the_real_one() {
+    let dir = with_bases();
+    let sub = dir.path().join("sub");
+    std::fs::create_dir(&sub).unwrap();
+    std::fs::rename(dir.path().join("base.raw"), sub.join("base.raw")).unwrap();
+    std::fs::write(sub.join("real.qcow2"), "old").unwrap();
+    std::os::unix::fs::symlink("sub/real.qcow2", dir.path().join("link.qcow2")).unwrap();
+    let before = names(dir.path());
+    imgtool(["convert", "--force", "--verify", "-o", "data_file=x.data", "sub/base.raw", "link.qcow2"])
+        .within(dir.path())
+        .ok();
+    imgtool(["compare", "--allow-external", "chain", "sub/base.raw", "link.qcow2"]).within(dir.path()).ok();
+    imgtool(["create", "--force", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "link.qcow2"])
+        .within(dir.path())
+        .ok();
+    imgtool(["compare", "--allow-external", "chain", "sub/base.raw", "link.qcow2"]).within(dir.path()).ok();
+    assert_eq!(names(dir.path()), before);
+}

@@ -126,3 +126,24 @@ fn disks_beyond_two_tib_keep_their_ends() {
     let refused = imgtool(["convert", text(&raw), "-o", "subformat=twoGbMaxExtentFlat", text(&split)]).go();
     refused.exits(1).says("1537 extents");
 }
+
+#[test]
+fn files_beside_a_linked_target_are_beside_the_real_one() {
+    let dir = tempdir();
+    let raw = write_raw(dir.path());
+    for subformat in SEVERAL {
+        let sub = dir.path().join(subformat);
+        std::fs::create_dir(&sub).unwrap();
+        let (real, link) = (sub.join("real.vmdk"), dir.path().join("link.vmdk"));
+        std::fs::write(&real, "old").unwrap();
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        let before = names(dir.path());
+        let option = format!("subformat={subformat}");
+        imgtool(["convert", "--force", "--verify", text(&raw), "-o", &option, text(&link)]).ok();
+        assert_eq!(names(dir.path()), before, "{subformat}");
+        for image in [&real, &link] {
+            imgtool(["compare", text(&raw), text(image)]).ok();
+        }
+        std::fs::remove_file(&link).unwrap();
+    }
+}

@@ -87,8 +87,8 @@ pub struct PlannedOutput {
 impl PlannedOutput {
     /// Resolves a file name stored in the image, relative to its directory, like a reader of the image.
     pub(crate) fn beside(&self, name: &str) -> Option<PathBuf> {
-        let path = self.destination.path()?;
-        Some(path.parent().unwrap_or(Path::new("")).join(name))
+        self.destination.path()?;
+        open::resolve(&self.destination.location(), name)?.path().map(Path::to_owned)
     }
 
     /// Returns the manifest of the image.

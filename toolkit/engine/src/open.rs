@@ -104,9 +104,13 @@ impl Opened {
     }
 }
 
-/// Resolves the file name `name` in the image at `image`; `None` for a stream.
+/// Resolves the file name `name` in the image at `image`; `None` for a stream. If the image is a symbolic link,
+/// the name is beside the file that the link leads to, as for [`crate::externals::PolicyOpener`].
 pub fn resolve(image: &Location, name: &str) -> Option<Location> {
-    image.beside(name.strip_prefix("file:").unwrap_or(name))
+    let name = name.strip_prefix("file:").unwrap_or(name);
+    let is_link = |path: &Path| std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_symlink());
+    let real = image.path().filter(|path| is_link(path)).and_then(|path| std::fs::canonicalize(path).ok());
+    real.map_or_else(|| image.beside(name), |real| Location::from(&real).beside(name))
 }
 
 /// Opens the bytes of an image and removes outer compression. If the user states the `format` raw, in which
