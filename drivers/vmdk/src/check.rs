@@ -39,21 +39,10 @@ pub(crate) fn check(input: Input, options: &OpenOptions) -> Result<CheckReport> 
                     extent.start + extent.len
                 ));
             }
-            Content::Flat { .. } | Content::Zero | Content::Closed => {}
+            Content::Flat { .. } | Content::Zero | Content::Closed | Content::Lost { .. } => {}
         }
     }
-    check_lines(&image, &mut report);
     Ok(report)
-}
-
-/// Reports a descriptor that contradicts the sparse file that contains it.
-fn check_lines(image: &Image, report: &mut CheckReport) {
-    let Some(descriptor) = image.descriptor.as_ref().filter(|_| image.single) else { return };
-    let capacity = image.virtual_size / SECTOR_SIZE;
-    let stated = descriptor.sectors();
-    if stated > capacity {
-        report.corruption(format!("the descriptor has {stated} sectors, but the header only {capacity}"));
-    }
 }
 
 /// A walk over the tables of a sparse file, with its counts so far.

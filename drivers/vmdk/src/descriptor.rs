@@ -1,9 +1,10 @@
 //! The text that describes a disk: its content identifiers, its parent, and its extents.
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{Error, Result};
+use imgtool_core::{Error, Remedy, Result};
 
 use crate::layout::MAX_SECTORS;
+use crate::layout::hosted::Header;
 
 /// Maximum length of a descriptor in bytes. Our limit: a split disk of 62 TiB has 32 000 lines of 50 bytes.
 pub(crate) const MAX_LEN: usize = 2 << 20;
@@ -121,7 +122,66 @@ impl Descriptor {
             };
             descriptor.set(&key.trim().to_ascii_lowercase(), unquote(value.trim()), &on_line)?;
         }
+        let hint = descriptor.parent_hint.as_deref().filter(|hint| !hint.is_empty());
+        if let Some(hint) = hint.filter(|_| descriptor.parent_cid.is_none()) {
+            return Err(Error::malformed(format!(
+                "the descriptor names a parent, '{}', but no content identifier of it (parentCID)",
+                shorten(hint)
+            )));
+        }
         Ok(descriptor)
+    }
+
+    /// Parses the descriptor within a sparse file that has this header. A salvage does without a damaged one, and
+    /// accepts one that contradicts the file.
+    ///
+    /// # Errors
+    /// Same as [`Descriptor::parse`]; `Malformed` or `Unsupported` if it has no extent or several, or contradicts
+    /// the header.
+    pub(crate) fn embedded(text: &[u8], header: &Header, salvage: bool) -> Result<Option<Self>> {
+        let parsed = Self::parse(text).and_then(|descriptor| {
+            if descriptor.extents.is_empty() {
+                return Err(Error::malformed("the descriptor in the file has no extents").remedied_by(
+                    Remedy::Salvage("if this is a part of a split disk, name the disk's descriptor".into()),
+                ));
+            }
+            Ok(descriptor)
+        });
+        let descriptor = match parsed {
+            Err(_) if salvage && !header.is_wrapper() => return Ok(None),
+            parsed => parsed?,
+        };
+        if !salvage && !header.is_wrapper() {
+            descriptor.check_single(header.capacity)?;
+        }
+        Ok(Some(descriptor))
+    }
+
+    /// Checks that the descriptor is that of a single sparse file with this capacity in sectors. The capacity may
+    /// be larger: VirtualBox rounds it up.
+    fn check_single(&self, capacity: u64) -> Result<()> {
+        let contradiction = |what: String| {
+            Error::malformed(what)
+                .remedied_by(Remedy::Salvage("make the image again, or use a backup".into()))
+        };
+        let [line] = &self.extents[..] else {
+            return Err(Error::unsupported("the descriptor in the sparse file has more than one extent")
+                .hint("save the descriptor as a file beside it, and name that"));
+        };
+        if line.kind != Kind::Sparse || line.access != Access::Readable {
+            let access = if line.access == Access::None { " without access" } else { "" };
+            return Err(contradiction(format!(
+                "the descriptor in the sparse file has an extent of type {}{access}, not SPARSE",
+                line.type_name
+            )));
+        }
+        if line.sectors > capacity {
+            return Err(contradiction(format!(
+                "the descriptor says that the disk has {} sectors, but the header {capacity}",
+                line.sectors
+            )));
+        }
+        Ok(())
     }
 
     fn set(&mut self, key: &str, value: &str, on_line: &dyn Fn(String) -> String) -> Result<()> {
@@ -164,7 +224,7 @@ impl ExtentLine {
         let (before, name, after) = match line.split_once('"') {
             None => (line, None, ""),
             Some((before, rest)) => {
-                let (name, after) = rest.rsplit_once('"').ok_or_else(|| malformed("has an unclosed name"))?;
+                let (name, after) = rest.split_once('"').ok_or_else(|| malformed("has an unclosed name"))?;
                 (before, Some(name), after)
             }
         };

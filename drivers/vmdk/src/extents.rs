@@ -1,20 +1,21 @@
 //! Opening the files of a disk: the image's own, and those that its descriptor names.
 
-use std::collections::HashMap;
+mod opener;
+
 use std::sync::Arc;
 
-use imgtool_core::error::escape_control;
 use imgtool_core::input::PROBE_LEN;
-use imgtool_core::{Error, Input, OpenOptions, RandomInput, Remedy, Result};
+use imgtool_core::{Error, Input, Lease, OpenOptions, RandomInput, Remedy, Result};
 
-use crate::descriptor::{self, Access, Descriptor, ExtentLine, Kind};
-use crate::grains::{FileMemory, GrainFile, TableCache};
+use crate::descriptor::{self, Descriptor};
+use crate::grains::{FileSettings, GrainFile, TableCache};
 use crate::image::{Content, Extent, Image};
 use crate::inflate::Inflater;
 use crate::layout::{SECTOR_SIZE, cowd, hosted, sesparse};
+use opener::Opener;
 
-/// Role of an extent's file in messages.
-const ROLE: &str = "extent";
+/// Memory in bytes for each byte of a descriptor: itself, as text, and its names. Latin 1 takes twice as much.
+const TEXT_COPIES: u64 = 4;
 
 impl Image {
     /// Opens an image: a sparse file, or a descriptor with the files that it names. With
@@ -29,19 +30,32 @@ impl Image {
     }
 }
 
+/// Returns the settings for opening the file with this number.
+fn settings<'a>(tables: &'a Arc<TableCache>, id: usize, options: &'a OpenOptions) -> FileSettings<'a> {
+    let OpenOptions { salvage, ignore_trailing, memory, .. } = options;
+    FileSettings { tables, id, memory, salvage: *salvage, ignore_trailing: *ignore_trailing }
+}
+
 fn open_any(input: &RandomInput, options: &OpenOptions) -> Result<Image> {
     let head = input.read_vec(0, head_len(input, PROBE_LEN))?;
     let tables = &TableCache::new(options.externals.depth(), &options.memory)?;
-    let budget = FileMemory { tables, id: 0, memory: &options.memory };
+    let settings = settings(tables, 0, options);
     if head.starts_with(hosted::MAGIC) {
         let header = hosted::Header::decode(&head).map_err(|fault| fault.of("header", 0))?;
         let descriptor = embedded_descriptor(input, &header, options.salvage)?;
         return match descriptor {
             Some(descriptor) if header.is_wrapper() && descriptor.sectors() > 0 => {
-                open_described(input, descriptor, tables, options)
+                let lease = text_lease(header.descriptor_size * SECTOR_SIZE, options)?;
+                open_described(input, descriptor, lease, tables, options)
             }
             Some(descriptor) if header.is_wrapper() => empty(input, descriptor, options),
-            descriptor => single(input, GrainFile::hosted(input, header, budget)?, descriptor, options),
+            descriptor => {
+                // A running machine can't write compressed grains, so such a file is no snapshot.
+                if descriptor.is_none() && !header.compressed && !options.salvage {
+                    refuse_bare("a part of a split disk or of a snapshot: it has no descriptor", options)?;
+                }
+                single(input, GrainFile::hosted(input, header, settings)?, descriptor, options)
+            }
         };
     }
     if head.starts_with(cowd::MAGIC) {
@@ -49,17 +63,24 @@ fn open_any(input: &RandomInput, options: &OpenOptions) -> Result<Image> {
         if !header.parent_name.is_empty() {
             refuse_bare("a redo log over another disk", options)?;
         }
-        return single(input, GrainFile::cowd(input, &header, budget)?, None, options);
+        return single(input, GrainFile::cowd(input, &header, settings)?, None, options);
     }
     if head.starts_with(&sesparse::MAGIC) {
         refuse_bare("an SE sparse file, which usually is a snapshot of another disk", options)?;
-        return single(input, se_sparse(input, &head, budget)?, None, options);
+        return single(input, se_sparse(input, &head, settings)?, None, options);
     }
     if !Descriptor::probe(&head) {
         return Err(Error::wrong_format("has neither a magic number nor a descriptor of VMDK"));
     }
-    let text = input.read_vec(0, head_len(input, descriptor::MAX_LEN + 1))?;
-    open_described(input, Descriptor::parse(&text)?, tables, options)
+    let len = head_len(input, descriptor::MAX_LEN + 1);
+    let lease = text_lease(len as u64, options)?;
+    let text = input.read_vec(0, len)?;
+    open_described(input, Descriptor::parse(&text)?, lease, tables, options)
+}
+
+/// Borrows memory for a descriptor of `len` bytes.
+fn text_lease(len: u64, options: &OpenOptions) -> Result<Lease> {
+    options.memory.lease(TEXT_COPIES * len, "the descriptor of a VMDK image")
 }
 
 /// Returns the number of bytes to read for a head of at most `most`.
@@ -76,10 +97,10 @@ fn refuse_bare(what: &str, options: &OpenOptions) -> Result<()> {
         .remedied_by(Remedy::OpenAnyway("name its descriptor, the small .vmdk file beside it".into())))
 }
 
-fn se_sparse(input: &RandomInput, head: &[u8], budget: FileMemory<'_>) -> Result<GrainFile> {
+fn se_sparse(input: &RandomInput, head: &[u8], settings: FileSettings<'_>) -> Result<GrainFile> {
     let header =
         sesparse::Header::decode(head, input.len() / SECTOR_SIZE).map_err(|fault| fault.of("header", 0))?;
-    GrainFile::se_sparse(input, &header, budget)
+    GrainFile::se_sparse(input, &header, settings)
 }
 
 /// Reads the descriptor within a hosted sparse file, if there is one. A salvage does without a damaged one.
@@ -94,15 +115,11 @@ fn embedded_descriptor(
     let offset = header.descriptor_offset * SECTOR_SIZE;
     // The header bounds it to 2 MiB. The file may end within the padding.
     let len = (header.descriptor_size * SECTOR_SIZE).min(input.len().saturating_sub(offset)) as usize;
-    let parsed = input
-        .read_vec(offset, len)
-        .and_then(|text| Descriptor::parse(&text))
-        .map_err(|error| error.at(offset));
-    match parsed {
-        Ok(descriptor) => Ok(Some(descriptor)),
-        Err(_) if salvage && !header.is_wrapper() => Ok(None),
-        Err(error) => Err(error),
-    }
+    let text = match input.read_vec(offset, len) {
+        Err(_) if salvage && !header.is_wrapper() => return Ok(None),
+        text => text?,
+    };
+    Descriptor::embedded(&text, header, salvage).map_err(|error| error.at(offset))
 }
 
 /// Makes the image of a disk without sectors. Its header has no numbers that count.
@@ -114,6 +131,7 @@ fn empty(input: &RandomInput, descriptor: Descriptor, options: &OpenOptions) -> 
         descriptor: Some(descriptor),
         single: true,
         inflater: Inflater::new(0, 0, &options.memory)?,
+        _lease: options.memory.lease(0, "the descriptor of a VMDK image")?,
     })
 }
 
@@ -124,14 +142,12 @@ fn single(
     descriptor: Option<Descriptor>,
     options: &OpenOptions,
 ) -> Result<Image> {
-    if descriptor.as_ref().is_some_and(|descriptor| descriptor.extents.len() > 1) {
-        return Err(Error::unsupported("the descriptor in the sparse file has more than one extent")
-            .hint("save the descriptor as a file beside it, and name that"));
-    }
     let compressed =
         if file.hosted.as_ref().is_some_and(|header| header.compressed) { file.grain_size } else { 0 };
-    let extent =
-        Extent { start: 0, len: file.capacity, content: Content::Grains { file: Box::new(file), index: 0 } };
+    let (len, file) = (file.capacity, Box::new(file));
+    let extent = Extent { start: 0, len, content: Content::Grains { file, index: 0 }, line: 0 };
+    // The file's own descriptor has one line.
+    let lease = options.memory.lease(0, "the descriptor of a VMDK image")?;
     Ok(Image {
         files: vec![input.clone()],
         virtual_size: extent.len,
@@ -139,24 +155,26 @@ fn single(
         descriptor,
         single: true,
         inflater: Inflater::new(compressed, options.externals.depth(), &options.memory)?,
+        _lease: lease,
     })
 }
 
-/// Opens the extents of a descriptor in the file `own`.
+/// Opens the extents of a descriptor in the file `own`. `lease` is the memory for the descriptor.
 fn open_described(
     own: &RandomInput,
     descriptor: Descriptor,
+    lease: Lease,
     tables: &Arc<TableCache>,
     options: &OpenOptions,
 ) -> Result<Image> {
     if descriptor.extents.is_empty() {
         return Err(Error::malformed("the descriptor has no extents"));
     }
-    let mut opener = Opener { own, options, tables, files: vec![own.clone()], flat: HashMap::new() };
+    let mut opener = Opener::new(own, options, tables, lease);
     let mut extents = Vec::new();
     let mut start = 0;
     let mut largest_grain = 0;
-    for line in &descriptor.extents {
+    for (index, line) in descriptor.extents.iter().enumerate() {
         let len = line.sectors * SECTOR_SIZE;
         let content = opener.open(line)?;
         if let Content::Grains { file, .. } = &content
@@ -165,11 +183,11 @@ fn open_described(
             largest_grain = file.grain_size.max(largest_grain);
         }
         if len > 0 {
-            extents.push(Extent { start, len, content });
+            extents.push(Extent { start, len, content, line: index });
         }
         start += len;
     }
-    let files = opener.files;
+    let (files, lease) = opener.finish();
     Ok(Image {
         files,
         virtual_size: start,
@@ -177,108 +195,6 @@ fn open_described(
         descriptor: Some(descriptor),
         single: false,
         inflater: Inflater::new(largest_grain, options.externals.depth(), &options.memory)?,
+        _lease: lease,
     })
-}
-
-/// Opens the files of extents.
-struct Opener<'a> {
-    own: &'a RandomInput,
-    options: &'a OpenOptions,
-    tables: &'a Arc<TableCache>,
-    files: Vec<RandomInput>,
-    /// Files with the guest's bytes, by name: several extents may be in one.
-    flat: HashMap<String, usize>,
-}
-
-impl Opener<'_> {
-    fn open(&mut self, line: &ExtentLine) -> Result<Content> {
-        match (line.access, line.kind) {
-            (Access::None, _) => Ok(Content::NoAccess),
-            (_, Kind::Zero) => Ok(Content::Zero),
-            _ if self.options.info_only => Ok(Content::Closed),
-            (_, Kind::Flat) => self.open_flat(line),
-            (_, kind) => self.open_sparse(line, kind),
-        }
-    }
-
-    fn file(&mut self, name: &str) -> Result<usize> {
-        let input = self.options.externals.open_part(ROLE, name, self.own.location())?.into_random()?;
-        self.files.push(input);
-        Ok(self.files.len() - 1)
-    }
-
-    fn open_flat(&mut self, line: &ExtentLine) -> Result<Content> {
-        let index = match self.flat.get(&line.name) {
-            Some(index) => *index,
-            None => self.file(&line.name)?,
-        };
-        self.flat.insert(line.name.clone(), index);
-        let file = &self.files[index];
-        // The parser bounds both numbers to 2^54 sectors.
-        let end = (line.offset + line.sectors) * SECTOR_SIZE;
-        if end > file.len() {
-            return Err(Error::corrupt(format!(
-                "the extent needs {} bytes at {}, but the file ends at {}",
-                line.sectors * SECTOR_SIZE,
-                line.offset * SECTOR_SIZE,
-                file.len()
-            ))
-            .path(file.location())
-            .at(file.len())
-            .hint("the file is cut short: copy it again, or use a backup"));
-        }
-        Ok(Content::Flat { file: index, file_offset: line.offset * SECTOR_SIZE })
-    }
-
-    fn open_sparse(&mut self, line: &ExtentLine, kind: Kind) -> Result<Content> {
-        if line.offset != 0 {
-            return Err(Error::unsupported(format!(
-                "the sparse extent '{}' begins at sector {} of its file",
-                escape_control(&line.name),
-                line.offset
-            )));
-        }
-        let index = self.file(&line.name)?;
-        let input = &self.files[index];
-        let budget = FileMemory { tables: self.tables, id: index, memory: &self.options.memory };
-        let opened = open_grains(input, kind, budget).and_then(|file| {
-            if file.capacity < line.sectors * SECTOR_SIZE {
-                return Err(Error::malformed(format!(
-                    "the descriptor says that the extent has {} sectors, but the file has {}",
-                    line.sectors,
-                    file.capacity / SECTOR_SIZE
-                )));
-            }
-            Ok(file)
-        });
-        let file = opened.map_err(|error| error.path(input.location()))?;
-        Ok(Content::Grains { file: Box::new(file), index })
-    }
-}
-
-/// Opens the sparse file of an extent, which must be of the kind that the descriptor states.
-fn open_grains(input: &RandomInput, kind: Kind, budget: FileMemory<'_>) -> Result<GrainFile> {
-    let head = input.read_vec(0, head_len(input, cowd::HEADER_LEN))?;
-    let (magic, name): (&[u8], _) = match kind {
-        Kind::VmfsSparse => (cowd::MAGIC, "COWD"),
-        Kind::SeSparse => (&sesparse::MAGIC, "SE sparse"),
-        Kind::Flat | Kind::Zero | Kind::Sparse => (hosted::MAGIC, "hosted sparse"),
-    };
-    if !head.starts_with(magic) {
-        return Err(Error::malformed(format!("the extent is not a {name} file, as its descriptor says")));
-    }
-    match kind {
-        Kind::VmfsSparse => {
-            let header = cowd::Header::decode(&head).map_err(|fault| fault.of("header", 0))?;
-            GrainFile::cowd(input, &header, budget)
-        }
-        Kind::SeSparse => se_sparse(input, &head, budget),
-        Kind::Flat | Kind::Zero | Kind::Sparse => {
-            let header = hosted::Header::decode(&head).map_err(|fault| fault.of("header", 0))?;
-            if header.is_wrapper() {
-                return Err(Error::malformed("the extent is a descriptor, not a sparse file"));
-            }
-            GrainFile::hosted(input, header, budget)
-        }
-    }
 }

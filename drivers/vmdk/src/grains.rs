@@ -1,6 +1,9 @@
 //! [`GrainFile`], a sparse file: a grain directory, grain tables, and grains. The three kinds of sparse files
 //! differ in their headers and in the form of their entries.
 
+mod directory;
+mod footer;
+
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -8,7 +11,7 @@ use imgtool_core::sync::lock;
 use imgtool_core::{Cache, Error, Lease, Memory, RandomInput, Remedy, Result};
 
 use crate::layout::hosted::{self, GD_AT_END};
-use crate::layout::marker::{BARE_HEAD, GRAIN_HEAD, Kind, Marker};
+use crate::layout::marker::{BARE_HEAD, GRAIN_HEAD};
 use crate::layout::sesparse::{self, Grain};
 use crate::layout::{SECTOR_SIZE, cowd};
 
@@ -18,13 +21,6 @@ const MAX_CACHED_TABLES: u64 = 64;
 
 /// Memory in bytes for the longest table: 4096 entries.
 const TABLE_BYTES: u64 = 4096 * size_of::<Place>() as u64;
-
-/// Maximum length of a grain directory in bytes. Our limit: the directory of a 64 TiB disk in SE sparse form.
-const MAX_DIRECTORY_LEN: u64 = 32 << 20;
-
-/// Maximum number of entries of the grain directory that share tables with something in them. Our limit: an
-/// intact image has none, and a crafted file could contain a disk of terabytes in a few KiB.
-const MAX_TABLE_SHARES: usize = 1024;
 
 /// Place of a grain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,24 +108,30 @@ impl TableCache {
     }
 }
 
-/// Memory for one file.
+/// Settings for opening one file.
 #[derive(Clone, Copy)]
-pub(crate) struct FileMemory<'a> {
+pub(crate) struct FileSettings<'a> {
     /// Cache of its tables.
     pub(crate) tables: &'a Arc<TableCache>,
     /// Number of the file in the cache.
     pub(crate) id: usize,
     /// Lends memory for its directory.
     pub(crate) memory: &'a Memory,
+    /// True to use what is intact of a damaged directory.
+    pub(crate) salvage: bool,
+    /// True to accept bytes behind the end of a stream.
+    pub(crate) ignore_trailing: bool,
 }
 
-/// Where a file says that its tables are.
+/// Place and form of a file's tables, by its header.
 struct Shape {
     grain_size: u64,
     capacity: u64,
     form: Form,
     kind: &'static str,
     directory: u64,
+    /// Sector of another directory that should list the same tables.
+    redundant_directory: Option<u64>,
     directory_entries: u64,
     table_entries: u64,
     entries: Entries,
@@ -141,12 +143,18 @@ impl GrainFile {
     pub(crate) fn hosted(
         input: &RandomInput,
         header: hosted::Header,
-        budget: FileMemory<'_>,
+        settings: FileSettings<'_>,
     ) -> Result<Self> {
-        let header = if header.directory == GD_AT_END { footer(input, &header)? } else { header };
-        if header.markers && header.directory >= header.overhead {
-            check_directory_marker(input, header.directory)?;
-        }
+        let is_in_front = header.directory < header.overhead;
+        let header = match header.directory {
+            GD_AT_END => footer::read(input, &header, settings)?,
+            // The field is informative, and may be missing.
+            _ if !header.markers || is_in_front || header.overhead == 0 => header,
+            directory => {
+                footer::check_directory_marker(input, directory)?;
+                footer::read(input, &header, settings)?
+            }
+        };
         let sectors = |start: u64, len: u64| {
             let start = start.saturating_mul(SECTOR_SIZE);
             start..start.saturating_add(len.saturating_mul(SECTOR_SIZE))
@@ -162,6 +170,7 @@ impl GrainFile {
             form,
             kind: "hosted sparse",
             directory: header.directory,
+            redundant_directory: header.redundant_directory.filter(|sector| *sector != 0),
             directory_entries: header.directory_entries(),
             table_entries: header.table_entries.into(),
             entries: Entries::Sectors { zeroed: header.zeroed_grains },
@@ -170,30 +179,35 @@ impl GrainFile {
                 sectors(header.descriptor_offset, header.descriptor_size),
             ],
         };
-        Ok(Self { hosted: Some(header), ..Self::open(input, shape, budget)? })
+        Ok(Self { hosted: Some(header), ..Self::open(input, shape, settings)? })
     }
 
     /// Opens a COWD file.
-    pub(crate) fn cowd(input: &RandomInput, header: &cowd::Header, budget: FileMemory<'_>) -> Result<Self> {
+    pub(crate) fn cowd(
+        input: &RandomInput,
+        header: &cowd::Header,
+        settings: FileSettings<'_>,
+    ) -> Result<Self> {
         let shape = Shape {
             grain_size: header.grain_size * SECTOR_SIZE,
             capacity: header.capacity * SECTOR_SIZE,
             form: Form::Plain,
             kind: "COWD",
             directory: header.directory,
+            redundant_directory: None,
             directory_entries: header.directory_entries,
             table_entries: cowd::TABLE_ENTRIES,
             entries: Entries::Sectors { zeroed: false },
             reserved: std::iter::once(0..cowd::HEADER_LEN as u64).collect(),
         };
-        Self::open(input, shape, budget)
+        Self::open(input, shape, settings)
     }
 
     /// Opens an SE sparse file.
     pub(crate) fn se_sparse(
         input: &RandomInput,
         header: &sesparse::Header,
-        budget: FileMemory<'_>,
+        settings: FileSettings<'_>,
     ) -> Result<Self> {
         let volatile = header.volatile_header * SECTOR_SIZE;
         let bytes = input.read_vec(volatile, sesparse::HEADER_LEN)?;
@@ -205,13 +219,14 @@ impl GrainFile {
             form: Form::Plain,
             kind: "SE sparse",
             directory: header.directory.offset,
+            redundant_directory: None,
             directory_entries: header.directory_entries,
             table_entries: sesparse::TABLE_ENTRIES,
             entries: Entries::SeSparse { grains: header.grains.offset.saturating_mul(SECTOR_SIZE) },
             reserved: vec![0..sesparse::HEADER_LEN as u64, tables..tables + header.tables.size * SECTOR_SIZE],
         };
         let table_len = sesparse::TABLE_SECTORS * SECTOR_SIZE;
-        let mut file = Self::open(input, shape, budget)?;
+        let mut file = Self::open(input, shape, settings)?;
         for (index, table) in file.directory.iter_mut().enumerate() {
             let at = header.directory.offset * SECTOR_SIZE + index as u64 * 8;
             let entry = sesparse::directory_entry(*table).map_err(|fault| fault.of("directory entry", at))?;
@@ -230,32 +245,15 @@ impl GrainFile {
                 }
             };
         }
-        file.check_shares(budget.memory)?;
+        file.check_shares(settings.memory)?;
         Ok(file)
     }
 
-    fn open(input: &RandomInput, shape: Shape, budget: FileMemory<'_>) -> Result<Self> {
-        let width = shape.entries.width();
-        let len = shape.directory_entries.saturating_mul(width);
-        if len > MAX_DIRECTORY_LEN {
-            return Err(Error::limit(format!(
-                "the grain directory has {len} bytes; the limit is {MAX_DIRECTORY_LEN}"
-            )));
-        }
-        let offset = shape.directory.checked_mul(SECTOR_SIZE).ok_or_else(|| {
-            Error::malformed(format!("the grain directory is at sector {}, out of bounds", shape.directory))
-        })?;
-        // The directory is read in one piece, and has 8 bytes an entry in memory.
-        let bytes = len + shape.directory_entries * 8;
-        let lease = budget.memory.lease(bytes, "the grain directory of a VMDK image")?;
-        // At most `MAX_DIRECTORY_LEN`.
-        let raw = input.read_vec(offset, len as usize)?;
-        let directory = match shape.entries {
-            Entries::Sectors { .. } => {
-                raw.as_chunks().0.iter().map(|e| u64::from(u32::from_le_bytes(*e)) * SECTOR_SIZE).collect()
-            }
-            Entries::SeSparse { .. } => raw.as_chunks().0.iter().map(|e| u64::from_le_bytes(*e)).collect(),
-        };
+    fn open(input: &RandomInput, shape: Shape, settings: FileSettings<'_>) -> Result<Self> {
+        let (directory, lease) = directory::read(input, &shape, settings)?;
+        // Both factors were checked.
+        let offset = shape.directory * SECTOR_SIZE;
+        let len = shape.directory_entries * shape.entries.width();
         let mut reserved = shape.reserved;
         reserved.push(offset..offset + len);
         let file = Self {
@@ -269,42 +267,14 @@ impl GrainFile {
             table_entries: shape.table_entries,
             reserved,
             entries: shape.entries,
-            tables: Arc::clone(budget.tables),
-            id: budget.id,
+            tables: Arc::clone(settings.tables),
+            id: settings.id,
             _lease: lease,
         };
         if let Entries::Sectors { .. } = file.entries {
-            file.check_shares(budget.memory)?;
+            file.check_shares(settings.memory)?;
         }
         Ok(file)
-    }
-
-    /// Refuses a directory too many of whose entries share tables with something in them.
-    fn check_shares(&self, memory: &Memory) -> Result<()> {
-        if self.directory.len() <= MAX_TABLE_SHARES {
-            return Ok(());
-        }
-        let bytes = self.directory.len() as u64 * 16;
-        let _lease = memory.lease(bytes, "the check of a grain directory for shared tables")?;
-        let tables = self.directory.iter().enumerate().map(|(index, table)| (*table, index as u64));
-        let mut sorted: Vec<(u64, u64)> = tables.filter(|(table, _)| *table != 0).collect();
-        sorted.sort_unstable();
-        let mut sharing = 0;
-        for run in sorted.chunk_by(|a, b| a.0 == b.0).filter(|run| run.len() > 1) {
-            let (offset, index) = run[0];
-            // A table that can't be read is an error where it is used.
-            let entries = self.read_table(index, offset).unwrap_or_default();
-            if entries.iter().any(|entry| matches!(entry, Place::At(_))) {
-                sharing += run.len();
-            }
-            if sharing > MAX_TABLE_SHARES {
-                return Err(Error::malformed(format!(
-                    "more than {MAX_TABLE_SHARES} entries of the grain directory share tables"
-                ))
-                .at(offset));
-            }
-        }
-        Ok(())
     }
 
     /// Returns the number of bytes from `within` to the end of what is lost if the lookup there fails: the
@@ -347,7 +317,9 @@ impl GrainFile {
         let first = rest[0];
         let is_next = |(distance, place): (u64, &Place)| match (first, *place, self.form) {
             (Place::At(first), Place::At(next), Form::Plain) => {
-                next == first + distance * self.grain_size && self.check_place(grain + distance, next).is_ok()
+                // A run has at most 4096 grains of 1 MiB.
+                first.checked_add(distance * self.grain_size) == Some(next)
+                    && self.check_place(grain + distance, next).is_ok()
             }
             (Place::At(_), Place::At(_), Form::Compressed(_)) => true,
             (first, next, _) => first == next,
@@ -431,60 +403,4 @@ fn sector(entry: u32, zeroed: bool) -> Place {
         1 if zeroed => Place::Zero,
         sector => Place::At(u64::from(sector) * SECTOR_SIZE),
     }
-}
-
-/// Checks that the directory of a stream has its marker. Without it, the header or the footer could point into
-/// a grain, whose bytes would be taken for the directory.
-fn check_directory_marker(input: &RandomInput, directory: u64) -> Result<()> {
-    let marker = directory.saturating_sub(1).saturating_mul(SECTOR_SIZE);
-    let bytes = input.read_vec(marker, SECTOR_SIZE as usize)?;
-    match bytes.first_chunk().map(Marker::decode) {
-        Some(Marker::Metadata { kind: Kind::Directory, .. }) => Ok(()),
-        _ => Err(Error::malformed(format!("the grain directory at sector {directory} has no marker"))
-            .at(marker)
-            .remedied_by(Remedy::Salvage("copy the file again, or use a backup".into()))),
-    }
-}
-
-/// Reads the footer of a stream: the last sector but one. Zeros may follow the end of the stream, which some
-/// programs write, so the last marker of a footer counts.
-fn footer(input: &RandomInput, header: &hosted::Header) -> Result<hosted::Header> {
-    const TAIL: u64 = 128 * SECTOR_SIZE;
-    let missing = || {
-        Error::corrupt("the stream has no footer, which has the place of its tables")
-            .at(input.len())
-            .remedied_by(Remedy::Salvage("the file is cut short: copy it again, or use a backup".into()))
-    };
-    let tail_len = input.len().min(TAIL + 3 * SECTOR_SIZE) / SECTOR_SIZE * SECTOR_SIZE;
-    let start = input.len() / SECTOR_SIZE * SECTOR_SIZE - tail_len;
-    // At most 67 KiB.
-    let tail = input.read_vec(start, tail_len as usize)?;
-    let (sectors, _) = tail.as_chunks::<512>();
-    let used = sectors.iter().rposition(|sector| *sector != [0; 512]).ok_or_else(missing)?;
-    let at = start + used as u64 * SECTOR_SIZE;
-    let is_footer = used > 0
-        && sectors[used].starts_with(hosted::MAGIC)
-        && matches!(
-            sectors[used - 1].first_chunk().map(Marker::decode),
-            Some(Marker::Metadata { kind: Kind::Footer, .. })
-        );
-    if !is_footer {
-        return Err(missing());
-    }
-    let footer = hosted::Header::decode(&sectors[used]).map_err(|fault| fault.of("footer", at))?;
-    if footer.directory == GD_AT_END {
-        return Err(Error::malformed("the footer does not have the place of the grain directory").at(at));
-    }
-    let same = |header: &hosted::Header| {
-        (header.capacity, header.grain_size, header.table_entries, header.compressed, header.markers)
-    };
-    if same(&footer) != same(header) {
-        return Err(Error::malformed("the footer contradicts the header").at(at));
-    }
-    // Streams have their descriptor behind the header.
-    Ok(hosted::Header {
-        descriptor_offset: header.descriptor_offset,
-        descriptor_size: header.descriptor_size,
-        ..footer
-    })
 }

@@ -1,7 +1,7 @@
 //! [`Image`], the open files of a disk, and the lookup of guest bytes in them.
 
 use imgtool_core::layered::{Origin, Segment, SegmentMap, StoredBytes};
-use imgtool_core::{DeviceId, Error, RandomInput, Result};
+use imgtool_core::{DeviceId, Error, Lease, RandomInput, Remedy, Result};
 
 use crate::descriptor::Descriptor;
 use crate::grains::{Form, GrainFile, Place};
@@ -27,6 +27,8 @@ pub(crate) struct Image {
     /// True if the image is one sparse file.
     pub(crate) single: bool,
     pub(crate) inflater: Inflater,
+    /// Memory for the descriptor, the extents and their open files.
+    pub(crate) _lease: Lease,
 }
 
 /// A part of the disk.
@@ -36,6 +38,8 @@ pub(crate) struct Extent {
     /// Length in bytes, never 0.
     pub(crate) len: u64,
     pub(crate) content: Content,
+    /// Number of its line in the descriptor.
+    pub(crate) line: usize,
 }
 
 /// Content of an extent.
@@ -55,6 +59,10 @@ pub(crate) enum Content {
     NoAccess,
     /// Not opened, because only information is needed.
     Closed,
+    /// Not opened in a salvage, for this reason.
+    Lost {
+        reason: String,
+    },
 }
 
 impl Image {
@@ -77,7 +85,13 @@ impl Image {
         let segment = |origin| Ok(Segment { len: max_len, origin });
         match &extent.content {
             Content::Flat { file, file_offset } => {
-                segment(Origin::File { index: *file, file_offset: file_offset + within })
+                let file_offset = file_offset + within;
+                let stored = self.stored(*file).saturating_sub(file_offset);
+                if stored == 0 {
+                    // Only a salvage opens such an extent.
+                    return Err(cut(extent, self.stored(*file)));
+                }
+                Ok(Segment { len: max_len.min(stored), origin: Origin::File { index: *file, file_offset } })
             }
             Content::Zero => segment(Origin::Zero),
             Content::NoAccess => Err(Error::unsupported(
@@ -85,14 +99,21 @@ impl Image {
             )
             .guest(extent.start..extent.start + extent.len)),
             Content::Closed => Err(Error::unsupported("the image was opened for information only")),
+            Content::Lost { reason } => Err(Error::corrupt(reason.clone())),
+            Content::Grains { file, .. } if within >= file.capacity => Err(cut(extent, file.capacity)),
             Content::Grains { file, index } => self.lookup_grain(file, *index, within, max_len),
         }
+    }
+
+    /// Returns the length of a file.
+    fn stored(&self, index: usize) -> u64 {
+        self.files.get(index).map_or(0, RandomInput::len)
     }
 
     fn lookup_grain(&self, file: &GrainFile, index: usize, within: u64, max_len: u64) -> Result<Segment> {
         let (grain, in_grain) = (within / file.grain_size, within % file.grain_size);
         let (place, grains) = file.run(grain, (in_grain + max_len).div_ceil(file.grain_size))?;
-        let len = (grains * file.grain_size - in_grain).min(max_len);
+        let len = (grains * file.grain_size - in_grain).min(max_len).min(file.capacity - within);
         let origin = match (place, file.form) {
             (Place::Absent, _) if self.is_child() => Origin::Parent,
             (Place::Absent, _) => Origin::Hole,
@@ -121,8 +142,10 @@ impl SegmentMap for Image {
         let Some(extent) = self.extents.get(self.extent_at(guest_offset)) else { return max_len };
         let within = guest_offset - extent.start;
         let rest = match &extent.content {
+            Content::Grains { file, .. } if within >= file.capacity => extent.len,
             Content::Grains { file, .. } => file.to_unit_end(within),
-            Content::NoAccess | Content::Closed => extent.len - within,
+            Content::Flat { file, file_offset } if file_offset + within >= self.stored(*file) => extent.len,
+            Content::NoAccess | Content::Closed | Content::Lost { .. } => extent.len,
             Content::Flat { .. } | Content::Zero => SECTOR_SIZE - within % SECTOR_SIZE,
         };
         rest.min(extent.len - within).min(max_len)
@@ -165,4 +188,10 @@ impl SegmentMap for Image {
     fn reader_memory(&self) -> u64 {
         self.inflater.context_memory()
     }
+}
+
+/// Returns the error for an extent of which the file has only this many bytes.
+fn cut(extent: &Extent, bytes: u64) -> Error {
+    Error::corrupt(format!("the extent has {} bytes, but its file ends at {bytes}", extent.len))
+        .remedied_by(Remedy::Salvage("the file is cut short: copy it again, or use a backup".into()))
 }

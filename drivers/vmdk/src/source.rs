@@ -103,23 +103,26 @@ fn note_header(file: &GrainFile, info: &mut ImageInfo) {
 
 /// Describes an extent as qemu-img does.
 fn extent(image: &Image, extent: &crate::image::Extent) -> Value {
-    let (file, grain) = match &extent.content {
-        Content::Grains { file, index } => (Some(*index), Some(file)),
-        Content::Flat { file, .. } => (Some(*file), None),
-        Content::Zero | Content::NoAccess | Content::Closed => (None, None),
+    let grains = match &extent.content {
+        Content::Grains { file, .. } => Some(file),
+        _ => None,
     };
-    let format = match (&extent.content, grain) {
-        (_, Some(file)) => file.kind,
-        (Content::Flat { .. }, _) => "FLAT",
-        (Content::Zero, _) => "ZERO",
-        (Content::NoAccess, _) => "NOACCESS",
-        _ => "",
+    let line = image.descriptor.as_ref().filter(|_| !image.single);
+    let line = line.and_then(|descriptor| descriptor.extents.get(extent.line));
+    let own = image.files[0].location();
+    let (format, file) = match (line, grains) {
+        // The name in a single file need not be that of the file.
+        (None, Some(file)) => (file.kind, Some(own.to_string())),
+        (Some(line), _) if line.access == Access::None => ("NOACCESS", None),
+        (Some(line), _) if line.kind == Kind::Zero => ("ZERO", None),
+        (Some(line), _) => (&*line.type_name, own.beside(&line.name).map(|file| file.to_string())),
+        (None, None) => ("", None),
     };
     let mut value = json!({ "virtual-size": extent.len, "format": format });
-    if let Some(file) = file.and_then(|index| image.files.get(index)) {
-        value["filename"] = file.location().to_string().into();
+    if let Some(file) = file {
+        value["filename"] = file.into();
     }
-    if let Some(file) = grain {
+    if let Some(file) = grains {
         value["cluster-size"] = file.grain_size.into();
         if file.hosted.as_ref().is_some_and(|header: &hosted::Header| header.compressed) {
             value["compressed"] = true.into();

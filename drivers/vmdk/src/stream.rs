@@ -171,9 +171,9 @@ impl Front {
         let text = (header.descriptor_offset * SECTOR_SIZE) as usize;
         let text = bytes.get(text..text + (header.descriptor_size * SECTOR_SIZE) as usize);
         let text = text.filter(|_| header.descriptor_offset > 0 && header.descriptor_size > 0);
-        let descriptor = match text.map(Descriptor::parse).transpose() {
-            Err(_) if options.salvage => None,
-            descriptor => descriptor?,
+        let descriptor = match text {
+            Some(text) => Descriptor::embedded(text, header, options.salvage)?,
+            None => None,
         };
         let tables = match layout.tables {
             TablePlace::Front => Tables::in_front(header, &bytes, lease)?,

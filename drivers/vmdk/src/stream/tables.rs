@@ -70,23 +70,19 @@ impl Tables {
                 .hint("save the stream to a file first")
         };
         let directory = part(header.directory, header.directory_entries() * 4).ok_or_else(outside)?;
-        let mut expected: Vec<u32> = Vec::new();
-        for sector in entries(directory) {
+        // Absent and shared tables are in memory, too. The multiplication is bounded by the disk's 2^54 sectors.
+        let len = header.directory_entries() * table_entries;
+        lease.raise(2 * front.len() as u64 + 4 * len, "the tables of a stream")?;
+        let mut expected: Vec<u32> = Vec::with_capacity(usize::try_from(len).unwrap_or(0));
+        for sector in entries(directory).take(header.directory_entries() as usize) {
             let len = expected.len() + table_entries as usize;
-            // The front has at least 4 bytes for each entry but those of absent and shared tables.
-            lease.raise(2 * front.len() as u64 + 4 * len as u64, "the tables of a stream")?;
             match sector {
                 0 => expected.resize(len, 0),
                 sector => {
                     let table = part(sector.into(), table_entries * 4).ok_or_else(outside)?;
                     // Entry 1 means zeros, which have no grain in the stream.
-                    expected.extend(
-                        entries(table).map(
-                            |entry| {
-                                if entry == 1 && header.zeroed_grains { 0 } else { entry }
-                            },
-                        ),
-                    );
+                    let is_zeros = |entry: &u32| *entry == 1 && header.zeroed_grains;
+                    expected.extend(entries(table).map(|entry| if is_zeros(&entry) { 0 } else { entry }));
                 }
             }
         }
@@ -145,6 +141,7 @@ impl Tables {
                     _ => Err(contradiction("the grain table")),
                 }
             }
+            Kind::Behind { directory_at: Some(_), .. } => Err(contradiction("a directory before its grain")),
             Kind::Behind { directory, open, .. } => {
                 let (index, within) = (grain / self.table_entries, (grain % self.table_entries) as usize);
                 if directory.get(index as usize).is_none_or(|sector| *sector != 0) {
@@ -169,11 +166,14 @@ impl Tables {
 
     /// Compares a table that is at `sector`.
     pub(super) fn meet_table(&mut self, bytes: &[u8], sector: u64) -> Result<()> {
-        let Kind::Behind { directory, open, empty, .. } = &mut self.kind else {
+        let Kind::Behind { directory, open, empty, directory_at, .. } = &mut self.kind else {
             return Err(Error::malformed(
                 "a grain table follows, although the header has the tables in front",
             ));
         };
+        if directory_at.is_some() {
+            return Err(contradiction("a directory before its table"));
+        }
         let sector = u32::try_from(sector).map_err(|_| Error::malformed("a grain table is beyond 2 TiB"))?;
         let found: Vec<u32> = entries(bytes).take(self.table_entries as usize).collect();
         if found.iter().all(|entry| *entry == 0) {
@@ -197,7 +197,7 @@ impl Tables {
         let agrees = |(found, expected): (u32, &u32)| {
             found == *expected || *expected == 0 && empty.binary_search(&found).is_ok()
         };
-        if !open.is_empty() || !entries(bytes).zip(directory.iter()).all(agrees) {
+        if directory_at.is_some() || !open.is_empty() || !entries(bytes).zip(directory.iter()).all(agrees) {
             return Err(contradiction("the grain directory"));
         }
         if stated_at.is_some_and(|stated| stated != sector) {

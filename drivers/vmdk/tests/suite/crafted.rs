@@ -4,7 +4,7 @@ use imgtool_core::{Driver, ErrorKind, OpenOptions, Result};
 use imgtool_testing::memory;
 use imgtool_vmdk::VmdkDriver;
 
-use crate::support::{check, content, open_plainly, save};
+use crate::support::{check, content, save};
 
 /// Size of a grain in these files.
 pub const GRAIN: usize = 4096;
@@ -100,7 +100,7 @@ pub fn open_bytes(bytes: &[u8]) -> Result<Vec<u8>> {
 
 #[track_caller]
 fn assert_fault(bytes: &[u8], kind: ErrorKind, text: &str) {
-    let error = open_bytes(bytes).unwrap_err();
+    let error = open_bytes(bytes).map(|_| ()).unwrap_err();
     assert!(error.kind() == kind && format!("{error:#}").contains(text), "{error:#}, not {text}");
 }
 
@@ -181,9 +181,12 @@ fn check_reports_overlaps_and_differing_copies() {
     assert!(count == 1 && text.contains("overlap"), "{count}: {text}");
     let (count, text) = findings(&file().entry(1, 5000));
     assert!(count == 1 && text.contains("ends at"), "{count}: {text}");
-    // A redundant directory whose only entry is 0.
+    // A redundant directory whose only entry is 0, and one whose only table is another.
     let (count, text) = findings(&file().with(8, &[3]).with(48, &[5]));
-    assert!(count == 1 && text.contains("redundant copies"), "{count}: {text}");
+    assert!(count == 1 && text.contains("redundant copy disagree"), "{count}: {text}");
+    let path = save(directory.path(), "x.vmdk", &with_copy(8, 16));
+    let report = check(&path);
+    assert!(report.corruptions == 1 && report.findings[0].contains("redundant copies"), "{report:?}");
 }
 
 #[test]
@@ -197,9 +200,69 @@ fn salvage_fills_lost_grains_with_zeros() {
 }
 
 #[test]
-fn a_file_without_a_descriptor_has_a_note() {
-    let directory = tempfile::tempdir().unwrap();
+fn a_file_without_a_descriptor_is_refused_unless_forced() {
     let file = Sparse::new(1).with(28, &[0; 16]).grain(0, 1);
-    let source = open_plainly(&save(directory.path(), "x.vmdk", &file.bytes())).unwrap();
-    assert!(source.info().notes[0].contains("no descriptor"), "{:?}", source.info().notes);
+    assert_fault(&file.bytes(), ErrorKind::Unsupported, "no descriptor");
+    for (force, salvage) in [(true, false), (false, true)] {
+        let options = OpenOptions { force, salvage, ..OpenOptions::default() };
+        let source = VmdkDriver.open(memory::as_file("x.vmdk", &file.bytes()), &options).unwrap();
+        assert!(source.info().notes[0].contains("no descriptor"), "{:?}", source.info().notes);
+    }
+}
+
+/// Returns a file whose header names a redundant directory at sector 5, in which the only table is at `copy`.
+fn with_copy(main: u32, copy: u32) -> Vec<u8> {
+    let mut file = Sparse::new(3).grain(0, 1).grain(2, 3).with(8, &[3]).with(48, &[5]);
+    file.directory[0] = main;
+    let mut bytes = file.bytes();
+    bytes[5 * 512..][..4].copy_from_slice(&copy.to_le_bytes());
+    bytes
+}
+
+#[test]
+fn a_lost_directory_entry_is_no_hole() {
+    assert!(open_bytes(&with_copy(8, 8)).unwrap() == filled(&[1, 0, 3]));
+    assert!(open_bytes(&with_copy(0, 0)).unwrap() == filled(&[0, 0, 0]));
+    for (main, copy) in [(0, 8), (8, 0)] {
+        assert_fault(&with_copy(main, copy), ErrorKind::Malformed, "redundant");
+        let options = OpenOptions { salvage: true, ..OpenOptions::default() };
+        let source = VmdkDriver.open(memory::as_file("x.vmdk", &with_copy(main, copy)), &options).unwrap();
+        assert!(content(&source).unwrap() == filled(&[1, 0, 3]), "{main} {copy}");
+    }
+}
+
+#[test]
+fn a_descriptor_without_extents_hides_no_parent() {
+    // A torn rewrite: the descriptor of a snapshot is zeros.
+    let mut torn = Sparse::new(1).grain(0, 1);
+    torn.descriptor = String::new();
+    assert_fault(&torn.bytes(), ErrorKind::Malformed, "no extent");
+    let options = OpenOptions { salvage: true, ..OpenOptions::default() };
+    let source = VmdkDriver.open(memory::as_file("x.vmdk", &torn.bytes()), &options).unwrap();
+    assert!(content(&source).unwrap() == filled(&[1]));
+    // A parent without the content identifier that it must have.
+    let mut hint = Sparse::new(1).grain(0, 1);
+    hint.descriptor =
+        "# Disk DescriptorFile\nCID=7\nparentFileNameHint=\"base.vmdk\"\nRW 8 SPARSE \"x\"\n".into();
+    assert_fault(&hint.bytes(), ErrorKind::Malformed, "names a parent");
+}
+
+#[test]
+fn a_descriptor_may_not_contradict_its_file() {
+    for (line, text) in [
+        ("RW 9 SPARSE \"x\"", "9 sectors"),
+        ("RW 8 FLAT \"x\" 0", "SPARSE"),
+        ("RW 8 ZERO", "SPARSE"),
+        ("NOACCESS 8 SPARSE \"x\"", "SPARSE"),
+        ("RW 4 SPARSE \"x\"\nRW 4 SPARSE \"y\"", "more than one extent"),
+    ] {
+        let mut file = Sparse::new(1).grain(0, 1);
+        file.descriptor = format!("# Disk DescriptorFile\nCID=7\nparentCID=ffffffff\n{line}\n");
+        let error = open_bytes(&file.bytes()).map(|_| ()).unwrap_err();
+        assert!(error.to_string().contains(text), "{line}: {error}");
+    }
+    // VirtualBox rounds the capacity up.
+    let mut file = Sparse::new(1).grain(0, 1);
+    file.descriptor = "CID=7\ncreateType=\"x\"\nRW 7 SPARSE \"x\"\n".into();
+    assert!(open_bytes(&file.bytes()).is_ok());
 }

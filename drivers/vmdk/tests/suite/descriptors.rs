@@ -2,10 +2,12 @@
 
 use std::path::Path;
 
-use imgtool_core::ErrorKind;
+use imgtool_core::{Driver, ErrorKind, OpenOptions, Remedy};
+use imgtool_testing::conformance;
+use imgtool_vmdk::VmdkDriver;
 
 use crate::crafted::{GRAIN, Sparse, descriptor, filled};
-use crate::support::{assert_clean, check, content, open, open_plainly, save};
+use crate::support::{assert_clean, check, content, open, open_options, open_plainly, save};
 
 /// Returns a descriptor with these lines.
 fn text(lines: &str) -> Vec<u8> {
@@ -139,4 +141,65 @@ fn a_flat_disk_has_flat_and_sparse_snapshots() {
                  RW 24 SPARSE \"delta-s001.vmdk\"\n";
     let path = save(directory.path(), "delta.vmdk", lines.as_bytes());
     assert!(content(&open(&path).unwrap()).unwrap() == filled(&[1, 1, 2]));
+}
+
+/// Opens an image for salvage, and returns its content and its lost ranges.
+fn salvaged(path: &Path) -> (Vec<u8>, Vec<std::ops::Range<u64>>) {
+    let options = OpenOptions { salvage: true, ..open_options(false) };
+    let source = VmdkDriver.open(conformance::input(path).unwrap(), &options).unwrap();
+    let found = content(&source).unwrap();
+    (found, source.losses().into_iter().map(|loss| loss.guest).collect())
+}
+
+#[test]
+fn salvage_keeps_what_cut_and_missing_extents_leave() {
+    let directory = tempfile::tempdir().unwrap();
+    save(directory.path(), "flat", &filled(&[1, 2])[..GRAIN + 700]);
+    save(directory.path(), "short", &Sparse::new(1).with(28, &[0; 16]).grain(0, 5).bytes());
+    save(directory.path(), "noise", &filled(&[9]));
+    let lines = "RW 24 FLAT \"flat\" 0\nRW 8 FLAT \"gone\" 0\nRW 8 FLAT \"flat\" 0\nRW 8 SPARSE \"noise\"\n\
+                 RW 16 SPARSE \"short\"\nRW 8 FLAT \"flat\" 100";
+    let path = save(directory.path(), "a.vmdk", &text(lines));
+    let error = open_plainly(&path).map(|_| ()).unwrap_err();
+    assert!(matches!(error.remedy(), Some(Remedy::Salvage(_))), "{error:#}");
+    let (found, losses) = salvaged(&path);
+    let flat = [filled(&[1]), vec![2; 700], vec![0; 2 * GRAIN - 700]].concat();
+    assert!(found == [flat, filled(&[0, 1, 0, 5, 0, 0])].concat());
+    let grain = GRAIN as u64;
+    let expected = [grain + 700..4 * grain, 5 * grain..6 * grain, 7 * grain..9 * grain];
+    let lost = |at: u64| losses.iter().any(|range| range.contains(&at));
+    for at in 0..9 * grain {
+        assert_eq!(lost(at), expected.iter().any(|range| range.contains(&at)), "{at}: {losses:?}");
+    }
+    // What is refused is no loss.
+    let path = save(directory.path(), "a.vmdk", &text("RW 8 FLAT \"../x\" 0"));
+    let options = OpenOptions { salvage: true, ..open_options(false) };
+    let opened = VmdkDriver.open(conformance::input(&path).unwrap(), &options);
+    assert_eq!(opened.map(|_| ()).unwrap_err().kind(), ErrorKind::Refused);
+    // The parts of one cut file are lost together.
+    let path = save(directory.path(), "a.vmdk", &text("RW 9 FLAT \"flat\" 0\nRW 1 FLAT \"gone\" 0"));
+    assert_eq!(salvaged(&path).1.len(), 1);
+}
+
+#[test]
+fn many_lines_of_one_file_open_it_once() {
+    let directory = tempfile::tempdir().unwrap();
+    save(directory.path(), "s", &Sparse::new(1).with(28, &[0; 16]).grain(0, 5).bytes());
+    let path = save(directory.path(), "a.vmdk", &text(&"RW 8 SPARSE \"s\"\n".repeat(500)));
+    let files = || std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+    let before = files();
+    let source = open_plainly(&path).unwrap();
+    assert!(files() < before + 100, "{before} open files, then {}", files());
+    assert_eq!(source.info().devices[0].size, 500 * GRAIN as u64);
+    // The memory of the extents is lent.
+    let options = open_options(false);
+    let before = options.memory.free();
+    let opened = VmdkDriver.open(conformance::input(&path).unwrap(), &options).unwrap();
+    let lent = before - options.memory.free();
+    drop(opened);
+    let one = save(directory.path(), "b.vmdk", &text("RW 8 SPARSE \"s\""));
+    let opened = VmdkDriver.open(conformance::input(&one).unwrap(), &options).unwrap();
+    let alone = before - options.memory.free();
+    drop(opened);
+    assert!(lent >= alone + 499 * 1024, "{lent} and {alone} bytes");
 }

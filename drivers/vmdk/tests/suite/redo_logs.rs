@@ -105,6 +105,10 @@ fn reads_se_sparse_files() {
 #[test]
 fn refuses_damaged_se_sparse_files() {
     let bytes = || se_sparse(40, &[0x3000_0000_0000_0000], &[5]);
+    // Neighbouring entries of the largest number.
+    let largest = 0x3fff_ffff_ffff_ffff;
+    let error = open_anyway(&se_sparse(40, &[largest; 3], &[5])).unwrap_err();
+    assert!(error.to_string().contains("ends at"), "{error}");
     let faults: [(usize, u8, &str); 8] = [
         (8, 2, "version"),
         (24, 16, "grains of 16"),
@@ -121,4 +125,26 @@ fn refuses_damaged_se_sparse_files() {
         let error = open_anyway(&bytes).unwrap_err();
         assert!(format!("{error:#}").contains(expected), "{error:#}, not {expected}");
     }
+}
+
+#[test]
+fn refuses_a_directory_of_many_shared_tables() {
+    // Pairs of entries that share an empty table each: every table would be read.
+    let tables: u64 = 20_000;
+    let mut bytes = se_sparse(tables * 2 * 4096 * 8, &[], &[]);
+    let directory = bytes.len() as u64 / 512;
+    for table in 0..tables {
+        bytes.extend([(0x1000_0000_0000_0000 | table).to_le_bytes(); 2].concat());
+    }
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    let area = bytes.len() as u64 / 512;
+    for (at, word) in [(128, directory), (136, area - directory), (144, area), (152, tables * 64)] {
+        bytes[at..at + 8].copy_from_slice(&u64::to_le_bytes(word));
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = save(directory.path(), "x.vmdk", &bytes);
+    std::fs::File::options().write(true).open(&path).unwrap().set_len((area + tables * 64) * 512).unwrap();
+    let options = OpenOptions { force: true, ..OpenOptions::default() };
+    let error = VmdkDriver.open(imgtool_testing::conformance::input(&path).unwrap(), &options).map(|_| ());
+    assert_eq!(error.unwrap_err().kind(), ErrorKind::LimitExceeded);
 }

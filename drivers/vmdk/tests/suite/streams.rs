@@ -7,7 +7,7 @@ use imgtool_testing::{memory, oracles};
 use imgtool_vmdk::VmdkDriver;
 
 use crate::crafted::open_bytes;
-use crate::support::{make, small};
+use crate::support::{content, make, small};
 
 const GRAIN: usize = 65_536;
 
@@ -74,7 +74,8 @@ pub fn stream(sectors: u64, place: Place, parts: &[Part]) -> Vec<u8> {
     header[77] = 1;
     let mut bytes = header.clone();
     bytes.resize(128 * 512, 0);
-    let mut table = vec![0; 2048];
+    // Long enough for the grains of several tables, of which the first is written.
+    let mut table = vec![0; 8192];
     let (mut table_at, mut directory_at) = (40, 39);
     for part in parts {
         let sector = (bytes.len() / 512) as u32;
@@ -88,7 +89,7 @@ pub fn stream(sectors: u64, place: Place, parts: &[Part]) -> Vec<u8> {
             }
             Part::Table => {
                 table_at = sector + 1;
-                bytes.extend([marker(4, 1), table.clone()].concat());
+                bytes.extend([&marker(4, 1)[..], &table[..2048]].concat());
             }
             Part::EmptyTable => {
                 table_at = sector + 1;
@@ -113,7 +114,7 @@ pub fn stream(sectors: u64, place: Place, parts: &[Part]) -> Vec<u8> {
     match place {
         Place::Front => {
             bytes[39 * 512..][..4].copy_from_slice(&40u32.to_le_bytes());
-            bytes[40 * 512..][..2048].copy_from_slice(&table);
+            bytes[40 * 512..][..2048].copy_from_slice(&table[..2048]);
             bytes[56..64].copy_from_slice(&39u64.to_le_bytes());
         }
         Place::Known => bytes[56..64].copy_from_slice(&u64::from(directory_at).to_le_bytes()),
@@ -187,7 +188,7 @@ fn reads_all_layouts_by_position_and_from_a_pipe() {
 
 #[track_caller]
 fn assert_fault(bytes: &[u8], kind: ErrorKind, text: &str) {
-    let error = from_pipe(bytes).unwrap_err();
+    let error = from_pipe(bytes).map(|_| ()).unwrap_err();
     assert!(error.kind() == kind && format!("{error:#}").contains(text), "{error:#}, not {text}");
 }
 
@@ -332,4 +333,60 @@ fn ours_is_no_larger_than_that_of_qemu() {
     let ours = make(&conformance::mixed_image(), &[], directory.path());
     let len = |path: &std::path::Path| std::fs::metadata(path).unwrap().len();
     assert!(len(&ours) <= len(&theirs), "{} and {}", len(&ours), len(&theirs));
+}
+
+#[test]
+fn nothing_of_a_disk_follows_its_directory() {
+    use Part::{Directory, End, Footer, Grain, Table};
+    // Two tables; the second has a grain behind the footer, which no table lists.
+    let late = Grain(512, data(9));
+    for place in [Place::End, Place::Known] {
+        for parts in [
+            [Grain(0, data(1)), Table, Directory, Footer, late.clone(), End].to_vec(),
+            [Grain(0, data(1)), Table, Directory, late.clone(), Footer, End].to_vec(),
+            [Grain(0, data(1)), Table, Directory, Directory, Footer, End].to_vec(),
+            [Grain(0, data(1)), Table, Directory, Part::EmptyTable, Footer, End].to_vec(),
+        ] {
+            assert_fault(&stream(2 * 65_536, place, &parts), ErrorKind::Corrupt, "contradicts");
+        }
+        let parts = [Grain(0, data(1)), Table, Directory, Footer, late.clone(), End];
+        let error = open_bytes(&stream(2 * 65_536, place, &parts)).map(|_| ()).unwrap_err();
+        assert!(error.to_string().contains("follow the end of the stream"), "{error}");
+    }
+}
+
+#[test]
+fn salvage_by_position_loses_only_the_damaged_grain() {
+    use Part::{Directory, End, Footer, Grain, Table};
+    let mut parts: Vec<Part> = (0..8).map(|grain| Grain(grain, data(grain as u8 + 1))).collect();
+    parts.extend([Table, Directory, Footer, End]);
+    let mut bytes = stream(8 * 128, Place::End, &parts);
+    bytes[65_536 + 3 * 129 * 512 + 5000] ^= 1;
+    let options = OpenOptions { salvage: true, ..OpenOptions::default() };
+    let source = VmdkDriver.open(memory::as_file("x.vmdk", &bytes), &options).unwrap();
+    let kept = grains(&[1, 2, 3, 0, 5, 6, 7, 8]);
+    assert!(content(&source).unwrap() == kept);
+    let losses = source.losses();
+    assert!(losses.len() == 1 && losses[0].guest == (3 * 65_536..4 * 65_536), "{losses:?}");
+    assert!(from_pipe_with(&bytes, &options).unwrap() == kept);
+}
+
+#[test]
+fn a_stream_and_a_file_agree_about_the_descriptor() {
+    use Part::{Directory, End, Footer, Table};
+    let parts = [&three(GRAIN)[..], &[Table, Directory, Footer, End]].concat();
+    for (line, text) in [
+        ("", "no extent"),
+        ("RW 300 SPARSE \"x\"\nRW 312 SPARSE \"y\"", "more than one extent"),
+        ("RW 613 SPARSE \"x\"", "613 sectors"),
+    ] {
+        let mut bytes = stream(SECTORS, Place::End, &parts);
+        let descriptor = format!("# Disk DescriptorFile\nCID=7\nparentCID=ffffffff\n{line}\n");
+        bytes[512..512 + descriptor.len()].copy_from_slice(descriptor.as_bytes());
+        bytes[28] = 1;
+        bytes[36] = 20;
+        for error in [open_bytes(&bytes), from_pipe(&bytes)].map(|read| read.map(|_| ()).unwrap_err()) {
+            assert!(error.to_string().contains(text), "{line}: {error}");
+        }
+    }
 }

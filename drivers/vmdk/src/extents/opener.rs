@@ -1,0 +1,175 @@
+//! [`Opener`], which opens the files of extents.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+
+use imgtool_core::error::escape_control;
+use imgtool_core::{Error, ErrorKind, Lease, OpenOptions, RandomInput, Remedy, Result};
+
+use super::{head_len, se_sparse, settings};
+use crate::descriptor::{Access, ExtentLine, Kind};
+use crate::grains::{FileSettings, GrainFile, TableCache};
+use crate::image::Content;
+use crate::layout::{SECTOR_SIZE, cowd, hosted, sesparse};
+
+/// Role of an extent's file in messages.
+const ROLE: &str = "extent";
+
+/// Memory in bytes for an extent besides its file. Measured: 0.5 KiB.
+const EXTENT_BYTES: u64 = 1 << 10;
+/// Memory in bytes for an open file. Measured: 1.8 KiB.
+const FILE_BYTES: u64 = 4 << 10;
+
+/// Opens the files of extents, each once.
+pub(super) struct Opener<'a> {
+    own: &'a RandomInput,
+    options: &'a OpenOptions,
+    tables: &'a Arc<TableCache>,
+    files: Vec<RandomInput>,
+    /// Numbers of the files by name: several extents may be in one.
+    known: HashMap<String, usize>,
+    /// Memory for the descriptor, the extents and the files.
+    lease: Lease,
+}
+
+impl<'a> Opener<'a> {
+    /// Creates an opener of the extents of the image in the file `own`. `lease` is the memory for its descriptor.
+    pub(super) fn new(
+        own: &'a RandomInput,
+        options: &'a OpenOptions,
+        tables: &'a Arc<TableCache>,
+        lease: Lease,
+    ) -> Self {
+        Self { own, options, tables, files: vec![own.clone()], known: HashMap::new(), lease }
+    }
+
+    /// Returns the open files, the image's own first, and the memory for everything.
+    pub(super) fn finish(self) -> (Vec<RandomInput>, Lease) {
+        (self.files, self.lease)
+    }
+
+    /// Opens the extent of a line. In a salvage, one whose file is missing or damaged is lost, and the others are
+    /// not.
+    pub(super) fn open(&mut self, line: &ExtentLine) -> Result<Content> {
+        self.borrow(EXTENT_BYTES)?;
+        let opened = match (line.access, line.kind) {
+            (Access::None, _) => return Ok(Content::NoAccess),
+            (_, Kind::Zero) => return Ok(Content::Zero),
+            _ if self.options.info_only => return Ok(Content::Closed),
+            (_, Kind::Flat) => self.open_flat(line),
+            (_, kind) => self.open_sparse(line, kind),
+        };
+        match opened {
+            Err(error) if self.options.salvage && is_loss(&error) => {
+                Ok(Content::Lost { reason: format!("extent '{}': {error}", escape_control(&line.name)) })
+            }
+            opened => opened,
+        }
+    }
+
+    fn borrow(&mut self, more: u64) -> Result<()> {
+        let bytes = self.lease.bytes() + more;
+        self.lease.raise(bytes, "the extents of a VMDK image")
+    }
+
+    fn file(&mut self, name: &str) -> Result<usize> {
+        if let Some(index) = self.known.get(name) {
+            return Ok(*index);
+        }
+        self.borrow(FILE_BYTES)?;
+        let part = self.options.externals.open_part(ROLE, name, self.own.location());
+        let input =
+            part.and_then(imgtool_core::Input::into_random).map_err(|error| match is_missing(&error) {
+                true => error.remedied_by(Remedy::Salvage("put the file beside the descriptor".into())),
+                false => error,
+            })?;
+        self.files.push(input);
+        let index = self.files.len() - 1;
+        self.known.insert(name.to_owned(), index);
+        Ok(index)
+    }
+
+    fn open_flat(&mut self, line: &ExtentLine) -> Result<Content> {
+        let index = self.file(&line.name)?;
+        let file = &self.files[index];
+        // The parser bounds both numbers to 2^54 sectors.
+        let end = (line.offset + line.sectors) * SECTOR_SIZE;
+        // A salvage loses what is behind the end of the file alone.
+        if end > file.len() && !self.options.salvage {
+            return Err(Error::corrupt(format!(
+                "the extent needs {} bytes at {}, but the file ends at {}",
+                line.sectors * SECTOR_SIZE,
+                line.offset * SECTOR_SIZE,
+                file.len()
+            ))
+            .path(file.location())
+            .at(file.len())
+            .remedied_by(Remedy::Salvage("the file is cut short: copy it again, or use a backup".into())));
+        }
+        Ok(Content::Flat { file: index, file_offset: line.offset * SECTOR_SIZE })
+    }
+
+    fn open_sparse(&mut self, line: &ExtentLine, kind: Kind) -> Result<Content> {
+        if line.offset != 0 {
+            return Err(Error::unsupported(format!(
+                "the sparse extent '{}' begins at sector {} of its file",
+                escape_control(&line.name),
+                line.offset
+            )));
+        }
+        let index = self.file(&line.name)?;
+        let input = &self.files[index];
+        let opened = open_grains(input, kind, settings(self.tables, index, self.options)).and_then(|file| {
+            if file.capacity < line.sectors * SECTOR_SIZE && !self.options.salvage {
+                return Err(Error::malformed(format!(
+                    "the descriptor says that the extent has {} sectors, but the file has {}",
+                    line.sectors,
+                    file.capacity / SECTOR_SIZE
+                ))
+                .remedied_by(Remedy::Salvage("the files may be of different disks: use a backup".into())));
+            }
+            Ok(file)
+        });
+        let file = opened.map_err(|error| error.path(input.location()))?;
+        Ok(Content::Grains { file: Box::new(file), index })
+    }
+}
+
+/// True if a file could not be opened because there is none.
+fn is_missing(error: &Error) -> bool {
+    error.io_error().is_some_and(|e| e.kind() == io::ErrorKind::NotFound)
+}
+
+/// True if the file of an extent is missing or damaged. Other errors are the user's to resolve: a permission, or
+/// the limit of open files.
+fn is_loss(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed) || is_missing(error)
+}
+
+/// Opens the sparse file of an extent, which must be of the kind that the descriptor states.
+fn open_grains(input: &RandomInput, kind: Kind, settings: FileSettings<'_>) -> Result<GrainFile> {
+    let head = input.read_vec(0, head_len(input, cowd::HEADER_LEN))?;
+    let (magic, name): (&[u8], _) = match kind {
+        Kind::VmfsSparse => (cowd::MAGIC, "COWD"),
+        Kind::SeSparse => (&sesparse::MAGIC, "SE sparse"),
+        Kind::Flat | Kind::Zero | Kind::Sparse => (hosted::MAGIC, "hosted sparse"),
+    };
+    if !head.starts_with(magic) {
+        return Err(Error::malformed(format!("the extent is not a {name} file, as its descriptor says")));
+    }
+    match kind {
+        Kind::VmfsSparse => {
+            let header = cowd::Header::decode(&head).map_err(|fault| fault.of("header", 0))?;
+            GrainFile::cowd(input, &header, settings)
+        }
+        Kind::SeSparse => se_sparse(input, &head, settings),
+        Kind::Flat | Kind::Zero | Kind::Sparse => {
+            let header = hosted::Header::decode(&head).map_err(|fault| fault.of("header", 0))?;
+            if header.is_wrapper() {
+                return Err(Error::malformed("the extent is a descriptor, not a sparse file"));
+            }
+            GrainFile::hosted(input, header, settings)
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! The grain directory of a sparse file: read, compared with its redundant copy, and searched for tables that
+//! several entries share.
+
+use imgtool_core::{Error, Lease, Memory, RandomInput, Remedy, Result};
+
+use super::{Entries, FileSettings, GrainFile, Place, Shape};
+use crate::layout::SECTOR_SIZE;
+
+/// Maximum length of a grain directory in bytes. Our limit: the directory of a 64 TiB disk in SE sparse form.
+const MAX_DIRECTORY_LEN: u64 = 32 << 20;
+
+/// Maximum number of entries of the grain directory that share tables with something in them. Our limit: an
+/// intact image has none, and a crafted file could contain a disk of terabytes in a few KiB.
+const MAX_TABLE_SHARES: usize = 1024;
+
+/// Maximum number of tables that several entries share, whatever is in them. Our limit: each of them is read
+/// when the file is opened, and an intact image has none.
+const MAX_SHARED_TABLES: usize = 16 * MAX_TABLE_SHARES;
+
+/// Reads the directory, and returns it with the memory for it: file offsets, or entries in SE sparse form.
+pub(super) fn read(
+    input: &RandomInput,
+    shape: &Shape,
+    settings: FileSettings<'_>,
+) -> Result<(Vec<u64>, Lease)> {
+    let len = shape.directory_entries.saturating_mul(shape.entries.width());
+    if len > MAX_DIRECTORY_LEN {
+        return Err(Error::limit(format!(
+            "the grain directory has {len} bytes; the limit is {MAX_DIRECTORY_LEN}"
+        )));
+    }
+    let offset = shape.directory.checked_mul(SECTOR_SIZE).ok_or_else(|| {
+        Error::malformed(format!("the grain directory is at sector {}, out of bounds", shape.directory))
+    })?;
+    // The directory is read in one piece, and has 8 bytes an entry in memory.
+    let bytes = len + shape.directory_entries * 8;
+    let lease = settings.memory.lease(bytes, "the grain directory of a VMDK image")?;
+    // At most `MAX_DIRECTORY_LEN`.
+    let mut raw = input.read_vec(offset, len as usize)?;
+    let mut directory: Vec<u64> = match shape.entries {
+        Entries::Sectors { .. } => offsets(&raw).collect(),
+        Entries::SeSparse { .. } => raw.as_chunks().0.iter().map(|e| u64::from_le_bytes(*e)).collect(),
+    };
+    if let Some(copy) = shape.redundant_directory.filter(|copy| *copy != shape.directory) {
+        let copy = copy.saturating_mul(SECTOR_SIZE);
+        // A copy outside of the file is a finding of the check.
+        if copy.checked_add(len).is_some_and(|end| end <= input.len()) {
+            match input.read_exact_at(&mut raw, copy) {
+                Ok(()) => compare(&mut directory, &raw, offset, settings.salvage)?,
+                Err(_) if settings.salvage => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok((directory, lease))
+}
+
+/// Decodes entries of 32-bit sectors to file offsets.
+fn offsets(raw: &[u8]) -> impl Iterator<Item = u64> {
+    raw.as_chunks().0.iter().map(|entry| u64::from(u32::from_le_bytes(*entry)) * SECTOR_SIZE)
+}
+
+/// Refuses a directory at file offset `offset` that lacks a table which its redundant copy has, or the other
+/// way round: one of them has lost it, and its grains would become holes. A salvage uses the table.
+fn compare(directory: &mut [u64], copy: &[u8], offset: u64, salvage: bool) -> Result<()> {
+    for ((index, own), copy) in (0u64..).zip(directory).zip(offsets(copy)) {
+        if (*own == 0) == (copy == 0) {
+            continue;
+        }
+        if !salvage {
+            return Err(Error::malformed(format!(
+                "the grain directory and its redundant copy disagree: only one of them has grain table {index}"
+            ))
+            .at(offset.saturating_add(index * 4))
+            .remedied_by(Remedy::Salvage("use a backup".into())));
+        }
+        *own = copy.max(*own);
+    }
+    Ok(())
+}
+
+impl GrainFile {
+    /// Refuses a directory too many of whose entries share tables.
+    pub(super) fn check_shares(&self, memory: &Memory) -> Result<()> {
+        if self.directory.len() <= MAX_TABLE_SHARES {
+            return Ok(());
+        }
+        let bytes = self.directory.len() as u64 * 16;
+        let _lease = memory.lease(bytes, "the check of a grain directory for shared tables")?;
+        let tables = self.directory.iter().enumerate().map(|(index, table)| (*table, index as u64));
+        let mut sorted: Vec<(u64, u64)> = tables.filter(|(table, _)| *table != 0).collect();
+        sorted.sort_unstable();
+        let (mut tables, mut sharing) = (0, 0);
+        for run in sorted.chunk_by(|a, b| a.0 == b.0).filter(|run| run.len() > 1) {
+            let (offset, index) = run[0];
+            tables += 1;
+            if tables > MAX_SHARED_TABLES {
+                return Err(Error::limit(format!(
+                    "more than {MAX_SHARED_TABLES} grain tables belong to several entries of the directory"
+                ))
+                .at(offset));
+            }
+            // A table that can't be read is an error where it is used.
+            let entries = self.read_table(index, offset).unwrap_or_default();
+            if entries.iter().any(|entry| matches!(entry, Place::At(_))) {
+                sharing += run.len();
+            }
+            if sharing > MAX_TABLE_SHARES {
+                return Err(Error::malformed(format!(
+                    "more than {MAX_TABLE_SHARES} entries of the grain directory share tables"
+                ))
+                .at(offset));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,98 @@
+//! The end of a stream that is read by position: the directory's marker, and the footer.
+
+use imgtool_core::zero::is_zero;
+use imgtool_core::{Error, RandomInput, Remedy, Result};
+
+use super::FileSettings;
+use crate::layout::SECTOR_SIZE;
+use crate::layout::hosted::{self, GD_AT_END};
+use crate::layout::marker::{Kind, Marker};
+
+/// Number of bytes at the end of the file in which the footer must be. Our limit: qemu-img writes up to 64 KiB of
+/// zeros behind it.
+const TAIL: u64 = 128 << 10;
+
+/// Checks that the directory of a stream has its marker. Without it, the header or the footer could point into
+/// a grain, whose bytes would be taken for the directory.
+pub(super) fn check_directory_marker(input: &RandomInput, directory: u64) -> Result<()> {
+    let marker = directory.saturating_sub(1).saturating_mul(SECTOR_SIZE);
+    let bytes = input.read_vec(marker, SECTOR_SIZE as usize)?;
+    match bytes.first_chunk().map(Marker::decode) {
+        Some(Marker::Metadata { kind: Kind::Directory, .. }) => Ok(()),
+        _ => Err(Error::malformed(format!("the grain directory at sector {directory} has no marker"))
+            .at(marker)
+            .remedied_by(Remedy::Salvage("copy the file again, or use a backup".into()))),
+    }
+}
+
+/// Reads the footer of a stream: the last sector but one, unless zeros follow the end of the stream, which some
+/// programs write. Nothing else may follow, or a stream in a pipe would have other content.
+pub(super) fn read(
+    input: &RandomInput,
+    header: &hosted::Header,
+    settings: FileSettings<'_>,
+) -> Result<hosted::Header> {
+    let missing = || {
+        Error::corrupt("the stream has no footer, which has the place of its tables")
+            .at(input.len())
+            .remedied_by(Remedy::Salvage("the file is cut short: copy it again, or use a backup".into()))
+    };
+    // From a sector's start to the end of the file: at most 129 KiB.
+    let start = (input.len() / SECTOR_SIZE * SECTOR_SIZE).saturating_sub(TAIL);
+    let tail = input.read_vec(start, (input.len() - start) as usize)?;
+    let (sectors, _) = tail.as_chunks::<512>();
+    let is_footer =
+        |pair: &[[u8; 512]]| marker(&pair[0]) == Some(Kind::Footer) && pair[1].starts_with(hosted::MAGIC);
+    let used = sectors.windows(2).rposition(is_footer).ok_or_else(missing)? + 1;
+    let at = start + used as u64 * SECTOR_SIZE;
+    let footer = hosted::Header::decode(&sectors[used]).map_err(|fault| fault.of("footer", at))?;
+    check(header, &footer).map_err(|error| error.at(at))?;
+    if !settings.ignore_trailing && !settings.salvage {
+        check_end(&tail[(used + 1) * SECTOR_SIZE as usize..]).map_err(|error| error.at(at + SECTOR_SIZE))?;
+    }
+    if footer.directory != header.directory {
+        check_directory_marker(input, footer.directory)?;
+    }
+    // Streams have their descriptor behind the header.
+    Ok(hosted::Header {
+        descriptor_offset: header.descriptor_offset,
+        descriptor_size: header.descriptor_size,
+        ..footer
+    })
+}
+
+fn marker(sector: &[u8; 512]) -> Option<Kind> {
+    match sector.first_chunk().map(Marker::decode) {
+        Some(Marker::Metadata { kind, .. }) => Some(kind),
+        _ => None,
+    }
+}
+
+/// Checks that a footer agrees with the header.
+fn check(header: &hosted::Header, footer: &hosted::Header) -> Result<()> {
+    if footer.directory == GD_AT_END {
+        return Err(Error::malformed("the footer does not have the place of the grain directory"));
+    }
+    let same = |header: &hosted::Header| {
+        (header.capacity, header.grain_size, header.table_entries, header.compressed, header.markers)
+    };
+    let is_known = header.directory != GD_AT_END;
+    if same(footer) != same(header) || is_known && footer.directory != header.directory {
+        return Err(Error::malformed("the footer contradicts the header"));
+    }
+    Ok(())
+}
+
+/// Checks that behind a footer are only markers without content, and zeros.
+fn check_end(rest: &[u8]) -> Result<()> {
+    let (sectors, _) = rest.as_chunks::<512>();
+    let is_progress = |sector: &&[u8; 512]| marker(sector) == Some(Kind::Progress);
+    let mut markers = sectors.iter().take_while(is_progress).count();
+    if sectors.get(markers).and_then(marker) == Some(Kind::End) {
+        markers += 1;
+    }
+    if is_zero(&rest[markers * SECTOR_SIZE as usize..]) {
+        return Ok(());
+    }
+    Err(Error::corrupt("bytes follow the end of the stream").remedied_by(Remedy::IgnoreTrailing))
+}
