@@ -139,8 +139,18 @@ impl TargetFormat {
         }
         // Fails if the level is out of range.
         Framing::new(outer.compression, outer.level)?;
+        let name = self.driver.name();
+        if self.writes_stream() && self.driver.capabilities().compression {
+            return Err(Error::usage(format!(
+                "a {name} stream is compressed inside: compressing it as a whole would make it no smaller"
+            ))
+            .hint(format!(
+                "leave out the extension .{}, or compress the finished file",
+                outer.compression.extension()
+            )));
+        }
         if !self.writes_stream() {
-            return Err(Error::usage(format!("{} can't be compressed as a whole", self.driver.name()))
+            return Err(Error::usage(format!("{name} can't be compressed as a whole"))
                 .hint("leave out the compression's extension, or compress inside the format if it can"));
         }
         Ok(())
