@@ -11,7 +11,7 @@ pub(crate) const GRAIN_SIZE: u64 = 64 << 10;
 /// its processor time.
 const DEFAULT_LEVEL: i32 = 5;
 
-/// Default virtual hardware version: ESXi 6.5, which all importers take.
+/// Default virtual hardware version: that of ESXi 6.5. Our choice: old enough for the importers in use.
 const DEFAULT_HARDWARE: i64 = 13;
 /// Maximum virtual hardware version. Our limit, above those of VMware.
 const MAX_HARDWARE: i64 = 99;
@@ -88,7 +88,7 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "zeroed_grain",
-        help: "accepted for compatibility: grains of zeros are never stored",
+        help: "not supported, and not needed: grains of zeros are never stored",
         default: "off",
         kind: OptionKind::Flag,
     },
@@ -141,6 +141,12 @@ impl VmdkOptions {
             (None, true) => 6,
             (None, false) => DEFAULT_HARDWARE,
         };
+        if values.flag("zeroed_grain").unwrap_or(false) {
+            return Err(Error::unsupported(
+                "option 'zeroed_grain' is not supported: its headers have version 2, which VirtualBox refuses",
+            )
+            .hint("leave it out: grains of zeros are not stored anyway"));
+        }
         let tools = values.integer("toolsversion");
         if tools.is_some_and(|version| !(0..=i64::from(i32::MAX)).contains(&version)) {
             return Err(Error::usage("toolsversion is not within 0..2147483647"));

@@ -14,6 +14,7 @@ use imgtool_core::{
     CreateOptions, Device, Error, ImageSink, ImageSource, ImageWriter, Manifest, Measure, Output,
     OutputFactory, Result, TableMemory,
 };
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use crate::layout::SECTOR_SIZE;
@@ -29,6 +30,9 @@ const SPLIT_SECTORS: u64 = 2047 << 11;
 /// Maximum number of extents of a new split disk: all of them are open at once. Our limit: a process may have
 /// 1024 files by default.
 const MAX_SPLIT_EXTENTS: u64 = 500;
+
+/// Name that an image has for itself if it is written to a stream.
+const NAMELESS: &str = "disk.vmdk";
 
 /// Writer of images with these options.
 #[derive(Debug)]
@@ -67,13 +71,15 @@ impl NewImage {
         let stem = main.strip_suffix(".vmdk").unwrap_or(main);
         let single = |name: String| vec![NewExtent { name, sectors }];
         let extents = match options.subformat {
-            // The name is that of no file: a stream has none, and equal disks make equal images.
-            Subformat::StreamOptimized | Subformat::MonolithicSparse => single("disk.vmdk".to_owned()),
+            // libvmdk opens the file that a single file names, so that must be the file's own name.
+            Subformat::StreamOptimized | Subformat::MonolithicSparse if is_storable(main) => {
+                single(main.to_owned())
+            }
+            Subformat::StreamOptimized | Subformat::MonolithicSparse => single(NAMELESS.to_owned()),
             Subformat::MonolithicFlat | Subformat::Vmfs => single(format!("{stem}-flat.vmdk")),
             Subformat::SplitSparse => split(sectors, |number| format!("{stem}-s{number:03}.vmdk"))?,
             Subformat::SplitFlat => split(sectors, |number| format!("{stem}-f{number:03}.vmdk"))?,
         };
-        let is_storable = |name: &str| is_plain_name(name) && !name.contains(['"', '\u{fffd}']);
         if let Some(extent) = extents.iter().find(|extent| !is_storable(&extent.name)) {
             return Err(Error::unsupported(format!(
                 "a descriptor can't contain the file name '{}'",
@@ -123,6 +129,11 @@ impl NewImage {
     }
 }
 
+/// True if a descriptor can contain the name of a file.
+fn is_storable(name: &str) -> bool {
+    is_plain_name(name) && !name.contains(['"', '\u{fffd}'])
+}
+
 /// Splits a disk into extents.
 fn split(sectors: u64, name: impl Fn(u64) -> String) -> Result<Vec<NewExtent>> {
     let count = sectors.div_ceil(SPLIT_SECTORS).max(1);
@@ -158,7 +169,7 @@ impl ImageWriter for VmdkWriter {
     }
 
     fn tables(&self, manifest: &Manifest) -> TableMemory {
-        let Ok(image) = self.image(manifest, "disk.vmdk") else { return TableMemory::default() };
+        let Ok(image) = self.image(manifest, NAMELESS) else { return TableMemory::default() };
         match self.options.subformat {
             Subformat::StreamOptimized => StreamSink::table_memory(&image),
             Subformat::MonolithicSparse | Subformat::SplitSparse => SparseSink::table_memory(&image),
@@ -172,7 +183,7 @@ impl ImageWriter for VmdkWriter {
 
     fn measure(&self, source: &dyn ImageSource) -> Result<Measure> {
         let device = source.info().single("a VMDK image")?;
-        let image = NewImage::new(&self.options, device, "disk.vmdk")?;
+        let image = NewImage::new(&self.options, device, NAMELESS)?;
         let zero_unit = self.options.zero_unit;
         match self.options.subformat {
             Subformat::StreamOptimized => measure_stream(&image, source, device),
@@ -209,14 +220,13 @@ impl ImageWriter for VmdkWriter {
             .path(output.location())
             .hint("write to a file, or choose the subformat streamOptimized"));
         }
-        if self.writes_stream() && output.capacity().is_some() {
-            return Err(Error::unsupported(
-                "the footer of a stream is at the end of its file, so it can't be written into an existing target",
-            )
-            .path(output.location())
-            .hint("write to a new file, or choose the subformat monolithicSparse"));
+        if output.capacity().is_some() {
+            return Err(Error::unsupported("a VMDK image can't be written into an existing target")
+                .path(output.location())
+                .hint("write to a new file"));
         }
-        let name = output.location().file_name().unwrap_or_default().into_owned();
+        let name = output.location().file_name().filter(|_| !output.is_stream());
+        let name = name.map_or_else(|| NAMELESS.to_owned(), Cow::into_owned);
         let image = self.image(manifest, &name)?;
         if self.options.subformat == Subformat::StreamOptimized {
             return Ok(Box::new(StreamSink::new(output, image, Arc::clone(&self.deflaters))));

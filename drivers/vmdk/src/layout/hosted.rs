@@ -26,7 +26,8 @@ const MARKERS: u32 = 1 << 17;
 /// Bytes that a transfer in text mode changes.
 const NEWLINE_TEST: [u8; 4] = *b"\n \r\n";
 
-/// Maximum number of sectors of a grain: 1 MiB, VMware's limit in newer products.
+/// Maximum number of sectors of a grain: 1 MiB. Our limit: VMware writes 64 KiB, and a grain is decoded
+/// as a whole.
 const MAX_GRAIN_SECTORS: u64 = 2048;
 /// Maximum number of entries of a grain table, and the only number that VMware writes.
 pub(crate) const MAX_TABLE_ENTRIES: u32 = 512;

@@ -32,9 +32,9 @@ impl FlatSink {
     }
 
     /// Cuts parts where an extent ends.
-    fn cut(&self, parts: Vec<Part>) -> Vec<Part> {
+    fn cut(&self, parts: Vec<Part>) -> Result<Vec<Part>> {
         if self.extent_len == u64::MAX {
-            return parts;
+            return Ok(parts);
         }
         let mut cut = Vec::new();
         for part in parts {
@@ -46,13 +46,14 @@ impl FlatSink {
                         let start = range.start + (at - part.guest.start) as usize;
                         Bytes::Data(start..start + (end - at) as usize)
                     }
-                    _ => Bytes::Zero(end - at),
+                    Bytes::Zero(_) => Bytes::Zero(end - at),
+                    _ => return Err(Error::unsupported("a flat extent has only data and zeros")),
                 };
                 cut.push(Part { guest: at..end, bytes });
                 at = end;
             }
         }
-        cut
+        Ok(cut)
     }
 }
 
@@ -75,20 +76,19 @@ impl Consumer for FlatSink {
                 self.fingerprint.add(piece.start + run.start as u64, &data[run.clone()]);
             }
         }
-        let needs_zeros = self.outputs.iter().skip(1).any(Output::needs_zeros);
         let mut prepared = match self.image.options.zero_unit {
             None => {
                 let piece = piece.with_zeros_as_data(pool);
                 let runs = piece.runs.clone();
                 Prepared::sparse(piece, runs, false)
             }
-            Some(unit) if unit as usize == ZERO_GRANULARITY => Prepared::sparse(piece, nonzero, needs_zeros),
+            Some(unit) if unit as usize == ZERO_GRANULARITY => Prepared::sparse(piece, nonzero, false),
             Some(unit) => {
                 let runs = piece.dense_runs(ZERO_GRANULARITY, unit as usize);
-                Prepared::sparse(piece, runs, needs_zeros)
+                Prepared::sparse(piece, runs, false)
             }
         };
-        prepared.parts = self.cut(std::mem::take(&mut prepared.parts));
+        prepared.parts = self.cut(std::mem::take(&mut prepared.parts))?;
         Ok(prepared)
     }
 }

@@ -205,11 +205,6 @@ impl SparseSink {
         table.set(grain, entry)?;
         redundant.set(grain, entry)?;
         allocation.grains += 1;
-        let output = self.output(extent);
-        if output.needs_zeros() {
-            // Zero the grain now: other threads may write data to it as soon as it has an offset.
-            output.write_zeros_at(offset, GRAIN_SIZE)?;
-        }
         Ok(offset)
     }
 }

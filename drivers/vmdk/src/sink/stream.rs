@@ -71,7 +71,7 @@ pub(super) struct StreamSink {
     state: Mutex<State>,
 }
 
-/// What was placed so far.
+/// Place of the next marker, and of the tables so far.
 #[derive(Debug)]
 struct State {
     /// Sector of the next marker.
@@ -118,9 +118,10 @@ impl StreamSink {
         Self { outputs: [output], image, deflaters, state: Mutex::new(state) }
     }
 
-    /// Returns the memory for the tables of an image: the directory, and its bytes at the end.
+    /// Returns the memory for the tables of an image: the directory, its bytes, and the end of the stream with
+    /// them, whose vector doubles.
     pub(super) fn table_memory(image: &NewImage) -> TableMemory {
-        let bytes = header(image, GD_AT_END).directory_entries() * 12 + TABLE_ENTRIES * 4;
+        let bytes = header(image, GD_AT_END).directory_entries() * 20 + TABLE_ENTRIES * 4;
         TableMemory { least: bytes, most: bytes }
     }
 

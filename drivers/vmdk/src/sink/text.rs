@@ -5,7 +5,7 @@ use std::fmt::Write;
 use imgtool_core::fingerprint::Fingerprint;
 
 use super::NewExtent;
-use crate::options::VmdkOptions;
+use crate::options::{Subformat, VmdkOptions};
 
 /// Type of the extents of a new image.
 #[derive(Debug, Clone, Copy)]
@@ -24,6 +24,7 @@ pub(super) fn descriptor(
     fingerprint: &Fingerprint,
 ) -> String {
     let name = options.subformat.name();
+    let is_single = matches!(options.subformat, Subformat::StreamOptimized | Subformat::MonolithicSparse);
     let id = fingerprint.guid(name, &[sectors, options.hardware.cast_unsigned()]).into_bytes();
     let (long, cid) = id.split_at(12);
     let mut cid = cid.iter().fold(0u32, |cid, byte| cid << 8 | u32::from(*byte));
@@ -31,9 +32,11 @@ pub(super) fn descriptor(
         // VMware reserves the two largest: for "no parent", and for "never written".
         cid -= 2;
     }
+    // Without it, VMware reads names of files in the code page of its host.
+    let encoding = if is_single { "" } else { "encoding=\"UTF-8\"\n" };
     let mut text = format!(
-        "# Disk DescriptorFile\nversion=1\nCID={cid:08x}\nparentCID=ffffffff\ncreateType=\"{name}\"\n\n\
-         # Extent description\n"
+        "# Disk DescriptorFile\nversion=1\n{encoding}CID={cid:08x}\nparentCID=ffffffff\n\
+         createType=\"{name}\"\n\n# Extent description\n"
     );
     for extent in extents {
         let NewExtent { name, sectors } = extent;

@@ -1,11 +1,11 @@
 //! The toolkit's conformance laws, hostile bytes, and random disks.
 
-use imgtool_core::CreateOptions;
-use imgtool_testing::conformance::{self, Content, Fill, Image};
+use imgtool_core::{CreateOptions, ErrorKind, Output, OutputFactory, Result};
+use imgtool_testing::conformance::{self, Content, Fill, Image, Order};
 use imgtool_vmdk::VmdkDriver;
 use proptest::prelude::*;
 
-use crate::support::{assert_clean, make, open_plainly, options};
+use crate::support::{SEVERAL, assert_clean, make, open_plainly, options};
 
 #[test]
 fn obeys_the_laws() {
@@ -15,6 +15,95 @@ fn obeys_the_laws() {
 #[test]
 fn obeys_the_laws_with_sparse_images() {
     conformance::all(&VmdkDriver, &options(&[("subformat", "monolithicSparse")]));
+}
+
+/// Returns the files of an image, by name.
+fn files(image: &std::path::Path) -> Vec<(std::ffi::OsString, Vec<u8>)> {
+    let entries = std::fs::read_dir(image.parent().unwrap()).unwrap();
+    let mut files: Vec<_> = entries
+        .map(|entry| entry.unwrap())
+        .map(|e| (e.file_name(), std::fs::read(e.path()).unwrap()))
+        .collect();
+    files.sort();
+    files
+}
+
+/// The laws of the toolkit make images of one file, so this repeats those about content for several.
+#[test]
+fn obeys_the_laws_with_several_files() {
+    let small = |image: &Image| image.devices.iter().all(|(device, _)| device.size <= 64 << 20);
+    for subformat in SEVERAL {
+        let options = options(&[("subformat", subformat)]);
+        for image in conformance::patterns().iter().filter(|image| small(image)) {
+            let directory = conformance::scratch();
+            let mut known: Option<Vec<_>> = None;
+            for (order, threads) in
+                [(Order::Random, 1), (Order::Random, 2), (Order::Stream, 7), (Order::Shuffled, 7)]
+            {
+                let image = image.read_as(order);
+                let path = conformance::make_with(&VmdkDriver, &options, &image, directory.path(), threads);
+                let source = open_plainly(&path).unwrap();
+                assert_eq!(conformance::compare(&source, &image, 512), Ok(()), "{subformat}: {image}");
+                assert_clean(&path);
+                let files = files(&path);
+                // The grains of a shuffled source are in its order.
+                if order == Order::Shuffled && subformat.contains("Sparse") {
+                    continue;
+                }
+                assert!(
+                    *known.get_or_insert_with(|| files.clone()) == files,
+                    "{subformat}: {image}, {threads}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_failing_file_of_several_is_an_error() {
+    let image = conformance::mixed_image();
+    for subformat in SEVERAL {
+        for failing in [0, 1] {
+            let mut outputs = OneFails { failing, made: 0, directory: conformance::scratch() };
+            let options = options(&[("subformat", subformat)]);
+            let error = conformance::write_to(&VmdkDriver, &options, &image, &mut outputs, 2).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Io, "{subformat}, output {failing}: {error}");
+            assert_eq!(outputs.made, 2);
+        }
+    }
+}
+
+/// Outputs of an image, one of which has no space.
+#[derive(Debug)]
+struct OneFails {
+    failing: usize,
+    made: usize,
+    directory: tempfile::TempDir,
+}
+
+impl OneFails {
+    fn next(&mut self) -> Result<Output> {
+        let number = self.made;
+        self.made += 1;
+        let path = self.directory.path().join(number.to_string());
+        if number == self.failing {
+            // Every write fails with EBADF.
+            std::fs::write(&path, "").unwrap();
+            let file = std::fs::File::open(&path).unwrap();
+            return Ok(imgtool_storage::file::new_file(&path, file));
+        }
+        Ok(conformance::new_file(&path))
+    }
+}
+
+impl OutputFactory for OneFails {
+    fn main(&mut self) -> Result<Output> {
+        self.next()
+    }
+
+    fn beside(&mut self, _name: &str) -> Result<Output> {
+        self.next()
+    }
 }
 
 #[test]

@@ -2,12 +2,13 @@
 //! damaged, and written.
 
 use imgtool_core::{Access, BufferPool, Driver, ErrorKind, OpenOptions, Result};
-use imgtool_testing::conformance;
+use imgtool_testing::conformance::{self, Content, Fill, Image};
 use imgtool_testing::{memory, oracles};
 use imgtool_vmdk::VmdkDriver;
+use libdeflater::Decompressor;
 
 use crate::crafted::open_bytes;
-use crate::support::{content, make, small};
+use crate::support::{content, make, options, small};
 
 const GRAIN: usize = 65_536;
 
@@ -287,11 +288,16 @@ fn walk(bytes: &[u8]) -> Vec<u64> {
         bytes[at..at + len].iter().rev().fold(0u64, |number, byte| number << 8 | u64::from(*byte))
     };
     let (mut at, mut grains) = (number(64, 8) as usize * 512, Vec::new());
+    let grain = number(20, 8) as usize * 512;
     loop {
         let (value, len, kind) = (number(at, 8), number(at + 8, 4) as usize, number(at + 12, 4));
         if len > 0 {
             grains.push(value);
             let end = at + 12 + len;
+            // Even a grain that the disk cuts is whole: VirtualBox refuses others.
+            let mut content = vec![0xee; grain + 1];
+            let inflated = Decompressor::new().zlib_decompress(&bytes[at + 12..end], &mut content);
+            assert_eq!(inflated, Ok(grain), "the grain of sector {value}");
             assert!(bytes[end..end.next_multiple_of(512)].iter().all(|byte| *byte == 0), "padding at {end}");
             at = end.next_multiple_of(512);
             continue;
@@ -313,12 +319,69 @@ fn ours_ends_with_its_marker_and_is_what_importers_take() {
     assert_eq!(&bytes[56..72], &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 128, 0, 0, 0, 0, 0, 0, 0]);
     let grains = walk(&bytes);
     assert!(grains.is_sorted() && grains.len() == 1 + 16 + 16 + 1, "{grains:?}");
-    let text = String::from_utf8_lossy(&bytes[512..21 * 512]);
-    for line in
-        ["createType=\"streamOptimized\"\n", "RW 40960 SPARSE \"disk.vmdk\"\n", "parentCID=ffffffff\n"]
-    {
-        assert!(text.contains(line), "{line} is not in {text}");
-    }
+    // The disk ends within a grain, which is in the file.
+    let content = Content::zero().with(0..100, Fill::Text).with(65_536..70_000, Fill::Random);
+    let ragged = Image::disk("ragged", 70_144, content);
+    let bytes = std::fs::read(make(&ragged, &[], directory.path())).unwrap();
+    assert_eq!(walk(&bytes), [0, 128]);
+    assert!(open_bytes(&bytes).unwrap().len() == 70_144);
+}
+
+/// Returns the descriptor of an image that is made with these options, with its content identifier replaced.
+#[track_caller]
+fn descriptor_of(options: &[(&str, &str)]) -> String {
+    let directory = tempfile::tempdir().unwrap();
+    let bytes = std::fs::read(make(&small(), options, directory.path())).unwrap();
+    let text = if bytes.starts_with(b"KDMV") { &bytes[512..21 * 512] } else { &bytes[..] };
+    let text = std::str::from_utf8(text).unwrap().trim_end_matches('\0').to_owned();
+    let value = |key: &str| text.split_once(key).unwrap().1.split(['\n', '"']).next().unwrap().to_owned();
+    let (cid, long) = (value("\nCID="), value("longContentID = \""));
+    assert!(cid.len() == 8 && u32::from_str_radix(&cid, 16).unwrap() < 0xffff_fffe, "{cid}");
+    assert!(long.len() == 32 && long.ends_with(&cid), "{long} does not end in {cid}");
+    text.replace(&long, "LONG").replace(&cid, "ID")
+}
+
+#[test]
+fn ours_has_the_descriptor_that_importers_take() {
+    let expected = "# Disk DescriptorFile\nversion=1\nCID=ID\nparentCID=ffffffff\ncreateType=\"streamOptimized\"\n\n\
+        # Extent description\nRW 40960 SPARSE \"any name.vmdk\"\n\n# The Disk Data Base\n#DDB\n\n\
+        ddb.adapterType = \"lsilogic\"\nddb.encoding = \"UTF-8\"\nddb.geometry.cylinders = \"3\"\n\
+        ddb.geometry.heads = \"255\"\nddb.geometry.sectors = \"63\"\nddb.longContentID = \"LONG\"\n\
+        ddb.virtualHWVersion = \"13\"\n";
+    assert_eq!(descriptor_of(&[]), expected);
+    let options =
+        [("subformat", "vmfs"), ("adapter_type", "ide"), ("hwversion", "10"), ("toolsversion", "10309")];
+    let expected = "# Disk DescriptorFile\nversion=1\nencoding=\"UTF-8\"\nCID=ID\nparentCID=ffffffff\n\
+        createType=\"vmfs\"\n\n# Extent description\nRW 40960 VMFS \"any name-flat.vmdk\"\n\n\
+        # The Disk Data Base\n#DDB\n\nddb.adapterType = \"ide\"\nddb.encoding = \"UTF-8\"\n\
+        ddb.geometry.cylinders = \"41\"\nddb.geometry.heads = \"16\"\nddb.geometry.sectors = \"63\"\n\
+        ddb.longContentID = \"LONG\"\nddb.toolsVersion = \"10309\"\nddb.virtualHWVersion = \"10\"\n";
+    assert_eq!(descriptor_of(&options), expected);
+}
+
+#[test]
+fn a_single_file_names_itself_and_a_stream_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let line = |name: &str| {
+        let path = directory.path().join(name);
+        let mut outputs = conformance::FileOutputs::new(&path);
+        conformance::write_to(&VmdkDriver, &options(&[]), &small(), &mut outputs, 1).unwrap();
+        let bytes = std::fs::read(path).unwrap();
+        String::from_utf8_lossy(&bytes[512..21 * 512]).lines().nth(7).unwrap().to_owned()
+    };
+    assert_eq!(line("\u{e4} b.vmdk"), "RW 40960 SPARSE \"\u{e4} b.vmdk\"");
+    // A name that a descriptor can't contain.
+    assert_eq!(line("a\"b.vmdk"), "RW 40960 SPARSE \"disk.vmdk\"");
+}
+
+#[test]
+fn zeroed_grains_are_refused_by_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut outputs = conformance::FileOutputs::new(&directory.path().join("x.vmdk"));
+    let options = options(&[("zeroed_grain", "on"), ("subformat", "monolithicSparse")]);
+    let error = conformance::write_to(&VmdkDriver, &options, &small(), &mut outputs, 1).unwrap_err();
+    assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("zeroed_grain"), "{error}");
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
 }
 
 #[test]

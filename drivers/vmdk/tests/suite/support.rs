@@ -21,6 +21,9 @@ pub const SUBFORMATS: [&str; 6] = [
     "twoGbMaxExtentFlat",
 ];
 
+/// Names of the variants that consist of several files.
+pub const SEVERAL: [&str; 4] = ["monolithicFlat", "vmfs", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"];
+
 /// Returns creation options from valid pairs.
 pub fn options(pairs: &[(&str, &str)]) -> CreateOptions {
     CreateOptions::parse("vmdk", VmdkDriver.options(), pairs.iter().copied()).unwrap()
@@ -77,8 +80,8 @@ pub fn save(directory: &Path, name: &str, bytes: &[u8]) -> PathBuf {
 pub fn make(image: &Image, pairs: &[(&str, &str)], directory: &Path) -> PathBuf {
     let directory = directory.join(format!("ours{}", std::fs::read_dir(directory).unwrap().count()));
     std::fs::create_dir(&directory).unwrap();
-    // The name that a single file has in its descriptor, which libvmdk follows.
-    let path = directory.join("disk.vmdk");
+    // libvmdk opens the file that a single file names.
+    let path = directory.join("any name.vmdk");
     let mut outputs = conformance::FileOutputs::new(&path);
     conformance::write_to(&VmdkDriver, &options(pairs), image, &mut outputs, 2).unwrap();
     path

@@ -189,7 +189,8 @@ pub fn write_to(
     sink.outputs().iter().try_for_each(Output::sync)
 }
 
-/// Writes `image` into a new file in `directory` and returns its path.
+/// Writes `image` into a new file in a new directory in `directory`, and returns its path. All such files have
+/// the same name, which an image may contain.
 ///
 /// # Panics
 /// If the driver can't write the image.
@@ -210,8 +211,10 @@ pub fn make_with(
     threads: usize,
 ) -> PathBuf {
     let number = std::fs::read_dir(directory).expect("list the directory").count();
-    let name = format!("{number}.{}", driver.name());
-    let path = directory.join(&name);
+    let name = format!("disk.{}", driver.name());
+    let own = directory.join(number.to_string());
+    std::fs::create_dir(&own).expect("create a directory");
+    let path = own.join(&name);
     let mut outputs = FileOutputs::new(&path);
     if let Err(error) = write_to(driver, options, image, &mut outputs, threads) {
         panic!("{}: {image} can't be written: {error:#}", driver.name());
