@@ -81,8 +81,8 @@ impl<'a> FileCheck<'a> {
         while grain < self.file.grains() {
             grain += self.check_run(grain, report)?;
         }
-        self.check_overlaps(report);
-        self.check_end(report)?;
+        let end = self.check_overlaps(report);
+        self.check_end(end, report)?;
         let add = |count: &mut Option<u64>, more: u64| *count = Some(count.unwrap_or(0) + more);
         add(&mut report.total_clusters, self.file.grains());
         add(&mut report.allocated_clusters, self.allocated);
@@ -163,19 +163,25 @@ impl<'a> FileCheck<'a> {
         self.enter(start, end)
     }
 
-    fn check_overlaps(&mut self, report: &mut CheckReport) {
+    /// Reports ranges that overlap an earlier one. Returns the end of the last range.
+    fn check_overlaps(&mut self, report: &mut CheckReport) -> u64 {
         self.used.sort_unstable();
-        for pair in self.used.windows(2) {
-            if pair[1].0 < pair[0].1 {
+        let mut before = (0, 0);
+        for range in &self.used {
+            if range.0 < before.1 {
                 report.corruption(format!(
                     "{}the bytes {}..{} and {}..{} of the file overlap, but belong to different grains or \
                      tables",
-                    self.prefix, pair[0].0, pair[0].1, pair[1].0, pair[1].1
+                    self.prefix, before.0, before.1, range.0, range.1
                 ));
             }
+            if range.1 > before.1 {
+                before = *range;
+            }
         }
-        let end = self.used.iter().map(|range| range.1).max().unwrap_or(0).min(self.file.input.len());
+        let end = before.1.min(self.file.input.len());
         report.image_end_offset = Some(report.image_end_offset.unwrap_or(0).max(end));
+        end
     }
 
     /// Compares the redundant directory and its tables with the ones in use.
@@ -223,15 +229,18 @@ impl<'a> FileCheck<'a> {
         Ok(())
     }
 
-    /// Notes a stream without its end marker: the content is complete, but some importers refuse it.
-    fn check_end(&self, report: &mut CheckReport) -> Result<()> {
+    /// Notes a stream without its end marker: the content is complete, but some importers refuse it. `used_end` is
+    /// the end of the last grain or table.
+    fn check_end(&self, used_end: u64, report: &mut CheckReport) -> Result<()> {
         let file = self.file;
         if !file.hosted.as_ref().is_some_and(|header| header.markers) || file.input.len() < 2 * SECTOR_SIZE {
             return Ok(());
         }
-        let last = file.input.read_vec(file.input.len() / SECTOR_SIZE * SECTOR_SIZE - SECTOR_SIZE, 16)?;
+        let at = file.input.len() / SECTOR_SIZE * SECTOR_SIZE - SECTOR_SIZE;
+        let last = file.input.read_vec(at, 16)?;
         let marker = last.first_chunk().map(Marker::decode);
-        if !matches!(marker, Some(Marker::Metadata { kind: Kind::End, .. })) {
+        // The last sector of a grain can look like a marker.
+        if at < used_end || !matches!(marker, Some(Marker::Metadata { kind: Kind::End, .. })) {
             report.findings.push(
                 "note: the stream has no end marker, without which some importers refuse it".to_owned(),
             );

@@ -1,5 +1,8 @@
 //! The text that describes a disk: its content identifiers, its parent, and its extents.
 
+use std::borrow::Cow;
+
+use encoding_rs::Encoding;
 use imgtool_core::error::escape_control;
 use imgtool_core::{Error, Remedy, Result};
 
@@ -305,7 +308,7 @@ fn shorten(line: &str) -> String {
     escape_control(if short.len() < line.len() { &short } else { line })
 }
 
-/// Decodes a text: as UTF-8 or, if it states so, as Latin 1. Other encodings matter only for names.
+/// Decodes a text: as UTF-8 or, if it is not, in the encoding that it states. Encodings matter only for names.
 fn decode(text: &[u8]) -> Result<String> {
     if let Ok(text) = std::str::from_utf8(text) {
         return Ok(text.to_owned());
@@ -315,16 +318,15 @@ fn decode(text: &[u8]) -> Result<String> {
         let (key, value) = std::str::from_utf8(&line).ok()?.split_once('=')?;
         (key.trim() == "encoding").then(|| unquote(value.trim()).to_owned())
     });
-    let encoding = stated.next().unwrap_or_else(|| "UTF-8".to_owned());
-    if matches!(&*encoding, "windows-1252" | "iso-8859-1" | "latin1") {
-        // The two differ only in the characters 0x80 to 0x9f: quotes, dashes, the euro sign.
-        return Ok(text.iter().map(|byte| char::from(*byte)).collect());
-    }
-    Err(Error::unsupported(format!(
-        "the descriptor is encoded in {}, and has characters that are not ASCII",
-        escape_control(&encoding)
-    ))
-    .hint("rename the files of the disk to plain names, in the descriptor too"))
+    let stated = stated.next().unwrap_or_else(|| "utf-8".to_owned());
+    let encoding = Encoding::for_label(stated.as_bytes()).filter(|encoding| encoding.is_ascii_compatible());
+    let decoded = encoding.and_then(|e| e.decode_without_bom_handling_and_without_replacement(text));
+    decoded.map(Cow::into_owned).ok_or_else(|| {
+        let what =
+            if encoding.is_some() { "has characters that are not" } else { "has an unknown encoding:" };
+        Error::unsupported(format!("the descriptor {what} {}", escape_control(&stated)))
+            .hint("rename the files of the disk to plain names, in the descriptor too")
+    })
 }
 
 #[cfg(test)]
@@ -390,10 +392,37 @@ mod tests {
     }
 
     #[test]
-    fn decodes_latin_text_if_it_states_so() {
-        let text = b"encoding=\"windows-1252\"\nRW 1 FLAT \"\xe4.vmdk\" 0\n";
-        assert_eq!(Descriptor::parse(text).unwrap().extents[0].name, "\u{e4}.vmdk");
-        let text = b"encoding=\"GBK\"\nRW 1 FLAT \"\xe4\x80.vmdk\" 0\n";
-        assert!(Descriptor::parse(text).unwrap_err().to_string().contains("gbk"));
+    fn decodes_names_as_the_text_states() {
+        let parse = |encoding: &str, name: &[u8]| {
+            let head = format!("encoding=\"{encoding}\"\nRW 1 FLAT \"").into_bytes();
+            let text = [&head[..], name, b".vmdk\" 0\n"].concat();
+            Descriptor::parse(&text).map(|found| found.extents[0].name.clone())
+        };
+        for (encoding, name, expected) in [
+            ("windows-1252", &b"\xe4"[..], "\u{e4}"),
+            ("GBK", b"\xb4\xc5\xc5\xcc", "\u{78c1}\u{76d8}"),
+            ("Shift_JIS", b"\x95\x5c", "\u{8868}"),
+            ("Big5", b"\xba\xcf", "\u{78c1}"),
+            ("EUC-KR", b"\xb0\xa1", "\u{ac00}"),
+            ("UTF-8", "\u{8868}".as_bytes(), "\u{8868}"),
+        ] {
+            assert_eq!(parse(encoding, name).unwrap(), format!("{expected}.vmdk"), "{encoding}");
+        }
+        for (encoding, name, expected) in [
+            ("GBK", &b"\x80\xff"[..], "not gbk"),
+            ("UTF-8", b"\xe4", "not utf-8"),
+            ("UTF-16", b"\xe4", "unknown encoding: utf-16"),
+            ("klingon", b"\xe4", "unknown encoding: klingon"),
+        ] {
+            let error = parse(encoding, name).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}, not {expected}");
+        }
+    }
+
+    #[test]
+    fn a_name_ends_at_its_quote() {
+        let line = "RW 8 FLAT \"a\" 7 partitionUUID \"abc\"";
+        let found = Descriptor::parse(line.as_bytes()).unwrap();
+        assert_eq!((&*found.extents[0].name, found.extents[0].offset), ("a", 7));
     }
 }

@@ -14,8 +14,9 @@ use crate::inflate::Inflater;
 use crate::layout::{SECTOR_SIZE, cowd, hosted, sesparse};
 use opener::Opener;
 
-/// Memory in bytes for each byte of a descriptor: itself, as text, and its names. Latin 1 takes twice as much.
-const TEXT_COPIES: u64 = 4;
+/// Memory in bytes for each byte of a descriptor: itself, as text, and its names. A byte of another encoding can
+/// take three.
+const TEXT_COPIES: u64 = 8;
 
 impl Image {
     /// Opens an image: a sparse file, or a descriptor with the files that it names. With

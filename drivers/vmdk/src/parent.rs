@@ -1,5 +1,6 @@
 //! The parent of a snapshot's image.
 
+use imgtool_core::error::escape_control;
 use imgtool_core::external::local_name;
 use imgtool_core::{Disk, Error, OpenOptions, Reference, Result};
 
@@ -22,10 +23,10 @@ pub(crate) fn references(image: &Image) -> Vec<Reference> {
 /// in the image's directory.
 ///
 /// # Errors
-/// `Unsupported` if no name is a path on this system; the error for the first name if none can be opened;
+/// `Unsupported` if no name is a path on this system; an error of the first name's kind if none can be opened;
 /// `Corrupt` if the parent was written to after the child was made.
 pub(crate) fn open(image: &Image, descriptor: &Descriptor, cid: u32, options: &OpenOptions) -> Result<Disk> {
-    let mut first_error = None;
+    let mut errors = Vec::new();
     for name in names(descriptor) {
         let from = image.files[0].location();
         // Never by content: any file could imitate a raw disk.
@@ -38,14 +39,28 @@ pub(crate) fn open(image: &Image, descriptor: &Descriptor, cid: u32, options: &O
                 }
                 return Disk::only(source, &format!("parent '{name}'"));
             }
-            Err(error) => first_error = first_error.or(Some(error)),
+            Err(error) => errors.push((name, error)),
         }
     }
     let hint = descriptor.parent_hint.as_deref().unwrap_or("");
-    Err(first_error.unwrap_or_else(|| {
+    Err(unopened(errors).unwrap_or_else(|| {
         Error::unsupported(format!("the name of the parent '{hint}' is not a path on this system"))
             .hint("put the parent beside the image, under the last component of that name")
     }))
+}
+
+/// Returns the error for a parent that has these names, none of which can be opened.
+fn unopened(errors: Vec<(String, Error)>) -> Option<Error> {
+    let mut errors = errors.into_iter();
+    let (first, error) = errors.next()?;
+    let Some((second, _)) = errors.next() else { return Some(error) };
+    let remedy = error.remedy().cloned().unwrap_or_else(|| "put the parent beside the image".into());
+    let both = format!(
+        "can't open the parent as '{}', nor as '{}' beside the image",
+        escape_control(&first),
+        escape_control(&second)
+    );
+    Some(Error::new(error.kind(), both).remedied_by(remedy).because(error))
 }
 
 fn wrong_parent(name: &str, found: Option<u64>, cid: u32) -> Error {

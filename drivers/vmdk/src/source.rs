@@ -74,9 +74,11 @@ fn describe_descriptor(image: &Image, info: &mut ImageInfo) {
         info.fact("create-type", "type", create_type.clone());
     }
     if let Some(cid) = descriptor.cid {
-        info.fact(CID, "content identifier", cid);
+        info.worded_fact(CID, "content identifier", cid, format!("{cid:08x}"));
     }
-    info.fact("parent-cid", "content identifier of the parent", descriptor.parent_cid.unwrap_or(NO_PARENT));
+    let parent = descriptor.parent_cid.unwrap_or(NO_PARENT);
+    let text = if parent == NO_PARENT { "none".to_owned() } else { format!("{parent:08x}") };
+    info.worded_fact("parent-cid", "content identifier of the parent", parent, text);
     if let Some(adapter) = &descriptor.adapter {
         info.fact("adapter-type", "adapter", adapter.clone());
     }
@@ -93,6 +95,9 @@ fn note_header(file: &GrainFile, info: &mut ImageInfo) {
             info.notes.push(text);
         }
     };
+    if header.unknown_flags != 0 {
+        note(format!("the header has unknown flags ({:#x}), which are not required", header.unknown_flags));
+    }
     if header.unclean_shutdown {
         note("the image was not closed: its tables may be incomplete".to_owned());
     }

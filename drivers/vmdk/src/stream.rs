@@ -133,9 +133,9 @@ fn describe(header: &Header, descriptor: Option<&Descriptor>) -> ImageInfo {
             info.fact("create-type", "type", create_type.clone());
         }
         if let Some(cid) = descriptor.cid {
-            info.fact(CID, "content identifier", cid);
+            info.worded_fact(CID, "content identifier", cid, format!("{cid:08x}"));
         }
-        info.fact("parent-cid", "content identifier of the parent", NO_PARENT);
+        info.worded_fact("parent-cid", "content identifier of the parent", NO_PARENT, "none".to_owned());
     }
     info
 }

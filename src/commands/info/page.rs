@@ -187,7 +187,10 @@ fn configurations(text: &mut String, image: &ImageEntry) {
 
 fn facts<'a>(text: &mut String, indent: usize, facts: impl Iterator<Item = &'a Fact>) {
     for fact in facts {
-        value(text, indent, fact.label, &fact.value);
+        match &fact.text {
+            Some(words) => value(text, indent, fact.label, &Value::from(&**words)),
+            None => value(text, indent, fact.label, &fact.value),
+        }
     }
 }
 

@@ -299,12 +299,24 @@ impl ImageInfo {
 
     /// Adds a fact that is specific to the format.
     pub fn fact(&mut self, key: &'static str, label: &'static str, value: impl Into<Value>) {
-        self.facts.push(Fact { scope: FactScope::Format, key, label, value: value.into() });
+        self.facts.push(Fact { scope: FactScope::Format, key, label, value: value.into(), text: None });
+    }
+
+    /// Like [`ImageInfo::fact`], with the form of the value that people know.
+    pub fn worded_fact(
+        &mut self,
+        key: &'static str,
+        label: &'static str,
+        value: impl Into<Value>,
+        text: String,
+    ) {
+        let (scope, value, text) = (FactScope::Format, value.into(), Some(text));
+        self.facts.push(Fact { scope, key, label, value, text });
     }
 
     /// Adds a fact that `qemu-img info` prints at the top level.
     pub fn top_fact(&mut self, key: &'static str, label: &'static str, value: impl Into<Value>) {
-        self.facts.push(Fact { scope: FactScope::Image, key, label, value: value.into() });
+        self.facts.push(Fact { scope: FactScope::Image, key, label, value: value.into(), text: None });
     }
 }
 
@@ -319,6 +331,8 @@ pub struct Fact {
     pub label: &'static str,
     /// Value.
     pub value: Value,
+    /// Value for people, if they know it in another form than programs.
+    pub text: Option<String>,
 }
 
 /// Place of a fact in the JSON document.

@@ -258,6 +258,10 @@ impl PolicyOpener {
         if path == from_real || self.above.contains(&path) {
             return Err(chain_loop(role, name, from));
         }
+        // To open a FIFO or a device has effects of its own.
+        if directory.handle.look_up(name.as_ref()).is_ok_and(|found| !found.is_regular) {
+            return Ok(None);
+        }
         let file = match directory.handle.open_beneath(Path::new(name)) {
             Ok(file) => file,
             // A link needs a permission for the file that it leads to.

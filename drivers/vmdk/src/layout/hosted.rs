@@ -95,6 +95,8 @@ pub(crate) struct Header {
     pub(crate) compressed: bool,
     /// True if grains and tables have markers.
     pub(crate) markers: bool,
+    /// Flags without a known meaning that a reader may ignore: those of the lower half.
+    pub(crate) unknown_flags: u32,
 }
 
 impl Header {
@@ -144,6 +146,7 @@ impl Header {
             zeroed_grains: flags & ZEROED_GRAINS != 0,
             compressed,
             markers: flags & MARKERS != 0,
+            unknown_flags: flags & 0xffff & !(VALID_NEWLINE_TEST | REDUNDANT_TABLES | ZEROED_GRAINS),
         };
         header.check()?;
         Ok(header)
@@ -239,6 +242,7 @@ mod tests {
             zeroed_grains: true,
             compressed: true,
             markers: true,
+            unknown_flags: 0,
         }
     }
 

@@ -49,6 +49,7 @@ impl SparseLayout {
             zeroed_grains: false,
             compressed: false,
             markers: false,
+            unknown_flags: 0,
         };
         let redundant = 1 + header.descriptor_size;
         let entries = header.directory_entries();

@@ -151,6 +151,7 @@ fn header(image: &NewImage, directory: u64) -> Header {
         zeroed_grains: false,
         compressed: true,
         markers: true,
+        unknown_flags: 0,
     }
 }
 

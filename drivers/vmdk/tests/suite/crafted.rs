@@ -177,6 +177,9 @@ fn check_reports_overlaps_and_differing_copies() {
     assert_eq!(findings(&file()), (0, String::new()));
     let (count, text) = findings(&file().entry(1, DATA + 4));
     assert!(count == 2 && text.contains("overlap"), "{count}: {text}");
+    // A long range over several others counts with each of them.
+    let (count, text) = findings(&file().grain(1, 3).grain(2, 4).with(36, &[48]));
+    assert!(count > 2, "{count}: {text}");
     let (count, text) = findings(&file().entry(1, 8));
     assert!(count == 1 && text.contains("overlap"), "{count}: {text}");
     let (count, text) = findings(&file().entry(1, 5000));
@@ -265,4 +268,15 @@ fn a_descriptor_may_not_contradict_its_file() {
     let mut file = Sparse::new(1).grain(0, 1);
     file.descriptor = "CID=7\ncreateType=\"x\"\nRW 7 SPARSE \"x\"\n".into();
     assert!(open_bytes(&file.bytes()).is_ok());
+}
+
+#[test]
+fn unknown_flags_without_duties_get_a_note() {
+    let note = |file: &Sparse| {
+        let source = VmdkDriver.open(memory::as_file("x.vmdk", &file.bytes()), &OpenOptions::default());
+        source.unwrap().info().notes.join("; ")
+    };
+    assert_eq!(note(&Sparse::new(1).grain(0, 1)), "");
+    assert!(note(&Sparse::new(1).grain(0, 1).with(9, &[1])).contains("unknown flags (0x100)"));
+    assert_fault(&Sparse::new(1).grain(0, 1).with(11, &[1]).bytes(), ErrorKind::Unsupported, "unknown flags");
 }

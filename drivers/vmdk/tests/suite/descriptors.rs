@@ -114,6 +114,10 @@ fn reads_snapshots_of_snapshots() {
     assert_eq!(check(&path).corruptions, 0);
     let error = open_plainly(&path).map(|_| ()).unwrap_err();
     assert!(error.kind() == ErrorKind::Refused && error.to_string().contains("one.vmdk"), "{error}");
+    // The error names both places.
+    let path = save("lost.vmdk", &child(3, 0x11, 0x10, "../lost/gone.vmdk"));
+    let error = format!("{:#}", open(&path).map(|_| ()).unwrap_err());
+    assert!(error.contains("'../lost/gone.vmdk', nor as 'gone.vmdk' beside"), "{error}");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use imgtool_vmdk::VmdkDriver;
 use libdeflater::Decompressor;
 
 use crate::crafted::open_bytes;
-use crate::support::{content, make, options, small};
+use crate::support::{check, content, make, options, save, small};
 
 const GRAIN: usize = 65_536;
 
@@ -451,5 +451,25 @@ fn a_stream_and_a_file_agree_about_the_descriptor() {
         for error in [open_bytes(&bytes), from_pipe(&bytes)].map(|read| read.map(|_| ()).unwrap_err()) {
             assert!(error.to_string().contains(text), "{line}: {error}");
         }
+    }
+}
+
+#[test]
+fn check_tells_an_end_marker_from_the_end_of_a_grain() {
+    let directory = tempfile::tempdir().unwrap();
+    // Stored blocks of zeros: the last sectors of the grain look like markers.
+    let mut grain = data(0);
+    grain[0] = 1;
+    for (parts, has_end) in
+        [(vec![Part::Grain(0, grain.clone())], false), (vec![Part::Grain(0, grain), Part::End], true)]
+    {
+        let mut bytes = stream(128, Place::Front, &parts);
+        if !has_end {
+            // Cut in the padding, so that the last whole sector is one of zeros.
+            bytes.truncate(bytes.len() - 400);
+        }
+        let path = save(directory.path(), "x.vmdk", &bytes);
+        let findings = check(&path).findings;
+        assert_eq!(findings.is_empty(), has_end, "{findings:?}");
     }
 }
