@@ -2,9 +2,11 @@
 //! because their data cannot be skipped: a short stream is read to its end, a longer one only with
 //! `--read-all`.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::sync::Arc;
 
+use imgtool_core::external::is_plain_name;
 use imgtool_core::{
     Driver, Error, FactScope, ImageInfo, ImageSource, Location, OpenOptions, Registry, Result,
 };
@@ -56,10 +58,18 @@ impl ImageEntry {
         self.info().devices.iter().fold(0, |sum, device| sum.saturating_add(device.size))
     }
 
-    /// Returns the allocated size of the file in bytes; `None` unless it is a regular file.
+    /// Returns the allocated size in bytes of the file and of its extents beside it, as far as they exist; `None`
+    /// unless it is a regular file.
     fn actual_size(&self) -> Option<u64> {
         let meta = fs::metadata(self.location.path()?).ok().filter(fs::Metadata::is_file)?;
-        Some(os::allocated_len(&meta))
+        let extents = self.info().references.iter().filter(|reference| reference.role == "extent");
+        let names: BTreeSet<&str> =
+            extents.map(|extent| &*extent.name).filter(|n| is_plain_name(n)).collect();
+        let beside = names.into_iter().filter_map(|name| {
+            let location = open::resolve(&self.location, name)?;
+            fs::symlink_metadata(location.path()?).ok().filter(fs::Metadata::is_file)
+        });
+        Some(beside.fold(os::allocated_len(&meta), |sum, meta| sum.saturating_add(os::allocated_len(&meta))))
     }
 }
 

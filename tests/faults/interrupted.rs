@@ -56,7 +56,10 @@ fn kill_leaves_only_the_partial_file() {
     assert!(left.len() == 1 && left[0].starts_with(".out.qcow2.partial-"), "{left:?}");
 }
 
-/// A conversion of two disks to one format, and its duration.
+/// The formats, one of them with images of two files each.
+const FORMATS: [&str; 5] = ["raw", "qcow2", "vhdx", "vma", "vmdk -o subformat=vmfs"];
+
+/// A conversion of two disks to one format, with options, and its duration.
 struct Busy {
     dir: tempfile::TempDir,
     format: &'static str,
@@ -87,8 +90,8 @@ impl Busy {
     }
 
     fn run(&self) -> Run {
-        imgtool(["convert", "disk1.raw", "disk2.raw", "--to", self.format, self.out()])
-            .within(self.dir.path())
+        let run = imgtool(["convert", "disk1.raw", "disk2.raw", self.out(), "--to"]);
+        run.args(self.format.split(' ')).within(self.dir.path())
     }
 
     fn clear(&self) {
@@ -154,7 +157,7 @@ fn nothing_unfinished(busy: &Busy, what: &str) {
 
 #[test]
 fn next_run_removes_partial_files_of_killed_runs() {
-    for format in ["raw", "qcow2", "vhdx", "vma"] {
+    for format in FORMATS {
         let busy = Busy::new(format);
         let mut left_behind = 0;
         let kills = 3 * rounds();
@@ -165,8 +168,7 @@ fn next_run_removes_partial_files_of_killed_runs() {
             let left = partials(busy.dir.path()).len();
             assert!(left > 0 || moment != Moment::Begun, "{what}: nothing is left");
             left_behind += left;
-            let line = ["convert", "--force", "disk1.raw", "disk2.raw", "--to", format, busy.out()];
-            let run = imgtool(line).within(busy.dir.path()).ok();
+            let run = busy.run().args(["--force"]).ok();
             assert_eq!(run.stderr.matches("left by a killed run").count(), left, "{what}: {}", run.stderr);
             assert_eq!(snapshot(busy.dir.path()), busy.wanted, "{what}");
             busy.clear();
@@ -177,7 +179,7 @@ fn next_run_removes_partial_files_of_killed_runs() {
 
 #[test]
 fn signals_at_any_time_leave_all_outputs_or_none() {
-    for format in ["raw", "qcow2", "vhdx", "vma"] {
+    for format in FORMATS {
         let busy = Busy::new(format);
         let before = snapshot(busy.dir.path());
         let signals = 3 * rounds();

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use imgtool_testing::images::{self, Image};
 use imgtool_testing::vma::Archive;
-use imgtool_testing::{oracles, require, sha256, tempdir, text};
+use imgtool_testing::{names, oracles, require, sha256, tempdir, text};
 
 use crate::support::imgtool;
 
@@ -38,6 +38,8 @@ const TARGETS: &[(&str, &str, bool)] = &[
     ("vmdk", "-S 0", true),
     ("vmdk", "-o subformat=monolithicSparse", true),
     ("vmdk", "-o subformat=monolithicFlat", true),
+    ("vmdk", "-o subformat=vmfs", true),
+    ("vmdk", "-o subformat=twoGbMaxExtentSparse", true),
     ("vma", "", true),
     ("vma", "-S 64k", true),
     ("vma", "-S 0", true),
@@ -148,9 +150,16 @@ fn digest(directory: &Path, form: &str, extension: &str, options: &str, threads:
         run = run.pipe_from(&directory.join(file));
     }
     run.ok();
-    let digest = sha256(&std::fs::read(&out).unwrap());
-    std::fs::remove_file(&out).unwrap();
-    digest
+    // An image may have several files.
+    let mut files: Vec<_> = names(directory).into_iter().filter(|name| name.starts_with("out")).collect();
+    files.sort();
+    let digests = files.iter().map(|name| {
+        let path = directory.join(name);
+        let digest = sha256(&std::fs::read(&path).unwrap());
+        std::fs::remove_file(&path).unwrap();
+        digest
+    });
+    digests.collect::<Vec<_>>().join(" ")
 }
 
 /// Asserts that all forms of the disk give the same bytes in the targets whose number modulo 3 is `part`.

@@ -147,3 +147,64 @@ fn files_beside_a_linked_target_are_beside_the_real_one() {
         std::fs::remove_file(&link).unwrap();
     }
 }
+
+#[test]
+fn the_size_of_a_disk_is_that_of_all_its_files() {
+    let dir = tempdir();
+    let raw = write_raw(dir.path());
+    let target = dir.path().join("a.vmdk");
+    let run =
+        imgtool(["convert", "--output", "json", text(&raw), "-o", "subformat=vmfs", text(&target)]).ok();
+    let len = |name: &str| {
+        let meta = std::fs::metadata(dir.path().join(name)).unwrap();
+        std::os::unix::fs::MetadataExt::blocks(&meta) * 512
+    };
+    let expected = len("a.vmdk") + len("a-flat.vmdk");
+    assert!(expected > len("a.vmdk") + (1 << 16));
+    assert_eq!(run.json()["outputs"][0]["actual-size"], expected);
+    let info = imgtool(["info", "--output", "json", text(&target)]).ok().json();
+    assert_eq!(info["actual-size"], expected);
+    let extent = &info["format-specific"]["data"]["extents"][0];
+    assert_eq!(extent["format"], "VMFS");
+    assert!(extent["filename"].as_str().unwrap().ends_with("a-flat.vmdk"), "{extent}");
+    let human = imgtool(["info", text(&target)]).ok().text();
+    let descriptor = std::fs::read_to_string(&target).unwrap();
+    let cid = descriptor.split_once("CID=").unwrap().1.lines().next().unwrap();
+    assert!(human.contains(&format!("content identifier: {cid}")), "{human}");
+}
+
+#[test]
+fn a_stream_is_not_compressed_again() {
+    let dir = tempdir();
+    write_raw(dir.path());
+    let before = snapshot(dir.path());
+    let run = imgtool(["convert", "disk.raw", "a.vmdk.zst"]).within(dir.path()).go().exits(2);
+    run.says("compressed inside").says("leave out the extension .zst");
+    assert_eq!(snapshot(dir.path()), before);
+}
+
+#[test]
+fn a_split_disk_of_many_files_passes_its_limit() {
+    let dir = tempdir();
+    let raw = dir.path().join("disk.raw");
+    let file = std::fs::File::create(&raw).unwrap();
+    let extent = 2047u64 << 20;
+    for (count, fits) in [(500, true), (501, false)] {
+        file.set_len(count * extent).unwrap();
+        file.write_all_at(&[7; 300], (count - 1) * extent + 100).unwrap();
+        let out = dir.path().join(count.to_string());
+        std::fs::create_dir(&out).unwrap();
+        let target = out.join("a.vmdk");
+        let option = "subformat=twoGbMaxExtentSparse";
+        let run = imgtool(["convert", "--verify", text(&raw), "-o", option, text(&target)]).go();
+        if !fits {
+            run.exits(1).says("501 extents; the limit is 500");
+            assert_eq!(names(&out), Vec::<String>::new());
+            continue;
+        }
+        run.exits(0);
+        assert_eq!(names(&out).len(), 501);
+        imgtool(["compare", text(&raw), text(&target)]).ok();
+        imgtool(["check", text(&target)]).ok();
+    }
+}

@@ -86,9 +86,17 @@ pub struct PlannedOutput {
 
 impl PlannedOutput {
     /// Resolves a file name stored in the image, relative to its directory, like a reader of the image.
-    pub(crate) fn beside(&self, name: &str) -> Option<PathBuf> {
+    fn beside(&self, name: &str) -> Option<PathBuf> {
         self.destination.path()?;
         open::resolve(&self.destination.location(), name)?.path().map(Path::to_owned)
+    }
+
+    /// Returns the paths of the files beside the image that belong to it.
+    pub(crate) fn companions(&self, selected: &[SelectedDisk]) -> Vec<PathBuf> {
+        let main = self.destination.location();
+        let main = main.file_name().unwrap_or_default();
+        let names = self.format.writer.companions(&main, &self.manifest(selected));
+        names.iter().filter_map(|name| self.beside(name)).collect()
     }
 
     /// Returns the manifest of the image.
@@ -155,11 +163,8 @@ impl Layout {
                 // A stream replaces nothing, and two outputs may share it.
                 Destination::Stream(_) | Destination::Open(_) => continue,
             });
-            let main = output.destination.location();
-            let main = main.file_name().unwrap_or_default();
-            let companions = output.format.writer.companions(&main, &output.manifest(selected));
-            let companions = companions.iter().filter_map(|name| output.beside(name));
-            requests.extend(companions.map(|path| new(&path, self.overwrite)));
+            let companions = output.companions(selected);
+            requests.extend(companions.iter().map(|path| new(path, self.overwrite)));
         }
         requests.extend(self.files.iter().map(|file| new(&file.path, self.overwrite)));
         requests

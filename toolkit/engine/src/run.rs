@@ -386,7 +386,7 @@ impl Plan {
             format: planned.format.driver.name(),
             compression: planned.format.outer.map(|outer| outer.compression.name()),
             disks: planned.disks.iter().map(|slot| disks[slot.index()].clone()).collect(),
-            stored: stored_len(&planned.destination, output.written()),
+            stored: stored_len(planned, &self.selected, output.written()),
         };
         self.layout.outputs.iter().zip(handles).map(of).collect()
     }
@@ -423,11 +423,14 @@ impl Plan {
     }
 }
 
-/// Returns the number of bytes that a new file takes on disk; `written` for other outputs.
-fn stored_len(destination: &Destination, written: u64) -> u64 {
-    match destination {
+/// Returns the number of bytes that the files of a new image take on disk; `written` for other outputs.
+fn stored_len(planned: &PlannedOutput, selected: &[SelectedDisk], written: u64) -> u64 {
+    match &planned.destination {
         Destination::New(path) => {
-            std::fs::metadata(path).map_or(written, |meta| imgtool_storage::os::allocated_len(&meta))
+            let companions = planned.companions(selected);
+            let len = |path: &Path| std::fs::metadata(path).map(|meta| os::allocated_len(&meta));
+            let beside: u64 = companions.iter().filter_map(|path| len(path).ok()).sum();
+            len(path).map_or(written, |main| main + beside)
         }
         Destination::Existing { .. } | Destination::Stream(_) | Destination::Open(_) => written,
     }
