@@ -43,7 +43,7 @@ fn open_any(input: &RandomInput, options: &OpenOptions) -> Result<Image> {
     let settings = settings(tables, 0, options);
     if head.starts_with(hosted::MAGIC) {
         let header = hosted::Header::decode(&head).map_err(|fault| fault.of("header", 0))?;
-        let descriptor = embedded_descriptor(input, &header, options.salvage)?;
+        let descriptor = embedded_descriptor(input, &header, options)?;
         return match descriptor {
             Some(descriptor) if header.is_wrapper() && descriptor.sectors() > 0 => {
                 let lease = text_lease(header.descriptor_size * SECTOR_SIZE, options)?;
@@ -80,7 +80,7 @@ fn open_any(input: &RandomInput, options: &OpenOptions) -> Result<Image> {
 }
 
 /// Borrows memory for a descriptor of `len` bytes.
-fn text_lease(len: u64, options: &OpenOptions) -> Result<Lease> {
+pub(crate) fn text_lease(len: u64, options: &OpenOptions) -> Result<Lease> {
     options.memory.lease(TEXT_COPIES * len, "the descriptor of a VMDK image")
 }
 
@@ -108,14 +108,16 @@ fn se_sparse(input: &RandomInput, head: &[u8], settings: FileSettings<'_>) -> Re
 fn embedded_descriptor(
     input: &RandomInput,
     header: &hosted::Header,
-    salvage: bool,
+    options: &OpenOptions,
 ) -> Result<Option<Descriptor>> {
+    let salvage = options.salvage;
     if header.descriptor_size == 0 || header.descriptor_offset == 0 {
         return Ok(None);
     }
     let offset = header.descriptor_offset * SECTOR_SIZE;
     // The header bounds it to 2 MiB. The file may end within the padding.
     let len = (header.descriptor_size * SECTOR_SIZE).min(input.len().saturating_sub(offset)) as usize;
+    let _lease = text_lease(len as u64, options)?;
     let text = match input.read_vec(offset, len) {
         Err(_) if salvage && !header.is_wrapper() => return Ok(None),
         text => text?,

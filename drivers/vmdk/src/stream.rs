@@ -16,6 +16,7 @@ use imgtool_core::{
 use libdeflater::Decompressor;
 
 use crate::descriptor::{Descriptor, NO_PARENT};
+use crate::extents::text_lease;
 use crate::image::{DISK, DISK_NAME};
 use crate::inflate::{check_len, inflate};
 use crate::layout::SECTOR_SIZE;
@@ -172,7 +173,10 @@ impl Front {
         let text = bytes.get(text..text + (header.descriptor_size * SECTOR_SIZE) as usize);
         let text = text.filter(|_| header.descriptor_offset > 0 && header.descriptor_size > 0);
         let descriptor = match text {
-            Some(text) => Descriptor::embedded(text, header, options.salvage)?,
+            Some(text) => {
+                let _lease = text_lease(text.len() as u64, options)?;
+                Descriptor::embedded(text, header, options.salvage)?
+            }
             None => None,
         };
         let tables = match layout.tables {

@@ -381,8 +381,8 @@ impl<M: SegmentMap> RandomAccess for LayeredSource<M> {
             let segment = self.map.segment(at, max_len);
             let len = match &segment {
                 // A run of encoded units is read as a whole, but each of them can be lost alone.
-                Ok(Segment { origin: Origin::Encoded, .. }) if self.losses.is_some() => {
-                    self.map.to_unit_end(at, max_len)
+                Ok(Segment { len, origin: Origin::Encoded }) if self.losses.is_some() => {
+                    self.map.to_unit_end(at, max_len).min(*len)
                 }
                 Ok(segment) => segment.len.min(max_len),
                 Err(_) => self.map.to_unit_end(at, max_len),

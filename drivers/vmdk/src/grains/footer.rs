@@ -47,6 +47,9 @@ pub(super) fn read(
     let at = start + used as u64 * SECTOR_SIZE;
     let footer = hosted::Header::decode(&sectors[used]).map_err(|fault| fault.of("footer", at))?;
     check(header, &footer).map_err(|error| error.at(at))?;
+    if !settings.salvage {
+        check_gap(input, &footer, at / SECTOR_SIZE - 1)?;
+    }
     if !settings.ignore_trailing && !settings.salvage {
         check_end(&tail[(used + 1) * SECTOR_SIZE as usize..]).map_err(|error| error.at(at + SECTOR_SIZE))?;
     }
@@ -81,6 +84,25 @@ fn check(header: &hosted::Header, footer: &hosted::Header) -> Result<()> {
         return Err(Error::malformed("the footer contradicts the header"));
     }
     Ok(())
+}
+
+/// Checks that between the directory and the footer's marker, at a sector, are only markers without content.
+fn check_gap(input: &RandomInput, footer: &hosted::Header, marker_at: u64) -> Result<()> {
+    let end = footer.directory.saturating_add((footer.directory_entries() * 4).div_ceil(SECTOR_SIZE));
+    let gap = marker_at.checked_sub(end).map(|sectors| sectors.saturating_mul(SECTOR_SIZE));
+    let is_empty = match gap.filter(|gap| *gap <= TAIL) {
+        Some(gap) => {
+            let bytes = input.read_vec(marker_at * SECTOR_SIZE - gap, gap as usize)?;
+            bytes.as_chunks::<512>().0.iter().all(|sector| marker(sector) == Some(Kind::Progress))
+        }
+        None => false,
+    };
+    if is_empty {
+        return Ok(());
+    }
+    Err(Error::corrupt("the footer of the stream does not follow its directory")
+        .at(marker_at * SECTOR_SIZE)
+        .remedied_by(Remedy::Salvage("copy the file again, or use a backup".into())))
 }
 
 /// Checks that behind a footer are only markers without content, and zeros.

@@ -168,7 +168,7 @@ fn three(last: usize) -> [Part; 3] {
 fn reads_all_layouts_by_position_and_from_a_pipe() {
     use Part::{Bytes, Directory, End, Footer, Progress, Table};
     let tail = [Table, Directory, Footer, End];
-    let layouts: [(Place, Vec<Part>); 7] = [
+    let layouts: [(Place, Vec<Part>); 8] = [
         (Place::Front, [&three(GRAIN)[..], &[End]].concat()),
         // qemu-img ends right behind the last grain, or with zeros, and its last grain may be short.
         (Place::Front, three(51_200).to_vec()),
@@ -176,6 +176,7 @@ fn reads_all_layouts_by_position_and_from_a_pipe() {
         (Place::End, [&three(GRAIN)[..], &tail].concat()),
         (Place::End, [&[Progress][..], &three(51_200), &[Progress], &tail].concat()),
         (Place::End, [&three(GRAIN)[..], &tail, &[Bytes(vec![0; 5120])]].concat()),
+        (Place::End, [&three(GRAIN)[..], &[Table, Directory, Progress, Footer, Progress, End]].concat()),
         (Place::Known, [&three(GRAIN)[..], &tail].concat()),
     ];
     for (number, (place, parts)) in layouts.iter().enumerate() {
@@ -412,6 +413,9 @@ fn nothing_of_a_disk_follows_its_directory() {
         ] {
             assert_fault(&stream(2 * 65_536, place, &parts), ErrorKind::Corrupt, "contradicts");
         }
+        let parts = [Grain(0, data(1)), Table, Directory, late.clone(), Footer, End];
+        let error = open_bytes(&stream(2 * 65_536, place, &parts)).map(|_| ()).unwrap_err();
+        assert!(error.to_string().contains("does not follow its directory"), "{error}");
         let parts = [Grain(0, data(1)), Table, Directory, Footer, late.clone(), End];
         let error = open_bytes(&stream(2 * 65_536, place, &parts)).map(|_| ()).unwrap_err();
         assert!(error.to_string().contains("follow the end of the stream"), "{error}");
