@@ -9,6 +9,7 @@ pub mod images;
 pub mod manifest;
 pub mod memory;
 pub mod oracles;
+pub mod saved;
 pub mod toy;
 pub mod vma;
 
