@@ -6,6 +6,7 @@ use imgtool_core::layered::{LayeredSource, Origin, Segment, SegmentMap, StoredBy
 use imgtool_core::table::PagedTable;
 use imgtool_core::{Device, Error, ImageInfo, ImageSource, Input, Memory, OpenOptions, RandomInput, Result};
 
+use crate::bundle::Bundle;
 use crate::layout::{ENTRY_LEN, HEADER_LEN, Header};
 
 /// The name of an image's only device.
@@ -19,9 +20,23 @@ pub(crate) struct Image {
 }
 
 /// Opens an image.
+///
+/// # Errors
+/// `Unsupported` for a file of a bundle that is only a part of its disk, unless only information or salvage is
+/// needed.
 pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
     let image = Image::open(input, options.externals.depth(), &options.memory)?;
-    let info = describe(&image.header);
+    let mut info = describe(&image.header);
+    let location = image.input.location();
+    if let Some(others) = Bundle::of(location, &options.externals).and_then(Bundle::others) {
+        let message = format!("the file is one of a bundle with {others}, and not the whole disk");
+        if !options.info_only && !options.salvage {
+            return Err(Error::unsupported(message).path(location).hint(
+                "let Parallels merge the snapshots and parts, or copy the file out of the bundle to read it alone",
+            ));
+        }
+        info.notes.push(message);
+    }
     Ok(Arc::new(LayeredSource::new(info, image, None, options.salvage)))
 }
 

@@ -4,6 +4,7 @@
 //! clusters. Parallels publishes no specification; the layout was established from images and from the
 //! behaviour of the programs that read and write them (see the README). All numbers are little-endian.
 
+mod bundle;
 mod check;
 mod driver;
 mod image;

@@ -1,13 +1,14 @@
 //! Tests of the Parallels driver: conformance laws, independent programs, and files built byte by byte.
 #![allow(clippy::unwrap_used)]
 
-use imgtool_core::{Disk, Driver, ErrorKind};
+use imgtool_core::{Disk, Driver, ErrorKind, OpenOptions};
 use imgtool_parallels::ParallelsDriver;
 use imgtool_testing::conformance::{self, Hostile, Image};
 use imgtool_testing::crafted::{
     self, expect_refusals, faults, mixed_disk, open, qemu_content, qemu_image, read, refusal, salvage,
 };
 use imgtool_testing::oracles::{dissect_disks, run};
+use imgtool_testing::saved::{open_options, save};
 use imgtool_testing::{require, sha256, tempdir, text};
 
 /// Size of a cluster of the images that the tests build: seven sectors, since any number is legal.
@@ -179,4 +180,36 @@ fn only_the_used_part_of_the_last_cluster_must_exist() {
     assert_eq!(disk.size(), 6 * 512);
     assert_eq!(read(&ParallelsDriver, &image).unwrap(), [2; 6 * 512]);
     assert_eq!(faults(&ParallelsDriver, &image), (0, 0));
+}
+
+#[test]
+fn refuses_a_part_of_a_bundle_but_describes_it() {
+    let directory = tempdir();
+    let path = save(directory.path(), "disk.hds", &build(true, &[0, 2]));
+    let open = |options: &OpenOptions| conformance::open_with(&ParallelsDriver, &path, options);
+    let options = open_options(ParallelsDriver, false);
+    assert!(open(&options).is_ok(), "no descriptor");
+    let descriptor = |storages: usize, shots: usize| {
+        let xml = ["<Storage><End>14</End></Storage>".repeat(storages), "<Shot/>".repeat(shots)].concat();
+        save(directory.path(), "DiskDescriptor.xml", format!("<disk>{xml}</disk>").as_bytes());
+    };
+    descriptor(1, 1);
+    let whole = open(&options).unwrap();
+    assert!(whole.info().notes.is_empty());
+    for (storages, shots, text) in [(2, 1, "2 parts"), (1, 2, "2 snapshots")] {
+        descriptor(storages, shots);
+        let error = open(&options).map(|_| ()).unwrap_err();
+        assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains(text), "{error}");
+        for described in [
+            OpenOptions { info_only: true, ..options.clone() },
+            OpenOptions { salvage: true, ..options.clone() },
+        ] {
+            let source = open(&described).unwrap();
+            assert!(source.info().notes[0].contains(text), "{:?}", source.info().notes);
+        }
+    }
+    // A link in the place of the descriptor may lead anywhere.
+    std::fs::rename(directory.path().join("DiskDescriptor.xml"), directory.path().join("x.xml")).unwrap();
+    std::os::unix::fs::symlink("x.xml", directory.path().join("DiskDescriptor.xml")).unwrap();
+    assert!(open(&options).is_ok());
 }
