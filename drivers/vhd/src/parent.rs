@@ -23,13 +23,13 @@ pub(crate) fn references(image: &Image) -> Vec<Reference> {
     vec![Reference { role: "parent", name, format: Some(crate::FORMAT.to_owned()) }]
 }
 
-/// Opens the parent of an image by the first of its names that can be opened.
+/// Opens the parent of an image: the first of its names that leads to the image that the child was made from.
 ///
 /// # Errors
-/// `Unsupported` if no name is a path on this system; the error for the first name if none can be opened;
-/// `Corrupt` if the file is not the image that the child was made from.
+/// `Unsupported` if no name is a path on this system; `Corrupt` if the files that can be opened are other images;
+/// the error for the first name if none can be opened.
 pub(crate) fn open(image: &Image, blocks: &Blocks, options: &OpenOptions) -> Result<Disk> {
-    let mut first_error = None;
+    let (mut first_error, mut mismatch) = (None, None);
     for name in names(image, blocks) {
         let from = image.input.location();
         // Never by content: the parent may be a fixed image, which any raw disk can imitate.
@@ -38,14 +38,17 @@ pub(crate) fn open(image: &Image, blocks: &Blocks, options: &OpenOptions) -> Res
                 let fact = source.info().facts.iter().find(|fact| fact.key == UUID);
                 let found = fact.and_then(|fact| fact.value.as_str()).map(Uuid::try_parse);
                 if found != Some(Ok(blocks.header.parent_uuid)) {
-                    return Err(wrong_parent(&name, fact.map(|fact| fact.value.to_string()), blocks));
+                    mismatch = mismatch.or_else(|| {
+                        Some(wrong_parent(&name, fact.and_then(|fact| fact.value.as_str()), blocks))
+                    });
+                    continue;
                 }
                 return Disk::only(source, &format!("parent '{name}'"));
             }
             Err(error) => first_error = first_error.or(Some(error)),
         }
     }
-    Err(first_error.unwrap_or_else(|| {
+    Err(mismatch.or(first_error).unwrap_or_else(|| {
         Error::unsupported(format!(
             "no name of the parent '{}' is a path on this system",
             blocks.header.parent_name
@@ -54,10 +57,10 @@ pub(crate) fn open(image: &Image, blocks: &Blocks, options: &OpenOptions) -> Res
     }))
 }
 
-fn wrong_parent(name: &str, found: Option<String>, blocks: &Blocks) -> Error {
+fn wrong_parent(name: &str, found: Option<&str>, blocks: &Blocks) -> Error {
     Error::corrupt(format!(
         "parent '{name}' is not the image that this one was made from: its UUID is {}, not {}",
-        found.unwrap_or_else(|| "none".to_owned()),
+        found.unwrap_or("none"),
         blocks.header.parent_uuid
     ))
     .hint("the parent was replaced after the image was made: find the original")

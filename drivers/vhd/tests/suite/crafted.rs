@@ -1,13 +1,14 @@
 //! Images built byte by byte: what no program at hand writes, and what none should.
 
-use imgtool_core::{Access, BufferPool, Disk, Driver, Error, ErrorKind, OpenOptions};
+use imgtool_core::{Access, BufferPool, Disk, Driver, Error, ErrorKind, Memory, OpenOptions};
+use imgtool_testing::conformance::{self, Content, Image};
 use imgtool_testing::memory;
 use imgtool_vhd::VhdDriver;
 
-use crate::support::{check, content, open, save};
+use crate::support::{check, content, open, options, save};
 
 pub const BLOCK: u64 = 4096;
-/// Bitmap of a block: one sector.
+/// Bitmap of a block: one sector for up to 2 MiB.
 const BITMAP: u64 = 512;
 pub const UUID: [u8; 16] = [7; 16];
 
@@ -32,9 +33,10 @@ pub fn footer(size: u64, kind: u32, uuid: [u8; 16]) -> Vec<u8> {
     bytes
 }
 
-/// A small image with blocks of 4 KiB.
+/// A small image, with blocks of 4 KiB unless stated.
 pub struct Builder {
     size: u64,
+    block_size: u64,
     kind: u32,
     uuid: [u8; 16],
     pub header: Vec<u8>,
@@ -47,16 +49,21 @@ pub struct Builder {
 impl Builder {
     /// Creates an empty disk of `blocks` blocks.
     pub fn new(blocks: u32) -> Self {
+        Self::with_block_size(blocks, BLOCK)
+    }
+
+    /// Creates an empty disk of `blocks` blocks of `block_size` bytes.
+    pub fn with_block_size(blocks: u32, block_size: u64) -> Self {
         let mut header = vec![0; 1024];
         header[..8].copy_from_slice(b"cxsparse");
         header[8..16].fill(0xff);
         header[16..24].copy_from_slice(&1536u64.to_be_bytes());
         header[24..28].copy_from_slice(&0x0001_0000_u32.to_be_bytes());
         header[28..32].copy_from_slice(&blocks.to_be_bytes());
-        header[32..36].copy_from_slice(&(BLOCK as u32).to_be_bytes());
+        header[32..36].copy_from_slice(&(block_size as u32).to_be_bytes());
         let bat = vec![u32::MAX; blocks as usize];
-        let size = u64::from(blocks) * BLOCK;
-        Self { size, kind: 3, uuid: UUID, header, bat, blocks: Vec::new(), names: vec![0; 512] }
+        let size = u64::from(blocks) * block_size;
+        Self { size, block_size, kind: 3, uuid: UUID, header, bat, blocks: Vec::new(), names: vec![0; 512] }
     }
 
     /// Sets an entry of the BAT.
@@ -67,12 +74,24 @@ impl Builder {
 
     /// Stores a block filled with `byte`, whose sectors have these bits.
     pub fn block(mut self, index: usize, byte: u8, bits: u8) -> Self {
+        self.begin_block(index, &[bits]);
+        self.blocks.extend(vec![byte; self.block_size as usize]);
+        self
+    }
+
+    /// Stores a block with this content, whose sectors have these bits.
+    pub fn block_of(mut self, index: usize, content: &[u8], bits: &[u8]) -> Self {
+        self.begin_block(index, bits);
+        self.blocks.extend(content);
+        self
+    }
+
+    fn begin_block(&mut self, index: usize, bits: &[u8]) {
         // BAT and names take a sector each.
         self.bat[index] = ((1536 + 512 + 512 + self.blocks.len()) / 512) as u32;
-        self.blocks.push(bits);
-        self.blocks.extend(vec![0; BITMAP as usize - 1]);
-        self.blocks.extend(vec![byte; BLOCK as usize]);
-        self
+        let bitmap = bits.len().next_multiple_of(BITMAP as usize);
+        self.blocks.extend(bits);
+        self.blocks.extend(vec![0; bitmap - bits.len()]);
     }
 
     /// Makes it a differencing image over a parent with this UUID and relative name.
@@ -83,8 +102,13 @@ impl Builder {
         let units = |name: &str| name.encode_utf16().collect::<Vec<u16>>();
         let full: Vec<u8> = units(&format!(r"C:\vm\{name}")).into_iter().flat_map(u16::to_be_bytes).collect();
         self.header[64..64 + full.len()].copy_from_slice(&full);
-        self.names = units(&format!(r".\{name}")).into_iter().flat_map(u16::to_le_bytes).collect();
         self.header[576..580].copy_from_slice(b"W2ru");
+        self.named(&format!(r".\{name}"))
+    }
+
+    /// Sets the relative name of the parent.
+    pub fn named(mut self, name: &str) -> Self {
+        self.names = name.encode_utf16().flat_map(u16::to_le_bytes).collect();
         self.header[584..588].copy_from_slice(&(self.names.len() as u32).to_be_bytes());
         self.header[592..600].copy_from_slice(&2048u64.to_be_bytes());
         self.names.resize(512, 0);
@@ -138,6 +162,24 @@ fn reads_fixed_images_whose_guest_wrote_a_footer_first() {
     assert_eq!(open_bytes(&bytes).unwrap(), disk);
 }
 
+/// A guest that wrote a dynamic image at the start of its disk, and a damaged footer at the end.
+#[test]
+fn a_damaged_fixed_footer_does_not_let_the_guest_choose() {
+    let dynamic = Builder::new(2).bytes();
+    let guest = [&dynamic[..dynamic.len() - 512], &[5; 8192]].concat();
+    let sound = [guest.clone(), footer(guest.len() as u64, 2, UUID)].concat();
+    assert_eq!(open_bytes(&sound).unwrap(), guest);
+    // A byte of the creator, the type, the data offset, the signature.
+    for (from_end, text) in [(484, "checksum"), (449, "checksum"), (490, "checksum"), (512, "no signature")] {
+        let mut bytes = sound.clone();
+        let at = bytes.len() - from_end;
+        bytes[at] ^= 1;
+        let error = open_bytes(&bytes).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{from_end}: {error}");
+        assert!(error.to_string().contains(text), "{from_end}: {error}");
+    }
+}
+
 #[test]
 fn reads_footers_of_511_bytes() {
     let disk = vec![5; 4096];
@@ -160,7 +202,9 @@ fn fixed_streams_must_end_with_their_footer() {
         Ok::<_, Error>(content)
     };
     assert_eq!(read(&good).unwrap(), disk);
-    for bad in [&good[..good.len() - 1], &good[..100_000], &[], &good[512..], &disk] {
+    // The footer of 511 bytes of old versions.
+    assert_eq!(read(&good[..good.len() - 1]).unwrap(), disk);
+    for bad in [&good[..good.len() - 2], &good[..100_000], &[], &good[512..], &disk] {
         assert_eq!(read(bad).unwrap_err().kind(), ErrorKind::Corrupt, "{} bytes", bad.len());
     }
 }
@@ -209,6 +253,63 @@ fn damage_names_the_guest_range_and_check_finds_it() {
     // A block past the end, one in the header, and two that overlap.
     assert!(report.corruptions >= 3, "{:?}", report.findings);
     assert!(report.findings.iter().any(|finding| finding.contains("overlap")), "{:?}", report.findings);
+}
+
+#[test]
+fn blocks_do_not_reach_into_the_footer_or_the_header() {
+    let directory = tempfile::tempdir().unwrap();
+    // A block whose last sector is the footer, which is found although the file is long enough.
+    let image = Builder::new(2).block(0, 5, 0xff).bytes();
+    let short = [&image[..image.len() - 1024], &image[image.len() - 512..]].concat();
+    let message = open_bytes(&short).unwrap_err().to_string();
+    assert!(message.contains("the footer begins at 6656"), "{message}");
+    assert_eq!(check(&save(directory.path(), "end.vhd", &short)).corruptions, 1);
+    // A header behind the BAT, and a block over it.
+    let sound = Builder::new(2);
+    let mut bytes = vec![0xff; 8192];
+    let mut head = footer(8192, 3, UUID);
+    head[16..24].copy_from_slice(&4096u64.to_be_bytes());
+    seal(&mut head, 64);
+    let mut header = sound.header.clone();
+    header[16..24].copy_from_slice(&512u64.to_be_bytes());
+    seal(&mut header, 36);
+    bytes[..512].copy_from_slice(&head);
+    bytes[512..516].copy_from_slice(&8u32.to_be_bytes());
+    bytes[4096..5120].copy_from_slice(&header);
+    bytes.resize(4096 + 512 + 4096, 5);
+    bytes.extend(&head);
+    let message = open_bytes(&bytes).unwrap_err().to_string();
+    assert!(message.contains("overlaps the structures before 5120"), "{message}");
+    assert_eq!(check(&save(directory.path(), "over.vhd", &bytes)).corruptions, 1);
+}
+
+#[test]
+fn the_check_borrows_the_memory_of_its_list() {
+    // A BAT of 16 MiB without blocks.
+    let entries = 4 << 20;
+    let mut image = Builder::new(entries).bytes();
+    let bat = image.split_off(1536);
+    image.extend(vec![0xff; 4 * entries as usize]);
+    image.extend(&bat[bat.len() - 512..]);
+    let memory = Memory::new(64 << 20);
+    let options = OpenOptions { memory: memory.clone(), ..OpenOptions::default() };
+    let check = || VhdDriver.check(memory::as_file("x.vhd", &image), &options);
+    assert_eq!(check().unwrap().corruptions, 0);
+    let others = memory.lease(25 << 20, "the rest of a run").unwrap();
+    assert_eq!(check().unwrap_err().kind(), ErrorKind::LimitExceeded);
+    drop(others);
+    assert_eq!(memory.free(), 40 << 20);
+}
+
+#[test]
+fn fixed_disks_have_a_limit_of_their_own() {
+    for (subformat, text) in [("fixed", "the limit of fixed VHD images"), ("dynamic", "2040 GiB")] {
+        let image = Image::disk("huge", (1 << 62) + 1, Content::zero());
+        let output = conformance::Pipe::default().output();
+        let options = options(&[("subformat", subformat)]);
+        let error = conformance::write(&VhdDriver, &options, &image, &output, 1).unwrap_err();
+        assert!(error.to_string().contains(text), "{error}");
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use imgtool_core::ErrorKind;
 use imgtool_testing::conformance;
+use imgtool_testing::images::noise;
 use imgtool_vhd::VhdDriver;
 
 use crate::crafted::{BLOCK, Builder, UUID, filled, footer};
@@ -49,6 +50,51 @@ fn refuses_parents_unless_allowed_or_if_they_are_another_image() {
     save(directory.path(), "base.vhd", &other);
     let error = open(&path).map(|_| ()).unwrap_err();
     assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("not the image"), "{error}");
+    assert!(
+        error.to_string().contains("its UUID is 03030303-0303-0303-0303-030303030303, not 0707"),
+        "{error}"
+    );
+}
+
+/// The relative name leads to another image; the one that the child was made from is beside it.
+#[test]
+fn tries_all_names_for_the_image_with_the_right_uuid() {
+    let directory = tempfile::tempdir().unwrap();
+    let sub = directory.path().join("sub");
+    std::fs::create_dir(&sub).unwrap();
+    let fixed = |byte, uuid| [filled(&[byte, byte]), footer(2 * BLOCK, 2, uuid)].concat();
+    let other = save(&sub, "base.vhd", &fixed(3, [3; 16]));
+    save(directory.path(), "base.vhd", &fixed(7, UUID));
+    let child = Builder::new(2).child_of(UUID, "base.vhd").named(r"sub\base.vhd");
+    let path = save(directory.path(), "child.vhd", &child.bytes());
+    assert!(content(&open(&path).unwrap()).unwrap() == filled(&[7, 7]));
+    // Without the right one, the error is that of the other image, and not of the missing file.
+    std::fs::remove_file(directory.path().join("base.vhd")).unwrap();
+    let error = open(&path).map(|_| ()).unwrap_err();
+    assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("not the image"), "{error}");
+    std::fs::remove_file(other).unwrap();
+    assert_eq!(open(&path).map(|_| ()).unwrap_err().kind(), ErrorKind::Io);
+}
+
+#[test]
+fn reads_bitmaps_of_several_sectors() {
+    let directory = tempfile::tempdir().unwrap();
+    // 4 MiB have 8192 sectors, so the bitmap has two sectors.
+    let size = 4 << 20;
+    let (below, above) = (noise(1, 2 * size), noise(2, size));
+    let parent = [below.clone(), footer(2 * size as u64, 2, UUID)].concat();
+    save(directory.path(), "base.vhd", &parent);
+    let bits = noise(3, 1024);
+    let child =
+        Builder::with_block_size(2, size as u64).child_of(UUID, "base.vhd").block_of(1, &above, &bits);
+    let path = save(directory.path(), "child.vhd", &child.bytes());
+    let mut expected = below;
+    for sector in (0..8192).filter(|sector| bits[sector / 8] & (0x80 >> (sector % 8)) != 0) {
+        let (from, to) = (sector * 512, size + sector * 512);
+        expected[to..to + 512].copy_from_slice(&above[from..from + 512]);
+    }
+    assert!(content(&open(&path).unwrap()).unwrap() == expected);
+    assert_eq!(check(&path).corruptions, 0);
 }
 
 #[test]

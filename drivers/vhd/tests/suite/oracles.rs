@@ -90,8 +90,9 @@ fn libvhdi_identifies_and_reads_ours() {
         let path = make(&small(), pairs, directory.path());
         let info = vhdi_info(&path);
         assert!(info.contains(kind) && info.contains(&format!("({} bytes)", 20 * MIB)), "{info}");
+        // Without FUSE, vhdiinfo alone sees the other variants.
         let Some(mount) = VhdiMount::of(&path, &directory.path().join(format!("mount{number}"))) else {
-            return;
+            continue;
         };
         let found = std::fs::read(mount.raw()).unwrap();
         assert!(found == std::fs::read(&raw).unwrap(), "{pairs:?}: libvhdi reads other content");
