@@ -4,7 +4,7 @@ use imgtool_core::{CheckReport, ErrorKind, Input, Memory, RandomInput, Result};
 
 use crate::image::{Blocks, Image};
 use crate::layout::footer::{FOOTER_LEN, Footer};
-use crate::layout::{ABSENT, SECTOR_SIZE, bitmap_len};
+use crate::layout::{ABSENT, ENTRY_LEN, SECTOR_SIZE, bitmap_len};
 
 /// Checks an image.
 ///
@@ -24,7 +24,7 @@ pub(crate) fn check(input: Input, memory: &Memory) -> Result<CheckReport> {
     match &image.blocks {
         Some(blocks) => {
             check_footers(&image, &mut report)?;
-            check_blocks(&image, blocks, &mut report)?;
+            check_blocks(&image, blocks, memory, &mut report)?;
         }
         None => check_length(&image, &mut report),
     }
@@ -60,10 +60,11 @@ fn check_length(image: &Image, report: &mut CheckReport) {
 }
 
 /// Checks every entry of the BAT, and fills in the counts of the report.
-fn check_blocks(image: &Image, blocks: &Blocks, report: &mut CheckReport) -> Result<()> {
+fn check_blocks(image: &Image, blocks: &Blocks, memory: &Memory, report: &mut CheckReport) -> Result<()> {
     let block_len = bitmap_len(blocks.header.block_size) + blocks.header.block_size;
-    // The header bounds the number of entries: 16 MiB.
-    let mut sectors: Vec<u32> = Vec::new();
+    // The header bounds the BAT: 16 MiB.
+    let _lease = memory.lease(blocks.header.entries * ENTRY_LEN, "the blocks of a VHD image")?;
+    let mut sectors: Vec<u32> = Vec::with_capacity(blocks.header.entries as usize);
     let mut fragmented = 0;
     let mut expected = None;
     let mut index = 0;

@@ -7,7 +7,7 @@ use imgtool_core::sync::lock;
 use imgtool_core::table::PagedTable;
 use imgtool_core::{Cache, DeviceId, Error, Input, Lease, Memory, RandomInput, Remedy, Result};
 
-use crate::layout::footer::{DiskType, FOOTER_LEN, Footer};
+use crate::layout::footer::{DiskType, FOOTER_LEN, Footer, footer_len, was_fixed};
 use crate::layout::header::{HEADER_LEN, Header};
 use crate::layout::{ABSENT, ENTRY_LEN, Fault, SECTOR_SIZE, bitmap_len};
 
@@ -27,6 +27,8 @@ pub(crate) struct Image {
     pub(crate) footer: Footer,
     /// True if the footer at the end is missing or damaged, so that its copy was used.
     pub(crate) used_copy: bool,
+    /// File offset at which the blocks or the fixed disk end: that of the footer, if there is one.
+    data_end: u64,
     /// Header and BAT; `None` in a fixed image.
     pub(crate) blocks: Option<Blocks>,
 }
@@ -35,6 +37,8 @@ pub(crate) struct Image {
 pub(crate) struct Blocks {
     pub(crate) header: Header,
     pub(crate) bat: PagedTable,
+    /// File offset at which header and BAT end. Blocks follow them.
+    structures_end: u64,
     /// Sector bitmaps of a differencing image by block.
     bitmaps: Mutex<Cache<u64, Arc<[u8]>>>,
     /// Memory for the bitmaps.
@@ -58,11 +62,11 @@ impl Image {
             DiskType::Fixed => None,
             DiskType::Dynamic | DiskType::Differencing => Some(Blocks::open(input, &footer, depth, memory)?),
         };
-        let image = Self { input: input.clone(), footer, used_copy, blocks };
-        let footer_offset = input.len() - last_len(input);
-        if image.blocks.is_none() && image.footer.current_size > footer_offset {
+        let data_end = if used_copy { input.len() } else { input.len() - last_len(input) };
+        let image = Self { input: input.clone(), footer, used_copy, data_end, blocks };
+        if image.blocks.is_none() && image.footer.current_size > data_end {
             return Err(Error::corrupt(format!(
-                "the disk has {} bytes, but the file has {footer_offset} before its footer",
+                "the disk has {} bytes, but the file has {data_end} before its footer",
                 image.footer.current_size,
             ))
             .hint("the file is cut short: copy it again, or use a backup"));
@@ -76,23 +80,24 @@ impl Image {
         self.footer.current_size.saturating_sub(start).min(blocks.header.block_size)
     }
 
-    /// Returns the file offset of the data of a block from its entry. The block must be behind the BAT, and
-    /// the file must contain the bytes that the disk uses.
+    /// Returns the file offset of the data of a block from its entry. The block must follow header and BAT, and
+    /// the file must contain the bytes that the disk uses, before its footer.
     pub(crate) fn stored_block(&self, blocks: &Blocks, index: u64, entry: u32) -> Result<u64> {
         let block_offset = u64::from(entry) * SECTOR_SIZE;
         let data_offset = block_offset + bitmap_len(blocks.header.block_size);
         let used = self.used_len(blocks, index);
-        if block_offset < blocks.header.bat_end() {
+        if block_offset < blocks.structures_end {
             return Err(Error::malformed(format!(
                 "the block at {block_offset} overlaps the structures before {}",
-                blocks.header.bat_end()
+                blocks.structures_end
             ))
             .at(block_offset));
         }
-        if data_offset + used > self.input.len() {
+        if data_offset + used > self.data_end {
+            let end = if self.data_end < self.input.len() { "footer begins" } else { "file ends" };
             return Err(Error::corrupt(format!(
-                "the block needs {used} bytes at {data_offset}, but the file ends at {}",
-                self.input.len()
+                "the block needs {used} bytes at {data_offset}, but the {end} at {}",
+                self.data_end
             ))
             .at(data_offset)
             .remedied_by(Remedy::Salvage("the file is cut short: copy it again, or use a backup".into())));
@@ -143,7 +148,9 @@ impl Blocks {
         let lease = memory.lease(bytes, "the sector bitmaps of a VHD image")?;
         // At most MAX_CACHED_BITMAPS, so it fits.
         let bitmaps = Mutex::new(Cache::new(max_bitmaps.max(1) as usize));
-        Ok(Self { header, bat, bitmaps, _lease: lease })
+        let header_end = footer.data_offset.saturating_add(HEADER_LEN as u64);
+        let structures_end = header.bat_end().max(header_end);
+        Ok(Self { header, bat, structures_end, bitmaps, _lease: lease })
     }
 
     /// Returns the sector bitmap of a block, which precedes its data.
@@ -201,30 +208,37 @@ impl SegmentMap for Image {
 
 /// Reads the footer at the end or, if it is damaged, its copy at the start. Returns true with the copy.
 fn read_footer(input: &RandomInput) -> Result<(Footer, bool)> {
-    let fault = match Footer::decode(&last_sector(input)?) {
+    let last = last_sector(input)?;
+    let fault = match Footer::decode(&last) {
         Ok(footer) => return Ok((footer, false)),
         Err(Fault::Unsupported(what)) => return Err(Error::unsupported(format!("the footer {what}"))),
         Err(fault) => fault,
     };
+    if was_fixed(&last) {
+        let what = if let Fault::Malformed(what) = fault { what } else { "has no signature".to_owned() };
+        return Err(damaged_footer(input, &what));
+    }
     let len = input.len().min(FOOTER_LEN as u64) as usize;
     match Footer::decode(&input.read_vec(0, len)?) {
         // A fixed image has no copy: a guest may have written this sector.
         Ok(footer) if footer.disk_type != DiskType::Fixed => Ok((footer, true)),
         Err(Fault::Unsupported(what)) => Err(Error::unsupported(format!("the copy of the footer {what}"))),
         _ => Err(match fault {
-            Fault::Malformed(what) => Error::corrupt(format!("the footer {what}"))
-                .at(input.len().saturating_sub(FOOTER_LEN as u64))
-                .hint("the image is damaged: use a backup"),
+            Fault::Malformed(what) => damaged_footer(input, &what),
             _ => Error::wrong_format("is not a VHD image: the footer is missing"),
         }),
     }
 }
 
-/// Returns the length in bytes of the footer at the end of the file, whose last byte Virtual PC before 2004
-/// omitted.
+fn damaged_footer(input: &RandomInput, what: &str) -> Error {
+    Error::corrupt(format!("the footer {what}"))
+        .at(input.len() - last_len(input))
+        .hint("the image is damaged: use a backup")
+}
+
+/// Returns the length in bytes of the footer at the end of the file.
 fn last_len(input: &RandomInput) -> u64 {
-    let footer_len = FOOTER_LEN - usize::from(input.len() % SECTOR_SIZE == SECTOR_SIZE - 1);
-    input.len().min(footer_len as u64)
+    input.len().min(footer_len(input.len()) as u64)
 }
 
 /// Reads the footer at the end of the file.

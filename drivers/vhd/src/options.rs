@@ -14,6 +14,9 @@ const BLOCK_SIZE: u64 = 2 << 20;
 /// Maximum virtual size of a dynamic image in bytes: Microsoft's limit, 2040 GiB.
 const MAX_DYNAMIC_SIZE: u64 = 2040 << 30;
 
+/// Maximum virtual size of a fixed image in bytes. Our limit: with the footer, files stay far below 2^63.
+const MAX_FIXED_SIZE: u64 = (1 << 62) - (1 << 20);
+
 /// Default multiple, in bytes, of the virtual size of a fixed image: Azure takes whole MiB only.
 const FIXED_ALIGNMENT: u64 = 1 << 20;
 
@@ -101,15 +104,16 @@ impl VhdOptions {
     /// # Errors
     /// `Unsupported` if the device is larger than the format's limit.
     pub(crate) fn virtual_size(&self, size: u64) -> Result<u64> {
-        let rounded = size.checked_next_multiple_of(self.align);
-        match rounded {
-            Some(rounded) if self.is_fixed() && rounded < 1 << 62 => Ok(rounded),
-            Some(rounded) if !self.is_fixed() && rounded <= MAX_DYNAMIC_SIZE => Ok(rounded),
-            _ => Err(Error::unsupported(format!(
-                "the device has {size} bytes; the limit of dynamic VHD images is {MAX_DYNAMIC_SIZE} (2040 GiB)"
-            ))
-            .hint("choose VHDX, or the subformat fixed")),
+        let most = if self.is_fixed() { MAX_FIXED_SIZE } else { MAX_DYNAMIC_SIZE };
+        if let Some(rounded) = size.checked_next_multiple_of(self.align).filter(|rounded| *rounded <= most) {
+            return Ok(rounded);
         }
+        let (limit, hint) = if self.is_fixed() {
+            (format!("fixed VHD images is {most}"), "choose a smaller disk")
+        } else {
+            (format!("dynamic VHD images is {most} (2040 GiB)"), "choose VHDX, or the subformat fixed")
+        };
+        Err(Error::unsupported(format!("the device has {size} bytes; the limit of {limit}")).hint(hint))
     }
 }
 

@@ -10,7 +10,7 @@ use imgtool_core::{
 
 use crate::image::{DISK, DISK_NAME};
 use crate::layout::Fault;
-use crate::layout::footer::{DiskType, FOOTER_LEN, Footer};
+use crate::layout::footer::{DiskType, FOOTER_LEN, Footer, footer_len};
 
 /// Number of bytes read from a stream at a time. Our choice: 256 KiB fits into a core's cache.
 const STREAM_PIECE: usize = 256 << 10;
@@ -64,11 +64,13 @@ impl StreamAccess for Pass {
         let kept = self.held.len();
         buffer[..kept].copy_from_slice(&self.held);
         let filled = kept + self.stream.read_full(&mut buffer[kept..])?;
-        let guest_len = filled.saturating_sub(FOOTER_LEN);
+        let is_last = filled < STREAM_PIECE;
+        let footer_len = if is_last { footer_len(self.start + filled as u64) } else { FOOTER_LEN };
+        let guest_len = filled.saturating_sub(footer_len);
         self.held = buffer[guest_len..filled].to_vec();
         let start = self.start;
         self.start += guest_len as u64;
-        if filled < STREAM_PIECE {
+        if is_last {
             self.final_size = Some(self.start);
             self.check_footer()?;
         }
@@ -89,7 +91,9 @@ impl Pass {
     /// Checks that the stream ends with the footer of a disk of the size that was read.
     fn check_footer(&self) -> Result<()> {
         let at = |error: Error| error.path(self.stream.location()).at(self.start);
-        let footer = Footer::decode(&self.held).map_err(|fault| match fault {
+        let mut last = self.held.clone();
+        last.resize(FOOTER_LEN, 0);
+        let footer = Footer::decode(&last).map_err(|fault| match fault {
             Fault::NoSignature => at(Error::corrupt("the stream does not end with a VHD footer")
                 .hint("the stream was cut short, or is not a VHD image")),
             Fault::Unsupported(what) => at(Error::unsupported(format!("the footer {what}"))),

@@ -8,7 +8,7 @@ use super::{Fault, SECTOR_SIZE, VERSION, check_integrity, checksum};
 
 /// Signature of the footer.
 pub(crate) const COOKIE: &[u8; 8] = b"conectix";
-/// Length of the footer in bytes. Virtual PC before 2004 omitted the last byte.
+/// Length of the footer in bytes. Virtual PC before 2004 omitted the last byte; see [`footer_len`].
 pub(crate) const FOOTER_LEN: usize = 512;
 /// Offset of the checksum in the footer, in bytes.
 const CHECKSUM_AT: usize = 64;
@@ -16,7 +16,7 @@ const CHECKSUM_AT: usize = 64;
 const NO_HEADER: u64 = u64::MAX;
 /// Bit of `features` that is always set.
 const RESERVED_FEATURE: u32 = 2;
-/// Creator of new images: Windows, the only one for which no reader derives the size from the geometry.
+/// Creator of new images: Windows, one for which QEMU does not derive the size from the geometry.
 const CREATOR: [u8; 4] = *b"win ";
 /// Version of the creator: Windows 10, as Azure's own tools write it.
 const CREATOR_VERSION: u32 = 0x000a_0000;
@@ -176,6 +176,23 @@ impl Footer {
         bytes.copy_from_slice(raw.as_bytes());
         bytes
     }
+}
+
+/// Returns the length in bytes of the footer of a file of `file_len` bytes: all else in it has whole sectors.
+pub(crate) fn footer_len(file_len: u64) -> usize {
+    FOOTER_LEN - usize::from(file_len % SECTOR_SIZE == SECTOR_SIZE - 1)
+}
+
+/// True if a damaged footer was that of a fixed image, in which the guest may have written anything at the start:
+/// it has the signature and either the type or the data offset of one, or both of them.
+pub(crate) fn was_fixed(bytes: &[u8]) -> bool {
+    let Ok((raw, _)) = RawFooter::ref_from_prefix(bytes) else { return false };
+    let signs = [
+        &raw.cookie == COOKIE,
+        raw.disk_type.get() == DiskType::Fixed.number(),
+        raw.data_offset.get() == NO_HEADER,
+    ];
+    signs.iter().filter(|sign| **sign).count() >= 2
 }
 
 /// Maximum virtual size of a fixed image in bytes. Our limit: guest and file offsets stay below 2^63.
