@@ -19,7 +19,7 @@ const MAX_KEPT: u64 = 64;
 /// Keeps the units that were decoded for reads of less than a unit.
 pub struct DecodedUnits {
     max_len: u64,
-    kept: Mutex<Cache<u64, Arc<[u8]>>>,
+    kept: Mutex<Cache<u64, Arc<Vec<u8>>>>,
     /// Memory for the kept units.
     _lease: Lease,
 }
@@ -75,7 +75,8 @@ impl DecodedUnits {
                 let len = usize::try_from(len.min(self.max_len)).map_err(|_| out_of_bounds())?;
                 let mut unit = vec![0; len];
                 decode(&mut unit)?;
-                let unit: Arc<[u8]> = Arc::from(unit);
+                // Not `Arc<[u8]>`, whose conversion copies: both would be in memory.
+                let unit = Arc::new(unit);
                 lock(&self.kept).insert(key, Arc::clone(&unit));
                 unit
             }
@@ -109,6 +110,19 @@ mod tests {
         assert_eq!(buf, [6, 7]);
         assert!(read(9, &mut buf, 7).is_err());
         assert_eq!(decoded, 1);
+    }
+
+    #[test]
+    fn keeps_a_unit_without_a_copy() {
+        let units = DecodedUnits::new(8, 0, &Memory::default()).expect("memory");
+        let mut decoded_at = 0;
+        let decode = |unit: &mut [u8]| {
+            decoded_at = unit.as_ptr() as usize;
+            Ok(())
+        };
+        units.read(1, 8, &mut [0; 2], 0, decode).expect("read");
+        let kept_at = lock(&units.kept).get(&1).map(|unit| unit.as_ptr() as usize);
+        assert_eq!(kept_at, Some(decoded_at));
     }
 
     #[test]
