@@ -21,7 +21,7 @@ const DECODER_MEMORY: u64 = 16 << 10;
 pub(crate) struct Image {
     pub(crate) input: RandomInput,
     pub(crate) header: Header,
-    table: PagedTable,
+    pub(crate) table: PagedTable,
     decoded: DecodedUnits,
 }
 

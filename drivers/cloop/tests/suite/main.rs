@@ -1,13 +1,17 @@
 //! Tests of the cloop driver: conformance laws, independent programs, and files built byte by byte.
 #![allow(clippy::unwrap_used)]
 
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
 use imgtool_cloop::CloopDriver;
 use imgtool_core::ErrorKind;
 use imgtool_testing::conformance::{self, Hostile, Image};
 use imgtool_testing::crafted::{
     expect_refusals, faults, mixed_disk, open, qemu_content, read, refusal, salvage,
 };
-use imgtool_testing::require;
+use imgtool_testing::saved::{self, save};
+use imgtool_testing::{require, tempdir};
 use libdeflater::{CompressionLvl, Compressor};
 
 const SCRIPT: &str = "#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0 && mount -r -t iso9660 /dev/cloop $1\n";
@@ -107,6 +111,21 @@ fn check_finds_damage_in_blocks() {
     assert_eq!(faults(&CloopDriver, &image).0, 3);
     image.truncate(200);
     assert_eq!(faults(&CloopDriver, &image), (1, 0));
+}
+
+/// A table of 32 GiB of zeros in a file that takes no space.
+#[test]
+fn check_of_a_sparse_table_takes_bounded_time() {
+    let directory = tempdir();
+    let path = save(directory.path(), "x.cloop", &build(&[1; 512], 512)[..136]);
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&u32::MAX.to_be_bytes(), 132).unwrap();
+    file.set_len(136 + (8 << 32) + 4096).unwrap();
+    let began = Instant::now();
+    let report = saved::check(&CloopDriver, &path);
+    assert!((1..100).contains(&report.corruptions), "{:?}", report.findings);
+    assert!(report.findings[0].contains("stored in no bytes"), "{:?}", report.findings);
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
 }
 
 #[test]
