@@ -1,10 +1,14 @@
 //! The structural check of an image: its header and every entry of its block map.
 
-use imgtool_core::{CheckReport, ErrorKind, Input, Memory, Result};
-use roaring::RoaringBitmap;
+use imgtool_core::unit_check::{UnitCheck, opened};
+use imgtool_core::{CheckReport, Input, Memory, Result};
 
 use crate::image::Image;
-use crate::layout::Entry;
+use crate::layout::{Entry, Header};
+
+/// Maximum number of entries past those of the disk that the check looks at. Our limit: the map of a sparse file
+/// may have a billion.
+const MAX_SPARE_ENTRIES: u64 = 1 << 20;
 
 /// Checks an image.
 ///
@@ -13,90 +17,42 @@ use crate::layout::Entry;
 /// the report lists it.
 pub(crate) fn check(input: Input, memory: &Memory) -> Result<CheckReport> {
     let mut report = CheckReport::default();
-    let image = match Image::open(input, 0, memory) {
-        Ok(image) => image,
-        Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed) => {
-            report.corruption(format!("{error:#}"));
-            return Ok(report);
+    let Some(image) = opened(Image::open(input, 0, memory), &mut report)? else { return Ok(report) };
+    let (header, file_len) = (&image.header, image.input.len());
+    let unit = header.block_extra + header.block_size;
+    let mut check = UnitCheck::new(unit, header.map_end(), file_len, memory)?;
+    let entries = header.blocks.min(header.disk_blocks().saturating_add(MAX_SPARE_ENTRIES));
+    let mut index = 0;
+    while index < entries {
+        let (bytes, equal) = image.map.run::<4>(index, entries - index)?;
+        if let Entry::Stored(position) = Entry::decode(bytes) {
+            let file_offset = header.block_data(position);
+            // The rest of the last block counts as far as the file has it.
+            let rest = header.block_size.min(file_len.saturating_sub(file_offset));
+            let used = image.used_len(index).max(rest);
+            check.stored(format!("map entry {index}"), file_offset, used, &mut report)?;
+            if equal > 1 {
+                let (next, last) = (index + 1, index + equal - 1);
+                report.corruption(format!(
+                    "map entries {next} to {last} refer to the block at {file_offset}, which entry {index} uses"
+                ));
+            }
         }
-        Err(error) => return Err(error),
-    };
-    MapCheck::new(&image).run(&mut report)?;
+        index += equal;
+    }
+    if entries == header.blocks {
+        check_count(header, check.units(), &mut report);
+    }
+    check.finish(header.disk_blocks(), &mut report);
     Ok(report)
 }
 
-/// A walk over the block map, with its counts so far.
-struct MapCheck<'a> {
-    image: &'a Image,
-    /// Positions in the file that entries refer to.
-    used: RoaringBitmap,
-    /// File offset at which the last structure or block ends.
-    end: u64,
-    /// Number of blocks in the file that the disk uses.
-    allocated: u64,
-    /// Number of blocks that do not directly follow the previous one in the file.
-    fragmented: u64,
-    /// Position after that of the previous block.
-    expected: Option<u32>,
-}
-
-impl<'a> MapCheck<'a> {
-    fn new(image: &'a Image) -> Self {
-        let end = image.header.map_end();
-        Self { image, used: RoaringBitmap::new(), end, allocated: 0, fragmented: 0, expected: None }
-    }
-
-    /// Checks every entry, and fills in the counts of the report.
-    fn run(mut self, report: &mut CheckReport) -> Result<()> {
-        let header = &self.image.header;
-        let mut index = 0;
-        while index < header.blocks {
-            let (bytes, equal) = self.image.map.run::<4>(index, header.blocks - index)?;
-            if let Entry::Stored(position) = Entry::decode(bytes) {
-                // Equal neighbours share a block, which `check_block` reports for each of them.
-                (index..index + equal).for_each(|index| self.check_block(index, position, report));
-            }
-            index += equal;
-        }
-        self.check_count(report);
-        report.image_end_offset = Some(self.end.min(self.image.input.len()));
-        report.total_clusters = Some(header.disk_blocks());
-        report.allocated_clusters = Some(self.allocated);
-        report.fragmented_clusters = Some(self.fragmented);
-        Ok(())
-    }
-
-    fn check_block(&mut self, index: u64, position: u32, report: &mut CheckReport) {
-        let header = &self.image.header;
-        let name = format!("map entry {index}");
-        if !self.used.insert(position) {
-            report.corruption(format!("{name} points to block {position} of the file, which another uses"));
-            return;
-        }
-        let used = self.image.used_len(index);
-        let file_offset = header.block_data(position);
-        if file_offset.saturating_add(used) > self.image.input.len() {
-            report.corruption(format!(
-                "{name} needs {used} bytes at {file_offset}, but the file ends at {}",
-                self.image.input.len()
-            ));
-            return;
-        }
-        self.allocated += 1;
-        if self.expected.is_some_and(|expected| expected != position) {
-            self.fragmented += 1;
-        }
-        self.expected = position.checked_add(1);
-        self.end = self.end.max(file_offset.saturating_add(header.block_size));
-    }
-
-    /// Compares the number of blocks with the header's: a block that no entry refers to wastes space.
-    fn check_count(&self, report: &mut CheckReport) {
-        let (stated, found) = (self.image.header.allocated, self.used.len());
-        if stated > found {
-            report.leak(stated - found, format!("the header counts {stated} blocks, the map has {found}"));
-        } else if stated < found {
-            report.corruption(format!("the header counts {stated} blocks, but the map has {found}"));
-        }
+/// Compares the number of blocks with the header's: a block that no entry refers to wastes space.
+fn check_count(header: &Header, found: u64, report: &mut CheckReport) {
+    let stated = header.allocated;
+    if stated > found {
+        report.leak(stated - found, format!("the header counts {stated} blocks, the map has {found}"));
+    } else if stated < found {
+        report.corruption(format!("the header counts {stated} blocks, but the map has {found}"));
     }
 }

@@ -4,7 +4,7 @@
 //! at the time when the child was made. VirtualBox keeps a registry of its images. The driver looks among the
 //! files that the user allowed instead.
 
-use imgtool_core::{Disk, Error, Input, OpenOptions, Reference, Remedy, Result};
+use imgtool_core::{Disk, Error, ErrorKind, Input, OpenOptions, Reference, Remedy, Result};
 use uuid::Uuid;
 
 use crate::image::Image;
@@ -21,18 +21,22 @@ pub(crate) fn references(image: &Image) -> Vec<Reference> {
 /// Opens the parent of an image: the first candidate with the UUIDs that the image names.
 ///
 /// # Errors
-/// `Refused` if the user allowed no files; `Corrupt` if the parent was found, but its content has changed
-/// since; `Io` if no candidate is the parent.
+/// `Refused` if the user allowed no files, or if none of them is the parent; `Corrupt` if the parent was found, but
+/// its content has changed since; the first error of a candidate if one could not be read.
 pub(crate) fn open(image: &Image, options: &OpenOptions) -> Result<Disk> {
     let uuid = image.header.parent_uuid;
     let content = image.header.parent_modification_uuid;
     let from = image.input.location();
-    let mut changed = None;
+    let (mut changed, mut unreadable) = (None, None);
     for name in options.externals.candidates("parent", &format!("{{{uuid}}}"), from, crate::FORMAT)? {
-        let Ok(input) = options.externals.open_file("parent", &name, from) else { continue };
-        let Some(found) = header(input).filter(|found| found.uuid == uuid && !uuid.is_nil()) else {
-            continue;
+        let found = match options.externals.open_file("parent", &name, from).and_then(header) {
+            Ok(found) => found,
+            Err(error) => {
+                unreadable = unreadable.or(Some(error).filter(|error| error.kind() == ErrorKind::Io));
+                continue;
+            }
         };
+        let Some(found) = found.filter(|found| found.uuid == uuid && !uuid.is_nil()) else { continue };
         if !content.is_nil() && found.modification_uuid != content {
             changed = changed.or(Some((name, found.modification_uuid)));
             continue;
@@ -40,9 +44,11 @@ pub(crate) fn open(image: &Image, options: &OpenOptions) -> Result<Disk> {
         let source = options.externals.open_image("parent", &name, from, Some(crate::FORMAT), options)?;
         return Disk::only(source, &format!("parent '{name}'"));
     }
-    Err(match changed {
-        Some((name, found)) => changed_parent(&name, found, content),
-        None => Error::refused(format!("no allowed file is the parent, the VDI image {{{uuid}}}"))
+    Err(match (changed, unreadable) {
+        (Some((name, found)), _) => changed_parent(&name, found, content),
+        // It may be the parent.
+        (None, Some(error)) => error,
+        (None, None) => Error::refused(format!("no allowed file is the parent, the VDI image {{{uuid}}}"))
             .remedied_by(Remedy::AllowExternal { name: format!("{{{uuid}}}") }),
     })
 }
@@ -55,8 +61,8 @@ fn changed_parent(name: &str, found: Uuid, expected: Uuid) -> Error {
 }
 
 /// Reads the header of a candidate; `None` if the file is not a VDI image.
-fn header(input: Input) -> Option<Header> {
-    let input = input.into_random().ok()?;
+fn header(input: Input) -> Result<Option<Header>> {
+    let input = input.into_random()?;
     let len = input.len().min(MAX_HEADER_LEN as u64) as usize;
-    Header::decode(&input.read_vec(0, len).ok()?).ok()
+    Ok(Header::decode(&input.read_vec(0, len)?).ok())
 }

@@ -1,6 +1,10 @@
 //! Images built byte by byte: what no program at hand writes, and what none should.
 
-use imgtool_core::{Disk, Driver, ErrorKind, OpenOptions};
+use std::fs::File;
+use std::time::{Duration, Instant};
+
+use imgtool_core::{Disk, Driver, ErrorKind, Memory, OpenOptions, Registry};
+use imgtool_engine::externals::{ExternalPolicy, PolicyOpener};
 use imgtool_testing::{conformance, memory};
 use imgtool_vdi::VdiDriver;
 
@@ -113,6 +117,12 @@ fn refuses_parents_unless_allowed_or_if_changed() {
     assert_eq!(error.kind(), ErrorKind::Refused);
     let error = open(&path).map(|_| ()).unwrap_err();
     assert!(error.to_string().contains("no allowed file is the parent"), "{error}");
+    // An allowed file that can't be opened may be the parent.
+    let policy = ExternalPolicy { chain: false, paths: vec![directory.path().join("missing.vdi")] };
+    let externals = PolicyOpener::new(Registry::new(), policy).externals();
+    let options = OpenOptions { externals, ..OpenOptions::default() };
+    let error = conformance::open_with(&VdiDriver, &path, &options).map(|_| ()).unwrap_err();
+    assert!(error.kind() == ErrorKind::Io && error.to_string().contains("missing.vdi"), "{error}");
     save(directory.path(), "base.vdi", &Builder::new(2, 0).bytes);
     let error = open(&path).map(|_| ()).unwrap_err();
     assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("has changed"), "{error}");
@@ -156,6 +166,38 @@ fn damage_names_the_guest_range_and_check_finds_it() {
     let report = check(&path);
     // A block past the end of the file, one used twice, and a wrong count.
     assert_eq!(report.corruptions, 3, "{:?}", report.findings);
+}
+
+#[test]
+fn check_reports_neighbours_that_share_a_block_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut image = Builder::new(6, 0);
+    image.block(0, 1).block(1, 2);
+    for entry in 2..5 {
+        image.u32(512 + 4 * entry, 1);
+    }
+    let report = check(&save(directory.path(), "x.vdi", &image.bytes));
+    assert_eq!((report.corruptions, report.leaks), (1, 0), "{:?}", report.findings);
+    assert!(report.findings[0].contains("map entries 2 to 4"), "{:?}", report.findings);
+}
+
+/// A map of a billion zeros in a file that takes no space.
+#[test]
+fn check_of_a_sparse_map_takes_bounded_time_and_memory() {
+    let directory = tempfile::tempdir().unwrap();
+    for disk_blocks in [1, (1 << 30) - 2048] {
+        let mut image = Builder::new(1, 0);
+        image.u32(384, (1 << 30) - 2048).u32(344, u32::MAX - 4095);
+        image.bytes[368..376].copy_from_slice(&(disk_blocks * BLOCK).to_le_bytes());
+        image.bytes[512..516].fill(0);
+        let path = save(directory.path(), "x.vdi", &image.bytes);
+        File::options().write(true).open(&path).unwrap().set_len((4 << 30) + 4096).unwrap();
+        let options = OpenOptions { memory: Memory::new(64 << 20), ..OpenOptions::default() };
+        let began = Instant::now();
+        let report = VdiDriver.check(conformance::input(&path).unwrap(), &options).unwrap();
+        assert!((1..100).contains(&report.corruptions), "{:?}", report.findings);
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    }
 }
 
 #[test]
