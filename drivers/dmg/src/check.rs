@@ -4,6 +4,7 @@ use imgtool_core::unit_check::{UnitCheck, opened};
 use imgtool_core::{CheckReport, Error, ErrorKind, Input, Memory, Result};
 
 use crate::chunks::{Chunk, Kind, Part};
+use crate::decode::decoder_memory;
 use crate::image::Image;
 use crate::layout::TRAILER_LEN;
 
@@ -17,9 +18,14 @@ const READ_LEN: u64 = 1 << 20;
 /// error: the report lists it.
 pub(crate) fn check(input: Input, memory: &Memory) -> Result<CheckReport> {
     let mut report = CheckReport::default();
-    let Some(image) = opened(Image::open(input, 0, memory), &mut report)? else { return Ok(report) };
+    let Some(image) = opened(Image::open(input, memory), &mut report)? else { return Ok(report) };
+    image.refuse_lzfse()?;
     let mut check = UnitCheck::new(1, 0, image.input.len(), memory)?;
-    let most = image.chunks.most(|chunk| chunk.len) + image.chunks.most(|chunk| chunk.stored_len) + READ_LEN;
+    let chunks = &image.chunks;
+    let most = chunks.most(|chunk| chunk.len)
+        + chunks.most(|chunk| chunk.stored_len)
+        + chunks.most(|chunk| decoder_memory(chunk.kind))
+        + READ_LEN;
     let _lease = memory.lease(most, "the chunks of a DMG image")?;
     check_data(&image, &mut report)?;
     let mut content = Content { image: &image, buf: Vec::new(), budget: image.input.len() };

@@ -24,7 +24,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// Returns the kind with this number; `None` for entries that are no chunks.
+    /// Returns the kind with this number; `None` for an entry of another kind.
     fn decode(number: u32) -> Result<Option<Self>> {
         Ok(Some(match number {
             0 => Self::Zero,
@@ -117,7 +117,7 @@ impl Chunk {
         }
         if self.kind.compression().is_some() && (len > MAX_CHUNK || stored > 2 * MAX_CHUNK) {
             return Err(Error::limit(format!(
-                "a compressed chunk has {len} bytes, stored in {stored}; the most are {MAX_CHUNK}"
+                "a compressed chunk has {len} bytes, stored in {stored}; the maximum is {MAX_CHUNK}"
             )));
         }
         Ok(())

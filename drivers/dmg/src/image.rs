@@ -18,6 +18,11 @@ pub(crate) struct Image {
     pub(crate) input: RandomInput,
     pub(crate) trailer: Trailer,
     pub(crate) chunks: Chunks,
+}
+
+/// An image with the chunks that are kept decoded for reads.
+struct Reader {
+    image: Image,
     decoded: DecodedUnits,
     /// Memory in bytes that a thread needs for a read besides its buffer.
     reader_memory: u64,
@@ -28,24 +33,27 @@ pub(crate) struct Image {
 /// # Errors
 /// `Unsupported` for an image that is compressed with LZFSE, unless only information is needed.
 pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
-    let image = Image::open(input, options.externals.depth(), &options.memory)?;
-    let uses_lzfse = image.chunks.iter().any(|chunk| chunk.kind == Kind::Lzfse);
-    if uses_lzfse && !options.info_only && !options.salvage {
-        return Err(Error::unsupported("the image is compressed with LZFSE, which is not supported")
-            .path(image.input.location())
-            .hint("on macOS, 'hdiutil convert -format UDZO' makes an image that is compressed with zlib"));
+    let image = Image::open(input, &options.memory)?;
+    if !options.info_only && !options.salvage {
+        image.refuse_lzfse()?;
     }
     let info = describe(&image);
-    Ok(Arc::new(LayeredSource::new(info, image, None, options.salvage)))
+    let chunks = &image.chunks;
+    let max_len = chunks.most(|chunk| chunk.len);
+    let decoded = DecodedUnits::new(max_len, options.externals.depth(), &options.memory)?;
+    let reader_memory = decoded.reader_memory()
+        + chunks.most(|chunk| chunk.stored_len)
+        + chunks.most(|chunk| decoder_memory(chunk.kind));
+    let reader = Reader { image, decoded, reader_memory };
+    Ok(Arc::new(LayeredSource::new(info, reader, None, options.salvage)))
 }
 
 impl Image {
-    /// Reads and checks the trailer and the tables of chunks. `depth` is the number of images above this one
-    /// in a chain. The chunks borrow from `memory`.
+    /// Reads and checks the trailer and the tables of chunks. The chunks borrow from `memory`.
     ///
     /// # Errors
     /// Any error of [`Trailer::decode`] and [`Chunks::read`]; `Unsupported` for an encrypted image.
-    pub(crate) fn open(input: Input, depth: usize, memory: &Memory) -> Result<Self> {
+    pub(crate) fn open(input: Input, memory: &Memory) -> Result<Self> {
         let input = input.into_random()?;
         let context = |error: Error| error.path(input.location());
         let head = input.read_vec(0, input.len().min(16) as usize)?;
@@ -58,11 +66,20 @@ impl Image {
         let trailer = Trailer::decode(&input.read_vec(input.len() - len, len as usize)?)
             .map_err(|error| context(error).at(input.len() - len))?;
         let chunks = Chunks::read(&input, &trailer, memory).map_err(context)?;
-        let decoded = DecodedUnits::new(chunks.most(|chunk| chunk.len), depth, memory)?;
-        let reader_memory = decoded.reader_memory()
-            + chunks.most(|chunk| chunk.stored_len)
-            + chunks.most(|chunk| decoder_memory(chunk.kind));
-        Ok(Self { input, trailer, chunks, decoded, reader_memory })
+        Ok(Self { input, trailer, chunks })
+    }
+
+    /// Refuses an image with chunks that are compressed with LZFSE.
+    ///
+    /// # Errors
+    /// `Unsupported` if there is such a chunk.
+    pub(crate) fn refuse_lzfse(&self) -> Result<()> {
+        if self.chunks.iter().all(|chunk| chunk.kind != Kind::Lzfse) {
+            return Ok(());
+        }
+        Err(Error::unsupported("the image is compressed with LZFSE, which is not supported")
+            .path(self.input.location())
+            .hint("on macOS, 'hdiutil convert -format UDZO' makes an image that is compressed with zlib"))
     }
 
     /// Returns the virtual size in bytes.
@@ -87,9 +104,9 @@ impl Image {
     }
 }
 
-impl SegmentMap for Image {
+impl SegmentMap for Reader {
     fn segment(&self, guest_offset: u64, max_len: u64) -> Result<Segment> {
-        let chunk = match self.chunks.at(guest_offset) {
+        let chunk = match self.image.chunks.at(guest_offset) {
             Ok(chunk) => chunk,
             Err(next) => {
                 return Ok(Segment { len: (next - guest_offset).min(max_len), origin: Origin::Hole });
@@ -100,8 +117,8 @@ impl SegmentMap for Image {
             Kind::Zero => Origin::Zero,
             Kind::Ignored => Origin::Hole,
             Kind::Raw => {
-                check_stored(&self.input, "chunk", chunk.file_offset, chunk.len)
-                    .map_err(|error| self.in_chunk(error, chunk))?;
+                check_stored(&self.image.input, "chunk", chunk.file_offset, chunk.len)
+                    .map_err(|error| self.image.in_chunk(error, chunk))?;
                 Origin::File { index: 0, file_offset: chunk.file_offset + within }
             }
             Kind::Adc | Kind::Zlib | Kind::Bzip2 | Kind::Lzfse | Kind::Lzma => Origin::Encoded,
@@ -110,26 +127,26 @@ impl SegmentMap for Image {
     }
 
     fn to_unit_end(&self, guest_offset: u64, max_len: u64) -> u64 {
-        let end = self.chunks.at(guest_offset).map_or_else(|next| next, Chunk::end);
+        let end = self.image.chunks.at(guest_offset).map_or_else(|next| next, Chunk::end);
         (end - guest_offset).min(max_len)
     }
 
     fn file(&self, _index: usize) -> &dyn StoredBytes {
-        &self.input
+        &self.image.input
     }
 
     fn read_encoded(&self, buf: &mut [u8], guest_offset: u64) -> Result<()> {
-        let Ok(chunk) = self.chunks.at(guest_offset) else {
+        let Ok(chunk) = self.image.chunks.at(guest_offset) else {
             return Err(Error::out_of_bounds(format!("no chunk stores the byte {guest_offset}")));
         };
         self.decoded
-            .read(chunk.start, chunk.len, buf, guest_offset - chunk.start, |out| self.decode(chunk, out))
-            .map_err(|error| self.in_chunk(error, chunk))
+            .read(chunk.start, chunk.len, buf, guest_offset - chunk.start, |out| self.image.decode(chunk, out))
+            .map_err(|error| self.image.in_chunk(error, chunk))
     }
 
     fn read_granule(&self) -> u64 {
-        let chunk = self.chunks.most(|chunk| chunk.len);
-        chunk.next_power_of_two().max(self.input.granule())
+        let chunk = self.image.chunks.most(|chunk| chunk.len);
+        chunk.next_power_of_two().max(self.image.input.granule())
     }
 
     fn reader_memory(&self) -> u64 {

@@ -15,6 +15,10 @@ const MAX_LEN: u64 = 64 << 20;
 /// Factor of the memory for the tables: the list, the Base64 of its longest entry, and that entry decoded.
 const MEMORY_FACTOR: u64 = 3;
 
+/// Maximum depth of the elements of the property list. Our limit: lists have 7, and the parser keeps the name of
+/// each open element.
+const MAX_DEPTH: u64 = 64;
+
 /// Length in bytes of the start of a resource fork.
 const FORK_HEADER_LEN: usize = 16;
 
@@ -73,6 +77,9 @@ fn each_in_list(list: &[u8], visit: &mut dyn FnMut(&[u8]) -> Result<()>) -> Resu
         match reader.read_event().map_err(|e| malformed(&e))? {
             Event::Start(element) => {
                 depth += 1;
+                if depth > MAX_DEPTH {
+                    return Err(malformed(&format_args!("its elements are more than {MAX_DEPTH} deep")));
+                }
                 text.clear();
                 if element.name().as_ref() == "array" && key == "blkx" && array.is_none() {
                     array = Some(depth);

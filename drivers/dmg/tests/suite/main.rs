@@ -160,7 +160,10 @@ fn refuses_encryption_parts_and_lzfse_by_name() {
     assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("LZFSE"), "{error}");
     let options = OpenOptions { info_only: true, ..OpenOptions::default() };
     assert!(DmgDriver.open(memory::as_file("x.dmg", &builder.build()), &options).is_ok());
-    assert_eq!(faults(&DmgDriver, &builder.build()).0, 1);
+    // Nothing says that the image is damaged.
+    let checked = DmgDriver.check(memory::as_file("x.dmg", &builder.build()), &OpenOptions::default());
+    let error = checked.unwrap_err();
+    assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("LZFSE"), "{error}");
 
     let encrypted = [b"encrcdsa".to_vec(), vec![0; 5000]].concat();
     assert!(DmgDriver.probe(&encrypted, None).is_some());
@@ -213,7 +216,7 @@ fn refuses_tables_that_contradict_themselves() {
         (252, &long(5), "two chunks store the sector"),
         (220, &long(200_000), "exceeds"),
         (276, &long(100), "stored in 100"),
-        (236, &long(1 << 40), "the most are 67108864"),
+        (236, &long(1 << 40), "the maximum is 67108864"),
     ];
     for (at, value, text) in numbers {
         let (mut builder, _) = build(&[ZLIB, RAW, ZERO]);
@@ -260,33 +263,57 @@ fn check_finds_wrong_content() {
     assert!(DmgDriver.check(memory::as_file("x.dmg", &image), &OpenOptions::default()).is_err());
 }
 
+/// 40 chunks use the stored bytes of one, in a file that is hardly longer than that one.
 #[test]
 fn check_does_not_decode_shared_bytes_for_ever() {
-    let content = vec![0; 1 << 20];
-    let mut builder = Builder::default();
-    builder.table(&vec![(BZIP2, &content[..]); 40]);
-    builder.with_table(0, |table| {
-        // All chunks use the bytes of the first.
-        for chunk in 1..40 {
-            table.copy_within(204 + 24..204 + 40, 204 + 40 * chunk + 24);
-        }
-    });
-    let report = check(&DmgDriver, &builder.build());
-    assert_eq!(report.corruptions, 0, "{:?}", report.findings);
-    // A file that is hardly longer than its tables.
-    let mut builder = Builder::default();
-    let content = noise(1, 100 << 10);
-    builder.table(&vec![(RAW, &content[..]); 40]);
-    builder.with_table(0, |table| {
-        for chunk in 1..40 {
-            table.copy_within(204 + 24..204 + 40, 204 + 40 * chunk + 24);
-        }
-    });
-    let mut image = builder.build();
-    image.drain(..39 * content.len());
-    let len = image.len();
-    image[len - 512 + 216..len - 512 + 224].copy_from_slice(&(content.len() as u64).to_be_bytes());
-    assert!(check(&DmgDriver, &image).findings.iter().any(|finding| finding.contains("share stored bytes")));
+    let (chunks, content) = (40, noise(1, 100 << 10));
+    for kind in [RAW, BZIP2] {
+        let mut builder = Builder::default();
+        builder.table(&vec![(kind, &content[..]); chunks]);
+        builder.with_table(0, |table| {
+            for chunk in 1..chunks {
+                table.copy_within(204 + 24..204 + 40, 204 + 40 * chunk + 24);
+            }
+        });
+        let mut image = builder.build();
+        let trailer = image.len() - 512;
+        let field = |at: usize| u64::from_be_bytes(*image[trailer + at..].first_chunk().unwrap());
+        let stored_len = field(32) as usize / chunks;
+        let unused = field(32) - stored_len as u64;
+        let list = field(216) - unused;
+        image[trailer + 216..trailer + 224].copy_from_slice(&list.to_be_bytes());
+        image.drain(..unused as usize);
+        let report = check(&DmgDriver, &image);
+        let refused = report.findings.iter().filter(|finding| finding.contains("share stored bytes")).count();
+        let decoded = (chunks - refused) * stored_len;
+        assert!(refused > 30 && decoded <= image.len(), "{kind:#x}: {refused} refused");
+    }
+}
+
+#[test]
+fn the_check_borrows_the_memory_of_its_decoder() {
+    let (builder, _) = build(&[LZMA]);
+    let options = OpenOptions { memory: Memory::new(64 << 20), ..OpenOptions::default() };
+    let checked = DmgDriver.check(memory::as_file("x.dmg", &builder.build()), &options);
+    assert_eq!(checked.unwrap_err().kind(), ErrorKind::LimitExceeded);
+}
+
+#[test]
+fn refuses_deep_property_lists() {
+    let image = build(&[ZLIB]).0.build();
+    let at = image.windows(7).position(|part| part == b"<plist ").unwrap();
+    let deep = |depth: usize| {
+        let nested = ["<a>".repeat(depth), "</a>".repeat(depth)].concat();
+        let mut image = image.clone();
+        image.splice(at..at, nested.into_bytes());
+        let (trailer, len) = (image.len() - 512, 7 * depth as u64);
+        let list = u64::from_be_bytes(*image[trailer + 224..].first_chunk().unwrap()) + len;
+        image[trailer + 224..trailer + 232].copy_from_slice(&list.to_be_bytes());
+        image
+    };
+    assert!(read(&DmgDriver, &deep(20)).is_ok());
+    let message = refusal(&DmgDriver, &deep(1000)).to_string();
+    assert!(message.contains("more than 64 deep"), "{message}");
 }
 
 #[test]
