@@ -13,7 +13,7 @@ use crate::args::CompareArgs;
 use crate::exit::Exit;
 use crate::interrupt::Interrupt;
 use crate::progress::Display;
-use crate::{images, report};
+use crate::{images, remedy, report};
 
 /// Result of a comparison.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -117,6 +117,10 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
         verdict.difference = found.map(|(pair, offset)| allocation_difference(&pairs[pair].name, offset));
     }
     verdict.identical = verdict.difference.is_none();
+    for opened in [&first, &second] {
+        let advice = opened.advice.as_ref().map(remedy::words);
+        verdict.notes.extend(advice.map(|advice| format!("{}: {advice}", opened.location)));
+    }
     for change in first.changes().into_iter().chain(second.changes()) {
         // Both images share the opener of the files that they name.
         if !verdict.notes.contains(&change) {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use imgtool_core::external::is_plain_name;
 use imgtool_core::{
-    Driver, Error, FactScope, ImageInfo, ImageSource, Location, OpenOptions, Registry, Result,
+    Driver, Error, FactScope, ImageInfo, ImageSource, Location, OpenOptions, Registry, Remedy, Result,
 };
 use imgtool_engine::externals::{self, MAX_CHAIN_DEPTH};
 use imgtool_engine::open;
@@ -32,6 +32,8 @@ struct ImageEntry {
     compression: Vec<Compression>,
     source: Arc<dyn ImageSource>,
     is_archive: bool,
+    /// Advice to state another format.
+    advice: Option<Remedy>,
     /// Reason why the rest of the backing chain is not shown, worded as a note.
     chain_ends: Option<String>,
 }
@@ -46,7 +48,8 @@ impl ImageEntry {
     fn notes(&self) -> impl Iterator<Item = String> {
         let info = self.info();
         let notes = info.notes.iter().cloned();
-        notes.chain(info.remedy.as_ref().map(remedy::words)).chain(self.chain_ends.clone())
+        let remedies = info.remedy.iter().chain(&self.advice).map(remedy::words);
+        notes.chain(remedies).chain(self.chain_ends.clone())
     }
 
     /// Returns the damage that the driver found while opening the image, if any.
@@ -95,6 +98,7 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
             is_archive: is_archive(&*opened.driver),
             compression: opened.compression,
             source: opened.image,
+            advice: opened.advice,
             chain_ends: None,
         });
         if args.backing_chain {
@@ -156,7 +160,14 @@ fn follow_chain(registry: &Registry, options: &OpenOptions, entries: &mut Vec<Im
         if entries.iter().any(|known| known.location == location) {
             return Err(externals::chain_loop(backing.role, &backing.name, &from));
         }
-        entries.push(ImageEntry { location, compression: Vec::new(), source, is_archive, chain_ends: None });
+        entries.push(ImageEntry {
+            location,
+            compression: Vec::new(),
+            source,
+            is_archive,
+            advice: None,
+            chain_ends: None,
+        });
     }
     Err(Error::limit(format!("the chain is deeper than {MAX_CHAIN_DEPTH} images")))
 }

@@ -39,6 +39,10 @@ fn reads_a_dmg_image_that_begins_like_a_compressed_file() {
     std::fs::write(path("x.dmg"), &image).unwrap();
     std::fs::write(path("other-name"), &image).unwrap();
 
+    let packed = oracles::filter("bzip2", &["-c"], &image);
+    std::fs::write(path("x.dmg.bz2"), packed).unwrap();
+    imgtool(["compare", text(&path("x.dmg.bz2")), text(&path("x.raw"))]).ok();
+
     let info = imgtool(["info", text(&path("x.dmg"))]).ok();
     assert!(info.text().contains("file format: dmg"), "{}", info.text());
     imgtool(["check", text(&path("x.dmg"))]).ok();

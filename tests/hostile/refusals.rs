@@ -215,4 +215,33 @@ fn a_guest_does_not_choose_the_format_of_its_disk() {
         .ok();
     imgtool("convert guest.vhd --to raw back.raw".split(' ')).within(dir.path()).ok().says("vhd, 2 MiB");
     assert_same(&dir.path().join("guest.raw"), &dir.path().join("back.raw"), "the disk of the guest");
+
+    // Compressed, the end is known only after the beginning.
+    let gz = oracles::filter("gzip", &["-1"], &std::fs::read(dir.path().join("guest.vhd")).unwrap());
+    std::fs::write(dir.path().join("guest.vhd.gz"), gz).unwrap();
+    let line = "convert --force guest.vhd.gz --to raw back.raw";
+    imgtool(line.split(' ')).within(dir.path()).ok().says("vhd in gzip, 2 MiB");
+    assert_same(
+        &dir.path().join("guest.raw"),
+        &dir.path().join("back.raw"),
+        "the compressed disk of the guest",
+    );
+    imgtool("check guest.vhd.gz".split(' ')).within(dir.path()).ok();
+    let info = imgtool("info guest.vhd.gz".split(' ')).within(dir.path()).ok();
+    assert!(info.text().contains("file format: vhd"), "{}", info.text());
+}
+
+/// A name decides what a file may be by its end, so another name must not hide it without a word.
+#[test]
+fn notes_a_raw_disk_that_ends_like_an_image() {
+    let dir = with_base();
+    imgtool("convert -q base.raw -O vhd -o subformat=fixed azure.img".split(' ')).within(dir.path()).ok();
+    let note = "read as raw, although it ends like a vhd image; -f vhd reads it as a vhd disk";
+    imgtool("convert azure.img --to raw out.raw".split(' ')).within(dir.path()).ok().says(note);
+    imgtool("compare azure.img out.raw".split(' ')).within(dir.path()).ok().says(note);
+    let info = imgtool("info azure.img".split(' ')).within(dir.path()).ok();
+    assert!(info.text().contains(note), "{}", info.text());
+    let stated = imgtool("info -f raw azure.img".split(' ')).within(dir.path()).ok();
+    assert!(!stated.text().contains("-f vhd"), "{}", stated.text());
+    imgtool("compare -f vhd azure.img base.raw".split(' ')).within(dir.path()).ok();
 }

@@ -7,7 +7,7 @@ use imgtool_core::{Capabilities, CheckReport, Confidence, Driver, ImageSource, I
 use crate::layout::{SECTOR_SIZE, is_encrypted, is_trailer};
 use crate::{check, image};
 
-/// Driver for the disk images of macOS, which reads.
+/// Read-only driver for the disk images of macOS.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct DmgDriver;
 
@@ -35,7 +35,7 @@ impl Driver for DmgDriver {
 
     /// Recognises the trailer. An image without it is a raw disk (`UDRW`), or cut short.
     fn probe_end(&self, end: Option<&[u8]>) -> bool {
-        end.is_some_and(is_trailer)
+        end.is_none_or(is_trailer)
     }
 
     fn open(&self, input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {

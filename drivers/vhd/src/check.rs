@@ -1,10 +1,12 @@
 //! The structural check of an image: both footers, the header and every entry of the BAT.
 
-use imgtool_core::{CheckReport, ErrorKind, Input, Memory, RandomInput, Result};
+use imgtool_core::unit_check::opened;
+use imgtool_core::{CheckReport, Input, Memory, RandomInput, Result};
 
 use crate::image::{Blocks, Image};
 use crate::layout::footer::{FOOTER_LEN, Footer};
 use crate::layout::{ABSENT, ENTRY_LEN, SECTOR_SIZE, bitmap_len};
+use crate::stream;
 
 /// Checks an image.
 ///
@@ -13,14 +15,11 @@ use crate::layout::{ABSENT, ENTRY_LEN, SECTOR_SIZE, bitmap_len};
 /// the report lists it.
 pub(crate) fn check(input: Input, memory: &Memory) -> Result<CheckReport> {
     let mut report = CheckReport::default();
-    let image = match Image::open(input, 0, memory) {
-        Ok(image) => image,
-        Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed) => {
-            report.corruption(format!("{error:#}"));
-            return Ok(report);
-        }
-        Err(error) => return Err(error),
-    };
+    if input.is_stream() {
+        opened(stream::read_through(input), &mut report)?;
+        return Ok(report);
+    }
+    let Some(image) = opened(Image::open(input, 0, memory), &mut report)? else { return Ok(report) };
     match &image.blocks {
         Some(blocks) => {
             check_footers(&image, &mut report)?;

@@ -17,13 +17,23 @@ const STREAM_PIECE: usize = 256 << 10;
 
 /// Opens a stream as a fixed image.
 pub(crate) fn open(input: Input) -> Result<Arc<dyn ImageSource>> {
-    let stream = input.into_stream()?;
+    let pass = Pass::new(input)?;
     let mut disk = Device::disk(DISK.0, DISK_NAME, 0);
     disk.open_ended = true;
     let mut info = ImageInfo { format: crate::FORMAT, devices: vec![disk], ..ImageInfo::default() };
     info.fact("subformat", "type", DiskType::Fixed.name());
-    let pass = Pass { stream, start: 0, held: Vec::new(), final_size: None, finished: false };
     Ok(Arc::new(FixedStream { info, pass: Mutex::new(pass) }))
+}
+
+/// Reads a stream to its end, for a check.
+///
+/// # Errors
+/// `Corrupt` if the stream does not end with the footer of the disk before it; any error of reading it.
+pub(crate) fn read_through(input: Input) -> Result<()> {
+    let mut pass = Pass::new(input)?;
+    let pool = BufferPool::new();
+    while pass.next_piece(&pool)?.is_some() {}
+    Ok(())
 }
 
 /// A fixed image, read in one pass.
@@ -88,6 +98,11 @@ impl StreamAccess for Pass {
 }
 
 impl Pass {
+    fn new(input: Input) -> Result<Self> {
+        let stream = input.into_stream()?;
+        Ok(Self { stream, start: 0, held: Vec::new(), final_size: None, finished: false })
+    }
+
     /// Checks that the stream ends with the footer of a disk of the size that was read.
     fn check_footer(&self) -> Result<()> {
         let at = |error: Error| error.path(self.stream.location()).at(self.start);

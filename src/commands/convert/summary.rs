@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::args::ConvertArgs;
 use crate::exit::Exit;
+use crate::remedy;
 use crate::report::{self, Align, Paint, Stream, count, human_size, human_time, percent};
 
 /// Prints the format, contents and notes of a source to standard error, before the conversion.
@@ -28,7 +29,7 @@ pub fn announce(source: &OpenSource) {
         parts.push("copied to temporary storage first".to_owned());
     }
     report::tell(&format!("{}: {}", opened.location, parts.join(", ")));
-    for note in &info.notes {
+    for note in info.notes.iter().cloned().chain(opened.advice.as_ref().map(remedy::words)) {
         report::note(&format!("{}: {note}", opened.location));
     }
 }

@@ -108,6 +108,7 @@ fn source(archive: Archive, registry: &Registry) -> Result<OpenSource> {
         watch: archive.watch,
         externals: Externals::default(),
         image: archive.source,
+        advice: None,
         bytes: None,
     };
     Ok(OpenSource { name: None, opened })

@@ -36,6 +36,8 @@ pub struct Opened {
     pub externals: Externals,
     /// The open image.
     pub image: Arc<dyn ImageSource>,
+    /// Advice to state another format, since the image looks like one of it although it was opened as a raw disk.
+    pub advice: Option<Remedy>,
     /// Bytes of the image, for [`Opened::release`], unless they are a stream.
     pub bytes: Option<RandomInput>,
 }
@@ -53,6 +55,7 @@ impl Opened {
             watch: None,
             externals: Externals::default(),
             image: Arc::new(image),
+            advice: None,
             bytes: None,
         }
     }
@@ -130,16 +133,19 @@ pub fn open_input(
     let driver = format.map(|name| foreign::driver(registry, name)).transpose()?;
     let is_verbatim = driver.as_ref().is_some_and(|driver| driver.capabilities().verbatim);
     let opening = if is_verbatim { Opening::ByName } else { Opening::Plain };
-    let mut open =
+    let open =
         imgtool_storage::open::open(location, opening, memory).map_err(|e| missing::explain(e, location))?;
-    if !is_verbatim {
-        let driver = driver.or_else(|| driver_by_name(registry, location));
-        // An image that its end identifies begins with its content, which may look like any compression.
-        let end = open.input.end().map_err(|e| e.path(location))?;
-        if !driver.is_some_and(|driver| end.is_some() && driver.probe_end(end.as_deref())) {
-            open = open.decompressed().map_err(|e| missing::explain(e.path(location), location))?;
-        }
+    if is_verbatim {
+        return Ok(open);
     }
+    // An image that its end identifies begins with its disk, which may look like any compression or format.
+    let named = driver.or_else(|| driver_by_name(registry, location));
+    let decompressed = match named.filter(|driver| driver.probe_end(None)) {
+        Some(driver) if ends_like(&open.input, &*driver).map_err(|e| e.path(location))? => return Ok(open),
+        Some(_) => open.decompressed_to_disk(),
+        None => open.decompressed(),
+    };
+    let open = decompressed.map_err(|e| missing::explain(e.path(location), location))?;
     if format.is_none()
         && let Some(name) = foreign::by_content(&open.input.head()?)
     {
@@ -149,6 +155,12 @@ pub fn open_input(
             .remedied_by(Remedy::ReadAs { format, advice: "qemu-img converts it to qcow2".into() }));
     }
     Ok(open)
+}
+
+/// True if the input is known to end like an image of the driver's format; false for a stream.
+fn ends_like(input: &Input, driver: &dyn Driver) -> Result<bool> {
+    let end = input.end()?;
+    Ok(end.is_some() && driver.probe_end(end.as_deref()))
 }
 
 /// Opens an image with the driver called `format`, if stated, otherwise with the driver that recognises it.
@@ -203,7 +215,8 @@ fn open_located(
     format: Option<&str>,
     options: &OpenOptions,
 ) -> Result<Opened> {
-    let driver = choose_driver(registry, &input, format)?;
+    let input = with_end(registry, input, format, options.info_only)?;
+    let (driver, advice) = choose_driver(registry, &input, format)?;
     if options.snapshot.is_some() && !driver.capabilities().snapshots {
         return Err(Error::unsupported(format!("{} images hold no snapshots", driver.name()))
             .hint("leave the snapshot out to read the image as it is"));
@@ -238,6 +251,7 @@ fn open_located(
         watch,
         externals,
         image,
+        advice,
         bytes,
     })
 }
@@ -253,43 +267,94 @@ fn with_opener(registry: &Registry, options: &OpenOptions) -> OpenOptions {
     options
 }
 
-/// Returns the driver called `format`, if stated, otherwise the driver that recognises the input.
+/// Returns the driver called `format`, if stated, otherwise the driver that recognises the input, with advice to
+/// state another format.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::WrongFormat`] if no driver recognises the content, or if the content
 /// contradicts the file extension, or for an empty stream, whatever the format.
-fn choose_driver(registry: &Registry, input: &OpenInput, format: Option<&str>) -> Result<Arc<dyn Driver>> {
+fn choose_driver(
+    registry: &Registry,
+    input: &OpenInput,
+    format: Option<&str>,
+) -> Result<(Arc<dyn Driver>, Option<Remedy>)> {
     refuse_empty_stream(input)?;
     if let Some(name) = format {
-        return registry.get(name);
+        return Ok((registry.get(name)?, None));
     }
     let (driver, confidence) = recognise(registry, input)?;
-    if confidence == Confidence::Fallback {
-        check_name(registry, input, &*driver)?;
+    if confidence != Confidence::Fallback {
+        return Ok((driver, None));
     }
-    Ok(driver)
+    check_name(registry, input, &*driver)?;
+    let advice = look_alike(registry, input);
+    Ok((driver, advice))
+}
+
+/// Returns advice on a raw disk that ends like an image of another format. Only advice: a guest may have written
+/// the last sector.
+fn look_alike(registry: &Registry, open: &OpenInput) -> Option<Remedy> {
+    // In a seekable `.zst`, the last bytes take a whole frame. A disk may be readable except for them.
+    let end = open.input.end().ok().flatten().filter(|_| open.compression.is_empty())?;
+    let other = registry.drivers().find(|driver| driver.probe_end(Some(&end)))?;
+    let advice = Cow::Owned(format!("read as raw, although it ends like a {} image", other.name()));
+    Some(Remedy::ReadAs { format: other.name(), advice })
+}
+
+/// Copies a stream to temporary storage if only its end may tell its format: its name is that of a format with a
+/// signature at the end, and its beginning is that of another format, or one that can't be read in one pass.
+/// `facts_only` is true for a caller that needs no content.
+///
+/// # Errors
+/// Same as [`OpenInput::spool`] and [`OpenInput::spool_for_facts`].
+pub fn with_end(
+    registry: &Registry,
+    open: OpenInput,
+    format: Option<&str>,
+    facts_only: bool,
+) -> Result<OpenInput> {
+    let Some(named) = signed_at_end(registry, open.input.location()) else { return Ok(open) };
+    if format.is_some() || !open.input.is_stream() {
+        return Ok(open);
+    }
+    let head = open.input.head()?;
+    let (found, confidence) = registry.probe(&head, open.input.len())?;
+    let is_clear = match confidence {
+        Confidence::Magic => found.name() == named.name(),
+        Confidence::Fallback => named.reads_stream(&head),
+    };
+    match (is_clear, facts_only) {
+        (true, _) => Ok(open),
+        (false, true) => open.spool_for_facts(),
+        (false, false) => open.spool(),
+    }
+}
+
+/// Returns the driver for the file extension if images of its format have a signature at the end.
+fn signed_at_end(registry: &Registry, location: &Location) -> Option<Arc<dyn Driver>> {
+    driver_by_name(registry, location).filter(|driver| driver.probe_end(None))
 }
 
 /// Returns the driver that recognises the input by its last bytes, if the name has the extension of the format,
 /// or by its first bytes. The end comes first: it is of the image's program, while a guest may have written the
 /// first sector of a disk that begins the file. A name alone decides nothing else, and the end of a file alone
-/// neither: a guest may have written the last sector of a raw disk.
+/// neither: a guest may have written the last sector of a raw disk. Call [`with_end`] before.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::WrongFormat`] if no driver recognises the content.
 pub fn recognise(registry: &Registry, open: &OpenInput) -> Result<(Arc<dyn Driver>, Confidence)> {
     let input = &open.input;
     // Other formats have no signature at the end, which takes a read, of a whole frame in a seekable `.zst`.
-    let by_end = driver_by_name(registry, input.location()).filter(|driver| driver.probe_end(None));
-    let Some(named) = by_end else { return registry.probe(&input.head()?, input.len()) };
-    let end = input.end()?;
-    if end.is_some() && named.probe_end(end.as_deref()) {
+    let Some(named) = signed_at_end(registry, input.location()) else {
+        return registry.probe(&input.head()?, input.len());
+    };
+    if ends_like(input, &*named)? {
         return Ok((named, Confidence::Magic));
     }
     let found = registry.probe(&input.head()?, input.len())?;
     // The end of a stream is not known yet.
-    let is_stream = end.is_none() && found.1 == Confidence::Fallback;
-    Ok(if is_stream { (named, Confidence::Magic) } else { found })
+    let is_named = input.is_stream() && found.1 == Confidence::Fallback;
+    Ok(if is_named { (named, Confidence::Magic) } else { found })
 }
 
 /// Refuses an empty stream, and a compressed file without content: the command that wrote it has failed. A file

@@ -196,6 +196,19 @@ impl OpenInput {
         }
     }
 
+    /// Like [`OpenInput::decompressed`], but removes no more layers than the file name names, if it names any: for
+    /// images that begin with the bytes of their disk, which may look like any compression.
+    ///
+    /// # Errors
+    /// Same as [`OpenInput::decompressed`].
+    pub fn decompressed_to_disk(self) -> Result<Self> {
+        match outer::layers_by_name(self.input.location()).len() {
+            0 => self.decompressed(),
+            named if named > MAX_LAYERS => Err(too_many_layers()),
+            named => self.without_layers(named),
+        }
+    }
+
     /// Removes the outermost layers of compression, at most `count`.
     ///
     /// # Errors

@@ -150,7 +150,8 @@ fn is_recognised_by_its_end() {
     assert!(driver.probe(&image[..4096.min(image.len())], None).is_none());
     assert!(driver.probe_end(Some(&image[image.len() - 512..])));
     assert!(!driver.probe_end(Some(&image[image.len() - 513..image.len() - 1])));
-    assert!(!driver.probe_end(Some(b"koly")) && !driver.probe_end(None));
+    // The end of a stream may be the trailer.
+    assert!(!driver.probe_end(Some(b"koly")) && driver.probe_end(None));
 }
 
 #[test]

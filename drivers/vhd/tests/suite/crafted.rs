@@ -42,7 +42,7 @@ pub struct Builder {
     pub header: Vec<u8>,
     bat: Vec<u32>,
     blocks: Vec<u8>,
-    /// Bytes behind the BAT, for names of the parent.
+    /// Bytes after the BAT, for names of the parent.
     names: Vec<u8>,
 }
 
@@ -207,6 +207,11 @@ fn fixed_streams_must_end_with_their_footer() {
     for bad in [&good[..good.len() - 2], &good[..100_000], &[], &good[512..], &disk] {
         assert_eq!(read(bad).unwrap_err().kind(), ErrorKind::Corrupt, "{} bytes", bad.len());
     }
+    for (bytes, corruptions) in [(&good[..], 0), (&good[..100_000], 1)] {
+        let input = memory::as_stream("x.vhd", bytes);
+        let report = VhdDriver.check(input, &OpenOptions::default()).unwrap();
+        assert_eq!(report.corruptions, corruptions, "{:?}", report.findings);
+    }
 }
 
 #[test]
@@ -264,7 +269,7 @@ fn blocks_do_not_reach_into_the_footer_or_the_header() {
     let message = open_bytes(&short).unwrap_err().to_string();
     assert!(message.contains("the footer begins at 6656"), "{message}");
     assert_eq!(check(&save(directory.path(), "end.vhd", &short)).corruptions, 1);
-    // A header behind the BAT, and a block over it.
+    // A header after the BAT, and a block over it.
     let sound = Builder::new(2);
     let mut bytes = vec![0xff; 8192];
     let mut head = footer(8192, 3, UUID);
