@@ -5,7 +5,7 @@ use imgtool_core::{CheckReport, Input, Memory, Result};
 
 use crate::image::Image;
 
-/// Maximum number of entries behind those of the disk that the check looks at. Our limit: the table of a sparse
+/// Maximum number of entries past those of the disk that the check looks at. Our limit: the table of a sparse
 /// file may have billions.
 const MAX_SPARE_ENTRIES: u64 = 1 << 20;
 
@@ -29,7 +29,7 @@ pub(crate) fn check(input: Input, memory: &Memory) -> Result<CheckReport> {
                 if index < header.extents() {
                     check.stored(name, extent, header.bitmap_len + header.used_len(index), &mut report)?;
                 } else {
-                    report.leak(1, format!("{name} stores an extent behind the end of the disk"));
+                    report.leak(1, format!("{name} stores an extent past the end of the disk"));
                 }
             }
         }

@@ -7,7 +7,7 @@ use imgtool_core::{Capabilities, CheckReport, Confidence, Driver, ImageSource, I
 use crate::layout::{SECTOR_SIZE, is_bochs};
 use crate::{check, image};
 
-/// Driver for the growing images of Bochs, which reads.
+/// Read-only driver for the growing images of Bochs.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct BochsDriver;
 

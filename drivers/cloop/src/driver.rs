@@ -7,7 +7,7 @@ use imgtool_core::{Capabilities, CheckReport, Confidence, Driver, ImageSource, I
 use crate::layout::{SECTOR_SIZE, is_cloop};
 use crate::{check, image};
 
-/// Driver for cloop images, which reads.
+/// Read-only driver for cloop images.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CloopDriver;
 

@@ -66,7 +66,7 @@ impl Image {
         let most = self.header.max_stored();
         if start < HEADER_LEN + self.header.table_len() || end < start || end - start > most {
             return Err(Error::malformed(format!(
-                "block {index} is stored at {start} to {end}, not in up to {most} bytes behind the table"
+                "block {index} is stored at {start} to {end}, not in up to {most} bytes after the table"
             ))
             .at(self.table.entry_offset::<8>(index)));
         }

@@ -140,7 +140,9 @@ impl SegmentMap for Reader {
             return Err(Error::out_of_bounds(format!("no chunk stores the byte {guest_offset}")));
         };
         self.decoded
-            .read(chunk.start, chunk.len, buf, guest_offset - chunk.start, |out| self.image.decode(chunk, out))
+            .read(chunk.start, chunk.len, buf, guest_offset - chunk.start, |out| {
+                self.image.decode(chunk, out)
+            })
             .map_err(|error| self.image.in_chunk(error, chunk))
     }
 

@@ -5,7 +5,7 @@ use imgtool_core::{CheckReport, Input, Memory, Result};
 
 use crate::image::Image;
 
-/// Maximum number of entries behind those of the disk that the check looks at. Our limit: the table of a sparse
+/// Maximum number of entries past those of the disk that the check looks at. Our limit: the table of a sparse
 /// file may have billions.
 const MAX_SPARE_ENTRIES: u64 = 1 << 20;
 
@@ -46,7 +46,7 @@ fn check_entry(
     if file_offset < header.table_end() {
         report.corruption(format!("{name} refers to bytes at {file_offset}, within the table"));
     } else if index >= header.clusters() {
-        report.leak(1, format!("{name} stores a cluster behind the end of the disk"));
+        report.leak(1, format!("{name} stores a cluster past the end of the disk"));
     } else {
         check.stored(name, file_offset, header.used_len(index), report)?;
     }

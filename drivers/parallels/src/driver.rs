@@ -7,7 +7,7 @@ use imgtool_core::{Capabilities, CheckReport, Confidence, Driver, ImageSource, I
 use crate::layout::{SECTOR_SIZE, is_parallels};
 use crate::{check, image};
 
-/// Driver for the expanding images of Parallels, which reads.
+/// Read-only driver for the expanding images of Parallels.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ParallelsDriver;
 

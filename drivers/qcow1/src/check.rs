@@ -62,7 +62,8 @@ fn check_table(
                 check.stored(name, cluster, header.used_len(first + index), report)?;
             }
             Entry::Stored(cluster) => {
-                report.corruption(format!("{name} refers to {cluster}, no sector behind the header"));
+                report
+                    .corruption(format!("{name} refers to {cluster}, not a sector offset after the header"));
             }
         }
     }

@@ -7,7 +7,7 @@ use imgtool_core::{Capabilities, CheckReport, Confidence, Driver, ImageSource, I
 use crate::layout::{SECTOR_SIZE, is_qcow1};
 use crate::{check, image};
 
-/// Driver for QCOW images of version 1, which reads.
+/// Read-only driver for QCOW images of version 1.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Qcow1Driver;
 

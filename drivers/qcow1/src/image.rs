@@ -107,7 +107,7 @@ impl Image {
     pub(crate) fn check_l2(&self, table: u64, index: u64) -> Result<()> {
         if !table.is_multiple_of(ENTRY_LEN) || table < HEADER_LEN {
             return Err(Error::malformed(format!(
-                "a table is at {table}, not at a multiple of {ENTRY_LEN} behind the header"
+                "a table is at {table}, not at a multiple of {ENTRY_LEN} after the header"
             ))
             .at(self.header.l1_offset + index * ENTRY_LEN));
         }
@@ -117,7 +117,9 @@ impl Image {
     /// Checks the place of a cluster that is stored as it is, of which the disk uses `used` bytes.
     fn check_cluster(&self, cluster: u64, used: u64) -> Result<()> {
         if !is_cluster(cluster) {
-            return Err(Error::malformed(format!("a cluster is at {cluster}, no sector behind the header")));
+            return Err(Error::malformed(format!(
+                "a cluster is at {cluster}, not a sector offset after the header"
+            )));
         }
         check_stored(&self.input, "cluster", cluster, used)
     }
@@ -180,7 +182,7 @@ impl Image {
     }
 }
 
-/// True if `file_offset` may be that of a cluster: that of a sector behind the header.
+/// True if `file_offset` may be that of a cluster: that of a sector after the header.
 pub(crate) fn is_cluster(file_offset: u64) -> bool {
     file_offset.is_multiple_of(SECTOR_SIZE) && file_offset >= HEADER_LEN
 }

@@ -123,7 +123,7 @@ impl Header {
         let l1_offset = raw.l1_offset.get();
         if l1_offset < HEADER_LEN || !l1_offset.is_multiple_of(ENTRY_LEN) {
             return Err(Error::malformed(format!(
-                "the first table is at {l1_offset}, not at a multiple of {ENTRY_LEN} behind the header"
+                "the first table is at {l1_offset}, not at a multiple of {ENTRY_LEN} after the header"
             ))
             .at(40));
         }

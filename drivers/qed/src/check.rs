@@ -63,7 +63,9 @@ fn check_table(
                 if image.is_cluster(cluster) {
                     check.stored(name, cluster, header.used_len(first + index), report)?;
                 } else {
-                    report.corruption(format!("{name} refers to {cluster}, no cluster behind the header"));
+                    report.corruption(format!(
+                        "{name} refers to {cluster}, not a cluster offset after the header"
+                    ));
                 }
             }
         }

@@ -7,7 +7,7 @@ use imgtool_core::{Capabilities, CheckReport, Confidence, Driver, ImageSource, I
 use crate::layout::{SECTOR_SIZE, is_qed};
 use crate::{check, image};
 
-/// Driver for QED images, which reads.
+/// Read-only driver for QED images.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct QedDriver;
 

@@ -80,7 +80,7 @@ impl Image {
     }
 
     /// Returns the entry `index` of the table at `table_offset`, and the number of equal entries from there
-    /// on, at most `max` and none behind the end of the table.
+    /// on, at most `max` and none past the end of the table.
     pub(crate) fn entry(&self, table_offset: u64, index: u64, max: u64) -> Result<(Entry, u64)> {
         let max = max.min(self.header.entries() - index);
         let (bytes, equal) = self.entries.run::<8>(table_offset / ENTRY_LEN + index, max)?;
@@ -95,17 +95,17 @@ impl Image {
                 check_stored(&self.input, "table", table, self.header.table_len)?;
                 Ok(table)
             }
-            Entry::At(table) => {
-                Err(Error::malformed(format!("a table is at {table}, which is no cluster behind the header"))
-                    .at(at))
-            }
+            Entry::At(table) => Err(Error::malformed(format!(
+                "a table is at {table}, which is not a cluster offset after the header"
+            ))
+            .at(at)),
             Entry::Zero | Entry::Absent => {
                 Err(Error::malformed(format!("entry {index} of the first table is no table")).at(at))
             }
         }
     }
 
-    /// True if `file_offset` is that of a cluster behind the header.
+    /// True if `file_offset` is that of a cluster after the header.
     pub(crate) fn is_cluster(&self, file_offset: u64) -> bool {
         file_offset.is_multiple_of(self.header.cluster_size) && file_offset >= self.header.header_len.max(1)
     }
@@ -132,7 +132,7 @@ impl Image {
             Entry::Zero => (Origin::Zero, equal),
             Entry::At(cluster) if !self.is_cluster(cluster) => {
                 return Err(Error::malformed(format!(
-                    "a cluster is at {cluster}, which is no cluster behind the header"
+                    "a cluster is at {cluster}, which is not a cluster offset after the header"
                 ))
                 .at(table + index * ENTRY_LEN));
             }

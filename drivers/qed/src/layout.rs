@@ -10,7 +10,7 @@ const MAGIC: &[u8; 4] = b"QED\0";
 
 /// Feature: the image has a backing file.
 const FEATURE_BACKING: u64 = 1;
-/// Feature: the image was not closed; its tables may be behind.
+/// Feature: the image was not closed; its tables may be out of date.
 const FEATURE_NEED_CHECK: u64 = 2;
 /// Feature: the backing file is raw, whatever its content.
 const FEATURE_RAW_BACKING: u64 = 4;
@@ -155,7 +155,7 @@ impl Header {
         }
         if !self.l1_offset.is_multiple_of(self.cluster_size) || self.l1_offset < self.header_len.max(1) {
             return Err(Error::malformed(format!(
-                "the first table is at {}, which is no cluster behind the header",
+                "the first table is at {}, which is not a cluster offset after the header",
                 self.l1_offset
             ))
             .at(40));

@@ -70,7 +70,7 @@ fn open_bytes(bytes: &[u8]) -> imgtool_core::Result<Vec<u8>> {
 }
 
 #[test]
-fn reads_blocks_in_any_order_behind_extra_bytes() {
+fn reads_blocks_in_any_order_after_extra_bytes() {
     for extra in [0, 512, 4096] {
         let mut image = Builder::new(5, extra);
         image.block(3, 3).block(0, 1).u32(512 + 4 * 4, 0xffff_fffe);
