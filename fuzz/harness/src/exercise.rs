@@ -44,6 +44,8 @@ pub fn registry() -> Registry {
     imgtool_dmg::register(&mut registry);
     imgtool_qcow2::register(&mut registry);
     imgtool_vhdx::register(&mut registry);
+    imgtool_vhd::register(&mut registry);
+    imgtool_vdi::register(&mut registry);
     imgtool_vmdk::register(&mut registry);
     imgtool_vma::register(&mut registry);
     registry

@@ -9,11 +9,14 @@ use imgtool_storage::OpenInput;
 use crate::scenario::Scenario;
 use crate::sparse::SparseFile;
 
+mod beside;
 mod map_file;
 mod outer;
 mod qcow2;
 mod raw;
 mod small;
+mod vdi;
+mod vhd;
 mod vhdx;
 mod vma;
 mod vmdk;
@@ -30,10 +33,12 @@ pub struct Target {
 }
 
 /// All targets.
-pub const ALL: [Target; 11] = [
+pub const ALL: [Target; 13] = [
     Target { name: "raw", run: raw::run, image: None },
     Target { name: "qcow2", run: qcow2::run, image: Some(qcow2::image) },
     Target { name: "vhdx", run: vhdx::run, image: Some(vhdx::image) },
+    Target { name: "vhd", run: vhd::run, image: Some(vhd::image) },
+    Target { name: "vdi", run: vdi::run, image: Some(vdi::image) },
     Target { name: "vmdk", run: vmdk::run, image: Some(vmdk::image) },
     Target { name: "small", run: small::run, image: Some(small::image) },
     Target { name: "vma_file", run: vma::run_file, image: Some(vma::image) },

@@ -12,8 +12,19 @@ use crate::exercise;
 use crate::sparse::SparseFile;
 
 /// Names of the image. The first byte of the input selects one.
-const NAMES: [&str; 8] =
-    ["disk", "-", "disk.raw", "disk.qcow2", "disk.vhdx", "backup.vma", "backup.vma.zst", "disk.img.gz"];
+const NAMES: [&str; 11] = [
+    "disk",
+    "-",
+    "disk.raw",
+    "disk.qcow2",
+    "disk.vhdx",
+    "backup.vma",
+    "backup.vma.zst",
+    "disk.img.gz",
+    "disk.vhd",
+    "disk.vhd.gz",
+    "disk.dmg",
+];
 
 pub(super) fn run(input: &[u8]) {
     let Some((pick, bytes)) = input.split_first() else { return };
