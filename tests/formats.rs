@@ -10,6 +10,7 @@ mod qcow2_maps;
 mod read_only;
 mod same_bytes;
 mod shared_blocks;
+mod small;
 mod sparse_size;
 mod streams;
 mod threads;

@@ -79,20 +79,65 @@ fn islands_survive(size: u64, formats: &[&str]) {
         let run = imgtool(["convert", text(&at), "--to", format, text(&next)]).measured().ok();
         assert!(run.peak_memory <= MEMORY_LIMIT, "{format}: {} bytes", run.peak_memory);
         // qemu-img does not see holes in VHDX, and would read all of a larger image.
-        if *format == "qcow2" || (*format == "vhdx" && size < 8 << 30) {
-            oracles::qemu_check(&next, format);
-            oracles::qemu_compare(&raw, "raw", &next, format);
+        match *format {
+            "qcow2" | "vdi" => oracles::qemu_check(&next, format),
+            "vhdx" if size < 8 << 30 => oracles::qemu_check(&next, format),
+            _ => {}
+        }
+        match *format {
+            "qcow2" | "vdi" => oracles::qemu_compare(&raw, "raw", &next, format),
+            "vhd" => oracles::qemu_compare(&raw, "raw", &next, "vpc"),
+            "vhdx" if size < 8 << 30 => oracles::qemu_compare(&raw, "raw", &next, format),
+            _ => {}
         }
         at = next;
     }
-    let file = std::fs::File::open(&at).unwrap();
-    assert_eq!(file.metadata().unwrap().len(), size);
+    assert_islands(&image, &at);
+}
+
+/// Asserts that a raw file contains the data of an image, and is sparse.
+fn assert_islands(image: &Image, at: &std::path::Path) {
+    let file = std::fs::File::open(at).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), image.size);
     for (start, bytes) in &image.runs {
         let mut got = vec![0; bytes.len()];
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut got, *start).unwrap();
         assert!(got == *bytes, "at {start}");
     }
-    assert!(occupied(&at) < 1 << 20, "{} bytes are occupied", occupied(&at));
+    assert!(occupied(at) < 1 << 20, "{} bytes are occupied", occupied(at));
+}
+
+#[test]
+fn preserves_scattered_data_in_the_largest_vhd() {
+    require!("qemu-img");
+    islands_survive(2040 << 30, &["vhd", "vdi", "vhd"]);
+    let dir = tempdir();
+    let raw = dir.path().join("start.raw");
+    Image::hole("larger", (2040 << 30) + 512).write_raw(&raw);
+    let refused = imgtool(["convert", text(&raw), text(&dir.path().join("x.vhd"))]).go();
+    refused.exits(1).says("the limit of dynamic VHD images");
+}
+
+#[test]
+fn preserves_scattered_data_in_vdi_beyond_2_tib() {
+    require!("qemu-img");
+    islands_survive((3 << 40) + 512, &["vdi", "vmdk", "vdi"]);
+}
+
+#[test]
+fn reads_small_formats_beyond_2_tib() {
+    require!("qemu-img");
+    let dir = tempdir();
+    let (raw, back) = (dir.path().join("start.raw"), dir.path().join("back.raw"));
+    let image = islands((2 << 40) + (5 << 20) + 512);
+    image.write_raw(&raw);
+    for format in ["parallels", "qed", "qcow"] {
+        let source = dir.path().join(format!("x.{format}"));
+        oracles::qemu_make(&raw, format, "", &source);
+        let run = imgtool(["convert", "--force", text(&source), "--to", "raw", text(&back)]).measured().ok();
+        assert!(run.peak_memory <= MEMORY_LIMIT, "{format}: {} bytes", run.peak_memory);
+        assert_islands(&image, &back);
+    }
 }
 
 #[test]

@@ -32,7 +32,7 @@ fn foreign(image: &Image, raw: &Path, format: &str, directory: &Path) -> PathBuf
 
 /// Asserts that independent readers find the content of the raw file in its output, for each pair in
 /// `outputs`.
-fn ask_oracles(format: &str, outputs: &[(PathBuf, PathBuf)]) {
+pub fn ask_oracles(format: &str, outputs: &[(PathBuf, PathBuf)]) {
     if matches!(format, "qcow2" | "vhdx" | "vdi" | "vhd" | "vmdk") && oracles::have("qemu-img") {
         for (raw, output) in outputs {
             oracles::qemu_compare(raw, "raw", output, if format == "vhd" { "vpc" } else { format });
@@ -168,18 +168,21 @@ cells! {
     parallels_to_vhdx: "parallels" => "vhdx";
     parallels_to_vhd: "parallels" => "vhd";
     parallels_to_vdi: "parallels" => "vdi";
+    parallels_to_vmdk: "parallels" => "vmdk";
     parallels_to_vma: "parallels" => "vma";
     qed_to_raw: "qed" => "raw";
     qed_to_qcow2: "qed" => "qcow2";
     qed_to_vhdx: "qed" => "vhdx";
     qed_to_vhd: "qed" => "vhd";
     qed_to_vdi: "qed" => "vdi";
+    qed_to_vmdk: "qed" => "vmdk";
     qed_to_vma: "qed" => "vma";
     qcow_to_raw: "qcow" => "raw";
     qcow_to_qcow2: "qcow" => "qcow2";
     qcow_to_vhdx: "qcow" => "vhdx";
     qcow_to_vhd: "qcow" => "vhd";
     qcow_to_vdi: "qcow" => "vdi";
+    qcow_to_vmdk: "qcow" => "vmdk";
     qcow_to_vma: "qcow" => "vma";
 }
 

@@ -6,7 +6,7 @@ use imgtool_testing::{oracles, require, tempdir, text};
 use crate::support::imgtool;
 
 /// Returns a DMG image of `disk`, whose only chunk is compressed with bzip2. Its table is in a resource fork.
-fn dmg(disk: &[u8]) -> Vec<u8> {
+pub fn dmg(disk: &[u8]) -> Vec<u8> {
     let mut file = oracles::filter("bzip2", &["-c"], disk);
     let (stored, sectors) = (file.len() as u64, disk.len() as u64 / 512);
     let mut table = vec![0; 204];
