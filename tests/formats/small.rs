@@ -45,7 +45,7 @@ fn bochs(disk: &[u8]) -> Vec<u8> {
 
 /// Returns a cloop image, whose blocks are zlib streams without compression.
 fn cloop(disk: &[u8]) -> Vec<u8> {
-    let block = if disk.len() % 4096 == 0 { 4096 } else { 512 };
+    let block = if disk.len().is_multiple_of(4096) { 4096 } else { 512 };
     let mut image = b"#!/bin/sh\n#V2.0 Format\n".to_vec();
     image.resize(128, 0);
     let blocks = disk.len() / block;
