@@ -102,7 +102,7 @@ pub struct TargetArgs {
         short = 'O',
         long = "to",
         value_name = "FMT",
-        value_parser = Offer::Formats,
+        value_parser = Offer::Targets,
         hide_possible_values = true
     )]
     pub to: Option<String>,

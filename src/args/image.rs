@@ -255,7 +255,7 @@ pub struct MeasureArgs {
         short = 'O',
         long = "to",
         value_name = "FMT",
-        value_parser = Offer::Formats,
+        value_parser = Offer::Targets,
         hide_possible_values = true
     )]
     pub to: Option<String>,
@@ -304,7 +304,7 @@ pub struct CreateArgs {
         short = 'f',
         long = "format",
         value_name = "FMT",
-        value_parser = Offer::Formats,
+        value_parser = Offer::Targets,
         hide_possible_values = true
     )]
     pub format: Option<String>,

@@ -2,18 +2,22 @@
 //! validates it and words the error.
 
 use std::ffi::OsStr;
+use std::sync::Arc;
 
 use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
 use clap::{Arg, Command, Error};
+use imgtool_core::Driver;
 
 /// QEMU's cache modes: the values of `-t` and `-T`.
 pub const CACHE_MODES: [&str; 5] = ["none", "writeback", "writethrough", "directsync", "unsafe"];
 
 /// Kind of an argument value. Shell completions offer the words of that kind.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Offer {
     /// The name of a format.
     Formats,
+    /// The name of a format that is written.
+    Targets,
     /// `KEY=` for the `-o` options of all formats: the parser does not know which one the value is for.
     OptionKeys,
 }
@@ -22,9 +26,12 @@ impl Offer {
     fn values(self) -> Vec<PossibleValue> {
         let registry = imgtool::registry();
         match self {
-            Offer::Formats => {
+            Offer::Formats | Offer::Targets => {
+                let is_offered =
+                    |driver: &&Arc<dyn Driver>| self == Offer::Formats || driver.capabilities().write;
                 let value = |name, help| PossibleValue::new(name).help(help);
-                registry.drivers().map(|driver| value(driver.name(), driver.description())).collect()
+                let drivers = registry.drivers().filter(is_offered);
+                drivers.map(|driver| value(driver.name(), driver.description())).collect()
             }
             Offer::OptionKeys => {
                 let mut keys: Vec<(&str, String)> = Vec::new();
