@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use imgtool_core::{
-    BackingName, Capabilities, CheckReport, Confidence, CreateOptions, Driver, ImageSink, ImageSource,
-    ImageWriter, InPlace, Input, Manifest, Measure, OpenOptions, OptionSpec, OutputFactory, Result,
-    TableMemory,
+    BackingName, Capabilities, CheckReport, Confidence, CreateOptions, Driver, Error, ImageSink, ImageSource,
+    ImageWriter, InPlace, Input, Manifest, Measure, OpenOptions, OptionSpec, Output, OutputFactory, Remedy,
+    Result, TableMemory,
 };
 
 use crate::compressed::Encoder;
@@ -14,6 +14,7 @@ use crate::layout::header::MAGIC;
 use crate::options::{OPTIONS, SIZE_MULTIPLE, WriteOptions};
 use crate::sink::{Qcow2Sink, table_memory};
 use crate::source::Qcow2Source;
+use crate::update::{UpdateOptions, Updater};
 use crate::{check, measure};
 
 /// Driver for QEMU's qcow2 format.
@@ -43,6 +44,7 @@ impl Driver for Qcow2Driver {
             container: false,
             verbatim: false,
             in_place: InPlace::BlockDevices,
+            updates: true,
             compression: true,
             snapshots: true,
             open_ended: true,
@@ -98,6 +100,21 @@ impl ImageWriter for Qcow2Writer {
 
     fn measure(&self, source: &dyn ImageSource) -> Result<Measure> {
         measure::measure(source, &self.options)
+    }
+
+    fn update(
+        &self,
+        image: &Output,
+        manifest: &Manifest,
+        reads_as_zero: bool,
+        options: &OpenOptions,
+    ) -> Result<Box<dyn ImageSink>> {
+        if self.encoder.is_some() {
+            return Err(Error::unsupported("compressed clusters can't be written into an existing image")
+                .remedied_by(Remedy::LeaveOutCompression));
+        }
+        let update = UpdateOptions { zero_unit: self.options.zero_unit, reads_as_zero };
+        Ok(Box::new(Updater::open(image, manifest.single(FORMAT)?, update, options)?))
     }
 
     fn create(&self, outputs: &mut dyn OutputFactory, manifest: &Manifest) -> Result<Box<dyn ImageSink>> {

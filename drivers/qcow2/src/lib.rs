@@ -14,6 +14,7 @@ mod options;
 mod refcounts;
 mod sink;
 mod source;
+mod update;
 
 pub use driver::Qcow2Driver;
 

@@ -230,8 +230,8 @@ impl<'a> Extraction<'a> {
         Ok((layout, selected))
     }
 
-    /// Plans the output for an existing target. A raw image or a device is overwritten in place; a new image
-    /// replaces any other image.
+    /// Plans the output for an existing target. The disk is written into the image or the device; a new image
+    /// replaces an image of a format that can't be changed.
     fn mapped(
         &self,
         disk: &SelectedDisk,
@@ -248,7 +248,9 @@ impl<'a> Extraction<'a> {
         check_size(disk, existing.size)?;
         let is_raw = opened.driver.capabilities().verbatim;
         let is_device = !fs::metadata(path).is_ok_and(|meta| meta.is_file());
-        let destination = if is_raw || is_device {
+        let destination = if opened.driver.capabilities().updates {
+            Destination::Image { path: path.to_owned(), zeroed: !write_zeros }
+        } else if is_raw || is_device {
             Destination::Existing { path: path.to_owned(), zeroed: is_raw && !write_zeros }
         } else {
             Destination::New(path.to_owned())

@@ -112,6 +112,26 @@ pub trait ImageWriter: Send + Sync {
         Err(Error::unsupported("this format can't be measured"))
     }
 
+    /// Opens the existing image in `image` to replace the content of its disk with `manifest`'s only device.
+    /// The image keeps everything else: its virtual size, options, snapshots and backing image. `reads_as_zero`
+    /// is true if its disk is known to contain only zeros. `options` supplies external files and memory.
+    ///
+    /// Every write leaves an image whose structure is intact, and whose old content outside the range of the
+    /// device is whole.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`] if the image is smaller than the device, damaged, or has parts that the
+    /// driver can't keep; [`crate::ErrorKind::Unsupported`] by default. Nothing has been written in this case.
+    fn update(
+        &self,
+        _image: &Output,
+        _manifest: &Manifest,
+        _reads_as_zero: bool,
+        _options: &OpenOptions,
+    ) -> Result<Box<dyn ImageSink>> {
+        Err(Error::unsupported("an existing image of this format can't be written into"))
+    }
+
     /// Creates the sink of a new image.
     ///
     /// # Errors
@@ -151,6 +171,8 @@ pub struct Capabilities {
     pub verbatim: bool,
     /// Kinds of existing targets that are overwritten in place rather than replaced.
     pub in_place: InPlace,
+    /// True if [`ImageWriter::update`] is implemented.
+    pub updates: bool,
     /// True if the format can compress its content.
     pub compression: bool,
     /// True if internal snapshots can be read.

@@ -4,9 +4,10 @@
 use std::path::{Path, PathBuf};
 
 use imgtool_core::{
-    Attachment, DeviceKind, Driver, Error, InPlace, Location, Manifest, Output, Registry, Remedy, Result,
-    Slot, suggest,
+    Attachment, DeviceKind, Driver, Error, InPlace, Location, Manifest, Memory, Output, Registry, Remedy,
+    Result, Slot, suggest,
 };
+use imgtool_storage::open::Opening;
 use imgtool_storage::os::{self, FileClass};
 use imgtool_storage::{Links, OutputRequest};
 
@@ -30,6 +31,13 @@ pub enum Destination {
         /// True if the target is known to read as zeros.
         zeroed: bool,
     },
+    /// An existing image, whose disk gets new content; see [`imgtool_core::ImageWriter::update`].
+    Image {
+        /// Path of the file or block device.
+        path: PathBuf,
+        /// True if its disk is known to read as zeros.
+        zeroed: bool,
+    },
     /// Standard output, a FIFO, or another target that is written in order.
     Stream(Location),
     /// An output that the caller has opened.
@@ -40,7 +48,7 @@ impl Destination {
     /// Returns the location, for messages and for resolving relative names.
     pub fn location(&self) -> Location {
         match self {
-            Self::New(path) | Self::Existing { path, .. } => path.into(),
+            Self::New(path) | Self::Existing { path, .. } | Self::Image { path, .. } => path.into(),
             Self::Stream(location) => location.clone(),
             Self::Open(output) => output.location().clone(),
         }
@@ -49,7 +57,7 @@ impl Destination {
     /// Returns the path, if the destination is a file or device.
     pub fn path(&self) -> Option<&Path> {
         match self {
-            Self::New(path) | Self::Existing { path, .. } => Some(path),
+            Self::New(path) | Self::Existing { path, .. } | Self::Image { path, .. } => Some(path),
             Self::Stream(_) | Self::Open(_) => None,
         }
     }
@@ -57,7 +65,7 @@ impl Destination {
     /// True if the destination can only be written in order.
     pub fn is_stream(&self) -> bool {
         match self {
-            Self::New(_) | Self::Existing { .. } => false,
+            Self::New(_) | Self::Existing { .. } | Self::Image { .. } => false,
             Self::Stream(_) => true,
             Self::Open(output) => output.is_stream(),
         }
@@ -159,6 +167,7 @@ impl Layout {
                     OutputRequest::Existing(path.clone())
                 }
                 Destination::Existing { path, .. } => new(path, true),
+                Destination::Image { path, .. } => OutputRequest::Existing(path.clone()),
                 Destination::Stream(Location::Stdout) => OutputRequest::Stdout,
                 // A stream replaces nothing, and two outputs may share it.
                 Destination::Stream(_) | Destination::Open(_) => continue,
@@ -320,15 +329,6 @@ impl LayoutRequest<'_> {
         }
         if rest.len() == 1 && !is_directory {
             self.note_left_out(layout);
-            if let Some(path) = dest.path()
-                && self.in_place.is_some()
-                && !is_written_in_place(&*self.format.driver, path)
-            {
-                let text = format!(
-                    "{dest} was replaced by a new image: its old options, size and snapshots are gone"
-                );
-                layout.notes.push(Note::Text(text));
-            }
             layout.outputs.push(self.output(self.destination(dest)?, self.format.clone(), rest));
             return Ok(());
         }
@@ -432,9 +432,30 @@ impl LayoutRequest<'_> {
                     .path(dest)
                     .hint("it does not exist: leave out writing in place to make it"))
             }
-            Some(zeroed) => Ok(Destination::Existing { path: path.to_owned(), zeroed }),
+            Some(zeroed) => self.in_place(path, zeroed),
             None => Ok(Destination::New(path.to_owned())),
         }
+    }
+
+    /// Decides how to write into the file or device at `path`, which exists.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::Refused`] if the format can't write into it: nothing is replaced.
+    fn in_place(&self, path: &Path, zeroed: bool) -> Result<Destination> {
+        let (driver, path) = (&*self.format.driver, path.to_owned());
+        let capabilities = driver.capabilities();
+        if capabilities.updates && (holds_image(driver, &path)? || !is_written_in_place(driver, &path)) {
+            if self.format.has_own_options() {
+                return Err(Error::usage("the options of an image that exists can't be changed").path(path));
+            }
+            return Ok(Destination::Image { path, zeroed });
+        }
+        if is_written_in_place(driver, &path) {
+            return Ok(Destination::Existing { path, zeroed });
+        }
+        Err(Error::refused(format!("a {} image that exists can't be written into", driver.name()))
+            .path(path)
+            .remedied_by(Remedy::ReplaceImage))
     }
 
     fn output(&self, destination: Destination, format: TargetFormat, disks: Vec<Slot>) -> PlannedOutput {
@@ -490,4 +511,10 @@ pub fn is_written_in_place(driver: &dyn Driver, path: &Path) -> bool {
             std::fs::metadata(path).is_ok_and(|meta| os::classify(&meta) == FileClass::BlockDevice)
         }
     }
+}
+
+/// True if the file or device at `path` begins like an image of the driver's format.
+fn holds_image(driver: &dyn Driver, path: &Path) -> Result<bool> {
+    let input = imgtool_storage::open::open(&path.into(), Opening::Plain, &Memory::default())?.input;
+    Ok(driver.probe(&input.head()?, input.len()).is_some())
 }

@@ -22,6 +22,7 @@ pub mod digest;
 pub mod externals;
 pub mod foreign;
 pub mod format;
+mod front;
 pub mod layout;
 mod missing;
 pub mod monitor;

@@ -87,10 +87,17 @@ impl Plan {
             shares: &shares,
         };
         let sinks = sinks::open_sinks(&self.layout, &self.selected, &mut self.outputs, settings)?;
-        let in_place: Vec<Output> = sinks
-            .iter()
-            .map(|open| open.output.clone())
-            .filter(|output| output.capacity().is_some())
+        let existed = |(planned, _): &(&PlannedOutput, &OpenSink)| {
+            matches!(planned.destination, Destination::Existing { .. } | Destination::Image { .. })
+        };
+        let planned = self.layout.outputs.iter().zip(&sinks).filter(existed);
+        // An existing image that is replaced is a new file until then.
+        let in_place: Vec<Output> = planned
+            .map(|(planned, open)| (planned, open.output.clone()))
+            .filter(|(planned, output)| {
+                output.capacity().is_some() || matches!(planned.destination, Destination::Image { .. })
+            })
+            .map(|(_, output)| output)
             .collect();
         let result = self.fill(&sinks, tables, &base_opener, options, monitor);
         if result.is_err() {
@@ -211,11 +218,16 @@ impl Plan {
     fn reach(&self, sinks: &[OpenSink], options: &RunOptions<'_>) -> Reach {
         let policy = &options.base_policy;
         let mut reads = BTreeSet::new();
-        for base in sinks.iter().flat_map(OpenSink::backing_images).filter(|_| options.verify) {
+        let bases = sinks.iter().flat_map(OpenSink::backing_images);
+        reads.extend(bases.clone().filter(|_| options.verify).map(Path::to_owned));
+        let images = self.layout.outputs.iter().filter_map(|output| match &output.destination {
+            Destination::Image { path, .. } => Some(path.as_path()),
+            _ => None,
+        });
+        for named in bases.chain(images).filter(|_| options.verify) {
             reads.extend(policy.paths.iter().cloned());
-            reads.insert(base.to_owned());
             // The policy allows the directory of the file itself, wherever a link to it is.
-            let real = std::fs::canonicalize(base).ok().filter(|_| policy.chain);
+            let real = std::fs::canonicalize(named).ok().filter(|_| policy.chain);
             reads.extend(real.as_deref().and_then(Path::parent).map(Path::to_owned));
         }
         Reach {
@@ -432,6 +444,9 @@ fn stored_len(planned: &PlannedOutput, selected: &[SelectedDisk], written: u64) 
             let beside: u64 = companions.iter().filter_map(|path| len(path).ok()).sum();
             len(path).map_or(written, |main| main + beside)
         }
-        Destination::Existing { .. } | Destination::Stream(_) | Destination::Open(_) => written,
+        Destination::Existing { .. }
+        | Destination::Image { .. }
+        | Destination::Stream(_)
+        | Destination::Open(_) => written,
     }
 }

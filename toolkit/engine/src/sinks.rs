@@ -43,7 +43,7 @@ impl OpenSink {
     }
 
     /// Returns the paths of the backing images that verification opens.
-    pub(crate) fn backing_images(&self) -> impl Iterator<Item = &Path> {
+    pub(crate) fn backing_images(&self) -> impl Iterator<Item = &Path> + Clone {
         self.supplied.values().filter_map(|file| match file {
             SuppliedFile::Path(path) => Some(path.as_path()),
             SuppliedFile::Output(_) => None,
@@ -124,6 +124,11 @@ fn open_sink(
     let location = planned.destination.location();
     let output = open_output(planned, &manifest, layout, outputs, settings)?;
     let mut supplied = BTreeMap::new();
+    if let Destination::Image { zeroed, .. } = planned.destination {
+        let writer = &planned.format.writer;
+        let sink = writer.update(&output, &manifest, zeroed, settings.base_options).in_file(&location)?;
+        return Ok(OpenSink { sink, output, supplied, base: None });
+    }
     let mut base = None;
     if let Some(backing) = planned.format.writer.backing() {
         let path = backing_path(&location, &backing.name)?;
@@ -231,6 +236,7 @@ fn open_output(
             check_capacity(planned, manifest, &output, settings)?;
             Ok(output)
         }
+        Destination::Image { path, .. } => outputs.existing_image(path, settings.force),
         Destination::Stream(location) => {
             let output = open_stream(location)?;
             outputs.stream(output.clone());

@@ -13,6 +13,7 @@ use imgtool_storage::open::OpenInput;
 
 use crate::digest::{self, ContentDigest};
 use crate::externals::PolicyOpener;
+use crate::front::Front;
 use crate::layout::{Destination, Layout, PlannedOutput};
 use crate::monitor::{Counter, LaneInfo, Monitor, Phase};
 use crate::report::DiskReport;
@@ -137,7 +138,8 @@ fn lane_of(slot: Slot) -> Lane {
 /// True if `size` equals `disk`, the size of the disk, or `disk` rounded up to a sector. An existing target
 /// may be larger, since it keeps its length.
 fn is_size_of(planned: &PlannedOutput, size: u64, disk: u64) -> bool {
-    let existed = matches!(planned.destination, Destination::Existing { .. });
+    let existed =
+        matches!(planned.destination, Destination::Existing { .. } | Destination::Image { .. });
     size >= disk && (size - disk < LARGEST_SECTOR || existed)
 }
 
@@ -176,7 +178,9 @@ fn check(planned: &PlannedOutput, open: &OpenSink, options: &OpenOptions) -> Res
         found => found?,
     };
     let first = found.findings.first().map(|finding| format!(" ({finding})")).unwrap_or_default();
-    match found.corruptions.saturating_add(found.leaks).saturating_add(found.check_errors) {
+    // An image that existed may have had leaks before.
+    let leaks = if matches!(planned.destination, Destination::Image { .. }) { 0 } else { found.leaks };
+    match found.corruptions.saturating_add(leaks).saturating_add(found.check_errors) {
         0 => Ok(()),
         _ => Err(differs(planned, &format!("the structure is damaged{first}"))),
     }
@@ -199,7 +203,14 @@ fn open_again(
         // One layer: the disk itself may begin like a compressed file.
         input = OpenInput::of(input).borrowing(&options.memory).without_layers(1)?.input;
     }
-    planned.format.driver.open(input, options)
+    let image = planned.format.driver.open(input, options)?;
+    match (&planned.destination, planned.disks.as_slice()) {
+        // The image may be larger than the disk, and keeps its content there.
+        (Destination::Image { .. }, [slot]) => {
+            Ok(Arc::new(Front::new(image, expected.disks[slot.index()].virtual_size)))
+        }
+        _ => Ok(image),
+    }
 }
 
 /// Returns options with an opener that supplies the files named by an output.

@@ -99,6 +99,21 @@ pub fn existing(location: impl Into<Location>, file: File, reads_as_zero: bool) 
     Ok(Output::from_write_at(location, Box::new(target)))
 }
 
+/// Creates an output over a file or block device that contains an image, to change it in place. A file grows
+/// as it is written.
+///
+/// # Errors
+/// If its length can't be determined.
+pub fn existing_image(location: impl Into<Location>, file: File) -> Result<Output> {
+    let location = location.into();
+    let describe = |e| Error::io("find the length", e).path(&location);
+    let meta = file.metadata().map_err(describe)?;
+    let is_block_device = os::classify(&meta) == os::FileClass::BlockDevice;
+    let capacity = is_block_device.then(|| os::file_len(&file)).transpose().map_err(describe)?;
+    let target = FileTarget { file, capacity, reads_as_zero: false, is_block_device };
+    Ok(Output::from_write_at(location, Box::new(target)))
+}
+
 impl WriteAt for FileTarget {
     fn write_vectored_at(&self, slices: &[IoSlice<'_>], position: u64) -> io::Result<usize> {
         os::write_vectored_at(&self.file, slices, position)

@@ -167,6 +167,28 @@ impl Outputs {
     /// [`imgtool_core::ErrorKind::Refused`] if it is a source or in use; [`imgtool_core::ErrorKind::Usage`]
     /// if it is another output, a directory or a stream; [`imgtool_core::ErrorKind::Io`].
     pub fn existing(&mut self, path: &Path, reads_as_zero: bool, force: bool) -> Result<Output> {
+        let (file, identity) = self.open_existing(path, force)?;
+        let output = file::existing(path, file, reads_as_zero)?;
+        self.claimed.extend(identity);
+        self.others.push(output.clone());
+        Ok(output)
+    }
+
+    /// Opens an existing block device or file that contains an image, to change the image in place. A file
+    /// grows as needed.
+    ///
+    /// # Errors
+    /// Same as [`Outputs::existing`].
+    pub fn existing_image(&mut self, path: &Path, force: bool) -> Result<Output> {
+        let (file, identity) = self.open_existing(path, force)?;
+        let output = file::existing_image(path, file)?;
+        self.claimed.extend(identity);
+        self.others.push(output.clone());
+        Ok(output)
+    }
+
+    /// Opens an existing target for reading and writing, unless it is in use.
+    fn open_existing(&self, path: &Path, force: bool) -> Result<(File, Option<Identity>)> {
         let meta = std::fs::metadata(path).map_err(|e| Error::io("open for writing", e).path(path))?;
         let identity = Identity::of(&meta, path);
         self.check_free(path, identity.as_ref(), &self.claimed)?;
@@ -193,10 +215,7 @@ impl Outputs {
                 .path(path)
                 .remedied_by(Remedy::ForceWrite("stop the program that uses it".into())));
         }
-        let output = file::existing(path, file, reads_as_zero)?;
-        self.claimed.extend(identity);
-        self.others.push(output.clone());
-        Ok(output)
+        Ok((file, identity))
     }
 
     /// Adds a stream, which [`Outputs::commit`] flushes.
