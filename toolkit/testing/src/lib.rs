@@ -6,6 +6,7 @@ pub mod conformance;
 pub mod crafted;
 mod files;
 pub mod images;
+pub mod journal;
 pub mod manifest;
 pub mod memory;
 pub mod oracles;

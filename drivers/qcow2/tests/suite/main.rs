@@ -9,5 +9,6 @@ mod hostile;
 mod qcow2_rs;
 mod readers;
 mod tools;
+mod updated;
 mod variants;
 mod written;

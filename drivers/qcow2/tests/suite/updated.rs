@@ -1,0 +1,227 @@
+//! Content written into images that exist: what qemu-img made is kept, whenever the writer is interrupted.
+
+use imgtool_core::{CreateOptions, Device, Driver, ErrorKind, ImageSink, Manifest, OpenOptions, Result};
+use imgtool_qcow2::Qcow2Driver;
+use imgtool_raw::RawDriver;
+use imgtool_testing::conformance::{self as laws, scratch};
+use imgtool_testing::images::noise;
+use imgtool_testing::journal::Journal;
+use imgtool_testing::oracles::{run_in, try_run_in};
+use imgtool_testing::{crafted, memory, require};
+
+/// Size in bytes of the images.
+const SIZE: usize = 3 << 20;
+
+/// Options of images with every kind of table.
+const OPTIONS: [&str; 8] = [
+    "",
+    "cluster_size=512,refcount_bits=64",
+    "cluster_size=4k,compat=0.10",
+    "cluster_size=16k,extended_l2=on",
+    "cluster_size=2M",
+    "refcount_bits=8",
+    "preallocation=metadata",
+    "lazy_refcounts=on,compression_type=zstd",
+];
+
+/// Makes an image with data, zeros, compressed clusters, a snapshot, and changes after it.
+fn scribbled(options: &str) -> Vec<u8> {
+    let directory = scratch();
+    let path = directory.path();
+    let mut create = vec!["create", "-q", "-f", "qcow2"];
+    create.extend([options].iter().filter(|text| !text.is_empty()).flat_map(|text| ["-o", text]));
+    let size = SIZE.to_string();
+    create.extend(["x", &size]);
+    run_in("qemu-img", path, &create);
+    if !options.contains("preallocation") {
+        run_in("qemu-io", path, &["-c", "write -c -P 7 2M 1M", "x"]);
+    }
+    let writes = ["write -P 1 0 300k", "write -P 2 1M 70k", "write -z 1100k 200k", "write -P 3 1500k 4k"];
+    let after = ["write -P 4 100k 100k", "discard 1500k 100k", "write -P 5 1200k 13k"];
+    let io = |commands: &[&str]| {
+        let args: Vec<&str> = commands.iter().flat_map(|command| ["-c", command]).chain(["x"]).collect();
+        run_in("qemu-io", path, &args);
+    };
+    io(&writes);
+    run_in("qemu-img", path, &["snapshot", "-c", "before", "x"]);
+    io(&after);
+    std::fs::read(path.join("x")).unwrap()
+}
+
+/// Returns `len` bytes: noise, zeros, noise, and zeros again, in pieces that no cluster size divides.
+fn new_content(len: usize) -> Vec<u8> {
+    let mut bytes = noise(9, len);
+    for start in (150_000..len).step_by(500_000) {
+        let end = (start + 290_000).min(len);
+        bytes[start..end].fill(0);
+    }
+    bytes
+}
+
+/// Opens the image of `journal` to write a disk of `size` bytes into it.
+fn update(journal: &Journal, size: u64, options: &CreateOptions) -> Result<Box<dyn ImageSink>> {
+    let manifest = Manifest { devices: vec![Device::disk(0, "disk", size)], ..Manifest::default() };
+    let writer = Qcow2Driver.writer(options)?;
+    writer.update(&journal.output(), &manifest, false, &OpenOptions::default())
+}
+
+/// Writes `disk` into the image of `journal`.
+fn write_into(journal: &Journal, disk: &[u8], options: &CreateOptions) -> Result<()> {
+    let sink = update(journal, disk.len() as u64, options)?;
+    laws::fill_sink(&*crafted::open(&RawDriver, disk)?, &*sink, 2)?;
+    journal.output().sync()
+}
+
+fn content_of(image: &[u8], snapshot: Option<&str>) -> Vec<u8> {
+    let options = OpenOptions { snapshot: snapshot.map(str::to_owned), ..OpenOptions::default() };
+    crafted::content(&Qcow2Driver.open(memory::as_file("image", image), &options).unwrap()).unwrap()
+}
+
+/// True if every sector of `found` is that of `old` or that of `new`.
+fn is_old_or_new(found: &[u8], old: &[u8], new: &[u8]) -> bool {
+    let sectors = found.chunks(512).zip(old.chunks(512)).zip(new.chunks(512));
+    sectors.into_iter().all(|((found, old), new)| found == old || found == new)
+}
+
+#[test]
+fn qemu_finds_the_new_content_and_no_fault() {
+    require!("qemu-img", "qemu-io");
+    for options in OPTIONS {
+        let image = scribbled(options);
+        let (old, snapshot) = (content_of(&image, None), content_of(&image, Some("before")));
+        for len in [SIZE, SIZE - 700_000, 131_072, 512] {
+            for zeros_stored in [false, true] {
+                let journal = Journal::new(image.clone());
+                let sparse_granularity = zeros_stored.then_some(0);
+                let create = CreateOptions { sparse_granularity, ..CreateOptions::default() };
+                let new = new_content(len);
+                write_into(&journal, &new, &create).unwrap();
+                let directory = scratch();
+                std::fs::write(directory.path().join("x"), journal.now()).unwrap();
+                let what = format!("{options}, {len} bytes, zeros stored: {zeros_stored}");
+                let (status, output, errors) =
+                    try_run_in("qemu-img", directory.path(), &["check", "-f", "qcow2", "x"]);
+                assert_eq!(status, 0, "{what}: {output}{errors}");
+                let expected = [&new, &old[len..]].concat();
+                assert!(crafted::qemu_content(&journal.now(), "qcow2") == expected, "{what}");
+                run_in("qemu-img", directory.path(), &["snapshot", "-a", "before", "x"]);
+                let reverted = std::fs::read(directory.path().join("x")).unwrap();
+                assert!(crafted::qemu_content(&reverted, "qcow2") == snapshot, "{what}: the snapshot");
+            }
+        }
+    }
+}
+
+/// Asserts that an image left by an interrupted writer is sound: its tables, the snapshot, the part that is
+/// not written, and each sector of the rest.
+fn assert_sound(image: &[u8], old: &[u8], new: &[u8], snapshot: &[u8], what: &str) {
+    let report = crafted::check(&Qcow2Driver, image);
+    assert_eq!((report.corruptions, report.check_errors), (0, 0), "{what}: {:?}", report.findings);
+    assert!(is_old_or_new(&content_of(image, None), old, new), "{what}: the content");
+    assert!(content_of(image, Some("before")) == snapshot, "{what}: the snapshot");
+}
+
+#[test]
+fn every_write_leaves_a_sound_image() {
+    require!("qemu-img", "qemu-io");
+    for options in OPTIONS {
+        let image = scribbled(options);
+        let (old, snapshot) = (content_of(&image, None), content_of(&image, Some("before")));
+        let len = 1_300_000;
+        let journal = Journal::new(image);
+        let new = new_content(len);
+        write_into(&journal, &new, &CreateOptions::default()).unwrap();
+        let new = [&new, &old[len..]].concat();
+        let mut count = 0;
+        journal.each_prefix(|image| {
+            assert_sound(image, &old, &new, &snapshot, &format!("{options}, {count} writes"));
+            count += 1;
+        });
+        // With clusters of 2 MiB, the only write is that of the data.
+        assert!(count > 4 || options.contains("2M"), "{options}: {count} writes");
+        journal.each_crash(3, 12, |image| {
+            assert_sound(image, &old, &new, &snapshot, &format!("{options}, a crash"));
+        });
+        assert!(content_of(&journal.now(), None) == new, "{options}");
+    }
+}
+
+#[test]
+fn qemu_finds_no_corruption_after_any_write() {
+    require!("qemu-img", "qemu-io");
+    let journal = Journal::new(scribbled("cluster_size=16k,extended_l2=on"));
+    write_into(&journal, &new_content(900_000), &CreateOptions::default()).unwrap();
+    let directory = scratch();
+    journal.each_prefix(|image| {
+        std::fs::write(directory.path().join("x"), image).unwrap();
+        let (status, output, errors) =
+            try_run_in("qemu-img", directory.path(), &["check", "-f", "qcow2", "x"]);
+        // 3: only leaked clusters.
+        assert!(status == 0 || status == 3, "{output}{errors}");
+    });
+}
+
+#[test]
+fn what_is_replaced_becomes_free_again() {
+    require!("qemu-img", "qemu-io");
+    let journal = Journal::new(scribbled("cluster_size=4k"));
+    let mut sizes = Vec::new();
+    for _ in 0..4 {
+        write_into(&journal, &new_content(SIZE), &CreateOptions::default()).unwrap();
+        assert_eq!(crafted::faults(&Qcow2Driver, &journal.now()), (0, 0));
+        sizes.push(journal.now().len());
+    }
+    assert_eq!(sizes[1], sizes[3], "a file that only grows: {sizes:?}");
+}
+
+#[test]
+fn the_refcount_table_moves_when_it_is_full() {
+    require!("qemu-img");
+    let directory = scratch();
+    // A table of one cluster has 64 entries, each for 64 clusters of 512 bytes: 2 MiB.
+    let args = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=64", "x", "12M"];
+    run_in("qemu-img", directory.path(), &args);
+    let image = std::fs::read(directory.path().join("x")).unwrap();
+    let table = |image: &[u8]| image[48..60].to_vec();
+    let journal = Journal::new(image.clone());
+    let disk = noise(4, 12 << 20);
+    write_into(&journal, &disk, &CreateOptions::default()).unwrap();
+    assert_ne!(table(&journal.now()), table(&image));
+    assert_eq!(crafted::faults(&Qcow2Driver, &journal.now()), (0, 0));
+    assert!(crafted::qemu_content(&journal.now(), "qcow2") == disk);
+    let empty = vec![0; 12 << 20];
+    let mut seen = 0u64;
+    journal.each_crash(8, 2, |image| {
+        let report = crafted::check(&Qcow2Driver, image);
+        assert_eq!((report.corruptions, report.check_errors), (0, 0), "{:?}", report.findings);
+        assert!(is_old_or_new(&content_of(image, None), &empty, &disk));
+        seen += 1;
+    });
+    assert!(seen >= 8);
+}
+
+#[test]
+fn refuses_what_it_can_not_keep() {
+    require!("qemu-img", "qemu-io");
+    let image = scribbled("");
+    let refusal = |image: &[u8], size: usize| {
+        let journal = Journal::new(image.to_vec());
+        let error = update(&journal, size as u64, &CreateOptions::default()).map(|_| ()).unwrap_err();
+        assert!(journal.now() == image, "refused, but changed");
+        error
+    };
+    assert_eq!(refusal(&image, SIZE + 512).kind(), ErrorKind::Refused);
+    let mut dirty = image.clone();
+    dirty[79] |= 1;
+    assert_eq!(refusal(&dirty, SIZE).kind(), ErrorKind::Refused);
+    let mut corrupt = image.clone();
+    corrupt[79] |= 2;
+    assert_eq!(refusal(&corrupt, SIZE).kind(), ErrorKind::Refused);
+    // A refcount of 0 for the cluster of the header.
+    let table = u64::from_be_bytes(image[48..56].try_into().unwrap()) as usize;
+    let block = u64::from_be_bytes(image[table..table + 8].try_into().unwrap()) as usize;
+    let mut uncounted = image.clone();
+    uncounted[block..block + 2].fill(0);
+    assert!(refusal(&uncounted, SIZE).message().contains("damaged"));
+    assert_eq!(refusal(&[0; 4096], 512).kind(), ErrorKind::WrongFormat);
+}
