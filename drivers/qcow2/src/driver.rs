@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use imgtool_core::{
     BackingName, Capabilities, CheckReport, Confidence, CreateOptions, Driver, Error, ImageSink, ImageSource,
-    ImageWriter, InPlace, Input, Manifest, Measure, OpenOptions, OptionSpec, Output, OutputFactory, Remedy,
+    ImageWriter, InPlace, Input, Manifest, Measure, NamedFiles, OpenOptions, OptionSpec, Output, OutputFactory, Remedy,
     Result, TableMemory,
 };
 
@@ -105,6 +105,7 @@ impl ImageWriter for Qcow2Writer {
     fn update(
         &self,
         image: &Output,
+        files: &mut dyn NamedFiles,
         manifest: &Manifest,
         reads_as_zero: bool,
         options: &OpenOptions,
@@ -114,7 +115,7 @@ impl ImageWriter for Qcow2Writer {
                 .remedied_by(Remedy::LeaveOutCompression));
         }
         let update = UpdateOptions { zero_unit: self.options.zero_unit, reads_as_zero };
-        Ok(Box::new(Updater::open(image, manifest.single(FORMAT)?, update, options)?))
+        Ok(Box::new(Updater::open(image, files, manifest.single(FORMAT)?, update, options)?))
     }
 
     fn create(&self, outputs: &mut dyn OutputFactory, manifest: &Manifest) -> Result<Box<dyn ImageSink>> {

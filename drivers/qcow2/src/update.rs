@@ -10,6 +10,7 @@
 //! 3. the L1 entries, which switch from the old tables to the copies;
 //! 4. the refcounts of what the old tables alone referred to.
 
+mod bitmaps;
 mod refcounts;
 mod tables;
 
@@ -18,16 +19,16 @@ use std::sync::{Arc, Mutex};
 
 use imgtool_core::sync::lock;
 use imgtool_core::{
-    BufferPool, Bytes, Consumer, Device, Disk, Error, Geometry, ImageSink, OpenOptions, Output, OutputId,
-    Prepared, Result, SinkDevice, SinkPiece, WriteList,
+    BufferPool, Bytes, Consumer, Device, Disk, Error, Geometry, ImageSink, Memory, NamedFiles, OpenOptions,
+    Output, OutputId, Prepared, Result, SinkDevice, SinkPiece, WriteList,
 };
 
 use crate::check;
+use crate::layout::FORMAT;
 use crate::layout::entry::{L2Entry, Shape, Subclusters};
 use crate::layout::header::{
     AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, Header, INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_DIRTY,
 };
-use crate::layout::{FORMAT, bitmap};
 use crate::options::ZERO_GRANULARITY;
 use crate::source::Qcow2Source;
 use refcounts::RefcountEditor;
@@ -57,9 +58,15 @@ pub struct UpdateOptions {
 
 /// Sink that writes into an existing image.
 pub struct Updater {
-    outputs: [Output; 1],
+    /// Outputs of the image and, if it has one, of its data file.
+    outputs: Vec<Output>,
+    /// ID of the output for guest data.
+    data_id: OutputId,
     header: Header,
+    /// Number of bitmaps that track writes.
+    bitmaps: usize,
     options: UpdateOptions,
+    memory: Memory,
     /// Old content of the disk, if the written part may end within a cluster.
     old: Option<Disk>,
     /// Size in bytes of the disk that is written; `None` until the end of a stream.
@@ -81,6 +88,7 @@ impl Updater {
     /// Nothing has been written in this case.
     pub fn open(
         output: &Output,
+        files: &mut dyn NamedFiles,
         device: &Device,
         options: UpdateOptions,
         open: &OpenOptions,
@@ -93,7 +101,14 @@ impl Updater {
         if size.is_some_and(|size| size > header.virtual_size) {
             return Err(too_small(&header, device.size).path(output.location()));
         }
+        let bitmaps = bitmaps::count_tracking(&input, &header)?;
         check_intact(output, open)?;
+        let mut outputs = vec![output.clone()];
+        if header.has(INCOMPATIBLE_DATA_FILE) {
+            let name = header.extensions.data_file.as_deref();
+            let name = name.ok_or_else(|| Error::unsupported("the image does not name its data file"))?;
+            outputs.push(files.open("data file", name)?);
+        }
         let state = State {
             tables: ShadowTables::open(output, &header, &open.memory)?,
             refcounts: RefcountEditor::open(output, &header, &open.memory)?,
@@ -102,8 +117,11 @@ impl Updater {
             size < header.virtual_size && !size.is_multiple_of(header.shape.cluster_size())
         });
         Ok(Self {
-            outputs: [output.clone()],
+            data_id: OutputId(u32::from(outputs.len() > 1)),
+            outputs,
             old: ends_within_cluster.then(|| open_content(output, open)).transpose()?,
+            bitmaps,
+            memory: open.memory.clone(),
             header,
             options,
             size: Mutex::new(size),
@@ -112,7 +130,17 @@ impl Updater {
     }
 
     fn output(&self) -> &Output {
-        &self.outputs[0]
+        &self.outputs[OutputId::MAIN.index()]
+    }
+
+    /// True if guest data is in a data file, at the guest offsets.
+    fn has_data_file(&self) -> bool {
+        self.data_id != OutputId::MAIN
+    }
+
+    /// True if the data file by itself must stay a raw image of the disk.
+    fn has_raw_data_file(&self) -> bool {
+        self.has_data_file() && self.header.autoclear & AUTOCLEAR_DATA_FILE_RAW != 0
     }
 
     fn shape(&self) -> Shape {
@@ -148,17 +176,17 @@ impl Updater {
                 Some((start, known)) if *start + known.len() as u64 == host => known.end = bytes.end,
                 _ => {
                     if let Some((start, known)) = run.replace((host, bytes)) {
-                        writes.push(OutputId::MAIN, start, Bytes::Data(known));
+                        writes.push(self.data_id, start, Bytes::Data(known));
                     }
                 }
             }
             if let Some(tail) = tail {
-                writes.push(OutputId::MAIN, host + (end - position), Bytes::Owned(tail));
+                writes.push(self.data_id, host + (end - position), Bytes::Owned(tail));
             }
             position = end;
         }
         if let Some((start, known)) = run {
-            writes.push(OutputId::MAIN, start, Bytes::Data(known));
+            writes.push(self.data_id, start, Bytes::Data(known));
         }
         Ok(())
     }
@@ -171,13 +199,10 @@ impl Updater {
         let words = tables.get(guest.start, refcounts)?;
         let entry = L2Entry(words[0]);
         let known = (!entry.is_compressed()).then(|| entry.host_offset()).filter(|host| *host != 0);
-        let alone = match known {
-            Some(host) if refcounts.get(host)? == 1 => Some(host),
-            _ => None,
-        };
-        let host = match alone {
-            Some(host) => host,
-            None => refcounts.allocate()?,
+        let host = match known {
+            _ if self.has_data_file() => guest.start,
+            Some(host) if refcounts.get(host)? == 1 => host,
+            _ => refcounts.allocate()?,
         };
         let new = [L2Entry::data(host).0, if shape.extended_l2 { Subclusters::ALL_ALLOCATED.0 } else { 0 }];
         let is_partial = guest.end - guest.start < shape.cluster_size();
@@ -223,13 +248,14 @@ impl Updater {
                     state.tables.set(position, zeros, &mut state.refcounts)?;
                 }
                 Some(_) => {}
+                // The bytes in a raw data file are zeros as well.
                 None if self.reads_as_zero(words) => {}
                 None => {
                     let end = end.min(guest.end);
                     let (host, tail) = self.data_cluster(state, position..end)?;
-                    writes.push(OutputId::MAIN, host, Bytes::Zero(end - position));
+                    writes.push(self.data_id, host, Bytes::Zero(end - position));
                     if let Some(tail) = tail {
-                        writes.push(OutputId::MAIN, host + (end - position), Bytes::Owned(tail));
+                        writes.push(self.data_id, host + (end - position), Bytes::Owned(tail));
                     }
                 }
             }
@@ -241,6 +267,9 @@ impl Updater {
     /// Returns the entry that makes a cluster with the entry `words` read as zeros, or `None` if only written
     /// zeros can do that.
     fn zero_entry(&self, words: Words) -> Option<Words> {
+        if self.has_raw_data_file() {
+            return None;
+        }
         if self.reads_as_zero(words) {
             return Some(words);
         }
@@ -262,12 +291,13 @@ impl Updater {
             return subclusters == Subclusters::ALL_ZERO
                 || (!self.has_backing() && !subclusters.any_allocated());
         }
-        entry.reads_as_zeros() || (entry.host_offset() == 0 && !self.has_backing())
+        let has_host = entry.host_offset() != 0 || (self.has_data_file() && entry.is_copied());
+        entry.reads_as_zeros() || (!has_host && !self.has_backing())
     }
 
     /// Clears the feature bits of data that the driver does not keep up to date.
     fn clear_features(&self) -> Result<()> {
-        let kept = self.header.autoclear & AUTOCLEAR_DATA_FILE_RAW;
+        let kept = self.header.autoclear & (AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_RAW);
         if kept == self.header.autoclear {
             return Ok(());
         }
@@ -318,6 +348,10 @@ impl ImageSink for Updater {
 
     fn begin(&self) -> Result<Vec<u8>> {
         self.clear_features()?;
+        if self.bitmaps > 0 {
+            let input = self.output().reopen(&self.memory)?;
+            bitmaps::mark_all(input, &self.header, self.output(), &mut lock(&self.state).refcounts)?;
+        }
         Ok(Vec::new())
     }
 
@@ -342,7 +376,7 @@ impl ImageSink for Updater {
         tables.write_changed(refcounts)?;
         let old_table = refcounts.outgrows_table().then(|| refcounts.move_table()).transpose()?;
         refcounts.write_changed()?;
-        output.sync()?;
+        self.outputs.iter().try_for_each(Output::sync)?;
         refcounts.write_table()?;
         if old_table.is_some() {
             output.sync()?;
@@ -362,13 +396,17 @@ impl ImageSink for Updater {
 
     fn notes(&self) -> Vec<String> {
         let size = lock(&self.size).unwrap_or(0);
+        let mut notes = Vec::new();
         let kept = self.header.virtual_size.saturating_sub(size);
-        match kept {
-            0 => Vec::new(),
-            _ => vec![format!(
+        if kept > 0 {
+            notes.push(format!(
                 "the image is larger than the disk: its last {kept} bytes keep their old content"
-            )],
+            ));
         }
+        if self.bitmaps > 0 {
+            notes.push(format!("{} of its bitmaps mark the whole disk as changed", self.bitmaps));
+        }
+        notes
     }
 }
 
@@ -389,15 +427,6 @@ fn check_changeable(header: &Header) -> Result<()> {
         return Err(Error::refused("the image was not closed cleanly, so its refcounts may be wrong")
             .at(72)
             .hint("repair it first: qemu-img check -r all"));
-    }
-    if header.has(INCOMPATIBLE_DATA_FILE) {
-        return Err(Error::unsupported("an image with an external data file can't be written into")
-            .at(72)
-            .hint("make a new image instead"));
-    }
-    if header.autoclear & AUTOCLEAR_BITMAPS != 0 && bitmap::count(header) > 0 {
-        return Err(Error::refused("the image has persistent bitmaps, which would no longer match its content")
-            .hint("remove them first: qemu-img bitmap --remove"));
     }
     Ok(())
 }

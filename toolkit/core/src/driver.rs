@@ -114,7 +114,8 @@ pub trait ImageWriter: Send + Sync {
 
     /// Opens the existing image in `image` to replace the content of its disk with `manifest`'s only device.
     /// The image keeps everything else: its virtual size, options, snapshots and backing image. `reads_as_zero`
-    /// is true if its disk is known to contain only zeros. `options` supplies external files and memory.
+    /// is true if its disk is known to contain only zeros. `files` opens the other files of the image that
+    /// change, `options` supplies those that are only read, and memory.
     ///
     /// Every write leaves an image whose structure is intact, and whose old content outside the range of the
     /// device is whole.
@@ -125,6 +126,7 @@ pub trait ImageWriter: Send + Sync {
     fn update(
         &self,
         _image: &Output,
+        _files: &mut dyn NamedFiles,
         _manifest: &Manifest,
         _reads_as_zero: bool,
         _options: &OpenOptions,
@@ -150,6 +152,15 @@ pub trait OutputFactory {
     /// [`crate::ErrorKind::Unsupported`] if the name is not a plain file name; [`crate::ErrorKind::Refused`]
     /// if the file already exists and the user did not allow overwriting.
     fn beside(&mut self, name: &str) -> Result<Output>;
+}
+
+/// Opens the files that an existing image names, to change them together with it.
+pub trait NamedFiles {
+    /// Opens the file that the image refers to as `name` for writing. `role` says what it is ("data file").
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`] if the user did not allow the image to use this file, or if it is in use.
+    fn open(&mut self, role: &str, name: &str) -> Result<Output>;
 }
 
 /// The operations that a driver supports. The conformance suite uses them to select the laws to test.

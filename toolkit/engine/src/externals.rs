@@ -182,6 +182,17 @@ impl PolicyOpener {
         Ok((open.input, below))
     }
 
+    /// Returns the path of the file that the image at `from` refers to as `name`, and its identity, if the image
+    /// may change that file.
+    pub(crate) fn writable(&self, role: &str, name: &str, from: &Location) -> Result<(PathBuf, Identity)> {
+        let path = self.admit(role, name, from)?.path;
+        self.open_allowed(role, name, from)?;
+        let opened = lock(&self.opened);
+        let known = opened.iter().rev().find(|file| file.location.path() == Some(&path));
+        let identity = known.and_then(|file| file.identity.clone());
+        Ok((path, identity.ok_or_else(|| refusal(role, name, from))?))
+    }
+
     /// Decides whether the image at `from` may open `name`, without opening it.
     fn admit(&self, role: &str, name: &str, from: &Location) -> Result<Admission> {
         if !self.policy.chain && self.policy.paths.is_empty() {

@@ -80,6 +80,7 @@ impl Plan {
             OpenOptions { externals: base_opener.externals(), memory, ..OpenOptions::default() };
         let settings = SinkSettings {
             registry: &self.registry,
+            base_opener: &base_opener,
             base_options: &base_options,
             force: options.force,
             overwrite: self.layout.overwrite,

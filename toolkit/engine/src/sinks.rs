@@ -8,13 +8,13 @@ use std::sync::Arc;
 use imgtool_core::error::escape_control;
 use imgtool_core::external::BackingName;
 use imgtool_core::{
-    Disk, Error, ImageSink, Input, Location, Manifest, OpenOptions, Output, OutputFactory, Registry, Remedy,
+    Disk, Error, ImageSink, Input, Location, Manifest, NamedFiles, OpenOptions, Output, OutputFactory, Registry, Remedy,
     Result, ResultExt, TableMemory,
 };
 use imgtool_storage::open::Opening;
-use imgtool_storage::{CompressedSink, Compressors, Framing, Outputs, os};
+use imgtool_storage::{CompressedSink, Compressors, Framing, Identity, Outputs, os};
 
-use crate::externals::SuppliedFile;
+use crate::externals::{PolicyOpener, SuppliedFile};
 use crate::format::OuterCompression;
 use crate::layout::{Destination, Layout, PlannedOutput, is_written_in_place};
 use crate::open::{self, Opened};
@@ -55,6 +55,8 @@ impl OpenSink {
 #[derive(Clone, Copy)]
 pub(crate) struct SinkSettings<'a> {
     pub(crate) registry: &'a Registry,
+    /// Opener of the files that existing images name.
+    pub(crate) base_opener: &'a PolicyOpener,
     /// Settings for opening the backing images of outputs.
     pub(crate) base_options: &'a OpenOptions,
     /// True to write into targets that are in use, or much larger than the disk.
@@ -126,7 +128,10 @@ fn open_sink(
     let mut supplied = BTreeMap::new();
     if let Destination::Image { zeroed, .. } = planned.destination {
         let writer = &planned.format.writer;
-        let sink = writer.update(&output, &manifest, zeroed, settings.base_options).in_file(&location)?;
+        let mut files =
+            ImageFiles { image: &location, opener: settings.base_opener, outputs, force: settings.force };
+        let options = settings.base_options;
+        let sink = writer.update(&output, &mut files, &manifest, zeroed, options).in_file(&location)?;
         return Ok(OpenSink { sink, output, supplied, base: None });
     }
     let mut base = None;
@@ -182,6 +187,29 @@ impl OutputFactory for Factory<'_> {
         let path = location.path().ok_or_else(|| Error::unsupported("is not a file").path(&location))?;
         let output = self.outputs.create(path, self.overwrite)?;
         self.beside.insert(name.to_owned(), SuppliedFile::Output(output.clone()));
+        Ok(output)
+    }
+}
+
+/// Opens the files that an existing image names, as far as the policy allows.
+struct ImageFiles<'a> {
+    image: &'a Location,
+    opener: &'a PolicyOpener,
+    outputs: &'a mut Outputs,
+    force: bool,
+}
+
+impl NamedFiles for ImageFiles<'_> {
+    fn open(&mut self, role: &str, name: &str) -> Result<Output> {
+        let (path, allowed) = self.opener.writable(role, name, self.image)?;
+        let output = self.outputs.existing_image(&path, self.force)?;
+        let opened = output.file().and_then(|file| file.metadata().ok());
+        let opened = opened.and_then(|meta| Identity::of(&meta, &path));
+        if opened.and_then(|identity| identity.id()) != allowed.id() {
+            return Err(Error::refused(format!("{role} leads to another file since it was opened"))
+                .path(path)
+                .hint("another program renames files there: try again when it has finished"));
+        }
         Ok(output)
     }
 }

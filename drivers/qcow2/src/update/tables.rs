@@ -7,7 +7,7 @@ use imgtool_core::{Cache, Error, Lease, Memory, Output, Result};
 
 use super::refcounts::{Clusters, RefcountEditor};
 use crate::layout::entry::{L1Entry, L2Entry, Shape};
-use crate::layout::header::Header;
+use crate::layout::header::{Header, INCOMPATIBLE_DATA_FILE};
 use crate::layout::table::{decode_table, encode_table};
 
 /// Memory in bytes for L2 tables, unless two tables are larger. Our choice, as for a new image.
@@ -29,6 +29,8 @@ struct Table {
 pub struct ShadowTables {
     output: Output,
     shape: Shape,
+    /// True if guest data is in a data file, whose clusters have no refcounts.
+    external_data: bool,
     l1_offset: u64,
     /// L1 table as the file has it.
     old: Vec<u64>,
@@ -54,6 +56,7 @@ impl ShadowTables {
         Ok(Self {
             output: output.clone(),
             shape,
+            external_data: header.has(INCOMPATIBLE_DATA_FILE),
             l1_offset: header.l1_offset,
             new: old.clone(),
             old,
@@ -179,8 +182,11 @@ impl ShadowTables {
         Ok(())
     }
 
-    /// Returns the host clusters to which an L2 entry refers, if any.
+    /// Returns the clusters of the image to which an L2 entry refers, if any.
     fn clusters(&self, entry: L2Entry) -> Option<Clusters> {
+        if self.external_data {
+            return None;
+        }
         if !entry.is_compressed() {
             return (entry.host_offset() != 0).then(|| Clusters { offset: entry.host_offset(), count: 1 });
         }

@@ -1,6 +1,8 @@
 //! Content written into images that exist: what qemu-img made is kept, whenever the writer is interrupted.
 
-use imgtool_core::{CreateOptions, Device, Driver, ErrorKind, ImageSink, Manifest, OpenOptions, Result};
+use imgtool_core::{
+    CreateOptions, Device, Driver, ErrorKind, ImageSink, Manifest, NamedFiles, OpenOptions, Output, Result,
+};
 use imgtool_qcow2::Qcow2Driver;
 use imgtool_raw::RawDriver;
 use imgtool_testing::conformance::{self as laws, scratch};
@@ -58,11 +60,20 @@ fn new_content(len: usize) -> Vec<u8> {
     bytes
 }
 
+/// Images without other files.
+struct NoFiles;
+
+impl NamedFiles for NoFiles {
+    fn open(&mut self, role: &str, name: &str) -> Result<Output> {
+        panic!("{role} {name}")
+    }
+}
+
 /// Opens the image of `journal` to write a disk of `size` bytes into it.
 fn update(journal: &Journal, size: u64, options: &CreateOptions) -> Result<Box<dyn ImageSink>> {
     let manifest = Manifest { devices: vec![Device::disk(0, "disk", size)], ..Manifest::default() };
     let writer = Qcow2Driver.writer(options)?;
-    writer.update(&journal.output(), &manifest, false, &OpenOptions::default())
+    writer.update(&journal.output(), &mut NoFiles, &manifest, false, &OpenOptions::default())
 }
 
 /// Writes `disk` into the image of `journal`.
@@ -224,4 +235,35 @@ fn refuses_what_it_can_not_keep() {
     uncounted[block..block + 2].fill(0);
     assert!(refusal(&uncounted, SIZE).message().contains("damaged"));
     assert_eq!(refusal(&[0; 4096], 512).kind(), ErrorKind::WrongFormat);
+}
+
+#[test]
+fn bitmaps_mark_the_whole_disk() {
+    require!("qemu-img", "qemu-io", "qemu-nbd", "nbdinfo");
+    let directory = scratch();
+    let path = directory.path();
+    run_in("qemu-img", path, &["create", "-q", "-f", "qcow2", "x", "3M"]);
+    for bitmap in ["tracking", "frozen"] {
+        run_in("qemu-img", path, &["bitmap", "--add", "-g", "64k", "x", bitmap]);
+    }
+    run_in("qemu-io", path, &["-c", "write -P 3 1M 64k", "x"]);
+    run_in("qemu-img", path, &["bitmap", "--disable", "x", "frozen"]);
+    let journal = Journal::new(std::fs::read(path.join("x")).unwrap());
+    write_into(&journal, &noise(1, 100_000), &CreateOptions::default()).unwrap();
+    journal.each_prefix(|image| {
+        let report = crafted::check(&Qcow2Driver, image);
+        assert_eq!((report.corruptions, report.check_errors), (0, 0), "{:?}", report.findings);
+    });
+    std::fs::write(path.join("x"), journal.now()).unwrap();
+    run_in("qemu-img", path, &["check", "-f", "qcow2", "x"]);
+    let dirty = |bitmap: &str| {
+        let serve = format!(
+            "qemu-nbd -r -f qcow2 -k $PWD/s -B {bitmap} --fork --pid-file p x && \
+             nbdinfo --map=qemu:dirty-bitmap:{bitmap} 'nbd+unix:///?socket=s' | grep -w dirty; kill $(cat p)"
+        );
+        let map = run_in("sh", path, &["-c", &serve]);
+        map.split_whitespace().take(2).map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(dirty("tracking"), ["0", "3145728"]);
+    assert_eq!(dirty("frozen"), ["1048576", "65536"]);
 }
