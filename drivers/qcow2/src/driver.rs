@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use imgtool_core::{
     BackingName, Capabilities, CheckReport, Confidence, CreateOptions, Driver, Error, ImageSink, ImageSource,
-    ImageWriter, InPlace, Input, Manifest, Measure, NamedFiles, OpenOptions, OptionSpec, Output, OutputFactory, Remedy,
-    Result, TableMemory,
+    ImageWriter, InPlace, Input, Manifest, Measure, NamedFiles, OpenOptions, OptionSpec, Output,
+    OutputFactory, Remedy, Result, TableMemory,
 };
 
 use crate::compressed::Encoder;

@@ -34,6 +34,7 @@ impl Driver for VhdxDriver {
             read: true,
             write: true,
             in_place: InPlace::BlockDevices,
+            updates: true,
             size_multiple: DEFAULT_LOGICAL_SECTOR_SIZE,
             check: true,
             ..Capabilities::default()

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use imgtool_core::layered::StoredBytes;
 use imgtool_core::sync::lock;
 use imgtool_core::zero::is_zero;
-use imgtool_core::{Cache, FileRange, FileRun, Lease, Location, Memory, RandomInput, Result};
+use imgtool_core::{Cache, FileRange, FileRun, Lease, Location, Memory, Output, RandomInput, Result};
 
 use crate::overlay::Overlay;
 
@@ -47,6 +47,14 @@ impl ReplayedFile {
         // At most MAX_CACHED_PAGES, so it fits.
         let pages = Mutex::new(Cache::new(max_pages as usize));
         Ok(Self { input, overlay, len, pages, _lease: lease })
+    }
+
+    /// Makes the changes of the log in the file itself, which `output` writes.
+    pub(crate) fn apply_log(&self, output: &Output) -> Result<()> {
+        if output.capacity().is_none() && self.len > self.input.len() {
+            output.set_len(self.len)?;
+        }
+        self.overlay.write(output)
     }
 
     /// Returns the length in bytes after replay.

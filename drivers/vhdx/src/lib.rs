@@ -22,6 +22,7 @@ mod parent;
 mod replay;
 mod sink;
 mod source;
+mod update;
 mod writer;
 
 pub use driver::VhdxDriver;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use imgtool_core::{Error, Result};
+use imgtool_core::{Error, Output, Result};
 
 use crate::layout::log::{LOG_SECTOR, LogPage};
 
@@ -123,6 +123,14 @@ impl Overlay {
                 buf[index(from)..index(to)].copy_from_slice(&page[in_page]);
             }
         }
+    }
+
+    /// Makes the changes in the file itself.
+    pub(crate) fn write(&self, output: &Output) -> Result<()> {
+        for (&start, &end) in &self.zeros {
+            output.write_zeros_at(start, end - start)?;
+        }
+        self.pages.iter().try_for_each(|(&file_offset, page)| output.write_at(&page[..], file_offset))
     }
 
     /// True if any byte of the range is changed.

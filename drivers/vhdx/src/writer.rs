@@ -3,12 +3,13 @@
 use imgtool_core::block_sink::measure;
 use imgtool_core::table::TableWriter;
 use imgtool_core::{
-    CreateOptions, Error, ImageSink, ImageSource, ImageWriter, Manifest, Measure, OutputFactory, Result,
-    TableMemory,
+    CreateOptions, Error, ImageSink, ImageSource, ImageWriter, Manifest, Measure, NamedFiles, OpenOptions,
+    Output, OutputFactory, Result, TableMemory,
 };
 
 use crate::options::VhdxOptions;
 use crate::sink;
+use crate::update::{UpdateOptions, Updater};
 
 /// Writer of images with these options.
 #[derive(Debug)]
@@ -35,6 +36,19 @@ impl ImageWriter for VhdxWriter {
         let layout = options.layout(device.size).map_err(|e| e.device(&*device.name))?;
         let settings = sink::settings(device.size, options);
         measure(source, device, settings, layout.shape.block_size, |blocks| layout.file_len(blocks))
+    }
+
+    fn update(
+        &self,
+        image: &Output,
+        _files: &mut dyn NamedFiles,
+        manifest: &Manifest,
+        reads_as_zero: bool,
+        options: &OpenOptions,
+    ) -> Result<Box<dyn ImageSink>> {
+        let Self(VhdxOptions { zero_unit, .. }) = self;
+        let update = UpdateOptions { zero_unit: *zero_unit, reads_as_zero };
+        Ok(Box::new(Updater::open(image, manifest.single(crate::FORMAT)?, update, &options.memory)?))
     }
 
     fn create(&self, outputs: &mut dyn OutputFactory, manifest: &Manifest) -> Result<Box<dyn ImageSink>> {

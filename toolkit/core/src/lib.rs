@@ -47,7 +47,8 @@ pub use cache::Cache;
 pub use device::{Attachment, Device, DeviceId, DeviceKind, Lane, OutputId, SinkDevice, Slot};
 pub use disk::{Disk, DiskReader};
 pub use driver::{
-    Archive, Capabilities, CheckReport, Confidence, Driver, ImageWriter, InPlace, Measure, NamedFiles, OutputFactory,
+    Archive, Capabilities, CheckReport, Confidence, Driver, ImageWriter, InPlace, Measure, NamedFiles,
+    OutputFactory,
 };
 pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use extent::{Extent, ExtentKind, ExtentList, MapExtent, MapPlace};

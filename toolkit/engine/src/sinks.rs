@@ -8,8 +8,8 @@ use std::sync::Arc;
 use imgtool_core::error::escape_control;
 use imgtool_core::external::BackingName;
 use imgtool_core::{
-    Disk, Error, ImageSink, Input, Location, Manifest, NamedFiles, OpenOptions, Output, OutputFactory, Registry, Remedy,
-    Result, ResultExt, TableMemory,
+    Disk, Error, ImageSink, Input, Location, Manifest, NamedFiles, OpenOptions, Output, OutputFactory,
+    Registry, Remedy, Result, ResultExt, TableMemory,
 };
 use imgtool_storage::open::Opening;
 use imgtool_storage::{CompressedSink, Compressors, Framing, Identity, Outputs, os};

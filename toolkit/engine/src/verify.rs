@@ -138,8 +138,7 @@ fn lane_of(slot: Slot) -> Lane {
 /// True if `size` equals `disk`, the size of the disk, or `disk` rounded up to a sector. An existing target
 /// may be larger, since it keeps its length.
 fn is_size_of(planned: &PlannedOutput, size: u64, disk: u64) -> bool {
-    let existed =
-        matches!(planned.destination, Destination::Existing { .. } | Destination::Image { .. });
+    let existed = matches!(planned.destination, Destination::Existing { .. } | Destination::Image { .. });
     size >= disk && (size - disk < LARGEST_SECTOR || existed)
 }
 

@@ -4,8 +4,12 @@ use std::io::{self, IoSlice};
 use std::sync::{Arc, Mutex};
 
 use imgtool_core::sync::lock;
-use imgtool_core::{Memory, Output, ReadAt, WriteAt};
+use imgtool_core::{
+    CreateOptions, Device, Driver, ImageSink, Manifest, Memory, NamedFiles, OpenOptions, Output, ReadAt,
+    Result, WriteAt,
+};
 
+use crate::conformance::{Image, MemorySource, fill_sink};
 use crate::images::noise;
 
 /// Change of a target.
@@ -73,11 +77,51 @@ impl Journal {
         }
     }
 
+    /// Opens the image in the file to write a disk of `size` bytes into it.
+    ///
+    /// # Errors
+    /// Any error of [`imgtool_core::ImageWriter::update`].
+    pub fn update(
+        &self,
+        driver: &dyn Driver,
+        options: &CreateOptions,
+        size: u64,
+    ) -> Result<Box<dyn ImageSink>> {
+        let manifest = Manifest { devices: vec![Device::disk(0, "disk", size)], ..Manifest::default() };
+        let options = driver.writer(options)?;
+        options.update(&self.output(), &mut NoFiles, &manifest, false, &OpenOptions::default())
+    }
+
+    /// Writes `disk` into the image in the file.
+    ///
+    /// # Errors
+    /// Any error of the driver.
+    pub fn write(&self, driver: &dyn Driver, options: &CreateOptions, disk: &[u8]) -> Result<()> {
+        let sink = self.update(driver, options, disk.len() as u64)?;
+        fill_sink(&MemorySource::new(&Image::from_bytes("new", disk)), &*sink, 2)?;
+        self.output().sync()
+    }
+
     fn record(&self, event: Event) {
         let mut state = lock(&self.0);
         apply(&mut state.now, &event);
         state.events.push(event);
     }
+}
+
+/// Images without other files.
+struct NoFiles;
+
+impl NamedFiles for NoFiles {
+    fn open(&mut self, role: &str, name: &str) -> Result<Output> {
+        panic!("{role} {name}")
+    }
+}
+
+/// True if every sector of `found` is that of `old` or that of `new`.
+pub fn is_old_or_new(found: &[u8], old: &[u8], new: &[u8]) -> bool {
+    let sectors = found.chunks(512).zip(old.chunks(512)).zip(new.chunks(512));
+    sectors.into_iter().all(|((found, old), new)| found == old || found == new)
 }
 
 fn apply(bytes: &mut Vec<u8>, event: &Event) {

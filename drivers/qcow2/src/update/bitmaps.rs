@@ -45,7 +45,12 @@ pub fn count_tracking(input: &RandomInput, header: &Header) -> Result<usize> {
 }
 
 /// Sets all bits of the bitmaps that track writes, and releases the clusters of their old bits.
-pub fn mark_all(input: Input, header: &Header, output: &Output, refcounts: &mut RefcountEditor) -> Result<()> {
+pub fn mark_all(
+    input: Input,
+    header: &Header,
+    output: &Output,
+    refcounts: &mut RefcountEditor,
+) -> Result<()> {
     let input = input.into_random()?;
     let mut marked = Ok(());
     walk_bitmaps(&input, header, |bitmap| {

@@ -118,9 +118,9 @@ impl RefcountEditor {
     fn write_blocks(&self, mut blocks: Vec<(u64, Block)>) -> Result<()> {
         blocks.retain(|(_, block)| block.changed);
         blocks.sort_unstable_by_key(|(index, _)| self.block_offset(*index));
-        blocks.iter().try_for_each(|(index, block)| {
-            self.output.write_at(&block.bytes, self.block_offset(*index))
-        })
+        blocks
+            .iter()
+            .try_for_each(|(index, block)| self.output.write_at(&block.bytes, self.block_offset(*index)))
     }
 
     /// Returns the refcount of the host cluster at `host_offset`.
@@ -183,7 +183,9 @@ impl RefcountEditor {
     /// Returns the host offset of `cluster`, or an error if it does not fit into a table entry.
     fn host_offset(&self, cluster: u64) -> Result<u64> {
         if cluster >= MAX_HOST_OFFSET >> self.cluster_bits {
-            return Err(Error::limit("the image would be larger than 2^56 bytes").path(self.output.location()));
+            return Err(
+                Error::limit("the image would be larger than 2^56 bytes").path(self.output.location())
+            );
         }
         Ok(cluster << self.cluster_bits)
     }

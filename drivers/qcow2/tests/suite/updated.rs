@@ -1,13 +1,10 @@
 //! Content written into images that exist: what qemu-img made is kept, whenever the writer is interrupted.
 
-use imgtool_core::{
-    CreateOptions, Device, Driver, ErrorKind, ImageSink, Manifest, NamedFiles, OpenOptions, Output, Result,
-};
+use imgtool_core::{CreateOptions, Driver, ErrorKind, OpenOptions};
 use imgtool_qcow2::Qcow2Driver;
-use imgtool_raw::RawDriver;
-use imgtool_testing::conformance::{self as laws, scratch};
+use imgtool_testing::conformance::scratch;
 use imgtool_testing::images::noise;
-use imgtool_testing::journal::Journal;
+use imgtool_testing::journal::{Journal, is_old_or_new};
 use imgtool_testing::oracles::{run_in, try_run_in};
 use imgtool_testing::{crafted, memory, require};
 
@@ -60,38 +57,9 @@ fn new_content(len: usize) -> Vec<u8> {
     bytes
 }
 
-/// Images without other files.
-struct NoFiles;
-
-impl NamedFiles for NoFiles {
-    fn open(&mut self, role: &str, name: &str) -> Result<Output> {
-        panic!("{role} {name}")
-    }
-}
-
-/// Opens the image of `journal` to write a disk of `size` bytes into it.
-fn update(journal: &Journal, size: u64, options: &CreateOptions) -> Result<Box<dyn ImageSink>> {
-    let manifest = Manifest { devices: vec![Device::disk(0, "disk", size)], ..Manifest::default() };
-    let writer = Qcow2Driver.writer(options)?;
-    writer.update(&journal.output(), &mut NoFiles, &manifest, false, &OpenOptions::default())
-}
-
-/// Writes `disk` into the image of `journal`.
-fn write_into(journal: &Journal, disk: &[u8], options: &CreateOptions) -> Result<()> {
-    let sink = update(journal, disk.len() as u64, options)?;
-    laws::fill_sink(&*crafted::open(&RawDriver, disk)?, &*sink, 2)?;
-    journal.output().sync()
-}
-
 fn content_of(image: &[u8], snapshot: Option<&str>) -> Vec<u8> {
     let options = OpenOptions { snapshot: snapshot.map(str::to_owned), ..OpenOptions::default() };
     crafted::content(&Qcow2Driver.open(memory::as_file("image", image), &options).unwrap()).unwrap()
-}
-
-/// True if every sector of `found` is that of `old` or that of `new`.
-fn is_old_or_new(found: &[u8], old: &[u8], new: &[u8]) -> bool {
-    let sectors = found.chunks(512).zip(old.chunks(512)).zip(new.chunks(512));
-    sectors.into_iter().all(|((found, old), new)| found == old || found == new)
 }
 
 #[test]
@@ -102,11 +70,14 @@ fn qemu_finds_the_new_content_and_no_fault() {
         let (old, snapshot) = (content_of(&image, None), content_of(&image, Some("before")));
         for len in [SIZE, SIZE - 700_000, 131_072, 512] {
             for zeros_stored in [false, true] {
+                if zeros_stored && len != SIZE - 700_000 {
+                    continue;
+                }
                 let journal = Journal::new(image.clone());
                 let sparse_granularity = zeros_stored.then_some(0);
                 let create = CreateOptions { sparse_granularity, ..CreateOptions::default() };
                 let new = new_content(len);
-                write_into(&journal, &new, &create).unwrap();
+                journal.write(&Qcow2Driver, &create, &new).unwrap();
                 let directory = scratch();
                 std::fs::write(directory.path().join("x"), journal.now()).unwrap();
                 let what = format!("{options}, {len} bytes, zeros stored: {zeros_stored}");
@@ -141,7 +112,7 @@ fn every_write_leaves_a_sound_image() {
         let len = 1_300_000;
         let journal = Journal::new(image);
         let new = new_content(len);
-        write_into(&journal, &new, &CreateOptions::default()).unwrap();
+        journal.write(&Qcow2Driver, &CreateOptions::default(), &new).unwrap();
         let new = [&new, &old[len..]].concat();
         let mut count = 0;
         journal.each_prefix(|image| {
@@ -161,7 +132,7 @@ fn every_write_leaves_a_sound_image() {
 fn qemu_finds_no_corruption_after_any_write() {
     require!("qemu-img", "qemu-io");
     let journal = Journal::new(scribbled("cluster_size=16k,extended_l2=on"));
-    write_into(&journal, &new_content(900_000), &CreateOptions::default()).unwrap();
+    journal.write(&Qcow2Driver, &CreateOptions::default(), &new_content(900_000)).unwrap();
     let directory = scratch();
     journal.each_prefix(|image| {
         std::fs::write(directory.path().join("x"), image).unwrap();
@@ -178,7 +149,7 @@ fn what_is_replaced_becomes_free_again() {
     let journal = Journal::new(scribbled("cluster_size=4k"));
     let mut sizes = Vec::new();
     for _ in 0..4 {
-        write_into(&journal, &new_content(SIZE), &CreateOptions::default()).unwrap();
+        journal.write(&Qcow2Driver, &CreateOptions::default(), &new_content(SIZE)).unwrap();
         assert_eq!(crafted::faults(&Qcow2Driver, &journal.now()), (0, 0));
         sizes.push(journal.now().len());
     }
@@ -196,7 +167,7 @@ fn the_refcount_table_moves_when_it_is_full() {
     let table = |image: &[u8]| image[48..60].to_vec();
     let journal = Journal::new(image.clone());
     let disk = noise(4, 12 << 20);
-    write_into(&journal, &disk, &CreateOptions::default()).unwrap();
+    journal.write(&Qcow2Driver, &CreateOptions::default(), &disk).unwrap();
     assert_ne!(table(&journal.now()), table(&image));
     assert_eq!(crafted::faults(&Qcow2Driver, &journal.now()), (0, 0));
     assert!(crafted::qemu_content(&journal.now(), "qcow2") == disk);
@@ -217,7 +188,8 @@ fn refuses_what_it_can_not_keep() {
     let image = scribbled("");
     let refusal = |image: &[u8], size: usize| {
         let journal = Journal::new(image.to_vec());
-        let error = update(&journal, size as u64, &CreateOptions::default()).map(|_| ()).unwrap_err();
+        let error =
+            journal.update(&Qcow2Driver, &CreateOptions::default(), size as u64).map(|_| ()).unwrap_err();
         assert!(journal.now() == image, "refused, but changed");
         error
     };
@@ -249,7 +221,7 @@ fn bitmaps_mark_the_whole_disk() {
     run_in("qemu-io", path, &["-c", "write -P 3 1M 64k", "x"]);
     run_in("qemu-img", path, &["bitmap", "--disable", "x", "frozen"]);
     let journal = Journal::new(std::fs::read(path.join("x")).unwrap());
-    write_into(&journal, &noise(1, 100_000), &CreateOptions::default()).unwrap();
+    journal.write(&Qcow2Driver, &CreateOptions::default(), &noise(1, 100_000)).unwrap();
     journal.each_prefix(|image| {
         let report = crafted::check(&Qcow2Driver, image);
         assert_eq!((report.corruptions, report.check_errors), (0, 0), "{:?}", report.findings);

@@ -150,6 +150,58 @@ impl Descriptor {
     }
 }
 
+/// Encodes an entry that overwrites each of `pages`, with the file offset of each, in a file of `file_len` bytes.
+/// The entry is a sequence of its own, at the start of the log. An entry with 254 pages fits into 1 MiB.
+pub(crate) fn encode_entry(
+    log_guid: Uuid,
+    sequence_number: u64,
+    pages: &[(u64, Box<LogPage>)],
+    file_len: u64,
+) -> Vec<u8> {
+    let count = pages.len() as u64;
+    let descriptors = (ENTRY_HEADER_LEN + count * DESCRIPTOR_LEN).div_ceil(LOG_SECTOR);
+    let len = (descriptors + count) * LOG_SECTOR;
+    let header = RawEntryHeader {
+        signature: *ENTRY_SIGNATURE,
+        checksum: U32::ZERO,
+        // The caller keeps the entry within the log, whose length has 32 bits.
+        entry_length: (len as u32).into(),
+        tail: U32::ZERO,
+        sequence_number: sequence_number.into(),
+        descriptor_count: (count as u32).into(),
+        reserved: U32::ZERO,
+        log_guid: log_guid.to_bytes_le(),
+        flushed_file_offset: file_len.into(),
+        last_file_offset: file_len.into(),
+    };
+    let mut bytes = header.as_bytes().to_vec();
+    for (file_offset, page) in pages {
+        let (mut leading, mut trailing) = ([0; 8], [0; 4]);
+        leading.copy_from_slice(&page[..8]);
+        trailing.copy_from_slice(&page[4092..]);
+        let descriptor = RawDescriptor {
+            signature: *DATA_DESCRIPTOR_SIGNATURE,
+            trailing_bytes: trailing,
+            leading_bytes: leading,
+            file_offset: (*file_offset).into(),
+            sequence_number: sequence_number.into(),
+        };
+        bytes.extend_from_slice(descriptor.as_bytes());
+    }
+    bytes.resize((descriptors * LOG_SECTOR) as usize, 0);
+    let number = sequence_number.to_le_bytes();
+    for (_, page) in pages {
+        let start = bytes.len();
+        bytes.extend_from_slice(&page[..]);
+        bytes[start..start + 4].copy_from_slice(DATA_SECTOR_SIGNATURE);
+        bytes[start + 4..start + 8].copy_from_slice(&number[4..]);
+        bytes[start + 4092..].copy_from_slice(&number[..4]);
+    }
+    let crc = super::checksum(&bytes, ENTRY_CHECKSUM_AT as usize);
+    bytes[ENTRY_CHECKSUM_AT as usize..ENTRY_CHECKSUM_AT as usize + 4].copy_from_slice(&crc.to_le_bytes());
+    bytes
+}
+
 /// Restores a page from its data descriptor and data sector (section 2.3.1.4); `None` if the sector is not
 /// valid. The descriptor contains the page's first 8 and last 4 bytes, because the sector has its signature
 /// and the entry's sequence number in their place.

@@ -8,3 +8,4 @@ mod logs;
 mod oracles;
 mod sizes;
 mod support;
+mod updated;
