@@ -150,11 +150,13 @@ pub struct TargetArgs {
     )]
     pub backing_format: Option<String>,
 
-    /// Do not create DEST: write into an existing file or block device
+    /// Do not create DEST: write into an existing image, file or block device
     ///
-    /// The target may be up to 4 MiB larger than the disk (with --force, any larger size); the rest
-    /// of it stays untouched. A smaller target is refused. The size of a raw stream (a pipe, a .gz)
-    /// is known, and compared, only at its end.
+    /// A qcow2 or VHDX image keeps its size, options, snapshots and backing file, and what follows
+    /// the disk in it. A raw target may be up to 4 MiB larger than the disk (with --force, any larger
+    /// size); the rest of it stays untouched. A smaller target is refused, and so is an image of
+    /// another format, which could only be replaced. The size of a raw stream (a pipe, a .gz) is
+    /// known, and compared, only at its end.
     #[arg(short = 'n', long = "no-create")]
     pub no_create: bool,
 

@@ -1,5 +1,6 @@
 //! Maps of `imgtool vma extract -r`: disks into existing targets, with the messages of the vma program.
 
+use std::os::unix::fs::MetadataExt;
 use std::process::{Command, Stdio};
 
 use imgtool_testing::{fixture, names, oracles, require, sha256, sha256_file, snapshot, text};
@@ -120,7 +121,7 @@ fn writes_list_and_configurations_before_reading_the_map() {
 }
 
 #[test]
-fn recreates_a_mapped_image_with_its_size() {
+fn writes_into_mapped_images() {
     require!("qemu-img");
     let dir = scene();
     for (format, create, more) in
@@ -136,7 +137,10 @@ fn recreates_a_mapped_image_with_its_size() {
         args.extend([text(&image), &size_text]);
         oracles::run("qemu-img", &args);
         std::fs::write(dir.path().join("map"), "skip=drive-efidisk0\n1:drive-scsi0=image\n").unwrap();
-        vma(dir.path(), "extract -r map a.vma out").exits(0).says("image was replaced by a new image");
+        let before = std::fs::metadata(&image).unwrap().ino();
+        let said = vma(dir.path(), "extract -r map a.vma out").exits(0).text();
+        assert_eq!(std::fs::metadata(&image).unwrap().ino(), before, "the same file");
+        assert!(!said.contains("note"), "{said}");
         let info = oracles::qemu_info(&image, format);
         assert_eq!(info["virtual-size"], size, "{format}");
         if create.starts_with("cluster_size") {
@@ -161,8 +165,16 @@ fn recreates_a_mapped_image_with_its_size() {
     }
     oracles::run("qemu-img", &["create", "-q", "-f", "qcow2", text(&image), "5255168"]);
     oracles::run("qemu-img", &["snapshot", "-c", "kept", text(&image)]);
+    vma(dir.path(), "extract -r map a.vma out").exits(0);
+    let info = oracles::qemu_info(&image, "qcow2");
+    assert_eq!(info["snapshots"][0]["name"], "kept");
+    std::fs::remove_dir_all(dir.path().join("out")).unwrap();
+    std::fs::remove_file(&image).unwrap();
+    oracles::run("qemu-img", &["create", "-q", "-f", "vdi", text(&image), "5255168"]);
     let before = sha256_file(&image);
-    vma(dir.path(), "extract -r map a.vma out").exits(1).says("internal snapshots, which would be lost");
+    vma(dir.path(), "extract -r map a.vma out")
+        .exits(1)
+        .says("a vdi image that exists can't be written into");
     assert_eq!(sha256_file(&image), before);
     assert!(!dir.path().join("out").exists());
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use imgtool_core::{
-    Attachment, CancelToken, Device, DeviceKind, Error, Externals, ImageInfo, ImageSource, Location, Memory,
+    Attachment, CancelToken, Device, DeviceKind, Error, Externals, ImageSource, Location, Memory,
     OpenOptions, Registry, Result, Slot,
 };
 use imgtool_engine::names::{self, Unique};
@@ -214,13 +214,7 @@ impl<'a> Extraction<'a> {
                     None => return Err(usage(format!("no device name mapping for {}", disk.name))),
                     Some(Entry::Skip) => continue,
                     Some(Entry::Target { path, format, write_zeros, .. }) => {
-                        let output = self.mapped(&disk, path, format.as_deref(), *write_zeros, slot)?;
-                        if matches!(output.destination, Destination::New(_)) {
-                            let made =
-                                format!("{} was replaced by a new image of the same format", path.display());
-                            layout.notes.push(Note::Text(made));
-                        }
-                        output
+                        self.mapped(&disk, path, format.as_deref(), *write_zeros, slot)?
                     }
                 }
             };
@@ -230,8 +224,7 @@ impl<'a> Extraction<'a> {
         Ok((layout, selected))
     }
 
-    /// Plans the output for an existing target. The disk is written into the image or the device; a new image
-    /// replaces an image of a format that can't be changed.
+    /// Plans the output for an existing target: the disk is written into the image or the device.
     fn mapped(
         &self,
         disk: &SelectedDisk,
@@ -241,28 +234,22 @@ impl<'a> Extraction<'a> {
         slot: Slot,
     ) -> Result<PlannedOutput> {
         let opened = self.open_target(path, format)?;
-        let info = opened.image.info();
-        let [existing] = info.devices.as_slice() else {
+        let [existing] = opened.image.info().devices.as_slice() else {
             return Err(usage("the target is not a disk image").path(path));
         };
         check_size(disk, existing.size)?;
-        let is_raw = opened.driver.capabilities().verbatim;
-        let is_device = !fs::metadata(path).is_ok_and(|meta| meta.is_file());
-        let destination = if opened.driver.capabilities().updates {
-            Destination::Image { path: path.to_owned(), zeroed: !write_zeros }
-        } else if is_raw || is_device {
-            Destination::Existing { path: path.to_owned(), zeroed: is_raw && !write_zeros }
+        let (driver, path, zeroed) = (&opened.driver, path.to_owned(), !write_zeros);
+        let destination = if driver.capabilities().updates {
+            Destination::Image { path, zeroed }
+        } else if driver.capabilities().verbatim {
+            Destination::Existing { path, zeroed }
         } else {
-            Destination::New(path.to_owned())
+            let format = driver.name();
+            return Err(Error::refused(format!("a {format} image that exists can't be written into"))
+                .path(path)
+                .hint("nothing was written; name a raw, qcow2 or VHDX target"));
         };
-        let size = matches!(destination, Destination::New(_)).then_some(existing.size);
-        if size.is_some() && has_snapshots(info) {
-            let message = "has internal snapshots, which would be lost";
-            return Err(Error::refused(format!("the target {} {message}", path.display()))
-                .hint("nothing was written; name another target, or delete them with qemu-img snapshot -d"));
-        }
-        let format = TargetFormat::new(opened.driver.clone(), same_options(&opened))?;
-        Ok(PlannedOutput { size, ..output(destination, format, slot) })
+        Ok(output(destination, TargetFormat::new(driver.clone(), FormatOptions::default())?, slot))
     }
 
     /// Opens an existing target to find its format and size. Refuses unknown formats and pipes.
@@ -287,19 +274,6 @@ impl<'a> Extraction<'a> {
     }
 }
 
-/// Returns the options for a new image like `target`: its cluster size, if the format has that option.
-fn same_options(target: &Opened) -> FormatOptions {
-    let mut options = FormatOptions::default();
-    let is_raw = target.driver.capabilities().verbatim;
-    let cluster_size = target.image.info().cluster_size.filter(|_| !is_raw);
-    if let Some(size) = cluster_size
-        && target.driver.options().iter().any(|option| option.name == "cluster_size")
-    {
-        options.pairs.push(("cluster_size".to_owned(), size.to_string()));
-    }
-    options
-}
-
 /// Plans an output with one disk.
 fn output(destination: Destination, format: TargetFormat, slot: Slot) -> PlannedOutput {
     PlannedOutput { destination, format, disks: vec![slot], attachments: Vec::new(), size: None }
@@ -317,11 +291,6 @@ fn file_name(device: &Device, unique: &mut Unique, notes: &mut Vec<String>) -> S
         notes.push(format!("device {} '{}' is written to '{name}'", device.id, device.name));
     }
     name
-}
-
-fn has_snapshots(info: &ImageInfo) -> bool {
-    let snapshots = info.facts.iter().find(|fact| fact.key == "snapshots");
-    snapshots.and_then(|fact| fact.value.as_array()).is_some_and(|list| !list.is_empty())
 }
 
 fn check_size(disk: &SelectedDisk, target_size: u64) -> Result<()> {

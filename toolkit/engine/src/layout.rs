@@ -446,7 +446,9 @@ impl LayoutRequest<'_> {
         let capabilities = driver.capabilities();
         if capabilities.updates && (holds_image(driver, &path)? || !is_written_in_place(driver, &path)) {
             if self.format.has_own_options() {
-                return Err(Error::usage("the options of an image that exists can't be changed").path(path));
+                return Err(Error::usage("the options of an image that exists can't be changed")
+                    .path(path)
+                    .hint("leave out the options and the compression"));
             }
             return Ok(Destination::Image { path, zeroed });
         }

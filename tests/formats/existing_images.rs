@@ -1,0 +1,142 @@
+//! Disks written into images that exist (-n): everything else in the image stays.
+
+use std::path::Path;
+
+use imgtool_testing::images::noise;
+use imgtool_testing::oracles::{qemu_info, run_in};
+use imgtool_testing::{require, sha256_file, tempdir};
+
+use crate::support::imgtool;
+
+/// Makes an image of 6 MiB of `o` with qemu-img, and a raw disk of 3 MiB.
+fn scene(directory: &Path, format: &str, options: &str) {
+    std::fs::write(directory.join("old.raw"), vec![b'o'; 6 << 20]).unwrap();
+    std::fs::write(directory.join("new.raw"), new_content()).unwrap();
+    let mut line = vec!["convert", "-f", "raw", "-O", format];
+    line.extend(["-o", options].into_iter().filter(|_| !options.is_empty()));
+    run_in("qemu-img", directory, &[&line[..], &["old.raw", "image"]].concat());
+}
+
+fn new_content() -> Vec<u8> {
+    let mut disk = noise(3, 3 << 20);
+    disk[1 << 20..2 << 20].fill(0);
+    disk
+}
+
+/// Returns the content of the image as qemu-img reads it.
+fn content(directory: &Path, format: &str, more: &[&str]) -> Vec<u8> {
+    let line = [&["convert", "-f", format, "-O", "raw"], more, &["image", "back.raw"]].concat();
+    run_in("qemu-img", directory, &line);
+    std::fs::read(directory.join("back.raw")).unwrap()
+}
+
+#[test]
+fn an_image_keeps_its_size_options_snapshots_and_tail() {
+    require!("qemu-img");
+    for (format, options) in [
+        ("qcow2", "cluster_size=8k,refcount_bits=32,lazy_refcounts=on"),
+        ("qcow2", "compat=0.10"),
+        ("vhdx", "block_size=2M"),
+    ] {
+        let dir = tempdir();
+        scene(dir.path(), format, options);
+        let image = dir.path().join("image");
+        if format == "qcow2" {
+            run_in("qemu-img", dir.path(), &["snapshot", "-c", "kept", "image"]);
+        }
+        let before = qemu_info(&image, format);
+        let run = imgtool(["convert", "-n", "-O", format, "--verify", "new.raw", "image"]).within(dir.path());
+        run.ok().says("its last 3145728 bytes keep their old content");
+        let expected = [&new_content()[..], &vec![b'o'; 3 << 20]].concat();
+        assert!(content(dir.path(), format, &[]) == expected, "{format} {options}");
+        let after = qemu_info(&image, format);
+        for key in ["virtual-size", "cluster-size", "format-specific", "snapshots"] {
+            assert_eq!(before[key], after[key], "{format} {options}: {key}");
+        }
+        if format == "qcow2" {
+            assert!(content(dir.path(), format, &["-l", "kept"]) == vec![b'o'; 6 << 20]);
+        }
+        run_in("qemu-img", dir.path(), &["check", "-f", format, "image"]);
+    }
+}
+
+#[test]
+fn an_overlay_stays_over_its_base() {
+    require!("qemu-img");
+    let dir = tempdir();
+    scene(dir.path(), "qcow2", "");
+    std::fs::rename(dir.path().join("image"), dir.path().join("base")).unwrap();
+    let create = ["create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", "image", "6M"];
+    run_in("qemu-img", dir.path(), &create);
+    imgtool(["convert", "-n", "-O", "qcow2", "new.raw", "image"]).within(dir.path()).ok();
+    assert_eq!(qemu_info(&dir.path().join("image"), "qcow2")["backing-filename"], "base");
+    assert!(content(dir.path(), "qcow2", &[]) == [&new_content()[..], &vec![b'o'; 3 << 20]].concat());
+}
+
+#[test]
+fn a_data_file_is_written_with_its_image() {
+    require!("qemu-img");
+    for raw in ["off", "on"] {
+        let dir = tempdir();
+        scene(dir.path(), "qcow2", &format!("data_file=data,data_file_raw={raw}"));
+        let (image, data) = (dir.path().join("image"), dir.path().join("data"));
+        let before = (sha256_file(&image), sha256_file(&data));
+        let line = ["convert", "-n", "-O", "qcow2", "new.raw", "image"];
+        imgtool(line).within(dir.path()).go().exits(1).says("--allow-external");
+        assert_eq!((sha256_file(&image), sha256_file(&data)), before);
+        imgtool(line).args(&["--allow-external", "chain"]).within(dir.path()).ok();
+        let expected = [&new_content()[..], &vec![b'o'; 3 << 20]].concat();
+        assert!(content(dir.path(), "qcow2", &[]) == expected, "{raw}");
+        if raw == "on" {
+            assert!(std::fs::read(&data).unwrap() == expected, "the data file by itself");
+        }
+        run_in("qemu-img", dir.path(), &["check", "-f", "qcow2", "image"]);
+    }
+}
+
+#[test]
+fn what_can_not_be_written_into_is_refused_and_stays() {
+    require!("qemu-img");
+    let refused = |format: &str, options: &str, line: &[&str], code: i32, words: &str| {
+        let dir = tempdir();
+        scene(dir.path(), format, options);
+        let before = sha256_file(&dir.path().join("image"));
+        imgtool(["convert", "-n"]).args(line).within(dir.path()).go().exits(code).says(words);
+        assert_eq!(sha256_file(&dir.path().join("image")), before, "{line:?}");
+    };
+    let qcow2 = ["-O", "qcow2", "new.raw", "image"];
+    for format in ["vdi", "vpc", "vmdk"] {
+        refused(format, "", &["-O", format, "new.raw", "image"], 1, "can't be written into");
+    }
+    refused("raw", "", &qcow2, 1, "not a qcow2 image");
+    refused("vhdx", "", &qcow2, 1, "not a qcow2 image");
+    refused("qcow2", "", &["-O", "vhdx", "new.raw", "image"], 1, "not a VHDX image");
+    refused("qcow2", "", &[&["-o", "cluster_size=4k"], &qcow2[..]].concat(), 2, "can't be changed");
+    refused("qcow2", "", &[&["-c"], &qcow2[..]].concat(), 2, "leave out the options and the compression");
+    // A smaller image is refused, and not enlarged.
+    let dir = tempdir();
+    scene(dir.path(), "qcow2", "");
+    run_in("qemu-img", dir.path(), &["create", "-q", "-f", "qcow2", "small", "2M"]);
+    let before = sha256_file(&dir.path().join("small"));
+    imgtool(["convert", "-n", "-O", "qcow2", "new.raw", "small"])
+        .within(dir.path())
+        .go()
+        .exits(1)
+        .says("the image is too small");
+    assert_eq!(sha256_file(&dir.path().join("small")), before);
+}
+
+#[test]
+fn owner_mode_and_links_of_the_file_stay() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    require!("qemu-img");
+    let dir = tempdir();
+    scene(dir.path(), "qcow2", "");
+    let image = dir.path().join("image");
+    std::fs::hard_link(&image, dir.path().join("other-name")).unwrap();
+    std::fs::set_permissions(&image, std::fs::Permissions::from_mode(0o640)).unwrap();
+    let before = std::fs::metadata(&image).unwrap();
+    imgtool(["convert", "-n", "-O", "qcow2", "new.raw", "image"]).within(dir.path()).ok();
+    let after = std::fs::metadata(&image).unwrap();
+    assert_eq!((before.ino(), before.mode(), after.nlink()), (after.ino(), after.mode(), 2));
+}
