@@ -2,7 +2,7 @@
 //!
 //! Bytes of a present block are overwritten where they are. A new block is first zeros at the end of the file,
 //! as its content was before, so the BAT may refer to it before its data is written. Changes of the BAT go
-//! through the log: whoever opens the image after a crash replays them or finds none.
+//! through the log: after a crash, a reader replays them or finds none.
 
 mod bat;
 mod headers;
