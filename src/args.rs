@@ -19,7 +19,7 @@ mod vma;
 
 pub use convert::ConvertArgs;
 pub use image::{
-    Algorithm, CheckArgs, ChecksumArgs, CompareArgs, CreateArgs, InfoArgs, MapArgs, MeasureArgs,
+    Algorithm, CheckArgs, ChecksumArgs, CompareArgs, CreateArgs, InfoArgs, MapArgs, MeasureArgs, RepairMode,
 };
 pub use vma::{USAGE as VMA_USAGE, VmaArgs, VmaCommand, VmaCreateArgs, VmaExtractArgs};
 

@@ -103,15 +103,19 @@ Exit codes:
 
 Examples:
   imgtool check disk.qcow2
+  imgtool check -r leaks disk.qcow2
   imgtool check --output json vm.vma.zst"
 )]
 pub struct CheckArgs {
     /// The image or archive; '-' for standard input
     pub image: PathBuf,
 
-    /// Not supported: imgtool never modifies an image; convert it to get a clean copy
-    #[arg(short = 'r', value_name = "leaks|all", hide_short_help = true)]
-    pub repair: Option<String>,
+    /// Repair the image in place (qcow2, VHDX): only leaked clusters, or all that can be repaired
+    ///
+    /// Damage that is not repaired (lost tables, blocks outside the file) is refused before anything is
+    /// written. 'convert --salvage' makes a copy of what is intact.
+    #[arg(short = 'r', long, value_name = "leaks|all", value_enum)]
+    pub repair: Option<RepairMode>,
 
     #[command(flatten)]
     pub cache: CacheArgs,
@@ -179,6 +183,15 @@ pub struct CompareArgs {
 
     #[command(flatten)]
     pub messages: MessageArgs,
+}
+
+/// Extent of a repair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RepairMode {
+    /// Free clusters that nothing refers to
+    Leaks,
+    /// Everything that can be repaired: also refcounts, flags, copies of headers, and a pending log
+    All,
 }
 
 /// Digest algorithm of `checksum`.

@@ -5,11 +5,12 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{CheckReport, Error, Location, Result, ResultExt};
+use imgtool_core::{CheckReport, Driver, Error, Location, OpenOptions, Repair, Result, ResultExt};
 use imgtool_engine::open;
+use imgtool_storage::Outputs;
 use serde::Serialize;
 
-use crate::args::CheckArgs;
+use crate::args::{CheckArgs, RepairMode};
 use crate::exit::Exit;
 use crate::images;
 use crate::report::{self, Stream};
@@ -20,6 +21,16 @@ struct Document<'a> {
     format: &'a str,
     #[serde(flatten)]
     report: &'a CheckReport,
+    #[serde(flatten)]
+    fixed: Option<Fixed>,
+}
+
+/// Number of faults that a repair mended, with the names of qemu-img.
+#[derive(Clone, Copy, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Fixed {
+    leaks_fixed: u64,
+    corruptions_fixed: u64,
 }
 
 /// Checks an image.
@@ -36,10 +47,6 @@ pub fn run(args: &CheckArgs) -> Result<Exit> {
 
 fn check(args: &CheckArgs) -> Result<Exit> {
     images::refuse(&args.input)?;
-    if let Some(what) = &args.repair {
-        return Err(Error::usage(format!("-r {what} is not supported: imgtool never modifies an image"))
-            .hint("'imgtool convert' makes a clean copy; 'qemu-img check -r' repairs in place"));
-    }
     let registry = imgtool::registry();
     let options = images::open_options(&registry, &args.input)?;
     let format = args.input.format.as_deref();
@@ -56,16 +63,50 @@ fn check(args: &CheckArgs) -> Result<Exit> {
             Error::unsupported(format!("{} images have no structure to check", driver.name())).path(location)
         );
     }
+    if let Some(what) = args.repair {
+        drop(open);
+        return repair(args, &*driver, what, &options);
+    }
     let head = open.input.head()?;
     let open = if driver.reads_stream(&head) { open } else { open.spool()? };
     let found = driver.check(open.input, &options).in_file(location)?;
+    print(args, driver.name(), &found, None)?;
+    Ok(exit(&found))
+}
+
+/// Repairs an image in place, and checks it again.
+fn repair(args: &CheckArgs, driver: &dyn Driver, what: RepairMode, options: &OpenOptions) -> Result<Exit> {
+    let what = match what {
+        RepairMode::Leaks => Repair::Leaks,
+        RepairMode::All => Repair::All,
+    };
+    let mut outputs = Outputs::new();
+    let image = outputs.existing_image(&args.image, false)?;
+    let before = driver.repair(&image, what, options).in_file(&args.image)?;
+    let after = driver.check(image.reopen(&options.memory)?, options).in_file(&args.image)?;
+    outputs.commit()?;
+    let fixed = Fixed {
+        leaks_fixed: before.leaks.saturating_sub(after.leaks),
+        corruptions_fixed: before.corruptions.saturating_sub(after.corruptions),
+    };
+    print(args, driver.name(), &after, Some(fixed))?;
+    Ok(exit(&after))
+}
+
+/// Prints the result of a check, and before it what was repaired.
+fn print(args: &CheckArgs, format: &str, found: &CheckReport, fixed: Option<Fixed>) -> Result<()> {
     if args.output.is_json() {
         let filename = args.image.to_string_lossy().into_owned();
-        report::print_json(&document(&Document { filename, format: driver.name(), report: &found }))?;
-    } else if !args.quiet || exit(&found) != Exit::Done {
-        report::print(&page(&args.image, driver.name(), &found))?;
+        return report::print_json(&document(&Document { filename, format, report: found, fixed }));
     }
-    Ok(exit(&found))
+    if args.quiet && exit(found) == Exit::Done {
+        return Ok(());
+    }
+    if let Some(Fixed { leaks_fixed, corruptions_fixed }) = fixed {
+        let text = format!("repaired: {leaks_fixed} leaked clusters, {corruptions_fixed} errors");
+        report::print(&format!("{}\n", report::flow(Stream::Out, &text, 2)))?;
+    }
+    report::print(&page(&args.image, format, found))
 }
 
 /// Returns the JSON document. As in qemu-img, fields that do not apply to the format are omitted.

@@ -16,6 +16,7 @@ use crate::layout::bitmap::walk_bitmaps;
 use crate::layout::header::{Header, INCOMPATIBLE_DATA_FILE};
 use crate::layout::snapshot::{check_l1, walk_snapshots};
 use crate::refcounts::{Refcount, RefcountGeometry, Refcounts};
+use crate::update::refcounts::RefcountEditor;
 
 use references::{CHUNK_CLUSTERS, Checker, SnapshotTable, WINDOW_CLUSTERS};
 
@@ -24,8 +25,48 @@ use references::{CHUNK_CLUSTERS, Checker, SnapshotTable, WINDOW_CLUSTERS};
 const MAX_WINDOWS: usize = 256;
 
 /// Checks the structures of an image; reads no guest data.
-pub fn check(input: Input, _options: &OpenOptions) -> Result<CheckReport> {
-    let input = input.into_random()?;
+pub fn check(input: Input, options: &OpenOptions) -> Result<CheckReport> {
+    Ok(check_counting(input.into_random()?, options)?.report)
+}
+
+/// Result of a check, for a repair.
+pub struct Found {
+    /// Report.
+    pub report: CheckReport,
+    /// Number of its corruptions that are only wrong refcounts or copied flags.
+    pub refcount_faults: u64,
+}
+
+/// Checks the structures of an image, and counts the corruptions that follow from refcounts alone.
+pub fn check_counting(input: RandomInput, _options: &OpenOptions) -> Result<Found> {
+    let mut checker = checker(input)?;
+    checker.run()?;
+    Ok(Found { report: checker.report, refcount_faults: checker.refcount_faults })
+}
+
+/// Direction in which refcounts are corrected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Correction {
+    /// Refcounts below the number of references.
+    Raise,
+    /// Refcounts above it.
+    Lower,
+}
+
+/// Sets the refcounts of an image with intact tables to the number of references.
+pub fn correct(
+    input: RandomInput,
+    _options: &OpenOptions,
+    refcounts: &mut RefcountEditor,
+    correction: Correction,
+) -> Result<()> {
+    let mut checker = checker(input)?;
+    checker.corrected = Some((refcounts, correction));
+    checker.run()
+}
+
+/// Prepares a check.
+fn checker<'a>(input: RandomInput) -> Result<Checker<'a>> {
     let header = Header::read(&input)?;
     if header.unknown_features() != 0 {
         return Err(Error::unsupported(format!(
@@ -40,7 +81,7 @@ pub fn check(input: Input, _options: &OpenOptions) -> Result<CheckReport> {
     let mut bitmaps = Vec::new();
     walk_bitmaps(&input, &header, |bitmap| bitmaps.push((bitmap.table_offset, bitmap.table_entries)))?;
     let refcounts = Refcounts::read(&input, RefcountGeometry::of(&header))?;
-    let mut checker = Checker {
+    Ok(Checker {
         external_data: header.has(INCOMPATIBLE_DATA_FILE),
         input,
         header,
@@ -56,9 +97,9 @@ pub fn check(input: Input, _options: &OpenOptions) -> Result<CheckReport> {
         counts: Vec::new(),
         touched_chunks: Vec::new(),
         windows: BTreeSet::new(),
-    };
-    checker.run()?;
-    Ok(checker.report)
+        refcount_faults: 0,
+        corrected: None,
+    })
 }
 
 /// Reads the snapshot table and reports damaged entries.
@@ -93,7 +134,7 @@ fn read_snapshot_table(
     Ok(SnapshotTable { len, l1_tables })
 }
 
-impl Checker {
+impl Checker<'_> {
     /// Counts the references of one window at a time and compares them with the refcounts.
     fn run(&mut self) -> Result<()> {
         self.refcounts.report_damage(self.file_clusters, &mut self.report);
@@ -172,7 +213,19 @@ impl Checker {
             self.report.check_errors += 1;
             return Ok(false);
         };
+        if let Some((refcounts, correction)) = &mut self.corrected {
+            let wrong = match correction {
+                Correction::Raise => refcount < references,
+                // Counts stop at 65535.
+                Correction::Lower => refcount > references && references < u64::from(u16::MAX),
+            };
+            if wrong {
+                refcounts.set(cluster << self.header.shape.cluster_bits, references)?;
+            }
+            return Ok(refcount > 0 || references > 0);
+        }
         if refcount < references {
+            self.refcount_faults += 1;
             self.report.corruption(format_args!(
                 "ERROR cluster {cluster} refcount={refcount} reference={references}"
             ));

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use imgtool_core::{
     BackingName, Capabilities, CheckReport, Confidence, CreateOptions, Driver, Error, ImageSink, ImageSource,
     ImageWriter, InPlace, Input, Manifest, Measure, NamedFiles, OpenOptions, OptionSpec, Output,
-    OutputFactory, Remedy, Result, TableMemory,
+    OutputFactory, Remedy, Repair, Result, TableMemory,
 };
 
 use crate::compressed::Encoder;
@@ -15,7 +15,7 @@ use crate::options::{OPTIONS, SIZE_MULTIPLE, WriteOptions};
 use crate::sink::{Qcow2Sink, table_memory};
 use crate::source::Qcow2Source;
 use crate::update::{UpdateOptions, Updater};
-use crate::{check, measure};
+use crate::{check, measure, repair};
 
 /// Driver for QEMU's qcow2 format.
 #[derive(Debug, Clone, Copy, Default)]
@@ -68,6 +68,10 @@ impl Driver for Qcow2Driver {
 
     fn check(&self, input: Input, options: &OpenOptions) -> Result<CheckReport> {
         check::check(input, options)
+    }
+
+    fn repair(&self, image: &Output, what: Repair, options: &OpenOptions) -> Result<CheckReport> {
+        repair::repair(image, what, options)
     }
 
     fn writer(&self, options: &CreateOptions) -> Result<Box<dyn ImageWriter>> {

@@ -12,6 +12,7 @@ mod mapping;
 mod measure;
 mod options;
 mod refcounts;
+mod repair;
 mod sink;
 mod source;
 mod update;

@@ -11,7 +11,7 @@
 //! 4. the refcounts of what the old tables alone referred to.
 
 mod bitmaps;
-mod refcounts;
+pub mod refcounts;
 mod tables;
 
 use std::ops::Range;

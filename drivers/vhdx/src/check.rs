@@ -6,6 +6,7 @@ use roaring::RoaringBitmap;
 use crate::image::{Image, UnreadableHeader};
 use crate::layout::MIB;
 use crate::layout::bat::{BatEntry, ENTRY_LEN, PayloadState, SECTOR_BITMAP_LEN, SectorBitmapState};
+use crate::layout::header::Header;
 use crate::layout::region::REGION_TABLE_OFFSETS;
 
 /// File offset in MiB up to which the check detects overlapping blocks; a block beyond it counts as a check
@@ -38,6 +39,15 @@ pub(crate) fn check(input: Input, memory: &Memory) -> Result<CheckReport> {
         ));
     }
     Ok(report)
+}
+
+/// Returns the number of damaged copies of headers and region tables, whose other copy is valid.
+pub(crate) fn faults_of_copies(image: &Image) -> u64 {
+    let is_damaged = |header: &std::result::Result<Header, String>| {
+        header.as_ref().map_or(true, |one| one.fault().is_some())
+    };
+    let headers = image.headers.iter().filter(|header| is_damaged(header)).count();
+    (headers + image.region_faults.iter().flatten().count()) as u64
 }
 
 /// Reports invalid headers, invalid copies of the region table, and copies that differ. One valid header and

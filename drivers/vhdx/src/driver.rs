@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use imgtool_core::{
     Capabilities, CheckReport, Confidence, CreateOptions, Driver, ImageSource, ImageWriter, InPlace, Input,
-    OpenOptions, OptionSpec, Result,
+    OpenOptions, OptionSpec, Output, Repair, Result,
 };
 
 use crate::layout::header::FILE_SIGNATURE;
 use crate::options::{DEFAULT_LOGICAL_SECTOR_SIZE, OPTIONS};
 use crate::writer::VhdxWriter;
-use crate::{check, source};
+use crate::{check, repair, source};
 
 /// Driver for Microsoft's VHDX format.
 #[derive(Debug, Clone, Copy, Default)]
@@ -56,6 +56,10 @@ impl Driver for VhdxDriver {
 
     fn check(&self, input: Input, options: &OpenOptions) -> Result<CheckReport> {
         check::check(input, &options.memory)
+    }
+
+    fn repair(&self, image: &Output, what: Repair, options: &OpenOptions) -> Result<CheckReport> {
+        repair::repair(image, what, &options.memory)
     }
 
     fn writer(&self, options: &CreateOptions) -> Result<Box<dyn ImageWriter>> {

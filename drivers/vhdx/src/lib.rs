@@ -19,6 +19,7 @@ mod layout;
 mod options;
 mod overlay;
 mod parent;
+mod repair;
 mod replay;
 mod sink;
 mod source;

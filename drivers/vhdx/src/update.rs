@@ -5,7 +5,7 @@
 //! through the log: after a crash, a reader replays them or finds none.
 
 mod bat;
-mod headers;
+pub(crate) mod headers;
 
 use std::sync::Mutex;
 
@@ -83,7 +83,7 @@ impl Updater {
         }
         check_intact(output, memory)?;
         let lease = memory.lease(BatPages::MEMORY, "the table of a VHDX image")?;
-        let headers = HeaderPair::new(output, &image)?;
+        let headers = HeaderPair::new(output, &image);
         let end = image.reserved_regions().iter().map(|(_, region)| region.end()).max().unwrap_or(0);
         let end = end.max(image.file.len()).checked_next_multiple_of(MIB);
         let end = end.ok_or_else(|| Error::limit("the file is too large").path(output.location()))?;
@@ -263,7 +263,7 @@ impl ImageSink for Updater {
 }
 
 /// Derives the GUID that follows `guid`, so that the same image and content give the same bytes.
-fn successor(guid: Uuid, purpose: &str) -> Uuid {
+pub(crate) fn successor(guid: Uuid, purpose: &str) -> Uuid {
     Uuid::new_v5(&guid, purpose.as_bytes())
 }
 

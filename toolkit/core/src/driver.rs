@@ -73,6 +73,16 @@ pub trait Driver: Send + Sync {
         Err(Error::unsupported(format!("{} images have no structure to check", self.name())))
     }
 
+    /// Repairs the structure of the image in `image`; reads and changes no guest data. Returns the report of a
+    /// check before the repair. Every write leaves an image that is no worse than before.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`] for damage that the driver does not mend; nothing has been written then.
+    /// [`crate::ErrorKind::Unsupported`] by default.
+    fn repair(&self, _image: &Output, _what: Repair, _options: &OpenOptions) -> Result<CheckReport> {
+        Err(Error::unsupported(format!("{} images can't be repaired", self.name())))
+    }
+
     /// Parses the options and returns a writer that applies them. Opens and creates no files.
     ///
     /// # Errors
@@ -242,6 +252,15 @@ pub enum Confidence {
     Fallback,
     /// The image has the magic number of the format.
     Magic,
+}
+
+/// Extent of [`Driver::repair`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Repair {
+    /// Only what wastes space.
+    Leaks,
+    /// Everything that the driver can mend.
+    All,
 }
 
 /// Result of [`Driver::check`]. A number is `None` if the driver does not determine it.

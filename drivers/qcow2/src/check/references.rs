@@ -4,9 +4,11 @@ use std::collections::BTreeSet;
 
 use imgtool_core::{CheckReport, RandomInput};
 
+use super::Correction;
 use crate::layout::entry::L2Entry;
 use crate::layout::header::Header;
 use crate::refcounts::Refcounts;
+use crate::update::refcounts::RefcountEditor;
 
 /// Number of host clusters in a window, the part of the file whose references are counted in one walk. Our
 /// limit: 64 MiB of counters.
@@ -35,7 +37,7 @@ pub(super) struct L2Use {
 }
 
 /// State of a check.
-pub(super) struct Checker {
+pub(super) struct Checker<'a> {
     pub(super) input: RandomInput,
     pub(super) header: Header,
     pub(super) snapshots: SnapshotTable,
@@ -61,9 +63,13 @@ pub(super) struct Checker {
     pub(super) touched_chunks: Vec<bool>,
     /// Indices of the windows that have references or refcounts.
     pub(super) windows: BTreeSet<u64>,
+    /// Number of corruptions that are only wrong refcounts or copied flags.
+    pub(super) refcount_faults: u64,
+    /// Refcounts to correct, and in which direction; `None` for a check.
+    pub(super) corrected: Option<(&'a mut RefcountEditor, Correction)>,
 }
 
-impl Checker {
+impl Checker<'_> {
     /// Reports `finding` once and counts it `times` times, as qemu-img does for shared tables.
     pub(super) fn corruption(&mut self, times: u32, finding: String) {
         self.report.corruption(finding);

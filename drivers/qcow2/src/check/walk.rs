@@ -29,7 +29,7 @@ const MAX_BITMAP_TABLE_BYTES: u64 = 1 << 30;
 /// Maximum number of distinct L2 tables. Our limit: a disk of 64 TiB with clusters of 64 KiB has 2^17.
 const MAX_L2_TABLES: usize = 5 << 20;
 
-impl Checker {
+impl Checker<'_> {
     /// Walks over all tables once and counts the references to the clusters of the current window, the part
     /// of the file whose counters are in memory.
     pub(super) fn walk(&mut self) -> Result<()> {
@@ -203,6 +203,7 @@ impl Checker {
         if let Refcount::Known(refcount) = self.refcounts.get(cluster)?
             && (refcount == 1) != copied
         {
+            self.refcount_faults += u64::from(times);
             self.corruption(times, format!("ERROR OFLAG_COPIED {} refcount={refcount}", what()));
         }
         Ok(())
@@ -362,6 +363,7 @@ impl Checker {
                 table.active_references,
                 format!("ERROR OFLAG_COPIED data cluster: l2_entry={:x}", entry.0),
             );
+            self.refcount_faults += u64::from(table.active_references);
         }
     }
 }

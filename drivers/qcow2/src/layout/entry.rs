@@ -94,6 +94,12 @@ impl L1Entry {
         self.0 & COPIED != 0
     }
 
+    /// Returns the entry with the claim of a refcount of one, or without it.
+    #[must_use]
+    pub fn with_copied(self, copied: bool) -> Self {
+        Self(if copied { self.0 | COPIED } else { self.0 & !COPIED })
+    }
+
     /// Returns the reserved bits that are set.
     pub fn reserved(self) -> u64 {
         self.0 & L1_RESERVED
@@ -141,6 +147,12 @@ impl L2Entry {
     /// True if the entry claims a refcount of one for the cluster.
     pub fn is_copied(self) -> bool {
         self.0 & COPIED != 0
+    }
+
+    /// Returns the entry with the claim of a refcount of one, or without it.
+    #[must_use]
+    pub fn with_copied(self, copied: bool) -> Self {
+        Self(if copied { self.0 | COPIED } else { self.0 & !COPIED })
     }
 
     /// True if the zero flag of a standard cluster descriptor is set.

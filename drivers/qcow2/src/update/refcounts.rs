@@ -149,11 +149,27 @@ impl RefcountEditor {
                     .at(host_offset)
                     .hint("check the image to list its damage")
             })?;
-            let (entries, order) = (self.block_entries(), self.order);
-            let block = self.block(cluster / entries)?;
-            set_refcount(&mut block.bytes, order, (cluster % entries) as usize, count);
-            block.changed = true;
+            self.set(host_offset, count)?;
         }
+        Ok(())
+    }
+
+    /// Sets the refcount of the host cluster at `host_offset`, which a refcount block counts.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::Refused`] without that block.
+    pub fn set(&mut self, host_offset: u64, count: u64) -> Result<()> {
+        let cluster = host_offset >> self.cluster_bits;
+        let (entries, order) = (self.block_entries(), self.order);
+        if self.block_offset(cluster / entries) == 0 {
+            return Err(Error::refused("a refcount block is missing")
+                .path(self.output.location())
+                .at(host_offset)
+                .hint("try 'qemu-img check -r all' on a copy"));
+        }
+        let block = self.block(cluster / entries)?;
+        set_refcount(&mut block.bytes, order, (cluster % entries) as usize, count);
+        block.changed = true;
         Ok(())
     }
 

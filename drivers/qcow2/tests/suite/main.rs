@@ -8,6 +8,7 @@ mod foreign;
 mod hostile;
 mod qcow2_rs;
 mod readers;
+mod repaired;
 mod tools;
 mod updated;
 mod variants;

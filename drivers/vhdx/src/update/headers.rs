@@ -6,7 +6,7 @@ use crate::image::Image;
 use crate::layout::header::{HEADER_OFFSETS, Header};
 
 /// The headers of an image that is changed.
-pub(super) struct HeaderPair {
+pub(crate) struct HeaderPair {
     output: Output,
     current: Header,
     /// Index of the older header, which the next change overwrites.
@@ -14,18 +14,18 @@ pub(super) struct HeaderPair {
 }
 
 impl HeaderPair {
-    pub(super) fn new(output: &Output, image: &Image) -> Result<Self> {
+    pub(crate) fn new(output: &Output, image: &Image) -> Self {
         let is_first = image.headers[0].as_ref().is_ok_and(|first| *first == image.header);
-        Ok(Self { output: output.clone(), current: image.header.clone(), older: usize::from(is_first) })
+        Self { output: output.clone(), current: image.header.clone(), older: usize::from(is_first) }
     }
 
     /// Returns the current header.
-    pub(super) fn current(&self) -> &Header {
+    pub(crate) fn current(&self) -> &Header {
         &self.current
     }
 
     /// Makes a changed header current. Flushes what was written before, and the header.
-    pub(super) fn change(&mut self, change: impl FnOnce(&mut Header)) -> Result<()> {
+    pub(crate) fn change(&mut self, change: impl FnOnce(&mut Header)) -> Result<()> {
         self.output.sync()?;
         change(&mut self.current);
         self.current.sequence_number = self.current.sequence_number.wrapping_add(1);

@@ -1,6 +1,6 @@
 //! Content written into images that exist, and the files that an interrupted writer leaves.
 
-use imgtool_core::{CreateOptions, ErrorKind};
+use imgtool_core::{CreateOptions, Driver, ErrorKind, OpenOptions, Repair};
 use imgtool_testing::conformance::scratch;
 use imgtool_testing::crafted;
 use imgtool_testing::images::noise;
@@ -156,4 +156,33 @@ fn refuses_what_it_can_not_keep() {
     damaged[65_540] ^= 1;
     assert!(refusal(&damaged, SIZE).message().contains("damaged"));
     assert_eq!(refusal(&[0; 4096], 512).kind(), ErrorKind::WrongFormat);
+}
+
+#[test]
+fn a_repair_replays_the_log_and_restores_copies() {
+    require!("qemu-img");
+    let repair = |image: &[u8]| {
+        let journal = Journal::new(image.to_vec());
+        VhdxDriver.repair(&journal.output(), Repair::All, &OpenOptions::default()).unwrap();
+        journal
+    };
+    let journal = Journal::new(images().next().unwrap());
+    journal.write(&VhdxDriver, &CreateOptions::default(), &new_content(SIZE)).unwrap();
+    let mut with_log = Vec::new();
+    journal.each_prefix(|image| {
+        let findings = crafted::check(&VhdxDriver, image).findings;
+        if with_log.is_empty() && findings.iter().any(|finding| finding.contains("the log is not empty")) {
+            with_log = image.to_vec();
+        }
+    });
+    let mut torn = with_log.clone();
+    // The second copy of the region table.
+    torn[256 << 10] ^= 1;
+    for damaged in [with_log, torn] {
+        let content = crafted::read(&VhdxDriver, &damaged).unwrap();
+        let repaired = repair(&damaged);
+        assert!(crafted::check(&VhdxDriver, &repaired.now()).findings.is_empty());
+        assert!(crafted::qemu_content(&repaired.now(), "vhdx") == content);
+        repaired.each_prefix(|image| assert!(crafted::read(&VhdxDriver, image).unwrap() == content));
+    }
 }
