@@ -19,7 +19,8 @@ mod vma;
 
 pub use convert::ConvertArgs;
 pub use image::{
-    Algorithm, CheckArgs, ChecksumArgs, CompareArgs, CreateArgs, InfoArgs, MapArgs, MeasureArgs, RepairMode,
+    Algorithm, CheckArgs, ChecksumArgs, CompareArgs, CreateArgs, InfoArgs, MapArgs, MeasureArgs, NewSize,
+    RepairMode, ResizeArgs,
 };
 pub use vma::{USAGE as VMA_USAGE, VmaArgs, VmaCommand, VmaCreateArgs, VmaExtractArgs};
 
@@ -95,6 +96,8 @@ pub enum Command {
     Measure(MeasureArgs),
     /// Create an empty image
     Create(CreateArgs),
+    /// Change the virtual size of a raw or qcow2 image in place
+    Resize(ResizeArgs),
     /// Replace the vma program of Proxmox VE, flag for flag; implied if imgtool is invoked as vma
     Vma(VmaArgs),
     /// List the formats, their capabilities and their -o options

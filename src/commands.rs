@@ -16,6 +16,7 @@ mod info;
 mod map;
 mod measure;
 mod options;
+mod resize;
 mod shell;
 mod vma;
 
@@ -25,13 +26,14 @@ fn only_reads(command: &Command) -> bool {
     match command {
         Command::Info(_)
         | Command::Map(_)
-        | Command::Check(_)
         | Command::Compare(_)
         | Command::Checksum(_)
         | Command::Measure(_) => true,
+        Command::Check(args) => args.repair.is_none(),
         Command::Vma(args) => args.command.only_reads(),
         Command::Convert(_)
         | Command::Create(_)
+        | Command::Resize(_)
         | Command::Formats(_)
         | Command::Completions(_)
         | Command::Man(_) => false,
@@ -52,6 +54,7 @@ pub fn run(command: Command) -> Result<Exit> {
         Command::Checksum(args) => checksum::run(&args),
         Command::Measure(args) => measure::run(&args),
         Command::Create(args) => create::run(&args),
+        Command::Resize(args) => resize::run(&args),
         Command::Vma(args) => vma::run(&args),
         Command::Formats(args) => formats::run(&args),
         Command::Completions(args) => shell::completions(&args),

@@ -13,6 +13,7 @@ pub fn words(remedy: &Remedy) -> String {
         Remedy::OpenAnyway(advice) => format!("{advice}, or read it as it is with --force"),
         Remedy::Overwrite => "--force overwrites it; -n writes one disk into it".to_owned(),
         Remedy::ReplaceImage => "leave out -n: --force replaces it by a new image".to_owned(),
+        Remedy::DiscardData => "nothing was changed; --shrink cuts the data off".to_owned(),
         Remedy::WriteIntoDevice => "write into it with -n, or with --target NAME=PATH".to_owned(),
         Remedy::ForceWrite(advice) => format!("nothing was written; {advice}; --force writes anyway"),
         Remedy::NameTarget => {

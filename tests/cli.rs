@@ -3,6 +3,7 @@
 use imgtool_testing::{images, tempdir};
 
 mod block_devices;
+mod changes;
 mod commands;
 mod info;
 mod json_reference;

@@ -371,3 +371,60 @@ pub struct CreateArgs {
     #[command(flatten)]
     pub output: OutputArgs,
 }
+
+/// `imgtool resize`.
+#[derive(Debug, Args)]
+#[command(
+    args_override_self = true,
+    after_help = "\
+New bytes are zeros; partitions and file systems in the disk keep their size. Only zeros are cut off, unless
+--shrink is given: shrink the file systems first.
+
+Examples:
+  imgtool resize disk.qcow2 40G
+  imgtool resize disk.qcow2 +10G
+  imgtool resize disk.raw 8G"
+)]
+pub struct ResizeArgs {
+    /// The image
+    pub image: PathBuf,
+
+    /// New size, or the change of it with + or -, such as 40G, +10G, -512M
+    #[arg(allow_hyphen_values = true, value_parser = NewSize::parse)]
+    pub size: NewSize,
+
+    /// Cut off data
+    #[arg(long)]
+    pub shrink: bool,
+
+    /// Print nothing
+    #[arg(short = 'q', long)]
+    pub quiet: bool,
+
+    #[command(flatten)]
+    pub input: InputArgs,
+}
+
+/// Size that an image gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NewSize {
+    /// This many bytes.
+    Exact(u64),
+    /// The old size and this many bytes more.
+    More(u64),
+    /// The old size without this many bytes.
+    Less(u64),
+}
+
+impl NewSize {
+    fn parse(text: &str) -> Result<Self, String> {
+        let size = |text: &str| {
+            imgtool_core::parse_size(text).ok_or_else(|| "expected a size, such as 40G or +10G".to_owned())
+        };
+        match text.split_at_checked(1) {
+            Some(("+", more)) => size(more).map(Self::More),
+            Some(("-", less)) => size(less).map(Self::Less),
+            _ => size(text).map(Self::Exact),
+        }
+    }
+}

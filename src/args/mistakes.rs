@@ -10,8 +10,7 @@ use imgtool_core::{Error, suggest};
 use super::Cli;
 
 /// Commands of qemu-img without a counterpart here: most modify an image in place.
-const QEMU_IMG_COMMANDS: [&str; 8] =
-    ["amend", "bench", "bitmap", "commit", "dd", "rebase", "resize", "snapshot"];
+const QEMU_IMG_COMMANDS: [&str; 7] = ["amend", "bench", "bitmap", "commit", "dd", "rebase", "snapshot"];
 
 /// Commands of the vma program that are not commands of imgtool itself.
 const VMA_COMMANDS: [&str; 4] = ["list", "config", "extract", "verify"];
@@ -84,10 +83,7 @@ fn unknown_command(word: &str, command: &Command, args: &[OsString]) -> Error {
         return error.hint("'imgtool --version' prints the version");
     }
     if QEMU_IMG_COMMANDS.contains(&word) {
-        return error.hint(format!(
-            "imgtool creates images and never modifies one; use 'qemu-img {word}'; {}",
-            command_list(command)
-        ));
+        return error.hint(format!("that is left to 'qemu-img {word}'; {}", command_list(command)));
     }
     error.hint(suggest::hint(word, "commands", command.get_subcommands().map(Command::get_name)))
 }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{CheckReport, Driver, Error, Location, OpenOptions, Repair, Result, ResultExt};
+use imgtool_core::{CheckReport, Driver, Error, Location, OpenOptions, Output, Repair, Result, ResultExt};
 use imgtool_engine::open;
 use imgtool_storage::Outputs;
 use serde::Serialize;
@@ -14,6 +14,7 @@ use crate::args::{CheckArgs, RepairMode};
 use crate::exit::Exit;
 use crate::images;
 use crate::report::{self, Stream};
+use crate::sandbox::{self, Writes};
 
 #[derive(Serialize)]
 struct Document<'a> {
@@ -47,6 +48,7 @@ pub fn run(args: &CheckArgs) -> Result<Exit> {
 
 fn check(args: &CheckArgs) -> Result<Exit> {
     images::refuse(&args.input)?;
+    let target = args.repair.map(|what| open_target(&args.image).map(|target| (what, target))).transpose()?;
     let registry = imgtool::registry();
     let options = images::open_options(&registry, &args.input)?;
     let format = args.input.format.as_deref();
@@ -63,9 +65,9 @@ fn check(args: &CheckArgs) -> Result<Exit> {
             Error::unsupported(format!("{} images have no structure to check", driver.name())).path(location)
         );
     }
-    if let Some(what) = args.repair {
+    if let Some((what, target)) = target {
         drop(open);
-        return repair(args, &*driver, what, &options);
+        return repair(args, &*driver, what, target, &options);
     }
     let head = open.input.head()?;
     let open = if driver.reads_stream(&head) { open } else { open.spool()? };
@@ -74,14 +76,26 @@ fn check(args: &CheckArgs) -> Result<Exit> {
     Ok(exit(&found))
 }
 
+/// Opens an image to change it in place. The program then opens no other file for writing.
+pub(super) fn open_target(path: &Path) -> Result<(Outputs, Output)> {
+    let mut outputs = Outputs::new();
+    let image = outputs.existing_image(path, false)?;
+    sandbox::enter(Writes::nothing());
+    Ok((outputs, image))
+}
+
 /// Repairs an image in place, and checks it again.
-fn repair(args: &CheckArgs, driver: &dyn Driver, what: RepairMode, options: &OpenOptions) -> Result<Exit> {
+fn repair(
+    args: &CheckArgs,
+    driver: &dyn Driver,
+    what: RepairMode,
+    (outputs, image): (Outputs, Output),
+    options: &OpenOptions,
+) -> Result<Exit> {
     let what = match what {
         RepairMode::Leaks => Repair::Leaks,
         RepairMode::All => Repair::All,
     };
-    let mut outputs = Outputs::new();
-    let image = outputs.existing_image(&args.image, false)?;
     let before = driver.repair(&image, what, options).in_file(&args.image)?;
     let after = driver.check(image.reopen(&options.memory)?, options).in_file(&args.image)?;
     outputs.commit()?;

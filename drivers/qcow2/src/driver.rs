@@ -5,7 +5,7 @@ use std::sync::Arc;
 use imgtool_core::{
     BackingName, Capabilities, CheckReport, Confidence, CreateOptions, Driver, Error, ImageSink, ImageSource,
     ImageWriter, InPlace, Input, Manifest, Measure, NamedFiles, OpenOptions, OptionSpec, Output,
-    OutputFactory, Remedy, Repair, Result, TableMemory,
+    OutputFactory, Remedy, Repair, Resize, Result, TableMemory,
 };
 
 use crate::compressed::Encoder;
@@ -15,7 +15,7 @@ use crate::options::{OPTIONS, SIZE_MULTIPLE, WriteOptions};
 use crate::sink::{Qcow2Sink, table_memory};
 use crate::source::Qcow2Source;
 use crate::update::{UpdateOptions, Updater};
-use crate::{check, measure, repair};
+use crate::{check, measure, repair, resize};
 
 /// Driver for QEMU's qcow2 format.
 #[derive(Debug, Clone, Copy, Default)]
@@ -72,6 +72,10 @@ impl Driver for Qcow2Driver {
 
     fn repair(&self, image: &Output, what: Repair, options: &OpenOptions) -> Result<CheckReport> {
         repair::repair(image, what, options)
+    }
+
+    fn resize(&self, image: &Output, resize: Resize, options: &OpenOptions) -> Result<()> {
+        resize::resize(image, resize, options)
     }
 
     fn writer(&self, options: &CreateOptions) -> Result<Box<dyn ImageWriter>> {

@@ -13,6 +13,7 @@ mod measure;
 mod options;
 mod refcounts;
 mod repair;
+mod resize;
 mod sink;
 mod source;
 mod update;

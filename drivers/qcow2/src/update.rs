@@ -12,7 +12,7 @@
 
 mod bitmaps;
 pub mod refcounts;
-mod tables;
+pub mod tables;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -39,10 +39,6 @@ const PIECE_LEN: u64 = 256 << 10;
 
 /// Maximum length in bytes of a piece of zeros. Our limit, as for a new image with a backing file.
 const MAX_ZERO_LEN: u64 = 64 << 20;
-
-/// File offset of the field "refcount_table_offset", which "refcount_table_clusters" follows. Specification,
-/// "Header".
-const REFCOUNT_TABLE_FIELD: u64 = 48;
 
 /// File offset of the field "autoclear_features". Specification, "Header".
 const AUTOCLEAR_FIELD: u64 = 88;
@@ -374,23 +370,12 @@ impl ImageSink for Updater {
         let State { tables, refcounts } = &mut *state;
         let output = self.output();
         tables.write_changed(refcounts)?;
-        let old_table = refcounts.outgrows_table().then(|| refcounts.move_table()).transpose()?;
-        refcounts.write_changed()?;
         self.outputs.iter().try_for_each(Output::sync)?;
-        refcounts.write_table()?;
-        if old_table.is_some() {
-            output.sync()?;
-            let place = refcounts.place();
-            let mut fields = place.offset.to_be_bytes().to_vec();
-            // At most 8 MiB of clusters.
-            fields.extend_from_slice(&(place.count as u32).to_be_bytes());
-            output.write_at(&fields, REFCOUNT_TABLE_FIELD)?;
-        }
+        refcounts.commit()?;
         output.sync()?;
         tables.switch()?;
         output.sync()?;
         tables.release_replaced(refcounts)?;
-        old_table.map_or(Ok(()), |table| refcounts.release(table))?;
         refcounts.write_changed()
     }
 
@@ -422,7 +407,7 @@ fn open_content(output: &Output, open: &OpenOptions) -> Result<Disk> {
 }
 
 /// Refuses an image with features that the driver can't keep intact.
-fn check_changeable(header: &Header) -> Result<()> {
+pub fn check_changeable(header: &Header) -> Result<()> {
     if header.has(INCOMPATIBLE_DIRTY) {
         return Err(Error::refused("the image was not closed cleanly, so its refcounts may be wrong")
             .at(72)
@@ -432,7 +417,7 @@ fn check_changeable(header: &Header) -> Result<()> {
 }
 
 /// Refuses an image whose tables contradict its refcounts: a cluster that seems free could be in use.
-fn check_intact(output: &Output, open: &OpenOptions) -> Result<()> {
+pub fn check_intact(output: &Output, open: &OpenOptions) -> Result<()> {
     let report = check::check(output.reopen(&open.memory)?, open)?;
     if report.corruptions == 0 && report.check_errors == 0 {
         return Ok(());

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use imgtool_core::{
     Capabilities, Confidence, CreateOptions, Driver, ImageSource, ImageWriter, InPlace, Input, OpenOptions,
-    OptionKind, OptionSpec, Result,
+    OptionKind, OptionSpec, Output, Resize, Result,
 };
 
 use crate::options::WriteOptions;
-use crate::source;
 use crate::writer::RawWriter;
+use crate::{resize, source};
 
 /// Driver for raw disk images and block devices.
 #[derive(Debug, Clone, Copy, Default)]
@@ -61,6 +61,10 @@ impl Driver for RawDriver {
 
     fn open(&self, input: Input, _options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
         source::open(input)
+    }
+
+    fn resize(&self, image: &Output, resize: Resize, options: &OpenOptions) -> Result<()> {
+        resize::resize(image, resize, options)
     }
 
     fn writer(&self, options: &CreateOptions) -> Result<Box<dyn ImageWriter>> {

@@ -6,6 +6,7 @@
 
 mod driver;
 mod options;
+mod resize;
 mod sink;
 mod source;
 mod writer;

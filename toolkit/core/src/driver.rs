@@ -83,6 +83,17 @@ pub trait Driver: Send + Sync {
         Err(Error::unsupported(format!("{} images can't be repaired", self.name())))
     }
 
+    /// Changes the size of the only disk of the image in `image`. New bytes are zeros. Every write leaves an intact
+    /// image of the old or the new size.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`] if data would be cut off without permission; [`crate::ErrorKind::Unsupported`]
+    /// by default. Nothing has been written in this case.
+    fn resize(&self, _image: &Output, _resize: Resize, _options: &OpenOptions) -> Result<()> {
+        Err(Error::unsupported(format!("{} images can't be resized", self.name()))
+            .hint("convert the image, and give the copy the new size"))
+    }
+
     /// Parses the options and returns a writer that applies them. Opens and creates no files.
     ///
     /// # Errors
@@ -261,6 +272,15 @@ pub enum Repair {
     Leaks,
     /// Everything that the driver can mend.
     All,
+}
+
+/// Request of [`Driver::resize`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Resize {
+    /// New size in bytes. The driver may round it up.
+    pub size: u64,
+    /// True to cut off data; otherwise, only zeros may be cut off.
+    pub discards: bool,
 }
 
 /// Result of [`Driver::check`]. A number is `None` if the driver does not determine it.

@@ -48,7 +48,7 @@ pub use device::{Attachment, Device, DeviceId, DeviceKind, Lane, OutputId, SinkD
 pub use disk::{Disk, DiskReader};
 pub use driver::{
     Archive, Capabilities, CheckReport, Confidence, Driver, ImageWriter, InPlace, Measure, NamedFiles,
-    OutputFactory, Repair,
+    OutputFactory, Repair, Resize,
 };
 pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use extent::{Extent, ExtentKind, ExtentList, MapExtent, MapPlace};

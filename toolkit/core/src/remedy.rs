@@ -25,6 +25,8 @@ pub enum Remedy {
     Overwrite,
     /// Replace the existing image by a new one, instead of writing into it.
     ReplaceImage,
+    /// Permit that data is cut off.
+    DiscardData,
     /// Write into the block device that already exists.
     WriteIntoDevice,
     /// Write although the target is in use, or its size is unexpected. The advice is the safer alternative.
@@ -112,6 +114,7 @@ impl fmt::Display for Remedy {
             Self::OpenAnyway(advice) => write!(f, "{advice}, or force reading it as it is"),
             Self::Overwrite => f.write_str("allow overwriting, or choose another name"),
             Self::ReplaceImage => f.write_str("make a new image in its place, or choose another name"),
+            Self::DiscardData => f.write_str("nothing was changed; permit the loss of this data"),
             Self::WriteIntoDevice => f.write_str("write into the device in place"),
             Self::ForceWrite(advice) => write!(f, "nothing was written; {advice}; a forced write goes ahead"),
             Self::NameTarget => f.write_str("remove the link, or name the file that it leads to"),

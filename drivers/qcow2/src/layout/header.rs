@@ -356,6 +356,15 @@ impl Header {
             .hint("decrypt it with qemu-img first: qemu-img convert --object secret,… --image-opts …"))
     }
 
+    /// Returns the field "crypt_method".
+    pub fn crypt_method(&self) -> u32 {
+        match self.encryption {
+            Encryption::None => 0,
+            Encryption::Aes => 1,
+            Encryption::Luks => 2,
+        }
+    }
+
     /// Lists incompatible feature bits by number, with their names from the image's feature name table.
     pub fn feature_list(&self, bits: u64) -> String {
         let names: Vec<String> = (0..64)

@@ -1,7 +1,7 @@
 //! Refcounts of an existing image, changed while new clusters are allocated.
 //!
 //! The editor writes refcount blocks at any time: until the tables of the image refer to a new cluster, its
-//! refcount is at worst a leak. New blocks become part of the image in [`RefcountEditor::write_table`], because
+//! refcount is at worst a leak. New blocks become part of the image in [`RefcountEditor::commit`], because
 //! a crash may keep an entry of the refcount table without the block that it refers to.
 
 use imgtool_core::{Cache, Error, Lease, Memory, Output, Result};
@@ -20,6 +20,10 @@ const MIN_BLOCKS: u64 = 2;
 
 /// End of the host offsets that fit into L1 and L2 entries, 56 bits. Specification, "L1 table entry".
 const MAX_HOST_OFFSET: u64 = 1 << 56;
+
+/// File offset of the field "refcount_table_offset", which "refcount_table_clusters" follows. Specification,
+/// "Header".
+const REFCOUNT_TABLE_FIELD: u64 = 48;
 
 /// A refcount block in memory.
 struct Block {
@@ -78,11 +82,6 @@ impl RefcountEditor {
             next: 0,
             _lease: lease,
         })
-    }
-
-    /// Returns the location of the refcount table.
-    pub fn place(&self) -> Clusters {
-        self.place
     }
 
     /// Returns the number of entries of a refcount block.
@@ -243,48 +242,101 @@ impl RefcountEditor {
     }
 
     /// True if the refcount table needs more space than it has.
-    pub fn outgrows_table(&self) -> bool {
+    fn outgrows_table(&self) -> bool {
         (self.table.len() as u64 * 8) > self.place.count << self.cluster_bits
     }
 
-    /// Allocates a larger refcount table after all clusters that any block counts. Returns the old location.
-    /// The caller stores the new one in the header after [`RefcountEditor::write_table`].
-    pub fn move_table(&mut self) -> Result<Clusters> {
-        let entries = self.block_entries();
-        let first = self.table.len() as u64 * entries;
-        let (mut blocks, mut clusters) = (1u64, 1u64);
-        // The table and the blocks that count it need space themselves. Both numbers only grow.
-        loop {
-            let needed_blocks = (blocks + clusters).div_ceil(entries);
-            let length = self.table.len() as u64 + needed_blocks;
-            // Half as much again, so that the next image does not move it at once.
-            let needed_clusters = ((length + length / 2) * 8)
-                .min(MAX_REFCOUNT_TABLE_BYTES)
-                .max(length * 8)
-                .div_ceil(1 << self.cluster_bits);
-            if (needed_blocks, needed_clusters) == (blocks, clusters) {
-                break;
+    /// Allocates `count` adjacent clusters with a refcount of one each.
+    pub fn allocate_run(&mut self, count: u64) -> Result<Clusters> {
+        let (entries, order) = (self.block_entries(), self.order);
+        let mut free = 0;
+        for cluster in 0..self.counted_blocks().saturating_mul(entries) {
+            let is_free = self.block_offset(cluster / entries) != 0
+                && refcount(&self.block(cluster / entries)?.bytes, order, (cluster % entries) as usize) == 0;
+            free = if is_free { free + 1 } else { 0 };
+            if free == count {
+                let offset = self.host_offset(cluster + 1 - count)?;
+                for added in 0..count {
+                    self.set(offset + (added << self.cluster_bits), 1)?;
+                }
+                return Ok(Clusters { offset, count });
             }
-            (blocks, clusters) = (needed_blocks.max(blocks), needed_clusters.max(clusters));
         }
-        let first_index = self.table.len() as u64;
+        self.append(count)
+    }
+
+    /// Returns the number of refcount blocks up to the last one.
+    fn counted_blocks(&self) -> u64 {
+        let last = self.table.iter().rposition(|entry| RefcountTableEntry(*entry).block_offset() != 0);
+        last.map_or(0, |last| last as u64 + 1)
+    }
+
+    /// Allocates `count` adjacent clusters after all clusters that any block counts, with a refcount of one each.
+    fn append(&mut self, count: u64) -> Result<Clusters> {
+        let entries = self.block_entries();
+        let first_index = self.counted_blocks();
+        let first = first_index * entries;
+        let mut blocks = 1u64;
+        // The blocks count themselves. The number only grows.
+        while (blocks + count).div_ceil(entries) > blocks {
+            blocks = (blocks + count).div_ceil(entries);
+        }
         for number in 0..blocks {
             self.set_block(first_index + number, first + number)?;
             let mut bytes = vec![0; 1 << self.cluster_bits];
-            let counted = (blocks + clusters).saturating_sub(number * entries).min(entries);
+            let counted = (blocks + count).saturating_sub(number * entries).min(entries);
             for entry in 0..counted {
                 set_refcount(&mut bytes, self.order, entry as usize, 1);
             }
             self.insert(first_index + number, Block { bytes, changed: true })?;
         }
-        let new = Clusters { offset: self.host_offset(first + blocks)?, count: clusters };
+        Ok(Clusters { offset: self.host_offset(first + blocks)?, count })
+    }
+
+    /// Moves the refcount table to a larger place. Returns the old one. The caller stores the new place in the
+    /// header after [`RefcountEditor::write_table`].
+    fn move_table(&mut self) -> Result<Clusters> {
+        let mut clusters = 1;
+        // The new table also lists the blocks that count it. The number only grows.
+        loop {
+            let entries = self.block_entries();
+            let blocks = clusters / entries + 2;
+            let length = self.table.len() as u64 + blocks;
+            // Half as much again, so that the next image does not move it at once.
+            let bytes = ((length + length / 2) * 8).min(MAX_REFCOUNT_TABLE_BYTES).max(length * 8);
+            let needed = bytes.div_ceil(1 << self.cluster_bits);
+            if needed <= clusters {
+                break;
+            }
+            clusters = needed;
+        }
+        let new = self.append(clusters)?;
         self.table.resize(((clusters << self.cluster_bits) / 8) as usize, 0);
         self.unwritten = Some((0, self.table.len() - 1));
         Ok(std::mem::replace(&mut self.place, new))
     }
 
+    /// Makes all new clusters part of the image: writes the refcount blocks, then the table, and stores a new
+    /// place of the table in the header. Flushes what precedes each step.
+    pub fn commit(&mut self) -> Result<()> {
+        let old_table = self.outgrows_table().then(|| self.move_table()).transpose()?;
+        self.write_changed()?;
+        self.output.sync()?;
+        self.write_table()?;
+        if let Some(old_table) = old_table {
+            self.output.sync()?;
+            let mut fields = self.place.offset.to_be_bytes().to_vec();
+            // At most 8 MiB of clusters.
+            fields.extend_from_slice(&(self.place.count as u32).to_be_bytes());
+            self.output.write_at(&fields, REFCOUNT_TABLE_FIELD)?;
+            self.output.sync()?;
+            self.release(old_table)?;
+        }
+        Ok(())
+    }
+
     /// Writes the entries of new blocks into the refcount table.
-    pub fn write_table(&mut self) -> Result<()> {
+    fn write_table(&mut self) -> Result<()> {
         let Some((first, last)) = self.unwritten.take() else { return Ok(()) };
         let mut bytes = Vec::new();
         encode_table(&self.table[first..=last], &mut bytes);

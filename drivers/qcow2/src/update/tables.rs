@@ -79,6 +79,26 @@ impl ShadowTables {
         Ok(L1Entry(self.new[index]).l2_offset() == 0 && self.open.get(&index).is_none())
     }
 
+    /// Returns the L1 table as the file has it.
+    pub fn l1(&self) -> &[u64] {
+        &self.old
+    }
+
+    /// Empties the entries of all clusters that start at or after `size` bytes.
+    pub fn empty_from(&mut self, size: u64, refcounts: &mut RefcountEditor) -> Result<()> {
+        let reach = 1u64 << self.shape.l2_reach_bits();
+        let first_table = usize::try_from(size.div_ceil(reach)).unwrap_or(usize::MAX);
+        let mut cluster = size.next_multiple_of(self.shape.cluster_size());
+        while cluster < size.next_multiple_of(reach) && !self.is_empty_at(cluster)? {
+            if self.get(cluster, refcounts)? != [0, 0] {
+                self.set(cluster, [0, 0], refcounts)?;
+            }
+            cluster += self.shape.cluster_size();
+        }
+        self.new.iter_mut().skip(first_table).for_each(|entry| *entry = 0);
+        Ok(())
+    }
+
     /// Returns the position of the entry for `guest_offset` in the words of its table.
     fn position(&self, guest_offset: u64) -> usize {
         let cluster = guest_offset >> self.shape.cluster_bits & (self.shape.l2_entries() - 1);

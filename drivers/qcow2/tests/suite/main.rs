@@ -9,6 +9,7 @@ mod hostile;
 mod qcow2_rs;
 mod readers;
 mod repaired;
+mod resized;
 mod tools;
 mod updated;
 mod variants;

@@ -1,0 +1,56 @@
+//! `imgtool resize`: changes the virtual size of an image in place.
+
+use imgtool_core::{Disk, Error, Location, Resize, Result, ResultExt};
+use imgtool_engine::open;
+
+use super::check::open_target;
+use crate::args::{NewSize, ResizeArgs};
+use crate::exit::Exit;
+use crate::images;
+use crate::report::{self, Stream};
+
+/// Resizes an image.
+///
+/// # Errors
+/// Any error of the driver; a change of a size to less than 0.
+pub fn run(args: &ResizeArgs) -> Result<Exit> {
+    images::refuse(&args.input)?;
+    let (outputs, image) = open_target(&args.image)?;
+    let registry = imgtool::registry();
+    let options = images::open_options(&registry, &args.input)?;
+    let location = Location::source(args.image.as_os_str());
+    let format = args.input.format.as_deref();
+    let opened = open::open_input(&registry, &location, format, &options.memory)?;
+    let driver = match format {
+        Some(name) => registry.get(name)?,
+        None => open::recognise(&registry, &opened).in_file(&location)?.0,
+    };
+    if !opened.compression.is_empty() {
+        return Err(Error::unsupported("a compressed file can't be resized").path(&location));
+    }
+    let info = imgtool_core::OpenOptions { info_only: true, ..options.clone() };
+    let disk =
+        Disk::only(driver.open(opened.input, &info).in_file(&location)?, "the image").in_file(&location)?;
+    let old = disk.size();
+    drop(disk);
+    let size = match args.size {
+        NewSize::Exact(size) => Some(size),
+        NewSize::More(more) => old.checked_add(more),
+        NewSize::Less(less) => old.checked_sub(less),
+    };
+    let size = size.ok_or_else(|| {
+        Error::usage(format!("the disk has {old} bytes, which can't change by that much")).path(&location)
+    })?;
+    let resize = Resize { size, discards: args.shrink };
+    driver.resize(&image, resize, &options).in_file(&location)?;
+    let after = driver.open(image.reopen(&options.memory)?, &info).in_file(&location)?;
+    let after = Disk::only(after, "the image").in_file(&location)?.size();
+    outputs.commit()?;
+    if !args.quiet {
+        let name = images::show(args.image.as_os_str());
+        let (old, new) = (report::exact_size(old), report::exact_size(after));
+        let text = format!("{name}: {}, {old} before, {new} now", driver.name());
+        report::print(&format!("{}\n", report::flow(Stream::Out, &text, 2)))?;
+    }
+    Ok(Exit::Done)
+}

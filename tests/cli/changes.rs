@@ -1,0 +1,61 @@
+//! `check -r` and `resize`, which change an image in place.
+
+use imgtool_testing::oracles::{qemu_info, run_in};
+use imgtool_testing::{require, tempdir};
+
+use crate::support::imgtool;
+
+#[test]
+fn resize_takes_sizes_and_differences() {
+    require!("qemu-img", "qemu-io");
+    for format in ["qcow2", "raw"] {
+        let dir = tempdir();
+        run_in("qemu-img", dir.path(), &["create", "-q", "-f", format, "x", "10M"]);
+        run_in("qemu-io", dir.path(), &["-f", format, "-c", "write -P 3 4M 1M", "x"]);
+        let size = || qemu_info(&dir.path().join("x"), format)["virtual-size"].as_u64().unwrap() >> 20;
+        let resize = |line: &[&str]| imgtool(["resize", "x"]).args(line).within(dir.path()).go();
+        resize(&["20M"]).exits(0);
+        assert_eq!(size(), 20);
+        resize(&["+4M"]).exits(0);
+        assert_eq!(size(), 24);
+        resize(&["-8M"]).exits(0);
+        assert_eq!(size(), 16);
+        resize(&["4608k"]).exits(1).says("--shrink");
+        assert_eq!(size(), 16);
+        resize(&["4M", "--shrink"]).exits(0);
+        assert_eq!(size(), 4);
+        resize(&["--", "-5M"]).exits(2).says("can't change by that much");
+        resize(&["lots"]).exits(2).says("expected a size");
+    }
+}
+
+#[test]
+fn other_formats_keep_their_size() {
+    require!("qemu-img");
+    let dir = tempdir();
+    run_in("qemu-img", dir.path(), &["create", "-q", "-f", "vhdx", "x", "10M"]);
+    imgtool(["resize", "x", "20M"]).within(dir.path()).go().exits(1).says("vhdx images can't be resized");
+}
+
+#[test]
+fn check_repairs_leaks() {
+    require!("qemu-img", "qemu-io");
+    let dir = tempdir();
+    run_in("qemu-img", dir.path(), &["create", "-q", "-f", "qcow2", "x", "10M"]);
+    run_in("qemu-io", dir.path(), &["-c", "write -P 3 4M 1M", "x"]);
+    let path = dir.path().join("x");
+    let mut image = std::fs::read(&path).unwrap();
+    let table = u64::from_be_bytes(image[48..56].try_into().unwrap()) as usize;
+    let block = u64::from_be_bytes(image[table..table + 8].try_into().unwrap()) as usize;
+    // Clusters 40 and 41 are not in use.
+    image[block + 81] = 1;
+    image[block + 83] = 1;
+    std::fs::write(&path, &image).unwrap();
+    imgtool(["check", "x"]).within(dir.path()).go().exits(3);
+    imgtool(["check", "-r", "leaks", "x"]).within(dir.path()).ok().says("2 leaked clusters");
+    run_in("qemu-img", dir.path(), &["check", "-f", "qcow2", "x"]);
+    std::fs::write(&path, &image).unwrap();
+    let found = imgtool(["check", "-r", "all", "--output", "json", "x"]).within(dir.path()).ok().json();
+    assert_eq!((&found["leaks-fixed"], &found["corruptions-fixed"]), (&2.into(), &0.into()));
+    imgtool(["check", "-r", "leaks", "x.raw"]).within(dir.path()).go().exits(1);
+}
