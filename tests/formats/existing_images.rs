@@ -84,7 +84,7 @@ fn a_data_file_is_written_with_its_image() {
         let line = ["convert", "-n", "-O", "qcow2", "new.raw", "image"];
         imgtool(line).within(dir.path()).go().exits(1).says("--allow-external");
         assert_eq!((sha256_file(&image), sha256_file(&data)), before);
-        imgtool(line).args(&["--allow-external", "chain"]).within(dir.path()).ok();
+        imgtool(line).args(["--allow-external", "chain"]).within(dir.path()).ok();
         let expected = [&new_content()[..], &vec![b'o'; 3 << 20]].concat();
         assert!(content(dir.path(), "qcow2", &[]) == expected, "{raw}");
         if raw == "on" {
