@@ -182,7 +182,7 @@ fn errors() {
     let before = imgtool_testing::snapshot(dir.path());
     let lines = [
         "conver disk.raw x",
-        "resize disk.raw 1G",
+        "rebase disk.qcow2",
         "convert --thread 3 disk.raw x",
         "convert disk.raw",
         "convert -O qcow disk.raw x",
@@ -204,7 +204,7 @@ fn errors() {
         "convert overlay.qcow2 x",
         "convert disk.raw disk.qcow2",
         "convert nothing.raw x",
-        "check -r all disk.qcow2",
+        "check -r some disk.qcow2",
         "map --disk scsi disk.qcow2",
         "create x",
         "create -f raw x 1Q",
