@@ -1,13 +1,17 @@
 //! The options of a new file, and the layout that follows from them.
 
 use imgtool_core::zero::ZERO_GRANULARITY;
-use imgtool_core::{CreateOptions, Error, OptionKind, OptionSpec, OptionValues, Result};
+use imgtool_core::{BackingName, CreateOptions, Error, OptionKind, OptionSpec, OptionValues, Result};
 use uuid::Uuid;
 
 use crate::layout::bat::{BatShape, ENTRY_LEN, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
 use crate::layout::region::Region;
 use crate::layout::{HEADER_SECTION_LEN, MAX_VIRTUAL_SIZE, MIB};
+use crate::sink::child::Parent;
 
+/// Maximum length in bytes of the parent's name in a new image. Our limit, as in qcow2: well below the 64 KiB of a
+/// value of a parent locator.
+const MAX_PARENT_NAME: usize = 1023;
 /// Default logical sector size in bytes: every guest can boot from it.
 pub(crate) const DEFAULT_LOGICAL_SECTOR_SIZE: u64 = 512;
 /// Default physical sector size in bytes, as in Hyper-V. Payload blocks are aligned to it.
@@ -32,7 +36,7 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "block_size",
         help: "unit in which space is allocated",
-        default: "by size, as QEMU: 8M, above 1G 16M, above 100G 32M, above 32T 64M",
+        default: "by size, as QEMU: 8M, above 1G 16M, above 100G 32M, above 32T 64M; as the parent",
         kind: OptionKind::PowerOfTwoOrZero { min: MIN_BLOCK_SIZE, max: MAX_BLOCK_SIZE },
     },
     OptionSpec {
@@ -60,6 +64,18 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
         kind: OptionKind::Text("a GUID"),
     },
     OptionSpec {
+        name: "backing_file",
+        help: "parent of the new image, a VHDX image: only the difference to it is stored",
+        default: "none",
+        kind: OptionKind::Path,
+    },
+    OptionSpec {
+        name: "backing_fmt",
+        help: "format of the parent: vhdx",
+        default: "none",
+        kind: OptionKind::Text("a format name"),
+    },
+    OptionSpec {
         name: "data_write_guid",
         help: "GUID by which differencing disks know this content",
         default: "derived from content and options",
@@ -80,12 +96,14 @@ pub(crate) struct VhdxOptions {
     pub(crate) fixed: bool,
     /// Size of a payload block in bytes; `None` if it depends on the virtual size.
     block_size: Option<u64>,
-    /// Logical sector size in bytes.
-    pub(crate) logical_sector_size: u64,
-    /// Physical sector size in bytes.
-    pub(crate) physical_sector_size: u64,
+    /// Logical sector size in bytes; `None` for the parent's, or the default.
+    logical_sector_size: Option<u64>,
+    /// Physical sector size in bytes; `None` for the parent's, or the default.
+    physical_sector_size: Option<u64>,
     /// Length of the log in bytes, a multiple of 1 MiB.
     log_size: u64,
+    /// Parent of a differencing file.
+    pub(crate) backing: Option<BackingName>,
     /// SCSI page 83 identifier; `None` if it is derived from content and options.
     pub(crate) disk_id: Option<Uuid>,
     /// GUID of the guest's content; `None` if it is derived from content and options.
@@ -106,13 +124,19 @@ impl VhdxOptions {
         }
         let values = &options.values;
         let size = |name: &str, default: u64| values.size(name).unwrap_or(default);
+        let fixed = values.text("subformat") == Some("fixed");
+        let backing = BackingName::of_same_format(values, &[crate::FORMAT])?;
+        if let Some(backing) = &backing {
+            check_backing(backing, fixed)?;
+        }
         Ok(Self {
-            fixed: values.text("subformat") == Some("fixed"),
+            fixed,
             // As in QEMU, 0 selects the default.
             block_size: values.size("block_size").filter(|size| *size > 0),
-            logical_sector_size: size("logical_sector_size", DEFAULT_LOGICAL_SECTOR_SIZE),
-            physical_sector_size: size("physical_sector_size", DEFAULT_PHYSICAL_SECTOR_SIZE),
+            logical_sector_size: values.size("logical_sector_size"),
+            physical_sector_size: values.size("physical_sector_size"),
             log_size: size("log_size", DEFAULT_LOG_SIZE),
+            backing,
             disk_id: guid(values, "disk_id")?,
             data_write_guid: guid(values, "data_write_guid")?,
             file_write_guid: guid(values, "file_write_guid")?,
@@ -120,26 +144,71 @@ impl VhdxOptions {
         })
     }
 
-    /// Lays out a file for a device of `size` bytes.
+    /// Lays out a file for a device of `size` bytes, with the block and sector sizes of its parent if it has one.
     ///
     /// # Errors
-    /// `Unsupported` if the device is larger than the format's limit.
-    pub(crate) fn layout(&self, size: u64) -> Result<FileLayout> {
+    /// `Unsupported` if the device is larger than the format's limit; `Usage` for a logical sector size other than
+    /// the parent's.
+    pub(crate) fn layout(&self, size: u64, parent: Option<&Parent>) -> Result<FileLayout> {
         if size > MAX_VIRTUAL_SIZE {
             return Err(Error::unsupported(format!(
                 "the device has {size} bytes; the limit of VHDX is {MAX_VIRTUAL_SIZE} (64 TiB)"
             ))
             .hint("choose another format"));
         }
-        let virtual_size = size.next_multiple_of(self.logical_sector_size);
-        let block_size = self.block_size.unwrap_or_else(|| default_block_size(virtual_size));
-        let shape = BatShape::new(virtual_size, block_size, self.logical_sector_size);
-        let bat_len = (shape.entries(false) * ENTRY_LEN).max(1).next_multiple_of(MIB);
+        let logical_sector_size = self.logical_sector_size(parent)?;
+        let virtual_size = size.next_multiple_of(logical_sector_size);
+        let block_size = self.block_size.or(parent.map(|parent| parent.block_size));
+        let block_size = block_size.unwrap_or_else(|| default_block_size(virtual_size));
+        let shape = BatShape::new(virtual_size, block_size, logical_sector_size);
+        let bat_len = (shape.entries(self.backing.is_some()) * ENTRY_LEN).max(1).next_multiple_of(MIB);
+        let physical_sector_size = self
+            .physical_sector_size
+            .or(parent.and_then(|parent| parent.physical_sector_size))
+            .unwrap_or(DEFAULT_PHYSICAL_SECTOR_SIZE);
         let log = region(HEADER_SECTION_LEN, self.log_size);
         let metadata = region(log.end(), METADATA_LEN);
         let bat = region(metadata.end(), bat_len);
-        Ok(FileLayout { virtual_size, shape, log, metadata, bat, payload_start: bat.end() })
+        let payload_start = bat.end();
+        Ok(FileLayout { virtual_size, shape, physical_sector_size, log, metadata, bat, payload_start })
     }
+
+    /// Returns an upper bound of the length in bytes of the BAT for a device of `size` bytes, whose parent is not
+    /// known yet.
+    pub(crate) fn max_bat_len(&self, size: u64) -> Result<u64> {
+        let smallest = self.backing.as_ref().map(|_| MIN_BLOCK_SIZE);
+        let layout = Self { block_size: self.block_size.or(smallest), ..self.clone() }.layout(size, None)?;
+        Ok(layout.bat.length.into())
+    }
+
+    /// Returns the logical sector size: the parent's, or that of the options.
+    fn logical_sector_size(&self, parent: Option<&Parent>) -> Result<u64> {
+        let Some(parent) = parent else {
+            return Ok(self.logical_sector_size.unwrap_or(DEFAULT_LOGICAL_SECTOR_SIZE));
+        };
+        match self.logical_sector_size {
+            Some(other) if other != parent.logical_sector_size => Err(Error::usage(format!(
+                "the parent has logical sectors of {} bytes, not {other}",
+                parent.logical_sector_size
+            ))
+            .hint("leave out logical_sector_size")),
+            _ => Ok(parent.logical_sector_size),
+        }
+    }
+}
+
+/// Refuses options that a differencing file can't have.
+fn check_backing(backing: &BackingName, fixed: bool) -> Result<()> {
+    if fixed {
+        return Err(Error::usage("backing_file and subformat=fixed can't be combined"));
+    }
+    if !(1..=MAX_PARENT_NAME).contains(&backing.name.len()) {
+        return Err(Error::usage(format!(
+            "the parent's name must have 1 to {MAX_PARENT_NAME} bytes, not {}",
+            backing.name.len()
+        )));
+    }
+    Ok(())
 }
 
 /// Layout of a new file: header section, log, metadata, BAT and payload blocks, in this order.
@@ -149,6 +218,8 @@ pub(crate) struct FileLayout {
     pub(crate) virtual_size: u64,
     /// Dimensions of the BAT.
     pub(crate) shape: BatShape,
+    /// Physical sector size in bytes.
+    pub(crate) physical_sector_size: u64,
     /// The log.
     pub(crate) log: Region,
     /// The metadata region.

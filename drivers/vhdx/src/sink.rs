@@ -1,8 +1,10 @@
-//! Writing dynamic and fixed images.
+//! Writing dynamic and fixed images; [`child`] writes differencing ones.
 //!
 //! [`BlockSink`] stores the payload blocks and lists them in the BAT; this module knows the rest of the file.
 //! The GUIDs of a file are derived from content and options, so the same source and options give the same
 //! bytes.
+
+pub(crate) mod child;
 
 use imgtool_core::block_sink::{BlockLayout, BlockSettings, BlockSink};
 use imgtool_core::fingerprint::Fingerprint;
@@ -15,6 +17,7 @@ use crate::layout::header::{HEADER_OFFSETS, Header, encode_identifier};
 use crate::layout::metadata::Metadata;
 use crate::layout::region::{REGION_TABLE_OFFSETS, Region, RegionTable};
 use crate::options::{FileLayout, VhdxOptions};
+use child::Parent;
 
 /// Creator string of the file type identifier (section 2.2.1).
 const CREATOR: &str = concat!("imgtool ", env!("CARGO_PKG_VERSION"));
@@ -30,7 +33,7 @@ pub(crate) fn new(
 ) -> BlockSink<VhdxLayout> {
     let bat = TableWriter::new(output.clone(), layout.bat.file_offset, layout.bat.length.into(), 0, memory);
     let settings = settings(device_size, &options);
-    BlockSink::new(output, bat, VhdxLayout { device_size, options, layout }, settings)
+    BlockSink::new(output, bat, VhdxLayout { device_size, options, layout, parent: None }, settings)
 }
 
 /// Returns the settings of a new file for a device of `device_size` bytes.
@@ -44,6 +47,8 @@ pub(crate) struct VhdxLayout {
     device_size: u64,
     options: VhdxOptions,
     layout: FileLayout,
+    /// Parent of a differencing file.
+    parent: Option<Parent>,
 }
 
 impl BlockLayout for VhdxLayout {
@@ -72,21 +77,11 @@ impl BlockLayout for VhdxLayout {
     }
 
     fn finish(&self, output: &Output, _blocks: u64, fingerprint: &Fingerprint) -> Result<()> {
-        let metadata = self.metadata(fingerprint).encode();
-        write_region(output, &self.layout.metadata, &metadata)?;
-        write_region(output, &self.layout.log, &[])?;
-        self.write_header_section(output, fingerprint)
+        self.write_structures(output, fingerprint)
     }
 
     fn notes(&self) -> Vec<String> {
-        let virtual_size = self.layout.virtual_size;
-        if virtual_size == self.device_size {
-            return Vec::new();
-        }
-        vec![format!(
-            "virtual size rounded up from {} to {virtual_size} bytes, a multiple of the logical sector size {}",
-            self.device_size, self.options.logical_sector_size
-        )]
+        self.rounding_notes()
     }
 }
 
@@ -98,6 +93,30 @@ fn write_region(output: &Output, region: &Region, bytes: &[u8]) -> Result<()> {
 }
 
 impl VhdxLayout {
+    /// Writes everything but the blocks and the BAT, the first bytes of the file last.
+    fn write_structures(&self, output: &Output, fingerprint: &Fingerprint) -> Result<()> {
+        let locator = match (&self.parent, &self.options.backing) {
+            (Some(parent), Some(backing)) => parent.locator(backing),
+            _ => Vec::new(),
+        };
+        let metadata = self.metadata(fingerprint).encode(&locator);
+        write_region(output, &self.layout.metadata, &metadata)?;
+        write_region(output, &self.layout.log, &[])?;
+        self.write_header_section(output, fingerprint)
+    }
+
+    /// Returns a note if the virtual size was rounded up.
+    fn rounding_notes(&self) -> Vec<String> {
+        let virtual_size = self.layout.virtual_size;
+        if virtual_size == self.device_size {
+            return Vec::new();
+        }
+        vec![format!(
+            "virtual size rounded up from {} to {virtual_size} bytes, a multiple of the logical sector size {}",
+            self.device_size, self.layout.shape.logical_sector_size
+        )]
+    }
+
     /// Returns the disk's properties, for the metadata region.
     fn metadata(&self, fingerprint: &Fingerprint) -> Metadata {
         let FileLayout { virtual_size, shape, .. } = &self.layout;
@@ -106,27 +125,29 @@ impl VhdxLayout {
         Metadata {
             block_size: narrow(shape.block_size),
             leave_blocks_allocated: self.options.fixed,
-            has_parent: false,
+            has_parent: self.parent.is_some(),
             virtual_size: *virtual_size,
             virtual_disk_id: self.options.disk_id.unwrap_or_else(|| self.guid(fingerprint, "disk id")),
-            logical_sector_size: narrow(self.options.logical_sector_size),
-            physical_sector_size: narrow(self.options.physical_sector_size),
+            logical_sector_size: narrow(shape.logical_sector_size),
+            physical_sector_size: narrow(self.layout.physical_sector_size),
         }
     }
 
     /// Derives the GUID for `purpose` from content and options.
     fn guid(&self, fingerprint: &Fingerprint, purpose: &str) -> uuid::Uuid {
-        fingerprint.guid(
-            purpose,
-            &[
-                self.device_size,
-                self.layout.shape.block_size,
-                self.options.logical_sector_size,
-                self.options.physical_sector_size,
-                u64::from(self.layout.log.length),
-                u64::from(self.options.fixed),
-            ],
-        )
+        let mut parameters = vec![
+            self.device_size,
+            self.layout.shape.block_size,
+            self.layout.shape.logical_sector_size,
+            self.layout.physical_sector_size,
+            u64::from(self.layout.log.length),
+            u64::from(self.options.fixed),
+        ];
+        if let Some(parent) = &self.parent {
+            let (high, low) = parent.data_write_guid.as_u64_pair();
+            parameters.extend([high, low]);
+        }
+        fingerprint.guid(purpose, &parameters)
     }
 
     /// Writes the region tables, the headers and, last, the file type identifier, without which no program

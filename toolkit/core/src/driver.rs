@@ -112,6 +112,12 @@ pub trait ImageWriter: Send + Sync {
         None
     }
 
+    /// True if a new image contains properties of its backing image, such as its identifier. The caller then
+    /// passes [`Manifest::base_info`] even if the new image stays empty.
+    fn describes_backing(&self) -> bool {
+        false
+    }
+
     /// False if a format with [`Capabilities::stream_write`] can't write this variant to a stream.
     fn writes_stream(&self) -> bool {
         true

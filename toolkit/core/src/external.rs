@@ -11,6 +11,7 @@ use crate::error::{Error, Result, escape_control};
 use crate::input::Input;
 use crate::location::{Location, Url};
 use crate::memory::Memory;
+use crate::options::OptionValues;
 use crate::remedy::Remedy;
 use crate::source::ImageSource;
 use crate::stack::deeper;
@@ -253,6 +254,48 @@ pub struct BackingName {
     pub name: String,
     /// Name of the backing image's format.
     pub format: String,
+}
+
+impl BackingName {
+    /// Parses the options `backing_file` and `backing_fmt` of a format whose images can only be the children of
+    /// images of the same format, which is called one of `names`.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Usage`] if one is missing, or names another format; [`crate::ErrorKind::Unsupported`]
+    /// for a file name that has no counterpart on Windows.
+    pub fn of_same_format(values: &OptionValues, names: &[&str]) -> Result<Option<Self>> {
+        let format = names.first().copied().unwrap_or_default();
+        match (values.text("backing_file"), values.text("backing_fmt")) {
+            (None, None) => Ok(None),
+            (None, Some(_)) => Err(Error::usage("backing_fmt needs backing_file")),
+            (Some(_), None) => Err(Error::usage("backing_file needs backing_fmt")
+                .remedied_by(Remedy::SetOption(format!("backing_fmt={format}")))),
+            (Some(_), Some(other)) if !names.contains(&other) => Err(Error::usage(format!(
+                "the parent of a {format} image must be a {format} image, not {other}"
+            ))
+            .hint("convert the parent first, or choose qcow2 for the new image")),
+            (Some(name), Some(_)) if name.contains(|c: char| c == '\\' || c == '"' || c.is_control()) => {
+                Err(Error::unsupported(format!(
+                    "a {format} image can't name the parent '{}'",
+                    escape_control(name)
+                ))
+                .hint("choose a name without quotes, backslashes and control characters"))
+            }
+            (Some(name), Some(_)) => Ok(Some(Self { name: name.to_owned(), format: format.to_owned() })),
+        }
+    }
+
+    /// Returns the name as a path of Windows: relative to the image, or absolute.
+    pub fn windows_path(&self) -> String {
+        let path = self.name.strip_prefix("file:").unwrap_or(&self.name).replace('/', r"\");
+        let is_relative = !path.starts_with('\\') && !path.starts_with(r".\") && !path.starts_with(r"..\");
+        if is_relative { format!(r".\{path}") } else { path }
+    }
+
+    /// True if the name is not relative to the image.
+    pub fn is_absolute(&self) -> bool {
+        self.name.strip_prefix("file:").unwrap_or(&self.name).starts_with('/')
+    }
 }
 
 /// Converts a Windows path to a path of this system by replacing the separators. Returns `None` for an empty

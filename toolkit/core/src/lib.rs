@@ -9,9 +9,11 @@
 //! This crate implements no format and opens no files: `imgtool-storage` provides files, streams and outer
 //! compression, and `imgtool-engine` copies content. There is no global state and no `unsafe` code.
 
+pub mod base;
 pub mod block_sink;
 pub mod buffer;
 pub mod cache;
+pub mod child_sink;
 mod debug;
 pub mod decoded;
 pub mod device;

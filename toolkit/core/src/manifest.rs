@@ -3,6 +3,7 @@
 use crate::device::{Attachment, Device};
 use crate::disk::Disk;
 use crate::error::{Error, Result};
+use crate::source::ImageInfo;
 
 /// Devices and attachments of a new image, known before the first byte of data.
 #[derive(Debug, Clone, Default)]
@@ -14,6 +15,8 @@ pub struct Manifest {
     /// Disk of the backing image that [`crate::ImageWriter::backing`] names, if the caller opened it. The new
     /// image does not store content that this disk already contains.
     pub base: Option<Disk>,
+    /// Facts about the backing image, if the caller opened it, at least for information.
+    pub base_info: Option<ImageInfo>,
     /// Memory in bytes for the tables of the image, within the bounds of [`crate::ImageWriter::tables`];
     /// `None` for the upper bound. It may decide the layout of the image.
     pub tables: Option<u64>,

@@ -155,6 +155,13 @@ impl PolicyOpener {
         lock(&self.opened).clone()
     }
 
+    /// Returns the file supplied for a name, which an image may store with a leading "./".
+    fn supplied(&self, name: &str) -> Option<&SuppliedFile> {
+        let path = |name: &str| without_dot(plain_name(name)).to_owned();
+        let mut supplied = self.supplied.iter();
+        supplied.find(|(known, _)| path(known) == path(name)).map(|(_, file)| file)
+    }
+
     /// Opens the file that the image at `from` refers to as `name`, if allowed. Returns it with the opener for
     /// the names in it.
     fn open_allowed(&self, role: &str, name: &str, from: &Location) -> Result<(Input, Self)> {
@@ -313,7 +320,7 @@ impl ExternalOpener for PolicyOpener {
         format: Option<&str>,
         options: &OpenOptions,
     ) -> Result<Arc<dyn ImageSource>> {
-        let (input, below) = match self.supplied.get(name) {
+        let (input, below) = match self.supplied(name) {
             Some(supplied) => {
                 (supplied.open(&self.memory)?, Self { supplied: BTreeMap::new(), ..self.clone() })
             }
@@ -324,14 +331,14 @@ impl ExternalOpener for PolicyOpener {
     }
 
     fn open_file(&self, role: &str, name: &str, from: &Location) -> Result<Input> {
-        match self.supplied.get(name) {
+        match self.supplied(name) {
             Some(supplied) => supplied.open(&self.memory),
             None => Ok(self.open_allowed(role, name, from)?.0),
         }
     }
 
     fn open_part(&self, role: &str, name: &str, from: &Location) -> Result<Input> {
-        if let Some(supplied) = self.supplied.get(name) {
+        if let Some(supplied) = self.supplied(name) {
             return supplied.open(&self.memory);
         }
         match self.open_beside(role, name, from)? {
@@ -395,6 +402,11 @@ impl ExternalOpener for PolicyOpener {
 /// Returns the path in a name that may begin with the scheme "file:".
 fn plain_name(name: &str) -> &str {
     name.strip_prefix("file:").unwrap_or(name)
+}
+
+/// Returns a name without the "./" with which a relative path may begin.
+fn without_dot(name: &str) -> &str {
+    name.strip_prefix("./").unwrap_or(name)
 }
 
 /// Returns the error for an allowed file that could not be opened.

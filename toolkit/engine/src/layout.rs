@@ -122,6 +122,7 @@ impl PlannedOutput {
             devices: (0..).zip(&self.disks).map(device).collect(),
             attachments: self.attachments.clone(),
             base: None,
+            base_info: None,
             tables: None,
         }
     }

@@ -140,7 +140,12 @@ fn open_sink(
         if !settings.without_content {
             let opened = open_base(settings.registry, &path, &backing, settings.base_options)?;
             manifest.base = Some(Disk::only(Arc::clone(&opened.image), "the backing image").in_file(&path)?);
+            manifest.base_info = Some(opened.image.info().clone());
             base = Some(opened);
+        } else if planned.format.writer.describes_backing() {
+            let options = OpenOptions { info_only: true, ..settings.base_options.clone() };
+            let opened = open_base(settings.registry, &path, &backing, &options)?;
+            manifest.base_info = Some(opened.image.info().clone());
         }
         if let Some(path) = path.path() {
             supplied.insert(backing.name, SuppliedFile::Path(path.to_owned()));

@@ -62,9 +62,18 @@ pub(crate) enum SectorBitmapState {
 }
 
 impl BatEntry {
-    /// Creates the entry of a payload block that is fully present at `file_offset`, a multiple of 1 MiB.
+    /// Creates the entry of a payload block that is fully present at `file_offset`, a multiple of 1 MiB, or of a
+    /// sector-bitmap block there, whose state has the same number.
     pub(crate) fn fully_present(file_offset: u64) -> Self {
         Self((file_offset & OFFSET_MASK) | 6)
+    }
+
+    /// Entry of a payload block of zeros.
+    pub(crate) const ZERO: Self = Self(2);
+
+    /// Creates the entry of a payload block of which some sectors are at `file_offset`, a multiple of 1 MiB.
+    pub(crate) fn partially_present(file_offset: u64) -> Self {
+        Self((file_offset & OFFSET_MASK) | 7)
     }
 
     /// Returns the block's file offset in bytes; meaningful only if the block is present.

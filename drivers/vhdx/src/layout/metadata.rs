@@ -295,25 +295,29 @@ impl Metadata {
         Ok(())
     }
 
-    /// Encodes the table and the items, which begin the metadata region. The disk must have no parent.
-    pub(crate) fn encode(&self) -> Vec<u8> {
-        let mut flags = 0;
+    /// Encodes the table and the items, which begin the metadata region. `locator` has the keys and values of the
+    /// parent locator; it is empty without a parent.
+    pub(crate) fn encode(&self, locator: &[(&str, String)]) -> Vec<u8> {
+        let mut flags = if self.has_parent { HAS_PARENT } else { 0 };
         if self.leave_blocks_allocated {
             flags |= LEAVE_BLOCKS_ALLOCATED;
         }
         let parameters = [self.block_size.to_le_bytes(), u32::to_le_bytes(flags)].concat();
         let disk = IS_VIRTUAL_DISK | IS_REQUIRED;
-        let items: [(Uuid, u32, Vec<u8>); 5] = [
+        let mut items: Vec<(Uuid, u32, Vec<u8>)> = vec![
             (FILE_PARAMETERS, IS_REQUIRED, parameters),
             (VIRTUAL_DISK_SIZE, disk, self.virtual_size.to_le_bytes().to_vec()),
             (VIRTUAL_DISK_ID, disk, self.virtual_disk_id.to_bytes_le().to_vec()),
             (LOGICAL_SECTOR_SIZE, disk, self.logical_sector_size.to_le_bytes().to_vec()),
             (PHYSICAL_SECTOR_SIZE, disk, self.physical_sector_size.to_le_bytes().to_vec()),
         ];
+        if self.has_parent {
+            items.push((PARENT_LOCATOR, IS_REQUIRED, encode_parent_locator(locator)));
+        }
         let header = RawTableHeader {
             signature: *SIGNATURE,
             reserved: U16::ZERO,
-            entry_count: 5.into(),
+            entry_count: (items.len() as u16).into(),
             reserved2: [0; 20],
         };
         let mut table = header.as_bytes().to_vec();
@@ -333,6 +337,36 @@ impl Metadata {
         table.extend(values);
         table
     }
+}
+
+/// Encodes a parent locator (section 2.6.2.6). The options bound the lengths of its texts.
+fn encode_parent_locator(pairs: &[(&str, String)]) -> Vec<u8> {
+    let header = RawLocatorHeader {
+        locator_type: VHDX_LOCATOR.to_bytes_le(),
+        reserved: U16::ZERO,
+        key_value_count: (pairs.len() as u16).into(),
+    };
+    let mut entries = header.as_bytes().to_vec();
+    let texts_at = entries.len() + pairs.len() * size_of::<RawLocatorEntry>();
+    let mut texts = Vec::new();
+    let mut push = |text: &str| {
+        let start = texts_at + texts.len();
+        texts.extend(text.encode_utf16().flat_map(u16::to_le_bytes));
+        (start as u32, (texts_at + texts.len() - start) as u16)
+    };
+    for (key, value) in pairs {
+        let (key_offset, key_length) = push(key);
+        let (value_offset, value_length) = push(value);
+        let entry = RawLocatorEntry {
+            key_offset: key_offset.into(),
+            value_offset: value_offset.into(),
+            key_length: key_length.into(),
+            value_length: value_length.into(),
+        };
+        entries.extend_from_slice(entry.as_bytes());
+    }
+    entries.extend(texts);
+    entries
 }
 
 /// Decodes the keys and values of a parent locator, in the file's order (section 2.6.2.6).
