@@ -1,7 +1,7 @@
 //! The options of a new image, and the layout that follows from them.
 
 use imgtool_core::zero::ZERO_GRANULARITY;
-use imgtool_core::{CreateOptions, Error, OptionKind, OptionSpec, Result};
+use imgtool_core::{BackingName, CreateOptions, Error, OptionKind, OptionSpec, Result};
 use uuid::Uuid;
 
 use crate::layout::footer::{DiskType, FOOTER_LEN};
@@ -18,7 +18,13 @@ const MAX_DYNAMIC_SIZE: u64 = 2040 << 30;
 const MAX_FIXED_SIZE: u64 = (1 << 62) - (1 << 20);
 
 /// Default multiple, in bytes, of the virtual size of a fixed image: Azure takes whole MiB only.
-const FIXED_ALIGNMENT: u64 = 1 << 20;
+pub(crate) const FIXED_ALIGNMENT: u64 = 1 << 20;
+
+/// Maximum length in bytes of the parent's name in a new image. Our limit, as in qcow2.
+const MAX_PARENT_PATH: usize = 1023;
+
+/// Maximum length of the parent's file name in UTF-16 units: the header's field without a final NUL.
+const MAX_PARENT_NAME: usize = 255;
 
 /// Seconds from 1970 to 2000, the epoch of the format's times.
 const EPOCH: i64 = 946_684_800;
@@ -38,6 +44,18 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
         kind: OptionKind::OneOfSizes(&[512, 1 << 20]),
     },
     OptionSpec {
+        name: "backing_file",
+        help: "parent of the new image, a VHD image: only the difference to it is stored",
+        default: "none",
+        kind: OptionKind::Path,
+    },
+    OptionSpec {
+        name: "backing_fmt",
+        help: "format of the parent: vhd",
+        default: "none",
+        kind: OptionKind::Text("a format name"),
+    },
+    OptionSpec {
         name: "force_size",
         help: "accepted for compatibility: sizes are never rounded to a geometry",
         default: "on",
@@ -54,10 +72,12 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
 /// The options of a new image, parsed and checked.
 #[derive(Debug, Clone)]
 pub(crate) struct VhdOptions {
-    /// Type of the image: dynamic or fixed.
+    /// Type of the image.
     pub(crate) disk_type: DiskType,
     /// Multiple, in bytes, to which the virtual size is rounded up.
     align: u64,
+    /// Parent of a differencing image.
+    pub(crate) backing: Option<BackingName>,
     /// UUID of the image; `None` if it is derived from content and options.
     pub(crate) uuid: Option<Uuid>,
     /// Time of creation in the format's unit, seconds since 2000.
@@ -85,8 +105,21 @@ impl VhdOptions {
             }
         };
         let seconds = options.source_date_epoch.map_or(0, |seconds| seconds.saturating_sub(EPOCH).max(0));
+        let backing = BackingName::of_same_format(values, &[crate::FORMAT, "vpc"])?;
+        let disk_type = match &backing {
+            Some(_) if is_fixed => {
+                return Err(Error::usage("backing_file and subformat=fixed can't be combined"));
+            }
+            Some(backing) => {
+                check_name(&backing.name)?;
+                DiskType::Differencing
+            }
+            None if is_fixed => DiskType::Fixed,
+            None => DiskType::Dynamic,
+        };
         Ok(Self {
-            disk_type: if is_fixed { DiskType::Fixed } else { DiskType::Dynamic },
+            disk_type,
+            backing,
             align: values.size("align").unwrap_or(if is_fixed { FIXED_ALIGNMENT } else { SECTOR_SIZE }),
             uuid,
             time: u32::try_from(seconds).unwrap_or(u32::MAX),
@@ -117,6 +150,17 @@ impl VhdOptions {
     }
 }
 
+/// Refuses a name of a parent that is too long for the header.
+fn check_name(name: &str) -> Result<()> {
+    let last = name.rsplit('/').next().unwrap_or_default().encode_utf16().count();
+    if (1..=MAX_PARENT_NAME).contains(&last) && name.len() <= MAX_PARENT_PATH {
+        return Ok(());
+    }
+    Err(Error::usage(format!(
+        "the parent's file name must have 1 to {MAX_PARENT_NAME} characters, and its path {MAX_PARENT_PATH} bytes at most"
+    )))
+}
+
 /// Returns the dynamic header for a disk of `virtual_size` bytes: a copy of the footer, the header and the BAT
 /// follow each other.
 pub(crate) fn header(virtual_size: u64) -> Header {
@@ -125,6 +169,7 @@ pub(crate) fn header(virtual_size: u64) -> Header {
         entries: virtual_size.div_ceil(BLOCK_SIZE),
         block_size: BLOCK_SIZE,
         parent_uuid: Uuid::nil(),
+        parent_time: 0,
         parent_name: String::new(),
         locators: Vec::new(),
     }

@@ -1,19 +1,22 @@
 //! Measuring and creating images.
 
+mod child;
 mod dynamic;
 mod fixed;
 
 use imgtool_core::block_sink::{BlockSettings, measure};
+use imgtool_core::child_sink;
 use imgtool_core::source::data_bytes;
 use imgtool_core::table::TableWriter;
 use imgtool_core::{
-    CreateOptions, Error, ImageSink, ImageSource, ImageWriter, Manifest, Measure, OutputFactory, Result,
+    BackingName, CreateOptions, Error, ImageSink, ImageSource, ImageWriter, Manifest, Measure, OutputFactory, Result,
     TableMemory,
 };
 use uuid::Uuid;
 
 use crate::layout::footer::{FOOTER_LEN, Footer, Geometry};
 use crate::options::{VhdOptions, bat_len, header};
+use child::Parent;
 use dynamic::DynamicLayout;
 use fixed::FixedSink;
 
@@ -33,7 +36,16 @@ impl ImageWriter for VhdWriter {
         let Self(options) = self;
         let device = manifest.single(crate::FORMAT).ok().filter(|_| !options.is_fixed());
         let virtual_size = device.and_then(|device| options.virtual_size(device.size).ok());
-        virtual_size.map_or(TableMemory::default(), |size| TableWriter::memory(bat_len(&header(size))))
+        let memory = if options.backing.is_some() { child_sink::table_memory } else { TableWriter::memory };
+        virtual_size.map_or(TableMemory::default(), |size| memory(bat_len(&header(size))))
+    }
+
+    fn backing(&self) -> Option<BackingName> {
+        self.0.backing.clone()
+    }
+
+    fn describes_backing(&self) -> bool {
+        true
     }
 
     fn writes_stream(&self) -> bool {
@@ -64,7 +76,16 @@ impl ImageWriter for VhdWriter {
             return Err(Error::unsupported("VHD needs the size of a disk before its data")
                 .hint("save the stream to a file first"));
         }
-        let virtual_size = options.virtual_size(device.size).map_err(|e| e.device(&*device.name))?;
+        let info = manifest.base_info.as_ref().filter(|_| options.backing.is_some());
+        let parent = info.map(Parent::new).transpose()?;
+        if options.backing.is_some() && parent.is_none() {
+            return Err(Error::usage("a differencing VHD image needs its parent, to store its identifier"));
+        }
+        let virtual_size = match &parent {
+            Some(parent) => parent.virtual_size(options, device.size),
+            None => options.virtual_size(device.size),
+        };
+        let virtual_size = virtual_size.map_err(|e| e.device(&*device.name))?;
         let output = outputs.main()?;
         let min_len = match options.is_fixed() {
             true => virtual_size + FOOTER_LEN as u64,
@@ -84,6 +105,9 @@ impl ImageWriter for VhdWriter {
             return Err(Error::unsupported("a dynamic VHD image can't be written to a stream")
                 .path(output.location())
                 .hint("write to a file, or choose the subformat fixed"));
+        }
+        if let Some(parent) = &parent {
+            return Ok(Box::new(child::new(output, manifest, options, parent, virtual_size)?));
         }
         let layout = DynamicLayout::new(device.size, virtual_size, options.clone());
         Ok(Box::new(layout.sink(output, manifest.tables)))

@@ -12,6 +12,9 @@ use crate::parent;
 /// Key of the fact that contains an image's UUID.
 pub(crate) const UUID: &str = "uuid";
 
+/// Key of the fact that contains the time of an image's footer.
+pub(crate) const TIMESTAMP: &str = "timestamp";
+
 /// Opens an image and, unless only information is needed, its parent.
 pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
     let image = Image::open(input, options.externals.depth(), &options.memory)?;
@@ -37,6 +40,7 @@ pub(crate) fn describe(footer: &Footer) -> ImageInfo {
     info.fact("subformat", "type", footer.disk_type.name());
     info.fact("creator", "creator", String::from_utf8_lossy(&footer.creator).trim_end().to_owned());
     info.fact(UUID, "UUID", footer.uuid.to_string());
+    info.fact(TIMESTAMP, "created, seconds since 2000", footer.time);
     let geometry = footer.geometry;
     let shown = format!("{}/{}/{}", geometry.cylinders, geometry.heads, geometry.sectors);
     info.fact("geometry", "cylinders/heads/sectors", shown);

@@ -4,7 +4,7 @@ use uuid::Uuid;
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{ENTRY_LEN, Fault, VERSION, check_integrity, checksum};
+use super::{ENTRY_LEN, Fault, SECTOR_SIZE, VERSION, check_integrity, checksum};
 
 const COOKIE: &[u8; 8] = b"cxsparse";
 /// Length of the header in bytes.
@@ -89,6 +89,8 @@ pub(crate) struct Header {
     pub(crate) block_size: u64,
     /// UUID of the parent; nil without one.
     pub(crate) parent_uuid: Uuid,
+    /// Time of the parent in seconds since 2000-01-01 00:00 UTC.
+    pub(crate) parent_time: u32,
     /// Name of the parent, for people.
     pub(crate) parent_name: String,
     /// Names of the parent, those in use only.
@@ -123,12 +125,13 @@ impl Header {
             entries: needed,
             block_size,
             parent_uuid: Uuid::from_bytes(raw.parent_uuid),
+            parent_time: raw.parent_time.get(),
             parent_name: utf16(&parent_name),
             locators: raw.locators.iter().filter_map(locator).collect(),
         })
     }
 
-    /// Encodes the header of a new dynamic image.
+    /// Encodes the header of a new image. The options bound the length of the parent's name.
     pub(crate) fn encode(&self) -> Vec<u8> {
         // The options bound all of these below 2^32.
         let narrow = |number: u64| U32::new(u32::try_from(number).unwrap_or(u32::MAX));
@@ -139,6 +142,18 @@ impl Header {
         raw.version = VERSION.into();
         raw.entries = narrow(self.entries);
         raw.block_size = narrow(self.block_size);
+        raw.parent_uuid = *self.parent_uuid.as_bytes();
+        raw.parent_time = self.parent_time.into();
+        for (unit, stored) in self.parent_name.encode_utf16().zip(&mut raw.parent_name) {
+            *stored = unit.into();
+        }
+        for (locator, stored) in self.locators.iter().zip(&mut raw.locators) {
+            stored.code = locator.code;
+            // The specification counts sectors; Windows writes and expects bytes.
+            stored.space = narrow((locator.len as u64).next_multiple_of(SECTOR_SIZE));
+            stored.len = narrow(locator.len as u64);
+            stored.file_offset = locator.file_offset.into();
+        }
         raw.checksum = checksum(raw.as_bytes(), CHECKSUM_AT).into();
         raw.as_bytes().to_vec()
     }
