@@ -9,8 +9,8 @@ use imgtool_core::child_sink;
 use imgtool_core::source::data_bytes;
 use imgtool_core::table::TableWriter;
 use imgtool_core::{
-    BackingName, CreateOptions, Error, ImageSink, ImageSource, ImageWriter, Manifest, Measure, OutputFactory, Result,
-    TableMemory,
+    BackingName, CreateOptions, Error, ImageSink, ImageSource, ImageWriter, Manifest, Measure, OutputFactory,
+    Result, TableMemory,
 };
 use uuid::Uuid;
 

@@ -1,6 +1,6 @@
 //! The options of a new image.
 
-use imgtool_core::{CreateOptions, Error, OptionKind, OptionSpec, Result};
+use imgtool_core::{BackingName, CreateOptions, Error, OptionKind, OptionSpec, Result};
 
 use crate::layout::SECTOR_SIZE;
 
@@ -15,6 +15,9 @@ const DEFAULT_LEVEL: i32 = 5;
 const DEFAULT_HARDWARE: i64 = 13;
 /// Maximum virtual hardware version. Our limit, above those of VMware.
 const MAX_HARDWARE: i64 = 99;
+
+/// Maximum length in bytes of the parent's name in a new image. Our limit, as in qcow2: the descriptor has 10 KiB.
+const MAX_PARENT_NAME: usize = 1023;
 
 /// Maximum size of a disk in bytes: VMware's limit, 62 TiB.
 const MAX_SIZE: u64 = 62 << 40;
@@ -52,7 +55,7 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "subformat",
         help: "variant: for import (streamOptimized), or for running machines; vmfs for ESXi datastores",
-        default: "streamOptimized",
+        default: "streamOptimized; monolithicSparse with a parent",
         kind: OptionKind::OneOf(&[
             "streamOptimized",
             "monolithicSparse",
@@ -88,9 +91,21 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "zeroed_grain",
-        help: "not supported, and not needed: grains of zeros are never stored",
+        help: "mark zeros over data of the parent instead of storing them (version 2 of the format)",
         default: "off",
         kind: OptionKind::Flag,
+    },
+    OptionSpec {
+        name: "backing_file",
+        help: "parent of the new image, a VMDK image: only the difference to it is stored",
+        default: "none",
+        kind: OptionKind::Path,
+    },
+    OptionSpec {
+        name: "backing_fmt",
+        help: "format of the parent: vmdk",
+        default: "none",
+        kind: OptionKind::Text("a format name"),
     },
     OptionSpec {
         name: "align",
@@ -107,6 +122,10 @@ pub(crate) struct VmdkOptions {
     pub(crate) adapter: String,
     pub(crate) hardware: i64,
     pub(crate) tools: Option<i64>,
+    /// Parent of the image.
+    pub(crate) backing: Option<BackingName>,
+    /// True if zeros over data of the parent are marked in the tables.
+    pub(crate) zeroed_grains: bool,
     /// Multiple, in bytes, to which the virtual size is rounded up.
     align: u64,
     /// Deflate level of a stream.
@@ -119,9 +138,14 @@ impl VmdkOptions {
     /// Parses the options. Compression is a property of streams.
     pub(crate) fn parse(options: &CreateOptions) -> Result<Self> {
         let values = &options.values;
-        let name = values.text("subformat").unwrap_or("streamOptimized");
+        let backing = BackingName::of_same_format(values, &[crate::FORMAT])?;
+        let default = if backing.is_some() { "monolithicSparse" } else { "streamOptimized" };
+        let name = values.text("subformat").unwrap_or(default);
         let subformat = SUBFORMATS.iter().find(|(known, _)| *known == name);
         let subformat = subformat.map_or(Subformat::StreamOptimized, |(_, subformat)| *subformat);
+        if let Some(backing) = &backing {
+            check_backing(backing, subformat)?;
+        }
         let level = match &options.compress {
             Some(_) if subformat != Subformat::StreamOptimized => {
                 return Err(Error::usage(format!("VMDK images of the subformat {name} can't be compressed"))
@@ -141,11 +165,10 @@ impl VmdkOptions {
             (None, true) => 6,
             (None, false) => DEFAULT_HARDWARE,
         };
-        if values.flag("zeroed_grain").unwrap_or(false) {
-            return Err(Error::unsupported(
-                "option 'zeroed_grain' is not supported: its headers have version 2, which VirtualBox refuses",
-            )
-            .hint("leave it out: grains of zeros are not stored anyway"));
+        let zeroed_grains = values.flag("zeroed_grain").unwrap_or(false);
+        if zeroed_grains && backing.is_none() {
+            return Err(Error::unsupported("option 'zeroed_grain' has an effect only over a parent")
+                .hint("leave it out: grains of zeros are not stored anyway"));
         }
         let tools = values.integer("toolsversion");
         if tools.is_some_and(|version| !(0..=i64::from(i32::MAX)).contains(&version)) {
@@ -156,6 +179,8 @@ impl VmdkOptions {
             adapter: values.text("adapter_type").unwrap_or("lsilogic").to_owned(),
             hardware,
             tools,
+            zeroed_grains,
+            backing,
             align: values.size("align").unwrap_or(SECTOR_SIZE),
             level,
             zero_unit: options.zero_unit(imgtool_core::zero::ZERO_GRANULARITY as u64),
@@ -175,6 +200,22 @@ impl VmdkOptions {
             .hint("choose another format")),
         }
     }
+}
+
+/// Refuses a parent for variants that have none, and a name that the descriptor can't contain.
+fn check_backing(backing: &BackingName, subformat: Subformat) -> Result<()> {
+    if subformat != Subformat::MonolithicSparse {
+        let name = subformat.name();
+        return Err(Error::usage(format!("backing_file and subformat={name} can't be combined"))
+            .hint("images with a parent have the subformat monolithicSparse"));
+    }
+    if !(1..=MAX_PARENT_NAME).contains(&backing.name.len()) {
+        return Err(Error::usage(format!(
+            "the parent's name must have 1 to {MAX_PARENT_NAME} bytes, not {}",
+            backing.name.len()
+        )));
+    }
+    Ok(())
 }
 
 fn compression_level(algorithm: Option<&str>, level: Option<i32>) -> Result<i32> {

@@ -1,5 +1,6 @@
 //! Measuring and creating images.
 
+mod child;
 mod flat;
 mod sparse;
 mod stream;
@@ -11,14 +12,15 @@ use imgtool_core::external::is_plain_name;
 use imgtool_core::fingerprint::Fingerprint;
 use imgtool_core::source::{data_bytes, for_each_extent};
 use imgtool_core::{
-    CreateOptions, Device, Error, ImageSink, ImageSource, ImageWriter, Manifest, Measure, Output,
-    OutputFactory, Result, TableMemory,
+    BackingName, CreateOptions, Device, Error, ImageSink, ImageSource, ImageWriter, Manifest, Measure,
+    Output, OutputFactory, Result, TableMemory,
 };
 use std::borrow::Cow;
 use std::sync::Arc;
 
 use crate::layout::SECTOR_SIZE;
 use crate::options::{GRAIN_SIZE, Subformat, VmdkOptions};
+use child::Parent;
 use flat::FlatSink;
 use sparse::{SparseLayout, SparseSink};
 use stream::{Deflaters, StreamSink};
@@ -51,6 +53,7 @@ struct NewImage {
     /// Size of the disk in sectors.
     sectors: u64,
     extents: Vec<NewExtent>,
+    parent: Option<Parent>,
 }
 
 /// An extent of a new image.
@@ -65,9 +68,14 @@ impl NewImage {
     /// Decides the extents of the image `main` of a device.
     ///
     /// # Errors
-    /// `Unsupported` if the device is too large, or if the descriptor can't contain the names of the extents.
-    fn new(options: &VmdkOptions, device: &Device, main: &str) -> Result<Self> {
-        let sectors = options.sectors(device.size).map_err(|error| error.device(&*device.name))?;
+    /// `Unsupported` if the device is too large, has another size than its parent, or if the descriptor can't
+    /// contain the names of the extents.
+    fn new(options: &VmdkOptions, device: &Device, main: &str, parent: Option<Parent>) -> Result<Self> {
+        let sectors = match &parent {
+            Some(parent) => parent.sectors(options, device.size),
+            None => options.sectors(device.size),
+        };
+        let sectors = sectors.map_err(|error| error.device(&*device.name))?;
         let stem = main.strip_suffix(".vmdk").unwrap_or(main);
         let single = |name: String| vec![NewExtent { name, sectors }];
         let extents = match options.subformat {
@@ -87,7 +95,7 @@ impl NewImage {
             ))
             .hint("choose a name without quotes, colons and control characters"));
         }
-        Ok(Self { options: options.clone(), device_size: device.size, sectors, extents })
+        Ok(Self { options: options.clone(), device_size: device.size, sectors, extents, parent })
     }
 
     /// Returns the names of the files beside the image.
@@ -105,7 +113,7 @@ impl NewImage {
             Subformat::Vmfs => ExtentText::Vmfs,
             _ => ExtentText::Sparse,
         };
-        text::descriptor(&self.options, self.sectors, &self.extents, extent_type, fingerprint)
+        text::descriptor(self, extent_type, fingerprint)
     }
 
     /// Returns notes for the user.
@@ -159,11 +167,23 @@ impl VmdkWriter {
     }
 
     fn image(&self, manifest: &Manifest, main: &str) -> Result<NewImage> {
-        NewImage::new(&self.options, manifest.single(crate::FORMAT)?, main)
+        let parent = match (&self.options.backing, &manifest.base_info) {
+            (Some(backing), Some(info)) => Some(Parent::new(info, &backing.name)?),
+            _ => None,
+        };
+        NewImage::new(&self.options, manifest.single(crate::FORMAT)?, main, parent)
     }
 }
 
 impl ImageWriter for VmdkWriter {
+    fn backing(&self) -> Option<BackingName> {
+        self.options.backing.clone()
+    }
+
+    fn describes_backing(&self) -> bool {
+        true
+    }
+
     fn companions(&self, main: &str, manifest: &Manifest) -> Vec<String> {
         self.image(manifest, main).map(|image| image.companions()).unwrap_or_default()
     }
@@ -183,14 +203,14 @@ impl ImageWriter for VmdkWriter {
 
     fn measure(&self, source: &dyn ImageSource) -> Result<Measure> {
         let device = source.info().single("a VMDK image")?;
-        let image = NewImage::new(&self.options, device, NAMELESS)?;
+        let image = NewImage::new(&self.options, device, NAMELESS, None)?;
         let zero_unit = self.options.zero_unit;
         match self.options.subformat {
             Subformat::StreamOptimized => measure_stream(&image, source, device),
             Subformat::MonolithicSparse | Subformat::SplitSparse => {
                 let settings = BlockSettings { device_size: device.size, fixed: false, zero_unit };
                 // The layout of one extent; several differ by a few sectors.
-                let layout = SparseLayout::new(image.sectors, true);
+                let layout = SparseLayout::new(image.sectors, true, false);
                 measure(source, device, settings, GRAIN_SIZE, |grains| layout.file_len(grains))
             }
             Subformat::MonolithicFlat | Subformat::Vmfs | Subformat::SplitFlat => {
@@ -228,6 +248,11 @@ impl ImageWriter for VmdkWriter {
         let name = output.location().file_name().filter(|_| !output.is_stream());
         let name = name.map_or_else(|| NAMELESS.to_owned(), Cow::into_owned);
         let image = self.image(manifest, &name)?;
+        if self.options.backing.is_some() && image.parent.is_none() {
+            return Err(Error::usage(
+                "a VMDK image over a parent needs that parent, to store its identifier",
+            ));
+        }
         if self.options.subformat == Subformat::StreamOptimized {
             return Ok(Box::new(StreamSink::new(output, image, Arc::clone(&self.deflaters))));
         }
@@ -237,7 +262,7 @@ impl ImageWriter for VmdkWriter {
         }
         Ok(match self.options.subformat {
             Subformat::MonolithicSparse | Subformat::SplitSparse => {
-                Box::new(SparseSink::new(all, image, manifest.tables))
+                Box::new(SparseSink::new(all, image, manifest))
             }
             _ => Box::new(FlatSink::new(all, image)),
         })

@@ -42,7 +42,7 @@ impl Base {
     /// Any error of reading the base.
     pub fn is_zero(&self, range: Range<u64>, pool: &BufferPool) -> Result<bool> {
         let mut all_zero = true;
-        self.for_each_data(range, pool, |_, bytes| {
+        self.for_each_data(range, ZERO_GRANULARITY as u64, pool, |_, bytes| {
             all_zero = is_zero(bytes);
             all_zero
         })?;
@@ -66,7 +66,7 @@ impl Base {
         let mut parts = Parts { unit, piece_start: piece.start, piece_end: piece.end(), list: Vec::new() };
         let Some(data) = &piece.data else {
             let whole = piece.start..piece.end().next_multiple_of(unit);
-            self.for_each_data(whole, pool, |at, below| {
+            self.for_each_data(whole, unit.max(ZERO_GRANULARITY as u64), pool, |at, below| {
                 parts.push_zeros(at, below);
                 true
             })?;
@@ -99,14 +99,15 @@ impl Base {
     }
 
     /// Calls `visit` with the start and the content of parts of `range` that together contain all data of the
-    /// base, in order, until it returns false. They start at multiples of [`ZERO_GRANULARITY`], or with the range.
+    /// base, in order, until it returns false. They start at multiples of `alignment`, or with the range.
     fn for_each_data(
         &self,
         range: Range<u64>,
+        alignment: u64,
         pool: &BufferPool,
         mut visit: impl FnMut(u64, &[u8]) -> bool,
     ) -> Result<()> {
-        const ALIGNMENT: u64 = ZERO_GRANULARITY as u64;
+        let read_len = READ_LEN.max(alignment);
         let known_end = range.end.min(self.size());
         let (mut at, mut visited) = (range.start, range.start);
         while at < known_end {
@@ -115,10 +116,10 @@ impl Base {
                 if !extent.is_data() {
                     continue;
                 }
-                let data_end = extent.end().next_multiple_of(ALIGNMENT).min(range.end);
-                visited = visited.max(extent.start - extent.start % ALIGNMENT);
+                let data_end = extent.end().next_multiple_of(alignment).min(range.end);
+                visited = visited.max(extent.start - extent.start % alignment);
                 while visited < data_end {
-                    let len = READ_LEN.min(data_end - visited);
+                    let len = read_len.min(data_end - visited);
                     if !visit(visited, &self.read(visited, len, pool)?) {
                         return Ok(());
                     }

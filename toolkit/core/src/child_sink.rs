@@ -58,6 +58,11 @@ pub trait ChildLayout: Send + Sync {
     /// Returns the size of a sector, for which a bitmap has one bit.
     fn sector_size(&self) -> u64;
 
+    /// Returns the unit in bytes, a power of two, that is in the image as a whole or not at all.
+    fn unit(&self) -> u64 {
+        self.sector_size()
+    }
+
     /// Returns the virtual size in bytes.
     fn virtual_size(&self) -> u64;
 
@@ -187,7 +192,7 @@ impl<L: ChildLayout> ChildSink<L> {
         let parts = match (&self.settings.base, self.settings.zero_unit) {
             (Some(base), Some(zero_unit)) => {
                 // At most 2 MiB.
-                base.differences(piece, self.layout.sector_size(), zero_unit as usize, pool)?
+                base.differences(piece, self.layout.unit(), zero_unit as usize, pool)?
             }
             // `prepare` has made data of all zeros.
             _ => vec![Part { guest: piece.start..piece.end(), bytes: Bytes::Data(0..piece.len as usize) }],
@@ -245,10 +250,11 @@ impl<L: ChildLayout> ChildSink<L> {
                 self.output().write_at(&bytes, evicted)?;
             }
         }
-        let sector_size = self.layout.sector_size();
+        let (unit, sector_size) = (self.layout.unit(), self.layout.sector_size());
         let block_start = self.block_range(index).start;
         let first = first_bit + (guest.start - block_start) / sector_size;
-        let end = first_bit + (guest.end - block_start).div_ceil(sector_size);
+        // The disk may end within a unit.
+        let end = first_bit + (guest.end - block_start).next_multiple_of(unit) / sector_size;
         if let Some(bitmap) = state.bitmaps.get(&file_offset) {
             fill_bits(bitmap, first..end, self.layout.is_msb_first());
         }
@@ -315,16 +321,17 @@ impl<L: ChildLayout> ChildSink<L> {
     /// Enters the zeros that follow the device, and those past the end of the parent, where readers differ.
     fn hide_ends(&self, state: &mut State) -> Result<()> {
         let virtual_size = self.layout.virtual_size();
-        let sector_size = self.layout.sector_size();
+        let unit = self.layout.unit();
         let parent_size = self.settings.parent_size.min(virtual_size);
-        let device_end = self.settings.device_size.next_multiple_of(sector_size).min(parent_size);
+        // The rest of the last unit has been compared with it.
+        let device_end = self.settings.device_size.next_multiple_of(unit).min(parent_size);
         if let Some(base) = &self.settings.base
             && device_end < parent_size
             && !base.is_zero(device_end..parent_size, &BufferPool::new())?
         {
             self.hide(state, device_end..parent_size)?;
         }
-        self.hide(state, parent_size - parent_size % sector_size..virtual_size.max(parent_size))
+        self.hide(state, parent_size..virtual_size)
     }
 }
 

@@ -174,7 +174,7 @@ impl Plan {
     ) -> Result<Report> {
         let started = Instant::now();
         let files = self.create_files()?;
-        monitor.opened(&self.reach(sinks, options));
+        monitor.opened(&self.reach(sinks, base_opener, options));
         let handles: Vec<Output> = sinks.iter().map(|open| open.output.clone()).collect();
         let counted = handles.clone();
         let written = Box::new(move || counted.iter().map(Output::written).sum());
@@ -215,12 +215,17 @@ impl Plan {
     }
 
     /// Returns the files that the run may still open. Only verification opens files: the backing images of the
-    /// outputs.
-    fn reach(&self, sinks: &[OpenSink], options: &RunOptions<'_>) -> Reach {
+    /// outputs, which `base_opener` has opened before.
+    fn reach(&self, sinks: &[OpenSink], base_opener: &PolicyOpener, options: &RunOptions<'_>) -> Reach {
         let policy = &options.base_policy;
         let mut reads = BTreeSet::new();
         let bases = sinks.iter().flat_map(OpenSink::backing_images);
         reads.extend(bases.clone().filter(|_| options.verify).map(Path::to_owned));
+        if options.verify {
+            // The files of a backing image that consists of several.
+            let opened = base_opener.opened();
+            reads.extend(opened.iter().filter_map(|file| file.location.path().map(Path::to_owned)));
+        }
         let images = self.layout.outputs.iter().filter_map(|output| match &output.destination {
             Destination::Image { path, .. } => Some(path.as_path()),
             _ => None,

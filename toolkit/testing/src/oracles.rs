@@ -14,6 +14,7 @@ use serde_json::Value;
 mod dissect;
 mod libvhdi;
 mod libvmdk;
+mod libyal;
 mod qemu;
 
 pub use dissect::{
@@ -21,13 +22,18 @@ pub use dissect::{
 };
 pub use libvhdi::{VhdiMount, vhdi_info};
 pub use libvmdk::{VmdkMount, seven_zip};
+pub use libyal::libyal_reads_child;
 pub use qemu::{assert_clean_qcow2, qemu_check, qemu_compare, qemu_img, qemu_info, qemu_make};
 
-/// True if a program is installed (for `dissect`: if both of its packages can be imported). If it is not,
+/// True if a program is installed (for `dissect` and `libyal`: if both packages can be imported). If it is not,
 /// reports the running test as skipped, or fails it with `CI` set.
 #[track_caller]
 pub fn have(tool: &str) -> bool {
-    let found = if tool == "dissect" { dissect::dissect_found() } else { program_found(tool) };
+    let found = match tool {
+        "dissect" => dissect::dissect_found(),
+        "libyal" => libyal::libyal_found(),
+        _ => program_found(tool),
+    };
     if !found {
         missing(tool);
     }

@@ -28,7 +28,8 @@ impl Parent {
     pub(super) fn new(info: &ImageInfo) -> Result<Self> {
         let value = |key: &str| info.facts.iter().find(|fact| fact.key == key).map(|fact| &fact.value);
         let uuid = value(UUID).and_then(|value| value.as_str()).and_then(|text| Uuid::try_parse(text).ok());
-        let time = value(TIMESTAMP).and_then(|value| value.as_u64()).and_then(|time| u32::try_from(time).ok());
+        let time =
+            value(TIMESTAMP).and_then(|value| value.as_u64()).and_then(|time| u32::try_from(time).ok());
         Ok(Self {
             uuid: uuid.ok_or_else(|| Error::unsupported("the parent of a VHD image must be a VHD image"))?,
             time: time.unwrap_or(0),
@@ -128,6 +129,12 @@ impl ChildLayout for ChildFile {
 
     fn sector_size(&self) -> u64 {
         SECTOR_SIZE
+    }
+
+    /// A byte of the bitmap: libvhdi 20260901 takes all sectors of a byte for stored from the first whose bit is
+    /// set, and Windows writes whole pages.
+    fn unit(&self) -> u64 {
+        8 * SECTOR_SIZE
     }
 
     fn virtual_size(&self) -> u64 {

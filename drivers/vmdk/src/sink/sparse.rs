@@ -3,13 +3,14 @@
 use std::ops::Range;
 use std::sync::Mutex;
 
+use imgtool_core::base::{self, Base};
 use imgtool_core::fingerprint::Fingerprint;
 use imgtool_core::sync::lock;
 use imgtool_core::table::TableWriter;
 use imgtool_core::zero::ZERO_GRANULARITY;
 use imgtool_core::{
-    BufferPool, Bytes, Consumer, Error, Geometry, ImageSink, Output, OutputId, Part, Prepared, Result,
-    Sharing, SinkDevice, SinkPiece, TableMemory, WriteList,
+    BufferPool, Bytes, Consumer, Error, Geometry, ImageSink, Manifest, Output, OutputId, Part, Prepared,
+    Result, Sharing, SinkDevice, SinkPiece, TableMemory, WriteList,
 };
 
 use super::{NewImage, SPLIT_SECTORS};
@@ -33,10 +34,11 @@ pub(super) struct SparseLayout {
 }
 
 impl SparseLayout {
-    /// Lays out a file for a disk of `sectors` sectors, with a place for a descriptor if it has its own.
-    pub(super) fn new(sectors: u64, has_descriptor: bool) -> Self {
+    /// Lays out a file for a disk of `sectors` sectors, with a place for a descriptor if it has its own. Tables can
+    /// mark grains as zeros with `zeroed_grains`.
+    pub(super) fn new(sectors: u64, has_descriptor: bool, zeroed_grains: bool) -> Self {
         let mut header = Header {
-            version: 1,
+            version: if zeroed_grains { 2 } else { 1 },
             capacity: sectors,
             grain_size: GRAIN_SECTORS,
             descriptor_offset: u64::from(has_descriptor),
@@ -46,7 +48,7 @@ impl SparseLayout {
             directory: 0,
             overhead: 0,
             unclean_shutdown: false,
-            zeroed_grains: false,
+            zeroed_grains,
             compressed: false,
             markers: false,
             unknown_flags: 0,
@@ -132,6 +134,8 @@ pub(super) struct SparseSink {
     layouts: Vec<SparseLayout>,
     allocations: Mutex<Vec<Allocation>>,
     fingerprint: Fingerprint,
+    /// Content of the parent, if the image has one and is not created empty.
+    base: Option<Base>,
 }
 
 /// Grains allocated in an extent so far.
@@ -142,19 +146,20 @@ struct Allocation {
 }
 
 impl SparseSink {
-    /// Creates a sink for `image`. Its extents are in the outputs behind the first, or in the only one. `memory`
-    /// is the image's share of the memory in bytes, if it is limited.
-    pub(super) fn new(outputs: Vec<Output>, image: NewImage, memory: Option<u64>) -> Self {
+    /// Creates a sink for `image`. Its extents are in the outputs behind the first, or in the only one. The
+    /// manifest has the parent's content, and the image's share of the memory.
+    pub(super) fn new(outputs: Vec<Output>, image: NewImage, manifest: &Manifest) -> Self {
         let is_split = outputs.len() > 1;
         let extent_len = if is_split { SPLIT_SECTORS * SECTOR_SIZE } else { u64::MAX };
         let layouts = layouts(&image);
-        let memory = memory.map(|memory| memory / (layouts.len() as u64).max(1));
+        let memory = manifest.tables.map(|memory| memory / (layouts.len() as u64).max(1));
         let extents = &outputs[usize::from(is_split)..];
         let allocations = layouts.iter().zip(extents);
         let allocations = allocations
             .map(|(layout, output)| Allocation { tables: layout.table_writers(output, memory), grains: 0 });
         let allocations = Mutex::new(allocations.collect());
-        Self { outputs, image, extent_len, layouts, allocations, fingerprint: Fingerprint::default() }
+        let base = manifest.base.clone().map(Base::new);
+        Self { outputs, image, extent_len, layouts, allocations, fingerprint: Fingerprint::default(), base }
     }
 
     /// Returns the memory for the tables of an image.
@@ -193,6 +198,14 @@ impl SparseSink {
         }
     }
 
+    /// Marks a grain as zeros, which hide the data of the parent.
+    fn mark_zeros(allocation: &mut Allocation, grain: u64) -> Result<()> {
+        for table in &mut allocation.tables {
+            table.set(grain, ZEROED_GRAIN.to_le_bytes())?;
+        }
+        Ok(())
+    }
+
     /// Returns the file offset of a grain of an extent. Allocates the grain at the end of the file if the file
     /// does not contain it.
     fn grain(&self, allocation: &mut Allocation, extent: usize, grain: u64) -> Result<u64> {
@@ -210,21 +223,35 @@ impl SparseSink {
     }
 }
 
+/// Entry of a table for a grain of zeros.
+const ZEROED_GRAIN: u32 = 1;
+
 fn layouts(image: &NewImage) -> Vec<SparseLayout> {
     let has_descriptor = image.companions().is_empty();
-    image.extents.iter().map(|extent| SparseLayout::new(extent.sectors, has_descriptor)).collect()
+    let zeroed_grains = image.options.zeroed_grains;
+    image
+        .extents
+        .iter()
+        .map(|extent| SparseLayout::new(extent.sectors, has_descriptor, zeroed_grains))
+        .collect()
 }
 
 impl Consumer for SparseSink {
     fn geometry(&self, _device: SinkDevice) -> Geometry {
         let zero_unit = self.image.options.zero_unit;
         let piece_len = PIECE_LEN.max(zero_unit.unwrap_or(0));
+        // With a parent, a grain is in the image as a whole or not at all.
+        let smallest = if self.base.is_some() { GRAIN_SIZE } else { ZERO_GRANULARITY as u64 };
         Geometry {
             // A unit of zero detection is stored or left out as a whole.
-            granule: zero_unit.unwrap_or(0).max(ZERO_GRANULARITY as u64),
-            granule_required: false,
+            granule: zero_unit.unwrap_or(0).max(smallest),
+            granule_required: self.base.is_some(),
             piece_len,
-            max_zero_len: if zero_unit.is_some() { u64::MAX } else { piece_len },
+            max_zero_len: match zero_unit {
+                None => piece_len,
+                Some(_) if self.base.is_some() => base::MAX_ZERO_LEN,
+                Some(_) => u64::MAX,
+            },
             ordered: true,
         }
     }
@@ -235,6 +262,11 @@ impl Consumer for SparseSink {
             if let Some(data) = &piece.data {
                 self.fingerprint.add(piece.start + run.start as u64, &data[run.clone()]);
             }
+        }
+        if let (Some(base), Some(zero_unit)) = (&self.base, self.image.options.zero_unit) {
+            // At most 2 MiB.
+            let parts = base.differences(&piece, GRAIN_SIZE, zero_unit.max(GRAIN_SIZE) as usize, pool)?;
+            return Ok(Prepared { parts: base::cut(parts, GRAIN_SIZE), ..Prepared::new(piece) });
         }
         let (piece, runs) = match self.image.options.zero_unit {
             None => {
@@ -254,6 +286,10 @@ impl Consumer for SparseSink {
             Self::cut(start, run, &mut prepared.parts);
         }
         Ok(prepared)
+    }
+
+    fn worker_memory(&self) -> u64 {
+        self.base.as_ref().map_or(0, Base::reader_memory)
     }
 }
 
@@ -278,7 +314,15 @@ impl ImageSink for SparseSink {
             let allocation = allocations
                 .get_mut(extent)
                 .ok_or_else(|| Error::out_of_bounds(format!("the image has no extent {extent}")))?;
+            if matches!(part.bytes, Bytes::Zero(_)) && self.image.options.zeroed_grains {
+                Self::mark_zeros(allocation, within / GRAIN_SIZE)?;
+                continue;
+            }
             let offset = self.grain(allocation, extent, within / GRAIN_SIZE)?;
+            if matches!(part.bytes, Bytes::Zero(_)) {
+                // A new grain reads as zeros.
+                continue;
+            }
             writes.push(self.output_id(extent), offset + within % GRAIN_SIZE, part.bytes.clone());
         }
         Ok(())

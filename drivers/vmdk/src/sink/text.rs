@@ -4,8 +4,8 @@ use std::fmt::Write;
 
 use imgtool_core::fingerprint::Fingerprint;
 
-use super::NewExtent;
-use crate::options::{Subformat, VmdkOptions};
+use super::{NewExtent, NewImage};
+use crate::options::Subformat;
 
 /// Type of the extents of a new image.
 #[derive(Debug, Clone, Copy)]
@@ -16,16 +16,13 @@ pub(super) enum ExtentText {
 }
 
 /// Returns the text of a descriptor, with the keys that VMware's open-vmdk writes.
-pub(super) fn descriptor(
-    options: &VmdkOptions,
-    sectors: u64,
-    extents: &[NewExtent],
-    extent_type: ExtentText,
-    fingerprint: &Fingerprint,
-) -> String {
+pub(super) fn descriptor(image: &NewImage, extent_type: ExtentText, fingerprint: &Fingerprint) -> String {
+    let NewImage { options, sectors, extents, parent, .. } = image;
     let name = options.subformat.name();
     let is_single = matches!(options.subformat, Subformat::StreamOptimized | Subformat::MonolithicSparse);
-    let id = fingerprint.guid(name, &[sectors, options.hardware.cast_unsigned()]).into_bytes();
+    let mut parameters = vec![*sectors, options.hardware.cast_unsigned()];
+    parameters.extend(parent.as_ref().map(|parent| u64::from(parent.cid)));
+    let id = fingerprint.guid(name, &parameters).into_bytes();
     let (long, cid) = id.split_at(12);
     let mut cid = cid.iter().fold(0u32, |cid, byte| cid << 8 | u32::from(*byte));
     if cid >= u32::MAX - 1 {
@@ -34,10 +31,15 @@ pub(super) fn descriptor(
     }
     // Without it, VMware reads names of files in the code page of its host.
     let encoding = if is_single { "" } else { "encoding=\"UTF-8\"\n" };
+    let parent_cid = parent.as_ref().map_or(u32::MAX, |parent| parent.cid);
     let mut text = format!(
-        "# Disk DescriptorFile\nversion=1\n{encoding}CID={cid:08x}\nparentCID=ffffffff\n\
-         createType=\"{name}\"\n\n# Extent description\n"
+        "# Disk DescriptorFile\nversion=1\n{encoding}CID={cid:08x}\nparentCID={parent_cid:08x}\n\
+         createType=\"{name}\"\n"
     );
+    if let Some(parent) = parent {
+        let _ = writeln!(text, "parentFileNameHint=\"{}\"", parent.hint);
+    }
+    text.push_str("\n# Extent description\n");
     for extent in extents {
         let NewExtent { name, sectors } = extent;
         // Writing to a string does not fail.

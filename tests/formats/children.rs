@@ -1,0 +1,341 @@
+//! Images over a parent in VHDX, VHD and VMDK: `create -b` and `convert -B`.
+
+use std::path::Path;
+
+use imgtool_testing::images::{self, Image};
+use imgtool_testing::{oracles, require, sha256_file, snapshot, tempdir, text};
+
+use crate::support::imgtool;
+
+const MIB: u64 = 1 << 20;
+
+/// A format with the options of the parent, and those of its child.
+struct Variant {
+    format: &'static str,
+    parent: &'static str,
+    child: &'static str,
+}
+
+const fn variant(format: &'static str, parent: &'static str, child: &'static str) -> Variant {
+    Variant { format, parent, child }
+}
+
+const VARIANTS: [Variant; 9] = [
+    variant("vhdx", "block_size=1M", "log_size=1M"),
+    variant("vhdx", "block_size=2M,logical_sector_size=4096", "log_size=2M"),
+    variant("vhdx", "subformat=fixed", "block_size=2M"),
+    variant("vhdx", "block_size=8M,physical_sector_size=512", "log_size=1M"),
+    variant("vhd", "subformat=dynamic", "subformat=dynamic"),
+    variant("vhd", "subformat=fixed", "subformat=dynamic"),
+    variant("vmdk", "subformat=monolithicSparse", "adapter_type=ide"),
+    variant("vmdk", "subformat=streamOptimized", "subformat=monolithicSparse"),
+    variant("vmdk", "subformat=twoGbMaxExtentFlat", "zeroed_grain=on"),
+];
+
+trait Over {
+    /// Writes bytes over whatever the image has there.
+    fn over(self, at: u64, bytes: Vec<u8>) -> Self;
+}
+
+impl Over for Image {
+    fn over(mut self, at: u64, bytes: Vec<u8>) -> Self {
+        self.runs.push((at, bytes));
+        self
+    }
+}
+
+fn base() -> Image {
+    Image::hole("base", 24 * MIB)
+        .over(0, images::noise(1, 300_000))
+        .over(5 * MIB, images::noise(2, 4 << 20))
+        .over(16 * MIB + 100, images::noise(3, 70_000))
+        .over(20 * MIB, images::noise(4, 1 << 20))
+}
+
+/// Returns the base with changes: single sectors, zeros over data of all lengths, data over holes, the last byte.
+fn changed() -> Image {
+    base()
+        .over(1000, b"ten bytes!".to_vec())
+        .over(6 * MIB, vec![0; 2 << 20])
+        .over(8 * MIB + 4096, vec![0; 5000])
+        .over(15 * MIB, images::noise(5, 100))
+        .over(20 * MIB, vec![0; 1 << 20])
+        .over(24 * MIB - 1, vec![9])
+}
+
+/// Creates a directory with `base.raw`, `changed.raw`, and the parent in the format of the variant.
+fn with_parent(variant: &Variant) -> tempfile::TempDir {
+    let dir = tempdir();
+    base().write_raw(&dir.path().join("base.raw"));
+    changed().write_raw(&dir.path().join("changed.raw"));
+    let parent = format!("base.{}", variant.format);
+    imgtool(["convert", "base.raw", "-O", variant.format, "-o", variant.parent, &parent])
+        .within(dir.path())
+        .ok();
+    dir
+}
+
+/// Asserts that imgtool and independent programs read the content of a raw file from a child.
+fn assert_reads(dir: &Path, format: &str, child: &str, raw: &str) {
+    imgtool(["check", child]).within(dir).ok();
+    imgtool(["compare", "--allow-external", "chain", child, raw]).within(dir).ok();
+    let (child, raw) = (dir.join(child), dir.join(raw));
+    let parent = dir.join(format!("base.{format}"));
+    match format {
+        "vhdx" => oracles::dissect_compare_vhdx(&child, &raw),
+        "vhd" => oracles::libyal_reads_child("pyvhdi", &child, &parent, &raw),
+        _ => {
+            let seen = oracles::dissect_disks("vmdk", &[&child]);
+            assert_eq!(seen[0].sha256, sha256_file(&raw), "dissect");
+            oracles::qemu_compare(&child, "vmdk", &raw, "raw");
+        }
+    }
+}
+
+/// Returns the number of bytes that a child stores itself, by the map.
+fn own_data(dir: &Path, child: &str) -> u64 {
+    let map =
+        imgtool(["map", "--output", "json", "--allow-external", "chain", child]).within(dir).ok().json();
+    let runs = map.as_array().unwrap().iter();
+    let own = runs.filter(|run| run["depth"] == 0 && run["data"] == true && run["zero"] == false);
+    own.map(|run| run["length"].as_u64().unwrap()).sum()
+}
+
+#[test]
+fn new_children_read_as_their_parents() {
+    require!("dissect", "libyal", "qemu-img");
+    for variant in &VARIANTS {
+        let dir = with_parent(variant);
+        let (parent, child) = (format!("base.{}", variant.format), format!("child.{}", variant.format));
+        let line = ["create", "-f", variant.format, "-b", &parent, "-F", variant.format, "-o", variant.child];
+        imgtool(line).args([&child]).within(dir.path()).ok();
+        assert_reads(dir.path(), variant.format, &child, "base.raw");
+        let info = imgtool(["info", "--output", "json", &child]).within(dir.path()).ok().json();
+        assert_eq!(info["virtual-size"], 24 * MIB, "{}", variant.parent);
+        // Nothing but tables.
+        assert!(imgtool_testing::occupied(&dir.path().join(&child)) < 600 << 10, "{}", variant.parent);
+    }
+}
+
+#[test]
+fn children_store_only_the_difference() {
+    require!("dissect", "libyal", "qemu-img");
+    for variant in &VARIANTS {
+        let dir = with_parent(variant);
+        let (parent, child) = (format!("base.{}", variant.format), format!("child.{}", variant.format));
+        let convert = |source: &str, child: &str, extra: &[&str]| {
+            let line = ["convert", source, "-B", &parent, "-F", variant.format, "-O", variant.format];
+            imgtool(line).args(["-o", variant.child]).args(extra).args([child]).within(dir.path()).ok();
+        };
+        convert("changed.raw", &child, &["--verify"]);
+        assert_reads(dir.path(), variant.format, &child, "changed.raw");
+        let own = own_data(dir.path(), &child);
+        let unit = match variant.format {
+            "vhdx" => 4096,
+            "vhd" => 8192,
+            _ => 3 << 16,
+        };
+        assert!((1..=4 * unit).contains(&own), "{} {}: {own} bytes", variant.format, variant.parent);
+        // The same disk with holes elsewhere, in one thread.
+        imgtool(["convert", "changed.raw", "-O", "qcow2", "changed.qcow2"]).within(dir.path()).ok();
+        convert("changed.raw", "again", &["--threads", "1"]);
+        convert("changed.raw", "four", &["--threads", "4"]);
+        assert_eq!(sha256_file(&dir.path().join("again")), sha256_file(&dir.path().join(&child)));
+        assert_eq!(sha256_file(&dir.path().join("four")), sha256_file(&dir.path().join(&child)));
+        let from_qcow2 = format!("qcow2.{}", variant.format);
+        convert("changed.qcow2", &from_qcow2, &["-S", "64k"]);
+        assert_reads(dir.path(), variant.format, &from_qcow2, "changed.raw");
+        let whole = format!("whole.{}", variant.format);
+        convert("changed.raw", &whole, &["-S", "0"]);
+        assert_reads(dir.path(), variant.format, &whole, "changed.raw");
+    }
+}
+
+/// libvhdi 20260901 reads the bitmap of every block of a VHDX file, whatever its state, so it needs a file in which
+/// every chunk has one and no block is zeros as a whole.
+#[test]
+fn libvhdi_reads_data_in_vhdx_children() {
+    require!("libyal");
+    for variant in VARIANTS.iter().filter(|variant| variant.format == "vhdx") {
+        let dir = with_parent(variant);
+        let raw = dir.path().join("some.raw");
+        base().over(1000, images::noise(6, 10)).over(15 * MIB, images::noise(7, 5000)).write_raw(&raw);
+        imgtool(["convert", "some.raw", "-B", "base.vhdx", "-F", "vhdx", "some.avhdx"])
+            .within(dir.path())
+            .ok();
+        let (child, parent) = (dir.path().join("some.avhdx"), dir.path().join("base.vhdx"));
+        oracles::libyal_reads_child("pyvhdi", &child, &parent, &raw);
+    }
+}
+
+#[test]
+fn libvmdk_reads_vmdk_children() {
+    require!("libyal");
+    // It takes marked grains for the parent's.
+    for variant in
+        VARIANTS.iter().filter(|variant| variant.format == "vmdk" && !variant.child.contains("zero"))
+    {
+        let dir = with_parent(variant);
+        imgtool(["convert", "changed.raw", "-B", "base.vmdk", "-F", "vmdk", "child.vmdk"])
+            .within(dir.path())
+            .ok();
+        let (child, parent) = (dir.path().join("child.vmdk"), dir.path().join("base.vmdk"));
+        oracles::libyal_reads_child("pyvmdk", &child, &parent, &dir.path().join("changed.raw"));
+    }
+}
+
+#[test]
+fn children_of_children_read_the_whole_chain() {
+    require!("dissect", "qemu-img");
+    for variant in [&VARIANTS[0], &VARIANTS[4], &VARIANTS[6]] {
+        let dir = with_parent(variant);
+        let format = variant.format;
+        changed().over(3 * MIB, images::noise(8, 9000)).write_raw(&dir.path().join("top.raw"));
+        for (source, parent, child) in [("changed.raw", "base", "one"), ("top.raw", "one", "two")] {
+            let (parent, child) = (format!("{parent}.{format}"), format!("{child}.{format}"));
+            let line = ["convert", source, "-B", &parent, "-F", format, "-O", format, &child];
+            if parent.starts_with("one") {
+                let before = snapshot(dir.path());
+                imgtool(line).within(dir.path()).go().exits(1).says("base");
+                assert_eq!(snapshot(dir.path()), before);
+            }
+            imgtool(line).args(["--allow-external", "chain", "--verify"]).within(dir.path()).ok();
+        }
+        let two = format!("two.{format}");
+        imgtool(["compare", "--allow-external", "chain", &two, "top.raw"]).within(dir.path()).ok();
+        assert!(own_data(dir.path(), &two) <= 2 << 16);
+        match format {
+            "vhdx" => oracles::dissect_compare_vhdx(&dir.path().join(&two), &dir.path().join("top.raw")),
+            "vmdk" => {
+                oracles::qemu_compare(&dir.path().join(&two), "vmdk", &dir.path().join("top.raw"), "raw");
+            }
+            _ => {}
+        }
+        // The parent was replaced after the child was made.
+        imgtool(["convert", "top.raw", "--force", "-O", format, &format!("one.{format}")])
+            .within(dir.path())
+            .ok();
+        imgtool(["compare", "--allow-external", "chain", &two, "top.raw"])
+            .within(dir.path())
+            .go()
+            .exits(2)
+            .says("one.");
+    }
+}
+
+#[test]
+fn a_larger_vhdx_child_has_zeros_past_its_parent() {
+    require!("dissect");
+    for block_size in ["1M", "4M", "16M"] {
+        let variant = variant("vhdx", "block_size=2M", "");
+        let dir = with_parent(&variant);
+        let option = format!("block_size={block_size}");
+        let line =
+            ["create", "-f", "vhdx", "-b", "base.vhdx", "-F", "vhdx", "-o", &option, "empty.avhdx", "37M"];
+        imgtool(line).within(dir.path()).ok();
+        let raw = dir.path().join("large.raw");
+        let large = |size| Image { size, ..changed() };
+        Image { size: 37 * MIB, ..base() }.write_raw(&raw);
+        assert_reads(dir.path(), "vhdx", "empty.avhdx", "large.raw");
+        large(37 * MIB).over(25 * MIB, images::noise(9, 700)).over(37 * MIB - 1, vec![1]).write_raw(&raw);
+        let line = ["convert", "large.raw", "-B", "base.vhdx", "-F", "vhdx", "-o", &option, "large.avhdx"];
+        imgtool(line).args(["--verify"]).within(dir.path()).ok();
+        assert_reads(dir.path(), "vhdx", "large.avhdx", "large.raw");
+        // A smaller one, which ends within a sector of data of its parent.
+        let small = dir.path().join("small.raw");
+        std::fs::copy(&raw, &small).unwrap();
+        std::fs::File::options().write(true).open(&small).unwrap().set_len(5 * MIB + 700).unwrap();
+        let line = ["convert", "small.raw", "-B", "base.vhdx", "-F", "vhdx", "-o", &option, "small.avhdx"];
+        imgtool(line).args(["--verify"]).within(dir.path()).ok();
+        assert_reads(dir.path(), "vhdx", "small.avhdx", "small.raw");
+    }
+}
+
+#[test]
+fn vhd_and_vmdk_children_are_as_large_as_their_parents() {
+    require!("dissect", "libyal", "qemu-img");
+    for variant in VARIANTS.iter().filter(|variant| variant.format != "vhdx") {
+        let (dir, format) = (with_parent(variant), variant.format);
+        let (parent, child) = (format!("base.{format}"), format!("child.{format}"));
+        let raw = dir.path().join("other.raw");
+        for size in [24 * MIB + 1, 23 * MIB] {
+            Image { size, ..Image::hole("other", size) }.write_raw(&raw);
+            let before = snapshot(dir.path());
+            let line = ["convert", "other.raw", "-B", &parent, "-F", format, "-O", format, &child];
+            imgtool(line).within(dir.path()).go().exits(1).says("as large as its parent");
+            let line = ["create", "-f", format, "-b", &parent, "-F", format, &child, "25M"];
+            imgtool(line).within(dir.path()).go().exits(1).says("as large as its parent");
+            assert_eq!(snapshot(dir.path()), before);
+        }
+        // Rounded up as the parent was: zeros follow, although the parent has data there.
+        std::fs::copy(dir.path().join("changed.raw"), &raw).unwrap();
+        let cut = 24 * MIB - if format == "vhd" { 300_000 } else { 30_000 };
+        std::fs::File::options().write(true).open(&raw).unwrap().set_len(cut).unwrap();
+        base().over(24 * MIB - 10_000, images::noise(10, 10_000)).write_raw(&dir.path().join("full.raw"));
+        imgtool(["convert", "full.raw", "--force", "-O", format, "-o", variant.parent, &parent])
+            .within(dir.path())
+            .ok();
+        let line = ["convert", "other.raw", "-B", &parent, "-F", format, "-O", format, &child];
+        imgtool(line).within(dir.path()).ok();
+        std::fs::File::options().write(true).open(&raw).unwrap().set_len(24 * MIB).unwrap();
+        assert_reads(dir.path(), format, &child, "other.raw");
+    }
+}
+
+#[test]
+fn refuses_parents_that_a_format_can_not_have() {
+    let variant = &VARIANTS[0];
+    let dir = with_parent(variant);
+    imgtool(["convert", "base.raw", "-O", "vmdk", "base.vmdk"]).within(dir.path()).ok();
+    imgtool(["convert", "base.raw", "-O", "vhd", "base.vhd"]).within(dir.path()).ok();
+    let before = snapshot(dir.path());
+    for (line, code, words) in [
+        (&["-f", "vhdx", "-b", "base.raw", "-F", "raw", "x"][..], 2, "must be a vhdx image"),
+        (&["-f", "vhd", "-b", "base.vhdx", "-F", "vhdx", "x"], 2, "must be a vhd image"),
+        (&["-f", "vmdk", "-b", "base.raw", "-F", "raw", "x"], 2, "must be a vmdk image"),
+        (&["-f", "vhdx", "-b", "base.raw", "-F", "vhdx", "x", "1M"], 1, "base.raw"),
+        (&["-f", "vhdx", "-b", "none.vhdx", "-F", "vhdx", "x", "1M"], 1, "none.vhdx"),
+        (&["-f", "vhdx", "-b", "none.vhdx", "-F", "vhdx", "-u", "x", "1M"], 1, "none.vhdx"),
+        (&["-f", "vhdx", "-b", r"a\b.vhdx", "-F", "vhdx", "-u", "x", "1M"], 1, "can't name the parent"),
+        (&["-f", "vhdx", "-o", "backing_file=base.vhdx", "x", "1M"], 2, "backing_fmt"),
+        (&["-f", "vhdx", "-o", "subformat=fixed", "-b", "base.vhdx", "-F", "vhdx", "x"], 2, "combined"),
+        (&["-f", "vhd", "-o", "subformat=fixed", "-b", "base.vhd", "-F", "vhd", "x"], 2, "combined"),
+        (&["-f", "vmdk", "-o", "subformat=vmfs", "-b", "base.vmdk", "-F", "vmdk", "x"], 2, "combined"),
+        (&["-f", "vhdx", "-o", "logical_sector_size=4096", "-b", "base.vhdx", "-F", "vhdx", "x"], 2, "512"),
+        (&["-f", "vhdx", "-b", "base.vhdx", "-F", "vhdx", "--force", "base.vhdx"], 1, "base.vhdx"),
+    ] {
+        imgtool(["create"]).args(line).within(dir.path()).go().exits(code).says(words);
+        assert_eq!(snapshot(dir.path()), before, "{line:?}");
+    }
+}
+
+/// Several sector bitmaps, blocks beyond 4 GiB, and a disk that ends within a block.
+#[test]
+fn children_of_large_disks_have_several_bitmaps() {
+    require!("dissect", "qemu-img", "libyal");
+    let dir = tempdir();
+    let size = (9 << 30) + 5 * 512;
+    let base = Image::hole("base", size).over(4 << 30, images::noise(1, 5 << 20));
+    base.write_raw(&dir.path().join("base.raw"));
+    let changed = Image { size, ..base }
+        .over((4 << 30) - 3000, images::noise(2, 6000))
+        .over((4 << 30) + (1 << 20), vec![0; 3 << 20])
+        .over(size - 700, images::noise(3, 700));
+    changed.write_raw(&dir.path().join("changed.raw"));
+    for (format, option) in
+        [("vhdx", "block_size=1M"), ("vhd", "subformat=dynamic"), ("vmdk", "adapter_type=ide")]
+    {
+        let (parent, child) = (format!("base.{format}"), format!("child.{format}"));
+        imgtool(["convert", "base.raw", "-O", format, "-o", option, &parent]).within(dir.path()).ok();
+        let line = ["convert", "changed.raw", "-B", &parent, "-F", format, "-O", format, "--verify", &child];
+        imgtool(line).within(dir.path()).ok();
+        imgtool(["check", &child]).within(dir.path()).ok();
+        let (child, raw) = (dir.path().join(child), dir.path().join("changed.raw"));
+        match format {
+            "vhdx" => oracles::dissect_compare_vhdx(&child, &raw),
+            "vmdk" => oracles::qemu_compare(&child, "vmdk", &raw, "raw"),
+            _ => oracles::libyal_reads_child("pyvhdi", &child, &dir.path().join(parent), &raw),
+        }
+        assert!(imgtool_testing::occupied(&child) < 6 << 20, "{}", text(&child));
+    }
+}
