@@ -11,6 +11,9 @@ pub fn words(remedy: &Remedy) -> String {
                 .to_owned()
         }
         Remedy::OpenAnyway(advice) => format!("{advice}, or read it as it is with --force"),
+        Remedy::SkipBrokenBitmaps => {
+            "--skip-broken-bitmaps leaves it out; 'qemu-img bitmap --remove' deletes it".to_owned()
+        }
         Remedy::Overwrite => "--force overwrites it; -n writes one disk into it".to_owned(),
         Remedy::ReplaceImage => "leave out -n: --force replaces it by a new image".to_owned(),
         Remedy::DiscardData => "nothing was changed; --shrink cuts the data off".to_owned(),

@@ -1,5 +1,6 @@
 //! Content through every format and in every form: files, pipes, compressed, sparse, huge.
 
+mod bitmaps;
 mod children;
 mod existing_images;
 mod file_system;

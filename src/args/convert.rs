@@ -136,6 +136,14 @@ pub struct TargetArgs {
     #[arg(long)]
     pub force: bool,
 
+    /// Also copy the persistent bitmaps, from one qcow2 image to another
+    #[arg(long)]
+    pub bitmaps: bool,
+
+    /// Leave out bitmaps that were not saved properly, instead of refusing them
+    #[arg(long, requires = "bitmaps")]
+    pub skip_broken_bitmaps: bool,
+
     /// Store only the differences from this backing file; same as -o backing_file=FILE
     #[arg(short = 'B', value_name = "FILE", requires = "backing_format", value_hint = ValueHint::FilePath)]
     pub backing: Option<String>,
@@ -240,12 +248,4 @@ pub struct CompatArgs {
     /// Not supported: targets are plain paths
     #[arg(long, hide_short_help = true)]
     pub target_image_opts: bool,
-
-    /// Not supported: persistent bitmaps are not written
-    #[arg(long, hide_short_help = true)]
-    pub bitmaps: bool,
-
-    /// Not supported: part of --bitmaps
-    #[arg(long, hide_short_help = true)]
-    pub skip_broken_bitmaps: bool,
 }

@@ -6,7 +6,8 @@ use std::path::Path;
 
 use imgtool_core::{Attachment, Error, Location, Result, ResultExt, parse_size};
 use imgtool_engine::{
-    DiskTarget, OpenConversion, OpenSettings, Plan, Request, RunOptions, SourceRequest, foreign,
+    BrokenBitmaps, DiskTarget, OpenConversion, OpenSettings, Plan, Request, RunOptions, SourceRequest,
+    foreign,
 };
 
 use super::options;
@@ -94,6 +95,10 @@ fn request(args: &ConvertArgs) -> Result<Request> {
         keep_attachments: args.devices.config_from_source,
         in_place: args.target.no_create.then_some(args.target.target_is_zero),
         overwrite: args.target.force,
+        bitmaps: args.target.bitmaps.then_some(match args.target.skip_broken_bitmaps {
+            true => BrokenBitmaps::Skip,
+            false => BrokenBitmaps::Refuse,
+        }),
     })
 }
 
@@ -101,10 +106,6 @@ fn refuse_unsupported(args: &ConvertArgs) -> Result<()> {
     if args.compat.target_image_opts {
         return Err(Error::usage("--target-image-opts is not supported: targets are named by plain paths")
             .hint("give the path itself, its format with --to, its options with -o"));
-    }
-    if args.compat.bitmaps || args.compat.skip_broken_bitmaps {
-        return Err(Error::usage("--bitmaps is not supported: persistent bitmaps are not written")
-            .hint("omit it: disk contents are converted in full, and omitted bitmaps are listed"));
     }
     Ok(())
 }

@@ -15,6 +15,8 @@ use crate::{images, report, sandbox};
 struct Document {
     required: u64,
     fully_allocated: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bitmaps: Option<u64>,
 }
 
 /// Prints the file size that a new image will need, and its size when fully allocated.
@@ -28,11 +30,13 @@ pub fn run(args: &MeasureArgs) -> Result<Exit> {
         return options::list(&*driver);
     }
     let format = TargetFormat::new(driver, options::format_options(&args.options, None)?)?;
-    let Measure { required, fully_allocated, .. } = measure(&registry, args, &format)?;
+    let Measure { required, fully_allocated, bitmaps, .. } = measure(&registry, args, &format)?;
     if args.output.is_json() {
-        report::print_json(&Document { required, fully_allocated })?;
+        report::print_json(&Document { required, fully_allocated, bitmaps })?;
     } else {
-        report::print(&format!("required size: {required}\nfully allocated size: {fully_allocated}\n"))?;
+        let bitmaps = bitmaps.map_or_else(String::new, |bytes| format!("bitmaps size: {bytes}\n"));
+        let sizes = format!("required size: {required}\nfully allocated size: {fully_allocated}\n{bitmaps}");
+        report::print(&sizes)?;
     }
     Ok(Exit::Done)
 }
@@ -42,6 +46,7 @@ fn measure(registry: &Registry, args: &MeasureArgs, format: &TargetFormat) -> Re
         (Some(image), _) => {
             let options = OpenOptions {
                 snapshot: args.snapshot.snapshot.as_deref().map(images::snapshot_name),
+                bitmaps: format.writer.stores_bitmaps(),
                 ..images::open_options(registry, &args.input)?
             };
             let format_name = args.input.format.as_deref();

@@ -200,7 +200,7 @@ fn errors() {
         "convert --image-opts driver=raw x",
         "convert --target-image-opts disk.raw x",
         "convert --object secret,id=s disk.raw x",
-        "convert --bitmaps disk.qcow2 x",
+        "convert --bitmaps disk.raw x",
         "convert overlay.qcow2 x",
         "convert disk.raw disk.qcow2",
         "convert nothing.raw x",

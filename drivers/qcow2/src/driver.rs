@@ -98,6 +98,10 @@ impl ImageWriter for Qcow2Writer {
         self.options.backing.clone()
     }
 
+    fn stores_bitmaps(&self) -> bool {
+        self.options.version >= 3
+    }
+
     fn companions(&self, _main: &str, _manifest: &Manifest) -> Vec<String> {
         self.options.data_file.iter().cloned().collect()
     }

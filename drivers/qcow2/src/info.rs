@@ -1,6 +1,6 @@
 //! Facts and notes about an image, with the keys of `qemu-img info --output=json`.
 
-use imgtool_core::{ImageInfo, Location, RandomInput, Reference};
+use imgtool_core::{ImageInfo, Location, OpenOptions, RandomInput, Reference};
 use serde_json::{Map, Value, json};
 
 use crate::layout::FORMAT;
@@ -11,15 +11,16 @@ use crate::layout::header::{
 };
 use crate::layout::snapshot::{Snapshot, Snapshots};
 
-/// Describes an image: facts, notes and references. The caller adds the devices. With `list`, lists the
+/// Describes an image: facts, notes and references. The caller adds the devices. For information only, lists the
 /// snapshots and adds a note for each list that was cut off.
 pub fn describe(
     input: &RandomInput,
     header: &Header,
     snapshots: &Snapshots,
     bitmaps: &[Bitmap],
-    list: bool,
+    options: &OpenOptions,
 ) -> ImageInfo {
+    let list = options.info_only;
     let mut info =
         ImageInfo { format: FORMAT, cluster_size: Some(header.shape.cluster_size()), ..ImageInfo::default() };
     describe_names(&mut info, input.location(), header);
@@ -32,7 +33,7 @@ pub fn describe(
         info.top_fact("snapshots", "snapshots", list);
     }
     describe_format(&mut info, header, bitmaps);
-    info.notes = notes(header, snapshots);
+    info.notes = notes(header, snapshots, options);
     if list {
         info.notes.extend(truncation_notes(header, snapshots, bitmaps));
     }
@@ -143,7 +144,7 @@ fn truncation_notes(header: &Header, snapshots: &Snapshots, bitmaps: &[Bitmap]) 
         .collect()
 }
 
-fn notes(header: &Header, snapshots: &Snapshots) -> Vec<String> {
+fn notes(header: &Header, snapshots: &Snapshots, options: &OpenOptions) -> Vec<String> {
     let mut notes = Vec::new();
     let selected = snapshots.selected.as_ref();
     if let Some(snapshot) = selected {
@@ -167,7 +168,7 @@ fn notes(header: &Header, snapshots: &Snapshots) -> Vec<String> {
         notes.push(format!("{other_snapshots} internal {noun} {verb} not part of the content"));
     }
     let bitmaps = bitmap::count(header) as usize;
-    if bitmaps > 0 {
+    if bitmaps > 0 && !options.bitmaps {
         let (noun, verb) = plural(bitmaps, "bitmap");
         notes.push(format!("{bitmaps} persistent {noun} {verb} not part of the content"));
     }

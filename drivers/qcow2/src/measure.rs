@@ -3,6 +3,7 @@
 use imgtool_core::source::data_bytes;
 use imgtool_core::{DeviceId, Error, ImageSource, Measure, RandomAccess, Result};
 
+use crate::layout::bitmap::stored_len;
 use crate::layout::entry::Shape;
 use crate::options::{Preallocation, SIZE_MULTIPLE, WriteOptions};
 use crate::refcounts::refcount_clusters;
@@ -40,7 +41,10 @@ pub fn measure(source: &dyn ImageSource, options: &WriteOptions) -> Result<Measu
         Preallocation::Metadata => tables,
         Preallocation::Falloc | Preallocation::Full => fully_allocated,
     };
-    Ok(Measure { required: tables + data, fully_allocated, occupied })
+    let bitmaps = source.bitmaps().filter(|_| options.version >= 3).map(|bitmaps| {
+        stored_len(bitmaps.iter().filter(|bitmap| bitmap.fault.is_none()), size, cluster_size)
+    });
+    Ok(Measure { required: tables + data, fully_allocated, bitmaps, occupied })
 }
 
 /// Returns the size in bytes of the header and the L1, L2 and refcount structures of a fully allocated disk

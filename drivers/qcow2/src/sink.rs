@@ -8,6 +8,7 @@
 
 mod alloc;
 mod base;
+mod bitmaps;
 mod finish;
 mod image;
 mod mapping_tables;

@@ -1,5 +1,6 @@
 //! Source of an image: the guest's view of the image and its backing files.
 
+mod bitmaps;
 mod content;
 mod map;
 
@@ -9,8 +10,8 @@ use std::ops::Range;
 use std::path::Path;
 
 use imgtool_core::{
-    Access, Device, DeviceId, Disk, Error, ErrorKind, Extent, ExtentKind, ExtentList, FileRange, ImageInfo,
-    ImageSource, Input, Loss, MapExtent, OpenOptions, RandomAccess, RandomInput, Result,
+    Access, Bitmap, Device, DeviceId, Disk, Error, ErrorKind, Extent, ExtentKind, ExtentList, FileRange,
+    ImageInfo, ImageSource, Input, Loss, MapExtent, OpenOptions, RandomAccess, RandomInput, Result,
 };
 
 use crate::info;
@@ -19,6 +20,7 @@ use crate::layout::entry::Shape;
 use crate::layout::header::Header;
 use crate::layout::snapshot::{Snapshots, read_snapshots};
 use crate::mapping::RunKind;
+use bitmaps::Bitmaps;
 use content::Content;
 use map::PreallocationTest;
 
@@ -37,6 +39,8 @@ pub struct Qcow2Source {
     preallocation: PreallocationTest,
     /// `None` if the image was opened for its facts only.
     content: Option<Content>,
+    /// `None` if the caller did not ask for them.
+    bitmaps: Option<Bitmaps>,
 }
 
 impl Qcow2Source {
@@ -63,7 +67,9 @@ impl Qcow2Source {
                 read => read?,
             },
         };
-        // Bitmaps are not converted, so a damaged directory does not affect the content.
+        let copied =
+            if options.bitmaps { Some(Bitmaps::read(&input, &header, &options.memory)?) } else { None };
+        // Without a copy of the bitmaps, a damaged directory does not affect the content.
         let bitmaps = match options.info_only.then(|| list_bitmaps(&input, &header)) {
             Some(Ok(bitmaps)) => bitmaps,
             Some(Err(e)) => {
@@ -74,7 +80,7 @@ impl Qcow2Source {
         };
         let selected = snapshots.selected.as_ref();
         let virtual_size = selected.map_or(header.virtual_size, |snapshot| snapshot.virtual_size);
-        let mut image_info = info::describe(&input, &header, &snapshots, &bitmaps, options.info_only);
+        let mut image_info = info::describe(&input, &header, &snapshots, &bitmaps, options);
         image_info.notes.extend(notes);
         image_info.devices = vec![Device::disk(0, device_name(&input), virtual_size)];
         let content = if options.info_only {
@@ -83,7 +89,7 @@ impl Qcow2Source {
             Some(Content::open(&input, &header, selected, virtual_size, options)?)
         };
         let preallocation = PreallocationTest::new(&input, &header);
-        Ok(Self { info: image_info, shape: header.shape, input, preallocation, content })
+        Ok(Self { info: image_info, shape: header.shape, input, preallocation, content, bitmaps: copied })
     }
 
     fn content(&self) -> Result<&Content> {
@@ -105,6 +111,10 @@ impl ImageSource for Qcow2Source {
 
     fn access(&self) -> Access<'_> {
         Access::Random(self)
+    }
+
+    fn bitmaps(&self) -> Option<&[Bitmap]> {
+        self.bitmaps.as_ref().map(|bitmaps| bitmaps.list.as_slice())
     }
 
     fn losses(&self) -> Vec<Loss> {

@@ -19,6 +19,7 @@ impl ImageWriter for RawWriter {
             required: device.size,
             fully_allocated: device.size,
             occupied: if writes_all { device.size } else { data_bytes(source, device)? },
+            ..Measure::default()
         })
     }
 

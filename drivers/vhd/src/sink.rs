@@ -62,7 +62,7 @@ impl ImageWriter for VhdWriter {
                 Some(_) => data_bytes(source, device)?,
                 None => device.size,
             };
-            return Ok(Measure { required, fully_allocated: required, occupied });
+            return Ok(Measure { required, fully_allocated: required, occupied, ..Measure::default() });
         }
         let header = header(virtual_size);
         let settings = BlockSettings { device_size: device.size, fixed: false, zero_unit: options.zero_unit };

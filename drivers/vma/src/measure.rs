@@ -43,5 +43,5 @@ pub(crate) fn measure(source: &dyn ImageSource, options: &VmaOptions) -> Result<
         })?;
         required += headers + stored;
     }
-    Ok(Measure { required, fully_allocated, occupied: required })
+    Ok(Measure { required, fully_allocated, occupied: required, ..Measure::default() })
 }

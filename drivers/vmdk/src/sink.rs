@@ -220,7 +220,7 @@ impl ImageWriter for VmdkWriter {
                     Some(_) => data_bytes(source, device)?,
                     None => device.size,
                 };
-                Ok(Measure { required, fully_allocated: required, occupied })
+                Ok(Measure { required, fully_allocated: required, occupied, ..Measure::default() })
             }
         }
     }
@@ -273,7 +273,7 @@ impl ImageWriter for VmdkWriter {
 fn measure_stream(image: &NewImage, source: &dyn ImageSource, device: &Device) -> Result<Measure> {
     let fully_allocated = StreamSink::max_len(image, image.sectors.div_ceil(GRAIN_SIZE / SECTOR_SIZE));
     if image.options.zero_unit.is_none() {
-        return Ok(Measure { required: fully_allocated, fully_allocated, occupied: 0 });
+        return Ok(Measure { required: fully_allocated, fully_allocated, occupied: 0, ..Measure::default() });
     }
     let Some(random) = source.access().random() else {
         return Err(Error::unsupported("a stream can't be measured").hint("save it to a file first"));
@@ -287,5 +287,10 @@ fn measure_stream(image: &NewImage, source: &dyn ImageSource, device: &Device) -
         }
         Ok(())
     })?;
-    Ok(Measure { required: StreamSink::max_len(image, grains), fully_allocated, occupied: 0 })
+    Ok(Measure {
+        required: StreamSink::max_len(image, grains),
+        fully_allocated,
+        occupied: 0,
+        ..Measure::default()
+    })
 }

@@ -100,6 +100,7 @@ fn plan(
         disks: Slot::first(selected.len()).collect(),
         attachments,
         size: None,
+        bitmaps: Vec::new(),
     };
     let sources = disks.into_iter().map(|disk| OpenSource { name: Some(disk.name), opened: disk.opened });
     Plan {

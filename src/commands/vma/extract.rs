@@ -276,7 +276,14 @@ impl<'a> Extraction<'a> {
 
 /// Plans an output with one disk.
 fn output(destination: Destination, format: TargetFormat, slot: Slot) -> PlannedOutput {
-    PlannedOutput { destination, format, disks: vec![slot], attachments: Vec::new(), size: None }
+    PlannedOutput {
+        destination,
+        format,
+        disks: vec![slot],
+        attachments: Vec::new(),
+        size: None,
+        bitmaps: Vec::new(),
+    }
 }
 
 /// Returns the file name that the reference program gives a device. If it is not a valid file name or already

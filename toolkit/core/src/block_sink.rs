@@ -120,11 +120,21 @@ pub fn measure(
 ) -> Result<Measure> {
     let fully_allocated = file_len(device.size.div_ceil(block_size));
     if settings.zero_unit.is_none() {
-        return Ok(Measure { required: fully_allocated, fully_allocated, occupied: device.size });
+        return Ok(Measure {
+            required: fully_allocated,
+            fully_allocated,
+            occupied: device.size,
+            ..Measure::default()
+        });
     }
     let Some(random) = source.access().random() else {
         if settings.fixed {
-            return Ok(Measure { required: fully_allocated, fully_allocated, occupied: 0 });
+            return Ok(Measure {
+                required: fully_allocated,
+                fully_allocated,
+                occupied: 0,
+                ..Measure::default()
+            });
         }
         return Err(Error::unsupported("a stream can't be measured").hint("save it to a file first"));
     };
@@ -141,7 +151,7 @@ pub fn measure(
     })?;
     // Unwritten parts of blocks are holes, even in a fixed file.
     let required = if settings.fixed { fully_allocated } else { file_len(blocks) };
-    Ok(Measure { required, fully_allocated, occupied })
+    Ok(Measure { required, fully_allocated, occupied, ..Measure::default() })
 }
 
 impl<L: BlockLayout> BlockSink<L> {

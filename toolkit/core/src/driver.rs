@@ -118,6 +118,11 @@ pub trait ImageWriter: Send + Sync {
         false
     }
 
+    /// True if an image can store the bitmaps of [`Manifest::bitmaps`].
+    fn stores_bitmaps(&self) -> bool {
+        false
+    }
+
     /// False if a format with [`Capabilities::stream_write`] can't write this variant to a stream.
     fn writes_stream(&self) -> bool {
         true
@@ -337,13 +342,17 @@ impl CheckReport {
 }
 
 /// Predicted size of an image.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct Measure {
     /// File size in bytes that the image needs for the source's content.
     pub required: u64,
     /// File size in bytes that the image would need if all of it were allocated.
     #[serde(rename = "fully-allocated")]
     pub fully_allocated: u64,
+    /// Length in bytes of the persistent bitmaps of the source, which come on top if they are copied; `None` if
+    /// source or image can't have any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bitmaps: Option<u64>,
     /// Minimum disk space in bytes that the image occupies on a file system with holes, for the check for
     /// free space only.
     #[serde(skip)]

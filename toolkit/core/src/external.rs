@@ -28,6 +28,8 @@ pub struct OpenOptions {
     pub ignore_trailing: bool,
     /// The internal snapshot (name or ID) to read instead of the active state.
     pub snapshot: Option<String>,
+    /// True if the caller needs the persistent bitmaps ([`ImageSource::bitmaps`]).
+    pub bitmaps: bool,
     /// True if the caller needs only facts, not content. The driver may then skip work that requires external
     /// files or a whole stream.
     pub info_only: bool,

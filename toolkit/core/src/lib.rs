@@ -10,6 +10,7 @@
 //! compression, and `imgtool-engine` copies content. There is no global state and no `unsafe` code.
 
 pub mod base;
+pub mod bitmap;
 pub mod block_sink;
 pub mod buffer;
 pub mod cache;
@@ -44,6 +45,7 @@ mod text;
 pub mod unit_check;
 pub mod zero;
 
+pub use bitmap::{Bitmap, BitmapContent};
 pub use buffer::{Buffer, BufferPool};
 pub use cache::Cache;
 pub use device::{Attachment, Device, DeviceId, DeviceKind, Lane, OutputId, SinkDevice, Slot};

@@ -1,5 +1,6 @@
 //! [`Manifest`], the list of devices and attachments of a new image.
 
+use crate::bitmap::Bitmap;
 use crate::device::{Attachment, Device};
 use crate::disk::Disk;
 use crate::error::{Error, Result};
@@ -17,6 +18,9 @@ pub struct Manifest {
     pub base: Option<Disk>,
     /// Facts about the backing image, if the caller opened it, at least for information.
     pub base_info: Option<ImageInfo>,
+    /// Persistent bitmaps of the only device, for a format that stores them
+    /// ([`crate::ImageWriter::stores_bitmaps`]).
+    pub bitmaps: Vec<Bitmap>,
     /// Memory in bytes for the tables of the image, within the bounds of [`crate::ImageWriter::tables`];
     /// `None` for the upper bound. It may decide the layout of the image.
     pub tables: Option<u64>,

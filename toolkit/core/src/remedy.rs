@@ -21,6 +21,8 @@ pub enum Remedy {
     /// Open an image that is marked as unsafe ([`crate::OpenOptions::force`]). The advice is the safer
     /// alternative.
     OpenAnyway(Cow<'static, str>),
+    /// Leave out bitmaps that can't be relied on.
+    SkipBrokenBitmaps,
     /// Replace the file that already exists.
     Overwrite,
     /// Replace the existing image by a new one, instead of writing into it.
@@ -112,6 +114,7 @@ impl fmt::Display for Remedy {
                 f.write_str("every device is complete: allow trailing bytes to ignore what follows")
             }
             Self::OpenAnyway(advice) => write!(f, "{advice}, or force reading it as it is"),
+            Self::SkipBrokenBitmaps => f.write_str("leave out broken bitmaps, or remove this one"),
             Self::Overwrite => f.write_str("allow overwriting, or choose another name"),
             Self::ReplaceImage => f.write_str("make a new image in its place, or choose another name"),
             Self::DiscardData => f.write_str("nothing was changed; permit the loss of this data"),

@@ -9,6 +9,7 @@ use std::sync::Mutex;
 
 use serde_json::Value;
 
+use crate::bitmap::Bitmap;
 use crate::buffer::{Buffer, BufferPool};
 use crate::device::{Attachment, Device, DeviceId, SinkDevice};
 use crate::error::{Error, Result};
@@ -29,6 +30,12 @@ pub trait ImageSource: Send + Sync {
     /// copy from this image.
     fn losses(&self) -> Vec<Loss> {
         Vec::new()
+    }
+
+    /// Returns the persistent bitmaps, if the caller asked for them ([`crate::OpenOptions::bitmaps`]); `None` if the
+    /// format has none.
+    fn bitmaps(&self) -> Option<&[Bitmap]> {
+        None
     }
 
     /// Returns the devices that salvage can't prove complete. The list is complete after all content has been

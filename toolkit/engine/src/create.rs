@@ -71,6 +71,7 @@ pub fn create(
         disks: vec![imgtool_core::Slot(0)],
         attachments: Vec::new(),
         size: None,
+        bitmaps: Vec::new(),
     };
     let plan = Plan {
         layout: Layout { outputs: vec![output], overwrite: request.overwrite, ..Layout::default() },

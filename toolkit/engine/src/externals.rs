@@ -326,7 +326,13 @@ impl ExternalOpener for PolicyOpener {
             }
             None => self.open_allowed(role, name, from)?,
         };
-        let options = OpenOptions { externals: below.externals(), snapshot: None, ..options.clone() };
+        let options = OpenOptions {
+            externals: below.externals(),
+            snapshot: None,
+            // Those of a backing image are not those of the image.
+            bitmaps: false,
+            ..options.clone()
+        };
         open_bare(&self.registry, input, format, &options)
     }
 

@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use imgtool_core::{
-    Attachment, DeviceKind, Driver, Error, InPlace, Location, Manifest, Memory, Output, Registry, Remedy,
-    Result, Slot, suggest,
+    Attachment, Bitmap, DeviceKind, Driver, Error, InPlace, Location, Manifest, Memory, Output, Registry,
+    Remedy, Result, Slot, suggest,
 };
 use imgtool_storage::open::Opening;
 use imgtool_storage::os::{self, FileClass};
@@ -90,6 +90,8 @@ pub struct PlannedOutput {
     pub attachments: Vec<Attachment>,
     /// Virtual size in bytes of the only disk, if larger than in the source. Zeros fill the rest.
     pub size: Option<u64>,
+    /// Persistent bitmaps of the only disk to copy into the image.
+    pub bitmaps: Vec<Bitmap>,
 }
 
 impl PlannedOutput {
@@ -123,6 +125,7 @@ impl PlannedOutput {
             attachments: self.attachments.clone(),
             base: None,
             base_info: None,
+            bitmaps: self.bitmaps.clone(),
             tables: None,
         }
     }
@@ -462,7 +465,8 @@ impl LayoutRequest<'_> {
     }
 
     fn output(&self, destination: Destination, format: TargetFormat, disks: Vec<Slot>) -> PlannedOutput {
-        PlannedOutput { destination, format, disks, attachments: Vec::new(), size: None }
+        let (attachments, bitmaps) = (Vec::new(), Vec::new());
+        PlannedOutput { destination, format, disks, attachments, size: None, bitmaps }
     }
 
     fn archive_name(&self) -> String {

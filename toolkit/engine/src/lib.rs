@@ -14,6 +14,7 @@
 //! depend on the command line: a [`Monitor`] receives the progress, and errors contain typed remedies.
 
 pub mod allocation;
+mod bitmaps;
 mod blank;
 pub mod checksum;
 pub mod compare;
@@ -43,7 +44,7 @@ pub use layout::{Destination, DiskTarget, Layout, PlannedFile, PlannedOutput};
 pub use monitor::{Gauge, LaneInfo, Monitor, Phase, Reach};
 pub use open::{Opened, open};
 pub use report::{DiskReport, FileReport, Note, OutputReport, Report};
-pub use request::{OpenConversion, OpenSettings, Request};
+pub use request::{BrokenBitmaps, OpenConversion, OpenSettings, Request};
 pub use run::{Plan, RunOptions};
 pub use sinks::SIZE_TOLERANCE;
 pub use sources::{OpenSource, SelectedDisk, SourceRequest};

@@ -6,6 +6,7 @@ use imgtool_core::{
 };
 use imgtool_storage::Outputs;
 
+use crate::bitmaps;
 use crate::externals::{ExternalPolicy, PolicyOpener};
 use crate::format::{FormatOptions, TargetFormat};
 use crate::layout::{DiskTarget, Layout, LayoutRequest};
@@ -47,6 +48,17 @@ pub struct Request {
     pub in_place: Option<bool>,
     /// True to replace existing files.
     pub overwrite: bool,
+    /// `Some` to copy the persistent bitmaps of the only source.
+    pub bitmaps: Option<BrokenBitmaps>,
+}
+
+/// Treatment of bitmaps that can't be relied on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BrokenBitmaps {
+    /// Refuse the conversion.
+    Refuse,
+    /// Leave them out, with a note.
+    Skip,
 }
 
 /// Settings for opening the sources of a conversion; see [`OpenOptions`].
@@ -110,7 +122,7 @@ impl Request {
             registry,
             &self.sources,
             self.source_format.as_deref(),
-            &self.open.options(&opener),
+            &OpenOptions { bitmaps: self.bitmaps.is_some(), ..self.open.options(&opener) },
             &format,
             cancel,
         )?;
@@ -219,6 +231,12 @@ impl OpenConversion<'_> {
         }
         .layout()?;
         layout.notes.extend(self.notes);
+        if let Some(broken) = self.request.bitmaps {
+            if self.request.open.snapshot.is_some() {
+                return Err(Error::usage("the bitmaps belong to the active state, not to a snapshot"));
+            }
+            bitmaps::copy(&self.sources, broken, &mut layout)?;
+        }
         Ok(Plan {
             layout,
             sources: self.sources,

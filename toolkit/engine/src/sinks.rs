@@ -128,6 +128,11 @@ fn open_sink(
     let mut supplied = BTreeMap::new();
     if let Destination::Image { zeroed, .. } = planned.destination {
         let writer = &planned.format.writer;
+        if !manifest.bitmaps.is_empty() {
+            return Err(Error::unsupported("bitmaps can't be copied into an image that exists")
+                .path(&location)
+                .hint("make a new image instead"));
+        }
         let mut files =
             ImageFiles { image: &location, opener: settings.base_opener, outputs, force: settings.force };
         let options = settings.base_options;

@@ -1,4 +1,4 @@
-//! Bitmap directory. Persistent bitmaps are listed and checked, but never converted.
+//! Bitmap directory: reading and writing its entries.
 
 use imgtool_core::{Error, RandomInput, Result};
 
@@ -13,6 +13,15 @@ const FIXED_LEN: usize = 24;
 const FLAG_IN_USE: u32 = 1;
 /// Flag of a bitmap that tracks all writes to the disk. Same source.
 const FLAG_AUTO: u32 = 2;
+/// Flag of a bitmap whose extra data need not be understood. Same source.
+const FLAG_EXTRA_DATA_COMPATIBLE: u32 = 4;
+/// Type of a bitmap that tracks writes, the only one. Same source, "type".
+const DIRTY_TRACKING: u8 = 1;
+
+/// Minimum granularity in bytes. QEMU's limit.
+pub const MIN_GRANULARITY: u64 = 1 << 9;
+/// Maximum granularity in bytes. QEMU's limit.
+pub const MAX_GRANULARITY: u64 = 1 << 31;
 
 /// Entry of the bitmap directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +38,9 @@ pub struct Bitmap {
     pub granularity: u64,
     /// Name; untrusted.
     pub name: String,
+    /// Feature of the bitmap that a program must know, worded to follow the name; `None` if it has no such
+    /// feature.
+    pub unknown: Option<String>,
 }
 
 /// Returns the number of bitmaps; 0 if the header marks the directory as inconsistent.
@@ -92,7 +104,19 @@ fn parse(bytes: &[u8]) -> Option<(Bitmap, usize)> {
     let name_start = FIXED_LEN.checked_add(extra_len)?;
     let name_end = name_start.checked_add(name_len)?;
     let name = bytes.get(name_start..name_end)?;
+    let kind = *bytes.get(16)?;
+    let known_flags = FLAG_IN_USE | FLAG_AUTO | FLAG_EXTRA_DATA_COMPATIBLE;
+    let unknown = if kind != DIRTY_TRACKING {
+        Some(format!("has the unknown type {kind}"))
+    } else if flags & !known_flags != 0 {
+        Some(format!("has the unknown flags {:#x}", flags & !known_flags))
+    } else if extra_len > 0 && flags & FLAG_EXTRA_DATA_COMPATIBLE == 0 {
+        Some(format!("has {extra_len} bytes of unknown data"))
+    } else {
+        None
+    };
     let bitmap = Bitmap {
+        unknown,
         table_offset: be64(bytes, 0)?,
         table_entries: be32(bytes, 8)?,
         in_use: flags & FLAG_IN_USE != 0,
@@ -101,4 +125,35 @@ fn parse(bytes: &[u8]) -> Option<(Bitmap, usize)> {
         name: String::from_utf8_lossy(name).into_owned(),
     };
     Some((bitmap, name_end.next_multiple_of(8)))
+}
+
+/// Encodes the entry of a bitmap of a new image.
+pub fn encode(bitmap: &imgtool_core::Bitmap, table_offset: u64, table_entries: u32) -> Vec<u8> {
+    let mut bytes = table_offset.to_be_bytes().to_vec();
+    bytes.extend(table_entries.to_be_bytes());
+    bytes.extend(if bitmap.auto { FLAG_AUTO } else { 0 }.to_be_bytes());
+    // The source checks granularity and name: at most 31, and 1023 bytes.
+    bytes.extend([DIRTY_TRACKING, bitmap.granularity.ilog2() as u8]);
+    bytes.extend((bitmap.name.len() as u16).to_be_bytes());
+    bytes.extend([0; 4]);
+    bytes.extend(bitmap.name.as_bytes());
+    bytes.resize(bytes.len().next_multiple_of(8), 0);
+    bytes
+}
+
+/// Returns the length in bytes of the bitmaps of a disk of `size` bytes in an image with this cluster size, if
+/// every bit is stored.
+pub fn stored_len<'a>(
+    bitmaps: impl Iterator<Item = &'a imgtool_core::Bitmap>,
+    size: u64,
+    cluster_size: u64,
+) -> u64 {
+    let (mut len, mut directory) = (0u64, 0u64);
+    for bitmap in bitmaps {
+        let clusters = bitmap.byte_len(size).div_ceil(cluster_size);
+        let table = (clusters * 8).next_multiple_of(cluster_size);
+        len = len.saturating_add(clusters * cluster_size).saturating_add(table);
+        directory += (FIXED_LEN + bitmap.name.len()).next_multiple_of(8) as u64;
+    }
+    len.saturating_add(directory.next_multiple_of(cluster_size))
 }

@@ -131,7 +131,7 @@ impl Extensions {
             .map(|known| known.name.as_str())
     }
 
-    /// Encodes the extensions of a new image, which has neither bitmaps nor encryption, and ends the list.
+    /// Encodes the extensions of a new image, which is not encrypted, and ends the list.
     /// Leaves out the feature names, which serve only for messages, if the result would otherwise exceed
     /// `max_len` bytes.
     pub fn encode(&self, max_len: usize) -> Vec<u8> {
@@ -149,6 +149,11 @@ impl Extensions {
         }
         if let Some(name) = &self.data_file {
             push(&mut bytes, DATA_FILE, name.as_bytes());
+        }
+        if let Some(BitmapsExtension { count, directory_len, directory_offset }) = self.bitmaps {
+            let mut data = [count, 0].map(u32::to_be_bytes).concat();
+            data.extend([directory_len, directory_offset].map(u64::to_be_bytes).concat());
+            push(&mut bytes, BITMAPS, &data);
         }
         if !self.feature_names.is_empty() {
             let mut table = Vec::new();
@@ -207,6 +212,7 @@ mod tests {
         let extensions = Extensions {
             backing_format: Some("raw".into()),
             data_file: Some("a file.raw".into()),
+            bitmaps: Some(BitmapsExtension { count: 3, directory_len: 96, directory_offset: 1 << 20 }),
             feature_names: vec![FeatureName {
                 kind: FeatureKind::Incompatible,
                 bit: 0,

@@ -7,11 +7,11 @@ use zerocopy::IntoBytes;
 use super::alloc::{Allocator, RefcountTable};
 use super::image::{Placement, Qcow2Sink, State, round_up_size};
 use crate::layout::entry::{L1Entry, L2Entry, Subclusters};
-use crate::layout::extension::Extensions;
+use crate::layout::extension::{BitmapsExtension, Extensions};
 use crate::layout::header::{
-    AUTOCLEAR_DATA_FILE_RAW, COMPATIBLE_LAZY_REFCOUNTS, CompressionType, INCOMPATIBLE_COMPRESSION_TYPE,
-    INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2, MAGIC, RawHeader, V2_HEADER_LEN, V3_HEADER_LEN,
-    known_feature_names,
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, COMPATIBLE_LAZY_REFCOUNTS, CompressionType,
+    INCOMPATIBLE_COMPRESSION_TYPE, INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2, MAGIC, RawHeader,
+    V2_HEADER_LEN, V3_HEADER_LEN, known_feature_names,
 };
 use crate::layout::table::{encode_table, write_table};
 
@@ -48,12 +48,14 @@ impl Qcow2Sink {
         bytes.resize(bytes.len().next_multiple_of(shape.cluster_size() as usize), 0);
         write_table(self.output(), &bytes, l1_offset)?;
         drop(bytes);
+        let bitmaps = self.write_bitmaps(virtual_size, alloc)?;
         let refcount_table = alloc.finish(self.output())?;
         if self.data_id != OutputId::MAIN {
             self.data_output().set_len(virtual_size)?;
         }
         self.output().set_len(alloc.end())?;
-        let places = Places { virtual_size, l1_offset, l1_entries: l1_entries as u64, refcount_table };
+        let l1_entries = l1_entries as u64;
+        let places = Places { virtual_size, l1_offset, l1_entries, refcount_table, bitmaps };
         let header = self.header(&places)?;
         self.output().write_at(&header, 0)
     }
@@ -105,7 +107,7 @@ impl Qcow2Sink {
     fn header(&self, places: &Places) -> Result<Vec<u8>> {
         let header_len = self.header_len();
         let name = self.backing_name();
-        let extensions = self.extensions(header_len as usize + name.len())?;
+        let extensions = self.extensions(places, header_len as usize + name.len())?;
         let name_offset = if name.is_empty() { 0 } else { u64::from(header_len) + extensions.len() as u64 };
         let raw = self.raw_header(places, name_offset);
         let mut bytes = raw.as_bytes()[..header_len as usize].to_vec();
@@ -129,11 +131,12 @@ impl Qcow2Sink {
     }
 
     /// Encodes the header extensions, which share the first cluster with `taken` other bytes.
-    fn extensions(&self, taken: usize) -> Result<Vec<u8>> {
+    fn extensions(&self, places: &Places, taken: usize) -> Result<Vec<u8>> {
         let options = &self.options;
         let extensions = Extensions {
             backing_format: options.backing.as_ref().map(|backing| backing.format.clone()),
             data_file: options.data_file.clone(),
+            bitmaps: places.bitmaps,
             feature_names: if options.version >= 3 { known_feature_names() } else { Vec::new() },
             ..Extensions::default()
         };
@@ -172,7 +175,9 @@ impl Qcow2Sink {
             snapshots_offset: 0.into(),
             incompatible_features: self.incompatible_features().into(),
             compatible_features: value_if(options.lazy_refcounts, COMPATIBLE_LAZY_REFCOUNTS).into(),
-            autoclear_features: value_if(options.data_file_raw, AUTOCLEAR_DATA_FILE_RAW).into(),
+            autoclear_features: (value_if(options.data_file_raw, AUTOCLEAR_DATA_FILE_RAW)
+                | value_if(places.bitmaps.is_some(), AUTOCLEAR_BITMAPS))
+            .into(),
             refcount_order: options.refcount_order.into(),
             header_length: self.header_len().into(),
             compression_type: u8::from(options.compression == CompressionType::Zstd),
@@ -189,12 +194,13 @@ impl Qcow2Sink {
     }
 }
 
-/// Virtual size, and locations of the tables, for the header.
+/// Virtual size, and locations of the tables and of the bitmap directory, for the header.
 struct Places {
     virtual_size: u64,
     l1_offset: u64,
     l1_entries: u64,
     refcount_table: RefcountTable,
+    bitmaps: Option<BitmapsExtension>,
 }
 
 /// Returns `value` if `on`, otherwise 0.

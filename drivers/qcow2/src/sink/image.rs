@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use imgtool_core::{Error, Manifest, Output, OutputFactory, OutputId, Result, TableMemory};
+use imgtool_core::{Bitmap, Error, Manifest, Output, OutputFactory, OutputId, Result, TableMemory};
 
 use super::alloc::Allocator;
 use super::base::Base;
@@ -42,6 +42,8 @@ pub struct Qcow2Sink {
     pub(super) placement: Placement,
     /// Backing image; `None` if there is none. Zeros then need no L2 entry.
     pub(super) base: Option<Base>,
+    /// Persistent bitmaps of the image.
+    pub(super) bitmaps: Vec<Bitmap>,
     pub(super) encoder: Option<Arc<Encoder>>,
     /// Requested size in bytes of the disk, before rounding; `None` until the end of the source is known.
     pub(super) size: Mutex<Option<u64>>,
@@ -115,6 +117,7 @@ impl Qcow2Sink {
             data_id,
             placement,
             base,
+            bitmaps: manifest.bitmaps.clone(),
             encoder,
             size: Mutex::new(size),
             l1_offset,
