@@ -352,7 +352,7 @@ pub struct CreateArgs {
     )]
     pub backing_format: Option<String>,
 
-    /// Do not open the backing file: it may be missing, but SIZE is required
+    /// Do not open the backing file of a qcow2 image: it may be missing, but SIZE is required
     #[arg(short = 'u', long)]
     pub unsafe_backing: bool,
 

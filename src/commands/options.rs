@@ -40,7 +40,7 @@ pub fn format_options(options: &[String], sparse_size: Option<&str>) -> Result<F
     Ok(format_options)
 }
 
-/// Adds the values of `-B`/`-b` and `-F` as the qcow2 options `backing_file` and `backing_fmt`.
+/// Adds the values of `-B`/`-b` and `-F` as the options `backing_file` and `backing_fmt`.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::Usage`] if `-o` also sets one of them.

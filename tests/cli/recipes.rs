@@ -118,7 +118,12 @@ fn volumes_recipe_prints_the_documented_output() {
 }
 
 #[test]
+fn overlays_recipe_prints_the_documented_output() {
+    run("docs/recipes/overlays.md");
+}
+
+#[test]
 fn every_recipe_has_a_test() {
     let names = imgtool_testing::names(&Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/recipes"));
-    assert_eq!(names, ["proxmox-backup.md", "proxmox-template.md", "rescue.md", "volumes.md"]);
+    assert_eq!(names, ["overlays.md", "proxmox-backup.md", "proxmox-template.md", "rescue.md", "volumes.md"]);
 }

@@ -78,7 +78,7 @@ complete -p imgtool"#;
         "json",
         "cluster_size=",
         "preallocation= help",
-        "block_size=",
+        "block_size= backing_file= backing_fmt=",
         "uuid= ctime= help",
         "cluster_size=",
         "0.10 1.1 v2 v3",

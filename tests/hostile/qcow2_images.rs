@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use imgtool_testing::{require, tempdir};
 
-use super::{Craft, all_end, qcow2};
+use super::{Craft, all_end, qcow2, run};
 
 const L1: u64 = 1 << 21;
 const REFTABLE: u64 = 1 << 22;
@@ -174,4 +174,55 @@ fn hostile_refcounts_and_snapshots_stay_within_limits() {
     require!("prlimit");
     let dir = tempdir();
     all_end("qcow2-refcounts-and-snapshots", dir.path(), &refcounts_and_snapshots(dir.path()));
+}
+
+/// Writes a bitmaps extension with `number` bitmaps whose tables have `entries` entries at `table`.
+fn listed_bitmaps(craft: &Craft, number: u32, table: u64, entries: u32) {
+    bitmaps(craft, number, 32 * u64::from(number));
+    for index in 0..u64::from(number) {
+        let at = ELSEWHERE + 32 * index;
+        // Granularity 512: a disk of 1 GiB has 256 KiB of bits, in four clusters.
+        craft.be64(at, table).be32(at + 8, entries).put(at + 16, &[1, 9, 0, 8]).put(at + 24, b"name of ");
+    }
+}
+
+#[test]
+fn copies_of_hostile_bitmaps_stay_within_limits() {
+    require!("prlimit");
+    const TABLE: u64 = 1 << 25;
+    let dir = tempdir();
+    let all_at = |craft: &Craft, offset: u64| {
+        (0..4).for_each(|entry| {
+            craft.be64(TABLE + 8 * entry, offset);
+        });
+    };
+    for (name, words, change) in [
+        (
+            "too-many-bits",
+            "the limit is 4294967296",
+            &(|c: &Craft| listed_bitmaps(c, 65_535, TABLE, 4)) as &dyn Fn(&Craft),
+        ),
+        ("wrong-table", "needs 4", &|c| listed_bitmaps(c, 1, TABLE, 5)),
+        ("table-in-no-cluster", "not aligned", &|c| listed_bitmaps(c, 1, TABLE + 8, 4)),
+        ("table-past-the-end", "exceeds the file", &|c| listed_bitmaps(c, 1, 1 << 40, 4)),
+        ("bits-in-no-cluster", "not aligned", &|c| {
+            listed_bitmaps(c, 1, TABLE, 4);
+            all_at(c, ELSEWHERE + 512);
+        }),
+        ("bits-past-the-end", "bits-past-the-end", &|c| {
+            listed_bitmaps(c, 1, TABLE, 4);
+            all_at(c, 1 << 40);
+        }),
+        ("no-directory", "bitmap", &|c| bitmaps(c, u32::MAX, u64::MAX)),
+        // Bits that overlap the header of their own image are bits like any others.
+        ("bits-in-the-header", "", &|c| {
+            listed_bitmaps(c, 100, TABLE, 4);
+            all_at(c, 1 << 16);
+        }),
+    ] {
+        let path = edited(dir.path(), name, change);
+        let file = path.file_name().unwrap().to_str().unwrap();
+        let outcome = run(dir.path(), &["convert", "--bitmaps", "-O", "qcow2", file, "out"]);
+        outcome.exits(i32::from(!words.is_empty())).says(words);
+    }
 }

@@ -112,6 +112,22 @@ pub fn image(driver: &str, options: &OpenOptions, input: &dyn Fn() -> Input) {
     }
 }
 
+/// Reads the start and the end of some persistent bitmaps of an image.
+pub fn bitmaps(driver: &str, input: &dyn Fn() -> Input) {
+    let driver = registry().get(driver).expect("a driver of ours");
+    let options = OpenOptions { bitmaps: true, ..OpenOptions::default() };
+    let Some(source) = opened(driver.open(input(), &options)) else { return };
+    let size = source.info().devices[0].size;
+    let sound = source.bitmaps().unwrap_or_default().iter().filter(|bitmap| bitmap.fault.is_none());
+    for bitmap in sound.take(8) {
+        let len = bitmap.byte_len(size);
+        let mut bits = vec![0; len.min(1 << 20) as usize];
+        for offset in [0, len - bits.len() as u64] {
+            let _ = opened(bitmap.content.read_at(&mut bits, offset));
+        }
+    }
+}
+
 fn checked(report: Result<CheckReport>, outcome: &Outcome) {
     let (Some(report), Some(error)) = (opened(report), &outcome.error) else { return };
     let sound = report.corruptions == 0 && report.check_errors == 0;

@@ -25,4 +25,5 @@ pub(super) fn image(input: &[u8]) -> SparseFile {
 pub(super) fn run(input: &[u8]) {
     let file = Arc::new(image(input));
     exercise::image("qcow2", &OpenOptions::default(), &|| by_position(&file));
+    exercise::bitmaps("qcow2", &|| by_position(&file));
 }
