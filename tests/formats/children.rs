@@ -283,7 +283,7 @@ fn vhd_and_vmdk_children_are_as_large_as_their_parents() {
         imgtool(["convert", "full.raw", "--force", "-O", format, "-o", variant.parent, &parent])
             .within(dir.path())
             .ok();
-        let line = ["convert", "other.raw", "-B", &parent, "-F", format, "-O", format, &child];
+        let line = ["convert", "other.raw", "--verify", "-B", &parent, "-F", format, "-O", format, &child];
         imgtool(line).within(dir.path()).ok();
         std::fs::File::options().write(true).open(&raw).unwrap().set_len(24 * MIB).unwrap();
         assert_reads(dir.path(), format, &child, "other.raw");

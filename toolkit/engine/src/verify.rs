@@ -20,8 +20,8 @@ use crate::report::DiskReport;
 use crate::sinks::{self, OpenSink};
 use crate::sources::SelectedDisk;
 
-/// Largest sector size in bytes to which a format (VHDX) rounds virtual sizes up.
-const LARGEST_SECTOR: u64 = 4096;
+/// Largest unit in bytes to which a format rounds virtual sizes up: the MiB of fixed VHD images.
+const LARGEST_UNIT: u64 = 1 << 20;
 
 /// Content that was written to the outputs.
 pub(crate) struct Expected<'a> {
@@ -135,11 +135,11 @@ fn lane_of(slot: Slot) -> Lane {
     Lane(slot.0)
 }
 
-/// True if `size` equals `disk`, the size of the disk, or `disk` rounded up to a sector. An existing target
+/// True if `size` equals `disk`, the size of the disk, or `disk` rounded up by a format. An existing target
 /// may be larger, since it keeps its length.
 fn is_size_of(planned: &PlannedOutput, size: u64, disk: u64) -> bool {
     let existed = matches!(planned.destination, Destination::Existing { .. } | Destination::Image { .. });
-    size >= disk && (size - disk < LARGEST_SECTOR || existed)
+    size >= disk && (size - disk < LARGEST_UNIT || existed)
 }
 
 /// Reads the file of a configuration back and compares it with `sent`.
