@@ -213,3 +213,19 @@ pub fn cut(parts: Vec<Part>, block_size: u64) -> Vec<Part> {
     }
     cut
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cuts_parts_at_blocks() {
+        let parts = vec![
+            Part { guest: 3..10, bytes: Bytes::Data(0..7) },
+            Part { guest: 10..13, bytes: Bytes::Zero(3) },
+        ];
+        let found: Vec<(Range<u64>, u64)> =
+            cut(parts, 4).into_iter().map(|part| (part.guest, part.bytes.len())).collect();
+        assert_eq!(found, [(3..4, 1), (4..8, 4), (8..10, 2), (10..12, 2), (12..13, 1)]);
+    }
+}

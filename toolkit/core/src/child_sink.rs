@@ -331,7 +331,22 @@ impl<L: ChildLayout> ChildSink<L> {
         {
             self.hide(state, device_end..parent_size)?;
         }
-        self.hide(state, parent_size..virtual_size)
+        self.hide(state, parent_size..virtual_size)?;
+        self.mark_past_end(state)
+    }
+
+    /// Marks the sectors of the last block that lie past the end of the disk, if the block is stored. Readers that
+    /// read whole pages (dissect.hypervisor 3.21) would look for them in the parent, which may end there.
+    fn mark_past_end(&self, state: &mut State) -> Result<()> {
+        let (size, block_size) = (self.layout.virtual_size(), self.layout.block_size());
+        let index = size / block_size;
+        if size.is_multiple_of(block_size) {
+            return Ok(());
+        }
+        match self.layout.block(&mut state.table, index)? {
+            Block::Stored(data) => self.set_bits(state, index, data, size..(index + 1) * block_size),
+            Block::Parent | Block::Zero => Ok(()),
+        }
     }
 }
 
@@ -419,5 +434,26 @@ impl<L: ChildLayout> ImageSink for ChildSink<L> {
 
     fn notes(&self) -> Vec<String> {
         self.layout.notes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fills_bits_in_both_orders() {
+        for (range, msb_first, expected) in [
+            (1..2, true, [0x40, 0, 0]),
+            (1..2, false, [0x02, 0, 0]),
+            (6..17, true, [0x03, 0xff, 0x80]),
+            (6..17, false, [0xc0, 0xff, 0x01]),
+            (8..24, true, [0, 0xff, 0xff]),
+            (20..90, false, [0, 0, 0xf0]),
+        ] {
+            let mut bitmap = [0; 3];
+            fill_bits(&mut bitmap, range.clone(), msb_first);
+            assert_eq!(bitmap, expected, "{range:?}");
+        }
     }
 }
