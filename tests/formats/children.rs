@@ -52,7 +52,8 @@ fn base() -> Image {
         .over(20 * MIB, images::noise(4, 1 << 20))
 }
 
-/// Returns the base with changes: single sectors, zeros over data of all lengths, data over holes, the last byte.
+/// Returns the base with changes: single sectors, zeros over data of all lengths, data over holes, the last
+/// byte.
 fn changed() -> Image {
     base()
         .over(1000, b"ten bytes!".to_vec())
@@ -159,8 +160,8 @@ fn children_store_only_the_difference() {
     }
 }
 
-/// libvhdi 20260901 reads the bitmap of every block of a VHDX file, whatever its state, so it needs a file in which
-/// every chunk has one and no block is zeros as a whole.
+/// libvhdi 20260901 reads the bitmap of every block of a VHDX file, whatever its state, so it needs a file in
+/// which every chunk has one and no block is zeros as a whole.
 #[test]
 fn libvhdi_reads_data_in_vhdx_children() {
     require!("libyal");

@@ -11,8 +11,8 @@ use crate::layout::header::{
 };
 use crate::layout::snapshot::{Snapshot, Snapshots};
 
-/// Describes an image: facts, notes and references. The caller adds the devices. For information only, lists the
-/// snapshots and adds a note for each list that was cut off.
+/// Describes an image: facts, notes and references. The caller adds the devices. For information only, lists
+/// the snapshots and adds a note for each list that was cut off.
 pub fn describe(
     input: &RandomInput,
     header: &Header,

@@ -50,8 +50,8 @@ pub const MAX_BITMAP_NAME: usize = 1023;
 /// Maximum length in bytes of the bits of a bitmap. QEMU's limit.
 pub const MAX_BITMAP_BYTES: u64 = 512 << 20;
 
-/// Maximum length in bytes of the bits of all bitmaps that are copied. Our limit: bitmaps of a small file may share
-/// their clusters, but each becomes a copy.
+/// Maximum length in bytes of the bits of all bitmaps that are copied. Our limit: bitmaps of a small file may
+/// share their clusters, but each becomes a copy.
 pub const MAX_COPIED_BITMAP_BYTES: u64 = 4 << 30;
 
 /// Minimum cluster size as a power of two: 512 bytes. Specification, "cluster_bits".

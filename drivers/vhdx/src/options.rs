@@ -9,8 +9,8 @@ use crate::layout::region::Region;
 use crate::layout::{HEADER_SECTION_LEN, MAX_VIRTUAL_SIZE, MIB};
 use crate::sink::child::Parent;
 
-/// Maximum length in bytes of the parent's name in a new image. Our limit, as in qcow2: well below the 64 KiB of a
-/// value of a parent locator.
+/// Maximum length in bytes of the parent's name in a new image. Our limit, as in qcow2: well below the 64 KiB
+/// of a value of a parent locator.
 const MAX_PARENT_NAME: usize = 1023;
 /// Default logical sector size in bytes: every guest can boot from it.
 pub(crate) const DEFAULT_LOGICAL_SECTOR_SIZE: u64 = 512;
@@ -144,7 +144,8 @@ impl VhdxOptions {
         })
     }
 
-    /// Lays out a file for a device of `size` bytes, with the block and sector sizes of its parent if it has one.
+    /// Lays out a file for a device of `size` bytes, with the block and sector sizes of its parent if it has
+    /// one.
     ///
     /// # Errors
     /// `Unsupported` if the device is larger than the format's limit; `Usage` for a logical sector size other than
@@ -173,8 +174,8 @@ impl VhdxOptions {
         Ok(FileLayout { virtual_size, shape, physical_sector_size, log, metadata, bat, payload_start })
     }
 
-    /// Returns an upper bound of the length in bytes of the BAT for a device of `size` bytes, whose parent is not
-    /// known yet.
+    /// Returns an upper bound of the length in bytes of the BAT for a device of `size` bytes, whose parent is
+    /// not known yet.
     pub(crate) fn max_bat_len(&self, size: u64) -> Result<u64> {
         let smallest = self.backing.as_ref().map(|_| MIN_BLOCK_SIZE);
         let layout = Self { block_size: self.block_size.or(smallest), ..self.clone() }.layout(size, None)?;

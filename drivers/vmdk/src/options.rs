@@ -16,7 +16,8 @@ const DEFAULT_HARDWARE: i64 = 13;
 /// Maximum virtual hardware version. Our limit, above those of VMware.
 const MAX_HARDWARE: i64 = 99;
 
-/// Maximum length in bytes of the parent's name in a new image. Our limit, as in qcow2: the descriptor has 10 KiB.
+/// Maximum length in bytes of the parent's name in a new image. Our limit, as in qcow2: the descriptor has 10
+/// KiB.
 const MAX_PARENT_NAME: usize = 1023;
 
 /// Maximum size of a disk in bytes: VMware's limit, 62 TiB.

@@ -12,8 +12,9 @@ use crate::zero::{ZERO_GRANULARITY, is_zero};
 /// Number of bytes of the base that are read at once below a piece of zeros. Our choice, as for pieces.
 const READ_LEN: u64 = 256 << 10;
 
-/// Maximum length in bytes of a piece of zeros of an image over a base, for [`crate::Geometry::max_zero_len`].
-/// Our limit: the parts of such a piece, one for every other sector at most, take 1 MiB.
+/// Maximum length in bytes of a piece of zeros of an image over a base, for
+/// [`crate::Geometry::max_zero_len`]. Our limit: the parts of such a piece, one for every other sector at
+/// most, take 1 MiB.
 pub const MAX_ZERO_LEN: u64 = 16 << 20;
 
 /// The disk below a new image.
@@ -49,10 +50,10 @@ impl Base {
         Ok(all_zero)
     }
 
-    /// Returns the parts of a piece that differ from the base, in units of `unit` bytes, a power of two: data,
-    /// and zeros over data of the base. Zeros count as data if they are shorter than `zero_unit` bytes. The
-    /// piece starts at a multiple of the unit. If it does not end at one, it is the disk's last, and zeros
-    /// follow it.
+    /// Returns the parts of a piece that differ from the base, in units of `unit` bytes, a power of two:
+    /// data, and zeros over data of the base. Zeros count as data if they are shorter than `zero_unit` bytes.
+    /// The piece starts at a multiple of the unit. If it does not end at one, it is the disk's last, and
+    /// zeros follow it.
     ///
     /// # Errors
     /// Any error of reading the base.

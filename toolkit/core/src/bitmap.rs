@@ -1,5 +1,5 @@
-//! [`Bitmap`], a persistent bitmap of an image: a bit for each part of the disk that was written since the bitmap
-//! was created.
+//! [`Bitmap`], a persistent bitmap of an image: a bit for each part of the disk that was written since the
+//! bitmap was created.
 
 use std::fmt;
 use std::sync::Arc;

@@ -1,9 +1,10 @@
-//! [`ChildSink`], a writer of differencing images: the blocks of the disk in which it differs from its parent,
-//! and bitmaps of the sectors that are in the image.
+//! [`ChildSink`], a writer of differencing images: the blocks of the disk in which it differs from its
+//! parent, and bitmaps of the sectors that are in the image.
 //!
-//! The sink allocates a block at the end of the file when the first difference in it arrives. A sector whose bit
-//! is clear comes from the parent. Where the disk is zero and the parent is not, the sink sets the bits and
-//! writes nothing, or enters the whole block as zeros if the format can. A driver implements [`ChildLayout`].
+//! The sink allocates a block at the end of the file when the first difference in it arrives. A sector whose
+//! bit is clear comes from the parent. Where the disk is zero and the parent is not, the sink sets the bits
+//! and writes nothing, or enters the whole block as zeros if the format can. A driver implements
+//! [`ChildLayout`].
 
 use std::fmt;
 use std::ops::Range;
@@ -26,8 +27,8 @@ use crate::zero::ZERO_GRANULARITY;
 /// Length in bytes of a piece. Our choice: the read buffer and the page cache's copy fit into a core's cache.
 const PIECE_LEN: u64 = 256 << 10;
 
-/// Memory in bytes for the bitmaps of a new image. Our choice: a source in guest order needs one at a time, of
-/// 1 MiB at most.
+/// Memory in bytes for the bitmaps of a new image. Our choice: a source in guest order needs one at a time,
+/// of 1 MiB at most.
 const BITMAP_MEMORY: u64 = 4 << 20;
 
 /// Origin of the content of a block.
@@ -81,8 +82,8 @@ pub trait ChildLayout: Send + Sync {
     /// Any error of the table.
     fn block(&self, table: &mut TableWriter, index: u64) -> Result<Block>;
 
-    /// Allocates the block `index`, and its bitmap if there is none, at `end`, the end of the file. Returns the
-    /// file offset of the data, and the new end.
+    /// Allocates the block `index`, and its bitmap if there is none, at `end`, the end of the file. Returns
+    /// the file offset of the data, and the new end.
     ///
     /// # Errors
     /// Any error of the table; if the format has no entry for a block there.
@@ -202,8 +203,8 @@ impl<L: ChildLayout> ChildSink<L> {
         Ok(if is_zeros { self.widen(parts, piece.start..piece.end()) } else { parts })
     }
 
-    /// Extends the zeros of a piece of zeros to all of the piece in the blocks that they touch: such a block is
-    /// in the image anyway, and can be entered as zeros if it consists of them.
+    /// Extends the zeros of a piece of zeros to all of the piece in the blocks that they touch: such a block
+    /// is in the image anyway, and can be entered as zeros if it consists of them.
     fn widen(&self, parts: Vec<Part>, piece: Range<u64>) -> Vec<Part> {
         let mut wide: Vec<Part> = Vec::new();
         for part in parts {
@@ -216,7 +217,8 @@ impl<L: ChildLayout> ChildSink<L> {
         wide
     }
 
-    /// Returns the file offset of the data of the block `index`; allocates it if the file does not contain it.
+    /// Returns the file offset of the data of the block `index`; allocates it if the file does not contain
+    /// it.
     fn block_data(&self, state: &mut State, index: u64) -> Result<u64> {
         let known = self.layout.block(&mut state.table, index)?;
         if let Block::Stored(data) = known {
@@ -233,8 +235,8 @@ impl<L: ChildLayout> ChildSink<L> {
         Ok(data)
     }
 
-    /// Marks the sectors of `guest`, within the block `index`, as being in the image. Returns the file offset of
-    /// the block's data.
+    /// Marks the sectors of `guest`, within the block `index`, as being in the image. Returns the file offset
+    /// of the block's data.
     fn mark(&self, state: &mut State, index: u64, guest: Range<u64>) -> Result<u64> {
         let data = self.block_data(state, index)?;
         self.set_bits(state, index, data, guest)?;
@@ -335,8 +337,9 @@ impl<L: ChildLayout> ChildSink<L> {
         self.mark_past_end(state)
     }
 
-    /// Marks the sectors of the last block that lie past the end of the disk, if the block is stored. Readers that
-    /// read whole pages (dissect.hypervisor 3.21) would look for them in the parent, which may end there.
+    /// Marks the sectors of the last block that lie past the end of the disk, if the block is stored. Readers
+    /// that read whole pages (dissect.hypervisor 3.21) would look for them in the parent, which may end
+    /// there.
     fn mark_past_end(&self, state: &mut State) -> Result<()> {
         let (size, block_size) = (self.layout.virtual_size(), self.layout.block_size());
         let index = size / block_size;

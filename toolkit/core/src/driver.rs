@@ -349,8 +349,8 @@ pub struct Measure {
     /// File size in bytes that the image would need if all of it were allocated.
     #[serde(rename = "fully-allocated")]
     pub fully_allocated: u64,
-    /// Length in bytes of the persistent bitmaps of the source, which come on top if they are copied; `None` if
-    /// source or image can't have any.
+    /// Length in bytes of the persistent bitmaps of the source, which come on top if they are copied; `None`
+    /// if source or image can't have any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bitmaps: Option<u64>,
     /// Minimum disk space in bytes that the image occupies on a file system with holes, for the check for

@@ -259,8 +259,8 @@ pub struct BackingName {
 }
 
 impl BackingName {
-    /// Parses the options `backing_file` and `backing_fmt` of a format whose images can only be the children of
-    /// images of the same format, which is called one of `names`.
+    /// Parses the options `backing_file` and `backing_fmt` of a format whose images can only be the children
+    /// of images of the same format, which is called one of `names`.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Usage`] if one is missing, or names another format; [`crate::ErrorKind::Unsupported`]

@@ -32,8 +32,8 @@ pub trait ImageSource: Send + Sync {
         Vec::new()
     }
 
-    /// Returns the persistent bitmaps, if the caller asked for them ([`crate::OpenOptions::bitmaps`]); `None` if the
-    /// format has none.
+    /// Returns the persistent bitmaps, if the caller asked for them ([`crate::OpenOptions::bitmaps`]); `None`
+    /// if the format has none.
     fn bitmaps(&self) -> Option<&[Bitmap]> {
         None
     }

@@ -25,8 +25,8 @@ pub use libvmdk::{VmdkMount, seven_zip};
 pub use libyal::libyal_reads_child;
 pub use qemu::{assert_clean_qcow2, qemu_check, qemu_compare, qemu_img, qemu_info, qemu_make};
 
-/// True if a program is installed (for `dissect` and `libyal`: if both packages can be imported). If it is not,
-/// reports the running test as skipped, or fails it with `CI` set.
+/// True if a program is installed (for `dissect` and `libyal`: if both packages can be imported). If it is
+/// not, reports the running test as skipped, or fails it with `CI` set.
 #[track_caller]
 pub fn have(tool: &str) -> bool {
     let found = match tool {

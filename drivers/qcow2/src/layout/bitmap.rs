@@ -141,8 +141,8 @@ pub fn encode(bitmap: &imgtool_core::Bitmap, table_offset: u64, table_entries: u
     bytes
 }
 
-/// Returns the length in bytes of the bitmaps of a disk of `size` bytes in an image with this cluster size, if
-/// every bit is stored.
+/// Returns the length in bytes of the bitmaps of a disk of `size` bytes in an image with this cluster size,
+/// if every bit is stored.
 pub fn stored_len<'a>(
     bitmaps: impl Iterator<Item = &'a imgtool_core::Bitmap>,
     size: u64,

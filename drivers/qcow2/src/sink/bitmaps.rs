@@ -15,8 +15,8 @@ const ENTRIES_PER_WRITE: usize = 8192;
 const ALL_ONES: u64 = 1;
 
 impl Qcow2Sink {
-    /// Writes the bitmaps of a disk of `virtual_size` bytes. Returns the place of their directory, if there are
-    /// any.
+    /// Writes the bitmaps of a disk of `virtual_size` bytes. Returns the place of their directory, if there
+    /// are any.
     pub(super) fn write_bitmaps(
         &self,
         virtual_size: u64,
@@ -43,8 +43,8 @@ impl Qcow2Sink {
         Ok(Some(BitmapsExtension { count: self.bitmaps.len() as u32, directory_len, directory_offset }))
     }
 
-    /// Writes the table and the bits of a bitmap, `len` bytes. Returns the host offset of the table. Clusters of
-    /// zeros and of ones are not stored.
+    /// Writes the table and the bits of a bitmap, `len` bytes. Returns the host offset of the table. Clusters
+    /// of zeros and of ones are not stored.
     fn write_bitmap(&self, bitmap: &Bitmap, len: u64, size: u64, alloc: &mut Allocator) -> Result<u64> {
         let cluster_size = self.cluster_size();
         let clusters = len.div_ceil(cluster_size);

@@ -31,7 +31,8 @@ impl Bitmaps {
     /// If the directory or the place of a table is not valid, or there are more bits than our limit.
     pub(super) fn read(input: &RandomInput, header: &Header, memory: &Memory) -> Result<Self> {
         let directory = header.extensions.bitmaps.map_or(0, |extension| extension.directory_len);
-        // `walk_bitmaps` refuses a longer one. It is in memory three times: as read, as a list, and in the copy.
+        // `walk_bitmaps` refuses a longer one. It is in memory three times: as read, as a list, and in the
+        // copy.
         let directory = directory.min(MAX_BITMAP_DIRECTORY_BYTES) * 3;
         let needed = directory + u64::from(bitmap::count(header)).saturating_mul(BYTES_PER_BITMAP);
         let lease = memory.lease(needed, "the list of bitmaps")?;

@@ -1,5 +1,5 @@
-//! Writing differencing images: a copy of the footer, the dynamic header, the BAT, the parent's name, the blocks in
-//! which the disk differs from its parent, each behind the bitmap of its sectors, and the footer.
+//! Writing differencing images: a copy of the footer, the dynamic header, the BAT, the parent's name, the
+//! blocks in which the disk differs from its parent, each behind the bitmap of its sectors, and the footer.
 
 use imgtool_core::base::Base;
 use imgtool_core::child_sink::{BitmapPlace, Block, ChildLayout, ChildSettings, ChildSink, table_share};
@@ -37,8 +37,8 @@ impl Parent {
         })
     }
 
-    /// Returns the virtual size of a child for a device of `size` bytes: that of the parent, which may have been
-    /// rounded up as fixed images are.
+    /// Returns the virtual size of a child for a device of `size` bytes: that of the parent, which may have
+    /// been rounded up as fixed images are.
     ///
     /// # Errors
     /// `Unsupported` for another size, with which no program opens a child.
@@ -131,8 +131,8 @@ impl ChildLayout for ChildFile {
         SECTOR_SIZE
     }
 
-    /// A byte of the bitmap: libvhdi 20260901 takes all sectors of a byte for stored from the first whose bit is
-    /// set, and Windows writes whole pages.
+    /// A byte of the bitmap: libvhdi 20260901 takes all sectors of a byte for stored from the first whose bit
+    /// is set, and Windows writes whole pages.
     fn unit(&self) -> u64 {
         8 * SECTOR_SIZE
     }

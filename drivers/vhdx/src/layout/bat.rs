@@ -62,8 +62,8 @@ pub(crate) enum SectorBitmapState {
 }
 
 impl BatEntry {
-    /// Creates the entry of a payload block that is fully present at `file_offset`, a multiple of 1 MiB, or of a
-    /// sector-bitmap block there, whose state has the same number.
+    /// Creates the entry of a payload block that is fully present at `file_offset`, a multiple of 1 MiB, or
+    /// of a sector-bitmap block there, whose state has the same number.
     pub(crate) fn fully_present(file_offset: u64) -> Self {
         Self((file_offset & OFFSET_MASK) | 6)
     }

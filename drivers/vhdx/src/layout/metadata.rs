@@ -295,8 +295,8 @@ impl Metadata {
         Ok(())
     }
 
-    /// Encodes the table and the items, which begin the metadata region. `locator` has the keys and values of the
-    /// parent locator; it is empty without a parent.
+    /// Encodes the table and the items, which begin the metadata region. `locator` has the keys and values of
+    /// the parent locator; it is empty without a parent.
     pub(crate) fn encode(&self, locator: &[(&str, String)]) -> Vec<u8> {
         let mut flags = if self.has_parent { HAS_PARENT } else { 0 };
         if self.leave_blocks_allocated {

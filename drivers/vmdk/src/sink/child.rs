@@ -32,8 +32,8 @@ impl Parent {
         })
     }
 
-    /// Returns the number of sectors of a child for a device of `size` bytes: that of the parent, which may have
-    /// been rounded up to whole grains.
+    /// Returns the number of sectors of a child for a device of `size` bytes: that of the parent, which may
+    /// have been rounded up to whole grains.
     ///
     /// # Errors
     /// `Unsupported` for another size: the images of a chain have one size, and readers differ in what follows the

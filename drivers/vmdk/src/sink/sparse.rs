@@ -34,8 +34,8 @@ pub(super) struct SparseLayout {
 }
 
 impl SparseLayout {
-    /// Lays out a file for a disk of `sectors` sectors, with a place for a descriptor if it has its own. Tables can
-    /// mark grains as zeros with `zeroed_grains`.
+    /// Lays out a file for a disk of `sectors` sectors, with a place for a descriptor if it has its own.
+    /// Tables can mark grains as zeros with `zeroed_grains`.
     pub(super) fn new(sectors: u64, has_descriptor: bool, zeroed_grains: bool) -> Self {
         let mut header = Header {
             version: if zeroed_grains { 2 } else { 1 },

@@ -44,8 +44,8 @@ with open(raw, "rb") as expected:
     assert not expected.read(1), "the disk is smaller: %d bytes" % size
 "#;
 
-/// Asserts that libvhdi ("pyvhdi") or libvmdk ("pyvmdk") reads the content of a raw file, possibly rounded up,
-/// from an image over its parent.
+/// Asserts that libvhdi ("pyvhdi") or libvmdk ("pyvmdk") reads the content of a raw file, possibly rounded
+/// up, from an image over its parent.
 #[track_caller]
 pub fn libyal_reads_child(module: &str, child: &Path, parent: &Path, raw: &Path) {
     run(&python(), &["-c", SCRIPT, module, text(child), text(parent), text(raw)]);
