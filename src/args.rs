@@ -8,6 +8,7 @@ use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::exit::Exit;
+use crate::secrets::SecretSource;
 use crate::{report, sandbox};
 use values::Offer;
 
@@ -165,6 +166,13 @@ pub struct InputArgs {
     #[arg(long)]
     pub ignore_trailing: bool,
 
+    /// Passphrase of encrypted sources: in a file, an environment variable or a file descriptor
+    ///
+    /// One line end is removed from a file or descriptor. The passphrase applies to all sources and to
+    /// the images below them.
+    #[arg(long, value_name = "file=PATH|env=NAME|fd=N", value_parser = crate::secrets::parse)]
+    pub secret: Option<SecretSource>,
+
     /// Use at most this much memory, such as 1G [default: 256M]
     #[arg(long, value_name = "SIZE", value_parser = memory, hide_short_help = true)]
     pub memory: Option<u64>,
@@ -177,7 +185,7 @@ pub struct InputArgs {
     #[arg(long, hide_short_help = true)]
     pub image_opts: bool,
 
-    /// Not supported: encrypted and remote images cannot be opened
+    /// Not supported: --secret takes a passphrase, and remote images cannot be opened
     #[arg(long, value_name = "OBJECT", hide_short_help = true)]
     pub object: Vec<String>,
 }

@@ -7,11 +7,12 @@ use imgtool_core::{CancelToken, DeviceKind, Error, Location, Memory, OpenOptions
 use imgtool_engine::{ExternalPolicy, OpenSettings, Opened, PolicyOpener, open as opening};
 
 use crate::args::InputArgs;
+use crate::secrets::SecretSource;
 
-/// Returns the settings for opening images.
+/// Returns the settings for opening images. Reads the passphrase, which a descriptor supplies only once.
 ///
 /// # Errors
-/// Same as [`refuse`].
+/// Same as [`refuse`], and if the passphrase can't be read.
 pub fn open_settings(args: &InputArgs) -> Result<OpenSettings> {
     refuse(args)?;
     let (chain, paths): (Vec<_>, Vec<_>) =
@@ -19,6 +20,7 @@ pub fn open_settings(args: &InputArgs) -> Result<OpenSettings> {
     Ok(OpenSettings {
         ignore_trailing: args.ignore_trailing,
         policy: ExternalPolicy { chain: !chain.is_empty(), paths },
+        secret: args.secret.as_ref().map(SecretSource::read).transpose()?,
         memory: args.memory.map_or_else(Memory::default, Memory::new),
         ..OpenSettings::default()
     })
@@ -53,8 +55,10 @@ pub fn refuse_objects(objects: &[String]) -> Result<()> {
     if objects.is_empty() {
         return Ok(());
     }
-    Err(Error::usage("--object is not supported: no encrypted or remote image is opened")
-        .hint("leave it out; convert such an image with qemu-img first"))
+    Err(Error::usage(
+        "--object is not supported: a passphrase comes from a file, the environment or a descriptor",
+    )
+    .hint("--secret file=PATH, env=NAME or fd=N; --target-secret for a new image"))
 }
 
 /// Opens an image that the user named.

@@ -14,6 +14,7 @@ mod proxmox;
 mod remedy;
 mod report;
 mod sandbox;
+mod secrets;
 
 fn main() -> ExitCode {
     interrupt::handle_file_size_limit();

@@ -50,6 +50,12 @@ pub fn words(remedy: &Remedy) -> String {
             "nothing was written; --force writes the disk to its front and leaves the rest alone".to_owned()
         }
         Remedy::AcceptLarger(advice) => format!("{advice}; --force accepts a larger target"),
+        Remedy::GiveSecret => {
+            "give the passphrase with --secret file=PATH, env=NAME or fd=N".to_owned()
+        }
+        Remedy::GiveTargetSecret => {
+            "give a passphrase for the new image with --target-secret file=PATH, env=NAME or fd=N".to_owned()
+        }
         Remedy::AllowMemory { bytes } => format!("allow more with --memory {}M", bytes >> 20),
         Remedy::ReadAll => "info --read-all reads it to its end".to_owned(),
         other => other.to_string(),

@@ -356,7 +356,7 @@ pub struct CreateArgs {
     #[arg(short = 'u', long)]
     pub unsafe_backing: bool,
 
-    /// Not supported: encrypted and remote images cannot be opened
+    /// Not supported: --target-secret takes a passphrase, and remote images cannot be opened
     #[arg(long, value_name = "OBJECT", hide_short_help = true)]
     pub object: Vec<String>,
 

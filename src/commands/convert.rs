@@ -57,7 +57,8 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         force: args.target.force,
         verify: args.target.verify,
         bytes_per_second,
-        base_policy: images::open_settings(&args.input)?.policy,
+        base_policy: request.open.policy.clone(),
+        base_secret: request.open.secret.clone(),
         cancel,
         ..RunOptions::default()
     };

@@ -37,6 +37,7 @@ pub fn run(args: &MapArgs) -> Result<Exit> {
     let registry = imgtool::registry();
     let options = imgtool_core::OpenOptions {
         snapshot: args.snapshot.snapshot.as_deref().map(images::snapshot_name),
+        layout_only: true,
         ..images::open_options(&registry, &args.input)?
     };
     let opened =

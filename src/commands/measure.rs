@@ -47,6 +47,7 @@ fn measure(registry: &Registry, args: &MeasureArgs, format: &TargetFormat) -> Re
             let options = OpenOptions {
                 snapshot: args.snapshot.snapshot.as_deref().map(images::snapshot_name),
                 bitmaps: format.writer.stores_bitmaps(),
+                layout_only: true,
                 ..images::open_options(registry, &args.input)?
             };
             let format_name = args.input.format.as_deref();

@@ -3,6 +3,7 @@
 use imgtool_core::{ImageInfo, Location, OpenOptions, RandomInput, Reference};
 use serde_json::{Map, Value, json};
 
+use crate::encryption::read_luks;
 use crate::layout::FORMAT;
 use crate::layout::bitmap::{self, Bitmap};
 use crate::layout::header::{
@@ -32,8 +33,8 @@ pub fn describe(
         let list: Vec<Value> = snapshots.listed.iter().map(snapshot_fact).collect();
         info.top_fact("snapshots", "snapshots", list);
     }
-    describe_format(&mut info, header, bitmaps);
     info.notes = notes(header, snapshots, options);
+    describe_format(&mut info, input, header, bitmaps);
     if list {
         info.notes.extend(truncation_notes(header, snapshots, bitmaps));
     }
@@ -73,7 +74,7 @@ fn full_backing_name(location: &Location, name: &str) -> String {
     }
 }
 
-fn describe_format(info: &mut ImageInfo, header: &Header, bitmaps: &[Bitmap]) {
+fn describe_format(info: &mut ImageInfo, input: &RandomInput, header: &Header, bitmaps: &[Bitmap]) {
     let compression = match header.compression {
         Ok(compression) => compression.name().to_owned(),
         Err(number) => format!("unknown ({number})"),
@@ -101,9 +102,23 @@ fn describe_format(info: &mut ImageInfo, header: &Header, bitmaps: &[Bitmap]) {
         info.fact("extended-l2", "extended l2", header.shape.extended_l2);
     }
     if header.encryption != Encryption::None {
-        let format = if header.encryption == Encryption::Aes { "aes" } else { "luks" };
-        info.fact("encrypt", "encryption", json!({ "format": format }));
+        let fact = encryption_fact(input, header, &mut info.notes);
+        info.fact("encrypt", "encryption", fact);
     }
+}
+
+/// Returns the facts of the encryption. Damage of a LUKS header becomes a note.
+fn encryption_fact(input: &RandomInput, header: &Header, notes: &mut Vec<String>) -> Value {
+    if header.encryption == Encryption::Aes {
+        return json!({ "format": "aes" });
+    }
+    let mut fact = Map::new();
+    fact.insert("format".into(), "luks".into());
+    match read_luks(input, header) {
+        Ok((luks, _)) => fact.extend(luks.facts()),
+        Err(e) => notes.push(format!("{e:#}")),
+    }
+    fact.into()
 }
 
 fn snapshot_fact(snapshot: &Snapshot) -> Value {

@@ -6,6 +6,7 @@
 mod check;
 mod compressed;
 mod driver;
+mod encryption;
 mod info;
 mod layout;
 mod mapping;

@@ -14,10 +14,11 @@ use imgtool_core::{
     ImageInfo, ImageSource, Input, Loss, MapExtent, OpenOptions, RandomAccess, RandomInput, Result,
 };
 
+use crate::encryption::LEGACY_NOTE;
 use crate::info;
 use crate::layout::bitmap::list_bitmaps;
 use crate::layout::entry::Shape;
-use crate::layout::header::Header;
+use crate::layout::header::{Encryption, Header};
 use crate::layout::snapshot::{Snapshots, read_snapshots};
 use crate::mapping::RunKind;
 use bitmaps::Bitmaps;
@@ -82,6 +83,9 @@ impl Qcow2Source {
         let virtual_size = selected.map_or(header.virtual_size, |snapshot| snapshot.virtual_size);
         let mut image_info = info::describe(&input, &header, &snapshots, &bitmaps, options);
         image_info.notes.extend(notes);
+        if header.encryption == Encryption::Aes && !options.info_only && !options.layout_only {
+            image_info.notes.push(LEGACY_NOTE.to_owned());
+        }
         image_info.devices = vec![Device::disk(0, device_name(&input), virtual_size)];
         let content = if options.info_only {
             None
@@ -211,9 +215,7 @@ impl RandomAccess for Qcow2Source {
                 let e = e.guest(guest.clone());
                 let Some(losses) = content.losses.as_ref().filter(|_| is_damage(&e)) else { return Err(e) };
                 match host {
-                    Some(host_offset) => content.data.read_salvage(part, host_offset, |lost, e| {
-                        losses.add(position + lost.start as u64..position + lost.end as u64, &e);
-                    }),
+                    Some(host_offset) => content.salvage_data(part, host_offset, position, losses),
                     None => {
                         part.fill(0);
                         losses.add(guest, &e);
@@ -239,6 +241,8 @@ impl RandomAccess for Qcow2Source {
         let content = self.content.as_ref()?;
         let run = content.mapping.run(range.clone()).ok()?;
         match run.kind {
+            // The file stores other bytes than the guest's.
+            RunKind::Data { .. } if content.is_encrypted => None,
             RunKind::Data { host_offset } => {
                 let file = content.data.file()?;
                 let len = run.len.min(content.data.len().saturating_sub(host_offset));

@@ -35,6 +35,7 @@ pub mod output;
 pub mod progress;
 pub mod registry;
 pub mod remedy;
+mod secret;
 pub mod sink;
 pub mod source;
 mod stack;
@@ -67,6 +68,7 @@ pub use output::{Output, WriteAt};
 pub use progress::{CancelToken, NoProgress, Progress};
 pub use registry::Registry;
 pub use remedy::Remedy;
+pub use secret::Secret;
 pub use sink::{Bytes, Consumer, FileWrite, Geometry, ImageSink, Part, Prepared, Sharing, WriteList};
 pub use source::{
     Access, Doubt, Fact, FactScope, FileRange, ImageInfo, ImageSource, Loss, Piece, RandomAccess, Reference,

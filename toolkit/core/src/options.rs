@@ -8,6 +8,7 @@ use std::fmt;
 
 use crate::error::{Error, Result};
 use crate::remedy::Remedy;
+use crate::secret::Secret;
 use crate::suggest;
 
 /// Declaration of an option.
@@ -291,6 +292,8 @@ pub struct CreateOptions {
     pub values: OptionValues,
     /// Compression inside the format, if requested.
     pub compress: Option<Compress>,
+    /// Passphrase of the new image, if it is to be encrypted.
+    pub secret: Option<Secret>,
     /// Time to use instead of the current time, in seconds since 1970 (`SOURCE_DATE_EPOCH`).
     pub source_date_epoch: Option<i64>,
     /// Requested unit of zero detection, in bytes. 0 writes zeros like data; `None` selects the format's

@@ -85,6 +85,10 @@ pub enum Remedy {
     RenameDevice,
     /// Read the stream to its end to learn the missing facts.
     ReadAll,
+    /// Give the passphrase of the encrypted image ([`crate::OpenOptions::secret`]).
+    GiveSecret,
+    /// Give a passphrase for the new image ([`crate::CreateOptions::secret`]).
+    GiveTargetSecret,
     /// Allow this much memory ([`crate::Memory::new`]).
     AllowMemory {
         /// Limit in bytes that suffices for the refused step; a multiple of 1 MiB.
@@ -147,6 +151,8 @@ impl fmt::Display for Remedy {
             }
             Self::RenameDevice => f.write_str("give the device another name"),
             Self::ReadAll => f.write_str("read the stream to its end"),
+            Self::GiveSecret => f.write_str("give the passphrase"),
+            Self::GiveTargetSecret => f.write_str("give a passphrase for the new image"),
             Self::AllowMemory { bytes } => write!(f, "allow {} MiB of memory", bytes >> 20),
         }
     }

@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use imgtool_core::{Compress, CreateOptions, Driver, Error, ImageWriter, Location, Registry, Remedy, Result};
+use imgtool_core::{
+    Compress, CreateOptions, Driver, Error, ImageWriter, Location, Registry, Remedy, Result, Secret,
+};
 use imgtool_storage::{Compression, Framing, outer};
 
 use crate::{foreign, open};
@@ -15,6 +17,8 @@ pub struct FormatOptions {
     pub pairs: Vec<(String, String)>,
     /// Compression inside the format, if requested.
     pub compress: Option<Compress>,
+    /// Passphrase of the new image, if it is to be encrypted.
+    pub secret: Option<Secret>,
     /// Time to use instead of the current time, in seconds since 1970.
     pub source_date_epoch: Option<i64>,
     /// Unit of zero detection, bytes; see [`CreateOptions::sparse_granularity`].
@@ -25,6 +29,7 @@ impl FormatOptions {
     /// Returns the options that apply to every format, for an output in another format.
     fn common(&self) -> Self {
         Self {
+            secret: self.secret.clone(),
             source_date_epoch: self.source_date_epoch,
             sparse_granularity: self.sparse_granularity,
             ..Self::default()
@@ -41,6 +46,7 @@ impl FormatOptions {
         let pairs = self.pairs.iter().map(|(key, value)| (key.as_str(), value.as_str()));
         let options = CreateOptions {
             compress: self.compress.clone(),
+            secret: self.secret.clone(),
             source_date_epoch: self.source_date_epoch,
             sparse_granularity: self.sparse_granularity,
             ..CreateOptions::parse(driver.name(), driver.options(), pairs)?
@@ -123,6 +129,11 @@ impl TargetFormat {
         };
         format.check_outer()?;
         Ok(format)
+    }
+
+    /// Returns the passphrase of new images, if any.
+    pub(crate) fn secret(&self) -> Option<&Secret> {
+        self.options.secret.as_ref()
     }
 
     /// True if an image of this format, with its options, can be written to a stream.

@@ -2,7 +2,7 @@
 //! its sources open.
 
 use imgtool_core::{
-    Attachment, CancelToken, Compress, Error, Location, Memory, OpenOptions, Registry, Result,
+    Attachment, CancelToken, Compress, Error, Location, Memory, OpenOptions, Registry, Result, Secret,
 };
 use imgtool_storage::Outputs;
 
@@ -74,6 +74,8 @@ pub struct OpenSettings {
     pub snapshot: Option<String>,
     /// Policy for the external files of images.
     pub policy: ExternalPolicy,
+    /// Passphrase of encrypted images.
+    pub secret: Option<Secret>,
     /// Ledger from which all parts of the conversion borrow.
     pub memory: Memory,
 }
@@ -86,6 +88,7 @@ impl OpenSettings {
             force: self.force,
             ignore_trailing: self.ignore_trailing,
             snapshot: self.snapshot.clone(),
+            secret: self.secret.clone(),
             externals: opener.borrowing(&self.memory).externals(),
             memory: self.memory.clone(),
             ..OpenOptions::default()

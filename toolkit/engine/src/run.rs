@@ -7,7 +7,7 @@ use std::time::Instant;
 use imgtool_core::memory::{COPY_FLOOR, shares};
 use imgtool_core::{
     CancelToken, DeviceId, Error, Lane, Lease, Loss, Memory, OpenOptions, Output, Registry, Result,
-    ResultExt, SinkDevice, TableMemory,
+    ResultExt, Secret, SinkDevice, TableMemory,
 };
 use imgtool_storage::{Outputs, os};
 
@@ -54,6 +54,8 @@ pub struct RunOptions<'a> {
     pub bytes_per_second: Option<u64>,
     /// Policy for the external files that backing images of outputs name.
     pub base_policy: ExternalPolicy,
+    /// Passphrase of the encrypted backing images of outputs.
+    pub base_secret: Option<Secret>,
     /// Observers of every piece. The lane of a disk equals its slot.
     pub taps: Vec<&'a dyn Tap>,
     /// Token that cancels the run.
@@ -76,8 +78,12 @@ impl Plan {
         let memory = self.memory.shared_by(self.layout.outputs.len());
         let base_opener = PolicyOpener::new(self.registry.clone(), options.base_policy.clone());
         let base_opener = base_opener.borrowing(&memory);
-        let base_options =
-            OpenOptions { externals: base_opener.externals(), memory, ..OpenOptions::default() };
+        let base_options = OpenOptions {
+            externals: base_opener.externals(),
+            secret: options.base_secret.clone(),
+            memory,
+            ..OpenOptions::default()
+        };
         let settings = SinkSettings {
             registry: &self.registry,
             base_opener: &base_opener,
@@ -193,6 +199,7 @@ impl Plan {
                 disks: &disks,
                 selected: &self.selected,
                 base_opener,
+                base_secret: options.base_secret.as_ref(),
                 threads: options.threads,
                 cancel: options.cancel.clone(),
                 memory: self.memory.shared_by(self.layout.outputs.len()),

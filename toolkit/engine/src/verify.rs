@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use imgtool_core::{
     Attachment, CancelToken, Error, ErrorKind, ImageSource, Lane, Memory, OpenOptions, Output, Result,
-    ResultExt, Slot,
+    ResultExt, Secret, Slot,
 };
 use imgtool_storage::open::OpenInput;
 
@@ -33,6 +33,8 @@ pub(crate) struct Expected<'a> {
     pub(crate) selected: &'a [SelectedDisk],
     /// Opener for the external files of backing images.
     pub(crate) base_opener: &'a PolicyOpener,
+    /// Passphrase of backing images, for outputs without one of their own.
+    pub(crate) base_secret: Option<&'a Secret>,
     /// Number of worker threads.
     pub(crate) threads: usize,
     pub(crate) cancel: CancelToken,
@@ -93,7 +95,7 @@ fn reopen(planned: &PlannedOutput, open: &OpenSink, expected: &Expected<'_>) -> 
         // Reading cached pages would prove nothing about the disk.
         output.sync_and_forget()?;
     }
-    let options = open_options(open, expected);
+    let options = open_options(planned, open, expected);
     check(planned, open, &options)?;
     let image = open_again(planned, open, expected, &options)?;
     // Drivers may adapt names to the format, but not contents.
@@ -213,8 +215,9 @@ fn open_again(
 }
 
 /// Returns options with an opener that supplies the files named by an output.
-fn open_options(open: &OpenSink, expected: &Expected<'_>) -> OpenOptions {
+fn open_options(planned: &PlannedOutput, open: &OpenSink, expected: &Expected<'_>) -> OpenOptions {
     let opener = expected.base_opener.supplying(open.supplied.clone());
     let memory = expected.memory.clone();
-    OpenOptions { externals: opener.externals(), memory, ..OpenOptions::default() }
+    let secret = planned.format.secret().or(expected.base_secret).cloned();
+    OpenOptions { externals: opener.externals(), secret, memory, ..OpenOptions::default() }
 }

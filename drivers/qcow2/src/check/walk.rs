@@ -3,6 +3,7 @@
 use imgtool_core::{Error, Result};
 
 use super::references::{Checker, L2Use};
+use crate::encryption::MAX_CRYPTO_HEADER;
 use crate::layout::SECTOR;
 use crate::layout::entry::{L1Entry, L2Entry, Subclusters};
 use crate::layout::table::{decode_table, read_zero_filled};
@@ -11,10 +12,6 @@ use crate::refcounts::Refcount;
 /// Maximum number of L1 entries in the active state and all snapshots. Our limit, which bounds time and
 /// memory: a disk of 64 TiB with clusters of 64 KiB and a hundred snapshots has fewer.
 const MAX_L1_ENTRIES: u64 = 16 << 20;
-
-/// Maximum length in bytes of an encryption header. Our limit: LUKS headers have a few MiB, but a crafted
-/// image can declare one as long as a sparse file.
-const MAX_CRYPTO_HEADER: u64 = 256 << 20;
 
 /// Length in bytes of one read of a bitmap table. Our choice.
 const BITMAP_TABLE_STEP: u64 = 1 << 20;

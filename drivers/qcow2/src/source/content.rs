@@ -5,9 +5,10 @@ use std::ops::Range;
 use imgtool_core::{Disk, Error, ExtentKind, ExtentList, FileRun, Losses, OpenOptions, RandomInput, Result};
 
 use crate::compressed::Decoder;
+use crate::encryption::DataCipher;
 use crate::layout::MAX_L1_BYTES;
 use crate::layout::entry::Shape;
-use crate::layout::header::{CompressionType, Header, INCOMPATIBLE_DATA_FILE};
+use crate::layout::header::{CompressionType, Encryption, Header, INCOMPATIBLE_DATA_FILE};
 use crate::layout::snapshot::Snapshot;
 use crate::layout::table::check_table;
 use crate::mapping::{Mapping, RunKind};
@@ -16,6 +17,10 @@ use crate::mapping::{Mapping, RunKind};
 pub(super) struct Content {
     pub(super) mapping: Mapping,
     decoder: Decoder,
+    /// Cipher of the data clusters; `None` if they are not encrypted.
+    cipher: Option<DataCipher>,
+    /// True if the data clusters are encrypted, unlocked or not.
+    pub(super) is_encrypted: bool,
     /// File that stores the guest data: the image itself or its external data file.
     pub(super) data: RandomInput,
     /// Disk of the backing image, which may be smaller or larger than this disk.
@@ -33,7 +38,8 @@ impl Content {
         virtual_size: u64,
         options: &OpenOptions,
     ) -> Result<Self> {
-        // Open the other files first, so that unusable ones are refused before any large read.
+        // A passphrase is checked, and the other files opened, before any large read.
+        let cipher = DataCipher::unlock(input, header, options)?;
         let data = open_data_file(input, header, options)?;
         let backing = open_backing(input, header, options)?;
         let (l1_offset, l1_entries) = match snapshot {
@@ -74,7 +80,8 @@ impl Content {
             &options.memory,
         )?;
         let losses = options.salvage.then(Losses::default);
-        Ok(Self { mapping, decoder, data, backing, losses })
+        let is_encrypted = header.encryption != Encryption::None;
+        Ok(Self { mapping, decoder, cipher, is_encrypted, data, backing, losses })
     }
 
     /// Returns the memory in bytes that a reader needs besides its buffer.
@@ -98,9 +105,32 @@ impl Content {
             RunKind::Compressed(range) => {
                 self.decoder.read(input, range, buf, shape.within_cluster(guest_offset) as usize)?;
             }
-            RunKind::Data { host_offset } => self.data.read_exact_at(buf, host_offset)?,
+            RunKind::Data { host_offset } => self.read_data(buf, host_offset, guest_offset)?,
         }
         Ok(())
+    }
+
+    /// Fills `buf` from data clusters.
+    fn read_data(&self, buf: &mut [u8], host_offset: u64, guest_offset: u64) -> Result<()> {
+        match &self.cipher {
+            None if self.is_encrypted => Err(Error::usage("the image was opened without its content")),
+            None => self.data.read_exact_at(buf, host_offset),
+            Some(cipher) => cipher.read(&self.data, buf, host_offset, guest_offset, None),
+        }
+    }
+
+    /// Fills `buf` from damaged data clusters: bytes that can't be read become zeros and are recorded.
+    pub(super) fn salvage_data(&self, buf: &mut [u8], host_offset: u64, guest_offset: u64, losses: &Losses) {
+        let Some(cipher) = &self.cipher else {
+            return self.data.read_salvage(buf, host_offset, |lost, e| {
+                losses.add(guest_offset + lost.start as u64..guest_offset + lost.end as u64, &e);
+            });
+        };
+        let guest = guest_offset..guest_offset + buf.len() as u64;
+        if let Err(e) = cipher.read(&self.data, buf, host_offset, guest_offset, Some(losses)) {
+            buf.fill(0);
+            losses.add(guest, &e);
+        }
     }
 
     /// Fills `buf` from the backing image, and with zeros past its end.
@@ -129,7 +159,8 @@ impl Content {
         let mut done = 0;
         while done < len {
             let host = host_offset + done;
-            let (run_end, is_data) = if host < self.data.len() {
+            // A hole of an encrypted image decrypts to noise, which is data.
+            let (run_end, is_data) = if host < self.data.len() && !self.is_encrypted {
                 let run = self.file_run(host, guest_offset + done, resolution)?;
                 (run.end, run.is_data)
             } else {

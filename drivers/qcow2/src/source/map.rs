@@ -70,16 +70,22 @@ impl Content {
     /// Maps `range`, which must be within the disk. Stops early, at about [`MAX_EXTENTS_PER_ANSWER`] extents.
     pub(super) fn map(&self, range: Range<u64>, preallocation: &PreallocationTest) -> Result<Vec<MapExtent>> {
         let file = Arc::new(self.data.location().clone());
+        // As in qemu-img: what an encrypted image stores at a place is not what the guest reads.
+        let has_places = !self.is_encrypted;
         let mut list = Vec::new();
         let mut position = range.start;
         while position < range.end && list.len() < MAX_EXTENTS_PER_ANSWER {
             let run = self.mapping.run(position..range.end)?;
-            let place = |file_offset| Some(MapPlace { file: Arc::clone(&file), file_offset });
+            let place = |file_offset| has_places.then(|| MapPlace { file: Arc::clone(&file), file_offset });
             let of = |kind| MapExtent::of(Extent { start: position, len: run.len, kind });
             let parts = match run.kind {
                 RunKind::Data { host_offset } => {
                     let data = MapExtent { place: place(host_offset), ..of(ExtentKind::Data) };
-                    if preallocation.passes()? { split_at_holes(&self.data, data)? } else { vec![data] }
+                    if has_places && preallocation.passes()? {
+                        split_at_holes(&self.data, data)?
+                    } else {
+                        vec![data]
+                    }
                 }
                 RunKind::Zero { host_offset } => {
                     vec![MapExtent { place: host_offset.and_then(place), ..of(ExtentKind::Zero) }]

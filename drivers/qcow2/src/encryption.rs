@@ -1,0 +1,141 @@
+//! Encryption of guest data: LUKS, and the AES that QEMU had before it. Specification, "Data encryption" and
+//! "Full disk encryption header pointer".
+//!
+//! Only data clusters are encrypted: neither tables nor compressed clusters, as in QEMU.
+
+use std::ops::Range;
+
+use imgtool_core::{Error, Losses, OpenOptions, RandomInput, Remedy, Result};
+use imgtool_crypt::{HEADER_LEN, Header as LuksHeader, SECTOR, SectorCipher};
+
+use crate::layout::header::{Encryption, Header};
+
+/// Maximum length in bytes of an encryption header. Our limit: LUKS headers have a few MiB, but a crafted
+/// image can declare one as long as a sparse file.
+pub const MAX_CRYPTO_HEADER: u64 = 256 << 20;
+
+/// Note on an image whose key is the passphrase itself.
+pub const LEGACY_NOTE: &str = "the image is encrypted with QEMU's first AES, which can't tell a wrong passphrase: \
+     check that the content makes sense";
+
+/// Cipher of an image's data clusters.
+pub struct DataCipher {
+    cipher: SectorCipher,
+    /// True if sectors are numbered by their guest offset, as in QEMU's first AES; otherwise by their host
+    /// offset.
+    by_guest: bool,
+}
+
+impl DataCipher {
+    /// Unlocks the data of an image; `None` if it is not encrypted, or if the caller reads no content.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::Refused`] without the right passphrase.
+    pub fn unlock(input: &RandomInput, header: &Header, options: &OpenOptions) -> Result<Option<Self>> {
+        if header.encryption == Encryption::None || options.layout_only {
+            return Ok(None);
+        }
+        let secret = options.secret.as_ref();
+        if header.encryption == Encryption::Luks {
+            let (luks, area) = read_luks(input, header)?;
+            let cipher = luks.unlock(input, area, secret, &options.memory)?;
+            return Ok(Some(Self { cipher, by_guest: false }));
+        }
+        let Some(secret) = secret else {
+            return Err(Error::refused("the content is encrypted (AES)")
+                .at(32)
+                .remedied_by(Remedy::GiveSecret));
+        };
+        Ok(Some(Self { cipher: SectorCipher::legacy_aes(secret), by_guest: true }))
+    }
+
+    /// Fills `buf` with the guest's bytes from `guest_offset` on, which `data` stores from `host_offset` on.
+    /// With `losses`, fills sectors that can't be read with zeros and records them.
+    pub fn read(
+        &self,
+        data: &RandomInput,
+        buf: &mut [u8],
+        host_offset: u64,
+        guest_offset: u64,
+        losses: Option<&Losses>,
+    ) -> Result<()> {
+        // Clusters are multiples of a sector, so both offsets are at the same place in one.
+        let within = (host_offset % SECTOR as u64) as usize;
+        if within == 0 && buf.len().is_multiple_of(SECTOR) {
+            return self.read_sectors(data, buf, host_offset, guest_offset, losses);
+        }
+        let mut sector = [0; SECTOR];
+        let head_len = if within == 0 { 0 } else { (SECTOR - within).min(buf.len()) };
+        let (head, rest) = buf.split_at_mut(head_len);
+        if !head.is_empty() {
+            let back = within as u64;
+            self.read_sectors(data, &mut sector, host_offset - back, guest_offset - back, losses)?;
+            head.copy_from_slice(&sector[within..within + head_len]);
+        }
+        let (middle, tail) = rest.split_at_mut(rest.len() - rest.len() % SECTOR);
+        let position = head_len as u64;
+        self.read_sectors(data, middle, host_offset + position, guest_offset + position, losses)?;
+        if !tail.is_empty() {
+            let position = position + middle.len() as u64;
+            self.read_sectors(data, &mut sector, host_offset + position, guest_offset + position, losses)?;
+            tail.copy_from_slice(&sector[..tail.len()]);
+        }
+        Ok(())
+    }
+
+    /// Like [`DataCipher::read`], for whole sectors.
+    fn read_sectors(
+        &self,
+        data: &RandomInput,
+        buf: &mut [u8],
+        host_offset: u64,
+        guest_offset: u64,
+        losses: Option<&Losses>,
+    ) -> Result<()> {
+        let mut lost_sectors: Vec<Range<usize>> = Vec::new();
+        match losses {
+            None => data.read_exact_at(buf, host_offset)?,
+            Some(losses) => data.read_salvage(buf, host_offset, |lost, e| {
+                // A sector of which a part is lost decrypts to noise.
+                let end = lost.end.next_multiple_of(SECTOR);
+                let lost = lost.start - lost.start % SECTOR..end;
+                losses.add(guest_offset + lost.start as u64..guest_offset + lost.end as u64, &e);
+                lost_sectors.push(lost);
+            }),
+        }
+        let first = if self.by_guest { guest_offset } else { host_offset } / SECTOR as u64;
+        self.cipher.decrypt(buf, first);
+        lost_sectors.into_iter().for_each(|lost| buf[lost].fill(0));
+        Ok(())
+    }
+}
+
+/// Reads the LUKS header of an image. Returns it with the host range that it and its key material may use.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Malformed`] if there is none, or if it is outside of the file.
+pub fn read_luks(input: &RandomInput, header: &Header) -> Result<(LuksHeader, Range<u64>)> {
+    let Some((offset, len)) = header.extensions.crypto_header else {
+        return Err(Error::malformed("the image is encrypted (LUKS), but has no encryption header"));
+    };
+    let cluster_size = header.shape.cluster_size();
+    if !offset.is_multiple_of(cluster_size) || offset == 0 {
+        return Err(Error::malformed(format!(
+            "the encryption header is at offset {offset}, not at a multiple of {cluster_size}"
+        )));
+    }
+    if !(HEADER_LEN as u64..=MAX_CRYPTO_HEADER).contains(&len) {
+        return Err(Error::malformed(format!(
+            "the encryption header has {len} bytes, not within {HEADER_LEN}..{MAX_CRYPTO_HEADER}"
+        ))
+        .at(offset));
+    }
+    let end = offset.checked_add(len).filter(|end| *end <= input.len());
+    let Some(end) = end else {
+        return Err(Error::corrupt("the file ends within the encryption header")
+            .at(offset)
+            .hint("the file is cut short: copy it again, or use a backup"));
+    };
+    let luks = LuksHeader::parse(&input.read_vec(offset, HEADER_LEN)?).map_err(|e| e.at(offset))?;
+    Ok((luks, offset..end))
+}

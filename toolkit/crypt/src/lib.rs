@@ -1,0 +1,23 @@
+//! Disk encryption for drivers: ciphers of 512-byte sectors, and the LUKS version 1 header that holds their
+//! key.
+//!
+//! qcow2 stores a LUKS header inside of its image, a LUKS container begins with one. Both drivers use this
+//! crate, since a driver knows no other driver. It follows "LUKS On-Disk Format Specification", version 1.2.3.
+//!
+//! Keys and what they are computed from are erased after use, and no type of this crate prints them.
+
+mod af;
+mod block;
+mod create;
+mod hash;
+mod header;
+mod iv;
+mod sector;
+mod spec;
+mod unlock;
+
+pub use create::{DEFAULT_ITERATIONS, MIN_ITERATIONS, NewHeader, NewVolume};
+pub use hash::Hash;
+pub use header::{HEADER_LEN, Header, KeySlot, MAGIC};
+pub use sector::{SECTOR, SectorCipher};
+pub use spec::{Algorithm, CipherSpec, IvRule, Mode};
