@@ -52,6 +52,7 @@ pub fn registry() -> Registry {
     imgtool_bochs::register(&mut registry);
     imgtool_cloop::register(&mut registry);
     imgtool_dmg::register(&mut registry);
+    imgtool_luks::register(&mut registry);
     imgtool_vma::register(&mut registry);
     imgtool_raw::register(&mut registry);
     registry

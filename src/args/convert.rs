@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueHint};
 
+use crate::secrets::SecretSource;
+
 use super::values::{CACHE_MODES, Offer};
 use super::{InputArgs, MessageArgs, OutputArgs, SnapshotArgs, ThreadArgs};
 
@@ -171,6 +173,15 @@ pub struct TargetArgs {
     /// With -n: assume that the target reads as zeros, and write no zeros to it
     #[arg(long, requires = "no_create")]
     pub target_is_zero: bool,
+
+    /// Passphrase of an encrypted output (-O luks, or qcow2 with -o encrypt=luks) [default: that of --secret]
+    #[arg(
+        long,
+        value_name = "file=PATH|env=NAME|fd=N",
+        value_parser = crate::secrets::parse,
+        hide_short_help = true
+    )]
+    pub target_secret: Option<SecretSource>,
 
     /// Read the outputs back and compare them with the sources before they get their final names
     #[arg(long)]

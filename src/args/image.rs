@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum, ValueHint};
 
+use crate::secrets::SecretSource;
+
 use super::values::{CACHE_MODES, Offer};
 use super::{InputArgs, MessageArgs, OutputArgs, SnapshotArgs, ThreadArgs};
 
@@ -351,6 +353,15 @@ pub struct CreateArgs {
         hide_possible_values = true
     )]
     pub backing_format: Option<String>,
+
+    /// Passphrase of the new image, if it is encrypted (-f luks, or qcow2 with -o encrypt=luks)
+    #[arg(
+        long,
+        alias = "secret",
+        value_name = "file=PATH|env=NAME|fd=N",
+        value_parser = crate::secrets::parse
+    )]
+    pub target_secret: Option<SecretSource>,
 
     /// Do not open the backing file of a qcow2 image: it may be missing, but SIZE is required
     #[arg(short = 'u', long)]

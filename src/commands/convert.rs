@@ -16,6 +16,7 @@ use crate::exit::Exit;
 use crate::interrupt::Interrupt;
 use crate::progress::Display;
 use crate::sandbox::{self, Writes};
+use crate::secrets::SecretSource;
 use crate::{images, proxmox};
 
 mod disk_target;
@@ -45,6 +46,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     if !args.messages.quiet {
         conversion.sources().iter().for_each(summary::announce);
     }
+    options::check_secret(conversion.format(), args.target.target_secret.is_some())?;
     conversion.select()?;
     conversion.attachments =
         args.devices.config.iter().map(|path| read_config(path)).collect::<Result<_>>()?;
@@ -76,6 +78,9 @@ fn request(args: &ConvertArgs) -> Result<Request> {
         options::format_options(&args.target.options, args.target.sparse_size.as_deref())?;
     let (backing, backing_format) = (args.target.backing.as_deref(), args.target.backing_format.as_deref());
     options::add_backing(&mut format_options, backing, backing_format)?;
+    let open = images::open_settings(&args.input)?;
+    let target_secret = args.target.target_secret.as_ref().map(SecretSource::read).transpose()?;
+    format_options.secret = target_secret.or_else(|| open.secret.clone());
     Ok(Request {
         sources: sources.iter().map(|source| SourceRequest::parse(source)).collect(),
         source_format: args.input.format.clone(),
@@ -83,7 +88,7 @@ fn request(args: &ConvertArgs) -> Result<Request> {
             salvage: args.work.salvage,
             force: args.target.force,
             snapshot: args.snapshot.snapshot.as_deref().map(images::snapshot_name),
-            ..images::open_settings(&args.input)?
+            ..open
         },
         disks: args.devices.disk.clone(),
         dest: dest.map(Location::target),

@@ -14,6 +14,7 @@ use crate::exit::Exit;
 use crate::interrupt::Interrupt;
 use crate::progress::Display;
 use crate::sandbox::{self, Writes};
+use crate::secrets::SecretSource;
 use crate::{images, report};
 
 /// JSON document that describes the new image.
@@ -41,9 +42,11 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
         return options::list(&*driver);
     }
     let mut format_options = options::format_options(&args.options, None)?;
+    format_options.secret = args.target_secret.as_ref().map(SecretSource::read).transpose()?;
     options::add_backing(&mut format_options, args.backing.as_deref(), args.backing_format.as_deref())?;
     sandbox::enter(Writes::to(&location, &format_options.pairs));
     let format = TargetFormat::new(driver, format_options)?;
+    options::check_secret(&format, args.target_secret.is_some())?;
     let (Some(path), Some(location)) = (&args.path, location) else {
         return Err(Error::usage("missing PATH").hint("imgtool create -f FMT PATH SIZE"));
     };

@@ -1,7 +1,7 @@
 //! Parsers for `-o`, `-S`, `-c` and sizes, shared by several commands.
 
 use imgtool_core::{Compress, Driver, Error, Result, parse_size};
-use imgtool_engine::FormatOptions;
+use imgtool_engine::{FormatOptions, TargetFormat};
 
 use super::formats;
 use crate::exit::Exit;
@@ -49,6 +49,19 @@ pub fn add_backing(options: &mut FormatOptions, file: Option<&str>, format: Opti
         value.map_or(Ok(()), |value| add(options, key, value))?;
     }
     Ok(())
+}
+
+/// Refuses a passphrase for an output that is not encrypted: it would be taken for one that is.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] if `has_secret` and the format does not encrypt.
+pub fn check_secret(format: &TargetFormat, has_secret: bool) -> Result<()> {
+    if !has_secret || format.writer.encrypts() {
+        return Ok(());
+    }
+    let name = format.driver.name();
+    Err(Error::usage(format!("--target-secret is given, but the output is {name} without encryption"))
+        .hint("use -o encrypt=luks with qcow2, or -O luks"))
 }
 
 fn add(options: &mut FormatOptions, key: &str, value: &str) -> Result<()> {

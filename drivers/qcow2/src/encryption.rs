@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use imgtool_core::{Error, Losses, OpenOptions, RandomInput, Remedy, Result};
-use imgtool_crypt::{HEADER_LEN, Header as LuksHeader, SECTOR, SectorCipher};
+use imgtool_crypt::{HEADER_LEN, Header as LuksHeader, SECTOR, SectorCipher, in_sectors};
 
 use crate::layout::header::{Encryption, Header};
 
@@ -60,53 +60,15 @@ impl DataCipher {
         losses: Option<&Losses>,
     ) -> Result<()> {
         // Clusters are multiples of a sector, so both offsets are at the same place in one.
-        let within = (host_offset % SECTOR as u64) as usize;
-        if within == 0 && buf.len().is_multiple_of(SECTOR) {
-            return self.read_sectors(data, buf, host_offset, guest_offset, losses);
-        }
-        let mut sector = [0; SECTOR];
-        let head_len = if within == 0 { 0 } else { (SECTOR - within).min(buf.len()) };
-        let (head, rest) = buf.split_at_mut(head_len);
-        if !head.is_empty() {
-            let back = within as u64;
-            self.read_sectors(data, &mut sector, host_offset - back, guest_offset - back, losses)?;
-            head.copy_from_slice(&sector[within..within + head_len]);
-        }
-        let (middle, tail) = rest.split_at_mut(rest.len() - rest.len() % SECTOR);
-        let position = head_len as u64;
-        self.read_sectors(data, middle, host_offset + position, guest_offset + position, losses)?;
-        if !tail.is_empty() {
-            let position = position + middle.len() as u64;
-            self.read_sectors(data, &mut sector, host_offset + position, guest_offset + position, losses)?;
-            tail.copy_from_slice(&sector[..tail.len()]);
-        }
-        Ok(())
-    }
-
-    /// Like [`DataCipher::read`], for whole sectors.
-    fn read_sectors(
-        &self,
-        data: &RandomInput,
-        buf: &mut [u8],
-        host_offset: u64,
-        guest_offset: u64,
-        losses: Option<&Losses>,
-    ) -> Result<()> {
-        let mut lost_sectors: Vec<Range<usize>> = Vec::new();
-        match losses {
-            None => data.read_exact_at(buf, host_offset)?,
-            Some(losses) => data.read_salvage(buf, host_offset, |lost, e| {
-                // A sector of which a part is lost decrypts to noise.
-                let end = lost.end.next_multiple_of(SECTOR);
-                let lost = lost.start - lost.start % SECTOR..end;
-                losses.add(guest_offset + lost.start as u64..guest_offset + lost.end as u64, &e);
-                lost_sectors.push(lost);
-            }),
-        }
-        let first = if self.by_guest { guest_offset } else { host_offset } / SECTOR as u64;
-        self.cipher.decrypt(buf, first);
-        lost_sectors.into_iter().for_each(|lost| buf[lost].fill(0));
-        Ok(())
+        in_sectors(buf, host_offset, |sectors, host| {
+            let guest = host.wrapping_sub(host_offset).wrapping_add(guest_offset);
+            let number = if self.by_guest { guest } else { host } / SECTOR as u64;
+            let Some(losses) = losses else { return self.cipher.read(data, sectors, host, number, None) };
+            let mut lost = |lost: Range<usize>, e: Error| {
+                losses.add(guest + lost.start as u64..guest + lost.end as u64, &e);
+            };
+            self.cipher.read(data, sectors, host, number, Some(&mut lost))
+        })
     }
 }
 

@@ -128,6 +128,11 @@ pub trait ImageWriter: Send + Sync {
         true
     }
 
+    /// True if new images are encrypted with [`CreateOptions::secret`]. False by default.
+    fn encrypts(&self) -> bool {
+        false
+    }
+
     /// Returns the names of the other outputs that [`ImageWriter::create`] will create, relative to the
     /// image, whose file name is `main`. The caller checks all names before it creates any output.
     fn companions(&self, _main: &str, _manifest: &Manifest) -> Vec<String> {

@@ -19,6 +19,20 @@ pub const HEADER_LEN: usize = 592;
 /// Number of key slots. LUKS 1.2.3, section 6, "LUKS_NUMKEYS".
 pub(crate) const SLOTS: usize = 8;
 
+/// Keys of [`Header::facts`], those of `qemu-img info`.
+pub const FACTS: [&str; 10] = [
+    "cipher-alg",
+    "cipher-mode",
+    "ivgen-alg",
+    "ivgen-hash-alg",
+    "hash-alg",
+    "detached-header",
+    "uuid",
+    "payload-offset",
+    "master-key-iters",
+    "slots",
+];
+
 /// State of a slot in use. LUKS 1.2.3, section 6, "LUKS_KEY_ENABLED".
 pub(crate) const ENABLED: u32 = 0x00ac_71f3;
 /// State of a slot that is not in use. LUKS 1.2.3, section 6, "LUKS_KEY_DISABLED".

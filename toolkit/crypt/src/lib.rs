@@ -12,12 +12,13 @@ mod create;
 mod hash;
 mod header;
 mod iv;
+pub mod options;
 mod sector;
 mod spec;
 mod unlock;
 
 pub use create::{DEFAULT_ITERATIONS, MIN_ITERATIONS, NewHeader, NewVolume};
 pub use hash::Hash;
-pub use header::{HEADER_LEN, Header, KeySlot, MAGIC};
-pub use sector::{SECTOR, SectorCipher};
+pub use header::{FACTS, HEADER_LEN, Header, KeySlot, MAGIC};
+pub use sector::{SECTOR, SectorCipher, in_sectors};
 pub use spec::{Algorithm, CipherSpec, IvRule, Mode};

@@ -1,8 +1,9 @@
 //! Encryption of sectors of 512 bytes.
 
 use std::fmt;
+use std::ops::Range;
 
-use imgtool_core::Secret;
+use imgtool_core::{Error, RandomInput, Result, Secret};
 use zeroize::Zeroizing;
 
 use crate::block::{BlockKey, aes_128, keyed};
@@ -112,6 +113,69 @@ impl SectorCipher {
         self.key.encrypt(&mut stream[..]);
         xor(sector, &stream[..]);
     }
+}
+
+impl SectorCipher {
+    /// Fills `buf`, whole sectors of which the first has the number `sector`, from `input` at `position`. With
+    /// `lost`, fills sectors that can't be read with zeros and passes on their ranges of `buf`.
+    ///
+    /// # Errors
+    /// Those of the reads, without `lost`.
+    pub fn read(
+        &self,
+        input: &RandomInput,
+        buf: &mut [u8],
+        position: u64,
+        sector: u64,
+        lost: Option<&mut dyn FnMut(Range<usize>, Error)>,
+    ) -> Result<()> {
+        let Some(lost) = lost else {
+            input.read_exact_at(buf, position)?;
+            self.decrypt(buf, sector);
+            return Ok(());
+        };
+        let mut gaps: Vec<Range<usize>> = Vec::new();
+        input.read_salvage(buf, position, |gap, e| {
+            // A sector of which a part is lost decrypts to noise.
+            let gap = gap.start - gap.start % SECTOR..gap.end.next_multiple_of(SECTOR);
+            lost(gap.clone(), e);
+            gaps.push(gap);
+        });
+        self.decrypt(buf, sector);
+        gaps.into_iter().for_each(|gap| buf[gap].fill(0));
+        Ok(())
+    }
+}
+
+/// Fills `buf`, which starts at `offset`, by calls of `read` for whole sectors with their offsets. Sectors at the
+/// ends of which `buf` has only a part are read into a buffer of their own.
+///
+/// # Errors
+/// The first error of `read`.
+pub fn in_sectors(
+    buf: &mut [u8],
+    offset: u64,
+    mut read: impl FnMut(&mut [u8], u64) -> Result<()>,
+) -> Result<()> {
+    let mut sector = [0; SECTOR];
+    // Below 512.
+    let within = (offset % SECTOR as u64) as usize;
+    let head_len = if within == 0 { 0 } else { (SECTOR - within).min(buf.len()) };
+    let (head, rest) = buf.split_at_mut(head_len);
+    if !head.is_empty() {
+        read(&mut sector, offset - within as u64)?;
+        head.copy_from_slice(&sector[within..within + head_len]);
+    }
+    let (middle, tail) = rest.split_at_mut(rest.len() - rest.len() % SECTOR);
+    let offset = offset + head_len as u64;
+    if !middle.is_empty() {
+        read(middle, offset)?;
+    }
+    if !tail.is_empty() {
+        read(&mut sector, offset + middle.len() as u64)?;
+        tail.copy_from_slice(&sector[..tail.len()]);
+    }
+    Ok(())
 }
 
 impl fmt::Debug for SectorCipher {
