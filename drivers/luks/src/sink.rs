@@ -40,7 +40,7 @@ impl ImageWriter for LuksWriter {
         let size = round_up(device.size)?.checked_add(self.volume.payload_offset());
         let size = size.ok_or_else(|| Error::limit("the disk is too large"))?;
         // Zeros are encrypted, too.
-        Ok(Measure { required: size, fully_allocated: size, occupied: size })
+        Ok(Measure { required: size, fully_allocated: size, bitmaps: None, occupied: size })
     }
 
     fn create(&self, outputs: &mut dyn OutputFactory, manifest: &Manifest) -> Result<Box<dyn ImageSink>> {
@@ -50,10 +50,11 @@ impl ImageWriter for LuksWriter {
                 Error::usage("a LUKS container needs a passphrase").remedied_by(Remedy::GiveTargetSecret)
             );
         };
-        let size = if device.open_ended { 0 } else { round_up(device.size)? };
+        let size = if device.open_ended { 0 } else { device.size };
+        round_up(size)?;
         let output = outputs.main()?;
         let header = self.volume.create(secret)?;
-        Ok(Box::new(LuksSink { outputs: [output], header, size: AtomicU64::new(size) }))
+        Ok(Box::new(LuksSink { outputs: [output], header, requested: AtomicU64::new(size) }))
     }
 }
 
@@ -66,8 +67,8 @@ fn round_up(size: u64) -> Result<u64> {
 struct LuksSink {
     outputs: [Output; 1],
     header: NewHeader,
-    /// Virtual size in bytes, in whole sectors; for an open-ended device, 0 until [`Consumer::resize`] sets it.
-    size: AtomicU64,
+    /// Size of the disk in bytes, before rounding; for an open-ended device, 0 until [`Consumer::resize`] sets it.
+    requested: AtomicU64,
 }
 
 impl LuksSink {
@@ -112,7 +113,8 @@ impl Consumer for LuksSink {
     }
 
     fn resize(&self, _device: SinkDevice, size: u64) -> Result<()> {
-        self.size.store(round_up(size)?, Ordering::Relaxed);
+        round_up(size)?;
+        self.requested.store(size, Ordering::Relaxed);
         Ok(())
     }
 }
@@ -146,12 +148,23 @@ impl ImageSink for LuksSink {
         Ok(())
     }
 
+    fn notes(&self) -> Vec<String> {
+        let size = self.requested.load(Ordering::Relaxed);
+        match size.is_multiple_of(SECTOR as u64) {
+            true => Vec::new(),
+            false => vec![format!(
+                "the virtual size was rounded up from {size} to {} bytes",
+                size.next_multiple_of(SECTOR as u64)
+            )],
+        }
+    }
+
     fn finish(&self) -> Result<()> {
         if self.output().is_stream() {
             return Ok(());
         }
-        self.output()
-            .set_len(self.header.payload_offset.saturating_add(self.size.load(Ordering::Relaxed)))?;
+        let size = round_up(self.requested.load(Ordering::Relaxed))?;
+        self.output().set_len(self.header.payload_offset.saturating_add(size))?;
         self.output().write_at(&self.header.bytes, 0)
     }
 }

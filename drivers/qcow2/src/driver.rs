@@ -102,6 +102,10 @@ impl ImageWriter for Qcow2Writer {
         self.options.version >= 3
     }
 
+    fn encrypts(&self) -> bool {
+        self.options.encryption.is_some()
+    }
+
     fn companions(&self, _main: &str, _manifest: &Manifest) -> Vec<String> {
         self.options.data_file.iter().cloned().collect()
     }

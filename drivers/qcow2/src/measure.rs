@@ -44,7 +44,15 @@ pub fn measure(source: &dyn ImageSource, options: &WriteOptions) -> Result<Measu
     let bitmaps = source.bitmaps().filter(|_| options.version >= 3).map(|bitmaps| {
         stored_len(bitmaps.iter().filter(|bitmap| bitmap.fault.is_none()), size, cluster_size)
     });
-    Ok(Measure { required: tables + data, fully_allocated, bitmaps, occupied })
+    // The header with all key slots; only the first is stored.
+    let header =
+        options.encryption.map_or(0, |volume| volume.payload_offset().next_multiple_of(cluster_size));
+    Ok(Measure {
+        required: tables.saturating_add(data).saturating_add(header),
+        fully_allocated: fully_allocated.saturating_add(header),
+        bitmaps,
+        occupied,
+    })
 }
 
 /// Returns the size in bytes of the header and the L1, L2 and refcount structures of a fully allocated disk

@@ -1,6 +1,9 @@
 //! Options of a new image: declaration, parsing, and checks of their combinations.
 
-use imgtool_core::{BackingName, CreateOptions, Error, OptionKind, OptionSpec, OptionValues, Remedy, Result};
+use imgtool_core::{
+    BackingName, CreateOptions, Error, OptionKind, OptionSpec, OptionValues, Remedy, Result, Secret,
+};
+use imgtool_crypt::{NewVolume, options as encryption};
 
 use crate::compressed::check_level;
 use crate::layout::entry::Shape;
@@ -90,7 +93,31 @@ pub const OPTIONS: &[OptionSpec] = &[
         default: "off",
         kind: OptionKind::Flag,
     },
+    OptionSpec {
+        name: ENCRYPT,
+        help: "encrypt the guest's data; the image then differs from run to run",
+        default: "none",
+        kind: OptionKind::OneOf(&["luks"]),
+    },
+    OptionSpec {
+        name: ENCRYPT_FORMAT,
+        help: "qemu-img's name for encrypt",
+        default: "none",
+        kind: OptionKind::OneOf(&["luks"]),
+    },
+    encryption::cipher("encrypt.cipher-alg"),
+    encryption::mode("encrypt.cipher-mode"),
+    encryption::iv("encrypt.ivgen-alg"),
+    encryption::iv_hash("encrypt.ivgen-hash-alg"),
+    encryption::hash("encrypt.hash-alg"),
+    encryption::iterations("encrypt.iterations"),
 ];
+
+/// Name of the option that encrypts a new image.
+const ENCRYPT: &str = "encrypt";
+
+/// qemu-img's name for the same option.
+const ENCRYPT_FORMAT: &str = "encrypt.format";
 
 /// Space that is allocated before it is needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,6 +155,10 @@ pub struct WriteOptions {
     pub data_file: Option<String>,
     /// True if the data file by itself is a raw image of the disk.
     pub data_file_raw: bool,
+    /// Encryption of guest data.
+    pub encryption: Option<NewVolume>,
+    /// Passphrase of an encrypted image.
+    pub secret: Option<Secret>,
     /// Minimum length in bytes of zeros that are not stored, a power of two and at least 4 KiB; `None` if all
     /// zeros are stored.
     pub zero_unit: Option<u64>,
@@ -160,6 +191,8 @@ impl WriteOptions {
             backing: backing(values)?,
             data_file: values.text("data_file").map(str::to_owned),
             data_file_raw: flag("data_file_raw"),
+            encryption: encryption(values)?,
+            secret: options.secret.clone(),
             zero_unit: options.zero_unit(ZERO_GRANULARITY),
         };
         parsed.check_version()?;
@@ -191,7 +224,16 @@ impl WriteOptions {
             return Err(Error::usage("extended_l2 needs a cluster_size of at least 16k"));
         }
         let preallocated = self.preallocation != Preallocation::Off;
+        let encrypted = self.encryption.is_some();
         let conflicts = [
+            (encrypted && self.compress.is_some(), "encryption and compression can't be combined"),
+            (encrypted && self.data_file.is_some(), "encryption and data_file can't be combined"),
+            (encrypted && preallocated, "encryption and preallocation can't be combined"),
+            // Zeros over a backing image have no entry of their own in version 2.
+            (
+                encrypted && self.backing.is_some() && self.version < 3,
+                "encryption and backing_file need version 3 (compat=1.1)",
+            ),
             (self.data_file_raw && self.data_file.is_none(), "data_file_raw needs data_file"),
             (
                 self.data_file_raw && self.backing.is_some(),
@@ -254,6 +296,23 @@ fn compression(options: &CreateOptions) -> Result<CompressionType> {
     }
 }
 
+/// Returns the encryption that the options select.
+fn encryption(values: &OptionValues) -> Result<Option<NewVolume>> {
+    let volume = encryption::parse(values, "encrypt.")?;
+    if values.text(ENCRYPT).or(values.text(ENCRYPT_FORMAT)).is_some() {
+        return Ok(Some(volume));
+    }
+    let is_set = |spec: &&OptionSpec| {
+        spec.name.starts_with("encrypt.")
+            && (values.text(spec.name).is_some() || values.size(spec.name).is_some())
+    };
+    match OPTIONS.iter().find(is_set) {
+        Some(spec) => Err(Error::usage(format!("{} needs {ENCRYPT}", spec.name))
+            .remedied_by(Remedy::SetOption(format!("{ENCRYPT}=luks")))),
+        None => Ok(None),
+    }
+}
+
 fn backing(values: &OptionValues) -> Result<Option<BackingName>> {
     match (values.text("backing_file"), values.text("backing_fmt")) {
         (None, None) => Ok(None),
@@ -298,6 +357,10 @@ mod tests {
             &[("data_file_raw", "on")],
             &[("backing_file", "x")],
             &[("backing_fmt", "raw")],
+            &[("encrypt", "aes")],
+            &[("encrypt.cipher-alg", "aes-128")],
+            &[("encrypt", "luks"), ("preallocation", "full")],
+            &[("encrypt.format", "luks"), ("data_file", "x")],
             &[("nonsense", "1")],
         ] {
             assert!(parse(bad).is_err(), "{bad:?}");

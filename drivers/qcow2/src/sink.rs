@@ -9,6 +9,7 @@
 mod alloc;
 mod base;
 mod bitmaps;
+mod encrypted;
 mod finish;
 mod image;
 mod mapping_tables;
@@ -70,7 +71,7 @@ impl Consumer for Qcow2Sink {
         }
         let piece = if self.options.stores_zeros() { piece.with_zeros_as_data(pool) } else { piece };
         match (&self.encoder, &self.base) {
-            (None, None) => Ok(self.prepare_plain(piece)),
+            (None, None) if self.encryption.is_none() => Ok(self.prepare_plain(piece)),
             (encoder, base) => self.prepare_clusters(piece, pool, encoder.as_deref(), base.as_ref()),
         }
     }
@@ -108,7 +109,8 @@ impl ImageSink for Qcow2Sink {
     }
 
     fn sharing(&self, _device: SinkDevice) -> Sharing {
-        if self.options.preallocation == Preallocation::Off && !self.options.stores_zeros() {
+        let keeps_bytes = self.encryption.is_none() && !self.options.stores_zeros();
+        if self.options.preallocation == Preallocation::Off && keeps_bytes {
             Sharing::Parts(self.data_id)
         } else {
             Sharing::Never
@@ -141,6 +143,17 @@ impl ImageSink for Qcow2Sink {
             }
         }
         Ok(())
+    }
+
+    fn seals(&self) -> bool {
+        self.encryption.is_some()
+    }
+
+    fn seal(&self, prepared: &mut Prepared, writes: &mut WriteList) -> Result<()> {
+        match &self.encryption {
+            Some(encryption) => encryption.seal(prepared, writes, self.output()),
+            None => Ok(()),
+        }
     }
 
     fn finish(&self) -> Result<()> {

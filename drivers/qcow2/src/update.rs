@@ -27,7 +27,8 @@ use crate::check;
 use crate::layout::FORMAT;
 use crate::layout::entry::{L2Entry, Shape, Subclusters};
 use crate::layout::header::{
-    AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, Header, INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_DIRTY,
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, Encryption, Header, INCOMPATIBLE_DATA_FILE,
+    INCOMPATIBLE_DIRTY,
 };
 use crate::options::ZERO_GRANULARITY;
 use crate::source::Qcow2Source;
@@ -408,6 +409,11 @@ fn open_content(output: &Output, open: &OpenOptions) -> Result<Disk> {
 
 /// Refuses an image with features that the driver can't keep intact.
 pub fn check_changeable(header: &Header) -> Result<()> {
+    if header.encryption != Encryption::None {
+        return Err(Error::unsupported("an encrypted image can't be changed in place")
+            .at(32)
+            .hint("make a new image instead"));
+    }
     if header.has(INCOMPATIBLE_DIRTY) {
         return Err(Error::refused("the image was not closed cleanly, so its refcounts may be wrong")
             .at(72)

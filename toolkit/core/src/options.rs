@@ -108,6 +108,9 @@ impl fmt::Display for OptionKind {
             Self::PowerOfTwo { min, max } | Self::PowerOfTwoOrZero { min, max } => {
                 write!(f, "{}..{}, a power of two", short_size(*min), short_size(*max))
             }
+            Self::Size { min, max, unit: 1 } => {
+                write!(f, "{}..{}", short_size(*min), short_size(*max))
+            }
             Self::Size { min, max, unit } => {
                 write!(f, "{}..{}, a multiple of {}", short_size(*min), short_size(*max), short_size(*unit))
             }

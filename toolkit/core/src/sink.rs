@@ -7,7 +7,8 @@
 //!
 //! 1. [`Consumer::prepare`] finds zeros, compresses and assembles, in many threads and without shared state.
 //! 2. [`ImageSink::place`] chooses the file offsets of the prepared bytes, in source order. It must be cheap.
-//! 3. The pipeline writes the placed bytes: to a pipe in order, to several outputs in several threads.
+//! 3. The pipeline writes the placed bytes: to a pipe in order, to several outputs in several threads. If the
+//!    bytes depend on their file offsets, [`ImageSink::seal`] encrypts them before, in many threads.
 //!
 //! [`ImageSink::finish`] then writes the tables, and the header last.
 
@@ -184,6 +185,11 @@ impl WriteList {
         &self.writes
     }
 
+    /// Returns the writes, to be changed by [`ImageSink::seal`].
+    pub fn writes_mut(&mut self) -> &mut [FileWrite] {
+        &mut self.writes
+    }
+
     /// Consumes the list and returns the writes.
     pub fn into_writes(self) -> Vec<FileWrite> {
         self.writes
@@ -261,6 +267,18 @@ pub trait ImageSink: Consumer {
     /// Chooses the file offsets of the parts and adds the writes to `writes`. Must be cheap. If
     /// [`Geometry::ordered`], the pipeline calls it in source order and from one thread at a time.
     fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()>;
+
+    /// True if the pipeline must call [`ImageSink::seal`] for every placed piece. False by default.
+    fn seals(&self) -> bool {
+        false
+    }
+
+    /// Changes the bytes of a placed piece, which depend on their file offsets: encrypts them. The pipeline calls
+    /// it after [`ImageSink::place`] and before the writes, from many threads at once and in any order, so not
+    /// for an append-only image. The bytes of a write may change, and writes may be added.
+    fn seal(&self, _prepared: &mut Prepared, _writes: &mut WriteList) -> Result<()> {
+        Ok(())
+    }
 
     /// Returns the bytes after the last piece of an append-only image. The caller writes them at the end of
     /// the main output, before it calls [`ImageSink::finish`].

@@ -131,7 +131,7 @@ impl Extensions {
             .map(|known| known.name.as_str())
     }
 
-    /// Encodes the extensions of a new image, which is not encrypted, and ends the list.
+    /// Encodes the extensions of a new image, and ends the list.
     /// Leaves out the feature names, which serve only for messages, if the result would otherwise exceed
     /// `max_len` bytes.
     pub fn encode(&self, max_len: usize) -> Vec<u8> {
@@ -154,6 +154,9 @@ impl Extensions {
             let mut data = [count, 0].map(u32::to_be_bytes).concat();
             data.extend([directory_len, directory_offset].map(u64::to_be_bytes).concat());
             push(&mut bytes, BITMAPS, &data);
+        }
+        if let Some((offset, len)) = self.crypto_header {
+            push(&mut bytes, CRYPTO_HEADER, &[offset.to_be_bytes(), len.to_be_bytes()].concat());
         }
         if !self.feature_names.is_empty() {
             let mut table = Vec::new();

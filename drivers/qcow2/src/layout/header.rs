@@ -90,6 +90,9 @@ pub struct RawHeader {
 
 const _: () = assert!(size_of::<RawHeader>() == V3_HEADER_LEN as usize);
 
+/// Number of the encryption with LUKS. Specification, "crypt_method".
+pub const CRYPT_LUKS: u32 = 2;
+
 /// Encryption of guest data. Specification, "crypt_method".
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encryption {
@@ -411,7 +414,7 @@ fn encryption(method: u32) -> Result<Encryption> {
     match method {
         0 => Ok(Encryption::None),
         1 => Ok(Encryption::Aes),
-        2 => Ok(Encryption::Luks),
+        CRYPT_LUKS => Ok(Encryption::Luks),
         other => Err(Error::unsupported(format!("unknown encryption method {other}")).at(32)),
     }
 }

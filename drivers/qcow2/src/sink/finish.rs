@@ -5,11 +5,12 @@ use imgtool_core::{Error, OutputId, Result};
 use zerocopy::IntoBytes;
 
 use super::alloc::{Allocator, RefcountTable};
+use super::encrypted::Encrypted;
 use super::image::{Placement, Qcow2Sink, State, round_up_size};
 use crate::layout::entry::{L1Entry, L2Entry, Subclusters};
 use crate::layout::extension::{BitmapsExtension, Extensions};
 use crate::layout::header::{
-    AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, COMPATIBLE_LAZY_REFCOUNTS, CompressionType,
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, COMPATIBLE_LAZY_REFCOUNTS, CRYPT_LUKS, CompressionType,
     INCOMPATIBLE_COMPRESSION_TYPE, INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2, MAGIC, RawHeader,
     V2_HEADER_LEN, V3_HEADER_LEN, known_feature_names,
 };
@@ -54,6 +55,7 @@ impl Qcow2Sink {
             self.data_output().set_len(virtual_size)?;
         }
         self.output().set_len(alloc.end())?;
+        self.encryption.as_ref().map_or(Ok(()), |encryption| encryption.write_header(self.output()))?;
         let l1_entries = l1_entries as u64;
         let places = Places { virtual_size, l1_offset, l1_entries, refcount_table, bitmaps };
         let header = self.header(&places)?;
@@ -137,6 +139,7 @@ impl Qcow2Sink {
             backing_format: options.backing.as_ref().map(|backing| backing.format.clone()),
             data_file: options.data_file.clone(),
             bitmaps: places.bitmaps,
+            crypto_header: self.encryption.as_ref().map(Encrypted::place),
             feature_names: if options.version >= 3 { known_feature_names() } else { Vec::new() },
             ..Extensions::default()
         };
@@ -165,7 +168,7 @@ impl Qcow2Sink {
             backing_file_size: (self.backing_name().len() as u32).into(),
             cluster_bits: options.shape.cluster_bits.into(),
             size: places.virtual_size.into(),
-            crypt_method: 0.into(),
+            crypt_method: if self.encryption.is_some() { CRYPT_LUKS } else { 0 }.into(),
             // This and `refcount_table_clusters` are within QEMU's limits, which are far below 2^32.
             l1_size: (places.l1_entries as u32).into(),
             l1_table_offset: places.l1_offset.into(),

@@ -6,6 +6,7 @@ use imgtool_core::{Bitmap, Error, Manifest, Output, OutputFactory, OutputId, Res
 
 use super::alloc::Allocator;
 use super::base::Base;
+use super::encrypted::Encrypted;
 use super::mapping_tables::MappingTables;
 use super::memory;
 use crate::compressed::Encoder;
@@ -45,6 +46,8 @@ pub struct Qcow2Sink {
     /// Persistent bitmaps of the image.
     pub(super) bitmaps: Vec<Bitmap>,
     pub(super) encoder: Option<Arc<Encoder>>,
+    /// Encryption of the data clusters, if any.
+    pub(super) encryption: Option<Encrypted>,
     /// Requested size in bytes of the disk, before rounding; `None` until the end of the source is known.
     pub(super) size: Mutex<Option<u64>>,
     /// Host offset of the L1 table; `None` if `finish` allocates it or the disk is empty.
@@ -81,6 +84,7 @@ impl Qcow2Sink {
         let alloc = Allocator::new(shape.cluster_bits, options.refcount_order);
         let mut alloc = alloc.with_batch(division.batch);
         alloc.allocate(1)?;
+        let encryption = Encrypted::create(&options, &mut alloc)?;
         let virtual_size = size.map(round_up_size).transpose()?;
         virtual_size.map_or(Ok(()), |size| options.check_size(size))?;
         let mut l1_offset = None;
@@ -119,6 +123,7 @@ impl Qcow2Sink {
             base,
             bitmaps: manifest.bitmaps.clone(),
             encoder,
+            encryption,
             size: Mutex::new(size),
             l1_offset,
             state: Mutex::new(state),
@@ -147,7 +152,7 @@ impl Qcow2Sink {
 
     /// True if the sink stores only whole clusters.
     pub(super) fn stores_whole_clusters(&self) -> bool {
-        self.encoder.is_some() || self.base.is_some()
+        self.encoder.is_some() || self.base.is_some() || self.encryption.is_some()
     }
 }
 

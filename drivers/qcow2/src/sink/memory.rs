@@ -7,7 +7,6 @@ use imgtool_core::TableMemory;
 
 use super::alloc::BATCH_BYTES;
 use crate::layout::MAX_REFCOUNT_TABLE_BYTES;
-use crate::layout::entry::Shape;
 use crate::options::WriteOptions;
 
 /// Maximum size in bytes of the L2 tables in memory. Our limit: with clusters of 64 KiB, these tables map
@@ -43,7 +42,10 @@ struct Sizes {
 
 impl Sizes {
     /// `virtual_size` is `None` if it is unknown until the source ends.
-    fn new(shape: Shape, refcount_order: u32, virtual_size: Option<u64>) -> Self {
+    fn new(options: &WriteOptions, virtual_size: Option<u64>) -> Self {
+        let (shape, refcount_order) = (options.shape, options.refcount_order);
+        // An encryption header is at most 3 MiB, of which the material of one slot is in memory.
+        let header = options.encryption.map_or(0, |volume| volume.payload_offset());
         let cluster_size = shape.cluster_size();
         let tables = virtual_size.map(|size| shape.l1_entries(size));
         let entries = |size: u64| size.div_ceil(cluster_size) * shape.l2_entry_words() as u64 * 8;
@@ -55,7 +57,7 @@ impl Sizes {
         let block_entries = (cluster_size * 8) >> refcount_order;
         let blocks = virtual_size.map_or(0, |size| size.div_ceil(cluster_size) / block_entries + 1);
         Self {
-            fixed: tables.unwrap_or(0) * 8 + (blocks * 8).min(MAX_REFCOUNT_TABLE_BYTES),
+            fixed: header / 4 + tables.unwrap_or(0) * 8 + (blocks * 8).min(MAX_REFCOUNT_TABLE_BYTES),
             l2_table,
             l2_tables: tables
                 .map_or(OPEN_BYTES, |tables| tables.saturating_mul(l2_table).min(OPEN_BYTES))
@@ -64,7 +66,7 @@ impl Sizes {
             batch: (BATCH_BYTES as u64).max(cluster_size),
             // The tables add less than a hundredth to the data, and a few clusters.
             refcounts: virtual_size.map_or(u64::MAX, |size| {
-                let clusters = size.div_ceil(cluster_size);
+                let clusters = size.div_ceil(cluster_size) + header.div_ceil(cluster_size);
                 ((clusters + clusters / 64 + 64) << refcount_order).div_ceil(8).next_multiple_of(PAGE)
             }),
         }
@@ -87,7 +89,7 @@ pub(super) fn table_memory(
         // No memory suffices for this image; creating it fails.
         return TableMemory::default();
     }
-    let sizes = Sizes::new(options.shape, options.refcount_order, virtual_size);
+    let sizes = Sizes::new(options, virtual_size);
     if is_linear {
         let all = sizes.fixed.saturating_add(sizes.pending_refcounts(sizes.batch));
         return TableMemory { least: all, most: all };
@@ -98,7 +100,7 @@ pub(super) fn table_memory(
 
 /// Divides the `share` of an image in bytes; `None` for as much as it can use.
 pub(super) fn divide(options: &WriteOptions, virtual_size: Option<u64>, share: Option<u64>) -> Division {
-    let sizes = Sizes::new(options.shape, options.refcount_order, virtual_size);
+    let sizes = Sizes::new(options, virtual_size);
     let most = table_memory(options, virtual_size, false).most;
     let rest = share.unwrap_or(most).min(most).saturating_sub(sizes.fixed);
     let full = sizes.pending_refcounts(sizes.batch) + sizes.l2_tables;

@@ -1,7 +1,8 @@
 //! Places pieces in source order, and lets one worker at a time write to a file or stream.
 //!
 //! Workers submit prepared pieces in any order. The worker that submits the next piece in source order places
-//! it and all ready pieces after it. A placed piece waits in the queue of its output. A worker that finds an
+//! it and all ready pieces after it. If the bytes of a target depend on their file offsets, workers then seal
+//! (encrypt) the placed pieces, each of them any piece. A placed piece waits in the queue of its output. A worker that finds an
 //! output without a writer empties its queue, while others go on reading and preparing.
 //!
 //! One writer is enough for a file: the kernel locks the inode during a write, so a second writer would only
@@ -69,6 +70,8 @@ struct State {
     next: u64,
     /// Prepared pieces that wait for an earlier piece, by ticket, with the index of their target.
     ready: BTreeMap<u64, (usize, Prepared)>,
+    /// Placed pieces to be sealed, with the index of their target.
+    unsealed: VecDeque<(usize, Prepared, WriteList)>,
     /// Queues of placed pieces, by index of the output.
     queues: Vec<Queue>,
     aborted: bool,
@@ -127,8 +130,9 @@ impl<'a> Orderer<'a> {
             self.place_in_order(ticket, target, prepared)?;
         } else {
             let writes = self.place(target, &prepared)?;
-            self.enqueue(&mut lock(&self.state), target, prepared, writes)?;
+            self.pass_on(&mut lock(&self.state), target, prepared, writes)?;
         }
+        self.seal_placed()?;
         self.write_queued()
     }
 
@@ -147,7 +151,32 @@ impl<'a> Orderer<'a> {
             let Some((target, prepared)) = state.ready.remove(&next) else { return Ok(()) };
             let writes = self.place(target, &prepared)?;
             state.next += 1;
-            self.enqueue(&mut state, target, prepared, writes)?;
+            self.pass_on(&mut state, target, prepared, writes)?;
+        }
+    }
+
+    /// Puts the writes of a placed piece into the queues, or the piece among those to be sealed.
+    fn pass_on(
+        &self,
+        state: &mut MutexGuard<'_, State>,
+        target: usize,
+        prepared: Prepared,
+        writes: WriteList,
+    ) -> Result<()> {
+        if self.targets.job().targets[target].seals() && !writes.writes().is_empty() {
+            state.unsealed.push_back((target, prepared, writes));
+            return Ok(());
+        }
+        self.enqueue(state, target, prepared, writes)
+    }
+
+    /// Seals placed pieces until none is left. Every worker that has submitted a piece takes part.
+    fn seal_placed(&self) -> Result<()> {
+        loop {
+            let next = lock(&self.state).unsealed.pop_front();
+            let Some((target, mut prepared, mut writes)) = next else { return Ok(()) };
+            self.targets.job().targets[target].seal(&mut prepared, &mut writes)?;
+            self.enqueue(&mut lock(&self.state), target, prepared, writes)?;
         }
     }
 

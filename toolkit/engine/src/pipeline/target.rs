@@ -49,6 +49,19 @@ impl<'a> Target<'a> {
         }
     }
 
+    /// See [`ImageSink::seals`].
+    pub(super) fn seals(self) -> bool {
+        matches!(self, Self::Sink(sink) if sink.seals())
+    }
+
+    /// See [`ImageSink::seal`].
+    pub(super) fn seal(self, prepared: &mut Prepared, writes: &mut WriteList) -> Result<()> {
+        match self {
+            Self::Sink(sink) => sink.seal(prepared, writes),
+            Self::Consumer(_) => Ok(()),
+        }
+    }
+
     /// Passes on the size of an open-ended device, in bytes.
     pub(super) fn resize(self, device: SinkDevice, size: u64) -> Result<()> {
         self.consumer().resize(device, size)
