@@ -53,6 +53,9 @@ pub fn words(remedy: &Remedy) -> String {
         Remedy::GiveSecret => {
             "give the passphrase with --secret file=PATH, env=NAME or fd=N".to_owned()
         }
+        Remedy::GiveSecretOrReadAs { format } => format!(
+            "give the passphrase with --secret file=PATH, env=NAME or fd=N; -f {format} copies the encrypted bytes as they are"
+        ),
         Remedy::GiveTargetSecret => {
             "give a passphrase for the new image with --target-secret file=PATH, env=NAME or fd=N".to_owned()
         }

@@ -46,7 +46,7 @@ impl SecretSource {
             Self::File(path) => (read_file(path).map_err(|e| e.path(path))?, path.display().to_string()),
             Self::Descriptor(number) => {
                 let place = format!("file descriptor {number}");
-                (read_file(&PathBuf::from(format!("/dev/fd/{number}"))).map_err(|e| of(&place, e))?, place)
+                (read_file(&PathBuf::from(format!("/dev/fd/{number}"))).map_err(|e| of(&place, &e))?, place)
             }
             Self::Environment(name) => {
                 let value = env::var_os(name).ok_or_else(|| {
@@ -85,7 +85,7 @@ fn read_file(path: &PathBuf) -> Result<Vec<u8>> {
     Ok(bytes[..filled].to_vec())
 }
 
-fn of(place: &str, error: Error) -> Error {
+fn of(place: &str, error: &Error) -> Error {
     Error::usage(format!("{place}: {error:#}")).hint("the shell opens it: --secret fd=3 3<FILE")
 }
 

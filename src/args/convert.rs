@@ -175,6 +175,8 @@ pub struct TargetArgs {
     pub target_is_zero: bool,
 
     /// Passphrase of an encrypted output (-O luks, or qcow2 with -o encrypt=luks) [default: that of --secret]
+    ///
+    /// The key of an encrypted output is random, so the output differs from run to run.
     #[arg(
         long,
         value_name = "file=PATH|env=NAME|fd=N",

@@ -24,7 +24,9 @@ pub fn explain(mistake: &clap::Error, args: &[OsString]) -> Error {
     if let Some(error) = missing_dash(&command, args) {
         return error;
     }
-    let value = text(ContextKind::InvalidValue);
+    // Who states a passphrase where its place belongs must not find it in a log.
+    let is_secret = arg.contains("secret") && mistake.kind() == ErrorKind::ValueValidation;
+    let value = if is_secret { "<secret>".to_owned() } else { text(ContextKind::InvalidValue) };
     match mistake.kind() {
         ErrorKind::InvalidSubcommand => {
             unknown_command(&text(ContextKind::InvalidSubcommand), &command, args)

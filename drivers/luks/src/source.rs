@@ -4,10 +4,13 @@ use std::ops::Range;
 
 use imgtool_core::source::uniform_extent;
 use imgtool_core::{
-    Access, Device, DeviceId, Error, Extent, ExtentKind, ImageInfo, ImageSource, Input, Loss, Losses,
-    OpenOptions, RandomAccess, RandomInput, Result,
+    Access, Device, DeviceId, Error, ErrorKind, Extent, ExtentKind, ImageInfo, ImageSource, Input, Loss,
+    Losses, OpenOptions, RandomAccess, RandomInput, Remedy, Result,
 };
 use imgtool_crypt::{HEADER_LEN, Header, SECTOR, SectorCipher, in_sectors};
+
+/// Name of the format in which a container is copied without being opened.
+const VERBATIM: &str = "raw";
 
 /// The id of a container's only device.
 const DISK: DeviceId = DeviceId(0);
@@ -36,10 +39,14 @@ impl LuksSource {
         let input = input.into_random()?;
         // At most HEADER_LEN.
         let head_len = input.len().min(HEADER_LEN as u64) as usize;
-        let header = Header::parse(&input.read_vec(0, head_len)?)?;
+        let header = Header::parse(&input.read_vec(0, head_len)?).map_err(refer_to_raw)?;
         let start = header.payload_offset;
         let size = content_len(&input, start)?;
         let wants_content = !options.info_only && !options.layout_only;
+        if wants_content && options.secret.is_none() {
+            return Err(Error::refused("the container is encrypted (LUKS)")
+                .remedied_by(Remedy::GiveSecretOrReadAs { format: VERBATIM }));
+        }
         let cipher = wants_content
             .then(|| header.unlock(&input, 0..start, options.secret.as_ref(), &options.memory))
             .transpose()?;
@@ -54,6 +61,15 @@ impl LuksSource {
         }
         Ok(Self { info, input, start, cipher, losses: options.salvage.then(Losses::default) })
     }
+}
+
+/// Adds to the error of an unknown version that its bytes can be copied as they are.
+fn refer_to_raw(error: Error) -> Error {
+    if error.kind() != ErrorKind::Unsupported {
+        return error;
+    }
+    let advice = "cryptsetup opens it as a device, which can be converted".into();
+    error.remedied_by(Remedy::ReadAs { format: VERBATIM, advice })
 }
 
 /// Returns the length in bytes of the content from `start` on.

@@ -87,6 +87,12 @@ pub enum Remedy {
     ReadAll,
     /// Give the passphrase of the encrypted image ([`crate::OpenOptions::secret`]).
     GiveSecret,
+    /// Give the passphrase of the container, or state this format, in which the encrypted bytes are copied as they
+    /// are.
+    GiveSecretOrReadAs {
+        /// Name of the format.
+        format: &'static str,
+    },
     /// Give a passphrase for the new image ([`crate::CreateOptions::secret`]).
     GiveTargetSecret,
     /// Allow this much memory ([`crate::Memory::new`]).
@@ -152,6 +158,12 @@ impl fmt::Display for Remedy {
             Self::RenameDevice => f.write_str("give the device another name"),
             Self::ReadAll => f.write_str("read the stream to its end"),
             Self::GiveSecret => f.write_str("give the passphrase"),
+            Self::GiveSecretOrReadAs { format } => {
+                write!(
+                    f,
+                    "give the passphrase; stating the format {format} copies the encrypted bytes as they are"
+                )
+            }
             Self::GiveTargetSecret => f.write_str("give a passphrase for the new image"),
             Self::AllowMemory { bytes } => write!(f, "allow {} MiB of memory", bytes >> 20),
         }

@@ -128,9 +128,8 @@ impl Header {
         match version {
             1 => {}
             2 => {
-                return Err(Error::unsupported("the header is LUKS version 2; only version 1 is supported")
-                    .at(6)
-                    .hint("decrypt it with cryptsetup, and convert the device that it opens"));
+                let message = "the header is LUKS version 2; only version 1 is supported";
+                return Err(Error::unsupported(message).at(6));
             }
             other => return Err(Error::unsupported(format!("unknown LUKS version {other}")).at(6)),
         }

@@ -27,6 +27,7 @@ mod image;
 mod laws;
 mod memory;
 mod read_only;
+mod unlocked;
 
 pub use compare::{assert_content, compare};
 pub use harness::{
@@ -40,3 +41,4 @@ pub use image::{Content, Fill, Image, Order, far_apart, patterns, several_device
 pub use laws::*;
 pub use memory::MemorySource;
 pub use read_only::{read_only, read_only_with};
+pub use unlocked::Unlocked;
