@@ -76,6 +76,10 @@ fn readme_commands_succeed() {
     for name in ["a.qcow2", "a.vhdx", "b.raw", "disk.qcow2", "disk.vhdx", "disk.raw", "volume.raw"] {
         imgtool(["convert", text(&archive), "--disk", "drive-efidisk0", text(&here(name))]).ok();
     }
+    std::fs::write(here("pass"), "a passphrase\n").unwrap();
+    let lock = ["convert", "-o", "encrypt=luks,encrypt.iterations=1000", "--secret"];
+    let secret = format!("file={}", text(&here("pass")));
+    imgtool(lock).args([&secret, text(&here("b.raw")), text(&here("locked.qcow2"))]).ok();
     std::fs::copy(&archive, here("vm.vma.zst")).unwrap();
     imgtool(["convert", text(&archive), text(&here("vm.vma"))]).ok();
     std::fs::copy(fixture("qemu-server.conf"), here("qemu-server.conf")).unwrap();
@@ -123,7 +127,22 @@ fn overlays_recipe_prints_the_documented_output() {
 }
 
 #[test]
+fn encrypted_recipe_prints_the_documented_output() {
+    run("docs/recipes/encrypted.md");
+}
+
+#[test]
 fn every_recipe_has_a_test() {
     let names = imgtool_testing::names(&Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/recipes"));
-    assert_eq!(names, ["overlays.md", "proxmox-backup.md", "proxmox-template.md", "rescue.md", "volumes.md"]);
+    assert_eq!(
+        names,
+        [
+            "encrypted.md",
+            "overlays.md",
+            "proxmox-backup.md",
+            "proxmox-template.md",
+            "rescue.md",
+            "volumes.md"
+        ]
+    );
 }

@@ -47,6 +47,7 @@ pub fn registry() -> Registry {
     imgtool_vhd::register(&mut registry);
     imgtool_vdi::register(&mut registry);
     imgtool_vmdk::register(&mut registry);
+    imgtool_luks::register(&mut registry);
     imgtool_vma::register(&mut registry);
     registry
 }

@@ -10,6 +10,7 @@ use crate::scenario::Scenario;
 use crate::sparse::SparseFile;
 
 mod beside;
+mod luks;
 mod map_file;
 mod outer;
 mod qcow2;
@@ -33,13 +34,14 @@ pub struct Target {
 }
 
 /// All targets.
-pub const ALL: [Target; 13] = [
+pub const ALL: [Target; 14] = [
     Target { name: "raw", run: raw::run, image: None },
     Target { name: "qcow2", run: qcow2::run, image: Some(qcow2::image) },
     Target { name: "vhdx", run: vhdx::run, image: Some(vhdx::image) },
     Target { name: "vhd", run: vhd::run, image: Some(vhd::image) },
     Target { name: "vdi", run: vdi::run, image: Some(vdi::image) },
     Target { name: "vmdk", run: vmdk::run, image: Some(vmdk::image) },
+    Target { name: "luks", run: luks::run, image: Some(luks::image) },
     Target { name: "small", run: small::run, image: Some(small::image) },
     Target { name: "vma_file", run: vma::run_file, image: Some(vma::image) },
     Target { name: "vma_stream", run: vma::run_stream, image: Some(vma::image) },
