@@ -166,7 +166,7 @@ pub struct InputArgs {
     #[arg(long, value_name = "SIZE", value_parser = memory, hide_short_help = true)]
     pub memory: Option<u64>,
 
-    /// Accepted for compatibility, no effect: images are never locked
+    /// Read an image even if another program, such as a running virtual machine, may write it
     #[arg(short = 'U', long = "force-share")]
     pub force_share: bool,
 

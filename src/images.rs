@@ -18,6 +18,7 @@ pub fn open_settings(args: &InputArgs) -> Result<OpenSettings> {
         args.allow_external.iter().cloned().partition(|path| path.as_os_str() == "chain");
     Ok(OpenSettings {
         ignore_trailing: args.ignore_trailing,
+        force_share: args.force_share,
         policy: ExternalPolicy { chain: !chain.is_empty(), paths },
         memory: args.memory.map_or_else(Memory::default, Memory::new),
         ..OpenSettings::default()

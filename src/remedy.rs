@@ -11,6 +11,7 @@ pub fn words(remedy: &Remedy) -> String {
                 .to_owned()
         }
         Remedy::OpenAnyway(advice) => format!("{advice}, or read it as it is with --force"),
+        Remedy::ShareSource(advice) => format!("{advice}; -U reads it as it is, and may mix two states"),
         Remedy::Overwrite => "--force overwrites it; -n writes one disk into it".to_owned(),
         Remedy::WriteIntoDevice => "write into it with -n, or with --target NAME=PATH".to_owned(),
         Remedy::ForceWrite(advice) => format!("nothing was written; {advice}; --force writes anyway"),

@@ -4,6 +4,7 @@ use imgtool_testing::{images, tempdir};
 
 mod block_devices;
 mod commands;
+mod image_locks;
 mod info;
 mod json_reference;
 mod outputs;

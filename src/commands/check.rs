@@ -44,7 +44,7 @@ fn check(args: &CheckArgs) -> Result<Exit> {
     let options = images::open_options(&registry, &args.input)?;
     let format = args.input.format.as_deref();
     let location = Location::source(args.image.as_os_str());
-    let open = open::open_input(&registry, &location, format, &options.memory)?;
+    let open = open::open_input(&registry, &location, format, &options)?;
     let driver = match format {
         Some(name) => registry.get(name)?,
         None => open::recognise(&registry, &open).in_file(&location)?.0,

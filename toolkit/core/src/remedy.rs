@@ -21,6 +21,9 @@ pub enum Remedy {
     /// Open an image that is marked as unsafe ([`crate::OpenOptions::force`]). The advice is the safer
     /// alternative.
     OpenAnyway(Cow<'static, str>),
+    /// Read a source that another program may write ([`crate::OpenOptions::force_share`]). The advice is the
+    /// safer alternative.
+    ShareSource(Cow<'static, str>),
     /// Replace the file that already exists.
     Overwrite,
     /// Write into the block device that already exists.
@@ -108,6 +111,9 @@ impl fmt::Display for Remedy {
                 f.write_str("every device is complete: allow trailing bytes to ignore what follows")
             }
             Self::OpenAnyway(advice) => write!(f, "{advice}, or force reading it as it is"),
+            Self::ShareSource(advice) => {
+                write!(f, "{advice}; forcing shared access reads it, and may mix two states")
+            }
             Self::Overwrite => f.write_str("allow overwriting, or choose another name"),
             Self::WriteIntoDevice => f.write_str("write into the device in place"),
             Self::ForceWrite(advice) => write!(f, "nothing was written; {advice}; a forced write goes ahead"),

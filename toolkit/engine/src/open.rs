@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imgtool_core::{
-    CancelToken, Confidence, Device, Driver, Error, Externals, ImageSource, Input, Location, Memory,
-    OpenOptions, RandomInput, Registry, Remedy, Result, suggest,
+    CancelToken, Confidence, Device, Driver, Error, Externals, ImageSource, Input, Location, OpenOptions,
+    RandomInput, Registry, Remedy, Result, suggest,
 };
 use imgtool_storage::open::{OpenInput, Opening};
-use imgtool_storage::{Compression, FileWatch, Identity, outer};
+use imgtool_storage::{Compression, FileWatch, Identity, Sharing, outer};
 
 use crate::externals::{ExternalPolicy, PolicyOpener};
 use crate::{foreign, missing};
@@ -30,7 +30,7 @@ pub struct Opened {
     pub spooled: bool,
     /// Identity of the file, if it is a file or block device.
     pub identity: Option<Identity>,
-    /// Watch over the file, if it is a regular file.
+    /// Watch over the file, if it is a regular file or block device.
     pub watch: Option<FileWatch>,
     /// Opener of the files that the image names.
     pub externals: Externals,
@@ -111,7 +111,8 @@ pub fn resolve(image: &Location, name: &str) -> Option<Location> {
 
 /// Opens the bytes of an image and removes outer compression. If the user states the `format` raw, in which
 /// any content is legal, only the file extensions determine the compression. A file that its end identifies as
-/// an image of the stated format, or of its extension's, is not compressed. Decoders borrow from `memory`.
+/// an image of the stated format, or of its extension's, is not compressed. Decoders borrow from the memory of
+/// `options`, which also decide about a file in use.
 ///
 /// # Errors
 /// If the input can't be opened, or its content contradicts those extensions;
@@ -121,13 +122,14 @@ pub fn open_input(
     registry: &Registry,
     location: &Location,
     format: Option<&str>,
-    memory: &Memory,
+    options: &OpenOptions,
 ) -> Result<OpenInput> {
     let driver = format.map(|name| foreign::driver(registry, name)).transpose()?;
     let is_verbatim = driver.as_ref().is_some_and(|driver| driver.capabilities().verbatim);
     let opening = if is_verbatim { Opening::ByName } else { Opening::Plain };
-    let mut open =
-        imgtool_storage::open::open(location, opening, memory).map_err(|e| missing::explain(e, location))?;
+    let sharing = Sharing::forced(options.force_share);
+    let mut open = imgtool_storage::open::open_shared(location, opening, &options.memory, sharing)
+        .map_err(|e| missing::explain(e, location))?;
     if !is_verbatim {
         let driver = driver.or_else(|| driver_by_name(registry, location));
         // An image that its end identifies begins with its content, which may look like any compression.
@@ -158,7 +160,7 @@ pub fn open(
     options: &OpenOptions,
     cancel: &CancelToken,
 ) -> Result<Opened> {
-    let input = open_input(registry, location, format, &options.memory)?.cancelled_by(cancel.clone());
+    let input = open_input(registry, location, format, options)?.cancelled_by(cancel.clone());
     open_image(registry, input, format, options)
 }
 
@@ -173,8 +175,7 @@ pub fn open_random(
     options: &OpenOptions,
     cancel: &CancelToken,
 ) -> Result<Opened> {
-    let input =
-        open_input(registry, location, format, &options.memory)?.cancelled_by(cancel.clone()).spool()?;
+    let input = open_input(registry, location, format, options)?.cancelled_by(cancel.clone()).spool()?;
     open_image(registry, input, format, options)
 }
 
@@ -244,7 +245,8 @@ fn with_opener(registry: &Registry, options: &OpenOptions) -> OpenOptions {
     let mut options = options.clone();
     if options.externals.is_empty() {
         let opener = PolicyOpener::new(registry.clone(), ExternalPolicy::default());
-        options.externals = opener.borrowing(&options.memory).externals();
+        let opener = opener.borrowing(&options.memory).sharing(Sharing::forced(options.force_share));
+        options.externals = opener.externals();
     }
     options
 }

@@ -91,7 +91,7 @@ pub(crate) fn open_sources(
     let memory = options.memory.shared_by(requests.len());
     let options = &OpenOptions { memory, ..options.clone() };
     let open_one = |request: &SourceRequest| {
-        let input = open::open_input(registry, &request.location, format, &options.memory)?;
+        let input = open::open_input(registry, &request.location, format, options)?;
         let input = input.cancelled_by(cancel.clone());
         let input =
             spool_if_endless(registry, input, format, target).map_err(|e| e.path(&request.location))?;
