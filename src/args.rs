@@ -69,6 +69,7 @@ Exit codes:
   compare: 0 identical, 1 different, 2 could not compare
   check: 0 clean, 1 could not check, 2 corrupt, 3 leaks only
   vma: those of the vma program
+  After Ctrl-C or another signal, a command cleans up and dies of the signal.
 
 Examples:
   imgtool info vm.vma.zst

@@ -39,6 +39,8 @@ Exit codes:
   1  failed; no output is left under its final name
   2  usage error
   3  finished with losses (--salvage); each lost range is listed
+  After Ctrl-C or another signal, the program cleans up and dies of the signal.
+  SIGUSR1 prints the progress.
 
 Examples:
   imgtool convert disk.vhdx disk.qcow2

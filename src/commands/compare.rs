@@ -89,7 +89,7 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
     if args.first.as_os_str() == "-" && args.second.as_os_str() == "-" {
         return Err(Error::usage("standard input can be only one of the images"));
     }
-    let interrupt = Interrupt::listen_for(Exit::NOT_COMPARED)?;
+    let interrupt = Interrupt::listen()?;
     let opener = Opener { registry: &registry, options: &options };
     let first = opener.open(args.first.as_os_str(), args.input.format.as_deref(), args.strict)?;
     // The comparison needs random access to at least one image; the other may be a stream.
