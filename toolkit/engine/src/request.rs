@@ -217,6 +217,7 @@ impl OpenConversion<'_> {
             format: &self.format,
             dest: self.request.dest.as_ref(),
             disk_targets: &self.request.disk_targets,
+            disks_named: !self.request.disks.is_empty(),
             attachments,
             in_place: self.request.in_place,
             overwrite: self.request.overwrite,

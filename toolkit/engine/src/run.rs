@@ -70,9 +70,8 @@ impl Plan {
         monitor.outputs(self.outputs.cleaner());
         self.check(options)?;
         let (shares, tables) = self.lease_tables()?;
-        if let Some(directory) = &self.layout.directory {
-            self.outputs.directory(directory)?;
-        }
+        let directories = self.layout.directory.iter().chain(&self.layout.machine_directories);
+        directories.into_iter().try_for_each(|directory| self.outputs.directory(directory))?;
         let memory = self.memory.shared_by(self.layout.outputs.len());
         let base_opener = PolicyOpener::new(self.registry.clone(), options.base_policy.clone());
         let base_opener = base_opener.borrowing(&memory);

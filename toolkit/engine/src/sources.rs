@@ -55,6 +55,11 @@ pub struct OpenSource {
 }
 
 impl OpenSource {
+    /// True if the image holds a machine: its disks and configurations.
+    pub fn holds_machine(&self) -> bool {
+        self.opened.driver.capabilities().is_archive()
+    }
+
     /// Returns the configurations of the image.
     pub fn attachments(&self) -> &[Attachment] {
         &self.opened.image.info().attachments
