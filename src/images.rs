@@ -7,6 +7,7 @@ use imgtool_core::{CancelToken, DeviceKind, Error, Location, Memory, OpenOptions
 use imgtool_engine::{ExternalPolicy, OpenSettings, Opened, PolicyOpener, open as opening};
 
 use crate::args::InputArgs;
+use crate::report;
 
 /// Returns the settings for opening images.
 ///
@@ -68,7 +69,9 @@ pub fn open(
     format: Option<&str>,
     options: &OpenOptions,
 ) -> Result<Opened> {
-    opening::open(registry, &Location::source(name), format, options, &CancelToken::new())
+    let opened = opening::open(registry, &Location::source(name), format, options, &CancelToken::new())?;
+    note_unrecognised(&opened);
+    Ok(opened)
 }
 
 /// Opens an image that the user named, for random access.
@@ -81,7 +84,18 @@ pub fn open_random(
     format: Option<&str>,
     options: &OpenOptions,
 ) -> Result<Opened> {
-    opening::open_random(registry, &Location::source(name), format, options, &CancelToken::new())
+    let opened =
+        opening::open_random(registry, &Location::source(name), format, options, &CancelToken::new())?;
+    note_unrecognised(&opened);
+    Ok(opened)
+}
+
+/// Prints a note if only the lack of any other format makes the image a raw disk.
+pub fn note_unrecognised(opened: &Opened) {
+    if opened.unrecognised {
+        let name = opened.driver.name();
+        report::note(&format!("{}: no known format, read as {name} (-f {name} to silence)", opened.location));
+    }
 }
 
 /// Formats the name of an image for messages: `-` becomes "standard input".

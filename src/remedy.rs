@@ -27,6 +27,9 @@ pub fn words(remedy: &Remedy) -> String {
             format!("-O FMT (create: -f FMT) sets the format, whatever the name of the file; {advice}")
         }
         Remedy::ReadAs { format, advice } => format!("{advice}; -f {format} reads it as a {format} disk"),
+        Remedy::ChooseFormat { formats: [one, other] } => {
+            format!("-f {one} reads it as a {one} image, -f {other} as a {other} disk")
+        }
         Remedy::SetOption(option) => format!("use -o {option}"),
         Remedy::ListOptions { format, advice } => {
             let end = if advice.ends_with('?') { " " } else { "; " };

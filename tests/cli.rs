@@ -14,6 +14,7 @@ mod same_file;
 mod shell;
 mod targets;
 mod texts;
+mod unknown_contents;
 mod usage;
 
 /// Creates a directory that contains `disk.raw`.

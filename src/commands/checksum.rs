@@ -79,6 +79,7 @@ fn digest_image(
     let location = Location::source(path.as_os_str());
     let (opened, found) = checksum(registry, &location, &request, &display, &interrupt.token())?;
     if !args.messages.quiet {
+        images::note_unrecognised(&opened);
         opened.changes().iter().for_each(|change| report::note(change));
     }
     let is_archive = opened.driver.capabilities().is_archive();

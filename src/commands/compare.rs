@@ -4,7 +4,7 @@
 use std::ffi::OsStr;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{Error, Location, OpenOptions, Registry, Result};
+use imgtool_core::{CancelToken, Error, Location, OpenOptions, Registry, Result};
 use imgtool_engine::compare::{DevicePair, Pairing};
 use imgtool_engine::{Opened, allocation, compare, open};
 use serde::Serialize;
@@ -90,7 +90,7 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
         return Err(Error::usage("standard input can be only one of the images"));
     }
     let interrupt = Interrupt::listen()?;
-    let opener = Opener { registry: &registry, options: &options };
+    let opener = Opener { registry: &registry, options: &options, quiet: args.messages.quiet };
     let first = opener.open(args.first.as_os_str(), args.input.format.as_deref(), args.strict)?;
     // The comparison needs random access to at least one image; the other may be a stream.
     let first_streams = first.image.access().is_stream();
@@ -130,21 +130,26 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
 struct Opener<'a> {
     registry: &'a Registry,
     options: &'a OpenOptions,
+    quiet: bool,
 }
 
 impl Opener<'_> {
     /// Opens an image. `anywhere` is true if the comparison needs random access to it.
     fn open(&self, name: &OsStr, format: Option<&str>, anywhere: bool) -> Result<Opened> {
         let location = Location::source(name);
-        let mut input = open::open_input(self.registry, &location, format, &self.options)?;
+        let mut input = open::open_input(self.registry, &location, format, self.options)?;
         // The length of a raw image in a pipe is unknown until the image is spooled.
         if anywhere || input.input.is_stream() && location == Location::Stdin {
             input = input.spool()?;
         }
-        let opened = open::open_image(self.registry, input, format, self.options)?;
+        let mut opened = open::open_image(self.registry, input, format, self.options)?;
         if opened.image.info().devices.iter().any(|device| device.open_ended) {
             // The length of a compressed raw image is unknown until it is copied to temporary storage.
-            return images::open_random(self.registry, name, format, self.options);
+            let cancel = CancelToken::new();
+            opened = open::open_random(self.registry, &location, format, self.options, &cancel)?;
+        }
+        if !self.quiet {
+            images::note_unrecognised(&opened);
         }
         Ok(opened)
     }

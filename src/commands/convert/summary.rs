@@ -7,11 +7,13 @@ use serde::Serialize;
 
 use crate::args::ConvertArgs;
 use crate::exit::Exit;
+use crate::images;
 use crate::report::{self, Align, Paint, Stream, count, human_size, human_time, percent};
 
 /// Prints the format, contents and notes of a source to standard error, before the conversion.
 pub fn announce(source: &OpenSource) {
     let (opened, info) = (&source.opened, source.opened.image.info());
+    images::note_unrecognised(opened);
     let bytes: u64 = info.devices.iter().fold(0, |sum, device| sum.saturating_add(device.size));
     let disks = info.devices.iter().filter(|device| device.kind == DeviceKind::Disk).count();
     let mut parts = vec![opened.format_name()];

@@ -104,6 +104,7 @@ fn source(archive: Archive, registry: &Registry) -> Result<OpenSource> {
         compression: Vec::new(),
         stored_len: None,
         spooled: false,
+        unrecognised: false,
         identity: archive.identity,
         watch: archive.watch,
         externals: Externals::default(),

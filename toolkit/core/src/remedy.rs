@@ -51,6 +51,11 @@ pub enum Remedy {
         /// Alternative, or likely cause of the error.
         advice: Cow<'static, str>,
     },
+    /// State the format of the image: the content fits both.
+    ChooseFormat {
+        /// Names of the formats, the likelier one first.
+        formats: [&'static str; 2],
+    },
     /// Set this option of the format (`cluster_size=131072`).
     SetOption(String),
     /// List the options of a format.
@@ -125,6 +130,9 @@ impl fmt::Display for Remedy {
             Self::NameTargetFormat { advice } => write!(f, "state the format of the output; {advice}"),
             Self::ReadAs { format, advice } => {
                 write!(f, "{advice}; stating the format {format} reads it as a {format} disk")
+            }
+            Self::ChooseFormat { formats: [one, other] } => {
+                write!(f, "state its format: {one}, or {other} if a guest has written these bytes")
             }
             Self::SetOption(option) => write!(f, "set the option {option}"),
             Self::ListOptions { advice, .. } => f.write_str(advice),

@@ -17,6 +17,7 @@ pub mod allocation;
 mod blank;
 pub mod checksum;
 pub mod compare;
+mod contents;
 pub mod create;
 pub mod digest;
 pub mod externals;

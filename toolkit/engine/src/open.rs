@@ -13,7 +13,7 @@ use imgtool_storage::open::{OpenInput, Opening};
 use imgtool_storage::{Compression, FileWatch, Identity, Sharing, outer};
 
 use crate::externals::{ExternalPolicy, PolicyOpener};
-use crate::{foreign, missing};
+use crate::{contents, foreign, missing};
 
 /// An open image, with the facts about its file.
 #[derive(Debug)]
@@ -28,6 +28,8 @@ pub struct Opened {
     pub stored_len: Option<u64>,
     /// True if the image was a stream, which was copied to temporary storage.
     pub spooled: bool,
+    /// True if neither the content nor the name of the image says what it is: it is read as a raw disk.
+    pub unrecognised: bool,
     /// Identity of the file, if it is a file or block device.
     pub identity: Option<Identity>,
     /// Watch over the file, if it is a regular file or block device.
@@ -49,6 +51,7 @@ impl Opened {
             compression: Vec::new(),
             stored_len: None,
             spooled: false,
+            unrecognised: false,
             identity: None,
             watch: None,
             externals: Externals::default(),
@@ -116,8 +119,7 @@ pub fn resolve(image: &Location, name: &str) -> Option<Location> {
 ///
 /// # Errors
 /// If the input can't be opened, or its content contradicts those extensions;
-/// [`imgtool_core::ErrorKind::Usage`] for an unknown `format`;
-/// [`imgtool_core::ErrorKind::Unsupported`] for content in a foreign format.
+/// [`imgtool_core::ErrorKind::Usage`] for an unknown `format`.
 pub fn open_input(
     registry: &Registry,
     location: &Location,
@@ -137,14 +139,6 @@ pub fn open_input(
         if !driver.is_some_and(|driver| end.is_some() && driver.probe_end(end.as_deref())) {
             open = open.decompressed().map_err(|e| missing::explain(e.path(location), location))?;
         }
-    }
-    if format.is_none()
-        && let Some(name) = foreign::by_content(&open.input.head()?)
-    {
-        let format = registry.verbatim()?.name();
-        return Err(Error::unsupported(format!("{name} images are not supported yet"))
-            .path(location)
-            .remedied_by(Remedy::ReadAs { format, advice: "qemu-img converts it to qcow2".into() }));
     }
     Ok(open)
 }
@@ -200,7 +194,7 @@ fn open_located(
     format: Option<&str>,
     options: &OpenOptions,
 ) -> Result<Opened> {
-    let driver = choose_driver(registry, &input, format)?;
+    let (driver, confidence) = choose_driver(registry, &input, format)?;
     if options.snapshot.is_some() && !driver.capabilities().snapshots {
         return Err(Error::unsupported(format!("{} images hold no snapshots", driver.name()))
             .hint("leave the snapshot out to read the image as it is"));
@@ -223,6 +217,9 @@ fn open_located(
         let bytes = input.into_random()?;
         (Input::from(bytes.clone()), Some(bytes))
     };
+    let unrecognised = confidence == Confidence::Fallback
+        && !is_named_raw(&*driver, &location)
+        && !contents::is_disk(&head, bytes.as_ref());
     let image = driver.open(input, &options)?;
     let externals = options.externals;
     Ok(Opened {
@@ -231,6 +228,7 @@ fn open_located(
         compression,
         stored_len,
         spooled,
+        unrecognised,
         identity,
         watch,
         externals,
@@ -251,21 +249,53 @@ fn with_opener(registry: &Registry, options: &OpenOptions) -> OpenOptions {
     options
 }
 
+/// True if the extension says that the file is a raw disk: the first one of the driver. Any image may be called
+/// `.img`.
+fn is_named_raw(driver: &dyn Driver, location: &Location) -> bool {
+    let name = name_without_compression(location).unwrap_or_default().to_ascii_lowercase();
+    name.rsplit_once('.').is_some_and(|(_, extension)| driver.extensions().first() == Some(&extension))
+}
+
 /// Returns the driver called `format`, if stated, otherwise the driver that recognises the input.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::WrongFormat`] if no driver recognises the content, or if the content
 /// contradicts the file extension, or for an empty stream, whatever the format.
-fn choose_driver(registry: &Registry, input: &OpenInput, format: Option<&str>) -> Result<Arc<dyn Driver>> {
+fn choose_driver(
+    registry: &Registry,
+    input: &OpenInput,
+    format: Option<&str>,
+) -> Result<(Arc<dyn Driver>, Confidence)> {
     refuse_empty_stream(input)?;
     if let Some(name) = format {
-        return registry.get(name);
+        return Ok((registry.get(name)?, Confidence::Magic));
     }
     let (driver, confidence) = recognise(registry, input)?;
     if confidence == Confidence::Fallback {
         check_name(registry, input, &*driver)?;
+        refuse_other_files(registry, input, &*driver)?;
     }
-    Ok(driver)
+    Ok((driver, confidence))
+}
+
+/// Refuses a file that only the fallback driver (raw) accepts although its content shows that it is something
+/// else: no disk at all, or an image whose signature is at its end.
+fn refuse_other_files(registry: &Registry, open: &OpenInput, driver: &dyn Driver) -> Result<()> {
+    let raw = driver.name();
+    let file_name = open.input.location().file_name().unwrap_or_default();
+    if let Some(found) = contents::no_disk_by_head(&open.input.head()?, &file_name) {
+        let inside = open.compression.iter().rev().map(|compression| format!(", in {}", compression.name()));
+        return Err(Error::wrong_format(format!("is {}{}", found.name, inside.collect::<String>()))
+            .at(0)
+            .remedied_by(Remedy::ReadAs { format: raw, advice: found.advice.into() }));
+    }
+    let end = open.input.end()?;
+    let ends_so = |other: &&Arc<dyn Driver>| end.is_some() && other.probe_end(end.as_deref());
+    match registry.drivers().find(ends_so) {
+        Some(other) => Err(Error::wrong_format(format!("ends like a {} image", other.name()))
+            .remedied_by(Remedy::ChooseFormat { formats: [other.name(), raw] })),
+        None => Ok(()),
+    }
 }
 
 /// Returns the driver that recognises the input by its last bytes, if the name has the extension of the format,
