@@ -54,6 +54,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     let options = RunOptions {
         threads: args.threads.count(),
         force: args.target.force,
+        force_share: args.input.force_share,
         verify: args.target.verify,
         bytes_per_second,
         base_policy: images::open_settings(&args.input)?.policy,

@@ -12,7 +12,7 @@ use imgtool_core::{
     Result, ResultExt, TableMemory,
 };
 use imgtool_storage::open::Opening;
-use imgtool_storage::{CompressedSink, Compressors, Framing, Outputs, os};
+use imgtool_storage::{CompressedSink, Compressors, Framing, Outputs, Sharing, os};
 
 use crate::externals::SuppliedFile;
 use crate::format::OuterCompression;
@@ -209,7 +209,8 @@ pub(crate) fn open_base(
     backing: &BackingName,
     options: &OpenOptions,
 ) -> Result<Opened> {
-    let input = imgtool_storage::open::open(location, Opening::Plain, &options.memory)?;
+    let sharing = Sharing::forced(options.force_share);
+    let input = imgtool_storage::open::open_shared(location, Opening::Plain, &options.memory, sharing)?;
     open::open_image(registry, input, Some(&backing.format), options)
 }
 
