@@ -1,6 +1,7 @@
 //! Opens images that the user names on the command line, and formats their names for messages.
 
 use std::ffi::OsStr;
+use std::path::Path;
 
 use imgtool_core::error::escape_control;
 use imgtool_core::{CancelToken, DeviceKind, Error, Location, Memory, OpenOptions, Registry, Result};
@@ -59,6 +60,59 @@ pub fn refuse_objects(objects: &[String]) -> Result<()> {
         .hint("leave it out; convert such an image with qemu-img first"))
 }
 
+/// Protocols by which qemu-img opens images. A plain path may contain a colon as well, but is then called by another
+/// name (`./nbd:disk`), as for qemu-img.
+const PROTOCOLS: [&str; 23] = [
+    "json",
+    "nbd",
+    "nbd+tcp",
+    "nbd+unix",
+    "ssh",
+    "http",
+    "https",
+    "ftp",
+    "ftps",
+    "iscsi",
+    "rbd",
+    "gluster",
+    "nfs",
+    "fat",
+    "blkdebug",
+    "blklogwrites",
+    "blkverify",
+    "copy-on-read",
+    "host_cdrom",
+    "host_device",
+    "null-aio",
+    "null-co",
+    "zeroinit",
+];
+
+/// Refuses a name with a protocol of qemu-img that is not supported. A URL is refused when it is opened.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] for such a name.
+pub fn refuse_protocol(name: &OsStr) -> Result<()> {
+    let text = name.to_str().unwrap_or_default();
+    match text.split_once(':') {
+        Some((protocol, rest)) if PROTOCOLS.contains(&protocol) && !rest.starts_with("//") => {
+            Err(Error::usage(format!("{protocol}: is not supported: images are named by plain paths"))
+                .path(Location::from(Path::new(name)))
+                .hint(format!("a file of this name is ./{}", escape_control(text))))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Returns the location of a source that the user named.
+///
+/// # Errors
+/// Same as [`refuse_protocol`].
+pub fn source(name: &OsStr) -> Result<Location> {
+    refuse_protocol(name)?;
+    Ok(Location::source(name))
+}
+
 /// Opens an image that the user named.
 ///
 /// # Errors
@@ -69,7 +123,7 @@ pub fn open(
     format: Option<&str>,
     options: &OpenOptions,
 ) -> Result<Opened> {
-    let opened = opening::open(registry, &Location::source(name), format, options, &CancelToken::new())?;
+    let opened = opening::open(registry, &source(name)?, format, options, &CancelToken::new())?;
     note_unrecognised(&opened);
     Ok(opened)
 }
@@ -84,8 +138,7 @@ pub fn open_random(
     format: Option<&str>,
     options: &OpenOptions,
 ) -> Result<Opened> {
-    let opened =
-        opening::open_random(registry, &Location::source(name), format, options, &CancelToken::new())?;
+    let opened = opening::open_random(registry, &source(name)?, format, options, &CancelToken::new())?;
     note_unrecognised(&opened);
     Ok(opened)
 }

@@ -9,6 +9,7 @@ mod info;
 mod json_reference;
 mod outputs;
 mod progress;
+mod protocol_names;
 mod recipes;
 mod same_file;
 mod shell;

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{CheckReport, Error, Location, Result, ResultExt};
+use imgtool_core::{CheckReport, Error, Result, ResultExt};
 use imgtool_engine::open;
 use serde::Serialize;
 
@@ -43,7 +43,7 @@ fn check(args: &CheckArgs) -> Result<Exit> {
     let registry = imgtool::registry();
     let options = images::open_options(&registry, &args.input)?;
     let format = args.input.format.as_deref();
-    let location = Location::source(args.image.as_os_str());
+    let location = images::source(args.image.as_os_str())?;
     let open = open::open_input(&registry, &location, format, &options)?;
     let driver = match format {
         Some(name) => registry.get(name)?,

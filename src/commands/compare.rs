@@ -136,7 +136,7 @@ struct Opener<'a> {
 impl Opener<'_> {
     /// Opens an image. `anywhere` is true if the comparison needs random access to it.
     fn open(&self, name: &OsStr, format: Option<&str>, anywhere: bool) -> Result<Opened> {
-        let location = Location::source(name);
+        let location = images::source(name)?;
         let mut input = open::open_input(self.registry, &location, format, self.options)?;
         // The length of a raw image in a pipe is unknown until the image is spooled.
         if anywhere || input.input.is_stream() && location == Location::Stdin {

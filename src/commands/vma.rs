@@ -113,7 +113,9 @@ fn header(file: &Path) -> Result<ArchiveHeader> {
 
 /// Opens an archive for reading, decompressing it if the file is compressed.
 fn input(file: &Path, memory: &Memory) -> Result<OpenInput> {
-    imgtool_storage::open::open(&Location::source(file.as_os_str()), Opening::ByContent, memory)
+    // Any other name is a path, even with a colon.
+    let location = if file.as_os_str() == "-" { Location::Stdin } else { Location::from(file) };
+    imgtool_storage::open::open(&location, Opening::ByContent, memory)
 }
 
 /// Opens an archive that will be read to its end. The header of a file is read separately, so that an error
