@@ -13,6 +13,7 @@ mod protocol_names;
 mod recipes;
 mod same_file;
 mod shell;
+mod strict_compare;
 mod targets;
 mod texts;
 mod unknown_contents;

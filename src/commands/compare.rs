@@ -114,7 +114,7 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
     }
     if args.strict && verdict.difference.is_none() {
         let found = allocation::first_difference(&first, &second, &pairs)?;
-        verdict.difference = found.map(|(pair, offset)| allocation_difference(&pairs[pair].name, offset));
+        verdict.difference = found.map(|(pair, offset)| allocation_difference(&pairs, pair, offset));
     }
     verdict.identical = verdict.difference.is_none();
     for change in first.changes().into_iter().chain(second.changes()) {
@@ -176,7 +176,7 @@ fn compare_sizes(args: &CompareArgs, pairs: &[DevicePair], verdict: &mut Verdict
                 kind: "size",
                 device: pair.name.clone(),
                 offset: None,
-                text: format!("Image size mismatch! {text}"),
+                text: format!("Strict mode: Image size mismatch! {text}"),
             });
         } else {
             verdict.notes.push(format!("sizes differ: {text}"));
@@ -195,11 +195,13 @@ fn content_difference(pairs: &[DevicePair], pair: usize, offset: u64) -> Differe
     }
 }
 
-fn allocation_difference(device: &str, offset: u64) -> Difference {
+fn allocation_difference(pairs: &[DevicePair], pair: usize, offset: u64) -> Difference {
+    let name = &pairs[pair].name;
+    let of = if pairs.len() > 1 { format!(" of {name}") } else { String::new() };
     Difference {
         kind: "allocation",
-        device: device.to_owned(),
+        device: name.clone(),
         offset: Some(offset),
-        text: format!("Allocation mismatch at offset {offset} of {device}!"),
+        text: format!("Strict mode: Offset {offset}{of} block status mismatch!"),
     }
 }
