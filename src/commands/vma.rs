@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{DeviceKind, Error, ErrorKind, Location, Memory, OpenOptions, Result};
+use imgtool_core::{DeviceKind, Error, ErrorKind, Location, Memory, OpenOptions, Remedy, Result};
 use imgtool_storage::{FileWatch, Identity, OpenInput, Opening};
 use imgtool_vma::{ArchiveHeader, VmaSource, reference};
 
@@ -79,7 +79,10 @@ impl Failure {
         }
         if let Some(remedy) = error.remedy() {
             // The hint may name a flag that `imgtool vma` lacks: it names `imgtool convert`, which has it.
-            let hint = remedy::words(remedy).replace(" --", " imgtool convert --");
+            let hint = match remedy {
+                Remedy::ShareSource(advice) => advice.to_string(),
+                other => remedy::words(other).replace(" --", " imgtool convert --"),
+            };
             report::say(&format!("  hint: {}", escape_control(&hint)));
         }
         Exit::Failed
