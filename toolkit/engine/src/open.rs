@@ -289,8 +289,8 @@ fn refuse_other_files(registry: &Registry, open: &OpenInput, driver: &dyn Driver
             .at(0)
             .remedied_by(Remedy::ReadAs { format: raw, advice: found.advice.into() }));
     }
-    // In a seekable `.zst`, the last bytes take a whole frame. A disk may be readable except for them.
-    let end = open.input.end().ok().flatten().filter(|_| open.compression.is_empty());
+    // In a seekable `.zst`, the last bytes take a whole frame.
+    let end = if open.compression.is_empty() { open.input.end()? } else { None };
     let ends_so = |other: &&Arc<dyn Driver>| end.is_some() && other.probe_end(end.as_deref());
     match registry.drivers().find(ends_so) {
         Some(other) => Err(Error::wrong_format(format!("ends like a {} image", other.name()))
