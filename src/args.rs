@@ -71,6 +71,7 @@ Exit codes:
   compare: 0 identical, 1 different, 2 could not compare
   check: 0 clean, 1 could not check, 2 corrupt, 3 leaks only
   vma: those of the vma program
+  After Ctrl-C or another signal, a command cleans up and dies of the signal.
 
 Examples:
   imgtool info vm.vma.zst
@@ -177,7 +178,7 @@ pub struct InputArgs {
     #[arg(long, value_name = "SIZE", value_parser = memory, hide_short_help = true)]
     pub memory: Option<u64>,
 
-    /// Accepted for compatibility, no effect: images are never locked
+    /// Read an image even if another program, such as a running virtual machine, may write it
     #[arg(short = 'U', long = "force-share")]
     pub force_share: bool,
 

@@ -1,12 +1,14 @@
 //! Opens images that the user names on the command line, and formats their names for messages.
 
 use std::ffi::OsStr;
+use std::path::Path;
 
 use imgtool_core::error::escape_control;
 use imgtool_core::{CancelToken, DeviceKind, Error, Location, Memory, OpenOptions, Registry, Result};
 use imgtool_engine::{ExternalPolicy, OpenSettings, Opened, PolicyOpener, open as opening};
 
 use crate::args::InputArgs;
+use crate::report;
 use crate::secrets::SecretSource;
 
 /// Returns the settings for opening images. Reads the passphrase, which a descriptor supplies only once.
@@ -19,6 +21,7 @@ pub fn open_settings(args: &InputArgs) -> Result<OpenSettings> {
         args.allow_external.iter().cloned().partition(|path| path.as_os_str() == "chain");
     Ok(OpenSettings {
         ignore_trailing: args.ignore_trailing,
+        force_share: args.force_share,
         policy: ExternalPolicy { chain: !chain.is_empty(), paths },
         secret: args.secret.as_ref().map(SecretSource::read).transpose()?,
         memory: args.memory.map_or_else(Memory::default, Memory::new),
@@ -61,6 +64,59 @@ pub fn refuse_objects(objects: &[String]) -> Result<()> {
     .hint("--secret file=PATH, env=NAME or fd=N; --target-secret for a new image"))
 }
 
+/// Protocols by which qemu-img opens images. A plain path may contain a colon as well, but is then called by another
+/// name (`./nbd:disk`), as for qemu-img.
+const PROTOCOLS: [&str; 23] = [
+    "json",
+    "nbd",
+    "nbd+tcp",
+    "nbd+unix",
+    "ssh",
+    "http",
+    "https",
+    "ftp",
+    "ftps",
+    "iscsi",
+    "rbd",
+    "gluster",
+    "nfs",
+    "fat",
+    "blkdebug",
+    "blklogwrites",
+    "blkverify",
+    "copy-on-read",
+    "host_cdrom",
+    "host_device",
+    "null-aio",
+    "null-co",
+    "zeroinit",
+];
+
+/// Refuses a name with a protocol of qemu-img that is not supported. A URL is refused when it is opened.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] for such a name.
+pub fn refuse_protocol(name: &OsStr) -> Result<()> {
+    let text = name.to_str().unwrap_or_default();
+    match text.split_once(':') {
+        Some((protocol, rest)) if PROTOCOLS.contains(&protocol) && !rest.starts_with("//") => {
+            Err(Error::usage(format!("{protocol}: is not supported: images are named by plain paths"))
+                .path(Location::from(Path::new(name)))
+                .hint(format!("a file of this name is ./{}", escape_control(text))))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Returns the location of a source that the user named.
+///
+/// # Errors
+/// Same as [`refuse_protocol`].
+pub fn source(name: &OsStr) -> Result<Location> {
+    refuse_protocol(name)?;
+    Ok(Location::source(name))
+}
+
 /// Opens an image that the user named.
 ///
 /// # Errors
@@ -71,7 +127,9 @@ pub fn open(
     format: Option<&str>,
     options: &OpenOptions,
 ) -> Result<Opened> {
-    opening::open(registry, &Location::source(name), format, options, &CancelToken::new())
+    let opened = opening::open(registry, &source(name)?, format, options, &CancelToken::new())?;
+    note_unrecognised(&opened);
+    Ok(opened)
 }
 
 /// Opens an image that the user named, for random access.
@@ -84,7 +142,17 @@ pub fn open_random(
     format: Option<&str>,
     options: &OpenOptions,
 ) -> Result<Opened> {
-    opening::open_random(registry, &Location::source(name), format, options, &CancelToken::new())
+    let opened = opening::open_random(registry, &source(name)?, format, options, &CancelToken::new())?;
+    note_unrecognised(&opened);
+    Ok(opened)
+}
+
+/// Prints a note if only the lack of any other format makes the image a raw disk.
+pub fn note_unrecognised(opened: &Opened) {
+    if opened.unrecognised {
+        let name = opened.driver.name();
+        report::note(&format!("{}: no known format, read as {name} (-f {name} to silence)", opened.location));
+    }
 }
 
 /// Formats the name of an image for messages: `-` becomes "standard input".

@@ -17,7 +17,7 @@ mod sandbox;
 mod secrets;
 
 fn main() -> ExitCode {
-    interrupt::handle_file_size_limit();
+    interrupt::handle_harmless_signals();
     imgtool_storage::os::allow_most_open_files();
     let exit = args::parse(std::env::args_os()).map(|cli| {
         commands::run(cli.command).unwrap_or_else(|error| {
@@ -25,5 +25,7 @@ fn main() -> ExitCode {
             report::exit_of(&error)
         })
     });
-    exit.unwrap_or_else(|exit| exit).into()
+    let exit = exit.unwrap_or_else(|exit| exit);
+    interrupt::die_of_signal(exit);
+    exit.into()
 }

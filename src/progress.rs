@@ -98,6 +98,22 @@ impl Rate {
     }
 }
 
+/// Describes the progress of a phase in one line.
+fn describe(counters: &Counters, bytes_per_second: u64) -> String {
+    let all = counters.all();
+    let share = match all.total {
+        Some(total) => format!("{} of {}", percent(all.done, total), human_size(total)),
+        None => human_size(all.done),
+    };
+    let (rate, zero) = (human_size(bytes_per_second), percent(all.zero, all.done));
+    format!("{}: {share}, {rate}/s, {zero} zero", counters.phase)
+}
+
+/// Describes the progress outside of all phases.
+fn idle() -> Option<String> {
+    Some("no data is being copied".to_owned())
+}
+
 /// Time between two lines of [`show_lines`].
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -105,15 +121,8 @@ const LINE_INTERVAL: Duration = Duration::from_secs(10);
 fn show_lines(counters: &Counters) {
     let mut rate = Rate::default();
     while counters.wait(LINE_INTERVAL) {
-        let all = counters.all();
-        rate.update(counters.started.elapsed(), all.done);
-        let share = match all.total {
-            Some(total) => format!("{} of {}", percent(all.done, total), human_size(total)),
-            None => human_size(all.done),
-        };
-        let rate = human_size(rate.bytes_per_second());
-        let zero = percent(all.zero, all.done);
-        report::say(&format!("imgtool: {}: {share}, {rate}/s, {zero} zero", counters.phase));
+        rate.update(counters.started.elapsed(), counters.all().done);
+        report::say(&format!("imgtool: {}", describe(counters, rate.bytes_per_second())));
     }
 }
 
@@ -121,6 +130,8 @@ fn show_lines(counters: &Counters) {
 struct Meter {
     counters: Arc<Counters>,
     thread: Option<JoinHandle<()>>,
+    /// True if the display shows the progress all the time.
+    is_live: bool,
 }
 
 impl Meter {
@@ -143,7 +154,19 @@ impl Meter {
             (ProgressMode::Json, _) => Some(std::thread::spawn(move || json::show(&shared))),
             (ProgressMode::Auto, false) | (ProgressMode::None, _) => None,
         };
-        Self { counters, thread }
+        let is_live = mode == ProgressMode::Json || terminal && mode != ProgressMode::None;
+        Self { counters, thread, is_live }
+    }
+
+    /// Returns the answer to a request for the progress: a line with the average rate, unless the progress is
+    /// shown anyway.
+    fn answer(&self) -> impl Fn() -> Option<String> + Send + 'static {
+        let (counters, is_live) = (Arc::clone(&self.counters), self.is_live);
+        move || {
+            let mut rate = Rate::default();
+            rate.update(counters.started.elapsed(), counters.all().done);
+            (!is_live).then(|| describe(&counters, rate.bytes_per_second()))
+        }
     }
 
     /// Marks the phase as complete and stops the display.
@@ -173,10 +196,12 @@ pub struct Display<'a> {
 impl<'a> Display<'a> {
     /// Creates a display in this mode.
     pub fn new(mode: ProgressMode, interrupt: &'a Interrupt) -> Self {
+        interrupt.set_describe(idle);
         Self { mode, interrupt, meter: Mutex::new(None) }
     }
 
     fn take_meter(&self) -> Option<Meter> {
+        self.interrupt.set_describe(idle);
         lock(&self.meter).take()
     }
 }
@@ -190,7 +215,9 @@ impl Monitor for Display<'_> {
             _ => "convert",
         };
         drop(self.take_meter());
-        *lock(&self.meter) = Some(Meter::start(self.mode, name, Arc::clone(gauge)));
+        let meter = Meter::start(self.mode, name, Arc::clone(gauge));
+        self.interrupt.set_describe(meter.answer());
+        *lock(&self.meter) = Some(meter);
     }
 
     fn end(&self) {

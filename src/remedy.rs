@@ -14,6 +14,7 @@ pub fn words(remedy: &Remedy) -> String {
         Remedy::SkipBrokenBitmaps => {
             "--skip-broken-bitmaps leaves it out; 'qemu-img bitmap --remove' deletes it".to_owned()
         }
+        Remedy::ShareSource(advice) => format!("{advice}; -U reads it as it is, and may mix two states"),
         Remedy::Overwrite => "--force overwrites it; -n writes one disk into it".to_owned(),
         Remedy::ReplaceImage => "leave out -n: --force replaces it by a new image".to_owned(),
         Remedy::DiscardData => "nothing was changed; --shrink cuts the data off".to_owned(),
@@ -31,6 +32,9 @@ pub fn words(remedy: &Remedy) -> String {
             format!("-O FMT (create: -f FMT) sets the format, whatever the name of the file; {advice}")
         }
         Remedy::ReadAs { format, advice } => format!("{advice}; -f {format} reads it as a {format} disk"),
+        Remedy::ChooseFormat { formats: [one, other] } => {
+            format!("-f {one} reads it as a {one} image, -f {other} as a {other} disk")
+        }
         Remedy::SetOption(option) => format!("use -o {option}"),
         Remedy::ListOptions { format, advice } => {
             let end = if advice.ends_with('?') { " " } else { "; " };

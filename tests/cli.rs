@@ -5,15 +5,19 @@ use imgtool_testing::{images, tempdir};
 mod block_devices;
 mod changes;
 mod commands;
+mod image_locks;
 mod info;
 mod json_reference;
 mod outputs;
 mod progress;
+mod protocol_names;
 mod recipes;
 mod same_file;
 mod shell;
+mod strict_compare;
 mod targets;
 mod texts;
+mod unknown_contents;
 mod usage;
 
 /// Creates a directory that contains `disk.raw`.

@@ -104,21 +104,21 @@ fn archives() -> Vec<Row> {
         row(
             "vma → raw",
             "a.vma",
-            "-f vma -O raw a.vma out",
+            "-f vma -O raw a.vma out.raw",
             vec![peer("vma extract", "vma extract a.vma out.d"), copy()],
             Some(1.4),
         ),
         row(
             "vma → qcow2",
             "a.vma",
-            "-f vma -O qcow2 a.vma out",
+            "-f vma -O qcow2 a.vma out.qcow2",
             vec![peer("vma, qemu-img", format!("vma extract a.vma out.d && {TO_QCOW2}")), copy()],
             Some(2.2),
         ),
         row(
             ".vma.zst (one frame) → qcow2",
             "a.vma.zst",
-            "-f vma -O qcow2 a.vma.zst out",
+            "-f vma -O qcow2 a.vma.zst out.qcow2",
             vec![
                 peer(
                     "zstd, vma, qemu-img",
@@ -131,7 +131,7 @@ fn archives() -> Vec<Row> {
         row(
             ".vma.zst (seekable) → qcow2",
             "seekable.vma.zst",
-            "-f vma -O qcow2 seekable.vma.zst out",
+            "-f vma -O qcow2 seekable.vma.zst out.qcow2",
             vec![
                 peer(
                     "zstd, vma, qemu-img",

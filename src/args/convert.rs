@@ -28,6 +28,11 @@ each configuration keeps its name, the memory of a running guest becomes
 vmstate.bin. A single disk written into a directory (an existing one, or a DEST
 ending in '/') is named after its source.
 
+If a source is an archive, DEST is a directory even for one disk, unless its
+name is that of a file: with the extension of a format (disk.qcow2), with any
+extension if --disk chooses one disk, or '-'. Of several archives, each gets a
+directory of its own in it, named after the archive.
+
 The output format is that of --to, else that of DEST's extension, else raw. If
 DEST ends in .zst or .gz, the whole output is compressed, provided that the
 format can be written sequentially.
@@ -41,6 +46,8 @@ Exit codes:
   1  failed; no output is left under its final name
   2  usage error
   3  finished with losses (--salvage); each lost range is listed
+  After Ctrl-C or another signal, the program cleans up and dies of the signal.
+  SIGUSR1 prints the progress.
 
 Examples:
   imgtool convert disk.vhdx disk.qcow2

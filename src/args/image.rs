@@ -163,7 +163,11 @@ pub struct CompareArgs {
     #[arg(short = 'F', value_name = "FMT", value_parser = Offer::Formats, hide_possible_values = true)]
     pub second_format: Option<String>,
 
-    /// Also require equal sizes and equal allocation
+    /// Also require equal sizes and equal allocation, as qemu-img does
+    ///
+    /// Allocation is the state of each extent in the output of 'map --output json': present, zero, data,
+    /// compressed, and whether it has an offset. Zeros that no file stores are equal only in images of
+    /// one format.
     #[arg(short = 's', long)]
     pub strict: bool,
 

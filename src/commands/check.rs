@@ -5,9 +5,9 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{CheckReport, Driver, Error, Location, OpenOptions, Output, Repair, Result, ResultExt};
+use imgtool_core::{CheckReport, Driver, Error, OpenOptions, Output, Repair, Result, ResultExt};
 use imgtool_engine::open;
-use imgtool_storage::Outputs;
+use imgtool_storage::{OpenInput, Outputs};
 use serde::Serialize;
 
 use crate::args::{CheckArgs, RepairMode};
@@ -52,8 +52,12 @@ fn check(args: &CheckArgs) -> Result<Exit> {
     let registry = imgtool::registry();
     let options = images::open_options(&registry, &args.input)?;
     let format = args.input.format.as_deref();
-    let location = Location::source(args.image.as_os_str());
-    let open = open::open_input(&registry, &location, format, &options.memory)?;
+    let location = images::source(args.image.as_os_str())?;
+    let open = match &target {
+        // Another handle would meet the lock of this one.
+        Some((_, (_, image))) => OpenInput::of(image.reopen(&options.memory)?).borrowing(&options.memory),
+        None => open::open_input(&registry, &location, format, &options)?,
+    };
     let open = open::with_end(&registry, open, format, false)?;
     let driver = match format {
         Some(name) => registry.get(name)?,

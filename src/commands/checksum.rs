@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{Location, OpenOptions, Registry, Result};
+use imgtool_core::{OpenOptions, Registry, Result};
 use imgtool_engine::checksum::{Algorithm, ChecksumRequest, checksum};
 use serde::Serialize;
 
@@ -76,9 +76,10 @@ fn digest_image(
         threads: args.threads.count(),
     };
     let display = Display::new(args.messages.mode(), interrupt);
-    let location = Location::source(path.as_os_str());
+    let location = images::source(path.as_os_str())?;
     let (opened, found) = checksum(registry, &location, &request, &display, &interrupt.token())?;
     if !args.messages.quiet {
+        images::note_unrecognised(&opened);
         opened.changes().iter().for_each(|change| report::note(change));
     }
     let is_archive = opened.driver.capabilities().is_archive();

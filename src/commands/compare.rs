@@ -4,7 +4,7 @@
 use std::ffi::OsStr;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{Error, Location, OpenOptions, Registry, Result};
+use imgtool_core::{CancelToken, Error, Location, OpenOptions, Registry, Result};
 use imgtool_engine::compare::{DevicePair, Pairing};
 use imgtool_engine::{Opened, allocation, compare, open};
 use serde::Serialize;
@@ -13,7 +13,7 @@ use crate::args::CompareArgs;
 use crate::exit::Exit;
 use crate::interrupt::Interrupt;
 use crate::progress::Display;
-use crate::{images, remedy, report};
+use crate::{images, report};
 
 /// Result of a comparison.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -89,8 +89,8 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
     if args.first.as_os_str() == "-" && args.second.as_os_str() == "-" {
         return Err(Error::usage("standard input can be only one of the images"));
     }
-    let interrupt = Interrupt::listen_for(Exit::NOT_COMPARED)?;
-    let opener = Opener { registry: &registry, options: &options };
+    let interrupt = Interrupt::listen()?;
+    let opener = Opener { registry: &registry, options: &options, quiet: args.messages.quiet };
     let first = opener.open(args.first.as_os_str(), args.input.format.as_deref(), args.strict)?;
     // The comparison needs random access to at least one image; the other may be a stream.
     let first_streams = first.image.access().is_stream();
@@ -114,13 +114,9 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
     }
     if args.strict && verdict.difference.is_none() {
         let found = allocation::first_difference(&first, &second, &pairs)?;
-        verdict.difference = found.map(|(pair, offset)| allocation_difference(&pairs[pair].name, offset));
+        verdict.difference = found.map(|(pair, offset)| allocation_difference(&pairs, pair, offset));
     }
     verdict.identical = verdict.difference.is_none();
-    for opened in [&first, &second] {
-        let advice = opened.advice.as_ref().map(remedy::words);
-        verdict.notes.extend(advice.map(|advice| format!("{}: {advice}", opened.location)));
-    }
     for change in first.changes().into_iter().chain(second.changes()) {
         // Both images share the opener of the files that they name.
         if !verdict.notes.contains(&change) {
@@ -134,21 +130,26 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
 struct Opener<'a> {
     registry: &'a Registry,
     options: &'a OpenOptions,
+    quiet: bool,
 }
 
 impl Opener<'_> {
     /// Opens an image. `anywhere` is true if the comparison needs random access to it.
     fn open(&self, name: &OsStr, format: Option<&str>, anywhere: bool) -> Result<Opened> {
-        let location = Location::source(name);
-        let mut input = open::open_input(self.registry, &location, format, &self.options.memory)?;
+        let location = images::source(name)?;
+        let mut input = open::open_input(self.registry, &location, format, self.options)?;
         // The length of a raw image in a pipe is unknown until the image is spooled.
         if anywhere || input.input.is_stream() && location == Location::Stdin {
             input = input.spool()?;
         }
-        let opened = open::open_image(self.registry, input, format, self.options)?;
+        let mut opened = open::open_image(self.registry, input, format, self.options)?;
         if opened.image.info().devices.iter().any(|device| device.open_ended) {
             // The length of a compressed raw image is unknown until it is copied to temporary storage.
-            return images::open_random(self.registry, name, format, self.options);
+            let cancel = CancelToken::new();
+            opened = open::open_random(self.registry, &location, format, self.options, &cancel)?;
+        }
+        if !self.quiet {
+            images::note_unrecognised(&opened);
         }
         Ok(opened)
     }
@@ -175,7 +176,7 @@ fn compare_sizes(args: &CompareArgs, pairs: &[DevicePair], verdict: &mut Verdict
                 kind: "size",
                 device: pair.name.clone(),
                 offset: None,
-                text: format!("Image size mismatch! {text}"),
+                text: format!("Strict mode: Image size mismatch! {text}"),
             });
         } else {
             verdict.notes.push(format!("sizes differ: {text}"));
@@ -194,11 +195,13 @@ fn content_difference(pairs: &[DevicePair], pair: usize, offset: u64) -> Differe
     }
 }
 
-fn allocation_difference(device: &str, offset: u64) -> Difference {
+fn allocation_difference(pairs: &[DevicePair], pair: usize, offset: u64) -> Difference {
+    let name = &pairs[pair].name;
+    let of = if pairs.len() > 1 { format!(" of {name}") } else { String::new() };
     Difference {
         kind: "allocation",
-        device: device.to_owned(),
+        device: name.clone(),
         offset: Some(offset),
-        text: format!("Allocation mismatch at offset {offset} of {device}!"),
+        text: format!("Strict mode: Offset {offset}{of} block status mismatch!"),
     }
 }

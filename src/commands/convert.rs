@@ -57,6 +57,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     let options = RunOptions {
         threads: args.threads.count(),
         force: args.target.force,
+        force_share: args.input.force_share,
         verify: args.target.verify,
         bytes_per_second,
         base_policy: request.open.policy.clone(),
@@ -74,6 +75,7 @@ fn request(args: &ConvertArgs) -> Result<Request> {
         args.devices.target.iter().map(|text| disk_target::parse(text)).collect::<Result<_>>()?;
     let bare_compress = args.target.compress.as_deref() == Some("");
     let (sources, dest) = split_paths(&args.paths, &disk_targets, bare_compress)?;
+    args.paths.iter().try_for_each(|path| refuse_protocol(path))?;
     let mut format_options =
         options::format_options(&args.target.options, args.target.sparse_size.as_deref())?;
     let (backing, backing_format) = (args.target.backing.as_deref(), args.target.backing_format.as_deref());
@@ -106,6 +108,13 @@ fn request(args: &ConvertArgs) -> Result<Request> {
             false => BrokenBitmaps::Refuse,
         }),
     })
+}
+
+/// Refuses a path, or `NAME=PATH`, with a protocol of qemu-img.
+fn refuse_protocol(path: &OsStr) -> Result<()> {
+    let is_named = SourceRequest::parse(path).name.is_some();
+    let named = path.to_str().and_then(|text| text.split_once('=')).filter(|_| is_named);
+    images::refuse_protocol(named.map_or(path, |(_, path)| OsStr::new(path)))
 }
 
 fn refuse_unsupported(args: &ConvertArgs) -> Result<()> {

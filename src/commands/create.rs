@@ -36,7 +36,8 @@ struct Document<'a> {
 pub fn run(args: &CreateArgs) -> Result<Exit> {
     images::refuse_objects(&args.object)?;
     let registry = imgtool::registry();
-    let location = args.path.as_deref().map(Location::from);
+    args.path.iter().try_for_each(|path| images::refuse_protocol(path.as_os_str()))?;
+    let location = args.path.as_deref().map(|path| Location::target(path.as_os_str()));
     let driver = format::by_word_or_name(&registry, args.format.as_deref(), location.as_ref())?;
     if options::asks_for_help(&args.options) {
         return options::list(&*driver);
@@ -56,11 +57,13 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
         );
     }
     let size = size(&registry, args, path, &location, &format)?;
+    // A URL gets here, and is refused as a path that does not exist.
+    let path = location.path().unwrap_or(path);
     let backing_filename = format.writer.backing().map(|backing| backing.name);
     let format_name = format.driver.name();
 
     let interrupt = Interrupt::listen()?;
-    let request = CreateRequest { path: path.clone(), format, size, overwrite: args.force };
+    let request = CreateRequest { path: path.to_owned(), format, size, overwrite: args.force };
     let display = Display::new(ProgressMode::None, &interrupt);
     let made = create::create(&registry, request, &display, &interrupt.token())?;
     let document = Document {

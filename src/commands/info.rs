@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use imgtool_core::external::is_plain_name;
 use imgtool_core::{
-    Driver, Error, FactScope, ImageInfo, ImageSource, Location, OpenOptions, Registry, Remedy, Result,
+    Driver, Error, FactScope, ImageInfo, ImageSource, Location, OpenOptions, Reference, Registry, Remedy,
+    Result,
 };
 use imgtool_engine::externals::{self, MAX_CHAIN_DEPTH};
 use imgtool_engine::open;
@@ -32,10 +33,8 @@ struct ImageEntry {
     compression: Vec<Compression>,
     source: Arc<dyn ImageSource>,
     is_archive: bool,
-    /// Advice to state another format.
-    advice: Option<Remedy>,
-    /// Reason why the rest of the backing chain is not shown, worded as a note.
-    chain_ends: Option<String>,
+    /// Reason why the rest of the backing chain is not shown.
+    chain_ends: Option<Error>,
 }
 
 impl ImageEntry {
@@ -48,8 +47,9 @@ impl ImageEntry {
     fn notes(&self) -> impl Iterator<Item = String> {
         let info = self.info();
         let notes = info.notes.iter().cloned();
-        let remedies = info.remedy.iter().chain(&self.advice).map(remedy::words);
-        notes.chain(remedies).chain(self.chain_ends.clone())
+        let chain_ends = self.chain_ends.as_ref();
+        let chain_ends = chain_ends.map(|error| format!("the rest of the chain is not shown: {error:#}"));
+        notes.chain(info.remedy.as_ref().map(remedy::words)).chain(chain_ends)
     }
 
     /// Returns the damage that the driver found while opening the image, if any.
@@ -79,9 +79,9 @@ impl ImageEntry {
 /// Describes the images.
 ///
 /// # Errors
-/// If an image cannot be opened, or if its backing chain is a loop or too deep. Nothing is printed then.
-/// Damage deeper inside an image is not returned as an error: it is printed with the facts, and the exit code
-/// is [`Exit::Failed`].
+/// If an image cannot be opened. Nothing is printed then. Damage deeper inside an image, and a backing chain that
+/// can't be followed, are not returned as errors: they are printed after the facts, and the exit code is
+/// [`Exit::Failed`].
 pub fn run(args: &InfoArgs) -> Result<Exit> {
     let registry = imgtool::registry();
     let options = OpenOptions {
@@ -98,11 +98,10 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
             is_archive: is_archive(&*opened.driver),
             compression: opened.compression,
             source: opened.image,
-            advice: opened.advice,
             chain_ends: None,
         });
         if args.backing_chain {
-            follow_chain(&registry, &options, &mut entries)?;
+            follow_chain(&registry, &options, &mut entries);
         }
     }
     if args.output.is_json() {
@@ -118,8 +117,11 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
         report::print(&pages.join("\n"))?;
     }
     let mut exit = Exit::Done;
-    for damage in entries.iter().filter_map(|image| image.source.damage()) {
-        report::error(damage);
+    let chain_ends = entries.iter().filter_map(|image| image.chain_ends.as_ref());
+    // The user did not allow the file: there is no error, and the note tells how.
+    let broken = chain_ends.filter(|error| !matches!(error.remedy(), Some(Remedy::AllowExternal { .. })));
+    for error in entries.iter().filter_map(|image| image.source.damage()).chain(broken) {
+        report::error(error);
         exit = Exit::Failed;
     }
     Ok(exit)
@@ -129,47 +131,63 @@ fn is_archive(driver: &dyn Driver) -> bool {
     driver.capabilities().is_archive()
 }
 
-/// Appends the backing chain of the last entry, as far as its images can be opened.
-fn follow_chain(registry: &Registry, options: &OpenOptions, entries: &mut Vec<ImageEntry>) -> Result<()> {
-    for depth in 0..=MAX_CHAIN_DEPTH {
-        let Some(last) = entries.last() else { return Ok(()) };
-        let backing = last.info().references.iter().find(|r| matches!(r.role, "backing file" | "parent"));
-        let Some(backing) = backing.cloned() else { return Ok(()) };
-        if depth == MAX_CHAIN_DEPTH {
-            break;
-        }
-        let from = last.location.clone();
-        let source = options.externals.open_image(
-            backing.role,
-            &backing.name,
-            &from,
-            backing.format.as_deref(),
-            &OpenOptions { snapshot: None, ..options.clone() },
-        );
-        let source = match source {
-            Ok(source) => source,
-            // The image that names this file still shows the reference.
-            Err(error) => {
-                let Some(last) = entries.last_mut() else { return Ok(()) };
-                last.chain_ends = Some(format!("the rest of the chain is not shown: {error:#}"));
-                return Ok(());
+/// Appends the backing chain of the last entry, as far as its images can be opened. The last image that could be
+/// opened gets the reason why the chain ends there.
+fn follow_chain(registry: &Registry, options: &OpenOptions, entries: &mut Vec<ImageEntry>) {
+    let first = entries.len().saturating_sub(1);
+    loop {
+        let depth = entries.len() - first;
+        let Some(last) = entries.last() else { return };
+        let below = open_below(registry, options, last, depth);
+        match below {
+            Ok(Some(below)) if entries[first..].iter().any(|known| known.location == below.location) => {
+                let Some(last) = entries.last_mut() else { return };
+                let role = below_reference(last).map_or("backing file", |reference| reference.role);
+                let loops = externals::chain_loop(role, &below.location.name(), &last.location);
+                last.chain_ends = Some(loops);
+                return;
             }
-        };
-        let is_archive = registry.get(source.info().format).is_ok_and(|driver| is_archive(&*driver));
-        let Some(location) = open::resolve(&from, &backing.name) else { return Ok(()) };
-        if entries.iter().any(|known| known.location == location) {
-            return Err(externals::chain_loop(backing.role, &backing.name, &from));
+            Ok(Some(below)) => entries.push(below),
+            Ok(None) => return,
+            Err(error) => {
+                let Some(last) = entries.last_mut() else { return };
+                last.chain_ends = Some(error);
+                return;
+            }
         }
-        entries.push(ImageEntry {
-            location,
-            compression: Vec::new(),
-            source,
-            is_archive,
-            advice: None,
-            chain_ends: None,
-        });
     }
-    Err(Error::limit(format!("the chain is deeper than {MAX_CHAIN_DEPTH} images")))
+}
+
+/// Returns the reference of an image to the one below it in its chain.
+fn below_reference(image: &ImageEntry) -> Option<&Reference> {
+    image.info().references.iter().find(|reference| matches!(reference.role, "backing file" | "parent"))
+}
+
+/// Opens the image below `image` in its backing chain, of which `depth` images are open; `None` if it is the last
+/// one.
+fn open_below(
+    registry: &Registry,
+    options: &OpenOptions,
+    image: &ImageEntry,
+    depth: usize,
+) -> Result<Option<ImageEntry>> {
+    let Some(backing) = below_reference(image) else { return Ok(None) };
+    if depth > MAX_CHAIN_DEPTH {
+        return Err(Error::limit(format!("the chain is deeper than {MAX_CHAIN_DEPTH} images")));
+    }
+    let options = OpenOptions { snapshot: None, ..options.clone() };
+    let format = backing.format.as_deref();
+    let from = &image.location;
+    let source = options.externals.open_image(backing.role, &backing.name, from, format, &options)?;
+    let is_archive = registry.get(source.info().format).is_ok_and(|driver| is_archive(&*driver));
+    let location = open::resolve(from, &backing.name);
+    Ok(location.map(|location| ImageEntry {
+        location,
+        compression: Vec::new(),
+        source,
+        is_archive,
+        chain_ends: None,
+    }))
 }
 
 /// Returns the JSON object of one image, with qemu-img's names for fields of the same meaning.

@@ -1,7 +1,8 @@
 //! `imgtool resize`: changes the virtual size of an image in place.
 
-use imgtool_core::{Disk, Error, Location, Resize, Result, ResultExt};
+use imgtool_core::{Disk, Error, Resize, Result, ResultExt};
 use imgtool_engine::open;
+use imgtool_storage::OpenInput;
 
 use super::check::open_target;
 use crate::args::{NewSize, ResizeArgs};
@@ -18,21 +19,17 @@ pub fn run(args: &ResizeArgs) -> Result<Exit> {
     let (outputs, image) = open_target(&args.image)?;
     let registry = imgtool::registry();
     let options = images::open_options(&registry, &args.input)?;
-    let location = Location::source(args.image.as_os_str());
+    let location = images::source(args.image.as_os_str())?;
     let format = args.input.format.as_deref();
-    let opened = open::open_input(&registry, &location, format, &options.memory)?;
-    let driver = match format {
-        Some(name) => registry.get(name)?,
-        None => open::recognise(&registry, &opened).in_file(&location)?.0,
-    };
+    let info = imgtool_core::OpenOptions { info_only: true, ..options.clone() };
+    // Another handle would meet the lock of this one.
+    let input = OpenInput::of(image.reopen(&options.memory)?).borrowing(&options.memory);
+    let opened = open::open_image(&registry, input.decompressed()?, format, &info)?;
     if !opened.compression.is_empty() {
         return Err(Error::unsupported("a compressed file can't be resized").path(&location));
     }
-    let info = imgtool_core::OpenOptions { info_only: true, ..options.clone() };
-    let disk =
-        Disk::only(driver.open(opened.input, &info).in_file(&location)?, "the image").in_file(&location)?;
-    let old = disk.size();
-    drop(disk);
+    let driver = opened.driver;
+    let old = Disk::only(opened.image, "the image").in_file(&location)?.size();
     let size = match args.size {
         NewSize::Exact(size) => Some(size),
         NewSize::More(more) => old.checked_add(more),

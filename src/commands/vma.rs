@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{DeviceKind, Error, ErrorKind, Location, Memory, OpenOptions, Result};
+use imgtool_core::{DeviceKind, Error, ErrorKind, Location, Memory, OpenOptions, Remedy, Result};
 use imgtool_storage::{FileWatch, Identity, OpenInput, Opening};
 use imgtool_vma::{ArchiveHeader, VmaSource, reference};
 
@@ -79,7 +79,10 @@ impl Failure {
         }
         if let Some(remedy) = error.remedy() {
             // The hint may name a flag that `imgtool vma` lacks: it names `imgtool convert`, which has it.
-            let hint = remedy::words(remedy).replace(" --", " imgtool convert --");
+            let hint = match remedy {
+                Remedy::ShareSource(advice) => advice.to_string(),
+                other => remedy::words(other).replace(" --", " imgtool convert --"),
+            };
             report::say(&format!("  hint: {}", escape_control(&hint)));
         }
         Exit::Failed
@@ -113,7 +116,9 @@ fn header(file: &Path) -> Result<ArchiveHeader> {
 
 /// Opens an archive for reading, decompressing it if the file is compressed.
 fn input(file: &Path, memory: &Memory) -> Result<OpenInput> {
-    imgtool_storage::open::open(&Location::source(file.as_os_str()), Opening::ByContent, memory)
+    // Any other name is a path, even with a colon.
+    let location = if file.as_os_str() == "-" { Location::Stdin } else { Location::from(file) };
+    imgtool_storage::open::open(&location, Opening::ByContent, memory)
 }
 
 /// Opens an archive that will be read to its end. The header of a file is read separately, so that an error

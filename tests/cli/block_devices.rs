@@ -202,3 +202,31 @@ fn refuses_an_image_locked_by_qemu_without_force() {
     forced.exits(0);
     assert_eq!(sha256(&std::fs::read(&file).unwrap()), EFI);
 }
+
+/// QEMU's programs lock the node of a device like a file.
+#[test]
+fn refuses_a_device_that_qemu_writes() {
+    require!("qemu-io");
+    if !loop_devices() {
+        return;
+    }
+    let dir = tempdir();
+    let device = LoopDevice::holding(&dir.path().join("disk"), &noise(11, 1 << 20));
+    let mut machine = std::process::Command::new("qemu-io")
+        .args(["-f", "raw", text(device.path())])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Read::read_exact(machine.stdout.as_mut().unwrap(), &mut [0; 8]).unwrap();
+    let copy = dir.path().join("copy.raw");
+    let line = ["convert", "-f", "raw", text(device.path()), "--to", "raw", text(&copy)];
+    let refused = imgtool(line).go();
+    let shared = imgtool(line).args(["-U"]).go();
+    drop(machine.stdin.take());
+    machine.wait().unwrap();
+    refused.exits(1).says("may write it").says("-U");
+    shared.exits(0).says("was in use");
+    std::fs::remove_file(&copy).unwrap();
+    imgtool(line).ok();
+}

@@ -1,6 +1,6 @@
 //! Names of outputs: valid targets, and files that are never overwritten.
 
-use imgtool_testing::{assert_same, names, snapshot};
+use imgtool_testing::{assert_same, fixture, names, snapshot, tempdir};
 
 use super::with_disk;
 use crate::support::imgtool;
@@ -60,4 +60,95 @@ fn infers_the_format_from_the_target_extension() {
         let info = imgtool(["info", "--output", "json", name]).within(dir.path()).ok().json();
         assert_eq!(info["format"], format);
     }
+}
+
+/// The first command that anyone tries: an archive with one disk and its configuration.
+#[test]
+fn an_archive_goes_into_a_directory() {
+    let dir = tempdir();
+    let packed = |name: &str| {
+        let line = ["convert", "disk.raw", "--proxmox", "memory=512", name];
+        imgtool(line).within(dir.path()).ok();
+    };
+    imgtool_testing::images::every_mask().write_raw(&dir.path().join("disk.raw"));
+    packed("vzdump-qemu-100-2026_01_02-03_04_05.vma.zst");
+    packed("single.vma");
+    for (archive, dest) in [
+        ("single.vma", "outdir"),
+        ("vzdump-qemu-100-2026_01_02-03_04_05.vma.zst", "new/out.d"),
+        ("single.vma", "version.1"),
+    ] {
+        imgtool(["convert", archive, "--to", "qcow2", dest]).within(dir.path()).ok();
+        assert_eq!(names(&dir.path().join(dest)), ["drive-scsi0.qcow2", "qemu-server.conf"], "{dest}");
+    }
+    imgtool(["convert", "single.vma", "--to", "vma", "copies"]).within(dir.path()).ok();
+    assert_eq!(names(&dir.path().join("copies")), ["single.vma"]);
+}
+
+#[test]
+fn a_file_for_an_archive_is_named_as_one() {
+    let dir = tempdir();
+    let archive = fixture("two-disks.vma.zst");
+    let archive = imgtool_testing::text(&archive);
+    let efi = ["convert", archive, "--disk", "drive-efidisk0"];
+    for (format, dest, is_file) in [
+        ("qcow2", "disk.qcow2", true),
+        ("raw", "disk.img", true),
+        ("raw", "disk.raw.gz", true),
+        ("qcow2", "other.name", true),
+        ("qcow2", "out", false),
+    ] {
+        imgtool(efi).args(["--to", format, dest]).within(dir.path()).ok();
+        assert_eq!(dir.path().join(dest).is_file(), is_file, "{dest}");
+    }
+    assert_eq!(
+        names(&dir.path().join("out")),
+        ["drive-efidisk0.qcow2", "qemu-server.conf", "qemu-server.fw"]
+    );
+    let run = imgtool(efi).args(["--to", "raw", "-"]).within(dir.path()).ok();
+    assert_eq!(run.stdout.len(), 540_672);
+    // Both disks would share one file.
+    let run = imgtool(["convert", archive, "--to", "qcow2", "both.qcow2"]).within(dir.path()).go();
+    run.exits(2).says("2 devices do not go into one file");
+    std::fs::write(dir.path().join("old"), b"precious").unwrap();
+    for force in [&[][..], &["--force"]] {
+        let run = imgtool(efi).args(["--to", "raw", "old"]).args(force).within(dir.path()).go();
+        run.exits(1).says("is a file").says("disk.raw");
+    }
+    // In place, the user names the file or device itself.
+    std::fs::write(dir.path().join("old"), vec![1; 540_672]).unwrap();
+    imgtool(efi).args(["-n", "--to", "raw", "old"]).within(dir.path()).ok();
+    assert_same(&dir.path().join("old"), &dir.path().join("disk.img"), "in place");
+}
+
+/// Both machines have a qemu-server.conf, and may have disks of one name.
+#[test]
+fn each_of_several_machines_gets_a_directory() {
+    let dir = with_disk();
+    let pack = |name: &str, memory: &str| {
+        let memory = format!("memory={memory}");
+        imgtool(["convert", "disk.raw", "--proxmox", &memory, name]).within(dir.path()).ok();
+    };
+    std::fs::create_dir(dir.path().join("other")).unwrap();
+    for (name, memory) in [("a.vma", "100"), ("b.vma", "200"), ("other/a.vma", "300")] {
+        pack(name, memory);
+    }
+    let line = ["convert", "a.vma", "b.vma", "other/a.vma", "loose=disk.raw", "--to", "qcow2", "all"];
+    imgtool(line).within(dir.path()).ok();
+    let all = dir.path().join("all");
+    assert_eq!(names(&all), ["a", "a-2", "b", "loose.qcow2"]);
+    for (machine, memory) in [("a", "100"), ("b", "200"), ("a-2", "300")] {
+        let machine = all.join(machine);
+        assert_eq!(names(&machine), ["drive-scsi0.qcow2", "qemu-server.conf"]);
+        let config = std::fs::read_to_string(machine.join("qemu-server.conf")).unwrap();
+        assert!(config.contains(&format!("memory: {memory}")), "{config}");
+    }
+    // A failure removes all of them.
+    let before = snapshot(dir.path());
+    std::fs::write(dir.path().join("c.vma"), &std::fs::read(dir.path().join("b.vma")).unwrap()[..70_000])
+        .unwrap();
+    let run = imgtool(["convert", "a.vma", "c.vma", "--to", "qcow2", "failed"]).within(dir.path()).go();
+    run.exits(1);
+    std::fs::remove_file(dir.path().join("c.vma")).unwrap();
+    assert_eq!(snapshot(dir.path()), before);
 }

@@ -257,7 +257,7 @@ fn mistakes() {
         "convert dsik.raw x",
         "convert nodir/disk.raw x",
         "convert nbd://localhost/disk x",
-        "convert file:disk.raw x",
+        "convert nbd:disk.raw x",
         "convert directory x",
         "convert disk.raw disk.raw",
         "convert disk.raw nodir/x",

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use imgtool_testing::images::{self, Image};
-use imgtool_testing::{fixture, names, snapshot, tempdir, text};
+use imgtool_testing::{assert_same, fixture, names, snapshot, tempdir, text};
 
 use super::{ends, kill, partials};
 use crate::support::imgtool;
@@ -35,14 +35,105 @@ fn wait_for_partials(directory: &Path) {
 
 #[test]
 fn interrupt_leaves_no_files() {
-    for signal in ["-INT", "-TERM", "-HUP"] {
+    for (signal, signo) in [
+        ("-INT", 2),
+        ("-TERM", 15),
+        ("-HUP", 1),
+        ("-QUIT", 3),
+        ("-ALRM", 14),
+        ("-USR2", 12),
+        ("-VTALRM", 26),
+        ("-PROF", 27),
+        ("-XCPU", 24),
+    ] {
         for out in ["out.qcow2", "new/"] {
             let dir = tempdir();
             let child = stalled(&dir.path().join(out));
             kill(&child, signal);
-            assert_eq!(ends(child, signal).code(), Some(1), "{signal}");
+            assert_eq!(ends(child, signal).signal(), Some(signo), "{signal}");
             assert!(names(dir.path()).is_empty(), "{signal}: {:?}", names(dir.path()));
         }
+    }
+}
+
+/// The first signal lets the work stop; the second one does not wait for it.
+#[test]
+fn second_interrupt_leaves_no_files() {
+    let dir = tempdir();
+    let child = stalled(&dir.path().join("out.qcow2"));
+    kill(&child, "-INT");
+    // The program may have died of the first one.
+    let _ = Command::new("kill").args(["-TERM", &child.id().to_string()]).stderr(Stdio::null()).status();
+    let signal = ends(child, "two signals").signal();
+    assert!(matches!(signal, Some(2 | 15)), "{signal:?}");
+    assert!(names(dir.path()).is_empty(), "{:?}", names(dir.path()));
+}
+
+/// A shell stops its loop at Ctrl-C only if the program died of it.
+#[test]
+fn interrupt_ends_the_loop_of_a_shell() {
+    let dir = tempdir();
+    Image::hole("x", 8 << 20).with(0, images::noise(1, 8 << 20)).write_raw(&dir.path().join("disk.raw"));
+    let line = format!(
+        "for i in 1 2 3; do '{PROGRAM}' convert -r 1M disk.raw --to raw out-$i.raw; echo again; done; echo next"
+    );
+    let mut command = Command::new("env");
+    command.args(["--default-signal=INT", "setsid", "--wait", "bash", "-c", &line]).current_dir(dir.path());
+    let shell = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    wait_for_partials(dir.path());
+    // As a terminal does: to the whole group of processes, here the one of bash.
+    let output = Command::new("pgrep").args(["-P", &shell.id().to_string()]).output().unwrap();
+    let bash = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    let group = if bash.is_empty() { shell.id().to_string() } else { bash };
+    let group = Command::new("ps").args(["-o", "pgid=", "-p", &group]).output().unwrap();
+    let group = String::from_utf8_lossy(&group.stdout).trim().to_owned();
+    assert!(Command::new("kill").args(["-INT", "--", &format!("-{group}")]).status().unwrap().success());
+    let output = shell.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "", "the loop went on");
+    assert_eq!(names(dir.path()), ["disk.raw"]);
+}
+
+/// qemu-img documents SIGUSR1 as a request for the progress.
+#[test]
+fn usr1_prints_the_progress_and_ends_nothing() {
+    let dir = tempdir();
+    Image::hole("x", 4 << 20).with(0, images::noise(1, 4 << 20)).write_raw(&dir.path().join("disk.raw"));
+    for flags in ["", "-q", "-p"] {
+        let line = format!(
+            "'{PROGRAM}' convert {flags} -r 4M disk.raw --to raw out.raw & sleep 0.4; kill -USR1 $!; sleep 0.1; \
+             kill -USR1 $!; wait $!"
+        );
+        let output = Command::new("bash").args(["-c", &line]).current_dir(dir.path()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{flags}: {output:?}");
+        assert_eq!(said.matches("imgtool: convert: ").count(), 2, "{flags}: {said}");
+        assert!(said.contains("% of 4 MiB"), "{flags}: {said}");
+        assert_same(&dir.path().join("disk.raw"), &dir.path().join("out.raw"), flags);
+        std::fs::remove_file(dir.path().join("out.raw")).unwrap();
+    }
+    // A command without progress goes on as well.
+    let mut child = imgtool(["info", "-"]).within(dir.path()).start();
+    std::thread::sleep(Duration::from_millis(200));
+    kill(&child, "-USR1");
+    // It needs only the beginning.
+    let _ = child.stdin.as_mut().unwrap().write_all(&std::fs::read(dir.path().join("disk.raw")).unwrap());
+    drop(child.stdin.take());
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn signals_that_the_parent_ignores_stay_ignored() {
+    let dir = tempdir();
+    Image::hole("x", 4 << 20).with(0, images::noise(1, 4 << 20)).write_raw(&dir.path().join("disk.raw"));
+    for signal in ["INT", "TERM", "HUP", "USR1"] {
+        let line = format!(
+            "trap '' {signal}; '{PROGRAM}' convert -r 8M disk.raw --to raw out.raw & sleep 0.2; \
+             kill -{signal} $!; wait $!"
+        );
+        let output = Command::new("bash").args(["-c", &line]).current_dir(dir.path()).output().unwrap();
+        assert!(output.status.success(), "{signal}: {output:?}");
+        assert!(!String::from_utf8_lossy(&output.stderr).contains("convert: "), "{signal}: {output:?}");
+        std::fs::remove_file(dir.path().join("out.raw")).unwrap();
     }
 }
 
@@ -103,9 +194,8 @@ impl Busy {
         }
     }
 
-    /// Runs the conversion, sends `signal` at `moment`, and returns the exit code; `None` if a signal ended
-    /// it.
-    fn hit(&self, signal: &str, moment: Moment) -> Option<i32> {
+    /// Runs the conversion, sends `signal` at `moment`, and returns its exit status.
+    fn hit(&self, signal: &str, moment: Moment) -> ExitStatus {
         let child = match moment {
             Moment::Begun => {
                 let child = self.run().args(["-r", "4M"]).start();
@@ -120,7 +210,7 @@ impl Busy {
         };
         // The program may have ended already.
         let _ = Command::new("kill").args([signal, &child.id().to_string()]).stderr(Stdio::null()).status();
-        ends(child, signal).code()
+        ends(child, signal)
     }
 }
 
@@ -185,17 +275,16 @@ fn signals_at_any_time_leave_all_outputs_or_none() {
         let signals = 3 * rounds();
         let mut interrupted = 0;
         for (nth, moment) in moments(signals) {
-            let signal = ["-INT", "-TERM", "-HUP"][nth % 3];
-            let code = busy.hit(signal, moment);
-            interrupted += u32::from(code != Some(0));
+            let (signal, signo) = [("-INT", 2), ("-TERM", 15), ("-HUP", 1)][nth % 3];
+            let status = busy.hit(signal, moment);
+            interrupted += u32::from(!status.success());
             let after = snapshot(busy.dir.path());
-            let what = format!("{format}: {signal} {nth}, {moment:?}: exit code {code:?}");
-            assert!(code == Some(1) || moment != Moment::Begun, "{what}");
-            match code {
-                Some(0) => assert_eq!(after, busy.wanted, "{what}"),
-                // A signal kills the program before it handles signals; then there is no exit code.
-                Some(1) | None => assert_eq!(after, before, "{what}"),
-                Some(_) => panic!("{what}"),
+            let what = format!("{format}: {signal} {nth}, {moment:?}: {status}");
+            assert!(status.signal() == Some(signo) || moment != Moment::Begun, "{what}");
+            if status.success() {
+                assert_eq!(after, busy.wanted, "{what}");
+            } else {
+                assert_eq!((status.signal(), after), (Some(signo), before.clone()), "{what}");
             }
             busy.clear();
         }
@@ -214,7 +303,7 @@ fn keeps_the_partial_file_of_a_concurrent_run() {
     assert!(!run.stderr.contains("killed"), "{}", run.stderr);
     assert_eq!(partials(dir.path()), theirs);
     kill(&first, "-TERM");
-    assert_eq!(ends(first, "the first").code(), Some(1));
+    assert_eq!(ends(first, "the first").signal(), Some(15));
     assert_eq!(names(dir.path()), ["disk.raw", "out.qcow2"]);
 }
 

@@ -39,14 +39,14 @@ impl Bench {
             for to in FORMATS {
                 bench.shaky.plan(None, None);
                 assert_eq!(bench.convert(from, to), Some(0), "{from} to {to}");
-                wanted.insert((from, to), bench.shaky.take("out").unwrap());
+                wanted.insert((from, to), bench.shaky.take("out.img").unwrap());
             }
         }
         Some(Self { wanted, ..bench })
     }
 
     fn convert(&self, from: &str, to: &str) -> Option<i32> {
-        let (source, target) = (self.shaky.path(&format!("disk.{from}")), self.shaky.path("out"));
+        let (source, target) = (self.shaky.path(&format!("disk.{from}")), self.shaky.path("out.img"));
         let run = imgtool(["convert", "--threads", "2", text(&source), "--to", to, text(&target)]).go();
         assert!(!run.stderr.contains("panicked"), "{}", run.stderr);
         run.status.code()
@@ -60,7 +60,7 @@ impl Bench {
         let code = self.convert(from, to);
         let hits = self.shaky.hits();
         let what = format!("{from} to {to}, reads {reads:?}, writes {writes:?}: {hits} hit, {code:?}");
-        let out = self.shaky.take("out");
+        let out = self.shaky.take("out.img");
         match code {
             Some(0) => assert!(out.as_ref() == self.wanted.get(&(from, to)), "{what}: another output"),
             Some(1) => assert!(out.is_none(), "{what}: there is an output"),

@@ -199,7 +199,7 @@ fn peak_memory(arguments: &[&str], source: impl FnOnce(&std::path::Path) -> std:
     let out = dir.path().join("out");
     let run = imgtool(["convert", "--threads", "16", "-f", "raw", text(&source), text(&out)]);
     let run = run.args(arguments).measured().ok();
-    let back = dir.path().join("back");
+    let back = dir.path().join("back.raw");
     imgtool(["convert", text(&out), "--to", "raw", text(&back)]).ok();
     assert_same(&raw, &back, "the content");
     run.peak_memory

@@ -92,7 +92,7 @@ fn convert_all(from: &str, to: &str) {
         let source = foreign(&image, &raw, from, dir.path());
         let output = dir.path().join(format!("{}.out.{to}", image.name));
         imgtool(["convert", text(&source), "--to", to, text(&output)]).ok();
-        let back = dir.path().join(format!("{}.back", image.name));
+        let back = dir.path().join(format!("{}.back.raw", image.name));
         imgtool(["convert", "-f", to, text(&output), "--to", "raw", text(&back)]).ok();
         let what = format!("{}: {from} to {to}", image.name);
         let is_exact = to == "raw" && matches!(from, "raw" | "vma");

@@ -114,7 +114,10 @@ fn odd_names_are_confined_and_escaped() {
         harmless(&imgtool(["vma", "list", "x.vma"]).within(&deep).ok());
         harmless(&imgtool(["vma", "verify", "-v", "x.vma"]).within(&deep).ok());
         harmless(
-            &imgtool(["convert", "x.vma", "--to", "vma", "no/such/directory/x"]).within(&deep).go().exits(1),
+            &imgtool(["convert", "x.vma", "--to", "vma", "no/such/directory/x.vma"])
+                .within(&deep)
+                .go()
+                .exits(1),
         );
         assert_eq!(snapshot(dir.path()), before, "{name:?}");
         for line in [

@@ -5,6 +5,8 @@ use std::ffi::OsStr;
 use imgtool_core::{Error, Location, Result};
 use imgtool_engine::DiskTarget;
 
+use crate::images;
+
 /// Parses the value of `--target`. A comma in the path is written as two commas.
 ///
 /// # Errors
@@ -21,7 +23,9 @@ pub(super) fn parse(text: &OsStr) -> Result<DiskTarget> {
         .and_then(|first| first.split_once('='))
         .filter(|(name, path)| !name.is_empty() && !path.is_empty())
         .ok_or_else(|| usage("expected NAME=PATH"))?;
-    let location = Location::target(OsStr::new(&path.replace('\u{0}', ",")));
+    let path = path.replace('\u{0}', ",");
+    images::refuse_protocol(OsStr::new(&path))?;
+    let location = Location::target(OsStr::new(&path));
     let mut target = DiskTarget { name: name.to_owned(), location, format: None, zeroed: false };
     for part in parts {
         match part.split_once('=') {

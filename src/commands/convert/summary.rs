@@ -7,12 +7,13 @@ use serde::Serialize;
 
 use crate::args::ConvertArgs;
 use crate::exit::Exit;
-use crate::remedy;
+use crate::images;
 use crate::report::{self, Align, Paint, Stream, count, human_size, human_time, percent};
 
 /// Prints the format, contents and notes of a source to standard error, before the conversion.
 pub fn announce(source: &OpenSource) {
     let (opened, info) = (&source.opened, source.opened.image.info());
+    images::note_unrecognised(opened);
     let bytes: u64 = info.devices.iter().fold(0, |sum, device| sum.saturating_add(device.size));
     let disks = info.devices.iter().filter(|device| device.kind == DeviceKind::Disk).count();
     let mut parts = vec![opened.format_name()];
@@ -29,7 +30,7 @@ pub fn announce(source: &OpenSource) {
         parts.push("copied to temporary storage first".to_owned());
     }
     report::tell(&format!("{}: {}", opened.location, parts.join(", ")));
-    for note in info.notes.iter().cloned().chain(opened.advice.as_ref().map(remedy::words)) {
+    for note in &info.notes {
         report::note(&format!("{}: {note}", opened.location));
     }
 }

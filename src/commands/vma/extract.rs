@@ -104,11 +104,11 @@ fn source(archive: Archive, registry: &Registry) -> Result<OpenSource> {
         compression: Vec::new(),
         stored_len: None,
         spooled: false,
+        unrecognised: false,
         identity: archive.identity,
         watch: archive.watch,
         externals: Externals::default(),
         image: archive.source,
-        advice: None,
         bytes: None,
     };
     Ok(OpenSource { name: None, opened })

@@ -25,6 +25,8 @@ pub struct OpenOptions {
     pub salvage: bool,
     /// True to open an image that is marked as unsafe (the corrupt bit of qcow2).
     pub force: bool,
+    /// True to read a file that another program may write. By default it is refused, as QEMU's programs do.
+    pub force_share: bool,
     /// True to accept bytes after the end of an archive.
     pub ignore_trailing: bool,
     /// The internal snapshot (name or ID) to read instead of the active state.

@@ -25,15 +25,18 @@ pub enum Location {
     Url(Url),
 }
 
+/// Scheme of QEMU for a plain path. A file whose name begins with it is `./file:NAME`.
+const FILE_SCHEME: &str = "file:";
+
 impl Location {
     /// Parses the name of a source as a user types it: `-` is standard input, `SCHEME://…` is a URL, and
-    /// anything else is a path.
+    /// anything else is a path. As in QEMU, `file:NAME` is the path `NAME`.
     pub fn source(text: &OsStr) -> Self {
         Self::parse(text, Self::Stdin)
     }
 
     /// Parses the name of a target as a user types it: `-` is standard output, `SCHEME://…` is a URL, and
-    /// anything else is a path.
+    /// anything else is a path. As in QEMU, `file:NAME` is the path `NAME`.
     pub fn target(text: &OsStr) -> Self {
         Self::parse(text, Self::Stdout)
     }
@@ -41,7 +44,10 @@ impl Location {
     fn parse(text: &OsStr, dash: Self) -> Self {
         match text.to_str() {
             Some("-") => dash,
-            Some(text) => Url::parse(text).map_or_else(|| Self::Path(text.into()), Self::Url),
+            Some(text) => match text.strip_prefix(FILE_SCHEME) {
+                Some(path) => Self::Path(path.into()),
+                None => Url::parse(text).map_or_else(|| Self::Path(text.into()), Self::Url),
+            },
             None => Self::Path(text.into()),
         }
     }
@@ -243,6 +249,10 @@ mod tests {
         assert_eq!(source("./-"), Location::Path("./-".into()));
         assert!(matches!(source("nbd+unix:///disk?socket=/run/x"), Location::Url(_)));
         assert!(matches!(source("://x"), Location::Path(_)));
+        assert_eq!(source("file:a:b.raw"), Location::Path("a:b.raw".into()));
+        assert_eq!(source("file:-"), Location::Path("-".into()));
+        assert_eq!(source("file:///a"), Location::Path("///a".into()));
+        assert_eq!(source("./file:a"), Location::Path("./file:a".into()));
     }
 
     #[test]

@@ -23,6 +23,9 @@ pub enum Remedy {
     OpenAnyway(Cow<'static, str>),
     /// Leave out bitmaps that can't be relied on.
     SkipBrokenBitmaps,
+    /// Read a source that another program may write ([`crate::OpenOptions::force_share`]). The advice is the
+    /// safer alternative.
+    ShareSource(Cow<'static, str>),
     /// Replace the file that already exists.
     Overwrite,
     /// Replace the existing image by a new one, instead of writing into it.
@@ -53,6 +56,11 @@ pub enum Remedy {
         format: &'static str,
         /// Alternative, or likely cause of the error.
         advice: Cow<'static, str>,
+    },
+    /// State the format of the image: the content fits both.
+    ChooseFormat {
+        /// Names of the formats, the likelier one first.
+        formats: [&'static str; 2],
     },
     /// Set this option of the format (`cluster_size=131072`).
     SetOption(String),
@@ -125,6 +133,9 @@ impl fmt::Display for Remedy {
             }
             Self::OpenAnyway(advice) => write!(f, "{advice}, or force reading it as it is"),
             Self::SkipBrokenBitmaps => f.write_str("leave out broken bitmaps, or remove this one"),
+            Self::ShareSource(advice) => {
+                write!(f, "{advice}; forcing shared access reads it, and may mix two states")
+            }
             Self::Overwrite => f.write_str("allow overwriting, or choose another name"),
             Self::ReplaceImage => f.write_str("make a new image in its place, or choose another name"),
             Self::DiscardData => f.write_str("nothing was changed; permit the loss of this data"),
@@ -138,6 +149,9 @@ impl fmt::Display for Remedy {
             Self::NameTargetFormat { advice } => write!(f, "state the format of the output; {advice}"),
             Self::ReadAs { format, advice } => {
                 write!(f, "{advice}; stating the format {format} reads it as a {format} disk")
+            }
+            Self::ChooseFormat { formats: [one, other] } => {
+                write!(f, "state its format: {one}, or {other} if a guest has written these bytes")
             }
             Self::SetOption(option) => write!(f, "set the option {option}"),
             Self::ListOptions { advice, .. } => f.write_str(advice),

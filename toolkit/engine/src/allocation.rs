@@ -1,11 +1,11 @@
-//! Compares allocation: finds the first place where only one of two images has data.
+//! Compares allocation: finds the first place that two images store in different ways.
 
-use imgtool_core::{Disk, Extent, Result, ResultExt};
+use imgtool_core::{Disk, Error, MapExtent, Result, ResultExt};
 
 use crate::compare::DevicePair;
 use crate::open::Opened;
 
-/// Returns the index of the pair and the guest offset of the first place where only one image has data;
+/// Returns the index of the pair and the guest offset of the first place that the images store in different ways;
 /// `None` if there is no difference. The devices of a pair must have equal sizes.
 ///
 /// # Errors
@@ -21,7 +21,7 @@ pub fn first_difference(
         let mut position = 0;
         while position < pair.first.size {
             let (one, other) = (a.at(position)?, b.at(position)?);
-            if one.is_data() != other.is_data() {
+            if Status::of(one, first.driver.name()) != Status::of(other, second.driver.name()) {
                 return Ok(Some((index, position)));
             }
             position = one.end().min(other.end());
@@ -30,12 +30,35 @@ pub fn first_difference(
     Ok(None)
 }
 
+/// Way in which an image stores an extent: what qemu-img compares in its strict mode, as `qemu-img map` shows it.
+/// The depth in a chain and the place in the file do not count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Status {
+    present: bool,
+    zero: bool,
+    data: bool,
+    compressed: bool,
+    has_place: bool,
+    /// Format, for zeros that no file stores: each format describes them in its own way, and to qemu-img those of
+    /// two formats are different.
+    format: Option<&'static str>,
+}
+
+impl Status {
+    fn of(extent: &MapExtent, format: &'static str) -> Self {
+        let MapExtent { present, zero, data, compressed, ref place, .. } = *extent;
+        let has_place = place.is_some();
+        let format = (!has_place && !data).then_some(format);
+        Self { present, zero, data, compressed, has_place, format }
+    }
+}
+
 /// Iterates over the extents of a device.
 struct Walk<'a> {
     image: &'a Opened,
     disk: Disk,
-    known: std::vec::IntoIter<Extent>,
-    current: Option<Extent>,
+    known: std::vec::IntoIter<MapExtent>,
+    current: Option<MapExtent>,
 }
 
 impl<'a> Walk<'a> {
@@ -45,20 +68,14 @@ impl<'a> Walk<'a> {
     }
 
     /// Returns the extent that contains the guest byte at `position`, which must not decrease between calls.
-    fn at(&mut self, position: u64) -> Result<Extent> {
-        loop {
-            match self.current {
-                Some(extent) if extent.end() > position => return Ok(extent),
-                _ => {}
+    fn at(&mut self, position: u64) -> Result<&MapExtent> {
+        while self.current.as_ref().is_none_or(|extent| extent.end() <= position) {
+            self.current = self.known.next();
+            if self.current.is_none() {
+                let extents = self.disk.map(position..self.disk.size());
+                self.known = extents.in_file(&self.image.location)?.into_iter();
             }
-            self.current = match self.known.next() {
-                Some(extent) => Some(extent),
-                None => {
-                    let extents = self.disk.extents(position..self.disk.size());
-                    self.known = extents.in_file(&self.image.location)?.into_iter();
-                    self.known.next()
-                }
-            };
         }
+        self.current.as_ref().ok_or_else(|| Error::malformed("the map of the image ends early"))
     }
 }

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use imgtool_core::{
     CancelToken, Error, ImageSource, Location, Measure, Memory, OpenOptions, Registry, Result,
 };
-use imgtool_storage::Outputs;
+use imgtool_storage::open::open_shared;
+use imgtool_storage::{Opening, Outputs, Sharing};
 
 use crate::blank::Blank;
 use crate::format::TargetFormat;
@@ -38,9 +39,10 @@ pub struct CreateRequest {
 pub fn backing_size(registry: &Registry, location: &Location, format: &TargetFormat) -> Result<Option<u64>> {
     let Some(backing) = format.writer.backing() else { return Ok(None) };
     let base = sinks::backing_path(location, &backing.name)?;
-    // Facts suffice, so the driver opens no further backing images.
-    let options = OpenOptions { info_only: true, ..OpenOptions::default() };
-    let input = imgtool_storage::open::open(&base, imgtool_storage::Opening::Plain, &options.memory)?;
+    // Facts suffice, so the driver opens no further backing images. A program that writes the image does not
+    // change its size.
+    let options = OpenOptions { info_only: true, force_share: true, ..OpenOptions::default() };
+    let input = open_shared(&base, Opening::Plain, &options.memory, Sharing::Accepted)?;
     let opened = open::open_image(registry, input, Some(&backing.format), &options)?;
     match opened.image.info().devices.as_slice() {
         [device] => Ok(Some(device.size)),

@@ -14,7 +14,7 @@ use imgtool_core::{
 };
 use imgtool_storage::open::{OpenInput, Opening};
 use imgtool_storage::os::{self, DirectoryHandle, FileId};
-use imgtool_storage::{FileWatch, Identity};
+use imgtool_storage::{FileWatch, Identity, Sharing};
 
 /// Maximum depth of a chain of images. Our limit: chains in use stay below 100. QEMU has no limit.
 pub const MAX_CHAIN_DEPTH: usize = 256;
@@ -86,13 +86,13 @@ impl SuppliedFile {
     fn open(&self, memory: &Memory) -> Result<Input> {
         match self {
             Self::Output(output) => output.reopen(memory),
-            Self::Path(path) => Ok(open_plain(path, memory)?.input),
+            Self::Path(path) => Ok(open_plain(path, memory, Sharing::Refused)?.input),
         }
     }
 }
 
-fn open_plain(path: &Path, memory: &Memory) -> Result<OpenInput> {
-    imgtool_storage::open::open(&path.into(), Opening::Plain, memory)
+fn open_plain(path: &Path, memory: &Memory, sharing: Sharing) -> Result<OpenInput> {
+    imgtool_storage::open::open_shared(&path.into(), Opening::Plain, memory, sharing)
 }
 
 /// Opens the files that images name, as far as the policy allows.
@@ -115,6 +115,8 @@ pub struct PolicyOpener {
     supplied: BTreeMap<String, SuppliedFile>,
     /// Ledger from which the opened files borrow.
     memory: Memory,
+    /// Treatment of files that other programs may write.
+    sharing: Sharing,
 }
 
 impl PolicyOpener {
@@ -130,7 +132,14 @@ impl PolicyOpener {
             images: Arc::default(),
             supplied: BTreeMap::new(),
             memory: Memory::default(),
+            sharing: Sharing::Refused,
         }
+    }
+
+    /// Sets the treatment of files that other programs may write.
+    #[must_use]
+    pub fn sharing(self, sharing: Sharing) -> Self {
+        Self { sharing, ..self }
     }
 
     /// Lets the opened files borrow from `memory`.
@@ -167,14 +176,14 @@ impl PolicyOpener {
     fn open_allowed(&self, role: &str, name: &str, from: &Location) -> Result<(Input, Self)> {
         let Admission { path, allowed, below } = self.admit(role, name, from)?;
         let open = match allowed {
-            Allowed::Named(named) => open_plain(&named, &self.memory)?,
+            Allowed::Named(named) => open_plain(&named, &self.memory, self.sharing)?,
             Allowed::Beneath(directory, relative) => {
                 let opened = directory.handle.open_beneath(&relative);
                 let file = opened.map_err(|e| moved(role, name, from, e))?;
                 if !file.metadata().is_ok_and(|meta| meta.is_file()) {
                     return Err(refusal(role, name, from));
                 }
-                imgtool_storage::open::from_file(Location::from(&path), file, &self.memory)?
+                imgtool_storage::open::from_file(Location::from(&path), file, &self.memory, self.sharing)?
             }
         };
         if let Some(id) = open.identity.as_ref().and_then(Identity::id) {
@@ -294,7 +303,7 @@ impl PolicyOpener {
         if !file.metadata().is_ok_and(|meta| meta.is_file()) {
             return Ok(None);
         }
-        let open = imgtool_storage::open::from_file(Location::from(&path), file, &self.memory)?;
+        let open = imgtool_storage::open::from_file(Location::from(&path), file, &self.memory, self.sharing)?;
         let opened = OpenedFile { location: path.into(), identity: open.identity, watch: open.watch };
         lock(&self.opened).push(opened);
         Ok(Some(open.input))

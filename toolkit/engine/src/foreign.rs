@@ -1,5 +1,5 @@
-//! Formats of other programs that no driver supports yet. They are recognised and refused by name: read as
-//! raw, their tables would become disk content, and a raw output would get a wrong extension.
+//! Formats of other programs that no driver supports yet, by the names that users state. A raw output would get
+//! a wrong extension. `contents.rs` recognises files by their content.
 
 use std::sync::Arc;
 
@@ -13,18 +13,9 @@ struct Foreign {
     called: &'static [&'static str],
     /// File name extensions that no other format uses.
     extensions: &'static [&'static str],
-    /// Magic numbers: file offset and bytes. One match suffices.
-    magics: &'static [(usize, &'static [u8])],
 }
 
-const FOREIGN: [Foreign; 1] =
-    [Foreign { name: "OVA", called: &["ova", "ovf"], extensions: &["ova", "ovf"], magics: &[] }];
-
-/// Returns the name of the foreign format whose magic number is in `head`, the first bytes of a file.
-pub(crate) fn by_content(head: &[u8]) -> Option<&'static str> {
-    let fits = |(at, magic): &(usize, &[u8])| head.get(*at..).is_some_and(|rest| rest.starts_with(magic));
-    FOREIGN.iter().find(|format| format.magics.iter().any(fits)).map(|format| format.name)
-}
+const FOREIGN: [Foreign; 1] = [Foreign { name: "OVA", called: &["ova", "ovf"], extensions: &["ova", "ovf"] }];
 
 /// Returns the driver called `name`. Like [`Registry::get`], with a better error for foreign formats.
 ///

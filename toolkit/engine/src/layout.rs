@@ -9,7 +9,7 @@ use imgtool_core::{
 };
 use imgtool_storage::open::Opening;
 use imgtool_storage::os::{self, FileClass};
-use imgtool_storage::{Links, OutputRequest};
+use imgtool_storage::{Links, OutputRequest, outer};
 
 use crate::format::{self, TargetFormat};
 use crate::names::{self, Unique};
@@ -145,6 +145,8 @@ pub struct PlannedFile {
 pub struct Layout {
     /// Directory that receives the outputs; created if missing.
     pub directory: Option<PathBuf>,
+    /// Directories in it, one for each machine if there are several; created if missing.
+    pub machine_directories: Vec<PathBuf>,
     /// Images to make. Those of disks with a separate target come last.
     pub outputs: Vec<PlannedOutput>,
     /// Configurations to write as separate files.
@@ -186,7 +188,8 @@ impl Layout {
     /// Returns the treatment of a symbolic link at `path`. In the directory that receives the disks, names
     /// come from the image, so links are refused. The user chose all other names.
     pub(crate) fn links(&self, path: &Path) -> Links {
-        let inside = self.directory.as_deref().is_some_and(|directory| path.parent() == Some(directory));
+        let mut directories = self.directory.iter().chain(&self.machine_directories);
+        let inside = directories.any(|directory| path.parent() == Some(directory));
         if inside { Links::Refuse } else { Links::Follow }
     }
 }
@@ -219,6 +222,8 @@ pub struct LayoutRequest<'a> {
     pub dest: Option<&'a Location>,
     /// Disks with a separate target.
     pub disk_targets: &'a [DiskTarget],
+    /// True if the user chose the disks by their names.
+    pub disks_named: bool,
     /// Configurations to convert.
     pub attachments: Vec<Attachment>,
     /// `Some` to write into the existing file or device at `dest`; `Some(true)` if it is known to read as
@@ -320,7 +325,7 @@ impl LayoutRequest<'_> {
     }
 
     fn lay_out_dest(&self, dest: &Location, rest: Vec<Slot>, layout: &mut Layout) -> Result<()> {
-        let is_directory = format::is_directory(dest);
+        let is_directory = format::is_directory(dest) || self.machines_need_directory(dest, &rest);
         if self.format.is_archive() {
             let location = match dest.path().filter(|_| is_directory) {
                 Some(directory) => {
@@ -338,6 +343,21 @@ impl LayoutRequest<'_> {
         }
         let path = self.check_directory(dest, is_directory, &rest)?;
         self.lay_out_directory(path, &rest, layout)
+    }
+
+    /// True if `dest` will be a directory because a source holds machines: their disks and configurations need
+    /// one, also if there is a single disk today. The name says otherwise if it has the extension of a format or a
+    /// compression, or any extension if the user chose the only disk.
+    fn machines_need_directory(&self, dest: &Location, rest: &[Slot]) -> bool {
+        let is_device = |path: &Path| {
+            std::fs::metadata(path).is_ok_and(|meta| os::classify(&meta) == FileClass::BlockDevice)
+        };
+        let Some(path) = dest.path().filter(|path| !is_device(path)) else { return false };
+        let has_extension = path.extension().is_some();
+        let is_known = open::driver_by_name(self.registry, dest).is_some() || outer::by_name(dest).is_some();
+        let names_file = has_extension && (is_known || self.disks_named && rest.len() == 1);
+        let holds_machines = self.sources.iter().any(OpenSource::holds_machine);
+        holds_machines && !names_file && self.in_place.is_none() && stream_of(dest).is_none()
     }
 
     fn lay_out_archive(&self, location: &Location, rest: Vec<Slot>, layout: &mut Layout) -> Result<()> {
@@ -361,11 +381,47 @@ impl LayoutRequest<'_> {
         Ok(())
     }
 
-    /// Plans a directory with a file for each disk and each configuration.
+    /// Plans a directory for the disks and configurations, with a directory in it for each of several machines.
     fn lay_out_directory(&self, dest: &Path, rest: &[Slot], layout: &mut Layout) -> Result<()> {
-        let mut unique = Unique::default();
         layout.directory = Some(dest.to_owned());
-        for &slot in rest {
+        let machines = self.machines();
+        if machines.len() < 2 {
+            return self.lay_out_files(dest, rest, &self.attachments, layout);
+        }
+        let of = |slot: &&Slot, machine: usize| self.selected[slot.index()].source == machine;
+        let is_alone = |slot: &&Slot| !machines.iter().any(|machine| of(slot, *machine));
+        let alone: Vec<Slot> = rest.iter().filter(is_alone).copied().collect();
+        self.lay_out_files(dest, &alone, &[], layout)?;
+        let mut unique = Unique::default();
+        for machine in machines {
+            let source = &self.sources[machine];
+            let name = names::safe(&open::stem(self.registry, &source.opened.location), "vm");
+            let directory = dest.join(unique.issue(&name, ""));
+            let disks: Vec<Slot> = rest.iter().filter(|slot| of(slot, machine)).copied().collect();
+            self.lay_out_files(&directory, &disks, source.attachments(), layout)?;
+            layout.machine_directories.push(directory);
+        }
+        Ok(())
+    }
+
+    /// Returns the indices of the sources that hold machines, except those without a selected disk.
+    fn machines(&self) -> Vec<usize> {
+        let is_selected = |index: usize| self.selected.iter().any(|disk| disk.source == index);
+        let sources = self.sources.iter().enumerate();
+        let machines = sources.filter(|(index, source)| source.holds_machine() && is_selected(*index));
+        machines.map(|(index, _)| index).collect()
+    }
+
+    /// Plans a file in `directory` for each disk and each configuration.
+    fn lay_out_files(
+        &self,
+        directory: &Path,
+        disks: &[Slot],
+        attachments: &[Attachment],
+        layout: &mut Layout,
+    ) -> Result<()> {
+        let mut unique = Unique::default();
+        for &slot in disks {
             let disk = &self.selected[slot.index()];
             let (stem, format, extension) = match disk.device.kind {
                 DeviceKind::Disk => {
@@ -377,16 +433,16 @@ impl LayoutRequest<'_> {
                     ("vmstate".to_owned(), verbatim, "bin".to_owned())
                 }
             };
-            let path = dest.join(unique.issue(&stem, &extension));
+            let path = directory.join(unique.issue(&stem, &extension));
             layout.outputs.push(self.output(Destination::New(path), format, vec![slot]));
         }
-        for attachment in &self.attachments {
+        for attachment in attachments {
             let name = unique.issue_file(&names::safe(&attachment.name, "config"));
             if name != attachment.name {
                 let text = format!("configuration '{}' is written as '{name}'", attachment.name);
                 layout.notes.push(Note::Text(text));
             }
-            layout.files.push(PlannedFile { path: dest.join(name), attachment: attachment.clone() });
+            layout.files.push(PlannedFile { path: directory.join(name), attachment: attachment.clone() });
         }
         Ok(())
     }
@@ -405,7 +461,7 @@ impl LayoutRequest<'_> {
                 .remedied_by(self.select_one(rest, "name a target for each")));
         }
         if is_directory {
-            return Ok(path);
+            return self.refuse_file(path).map(|()| path);
         }
         let source_of = |slot: &Slot| self.selected[slot.index()].source;
         if rest.iter().any(|slot| Some(source_of(slot)) != rest.first().map(source_of)) {
@@ -420,6 +476,17 @@ impl LayoutRequest<'_> {
                 .remedied_by(self.select_one(rest, "name a directory")));
         }
         Ok(path)
+    }
+
+    /// Refuses a file where the disks of a machine need a directory.
+    fn refuse_file(&self, path: &Path) -> Result<()> {
+        if !path.is_file() {
+            return Ok(());
+        }
+        let extension = self.format.extension();
+        Err(Error::refused("is a file: the disks of an archive go into a directory")
+            .path(path)
+            .hint(format!("a name with an extension, such as disk.{extension}, is that of a file")))
     }
 
     fn destination(&self, dest: &Location) -> Result<Destination> {

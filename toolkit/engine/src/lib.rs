@@ -18,6 +18,7 @@ mod bitmaps;
 mod blank;
 pub mod checksum;
 pub mod compare;
+mod contents;
 pub mod create;
 pub mod digest;
 pub mod externals;

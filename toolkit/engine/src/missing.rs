@@ -21,7 +21,7 @@ pub fn explain(error: Error, location: &Location) -> Error {
 
 fn hint(path: &Path) -> Option<String> {
     let text = path.to_string_lossy();
-    if ["json:", "file:", "nbd:", "driver=", "fat:"].iter().any(|start| text.starts_with(start)) {
+    if ["json:", "nbd:", "driver=", "fat:"].iter().any(|start| text.starts_with(start)) {
         return Some("images are named by plain paths".to_owned());
     }
     let parent = path.parent()?;

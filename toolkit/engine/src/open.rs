@@ -6,14 +6,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imgtool_core::{
-    CancelToken, Confidence, Device, Driver, Error, Externals, ImageSource, Input, Location, Memory,
-    OpenOptions, RandomInput, Registry, Remedy, Result, suggest,
+    CancelToken, Confidence, Device, Driver, Error, Externals, ImageSource, Input, Location, OpenOptions,
+    RandomInput, Registry, Remedy, Result, suggest,
 };
 use imgtool_storage::open::{OpenInput, Opening};
-use imgtool_storage::{Compression, FileWatch, Identity, outer};
+use imgtool_storage::{Compression, FileWatch, Identity, Sharing, outer};
 
 use crate::externals::{ExternalPolicy, PolicyOpener};
-use crate::{foreign, missing};
+use crate::{contents, foreign, missing};
 
 /// An open image, with the facts about its file.
 #[derive(Debug)]
@@ -28,16 +28,16 @@ pub struct Opened {
     pub stored_len: Option<u64>,
     /// True if the image was a stream, which was copied to temporary storage.
     pub spooled: bool,
+    /// True if neither the content nor the name of the image says what it is: it is read as a raw disk.
+    pub unrecognised: bool,
     /// Identity of the file, if it is a file or block device.
     pub identity: Option<Identity>,
-    /// Watch over the file, if it is a regular file.
+    /// Watch over the file, if it is a regular file or block device.
     pub watch: Option<FileWatch>,
     /// Opener of the files that the image names.
     pub externals: Externals,
     /// The open image.
     pub image: Arc<dyn ImageSource>,
-    /// Advice to state another format, since the image looks like one of it although it was opened as a raw disk.
-    pub advice: Option<Remedy>,
     /// Bytes of the image, for [`Opened::release`], unless they are a stream.
     pub bytes: Option<RandomInput>,
 }
@@ -51,11 +51,11 @@ impl Opened {
             compression: Vec::new(),
             stored_len: None,
             spooled: false,
+            unrecognised: false,
             identity: None,
             watch: None,
             externals: Externals::default(),
             image: Arc::new(image),
-            advice: None,
             bytes: None,
         }
     }
@@ -118,23 +118,24 @@ pub fn resolve(image: &Location, name: &str) -> Option<Location> {
 
 /// Opens the bytes of an image and removes outer compression. If the user states the `format` raw, in which
 /// any content is legal, only the file extensions determine the compression. A file that its end identifies as
-/// an image of the stated format, or of its extension's, is not compressed. Decoders borrow from `memory`.
+/// an image of the stated format, or of its extension's, is not compressed. Decoders borrow from the memory of
+/// `options`, which also decide about a file in use.
 ///
 /// # Errors
 /// If the input can't be opened, or its content contradicts those extensions;
-/// [`imgtool_core::ErrorKind::Usage`] for an unknown `format`;
-/// [`imgtool_core::ErrorKind::Unsupported`] for content in a foreign format.
+/// [`imgtool_core::ErrorKind::Usage`] for an unknown `format`.
 pub fn open_input(
     registry: &Registry,
     location: &Location,
     format: Option<&str>,
-    memory: &Memory,
+    options: &OpenOptions,
 ) -> Result<OpenInput> {
     let driver = format.map(|name| foreign::driver(registry, name)).transpose()?;
     let is_verbatim = driver.as_ref().is_some_and(|driver| driver.capabilities().verbatim);
     let opening = if is_verbatim { Opening::ByName } else { Opening::Plain };
-    let open =
-        imgtool_storage::open::open(location, opening, memory).map_err(|e| missing::explain(e, location))?;
+    let sharing = Sharing::forced(options.force_share);
+    let open = imgtool_storage::open::open_shared(location, opening, &options.memory, sharing)
+        .map_err(|e| missing::explain(e, location))?;
     if is_verbatim {
         return Ok(open);
     }
@@ -145,16 +146,7 @@ pub fn open_input(
         Some(_) => open.decompressed_to_disk(),
         None => open.decompressed(),
     };
-    let open = decompressed.map_err(|e| missing::explain(e.path(location), location))?;
-    if format.is_none()
-        && let Some(name) = foreign::by_content(&open.input.head()?)
-    {
-        let format = registry.verbatim()?.name();
-        return Err(Error::unsupported(format!("{name} images are not supported yet"))
-            .path(location)
-            .remedied_by(Remedy::ReadAs { format, advice: "qemu-img converts it to qcow2".into() }));
-    }
-    Ok(open)
+    decompressed.map_err(|e| missing::explain(e.path(location), location))
 }
 
 /// True if the input is known to end like an image of the driver's format; false for a stream.
@@ -174,7 +166,7 @@ pub fn open(
     options: &OpenOptions,
     cancel: &CancelToken,
 ) -> Result<Opened> {
-    let input = open_input(registry, location, format, &options.memory)?.cancelled_by(cancel.clone());
+    let input = open_input(registry, location, format, options)?.cancelled_by(cancel.clone());
     open_image(registry, input, format, options)
 }
 
@@ -189,8 +181,7 @@ pub fn open_random(
     options: &OpenOptions,
     cancel: &CancelToken,
 ) -> Result<Opened> {
-    let input =
-        open_input(registry, location, format, &options.memory)?.cancelled_by(cancel.clone()).spool()?;
+    let input = open_input(registry, location, format, options)?.cancelled_by(cancel.clone()).spool()?;
     open_image(registry, input, format, options)
 }
 
@@ -216,7 +207,7 @@ fn open_located(
     options: &OpenOptions,
 ) -> Result<Opened> {
     let input = with_end(registry, input, format, options.info_only)?;
-    let (driver, advice) = choose_driver(registry, &input, format)?;
+    let (driver, confidence) = choose_driver(registry, &input, format)?;
     if options.snapshot.is_some() && !driver.capabilities().snapshots {
         return Err(Error::unsupported(format!("{} images hold no snapshots", driver.name()))
             .hint("leave the snapshot out to read the image as it is"));
@@ -239,6 +230,9 @@ fn open_located(
         let bytes = input.into_random()?;
         (Input::from(bytes.clone()), Some(bytes))
     };
+    let unrecognised = confidence == Confidence::Fallback
+        && !is_named_raw(&*driver, &location)
+        && !contents::is_disk(&head, bytes.as_ref());
     let image = driver.open(input, &options)?;
     let externals = options.externals;
     Ok(Opened {
@@ -247,11 +241,11 @@ fn open_located(
         compression,
         stored_len,
         spooled,
+        unrecognised,
         identity,
         watch,
         externals,
         image,
-        advice,
         bytes,
     })
 }
@@ -262,13 +256,20 @@ fn with_opener(registry: &Registry, options: &OpenOptions) -> OpenOptions {
     let mut options = options.clone();
     if options.externals.is_empty() {
         let opener = PolicyOpener::new(registry.clone(), ExternalPolicy::default());
-        options.externals = opener.borrowing(&options.memory).externals();
+        let opener = opener.borrowing(&options.memory).sharing(Sharing::forced(options.force_share));
+        options.externals = opener.externals();
     }
     options
 }
 
-/// Returns the driver called `format`, if stated, otherwise the driver that recognises the input, with advice to
-/// state another format.
+/// True if the extension says that the file is a raw disk: the first one of the driver. Any image may be called
+/// `.img`.
+fn is_named_raw(driver: &dyn Driver, location: &Location) -> bool {
+    let name = name_without_compression(location).unwrap_or_default().to_ascii_lowercase();
+    name.rsplit_once('.').is_some_and(|(_, extension)| driver.extensions().first() == Some(&extension))
+}
+
+/// Returns the driver called `format`, if stated, otherwise the driver that recognises the input.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::WrongFormat`] if no driver recognises the content, or if the content
@@ -277,28 +278,38 @@ fn choose_driver(
     registry: &Registry,
     input: &OpenInput,
     format: Option<&str>,
-) -> Result<(Arc<dyn Driver>, Option<Remedy>)> {
+) -> Result<(Arc<dyn Driver>, Confidence)> {
     refuse_empty_stream(input)?;
     if let Some(name) = format {
-        return Ok((registry.get(name)?, None));
+        return Ok((registry.get(name)?, Confidence::Magic));
     }
     let (driver, confidence) = recognise(registry, input)?;
-    if confidence != Confidence::Fallback {
-        return Ok((driver, None));
+    if confidence == Confidence::Fallback {
+        check_name(registry, input, &*driver)?;
+        refuse_other_files(registry, input, &*driver)?;
     }
-    check_name(registry, input, &*driver)?;
-    let advice = look_alike(registry, input);
-    Ok((driver, advice))
+    Ok((driver, confidence))
 }
 
-/// Returns advice on a raw disk that ends like an image of another format. Only advice: a guest may have written
-/// the last sector.
-fn look_alike(registry: &Registry, open: &OpenInput) -> Option<Remedy> {
-    // In a seekable `.zst`, the last bytes take a whole frame. A disk may be readable except for them.
-    let end = open.input.end().ok().flatten().filter(|_| open.compression.is_empty())?;
-    let other = registry.drivers().find(|driver| driver.probe_end(Some(&end)))?;
-    let advice = Cow::Owned(format!("read as raw, although it ends like a {} image", other.name()));
-    Some(Remedy::ReadAs { format: other.name(), advice })
+/// Refuses a file that only the fallback driver (raw) accepts although its content shows that it is something
+/// else: no disk at all, or an image whose signature is at its end.
+fn refuse_other_files(registry: &Registry, open: &OpenInput, driver: &dyn Driver) -> Result<()> {
+    let raw = driver.name();
+    let file_name = open.input.location().file_name().unwrap_or_default();
+    if let Some(found) = contents::no_disk_by_head(&open.input.head()?, &file_name) {
+        let inside = open.compression.iter().rev().map(|compression| format!(", in {}", compression.name()));
+        return Err(Error::wrong_format(format!("is {}{}", found.name, inside.collect::<String>()))
+            .at(0)
+            .remedied_by(Remedy::ReadAs { format: raw, advice: found.advice.into() }));
+    }
+    // In a seekable `.zst`, the last bytes take a whole frame.
+    let end = if open.compression.is_empty() { open.input.end()? } else { None };
+    let ends_so = |other: &&Arc<dyn Driver>| end.is_some() && other.probe_end(end.as_deref());
+    match registry.drivers().find(ends_so) {
+        Some(other) => Err(Error::wrong_format(format!("ends like a {} image", other.name()))
+            .remedied_by(Remedy::ChooseFormat { formats: [other.name(), raw] })),
+        None => Ok(()),
+    }
 }
 
 /// Copies a stream to temporary storage if only its end may tell its format: its name is that of a format with a

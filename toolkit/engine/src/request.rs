@@ -4,7 +4,7 @@
 use imgtool_core::{
     Attachment, CancelToken, Compress, Error, Location, Memory, OpenOptions, Registry, Result, Secret,
 };
-use imgtool_storage::Outputs;
+use imgtool_storage::{Outputs, Sharing};
 
 use crate::bitmaps;
 use crate::externals::{ExternalPolicy, PolicyOpener};
@@ -68,6 +68,8 @@ pub struct OpenSettings {
     pub salvage: bool,
     /// True to open images that are marked as unsafe.
     pub force: bool,
+    /// True to read files that other programs may write.
+    pub force_share: bool,
     /// True to accept bytes after the end of an archive.
     pub ignore_trailing: bool,
     /// Internal snapshot (name or ID) to read instead of the active state.
@@ -83,13 +85,15 @@ pub struct OpenSettings {
 impl OpenSettings {
     /// Converts the settings into options for drivers, with `opener` as the opener of external files.
     pub fn options(&self, opener: &PolicyOpener) -> OpenOptions {
+        let sharing = Sharing::forced(self.force_share);
         OpenOptions {
             salvage: self.salvage,
             force: self.force,
+            force_share: self.force_share,
             ignore_trailing: self.ignore_trailing,
             snapshot: self.snapshot.clone(),
             secret: self.secret.clone(),
-            externals: opener.borrowing(&self.memory).externals(),
+            externals: opener.borrowing(&self.memory).sharing(sharing).externals(),
             memory: self.memory.clone(),
             ..OpenOptions::default()
         }
@@ -228,6 +232,7 @@ impl OpenConversion<'_> {
             format: &self.format,
             dest: self.request.dest.as_ref(),
             disk_targets: &self.request.disk_targets,
+            disks_named: !self.request.disks.is_empty(),
             attachments,
             in_place: self.request.in_place,
             overwrite: self.request.overwrite,

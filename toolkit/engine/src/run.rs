@@ -9,7 +9,7 @@ use imgtool_core::{
     CancelToken, DeviceId, Error, Lane, Lease, Loss, Memory, OpenOptions, Output, Registry, Result,
     ResultExt, Secret, SinkDevice, TableMemory,
 };
-use imgtool_storage::{Outputs, os};
+use imgtool_storage::{Outputs, Sharing, os};
 
 use crate::digest::ContentDigest;
 use crate::externals::{ExternalPolicy, PolicyOpener};
@@ -46,6 +46,8 @@ pub struct RunOptions<'a> {
     pub threads: usize,
     /// True to write into targets that are in use, and to skip the check for free space.
     pub force: bool,
+    /// True to read backing images of outputs that another program may write.
+    pub force_share: bool,
     /// True to make empty outputs, without copying content.
     pub without_content: bool,
     /// True to read every output back and compare it before it gets its final name.
@@ -72,16 +74,16 @@ impl Plan {
         monitor.outputs(self.outputs.cleaner());
         self.check(options)?;
         let (shares, tables) = self.lease_tables()?;
-        if let Some(directory) = &self.layout.directory {
-            self.outputs.directory(directory)?;
-        }
+        let directories = self.layout.directory.iter().chain(&self.layout.machine_directories);
+        directories.into_iter().try_for_each(|directory| self.outputs.directory(directory))?;
         let memory = self.memory.shared_by(self.layout.outputs.len());
         let base_opener = PolicyOpener::new(self.registry.clone(), options.base_policy.clone());
-        let base_opener = base_opener.borrowing(&memory);
+        let base_opener = base_opener.borrowing(&memory).sharing(Sharing::forced(options.force_share));
         let base_options = OpenOptions {
             externals: base_opener.externals(),
             secret: options.base_secret.clone(),
             memory,
+            force_share: options.force_share,
             ..OpenOptions::default()
         };
         let settings = SinkSettings {

@@ -12,7 +12,7 @@ use imgtool_core::{
     Registry, Remedy, Result, ResultExt, TableMemory,
 };
 use imgtool_storage::open::Opening;
-use imgtool_storage::{CompressedSink, Compressors, Framing, Identity, Outputs, os};
+use imgtool_storage::{CompressedSink, Compressors, Framing, Identity, Outputs, Sharing, os};
 
 use crate::externals::{PolicyOpener, SuppliedFile};
 use crate::format::OuterCompression;
@@ -252,7 +252,8 @@ pub(crate) fn open_base(
     backing: &BackingName,
     options: &OpenOptions,
 ) -> Result<Opened> {
-    let input = imgtool_storage::open::open(location, Opening::Plain, &options.memory)?;
+    let sharing = Sharing::forced(options.force_share);
+    let input = imgtool_storage::open::open_shared(location, Opening::Plain, &options.memory, sharing)?;
     open::open_image(registry, input, Some(&backing.format), options)
 }
 

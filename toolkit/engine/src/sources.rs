@@ -55,6 +55,11 @@ pub struct OpenSource {
 }
 
 impl OpenSource {
+    /// True if the image holds a machine: its disks and configurations.
+    pub fn holds_machine(&self) -> bool {
+        self.opened.driver.capabilities().is_archive()
+    }
+
     /// Returns the configurations of the image.
     pub fn attachments(&self) -> &[Attachment] {
         &self.opened.image.info().attachments
@@ -91,7 +96,7 @@ pub(crate) fn open_sources(
     let memory = options.memory.shared_by(requests.len());
     let options = &OpenOptions { memory, ..options.clone() };
     let open_one = |request: &SourceRequest| {
-        let input = open::open_input(registry, &request.location, format, &options.memory)?;
+        let input = open::open_input(registry, &request.location, format, options)?;
         let input = input.cancelled_by(cancel.clone());
         let input =
             spool_if_endless(registry, input, format, target).map_err(|e| e.path(&request.location))?;

@@ -9,6 +9,7 @@
 pub mod file;
 mod folder;
 mod identity;
+mod image_lock;
 pub mod open;
 pub mod os;
 pub mod outer;
@@ -19,6 +20,7 @@ mod spool;
 mod watch;
 
 pub use identity::Identity;
+pub use image_lock::Sharing;
 pub use open::{OpenInput, Opening};
 pub use outer::Compression;
 pub use outer::frames::Framing;

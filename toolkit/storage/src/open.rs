@@ -11,6 +11,7 @@ use imgtool_core::{CancelToken, Error, Input, Location, Memory, Result, Stream};
 
 use crate::file::RandomFile;
 use crate::identity::Identity;
+use crate::image_lock::Sharing;
 use crate::os::{self, FileClass};
 use crate::outer::{self, Compression};
 use crate::spool;
@@ -53,25 +54,40 @@ pub struct OpenInput {
     pub spooled: bool,
     /// Identity of the file or block device; `None` for anything else.
     pub identity: Option<Identity>,
-    /// Watch over a regular file; `None` for anything else.
+    /// Watch over a regular file or block device; `None` for anything else.
     pub watch: Option<FileWatch>,
     /// Ledger from which decoders and caches borrow.
     pub memory: Memory,
 }
 
-/// Opens a path or standard input. Decoders and caches borrow from `memory`.
+/// Opens a path or standard input. Decoders and caches borrow from `memory`. Refuses a file that another program
+/// may write, and locks the file so that none starts meanwhile.
 ///
 /// # Errors
 /// If the location can't be opened, is a directory or a terminal, or is an invalid compressed file;
-/// [`imgtool_core::ErrorKind::Unsupported`] for every URL.
+/// [`imgtool_core::ErrorKind::Unsupported`] for every URL; [`imgtool_core::ErrorKind::Refused`] if the file is in
+/// use.
 pub fn open(location: &Location, opening: Opening, memory: &Memory) -> Result<OpenInput> {
-    open_at(location, opening, memory).map_err(|e| e.path(location))
+    open_shared(location, opening, memory, Sharing::Refused)
 }
 
-fn open_at(location: &Location, opening: Opening, memory: &Memory) -> Result<OpenInput> {
+/// Like [`open`], with another treatment of a file that is in use.
+///
+/// # Errors
+/// Same as [`open`].
+pub fn open_shared(
+    location: &Location,
+    opening: Opening,
+    memory: &Memory,
+    sharing: Sharing,
+) -> Result<OpenInput> {
+    open_at(location, opening, memory, sharing).map_err(|e| e.path(location))
+}
+
+fn open_at(location: &Location, opening: Opening, memory: &Memory, sharing: Sharing) -> Result<OpenInput> {
     let plain = match location {
-        Location::Stdin => open_stdin(memory)?,
-        Location::Path(path) => open_path(path, memory)?,
+        Location::Stdin => open_stdin(memory, sharing)?,
+        Location::Path(path) => open_path(path, memory, sharing)?,
         Location::Url(url) => {
             return Err(Error::unsupported(format!("{}:// is not supported yet", url.scheme()))
                 .hint("copy it to a file first, or pipe it in with curl or nbdcopy"));
@@ -85,12 +101,12 @@ fn open_at(location: &Location, opening: Opening, memory: &Memory) -> Result<Ope
     }
 }
 
-fn open_path(path: &Path, memory: &Memory) -> Result<OpenInput> {
+fn open_path(path: &Path, memory: &Memory, sharing: Sharing) -> Result<OpenInput> {
     let file = File::open(path).map_err(|e| Error::io("open", e))?;
-    from_file(Location::from(path), file, memory)
+    from_file(Location::from(path), file, memory, sharing)
 }
 
-fn open_stdin(memory: &Memory) -> Result<OpenInput> {
+fn open_stdin(memory: &Memory, sharing: Sharing) -> Result<OpenInput> {
     let stdin = io::stdin();
     if stdin.is_terminal() {
         return Err(Error::usage("standard input is a terminal")
@@ -100,28 +116,36 @@ fn open_stdin(memory: &Memory) -> Result<OpenInput> {
     let mut file = File::from(owned);
     let at_start = file.stream_position().is_ok_and(|position| position == 0);
     if at_start {
-        return from_file(Location::Stdin, file, memory);
+        // The shell may keep standard input open, and its locks with it: another open file has its own.
+        let own = File::open(os::path_of(&file)).ok().filter(|own| is_same_file(own, &file));
+        return from_file(Location::Stdin, own.unwrap_or(file), memory, sharing);
     }
     let identity = Identity::of_file(&file);
     let file = Arc::new(file);
-    let watch = FileWatch::start(&Location::Stdin, &file);
+    let watch = FileWatch::start(&Location::Stdin, &file, sharing)?;
     let input = Input::from_reader(Location::Stdin, Box::new(file))?;
     Ok(OpenInput { identity, watch, ..OpenInput::of(input).borrowing(memory) })
+}
+
+/// True if both are the same regular file or block device.
+fn is_same_file(one: &File, other: &File) -> bool {
+    let identity = |file: &File| Identity::of_file(file).and_then(|identity| identity.id());
+    identity(one).is_some_and(|id| identity(other) == Some(id))
 }
 
 /// Creates an input over the plain bytes of an open file.
 ///
 /// # Errors
-/// If the file is a directory, its length can't be determined or, for a stream, its first bytes can't be
-/// read.
-pub fn from_file(location: Location, file: File, memory: &Memory) -> Result<OpenInput> {
+/// If the file is a directory, is in use, its length can't be determined or, for a stream, its first bytes can't
+/// be read.
+pub fn from_file(location: Location, file: File, memory: &Memory, sharing: Sharing) -> Result<OpenInput> {
     let meta = file.metadata().map_err(|e| Error::io("open", e))?;
     match os::classify(&meta) {
         class @ (FileClass::Regular | FileClass::BlockDevice) => {
             let identity = Identity::of_file(&file);
             let file = Arc::new(file);
             // The watch begins before anything of the file is used, its length included.
-            let watch = FileWatch::start(&location, &file);
+            let watch = FileWatch::start(&location, &file, sharing)?;
             let Some(len) = measure(&file, class)? else {
                 let input = Input::from_reader(location, Box::new(file))?;
                 return Ok(OpenInput { identity, watch, ..OpenInput::of(input).borrowing(memory) });
@@ -301,7 +325,8 @@ mod tests {
     #[test]
     fn watches_a_file_that_reports_no_length() {
         let file = File::open("/proc/version").expect("open");
-        let open = from_file(Location::from("/proc/version"), file, &Memory::default()).expect("a stream");
+        let open = from_file(Location::from("/proc/version"), file, &Memory::default(), Sharing::Refused)
+            .expect("a stream");
         assert!(open.input.is_stream());
         assert!(open.watch.is_some_and(|watch| watch.changes().is_empty()));
     }
@@ -310,7 +335,8 @@ mod tests {
     fn opens_the_longest_file() {
         let file = tempfile::tempfile_in("/dev/shm").expect("create");
         file.set_len(i64::MAX as u64).expect("a file system in memory allows it");
-        let open = from_file(Location::from("longest"), file, &Memory::default()).expect("open");
+        let open =
+            from_file(Location::from("longest"), file, &Memory::default(), Sharing::Refused).expect("open");
         assert_eq!(open.stored_len, Some(i64::MAX as u64));
     }
 }

@@ -14,6 +14,7 @@ use imgtool_core::{Error, Location, Output, Remedy, Result};
 use crate::file;
 use crate::folder::{Entry, Folder, Naming, Temporary};
 use crate::identity::Identity;
+use crate::image_lock::{self, ImageLock};
 use crate::os::{self, DirectoryHandle, FileClass};
 use crate::partial;
 
@@ -41,8 +42,10 @@ pub struct Outputs {
     /// Existing files that the outputs write into or replace.
     claimed: Vec<Identity>,
     swept: Vec<PathBuf>,
-    /// Sentences about targets that may be sources, as far as this process can see.
+    /// Sentences about targets that may be sources or in use, as far as this process can see.
     doubts: Vec<String>,
+    /// Files that the outputs replace, open and locked so that no other program begins to use them.
+    replaced: Vec<File>,
     cleaner: Cleaner,
 }
 
@@ -88,7 +91,8 @@ impl Outputs {
     /// `overwrite`. Follows a symbolic link at `path`.
     ///
     /// # Errors
-    /// [`imgtool_core::ErrorKind::Refused`] if the target already exists, is a source, or is no regular file;
+    /// [`imgtool_core::ErrorKind::Refused`] if the target already exists, is a source, is in use, or is no regular
+    /// file;
     /// [`imgtool_core::ErrorKind::Usage`] if another output writes to it; [`imgtool_core::ErrorKind::Io`].
     pub fn create(&mut self, path: &Path, overwrite: bool) -> Result<Output> {
         self.create_linked(path, overwrite, Links::Follow)
@@ -104,6 +108,9 @@ impl Outputs {
             return Err(Error::usage("two outputs would write this file").path(path));
         }
         let old = self.check_target(path, &final_path, overwrite, &self.claimed)?;
+        if old.is_some() {
+            self.lock_replaced(path, &final_path)?;
+        }
         let (Some(directory), Some(name)) = (final_path.parent(), final_path.file_name()) else {
             return Err(Error::usage("is not a file name").path(path));
         };
@@ -118,6 +125,28 @@ impl Outputs {
         let output = file::new_file(path, file);
         self.files.push(PendingFile { output: output.clone(), final_path, final_name, temporary, overwrite });
         Ok(output)
+    }
+
+    /// Locks the existing file that an output replaces, until this set is dropped. Permission to overwrite does
+    /// not include a file in use: its user would go on with a file without a name. A file that can't be opened
+    /// for reading can't be locked either; its user is another one.
+    fn lock_replaced(&mut self, path: &Path, final_path: &Path) -> Result<()> {
+        let Ok(file) = File::open(final_path) else { return Ok(()) };
+        self.lock_target(path, &file)
+            .map_err(|e| e.hint("stop the program that uses it, or choose another target"))?;
+        self.replaced.push(file);
+        Ok(())
+    }
+
+    /// Locks an existing target against other programs that use it.
+    fn lock_target(&mut self, path: &Path, file: &File) -> Result<()> {
+        if image_lock::for_writing(file).map_err(|e| e.path(path))? == ImageLock::Unavailable {
+            self.doubts.push(format!(
+                "{} can't be locked on its file system: a program that uses it may go unnoticed",
+                Location::from(path)
+            ));
+        }
+        Ok(())
     }
 
     /// Creates the unfinished file of the output `name`. The first one in a directory shows how files can be
@@ -188,7 +217,7 @@ impl Outputs {
     }
 
     /// Opens an existing target for reading and writing, unless it is in use.
-    fn open_existing(&self, path: &Path, force: bool) -> Result<(File, Option<Identity>)> {
+    fn open_existing(&mut self, path: &Path, force: bool) -> Result<(File, Option<Identity>)> {
         let meta = std::fs::metadata(path).map_err(|e| Error::io("open for writing", e).path(path))?;
         let identity = Identity::of(&meta, path);
         self.check_free(path, identity.as_ref(), &self.claimed)?;
@@ -210,10 +239,12 @@ impl Outputs {
             FileClass::Directory => return Err(Error::usage("is a directory").path(path)),
             FileClass::Stream => return Err(Error::usage("is neither a file nor a block device").path(path)),
         };
+        let busy = |error: Error| {
+            error.path(path).remedied_by(Remedy::ForceWrite("stop the program that uses it".into()))
+        };
+        self.lock_target(path, &file).or_else(|error| if force { Ok(()) } else { Err(busy(error)) })?;
         if let Some(how) = os::used_elsewhere(&file).filter(|_| !force) {
-            return Err(Error::refused(format!("in use: {how}"))
-                .path(path)
-                .remedied_by(Remedy::ForceWrite("stop the program that uses it".into())));
+            return Err(busy(Error::refused(format!("in use: {how}"))));
         }
         Ok((file, identity))
     }
@@ -341,7 +372,8 @@ impl Outputs {
     }
 
     /// Returns a sentence for each pair of source and existing target that [`Outputs::check`] could not
-    /// compare: one of them is on an overlay whose layers this process can't see.
+    /// compare, since one of them is on an overlay whose layers this process can't see, and for each existing
+    /// target that can't be locked.
     pub fn doubts(&self) -> &[String] {
         &self.doubts
     }

@@ -5,11 +5,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use imgtool_core::Location;
+use imgtool_core::{Location, Result};
 
-use crate::os::{self, FileId};
+use crate::image_lock::{self, ImageLock, Sharing};
+use crate::os::{self, FileClass, FileId};
 
-/// Watch over a regular file that is read as a source.
+/// Watch over a regular file or block device that is read as a source.
 ///
 /// It examines the open file, not its name: a rename, a replaced file and a link to another file do not hide
 /// a change. The name is examined as well, since its user may expect the file that it leads to now.
@@ -17,7 +18,9 @@ use crate::os::{self, FileId};
 pub struct FileWatch {
     location: Location,
     file: Arc<File>,
-    before: FileState,
+    /// State of a regular file. A block device has none.
+    before: Option<FileState>,
+    lock: ImageLock,
 }
 
 /// State of a regular file.
@@ -41,25 +44,51 @@ impl FileState {
 }
 
 impl FileWatch {
-    /// Starts to watch the open file `file`, which `location` named; `None` if it is not a regular file.
-    pub(crate) fn start(location: &Location, file: &Arc<File>) -> Option<Self> {
-        let meta = file.metadata().ok().filter(Metadata::is_file)?;
-        Some(Self { location: location.clone(), file: Arc::clone(file), before: FileState::of(&meta) })
+    /// Locks the open file `file`, which `location` named, against other programs that write it, and starts to
+    /// watch it; `None` if it is neither a regular file nor a block device.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::Refused`] if another program may write it.
+    pub(crate) fn start(location: &Location, file: &Arc<File>, sharing: Sharing) -> Result<Option<Self>> {
+        let Ok(meta) = file.metadata() else { return Ok(None) };
+        let before = match os::classify(&meta) {
+            FileClass::Regular => Some(FileState::of(&meta)),
+            FileClass::BlockDevice => None,
+            FileClass::Stream | FileClass::Directory => return Ok(None),
+        };
+        let lock = image_lock::for_reading(file, sharing).map_err(|e| e.path(location))?;
+        Ok(Some(Self { location: location.clone(), file: Arc::clone(file), before, lock }))
     }
 
-    /// Describes, in a sentence each, what has changed since the file was opened: its content, its
-    /// attributes, or the file that its name leads to.
+    /// Describes, in a sentence each, why the result may mix two states: another program may write the file, or
+    /// it has changed since it was opened (its content, its attributes, or the file that its name leads to).
     pub fn changes(&self) -> Vec<String> {
-        // A file whose state can't be read any more fails to be read as well.
-        let Ok(meta) = self.file.metadata() else { return Vec::new() };
-        let now = FileState::of(&meta);
         let location = &self.location;
         let mut changes = Vec::new();
-        if (now.len, now.modified) != (self.before.len, self.before.modified) {
+        match self.lock {
+            ImageLock::Safe => {}
+            ImageLock::Written => changes.push(format!(
+                "{location} was in use by another program that may write it: the result may mix two states"
+            )),
+            ImageLock::Unavailable => changes.push(format!(
+                "{location} can't be locked on its file system: a program that writes it may go unnoticed"
+            )),
+        }
+        self.add_changes(&mut changes);
+        changes
+    }
+
+    /// Adds a sentence for each change since the file was opened.
+    fn add_changes(&self, changes: &mut Vec<String>) {
+        // A file whose state can't be read any more fails to be read as well.
+        let (Ok(meta), Some(before)) = (self.file.metadata(), self.before) else { return };
+        let now = FileState::of(&meta);
+        let location = &self.location;
+        if (now.len, now.modified) != (before.len, before.modified) {
             changes.push(format!(
                 "{location} was written to while it was read: the result may mix two states, run it again"
             ));
-        } else if now.changed != self.before.changed {
+        } else if now.changed != before.changed {
             // A write whose modification time was set back looks the same as a chmod or rename.
             changes.push(format!(
                 "the attributes of {location} changed while it was read: if its content changed too, the \
@@ -72,7 +101,6 @@ impl FileWatch {
                  replaced"
             ));
         }
-        changes
     }
 }
 
@@ -99,7 +127,7 @@ mod tests {
         symlink("file", dir.path().join("link")).unwrap();
         let path = dir.path().join("link");
         let file = Arc::new(File::open(&path).unwrap());
-        let watch = FileWatch::start(&Location::from(&path), &file).unwrap();
+        let watch = FileWatch::start(&Location::from(&path), &file, Sharing::Refused).unwrap().unwrap();
         // Times have the granularity of the kernel's clock tick: 10 ms at most.
         std::thread::sleep(std::time::Duration::from_millis(30));
         meanwhile(dir.path());

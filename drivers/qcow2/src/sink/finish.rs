@@ -141,7 +141,6 @@ impl Qcow2Sink {
             bitmaps: places.bitmaps,
             crypto_header: self.encryption.as_ref().map(Encrypted::place),
             feature_names: if options.version >= 3 { known_feature_names() } else { Vec::new() },
-            ..Extensions::default()
         };
         // A cluster has at most 2 MiB.
         let cluster_size = options.shape.cluster_size() as usize;

@@ -27,6 +27,16 @@ pub(super) fn loop_device_over(_meta: &Metadata) -> Option<String> {
     None
 }
 
+/// Fails with `Unsupported`: locks that belong to an open file are not in POSIX.
+pub fn lock_byte(_file: &File, _position: u64) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// Fails with `Unsupported`.
+pub fn is_locked(_file: &File, _bytes: std::ops::Range<u64>) -> io::Result<bool> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
 /// Returns only the file itself.
 pub fn file_layers(meta: &Metadata, _file_systems: bool) -> Vec<FileId> {
     vec![file_identity(meta)]

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, OFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -93,14 +93,11 @@ pub fn write_vectored_at(file: &File, slices: &[IoSlice<'_>], position: u64) -> 
 }
 
 /// Describes, for the user, another use of a file or block device that did not prevent opening it: a record
-/// lock, such as a running virtual machine holds, or a loop device over the file.
-///
-/// Returns `None` if there is no other use. This process then holds the lock until it closes the file.
+/// lock, or a loop device over the file. Returns `None` if there is no other use.
 pub fn used_elsewhere(file: &File) -> Option<String> {
-    let lock = rustix::fs::fcntl_lock(file, FlockOperation::NonBlockingLockExclusive);
-    // Other errors come from file systems without locks (some network file systems).
-    if matches!(lock, Err(Errno::AGAIN | Errno::ACCESS)) {
-        return Some("another program, perhaps a virtual machine, has locked it".to_owned());
+    // Errors come from file systems without locks (some network file systems).
+    if platform::is_locked(file, 0..i64::MAX.unsigned_abs()).unwrap_or(false) {
+        return Some("another program has locked it".to_owned());
     }
     let device = platform::loop_device_over(&file.metadata().ok()?)?;
     Some(format!("loop device /dev/{device} uses it"))

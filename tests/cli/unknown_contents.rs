@@ -1,0 +1,140 @@
+//! Files without a known format: what is no disk is refused by name, what may be one is read as raw with a note.
+
+use std::path::Path;
+
+use imgtool_testing::images::{self, Image};
+use imgtool_testing::{assert_same, oracles, require, snapshot, tempdir};
+
+use crate::support::imgtool;
+use crate::support::run::PROGRAM;
+
+const NOTE: &str = "no known format, read as raw (-f raw to silence)";
+
+/// Asserts that every command refuses the file by name, and that `-f raw` reads it.
+#[track_caller]
+fn refused_as(directory: &Path, file: &str, name: &str) {
+    for line in [&["convert", file, "--to", "qcow2", "out.qcow2"][..], &["info", file], &["map", file]] {
+        imgtool(line).within(directory).go().exits(1).says(file).says(name).says("-f raw");
+    }
+    let run = imgtool(["convert", "-f", "raw", file, "--to", "raw", "out.raw"]).within(directory).ok();
+    assert!(!run.stderr.contains(NOTE), "{}", run.stderr);
+    assert_same(&directory.join(file), &directory.join("out.raw"), file);
+    std::fs::remove_file(directory.join("out.raw")).unwrap();
+}
+
+#[test]
+fn refuses_archives_by_name() {
+    require!("qemu-img", "python3");
+    let dir = tempdir();
+    let write = |name: &str, bytes: &[u8]| std::fs::write(dir.path().join(name), bytes).unwrap();
+    write("vm.ovf", b"<?xml version='1.0'?><Envelope/>");
+    let run = |tool: &str, args: &[&str]| drop(oracles::run_in(tool, dir.path(), args));
+    run("tar", &["--format=ustar", "-cf", "vm.ova", "vm.ovf"]);
+    run("tar", &["--format=ustar", "-cf", "backup.tar", "vm.ovf"]);
+    run("tar", &["--format=ustar", "-czf", "box", "vm.ovf"]);
+    run("tar", &["--format=gnu", "-cf", "gnu", "vm.ovf"]);
+    run("tar", &["--format=pax", "-cf", "pax", "vm.ovf"]);
+    run("python3", &["-m", "zipfile", "-c", "vm.zip", "vm.ovf"]);
+    write("document", b"%PDF-1.7\n");
+    write("download", b"<!DOCTYPE html><title>404 Not Found</title>");
+    std::fs::copy(PROGRAM, dir.path().join("program")).unwrap();
+    for (file, name) in [
+        ("vm.ova", "is an OVA, a tar archive"),
+        ("backup.tar", "is a tar archive"),
+        ("gnu", "is a tar archive"),
+        ("pax", "is a tar archive"),
+        ("vm.zip", "is a zip archive"),
+        ("document", "is a PDF document"),
+        ("download", "is a web page"),
+        ("program", "is an ELF program"),
+        ("vm.ovf", "is an XML document"),
+    ] {
+        refused_as(dir.path(), file, name);
+    }
+    let before = snapshot(dir.path());
+    for line in [&["convert", "box", "out.qcow2"][..], &["info", "box"]] {
+        imgtool(line).within(dir.path()).go().exits(1).says("is a tar archive, in gzip");
+    }
+    // The same from a pipe.
+    let archive = dir.path().join("vm.zip");
+    imgtool(["convert", "-", "out.raw"]).within(dir.path()).pipe_from(&archive).go().exits(1).says("zip");
+    assert_eq!(snapshot(dir.path()), before);
+}
+
+/// The footer of a fixed VHD is at its end, so the file looks like a raw disk.
+#[test]
+fn refuses_images_with_their_signature_at_the_end() {
+    require!("qemu-img");
+    let dir = tempdir();
+    Image::hole("x", 1 << 20).with(0, images::noise(1, 65_536)).write_raw(&dir.path().join("disk.raw"));
+    let make = ["convert", "-f", "raw", "-O", "vpc", "-o", "subformat=fixed", "disk.raw", "disk.vhd"];
+    oracles::run_in("qemu-img", dir.path(), &make);
+    for name in ["disk.img", "disk", "other.raw"] {
+        std::fs::copy(dir.path().join("disk.vhd"), dir.path().join(name)).unwrap();
+        refused_as(dir.path(), name, "ends like a vhd image");
+        imgtool(["compare", "-f", "vhd", name, "-F", "vhd", "disk.vhd"]).within(dir.path()).ok();
+    }
+}
+
+#[test]
+fn notes_what_nothing_recognises() {
+    let dir = tempdir();
+    let disk = Image::hole("x", 1 << 20).with(0, images::noise(1, 65_536));
+    for name in ["disk", "disk.img", "disk.raw"] {
+        disk.write_raw(&dir.path().join(name));
+    }
+    std::fs::copy("/etc/passwd", dir.path().join("passwd")).unwrap();
+    let first_line = |args: &[&str]| {
+        let run = imgtool(args).within(dir.path()).ok();
+        run.stderr.lines().next().unwrap_or_default().to_owned()
+    };
+    for line in [
+        &["convert", "disk", "--to", "qcow2", "a.qcow2"][..],
+        &["convert", "disk.img", "--to", "qcow2", "b.qcow2"],
+        &["convert", "passwd", "--to", "qcow2", "c.qcow2"],
+        &["info", "disk"],
+        &["map", "disk"],
+        &["checksum", "disk"],
+        &["measure", "-O", "qcow2", "disk"],
+        &["compare", "disk.raw", "disk"],
+    ] {
+        assert!(first_line(line).contains(NOTE), "{line:?}: {}", first_line(line));
+        std::fs::remove_file(dir.path().join("a.qcow2")).ok();
+        std::fs::remove_file(dir.path().join("b.qcow2")).ok();
+        std::fs::remove_file(dir.path().join("c.qcow2")).ok();
+    }
+    for line in [
+        &["convert", "-q", "disk", "--to", "qcow2", "d.qcow2"][..],
+        &["convert", "-f", "raw", "disk", "--to", "qcow2", "e.qcow2"],
+        &["convert", "disk.raw", "--to", "qcow2", "f.qcow2"],
+        &["checksum", "-q", "disk"],
+        &["info", "-f", "raw", "disk"],
+    ] {
+        assert!(!first_line(line).contains(NOTE), "{line:?}");
+    }
+}
+
+/// Disks with a partition table, a file system or nothing yet are what raw images are for.
+#[test]
+fn real_disks_need_no_note() {
+    require!("mkfs.ext4", "mkswap");
+    let dir = tempdir();
+    let blank = |name: &str| Image::hole("x", 4 << 20).write_raw(&dir.path().join(name));
+    ["zeros", "ext4.img", "swap", "iso", "boot"].into_iter().for_each(blank);
+    oracles::run_in("mkfs.ext4", dir.path(), &["-q", "-F", "ext4.img"]);
+    oracles::run_in("mkswap", dir.path(), &["swap"]);
+    let put = |name: &str, at: u64, bytes: &[u8]| {
+        let file = std::fs::File::options().write(true).open(dir.path().join(name)).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, bytes, at).unwrap();
+    };
+    put("iso", 16 * 2048, b"\x01CD001\x01\0");
+    put("iso", 0, b"an ISO may begin with anything");
+    put("boot", 0, b"\xfa\x33\xc0\x8e\xd0");
+    put("boot", 510, b"\x55\xaa");
+    std::fs::write(dir.path().join("empty"), b"").unwrap();
+    for name in ["zeros", "ext4.img", "swap", "iso", "boot", "empty"] {
+        let run =
+            imgtool(["convert", name, "--to", "qcow2", &format!("{name}.qcow2")]).within(dir.path()).ok();
+        assert!(!run.stderr.contains("no known format"), "{name}: {}", run.stderr);
+    }
+}

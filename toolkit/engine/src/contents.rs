@@ -1,0 +1,246 @@
+//! Content of files, known by its first bytes: what a raw disk holds, and what is no disk at all.
+
+use imgtool_core::RandomInput;
+
+/// Kind of a file that is no disk image.
+pub(crate) struct NoDisk {
+    /// What it is, for messages.
+    pub(crate) name: &'static str,
+    /// What a user can do instead.
+    pub(crate) advice: &'static str,
+    /// Magic numbers: file offset and bytes. One match suffices.
+    magics: &'static [Magic],
+}
+
+type Magic = (usize, &'static [u8]);
+
+const UNPACK: &str = "unpack it, and convert the disk images in it";
+const DECOMPRESS: &str = "pipe it in through its own program";
+const RESTORE: &str = "restore it with the program that made it";
+const NOTHING: &str = "check the name";
+
+/// Files that users take for disk images, and the most common others. No disk begins like one of them, unless a
+/// guest uses it without partitions to store such a file.
+const NO_DISKS: [NoDisk; 26] = [
+    no_disk("a zip archive", UNPACK, &[(0, b"PK\x03\x04"), (0, b"PK\x05\x06"), (0, b"PK\x07\x08")]),
+    no_disk("a 7z archive", UNPACK, &[(0, b"7z\xbc\xaf\x27\x1c")]),
+    no_disk("a rar archive", UNPACK, &[(0, b"Rar!\x1a\x07")]),
+    no_disk("a xar archive", UNPACK, &[(0, b"xar!")]),
+    no_disk("a cabinet archive", UNPACK, &[(0, b"MSCF\0\0\0\0")]),
+    no_disk("a WIM archive", UNPACK, &[(0, b"MSWIM\0\0\0")]),
+    no_disk("a cpio archive", UNPACK, &[(0, b"070701"), (0, b"070702"), (0, b"070707")]),
+    no_disk("an ar archive or Debian package", UNPACK, &[(0, b"!<arch>\n")]),
+    no_disk("an RPM package", UNPACK, &[(0, b"\xed\xab\xee\xdb")]),
+    no_disk("an lz4 file", DECOMPRESS, &[(0, b"\x04\x22\x4d\x18")]),
+    no_disk("an lzip file", DECOMPRESS, &[(0, b"LZIP\x01")]),
+    no_disk("an lrzip file", DECOMPRESS, &[(0, b"LRZI")]),
+    no_disk("a partclone image", RESTORE, &[(0, b"partclone-image")]),
+    no_disk("a Partimage file", RESTORE, &[(0, b"PaRtImAgE-VoLuMe")]),
+    no_disk("an FSArchiver file", RESTORE, &[(0, b"FsArCh_0")]),
+    no_disk("an ntfsclone image", RESTORE, &[(0, b"\0ntfsclone-image")]),
+    no_disk("an EnCase image", "ewfexport writes it as a raw disk", &[(0, b"EVF\x09\x0d\x0a\xff\0")]),
+    no_disk(
+        "a LUKS encrypted disk",
+        "qemu-img can decrypt it; without that the result is as encrypted as it is",
+        &[(0, b"LUKS\xba\xbe")],
+    ),
+    no_disk("the saved state of a QEMU machine", NOTHING, &[(0, b"QEVM\0\0\0")]),
+    no_disk("an XML document", "convert the disk images that it names", &[(0, b"<?xml ")]),
+    no_disk(
+        "a web page",
+        "a server may have answered with an error: check the download",
+        &[(0, b"<!DOCTYPE html"), (0, b"<!doctype html"), (0, b"<html")],
+    ),
+    no_disk("a PDF document", NOTHING, &[(0, b"%PDF-")]),
+    no_disk("a picture", NOTHING, &[(0, b"\x89PNG\r\n\x1a\n"), (0, b"\xff\xd8\xff"), (0, b"GIF8")]),
+    no_disk("an SQLite database", NOTHING, &[(0, b"SQLite format 3\0")]),
+    no_disk("an MSI package or old Office document", NOTHING, &[(0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1")]),
+    no_disk("an ELF program", NOTHING, &[(0, b"\x7fELF")]),
+];
+
+const TAR: NoDisk = no_disk("a tar archive", UNPACK, &[]);
+const OVA: NoDisk =
+    no_disk("an OVA, a tar archive", "tar -xf unpacks it: convert the disk images in it", &[]);
+const PROGRAM: NoDisk = no_disk("a Windows program", NOTHING, &[]);
+
+const fn no_disk(name: &'static str, advice: &'static str, magics: &'static [Magic]) -> NoDisk {
+    NoDisk { name, advice, magics }
+}
+
+/// Recognises a file that is no disk image by its first bytes; `file_name` tells an OVA from another tar archive.
+pub(crate) fn no_disk_by_head(head: &[u8], file_name: &str) -> Option<&'static NoDisk> {
+    if is_tar(head) {
+        let is_ova = file_name.to_ascii_lowercase().contains(".ova");
+        return Some(if is_ova { &OVA } else { &TAR });
+    }
+    if is_windows_program(head) {
+        return Some(&PROGRAM);
+    }
+    NO_DISKS.iter().find(|known| known.magics.iter().any(|magic| has(head, 0, magic)))
+}
+
+/// True if `bytes`, which begin at the file offset `start`, contain the magic number.
+fn has(bytes: &[u8], start: usize, (at, magic): &Magic) -> bool {
+    at.checked_sub(start).and_then(|at| bytes.get(at..)).is_some_and(|rest| rest.starts_with(magic))
+}
+
+/// True if the file begins with the header of a tar archive: its magic number, and a checksum that is right
+/// (POSIX.1-1988, ustar).
+fn is_tar(head: &[u8]) -> bool {
+    const LEN: usize = 512;
+    const CHECKSUM: std::ops::Range<usize> = 148..156;
+    let Some(header) = head.get(..LEN).filter(|header| header[257..].starts_with(b"ustar")) else {
+        return false;
+    };
+    // The sum counts its own field as blanks.
+    let counted = |(at, byte): (usize, &u8)| u64::from(if CHECKSUM.contains(&at) { b' ' } else { *byte });
+    let sum: u64 = header.iter().enumerate().map(counted).sum();
+    let stored = String::from_utf8_lossy(&header[CHECKSUM]).into_owned();
+    u64::from_str_radix(stored.trim_matches(['\0', ' ']), 8).is_ok_and(|stored| stored == sum)
+}
+
+/// True for a program of Windows, except for a Linux kernel that firmware can start: it is a boot sector, too.
+fn is_windows_program(head: &[u8]) -> bool {
+    let is_boot_sector = has(head, 0, &(510, b"\x55\xaa"));
+    let header = head.get(60..64).and_then(|at| at.try_into().ok()).map(u32::from_le_bytes);
+    let header = header.and_then(|at| usize::try_from(at).ok()).and_then(|at| head.get(at..));
+    head.starts_with(b"MZ") && !is_boot_sector && header.is_some_and(|header| header.starts_with(b"PE\0\0"))
+}
+
+/// What a raw disk begins with: partition tables, file systems, volumes, firmware variables.
+const DISK_CONTENTS: [Magic; 43] = [
+    (510, b"\x55\xaa"), // MBR, boot sector of FAT and NTFS
+    (512, b"EFI PART"),
+    (4096, b"EFI PART"), // sectors of 4 KiB
+    (0, b"ER\x02\x00"),  // Apple partition map
+    (508, b"\xda\xbe"),  // Sun label
+    (512, b"\x57\x45\x56\x82"),
+    (64, b"\x57\x45\x56\x82"), // BSD label
+    (1080, b"\x53\xef"),       // ext2, ext3, ext4
+    (0, b"XFSB"),
+    (65_600, b"_BHRfS_M"), // btrfs
+    (32_769, b"CD001"),    // ISO 9660
+    (32_769, b"BEA01"),    // UDF
+    (3, b"NTFS    "),
+    (3, b"EXFAT   "),
+    (3, b"-FVE-FS-"), // BitLocker
+    (3, b"ReFS\0"),
+    (54, b"FAT1"),
+    (82, b"FAT32"),
+    (4086, b"SWAPSPACE2"),
+    (4086, b"SWAP-SPACE"),
+    (0, b"LABELONE"), // LVM, in one of the first four sectors
+    (512, b"LABELONE"),
+    (1024, b"LABELONE"),
+    (1536, b"LABELONE"),
+    (0, b"\xfc\x4e\x2b\xa9"), // Linux RAID
+    (4096, b"\xfc\x4e\x2b\xa9"),
+    (0, b"hsqs"),                                // SquashFS
+    (1024, b"\xe2\xe1\xf5\xe0"),                 // EROFS
+    (1024, b"\x10\x20\xf5\xf2"),                 // F2FS
+    (4120, b"\xc6\x85\x73\xf6\x4e\x1a\x45\xca"), // bcachefs
+    (4120, b"\xc6\x85\x73\xf6\x66\xce\x90\xa9"),
+    (1024, b"H+\0\x04"), // HFS+
+    (1024, b"HX\0\x05"),
+    (1024, b"BD"), // HFS
+    (32, b"NXSB"), // APFS
+    (32_768, b"JFS1"),
+    (65_588, b"ReIsEr"),
+    (1040, b"\x7f\x13"), // Minix
+    (1040, b"\x8f\x13"),
+    (1040, b"\x68\x24"),
+    (0, b"UBI#"),
+    (40, b"_FVH"), // variables of UEFI firmware
+    (0, b"SWTPMLIN"),
+];
+
+/// True if the first bytes show that the file is a disk, or if they are zero, like those of a new disk. Reads
+/// further bytes from `bytes`, if the file can be read by position.
+pub(crate) fn is_disk(head: &[u8], bytes: Option<&RandomInput>) -> bool {
+    /// Longest magic number of the table.
+    const LEN: usize = 10;
+    let later = |magic: &Magic| {
+        let (at, text) = *magic;
+        let mut found = [0; LEN];
+        let found = &mut found[..text.len().min(LEN)];
+        // Without these bytes the content stays unknown, which takes a note.
+        bytes.is_some_and(|bytes| bytes.read_exact_at(found, at as u64).is_ok() && found == text)
+    };
+    let mut contents = DISK_CONTENTS.iter();
+    head.iter().all(|byte| *byte == 0)
+        || contents.any(|magic| has(head, 0, magic) || magic.0 >= head.len() && later(magic))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::Arc;
+
+    use imgtool_core::{Input, ReadAt};
+
+    use super::*;
+
+    struct Bytes(Vec<u8>);
+
+    impl ReadAt for Bytes {
+        fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
+            let position = usize::try_from(position).expect("short");
+            let bytes = self.0.get(position..position + buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+            buf.copy_from_slice(bytes);
+            Ok(())
+        }
+
+        fn len(&self) -> u64 {
+            self.0.len() as u64
+        }
+    }
+
+    #[test]
+    fn magic_numbers_fit_the_reads() {
+        assert!(DISK_CONTENTS.iter().all(|(_, magic)| magic.len() <= 10 && !magic.is_empty()));
+        assert!(NO_DISKS.iter().flat_map(|known| known.magics).all(|(at, magic)| at + magic.len() < 512));
+    }
+
+    /// No refusal of what a disk can begin with.
+    #[test]
+    fn disks_are_no_other_files() {
+        for magic in DISK_CONTENTS.iter().filter(|(at, magic)| at + magic.len() <= 4096) {
+            let mut head = vec![0; 4096];
+            head[magic.0..magic.0 + magic.1.len()].copy_from_slice(magic.1);
+            assert!(no_disk_by_head(&head, "disk").is_none(), "{magic:?}");
+            assert!(is_disk(&head, None), "{magic:?}");
+        }
+        let mut kernel = vec![0; 4096];
+        kernel[..2].copy_from_slice(b"MZ");
+        kernel[60] = 0x80;
+        kernel[0x80..0x84].copy_from_slice(b"PE\0\0");
+        assert!(no_disk_by_head(&kernel, "a.efi").is_some());
+        kernel[510..512].copy_from_slice(b"\x55\xaa");
+        assert!(no_disk_by_head(&kernel, "disk").is_none());
+    }
+
+    #[test]
+    fn file_systems_are_found_behind_the_first_bytes() {
+        for (at, magic) in [(32_769, &b"CD001"[..]), (65_600, b"_BHRfS_M"), (4096, b"EFI PART")] {
+            let mut disk = vec![0; 128 << 10];
+            disk[..3].copy_from_slice(b"abc");
+            disk[at..at + magic.len()].copy_from_slice(magic);
+            let head = disk[..4096].to_vec();
+            assert!(!is_disk(&head, None));
+            let bytes =
+                Input::from_read_at("disk", Arc::new(Bytes(disk))).into_random().expect("bytes in memory");
+            assert!(is_disk(&head, Some(&bytes)));
+        }
+    }
+
+    #[test]
+    fn a_tar_header_needs_its_checksum() {
+        let mut head = vec![0; 512];
+        head[257..262].copy_from_slice(b"ustar");
+        assert!(no_disk_by_head(&head, "a.tar").is_none());
+        let sum = head.iter().map(|byte| u32::from(*byte)).sum::<u32>() + 8 * u32::from(b' ');
+        head[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        assert_eq!(no_disk_by_head(&head, "a.tar").map(|found| found.name), Some("a tar archive"));
+        assert_eq!(no_disk_by_head(&head, "vm.ova").map(|found| found.name), Some("an OVA, a tar archive"));
+    }
+}
