@@ -238,6 +238,10 @@ impl Monitor for Display<'_> {
         self.interrupt.shielded(step)
     }
 
+    fn warn(&self, note: &str) {
+        report::note(note);
+    }
+
     fn left_incomplete(&self, target: &Location) {
         // The bars must not be drawn over the note.
         drop(self.take_meter());

@@ -44,6 +44,12 @@ pub trait ImageSource: Send + Sync {
         Vec::new()
     }
 
+    /// Returns notes for the user about what was read, one sentence each. The list is complete after all content
+    /// has been read.
+    fn notes(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Returns the fault of a damaged image that the driver opened anyway because the caller needs only facts
     /// ([`crate::OpenOptions::info_only`]).
     fn damage(&self) -> Option<&Error> {

@@ -111,6 +111,9 @@ pub trait Monitor: Sync {
     /// that has no time to unwind.
     fn outputs(&self, _cleaner: Cleaner) {}
 
+    /// Called before the first output is created, with a note that may make the user stop the run.
+    fn warn(&self, _note: &str) {}
+
     /// Called when all sources and outputs are open, before their content is copied or compared, in the thread
     /// of the caller. From here on, the run opens no file outside of `reach`, and starts most of its threads.
     fn opened(&self, _reach: &Reach) {}

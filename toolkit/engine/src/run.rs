@@ -72,7 +72,7 @@ impl Plan {
     /// incomplete ([`Monitor::left_incomplete`]).
     pub fn run(mut self, options: &RunOptions<'_>, monitor: &dyn Monitor) -> Result<Report> {
         monitor.outputs(self.outputs.cleaner());
-        self.check(options)?;
+        self.check(options, monitor)?;
         let (shares, tables) = self.lease_tables()?;
         let directories = self.layout.directory.iter().chain(&self.layout.machine_directories);
         directories.into_iter().try_for_each(|directory| self.outputs.directory(directory))?;
@@ -135,7 +135,7 @@ impl Plan {
     }
 
     /// Refuses outputs that can't be made, before any output is created.
-    fn check(&mut self, options: &RunOptions<'_>) -> Result<()> {
+    fn check(&mut self, options: &RunOptions<'_>, monitor: &dyn Monitor) -> Result<()> {
         self.check_slots()?;
         if options.verify && self.layout.outputs.iter().any(|output| output.destination.is_stream()) {
             return Err(Error::usage("an output in a pipe can't be read back to verify it"));
@@ -147,7 +147,10 @@ impl Plan {
             }
         }
         self.outputs.check(&self.layout.requests(&self.selected))?;
-        if options.force { Ok(()) } else { space::check(&self.layout, &self.sources, &self.selected) }
+        if options.force {
+            return Ok(());
+        }
+        space::check(&self.layout, &self.sources, &self.selected, monitor)
     }
 
     /// Borrows the memory for the tables of all outputs. Returns the share of each output.
@@ -373,7 +376,9 @@ impl Plan {
         let to_stdout = self.layout.outputs.iter().any(|output| output.destination.is_stdout());
         let closed = (to_stdout && os::is_stdout_closed()).then_some(Note::StdoutClosed);
         let planned = self.layout.notes.iter().cloned();
+        let read = self.sources.iter().flat_map(|source| source.opened.image.notes());
         planned
+            .chain(read.map(Note::Text))
             .chain(sinks.iter().flat_map(|open| open.sink.notes()).map(Note::Text))
             .chain(self.outputs.swept().iter().cloned().map(Note::Swept))
             .chain(self.outputs.without_safe_naming().map(Into::into).map(Note::UnsafeNaming))

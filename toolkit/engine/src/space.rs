@@ -1,7 +1,8 @@
 //! The space check: refuses outputs that can't fit, before the first byte is written.
 //!
 //! The check must not refuse outputs that would fit. It skips outputs of unknown size, and file systems that
-//! are remote, compress or share blocks. Data may turn out to be zero and take no space, so the check makes
+//! are remote or share blocks with the source. Where the file system may compress, outputs that do not fit as they are
+//! get a note instead. Data may turn out to be zero and take no space, so the check makes
 //! estimates, from the cheapest to the most expensive, and accepts the outputs at the first one that fits:
 //!
 //! 1. the outputs with every part allocated;
@@ -16,11 +17,13 @@ use std::path::Path;
 use imgtool_core::source::{for_each_extent, uniform_extent};
 use imgtool_core::zero;
 use imgtool_core::{
-    Access, DeviceId, Error, Extent, ExtentKind, ImageInfo, ImageSource, Measure, RandomAccess, Result,
+    Access, DeviceId, Error, Extent, ExtentKind, ImageInfo, ImageSource, Location, Measure, RandomAccess,
+    Result,
 };
-use imgtool_storage::os;
+use imgtool_storage::os::{self, Space};
 
 use crate::layout::{Destination, Layout, PlannedOutput};
+use crate::monitor::Monitor;
 use crate::sources::{OpenSource, SelectedDisk};
 
 /// Length in bytes of a sample: the smallest run that an output stores.
@@ -34,11 +37,16 @@ const SAMPLES: u64 = 2048;
 /// 1.1 % each.
 const MARGIN: f64 = 0.055;
 
-/// Refuses outputs for which there is not enough space.
+/// Refuses outputs for which there is not enough space, or warns the user where the file system may compress.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::Refused`], with the needed and free bytes; any error from reading a source.
-pub(crate) fn check(layout: &Layout, sources: &[OpenSource], selected: &[SelectedDisk]) -> Result<()> {
+pub(crate) fn check(
+    layout: &Layout,
+    sources: &[OpenSource],
+    selected: &[SelectedDisk],
+    monitor: &dyn Monitor,
+) -> Result<()> {
     // Group the outputs by file system, whose space they share.
     let mut groups: BTreeMap<u64, (&Path, Vec<&PlannedOutput>)> = BTreeMap::new();
     for output in layout.outputs.iter().filter(|output| is_measured(output, selected)) {
@@ -50,12 +58,33 @@ pub(crate) fn check(layout: &Layout, sources: &[OpenSource], selected: &[Selecte
         let shares = sources.iter().any(|source| {
             source.opened.location.path().is_some_and(|path| os::may_share_blocks(path, directory))
         });
-        match os::space(directory) {
-            Ok(space) if space.is_exact && !shares => check_space(&outputs, sources, selected, space.free)?,
-            _ => {}
+        let Ok(space) = os::space(directory) else { continue };
+        if shares || !(space.is_exact || space.may_compress) {
+            continue;
+        }
+        if let Some(needed) = lacking(&outputs, sources, selected, space.free)? {
+            judge(outputs[0].destination.location(), outputs.len(), space, needed, monitor)?;
         }
     }
     Ok(())
+}
+
+/// Refuses `count` outputs, `first` among them, that need more bytes than are free, or warns the user where the
+/// file system may compress.
+fn judge(first: Location, count: usize, space: Space, needed: u64, monitor: &dyn Monitor) -> Result<()> {
+    let what = match count {
+        1 => "the output needs at least".to_owned(),
+        _ => format!("the {count} outputs need at least"),
+    };
+    let free = space.free;
+    let numbers = format!("{what} {needed} bytes, and {free} are free");
+    if space.may_compress {
+        monitor.warn(&format!("{numbers}: there is enough space only if the file system compresses them"));
+        return Ok(());
+    }
+    Err(Error::refused(format!("not enough space: {numbers}")).path(first).remedied_by(
+        imgtool_core::Remedy::ForceWrite("free some space, choose another directory, or compress".into()),
+    ))
 }
 
 /// True if the size of an output follows from its source: it is a new file without compression or backing
@@ -72,44 +101,45 @@ fn existing_directory(path: &Path) -> Option<&Path> {
     Some(if directory.as_os_str().is_empty() { Path::new(".") } else { directory })
 }
 
-fn check_space(
+/// Returns the number of bytes that the outputs need, if more than `free`.
+fn lacking(
     outputs: &[&PlannedOutput],
     sources: &[OpenSource],
     selected: &[SelectedDisk],
     free: u64,
-) -> Result<()> {
+) -> Result<Option<u64>> {
     let (mut empty, mut full) = (0u64, 0u64);
     for output in outputs {
         // If the format can't be measured, there is no reason to refuse.
         let blank = OutputContent::new(output, sources, selected, false);
-        let Ok(blank) = output.format.writer.measure(&blank) else { return Ok(()) };
+        let Ok(blank) = output.format.writer.measure(&blank) else { return Ok(None) };
         empty = empty.saturating_add(blank.occupied);
         full = full.saturating_add(blank.fully_allocated);
     }
     if empty > free {
-        return Err(not_enough_space(outputs, empty, free));
+        return Ok(Some(empty));
     }
     if full <= free
         || stored_bytes(outputs, sources, selected).is_some_and(|len| empty.saturating_add(len) <= free)
     {
-        return Ok(());
+        return Ok(None);
     }
     let mut estimate = 0u64;
     let mut contents = Vec::new();
     for output in outputs {
         let content = OutputContent::new(output, sources, selected, true);
-        let Ok(Measure { occupied, .. }) = output.format.writer.measure(&content) else { return Ok(()) };
+        let Ok(Measure { occupied, .. }) = output.format.writer.measure(&content) else { return Ok(None) };
         estimate = estimate.saturating_add(occupied);
         contents.push(content);
     }
     if estimate <= free {
-        return Ok(());
+        return Ok(None);
     }
     let mut certain = 0u64;
     for content in contents {
         certain = certain.saturating_add(content.certain_bytes()?);
     }
-    if certain > free { Err(not_enough_space(outputs, estimate, free)) } else { Ok(()) }
+    Ok((certain > free).then_some(estimate))
 }
 
 /// Returns the number of bytes that the source files occupy, if all of them are verbatim: an upper bound of
@@ -126,19 +156,6 @@ fn stored_bytes(
         let is_plain = opened.driver.capabilities().verbatim && opened.compression.is_empty();
         is_plain.then(|| sum.saturating_add(os::allocated_len(&meta)))
     })
-}
-
-fn not_enough_space(outputs: &[&PlannedOutput], needed: u64, free: u64) -> Error {
-    let what = if outputs.len() == 1 {
-        "the output needs at least".to_owned()
-    } else {
-        format!("the {} outputs need at least", outputs.len())
-    };
-    Error::refused(format!("not enough space: {what} {needed} bytes, and {free} are free"))
-        .path(outputs[0].destination.location())
-        .remedied_by(imgtool_core::Remedy::ForceWrite(
-            "free some space, choose another directory, or compress".into(),
-        ))
 }
 
 /// The disks of one output as one source, for measuring. Streams count as holes. Without content, so does
@@ -243,5 +260,37 @@ impl RandomAccess for OutputContent<'_> {
                 Ok(())
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use imgtool_core::sync::lock;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Warnings(Mutex<Vec<String>>);
+
+    impl Monitor for Warnings {
+        fn warn(&self, note: &str) {
+            lock(&self.0).push(note.to_owned());
+        }
+    }
+
+    #[test]
+    fn warns_instead_of_refusing_where_the_file_system_may_compress() {
+        let space = |may_compress: bool| Space { free: 100, is_exact: !may_compress, may_compress };
+        let warnings = Warnings::default();
+        let judged = |may_compress: bool| judge(Location::from("a"), 1, space(may_compress), 200, &warnings);
+        let refused = judged(false).expect_err("too large");
+        let numbers = "the output needs at least 200 bytes, and 100 are free";
+        assert_eq!(refused.message(), format!("not enough space: {numbers}"));
+        assert!(lock(&warnings.0).is_empty());
+        judged(true).expect("a note");
+        let note = format!("{numbers}: there is enough space only if the file system compresses them");
+        assert_eq!(*lock(&warnings.0), [note]);
     }
 }

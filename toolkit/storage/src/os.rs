@@ -56,4 +56,6 @@ pub struct Space {
     /// True if each byte written takes one byte of `free`. False if the file system may be remote, or may
     /// compress or deduplicate written data.
     pub is_exact: bool,
+    /// True if the file system is local and may compress or deduplicate written data.
+    pub may_compress: bool,
 }

@@ -81,8 +81,10 @@ pub fn space(directory: &Path) -> io::Result<Space> {
     let blocks = if rustix::process::geteuid().is_root() { fs.f_bfree } else { fs.f_bavail };
     let block_size = u64::try_from(fs.f_bsize).unwrap_or(0);
     let magic = file_system_magic(&fs);
-    let is_exact = fs.f_blocks > 0 && !REMOTE.contains(&magic) && !ELASTIC.contains(&magic);
-    Ok(Space { free: blocks.saturating_mul(block_size), is_exact })
+    let is_known = fs.f_blocks > 0 && !REMOTE.contains(&magic);
+    let may_compress = is_known && ELASTIC.contains(&magic);
+    let is_exact = is_known && !may_compress;
+    Ok(Space { free: blocks.saturating_mul(block_size), is_exact, may_compress })
 }
 
 /// Returns the run of data or hole that contains `position`, which must be below `len`. Reports everything as
