@@ -1,9 +1,10 @@
 //! Structure check of an archive, which continues after every fault.
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{CancelToken, CheckReport, ErrorKind, Input, OpenOptions, Result};
+use imgtool_core::{CancelToken, CheckReport, DeviceKind, ErrorKind, Input, OpenOptions, Result};
 
 use crate::header::ArchiveHeader;
+use crate::info;
 use crate::layout::{EXTENT_HEADER, clusters_of};
 use crate::reference;
 use crate::scan::{ScanExtent, ScanItem, Scanner};
@@ -106,7 +107,11 @@ impl Checker {
 
     /// Adds the missing clusters, the notes and the counts to the report.
     fn finish(mut self, header: &ArchiveHeader) -> CheckReport {
-        for (index, device) in header.devices.iter().enumerate() {
+        let short = self.tracker.short_states();
+        let short_notes: Vec<String> =
+            short.iter().map(|(device, guest)| info::short_state(header, *device, guest)).collect();
+        let disks = header.devices.iter().enumerate();
+        for (index, device) in disks.filter(|(_, device)| device.kind == DeviceKind::Disk) {
             let mut from = 0;
             while let Some(missing) = self.tracker.next_missing(index, from) {
                 from = missing.end;
@@ -134,7 +139,8 @@ impl Checker {
             .iter()
             .filter(|(count, _)| *count > 0)
             .map(|(count, what)| format!("note: {count} {what}"));
-        let notes = header.notes.iter().map(|note| format!("note: {note}")).chain(counted);
+        let facts = header.notes.iter().chain(&short_notes).map(|note| format!("note: {note}"));
+        let notes = facts.chain(counted);
         report.findings.extend(notes.take(max_notes));
         report.image_end_offset = Some(self.end);
         report.total_clusters = Some(header.devices.iter().map(|device| clusters_of(device.size)).sum());

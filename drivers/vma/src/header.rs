@@ -44,6 +44,24 @@ pub struct ArchiveHeader {
     pub notes: Vec<String>,
     /// Indices into `devices`, by id.
     pub(crate) ids: DeviceIds,
+    /// Names of devices that are not UTF-8, as stored.
+    raw_device_names: BTreeMap<DeviceId, Vec<u8>>,
+    /// Names of configurations that are not UTF-8, as stored, by their index in `configs`.
+    raw_config_names: BTreeMap<usize, Vec<u8>>,
+}
+
+/// A name in the archive header.
+struct Name {
+    /// The name with replaced bytes where it is not UTF-8.
+    text: String,
+    /// The name as stored, if it is not UTF-8.
+    raw: Option<Vec<u8>>,
+}
+
+impl From<String> for Name {
+    fn from(text: String) -> Self {
+        Self { text, raw: None }
+    }
 }
 
 impl ArchiveHeader {
@@ -94,7 +112,7 @@ impl ArchiveHeader {
             for (index, entry) in (0u32..).zip(&layout.dev_info).take(TABLE_ENTRIES - 1).skip(1) {
                 let name = match blobs.and_then(|blobs| blobs.text(entry.name_offset.get())) {
                     Some(name) if is_named => name,
-                    None if !is_named => format!("device-{index}"),
+                    None if !is_named => format!("device-{index}").into(),
                     _ => continue,
                 };
                 let size = entry.device_size.get();
@@ -113,7 +131,7 @@ impl ArchiveHeader {
                 && let Some(blobs) = blobs
                 && let (Some(name), Some(data)) = (blobs.text(name), blobs.get(data))
             {
-                header.configs.push(Attachment { name, data: data.to_vec() });
+                header.push_config(name, data);
             }
         }
         Some(header)
@@ -129,7 +147,28 @@ impl ArchiveHeader {
             configs: Vec::new(),
             notes: Vec::new(),
             ids: DeviceIds::default(),
+            raw_device_names: BTreeMap::new(),
+            raw_config_names: BTreeMap::new(),
         }
+    }
+
+    /// Returns the name of a device as the archive stores it, in any encoding.
+    pub fn device_name<'a>(&'a self, device: &'a Device) -> &'a [u8] {
+        self.raw_device_names.get(&device.id).map_or(device.name.as_bytes(), Vec::as_slice)
+    }
+
+    /// Returns the name of the configuration at `index` of [`ArchiveHeader::configs`] as the archive stores it, in
+    /// any encoding.
+    pub fn config_name(&self, index: usize) -> &[u8] {
+        let text = self.configs.get(index).map_or(&[][..], |config| config.name.as_bytes());
+        self.raw_config_names.get(&index).map_or(text, Vec::as_slice)
+    }
+
+    fn push_config(&mut self, name: Name, data: &[u8]) {
+        if let Some(raw) = name.raw {
+            self.raw_config_names.insert(self.configs.len(), raw);
+        }
+        self.configs.push(Attachment { name: name.text, data: data.to_vec() });
     }
 
     /// Checks and decodes a whole header. `raw` must be `header_size` bytes long and contain the fixed part.
@@ -181,7 +220,8 @@ impl ArchiveHeader {
         Ok(())
     }
 
-    fn add_device(&mut self, index: u32, name: String, size: u64) -> Result<()> {
+    fn add_device(&mut self, index: u32, name: Name, size: u64) -> Result<()> {
+        let Name { text: name, raw } = name;
         if size > MAX_DEVICE_SIZE {
             return Err(Error::limit(format!(
                 "device size {size} is above {MAX_DEVICE_SIZE}, the maximum that cluster numbers can address"
@@ -194,6 +234,9 @@ impl ArchiveHeader {
             self.notes.push(format!("devices {} and {index} have the same name", other.id));
         }
         let kind = if name == VMSTATE_NAME { DeviceKind::VmState } else { DeviceKind::Disk };
+        if let Some(raw) = raw {
+            self.raw_device_names.insert(DeviceId(index), raw);
+        }
         self.ids.push(DeviceId(index));
         self.devices.push(Device { id: DeviceId(index), name, size, open_ended: false, kind });
         Ok(())
@@ -222,10 +265,10 @@ impl ArchiveHeader {
                         "the name or content of configuration entry {index} can't be found; {DAMAGED}"
                     )));
             };
-            if self.configs.iter().any(|other| other.name == name) {
+            if self.configs.iter().any(|other| other.name == name.text) {
                 self.notes.push(format!("configuration entry {index} has the name of an earlier one"));
             }
-            self.configs.push(Attachment { name, data: data.to_vec() });
+            self.push_config(name, data);
         }
         Ok(())
     }
@@ -345,7 +388,7 @@ impl<'a> Blobs<'a> {
 
     /// Returns the name at `pointer`, truncated to [`MAX_NAME`] bytes and with invalid UTF-8 replaced.
     /// Returns `None` if [`Blobs::name`] does.
-    fn text(&self, pointer: u32) -> Option<String> {
+    fn text(&self, pointer: u32) -> Option<Name> {
         let name = self.name(pointer)?;
         let kept = match name.get(..MAX_NAME) {
             // Drop a character that the limit cuts in two.
@@ -357,7 +400,9 @@ impl<'a> Blobs<'a> {
             }),
             None => name,
         };
-        Some(String::from_utf8_lossy(kept).into_owned())
+        let text = String::from_utf8_lossy(kept);
+        let raw = (text.as_bytes() != kept).then(|| kept.to_owned());
+        Some(Name { text: text.into_owned(), raw })
     }
 
     /// True if the name at `pointer` is longer than [`MAX_NAME`].

@@ -5,6 +5,7 @@
 //! consecutive zero clusters, which may span extents. The index does not keep the masks;
 //! [`crate::mask_cache`] reads the extent headers again to get them.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use imgtool_core::{DeviceId, Lease, Memory, OpenOptions, RandomInput, Result};
@@ -12,7 +13,8 @@ use imgtool_core::{DeviceId, Lease, Memory, OpenOptions, RandomInput, Result};
 use crate::bytes::{ArchiveBytes, FileCursor};
 use crate::cluster::VmaCluster;
 use crate::header::ArchiveHeader;
-use crate::layout::{EXTENT_HEADER, SUB_BLOCK};
+use crate::layout::{CLUSTER, EXTENT_HEADER, SUB_BLOCK};
+use crate::tracker::Tracker;
 use crate::walker::{ExtentSpan, Walker};
 
 /// Maximum number of runs of all devices together, which take 92 MiB of memory. Our limit: 20 TiB of full
@@ -93,6 +95,8 @@ pub(crate) struct Index {
     clusters: u64,
     /// True if the index stores runs, not only counts.
     keeps_runs: bool,
+    /// Unstored ends of guest state: the device and the guest range.
+    pub(crate) short_states: Vec<(DeviceId, Range<u64>)>,
     /// Memory for the runs.
     memory: Lease,
 }
@@ -101,7 +105,15 @@ impl Index {
     fn new(header: &Arc<ArchiveHeader>, keeps_runs: bool, memory: &Memory) -> Result<Self> {
         let devices = header.devices.iter().map(|_| DeviceIndex::default()).collect();
         let memory = memory.lease(0, "the index of an archive")?;
-        Ok(Self { devices, header: Arc::clone(header), extents: 0, clusters: 0, keeps_runs, memory })
+        Ok(Self {
+            devices,
+            header: Arc::clone(header),
+            extents: 0,
+            clusters: 0,
+            keeps_runs,
+            short_states: Vec::new(),
+            memory,
+        })
     }
 
     /// Returns the archive offset of the first extent.
@@ -120,7 +132,10 @@ impl Index {
         let mut index = Self::new(header, false, &options.memory)?;
         let mut walker = Walker::new(bytes, header, options)?;
         while walker.bytes.position() < limit {
-            let Some(span) = walker.next_extent()? else { return Ok(Some(index)) };
+            let Some(span) = walker.next_extent()? else {
+                index.short_states = walker.tracker.short_states();
+                return Ok(Some(index));
+            };
             if span.file_offset.saturating_add(span.data_len) >= limit {
                 return Ok(None);
             }
@@ -166,6 +181,7 @@ impl Index {
                 return Ok(None);
             }
         }
+        index.add_short_states(&walker.tracker);
         for device in &mut index.devices {
             if !device.runs.is_sorted_by_key(|run| run.first) {
                 device.runs.sort_unstable_by_key(|run| run.first);
@@ -193,6 +209,23 @@ impl Index {
         device.dropped_blocks += u64::from((cluster.mask & !mask_within).count_ones());
         if keeps_runs {
             device.add_to_runs(cluster, mask_within == 0, unit);
+        }
+    }
+
+    /// Adds the unstored ends of guest state, as runs of zeros.
+    fn add_short_states(&mut self, tracker: &Tracker) {
+        self.short_states = tracker.short_states();
+        for (id, guest) in &self.short_states {
+            let index = self.header.ids.index_of(*id);
+            let Some(device) = index.and_then(|index| self.devices.get_mut(index)) else { continue };
+            // Fits: a device has at most 2^32 clusters, so the number of each fits into 32 bits.
+            let clusters = guest.start / CLUSTER..guest.end.div_ceil(CLUSTER);
+            let mut first = clusters.start;
+            while first < clusters.end {
+                let count = (clusters.end - first).min(u64::from(u32::MAX)) as u32;
+                device.runs.push(Run { first: first as u32, count, place: Run::ZERO });
+                first += u64::from(count);
+            }
         }
     }
 

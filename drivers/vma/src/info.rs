@@ -1,7 +1,9 @@
 //! Facts about an archive, for the `info` command.
 
+use std::ops::Range;
+
 use imgtool_core::error::escape_control;
-use imgtool_core::{DeviceKind, ImageInfo};
+use imgtool_core::{DeviceId, DeviceKind, ImageInfo};
 use serde_json::json;
 
 use crate::header::ArchiveHeader;
@@ -52,8 +54,19 @@ pub(crate) fn not_counted(stream_len: u64) -> String {
     )
 }
 
+/// Returns the note that guest state ends before its size in the header.
+pub(crate) fn short_state(header: &ArchiveHeader, device: DeviceId, guest: &Range<u64>) -> String {
+    let name = header.device(device).map_or_else(String::new, |device| escape_control(&device.name));
+    format!(
+        "device {name} ends at {} of {} bytes, and the rest is zeros: the size of a guest's state is an estimate",
+        guest.start, guest.end
+    )
+}
+
 /// Adds notes about clusters and sub-blocks past the end of a device.
 fn add_notes(info: &mut ImageInfo, header: &ArchiveHeader, index: &Index) {
+    let short = index.short_states.iter();
+    info.notes.extend(short.map(|(device, guest)| short_state(header, *device, guest)));
     for device in &header.devices {
         let Some(counts) = index.device(device.id) else { continue };
         let name = escape_control(&device.name);

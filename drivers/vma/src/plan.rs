@@ -23,8 +23,8 @@ pub(crate) const SECTOR: u64 = 512;
 /// Maximum length in bytes of a device name: the reference program's `tmp-disk-NAME.raw` must not exceed 255
 /// bytes, the limit of Linux file systems.
 const MAX_NAME: usize = 242;
-/// Maximum length in bytes of a configuration name: the limit of Linux file systems.
-const MAX_CONFIG_NAME: usize = 255;
+/// Maximum length in bytes of a configuration name: the reference program can't extract longer ones.
+const MAX_CONFIG_NAME: usize = 242;
 /// Unit in bytes of the header size, as in the reference program.
 const HEADER_UNIT: usize = 512;
 
@@ -190,7 +190,7 @@ fn safe_component(name: &str) -> Result<&str> {
     } else if base.contains('\\') || base.chars().any(char::is_control) {
         "has characters that file names can't have"
     } else if base.len() > MAX_CONFIG_NAME {
-        "is longer than 255 bytes"
+        "is longer than 242 bytes, which readers can't extract"
     } else {
         return Ok(base);
     };

@@ -138,6 +138,16 @@ impl VmaSource {
     pub fn header(&self) -> &ArchiveHeader {
         &self.header
     }
+
+    /// Returns the unstored ends of guest state, which read as zeros: the device and the guest range. The list is
+    /// complete after all content has been read. Like [`ImageSource::losses`], it waits for a pass in progress.
+    pub fn short_states(&self) -> Vec<(DeviceId, Range<u64>)> {
+        match &self.body {
+            Body::Indexed(archive) => archive.index.short_states.clone(),
+            Body::Stream(stream) => lock(stream).short_states().to_vec(),
+            Body::InfoOnly(_) | Body::Salvage(_) => Vec::new(),
+        }
+    }
 }
 
 impl ImageSource for VmaSource {
@@ -170,6 +180,11 @@ impl ImageSource for VmaSource {
 
     fn damage(&self) -> Option<&Error> {
         self.damage.as_ref()
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let short = self.short_states();
+        short.iter().map(|(device, guest)| info::short_state(&self.header, *device, guest)).collect()
     }
 }
 

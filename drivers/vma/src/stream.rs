@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use imgtool_core::source::second_pass;
 use imgtool_core::{
-    BufferPool, OpenOptions, Piece, RandomInput, Result, Stream, StreamAccess, StreamOrder, StreamPart,
+    BufferPool, DeviceId, OpenOptions, Piece, RandomInput, Result, Stream, StreamAccess, StreamOrder,
+    StreamPart,
 };
 
 use crate::bytes::{ArchiveBytes, FileCursor};
@@ -25,7 +26,14 @@ pub(crate) struct ArchiveStream {
     extent: Option<ExtentSpan>,
     /// Index of the next cluster in [`Walker::clusters`].
     next_cluster: usize,
+    /// True if the archive has no further extent.
+    at_end: bool,
+    /// True if the last call has delivered nothing.
     ended: bool,
+    /// Unstored ends of guest state, found at the end: the device and the guest range.
+    short_states: Vec<(DeviceId, Range<u64>)>,
+    /// Number of them that were delivered.
+    delivered: usize,
 }
 
 impl ArchiveStream {
@@ -33,7 +41,21 @@ impl ArchiveStream {
     /// archive header.
     pub(crate) fn new(stream: Stream, header: &Arc<ArchiveHeader>, options: &OpenOptions) -> Result<Self> {
         let walker = Walker::new(stream, header, options)?;
-        Ok(Self { walker, extent: None, next_cluster: 0, ended: false })
+        let short_states = Vec::new();
+        let (at_end, ended) = (false, false);
+        Ok(Self { walker, extent: None, next_cluster: 0, at_end, ended, short_states, delivered: 0 })
+    }
+
+    /// Returns the unstored ends of guest state. The list is complete after the last piece.
+    pub(crate) fn short_states(&self) -> &[(DeviceId, Range<u64>)] {
+        &self.short_states
+    }
+
+    /// Returns the next unstored end of guest state as zeros.
+    fn next_short_state(&mut self) -> Option<Piece> {
+        let (device, guest) = self.short_states.get(self.delivered)?;
+        self.delivered += 1;
+        Some(Piece::zero(*device, guest.start, guest.end - guest.start))
     }
 }
 
@@ -42,11 +64,14 @@ impl StreamAccess for ArchiveStream {
         if self.ended {
             return Err(second_pass());
         }
-        while !self.ended {
+        while !self.at_end {
             let Some(extent) = self.extent else {
                 self.extent = self.walker.next_extent()?;
-                self.ended = self.extent.is_none();
+                self.at_end = self.extent.is_none();
                 self.next_cluster = 0;
+                if self.at_end {
+                    self.short_states = self.walker.tracker.short_states();
+                }
                 continue;
             };
             let group = piece_group(&self.walker.clusters, self.next_cluster);
@@ -73,7 +98,9 @@ impl StreamAccess for ArchiveStream {
             }
             return Ok(Some(data_piece(&first, len, buffer, stored)));
         }
-        Ok(None)
+        let end = self.next_short_state();
+        self.ended = end.is_none();
+        Ok(end)
     }
 }
 
@@ -83,6 +110,8 @@ pub(crate) struct ArchiveOrder {
     walker: Walker<FileCursor>,
     /// Index of the next cluster in [`Walker::clusters`].
     next_cluster: usize,
+    /// Unstored ends of guest state that were not returned yet; `None` before the last extent.
+    short_states: Option<Vec<(DeviceId, Range<u64>)>>,
 }
 
 impl ArchiveOrder {
@@ -93,16 +122,25 @@ impl ArchiveOrder {
         options: &OpenOptions,
     ) -> Result<Self> {
         let cursor = FileCursor::at(input.clone(), u64::from(header.header_size));
-        Ok(Self { walker: Walker::new(cursor, header, options)?, next_cluster: 0 })
+        Ok(Self { walker: Walker::new(cursor, header, options)?, next_cluster: 0, short_states: None })
     }
 }
 
 impl StreamOrder for ArchiveOrder {
     fn next_part(&mut self) -> Result<Option<StreamPart>> {
+        let zeros = |(device, guest)| StreamPart { device, guest, has_data: false };
         loop {
+            if let Some(ends) = &mut self.short_states {
+                return Ok(ends.pop().map(zeros));
+            }
             let group = piece_group(&self.walker.clusters, self.next_cluster);
             let Some(first) = self.walker.clusters.get(group.start).copied() else {
-                let Some(extent) = self.walker.next_extent()? else { return Ok(None) };
+                let Some(extent) = self.walker.next_extent()? else {
+                    // The other way round, so that the first one is at the end of the list.
+                    let ends = self.walker.tracker.short_states().into_iter().rev();
+                    self.short_states = Some(ends.collect());
+                    continue;
+                };
                 self.walker.bytes.skip(extent.data_len)?;
                 self.next_cluster = 0;
                 continue;

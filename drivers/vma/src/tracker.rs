@@ -191,10 +191,11 @@ impl Tracker {
         self.devices.iter().map(|device| device.clusters - device.seen_within).sum()
     }
 
-    /// Fails if a cluster of any device has not been read.
+    /// Fails if a cluster of any disk has not been read. The end of guest state may be missing: its size in the
+    /// header is the estimate of the program that saved it.
     pub(crate) fn check_complete(&self) -> Result<()> {
-        let Some((device, first)) =
-            self.devices.iter().find_map(|device| Some((device, device.next_missing(0)?.start)))
+        let mut disks = self.devices.iter().filter(|device| !device.is_state());
+        let Some((device, first)) = disks.find_map(|device| Some((device, device.next_missing(0)?.start)))
         else {
             return Ok(());
         };
@@ -210,6 +211,14 @@ impl Tracker {
                 )
                 .into(),
             )))
+    }
+
+    /// Returns the unstored ends of guest state after the last extent: the device and the guest range.
+    pub(crate) fn short_states(&self) -> Vec<(DeviceId, Range<u64>)> {
+        let states = self.devices.iter().filter(|device| device.is_state());
+        // The clusters of guest state come in order, so only its end can be missing.
+        let missing = states.filter_map(|device| Some((device, device.next_missing(0)?.start)));
+        missing.map(|(device, first)| (device.id, first * CLUSTER..device.size)).collect()
     }
 
     /// Returns the next run of missing clusters, from cluster `from` on, of the device at `index` in the
