@@ -3,6 +3,7 @@
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
+use std::sync::OnceLock;
 
 use imgtool_core::error::{escape_control, is_hidden};
 use imgtool_core::{Error, ErrorKind, Result};
@@ -17,6 +18,15 @@ mod text;
 pub use terminal::{Paint, Stream, fit, flow, flow_within, unicode, width, wrap};
 pub use text::{Align, count, exact_size, human_size, human_time, percent, table, widest};
 
+/// Name of the program that this one stands in for.
+static STANDS_IN_FOR: OnceLock<&str> = OnceLock::new();
+
+/// Makes messages begin with the name of another program, and without a label as that program prints them.
+pub fn speak_as(program: &'static str) {
+    // The first call counts.
+    let _ = STANDS_IN_FOR.set(program);
+}
+
 /// Prints a line to standard error. A failure is ignored, as it cannot be reported anywhere.
 pub fn say(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");
@@ -24,11 +34,15 @@ pub fn say(text: &str) {
 
 /// Prints a message to standard error, after the program's name.
 pub fn tell(text: &str) {
-    say(&flow(Stream::Err, &format!("imgtool: {text}"), 2));
+    let program = STANDS_IN_FOR.get().unwrap_or(&"imgtool");
+    say(&flow(Stream::Err, &format!("{program}: {text}"), 2));
 }
 
 /// Prints an error and its hint.
 pub fn error(error: &Error) {
+    if let Some(program) = STANDS_IN_FOR.get() {
+        return say(&format!("{program}: {}", sentence(error)));
+    }
     let label = Stream::Err.paint(Paint::Bad, "error:");
     let mut text = flow(Stream::Err, &format!("imgtool: {label} {}", sentence(error)), 2);
     if let Some(hint) = error.remedy().map(remedy::words).or_else(|| confinement(error)) {

@@ -10,9 +10,14 @@ use crate::support::run::Outcome;
 
 mod command_line;
 mod commands;
+mod figures;
 mod maps;
+mod messages;
 mod names;
 mod packing;
+mod pipes;
+mod probing;
+mod raw_names;
 mod transcripts;
 mod whole_vm;
 

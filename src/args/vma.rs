@@ -12,7 +12,8 @@ usage: vma COMMAND ...
   vma config FILE [-c NAME]
   vma create FILE [-v] [-c CONFIG]... [DEV=]PATH...
   vma create FILE [-v] [-c CONFIG]... [-d format=FMT:[DEV=]PATH]...
-  vma extract FILE [-v] [-d DRIVE,...] [-r MAP] DIR
+                  [--allow-external PATH]...
+  vma extract FILE [-v] [-d DRIVE,...] [-r MAP] [--force] DIR
   vma verify FILE [-v]
 ";
 
@@ -45,7 +46,7 @@ pub enum VmaCommand {
             default_value = "qemu-server.conf",
             allow_hyphen_values = true
         )]
-        name: String,
+        name: OsString,
     },
     /// Create an archive
     Create(VmaCreateArgs),
@@ -84,6 +85,9 @@ pub struct VmaCreateArgs {
     /// Add a disk of this format; repeatable
     #[arg(short = 'd', value_name = "format=FMT:[DEV=]PATH", allow_hyphen_values = true)]
     pub drives: Vec<OsString>,
+    /// Let images open this backing or data file; 'chain': any in the image's directory; repeatable
+    #[arg(long, value_name = "PATH")]
+    pub allow_external: Vec<PathBuf>,
     /// Add these disks; without DEV= they are named disk0, disk1 ...
     #[arg(value_name = "[DEV=]PATH")]
     pub disks: Vec<OsString>,
@@ -116,5 +120,8 @@ pub struct VmaExtractArgs {
     pub map: Option<PathBuf>,
     /// Extract only these drives
     #[arg(short = 'd', value_name = "DRIVE,...", allow_hyphen_values = true)]
-    pub drives: Option<String>,
+    pub drives: Option<OsString>,
+    /// Write into targets that are in use, and do not check for free space
+    #[arg(long)]
+    pub force: bool,
 }

@@ -3,22 +3,29 @@
 //! Scripts parse the output, so the lines on standard output are exactly those of that program. Error
 //! messages begin with its wording; the place of the error and a hint follow on lines of their own.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{DeviceKind, Error, ErrorKind, Location, Memory, OpenOptions, Remedy, Result};
+use imgtool_core::{DeviceKind, Error, ErrorKind, Location, Memory, OpenOptions, Result};
 use imgtool_storage::{FileWatch, Identity, OpenInput, Opening};
+use imgtool_vma::layout::CLUSTER;
 use imgtool_vma::{ArchiveHeader, VmaSource, reference};
 
 use crate::args::{VmaArgs, VmaCommand};
 use crate::exit::Exit;
-use crate::{remedy, report};
+use crate::report;
 
 mod create;
 mod extract;
+mod hints;
 mod list;
 mod map_file;
+mod new_archive;
+mod output;
+mod progress;
 mod tally;
 mod verify;
 
@@ -30,6 +37,7 @@ const NO_SUCH_CONFIG: Exit = Exit::Other(255);
 /// # Errors
 /// Never: this function prints errors itself, in that program's words.
 pub fn run(args: &VmaArgs) -> Result<Exit> {
+    report::speak_as("vma");
     let done = match &args.command {
         VmaCommand::List { file } => list::run(file),
         VmaCommand::Config { file, name } => config(file, name),
@@ -37,7 +45,7 @@ pub fn run(args: &VmaArgs) -> Result<Exit> {
         VmaCommand::Extract(args) => extract::run(args),
         VmaCommand::Verify { file, verbose } => verify::run(file, *verbose),
     };
-    Ok(done.unwrap_or_else(|failure| failure.print()))
+    Ok(done.unwrap_or_else(|failure| failure.print(&args.command)))
 }
 
 /// An error with the prefix for the step that failed ("restore failed - ").
@@ -57,7 +65,7 @@ impl Failure {
         move |error| Self { step, error }
     }
 
-    fn print(self) -> Exit {
+    fn print(self, command: &VmaCommand) -> Exit {
         let error = &self.error;
         report::say(&format!("vma: {}{}", self.step, escape_control(&words(error))));
         let mut place = Vec::new();
@@ -78,12 +86,7 @@ impl Failure {
             report::say(&format!("  at: {}", place.join(", ")));
         }
         if let Some(remedy) = error.remedy() {
-            // The hint may name a flag that `imgtool vma` lacks: it names `imgtool convert`, which has it.
-            let hint = match remedy {
-                Remedy::ShareSource(advice) => advice.to_string(),
-                other => remedy::words(other).replace(" --", " imgtool convert --"),
-            };
-            report::say(&format!("  hint: {}", escape_control(&hint)));
+            report::say(&format!("  hint: {}", escape_control(&hints::words(remedy, command))));
         }
         Exit::Failed
     }
@@ -146,23 +149,25 @@ struct Archive {
     memory: Memory,
 }
 
-fn config(file: &Path, name: &str) -> Result<Exit, Failure> {
+fn config(file: &Path, name: &OsStr) -> Result<Exit, Failure> {
     let header = header(file)?;
-    match header.configs.iter().find(|config| config.name == name) {
-        Some(config) => {
-            report::print_bytes(&config.data)?;
+    let found = (0..).zip(&header.configs).find(|(index, _)| header.config_name(*index) == name.as_bytes());
+    match found {
+        Some((_, config)) => {
+            output::print_bytes(&config.data)?;
             Ok(Exit::Done)
         }
         None => {
-            report::say(&format!("unable to find configuration data '{}'", escape_control(name)));
+            let name = name.to_string_lossy();
+            report::say(&format!("unable to find configuration data '{}'", escape_control(&name)));
             Ok(NO_SUCH_CONFIG)
         }
     }
 }
 
-/// Prints a note.
-fn note(text: &str) {
-    report::say(&format!("vma: note: {}", escape_control(text)));
+/// Returns the number of clusters that an archive lacks at the end of guest state, after it was read.
+fn absent_clusters(source: &VmaSource) -> u64 {
+    source.short_states().iter().map(|(_, guest)| (guest.end - guest.start).div_ceil(CLUSTER)).sum()
 }
 
 /// True if devices of this kind hold the saved state of a running guest.

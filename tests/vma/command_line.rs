@@ -102,6 +102,10 @@ fn create_enforces_the_archive_limits() {
         let len = if index < 9 { 65_535 } else { index };
         std::fs::write(path.join(format!("c{index}")), vec![b'c'; len]).unwrap();
     }
+    let (long, longest) = ("n".repeat(243), "n".repeat(242));
+    for name in [&long, &longest] {
+        std::fs::write(path.join(name), b"c").unwrap();
+    }
     let before = snapshot(path);
     let disks = |count: usize| (0..count).map(|n| format!(" d{n}=small")).collect::<String>();
     let configs = |range: std::ops::Range<usize>| range.map(|n| format!(" -c c{n}")).collect::<String>();
@@ -117,6 +121,7 @@ fn create_enforces_the_archive_limits() {
         (format!("create x {}=small", "n".repeat(243)), "243 bytes long"),
         ("create nodir/x a=small".to_owned(), "No such file or directory"),
         ("create x -c nothere".to_owned(), "nothere"),
+        (format!("create x -c {long}"), "is longer than 242 bytes"),
     ] {
         vma(path, &line).exits(1).says(words);
         assert_eq!(snapshot(path), before, "{words}");
@@ -127,6 +132,7 @@ fn create_enforces_the_archive_limits() {
         ("ok3", format!("create ok3{}", configs(9..257).replace("c9 ", "c0 "))),
         ("ok4", format!("create ok4 {}=small", "n".repeat(242))),
         ("ok5", "create ok5".to_owned()),
+        ("ok6", format!("create ok6 -c {longest}")),
     ] {
         vma(path, &line).exits(0);
         vma(path, &format!("verify {archive}")).exits(0);

@@ -157,8 +157,8 @@ impl ArchiveHeader {
         self.raw_device_names.get(&device.id).map_or(device.name.as_bytes(), Vec::as_slice)
     }
 
-    /// Returns the name of the configuration at `index` of [`ArchiveHeader::configs`] as the archive stores it, in
-    /// any encoding.
+    /// Returns the name of the configuration at `index` of [`ArchiveHeader::configs`] as the archive stores
+    /// it, in any encoding.
     pub fn config_name(&self, index: usize) -> &[u8] {
         let text = self.configs.get(index).map_or(&[][..], |config| config.name.as_bytes());
         self.raw_config_names.get(&index).map_or(text, Vec::as_slice)

@@ -139,8 +139,9 @@ impl VmaSource {
         &self.header
     }
 
-    /// Returns the unstored ends of guest state, which read as zeros: the device and the guest range. The list is
-    /// complete after all content has been read. Like [`ImageSource::losses`], it waits for a pass in progress.
+    /// Returns the unstored ends of guest state, which read as zeros: the device and the guest range. The
+    /// list is complete after all content has been read. Like [`ImageSource::losses`], it waits for a pass in
+    /// progress.
     pub fn short_states(&self) -> Vec<(DeviceId, Range<u64>)> {
         match &self.body {
             Body::Indexed(archive) => archive.index.short_states.clone(),

@@ -191,8 +191,8 @@ impl Tracker {
         self.devices.iter().map(|device| device.clusters - device.seen_within).sum()
     }
 
-    /// Fails if a cluster of any disk has not been read. The end of guest state may be missing: its size in the
-    /// header is the estimate of the program that saved it.
+    /// Fails if a cluster of any disk has not been read. The end of guest state may be missing: its size in
+    /// the header is the estimate of the program that saved it.
     pub(crate) fn check_complete(&self) -> Result<()> {
         let mut disks = self.devices.iter().filter(|device| !device.is_state());
         let Some((device, first)) = disks.find_map(|device| Some((device, device.next_missing(0)?.start)))

@@ -1,34 +1,36 @@
 //! `vma create`: creates an archive of disks and configurations, with a random UUID and the current time.
 
+use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use imgtool_core::error::escape_control;
 use imgtool_core::sync::lock;
 use imgtool_core::{
-    Attachment, CancelToken, Device, DeviceKind, Error, Lane, Location, Manifest, Memory, OpenOptions,
-    Output, Registry, Result, ResultExt, Slot,
+    Attachment, CancelToken, Device, DeviceId, DeviceKind, Error, Location, Manifest, Memory, OpenOptions,
+    Registry, Result, ResultExt, Slot,
 };
+use imgtool_engine::pipeline::Tap;
 use imgtool_engine::{
-    Destination, FormatOptions, Gauge, Layout, Monitor, Note, OpenSource, Opened, Phase, Plan, PlannedOutput,
-    Reach, RunOptions, SelectedDisk, TargetFormat, open,
+    Destination, ExternalPolicy, FormatOptions, Gauge, Layout, Monitor, Note, OpenSource, Opened, Phase,
+    Plan, PlannedOutput, PolicyOpener, Reach, RunOptions, SelectedDisk, TargetFormat, open,
 };
 use imgtool_storage::open::Opening;
-use imgtool_storage::os::{self, FileClass};
 use imgtool_storage::{Cleaner, Outputs};
-use imgtool_vma::layout::{CLUSTER, MAX_BLOB, MAX_DEV_ID, SUB_BLOCK};
+use imgtool_vma::layout::{MAX_BLOB, MAX_DEV_ID};
 use uuid::Uuid;
 
-use super::{Failure, usage};
+use super::map_file::split_once;
+use super::new_archive::{NewArchive, Piped, exec_command};
+use super::progress::Percent;
+use super::{Failure, output, usage};
 use crate::args::{ThreadArgs, VmaCreateArgs};
 use crate::exit::Exit;
 use crate::interrupt::Interrupt;
-use crate::sandbox::Writes;
-use crate::{report, sandbox};
+use crate::sandbox::{self, Writes};
 
 /// Name of the device with the state of a running guest.
 const STATE: &str = "vmstate";
@@ -42,7 +44,8 @@ pub(super) fn run(args: &VmaCreateArgs) -> Result<Exit, Failure> {
     let interrupt = Interrupt::listen()?;
     let attachments = args.configs.iter().map(|path| read_config(path)).collect::<Result<Vec<_>>>()?;
     let memory = Memory::default().shared_by(args.drives.len() + args.disks.len());
-    let disks = open_disks(args, &registry, &memory)?;
+    let opening = DiskOpening { args, registry: &registry, memory: &memory, cancel: interrupt.token() };
+    let disks = opening.all()?;
     let devices = (0..).zip(&disks).map(|(number, disk)| disk.device(number)).collect();
     let manifest = Manifest { devices, attachments: attachments.clone(), ..Manifest::default() };
     check_limits(&manifest)?;
@@ -51,27 +54,36 @@ pub(super) fn run(args: &VmaCreateArgs) -> Result<Exit, Failure> {
     for disk in &disks {
         outputs.protect(&disk.opened.location, disk.opened.identity.as_ref());
     }
-    let mut archive = Archive::open(&args.file)?;
+    let archive = NewArchive::open(&args.file)?;
     let format = TargetFormat::new(registry.get("vma")?, options()?)?;
-    let plan = plan(disks, archive.destination.clone(), format, attachments, outputs, registry, memory);
-    let command = Mutex::new(archive.command.take());
-    let progress = Percent::new(&manifest, args.verbose, &interrupt, &command);
+    let plan = plan(disks, archive.destination, format, attachments, outputs, registry, memory);
+    let command = Arc::new(Mutex::new(archive.command));
+    let killed = command.clone();
+    output::before_death(move || lock(&killed).iter_mut().for_each(Piped::kill));
+    let percent = args.verbose.then(|| Percent::new(&manifest.devices));
     let options = RunOptions {
         threads: ThreadArgs::default().count(),
         // Like the reference program, skip the check for free space.
         force: true,
+        taps: percent.iter().map(|percent| percent as &dyn Tap).collect(),
         cancel: interrupt.token(),
         ..RunOptions::default()
     };
-    let made = plan.run(&options, &progress);
-    if let (Err(error), Some(command)) = (&made, &mut *lock(&command)) {
-        command.give_up(error)?;
+    let monitor = Watch { interrupt: &interrupt, command: &command, percent: percent.as_ref() };
+    let made = plan.run(&options, &monitor);
+    if let Err(error) = &made {
+        if let Some(command) = &mut *lock(&command) {
+            command.give_up(error)?;
+        }
+        if archive.is_stream && error.io_error().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) {
+            output::die_of_pipe();
+        }
     }
     let report = made?;
-    progress.summary(&manifest);
+    percent.iter().for_each(Percent::summary);
     for note in &report.notes {
         if matches!(note, Note::Text(_) | Note::SourceChanged(_) | Note::UnsafeNaming(_)) {
-            super::note(&note.to_string());
+            output::note(&note.to_string());
         }
     }
     Ok(Exit::Done)
@@ -152,7 +164,7 @@ fn read_config(path: &Path) -> Result<Attachment> {
 /// A disk to add to the archive.
 struct Disk {
     name: String,
-    device: imgtool_core::DeviceId,
+    device: DeviceId,
     opened: Opened,
 }
 
@@ -164,223 +176,109 @@ impl Disk {
     }
 }
 
-fn open_disks(args: &VmaCreateArgs, registry: &Registry, memory: &Memory) -> Result<Vec<Disk>> {
-    if !args.drives.is_empty() && !args.disks.is_empty() {
-        return Err(usage("Unexpected extra argument - specify all devices via '-d'"));
+/// Opens the disks that the command line names.
+struct DiskOpening<'a> {
+    args: &'a VmaCreateArgs,
+    registry: &'a Registry,
+    memory: &'a Memory,
+    cancel: CancelToken,
+}
+
+impl DiskOpening<'_> {
+    fn all(&self) -> Result<Vec<Disk>> {
+        let VmaCreateArgs { drives, disks, .. } = self.args;
+        if !drives.is_empty() && !disks.is_empty() {
+            return Err(usage("Unexpected extra argument - specify all devices via '-d'"));
+        }
+        drives.iter().chain(disks).enumerate().map(|(index, text)| self.named(index, text)).collect()
     }
-    let mut disks = Vec::new();
-    for (index, text) in args.drives.iter().chain(&args.disks).enumerate() {
-        let text = text.to_str().ok_or_else(|| usage("a device is not UTF-8"))?;
-        let (format, disk) = match text.strip_prefix("format=").map(|rest| rest.split_once(':')) {
-            Some(Some((format, disk))) => (Some(format), disk),
-            _ if args.drives.is_empty() => (None, text),
-            _ => return Err(usage(format!("No format specified for device: '{text}'"))),
+
+    /// Opens the disk at `index` of the command line: `[format=FMT:][DEV=]PATH`.
+    fn named(&self, index: usize, text: &OsString) -> Result<Disk> {
+        let bytes = text.as_bytes();
+        let (format, disk) = match bytes.strip_prefix(b"format=").map(|rest| split_once(rest, b':')) {
+            Some(Some((format, disk))) => (Some(String::from_utf8_lossy(format)), disk),
+            _ if self.args.drives.is_empty() => (None, bytes),
+            _ => {
+                let text = text.to_string_lossy();
+                return Err(usage(format!("No format specified for device: '{text}'")));
+            }
         };
-        let (name, path) = match disk.split_once('=') {
-            Some((name, path)) => (name.to_owned(), path),
+        let (name, path) = match split_once(disk, b'=') {
+            // A name that is not UTF-8 is refused with all others that not every reader accepts.
+            Some((name, path)) => (String::from_utf8_lossy(name).into_owned(), path),
             None => (format!("disk{index}"), disk),
         };
-        disks.push(open_disk(registry, name, Path::new(path), format, memory)?);
+        self.open(name, Path::new(OsStr::from_bytes(path)), format.as_deref())
     }
-    Ok(disks)
-}
 
-fn open_disk(
-    registry: &Registry,
-    name: String,
-    path: &Path,
-    format: Option<&str>,
-    memory: &Memory,
-) -> Result<Disk> {
-    let open = || -> Result<Opened> {
-        let input = imgtool_storage::open::open(&Location::from(path), Opening::Plain, memory)?;
-        // The archive header contains the size of the disk, which is unknown for a FIFO.
-        let input = input.cancelled_by(CancelToken::new()).spool()?;
-        let options = OpenOptions { memory: memory.clone(), ..OpenOptions::default() };
-        open::open_image(registry, input, format, &options)
-    };
-    let opened = open().map_err(|error| {
-        let reason = match error.io_error() {
-            Some(cause) => format!("Could not open '{}': {}", path.display(), super::reason(cause)),
-            None => error.message().to_owned(),
+    fn open(&self, name: String, path: &Path, format: Option<&str>) -> Result<Disk> {
+        let opened = self.image(path, format).map_err(|error| {
+            let reason = match error.io_error() {
+                Some(cause) => format!("Could not open '{}': {}", path.display(), super::reason(cause)),
+                None => error.message().to_owned(),
+            };
+            let failure = Error::refused(format!("bdrv_open '{}' failed - {reason}", path.display()));
+            match error.remedy() {
+                Some(remedy) => failure.remedied_by(remedy.clone()),
+                None => failure,
+            }
+        })?;
+        let is_guess = format.is_none() && opened.driver.capabilities().verbatim;
+        if is_guess && !is_plainly_raw(self.registry, &opened) {
+            output::note(&format!("'{}' is read as raw, since no other format fits", path.display()));
+        }
+        match opened.image.info().devices.as_slice() {
+            [only] => Ok(Disk { name, device: only.id, opened }),
+            many => {
+                let held = many.len();
+                Err(usage(format!("bdrv_open '{}' failed - it holds {held} disks", path.display())))
+            }
+        }
+    }
+
+    /// Opens an image. Without a format, its content says what it is, as in the other commands; outer
+    /// compression is removed.
+    fn image(&self, path: &Path, format: Option<&str>) -> Result<Opened> {
+        let (chain, paths): (Vec<_>, Vec<_>) =
+            self.args.allow_external.iter().cloned().partition(|path| path.as_os_str() == "chain");
+        let policy = ExternalPolicy { chain: !chain.is_empty(), paths };
+        let opener = PolicyOpener::new(self.registry.clone(), policy).borrowing(self.memory);
+        let options = OpenOptions {
+            memory: self.memory.clone(),
+            externals: opener.externals(),
+            ..OpenOptions::default()
         };
-        let failure = Error::refused(format!("bdrv_open '{}' failed - {reason}", path.display()));
-        match error.remedy() {
-            Some(remedy) => failure.remedied_by(remedy.clone()),
-            None => failure,
+        // Always a path, even if it looks like a URL or is `-`.
+        let location = Location::from(path);
+        // The archive header contains the size of the disk, which is unknown for a FIFO.
+        if format.is_none() {
+            return open::open_random(self.registry, &location, None, &options, &self.cancel);
         }
-    })?;
-    match opened.image.info().devices.as_slice() {
-        [only] => Ok(Disk { name, device: only.id, opened }),
-        many => Err(usage(format!("bdrv_open '{}' failed - it holds {} disks", path.display(), many.len()))),
+        let input = imgtool_storage::open::open(&location, Opening::Plain, self.memory)?;
+        let input = input.cancelled_by(self.cancel.clone()).spool()?;
+        open::open_image(self.registry, input, format, &options)
     }
 }
 
-/// Returns the command that reads the archive, if `path` is one.
-fn exec_command(path: &Path) -> Option<&str> {
-    path.to_str()?.strip_prefix("exec:")
+/// True if the name of an image says that it is raw, or if it is a device.
+fn is_plainly_raw(registry: &Registry, opened: &Opened) -> bool {
+    let is_device = opened.location.path().is_some_and(|path| path.starts_with("/dev/"));
+    let named = open::driver_by_name(registry, &opened.location);
+    is_device || named.is_some_and(|driver| driver.name() == opened.driver.name())
 }
 
-/// Destination of the archive, and the command that reads it from a pipe, if any.
-struct Archive {
-    destination: Destination,
-    command: Option<Piped>,
-}
-
-/// A running command that reads the archive from its standard input.
-struct Piped {
-    location: Location,
-    child: Child,
-    stdin: SharedStdin,
-}
-
-impl Archive {
-    fn open(path: &Path) -> Result<Self> {
-        if let Some(command) = exec_command(path) {
-            return Self::exec(path, command);
-        }
-        let exists = fs::metadata(path).ok();
-        let is_stream = exists.as_ref().is_some_and(|meta| os::classify(meta) == FileClass::Stream);
-        if is_stream {
-            let file = os::open_stream(path).map_err(|e| Error::io("open", e)).in_file(path)?;
-            let output = Output::from_writer(path, Box::new(file));
-            return Ok(Self { destination: Destination::Open(output), command: None });
-        }
-        if exists.is_some() {
-            return Err(Error::refused(format!("can't open file {} - File exists", path.display())));
-        }
-        // The reference program treats '-' as the name of a file.
-        let path = if path == Path::new("-") { PathBuf::from("./-") } else { path.to_owned() };
-        Ok(Self { destination: Destination::New(path), command: None })
-    }
-
-    fn exec(path: &Path, command: &str) -> Result<Self> {
-        let mut child = Command::new("sh")
-            .args(["-c", command])
-            .stdin(Stdio::piped())
-            .spawn()
-            .map_err(|e| Error::io("start", e))
-            .in_file(path)?;
-        let stdin = SharedStdin(Arc::new(Mutex::new(child.stdin.take())));
-        let output = Output::from_writer(path, Box::new(stdin.clone()));
-        Ok(Self {
-            destination: Destination::Open(output),
-            command: Some(Piped { location: path.into(), child, stdin }),
-        })
-    }
-}
-
-impl Piped {
-    /// Closes the command's standard input and waits for its exit status.
-    ///
-    /// # Errors
-    /// [`imgtool_core::ErrorKind::Refused`] if the command failed.
-    fn finish(&mut self) -> Result<()> {
-        // Dropping the handle closes the pipe. It has no buffer to flush.
-        drop(lock(&self.stdin.0).take());
-        let status = self.child.wait().map_err(|e| Error::io("wait for", e)).in_file(&self.location)?;
-        if status.success() {
-            return Ok(());
-        }
-        Err(Error::refused(format!("the command reading the archive failed: {status}")).path(&self.location))
-    }
-
-    /// Kills the command after `error`, so that it does not mistake an unfinished archive for a complete one.
-    ///
-    /// # Errors
-    /// [`imgtool_core::ErrorKind::Refused`] if the command had already failed. Its exit status then explains
-    /// `error`, a broken pipe.
-    fn give_up(&mut self, error: &Error) -> Result<()> {
-        if error.io_error().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) {
-            return self.finish();
-        }
-        // Fails only if the command has just ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        Ok(())
-    }
-}
-
-/// Standard input of a command, shared with the code that closes it.
-#[derive(Clone)]
-struct SharedStdin(Arc<Mutex<Option<ChildStdin>>>);
-
-impl Write for SharedStdin {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        lock(&self.0).as_mut().ok_or(io::ErrorKind::BrokenPipe)?.write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        // After the pipe is closed, there is nothing left to flush.
-        lock(&self.0).as_mut().map_or(Ok(()), ChildStdin::flush)
-    }
-}
-
-/// Monitor of the run. Prints the lines of `-v`, and waits for the command before the archive counts as
-/// complete.
-struct Percent<'a> {
+/// Monitor of the run. It waits for the command before the archive counts as complete.
+struct Watch<'a> {
     interrupt: &'a Interrupt,
     command: &'a Mutex<Option<Piped>>,
-    verbose: bool,
-    total: u64,
-    state: Mutex<State>,
+    percent: Option<&'a Percent>,
 }
 
-/// Progress so far, in guest bytes; `zeros` counts per device.
-struct State {
-    done: u64,
-    zero: u64,
-    percent: u64,
-    zeros: Vec<u64>,
-}
-
-impl<'a> Percent<'a> {
-    fn new(
-        manifest: &Manifest,
-        verbose: bool,
-        interrupt: &'a Interrupt,
-        command: &'a Mutex<Option<Piped>>,
-    ) -> Self {
-        let total = manifest.devices.iter().map(|device| device.size).sum();
-        let zeros = vec![0; manifest.devices.len()];
-        Self {
-            interrupt,
-            command,
-            verbose,
-            total,
-            state: Mutex::new(State { done: 0, zero: 0, percent: 0, zeros }),
-        }
-    }
-
-    fn summary(&self, manifest: &Manifest) {
-        if !self.verbose {
-            return;
-        }
-        let state = lock(&self.state);
-        for (device, zeros) in manifest.devices.iter().zip(&state.zeros) {
-            let zeros = zeros.saturating_add(beyond_end(device));
-            let saved = i128::from(device.size) - i128::from(zeros);
-            let name = escape_control(&device.name);
-            report::say(&format!("image {name}: size={} zeros={zeros} saved={saved}", device.size));
-        }
-    }
-}
-
-/// Returns the number of bytes between a disk's last sub-block and the end of its last cluster. The reference
-/// program counts them as zeros.
-fn beyond_end(device: &Device) -> u64 {
-    match device.kind {
-        DeviceKind::VmState => 0,
-        DeviceKind::Disk => {
-            let clusters = device.size.div_ceil(CLUSTER).saturating_mul(CLUSTER);
-            clusters.saturating_sub(device.size.div_ceil(SUB_BLOCK).saturating_mul(SUB_BLOCK))
-        }
-    }
-}
-
-impl Monitor for Percent<'_> {
+impl Monitor for Watch<'_> {
     fn outputs(&self, cleaner: Cleaner) {
-        self.interrupt.set_cleaner(cleaner);
+        self.interrupt.set_cleaner(cleaner.clone());
+        output::before_death(move || cleaner.clean());
     }
 
     fn opened(&self, reach: &Reach) {
@@ -395,23 +293,8 @@ impl Monitor for Percent<'_> {
     }
 
     fn begin(&self, _phase: Phase, _gauge: &Arc<Gauge>) {
-        if self.verbose && self.total > 0 {
-            report::say(&format!("progress 0% 0/{} 0", self.total));
-        }
-    }
-
-    fn advance(&self, lane: Lane, len: u64, zero: u64) {
-        let mut state = lock(&self.state);
-        state.done += len;
-        state.zero += zero;
-        if let Some(zeros) = state.zeros.get_mut(lane.index()) {
-            *zeros += zero;
-        }
-        // Cannot overflow: an archive has at most 254 disks of 2^48 bytes.
-        let percent = (state.done * 100).checked_div(self.total).unwrap_or(100);
-        if self.verbose && percent != state.percent {
-            state.percent = percent;
-            report::say(&format!("progress {percent}% {}/{} {}", state.done, self.total, state.zero));
+        if let Some(percent) = self.percent {
+            percent.start();
         }
     }
 }

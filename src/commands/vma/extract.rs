@@ -1,24 +1,27 @@
 //! `vma extract`: writes the disks of an archive to raw files, or to the targets in a map.
 
+use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use imgtool_core::{
-    Attachment, CancelToken, Device, DeviceKind, Error, Externals, ImageSource, Location, Memory,
-    OpenOptions, Registry, Result, Slot,
+    Attachment, CancelToken, Device, DeviceKind, Error, Externals, Location, Memory, OpenOptions, Registry,
+    Result, Slot,
 };
 use imgtool_engine::names::{self, Unique};
 use imgtool_engine::{
     Destination, FormatOptions, Layout, Note, OpenSource, Opened, Plan, PlannedFile, PlannedOutput,
     RunOptions, SIZE_TOLERANCE, SelectedDisk, TargetFormat, open as engine_open,
 };
-use imgtool_storage::Outputs;
 use imgtool_storage::open::Opening;
 use imgtool_storage::os::{self, FileClass};
+use imgtool_storage::{Outputs, outer};
+use imgtool_vma::ArchiveHeader;
 
 use super::map_file::{Entry, Map};
 use super::tally::Tally;
-use super::{Archive, Failure, is_state, list, note, open, usage};
+use super::{Archive, Failure, absent_clusters, is_state, list, open, output, usage};
 use crate::args::{ProgressMode, ThreadArgs, VmaExtractArgs};
 use crate::exit::Exit;
 use crate::interrupt::Interrupt;
@@ -45,12 +48,14 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
     let header = archive.source.header();
     let mut outputs = Outputs::new();
     outputs.protect(&archive.location, archive.identity.as_ref());
-    interrupt.set_cleaner(outputs.cleaner());
+    let cleaner = outputs.cleaner();
+    interrupt.set_cleaner(cleaner.clone());
+    output::before_death(move || cleaner.clean());
     make_directory(&args.dir, &mut outputs)?;
-    let extraction = Extraction::new(args, &registry, archive.source.info().devices.clone(), &header.configs);
+    let extraction = Extraction::new(args, &registry, header);
     let (layout, selected, bytes_per_second) = match &args.map {
         None => {
-            report::print(&extraction.announcement())?;
+            output::print_bytes(&extraction.announcement())?;
             (extraction.directory_layout()?, extraction.selected(), None)
         }
         Some(map_path) => {
@@ -58,7 +63,7 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
             for (path, config) in &extraction.configs {
                 outputs.publish(path, &config.data)?;
             }
-            report::print(&list::lines(header))?;
+            output::print_bytes(&list::lines(header))?;
             let map = Map::read(map_path)?;
             let (layout, selected) = extraction.by_map(&map)?;
             (layout, selected, map.limit())
@@ -67,6 +72,7 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
     let tally = Tally::new(selected.iter().map(|disk| &disk.device));
     let options = RunOptions {
         threads: ThreadArgs::default().count(),
+        force: args.force,
         bytes_per_second,
         taps: if args.verbose { vec![&tally] } else { Vec::new() },
         cancel: interrupt.token(),
@@ -74,17 +80,19 @@ pub(super) fn run(args: &VmaExtractArgs) -> Result<Exit, Failure> {
     };
     let names_changed = extraction.notes;
     let memory = archive.memory.clone();
+    let read = archive.source.clone();
     let sources = vec![source(archive, &registry)?];
     let plan = Plan { layout, sources, selected, outputs, registry, memory };
     let display = Display::new(ProgressMode::None, &interrupt);
     let done = plan.run(&options, &display).map_err(Failure::during(STEP))?;
     let is_printed =
         |note: &&Note| matches!(note, Note::Text(_) | Note::SourceChanged(_) | Note::UnsafeNaming(_));
-    let unprinted = if args.verbose { report::print(&tally.totals()).err() } else { None };
+    let unprinted =
+        if args.verbose { output::print(&tally.totals(absent_clusters(&read))).err() } else { None };
     let notes =
         names_changed.into_iter().chain(done.notes.iter().filter(is_printed).map(ToString::to_string));
     for text in notes.chain(unprinted.iter().map(report::unprinted)) {
-        note(&text);
+        output::note(&text);
     }
     Ok(Exit::Done)
 }
@@ -122,51 +130,46 @@ struct Extraction<'a> {
     devices: Vec<Device>,
     /// Paths and contents of the configurations; the paths are unique.
     configs: Vec<(PathBuf, Attachment)>,
+    /// Names of `devices` as the archive stores them, in the same order.
+    raw_names: Vec<Vec<u8>>,
     /// Unique file names of `devices`, in the same order.
-    names: Vec<String>,
+    names: Vec<OsString>,
     /// Notes on file names that differ from the names in the archive.
     notes: Vec<String>,
 }
 
 impl<'a> Extraction<'a> {
-    fn new(
-        args: &'a VmaExtractArgs,
-        registry: &'a Registry,
-        mut devices: Vec<Device>,
-        configs: &[Attachment],
-    ) -> Self {
+    fn new(args: &'a VmaExtractArgs, registry: &'a Registry, header: &ArchiveHeader) -> Self {
+        let mut devices = header.devices.clone();
         if let Some(wanted) = &args.drives {
-            let wanted: Vec<&str> = wanted.split(',').collect();
-            devices.retain(|device| is_state(device.kind) || wanted.contains(&device.name.as_str()));
+            let wanted: Vec<&[u8]> = wanted.as_bytes().split(|byte| *byte == b',').collect();
+            devices.retain(|device| is_state(device.kind) || wanted.contains(&header.device_name(device)));
         }
+        let raw_names: Vec<Vec<u8>> =
+            devices.iter().map(|device| header.device_name(device).to_owned()).collect();
         // Disks get their names first, since programs look for them by name.
         let mut unique = Unique::by_case();
         let mut notes = Vec::new();
-        let names = devices.iter().map(|device| file_name(device, &mut unique, &mut notes)).collect();
-        let configs = configs
-            .iter()
-            .map(|config| {
-                let name = match names::component(&config.name, MAX_NAME) {
-                    dots if ["", ".", ".."].contains(&dots.as_str()) => "config".to_owned(),
-                    name => name,
-                };
-                let name = unique.issue_file(&name);
-                if name != config.name {
-                    notes.push(format!("configuration '{}' is written as '{name}'", config.name));
-                }
-                (args.dir.join(name), config.clone())
-            })
-            .collect();
-        Self { registry, dir: &args.dir, devices, configs, names, notes }
+        let named = devices.iter().zip(&raw_names);
+        let names = named.map(|(device, raw)| file_name(device, raw, &mut unique, &mut notes)).collect();
+        let configs = header.configs.iter().enumerate().map(|(index, config)| {
+            let name = config_name(config, header.config_name(index), &mut unique, &mut notes);
+            (args.dir.join(name), config.clone())
+        });
+        let configs = configs.collect();
+        Self { registry, dir: &args.dir, devices, configs, raw_names, names, notes }
     }
 
     /// Returns the lines that announce the disks before their data is read.
-    fn announcement(&self) -> String {
-        let mut text = String::new();
+    fn announcement(&self) -> Vec<u8> {
+        let mut text = Vec::new();
         for (device, name) in self.devices.iter().zip(&self.names) {
             if !is_state(device.kind) {
-                let path = self.dir.join(format!("tmp-{name}"));
-                text.push_str(&format!("DEVINFO {} {}\n", path.display(), device.size));
+                let mut temporary = OsString::from("tmp-");
+                temporary.push(name);
+                text.extend_from_slice(b"DEVINFO ");
+                text.extend_from_slice(self.dir.join(temporary).as_os_str().as_bytes());
+                text.extend_from_slice(format!(" {}\n", device.size).as_bytes());
             }
         }
         text
@@ -210,7 +213,7 @@ impl<'a> Extraction<'a> {
             let output = if is_state(disk.device.kind) {
                 self.file(index, slot)?
             } else {
-                match map.get(&disk.name) {
+                match map.get(&self.raw_names[index]) {
                     None => return Err(usage(format!("no device name mapping for {}", disk.name))),
                     Some(Entry::Skip) => continue,
                     Some(Entry::Target { path, format, write_zeros, .. }) => {
@@ -244,10 +247,7 @@ impl<'a> Extraction<'a> {
         } else if driver.capabilities().verbatim {
             Destination::Existing { path, zeroed }
         } else {
-            let format = driver.name();
-            return Err(Error::refused(format!("a {format} image that exists can't be written into"))
-                .path(path)
-                .hint("nothing was written; name a raw, qcow2 or VHDX target"));
+            return Err(cannot_write_into(driver.name(), "image").path(path));
         };
         Ok(output(destination, TargetFormat::new(driver.clone(), FormatOptions::default())?, slot))
     }
@@ -270,8 +270,19 @@ impl<'a> Extraction<'a> {
         let options = OpenOptions { info_only: true, ..OpenOptions::default() };
         let input = imgtool_storage::open::open(&Location::from(path), Opening::Plain, &Memory::default())?;
         let input = input.cancelled_by(CancelToken::new());
+        if format.is_none()
+            && let Some(compression) = outer::detect(&input.input.head()?)
+        {
+            return Err(cannot_write_into(compression.name(), "file").path(path));
+        }
         engine_open::open_image(self.registry, input, format, &options)
     }
+}
+
+/// Returns the error for an existing target that is not replaced, since its format can't be written into.
+fn cannot_write_into(format: &str, kind: &str) -> Error {
+    Error::refused(format!("a {format} {kind} that exists can't be written into"))
+        .hint("nothing was written; name a raw, qcow2 or VHDX target")
 }
 
 /// Plans an output with one disk.
@@ -288,16 +299,36 @@ fn output(destination: Destination, format: TargetFormat, slot: Slot) -> Planned
 
 /// Returns the file name that the reference program gives a device. If it is not a valid file name or already
 /// in use, changes it and adds a note.
-fn file_name(device: &Device, unique: &mut Unique, notes: &mut Vec<String>) -> String {
+fn file_name(device: &Device, raw: &[u8], unique: &mut Unique, notes: &mut Vec<String>) -> OsString {
     let (stem, extension) = match device.kind {
         DeviceKind::VmState => ("vmstate".to_owned(), "bin"),
         DeviceKind::Disk => (format!("disk-{}", names::component(&device.name, MAX_NAME)), "raw"),
     };
     let name = unique.issue(&stem, extension);
-    if !is_state(device.kind) && name != format!("disk-{}.raw", device.name) {
-        notes.push(format!("device {} '{}' is written to '{name}'", device.id, device.name));
+    if is_state(device.kind) {
+        return name.into();
     }
-    name
+    if name != format!("disk-{}.raw", device.name) {
+        notes.push(format!("device {} '{}' is written to '{name}'", device.id, device.name));
+        return name.into();
+    }
+    OsString::from_vec([b"disk-", raw, b".raw"].concat())
+}
+
+/// Returns the file name of a configuration. If its own is not a valid file name or already in use, changes
+/// it and adds a note.
+fn config_name(config: &Attachment, raw: &[u8], unique: &mut Unique, notes: &mut Vec<String>) -> OsString {
+    let name = match names::component(&config.name, MAX_NAME) {
+        dots if ["", ".", ".."].contains(&dots.as_str()) => "config".to_owned(),
+        name => name,
+    };
+    let name = unique.issue_file(&name);
+    if name != config.name {
+        notes.push(format!("configuration '{}' is written as '{name}'", config.name));
+        return name.into();
+    }
+    // Only bytes that are not UTF-8 differ from the text that was checked.
+    OsStr::from_bytes(raw).to_owned()
 }
 
 fn check_size(disk: &SelectedDisk, target_size: u64) -> Result<()> {

@@ -1,42 +1,43 @@
 //! `vma list`: prints the content of the header. `extract -r` and `verify -v` print the same lines first, and
 //! restore tools parse them.
 
-use std::fmt::Write as _;
 use std::path::Path;
 
 use chrono::{DateTime, Datelike, Local};
 use imgtool_core::Device;
-use imgtool_core::error::escape_control;
 use imgtool_vma::ArchiveHeader;
 
-use super::{Failure, header, is_state};
+use super::{Failure, header, is_state, output};
 use crate::exit::Exit;
-use crate::report;
 
 pub(super) fn run(file: &Path) -> Result<Exit, Failure> {
-    report::print(&lines(&header(file)?))?;
+    output::print_bytes(&lines(&header(file)?))?;
     Ok(Exit::Done)
 }
 
 /// Returns the lines: configurations in the header's order, devices by ascending id, and the creation time.
-pub(super) fn lines(header: &ArchiveHeader) -> String {
-    let mut text = String::new();
-    for config in &header.configs {
+pub(super) fn lines(header: &ArchiveHeader) -> Vec<u8> {
+    let mut text = Vec::new();
+    let mut line = |front: String, name: &[u8]| {
+        text.extend_from_slice(front.as_bytes());
         // A name with a line feed could forge lines.
-        let name = escape_control(&config.name);
-        let _ = writeln!(text, "CFG: size: {} name: {name}", config.data.len());
+        text.extend_from_slice(&output::name(name));
+        text.push(b'\n');
+    };
+    for (index, config) in header.configs.iter().enumerate() {
+        line(format!("CFG: size: {} name: ", config.data.len()), header.config_name(index));
     }
     let mut devices: Vec<&Device> = header.devices.iter().collect();
     devices.sort_by_key(|device| device.id);
     for device in devices {
-        let _ = if is_state(device.kind) {
-            writeln!(text, "VMSTATE: dev_id={} memory: {}", device.id, device.size)
+        if is_state(device.kind) {
+            line(format!("VMSTATE: dev_id={} memory: {}", device.id, device.size), b"");
         } else {
-            let name = escape_control(&device.name);
-            writeln!(text, "DEV: dev_id={} size: {} devname: {name}", device.id, device.size)
-        };
+            let front = format!("DEV: dev_id={} size: {} devname: ", device.id, device.size);
+            line(front, header.device_name(device));
+        }
     }
-    text.push_str(&ctime(header.ctime));
+    text.extend_from_slice(ctime(header.ctime).as_bytes());
     text
 }
 

@@ -1,7 +1,9 @@
 //! Parser for the map of `vma extract -r`, which gives the target of each device.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use imgtool_core::{Error, Result, ResultExt};
@@ -33,9 +35,9 @@ pub(super) enum Entry {
     },
 }
 
-/// Lines of a map. The last line for a device wins.
+/// Lines of a map. The last line for a device wins. Names are bytes, as in an archive and in a file system.
 #[derive(Debug, Default)]
-pub(super) struct Map(Vec<(String, Entry)>);
+pub(super) struct Map(Vec<(Vec<u8>, Entry)>);
 
 impl Map {
     /// Reads the map from a file or FIFO.
@@ -54,9 +56,8 @@ impl Map {
             if len as u64 == MAX_LINE && line.last() != Some(&b'\n') {
                 return Err(failed(&format!("a line is longer than {MAX_LINE} bytes")));
             }
-            let text = String::from_utf8(line).map_err(|_| failed("a line is not UTF-8"))?;
-            let text = text.strip_suffix('\n').unwrap_or(&text);
-            if len == 0 || text.is_empty() || text == "done" {
+            let text = line.strip_suffix(b"\n").unwrap_or(&line);
+            if len == 0 || text.is_empty() || text == b"done" {
                 return Ok(map);
             }
             map.0.push(parse(text)?);
@@ -64,7 +65,7 @@ impl Map {
         Err(failed(&format!("more than {MAX_LINES} lines")))
     }
 
-    pub(super) fn get(&self, device: &str) -> Option<&Entry> {
+    pub(super) fn get(&self, device: &[u8]) -> Option<&Entry> {
         self.0.iter().rev().find(|(name, _)| name == device).map(|(_, entry)| entry)
     }
 
@@ -80,16 +81,16 @@ impl Map {
 
 /// Options of a line, each at most once.
 #[derive(Default)]
-struct Options<'a> {
-    format: Option<&'a str>,
-    bps: Option<&'a str>,
-    group: Option<&'a str>,
-    cache: Option<&'a str>,
+struct Options {
+    format: Option<String>,
+    bps: Option<String>,
+    group: Option<String>,
+    cache: Option<String>,
 }
 
-fn parse(line: &str) -> Result<(String, Entry)> {
-    if let Some(device) = line.strip_prefix("skip") {
-        let device = device.strip_prefix('=').ok_or_else(|| failed("option 'skip' has no value"))?;
+fn parse(line: &[u8]) -> Result<(Vec<u8>, Entry)> {
+    if let Some(device) = line.strip_prefix(b"skip") {
+        let device = device.strip_prefix(b"=").ok_or_else(|| failed("option 'skip' has no value"))?;
         return Ok((device.to_owned(), Entry::Skip));
     }
     let mut options = Options::default();
@@ -97,29 +98,28 @@ fn parse(line: &str) -> Result<(String, Entry)> {
     while let Some(after) = options.take(rest)? {
         rest = after;
     }
-    let bps = options.bps.map_or(Ok(0), number)?;
-    if let Some(mode) = options.cache
+    let bps = options.bps.as_deref().map_or(Ok(0), number)?;
+    if let Some(mode) = options.cache.as_deref()
         && !CACHE_MODES.contains(&mode)
     {
         return Err(failed(&format!("invalid cache option: {mode}")));
     }
-    let (write_zeros, rest) = match (rest.strip_prefix("0:"), rest.strip_prefix("1:")) {
+    let (write_zeros, rest) = match (rest.strip_prefix(b"0:"), rest.strip_prefix(b"1:")) {
         (Some(rest), _) => (false, rest),
         (_, Some(rest)) => (true, rest),
-        _ => return Err(failed(&format!("parse error ('{rest}')"))),
+        _ => return Err(failed(&format!("parse error ('{}')", String::from_utf8_lossy(rest)))),
     };
-    let (device, path) = rest
-        .split_once('=')
+    let (device, path) = split_once(rest, b'=')
         .filter(|(device, _)| !device.is_empty())
         .ok_or_else(|| failed("no dev name specified"))?;
-    let format = options.format.map(str::to_owned);
-    Ok((device.to_owned(), Entry::Target { path: PathBuf::from(path), format, write_zeros, bps }))
+    let path = PathBuf::from(OsStr::from_bytes(path));
+    Ok((device.to_owned(), Entry::Target { path, format: options.format, write_zeros, bps }))
 }
 
-impl<'a> Options<'a> {
+impl Options {
     /// Parses the first option of a line and returns the rest; `None` if the line does not start with an
     /// option.
-    fn take(&mut self, line: &'a str) -> Result<Option<&'a str>> {
+    fn take<'a>(&mut self, line: &'a [u8]) -> Result<Option<&'a [u8]>> {
         let slots = [
             ("format", &mut self.format),
             ("throttling.bps", &mut self.bps),
@@ -127,13 +127,16 @@ impl<'a> Options<'a> {
             ("cache", &mut self.cache),
         ];
         for (name, slot) in slots {
-            let Some(value) = line.strip_prefix(name).and_then(|rest| rest.strip_prefix('=')) else {
+            let Some(value) = line.strip_prefix(name.as_bytes()).and_then(|rest| rest.strip_prefix(b"="))
+            else {
                 continue;
             };
-            let (value, rest) = value
-                .split_once(':')
-                .ok_or_else(|| failed(&format!("option '{name}' not terminated ('{line}')")))?;
-            if slot.replace(value).is_some() {
+            let (value, rest) = split_once(value, b':').ok_or_else(|| {
+                let line = String::from_utf8_lossy(line);
+                failed(&format!("option '{name}' not terminated ('{line}')"))
+            })?;
+            // No value that is accepted has other characters.
+            if slot.replace(String::from_utf8_lossy(value).into_owned()).is_some() {
                 return Err(failed(&format!("duplicate value for option '{name}'")));
             }
             return Ok(Some(rest));
@@ -149,7 +152,14 @@ fn number(text: &str) -> Result<u64> {
         None if text.len() > 1 && text.starts_with('0') => u64::from_str_radix(text, 8),
         None => text.parse(),
     };
-    parsed.map_err(|_| failed(&format!("not a number: {text}")))
+    // Rust accepts a plus sign before the digits.
+    parsed.ok().filter(|_| !text.contains('+')).ok_or_else(|| failed(&format!("not a number: {text}")))
+}
+
+/// Splits bytes at the first `at`, which neither half contains.
+pub(super) fn split_once(bytes: &[u8], at: u8) -> Option<(&[u8], &[u8])> {
+    let position = bytes.iter().position(|byte| *byte == at)?;
+    Some((&bytes[..position], &bytes[position + 1..]))
 }
 
 fn failed(what: &str) -> Error {
@@ -162,8 +172,8 @@ mod tests {
 
     #[test]
     fn parses_map_lines() {
-        let entry = |line: &str| parse(line).expect(line);
-        assert_eq!(entry("skip=a"), ("a".to_owned(), Entry::Skip));
+        let entry = |line: &str| parse(line.as_bytes()).expect(line);
+        assert_eq!(entry("skip=a"), (b"a".to_vec(), Entry::Skip));
         let target = |path: &str, format: Option<&str>, write_zeros, bps| Entry::Target {
             path: PathBuf::from(path),
             format: format.map(str::to_owned),
@@ -172,7 +182,7 @@ mod tests {
         };
         assert_eq!(entry("0:a=/x=y").1, target("/x=y", None, false, 0));
         let line = "cache=none:throttling.bps=0x10:format=qcow2:throttling.group=g:1:drive-scsi0=t";
-        assert_eq!(entry(line), ("drive-scsi0".to_owned(), target("t", Some("qcow2"), true, 16)));
+        assert_eq!(entry(line), (b"drive-scsi0".to_vec(), target("t", Some("qcow2"), true, 16)));
     }
 
     #[test]
@@ -181,12 +191,15 @@ mod tests {
             ("format=raw:format=raw:0:a=b", "read map failed - duplicate value for option 'format'"),
             ("format=raw", "read map failed - option 'format' not terminated ('format=raw')"),
             ("throttling.bps=x:0:a=b", "read map failed - not a number: x"),
+            ("throttling.bps=+5:0:a=b", "read map failed - not a number: +5"),
+            ("throttling.bps=0x+5:0:a=b", "read map failed - not a number: 0x+5"),
+            ("throttling.bps= 5:0:a=b", "read map failed - not a number:  5"),
             ("a=b", "read map failed - parse error ('a=b')"),
             ("0:b", "read map failed - no dev name specified"),
             ("skip", "read map failed - option 'skip' has no value"),
             ("cache=x:0:a=b", "read map failed - invalid cache option: x"),
         ] {
-            assert_eq!(parse(line).expect_err(line).message(), message);
+            assert_eq!(parse(line.as_bytes()).expect_err(line).message(), message);
         }
     }
 }

@@ -8,7 +8,10 @@ use imgtool_core::{Device, Lane, SinkPiece};
 use imgtool_engine::pipeline::Tap;
 use imgtool_vma::layout::{CLUSTER, SUB_BLOCK};
 
-use crate::report;
+use super::{is_state, output};
+
+/// Unit in bytes in which the reference program counts the size of a disk.
+const SECTOR: u64 = 512;
 
 /// Number of 4 KiB sub-blocks in a cluster.
 const BLOCKS: u64 = CLUSTER / SUB_BLOCK;
@@ -19,6 +22,8 @@ pub(super) struct Tally {
     /// Number of clusters of all devices to read, including incomplete last clusters. The reference program
     /// does not count these, so its progress can exceed 100 %, and it divides by zero if there are no others.
     all_clusters: u64,
+    /// Ends of the devices in bytes, by lane. Guest state has none: the reference program does not cut it.
+    ends: Vec<Option<u64>>,
     counts: Mutex<Counts>,
 }
 
@@ -26,7 +31,8 @@ pub(super) struct Tally {
 struct Counts {
     clusters: u64,
     zero_clusters: u64,
-    /// Number of zero sub-blocks in clusters that also have nonzero ones, up to the end of the device.
+    /// Number of zero bytes in unstored sub-blocks of clusters that also have stored ones, up to the end of
+    /// the device.
     partly_zero: u64,
     percent: u64,
 }
@@ -34,19 +40,25 @@ struct Counts {
 impl Tally {
     /// Creates a tally for these devices.
     pub(super) fn new<'a>(devices: impl IntoIterator<Item = &'a Device>) -> Self {
-        let all_clusters = devices.into_iter().map(|device| device.size.div_ceil(CLUSTER)).sum();
-        Self { started: Instant::now(), all_clusters, counts: Mutex::default() }
+        let devices: Vec<&Device> = devices.into_iter().collect();
+        let all_clusters = devices.iter().map(|device| device.size.div_ceil(CLUSTER)).sum();
+        // The reference program counts in whole sectors.
+        let end = |device: &&Device| (!is_state(device.kind)).then_some(device.size / SECTOR * SECTOR);
+        let ends = devices.iter().map(end).collect();
+        Self { started: Instant::now(), all_clusters, ends, counts: Mutex::default() }
     }
 
-    /// Returns the lines with the totals, to print at the end.
-    pub(super) fn totals(&self) -> String {
+    /// Returns the lines with the totals, to print at the end. `absent` is the number of clusters that the
+    /// archive lacks, at the end of guest state.
+    pub(super) fn totals(&self, absent: u64) -> String {
         let counts = lock(&self.counts);
-        if counts.clusters == 0 {
+        let clusters = counts.clusters.saturating_sub(absent);
+        if clusters == 0 {
             return "vma archive contains no image data\n".to_owned();
         }
-        let read = counts.clusters * CLUSTER;
-        let beside = counts.partly_zero * SUB_BLOCK;
-        let sparse = counts.zero_clusters * CLUSTER + beside;
+        let read = clusters * CLUSTER;
+        let beside = counts.partly_zero;
+        let sparse = counts.zero_clusters.saturating_sub(absent) * CLUSTER + beside;
         let data = read - sparse;
         let share = |part: u64, whole: u64| three_digits(part as f64 * 100.0 / whole as f64);
         let mut text = format!("total bytes read {read}, sparse bytes {sparse} ({}%)\n", share(sparse, read));
@@ -80,10 +92,11 @@ impl Tap for Tally {
         CLUSTER
     }
 
-    fn piece(&self, _lane: Lane, piece: &SinkPiece) {
+    fn piece(&self, lane: Lane, piece: &SinkPiece) {
         let clusters = piece.len.div_ceil(CLUSTER);
+        let end = self.ends.get(lane.index()).copied().flatten();
         let (zero_clusters, partly_zero) = match piece.data {
-            Some(_) => zeros(piece),
+            Some(_) => zeros(piece, end),
             None => (clusters, 0),
         };
         let mut counts = lock(&self.counts);
@@ -114,14 +127,14 @@ impl Tally {
         }
         if !text.is_empty() {
             // If this write fails, printing the totals fails as well.
-            let _ = report::print(&text);
+            let _ = output::print(&text);
         }
     }
 }
 
-/// Returns the number of all-zero clusters in a piece, and the number of zero sub-blocks in its other
-/// clusters.
-fn zeros(piece: &SinkPiece) -> (u64, u64) {
+/// Returns the number of all-zero clusters in a piece, and the number of zero bytes in unstored sub-blocks of
+/// its other clusters, up to the `end` of the device.
+fn zeros(piece: &SinkPiece, end: Option<u64>) -> (u64, u64) {
     let clusters = usize::try_from(piece.len.div_ceil(CLUSTER)).unwrap_or(0);
     let mut masks = vec![0u64; clusters];
     for run in &piece.runs {
@@ -133,12 +146,19 @@ fn zeros(piece: &SinkPiece) -> (u64, u64) {
             }
         }
     }
-    let blocks = piece.len.div_ceil(SUB_BLOCK);
+    let unstored = |start: u64, mask: u64| -> u64 {
+        let blocks = (0..BLOCKS).filter(|block| mask >> block & 1 == 0);
+        blocks.map(|block| within(start + block * SUB_BLOCK, end)).sum()
+    };
     (0..).zip(&masks).fold((0, 0), |(zero, beside), (cluster, mask)| match mask {
         0 => (zero + 1, beside),
-        // The device may end within its last cluster.
-        mask => (zero, beside + (blocks - cluster * BLOCKS).min(BLOCKS) - u64::from(mask.count_ones())),
+        mask => (zero, beside + unstored(piece.start + cluster * CLUSTER, *mask)),
     })
+}
+
+/// Returns the number of bytes of the sub-block at `start` before the `end` of the device.
+fn within(start: u64, end: Option<u64>) -> u64 {
+    end.map_or(SUB_BLOCK, |end| end.saturating_sub(start).min(SUB_BLOCK))
 }
 
 #[cfg(test)]

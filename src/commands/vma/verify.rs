@@ -8,11 +8,10 @@ use imgtool_engine::pipeline::Tap;
 use imgtool_storage::FileWatch;
 
 use super::tally::Tally;
-use super::{Failure, list, note, open};
+use super::{Failure, absent_clusters, list, open, output};
 use crate::args::ThreadArgs;
 use crate::exit::Exit;
 use crate::interrupt::Interrupt;
-use crate::report;
 
 /// Prefix of error messages.
 const STEP: &str = "verify failed - ";
@@ -21,7 +20,7 @@ pub(super) fn run(file: &Path, verbose: bool) -> Result<Exit, Failure> {
     let interrupt = Interrupt::listen()?;
     let archive = open(file, STEP)?;
     if verbose {
-        report::print(&list::lines(archive.source.header()))?;
+        output::print_bytes(&list::lines(archive.source.header()))?;
     }
     let tally = Tally::new(&archive.source.info().devices);
     let taps: &[&dyn Tap] = if verbose { &[&tally] } else { &[] };
@@ -36,9 +35,10 @@ pub(super) fn run(file: &Path, verbose: bool) -> Result<Exit, Failure> {
         &archive.memory,
     )
     .map_err(Failure::during(STEP))?;
-    archive.watch.iter().flat_map(FileWatch::changes).for_each(|change| note(&change));
+    archive.watch.iter().flat_map(FileWatch::changes).for_each(|change| output::note(&change));
+    archive.source.notes().iter().for_each(|text| output::note(text));
     if verbose {
-        report::print(&tally.totals())?;
+        output::print(&tally.totals(absent_clusters(&archive.source)))?;
     }
     Ok(Exit::Done)
 }

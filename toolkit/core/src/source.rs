@@ -44,8 +44,8 @@ pub trait ImageSource: Send + Sync {
         Vec::new()
     }
 
-    /// Returns notes for the user about what was read, one sentence each. The list is complete after all content
-    /// has been read.
+    /// Returns notes for the user about what was read, one sentence each. The list is complete after all
+    /// content has been read.
     fn notes(&self) -> Vec<String> {
         Vec::new()
     }

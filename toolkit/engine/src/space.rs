@@ -1,9 +1,9 @@
 //! The space check: refuses outputs that can't fit, before the first byte is written.
 //!
 //! The check must not refuse outputs that would fit. It skips outputs of unknown size, and file systems that
-//! are remote or share blocks with the source. Where the file system may compress, outputs that do not fit as they are
-//! get a note instead. Data may turn out to be zero and take no space, so the check makes
-//! estimates, from the cheapest to the most expensive, and accepts the outputs at the first one that fits:
+//! are remote or share blocks with the source. Where the file system may compress, outputs that do not fit as
+//! they are get a note instead. Data may turn out to be zero and take no space, so the check makes estimates,
+//! from the cheapest to the most expensive, and accepts the outputs at the first one that fits:
 //!
 //! 1. the outputs with every part allocated;
 //! 2. the space that verbatim source files occupy;
@@ -69,8 +69,8 @@ pub(crate) fn check(
     Ok(())
 }
 
-/// Refuses `count` outputs, `first` among them, that need more bytes than are free, or warns the user where the
-/// file system may compress.
+/// Refuses `count` outputs, `first` among them, that need more bytes than are free, or warns the user where
+/// the file system may compress.
 fn judge(first: Location, count: usize, space: Space, needed: u64, monitor: &dyn Monitor) -> Result<()> {
     let what = match count {
         1 => "the output needs at least".to_owned(),

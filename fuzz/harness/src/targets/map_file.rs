@@ -17,8 +17,7 @@ fn usage(message: impl Into<String>) -> Error {
 pub(super) fn run(input: &[u8]) {
     let Some(map) = exercise::opened(parser::Map::from_reader(input)) else { return };
     let limit = map.limit();
-    let lines = String::from_utf8_lossy(input);
-    for word in lines.split(['=', ':', '\n']) {
+    for word in input.split(|byte| b"=:\n".contains(byte)) {
         match map.get(word) {
             Some(parser::Entry::Target { bps, .. }) => {
                 assert!(*bps == 0 || limit.is_some_and(|limit| limit <= *bps));
