@@ -53,7 +53,8 @@ fn check_repairs_leaks() {
     image[block + 83] = 1;
     std::fs::write(&path, &image).unwrap();
     imgtool(["check", "x"]).within(dir.path()).go().exits(3);
-    imgtool(["check", "-r", "leaks", "x"]).within(dir.path()).ok().says("2 leaked clusters");
+    let said = imgtool(["check", "-r", "leaks", "x"]).within(dir.path()).ok().text();
+    assert!(said.contains("2 leaked clusters"), "{said}");
     run_in("qemu-img", dir.path(), &["check", "-f", "qcow2", "x"]);
     std::fs::write(&path, &image).unwrap();
     let found = imgtool(["check", "-r", "all", "--output", "json", "x"]).within(dir.path()).ok().json();

@@ -84,7 +84,7 @@ fn unprinted_results_keep_the_meaning_of_exit_codes() {
         ("check disk.qcow2", 0, 1),
         ("check --output json disk.qcow2", 0, 1),
         ("check -q disk.qcow2", 0, 0),
-        ("check -r all disk.qcow2", 1, 1),
+        ("check -r some disk.qcow2", 1, 1),
         ("check --no-such-flag disk.qcow2", 1, 1),
         ("check", 1, 1),
         ("checksum disk.raw", 0, 1),

@@ -231,7 +231,7 @@ fn a_large_index_leaves_less_for_pieces() {
     let dir = tempdir();
     let archive = dir.path().join("scattered.vma");
     scattered_archive(&archive, 59 * 100_000, 59 * 30);
-    let outs = [dir.path().join("256M"), dir.path().join("128M")];
+    let outs = [dir.path().join("256M.qcow2"), dir.path().join("128M.qcow2")];
     for (out, limit) in outs.iter().zip([LIMIT, 128 << 20]) {
         let memory = format!("--memory={}M", limit >> 20);
         let args = ["convert", "-q", "-m", "64", "--disk", "b", "--to", "qcow2", "-c=zstd", &memory];

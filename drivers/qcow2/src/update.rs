@@ -19,8 +19,9 @@ use std::sync::{Arc, Mutex};
 
 use imgtool_core::sync::lock;
 use imgtool_core::{
-    BufferPool, Bytes, Consumer, Device, Disk, Error, Geometry, ImageSink, Memory, NamedFiles, OpenOptions,
-    Output, OutputId, Prepared, Result, SinkDevice, SinkPiece, WriteList,
+    BufferPool, Bytes, Consumer, Device, Disk, Error, ExternalOpener, Externals, Geometry, ImageSink,
+    ImageSource, Input, Location, Memory, NamedFiles, OpenOptions, Output, OutputId, Prepared, Result,
+    SinkDevice, SinkPiece, WriteList,
 };
 
 use crate::check;
@@ -115,8 +116,8 @@ impl Updater {
         });
         Ok(Self {
             data_id: OutputId(u32::from(outputs.len() > 1)),
+            old: ends_within_cluster.then(|| open_content(&outputs, open)).transpose()?,
             outputs,
-            old: ends_within_cluster.then(|| open_content(output, open)).transpose()?,
             bitmaps,
             memory: open.memory.clone(),
             header,
@@ -396,15 +397,58 @@ impl ImageSink for Updater {
     }
 }
 
-/// Opens the disk of the image in `output` for reading.
-fn open_content(output: &Output, open: &OpenOptions) -> Result<Disk> {
-    let options = OpenOptions {
-        externals: open.externals.clone(),
-        memory: open.memory.clone(),
-        ..OpenOptions::default()
+/// Opens the disk of the image in the first of `outputs` for reading. The second is its data file.
+fn open_content(outputs: &[Output], open: &OpenOptions) -> Result<Disk> {
+    let (image, data) = (&outputs[OutputId::MAIN.index()], outputs.get(1).cloned());
+    let externals = match data {
+        Some(data) => Externals::new(Arc::new(WithDataFile {
+            data,
+            memory: open.memory.clone(),
+            others: open.externals.clone(),
+        })),
+        None => open.externals.clone(),
     };
-    let source = Qcow2Source::open(output.reopen(&open.memory)?, &options)?;
+    let options = OpenOptions { externals, memory: open.memory.clone(), ..OpenOptions::default() };
+    let source = Qcow2Source::open(image.reopen(&open.memory)?, &options)?;
     Disk::only(Arc::new(source), "the image")
+}
+
+/// Opener of an image whose data file is open for writing.
+struct WithDataFile {
+    data: Output,
+    memory: Memory,
+    others: Externals,
+}
+
+impl ExternalOpener for WithDataFile {
+    fn open_image(
+        &self,
+        role: &str,
+        name: &str,
+        from: &Location,
+        format: Option<&str>,
+        options: &OpenOptions,
+    ) -> Result<Arc<dyn ImageSource>> {
+        let options = OpenOptions { externals: self.others.clone(), ..options.clone() };
+        self.others.open_image(role, name, from, format, &options)
+    }
+
+    fn open_file(&self, _role: &str, _name: &str, _from: &Location) -> Result<Input> {
+        self.data.reopen(&self.memory)
+    }
+
+    fn open_member(
+        &self,
+        member: Input,
+        format: Option<&str>,
+        options: &OpenOptions,
+    ) -> Result<Arc<dyn ImageSource>> {
+        self.others.open_member(member, format, options)
+    }
+
+    fn depth(&self) -> usize {
+        self.others.depth()
+    }
 }
 
 /// Refuses an image with features that the driver can't keep intact.

@@ -201,11 +201,16 @@ impl PolicyOpener {
     /// Returns the path of the file that the image at `from` refers to as `name`, and its identity, if the image
     /// may change that file.
     pub(crate) fn writable(&self, role: &str, name: &str, from: &Location) -> Result<(PathBuf, Identity)> {
-        let path = self.admit(role, name, from)?.path;
-        self.open_allowed(role, name, from)?;
-        let opened = lock(&self.opened);
-        let known = opened.iter().rev().find(|file| file.location.path() == Some(&path));
-        let identity = known.and_then(|file| file.identity.clone());
+        let Admission { path, allowed, .. } = self.admit(role, name, from)?;
+        // Nothing is read, so that the lock of the writer does not meet that of a reader.
+        let found = match allowed {
+            Allowed::Named(named) => std::fs::metadata(named),
+            Allowed::Beneath(directory, relative) => {
+                directory.handle.open_beneath(&relative).and_then(|file| file.metadata())
+            }
+        };
+        let found = found.map_err(|e| moved(role, name, from, e))?;
+        let identity = Identity::of(&found, &path).filter(|_| !found.is_dir());
         Ok((path, identity.ok_or_else(|| refusal(role, name, from))?))
     }
 

@@ -133,8 +133,13 @@ fn open_sink(
                 .path(&location)
                 .hint("make a new image instead"));
         }
-        let mut files =
-            ImageFiles { image: &location, opener: settings.base_opener, outputs, force: settings.force };
+        let mut files = ImageFiles {
+            image: &location,
+            opener: settings.base_opener,
+            outputs,
+            force: settings.force,
+            opened: &mut supplied,
+        };
         let options = settings.base_options;
         let sink = writer.update(&output, &mut files, &manifest, zeroed, options).in_file(&location)?;
         return Ok(OpenSink { sink, output, supplied, base: None });
@@ -207,6 +212,8 @@ struct ImageFiles<'a> {
     opener: &'a PolicyOpener,
     outputs: &'a mut Outputs,
     force: bool,
+    /// Files opened so far, for verification.
+    opened: &'a mut BTreeMap<String, SuppliedFile>,
 }
 
 impl NamedFiles for ImageFiles<'_> {
@@ -220,6 +227,7 @@ impl NamedFiles for ImageFiles<'_> {
                 .path(path)
                 .hint("another program renames files there: try again when it has finished"));
         }
+        self.opened.insert(name.to_owned(), SuppliedFile::Output(output.clone()));
         Ok(output)
     }
 }

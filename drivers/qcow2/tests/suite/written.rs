@@ -19,11 +19,12 @@ fn check_all(images: &[Image], sets: &[String]) {
     for image in images {
         let directory = laws::scratch();
         let raw = laws::make(&RawDriver, &CreateOptions::default(), image, directory.path());
-        let raw_name = raw.file_name().unwrap().to_str().unwrap().to_owned();
+        let name = |path: &Path| path.strip_prefix(directory.path()).unwrap().to_str().unwrap().to_owned();
+        let raw_name = name(&raw);
         for set in sets {
             let path = laws::make(&Qcow2Driver, &options(set), image, directory.path());
             println!("{image}: {set}");
-            assert_clean_qcow2(directory.path(), path.file_name().unwrap().to_str().unwrap(), &raw_name);
+            assert_clean_qcow2(directory.path(), &name(&path), &raw_name);
             std::fs::remove_file(path).unwrap();
         }
     }
