@@ -55,8 +55,11 @@ fn extraction_fails_before_its_work_or_succeeds() {
     let extracted = dir.path().join("new/disk-disk.raw");
     // The reader takes the announcement and leaves.
     let (code, stderr) = run(dir.path(), "vma extract -v disk.vma new", "| head -n 1; exit ${PIPESTATUS[0]}");
-    assert_eq!(code, Some(0), "{stderr}");
-    assert_same(&dir.path().join("disk.raw"), &extracted, "with a reader that leaves");
+    match code {
+        Some(0) => assert_same(&dir.path().join("disk.raw"), &extracted, "with a reader that leaves"),
+        // As the reference program, it dies of SIGPIPE if it has more to say; Proxmox relies on that.
+        killed => assert!(killed == Some(141) && !extracted.exists(), "{killed:?} {stderr}"),
+    }
     require!("strace");
     // The file that receives standard output is full after the announcement.
     remove(&dir.path().join("new"));
@@ -101,7 +104,9 @@ fn unprinted_results_keep_the_meaning_of_exit_codes() {
             (">&-", printed),
         ] {
             let (ended, stderr) = run(dir.path(), args, redirection);
-            assert_eq!(ended, Some(code), "{args} {redirection}: {stderr}");
+            // As the reference program, `vma` may die of SIGPIPE.
+            let killed = args.starts_with("vma") && redirection.starts_with('|') && ended == Some(141);
+            assert!(killed || ended == Some(code), "{args} {redirection}: {ended:?} {stderr}");
         }
     }
 }

@@ -14,9 +14,9 @@ use imgtool_engine::{
     Destination, FormatOptions, Layout, Note, OpenSource, Opened, Plan, PlannedFile, PlannedOutput,
     RunOptions, SIZE_TOLERANCE, SelectedDisk, TargetFormat, open as engine_open,
 };
-use imgtool_storage::open::Opening;
+use imgtool_storage::open::{Opening, open_shared};
 use imgtool_storage::os::{self, FileClass};
-use imgtool_storage::{Outputs, outer};
+use imgtool_storage::{Outputs, Sharing, outer};
 use imgtool_vma::ArchiveHeader;
 
 use super::map_file::{Entry, Map};
@@ -268,7 +268,9 @@ impl<'a> Extraction<'a> {
         }
         // The content is replaced, so no external file of the image is needed.
         let options = OpenOptions { info_only: true, ..OpenOptions::default() };
-        let input = imgtool_storage::open::open(&Location::from(path), Opening::Plain, &Memory::default())?;
+        // Whether another program uses the target is found when it is opened for writing.
+        let (opening, sharing) = (Opening::Plain, Sharing::forced(true));
+        let input = open_shared(&Location::from(path), opening, &Memory::default(), sharing)?;
         let input = input.cancelled_by(CancelToken::new());
         if format.is_none()
             && let Some(compression) = outer::detect(&input.input.head()?)
