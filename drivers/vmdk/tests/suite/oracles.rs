@@ -111,7 +111,8 @@ fn libvmdk_reads_ours() {
     let directory = tempfile::tempdir().unwrap();
     let raw = directory.path().join("x.raw");
     small().write_raw(&raw);
-    for subformat in SUBFORMATS {
+    // vmdkmount knows no images of the type monolithicFlat, whose extents are those of vmfs.
+    for subformat in SUBFORMATS.into_iter().filter(|subformat| *subformat != "monolithicFlat") {
         let path = make(&small(), &[("subformat", subformat)], directory.path());
         let Some(mount) = VmdkMount::of(&path, &directory.path().join(format!("mount-{subformat}"))) else {
             return;
