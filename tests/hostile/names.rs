@@ -127,7 +127,8 @@ fn odd_names_are_confined_and_escaped() {
         ] {
             let run = imgtool(line).within(&deep).go();
             harmless(&run);
-            if line.contains(&"out.vma") && refused.contains(&name) {
+            // Readers of archives can't extract names longer than 242 bytes.
+            if line.contains(&"out.vma") && (refused.contains(&name) || name.len() > 242) {
                 run.exits(2).says("the configuration name");
                 continue;
             }

@@ -198,7 +198,13 @@ pub(super) fn run_agree(input: &[u8]) {
     let salvaged_stream = content(&archive, archive.as_stream(), &archive.salvage());
     agree(&salvaged, &salvaged_stream, "what salvage makes of the archive");
     if let (Ok(whole), Ok(salvaged)) = (&file, &salvaged) {
-        assert!(salvaged.losses.is_empty(), "salvage loses {:?} of a sound archive", salvaged.losses);
+        // The length of a guest's state is an estimate: its end may be missing, which salvage lists.
+        let is_known = |loss: &Loss| loss.reason == "it is not in the archive";
+        assert!(
+            salvaged.losses.iter().all(is_known),
+            "salvage loses {:?} of a sound archive",
+            salvaged.losses
+        );
         assert_eq!(whole.digests, salvaged.digests, "salvage reads a sound archive differently");
     }
 }
