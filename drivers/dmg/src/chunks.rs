@@ -8,7 +8,7 @@ use crate::tables;
 /// Maximum length in bytes of the content of a compressed chunk. QEMU's limit; hdiutil writes up to 1 MiB.
 const MAX_CHUNK: u64 = 64 << 20;
 
-/// How a chunk is stored.
+/// Form of a stored chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// Zeros, not stored.

@@ -65,7 +65,7 @@ pub(crate) struct Header {
     pub(crate) backing: Option<(u64, u64)>,
 }
 
-/// What an entry of a table of the second level refers to.
+/// Target of an entry of a second-level table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Entry {
     /// Nothing: the content is that of the backing file.

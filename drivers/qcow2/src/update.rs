@@ -45,7 +45,7 @@ const MAX_ZERO_LEN: u64 = 64 << 20;
 /// File offset of the field "autoclear_features". Specification, "Header".
 const AUTOCLEAR_FIELD: u64 = 88;
 
-/// What the caller decided about an update.
+/// Settings of an update.
 #[derive(Debug, Clone, Copy)]
 pub struct UpdateOptions {
     /// Minimum length in bytes of zeros that are not stored; `None` if all zeros are stored.

@@ -76,7 +76,7 @@ pub(crate) struct Header {
     pub(crate) raw_backing: bool,
 }
 
-/// What an entry of a table refers to.
+/// Target of a table entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Entry {
     /// Nothing: the content is that of the backing file.
