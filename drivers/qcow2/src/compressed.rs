@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, OnceLock};
 
 use flate2::{Decompress, FlushDecompress};
+use imgtool_core::incompressible::looks_incompressible;
 use imgtool_core::sync::lock;
 use imgtool_core::{Cache, Error, Lease, Memory, RandomInput, Result};
 use libdeflater::{CompressionLvl, Compressor, Decompressor};
@@ -303,11 +304,13 @@ pub struct EncodeContext(EncodeCodec);
 
 impl EncodeContext {
     /// Compresses `cluster` into `out`. Returns the compressed length in bytes, or `None` if `out` is too
-    /// short or the result would not be smaller than the cluster.
+    /// short or the result would not be smaller than the cluster, or hardly.
     pub fn encode(&mut self, cluster: &[u8], out: &mut [u8]) -> Option<usize> {
         let max_len = out.len().min(cluster.len().checked_sub(1)?);
         let out = &mut out[..max_len];
         match &mut self.0 {
+            // zstd looks for such data by itself.
+            EncodeCodec::Deflate(_) if looks_incompressible(cluster) => None,
             EncodeCodec::Deflate(compressor) => compressor.deflate_compress(cluster, out).ok(),
             EncodeCodec::Zstd(context) => context.compress2(out, cluster).ok(),
         }

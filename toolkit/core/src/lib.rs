@@ -24,6 +24,7 @@ pub mod error;
 pub mod extent;
 pub mod external;
 pub mod fingerprint;
+pub mod incompressible;
 pub mod input;
 pub mod layered;
 pub mod location;

@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Mutex;
 
 use imgtool_core::fingerprint::Fingerprint;
+use imgtool_core::incompressible::looks_incompressible;
 use imgtool_core::sync::lock;
 use imgtool_core::{
     BufferPool, Bytes, Consumer, Error, Geometry, ImageSink, Output, OutputId, Part, Prepared, Result,
@@ -32,14 +33,21 @@ const TABLE_ENTRIES: u64 = MAX_TABLE_ENTRIES as u64;
 /// stored block of at most 64 KiB, and zlib 6.
 const MAX_GRAIN_LEN: u64 = GRAIN_SIZE + 2 * SECTOR_SIZE;
 
-/// Memory in bytes of a compressor, of levels 1 to 9 and of levels 10 to 12. Measured with libdeflate 1.26: 0.2
+/// Memory in bytes of a compressor and a storer, of levels 1 to 9 and of levels 10 to 12. Measured with libdeflate 1.26: 0.2
 /// to 0.7 MiB, and 9 MiB.
 const DEFLATE_BYTES: [u64; 2] = [1 << 20, 10 << 20];
 
 /// Idle compressors of one level.
 pub(super) struct Deflaters {
     level: i32,
-    idle: Mutex<Vec<Compressor>>,
+    idle: Mutex<Vec<Deflater>>,
+}
+
+/// Compressor of one thread.
+struct Deflater {
+    compressor: Compressor,
+    /// Wraps data that can't be shortened into a stream as it is.
+    storer: Compressor,
 }
 
 impl fmt::Debug for Deflaters {
@@ -53,12 +61,24 @@ impl Deflaters {
         Self { level, idle: Mutex::default() }
     }
 
-    fn take(&self) -> Result<Compressor> {
+    fn take(&self) -> Result<Deflater> {
         if let Some(idle) = lock(&self.idle).pop() {
             return Ok(idle);
         }
-        let level = CompressionLvl::new(self.level);
-        level.map(Compressor::new).map_err(|_| Error::usage(format!("no deflate level {}", self.level)))
+        let of_level = |level| {
+            let valid = CompressionLvl::new(level);
+            valid.map(Compressor::new).map_err(|_| Error::usage(format!("no deflate level {level}")))
+        };
+        Ok(Deflater { compressor: of_level(self.level)?, storer: of_level(0)? })
+    }
+}
+
+impl Deflater {
+    /// Compresses a grain into `out`. Returns the length in bytes.
+    fn encode(&mut self, grain: &[u8], out: &mut [u8]) -> Result<usize> {
+        let compressor = if looks_incompressible(grain) { &mut self.storer } else { &mut self.compressor };
+        let len = compressor.zlib_compress(grain, out);
+        len.map_err(|_| Error::limit("a compressed grain exceeds its buffer"))
     }
 }
 
@@ -180,18 +200,18 @@ impl Consumer for StreamSink {
         let Some(data) = prepared.data.take().filter(|_| !runs.is_empty()) else { return Ok(prepared) };
         let grains: usize = runs.iter().map(|run| run.len().div_ceil(GRAIN_SIZE as usize)).sum();
         let mut encoded = pool.take(grains * MAX_GRAIN_LEN as usize);
-        let mut compressor = self.deflaters.take()?;
+        let mut deflater = self.deflaters.take()?;
         let mut used = 0;
         for run in runs {
             for (index, grain) in data[run.clone()].chunks(GRAIN_SIZE as usize).enumerate() {
                 let guest = start + run.start as u64 + index as u64 * GRAIN_SIZE;
-                let len = encode(&mut compressor, grain, guest / SECTOR_SIZE, &mut encoded[used..])?;
+                let len = encode(&mut deflater, grain, guest / SECTOR_SIZE, &mut encoded[used..])?;
                 let guest = guest..guest + grain.len() as u64;
                 prepared.parts.push(Part { guest, bytes: Bytes::Encoded(used..used + len) });
                 used += len;
             }
         }
-        lock(&self.deflaters.idle).push(compressor);
+        lock(&self.deflaters.idle).push(deflater);
         prepared.encoded = Some(encoded);
         Ok(prepared)
     }
@@ -203,7 +223,7 @@ impl Consumer for StreamSink {
 
 /// Encodes a grain with its marker into `out`, padded to whole sectors. Returns the length in bytes. Every
 /// grain decodes to 64 KiB, even if the disk ends within it: VirtualBox refuses others.
-fn encode(compressor: &mut Compressor, grain: &[u8], lba: u64, out: &mut [u8]) -> Result<usize> {
+fn encode(deflater: &mut Deflater, grain: &[u8], lba: u64, out: &mut [u8]) -> Result<usize> {
     let padded;
     let whole = if grain.len() == GRAIN_SIZE as usize {
         grain
@@ -215,9 +235,7 @@ fn encode(compressor: &mut Compressor, grain: &[u8], lba: u64, out: &mut [u8]) -
     };
     let out = out.get_mut(..MAX_GRAIN_LEN as usize).unwrap_or_default();
     let (head, body) = out.split_at_mut_checked(GRAIN_HEAD).unwrap_or_default();
-    let len = compressor
-        .zlib_compress(whole, body)
-        .map_err(|_| Error::limit("a compressed grain exceeds its buffer"))?;
+    let len = deflater.encode(whole, body)?;
     // At most `MAX_GRAIN_LEN`, so it fits.
     head.copy_from_slice(&Marker::grain(lba, len as u32));
     let end = (GRAIN_HEAD + len).next_multiple_of(SECTOR_SIZE as usize);
