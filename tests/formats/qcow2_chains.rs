@@ -75,6 +75,8 @@ fn allows_a_larger_overlay_and_with_u_a_missing_base() {
         (&["x.qcow2"], 2, "missing SIZE"),
         (&["-b", "x.qcow2", "-F", "qcow2", "x.qcow2", "1M"], 1, "x.qcow2"),
         (&["-b", "base.qcow2", "-F", "qcow2", "--force", "base.qcow2", "1M"], 1, "base.qcow2"),
+        // The image below the base.
+        (&["-b", "base.qcow2", "-F", "qcow2", "--force", "base.raw", "1M"], 1, "base.raw"),
     ] {
         imgtool(["create", "-f", "qcow2"]).args(line).within(dir.path()).go().exits(code).says(words);
         assert_eq!(snapshot(dir.path()), before, "{line:?}");
@@ -122,6 +124,38 @@ fn stores_only_the_difference_to_a_base_overlay() {
                 .sum();
             let most = if set.contains("2M") { 4 << 20 } else { 512 << 10 };
             assert!(own > 0 && own <= most, "{set}: {own} of its own");
+        }
+    }
+}
+
+/// The virtual size is a whole number of sectors, and a base may have other bytes behind the end of the disk.
+#[test]
+fn zeros_follow_a_disk_that_ends_within_a_sector_of_its_base() {
+    require!("qemu-img");
+    let dir = tempdir();
+    let bytes = images::noise(7, 3 << 20);
+    std::fs::write(dir.path().join("base.raw"), &bytes).unwrap();
+    let mut only_behind = vec![0; 3 << 20];
+    only_behind[2_500_001..2_500_100].fill(7);
+    std::fs::write(dir.path().join("behind.raw"), &only_behind).unwrap();
+    for (base, len, zeros) in [
+        ("base", 65_036, false),
+        ("base", 65_536 - 512, false),
+        ("base", 2_500_001, false),
+        ("base", 2_500_001, true),
+        ("behind", 2_500_001, true),
+        ("behind", 2_500_000, true),
+    ] {
+        let disk = if zeros { vec![0; len] } else { bytes[..len].to_vec() };
+        std::fs::write(dir.path().join("disk.raw"), &disk).unwrap();
+        let raw = format!("{base}.raw");
+        imgtool(["convert", "--force", &raw, "base.qcow2"]).within(dir.path()).ok();
+        for options in [&[][..], &["-c"], &["-o", "cluster_size=512"], &["-S", "0"], &["-S", "64k"]] {
+            let line = ["convert", "--force", "--verify", "disk.raw", "-B", "base.qcow2", "-F", "qcow2"];
+            imgtool(line).args(options).args(["new.qcow2"]).within(dir.path()).ok();
+            let (new, disk) = (dir.path().join("new.qcow2"), dir.path().join("disk.raw"));
+            oracles::qemu_compare(&new, "qcow2", &disk, "raw");
+            oracles::qemu_check(&new, "qcow2");
         }
     }
 }

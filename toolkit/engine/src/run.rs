@@ -144,6 +144,10 @@ impl Plan {
             if let Some(backing) = output.format.writer.backing() {
                 let base = sinks::backing_path(&output.destination.location(), &backing.name)?;
                 base.path().map_or(Ok(()), |path| self.outputs.protect_path(path))?;
+                // Nor may an output be an image below the base: the new image would lead back to itself. Only
+                // the names in the base's header are known without a permission to open more.
+                let below = sinks::files_below(&self.registry, &base, &backing);
+                below.iter().try_for_each(|path| self.outputs.protect_path(path))?;
             }
         }
         self.outputs.check(&self.layout.requests(&self.selected))?;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imgtool_core::error::escape_control;
@@ -263,6 +263,14 @@ pub(crate) fn open_base(
     let sharing = Sharing::forced(options.force_share);
     let input = imgtool_storage::open::open_shared(location, Opening::Plain, &options.memory, sharing)?;
     open::open_image(registry, input, Some(&backing.format), options)
+}
+
+/// Returns the paths of the files that a backing image names; none if it can't be opened, which the caller finds
+/// out later.
+pub(crate) fn files_below(registry: &Registry, location: &Location, backing: &BackingName) -> Vec<PathBuf> {
+    let facts = OpenOptions { info_only: true, force_share: true, ..OpenOptions::default() };
+    let opened = open_base(registry, location, backing, &facts);
+    opened.map_or_else(|_| Vec::new(), |opened| opened.referenced_files())
 }
 
 fn open_output(

@@ -25,20 +25,17 @@ impl Base {
         Ok(range.end)
     }
 
-    /// Returns true if the backing image reads as `expected` in `range`; `None` means zeros. `scratch` must
-    /// be as long as the range.
-    pub fn matches(&self, range: Range<u64>, expected: Option<&[u8]>, scratch: &mut [u8]) -> Result<bool> {
+    /// Returns true if the backing image reads as `expected` from the guest offset `start` on, with zeros
+    /// behind, for the length of `scratch`.
+    pub fn matches(&self, start: u64, expected: &[u8], scratch: &mut [u8]) -> Result<bool> {
         let Some(disk) = &self.0 else { return Ok(false) };
-        let covered = range.end.min(disk.size()).saturating_sub(range.start);
+        let covered = disk.size().saturating_sub(start).min(scratch.len() as u64);
         // `covered` is at most the length of `scratch`.
         let (known, beyond) = scratch.split_at_mut(covered as usize);
         beyond.fill(0);
         if !known.is_empty() {
-            disk.read_at(known, range.start)?;
+            disk.read_at(known, start)?;
         }
-        Ok(match expected {
-            Some(expected) => *scratch == *expected,
-            None => zero::is_zero(scratch),
-        })
+        Ok(scratch.starts_with(expected) && zero::is_zero(&scratch[expected.len()..]))
     }
 }

@@ -8,7 +8,7 @@ use imgtool_core::{Buffer, BufferPool, Bytes, Part, Prepared, Result, SinkPiece}
 use super::base::Base;
 use super::image::Qcow2Sink;
 use crate::compressed::{EncodeContext, Encoder};
-use crate::options::ZERO_GRANULARITY;
+use crate::options::{SIZE_MULTIPLE, ZERO_GRANULARITY};
 
 impl Qcow2Sink {
     /// Splits a piece into parts with data. Zeros become parts only where they must be written.
@@ -56,7 +56,7 @@ impl Qcow2Sink {
             let guest = prepared.start + range.start as u64..prepared.start + range.end as u64;
             while stored.next_if(|run| run.end <= range.start).is_some() {}
             let is_zero = stored.peek().is_none_or(|run| run.start >= range.end);
-            match self.treatment(cluster, guest.clone(), is_zero, base, &mut scratch)? {
+            match self.treatment(cluster, guest.start, is_zero, base, &mut scratch)? {
                 Treatment::LeaveOut => {}
                 Treatment::Zeros => push_zeros(&mut prepared, guest),
                 Treatment::Store => {
@@ -71,12 +71,12 @@ impl Qcow2Sink {
         Ok(prepared)
     }
 
-    /// Decides on the treatment of `cluster`, which covers the guest range `guest`. `is_zero` is true if the
-    /// cluster reads as zeros. With a `base`, `scratch` must be at least as long as the cluster.
+    /// Decides on the treatment of `cluster`, which starts at the guest offset `guest`. `is_zero` is true if the
+    /// cluster reads as zeros. With a `base`, `scratch` must be a cluster long.
     fn treatment(
         &self,
         cluster: &[u8],
-        guest: Range<u64>,
+        guest: u64,
         is_zero: bool,
         base: Option<&Base>,
         scratch: &mut [u8],
@@ -87,7 +87,8 @@ impl Qcow2Sink {
         }
         Ok(match base {
             None if is_zero => Treatment::LeaveOut,
-            Some(base) if base.matches(guest, Some(cluster), &mut scratch[..cluster.len()])? => {
+            // If the disk ends within a sector, zeros follow to the end of the virtual disk, not the base's bytes.
+            Some(base) if base.matches(guest, cluster, &mut scratch[..whole_sectors(cluster.len())])? => {
                 Treatment::LeaveOut
             }
             Some(_) if is_zero => Treatment::Zeros,
@@ -106,7 +107,8 @@ impl Qcow2Sink {
 
     /// Splits a piece of zeros into the clusters that need an entry because the backing image has data there.
     fn prepare_zeros(&self, piece: SinkPiece, base: Option<&Base>) -> Result<Prepared> {
-        let (start, end) = (piece.start, piece.end());
+        // The last piece of a disk may end within a sector. Zeros follow to the end of the virtual disk.
+        let (start, end) = (piece.start, piece.end().next_multiple_of(SIZE_MULTIPLE));
         let mut prepared = Prepared::new(piece);
         let Some(base) = base else { return Ok(prepared) };
         let cluster_size = self.cluster_size();
@@ -121,13 +123,18 @@ impl Qcow2Sink {
             let cluster = (same_until - self.options.shape.within_cluster(same_until)).max(position);
             let cluster_end = cluster.saturating_add(cluster_size).min(end);
             let len = (cluster_end - cluster) as usize;
-            if !base.matches(cluster..cluster_end, None, &mut scratch[..len])? {
+            if !base.matches(cluster, &[], &mut scratch[..len])? {
                 push_zeros(&mut prepared, cluster..cluster_end);
             }
             position = cluster_end;
         }
         Ok(prepared)
     }
+}
+
+/// Rounds the length of a cluster up to whole sectors of the virtual disk.
+fn whole_sectors(len: usize) -> usize {
+    len.next_multiple_of(SIZE_MULTIPLE as usize)
 }
 
 /// Treatment of a cluster.
