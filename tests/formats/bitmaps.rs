@@ -154,7 +154,7 @@ fn refuses_bitmaps_where_there_can_be_none() {
     let before = snapshot(dir.path());
     for (line, code, words) in [
         (&["--bitmaps", "disk.raw", "new.qcow2"][..], 1, "raw images have no persistent bitmaps"),
-        (&["--bitmaps", "source.qcow2", "new.raw"], 1, "raw images have no persistent bitmaps"),
+        (&["--bitmaps", "source.qcow2", "new.raw"], 1, "the new raw image can't have persistent bitmaps"),
         (&["--bitmaps", "source.qcow2", "-o", "compat=0.10", "new.qcow2"], 1, "version 3"),
         (&["--bitmaps", "source.qcow2", "source.qcow2", "new/"], 2, "one disk into one image"),
         (&["--bitmaps", "-l", "one", "source.qcow2", "new.qcow2"], 2, "not to a snapshot"),
@@ -163,6 +163,38 @@ fn refuses_bitmaps_where_there_can_be_none() {
         imgtool(["convert"]).args(line).within(dir.path()).go().exits(code).says(words);
         assert_eq!(snapshot(dir.path()), before, "{line:?}");
     }
+}
+
+#[test]
+fn bitmaps_that_can_not_be_relied_on_are_not_copied() {
+    require!("qemu-img", "qemu-io");
+    let dir = tempdir();
+    let image = dir.path().join("twice.qcow2");
+    oracles::run("qemu-img", &["create", "-q", "-f", "qcow2", text(&image), "1M"]);
+    for name in ["one", "two"] {
+        oracles::run("qemu-img", &["bitmap", "--add", text(&image), name]);
+    }
+    let original = std::fs::read(&image).unwrap();
+    // QEMU opens no image with two bitmaps of one name.
+    let mut twice = original.clone();
+    let at = twice.windows(3).rposition(|name| name == b"two").unwrap();
+    twice[at..at + 3].copy_from_slice(b"one");
+    std::fs::write(&image, &twice).unwrap();
+    let convert = ["convert", "--bitmaps", "twice.qcow2", "new.qcow2"];
+    imgtool(convert).within(dir.path()).go().exits(1).says("has the name of another bitmap");
+    imgtool(convert).args(["--skip-broken-bitmaps"]).within(dir.path()).ok().says("'one' was left out");
+    let new = oracles::qemu_info(&dir.path().join("new.qcow2"), "qcow2");
+    assert_eq!(new["format-specific"]["data"]["bitmaps"].as_array().unwrap().len(), 1);
+    // A program that does not know bitmaps clears the autoclear bit when it writes.
+    let mut stale = original;
+    stale[88..96].fill(0);
+    std::fs::write(&image, &stale).unwrap();
+    imgtool(convert).args(["--force"]).within(dir.path()).go().exits(1).says("may lack changes");
+    imgtool(convert)
+        .args(["--force", "--skip-broken-bitmaps"])
+        .within(dir.path())
+        .ok()
+        .says("'two' was left out");
 }
 
 #[test]

@@ -23,7 +23,8 @@ pub(crate) fn copy(sources: &[OpenSource], broken: BrokenBitmaps, layout: &mut L
         return Err(lacking(image.info().format).path(&source.opened.location));
     };
     if !output.format.writer.stores_bitmaps() {
-        return Err(lacking(output.format.driver.name())
+        let name = output.format.driver.name();
+        return Err(Error::unsupported(format!("the new {name} image can't have persistent bitmaps"))
             .path(output.destination.location())
             .hint("bitmaps go into qcow2 images of version 3"));
     }

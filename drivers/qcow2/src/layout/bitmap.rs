@@ -48,8 +48,14 @@ pub fn count(header: &Header) -> u32 {
     consistent_extension(header).map_or(0, |extension| extension.count)
 }
 
+/// True if a program that does not know bitmaps has written to the image, so that all of them may lack changes.
+/// Specification, "Autoclear feature bits".
+pub fn are_stale(header: &Header) -> bool {
+    header.autoclear & AUTOCLEAR_BITMAPS == 0
+}
+
 fn consistent_extension(header: &Header) -> Option<BitmapsExtension> {
-    header.extensions.bitmaps.filter(|_| header.autoclear & AUTOCLEAR_BITMAPS != 0)
+    header.extensions.bitmaps.filter(|_| !are_stale(header))
 }
 
 /// Returns the first bitmaps, as many as fit into [`MAX_LISTED_BYTES`].
@@ -66,8 +72,20 @@ pub fn list_bitmaps(input: &RandomInput, header: &Header) -> Result<Vec<Bitmap>>
 }
 
 /// Calls `visit` for every bitmap, unless the header marks the directory as inconsistent.
-pub fn walk_bitmaps(input: &RandomInput, header: &Header, mut visit: impl FnMut(Bitmap)) -> Result<()> {
-    let Some(extension) = consistent_extension(header) else { return Ok(()) };
+pub fn walk_bitmaps(input: &RandomInput, header: &Header, visit: impl FnMut(Bitmap)) -> Result<()> {
+    match consistent_extension(header) {
+        Some(extension) => walk_directory(input, header, extension, visit),
+        None => Ok(()),
+    }
+}
+
+/// Calls `visit` for every bitmap of a directory, whether it is consistent or not.
+pub fn walk_directory(
+    input: &RandomInput,
+    header: &Header,
+    extension: BitmapsExtension,
+    mut visit: impl FnMut(Bitmap),
+) -> Result<()> {
     if extension.count > MAX_BITMAPS {
         return Err(Error::limit(format!("{} bitmaps, above {MAX_BITMAPS}", extension.count)));
     }

@@ -30,16 +30,18 @@ impl Bitmaps {
     /// # Errors
     /// If the directory or the place of a table is not valid, or there are more bits than our limit.
     pub(super) fn read(input: &RandomInput, header: &Header, memory: &Memory) -> Result<Self> {
-        let directory = header.extensions.bitmaps.map_or(0, |extension| extension.directory_len);
-        // `walk_bitmaps` refuses a longer one. It is in memory three times: as read, as a list, and in the
+        let Some(extension) = header.extensions.bitmaps else {
+            return Ok(Self { list: Vec::new(), _lease: memory.lease(0, "the list of bitmaps")? });
+        };
+        // `walk_directory` refuses a longer one. It is in memory three times: as read, as a list, and in the
         // copy.
-        let directory = directory.min(MAX_BITMAP_DIRECTORY_BYTES) * 3;
-        let needed = directory + u64::from(bitmap::count(header)).saturating_mul(BYTES_PER_BITMAP);
+        let directory = extension.directory_len.min(MAX_BITMAP_DIRECTORY_BYTES) * 3;
+        let needed = directory + u64::from(extension.count).saturating_mul(BYTES_PER_BITMAP);
         let lease = memory.lease(needed, "the list of bitmaps")?;
         let mut list = Vec::new();
         let mut total = 0u64;
         let mut first_error = None;
-        bitmap::walk_bitmaps(input, header, |entry| match open(input, header, entry) {
+        bitmap::walk_directory(input, header, extension, |entry| match open(input, header, entry) {
             Ok((bitmap, len)) => {
                 total = total.saturating_add(len);
                 list.push(bitmap);
@@ -58,7 +60,21 @@ impl Bitmaps {
         }
         match first_error {
             Some(error) => Err(error),
-            None => Ok(Self { list, _lease: lease }),
+            None => {
+                mark_repeated_names(&mut list);
+                Ok(Self { list, _lease: lease })
+            }
+        }
+    }
+}
+
+/// Marks every bitmap with the name of one before it: QEMU opens no image with two of a name.
+fn mark_repeated_names(list: &mut [Bitmap]) {
+    let mut order: Vec<usize> = (0..list.len()).collect();
+    order.sort_by(|&a, &b| list[a].name.cmp(&list[b].name).then(a.cmp(&b)));
+    for pair in order.windows(2) {
+        if list[pair[0]].name == list[pair[1]].name {
+            list[pair[1]].fault.get_or_insert_with(|| "has the name of another bitmap".to_owned());
         }
     }
 }
@@ -67,7 +83,7 @@ impl Bitmaps {
 fn open(input: &RandomInput, header: &Header, entry: Entry) -> Result<(Bitmap, u64)> {
     let cluster_size = header.shape.cluster_size();
     let mut stored = Stored { input: input.clone(), cluster_size, table_offset: entry.table_offset, len: 0 };
-    let fault = fault(&entry);
+    let fault = fault(&entry, header);
     if fault.is_none() {
         stored.len = header.virtual_size.div_ceil(entry.granularity).div_ceil(8);
         check_place(input, &stored, &entry)?;
@@ -84,7 +100,10 @@ fn open(input: &RandomInput, header: &Header, entry: Entry) -> Result<(Bitmap, u
 }
 
 /// Returns the reason why a bitmap can't be copied, if there is one.
-fn fault(entry: &Entry) -> Option<String> {
+fn fault(entry: &Entry, header: &Header) -> Option<String> {
+    if bitmap::are_stale(header) {
+        return Some("may lack changes by a program that does not know bitmaps".to_owned());
+    }
     if entry.in_use {
         return Some("was not saved when the image was last closed".to_owned());
     }
