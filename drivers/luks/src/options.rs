@@ -11,6 +11,7 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
     options::iv_hash("ivgen-hash-alg"),
     options::hash("hash-alg"),
     options::iterations("iterations"),
+    options::iter_time("iter-time"),
 ];
 
 /// Parses the options.

@@ -111,6 +111,7 @@ pub const OPTIONS: &[OptionSpec] = &[
     encryption::iv_hash("encrypt.ivgen-hash-alg"),
     encryption::hash("encrypt.hash-alg"),
     encryption::iterations("encrypt.iterations"),
+    encryption::iter_time("encrypt.iter-time"),
 ];
 
 /// Name of the option that encrypts a new image.

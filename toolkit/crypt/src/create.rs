@@ -1,19 +1,31 @@
 //! New headers: a random key, and a slot that a passphrase opens.
 
+use std::time::{Duration, Instant};
+
 use imgtool_core::{Error, Result, Secret};
 use zerocopy::{FromZeros, IntoBytes};
 use zeroize::Zeroizing;
 
 use crate::af;
 use crate::hash::Hash;
-use crate::header::{DISABLED, ENABLED, HEADER_LEN, MAGIC, RawHeader, SALT_LEN, SLOTS, material_len};
+use crate::header::{
+    DISABLED, ENABLED, HEADER_LEN, MAGIC, RawHeader, RawSlot, SALT_LEN, SLOTS, material_len,
+};
 use crate::sector::{SECTOR, SectorCipher};
 use crate::spec::CipherSpec;
 use crate::unlock::cipher;
 
-/// PBKDF2 iterations of a new slot. Our choice, a fixed number: OWASP's recommendation of 2023 for SHA-256, 600
-/// times the least of LUKS 1.2.3, section 6. It takes half a second.
-pub const DEFAULT_ITERATIONS: u32 = 600_000;
+/// Time that the PBKDF2 iterations of a new slot take without another choice, as in QEMU and cryptsetup: an attacker
+/// with such a machine needs as long for each guess.
+pub const DEFAULT_SLOT_TIME: Duration = Duration::from_secs(2);
+
+/// Minimum number of iterations where the machine decides, however busy or slow it is. OWASP's recommendation of
+/// 2023 for SHA-256.
+pub const MIN_TIMED_ITERATIONS: u32 = 600_000;
+
+/// Maximum number of iterations where the machine decides. Our limit: a slot of ten times the speed of today's
+/// machines opens on an old one, too.
+pub const MAX_TIMED_ITERATIONS: u32 = 50_000_000;
 
 /// Minimum number of iterations. LUKS 1.2.3, section 6, "LUKS_MKD_ITER" and section 4.1.
 pub const MIN_ITERATIONS: u32 = 1000;
@@ -29,12 +41,51 @@ pub struct NewVolume {
     /// Hash function of the key derivation.
     pub hash: Hash,
     /// PBKDF2 iterations of the slot.
-    pub iterations: u32,
+    pub iterations: Iterations,
 }
+
+/// Choice of a number of PBKDF2 iterations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Iterations {
+    /// This number.
+    Count(u32),
+    /// As many as take this time on this machine, within [`MIN_TIMED_ITERATIONS`] and [`MAX_TIMED_ITERATIONS`].
+    Time(Duration),
+}
+
+impl Iterations {
+    /// Returns the number for keys of `key_len` bytes.
+    fn count(self, hash: Hash, key_len: usize) -> u32 {
+        let time = match self {
+            Self::Count(count) => return count,
+            Self::Time(time) => time,
+        };
+        let mut key = Zeroizing::new(vec![0; key_len]);
+        let mut sample = 10_000;
+        loop {
+            let start = Instant::now();
+            hash.derive(b"passphrase", b"salt", sample, &mut key);
+            let elapsed = start.elapsed();
+            if elapsed >= SAMPLE_TIME || sample >= MIN_TIMED_ITERATIONS {
+                let count = u128::from(sample) * time.as_nanos() / elapsed.as_nanos().max(1);
+                let count = u32::try_from(count).unwrap_or(u32::MAX);
+                return count.clamp(MIN_TIMED_ITERATIONS, MAX_TIMED_ITERATIONS);
+            }
+            sample *= 2;
+        }
+    }
+}
+
+/// Least time of the sample that measures the machine.
+const SAMPLE_TIME: Duration = Duration::from_millis(50);
 
 impl Default for NewVolume {
     fn default() -> Self {
-        Self { cipher: CipherSpec::DEFAULT, hash: Hash::Sha256, iterations: DEFAULT_ITERATIONS }
+        Self {
+            cipher: CipherSpec::DEFAULT,
+            hash: Hash::Sha256,
+            iterations: Iterations::Time(DEFAULT_SLOT_TIME),
+        }
     }
 }
 
@@ -63,6 +114,7 @@ impl NewVolume {
     /// If the operating system supplies no random numbers.
     pub fn create(&self, secret: &Secret) -> Result<NewHeader> {
         let key_len = self.cipher.key_len();
+        let iterations = self.iterations.count(self.hash, key_len);
         let key = random(key_len)?;
         let mut raw = RawHeader::new_zeroed();
         raw.magic = MAGIC;
@@ -73,13 +125,13 @@ impl NewVolume {
         // These three are below 2^32.
         raw.payload_offset = ((self.payload_offset() / SECTOR as u64) as u32).into();
         raw.key_bytes = (key_len as u32).into();
-        raw.mk_digest_iterations = (self.iterations / 8).max(MIN_ITERATIONS).into();
+        raw.mk_digest_iterations = (iterations / 8).max(MIN_ITERATIONS).into();
         raw.mk_digest_salt.copy_from_slice(&random(SALT_LEN)?);
         self.hash.derive(&key, &raw.mk_digest_salt, raw.mk_digest_iterations.get(), &mut raw.mk_digest);
         let id: [u8; 16] = random(16)?.as_slice().try_into().unwrap_or_default();
         set_text(&mut raw.uuid, &uuid::Builder::from_random_bytes(id).into_uuid().to_string());
-        self.describe_slots(&mut raw)?;
-        let material = self.lock(&key, secret, &raw.slots[0].salt)?;
+        self.describe_slots(&mut raw, iterations)?;
+        let material = self.lock(&key, secret, &raw.slots[0])?;
         let mut bytes = raw.as_bytes().to_vec();
         bytes.resize(ALIGNMENT, 0);
         bytes.extend_from_slice(&material);
@@ -88,7 +140,7 @@ impl NewVolume {
     }
 
     /// Fills the slots: the first is in use, all have their places.
-    fn describe_slots(&self, raw: &mut RawHeader) -> Result<()> {
+    fn describe_slots(&self, raw: &mut RawHeader, iterations: u32) -> Result<()> {
         let slot_len = material_len(self.cipher.key_len()).next_multiple_of(ALIGNMENT);
         for (number, slot) in raw.slots.iter_mut().enumerate() {
             slot.active = DISABLED.into();
@@ -98,17 +150,17 @@ impl NewVolume {
         }
         let first = &mut raw.slots[0];
         first.active = ENABLED.into();
-        first.iterations = self.iterations.into();
+        first.iterations = iterations.into();
         first.salt.copy_from_slice(&random(SALT_LEN)?);
         Ok(())
     }
 
     /// Returns the key material of a slot that `secret` opens.
-    fn lock(&self, key: &[u8], secret: &Secret, salt: &[u8]) -> Result<Zeroizing<Vec<u8>>> {
+    fn lock(&self, key: &[u8], secret: &Secret, slot: &RawSlot) -> Result<Zeroizing<Vec<u8>>> {
         let mut material = random(material_len(key.len()))?;
         af::split(key, &mut material[..key.len() * af::STRIPES as usize], self.hash);
         let mut slot_key = Zeroizing::new(vec![0; key.len()]);
-        self.hash.derive(secret.bytes(), salt, self.iterations, &mut slot_key);
+        self.hash.derive(secret.bytes(), &slot.salt, slot.iterations.get(), &mut slot_key);
         cipher(self.cipher, &slot_key)?.encrypt(&mut material, 0);
         Ok(material)
     }

@@ -17,7 +17,10 @@ mod sector;
 mod spec;
 mod unlock;
 
-pub use create::{DEFAULT_ITERATIONS, MIN_ITERATIONS, NewHeader, NewVolume};
+pub use create::{
+    DEFAULT_SLOT_TIME, Iterations, MAX_TIMED_ITERATIONS, MIN_ITERATIONS, MIN_TIMED_ITERATIONS, NewHeader,
+    NewVolume,
+};
 pub use hash::Hash;
 pub use header::{FACTS, HEADER_LEN, Header, KeySlot, MAGIC};
 pub use sector::{SECTOR, SectorCipher, in_sectors};

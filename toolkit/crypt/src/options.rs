@@ -1,14 +1,16 @@
 //! Options of new encrypted images, declared once for every driver that writes them. qcow2 puts "encrypt." in
 //! front of their names, as qemu-img does.
 
+use std::time::Duration;
+
 use imgtool_core::{Error, OptionKind, OptionSpec, OptionValues, Result};
 
-use crate::create::{DEFAULT_ITERATIONS, MIN_ITERATIONS, NewVolume};
+use crate::create::{DEFAULT_SLOT_TIME, Iterations, MAX_TIMED_ITERATIONS, MIN_ITERATIONS, NewVolume};
 use crate::hash::Hash;
 use crate::spec::CipherSpec;
 
-/// Maximum number of iterations of a new slot. Our limit: ten seconds of work.
-const MAX_ITERATIONS: u64 = 10_000_000;
+/// Maximum time of the iterations in milliseconds. Our limit: nobody waits longer for a disk.
+const MAX_TIME: u64 = 60_000;
 
 /// Option for the cipher. Ciphers with short blocks, and keys that QEMU can't store, are only read.
 pub const fn cipher(name: &'static str) -> OptionSpec {
@@ -50,9 +52,19 @@ pub const fn hash(name: &'static str) -> OptionSpec {
 pub const fn iterations(name: &'static str) -> OptionSpec {
     OptionSpec {
         name,
-        help: "work of the key derivation: more makes guessing a passphrase slower",
-        default: "600000",
-        kind: OptionKind::Size { min: MIN_ITERATIONS as u64, max: MAX_ITERATIONS, unit: 1 },
+        help: "work of the key derivation as a number, the same on every machine",
+        default: "by time",
+        kind: OptionKind::Size { min: MIN_ITERATIONS as u64, max: MAX_TIMED_ITERATIONS as u64, unit: 1 },
+    }
+}
+
+/// Option for the time of the key derivation.
+pub const fn iter_time(name: &'static str) -> OptionSpec {
+    OptionSpec {
+        name,
+        help: "work of the key derivation in milliseconds on this machine, at least 600000 iterations",
+        default: "2000",
+        kind: OptionKind::Size { min: 1, max: MAX_TIME, unit: 1 },
     }
 }
 
@@ -76,10 +88,21 @@ pub fn parse(values: &OptionValues, prefix: &str) -> Result<NewVolume> {
     let key_len = bits.parse::<usize>().unwrap_or(256) / 8 * halves;
     let cipher = CipherSpec::parse(algorithm, &format!("{mode}-{iv}"), key_len)
         .map_err(|e| Error::usage(e.message().to_owned()))?;
-    let iterations = values.size(&format!("{prefix}iterations")).and_then(|n| u32::try_from(n).ok());
     Ok(NewVolume {
         cipher,
         hash: text("hash-alg").and_then(Hash::by_name).unwrap_or(Hash::Sha256),
-        iterations: iterations.unwrap_or(DEFAULT_ITERATIONS),
+        iterations: parse_iterations(values, prefix)?,
     })
+}
+
+fn parse_iterations(values: &OptionValues, prefix: &str) -> Result<Iterations> {
+    let number = |name: &str| values.size(&format!("{prefix}{name}"));
+    match (number("iterations"), number("iter-time")) {
+        (Some(_), Some(_)) => {
+            Err(Error::usage(format!("{prefix}iterations and {prefix}iter-time exclude each other")))
+        }
+        (Some(count), None) => Ok(Iterations::Count(u32::try_from(count).unwrap_or(MAX_TIMED_ITERATIONS))),
+        (None, Some(time)) => Ok(Iterations::Time(Duration::from_millis(time))),
+        (None, None) => Ok(Iterations::Time(DEFAULT_SLOT_TIME)),
+    }
 }

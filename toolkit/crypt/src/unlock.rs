@@ -11,9 +11,10 @@ use crate::header::{DIGEST_LEN, Header, KeySlot};
 use crate::sector::SectorCipher;
 use crate::spec::CipherSpec;
 
-/// Maximum number of PBKDF2 iterations of all slots in use together. Our limit, about a minute of work:
-/// programs choose a second or two for a slot, but a crafted header can ask for 2^32 in each.
-const MAX_ITERATIONS: u64 = 100_000_000;
+/// Maximum work for one header, in blocks of SHA-256's key derivation: one iteration yields a block of 32 bytes.
+/// Our limit, one to two minutes. QEMU and cryptsetup choose two seconds for a slot, and ten times that on request;
+/// a crafted header can ask for 2^32 iterations in each of eight.
+const MAX_WORK: u64 = 400_000_000;
 
 impl Header {
     /// Returns the cipher of the content, unlocked with `secret`. The header and its key material are the bytes
@@ -22,7 +23,7 @@ impl Header {
     /// # Errors
     /// [`imgtool_core::ErrorKind::Refused`] without a secret, and if it opens no slot;
     /// [`imgtool_core::ErrorKind::Unsupported`] for an unknown cipher;
-    /// [`imgtool_core::ErrorKind::LimitExceeded`] for too many iterations.
+    /// [`imgtool_core::ErrorKind::LimitExceeded`] for too many iterations before a slot opens.
     pub fn unlock(
         &self,
         input: &RandomInput,
@@ -32,13 +33,14 @@ impl Header {
     ) -> Result<SectorCipher> {
         let (spec, hash) = (self.cipher()?, self.hash()?);
         let slots: Vec<&KeySlot> = self.slots.iter().filter(|slot| slot.active).collect();
-        self.check_work(&slots)?;
         self.check_places(&slots, &area)?;
         let Some(secret) = secret else {
             return Err(Error::refused("the content is encrypted (LUKS)").remedied_by(Remedy::GiveSecret));
         };
         let _lease = memory.lease(self.material_len() as u64, "the key material of a LUKS header")?;
+        let mut left = MAX_WORK;
         for slot in &slots {
+            left = self.spend(slot, hash, left)?;
             if let Some(key) = self.try_slot(slot, input, area.start, secret, spec, hash)? {
                 return cipher(spec, &key);
             }
@@ -51,16 +53,18 @@ impl Header {
         Err(Error::refused(message).hint("nothing was decrypted; check the passphrase and its line end"))
     }
 
-    /// Refuses slots that would take too long.
-    fn check_work(&self, slots: &[&KeySlot]) -> Result<()> {
-        let each = |slot: &&KeySlot| u64::from(slot.iterations) + u64::from(self.digest_iterations);
-        // At most eight slots.
-        let all: u64 = slots.iter().map(each).sum();
-        if all <= MAX_ITERATIONS {
-            return Ok(());
-        }
-        Err(Error::limit(format!("the key slots need {all} PBKDF2 iterations, above {MAX_ITERATIONS}"))
-            .hint("no program sets so many; cryptsetup luksChangeKey on a copy sets fewer"))
+    /// Returns the work that is left after a try of `slot`.
+    fn spend(&self, slot: &KeySlot, hash: Hash, left: u64) -> Result<u64> {
+        let of_slot = hash.derivation_work(slot.iterations, self.key_len);
+        let work = of_slot.saturating_add(hash.derivation_work(self.digest_iterations, DIGEST_LEN));
+        left.checked_sub(work).ok_or_else(|| {
+            let (slot, digest) = (slot.iterations, self.digest_iterations);
+            Error::limit(format!(
+                "a key slot needs {slot} PBKDF2 iterations and its digest {digest}, minutes of work with the slots \
+                 before it"
+            ))
+            .hint("no program chooses so many; if the image is your own, cryptsetup luksChangeKey on a copy sets fewer")
+        })
     }
 
     /// Refuses key material outside of `area`.

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use imgtool_core::{ErrorKind, Input, Memory, RandomInput, ReadAt, Remedy, Result, Secret};
 use imgtool_crypt::{
-    Algorithm, CipherSpec, HEADER_LEN, Hash, Header, IvRule, Mode, NewVolume, SectorCipher, in_sectors,
+    Algorithm, CipherSpec, HEADER_LEN, Hash, Header, Iterations, IvRule, Mode, NewVolume, SectorCipher,
+    in_sectors,
 };
 use sha2::{Digest, Sha256};
 
@@ -126,7 +127,7 @@ fn sectors_are_those_of_openssl() {
 
 #[test]
 fn a_new_header_opens_with_its_passphrase_alone() {
-    let volume = NewVolume { iterations: 1000, ..NewVolume::default() };
+    let volume = NewVolume { iterations: Iterations::Count(1000), ..NewVolume::default() };
     let new = volume.create(&secret("a")).unwrap();
     let mut bytes = new.bytes.clone();
     assert_eq!(new.payload_offset, 2_068_480);
