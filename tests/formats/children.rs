@@ -1,4 +1,4 @@
-//! Images over a parent in VHDX, VHD and VMDK: `create -b` and `convert -B`.
+//! Images over a parent in VHDX, VHD, VMDK and VDI: `create -b` and `convert -B`.
 
 use std::path::Path;
 
@@ -20,7 +20,7 @@ const fn variant(format: &'static str, parent: &'static str, child: &'static str
     Variant { format, parent, child }
 }
 
-const VARIANTS: [Variant; 9] = [
+const VARIANTS: [Variant; 11] = [
     variant("vhdx", "block_size=1M", "log_size=1M"),
     variant("vhdx", "block_size=2M,logical_sector_size=4096", "log_size=2M"),
     variant("vhdx", "subformat=fixed", "block_size=2M"),
@@ -30,6 +30,8 @@ const VARIANTS: [Variant; 9] = [
     variant("vmdk", "subformat=monolithicSparse", "adapter_type=ide"),
     variant("vmdk", "subformat=streamOptimized", "subformat=monolithicSparse"),
     variant("vmdk", "subformat=twoGbMaxExtentFlat", "zeroed_grain=on"),
+    variant("vdi", "static=off", "block_size=1M"),
+    variant("vdi", "static=on", "block_size=2M"),
 ];
 
 trait Over {
@@ -82,7 +84,7 @@ fn assert_reads(dir: &Path, format: &str, child: &str, raw: &str) {
     imgtool(["compare", "--allow-external", "chain", child, raw]).within(dir).ok();
     let (child, raw) = (dir.join(child), dir.join(raw));
     let parent = dir.join(format!("base.{format}"));
-    if format != "vmdk" {
+    if format == "vhdx" || format == "vhd" {
         // It opens the parent by itself.
         let mut expected = std::fs::read(&raw).unwrap();
         let seen = oracles::seven_zip(&child);
@@ -93,11 +95,60 @@ fn assert_reads(dir: &Path, format: &str, child: &str, raw: &str) {
     match format {
         "vhdx" => oracles::dissect_compare_vhdx(&child, &raw),
         "vhd" => oracles::libyal_reads_child("pyvhdi", &child, &parent, &raw),
+        "vdi" => assert_vdi_reads(&[&parent, &child], &raw),
         _ => {
             let seen = oracles::dissect_disks("vmdk", &[&child]);
             assert_eq!(seen[0].sha256, sha256_file(&raw), "dissect");
             oracles::qemu_compare(&child, "vmdk", &raw, "raw");
         }
+    }
+}
+
+/// Asserts that a chain of VDI images, bottom first, has the content of a raw file and the fields that
+/// VirtualBox demands. qemu-img reads no differencing images, so this reads them field by field.
+fn assert_vdi_reads(chain: &[&Path], raw: &Path) {
+    let files: Vec<Vec<u8>> = chain.iter().map(|path| std::fs::read(path).unwrap()).collect();
+    let mut content = Vec::new();
+    for (index, file) in files.iter().enumerate() {
+        let number = |at: usize| u32::from_le_bytes(file[at..at + 4].try_into().unwrap()) as usize;
+        let uuids = |at: usize| &file[at..at + 32];
+        assert_eq!([number(64), number(68), number(72)], [0xbeda_107f, 0x0001_0001, 400]);
+        let [map, data, block, extra, blocks, allocated] = [340, 344, 376, 380, 384, 388].map(number);
+        let (size, sector) = (number(368) + (number(372) << 32), number(360));
+        assert_eq!((extra, sector, blocks), (0, 512, size.div_ceil(block)));
+        assert!(map >= 472 && map + 4 * blocks <= data && number(368) % 512 == 0);
+        // Its own UUIDs differ from each other and are not nil, nor those of its parent.
+        let (parent, below) = (uuids(424), index.checked_sub(1).map(|below| &files[below][392..424]));
+        assert_eq!(parent, below.unwrap_or(&[0; 32]));
+        assert!(uuids(392) != parent && uuids(392)[..16] != uuids(392)[16..]);
+        if below.is_some() {
+            assert_eq!(number(76), 4);
+        }
+        let entry = |at: usize| number(map + 4 * at);
+        let mut stored: Vec<usize> = (0..blocks).map(entry).filter(|entry| *entry < 0xffff_fffe).collect();
+        stored.sort_unstable();
+        assert_eq!(stored, (0..allocated).collect::<Vec<_>>());
+        assert_eq!(file.len(), data + allocated * block);
+        content.resize(size, 0);
+        for at in 0..blocks {
+            let guest = at * block..size.min((at + 1) * block);
+            match entry(at) {
+                0xffff_ffff => {}
+                0xffff_fffe => content[guest].fill(0),
+                entry => {
+                    let start = data + entry * block;
+                    let len = guest.len();
+                    content[guest].copy_from_slice(&file[start..start + len]);
+                }
+            }
+        }
+    }
+    let mut expected = std::fs::read(raw).unwrap();
+    assert!(content.len() - expected.len() < 512);
+    expected.resize(content.len(), 0);
+    assert!(content == expected, "content differs");
+    if files.iter().all(|file| file[376..380] == files[0][376..380]) {
+        oracles::dissect_reads_vdi_chain(chain, raw);
     }
 }
 
@@ -142,6 +193,7 @@ fn children_store_only_the_difference() {
         let unit = match variant.format {
             "vhdx" => 4096,
             "vhd" => 8192,
+            "vdi" => 2 << 20,
             _ => 3 << 16,
         };
         assert!((1..=4 * unit).contains(&own), "{} {}: {own} bytes", variant.format, variant.parent);
@@ -198,7 +250,7 @@ fn libvmdk_reads_vmdk_children() {
 #[test]
 fn children_of_children_read_the_whole_chain() {
     require!("dissect", "qemu-img");
-    for variant in [&VARIANTS[0], &VARIANTS[4], &VARIANTS[6]] {
+    for variant in [&VARIANTS[0], &VARIANTS[4], &VARIANTS[6], &VARIANTS[9]] {
         let dir = with_parent(variant);
         let format = variant.format;
         changed().over(3 * MIB, images::noise(8, 9000)).write_raw(&dir.path().join("top.raw"));
@@ -207,18 +259,23 @@ fn children_of_children_read_the_whole_chain() {
             let line = ["convert", source, "-B", &parent, "-F", format, "-O", format, &child];
             if parent.starts_with("one") {
                 let before = snapshot(dir.path());
-                imgtool(line).within(dir.path()).go().exits(1).says("base");
+                let missing = if format == "vdi" { "parent '{" } else { "base" };
+                imgtool(line).within(dir.path()).go().exits(1).says(missing);
                 assert_eq!(snapshot(dir.path()), before);
             }
             imgtool(line).args(["--allow-external", "chain", "--verify"]).within(dir.path()).ok();
         }
         let two = format!("two.{format}");
         imgtool(["compare", "--allow-external", "chain", &two, "top.raw"]).within(dir.path()).ok();
-        assert!(own_data(dir.path(), &two) <= 2 << 16);
+        assert!(own_data(dir.path(), &two) <= if format == "vdi" { 1 << 20 } else { 2 << 16 });
         match format {
             "vhdx" => oracles::dissect_compare_vhdx(&dir.path().join(&two), &dir.path().join("top.raw")),
             "vmdk" => {
                 oracles::qemu_compare(&dir.path().join(&two), "vmdk", &dir.path().join("top.raw"), "raw");
+            }
+            "vdi" => {
+                let chain = ["base.vdi", "one.vdi", "two.vdi"].map(|name| dir.path().join(name));
+                assert_vdi_reads(&chain.each_ref().map(|path| path.as_path()), &dir.path().join("top.raw"));
             }
             _ => {}
         }
@@ -226,11 +283,12 @@ fn children_of_children_read_the_whole_chain() {
         imgtool(["convert", "top.raw", "--force", "-O", format, &format!("one.{format}")])
             .within(dir.path())
             .ok();
+        let lost = if format == "vdi" { "no allowed file is the parent" } else { "one." };
         imgtool(["compare", "--allow-external", "chain", &two, "top.raw"])
             .within(dir.path())
             .go()
             .exits(2)
-            .says("one.");
+            .says(lost);
     }
 }
 
@@ -269,7 +327,7 @@ fn a_larger_vhdx_child_has_zeros_past_its_parent() {
 }
 
 #[test]
-fn vhd_and_vmdk_children_are_as_large_as_their_parents() {
+fn vhd_vmdk_and_vdi_children_are_as_large_as_their_parents() {
     require!("dissect", "libyal", "qemu-img", "7zz");
     for variant in VARIANTS.iter().filter(|variant| variant.format != "vhdx") {
         let (dir, format) = (with_parent(variant), variant.format);
@@ -286,9 +344,14 @@ fn vhd_and_vmdk_children_are_as_large_as_their_parents() {
         }
         // Rounded up as the parent was: zeros follow, although the parent has data there.
         std::fs::copy(dir.path().join("changed.raw"), &raw).unwrap();
-        let cut = 24 * MIB - if format == "vhd" { 300_000 } else { 30_000 };
+        let rounded = match format {
+            "vhd" => 300_000,
+            "vmdk" => 30_000,
+            _ => 500,
+        };
+        let cut = 24 * MIB - rounded;
         std::fs::File::options().write(true).open(&raw).unwrap().set_len(cut).unwrap();
-        base().over(24 * MIB - 10_000, images::noise(10, 10_000)).write_raw(&dir.path().join("full.raw"));
+        base().over(24 * MIB - 400, images::noise(10, 400)).write_raw(&dir.path().join("full.raw"));
         imgtool(["convert", "full.raw", "--force", "-O", format, "-o", variant.parent, &parent])
             .within(dir.path())
             .ok();
@@ -305,11 +368,21 @@ fn refuses_parents_that_a_format_can_not_have() {
     let dir = with_parent(variant);
     imgtool(["convert", "base.raw", "-O", "vmdk", "base.vmdk"]).within(dir.path()).ok();
     imgtool(["convert", "base.raw", "-O", "vhd", "base.vhd"]).within(dir.path()).ok();
+    imgtool(["convert", "base.raw", "-O", "vdi", "base.vdi"]).within(dir.path()).ok();
     let before = snapshot(dir.path());
     for (line, code, words) in [
         (&["-f", "vhdx", "-b", "base.raw", "-F", "raw", "x"][..], 2, "must be a vhdx image"),
         (&["-f", "vhd", "-b", "base.vhdx", "-F", "vhdx", "x"], 2, "must be a vhd image"),
         (&["-f", "vmdk", "-b", "base.raw", "-F", "raw", "x"], 2, "must be a vmdk image"),
+        (&["-f", "vdi", "-b", "base.raw", "-F", "raw", "x"], 2, "must be a vdi image"),
+        (&["-f", "vdi", "-b", "base.vhd", "-F", "vdi", "x"], 1, "base.vhd"),
+        (&["-f", "vdi", "-b", "none.vdi", "-F", "vdi", "-u", "x", "1M"], 1, "none.vdi"),
+        (&["-f", "vdi", "-o", "static=on", "-b", "base.vdi", "-F", "vdi", "x"], 2, "combined"),
+        (
+            &["-f", "vdi", "-o", "block_size=4M", "-b", "base.vdi", "-F", "vdi", "x"],
+            2,
+            "2097152 bytes at most",
+        ),
         (&["-f", "vhdx", "-b", "base.raw", "-F", "vhdx", "x", "1M"], 1, "base.raw"),
         (&["-f", "vhdx", "-b", "none.vhdx", "-F", "vhdx", "x", "1M"], 1, "none.vhdx"),
         (&["-f", "vhdx", "-b", "none.vhdx", "-F", "vhdx", "-u", "x", "1M"], 1, "none.vhdx"),
@@ -339,9 +412,12 @@ fn children_of_large_disks_have_several_bitmaps() {
         .over((4 << 30) + (1 << 20), vec![0; 3 << 20])
         .over(size - 700, images::noise(3, 700));
     changed.write_raw(&dir.path().join("changed.raw"));
-    for (format, option) in
-        [("vhdx", "block_size=1M"), ("vhd", "subformat=dynamic"), ("vmdk", "adapter_type=ide")]
-    {
+    for (format, option) in [
+        ("vhdx", "block_size=1M"),
+        ("vhd", "subformat=dynamic"),
+        ("vmdk", "adapter_type=ide"),
+        ("vdi", "static=off"),
+    ] {
         let (parent, child) = (format!("base.{format}"), format!("child.{format}"));
         imgtool(["convert", "base.raw", "-O", format, "-o", option, &parent]).within(dir.path()).ok();
         let line = ["convert", "changed.raw", "-B", &parent, "-F", format, "-O", format, "--verify", &child];
@@ -351,6 +427,7 @@ fn children_of_large_disks_have_several_bitmaps() {
         match format {
             "vhdx" => oracles::dissect_compare_vhdx(&child, &raw),
             "vmdk" => oracles::qemu_compare(&child, "vmdk", &raw, "raw"),
+            "vdi" => {}
             _ => oracles::libyal_reads_child("pyvhdi", &child, &dir.path().join(parent), &raw),
         }
         assert!(imgtool_testing::occupied(&child) < 6 << 20, "{}", text(&child));

@@ -350,6 +350,8 @@ impl Header {
         raw.allocated = narrow(self.allocated);
         raw.uuid = self.uuid.to_bytes_le();
         raw.modification_uuid = self.modification_uuid.to_bytes_le();
+        raw.parent_uuid = self.parent_uuid.to_bytes_le();
+        raw.parent_modification_uuid = self.parent_modification_uuid.to_bytes_le();
         raw.logical_sector_size = narrow(SECTOR_SIZE);
         raw.as_bytes().to_vec()
     }
@@ -375,6 +377,11 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(&bytes[..len]).into_owned()
 }
 
+/// Number of an entry for a block that is not in the image.
+const ABSENT: u32 = 0xffff_ffff;
+/// Number of an entry for a block of zeros.
+const ZERO: u32 = 0xffff_fffe;
+
 /// An entry of the block map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Entry {
@@ -390,9 +397,19 @@ impl Entry {
     /// Decodes an entry.
     pub(crate) fn decode(bytes: [u8; 4]) -> Self {
         match u32::from_le_bytes(bytes) {
-            0xffff_ffff => Self::Absent,
-            0xffff_fffe => Self::Zero,
+            ABSENT => Self::Absent,
+            ZERO => Self::Zero,
             position => Self::Stored(position),
         }
+    }
+
+    /// Encodes an entry.
+    pub(crate) fn encode(self) -> [u8; 4] {
+        let number = match self {
+            Self::Absent => ABSENT,
+            Self::Zero => ZERO,
+            Self::Stored(position) => position,
+        };
+        number.to_le_bytes()
     }
 }

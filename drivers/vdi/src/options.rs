@@ -1,13 +1,16 @@
 //! The options of a new image, and the layout that follows from them.
 
 use imgtool_core::zero::ZERO_GRANULARITY;
-use imgtool_core::{CreateOptions, Error, OptionKind, OptionSpec, OptionValues, Result};
+use imgtool_core::{BackingName, CreateOptions, Error, OptionKind, OptionSpec, OptionValues, Result};
 use uuid::Uuid;
 
 use crate::layout::{ENTRY_LEN, Header, ImageType, MAX_BLOCK_SIZE, SECTOR_SIZE};
 
 /// Alignment in bytes of the map and of the first block: the default size of a block, as in VirtualBox.
 const MIB: u64 = 1 << 20;
+
+/// Maximum size in bytes of the blocks of a new image over a parent. Our limit: a block is compared as a whole.
+const MAX_CHILD_BLOCK_SIZE: u64 = 2 << 20;
 
 /// The options of a new image.
 pub(crate) const OPTIONS: &[OptionSpec] = &[
@@ -22,6 +25,18 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
         help: "unit in which space is allocated; QEMU reads only 1M",
         default: "1M",
         kind: OptionKind::PowerOfTwo { min: MIB, max: MAX_BLOCK_SIZE as u64 },
+    },
+    OptionSpec {
+        name: "backing_file",
+        help: "parent of the new image, a VDI image: only the difference to it is stored",
+        default: "none",
+        kind: OptionKind::Path,
+    },
+    OptionSpec {
+        name: "backing_fmt",
+        help: "format of the parent: vdi",
+        default: "none",
+        kind: OptionKind::Text("a format name"),
     },
     OptionSpec {
         name: "uuid",
@@ -40,10 +55,12 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
 /// The options of a new image, parsed and checked.
 #[derive(Debug, Clone)]
 pub(crate) struct VdiOptions {
-    /// True if every block is stored from the start.
-    pub(crate) fixed: bool,
+    /// Type of the image.
+    pub(crate) image_type: ImageType,
     /// Size of a block in bytes.
     block_size: u64,
+    /// Parent of a differencing image.
+    pub(crate) backing: Option<BackingName>,
     /// UUID of the image; `None` if it is derived from content and options.
     pub(crate) uuid: Option<Uuid>,
     /// UUID of the content; `None` if it is derived from content and options.
@@ -60,13 +77,32 @@ impl VdiOptions {
                 .hint("choose another format, or a name that ends in .zst or .gz"));
         }
         let values = &options.values;
+        let block_size = values.size("block_size").unwrap_or(MIB);
+        let backing = BackingName::of_same_format(values, &[crate::FORMAT])?;
+        let image_type = match (&backing, values.flag("static").unwrap_or(false)) {
+            (Some(_), true) => return Err(Error::usage("backing_file and static=on can't be combined")),
+            (Some(_), false) if block_size > MAX_CHILD_BLOCK_SIZE => {
+                return Err(Error::usage(format!(
+                    "an image over a parent has blocks of {MAX_CHILD_BLOCK_SIZE} bytes at most, not {block_size}"
+                )));
+            }
+            (Some(_), false) => ImageType::Differencing,
+            (None, true) => ImageType::Fixed,
+            (None, false) => ImageType::Dynamic,
+        };
         Ok(Self {
-            fixed: values.flag("static").unwrap_or(false),
-            block_size: values.size("block_size").unwrap_or(MIB),
+            image_type,
+            block_size,
+            backing,
             uuid: uuid(values, "uuid")?,
             modification_uuid: uuid(values, "modification_uuid")?,
             zero_unit: options.zero_unit(ZERO_GRANULARITY as u64),
         })
+    }
+
+    /// True if every block is stored from the start.
+    pub(crate) fn is_fixed(&self) -> bool {
+        self.image_type == ImageType::Fixed
     }
 
     /// Returns the header of a new image for a device of `size` bytes, without UUIDs and the number of stored
@@ -91,7 +127,7 @@ impl VdiOptions {
         }
         Ok(Header {
             version: 0,
-            image_type: if self.fixed { ImageType::Fixed } else { ImageType::Dynamic },
+            image_type: self.image_type,
             comment: String::new(),
             map_offset: MIB,
             data_offset: data_offset.max(2 * MIB),

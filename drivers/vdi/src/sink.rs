@@ -1,15 +1,18 @@
 //! Measuring and creating images.
 
+use imgtool_core::base::Base;
 use imgtool_core::block_sink::{BlockLayout, BlockSettings, BlockSink, measure};
 use imgtool_core::fingerprint::Fingerprint;
 use imgtool_core::table::TableWriter;
 use imgtool_core::{
-    CreateOptions, Error, ImageSink, ImageSource, ImageWriter, Manifest, Measure, Output, OutputFactory,
-    Result, TableMemory,
+    BackingName, CreateOptions, Error, ImageInfo, ImageSink, ImageSource, ImageWriter, Manifest, Measure,
+    Output, OutputFactory, Result, TableMemory,
 };
+use uuid::Uuid;
 
 use crate::layout::{ENTRY_LEN, Entry, Header};
 use crate::options::VdiOptions;
+use crate::source::{MODIFICATION_UUID, UUID};
 
 /// Writer of images with these options.
 #[derive(Debug)]
@@ -23,6 +26,14 @@ impl VdiWriter {
 }
 
 impl ImageWriter for VdiWriter {
+    fn backing(&self) -> Option<BackingName> {
+        self.0.backing.clone()
+    }
+
+    fn describes_backing(&self) -> bool {
+        true
+    }
+
     fn tables(&self, manifest: &Manifest) -> TableMemory {
         let header = manifest.single(crate::FORMAT).and_then(|device| self.0.layout(device.size));
         header.map_or(TableMemory::default(), |header| TableWriter::memory(header.blocks * ENTRY_LEN))
@@ -44,14 +55,20 @@ impl ImageWriter for VdiWriter {
             return Err(Error::unsupported("VDI needs the size of a disk before its data")
                 .hint("save the stream to a file first"));
         }
-        let header = options.layout(device.size).map_err(|e| e.device(&*device.name))?;
+        let mut header = options.layout(device.size).map_err(|e| e.device(&*device.name))?;
+        if options.backing.is_some() {
+            let info = manifest.base_info.as_ref().ok_or_else(|| {
+                Error::usage("a differencing VDI image needs its parent, to store its identifiers")
+            })?;
+            name_parent(&mut header, info).map_err(|e| e.device(&*device.name))?;
+        }
         let output = outputs.main()?;
         if output.is_stream() {
             return Err(Error::unsupported("a VDI image can't be written to a stream")
                 .path(output.location())
                 .hint("write to a file"));
         }
-        let blocks = if options.fixed { header.blocks } else { 0 };
+        let blocks = if options.is_fixed() { header.blocks } else { 0 };
         let min_len = header.data_offset + blocks * header.block_size;
         if let Some(capacity) = output.capacity().filter(|capacity| *capacity < min_len) {
             return Err(Error::refused(format!(
@@ -68,14 +85,45 @@ impl ImageWriter for VdiWriter {
             manifest.tables,
         );
         let layout = VdiLayout { header, options: options.clone(), device_size: device.size };
-        Ok(Box::new(BlockSink::new(output, map, layout, self.settings(device.size))))
+        let sink = BlockSink::new(output, map, layout, self.settings(device.size));
+        Ok(match manifest.base.clone().filter(|_| options.backing.is_some()) {
+            Some(base) => Box::new(sink.over(Base::new(base))),
+            None => Box::new(sink),
+        })
     }
 }
 
 impl VdiWriter {
     fn settings(&self, device_size: u64) -> BlockSettings {
-        BlockSettings { device_size, fixed: self.0.fixed, zero_unit: self.0.zero_unit }
+        BlockSettings { device_size, fixed: self.0.is_fixed(), zero_unit: self.0.zero_unit }
     }
+}
+
+/// Enters the parent with these facts into the header of its child.
+///
+/// # Errors
+/// `Unsupported` if the parent is no VDI image with both UUIDs, or has another size than the child: VirtualBox makes
+/// children of the size of their parent alone.
+fn name_parent(header: &mut Header, parent: &ImageInfo) -> Result<()> {
+    let uuid = |key: &str| {
+        let fact = parent.facts.iter().find(|fact| fact.key == key);
+        let uuid = fact.and_then(|fact| fact.value.as_str()).and_then(|text| Uuid::try_parse(text).ok());
+        uuid.filter(|uuid| !uuid.is_nil()).ok_or_else(|| {
+            Error::unsupported(format!("the parent of a VDI image must be a VDI image with a {key}"))
+                .hint("convert the parent to a new VDI image first")
+        })
+    };
+    header.parent_uuid = uuid(UUID)?;
+    header.parent_modification_uuid = uuid(MODIFICATION_UUID)?;
+    let size = parent.single("a VDI image")?.size;
+    if size != header.virtual_size {
+        return Err(Error::unsupported(format!(
+            "the disk has {} bytes, and its parent {size}: a differencing VDI image is as large as its parent",
+            header.virtual_size
+        ))
+        .hint("choose VHDX or qcow2 for the new image, or a parent of the same size"));
+    }
+    Ok(())
 }
 
 /// The layout and the properties of a new image.
@@ -109,11 +157,20 @@ impl BlockLayout for VdiLayout {
 
     fn allocate(&self, map: &mut TableWriter, index: u64, position: u64) -> Result<()> {
         // `VdiOptions::layout` bounds the number of blocks.
-        map.set(index, u32::try_from(position).unwrap_or(u32::MAX).to_le_bytes())
+        map.set(index, Entry::Stored(u32::try_from(position).unwrap_or(u32::MAX)).encode())
+    }
+
+    fn set_zero(&self, map: &mut TableWriter, index: u64) -> Result<()> {
+        map.set(index, Entry::Zero.encode())
     }
 
     fn finish(&self, output: &Output, blocks: u64, fingerprint: &Fingerprint) -> Result<()> {
-        let parameters = [self.device_size, self.header.block_size, u64::from(self.options.fixed)];
+        let mut parameters =
+            vec![self.device_size, self.header.block_size, u64::from(self.options.is_fixed())];
+        for parent in [self.header.parent_uuid, self.header.parent_modification_uuid] {
+            let (high, low) = parent.as_u64_pair();
+            parameters.extend((!parent.is_nil()).then_some([high, low]).into_iter().flatten());
+        }
         let derived = |purpose| fingerprint.guid(purpose, &parameters);
         let header = Header {
             allocated: blocks,
@@ -131,11 +188,19 @@ impl BlockLayout for VdiLayout {
 
     fn notes(&self) -> Vec<String> {
         let virtual_size = self.header.virtual_size;
-        let rounded = virtual_size != self.device_size;
-        let note = format!(
-            "virtual size rounded up from {} to {virtual_size} bytes, a multiple of a sector",
-            self.device_size
-        );
-        rounded.then_some(note).into_iter().collect()
+        let mut notes = Vec::new();
+        if virtual_size != self.device_size {
+            notes.push(format!(
+                "virtual size rounded up from {} to {virtual_size} bytes, a multiple of a sector",
+                self.device_size
+            ));
+        }
+        if !self.header.parent_uuid.is_nil() {
+            notes.push(format!(
+                "a VDI image stores no name of its parent, only its UUID {}: keep both in one directory",
+                self.header.parent_uuid
+            ));
+        }
+        notes
     }
 }

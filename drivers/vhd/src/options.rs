@@ -105,7 +105,7 @@ impl VhdOptions {
             }
         };
         let seconds = options.source_date_epoch.map_or(0, |seconds| seconds.saturating_sub(EPOCH).max(0));
-        let backing = BackingName::of_same_format(values, &[crate::FORMAT, "vpc"])?;
+        let backing = BackingName::storable(values, &[crate::FORMAT, "vpc"])?;
         let disk_type = match &backing {
             Some(_) if is_fixed => {
                 return Err(Error::usage("backing_file and subformat=fixed can't be combined"));

@@ -125,7 +125,7 @@ impl VhdxOptions {
         let values = &options.values;
         let size = |name: &str, default: u64| values.size(name).unwrap_or(default);
         let fixed = values.text("subformat") == Some("fixed");
-        let backing = BackingName::of_same_format(values, &[crate::FORMAT])?;
+        let backing = BackingName::storable(values, &[crate::FORMAT])?;
         if let Some(backing) = &backing {
             check_backing(backing, fixed)?;
         }

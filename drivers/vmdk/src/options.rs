@@ -139,7 +139,7 @@ impl VmdkOptions {
     /// Parses the options. Compression is a property of streams.
     pub(crate) fn parse(options: &CreateOptions) -> Result<Self> {
         let values = &options.values;
-        let backing = BackingName::of_same_format(values, &[crate::FORMAT])?;
+        let backing = BackingName::storable(values, &[crate::FORMAT])?;
         let default = if backing.is_some() { "monolithicSparse" } else { "streamOptimized" };
         let name = values.text("subformat").unwrap_or(default);
         let subformat = SUBFORMATS.iter().find(|(known, _)| *known == name);

@@ -3,13 +3,15 @@
 //!
 //! In a dynamic image, the sink allocates a block at the end of the file when the block's first data arrives.
 //! The file grows by the whole block, but only the data is written; the rest of the block is a hole, or
-//! zeroed if the target already exists. In a fixed image, every block has its place from the start. A driver
-//! implements [`BlockLayout`]: the offsets, the entries of its table, and its headers.
+//! zeroed if the target already exists. In a fixed image, every block has its place from the start. An image
+//! over a parent contains the blocks that differ from the parent, as a whole. A driver implements
+//! [`BlockLayout`]: the offsets, the entries of its table, and its headers.
 
 use std::fmt;
 use std::ops::Range;
 use std::sync::Mutex;
 
+use crate::base::{self, Base};
 use crate::buffer::BufferPool;
 use crate::device::{Device, OutputId, SinkDevice};
 use crate::driver::Measure;
@@ -54,6 +56,15 @@ pub trait BlockLayout: Send + Sync {
     /// Any error of the table.
     fn allocate(&self, table: &mut TableWriter, index: u64, position: u64) -> Result<()>;
 
+    /// Enters the block `index` of the disk as zeros, which hide the parent. Called only with
+    /// [`BlockSink::over`].
+    ///
+    /// # Errors
+    /// Any error of the table; [`crate::ErrorKind::Unsupported`] by default.
+    fn set_zero(&self, _table: &mut TableWriter, index: u64) -> Result<()> {
+        Err(Error::unsupported(format!("the format has no entry for block {index} of zeros")))
+    }
+
     /// Writes everything but the blocks and the table: the headers, the first bytes of the file last. The
     /// file contains `blocks` blocks; its length is the end of the last one.
     ///
@@ -76,6 +87,8 @@ pub struct BlockSink<L> {
     fixed: bool,
     /// Length in bytes of the shortest run of zeros that becomes a hole; `None` if all zeros are stored.
     zero_unit: Option<u64>,
+    /// Content of the parent, for an image that stores only what differs.
+    base: Option<Base>,
     layout: L,
     fingerprint: Fingerprint,
     allocation: Mutex<Allocation>,
@@ -160,7 +173,13 @@ impl<L: BlockLayout> BlockSink<L> {
         let BlockSettings { device_size, fixed, zero_unit } = settings;
         let allocation = Mutex::new(Allocation { table, blocks: 0 });
         let fingerprint = Fingerprint::default();
-        Self { outputs: [output], device_size, fixed, zero_unit, layout, fingerprint, allocation }
+        Self { outputs: [output], device_size, fixed, zero_unit, base: None, layout, fingerprint, allocation }
+    }
+
+    /// Leaves out the blocks in which the disk equals `base`, unless all zeros are stored. Blocks have at most
+    /// 2 MiB.
+    pub fn over(self, base: Base) -> Self {
+        Self { base: Some(base).filter(|_| self.zero_unit.is_some()), ..self }
     }
 
     fn output(&self) -> &Output {
@@ -168,15 +187,18 @@ impl<L: BlockLayout> BlockSink<L> {
         output
     }
 
+    fn add_to_fingerprint(&self, piece: &SinkPiece, nonzero: &[Range<usize>]) {
+        let Some(data) = &piece.data else { return };
+        for run in nonzero {
+            self.fingerprint.add(piece.start + run.start as u64, &data[run.clone()]);
+        }
+    }
+
     /// Adds the content to the fingerprint, and returns the piece with the runs to store. The fingerprint
     /// depends on the content alone, not on which zeros are stored.
     fn runs_to_store(&self, piece: SinkPiece, pool: &BufferPool) -> (SinkPiece, Vec<Range<usize>>) {
         let nonzero = piece.nonzero_runs(ZERO_GRANULARITY);
-        for run in &nonzero {
-            if let Some(data) = &piece.data {
-                self.fingerprint.add(piece.start + run.start as u64, &data[run.clone()]);
-            }
-        }
+        self.add_to_fingerprint(&piece, &nonzero);
         match self.zero_unit {
             None => {
                 let piece = piece.with_zeros_as_data(pool);
@@ -233,9 +255,17 @@ impl<L: BlockLayout> BlockSink<L> {
 impl<L: BlockLayout> Consumer for BlockSink<L> {
     fn geometry(&self, _device: SinkDevice) -> Geometry {
         let piece_len = PIECE_LEN.max(self.zero_unit.unwrap_or(0));
+        // A unit of zero detection is stored or left out as a whole.
+        let granule = self.zero_unit.unwrap_or(0).max(ZERO_GRANULARITY as u64);
+        if self.base.is_some() {
+            // So is a block over a parent.
+            let granule = granule.max(self.layout.block_size());
+            let piece_len = piece_len.max(granule);
+            let max_zero_len = base::MAX_ZERO_LEN;
+            return Geometry { granule, granule_required: true, piece_len, max_zero_len, ordered: true };
+        }
         Geometry {
-            // A unit of zero detection is stored or left out as a whole.
-            granule: self.zero_unit.unwrap_or(0).max(ZERO_GRANULARITY as u64),
+            granule,
             granule_required: false,
             piece_len,
             max_zero_len: if self.zero_unit.is_some() { u64::MAX } else { piece_len },
@@ -244,6 +274,14 @@ impl<L: BlockLayout> Consumer for BlockSink<L> {
     }
 
     fn prepare(&self, piece: SinkPiece, pool: &BufferPool) -> Result<Prepared> {
+        if let (Some(base), Some(zero_unit)) = (&self.base, self.zero_unit) {
+            self.add_to_fingerprint(&piece, &piece.nonzero_runs(ZERO_GRANULARITY));
+            let block_size = self.layout.block_size();
+            // At most 2 MiB.
+            let parts = base.differences(&piece, block_size, zero_unit.max(block_size) as usize, pool)?;
+            let parts = without_zeros(parts, piece.start, &piece.nonzero_runs(zero_unit as usize));
+            return Ok(Prepared { parts: base::cut(parts, block_size), ..Prepared::new(piece) });
+        }
         let (piece, runs) = self.runs_to_store(piece, pool);
         let (start, end) = (piece.start, piece.end());
         let mut parts = Vec::new();
@@ -254,6 +292,12 @@ impl<L: BlockLayout> Consumer for BlockSink<L> {
             parts = fill_gaps(parts, start, end);
         }
         Ok(Prepared { parts, ..Prepared::new(piece) })
+    }
+
+    fn worker_memory(&self) -> u64 {
+        // A piece is compared with a buffer of the base, of a block or a unit of zeros.
+        let buffer = self.layout.block_size().max(self.zero_unit.unwrap_or(0));
+        self.base.as_ref().map_or(0, |base| base.reader_memory() + buffer)
     }
 }
 
@@ -275,6 +319,10 @@ impl<L: BlockLayout> ImageSink for BlockSink<L> {
         let mut allocation = lock(&self.allocation);
         for part in &prepared.parts {
             let index = part.guest.start / block_size;
+            if self.base.is_some() && matches!(part.bytes, Bytes::Zero(_)) {
+                self.layout.set_zero(&mut allocation.table, index)?;
+                continue;
+            }
             let data_offset = self.block_data(&mut allocation, index, writes)?;
             writes.push(OutputId::MAIN, data_offset + part.guest.start % block_size, part.bytes.clone());
         }
@@ -304,6 +352,25 @@ impl<L: BlockLayout> ImageSink for BlockSink<L> {
     fn notes(&self) -> Vec<String> {
         self.layout.notes()
     }
+}
+
+/// Limits the data of `parts` to `runs`, which count from the start of the piece at guest offset `start`. The
+/// rest of a stored block reads as zeros.
+fn without_zeros(parts: Vec<Part>, start: u64, runs: &[Range<usize>]) -> Vec<Part> {
+    let mut kept = Vec::new();
+    for part in parts {
+        let Bytes::Data(data) = &part.bytes else {
+            kept.push(part);
+            continue;
+        };
+        let first = runs.partition_point(|run| run.end <= data.start);
+        for run in runs[first..].iter().take_while(|run| run.start < data.end) {
+            let run = run.start.max(data.start)..run.end.min(data.end);
+            let guest = start + run.start as u64..start + run.end as u64;
+            kept.push(Part { guest, bytes: Bytes::Data(run) });
+        }
+    }
+    kept
 }
 
 /// Fills the gaps around `parts`, from guest offset `start` to `end`, with parts of zeros.

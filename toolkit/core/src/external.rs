@@ -268,11 +268,29 @@ pub struct BackingName {
 
 impl BackingName {
     /// Parses the options `backing_file` and `backing_fmt` of a format whose images can only be the children
+    /// of images of the same format, which is called one of `names`, and store the name as a Windows path.
+    ///
+    /// # Errors
+    /// Same as [`BackingName::of_same_format`]; [`crate::ErrorKind::Unsupported`] for a file name that has no
+    /// counterpart on Windows.
+    pub fn storable(values: &OptionValues, names: &[&str]) -> Result<Option<Self>> {
+        let backing = Self::of_same_format(values, names)?;
+        let is_foreign = |c: char| c == '\\' || c == '"' || c.is_control();
+        match backing {
+            Some(Self { name, format }) if name.contains(is_foreign) => Err(Error::unsupported(format!(
+                "a {format} image can't name the parent '{}'",
+                escape_control(&name)
+            ))
+            .hint("choose a name without quotes, backslashes and control characters")),
+            backing => Ok(backing),
+        }
+    }
+
+    /// Parses the options `backing_file` and `backing_fmt` of a format whose images can only be the children
     /// of images of the same format, which is called one of `names`.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Usage`] if one is missing, or names another format; [`crate::ErrorKind::Unsupported`]
-    /// for a file name that has no counterpart on Windows.
+    /// [`crate::ErrorKind::Usage`] if one is missing, or names another format.
     pub fn of_same_format(values: &OptionValues, names: &[&str]) -> Result<Option<Self>> {
         let format = names.first().copied().unwrap_or_default();
         match (values.text("backing_file"), values.text("backing_fmt")) {
@@ -284,13 +302,6 @@ impl BackingName {
                 "the parent of a {format} image must be a {format} image, not {other}"
             ))
             .hint("convert the parent first, or choose qcow2 for the new image")),
-            (Some(name), Some(_)) if name.contains(|c: char| c == '\\' || c == '"' || c.is_control()) => {
-                Err(Error::unsupported(format!(
-                    "a {format} image can't name the parent '{}'",
-                    escape_control(name)
-                ))
-                .hint("choose a name without quotes, backslashes and control characters"))
-            }
             (Some(name), Some(_)) => Ok(Some(Self { name: name.to_owned(), format: format.to_owned() })),
         }
     }

@@ -385,7 +385,8 @@ impl ExternalOpener for PolicyOpener {
                 .filter_map(|path| std::path::absolute(path).ok())
                 .filter_map(|path| path.to_str().map(str::to_owned)),
         );
-        if let Some(path) = from.path().filter(|_| self.policy.chain) {
+        // The caller supplies all files of an output that is verified, which does not have its name yet.
+        if let Some(path) = from.path().filter(|_| self.policy.chain && self.supplied.is_empty()) {
             names.extend(files_beside(&canonical(path, role)?, extension)?);
         }
         Ok(names)

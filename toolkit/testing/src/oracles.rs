@@ -18,7 +18,8 @@ mod libyal;
 mod qemu;
 
 pub use dissect::{
-    SeenArchive, SeenDevice, dissect_compare_vhdx, dissect_disks, dissect_read_qcow2, dissect_vma,
+    SeenArchive, SeenDevice, dissect_compare_vhdx, dissect_disks, dissect_read_qcow2,
+    dissect_reads_vdi_chain, dissect_vma,
 };
 pub use libvhdi::{VhdiMount, vhdi_info};
 pub use libvmdk::{VmdkMount, seven_zip};

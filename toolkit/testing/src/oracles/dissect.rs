@@ -160,6 +160,30 @@ pub fn dissect_compare_vhdx(vhdx: &Path, raw: &Path) {
     python_script(COMPARE, &[text(vhdx), text(raw)]);
 }
 
+const VDI_CHAIN: &str = r"
+import sys
+from dissect.hypervisor.disk.vdi import VDI
+*images, raw = [open(path, 'rb') for path in sys.argv[1:]]
+stream = None
+for image in images:
+    disk = VDI(image, parent=stream)
+    stream = disk.open()
+# One block at a time: dissect.hypervisor 3.21 takes neighbours in the disk for neighbours in the file.
+for at in range(0, disk.size, disk.block_size):
+    n = min(disk.block_size, disk.size - at)
+    assert stream.read(n) == raw.read(n).ljust(n, b'\0'), 'content differs at %d..%d' % (at, at + n)
+assert not raw.read(1), 'the disk is smaller: %d bytes' % disk.size
+";
+
+/// Asserts that dissect.hypervisor reads the content of a raw file, possibly rounded up, from the last of
+/// `chain`, VDI images with blocks of one size of which each is the parent of the next.
+#[track_caller]
+pub fn dissect_reads_vdi_chain(chain: &[&Path], raw: &Path) {
+    let mut args: Vec<&str> = chain.iter().map(|path| text(path)).collect();
+    args.push(text(raw));
+    python_script(VDI_CHAIN, &args);
+}
+
 const RANGES: &str = "
 import sys
 from dissect.hypervisor.disk.qcow2 import QCow2
