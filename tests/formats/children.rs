@@ -172,6 +172,9 @@ fn new_children_read_as_their_parents() {
         assert_reads(dir.path(), variant.format, &child, "base.raw");
         let info = imgtool(["info", "--output", "json", &child]).within(dir.path()).ok().json();
         assert_eq!(info["virtual-size"], 24 * MIB, "{}", variant.parent);
+        let chain = ["info", "--output", "json", "--backing-chain", "--allow-external", "chain", &child];
+        let chain = imgtool(chain).within(dir.path()).ok().json();
+        assert_eq!(chain.as_array().map(Vec::len), Some(2), "{chain}");
         // Nothing but tables.
         assert!(imgtool_testing::occupied(&dir.path().join(&child)) < 600 << 10, "{}", variant.parent);
     }

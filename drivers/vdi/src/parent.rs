@@ -8,22 +8,27 @@ use imgtool_core::{Disk, Error, ErrorKind, Input, OpenOptions, Reference, Remedy
 use uuid::Uuid;
 
 use crate::image::Image;
-use crate::layout::{Header, ImageType, MAX_HEADER_LEN};
+use crate::layout::{Header, MAX_HEADER_LEN};
 
-/// Returns the reference to the parent, for `info`; empty if the image has no parent.
-pub(crate) fn references(image: &Image) -> Vec<Reference> {
-    let is_child = image.header.image_type == ImageType::Differencing;
-    let name = format!("{{{}}}", image.header.parent_uuid);
-    let reference = Reference { role: "parent", name, format: Some(crate::FORMAT.to_owned()) };
-    is_child.then_some(reference).into_iter().collect()
+/// Returns the reference to the parent with the name that [`find`] returned, or its UUID.
+pub(crate) fn reference(image: &Image, found: Option<&str>) -> Reference {
+    let name = found.map_or_else(|| format!("{{{}}}", image.header.parent_uuid), str::to_owned);
+    Reference { role: "parent", name, format: Some(crate::FORMAT.to_owned()) }
 }
 
-/// Opens the parent of an image: the first candidate with the UUIDs that the image names.
+/// Opens the parent that [`find`] returned.
+pub(crate) fn open(name: &str, image: &Image, options: &OpenOptions) -> Result<Disk> {
+    let from = image.input.location();
+    let source = options.externals.open_image("parent", name, from, Some(crate::FORMAT), options)?;
+    Disk::only(source, &format!("parent '{name}'"))
+}
+
+/// Returns the name of the parent of an image: the first candidate with the UUIDs that the image names.
 ///
 /// # Errors
 /// `Refused` if the user allowed no files, or if none of them is the parent; `Corrupt` if the parent was found, but
 /// its content has changed since; the first error of a candidate if one could not be read.
-pub(crate) fn open(image: &Image, options: &OpenOptions) -> Result<Disk> {
+pub(crate) fn find(image: &Image, options: &OpenOptions) -> Result<String> {
     let uuid = image.header.parent_uuid;
     let content = image.header.parent_modification_uuid;
     let from = image.input.location();
@@ -41,8 +46,7 @@ pub(crate) fn open(image: &Image, options: &OpenOptions) -> Result<Disk> {
             changed = changed.or(Some((name, found.modification_uuid)));
             continue;
         }
-        let source = options.externals.open_image("parent", &name, from, Some(crate::FORMAT), options)?;
-        return Disk::only(source, &format!("parent '{name}'"));
+        return Ok(name);
     }
     Err(match (changed, unreadable) {
         (Some((name, found)), _) => changed_parent(&name, found, content),
@@ -63,6 +67,5 @@ fn changed_parent(name: &str, found: Uuid, expected: Uuid) -> Error {
 /// Reads the header of a candidate; `None` if the file is not a VDI image.
 fn header(input: Input) -> Result<Option<Header>> {
     let input = input.into_random()?;
-    let len = input.len().min(MAX_HEADER_LEN as u64) as usize;
-    Ok(Header::decode(&input.read_vec(0, len)?).ok())
+    Ok(Header::decode(&input.read_head(MAX_HEADER_LEN)?).ok())
 }

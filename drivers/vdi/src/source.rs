@@ -17,12 +17,16 @@ pub(crate) const MODIFICATION_UUID: &str = "modification-uuid";
 /// Opens an image and, unless only information is needed, its parent.
 pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
     let image = Image::open(input, options.externals.depth(), &options.memory)?;
-    let is_child = image.header.image_type == ImageType::Differencing;
-    let parent = match is_child && !options.info_only {
-        true => Some(parent::open(&image, options).map_err(|e| e.path(image.input.location()))?),
-        false => None,
-    };
-    let info = describe(&image);
+    let mut info = describe(&image);
+    let mut parent = None;
+    if image.header.image_type == ImageType::Differencing {
+        let found = parent::find(&image, options).map_err(|e| e.path(image.input.location()));
+        info.references = vec![parent::reference(&image, found.as_deref().ok())];
+        if !options.info_only {
+            let opened = parent::open(&found?, &image, options);
+            parent = Some(opened.map_err(|e| e.path(image.input.location()))?);
+        }
+    }
     Ok(Arc::new(LayeredSource::new(info, image, parent, options.salvage)))
 }
 
@@ -33,7 +37,6 @@ fn describe(image: &Image) -> ImageInfo {
         format: crate::FORMAT,
         devices: vec![Device::disk(DISK.0, DISK_NAME, header.virtual_size)],
         cluster_size: Some(header.block_size),
-        references: parent::references(image),
         ..ImageInfo::default()
     };
     info.fact("subformat", "type", header.image_type.name());

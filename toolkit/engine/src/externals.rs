@@ -374,7 +374,7 @@ impl ExternalOpener for PolicyOpener {
         from: &Location,
         extension: &str,
     ) -> Result<Vec<String>> {
-        if !self.policy.chain && self.policy.paths.is_empty() {
+        if !self.policy.chain && self.policy.paths.is_empty() && self.supplied.is_empty() {
             return Err(refusal(role, identity, from));
         }
         let mut names: Vec<String> = self.supplied.keys().cloned().collect();
