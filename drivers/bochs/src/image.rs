@@ -36,29 +36,18 @@ impl Image {
     /// Any error of [`Header::decode`]; `Corrupt` if the file ends within the catalog.
     pub(crate) fn open(input: Input, depth: usize, memory: &Memory) -> Result<Self> {
         let input = input.into_random()?;
-        // At most `HEADER_LEN`, so it fits.
-        let len = input.len().min(HEADER_LEN) as usize;
-        let header = Header::decode(&input.read_vec(0, len)?).map_err(|e| e.path(input.location()))?;
+        let header =
+            Header::decode(&input.read_head(HEADER_LEN as usize)?).map_err(|e| e.path(input.location()))?;
         let len = header.entries * ENTRY_LEN;
         let catalog = PagedTable::new(input.clone(), header.catalog_offset, len, depth, memory)?;
         let bytes = PagedTable::new(input.clone(), 0, input.len(), depth, memory)?;
         let image = Self { input, header, catalog, bytes };
-        image.check_shared(memory).map_err(|e| e.path(image.input.location()))?;
+        let header = &image.header;
+        let offset = |entry| header.extent_offset(entry);
+        // Bitmaps that are used several times.
+        SharedTables::check::<4>(&image.catalog, 0..header.extents(), header.bitmap_len, memory, offset)
+            .map_err(|e| e.path(image.input.location()))?;
         Ok(image)
-    }
-
-    /// Refuses an image many of whose bitmaps are used several times.
-    fn check_shared(&self, memory: &Memory) -> Result<()> {
-        let mut shared = SharedTables::new(self.header.bitmap_len, memory)?;
-        let mut index = 0;
-        while index < self.header.extents() {
-            let (entry, equal) = self.catalog.run::<4>(index, self.header.extents() - index)?;
-            if let Some(extent) = self.header.extent_offset(entry) {
-                shared.add(extent, equal)?;
-            }
-            index += equal;
-        }
-        Ok(())
     }
 
     fn lookup(&self, guest_offset: u64, max_len: u64) -> Result<Segment> {

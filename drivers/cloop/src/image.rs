@@ -47,9 +47,8 @@ impl Image {
     /// Any error of [`Header::decode`]; `Corrupt` if the file ends within the table.
     pub(crate) fn open(input: Input, depth: usize, memory: &Memory) -> Result<Self> {
         let input = input.into_random()?;
-        // At most `HEADER_LEN`, so it fits.
-        let len = input.len().min(HEADER_LEN) as usize;
-        let header = Header::decode(&input.read_vec(0, len)?).map_err(|e| e.path(input.location()))?;
+        let header =
+            Header::decode(&input.read_head(HEADER_LEN as usize)?).map_err(|e| e.path(input.location()))?;
         let table = PagedTable::new(input.clone(), HEADER_LEN, header.table_len(), depth, memory)?;
         let decoded = DecodedUnits::new(header.block_size, depth, memory)?;
         Ok(Self { input, header, table, decoded })
@@ -98,11 +97,17 @@ impl SegmentMap for Image {
     fn segment(&self, guest_offset: u64, max_len: u64) -> Result<Segment> {
         let block_size = self.header.block_size;
         self.stored(guest_offset / block_size).map_err(|error| self.in_block(error, guest_offset))?;
-        Ok(Segment { len: self.to_unit_end(guest_offset, max_len), origin: Origin::Encoded })
+        let len = (block_size - guest_offset % block_size).min(max_len);
+        Ok(Segment { len, origin: Origin::Encoded })
     }
 
     fn to_unit_end(&self, guest_offset: u64, max_len: u64) -> u64 {
-        (self.header.block_size - guest_offset % self.header.block_size).min(max_len)
+        let block_size = self.header.block_size;
+        let (index, within) = (guest_offset / block_size, guest_offset % block_size);
+        // Equal offsets enclose blocks without bytes, all of them lost: billions if the table is a hole of the file.
+        let max_offsets = (within + max_len).div_ceil(block_size).saturating_add(1);
+        let blocks = self.table.run::<8>(index, max_offsets).map_or(1, |(_, equal)| (equal - 1).max(1));
+        (blocks * block_size - within).min(max_len)
     }
 
     fn file(&self, _index: usize) -> &dyn StoredBytes {

@@ -37,9 +37,7 @@ impl LuksSource {
     /// Those of [`Header::parse`] and [`Header::unlock`].
     pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Self> {
         let input = input.into_random()?;
-        // At most HEADER_LEN.
-        let head_len = input.len().min(HEADER_LEN as u64) as usize;
-        let header = Header::parse(&input.read_vec(0, head_len)?).map_err(refer_to_raw)?;
+        let header = Header::parse(&input.read_head(HEADER_LEN)?).map_err(refer_to_raw)?;
         let start = header.payload_offset;
         let size = content_len(&input, start)?;
         let wants_content = !options.info_only && !options.layout_only;

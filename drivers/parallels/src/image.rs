@@ -48,9 +48,8 @@ impl Image {
     /// Any error of [`Header::decode`]; `Corrupt` if the file ends within the table.
     pub(crate) fn open(input: Input, depth: usize, memory: &Memory) -> Result<Self> {
         let input = input.into_random()?;
-        // At most `HEADER_LEN`, so it fits.
-        let len = input.len().min(HEADER_LEN) as usize;
-        let header = Header::decode(&input.read_vec(0, len)?).map_err(|e| e.path(input.location()))?;
+        let header =
+            Header::decode(&input.read_head(HEADER_LEN as usize)?).map_err(|e| e.path(input.location()))?;
         let table = PagedTable::new(input.clone(), HEADER_LEN, header.entries * ENTRY_LEN, depth, memory)?;
         Ok(Self { input, header, table })
     }

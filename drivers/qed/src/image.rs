@@ -48,9 +48,8 @@ impl Image {
     /// Any error of [`Header::decode`]; `Corrupt` if the file ends within the first table.
     pub(crate) fn open(input: Input, depth: usize, memory: &Memory) -> Result<Self> {
         let input = input.into_random()?;
-        // At most `HEADER_LEN`, so it fits.
-        let len = input.len().min(HEADER_LEN) as usize;
-        let header = Header::decode(&input.read_vec(0, len)?).map_err(|e| e.path(input.location()))?;
+        let header =
+            Header::decode(&input.read_head(HEADER_LEN as usize)?).map_err(|e| e.path(input.location()))?;
         let backing = match header.backing {
             // At most `MAX_NAME_LEN`, so it fits.
             Some((at, len)) => Some(String::from_utf8_lossy(&input.read_vec(at, len as usize)?).into_owned()),
@@ -60,23 +59,16 @@ impl Image {
             .map_err(|e| e.path(input.location()))?;
         let entries = PagedTable::new(input.clone(), 0, input.len(), depth, memory)?;
         let image = Self { input, header, backing, entries };
-        image.check_shared(memory).map_err(|e| e.path(image.input.location()))?;
+        let header = &image.header;
+        let first = header.l1_offset / ENTRY_LEN;
+        let tables = first..first + header.virtual_size.div_ceil(header.l2_span());
+        let offset = |entry| match Entry::decode(entry) {
+            Entry::At(table) => Some(table),
+            Entry::Zero | Entry::Absent => None,
+        };
+        SharedTables::check::<8>(&image.entries, tables, header.table_len, memory, offset)
+            .map_err(|e| e.path(image.input.location()))?;
         Ok(image)
-    }
-
-    /// Refuses an image many of whose tables are used several times.
-    fn check_shared(&self, memory: &Memory) -> Result<()> {
-        let tables = self.header.virtual_size.div_ceil(self.header.l2_span());
-        let mut shared = SharedTables::new(self.header.table_len, memory)?;
-        let mut index = 0;
-        while index < tables {
-            let (entry, equal) = self.entry(self.header.l1_offset, index, tables - index)?;
-            if let Entry::At(table) = entry {
-                shared.add(table, equal)?;
-            }
-            index += equal;
-        }
-        Ok(())
     }
 
     /// Returns the entry `index` of the table at `table_offset`, and the number of equal entries from there
@@ -156,7 +148,13 @@ impl SegmentMap for Image {
     }
 
     fn to_unit_end(&self, guest_offset: u64, max_len: u64) -> u64 {
-        (self.header.cluster_size - guest_offset % self.header.cluster_size).min(max_len)
+        let span = self.header.l2_span();
+        let index = guest_offset / span;
+        let table = self.entry(self.header.l1_offset, index, 1);
+        // All that a lost table maps is lost.
+        let is_lost = table.and_then(|(entry, _)| self.check_l2(entry, index)).is_err();
+        let unit = if is_lost { span } else { self.header.cluster_size };
+        (unit - guest_offset % unit).min(max_len)
     }
 
     fn file(&self, _index: usize) -> &dyn StoredBytes {

@@ -44,6 +44,17 @@ impl Image {
         if self.header.image_type == ImageType::Differencing { Origin::Parent } else { Origin::Hole }
     }
 
+    /// Returns the error for `equal` entries of the map from `index` on that refer to one block.
+    fn shared_block(&self, index: u64, equal: u64, position: u32) -> Error {
+        Error::corrupt(format!(
+            "map entries {index} to {} refer to one block, at {}",
+            index + equal - 1,
+            self.header.block_data(position)
+        ))
+        .at(self.map.entry_offset::<4>(index))
+        .remedied_by(Remedy::Salvage("the map is damaged: use a backup".into()))
+    }
+
     /// Returns the file offset of the data of a stored block. The file must contain the bytes that the disk
     /// uses.
     fn stored_block(&self, index: u64, position: u32) -> Result<u64> {
@@ -70,21 +81,31 @@ impl SegmentMap for Image {
             let start = index * block_size;
             error.path(self.input.location()).device(DISK_NAME).guest(start..start + self.used_len(index))
         };
+        // The next entry as well: two that refer to one block are damaged, however much is looked up.
         let max_blocks = (in_block + max_len).div_ceil(block_size);
-        let (bytes, equal) = self.map.run::<4>(index, max_blocks).map_err(context)?;
+        let (bytes, equal) = self.map.run::<4>(index, max_blocks.max(2)).map_err(context)?;
+        let equal_here = equal.min(max_blocks);
         let (origin, blocks) = match Entry::decode(bytes) {
+            Entry::Stored(position) if equal > 1 && self.used_len(index + 1) > 0 => {
+                return Err(context(self.shared_block(index, equal, position)));
+            }
             Entry::Stored(position) => {
                 let file_offset = self.stored_block(index, position).map_err(context)?;
                 (Origin::File { index: 0, file_offset: file_offset + in_block }, 1)
             }
-            Entry::Zero => (Origin::Zero, equal),
-            Entry::Absent => (self.absent(), equal),
+            Entry::Zero => (Origin::Zero, equal_here),
+            Entry::Absent => (self.absent(), equal_here),
         };
         Ok(Segment { len: (blocks * block_size - in_block).min(max_len), origin })
     }
 
     fn to_unit_end(&self, guest_offset: u64, max_len: u64) -> u64 {
-        (self.header.block_size - guest_offset % self.header.block_size).min(max_len)
+        let (index, in_block) =
+            (guest_offset / self.header.block_size, guest_offset % self.header.block_size);
+        // A hole of the file may be a map of a billion equal entries.
+        let max_blocks = (in_block + max_len).div_ceil(self.header.block_size);
+        let blocks = self.map.run::<4>(index, max_blocks).map_or(1, |(_, equal)| equal);
+        (blocks * self.header.block_size - in_block).min(max_len)
     }
 
     fn file(&self, _index: usize) -> &dyn StoredBytes {
@@ -93,10 +114,7 @@ impl SegmentMap for Image {
 }
 
 fn read_header(input: &RandomInput) -> Result<Header> {
-    // At most `MAX_HEADER_LEN`, so it fits.
-    let len = input.len().min(MAX_HEADER_LEN as u64) as usize;
-    let bytes = input.read_vec(0, len)?;
-    Header::decode(&bytes).map_err(|fault| match fault {
+    Header::decode(&input.read_head(MAX_HEADER_LEN)?).map_err(|fault| match fault {
         HeaderFault::NotVdi => Error::wrong_format("is not a VDI image: the signature is missing"),
         HeaderFault::Unsupported(what) => Error::unsupported(format!("the image {what}")),
         HeaderFault::Malformed(what) => Error::malformed(format!("the image {what}")).at(0),

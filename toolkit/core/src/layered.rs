@@ -39,8 +39,10 @@ pub enum Origin {
         /// File offset of the first byte.
         file_offset: u64,
     },
-    /// Stored in a form that [`SegmentMap::read_encoded`] decodes.
+    /// Stored in a compressed form that [`SegmentMap::read_encoded`] decodes.
     Encoded,
+    /// Stored encrypted; [`SegmentMap::read_encoded`] decrypts it.
+    Encrypted,
     /// Explicit zeros, which hide the parent.
     Zero,
     /// Zeros, because nothing is stored and there is no parent.
@@ -65,8 +67,8 @@ pub trait SegmentMap: Send + Sync {
     /// Returns the file of an [`Origin::File`]. File 0 is the image's own.
     fn file(&self, index: usize) -> &dyn StoredBytes;
 
-    /// Fills `buf` with the content of an [`Origin::Encoded`] segment, from `guest_offset` on. The range is
-    /// within the segment.
+    /// Fills `buf` with the content of an [`Origin::Encoded`] or [`Origin::Encrypted`] segment, from `guest_offset`
+    /// on. The range is within the segment.
     ///
     /// # Errors
     /// If the content can't be read or decoded; [`crate::ErrorKind::Unsupported`] by default, for formats
@@ -198,7 +200,7 @@ impl<M: SegmentMap> LayeredSource<M> {
     fn read_segment(&self, buf: &mut [u8], guest_offset: u64, origin: Origin) -> Result<()> {
         match origin {
             Origin::File { index, file_offset } => self.map.file(index).read_exact_at(buf, file_offset),
-            Origin::Encoded => self.map.read_encoded(buf, guest_offset),
+            Origin::Encoded | Origin::Encrypted => self.map.read_encoded(buf, guest_offset),
             Origin::Zero | Origin::Hole => {
                 buf.fill(0);
                 Ok(())
@@ -217,8 +219,8 @@ impl<M: SegmentMap> LayeredSource<M> {
     }
 
     /// Lists the extents of `range`, exactly or for a caller that reads in pieces of `resolution` bytes. In
-    /// salvage, a range without a valid segment counts as data; reading it fills in zeros and records the
-    /// loss.
+    /// salvage, records a range without a valid segment as lost and lists it as zeros, so that no caller reads
+    /// it: a small table can claim terabytes.
     fn list_extents(&self, range: Range<u64>, resolution: Option<u64>) -> Result<Vec<Extent>> {
         let mut extents = ExtentList::new();
         let mut at = range.start;
@@ -226,17 +228,19 @@ impl<M: SegmentMap> LayeredSource<M> {
             let max_len = range.end - at;
             let Segment { len, origin } = match self.map.segment(at, max_len) {
                 Ok(segment) => segment,
-                Err(_) if self.losses.is_some() => {
-                    Segment { len: self.map.to_unit_end(at, max_len), origin: Origin::Encoded }
+                Err(error) => {
+                    let Some(losses) = &self.losses else { return Err(error) };
+                    let len = self.map.to_unit_end(at, max_len);
+                    losses.add(at..at + len, &error);
+                    Segment { len, origin: Origin::Zero }
                 }
-                Err(error) => return Err(error),
             };
             at = match origin {
                 Origin::File { index, file_offset } => {
                     self.push_file_runs(&mut extents, at..at + len, (index, file_offset), resolution)?
                 }
                 Origin::Parent => self.push_parent_extents(&mut extents, at..at + len, resolution)?,
-                Origin::Encoded => push(&mut extents, at, len, ExtentKind::Data),
+                Origin::Encoded | Origin::Encrypted => push(&mut extents, at, len, ExtentKind::Data),
                 Origin::Zero => push(&mut extents, at, len, ExtentKind::Zero),
                 Origin::Hole => push(&mut extents, at, len, ExtentKind::Hole),
             };
@@ -300,6 +304,7 @@ impl<M: SegmentMap> LayeredSource<M> {
             Origin::Zero => vec![uniform(ExtentKind::Zero)],
             Origin::Hole => vec![uniform(ExtentKind::Hole)],
             Origin::Encoded => vec![MapExtent { compressed: true, ..uniform(ExtentKind::Data) }],
+            Origin::Encrypted => vec![uniform(ExtentKind::Data)],
             Origin::File { index, file_offset } => self.map_file(start..start + len, index, file_offset)?,
             Origin::Parent => self.map_parent(start, len)?,
         })
@@ -381,7 +386,7 @@ impl<M: SegmentMap> RandomAccess for LayeredSource<M> {
             let segment = self.map.segment(at, max_len);
             let len = match &segment {
                 // A run of encoded units is read as a whole, but each of them can be lost alone.
-                Ok(Segment { len, origin: Origin::Encoded }) if self.losses.is_some() => {
+                Ok(Segment { len, origin: Origin::Encoded | Origin::Encrypted }) if self.losses.is_some() => {
                     self.map.to_unit_end(at, max_len).min(*len)
                 }
                 Ok(segment) => segment.len.min(max_len),

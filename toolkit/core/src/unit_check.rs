@@ -2,12 +2,14 @@
 //! tables refer to. [`SharedTables`] notices tables that are used twice.
 
 use std::fmt;
+use std::ops::Range;
 
 use roaring::{RoaringBitmap, RoaringTreemap};
 
 use crate::driver::CheckReport;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::{Lease, Memory};
+use crate::table::PagedTable;
 
 /// Maximum size in bytes of the tables that are used again after their first use. Our limit: an intact image
 /// has none, since each table describes a different part of the disk. With many of them, a small file could
@@ -106,6 +108,31 @@ pub struct SharedTables {
 }
 
 impl SharedTables {
+    /// Refuses an image many of whose tables of `table_len` bytes are used several times. `entries` of `table`,
+    /// `N` bytes each, refer to them; `file_offset` returns the place that an entry has, if any. The record borrows
+    /// from `memory`.
+    ///
+    /// # Errors
+    /// Same as [`SharedTables::new`] and [`SharedTables::add`]; any error of reading the entries.
+    pub fn check<const N: usize>(
+        table: &PagedTable,
+        entries: Range<u64>,
+        table_len: u64,
+        memory: &Memory,
+        file_offset: impl Fn([u8; N]) -> Option<u64>,
+    ) -> Result<()> {
+        let mut shared = Self::new(table_len, memory)?;
+        let mut index = entries.start;
+        while index < entries.end {
+            let (entry, equal) = table.run::<N>(index, entries.end - index)?;
+            if let Some(file_offset) = file_offset(entry) {
+                shared.add(file_offset, equal)?;
+            }
+            index += equal;
+        }
+        Ok(())
+    }
+
     /// Starts with no tables of `table_len` bytes. The record borrows from `memory`.
     ///
     /// # Errors

@@ -88,6 +88,15 @@ impl From<RandomInput> for Input {
 }
 
 impl RandomInput {
+    /// Returns the first bytes: `max_len`, or the whole file if it is shorter.
+    ///
+    /// # Errors
+    /// Any error of the read.
+    pub fn read_head(&self, max_len: usize) -> Result<Vec<u8>> {
+        // At most `max_len`, so it fits.
+        self.read_vec(0, self.len().min(max_len as u64) as usize)
+    }
+
     pub(super) fn new(location: Location, source: Arc<dyn ReadAt>, cancel: CancelToken) -> Self {
         Self { location, source, cancel }
     }
