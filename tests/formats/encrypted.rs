@@ -180,6 +180,36 @@ fn reads_encrypted_qcow2_images() {
     }
 }
 
+/// Version 1 of QCOW has the older AES alone.
+#[test]
+fn reads_encrypted_images_of_qcow_version_1() {
+    require!("qemu-img", "qemu-io");
+    let bench = Bench::new(3_000_320);
+    bench.make("qcow", "encrypt.format=aes", "image.qcow1");
+    bench.assert_read("image.qcow1");
+    let image = "driver=qcow,encrypt.key-secret=s,file.filename=image.qcow1";
+    for command in ["write -P 5 70k 9k", "write -P 6 1500k 512", "write -c -s disk.raw 128k 64k"] {
+        bench.qemu("qemu-io", &["-c", command, "--image-opts", image]);
+    }
+    bench.qemu("qemu-img", &["convert", "-O", "raw", "--image-opts", image, "after.raw"]);
+    for target in ["ours.raw", "ours.qcow2"] {
+        let convert = ["convert", "--secret", "file=line", "--verify", "image.qcow1", target];
+        imgtool(convert).within(bench.path()).ok();
+        imgtool(["compare", target, "after.raw"]).within(bench.path()).ok();
+    }
+    imgtool(["compare", "disk.raw", "after.raw"]).within(bench.path()).go().exits(1);
+    // No content is read.
+    for command in ["info", "map", "measure", "check"] {
+        imgtool([command, "image.qcow1"]).within(bench.path()).ok();
+    }
+    let info = imgtool(["info", "--output", "json", "image.qcow1"]).within(bench.path()).ok().json();
+    assert_eq!(info["encrypted"], true);
+    imgtool(["convert", "image.qcow1", "none.raw"]).within(bench.path()).go().exits(1).says("--secret file=");
+    let convert = ["convert", "--secret", "file=wrong", "image.qcow1", "wrong.raw"];
+    imgtool(convert).within(bench.path()).ok().says("can't tell a wrong passphrase");
+    imgtool(["compare", "wrong.raw", "after.raw"]).within(bench.path()).go().exits(1);
+}
+
 /// QEMU compresses clusters of encrypted images without encrypting them.
 #[test]
 fn reads_compressed_zero_and_snapshot_clusters_of_encrypted_images() {

@@ -9,6 +9,7 @@ use imgtool_core::unit_check::SharedTables;
 use imgtool_core::{
     Device, Disk, Error, ImageInfo, ImageSource, Input, Memory, OpenOptions, RandomInput, Reference, Result,
 };
+use imgtool_crypt::{LEGACY_NOTE, SectorCipher, in_sectors};
 
 use crate::inflate::inflate;
 use crate::layout::{ENTRY_LEN, Entry, HEADER_LEN, Header, SECTOR_SIZE};
@@ -28,22 +29,22 @@ pub(crate) struct Image {
     /// The whole file as a table: the tables of the image are at multiples of an entry's width.
     pub(crate) entries: PagedTable,
     decoded: DecodedUnits,
+    /// Cipher of the clusters that are not compressed; `None` if they are not encrypted, or if the caller reads
+    /// no content.
+    cipher: Option<SectorCipher>,
 }
 
 /// Opens an image and, unless only information is needed, its backing file.
 ///
 /// # Errors
-/// `Unsupported` for an encrypted image, unless only information is needed.
+/// `Refused` for an encrypted image without a passphrase, if its content is needed.
 pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
-    let image = Image::open(input, options.externals.depth(), &options.memory)?;
-    let location = image.input.location();
-    if image.header.encrypted && !options.info_only {
-        return Err(Error::unsupported(
-            "the image is encrypted with AES, which this format's reader can't decrypt",
-        )
-        .path(location)
-        .hint("let qemu-img convert it to an image without encryption"));
+    let mut image = Image::open(input, options.externals.depth(), &options.memory)?;
+    if image.header.encrypted && !options.info_only && !options.layout_only {
+        let cipher = SectorCipher::legacy_aes(options.secret.as_ref());
+        image.cipher = Some(cipher.map_err(|e| e.path(image.input.location()).at(36))?);
     }
+    let location = image.input.location();
     let parent = match image.backing.as_deref().filter(|_| !options.info_only) {
         Some(name) => {
             let backing = options.externals.open_image("backing file", name, location, None, options)?;
@@ -63,9 +64,8 @@ impl Image {
     /// Any error of [`Header::decode`]; `Corrupt` if the file ends within the first table.
     pub(crate) fn open(input: Input, depth: usize, memory: &Memory) -> Result<Self> {
         let input = input.into_random()?;
-        // At most `HEADER_LEN`, so it fits.
-        let len = input.len().min(HEADER_LEN) as usize;
-        let header = Header::decode(&input.read_vec(0, len)?).map_err(|e| e.path(input.location()))?;
+        let header =
+            Header::decode(&input.read_head(HEADER_LEN as usize)?).map_err(|e| e.path(input.location()))?;
         let backing = match header.backing {
             // At most `MAX_NAME_LEN`, so it fits.
             Some((at, len)) => Some(String::from_utf8_lossy(&input.read_vec(at, len as usize)?).into_owned()),
@@ -76,25 +76,14 @@ impl Image {
             .map_err(|e| e.path(input.location()))?;
         let entries = PagedTable::new(input.clone(), 0, input.len(), depth, memory)?;
         let decoded = DecodedUnits::new(header.cluster_size(), depth, memory)?;
-        let image = Self { input, header, backing, entries, decoded };
-        image.check_shared(memory).map_err(|e| e.path(image.input.location()))?;
+        let image = Self { input, header, backing, entries, decoded, cipher: None };
+        let header = &image.header;
+        let first = header.l1_offset / ENTRY_LEN;
+        let tables = first..first + header.l1_entries();
+        let offset = |entry| Some(u64::from_be_bytes(entry)).filter(|table| *table != 0);
+        SharedTables::check::<8>(&image.entries, tables, header.l2_len(), memory, offset)
+            .map_err(|e| e.path(image.input.location()))?;
         Ok(image)
-    }
-
-    /// Refuses an image many of whose tables are used several times.
-    fn check_shared(&self, memory: &Memory) -> Result<()> {
-        let tables = self.header.l1_entries();
-        let mut shared = SharedTables::new(self.header.l2_len(), memory)?;
-        let mut index = 0;
-        while index < tables {
-            let (bytes, equal) = self.entry(self.header.l1_offset, index, tables - index)?;
-            let table = u64::from_be_bytes(bytes);
-            if table != 0 {
-                shared.add(table, equal)?;
-            }
-            index += equal;
-        }
-        Ok(())
     }
 
     /// Returns the bytes of the entry `index` of the table at `table_offset`, and the number of equal entries
@@ -157,6 +146,9 @@ impl Image {
             Entry::Stored(cluster) => {
                 let cluster_size = self.header.cluster_size();
                 self.check_cluster(cluster, self.header.used_len(guest_offset / cluster_size))?;
+                if self.header.encrypted {
+                    return Ok(Segment { len, origin: Origin::Encrypted });
+                }
                 Origin::File { index: 0, file_offset: cluster + guest_offset % cluster_size }
             }
         };
@@ -169,6 +161,18 @@ impl Image {
         let start = guest_offset - guest_offset % cluster_size;
         let end = start + self.header.used_len(guest_offset / cluster_size);
         error.path(self.input.location()).device(DISK_NAME).guest(start..end)
+    }
+
+    /// Fills `buf` with the guest's bytes from `guest_offset` on, within the encrypted cluster at the file
+    /// offset `cluster`.
+    fn decrypt(&self, cluster: u64, buf: &mut [u8], guest_offset: u64) -> Result<()> {
+        let cipher =
+            self.cipher.as_ref().ok_or_else(|| Error::usage("the image was opened without its content"))?;
+        in_sectors(buf, guest_offset, |sectors, guest| {
+            // The sum was checked with the place of the cluster.
+            let position = cluster + guest % self.header.cluster_size();
+            cipher.read(&self.input, sectors, position, guest / SECTOR_SIZE, None)
+        })
     }
 
     /// Decodes a compressed cluster into `cluster`.
@@ -193,8 +197,13 @@ impl SegmentMap for Image {
     }
 
     fn to_unit_end(&self, guest_offset: u64, max_len: u64) -> u64 {
-        let cluster_size = self.header.cluster_size();
-        (cluster_size - guest_offset % cluster_size).min(max_len)
+        let span = self.header.l2_span();
+        let index = guest_offset / span;
+        let table = self.entry(self.header.l1_offset, index, 1).map(|(bytes, _)| u64::from_be_bytes(bytes));
+        // All that a lost table maps is lost.
+        let is_lost = table.and_then(|table| self.check_l2(table, index)).is_err();
+        let unit = if is_lost { span } else { self.header.cluster_size() };
+        (unit - guest_offset % unit).min(max_len)
     }
 
     fn file(&self, _index: usize) -> &dyn StoredBytes {
@@ -210,6 +219,7 @@ impl SegmentMap for Image {
                     self.decode(file_offset, len, cluster)
                 })
             }
+            Entry::Stored(cluster) if self.header.encrypted => self.decrypt(cluster, buf, guest_offset),
             Entry::Absent | Entry::Stored(_) => Err(Error::corrupt("the file changed while it was read")),
         };
         read().map_err(|error| self.in_cluster(error, guest_offset))
@@ -239,6 +249,7 @@ fn describe(image: &Image) -> ImageInfo {
     }
     if header.encrypted {
         info.top_fact("encrypted", "encrypted", true);
+        info.notes.push(LEGACY_NOTE.to_owned());
     }
     if !header.virtual_size.is_multiple_of(SECTOR_SIZE) {
         info.notes.push(format!("the virtual size is no multiple of a sector of {SECTOR_SIZE} bytes"));

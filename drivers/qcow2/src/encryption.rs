@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use imgtool_core::{Error, Losses, OpenOptions, RandomInput, Remedy, Result};
+use imgtool_core::{Error, Losses, OpenOptions, RandomInput, Result};
 use imgtool_crypt::{HEADER_LEN, Header as LuksHeader, SECTOR, SectorCipher, in_sectors};
 
 use crate::layout::header::{Encryption, Header};
@@ -13,10 +13,6 @@ use crate::layout::header::{Encryption, Header};
 /// Maximum length in bytes of an encryption header. Our limit: LUKS headers have a few MiB, but a crafted
 /// image can declare one as long as a sparse file.
 pub const MAX_CRYPTO_HEADER: u64 = 256 << 20;
-
-/// Note on an image whose key is the passphrase itself.
-pub const LEGACY_NOTE: &str = "the image is encrypted with QEMU's first AES, which can't tell a wrong passphrase: \
-     check that the content makes sense";
 
 /// Cipher of an image's data clusters.
 pub struct DataCipher {
@@ -41,12 +37,8 @@ impl DataCipher {
             let cipher = luks.unlock(input, area, secret, &options.memory)?;
             return Ok(Some(Self { cipher, by_guest: false }));
         }
-        let Some(secret) = secret else {
-            return Err(Error::refused("the content is encrypted (AES)")
-                .at(32)
-                .remedied_by(Remedy::GiveSecret));
-        };
-        Ok(Some(Self { cipher: SectorCipher::legacy_aes(secret), by_guest: true }))
+        let cipher = SectorCipher::legacy_aes(secret).map_err(|e| e.at(32))?;
+        Ok(Some(Self { cipher, by_guest: true }))
     }
 
     /// Fills `buf` with the guest's bytes from `guest_offset` on, which `data` stores from `host_offset` on.

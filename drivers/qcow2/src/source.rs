@@ -13,8 +13,8 @@ use imgtool_core::{
     Access, Bitmap, Device, DeviceId, Disk, Error, ErrorKind, Extent, ExtentKind, ExtentList, FileRange,
     ImageInfo, ImageSource, Input, Loss, MapExtent, OpenOptions, RandomAccess, RandomInput, Result,
 };
+use imgtool_crypt::LEGACY_NOTE;
 
-use crate::encryption::LEGACY_NOTE;
 use crate::info;
 use crate::layout::bitmap::list_bitmaps;
 use crate::layout::entry::Shape;

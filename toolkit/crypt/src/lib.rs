@@ -1,8 +1,8 @@
 //! Disk encryption for drivers: ciphers of 512-byte sectors, and the LUKS version 1 header that holds their
 //! key.
 //!
-//! qcow2 stores a LUKS header inside of its image, a LUKS container begins with one. Both drivers use this
-//! crate, since a driver knows no other driver. It follows "LUKS On-Disk Format Specification", version 1.2.3.
+//! qcow2 stores a LUKS header inside of its image, a LUKS container begins with one, and QCOW version 1 has the
+//! encryption that qcow2 had first. Their drivers use this crate, since a driver knows no other driver. It follows "LUKS On-Disk Format Specification", version 1.2.3.
 //!
 //! Keys and what they are computed from are erased after use, and no type of this crate prints them.
 
@@ -23,5 +23,5 @@ pub use create::{
 };
 pub use hash::Hash;
 pub use header::{FACTS, HEADER_LEN, Header, KeySlot, MAGIC};
-pub use sector::{SECTOR, SectorCipher, in_sectors};
+pub use sector::{LEGACY_NOTE, SECTOR, SectorCipher, in_sectors};
 pub use spec::{Algorithm, CipherSpec, IvRule, Mode};

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::Range;
 
-use imgtool_core::{Error, RandomInput, Result, Secret};
+use imgtool_core::{Error, RandomInput, Remedy, Result, Secret};
 use zeroize::Zeroizing;
 
 use crate::block::{BlockKey, aes_128, keyed};
@@ -12,6 +12,10 @@ use crate::spec::{CipherSpec, Mode};
 
 /// Length in bytes of a sector, the unit of encryption. LUKS 1.2.3, section 1, "SECTOR_SIZE".
 pub const SECTOR: usize = 512;
+
+/// Note on an image with [`SectorCipher::legacy_aes`].
+pub const LEGACY_NOTE: &str = "the image is encrypted with QEMU's first AES, which can't tell a wrong passphrase: \
+     check that the content makes sense";
 
 /// Number of blocks of 16 bytes in a sector.
 const BLOCKS: usize = SECTOR / MAX_BLOCK;
@@ -46,14 +50,21 @@ impl SectorCipher {
         })
     }
 
-    /// Creates the cipher of qcow2's first encryption. Its key is the start of the passphrase itself, so a
-    /// wrong passphrase can't be told from the right one.
-    pub fn legacy_aes(passphrase: &Secret) -> Self {
+    /// Creates the cipher of the first encryption of QCOW, in its versions 1 and 2, which numbers sectors by
+    /// their guest offset. Its key is the start of the passphrase itself, so a wrong passphrase can't be told from the
+    /// right one.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::Refused`] without a passphrase.
+    pub fn legacy_aes(passphrase: Option<&Secret>) -> Result<Self> {
+        let Some(passphrase) = passphrase else {
+            return Err(Error::refused("the content is encrypted (AES)").remedied_by(Remedy::GiveSecret));
+        };
         let mut key = Zeroizing::new([0; 16]);
         let len = passphrase.bytes().len().min(key.len());
         key[..len].copy_from_slice(&passphrase.bytes()[..len]);
         let aes = aes_128(&key);
-        Self { key: aes, tweak: None, iv: IvGenerator::Plain64, mode: Mode::Cbc, block_len: MAX_BLOCK }
+        Ok(Self { key: aes, tweak: None, iv: IvGenerator::Plain64, mode: Mode::Cbc, block_len: MAX_BLOCK })
     }
 
     /// Decrypts `bytes`, whole sectors of which the first has the number `sector`.

@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use imgtool_core::{Driver, ErrorKind, ImageSource, OpenOptions, Registry, Result};
+use imgtool_core::{Disk, Driver, ErrorKind, ImageSource, OpenOptions, Registry, Result, Secret};
 use imgtool_engine::externals::{ExternalPolicy, PolicyOpener};
 use imgtool_qcow1::Qcow1Driver;
 use imgtool_testing::conformance::{self, Hostile, Image};
@@ -179,14 +179,34 @@ fn reads_over_a_backing_file() {
 }
 
 #[test]
-fn refuses_encrypted_images_by_name() {
-    let mut image = build(&[1]);
+fn encrypted_images_need_a_passphrase_for_their_content() {
+    let mut image = build(&[1, 0, 3]);
     image[39] = 1;
     let error = refusal(&Qcow1Driver, &image);
-    assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("AES"), "{error}");
-    let options = OpenOptions { info_only: true, ..OpenOptions::default() };
-    let source = Qcow1Driver.open(memory::as_file("x.qcow", &image), &options).unwrap();
+    assert!(error.kind() == ErrorKind::Refused && error.to_string().contains("AES"), "{error}");
+    let open = |options: OpenOptions| Qcow1Driver.open(memory::as_file("x.qcow", &image), &options).unwrap();
+    let source = open(OpenOptions { info_only: true, ..OpenOptions::default() });
     assert!(source.info().facts.iter().any(|fact| fact.key == "encrypted"));
+    let source = open(OpenOptions { layout_only: true, ..OpenOptions::default() });
+    let map = Disk::only(source, "the image").unwrap().map(0..1536).unwrap();
+    let seen: Vec<_> = map.iter().map(|run| (run.data, run.compressed, run.place.is_some())).collect();
+    assert_eq!(seen, [(true, false, false), (false, false, false), (true, false, false)]);
+    assert_eq!(faults(&Qcow1Driver, &image), (0, 0));
+}
+
+/// A sector of zeros that is decrypted with a key of 16 zeros and the sector's number.
+#[test]
+fn sectors_are_numbered_by_their_place_in_the_disk() {
+    let mut image = build(&[7, 0, 7]);
+    image[39] = 1;
+    let secret = Some(Secret::new(b"a".to_vec()));
+    let options = OpenOptions { secret, salvage: true, ..OpenOptions::default() };
+    let source = Qcow1Driver.open(memory::as_file("x.qcow", &image), &options).unwrap();
+    let read = content(&source).unwrap();
+    let (first, third) = (&read[..512], &read[1024..]);
+    // The vectors are 0 and 2, and apply to the first block alone.
+    assert_eq!((first[0] ^ 2, &first[1..]), (third[0], &third[1..]));
+    assert!(read[512..1024].iter().all(|byte| *byte == 0) && source.losses().is_empty());
 }
 
 #[test]
