@@ -6,6 +6,7 @@ mod encrypted;
 mod existing_images;
 mod file_system;
 mod fixtures;
+mod foreign;
 mod huge;
 mod matrix;
 mod memory;
