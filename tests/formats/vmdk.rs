@@ -7,6 +7,7 @@ use imgtool_testing::images;
 use imgtool_testing::{assert_same, names, oracles, require, sha256_file, snapshot, tempdir, text};
 
 use crate::support::imgtool;
+use crate::support::run::PROGRAM;
 
 /// Variants that consist of several files.
 const SEVERAL: [&str; 4] = ["monolithicFlat", "vmfs", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"];
@@ -207,4 +208,35 @@ fn a_split_disk_of_many_files_passes_its_limit() {
         imgtool(["compare", text(&raw), text(&target)]).ok();
         imgtool(["check", text(&target)]).ok();
     }
+}
+
+/// More extents than our own limit for new images, and than the soft limit of open files allows.
+#[test]
+fn reads_a_split_disk_of_600_extents() {
+    require!("qemu-img");
+    let dir = tempdir();
+    let extent = images::noise(1, 64 << 10);
+    std::fs::write(dir.path().join("extent.raw"), &extent).unwrap();
+    let line = ["convert", "-o", "subformat=twoGbMaxExtentSparse", "extent.raw", "one.vmdk"];
+    imgtool(line).within(dir.path()).ok();
+    let mut descriptor = "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\n\
+                          createType=\"twoGbMaxExtentSparse\"\n"
+        .to_owned();
+    for number in 1..=600 {
+        descriptor += &format!("RW 128 SPARSE \"disk-s{number:03}.vmdk\"\n");
+        let path = dir.path().join(format!("disk-s{number:03}.vmdk"));
+        std::fs::copy(dir.path().join("one-s001.vmdk"), path).unwrap();
+    }
+    let image = dir.path().join("disk.vmdk");
+    std::fs::write(&image, descriptor).unwrap();
+    std::fs::write(dir.path().join("disk.raw"), extent.repeat(600)).unwrap();
+    let script =
+        "ulimit -Sn 256; \"$IMGTOOL\" compare disk.vmdk disk.raw && exec \"$IMGTOOL\" check disk.vmdk";
+    let status = std::process::Command::new("sh")
+        .args(["-c", script])
+        .env("IMGTOOL", PROGRAM)
+        .current_dir(dir.path())
+        .status();
+    assert!(status.unwrap().success());
+    oracles::qemu_compare(&image, "vmdk", &dir.path().join("disk.raw"), "raw");
 }
