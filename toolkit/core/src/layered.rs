@@ -394,13 +394,21 @@ impl<M: SegmentMap> RandomAccess for LayeredSource<M> {
             };
             // `len` is at most `max_len`, the length of the rest of `buf`.
             let part = &mut buf[filled..][..len as usize];
+            filled += part.len();
+            // What is known to be lost is not tried again: a long unit would be decoded for every part of it.
+            if self.losses.as_ref().is_some_and(|losses| losses.cover(&(at..at + len))) {
+                part.fill(0);
+                continue;
+            }
+            let is_encoded = matches!(segment, Ok(Segment { origin: Origin::Encoded, .. }));
             if let Err(error) = segment.and_then(|segment| self.read_segment(part, at, segment.origin)) {
                 let error = error.guest(at..at + len);
                 let Some(losses) = &self.losses else { return Err(error) };
                 part.fill(0);
-                losses.add(at..at + len, &error);
+                let rest = self.info.devices.first().map_or(len, |device| device.size.saturating_sub(at));
+                let lost = if is_encoded { self.map.to_unit_end(at, rest) } else { len };
+                losses.add(at..at + lost, &error);
             }
-            filled += part.len();
         }
         Ok(())
     }

@@ -36,6 +36,12 @@ impl Losses {
         ranges.insert(guest.start, (guest.end, reason));
     }
 
+    /// True if all of `guest` is known to be lost.
+    pub fn cover(&self, guest: &Range<u64>) -> bool {
+        let ranges = lock(&self.0);
+        ranges.range(..=guest.start).next_back().is_some_and(|(_, (end, _))| *end >= guest.end)
+    }
+
     /// Returns all ranges in ascending order, as losses of `device`.
     pub fn list(&self, device: DeviceId) -> Vec<Loss> {
         let ranges = lock(&self.0);

@@ -139,6 +139,25 @@ fn salvage_restores_the_other_blocks() {
     assert_eq!(lost, [(3072, 4096)]);
 }
 
+/// Otherwise, a reader of small pieces would decode a long block for each of them.
+#[test]
+fn a_damaged_block_is_lost_with_the_first_read_of_it() {
+    let mut image = build(&mixed_disk(4096), 1024);
+    let last = image.len() - 1;
+    image[last] ^= 1;
+    let options = imgtool_core::OpenOptions { salvage: true, ..imgtool_core::OpenOptions::default() };
+    let input = imgtool_testing::memory::as_file("x.cloop", &image);
+    let source = imgtool_core::Driver::open(&CloopDriver, input, &options).unwrap();
+    let disk = imgtool_core::Disk::only(std::sync::Arc::clone(&source), "the image").unwrap();
+    for at in [3072, 3584] {
+        let mut bytes = [7; 512];
+        disk.read_at(&mut bytes, at).unwrap();
+        assert_eq!(bytes, [0; 512]);
+        let lost: Vec<_> = source.losses().into_iter().map(|loss| loss.guest).collect();
+        assert_eq!(lost, [3072..4096]);
+    }
+}
+
 #[test]
 fn large_blocks_borrow_their_memory() {
     let image = build(&vec![7; 64 << 20], 64 << 20);
