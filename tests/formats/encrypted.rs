@@ -188,7 +188,7 @@ fn reads_encrypted_images_of_qcow_version_1() {
     bench.make("qcow", "encrypt.format=aes", "image.qcow1");
     bench.assert_read("image.qcow1");
     let image = "driver=qcow,encrypt.key-secret=s,file.filename=image.qcow1";
-    for command in ["write -P 5 70k 9k", "write -P 6 1500k 512", "write -c -s disk.raw 128k 64k"] {
+    for command in ["write -P 5 70k 9k", "write -P 6 1500k 512", "write -c -s disk.raw 128k 4k"] {
         bench.qemu("qemu-io", &["-c", command, "--image-opts", image]);
     }
     bench.qemu("qemu-img", &["convert", "-O", "raw", "--image-opts", image, "after.raw"]);

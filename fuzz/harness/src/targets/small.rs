@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use imgtool_core::{OpenOptions, Registry};
+use imgtool_core::{OpenOptions, Registry, Secret};
 
 use super::{by_position, file};
 use crate::exercise;
@@ -30,9 +30,27 @@ pub(super) fn run(input: &[u8]) {
     let file = Arc::new(image(input));
     let bytes = by_position(&file);
     let (Ok(head), Ok(end)) = (bytes.head(), bytes.end()) else { return };
+    // Any passphrase opens an image with QEMU's first AES.
+    let options = OpenOptions { secret: Some(Secret::new(b"x".to_vec())), ..OpenOptions::default() };
     for driver in registry().drivers() {
         if driver.probe(&head, bytes.len()).is_some() || driver.probe_end(end.as_deref()) {
-            exercise::image(driver.name(), &OpenOptions::default(), &|| by_position(&file));
+            exercise::image(driver.name(), &options, &|| by_position(&file));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Otherwise, the fuzzer would not reach the decryption.
+    #[test]
+    fn the_encrypted_seed_is_read() {
+        let file = Arc::new(image(include_bytes!("../../../seeds/small/qcow-aes")));
+        let options = OpenOptions { secret: Some(Secret::new(b"x".to_vec())), ..OpenOptions::default() };
+        let driver = registry().get("qcow").expect("registered");
+        let source = driver.open(by_position(&file), &options).expect("any passphrase opens it");
+        let outcome = exercise::random(&source, false);
+        assert!(outcome.error.is_none() && outcome.data_bytes > Some(0), "{outcome:?}");
     }
 }
