@@ -20,8 +20,8 @@ mod vma;
 
 pub use convert::ConvertArgs;
 pub use image::{
-    Algorithm, CheckArgs, ChecksumArgs, CompareArgs, CreateArgs, InfoArgs, MapArgs, MeasureArgs, NewSize,
-    RepairMode, ResizeArgs,
+    Algorithm, CheckArgs, ChecksumArgs, CompareArgs, CreateArgs, InfoArgs, MapArgs, MapFormat, MeasureArgs,
+    NewSize, RepairMode, ResizeArgs,
 };
 pub use vma::{USAGE as VMA_USAGE, VmaArgs, VmaCommand, VmaCreateArgs, VmaExtractArgs};
 

@@ -6,6 +6,7 @@ use std::path::Path;
 use imgtool_core::error::escape_control;
 use imgtool_core::{CancelToken, DeviceKind, Error, Location, Memory, OpenOptions, Registry, Result};
 use imgtool_engine::{ExternalPolicy, OpenSettings, Opened, PolicyOpener, open as opening};
+use imgtool_storage::Compression;
 
 use crate::args::InputArgs;
 use crate::report;
@@ -167,6 +168,16 @@ pub fn show(name: &OsStr) -> String {
 pub fn snapshot_name(text: &str) -> String {
     let bare = text.strip_prefix("snapshot.id=").or_else(|| text.strip_prefix("snapshot.name="));
     bare.unwrap_or(text).to_owned()
+}
+
+/// Formats the name of a format with the compression around it, outermost first: "vma in zstd".
+pub fn format_with_compression(format: &str, compression: &[Compression]) -> String {
+    let mut text = format.to_owned();
+    for layer in compression.iter().rev() {
+        text.push_str(" in ");
+        text.push_str(layer.name());
+    }
+    text
 }
 
 /// Returns the kind of a device in one word, for text and JSON.

@@ -8,6 +8,7 @@ mod commands;
 mod image_locks;
 mod info;
 mod json_reference;
+mod map_svg;
 mod outputs;
 mod progress;
 mod protocol_names;

@@ -50,7 +50,8 @@ pub struct InfoArgs {
     after_help = "\
 Examples:
   imgtool map disk.qcow2
-  imgtool map --disk drive-scsi0 --output json vm.vma"
+  imgtool map --disk drive-scsi0 --output json vm.vma
+  imgtool map --output svg vm.vma > map.svg"
 )]
 pub struct MapArgs {
     /// The image or archive; '-' for standard input
@@ -68,14 +69,34 @@ pub struct MapArgs {
     #[arg(long, value_name = "SIZE")]
     pub max_length: Option<String>,
 
-    #[command(flatten)]
-    pub output: OutputArgs,
+    /// Print text, one JSON document (fields: docs/json.md), or an SVG drawing for browsers [default: human]
+    #[arg(
+        long,
+        value_name = "human|json|svg",
+        value_enum,
+        default_value_t,
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
+    pub output: MapFormat,
 
     #[command(flatten)]
     pub input: InputArgs,
 
     #[command(flatten)]
     pub snapshot: SnapshotArgs,
+}
+
+/// Format of the result of `imgtool map`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum MapFormat {
+    /// Text for people
+    #[default]
+    Human,
+    /// One JSON document on standard output
+    Json,
+    /// A drawing on standard output, as an SVG document
+    Svg,
 }
 
 /// QEMU's cache mode, for the commands that only read.

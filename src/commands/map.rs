@@ -3,19 +3,23 @@
 use std::ops::Range;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{Device, Disk, Error, Extent, ExtentKind, Location, MapExtent, Result, ResultExt};
-use imgtool_engine::Reach;
+use imgtool_core::{Device, Disk, Error, Location, MapExtent, Result, ResultExt};
+use imgtool_engine::{Opened, Reach};
 use serde::Serialize;
 
 use super::options;
-use crate::args::MapArgs;
+use crate::args::{MapArgs, MapFormat};
 use crate::exit::Exit;
 use crate::report::{self, Stream};
 use crate::{images, sandbox};
 
+mod cells;
 mod picture;
+mod svg;
 
+use cells::Kind;
 use picture::Picture;
+use svg::Chart;
 
 /// One extent in JSON: the fields of `qemu-img map` in the same order, then our own.
 #[derive(Serialize)]
@@ -46,7 +50,10 @@ pub fn run(args: &MapArgs) -> Result<Exit> {
     let location: &Location = &opened.location;
     let devices = opened.select(&args.disk)?;
     let window = window(args, &devices).in_file(location)?;
-    let json = args.output.is_json();
+    if args.output == MapFormat::Svg {
+        return draw(&opened, &devices, &window);
+    }
+    let json = args.output == MapFormat::Json;
     let mut printer = Printer::new(json);
     printer.begin();
     for device in devices {
@@ -60,6 +67,28 @@ pub fn run(args: &MapArgs) -> Result<Exit> {
         printer.end_of_device();
     }
     printer.end()?;
+    Ok(Exit::Done)
+}
+
+/// Prints a drawing of the devices as an SVG document.
+fn draw(opened: &Opened, devices: &[Device], window: &Range<u64>) -> Result<Exit> {
+    let mut charts = Vec::with_capacity(devices.len());
+    for device in devices {
+        let range = window.start.min(device.size)..window.end.min(device.size);
+        let disk = Disk::new(opened.image.clone(), device.id).in_file(&opened.location)?;
+        let mut chart = Chart::new(&escape_control(&device.name), range.clone(), devices.len());
+        walk(&disk, range, |extent| {
+            chart.cells.add(extent.start, extent.len, Kind::of(&extent));
+            Ok(())
+        })
+        .in_file(&opened.location)?;
+        charts.push(chart);
+    }
+    let format = images::format_with_compression(opened.driver.name(), &opened.compression);
+    let disks = report::count(devices.len(), "disk");
+    let size = devices.iter().fold(0u64, |sum, device| sum.saturating_add(device.size));
+    let subtitle = format!("{format}, {disks}, {}", report::human_size(size));
+    report::print(&svg::document(&opened.location.to_string(), &subtitle, &charts))?;
     Ok(Exit::Done)
 }
 
@@ -79,12 +108,7 @@ fn window(args: &MapArgs, devices: &[Device]) -> Result<Range<u64>> {
 fn picture(disk: &Disk, range: Range<u64>) -> Result<String> {
     let mut picture = Picture::new(range.clone(), Stream::Out.columns());
     walk(disk, range, |extent| {
-        let kind = match extent {
-            MapExtent { zero: false, .. } => ExtentKind::Data,
-            MapExtent { present: true, .. } => ExtentKind::Zero,
-            _ => ExtentKind::Hole,
-        };
-        picture.add(Extent { start: extent.start, len: extent.len, kind });
+        picture.add(&extent);
         Ok(())
     })?;
     Ok(picture.draw(disk.name()))

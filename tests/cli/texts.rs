@@ -131,6 +131,7 @@ fn inspection_commands() {
         "map --start-offset=1M --max-length=1M disk.qcow2",
         "map --output=json disk.qcow2",
         "map --start-offset 1T disk.qcow2",
+        "map --output svg --start-offset=1M --max-length=512k disk.qcow2",
     ];
     insta::assert_snapshot!("map", screens(dir.path(), &lines));
     let lines = [

@@ -110,6 +110,7 @@ fn odd_names_are_confined_and_escaped() {
                 harmless(&imgtool([verb, "--output", output, "x.vma"]).within(&deep).ok());
             }
         }
+        harmless(&imgtool(["map", "--output", "svg", "x.vma"]).within(&deep).ok());
         harmless(&imgtool(["compare", "x.vma", "x.vma"]).within(&deep).ok());
         harmless(&imgtool(["vma", "list", "x.vma"]).within(&deep).ok());
         harmless(&imgtool(["vma", "verify", "-v", "x.vma"]).within(&deep).ok());

@@ -38,12 +38,7 @@ pub(super) fn page(image: &ImageEntry) -> String {
 fn summary(text: &mut String, image: &ImageEntry) {
     let info = image.info();
     line(text, "image", &image.location.to_string());
-    let mut format = info.format.to_owned();
-    for compression in image.compression.iter().rev() {
-        format.push_str(" in ");
-        format.push_str(compression.name());
-    }
-    line(text, "file format", &format);
+    line(text, "file format", &images::format_with_compression(info.format, &image.compression));
     let open_ended = info.devices.iter().any(|device| device.open_ended);
     let size = if open_ended {
         "unknown until the end of the stream".to_owned()

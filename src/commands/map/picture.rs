@@ -3,9 +3,10 @@
 use std::fmt::Write as _;
 use std::ops::Range;
 
+use imgtool_core::MapExtent;
 use imgtool_core::error::escape_control;
-use imgtool_core::{Extent, ExtentKind};
 
+use super::cells::{Cells, Counts, Kind};
 use crate::report::{Paint, Stream, flow, human_size, percent, unicode};
 
 /// Maximum number of cells in a line. Our choice: the line fits a terminal of 80 columns.
@@ -37,23 +38,11 @@ struct Signs {
 const SHADES: Signs = Signs { full: '█', most: '▓', some: '▒', zero: '░', hole: '·' };
 const ASCII: Signs = Signs { full: '#', most: '+', some: '-', zero: '0', hole: '.' };
 
-/// Number of guest bytes of each kind in a cell.
-#[derive(Debug, Clone, Copy, Default)]
-struct Cell {
-    data: u64,
-    zero: u64,
-}
-
 /// Drawing of a guest range of a device.
 pub struct Picture {
-    range: Range<u64>,
+    /// Number of cells in a line.
     columns: usize,
-    /// Number of guest bytes in a cell.
-    cell_len: u64,
-    cells: Vec<Cell>,
-    data: u64,
-    zero: u64,
-    hole: u64,
+    cells: Cells,
 }
 
 impl Picture {
@@ -62,73 +51,52 @@ impl Picture {
         let free = terminal_columns.unwrap_or(80).saturating_sub(LABEL + 2);
         // A power of two, so that every line begins at a round offset.
         let columns = [MAX_COLUMNS, 32, 16].into_iter().find(|columns| *columns <= free).unwrap_or(8);
-        let len = range.end.saturating_sub(range.start);
-        let max_cells = (columns * MAX_LINES) as u64;
-        let cell_len =
-            len.div_ceil(max_cells).checked_next_power_of_two().unwrap_or(1 << 63).max(MIN_CELL_LEN);
-        // At most `max_cells`, so at most 256.
-        let cells = vec![Cell::default(); len.div_ceil(cell_len) as usize];
-        Self { range, columns, cell_len, cells, data: 0, zero: 0, hole: 0 }
+        Self { columns, cells: Cells::new(range, columns * MAX_LINES, MIN_CELL_LEN) }
     }
 
     /// Adds an extent, which must be inside the range.
-    pub fn add(&mut self, extent: Extent) {
-        match extent.kind {
-            ExtentKind::Data => self.data += extent.len,
-            ExtentKind::Zero => self.zero += extent.len,
-            ExtentKind::Hole => self.hole += extent.len,
-        }
-        if extent.kind == ExtentKind::Hole {
-            return;
-        }
-        let mut at = extent.start.saturating_sub(self.range.start);
-        let end = extent.end().saturating_sub(self.range.start);
-        while at < end {
-            let index = at / self.cell_len;
-            let next = end.min((index + 1).saturating_mul(self.cell_len));
-            if let Some(cell) = self.cells.get_mut(index as usize) {
-                *if extent.kind == ExtentKind::Data { &mut cell.data } else { &mut cell.zero } += next - at;
-            }
-            at = next;
-        }
+    pub fn add(&mut self, extent: &MapExtent) {
+        self.cells.add(extent.start, extent.len, Kind::of(extent));
     }
 
     /// Returns the drawing: a title with the device's name, the lines of cells and a legend.
     pub fn draw(&self, name: &str) -> String {
         let signs = if unicode() { SHADES } else { ASCII };
-        let len = self.range.end.saturating_sub(self.range.start);
+        let Cells { range, cell_len, cells, total } = &self.cells;
+        let len = self.cells.len();
         let mut text = format!(
             "{}: {}, {} data ({})",
             Stream::Out.paint(Paint::Bold, &escape_control(name)),
             human_size(len),
-            human_size(self.data),
-            percent(self.data, len)
+            human_size(total.stored()),
+            percent(total.stored(), len)
         );
-        for (bytes, what) in [(self.zero, "zero"), (self.hole, "hole")] {
-            if bytes > 0 {
+        for (kind, bytes) in total.shares(len) {
+            if let Kind::Zero | Kind::Hole = kind {
+                let what = if kind == Kind::Zero { "zero" } else { "hole" };
                 let _ = write!(text, ", {} {what}", human_size(bytes));
             }
         }
         text = flow(Stream::Out, &text, 2) + "\n";
-        for (line, cells) in self.cells.chunks(self.columns).enumerate() {
-            let start = self.range.start.saturating_add((line * self.columns) as u64 * self.cell_len);
+        for (line, cells) in cells.chunks(self.columns).enumerate() {
+            let start = range.start.saturating_add((line * self.columns) as u64 * cell_len);
             let bar: String = cells.iter().map(|cell| self.sign(cell, &signs)).collect();
             let _ = writeln!(text, "{:>LABEL$} {}", human_size(start), Stream::Out.paint(Paint::Data, &bar));
         }
         let Signs { full, most, some, zero, hole } = signs;
         let _ = writeln!(text, "{:LABEL$} {full} data  {most} most  {some} some", "");
-        let _ =
-            writeln!(text, "{:LABEL$} {zero} zero  {hole} hole  {full}={}", "", human_size(self.cell_len));
+        let _ = writeln!(text, "{:LABEL$} {zero} zero  {hole} hole  {full}={}", "", human_size(*cell_len));
         text
     }
 
-    fn sign(&self, cell: &Cell, signs: &Signs) -> char {
-        match cell {
-            Cell { data: 0, zero: 0 } => signs.hole,
-            Cell { data: 0, .. } => signs.zero,
+    fn sign(&self, cell: &Counts, signs: &Signs) -> char {
+        let cell_len = self.cells.cell_len;
+        match cell.stored() {
+            0 if cell.zero == 0 => signs.hole,
+            0 => signs.zero,
             // The last cell may cover fewer bytes than `cell_len`; then it is never full.
-            Cell { data, .. } if *data >= self.cell_len => signs.full,
-            Cell { data, .. } if *data > self.cell_len / 2 => signs.most,
+            stored if stored >= cell_len => signs.full,
+            stored if stored > cell_len / 2 => signs.most,
             _ => signs.some,
         }
     }
@@ -139,30 +107,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cells_have_round_sizes_and_fit() {
-        for (len, columns, cell_len, cells) in [
-            (64u64 << 20, 80, 256 << 10, 256),
-            (65 << 20, 80, 512 << 10, 130),
-            (512, 80, 512, 1),
-            (0, 80, 512, 0),
-            (u64::MAX, 80, 1 << 56, 256),
-            (64 << 20, 40, 1 << 20, 64),
-        ] {
-            let picture = Picture::new(0..len, Some(columns));
-            assert_eq!((picture.cell_len, picture.cells.len()), (cell_len, cells), "{len}");
+    fn lines_fit_the_terminal() {
+        for (columns, cells) in [(Some(80), 256), (Some(76), 256), (Some(40), 64), (Some(5), 32), (None, 256)]
+        {
+            assert_eq!(Picture::new(0..64 << 20, columns).cells.cells.len(), cells, "{columns:?}");
         }
     }
 
     #[test]
-    fn extents_fill_their_cells() {
-        let mut picture = Picture::new(1024..1024 + 4 * 512, Some(80));
-        let add = |picture: &mut Picture, start, len, kind| picture.add(Extent { start, len, kind });
-        add(&mut picture, 1024, 600, ExtentKind::Data);
-        add(&mut picture, 1624, 424, ExtentKind::Hole);
-        add(&mut picture, 2048, 512, ExtentKind::Zero);
-        add(&mut picture, 2560, 512, ExtentKind::Hole);
-        let signs: String = picture.cells.iter().map(|cell| picture.sign(cell, &ASCII)).collect();
-        assert_eq!(signs, "#-0.");
-        assert_eq!((picture.data, picture.zero, picture.hole), (600, 512, 936));
+    fn signs_tell_full_cells_from_partial_ones() {
+        let mut picture = Picture::new(1024..1024 + 5 * 512, Some(80));
+        for (start, len, kind) in
+            [(1024, 600, Kind::Data), (2048, 512, Kind::Zero), (3072, 300, Kind::Compressed)]
+        {
+            picture.cells.add(start, len, kind);
+        }
+        let signs: String = picture.cells.cells.iter().map(|cell| picture.sign(cell, &ASCII)).collect();
+        assert_eq!(signs, "#-0.+");
     }
 }
