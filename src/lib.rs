@@ -30,7 +30,8 @@ pub use imgtool_core::{
 };
 pub use imgtool_engine as engine;
 pub use imgtool_engine::{
-    DiskReport, FileReport, Gauge, LaneInfo, Monitor, Note, OutputReport, Phase, Report, Request, RunOptions,
+    DiskReport, FileReport, Gauge, LaneInfo, Monitor, Note, OutputReport, Pace, Phase, Quality, Report,
+    Request, RunOptions, TimeLeft, Work, WorkUnit,
 };
 
 use imgtool_core::{Compress, ImageSource, Memory, NoProgress};

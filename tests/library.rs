@@ -7,6 +7,7 @@ use imgtool_testing::sha256;
 
 mod convert;
 mod open;
+mod progress;
 
 /// Disks of `two-disks.vma.zst`: name, size, SHA-256 of the content.
 const TWO_DISKS: [(&str, u64, &str); 2] = [

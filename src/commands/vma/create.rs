@@ -292,6 +292,10 @@ impl Monitor for Watch<'_> {
         self.interrupt.shielded(step)
     }
 
+    fn polls_work(&self) -> bool {
+        false
+    }
+
     fn begin(&self, _phase: Phase, _gauge: &Arc<Gauge>) {
         if let Some(percent) = self.percent {
             percent.start();

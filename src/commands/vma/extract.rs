@@ -111,6 +111,8 @@ fn source(archive: Archive, registry: &Registry) -> Result<OpenSource> {
         driver: registry.get("vma")?,
         compression: Vec::new(),
         stored_len: None,
+        consumed: None,
+        salvages: false,
         spooled: false,
         unrecognised: false,
         identity: archive.identity,

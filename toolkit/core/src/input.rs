@@ -12,7 +12,7 @@ mod random;
 mod stream;
 
 pub use random::{FileRun, RandomInput, ReadAt};
-pub use stream::{Decode, Stream};
+pub use stream::{Consumed, Decode, Stream};
 
 /// Maximum number of bytes at the start of an image that a driver's probe receives. Our limit: the first 4
 /// KiB contain the magic number of every supported format.
@@ -99,6 +99,15 @@ impl Input {
     /// True if the input can only be read once, in order.
     pub fn is_stream(&self) -> bool {
         matches!(self.body, InputBody::Stream(_))
+    }
+
+    /// Returns the number of bytes that a stream has read from its file or pipe; `None` if the input is read by
+    /// position.
+    pub fn consumed(&self) -> Option<Consumed> {
+        match &self.body {
+            InputBody::Stream(stream) => Some(stream.consumed()),
+            InputBody::Random(_) => None,
+        }
     }
 
     /// Returns the first bytes, up to [`PROBE_LEN`], without consuming them.

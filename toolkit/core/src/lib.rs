@@ -66,7 +66,7 @@ pub use manifest::Manifest;
 pub use memory::{Lease, Memory, TableMemory};
 pub use options::{Compress, CreateOptions, OptionKind, OptionSpec, OptionValues, parse_size};
 pub use output::{Output, WriteAt};
-pub use progress::{CancelToken, NoProgress, Progress};
+pub use progress::{CancelToken, Copied, NoProgress, Progress};
 pub use registry::Registry;
 pub use remedy::Remedy;
 pub use secret::Secret;

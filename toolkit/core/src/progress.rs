@@ -2,14 +2,34 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use crate::device::Lane;
 use crate::error::{Error, Result};
 
 /// Receives the progress of a copy. Many threads call it at once for every piece, so it must be fast.
 pub trait Progress: Sync {
-    /// Counts `len` more copied guest bytes in `lane`; `zero` of them were zeros that needed no data.
-    fn advance(&self, lane: Lane, len: u64, zero: u64);
+    /// Counts a part of a device that has reached its target.
+    fn advance(&self, lane: Lane, copied: Copied);
+
+    /// Counts a piece of a stream, which took the time `spent` to read. One thread at a time calls it, in the
+    /// order of the stream. `lane` is `None` for a device that is not copied.
+    fn streamed(&self, _lane: Option<Lane>, _read: Copied, _spent: Duration) {}
+
+    /// Called before `data` bytes of data are read, or passed on from a stream. Waits if a limit on the speed
+    /// requires it.
+    fn throttle(&self, _data: u64) {}
+}
+
+/// Numbers of bytes of a part of a device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Copied {
+    /// Guest bytes.
+    pub guest: u64,
+    /// Guest bytes that were read as data, zeros among them. The others are holes or known zeros.
+    pub data: u64,
+    /// Guest bytes that were zeros and needed no data in the target.
+    pub zero: u64,
 }
 
 /// Ignores all progress.
@@ -17,7 +37,7 @@ pub trait Progress: Sync {
 pub struct NoProgress;
 
 impl Progress for NoProgress {
-    fn advance(&self, _lane: Lane, _len: u64, _zero: u64) {}
+    fn advance(&self, _lane: Lane, _copied: Copied) {}
 }
 
 /// Cancels an operation from another thread. All clones share one state.

@@ -12,9 +12,10 @@ use imgtool_core::{
 };
 use sha2::{Digest, Sha256};
 
-use crate::monitor::{Counter, LaneInfo, Monitor, Phase};
+use crate::monitor::{Counter, Monitor, Phase};
 use crate::open::{self, Opened};
 use crate::pipeline::{self, Job, Route, Target};
+use crate::work::{Gauge, LaneInfo, Part};
 
 /// Length in bytes of a piece. Our choice: long enough that one thread digests a piece while others read the
 /// next ones.
@@ -108,7 +109,11 @@ fn digest(
         total: (!device.open_ended).then_some(device.size),
     };
     let lanes = devices.iter().map(lane).collect();
-    let counter = Counter::begin(monitor, Phase::Checksum, lanes, Box::new(|| 0), None);
+    let copied: Vec<_> = (0..).map(Lane).zip(devices.iter().map(|device| device.id)).collect();
+    // Zeros are digested like data.
+    let part = Part::new(&*opened.image, &copied, opened.consumed.clone().zip(opened.stored_len), true);
+    let gauge = Gauge::new(lanes, vec![part], Box::new(|| 0));
+    let counter = Counter::begin(monitor, Phase::Checksum, gauge, None);
     let route = |(number, device): (u32, &Device)| Route {
         from: device.id,
         target: 0,
@@ -126,6 +131,7 @@ fn digest(
         memory: request.options.memory.clone(),
     };
     pipeline::copy(&*opened.image, &job).in_file(&opened.location)?;
+    counter.end_part();
     monitor.end();
     digester.finish().in_file(&opened.location)
 }

@@ -4,18 +4,20 @@
 //! Ranges that are known to be zero in both images are not read.
 
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use imgtool_core::sync::lock;
 use imgtool_core::zero::is_zero;
 use imgtool_core::{
     Buffer, BufferPool, CancelToken, Consumer, Device, Disk, Error, Geometry, Lane, Location, Memory,
-    Prepared, Result, ResultExt, SinkDevice, SinkPiece,
+    Prepared, RandomAccess, Result, ResultExt, SinkDevice, SinkPiece,
 };
 
-use crate::monitor::{Counter, LaneInfo, Monitor, Phase, Reach};
+use crate::monitor::{Counter, Monitor, Phase, Reach};
 use crate::open::Opened;
 use crate::pipeline::{self, Job, Route, Target};
+use crate::survey::SurveyedDevice;
+use crate::work::{Gauge, LaneInfo, Part};
 
 /// Length in bytes of a piece. Our choice: the pieces of both images fit into the cache of one core.
 const PIECE_LEN: u64 = 256 * 1024;
@@ -111,8 +113,13 @@ fn compare(
     monitor.opened(&Reach::default());
     let lanes =
         pairs.iter().map(|pair| LaneInfo { name: pair.name.clone(), total: Some(pair.first.size) }).collect();
-    let counter = Counter::begin(monitor, Phase::Compare, lanes, Box::new(|| 0), None);
-    let comparer = Comparer::new(other, pairs, cancel.child())?;
+    let copied: Vec<_> = (0..).map(Lane).zip(pairs.iter().map(|pair| pair.first.id)).collect();
+    let file = stepped.consumed.clone().zip(stepped.stored_len);
+    let part = Part::new(&*stepped.image, &copied, file, false);
+    let gauge = Gauge::new(lanes, vec![part], Box::new(|| 0));
+    let counter = Counter::begin(monitor, Phase::Compare, gauge, None);
+    counter.survey(surveyed(stepped, other, pairs));
+    let comparer = Comparer::new(other, pairs, cancel.child(), &counter)?;
     let route = |(number, pair): (u32, &DevicePair)| Route {
         from: pair.first.id,
         target: 0,
@@ -134,8 +141,27 @@ fn compare(
         (None, Err(error)) => return Err(error),
         (None, Ok(_)) => comparer.tails(cancel)?,
     };
+    counter.end_part();
     monitor.end();
     Ok(found)
+}
+
+/// Returns the devices whose data a comparison reads: of each pair, both.
+fn surveyed(stepped: &Opened, other: &Opened, pairs: &[DevicePair]) -> Vec<SurveyedDevice> {
+    let of_pair = |(lane, pair): (Lane, &DevicePair)| {
+        let resolution =
+            |random: &dyn RandomAccess| pipeline::piece_len(PIECE_LEN, random.read_granule(pair.first.id));
+        let resolution = stepped.image.access().random().map(resolution);
+        let device = |image: &Opened, device: &Device, resolution| SurveyedDevice {
+            lane,
+            image: Arc::clone(&image.image),
+            device: device.id,
+            size: device.size,
+            resolution,
+        };
+        [device(stepped, &pair.first, resolution), device(other, &pair.second, None)]
+    };
+    (0..).map(Lane).zip(pairs).flat_map(of_pair).collect()
 }
 
 /// Consumer that compares each piece with the same part of another image.
@@ -149,16 +175,22 @@ struct Comparer<'a> {
     difference: Mutex<Option<(usize, u64)>>,
     /// Ends the copy after a difference.
     cancel: CancelToken,
+    counter: &'a Counter<'a>,
 }
 
 impl<'a> Comparer<'a> {
     /// Compares with the second device of each pair in `other`.
-    fn new(other: &'a Opened, pairs: &'a [DevicePair], cancel: CancelToken) -> Result<Self> {
+    fn new(
+        other: &'a Opened,
+        pairs: &'a [DevicePair],
+        cancel: CancelToken,
+        counter: &'a Counter<'a>,
+    ) -> Result<Self> {
         let disk =
             |pair: &DevicePair| Disk::new(other.image.clone(), pair.second.id).in_file(&other.location);
         let disks = pairs.iter().map(disk).collect::<Result<_>>()?;
         let (pool, difference) = (BufferPool::new(), Mutex::new(None));
-        Ok(Self { disks, location: &other.location, pairs, pool, difference, cancel })
+        Ok(Self { disks, location: &other.location, pairs, pool, difference, cancel, counter })
     }
 
     fn difference(&self) -> Option<(usize, u64)> {
@@ -260,6 +292,7 @@ impl<'a> Comparer<'a> {
             .read_at(&mut buffer, range.start)
             .in_file(self.location)
             .on_device(&self.pairs[pair].second.name)?;
+        self.counter.read_beside(pair, len as u64);
         Ok(buffer)
     }
 }

@@ -11,12 +11,15 @@ use std::sync::Mutex;
 use imgtool_core::sync::lock;
 use imgtool_core::zero::{ZERO_GRANULARITY, is_zero};
 use imgtool_core::{
-    BufferPool, CancelToken, Consumer, Geometry, ImageSource, Lane, Memory, Prepared, Progress, Result,
-    SinkDevice, SinkPiece,
+    BufferPool, CancelToken, Consumer, DeviceId, Geometry, ImageSource, Lane, Memory, Prepared, Progress,
+    RandomAccess, Result, SinkDevice, SinkPiece,
 };
 use twox_hash::XxHash3_128;
 
 use crate::pipeline::{self, Job, Route, Tap, Target};
+
+/// Length in bytes of a piece. Our choice: a piece fits into the cache of one core.
+const PIECE_LEN: u64 = 256 * 1024;
 
 /// Digests of devices, by lane. The workers of a pipeline share them.
 #[derive(Debug, Default)]
@@ -90,6 +93,11 @@ pub fn digest_source(
     Ok(digest)
 }
 
+/// Returns the resolution in bytes with which [`digest_source`] queries the extents of a device.
+pub(crate) fn resolution(random: &dyn RandomAccess, device: DeviceId) -> u64 {
+    pipeline::piece_len(PIECE_LEN, random.read_granule(device))
+}
+
 /// Reads all content of `source` and passes it to `taps`. Its devices get consecutive lanes from `first_lane`
 /// on.
 ///
@@ -126,7 +134,7 @@ impl Consumer for Discard {
         Geometry {
             granule: ZERO_GRANULARITY as u64,
             granule_required: false,
-            piece_len: 256 * 1024,
+            piece_len: PIECE_LEN,
             max_zero_len: u64::MAX,
             ordered: false,
         }

@@ -30,25 +30,31 @@ mod missing;
 pub mod monitor;
 pub mod names;
 pub mod open;
+mod pace;
 pub mod pipeline;
+mod rate_limit;
 pub mod report;
 pub mod request;
 pub mod run;
 mod sinks;
 pub mod sources;
 mod space;
+mod survey;
 mod verify;
+pub mod work;
 
 pub use externals::{ExternalPolicy, PolicyOpener};
 pub use format::{FormatOptions, TargetFormat};
 pub use layout::{Destination, DiskTarget, Layout, PlannedFile, PlannedOutput};
-pub use monitor::{Gauge, LaneInfo, Monitor, Phase, Reach};
+pub use monitor::{Monitor, Phase, Reach};
 pub use open::{Opened, open};
+pub use pace::{Pace, Quality, TimeLeft};
 pub use report::{DiskReport, FileReport, Note, OutputReport, Report};
 pub use request::{BrokenBitmaps, OpenConversion, OpenSettings, Request};
 pub use run::{Plan, RunOptions};
 pub use sinks::SIZE_TOLERANCE;
 pub use sources::{OpenSource, SelectedDisk, SourceRequest};
+pub use work::{Gauge, LaneInfo, Work, WorkUnit};
 
 /// Compiles the example of the README with the tests.
 #[cfg(doctest)]

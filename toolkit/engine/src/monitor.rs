@@ -1,15 +1,19 @@
-//! [`Monitor`], which receives the events of a run, and [`Gauge`], which counts its progress.
+//! [`Monitor`], which receives the events of a run.
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use imgtool_core::{Lane, Location, NoProgress, Progress, Result};
+use imgtool_core::sync::lock;
+use imgtool_core::{Copied, Lane, Location, NoProgress, Progress, Result};
 use imgtool_storage::Cleaner;
 use imgtool_storage::os::DirectoryHandle;
+
+use crate::rate_limit::RateLimit;
+use crate::survey::{Survey, SurveyedDevice};
+use crate::work::Gauge;
 
 /// Phase of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,61 +27,6 @@ pub enum Phase {
     Compare,
     /// Digesting content.
     Checksum,
-}
-
-/// A lane: one line of the progress display.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LaneInfo {
-    /// Name of the device; untrusted.
-    pub name: String,
-    /// Total number of guest bytes; `None` if unknown until the stream ends.
-    pub total: Option<u64>,
-}
-
-/// Function that returns the number of bytes written to the outputs so far.
-pub type WrittenBytes = Box<dyn Fn() -> u64 + Send + Sync>;
-
-/// Progress of a phase, for a display to poll.
-pub struct Gauge {
-    lanes: Vec<GaugeLane>,
-    written: WrittenBytes,
-}
-
-impl fmt::Debug for Gauge {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Gauge").field("lanes", &self.lanes).finish_non_exhaustive()
-    }
-}
-
-#[derive(Debug)]
-struct GaugeLane {
-    info: LaneInfo,
-    done: AtomicU64,
-    zero: AtomicU64,
-}
-
-impl Gauge {
-    fn new(lanes: Vec<LaneInfo>, written: WrittenBytes) -> Self {
-        let lane = |info| GaugeLane { info, done: AtomicU64::new(0), zero: AtomicU64::new(0) };
-        Self { lanes: lanes.into_iter().map(lane).collect(), written }
-    }
-
-    /// Returns the lanes, in order. A [`Lane`] is an index into them.
-    pub fn lanes(&self) -> impl ExactSizeIterator<Item = &LaneInfo> {
-        self.lanes.iter().map(|lane| &lane.info)
-    }
-
-    /// Returns the number of guest bytes of a lane so far, and the number of zeros among them.
-    pub fn count(&self, lane: Lane) -> (u64, u64) {
-        self.lanes
-            .get(lane.index())
-            .map_or((0, 0), |lane| (lane.done.load(Ordering::Relaxed), lane.zero.load(Ordering::Relaxed)))
-    }
-
-    /// Returns the number of bytes written to the outputs so far.
-    pub fn written(&self) -> u64 {
-        (self.written)()
-    }
 }
 
 /// Files that a run may still open by name when all sources and outputs are open.
@@ -99,6 +48,12 @@ pub trait Monitor: Sync {
     /// Called when a phase begins. With verification, a run has two phases. A display can poll the progress
     /// from `gauge` at any time.
     fn begin(&self, _phase: Phase, _gauge: &Arc<Gauge>) {}
+
+    /// True if the monitor polls the work of a phase ([`Gauge::work`]). The run then adds up the extents of the
+    /// images in the background, to know how much data they have.
+    fn polls_work(&self) -> bool {
+        true
+    }
 
     /// Called for each piece, by many threads at once, so it must be fast. `len` more guest bytes were
     /// copied; `zero` of them were zeros without data.
@@ -135,13 +90,18 @@ impl fmt::Debug for dyn Monitor + '_ {
 }
 
 /// A monitor that ignores everything.
-impl Monitor for NoProgress {}
+impl Monitor for NoProgress {
+    fn polls_work(&self) -> bool {
+        false
+    }
+}
 
 /// Counts the progress of a phase, passes it to the monitor, and limits the speed.
 pub(crate) struct Counter<'a> {
     monitor: &'a dyn Monitor,
     gauge: Arc<Gauge>,
-    limit: Option<RateLimit>,
+    limit: Option<&'a RateLimit>,
+    survey: Mutex<Option<Survey>>,
 }
 
 impl<'a> Counter<'a> {
@@ -149,49 +109,61 @@ impl<'a> Counter<'a> {
     pub(crate) fn begin(
         monitor: &'a dyn Monitor,
         phase: Phase,
-        lanes: Vec<LaneInfo>,
-        written: WrittenBytes,
-        bytes_per_second: Option<u64>,
+        gauge: Gauge,
+        limit: Option<&'a RateLimit>,
     ) -> Self {
-        let gauge = Arc::new(Gauge::new(lanes, written));
+        let gauge = Arc::new(gauge);
         monitor.begin(phase, &gauge);
-        Self { monitor, gauge, limit: bytes_per_second.map(RateLimit::new) }
+        Self { monitor, gauge, limit, survey: Mutex::new(None) }
+    }
+
+    /// Adds up the data of the devices in the background, if the monitor wants to know it.
+    pub(crate) fn survey(&self, devices: Vec<SurveyedDevice>) {
+        if self.monitor.polls_work() && !devices.is_empty() {
+            *lock(&self.survey) = Some(Survey::start(devices, Arc::clone(&self.gauge)));
+        }
     }
 
     /// Returns the counts of a lane; see [`Gauge::count`].
     pub(crate) fn totals(&self, lane: Lane) -> (u64, u64) {
         self.gauge.count(lane)
     }
+
+    /// Returns the number of guest bytes of all lanes that were read as data.
+    pub(crate) fn data(&self) -> u64 {
+        Lane::first(self.gauge.lanes().len()).map(|lane| self.gauge.data(lane)).sum()
+    }
+
+    /// Counts data that was read for the lane `index`, but not copied.
+    pub(crate) fn read_beside(&self, index: usize, data: u64) {
+        let lane = u32::try_from(index).map(Lane);
+        let _ = lane.map(|lane| self.gauge.advance(lane, Copied { data, ..Copied::default() }));
+    }
+
+    /// Ends the current part of the phase: one image is read.
+    pub(crate) fn end_part(&self) {
+        self.gauge.end_part();
+    }
 }
 
 impl Progress for Counter<'_> {
-    fn advance(&self, lane: Lane, len: u64, zero: u64) {
-        if let Some(counts) = self.gauge.lanes.get(lane.index()) {
-            counts.done.fetch_add(len, Ordering::Relaxed);
-            counts.zero.fetch_add(zero, Ordering::Relaxed);
-        }
-        self.monitor.advance(lane, len, zero);
-        if let Some(limit) = &self.limit {
-            limit.wait(len - zero.min(len));
-        }
-    }
-}
-
-/// Limits the number of data bytes per second by making workers sleep.
-struct RateLimit {
-    started: Instant,
-    bytes_per_second: u64,
-    passed: AtomicU64,
-}
-
-impl RateLimit {
-    fn new(bytes_per_second: u64) -> Self {
-        Self { started: Instant::now(), bytes_per_second: bytes_per_second.max(1), passed: AtomicU64::new(0) }
+    fn advance(&self, lane: Lane, copied: Copied) {
+        self.gauge.advance(lane, copied);
+        self.monitor.advance(lane, copied.guest, copied.zero);
     }
 
-    fn wait(&self, len: u64) {
-        let passed = self.passed.fetch_add(len, Ordering::Relaxed) + len;
-        let due = Duration::from_secs_f64(passed as f64 / self.bytes_per_second as f64);
-        std::thread::sleep(due.saturating_sub(self.started.elapsed()));
+    fn streamed(&self, lane: Option<Lane>, read: Copied, spent: Duration) {
+        let begun = Instant::now();
+        if lane.is_none() {
+            // A copied piece is limited on its way to the target.
+            self.throttle(read.data);
+        }
+        self.gauge.streamed(lane.is_some(), read.guest, spent + begun.elapsed());
+    }
+
+    fn throttle(&self, data: u64) {
+        if let Some(limit) = self.limit {
+            limit.wait(data);
+        }
     }
 }

@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use imgtool_core::input::Consumed;
 use imgtool_core::{
     CancelToken, Confidence, Device, Driver, Error, Externals, ImageSource, Input, Location, OpenOptions,
     RandomInput, Registry, Remedy, Result, suggest,
@@ -26,6 +27,11 @@ pub struct Opened {
     pub compression: Vec<Compression>,
     /// Length of the file in bytes, before decompression, if it is a file.
     pub stored_len: Option<u64>,
+    /// Number of bytes that a stream has read from its file or pipe; `None` for an input read by position.
+    pub consumed: Option<Consumed>,
+    /// True if the image was opened to salvage what is left of it. Its extents are then queried only once, in the
+    /// order of the copy, since queries record losses.
+    pub salvages: bool,
     /// True if the image was a stream, which was copied to temporary storage.
     pub spooled: bool,
     /// True if neither the content nor the name of the image says what it is: it is read as a raw disk.
@@ -50,6 +56,8 @@ impl Opened {
             driver,
             compression: Vec::new(),
             stored_len: None,
+            consumed: None,
+            salvages: false,
             spooled: false,
             unrecognised: false,
             identity: None,
@@ -219,7 +227,7 @@ fn open_located(
         (false, false) => input.spool()?,
     };
     let OpenInput { input, compression, stored_len, spooled, identity, watch, memory: _ } = input;
-    let location = input.location().clone();
+    let (location, consumed) = (input.location().clone(), input.consumed());
     let options = with_opener(registry, options);
     if let Some(id) = identity.as_ref().and_then(Identity::id) {
         options.externals.image_opened(&location, id);
@@ -234,12 +242,14 @@ fn open_located(
         && !is_named_raw(&*driver, &location)
         && !contents::is_disk(&head, bytes.as_ref());
     let image = driver.open(input, &options)?;
-    let externals = options.externals;
+    let (salvages, externals) = (options.salvage, options.externals);
     Ok(Opened {
         location,
         driver,
         compression,
         stored_len,
+        consumed,
+        salvages,
         spooled,
         unrecognised,
         identity,

@@ -16,18 +16,21 @@ mod regroup;
 mod share;
 mod target;
 
+use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use imgtool_core::sync::{into_inner, lock};
 use imgtool_core::{
-    Access, BufferPool, CancelToken, Device, DeviceId, Error, ImageSource, Lane, Memory, Progress,
-    RandomAccess, Result, ResultExt, SinkDevice, SinkPiece, StreamAccess, StreamOrder,
+    Access, BufferPool, CancelToken, Copied, Device, DeviceId, Error, ImageSource, Lane, Memory, Piece,
+    Progress, RandomAccess, Result, ResultExt, SinkDevice, SinkPiece, StreamAccess, StreamOrder,
 };
 
 use crew::{Arrival, Crew};
 use flush::Flusher;
 use order::Orderer;
+pub(crate) use plan::piece_len;
 use plan::{Plan, ReadTask};
 use regroup::{FittedContent, FittedPiece, Regroup};
 use share::BlockSharing;
@@ -106,6 +109,21 @@ pub fn check_memory(source: &dyn ImageSource, job: &Job<'_>) -> Result<()> {
     }
 }
 
+/// Returns, for each route, the resolution in bytes with which a copy queries the extents of its device; nothing
+/// for a stream.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] for an invalid route.
+pub(crate) fn resolutions(source: &dyn ImageSource, job: &Job<'_>) -> Result<Vec<u64>> {
+    let targets = Targets::new(job)?;
+    let resolution = |random: &dyn RandomAccess, route: &Route| {
+        piece_len(targets.geometry(*route).piece_len, random.read_granule(route.from))
+    };
+    let random = source.access().random();
+    Ok(random
+        .map_or_else(Vec::new, |random| job.routes.iter().map(|route| resolution(random, route)).collect()))
+}
+
 /// Copies the content of `source` into the targets. Calls neither [`imgtool_core::ImageSink::begin`] nor
 /// [`imgtool_core::ImageSink::finish`], since several sources may fill one sink.
 ///
@@ -137,11 +155,12 @@ pub fn copy(source: &dyn ImageSource, job: &Job<'_>) -> Result<Totals> {
             let arrival = Arrival::of_stream(&*stream);
             let regroup = Regroup::new(&targets, &info.devices, &all_routes(job), arrival)?;
             let crew = Crew::hire(job, access, regroup.largest_piece())?;
-            let producer = Producer::Stream { stream: &mut *stream, regroup, ended: false };
+            let pass = Pass { stream: &mut *stream, job };
+            let producer = Producer::Stream { pass, regroup, ended: false };
             let (totals, producer) = run(producer, None, &targets, &crew, BlockSharing::default())?;
-            if let Producer::Stream { stream, .. } = producer {
+            if let Producer::Stream { pass, .. } = producer {
                 for route in &job.routes {
-                    if let Some(size) = stream.final_size(route.from) {
+                    if let Some(size) = pass.stream.final_size(route.from) {
                         targets.of(*route).resize(route.to, size)?;
                     }
                 }
@@ -168,7 +187,32 @@ enum Producer<'a> {
     /// Reads in the order of a stream of the same image.
     Ordered { order: Box<dyn StreamOrder + 'a>, regroup: Regroup, plan: Plan<'a>, ended: bool },
     /// Reads the stream.
-    Stream { stream: &'a mut dyn StreamAccess, regroup: Regroup, ended: bool },
+    Stream { pass: Pass<'a>, regroup: Regroup, ended: bool },
+}
+
+/// The one pass over a stream.
+struct Pass<'a> {
+    stream: &'a mut dyn StreamAccess,
+    job: &'a Job<'a>,
+}
+
+impl Pass<'_> {
+    /// Reads the next piece, and counts it.
+    fn next_piece(&mut self, pool: &BufferPool) -> Result<Option<Piece>> {
+        let begun = Instant::now();
+        let piece = self.stream.next_piece(pool)?;
+        if let Some(piece) = &piece {
+            let route = self.job.routes.iter().find(|route| route.from == piece.device);
+            let read = Copied { guest: piece.len, data: data_len(&piece.runs), zero: 0 };
+            self.job.progress.streamed(route.map(|route| route.lane), read, begun.elapsed());
+        }
+        Ok(piece)
+    }
+}
+
+/// Returns the total length of the runs of data of a piece.
+fn data_len(runs: &[Range<usize>]) -> u64 {
+    runs.iter().map(|run| run.len() as u64).sum()
 }
 
 /// Next task of a worker.
@@ -225,7 +269,7 @@ impl<'a> Producer<'a> {
                     regroup.flush()?;
                 }
             },
-            Producer::Stream { stream, regroup, ended } => loop {
+            Producer::Stream { pass, regroup, ended } => loop {
                 if let Some(fitted) = regroup.pop() {
                     return task_of(fitted, None);
                 }
@@ -234,7 +278,7 @@ impl<'a> Producer<'a> {
                 }
                 // After an error, do not read the stream again, since a second error would hide the first.
                 *ended = true;
-                if let Some(piece) = stream.next_piece(pool)? {
+                if let Some(piece) = pass.next_piece(pool)? {
                     regroup.push(piece, pool)?;
                     *ended = false;
                 } else {
@@ -369,6 +413,11 @@ impl Shared<'_, '_> {
             producer.0 += 1;
             (producer.0 - 1, task)
         };
+        let data = data_len(match &task {
+            Task::Piece(routed) => &routed.piece.runs,
+            Task::Read(task) => &task.runs,
+        });
+        self.targets.job().progress.throttle(data);
         let Routed { route, piece } = match task {
             Task::Piece(routed) => routed,
             Task::Read(task) => self.read(task)?,
@@ -384,7 +433,7 @@ impl Shared<'_, '_> {
         self.orderer.submit(ticket, route.target, prepared)?;
         self.guest_bytes.fetch_add(len, Ordering::Relaxed);
         self.zero_bytes.fetch_add(zero, Ordering::Relaxed);
-        self.targets.job().progress.advance(route.lane, len, zero);
+        self.targets.job().progress.advance(route.lane, Copied { guest: len, data, zero });
         Ok(true)
     }
 

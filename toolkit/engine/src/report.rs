@@ -22,6 +22,8 @@ pub struct Report {
     pub notes: Vec<Note>,
     /// True if the outputs were read back and compared.
     pub verified: bool,
+    /// Number of guest bytes that were read from the sources as data.
+    pub data: u64,
     /// Duration of the run.
     pub elapsed: Duration,
 }

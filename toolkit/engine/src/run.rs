@@ -14,13 +14,16 @@ use imgtool_storage::{Outputs, Sharing, os};
 use crate::digest::ContentDigest;
 use crate::externals::{ExternalPolicy, PolicyOpener};
 use crate::layout::{Destination, Layout, PlannedOutput};
-use crate::monitor::{Counter, LaneInfo, Monitor, Phase, Reach};
+use crate::monitor::{Counter, Monitor, Phase, Reach};
 use crate::open::Opened;
 use crate::pipeline::{self, Job, Route, Tap, Target};
+use crate::rate_limit::RateLimit;
 use crate::report::{DiskReport, FileReport, Note, OutputReport, Report};
 use crate::sinks::{self, OpenSink, SinkSettings};
 use crate::sources::{self, OpenSource, SelectedDisk};
 use crate::{space, verify};
+
+mod gauge;
 
 /// A conversion that is ready to run. Every output is decided, but not created yet.
 #[derive(Debug)]
@@ -52,7 +55,8 @@ pub struct RunOptions<'a> {
     pub without_content: bool,
     /// True to read every output back and compare it before it gets its final name.
     pub verify: bool,
-    /// Maximum number of data bytes to copy per second; zeros do not count.
+    /// Maximum number of bytes of data to read per second, from the sources and, for verification, from the
+    /// outputs. Holes and known zeros do not count; the devices of a stream that are not copied do.
     pub bytes_per_second: Option<u64>,
     /// Policy for the external files that backing images of outputs name.
     pub base_policy: ExternalPolicy,
@@ -191,10 +195,8 @@ impl Plan {
         let files = self.create_files()?;
         monitor.opened(&self.reach(sinks, base_opener, options));
         let handles: Vec<Output> = sinks.iter().map(|open| open.output.clone()).collect();
-        let counted = handles.clone();
-        let written = Box::new(move || counted.iter().map(Output::written).sum());
-        let counter =
-            Counter::begin(monitor, Phase::Convert, self.lanes(), written, options.bytes_per_second);
+        let limit = options.bytes_per_second.map(|rate| RateLimit::new(rate, options.cancel.clone()));
+        let counter = Counter::begin(monitor, Phase::Convert, self.gauge(sinks, options), limit.as_ref());
         let digest = ContentDigest::new();
         self.copy(sinks, options, &counter, &digest)?;
         drop(tables);
@@ -211,6 +213,7 @@ impl Plan {
                 base_secret: options.base_secret.as_ref(),
                 threads: options.threads,
                 cancel: options.cancel.clone(),
+                limit: limit.as_ref(),
                 memory: self.memory.shared_by(self.layout.outputs.len()),
             };
             verify::read_back(&self.layout, sinks, &expected, monitor)?;
@@ -226,6 +229,7 @@ impl Plan {
             losses: self.losses(),
             notes,
             verified: options.verify,
+            data: counter.data(),
             elapsed: started.elapsed(),
         })
     }
@@ -300,9 +304,13 @@ impl Plan {
             cancel: options.cancel.clone(),
             memory: self.memory.clone(),
         };
+        let mut surveyed = Vec::new();
         for (index, source) in sources.iter().enumerate() {
-            pipeline::check_memory(&*source.opened.image, &job(index)).in_file(&source.opened.location)?;
+            let job = job(index);
+            pipeline::check_memory(&*source.opened.image, &job).in_file(&source.opened.location)?;
+            surveyed.extend(self.surveyed(source, &job)?);
         }
+        counter.survey(surveyed);
         for open in sinks {
             let preamble = open.sink.begin()?;
             if !preamble.is_empty() {
@@ -311,6 +319,7 @@ impl Plan {
         }
         for (index, source) in sources.iter().enumerate() {
             pipeline::copy(&*source.opened.image, &job(index)).in_file(&source.opened.location)?;
+            counter.end_part();
             source.opened.release();
         }
         for open in sinks {
@@ -344,14 +353,6 @@ impl Plan {
             })
         };
         sources::of_source(&self.selected, source).filter_map(way).collect()
-    }
-
-    fn lanes(&self) -> Vec<LaneInfo> {
-        let lane = |disk: &SelectedDisk| LaneInfo {
-            name: disk.name.clone(),
-            total: (!disk.device.open_ended).then_some(disk.device.size),
-        };
-        self.selected.iter().map(lane).collect()
     }
 
     /// Flushes all outputs, then gives them their names. The user can cancel the slow flush, but not the

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use imgtool_core::{
-    Attachment, CancelToken, Error, ErrorKind, ImageSource, Lane, Memory, OpenOptions, Output, Result,
-    ResultExt, Secret, Slot,
+    Attachment, CancelToken, DeviceId, Error, ErrorKind, ImageSource, Lane, Memory, OpenOptions, Output,
+    Result, ResultExt, Secret, Slot,
 };
 use imgtool_storage::open::OpenInput;
 
@@ -15,10 +15,13 @@ use crate::digest::{self, ContentDigest};
 use crate::externals::PolicyOpener;
 use crate::front::Front;
 use crate::layout::{Destination, Layout, PlannedOutput};
-use crate::monitor::{Counter, LaneInfo, Monitor, Phase};
+use crate::monitor::{Counter, Monitor, Phase};
+use crate::rate_limit::RateLimit;
 use crate::report::DiskReport;
 use crate::sinks::{self, OpenSink};
 use crate::sources::SelectedDisk;
+use crate::survey::SurveyedDevice;
+use crate::work::{Gauge, LaneInfo, Part};
 
 /// Largest unit in bytes to which a format rounds virtual sizes up: the MiB of fixed VHD images.
 const LARGEST_UNIT: u64 = 1 << 20;
@@ -38,6 +41,8 @@ pub(crate) struct Expected<'a> {
     /// Number of worker threads.
     pub(crate) threads: usize,
     pub(crate) cancel: CancelToken,
+    /// Limit on the speed.
+    pub(crate) limit: Option<&'a RateLimit>,
     /// Ledger from which the readers borrow.
     pub(crate) memory: Memory,
 }
@@ -72,7 +77,10 @@ pub(crate) fn read_back(
         }));
         reopened.push(Reopened { planned, image, first_lane });
     }
-    let counter = Counter::begin(monitor, Phase::Verify, lanes, Box::new(|| 0), None);
+    let parts = reopened.iter().map(|output| Part::new(&*output.image, &output.lanes(), None, false));
+    let gauge = Gauge::new(lanes, parts.collect(), Box::new(|| 0));
+    let counter = Counter::begin(monitor, Phase::Verify, gauge, expected.limit);
+    counter.survey(reopened.iter().flat_map(Reopened::surveyed).collect());
     for output in reopened {
         let found = digest::digest_source(
             &*output.image,
@@ -83,6 +91,7 @@ pub(crate) fn read_back(
             &expected.memory,
         )
         .in_file(output.planned.destination.location())?;
+        counter.end_part();
         output.compare(&found, &counter, expected)?;
     }
     monitor.end();
@@ -108,6 +117,25 @@ fn reopen(planned: &PlannedOutput, open: &OpenSink, expected: &Expected<'_>) -> 
 }
 
 impl Reopened<'_> {
+    /// Returns the lanes of the devices.
+    fn lanes(&self) -> Vec<(Lane, DeviceId)> {
+        let devices = self.image.info().devices.iter().map(|device| device.id);
+        (self.first_lane.0..).map(Lane).zip(devices).collect()
+    }
+
+    /// Returns the devices for a survey, unless the output is read as a stream.
+    fn surveyed(&self) -> Vec<SurveyedDevice> {
+        let Some(random) = self.image.access().random() else { return Vec::new() };
+        let surveyed = |(lane, device): (Lane, DeviceId)| SurveyedDevice {
+            lane,
+            image: Arc::clone(&self.image),
+            device,
+            size: self.image.info().device(device).map_or(0, |device| device.size),
+            resolution: Some(digest::resolution(random, device)),
+        };
+        self.lanes().into_iter().map(surveyed).collect()
+    }
+
     fn compare(&self, found: &ContentDigest, counter: &Counter<'_>, expected: &Expected<'_>) -> Result<()> {
         let devices = &self.image.info().devices;
         if devices.len() != self.planned.disks.len() {

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use imgtool_core::input::{Cursor, InputBody, retry};
+use imgtool_core::input::{InputBody, retry};
 use imgtool_core::{CancelToken, Error, Input, Location, Memory, Result, Stream};
 
 use crate::file::RandomFile;
@@ -302,20 +302,17 @@ fn too_many_layers() -> Error {
 
 fn undo(compression: Compression, input: Input, memory: &Memory) -> Result<Input> {
     let (location, cancel) = (input.location().clone(), input.cancel_token());
-    let body = match input.into_body() {
-        InputBody::Random(source) => match outer::open_seekable(compression, &source, memory) {
-            Some(seekable) => InputBody::Random(seekable),
-            None => InputBody::Stream(Stream::new(
-                location.clone(),
-                outer::decoder(compression, Box::new(Cursor::new(source)), memory)?,
-            )?),
-        },
-        InputBody::Stream(stream) => {
-            let decoder = outer::decoder(compression, Box::new(stream), memory)?;
-            InputBody::Stream(Stream::new(location.clone(), decoder)?)
-        }
-    };
-    Ok(Input::from_body(location, body).cancelled_by(cancel))
+    let body = input.into_body();
+    if let InputBody::Random(source) = &body
+        && let Some(seekable) = outer::open_seekable(compression, source, memory)
+    {
+        return Ok(Input::from_read_at(location, seekable).cancelled_by(cancel));
+    }
+    let stream = Input::from_body(&location, body).into_stream()?;
+    let consumed = stream.consumed();
+    let decoder = outer::decoder(compression, Box::new(stream), memory)?;
+    let stream = Stream::new(location.clone(), decoder, consumed)?;
+    Ok(Input::from_stream(location, stream).cancelled_by(cancel))
 }
 
 #[cfg(all(test, target_os = "linux"))]

@@ -1,7 +1,8 @@
 //! Inputs that are read once, in order: the trait [`Decode`] and its wrapper [`Stream`].
 
 use std::io::{self, Read};
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::{PROBE_LEN, read_error, read_full};
 use crate::error::Result;
@@ -29,12 +30,29 @@ pub trait Decode: Read + Send {
     }
 }
 
+/// Number of bytes that a stream has read from its file or pipe: compressed bytes, if the stream is decoded.
+/// Clones share the number.
+#[derive(Debug, Clone, Default)]
+pub struct Consumed(Arc<AtomicU64>);
+
+impl Consumed {
+    /// Returns the number of bytes read so far.
+    pub fn bytes(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// A reader of bytes that need no decoding.
-struct Plain(Box<dyn Read + Send>);
+struct Plain {
+    reader: Box<dyn Read + Send>,
+    consumed: Consumed,
+}
 
 impl Read for Plain {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.0.read(buf)
+        let count = self.reader.read(buf)?;
+        self.consumed.0.fetch_add(count as u64, Ordering::Relaxed);
+        Ok(count)
     }
 }
 
@@ -49,6 +67,7 @@ pub struct Stream {
     /// The first bytes, read ahead for probing.
     head: Vec<u8>,
     position: u64,
+    consumed: Consumed,
     cancel: CancelToken,
 }
 
@@ -58,19 +77,25 @@ impl Stream {
     /// # Errors
     /// If the first bytes can't be read.
     pub fn plain(location: impl Into<Location>, reader: Box<dyn Read + Send>) -> Result<Self> {
-        Self::new(location, Box::new(Plain(reader)))
+        let consumed = Consumed::default();
+        Self::new(location, Box::new(Plain { reader, consumed: consumed.clone() }), consumed)
     }
 
-    /// Creates a stream over a decoder.
+    /// Creates a stream over a decoder, which reads from the stream that `consumed` belongs to.
     ///
     /// # Errors
     /// If the first bytes can't be read.
-    pub fn new(location: impl Into<Location>, mut reader: Box<dyn Decode>) -> Result<Self> {
+    pub fn new(
+        location: impl Into<Location>,
+        mut reader: Box<dyn Decode>,
+        consumed: Consumed,
+    ) -> Result<Self> {
         let location = location.into();
         let mut head = vec![0; PROBE_LEN];
         let filled = read_full(&mut *reader, &mut head).map_err(|e| read_error(e, &location, 0))?;
         head.truncate(filled);
-        Ok(Self { location, reader: Mutex::new(reader), head, position: 0, cancel: CancelToken::new() })
+        let (reader, cancel) = (Mutex::new(reader), CancelToken::new());
+        Ok(Self { location, reader, head, position: 0, consumed, cancel })
     }
 
     /// See [`crate::Input::cancelled_by`].
@@ -91,6 +116,11 @@ impl Stream {
     /// Returns the number of bytes that the caller has read so far.
     pub fn position(&self) -> u64 {
         self.position
+    }
+
+    /// Returns the number of bytes that the stream has read from its file or pipe, decoders included.
+    pub fn consumed(&self) -> Consumed {
+        self.consumed.clone()
     }
 
     /// Fills `buf` as far as the stream reaches. Returns the number of bytes read, which is less than

@@ -145,7 +145,7 @@ impl<'a> Plan<'a> {
 
 /// Returns the read granule of the source rounded up to a multiple of the sink's piece length, or the sink's
 /// piece length if that exceeds [`MAX_PIECE`].
-fn piece_len(sink_piece_len: u64, read_granule: u64) -> u64 {
+pub(crate) fn piece_len(sink_piece_len: u64, read_granule: u64) -> u64 {
     let common = read_granule.next_multiple_of(sink_piece_len.max(1));
     if common <= MAX_PIECE { common.max(sink_piece_len) } else { sink_piece_len }
 }

@@ -9,8 +9,8 @@ use std::ops::Range;
 
 use imgtool_core::source::for_each_extent;
 use imgtool_core::{
-    Device, DeviceId, Error, Extent, FileWrite, Output, OutputId, Prepared, RandomAccess, Result, ResultExt,
-    Sharing,
+    Copied, Device, DeviceId, Error, Extent, FileWrite, Output, OutputId, Prepared, RandomAccess, Result,
+    ResultExt, Sharing,
 };
 use imgtool_storage::os;
 
@@ -159,12 +159,14 @@ impl DeviceShare<'_> {
         let mut totals = Totals::default();
         for_each_extent(self.source, self.device, 0..size, |extent| {
             job.cancel.check()?;
-            let zero = if extent.is_data() { 0 } else { extent.len };
+            let data = if extent.is_data() { extent.len } else { 0 };
+            let copied = Copied { guest: extent.len, data, zero: extent.len - data };
             if extent.is_data() {
+                job.progress.throttle(data);
                 self.extent(extent, targets)?;
             }
-            totals = totals + Totals { guest_bytes: extent.len, zero_bytes: zero };
-            job.progress.advance(route.lane, extent.len, zero);
+            totals = totals + Totals { guest_bytes: copied.guest, zero_bytes: copied.zero };
+            job.progress.advance(route.lane, copied);
             Ok(())
         })?;
         Ok(totals)

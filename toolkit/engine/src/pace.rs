@@ -1,0 +1,157 @@
+//! [`Pace`], which estimates the time that a phase still takes.
+
+use std::time::Duration;
+
+use crate::work::{Work, WorkUnit};
+
+/// Maximum time constant in seconds of the average pace. Our limit: after it has filled the page cache, a disk
+/// becomes slower, and the estimate must follow within minutes.
+const MEMORY: f64 = 120.0;
+
+/// Estimate of the time left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TimeLeft {
+    /// Time.
+    pub time: Duration,
+    /// Quality of the estimate.
+    pub quality: Quality,
+}
+
+/// Quality of an estimate of the time left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quality {
+    /// The amount of work left is known.
+    Known,
+    /// The rest of a pipe has an unknown amount of data. The estimate takes it for as much as so far.
+    Rough,
+    /// It may take longer: nothing has been copied yet, so only the time for reading the stream is known.
+    Least,
+}
+
+/// Pace of a phase, from which follows the time that it still takes. The devices of a stream that are only passed
+/// have a pace of their own.
+#[derive(Debug, Clone, Default)]
+pub struct Pace {
+    /// Time spent on copying, and work copied, at the last update.
+    time: f64,
+    copied: f64,
+    /// Average number of bytes copied per second. The last part of the phase weighs most.
+    rate: f64,
+}
+
+impl Pace {
+    /// Creates the pace of a phase that begins.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes note of the work done in the time `elapsed` since the phase began. Returns the time left; `None` if
+    /// it is unknown.
+    pub fn update(&mut self, elapsed: Duration, work: &Work) -> Option<TimeLeft> {
+        let time = elapsed.saturating_sub(work.passing).as_secs_f64();
+        let copied = work.done.saturating_sub(work.passed) as f64;
+        let step = time - self.time;
+        if step > 0.0 {
+            // An average over the whole phase in which each second weighs as much as its distance from the start:
+            // the content that was read first says little about the rest.
+            let weight = (2.0 * step / time).min(1.0).max(1.0 - (-step / MEMORY).exp());
+            self.rate += ((copied - self.copied) / step - self.rate) * weight;
+            (self.time, self.copied) = (time, copied);
+        }
+        self.time_left(work)
+    }
+
+    fn time_left(&self, work: &Work) -> Option<TimeLeft> {
+        let left = work.expected?.saturating_sub(work.done);
+        let to_pass = work.to_pass.min(left);
+        // Until bytes were passed, the time for reading other bytes of the stream is the best estimate.
+        let each = match work.passed {
+            0 => work.reading.as_secs_f64() / work.done.max(1) as f64,
+            passed => work.passing.as_secs_f64() / passed as f64,
+        };
+        let to_copy = (left - to_pass) as f64;
+        let (copying, quality) = if self.rate > 0.0 || to_copy == 0.0 {
+            let is_rough = work.unit == WorkUnit::Guest && !work.reading.is_zero();
+            (
+                to_copy / self.rate.max(f64::MIN_POSITIVE),
+                if is_rough { Quality::Rough } else { Quality::Known },
+            )
+        } else if each > 0.0 {
+            (to_copy * each, Quality::Least)
+        } else {
+            return None;
+        };
+        let seconds = to_pass as f64 * each + copying;
+        Some(TimeLeft { time: Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX), quality })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn work(done: u64, expected: u64) -> Work {
+        let (passing, reading) = (Duration::ZERO, Duration::ZERO);
+        Work { unit: WorkUnit::Data, done, expected: Some(expected), passed: 0, to_pass: 0, passing, reading }
+    }
+
+    /// Returns the time left in tenths of a second.
+    fn tenths(left: Option<TimeLeft>) -> Option<(u128, Quality)> {
+        left.map(|left| (left.time.as_millis().div_ceil(100), left.quality))
+    }
+
+    #[test]
+    fn steady_pace_leaves_the_exact_time() {
+        let mut pace = Pace::new();
+        assert_eq!(pace.update(Duration::ZERO, &work(0, 1000)), None);
+        for second in 1..10 {
+            let left = pace.update(SECOND * second, &work(u64::from(second) * 100, 1000));
+            assert_eq!(tenths(left), Some((u128::from(10 - second) * 10, Quality::Known)));
+        }
+    }
+
+    #[test]
+    fn unknown_work_has_no_time_left() {
+        let unknown = Work { expected: None, ..work(50, 0) };
+        assert_eq!(Pace::new().update(SECOND, &unknown), None);
+    }
+
+    #[test]
+    fn a_slower_pace_is_believed_when_it_lasts() {
+        let mut pace = Pace::new();
+        for second in 1..=10 {
+            pace.update(SECOND * second, &work(u64::from(second) * 100, 10_000));
+        }
+        let at_first = pace.rate;
+        for second in 11..=40 {
+            pace.update(SECOND * second, &work(1000 + u64::from(second - 10) * 10, 10_000));
+        }
+        assert!((99.0..101.0).contains(&at_first), "{at_first}");
+        assert!((10.0..25.0).contains(&pace.rate), "{}", pace.rate);
+    }
+
+    #[test]
+    fn passed_bytes_have_a_pace_of_their_own() {
+        // 1000 bytes to copy at 10 per second and then 4000 to pass, whose reading takes a millisecond each.
+        let reading = |done: u64| Duration::from_millis(done);
+        let mut pace = Pace::new();
+        let early = Work { to_pass: 4000, reading: reading(100), ..work(100, 5000) };
+        assert_eq!(tenths(pace.update(SECOND * 10, &early)), Some((940, Quality::Known)));
+        // The other way round: nothing has been copied yet.
+        let mut pace = Pace::new();
+        let passing = SECOND * 2;
+        let early = Work { passed: 2000, to_pass: 2000, passing, reading: passing, ..work(2000, 5000) };
+        assert_eq!(tenths(pace.update(passing, &early)), Some((30, Quality::Least)));
+        let passing = SECOND * 4;
+        let late = Work { passed: 4000, to_pass: 0, passing, reading: passing, ..work(4100, 5000) };
+        assert_eq!(tenths(pace.update(SECOND * 14, &late)), Some((900, Quality::Known)));
+    }
+
+    #[test]
+    fn a_pipe_of_unknown_content_has_a_rough_estimate() {
+        let pipe = Work { unit: WorkUnit::Guest, reading: SECOND, ..work(100, 1000) };
+        assert_eq!(tenths(Pace::new().update(SECOND, &pipe)), Some((90, Quality::Rough)));
+    }
+}
