@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use imgtool_core::sync::lock;
 use imgtool_core::{Lane as LaneId, Location, Result};
-use imgtool_engine::{Gauge, Monitor, Phase, Reach};
+use imgtool_engine::{Gauge, Monitor, Pace, Phase, Quality, Reach, TimeLeft, Work, WorkUnit};
 use imgtool_storage::Cleaner;
 
 use crate::args::ProgressMode;
@@ -17,6 +17,7 @@ use crate::sandbox;
 
 mod bars;
 mod json;
+mod screen;
 
 /// Progress of a lane, or of all lanes together, in guest bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -24,6 +25,15 @@ struct Sample {
     done: u64,
     total: Option<u64>,
     zero: u64,
+}
+
+/// Work and counts of a lane, or of all lanes together.
+#[derive(Debug, Clone, Copy)]
+struct Portion {
+    work: Work,
+    guest: Sample,
+    /// Guest bytes that were read as data.
+    data: u64,
 }
 
 /// State shared by the workers and the display thread.
@@ -55,6 +65,23 @@ impl Counters {
                 zero: sum.zero + lane.zero,
             },
         )
+    }
+
+    /// Returns the numbers of the lane at this index, or of all lanes together.
+    fn part(&self, lane: Option<usize>) -> Portion {
+        let data = |lane| self.gauge.data(lane);
+        match lane.map(|index| LaneId(u32::try_from(index).unwrap_or(u32::MAX))) {
+            Some(lane) => {
+                let (done, zero) = self.gauge.count(lane);
+                let total = self.gauge.lanes().nth(lane.index()).and_then(|info| info.total);
+                let guest = Sample { done, total, zero };
+                Portion { work: self.gauge.lane_work(lane), guest, data: data(lane) }
+            }
+            None => {
+                let data = LaneId::first(self.gauge.lanes().len()).map(data).sum();
+                Portion { work: self.gauge.work(), guest: self.all(), data }
+            }
+        }
     }
 
     /// Waits for the next update. Returns false if the meter has stopped.
@@ -98,15 +125,53 @@ impl Rate {
     }
 }
 
-/// Describes the progress of a phase in one line.
-fn describe(counters: &Counters, bytes_per_second: u64) -> String {
-    let all = counters.all();
-    let share = match all.total {
-        Some(total) => format!("{} of {}", percent(all.done, total), human_size(total)),
-        None => human_size(all.done),
+/// Averages of a phase, for the lines that describe it.
+#[derive(Default)]
+struct Averages {
+    speed: Rate,
+    pace: Pace,
+}
+
+impl Averages {
+    /// Describes the progress of a phase in one line.
+    fn describe(&mut self, counters: &Counters) -> String {
+        let Portion { work, guest, data } = counters.part(None);
+        let elapsed = counters.started.elapsed();
+        self.speed.update(elapsed, data);
+        let share = match work.expected {
+            Some(all) => format!("{} of {}{}", percent(work.done, all), human_size(all), unit(work.unit)),
+            None => human_size(guest.done),
+        };
+        let left = self.pace.update(elapsed, &work).filter(|_| !work.is_done());
+        let left = left.map(|left| format!("{} left, ", clock(left))).unwrap_or_default();
+        let (speed, zero) = (human_size(self.speed.bytes_per_second()), percent(guest.zero, guest.done));
+        format!("{}: {share}, {speed}/s, {left}{zero} zero", counters.phase)
+    }
+}
+
+/// Returns the word for what is counted, after a size.
+fn unit(unit: WorkUnit) -> &'static str {
+    match unit {
+        WorkUnit::Data => " data",
+        WorkUnit::Input => " input",
+        _ => "",
+    }
+}
+
+/// Formats the time left: "0:07", "12:30", "1:02:03", "~0:07" for a rough estimate, ">0:07" if it may take longer.
+fn clock(left: TimeLeft) -> String {
+    let seconds = left.time.as_secs();
+    let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
+    let sign = match left.quality {
+        Quality::Known => "",
+        Quality::Rough => "~",
+        Quality::Least => ">",
     };
-    let (rate, zero) = (human_size(bytes_per_second), percent(all.zero, all.done));
-    format!("{}: {share}, {rate}/s, {zero} zero", counters.phase)
+    match hours {
+        0 => format!("{sign}{minutes}:{:02}", seconds % 60),
+        1..100 => format!("{sign}{hours}:{minutes:02}:{:02}", seconds % 60),
+        _ => ">4 days".to_owned(),
+    }
 }
 
 /// Describes the progress outside of all phases.
@@ -119,10 +184,9 @@ const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Displays progress without a terminal: prints a line at intervals, for logs.
 fn show_lines(counters: &Counters) {
-    let mut rate = Rate::default();
+    let mut averages = Averages::default();
     while counters.wait(LINE_INTERVAL) {
-        rate.update(counters.started.elapsed(), counters.all().done);
-        report::say(&format!("imgtool: {}", describe(counters, rate.bytes_per_second())));
+        report::say(&format!("imgtool: {}", averages.describe(counters)));
     }
 }
 
@@ -162,11 +226,7 @@ impl Meter {
     /// shown anyway.
     fn answer(&self) -> impl Fn() -> Option<String> + Send + 'static {
         let (counters, is_live) = (Arc::clone(&self.counters), self.is_live);
-        move || {
-            let mut rate = Rate::default();
-            rate.update(counters.started.elapsed(), counters.all().done);
-            (!is_live).then(|| describe(&counters, rate.bytes_per_second()))
-        }
+        move || (!is_live).then(|| Averages::default().describe(&counters))
     }
 
     /// Marks the phase as complete and stops the display.
@@ -220,6 +280,14 @@ impl Monitor for Display<'_> {
         *lock(&self.meter) = Some(meter);
     }
 
+    fn polls_work(&self) -> bool {
+        match self.mode {
+            ProgressMode::None => false,
+            ProgressMode::Auto => Stream::Err.can_draw(),
+            ProgressMode::Bar | ProgressMode::Json => true,
+        }
+    }
+
     fn end(&self) {
         if let Some(meter) = self.take_meter() {
             meter.finish();
@@ -258,5 +326,16 @@ mod tests {
         let mut rate = Rate::default();
         rate.update(Duration::from_secs(1), 1000);
         assert_eq!(rate.bytes_per_second(), 1000);
+    }
+
+    #[test]
+    fn time_left_reads_like_a_clock() {
+        let left = |seconds, quality| clock(TimeLeft { time: Duration::from_secs(seconds), quality });
+        assert_eq!(left(7, Quality::Known), "0:07");
+        assert_eq!(left(750, Quality::Known), "12:30");
+        assert_eq!(left(3723, Quality::Known), "1:02:03");
+        assert_eq!(left(7, Quality::Rough), "~0:07");
+        assert_eq!(left(7, Quality::Least), ">0:07");
+        assert_eq!(left(u64::MAX, Quality::Least), ">4 days");
     }
 }

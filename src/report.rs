@@ -15,7 +15,7 @@ use crate::{remedy, sandbox};
 mod terminal;
 mod text;
 
-pub use terminal::{Paint, Stream, fit, flow, flow_within, unicode, width, wrap};
+pub use terminal::{Paint, Stream, fit, flow, flow_within, shorten, unicode, width, wrap};
 pub use text::{Align, count, exact_size, human_size, human_time, percent, table, widest};
 
 /// Name of the program that this one stands in for.

@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use imgtool_core::error::escape_control;
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use imgtool_engine::{Pace, Quality, TimeLeft, Work, WorkUnit};
 
-use super::{Counters, Rate, Sample};
-use crate::report::{self, Stream, fit, human_size, percent, width};
+use super::screen::{Line, Screen};
+use super::{Counters, Portion, Rate, Sample, clock, unit};
+use crate::report::{Stream, fit, human_size, percent, width};
 
 /// Time between two updates. Our choice: short enough to look smooth.
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -18,39 +19,61 @@ const MAX_BARS: usize = 8;
 /// Maximum number of columns for the name before a bar. Our limit.
 const MAX_NAME: usize = 20;
 
-/// Number of steps in a bar: thousandths instead of bytes, since the length of a device may be unknown.
-const STEPS: u64 = 1000;
-
 struct Row {
-    bar: ProgressBar,
     name: String,
-    rate: Rate,
-    is_whole: bool,
+    /// Data copied per second.
+    speed: Rate,
+    pace: RowPace,
+}
+
+/// Pace of a row, for the time left.
+enum RowPace {
+    /// The row of a device. It may begin late, so the last seconds count.
+    Device(Rate),
+    /// The row of all devices.
+    Whole(Pace),
+}
+
+/// Numbers that a row shows.
+#[derive(Debug, Clone, Copy)]
+struct Figures {
+    work: Work,
+    guest: Sample,
+    /// Bytes of data per second.
+    speed: u64,
+    left: Option<TimeLeft>,
 }
 
 pub(super) fn show(counters: &Counters) {
-    let screen = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
-    let each = (2..=MAX_BARS).contains(&counters.lanes().len());
-    let row = |name: String, is_whole| {
-        let bar = screen.add(ProgressBar::new(STEPS));
-        bar.set_style(style());
-        Row { bar, name, rate: Rate::default(), is_whole }
-    };
-    let mut rows: Vec<Row> = Vec::new();
-    if each {
-        rows.extend(counters.lanes().map(|(name, _)| row(escape_control(name), false)));
-    }
-    let mut whole = row(name_of_all(counters), true);
+    let mut rows = rows_of(counters);
+    let count = rows.len();
+    let mut screen = Screen::default();
+    let mut size = (80, 24);
     while counters.wait(INTERVAL) {
-        let line = LineLayout::new(Stream::Err.columns().unwrap_or(80), rows.iter().chain([&whole]));
+        size = (Stream::Err.columns().unwrap_or(size.0), Stream::Err.lines().unwrap_or(size.1));
+        let layout = LineLayout::new(size.0, &rows);
         let elapsed = counters.started.elapsed();
-        for (row, (_, sample)) in rows.iter_mut().zip(counters.lanes()) {
-            row.draw(sample, elapsed, &line);
-        }
-        whole.draw(counters.all(), elapsed, &line);
+        let line = |(index, row): (usize, &mut Row)| {
+            let is_device = index + 1 < count;
+            row.line(counters.part(is_device.then_some(index)), elapsed, &layout)
+        };
+        let lines: Vec<Line> = rows.iter_mut().enumerate().map(line).collect();
+        screen.draw(&lines, size.0, size.1);
     }
     // The summary takes the place of the bars.
-    let _ = screen.clear();
+    screen.clear(Stream::Err.columns().unwrap_or(size.0));
+}
+
+/// Returns the rows: one for each device if there are several but not many, and one for all of them.
+fn rows_of(counters: &Counters) -> Vec<Row> {
+    let row = |name, pace| Row { name, speed: Rate::default(), pace };
+    let mut rows: Vec<Row> = Vec::new();
+    if (2..=MAX_BARS).contains(&counters.lanes().len()) {
+        let device = |(name, _): (&str, Sample)| row(escape_control(name), RowPace::Device(Rate::default()));
+        rows.extend(counters.lanes().map(device));
+    }
+    rows.push(row(name_of_all(counters), RowPace::Whole(Pace::new())));
+    rows
 }
 
 /// Returns the name of the bar for all devices. It contains the phase, except for `convert`.
@@ -66,12 +89,24 @@ fn name_of_all(counters: &Counters) -> String {
 }
 
 impl Row {
-    fn draw(&mut self, sample: Sample, elapsed: Duration, line: &LineLayout) {
-        self.rate.update(elapsed, sample.done);
-        let share = sample.total.filter(|total| *total > 0).map_or(0.0, |t| sample.done as f64 / t as f64);
-        self.bar.set_prefix(fit(&self.name, line.name));
-        self.bar.set_message(line.words(sample, self.rate.bytes_per_second(), self.is_whole));
-        self.bar.set_position((share * STEPS as f64) as u64);
+    fn line(&mut self, part: Portion, elapsed: Duration, layout: &LineLayout) -> Line {
+        let Portion { work, guest, data } = part;
+        self.speed.update(elapsed, data);
+        let left = match &mut self.pace {
+            RowPace::Whole(pace) => pace.update(elapsed, &work),
+            RowPace::Device(rate) => {
+                rate.update(elapsed, work.done);
+                // In a stream, the disks' guest bytes say little about the time.
+                let expected = work.expected.filter(|_| work.unit == WorkUnit::Data);
+                let left = expected.map(|expected| expected.saturating_sub(work.done));
+                let seconds = left.and_then(|left| left.checked_div(rate.bytes_per_second()));
+                seconds.map(|s| TimeLeft { time: Duration::from_secs(s), quality: Quality::Known })
+            }
+        };
+        let share = work.expected.filter(|all| *all > 0).map_or(0.0, |all| work.done as f64 / all as f64);
+        let figures = Figures { work, guest, speed: self.speed.bytes_per_second(), left };
+        let words = layout.words(&figures, matches!(self.pace, RowPace::Whole(_)));
+        Line { name: fit(&self.name, layout.name), bar: layout.bar, share, words }
     }
 }
 
@@ -80,6 +115,7 @@ impl Row {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct LineLayout {
     name: usize,
+    bar: usize,
     total: bool,
     rate: bool,
     left: bool,
@@ -88,14 +124,14 @@ struct LineLayout {
 
 // Widths of the parts in columns, including the gap before each.
 const SHARE: usize = 6;
-const TOTAL: usize = 13;
+const TOTAL: usize = 19;
 const RATE: usize = 12;
-const LEFT: usize = 14;
+const LEFT: usize = 16;
 const ZERO: usize = 12;
 
 impl LineLayout {
-    fn new<'a>(columns: usize, rows: impl Iterator<Item = &'a Row>) -> Self {
-        let longest = rows.map(|row| width(&row.name)).max().unwrap_or(0);
+    fn new(columns: usize, rows: &[Row]) -> Self {
+        let longest = rows.iter().map(|row| width(&row.name)).max().unwrap_or(0);
         Self::fitting(columns, longest)
     }
 
@@ -104,7 +140,8 @@ impl LineLayout {
     fn fitting(columns: usize, longest_name: usize) -> Self {
         let name = longest_name.min(MAX_NAME).min(columns / 4).max(1);
         let bar = if columns < 60 { 6 } else { 12 };
-        // A gap on both sides of the bar; the last column stays empty, as some terminals wrap there.
+        // A gap on both sides of the bar. The last column stays empty: some terminals wrap there, and others
+        // join a full line and the next one when they are resized.
         let mut free = columns.saturating_sub(name + 1 + bar + SHARE + 1);
         let mut reserve = |width: usize| {
             let fits = free >= width;
@@ -112,36 +149,37 @@ impl LineLayout {
             fits
         };
         let (left, rate, zero, total) = (reserve(LEFT), reserve(RATE), reserve(ZERO), reserve(TOTAL));
-        Self { name, total, rate, left, zero }
+        Self { name, bar: bar + free, total, rate, left, zero }
     }
 
-    fn words(&self, sample: Sample, rate: u64, is_whole: bool) -> String {
-        let finished = sample.total == Some(sample.done);
-        let mut text = match sample.total {
-            Some(total) => format!("{:>width$}", percent(sample.done, total), width = SHARE - 1),
-            None => human_size(sample.done),
+    fn words(&self, figures: &Figures, is_whole: bool) -> String {
+        let Figures { work, guest, speed, left } = *figures;
+        let mut text = match work.expected {
+            Some(expected) => format!("{:>width$}", percent(work.done, expected), width = SHARE - 1),
+            None => format!("{:>width$}", short_size(guest.done), width = SHARE - 1),
         };
-        if let (true, Some(total)) = (self.total, sample.total) {
-            text.push_str(&format!("  of {:>8}", human_size(total)));
+        if self.total {
+            let size = |all| format!("of {:>8}{}", human_size(all), unit(work.unit));
+            text.push_str(&format!("  {:<17}", work.expected.map(size).unwrap_or_default()));
         }
-        let state = match (finished, is_whole) {
-            (true, true) => "finishing",
-            (true, false) => "done",
-            _ => "",
+        let state = match (work.is_done(), is_whole) {
+            (true, true) => Some("finishing"),
+            (true, false) => Some("done"),
+            (false, _) => None,
         };
         if self.rate {
-            let shown = if finished || rate == 0 { String::new() } else { format!("{}/s", human_size(rate)) };
+            let rate = Some(speed).filter(|speed| *speed > 0 && state.is_none());
+            let shown = rate.map(|speed| format!("{}/s", human_size(speed))).unwrap_or_default();
             text.push_str(&format!("  {shown:>10}"));
         }
         if self.left {
-            let left = time_left(sample, rate).map(|left| format!("{left} left"));
-            let shown = if finished { state.to_owned() } else { left.unwrap_or_default() };
-            text.push_str(&format!("  {shown:>12}"));
+            let left = left.map(|left| format!("{} left", clock(left))).unwrap_or_default();
+            text.push_str(&format!("  {:>14}", state.unwrap_or(&left)));
         }
         if self.zero {
-            let shown = match sample.done {
+            let shown = match guest.done {
                 0 => String::new(),
-                done => format!("{} zero", percent(sample.zero, done)),
+                done => format!("{} zero", percent(guest.zero, done)),
             };
             text.push_str(&format!("  {shown:>10}"));
         }
@@ -149,48 +187,41 @@ impl LineLayout {
     }
 }
 
-/// Estimates the time to the end ("0:07", "12:30", "1:02:03"); `None` if the total or the rate is unknown.
-fn time_left(sample: Sample, rate: u64) -> Option<String> {
-    let left = sample.total?.checked_sub(sample.done)?;
-    let seconds = left.checked_div(rate)?;
-    let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
-    Some(match hours {
-        0 => format!("{minutes}:{:02}", seconds % 60),
-        1..100 => format!("{hours}:{minutes:02}:{:02}", seconds % 60),
-        _ => ">4 days".to_owned(),
-    })
-}
-
-fn style() -> ProgressStyle {
-    let template = if Stream::Err.has_colours() {
-        "{prefix} {wide_bar:.cyan} {msg}"
-    } else {
-        "{prefix} {wide_bar} {msg}"
-    };
-    ProgressStyle::with_template(template)
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
-        .progress_chars(if report::unicode() { "█▉▊▋▌▍▎▏ " } else { "#>-" })
+/// Formats a size in at most five columns: "1.02G".
+fn short_size(bytes: u64) -> String {
+    human_size(bytes).replace([' ', 'i', 'B'], "")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn figures(done: u64, zero: u64, speed: u64, seconds: u64, quality: Quality) -> Figures {
+        let time = Duration::from_secs(seconds);
+        let work = Work {
+            unit: WorkUnit::Input,
+            done,
+            expected: Some(1 << 40),
+            passed: 0,
+            to_pass: 0,
+            passing: Duration::ZERO,
+            reading: Duration::ZERO,
+        };
+        let guest = Sample { done, total: Some(1 << 40), zero };
+        Figures { work, guest, speed, left: Some(TimeLeft { time, quality }) }
+    }
+
     #[test]
     fn lines_fit_the_terminal() {
-        let samples = [
-            Sample { done: 1, total: Some(1 << 40), zero: 0 },
-            Sample { done: 1 << 39, total: Some(1 << 40), zero: 1 << 38 },
-            Sample { done: 1 << 40, total: Some(1 << 40), zero: 1 << 40 },
-        ];
+        let samples = [(1, 0), (1 << 39, 1 << 38), (1 << 40, 1 << 40)];
         for columns in 30..200 {
             for longest in [3, 10, 200] {
                 let line = LineLayout::fitting(columns, longest);
-                for sample in samples {
-                    for rate in [0, 7, 1_047_527_424] {
-                        let words = line.words(sample, rate, true);
-                        let used = line.name + 1 + 6 + 1 + width(&words);
-                        assert!(used < columns || columns < 32, "{columns}, {longest}: {words}");
+                for (done, zero) in samples {
+                    for (speed, seconds) in [(0, 7), (7, 359_999), (1_047_527_424, u64::MAX)] {
+                        let words = line.words(&figures(done, zero, speed, seconds, Quality::Least), true);
+                        let used = line.name + 1 + line.bar + 1 + width(&words);
+                        assert!(used == columns - 1 || columns < 32, "{columns}, {longest}: {words}");
                     }
                 }
             }
@@ -203,12 +234,20 @@ mod tests {
     }
 
     #[test]
-    fn time_left_reads_like_a_clock() {
-        let left = |left, rate| time_left(Sample { done: 0, total: Some(left), zero: 0 }, rate);
-        assert_eq!(left(7, 1).as_deref(), Some("0:07"));
-        assert_eq!(left(750, 1).as_deref(), Some("12:30"));
-        assert_eq!(left(3723, 1).as_deref(), Some("1:02:03"));
-        assert_eq!(left(u64::MAX, 1).as_deref(), Some(">4 days"));
-        assert_eq!(left(7, 0), None);
+    fn parts_of_a_line_are_aligned() {
+        let line = LineLayout::fitting(120, 14);
+        let of = |figures: &Figures| width(&line.words(figures, true));
+        let early = figures(1, 0, 0, 7, Quality::Least);
+        let late = figures(1 << 39, 1 << 38, 7 << 20, 3723, Quality::Known);
+        assert_eq!(of(&early), of(&late));
+        assert_eq!(of(&early), of(&figures(1 << 40, 0, 0, 0, Quality::Known)));
+        let unknown = Work { expected: None, ..late.work };
+        assert_eq!(of(&early), of(&Figures { work: unknown, left: None, ..late }));
+    }
+
+    #[test]
+    fn unknown_totals_show_a_short_size() {
+        assert_eq!([0, 1000, 1_047_527_424, 99 << 30].map(short_size), ["0", "0.98K", "999M", "99G"]);
+        assert!((0..64).all(|bits| width(&short_size(u64::MAX >> bits)) < SHARE));
     }
 }

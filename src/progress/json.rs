@@ -7,9 +7,10 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use imgtool_engine::{Pace, TimeLeft, Work};
 use serde::Serialize;
 
-use super::{Counters, Sample};
+use super::{Counters, Portion, Sample};
 use crate::report;
 
 /// Time between two rounds; docs/json.md promises at least one per second.
@@ -26,25 +27,32 @@ struct Line<'a> {
     total: Option<u64>,
     zero: u64,
     written: u64,
+    #[serde(rename = "work-done")]
+    work_done: u64,
+    #[serde(rename = "work-total")]
+    work_total: Option<u64>,
+    left: Option<f64>,
     elapsed: f64,
 }
 
 pub(super) fn show(counters: &Counters) {
     let mut shown: Vec<Sample> = counters.lanes().map(|_| Sample::default()).collect();
+    let mut pace = Pace::new();
     while counters.wait(INTERVAL) {
         devices(counters, &mut shown);
-        let all = counters.all();
+        let Portion { guest: all, work, .. } = counters.part(None);
+        let left = pace.update(counters.started.elapsed(), &work);
         if all.total == Some(all.done) {
-            line(counters, FINISH, None, Sample { total: None, ..all });
+            line(counters, FINISH, None, Sample { total: None, ..all }, &work, None);
         } else {
-            line(counters, counters.phase, None, all);
+            line(counters, counters.phase, None, all, &work, left);
         }
     }
     if counters.complete.load(Ordering::Relaxed) {
         devices(counters, &mut shown);
-        let all = counters.all();
+        let Portion { guest: all, work, .. } = counters.part(None);
         // At the end, the length of a stream is known.
-        line(counters, counters.phase, None, Sample { total: Some(all.done), ..all });
+        line(counters, counters.phase, None, Sample { total: Some(all.done), ..all }, &work, None);
     }
 }
 
@@ -53,15 +61,23 @@ fn devices(counters: &Counters, shown: &mut [Sample]) {
     if shown.len() < 2 {
         return;
     }
-    for ((name, sample), shown) in counters.lanes().zip(shown) {
+    for ((index, (name, sample)), shown) in counters.lanes().enumerate().zip(shown) {
         if sample.done != shown.done {
             *shown = sample;
-            line(counters, counters.phase, Some(name), sample);
+            line(counters, counters.phase, Some(name), sample, &counters.part(Some(index)).work, None);
         }
     }
 }
 
-fn line(counters: &Counters, phase: &str, device: Option<&str>, sample: Sample) {
+fn line(
+    counters: &Counters,
+    phase: &str,
+    device: Option<&str>,
+    sample: Sample,
+    work: &Work,
+    left: Option<TimeLeft>,
+) {
+    let rounded = |time: Duration| (time.as_secs_f64() * 1000.0).round() / 1000.0;
     let line = Line {
         phase,
         device,
@@ -69,7 +85,10 @@ fn line(counters: &Counters, phase: &str, device: Option<&str>, sample: Sample) 
         total: sample.total,
         zero: sample.zero,
         written: counters.gauge.written(),
-        elapsed: (counters.started.elapsed().as_secs_f64() * 1000.0).round() / 1000.0,
+        work_done: work.done,
+        work_total: work.expected,
+        left: left.map(|left| rounded(left.time)),
+        elapsed: rounded(counters.started.elapsed()),
     };
     if let Ok(text) = serde_json::to_string(&line) {
         report::say(&report::json_for_terminals(&text));

@@ -73,7 +73,8 @@ pub enum Paint {
 }
 
 impl Paint {
-    fn code(self) -> &'static str {
+    /// Returns the parameters of the escape sequence (ECMA-48, SGR).
+    pub fn code(self) -> &'static str {
         match self {
             Paint::Bold => "1",
             Paint::Good => "1;32",
@@ -97,23 +98,36 @@ pub fn width(text: &str) -> usize {
     text.width()
 }
 
-/// Pads or truncates a text to exactly `columns`; an ellipsis marks a truncated text.
+/// Pads or shortens a text to exactly `columns`.
 pub fn fit(text: &str, columns: usize) -> String {
-    let wide = width(text);
-    if wide <= columns {
-        return format!("{text}{}", " ".repeat(columns - wide));
+    let text = shorten(text, columns);
+    let pad = columns.saturating_sub(width(&text));
+    format!("{text}{}", " ".repeat(pad))
+}
+
+/// Shortens a text to at most `columns`. An ellipsis replaces the middle: names of disks and files differ at
+/// their start or at their end.
+pub fn shorten(text: &str, columns: usize) -> String {
+    if width(text) <= columns {
+        return text.to_owned();
     }
-    let (mark, limit) = (if unicode() { "…" } else { "~" }, columns.saturating_sub(1));
-    let mut kept = String::new();
-    for c in text.chars() {
-        let mut buffer = [0; 4];
-        if width(&kept) + width(c.encode_utf8(&mut buffer)) > limit {
-            break;
-        }
-        kept.push(c);
-    }
-    let pad = limit - width(&kept);
-    if columns == 0 { String::new() } else { format!("{kept}{mark}{}", " ".repeat(pad)) }
+    let Some(kept) = columns.checked_sub(1) else { return String::new() };
+    let mark = if unicode() { "…" } else { "~" };
+    // The end is kept first, since it has the extension.
+    let end = kept.div_ceil(2);
+    let tail: Vec<char> = within(text.chars().rev(), end);
+    let head: String = within(text.chars(), kept - end).into_iter().collect();
+    head + mark + &tail.into_iter().rev().collect::<String>()
+}
+
+/// Returns the first of `chars`, as many as fit into `columns`.
+fn within(chars: impl Iterator<Item = char>, columns: usize) -> Vec<char> {
+    let mut used = 0;
+    let fits = |c: &char| {
+        used += width(c.encode_utf8(&mut [0; 4]));
+        used <= columns
+    };
+    chars.take_while(fits).collect()
 }
 
 /// Wraps a text between words at the width of the terminal, and indents the further lines. On any other
@@ -174,14 +188,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_padded_or_truncated() {
+    fn names_are_padded_or_shortened() {
         assert_eq!(fit("a", 3), "a  ");
         assert_eq!(width(&fit("drive-scsi0", 8)), 8);
-        assert!(fit("drive-scsi0", 8).starts_with("drive-s"));
         // Each of these characters is two columns wide.
         assert_eq!(width(&fit("磁盘磁盘磁盘", 6)), 6);
         assert_eq!(width(&fit("磁盘", 6)), 6);
+        assert_eq!(width(&fit("磁盘磁盘磁盘", 5)), 5);
         assert_eq!(fit("abc", 0), "");
+        // Combining marks occupy no column.
+        assert_eq!(width(&shorten(&"e\u{301}".repeat(40), 9)), 9);
+    }
+
+    #[test]
+    fn long_names_keep_their_start_and_their_end() {
+        let shown = shorten("/srv/backups/2026/vm-100-disk-0.qcow2", 20);
+        let (head, tail) = shown.split_once(['…', '~']).expect("a mark");
+        assert_eq!((head, tail), ("/srv/back", "isk-0.qcow2".split_at(1).1));
+        assert_eq!(shorten("a.raw", 5), "a.raw");
+        assert_eq!(width(&shorten("a.raw", 1)), 1);
     }
 
     #[test]

@@ -43,6 +43,9 @@ struct Summary<'a> {
     complete: bool,
     verified: bool,
     elapsed: f64,
+    /// Average number of bytes of data per second.
+    #[serde(skip)]
+    speed: u64,
     notes: Vec<String>,
     lost: Vec<LostRange<'a>>,
 }
@@ -115,6 +118,7 @@ fn summarise(report: &Report) -> Summary<'_> {
         complete: report.is_complete(),
         verified: report.verified,
         elapsed: (report.elapsed.as_secs_f64() * 1000.0).round() / 1000.0,
+        speed: (report.data as f64 / report.elapsed.as_secs_f64().max(0.001)) as u64,
         notes: report.notes.iter().map(note).collect(),
         lost: report
             .losses
@@ -167,6 +171,10 @@ fn say(summary: &Summary<'_>) {
     report::say(&report::flow(Stream::Err, &verdict(summary), 2));
 }
 
+/// Minimum number of columns for the names of outputs in the table; in a narrower terminal, each name gets a line
+/// of its own. Our limit: the end of a path must remain, and a part of its start.
+const NARROWEST_NAME: usize = 32;
+
 fn table(summary: &Summary<'_>) -> String {
     let mut rows = Vec::new();
     for output in &summary.outputs {
@@ -194,9 +202,17 @@ fn table(summary: &Summary<'_>) -> String {
         ("on disk", Align::Right),
         ("zero", Align::Right),
     ];
-    let table = report::table(0, &columns, &rows);
-    if Stream::Err.columns().is_some_and(|columns| report::widest(&table) > columns) {
-        return stacked(&rows);
+    let mut table = report::table(0, &columns, &rows);
+    if let Some(available) = Stream::Err.columns().filter(|columns| report::widest(&table) > *columns) {
+        let names = rows.iter().map(|row| report::width(&escape_control(&row[0]))).max().unwrap_or(0);
+        let others = report::widest(&table).saturating_sub(names);
+        if available < others + NARROWEST_NAME {
+            return stacked(&rows);
+        }
+        for row in &mut rows {
+            row[0] = report::shorten(&escape_control(&row[0]), available - others);
+        }
+        table = report::table(0, &columns, &rows);
     }
     match table.split_once('\n') {
         Some((header, rest)) => format!("{}\n{rest}", Stream::Err.paint(Paint::Bold, header)),
@@ -224,7 +240,10 @@ fn verdict(summary: &Summary<'_>) -> String {
     };
     let devices = summary.outputs.iter().map(|output| output.devices.len()).sum();
     let what = format!("{}, {}", count(devices, "device"), human_size(sum(|output| output.virtual_size)));
-    let time = human_time(std::time::Duration::from_secs_f64(summary.elapsed));
+    let mut time = human_time(std::time::Duration::from_secs_f64(summary.elapsed));
+    if summary.speed > 0 {
+        time.push_str(&format!(" at {}/s", human_size(summary.speed)));
+    }
     if !summary.lost.is_empty() {
         let lost = summary.lost.iter().fold(0u64, |sum, range| sum.saturating_add(range.length));
         let how = Stream::Err.paint(Paint::Warning, &format!("finished with losses in {time}"));
