@@ -1,5 +1,5 @@
-//! Accounting of the work of a phase: what is expected is done at the end, `done` never decreases, and extents
-//! that are known count as their data.
+//! Accounting of the work of a phase: what is expected is done at the end, `done` never decreases, and
+//! extents that are known count as their data.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -286,8 +286,8 @@ fn copy_first(image: &dyn ImageSource) -> Calls {
     calls
 }
 
-/// A limit on the speed that counted only what is stored in the target would not slow down the reading of a file full
-/// of zeros, nor of an archive whose other disks pass.
+/// A limit on the speed that counted only what is stored in the target would not slow down the reading of a
+/// file full of zeros, nor of an archive whose other disks pass.
 #[test]
 fn all_data_that_is_read_is_limited_before() {
     let dir = tempdir();

@@ -111,7 +111,7 @@ fn digest(
     let lanes = devices.iter().map(lane).collect();
     let copied: Vec<_> = (0..).map(Lane).zip(devices.iter().map(|device| device.id)).collect();
     // Zeros are digested like data.
-    let part = Part::new(&*opened.image, &copied, opened.consumed.clone().zip(opened.stored_len), true);
+    let part = Part::new(&*opened.image, &copied, opened.consumed.clone(), opened.stored_len, true);
     let gauge = Gauge::new(lanes, vec![part], Box::new(|| 0));
     let counter = Counter::begin(monitor, Phase::Checksum, gauge, None);
     let route = |(number, device): (u32, &Device)| Route {

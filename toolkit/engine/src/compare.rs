@@ -114,8 +114,7 @@ fn compare(
     let lanes =
         pairs.iter().map(|pair| LaneInfo { name: pair.name.clone(), total: Some(pair.first.size) }).collect();
     let copied: Vec<_> = (0..).map(Lane).zip(pairs.iter().map(|pair| pair.first.id)).collect();
-    let file = stepped.consumed.clone().zip(stepped.stored_len);
-    let part = Part::new(&*stepped.image, &copied, file, false);
+    let part = Part::new(&*stepped.image, &copied, stepped.consumed.clone(), stepped.stored_len, false);
     let gauge = Gauge::new(lanes, vec![part], Box::new(|| 0));
     let counter = Counter::begin(monitor, Phase::Compare, gauge, None);
     counter.survey(surveyed(stepped, other, pairs));

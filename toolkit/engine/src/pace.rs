@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use crate::work::{Work, WorkUnit};
 
-/// Maximum time constant in seconds of the average pace. Our limit: after it has filled the page cache, a disk
-/// becomes slower, and the estimate must follow within minutes.
+/// Maximum time constant in seconds of the average pace. Our limit: after it has filled the page cache, a
+/// disk becomes slower, and the estimate must follow within minutes.
 const MEMORY: f64 = 120.0;
 
 /// Estimate of the time left.
@@ -28,8 +28,8 @@ pub enum Quality {
     Least,
 }
 
-/// Pace of a phase, from which follows the time that it still takes. The devices of a stream that are only passed
-/// have a pace of their own.
+/// Pace of a phase, from which follows the time that it still takes. The devices of a stream that are only
+/// passed have a pace of their own.
 #[derive(Debug, Clone, Default)]
 pub struct Pace {
     /// Time spent on copying, and work copied, at the last update.
@@ -45,15 +45,15 @@ impl Pace {
         Self::default()
     }
 
-    /// Takes note of the work done in the time `elapsed` since the phase began. Returns the time left; `None` if
-    /// it is unknown.
+    /// Takes note of the work done in the time `elapsed` since the phase began. Returns the time left; `None`
+    /// if it is unknown.
     pub fn update(&mut self, elapsed: Duration, work: &Work) -> Option<TimeLeft> {
         let time = elapsed.saturating_sub(work.passing).as_secs_f64();
         let copied = work.done.saturating_sub(work.passed) as f64;
         let step = time - self.time;
         if step > 0.0 {
-            // An average over the whole phase in which each second weighs as much as its distance from the start:
-            // the content that was read first says little about the rest.
+            // An average over the whole phase in which each second weighs as much as its distance from the
+            // start: the content that was read first says little about the rest.
             let weight = (2.0 * step / time).min(1.0).max(1.0 - (-step / MEMORY).exp());
             self.rate += ((copied - self.copied) / step - self.rate) * weight;
             (self.time, self.copied) = (time, copied);

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use imgtool_core::CancelToken;
 use imgtool_core::sync::lock;
 
-/// Time by which the copy may be late and still make up for it. Our limit: longer than a worker is late after a
-/// wait, but short enough that a pause of the source is not followed by a burst.
+/// Time by which the copy may be late and still make up for it. Our limit: longer than a worker is late after
+/// a wait, but short enough that a pause of the source is not followed by a burst.
 const CATCH_UP: Duration = Duration::from_millis(250);
 
 /// Time between two looks at the cancel token. Our choice.

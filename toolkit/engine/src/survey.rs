@@ -1,5 +1,5 @@
-//! Survey: a background thread that adds up the data in the extents of images, so that a display knows how much
-//! work a phase is. The copy does not wait for it.
+//! Survey: a background thread that adds up the data in the extents of images, so that a display knows how
+//! much work a phase is. The copy does not wait for it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,8 +10,8 @@ use imgtool_core::{DeviceId, ImageSource, Lane};
 
 use crate::work::Gauge;
 
-/// Maximum number of guest bytes in one query. Our limit: the answer for a disk of scattered or damaged tables
-/// takes a moment, and the end of the phase waits for it.
+/// Maximum number of guest bytes in one query. Our limit: the answer for a disk of scattered or damaged
+/// tables takes a moment, and the end of the phase waits for it.
 const STEP: u64 = 64 << 30;
 
 /// A device whose data is added to the expected work of a lane.
@@ -61,8 +61,8 @@ impl Drop for Survey {
     }
 }
 
-/// Returns the number of data bytes of a device; `None` if the survey was stopped, or an extent can't be read:
-/// the copy reports the error.
+/// Returns the number of data bytes of a device; `None` if the survey was stopped, or an extent can't be
+/// read: the copy reports the error.
 fn data_bytes(surveyed: &SurveyedDevice, stop: &AtomicBool) -> Option<u64> {
     let random = surveyed.image.access().random()?;
     let (mut position, mut data) = (0, 0u64);

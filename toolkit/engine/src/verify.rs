@@ -77,7 +77,7 @@ pub(crate) fn read_back(
         }));
         reopened.push(Reopened { planned, image, first_lane });
     }
-    let parts = reopened.iter().map(|output| Part::new(&*output.image, &output.lanes(), None, false));
+    let parts = reopened.iter().map(|output| Part::new(&*output.image, &output.lanes(), None, None, false));
     let gauge = Gauge::new(lanes, parts.collect(), Box::new(|| 0));
     let counter = Counter::begin(monitor, Phase::Verify, gauge, expected.limit);
     counter.survey(reopened.iter().flat_map(Reopened::surveyed).collect());

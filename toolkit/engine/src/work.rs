@@ -5,10 +5,12 @@
 //! length of the file that a stream comes from, and the guest bytes only for a pipe.
 
 use std::fmt;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use imgtool_core::input::Consumed;
+use imgtool_core::sync::lock;
 use imgtool_core::{Access, Copied, Device, DeviceId, ImageSource, Lane};
 
 /// A lane: one line of the progress display.
@@ -46,19 +48,22 @@ pub struct Work {
     pub done: u64,
     /// Number of bytes at the end; `None` while it is unknown.
     pub expected: Option<u64>,
-    /// Number of bytes of `done` that were only passed: they belong to devices of a stream that are not copied.
+    /// Number of bytes of `done` that were only passed: they belong to devices of a stream that are not
+    /// copied.
     pub passed: u64,
     /// Number of bytes still to be passed, out of those that are left. An estimate, except for guest bytes.
     pub to_pass: u64,
     /// Time that passing took.
     pub passing: Duration,
-    /// Time that reading the stream took, passing included; zero for images read by position.
+    /// Time that reading the stream so far takes at its fastest pace, when no worker is in its way; zero for
+    /// images read by position.
     pub reading: Duration,
 }
 
 impl Work {
     fn new(unit: WorkUnit, done: u64, expected: Option<u64>) -> Self {
-        // A file may grow while it is read, and extents may be reported more roughly than when they were counted.
+        // A file may grow while it is read, and extents may be reported more roughly than when they were
+        // counted.
         let done = expected.map_or(done, |expected| done.min(expected));
         let (passing, reading) = (Duration::ZERO, Duration::ZERO);
         Self { unit, done, expected, passed: 0, to_pass: 0, passing, reading }
@@ -92,7 +97,8 @@ impl Work {
 enum Measure {
     Data,
     Guest,
-    Input { consumed: Consumed, len: u64 },
+    /// Length of the file in bytes.
+    Input(u64),
 }
 
 /// A part of a phase: the devices of one image.
@@ -100,36 +106,76 @@ enum Measure {
 pub(crate) struct Part {
     lanes: Vec<Lane>,
     measure: Measure,
-    /// Total size in guest bytes of the devices of a stream that are only passed; `None` if one is open-ended.
+    /// Number of bytes that a stream has read from its file or pipe.
+    consumed: Option<Consumed>,
+    /// Total size in guest bytes of the devices of a stream that are only passed; `None` if one is
+    /// open-ended.
     beside: Option<u64>,
     ended: AtomicBool,
     passed: Passed,
+    reading: Mutex<Reading>,
 }
 
-/// Counts of a stream. The time is in nanoseconds.
+/// Counts of the devices of a stream that are only passed. The time is in nanoseconds.
 #[derive(Debug, Default)]
 struct Passed {
     guest: AtomicU64,
     input: AtomicU64,
-    passing: AtomicU64,
-    reading: AtomicU64,
-    /// Value of [`Consumed::bytes`] after the last piece.
-    last_input: AtomicU64,
+    time: AtomicU64,
+}
+
+/// Time that reading a stream takes.
+#[derive(Debug, Default)]
+struct Reading {
+    /// Time that it took so far.
+    time: Duration,
+    /// Bytes read from the file or pipe so far.
+    input: u64,
+    /// Time and bytes since the last measurement of the pace.
+    since: (Duration, u64),
+    /// Seconds for a byte at the fastest pace; `None` before the first measurement.
+    fastest: Option<f64>,
+}
+
+/// Number of bytes over which the pace of reading is measured. Our choice: a few milliseconds, in which a
+/// worker that is in the way of the reader often does not run.
+const PACE_LEN: u64 = 8 << 20;
+
+impl Reading {
+    /// Counts a piece that took the time `spent`, after which `input` bytes were read.
+    fn add(&mut self, spent: Duration, input: u64) {
+        self.time += spent;
+        self.since.0 += spent;
+        self.since.1 += input.saturating_sub(self.input);
+        self.input = input;
+        if self.since.1 >= PACE_LEN {
+            let pace = self.since.0.as_secs_f64() / self.since.1 as f64;
+            self.fastest = Some(self.fastest.map_or(pace, |fastest| fastest.min(pace)));
+            self.since = (Duration::ZERO, 0);
+        }
+    }
+
+    /// Returns the time that reading so far takes at the fastest pace.
+    fn at_best(&self) -> Duration {
+        let seconds = self.fastest.map(|pace| pace * self.input as f64);
+        seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()).unwrap_or(self.time)
+    }
 }
 
 impl Part {
-    /// Creates a part for the devices `copied` of `image`. `file` is the number of bytes that a stream has read
-    /// from its file, and the length of the file, if they are known. `zeros_cost` is true if zeros take as long
-    /// as data.
+    /// Creates a part for the devices `copied` of `image`. `consumed` is the number of bytes that a stream
+    /// has read from its file or pipe, `len` the length of the file, if it is known. `zeros_cost` is true if
+    /// zeros take as long as data.
     pub(crate) fn new(
         image: &dyn ImageSource,
         copied: &[(Lane, DeviceId)],
-        file: Option<(Consumed, u64)>,
+        consumed: Option<Consumed>,
+        len: Option<u64>,
         zeros_cost: bool,
     ) -> Self {
-        let measure = match (image.access(), file) {
+        let measure = match (image.access(), consumed.as_ref().and(len)) {
             (Access::Random(_), _) if !zeros_cost => Measure::Data,
-            (Access::Stream(_), Some((consumed, len))) => Measure::Input { consumed, len },
+            (Access::Stream(_), Some(len)) => Measure::Input(len),
             _ => Measure::Guest,
         };
         let is_beside = |device: &&Device| !copied.iter().any(|(_, id)| *id == device.id);
@@ -138,24 +184,29 @@ impl Part {
             Access::Stream(_) => sum(image.info().devices.iter().filter(is_beside).map(size_of)),
         };
         let lanes = copied.iter().map(|(lane, _)| *lane).collect();
-        Self { lanes, measure, beside, ended: AtomicBool::new(false), passed: Passed::default() }
+        let (ended, passed, reading) = (AtomicBool::new(false), Passed::default(), Mutex::default());
+        Self { lanes, measure, consumed, beside, ended, passed, reading }
+    }
+
+    /// Returns the number of bytes that the stream has read from its file or pipe.
+    fn input(&self) -> u64 {
+        self.consumed.as_ref().map_or(0, Consumed::bytes)
     }
 
     /// Counts a piece of the stream that took the time `spent` to read.
     fn streamed(&self, is_copied: bool, guest: u64, spent: Duration) {
-        let counts = &self.passed;
-        let spent = u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX);
-        counts.reading.fetch_add(spent, Ordering::Relaxed);
-        let input = match &self.measure {
-            Measure::Input { consumed, .. } => consumed.bytes(),
-            Measure::Data | Measure::Guest => 0,
+        let input = self.input();
+        let before = {
+            let mut reading = lock(&self.reading);
+            let before = reading.input;
+            reading.add(spent, input);
+            before
         };
-        // One thread at a time reads the stream.
-        let before = counts.last_input.swap(input, Ordering::Relaxed);
         if !is_copied {
-            counts.guest.fetch_add(guest, Ordering::Relaxed);
-            counts.input.fetch_add(input.saturating_sub(before), Ordering::Relaxed);
-            counts.passing.fetch_add(spent, Ordering::Relaxed);
+            let spent = u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX);
+            self.passed.guest.fetch_add(guest, Ordering::Relaxed);
+            self.passed.input.fetch_add(input.saturating_sub(before), Ordering::Relaxed);
+            self.passed.time.fetch_add(spent, Ordering::Relaxed);
         }
     }
 }
@@ -284,15 +335,15 @@ impl Gauge {
                 let work = Work::new(WorkUnit::Guest, guest + beside_done, whole);
                 Work { passed: beside_done, to_pass: beside_left, ..work }
             }
-            Measure::Input { consumed, len } => {
-                let work = Work::new(WorkUnit::Input, consumed.bytes(), Some(*len));
+            Measure::Input(len) => {
+                let work = Work::new(WorkUnit::Input, part.input(), Some(*len));
                 let copy_left = total.unwrap_or(guest).saturating_sub(guest);
                 let to_pass = share_of(len - work.done, beside_left, copy_left);
                 Work { passed: passed.input.load(Ordering::Relaxed), to_pass, ..work }
             }
         };
-        let time = |nanoseconds: &AtomicU64| Duration::from_nanos(nanoseconds.load(Ordering::Relaxed));
-        let work = Work { passing: time(&passed.passing), reading: time(&passed.reading), ..work };
+        let passing = Duration::from_nanos(passed.time.load(Ordering::Relaxed));
+        let work = Work { passing, reading: lock(&part.reading).at_best(), ..work };
         if part.ended.load(Ordering::Relaxed) { work.ended() } else { work }
     }
 
@@ -332,4 +383,29 @@ fn share_of(left: u64, one: u64, other: u64) -> u64 {
     let all = u128::from(one) + u128::from(other);
     let share = (u128::from(left) * u128::from(one)).checked_div(all).unwrap_or(0);
     u64::try_from(share).unwrap_or(left)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_fastest_pace_of_reading_counts() {
+        let mut reading = Reading::default();
+        reading.add(Duration::from_millis(100), PACE_LEN / 2);
+        assert_eq!(reading.at_best(), Duration::from_millis(100), "nothing is measured yet");
+        reading.add(Duration::from_millis(100), PACE_LEN);
+        assert_eq!(reading.at_best().as_millis(), 200);
+        reading.add(Duration::from_millis(50), PACE_LEN * 2);
+        assert_eq!(reading.at_best().as_millis(), 100);
+        reading.add(Duration::from_secs(9), PACE_LEN * 4);
+        assert_eq!(reading.at_best().as_millis(), 200);
+    }
+
+    #[test]
+    fn shares_add_up_and_bear_zeros() {
+        assert_eq!((share_of(100, 1, 3), share_of(100, 3, 1)), (25, 75));
+        assert_eq!((share_of(100, 0, 3), share_of(100, 3, 0), share_of(100, 0, 0)), (0, 100, 0));
+        assert_eq!(share_of(u64::MAX, u64::MAX, 0), u64::MAX);
+    }
 }

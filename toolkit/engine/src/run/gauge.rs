@@ -41,8 +41,8 @@ impl Plan {
             let disks = sources::of_source(&self.selected, index);
             let copied: Vec<_> = disks.map(|(slot, disk)| (Lane(slot.0), disk.device.id)).collect();
             let opened = &source.opened;
-            let file = opened.consumed.clone().zip(opened.stored_len);
-            Part::new(&*opened.image, &copied, file, zeros_cost || opened.salvages)
+            let (consumed, len) = (opened.consumed.clone(), opened.stored_len);
+            Part::new(&*opened.image, &copied, consumed, len, zeros_cost || opened.salvages)
         };
         sources.iter().enumerate().map(part).collect()
     }
