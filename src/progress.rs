@@ -102,6 +102,8 @@ const RATE_MEMORY: f64 = 3.0;
 /// Smoothed rate in bytes per second.
 #[derive(Debug, Default)]
 struct Rate {
+    /// Time of the last update without any progress.
+    begun: Duration,
     at: Duration,
     done: u64,
     rate: f64,
@@ -109,13 +111,17 @@ struct Rate {
 
 impl Rate {
     fn update(&mut self, elapsed: Duration, done: u64) {
+        if done == 0 {
+            (self.begun, self.at) = (elapsed, elapsed);
+        }
         let seconds = elapsed.saturating_sub(self.at).as_secs_f64();
         if seconds <= 0.0 {
             return;
         }
         let now = done.saturating_sub(self.done) as f64 / seconds;
         // At first the average since the start, later a weighted average of the last few seconds.
-        let weight = (1.0 - (-seconds / RATE_MEMORY).exp()).max(seconds / elapsed.as_secs_f64());
+        let since = elapsed.saturating_sub(self.begun).as_secs_f64();
+        let weight = (1.0 - (-seconds / RATE_MEMORY).exp()).max(seconds / since);
         self.rate += (now - self.rate) * weight;
         (self.at, self.done) = (elapsed, done);
     }
@@ -138,9 +144,13 @@ impl Averages {
         let Portion { work, guest, data } = counters.part(None);
         let elapsed = counters.started.elapsed();
         self.speed.update(elapsed, data);
-        let share = match work.expected {
-            Some(all) => format!("{} of {}{}", percent(work.done, all), human_size(all), unit(work.unit)),
-            None => human_size(guest.done),
+        let share = match (work.expected, guest.total) {
+            (Some(all), _) => {
+                format!("{} of {}{}", percent(work.done, all), human_size(all), unit(work.unit))
+            }
+            // Nobody has added up the data.
+            (None, Some(total)) => format!("{} of {}", percent(guest.done, total), human_size(total)),
+            (None, None) => human_size(guest.done),
         };
         let left = self.pace.update(elapsed, &work).filter(|_| !work.is_done());
         let left = left.map(|left| format!("{} left, ", clock(left))).unwrap_or_default();
@@ -158,7 +168,8 @@ fn unit(unit: WorkUnit) -> &'static str {
     }
 }
 
-/// Formats the time left: "0:07", "12:30", "1:02:03", "~0:07" for a rough estimate, ">0:07" if it may take longer.
+/// Formats the time left: "0:07", "12:30", "1:02:03", "~0:07" for a rough estimate, ">0:07" if it may take
+/// longer.
 fn clock(left: TimeLeft) -> String {
     let seconds = left.time.as_secs();
     let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
@@ -325,6 +336,16 @@ mod tests {
     fn first_rate_is_the_average() {
         let mut rate = Rate::default();
         rate.update(Duration::from_secs(1), 1000);
+        assert_eq!(rate.bytes_per_second(), 1000);
+    }
+
+    #[test]
+    fn time_before_the_first_byte_does_not_count() {
+        let mut rate = Rate::default();
+        for second in 0..=100 {
+            rate.update(Duration::from_secs(second), 0);
+        }
+        rate.update(Duration::from_secs(101), 1000);
         assert_eq!(rate.bytes_per_second(), 1000);
     }
 

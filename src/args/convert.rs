@@ -242,8 +242,8 @@ pub struct WorkArgs {
 
     /// Read at most this many bytes of data per second, such as 50M
     ///
-    /// Counts the uncompressed data of the disks, stored zeros included, also of those in a stream that are not copied, and
-    /// what --verify reads back. Holes do not count.
+    /// Counts the uncompressed data of the disks, stored zeros included, also of those in a stream that are
+    /// not copied, and what --verify reads back. Holes do not count.
     #[arg(short = 'r', long = "rate-limit", value_name = "RATE")]
     pub rate_limit: Option<String>,
 }

@@ -1,8 +1,8 @@
 //! Lines on a terminal that are drawn again and again.
 //!
-//! Each line ends before the last column, with a line feed, and the cursor waits below the lines. So a message of
-//! another part of the program begins on a line of its own, and a terminal that is resized wraps each line by itself:
-//! how many lines the old ones take up then is known.
+//! Each line ends before the last column, with a line feed, and the cursor waits below the lines. So a
+//! message of another part of the program begins on a line of its own, and a terminal that is resized wraps
+//! each line by itself: how many lines the old ones take up then is known.
 
 use std::io::{self, Write};
 
@@ -29,8 +29,8 @@ pub(super) struct Line {
 }
 
 impl Screen {
-    /// Draws the lines in the place of the last ones. In a terminal with too few lines, draws only the last of
-    /// them.
+    /// Draws the lines in the place of the last ones. In a terminal with too few lines, draws only the last
+    /// of them.
     pub(super) fn draw(&mut self, lines: &[Line], columns: usize, height: usize) {
         let hidden = (lines.len() + 1).saturating_sub(height).min(lines.len().saturating_sub(1));
         let style = BarStyle { has_blocks: report::unicode(), has_colours: Stream::Err.has_colours() };
@@ -52,8 +52,8 @@ impl Screen {
         }
     }
 
-    /// Returns the sequence that moves the cursor from below the lines to the start of the first one, in a terminal
-    /// that has this number of columns now.
+    /// Returns the sequence that moves the cursor from below the lines to the start of the first one, in a
+    /// terminal that has this number of columns now.
     fn back(&self, columns: usize) -> String {
         match lines_on_screen(&self.drawn, columns) {
             0 => "\r".to_owned(),
@@ -67,7 +67,8 @@ fn lines_on_screen(widths: &[usize], columns: usize) -> usize {
     widths.iter().map(|width| width.div_ceil(columns.max(1)).max(1)).sum()
 }
 
-/// Writes a frame in one call, so that it does not flicker. A failure is ignored, as it cannot be reported anywhere.
+/// Writes a frame in one call, so that it does not flicker. A failure is ignored, as it cannot be reported
+/// anywhere.
 fn write(frame: &str) {
     let _ = io::stderr().lock().write_all(frame.as_bytes());
 }

@@ -171,8 +171,8 @@ fn say(summary: &Summary<'_>) {
     report::say(&report::flow(Stream::Err, &verdict(summary), 2));
 }
 
-/// Minimum number of columns for the names of outputs in the table; in a narrower terminal, each name gets a line
-/// of its own. Our limit: the end of a path must remain, and a part of its start.
+/// Minimum number of columns for the names of outputs in the table; in a narrower terminal, each name gets a
+/// line of its own. Our limit: the end of a path must remain, and a part of its start.
 const NARROWEST_NAME: usize = 32;
 
 fn table(summary: &Summary<'_>) -> String {
