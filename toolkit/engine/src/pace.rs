@@ -70,14 +70,12 @@ impl Pace {
             passed => work.passing.as_secs_f64() / passed as f64,
         };
         let to_copy = (left - to_pass) as f64;
+        let is_rough = work.unit == WorkUnit::Guest && !work.reading.is_zero();
+        let or_rough = |quality| if is_rough { Quality::Rough } else { quality };
         let (copying, quality) = if self.rate > 0.0 || to_copy == 0.0 {
-            let is_rough = work.unit == WorkUnit::Guest && !work.reading.is_zero();
-            (
-                to_copy / self.rate.max(f64::MIN_POSITIVE),
-                if is_rough { Quality::Rough } else { Quality::Known },
-            )
+            (to_copy / self.rate.max(f64::MIN_POSITIVE), or_rough(Quality::Known))
         } else if each > 0.0 {
-            (to_copy * each, Quality::Least)
+            (to_copy * each, or_rough(Quality::Least))
         } else {
             return None;
         };
@@ -153,5 +151,7 @@ mod tests {
     fn a_pipe_of_unknown_content_has_a_rough_estimate() {
         let pipe = Work { unit: WorkUnit::Guest, reading: SECOND, ..work(100, 1000) };
         assert_eq!(tenths(Pace::new().update(SECOND, &pipe)), Some((90, Quality::Rough)));
+        let passed = Work { passed: 100, passing: SECOND, ..pipe };
+        assert_eq!(tenths(Pace::new().update(SECOND, &passed)), Some((90, Quality::Rough)));
     }
 }

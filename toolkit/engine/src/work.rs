@@ -137,9 +137,9 @@ struct Reading {
     fastest: Option<f64>,
 }
 
-/// Number of bytes over which the pace of reading is measured. Our choice: a few milliseconds, in which a
-/// worker that is in the way of the reader often does not run.
-const PACE_LEN: u64 = 8 << 20;
+/// Number of bytes over which the pace of reading is measured. Our choice: a few milliseconds at most, in which
+/// a worker that would be in the way of the reader often does not run, but more than a pipe holds.
+const PACE_LEN: u64 = 1 << 20;
 
 impl Reading {
     /// Counts a piece that took the time `spent`, after which `input` bytes were read.
