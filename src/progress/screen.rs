@@ -13,6 +13,8 @@ use crate::report::{self, Paint, Stream, width};
 pub(super) struct Screen {
     /// Widths in columns of the lines drawn last.
     drawn: Vec<usize>,
+    /// Columns and lines of the terminal then.
+    size: (usize, usize),
 }
 
 /// A line with a bar between its name and its numbers.
@@ -34,8 +36,9 @@ impl Screen {
     pub(super) fn draw(&mut self, lines: &[Line], columns: usize, height: usize) {
         let hidden = (lines.len() + 1).saturating_sub(height).min(lines.len().saturating_sub(1));
         let style = BarStyle { has_blocks: report::unicode(), has_colours: Stream::Err.has_colours() };
-        let mut frame = self.back(columns);
+        let mut frame = if self.size == (columns, height) { self.back(columns) } else { self.erase(columns) };
         self.drawn.clear();
+        self.size = (columns, height);
         for line in lines.iter().skip(hidden) {
             let bar = style.bar(line.bar, line.share);
             frame.push_str(&format!("{} {bar} {}\x1b[K\n", line.name, line.words));
@@ -47,9 +50,16 @@ impl Screen {
     /// Removes the lines.
     pub(super) fn clear(&mut self, columns: usize) {
         if !self.drawn.is_empty() {
-            write(&(self.back(columns) + "\x1b[J"));
+            write(&(self.erase(columns) + "\x1b[J"));
             self.drawn.clear();
         }
+    }
+
+    /// Returns the sequence that erases the lines, and leaves the cursor at the start of the first one. It erases
+    /// line by line: tmux would save lines at the top of the screen that are erased at once.
+    fn erase(&self, columns: usize) -> String {
+        let lines = lines_on_screen(&self.drawn, columns);
+        format!("{}{}{}", self.back(columns), "\x1b[2K\n".repeat(lines), self.back(columns))
     }
 
     /// Returns the sequence that moves the cursor from below the lines to the start of the first one, in a
@@ -140,5 +150,7 @@ mod tests {
         screen.drawn = vec![79, 79, 79];
         assert_eq!(screen.back(80), "\r\x1b[3A");
         assert_eq!(screen.back(40), "\r\x1b[6A");
+        screen.drawn = vec![79];
+        assert_eq!(screen.erase(80), "\r\x1b[1A\x1b[2K\n\r\x1b[1A");
     }
 }
