@@ -1,205 +1,267 @@
-//! `--proxmox`: creates a guest configuration for disks that have none, so that Proxmox VE can restore their
-//! archive.
+//! Packing disks for Proxmox VE: the configuration that `qmrestore` needs in an archive, and the archive's name.
 //!
 //! `qmrestore` needs two lines for each disk: a setting (`scsi0: …`), and a comment
 //! `#qmdump#map:DRIVE:DEVICE:STORAGE:FORMAT:`, which assigns a device of the archive to the drive.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use imgtool_core::{Attachment, DeviceKind, Error, Result};
+use imgtool_core::{Attachment, Error, Result};
 use imgtool_engine::SelectedDisk;
-use imgtool_storage::Compression;
+
+mod config;
+mod drives;
+mod keys;
+mod name;
+
+pub use config::GuestConfig;
+use config::MapEntry;
+pub use name::{Better, is_for_proxmox, note_on_name, vmid_of_config};
 
 /// Name of the guest's configuration in an archive.
 pub const CONFIG_NAME: &str = "qemu-server.conf";
 
-/// Prefix of the lines that assign a device of the archive to a drive.
-const MAP_LINE: &str = "#qmdump#map:";
+/// Name of the guest's firewall rules in an archive.
+pub const FIREWALL_NAME: &str = "qemu-server.fw";
 
-/// Prefix that `qmrestore` requires of an archive's name.
-const ARCHIVE_PREFIX: &str = "vzdump-qemu-";
-
-/// Name of the storage in the volume names of disk lines. Every node has this storage; `qmrestore --storage`
+/// Name of the storage in the volume names of new disk lines. Every node has this storage; `qmrestore --storage`
 /// replaces it.
 const ANY_STORAGE: &str = "local";
 
-/// Guest number (VMID) in the volume names of disk lines, if the archive's name has none. `qmrestore`
-/// replaces it.
+/// Guest number (VMID) in the volume names of new disk lines, if no name tells it. `qmrestore` replaces it.
 const ANY_VMID: &str = "100";
 
-/// Creates the configuration, and renames the disks to match its map lines. `dest` is the path of the
-/// archive, from whose name the guest number is taken.
-///
-/// # Errors
-/// [`imgtool_core::ErrorKind::Usage`] for a setting that is malformed or given twice.
-pub fn configure(
-    settings: &[String],
-    selected: &mut [SelectedDisk],
-    dest: Option<&Path>,
-) -> Result<Attachment> {
-    let mut lines = parse(settings)?;
-    let drives = name_drives(selected);
-    let name = dest.and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
-    let vmid = name.as_deref().and_then(vmid_of).unwrap_or(ANY_VMID);
-    let mut map = String::new();
-    for (index, (drive, device)) in drives.iter().zip(selected.iter()).enumerate() {
-        let Some(drive) = drive else { continue };
-        let volume = format!("{ANY_STORAGE}:{vmid}/vm-{vmid}-disk-{index}.raw");
-        let extra = match drive.as_str() {
-            "efidisk0" => ",efitype=4m",
-            "tpmstate0" => ",version=v2.0",
-            _ => "",
-        };
-        let size = device.device.size.div_ceil(1024);
-        let line = lines.entry(drive.clone()).or_insert_with(|| format!("{volume}{extra},size={size}K"));
-        // The storage in the user's line, if there is one; otherwise a storage that every node has.
-        let storage = line.split_once(':').map_or(ANY_STORAGE, |(storage, _)| storage);
-        let _ = writeln!(map, "{MAP_LINE}{drive}:{}:{storage}:raw:", device.name);
-    }
-    let first_disk = drives.iter().flatten().find(|drive| bus_of(drive).is_some_and(|bus| bus.bootable));
-    if let Some(disk) = first_disk {
-        lines.entry("boot".to_owned()).or_insert_with(|| format!("order={disk}"));
-    }
-    if drives.iter().flatten().any(|drive| drive.starts_with("scsi")) {
-        lines.entry("scsihw".to_owned()).or_insert_with(|| "virtio-scsi-single".to_owned());
-    }
-    if drives.iter().flatten().any(|drive| drive == "efidisk0") {
-        lines.entry("bios".to_owned()).or_insert_with(|| "ovmf".to_owned());
-    }
-    lines.entry("memory".to_owned()).or_insert_with(|| "2048".to_owned());
-    let mut text = String::new();
-    for (key, value) in &lines {
-        let _ = writeln!(text, "{key}: {value}");
-    }
-    Ok(Attachment { name: CONFIG_NAME.to_owned(), data: (text + &map).into_bytes() })
+/// Memory of a guest in MiB, if the user states none.
+const MEMORY: &str = "2048";
+
+/// The configuration on which a new one is based.
+#[derive(Debug)]
+pub enum Base {
+    /// None: a minimal one is made.
+    Nothing,
+    /// A file of the user.
+    File(PathBuf, GuestConfig, Attachment),
+    /// That of a source.
+    Source(GuestConfig, Attachment),
 }
 
-/// Returns a note if `qmrestore` will refuse the name of an archive.
-pub fn note_on_name(dest: &Path, compression: Option<Compression>) -> Option<String> {
-    let name = dest.file_name()?.to_str()?;
-    let extension = match compression {
-        None => ".vma",
-        Some(Compression::Gzip) => ".vma.gz",
-        Some(_) => ".vma.zst",
-    };
-    if vmid_of(name).is_some() && name.ends_with(extension) {
-        return None;
+impl Base {
+    fn config(&self) -> GuestConfig {
+        match self {
+            Self::Nothing => GuestConfig::default(),
+            Self::File(_, config, _) | Self::Source(config, _) => config.clone(),
+        }
     }
-    Some(format!(
-        "qmrestore refuses the name '{name}': it wants {ARCHIVE_PREFIX}VMID-YYYY_MM_DD-HH_MM_SS.vma, and .zst or .gz behind it if compressed"
-    ))
+
+    /// Returns the assignments of devices that the configuration had in an earlier archive.
+    fn map(&self) -> Vec<MapEntry> {
+        match self {
+            Self::Nothing => Vec::new(),
+            Self::File(_, _, bytes) | Self::Source(_, bytes) => {
+                config::map_entries(&String::from_utf8_lossy(&bytes.data))
+            }
+        }
+    }
+
+    /// Returns the guest number that the file's name has.
+    fn vmid(&self) -> Option<&str> {
+        let Self::File(path, ..) = self else { return None };
+        vmid_of_config(path)
+    }
+}
+
+/// A configuration for an archive, and what the user should know of it.
+#[derive(Debug)]
+pub struct Packed {
+    /// The configuration.
+    pub config: Attachment,
+    /// Notes for the summary.
+    pub notes: Vec<String>,
+}
+
+/// Makes the configuration of an archive from `base` and the settings that override it, and renames the disks to
+/// match. `labels` name the disks in notes; `dest` is the path of the archive, from whose name the guest number is
+/// taken.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] for a setting that Proxmox VE does not take, or one that is given twice.
+pub fn pack(
+    base: &Base,
+    settings: &[String],
+    disks: &mut [SelectedDisk],
+    labels: &[String],
+    dest: Option<&Path>,
+) -> Result<Packed> {
+    let mut config = base.config();
+    let overrides = parse(settings)?;
+    let old_map = base.map();
+    if let (Base::File(path, _, bytes), true) = (base, overrides.is_empty())
+        && is_complete(&old_map, disks)
+    {
+        // The file comes from an archive with these disks: it stays as it is.
+        let notes = vec![format!("{CONFIG_NAME}: {} as it is", path.display())];
+        return Ok(Packed { config: Attachment { name: CONFIG_NAME.to_owned(), ..bytes.clone() }, notes });
+    }
+    for (key, value) in &overrides {
+        config.set(key, value);
+    }
+    let file_name = dest.and_then(Path::file_name).and_then(|name| name.to_str());
+    let vmid = file_name.and_then(name::vmid_of).or_else(|| base.vmid()).unwrap_or(ANY_VMID);
+    let found = drives::assign(&config, &old_map, disks);
+    let notes = notes(base, &overrides, &config, &found, labels);
+    found.without_disk.iter().for_each(|drive| config.remove(drive));
+    let map = add_drives(&mut config, &found, disks, vmid);
+    if matches!(base, Base::Nothing) {
+        add_defaults(&mut config, &map);
+    }
+    let data = config.text(&map).into_bytes();
+    Ok(Packed { config: Attachment { name: CONFIG_NAME.to_owned(), data }, notes })
+}
+
+/// True if the assignments of an earlier archive name exactly these disks.
+fn is_complete(map: &[MapEntry], disks: &[SelectedDisk]) -> bool {
+    let disks: Vec<&str> =
+        disks.iter().filter(|disk| drives::is_disk(disk)).map(|disk| &*disk.name).collect();
+    !map.is_empty()
+        && map.len() == disks.len()
+        && map.iter().all(|entry| disks.contains(&entry.device.as_str()))
+}
+
+/// Renames the disks after their drives, and adds the lines of new drives. Returns the assignments.
+fn add_drives(
+    config: &mut GuestConfig,
+    found: &drives::Assignment,
+    disks: &mut [SelectedDisk],
+    vmid: &str,
+) -> Vec<MapEntry> {
+    let mut map = Vec::new();
+    for (index, (drive, disk)) in found.drives.iter().zip(disks).enumerate() {
+        let Some(drive) = drive else { continue };
+        disk.name = drives::device_name(drive);
+        if config.get(drive).is_none_or(|line| !drives::holds_disk(line)) {
+            let extra = match drive.as_str() {
+                "efidisk0" => ",efitype=4m",
+                "tpmstate0" => ",version=v2.0",
+                _ => "",
+            };
+            let size = disk.device.size.div_ceil(1024);
+            let volume = format!("{ANY_STORAGE}:{vmid}/vm-{vmid}-disk-{index}.raw");
+            config.set(drive, &format!("{volume}{extra},size={size}K"));
+        }
+        let (storage, format) = drives::storage_and_format(config.get(drive).unwrap_or_default());
+        map.push(MapEntry {
+            drive: drive.clone(),
+            device: disk.name.clone(),
+            storage: storage.to_owned(),
+            format: format.to_owned(),
+        });
+    }
+    map
+}
+
+/// Adds what a guest needs to start from its disks.
+fn add_defaults(config: &mut GuestConfig, map: &[MapEntry]) {
+    let drives = || map.iter().map(|entry| &*entry.drive);
+    if let Some(disk) = drives().find(|drive| drives::is_bootable(drive)) {
+        config.set_default("boot", &format!("order={disk}"));
+    }
+    if drives().any(|drive| drive.starts_with("scsi")) {
+        config.set_default("scsihw", "virtio-scsi-single");
+    }
+    if drives().any(|drive| drive == "efidisk0") {
+        config.set_default("bios", "ovmf");
+    }
+    config.set_default("memory", MEMORY);
+}
+
+/// Words where the configuration comes from, and what it does not hold.
+fn notes(
+    base: &Base,
+    overrides: &[(String, String)],
+    config: &GuestConfig,
+    found: &drives::Assignment,
+    labels: &[String],
+) -> Vec<String> {
+    let origin = match base {
+        Base::Nothing => "a minimal one".to_owned(),
+        Base::File(path, ..) => format!("from {}", path.display()),
+        Base::Source(..) => "that of the source".to_owned(),
+    };
+    let keys: Vec<&str> = overrides.iter().map(|(key, _)| &**key).collect();
+    let with =
+        if keys.is_empty() { String::new() } else { format!(" with {} of --proxmox", keys.join(", ")) };
+    let pairs = found.drives.iter().zip(labels);
+    let pairs: Vec<String> =
+        pairs.filter_map(|(drive, label)| Some(format!("{} is {label}", drive.as_ref()?))).collect();
+    let mut notes = vec![format!("{CONFIG_NAME}: {origin}{with}; {}", pairs.join(", "))];
+    if matches!(base, Base::Nothing) && overrides.is_empty() {
+        notes.push(format!(
+            "{MEMORY} MiB of memory, no network: --config FILE takes the guest's own configuration, \
+             --proxmox net0=virtio,bridge=vmbr0 sets a value"
+        ));
+    }
+    if !config.left_out.is_empty() {
+        notes.push(format!("not part of a backup, left out: {}", config.left_out.join(", ")));
+    }
+    if !found.without_disk.is_empty() {
+        let missing = found.without_disk.join(", ");
+        notes.push(format!(
+            "no disk for {missing}: left out of the configuration; {}=PATH adds a disk",
+            found.without_disk[0]
+        ));
+    }
+    if !config.unknown.is_empty() {
+        notes.push(format!("unknown to Proxmox VE 9, kept: {}", config.unknown.join(", ")));
+    }
+    notes
 }
 
 /// Returns notes on disks without a map line in the configuration, and on map lines without a disk.
 pub fn notes_on_map(config: &[u8], disks: &[&str]) -> Vec<String> {
-    let text = String::from_utf8_lossy(config);
-    let mapped: Vec<(&str, &str)> = text
-        .lines()
-        .filter_map(|line| line.strip_prefix(MAP_LINE)?.split_once(':'))
-        .filter_map(|(drive, rest)| Some((drive, rest.split_once(':')?.0)))
-        .collect();
-    let missing = mapped.iter().filter(|(_, device)| !disks.contains(device)).map(|(drive, device)| {
-        format!("{CONFIG_NAME} says that {drive} is the device {device}, which is not in the archive: qmrestore will refuse it")
+    let mapped = config::map_entries(&String::from_utf8_lossy(config));
+    let missing = mapped.iter().filter(|entry| !disks.contains(&entry.device.as_str())).map(|entry| {
+        let MapEntry { drive, device, .. } = entry;
+        format!(
+            "{CONFIG_NAME} says that {drive} is the device {device}, which is not in the archive: qmrestore will \
+             refuse it; --proxmox KEY=VALUE, or --config, rewrites it"
+        )
     });
-    let unmapped = disks.iter().filter(|disk| !mapped.iter().any(|(_, device)| device == *disk)).map(|disk| {
-        format!("{CONFIG_NAME} has no {MAP_LINE} line for the device {disk}: qmrestore will not restore it (--proxmox writes such lines)")
+    let is_mapped = |disk: &&&str| mapped.iter().any(|entry| entry.device == **disk);
+    let unmapped = disks.iter().filter(|disk| !is_mapped(disk)).map(|disk| {
+        format!(
+            "{CONFIG_NAME} has no {} line for the device {disk}: qmrestore will not restore it (--proxmox writes \
+             such lines)",
+            config::MAP_LINE
+        )
     });
     missing.chain(unmapped).collect()
 }
 
-/// Returns the guest number in `vzdump-qemu-VMID-YYYY_MM_DD-HH_MM_SS.vma…`; `None` for any other name.
-fn vmid_of(name: &str) -> Option<&str> {
-    let (vmid, rest) = name.strip_prefix(ARCHIVE_PREFIX)?.split_once('-')?;
-    let (time, extension) = rest.split_once(".vma")?;
-    let shape: String = time.chars().map(|c| if c.is_ascii_digit() { '0' } else { c }).collect();
-    let known = matches!(extension, "" | ".zst" | ".gz" | ".lzo");
-    let is_number = !vmid.is_empty() && vmid.bytes().all(|byte| byte.is_ascii_digit());
-    (known && is_number && shape == "0000_00_00-00_00_00").then_some(vmid)
+/// Checks the values of `--proxmox`.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] for a setting that Proxmox VE does not take, or one that is given twice.
+pub fn check(settings: &[String]) -> Result<()> {
+    parse(settings).map(drop)
 }
 
-fn parse(settings: &[String]) -> Result<BTreeMap<String, String>> {
-    let mut lines = BTreeMap::new();
+/// Parses and checks the values of `--proxmox`.
+fn parse(settings: &[String]) -> Result<Vec<(String, String)>> {
+    let mut pairs: Vec<(String, String)> = Vec::new();
     for setting in settings {
-        let wrong = |what: &str| {
-            Error::usage(format!("--proxmox '{setting}': {what}")).hint(
-                "give KEY=VALUE as in qemu-server.conf, such as --proxmox memory=4096 --proxmox name=web",
-            )
-        };
-        let (key, value) = setting.split_once('=').ok_or_else(|| wrong("expected KEY=VALUE"))?;
-        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' || c == '-';
-        if key.is_empty() || !key.chars().all(plain) {
-            return Err(wrong("the key is not one of a configuration"));
-        }
+        let wrong = |what: &str| Error::usage(format!("--proxmox '{setting}': {what}"));
+        let (key, value) = setting.split_once('=').ok_or_else(|| {
+            wrong("expected KEY=VALUE").hint("for example --proxmox memory=4096 --proxmox name=web")
+        })?;
         if value.chars().any(char::is_control) {
             return Err(wrong("the value holds a control character"));
         }
-        if lines.insert(key.to_owned(), value.to_owned()).is_some() {
+        keys::check(key, value).map_err(|found| wrong(&found.what).hint(found.hint))?;
+        if pairs.iter().any(|(known, _)| known == key) {
             return Err(wrong("the key is given twice"));
         }
+        pairs.push((key.to_owned(), value.to_owned()));
     }
-    Ok(lines)
-}
-
-/// A bus, and the maximum number of disks on it.
-struct Bus {
-    name: &'static str,
-    drives: u32,
-    bootable: bool,
-}
-
-/// All buses for disks, from qm.conf(5).
-const BUSES: [Bus; 6] = [
-    Bus { name: "scsi", drives: 31, bootable: true },
-    Bus { name: "virtio", drives: 16, bootable: true },
-    Bus { name: "sata", drives: 6, bootable: true },
-    Bus { name: "ide", drives: 4, bootable: true },
-    Bus { name: "efidisk", drives: 1, bootable: false },
-    Bus { name: "tpmstate", drives: 1, bootable: false },
-];
-
-/// Returns the bus of a drive such as `scsi0`; `None` if no such drive exists.
-fn bus_of(drive: &str) -> Option<&'static Bus> {
-    BUSES.iter().find(|bus| {
-        let number = drive.strip_prefix(bus.name).filter(|n| *n == "0" || !n.starts_with('0'));
-        number.and_then(|number| number.parse::<u32>().ok()).is_some_and(|number| number < bus.drives)
-    })
-}
-
-/// Assigns a drive to each disk, in order, and renames the disk after it. A disk that is not named after a
-/// free drive gets the next free one, starting with SCSI. The guest state gets `None`, and so does a disk if
-/// no drive is free.
-fn name_drives(selected: &mut [SelectedDisk]) -> Vec<Option<String>> {
-    let named = |device: &SelectedDisk| {
-        let name = device.name.strip_prefix("drive-").unwrap_or(&device.name);
-        let name = name.strip_suffix("-backup").unwrap_or(name);
-        bus_of(name).map(|_| name.to_owned())
-    };
-    let mut used: BTreeSet<String> = selected.iter().filter_map(named).collect();
-    let mut given = BTreeSet::new();
-    let mut drives = Vec::new();
-    for device in selected {
-        if device.device.kind == DeviceKind::VmState {
-            drives.push(None);
-            continue;
-        }
-        let own = named(device).filter(|drive| given.insert(drive.clone()));
-        let drive = match own {
-            Some(drive) => Some(drive),
-            None => BUSES
-                .iter()
-                .filter(|bus| bus.bootable)
-                .flat_map(|bus| (0..bus.drives).map(move |number| format!("{}{number}", bus.name)))
-                .find(|drive| used.insert(drive.clone())),
-        };
-        if let Some(drive) = &drive {
-            let backup = if drive == "tpmstate0" { "-backup" } else { "" };
-            device.name = format!("drive-{drive}{backup}");
-        }
-        drives.push(drive);
-    }
-    drives
+    Ok(pairs)
 }
 
 #[cfg(test)]
@@ -216,14 +278,24 @@ mod tests {
         names.iter().map(one).collect()
     }
 
+    fn text(packed: Packed) -> String {
+        String::from_utf8(packed.config.data).expect("text")
+    }
+
+    fn file(name: &str, content: &str) -> Base {
+        let config = GuestConfig::parse(content).expect("a configuration");
+        let data = content.as_bytes().to_vec();
+        Base::File(PathBuf::from(name), config, Attachment { name: name.to_owned(), data })
+    }
+
     #[test]
     fn every_disk_gets_a_drive_line_and_a_map_line() {
-        let mut devices = selected(&["web", "drive-scsi0", "efidisk0"]);
+        let mut disks = selected(&["web", "drive-scsi0", "efidisk0"]);
         let dest = Path::new("vzdump-qemu-9000-2026_01_02-03_04_05.vma.zst");
         let settings = ["memory=4096".to_owned(), "name=web".to_owned()];
-        let config = configure(&settings, &mut devices, Some(dest)).expect("configuration");
+        let packed = pack(&Base::Nothing, &settings, &mut disks, &[], Some(dest)).expect("configuration");
         assert_eq!(
-            String::from_utf8(config.data).expect("text"),
+            text(packed),
             "bios: ovmf\n\
              boot: order=scsi1\n\
              efidisk0: local:9000/vm-9000-disk-2.raw,efitype=4m,size=528K\n\
@@ -236,27 +308,47 @@ mod tests {
              #qmdump#map:scsi0:drive-scsi0:local:raw:\n\
              #qmdump#map:efidisk0:drive-efidisk0:local:raw:\n"
         );
-        assert_eq!(devices[0].name, "drive-scsi1");
-        assert_eq!(devices[2].name, "drive-efidisk0");
+        assert_eq!(disks[0].name, "drive-scsi1");
+        assert_eq!(disks[2].name, "drive-efidisk0");
     }
 
     #[test]
-    fn notes_names_that_qmrestore_refuses() {
-        let note = |name: &str, compression| note_on_name(Path::new(name), compression);
-        let name = "d/vzdump-qemu-100-2026_11_22-10_03_58.vma";
-        assert!(note(name, None).is_none());
-        assert!(note(&format!("{name}.zst"), Some(Compression::Zstd)).is_none());
-        assert!(note(&format!("{name}.gz"), Some(Compression::Gzip)).is_none());
-        // A compressed archive must have the extension of its compression.
-        assert!(note(name, Some(Compression::Zstd)).is_some());
-        for name in [
-            "vm.vma",
-            "vzdump-qemu-x-2026_11_22-10_03_58.vma",
-            "vzdump-qemu-100.vma",
-            "vzdump-qemu-1-2026_11_22-10_03_58.vma.xz",
+    fn plain_configuration_becomes_that_of_a_backup() {
+        let plain = "boot: order=scsi0\nide2: none,media=cdrom\nlock: backup\nmemory: 2048\nname: web\n\
+            scsi0: local-lvm:vm-105-disk-0,size=32G\nscsi1: local-lvm:vm-105-disk-1,size=1G\n\
+            unused0: local-lvm:vm-105-disk-7\n[before]\nmemory: 512\n";
+        let mut disks = selected(&["root"]);
+        let settings = ["memory=4096".to_owned()];
+        let labels = ["root.qcow2".to_owned()];
+        let packed =
+            pack(&file("105.conf", plain), &settings, &mut disks, &labels, None).expect("configuration");
+        let notes = packed.notes.join("\n");
+        for part in [
+            "from 105.conf with memory of --proxmox; scsi0 is root.qcow2",
+            "left out: lock (backup), unused0 (local-lvm:vm-105-disk-7), snapshot before",
+            "no disk for scsi1",
         ] {
-            assert!(note(name, None).is_some(), "{name}");
+            assert!(notes.contains(part), "{notes}");
         }
+        assert_eq!(
+            text(packed),
+            "boot: order=scsi0\nide2: none,media=cdrom\nmemory: 4096\nname: web\n\
+             scsi0: local-lvm:vm-105-disk-0,size=32G\n#qmdump#map:scsi0:drive-scsi0:local-lvm:raw:\n"
+        );
+        assert_eq!(disks[0].name, "drive-scsi0");
+    }
+
+    #[test]
+    fn configuration_of_the_same_disks_stays_as_it_is() {
+        let old = "#x\n\nscsi0: local:a\n\n#qmdump#map:scsi0:web::raw:\n";
+        let mut disks = selected(&["web"]);
+        let packed = pack(&file("x.conf", old), &[], &mut disks, &[], None).expect("configuration");
+        assert_eq!(text(packed), old);
+        assert_eq!(disks[0].name, "web");
+        // With a change, the old assignment tells the drive.
+        let settings = ["memory=64".to_owned()];
+        let packed = pack(&file("x.conf", old), &settings, &mut disks, &[], None).expect("configuration");
+        assert!(text(packed).ends_with("#qmdump#map:scsi0:drive-scsi0:local:raw:\n"));
     }
 
     #[test]
@@ -271,8 +363,9 @@ mod tests {
 
     #[test]
     fn refuses_settings_that_forge_lines() {
-        for bad in ["x", "=1", "a b=1", "name=a\nagent: 1", "A=1"] {
-            assert!(configure(&[bad.to_owned()], &mut selected(&["a"]), None).is_err(), "{bad}");
+        for bad in ["x", "=1", "a b=1", "name=a\nagent: 1", "A=1", "memory=1\u{1b}"] {
+            let packed = pack(&Base::Nothing, &[bad.to_owned()], &mut selected(&["a"]), &[], None);
+            assert!(packed.is_err(), "{bad}");
         }
     }
 }

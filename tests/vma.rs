@@ -17,6 +17,7 @@ mod names;
 mod packing;
 mod pipes;
 mod probing;
+mod proxmox;
 mod raw_names;
 mod transcripts;
 mod whole_vm;

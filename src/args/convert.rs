@@ -16,7 +16,8 @@ Examples:
   imgtool convert disk.vhdx disk.qcow2
   imgtool convert vm.vma.zst --to qcow2 outdir/
   imgtool convert vm.vma.zst --disk drive-scsi0 scsi0.raw
-  imgtool convert scsi0=a.qcow2 efidisk0=b.raw --config qemu-server.conf vm.vma
+  imgtool convert a.qcow2 b.raw --config 100.conf \
+      vzdump-qemu-100-2026_01_31-12_00_00.vma.zst
   zstdcat vm.vma.zst | imgtool convert - --to vhdx outdir/
   imgtool convert vm.vma --target drive-scsi0=/dev/vg/disk,zeroed";
 
@@ -53,7 +54,8 @@ Examples:
   imgtool convert disk.vhdx disk.qcow2
   imgtool convert vm.vma.zst --to qcow2 outdir/
   imgtool convert vm.vma.zst --disk drive-scsi0 scsi0.raw
-  imgtool convert scsi0=a.qcow2 efidisk0=b.raw --config qemu-server.conf vm.vma
+  imgtool convert a.qcow2 b.raw --config 100.conf \
+      vzdump-qemu-100-2026_01_31-12_00_00.vma.zst
   zstdcat vm.vma.zst | imgtool convert - --to vhdx outdir/
   imgtool convert vm.vma --target drive-scsi0=/dev/vg/disk,zeroed";
 
@@ -201,7 +203,7 @@ pub struct TargetArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Devices and configurations")]
 pub struct DeviceArgs {
-    /// Convert only this device; repeatable
+    /// Convert only this device; repeatable. 'scsi0' also means 'drive-scsi0'
     #[arg(long, value_name = "NAME")]
     pub disk: Vec<String>,
 
@@ -213,8 +215,13 @@ pub struct DeviceArgs {
     #[arg(long, value_name = "NAME=PATH[,format=FMT][,zeroed]")]
     pub target: Vec<OsString>,
 
-    /// Add this configuration file to the archive; repeatable
-    #[arg(long, value_name = "FILE")]
+    /// Add this configuration file to the archive; repeatable. A Proxmox VE guest's (100.conf) becomes that
+    /// of a backup
+    ///
+    /// A guest's configuration as in /etc/pve/qemu-server becomes qemu-server.conf, whatever its name:
+    /// without snapshots, pending changes, lock and unused volumes, and with the lines that assign the
+    /// disks to its drives, by name (scsi0=PATH), size and order. 100.fw becomes qemu-server.fw.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub config: Vec<PathBuf>,
 
     /// Keep the configurations of the sources in addition to those of --config and --proxmox; without
@@ -222,11 +229,13 @@ pub struct DeviceArgs {
     #[arg(long)]
     pub config_from_source: bool,
 
-    /// Add a qemu-server.conf that qmrestore accepts, with this setting; repeatable
+    /// Set this in the guest's qemu-server.conf; repeatable
     ///
-    /// A disk named like a drive (scsi0, drive-virtio1, efidisk0 ...) becomes that drive, any other
-    /// disk the next free drive, SCSI first; devices are renamed as qmrestore expects. Memory
-    /// defaults to 2048 MiB.
+    /// It changes the configuration of --config, else that of the source, else a minimal one with 2048
+    /// MiB of memory. A DEST called vzdump-qemu-... gets a minimal one also without this flag. A disk
+    /// named like a drive (scsi0, drive-virtio1, efidisk0 ...) becomes that drive, any other disk the
+    /// next one, SCSI first; devices are renamed as qmrestore expects. Keys and values are those of
+    /// qm.conf(5).
     #[arg(long, value_name = "KEY=VALUE", num_args = 1)]
     pub proxmox: Vec<String>,
 }

@@ -2,12 +2,10 @@
 //! turns the arguments into a request for the engine, and adds notes for Proxmox.
 
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
 
-use imgtool_core::{Attachment, Error, Location, Result, ResultExt, parse_size};
+use imgtool_core::{Error, Location, Result, parse_size};
 use imgtool_engine::{
-    BrokenBitmaps, DiskTarget, OpenConversion, OpenSettings, Plan, Request, RunOptions, SourceRequest,
-    foreign,
+    BrokenBitmaps, DiskTarget, Note, OpenSettings, Request, RunOptions, SourceRequest, foreign,
 };
 
 use super::options;
@@ -19,6 +17,7 @@ use crate::sandbox::{self, Writes};
 use crate::secrets::SecretSource;
 use crate::{images, proxmox};
 
+mod configurations;
 mod disk_target;
 mod summary;
 
@@ -35,6 +34,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     refuse_unsupported(args)?;
     // Checked before the paths: 'convert a.raw -O b.qcow2' lacks a format, not a destination.
     args.target.to.iter().try_for_each(|name| foreign::driver(&registry, name).map(drop))?;
+    proxmox::check(&args.devices.proxmox)?;
     let request = request(args)?;
     let bytes_per_second = rate_limit(args)?;
 
@@ -48,11 +48,10 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     }
     options::check_secret(conversion.format(), args.target.target_secret.is_some())?;
     conversion.select()?;
-    conversion.attachments =
-        args.devices.config.iter().map(|path| read_config(path)).collect::<Result<_>>()?;
-    add_proxmox(args, &mut conversion)?;
+    let notes = configurations::add(args, &mut conversion)?;
     let mut plan = conversion.plan()?;
-    note_on_restoring(&mut plan);
+    plan.layout.notes.extend(notes.into_iter().map(Note::Text));
+    configurations::note_on_restoring(args, &mut plan)?;
     let stdout_is_data = plan.layout.outputs.iter().any(|output| output.destination.is_stdout());
     let options = RunOptions {
         threads: args.threads.count(),
@@ -154,50 +153,6 @@ fn split_paths<'a>(
 fn names_a_target(path: &OsStr, disk_targets: &[DiskTarget]) -> bool {
     let name = SourceRequest::parse(path).name;
     name.is_some_and(|name| disk_targets.iter().any(|target| target.name == name))
-}
-
-/// Adds the configuration that `--proxmox` describes.
-fn add_proxmox(args: &ConvertArgs, conversion: &mut OpenConversion<'_>) -> Result<()> {
-    let settings = &args.devices.proxmox;
-    let dest = args.paths.last().filter(|_| args.paths.len() > 1).map(Path::new);
-    if settings.is_empty() {
-        return Ok(());
-    }
-    let config = proxmox::configure(settings, conversion.selected(), dest)?;
-    if conversion.attachments.iter().any(|known| known.name == proxmox::CONFIG_NAME) {
-        return Err(Error::usage(format!("--proxmox and --config both give {}", proxmox::CONFIG_NAME)));
-    }
-    conversion.attachments.push(config);
-    Ok(())
-}
-
-/// Adds notes on the reasons why Proxmox will refuse to restore an archive: its name, or a configuration that
-/// does not match its disks.
-fn note_on_restoring(plan: &mut Plan) {
-    let mut notes = Vec::new();
-    for output in &plan.layout.outputs {
-        let config = output.attachments.iter().find(|config| config.name == proxmox::CONFIG_NAME);
-        let Some(config) = config else { continue };
-        if let imgtool_engine::Destination::New(path) = &output.destination {
-            let compression = output.format.outer.map(|outer| outer.compression);
-            notes.extend(proxmox::note_on_name(path, compression));
-        }
-        let disks: Vec<&str> = output
-            .disks
-            .iter()
-            .map(|slot| &plan.selected[slot.index()])
-            .filter(|disk| disk.device.kind == imgtool_core::DeviceKind::Disk)
-            .map(|disk| &*disk.name)
-            .collect();
-        notes.extend(proxmox::notes_on_map(&config.data, &disks));
-    }
-    plan.layout.notes.extend(notes.into_iter().map(imgtool_engine::Note::Text));
-}
-
-fn read_config(path: &Path) -> Result<Attachment> {
-    let name = path.file_name().ok_or_else(|| Error::usage("is not a file name").path(path))?;
-    let data = std::fs::read(path).map_err(|e| Error::io("read the configuration", e)).in_file(path)?;
-    Ok(Attachment { name: name.to_string_lossy().into_owned(), data })
 }
 
 fn rate_limit(args: &ConvertArgs) -> Result<Option<u64>> {

@@ -74,18 +74,17 @@ fn proxmox_writes_the_configuration_that_qmrestore_reads() {
     assert!(config.ends_with("#qmdump#map:scsi0:drive-scsi0:zfs:raw:\n"), "{config}");
     assert!(!config.contains("scsi1"), "{config}");
     let run = imgtool(["convert", "web.raw", "vm.vma", "--proxmox", "memory=512"]).within(dir.path()).ok();
-    run.says("qmrestore refuses the name 'vm.vma'");
-    // A configuration file that was made for other disks.
+    run.says("qmrestore refuses the name 'vm.vma': mv vm.vma vzdump-qemu-100-");
+    // A configuration file that was made for other disks, as it is in the source.
     let config = "scsi0: local:100/a.raw\n#qmdump#map:scsi0:drive-scsi0:local:raw:\n";
     std::fs::write(dir.path().join("qemu-server.conf"), config).unwrap();
-    let named = "vzdump-qemu-1-2026_01_02-03_04_05.vma";
-    let pack = |disk: &str| {
-        imgtool(["convert", "--force", disk, named, "--config", "qemu-server.conf"]).within(dir.path()).ok()
-    };
-    assert!(!pack("drive-scsi0=web.raw").stderr.contains("qmrestore"));
-    pack("web.raw")
-        .says("scsi0 is the device drive-scsi0, which is not in the archive")
-        .says("no #qmdump#map: line for the device web");
+    let pack = ["convert", "drive-scsi0=web.raw", "data.raw", "two.vma", "--config", "qemu-server.conf"];
+    imgtool(pack).within(dir.path()).ok();
+    let few = "vzdump-qemu-1-2026_01_02-03_04_05.vma";
+    imgtool(["convert", "two.vma", few, "--disk", "drive-scsi1"])
+        .within(dir.path())
+        .ok()
+        .says("scsi0 is the device drive-scsi0, which is not in the archive");
     imgtool(["convert", "web.raw", "x.qcow2", "--proxmox", "a=b"]).within(dir.path()).go().exits(2);
     imgtool(["convert", "web.raw", "x.vma", "--proxmox", "a"]).within(dir.path()).go().exits(2);
 }

@@ -10,7 +10,8 @@ use imgtool_testing::{fixture, names, oracles, require, sha256_file, snapshot, t
 use crate::support::imgtool;
 use crate::support::run::PROGRAM;
 
-const CONFIG: &[u8] = b"name: web\nscsi0: local:100/a.raw\n#qmdump#map:scsi0:drive-scsi0:local:raw:\n";
+const CONFIG: &[u8] = b"name: web\nscsi0: local:100/a.raw\n#qmdump#map:scsi0:drive-scsi0:local:raw:\n\
+    #qmdump#map:virtio1:drive-virtio1::raw:\n#qmdump#map:efidisk0:drive-efidisk0:local:qcow2:\n";
 const FIREWALL: &[u8] = b"[OPTIONS]\nenable: 1\n";
 
 /// Writes an archive of three disks of different shapes, the state of the guest and two configuration files.

@@ -110,3 +110,30 @@ pub struct Attachment {
     /// Content.
     pub data: Vec<u8>,
 }
+
+/// Returns the name among `known` that a user means by `wanted`: the same, or the only one that QEMU and Proxmox VE
+/// make of it (`drive-scsi0` of `scsi0`, `drive-tpmstate0-backup` of `tpmstate0`).
+///
+/// ```
+/// use imgtool_core::device::meant;
+/// let known = ["drive-scsi0", "drive-tpmstate0-backup", "vmstate"];
+/// assert_eq!(meant("scsi0", known), Some("drive-scsi0"));
+/// assert_eq!(meant("tpmstate0", known), Some("drive-tpmstate0-backup"));
+/// assert_eq!(meant("drive", known), None);
+/// assert_eq!(meant("a", ["a", "drive-a"]), Some("a"));
+/// assert_eq!(meant("a", ["drive-a", "drive-a-backup"]), None);
+/// ```
+pub fn meant<'a>(wanted: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let mut drives = Vec::new();
+    for name in known {
+        if name == wanted {
+            return Some(name);
+        }
+        let drive = name.strip_prefix("drive-");
+        let is_meant = drive.is_some_and(|drive| drive.strip_suffix("-backup").unwrap_or(drive) == wanted);
+        if is_meant && !drives.contains(&name) {
+            drives.push(name);
+        }
+    }
+    if let [only] = drives.as_slice() { Some(only) } else { None }
+}

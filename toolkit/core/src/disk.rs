@@ -5,7 +5,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::device::{Device, DeviceId};
+use crate::device::{Device, DeviceId, meant};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentKind, MapExtent, check_answer};
 use crate::source::{FileRange, ImageSource, Loss, RandomAccess};
@@ -42,15 +42,17 @@ impl Disk {
         Ok(Self { image, device, size })
     }
 
-    /// Creates a handle to the first device called `name`.
+    /// Creates a handle to the first device called `name`, or that `name` means ([`meant`]).
     ///
     /// # Errors
     /// [`crate::ErrorKind::Usage`] if no device has that name, with a hint that lists the devices; otherwise
     /// the same as [`Disk::new`].
     pub fn by_name(image: Arc<dyn ImageSource>, name: &str) -> Result<Self> {
         let devices = &image.info().devices;
-        let Some(device) = devices.iter().find(|device| device.name == name).map(|device| device.id) else {
-            let known = devices.iter().map(|device| device.name.as_str());
+        let known = devices.iter().map(|device| device.name.as_str());
+        let found = meant(name, known.clone());
+        let found = found.and_then(|name| devices.iter().find(|device| device.name == name));
+        let Some(device) = found.map(|device| device.id) else {
             return Err(Error::usage(format!("no device is called '{name}'"))
                 .hint(suggest::hint(name, "devices", known)));
         };

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use imgtool_core::device::meant;
 use imgtool_core::{
     Attachment, Bitmap, DeviceKind, Driver, Error, InPlace, Location, Manifest, Memory, Output, Registry,
     Remedy, Result, Slot, suggest,
@@ -301,12 +302,10 @@ impl LayoutRequest<'_> {
         Ok(self.output(destination, format, vec![slot]))
     }
 
-    /// Returns the slot of the only disk called `name`.
+    /// Returns the slot of the only disk that `name` means ([`meant`]).
     fn find(&self, name: &str) -> Result<Slot> {
-        let mut found = (0..)
-            .map(Slot)
-            .zip(self.selected)
-            .filter(|(_, disk)| disk.name == name || disk.device.name == name);
+        let meant = meant(name, self.selected.iter().flat_map(SelectedDisk::names)).unwrap_or(name);
+        let mut found = (0..).map(Slot).zip(self.selected).filter(|(_, disk)| disk.names().contains(&meant));
         match (found.next(), found.next()) {
             (Some((slot, _)), None) => Ok(slot),
             (Some(_), Some(_)) => Err(Error::usage(format!("more than one device is called '{name}'"))),

@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use imgtool_core::device::meant;
 use imgtool_core::input::Consumed;
 use imgtool_core::{
     CancelToken, Confidence, Device, Driver, Error, Externals, ImageSource, Input, Location, OpenOptions,
@@ -73,19 +74,22 @@ impl Opened {
         self.bytes.iter().for_each(RandomInput::release);
     }
 
-    /// Returns the devices with these names; all devices if `names` is empty.
+    /// Returns the devices that these names mean ([`meant`]); all devices if `names` is empty.
     ///
     /// # Errors
     /// [`imgtool_core::ErrorKind::Usage`] for a name that no device has.
     pub fn select(&self, names: &[String]) -> Result<Vec<Device>> {
         let devices = &self.image.info().devices;
-        if let Some(missing) = names.iter().find(|name| !devices.iter().any(|device| device.name == **name)) {
-            let known = devices.iter().map(|device| device.name.as_str());
-            return Err(Error::usage(format!("no device is called '{missing}'"))
-                .path(&self.location)
-                .hint(suggest::hint(missing, "devices", known)));
-        }
-        let is_selected = |device: &&Device| names.is_empty() || names.contains(&device.name);
+        let known = devices.iter().map(|device| device.name.as_str());
+        let found = |name: &String| {
+            meant(name, known.clone()).ok_or_else(|| {
+                Error::usage(format!("no device is called '{name}'"))
+                    .path(&self.location)
+                    .hint(suggest::hint(name, "devices", known.clone()))
+            })
+        };
+        let names: Vec<&str> = names.iter().map(found).collect::<Result<_>>()?;
+        let is_selected = |device: &&Device| names.is_empty() || names.contains(&device.name.as_str());
         Ok(devices.iter().filter(is_selected).cloned().collect())
     }
 

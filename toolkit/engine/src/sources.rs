@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::path::Path;
 
+use imgtool_core::device::meant;
 use imgtool_core::{
     Attachment, CancelToken, Device, DeviceKind, Error, Location, OpenOptions, Registry, Result, Slot,
     suggest,
@@ -77,6 +78,13 @@ pub struct SelectedDisk {
     pub name: String,
 }
 
+impl SelectedDisk {
+    /// Returns the names by which the user may choose the disk: in the output, and in the source.
+    pub(crate) fn names(&self) -> [&str; 2] {
+        [&self.name, &self.device.name]
+    }
+}
+
 /// Opens the sources, in order. Copies a stream of unknown length to temporary storage if `target` needs the
 /// length in advance.
 ///
@@ -125,13 +133,13 @@ fn spool_if_endless(
     if driver.capabilities().open_ended { input.spool() } else { Ok(input) }
 }
 
-/// Selects the disks with these names; all disks if `names` is empty.
+/// Selects the disks that these names mean ([`meant`]); all disks if `names` is empty.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::Usage`] for a name that no device has, or if the user gave a name to a source
 /// without exactly one device.
 pub fn select(registry: &Registry, sources: &[OpenSource], names: &[String]) -> Result<Vec<SelectedDisk>> {
-    let mut selected: Vec<SelectedDisk> = Vec::new();
+    let mut all: Vec<SelectedDisk> = Vec::new();
     for (index, source) in sources.iter().enumerate() {
         let info = source.opened.image.info();
         if source.name.is_some() && info.devices.len() != 1 {
@@ -141,32 +149,25 @@ pub fn select(registry: &Registry, sources: &[OpenSource], names: &[String]) -> 
             ))
             .path(&source.opened.location));
         }
-        for device in &info.devices {
-            let name = device_name(registry, source, device);
-            if names.is_empty() || names.iter().any(|wanted| *wanted == name || *wanted == device.name) {
-                selected.push(SelectedDisk { source: index, device: device.clone(), name });
-            }
-        }
+        all.extend(info.devices.iter().map(|device| SelectedDisk {
+            source: index,
+            device: device.clone(),
+            name: device_name(registry, source, device),
+        }));
     }
-    let has =
-        |wanted: &&String| selected.iter().any(|disk| disk.name == **wanted || disk.device.name == **wanted);
-    match names.iter().find(|wanted| !has(wanted)) {
-        Some(missing) => Err(unknown_disk(registry, sources, missing)),
-        None => Ok(selected),
-    }
-}
-
-fn unknown_disk(registry: &Registry, sources: &[OpenSource], name: &str) -> Error {
-    let names_of = |source: &OpenSource| -> Vec<String> {
-        let devices = source.opened.image.info().devices.iter();
-        devices.map(|device| device_name(registry, source, device)).collect()
+    let found = |name: &String| {
+        meant(name, all.iter().flat_map(SelectedDisk::names)).ok_or_else(|| {
+            let devices = all.iter().map(|disk| disk.name.as_str());
+            Error::usage(format!("no device is called '{name}'"))
+                .hint(suggest::hint(name, "devices", devices))
+        })
     };
-    let known: Vec<String> = sources.iter().flat_map(names_of).collect();
-    Error::usage(format!("no device is called '{name}'")).hint(suggest::hint(
-        name,
-        "devices",
-        known.iter().map(String::as_str),
-    ))
+    let names: HashSet<String> =
+        names.iter().map(|name| found(name).map(str::to_owned)).collect::<Result<_>>()?;
+    let is_selected =
+        |disk: &SelectedDisk| names.is_empty() || disk.names().iter().any(|name| names.contains(*name));
+    all.retain(is_selected);
+    Ok(all)
 }
 
 /// Returns the name of a device: from the user if given, otherwise from the archive, or, in a format without

@@ -1,0 +1,173 @@
+//! The configurations of an archive: files of the user, those of the sources, and the one that Proxmox VE needs.
+
+use std::path::Path;
+
+use imgtool_core::{Attachment, DeviceKind, Error, Result, ResultExt};
+use imgtool_engine::{Destination, Note, OpenConversion, OpenSource, Plan, SelectedDisk};
+
+use crate::args::ConvertArgs;
+use crate::commands::options;
+use crate::proxmox::{self, Base, CONFIG_NAME, FIREWALL_NAME, GuestConfig};
+
+/// Name of the format that Proxmox VE restores.
+const PROXMOX_FORMAT: &str = "vma";
+
+/// Adds the configurations that the arguments ask for, and returns notes on them.
+///
+/// # Errors
+/// If a file can't be read, two files are a guest's configuration, or Proxmox VE does not take a setting.
+pub(super) fn add(args: &ConvertArgs, conversion: &mut OpenConversion<'_>) -> Result<Vec<String>> {
+    let for_proxmox = conversion.format().driver.name() == PROXMOX_FORMAT;
+    let mut base = Base::Nothing;
+    let mut notes = Vec::new();
+    for path in &args.devices.config {
+        let file = read(path)?;
+        match guest_config(&file).filter(|_| for_proxmox) {
+            Some(config) => {
+                if let Base::File(first, ..) = &base {
+                    let first = first.display();
+                    return Err(Error::usage(format!("is a guest's configuration, as is {first}"))
+                        .path(path.as_path())
+                        .hint("an archive holds one guest: give one of them"));
+                }
+                base = Base::File(path.clone(), config.in_file(path)?, file);
+            }
+            None => conversion.attachments.push(firewall(file, for_proxmox, &mut notes)),
+        }
+    }
+    if for_proxmox {
+        add_guest(args, conversion, base, &mut notes)?;
+    }
+    Ok(notes)
+}
+
+/// Adds the guest's configuration to an archive for Proxmox VE.
+fn add_guest(
+    args: &ConvertArgs,
+    conversion: &mut OpenConversion<'_>,
+    mut base: Base,
+    notes: &mut Vec<String>,
+) -> Result<()> {
+    let settings = &args.devices.proxmox;
+    if conversion.attachments.iter().any(|file| file.name == CONFIG_NAME) {
+        if settings.is_empty() && matches!(base, Base::Nothing) {
+            return Ok(());
+        }
+        return Err(Error::usage(format!("{CONFIG_NAME} of --config is not a configuration of Proxmox VE"))
+            .hint("its lines are 'KEY: VALUE', as in /etc/pve/qemu-server/100.conf"));
+    }
+    if matches!(base, Base::Nothing) && !settings.is_empty() {
+        base = of_source(conversion)?;
+    }
+    let dest = args.paths.last().filter(|_| args.paths.len() > 1).map(Path::new);
+    if matches!(base, Base::Nothing) && settings.is_empty() && !needs_minimal(conversion, dest) {
+        return Ok(());
+    }
+    let labels = labels(conversion);
+    let packed = proxmox::pack(&base, settings, conversion.selected(), &labels, dest)?;
+    conversion.attachments.push(packed.config);
+    notes.extend(packed.notes);
+    Ok(())
+}
+
+/// Returns what the user calls each disk: the file, or the device of an archive.
+fn labels(conversion: &mut OpenConversion<'_>) -> Vec<String> {
+    let disks = conversion.selected().to_vec();
+    let label = |disk: &SelectedDisk| {
+        let source = &conversion.sources()[disk.source];
+        if source.holds_machine() { disk.name.clone() } else { source.opened.location.name().into_owned() }
+    };
+    disks.iter().map(label).collect()
+}
+
+/// True for an archive of plain disks whose name is that of a backup of Proxmox VE.
+fn needs_minimal(conversion: &mut OpenConversion<'_>, dest: Option<&Path>) -> bool {
+    let has_disk = conversion.selected().iter().any(|disk| disk.device.kind == DeviceKind::Disk);
+    let is_plain = !conversion.sources().iter().any(OpenSource::holds_machine);
+    has_disk && is_plain && dest.is_some_and(proxmox::is_for_proxmox)
+}
+
+/// Returns the configuration of the only source that has one. Keeps the other files of that source.
+fn of_source(conversion: &mut OpenConversion<'_>) -> Result<Base> {
+    let holds = |source: &&OpenSource| source.attachments().iter().any(|file| file.name == CONFIG_NAME);
+    let mut with_config = conversion.sources().iter().filter(holds);
+    let (Some(source), None) = (with_config.next(), with_config.next()) else { return Ok(Base::Nothing) };
+    let files = source.attachments().to_vec();
+    let mut base = Base::Nothing;
+    for file in files {
+        let config = (file.name == CONFIG_NAME).then(|| guest_config(&file)).flatten();
+        match config {
+            Some(config) => base = Base::Source(config?, file),
+            // The one that is made replaces it.
+            None if file.name == CONFIG_NAME => {}
+            None if conversion.attachments.iter().any(|known| known.name == file.name) => {}
+            None => conversion.attachments.push(file),
+        }
+    }
+    Ok(base)
+}
+
+fn read(path: &Path) -> Result<Attachment> {
+    let name = path.file_name().ok_or_else(|| Error::usage("is not a file name").path(path))?;
+    let data = std::fs::read(path).map_err(|e| Error::io("read the configuration", e)).in_file(path)?;
+    Ok(Attachment { name: name.to_string_lossy().into_owned(), data })
+}
+
+/// Parses a file as a guest's configuration; `None` if it is something else.
+fn guest_config(file: &Attachment) -> Option<Result<GuestConfig>> {
+    let text = std::str::from_utf8(&file.data).ok()?;
+    let config = GuestConfig::parse(text)?;
+    Some(match &config.bad_line {
+        Some((number, line)) => {
+            Err(Error::usage(format!("line {number} is not 'KEY: VALUE', or its key occurs twice: '{line}'"))
+                .hint("Proxmox VE ignores such a line: correct it or take it out"))
+        }
+        None => Ok(config),
+    })
+}
+
+/// Gives firewall rules (`/etc/pve/firewall/100.fw`) the name under which `qmrestore` finds them.
+fn firewall(file: Attachment, for_proxmox: bool, notes: &mut Vec<String>) -> Attachment {
+    if !for_proxmox || !file.name.ends_with(".fw") || file.name == FIREWALL_NAME {
+        return file;
+    }
+    notes.push(format!("{} is called {FIREWALL_NAME} in the archive", file.name));
+    Attachment { name: FIREWALL_NAME.to_owned(), data: file.data }
+}
+
+/// Adds notes on what Proxmox VE will refuse when it restores an archive: its name, or a configuration that does
+/// not match its disks.
+///
+/// # Errors
+/// If SOURCE_DATE_EPOCH is not valid.
+pub(super) fn note_on_restoring(args: &ConvertArgs, plan: &mut Plan) -> Result<()> {
+    let epoch = options::source_date_epoch()?;
+    let vmid = args.devices.config.iter().find_map(|path| proxmox::vmid_of_config(path));
+    let is_plain = !plan.sources.iter().any(OpenSource::holds_machine);
+    let mut notes = Vec::new();
+    for output in plan.layout.outputs.iter().filter(|output| output.format.driver.name() == PROXMOX_FORMAT) {
+        let Destination::New(path) = &output.destination else { continue };
+        let compression = output.format.outer.map(|outer| outer.compression);
+        let Some(config) = output.attachments.iter().find(|config| config.name == CONFIG_NAME) else {
+            if is_plain && output.attachments.is_empty() {
+                let better = proxmox::Better::of(path, compression, vmid, epoch);
+                notes.push(format!(
+                    "no configuration, which qmrestore needs: a DEST such as {} gets one",
+                    better.new_name()
+                ));
+            }
+            continue;
+        };
+        notes.extend(proxmox::note_on_name(path, compression, vmid, epoch));
+        let disks: Vec<&str> = output
+            .disks
+            .iter()
+            .map(|slot| &plan.selected[slot.index()])
+            .filter(|disk| disk.device.kind == DeviceKind::Disk)
+            .map(|disk| &*disk.name)
+            .collect();
+        notes.extend(proxmox::notes_on_map(&config.data, &disks));
+    }
+    plan.layout.notes.extend(notes.into_iter().map(Note::Text));
+    Ok(())
+}
