@@ -9,6 +9,7 @@ mod image_locks;
 mod info;
 mod json_reference;
 mod map_svg;
+mod measure;
 mod outputs;
 mod progress;
 mod protocol_names;

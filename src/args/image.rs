@@ -279,16 +279,33 @@ pub struct ChecksumArgs {
     after_help = "\
 Examples:
   imgtool measure -O qcow2 disk.vhdx
+  imgtool measure -O qcow2 -c vm.vma.zst
   imgtool measure -O qcow2 -o cluster_size=2M --size 1T"
 )]
 pub struct MeasureArgs {
-    /// The image whose content the new image will hold
+    /// The image or archive whose content the new images will hold
     #[arg(required_unless_present = "size", conflicts_with = "size")]
     pub image: Option<PathBuf>,
+
+    /// Measure only this device; repeatable
+    #[arg(long, value_name = "NAME", conflicts_with = "size")]
+    pub disk: Vec<String>,
 
     /// Assume an empty disk of this size instead of an image
     #[arg(long, value_name = "SIZE")]
     pub size: Option<String>,
+
+    /// Also estimate the size with this compression, from samples of the data
+    #[arg(
+        short = 'c',
+        long,
+        value_name = "ALG[:LEVEL]",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "",
+        conflicts_with = "size"
+    )]
+    pub compress: Option<String>,
 
     /// Format of the new image [default: raw]
     #[arg(
@@ -318,6 +335,9 @@ pub struct MeasureArgs {
 
     #[command(flatten)]
     pub snapshot: SnapshotArgs,
+
+    #[command(flatten)]
+    pub threads: ThreadArgs,
 }
 
 /// `imgtool create`.

@@ -1,22 +1,49 @@
 //! `imgtool measure`: prints the file size that a new image will need.
 
 use imgtool_core::{Error, Measure, OpenOptions, Registry, Result};
+use imgtool_engine::measure::{DiskMeasure, Estimate, MeasureRequest, Prediction};
 use imgtool_engine::{Reach, TargetFormat, create, foreign};
 use serde::Serialize;
 
 use super::options;
 use crate::args::MeasureArgs;
 use crate::exit::Exit;
+use crate::interrupt::Interrupt;
+use crate::report::{Align, exact_size, human_size, percent};
 use crate::{images, report, sandbox};
 
 /// File sizes in bytes, as JSON.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct Document {
+struct Document<'a> {
     required: u64,
     fully_allocated: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     bitmaps: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    estimate: Option<EstimateDocument>,
+    devices: Vec<DeviceDocument<'a>>,
+}
+
+/// Estimate with compression, as JSON.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct EstimateDocument {
+    bytes: u64,
+    method: &'static str,
+    data: u64,
+    sampled: u64,
+}
+
+/// Sizes of one disk, as JSON.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct DeviceDocument<'a> {
+    name: &'a str,
+    required: u64,
+    fully_allocated: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    estimate: Option<u64>,
 }
 
 /// Prints the file size that a new image will need, and its size when fully allocated.
@@ -29,36 +56,110 @@ pub fn run(args: &MeasureArgs) -> Result<Exit> {
     if options::asks_for_help(&args.options) {
         return options::list(&*driver);
     }
-    let format = TargetFormat::new(driver, options::format_options(&args.options, None)?)?;
-    let Measure { required, fully_allocated, bitmaps, .. } = measure(&registry, args, &format)?;
-    if args.output.is_json() {
-        report::print_json(&Document { required, fully_allocated, bitmaps })?;
-    } else {
-        let bitmaps = bitmaps.map_or_else(String::new, |bytes| format!("bitmaps size: {bytes}\n"));
-        let sizes = format!("required size: {required}\nfully allocated size: {fully_allocated}\n{bitmaps}");
-        report::print(&sizes)?;
-    }
-    Ok(Exit::Done)
-}
-
-fn measure(registry: &Registry, args: &MeasureArgs, format: &TargetFormat) -> Result<Measure> {
+    let compress = args.compress.as_deref().map(options::compress).transpose()?;
+    let format_options = options::format_options(&args.options, None)?;
+    let format = TargetFormat::choose(&registry, Some(driver.name()), None, compress, format_options)?;
     match (&args.image, &args.size) {
-        (Some(image), _) => {
-            let options = OpenOptions {
-                snapshot: args.snapshot.snapshot.as_deref().map(images::snapshot_name),
-                bitmaps: format.writer.stores_bitmaps(),
-                layout_only: true,
-                ..images::open_options(registry, &args.input)?
-            };
-            let format_name = args.input.format.as_deref();
-            let opened = images::open_random(registry, image.as_os_str(), format_name, &options)?;
-            sandbox::narrow(&Reach::default());
-            create::measure(format, &*opened.image)
-        }
+        (Some(image), _) => measure_image(&registry, args, image.as_os_str(), &format),
         (None, Some(size)) => {
             images::refuse(&args.input)?;
-            create::measure_empty(format, options::size(size)?)
+            let total = create::measure_empty(&format, options::size(size)?)?;
+            print(args, &Prediction { disks: Vec::new(), total, estimate: None }).map(|()| Exit::Done)
         }
         (None, None) => Err(Error::usage("missing IMAGE").hint("name an image, or give --size")),
     }
+}
+
+fn measure_image(
+    registry: &Registry,
+    args: &MeasureArgs,
+    image: &std::ffi::OsStr,
+    format: &TargetFormat,
+) -> Result<Exit> {
+    let options = OpenOptions {
+        snapshot: args.snapshot.snapshot.as_deref().map(images::snapshot_name),
+        bitmaps: format.writer.stores_bitmaps(),
+        // Samples are content.
+        layout_only: args.compress.is_none(),
+        ..images::open_options(registry, &args.input)?
+    };
+    let interrupt = Interrupt::listen()?;
+    let opened = images::open_random(registry, image, args.input.format.as_deref(), &options)?;
+    sandbox::narrow(&Reach::default());
+    let devices = opened.select(&args.disk)?;
+    let request = MeasureRequest {
+        registry,
+        format,
+        image: &opened.image,
+        devices: &devices,
+        compressed: args.compress.is_some(),
+        threads: args.threads.count(),
+        cancel: &interrupt.token(),
+        memory: &options.memory,
+    };
+    let prediction = request.predict().map_err(|error| error.path(&opened.location))?;
+    print(args, &prediction)?;
+    Ok(Exit::Done)
+}
+
+fn print(args: &MeasureArgs, prediction: &Prediction) -> Result<()> {
+    let Prediction { disks, total, estimate } = prediction;
+    let Measure { required, fully_allocated, bitmaps, .. } = *total;
+    if args.output.is_json() {
+        return report::print_json(&Document {
+            required,
+            fully_allocated,
+            bitmaps,
+            estimate: estimate.map(|Estimate { bytes, data, sampled }| EstimateDocument {
+                bytes,
+                method: "sampled",
+                data,
+                sampled,
+            }),
+            devices: disks.iter().map(device).collect(),
+        });
+    }
+    let mut text = if disks.len() > 1 { table(disks) + "\n" } else { String::new() };
+    text += &format!("required size: {required}\nfully allocated size: {fully_allocated}\n");
+    if let Some(bytes) = bitmaps {
+        text += &format!("bitmaps size: {bytes}\n");
+    }
+    if let Some(Estimate { bytes, data, sampled }) = estimate {
+        let share = percent(*sampled, *data);
+        text += &format!("compressed size, estimated: {}\n", exact_size(*bytes));
+        text += &format!(
+            "  method: compressed {} of the data ({} of {}) with the settings of the output\n",
+            share,
+            human_size(*sampled),
+            human_size(*data)
+        );
+    }
+    report::print(&text)
+}
+
+fn device(disk: &DiskMeasure) -> DeviceDocument<'_> {
+    DeviceDocument {
+        name: &disk.name,
+        required: disk.size.required,
+        fully_allocated: disk.size.fully_allocated,
+        estimate: disk.estimate,
+    }
+}
+
+fn table(disks: &[DiskMeasure]) -> String {
+    let mut columns =
+        vec![("device", Align::Left), ("required", Align::Right), ("fully allocated", Align::Right)];
+    let has_estimates = disks.iter().any(|disk| disk.estimate.is_some());
+    if has_estimates {
+        columns.push(("estimated", Align::Right));
+    }
+    let row = |disk: &DiskMeasure| {
+        let mut row =
+            vec![disk.name.clone(), human_size(disk.size.required), human_size(disk.size.fully_allocated)];
+        if has_estimates {
+            row.push(disk.estimate.map(human_size).unwrap_or_default());
+        }
+        row
+    };
+    report::table(0, &columns, &disks.iter().map(row).collect::<Vec<_>>())
 }

@@ -26,6 +26,7 @@ pub mod foreign;
 pub mod format;
 mod front;
 pub mod layout;
+pub mod measure;
 mod missing;
 pub mod monitor;
 pub mod names;
