@@ -326,6 +326,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Exit> {
         args.push(OsString::from("--help"));
     }
     let is_vma = args.get(1).is_some_and(|command| command == VMA);
+    // Mistakes on the command line are JSON lines too.
+    if !is_vma && wants_json_lines(&args) {
+        report::speak_json();
+    }
     Cli::try_parse_from(&args).map_err(|mistake| {
         let is_help = matches!(mistake.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
         if is_vma && (invoked_as_vma || !is_help) {
@@ -353,10 +357,28 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Exit> {
     })
 }
 
+/// True if the last `--progress` of a command line is `json`.
+fn wants_json_lines(args: &[OsString]) -> bool {
+    let flag = |index: usize, arg: &OsStr| match arg.to_str()?.strip_prefix("--progress")? {
+        "" => args.get(index + 1).map(|value| value == "json"),
+        value => value.strip_prefix('=').map(|value| value == "json"),
+    };
+    let options = args.iter().take_while(|arg| *arg != "--").enumerate();
+    options.filter_map(|(index, arg)| flag(index, arg)).last().unwrap_or(false)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use clap::CommandFactory;
+
+    #[test]
+    fn json_lines_follow_the_last_progress_flag() {
+        let wants = |line: &str| wants_json_lines(&line.split(' ').map(OsString::from).collect::<Vec<_>>());
+        assert!(wants("imgtool convert --progress json a b") && wants("imgtool convert --progress=json"));
+        assert!(!wants("imgtool convert --progress json --progress none a b"));
+        assert!(!wants("imgtool convert a b") && !wants("imgtool convert -- --progress json"));
+    }
 
     #[test]
     fn definitions_are_consistent() {

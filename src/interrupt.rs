@@ -131,7 +131,7 @@ impl Interrupt {
     /// Prints the progress, unless it is shown anyway.
     fn describe(&self) {
         if let Some(line) = lock(&self.0.describe).as_ref().and_then(|describe| describe()) {
-            report::say(&format!("imgtool: {line}"));
+            report::tell(&line);
         }
     }
 

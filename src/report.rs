@@ -12,9 +12,11 @@ use serde::Serialize;
 use crate::exit::Exit;
 use crate::{remedy, sandbox};
 
+mod json_lines;
 mod terminal;
 mod text;
 
+pub use json_lines::{are_json as speaks_json, line as json_line, speak as speak_json};
 pub use terminal::{Paint, Stream, fit, flow, flow_within, shorten, unicode, width, wrap};
 pub use text::{Align, count, exact_size, human_size, human_time, percent, table, widest};
 
@@ -34,22 +36,37 @@ pub fn say(text: &str) {
 
 /// Prints a message to standard error, after the program's name.
 pub fn tell(text: &str) {
+    if speaks_json() {
+        return json_lines::message("info", text);
+    }
+    tell_person(text);
+}
+
+fn tell_person(text: &str) {
     let program = STANDS_IN_FOR.get().unwrap_or(&"imgtool");
     say(&flow(Stream::Err, &format!("{program}: {text}"), 2));
 }
 
 /// Prints an error and its hint.
 pub fn error(error: &Error) {
+    if speaks_json() {
+        return json_lines::error(error, hint(error));
+    }
     if let Some(program) = STANDS_IN_FOR.get() {
         return say(&format!("{program}: {}", sentence(error)));
     }
     let label = Stream::Err.paint(Paint::Bad, "error:");
     let mut text = flow(Stream::Err, &format!("imgtool: {label} {}", sentence(error)), 2);
-    if let Some(hint) = error.remedy().map(remedy::words).or_else(|| confinement(error)) {
+    if let Some(hint) = hint(error) {
         let hint = escape_control(&hint);
         let _ = write!(text, "\n{}", flow(Stream::Err, &format!("  hint: {hint}"), 4));
     }
     say(&text);
+}
+
+/// Returns what the user can do about an error.
+fn hint(error: &Error) -> Option<String> {
+    error.remedy().map(remedy::words).or_else(|| confinement(error))
 }
 
 /// Returns a hint for an error that the confinement of this process may have caused.
@@ -78,7 +95,10 @@ pub fn exit_of(error: &Error) -> Exit {
 
 /// Prints a note: information that the user needs, but not an error.
 pub fn note(text: &str) {
-    tell(&format!("{} {}", Stream::Err.paint(Paint::Warning, "note:"), escape_control(text)));
+    if speaks_json() {
+        return json_lines::message("note", text);
+    }
+    tell_person(&format!("{} {}", Stream::Err.paint(Paint::Warning, "note:"), escape_control(text)));
 }
 
 /// Prints a note if the report on finished outputs could not be printed. They are complete all the same, so

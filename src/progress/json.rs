@@ -90,7 +90,5 @@ fn line(
         left: left.map(|left| rounded(left.time)),
         elapsed: rounded(counters.started.elapsed()),
     };
-    if let Ok(text) = serde_json::to_string(&line) {
-        report::say(&report::json_for_terminals(&text));
-    }
+    report::json_line(&line);
 }

@@ -34,6 +34,51 @@ fn quiet_prints_nothing() {
     assert_eq!((run.text().as_str(), run.stderr.as_str()), ("", ""));
 }
 
+/// Parses standard error, which must hold JSON lines only.
+fn json_lines(stderr: &str) -> Vec<serde_json::Value> {
+    stderr.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"))).collect()
+}
+
+fn progress_lines(stderr: &str) -> Vec<serde_json::Value> {
+    json_lines(stderr).into_iter().filter(|object| object.get("phase").is_some()).collect()
+}
+
+#[test]
+fn json_lines_hold_messages_reports_and_errors() {
+    let dir = with_disk();
+    let run = |args: &[&str]| imgtool(["convert", "--progress", "json"]).args(args).within(dir.path()).go();
+    let lines = json_lines(&run(&["disk.raw", "a.qcow2"]).exits(0).stderr);
+    assert!(lines[0]["info"]["message"].as_str().unwrap().starts_with("disk.raw: raw"), "{lines:?}");
+    let report = &lines.last().unwrap()["report"];
+    assert_eq!((&report["complete"], &report["outputs"][0]["filename"]), (&true.into(), &"a.qcow2".into()));
+    // The document on standard output is the only report.
+    let both = run(&["--output", "json", "disk.raw", "b.qcow2"]).exits(0);
+    assert!(both.json()["complete"].as_bool().unwrap());
+    assert!(json_lines(&both.stderr).iter().all(|line| line.get("report").is_none()), "{}", both.stderr);
+    // A stream has its report too.
+    let streamed = run(&["-f", "raw", "disk.raw", "--to", "raw", "-"]).exits(0);
+    assert!(json_lines(&streamed.stderr).last().unwrap()["report"]["complete"].as_bool().unwrap());
+    for (args, code, kind, part) in [
+        (&["nothing.raw", "x.raw"][..], 1, "io", "No such file"),
+        (&["disk.raw", "a.qcow2"], 1, "refused", "already exists"),
+        (&["disk.raw", "--no-such-flag", "x"], 2, "usage", "--no-such-flag"),
+        (&["disk.raw"], 2, "usage", "missing DEST"),
+        (&["disk.raw", "--to", "ova", "x"], 2, "usage", "ova"),
+    ] {
+        let lines = json_lines(&run(args).exits(code).stderr);
+        let error = &lines.last().unwrap()["error"];
+        assert_eq!(error["kind"], kind, "{lines:?}");
+        assert!(error["message"].as_str().unwrap().contains(part), "{lines:?}");
+    }
+    let error = &json_lines(&run(&["disk.raw", "a.qcow2"]).exits(1).stderr).pop().unwrap()["error"];
+    assert_eq!(error["location"], "a.qcow2");
+    assert!(error["hint"].as_str().unwrap().contains("--force"), "{error}");
+    // So do the other commands with progress, and signals are no exception: see tests/faults.
+    let compare = ["compare", "--progress=json", "disk.raw", "nothing.raw"];
+    let lines = json_lines(&imgtool(compare).within(dir.path()).go().exits(2).stderr);
+    assert_eq!(lines.last().unwrap()["error"]["location"], "nothing.raw");
+}
+
 #[test]
 fn json_progress_reaches_100_percent_once() {
     let dir = tempdir();
@@ -41,8 +86,7 @@ fn json_progress_reaches_100_percent_once() {
     Image::hole("x", 64 << 20).with(5 << 20, images::noise(1, 20 << 20)).write_raw(&raw);
     let line = ["convert", "--progress", "json", "disk.raw", "--to", "qcow2", "out.qcow2"];
     let run = imgtool(line).within(dir.path()).ok();
-    let objects: Vec<serde_json::Value> =
-        run.stderr.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let objects = progress_lines(&run.stderr);
     assert!(!objects.is_empty(), "{}", run.stderr);
     for field in ["phase", "device", "done", "total", "zero", "written", "elapsed"] {
         assert!(objects.iter().all(|object| object.get(field).is_some()), "no '{field}': {}", run.stderr);
@@ -60,8 +104,7 @@ fn each_phase_reaches_100_percent_once() {
     let out = dir.path().join("out/");
     let line = ["convert", "--verify", "--progress", "json", text(&archive), "--to", "qcow2", text(&out)];
     let run = imgtool(line).ok();
-    let objects: Vec<serde_json::Value> =
-        run.stderr.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let objects = progress_lines(&run.stderr);
     let whole: Vec<_> = objects.iter().filter(|object| object["device"].is_null()).collect();
     let complete: Vec<&str> = whole
         .iter()

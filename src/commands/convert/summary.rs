@@ -91,6 +91,9 @@ pub fn print(args: &ConvertArgs, report: &Report, stdout_is_data: bool) -> Exit 
     let summary = summarise(report);
     if args.output.is_json() && !stdout_is_data {
         report::note_unprinted(report::print_json(&summary));
+    } else if report::speaks_json() {
+        report::json_line(&serde_json::json!({ "report": summary }));
+        return if report.is_complete() { Exit::Done } else { Exit::Losses };
     } else if !args.messages.quiet {
         say(&summary);
     }
