@@ -5,7 +5,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use crate::exit::Exit;
 use crate::secrets::SecretSource;
@@ -275,9 +275,14 @@ impl ThreadArgs {
 #[command(after_help = "\
 Examples:
   imgtool formats
+  imgtool formats qcow2
   imgtool formats --output json | jq -r '.[].name'
   imgtool convert -O qcow2 -o help")]
 pub struct FormatsArgs {
+    /// Describe this format, with its -o options
+    #[arg(value_name = "NAME", value_parser = Offer::Formats, hide_possible_values = true)]
+    pub name: Option<String>,
+
     #[command(flatten)]
     pub output: OutputArgs,
 }
@@ -306,6 +311,57 @@ pub struct ManArgs {
     pub directory: Option<PathBuf>,
 }
 
+/// Flags that the help of `convert` shows, by their names in the definition. `--help-compat` and the manual
+/// page show the others.
+const FIRST_OF_CONVERT: [&str; 23] = [
+    "paths",
+    "help_compat",
+    "help",
+    "to",
+    "options",
+    "compress",
+    "size",
+    "force",
+    "no_create",
+    "verify",
+    "format",
+    "allow_external",
+    "secret",
+    "snapshot",
+    "disk",
+    "target",
+    "config",
+    "proxmox",
+    "salvage",
+    "threads",
+    "progress",
+    "quiet",
+    "output",
+];
+
+/// Returns the definition for parsing and for help, in which `convert` shows the flags that people use first.
+fn command() -> clap::Command {
+    let is_rare = |arg: &Arg| !FIRST_OF_CONVERT.contains(&arg.get_id().as_str());
+    Cli::command().mut_subcommand("convert", |convert| {
+        convert.mut_args(|arg| if is_rare(&arg) { arg.hide(true) } else { arg })
+    })
+}
+
+/// Returns the help on the other flags of `convert`.
+pub fn compatibility_help() -> String {
+    let mut command = Cli::command();
+    command.build();
+    let Some(convert) = command.find_subcommand("convert") else { return String::new() };
+    let is_first = |arg: &Arg| FIRST_OF_CONVERT.contains(&arg.get_id().as_str());
+    let mut convert = convert
+        .clone()
+        .mut_args(|arg| if is_first(&arg) { arg.hide(true) } else { arg.hide_short_help(false) })
+        .about("Further flags of convert: those of qemu-img, and rare ones")
+        .after_help("")
+        .after_long_help("'imgtool convert --help' has the others.");
+    convert.render_long_help().to_string()
+}
+
 /// Name of the command that replaces Proxmox's `vma`. A program with this name implies the command.
 const VMA: &str = "vma";
 
@@ -330,7 +386,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Exit> {
     if !is_vma && wants_json_lines(&args) {
         report::speak_json();
     }
-    Cli::try_parse_from(&args).map_err(|mistake| {
+    let matches = command().try_get_matches_from(&args);
+    matches.and_then(|matches| Cli::from_arg_matches(&matches)).map_err(|mistake| {
         let is_help = matches!(mistake.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
         if is_vma && (invoked_as_vma || !is_help) {
             // The vma program prints its usage for every mistake, and exits with 1.
@@ -370,7 +427,6 @@ fn wants_json_lines(args: &[OsString]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn json_lines_follow_the_last_progress_flag() {
@@ -383,5 +439,9 @@ mod tests {
     #[test]
     fn definitions_are_consistent() {
         Cli::command().debug_assert();
+        let shown = Cli::command();
+        let convert = shown.find_subcommand("convert").expect("a command");
+        let known = |name: &str| convert.get_arguments().any(|arg| arg.get_id() == name);
+        assert!(FIRST_OF_CONVERT.iter().all(|name| *name == "help" || known(name)));
     }
 }

@@ -29,7 +29,8 @@ pub struct InfoArgs {
     #[arg(long)]
     pub backing_chain: bool,
 
-    /// Read a streamed archive to its end, however long, to count the stored bytes
+    /// Read a stream to its end, however long: counts the bytes that an archive stores, and the size of a
+    /// compressed raw image
     #[arg(long)]
     pub read_all: bool,
 
@@ -160,7 +161,8 @@ pub struct CheckArgs {
     args_override_self = true,
     after_help = "\
 Devices are matched by name; two images with a single device each always match.
-If one device is longer, the rest of it must be zero.
+If one device is longer, the rest of it must be zero. With -q, the comparison
+stops at the first difference; otherwise it counts all of them.
 
 Exit codes:
   0  identical
@@ -195,6 +197,10 @@ pub struct CompareArgs {
     /// Compare only this device; repeatable
     #[arg(long, value_name = "NAME")]
     pub disk: Vec<String>,
+
+    /// List the ranges that differ
+    #[arg(long)]
+    pub list: bool,
 
     #[command(flatten)]
     pub output: OutputArgs,
@@ -473,7 +479,7 @@ pub enum NewSize {
 }
 
 impl NewSize {
-    fn parse(text: &str) -> Result<Self, String> {
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
         let size = |text: &str| {
             imgtool_core::parse_size(text).ok_or_else(|| "expected a size, such as 40G or +10G".to_owned())
         };

@@ -2,10 +2,11 @@
 //! qemu-img.
 
 use std::ffi::OsStr;
+use std::ops::Range;
 
 use imgtool_core::error::escape_control;
 use imgtool_core::{CancelToken, Error, Location, OpenOptions, Registry, Result};
-use imgtool_engine::compare::{DevicePair, Pairing};
+use imgtool_engine::compare::{CompareRun, DevicePair, Differences, Pairing};
 use imgtool_engine::{Opened, allocation, compare, open};
 use serde::Serialize;
 
@@ -47,6 +48,20 @@ struct Compared {
     name: String,
     virtual_size_a: u64,
     virtual_size_b: u64,
+    /// Missing if the sizes decided, or the comparison stopped at the first difference.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    different_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    different_ranges: Option<usize>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    ranges: Vec<DifferentRange>,
+}
+
+/// A range of guest bytes that differs.
+#[derive(Debug, Clone, Serialize)]
+struct DifferentRange {
+    start: u64,
+    length: u64,
 }
 
 /// Compares two images.
@@ -76,10 +91,21 @@ fn print(args: &CompareArgs, verdict: &Verdict) -> Result<()> {
         report::note(note);
     }
     // The wording follows qemu-img.
-    report::print(&match &verdict.difference {
+    let mut text = match &verdict.difference {
         None => "Images are identical.\n".to_owned(),
         Some(difference) => format!("{}\n", escape_control(&difference.text)),
-    })
+    };
+    for pair in &verdict.devices {
+        let Some((bytes, ranges)) = pair.different_bytes.zip(pair.different_ranges) else { continue };
+        if bytes > 0 {
+            let (name, ranges) = (escape_control(&pair.name), report::count(ranges, "range"));
+            text += &format!("{name}: {} differ, in {ranges}\n", report::exact_size(bytes));
+        }
+        for DifferentRange { start, length } in &pair.ranges {
+            text += &format!("  guest bytes {start}..{} ({})\n", start + length, report::human_size(*length));
+        }
+    }
+    report::print(&text)
 }
 
 fn verdict(args: &CompareArgs) -> Result<Verdict> {
@@ -108,8 +134,16 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
     if verdict.difference.is_none() {
         let display = Display::new(args.messages.mode(), &interrupt);
         let (threads, cancel) = (args.threads.count(), interrupt.token());
-        let found =
-            compare::first_difference(&first, &second, &pairs, threads, &display, &cancel, &options.memory)?;
+        let found = if args.messages.quiet && !args.list && !args.output.is_json() {
+            // Only the exit code counts.
+            compare::first_difference(&first, &second, &pairs, threads, &display, &cancel, &options.memory)?
+        } else {
+            let run = CompareRun { threads, monitor: &display, cancel: &cancel, memory: &options.memory };
+            let all = compare::differences(&first, &second, &pairs, run)?;
+            note_differences(args, &all, &mut verdict);
+            let firsts = all.iter().enumerate();
+            firsts.filter_map(|(pair, all)| Some((pair, all.ranges().next()?.start))).next()
+        };
         verdict.difference = found.map(|(pair, offset)| content_difference(&pairs, pair, offset));
     }
     if args.strict && verdict.difference.is_none() {
@@ -124,6 +158,19 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
         }
     }
     Ok(verdict)
+}
+
+/// Adds the differences of each pair to the verdict.
+fn note_differences(args: &CompareArgs, all: &[Differences], verdict: &mut Verdict) {
+    for (pair, found) in verdict.devices.iter_mut().zip(all) {
+        pair.different_bytes = Some(found.bytes);
+        pair.different_ranges = Some(found.ranges().len());
+        if args.list {
+            let range =
+                |range: Range<u64>| DifferentRange { start: range.start, length: range.end - range.start };
+            pair.ranges = found.ranges().map(range).collect();
+        }
+    }
 }
 
 /// Opens the images of a comparison.
@@ -156,7 +203,14 @@ impl Opener<'_> {
 }
 
 fn compared(pair: &DevicePair) -> Compared {
-    Compared { name: pair.name.clone(), virtual_size_a: pair.first.size, virtual_size_b: pair.second.size }
+    Compared {
+        name: pair.name.clone(),
+        virtual_size_a: pair.first.size,
+        virtual_size_b: pair.second.size,
+        different_bytes: None,
+        different_ranges: None,
+        ranges: Vec::new(),
+    }
 }
 
 fn missing(device: &str, only_in: &Location) -> Difference {

@@ -1,13 +1,15 @@
 //! `imgtool formats`: lists the formats, their capabilities and their options.
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 
 use imgtool_core::{Capabilities, Driver, OptionSpec, Result};
+use imgtool_engine::foreign;
 use serde::Serialize;
 
 use crate::args::FormatsArgs;
 use crate::exit::Exit;
-use crate::report::{self, Paint, Stream};
+use crate::report::{self, Align, Paint, Stream};
 
 /// Maximum number of columns in a line. Our choice: longer lines are hard to read.
 const MAX_COLUMNS: usize = 80;
@@ -77,9 +79,14 @@ impl From<&OptionSpec> for OptionRecord {
 /// Prints the formats.
 pub fn run(args: &FormatsArgs) -> Result<Exit> {
     let registry = imgtool::registry();
+    let named = args.name.as_deref().map(|name| foreign::driver(&registry, name)).transpose()?;
+    let drivers: Vec<_> = match &named {
+        Some(driver) => vec![driver.clone()],
+        None => registry.drivers().cloned().collect(),
+    };
     if args.output.is_json() {
-        let formats: Vec<FormatRecord<'_>> = registry
-            .drivers()
+        let formats: Vec<FormatRecord<'_>> = drivers
+            .iter()
             .map(|driver| FormatRecord {
                 name: driver.name(),
                 description: driver.description(),
@@ -90,10 +97,43 @@ pub fn run(args: &FormatsArgs) -> Result<Exit> {
             .collect();
         report::print_json(&formats)?;
     } else {
-        let pages: Vec<String> = registry.drivers().map(|driver| page(&**driver)).collect();
-        report::print(&pages.join("\n"))?;
+        report::print(&match &named {
+            Some(driver) => page(&**driver),
+            None => overview(&drivers),
+        })?;
     }
     Ok(Exit::Done)
+}
+
+/// Returns a table of all formats, one line for each.
+fn overview(drivers: &[Arc<dyn Driver>]) -> String {
+    let columns = [
+        ("format", Align::Left),
+        ("read", Align::Left),
+        ("write", Align::Left),
+        ("pipe", Align::Left),
+        ("check", Align::Left),
+        ("extensions", Align::Left),
+    ];
+    let yes = |can: bool| if can { "yes" } else { "-" }.to_owned();
+    let row = |driver: &Arc<dyn Driver>| {
+        let can = driver.capabilities();
+        let pipe = match (can.stream_read, can.stream_write) {
+            (true, true) => "both ways",
+            (true, false) => "from",
+            (false, true) => "to",
+            (false, false) => "-",
+        };
+        let extensions: Vec<String> = driver.extensions().iter().map(|ext| format!(".{ext}")).collect();
+        let name = driver.name().to_owned();
+        vec![name, yes(can.read), yes(can.write), pipe.to_owned(), yes(can.check), extensions.join(" ")]
+    };
+    let table = report::table(0, &columns, &drivers.iter().map(row).collect::<Vec<_>>());
+    let table = match table.split_once('\n') {
+        Some((header, rest)) => format!("{}\n{rest}", Stream::Out.paint(Paint::Bold, header)),
+        None => table,
+    };
+    table + "\n'imgtool formats NAME' describes a format and its -o options.\n"
 }
 
 fn page(driver: &dyn Driver) -> String {

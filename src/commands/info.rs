@@ -7,9 +7,10 @@ use std::fs;
 use std::sync::Arc;
 
 use imgtool_core::external::is_plain_name;
+use imgtool_core::sync::lock;
 use imgtool_core::{
-    Driver, Error, FactScope, ImageInfo, ImageSource, Location, OpenOptions, Reference, Registry, Remedy,
-    Result,
+    Access, BufferPool, Driver, Error, FactScope, ImageInfo, ImageSource, Location, OpenOptions, Reference,
+    Registry, Remedy, Result,
 };
 use imgtool_engine::externals::{self, MAX_CHAIN_DEPTH};
 use imgtool_engine::open;
@@ -20,6 +21,7 @@ use crate::args::InfoArgs;
 use crate::exit::Exit;
 use crate::{images, remedy, report};
 
+mod facts;
 mod guest;
 mod page;
 
@@ -35,6 +37,8 @@ struct ImageEntry {
     is_archive: bool,
     /// Reason why the rest of the backing chain is not shown.
     chain_ends: Option<Error>,
+    /// Size in bytes of the only device, if it became known by reading the stream to its end.
+    counted: Option<u64>,
 }
 
 impl ImageEntry {
@@ -61,8 +65,14 @@ impl ImageEntry {
         self.info().devices.iter().fold(0, |sum, device| sum.saturating_add(device.size))
     }
 
-    /// Returns the allocated size in bytes of the file and of its extents beside it, as far as they exist; `None`
-    /// unless it is a regular file.
+    /// Returns the virtual size; `None` for a stream whose end was not reached.
+    fn known_size(&self) -> Option<u64> {
+        let open_ended = self.info().devices.iter().any(|device| device.open_ended);
+        if open_ended { self.counted } else { Some(self.virtual_size()) }
+    }
+
+    /// Returns the allocated size in bytes of the file and of its extents beside it, as far as they exist;
+    /// `None` unless it is a regular file.
     fn actual_size(&self) -> Option<u64> {
         let meta = fs::metadata(self.location.path()?).ok().filter(fs::Metadata::is_file)?;
         let extents = self.info().references.iter().filter(|reference| reference.role == "extent");
@@ -79,8 +89,8 @@ impl ImageEntry {
 /// Describes the images.
 ///
 /// # Errors
-/// If an image cannot be opened. Nothing is printed then. Damage deeper inside an image, and a backing chain that
-/// can't be followed, are not returned as errors: they are printed after the facts, and the exit code is
+/// If an image cannot be opened. Nothing is printed then. Damage deeper inside an image, and a backing chain
+/// that can't be followed, are not returned as errors: they are printed after the facts, and the exit code is
 /// [`Exit::Failed`].
 pub fn run(args: &InfoArgs) -> Result<Exit> {
     let registry = imgtool::registry();
@@ -97,6 +107,7 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
             location: opened.location,
             is_archive: is_archive(&*opened.driver),
             compression: opened.compression,
+            counted: args.read_all.then(|| count(&*opened.image)).transpose()?.flatten(),
             source: opened.image,
             chain_ends: None,
         });
@@ -131,8 +142,8 @@ fn is_archive(driver: &dyn Driver) -> bool {
     driver.capabilities().is_archive()
 }
 
-/// Appends the backing chain of the last entry, as far as its images can be opened. The last image that could be
-/// opened gets the reason why the chain ends there.
+/// Appends the backing chain of the last entry, as far as its images can be opened. The last image that could
+/// be opened gets the reason why the chain ends there.
 fn follow_chain(registry: &Registry, options: &OpenOptions, entries: &mut Vec<ImageEntry>) {
     let first = entries.len().saturating_sub(1);
     loop {
@@ -163,8 +174,8 @@ fn below_reference(image: &ImageEntry) -> Option<&Reference> {
     image.info().references.iter().find(|reference| matches!(reference.role, "backing file" | "parent"))
 }
 
-/// Opens the image below `image` in its backing chain, of which `depth` images are open; `None` if it is the last
-/// one.
+/// Opens the image below `image` in its backing chain, of which `depth` images are open; `None` if it is the
+/// last one.
 fn open_below(
     registry: &Registry,
     options: &OpenOptions,
@@ -187,6 +198,7 @@ fn open_below(
         source,
         is_archive,
         chain_ends: None,
+        counted: None,
     }))
 }
 
@@ -217,7 +229,7 @@ fn document(image: &ImageEntry) -> Value {
     if !data.is_empty() {
         map.insert("format-specific".into(), json!({ "type": info.format, "data": data }));
     }
-    map.insert("devices".into(), info.devices.iter().map(device).collect());
+    map.insert("devices".into(), info.devices.iter().map(|known| device(known, image.counted)).collect());
     let attachments = info.attachments.iter().map(|a| json!({ "name": a.name, "size": a.data.len() }));
     map.insert("attachments".into(), attachments.collect());
     let references =
@@ -233,12 +245,24 @@ fn document(image: &ImageEntry) -> Value {
 
 /// Returns the virtual size in bytes; null for a stream of unknown length.
 fn virtual_size(image: &ImageEntry) -> Value {
-    let open_ended = image.info().devices.iter().any(|device| device.open_ended);
-    if open_ended { Value::Null } else { image.virtual_size().into() }
+    image.known_size().map_or(Value::Null, Value::from)
 }
 
-fn device(device: &imgtool_core::Device) -> Value {
-    let size = if device.open_ended { Value::Null } else { device.size.into() };
+/// Reads the stream of a device of unknown size to its end, and returns its size; `None` for any other image.
+///
+/// # Errors
+/// If the stream is damaged.
+fn count(source: &dyn ImageSource) -> Result<Option<u64>> {
+    let Access::Stream(stream) = source.access() else { return Ok(None) };
+    let Some(device) = source.info().devices.iter().find(|device| device.open_ended) else { return Ok(None) };
+    let mut stream = lock(stream);
+    let pool = BufferPool::new();
+    while stream.next_piece(&pool)?.is_some() {}
+    Ok(stream.final_size(device.id))
+}
+
+fn device(device: &imgtool_core::Device, counted: Option<u64>) -> Value {
+    let size = if device.open_ended { counted.map_or(Value::Null, Value::from) } else { device.size.into() };
     json!({
         "id": device.id.0,
         "name": device.name,

@@ -179,3 +179,49 @@ fn reports_damage_and_the_facts_still_readable() {
     let refused = imgtool(["info", text(&archive)]).go().exits(1).says("wrong vma header checksum");
     assert_eq!(refused.text(), "");
 }
+
+#[test]
+fn read_all_tells_the_size_of_a_compressed_raw_image() {
+    require!("zstd");
+    let dir = tempdir();
+    images::Image::hole("d", 7_000_064)
+        .with(512, images::noise(1, 100_000))
+        .write_raw(&dir.path().join("d.raw"));
+    // One frame without a seek table, as `zstd` writes it to a pipe.
+    let made = std::process::Command::new("sh")
+        .args(["-c", "zstd -q < d.raw > d.raw.zst"])
+        .current_dir(dir.path())
+        .status();
+    assert!(made.unwrap().success());
+    let info = |args: &[&str]| imgtool(["info", "d.raw.zst"]).args(args).within(dir.path()).ok();
+    assert!(
+        info(&[]).text().contains("virtual size: unknown until the end of the stream (--read-all reads it)")
+    );
+    assert!(info(&["--read-all"]).text().contains("virtual size: 6.68 MiB (7000064 bytes)"));
+    let json = info(&["--read-all", "--output", "json"]).json();
+    assert_eq!(
+        (&json["virtual-size"], &json["devices"][0]["virtual-size"]),
+        (&7_000_064.into(), &7_000_064.into())
+    );
+}
+
+#[test]
+fn snapshots_are_a_table_and_dates_are_dates() {
+    require!("qemu-img");
+    let dir = tempdir();
+    let qemu_img = |line: &str| {
+        let run =
+            std::process::Command::new("qemu-img").args(line.split(' ')).current_dir(dir.path()).status();
+        assert!(run.unwrap().success(), "{line}");
+    };
+    qemu_img("create -q -f qcow2 a.qcow2 8M");
+    qemu_img("snapshot -c clean a.qcow2");
+    qemu_img("create -q -f vpc a.vhd 8M");
+    let page = imgtool(["info", "a.qcow2"]).within(dir.path()).ok().text();
+    let row = page.lines().find(|line| line.contains("clean")).unwrap_or_else(|| panic!("{page}"));
+    assert!(row.contains("20") && row.contains("00:00:00.000") && !page.contains("date-sec"), "{page}");
+    let page = imgtool(["info", "a.vhd"]).within(dir.path()).ok().text();
+    assert!(page.contains("created: 20") && page.contains("block size: 2 MiB (2097152 bytes)"), "{page}");
+    let archive = imgtool(["info", text(&fixture("two-disks.vma.zst"))]).ok().text();
+    assert!(archive.contains("created: ") && !archive.contains("seconds since"), "{archive}");
+}

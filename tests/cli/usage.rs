@@ -122,6 +122,41 @@ fn reports_usage_errors_before_opening_a_source() {
 }
 
 #[test]
+fn help_of_convert_begins_with_the_common_flags() {
+    let flags = |args: &[&str]| -> Vec<String> {
+        let help = imgtool(args.iter()).ok().text();
+        let lines = help.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
+        lines.map(|line| line.split([' ', ',', '[', '=']).next().unwrap().to_owned()).collect()
+    };
+    let (short, long) = (flags(&["convert", "-h"]), flags(&["convert", "--help"]));
+    let rare = flags(&["convert", "--help-compat"]);
+    // The 20 flags, --help-compat and -h.
+    assert!(short.len() <= 22 && long.len() <= 22, "{short:?} {long:?}");
+    for flag in ["-O", "--config", "--proxmox", "--salvage", "--size"] {
+        assert!(long.iter().any(|known| known == flag) && !rare.iter().any(|known| known == flag), "{flag}");
+    }
+    for flag in ["-t", "-T", "-W", "-C", "-S", "-B", "--bitmaps", "--memory"] {
+        assert!(rare.iter().any(|known| known == flag) && !short.iter().any(|known| known == flag), "{flag}");
+    }
+    // The manual page has all of them.
+    let dir = tempdir();
+    imgtool(["man", "."]).within(dir.path()).ok();
+    let page = std::fs::read_to_string(dir.path().join("imgtool-convert.1")).unwrap();
+    assert!(page.contains("\\-\\-bitmaps") && page.contains("\\-\\-target\\-image\\-opts"), "{page}");
+}
+
+#[test]
+fn formats_describes_one_format_by_name() {
+    let table = imgtool(["formats"]).ok().text();
+    assert!(table.lines().count() < 25 && !table.contains("cluster_size"), "{table}");
+    let page = imgtool(["formats", "qcow2"]).ok().text();
+    assert!(page.starts_with("qcow2: ") && page.contains("cluster_size="), "{page}");
+    let json = imgtool(["formats", "--output", "json", "vpc"]).ok().json();
+    assert_eq!((json.as_array().unwrap().len(), &json[0]["name"]), (1, &"vhd".into()));
+    imgtool(["formats", "qcow3"]).go().exits(2).says("did you mean 'qcow2'");
+}
+
+#[test]
 fn formats_lists_every_driver() {
     let people = imgtool(["formats"]).ok().text();
     let json = imgtool(["formats", "--output", "json"]).ok().json().to_string();

@@ -6,6 +6,7 @@ use imgtool_core::error::escape_control;
 use imgtool_core::{Device, DeviceKind, Fact, FactScope, ImageInfo};
 use serde_json::Value;
 
+use super::facts::facts;
 use super::{ImageEntry, guest};
 use crate::images;
 use crate::report::{self, Align, Paint, Stream, exact_size, human_size, percent};
@@ -39,13 +40,9 @@ fn summary(text: &mut String, image: &ImageEntry) {
     let info = image.info();
     line(text, "image", &image.location.to_string());
     line(text, "file format", &images::format_with_compression(info.format, &image.compression));
-    let open_ended = info.devices.iter().any(|device| device.open_ended);
-    let size = if open_ended {
-        "unknown until the end of the stream".to_owned()
-    } else {
-        exact_size(image.virtual_size())
-    };
-    line(text, "virtual size", &size);
+    let size = image.known_size().map(exact_size);
+    let unknown = || "unknown until the end of the stream (--read-all reads it)".to_owned();
+    line(text, "virtual size", &size.unwrap_or_else(unknown));
     if let Some(bytes) = image.actual_size() {
         line(text, "disk size", &human_size(bytes));
     }
@@ -178,64 +175,4 @@ fn configurations(text: &mut String, image: &ImageEntry) {
         .collect();
     text.push_str(&heading("configurations"));
     text.push_str(&report::table(4, &[("", Align::Left), ("", Align::Right)], &rows));
-}
-
-fn facts<'a>(text: &mut String, indent: usize, facts: impl Iterator<Item = &'a Fact>) {
-    for fact in facts {
-        match &fact.text {
-            Some(words) => value(text, indent, fact.label, &Value::from(&**words)),
-            None => value(text, indent, fact.label, &fact.value),
-        }
-    }
-}
-
-/// Writes one fact. Objects and lists of objects are indented below its label.
-fn value(text: &mut String, indent: usize, label: &str, fact: &Value) {
-    let pad = " ".repeat(indent);
-    let label = escape_control(label);
-    match fact {
-        Value::Array(items) if items.iter().any(Value::is_object) => {
-            let _ = writeln!(text, "{pad}{label}:");
-            text.push_str(&objects(indent + 4, items));
-        }
-        Value::Object(map) => {
-            let _ = writeln!(text, "{pad}{label}:");
-            for (key, inner) in map {
-                value(text, indent + 4, key, inner);
-            }
-        }
-        plain => {
-            let line = format!("{pad}{label}: {}", escape_control(&scalar(plain)));
-            let _ = writeln!(text, "{}", report::flow(Stream::Out, &line, indent + 4));
-        }
-    }
-}
-
-fn scalar(value: &Value) -> String {
-    match value {
-        Value::Null => "-".to_owned(),
-        Value::Bool(flag) => if *flag { "yes" } else { "no" }.to_owned(),
-        Value::String(text) => text.clone(),
-        Value::Array(items) => items.iter().map(scalar).collect::<Vec<_>>().join(", "),
-        other => other.to_string(),
-    }
-}
-
-/// Formats a list of objects as a table, with the keys of the objects as the header.
-fn objects(indent: usize, items: &[Value]) -> String {
-    let keys: Vec<&String> = items.iter().filter_map(Value::as_object).flat_map(|map| map.keys()).fold(
-        Vec::new(),
-        |mut keys, key| {
-            if !keys.contains(&key) {
-                keys.push(key);
-            }
-            keys
-        },
-    );
-    let columns: Vec<(&str, Align)> = keys.iter().map(|key| (key.as_str(), Align::Left)).collect();
-    let rows: Vec<Vec<String>> = items
-        .iter()
-        .map(|item| keys.iter().map(|key| item.get(*key).map(scalar).unwrap_or_default()).collect())
-        .collect();
-    report::table(indent, &columns, &rows)
 }

@@ -19,6 +19,11 @@ use crate::pipeline::{self, Job, Route, Target};
 use crate::survey::SurveyedDevice;
 use crate::work::{Gauge, LaneInfo, Part};
 
+mod differences;
+
+pub use differences::Differences;
+use differences::Tally;
+
 /// Length in bytes of a piece. Our choice: the pieces of both images fit into the cache of one core.
 const PIECE_LEN: u64 = 256 * 1024;
 
@@ -79,6 +84,40 @@ pub fn pair_devices(first: &Opened, second: &Opened, names: &[String]) -> Result
     }
 }
 
+/// Settings of a comparison.
+#[derive(Debug, Clone, Copy)]
+pub struct CompareRun<'a> {
+    /// Number of worker threads; 0 for one per processor.
+    pub threads: usize,
+    /// Display of the progress.
+    pub monitor: &'a dyn Monitor,
+    /// Token that cancels the comparison.
+    pub cancel: &'a CancelToken,
+    /// Ledger from which the comparison borrows.
+    pub memory: &'a Memory,
+}
+
+/// Returns all differences in content, for each pair. Otherwise like [`first_difference`].
+///
+/// # Errors
+/// Same as [`first_difference`].
+pub fn differences(
+    first: &Opened,
+    second: &Opened,
+    pairs: &[DevicePair],
+    run: CompareRun<'_>,
+) -> Result<Vec<Differences>> {
+    let tally = Tally::new(pairs.len());
+    let CompareRun { threads, monitor, cancel, memory } = run;
+    if second.image.access().is_stream() {
+        let pairs: Vec<DevicePair> = pairs.iter().map(DevicePair::swapped).collect();
+        compare(second, first, &pairs, Some(&tally), threads, monitor, cancel, memory)?;
+    } else {
+        compare(first, second, pairs, Some(&tally), threads, monitor, cancel, memory)?;
+    }
+    Ok(tally.finish())
+}
+
 /// Returns the index of the pair and the guest offset of the first difference in content, if any. One of the
 /// images may be a stream. The comparison borrows from `memory`. If the devices of a pair differ in size, the tail of the longer one must be zero.
 ///
@@ -95,16 +134,19 @@ pub fn first_difference(
 ) -> Result<Option<(usize, u64)>> {
     if second.image.access().is_stream() {
         let pairs: Vec<DevicePair> = pairs.iter().map(DevicePair::swapped).collect();
-        return compare(second, first, &pairs, threads, monitor, cancel, memory);
+        return compare(second, first, &pairs, None, threads, monitor, cancel, memory);
     }
-    compare(first, second, pairs, threads, monitor, cancel, memory)
+    compare(first, second, pairs, None, threads, monitor, cancel, memory)
 }
 
-/// Compares `stepped`, which the pipeline reads, with `other`, which needs random access.
+/// Compares `stepped`, which the pipeline reads, with `other`, which needs random access. With a tally, counts all
+/// differences, and returns none.
+#[expect(clippy::too_many_arguments, reason = "the arguments of the two functions above")]
 fn compare(
     stepped: &Opened,
     other: &Opened,
     pairs: &[DevicePair],
+    tally: Option<&Tally>,
     threads: usize,
     monitor: &dyn Monitor,
     cancel: &CancelToken,
@@ -118,7 +160,7 @@ fn compare(
     let gauge = Gauge::new(lanes, vec![part], Box::new(|| 0));
     let counter = Counter::begin(monitor, Phase::Compare, gauge, None);
     counter.survey(surveyed(stepped, other, pairs));
-    let comparer = Comparer::new(other, pairs, cancel.child(), &counter)?;
+    let comparer = Comparer::new(other, pairs, tally, cancel.child(), &counter)?;
     let route = |(number, pair): (u32, &DevicePair)| Route {
         from: pair.first.id,
         target: 0,
@@ -172,6 +214,8 @@ struct Comparer<'a> {
     /// First difference: index of the pair and guest offset. A piece with a difference ends the copy, but
     /// workers finish all earlier pieces, so an earlier difference replaces this one.
     difference: Mutex<Option<(usize, u64)>>,
+    /// Collector of all differences, unless the first one suffices.
+    tally: Option<&'a Tally>,
     /// Ends the copy after a difference.
     cancel: CancelToken,
     counter: &'a Counter<'a>,
@@ -182,6 +226,7 @@ impl<'a> Comparer<'a> {
     fn new(
         other: &'a Opened,
         pairs: &'a [DevicePair],
+        tally: Option<&'a Tally>,
         cancel: CancelToken,
         counter: &'a Counter<'a>,
     ) -> Result<Self> {
@@ -189,7 +234,7 @@ impl<'a> Comparer<'a> {
             |pair: &DevicePair| Disk::new(other.image.clone(), pair.second.id).in_file(&other.location);
         let disks = pairs.iter().map(disk).collect::<Result<_>>()?;
         let (pool, difference) = (BufferPool::new(), Mutex::new(None));
-        Ok(Self { disks, location: &other.location, pairs, pool, difference, cancel, counter })
+        Ok(Self { disks, location: &other.location, pairs, pool, difference, tally, cancel, counter })
     }
 
     fn difference(&self) -> Option<(usize, u64)> {
@@ -203,7 +248,9 @@ impl<'a> Comparer<'a> {
             while position < pair.second.size {
                 cancel.check()?;
                 let end = position.saturating_add(PIECE_LEN).min(pair.second.size);
-                if let Some(offset) = self.first_nonzero(index, position..end)? {
+                if let Some(tally) = self.tally {
+                    tally.add(index, self.all_in(index, position..end, None)?);
+                } else if let Some(offset) = self.first_nonzero(index, position..end)? {
                     return Ok(Some((index, offset)));
                 }
                 position = self.skip_zeros(index, end)?;
@@ -262,6 +309,32 @@ impl<'a> Comparer<'a> {
         // Beyond the end of the other device, all bytes must be zero.
         let beyond = (common.max(piece.start) - piece.start) as usize;
         Ok(first_nonzero_byte(&data[beyond..]).map(|at| piece.start + (beyond + at) as u64))
+    }
+
+    /// Returns all differences between `ours`, the content of a range, and the other image. `None` is zeros.
+    fn all_in(&self, pair: usize, range: Range<u64>, ours: Option<&[u8]>) -> Result<Differences> {
+        let mut found = Differences::default();
+        let common = range.end.min(self.disks[pair].size());
+        let part = |from: u64, to: u64| {
+            // The range is within a piece in memory, so it fits a usize.
+            ours.map(|ours| &ours[(from - range.start) as usize..(to - range.start) as usize])
+        };
+        let mut position = range.start;
+        while position < common {
+            for extent in self.disks[pair].extents(position..common).in_file(self.location)? {
+                let mut at = extent.start;
+                while at < extent.end() {
+                    let end = at.saturating_add(PIECE_LEN).min(extent.end());
+                    let theirs = extent.is_data().then(|| self.read(pair, at..end)).transpose()?;
+                    found.compare(at, part(at, end), theirs.as_deref());
+                    at = if ours.is_none() && theirs.is_none() { extent.end() } else { end };
+                }
+                position = extent.end();
+            }
+        }
+        let beyond = common.max(range.start);
+        found.compare(beyond, part(beyond, range.end), None);
+        Ok(found)
     }
 
     fn first_nonzero(&self, pair: usize, range: Range<u64>) -> Result<Option<u64>> {
@@ -326,7 +399,9 @@ impl Consumer for Comparer<'_> {
 
     fn prepare(&self, piece: SinkPiece, _pool: &BufferPool) -> Result<Prepared> {
         let index = piece.device.index();
-        if let Some(offset) = self.compare(index, &piece)? {
+        if let Some(tally) = self.tally {
+            tally.add(index, self.all_in(index, piece.start..piece.end(), piece.data.as_deref())?);
+        } else if let Some(offset) = self.compare(index, &piece)? {
             self.found(index, offset);
             self.cancel.cancel();
         }
