@@ -11,6 +11,7 @@ use crate::support::run::Outcome;
 mod command_line;
 mod commands;
 mod figures;
+mod losses;
 mod maps;
 mod messages;
 mod names;

@@ -8,7 +8,7 @@ use clap::{Args, ValueHint};
 use crate::secrets::SecretSource;
 
 use super::values::{CACHE_MODES, Offer};
-use super::{InputArgs, MessageArgs, OutputArgs, SnapshotArgs, ThreadArgs};
+use super::{InputArgs, MessageArgs, NewSize, OutputArgs, SnapshotArgs, ThreadArgs};
 
 /// Text at the end of the short help.
 const EXAMPLES: &str = "\
@@ -41,6 +41,8 @@ format can be written sequentially.
 An unfinished output is called .NAME.partial-XXXXXXXXXXXX. If anything fails, no
 unfinished output is left under its final name, and of several outputs either
 all appear or none.
+
+--help-compat lists the other flags: those of qemu-img, and rare ones.
 
 Exit codes:
   0  success
@@ -102,6 +104,10 @@ pub struct ConvertArgs {
 
     #[command(flatten)]
     pub compat: CompatArgs,
+
+    /// Show the other flags: those of qemu-img, and rare ones
+    #[arg(long)]
+    pub help_compat: bool,
 }
 
 /// Flags for the outputs.
@@ -142,6 +148,13 @@ pub struct TargetArgs {
     /// Shortest run of zeros to leave out; 0 writes all zeros like data [default: 4k]
     #[arg(short = 'S', long = "sparse-size", value_name = "SIZE")]
     pub sparse_size: Option<String>,
+
+    /// Give the disk this virtual size, such as 40G or +10G; zeros fill the rest
+    ///
+    /// Partitions and file systems in the disk keep their size. A smaller size is refused: 'imgtool
+    /// resize' cuts off zeros of the finished image.
+    #[arg(long, value_name = "SIZE", value_parser = NewSize::parse, allow_hyphen_values = true)]
+    pub size: Option<NewSize>,
 
     /// Overwrite existing files, use block devices that are in use, read images marked as corrupt
     #[arg(long)]

@@ -9,16 +9,17 @@ use imgtool_engine::{
 };
 
 use super::options;
-use crate::args::ConvertArgs;
+use crate::args::{ConvertArgs, compatibility_help};
 use crate::exit::Exit;
 use crate::interrupt::Interrupt;
 use crate::progress::Display;
 use crate::sandbox::{self, Writes};
 use crate::secrets::SecretSource;
-use crate::{images, proxmox};
+use crate::{images, proxmox, report};
 
 mod configurations;
 mod disk_target;
+mod new_size;
 mod summary;
 
 /// Converts the sources and prints a summary.
@@ -26,6 +27,10 @@ mod summary;
 /// # Errors
 /// If the conversion fails. No output has its final name then.
 pub fn run(args: &ConvertArgs) -> Result<Exit> {
+    if args.help_compat {
+        report::print(&compatibility_help())?;
+        return Ok(Exit::Done);
+    }
     let registry = imgtool::registry();
     if options::asks_for_help(&args.target.options) {
         let name = args.target.to.as_deref().unwrap_or("raw");
@@ -52,6 +57,8 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     let mut plan = conversion.plan()?;
     plan.layout.notes.extend(notes.into_iter().map(Note::Text));
     configurations::note_on_restoring(args, &mut plan)?;
+    args.target.size.map_or(Ok(()), |size| new_size::set(&mut plan, size))?;
+    let is_compressed = plan.sources.iter().any(|source| !source.opened.compression.is_empty());
     let stdout_is_data = plan.layout.outputs.iter().any(|output| output.destination.is_stdout());
     let options = RunOptions {
         threads: args.threads.count(),
@@ -65,7 +72,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         ..RunOptions::default()
     };
     let report = plan.run(&options, &Display::new(args.messages.mode(), &interrupt))?;
-    Ok(summary::print(args, &report, stdout_is_data))
+    Ok(summary::print(args, &report, stdout_is_data, is_compressed))
 }
 
 /// Converts the arguments into a request.

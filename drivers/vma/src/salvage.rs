@@ -18,7 +18,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use imgtool_core::source::second_pass;
-use imgtool_core::{BufferPool, Device, DeviceId, Doubt, Input, Loss, Memory, Piece, Result, StreamAccess};
+use imgtool_core::{
+    BufferPool, Device, DeviceId, Doubt, Input, Loss, LossClass, Memory, Piece, Result, StreamAccess,
+};
 use roaring::RoaringBitmap;
 use uuid::Uuid;
 
@@ -51,27 +53,38 @@ const CUT_BEFORE_CHECKSUM: &str =
 /// The first fault of the archive, and the number of faults.
 #[derive(Default)]
 struct Faults {
-    first: Option<String>,
+    first: Option<(u64, String)>,
     count: u64,
 }
 
 impl Faults {
     fn add(&mut self, file_offset: u64, message: &str) {
         self.count += 1;
-        self.first.get_or_insert_with(|| format!("file offset {file_offset}: {message}"));
+        self.first.get_or_insert_with(|| (file_offset, message.to_owned()));
     }
 
     /// Returns the reason to list for a missing cluster.
     fn reason(&self) -> String {
         match (&self.first, self.count) {
             (None, _) => "it is not in the archive".to_owned(),
-            (Some(first), 1) => format!("no complete copy in the archive, which is damaged ({first})"),
-            (Some(first), count) => {
+            (Some((offset, first)), 1) => {
+                format!("no complete copy in the archive, which is damaged (at offset {offset}: {first})")
+            }
+            (Some((offset, first)), count) => {
                 format!(
-                    "no complete copy in the archive, which is damaged in {count} places (first: {first})"
+                    "no complete copy in the archive, which is damaged in {count} places (first at offset \
+                     {offset}: {first})"
                 )
             }
         }
+    }
+
+    /// Returns the loss of a missing cluster.
+    fn loss(&self, device: DeviceId, guest: Range<u64>) -> Loss {
+        // In an archive without faults, the cluster was left out when it was written.
+        let class = if self.first.is_some() { LossClass::Lost } else { LossClass::NeverStored };
+        let offset = self.first.as_ref().map(|(offset, _)| *offset);
+        Loss { class, offset, device, guest, reason: self.reason() }
     }
 }
 
@@ -298,9 +311,7 @@ impl Salvage {
                 Some(clusters) => {
                     fill.next_cluster = clusters.end;
                     fill.zeros = clusters.start * CLUSTER..(clusters.end * CLUSTER).min(device.size);
-                    let loss =
-                        Loss { device: device.id, guest: fill.zeros.clone(), reason: self.faults.reason() };
-                    push_loss(&mut self.losses, loss);
+                    push_loss(&mut self.losses, self.faults.loss(device.id, fill.zeros.clone()));
                 }
                 None => {
                     let index = fill.device;
@@ -323,7 +334,8 @@ impl Salvage {
             for cluster in clusters {
                 let start = u64::from(cluster) * CLUSTER;
                 let guest = start..(start + CLUSTER).min(device.size);
-                push_loss(&mut self.losses, Loss { device: device.id, guest, reason: reason.to_owned() });
+                let (class, reason) = (LossClass::Unverified, reason.to_owned());
+                push_loss(&mut self.losses, Loss { class, offset: None, device: device.id, guest, reason });
             }
         }
         let first = self.losses.partition_point(|loss| loss.device < device.id);

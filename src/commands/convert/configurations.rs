@@ -1,4 +1,5 @@
-//! The configurations of an archive: files of the user, those of the sources, and the one that Proxmox VE needs.
+//! The configurations of an archive: files of the user, those of the sources, and the one that Proxmox VE
+//! needs.
 
 use std::path::Path;
 
@@ -135,8 +136,8 @@ fn firewall(file: Attachment, for_proxmox: bool, notes: &mut Vec<String>) -> Att
     Attachment { name: FIREWALL_NAME.to_owned(), data: file.data }
 }
 
-/// Adds notes on what Proxmox VE will refuse when it restores an archive: its name, or a configuration that does
-/// not match its disks.
+/// Adds notes on what Proxmox VE will refuse when it restores an archive: its name, or a configuration that
+/// does not match its disks.
 ///
 /// # Errors
 /// If SOURCE_DATE_EPOCH is not valid.

@@ -1,7 +1,7 @@
 //! Output of `convert`: the report of a conversion, as text and as JSON.
 
-use imgtool_core::DeviceKind;
 use imgtool_core::error::escape_control;
+use imgtool_core::{DeviceKind, LossClass};
 use imgtool_engine::{Note, OpenSource, Report};
 use serde::Serialize;
 
@@ -78,21 +78,34 @@ struct ConfigurationSummary<'a> {
 }
 
 #[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
 struct LostRange<'a> {
     device: &'a str,
+    #[serde(serialize_with = "in_one_word")]
+    class: &'static str,
     start: u64,
     length: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    offset: Option<u64>,
     reason: &'a str,
 }
 
+/// Writes the name of a class as one word: `never-stored`.
+fn in_one_word<S: serde::Serializer>(class: &str, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&class.replace(' ', "-"))
+}
+
 /// Prints the outputs and the losses, and returns the exit code. If an output is written to standard output
-/// (`stdout_is_data`), prints text to standard error instead of JSON.
-pub fn print(args: &ConvertArgs, report: &Report, stdout_is_data: bool) -> Exit {
+/// (`stdout_is_data`), prints text to standard error instead of JSON. If a source is compressed
+/// (`is_compressed`), offsets are those in the decompressed data.
+pub fn print(args: &ConvertArgs, report: &Report, stdout_is_data: bool, is_compressed: bool) -> Exit {
     let summary = summarise(report);
     if args.output.is_json() && !stdout_is_data {
         report::note_unprinted(report::print_json(&summary));
     } else if report::speaks_json() {
-        report::json_line(&serde_json::json!({ "report": summary }));
+        if !args.messages.quiet || !report.is_complete() {
+            report::json_line(&serde_json::json!({ "report": summary }));
+        }
         return if report.is_complete() { Exit::Done } else { Exit::Losses };
     } else if !args.messages.quiet {
         say(&summary);
@@ -101,7 +114,8 @@ pub fn print(args: &ConvertArgs, report: &Report, stdout_is_data: bool) -> Exit 
         return Exit::Done;
     }
     if !args.output.is_json() || stdout_is_data {
-        say_losses(&summary.lost);
+        let output = summary.outputs.first().map_or("OUTPUT", |output| &output.filename);
+        say_losses(&summary.lost, output, is_compressed);
     }
     Exit::Losses
 }
@@ -128,6 +142,8 @@ fn summarise(report: &Report) -> Summary<'_> {
             .iter()
             .map(|(device, loss)| LostRange {
                 device,
+                class: loss.class.name(),
+                offset: loss.offset,
                 start: loss.guest.start,
                 length: loss.guest.end.saturating_sub(loss.guest.start),
                 reason: &loss.reason,
@@ -250,7 +266,7 @@ fn verdict(summary: &Summary<'_>) -> String {
     if !summary.lost.is_empty() {
         let lost = summary.lost.iter().fold(0u64, |sum, range| sum.saturating_add(range.length));
         let how = Stream::Err.paint(Paint::Warning, &format!("finished with losses in {time}"));
-        return format!("{how}: {what}; {} of it lost or unverified", human_size(lost));
+        return format!("{how}: {what}; {} of it {}", human_size(lost), classes(&summary.lost));
     }
     let proof = if summary.verified { ", read back and equal" } else { "" };
     let on_disk = human_size(sum(|output| output.actual_size));
@@ -258,24 +274,54 @@ fn verdict(summary: &Summary<'_>) -> String {
     format!("{how}: {what}, complete{proof}; {on_disk} on disk")
 }
 
-fn say_losses(lost: &[LostRange<'_>]) {
-    let bytes: u64 = lost.iter().fold(0, |sum, range| sum.saturating_add(range.length));
-    let ranges = lost.iter().filter(|range| range.length > 0).count();
-    report::tell(&match ranges {
-        0 => "no range is known to be lost, but:".to_owned(),
-        _ => format!(
-            "{} lost or unverified in {}; lost ranges read as zeros:",
-            report::exact_size(bytes),
-            count(ranges, "range")
-        ),
-    });
-    for range in lost {
-        let end = range.start.saturating_add(range.length);
-        let line = if range.length == 0 {
-            format!("  {}: {}", range.device, range.reason)
-        } else {
-            format!("  {} guest bytes {}..{end}: {}", range.device, range.start, range.reason)
-        };
-        report::say(&report::flow(Stream::Err, &escape_control(&line), 4));
+/// Names the classes of ranges in a list: "lost or unverified".
+fn classes(lost: &[LostRange<'_>]) -> String {
+    let mut names: Vec<&str> = Vec::new();
+    for range in lost.iter().filter(|range| range.length > 0) {
+        if !names.contains(&range.class) {
+            names.push(range.class);
+        }
     }
+    if names.is_empty() { "lost".to_owned() } else { names.join(" or ") }
+}
+
+/// Lists the ranges, each class apart, and says what can be done next.
+fn say_losses(lost: &[LostRange<'_>], output: &str, is_compressed: bool) {
+    for class in [LossClass::Lost, LossClass::NeverStored, LossClass::Unverified] {
+        let of_class: Vec<&LostRange<'_>> =
+            lost.iter().filter(|range| range.class == class.name() && range.length > 0).collect();
+        if of_class.is_empty() {
+            continue;
+        }
+        let bytes: u64 = of_class.iter().fold(0, |sum, range| sum.saturating_add(range.length));
+        let reads = match class {
+            LossClass::Unverified => "restored, but possibly wrong",
+            LossClass::NeverStored => "not in the image, although it is intact there; reads as zeros",
+            _ => "reads as zeros",
+        };
+        let ranges = count(of_class.len(), "range");
+        let bytes = report::exact_size(bytes);
+        report::tell(&format!("{}: {bytes} in {ranges} ({reads}):", class.name()));
+        for range in of_class {
+            let end = range.start.saturating_add(range.length);
+            say_range(&format!("{} guest bytes {}..{end}: {}", range.device, range.start, range.reason));
+        }
+    }
+    let remarks: Vec<&LostRange<'_>> = lost.iter().filter(|range| range.length == 0).collect();
+    if !remarks.is_empty() {
+        report::tell("not proven:");
+        remarks.iter().for_each(|range| say_range(&format!("{}: {}", range.device, range.reason)));
+    }
+    if is_compressed && lost.iter().any(|range| range.offset.is_some()) {
+        report::tell("offsets are those in the decompressed data, not in the compressed file");
+    }
+    let next = format!(
+        "another copy or backup may have what is missing: 'imgtool compare --list {output} OTHER' shows where \
+         they differ; before the disk is used, check its file systems in the guest (fsck, chkdsk)"
+    );
+    report::say(&report::flow(Stream::Err, &format!("  hint: {}", escape_control(&next)), 4));
+}
+
+fn say_range(line: &str) {
+    report::say(&report::flow(Stream::Err, &escape_control(&format!("  {line}")), 4));
 }

@@ -72,6 +72,6 @@ pub use remedy::Remedy;
 pub use secret::Secret;
 pub use sink::{Bytes, Consumer, FileWrite, Geometry, ImageSink, Part, Prepared, Sharing, WriteList};
 pub use source::{
-    Access, Doubt, Fact, FactScope, FileRange, ImageInfo, ImageSource, Loss, Piece, RandomAccess, Reference,
-    SinkPiece, StreamAccess, StreamOrder, StreamPart,
+    Access, Doubt, Fact, FactScope, FileRange, ImageInfo, ImageSource, Loss, LossClass, Piece, RandomAccess,
+    Reference, SinkPiece, StreamAccess, StreamOrder, StreamPart,
 };

@@ -6,16 +6,24 @@ use std::sync::Mutex;
 
 use crate::device::DeviceId;
 use crate::error::Error;
-use crate::source::Loss;
+use crate::source::{Loss, LossClass};
 use crate::sync::lock;
 
 /// Maximum number of separate ranges. Beyond it, a new range extends the one before it, including the gap
 /// between them. Our limit: bounds the memory for a badly damaged image.
 const MAX_RANGES: usize = 65_536;
 
-/// Lost guest ranges of one device, in bytes: end and reason, keyed by start.
+/// A lost range, without its start.
+#[derive(Debug)]
+struct Lost {
+    end: u64,
+    reason: String,
+    offset: Option<u64>,
+}
+
+/// Lost guest ranges of one device, in bytes, by their start.
 #[derive(Debug, Default)]
-pub struct Losses(Mutex<BTreeMap<u64, (u64, String)>>);
+pub struct Losses(Mutex<BTreeMap<u64, Lost>>);
 
 impl Losses {
     /// Adds a range. A range that is already in the list, because a caller read it again, is not added twice.
@@ -27,13 +35,13 @@ impl Losses {
             None => why.message().to_owned(),
         };
         let before = ranges.range_mut(..=guest.start).next_back();
-        if let Some((_, (end, known))) = before
-            && (*end >= guest.end || *end >= guest.start && *known == reason || full)
+        if let Some((_, before)) = before
+            && (before.end >= guest.end || before.end >= guest.start && before.reason == reason || full)
         {
-            *end = guest.end.max(*end);
+            before.end = guest.end.max(before.end);
             return;
         }
-        ranges.insert(guest.start, (guest.end, reason));
+        ranges.insert(guest.start, Lost { end: guest.end, reason, offset: why.file_offset() });
     }
 
     /// True if all of `guest` is known to be lost.
@@ -47,7 +55,13 @@ impl Losses {
         let ranges = lock(&self.0);
         ranges
             .iter()
-            .map(|(start, (end, reason))| Loss { device, guest: *start..*end, reason: reason.clone() })
+            .map(|(start, lost)| Loss {
+                class: LossClass::Lost,
+                offset: lost.offset,
+                device,
+                guest: *start..lost.end,
+                reason: lost.reason.clone(),
+            })
             .collect()
     }
 }

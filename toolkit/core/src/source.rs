@@ -377,10 +377,39 @@ pub struct Doubt {
     pub reason: String,
 }
 
+/// What happened to a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum LossClass {
+    /// Its content is gone: the range reads as zeros.
+    Lost,
+    /// It was restored, but may be wrong.
+    Unverified,
+    /// The image has nothing for it, though what should hold it is intact: the program that wrote the image left it
+    /// out. The range reads as zeros.
+    NeverStored,
+}
+
+impl LossClass {
+    /// Returns the name for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Lost => "lost",
+            Self::Unverified => "unverified",
+            Self::NeverStored => "never stored",
+        }
+    }
+}
+
 /// A guest range that salvage could not restore and filled with zeros, or that it restored from unverified
-/// data. The reason says which.
+/// data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Loss {
+    /// What happened to the range.
+    pub class: LossClass,
+    /// Position of the damage in the image, in bytes, if known. If the file is compressed, the position is that in the
+    /// decompressed data.
+    pub offset: Option<u64>,
     /// The device.
     pub device: DeviceId,
     /// Guest range in bytes. An empty range at the end of a device means that the device as a whole can't be

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use imgtool_core::memory::{COPY_FLOOR, shares};
 use imgtool_core::{
-    CancelToken, DeviceId, Error, Lane, Lease, Loss, Memory, OpenOptions, Output, Registry, Result,
-    ResultExt, Secret, SinkDevice, TableMemory,
+    CancelToken, DeviceId, Doubt, Error, Lane, Lease, Loss, LossClass, Memory, OpenOptions, Output, Registry,
+    Result, ResultExt, Secret, SinkDevice, TableMemory,
 };
 use imgtool_storage::{Outputs, Sharing, os};
 
@@ -452,13 +452,41 @@ impl Plan {
                 // An empty range means that the disk as a whole can't be proven complete.
                 losses.extend(disk(doubt.device).map(|disk| {
                     let guest = disk.device.size..disk.device.size;
-                    (disk.name.clone(), Loss { device: doubt.device, guest, reason: doubt.reason })
+                    let Doubt { device, reason } = doubt;
+                    let loss = Loss { class: LossClass::Unverified, offset: None, device, guest, reason };
+                    (disk.name.clone(), loss)
                 }));
             }
         }
-        losses
+        joined(losses)
     }
 }
+
+/// Joins ranges of a disk that touch and have the same class. The first reason stays.
+fn joined(losses: Vec<(String, Loss)>) -> Vec<(String, Loss)> {
+    let mut joined: Vec<(String, Loss)> = Vec::new();
+    for (name, loss) in losses {
+        match joined.last_mut() {
+            Some((known, last))
+                if *known == name
+                    && last.class == loss.class
+                    && !last.guest.is_empty()
+                    && !loss.guest.is_empty()
+                    && last.guest.end == loss.guest.start =>
+            {
+                last.guest.end = loss.guest.end;
+                if last.reason != loss.reason && !last.reason.ends_with(MORE_REASONS) {
+                    last.reason += MORE_REASONS;
+                }
+            }
+            _ => joined.push((name, loss)),
+        }
+    }
+    joined
+}
+
+/// End of the reason of a joined range, if its parts had different ones.
+const MORE_REASONS: &str = ", and other reasons";
 
 /// Returns the number of bytes that the files of a new image take on disk; `written` for other outputs.
 fn stored_len(planned: &PlannedOutput, selected: &[SelectedDisk], written: u64) -> u64 {

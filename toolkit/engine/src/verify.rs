@@ -144,7 +144,7 @@ impl Reopened<'_> {
         for ((number, device), slot) in (0..).zip(devices).zip(&self.planned.disks) {
             let name = &expected.selected[slot.index()].name;
             // Compare the sizes as well: trailing zeros do not change the digest.
-            let size = expected.disks[slot.index()].virtual_size;
+            let size = self.planned.size.unwrap_or(expected.disks[slot.index()].virtual_size);
             let lane = Lane(self.first_lane.0.saturating_add(number));
             // The size of a compressed raw disk is known only at its end.
             let found_size = if device.open_ended { counter.totals(lane).0 } else { device.size };

@@ -1,0 +1,81 @@
+//! What `--salvage` says: three classes of ranges, where the damage is, and what to do next.
+
+use std::path::Path;
+
+use imgtool_testing::images::{Image, noise};
+use imgtool_testing::tempdir;
+use imgtool_testing::vma::Archive;
+use serde_json::Value;
+
+use crate::support::imgtool;
+
+/// Length in bytes of a cluster.
+const CLUSTER: u64 = 65_536;
+
+fn disk() -> Image {
+    Image::hole("d", 40 * CLUSTER).with(0, noise(1, 40 * CLUSTER as usize))
+}
+
+fn lost(directory: &Path, archive: &str) -> Vec<Value> {
+    let line = ["convert", "--force", "--salvage", "--output", "json", archive, "--to", "raw", "out.raw"];
+    let run = imgtool(line).within(directory).go().exits(3);
+    run.json()["lost"].as_array().unwrap().clone()
+}
+
+fn ranges(lost: &[Value], class: &str) -> Vec<(u64, u64)> {
+    let of_class = lost.iter().filter(|range| range["class"] == class);
+    let number = |range: &Value, field: &str| range[field].as_u64().unwrap();
+    of_class.map(|range| (number(range, "start"), number(range, "length"))).collect()
+}
+
+#[test]
+fn classes_of_losses_are_told_apart() {
+    let dir = tempdir();
+    let write = |name: &str, bytes: &[u8]| std::fs::write(dir.path().join(name), bytes).unwrap();
+    let archive = || Archive::of([("drive-scsi0", disk())]).ids(&[1]);
+    // Two clusters that the writer left out, side by side, and one stored twice.
+    let holes = archive().without_cluster(1, 5).without_cluster(1, 6).build();
+    write("holes.vma", &holes.bytes);
+    let found = lost(dir.path(), "holes.vma");
+    assert_eq!(ranges(&found, "never-stored"), [(5 * CLUSTER, 2 * CLUSTER)], "{found:?}");
+    assert_eq!(found.len(), 1);
+    write("twice.vma", &archive().with_cluster_twice(1, 9).build().bytes);
+    let found = lost(dir.path(), "twice.vma");
+    assert_eq!(ranges(&found, "unverified"), [(9 * CLUSTER, CLUSTER)], "{found:?}");
+    let whole = archive().build().bytes;
+    write("cut.vma", &whole[..whole.len() - 3 * CLUSTER as usize]);
+    let found = lost(dir.path(), "cut.vma");
+    assert_eq!(ranges(&found, "lost"), [(37 * CLUSTER, 3 * CLUSTER)], "{found:?}");
+    // The offset is where the archive is damaged.
+    assert!(found[0]["offset"].as_u64().is_some_and(|offset| offset < whole.len() as u64), "{found:?}");
+    let line = ["convert", "--force", "--salvage", "cut.vma", "--to", "raw", "out.raw"];
+    imgtool(line)
+        .within(dir.path())
+        .go()
+        .exits(3)
+        .says("lost: 192 KiB (196608 bytes) in 1 range (reads as zeros):")
+        .says("imgtool compare --list out.raw OTHER")
+        .says("fsck");
+    let line = ["convert", "--force", "--salvage", "holes.vma", "--to", "raw", "out.raw"];
+    imgtool(line)
+        .within(dir.path())
+        .go()
+        .exits(3)
+        .says("never stored: 128 KiB")
+        .says("although it is intact");
+}
+
+#[test]
+fn offsets_in_a_compressed_archive_are_said_to_be_decompressed() {
+    let dir = tempdir();
+    let whole = Archive::of([("drive-scsi0", disk())]).ids(&[1]).build().bytes;
+    std::fs::write(dir.path().join("cut.vma"), &whole[..whole.len() - 70_000]).unwrap();
+    let pack = ["convert", "-q", "-f", "raw", "--to", "raw", "cut.vma", "cut.vma.zst"];
+    imgtool(pack).within(dir.path()).ok();
+    let salvage = |name: &str| {
+        let line = ["convert", "--force", "--salvage", name, "--to", "raw", "out.raw"];
+        imgtool(line).within(dir.path()).go().exits(3)
+    };
+    salvage("cut.vma.zst").says("offsets are those in the decompressed data");
+    assert!(!salvage("cut.vma").stderr.contains("decompressed"));
+}
