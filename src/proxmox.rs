@@ -1,4 +1,5 @@
-//! Packing disks for Proxmox VE: the configuration that `qmrestore` needs in an archive, and the archive's name.
+//! Packing disks for Proxmox VE: the configuration that `qmrestore` needs in an archive, and the archive's
+//! name.
 //!
 //! `qmrestore` needs two lines for each disk: a setting (`scsi0: …`), and a comment
 //! `#qmdump#map:DRIVE:DEVICE:STORAGE:FORMAT:`, which assigns a device of the archive to the drive.
@@ -23,8 +24,8 @@ pub const CONFIG_NAME: &str = "qemu-server.conf";
 /// Name of the guest's firewall rules in an archive.
 pub const FIREWALL_NAME: &str = "qemu-server.fw";
 
-/// Name of the storage in the volume names of new disk lines. Every node has this storage; `qmrestore --storage`
-/// replaces it.
+/// Name of the storage in the volume names of new disk lines. Every node has this storage; `qmrestore
+/// --storage` replaces it.
 const ANY_STORAGE: &str = "local";
 
 /// Guest number (VMID) in the volume names of new disk lines, if no name tells it. `qmrestore` replaces it.
@@ -78,12 +79,13 @@ pub struct Packed {
     pub notes: Vec<String>,
 }
 
-/// Makes the configuration of an archive from `base` and the settings that override it, and renames the disks to
-/// match. `labels` name the disks in notes; `dest` is the path of the archive, from whose name the guest number is
-/// taken.
+/// Makes the configuration of an archive from `base` and the settings that override it, and renames the disks
+/// to match. `labels` name the disks in notes; `dest` is the path of the archive, from whose name the guest
+/// number is taken.
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Usage`] for a setting that Proxmox VE does not take, or one that is given twice.
+/// [`imgtool_core::ErrorKind::Usage`] for a setting that Proxmox VE does not take, or one that is given
+/// twice.
 pub fn pack(
     base: &Base,
     settings: &[String],
@@ -221,15 +223,15 @@ pub fn notes_on_map(config: &[u8], disks: &[&str]) -> Vec<String> {
     let missing = mapped.iter().filter(|entry| !disks.contains(&entry.device.as_str())).map(|entry| {
         let MapEntry { drive, device, .. } = entry;
         format!(
-            "{CONFIG_NAME} says that {drive} is the device {device}, which is not in the archive: qmrestore will \
-             refuse it; --proxmox KEY=VALUE, or --config, rewrites it"
+            "{CONFIG_NAME} says that {drive} is the device {device}, which is not in the archive: qmrestore \
+             will refuse it; --proxmox KEY=VALUE, or --config, rewrites it"
         )
     });
     let is_mapped = |disk: &&&str| mapped.iter().any(|entry| entry.device == **disk);
     let unmapped = disks.iter().filter(|disk| !is_mapped(disk)).map(|disk| {
         format!(
-            "{CONFIG_NAME} has no {} line for the device {disk}: qmrestore will not restore it (--proxmox writes \
-             such lines)",
+            "{CONFIG_NAME} has no {} line for the device {disk}: qmrestore will not restore it (--proxmox \
+             writes such lines)",
             config::MAP_LINE
         )
     });
@@ -239,7 +241,8 @@ pub fn notes_on_map(config: &[u8], disks: &[&str]) -> Vec<String> {
 /// Checks the values of `--proxmox`.
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Usage`] for a setting that Proxmox VE does not take, or one that is given twice.
+/// [`imgtool_core::ErrorKind::Usage`] for a setting that Proxmox VE does not take, or one that is given
+/// twice.
 pub fn check(settings: &[String]) -> Result<()> {
     parse(settings).map(drop)
 }

@@ -22,6 +22,8 @@ struct Document<'a> {
     bitmaps: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     estimate: Option<EstimateDocument>,
+    /// Empty unless the source is an archive.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     devices: Vec<DeviceDocument<'a>>,
 }
 
@@ -64,7 +66,7 @@ pub fn run(args: &MeasureArgs) -> Result<Exit> {
         (None, Some(size)) => {
             images::refuse(&args.input)?;
             let total = create::measure_empty(&format, options::size(size)?)?;
-            print(args, &Prediction { disks: Vec::new(), total, estimate: None }).map(|()| Exit::Done)
+            print(args, &Prediction { disks: Vec::new(), total, estimate: None }, false).map(|()| Exit::Done)
         }
         (None, None) => Err(Error::usage("missing IMAGE").hint("name an image, or give --size")),
     }
@@ -98,11 +100,12 @@ fn measure_image(
         memory: &options.memory,
     };
     let prediction = request.predict().map_err(|error| error.path(&opened.location))?;
-    print(args, &prediction)?;
+    print(args, &prediction, opened.driver.capabilities().is_archive())?;
     Ok(Exit::Done)
 }
 
-fn print(args: &MeasureArgs, prediction: &Prediction) -> Result<()> {
+/// Prints the sizes; those of each disk if the source is an archive.
+fn print(args: &MeasureArgs, prediction: &Prediction, is_archive: bool) -> Result<()> {
     let Prediction { disks, total, estimate } = prediction;
     let Measure { required, fully_allocated, bitmaps, .. } = *total;
     if args.output.is_json() {
@@ -116,7 +119,7 @@ fn print(args: &MeasureArgs, prediction: &Prediction) -> Result<()> {
                 data,
                 sampled,
             }),
-            devices: disks.iter().map(device).collect(),
+            devices: disks.iter().filter(|_| is_archive).map(device).collect(),
         });
     }
     let mut text = if disks.len() > 1 { table(disks) + "\n" } else { String::new() };

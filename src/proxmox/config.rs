@@ -1,9 +1,9 @@
 //! A guest's configuration as Proxmox VE keeps it (`/etc/pve/qemu-server/VMID.conf`, qm.conf(5)), and as an
 //! archive holds it.
 //!
-//! A backup has the settings of the guest's current state. It has no snapshots and no pending changes (both are
-//! sections behind the settings), no lock and no unused volumes. Comments that assign the devices of the archive
-//! to drives follow the settings.
+//! A backup has the settings of the guest's current state. It has no snapshots and no pending changes (both
+//! are sections behind the settings), no lock and no unused volumes. Comments that assign the devices of the
+//! archive to drives follow the settings.
 
 use std::fmt::Write as _;
 
@@ -38,8 +38,8 @@ pub struct GuestConfig {
 }
 
 impl GuestConfig {
-    /// Parses a configuration. Returns `None` for any other text: most of its lines are no settings that Proxmox VE
-    /// knows.
+    /// Parses a configuration. Returns `None` for any other text: most of its lines are no settings that
+    /// Proxmox VE knows.
     pub fn parse(text: &str) -> Option<Self> {
         let mut config = Self::default();
         let mut snapshots = Vec::new();

@@ -38,8 +38,8 @@ pub fn is_bootable(drive: &str) -> bool {
     bus_of(drive).is_some_and(|bus| bus.bootable)
 }
 
-/// Returns the name of a drive's device in an archive, as QEMU calls the drive. Proxmox VE copies the TPM's state
-/// before it saves it, and the copy has a name of its own.
+/// Returns the name of a drive's device in an archive, as QEMU calls the drive. Proxmox VE copies the TPM's
+/// state before it saves it, and the copy has a name of its own.
 pub fn device_name(drive: &str) -> String {
     let backup = if drive == "tpmstate0" { "-backup" } else { "" };
     format!("drive-{drive}{backup}")
@@ -55,8 +55,8 @@ struct DriveLine {
     size: Option<u64>,
 }
 
-/// Returns the drives of a configuration that a backup includes, in the order in which disks without a name are
-/// assigned: those of the boot order first, then by bus and number, the firmware's and the TPM's last.
+/// Returns the drives of a configuration that a backup includes, in the order in which disks without a name
+/// are assigned: those of the boot order first, then by bus and number, the firmware's and the TPM's last.
 fn drive_lines(config: &GuestConfig) -> Vec<DriveLine> {
     let boot =
         config.get("boot").and_then(|boot| boot.split(',').find_map(|part| part.strip_prefix("order=")));
@@ -122,8 +122,9 @@ pub struct Assignment {
     pub without_disk: Vec<String>,
 }
 
-/// Assigns a drive to each disk: by its name, by the assignments `map` of an earlier archive, by the name of a
-/// drive's volume, by its size if that is unique, or in order; a further disk gets a free drive, SCSI first.
+/// Assigns a drive to each disk: by its name, by the assignments `map` of an earlier archive, by the name of
+/// a drive's volume, by its size if that is unique, or in order; a further disk gets a free drive, SCSI
+/// first.
 pub fn assign(config: &GuestConfig, map: &[MapEntry], disks: &[SelectedDisk]) -> Assignment {
     let mut open = drive_lines(config);
     let mut drives: Vec<Option<String>> = vec![None; disks.len()];

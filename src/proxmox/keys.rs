@@ -23,7 +23,7 @@ enum Kind {
     DiskSize,
     /// Anything.
     Text,
-    /// `VALUE,NAME=VALUE…`. The first property may stand without its name.
+    /// `VALUE,NAME=VALUE…`. The first property needs no name.
     Properties(&'static [Property]),
 }
 

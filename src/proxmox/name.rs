@@ -50,8 +50,10 @@ impl Better {
     /// `epoch`, in seconds since 1970, or now.
     pub fn of(dest: &Path, compression: Option<Compression>, vmid: Option<&str>, epoch: Option<i64>) -> Self {
         let name = dest.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let numbers = name.split(|c: char| !c.is_ascii_digit());
-        let vmid = vmid.or_else(|| numbers.clone().find(|number| is_vmid(number))).unwrap_or("100");
+        // Four digits are more often a year.
+        let is_likely = |number: &&str| is_vmid(number) && number.len() != 4;
+        let mut numbers = name.split(|c: char| !c.is_ascii_digit());
+        let vmid = vmid.or_else(|| numbers.find(is_likely)).unwrap_or("100");
         let time = match epoch.and_then(|seconds| DateTime::from_timestamp(seconds, 0)) {
             Some(time) => time.naive_utc(),
             None => Local::now().naive_local(),

@@ -1,5 +1,5 @@
-//! Standard error as JSON lines, for programs that show the progress themselves (`--progress json`): messages, notes
-//! and errors are objects too.
+//! Standard error as JSON lines, for programs that show the progress themselves (`--progress json`):
+//! messages, notes and errors are objects too.
 
 use std::collections::BTreeMap;
 use std::error::Error as _;

@@ -109,7 +109,11 @@ fn help() {
         assert!(widest <= 80, "{verb}: {widest} columns\n{shown}");
         insta::assert_snapshot!(format!("help-{verb}"), shown);
     }
-    insta::assert_snapshot!("formats", screens(dir.path(), &["formats", "convert -O qcow2 -o help"]));
+    insta::assert_snapshot!(
+        "formats",
+        screens(dir.path(), &["formats", "formats qcow2", "convert -O qcow2 -o help"])
+    );
+    insta::assert_snapshot!("help-compat", screen(dir.path(), "convert --help-compat"));
     assert_eq!(imgtool(["help", "map"]).ok().stdout, imgtool(["map", "--help"]).ok().stdout);
 }
 
@@ -195,8 +199,8 @@ fn errors() {
         "convert -m 0 disk.raw x",
         "convert -r fast disk.raw x",
         "convert -S 3q disk.raw x",
-        "convert --disk scsi0 vm.vma x",
-        "convert --target scsi0=x vm.vma",
+        "convert --disk scsi7 vm.vma x",
+        "convert --target scsi7=x vm.vma",
         "convert disk.raw disk.qcow2 disk.vhdx x",
         "convert --image-opts driver=raw x",
         "convert --target-image-opts disk.raw x",
