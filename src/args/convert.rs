@@ -16,7 +16,7 @@ Examples:
   imgtool convert disk.vhdx disk.qcow2
   imgtool convert vm.vma.zst --to qcow2 outdir/
   imgtool convert vm.vma.zst --disk drive-scsi0 scsi0.raw
-  imgtool convert a.qcow2 b.raw --config 100.conf \
+  imgtool convert a.qcow2 b.raw --config 100.conf \\
       vzdump-qemu-100-2026_01_31-12_00_00.vma.zst
   zstdcat vm.vma.zst | imgtool convert - --to vhdx outdir/
   imgtool convert vm.vma --target drive-scsi0=/dev/vg/disk,zeroed";
@@ -56,7 +56,7 @@ Examples:
   imgtool convert disk.vhdx disk.qcow2
   imgtool convert vm.vma.zst --to qcow2 outdir/
   imgtool convert vm.vma.zst --disk drive-scsi0 scsi0.raw
-  imgtool convert a.qcow2 b.raw --config 100.conf \
+  imgtool convert a.qcow2 b.raw --config 100.conf \\
       vzdump-qemu-100-2026_01_31-12_00_00.vma.zst
   zstdcat vm.vma.zst | imgtool convert - --to vhdx outdir/
   imgtool convert vm.vma --target drive-scsi0=/dev/vg/disk,zeroed";
@@ -151,8 +151,8 @@ pub struct TargetArgs {
 
     /// Give the disk this virtual size, such as 40G or +10G; zeros fill the rest
     ///
-    /// Partitions and file systems in the disk keep their size. A smaller size is refused: 'imgtool
-    /// resize' cuts off zeros of the finished image.
+    /// Partitions and file systems in the disk keep their size. A smaller size cuts off zeros, and is
+    /// refused if data would be cut off.
     #[arg(long, value_name = "SIZE", value_parser = NewSize::parse, allow_hyphen_values = true)]
     pub size: Option<NewSize>,
 

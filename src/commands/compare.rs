@@ -99,7 +99,8 @@ fn print(args: &CompareArgs, verdict: &Verdict) -> Result<()> {
         let Some((bytes, ranges)) = pair.different_bytes.zip(pair.different_ranges) else { continue };
         if bytes > 0 {
             let (name, ranges) = (escape_control(&pair.name), report::count(ranges, "range"));
-            text += &format!("{name}: {} differ, in {ranges}\n", report::exact_size(bytes));
+            let bytes = if bytes < 1000 { format!("{bytes} bytes") } else { report::exact_size(bytes) };
+            text += &format!("{name}: {bytes} differ, in {ranges}\n");
         }
         for DifferentRange { start, length } in &pair.ranges {
             text += &format!("  guest bytes {start}..{} ({})\n", start + length, report::human_size(*length));

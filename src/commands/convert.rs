@@ -57,7 +57,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     let mut plan = conversion.plan()?;
     plan.layout.notes.extend(notes.into_iter().map(Note::Text));
     configurations::note_on_restoring(args, &mut plan)?;
-    args.target.size.map_or(Ok(()), |size| new_size::set(&mut plan, size))?;
+    args.target.size.map_or(Ok(()), |size| new_size::set(&mut plan, size, &cancel))?;
     let is_compressed = plan.sources.iter().any(|source| !source.opened.compression.is_empty());
     let stdout_is_data = plan.layout.outputs.iter().any(|output| output.destination.is_stdout());
     let options = RunOptions {

@@ -45,13 +45,32 @@ fn grown_images_read_the_same_in_qemu() {
 }
 
 #[test]
-fn smaller_sizes_and_archives_are_refused() {
+fn smaller_sizes_cut_off_zeros_alone() {
     let dir = workshop();
     let convert = |args: &[&str]| imgtool(["convert"]).args(args).within(dir.path()).go();
-    convert(&["--size", "4M", "disk.raw", "x.qcow2"]).exits(2).says("imgtool resize x.qcow2 4194304");
-    convert(&["--size", "-1M", "disk.raw", "x.qcow2"]).exits(2).says("smaller than the disk");
+    convert(&["--size", "4M", "disk.raw", "x.qcow2"])
+        .exits(1)
+        .says("holds data beyond 4194304 bytes, at guest byte 5242368")
+        .says("shrink its partitions");
+    convert(&["--size", "64M", "disk.raw", "large.qcow2"]).exits(0);
+    for (source, name) in [("large.qcow2", "small.raw"), ("large.qcow2", "small.vhdx")] {
+        convert(&["--verify", "--size", "5M", source, name]).exits(0).says("the rest was zero");
+        assert_eq!(virtual_size(dir.path(), name), OLD, "{name}");
+        imgtool(["compare", "disk.raw", name]).within(dir.path()).ok();
+    }
+    convert(&["-q", "--size", "-59M", "large.qcow2", "less.raw"]).exits(0);
+    assert_eq!(virtual_size(dir.path(), "less.raw"), OLD);
+}
+
+#[test]
+fn sizes_of_archives_streams_and_nonsense_are_refused() {
+    let dir = workshop();
+    let convert = |args: &[&str]| imgtool(["convert"]).args(args).within(dir.path()).go();
     convert(&["--size", "big", "disk.raw", "x.qcow2"]).exits(2).says("40G");
     convert(&["--size", "64M", "disk.raw", "x.vma"]).exits(2).says("not for an archive");
+    convert(&["--size", "64M", "disk.raw", "disk.raw", "d/"]).exits(2).says("for one disk");
+    imgtool(["convert", "-q", "-c=gzip", "disk.raw", "disk.raw.gz"]).within(dir.path()).ok();
+    convert(&["--size", "64M", "disk.raw.gz", "x.raw"]).exits(2).says("imgtool resize");
     convert(&["--size", "5M", "disk.raw", "same.raw"]).exits(0);
     assert_eq!(virtual_size(dir.path(), "same.raw"), OLD);
 }

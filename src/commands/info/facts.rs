@@ -43,6 +43,7 @@ pub(super) fn facts<'a>(text: &mut String, indent: usize, facts: impl Iterator<I
 /// Returns a number of bytes as a size, and everything else as it is.
 fn shown(key: &str, value: &Value) -> Value {
     match value.as_u64().filter(|_| SIZES.contains(&key)) {
+        Some(bytes) if bytes < 1000 => format!("{bytes} bytes").into(),
         Some(bytes) => exact_size(bytes).into(),
         None => value.clone(),
     }

@@ -119,7 +119,8 @@ pub fn differences(
 }
 
 /// Returns the index of the pair and the guest offset of the first difference in content, if any. One of the
-/// images may be a stream. The comparison borrows from `memory`. If the devices of a pair differ in size, the tail of the longer one must be zero.
+/// images may be a stream. The comparison borrows from `memory`. If the devices of a pair differ in size, the
+/// tail of the longer one must be zero.
 ///
 /// # Errors
 /// If an image can't be read, or both are streams.
@@ -139,8 +140,8 @@ pub fn first_difference(
     compare(first, second, pairs, None, threads, monitor, cancel, memory)
 }
 
-/// Compares `stepped`, which the pipeline reads, with `other`, which needs random access. With a tally, counts all
-/// differences, and returns none.
+/// Compares `stepped`, which the pipeline reads, with `other`, which needs random access. With a tally,
+/// counts all differences, and returns none.
 #[expect(clippy::too_many_arguments, reason = "the arguments of the two functions above")]
 fn compare(
     stepped: &Opened,

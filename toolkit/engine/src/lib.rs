@@ -20,6 +20,7 @@ pub mod checksum;
 pub mod compare;
 mod contents;
 pub mod create;
+pub mod cut;
 pub mod digest;
 pub mod externals;
 pub mod foreign;

@@ -1,7 +1,7 @@
 //! Predicts the size of new images: of every disk and their sum, and, with compression, from samples.
 //!
-//! Nobody knows how well data compresses without compressing it. So samples of the data become a small image with the
-//! settings of the real one, whose bytes are counted and discarded.
+//! Nobody knows how well data compresses without compressing it. So samples of the data become a small image
+//! with the settings of the real one, whose bytes are counted and discarded.
 
 use std::io::{self, IoSlice};
 use std::ops::Range;
@@ -27,8 +27,8 @@ const SAMPLE: u64 = 1 << 20;
 /// Maximum number of samples. Our limit: zlib compresses them in about two seconds on two cores.
 const SAMPLES: u64 = 96;
 
-/// Maximum length in bytes of the empty disk from which the compressed length of tables is estimated. Our limit: it
-/// takes no time, and tables of longer disks repeat.
+/// Maximum length in bytes of the empty disk from which the compressed length of tables is estimated. Our
+/// limit: it takes no time, and tables of longer disks repeat.
 const BLANK: u64 = 4 << 30;
 
 /// Predicted size of one disk.
@@ -286,6 +286,10 @@ impl RandomAccess for Part {
         let (random, from) = self.source(device)?;
         random.read_at(from, buf, guest_offset)
     }
+
+    fn reader_memory(&self, device: DeviceId) -> u64 {
+        self.source(device).map_or(0, |(random, from)| random.reader_memory(from))
+    }
 }
 
 /// Windows of the devices of a part that hold data, one after the other as one disk.
@@ -332,8 +336,8 @@ impl Sample {
         self.info.devices[0].size
     }
 
-    /// Calls `see` with the parts of a range of the sample: the device, its guest range, and the distance from there
-    /// to the place in the sample. What is beyond the end of a device has no device.
+    /// Calls `see` with the parts of a range of the sample: the device, its guest range, and the distance
+    /// from there to the place in the sample. What is beyond the end of a device has no device.
     fn parts(
         &self,
         range: Range<u64>,
@@ -404,6 +408,11 @@ impl RandomAccess for Sample {
                 }
             }
         })
+    }
+
+    fn reader_memory(&self, _device: DeviceId) -> u64 {
+        let devices = self.part.info.devices.iter();
+        devices.map(|device| self.part.reader_memory(device.id)).max().unwrap_or(0)
     }
 }
 

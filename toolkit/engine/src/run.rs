@@ -503,3 +503,27 @@ fn stored_len(planned: &PlannedOutput, selected: &[SelectedDisk], written: u64) 
         | Destination::Open(_) => written,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_that_touch_are_joined_within_a_class() {
+        let loss = |class, guest, reason: &str| {
+            let device = DeviceId(0);
+            ("a".to_owned(), Loss { class, offset: None, device, guest, reason: reason.to_owned() })
+        };
+        let (lost, unverified) = (LossClass::Lost, LossClass::Unverified);
+        let found = joined(vec![
+            loss(lost, 0..10, "x"),
+            loss(lost, 10..20, "y"),
+            loss(lost, 20..30, "z"),
+            loss(unverified, 30..40, "x"),
+            loss(lost, 50..60, "x"),
+        ]);
+        let ranges: Vec<_> = found.iter().map(|(_, loss)| (loss.class, loss.guest.clone())).collect();
+        assert_eq!(ranges, [(lost, 0..30), (unverified, 30..40), (lost, 50..60)]);
+        assert_eq!(found[0].1.reason, "x, and other reasons");
+    }
+}

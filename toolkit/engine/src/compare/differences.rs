@@ -6,12 +6,12 @@ use std::sync::Mutex;
 
 use imgtool_core::sync::{into_inner, lock};
 
-/// Unit in bytes of the comparison: equal units are skipped, and ranges with a smaller gap between them count as one.
-/// Our choice: a sector, the smallest unit that a guest writes.
+/// Unit in bytes of the comparison: equal units are skipped, and ranges with a smaller gap between them count
+/// as one. Our choice: a sector, the smallest unit that a guest writes.
 const SECTOR: u64 = 512;
 
-/// Maximum number of ranges that are kept. Our limit: each worker has some for its piece, at most 1 MiB. Further ones are
-/// joined with the one before them.
+/// Maximum number of ranges that are kept. Our limit: each worker has some for its piece, at most 1 MiB.
+/// Further ones are joined with the one before them.
 const MAX_RANGES: usize = 1 << 14;
 
 /// Differences between two disks.
@@ -19,8 +19,8 @@ const MAX_RANGES: usize = 1 << 14;
 pub struct Differences {
     /// Number of bytes that differ.
     pub bytes: u64,
-    /// Ranges that differ, ascending: from the first byte that differs to the last one, by their start. Two ranges are
-    /// a sector apart, or more.
+    /// Ranges that differ, ascending: from the first byte that differs to the last one, by their start. Two
+    /// ranges are a sector apart, or more.
     pub ranges: BTreeMap<u64, u64>,
 }
 
