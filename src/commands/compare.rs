@@ -99,8 +99,11 @@ fn print(args: &CompareArgs, verdict: &Verdict) -> Result<()> {
         let Some((bytes, ranges)) = pair.different_bytes.zip(pair.different_ranges) else { continue };
         if bytes > 0 {
             let (name, ranges) = (escape_control(&pair.name), report::count(ranges, "range"));
-            let bytes = if bytes < 1000 { format!("{bytes} bytes") } else { report::exact_size(bytes) };
-            text += &format!("{name}: {bytes} differ, in {ranges}\n");
+            let bytes = match usize::try_from(bytes) {
+                Ok(few) if few < 1000 => report::count(few, "byte"),
+                _ => report::exact_size(bytes),
+            };
+            text += &format!("{name}: differs in {ranges}, {bytes}\n");
         }
         for DifferentRange { start, length } in &pair.ranges {
             text += &format!("  guest bytes {start}..{} ({})\n", start + length, report::human_size(*length));

@@ -127,9 +127,14 @@ fn reports_usage_errors_before_opening_a_source() {
 fn help_of_convert_begins_with_the_common_flags() {
     let flags = |args: &[&str]| -> BTreeSet<String> {
         let help = imgtool(args.iter()).ok().text();
-        let lines = help.lines().filter(|line| line.starts_with("  ")).map(str::trim_start);
-        let flags = lines.map(|line| line.split([' ', ',', '[', '=', '.']).next().unwrap());
-        flags.filter(|flag| flag.len() > 1 && flag.starts_with('-')).map(str::to_owned).collect()
+        // Texts are indented further.
+        let is_flag = |line: &&str| line.starts_with("  -") || line.starts_with("      --");
+        let flags = help
+            .lines()
+            .filter(is_flag)
+            .map(str::trim_start)
+            .map(|line| line.split([' ', ',', '[', '=', '.']).next().unwrap());
+        flags.map(str::to_owned).collect()
     };
     let (short, long) = (flags(&["convert", "-h"]), flags(&["convert", "--help"]));
     let rare = flags(&["convert", "--help-compat"]);

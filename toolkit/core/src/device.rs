@@ -111,8 +111,8 @@ pub struct Attachment {
     pub data: Vec<u8>,
 }
 
-/// Returns the name among `known` that a user means by `wanted`: the same, or the only one that QEMU and Proxmox VE
-/// make of it (`drive-scsi0` of `scsi0`, `drive-tpmstate0-backup` of `tpmstate0`).
+/// Returns the name among `known` that a user means by `wanted`: the same, or the only one that QEMU and
+/// Proxmox VE make of it (`drive-scsi0` of `scsi0`, `drive-tpmstate0-backup` of `tpmstate0`).
 ///
 /// ```
 /// use imgtool_core::device::meant;

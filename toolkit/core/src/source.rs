@@ -239,8 +239,8 @@ impl<D> Piece<D> {
 
     /// Like [`Piece::nonzero_runs`], but tests the bytes of [`Piece::runs`] in units of `unit` bytes, a
     /// multiple of `granularity`, so zeros shorter than a unit count as data. Bytes outside the runs are
-    /// still left out in units of `granularity` bytes. The result depends on the source's holes, so only a sink
-    /// whose output has the same bytes with and without zeros (raw) may use it.
+    /// still left out in units of `granularity` bytes. The result depends on the source's holes, so only a
+    /// sink whose output has the same bytes with and without zeros (raw) may use it.
     pub fn dense_runs(&self, granularity: usize, unit: usize) -> Vec<Range<usize>> {
         let mut found: Vec<Range<usize>> = Vec::new();
         let Some(data) = &self.data else { return found };
@@ -385,8 +385,8 @@ pub enum LossClass {
     Lost,
     /// It was restored, but may be wrong.
     Unverified,
-    /// The image has nothing for it, though what should hold it is intact: the program that wrote the image left it
-    /// out. The range reads as zeros.
+    /// The image has nothing for it, though what should hold it is intact: the program that wrote the image
+    /// left it out. The range reads as zeros.
     NeverStored,
 }
 
@@ -407,8 +407,8 @@ impl LossClass {
 pub struct Loss {
     /// What happened to the range.
     pub class: LossClass,
-    /// Position of the damage in the image, in bytes, if known. If the file is compressed, the position is that in the
-    /// decompressed data.
+    /// Position of the damage in the image, in bytes, if known. If the file is compressed, the position is
+    /// that in the decompressed data.
     pub offset: Option<u64>,
     /// The device.
     pub device: DeviceId,

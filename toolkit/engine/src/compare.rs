@@ -250,7 +250,7 @@ impl<'a> Comparer<'a> {
                 cancel.check()?;
                 let end = position.saturating_add(PIECE_LEN).min(pair.second.size);
                 if let Some(tally) = self.tally {
-                    tally.add(index, self.all_in(index, position..end, None)?);
+                    tally.add(index, &self.all_in(index, position..end, None)?);
                 } else if let Some(offset) = self.first_nonzero(index, position..end)? {
                     return Ok(Some((index, offset)));
                 }
@@ -401,7 +401,7 @@ impl Consumer for Comparer<'_> {
     fn prepare(&self, piece: SinkPiece, _pool: &BufferPool) -> Result<Prepared> {
         let index = piece.device.index();
         if let Some(tally) = self.tally {
-            tally.add(index, self.all_in(index, piece.start..piece.end(), piece.data.as_deref())?);
+            tally.add(index, &self.all_in(index, piece.start..piece.end(), piece.data.as_deref())?);
         } else if let Some(offset) = self.compare(index, &piece)? {
             self.found(index, offset);
             self.cancel.cancel();

@@ -234,8 +234,8 @@ impl Plan {
         })
     }
 
-    /// Returns the files that the run may still open. Only verification opens files: the backing images of the
-    /// outputs, which `base_opener` has opened before.
+    /// Returns the files that the run may still open. Only verification opens files: the backing images of
+    /// the outputs, which `base_opener` has opened before.
     fn reach(&self, sinks: &[OpenSink], base_opener: &PolicyOpener, options: &RunOptions<'_>) -> Reach {
         let policy = &options.base_policy;
         let mut reads = BTreeSet::new();

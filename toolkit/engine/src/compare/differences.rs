@@ -85,7 +85,7 @@ impl Tally {
     }
 
     /// Adds the differences in a part of a pair.
-    pub(super) fn add(&self, pair: usize, found: Differences) {
+    pub(super) fn add(&self, pair: usize, found: &Differences) {
         if found.bytes == 0 {
             return;
         }
@@ -123,9 +123,10 @@ mod tests {
         for part in [1, 0] {
             let mut piece = Differences::default();
             piece.compare(part * 512, Some(&[1; 512]), None);
-            tally.add(0, piece);
+            tally.add(0, &piece);
         }
         let all = tally.finish();
-        assert_eq!((all[0].bytes, all[0].ranges().collect::<Vec<_>>()), (1024, vec![0..1024]));
+        assert_eq!((all[0].bytes, all[0].ranges().len()), (1024, 1));
+        assert_eq!(all[0].ranges().next(), Some(0..1024));
     }
 }
