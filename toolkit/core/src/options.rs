@@ -255,9 +255,17 @@ fn unknown_option<'a>(name: &str, format: &str, known: impl Iterator<Item = &'a 
 }
 
 /// Parses a size as qemu-img does: a number, optionally with a fraction, and one of the suffixes b, k, M, G,
-/// T, P and E (powers of 1024, either case) or none. Also accepts KiB to EiB. Returns `None` if `text` is not
-/// a size or exceeds 2^64-1 bytes.
+/// T, P and E (powers of 1024, either case) or none; or a hexadecimal number without either (0x100000). Digits
+/// may be missing on one side of the point, and blanks and a plus sign may come first. Without a unit, the
+/// fraction must be zero. Also accepts KiB to EiB. Returns `None` if `text` is not a size or exceeds 2^64-1
+/// bytes.
 pub fn parse_size(text: &str) -> Option<u64> {
+    let text = text.trim_start_matches(|c: char| c.is_ascii_whitespace());
+    let text = text.strip_prefix('+').unwrap_or(text);
+    if let Some(digits) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        let is_hexadecimal = digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+        return is_hexadecimal.then(|| u64::from_str_radix(digits, 16).ok()).flatten();
+    }
     let split = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
     let (number, suffix) = text.split_at(split);
     let shift = match suffix.to_ascii_lowercase().as_str() {
@@ -271,18 +279,23 @@ pub fn parse_size(text: &str) -> Option<u64> {
         _ => return None,
     };
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    let whole: u64 = whole.parse().ok()?;
-    let unit = 1u128 << shift;
-    let mut bytes = u128::from(whole) * unit;
-    if number.contains('.') {
-        if fraction.is_empty() || fraction.len() > 18 || shift == 0 {
-            return None;
-        }
-        let scale = 10u128.pow(u32::try_from(fraction.len()).ok()?);
-        bytes += fraction.parse::<u128>().ok()? * unit / scale;
+    if whole.is_empty() && fraction.is_empty() || fraction.contains('.') {
+        return None;
     }
+    let fraction = fraction.trim_end_matches('0');
+    if fraction.len() > MAX_FRACTION || shift == 0 && !fraction.is_empty() {
+        return None;
+    }
+    let parse = |digits: &str| if digits.is_empty() { Some(0) } else { digits.parse::<u64>().ok() };
+    let unit = 1u128 << shift;
+    let scale = 10u128.pow(u32::try_from(fraction.len()).ok()?);
+    // A number below 2^64 times a unit of at most 2^60.
+    let bytes = u128::from(parse(whole)?) * unit + u128::from(parse(fraction)?) * unit / scale;
     u64::try_from(bytes).ok()
 }
+
+/// Maximum number of digits of a fraction. Our limit: the smallest unit of an exbibyte needs 18.
+const MAX_FRACTION: usize = 18;
 
 /// Maximum unit of zero detection, in bytes. Our limit: pieces are at least one unit long and kept in memory.
 /// It equals the size of the largest qcow2 cluster.
@@ -392,7 +405,45 @@ mod tests {
         assert_eq!(parse_size("2M"), Some(2 << 20));
         assert_eq!(parse_size("1.5G"), Some(3 << 29));
         assert_eq!(parse_size("8E"), Some(8 << 60));
-        for bad in ["", "k", "1x", "-1", "1.", "99999999999E", "1.5"] {
+        for (text, bytes) in [
+            (".5M", 1 << 19),
+            ("1.M", 1 << 20),
+            ("1.0", 1),
+            ("1.0b", 1),
+            (" 1M", 1 << 20),
+            ("+1M", 1 << 20),
+            ("0x100000", 1 << 20),
+            ("0XE", 14),
+            ("0xB", 11),
+            ("010", 10),
+            ("1.0001k", 1024),
+            ("2.00001M", 2_097_162),
+            ("1.50000000000000000000G", 3 << 29),
+        ] {
+            assert_eq!(parse_size(text), Some(bytes), "{text}");
+        }
+        for bad in [
+            "",
+            "k",
+            "1x",
+            "-1",
+            ".",
+            ".M",
+            "99999999999E",
+            "1.5",
+            "1.5b",
+            "1e3",
+            "0x",
+            "0x10k",
+            "0x+1",
+            "1G5",
+            "1.2.3M",
+            "1M ",
+            "+ 1M",
+            "++1M",
+            "inf",
+            "1,5G",
+        ] {
             assert_eq!(parse_size(bad), None, "{bad}");
         }
     }
