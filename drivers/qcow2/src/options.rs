@@ -65,7 +65,8 @@ pub const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "preallocation",
-        help: "space that is allocated before it is needed",
+        help: "space that is allocated before it is needed; over a backing file only in an empty image with \
+               extended_l2",
         default: "off",
         kind: OptionKind::OneOf(&["off", "metadata", "falloc", "full"]),
     },
@@ -90,6 +91,12 @@ pub const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "data_file_raw",
         help: "the data file is a raw image of its own",
+        default: "off",
+        kind: OptionKind::Flag,
+    },
+    OptionSpec {
+        name: "encryption",
+        help: "QEMU's first encryption, which is read but not written: off is accepted",
         default: "off",
         kind: OptionKind::Flag,
     },
@@ -245,12 +252,16 @@ impl WriteOptions {
                 "compression and data_file can't be combined",
             ),
             (self.compress.is_some() && preallocated, "compression and preallocation can't be combined"),
-            (self.backing.is_some() && preallocated, "backing_file and preallocation can't be combined"),
         ];
-        match conflicts.iter().find(|(conflict, _)| *conflict) {
-            Some((_, message)) => Err(Error::usage(*message)),
-            None => Ok(()),
+        if let Some((_, message)) = conflicts.iter().find(|(conflict, _)| *conflict) {
+            return Err(Error::usage(*message));
         }
+        // An allocated cluster hides the backing image, unless it has subclusters.
+        if self.backing.is_some() && preallocated && !self.shape.extended_l2 {
+            return Err(Error::usage("backing_file and preallocation can only be combined with extended_l2")
+                .remedied_by(Remedy::SetOption("extended_l2=on".into())));
+        }
+        Ok(())
     }
 
     /// True if zeros are stored like data, so that every guest cluster is stored.
@@ -299,6 +310,10 @@ fn compression(options: &CreateOptions) -> Result<CompressionType> {
 
 /// Returns the encryption that the options select.
 fn encryption(values: &OptionValues) -> Result<Option<NewVolume>> {
+    if values.flag("encryption") == Some(true) {
+        return Err(Error::usage("encryption=on would be QEMU's first encryption, which is not safe")
+            .remedied_by(Remedy::SetOption(format!("{ENCRYPT}=luks"))));
+    }
     let volume = encryption::parse(values, "encrypt.")?;
     if values.text(ENCRYPT).or(values.text(ENCRYPT_FORMAT)).is_some() {
         return Ok(Some(volume));
@@ -358,6 +373,8 @@ mod tests {
             &[("data_file_raw", "on")],
             &[("backing_file", "x")],
             &[("backing_fmt", "raw")],
+            &[("encryption", "on")],
+            &[("backing_file", "x"), ("backing_fmt", "raw"), ("preallocation", "metadata")],
             &[("encrypt", "aes")],
             &[("encrypt.cipher-alg", "aes-128")],
             &[("encrypt", "luks"), ("preallocation", "full")],

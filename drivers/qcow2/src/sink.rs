@@ -69,6 +69,9 @@ impl Consumer for Qcow2Sink {
         if self.stores_whole_clusters() && !piece.start.is_multiple_of(self.cluster_size()) {
             return Err(Error::malformed("a piece does not start at a cluster boundary"));
         }
+        if self.is_linear() && self.base.is_some() {
+            return Err(no_content_over_base());
+        }
         let piece = if self.options.stores_zeros() { piece.with_zeros_as_data(pool) } else { piece };
         match (&self.encoder, &self.base) {
             (None, None) if self.encryption.is_none() => Ok(self.prepare_plain(piece)),
@@ -169,4 +172,11 @@ impl ImageSink for Qcow2Sink {
             _ => Vec::new(),
         }
     }
+}
+
+/// Returns the error for content of an image with preallocation over a backing image: its tables show the backing
+/// image.
+fn no_content_over_base() -> Error {
+    Error::unsupported("preallocation over a backing file needs an empty image")
+        .hint("leave out preallocation, or create the image without content")
 }

@@ -62,8 +62,8 @@ impl Qcow2Sink {
         self.output().write_at(&header, 0)
     }
 
-    /// Writes L2 tables that map each guest cluster to `data_start` plus its guest offset. Returns the L1
-    /// table.
+    /// Writes L2 tables that map each guest cluster to `data_start` plus its guest offset. Over a backing
+    /// image, no subcluster is allocated: the guest sees that image. Returns the L1 table.
     fn write_linear_tables(
         &self,
         virtual_size: u64,
@@ -73,6 +73,7 @@ impl Qcow2Sink {
         let shape = self.options.shape;
         let tables = shape.l1_entries(virtual_size);
         let clusters = virtual_size.div_ceil(shape.cluster_size());
+        let subclusters = if self.base.is_some() { Subclusters(0) } else { Subclusters::ALL_ALLOCATED };
         if matches!(self.placement, Placement::Linear { .. }) {
             alloc.allocate_run(clusters, self.output())?;
         }
@@ -90,7 +91,7 @@ impl Qcow2Sink {
                 let entry = L2Entry::data(data_start + (cluster << shape.cluster_bits));
                 batch.extend_from_slice(&entry.0.to_be_bytes());
                 if shape.extended_l2 {
-                    batch.extend_from_slice(&Subclusters::ALL_ALLOCATED.0.to_be_bytes());
+                    batch.extend_from_slice(&subclusters.0.to_be_bytes());
                 }
             }
             batch.resize(filled + shape.cluster_size() as usize, 0);

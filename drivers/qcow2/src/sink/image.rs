@@ -8,7 +8,7 @@ use super::alloc::Allocator;
 use super::base::Base;
 use super::encrypted::Encrypted;
 use super::mapping_tables::MappingTables;
-use super::memory;
+use super::{memory, no_content_over_base};
 use crate::compressed::Encoder;
 use crate::layout::FORMAT;
 use crate::options::{Preallocation, SIZE_MULTIPLE, WriteOptions};
@@ -93,6 +93,9 @@ impl Qcow2Sink {
             l1_offset = (clusters > 0).then(|| alloc.allocate(clusters)).transpose()?;
             Ok::<u64, Error>(alloc.end())
         };
+        if options.preallocation != Preallocation::Off && manifest.base.is_some() {
+            return Err(no_content_over_base());
+        }
         let placement = match (&options.data_file, options.preallocation, virtual_size) {
             (Some(_), Preallocation::Off, _) if !options.data_file_raw => Placement::External,
             (None, Preallocation::Off, _) => Placement::Packed,
