@@ -58,6 +58,12 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
         kind: OptionKind::Size { min: MIB, max: MAX_LOG_SIZE, unit: MIB },
     },
     OptionSpec {
+        name: "block_state_zero",
+        help: "accepted for compatibility, no effect: absent blocks are marked as the specification says",
+        default: "off",
+        kind: OptionKind::Flag,
+    },
+    OptionSpec {
         name: "disk_id",
         help: "SCSI page 83 identifier of the disk",
         default: "derived from content and options",
