@@ -46,6 +46,8 @@ pub struct Outputs {
     doubts: Vec<String>,
     /// Files that the outputs replace, open and locked so that no other program begins to use them.
     replaced: Vec<File>,
+    /// True if the file system shall not copy the blocks of new files on writes.
+    no_copy_on_write: bool,
     cleaner: Cleaner,
 }
 
@@ -87,6 +89,12 @@ impl Outputs {
         self.cleaner.clone()
     }
 
+    /// Sets whether the file system may copy the blocks of the next new files when they are written again (btrfs);
+    /// by default it may. A file system without that choice gets a sentence in [`Outputs::doubts`].
+    pub fn set_copy_on_write(&mut self, allowed: bool) {
+        self.no_copy_on_write = !allowed;
+    }
+
     /// Creates a file that [`Outputs::commit`] renames to `path`; it replaces an existing file only with
     /// `overwrite`. Follows a symbolic link at `path`.
     ///
@@ -121,6 +129,13 @@ impl Outputs {
         if let Some(old) = old {
             self.claimed.extend(Identity::of(&old, &final_path));
             file.set_permissions(old.permissions()).map_err(|e| Error::io("create", e).path(path))?;
+        }
+        // Only an empty file can get this flag.
+        if self.no_copy_on_write && !os::forbid_copy_on_write(&file) {
+            self.doubts.push(format!(
+                "{}: its file system has no switch for copy-on-write; the file is like any other",
+                Location::from(path)
+            ));
         }
         let output = file::new_file(path, file);
         self.files.push(PendingFile { output: output.clone(), final_path, final_name, temporary, overwrite });

@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Advice, FallocateFlags, OFlags, RenameFlags};
+use rustix::fs::{Advice, FallocateFlags, IFlags, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use imgtool_core::FileRun;
@@ -184,6 +184,16 @@ pub fn zero_range(file: &File, position: u64, len: u64, is_block_device: bool) -
 /// allocate; otherwise the error of fallocate(2).
 pub fn allocate_range(file: &File, position: u64, len: u64) -> io::Result<()> {
     rustix::fs::fallocate(file, FallocateFlags::empty(), position, len).map_err(Into::into)
+}
+
+/// Asks the file system not to copy the blocks of an empty file when they are written again, like `chattr +C`.
+/// Returns false if it has no such flag.
+pub fn forbid_copy_on_write(file: &File) -> bool {
+    let flags = |file| rustix::fs::ioctl_getflags(file);
+    let Ok(before) = flags(file) else { return false };
+    let set = rustix::fs::ioctl_setflags(file, before | IFlags::NOCOW);
+    // Some file systems ignore flags that they don't know.
+    set.is_ok() && flags(file).is_ok_and(|after| after.contains(IFlags::NOCOW))
 }
 
 /// Magic numbers (statfs(2)) of file systems whose files can share blocks: XFS, btrfs, bcachefs.

@@ -98,6 +98,11 @@ pub fn allocate_range(_file: &File, _position: u64, _len: u64) -> io::Result<()>
 }
 
 /// Returns false.
+pub fn forbid_copy_on_write(_file: &File) -> bool {
+    false
+}
+
+/// Returns false.
 pub fn can_share_blocks(_from: &File, _to: &File) -> bool {
     false
 }
