@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind;
 use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use imgtool_core::{Error, SnapshotChoice};
 
 use crate::exit::Exit;
 use crate::secrets::SecretSource;
-use crate::{report, sandbox};
+use crate::{compat, report, sandbox};
 use values::Offer;
 
 mod convert;
@@ -21,7 +22,7 @@ mod vma;
 pub use convert::ConvertArgs;
 pub use image::{
     Algorithm, CheckArgs, ChecksumArgs, CompareArgs, CreateArgs, InfoArgs, MapArgs, MapFormat, MeasureArgs,
-    NewSize, RepairMode, ResizeArgs,
+    Preallocation, NewSize, RepairMode, ResizeArgs,
 };
 pub use vma::{USAGE as VMA_USAGE, VmaArgs, VmaCommand, VmaCreateArgs, VmaExtractArgs};
 
@@ -42,6 +43,14 @@ pub use vma::{USAGE as VMA_USAGE, VmaArgs, VmaCommand, VmaCreateArgs, VmaExtract
     after_long_help = EXIT_CODES_AND_EXAMPLES,
 )]
 pub struct Cli {
+    /// Behave as qemu-img does, for programs that call it; implied if imgtool is invoked as qemu-img
+    ///
+    /// Existing files are replaced, backing files in the image's directory are opened, the output format
+    /// is raw unless -O says otherwise, and progress and messages are those of qemu-img. The flag may be
+    /// anywhere on the command line.
+    #[arg(long)]
+    pub compat: bool,
+
     /// The command to run.
     #[command(subcommand)]
     pub command: Command,
@@ -69,7 +78,7 @@ Exit codes:
   2  usage error
   3  finished with losses (--salvage); each lost range is listed
   compare: 0 identical, 1 different, 2 could not compare
-  check: 0 clean, 1 could not check, 2 corrupt, 3 leaks only
+  check: 0 clean, 1 could not check, 2 corrupt, 3 leaks only, 63 nothing to check
   vma: those of the vma program
   After Ctrl-C or another signal, a command cleans up and dies of the signal.
 
@@ -150,6 +159,7 @@ pub struct InputArgs {
     #[arg(
         short = 'f',
         long = "format",
+        aliases = ["source-format", "a-format"],
         value_name = "FMT",
         value_parser = Offer::Formats,
         hide_possible_values = true
@@ -196,8 +206,10 @@ pub struct InputArgs {
 #[command(next_help_heading = "Reading")]
 pub struct SnapshotArgs {
     /// Read this internal snapshot (name or ID) instead of the current state
-    #[arg(short = 'l', long, value_name = "NAME")]
-    pub snapshot: Option<String>,
+    ///
+    /// snapshot.id=ID,snapshot.name=NAME, or one of them, takes only an ID or a name.
+    #[arg(short = 'l', long, alias = "source-snapshot", value_name = "NAME", value_parser = snapshot)]
+    pub snapshot: Option<SnapshotChoice>,
 }
 
 /// Form in which progress is shown.
@@ -212,6 +224,9 @@ pub enum ProgressMode {
     Json,
     /// Nothing
     None,
+    /// The percentage on standard output, as qemu-img prints it
+    #[value(skip)]
+    Percent,
 }
 
 /// Flags for the messages on standard error.
@@ -234,6 +249,10 @@ pub struct MessageArgs {
 impl MessageArgs {
     /// Returns the mode that `-p`, `-q` and `--progress` select. `--progress` wins unless it is `auto`.
     pub fn mode(self) -> ProgressMode {
+        if compat::is_on() && self.progress == ProgressMode::Auto {
+            let shows = self.show_progress && !self.quiet;
+            return if shows { ProgressMode::Percent } else { ProgressMode::None };
+        }
         match (self.progress, self.show_progress, self.quiet) {
             // As in qemu-img: -q silences -p.
             (ProgressMode::Auto, _, true) => ProgressMode::None,
@@ -248,8 +267,24 @@ impl MessageArgs {
 #[command(next_help_heading = "Work")]
 pub struct ThreadArgs {
     /// Number of worker threads, at most 64 [default: number of CPUs]
-    #[arg(short = 'm', long, value_name = "N", value_parser = threads)]
+    #[arg(short = 'm', long, alias = "parallel", value_name = "N", value_parser = threads)]
     pub threads: Option<u16>,
+}
+
+/// Parses a snapshot as qemu-img does: `snapshot.id=ID`, `snapshot.name=NAME`, both, or a name or ID alone.
+pub(crate) fn snapshot(text: &str) -> Result<SnapshotChoice, String> {
+    if !text.starts_with("snapshot.") {
+        return Ok(text.into());
+    }
+    let (mut id, mut name) = (None, None);
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("snapshot.id", value)) => id = Some(value.to_owned()),
+            Some(("snapshot.name", value)) => name = Some(value.to_owned()),
+            _ => return Err("expected snapshot.id=ID, snapshot.name=NAME, or both with a comma".to_owned()),
+        }
+    }
+    Ok(SnapshotChoice::Exact { id, name })
 }
 
 /// Parses the limit of `--memory`.
@@ -371,6 +406,9 @@ const VMA: &str = "vma";
 /// Returns the exit code after printing help, the version or a usage error.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Exit> {
     let mut args: Vec<OsString> = args.into_iter().collect();
+    if compat::begin(&mut args) {
+        return parse_as_qemu_img(&args);
+    }
     let invoked_as_vma =
         args.first().is_some_and(|name| Path::new(name).file_stem() == Some(OsStr::new(VMA)));
     if invoked_as_vma {
@@ -422,6 +460,40 @@ fn wants_json_lines(args: &[OsString]) -> bool {
     };
     let options = args.iter().take_while(|arg| *arg != "--").enumerate();
     options.filter_map(|(index, arg)| flag(index, arg)).last().unwrap_or(false)
+}
+
+/// Parses the command line of qemu-img: a long flag may be cut short, and every mistake exits with 1.
+fn parse_as_qemu_img(args: &[OsString]) -> Result<Cli, Exit> {
+    let first = args.get(1).and_then(|arg| arg.to_str());
+    let text = match first {
+        Some("--version" | "-V") => Some(compat::version()),
+        Some("--help" | "-h") => Some(compat::help(&format_names())),
+        _ => None,
+    };
+    if let Some(text) = text {
+        // A failure to print cannot be reported anywhere.
+        let _ = report::print(&text);
+        return Err(Exit::Done);
+    }
+    let command = Cli::command().infer_long_args(true);
+    let parsed = command.try_get_matches_from(args).and_then(|matches| Cli::from_arg_matches(&matches));
+    parsed.map_err(|mistake| {
+        if matches!(mistake.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+            let _ = mistake.print();
+            return Exit::Done;
+        }
+        report::error(&match first {
+            None => Error::usage("not enough arguments").hint("'qemu-img --help' lists the commands"),
+            Some(command) if compat::MISSING_COMMANDS.contains(&command) => compat::missing_command(command),
+            Some(_) => mistakes::explain(&mistake, args),
+        });
+        Exit::Failed
+    })
+}
+
+/// Returns the names of all formats, as qemu-img calls them.
+fn format_names() -> Vec<&'static str> {
+    imgtool::registry().drivers().map(|driver| compat::format_name(driver.name())).collect()
 }
 
 #[cfg(test)]

@@ -9,8 +9,8 @@ use imgtool_engine::{ExternalPolicy, OpenSettings, Opened, PolicyOpener, open as
 use imgtool_storage::Compression;
 
 use crate::args::InputArgs;
-use crate::report;
 use crate::secrets::SecretSource;
+use crate::{compat, report};
 
 /// Returns the settings for opening images. Reads the passphrase, which a descriptor supplies only once.
 ///
@@ -23,7 +23,8 @@ pub fn open_settings(args: &InputArgs) -> Result<OpenSettings> {
     Ok(OpenSettings {
         ignore_trailing: args.ignore_trailing,
         force_share: args.force_share,
-        policy: ExternalPolicy { chain: !chain.is_empty(), paths },
+        plain: compat::is_on(),
+        policy: ExternalPolicy { chain: !chain.is_empty() || compat::is_on(), paths },
         secret: args.secret.as_ref().map(SecretSource::read).transpose()?,
         memory: args.memory.map_or_else(Memory::default, Memory::new),
         ..OpenSettings::default()
@@ -162,12 +163,6 @@ pub fn show(name: &OsStr) -> String {
         Some("-") => "standard input".to_owned(),
         _ => escape_control(&name.to_string_lossy()),
     }
-}
-
-/// Parses a snapshot as qemu-img does: `snapshot.id=ID`, `snapshot.name=NAME`, or a name or ID alone.
-pub fn snapshot_name(text: &str) -> String {
-    let bare = text.strip_prefix("snapshot.id=").or_else(|| text.strip_prefix("snapshot.name="));
-    bare.unwrap_or(text).to_owned()
 }
 
 /// Formats the name of a format with the compression around it, outermost first: "vma in zstd".

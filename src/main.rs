@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 mod args;
 mod commands;
+mod compat;
 mod exit;
 mod images;
 mod interrupt;

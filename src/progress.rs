@@ -17,6 +17,7 @@ use crate::sandbox;
 
 mod bars;
 mod json;
+mod percent;
 mod screen;
 
 /// Progress of a lane, or of all lanes together, in guest bytes.
@@ -227,9 +228,11 @@ impl Meter {
             }
             (ProgressMode::Bar, false) => Some(std::thread::spawn(move || show_lines(&shared))),
             (ProgressMode::Json, _) => Some(std::thread::spawn(move || json::show(&shared))),
+            (ProgressMode::Percent, _) => Some(std::thread::spawn(move || percent::show(&shared))),
             (ProgressMode::Auto, false) | (ProgressMode::None, _) => None,
         };
-        let is_live = mode == ProgressMode::Json || terminal && mode != ProgressMode::None;
+        let is_live = matches!(mode, ProgressMode::Json | ProgressMode::Percent)
+            || terminal && mode != ProgressMode::None;
         Self { counters, thread, is_live }
     }
 
@@ -324,7 +327,7 @@ impl Monitor for Display<'_> {
     fn left_incomplete(&self, target: &Location) {
         // The bars must not be drawn over the note.
         drop(self.take_meter());
-        report::note(&format!("{target} was overwritten in place and is now incomplete"));
+        report::warning(&format!("{target} was overwritten in place and is now incomplete"));
     }
 }
 

@@ -10,7 +10,7 @@ use imgtool_core::{Error, ErrorKind, Result};
 use serde::Serialize;
 
 use crate::exit::Exit;
-use crate::{remedy, sandbox};
+use crate::{compat, remedy, sandbox};
 
 mod json_lines;
 mod terminal;
@@ -52,11 +52,16 @@ pub fn error(error: &Error) {
     if speaks_json() {
         return json_lines::error(error, hint(error));
     }
-    if let Some(program) = STANDS_IN_FOR.get() {
-        return say(&format!("{program}: {}", sentence(error)));
+    let mut text = match STANDS_IN_FOR.get() {
+        Some(program) => format!("{program}: {}", sentence(error)),
+        None => {
+            let label = Stream::Err.paint(Paint::Bad, "error:");
+            flow(Stream::Err, &format!("imgtool: {label} {}", sentence(error)), 2)
+        }
+    };
+    if STANDS_IN_FOR.get().is_some() && !compat::is_on() {
+        return say(&text);
     }
-    let label = Stream::Err.paint(Paint::Bad, "error:");
-    let mut text = flow(Stream::Err, &format!("imgtool: {label} {}", sentence(error)), 2);
     if let Some(hint) = hint(error) {
         let hint = escape_control(&hint);
         let _ = write!(text, "\n{}", flow(Stream::Err, &format!("  hint: {hint}"), 4));
@@ -90,11 +95,19 @@ fn sentence(error: &Error) -> String {
 
 /// Returns the exit code for an error.
 pub fn exit_of(error: &Error) -> Exit {
-    if error.kind() == ErrorKind::Usage { Exit::Usage } else { Exit::Failed }
+    if error.kind() == ErrorKind::Usage && !compat::is_on() { Exit::Usage } else { Exit::Failed }
 }
 
-/// Prints a note: information that the user needs, but not an error.
+/// Prints a note: information that the user needs, but not an error. In the place of qemu-img, standard error
+/// holds errors alone.
 pub fn note(text: &str) {
+    if !compat::is_on() {
+        warning(text);
+    }
+}
+
+/// Prints a note that belongs to an error.
+pub fn warning(text: &str) {
     if speaks_json() {
         return json_lines::message("note", text);
     }

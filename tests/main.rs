@@ -3,7 +3,7 @@
 //!
 //! One module per subject: `cli` tests the command line and its texts, `formats` the content through every
 //! format, `faults` errors and interruptions, `hostile` malicious images, `vma` archives and `imgtool vma`,
-//! `library` the library without the program. A test whose oracle is missing prints `SKIPPED: …` and passes;
+//! `library` the library without the program, `qemu_img` the program in the place of qemu-img. A test whose oracle is missing prints `SKIPPED: …` and passes;
 //! with `CI` set, it fails. Loop devices and mounts, which no package provides, may be missing even with `CI`
 //! set; `.ci/run` lists the skipped tests at its end.
 
@@ -14,5 +14,6 @@ mod faults;
 mod formats;
 mod hostile;
 mod library;
+mod qemu_img;
 mod support;
 mod vma;

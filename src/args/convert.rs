@@ -118,6 +118,7 @@ pub struct TargetArgs {
     #[arg(
         short = 'O',
         long = "to",
+        aliases = ["target-format", "output-format"],
         value_name = "FMT",
         value_parser = Offer::Targets,
         hide_possible_values = true
@@ -128,6 +129,7 @@ pub struct TargetArgs {
     #[arg(
         short = 'o',
         long = "options",
+        aliases = ["target-options", "target-format-options"],
         value_name = "K=V,...",
         value_parser = Offer::OptionKeys,
         hide_possible_values = true
@@ -169,14 +171,14 @@ pub struct TargetArgs {
     pub skip_broken_bitmaps: bool,
 
     /// Store only the differences from this backing file; same as -o backing_file=FILE
-    #[arg(short = 'B', value_name = "FILE", requires = "backing_format", value_hint = ValueHint::FilePath)]
+    #[arg(short = 'B', long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub backing: Option<String>,
 
     /// Format of the backing file; same as -o backing_fmt=FMT
     #[arg(
         short = 'F',
+        long,
         value_name = "FMT",
-        requires = "backing",
         value_parser = Offer::Formats,
         hide_possible_values = true
     )]
@@ -266,7 +268,7 @@ pub struct WorkArgs {
     ///
     /// Counts the uncompressed data of the disks, stored zeros included, also of those in a stream that are
     /// not copied, and what --verify reads back. Holes do not count.
-    #[arg(short = 'r', long = "rate-limit", value_name = "RATE")]
+    #[arg(short = 'r', long = "rate-limit", alias = "rate", value_name = "RATE")]
     pub rate_limit: Option<String>,
 }
 
@@ -275,19 +277,31 @@ pub struct WorkArgs {
 #[command(next_help_heading = "Compatibility with qemu-img")]
 pub struct CompatArgs {
     /// Accepted, no effect: outputs are always flushed before they get their final names
-    #[arg(short = 't', value_name = "CACHE", value_parser = CACHE_MODES, hide_possible_values = true)]
+    #[arg(
+        short = 't',
+        long,
+        value_name = "CACHE",
+        value_parser = CACHE_MODES,
+        hide_possible_values = true
+    )]
     pub target_cache: Option<String>,
 
     /// Accepted, no effect: sources are read through the page cache
-    #[arg(short = 'T', value_name = "CACHE", value_parser = CACHE_MODES, hide_possible_values = true)]
+    #[arg(
+        short = 'T',
+        long,
+        value_name = "CACHE",
+        value_parser = CACHE_MODES,
+        hide_possible_values = true
+    )]
     pub source_cache: Option<String>,
 
     /// Accepted, no effect: writes are reordered wherever that is safe
-    #[arg(short = 'W')]
+    #[arg(short = 'W', long = "oob-writes")]
     pub out_of_order: bool,
 
     /// Accepted, no effect: the formats decide how bytes are copied
-    #[arg(short = 'C')]
+    #[arg(short = 'C', long = "copy-range-offloading")]
     pub copy_offload: bool,
 
     /// Not supported: targets are plain paths

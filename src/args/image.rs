@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum, ValueHint};
+use imgtool_core::SnapshotChoice;
 
 use crate::secrets::SecretSource;
 
@@ -26,7 +27,7 @@ pub struct InfoArgs {
     pub images: Vec<PathBuf>,
 
     /// Also show the backing files, as far as --allow-external permits opening them
-    #[arg(long)]
+    #[arg(short = 'b', long)]
     pub backing_chain: bool,
 
     /// Read a stream to its end, however long: counts the bytes that an archive stores, and the size of a
@@ -67,7 +68,7 @@ pub struct MapArgs {
     pub start_offset: Option<String>,
 
     /// Show at most this many bytes of the disk [default: up to its end]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(short = 'l', long, value_name = "SIZE")]
     pub max_length: Option<String>,
 
     /// Print text, one JSON document (fields: docs/json.md), or an SVG drawing for browsers [default: human]
@@ -84,8 +85,9 @@ pub struct MapArgs {
     #[command(flatten)]
     pub input: InputArgs,
 
-    #[command(flatten)]
-    pub snapshot: SnapshotArgs,
+    /// Read this internal snapshot (name or ID) instead of the current state
+    #[arg(long, value_name = "NAME", value_parser = super::snapshot, help_heading = "Reading")]
+    pub snapshot: Option<SnapshotChoice>,
 }
 
 /// Format of the result of `imgtool map`.
@@ -106,6 +108,7 @@ pub struct CacheArgs {
     /// Accepted for compatibility, no effect: images are read through the page cache
     #[arg(
         short = 'T',
+        long,
         value_name = "CACHE",
         value_parser = CACHE_MODES,
         hide_possible_values = true,
@@ -124,6 +127,7 @@ Exit codes:
   1  could not check, or usage error
   2  corrupt
   3  leaks only: space is wasted, the content is intact
+  63 the format has no structure to check (raw)
 
 Examples:
   imgtool check disk.qcow2
@@ -183,7 +187,13 @@ pub struct CompareArgs {
     pub second: PathBuf,
 
     /// Format of B; -f is the format of A [default: detected from its content]
-    #[arg(short = 'F', value_name = "FMT", value_parser = Offer::Formats, hide_possible_values = true)]
+    #[arg(
+        short = 'F',
+        long = "b-format",
+        value_name = "FMT",
+        value_parser = Offer::Formats,
+        hide_possible_values = true
+    )]
     pub second_format: Option<String>,
 
     /// Also require equal sizes and equal allocation, as qemu-img does
@@ -298,7 +308,7 @@ pub struct MeasureArgs {
     pub disk: Vec<String>,
 
     /// Assume an empty disk of this size instead of an image
-    #[arg(long, value_name = "SIZE")]
+    #[arg(short = 's', long, value_name = "SIZE")]
     pub size: Option<String>,
 
     /// Also estimate the size with this compression, from samples of the data
@@ -317,6 +327,7 @@ pub struct MeasureArgs {
     #[arg(
         short = 'O',
         long = "to",
+        aliases = ["target-format", "output-format"],
         value_name = "FMT",
         value_parser = Offer::Targets,
         hide_possible_values = true
@@ -390,7 +401,6 @@ pub struct CreateArgs {
         short = 'b',
         long,
         value_name = "FILE",
-        requires = "backing_format",
         value_hint = ValueHint::FilePath
     )]
     pub backing: Option<String>,
@@ -415,7 +425,7 @@ pub struct CreateArgs {
     pub target_secret: Option<SecretSource>,
 
     /// Do not open the backing file of a qcow2 image: it may be missing, but SIZE is required
-    #[arg(short = 'u', long)]
+    #[arg(short = 'u', long, alias = "backing-unsafe")]
     pub unsafe_backing: bool,
 
     /// Not supported: --target-secret takes a passphrase, and remote images cannot be opened
@@ -459,12 +469,33 @@ pub struct ResizeArgs {
     #[arg(long)]
     pub shrink: bool,
 
+    /// Allocate space for the new bytes of a raw file (falloc) [default: off]
+    #[arg(
+        long,
+        value_name = "off|falloc",
+        value_enum,
+        default_value_t,
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
+    pub preallocation: Preallocation,
+
     /// Print nothing
     #[arg(short = 'q', long)]
     pub quiet: bool,
 
     #[command(flatten)]
     pub input: InputArgs,
+}
+
+/// Space for the bytes by which an image grows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Preallocation {
+    /// They are a hole.
+    #[default]
+    Off,
+    /// The file system allocates it.
+    Falloc,
 }
 
 /// Size that an image gets.
@@ -479,6 +510,15 @@ pub enum NewSize {
 }
 
 impl NewSize {
+    /// Returns the new size in bytes of an image of `old` bytes; `None` if that is no size.
+    pub fn of(self, old: u64) -> Option<u64> {
+        match self {
+            Self::Exact(size) => Some(size),
+            Self::More(more) => old.checked_add(more),
+            Self::Less(less) => old.checked_sub(less),
+        }
+    }
+
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         let size = |text: &str| {
             imgtool_core::parse_size(text).ok_or_else(|| "expected a size, such as 40G or +10G".to_owned())

@@ -8,9 +8,7 @@ use clap::{Command, CommandFactory};
 use imgtool_core::{Error, suggest};
 
 use super::Cli;
-
-/// Commands of qemu-img without a counterpart here: most modify an image in place.
-const QEMU_IMG_COMMANDS: [&str; 7] = ["amend", "bench", "bitmap", "commit", "dd", "rebase", "snapshot"];
+use crate::compat;
 
 /// Commands of the vma program that are not commands of imgtool itself.
 const VMA_COMMANDS: [&str; 4] = ["list", "config", "extract", "verify"];
@@ -84,7 +82,7 @@ fn unknown_command(word: &str, command: &Command, args: &[OsString]) -> Error {
     if word == "version" {
         return error.hint("'imgtool --version' prints the version");
     }
-    if QEMU_IMG_COMMANDS.contains(&word) {
+    if compat::MISSING_COMMANDS.contains(&word) {
         return error.hint(format!("that is left to 'qemu-img {word}'; {}", command_list(command)));
     }
     error.hint(suggest::hint(word, "commands", command.get_subcommands().map(Command::get_name)))
@@ -154,7 +152,7 @@ fn bare(arg: &str) -> String {
 fn path(args: &[OsString]) -> (Command, String) {
     let mut command = Cli::command();
     command.build();
-    let mut name = command.get_name().to_owned();
+    let mut name = compat::program().to_owned();
     for arg in args.iter().skip(1) {
         let Some(next) = arg.to_str().and_then(|arg| command.find_subcommand(arg)) else { break };
         name = format!("{name} {}", next.get_name());

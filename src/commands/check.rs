@@ -12,9 +12,9 @@ use serde::Serialize;
 
 use crate::args::{CheckArgs, RepairMode};
 use crate::exit::Exit;
-use crate::images;
 use crate::report::{self, Stream};
 use crate::sandbox::{self, Writes};
+use crate::{compat, images};
 
 #[derive(Serialize)]
 struct Document<'a> {
@@ -65,9 +65,9 @@ fn check(args: &CheckArgs) -> Result<Exit> {
     };
     let can = driver.capabilities();
     if !can.check {
-        return Err(
-            Error::unsupported(format!("{} images have no structure to check", driver.name())).path(location)
-        );
+        let what = format!("{} images have no structure to check", driver.name());
+        report::error(&Error::unsupported(what).path(location));
+        return Ok(Exit::NO_CHECK);
     }
     if let Some((what, target)) = target {
         drop(open);
@@ -76,7 +76,7 @@ fn check(args: &CheckArgs) -> Result<Exit> {
     let head = open.input.head()?;
     let open = if driver.reads_stream(&head) { open } else { open.spool()? };
     let found = driver.check(open.input, &options).in_file(location)?;
-    print(args, driver.name(), &found, None)?;
+    print(args, compat::format_name(driver.name()), &found, None)?;
     Ok(exit(&found))
 }
 
@@ -107,7 +107,7 @@ fn repair(
         leaks_fixed: before.leaks.saturating_sub(after.leaks),
         corruptions_fixed: before.corruptions.saturating_sub(after.corruptions),
     };
-    print(args, driver.name(), &after, Some(fixed))?;
+    print(args, compat::format_name(driver.name()), &after, Some(fixed))?;
     Ok(exit(&after))
 }
 
@@ -119,6 +119,9 @@ fn print(args: &CheckArgs, format: &str, found: &CheckReport, fixed: Option<Fixe
     }
     if args.quiet && exit(found) == Exit::Done {
         return Ok(());
+    }
+    if compat::is_on() {
+        return report::print(&qemu_page(found, fixed));
     }
     if let Some(Fixed { leaks_fixed, corruptions_fixed }) = fixed {
         let text = format!("repaired: {leaks_fixed} leaked clusters, {corruptions_fixed} errors");
@@ -147,6 +150,54 @@ fn exit(found: &CheckReport) -> Exit {
     } else {
         Exit::Done
     }
+}
+
+/// Returns the text of `qemu-img check`.
+fn qemu_page(found: &CheckReport, fixed: Option<Fixed>) -> String {
+    let mut text = String::new();
+    if let Some(Fixed { leaks_fixed, corruptions_fixed }) =
+        fixed.filter(|fixed| fixed.leaks_fixed + fixed.corruptions_fixed > 0)
+    {
+        let _ = write!(
+            text,
+            "The following inconsistencies were found and repaired:\n\n    {leaks_fixed} leaked clusters\n    \
+             {corruptions_fixed} corruptions\n\nDouble checking the fixed image now...\n"
+        );
+    }
+    for finding in &found.findings {
+        let _ = writeln!(text, "{}", escape_control(finding));
+    }
+    let counts = [
+        (
+            found.corruptions,
+            "errors were found on the image.\nData may be corrupted, or further writes to the image may corrupt it.",
+        ),
+        (
+            found.leaks,
+            "leaked clusters were found on the image.\nThis means waste of disk space, but no harm to data.",
+        ),
+        (found.check_errors, "internal errors have occurred during the check."),
+    ];
+    if counts.iter().all(|(count, _)| *count == 0) {
+        text.push_str("No errors were found on the image.\n");
+    }
+    for (count, what) in counts.iter().filter(|(count, _)| *count > 0) {
+        let _ = writeln!(text, "\n{count} {what}");
+    }
+    if let (Some(total), Some(allocated)) = (found.total_clusters, found.allocated_clusters) {
+        let share = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 * 100.0 / whole as f64 };
+        let _ = writeln!(
+            text,
+            "{allocated}/{total} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters",
+            share(allocated, total),
+            share(found.fragmented_clusters.unwrap_or(0), allocated),
+            share(found.compressed_clusters.unwrap_or(0), allocated)
+        );
+    }
+    if let Some(end) = found.image_end_offset {
+        let _ = writeln!(text, "Image end offset: {end}");
+    }
+    text
 }
 
 fn page(path: &Path, format: &str, found: &CheckReport) -> String {

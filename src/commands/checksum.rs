@@ -32,7 +32,7 @@ struct Line {
 pub fn run(args: &ChecksumArgs) -> Result<Exit> {
     let registry = imgtool::registry();
     let options = OpenOptions {
-        snapshot: args.snapshot.snapshot.as_deref().map(images::snapshot_name),
+        snapshot: args.snapshot.snapshot.clone(),
         ..images::open_options(&registry, &args.input)?
     };
     let interrupt = Interrupt::listen()?;

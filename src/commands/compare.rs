@@ -14,7 +14,7 @@ use crate::args::CompareArgs;
 use crate::exit::Exit;
 use crate::interrupt::Interrupt;
 use crate::progress::Display;
-use crate::{images, report};
+use crate::{compat, images, report};
 
 /// Result of a comparison.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -25,6 +25,15 @@ struct Verdict {
     difference: Option<Difference>,
     devices: Vec<Compared>,
     notes: Vec<String>,
+}
+
+impl Verdict {
+    /// True if the sizes of a pair differ, and no difference of content is within the smaller size.
+    fn is_equal_to_shorter_end(&self, pair: &Compared) -> bool {
+        let shorter = pair.virtual_size_a.min(pair.virtual_size_b);
+        let offset = self.difference.as_ref().and_then(|difference| difference.offset);
+        pair.virtual_size_a != pair.virtual_size_b && offset.is_none_or(|offset| offset >= shorter)
+    }
 }
 
 /// The first difference between the two images.
@@ -89,6 +98,13 @@ fn print(args: &CompareArgs, verdict: &Verdict) -> Result<()> {
     }
     for note in &verdict.notes {
         report::note(note);
+    }
+    if compat::is_on() && verdict.devices.iter().any(|pair| verdict.is_equal_to_shorter_end(pair)) {
+        // As in qemu-img: the strict comparison ends there, the other one goes on.
+        if args.strict {
+            return report::print("Strict mode: Image size mismatch!\n");
+        }
+        report::print("Warning: Image size mismatch!\n")?;
     }
     // The wording follows qemu-img.
     let mut text = match &verdict.difference {

@@ -9,13 +9,13 @@ use imgtool_engine::{
 };
 
 use super::options;
-use crate::args::{ConvertArgs, compatibility_help};
+use crate::args::{ConvertArgs, ProgressMode, compatibility_help};
 use crate::exit::Exit;
 use crate::interrupt::Interrupt;
 use crate::progress::Display;
 use crate::sandbox::{self, Writes};
 use crate::secrets::SecretSource;
-use crate::{images, proxmox, report};
+use crate::{compat, images, proxmox, report};
 
 mod configurations;
 mod disk_target;
@@ -40,7 +40,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     // Checked before the paths: 'convert a.raw -O b.qcow2' lacks a format, not a destination.
     args.target.to.iter().try_for_each(|name| foreign::driver(&registry, name).map(drop))?;
     proxmox::check(&args.devices.proxmox)?;
-    let request = request(args)?;
+    let (request, size_is_given) = request(args)?;
     let bytes_per_second = rate_limit(args)?;
 
     let targets = request.dest.iter().chain(request.disk_targets.iter().map(|target| &target.location));
@@ -48,7 +48,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     let interrupt = Interrupt::listen()?;
     let cancel = interrupt.token();
     let mut conversion = request.open(&registry, &cancel)?;
-    if !args.messages.quiet {
+    if !args.messages.quiet && !compat::is_on() {
         conversion.sources().iter().for_each(summary::announce);
     }
     options::check_secret(conversion.format(), args.target.target_secret.is_some())?;
@@ -59,6 +59,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     configurations::note_on_restoring(args, &mut plan)?;
     args.target.size.map_or(Ok(()), |size| new_size::set(&mut plan, size, &cancel))?;
     let is_compressed = plan.sources.iter().any(|source| !source.opened.compression.is_empty());
+    plan.layout.notes.extend(size_is_given.then(without_size));
     let stdout_is_data = plan.layout.outputs.iter().any(|output| output.destination.is_stdout());
     let options = RunOptions {
         threads: args.threads.count(),
@@ -71,49 +72,68 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         cancel,
         ..RunOptions::default()
     };
-    let report = plan.run(&options, &Display::new(args.messages.mode(), &interrupt))?;
+    let report = plan.run(&options, &Display::new(progress(args, stdout_is_data), &interrupt))?;
     Ok(summary::print(args, &report, stdout_is_data, is_compressed))
 }
 
-/// Converts the arguments into a request.
-fn request(args: &ConvertArgs) -> Result<Request> {
+/// Returns the form of the progress: none if it would be among the data on standard output.
+fn progress(args: &ConvertArgs, stdout_is_data: bool) -> ProgressMode {
+    match args.messages.mode() {
+        ProgressMode::Percent if stdout_is_data => ProgressMode::None,
+        mode => mode,
+    }
+}
+
+/// Returns the note on a size that has no effect.
+fn without_size() -> Note {
+    Note::Text("-o size has no effect: a converted image has the size of its source".to_owned())
+}
+
+/// Converts the arguments into a request. Returns it, and true if the options contain a size, which has no effect
+/// in qemu-img either.
+fn request(args: &ConvertArgs) -> Result<(Request, bool)> {
     let disk_targets: Vec<DiskTarget> =
         args.devices.target.iter().map(|text| disk_target::parse(text)).collect::<Result<_>>()?;
     let bare_compress = args.target.compress.as_deref() == Some("");
     let (sources, dest) = split_paths(&args.paths, &disk_targets, bare_compress)?;
     args.paths.iter().try_for_each(|path| refuse_protocol(path))?;
+    if compat::is_on() && dest.is_some_and(|dest| Path::new(dest).is_dir()) {
+        return Err(Error::refused("is a directory").path(Path::new(dest.unwrap_or_default())));
+    }
     let mut format_options =
         options::format_options(&args.target.options, args.target.sparse_size.as_deref())?;
     let (backing, backing_format) = (args.target.backing.as_deref(), args.target.backing_format.as_deref());
-    options::add_backing(&mut format_options, backing, backing_format)?;
+    options::set_backing(&mut format_options, backing, backing_format);
+    let size_is_given = options::take_size(&mut format_options)?.is_some();
     let open = images::open_settings(&args.input)?;
     let target_secret = args.target.target_secret.as_ref().map(SecretSource::read).transpose()?;
     format_options.secret = target_secret.or_else(|| open.secret.clone());
-    Ok(Request {
+    let request = Request {
         sources: sources.iter().map(|source| SourceRequest::parse(source)).collect(),
         source_format: args.input.format.clone(),
         open: OpenSettings {
             salvage: args.work.salvage,
             force: args.target.force,
-            snapshot: args.snapshot.snapshot.as_deref().map(images::snapshot_name),
+            snapshot: args.snapshot.snapshot.clone(),
             ..open
         },
         disks: args.devices.disk.clone(),
         dest: dest.map(Location::target),
         disk_targets,
-        format: args.target.to.clone(),
+        format: args.target.to.as_deref().or(compat::default_format()).map(str::to_owned),
         options: format_options,
         compress: args.target.compress.as_deref().map(options::compress).transpose()?,
         attachments: Vec::new(),
         wants_attachments: !args.devices.config.is_empty() || !args.devices.proxmox.is_empty(),
         keep_attachments: args.devices.config_from_source,
         in_place: args.target.no_create.then_some(args.target.target_is_zero),
-        overwrite: args.target.force,
+        overwrite: args.target.force || compat::is_on(),
         bitmaps: args.target.bitmaps.then_some(match args.target.skip_broken_bitmaps {
             true => BrokenBitmaps::Skip,
             false => BrokenBitmaps::Refuse,
         }),
-    })
+    };
+    Ok((request, size_is_given))
 }
 
 /// Refuses a path, or `NAME=PATH`, with a protocol of qemu-img.

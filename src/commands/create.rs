@@ -1,5 +1,6 @@
 //! `imgtool create`: creates an empty image, or an overlay on a backing image.
 
+use std::ffi::OsStr;
 use std::path::Path;
 
 use imgtool_core::error::escape_control;
@@ -15,7 +16,7 @@ use crate::interrupt::Interrupt;
 use crate::progress::Display;
 use crate::sandbox::{self, Writes};
 use crate::secrets::SecretSource;
-use crate::{images, report};
+use crate::{compat, images, report};
 
 /// JSON document that describes the new image.
 #[derive(Serialize)]
@@ -38,13 +39,16 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
     let registry = imgtool::registry();
     args.path.iter().try_for_each(|path| images::refuse_protocol(path.as_os_str()))?;
     let location = args.path.as_deref().map(|path| Location::target(path.as_os_str()));
-    let driver = format::by_word_or_name(&registry, args.format.as_deref(), location.as_ref())?;
+    let word = args.format.as_deref().or(compat::default_format());
+    let driver = format::by_word_or_name(&registry, word, location.as_ref())?;
     if options::asks_for_help(&args.options) {
         return options::list(&*driver);
     }
     let mut format_options = options::format_options(&args.options, None)?;
     format_options.secret = args.target_secret.as_ref().map(SecretSource::read).transpose()?;
-    options::add_backing(&mut format_options, args.backing.as_deref(), args.backing_format.as_deref())?;
+    options::set_backing(&mut format_options, args.backing.as_deref(), args.backing_format.as_deref());
+    let option_size = options::take_size(&mut format_options)?;
+    let pairs = format_options.pairs.clone();
     sandbox::enter(Writes::to(&location, &format_options.pairs));
     let format = TargetFormat::new(driver, format_options)?;
     options::check_secret(&format, args.target_secret.is_some())?;
@@ -56,14 +60,15 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
             Error::usage("cannot create an image on standard output").hint("imgtool create -f FMT PATH SIZE")
         );
     }
-    let size = size(&registry, args, path, &location, &format)?;
+    let size = compat::new_size(size(&registry, args, option_size, path, &location, &format)?);
     // A URL gets here, and is refused as a path that does not exist.
     let path = location.path().unwrap_or(path);
     let backing_filename = format.writer.backing().map(|backing| backing.name);
     let format_name = format.driver.name();
 
     let interrupt = Interrupt::listen()?;
-    let request = CreateRequest { path: path.to_owned(), format, size, overwrite: args.force };
+    let request =
+        CreateRequest { path: path.to_owned(), format, size, overwrite: args.force || compat::is_on() };
     let display = Display::new(ProgressMode::None, &interrupt);
     let made = create::create(&registry, request, &display, &interrupt.token())?;
     let document = Document {
@@ -73,23 +78,41 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
         backing_filename,
         notes: made.notes.iter().map(ToString::to_string).collect(),
     };
-    if args.output.is_json() {
-        report::note_unprinted(report::print_json(&document));
-    } else if !args.quiet {
-        let below = document.backing_filename.as_ref().map(|name| format!(", on {}", escape_control(name)));
-        let size = report::exact_size(size);
-        let what = format!("{}, {size}{}", document.format, below.unwrap_or_default());
-        let line = format!("{}: {what}\n", images::show(path.as_os_str()));
-        report::note_unprinted(report::print(&line));
-        document.notes.iter().for_each(|note| report::note(note));
-    }
+    print(args, &document, &pairs);
     Ok(Exit::Done)
 }
 
-/// Returns SIZE in bytes if it is given, otherwise the virtual size of the backing image.
+/// Describes the new image, which has the options `pairs`.
+fn print(args: &CreateArgs, document: &Document<'_>, pairs: &[(String, String)]) {
+    if args.output.is_json() {
+        report::note_unprinted(report::print_json(document));
+    } else if !args.quiet && compat::is_on() {
+        report::note_unprinted(report::print(&formatting(document, pairs)));
+    } else if !args.quiet {
+        let below = document.backing_filename.as_ref().map(|name| format!(", on {}", escape_control(name)));
+        let size = report::exact_size(document.virtual_size);
+        let what = format!("{}, {size}{}", document.format, below.unwrap_or_default());
+        let line = format!("{}: {what}\n", images::show(OsStr::new(&document.filename)));
+        report::note_unprinted(report::print(&line));
+        document.notes.iter().for_each(|note| report::note(note));
+    }
+}
+
+/// Returns the line that qemu-img prints.
+fn formatting(document: &Document<'_>, pairs: &[(String, String)]) -> String {
+    let name = escape_control(&document.filename);
+    let pairs: String =
+        pairs.iter().map(|(key, value)| format!(" {key}={}", escape_control(value))).collect();
+    let format = compat::format_name(document.format);
+    format!("Formatting '{name}', fmt={format} size={}{pairs}\n", document.virtual_size)
+}
+
+/// Returns the size in bytes if SIZE or the option `size` states it, otherwise the virtual size of the backing
+/// image.
 fn size(
     registry: &Registry,
     args: &CreateArgs,
+    option_size: Option<u64>,
     path: &Path,
     location: &Location,
     format: &TargetFormat,
@@ -103,6 +126,10 @@ fn size(
             .hint(format!("SIZE comes last: imgtool create {second} {first}")));
     }
     let size = args.size.as_deref().map(options::size).transpose()?;
+    if size.is_some() && option_size.is_some() {
+        return Err(Error::usage("the size is given twice: as SIZE and as -o size"));
+    }
+    let size = size.or(option_size);
     let missing = || Error::usage("missing SIZE").hint("imgtool create -f FMT PATH SIZE");
     if args.unsafe_backing {
         return size.ok_or_else(missing);

@@ -14,12 +14,13 @@ use imgtool_core::{
 };
 use imgtool_engine::externals::{self, MAX_CHAIN_DEPTH};
 use imgtool_engine::open;
-use imgtool_storage::{Compression, os};
+use imgtool_storage::Compression;
+use imgtool_storage::os::{self, FileClass};
 use serde_json::{Map, Value, json};
 
 use crate::args::InfoArgs;
 use crate::exit::Exit;
-use crate::{images, remedy, report};
+use crate::{compat, images, remedy, report};
 
 mod facts;
 mod guest;
@@ -71,10 +72,12 @@ impl ImageEntry {
         if open_ended { self.counted } else { Some(self.virtual_size()) }
     }
 
-    /// Returns the allocated size in bytes of the file and of its extents beside it, as far as they exist;
-    /// `None` unless it is a regular file.
+    /// Returns the allocated size in bytes of the file and of its extents beside it, as far as they exist; 0 for a
+    /// block device, `None` for a stream.
     fn actual_size(&self) -> Option<u64> {
-        let meta = fs::metadata(self.location.path()?).ok().filter(fs::Metadata::is_file)?;
+        let is_stored =
+            |meta: &fs::Metadata| matches!(os::classify(meta), FileClass::Regular | FileClass::BlockDevice);
+        let meta = fs::metadata(self.location.path()?).ok().filter(is_stored)?;
         let extents = self.info().references.iter().filter(|reference| reference.role == "extent");
         let names: BTreeSet<&str> =
             extents.map(|extent| &*extent.name).filter(|n| is_plain_name(n)).collect();
@@ -97,7 +100,7 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
     let options = OpenOptions {
         info_only: true,
         info_stream_len: if args.read_all { u64::MAX } else { STREAM_LEN },
-        snapshot: args.snapshot.snapshot.as_deref().map(images::snapshot_name),
+        snapshot: args.snapshot.snapshot.clone(),
         ..images::open_options(&registry, &args.input)?
     };
     let mut entries = Vec::new();
@@ -129,8 +132,10 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
     }
     let mut exit = Exit::Done;
     let chain_ends = entries.iter().filter_map(|image| image.chain_ends.as_ref());
-    // The user did not allow the file: there is no error, and the note tells how.
-    let broken = chain_ends.filter(|error| !matches!(error.remedy(), Some(Remedy::AllowExternal { .. })));
+    // The user did not allow the file: there is no error, and the note tells how. In the place of qemu-img, the
+    // caller expects the whole chain.
+    let is_noted = |error: &&Error| matches!(error.remedy(), Some(Remedy::AllowExternal { .. }));
+    let broken = chain_ends.filter(|error| compat::is_on() || !is_noted(error));
     for error in entries.iter().filter_map(|image| image.source.damage()).chain(broken) {
         report::error(error);
         exit = Exit::Failed;
@@ -207,7 +212,8 @@ fn document(image: &ImageEntry) -> Value {
     let info = image.info();
     let mut map = Map::new();
     map.insert("filename".into(), image.location.name().into());
-    map.insert("format".into(), info.format.into());
+    let format = compat::format_name(info.format);
+    map.insert("format".into(), format.into());
     map.insert("virtual-size".into(), virtual_size(image));
     if let Some(size) = image.actual_size() {
         map.insert("actual-size".into(), size.into());
@@ -227,8 +233,10 @@ fn document(image: &ImageEntry) -> Value {
         .map(|fact| (fact.key.to_owned(), fact.value.clone()))
         .collect();
     if !data.is_empty() {
-        map.insert("format-specific".into(), json!({ "type": info.format, "data": data }));
+        map.insert("format-specific".into(), json!({ "type": format, "data": data }));
     }
+    // A fact of the formats that know an interrupted write, false for all others.
+    map.entry("dirty-flag").or_insert(false.into());
     map.insert("devices".into(), info.devices.iter().map(|known| device(known, image.counted)).collect());
     let attachments = info.attachments.iter().map(|a| json!({ "name": a.name, "size": a.data.len() }));
     map.insert("attachments".into(), attachments.collect());

@@ -1,5 +1,6 @@
 //! `imgtool map`: prints the extents of a disk, each with its place in a file of the backing chain.
 
+use std::fmt::Write as _;
 use std::ops::Range;
 
 use imgtool_core::error::escape_control;
@@ -11,7 +12,7 @@ use super::options;
 use crate::args::{MapArgs, MapFormat};
 use crate::exit::Exit;
 use crate::report::{self, Stream};
-use crate::{images, sandbox};
+use crate::{compat, images, sandbox};
 
 mod cells;
 mod picture;
@@ -40,7 +41,7 @@ struct ExtentRecord<'a> {
 pub fn run(args: &MapArgs) -> Result<Exit> {
     let registry = imgtool::registry();
     let options = imgtool_core::OpenOptions {
-        snapshot: args.snapshot.snapshot.as_deref().map(images::snapshot_name),
+        snapshot: args.snapshot.clone(),
         layout_only: true,
         ..images::open_options(&registry, &args.input)?
     };
@@ -59,7 +60,9 @@ pub fn run(args: &MapArgs) -> Result<Exit> {
     for device in devices {
         let range = window.start.min(device.size)..window.end.min(device.size);
         let disk = Disk::new(opened.image.clone(), device.id).in_file(location)?;
-        if !json && !range.is_empty() {
+        if compat::is_on() {
+            printer.table_header();
+        } else if !json && !range.is_empty() {
             printer.text.push_str(&picture(&disk, range.clone()).in_file(location)?);
             printer.header();
         }
@@ -175,6 +178,30 @@ impl Printer {
         }
     }
 
+    /// Appends the header of qemu-img's table.
+    fn table_header(&mut self) {
+        if !self.json {
+            let _ = writeln!(self.text, "{:16}{:16}{:16}File", "Offset", "Length", "Mapped to");
+        }
+    }
+
+    /// Appends a row of qemu-img's table, which lists only the data.
+    fn table_row(&mut self, extent: &MapExtent) -> Result<()> {
+        if extent.zero || !extent.data {
+            return Ok(());
+        }
+        let Some(place) = extent.place.as_ref().filter(|_| !extent.compressed) else {
+            return Err(Error::unsupported("file contains external, encrypted or compressed clusters")
+                .hint("--output json lists them"));
+        };
+        // C's "%#x" prints 0 without the prefix.
+        let number = |n: u64| if n == 0 { "0".to_owned() } else { format!("{n:#x}") };
+        let (start, len) = (number(extent.start), number(extent.len));
+        let (offset, file) = (number(place.file_offset), place.file.to_string());
+        let _ = writeln!(self.text, "{start:<16}{len:<16}{offset:<16}{file}");
+        Ok(())
+    }
+
     fn header(&mut self) {
         self.row(["start", "length", "kind", "mapped to"], "device", "file");
     }
@@ -188,6 +215,10 @@ impl Printer {
     }
 
     fn extent(&mut self, device: &str, extent: &MapExtent) -> Result<()> {
+        if compat::is_on() && !self.json {
+            self.table_row(extent)?;
+            return if self.text.len() >= FLUSH_AT { self.flush() } else { Ok(()) };
+        }
         self.rows += 1;
         if self.rows > self.max_rows {
             return Ok(());

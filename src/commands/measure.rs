@@ -59,7 +59,9 @@ pub fn run(args: &MeasureArgs) -> Result<Exit> {
         return options::list(&*driver);
     }
     let compress = args.compress.as_deref().map(options::compress).transpose()?;
-    let format_options = options::format_options(&args.options, None)?;
+    let mut format_options = options::format_options(&args.options, None)?;
+    // As in qemu-img, the size to measure is that of the image or of --size.
+    options::take_size(&mut format_options)?;
     let format = TargetFormat::choose(&registry, Some(driver.name()), None, compress, format_options)?;
     match (&args.image, &args.size) {
         (Some(image), _) => measure_image(&registry, args, image.as_os_str(), &format),
@@ -79,7 +81,7 @@ fn measure_image(
     format: &TargetFormat,
 ) -> Result<Exit> {
     let options = OpenOptions {
-        snapshot: args.snapshot.snapshot.as_deref().map(images::snapshot_name),
+        snapshot: args.snapshot.snapshot.clone(),
         bitmaps: format.writer.stores_bitmaps(),
         // Samples are content.
         layout_only: args.compress.is_none(),

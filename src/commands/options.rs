@@ -1,11 +1,11 @@
 //! Parsers for `-o`, `-S`, `-c` and sizes, shared by several commands.
 
-use imgtool_core::{Compress, Driver, Error, Result, parse_size};
+use imgtool_core::{Compress, Driver, Error, OptionKind, OptionSpec, OptionValues, Result, parse_size};
 use imgtool_engine::{FormatOptions, TargetFormat};
 
 use super::formats;
 use crate::exit::Exit;
-use crate::report;
+use crate::{compat, report};
 
 /// `-S` must be a multiple of this many bytes, as in qemu-img.
 const SECTOR: u64 = 512;
@@ -13,42 +13,84 @@ const SECTOR: u64 = 512;
 /// Maximum value of `-S` in bytes. QEMU's limit.
 const MAX_SPARSE: u64 = 16 << 20;
 
+/// Options of every new image: those that qemu-img adds to the options of each format.
+const COMMON: &[OptionSpec] = &[SIZE, NO_COPY_ON_WRITE, EXTENT_SIZE_HINT];
+
+const SIZE: OptionSpec = OptionSpec {
+    name: "size",
+    help: "virtual size, for create; a converted image has the size of its source",
+    default: "none",
+    kind: OptionKind::Size { min: 0, max: u64::MAX, unit: 1 },
+};
+
+const NO_COPY_ON_WRITE: OptionSpec = OptionSpec {
+    name: "nocow",
+    help: "do not copy the file's blocks when they are written again (btrfs)",
+    default: "off",
+    kind: OptionKind::Flag,
+};
+
+const EXTENT_SIZE_HINT: OptionSpec = OptionSpec {
+    name: "extent_size_hint",
+    help: "accepted for compatibility, no effect: the file system chooses its extents",
+    default: "0",
+    kind: OptionKind::Size { min: 0, max: u64::MAX, unit: 1 },
+};
+
 /// Prints the list for `-o help`.
 pub fn list(driver: &dyn Driver) -> Result<Exit> {
-    if driver.options().is_empty() {
-        report::print(&format!("{} has no options\n", driver.name()))?;
-        return Ok(Exit::Done);
-    }
-    report::print(&format!("Options of {} (-o):\n", driver.name()))?;
-    report::print(&formats::options(2, driver.options()))?;
+    let mut text = match driver.options() {
+        [] => format!("{} has no options of its own\n", driver.name()),
+        options => format!("Options of {} (-o):\n{}", driver.name(), formats::options(2, options)),
+    };
+    text.push_str(&format!("Options of every format:\n{}", formats::options(2, COMMON)));
+    report::print(&text)?;
     Ok(Exit::Done)
 }
 
-/// Collects the values of `-o`, `-S` and SOURCE_DATE_EPOCH. The driver parses the keys and values of `-o`.
+/// Collects the values of `-o`, `-S` and SOURCE_DATE_EPOCH. If a key occurs twice, the last value counts. The
+/// driver parses the keys and values of `-o`; `size` is left to [`take_size`].
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Usage`] for a duplicate key, or if `-S` or SOURCE_DATE_EPOCH is not valid.
+/// [`imgtool_core::ErrorKind::Usage`] if `-S`, SOURCE_DATE_EPOCH or an option of every format is not valid.
 pub fn format_options(options: &[String], sparse_size: Option<&str>) -> Result<FormatOptions> {
     let mut format_options = FormatOptions {
         source_date_epoch: source_date_epoch()?,
         sparse_granularity: sparse_size.map(sparse).transpose()?,
+        plain_names: compat::is_on(),
         ..FormatOptions::default()
     };
     for (key, value) in options.iter().flat_map(|text| split_options(text)) {
-        add(&mut format_options, &key, &value)?;
+        set(&mut format_options, &key, &value);
     }
+    let common = take(&mut format_options, &[NO_COPY_ON_WRITE, EXTENT_SIZE_HINT])?;
+    format_options.no_copy_on_write = common.flag(NO_COPY_ON_WRITE.name) == Some(true);
     Ok(format_options)
 }
 
-/// Adds the values of `-B`/`-b` and `-F` as the options `backing_file` and `backing_fmt`.
+/// Removes the option `size` and returns its value.
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Usage`] if `-o` also sets one of them.
-pub fn add_backing(options: &mut FormatOptions, file: Option<&str>, format: Option<&str>) -> Result<()> {
+/// [`imgtool_core::ErrorKind::Usage`] if it is no size.
+pub fn take_size(options: &mut FormatOptions) -> Result<Option<u64>> {
+    Ok(take(options, &[SIZE])?.size(SIZE.name))
+}
+
+/// Removes the options with these declarations and parses their values.
+fn take(options: &mut FormatOptions, specs: &'static [OptionSpec]) -> Result<OptionValues> {
+    let is_taken = |(key, _): &(String, String)| specs.iter().any(|spec| spec.name == key);
+    let (taken, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut options.pairs).into_iter().partition(is_taken);
+    options.pairs = rest;
+    let pairs = taken.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+    OptionValues::parse("every format", specs, pairs)
+}
+
+/// Sets the options `backing_file` and `backing_fmt` to the values of `-B`/`-b` and `-F`, which win over `-o`, as in
+/// qemu-img.
+pub fn set_backing(options: &mut FormatOptions, file: Option<&str>, format: Option<&str>) {
     for (key, value) in [("backing_file", file), ("backing_fmt", format)] {
-        value.map_or(Ok(()), |value| add(options, key, value))?;
+        value.into_iter().for_each(|value| set(options, key, value));
     }
-    Ok(())
 }
 
 /// Refuses a passphrase for an output that is not encrypted: it would be taken for one that is.
@@ -64,12 +106,10 @@ pub fn check_secret(format: &TargetFormat, has_secret: bool) -> Result<()> {
         .hint("use -o encrypt=luks with qcow2, or -O luks"))
 }
 
-fn add(options: &mut FormatOptions, key: &str, value: &str) -> Result<()> {
-    if options.pairs.iter().any(|(known, _)| known == key) {
-        return Err(Error::usage(format!("option '{key}' is given twice")));
-    }
+/// Sets an option. A later value replaces an earlier one.
+fn set(options: &mut FormatOptions, key: &str, value: &str) {
+    options.pairs.retain(|(known, _)| known != key);
     options.pairs.push((key.to_owned(), value.to_owned()));
-    Ok(())
 }
 
 /// Parses the value of `-c`, `ALG[:LEVEL]`. An empty algorithm or a missing level means the format's default.
@@ -152,6 +192,18 @@ mod tests {
         );
         assert!(asks_for_help(&["a=1,help".to_owned()]));
         assert!(!asks_for_help(&["helper=1".to_owned()]));
+    }
+
+    #[test]
+    fn last_value_of_an_option_counts() {
+        let given = ["a=1,b=2,size=1M,nocow=on".to_owned(), "a=3,size=2M,extent_size_hint=64k".to_owned()];
+        let mut options = format_options(&given, None).expect("options");
+        assert_eq!(take_size(&mut options).expect("a size"), Some(2 << 20));
+        assert!(options.no_copy_on_write);
+        set_backing(&mut options, None, Some("raw"));
+        let pairs = [("b", "2"), ("a", "3"), ("backing_fmt", "raw")];
+        assert_eq!(options.pairs, pairs.map(|(k, v)| (k.to_owned(), v.to_owned())));
+        assert!(format_options(&["nocow=perhaps".to_owned()], None).is_err());
     }
 
     #[test]

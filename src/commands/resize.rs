@@ -5,10 +5,10 @@ use imgtool_engine::open;
 use imgtool_storage::OpenInput;
 
 use super::check::open_target;
-use crate::args::{NewSize, ResizeArgs};
+use crate::args::{Preallocation, ResizeArgs};
 use crate::exit::Exit;
-use crate::images;
 use crate::report::{self, Stream};
+use crate::{compat, images};
 
 /// Resizes an image.
 ///
@@ -29,25 +29,38 @@ pub fn run(args: &ResizeArgs) -> Result<Exit> {
         return Err(Error::unsupported("a compressed file can't be resized").path(&location));
     }
     let driver = opened.driver;
+    let allocates = args.preallocation == Preallocation::Falloc;
+    if allocates && !driver.capabilities().verbatim {
+        return Err(Error::unsupported(format!("{} images grow without preallocation", driver.name()))
+            .path(&location)
+            .hint("leave out --preallocation"));
+    }
     let old = Disk::only(opened.image, "the image").in_file(&location)?.size();
-    let size = match args.size {
-        NewSize::Exact(size) => Some(size),
-        NewSize::More(more) => old.checked_add(more),
-        NewSize::Less(less) => old.checked_sub(less),
-    };
-    let size = size.ok_or_else(|| {
+    let size = args.size.of(old).ok_or_else(|| {
         Error::usage(format!("the disk has {old} bytes, which can't change by that much")).path(&location)
     })?;
     let resize = Resize { size, discards: args.shrink };
     driver.resize(&image, resize, &options).in_file(&location)?;
+    if allocates && size > old {
+        image.allocate(old, size - old).in_file(&location)?;
+    }
     let after = driver.open(image.reopen(&options.memory)?, &info).in_file(&location)?;
     let after = Disk::only(after, "the image").in_file(&location)?.size();
     outputs.commit()?;
-    if !args.quiet {
-        let name = images::show(args.image.as_os_str());
-        let (old, new) = (report::exact_size(old), report::exact_size(after));
-        let text = format!("{name}: {}, {old} before, {new} now", driver.name());
-        report::print(&format!("{}\n", report::flow(Stream::Out, &text, 2)))?;
-    }
+    print(args, driver.name(), old, after)?;
     Ok(Exit::Done)
+}
+
+/// Prints both sizes in bytes of an image.
+fn print(args: &ResizeArgs, format: &str, old: u64, new: u64) -> Result<()> {
+    if args.quiet {
+        return Ok(());
+    }
+    if compat::is_on() {
+        return report::print("Image resized.\n");
+    }
+    let name = images::show(args.image.as_os_str());
+    let (old, new) = (report::exact_size(old), report::exact_size(new));
+    let text = format!("{name}: {format}, {old} before, {new} now");
+    report::print(&format!("{}\n", report::flow(Stream::Out, &text, 2)))
 }

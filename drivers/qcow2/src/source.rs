@@ -59,9 +59,9 @@ impl Qcow2Source {
             None if !options.info_only && depth > 0 => {
                 Snapshots { count: header.snapshot_count as usize, ..Snapshots::default() }
             }
-            selector => match read_snapshots(&input, &header, selector.as_deref(), options.info_only) {
+            choice => match read_snapshots(&input, &header, choice.as_ref(), options.info_only) {
                 // The active state does not depend on the snapshots.
-                Err(e) if (options.info_only || options.salvage) && selector.is_none() => {
+                Err(e) if (options.info_only || options.salvage) && choice.is_none() => {
                     notes.push(format!("{e:#}"));
                     Snapshots::default()
                 }

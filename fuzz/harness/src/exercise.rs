@@ -91,7 +91,7 @@ pub fn image(driver: &str, options: &OpenOptions, input: &dyn Fn() -> Input) {
         whole(&*source, &mut outcome);
         measured(&*source);
         for name in snapshots(&*source) {
-            let snapshot = OpenOptions { snapshot: Some(name), ..options.clone() };
+            let snapshot = OpenOptions { snapshot: Some(name.into()), ..options.clone() };
             if let Some(source) = open(&snapshot) {
                 let mut outcome = random(&source, false);
                 whole(&*source, &mut outcome);

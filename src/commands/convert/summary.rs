@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use crate::args::ConvertArgs;
 use crate::exit::Exit;
-use crate::images;
 use crate::report::{self, Align, Paint, Stream, count, human_size, human_time, percent};
+use crate::{compat, images};
 
 /// Prints the format, contents and notes of a source to standard error, before the conversion.
 pub fn announce(source: &OpenSource) {
@@ -107,7 +107,7 @@ pub fn print(args: &ConvertArgs, report: &Report, stdout_is_data: bool, is_compr
             report::json_line(&serde_json::json!({ "report": summary }));
         }
         return if report.is_complete() { Exit::Done } else { Exit::Losses };
-    } else if !args.messages.quiet {
+    } else if !args.messages.quiet && !compat::is_on() {
         say(&summary);
     }
     if report.is_complete() {

@@ -8,15 +8,19 @@ use serde_json::Value;
 
 use super::facts::facts;
 use super::{ImageEntry, guest};
-use crate::images;
 use crate::report::{self, Align, Paint, Stream, exact_size, human_size, percent};
+use crate::{compat, images};
 
 /// Returns the text that describes one image.
 pub(super) fn page(image: &ImageEntry) -> String {
     let info = image.info();
     let mut text = String::new();
     summary(&mut text, image);
-    facts(&mut text, 0, info.facts.iter().filter(|fact| fact.scope == FactScope::Image));
+    if compat::is_on() {
+        qemu_facts(&mut text, info);
+    } else {
+        facts(&mut text, 0, info.facts.iter().filter(|fact| fact.scope == FactScope::Image));
+    }
     if image.is_archive {
         if let Some(guest) = guest::summary(&info.attachments) {
             line(&mut text, "guest", &guest);
@@ -26,7 +30,8 @@ pub(super) fn page(image: &ImageEntry) -> String {
     }
     format_facts(&mut text, image);
     references(&mut text, info);
-    for note in image.notes() {
+    // In the place of qemu-img, a note could be taken for a fact.
+    for note in image.notes().filter(|_| !compat::is_on()) {
         line(&mut text, "note", &note);
     }
     if let Some(damage) = image.damage() {
@@ -39,7 +44,7 @@ pub(super) fn page(image: &ImageEntry) -> String {
 fn summary(text: &mut String, image: &ImageEntry) {
     let info = image.info();
     line(text, "image", &image.location.to_string());
-    line(text, "file format", &images::format_with_compression(info.format, &image.compression));
+    line(text, "file format", &images::format_with_compression(compat::format_name(info.format), &image.compression));
     let size = image.known_size().map(exact_size);
     let unknown = || "unknown until the end of the stream (--read-all reads it)".to_owned();
     line(text, "virtual size", &size.unwrap_or_else(unknown));
@@ -47,7 +52,27 @@ fn summary(text: &mut String, image: &ImageEntry) {
         line(text, "disk size", &human_size(bytes));
     }
     if let (Some(bytes), false) = (info.cluster_size, image.is_archive) {
-        line(text, "cluster size", &human_size(bytes));
+        match compat::is_on() {
+            true => line(text, "cluster_size", &bytes.to_string()),
+            false => line(text, "cluster size", &human_size(bytes)),
+        }
+    }
+}
+
+/// Writes the facts about the whole image in the words of qemu-img, which programs parse.
+fn qemu_facts(text: &mut String, info: &ImageInfo) {
+    let fact =
+        |key: &str| info.facts.iter().find(|fact| fact.key == key).and_then(|fact| fact.value.as_str());
+    if info.facts.iter().any(|fact| fact.key == "encrypted" && fact.value == true) {
+        line(text, "encrypted", "yes");
+    }
+    if let Some(name) = fact("backing-filename") {
+        let full = fact("full-backing-filename").filter(|full| *full != name);
+        let path = full.map(|full| format!(" (actual path: {full})")).unwrap_or_default();
+        line(text, "backing file", &format!("{name}{path}"));
+    }
+    if let Some(format) = fact("backing-filename-format") {
+        line(text, "backing file format", format);
     }
 }
 

@@ -14,6 +14,7 @@ use crate::memory::Memory;
 use crate::options::OptionValues;
 use crate::remedy::Remedy;
 use crate::secret::Secret;
+use crate::snapshot::SnapshotChoice;
 use crate::source::ImageSource;
 use crate::stack::deeper;
 
@@ -29,8 +30,11 @@ pub struct OpenOptions {
     pub force_share: bool,
     /// True to accept bytes after the end of an archive.
     pub ignore_trailing: bool,
-    /// The internal snapshot (name or ID) to read instead of the active state.
-    pub snapshot: Option<String>,
+    /// True to read a file as it is: outer compression is not removed, and a file that no driver recognises is a raw
+    /// disk, whatever its name and content suggest.
+    pub plain: bool,
+    /// The internal snapshot to read instead of the active state.
+    pub snapshot: Option<SnapshotChoice>,
     /// True if the caller needs the persistent bitmaps ([`ImageSource::bitmaps`]).
     pub bitmaps: bool,
     /// True if the caller needs only facts, not content. The driver may then skip work that requires external

@@ -38,6 +38,7 @@ pub mod registry;
 pub mod remedy;
 mod secret;
 pub mod sink;
+mod snapshot;
 pub mod source;
 mod stack;
 pub mod suggest;
@@ -71,6 +72,7 @@ pub use registry::Registry;
 pub use remedy::Remedy;
 pub use secret::Secret;
 pub use sink::{Bytes, Consumer, FileWrite, Geometry, ImageSink, Part, Prepared, Sharing, WriteList};
+pub use snapshot::SnapshotChoice;
 pub use source::{
     Access, Doubt, Fact, FactScope, FileRange, ImageInfo, ImageSource, Loss, LossClass, Piece, RandomAccess,
     Reference, SinkPiece, StreamAccess, StreamOrder, StreamPart,

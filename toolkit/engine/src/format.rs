@@ -23,6 +23,10 @@ pub struct FormatOptions {
     pub source_date_epoch: Option<i64>,
     /// Unit of zero detection, bytes; see [`CreateOptions::sparse_granularity`].
     pub sparse_granularity: Option<u64>,
+    /// True to ask the file system not to copy the file's blocks on writes (btrfs, `chattr +C`).
+    pub no_copy_on_write: bool,
+    /// True if an extension of the output's name does not compress it.
+    pub plain_names: bool,
 }
 
 impl FormatOptions {
@@ -32,8 +36,16 @@ impl FormatOptions {
             secret: self.secret.clone(),
             source_date_epoch: self.source_date_epoch,
             sparse_granularity: self.sparse_granularity,
+            no_copy_on_write: self.no_copy_on_write,
+            plain_names: self.plain_names,
             ..Self::default()
         }
+    }
+
+    /// Returns the compression that the extension of `location` names, unless extensions do not count.
+    fn compression_of(&self, location: &Location) -> Option<OuterCompression> {
+        let compression = outer::by_name(location).filter(|_| !self.plain_names)?;
+        Some(OuterCompression { compression, level: None })
     }
 
     /// True if any option applies to one format only.
@@ -101,8 +113,7 @@ impl TargetFormat {
     ) -> Result<Self> {
         let dest = dest.filter(|dest| !is_directory(dest));
         let driver = by_word_or_name(registry, name, dest)?;
-        let by_extension = dest.and_then(outer::by_name);
-        let mut outer = by_extension.map(|compression| OuterCompression { compression, level: None });
+        let mut outer = dest.and_then(|dest| options.compression_of(dest));
         let mut options = options;
         if let Some(compress) = compress {
             if driver.capabilities().compression {
@@ -122,13 +133,18 @@ impl TargetFormat {
     /// # Errors
     /// [`imgtool_core::ErrorKind::Usage`] if the format can't have that compression.
     pub(crate) fn for_location(&self, driver: Arc<dyn Driver>, location: &Location) -> Result<Self> {
-        let outer = outer::by_name(location).map(|compression| OuterCompression { compression, level: None });
+        let outer = self.options.compression_of(location);
         let format = match driver.name() == self.driver.name() {
             true => Self { outer, ..self.clone() },
             false => Self { outer, ..Self::new(driver, self.options.common())? },
         };
         format.check_outer()?;
         Ok(format)
+    }
+
+    /// True if the file system must not copy the file's blocks on writes.
+    pub(crate) fn no_copy_on_write(&self) -> bool {
+        self.options.no_copy_on_write
     }
 
     /// Returns the passphrase of new images, if any.

@@ -130,7 +130,8 @@ pub fn resolve(image: &Location, name: &str) -> Option<Location> {
 
 /// Opens the bytes of an image and removes outer compression. If the user states the `format` raw, in which
 /// any content is legal, only the file extensions determine the compression. A file that its end identifies as
-/// an image of the stated format, or of its extension's, is not compressed. Decoders borrow from the memory of
+/// an image of the stated format, or of its extension's, is not compressed. With [`OpenOptions::plain`], no
+/// compression is removed. Decoders borrow from the memory of
 /// `options`, which also decide about a file in use.
 ///
 /// # Errors
@@ -144,11 +145,11 @@ pub fn open_input(
 ) -> Result<OpenInput> {
     let driver = format.map(|name| foreign::driver(registry, name)).transpose()?;
     let is_verbatim = driver.as_ref().is_some_and(|driver| driver.capabilities().verbatim);
-    let opening = if is_verbatim { Opening::ByName } else { Opening::Plain };
+    let opening = if is_verbatim && !options.plain { Opening::ByName } else { Opening::Plain };
     let sharing = Sharing::forced(options.force_share);
     let open = imgtool_storage::open::open_shared(location, opening, &options.memory, sharing)
         .map_err(|e| missing::explain(e, location))?;
-    if is_verbatim {
+    if is_verbatim || options.plain {
         return Ok(open);
     }
     // An image that its end identifies begins with its disk, which may look like any compression or format.
@@ -219,7 +220,7 @@ fn open_located(
     options: &OpenOptions,
 ) -> Result<Opened> {
     let input = with_end(registry, input, format, options.info_only)?;
-    let (driver, confidence) = choose_driver(registry, &input, format)?;
+    let (driver, confidence) = choose_driver(registry, &input, format, options.plain)?;
     if options.snapshot.is_some() && !driver.capabilities().snapshots {
         return Err(Error::unsupported(format!("{} images hold no snapshots", driver.name()))
             .hint("leave the snapshot out to read the image as it is"));
@@ -283,7 +284,8 @@ fn is_named_raw(driver: &dyn Driver, location: &Location) -> bool {
     name.rsplit_once('.').is_some_and(|(_, extension)| driver.extensions().first() == Some(&extension))
 }
 
-/// Returns the driver called `format`, if stated, otherwise the driver that recognises the input.
+/// Returns the driver called `format`, if stated, otherwise the driver that recognises the input. With `plain`, any
+/// other content is a raw disk.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::WrongFormat`] if no driver recognises the content, or if the content
@@ -292,13 +294,14 @@ fn choose_driver(
     registry: &Registry,
     input: &OpenInput,
     format: Option<&str>,
+    plain: bool,
 ) -> Result<(Arc<dyn Driver>, Confidence)> {
     refuse_empty_stream(input)?;
     if let Some(name) = format {
         return Ok((registry.get(name)?, Confidence::Magic));
     }
     let (driver, confidence) = recognise(registry, input)?;
-    if confidence == Confidence::Fallback {
+    if confidence == Confidence::Fallback && !plain {
         check_name(registry, input, &*driver)?;
         refuse_other_files(registry, input, &*driver)?;
     }

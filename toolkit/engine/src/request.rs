@@ -3,6 +3,7 @@
 
 use imgtool_core::{
     Attachment, CancelToken, Compress, Error, Location, Memory, OpenOptions, Registry, Result, Secret,
+    SnapshotChoice,
 };
 use imgtool_storage::{Outputs, Sharing};
 
@@ -72,8 +73,10 @@ pub struct OpenSettings {
     pub force_share: bool,
     /// True to accept bytes after the end of an archive.
     pub ignore_trailing: bool,
-    /// Internal snapshot (name or ID) to read instead of the active state.
-    pub snapshot: Option<String>,
+    /// True to read files as they are; see [`OpenOptions::plain`].
+    pub plain: bool,
+    /// Internal snapshot to read instead of the active state.
+    pub snapshot: Option<SnapshotChoice>,
     /// Policy for the external files of images.
     pub policy: ExternalPolicy,
     /// Passphrase of encrypted images.
@@ -91,6 +94,7 @@ impl OpenSettings {
             force: self.force,
             force_share: self.force_share,
             ignore_trailing: self.ignore_trailing,
+            plain: self.plain,
             snapshot: self.snapshot.clone(),
             secret: self.secret.clone(),
             externals: opener.borrowing(&self.memory).sharing(sharing).externals(),

@@ -124,6 +124,7 @@ fn open_sink(
     compressors: &mut Vec<Compressors>,
 ) -> Result<OpenSink> {
     let location = planned.destination.location();
+    outputs.set_copy_on_write(!planned.format.no_copy_on_write());
     let output = open_output(planned, &manifest, layout, outputs, settings)?;
     let mut supplied = BTreeMap::new();
     if let Destination::Image { zeroed, .. } = planned.destination {

@@ -1,7 +1,7 @@
 //! Snapshot table: the internal snapshots of an image.
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{Error, RandomInput, Result};
+use imgtool_core::{Error, RandomInput, Result, SnapshotChoice};
 
 use super::header::Header;
 use super::table::{be16, be32, be64, check_table, read_zero_filled};
@@ -60,25 +60,26 @@ pub struct Snapshots {
     pub selected: Option<Snapshot>,
 }
 
-/// Reads the whole table and finds the snapshot whose ID or, failing that, name is `selector`. Lists all
-/// snapshots if `list` is set, otherwise the first few for messages.
+/// Reads the whole table and finds the snapshot that `choice` means. Lists all snapshots if `list` is set,
+/// otherwise the first few for messages.
 pub fn read_snapshots(
     input: &RandomInput,
     header: &Header,
-    selector: Option<&str>,
+    choice: Option<&SnapshotChoice>,
     list: bool,
 ) -> Result<Snapshots> {
     let mut found = Snapshots::default();
-    let (mut by_id, mut by_name) = (None, None);
+    let (mut preferred, mut accepted) = (None, None);
     let mut budget = MAX_LISTED_BYTES;
     walk_snapshots(input, header, |_, snapshot| {
         let snapshot = snapshot?;
         check_l1(header, &snapshot).map_err(|e| e.at(snapshot.entry_offset))?;
         found.count += 1;
-        if selector == Some(snapshot.id.as_str()) && by_id.is_none() {
-            by_id = Some(snapshot.clone());
-        } else if selector == Some(snapshot.name.as_str()) && by_name.is_none() {
-            by_name = Some(snapshot.clone());
+        let is_chosen = |by: &dyn Fn(&SnapshotChoice) -> bool| choice.is_some_and(by);
+        if preferred.is_none() && is_chosen(&|choice| choice.prefers(&snapshot.id, &snapshot.name)) {
+            preferred = Some(snapshot.clone());
+        } else if accepted.is_none() && is_chosen(&|choice| choice.accepts(&snapshot.name)) {
+            accepted = Some(snapshot.clone());
         }
         let bytes = snapshot.id.len() + snapshot.name.len() + LISTED_ENTRY_BYTES;
         let is_listed = list || found.listed.len() < MAX_SHOWN;
@@ -88,9 +89,9 @@ pub fn read_snapshots(
         }
         Ok(())
     })?;
-    found.selected = by_id.or(by_name);
-    match selector {
-        Some(selector) if found.selected.is_none() => Err(unknown_snapshot(selector, &found)),
+    found.selected = preferred.or(accepted);
+    match choice {
+        Some(choice) if found.selected.is_none() => Err(unknown_snapshot(choice, &found)),
         _ => Ok(found),
     }
 }
@@ -177,7 +178,7 @@ pub fn check_l1(header: &Header, snapshot: &Snapshot) -> Result<()> {
     )
 }
 
-fn unknown_snapshot(selector: &str, found: &Snapshots) -> Error {
+fn unknown_snapshot(choice: &SnapshotChoice, found: &Snapshots) -> Error {
     let known: Vec<String> = found
         .listed
         .iter()
@@ -189,5 +190,5 @@ fn unknown_snapshot(selector: &str, found: &Snapshots) -> Error {
     } else {
         format!("its snapshots: {}", escape_control(&known.join(", ")))
     };
-    Error::usage(format!("the image has no snapshot '{selector}'")).hint(hint)
+    Error::usage(format!("the image has no snapshot {choice}")).hint(hint)
 }

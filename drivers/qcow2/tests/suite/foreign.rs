@@ -25,7 +25,7 @@ fn assert_same_snapshot(directory: &Path, image: &str, snapshot: Option<&str>) {
     args.extend([image, "theirs.raw"]);
     run_in("qemu-img", directory, &args);
     for threads in [1, 3] {
-        let options = OpenOptions { snapshot: snapshot.map(str::to_owned), ..open_options() };
+        let options = OpenOptions { snapshot: snapshot.map(Into::into), ..open_options() };
         let ours = convert(
             (&Qcow2Driver, &directory.join(image), &options),
             (&RawDriver, &directory.join("ours.raw"), &CreateOptions::default()),

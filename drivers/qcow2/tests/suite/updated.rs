@@ -58,7 +58,7 @@ fn new_content(len: usize) -> Vec<u8> {
 }
 
 fn content_of(image: &[u8], snapshot: Option<&str>) -> Vec<u8> {
-    let options = OpenOptions { snapshot: snapshot.map(str::to_owned), ..OpenOptions::default() };
+    let options = OpenOptions { snapshot: snapshot.map(Into::into), ..OpenOptions::default() };
     crafted::content(&Qcow2Driver.open(memory::as_file("image", image), &options).unwrap()).unwrap()
 }
 

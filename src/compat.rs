@@ -1,0 +1,108 @@
+//! Behaviour of qemu-img, for programs that call it: chosen by a link of that name, or by `--compat`.
+//!
+//! The program then gives up some of its promises on purpose: it replaces existing files, follows backing files
+//! in the image's own directory, and prints nothing but what qemu-img prints. docs/qemu-img.md lists the
+//! differences that remain.
+
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+use std::sync::OnceLock;
+
+use imgtool_core::Error;
+
+use crate::report;
+
+/// Name of the program that this one stands in for.
+const QEMU_IMG: &str = "qemu-img";
+
+/// Version of qemu-img whose command line and output were compared with this program's.
+const VERSION: &str = "10.0.2";
+
+/// Flag that has the effect of the name.
+const FLAG: &str = "--compat";
+
+/// Commands of qemu-img without a counterpart here: most modify an image in place.
+pub const MISSING_COMMANDS: [&str; 7] = ["amend", "bench", "bitmap", "commit", "dd", "rebase", "snapshot"];
+
+/// Unit in bytes of the sizes of new images. QEMU's: it counts sectors.
+const SECTOR: u64 = 512;
+
+/// Set if the program behaves as qemu-img does.
+static IS_ON: OnceLock<()> = OnceLock::new();
+
+/// True if the program behaves as qemu-img does.
+pub fn is_on() -> bool {
+    IS_ON.get().is_some()
+}
+
+/// Begins to behave as qemu-img does if the name of the program or a flag demands it. Removes the flag, and
+/// translates what this program's parser reads differently. Returns true if it did.
+pub fn begin(args: &mut Vec<OsString>) -> bool {
+    let is_named = args.first().is_some_and(|name| Path::new(name).file_name() == Some(OsStr::new(QEMU_IMG)));
+    let flags = args.iter().position(|arg| arg == "--").unwrap_or(args.len());
+    let flag = args[..flags].iter().position(|arg| arg == FLAG);
+    if let Some(index) = flag {
+        args.remove(index);
+    }
+    if !is_named && flag.is_none() {
+        return false;
+    }
+    // A second call changes nothing.
+    let _ = IS_ON.set(());
+    report::speak_as(QEMU_IMG);
+    let flags = args.iter().position(|arg| arg == "--").unwrap_or(args.len());
+    // In qemu-img, this flag has no value.
+    args[..flags].iter_mut().filter(|arg| *arg == "--progress").for_each(|arg| *arg = "-p".into());
+    true
+}
+
+/// Returns the name of the program, for messages about its command line.
+pub fn program() -> &'static str {
+    if is_on() { QEMU_IMG } else { "imgtool" }
+}
+
+/// Returns the text of `qemu-img --version`. Programs parse its first line.
+pub fn version() -> String {
+    format!(
+        "{QEMU_IMG} version {VERSION} (imgtool {})\nimgtool takes the command line of {QEMU_IMG}; it is not part of QEMU\n",
+        env!("CARGO_PKG_VERSION")
+    )
+}
+
+/// Returns the text of `qemu-img --help`. Programs look for commands, and for the formats in its last line.
+pub fn help(formats: &[&str]) -> String {
+    format!(
+        "{version}usage: {QEMU_IMG} COMMAND [OPTIONS]\n\n\
+         Commands: check, compare, convert, create, info, map, measure, resize;\n\
+         '{QEMU_IMG} COMMAND --help' explains the flags of each.\n\
+         Left to QEMU's own {QEMU_IMG}: {missing}.\n\n\
+         Supported formats: {formats}\n",
+        version = version(),
+        missing = MISSING_COMMANDS.join(", "),
+        formats = formats.join(" ")
+    )
+}
+
+/// Returns the error for a command of qemu-img that this program does not have.
+pub fn missing_command(command: &str) -> Error {
+    Error::usage(format!("imgtool has no {command}: it does not stand in for this command of {QEMU_IMG}"))
+        .hint(format!("call QEMU's own {QEMU_IMG} by its path (package qemu-utils) for '{command}'"))
+}
+
+/// Returns the format of an output if the user states none: for qemu-img, the name of a file says nothing.
+pub fn default_format() -> Option<&'static str> {
+    is_on().then_some("raw")
+}
+
+/// Returns the name of a format: qemu-img calls a VHD image vpc.
+pub fn format_name(name: &str) -> &str {
+    match name {
+        "vhd" if is_on() => "vpc",
+        name => name,
+    }
+}
+
+/// Returns the size of a new image: qemu-img rounds it up to whole sectors.
+pub fn new_size(size: u64) -> u64 {
+    if is_on() { size.checked_next_multiple_of(SECTOR).unwrap_or(size) } else { size }
+}

@@ -1,0 +1,104 @@
+//! The promises that the name of qemu-img gives up, and those that it keeps.
+
+use std::os::unix::fs::symlink;
+use std::process::Command;
+
+use imgtool_testing::images::Image;
+use imgtool_testing::{require, snapshot, tempdir};
+
+use super::pair::Workshop;
+use crate::support::imgtool;
+use crate::support::run::PROGRAM;
+
+#[test]
+fn compat_flag_has_the_effect_of_the_name() {
+    let dir = tempdir();
+    Image::hole("x", 1 << 20).write_raw(&dir.path().join("disk.raw"));
+    std::fs::write(dir.path().join("old.qcow2"), b"old").unwrap();
+    // Without the flag, the file is kept, and the name decides the format.
+    imgtool(["convert", "disk.raw", "old.qcow2"]).within(dir.path()).go().exits(1).says("already exists");
+    for line in ["--compat convert disk.raw old.qcow2", "convert disk.raw old.qcow2 --compat"] {
+        let run = imgtool(line.split(' ')).within(dir.path()).go().ends_with(0);
+        assert_eq!((run.text().as_str(), run.stderr.as_str()), ("", ""), "{line}");
+        assert_eq!(std::fs::metadata(dir.path().join("old.qcow2")).unwrap().len(), 1 << 20, "{line}");
+    }
+    // Behind --, it is a name.
+    imgtool(["info", "--", "--compat"]).within(dir.path()).go().exits(1).says("imgtool: error: --compat");
+}
+
+#[test]
+fn version_has_the_form_of_qemu_img() {
+    let dir = tempdir();
+    let link = dir.path().join("qemu-img");
+    symlink(PROGRAM, &link).unwrap();
+    let said = |args: &[&str]| {
+        let output = Command::new(&link).args(args).output().unwrap();
+        assert!(output.status.success() && output.stderr.is_empty());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for flag in ["--version", "-V"] {
+        let text = said(&[flag]);
+        let version = text.strip_prefix("qemu-img version ").unwrap().split(' ').next().unwrap();
+        assert!(version.split('.').all(|part| part.parse::<u32>().is_ok()), "{text}");
+        assert!(text.lines().next().unwrap().contains("imgtool"), "{text}");
+    }
+    let help = said(&["--help"]);
+    let formats = help.lines().last().unwrap().strip_prefix("Supported formats: ").unwrap();
+    for format in ["raw", "qcow2", "vmdk", "vpc", "vhdx"] {
+        assert!(formats.split(' ').any(|name| name == format), "{help}");
+    }
+    assert!(said(&["convert", "--help"]).contains("--target-is-zero"));
+}
+
+#[test]
+fn refuses_missing_commands_by_name() {
+    require!("qemu-img");
+    let workshop = Workshop::new();
+    for command in ["amend", "bench", "bitmap", "commit", "dd", "rebase", "snapshot"] {
+        let (code, out, error) = workshop.ours(&format!("{command} base.qcow2"));
+        assert_eq!((code, out.as_str()), (1, ""), "{command}");
+        assert!(error.starts_with(&format!("qemu-img: imgtool has no {command}")), "{error}");
+        assert!(error.contains("qemu-utils"), "{error}");
+    }
+}
+
+#[test]
+fn follows_chains_in_the_directory_of_the_image_alone() {
+    require!("qemu-img");
+    let workshop = Workshop::new();
+    assert_eq!(workshop.ours("convert -O raw over.qcow2 n.raw"), (0, String::new(), String::new()));
+    let dir = tempdir();
+    let make = |line: &str| {
+        imgtool_testing::oracles::run_in("qemu-img", dir.path(), &line.split(' ').collect::<Vec<_>>())
+    };
+    std::fs::create_dir(dir.path().join("vm")).unwrap();
+    make("create -q -f qcow2 base.qcow2 1M");
+    make("create -q -f qcow2 -b ../base.qcow2 -F qcow2 vm/disk.qcow2");
+    let before = snapshot(dir.path());
+    let line = ["--compat", "convert", "-O", "raw", "vm/disk.qcow2", "n.raw"];
+    imgtool(line).within(dir.path()).go().exits(1).says("--allow-external");
+    assert_eq!(snapshot(dir.path()), before);
+    // What follows is missing, so the chain is not complete.
+    let info = ["--compat", "info", "--backing-chain", "--output=json", "vm/disk.qcow2"];
+    imgtool(info).within(dir.path()).go().exits(1).says("--allow-external");
+    let allowed = ["--allow-external", "base.qcow2"];
+    imgtool(line).args(allowed).within(dir.path()).go().ends_with(0);
+}
+
+#[test]
+fn keeps_an_existing_file_until_the_new_one_is_finished() {
+    require!("qemu-img");
+    let dir = tempdir();
+    std::fs::write(dir.path().join("old.raw"), b"precious").unwrap();
+    std::fs::write(dir.path().join("cut.qcow2"), b"QFI\xfb\0\0\0\x03").unwrap();
+    let before = snapshot(dir.path());
+    let line = ["--compat", "convert", "-f", "qcow2", "-O", "raw", "cut.qcow2", "old.raw"];
+    let run = imgtool(line).within(dir.path()).go().exits(1);
+    assert!(run.stderr.starts_with("qemu-img: "), "{}", run.stderr);
+    assert_eq!(snapshot(dir.path()), before);
+    // A source is never its own target.
+    let line = ["--compat", "convert", "-f", "raw", "-O", "raw", "old.raw", "old.raw"];
+    imgtool(line).within(dir.path()).go().exits(1).says("same file");
+    let line = ["--compat", "convert", "-f", "raw", "old.raw", "."];
+    imgtool(line).within(dir.path()).go().exits(1).says("is a directory");
+}
