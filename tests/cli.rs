@@ -6,6 +6,7 @@ mod block_devices;
 mod changes;
 mod commands;
 mod differences;
+mod format_options;
 mod image_locks;
 mod info;
 mod json_reference;

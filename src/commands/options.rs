@@ -20,7 +20,7 @@ const SIZE: OptionSpec = OptionSpec {
     name: "size",
     help: "virtual size, for create; a converted image has the size of its source",
     default: "none",
-    kind: OptionKind::Size { min: 0, max: u64::MAX, unit: 1 },
+    kind: OptionKind::Text("a size"),
 };
 
 const NO_COPY_ON_WRITE: OptionSpec = OptionSpec {
@@ -34,7 +34,7 @@ const EXTENT_SIZE_HINT: OptionSpec = OptionSpec {
     name: "extent_size_hint",
     help: "accepted for compatibility, no effect: the file system chooses its extents",
     default: "0",
-    kind: OptionKind::Size { min: 0, max: u64::MAX, unit: 1 },
+    kind: OptionKind::Text("a size"),
 };
 
 /// Prints the list for `-o help`.
@@ -58,12 +58,14 @@ pub fn format_options(options: &[String], sparse_size: Option<&str>) -> Result<F
         source_date_epoch: source_date_epoch()?,
         sparse_granularity: sparse_size.map(sparse).transpose()?,
         plain_names: compat::is_on(),
+        keeps_owner: compat::is_on(),
         ..FormatOptions::default()
     };
     for (key, value) in options.iter().flat_map(|text| split_options(text)) {
         set(&mut format_options, &key, &value);
     }
     let common = take(&mut format_options, &[NO_COPY_ON_WRITE, EXTENT_SIZE_HINT])?;
+    common.text(EXTENT_SIZE_HINT.name).map(size).transpose()?;
     format_options.no_copy_on_write = common.flag(NO_COPY_ON_WRITE.name) == Some(true);
     Ok(format_options)
 }
@@ -73,7 +75,7 @@ pub fn format_options(options: &[String], sparse_size: Option<&str>) -> Result<F
 /// # Errors
 /// [`imgtool_core::ErrorKind::Usage`] if it is no size.
 pub fn take_size(options: &mut FormatOptions) -> Result<Option<u64>> {
-    Ok(take(options, &[SIZE])?.size(SIZE.name))
+    take(options, &[SIZE])?.text(SIZE.name).map(size).transpose()
 }
 
 /// Removes the options with these declarations and parses their values.

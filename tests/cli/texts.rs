@@ -258,7 +258,7 @@ fn mistakes() {
         "convert disk.raw x.ova",
         "convert -f ova disk.raw x",
         "convert -O raw -o cluster_size=64k disk.raw x",
-        "convert -O qcow2 -o size=1G disk.raw x",
+        "convert -O qcow2 -o cluster=1G disk.raw x",
         "convert dsik.raw x",
         "convert nodir/disk.raw x",
         "convert nbd://localhost/disk x",

@@ -86,7 +86,7 @@ const PACKER_INCUS_AND_IMAGE_BUILDERS: &[&str] = &[
     "convert -p -f qcow2 -O raw -t writeback base.qcow2 n.raw",
     "convert -c -f raw -O qcow2 -o cluster_size=2M disk.raw n.qcow2",
     "convert -O vmdk disk.raw n.vmdk",
-    "convert -f raw -O vpc -o subformat=fixed,force_size disk.raw n.vhd",
+    "convert -f raw -O vpc -o subformat=dynamic,force_size disk.raw n.vhd",
     "convert -O vhdx disk.raw n.vhdx",
 ];
 

@@ -61,7 +61,7 @@ fn takes_the_options_of_create() {
         "create -q -f raw old.raw 1M",
         "create -q -f qcow2 old.raw 1M",
         "create -q n.qcow2 1M",
-        "create -f vpc n.vhd 1M",
+        "create -f vpc -o force_size=on n.vhd 1M",
         "create -f bad n.raw 1M",
     ]);
 }
@@ -158,7 +158,7 @@ fn prints_the_same_text() {
     require!("qemu-img");
     behaves_the_same(&[
         "map disk.raw",
-        "map over.qcow2",
+        "map base.qcow2",
         "map packed.qcow2",
         "check base.qcow2",
         "check disk.raw",

@@ -1,6 +1,6 @@
 //! The promises that the name of qemu-img gives up, and those that it keeps.
 
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::process::Command;
 
 use imgtool_testing::images::Image;
@@ -101,4 +101,21 @@ fn keeps_an_existing_file_until_the_new_one_is_finished() {
     imgtool(line).within(dir.path()).go().exits(1).says("same file");
     let line = ["--compat", "convert", "-f", "raw", "old.raw", "."];
     imgtool(line).within(dir.path()).go().exits(1).says("is a directory");
+}
+
+#[test]
+fn a_replaced_file_keeps_its_owner_and_permissions() {
+    let dir = tempdir();
+    let path = dir.path().join("old.raw");
+    Image::hole("x", 1 << 20).write_raw(&dir.path().join("disk.raw"));
+    // Only the superuser may give files away.
+    const OTHER: u32 = 65_534;
+    std::fs::write(&path, b"old").unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
+    let is_given = std::os::unix::fs::chown(&path, Some(OTHER), Some(OTHER)).is_ok();
+    let line = ["--compat", "convert", "-f", "raw", "-O", "raw", "disk.raw", "old.raw"];
+    imgtool(line).within(dir.path()).go().ends_with(0);
+    let meta = std::fs::metadata(&path).unwrap();
+    assert_eq!((meta.len(), meta.permissions().mode() & 0o777), (1 << 20, 0o640));
+    assert_eq!(meta.uid() == OTHER, is_given);
 }

@@ -48,6 +48,8 @@ pub struct Outputs {
     replaced: Vec<File>,
     /// True if the file system shall not copy the blocks of new files on writes.
     no_copy_on_write: bool,
+    /// True if a file that replaces another one gets its owner.
+    keeps_owner: bool,
     cleaner: Cleaner,
 }
 
@@ -95,6 +97,12 @@ impl Outputs {
         self.no_copy_on_write = !allowed;
     }
 
+    /// Sets whether the next files that replace others get their owner and group, as far as this process may give
+    /// files away; by default they belong to this process.
+    pub fn set_keeps_owner(&mut self, keeps_owner: bool) {
+        self.keeps_owner = keeps_owner;
+    }
+
     /// Creates a file that [`Outputs::commit`] renames to `path`; it replaces an existing file only with
     /// `overwrite`. Follows a symbolic link at `path`.
     ///
@@ -128,6 +136,10 @@ impl Outputs {
         let (file, temporary) = self.create_temporary(path, &folder, &name)?;
         if let Some(old) = old {
             self.claimed.extend(Identity::of(&old, &final_path));
+            if self.keeps_owner {
+                os::copy_owner(&file, &old);
+            }
+            // Last, since a change of the owner removes some permissions.
             file.set_permissions(old.permissions()).map_err(|e| Error::io("create", e).path(path))?;
         }
         // Only an empty file can get this flag.

@@ -3,7 +3,7 @@
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -36,6 +36,15 @@ pub fn file_len(file: &File) -> io::Result<u64> {
     match classify(&meta) {
         FileClass::BlockDevice => platform::block_device_len(file),
         _ => Ok(meta.len()),
+    }
+}
+
+/// Gives a file the owner and group of another one. Without the right to give files away, only the group changes, if
+/// the user is in it.
+pub fn copy_owner(file: &File, like: &Metadata) {
+    if fchown(file, Some(like.uid()), Some(like.gid())).is_err() {
+        // The file then belongs to the user who made it.
+        let _ = fchown(file, None, Some(like.gid()));
     }
 }
 
