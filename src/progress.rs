@@ -298,7 +298,7 @@ impl Monitor for Display<'_> {
         match self.mode {
             ProgressMode::None => false,
             ProgressMode::Auto => Stream::Err.can_draw(),
-            ProgressMode::Bar | ProgressMode::Json => true,
+            ProgressMode::Bar | ProgressMode::Json | ProgressMode::Percent => true,
         }
     }
 

@@ -17,7 +17,7 @@ pub(super) fn show(counters: &Counters) {
     line(shown);
     while counters.wait(INTERVAL) {
         let all = counters.part(None).work;
-        let total = all.total.filter(|total| *total > 0);
+        let total = all.expected.filter(|total| *total > 0);
         let percent = total.map_or(0.0, |total| all.done as f64 * 100.0 / total as f64);
         // The last report follows when the outputs have their names.
         if percent - shown >= STEP && percent < 100.0 {
