@@ -18,7 +18,9 @@ pub fn words(remedy: &Remedy) -> String {
         Remedy::Overwrite => "--force overwrites it; -n writes one disk into it".to_owned(),
         Remedy::ReplaceImage => "leave out -n: --force replaces it by a new image".to_owned(),
         Remedy::DiscardData => "nothing was changed; --shrink cuts the data off".to_owned(),
-        Remedy::WriteIntoDevice => "write into it with -n, or with --target NAME=PATH".to_owned(),
+        Remedy::WriteIntoDevice => {
+            "name it as DEST, or for one disk with --target NAME=PATH, in a format that can be written there".to_owned()
+        }
         Remedy::ForceWrite(advice) => format!("nothing was written; {advice}; --force writes anyway"),
         Remedy::NameTarget => {
             "remove the link, or name the file that it leads to with --target NAME=PATH".to_owned()

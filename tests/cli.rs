@@ -19,6 +19,7 @@ mod recipes;
 mod same_file;
 mod shell;
 mod sizes;
+mod standing_targets;
 mod strict_compare;
 mod targets;
 mod texts;

@@ -40,7 +40,8 @@ format can be written sequentially.
 
 An unfinished output is called .NAME.partial-XXXXXXXXXXXX. If anything fails, no
 unfinished output is left under its final name, and of several outputs either
-all appear or none.
+all appear or none. A block device is overwritten in place; an empty file is
+replaced, other files need --force.
 
 --help-compat lists the other flags: those of qemu-img, and rare ones.
 
@@ -224,9 +225,9 @@ pub struct DeviceArgs {
 
     /// Write a device to a path of its own; repeatable
     ///
-    /// An existing PATH is overwritten in place and keeps its length, under the rules of -n; 'zeroed'
-    /// assumes that it reads as zeros. The format is that of format=, else that of PATH's extension,
-    /// else raw.
+    /// An existing PATH, unless it is empty, is overwritten in place and keeps its length, under the rules
+    /// of -n; 'zeroed' assumes that it reads as zeros. The format is that of format=, else that of PATH's
+    /// extension, else raw.
     #[arg(long, value_name = "NAME=PATH[,format=FMT][,zeroed]")]
     pub target: Vec<OsString>,
 

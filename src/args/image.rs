@@ -432,7 +432,7 @@ pub struct CreateArgs {
     #[arg(long, value_name = "OBJECT", hide_short_help = true)]
     pub object: Vec<String>,
 
-    /// Overwrite an existing file
+    /// Overwrite an existing file, use a block device that is in use
     #[arg(long)]
     pub force: bool,
 

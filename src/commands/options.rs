@@ -58,7 +58,6 @@ pub fn format_options(options: &[String], sparse_size: Option<&str>) -> Result<F
         source_date_epoch: source_date_epoch()?,
         sparse_granularity: sparse_size.map(sparse).transpose()?,
         plain_names: compat::is_on(),
-        keeps_owner: compat::is_on(),
         ..FormatOptions::default()
     };
     for (key, value) in options.iter().flat_map(|text| split_options(text)) {

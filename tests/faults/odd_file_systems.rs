@@ -96,6 +96,11 @@ fn names_outputs_without_rename_flags_and_links() {
         bench.holds_old(&["x.raw"], &what);
         bench.one(habits, &["--force"]).ends_with(0);
         bench.holds_new(&["x.raw"], &what);
+        // An empty file is no conflict.
+        bench.clear();
+        bench.shaky.put("x.raw", Vec::new());
+        bench.one(habits, &[]).ends_with(0);
+        bench.holds_new(&["x.raw"], &what);
         bench.clear();
         bench.two(habits, &[]).ends_with(0);
         bench.holds_new(&["a.raw", "b.raw"], &what);

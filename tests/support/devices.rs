@@ -120,6 +120,16 @@ impl Mounted {
         mounted.then(|| Self(directory.to_owned()))
     }
 
+    /// Mounts a single file over another file; `None` if that is not possible here.
+    pub fn bind(file: &Path, over: &Path) -> Option<Self> {
+        let mount = std::process::Command::new("mount").args(["--bind", text(file), text(over)]).output();
+        let mounted = mount.is_ok_and(|output| output.status.success());
+        if !mounted {
+            oracles::unable("no file can be mounted on this machine, or by this user", false);
+        }
+        mounted.then(|| Self(over.to_owned()))
+    }
+
     fn mount(device: &LoopDevice, directory: &Path) -> Self {
         std::fs::create_dir_all(directory).unwrap();
         oracles::run("mount", &[text(device.path()), text(directory)]);

@@ -10,7 +10,7 @@ use imgtool_storage::{Opening, Outputs, Sharing};
 
 use crate::blank::Blank;
 use crate::format::TargetFormat;
-use crate::layout::{Destination, Layout, PlannedOutput};
+use crate::layout::{self, Layout, PlannedOutput};
 use crate::monitor::Monitor;
 use crate::open::{self, Opened};
 use crate::report::Report;
@@ -21,13 +21,13 @@ use crate::sources::{OpenSource, SelectedDisk};
 /// Settings for a new image without data.
 #[derive(Debug)]
 pub struct CreateRequest {
-    /// Path of the new file.
+    /// Path of the new file, or of the block device for the image.
     pub path: PathBuf,
     /// Format, with its options and backing image.
     pub format: TargetFormat,
     /// Virtual size in bytes.
     pub size: u64,
-    /// True to replace an existing file.
+    /// True to replace an existing file, and to use a block device that is in use or much larger.
     pub overwrite: bool,
 }
 
@@ -68,7 +68,7 @@ pub fn create(
     let has_backing = request.format.writer.backing().is_some();
     let source = OpenSource { name: None, opened: Opened::in_memory(image, registry.verbatim()?) };
     let output = PlannedOutput {
-        destination: Destination::New(request.path),
+        destination: layout::new_image(&request.format, &request.path)?,
         format: request.format,
         disks: vec![imgtool_core::Slot(0)],
         attachments: Vec::new(),
@@ -85,8 +85,7 @@ pub fn create(
     };
     let options = RunOptions {
         threads: 1,
-        // An empty image is too small to need a space check.
-        force: true,
+        force: request.overwrite,
         // Zeros would hide the content of the backing image.
         without_content: has_backing,
         cancel: cancel.clone(),

@@ -27,8 +27,6 @@ pub struct FormatOptions {
     pub no_copy_on_write: bool,
     /// True if an extension of the output's name does not compress it.
     pub plain_names: bool,
-    /// True to give a file that replaces another one its owner.
-    pub keeps_owner: bool,
 }
 
 impl FormatOptions {
@@ -40,7 +38,6 @@ impl FormatOptions {
             sparse_granularity: self.sparse_granularity,
             no_copy_on_write: self.no_copy_on_write,
             plain_names: self.plain_names,
-            keeps_owner: self.keeps_owner,
             ..Self::default()
         }
     }
@@ -148,11 +145,6 @@ impl TargetFormat {
     /// True if the file system must not copy the file's blocks on writes.
     pub(crate) fn no_copy_on_write(&self) -> bool {
         self.options.no_copy_on_write
-    }
-
-    /// True if a file that replaces another one gets its owner.
-    pub(crate) fn keeps_owner(&self) -> bool {
-        self.options.keeps_owner
     }
 
     /// Returns the passphrase of new images, if any.

@@ -284,7 +284,8 @@ impl LayoutRequest<'_> {
     fn output_apart(&self, target: &DiskTarget, slot: Slot) -> Result<PlannedOutput> {
         let location = &target.location;
         let driver = format::by_word_or_name(self.registry, target.format.as_deref(), Some(location))?;
-        let existing = location.path().filter(|path| path.exists() && is_written_in_place(&*driver, path));
+        let existing =
+            location.path().filter(|path| is_written_in_place(&*driver, path) && has_content(path));
         if target.zeroed && existing.is_none() {
             return Err(Error::usage("only an existing block device or raw file can be marked as zeroed")
                 .path(location));
@@ -348,10 +349,7 @@ impl LayoutRequest<'_> {
     /// one, also if there is a single disk today. The name says otherwise if it has the extension of a format or a
     /// compression, or any extension if the user chose the only disk.
     fn machines_need_directory(&self, dest: &Location, rest: &[Slot]) -> bool {
-        let is_device = |path: &Path| {
-            std::fs::metadata(path).is_ok_and(|meta| os::classify(&meta) == FileClass::BlockDevice)
-        };
-        let Some(path) = dest.path().filter(|path| !is_device(path)) else { return false };
+        let Some(path) = dest.path().filter(|path| !is_block_device(path)) else { return false };
         let has_extension = path.extension().is_some();
         let is_known = open::driver_by_name(self.registry, dest).is_some() || outer::by_name(dest).is_some();
         let names_file = has_extension && (is_known || self.disks_named && rest.len() == 1);
@@ -503,7 +501,7 @@ impl LayoutRequest<'_> {
                     .hint("it does not exist: leave out writing in place to make it"))
             }
             Some(zeroed) => self.in_place(path, zeroed),
-            None => Ok(Destination::New(path.to_owned())),
+            None => new_image(self.format, path),
         }
     }
 
@@ -580,10 +578,37 @@ pub fn is_written_in_place(driver: &dyn Driver, path: &Path) -> bool {
     match driver.capabilities().in_place {
         InPlace::Never => false,
         InPlace::Anywhere => true,
-        InPlace::BlockDevices => {
-            std::fs::metadata(path).is_ok_and(|meta| os::classify(&meta) == FileClass::BlockDevice)
-        }
+        InPlace::BlockDevices => is_block_device(path),
     }
+}
+
+/// True if something exists at `path`, except an empty file: a new one takes its place.
+fn has_content(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|meta| !meta.is_file() || meta.len() > 0)
+}
+
+fn is_block_device(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|meta| os::classify(&meta) == FileClass::BlockDevice)
+}
+
+/// Returns the destination of a new image at `path`: a block device is overwritten, anything else is a new file.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Refused`] if the format can't be written onto the block device at `path`.
+pub(crate) fn new_image(format: &TargetFormat, path: &Path) -> Result<Destination> {
+    if !is_block_device(path) || format.is_archive() {
+        return Ok(Destination::New(path.to_owned()));
+    }
+    if format.outer.is_some() {
+        return Err(Error::usage("a compressed output can't be written in place").path(path));
+    }
+    if !is_written_in_place(&*format.driver, path) {
+        let name = format.driver.name();
+        return Err(Error::refused(format!("is a block device, onto which no {name} image can be written"))
+            .path(path)
+            .hint("write it to a file, or choose another format"));
+    }
+    Ok(Destination::Existing { path: path.to_owned(), zeroed: false })
 }
 
 /// True if the file or device at `path` begins like an image of the driver's format.

@@ -99,7 +99,10 @@ impl Plan {
             without_content: options.without_content,
             shares: &shares,
         };
-        let sinks = sinks::open_sinks(&self.layout, &self.selected, &mut self.outputs, settings)?;
+        let sinks = sinks::open_sinks(&self.layout, &self.selected, &mut self.outputs, settings);
+        let overwritten = self.outputs.overwritten();
+        let sinks =
+            sinks.inspect_err(|_| overwritten.iter().for_each(|lost| monitor.left_incomplete(lost)))?;
         let existed = |(planned, _): &(&PlannedOutput, &OpenSink)| {
             matches!(planned.destination, Destination::Existing { .. } | Destination::Image { .. })
         };
@@ -117,6 +120,7 @@ impl Plan {
             for output in in_place.iter().filter(|output| output.was_changed()) {
                 monitor.left_incomplete(output.location());
             }
+            overwritten.iter().for_each(|lost| monitor.left_incomplete(lost));
         }
         result
     }

@@ -125,7 +125,6 @@ fn open_sink(
 ) -> Result<OpenSink> {
     let location = planned.destination.location();
     outputs.set_copy_on_write(!planned.format.no_copy_on_write());
-    outputs.set_keeps_owner(planned.format.keeps_owner());
     let output = open_output(planned, &manifest, layout, outputs, settings)?;
     let mut supplied = BTreeMap::new();
     if let Destination::Image { zeroed, .. } = planned.destination {

@@ -95,8 +95,12 @@ fn is_measured(output: &PlannedOutput, selected: &[SelectedDisk]) -> bool {
         && output.disks.iter().all(|slot| !selected[slot.index()].device.open_ended)
 }
 
-/// Returns the directory of a new file, or the nearest ancestor that exists.
+/// Returns the directory of a new file, or the nearest ancestor that exists; a file at a mount point itself, since
+/// it has another file system.
 fn existing_directory(path: &Path) -> Option<&Path> {
+    if os::is_mount_point(path) {
+        return Some(path);
+    }
     let directory = path.ancestors().skip(1).find(|above| above.as_os_str().is_empty() || above.is_dir())?;
     Some(if directory.as_os_str().is_empty() { Path::new(".") } else { directory })
 }

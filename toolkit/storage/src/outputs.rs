@@ -3,28 +3,32 @@
 //! Each file is written beside its target as `.NAME.partial-XXXXXXXXXXXX` (`partial.rs`). [`Outputs::commit`]
 //! flushes all files and only then renames them. A drop without a commit removes everything that the set
 //! created. The directories stay open, so that this works even if one of them is moved meanwhile.
+//!
+//! Block devices, images to change and mount points have no temporary name (`in_place.rs`).
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use imgtool_core::{Error, Location, Output, Remedy, Result};
+use imgtool_core::{Error, Location, Output, Result};
 
 use crate::file;
 use crate::folder::{Entry, Folder, Naming, Temporary};
 use crate::identity::Identity;
 use crate::image_lock::{self, ImageLock};
-use crate::os::{self, DirectoryHandle, FileClass};
+use crate::os::{self, DirectoryHandle};
 use crate::partial;
 
 mod cleaner;
+mod in_place;
 mod naming;
 mod rename;
 mod targets;
 
 pub use cleaner::Cleaner;
-use naming::{NamedFile, PendingFile, check_in_place, roll_back, sync_directories};
+use in_place::Emptied;
+use naming::{NamedFile, PendingFile, Replaces, check_in_place, roll_back, sync_directories};
 use targets::final_path;
 
 /// Set of the outputs of one run.
@@ -42,14 +46,15 @@ pub struct Outputs {
     /// Existing files that the outputs write into or replace.
     claimed: Vec<Identity>,
     swept: Vec<PathBuf>,
-    /// Sentences about targets that may be sources or in use, as far as this process can see.
+    /// Sentences about targets that may be sources or in use, as far as this process can see, and about what
+    /// can't be kept of them.
     doubts: Vec<String>,
     /// Files that the outputs replace, open and locked so that no other program begins to use them.
     replaced: Vec<File>,
     /// True if the file system shall not copy the blocks of new files on writes.
     no_copy_on_write: bool,
-    /// True if a file that replaces another one gets its owner.
-    keeps_owner: bool,
+    /// Files at mount points, which are written in place.
+    emptied: Vec<Emptied>,
     cleaner: Cleaner,
 }
 
@@ -97,14 +102,9 @@ impl Outputs {
         self.no_copy_on_write = !allowed;
     }
 
-    /// Sets whether the next files that replace others get their owner and group, as far as this process may give
-    /// files away; by default they belong to this process.
-    pub fn set_keeps_owner(&mut self, keeps_owner: bool) {
-        self.keeps_owner = keeps_owner;
-    }
-
     /// Creates a file that [`Outputs::commit`] renames to `path`; it replaces an existing file only with
-    /// `overwrite`. Follows a symbolic link at `path`.
+    /// `overwrite`, or if it is empty. Follows a symbolic link at `path`. A file at a mount point is written in
+    /// place.
     ///
     /// # Errors
     /// [`imgtool_core::ErrorKind::Refused`] if the target already exists, is a source, is in use, or is no regular
@@ -124,9 +124,17 @@ impl Outputs {
             return Err(Error::usage("two outputs would write this file").path(path));
         }
         let old = self.check_target(path, &final_path, overwrite, &self.claimed)?;
+        if old.is_some() && os::is_mount_point(&final_path) {
+            return self.create_at_mount_point(path, &final_path, overwrite);
+        }
         if old.is_some() {
             self.lock_replaced(path, &final_path)?;
         }
+        let replaces = match (overwrite, &old) {
+            (true, _) => Replaces::Anything,
+            (false, Some(_)) => Replaces::Empty,
+            (false, None) => Replaces::Nothing,
+        };
         let (Some(directory), Some(name)) = (final_path.parent(), final_path.file_name()) else {
             return Err(Error::usage("is not a file name").path(path));
         };
@@ -136,11 +144,7 @@ impl Outputs {
         let (file, temporary) = self.create_temporary(path, &folder, &name)?;
         if let Some(old) = old {
             self.claimed.extend(Identity::of(&old, &final_path));
-            if self.keeps_owner {
-                os::copy_owner(&file, &old);
-            }
-            // Last, since a change of the owner removes some permissions.
-            file.set_permissions(old.permissions()).map_err(|e| Error::io("create", e).path(path))?;
+            self.keep_attributes(path, &final_path, &file, &old)?;
         }
         // Only an empty file can get this flag.
         if self.no_copy_on_write && !os::forbid_copy_on_write(&file) {
@@ -150,8 +154,20 @@ impl Outputs {
             ));
         }
         let output = file::new_file(path, file);
-        self.files.push(PendingFile { output: output.clone(), final_path, final_name, temporary, overwrite });
+        self.files.push(PendingFile { output: output.clone(), final_path, final_name, temporary, replaces });
         Ok(output)
+    }
+
+    /// Gives a new file the owner and permissions of the file that it replaces. The owner must not come from a
+    /// file that another user may have planted, and only the superuser can set one.
+    fn keep_attributes(&mut self, path: &Path, final_path: &Path, file: &File, old: &Metadata) -> Result<()> {
+        let failed = |e| Error::io("create", e).path(path);
+        let is_planted = targets::may_be_planted(final_path, old);
+        if !is_planted && !os::give_owner_of(file, old).map_err(failed)? {
+            self.doubts.push(format!("{}: its owner can't be kept by this user", Location::from(path)));
+        }
+        // Giving a file away clears some permissions.
+        file.set_permissions(old.permissions()).map_err(failed)
     }
 
     /// Locks the existing file that an output replaces, until this set is dropped. Permission to overwrite does
@@ -212,68 +228,6 @@ impl Outputs {
     pub fn without_safe_naming(&self) -> impl Iterator<Item = &Path> {
         let unsafe_ones = self.folders.iter().filter(|folder| folder.naming.get() == Some(&Naming::Reserve));
         unsafe_ones.map(|folder| &*folder.path)
-    }
-
-    /// Opens an existing block device or file to overwrite it in place. It keeps its length.
-    ///
-    /// `reads_as_zero` is true if the target is known to contain only zeros. `force` opens a target even if
-    /// it is mounted, locked or otherwise in use.
-    ///
-    /// # Errors
-    /// [`imgtool_core::ErrorKind::Refused`] if it is a source or in use; [`imgtool_core::ErrorKind::Usage`]
-    /// if it is another output, a directory or a stream; [`imgtool_core::ErrorKind::Io`].
-    pub fn existing(&mut self, path: &Path, reads_as_zero: bool, force: bool) -> Result<Output> {
-        let (file, identity) = self.open_existing(path, force)?;
-        let output = file::existing(path, file, reads_as_zero)?;
-        self.claimed.extend(identity);
-        self.others.push(output.clone());
-        Ok(output)
-    }
-
-    /// Opens an existing block device or file that contains an image, to change the image in place. A file
-    /// grows as needed.
-    ///
-    /// # Errors
-    /// Same as [`Outputs::existing`].
-    pub fn existing_image(&mut self, path: &Path, force: bool) -> Result<Output> {
-        let (file, identity) = self.open_existing(path, force)?;
-        let output = file::existing_image(path, file)?;
-        self.claimed.extend(identity);
-        self.others.push(output.clone());
-        Ok(output)
-    }
-
-    /// Opens an existing target for reading and writing, unless it is in use.
-    fn open_existing(&mut self, path: &Path, force: bool) -> Result<(File, Option<Identity>)> {
-        let meta = std::fs::metadata(path).map_err(|e| Error::io("open for writing", e).path(path))?;
-        let identity = Identity::of(&meta, path);
-        self.check_free(path, identity.as_ref(), &self.claimed)?;
-        let file = match os::classify(&meta) {
-            FileClass::BlockDevice => os::open_block_device(path, !force).map_err(|e| {
-                if e.kind() == std::io::ErrorKind::ResourceBusy {
-                    Error::refused("the device is mounted or otherwise in use")
-                        .path(path)
-                        .remedied_by(Remedy::ForceWrite("unmount it".into()))
-                } else {
-                    Error::io("open for writing", e).path(path)
-                }
-            })?,
-            FileClass::Regular => File::options()
-                .read(true)
-                .write(true)
-                .open(path)
-                .map_err(|e| Error::io("open for writing", e).path(path))?,
-            FileClass::Directory => return Err(Error::usage("is a directory").path(path)),
-            FileClass::Stream => return Err(Error::usage("is neither a file nor a block device").path(path)),
-        };
-        let busy = |error: Error| {
-            error.path(path).remedied_by(Remedy::ForceWrite("stop the program that uses it".into()))
-        };
-        self.lock_target(path, &file).or_else(|error| if force { Ok(()) } else { Err(busy(error)) })?;
-        if let Some(how) = os::used_elsewhere(&file).filter(|_| !force) {
-            return Err(busy(Error::refused(format!("in use: {how}"))));
-        }
-        Ok((file, identity))
     }
 
     /// Adds a stream, which [`Outputs::commit`] flushes.
@@ -368,6 +322,7 @@ impl Outputs {
             return Err(roll_back(named, error));
         }
         self.directories.clear();
+        self.emptied.clear();
         for published in self.published.drain(..) {
             let _ = published.keep();
         }
@@ -399,8 +354,8 @@ impl Outputs {
     }
 
     /// Returns a sentence for each pair of source and existing target that [`Outputs::check`] could not
-    /// compare, since one of them is on an overlay whose layers this process can't see, and for each existing
-    /// target that can't be locked.
+    /// compare, since one of them is on an overlay whose layers this process can't see, for each existing
+    /// target that can't be locked, whose owner can't be kept, or that is written in place at a mount point.
     pub fn doubts(&self) -> &[String] {
         &self.doubts
     }
@@ -422,6 +377,7 @@ impl Drop for Outputs {
         // Files remove themselves when dropped. A directory can be removed only if it is empty.
         self.files.clear();
         self.published.clear();
+        self.emptied.iter().for_each(Emptied::empty);
         for directory in self.directories.iter().rev() {
             directory.remove_directory();
         }

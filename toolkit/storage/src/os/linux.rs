@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Advice, FallocateFlags, IFlags, OFlags, RenameFlags};
+use rustix::fs::{Advice, AtFlags, FallocateFlags, IFlags, OFlags, RenameFlags, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 
 use imgtool_core::FileRun;
@@ -134,6 +134,13 @@ pub fn next_data(file: &File, position: u64, len: u64) -> io::Result<u64> {
         Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOTTY) => Ok(position),
         Err(e) => Err(e.into()),
     }
+}
+
+/// Returns true if a file system or a single file is mounted at `path`. Linux before 5.8 can't tell, and then
+/// reports an error when the name is changed.
+pub fn is_mount_point(path: &Path) -> bool {
+    let stat = rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), StatxFlags::empty());
+    stat.is_ok_and(|stat| stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }
 
 /// Opens a block device for reading and writing; with `exclusive`, only if it is not in use.

@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, fchow
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use imgtool_core::input::retry;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -36,15 +37,6 @@ pub fn file_len(file: &File) -> io::Result<u64> {
     match classify(&meta) {
         FileClass::BlockDevice => platform::block_device_len(file),
         _ => Ok(meta.len()),
-    }
-}
-
-/// Gives a file the owner and group of another one. Without the right to give files away, only the group changes, if
-/// the user is in it.
-pub fn copy_owner(file: &File, like: &Metadata) {
-    if fchown(file, Some(like.uid()), Some(like.gid())).is_err() {
-        // The file then belongs to the user who made it.
-        let _ = fchown(file, None, Some(like.gid()));
     }
 }
 
@@ -81,6 +73,49 @@ pub fn is_link_refused(e: &io::Error) -> bool {
 /// The error of dup(2).
 pub fn stdout() -> io::Result<File> {
     Ok(io::stdout().as_fd().try_clone_to_owned()?.into())
+}
+
+/// Returns true if the file contains no byte, whatever length it reports.
+///
+/// # Errors
+/// The error of fstat(2) or pread(2).
+pub fn is_empty(file: &File) -> io::Result<bool> {
+    Ok(file.metadata()?.len() == 0 && retry(|| file.read_at(&mut [0], 0))? == 0)
+}
+
+/// Returns true if another user may have put the file into the directory to get at what is written to it: it
+/// belongs neither to this user nor to the owner of the directory, which is sticky and in which others may
+/// create files. The rule of Linux for opening such files, fs.protected_regular, proc(5).
+pub fn may_be_planted(directory: &Metadata, file: &Metadata) -> bool {
+    const STICKY: u32 = 0o1000;
+    const OTHERS_WRITE: u32 = 0o022;
+    let is_shared = directory.mode() & STICKY != 0 && directory.mode() & OTHERS_WRITE != 0;
+    let own = rustix::process::geteuid().as_raw();
+    is_shared && file.uid() != own && file.uid() != directory.uid()
+}
+
+/// Gives `file` the owner and group of the file that `meta` describes. Returns false if this user may not.
+///
+/// # Errors
+/// The error of fchown(2), other than a lack of permission.
+pub fn give_owner_of(file: &File, meta: &Metadata) -> io::Result<bool> {
+    let is_same = |now: &Metadata| (now.uid(), now.gid()) == (meta.uid(), meta.gid());
+    if is_same(&file.metadata()?) {
+        return Ok(true);
+    }
+    let denied = |e: &io::Error| {
+        let kinds =
+            [io::ErrorKind::PermissionDenied, io::ErrorKind::Unsupported, io::ErrorKind::InvalidInput];
+        kinds.contains(&e.kind())
+    };
+    match fchown(file, Some(meta.uid()), Some(meta.gid())) {
+        // A user may still choose one of the user's groups.
+        Err(e) if denied(&e) => {
+            let _ = fchown(file, None, Some(meta.gid()));
+            Ok(is_same(&file.metadata()?))
+        }
+        done => done.map(|()| true),
+    }
 }
 
 /// Reads up to `buf.len()` bytes at `position` and returns their number, 0 at the end of the file. The file's

@@ -1,5 +1,6 @@
 //! Removal of unfinished outputs when a signal ends the program.
 
+use std::fs::File;
 use std::sync::{Arc, Mutex};
 
 use imgtool_core::sync::lock;
@@ -16,18 +17,23 @@ pub struct Cleaner(Arc<Mutex<Paths>>);
 pub(super) struct Paths {
     pub(super) files: Vec<Entry>,
     pub(super) directories: Vec<Entry>,
+    /// Files at mount points, which are written in place.
+    pub(super) emptied: Vec<File>,
     /// True once the program is ending. A file created now would be left behind.
     closed: bool,
 }
 
 impl Cleaner {
-    /// Removes the unfinished files and the directories created for them.
+    /// Removes the unfinished files and the directories created for them, and empties what has no temporary name.
     pub fn clean(&self) {
         let mut paths = lock(&self.0);
         paths.closed = true;
         for file in paths.files.drain(..) {
             // The program is ending, so nothing follows from a failure.
             file.remove_file();
+        }
+        for file in paths.emptied.drain(..) {
+            let _ = file.set_len(0);
         }
         for directory in paths.directories.drain(..).rev() {
             directory.remove_directory();
@@ -39,6 +45,7 @@ impl Cleaner {
         let mut paths = lock(&self.0);
         paths.files.clear();
         paths.directories.clear();
+        paths.emptied.clear();
     }
 
     /// Runs `create`, which adds the paths of its files. [`Cleaner::clean`] can't run between a file's

@@ -21,7 +21,18 @@ pub(super) struct PendingFile {
     pub(super) final_path: PathBuf,
     pub(super) final_name: OsString,
     pub(super) temporary: Temporary,
-    pub(super) overwrite: bool,
+    pub(super) replaces: Replaces,
+}
+
+/// Existing file that an output may replace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Replaces {
+    /// None: the name must be free.
+    Nothing,
+    /// A file that is still empty.
+    Empty,
+    /// Any file.
+    Anything,
 }
 
 impl PendingFile {
@@ -30,10 +41,14 @@ impl PendingFile {
         let path = self.final_path.clone();
         let file = self.current()?;
         let folder = &file.folder;
-        let exists = self.overwrite && folder.handle.look_up(&self.final_name).is_ok();
-        let old = if exists {
+        let found = folder.handle.look_up(&self.final_name).ok();
+        if self.replaces == Replaces::Empty && found.is_some_and(|found| found.len > 0) {
+            return Err(filled_error(&path));
+        }
+        let old = if self.replaces != Replaces::Nothing && found.is_some() {
             let spare = partial::new_name(&self.final_name.to_string_lossy());
-            Some(rename::replace(&file, &self.final_name, spare).map_err(|e| replace_error(e, &path))?)
+            let old = rename::replace(&file, &self.final_name, spare).map_err(|e| replace_error(e, &path))?;
+            Some(self.check_vacant(old)?)
         } else {
             // The creation of the first file has set the way.
             let naming = folder.naming.get().copied().unwrap_or(Naming::NoReplace);
@@ -42,6 +57,25 @@ impl PendingFile {
         };
         let named = Entry { name: self.final_name.clone(), ..file.clone() };
         Ok(NamedFile { path, output: self.output.clone(), named, old })
+    }
+
+    /// Gives the replaced file its name back if it should have been empty and is not any more: another program
+    /// has filled it.
+    fn check_vacant(&self, old: Replaced) -> Result<Replaced> {
+        let is_filled = |old: &Temporary| {
+            let found = old.entry().and_then(|entry| entry.folder.handle.look_up(&entry.name).ok());
+            found.is_some_and(|found| found.len > 0)
+        };
+        match old {
+            Replaced::Kept(old) if self.replaces == Replaces::Empty && is_filled(&old) => {
+                let error = filled_error(&self.final_path);
+                Err(match rename::restore(old, &self.final_name) {
+                    Err(Some(old)) => error.hint(format!("it is {} by now", display(&old.path()))),
+                    _ => error,
+                })
+            }
+            old => Ok(old),
+        }
     }
 
     /// Returns the temporary name with the current inode of the written file, to which the name must still
@@ -79,6 +113,13 @@ pub(super) fn check_in_place(files: &[PendingFile]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Returns the error for an empty file that another program has filled meanwhile.
+fn filled_error(path: &Path) -> Error {
+    Error::refused("was empty, but another program has written to it meanwhile")
+        .path(path)
+        .hint("its content was kept: choose another name, or convert again")
 }
 
 /// Returns the error for a file that was not replaced, and says where the old one is.

@@ -1,7 +1,7 @@
 //! Checks of a target: it must not be a source, another output, or an existing file that the run may not
 //! replace.
 
-use std::fs::Metadata;
+use std::fs::{File, Metadata};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -106,7 +106,7 @@ impl Outputs {
         };
         self.check_free(path, Identity::of(&meta, final_path).as_ref(), claimed)?;
         match os::classify(&meta) {
-            FileClass::Regular if overwrite => Ok(Some(meta)),
+            FileClass::Regular if overwrite || is_vacant(final_path, &meta) => Ok(Some(meta)),
             FileClass::Regular => {
                 Err(Error::refused("already exists").path(path).remedied_by(Remedy::Overwrite))
             }
@@ -158,6 +158,19 @@ impl Outputs {
         }
         Ok(())
     }
+}
+
+/// True if an output may take the place of an existing file because it is empty, as mktemp(1) creates it. A file
+/// can report no length and contain bytes.
+fn is_vacant(path: &Path, meta: &Metadata) -> bool {
+    let is_empty = || File::open(path).and_then(|file| os::is_empty(&file)).unwrap_or(false);
+    meta.len() == 0 && !may_be_planted(path, meta) && is_empty()
+}
+
+/// True if another user may have put a file there to get at what a program writes to it.
+pub(super) fn may_be_planted(path: &Path, meta: &Metadata) -> bool {
+    let directory = path.parent().and_then(|parent| std::fs::metadata(parent).ok());
+    directory.is_none_or(|directory| os::may_be_planted(&directory, meta))
 }
 
 /// True if stat(2) failed because the file does not exist.

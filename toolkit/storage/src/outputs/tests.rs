@@ -64,6 +64,28 @@ fn failed_commit_restores_replaced_files() {
 }
 
 #[test]
+fn an_empty_file_is_replaced_unless_it_is_filled_meanwhile() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+    for fill in [true, false] {
+        let mut outputs = Outputs::new();
+        for path in [&a, &b] {
+            std::fs::write(path, b"").expect("write");
+            outputs.create(path, false).expect("create").write_at(b"new", 0).expect("write");
+        }
+        if fill {
+            std::fs::write(&b, b"filled").expect("write");
+            assert_eq!(outputs.commit().expect_err("b is filled").kind(), ErrorKind::Refused);
+        } else {
+            outputs.commit().expect("commit");
+        }
+        let expected: [&[u8]; 2] = if fill { [b"", b"filled"] } else { [b"new", b"new"] };
+        assert_eq!([&a, &b].map(|path| std::fs::read(path).expect("read")), expected);
+        assert_eq!(std::fs::read_dir(dir.path()).expect("read_dir").count(), 2);
+    }
+}
+
+#[test]
 fn refuses_to_rename_a_replaced_temporary_file() {
     for overwrite in [false, true] {
         let dir = tempfile::tempdir().expect("tempdir");

@@ -1,0 +1,141 @@
+//! Outputs without a temporary name: existing files and devices to overwrite, images to change, and new files at
+//! mount points.
+
+use std::fs::File;
+use std::path::Path;
+
+use imgtool_core::{Error, Location, Output, Remedy, Result};
+
+use super::Outputs;
+use crate::file;
+use crate::identity::Identity;
+use crate::os::{self, FileClass};
+
+/// A file at a mount point, which no rename can replace: it is emptied, and then written in place.
+#[derive(Debug)]
+pub(super) struct Emptied {
+    file: File,
+    output: Output,
+    /// True if it had content, which is lost.
+    had_content: bool,
+}
+
+impl Emptied {
+    /// Empties the file again, so that an unfinished output does not look like a finished one. What another program
+    /// has written before this run did stays.
+    pub(super) fn empty(&self) {
+        if self.output.was_changed() {
+            // The run has failed already, so nothing follows from a failure.
+            let _ = self.file.set_len(0);
+        }
+    }
+}
+
+impl Outputs {
+    /// Opens an existing block device or file to overwrite it in place. It keeps its length.
+    ///
+    /// `reads_as_zero` is true if the target is known to contain only zeros. `force` opens a target even if
+    /// it is mounted, locked or otherwise in use.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::Refused`] if it is a source or in use; [`imgtool_core::ErrorKind::Usage`]
+    /// if it is another output, a directory or a stream; [`imgtool_core::ErrorKind::Io`].
+    pub fn existing(&mut self, path: &Path, reads_as_zero: bool, force: bool) -> Result<Output> {
+        let (file, identity) = self.open_existing(path, force)?;
+        let output = file::existing(path, file, reads_as_zero)?;
+        self.claimed.extend(identity);
+        self.others.push(output.clone());
+        Ok(output)
+    }
+
+    /// Opens an existing block device or file that contains an image, to change the image in place. A file
+    /// grows as needed.
+    ///
+    /// # Errors
+    /// Same as [`Outputs::existing`].
+    pub fn existing_image(&mut self, path: &Path, force: bool) -> Result<Output> {
+        let (file, identity) = self.open_existing(path, force)?;
+        let output = file::existing_image(path, file)?;
+        self.claimed.extend(identity);
+        self.others.push(output.clone());
+        Ok(output)
+    }
+
+    /// Opens an existing target for reading and writing, unless it is in use.
+    fn open_existing(&mut self, path: &Path, force: bool) -> Result<(File, Option<Identity>)> {
+        let meta = std::fs::metadata(path).map_err(|e| Error::io("open for writing", e).path(path))?;
+        let identity = Identity::of(&meta, path);
+        self.check_free(path, identity.as_ref(), &self.claimed)?;
+        let file = match os::classify(&meta) {
+            FileClass::BlockDevice => os::open_block_device(path, !force).map_err(|e| {
+                if e.kind() == std::io::ErrorKind::ResourceBusy {
+                    Error::refused("the device is mounted or otherwise in use")
+                        .path(path)
+                        .remedied_by(Remedy::ForceWrite("unmount it".into()))
+                } else {
+                    Error::io("open for writing", e).path(path)
+                }
+            })?,
+            FileClass::Regular => File::options()
+                .read(true)
+                .write(true)
+                .open(path)
+                .map_err(|e| Error::io("open for writing", e).path(path))?,
+            FileClass::Directory => return Err(Error::usage("is a directory").path(path)),
+            FileClass::Stream => return Err(Error::usage("is neither a file nor a block device").path(path)),
+        };
+        let busy = |error: Error| {
+            error.path(path).remedied_by(Remedy::ForceWrite("stop the program that uses it".into()))
+        };
+        self.lock_target(path, &file).or_else(|error| if force { Ok(()) } else { Err(busy(error)) })?;
+        if let Some(how) = os::used_elsewhere(&file).filter(|_| !force) {
+            return Err(busy(Error::refused(format!("in use: {how}"))));
+        }
+        Ok((file, identity))
+    }
+
+    /// Empties the existing file at `final_path`, a mount point, to write an output in place. A drop without a
+    /// commit empties it again.
+    pub(super) fn create_at_mount_point(
+        &mut self,
+        path: &Path,
+        final_path: &Path,
+        overwrite: bool,
+    ) -> Result<Output> {
+        let failed = |e| Error::io("open for writing", e).path(path);
+        let file = File::options().read(true).write(true).open(final_path).map_err(failed)?;
+        let in_use = |e: Error| e.path(path).hint("stop the program that uses it, or choose another target");
+        self.lock_target(path, &file).map_err(in_use)?;
+        if let Some(how) = os::used_elsewhere(&file) {
+            return Err(in_use(Error::refused(format!("in use: {how}"))));
+        }
+        let had_content = !os::is_empty(&file).map_err(failed)?;
+        if had_content && !overwrite {
+            return Err(Error::refused("already exists").path(path).remedied_by(Remedy::Overwrite));
+        }
+        self.cleaner.register(|paths| {
+            paths.emptied.push(file.try_clone().map_err(failed)?);
+            Ok(())
+        })?;
+        let own = file.try_clone().map_err(failed)?;
+        if had_content {
+            file.set_len(0).map_err(failed)?;
+        }
+        self.doubts.push(format!(
+            "{} is a mount point and was written in place: until the end of the run, other programs saw an \
+             unfinished output under this name",
+            Location::from(path)
+        ));
+        self.claimed.extend(file.metadata().ok().and_then(|meta| Identity::of(&meta, final_path)));
+        let output = file::new_file(path, file);
+        self.emptied.push(Emptied { file: own, output: output.clone(), had_content });
+        self.others.push(output.clone());
+        Ok(output)
+    }
+
+    /// Returns the locations of the files at mount points that had content. It is lost.
+    pub fn overwritten(&self) -> Vec<Location> {
+        let lost = self.emptied.iter().filter(|emptied| emptied.had_content);
+        lost.map(|emptied| emptied.output.location().clone()).collect()
+    }
+}
