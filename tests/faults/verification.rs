@@ -14,9 +14,14 @@ use crate::support::run::PROGRAM;
 /// Starts the program under strace, which stops it at its first flush: everything is written, and nothing is
 /// read back yet. Returns strace and the process ID of the program.
 fn stopped_at_flush(directory: &Path, args: &[&str]) -> (Child, u32) {
+    stopped_at_nth_flush(directory, args, 1)
+}
+
+fn stopped_at_nth_flush(directory: &Path, args: &[&str], number: usize) -> (Child, u32) {
     let log = tempfile::NamedTempFile::new().unwrap();
+    let inject = format!("inject=fsync:signal=SIGSTOP:when={number}");
     let strace = Command::new("strace")
-        .args(["-f", "-o", text(log.path()), "-e", "trace=fsync", "-e", "inject=fsync:signal=SIGSTOP:when=1"])
+        .args(["-f", "-o", text(log.path()), "-e", "trace=fsync", "-e", &inject])
         .arg(PROGRAM)
         .args(args)
         .current_dir(directory)
@@ -52,6 +57,58 @@ fn go_on(strace: Child, pid: u32) -> (Option<i32>, String) {
     assert!(Command::new("kill").args(["-CONT", &pid.to_string()]).status().unwrap().success());
     let output = strace.wait_with_output().unwrap();
     (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// Sets the refcount of an unused cluster of a qcow2 image with clusters of 64 KiB to one. The file must contain the
+/// cluster, or no check counts it.
+fn leak(image: &Path, cluster: u64) {
+    let file = std::fs::File::options().read(true).write(true).open(image).unwrap();
+    let number = |at: u64| {
+        let mut bytes = [0; 8];
+        file.read_exact_at(&mut bytes, at).unwrap();
+        u64::from_be_bytes(bytes)
+    };
+    let len = file.metadata().unwrap().len().max((cluster + 1) << 16);
+    file.set_len(len).unwrap();
+    let block = number(number(48));
+    file.write_all_at(&[0, 1], block + 2 * cluster).unwrap();
+}
+
+/// An image that is written into may have had leaks before. New ones come from the run, or from another program.
+#[test]
+fn verify_finds_new_leaks_in_an_image_that_existed() {
+    require!("strace", "qemu-img");
+    let dir = tempdir();
+    std::fs::write(dir.path().join("disk.raw"), images::noise(1, 1 << 20)).unwrap();
+    let image = dir.path().join("x.qcow2");
+    let fresh = || {
+        oracles::run_in("qemu-img", dir.path(), &["create", "-q", "-f", "qcow2", "x.qcow2", "4M"]);
+        leak(&image, 100);
+    };
+    let line = ["convert", "-n", "-O", "qcow2", "disk.raw", "x.qcow2"];
+    let verified = [&line[..], &["--verify"]].concat();
+    fresh();
+    imgtool(&verified).within(dir.path()).ok();
+    let count = Command::new("strace")
+        .args(["-f", "-e", "trace=fsync", PROGRAM])
+        .args(line)
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    let flushes = String::from_utf8_lossy(&count.stderr).matches("fsync(").count();
+    // The last two belong to the naming of the outputs. The flush before the image is read back comes in their
+    // place.
+    let number = flushes - 1;
+    for harm in [true, false] {
+        fresh();
+        let (strace, pid) = stopped_at_nth_flush(dir.path(), &verified, number);
+        if harm {
+            leak(&image, 101);
+        }
+        let (code, stderr) = go_on(strace, pid);
+        assert_eq!(code, Some(i32::from(harm)), "{stderr}");
+        assert!(!harm || stderr.contains("verification failed: the structure is damaged"), "{stderr}");
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use imgtool_testing::images::noise;
+use imgtool_testing::images::{noise, prose};
 use imgtool_testing::oracles::{qemu_info, run_in};
 use imgtool_testing::{require, sha256_file, tempdir};
 
@@ -112,7 +112,8 @@ fn what_can_not_be_written_into_is_refused_and_stays() {
     refused("vhdx", "", &qcow2, 1, "not a qcow2 image");
     refused("qcow2", "", &["-O", "vhdx", "new.raw", "image"], 1, "not a VHDX image");
     refused("qcow2", "", &[&["-o", "cluster_size=4k"], &qcow2[..]].concat(), 2, "can't be changed");
-    refused("qcow2", "", &[&["-c"], &qcow2[..]].concat(), 2, "leave out the options and the compression");
+    refused("qcow2", "", &[&["-c=zstd"], &qcow2[..]].concat(), 2, "the image is compressed with zlib");
+    refused("vhdx", "", &["-c", "-O", "vhdx", "new.raw", "image"], 2, "no compression of its own");
     // A smaller image is refused, and not enlarged.
     let dir = tempdir();
     scene(dir.path(), "qcow2", "");
@@ -124,6 +125,40 @@ fn what_can_not_be_written_into_is_refused_and_stays() {
         .exits(1)
         .says("the image is too small");
     assert_eq!(sha256_file(&dir.path().join("small")), before);
+}
+
+/// As in qemu-img, with clusters that exist as well.
+#[test]
+fn compressed_clusters_are_written_into_an_image() {
+    require!("qemu-img");
+    for options in ["", "cluster_size=4k", "compression_type=zstd", "refcount_bits=1", "extended_l2=on"] {
+        let dir = tempdir();
+        let own: Vec<&str> = ["-o", options].into_iter().filter(|_| !options.is_empty()).collect();
+        std::fs::write(dir.path().join("new.raw"), prose(1, 3 << 20)).unwrap();
+        for image in ["theirs", "ours"] {
+            run_in(
+                "qemu-img",
+                dir.path(),
+                &[&["create", "-q", "-f", "qcow2"], &own[..], &[image, "6M"]].concat(),
+            );
+        }
+        let line = ["convert", "-n", "-c", "-O", "qcow2", "new.raw"];
+        run_in("qemu-img", dir.path(), &[&line[..], &["theirs"]].concat());
+        imgtool(line).args(["--verify", "ours"]).within(dir.path()).ok();
+        let len = |name: &str| std::fs::metadata(dir.path().join(name)).unwrap().len();
+        assert!(len("ours") < 2 << 20 || options.ends_with("bits=1"), "{options}: {} bytes", len("ours"));
+        run_in("qemu-img", dir.path(), &["check", "-f", "qcow2", "ours"]);
+        run_in("qemu-img", dir.path(), &["compare", "theirs", "ours"]);
+        // qemu-img can't replace what is there already.
+        std::fs::write(dir.path().join("new.raw"), prose(2, 3 << 20)).unwrap();
+        imgtool(line).args(["--verify", "ours"]).within(dir.path()).ok();
+        run_in("qemu-img", dir.path(), &["check", "-f", "qcow2", "ours"]);
+        imgtool(["compare", "new.raw", "ours"]).within(dir.path()).ok();
+    }
+    let dir = tempdir();
+    scene(dir.path(), "qcow2", "data_file=data");
+    let line = ["convert", "-n", "-c", "-O", "qcow2", "--allow-external", "chain", "new.raw", "image"];
+    imgtool(line).within(dir.path()).go().exits(2).says("a data file holds no compressed clusters");
 }
 
 #[test]

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use imgtool_core::{
-    BackingName, Capabilities, CheckReport, Confidence, CreateOptions, Driver, Error, ImageSink, ImageSource,
+    BackingName, Capabilities, CheckReport, Confidence, CreateOptions, Driver, ImageSink, ImageSource,
     ImageWriter, InPlace, Input, Manifest, Measure, NamedFiles, OpenOptions, OptionSpec, Output,
-    OutputFactory, Remedy, Repair, Resize, Result, TableMemory,
+    OutputFactory, Repair, Resize, Result, TableMemory,
 };
 
 use crate::compressed::Encoder;
@@ -126,11 +126,12 @@ impl ImageWriter for Qcow2Writer {
         reads_as_zero: bool,
         options: &OpenOptions,
     ) -> Result<Box<dyn ImageSink>> {
-        if self.encoder.is_some() {
-            return Err(Error::unsupported("compressed clusters can't be written into an existing image")
-                .remedied_by(Remedy::LeaveOutCompression));
-        }
-        let update = UpdateOptions { zero_unit: self.options.zero_unit, reads_as_zero };
+        let update = UpdateOptions {
+            zero_unit: self.options.zero_unit,
+            reads_as_zero,
+            level: self.options.compress,
+            algorithm: self.options.states_compression.then_some(self.options.compression),
+        };
         Ok(Box::new(Updater::open(image, files, manifest.single(FORMAT)?, update, options)?))
     }
 

@@ -151,6 +151,8 @@ pub struct WriteOptions {
     pub refcount_order: u32,
     /// Compression algorithm of compressed clusters.
     pub compression: CompressionType,
+    /// True if the user named the algorithm, with the level or as an option.
+    pub states_compression: bool,
     /// Compression level; `None` if clusters are not compressed.
     pub compress: Option<i32>,
     /// True if QEMU may write refcounts late.
@@ -188,6 +190,7 @@ impl WriteOptions {
             shape: Shape { cluster_bits: cluster_size.ilog2(), extended_l2: flag("extended_l2") },
             refcount_order: values.size("refcount_bits").map_or(DEFAULT_REFCOUNT_ORDER, u64::ilog2),
             compression,
+            states_compression: states_compression(options),
             compress: level.transpose()?,
             lazy_refcounts: flag("lazy_refcounts"),
             preallocation: match values.text("preallocation") {
@@ -306,6 +309,11 @@ fn compression(options: &CreateOptions) -> Result<CompressionType> {
         ))),
         (one, other) => Ok(other.or(one).unwrap_or(CompressionType::Zlib)),
     }
+}
+
+fn states_compression(options: &CreateOptions) -> bool {
+    let algorithm = options.compress.as_ref().and_then(|compress| compress.algorithm.as_ref());
+    algorithm.is_some() || options.values.text("compression_type").is_some()
 }
 
 /// Returns the encryption that the options select.

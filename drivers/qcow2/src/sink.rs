@@ -24,6 +24,7 @@ use imgtool_core::{
 };
 
 pub use image::{Qcow2Sink, table_memory};
+pub use prepare::Compression;
 
 use crate::options::{Preallocation, SIZE_MULTIPLE, ZERO_GRANULARITY};
 use image::{Placement, round_up_size};

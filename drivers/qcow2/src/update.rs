@@ -11,6 +11,7 @@
 //! 4. the refcounts of what the old tables alone referred to.
 
 mod bitmaps;
+mod compress;
 pub mod refcounts;
 pub mod tables;
 
@@ -25,10 +26,11 @@ use imgtool_core::{
 };
 
 use crate::check;
+use crate::compressed::Encoder;
 use crate::layout::FORMAT;
 use crate::layout::entry::{L2Entry, Shape, Subclusters};
 use crate::layout::header::{
-    AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, Encryption, Header, INCOMPATIBLE_DATA_FILE,
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, CompressionType, Encryption, Header, INCOMPATIBLE_DATA_FILE,
     INCOMPATIBLE_DIRTY,
 };
 use crate::options::ZERO_GRANULARITY;
@@ -52,6 +54,10 @@ pub struct UpdateOptions {
     pub zero_unit: Option<u64>,
     /// True if the image is known to read as zeros.
     pub reads_as_zero: bool,
+    /// Compression level; `None` if clusters are not compressed.
+    pub level: Option<i32>,
+    /// Compression algorithm, if the user named one. It must be that of the image.
+    pub algorithm: Option<CompressionType>,
 }
 
 /// Sink that writes into an existing image.
@@ -63,6 +69,10 @@ pub struct Updater {
     header: Header,
     /// Number of bitmaps that track writes.
     bitmaps: usize,
+    /// Number of clusters that were leaked before.
+    leaks_before: u64,
+    /// Compressor of the clusters, unless they are stored as they are.
+    encoder: Option<Encoder>,
     options: UpdateOptions,
     memory: Memory,
     /// Old content of the disk, if the written part may end within a cluster.
@@ -99,8 +109,9 @@ impl Updater {
         if size.is_some_and(|size| size > header.virtual_size) {
             return Err(too_small(&header, device.size).path(output.location()));
         }
+        let encoder = compress::encoder(&header, options)?;
         let bitmaps = bitmaps::count_tracking(&input, &header)?;
-        check_intact(output, open)?;
+        let leaks_before = check_intact(output, open)?;
         let mut outputs = vec![output.clone()];
         if header.has(INCOMPATIBLE_DATA_FILE) {
             let name = header.extensions.data_file.as_deref();
@@ -119,6 +130,8 @@ impl Updater {
             old: ends_within_cluster.then(|| open_content(&outputs, open)).transpose()?,
             outputs,
             bitmaps,
+            leaks_before,
+            encoder,
             memory: open.memory.clone(),
             header,
             options,
@@ -327,7 +340,16 @@ impl Consumer for Updater {
             // At most 2 MiB, or the unit that the caller chose.
             piece.nonzero_runs(self.zero_unit() as usize)
         };
-        Ok(Prepared::sparse(piece, runs, true))
+        let prepared = Prepared::sparse(piece, runs, true);
+        match &self.encoder {
+            Some(encoder) => compress::clusters(prepared, encoder, pool, self.shape().cluster_size()),
+            None => Ok(prepared),
+        }
+    }
+
+    fn worker_memory(&self) -> u64 {
+        let cluster_size = self.shape().cluster_size();
+        self.encoder.as_ref().map_or(0, |encoder| encoder.context_memory(cluster_size))
     }
 
     fn resize(&self, _device: SinkDevice, size: u64) -> Result<()> {
@@ -361,6 +383,9 @@ impl ImageSink for Updater {
             }
             match &part.bytes {
                 Bytes::Data(range) => self.place_data(&mut state, part.guest.clone(), range, writes)?,
+                Bytes::Encoded(range) => {
+                    self.place_compressed(&mut state, part.guest.start, range, writes)?
+                }
                 _ => self.place_zeros(&mut state, part.guest.clone(), writes)?,
             }
         }
@@ -379,6 +404,10 @@ impl ImageSink for Updater {
         output.sync()?;
         tables.release_replaced(refcounts)?;
         refcounts.write_changed()
+    }
+
+    fn leaks_before(&self) -> u64 {
+        self.leaks_before
     }
 
     fn notes(&self) -> Vec<String> {
@@ -466,11 +495,12 @@ pub fn check_changeable(header: &Header) -> Result<()> {
     Ok(())
 }
 
-/// Refuses an image whose tables contradict its refcounts: a cluster that seems free could be in use.
-pub fn check_intact(output: &Output, open: &OpenOptions) -> Result<()> {
+/// Refuses an image whose tables contradict its refcounts: a cluster that seems free could be in use. Returns
+/// the number of leaked clusters.
+pub fn check_intact(output: &Output, open: &OpenOptions) -> Result<u64> {
     let report = check::check(output.reopen(&open.memory)?, open)?;
     if report.corruptions == 0 && report.check_errors == 0 {
-        return Ok(());
+        return Ok(report.leaks);
     }
     let first = report.findings.first().map(|finding| format!(" ({finding})")).unwrap_or_default();
     Err(Error::refused(format!("the structure of the image is damaged{first}"))

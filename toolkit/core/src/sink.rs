@@ -290,6 +290,12 @@ pub trait ImageSink: Consumer {
     /// Afterwards, the owner of the outputs flushes them and gives them their final names.
     fn finish(&self) -> Result<()>;
 
+    /// Returns the number of leaked allocation units that an existing image had before it was changed. A check
+    /// of the finished image finds no more than these.
+    fn leaks_before(&self) -> u64 {
+        0
+    }
+
     /// Returns notes for the user about the image ("the virtual size was rounded up …").
     fn notes(&self) -> Vec<String> {
         Vec::new()

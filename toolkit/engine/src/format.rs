@@ -188,6 +188,11 @@ impl TargetFormat {
         self.options.is_specific()
     }
 
+    /// True if the user stated options of this format by their keys.
+    pub(crate) fn has_pairs(&self) -> bool {
+        !self.options.pairs.is_empty()
+    }
+
     /// True if the size of the output follows from its content: it has neither compression nor a backing
     /// image.
     pub(crate) fn is_measurable(&self) -> bool {

@@ -513,10 +513,10 @@ impl LayoutRequest<'_> {
         let (driver, path) = (&*self.format.driver, path.to_owned());
         let capabilities = driver.capabilities();
         if capabilities.updates && (holds_image(driver, &path)? || !is_written_in_place(driver, &path)) {
-            if self.format.has_own_options() {
+            if self.format.has_pairs() {
                 return Err(Error::usage("the options of an image that exists can't be changed")
                     .path(path)
-                    .hint("leave out the options and the compression"));
+                    .hint("leave out the options"));
             }
             return Ok(Destination::Image { path, zeroed });
         }

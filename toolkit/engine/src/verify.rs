@@ -207,8 +207,7 @@ fn check(planned: &PlannedOutput, open: &OpenSink, options: &OpenOptions) -> Res
         found => found?,
     };
     let first = found.findings.first().map(|finding| format!(" ({finding})")).unwrap_or_default();
-    // An image that existed may have had leaks before.
-    let leaks = if matches!(planned.destination, Destination::Image { .. }) { 0 } else { found.leaks };
+    let leaks = found.leaks.saturating_sub(open.sink.leaks_before());
     match found.corruptions.saturating_add(leaks).saturating_add(found.check_errors) {
         0 => Ok(()),
         _ => Err(differs(planned, &format!("the structure is damaged{first}"))),

@@ -256,6 +256,11 @@ impl RefcountTableEntry {
     }
 }
 
+/// Returns the largest refcount of 2^order bits.
+pub fn max_refcount(order: u32) -> u64 {
+    if order == 6 { u64::MAX } else { (1 << (1u64 << order)) - 1 }
+}
+
 /// Returns entry `index` of a refcount block whose entries have `1 << order` bits; 0 beyond its end.
 ///
 /// Entries narrower than a byte fill it from the least significant bit. Specification, "Refcount block

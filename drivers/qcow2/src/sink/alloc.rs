@@ -9,7 +9,7 @@
 use imgtool_core::{Error, Output, Result};
 
 use crate::layout::MAX_REFCOUNT_TABLE_BYTES;
-use crate::layout::entry::{refcount, set_refcount};
+use crate::layout::entry::{max_refcount, refcount, set_refcount};
 use crate::layout::table::{encode_table, write_table};
 use crate::refcounts::refcount_clusters;
 
@@ -186,8 +186,7 @@ impl Allocator {
             return false;
         };
         let count = refcount(&self.tail, self.refcount_order, index);
-        let max = if self.refcount_order == 6 { u64::MAX } else { (1 << (1u64 << self.refcount_order)) - 1 };
-        if count >= max {
+        if count >= max_refcount(self.refcount_order) {
             return false;
         }
         set_refcount(&mut self.tail, self.refcount_order, index, count + 1);

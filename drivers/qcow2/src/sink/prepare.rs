@@ -148,7 +148,7 @@ enum Treatment {
 }
 
 /// Compression of the clusters of one piece, one after the other, into one buffer.
-struct Compression<'a> {
+pub struct Compression<'a> {
     encoder: &'a Encoder,
     context: EncodeContext,
     cluster_size: usize,
@@ -159,14 +159,14 @@ struct Compression<'a> {
 
 impl<'a> Compression<'a> {
     /// Begins the compression of a piece of `len` bytes.
-    fn begin(encoder: &'a Encoder, pool: &BufferPool, len: usize, cluster_size: usize) -> Result<Self> {
+    pub fn begin(encoder: &'a Encoder, pool: &BufferPool, len: usize, cluster_size: usize) -> Result<Self> {
         let context = encoder.context()?;
         let encoded = pool.take(len.max(cluster_size));
         Ok(Self { encoder, context, cluster_size, encoded, used: 0 })
     }
 
     /// Compresses a cluster. Returns its range in the buffer, or `None` if it does not shrink.
-    fn encode(&mut self, cluster: &[u8]) -> Option<Range<usize>> {
+    pub fn encode(&mut self, cluster: &[u8]) -> Option<Range<usize>> {
         let padded;
         let whole = if cluster.len() == self.cluster_size {
             cluster
@@ -183,7 +183,7 @@ impl<'a> Compression<'a> {
     }
 
     /// Gives the context back to the encoder and returns the buffer.
-    fn finish(self) -> Buffer {
+    pub fn finish(self) -> Buffer {
         self.encoder.give_back(self.context);
         self.encoded
     }

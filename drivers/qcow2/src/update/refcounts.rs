@@ -7,7 +7,7 @@
 use imgtool_core::{Cache, Error, Lease, Memory, Output, Result};
 
 use crate::layout::MAX_REFCOUNT_TABLE_BYTES;
-use crate::layout::entry::{RefcountTableEntry, refcount, set_refcount};
+use crate::layout::entry::{RefcountTableEntry, max_refcount, refcount, set_refcount};
 use crate::layout::header::Header;
 use crate::layout::table::{decode_table, encode_table};
 
@@ -54,6 +54,8 @@ pub struct RefcountEditor {
     blocks: Cache<u64, Block>,
     /// Index of the host cluster at which the search for a free one goes on.
     next: u64,
+    /// Host offset of the end of the latest compressed data, where more may follow; 0 if there is none.
+    cursor: u64,
     _lease: Lease,
 }
 
@@ -80,6 +82,7 @@ impl RefcountEditor {
             unwritten: None,
             blocks: Cache::new(usize::try_from(blocks).unwrap_or(usize::MAX)),
             next: 0,
+            cursor: 0,
             _lease: lease,
         })
     }
@@ -193,6 +196,33 @@ impl RefcountEditor {
             self.next = cluster + 1;
             return self.host_offset(cluster);
         }
+    }
+
+    /// Allocates `len` bytes, less than a cluster, for compressed data. Returns their host offset: right after the
+    /// latest compressed data where possible. No table of the image refers to that yet.
+    pub fn allocate_bytes(&mut self, len: u64) -> Result<u64> {
+        let cluster_size = 1u64 << self.cluster_bits;
+        let (latest, within) = (self.cursor & !(cluster_size - 1), self.cursor & (cluster_size - 1));
+        let available = cluster_size - within;
+        if within != 0 && len <= available && self.add_reference(latest)? {
+            self.cursor += len;
+            return Ok(self.cursor - len);
+        }
+        let new = self.allocate()?;
+        let is_adjacent = within != 0 && len > available && new == latest.saturating_add(cluster_size);
+        let start = if is_adjacent && self.add_reference(latest)? { self.cursor } else { new };
+        self.cursor = start + len;
+        Ok(start)
+    }
+
+    /// Adds a reference to the cluster at `host_offset`. Returns false if its refcount is at the maximum.
+    fn add_reference(&mut self, host_offset: u64) -> Result<bool> {
+        let count = self.get(host_offset)?;
+        if count >= max_refcount(self.order) {
+            return Ok(false);
+        }
+        self.set(host_offset, count + 1)?;
+        Ok(true)
     }
 
     /// Returns the host offset of `cluster`, or an error if it does not fit into a table entry.

@@ -1,9 +1,9 @@
 //! Content written into images that exist: what qemu-img made is kept, whenever the writer is interrupted.
 
-use imgtool_core::{CreateOptions, Driver, ErrorKind, OpenOptions};
+use imgtool_core::{Compress, CreateOptions, Driver, ErrorKind, OpenOptions};
 use imgtool_qcow2::Qcow2Driver;
 use imgtool_testing::conformance::scratch;
-use imgtool_testing::images::noise;
+use imgtool_testing::images::{noise, prose};
 use imgtool_testing::journal::{Journal, is_old_or_new};
 use imgtool_testing::oracles::{run_in, try_run_in};
 use imgtool_testing::{crafted, memory, require};
@@ -125,6 +125,52 @@ fn every_write_leaves_a_sound_image() {
             assert_sound(image, &old, &new, &snapshot, &format!("{options}, a crash"));
         });
         assert!(content_of(&journal.now(), None) == new, "{options}");
+    }
+}
+
+fn compressing() -> CreateOptions {
+    CreateOptions { compress: Some(Compress { algorithm: None, level: None }), ..CreateOptions::default() }
+}
+
+/// Text that compresses, between noise that does not.
+fn compressible(len: usize) -> Vec<u8> {
+    let mut bytes = new_content(len);
+    for start in (0..len).step_by(400_000) {
+        let end = (start + 200_000).min(len);
+        bytes[start..end].copy_from_slice(&prose(3, end - start));
+    }
+    bytes
+}
+
+#[test]
+fn every_write_of_compressed_clusters_leaves_a_sound_image() {
+    require!("qemu-img", "qemu-io");
+    for options in [OPTIONS[0], OPTIONS[1], OPTIONS[2], OPTIONS[3], OPTIONS[7]] {
+        let image = scribbled(options);
+        let (old, snapshot) = (content_of(&image, None), content_of(&image, Some("before")));
+        let len = 1_300_000;
+        let journal = Journal::new(image);
+        let new = compressible(len);
+        journal.write(&Qcow2Driver, &compressing(), &new).unwrap();
+        let new = [&new, &old[len..]].concat();
+        let mut count = 0;
+        journal.each_prefix(|image| {
+            assert_sound(image, &old, &new, &snapshot, &format!("{options}, {count} writes"));
+            count += 1;
+        });
+        journal.each_crash(3, 12, |image| {
+            assert_sound(image, &old, &new, &snapshot, &format!("{options}, a crash"));
+        });
+        assert_eq!(crafted::faults(&Qcow2Driver, &journal.now()), (0, 0), "{options}");
+        assert!(crafted::qemu_content(&journal.now(), "qcow2") == new, "{options}");
+        // Once more: compressed clusters are replaced by others, and their space becomes free again.
+        let mut sizes = Vec::new();
+        for _ in 0..6 {
+            journal.write(&Qcow2Driver, &compressing(), &new).unwrap();
+            assert_eq!(crafted::faults(&Qcow2Driver, &journal.now()), (0, 0), "{options}");
+            sizes.push(journal.now().len());
+        }
+        assert!(sizes[5] <= sizes[1] / 8 * 9, "{options}: a file that only grows: {sizes:?}");
     }
 }
 
