@@ -192,11 +192,16 @@ pub struct InputArgs {
     #[arg(short = 'U', long = "force-share")]
     pub force_share: bool,
 
-    /// Not supported: give a plain path, and the format with -f
+    /// Take the name of each image as options: driver=FORMAT,file.filename=PATH
+    ///
+    /// 'json:{...}' is a name with the same keys. Options that change how QEMU reads or writes have no
+    /// effect; those that would change the content are refused.
     #[arg(long, hide_short_help = true)]
     pub image_opts: bool,
 
-    /// Not supported: --secret takes a passphrase, and remote images cannot be opened
+    /// Passphrase for key-secret=ID among the options of an image: secret,id=ID,file=PATH; repeatable
+    ///
+    /// Every byte of the file counts, a line end too.
     #[arg(long, value_name = "OBJECT", hide_short_help = true)]
     pub object: Vec<String>,
 }

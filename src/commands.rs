@@ -15,7 +15,7 @@ mod formats;
 mod info;
 mod map;
 mod measure;
-mod options;
+pub(crate) mod options;
 mod resize;
 mod shell;
 mod vma;

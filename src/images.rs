@@ -5,12 +5,12 @@ use std::path::Path;
 
 use imgtool_core::error::escape_control;
 use imgtool_core::{CancelToken, DeviceKind, Error, Location, Memory, OpenOptions, Registry, Result};
-use imgtool_engine::{ExternalPolicy, OpenSettings, Opened, PolicyOpener, open as opening};
+use imgtool_engine::{ExternalPolicy, OpenSettings, Opened, PolicyOpener, SourceRequest, open as opening};
 use imgtool_storage::Compression;
 
 use crate::args::InputArgs;
-use crate::secrets::SecretSource;
-use crate::{compat, report};
+use crate::secrets::{self, SecretSource};
+use crate::{compat, image_name, report};
 
 /// Returns the settings for opening images. Reads the passphrase, which a descriptor supplies only once.
 ///
@@ -40,30 +40,16 @@ pub fn open_options(registry: &Registry, args: &InputArgs) -> Result<OpenOptions
     Ok(settings.options(&PolicyOpener::new(registry.clone(), settings.policy.clone())))
 }
 
-/// Refuses flags of qemu-img that are not supported.
+/// Refuses contradictory flags, and objects that are not supported.
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Usage`] if one of them was given.
+/// [`imgtool_core::ErrorKind::Usage`] for these.
 pub fn refuse(args: &InputArgs) -> Result<()> {
-    if args.image_opts {
-        return Err(Error::usage("--image-opts is not supported: images are named by plain paths")
-            .hint("give the path itself, and its format with -f"));
+    if args.image_opts && args.format.is_some() {
+        return Err(Error::usage("--image-opts and -f exclude each other")
+            .hint("state the format in the options: driver=FORMAT,file.filename=PATH"));
     }
-    refuse_objects(&args.object)
-}
-
-/// Refuses `--object`.
-///
-/// # Errors
-/// [`imgtool_core::ErrorKind::Usage`] if it was given.
-pub fn refuse_objects(objects: &[String]) -> Result<()> {
-    if objects.is_empty() {
-        return Ok(());
-    }
-    Err(Error::usage(
-        "--object is not supported: a passphrase comes from a file, the environment or a descriptor",
-    )
-    .hint("--secret file=PATH, env=NAME or fd=N; --target-secret for a new image"))
+    secrets::check_objects(&args.object)
 }
 
 /// Protocols by which qemu-img opens images. A plain path may contain a colon as well, but is then called by another
@@ -110,26 +96,48 @@ pub fn refuse_protocol(name: &OsStr) -> Result<()> {
     }
 }
 
-/// Returns the location of a source that the user named.
+/// Prefix of a name by which Proxmox's qemu-img takes a target for zeroed. It means nothing for a source.
+pub const ZEROED: &str = "zeroinit:";
+
+/// Returns the source that the user named: by a path, in options, or in JSON. Its format and passphrase are those
+/// of the name.
 ///
 /// # Errors
-/// Same as [`refuse_protocol`].
-pub fn source(name: &OsStr) -> Result<Location> {
-    refuse_protocol(name)?;
-    Ok(Location::source(name))
+/// Same as [`refuse_protocol`], and if options or JSON are not supported.
+pub fn source(args: &InputArgs, name: &OsStr) -> Result<SourceRequest> {
+    let text = name.to_str().unwrap_or_default();
+    let parsed = match text.strip_prefix(image_name::JSON) {
+        _ if args.image_opts => image_name::from_options(name)?,
+        Some(json) => image_name::from_json(json)?,
+        None => {
+            let path = text.strip_prefix(ZEROED).map_or(name, OsStr::new);
+            refuse_protocol(path)?;
+            return Ok(SourceRequest::new(Location::source(path)));
+        }
+    };
+    let secret = parsed.key_id.map(|id| secrets::of_object(&args.object, &id)).transpose()?;
+    Ok(SourceRequest { format: parsed.format, secret, ..SourceRequest::new(parsed.location) })
+}
+
+/// Returns the format of a source: `format` if the user stated it, otherwise that of the name.
+pub fn format_of<'a>(source: &'a SourceRequest, format: Option<&'a str>) -> Option<&'a str> {
+    format.or(source.format.as_deref())
+}
+
+/// Returns the options for a source, with its own passphrase.
+pub fn options_of(source: &SourceRequest, options: &OpenOptions) -> OpenOptions {
+    let secret = source.secret.as_ref().or(options.secret.as_ref()).cloned();
+    OpenOptions { secret, ..options.clone() }
 }
 
 /// Opens an image that the user named.
 ///
 /// # Errors
 /// If it can't be opened.
-pub fn open(
-    registry: &Registry,
-    name: &OsStr,
-    format: Option<&str>,
-    options: &OpenOptions,
-) -> Result<Opened> {
-    let opened = opening::open(registry, &source(name)?, format, options, &CancelToken::new())?;
+pub fn open(registry: &Registry, args: &InputArgs, name: &OsStr, options: &OpenOptions) -> Result<Opened> {
+    let source = source(args, name)?;
+    let (format, options) = (format_of(&source, args.format.as_deref()), options_of(&source, options));
+    let opened = opening::open(registry, &source.location, format, &options, &CancelToken::new())?;
     note_unrecognised(&opened);
     Ok(opened)
 }
@@ -140,11 +148,13 @@ pub fn open(
 /// If it can't be opened or, for a stream, copied to temporary storage.
 pub fn open_random(
     registry: &Registry,
+    args: &InputArgs,
     name: &OsStr,
-    format: Option<&str>,
     options: &OpenOptions,
 ) -> Result<Opened> {
-    let opened = opening::open_random(registry, &source(name)?, format, options, &CancelToken::new())?;
+    let source = source(args, name)?;
+    let (format, options) = (format_of(&source, args.format.as_deref()), options_of(&source, options));
+    let opened = opening::open_random(registry, &source.location, format, &options, &CancelToken::new())?;
     note_unrecognised(&opened);
     Ok(opened)
 }

@@ -8,6 +8,7 @@ mod args;
 mod commands;
 mod compat;
 mod exit;
+mod image_name;
 mod images;
 mod interrupt;
 mod progress;

@@ -43,6 +43,10 @@ pub fn words(remedy: &Remedy) -> String {
             format!("{advice}{end}'-o help' explains all options of {format}")
         }
         Remedy::SelectDisk { names, advice } => format!("{advice}, or take one with --disk: {names}"),
+        Remedy::JoinSources => {
+            "a directory (a name that ends in '/') takes an image for each, an archive all of them; --join makes one disk of them, one after the other"
+                .to_owned()
+        }
         Remedy::NameDestination => {
             "give DEST, or a --target for each device; --disk takes only some of them".to_owned()
         }

@@ -8,6 +8,7 @@ mod commands;
 mod differences;
 mod format_options;
 mod image_locks;
+mod image_names;
 mod info;
 mod json_reference;
 mod map_svg;

@@ -8,6 +8,7 @@ mod file_system;
 mod fixtures;
 mod foreign;
 mod huge;
+mod joined;
 mod matrix;
 mod memory;
 mod qcow2_chains;

@@ -223,6 +223,12 @@ pub struct DeviceArgs {
     #[arg(long, value_name = "NAME")]
     pub disk: Vec<String>,
 
+    /// Join the disks of several sources to one disk, one after the other, as qemu-img does
+    ///
+    /// The length of each is rounded up to a multiple of 512 bytes. Each source holds one disk.
+    #[arg(long)]
+    pub join: bool,
+
     /// Write a device to a path of its own; repeatable
     ///
     /// An existing PATH, unless it is empty, is overwritten in place and keeps its length, under the rules
@@ -305,7 +311,7 @@ pub struct CompatArgs {
     #[arg(short = 'C', long = "copy-range-offloading")]
     pub copy_offload: bool,
 
-    /// Not supported: targets are plain paths
+    /// With -n: take DEST as options: driver=FORMAT,file.filename=PATH
     #[arg(long, hide_short_help = true)]
     pub target_image_opts: bool,
 }

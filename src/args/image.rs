@@ -428,7 +428,7 @@ pub struct CreateArgs {
     #[arg(short = 'u', long, alias = "backing-unsafe")]
     pub unsafe_backing: bool,
 
-    /// Not supported: --target-secret takes a passphrase, and remote images cannot be opened
+    /// Passphrase for -o key-secret=ID or encrypt.key-secret=ID: secret,id=ID,file=PATH; repeatable
     #[arg(long, value_name = "OBJECT", hide_short_help = true)]
     pub object: Vec<String>,
 

@@ -48,11 +48,13 @@ pub fn run(args: &CheckArgs) -> Result<Exit> {
 
 fn check(args: &CheckArgs) -> Result<Exit> {
     images::refuse(&args.input)?;
-    let target = args.repair.map(|what| open_target(&args.image).map(|target| (what, target))).transpose()?;
+    let source = images::source(&args.input, args.image.as_os_str())?;
+    let location = source.location.clone();
+    let path = location.path().unwrap_or(&args.image);
+    let target = args.repair.map(|what| open_target(path).map(|target| (what, target))).transpose()?;
     let registry = imgtool::registry();
-    let options = images::open_options(&registry, &args.input)?;
-    let format = args.input.format.as_deref();
-    let location = images::source(args.image.as_os_str())?;
+    let options = images::options_of(&source, &images::open_options(&registry, &args.input)?);
+    let format = images::format_of(&source, args.input.format.as_deref());
     let open = match &target {
         // Another handle would meet the lock of this one.
         Some((_, (_, image))) => OpenInput::of(image.reopen(&options.memory)?).borrowing(&options.memory),

@@ -65,19 +65,20 @@ fn digest_image(
     options: &OpenOptions,
     interrupt: &Interrupt,
 ) -> Result<Vec<Line>> {
+    let source = images::source(&args.input, path.as_os_str())?;
+    let options = &images::options_of(&source, options);
     let request = ChecksumRequest {
         algorithm: match args.algorithm {
             args::Algorithm::Sha256 => Algorithm::Sha256,
             args::Algorithm::Blake3 => Algorithm::Blake3,
         },
-        format: args.input.format.as_deref(),
+        format: images::format_of(&source, args.input.format.as_deref()),
         options,
         disks: &args.disk,
         threads: args.threads.count(),
     };
     let display = Display::new(args.messages.mode(), interrupt);
-    let location = images::source(path.as_os_str())?;
-    let (opened, found) = checksum(registry, &location, &request, &display, &interrupt.token())?;
+    let (opened, found) = checksum(registry, &source.location, &request, &display, &interrupt.token())?;
     if !args.messages.quiet {
         images::note_unrecognised(&opened);
         opened.changes().iter().for_each(|change| report::note(change));

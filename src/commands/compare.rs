@@ -10,7 +10,7 @@ use imgtool_engine::compare::{CompareRun, DevicePair, Differences, Pairing};
 use imgtool_engine::{Opened, allocation, compare, open};
 use serde::Serialize;
 
-use crate::args::CompareArgs;
+use crate::args::{CompareArgs, InputArgs};
 use crate::exit::Exit;
 use crate::interrupt::Interrupt;
 use crate::progress::Display;
@@ -136,7 +136,8 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
         return Err(Error::usage("standard input can be only one of the images"));
     }
     let interrupt = Interrupt::listen()?;
-    let opener = Opener { registry: &registry, options: &options, quiet: args.messages.quiet };
+    let opener =
+        Opener { registry: &registry, input: &args.input, options: &options, quiet: args.messages.quiet };
     let first = opener.open(args.first.as_os_str(), args.input.format.as_deref(), args.strict)?;
     // The comparison needs random access to at least one image; the other may be a stream.
     let first_streams = first.image.access().is_stream();
@@ -196,6 +197,7 @@ fn note_differences(args: &CompareArgs, all: &[Differences], verdict: &mut Verdi
 /// Opens the images of a comparison.
 struct Opener<'a> {
     registry: &'a Registry,
+    input: &'a InputArgs,
     options: &'a OpenOptions,
     quiet: bool,
 }
@@ -203,17 +205,19 @@ struct Opener<'a> {
 impl Opener<'_> {
     /// Opens an image. `anywhere` is true if the comparison needs random access to it.
     fn open(&self, name: &OsStr, format: Option<&str>, anywhere: bool) -> Result<Opened> {
-        let location = images::source(name)?;
-        let mut input = open::open_input(self.registry, &location, format, self.options)?;
+        let source = images::source(self.input, name)?;
+        let (location, format) = (&source.location, images::format_of(&source, format));
+        let options = &images::options_of(&source, self.options);
+        let mut input = open::open_input(self.registry, location, format, options)?;
         // The length of a raw image in a pipe is unknown until the image is spooled.
-        if anywhere || input.input.is_stream() && location == Location::Stdin {
+        if anywhere || input.input.is_stream() && *location == Location::Stdin {
             input = input.spool()?;
         }
-        let mut opened = open::open_image(self.registry, input, format, self.options)?;
+        let mut opened = open::open_image(self.registry, input, format, options)?;
         if opened.image.info().devices.iter().any(|device| device.open_ended) {
             // The length of a compressed raw image is unknown until it is copied to temporary storage.
             let cancel = CancelToken::new();
-            opened = open::open_random(self.registry, &location, format, self.options, &cancel)?;
+            opened = open::open_random(self.registry, location, format, options, &cancel)?;
         }
         if !self.quiet {
             images::note_unrecognised(&opened);

@@ -3,14 +3,15 @@
 
 use std::ffi::{OsStr, OsString};
 
-use imgtool_core::{Error, Location, Result, parse_size};
+use imgtool_core::{Error, Result, parse_size};
 use imgtool_engine::{
     BrokenBitmaps, DiskTarget, Note, OpenSettings, Request, RunOptions, SourceRequest, foreign,
 };
 
 use super::options;
-use crate::args::{ConvertArgs, ProgressMode, compatibility_help};
+use crate::args::{ConvertArgs, InputArgs, ProgressMode, compatibility_help};
 use crate::exit::Exit;
+use crate::image_name::JSON;
 use crate::interrupt::Interrupt;
 use crate::progress::Display;
 use crate::sandbox::{self, Writes};
@@ -21,6 +22,7 @@ mod configurations;
 mod disk_target;
 mod new_size;
 mod summary;
+mod target_name;
 
 /// Converts the sources and prints a summary.
 ///
@@ -36,7 +38,6 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         let name = args.target.to.as_deref().unwrap_or("raw");
         return options::list(&*foreign::driver(&registry, name)?);
     }
-    refuse_unsupported(args)?;
     // Checked before the paths: 'convert a.raw -O b.qcow2' lacks a format, not a destination.
     args.target.to.iter().try_for_each(|name| foreign::driver(&registry, name).map(drop))?;
     proxmox::check(&args.devices.proxmox)?;
@@ -49,7 +50,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     let cancel = interrupt.token();
     let mut conversion = request.open(&registry, &cancel)?;
     if !args.messages.quiet && !compat::is_on() {
-        conversion.sources().iter().for_each(summary::announce);
+        conversion.sources().iter().for_each(|source| summary::announce(&source.opened));
     }
     options::check_secret(conversion.format(), args.target.target_secret.is_some())?;
     conversion.select()?;
@@ -96,20 +97,24 @@ fn request(args: &ConvertArgs) -> Result<(Request, bool)> {
         args.devices.target.iter().map(|text| disk_target::parse(text)).collect::<Result<_>>()?;
     let bare_compress = args.target.compress.as_deref() == Some("");
     let (sources, dest) = split_paths(&args.paths, &disk_targets, bare_compress)?;
-    args.paths.iter().try_for_each(|path| refuse_protocol(path))?;
+    images::refuse(&args.input)?;
     if compat::is_on() && dest.is_some_and(|dest| Path::new(dest).is_dir()) {
         return Err(Error::refused("is a directory").path(Path::new(dest.unwrap_or_default())));
     }
+    let dest = dest.map(|dest| target_name::parse(args, dest)).transpose()?;
     let mut format_options =
         options::format_options(&args.target.options, args.target.sparse_size.as_deref())?;
     let (backing, backing_format) = (args.target.backing.as_deref(), args.target.backing_format.as_deref());
     options::set_backing(&mut format_options, backing, backing_format);
     let size_is_given = options::take_size(&mut format_options)?.is_some();
     let open = images::open_settings(&args.input)?;
+    let key = options::take_key_secret(&mut format_options, &args.input.object)?;
     let target_secret = args.target.target_secret.as_ref().map(SecretSource::read).transpose()?;
-    format_options.secret = target_secret.or_else(|| open.secret.clone());
+    format_options.secret = target_secret.or(key).or_else(|| open.secret.clone());
+    let zeroed = args.target.target_is_zero || dest.as_ref().is_some_and(|dest| dest.zeroed);
+    let stated = args.target.to.as_deref().or(dest.as_ref().and_then(|dest| dest.format.as_deref()));
     let request = Request {
-        sources: sources.iter().map(|source| SourceRequest::parse(source)).collect(),
+        sources: sources.iter().map(|text| source(&args.input, text)).collect::<Result<_>>()?,
         source_format: args.input.format.clone(),
         open: OpenSettings {
             salvage: args.work.salvage,
@@ -117,16 +122,17 @@ fn request(args: &ConvertArgs) -> Result<(Request, bool)> {
             snapshot: args.snapshot.snapshot.clone(),
             ..open
         },
+        join: args.devices.join,
         disks: args.devices.disk.clone(),
-        dest: dest.map(Location::target),
+        format: stated.or(compat::default_format()).map(str::to_owned),
+        dest: dest.map(|dest| dest.location),
         disk_targets,
-        format: args.target.to.as_deref().or(compat::default_format()).map(str::to_owned),
         options: format_options,
         compress: args.target.compress.as_deref().map(options::compress).transpose()?,
         attachments: Vec::new(),
         wants_attachments: !args.devices.config.is_empty() || !args.devices.proxmox.is_empty(),
         keep_attachments: args.devices.config_from_source,
-        in_place: args.target.no_create.then_some(args.target.target_is_zero),
+        in_place: args.target.no_create.then_some(zeroed),
         overwrite: args.target.force || compat::is_on(),
         bitmaps: args.target.bitmaps.then_some(match args.target.skip_broken_bitmaps {
             true => BrokenBitmaps::Skip,
@@ -136,19 +142,13 @@ fn request(args: &ConvertArgs) -> Result<(Request, bool)> {
     Ok((request, size_is_given))
 }
 
-/// Refuses a path, or `NAME=PATH`, with a protocol of qemu-img.
-fn refuse_protocol(path: &OsStr) -> Result<()> {
-    let is_named = SourceRequest::parse(path).name.is_some();
-    let named = path.to_str().and_then(|text| text.split_once('=')).filter(|_| is_named);
-    images::refuse_protocol(named.map_or(path, |(_, path)| OsStr::new(path)))
-}
-
-fn refuse_unsupported(args: &ConvertArgs) -> Result<()> {
-    if args.compat.target_image_opts {
-        return Err(Error::usage("--target-image-opts is not supported: targets are named by plain paths")
-            .hint("give the path itself, its format with --to, its options with -o"));
-    }
-    Ok(())
+/// Parses a source: a path, options, JSON, or `NAME=` before a path or JSON.
+fn source(args: &InputArgs, text: &OsStr) -> Result<SourceRequest> {
+    let is_json = text.to_str().is_some_and(|text| text.starts_with(JSON));
+    let name = SourceRequest::parse(text).name.filter(|_| !args.image_opts && !is_json);
+    let named = text.to_str().and_then(|text| text.split_once('=')).filter(|_| name.is_some());
+    let source = images::source(args, named.map_or(text, |(_, path)| OsStr::new(path)))?;
+    Ok(SourceRequest { name, ..source })
 }
 
 /// Algorithm names that users write after `-c` by mistake; its value needs a `=` (`-c=zstd`).

@@ -16,7 +16,7 @@ use crate::interrupt::Interrupt;
 use crate::progress::Display;
 use crate::sandbox::{self, Writes};
 use crate::secrets::SecretSource;
-use crate::{compat, images, report};
+use crate::{compat, images, report, secrets};
 
 /// JSON document that describes the new image.
 #[derive(Serialize)]
@@ -35,9 +35,8 @@ struct Document<'a> {
 /// # Errors
 /// If the image can't be created. No incomplete image is left behind then.
 pub fn run(args: &CreateArgs) -> Result<Exit> {
-    images::refuse_objects(&args.object)?;
+    refuse(args)?;
     let registry = imgtool::registry();
-    args.path.iter().try_for_each(|path| images::refuse_protocol(path.as_os_str()))?;
     let location = args.path.as_deref().map(|path| Location::target(path.as_os_str()));
     let word = args.format.as_deref().or(compat::default_format());
     let driver = format::by_word_or_name(&registry, word, location.as_ref())?;
@@ -45,21 +44,18 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
         return options::list(&*driver);
     }
     let mut format_options = options::format_options(&args.options, None)?;
-    format_options.secret = args.target_secret.as_ref().map(SecretSource::read).transpose()?;
+    let key = options::take_key_secret(&mut format_options, &args.object)?;
+    format_options.secret = args.target_secret.as_ref().map(SecretSource::read).transpose()?.or(key);
+    let has_secret = format_options.secret.is_some();
     options::set_backing(&mut format_options, args.backing.as_deref(), args.backing_format.as_deref());
     let option_size = options::take_size(&mut format_options)?;
     let pairs = format_options.pairs.clone();
     sandbox::enter(Writes::to(&location, &format_options.pairs));
     let format = TargetFormat::new(driver, format_options)?;
-    options::check_secret(&format, args.target_secret.is_some())?;
+    options::check_secret(&format, has_secret)?;
     let (Some(path), Some(location)) = (&args.path, location) else {
         return Err(Error::usage("missing PATH").hint("imgtool create -f FMT PATH SIZE"));
     };
-    if path == Path::new("-") {
-        return Err(
-            Error::usage("cannot create an image on standard output").hint("imgtool create -f FMT PATH SIZE")
-        );
-    }
     let size = compat::new_size(size(&registry, args, option_size, path, &location, &format)?);
     // A URL gets here, and is refused as a path that does not exist.
     let path = location.path().unwrap_or(path);
@@ -105,6 +101,19 @@ fn formatting(document: &Document<'_>, pairs: &[(String, String)]) -> String {
         pairs.iter().map(|(key, value)| format!(" {key}={}", escape_control(value))).collect();
     let format = compat::format_name(document.format);
     format!("Formatting '{name}', fmt={format} size={}{pairs}\n", document.virtual_size)
+}
+
+/// Refuses objects, and names that are no path.
+fn refuse(args: &CreateArgs) -> Result<()> {
+    secrets::check_objects(&args.object)?;
+    args.path.iter().try_for_each(|path| images::refuse_protocol(path.as_os_str()))?;
+    match args.path.as_deref().is_some_and(|path| path == Path::new("-")) {
+        true => {
+            Err(Error::usage("cannot create an image on standard output")
+                .hint("imgtool create -f FMT PATH SIZE"))
+        }
+        false => Ok(()),
+    }
 }
 
 /// Returns the size in bytes if SIZE or the option `size` states it, otherwise the virtual size of the backing

@@ -105,7 +105,7 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
     };
     let mut entries = Vec::new();
     for path in &args.images {
-        let opened = images::open(&registry, path.as_os_str(), args.input.format.as_deref(), &options)?;
+        let opened = images::open(&registry, &args.input, path.as_os_str(), &options)?;
         entries.push(ImageEntry {
             location: opened.location,
             is_archive: is_archive(&*opened.driver),

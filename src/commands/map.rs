@@ -45,8 +45,7 @@ pub fn run(args: &MapArgs) -> Result<Exit> {
         layout_only: true,
         ..images::open_options(&registry, &args.input)?
     };
-    let opened =
-        images::open_random(&registry, args.image.as_os_str(), args.input.format.as_deref(), &options)?;
+    let opened = images::open_random(&registry, &args.input, args.image.as_os_str(), &options)?;
     sandbox::narrow(&Reach::default());
     let location: &Location = &opened.location;
     let devices = opened.select(&args.disk)?;

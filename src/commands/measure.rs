@@ -88,7 +88,7 @@ fn measure_image(
         ..images::open_options(registry, &args.input)?
     };
     let interrupt = Interrupt::listen()?;
-    let opened = images::open_random(registry, image, args.input.format.as_deref(), &options)?;
+    let opened = images::open_random(registry, &args.input, image, &options)?;
     sandbox::narrow(&Reach::default());
     let devices = opened.select(&args.disk)?;
     let request = MeasureRequest {

@@ -1,11 +1,13 @@
 //! Parsers for `-o`, `-S`, `-c` and sizes, shared by several commands.
 
-use imgtool_core::{Compress, Driver, Error, OptionKind, OptionSpec, OptionValues, Result, parse_size};
+use imgtool_core::{
+    Compress, Driver, Error, OptionKind, OptionSpec, OptionValues, Result, Secret, parse_size,
+};
 use imgtool_engine::{FormatOptions, TargetFormat};
 
 use super::formats;
 use crate::exit::Exit;
-use crate::{compat, report};
+use crate::{compat, report, secrets};
 
 /// `-S` must be a multiple of this many bytes, as in qemu-img.
 const SECTOR: u64 = 512;
@@ -94,6 +96,18 @@ pub fn set_backing(options: &mut FormatOptions, file: Option<&str>, format: Opti
     }
 }
 
+/// Removes qemu-img's options for the passphrase of a new image, `key-secret` and `encrypt.key-secret`. Returns the
+/// passphrase of the object that they name.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] if there is no such object; if the passphrase can't be read.
+pub fn take_key_secret(options: &mut FormatOptions, objects: &[String]) -> Result<Option<Secret>> {
+    let is_key = |(key, _): &(String, String)| key == "key-secret" || key == "encrypt.key-secret";
+    let id = options.pairs.iter().find(|pair| is_key(pair)).map(|(_, id)| id.clone());
+    options.pairs.retain(|pair| !is_key(pair));
+    id.map(|id| secrets::of_object(objects, &id)).transpose()
+}
+
 /// Refuses a passphrase for an output that is not encrypted: it would be taken for one that is.
 ///
 /// # Errors
@@ -161,7 +175,7 @@ pub fn source_date_epoch() -> Result<Option<i64>> {
 }
 
 /// Splits `K=V,K=V` like qemu-img: `,,` stands for a comma in a value, and a key without a value gets `on`.
-fn split_options(text: &str) -> Vec<(String, String)> {
+pub fn split_options(text: &str) -> Vec<(String, String)> {
     let parts = text.replace(",,", "\u{0}");
     parts
         .split(',')

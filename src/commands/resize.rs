@@ -16,11 +16,12 @@ use crate::{compat, images};
 /// Any error of the driver; a change of a size to less than 0.
 pub fn run(args: &ResizeArgs) -> Result<Exit> {
     images::refuse(&args.input)?;
-    let (outputs, image) = open_target(&args.image)?;
     let registry = imgtool::registry();
-    let options = images::open_options(&registry, &args.input)?;
-    let location = images::source(args.image.as_os_str())?;
-    let format = args.input.format.as_deref();
+    let source = images::source(&args.input, args.image.as_os_str())?;
+    let location = source.location.clone();
+    let (outputs, image) = open_target(location.path().unwrap_or(&args.image))?;
+    let options = images::options_of(&source, &images::open_options(&registry, &args.input)?);
+    let format = images::format_of(&source, args.input.format.as_deref());
     let info = imgtool_core::OpenOptions { info_only: true, ..options.clone() };
     // Another handle would meet the lock of this one.
     let input = OpenInput::of(image.reopen(&options.memory)?).borrowing(&options.memory);

@@ -205,6 +205,8 @@ fn errors() {
         "convert --image-opts driver=raw x",
         "convert --target-image-opts disk.raw x",
         "convert --object secret,id=s disk.raw x",
+        "convert --image-opts driver=nbd,file.filename=x y",
+        "create -f raw json:{} 1M",
         "convert --bitmaps disk.raw x",
         "convert overlay.qcow2 x",
         "convert disk.raw disk.qcow2",

@@ -2,7 +2,7 @@
 
 use imgtool_core::error::escape_control;
 use imgtool_core::{DeviceKind, LossClass};
-use imgtool_engine::{Note, OpenSource, Report};
+use imgtool_engine::{Note, Opened, Report};
 use serde::Serialize;
 
 use crate::args::ConvertArgs;
@@ -11,8 +11,11 @@ use crate::report::{self, Align, Paint, Stream, count, human_size, human_time, p
 use crate::{compat, images};
 
 /// Prints the format, contents and notes of a source to standard error, before the conversion.
-pub fn announce(source: &OpenSource) {
-    let (opened, info) = (&source.opened, source.opened.image.info());
+pub fn announce(opened: &Opened) {
+    if !opened.parts.is_empty() {
+        return opened.parts.iter().for_each(announce);
+    }
+    let info = opened.image.info();
     images::note_unrecognised(opened);
     let bytes: u64 = info.devices.iter().fold(0, |sum, device| sum.saturating_add(device.size));
     let disks = info.devices.iter().filter(|device| device.kind == DeviceKind::Disk).count();

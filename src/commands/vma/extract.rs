@@ -107,6 +107,7 @@ fn make_directory(dir: &Path, outputs: &mut Outputs) -> Result<()> {
 
 fn source(archive: Archive, registry: &Registry) -> Result<OpenSource> {
     let opened = Opened {
+        parts: Vec::new(),
         location: archive.location,
         driver: registry.get("vma")?,
         compression: Vec::new(),

@@ -78,6 +78,8 @@ pub enum Remedy {
         /// Alternative that uses all disks.
         advice: Cow<'static, str>,
     },
+    /// Make an image of each source, an archive of all, or join them to one disk.
+    JoinSources,
     /// State a destination for every disk, or select fewer.
     NameDestination,
     /// State the format of one disk's target.
@@ -156,6 +158,9 @@ impl fmt::Display for Remedy {
             Self::SetOption(option) => write!(f, "set the option {option}"),
             Self::ListOptions { advice, .. } => f.write_str(advice),
             Self::SelectDisk { names, advice } => write!(f, "{advice}, or select one of {names}"),
+            Self::JoinSources => f.write_str(
+                "a directory (a name that ends in '/') takes an image for each, an archive all of them; or join them to one disk",
+            ),
             Self::NameDestination => {
                 f.write_str("name a destination, or a target for each disk; or select only some of them")
             }

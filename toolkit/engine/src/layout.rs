@@ -465,7 +465,7 @@ impl LayoutRequest<'_> {
             let (sources, format) = (self.sources.len(), self.format.driver.name());
             return Err(Error::usage(format!("{sources} sources do not go into one {format} image"))
                 .path(dest)
-                .hint("a directory (a name that ends in '/') takes an image for each, an archive all of them; sources are never joined end to end"));
+                .remedied_by(Remedy::JoinSources));
         }
         if path.exists() || open::driver_by_name(self.registry, dest).is_some() {
             return Err(Error::usage(format!("{} devices do not go into one file", rest.len()))

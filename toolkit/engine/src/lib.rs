@@ -26,6 +26,7 @@ pub mod externals;
 pub mod foreign;
 pub mod format;
 mod front;
+mod join;
 pub mod layout;
 pub mod measure;
 mod missing;

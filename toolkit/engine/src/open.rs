@@ -47,6 +47,8 @@ pub struct Opened {
     pub image: Arc<dyn ImageSource>,
     /// Bytes of the image, for [`Opened::release`], unless they are a stream.
     pub bytes: Option<RandomInput>,
+    /// Images of which the disk was joined; empty for an image by itself.
+    pub parts: Vec<Opened>,
 }
 
 impl Opened {
@@ -66,12 +68,14 @@ impl Opened {
             externals: Externals::default(),
             image: Arc::new(image),
             bytes: None,
+            parts: Vec::new(),
         }
     }
 
     /// Frees the decoded bytes that were kept for further reads. The image stays readable.
     pub fn release(&self) {
         self.bytes.iter().for_each(RandomInput::release);
+        self.parts.iter().for_each(Self::release);
     }
 
     /// Returns the devices that these names mean ([`meant`]); all devices if `names` is empty.
@@ -108,6 +112,7 @@ impl Opened {
     pub fn changes(&self) -> Vec<String> {
         let mut changes = self.watch.as_ref().map_or_else(Vec::new, FileWatch::changes);
         changes.extend(self.externals.changes());
+        changes.extend(self.parts.iter().flat_map(Self::changes));
         changes
     }
 
@@ -262,6 +267,7 @@ fn open_located(
         externals,
         image,
         bytes,
+        parts: Vec::new(),
     })
 }
 

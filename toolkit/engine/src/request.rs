@@ -10,6 +10,7 @@ use imgtool_storage::{Outputs, Sharing};
 use crate::bitmaps;
 use crate::externals::{ExternalPolicy, PolicyOpener};
 use crate::format::{FormatOptions, TargetFormat};
+use crate::join;
 use crate::layout::{DiskTarget, Layout, LayoutRequest};
 use crate::report::Note;
 use crate::run::Plan;
@@ -24,6 +25,8 @@ pub struct Request {
     pub source_format: Option<String>,
     /// Settings for opening the sources.
     pub open: OpenSettings,
+    /// True to join the disks of the sources, one after the other, into one disk.
+    pub join: bool,
     /// Names of the disks to convert; empty for all.
     pub disks: Vec<String>,
     /// File or directory for all disks without a separate target.
@@ -123,6 +126,7 @@ impl Request {
             self.compress.clone(),
             self.options.clone(),
         )?;
+        self.check_join(&format)?;
         if (self.wants_attachments || !self.attachments.is_empty())
             && !format.driver.capabilities().attachments()
         {
@@ -135,6 +139,7 @@ impl Request {
             self.source_format.as_deref(),
             &OpenOptions { bitmaps: self.bitmaps.is_some(), ..self.open.options(&opener) },
             &format,
+            self.join,
             cancel,
         )?;
         let mut outputs = Outputs::new();
@@ -146,6 +151,7 @@ impl Request {
         for file in opener.opened() {
             outputs.protect(&file.location, file.identity.as_ref());
         }
+        let sources = if self.join { join::join(registry, sources)? } else { sources };
         Ok(OpenConversion {
             request: self,
             registry,
@@ -156,6 +162,24 @@ impl Request {
             notes: Vec::new(),
             outputs,
         })
+    }
+}
+
+impl Request {
+    /// Refuses what makes no sense for a disk joined of several.
+    fn check_join(&self, format: &TargetFormat) -> Result<()> {
+        if !self.join || self.sources.len() < 2 {
+            return Ok(());
+        }
+        let conflicts = [
+            (self.open.snapshot.is_some(), "a snapshot belongs to one image, not to joined ones"),
+            (self.bitmaps.is_some(), "bitmaps belong to one image, not to joined ones"),
+            (format.writer.backing().is_some(), "joined images have no common backing image"),
+        ];
+        match conflicts.iter().find(|(conflict, _)| *conflict) {
+            Some((_, message)) => Err(Error::usage(*message)),
+            None => Ok(()),
+        }
     }
 }
 

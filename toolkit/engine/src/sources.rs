@@ -6,8 +6,8 @@ use std::path::Path;
 
 use imgtool_core::device::meant;
 use imgtool_core::{
-    Attachment, CancelToken, Device, DeviceKind, Error, Location, OpenOptions, Registry, Result, Slot,
-    suggest,
+    Attachment, CancelToken, Device, DeviceKind, Error, Location, OpenOptions, Registry, Result, Secret,
+    Slot, suggest,
 };
 use imgtool_storage::open::OpenInput;
 
@@ -16,18 +16,22 @@ use crate::names;
 use crate::open::{self, Opened};
 
 /// A source, as the user named it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct SourceRequest {
     /// Name for the source's device, if the user gave one.
     pub name: Option<String>,
     /// Location.
     pub location: Location,
+    /// Format of this source, unless the user states one for all sources.
+    pub format: Option<String>,
+    /// Passphrase of this source, if it has one of its own.
+    pub secret: Option<Secret>,
 }
 
 impl SourceRequest {
     /// Creates a source whose device is named by the image or the file.
     pub fn new(location: impl Into<Location>) -> Self {
-        Self { name: None, location: location.into() }
+        Self { name: None, location: location.into(), format: None, secret: None }
     }
 
     /// Parses `LOCATION` or `NAME=LOCATION`. The path of an existing file is always a location.
@@ -39,9 +43,10 @@ impl SourceRequest {
                     && !location.is_empty()
                     && !Path::new(text).exists() =>
             {
-                Self { name: Some(name.to_owned()), location: Location::source(OsStr::new(location)) }
+                let name = Some(name.to_owned());
+                Self { name, ..Self::new(Location::source(OsStr::new(location))) }
             }
-            _ => Self { name: None, location: Location::source(text) },
+            _ => Self::new(Location::source(text)),
         }
     }
 }
@@ -86,7 +91,7 @@ impl SelectedDisk {
 }
 
 /// Opens the sources, in order. Copies a stream of unknown length to temporary storage if `target` needs the
-/// length in advance.
+/// length in advance, and every stream if the sources are `joined`.
 ///
 /// # Errors
 /// If a source can't be opened, or standard input is named twice.
@@ -96,6 +101,7 @@ pub(crate) fn open_sources(
     format: Option<&str>,
     options: &OpenOptions,
     target: &TargetFormat,
+    joined: bool,
     cancel: &CancelToken,
 ) -> Result<Vec<OpenSource>> {
     if requests.iter().filter(|request| request.location == Location::Stdin).count() > 1 {
@@ -104,10 +110,13 @@ pub(crate) fn open_sources(
     let memory = options.memory.shared_by(requests.len());
     let options = &OpenOptions { memory, ..options.clone() };
     let open_one = |request: &SourceRequest| {
+        let format = format.or(request.format.as_deref());
+        let secret = request.secret.as_ref().or(options.secret.as_ref()).cloned();
+        let options = &OpenOptions { secret, ..options.clone() };
         let input = open::open_input(registry, &request.location, format, options)?;
         let input = input.cancelled_by(cancel.clone());
-        let input =
-            spool_if_endless(registry, input, format, target).map_err(|e| e.path(&request.location))?;
+        let input = if joined { input.spool() } else { spool_if_endless(registry, input, format, target) };
+        let input = input.map_err(|e| e.path(&request.location))?;
         let opened = open::open_image(registry, input, format, options)?;
         // Opening has decoded parts of the file, and the other sources come first.
         opened.release();

@@ -156,6 +156,8 @@ fn stored_bytes(
 ) -> Option<u64> {
     let slots = outputs.iter().flat_map(|output| &output.disks);
     slots.map(|slot| &sources[selected[slot.index()].source].opened).try_fold(0u64, |sum, opened| {
+        // The other parts of a joined disk are not counted here.
+        let opened = Some(opened).filter(|opened| opened.parts.is_empty())?;
         let meta = std::fs::metadata(opened.location.path()?).ok().filter(std::fs::Metadata::is_file)?;
         let is_plain = opened.driver.capabilities().verbatim && opened.compression.is_empty();
         is_plain.then(|| sum.saturating_add(os::allocated_len(&meta)))

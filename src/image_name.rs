@@ -1,0 +1,212 @@
+//! Names of images that qemu-img takes besides paths: options (`driver=qcow2,file.filename=PATH`) and JSON with the
+//! same keys (`json:{…}`).
+//!
+//! Only the command line gets here. A name of this form inside an image is refused like every name that is no
+//! path.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::path::PathBuf;
+
+use imgtool_core::error::escape_control;
+use imgtool_core::{Error, Location, Result};
+use serde_json::Value;
+
+use crate::commands::options::split_options;
+
+/// Prefix of a name in JSON.
+pub const JSON: &str = "json:";
+
+/// Drivers of QEMU for plain files and block devices.
+const FILE_DRIVERS: [&str; 2] = ["file", "host_device"];
+
+/// Format in which the bytes of a file are the disk.
+const RAW: &str = "raw";
+
+/// Last parts of the keys that do not change what is read or written: names, caches, and how QEMU calls the kernel.
+const WITHOUT_EFFECT: [&str; 13] = [
+    "aio",
+    "auto-read-only",
+    "cache-clean-interval",
+    "cache-size",
+    "detect-zeroes",
+    "discard",
+    "l2-cache-entry-size",
+    "l2-cache-size",
+    "locking",
+    "node-name",
+    "overlap-check",
+    "read-only",
+    "refcount-cache-size",
+];
+
+/// An image as its options describe it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageName {
+    /// Location of the file or device.
+    pub location: Location,
+    /// Format, if it is stated.
+    pub format: Option<String>,
+    /// ID of the object with the passphrase.
+    pub key_id: Option<String>,
+}
+
+/// Values by their keys, with dots between the levels.
+type Options = BTreeMap<String, String>;
+
+/// Parses `KEY=VALUE,…`; a comma in a value is doubled.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] for a key or value that is not supported, or if the file is missing.
+pub fn from_options(text: &OsStr) -> Result<ImageName> {
+    let text = text.to_str().ok_or_else(|| Error::usage("the options of an image are not UTF-8"))?;
+    interpret(split_options(text).into_iter().collect())
+}
+
+/// Parses the JSON object behind `json:`.
+///
+/// # Errors
+/// Same as [`from_options`]; for text that is not a JSON object.
+pub fn from_json(text: &str) -> Result<ImageName> {
+    let value: Value = serde_json::from_str(text).map_err(|e| Error::usage(format!("json: {e}")))?;
+    if !value.is_object() {
+        return Err(Error::usage("json: expected an object").hint(EXAMPLE));
+    }
+    let mut options = Options::new();
+    flatten("", &value, &mut options)?;
+    interpret(options)
+}
+
+/// Hint with the common form of a name.
+const EXAMPLE: &str = r#"driver=qcow2,file.filename=PATH, or json:{"driver":"qcow2","file":{"driver":"file","filename":"PATH"}}"#;
+
+/// Adds a value under its key. serde_json limits the depth to 128.
+fn flatten(key: &str, value: &Value, options: &mut Options) -> Result<()> {
+    let text = match value {
+        Value::Object(members) => {
+            let below = |name: &str| if key.is_empty() { name.to_owned() } else { format!("{key}.{name}") };
+            return members.iter().try_for_each(|(name, value)| flatten(&below(name), value, options));
+        }
+        Value::String(text) => text.clone(),
+        Value::Bool(true) => "on".to_owned(),
+        Value::Bool(false) => "off".to_owned(),
+        Value::Number(number) => number.to_string(),
+        Value::Null | Value::Array(_) => {
+            return Err(Error::usage(format!(
+                "json: the value of '{}' is not supported",
+                escape_control(key)
+            )));
+        }
+    };
+    options.insert(key.to_owned(), text);
+    Ok(())
+}
+
+fn interpret(mut options: Options) -> Result<ImageName> {
+    let driver = options.remove("driver");
+    let is_file = |name: &str| FILE_DRIVERS.contains(&name);
+    let (format, prefix) = match driver {
+        Some(driver) if is_file(&driver) => (Some(RAW.to_owned()), ""),
+        driver => (driver, "file."),
+    };
+    if let Some(below) = options.remove("file.driver").filter(|below| !is_file(below)) {
+        return Err(Error::usage(format!(
+            "the driver '{}' below a format is not supported",
+            escape_control(&below)
+        ))
+        .hint("an image is in a file or block device: file.driver=file, or leave it out"));
+    }
+    let path = options.remove(&format!("{prefix}filename"));
+    let path = path.filter(|path| !path.is_empty()).ok_or_else(|| {
+        Error::usage(format!("missing {prefix}filename in the options of an image")).hint(EXAMPLE)
+    })?;
+    // The format follows from the header of the image.
+    options.remove("encrypt.format");
+    let keys = ["key-secret", "encrypt.key-secret"].map(|key| options.remove(key));
+    options.retain(|key, value| !is_without_effect(key, value));
+    match options.keys().next() {
+        Some(key) => Err(unsupported(key)),
+        None => Ok(ImageName {
+            location: Location::Path(PathBuf::from(path)),
+            format,
+            key_id: keys.into_iter().flatten().next(),
+        }),
+    }
+}
+
+fn is_without_effect(key: &str, value: &str) -> bool {
+    let own = key.strip_prefix("file.").unwrap_or(key);
+    WITHOUT_EFFECT.contains(&own) || own.starts_with("cache.") || (own == "force-share" && value == "off")
+}
+
+fn unsupported(key: &str) -> Error {
+    let error = Error::usage(format!("the option '{}' of an image is not supported", escape_control(key)));
+    match key.split('.').next_back() {
+        _ if key.starts_with("backing") => {
+            error.hint("the image names its backing file: --allow-external PATH permits it")
+        }
+        Some("force-share") => error.hint("-U reads an image that another program may write"),
+        _ => error.hint(EXAMPLE),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(path: &str, format: Option<&str>, key_id: Option<&str>) -> ImageName {
+        let own = |text: Option<&str>| text.map(str::to_owned);
+        ImageName { location: Location::Path(path.into()), format: own(format), key_id: own(key_id) }
+    }
+
+    fn options(text: &str) -> Result<ImageName> {
+        from_options(OsStr::new(text))
+    }
+
+    #[test]
+    fn options_and_json_have_the_same_keys() {
+        let plain = name("a,b.img", Some("qcow2"), None);
+        for text in [
+            "driver=qcow2,file.filename=a,,b.img",
+            "file.driver=file,file.filename=a,,b.img,driver=qcow2,file.locking=auto,read-only",
+            "driver=qcow2,cache.direct=on,file.cache.no-flush=off,file.filename=a,,b.img,discard=unmap",
+        ] {
+            assert_eq!(options(text).expect(text), plain);
+        }
+        for text in [
+            r#"{"driver":"qcow2","file":{"driver":"file","filename":"a,b.img"}}"#,
+            r#"{"driver":"qcow2","file.filename":"a,b.img","read-only":true,"l2-cache-size":65536}"#,
+        ] {
+            assert_eq!(from_json(text).expect(text), plain);
+        }
+        assert_eq!(options("driver=file,filename=x").expect("a file"), name("x", Some("raw"), None));
+        assert_eq!(options("file.filename=json:x").expect("a file"), name("json:x", None, None));
+        let luks = "driver=luks,key-secret=s0,file.filename=x";
+        assert_eq!(options(luks).expect("a key"), name("x", Some("luks"), Some("s0")));
+        let inner = "driver=qcow2,encrypt.format=luks,encrypt.key-secret=s0,file.filename=x";
+        assert_eq!(options(inner).expect("a key"), name("x", Some("qcow2"), Some("s0")));
+    }
+
+    #[test]
+    fn what_changes_the_content_is_refused() {
+        for text in [
+            "a.qcow2",
+            "driver=qcow2",
+            "driver=qcow2,file.filename=",
+            "driver=qcow2,file=node",
+            "driver=raw,offset=512,file.filename=x",
+            "driver=qcow2,file.driver=nbd,file.filename=x",
+            "driver=qcow2,file.driver=raw,file.file.filename=x",
+            "driver=qcow2,file.filename=x,backing.file.filename=y",
+            "driver=qcow2,file.filename=x,data-file.filename=y",
+            "driver=qcow2,file.filename=x,force-share=on",
+            "driver=qcow2,file.filename=x,no-such-key=1",
+        ] {
+            assert!(options(text).is_err(), "{text}");
+        }
+        let deep = "{\"a\":".repeat(200);
+        for text in ["", "x", "[]", "null", r#"{"file":null}"#, r#"{"file.filename":["x"]}"#, &deep] {
+            assert!(from_json(text).is_err(), "{text}");
+        }
+    }
+}
