@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use imgtool_core::error::escape_control;
 use imgtool_core::{Error, Location, Result};
+use imgtool_engine::ChosenImage;
 use serde_json::Value;
 
 use crate::commands::options::split_options;
@@ -49,7 +50,15 @@ pub struct ImageName {
     pub format: Option<String>,
     /// ID of the object with the passphrase.
     pub key_id: Option<String>,
+    /// Backing images in place of those that the image names, the topmost first.
+    pub backing: Vec<ChosenImage>,
 }
+
+/// Prefix of the keys of the backing image.
+const BACKING: &str = "backing.";
+
+/// Maximum number of backing images in the options of an image. Our limit: people write these names.
+const MAX_DEPTH: usize = 16;
 
 /// Values by their keys, with dots between the levels.
 type Options = BTreeMap<String, String>;
@@ -60,7 +69,7 @@ type Options = BTreeMap<String, String>;
 /// [`imgtool_core::ErrorKind::Usage`] for a key or value that is not supported, or if the file is missing.
 pub fn from_options(text: &OsStr) -> Result<ImageName> {
     let text = text.to_str().ok_or_else(|| Error::usage("the options of an image are not UTF-8"))?;
-    interpret(split_options(text).into_iter().collect())
+    interpret(split_options(text).into_iter().collect(), MAX_DEPTH)
 }
 
 /// Parses the JSON object behind `json:`.
@@ -74,7 +83,7 @@ pub fn from_json(text: &str) -> Result<ImageName> {
     }
     let mut options = Options::new();
     flatten("", &value, &mut options)?;
-    interpret(options)
+    interpret(options, MAX_DEPTH)
 }
 
 /// Hint with the common form of a name.
@@ -102,7 +111,9 @@ fn flatten(key: &str, value: &Value, options: &mut Options) -> Result<()> {
     Ok(())
 }
 
-fn interpret(mut options: Options) -> Result<ImageName> {
+/// Interprets the options of an image over at most `depth` others.
+fn interpret(mut options: Options, depth: usize) -> Result<ImageName> {
+    let backing = backing(&mut options, depth)?;
     let driver = options.remove("driver");
     let is_file = |name: &str| FILE_DRIVERS.contains(&name);
     let (format, prefix) = match driver {
@@ -130,8 +141,34 @@ fn interpret(mut options: Options) -> Result<ImageName> {
             location: Location::Path(PathBuf::from(path)),
             format,
             key_id: keys.into_iter().flatten().next(),
+            backing,
         }),
     }
+}
+
+/// Takes the options of the backing image. Returns it and those below it.
+fn backing(options: &mut Options, depth: usize) -> Result<Vec<ChosenImage>> {
+    let own = std::mem::take(options);
+    let mut below = Options::new();
+    for (key, value) in own {
+        match key.strip_prefix(BACKING) {
+            Some(key) => below.insert(key.to_owned(), value),
+            None => options.insert(key, value),
+        };
+    }
+    if below.is_empty() {
+        return Ok(Vec::new());
+    }
+    let depth =
+        depth.checked_sub(1).ok_or_else(|| Error::usage(format!("more than {MAX_DEPTH} backing images")))?;
+    let image = interpret(below, depth)?;
+    if image.key_id.is_some() {
+        return Err(Error::usage("a passphrase for the backing image alone is not supported")
+            .hint("state it for the image: it applies to those below as well"));
+    }
+    let mut images = vec![ChosenImage { location: image.location, format: image.format }];
+    images.extend(image.backing);
+    Ok(images)
 }
 
 fn is_without_effect(key: &str, value: &str) -> bool {
@@ -142,9 +179,6 @@ fn is_without_effect(key: &str, value: &str) -> bool {
 fn unsupported(key: &str) -> Error {
     let error = Error::usage(format!("the option '{}' of an image is not supported", escape_control(key)));
     match key.split('.').next_back() {
-        _ if key.starts_with("backing") => {
-            error.hint("the image names its backing file: --allow-external PATH permits it")
-        }
         Some("force-share") => error.hint("-U reads an image that another program may write"),
         _ => error.hint(EXAMPLE),
     }
@@ -156,7 +190,8 @@ mod tests {
 
     fn name(path: &str, format: Option<&str>, key_id: Option<&str>) -> ImageName {
         let own = |text: Option<&str>| text.map(str::to_owned);
-        ImageName { location: Location::Path(path.into()), format: own(format), key_id: own(key_id) }
+        let (location, backing) = (Location::Path(path.into()), Vec::new());
+        ImageName { location, format: own(format), key_id: own(key_id), backing }
     }
 
     fn options(text: &str) -> Result<ImageName> {
@@ -188,6 +223,22 @@ mod tests {
     }
 
     #[test]
+    fn backing_images_are_nested() {
+        let text = "file.filename=a,backing.file.filename=b,backing.driver=qcow2,backing.backing.driver=file,\
+                    backing.backing.filename=c";
+        let chosen = |path: &str, format: &str| ChosenImage {
+            location: Location::Path(path.into()),
+            format: Some(format.to_owned()),
+        };
+        assert_eq!(options(text).expect("a chain").backing, [chosen("b", "qcow2"), chosen("c", "raw")]);
+        let deep = |depth: usize| {
+            let prefix = |level: usize| format!("{}file.filename=x", BACKING.repeat(level));
+            (0..=depth).map(prefix).collect::<Vec<_>>().join(",")
+        };
+        assert!(options(&deep(MAX_DEPTH)).is_ok() && options(&deep(MAX_DEPTH + 1)).is_err());
+    }
+
+    #[test]
     fn what_changes_the_content_is_refused() {
         for text in [
             "a.qcow2",
@@ -197,7 +248,9 @@ mod tests {
             "driver=raw,offset=512,file.filename=x",
             "driver=qcow2,file.driver=nbd,file.filename=x",
             "driver=qcow2,file.driver=raw,file.file.filename=x",
-            "driver=qcow2,file.filename=x,backing.file.filename=y",
+            "driver=qcow2,file.filename=x,backing=y",
+            "driver=qcow2,file.filename=x,backing.driver=raw",
+            "driver=qcow2,file.filename=x,backing.driver=luks,backing.key-secret=s,backing.file.filename=y",
             "driver=qcow2,file.filename=x,data-file.filename=y",
             "driver=qcow2,file.filename=x,force-share=on",
             "driver=qcow2,file.filename=x,no-such-key=1",

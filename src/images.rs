@@ -5,7 +5,9 @@ use std::path::Path;
 
 use imgtool_core::error::escape_control;
 use imgtool_core::{CancelToken, DeviceKind, Error, Location, Memory, OpenOptions, Registry, Result};
-use imgtool_engine::{ExternalPolicy, OpenSettings, Opened, PolicyOpener, SourceRequest, open as opening};
+use imgtool_engine::{
+    ExternalPolicy, OpenSettings, Opened, PolicyOpener, SourceRequest, chosen, open as opening,
+};
 use imgtool_storage::Compression;
 
 use crate::args::InputArgs;
@@ -116,7 +118,8 @@ pub fn source(args: &InputArgs, name: &OsStr) -> Result<SourceRequest> {
         }
     };
     let secret = parsed.key_id.map(|id| secrets::of_object(&args.object, &id)).transpose()?;
-    Ok(SourceRequest { format: parsed.format, secret, ..SourceRequest::new(parsed.location) })
+    let (format, backing) = (parsed.format, parsed.backing);
+    Ok(SourceRequest { format, secret, backing, ..SourceRequest::new(parsed.location) })
 }
 
 /// Returns the format of a source: `format` if the user stated it, otherwise that of the name.
@@ -124,10 +127,10 @@ pub fn format_of<'a>(source: &'a SourceRequest, format: Option<&'a str>) -> Opti
     format.or(source.format.as_deref())
 }
 
-/// Returns the options for a source, with its own passphrase.
-pub fn options_of(source: &SourceRequest, options: &OpenOptions) -> OpenOptions {
+/// Returns the options for a source, with its own passphrase and backing images.
+pub fn options_of(registry: &Registry, source: &SourceRequest, options: &OpenOptions) -> OpenOptions {
     let secret = source.secret.as_ref().or(options.secret.as_ref()).cloned();
-    OpenOptions { secret, ..options.clone() }
+    OpenOptions { secret, ..chosen::options(registry, &source.backing, options) }
 }
 
 /// Opens an image that the user named.
@@ -136,8 +139,10 @@ pub fn options_of(source: &SourceRequest, options: &OpenOptions) -> OpenOptions 
 /// If it can't be opened.
 pub fn open(registry: &Registry, args: &InputArgs, name: &OsStr, options: &OpenOptions) -> Result<Opened> {
     let source = source(args, name)?;
-    let (format, options) = (format_of(&source, args.format.as_deref()), options_of(&source, options));
+    let (format, options) =
+        (format_of(&source, args.format.as_deref()), options_of(registry, &source, options));
     let opened = opening::open(registry, &source.location, format, &options, &CancelToken::new())?;
+    chosen::check(&opened, &source.backing)?;
     note_unrecognised(&opened);
     Ok(opened)
 }
@@ -153,8 +158,10 @@ pub fn open_random(
     options: &OpenOptions,
 ) -> Result<Opened> {
     let source = source(args, name)?;
-    let (format, options) = (format_of(&source, args.format.as_deref()), options_of(&source, options));
+    let (format, options) =
+        (format_of(&source, args.format.as_deref()), options_of(registry, &source, options));
     let opened = opening::open_random(registry, &source.location, format, &options, &CancelToken::new())?;
+    chosen::check(&opened, &source.backing)?;
     note_unrecognised(&opened);
     Ok(opened)
 }

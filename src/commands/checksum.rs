@@ -5,6 +5,7 @@ use std::path::Path;
 use imgtool_core::error::escape_control;
 use imgtool_core::{OpenOptions, Registry, Result};
 use imgtool_engine::checksum::{Algorithm, ChecksumRequest, checksum};
+use imgtool_engine::chosen;
 use serde::Serialize;
 
 use crate::args::{self, ChecksumArgs};
@@ -66,7 +67,7 @@ fn digest_image(
     interrupt: &Interrupt,
 ) -> Result<Vec<Line>> {
     let source = images::source(&args.input, path.as_os_str())?;
-    let options = &images::options_of(&source, options);
+    let options = &images::options_of(registry, &source, options);
     let request = ChecksumRequest {
         algorithm: match args.algorithm {
             args::Algorithm::Sha256 => Algorithm::Sha256,
@@ -79,6 +80,7 @@ fn digest_image(
     };
     let display = Display::new(args.messages.mode(), interrupt);
     let (opened, found) = checksum(registry, &source.location, &request, &display, &interrupt.token())?;
+    chosen::check(&opened, &source.backing)?;
     if !args.messages.quiet {
         images::note_unrecognised(&opened);
         opened.changes().iter().for_each(|change| report::note(change));

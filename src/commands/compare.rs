@@ -7,7 +7,7 @@ use std::ops::Range;
 use imgtool_core::error::escape_control;
 use imgtool_core::{CancelToken, Error, Location, OpenOptions, Registry, Result};
 use imgtool_engine::compare::{CompareRun, DevicePair, Differences, Pairing};
-use imgtool_engine::{Opened, allocation, compare, open};
+use imgtool_engine::{Opened, allocation, chosen, compare, open};
 use serde::Serialize;
 
 use crate::args::{CompareArgs, InputArgs};
@@ -207,7 +207,7 @@ impl Opener<'_> {
     fn open(&self, name: &OsStr, format: Option<&str>, anywhere: bool) -> Result<Opened> {
         let source = images::source(self.input, name)?;
         let (location, format) = (&source.location, images::format_of(&source, format));
-        let options = &images::options_of(&source, self.options);
+        let options = &images::options_of(self.registry, &source, self.options);
         let mut input = open::open_input(self.registry, location, format, options)?;
         // The length of a raw image in a pipe is unknown until the image is spooled.
         if anywhere || input.input.is_stream() && *location == Location::Stdin {
@@ -219,6 +219,7 @@ impl Opener<'_> {
             let cancel = CancelToken::new();
             opened = open::open_random(self.registry, location, format, options, &cancel)?;
         }
+        chosen::check(&opened, &source.backing)?;
         if !self.quiet {
             images::note_unrecognised(&opened);
         }

@@ -103,7 +103,7 @@ fn other_drivers_and_options_are_refused_as_by_qemu_img() {
     // What qemu-img can do, and would change the content.
     for (options, words) in [
         ("driver=raw,offset=512,file.filename=disk.raw", "'offset' of an image is not supported"),
-        ("driver=qcow2,file.filename=a,,b.img,backing.file.filename=x", "--allow-external"),
+        ("driver=qcow2,file.filename=a,,b.img,backing.file.filename=disk.raw", "has no backing file"),
         ("driver=raw,file.driver=null-co,file.size=1M", "'null-co' below a format is not supported"),
         ("driver=raw,file.filename=disk.raw,force-share=on", "-U reads"),
     ] {
@@ -135,6 +135,58 @@ fn json_inside_an_image_stays_refused() {
     imgtool(["convert", by_json, "y.raw"]).within(dir.path()).go().exits(1).says("--allow-external");
     imgtool(["convert", "--allow-external", "chain", by_json, "y.raw"]).within(dir.path()).ok();
     imgtool(["compare", "disk.raw", "y.raw"]).within(dir.path()).ok();
+}
+
+#[test]
+fn backing_images_are_those_that_the_user_chose() {
+    require!("qemu-img", "qemu-io");
+    let dir = scene();
+    let run = |line: &[&str]| drop(run_in("qemu-img", dir.path(), line));
+    std::fs::write(dir.path().join("other.raw"), noise(8, 2 << 20)).unwrap();
+    // Overlays over files that do not exist any more.
+    for (name, below, format) in [("mid.qcow2", "gone.raw", "raw"), ("top.qcow2", "gone.qcow2", "qcow2")] {
+        run(&["create", "-q", "-u", "-f", "qcow2", "-b", below, "-F", format, name, "2M"]);
+        let write = if format == "raw" { "write -P 1 64k 64k" } else { "write -P 2 256k 64k" };
+        let options =
+            format!("driver=qcow2,file.filename={name},backing.driver=raw,backing.file.filename=disk.raw");
+        run_in("qemu-io", dir.path(), &["-c", write, "--image-opts", &options]);
+    }
+    for options in [
+        "driver=qcow2,file.filename=mid.qcow2,backing.driver=raw,backing.file.filename=other.raw",
+        "driver=qcow2,file.filename=mid.qcow2,backing.driver=qcow2,backing.file.filename=a,,b.img",
+        "driver=qcow2,file.filename=top.qcow2,backing.file.filename=mid.qcow2,backing.driver=qcow2,\
+         backing.backing.driver=raw,backing.backing.file.filename=other.raw",
+    ] {
+        run(&["convert", "-O", "raw", "--image-opts", options, "theirs.raw"]);
+        let line = ["convert", "--image-opts", "--to", "raw", options, "ours.raw"];
+        imgtool(line).within(dir.path()).ok();
+        imgtool(["compare", "theirs.raw", "ours.raw"]).within(dir.path()).ok();
+        let raw = "driver=raw,file.filename=theirs.raw";
+        assert!(both(dir.path(), &["compare", "--image-opts", options, raw]), "{options}");
+        // qemu-img refuses these options for facts.
+        imgtool(["info", "--image-opts", options]).within(dir.path()).ok();
+        imgtool(["checksum", "--image-opts", options]).within(dir.path()).ok();
+        std::fs::remove_file(dir.path().join("ours.raw")).unwrap();
+    }
+    let before = snapshot(dir.path());
+    let over = |below: &str| format!("driver=qcow2,file.filename=mid.qcow2,backing.driver=raw,{below}");
+    // A chosen image is a source, and what it names needs the permission that every name needs.
+    let line = ["convert", "--force", "--image-opts", &over("backing.file.filename=other.raw"), "other.raw"];
+    imgtool(line).within(dir.path()).go().exits(1).says("same file");
+    let line = ["convert", "--image-opts", &over("backing.file.filename=missing"), "x.raw"];
+    assert!(!both(dir.path(), &line));
+    let top = "driver=qcow2,file.filename=top.qcow2,backing.driver=qcow2,backing.file.filename=mid.qcow2";
+    imgtool(["convert", "--image-opts", top, "x.raw"])
+        .within(dir.path())
+        .go()
+        .exits(1)
+        .says("--allow-external");
+    imgtool(["checksum", "--image-opts", "file.filename=disk.vdi,backing.file.filename=disk.raw"])
+        .within(dir.path())
+        .go()
+        .exits(2)
+        .says("has no backing file");
+    assert_eq!(snapshot(dir.path()), before);
 }
 
 #[test]

@@ -56,6 +56,11 @@ fn described(args: &ConvertArgs, name: ImageName) -> Result<TargetName> {
     if name.key_id.is_some() {
         return Err(Error::unsupported("an encrypted image can't be written into").path(name.location));
     }
+    if !name.backing.is_empty() {
+        return Err(
+            Error::usage("the backing image of a target that exists can't be chosen").path(name.location)
+        );
+    }
     if name.format.is_none() && args.target.to.is_none() {
         return Err(Error::usage("the options of the target lack its format")
             .path(name.location)

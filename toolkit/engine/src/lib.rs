@@ -17,6 +17,7 @@ pub mod allocation;
 mod bitmaps;
 mod blank;
 pub mod checksum;
+pub mod chosen;
 pub mod compare;
 mod contents;
 pub mod create;
@@ -46,6 +47,7 @@ mod survey;
 mod verify;
 pub mod work;
 
+pub use chosen::ChosenImage;
 pub use externals::{ExternalPolicy, PolicyOpener};
 pub use format::{FormatOptions, TargetFormat};
 pub use layout::{Destination, DiskTarget, Layout, PlannedFile, PlannedOutput};

@@ -11,6 +11,7 @@ use imgtool_core::{
 };
 use imgtool_storage::open::OpenInput;
 
+use crate::chosen::{self, ChosenImage};
 use crate::format::TargetFormat;
 use crate::names;
 use crate::open::{self, Opened};
@@ -26,12 +27,14 @@ pub struct SourceRequest {
     pub format: Option<String>,
     /// Passphrase of this source, if it has one of its own.
     pub secret: Option<Secret>,
+    /// Backing images in place of those that the source names, the topmost first.
+    pub backing: Vec<ChosenImage>,
 }
 
 impl SourceRequest {
     /// Creates a source whose device is named by the image or the file.
     pub fn new(location: impl Into<Location>) -> Self {
-        Self { name: None, location: location.into(), format: None, secret: None }
+        Self { name: None, location: location.into(), format: None, secret: None, backing: Vec::new() }
     }
 
     /// Parses `LOCATION` or `NAME=LOCATION`. The path of an existing file is always a location.
@@ -112,12 +115,13 @@ pub(crate) fn open_sources(
     let open_one = |request: &SourceRequest| {
         let format = format.or(request.format.as_deref());
         let secret = request.secret.as_ref().or(options.secret.as_ref()).cloned();
-        let options = &OpenOptions { secret, ..options.clone() };
+        let options = &OpenOptions { secret, ..chosen::options(registry, &request.backing, options) };
         let input = open::open_input(registry, &request.location, format, options)?;
         let input = input.cancelled_by(cancel.clone());
         let input = if joined { input.spool() } else { spool_if_endless(registry, input, format, target) };
         let input = input.map_err(|e| e.path(&request.location))?;
         let opened = open::open_image(registry, input, format, options)?;
+        chosen::check(&opened, &request.backing)?;
         // Opening has decoded parts of the file, and the other sources come first.
         opened.release();
         Ok(OpenSource { name: request.name.clone(), opened })
