@@ -153,8 +153,9 @@ fn a_damaged_block_is_lost_with_the_first_read_of_it() {
         let mut bytes = [7; 512];
         disk.read_at(&mut bytes, at).unwrap();
         assert_eq!(bytes, [0; 512]);
-        let lost: Vec<_> = source.losses().into_iter().map(|loss| loss.guest).collect();
-        assert_eq!(lost, [3072..4096]);
+        let lost: Vec<_> =
+            source.losses().into_iter().map(|loss| (loss.guest.start, loss.guest.end)).collect();
+        assert_eq!(lost, [(3072, 4096)]);
     }
 }
 
