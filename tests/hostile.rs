@@ -15,6 +15,7 @@ use crate::support::run::Outcome;
 mod bombs;
 mod chains;
 mod confinement;
+mod disks;
 mod externals;
 mod names;
 mod qcow2_images;
@@ -50,6 +51,10 @@ impl Craft {
     fn put(&self, at: u64, bytes: &[u8]) -> &Self {
         self.file.write_all_at(bytes, at).unwrap();
         self
+    }
+
+    fn le32(&self, at: u64, value: u32) -> &Self {
+        self.put(at, &value.to_le_bytes())
     }
 
     fn be32(&self, at: u64, value: u32) -> &Self {
