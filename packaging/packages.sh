@@ -3,7 +3,7 @@
 #
 #   imgtool-VERSION-ARCH-linux.tar.gz   program, manual pages, completions
 #   imgtool_VERSION_ARCH.deb            the same for Debian and Ubuntu
-#   imgtool_vm-VERSION-….whl            the program for pip; needs maturin
+#   imgtool_vm-VERSION-….whl            the program for pip
 #   container/                          the files of the container image, see Containerfile
 #   SHA256SUMS
 #
@@ -78,22 +78,6 @@ END
   dpkg-deb --root-owner-group -Zxz --build "$tree" "$made/imgtool_${version}_$arch.deb" >/dev/null
 }
 
-# pip install imgtool-vm. On PyPI, imgtool is a program that signs firmware.
-wheel() {
-  if ! command -v maturin >/dev/null; then
-    echo 'packages.sh: no maturin (pip install maturin): no wheel' >&2
-    return
-  fi
-  # The same flags and profile as in static.sh: cargo has nothing to build again.
-  (
-    out=$(realpath "$made")
-    CARGO_TARGET_DIR=$(realpath "${CARGO_TARGET_DIR:-target}")
-    export CARGO_TARGET_DIR RUSTFLAGS='-C target-feature=+crt-static'
-    cd packaging/wheel
-    maturin build --quiet --locked --profile dist --target "$(uname -m)-unknown-linux-gnu" --out "$out"
-  )
-}
-
 container() {
   mkdir "$made/container"
   cp "$program" packaging/Containerfile "$made/container"
@@ -101,7 +85,7 @@ container() {
 
 tarball
 debian
-wheel
+packaging/wheel.py "$program" "$version" "$made"
 container
-(shopt -s nullglob && cd "$made" && sha256sum -- *.tar.gz *.deb *.whl >SHA256SUMS)
+(cd "$made" && sha256sum -- *.tar.gz *.deb *.whl >SHA256SUMS)
 ls -l "$made"
