@@ -122,7 +122,8 @@ fn request(args: &ConvertArgs) -> Result<(Request, bool)> {
             snapshot: args.snapshot.snapshot.clone(),
             ..open
         },
-        join: args.devices.join,
+        // qemu-img joins several sources without a word.
+        join: args.devices.join || compat::is_on() && sources.len() > 1,
         disks: args.devices.disk.clone(),
         format: stated.or(compat::default_format()).map(str::to_owned),
         dest: dest.map(|dest| dest.location),
