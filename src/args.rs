@@ -22,7 +22,7 @@ mod vma;
 pub use convert::ConvertArgs;
 pub use image::{
     Algorithm, CheckArgs, ChecksumArgs, CompareArgs, CreateArgs, InfoArgs, MapArgs, MapFormat, MeasureArgs,
-    Preallocation, NewSize, RepairMode, ResizeArgs,
+    NewSize, Preallocation, RepairMode, ResizeArgs,
 };
 pub use vma::{USAGE as VMA_USAGE, VmaArgs, VmaCommand, VmaCreateArgs, VmaExtractArgs};
 

@@ -44,7 +44,11 @@ pub(super) fn page(image: &ImageEntry) -> String {
 fn summary(text: &mut String, image: &ImageEntry) {
     let info = image.info();
     line(text, "image", &image.location.to_string());
-    line(text, "file format", &images::format_with_compression(compat::format_name(info.format), &image.compression));
+    line(
+        text,
+        "file format",
+        &images::format_with_compression(compat::format_name(info.format), &image.compression),
+    );
     let size = image.known_size().map(exact_size);
     let unknown = || "unknown until the end of the stream (--read-all reads it)".to_owned();
     line(text, "virtual size", &size.unwrap_or_else(unknown));
