@@ -126,7 +126,7 @@ fn zsh_completes_format_options() {
     // The script presses the tab key in a pseudo-terminal and waits for the completion. If it never appears,
     // the time limit ends the script.
     for (line, wanted) in [
-        ("imgtool convert -O vhdx -o blo", "-o block_size="),
+        ("imgtool convert -O vhdx -o block_si", "-o block_size="),
         ("imgtool convert -O qcow2 -o compat=1.1,ref", "compat=1.1,refcount_bits="),
         ("imgtool create -f raw -o preallocation=fa", "preallocation=falloc"),
     ] {
