@@ -47,7 +47,7 @@ impl Losses {
     /// True if all of `guest` is known to be lost.
     pub fn cover(&self, guest: &Range<u64>) -> bool {
         let ranges = lock(&self.0);
-        ranges.range(..=guest.start).next_back().is_some_and(|(_, (end, _))| *end >= guest.end)
+        ranges.range(..=guest.start).next_back().is_some_and(|(_, lost)| lost.end >= guest.end)
     }
 
     /// Returns all ranges in ascending order, as losses of `device`.
