@@ -222,3 +222,24 @@ fn reads_dmg_beyond_2_tib_with_chunks_beyond_4_gib() {
     let disk = Image::hole("disk", sectors * 512).with(0, content.clone());
     assert_large(dir.path(), "dmg", &disk.with(sectors * 512 - 1024, content));
 }
+
+/// Every chunk decodes, but the table has another checksum: no command may take the content for sound.
+#[test]
+fn a_dmg_with_a_wrong_checksum_is_no_source() {
+    require!("bzip2");
+    let dir = tempdir();
+    let disk = images::noise(3, 64 << 10);
+    let path = |name: &str| dir.path().join(name);
+    std::fs::write(path("disk.raw"), &disk).unwrap();
+    let mut image = dmg(&disk);
+    let table = image.windows(4).position(|bytes| bytes == b"mish").unwrap();
+    image[table + 64..table + 76].copy_from_slice(b"\0\0\0\x02\0\0\0\x20none");
+    let bad = path("bad.dmg");
+    std::fs::write(&bad, &image).unwrap();
+    imgtool(["check", text(&bad)]).go().exits(2);
+    imgtool(["convert", text(&bad), text(&path("out.qcow2"))]).go().exits(1).says("checksum");
+    imgtool(["checksum", text(&bad)]).go().exits(1).says("checksum");
+    imgtool(["convert", "-q", text(&bad), "--salvage", text(&path("out.raw"))]).go().ends_with(3);
+    imgtool(["compare", text(&path("out.raw")), text(&bad)]).go().exits(2).says("checksum");
+    imgtool(["compare", text(&bad), text(&path("out.raw"))]).go().exits(2).says("checksum");
+}

@@ -3,13 +3,10 @@
 use imgtool_core::unit_check::{UnitCheck, opened};
 use imgtool_core::{CheckReport, Error, ErrorKind, Input, Memory, Result};
 
+use crate::checksums::{READ_LEN, combine_zeros, digest_stored, mismatch, stored_mismatch};
 use crate::chunks::{Chunk, Kind, Part};
 use crate::decode::decoder_memory;
 use crate::image::Image;
-use crate::layout::TRAILER_LEN;
-
-/// Length in bytes of a read for a checksum.
-const READ_LEN: u64 = 1 << 20;
 
 /// Checks an image.
 ///
@@ -27,7 +24,9 @@ pub(crate) fn check(input: Input, memory: &Memory) -> Result<CheckReport> {
         + chunks.most(|chunk| decoder_memory(chunk.kind))
         + READ_LEN;
     let _lease = memory.lease(most, "the chunks of a DMG image")?;
-    check_data(&image, &mut report)?;
+    if let Some(why) = stored_mismatch(&image)? {
+        report.corruption(why);
+    }
     let mut content = Content { image: &image, buf: Vec::new(), budget: image.input.len() };
     for chunk in image.chunks.iter() {
         let name = format!("the chunk at sector {}", chunk.start / 512);
@@ -51,29 +50,6 @@ pub(crate) fn check(input: Input, memory: &Memory) -> Result<CheckReport> {
     report.image_end_offset = Some(image.input.len());
     report.fragmented_clusters = None;
     Ok(report)
-}
-
-/// Compares the checksum of all chunks as stored.
-fn check_data(image: &Image, report: &mut CheckReport) -> Result<()> {
-    let (start, len) = (image.trailer.data_offset, image.trailer.data_len);
-    let Some(expected) = image.trailer.data_crc else { return Ok(()) };
-    let limit = image.input.len().saturating_sub(TRAILER_LEN);
-    let Some(end) = start.checked_add(len).filter(|end| *end <= limit) else {
-        report.corruption(format!("the trailer states {len} bytes of chunks at {start}, beyond the file"));
-        return Ok(());
-    };
-    let mut digest = crc32fast::Hasher::new();
-    let mut at = start;
-    while at < end {
-        let bytes = image.input.read_vec(at, (end - at).min(READ_LEN) as usize)?;
-        digest.update(&bytes);
-        at += bytes.len() as u64;
-    }
-    let found = digest.finalize();
-    if found != expected {
-        report.corruption(format!("the chunks have the checksum {found:08x}, not {expected:08x}"));
-    }
-    Ok(())
 }
 
 /// The content of an image, read for its checksums.
@@ -112,10 +88,7 @@ impl Content<'_> {
         }
         let found = digest.finalize();
         if let Some(expected) = part.crc.filter(|expected| is_known && *expected != found) {
-            report.corruption(format!(
-                "the sectors from {} on have the checksum {found:08x}, not {expected:08x}",
-                part.start / 512
-            ));
+            report.corruption(mismatch(part, found, expected));
         }
         Ok(())
     }
@@ -136,36 +109,12 @@ impl Content<'_> {
             .checked_sub(chunk.stored_len)
             .ok_or_else(|| Error::malformed("chunks share stored bytes").at(chunk.file_offset))?;
         if chunk.kind == Kind::Raw {
-            let mut at = 0;
-            while at < chunk.len {
-                let bytes = self
-                    .image
-                    .input
-                    .read_vec(chunk.file_offset + at, (chunk.len - at).min(READ_LEN) as usize)?;
-                digest.update(&bytes);
-                at += bytes.len() as u64;
-            }
-            return Ok(());
+            return digest_stored(&self.image.input, chunk.file_offset, chunk.len, digest);
         }
         // At most the maximum length of a chunk, so it fits.
         self.buf.resize(chunk.len as usize, 0);
         self.image.decode(chunk, &mut self.buf)?;
         digest.update(&self.buf);
         Ok(())
-    }
-}
-
-/// Adds `len` zeros to a checksum, in a number of steps that is logarithmic in `len`.
-fn combine_zeros(digest: &mut crc32fast::Hasher, len: u64) {
-    let mut unit = crc32fast::Hasher::new();
-    unit.update(&[0]);
-    let mut rest = len;
-    while rest > 0 {
-        if rest & 1 == 1 {
-            digest.combine(&unit);
-        }
-        let double = unit.clone();
-        unit.combine(&double);
-        rest >>= 1;
     }
 }

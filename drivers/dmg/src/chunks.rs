@@ -124,7 +124,7 @@ impl Chunk {
     }
 }
 
-/// A table of chunks, for the check.
+/// A table of chunks, for its checksum.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Part {
     /// Guest range.
@@ -195,12 +195,23 @@ impl Chunks {
 
     /// Returns the chunk that contains `guest_offset`, or the guest offset at which the next one begins.
     pub(crate) fn at(&self, guest_offset: u64) -> std::result::Result<&Chunk, u64> {
-        let next = self.list.partition_point(|chunk| chunk.end() <= guest_offset);
-        match self.list.get(next) {
+        match self.list.get(self.next(guest_offset)) {
             Some(chunk) if chunk.start <= guest_offset => Ok(chunk),
             Some(chunk) => Err(chunk.start),
             None => Err(u64::MAX),
         }
+    }
+
+    /// Like [`Chunks::at`], with the place of the chunk in the list.
+    pub(crate) fn indexed_at(&self, guest_offset: u64) -> Option<(usize, &Chunk)> {
+        let index = self.next(guest_offset);
+        let chunk = self.list.get(index).filter(|chunk| chunk.start <= guest_offset)?;
+        Some((index, chunk))
+    }
+
+    /// Returns the place of the first chunk that ends after `guest_offset`.
+    fn next(&self, guest_offset: u64) -> usize {
+        self.list.partition_point(|chunk| chunk.end() <= guest_offset)
     }
 
     /// Returns the maximum of a property of the compressed chunks; 0 without any.

@@ -1,11 +1,13 @@
 //! Opening and reading an image.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use imgtool_core::decoded::DecodedUnits;
 use imgtool_core::layered::{LayeredSource, Origin, Segment, SegmentMap, StoredBytes, check_stored};
 use imgtool_core::{Device, Error, ImageInfo, ImageSource, Input, Memory, OpenOptions, RandomInput, Result};
 
+use crate::checksums::Checksums;
 use crate::chunks::{Chunk, Chunks, Kind};
 use crate::decode::{decode, decoder_memory};
 use crate::layout::{SECTOR_SIZE, TRAILER_LEN, Trailer, is_encrypted};
@@ -24,6 +26,7 @@ pub(crate) struct Image {
 struct Reader {
     image: Image,
     decoded: DecodedUnits,
+    checksums: Checksums,
     /// Memory in bytes that a thread needs for a read besides its buffer.
     reader_memory: u64,
 }
@@ -44,7 +47,8 @@ pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageS
     let reader_memory = decoded.reader_memory()
         + chunks.most(|chunk| chunk.stored_len)
         + chunks.most(|chunk| decoder_memory(chunk.kind));
-    let reader = Reader { image, decoded, reader_memory };
+    let checksums = Checksums::new(chunks, &options.memory)?;
+    let reader = Reader { image, decoded, checksums, reader_memory };
     Ok(Arc::new(LayeredSource::new(info, reader, None, options.salvage)))
 }
 
@@ -136,14 +140,20 @@ impl SegmentMap for Reader {
     }
 
     fn read_encoded(&self, buf: &mut [u8], guest_offset: u64) -> Result<()> {
-        let Ok(chunk) = self.image.chunks.at(guest_offset) else {
+        let Some((index, chunk)) = self.image.chunks.indexed_at(guest_offset) else {
             return Err(Error::out_of_bounds(format!("no chunk stores the byte {guest_offset}")));
         };
         self.decoded
             .read(chunk.start, chunk.len, buf, guest_offset - chunk.start, |out| {
-                self.image.decode(chunk, out)
+                self.image.decode(chunk, out)?;
+                self.checksums.record(index, out);
+                Ok(())
             })
             .map_err(|error| self.image.in_chunk(error, chunk))
+    }
+
+    fn verify(&self, failed: &mut dyn FnMut(Range<u64>, Error) -> Result<()>) -> Result<()> {
+        self.checksums.verify(&self.image, failed)
     }
 
     fn read_granule(&self) -> u64 {

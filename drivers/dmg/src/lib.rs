@@ -6,6 +6,7 @@
 
 mod adc;
 mod check;
+mod checksums;
 mod chunks;
 mod decode;
 mod driver;

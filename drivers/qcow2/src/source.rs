@@ -129,6 +129,11 @@ impl ImageSource for Qcow2Source {
         }
         losses
     }
+
+    fn verify(&self) -> Result<()> {
+        let backing = self.content.as_ref().and_then(|content| content.backing.as_ref());
+        backing.map_or(Ok(()), |backing| backing.image().verify())
+    }
 }
 
 impl Qcow2Source {

@@ -18,7 +18,7 @@ use crate::input::{FileRun, RandomInput};
 use crate::location::Location;
 use crate::losses::Losses;
 use crate::remedy::Remedy;
-use crate::source::{Access, FileRange, ImageInfo, ImageSource, Loss, RandomAccess};
+use crate::source::{Access, Doubt, FileRange, ImageInfo, ImageSource, Loss, RandomAccess};
 
 /// A run of guest bytes with one origin. The caller knows its guest offset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +75,15 @@ pub trait SegmentMap: Send + Sync {
     /// that store no such segments.
     fn read_encoded(&self, _buf: &mut [u8], _guest_offset: u64) -> Result<()> {
         Err(Error::unsupported("the format stores no encoded data"))
+    }
+
+    /// Verifies the checksums that cover more than one unit, as far as all that they cover has been read. Calls
+    /// `failed` with the guest range of each wrong one; an error of `failed` ends the verification.
+    ///
+    /// # Errors
+    /// Any error of `failed`.
+    fn verify(&self, _failed: &mut dyn FnMut(Range<u64>, Error) -> Result<()>) -> Result<()> {
+        Ok(())
     }
 
     /// Returns the unit, in bytes, in which reads are cheapest.
@@ -167,6 +176,8 @@ pub struct LayeredSource<M> {
     map: M,
     parent: Option<Disk>,
     losses: Option<Losses>,
+    /// Reason why a salvage can't prove the content complete.
+    doubt: Option<String>,
 }
 
 impl<M> fmt::Debug for LayeredSource<M> {
@@ -182,7 +193,13 @@ impl<M: SegmentMap> LayeredSource<M> {
     /// smaller than the disk: its content past its end counts as zeros. With `salvage`, a range that can't be
     /// read is filled with zeros and recorded as a loss.
     pub fn new(info: ImageInfo, map: M, parent: Option<Disk>, salvage: bool) -> Self {
-        Self { info, map, parent, losses: salvage.then(Losses::default) }
+        Self { info, map, parent, losses: salvage.then(Losses::default), doubt: None }
+    }
+
+    /// Adds the reason why a salvage can't prove the content complete, if there is one.
+    #[must_use]
+    pub fn doubted(self, doubt: Option<String>) -> Self {
+        Self { doubt, ..self }
     }
 
     fn device(&self) -> DeviceId {
@@ -353,6 +370,25 @@ impl<M: SegmentMap> ImageSource for LayeredSource<M> {
             losses.extend(parent.image().losses());
         }
         losses
+    }
+
+    fn doubts(&self) -> Vec<Doubt> {
+        let mut doubts = self.parent.as_ref().map_or_else(Vec::new, |parent| parent.image().doubts());
+        doubts.extend(self.doubt.clone().map(|reason| Doubt { device: self.device(), reason }));
+        doubts
+    }
+
+    fn verify(&self) -> Result<()> {
+        if let Some(parent) = &self.parent {
+            parent.image().verify()?;
+        }
+        self.map.verify(&mut |guest, error| match &self.losses {
+            Some(losses) => {
+                losses.add(guest, &error);
+                Ok(())
+            }
+            None => Err(error.guest(guest)),
+        })
     }
 }
 

@@ -50,18 +50,39 @@ impl Losses {
         ranges.range(..=guest.start).next_back().is_some_and(|(_, lost)| lost.end >= guest.end)
     }
 
-    /// Returns all ranges in ascending order, as losses of `device`.
+    /// Returns all ranges in ascending order, as losses of `device`. Joins ranges with the same reason that
+    /// threads added out of order.
     pub fn list(&self, device: DeviceId) -> Vec<Loss> {
-        let ranges = lock(&self.0);
-        ranges
-            .iter()
-            .map(|(start, lost)| Loss {
-                class: LossClass::Lost,
-                offset: lost.offset,
-                device,
-                guest: *start..lost.end,
-                reason: lost.reason.clone(),
-            })
-            .collect()
+        let mut list: Vec<Loss> = Vec::new();
+        for (start, lost) in lock(&self.0).iter() {
+            match list.last_mut().filter(|last| last.guest.end >= *start && last.reason == lost.reason) {
+                Some(last) => last.guest.end = last.guest.end.max(lost.end),
+                None => list.push(Loss {
+                    class: LossClass::Lost,
+                    offset: lost.offset,
+                    device,
+                    guest: *start..lost.end,
+                    reason: lost.reason.clone(),
+                }),
+            }
+        }
+        list
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn joins_ranges_that_were_added_out_of_order() {
+        let losses = Losses::default();
+        let lost = Error::corrupt("the file ends early");
+        for range in [4096..8192, 0..4096, 16384..20480] {
+            losses.add(range, &lost);
+        }
+        losses.add(8192..12288, &Error::corrupt("another reason"));
+        let ranges: Vec<Range<u64>> = losses.list(DeviceId(0)).into_iter().map(|loss| loss.guest).collect();
+        assert_eq!(ranges, [0..8192, 8192..12288, 16384..20480]);
     }
 }

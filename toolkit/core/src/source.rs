@@ -50,6 +50,16 @@ pub trait ImageSource: Send + Sync {
         Vec::new()
     }
 
+    /// Verifies the checksums that cover more than one read, as far as all that they cover has been read. The
+    /// caller reads the content first. In salvage, adds the ranges with a wrong checksum to
+    /// [`ImageSource::losses`].
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Corrupt`] for a wrong checksum.
+    fn verify(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Returns the fault of a damaged image that the driver opened anyway because the caller needs only facts
     /// ([`crate::OpenOptions::info_only`]).
     fn damage(&self) -> Option<&Error> {
@@ -290,6 +300,9 @@ pub struct ImageInfo {
     pub remedy: Option<Remedy>,
     /// External files that the image names. The driver opens them only if the user allows it.
     pub references: Vec<Reference>,
+    /// Key and value of the fact by which the image knows its parent. A parent with another value was written to
+    /// since, or is another image.
+    pub parent_identifier: Option<(&'static str, Value)>,
 }
 
 impl ImageInfo {

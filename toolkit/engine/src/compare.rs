@@ -181,7 +181,13 @@ fn compare(
     let found = match (comparer.difference(), copied) {
         (Some(found), _) => Some(found),
         (None, Err(error)) => return Err(error),
-        (None, Ok(_)) => comparer.tails(cancel)?,
+        (None, Ok(_)) => {
+            let found = comparer.tails(cancel)?;
+            if found.is_none() {
+                other.image.verify().in_file(&other.location)?;
+            }
+            found
+        }
     };
     counter.end_part();
     monitor.end();

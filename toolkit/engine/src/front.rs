@@ -40,6 +40,10 @@ impl ImageSource for Front {
     fn losses(&self) -> Vec<Loss> {
         self.image.losses()
     }
+
+    fn verify(&self) -> Result<()> {
+        self.image.verify()
+    }
 }
 
 impl RandomAccess for Front {

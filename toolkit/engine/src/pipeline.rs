@@ -144,6 +144,7 @@ pub fn copy(source: &dyn ImageSource, job: &Job<'_>) -> Result<Totals> {
             let crew = Crew::hire(job, source.access(), largest)?;
             let sharing = BlockSharing::new(random, &targets, &info.devices);
             let (copied, _) = run(producer, Some(random), &targets, &crew, sharing)?;
+            source.verify()?;
             Ok(shared + copied)
         }
         Access::Stream(stream) => {

@@ -6,7 +6,7 @@ mod builder;
 use imgtool_core::{Driver, ErrorKind, Memory, OpenOptions};
 use imgtool_dmg::DmgDriver;
 use imgtool_testing::conformance::{self, Hostile, Image};
-use imgtool_testing::crafted::{check, faults, open, qemu_content, read, refusal, salvage};
+use imgtool_testing::crafted::{check, content, faults, open, qemu_content, read, refusal, salvage};
 use imgtool_testing::images::{noise, prose};
 use imgtool_testing::oracles::{run, try_run};
 use imgtool_testing::{memory, require, tempdir, text};
@@ -262,6 +262,37 @@ fn check_finds_wrong_content() {
     assert_eq!(faults(&DmgDriver, &builder.build()), (1, 0));
     image.truncate(100);
     assert!(DmgDriver.check(memory::as_file("x.dmg", &image), &OpenOptions::default()).is_err());
+}
+
+/// Every chunk decodes, but to other bytes than those of the table's checksum.
+#[test]
+fn a_whole_read_compares_the_checksums_of_the_tables() {
+    let (mut builder, disk) = build(&ALL);
+    let verify = |image: &[u8]| {
+        let source = open(&DmgDriver, image).unwrap();
+        assert!(source.verify().is_ok(), "nothing was read");
+        assert!(content(&source).unwrap() == disk);
+        source.verify()
+    };
+    assert!(verify(&builder.build()).is_ok());
+    builder.with_table(1, |table| table[75] ^= 1);
+    let image = builder.build();
+    let error = verify(&image).unwrap_err();
+    assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("sectors from 1 on"), "{error}");
+
+    let options = OpenOptions { salvage: true, ..OpenOptions::default() };
+    let source = DmgDriver.open(memory::as_file("x.dmg", &image), &options).unwrap();
+    assert!(content(&source).unwrap() == disk);
+    assert!(source.verify().is_ok());
+    assert_eq!(source.losses()[0].guest, 512..disk.len() as u64);
+
+    // Without a checksum of its own, a table relies on that of the chunks as stored.
+    builder.with_table(1, |table| table[64..68].fill(0));
+    let mut image = builder.build();
+    assert!(verify(&image).is_ok());
+    let stated = image.len() - 512 + 88;
+    image[stated] ^= 1;
+    assert!(verify(&image).unwrap_err().to_string().contains("the chunks have the checksum"));
 }
 
 /// 40 chunks use the stored bytes of one, in a file that is hardly longer than that one.
