@@ -76,6 +76,37 @@ fn refuses_images_with_their_signature_at_the_end() {
     }
 }
 
+/// A pipe shows its end last: no output may keep the footer of a VHD as a part of its disk.
+#[test]
+fn refuses_pipes_that_end_like_an_image() {
+    require!("zstd");
+    let dir = tempdir();
+    let disk = Image::hole("x", 1 << 20).with(0, images::noise(1, 65_536));
+    disk.write_raw(&dir.path().join("disk.raw"));
+    let make = ["convert", "-q", "disk.raw", "-O", "vhd", "-o", "subformat=fixed", "f.vhd"];
+    imgtool(make).within(dir.path()).ok();
+    let plain = dir.path().join("f.vhd");
+    oracles::run_in("zstd", dir.path(), &["-q", "f.vhd", "-o", "f.zst"]);
+    let before = snapshot(dir.path());
+    for (file, to) in [("f.vhd", "qcow2"), ("f.vhd", "raw"), ("f.zst", "qcow2"), ("f.zst", "vhdx")] {
+        let run = imgtool(["convert", "-", "-O", to, "out"]).within(dir.path());
+        let run = run.pipe_from(&dir.path().join(file)).go().exits(1);
+        run.says("ends like a vhd image").says("-f vhd").says("-f raw");
+        assert_eq!(snapshot(dir.path()), before, "{file} to {to}");
+    }
+    imgtool(["convert", "f.zst", "out.qcow2"]).within(dir.path()).go().exits(1).says("ends like a vhd image");
+    // With the format, the pipe is read, also into formats that need the size before the data.
+    for to in ["raw", "vhdx", "vdi", "vmdk", "vhd", "vma"] {
+        let out = format!("out.{to}");
+        let run = imgtool(["convert", "-q", "-f", "vhd", "-", "-O", to, &out]).within(dir.path());
+        run.pipe_from(&plain).ok();
+        imgtool(["compare", "-q", "disk.raw", &out]).within(dir.path()).ok();
+    }
+    let raw = imgtool(["convert", "-q", "-f", "raw", "-", "-O", "raw", "kept.raw"]).within(dir.path());
+    raw.pipe_from(&plain).ok();
+    assert_same(&plain, &dir.path().join("kept.raw"), "a disk that ends like an image");
+}
+
 #[test]
 fn notes_what_nothing_recognises() {
     let dir = tempdir();

@@ -48,6 +48,7 @@ impl Driver for Qcow2Driver {
             compression: true,
             snapshots: true,
             open_ended: true,
+            sized_by_end: false,
             size_multiple: SIZE_MULTIPLE,
             check: true,
         }

@@ -45,6 +45,7 @@ impl Driver for RawDriver {
             verbatim: true,
             in_place: InPlace::Anywhere,
             open_ended: true,
+            sized_by_end: true,
             size_multiple: 1,
             ..Capabilities::default()
         }

@@ -128,6 +128,12 @@ pub trait ImageWriter: Send + Sync {
         true
     }
 
+    /// Returns the option by which a format that is not written to a stream in this variant has one that is
+    /// (`subformat=fixed`).
+    fn stream_option(&self) -> Option<&'static str> {
+        None
+    }
+
     /// True if new images are encrypted with [`CreateOptions::secret`]. False by default.
     fn encrypts(&self) -> bool {
         false
@@ -227,6 +233,8 @@ pub struct Capabilities {
     pub snapshots: bool,
     /// True if an image can be created from a device whose size is unknown until the source ends.
     pub open_ended: bool,
+    /// True if the size of an image that is read from a pipe is unknown until the pipe ends.
+    pub sized_by_end: bool,
     /// Multiple, in bytes, to which the driver rounds virtual sizes up.
     pub size_multiple: u64,
     /// True if [`Driver::check`] is implemented.

@@ -79,6 +79,15 @@ pub(crate) fn no_disk_by_head(head: &[u8], file_name: &str) -> Option<&'static N
     NO_DISKS.iter().find(|known| known.magics.iter().any(|magic| has(head, 0, magic)))
 }
 
+/// Returns the name of the descriptor of a VMDK disk from that of the file with its bytes: `d.vmdk` for
+/// `d-flat.vmdk` and `d-f001.vmdk`.
+pub(crate) fn descriptor_of(file_name: &str) -> Option<String> {
+    let (stem, part) = file_name.strip_suffix(".vmdk")?.rsplit_once('-')?;
+    let digits = part.strip_prefix('f').filter(|number| number.len() == 3);
+    let is_number = digits.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()));
+    (!stem.is_empty() && (part == "flat" || is_number)).then(|| format!("{stem}.vmdk"))
+}
+
 /// True if `bytes`, which begin at the file offset `start`, contain the magic number.
 fn has(bytes: &[u8], start: usize, (at, magic): &Magic) -> bool {
     at.checked_sub(start).and_then(|at| bytes.get(at..)).is_some_and(|rest| rest.starts_with(magic))
@@ -230,6 +239,19 @@ mod tests {
             let bytes =
                 Input::from_read_at("disk", Arc::new(Bytes(disk))).into_random().expect("bytes in memory");
             assert!(is_disk(&head, Some(&bytes)));
+        }
+    }
+
+    #[test]
+    fn parts_of_a_disk_lead_to_its_descriptor() {
+        for (part, expected) in [
+            ("d-flat.vmdk", Some("d.vmdk")),
+            ("a-b-f012.vmdk", Some("a-b.vmdk")),
+            ("d-foo.vmdk", None),
+            ("-flat.vmdk", None),
+            ("d-flat.raw", None),
+        ] {
+            assert_eq!(descriptor_of(part).as_deref(), expected, "{part}");
         }
     }
 

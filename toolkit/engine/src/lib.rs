@@ -44,6 +44,7 @@ mod sinks;
 pub mod sources;
 mod space;
 mod survey;
+mod tail;
 mod verify;
 pub mod work;
 

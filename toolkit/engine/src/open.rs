@@ -15,6 +15,7 @@ use imgtool_storage::open::{OpenInput, Opening};
 use imgtool_storage::{Compression, FileWatch, Identity, Sharing, outer};
 
 use crate::externals::{ExternalPolicy, PolicyOpener};
+use crate::tail::{self, Tail};
 use crate::{contents, foreign, missing};
 
 /// An open image, with the facts about its file.
@@ -252,6 +253,7 @@ fn open_located(
         && !is_named_raw(&*driver, &location)
         && !contents::is_disk(&head, bytes.as_ref());
     let image = driver.open(input, &options)?;
+    let image = if confidence == Confidence::Fallback { Tail::guard(image, registry) } else { image };
     let (salvages, externals) = (options.salvage, options.externals);
     Ok(Opened {
         location,
@@ -325,14 +327,10 @@ fn refuse_other_files(registry: &Registry, open: &OpenInput, driver: &dyn Driver
             .at(0)
             .remedied_by(Remedy::ReadAs { format: raw, advice: found.advice.into() }));
     }
-    // In a seekable `.zst`, the last bytes take a whole frame.
-    let end = if open.compression.is_empty() { open.input.end()? } else { None };
-    let ends_so = |other: &&Arc<dyn Driver>| end.is_some() && other.probe_end(end.as_deref());
-    match registry.drivers().find(ends_so) {
-        Some(other) => Err(Error::wrong_format(format!("ends like a {} image", other.name()))
-            .remedied_by(Remedy::ChooseFormat { formats: [other.name(), raw] })),
-        None => Ok(()),
-    }
+    // The end of a stream is not known yet: `Tail` looks at it. The damaged end of a compressed file is an error
+    // of the read that needs it.
+    let end = if open.compression.is_empty() { open.input.end()? } else { open.input.end().unwrap_or(None) };
+    end.map_or(Ok(()), |end| tail::refuse_other_end(registry, raw, &end))
 }
 
 /// Copies a stream to temporary storage if only its end may tell its format: its name is that of a format with a
@@ -416,7 +414,12 @@ fn check_name(registry: &Registry, open: &OpenInput, driver: &dyn Driver) -> Res
     }
     match driver_by_name(registry, location).filter(|other| other.name() != driver.name()) {
         Some(other) => {
-            let advice = Cow::Borrowed("the file is damaged or misnamed");
+            let advice = match location.file_name().and_then(|name| contents::descriptor_of(&name)) {
+                Some(descriptor) => {
+                    Cow::Owned(format!("it may be a part of the disk '{descriptor}': name that file instead"))
+                }
+                None => Cow::Borrowed("the file is damaged or misnamed"),
+            };
             let message = format!("the name says {}, but the content does not", other.name());
             Err(Error::wrong_format(message)
                 .at(0)

@@ -139,11 +139,13 @@ fn spool_if_endless(
     if !input.input.is_stream() || target.driver.capabilities().open_ended {
         return Ok(input);
     }
+    let head = input.input.head()?;
     let driver = match format {
         Some(name) => registry.get(name)?,
-        None => registry.probe(&input.input.head()?, input.input.len())?.0,
+        None => registry.probe(&head, input.input.len())?.0,
     };
-    if driver.capabilities().open_ended { input.spool() } else { Ok(input) }
+    let is_endless = driver.capabilities().sized_by_end && driver.reads_stream(&head);
+    if is_endless { input.spool() } else { Ok(input) }
 }
 
 /// Selects the disks that these names mean ([`meant`]); all disks if `names` is empty.
