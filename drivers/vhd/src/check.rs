@@ -1,19 +1,20 @@
 //! The structural check of an image: both footers, the header and every entry of the BAT.
 
-use imgtool_core::unit_check::opened;
-use imgtool_core::{CheckReport, Input, Memory, RandomInput, Result};
+use imgtool_core::unit_check::{opened, report_parent};
+use imgtool_core::{CheckReport, Input, Memory, OpenOptions, RandomInput, Result};
 
 use crate::image::{Blocks, Image};
-use crate::layout::footer::{FOOTER_LEN, Footer};
+use crate::layout::footer::{DiskType, FOOTER_LEN, Footer};
 use crate::layout::{ABSENT, ENTRY_LEN, SECTOR_SIZE, bitmap_len};
-use crate::stream;
+use crate::{parent, stream};
 
 /// Checks an image.
 ///
 /// # Errors
 /// If the file can't be read, is not a VHD image or requires an unsupported feature. Damage is not an error:
 /// the report lists it.
-pub(crate) fn check(input: Input, memory: &Memory) -> Result<CheckReport> {
+pub(crate) fn check(input: Input, options: &OpenOptions) -> Result<CheckReport> {
+    let memory = &options.memory;
     let mut report = CheckReport::default();
     if input.is_stream() {
         opened(stream::read_through(input), &mut report)?;
@@ -24,6 +25,9 @@ pub(crate) fn check(input: Input, memory: &Memory) -> Result<CheckReport> {
         Some(blocks) => {
             check_footers(&image, &mut report)?;
             check_blocks(&image, blocks, memory, &mut report)?;
+            if image.footer.disk_type == DiskType::Differencing {
+                report_parent(parent::open(&image, blocks, options), &mut report)?;
+            }
         }
         None => check_length(&image, &mut report),
     }

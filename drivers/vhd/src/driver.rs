@@ -41,6 +41,7 @@ impl Driver for VhdDriver {
             write: true,
             stream_read: true,
             stream_write: true,
+            sized_by_end: true,
             size_multiple: SECTOR_SIZE,
             check: true,
             ..Capabilities::default()
@@ -77,7 +78,7 @@ impl Driver for VhdDriver {
     }
 
     fn check(&self, input: Input, options: &OpenOptions) -> Result<CheckReport> {
-        check::check(input, &options.memory)
+        check::check(input, options)
     }
 
     fn writer(&self, options: &CreateOptions) -> Result<Box<dyn ImageWriter>> {

@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex};
 use imgtool_core::layered::{Origin, Segment, SegmentMap, StoredBytes};
 use imgtool_core::sync::lock;
 use imgtool_core::table::PagedTable;
-use imgtool_core::{Cache, DeviceId, Error, Input, Lease, Memory, RandomInput, Remedy, Result};
+use imgtool_core::{Cache, DeviceId, Error, ErrorKind, Input, Lease, Memory, RandomInput, Remedy, Result};
+use uuid::Uuid;
 
-use crate::layout::footer::{DiskType, FOOTER_LEN, Footer, footer_len, was_fixed};
+use crate::layout::footer::{COOKIE, DiskType, FOOTER_LEN, Footer, Geometry, footer_len, was_fixed};
 use crate::layout::header::{HEADER_LEN, Header};
 use crate::layout::{ABSENT, ENTRY_LEN, Fault, SECTOR_SIZE, bitmap_len};
 
@@ -27,6 +28,8 @@ pub(crate) struct Image {
     pub(crate) footer: Footer,
     /// True if the footer at the end is missing or damaged, so that its copy was used.
     pub(crate) used_copy: bool,
+    /// Reason why a salvage took the file for a fixed disk without a footer.
+    pub(crate) doubt: Option<String>,
     /// File offset at which the blocks or the fixed disk end: that of the footer, if there is one.
     data_end: u64,
     /// Header and BAT; `None` in a fixed image.
@@ -53,17 +56,42 @@ impl Image {
     /// `WrongFormat` if the file has no footer; `Unsupported`, `Malformed` or `Corrupt` by its structures.
     pub(crate) fn open(input: Input, depth: usize, memory: &Memory) -> Result<Self> {
         let input = input.into_random()?;
-        Self::open_random(&input, depth, memory).map_err(|e| e.path(input.location()))
+        let found = read_footer(&input);
+        found
+            .and_then(|(footer, used_copy)| Self::with_footer(&input, footer, used_copy, depth, memory))
+            .map_err(|e| e.path(input.location()))
     }
 
-    fn open_random(input: &RandomInput, depth: usize, memory: &Memory) -> Result<Self> {
-        let (footer, used_copy) = read_footer(input)?;
+    /// Like [`Image::open`], but takes what precedes a missing or damaged footer for a fixed disk, unless the file
+    /// begins like a dynamic image.
+    ///
+    /// # Errors
+    /// Same as [`Image::open`].
+    pub(crate) fn salvage(input: Input, depth: usize, memory: &Memory) -> Result<Self> {
+        let input = input.into_random()?;
+        let opened = match read_footer(&input) {
+            Ok((footer, used_copy)) => Self::with_footer(&input, footer, used_copy, depth, memory),
+            Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::WrongFormat) => {
+                without_footer(&input, error)
+            }
+            Err(error) => Err(error),
+        };
+        opened.map_err(|e| e.path(input.location()))
+    }
+
+    fn with_footer(
+        input: &RandomInput,
+        footer: Footer,
+        used_copy: bool,
+        depth: usize,
+        memory: &Memory,
+    ) -> Result<Self> {
         let blocks = match footer.disk_type {
             DiskType::Fixed => None,
             DiskType::Dynamic | DiskType::Differencing => Some(Blocks::open(input, &footer, depth, memory)?),
         };
         let data_end = if used_copy { input.len() } else { input.len() - last_len(input) };
-        let image = Self { input: input.clone(), footer, used_copy, data_end, blocks };
+        let image = Self { input: input.clone(), footer, used_copy, doubt: None, data_end, blocks };
         if image.blocks.is_none() && image.footer.current_size > data_end {
             return Err(Error::corrupt(format!(
                 "the disk has {} bytes, but the file has {data_end} before its footer",
@@ -206,6 +234,29 @@ impl SegmentMap for Image {
     }
 }
 
+/// Takes a file for a fixed disk although its footer is missing or damaged, which `error` describes.
+fn without_footer(input: &RandomInput, error: Error) -> Result<Image> {
+    if input.read_vec(0, input.len().min(COOKIE.len() as u64) as usize)? == COOKIE {
+        return Err(error);
+    }
+    let footer_len = if was_fixed(&last_sector(input)?) { last_len(input) } else { 0 };
+    let data_end = input.len() - footer_len;
+    let size = data_end - data_end % SECTOR_SIZE;
+    let footer = Footer {
+        disk_type: DiskType::Fixed,
+        data_offset: 0,
+        time: 0,
+        creator: *b"    ",
+        current_size: size,
+        geometry: Geometry::of(size),
+        uuid: Uuid::nil(),
+        saved_state: false,
+    };
+    let why = error.message();
+    let doubt = Some(format!("{why}: the disk is taken to have the {size} bytes before it, unverified"));
+    Ok(Image { input: input.clone(), footer, used_copy: false, doubt, data_end, blocks: None })
+}
+
 /// Reads the footer at the end or, if it is damaged, its copy at the start. Returns true with the copy.
 fn read_footer(input: &RandomInput) -> Result<(Footer, bool)> {
     let last = last_sector(input)?;
@@ -225,7 +276,8 @@ fn read_footer(input: &RandomInput) -> Result<(Footer, bool)> {
         Err(Fault::Unsupported(what)) => Err(Error::unsupported(format!("the copy of the footer {what}"))),
         _ => Err(match fault {
             Fault::Malformed(what) => damaged_footer(input, &what),
-            _ => Error::wrong_format("is not a VHD image: the footer is missing"),
+            _ => Error::wrong_format("is not a VHD image: the footer is missing")
+                .remedied_by(Remedy::Salvage("the file is no VHD image, or a fixed one that was cut".into())),
         }),
     }
 }
@@ -233,7 +285,7 @@ fn read_footer(input: &RandomInput) -> Result<(Footer, bool)> {
 fn damaged_footer(input: &RandomInput, what: &str) -> Error {
     Error::corrupt(format!("the footer {what}"))
         .at(input.len() - last_len(input))
-        .hint("the image is damaged: use a backup")
+        .remedied_by(Remedy::Salvage("the image is damaged: use a backup".into()))
 }
 
 /// Returns the length in bytes of the footer at the end of the file.

@@ -52,6 +52,10 @@ impl ImageWriter for VhdWriter {
         self.0.is_fixed()
     }
 
+    fn stream_option(&self) -> Option<&'static str> {
+        self.0.backing.is_none().then_some("subformat=fixed")
+    }
+
     fn measure(&self, source: &dyn ImageSource) -> Result<Measure> {
         let Self(options) = self;
         let device = source.info().single("a VHD image")?;

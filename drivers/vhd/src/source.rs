@@ -17,7 +17,11 @@ pub(crate) const TIMESTAMP: &str = "timestamp";
 
 /// Opens an image and, unless only information is needed, its parent.
 pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
-    let image = Image::open(input, options.externals.depth(), &options.memory)?;
+    let (depth, memory) = (options.externals.depth(), &options.memory);
+    let image = match options.salvage {
+        true => Image::salvage(input, depth, memory)?,
+        false => Image::open(input, depth, memory)?,
+    };
     let parent = match &image.blocks {
         Some(blocks) if image.footer.disk_type == DiskType::Differencing && !options.info_only => {
             let parent = parent::open(&image, blocks, options);
@@ -27,7 +31,8 @@ pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageS
     };
     let mut info = describe(&image.footer);
     describe_blocks(&image, &mut info);
-    Ok(Arc::new(LayeredSource::new(info, image, parent, options.salvage)))
+    let doubt = image.doubt.clone();
+    Ok(Arc::new(LayeredSource::new(info, image, parent, options.salvage).doubted(doubt)))
 }
 
 /// Collects the facts of a footer.
@@ -72,6 +77,7 @@ fn describe_blocks(image: &Image, info: &mut ImageInfo) {
     info.cluster_size = Some(blocks.header.block_size);
     info.fact("block-size", "block size", blocks.header.block_size);
     if image.footer.disk_type == DiskType::Differencing {
+        info.parent_identifier = Some((UUID, blocks.header.parent_uuid.to_string().into()));
         info.fact("parent-uuid", "UUID of the parent", blocks.header.parent_uuid.to_string());
         info.fact("parent-name", "name of the parent", blocks.header.parent_name.clone());
     }

@@ -37,6 +37,26 @@ pub fn opened<T>(image: Result<T>, report: &mut CheckReport) -> Result<Option<T>
     }
 }
 
+/// Takes the result of opening the parent of a checked image: a parent with another content is damage. Where it
+/// may not or can't be opened, the report says so, and what was found in the image itself stays.
+///
+/// # Errors
+/// [`ErrorKind::Cancelled`] alone.
+pub fn report_parent<T>(parent: Result<T>, report: &mut CheckReport) -> Result<()> {
+    let Err(error) = opened(parent, report) else { return Ok(()) };
+    match error.kind() {
+        ErrorKind::Cancelled => return Err(error),
+        ErrorKind::Refused | ErrorKind::Unsupported => {
+            report.findings.push(format!("note: only this file was checked, not its parent: {error:#}"));
+        }
+        _ => {
+            report.check_errors += 1;
+            report.findings.push(format!("the parent can't be opened: {error:#}"));
+        }
+    }
+    Ok(())
+}
+
 /// Maximum memory in bytes of a container without its numbers, twice its size, since a list that grows may take
 /// twice its length: 48 bytes with the index entry, and what the allocator adds.
 const CONTAINER_LEN: u64 = 128;

@@ -1,6 +1,6 @@
 //! Images built byte by byte: what no program at hand writes, and what none should.
 
-use imgtool_core::{Access, BufferPool, Disk, Driver, Error, ErrorKind, Memory, OpenOptions};
+use imgtool_core::{Access, BufferPool, Disk, Driver, Error, ErrorKind, Memory, OpenOptions, Remedy};
 use imgtool_testing::conformance::{self, Content, Image};
 use imgtool_testing::memory;
 use imgtool_vhd::VhdDriver;
@@ -325,4 +325,31 @@ fn salvage_restores_the_other_blocks() {
     assert_eq!(content(&source).unwrap(), filled(&[1, 0, 3]));
     let [loss] = &source.losses()[..] else { panic!("one loss") };
     assert_eq!(loss.guest, BLOCK..2 * BLOCK);
+}
+
+/// What precedes a footer that is cut off or damaged is the disk; its length has no witness.
+#[test]
+fn salvage_takes_a_file_without_its_footer_for_a_fixed_disk() {
+    let disk = vec![5; 4096];
+    let sound = [disk.clone(), footer(4096, 2, UUID)].concat();
+    let salvage = |bytes: &[u8]| {
+        let options = OpenOptions { salvage: true, ..OpenOptions::default() };
+        VhdDriver.open(memory::as_file("x.vhd", bytes), &options)
+    };
+    assert!(salvage(&sound).unwrap().doubts().is_empty());
+    let mut damaged = sound.clone();
+    damaged[4096 + 30] ^= 1;
+    for (bytes, expected) in [(&damaged[..], &disk[..]), (&sound[..3000], &disk[..2560]), (&disk, &disk)] {
+        let error = open_bytes(bytes).unwrap_err();
+        assert!(matches!(error.remedy(), Some(Remedy::Salvage(_))), "{error:#}");
+        let source = salvage(bytes).unwrap();
+        assert!(content(&source).unwrap() == expected, "{} bytes", bytes.len());
+        let [doubt] = &source.doubts()[..] else { panic!("one doubt") };
+        assert!(doubt.reason.contains("footer") && doubt.reason.contains("unverified"), "{}", doubt.reason);
+    }
+    // A dynamic image that lost both footers has blocks in any order.
+    let mut dynamic = Builder::new(1).bytes();
+    dynamic[10] ^= 1;
+    dynamic.truncate(2000);
+    assert!(salvage(&dynamic).is_err());
 }

@@ -1,8 +1,9 @@
 //! Differencing images over their parents.
 
-use imgtool_core::ErrorKind;
+use imgtool_core::{Driver, ErrorKind};
 use imgtool_testing::conformance;
 use imgtool_testing::images::noise;
+use imgtool_testing::saved;
 use imgtool_vhd::VhdDriver;
 
 use crate::crafted::{BLOCK, Builder, UUID, filled, footer};
@@ -54,6 +55,24 @@ fn refuses_parents_unless_allowed_or_if_they_are_another_image() {
         error.to_string().contains("its UUID is 03030303-0303-0303-0303-030303030303, not 0707"),
         "{error}"
     );
+}
+
+#[test]
+fn a_check_compares_the_identifier_of_an_allowed_parent() {
+    let directory = tempfile::tempdir().unwrap();
+    let child = Builder::new(2).child_of(UUID, "base.vhd");
+    let path = save(directory.path(), "child.vhd", &child.bytes());
+    let check = |chain| {
+        let options = saved::open_options(VhdDriver, chain);
+        VhdDriver.check(conformance::input(&path).unwrap(), &options).unwrap()
+    };
+    save(directory.path(), "base.vhd", &Builder::new(2).bytes());
+    assert!(check(true).findings.is_empty(), "{:?}", check(true).findings);
+    let other = [filled(&[1, 2]), footer(2 * BLOCK, 2, [3; 16])].concat();
+    save(directory.path(), "base.vhd", &other);
+    assert_eq!(check(true).corruptions, 1);
+    let alone = check(false);
+    assert!(alone.corruptions == 0 && alone.findings[0].contains("only this file"), "{:?}", alone.findings);
 }
 
 /// The relative name leads to another image; the one that the child was made from is beside it.
