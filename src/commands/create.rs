@@ -44,6 +44,7 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
         return options::list(&*driver);
     }
     let mut format_options = options::format_options(&args.options, None)?;
+    format_options.blank = true;
     let key = options::take_key_secret(&mut format_options, &args.object)?;
     format_options.secret = args.target_secret.as_ref().map(SecretSource::read).transpose()?.or(key);
     let has_secret = format_options.secret.is_some();

@@ -1,6 +1,7 @@
 //! The structural check of an image: every entry of its tables, the markers of compressed grains, and whether
 //! any two structures or grains overlap.
 
+use imgtool_core::unit_check::report_parent;
 use imgtool_core::{CheckReport, ErrorKind, Input, Lease, Memory, OpenOptions, Result};
 
 use crate::grains::{Form, GrainFile, Place};
@@ -8,8 +9,10 @@ use crate::image::{Content, Image};
 use crate::inflate::check_head;
 use crate::layout::SECTOR_SIZE;
 use crate::layout::marker::{Kind, Marker};
+use crate::parent;
 
-/// Checks an image and the files of its extents, but not its parent.
+/// Checks an image and the files of its extents. Of its parent, checks only the content identifier, if the user
+/// allowed to open it.
 ///
 /// # Errors
 /// If a file can't be read, is not a VMDK image or requires an unsupported feature. Damage is not an error: the
@@ -41,6 +44,10 @@ pub(crate) fn check(input: Input, options: &OpenOptions) -> Result<CheckReport> 
             }
             Content::Flat { .. } | Content::Zero | Content::Closed | Content::Lost { .. } => {}
         }
+    }
+    if let Some((descriptor, cid)) = image.descriptor.as_ref().and_then(|d| Some((d, d.parent_cid()?))) {
+        let parent = parent::open(&image, descriptor, cid, &options).map(|_| ());
+        report_parent(parent, &mut report)?;
     }
     Ok(report)
 }

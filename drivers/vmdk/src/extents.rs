@@ -133,6 +133,7 @@ fn empty(input: &RandomInput, descriptor: Descriptor, options: &OpenOptions) -> 
         extents: Vec::new(),
         descriptor: Some(descriptor),
         single: true,
+        faults: Vec::new(),
         inflater: Inflater::new(0, 0, &options.memory)?,
         _lease: options.memory.lease(0, "the descriptor of a VMDK image")?,
     })
@@ -157,6 +158,7 @@ fn single(
         extents: std::iter::once(extent).filter(|extent| extent.len > 0).collect(),
         descriptor,
         single: true,
+        faults: Vec::new(),
         inflater: Inflater::new(compressed, options.externals.depth(), &options.memory)?,
         _lease: lease,
     })
@@ -190,13 +192,14 @@ fn open_described(
         }
         start += len;
     }
-    let (files, lease) = opener.finish();
+    let (files, lease, faults) = opener.finish();
     Ok(Image {
         files,
         virtual_size: start,
         extents,
         descriptor: Some(descriptor),
         single: false,
+        faults,
         inflater: Inflater::new(largest_grain, options.externals.depth(), &options.memory)?,
         _lease: lease,
     })

@@ -26,6 +26,8 @@ pub(crate) struct Image {
     pub(crate) descriptor: Option<Descriptor>,
     /// True if the image is one sparse file.
     pub(crate) single: bool,
+    /// Faults of the files of extents that stayed closed.
+    pub(crate) faults: Vec<String>,
     pub(crate) inflater: Inflater,
     /// Memory for the descriptor, the extents and their open files.
     pub(crate) _lease: Lease,

@@ -56,7 +56,7 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "subformat",
         help: "variant: for import (streamOptimized), or for running machines; vmfs for ESXi datastores",
-        default: "streamOptimized; monolithicSparse with a parent",
+        default: "streamOptimized; monolithicSparse with a parent, and in create",
         kind: OptionKind::OneOf(&[
             "streamOptimized",
             "monolithicSparse",
@@ -140,7 +140,9 @@ impl VmdkOptions {
     pub(crate) fn parse(options: &CreateOptions) -> Result<Self> {
         let values = &options.values;
         let backing = BackingName::storable(values, &[crate::FORMAT])?;
-        let default = if backing.is_some() { "monolithicSparse" } else { "streamOptimized" };
+        // No machine can write a stream.
+        let is_for_machines = backing.is_some() || options.blank;
+        let default = if is_for_machines { "monolithicSparse" } else { "streamOptimized" };
         let name = values.text("subformat").unwrap_or(default);
         let subformat = SUBFORMATS.iter().find(|(known, _)| *known == name);
         let subformat = subformat.map_or(Subformat::StreamOptimized, |(_, subformat)| *subformat);

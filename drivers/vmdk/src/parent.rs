@@ -2,7 +2,7 @@
 
 use imgtool_core::error::escape_control;
 use imgtool_core::external::local_name;
-use imgtool_core::{Disk, Error, OpenOptions, Reference, Result};
+use imgtool_core::{Disk, Error, OpenOptions, Reference, Remedy, Result};
 
 use crate::descriptor::Descriptor;
 use crate::image::Image;
@@ -20,12 +20,18 @@ pub(crate) fn references(image: &Image) -> Vec<Reference> {
 }
 
 /// Opens the parent of an image: by the name that the image has for it, or by the last component of that name
-/// in the image's directory.
+/// in the image's directory. In a salvage, the parent may have another content identifier: who repairs a chain
+/// needs what is left of it. Returns that fault with it.
 ///
 /// # Errors
 /// `Unsupported` if no name is a path on this system; an error of the first name's kind if none can be opened;
 /// `Corrupt` if the parent was written to after the child was made.
-pub(crate) fn open(image: &Image, descriptor: &Descriptor, cid: u32, options: &OpenOptions) -> Result<Disk> {
+pub(crate) fn open(
+    image: &Image,
+    descriptor: &Descriptor,
+    cid: u32,
+    options: &OpenOptions,
+) -> Result<(Disk, Option<String>)> {
     let mut errors = Vec::new();
     for name in names(descriptor) {
         let from = image.files[0].location();
@@ -34,10 +40,12 @@ pub(crate) fn open(image: &Image, descriptor: &Descriptor, cid: u32, options: &O
             Ok(source) => {
                 let fact = source.info().facts.iter().find(|fact| fact.key == CID);
                 let found = fact.and_then(|fact| fact.value.as_u64());
-                if found != Some(cid.into()) {
-                    return Err(wrong_parent(&name, found, cid));
-                }
-                return Disk::only(source, &format!("parent '{name}'"));
+                let wrong = (found != Some(cid.into())).then(|| wrong_parent(&name, found, cid));
+                let doubt = match wrong {
+                    Some(error) if !options.salvage => return Err(error),
+                    wrong => wrong.map(|error| format!("unverified: {}", error.message())),
+                };
+                return Ok((Disk::only(source, &format!("parent '{name}'"))?, doubt));
             }
             Err(error) => errors.push((name, error)),
         }
@@ -69,7 +77,9 @@ fn wrong_parent(name: &str, found: Option<u64>, cid: u32) -> Error {
         "parent '{name}' is not as it was when this image was made: its content identifier is {found}, not \
          {cid:08x}"
     ))
-    .hint("another program wrote to the parent, or the file is another disk: use a backup of it")
+    .remedied_by(Remedy::Salvage(
+        "another program wrote to the parent, or the file is another disk: use a backup of it".into(),
+    ))
 }
 
 /// Returns the names of the parent that are paths on this system, in the order in which they are tried.

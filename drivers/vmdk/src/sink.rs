@@ -36,6 +36,9 @@ const MAX_SPLIT_EXTENTS: u64 = 500;
 /// Name that an image has for itself if it is written to a stream.
 const NAMELESS: &str = "disk.vmdk";
 
+/// Length in bytes of a file name for which a measured size has room. Linux's limit.
+const MAX_NAME: usize = 255;
+
 /// Writer of images with these options.
 #[derive(Debug)]
 pub(crate) struct VmdkWriter {
@@ -114,6 +117,12 @@ impl NewImage {
             _ => ExtentText::Sparse,
         };
         text::descriptor(self, extent_type, fingerprint)
+    }
+
+    /// Returns a length in bytes for the descriptor that suffices for names of up to [`MAX_NAME`] bytes.
+    fn descriptor_len(&self) -> u64 {
+        let names = (self.extents.len() * MAX_NAME) as u64;
+        self.descriptor(&Fingerprint::default()).len() as u64 + names
     }
 
     /// Returns notes for the user.
@@ -201,6 +210,10 @@ impl ImageWriter for VmdkWriter {
         self.options.subformat == Subformat::StreamOptimized
     }
 
+    fn stream_option(&self) -> Option<&'static str> {
+        self.options.backing.is_none().then_some("subformat=streamOptimized")
+    }
+
     fn measure(&self, source: &dyn ImageSource) -> Result<Measure> {
         let device = source.info().single("a VMDK image")?;
         let image = NewImage::new(&self.options, device, NAMELESS, None)?;
@@ -209,13 +222,15 @@ impl ImageWriter for VmdkWriter {
             Subformat::StreamOptimized => measure_stream(&image, source, device),
             Subformat::MonolithicSparse | Subformat::SplitSparse => {
                 let settings = BlockSettings { device_size: device.size, fixed: false, zero_unit };
-                // The layout of one extent; several differ by a few sectors.
-                let layout = SparseLayout::new(image.sectors, true, false);
-                measure(source, device, settings, GRAIN_SIZE, |grains| layout.file_len(grains))
+                let has_descriptor = self.options.subformat == Subformat::MonolithicSparse;
+                let extent_len =
+                    |extent: &NewExtent| SparseLayout::new(extent.sectors, has_descriptor, false).file_len(0);
+                let text = if has_descriptor { 0 } else { image.descriptor_len() };
+                let tables = image.extents.iter().map(extent_len).sum::<u64>() + text;
+                measure(source, device, settings, GRAIN_SIZE, |grains| tables + grains * GRAIN_SIZE)
             }
             Subformat::MonolithicFlat | Subformat::Vmfs | Subformat::SplitFlat => {
-                let required =
-                    image.sectors * SECTOR_SIZE + image.descriptor(&Fingerprint::default()).len() as u64;
+                let required = image.sectors * SECTOR_SIZE + image.descriptor_len();
                 let occupied = match zero_unit {
                     Some(_) => data_bytes(source, device)?,
                     None => device.size,

@@ -22,15 +22,16 @@ const MAX_LISTED_EXTENTS: usize = 1000;
 pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
     let image = Image::open(input, options)?;
     let child = image.descriptor.as_ref().and_then(|found| Some((found, found.parent_cid()?)));
-    let parent = match child {
+    let (parent, doubt) = match child {
         Some((descriptor, cid)) if !options.info_only => {
             let parent = parent::open(&image, descriptor, cid, options);
-            Some(parent.map_err(|error| error.path(image.files[0].location()))?)
+            let (parent, doubt) = parent.map_err(|error| error.path(image.files[0].location()))?;
+            (Some(parent), doubt)
         }
-        _ => None,
+        _ => (None, None),
     };
     let info = describe(&image);
-    Ok(Arc::new(LayeredSource::new(info, image, parent, options.salvage)))
+    Ok(Arc::new(LayeredSource::new(info, image, parent, options.salvage).doubted(doubt)))
 }
 
 /// Collects the facts of an image, with the names of qemu-img where it has them.
@@ -56,6 +57,7 @@ fn describe(image: &Image) -> ImageInfo {
         info.cluster_size = Some(size);
         note_header(file, &mut info);
     }
+    info.notes.extend(image.faults.iter().cloned());
     info.references.extend(parent::references(image));
     info.references.extend(extent_references(image));
     if image.single && image.descriptor.is_none() {
@@ -76,6 +78,7 @@ fn describe_descriptor(image: &Image, info: &mut ImageInfo) {
     if let Some(cid) = descriptor.cid {
         info.worded_fact(CID, "content identifier", cid, format!("{cid:08x}"));
     }
+    info.parent_identifier = descriptor.parent_cid().map(|cid| (CID, cid.into()));
     let parent = descriptor.parent_cid.unwrap_or(NO_PARENT);
     let text = if parent == NO_PARENT { "none".to_owned() } else { format!("{parent:08x}") };
     info.worded_fact("parent-cid", "content identifier of the parent", parent, text);

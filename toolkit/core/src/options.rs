@@ -315,6 +315,9 @@ pub struct CreateOptions {
     /// Requested unit of zero detection, in bytes. 0 writes zeros like data; `None` selects the format's
     /// default. Sinks use [`CreateOptions::zero_unit`].
     pub sparse_granularity: Option<u64>,
+    /// True for an image without content, which a machine will write. A format whose default variant is for
+    /// transport chooses another one.
+    pub blank: bool,
 }
 
 impl CreateOptions {

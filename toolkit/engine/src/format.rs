@@ -27,6 +27,8 @@ pub struct FormatOptions {
     pub no_copy_on_write: bool,
     /// True if an extension of the output's name does not compress it.
     pub plain_names: bool,
+    /// True for an image without content; see [`CreateOptions::blank`].
+    pub blank: bool,
 }
 
 impl FormatOptions {
@@ -61,6 +63,7 @@ impl FormatOptions {
             secret: self.secret.clone(),
             source_date_epoch: self.source_date_epoch,
             sparse_granularity: self.sparse_granularity,
+            blank: self.blank,
             ..CreateOptions::parse(driver.name(), driver.options(), pairs)?
         };
         driver.writer(&options).map(Arc::from)

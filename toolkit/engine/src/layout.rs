@@ -567,9 +567,14 @@ fn stream_destination(format: &TargetFormat, stream: Location) -> Result<Destina
     if format.writes_stream() {
         return Ok(Destination::Stream(stream));
     }
-    Err(Error::usage(format!("{} can't be written to a pipe", format.driver.name()))
-        .path(&stream)
-        .hint("its tables are written last, at the front: give a file name"))
+    let name = format.driver.name();
+    Err(match format.writer.stream_option() {
+        Some(option) => Error::usage(format!("only {name} with {option} can be written to a pipe"))
+            .remedied_by(Remedy::SetOption(option.to_owned())),
+        None => Error::usage(format!("{name} can't be written to a pipe"))
+            .hint("its tables are written last, at the front: give a file name"),
+    }
+    .path(&stream))
 }
 
 /// True if an image of this format is written into the file or device at `path`; otherwise a new file

@@ -16,6 +16,9 @@ use crate::layout::{SECTOR_SIZE, cowd, hosted, sesparse};
 /// Role of an extent's file in messages.
 const ROLE: &str = "extent";
 
+/// Maximum number of faults in the facts of an image. Our limit, for the length of the output.
+const MAX_FAULTS: usize = 20;
+
 /// Memory in bytes for an extent besides its file. Measured: 0.5 KiB.
 const EXTENT_BYTES: u64 = 1 << 10;
 /// Memory in bytes for an open file. Measured: 1.8 KiB.
@@ -31,6 +34,8 @@ pub(super) struct Opener<'a> {
     known: HashMap<String, usize>,
     /// Memory for the descriptor, the extents and the files.
     lease: Lease,
+    /// Faults of the files that stay closed.
+    faults: Vec<String>,
 }
 
 impl<'a> Opener<'a> {
@@ -41,12 +46,21 @@ impl<'a> Opener<'a> {
         tables: &'a Arc<TableCache>,
         lease: Lease,
     ) -> Self {
-        Self { own, options, tables, files: vec![own.clone()], known: HashMap::new(), lease }
+        Self {
+            own,
+            options,
+            tables,
+            files: vec![own.clone()],
+            known: HashMap::new(),
+            lease,
+            faults: Vec::new(),
+        }
     }
 
-    /// Returns the open files, the image's own first, and the memory for everything.
-    pub(super) fn finish(self) -> (Vec<RandomInput>, Lease) {
-        (self.files, self.lease)
+    /// Returns the open files, the image's own first, the memory for everything, and the faults of files that
+    /// stayed closed.
+    pub(super) fn finish(self) -> (Vec<RandomInput>, Lease, Vec<String>) {
+        (self.files, self.lease, self.faults)
     }
 
     /// Opens the extent of a line. In a salvage, one whose file is missing or damaged is lost, and the others are
@@ -56,7 +70,10 @@ impl<'a> Opener<'a> {
         let opened = match (line.access, line.kind) {
             (Access::None, _) => return Ok(Content::NoAccess),
             (_, Kind::Zero) => return Ok(Content::Zero),
-            _ if self.options.info_only => return Ok(Content::Closed),
+            _ if self.options.info_only => {
+                self.inspect(line);
+                return Ok(Content::Closed);
+            }
             (_, Kind::Flat) => self.open_flat(line),
             (_, kind) => self.open_sparse(line, kind),
         };
@@ -65,6 +82,37 @@ impl<'a> Opener<'a> {
                 Ok(Content::Lost { reason: format!("extent '{}': {error}", escape_control(&line.name)) })
             }
             opened => opened,
+        }
+    }
+
+    /// Looks whether the file of an extent is there, and as long as its line says. Keeps nothing open: a disk may
+    /// have more files than a process.
+    fn inspect(&mut self, line: &ExtentLine) {
+        if self.faults.len() >= MAX_FAULTS {
+            return;
+        }
+        let name = escape_control(&line.name);
+        let part = self.options.externals.open_part(ROLE, &line.name, self.own.location());
+        let needed = (line.offset + line.sectors) * SECTOR_SIZE;
+        let fault = match part.and_then(imgtool_core::Input::into_random) {
+            Err(error) if is_missing(&error) => Some(format!("extent '{name}' is missing")),
+            // A file that needs a permission, or that a machine uses, is no fault.
+            Err(_) => None,
+            Ok(file) if line.kind == Kind::Flat => (needed > file.len()).then(|| {
+                format!(
+                    "extent '{name}' is cut: it needs {needed} bytes, but its file ends at {}",
+                    file.len()
+                )
+            }),
+            Ok(file) => open_grains(&file, line.kind, settings(self.tables, 0, self.options))
+                .and_then(|grains| check_capacity(line, &grains))
+                .err()
+                .filter(is_loss)
+                .map(|error| format!("extent '{name}' is damaged: {error}")),
+        };
+        self.faults.extend(fault);
+        if self.faults.len() == MAX_FAULTS {
+            self.faults.push("the files of further extents were not looked at".to_owned());
         }
     }
 
@@ -121,19 +169,27 @@ impl<'a> Opener<'a> {
         let index = self.file(&line.name)?;
         let input = &self.files[index];
         let opened = open_grains(input, kind, settings(self.tables, index, self.options)).and_then(|file| {
-            if file.capacity < line.sectors * SECTOR_SIZE && !self.options.salvage {
-                return Err(Error::malformed(format!(
-                    "the descriptor says that the extent has {} sectors, but the file has {}",
-                    line.sectors,
-                    file.capacity / SECTOR_SIZE
-                ))
-                .remedied_by(Remedy::Salvage("the files may be of different disks: use a backup".into())));
+            if !self.options.salvage {
+                check_capacity(line, &file)?;
             }
             Ok(file)
         });
         let file = opened.map_err(|error| error.path(input.location()))?;
         Ok(Content::Grains { file: Box::new(file), index })
     }
+}
+
+/// Refuses a sparse file that is shorter than its line says.
+fn check_capacity(line: &ExtentLine, file: &GrainFile) -> Result<()> {
+    if file.capacity >= line.sectors * SECTOR_SIZE {
+        return Ok(());
+    }
+    Err(Error::malformed(format!(
+        "the descriptor says that the extent has {} sectors, but the file has {}",
+        line.sectors,
+        file.capacity / SECTOR_SIZE
+    ))
+    .remedied_by(Remedy::Salvage("the files may be of different disks: use a backup".into())))
 }
 
 /// True if a file could not be opened because there is none.

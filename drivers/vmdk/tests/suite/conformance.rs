@@ -1,6 +1,6 @@
 //! The toolkit's conformance laws, hostile bytes, and random disks.
 
-use imgtool_core::{CreateOptions, ErrorKind, Output, OutputFactory, Result};
+use imgtool_core::{CreateOptions, Driver, ErrorKind, Output, OutputFactory, Result};
 use imgtool_testing::conformance::{self, Content, Fill, Image, Order};
 use imgtool_vmdk::VmdkDriver;
 use proptest::prelude::*;
@@ -166,5 +166,34 @@ proptest! {
         let multiple = if align == "512" { 512 } else { 65_536 };
         prop_assert_eq!(conformance::compare(&source, &image, multiple), Ok(()));
         assert_clean(&path);
+    }
+}
+
+/// No machine can write a stream, so an image without content is not one.
+#[test]
+fn an_image_without_content_is_for_machines() {
+    let subformat = |blank, pairs: &[(&str, &str)]| {
+        let options = CreateOptions { blank, ..options(pairs) };
+        VmdkDriver.writer(&options).unwrap().writes_stream()
+    };
+    assert!(subformat(false, &[]));
+    assert!(!subformat(true, &[]));
+    assert!(subformat(true, &[("subformat", "streamOptimized")]));
+}
+
+/// A disk of several files has tables in each of them, and a descriptor with their names.
+#[test]
+fn a_measured_size_suffices_for_all_files() {
+    let image = Image::disk("5 GiB", 5 << 30, Content::zero().with(0..1 << 20, Fill::Random));
+    for subformat in SEVERAL.into_iter().chain(["monolithicSparse"]) {
+        let directory = tempfile::tempdir().unwrap();
+        let pairs = [("subformat", subformat)];
+        let path = make(&image, &pairs, directory.path());
+        let files = std::fs::read_dir(path.parent().unwrap()).unwrap();
+        let stored: u64 = files.map(|file| file.unwrap().metadata().unwrap().len()).sum();
+        let source = open_plainly(&path).unwrap();
+        let measured = VmdkDriver.writer(&options(&pairs)).unwrap().measure(&*source).unwrap().required;
+        let room = 64 << 10;
+        assert!((stored..stored + room).contains(&measured), "{subformat}: {measured}, {stored} stored");
     }
 }

@@ -135,6 +135,71 @@ fn refuses_parents_that_changed_and_chains_without_end() {
     assert_eq!(open(&path).map(|_| ()).unwrap_err().kind(), ErrorKind::Unsupported);
 }
 
+/// A check tells a stale parent where the user allows to open it, and says so where not.
+#[test]
+fn a_check_compares_the_identifier_of_an_allowed_parent() {
+    let directory = tempfile::tempdir().unwrap();
+    let save = |name: &str, file: &Sparse| save(directory.path(), name, &file.bytes());
+    let path = save("one.vmdk", &child(1, 0x11, 0x10, "base.vmdk"));
+    let checked = |chain| {
+        let options = open_options(chain);
+        let report = VmdkDriver.check(conformance::input(&path).unwrap(), &options).unwrap();
+        (report.corruptions, report.check_errors, report.findings)
+    };
+    assert_eq!(checked(true).1, 1, "the parent is missing");
+    save("base.vmdk", &Sparse::new(1));
+    let (corruptions, _, findings) = checked(true);
+    assert!(corruptions == 1 && findings[0].contains("00000001, not 00000010"), "{findings:?}");
+    let (corruptions, errors, findings) = checked(false);
+    assert!((corruptions, errors) == (0, 0) && findings[0].contains("only this file"), "{findings:?}");
+    let mut base = Sparse::new(1);
+    base.descriptor = descriptor(0x10, u32::MAX);
+    save("base.vmdk", &base);
+    assert_eq!(checked(true), (0, 0, Vec::new()));
+}
+
+#[test]
+fn salvage_reads_over_a_parent_that_changed_with_a_doubt() {
+    let directory = tempfile::tempdir().unwrap();
+    let save = |name: &str, file: &Sparse| save(directory.path(), name, &file.bytes());
+    save("base.vmdk", &Sparse::new(2).grain(0, 5).grain(1, 6));
+    let path = save("one.vmdk", &child(2, 0x11, 0x10, "base.vmdk").grain(1, 7));
+    let error = open(&path).map(|_| ()).unwrap_err();
+    assert!(matches!(error.remedy(), Some(Remedy::Salvage(_))), "{error:#}");
+    let options = OpenOptions { salvage: true, ..open_options(true) };
+    let source = VmdkDriver.open(conformance::input(&path).unwrap(), &options).unwrap();
+    assert!(content(&source).unwrap() == filled(&[5, 7]));
+    let [doubt] = &source.doubts()[..] else { panic!("one doubt") };
+    assert!(doubt.reason.contains("unverified: parent 'base.vmdk' is not as it was"), "{}", doubt.reason);
+}
+
+#[test]
+fn facts_name_extents_that_are_missing_cut_or_damaged() {
+    let directory = tempfile::tempdir().unwrap();
+    save(directory.path(), "flat", &filled(&[1]));
+    save(directory.path(), "sparse", &Sparse::new(2).with(28, &[0; 16]).bytes());
+    save(directory.path(), "noise", &filled(&[9]));
+    let notes = |lines: &str| {
+        let path = save(directory.path(), "a.vmdk", &text(lines));
+        let options = OpenOptions { info_only: true, ..open_options(false) };
+        let source = VmdkDriver.open(conformance::input(&path).unwrap(), &options).unwrap();
+        source.info().notes.clone()
+    };
+    let sound = "RW 8 FLAT \"flat\" 0\nRW 16 SPARSE \"sparse\"\nRW 8 ZERO\nRW 8 FLAT \"../x\" 0";
+    assert!(notes(sound).is_empty(), "{:?}", notes(sound));
+    for (line, text) in [
+        ("RW 8 FLAT \"gone\" 0", "extent 'gone' is missing"),
+        ("RW 9 FLAT \"flat\" 0", "extent 'flat' is cut: it needs 4608 bytes, but its file ends at 4096"),
+        ("RW 24 SPARSE \"sparse\"", "extent 'sparse' is damaged: the descriptor says"),
+        ("RW 8 SPARSE \"noise\"", "extent 'noise' is damaged"),
+    ] {
+        let found = notes(line);
+        assert!(found.len() == 1 && found[0].contains(text), "{line}: {found:?}");
+    }
+    let many: String = (0..100).map(|number| format!("RW 8 FLAT \"gone{number}\" 0\n")).collect();
+    assert!(notes(&many).len() == 21 && notes(&many)[20].contains("further"), "{:?}", notes(&many));
+}
+
 #[test]
 fn a_flat_disk_has_flat_and_sparse_snapshots() {
     let directory = tempfile::tempdir().unwrap();
