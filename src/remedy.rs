@@ -15,7 +15,7 @@ pub fn words(remedy: &Remedy) -> String {
             "--skip-broken-bitmaps leaves it out; 'qemu-img bitmap --remove' deletes it".to_owned()
         }
         Remedy::ShareSource(advice) => format!("{advice}; -U reads it as it is, and may mix two states"),
-        Remedy::Overwrite => "--force overwrites it; -n writes one disk into it".to_owned(),
+        Remedy::Overwrite => "--force overwrites it; -n writes one disk into a raw, qcow2 or VHDX image".to_owned(),
         Remedy::ReplaceImage => "leave out -n: --force replaces it by a new image".to_owned(),
         Remedy::DiscardData => "nothing was changed; --shrink cuts the data off".to_owned(),
         Remedy::WriteIntoDevice => {
@@ -37,7 +37,10 @@ pub fn words(remedy: &Remedy) -> String {
         Remedy::ChooseFormat { formats: [one, other] } => {
             format!("-f {one} reads it as a {one} image, -f {other} as a {other} disk")
         }
-        Remedy::SetOption(option) => format!("use -o {option}"),
+        Remedy::SetOption(option) => match option.strip_prefix("backing_fmt=") {
+            Some(format) => format!("name its format with -F {format}"),
+            None => format!("use -o {option}"),
+        },
         Remedy::ListOptions { format, advice } => {
             let end = if advice.ends_with('?') { " " } else { "; " };
             format!("{advice}{end}'-o help' explains all options of {format}")

@@ -212,17 +212,21 @@ fn page(path: &Path, format: &str, found: &CheckReport) -> String {
         let _ = writeln!(text, "(only the first {} findings are listed)", found.findings.len());
     }
     let name = images::show(path.as_os_str());
+    let errors = if found.corruptions == 1 { "error" } else { "errors" };
     let verdict = match exit(found) {
         Exit::Done => format!("{name}: no errors were found in this {format} image"),
         Exit::LEAKS => {
             format!("{name}: {} leaked clusters; space is wasted, the content is intact", found.leaks)
         }
         Exit::Failed => format!(
-            "{name}: {} parts could not be checked ({} errors, {} leaks)",
+            "{name}: {} parts could not be checked ({} {errors}, {} leaks)",
             found.check_errors, found.corruptions, found.leaks
         ),
         _ => {
-            format!("{name}: {} errors; the content may be wrong ({} leaks)", found.corruptions, found.leaks)
+            format!(
+                "{name}: {} {errors}; the content may be wrong ({} leaks)",
+                found.corruptions, found.leaks
+            )
         }
     };
     let _ = writeln!(text, "{}", report::flow(Stream::Out, &verdict, 2));

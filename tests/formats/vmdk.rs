@@ -240,3 +240,54 @@ fn reads_a_split_disk_of_600_extents() {
     assert!(status.unwrap().success());
     oracles::qemu_compare(&image, "vmdk", &dir.path().join("disk.raw"), "raw");
 }
+
+/// QEMU's first write destroys a stream, so `create` makes no stream.
+#[test]
+fn created_images_are_for_machines() {
+    require!("qemu-img", "qemu-io");
+    let dir = tempdir();
+    let path = dir.path().join("new.vmdk");
+    imgtool(["create", "-q", "-f", "vmdk", text(&path), "8M"]).ok();
+    oracles::run("qemu-io", &["-f", "vmdk", "-c", "write -P 9 1M 70k", text(&path)]);
+    oracles::run("qemu-io", &["-f", "vmdk", "-c", "read -P 9 1M 70k", text(&path)]);
+    imgtool(["check", text(&path)]).ok();
+    let info = imgtool(["info", text(&path)]).ok();
+    assert!(info.text().contains("monolithicSparse"), "{}", info.text());
+}
+
+/// The bytes of a disk without its descriptor, and variants that have no form for a pipe.
+#[test]
+fn hints_lead_to_the_descriptor_and_to_the_variant_for_pipes() {
+    let dir = tempdir();
+    let raw = write_raw(dir.path());
+    let path = dir.path().join("d.vmdk");
+    imgtool(["convert", "-q", text(&raw), "-o", "subformat=monolithicFlat", text(&path)]).ok();
+    let flat = dir.path().join("d-flat.vmdk");
+    let refused = imgtool(["convert", text(&flat), text(&dir.path().join("y.qcow2"))]).go().exits(1);
+    refused.says("may be a part of the disk 'd.vmdk'");
+    let refused = imgtool(["convert", text(&raw), "-O", "vmdk", "-o", "subformat=vmfs", "-"]).go().exits(2);
+    refused.says("only vmdk with subformat=streamOptimized").says("-o subformat=streamOptimized");
+    let refused = imgtool(["convert", text(&raw), "-O", "vhd", "-"]).go().exits(2);
+    refused.says("only vhd with subformat=fixed");
+}
+
+/// A parent that was moved, and that the user allows by its path, is found by its name and identifier.
+#[test]
+fn an_allowed_parent_is_found_wherever_it_is() {
+    let dir = tempdir();
+    let raw = write_raw(dir.path());
+    let path = |name: &str| dir.path().join(name);
+    std::fs::create_dir(path("sub")).unwrap();
+    imgtool(["convert", "-q", text(&raw), "-O", "vhd", text(&path("base.vhd"))]).ok();
+    imgtool(["create", "-q", "-f", "vhd", "-b", "base.vhd", "-F", "vhd", text(&path("kid.vhd"))]).ok();
+    std::fs::rename(path("kid.vhd"), path("sub/kid.vhd")).unwrap();
+    let (kid, base) = (path("sub/kid.vhd"), path("base.vhd"));
+    imgtool(["compare", "--allow-external", text(&base), text(&kid), text(&base)]).ok();
+    imgtool(["compare", "--allow-external", "chain", text(&kid), text(&base)]).go().exits(2);
+    // Another image of that name is another parent.
+    imgtool(["create", "-q", "--force", "-f", "vhd", text(&base), "8M"]).ok();
+    let refused = imgtool(["compare", "--allow-external", text(&base), text(&kid), text(&raw)]).go();
+    refused.exits(2).says("is not the image");
+    let info = imgtool(["info", "--backing-chain", "--allow-external", text(&base), text(&kid)]).go();
+    info.exits(1).says("its identifier is another");
+}

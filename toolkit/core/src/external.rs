@@ -249,9 +249,13 @@ impl fmt::Debug for Externals {
 pub fn refusal(role: &str, name: &str, from: &Location) -> Error {
     // A URL in an image may contain a password.
     let shown = Url::parse(name).map_or_else(|| escape_control(name), |url| url.to_string());
-    Error::refused(format!("refusing to open the {role} '{shown}' that the image names"))
-        .path(from)
-        .remedied_by(Remedy::AllowExternal { name: shown })
+    let refused =
+        Error::refused(format!("refusing to open the {role} '{shown}' that the image names")).path(from);
+    match from.path() {
+        Some(_) => refused.remedied_by(Remedy::AllowExternal { name: shown }),
+        // A pipe has no directory, from which the name could lead to a file.
+        None => refused.hint("name the image by its path: a pipe can't lead to other files"),
+    }
 }
 
 /// True if `name` is the name of a file without any directory, on every system: neither a path, nor a drive

@@ -236,8 +236,12 @@ impl PolicyOpener {
         }
         let from_real = canonical(from_path, role)?;
         let directory = from_real.parent().unwrap_or(Path::new("/"));
-        let path = std::fs::canonicalize(directory.join(plain_name(name)))
-            .map_err(|e| Error::io(format!("open {role} '{}'", escape_control(name)), e).path(from))?;
+        let path = match std::fs::canonicalize(directory.join(plain_name(name))) {
+            Ok(path) => path,
+            Err(e) => self
+                .moved_parent(role, name)
+                .ok_or_else(|| Error::io(format!("open {role} '{}'", escape_control(name)), e).path(from))?,
+        };
         let root = match &self.root {
             Some(root) => root.clone(),
             None => self.chain_directory(from, &from_real)?,
@@ -312,6 +316,15 @@ impl PolicyOpener {
         let opened = OpenedFile { location: path.into(), identity: open.identity, watch: open.watch };
         lock(&self.opened).push(opened);
         Ok(Some(open.input))
+    }
+
+    /// Returns the canonical path of a file that the user allowed by path and that has the file name of a parent
+    /// which is not where the image says. The driver compares the identifier of a parent, unlike that of a
+    /// backing file, which has none.
+    fn moved_parent(&self, role: &str, name: &str) -> Option<PathBuf> {
+        let wanted = Path::new(plain_name(name)).file_name().filter(|_| role == "parent")?;
+        let named = self.policy.paths.iter().find(|path| path.file_name() == Some(wanted))?;
+        std::fs::canonicalize(named).ok()
     }
 
     fn allows(&self, path: &Path, root: &ChainDirectory) -> Option<Allowed> {

@@ -25,8 +25,9 @@ pub fn driver(registry: &Registry, name: &str) -> Result<Arc<dyn Driver>> {
     let lower = name.to_ascii_lowercase();
     let foreign = FOREIGN.iter().find(|format| format.called.contains(&lower.as_str()));
     match (registry.get(name), foreign) {
-        (Err(_), Some(foreign)) => Err(Error::usage(format!("{} is not supported yet", foreign.name))
-            .hint(format!("{}; qemu-img converts between {lower} and qcow2 or raw", formats(registry)))),
+        (Err(_), Some(foreign)) => Err(Error::usage(format!("{} is not supported yet", foreign.name)).hint(
+            format!("{}; an OVA is a tar archive of an OVF document and VMDK disks", formats(registry)),
+        )),
         (driver, _) => driver,
     }
 }

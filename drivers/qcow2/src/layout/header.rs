@@ -182,7 +182,7 @@ impl Header {
         let version = raw.version.get();
         if version == 1 {
             return Err(Error::unsupported("is a QCOW version 1 image, a format before qcow2")
-                .hint("convert it with qemu-img first: qemu-img convert -f qcow -O qcow2"));
+                .hint("it can be read as the format qcow, but not written: convert it to qcow2 first"));
         }
         if version != 2 && version != 3 {
             return Err(Error::unsupported(format!(
