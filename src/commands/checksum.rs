@@ -83,6 +83,7 @@ fn digest_image(
     chosen::check(&opened, &source.backing)?;
     if !args.messages.quiet {
         images::note_unrecognised(&opened);
+        opened.image.info().notes.iter().for_each(|note| report::note(note));
         opened.changes().iter().for_each(|change| report::note(change));
     }
     let is_archive = opened.driver.capabilities().is_archive();

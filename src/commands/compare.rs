@@ -172,7 +172,9 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
         verdict.difference = found.map(|(pair, offset)| allocation_difference(&pairs, pair, offset));
     }
     verdict.identical = verdict.difference.is_none();
-    for change in first.changes().into_iter().chain(second.changes()) {
+    let read = |opened: &Opened| opened.image.info().notes.clone();
+    let notes = read(&first).into_iter().chain(read(&second));
+    for change in notes.chain(first.changes()).chain(second.changes()) {
         // Both images share the opener of the files that they name.
         if !verdict.notes.contains(&change) {
             verdict.notes.push(change);

@@ -131,7 +131,9 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
         report::print(&pages.join("\n"))?;
     }
     let mut exit = Exit::Done;
-    let chain_ends = entries.iter().filter_map(|image| image.chain_ends.as_ref());
+    // A pipe leads to no other file.
+    let files = entries.iter().filter(|image| image.location.path().is_some());
+    let chain_ends = files.filter_map(|image| image.chain_ends.as_ref());
     // The user did not allow the file: there is no error, and the note tells how. In the place of qemu-img, the
     // caller expects the whole chain.
     let is_noted = |error: &&Error| matches!(error.remedy(), Some(Remedy::AllowExternal { .. }));
@@ -163,6 +165,15 @@ fn follow_chain(registry: &Registry, options: &OpenOptions, entries: &mut Vec<Im
                 last.chain_ends = Some(loops);
                 return;
             }
+            Ok(Some(below)) if is_wrong_parent(last.info(), below.info()) => {
+                let why = Error::corrupt(format!(
+                    "parent '{}' is not as it was when the image was made: its identifier is another",
+                    below.location
+                ));
+                let Some(last) = entries.last_mut() else { return };
+                last.chain_ends = Some(why.path(&last.location));
+                return;
+            }
             Ok(Some(below)) => entries.push(below),
             Ok(None) => return,
             Err(error) => {
@@ -172,6 +183,12 @@ fn follow_chain(registry: &Registry, options: &OpenOptions, entries: &mut Vec<Im
             }
         }
     }
+}
+
+/// True if an image states the identifier of its parent, and `parent` has another one.
+fn is_wrong_parent(image: &ImageInfo, parent: &ImageInfo) -> bool {
+    let Some((key, expected)) = &image.parent_identifier else { return false };
+    parent.facts.iter().find(|fact| fact.key == *key).is_none_or(|fact| fact.value != *expected)
 }
 
 /// Returns the reference of an image to the one below it in its chain.

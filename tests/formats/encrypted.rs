@@ -279,6 +279,11 @@ fn a_passphrase_is_needed_and_checked_before_anything_is_written() {
         }
     }
     imgtool(["check", "image.qcow2"]).within(bench.path()).ok();
+    // Content that was encrypted does not become readable without a word.
+    let note = "the source is encrypted, the output is not";
+    let convert = |to| imgtool(["convert", "--secret", "file=line", "image.qcow2", to]).within(bench.path());
+    convert("clear.raw").ok().says(note);
+    assert!(!convert("locked.luks").ok().stderr.contains(note));
     let by_name = ["checksum", "--secret", "env=WORD", "image.luks", "image.qcow2"];
     let sums = imgtool(by_name).env("WORD", PASSPHRASE).within(bench.path()).ok().text();
     let sums: Vec<_> = sums.lines().filter_map(|line| line.split(' ').next()).collect();

@@ -25,6 +25,10 @@ use crate::{space, verify};
 
 mod gauge;
 
+/// Note for an encrypted source whose content is now readable by everyone.
+const DECRYPTED: &str =
+    "the source is encrypted, the output is not (encrypt=luks in qcow2 and the format luks encrypt it)";
+
 /// A conversion that is ready to run. Every output is decided, but not created yet.
 #[derive(Debug)]
 pub struct Plan {
@@ -386,7 +390,9 @@ impl Plan {
         let closed = (to_stdout && os::is_stdout_closed()).then_some(Note::StdoutClosed);
         let planned = self.layout.notes.iter().cloned();
         let read = self.sources.iter().flat_map(|source| source.opened.image.notes());
+        let decrypted = self.decrypts().then(|| Note::Text(DECRYPTED.to_owned()));
         planned
+            .chain(decrypted)
             .chain(read.map(Note::Text))
             .chain(sinks.iter().flat_map(|open| open.sink.notes()).map(Note::Text))
             .chain(self.outputs.swept().iter().cloned().map(Note::Swept))
@@ -395,6 +401,16 @@ impl Plan {
             .chain(self.source_changes(sinks).into_iter().map(Note::SourceChanged))
             .chain(closed)
             .collect()
+    }
+
+    /// True if an encrypted source goes into an output that is not encrypted.
+    fn decrypts(&self) -> bool {
+        let is_encrypted = |source: &OpenSource| {
+            let mut facts = source.opened.image.info().facts.iter();
+            facts.any(|fact| fact.key == "encrypted" && fact.value == true)
+        };
+        self.sources.iter().any(is_encrypted)
+            && self.layout.outputs.iter().any(|output| !output.format.writer.encrypts())
     }
 
     /// Describes what has changed in the sources and in the backing images of the outputs since they were
