@@ -2,6 +2,7 @@
 //! turns the arguments into a request for the engine, and adds notes for Proxmox.
 
 use std::ffi::{OsStr, OsString};
+use std::path::Path;
 
 use imgtool_core::{Error, Result, parse_size};
 use imgtool_engine::{

@@ -103,7 +103,7 @@ impl ImageSource for Joined {
             let shift = move |loss: Loss| Loss {
                 device: DISK,
                 guest: loss.guest.start.saturating_add(start)..loss.guest.end.saturating_add(start),
-                reason: loss.reason,
+                ..loss
             };
             part.disk.losses().into_iter().map(shift)
         };
