@@ -94,6 +94,12 @@ pub fn default_format() -> Option<&'static str> {
     is_on().then_some("raw")
 }
 
+/// True if an output in this format must be an image that a machine can write: qemu-img makes those of VMware, and
+/// imgtool streams for import.
+pub fn makes_images_for_machines(format: Option<&str>) -> bool {
+    is_on() && format == Some("vmdk")
+}
+
 /// Returns the name of a format: qemu-img calls a VHD image vpc.
 pub fn format_name(name: &str) -> &str {
     match name {

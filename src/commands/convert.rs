@@ -114,6 +114,9 @@ fn request(args: &ConvertArgs) -> Result<(Request, bool)> {
     format_options.secret = target_secret.or(key).or_else(|| open.secret.clone());
     let zeroed = args.target.target_is_zero || dest.as_ref().is_some_and(|dest| dest.zeroed);
     let stated = args.target.to.as_deref().or(dest.as_ref().and_then(|dest| dest.format.as_deref()));
+    if compat::makes_images_for_machines(stated) && args.target.compress.is_none() {
+        options::set_default(&mut format_options, "subformat", "monolithicSparse");
+    }
     let request = Request {
         sources: sources.iter().map(|text| source(&args.input, text)).collect::<Result<_>>()?,
         source_format: args.input.format.clone(),

@@ -127,6 +127,13 @@ fn set(options: &mut FormatOptions, key: &str, value: &str) {
     options.pairs.push((key.to_owned(), value.to_owned()));
 }
 
+/// Sets an option that has no value yet.
+pub fn set_default(options: &mut FormatOptions, key: &str, value: &str) {
+    if !options.pairs.iter().any(|(known, _)| known == key) {
+        set(options, key, value);
+    }
+}
+
 /// Parses the value of `-c`, `ALG[:LEVEL]`. An empty algorithm or a missing level means the format's default.
 pub fn compress(text: &str) -> Result<Compress> {
     let (algorithm, level) = match text.split_once(':') {

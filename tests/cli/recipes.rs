@@ -73,7 +73,9 @@ fn readme_commands_succeed() {
     let made = tempdir();
     let here = |name: &str| made.path().join(name);
     let archive = fixture("two-disks.vma.zst");
-    for name in ["a.qcow2", "a.vhdx", "b.raw", "disk.qcow2", "disk.vhdx", "disk.raw", "volume.raw"] {
+    for name in
+        ["a.qcow2", "a.vhdx", "b.raw", "disk.qcow2", "disk.vhdx", "disk.vmdk", "disk.raw", "volume.raw"]
+    {
         imgtool(["convert", text(&archive), "--disk", "drive-efidisk0", text(&here(name))]).ok();
     }
     std::fs::write(here("pass"), "a passphrase\n").unwrap();

@@ -1,4 +1,4 @@
-//! Malicious disks of the formats that have no room of their own: VHD, VDI, VMDK, LUKS, and the formats that are
+//! Malicious disks of the formats without a file of their own here: VHD, VDI, VMDK, LUKS, and the formats that are
 //! only read. Most are files of gigabytes that take no space.
 
 use std::path::{Path, PathBuf};

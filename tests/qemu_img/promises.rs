@@ -119,3 +119,14 @@ fn a_replaced_file_keeps_its_owner_and_permissions() {
     assert_eq!((meta.len(), meta.permissions().mode() & 0o777), (1 << 20, 0o640));
     assert_eq!(meta.uid() == OTHER, is_given);
 }
+
+/// qemu-img makes images that a machine can write, and imgtool streams for import.
+#[test]
+fn vmdk_images_are_for_machines() {
+    let dir = tempdir();
+    Image::hole("x", 1 << 20).write_raw(&dir.path().join("disk.raw"));
+    let line = ["--compat", "convert", "-f", "raw", "-O", "vmdk", "disk.raw", "new.vmdk"];
+    imgtool(line).within(dir.path()).go().ends_with(0);
+    let info = imgtool(["info", "--output", "json", "new.vmdk"]).within(dir.path()).ok().json();
+    assert_eq!(info["format-specific"]["data"]["create-type"], "monolithicSparse");
+}

@@ -76,6 +76,8 @@ struct Inner {
     reached: AtomicU64,
     /// True once a range was zeroed without writing zeros.
     zeroed: AtomicBool,
+    /// True once the length was set, or space was allocated.
+    resized: AtomicBool,
 }
 
 enum Target {
@@ -123,6 +125,7 @@ impl Output {
             written: AtomicU64::new(0),
             reached: AtomicU64::new(0),
             zeroed: AtomicBool::new(false),
+            resized: AtomicBool::new(false),
         }))
     }
 
@@ -171,6 +174,11 @@ impl Output {
     /// True if the content of an existing target was overwritten, at least in part.
     pub fn was_changed(&self) -> bool {
         self.written() > 0 || self.0.zeroed.load(Ordering::Relaxed)
+    }
+
+    /// True if the length of the target was set, or space in it allocated.
+    pub fn was_resized(&self) -> bool {
+        self.0.resized.load(Ordering::Relaxed)
     }
 
     /// Returns the highest end position of all writes so far, in bytes.
@@ -326,6 +334,7 @@ impl Output {
     pub fn set_len(&self, len: u64) -> Result<()> {
         match self.positional() {
             Some(target) if target.capacity().is_none() => {
+                self.0.resized.store(true, Ordering::Relaxed);
                 target.set_len(len).map_err(|e| self.write_error(e, len))
             }
             _ => Ok(()),
@@ -336,6 +345,7 @@ impl Output {
     pub fn allocate(&self, position: u64, len: u64) -> Result<()> {
         match self.positional() {
             Some(target) if target.capacity().is_none() && len > 0 => {
+                self.0.resized.store(true, Ordering::Relaxed);
                 target.allocate(position, len).map_err(|e| self.write_error(e, position))
             }
             _ => Ok(()),

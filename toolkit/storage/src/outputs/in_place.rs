@@ -24,7 +24,7 @@ impl Emptied {
     /// Empties the file again, so that an unfinished output does not look like a finished one. What another program
     /// has written before this run did stays.
     pub(super) fn empty(&self) {
-        if self.output.was_changed() {
+        if self.output.was_changed() || self.output.was_resized() {
             // The run has failed already, so nothing follows from a failure.
             let _ = self.file.set_len(0);
         }
