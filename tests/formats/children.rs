@@ -87,7 +87,7 @@ fn assert_reads(dir: &Path, format: &str, child: &str, raw: &str) {
     if format == "vhdx" || format == "vhd" {
         // It opens the parent by itself.
         let mut expected = std::fs::read(&raw).unwrap();
-        let seen = oracles::seven_zip(&child);
+        let seen = oracles::seven_zip(&child, format);
         assert!(seen.len() - expected.len() < 4096, "7-Zip: {} bytes", seen.len());
         expected.resize(seen.len(), 0);
         assert!(seen == expected, "7-Zip: content differs");

@@ -9,8 +9,9 @@ use crate::text;
 
 /// Returns the content of a disk image as 7-Zip reads it.
 #[track_caller]
-pub fn seven_zip(path: &Path) -> Vec<u8> {
-    run("7zz", &["x", "-so", text(path)]).stdout
+pub fn seven_zip(path: &Path, format: &str) -> Vec<u8> {
+    // Without the format, 7-Zip also opens a file system in the disk.
+    run("7zz", &["x", "-so", &format!("-t{format}"), text(path)]).stdout
 }
 
 /// Content of a VMDK image, mounted by vmdkmount and unmounted on drop.
