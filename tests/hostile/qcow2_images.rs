@@ -182,7 +182,11 @@ fn listed_bitmaps(craft: &Craft, number: u32, table: u64, entries: u32) {
     for index in 0..u64::from(number) {
         let at = ELSEWHERE + 32 * index;
         // Granularity 512: a disk of 1 GiB has 256 KiB of bits, in four clusters.
-        craft.be64(at, table).be32(at + 8, entries).put(at + 16, &[1, 9, 0, 8]).put(at + 24, b"name of ");
+        craft
+            .be64(at, table)
+            .be32(at + 8, entries)
+            .put(at + 16, &[1, 9, 0, 8])
+            .put(at + 24, format!("{index:08}").as_bytes());
     }
 }
 

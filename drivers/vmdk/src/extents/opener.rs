@@ -19,6 +19,13 @@ const ROLE: &str = "extent";
 /// Maximum number of faults in the facts of an image. Our limit, for the length of the output.
 const MAX_FAULTS: usize = 20;
 
+/// Fact about an image with more faults or files than that.
+const UNSEEN: &str = "the files of further extents were not looked at";
+
+/// Maximum number of extents whose files are opened for the facts of an image. Our limit: a crafted descriptor
+/// has tens of thousands.
+const MAX_INSPECTED: usize = 1024;
+
 /// Memory in bytes for an extent besides its file. Measured: 0.5 KiB.
 const EXTENT_BYTES: u64 = 1 << 10;
 /// Memory in bytes for an open file. Measured: 1.8 KiB.
@@ -36,6 +43,8 @@ pub(super) struct Opener<'a> {
     lease: Lease,
     /// Faults of the files that stay closed.
     faults: Vec<String>,
+    /// Number of files that were opened for their faults.
+    inspected: usize,
 }
 
 impl<'a> Opener<'a> {
@@ -54,6 +63,7 @@ impl<'a> Opener<'a> {
             known: HashMap::new(),
             lease,
             faults: Vec::new(),
+            inspected: 0,
         }
     }
 
@@ -88,12 +98,16 @@ impl<'a> Opener<'a> {
     /// Looks whether the file of an extent is there, and as long as its line says. Keeps nothing open: a disk may
     /// have more files than a process.
     fn inspect(&mut self, line: &ExtentLine) {
-        if self.faults.len() >= MAX_FAULTS {
+        if self.faults.len() >= MAX_FAULTS || self.inspected > MAX_INSPECTED {
             return;
+        }
+        self.inspected += 1;
+        if self.inspected > MAX_INSPECTED {
+            return self.faults.push(UNSEEN.to_owned());
         }
         let name = escape_control(&line.name);
         let part = self.options.externals.open_part(ROLE, &line.name, self.own.location());
-        let needed = (line.offset + line.sectors) * SECTOR_SIZE;
+        let needed = line.offset.saturating_add(line.sectors).saturating_mul(SECTOR_SIZE);
         let fault = match part.and_then(imgtool_core::Input::into_random) {
             Err(error) if is_missing(&error) => Some(format!("extent '{name}' is missing")),
             // A file that needs a permission, or that a machine uses, is no fault.
@@ -112,7 +126,7 @@ impl<'a> Opener<'a> {
         };
         self.faults.extend(fault);
         if self.faults.len() == MAX_FAULTS {
-            self.faults.push("the files of further extents were not looked at".to_owned());
+            self.faults.push(UNSEEN.to_owned());
         }
     }
 
