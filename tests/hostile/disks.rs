@@ -138,7 +138,7 @@ fn vmdks(directory: &Path) -> Vec<PathBuf> {
     let lines = |count: usize, line: &str| format!("{line}\n").repeat(count);
     let long_line = "x".repeat(1 << 20);
     let tables = words(1 << 20, |index| ((1 << 20) | (index * 4)).to_le_bytes());
-    let same = words(8 << 20, |_| (1_u32 << 20).to_le_bytes());
+    let same = words(1 << 20, |_| (1_u32 << 20).to_le_bytes());
     let stream =
         sparse(directory, "compressed-grains-of-4-gib.vmdk", 1 << 20, 128, &(1_u32 << 20).to_le_bytes());
     stream.le32(4, 3).le32(8, 0x0003_0001).put(77, &[1, 0]);
@@ -170,7 +170,7 @@ fn vmdks(directory: &Path) -> Vec<PathBuf> {
         text("comments.vmdk", &lines(1 << 20, "#")),
         text("extent-of-2-64-sectors.vmdk", "RW 18446744073709551615 ZERO\n"),
         sparse(directory, "tables-in-a-hole.vmdk", 1 << 36, 128, &tables).path,
-        sparse(directory, "one-table-for-all.vmdk", 8 << 32, 8, &same).path,
+        sparse(directory, "one-table-for-all.vmdk", 1 << 32, 8, &same).path,
         sparse(directory, "capacity-of-2-53.vmdk", 1 << 53, 2048, &same).path,
         stream.path,
         cowd.path,
