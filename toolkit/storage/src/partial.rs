@@ -33,8 +33,9 @@ const PARTIAL_EXTRA: usize = ".".len() + MARK.len() + RANDOM_LEN + CHECK_LEN;
 /// Text between the name of the output and the random characters.
 const MARK: &str = ".partial-";
 /// Maximum number of attempts to create a file. An attempt fails if a sweep removes the file before the
-/// creator has locked it. Our limit: even one failure is rare.
-const MAX_ATTEMPTS: u32 = 16;
+/// creator has locked it. Our limit: even one failure is rare, unless several programs sweep all the time on a busy
+/// machine.
+const MAX_ATTEMPTS: u32 = 256;
 
 /// Creates and locks the unfinished file of the output `name`.
 pub(super) fn create(folder: &Arc<Folder>, name: &str) -> io::Result<(File, Entry)> {
