@@ -238,6 +238,10 @@ fn a_dmg_with_a_wrong_checksum_is_no_source() {
     std::fs::write(&bad, &image).unwrap();
     imgtool(["check", text(&bad)]).go().exits(2);
     imgtool(["convert", text(&bad), text(&path("out.qcow2"))]).go().exits(1).says("checksum");
+    imgtool(["convert", "--join", text(&bad), text(&bad), text(&path("out.raw"))])
+        .go()
+        .exits(1)
+        .says("checksum");
     imgtool(["checksum", text(&bad)]).go().exits(1).says("checksum");
     imgtool(["convert", "-q", text(&bad), "--salvage", text(&path("out.raw"))]).go().ends_with(3);
     imgtool(["compare", text(&path("out.raw")), text(&bad)]).go().exits(2).says("checksum");

@@ -100,6 +100,10 @@ impl ImageSource for Cut {
     fn notes(&self) -> Vec<String> {
         self.image.notes()
     }
+
+    fn verify(&self) -> Result<()> {
+        self.image.verify()
+    }
 }
 
 impl RandomAccess for Cut {

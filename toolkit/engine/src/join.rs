@@ -118,6 +118,11 @@ impl ImageSource for Joined {
     fn notes(&self) -> Vec<String> {
         self.parts.iter().flat_map(|part| part.disk.image().notes()).collect()
     }
+
+    fn verify(&self) -> Result<()> {
+        let verify = |part: &Part| part.disk.image().verify().map_err(|e| e.path(&part.location));
+        self.parts.iter().try_for_each(verify)
+    }
 }
 
 impl RandomAccess for Joined {
