@@ -25,7 +25,7 @@ pub enum SecretSource {
     Environment(String),
     /// Open file descriptor with this number.
     Descriptor(u32),
-    /// File of which every byte counts, a line end too, as for qemu-img.
+    /// File whose bytes are the passphrase, a line end at its end included, as for qemu-img.
     Whole(PathBuf),
 }
 

@@ -196,8 +196,8 @@ fn below_reference(image: &ImageEntry) -> Option<&Reference> {
     image.info().references.iter().find(|reference| matches!(reference.role, "backing file" | "parent"))
 }
 
-/// Opens the image below `image` in its backing chain, of which `depth` images are open; `None` if it is the
-/// last one.
+/// Opens the image directly below `image` in its backing chain. `depth` counts the images of the chain that are
+/// open already. Returns `None` at the end of the chain.
 fn open_below(
     registry: &Registry,
     options: &OpenOptions,

@@ -29,7 +29,7 @@ enum Line {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct GuestConfig {
     lines: Vec<Line>,
-    /// What the file held but a backup has not, in words.
+    /// Parts of the file that a backup omits, in words.
     pub left_out: Vec<String>,
     /// Settings that Proxmox VE does not know.
     pub unknown: Vec<String>,

@@ -290,9 +290,9 @@ const INTERNAL: &[(&str, &str)] = &[
 /// A key or value that Proxmox VE does not take.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wrong {
-    /// What is wrong.
+    /// The fault, for the message.
     pub what: String,
-    /// What to give instead.
+    /// Advice on a valid value, for the hint.
     pub hint: String,
 }
 

@@ -1,4 +1,4 @@
-//! What `--salvage` says: three classes of ranges, where the damage is, and what to do next.
+//! Report of `--salvage`: three classes of ranges, the place of the damage, and advice on the next step.
 
 use std::path::Path;
 

@@ -14,7 +14,7 @@ const PLAIN: &str = "#web server\nboot: order=scsi0;ide2\nide2: local:iso/debian
     unused0: local-lvm:vm-105-disk-7\nvirtio1: nas:105/vm-105-disk-1.qcow2,size=8G\n\n[PENDING]\nmemory: 8192\n\n\
     [before]\nmemory: 512\nscsi0: local-lvm:vm-105-disk-0,size=32G\nsnaptime: 1790000000\n";
 
-/// What a backup holds of it.
+/// Configuration that a backup stores for it.
 const PACKED: &str = "#web server\nboot: order=scsi0;ide2\nide2: local:iso/debian.iso,media=cdrom\n\
     memory: 2048\nname: web\nnet0: virtio=BC:24:11:00:00:01,bridge=vmbr0\n\
     scsi0: local-lvm:vm-105-disk-0,iothread=1,size=32G\nscsihw: virtio-scsi-single\n\

@@ -64,7 +64,7 @@ fn has_repetitions(data: &[u8]) -> bool {
     data.windows(8).enumerate().any(|(index, window)| {
         let word = window.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
         let hash = word.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        // A regular position as well, for short periods, of which no word may be chosen.
+        // Data with a short period may have no chosen word, so positions at a fixed distance are compared as well.
         let chosen = hash >> (64 - SAMPLING_BITS) == 0 || index.is_multiple_of(LINE);
         // The bits below those that chose the word. An empty entry counts as the word 0, which compresses anyway.
         let slot = &mut table[(hash >> (64 - SAMPLING_BITS - TABLE_BITS)) as usize & ((1 << TABLE_BITS) - 1)];

@@ -390,7 +390,7 @@ pub struct Doubt {
     pub reason: String,
 }
 
-/// What happened to a range.
+/// Kind of damage to a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum LossClass {
@@ -418,7 +418,7 @@ impl LossClass {
 /// data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Loss {
-    /// What happened to the range.
+    /// Kind of the damage.
     pub class: LossClass,
     /// Position of the damage in the image, in bytes, if known. If the file is compressed, the position is
     /// that in the decompressed data.

@@ -48,7 +48,7 @@ pub struct Opened {
     pub image: Arc<dyn ImageSource>,
     /// Bytes of the image, for [`Opened::release`], unless they are a stream.
     pub bytes: Option<RandomInput>,
-    /// Images of which the disk was joined; empty for an image by itself.
+    /// Images whose disks were joined into this one; empty for a single image.
     pub parts: Vec<Opened>,
 }
 

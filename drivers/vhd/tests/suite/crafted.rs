@@ -327,7 +327,7 @@ fn salvage_restores_the_other_blocks() {
     assert_eq!(loss.guest, BLOCK..2 * BLOCK);
 }
 
-/// What precedes a footer that is cut off or damaged is the disk; its length has no witness.
+/// Salvage takes the bytes before a lost footer for the disk, and reports that nothing confirms their number.
 #[test]
 fn salvage_takes_a_file_without_its_footer_for_a_fixed_disk() {
     let disk = vec![5; 4096];
