@@ -63,6 +63,16 @@ impl Images {
             "empty.raw" => set_len(&path, EMPTY_SIZE),
             "a.qcow2" => self.derive(&format!("{qemu} a.raw a.qcow2")),
             "a.vhdx" => self.derive("qemu-img convert -f raw -O vhdx a.raw a.vhdx"),
+            "a.vmdk" => self.derive("qemu-img convert -f raw -O vmdk a.raw a.vmdk"),
+            "a.vhd" => self.derive("qemu-img convert -f raw -O vpc -o force_size=on a.raw a.vhd"),
+            "a.vdi" => self.derive("qemu-img convert -f raw -O vdi a.raw a.vdi"),
+            "stream.vmdk" => {
+                self.derive(&format!("{imgtool} convert -q -f raw -O vmdk a.raw stream.vmdk"))
+            }
+            "luks.qcow2" => self.derive(
+                "printf secret > passphrase && qemu-img convert -f raw -O qcow2 \
+                 --object secret,id=s,file=passphrase -o encrypt.format=luks,encrypt.key-secret=s a.raw luks.qcow2",
+            ),
             "z.qcow2" => self.derive(&format!("{qemu} -c a.raw z.qcow2")),
             "s.qcow2" => self.derive(&format!("{qemu} -c -o compression_type=zstd a.raw s.qcow2")),
             "a.vma" => self.derive(&format!("{imgtool} convert -q -f raw -O vma drive-scsi0=a.raw a.vma")),

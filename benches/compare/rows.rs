@@ -45,6 +45,7 @@ fn qemu(rest: &str) -> Vec<Peer> {
 /// Returns all rows in the order of the report.
 pub fn rows() -> Vec<Row> {
     let mut rows = plain();
+    rows.extend(other_disks());
     rows.extend(compressed());
     rows.extend(archives());
     rows.extend(empty());
@@ -72,6 +73,38 @@ fn plain() -> Vec<Row> {
     }
     let reflink = peer("cp --reflink=always", "cp --reflink=always a.raw out");
     rows.push(row("raw → raw, shared blocks", "a.raw", "-f raw -O raw a.raw out", vec![reflink], Some(0.8)));
+    rows
+}
+
+/// Returns the conversions from and to the disk formats of VMware, Microsoft and VirtualBox, and of an encrypted
+/// image.
+fn other_disks() -> Vec<Row> {
+    const STREAM: &str = "-f raw -O vmdk -o subformat=streamOptimized a.raw out";
+    const DECODE: &str = "-f vmdk -O qcow2 stream.vmdk out";
+    const SECRET: &str = "--object secret,id=s,file=passphrase";
+    let mut rows = Vec::new();
+    // qemu-img names VHD differently, and rounds its size unless it is told not to.
+    for (format, options) in [("vmdk", ""), ("vpc", "-o force_size=on "), ("vdi", "")] {
+        let name = if format == "vpc" { "vhd" } else { format };
+        let (to, from) = (format!("-f raw -O {format}"), format!("-f {format} -O raw a.{name} out"));
+        let (ours, theirs) = (format!("{to} a.raw out"), format!("{to} {options}a.raw out"));
+        rows.push(row(&format!("raw → {name}"), "a.raw", &ours, qemu(&theirs), Some(1.2)));
+        rows.push(row(&format!("{name} → raw"), &format!("a.{name}"), &from, qemu(&from), Some(1.2)));
+    }
+    for row in &mut rows {
+        row.peers.push(floor("floor: only writing", "{b} --write-floor a.raw out"));
+        row.inputs.push("a.raw".into());
+    }
+    rows.push(row("raw → streamOptimized", "a.raw", STREAM, qemu(STREAM), Some(5.0)));
+    rows.push(row("streamOptimized → qcow2", "stream.vmdk", DECODE, qemu(DECODE), Some(2.0)));
+    let theirs = "--image-opts driver=qcow2,file.filename=luks.qcow2,encrypt.key-secret=s -O raw out";
+    rows.push(row(
+        "encrypted qcow2 → raw",
+        "luks.qcow2",
+        "-f qcow2 --secret file=passphrase -O raw luks.qcow2 out",
+        qemu(&format!("{SECRET} {theirs}")),
+        Some(1.0),
+    ));
     rows
 }
 
