@@ -173,6 +173,39 @@ fn archive_on_standard_output_equals_the_file() {
     }
 }
 
+/// The zeros before the end of an image are known to end only when the image does.
+#[test]
+fn compressed_images_end_behind_their_last_zeros() {
+    let dir = tempdir();
+    let data = images::Image::hole("d", 3 << 20).with(100_000, images::noise(1, 5_000));
+    data.write_raw(&dir.path().join("a.raw"));
+    let convert = |args: &[&str]| imgtool(["convert", "-q"]).args(args).within(dir.path()).ok();
+    convert(&["a.raw", "a.vhd", "-o", "subformat=fixed"]);
+    for (name, tool) in [("a.vhd.gz", "gzip"), ("a.vhd.zst", "zstd")] {
+        convert(&["a.raw", name, "--verify", "-o", "subformat=fixed"]);
+        let plain = oracles::run(tool, &["-dc", text(&dir.path().join(name))]).stdout;
+        assert_eq!(plain.len() as u64, (3 << 20) + 512, "{name}");
+        let expected = std::fs::read(dir.path().join("a.vhd")).unwrap();
+        assert!(plain == expected, "{name} is not the image that has no compression");
+    }
+}
+
+/// LUKS is read by position, gzip in one pass.
+#[test]
+fn verifies_compressed_encrypted_images_or_refuses_them_first() {
+    let dir = tempdir();
+    images::Image::hole("d", 3 << 20).with(4096, vec![1; 70_000]).write_raw(&dir.path().join("a.raw"));
+    std::fs::write(dir.path().join("pw"), "secret").unwrap();
+    let convert = |name| {
+        let options = ["-q", "--verify", "--target-secret", "file=pw", "-o", "iter-time=10"];
+        imgtool(["convert"]).args(options).args(["a.raw", name]).within(dir.path())
+    };
+    convert("a.luks.zst").ok();
+    imgtool(["compare", "--secret", "file=pw", "a.raw", "a.luks.zst"]).within(dir.path()).ok();
+    convert("a.luks.gz").go().exits(1).says("luks under gzip can't be read back").says("zstd");
+    assert!(!dir.path().join("a.luks.gz").exists());
+}
+
 #[test]
 fn repacks_an_archive_from_pipe_to_pipe() {
     let dir = tempdir();

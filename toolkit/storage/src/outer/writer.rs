@@ -378,7 +378,13 @@ impl ImageSink for CompressedSink {
 
     fn end(&self) -> Result<Vec<u8>> {
         let end = self.inner.end()?;
-        if end.is_empty() { Ok(end) } else { Ok(self.frame(&end)?.1.to_vec()) }
+        if end.is_empty() {
+            return Ok(end);
+        }
+        // The pending zeros come before these bytes. Both are written at the same file offset.
+        let (_, mut frames) = self.flush(&mut lock(&self.state))?;
+        frames.extend_from_slice(&self.frame(&end)?.1);
+        Ok(frames)
     }
 
     fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
