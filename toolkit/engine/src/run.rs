@@ -149,6 +149,9 @@ impl Plan {
     /// Refuses outputs that can't be made, before any output is created.
     fn check(&mut self, options: &RunOptions<'_>, monitor: &dyn Monitor) -> Result<()> {
         self.check_slots()?;
+        if options.verify {
+            self.layout.outputs.iter().try_for_each(verify::refuse_unreadable)?;
+        }
         if options.verify && self.layout.outputs.iter().any(|output| output.destination.is_stream()) {
             return Err(Error::usage("an output in a pipe can't be read back to verify it"));
         }

@@ -9,6 +9,7 @@ use imgtool_core::{
     Attachment, CancelToken, DeviceId, Error, ErrorKind, ImageSource, Lane, Memory, OpenOptions, Output,
     Result, ResultExt, Secret, Slot,
 };
+use imgtool_storage::Compression;
 use imgtool_storage::open::OpenInput;
 
 use crate::digest::{self, ContentDigest};
@@ -193,6 +194,20 @@ fn differs(planned: &PlannedOutput, what: &str) -> Error {
 fn failure(what: &str) -> Error {
     Error::corrupt(format!("verification failed: {what}"))
         .hint("check the disk and the memory of this machine, then try again")
+}
+
+/// Refuses an output that could not be read back: its format is read by position, and its compression in one pass.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`].
+pub(crate) fn refuse_unreadable(planned: &PlannedOutput) -> Result<()> {
+    let outer = planned.format.outer.map(|outer| outer.compression);
+    let driver = &planned.format.driver;
+    if outer != Some(Compression::Gzip) || driver.capabilities().stream_read {
+        return Ok(());
+    }
+    Err(Error::unsupported(format!("{} under gzip can't be read back to verify it", driver.name()))
+        .hint("compress it with zstd, which can be read by position, or verify it with a comparison later"))
 }
 
 /// Checks the structure of an output, since reading the content does not check qcow2 refcounts or the second
