@@ -4,6 +4,7 @@ use crate::bitmap::Bitmap;
 use crate::device::{Attachment, Device};
 use crate::disk::Disk;
 use crate::error::{Error, Result};
+use crate::machine::Machine;
 use crate::source::ImageInfo;
 
 /// Devices and attachments of a new image, known before the first byte of data.
@@ -13,6 +14,9 @@ pub struct Manifest {
     pub devices: Vec<Device>,
     /// Attachments. A format that can't store them ignores them.
     pub attachments: Vec<Attachment>,
+    /// The machine of the devices, whose drives have the names of `devices`. A format that can't store it ignores
+    /// it.
+    pub machine: Option<Box<Machine>>,
     /// Disk of the backing image that [`crate::ImageWriter::backing`] names, if the caller opened it. The new
     /// image does not store content that this disk already contains.
     pub base: Option<Disk>,

@@ -14,6 +14,7 @@ use crate::buffer::{Buffer, BufferPool};
 use crate::device::{Attachment, Device, DeviceId, SinkDevice};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentKind, MapExtent, check_answer};
+use crate::machine::Machine;
 use crate::remedy::Remedy;
 use crate::zero;
 
@@ -290,6 +291,8 @@ pub struct ImageInfo {
     pub devices: Vec<Device>,
     /// Attachments, in the image's order.
     pub attachments: Vec<Attachment>,
+    /// The machine that the image describes, if it describes one that could be understood.
+    pub machine: Option<Box<Machine>>,
     /// Allocation unit in bytes, for formats that have one (`cluster-size` in the output of `info`).
     pub cluster_size: Option<u64>,
     /// Facts about the image, in the order in which the program shows them.

@@ -124,6 +124,7 @@ impl PlannedOutput {
         Manifest {
             devices: (0..).zip(&self.disks).map(device).collect(),
             attachments: self.attachments.clone(),
+            machine: None,
             base: None,
             base_info: None,
             bitmaps: self.bitmaps.clone(),
