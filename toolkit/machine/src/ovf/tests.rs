@@ -1,0 +1,284 @@
+//! Descriptors as VMware and VirtualBox write them, hostile ones, and our own.
+
+use imgtool_core::ErrorKind;
+use imgtool_core::machine::{
+    Bus, Chipset, ControllerModel, Cpu, Drive, DriveKind, Firmware, Machine, Nic, NicModel, Os, Tpm,
+};
+
+use super::{Descriptor, PackagedDisk, padded, parse, print};
+
+const VMWARE: &str = include_str!("samples/vmware.ovf");
+const VIRTUALBOX: &str = include_str!("samples/virtualbox.ovf");
+
+fn parsed(text: &str) -> Descriptor {
+    parse(text.as_bytes(), None).unwrap_or_else(|e| panic!("{e:#}"))
+}
+
+/// Changes VMware's descriptor, and returns the kind and the text of the error.
+fn refused(old: &str, new: &str) -> (ErrorKind, String) {
+    assert!(VMWARE.contains(old), "{old}");
+    let error = parse(VMWARE.replacen(old, new, 1).as_bytes(), None).expect_err(new);
+    (error.kind(), error.to_string())
+}
+
+#[test]
+fn reads_a_machine_of_vmware() {
+    let descriptor = parsed(VMWARE);
+    let machine = &descriptor.machine;
+    assert_eq!((&*machine.name, &*machine.description), ("web & more", "two\nlines"));
+    assert_eq!(machine.os, Some(Os::Windows10));
+    assert_eq!((machine.cpu, machine.memory), (Cpu { sockets: 2, cores: 2 }, Some(4 << 30)));
+    assert_eq!((machine.firmware, machine.secure_boot), (Firmware::Uefi, true));
+    let places: Vec<_> = machine.drives.iter().map(|d| (d.device.as_deref(), machine.position(d))).collect();
+    assert_eq!(
+        places,
+        [
+            (Some("web-1"), Some((Bus::Scsi, 0))),
+            (Some("web-2"), Some((Bus::Scsi, 7))),
+            (Some("empty"), Some((Bus::Scsi, 15))),
+            (None, Some((Bus::Ide, 2))),
+        ]
+    );
+    assert_eq!(machine.controller_of(&machine.drives[2]), Some(ControllerModel::Pvscsi));
+    let [nic] = machine.nics.as_slice() else { panic!("{:?}", machine.nics) };
+    assert_eq!((nic.model, nic.network.as_deref()), (NicModel::Vmxnet3, Some("VM Network")));
+    assert_eq!(nic.mac.map(|mac| mac.to_string()).as_deref(), Some("00:50:56:00:00:01"));
+    assert_eq!(machine.extra, ["floppy drive (Floppy)"]);
+    let [_, second] = descriptor.files.as_slice() else { panic!("{:?}", descriptor.files) };
+    assert_eq!((second.gzip, second.chunk_size, second.size), (true, Some(512), Some(900)));
+    let disks: Vec<_> = descriptor.disks.iter().map(|d| (&*d.device, d.file, d.capacity)).collect();
+    assert_eq!(
+        disks,
+        [
+            ("web-1", Some(0), Some(16 << 30)),
+            ("web-2", Some(1), Some(1 << 30)),
+            ("empty", None, Some(2 << 30))
+        ]
+    );
+    assert!(descriptor.notes.is_empty());
+}
+
+#[test]
+fn reads_a_machine_of_virtualbox_in_ovf_2() {
+    let machine = parsed(VIRTUALBOX).machine;
+    assert_eq!((&*machine.name, machine.os), ("debian", Some(Os::Linux)));
+    assert_eq!((machine.cpu.count(), machine.memory), (2, Some(1 << 30)));
+    assert_eq!((machine.firmware, machine.tpm), (Firmware::Uefi, Some(Tpm::V2_0)));
+    let [drive] = machine.drives.as_slice() else { panic!("{:?}", machine.drives) };
+    assert_eq!(
+        (drive.device.as_deref(), machine.position(drive)),
+        (Some("debian-disk001"), Some((Bus::Sata, 0)))
+    );
+    assert_eq!(machine.nics[0].model, NicModel::E1000);
+    assert_eq!(machine.extra, ["sound card (sound)"]);
+}
+
+#[test]
+fn names_of_files_stay_in_the_package() {
+    for name in ["../x.vmdk", "/etc/passwd", "a/b.vmdk", "..", ".", "", "http://x", "a\\b", "a&#10;b"] {
+        let (kind, text) = refused("web-1.vmdk", name);
+        assert_eq!(kind, ErrorKind::Refused, "{name}: {text}");
+        assert!(text.contains("outside of the package"), "{text}");
+    }
+}
+
+#[test]
+fn refuses_descriptors_that_contradict_themselves() {
+    use ErrorKind::{LimitExceeded, Malformed, Refused, Unsupported, WrongFormat};
+    for (old, new, kind, part) in [
+        ("envelope/1\" xmlns:cim", "envelope/9\" xmlns:cim", WrongFormat, "Envelope"),
+        ("web-2.vmdk.gz", "web-1.vmdk", Malformed, "twice"),
+        ("ovf:id=\"file2\"", "ovf:id=\"file1\"", Malformed, "twice"),
+        ("ovf:fileRef=\"file1\"", "ovf:fileRef=\"other\"", Malformed, "not listed"),
+        ("ovf:diskId=\"vmdisk2\"", "ovf:diskId=\"vmdisk1\"", Malformed, "twice"),
+        ("ovf:diskId=\"vmdisk2\"", "ovf:diskId=\"vmdisk2\" ovf:parentRef=\"vmdisk1\"", Unsupported, "delta"),
+        ("ovf:size=\"68096\"", "ovf:size=\"+1\"", Malformed, "size"),
+        ("ovf:size=\"68096\"", "ovf:size=\"99999999999999999999\"", Malformed, "size"),
+        ("ovf:capacity=\"16\"", "ovf:capacity=\"99999999999\"", Malformed, "capacity"),
+        ("byte * 2^30", "byte * 2^99", Malformed, "capacity"),
+        ("ovf:chunkSize=\"512\"", "ovf:chunkSize=\"0\"", Malformed, "0 bytes"),
+        ("\"gzip\"", "\"lzma\"", Unsupported, "lzma"),
+        ("Quantity>4<", "Quantity>0<", Malformed, "'0' processors"),
+        ("Quantity>4096<", "Quantity>many<", Malformed, "memory of 'many'"),
+        ("ovf:/disk/vmdisk1", "ovf:/disk/vmdisk9", Malformed, "not described"),
+        ("ovf:/disk/vmdisk1", "ovf:/disk/vmdisk2", Unsupported, "shares"),
+        ("</VirtualSystem>", "</VirtualSystem><VirtualSystem ovf:id=\"b\"/>", Unsupported, "web & more, b"),
+        ("<?xml version=\"1.0\" encoding=\"UTF-8\"?>", "<!DOCTYPE a>", Unsupported, "document type"),
+        ("web-1.vmdk", "x/web-1.vmdk", Refused, "outside"),
+        ("</References>", &format!("</References>{}", "<a>".repeat(64)), LimitExceeded, "levels"),
+    ] {
+        let (found, text) = refused(old, new);
+        assert_eq!(found, kind, "{new}: {text}");
+        assert!(text.contains(part), "{new}: {text}");
+    }
+}
+
+#[test]
+fn one_of_several_systems_can_be_chosen() {
+    let two = VMWARE.replacen("</VirtualSystem>", "</VirtualSystem><VirtualSystem ovf:id=\"b\"/>", 1);
+    let chosen = |name| parse(two.as_bytes(), Some(name));
+    assert_eq!(chosen("web & more").expect("a machine").machine.drives.len(), 4);
+    let other = chosen("b").expect("a machine");
+    assert!(other.machine.drives.is_empty());
+    assert!(other.notes[0].contains("web-1, web-2, empty"), "{:?}", other.notes);
+    assert_eq!(chosen("c").map_err(|e| e.kind()).err(), Some(ErrorKind::Usage));
+}
+
+#[test]
+fn drives_without_a_valid_place_get_a_free_one() {
+    // The second disk wants the place of the first one, the third the number of the controller.
+    let text = VMWARE.replacen("OnParent>8<", "OnParent>0<", 1).replacen(
+        "<rasd:AddressOnParent>0</rasd:AddressOnParent>\n        <rasd:ElementName>Hard disk 3",
+        "<rasd:AddressOnParent>7</rasd:AddressOnParent>\n        <rasd:ElementName>Hard disk 3",
+        1,
+    );
+    let machine = parsed(&text).machine;
+    let units: Vec<u32> = machine.drives.iter().map(|drive| drive.unit).collect();
+    assert_eq!(units, [0, 1, 0, 0]);
+    // A parent that is no controller.
+    let machine = parsed(&VMWARE.replacen("Parent>4<", "Parent>99<", 1)).machine;
+    assert_eq!(machine.position(&machine.drives[2]), Some((Bus::Ide, 0)));
+}
+
+/// A machine that OVF expresses as it is.
+fn machine() -> Machine {
+    let mut machine = Machine {
+        name: "web <1>".to_owned(),
+        description: "first\nsecond".to_owned(),
+        os: Some(Os::Linux),
+        cpu: Cpu { sockets: 2, cores: 4 },
+        memory: Some(3 << 30),
+        firmware: Firmware::Uefi,
+        secure_boot: true,
+        ..Machine::of_disks("", ControllerModel::Pvscsi, ["drive-scsi0", "drive-scsi1"])
+    };
+    for (model, position) in
+        [(ControllerModel::Pvscsi, 9), (ControllerModel::Ahci, 0), (ControllerModel::Pvscsi, 17)]
+    {
+        let mut drive = Drive::new(DriveKind::Disk, Some(&format!("{model}-{position}")));
+        assert!(machine.attach(&mut drive, model, position));
+        machine.drives.push(drive);
+    }
+    let mut cdrom = Drive::new(DriveKind::Cdrom, None);
+    assert!(machine.attach(&mut cdrom, ControllerModel::Ide, 2));
+    machine.drives.push(cdrom);
+    let mac = "BC:24:11:00:00:01".parse().ok();
+    machine.nics.push(Nic { mac, network: Some("vmbr0".to_owned()), ..Nic::new(NicModel::Vmxnet3) });
+    machine.nics.push(Nic {
+        network: Some("b & c".to_owned()),
+        connected: false,
+        ..Nic::new(NicModel::E1000e)
+    });
+    machine
+}
+
+fn packaged(names: &[String]) -> Vec<(String, String)> {
+    names.iter().map(|name| (name.clone(), format!("{name}.vmdk"))).collect()
+}
+
+fn printed(machine: &Machine) -> (crate::Printed, Vec<String>) {
+    let names: Vec<String> = machine.drives.iter().filter_map(|drive| drive.device.clone()).collect();
+    let names_and_files = packaged(&names);
+    let disks: Vec<PackagedDisk<'_>> = names_and_files
+        .iter()
+        .map(|(device, href)| PackagedDisk {
+            device,
+            href,
+            len: Some(68_096),
+            capacity: 1 << 30,
+            format: "urn:x",
+        })
+        .collect();
+    (print(machine, &disks), names)
+}
+
+/// The places of the drives, whatever the controllers without drives.
+fn places(machine: &Machine) -> Vec<(Option<String>, Option<(Bus, u32)>, Option<ControllerModel>)> {
+    let mut places: Vec<_> = machine
+        .drives
+        .iter()
+        .map(|drive| (drive.device.clone(), machine.position(drive), machine.controller_of(drive)))
+        .collect();
+    places.sort_by_key(|(_, position, _)| *position);
+    places
+}
+
+#[test]
+fn our_descriptor_reads_as_the_machine() {
+    let machine = machine();
+    let (printed, names) = printed(&machine);
+    assert!(printed.lost.is_empty(), "{:?}", printed.lost);
+    let descriptor = parsed(&printed.text);
+    let again = &descriptor.machine;
+    assert_eq!(places(again), places(&machine), "{}", printed.text);
+    assert_eq!(again.nics, machine.nics);
+    let same = |machine: &Machine| Machine { controllers: Vec::new(), drives: Vec::new(), ..machine.clone() };
+    assert_eq!(same(again), same(&machine));
+    assert_eq!(descriptor.disks.iter().map(|disk| disk.device.clone()).collect::<Vec<_>>(), names);
+    assert_eq!(descriptor.files[1].href, "drive-scsi1.vmdk");
+    assert_eq!((descriptor.files[0].size, descriptor.disks[0].capacity), (Some(68_096), Some(1 << 30)));
+}
+
+#[test]
+fn lists_what_ovf_has_no_place_for() {
+    let mut machine = Machine::of_disks("a", ControllerModel::VirtioScsiSingle, ["drive-scsi0"]);
+    machine.chipset = Some(Chipset::Q35);
+    machine.tpm = Some(Tpm::V2_0);
+    machine.drives.push(Drive::new(DriveKind::EfiVars, Some("drive-efidisk0")));
+    let mut virtio = Drive::new(DriveKind::Disk, Some("drive-virtio0"));
+    machine.attach(&mut virtio, ControllerModel::VirtioBlk, 0);
+    machine.drives.push(virtio);
+    machine.nics.push(Nic { boot: Some(1), ..Nic::new(NicModel::Virtio) });
+    machine.extra.push("agent 1".to_owned());
+    let (printed, _) = printed(&machine);
+    for part in [
+        "chipset q35",
+        "TPM 2.0",
+        "drive-scsi0: virtio-scsi-single: becomes VirtualSCSI",
+        "drive-virtio0: virtio-blk: becomes VirtualSCSI",
+        "drive-efidisk0: firmware variables",
+        "model virtio of network adapter 0: becomes VmxNet3",
+        "boot order",
+        "agent 1",
+    ] {
+        assert!(printed.lost.iter().any(|line| line.contains(part)), "{part}: {:?}", printed.lost);
+    }
+    let again = parsed(&printed.text).machine;
+    // The firmware's variables are in the package, but no disk of the machine.
+    let names: Vec<_> = again.drives.iter().map(|drive| drive.device.as_deref()).collect();
+    assert_eq!(names, [Some("drive-scsi0"), Some("drive-virtio0")]);
+    assert_eq!(again.position(&again.drives[1]), Some((Bus::Scsi, 15)));
+}
+
+#[test]
+fn disks_without_a_drive_get_free_places() {
+    let machine = Machine::of_disks("a", ControllerModel::LsiLogic, ["x"]);
+    let disk = |device, href| PackagedDisk { device, href, len: None, capacity: 512, format: "" };
+    let text = print(&machine, &[disk("x", "x.vmdk"), disk("y", "y.vmdk")]).text;
+    assert!(!text.contains("ovf:size"), "{text}");
+    let again = parsed(&text).machine;
+    assert_eq!(again.position(again.drive("y").expect("a drive")), Some((Bus::Scsi, 1)));
+}
+
+#[test]
+fn padding_keeps_the_descriptor() {
+    let (printed, _) = printed(&machine());
+    let len = printed.text.len();
+    let padded_text = padded(&printed.text, len + 100).expect("room");
+    assert_eq!(padded_text.len(), len + 100);
+    assert_eq!(parsed(&padded_text).machine, parsed(&printed.text).machine);
+    assert_eq!(padded(&printed.text, len).as_deref(), Some(&*printed.text));
+    assert_eq!(padded(&printed.text, len - 1), None);
+}
+
+#[test]
+fn items_have_the_order_of_the_schema() {
+    let (printed, _) = printed(&machine());
+    for item in printed.text.split("<Item>").skip(1) {
+        let names = item.split("<rasd:").skip(1).filter_map(|rest| rest.split('>').next());
+        let names: Vec<&str> = names.collect();
+        assert!(names.is_sorted() && names.contains(&"ElementName"), "{names:?}");
+    }
+    // Proxmox VE joins lines without their line feeds: none may begin inside of a tag.
+    assert!(printed.text.lines().skip(1).all(|line| line.trim_start().starts_with('<')), "{}", printed.text);
+}
