@@ -6,30 +6,16 @@
 
 use std::path::{Path, PathBuf};
 
-use imgtool_core::{Attachment, Error, Result};
+use imgtool_core::{Attachment, Device, Error, Machine, Result};
 use imgtool_engine::SelectedDisk;
+use imgtool_machine::proxmox as dialect;
+use imgtool_machine::proxmox::keys::{self, Advice, Wrong};
+use imgtool_machine::proxmox::{ANY_VMID, Assignment, MapEntry};
 
-mod config;
-mod drives;
-mod keys;
 mod name;
 
-pub use config::GuestConfig;
-use config::MapEntry;
+pub use imgtool_machine::proxmox::{CONFIG_NAME, FIREWALL_NAME, GuestConfig};
 pub use name::{Better, is_for_proxmox, note_on_name, vmid_of_config};
-
-/// Name of the guest's configuration in an archive.
-pub const CONFIG_NAME: &str = "qemu-server.conf";
-
-/// Name of the guest's firewall rules in an archive.
-pub const FIREWALL_NAME: &str = "qemu-server.fw";
-
-/// Name of the storage in the volume names of new disk lines. Every node has this storage; `qmrestore
-/// --storage` replaces it.
-const ANY_STORAGE: &str = "local";
-
-/// Guest number (VMID) in the volume names of new disk lines, if no name tells it. `qmrestore` replaces it.
-const ANY_VMID: &str = "100";
 
 /// Memory of a guest in MiB, if the user states none.
 const MEMORY: &str = "2048";
@@ -43,13 +29,21 @@ pub enum Base {
     File(PathBuf, GuestConfig, Attachment),
     /// That of a source.
     Source(GuestConfig, Attachment),
+    /// The machine of a source or a file that has no configuration of Proxmox VE.
+    Machine(dialect::Settings),
 }
 
 impl Base {
+    /// Converts a machine.
+    pub fn of_machine(machine: &Machine) -> Self {
+        Self::Machine(dialect::settings(machine))
+    }
+
     fn config(&self) -> GuestConfig {
         match self {
             Self::Nothing => GuestConfig::default(),
             Self::File(_, config, _) | Self::Source(config, _) => config.clone(),
+            Self::Machine(settings) => settings.config.clone(),
         }
     }
 
@@ -58,8 +52,9 @@ impl Base {
         match self {
             Self::Nothing => Vec::new(),
             Self::File(_, _, bytes) | Self::Source(_, bytes) => {
-                config::map_entries(&String::from_utf8_lossy(&bytes.data))
+                dialect::map_entries(&String::from_utf8_lossy(&bytes.data))
             }
+            Self::Machine(settings) => settings.map.clone(),
         }
     }
 
@@ -108,10 +103,14 @@ pub fn pack(
     }
     let file_name = dest.and_then(Path::file_name).and_then(|name| name.to_str());
     let vmid = file_name.and_then(name::vmid_of).or_else(|| base.vmid()).unwrap_or(ANY_VMID);
-    let found = drives::assign(&config, &old_map, disks);
+    let mut devices: Vec<Device> = disks.iter().map(device).collect();
+    let found = dialect::assign(&config, &old_map, &devices);
     let notes = notes(base, &overrides, &config, &found, labels);
     found.without_disk.iter().for_each(|drive| config.remove(drive));
-    let map = add_drives(&mut config, &found, disks, vmid);
+    let map = dialect::add_drives(&mut config, &found, &mut devices, vmid, true);
+    for (disk, device) in disks.iter_mut().zip(devices) {
+        disk.name = device.name;
+    }
     if matches!(base, Base::Nothing) {
         add_defaults(&mut config, &map);
     }
@@ -119,51 +118,24 @@ pub fn pack(
     Ok(Packed { config: Attachment { name: CONFIG_NAME.to_owned(), data }, notes })
 }
 
+/// Returns a disk as the device of the archive.
+fn device(disk: &SelectedDisk) -> Device {
+    Device { name: disk.name.clone(), ..disk.device.clone() }
+}
+
 /// True if the assignments of an earlier archive name exactly these disks.
 fn is_complete(map: &[MapEntry], disks: &[SelectedDisk]) -> bool {
     let disks: Vec<&str> =
-        disks.iter().filter(|disk| drives::is_disk(disk)).map(|disk| &*disk.name).collect();
+        disks.iter().filter(|disk| dialect::is_disk(&disk.device)).map(|disk| &*disk.name).collect();
     !map.is_empty()
         && map.len() == disks.len()
         && map.iter().all(|entry| disks.contains(&entry.device.as_str()))
 }
 
-/// Renames the disks after their drives, and adds the lines of new drives. Returns the assignments.
-fn add_drives(
-    config: &mut GuestConfig,
-    found: &drives::Assignment,
-    disks: &mut [SelectedDisk],
-    vmid: &str,
-) -> Vec<MapEntry> {
-    let mut map = Vec::new();
-    for (index, (drive, disk)) in found.drives.iter().zip(disks).enumerate() {
-        let Some(drive) = drive else { continue };
-        disk.name = drives::device_name(drive);
-        if config.get(drive).is_none_or(|line| !drives::holds_disk(line)) {
-            let extra = match drive.as_str() {
-                "efidisk0" => ",efitype=4m",
-                "tpmstate0" => ",version=v2.0",
-                _ => "",
-            };
-            let size = disk.device.size.div_ceil(1024);
-            let volume = format!("{ANY_STORAGE}:{vmid}/vm-{vmid}-disk-{index}.raw");
-            config.set(drive, &format!("{volume}{extra},size={size}K"));
-        }
-        let (storage, format) = drives::storage_and_format(config.get(drive).unwrap_or_default());
-        map.push(MapEntry {
-            drive: drive.clone(),
-            device: disk.name.clone(),
-            storage: storage.to_owned(),
-            format: format.to_owned(),
-        });
-    }
-    map
-}
-
 /// Adds what a guest needs to start from its disks.
 fn add_defaults(config: &mut GuestConfig, map: &[MapEntry]) {
     let drives = || map.iter().map(|entry| &*entry.drive);
-    if let Some(disk) = drives().find(|drive| drives::is_bootable(drive)) {
+    if let Some(disk) = drives().find(|drive| dialect::is_bootable(drive)) {
         config.set_default("boot", &format!("order={disk}"));
     }
     if drives().any(|drive| drive.starts_with("scsi")) {
@@ -180,13 +152,14 @@ fn notes(
     base: &Base,
     overrides: &[(String, String)],
     config: &GuestConfig,
-    found: &drives::Assignment,
+    found: &Assignment,
     labels: &[String],
 ) -> Vec<String> {
     let origin = match base {
         Base::Nothing => "a minimal one".to_owned(),
         Base::File(path, ..) => format!("from {}", path.display()),
         Base::Source(..) => "that of the source".to_owned(),
+        Base::Machine(_) => "made from the description of the machine".to_owned(),
     };
     let keys: Vec<&str> = overrides.iter().map(|(key, _)| &**key).collect();
     let with =
@@ -200,6 +173,9 @@ fn notes(
             "{MEMORY} MiB of memory, no network: --config FILE takes the guest's own configuration, \
              --proxmox net0=virtio,bridge=vmbr0 sets a value"
         ));
+    }
+    if let Base::Machine(settings) = base {
+        notes.extend(settings.lost.iter().map(|line| format!("{CONFIG_NAME} lacks {line}")));
     }
     if !config.left_out.is_empty() {
         notes.push(format!("not part of a backup, left out: {}", config.left_out.join(", ")));
@@ -219,7 +195,7 @@ fn notes(
 
 /// Returns notes on disks without a map line in the configuration, and on map lines without a disk.
 pub fn notes_on_map(config: &[u8], disks: &[&str]) -> Vec<String> {
-    let mapped = config::map_entries(&String::from_utf8_lossy(config));
+    let mapped = dialect::map_entries(&String::from_utf8_lossy(config));
     let missing = mapped.iter().filter(|entry| !disks.contains(&entry.device.as_str())).map(|entry| {
         let MapEntry { drive, device, .. } = entry;
         format!(
@@ -232,7 +208,7 @@ pub fn notes_on_map(config: &[u8], disks: &[&str]) -> Vec<String> {
         format!(
             "{CONFIG_NAME} has no {} line for the device {disk}: qmrestore will not restore it (--proxmox \
              writes such lines)",
-            config::MAP_LINE
+            dialect::MAP_LINE
         )
     });
     missing.chain(unmapped).collect()
@@ -258,13 +234,22 @@ fn parse(settings: &[String]) -> Result<Vec<(String, String)>> {
         if value.chars().any(char::is_control) {
             return Err(wrong("the value holds a control character"));
         }
-        keys::check(key, value).map_err(|found| wrong(&found.what).hint(found.hint))?;
+        keys::check(key, value).map_err(|found| wrong(&found.what).hint(advice(&found)))?;
         if pairs.iter().any(|(known, _)| known == key) {
             return Err(wrong("the key is given twice"));
         }
         pairs.push((key.to_owned(), value.to_owned()));
     }
     Ok(pairs)
+}
+
+/// Words what to give instead of a wrong setting.
+fn advice(wrong: &Wrong) -> String {
+    let meant = wrong.meant.as_ref().map(|meant| format!("--proxmox {meant}; ")).unwrap_or_default();
+    match &wrong.advice {
+        Advice::Text(text) => format!("{meant}{text}"),
+        Advice::Example(example) => format!("{meant}for example --proxmox {example}"),
+    }
 }
 
 #[cfg(test)]

@@ -3,12 +3,17 @@
 //! | module | dialect |
 //! |---|---|
 //! | [`ovf`] | the descriptor of an OVF package or OVA |
+//! | [`libvirt`] | the domain XML of libvirt |
+//! | [`proxmox`] | `qemu-server.conf` of Proxmox VE, as VMA archives have it |
 //!
 //! Each dialect has a `parse`, which takes untrusted bytes, and a `print`, whose result lists what the dialect has no
 //! place for. Nothing that runs a program on the host or takes a device of the host is carried over. The crate opens
 //! no file.
 
+pub mod description;
+pub mod libvirt;
 pub mod ovf;
+pub mod proxmox;
 mod xml;
 
 /// A description, and what it does not hold.

@@ -5,6 +5,7 @@
 //! are sections behind the settings), no lock and no unused volumes. Comments that assign the devices of the
 //! archive to drives follow the settings.
 
+use std::collections::HashSet;
 use std::fmt::Write as _;
 
 use super::keys;
@@ -45,6 +46,7 @@ impl GuestConfig {
         let mut snapshots = Vec::new();
         let mut in_section = false;
         let mut bad_lines = 0;
+        let mut keys = HashSet::new();
         for (number, line) in (1..).zip(text.trim_start_matches('\u{feff}').lines().map(str::trim_end)) {
             if let Some(section) = line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
                 in_section = true;
@@ -59,7 +61,7 @@ impl GuestConfig {
                 if !BACKUP_COMMENTS.iter().any(|prefix| line.starts_with(prefix)) {
                     config.lines.push(Line::Comment(line.to_owned()));
                 }
-            } else if config.add_line(line).is_none() {
+            } else if config.add_line(line, &mut keys).is_none() {
                 bad_lines += 1;
                 config.bad_line.get_or_insert_with(|| (number, line.to_owned()));
             }
@@ -78,11 +80,11 @@ impl GuestConfig {
         (known > bad_lines + config.unknown.len()).then_some(config)
     }
 
-    /// Adds the setting of a line. Returns `None` if it is none.
-    fn add_line(&mut self, line: &str) -> Option<()> {
+    /// Adds the setting of a line. Returns `None` if it is none, or its key is among the `keys` of earlier lines.
+    fn add_line<'a>(&mut self, line: &'a str, keys: &mut HashSet<&'a str>) -> Option<()> {
         let (key, value) = line.split_once(':')?;
         let is_key_char = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
-        if key.is_empty() || !key.chars().all(is_key_char) || self.get(key).is_some() {
+        if key.is_empty() || !key.chars().all(is_key_char) || !keys.insert(key) {
             return None;
         }
         if matches!(key, "lock" | "parent") || keys::is_unused(key) {
@@ -144,6 +146,14 @@ impl GuestConfig {
         let is_comment = |line: &&Line| matches!(line, Line::Comment(_));
         let old = self.lines.iter().take_while(is_comment).count();
         self.lines.splice(0..old, text.split("\\n").map(|line| Line::Comment(format!("#{line}"))));
+    }
+
+    /// Returns the comments before the settings: the description.
+    pub(super) fn leading_comments(&self) -> impl Iterator<Item = &str> {
+        self.lines.iter().map_while(|line| match line {
+            Line::Comment(text) => Some(text.strip_prefix('#').unwrap_or(text)),
+            Line::Setting(..) => None,
+        })
     }
 
     /// Returns the text, with the comments that assign the devices at its end.

@@ -292,13 +292,24 @@ const INTERNAL: &[(&str, &str)] = &[
 pub struct Wrong {
     /// The fault, for the message.
     pub what: String,
-    /// Advice on a valid value, for the hint.
-    pub hint: String,
+    /// The setting that the user meant (`memory=4096` for `memory=4G`), if it can be told.
+    pub meant: Option<String>,
+    /// Advice on a valid value.
+    pub advice: Advice,
+}
+
+/// Advice on a valid setting.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Advice {
+    /// A sentence.
+    Text(String),
+    /// A setting that is valid, as an example: `memory=4096 (MiB)`.
+    Example(String),
 }
 
 impl Wrong {
-    fn new(what: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self { what: what.into(), hint: hint.into() }
+    fn new(what: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self { what: what.into(), meant: None, advice: Advice::Text(advice.into()) }
     }
 }
 
@@ -344,12 +355,13 @@ pub fn check(key: &str, value: &str) -> Result<(), Wrong> {
         ));
     }
     let Some(known) = find(key) else { return Err(unknown(key)) };
+    let advice = || expected(known.kind, key);
     if value.is_empty() {
-        return Err(Wrong::new(format!("'{key}' has no value"), expected(known.kind, key)));
+        return Err(Wrong { what: format!("'{key}' has no value"), meant: None, advice: advice() });
     }
     check_value(known.kind, value).map_err(|what| {
-        let better = in_mebibytes(key, value).map(|better| format!("--proxmox {key}={better}; "));
-        Wrong::new(what, better.unwrap_or_default() + &expected(known.kind, key))
+        let meant = in_mebibytes(key, value).map(|mebibytes| format!("{key}={mebibytes}"));
+        Wrong { what, meant, advice: advice() }
     })
 }
 
@@ -457,7 +469,7 @@ fn noun(kind: Kind) -> String {
 }
 
 /// Says by an example what a setting takes.
-fn expected(kind: Kind, key: &str) -> String {
+fn expected(kind: Kind, key: &str) -> Advice {
     let example = match (key, kind) {
         ("memory" | "balloon", _) => "4096 (MiB)".to_owned(),
         ("name", _) => "web-1".to_owned(),
@@ -468,9 +480,9 @@ fn expected(kind: Kind, key: &str) -> String {
         (_, Whole(least, _)) => least.max(1).to_string(),
         _ if key.starts_with("net") => "virtio,bridge=vmbr0".to_owned(),
         (_, Properties([("file", _), ..])) => "local-lvm:vm-100-disk-0,size=32G".to_owned(),
-        _ => return format!("qm.conf(5) of Proxmox VE describes {key}"),
+        _ => return Advice::Text(format!("qm.conf(5) of Proxmox VE describes {key}")),
     };
-    format!("for example --proxmox {key}={example}")
+    Advice::Example(format!("{key}={example}"))
 }
 
 #[cfg(test)]
@@ -510,8 +522,8 @@ mod tests {
             ("scsi31", "a:b", "no setting 'scsi31'", "scsi0 to scsi30"),
             ("scsi00", "a:b", "no setting 'scsi00'", "scsi0 to scsi30"),
             ("efidisk1", "a:b", "no setting", "efidisk0 alone"),
-            ("memory", "abc", "'abc' is not a whole number of at least 16", "--proxmox memory=4096"),
-            ("memory", "4G", "'4G' is not", "--proxmox memory=4096;"),
+            ("memory", "abc", "'abc' is not a whole number of at least 16", "Example(\"memory=4096"),
+            ("memory", "4G", "'4G' is not", "Some(\"memory=4096\")"),
             ("memory", "8", "at least 16", "memory"),
             ("cores", "0", "at least 1", "cores=1"),
             ("name", "my_vm", "letters, digits", "name=web-1"),
@@ -525,7 +537,10 @@ mod tests {
         ] {
             let wrong = check(key, value).expect_err(key);
             assert!(wrong.what.contains(what), "{key}={value}: {wrong:?}");
-            assert!(wrong.hint.contains(hint), "{key}={value}: {wrong:?}");
+            assert!(
+                format!("{:?} {:?}", wrong.meant, wrong.advice).contains(hint),
+                "{key}={value}: {wrong:?}"
+            );
         }
     }
 }

@@ -3,15 +3,14 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use imgtool_core::{DeviceKind, parse_size};
-use imgtool_engine::SelectedDisk;
+use imgtool_core::{Device, DeviceKind, parse_size};
 
 use super::config::{GuestConfig, MapEntry};
 
 /// A bus, and the maximum number of disks on it.
-struct Bus {
-    name: &'static str,
-    drives: u32,
+pub(super) struct Bus {
+    pub(super) name: &'static str,
+    pub(super) drives: u32,
     bootable: bool,
 }
 
@@ -26,11 +25,21 @@ const BUSES: [Bus; 6] = [
 ];
 
 /// Returns the bus of a drive such as `scsi0`; `None` if no such drive exists.
-fn bus_of(drive: &str) -> Option<&'static Bus> {
+pub(super) fn bus_of(drive: &str) -> Option<&'static Bus> {
     BUSES.iter().find(|bus| {
         let number = drive.strip_prefix(bus.name).filter(|n| *n == "0" || !n.starts_with('0'));
         number.and_then(|number| number.parse::<u32>().ok()).is_some_and(|number| number < bus.drives)
     })
+}
+
+/// Returns the drives on a bus, then those on other buses that a guest can boot from.
+pub(super) fn free_drives(bus: &str) -> impl Iterator<Item = String> {
+    let is_first = |one: &&Bus| one.name == bus;
+    let first = BUSES.iter().find(is_first);
+    let others =
+        BUSES.iter().filter(move |one| one.bootable && first.is_none_or(|first| first.name != one.name));
+    let buses = first.into_iter().chain(others);
+    buses.flat_map(|bus| (0..bus.drives).map(move |number| format!("{}{number}", bus.name)))
 }
 
 /// True if a guest can boot from a drive.
@@ -87,8 +96,8 @@ pub fn holds_disk(line: &str) -> bool {
 }
 
 /// True if this is a disk, not the state of a guest.
-pub fn is_disk(disk: &SelectedDisk) -> bool {
-    disk.device.kind != DeviceKind::VmState
+pub fn is_disk(disk: &Device) -> bool {
+    disk.kind != DeviceKind::VmState
 }
 
 /// Returns the volume of a drive line: `local-lvm:vm-100-disk-0`.
@@ -124,8 +133,8 @@ pub struct Assignment {
 
 /// Assigns a drive to each disk: by its name, by the assignments `map` of an earlier archive, by the name of
 /// a drive's volume, by its size if that is unique, or in order; a further disk gets a free drive, SCSI
-/// first.
-pub fn assign(config: &GuestConfig, map: &[MapEntry], disks: &[SelectedDisk]) -> Assignment {
+/// first. The names of `disks` are those of the archive.
+pub fn assign(config: &GuestConfig, map: &[MapEntry], disks: &[Device]) -> Assignment {
     let mut open = drive_lines(config);
     let mut drives: Vec<Option<String>> = vec![None; disks.len()];
     let all: Vec<usize> = (0..disks.len()).filter(|index| is_disk(&disks[*index])).collect();
@@ -149,10 +158,9 @@ pub fn assign(config: &GuestConfig, map: &[MapEntry], disks: &[SelectedDisk]) ->
         }
     }
     for index in free(&drives) {
-        let size = disks[index].device.size;
+        let size = disks[index].size;
         let fits = |line: &DriveLine| line.size == Some(size);
-        let is_only_disk =
-            free(&drives).iter().filter(|other| disks[**other].device.size == size).count() == 1;
+        let is_only_disk = free(&drives).iter().filter(|other| disks[**other].size == size).count() == 1;
         let place = open.iter().position(fits).filter(|_| is_only_disk);
         if let (Some(place), 1) = (place, open.iter().filter(|line| fits(line)).count()) {
             drives[index] = Some(open.remove(place).name);
@@ -184,15 +192,9 @@ fn drive_of(name: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use imgtool_core::Device;
 
-    fn disks(list: &[(&str, u64)]) -> Vec<SelectedDisk> {
-        let disk = |(name, size): &(&str, u64)| SelectedDisk {
-            source: 0,
-            device: Device::disk(0, "disk", *size),
-            name: (*name).to_owned(),
-        };
-        list.iter().map(disk).collect()
+    fn disks(list: &[(&str, u64)]) -> Vec<Device> {
+        list.iter().map(|(name, size)| Device::disk(0, *name, *size)).collect()
     }
 
     const CONFIG: &str = "boot: order=virtio1;ide2;net0\nefidisk0: local-lvm:vm-100-disk-1,size=4M\n\
