@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{DeviceId, DeviceKind, ImageInfo};
+use imgtool_core::{DeviceId, DeviceKind, ImageInfo, Machine};
+use imgtool_machine::proxmox;
 use serde_json::json;
 
 use crate::header::ArchiveHeader;
@@ -19,6 +20,7 @@ pub(crate) fn info(header: &ArchiveHeader, index: Option<&Index>) -> ImageInfo {
         format: "vma",
         devices: header.devices.clone(),
         attachments: header.configs.clone(),
+        machine: machine(header).map(Box::new),
         cluster_size: Some(CLUSTER),
         notes: header.notes.clone(),
         ..ImageInfo::default()
@@ -44,6 +46,12 @@ pub(crate) fn info(header: &ArchiveHeader, index: Option<&Index>) -> ImageInfo {
         add_notes(&mut info, header, index);
     }
     info
+}
+
+/// Returns the machine that the guest's configuration describes, if there is one that can be parsed.
+fn machine(header: &ArchiveHeader) -> Option<Machine> {
+    let config = header.configs.iter().find(|config| config.name == proxmox::CONFIG_NAME)?;
+    proxmox::parse(&config.data).ok()
 }
 
 /// Returns the note that stored sizes are unknown because only the first `stream_len` bytes of a stream were

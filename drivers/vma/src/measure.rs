@@ -18,6 +18,7 @@ pub(crate) fn measure(source: &dyn ImageSource, options: &VmaOptions) -> Result<
     let manifest = Manifest {
         devices: info.devices.clone(),
         attachments: info.attachments.clone(),
+        machine: info.machine.clone(),
         ..Manifest::default()
     };
     let plan = ArchivePlan::new(&manifest, options)?;

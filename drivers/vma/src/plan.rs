@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use imgtool_core::error::escape_control;
 use imgtool_core::{Attachment, Device, DeviceKind, Error, Manifest, Remedy, Result};
+use imgtool_machine::proxmox;
 use md5::{Digest, Md5};
 use uuid::Uuid;
 use zerocopy::{FromZeros, IntoBytes};
@@ -62,11 +63,25 @@ impl ArchivePlan {
     pub(crate) fn new(manifest: &Manifest, options: &VmaOptions) -> Result<Self> {
         let mut notes = Vec::new();
         let devices = plan_devices(&manifest.devices, &mut notes)?;
-        let configs = plan_configs(&manifest.attachments, &mut notes)?;
+        let mut attachments = manifest.attachments.clone();
+        attachments.extend(guest_config(manifest, &mut notes));
+        let configs = plan_configs(&attachments, &mut notes)?;
         let uuid = options.uuid.unwrap_or_else(|| derive_uuid(&devices, &configs, options.ctime));
         let header = encode_header(uuid, options.ctime, &devices, &configs)?;
         Ok(Self { uuid, header, devices, notes })
     }
+}
+
+/// Returns the configuration that `qmrestore` needs, for a machine that comes without one.
+fn guest_config(manifest: &Manifest, notes: &mut Vec<String>) -> Option<Attachment> {
+    let machine = manifest.machine.as_ref()?;
+    let is_config = |config: &Attachment| config.name.rsplit('/').next() == Some(proxmox::CONFIG_NAME);
+    if manifest.attachments.iter().any(is_config) {
+        return None;
+    }
+    let printed = proxmox::for_archive(machine, &manifest.devices);
+    notes.extend(printed.lost.iter().map(|line| format!("{} lacks {line}", proxmox::CONFIG_NAME)));
+    Some(Attachment { name: proxmox::CONFIG_NAME.to_owned(), data: printed.text.into_bytes() })
 }
 
 /// Checks the devices, rounds their sizes, and numbers them from 1.

@@ -111,6 +111,7 @@ fn plan(
         format,
         disks: Slot::first(selected.len()).collect(),
         attachments,
+        machine: None,
         size: None,
         bitmaps: Vec::new(),
     };

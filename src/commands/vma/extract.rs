@@ -297,6 +297,7 @@ fn output(destination: Destination, format: TargetFormat, slot: Slot) -> Planned
         format,
         disks: vec![slot],
         attachments: Vec::new(),
+        machine: None,
         size: None,
         bitmaps: Vec::new(),
     }

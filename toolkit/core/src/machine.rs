@@ -1,9 +1,9 @@
 //! [`Machine`], the description of the virtual machine whose disks an image holds.
 //!
-//! A VMA archive, an OVA and a libvirt domain describe the same things in different words: processors, memory,
-//! firmware, controllers with drives, network adapters. This model holds what two of these dialects have in
-//! common. Settings of one dialect alone are lines of [`Machine::extra`], so that a program can list what a
-//! conversion leaves out. The crate `imgtool-machine` reads and writes the dialects.
+//! A VMA archive, an OVA and a libvirt domain describe the same things in different words: processors,
+//! memory, firmware, controllers with drives, network adapters. This model holds what two of these dialects
+//! have in common. Settings of one dialect alone are lines of [`Machine::extra`], so that a program can list
+//! what a conversion leaves out. The crate `imgtool-machine` reads and writes the dialects.
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,8 +11,8 @@ use std::str::FromStr;
 use serde::{Serialize, Serializer};
 use uuid::Uuid;
 
-/// Maximum flat number of a drive on its bus. Our limit: VMware and libvirt have fewer, and a larger number would
-/// only make controllers without drives.
+/// Maximum flat number of a drive on its bus. Our limit: VMware and libvirt have fewer, and a larger number
+/// would only make controllers without drives.
 pub const MAX_POSITION: u32 = 255;
 
 /// Maximum number of drives. VMA's limit of devices, with as many CD drives.
@@ -263,8 +263,8 @@ impl ControllerModel {
         }
     }
 
-    /// Returns the number of drives on a controller in this model: VMware's, without the controller's own SCSI
-    /// number 7.
+    /// Returns the number of drives on a controller in this model: VMware's, without the controller's own
+    /// SCSI number 7.
     pub fn units(self) -> u32 {
         match self.bus() {
             Bus::Ide => 2,
@@ -289,8 +289,8 @@ pub struct Controller {
 pub struct Drive {
     /// Kind.
     pub kind: DriveKind,
-    /// Name of the image's device ([`crate::Device::name`]) with the content; `None` for a drive that is empty or
-    /// whose content the image does not hold.
+    /// Name of the image's device ([`crate::Device::name`]) with the content; `None` for a drive that is
+    /// empty or whose content the image does not hold.
     pub device: Option<String>,
     /// Index in [`Machine::controllers`]; `None` for firmware variables and TPM state.
     pub controller: Option<usize>,
@@ -388,9 +388,9 @@ impl Machine {
         machine
     }
 
-    /// Puts a drive at a place of its bus, counted across the controllers of the bus. Adds controllers of `model`
-    /// where the machine has too few. Returns false, and leaves the drive without a controller, if the place exceeds
-    /// [`MAX_POSITION`].
+    /// Puts a drive at a place of its bus, counted across the controllers of the bus. Adds controllers of
+    /// `model` where the machine has too few. Returns false, and leaves the drive without a controller, if
+    /// the place exceeds [`MAX_POSITION`].
     pub fn attach(&mut self, drive: &mut Drive, model: ControllerModel, position: u32) -> bool {
         if position > MAX_POSITION {
             return false;
@@ -413,8 +413,8 @@ impl Machine {
         self.controllers.get(drive.controller?).map(|controller| controller.model)
     }
 
-    /// Returns the bus of a drive, and its place there counted across the controllers of the bus: the inverse of
-    /// [`Machine::attach`].
+    /// Returns the bus of a drive, and its place there counted across the controllers of the bus: the inverse
+    /// of [`Machine::attach`].
     pub fn position(&self, drive: &Drive) -> Option<(Bus, u32)> {
         let index = drive.controller?;
         let model = self.controllers.get(index)?.model;
@@ -428,8 +428,8 @@ impl Machine {
         self.drives.iter().find(|drive| drive.device.as_deref() == Some(device))
     }
 
-    /// Replaces the names of the devices by those that `renamed` returns for them. Removes the drives for which it
-    /// returns `None`, but keeps those without a device.
+    /// Replaces the names of the devices by those that `renamed` returns for them. Removes the drives for
+    /// which it returns `None`, but keeps those without a device.
     #[must_use]
     pub fn with_devices(mut self, renamed: impl Fn(&str) -> Option<String>) -> Self {
         self.drives.retain_mut(|drive| match &drive.device {

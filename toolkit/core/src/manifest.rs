@@ -14,8 +14,8 @@ pub struct Manifest {
     pub devices: Vec<Device>,
     /// Attachments. A format that can't store them ignores them.
     pub attachments: Vec<Attachment>,
-    /// The machine of the devices, whose drives have the names of `devices`. A format that can't store it ignores
-    /// it.
+    /// The machine of the devices, whose drives have the names of `devices`. A format that can't store it
+    /// ignores it.
     pub machine: Option<Box<Machine>>,
     /// Disk of the backing image that [`crate::ImageWriter::backing`] names, if the caller opened it. The new
     /// image does not store content that this disk already contains.

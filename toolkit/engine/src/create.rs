@@ -72,6 +72,7 @@ pub fn create(
         format: request.format,
         disks: vec![imgtool_core::Slot(0)],
         attachments: Vec::new(),
+        machine: None,
         size: None,
         bitmaps: Vec::new(),
     };

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use imgtool_core::device::meant;
 use imgtool_core::{
-    Attachment, Bitmap, DeviceKind, Driver, Error, InPlace, Location, Manifest, Memory, Output, Registry,
-    Remedy, Result, Slot, suggest,
+    Attachment, Bitmap, DeviceKind, Driver, Error, InPlace, Location, Machine, Manifest, Memory, Output,
+    Registry, Remedy, Result, Slot, suggest,
 };
 use imgtool_storage::open::Opening;
 use imgtool_storage::os::{self, FileClass};
@@ -16,7 +16,7 @@ use crate::format::{self, TargetFormat};
 use crate::names::{self, Unique};
 use crate::open;
 use crate::report::Note;
-use crate::sources::{OpenSource, SelectedDisk};
+use crate::sources::{self, OpenSource, SelectedDisk};
 
 /// Destination of an output.
 #[derive(Debug, Clone)]
@@ -89,6 +89,8 @@ pub struct PlannedOutput {
     pub disks: Vec<Slot>,
     /// Configurations in the image.
     pub attachments: Vec<Attachment>,
+    /// The machine that the disks belong to, by the names that they have in the image; `None` for several machines.
+    pub machine: Option<Box<Machine>>,
     /// Virtual size in bytes of the only disk, if larger than in the source. Zeros fill the rest.
     pub size: Option<u64>,
     /// Persistent bitmaps of the only disk to copy into the image.
@@ -124,7 +126,7 @@ impl PlannedOutput {
         Manifest {
             devices: (0..).zip(&self.disks).map(device).collect(),
             attachments: self.attachments.clone(),
-            machine: None,
+            machine: self.machine.clone(),
             base: None,
             base_info: None,
             bitmaps: self.bitmaps.clone(),
@@ -374,8 +376,9 @@ impl LayoutRequest<'_> {
                 rest.len()
             )));
         }
+        let machine = sources::machine(self.sources, self.selected).map(Box::new);
         let output = self.output(self.destination(location)?, self.format.clone(), rest);
-        layout.outputs.push(PlannedOutput { attachments: self.attachments.clone(), ..output });
+        layout.outputs.push(PlannedOutput { attachments: self.attachments.clone(), machine, ..output });
         Ok(())
     }
 
@@ -531,7 +534,7 @@ impl LayoutRequest<'_> {
 
     fn output(&self, destination: Destination, format: TargetFormat, disks: Vec<Slot>) -> PlannedOutput {
         let (attachments, bitmaps) = (Vec::new(), Vec::new());
-        PlannedOutput { destination, format, disks, attachments, size: None, bitmaps }
+        PlannedOutput { destination, format, disks, attachments, machine: None, size: None, bitmaps }
     }
 
     fn archive_name(&self) -> String {

@@ -205,6 +205,7 @@ impl MeasureRequest<'_> {
             format: self.format.clone(),
             disks: Slot::first(devices.len()).collect(),
             attachments: Vec::new(),
+            machine: None,
             size: None,
             bitmaps: Vec::new(),
         };
@@ -244,6 +245,7 @@ impl Part {
                 format: whole.format,
                 devices: numbered.collect(),
                 attachments: if with_attachments { whole.attachments.clone() } else { Vec::new() },
+                machine: whole.machine.clone().filter(|_| with_attachments),
                 ..ImageInfo::default()
             },
             image: Arc::clone(image),

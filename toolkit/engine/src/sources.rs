@@ -6,8 +6,8 @@ use std::path::Path;
 
 use imgtool_core::device::meant;
 use imgtool_core::{
-    Attachment, CancelToken, Device, DeviceKind, Error, Location, OpenOptions, Registry, Result, Secret,
-    Slot, suggest,
+    Attachment, CancelToken, Device, DeviceKind, Error, Location, Machine, OpenOptions, Registry, Result,
+    Secret, Slot, suggest,
 };
 use imgtool_storage::open::OpenInput;
 
@@ -91,6 +91,25 @@ impl SelectedDisk {
     pub(crate) fn names(&self) -> [&str; 2] {
         [&self.name, &self.device.name]
     }
+}
+
+/// Returns the machine of the only source that describes one, without the disks that are not `selected`, by
+/// the names that the selected ones have in the output.
+pub fn machine(sources: &[OpenSource], selected: &[SelectedDisk]) -> Option<Machine> {
+    let mut machines = (0..).zip(sources).filter_map(|(index, source)| {
+        let machine = source.opened.image.info().machine.as_ref()?;
+        Some((index, machine))
+    });
+    let (Some((source, machine)), None) = (machines.next(), machines.next()) else { return None };
+    Some(of_selected(machine, source, selected))
+}
+
+/// Returns the machine of a source as [`machine`] does, whatever the other sources describe.
+pub fn of_selected(machine: &Machine, source: usize, selected: &[SelectedDisk]) -> Machine {
+    machine.clone().with_devices(|name| {
+        let mut disks = selected.iter().filter(|disk| disk.source == source);
+        disks.find(|disk| disk.device.name == name).map(|disk| disk.name.clone())
+    })
 }
 
 /// Opens the sources, in order. Copies a stream of unknown length to temporary storage if `target` needs the

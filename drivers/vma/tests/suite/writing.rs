@@ -1,7 +1,8 @@
 //! The writer: exact header bytes, refusals, and archives read back by other readers.
 
+use imgtool_core::machine::ControllerModel;
 use imgtool_core::{
-    Attachment, CreateOptions, Device, DeviceId, DeviceKind, Driver, ErrorKind, ImageSink, Manifest,
+    Attachment, CreateOptions, Device, DeviceId, DeviceKind, Driver, ErrorKind, ImageSink, Machine, Manifest,
     OpenOptions, Output, Result,
 };
 use imgtool_testing::conformance::{self, Content, Fill, Image, Pipe, new_file};
@@ -127,6 +128,38 @@ fn makes_configuration_names_safe_and_unique() {
         let error = create(&manifest).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Usage, "{name:?}");
     }
+}
+
+#[test]
+fn machine_without_a_configuration_gets_one() {
+    let image = small();
+    let names: Vec<String> = image.manifest().devices.iter().map(|device| device.name.clone()).collect();
+    let mut machine = Machine::of_disks("web", ControllerModel::VirtioScsi, names.iter().map(String::as_str));
+    machine.memory = Some(3 << 30);
+    machine.extra.push("agent: 1".to_owned());
+    let written = |manifest: &Manifest| {
+        let pipe = Pipe::default();
+        let output = pipe.output();
+        let sink = create_in(output.clone(), manifest).unwrap();
+        output.write_at(&sink.begin().unwrap(), 0).unwrap();
+        (ArchiveHeader::read(as_stream(&pipe.bytes())).unwrap(), sink.notes())
+    };
+    let described = Manifest { machine: Some(Box::new(machine)), ..image.manifest() };
+    let own: Vec<Attachment> =
+        described.attachments.iter().filter(|config| config.name != "qemu-server.conf").cloned().collect();
+    let (header, notes) = written(&Manifest { attachments: own.clone(), ..described.clone() });
+    let config = header.configs.iter().find(|config| config.name == "qemu-server.conf").unwrap();
+    let text = String::from_utf8(config.data.clone()).unwrap();
+    assert!(text.contains("\nmemory: 3072\nname: web\n"), "{text}");
+    assert!(text.contains(&format!("#qmdump#map:scsi0:{}:local:raw:\n", names[0])), "{text}");
+    assert!(notes.contains(&"qemu-server.conf lacks agent: 1".to_owned()), "{notes:?}");
+    // A configuration that comes along stays as it is.
+    let mut given = own;
+    given.push(Attachment { name: "etc/qemu-server.conf".to_owned(), data: b"memory: 1\n".to_vec() });
+    let (header, notes) = written(&Manifest { attachments: given.clone(), ..described });
+    assert_eq!(header.configs.len(), given.len());
+    assert!(header.configs.iter().any(|config| config.data == b"memory: 1\n"));
+    assert!(!notes.iter().any(|note| note.contains("lacks")), "{notes:?}");
 }
 
 #[test]
