@@ -6,9 +6,9 @@
 //! | [`libvirt`] | the domain XML of libvirt |
 //! | [`proxmox`] | `qemu-server.conf` of Proxmox VE, as VMA archives have it |
 //!
-//! Each dialect has a `parse`, which takes untrusted bytes, and a `print`, whose result lists what the dialect has no
-//! place for. Nothing that runs a program on the host or takes a device of the host is carried over. The crate opens
-//! no file.
+//! Each dialect has a `parse`, which takes untrusted bytes, and a `print`, whose result lists what the
+//! dialect has no place for. Nothing that runs a program on the host or takes a device of the host is carried
+//! over. The crate opens no file.
 
 pub mod description;
 pub mod libvirt;
@@ -25,5 +25,6 @@ pub struct Printed {
     pub lost: Vec<String>,
 }
 
-/// Memory in bytes of a machine whose memory is unknown. Our choice: enough for the installer of every system.
+/// Memory in bytes of a machine whose memory is unknown. Our choice: enough for the installer of every
+/// system.
 pub const DEFAULT_MEMORY: u64 = 2 << 30;

@@ -1,7 +1,7 @@
 //! The descriptor of an OVF package (`.ovf`), DSP0243: OVF 1.x and 2.0, and VMware's 0.9 read; 1.1 written.
 //!
-//! A package is a descriptor, the files that it names and a manifest with their digests; an OVA is a tar of them.
-//! This module knows the descriptor alone.
+//! A package is a descriptor, the files that it names and a manifest with their digests; an OVA is a tar of
+//! them. This module knows the descriptor alone.
 
 use imgtool_core::machine::{ControllerModel, Machine, Os};
 
@@ -113,7 +113,8 @@ const SYSTEMS: &[(u32, &str, Os)] = &[
     (123, "", Os::Windows11),
 ];
 
-/// `ResourceType` and `ResourceSubType` of each controller, by VMware's names. virtio-scsi has VirtualBox's name.
+/// `ResourceType` and `ResourceSubType` of each controller, by VMware's names. virtio-scsi has VirtualBox's
+/// name.
 const CONTROLLERS: &[(u32, &str, ControllerModel)] = &[
     (5, "", ControllerModel::Ide),
     (6, "lsilogic", ControllerModel::LsiLogic),

@@ -1,8 +1,8 @@
 //! A small tree of an XML document, within limits.
 //!
-//! The parser expands nothing: a document type is refused, and of the references only the five predefined ones and
-//! those of characters are known. So the tree is never larger than the document, apart from a constant for each
-//! element and attribute.
+//! The parser expands nothing: a document type is refused, and of the references only the five predefined
+//! ones and those of characters are known. So the tree is never larger than the document, apart from a
+//! constant for each element and attribute.
 
 use imgtool_core::{Error, Result};
 use quick_xml::NsReader;
@@ -118,11 +118,12 @@ impl Element {
     }
 }
 
-/// Parses a document and returns its outermost element. `what` names the document in errors ("the descriptor").
+/// Parses a document and returns its outermost element. `what` names the document in errors ("the
+/// descriptor").
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Malformed`] if this is no well-formed XML, `Unsupported` for a document type and
-/// another encoding than UTF-8, `LimitExceeded` beyond the limits.
+/// [`imgtool_core::ErrorKind::Malformed`] if this is no well-formed XML, `Unsupported` for a document type
+/// and another encoding than UTF-8, `LimitExceeded` beyond the limits.
 pub fn parse(bytes: &[u8], what: &str) -> Result<Element> {
     if bytes.len() > MAX_LEN {
         let len = bytes.len();
@@ -308,8 +309,16 @@ fn space_of(resolved: &ResolveResult<'_>) -> Space {
 
 /// Returns the start of a text from a document, for a message.
 pub fn shortened(text: &str) -> &str {
-    const LONGEST: usize = 64;
-    match text.char_indices().nth(LONGEST) {
+    first(text, 64)
+}
+
+/// Returns a name from a document, at most 255 characters of it. Our limit: file systems have the same.
+pub fn bounded(name: &str) -> &str {
+    first(name, 255)
+}
+
+fn first(text: &str, count: usize) -> &str {
+    match text.char_indices().nth(count) {
         Some((end, _)) => &text[..end],
         None => text,
     }

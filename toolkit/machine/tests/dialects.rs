@@ -1,5 +1,5 @@
-//! Properties of all dialects together: what each of them can express survives the way through all of them, and no
-//! text breaks out of its place.
+//! Properties of all dialects together: what each of them can express survives the way through all of them,
+//! and no text breaks out of its place.
 
 use imgtool_core::Device;
 use imgtool_core::machine::{

@@ -11,12 +11,14 @@ use std::sync::{Mutex, PoisonError};
 
 use serde_json::Value;
 
+mod cot;
 mod dissect;
 mod libvhdi;
 mod libvmdk;
 mod libyal;
 mod qemu;
 
+pub use cot::{cot_reads, cot_samples};
 pub use dissect::{
     SeenArchive, SeenDevice, dissect_compare_vhdx, dissect_disks, dissect_read_qcow2,
     dissect_reads_vdi_chain, dissect_vma,
@@ -26,13 +28,14 @@ pub use libvmdk::{VmdkMount, seven_zip};
 pub use libyal::libyal_reads_child;
 pub use qemu::{assert_clean_qcow2, qemu_check, qemu_compare, qemu_img, qemu_info, qemu_make};
 
-/// True if a program is installed (for `dissect` and `libyal`: if both packages can be imported). If it is
+/// True if a program is installed (for `dissect`, `libyal` and `cot`: if the packages can be imported). If it is
 /// not, reports the running test as skipped, or fails it with `CI` set.
 #[track_caller]
 pub fn have(tool: &str) -> bool {
     let found = match tool {
         "dissect" => dissect::dissect_found(),
         "libyal" => libyal::libyal_found(),
+        "cot" => cot::cot_found(),
         _ => program_found(tool),
     };
     if !found {

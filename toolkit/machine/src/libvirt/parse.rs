@@ -20,8 +20,8 @@ const MAX_CPUS: u32 = 4096;
 /// [`Machine::extra`].
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::WrongFormat`] for another document, `Malformed` for processors or memory that are
-/// none, `LimitExceeded` beyond the limits.
+/// [`imgtool_core::ErrorKind::WrongFormat`] for another document, `Malformed` for processors or memory that
+/// are none, `LimitExceeded` beyond the limits.
 pub fn parse(bytes: &[u8]) -> Result<Machine> {
     let domain = xml::parse(bytes, WHAT)?;
     if domain.name != "domain" {
@@ -31,7 +31,7 @@ pub fn parse(bytes: &[u8]) -> Result<Machine> {
         )));
     }
     let mut machine = Machine {
-        name: domain.child_text("name").unwrap_or_default().to_owned(),
+        name: xml::bounded(domain.child_text("name").unwrap_or_default()).to_owned(),
         description: domain.child_text("description").unwrap_or_default().to_owned(),
         uuid: domain.child_text("uuid").and_then(|uuid| Uuid::parse_str(uuid).ok()),
         os: operating_system(&domain),
@@ -188,7 +188,7 @@ fn add_drive(device: &Element, scsi: &dyn Fn(u32) -> ControllerModel, machine: &
         machine.extra.push(format!("content of the CD drive {}", escape_control(shortened(name))));
     }
     let stem = file.and_then(|file| std::path::Path::new(file).file_stem()).and_then(|stem| stem.to_str());
-    let mut drive = Drive::new(kind, stem.filter(|_| kind == DriveKind::Disk));
+    let mut drive = Drive::new(kind, stem.map(xml::bounded).filter(|_| kind == DriveKind::Disk));
     drive.read_only |= device.child("readonly").is_some();
     let boot = device.child("boot").and_then(|boot| boot.attribute("order")?.parse::<u32>().ok());
     drive.boot = boot.and_then(|boot| boot.checked_sub(1));
@@ -200,7 +200,8 @@ fn add_drive(device: &Element, scsi: &dyn Fn(u32) -> ControllerModel, machine: &
     Ok(())
 }
 
-/// Returns the controller of a drive and its place on the bus: that of its address, or of the letters of its name.
+/// Returns the controller of a drive and its place on the bus: that of its address, or of the letters of its
+/// name.
 fn place(
     device: &Element,
     target: Option<&Element>,
@@ -271,7 +272,7 @@ fn add_nic(device: &Element, machine: &mut Machine) -> Result<()> {
     machine.nics.push(Nic {
         model: model.unwrap_or(NicModel::E1000),
         mac: device.child("mac").and_then(|mac| mac.attribute("address")?.parse().ok()),
-        network: network.filter(|network| *network != NETWORK).map(str::to_owned),
+        network: network.filter(|network| *network != NETWORK).map(|name| xml::bounded(name).to_owned()),
         connected: link != Some("down"),
         boot: boot.and_then(|boot| boot.checked_sub(1)),
     });

@@ -42,7 +42,8 @@ pub fn print(machine: &Machine, disks: &[DiskSource<'_>]) -> Printed {
     Printed { text: printer.text, lost: printer.lost }
 }
 
-/// Returns the chipset: that of the machine, or the one that fits its firmware and its drives. Q35 has no IDE.
+/// Returns the chipset: that of the machine, or the one that fits its firmware and its drives. Q35 has no
+/// IDE.
 fn chipset(machine: &Machine) -> Chipset {
     let has_ide = machine.drives.iter().any(|drive| {
         drive.kind == DriveKind::Disk && machine.controller_of(drive) == Some(ControllerModel::Ide)
@@ -195,7 +196,8 @@ impl Printer<'_> {
                 }
             };
             self.drive(drive, source, written, &target, (number, unit));
-            if written != model {
+            // The same model, with one controller for all drives.
+            if written != model && model != ControllerModel::VirtioScsiSingle {
                 let what = drive.device.as_deref().unwrap_or("CD drive");
                 self.lost.push(format!("{}: controller {model} becomes {written}", shortened(what)));
             }
@@ -331,8 +333,11 @@ impl Printer<'_> {
         self.line(4, &format!("<video><model type='{video}'/></video>"));
     }
 
-    /// Lists the drives that are not written.
+    /// Lists the drives and disks that are not written.
     fn state(&mut self) {
+        for disk in self.disks.iter().filter(|disk| self.machine.drive(disk.device).is_none()) {
+            self.lost.push(format!("{}: no drive of the machine has this disk", shortened(disk.device)));
+        }
         for drive in &self.machine.drives {
             let device = shortened(drive.device.as_deref().unwrap_or("drive"));
             let is_source = |disk: &DiskSource<'_>| Some(disk.device) == drive.device.as_deref();

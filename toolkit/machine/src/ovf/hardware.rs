@@ -9,7 +9,7 @@ use imgtool_core::machine::{
 use imgtool_core::{Error, Result};
 
 use super::{CONTROLLERS, DiskRef, units};
-use crate::xml::{Element, Space, shortened};
+use crate::xml::{Element, Space, bounded, shortened};
 
 /// Maximum number of processors. Our limit: four times VMware's.
 const MAX_CPUS: u32 = 4096;
@@ -45,12 +45,12 @@ impl<'a> Item<'a> {
     }
 }
 
-/// Adds the resources of a section to the machine. Of the items for several configurations, those for `option`
-/// count.
+/// Adds the resources of a section to the machine. Of the items for several configurations, those for
+/// `option` count.
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Malformed`] for a number of processors or a memory that is none; `LimitExceeded`
-/// beyond the limits.
+/// [`imgtool_core::ErrorKind::Malformed`] for a number of processors or a memory that is none;
+/// `LimitExceeded` beyond the limits.
 pub(super) fn add(
     section: &Element,
     option: Option<&str>,
@@ -90,8 +90,8 @@ fn item<'a>(element: &'a Element, option: Option<&str>) -> Option<Item<'a>> {
     Some(Item { element, kind })
 }
 
-/// Names the resources that the model has no place for. A graphics adapter and USB controllers are part of every
-/// machine.
+/// Names the resources that the model has no place for. A graphics adapter and USB controllers are part of
+/// every machine.
 fn other_resource(kind: u32) -> Option<&'static str> {
     match kind {
         14 => Some("floppy drive"),
@@ -241,7 +241,8 @@ fn first_controller(machine: &mut Machine) -> usize {
     0
 }
 
-/// Converts an address on a controller into a place of the model, which leaves out the controller's own number.
+/// Converts an address on a controller into a place of the model, which leaves out the controller's own
+/// number.
 fn unit_of(model: ControllerModel, address: u32) -> Option<u32> {
     match (model.bus(), address) {
         (Bus::Scsi, 7) => None,
@@ -279,7 +280,7 @@ fn add_nic(item: &Item<'_>, machine: &mut Machine) -> Result<()> {
     };
     machine.nics.push(Nic {
         mac: item.get("Address").and_then(|address| address.parse().ok()),
-        network: item.get("Connection").map(str::to_owned),
+        network: item.get("Connection").map(|network| bounded(network).to_owned()),
         connected: !item.get("AutomaticAllocation").is_some_and(|value| value.eq_ignore_ascii_case("false")),
         ..Nic::new(model)
     });

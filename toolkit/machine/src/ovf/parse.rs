@@ -9,15 +9,16 @@ use imgtool_core::{Error, Result};
 use super::{Descriptor, DiskRef, FileRef, SYSTEMS, WHAT, hardware, units};
 use crate::xml::{self, Element, Space, shortened};
 
-/// Maximum length in bytes of the name of a file: that of Linux file systems.
+/// Maximum length in bytes of the name of a file, and of the identifier of a disk, which becomes one: that of
+/// Linux file systems.
 const MAX_NAME: usize = 255;
 
 /// Parses a descriptor. `system` names one of several systems in it.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::Malformed`] for a descriptor that contradicts itself or the specification,
-/// `Unsupported` for several systems without a choice and for what is not implemented, `Refused` for the name of a
-/// file that leaves the package, `LimitExceeded` beyond the limits.
+/// `Unsupported` for several systems without a choice and for what is not implemented, `Refused` for the name
+/// of a file that leaves the package, `LimitExceeded` beyond the limits.
 pub fn parse(bytes: &[u8], system: Option<&str>) -> Result<Descriptor> {
     let envelope = xml::parse(bytes, WHAT)?;
     if envelope.name != "Envelope" || envelope.space != Space::Ovf {
@@ -145,6 +146,10 @@ fn disks(envelope: &Element, files: &[FileRef]) -> Result<Vec<DiskRef>> {
         let get = |name: &str| disk.attribute_in(Space::Ovf, name).filter(|value| !value.is_empty());
         let id =
             get("diskId").ok_or_else(|| Error::malformed("a disk of the OVF descriptor has no diskId"))?;
+        if id.len() > MAX_NAME {
+            let len = id.len();
+            return Err(Error::limit(format!("a diskId has {len} bytes, more than {MAX_NAME}")));
+        }
         if !ids.insert(id) {
             return Err(Error::malformed(format!(
                 "the OVF descriptor describes the disk '{}' twice",
@@ -188,7 +193,7 @@ fn stem(href: &str) -> &str {
 
 fn capacity(disk: &Element) -> Result<Option<u64>> {
     let Some(text) = disk.attribute_in(Space::Ovf, "capacity") else { return Ok(None) };
-    // A reference to a property (`${size}`), which whoever installs the machine would set.
+    // A reference to a property (`${size}`), which the user who installs the machine sets.
     if text.starts_with("${") {
         return Ok(None);
     }
@@ -205,7 +210,7 @@ fn capacity(disk: &Element) -> Result<Option<u64>> {
 fn machine(system: &Element, envelope: &Element, descriptor: &Descriptor) -> Result<Machine> {
     let id = system.attribute_in(Space::Ovf, "id");
     let mut machine = Machine {
-        name: system.child_text("Name").or(id).unwrap_or_default().to_owned(),
+        name: xml::bounded(system.child_text("Name").or(id).unwrap_or_default()).to_owned(),
         description: description(system),
         os: operating_system(system),
         ..Machine::default()

@@ -1,9 +1,9 @@
-//! Prints a descriptor: OVF 1.1 with the elements and units that VMware, VirtualBox, Proxmox VE and virt-v2v all
-//! import.
+//! Prints a descriptor: OVF 1.1 with the elements and units that VMware, VirtualBox, Proxmox VE and virt-v2v
+//! all import.
 //!
-//! The importers insist on more than the specification: memory in units of `byte * 2^20`, the children of an item in
-//! alphabetical order, hardware version 13, which ESXi 6.5 and newer know, and no `StorageItem`. Proxmox VE reads the
-//! descriptor line by line, so no line feed is inside of an element without text.
+//! The importers insist on more than the specification: memory in units of `byte * 2^20`, the children of an
+//! item in alphabetical order, hardware version 13, which ESXi 6.5 and newer know, and no `StorageItem`.
+//! Proxmox VE reads the descriptor line by line, so no line feed is inside of an element without text.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -39,8 +39,8 @@ const HEAD: &str = r#"<?xml version="1.0" encoding="UTF-8"?>
 "#;
 const END: &str = "</Envelope>\n";
 
-/// Prints the descriptor of a machine. `disks` are those of the package, in its order; a disk that no drive of the
-/// machine has gets a free place.
+/// Prints the descriptor of a machine. `disks` are those of the package, in its order; a disk that no drive
+/// of the machine has gets a free place.
 pub fn print(machine: &Machine, disks: &[PackagedDisk<'_>]) -> Printed {
     let mut printer = Printer { text: HEAD.to_owned(), lost: Vec::new(), instance: 0 };
     printer.references(disks);
@@ -51,8 +51,8 @@ pub fn print(machine: &Machine, disks: &[PackagedDisk<'_>]) -> Printed {
     Printed { text: printer.text, lost: printer.lost }
 }
 
-/// Fills a descriptor with blanks to `len` bytes, for a writer that reserved room for it. Returns `None` if it is
-/// longer.
+/// Fills a descriptor with blanks to `len` bytes, for a writer that reserved room for it. Returns `None` if
+/// it is longer.
 pub fn padded(descriptor: &str, len: usize) -> Option<String> {
     let blanks = len.checked_sub(descriptor.len())?;
     let body = descriptor.strip_suffix(END)?;
@@ -181,8 +181,8 @@ impl Printer {
         self.instance.to_string()
     }
 
-    /// Prints an item. Its settings are in alphabetical order, as the schema's sequence has them, with VMware's
-    /// behind.
+    /// Prints an item. Its settings are in alphabetical order, as the schema's sequence has them, with
+    /// VMware's behind.
     fn item(&mut self, settings: &[(&str, &str)]) {
         self.text.push_str("   <Item>\n");
         for (name, value) in settings {
@@ -326,7 +326,8 @@ fn address(bus: Bus, unit: u32) -> u32 {
     if bus == Bus::Scsi && unit >= 7 { unit + 1 } else { unit }
 }
 
-/// Returns the controllers with their drives. virtio-blk drives get SCSI controllers of their own, after the others.
+/// Returns the controllers with their drives. virtio-blk drives get SCSI controllers of their own, after the
+/// others.
 fn placed<'a>(machine: &Machine, disks: &[PackagedDisk<'a>]) -> Vec<Placed<'a>> {
     let mut all: Vec<(ControllerModel, Bus, u32, Place<'a>)> = Vec::new();
     let mut is_placed = vec![false; disks.len()];

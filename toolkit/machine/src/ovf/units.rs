@@ -1,6 +1,7 @@
 //! Units of quantities (`AllocationUnits`), DSP0004 annex C, and the older words of VMware.
 
-/// Returns the number of bytes in a unit: `byte * 2^20`, `byte*10^6`, `MegaBytes`, `MB`; `None` if it is unknown.
+/// Returns the number of bytes in a unit: `byte * 2^20`, `byte*10^6`, `MegaBytes`, `MB`; `None` if it is
+/// unknown.
 pub(super) fn bytes_in(unit: &str) -> Option<u64> {
     let unit: String = unit.chars().filter(|c| !c.is_ascii_whitespace()).collect();
     let unit = unit.to_ascii_lowercase();

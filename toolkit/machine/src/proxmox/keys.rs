@@ -292,7 +292,7 @@ const INTERNAL: &[(&str, &str)] = &[
 pub struct Wrong {
     /// The fault, for the message.
     pub what: String,
-    /// The setting that the user meant (`memory=4096` for `memory=4G`), if it can be told.
+    /// The setting that the user meant (`memory=4096` for `memory=4G`), if known.
     pub meant: Option<String>,
     /// Advice on a valid value.
     pub advice: Advice,

@@ -16,6 +16,8 @@ use crate::{DEFAULT_MEMORY, Printed};
 const BRIDGE: &str = "vmbr0";
 /// Number of network adapters of a guest, from qm.conf(5).
 const MAX_NICS: usize = 32;
+/// Maximum number of characters of a description, from qm.conf(5).
+const MAX_DESCRIPTION: usize = 8192;
 /// Maximum length of a label of the domain name system (RFC 1035).
 const MAX_LABEL: usize = 63;
 
@@ -38,21 +40,20 @@ pub fn for_archive(machine: &Machine, devices: &[Device]) -> Printed {
     Printed { text: config.text(&map), lost }
 }
 
-/// Converts a machine into the settings of a guest. Those of the disks follow when it is known where they are.
+/// Converts a machine into the settings of a guest. Those of the disks follow when it is known where they
+/// are.
 pub fn settings(machine: &Machine) -> Settings {
+    let places = machine.drives.iter().filter_map(|drive| machine.position(drive));
+    let wanted = places.map(|(bus, position)| format!("{bus}{position}")).collect();
     let mut printer =
-        Printer { machine, settings: Settings::default(), names: Vec::new(), used: BTreeSet::new() };
+        Printer { machine, settings: Settings::default(), names: Vec::new(), used: BTreeSet::new(), wanted };
     printer.name();
     printer.system();
     printer.drives();
     printer.nics();
     printer.boot_order();
     printer.settings.lost.extend(machine.extra.iter().cloned());
-    // The comments before the settings.
-    if !machine.description.is_empty() {
-        let lines: Vec<String> = machine.description.lines().map(encoded).collect();
-        printer.settings.config.set("description", &lines.join("\\n"));
-    }
+    printer.description();
     printer.settings
 }
 
@@ -62,6 +63,8 @@ struct Printer<'a> {
     /// Name of each drive of the machine (`scsi0`), as far as it has one.
     names: Vec<Option<String>>,
     used: BTreeSet<String>,
+    /// Names by the places of all drives.
+    wanted: BTreeSet<String>,
 }
 
 impl Printer<'_> {
@@ -71,6 +74,20 @@ impl Printer<'_> {
 
     fn lose(&mut self, line: String) {
         self.settings.lost.push(line);
+    }
+
+    /// Adds the comments before the settings.
+    fn description(&mut self) {
+        let description = &self.machine.description;
+        if description.is_empty() {
+            return;
+        }
+        let kept: String = description.chars().take(MAX_DESCRIPTION).collect();
+        let lines: Vec<String> = kept.lines().map(encoded).collect();
+        self.set("description", &lines.join("\\n"));
+        if kept.len() < description.len() {
+            self.lose(format!("end of the description: Proxmox VE keeps {MAX_DESCRIPTION} characters"));
+        }
     }
 
     fn name(&mut self) {
@@ -198,12 +215,9 @@ impl Printer<'_> {
         if drives::bus_of(&wanted).is_some() && bus != Bus::Nvme && self.used.insert(wanted.clone()) {
             return Some(wanted);
         }
-        let taken = |name: &str| {
-            let is_free_later =
-                |other: &Drive| machine.position(other).is_some_and(|(bus, at)| format!("{bus}{at}") == name);
-            self.used.contains(name) || machine.drives.iter().any(is_free_later)
-        };
-        let free = drives::free_drives(bus_name).find(|name| !taken(name))?;
+        // The places that other drives of the machine have stay theirs.
+        let is_taken = |name: &String| self.used.contains(name) || self.wanted.contains(name);
+        let free = drives::free_drives(bus_name).find(|name| !is_taken(name))?;
         self.used.insert(free.clone());
         self.lose(format!("place {position} on the {bus} bus: becomes {free}"));
         Some(free)
