@@ -11,6 +11,7 @@ mod image_locks;
 mod image_names;
 mod info;
 mod json_reference;
+mod machines;
 mod map_svg;
 mod measure;
 mod outputs;

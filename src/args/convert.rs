@@ -243,6 +243,8 @@ pub struct DeviceArgs {
     /// A guest's configuration as in /etc/pve/qemu-server becomes qemu-server.conf, whatever its name:
     /// without snapshots, pending changes, lock and unused volumes, and with the lines that assign the
     /// disks to its drives, by name (scsi0=PATH), size and order. 100.fw becomes qemu-server.fw.
+    /// An OVF descriptor and the XML of a libvirt domain, found by their content, become qemu-server.conf
+    /// too; the summary lists what it has no setting for.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub config: Vec<PathBuf>,
 

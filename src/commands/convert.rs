@@ -21,6 +21,7 @@ use crate::{compat, images, proxmox, report};
 
 mod configurations;
 mod disk_target;
+mod domain;
 mod new_size;
 mod summary;
 mod target_name;
@@ -59,6 +60,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     let mut plan = conversion.plan()?;
     plan.layout.notes.extend(notes.into_iter().map(Note::Text));
     configurations::note_on_restoring(args, &mut plan)?;
+    domain::add(&mut plan)?;
     args.target.size.map_or(Ok(()), |size| new_size::set(&mut plan, size, &cancel))?;
     let is_compressed = plan.sources.iter().any(|source| !source.opened.compression.is_empty());
     plan.layout.notes.extend(size_is_given.then(without_size));

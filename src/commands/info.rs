@@ -257,6 +257,9 @@ fn document(image: &ImageEntry) -> Value {
     map.insert("devices".into(), info.devices.iter().map(|known| device(known, image.counted)).collect());
     let attachments = info.attachments.iter().map(|a| json!({ "name": a.name, "size": a.data.len() }));
     map.insert("attachments".into(), attachments.collect());
+    if let Some(machine) = &info.machine {
+        map.insert("machine".into(), json!(machine));
+    }
     let references =
         info.references.iter().map(|r| json!({ "role": r.role, "name": r.name, "format": r.format }));
     map.insert("references".into(), references.collect());

@@ -79,7 +79,11 @@ fn an_archive_goes_into_a_directory() {
         ("single.vma", "version.1"),
     ] {
         imgtool(["convert", archive, "--to", "qcow2", dest]).within(dir.path()).ok();
-        assert_eq!(names(&dir.path().join(dest)), ["drive-scsi0.qcow2", "qemu-server.conf"], "{dest}");
+        assert_eq!(
+            names(&dir.path().join(dest)),
+            ["drive-scsi0.qcow2", "qemu-server.conf", "vm.xml"],
+            "{dest}"
+        );
     }
     imgtool(["convert", "single.vma", "--to", "vma", "copies"]).within(dir.path()).ok();
     assert_eq!(names(&dir.path().join("copies")), ["single.vma"]);
@@ -139,7 +143,7 @@ fn each_of_several_machines_gets_a_directory() {
     assert_eq!(names(&all), ["a", "a-2", "b", "loose.qcow2"]);
     for (machine, memory) in [("a", "100"), ("b", "200"), ("a-2", "300")] {
         let machine = all.join(machine);
-        assert_eq!(names(&machine), ["drive-scsi0.qcow2", "qemu-server.conf"]);
+        assert_eq!(names(&machine), ["drive-scsi0.qcow2", "qemu-server.conf", "vm.xml"]);
         let config = std::fs::read_to_string(machine.join("qemu-server.conf")).unwrap();
         assert!(config.contains(&format!("memory: {memory}")), "{config}");
     }

@@ -4,7 +4,8 @@
 use std::path::Path;
 
 use imgtool_core::{Attachment, DeviceKind, Error, Result, ResultExt};
-use imgtool_engine::{Destination, Note, OpenConversion, OpenSource, Plan, SelectedDisk};
+use imgtool_engine::{Destination, Note, OpenConversion, OpenSource, Plan, SelectedDisk, sources};
+use imgtool_machine::description;
 
 use crate::args::ConvertArgs;
 use crate::commands::options;
@@ -25,13 +26,16 @@ pub(super) fn add(args: &ConvertArgs, conversion: &mut OpenConversion<'_>) -> Re
         let file = read(path)?;
         match guest_config(&file).filter(|_| for_proxmox) {
             Some(config) => {
-                if let Base::File(first, ..) = &base {
-                    let first = first.display();
-                    return Err(Error::usage(format!("is a guest's configuration, as is {first}"))
-                        .path(path.as_path())
-                        .hint("an archive holds one guest: give one of them"));
+                if !matches!(base, Base::Nothing) {
+                    return Err(two_guests(path, &base));
                 }
                 base = Base::File(path.clone(), config.in_file(path)?, file);
+            }
+            None if for_proxmox && description::is_one(&file.data) => {
+                if !matches!(base, Base::Nothing) {
+                    return Err(two_guests(path, &base));
+                }
+                base = Base::of_machine(&description::parse(&file.data).in_file(path)?);
             }
             None => conversion.attachments.push(firewall(file, for_proxmox, &mut notes)),
         }
@@ -40,6 +44,17 @@ pub(super) fn add(args: &ConvertArgs, conversion: &mut OpenConversion<'_>) -> Re
         add_guest(args, conversion, base, &mut notes)?;
     }
     Ok(notes)
+}
+
+/// Returns the error for a second description of a guest.
+fn two_guests(path: &Path, first: &Base) -> Error {
+    let first = match first {
+        Base::File(first, ..) => first.display().to_string(),
+        _ => "another file".to_owned(),
+    };
+    Error::usage(format!("is a guest's configuration, as is {first}"))
+        .path(path)
+        .hint("an archive holds one guest: give one of them")
 }
 
 /// Adds the guest's configuration to an archive for Proxmox VE.
@@ -59,6 +74,9 @@ fn add_guest(
     }
     if matches!(base, Base::Nothing) && !settings.is_empty() {
         base = of_source(conversion)?;
+    }
+    if matches!(base, Base::Nothing) && !has_guest(conversion) {
+        base = of_machine(conversion);
     }
     let dest = args.paths.last().filter(|_| args.paths.len() > 1).map(Path::new);
     if matches!(base, Base::Nothing) && settings.is_empty() && !needs_minimal(conversion, dest) {
@@ -106,6 +124,23 @@ fn of_source(conversion: &mut OpenConversion<'_>) -> Result<Base> {
         }
     }
     Ok(base)
+}
+
+/// True if a source has the guest's configuration.
+fn has_guest(conversion: &OpenConversion<'_>) -> bool {
+    let mut files = conversion.sources().iter().flat_map(OpenSource::attachments);
+    files.any(|file| file.name == CONFIG_NAME)
+}
+
+/// Returns the machine of the only source that describes one in another dialect. Keeps the files of that source.
+fn of_machine(conversion: &mut OpenConversion<'_>) -> Base {
+    let selected = conversion.selected().to_vec();
+    let Some(machine) = sources::machine(conversion.sources(), &selected) else { return Base::Nothing };
+    let files = conversion.sources().iter().flat_map(OpenSource::attachments);
+    let is_new = |file: &&Attachment| !conversion.attachments.iter().any(|known| known.name == file.name);
+    let files: Vec<Attachment> = files.filter(is_new).cloned().collect();
+    conversion.attachments.extend(files);
+    Base::of_machine(&machine)
 }
 
 fn read(path: &Path) -> Result<Attachment> {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use imgtool_core::Attachment;
+use imgtool_core::machine::{Firmware, Machine, Nic};
 
 use crate::proxmox;
 
@@ -29,6 +30,40 @@ pub fn summary(attachments: &[Attachment]) -> Option<String> {
     parts.extend(get("bios").filter(|bios| *bios == "ovmf").map(|_| "UEFI".to_owned()));
     parts.extend(get("ostype").map(|kind| format!("ostype {kind}")));
     (!parts.is_empty()).then(|| parts.join(", "))
+}
+
+/// Summarises a machine that another dialect describes, in the same form.
+pub fn of_machine(machine: &Machine) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    parts.extend((!machine.name.is_empty()).then(|| machine.name.clone()));
+    let cores = machine.cpu.count();
+    parts.push(format!("{cores} {}", if cores == 1 { "core" } else { "cores" }));
+    parts.extend(machine.memory.map(|bytes| format!("{} MiB memory", bytes >> 20)));
+    parts.extend((machine.firmware == Firmware::Uefi).then(|| "UEFI".to_owned()));
+    parts.extend(machine.os.map(|os| os.to_string()));
+    parts.join(", ")
+}
+
+/// Returns the controllers and the network adapters of a machine, with labels.
+pub fn hardware(machine: &Machine) -> Vec<(&'static str, String)> {
+    let mut models: Vec<&str> =
+        machine.controllers.iter().map(|controller| controller.model.name()).collect();
+    models.dedup();
+    let adapter = |nic: &Nic| {
+        let mac = nic.mac.map(|mac| format!(" {mac}")).unwrap_or_default();
+        let network = nic.network.as_ref().map(|network| format!(" on {network}")).unwrap_or_default();
+        format!("{}{mac}{network}{}", nic.model, if nic.connected { "" } else { ", unplugged" })
+    };
+    let adapters: Vec<String> = machine.nics.iter().map(adapter).collect();
+    let firmware: Vec<String> = (machine.secure_boot.then(|| "secure boot".to_owned()).into_iter())
+        .chain(machine.tpm.map(|tpm| format!("TPM {tpm}")))
+        .collect();
+    let lines = [
+        ("controllers", models.join(", ")),
+        ("network", adapters.join("; ")),
+        ("security", firmware.join(", ")),
+    ];
+    lines.into_iter().filter(|(_, value)| !value.is_empty()).collect()
 }
 
 /// Maps the name of each device in the archive to the drive that a restore creates and the storage of the

@@ -24,6 +24,11 @@ pub(super) fn page(image: &ImageEntry) -> String {
     if image.is_archive {
         if let Some(guest) = guest::summary(&info.attachments) {
             line(&mut text, "guest", &guest);
+        } else if let Some(machine) = &info.machine {
+            line(&mut text, "guest", &guest::of_machine(machine));
+        }
+        for (label, value) in info.machine.iter().flat_map(|machine| guest::hardware(machine)) {
+            line(&mut text, label, &value);
         }
         devices(&mut text, image);
         configurations(&mut text, image);
