@@ -11,6 +11,7 @@ use crate::sparse::SparseFile;
 
 mod beside;
 mod luks;
+mod machine;
 mod map_file;
 mod outer;
 mod qcow2;
@@ -34,7 +35,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const ALL: [Target; 14] = [
+pub const ALL: [Target; 17] = [
     Target { name: "raw", run: raw::run, image: None },
     Target { name: "qcow2", run: qcow2::run, image: Some(qcow2::image) },
     Target { name: "vhdx", run: vhdx::run, image: Some(vhdx::image) },
@@ -49,6 +50,9 @@ pub const ALL: [Target; 14] = [
     Target { name: "outer", run: outer::run, image: None },
     Target { name: "lzop", run: outer::run_lzop, image: None },
     Target { name: "map_file", run: map_file::run, image: None },
+    Target { name: "ovf", run: machine::run_ovf, image: None },
+    Target { name: "domain", run: machine::run_domain, image: None },
+    Target { name: "guest_config", run: machine::run_guest_config, image: None },
 ];
 
 /// Finds the target called `name`.
