@@ -110,16 +110,14 @@ fn cot_reads_our_descriptors() {
     };
     let paths = written(directory.path(), "ovf", print);
     for (path, machine) in paths.iter().zip(machines()) {
-        let seen = cot_reads(path);
-        let memory = machine.memory.unwrap_or_default() >> 20;
-        for part in [format!("Memory:           {memory} MiB"), format!("Version:          {}", "vmx-13")] {
-            let plain = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
-            let (number, seen) = (part.rsplit("  ").next().unwrap_or_default().trim(), plain(&seen));
-            assert!(
-                seen.contains(number) || seen.contains(&format!("{} GiB", memory >> 10)),
-                "{part}: {seen}"
-            );
-        }
+        let seen = cot_reads(path).split_whitespace().collect::<Vec<_>>().join(" ");
+        // CPUs, memory, network adapters, serial ports, disks.
+        let gibibytes = machine.memory.unwrap_or_default() as f64 / f64::from(1 << 30);
+        let memory = if gibibytes < 1.0 { "512 MiB".to_owned() } else { format!("{gibibytes} GiB") };
+        let (cpus, nics, disks) = (machine.cpu.count(), machine.nics.len(), machine.drives.len() - 1);
+        let profile = format!("None (default) {cpus} {memory} {nics} 0 {disks} / {disks} GiB");
+        assert!(seen.contains(&profile), "{profile}: {seen}");
+        assert!(seen.contains("System types: vmx-13"), "{seen}");
         for drive in machine.drives.iter().filter_map(|drive| drive.device.as_ref()) {
             assert!(seen.contains(&format!("{drive}.vmdk")), "{drive}: {seen}");
         }

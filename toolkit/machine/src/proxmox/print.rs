@@ -306,11 +306,18 @@ fn dns_name(name: &str) -> String {
 /// Encodes a line of a description as Proxmox VE does: what is no plain ASCII, and `:` and `%`.
 fn encoded(line: &str) -> String {
     let mut text = String::with_capacity(line.len());
-    for byte in line.bytes() {
+    // Comments that begin so belong to one backup.
+    let is_of_backup = ["qmdump#", "vzdump#"].iter().any(|start| line.starts_with(start));
+    for (index, byte) in line.bytes().enumerate() {
         match byte {
+            first if index == 0 && is_of_backup => text.push_str(&format!("%{first:02X}")),
             b'%' | b':' | 0..=0x1f | 0x7f.. => text.push_str(&format!("%{byte:02X}")),
             plain => text.push(char::from(plain)),
         }
+    }
+    // A blank at the end would be trimmed.
+    if let Some(start) = text.strip_suffix(' ') {
+        text = format!("{start}%20");
     }
     // In `description`, this would begin another line.
     text.replace('\\', "%5C")

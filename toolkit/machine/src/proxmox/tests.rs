@@ -184,6 +184,18 @@ fn every_setting_is_one_that_qm_takes() {
 }
 
 #[test]
+fn every_line_of_a_description_survives() {
+    let description = "qmdump#map:scsi0:a:b:c:\nvzdump#x\n  blanks around  \n\n[before]\n%41 ä \\n: #\nend";
+    let machine = Machine { description: description.to_owned(), ..Machine::default() };
+    let text = for_archive(&machine, &[]).text;
+    assert_eq!(parse(text.as_bytes()).expect("a configuration").description, description, "{text}");
+    let machine = Machine { description: "ä".repeat(9000), ..Machine::default() };
+    let printed = for_archive(&machine, &[]);
+    assert!(printed.lost.iter().any(|line| line.contains("8192 characters")), "{:?}", printed.lost);
+    assert_eq!(parse(printed.text.as_bytes()).expect("a configuration").description, "ä".repeat(8192));
+}
+
+#[test]
 fn uefi_gets_controllers_that_its_firmware_knows() {
     let mut machine = Machine::of_disks("a", ControllerModel::LsiLogic, ["disk1"]);
     assert_eq!(settings(&machine).config.get("scsihw"), Some("lsi"));
