@@ -11,7 +11,7 @@ use imgtool_core::{Error, SnapshotChoice};
 use crate::exit::Exit;
 use crate::secrets::SecretSource;
 use crate::{compat, report, sandbox};
-use values::Offer;
+use values::{Offer, SecretPlace};
 
 mod convert;
 mod image;
@@ -177,12 +177,18 @@ pub struct InputArgs {
     #[arg(long)]
     pub ignore_trailing: bool,
 
-    /// Passphrase of encrypted sources: in a file, an environment variable or a file descriptor
+    /// Passphrase of encrypted sources, in a file, an environment variable or a file descriptor;
+    /// repeatable
     ///
-    /// One line end is removed from a file or descriptor. The passphrase applies to all sources and to
-    /// the images below them.
-    #[arg(long, value_name = "file=PATH|env=NAME|fd=N", value_parser = crate::secrets::parse)]
-    pub secret: Option<SecretSource>,
+    /// One line end is removed from a file or descriptor. Each passphrase is tried for each encrypted
+    /// source and each encrypted image below it, so their order means nothing. At most 16.
+    #[arg(
+        long,
+        value_name = "file=PATH|env=NAME|fd=N",
+        value_parser = SecretPlace,
+        hide_possible_values = true
+    )]
+    pub secret: Vec<SecretSource>,
 
     /// Use at most this much memory, such as 1G [default: 256M]
     #[arg(long, value_name = "SIZE", value_parser = memory, hide_short_help = true)]

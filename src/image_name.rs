@@ -10,7 +10,6 @@ use std::path::PathBuf;
 
 use imgtool_core::error::escape_control;
 use imgtool_core::{Error, Location, Result};
-use imgtool_engine::ChosenImage;
 use serde_json::Value;
 
 use crate::commands::options::split_options;
@@ -48,10 +47,17 @@ pub struct ImageName {
     pub location: Location,
     /// Format, if it is stated.
     pub format: Option<String>,
-    /// ID of the object with the passphrase.
+    /// ID of the object with the passphrase of this image and those below it.
     pub key_id: Option<String>,
-    /// Backing images in place of those that the image names, the topmost first.
-    pub backing: Vec<ChosenImage>,
+}
+
+/// An image with backing images in place of those that it names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedChain {
+    /// The image.
+    pub image: ImageName,
+    /// Images below it, the topmost first.
+    pub backing: Vec<ImageName>,
 }
 
 /// Prefix of the keys of the backing image.
@@ -67,7 +73,7 @@ type Options = BTreeMap<String, String>;
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::Usage`] for a key or value that is not supported, or if the file is missing.
-pub fn from_options(text: &OsStr) -> Result<ImageName> {
+pub fn from_options(text: &OsStr) -> Result<NamedChain> {
     let text = text.to_str().ok_or_else(|| Error::usage("the options of an image are not UTF-8"))?;
     interpret(split_options(text).into_iter().collect(), MAX_DEPTH)
 }
@@ -76,7 +82,7 @@ pub fn from_options(text: &OsStr) -> Result<ImageName> {
 ///
 /// # Errors
 /// Same as [`from_options`]; for text that is not a JSON object.
-pub fn from_json(text: &str) -> Result<ImageName> {
+pub fn from_json(text: &str) -> Result<NamedChain> {
     let value: Value = serde_json::from_str(text).map_err(|e| Error::usage(format!("json: {e}")))?;
     if !value.is_object() {
         return Err(Error::usage("json: expected an object").hint(EXAMPLE));
@@ -112,7 +118,7 @@ fn flatten(key: &str, value: &Value, options: &mut Options) -> Result<()> {
 }
 
 /// Interprets the options of an image over at most `depth` others.
-fn interpret(mut options: Options, depth: usize) -> Result<ImageName> {
+fn interpret(mut options: Options, depth: usize) -> Result<NamedChain> {
     let backing = backing(&mut options, depth)?;
     let driver = options.remove("driver");
     let is_file = |name: &str| FILE_DRIVERS.contains(&name);
@@ -137,17 +143,16 @@ fn interpret(mut options: Options, depth: usize) -> Result<ImageName> {
     options.retain(|key, value| !is_without_effect(key, value));
     match options.keys().next() {
         Some(key) => Err(unsupported(key)),
-        None => Ok(ImageName {
-            location: Location::Path(PathBuf::from(path)),
-            format,
-            key_id: keys.into_iter().flatten().next(),
-            backing,
-        }),
+        None => {
+            let location = Location::Path(PathBuf::from(path));
+            let image = ImageName { location, format, key_id: keys.into_iter().flatten().next() };
+            Ok(NamedChain { image, backing })
+        }
     }
 }
 
 /// Takes the options of the backing image. Returns it and those below it.
-fn backing(options: &mut Options, depth: usize) -> Result<Vec<ChosenImage>> {
+fn backing(options: &mut Options, depth: usize) -> Result<Vec<ImageName>> {
     let own = std::mem::take(options);
     let mut below = Options::new();
     for (key, value) in own {
@@ -161,14 +166,8 @@ fn backing(options: &mut Options, depth: usize) -> Result<Vec<ChosenImage>> {
     }
     let depth =
         depth.checked_sub(1).ok_or_else(|| Error::usage(format!("more than {MAX_DEPTH} backing images")))?;
-    let image = interpret(below, depth)?;
-    if image.key_id.is_some() {
-        return Err(Error::usage("a passphrase for the backing image alone is not supported")
-            .hint("state it for the image: it applies to those below as well"));
-    }
-    let mut images = vec![ChosenImage { location: image.location, format: image.format }];
-    images.extend(image.backing);
-    Ok(images)
+    let NamedChain { image, backing } = interpret(below, depth)?;
+    Ok([image].into_iter().chain(backing).collect())
 }
 
 fn is_without_effect(key: &str, value: &str) -> bool {
@@ -188,13 +187,16 @@ fn unsupported(key: &str) -> Error {
 mod tests {
     use super::*;
 
-    fn name(path: &str, format: Option<&str>, key_id: Option<&str>) -> ImageName {
+    fn image(path: &str, format: Option<&str>, key_id: Option<&str>) -> ImageName {
         let own = |text: Option<&str>| text.map(str::to_owned);
-        let (location, backing) = (Location::Path(path.into()), Vec::new());
-        ImageName { location, format: own(format), key_id: own(key_id), backing }
+        ImageName { location: Location::Path(path.into()), format: own(format), key_id: own(key_id) }
     }
 
-    fn options(text: &str) -> Result<ImageName> {
+    fn name(path: &str, format: Option<&str>, key_id: Option<&str>) -> NamedChain {
+        NamedChain { image: image(path, format, key_id), backing: Vec::new() }
+    }
+
+    fn options(text: &str) -> Result<NamedChain> {
         from_options(OsStr::new(text))
     }
 
@@ -225,12 +227,9 @@ mod tests {
     #[test]
     fn backing_images_are_nested() {
         let text = "file.filename=a,backing.file.filename=b,backing.driver=qcow2,backing.backing.driver=file,\
-                    backing.backing.filename=c";
-        let chosen = |path: &str, format: &str| ChosenImage {
-            location: Location::Path(path.into()),
-            format: Some(format.to_owned()),
-        };
-        assert_eq!(options(text).expect("a chain").backing, [chosen("b", "qcow2"), chosen("c", "raw")]);
+                    backing.backing.filename=c,backing.encrypt.key-secret=s1";
+        let below = [image("b", Some("qcow2"), Some("s1")), image("c", Some("raw"), None)];
+        assert_eq!(options(text).expect("a chain").backing, below);
         let deep = |depth: usize| {
             let prefix = |level: usize| format!("{}file.filename=x", BACKING.repeat(level));
             (0..=depth).map(prefix).collect::<Vec<_>>().join(",")
@@ -250,7 +249,6 @@ mod tests {
             "driver=qcow2,file.driver=raw,file.file.filename=x",
             "driver=qcow2,file.filename=x,backing=y",
             "driver=qcow2,file.filename=x,backing.driver=raw",
-            "driver=qcow2,file.filename=x,backing.driver=luks,backing.key-secret=s,backing.file.filename=y",
             "driver=qcow2,file.filename=x,data-file.filename=y",
             "driver=qcow2,file.filename=x,force-share=on",
             "driver=qcow2,file.filename=x,no-such-key=1",

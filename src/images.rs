@@ -4,20 +4,20 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{CancelToken, DeviceKind, Error, Location, Memory, OpenOptions, Registry, Result};
+use imgtool_core::{CancelToken, DeviceKind, Error, Location, Memory, OpenOptions, Registry, Result, Secret};
 use imgtool_engine::{
-    ExternalPolicy, OpenSettings, Opened, PolicyOpener, SourceRequest, chosen, open as opening,
+    ChosenImage, ExternalPolicy, OpenSettings, Opened, PolicyOpener, SourceRequest, chosen, open as opening,
 };
 use imgtool_storage::Compression;
 
 use crate::args::InputArgs;
-use crate::secrets::{self, SecretSource};
-use crate::{compat, image_name, report};
+use crate::image_name::{self, ImageName};
+use crate::{compat, report, secrets};
 
-/// Returns the settings for opening images. Reads the passphrase, which a descriptor supplies only once.
+/// Returns the settings for opening images. Reads the passphrases, which a descriptor supplies only once.
 ///
 /// # Errors
-/// Same as [`refuse`], and if the passphrase can't be read.
+/// Same as [`refuse`], and if a passphrase can't be read.
 pub fn open_settings(args: &InputArgs) -> Result<OpenSettings> {
     refuse(args)?;
     let (chain, paths): (Vec<_>, Vec<_>) =
@@ -27,7 +27,7 @@ pub fn open_settings(args: &InputArgs) -> Result<OpenSettings> {
         force_share: args.force_share,
         plain: compat::is_on(),
         policy: ExternalPolicy { chain: !chain.is_empty() || compat::is_on(), paths },
-        secret: args.secret.as_ref().map(SecretSource::read).transpose()?,
+        secrets: secrets::read_all(&args.secret)?,
         memory: args.memory.map_or_else(Memory::default, Memory::new),
         ..OpenSettings::default()
     })
@@ -117,20 +117,22 @@ pub fn source(args: &InputArgs, name: &OsStr) -> Result<SourceRequest> {
             return Ok(SourceRequest::new(Location::source(path)));
         }
     };
-    let secret = parsed.key_id.map(|id| secrets::of_object(&args.object, &id)).transpose()?;
-    let (format, backing) = (parsed.format, parsed.backing);
-    Ok(SourceRequest { format, secret, backing, ..SourceRequest::new(parsed.location) })
+    let own = |image: &ImageName| -> Result<Option<Secret>> {
+        image.key_id.as_ref().map(|id| secrets::of_object(&args.object, id)).transpose()
+    };
+    let below = |image: ImageName| {
+        let secret = own(&image)?;
+        Ok(ChosenImage { location: image.location, format: image.format, secret })
+    };
+    let secret = own(&parsed.image)?;
+    let backing = parsed.backing.into_iter().map(below).collect::<Result<_>>()?;
+    let ImageName { location, format, .. } = parsed.image;
+    Ok(SourceRequest { format, secret, backing, ..SourceRequest::new(location) })
 }
 
 /// Returns the format of a source: `format` if the user stated it, otherwise that of the name.
 pub fn format_of<'a>(source: &'a SourceRequest, format: Option<&'a str>) -> Option<&'a str> {
     format.or(source.format.as_deref())
-}
-
-/// Returns the options for a source, with its own passphrase and backing images.
-pub fn options_of(registry: &Registry, source: &SourceRequest, options: &OpenOptions) -> OpenOptions {
-    let secret = source.secret.as_ref().or(options.secret.as_ref()).cloned();
-    OpenOptions { secret, ..chosen::options(registry, &source.backing, options) }
 }
 
 /// Opens an image that the user named.
@@ -139,8 +141,7 @@ pub fn options_of(registry: &Registry, source: &SourceRequest, options: &OpenOpt
 /// If it can't be opened.
 pub fn open(registry: &Registry, args: &InputArgs, name: &OsStr, options: &OpenOptions) -> Result<Opened> {
     let source = source(args, name)?;
-    let (format, options) =
-        (format_of(&source, args.format.as_deref()), options_of(registry, &source, options));
+    let (format, options) = (format_of(&source, args.format.as_deref()), source.options(registry, options));
     let opened = opening::open(registry, &source.location, format, &options, &CancelToken::new())?;
     chosen::check(&opened, &source.backing)?;
     note_unrecognised(&opened);
@@ -158,8 +159,7 @@ pub fn open_random(
     options: &OpenOptions,
 ) -> Result<Opened> {
     let source = source(args, name)?;
-    let (format, options) =
-        (format_of(&source, args.format.as_deref()), options_of(registry, &source, options));
+    let (format, options) = (format_of(&source, args.format.as_deref()), source.options(registry, options));
     let opened = opening::open_random(registry, &source.location, format, &options, &CancelToken::new())?;
     chosen::check(&opened, &source.backing)?;
     note_unrecognised(&opened);

@@ -13,7 +13,7 @@ use imgtool_storage::Cleaner;
 use crate::args::ProgressMode;
 use crate::interrupt::Interrupt;
 use crate::report::{self, Stream, human_size, percent};
-use crate::sandbox;
+use crate::{sandbox, secrets};
 
 mod bars;
 mod json;
@@ -265,13 +265,20 @@ pub struct Display<'a> {
     mode: ProgressMode,
     interrupt: &'a Interrupt,
     meter: Mutex<Option<Meter>>,
+    /// Phase that begins when no passphrase is needed any more.
+    last_secret: Option<Phase>,
 }
 
 impl<'a> Display<'a> {
     /// Creates a display in this mode.
     pub fn new(mode: ProgressMode, interrupt: &'a Interrupt) -> Self {
         interrupt.set_describe(idle);
-        Self { mode, interrupt, meter: Mutex::new(None) }
+        Self { mode, interrupt, meter: Mutex::new(None), last_secret: None }
+    }
+
+    /// Overwrites all passphrases when `phase` begins: everything is open by then.
+    pub fn forgetting_secrets_at(self, phase: Phase) -> Self {
+        Self { last_secret: Some(phase), ..self }
     }
 
     fn take_meter(&self) -> Option<Meter> {
@@ -282,6 +289,9 @@ impl<'a> Display<'a> {
 
 impl Monitor for Display<'_> {
     fn begin(&self, phase: Phase, gauge: &Arc<Gauge>) {
+        if self.last_secret == Some(phase) {
+            secrets::forget_all();
+        }
         let name = match phase {
             Phase::Verify => "verify",
             Phase::Compare => "compare",

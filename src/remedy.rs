@@ -66,11 +66,16 @@ pub fn words(remedy: &Remedy) -> String {
         Remedy::GiveSecret => {
             "give the passphrase with --secret file=PATH, env=NAME or fd=N".to_owned()
         }
+        Remedy::GiveOneSecret => {
+            "give one --secret, or state its own for each image: --object secret,id=s0,file=PATH --image-opts driver=qcow2,encrypt.key-secret=s0,file.filename=IMAGE"
+                .to_owned()
+        }
         Remedy::GiveSecretOrReadAs { format } => format!(
             "give the passphrase with --secret file=PATH, env=NAME or fd=N; -f {format} copies the encrypted bytes as they are"
         ),
         Remedy::GiveTargetSecret => {
-            "give a passphrase for the new image with --target-secret file=PATH, env=NAME or fd=N".to_owned()
+            "give the passphrase of the new image with --target-secret file=PATH, env=NAME or fd=N; a single --secret counts as well"
+                .to_owned()
         }
         Remedy::AllowMemory { bytes } => format!("allow more with --memory {}M", bytes >> 20),
         Remedy::ReadAll => "info --read-all reads it to its end".to_owned(),

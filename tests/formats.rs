@@ -11,6 +11,7 @@ mod huge;
 mod joined;
 mod matrix;
 mod memory;
+mod passphrases;
 mod qcow2_chains;
 mod qcow2_maps;
 mod read_only;

@@ -7,7 +7,7 @@ use clap::{Args, ValueHint};
 
 use crate::secrets::SecretSource;
 
-use super::values::{CACHE_MODES, Offer};
+use super::values::{CACHE_MODES, Offer, SecretPlace};
 use super::{InputArgs, MessageArgs, NewSize, OutputArgs, SnapshotArgs, ThreadArgs};
 
 /// Text at the end of the short help.
@@ -199,13 +199,14 @@ pub struct TargetArgs {
     #[arg(long, requires = "no_create")]
     pub target_is_zero: bool,
 
-    /// Passphrase of an encrypted output (-O luks, or qcow2 with -o encrypt=luks) [default: that of --secret]
+    /// Passphrase of an encrypted output (-O luks, or qcow2 with -o encrypt=luks) [default: that of a single --secret]
     ///
     /// The key of an encrypted output is random, so the output differs from run to run.
     #[arg(
         long,
         value_name = "file=PATH|env=NAME|fd=N",
-        value_parser = crate::secrets::parse,
+        value_parser = SecretPlace,
+        hide_possible_values = true,
         hide_short_help = true
     )]
     pub target_secret: Option<SecretSource>,

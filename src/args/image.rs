@@ -7,7 +7,7 @@ use imgtool_core::SnapshotChoice;
 
 use crate::secrets::SecretSource;
 
-use super::values::{CACHE_MODES, Offer};
+use super::values::{CACHE_MODES, Offer, SecretPlace};
 use super::{InputArgs, MessageArgs, OutputArgs, SnapshotArgs, ThreadArgs};
 
 /// `imgtool info`.
@@ -420,7 +420,8 @@ pub struct CreateArgs {
         long,
         alias = "secret",
         value_name = "file=PATH|env=NAME|fd=N",
-        value_parser = crate::secrets::parse
+        value_parser = SecretPlace,
+        hide_possible_values = true
     )]
     pub target_secret: Option<SecretSource>,
 

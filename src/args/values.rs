@@ -8,6 +8,8 @@ use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
 use clap::{Arg, Command, Error};
 use imgtool_core::Driver;
 
+use crate::secrets::{self, SecretSource};
+
 /// QEMU's cache modes: the values of `-t` and `-T`.
 pub const CACHE_MODES: [&str; 5] = ["none", "writeback", "writethrough", "directsync", "unsafe"];
 
@@ -59,5 +61,22 @@ impl TypedValueParser for Offer {
 
     fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
         Some(Box::new(self.values().into_iter()))
+    }
+}
+
+/// Place of a passphrase. Shell completions offer its forms.
+#[derive(Debug, Clone, Copy)]
+pub struct SecretPlace;
+
+impl TypedValueParser for SecretPlace {
+    type Value = SecretSource;
+
+    fn parse_ref(&self, command: &Command, arg: Option<&Arg>, value: &OsStr) -> Result<SecretSource, Error> {
+        secrets::parse.parse_ref(command, arg, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        let form = |(form, help): (&'static str, &'static str)| PossibleValue::new(form).help(help);
+        Some(Box::new(secrets::FORMS.into_iter().map(form)))
     }
 }

@@ -53,7 +53,7 @@ fn check(args: &CheckArgs) -> Result<Exit> {
     let path = location.path().unwrap_or(&args.image);
     let target = args.repair.map(|what| open_target(path).map(|target| (what, target))).transpose()?;
     let registry = imgtool::registry();
-    let options = images::options_of(&registry, &source, &images::open_options(&registry, &args.input)?);
+    let options = source.options(&registry, &images::open_options(&registry, &args.input)?);
     let format = images::format_of(&source, args.input.format.as_deref());
     let open = match &target {
         // Another handle would meet the lock of this one.

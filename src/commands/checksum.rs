@@ -5,7 +5,7 @@ use std::path::Path;
 use imgtool_core::error::escape_control;
 use imgtool_core::{OpenOptions, Registry, Result};
 use imgtool_engine::checksum::{Algorithm, ChecksumRequest, checksum};
-use imgtool_engine::chosen;
+use imgtool_engine::{Phase, chosen};
 use serde::Serialize;
 
 use crate::args::{self, ChecksumArgs};
@@ -38,8 +38,9 @@ pub fn run(args: &ChecksumArgs) -> Result<Exit> {
     };
     let interrupt = Interrupt::listen()?;
     let mut lines = Vec::new();
-    for path in &args.images {
-        for line in digest_image(&registry, path, args, &options, &interrupt)? {
+    for (index, path) in args.images.iter().enumerate() {
+        let is_last = index + 1 == args.images.len();
+        for line in digest_image(&registry, path, is_last, args, &options, &interrupt)? {
             if !args.output.is_json() {
                 report::print(&human(&line))?;
             }
@@ -59,15 +60,17 @@ fn human(line: &Line) -> String {
     format!("{}  {}\n", line.digest, escape_control(&name))
 }
 
+/// Digests an image. Passphrases are forgotten when the last one is open (`is_last`).
 fn digest_image(
     registry: &Registry,
     path: &Path,
+    is_last: bool,
     args: &ChecksumArgs,
     options: &OpenOptions,
     interrupt: &Interrupt,
 ) -> Result<Vec<Line>> {
     let source = images::source(&args.input, path.as_os_str())?;
-    let options = &images::options_of(registry, &source, options);
+    let options = &source.options(registry, options);
     let request = ChecksumRequest {
         algorithm: match args.algorithm {
             args::Algorithm::Sha256 => Algorithm::Sha256,
@@ -78,7 +81,10 @@ fn digest_image(
         disks: &args.disk,
         threads: args.threads.count(),
     };
-    let display = Display::new(args.messages.mode(), interrupt);
+    let mut display = Display::new(args.messages.mode(), interrupt);
+    if is_last {
+        display = display.forgetting_secrets_at(Phase::Checksum);
+    }
     let (opened, found) = checksum(registry, &source.location, &request, &display, &interrupt.token())?;
     chosen::check(&opened, &source.backing)?;
     if !args.messages.quiet {

@@ -7,7 +7,7 @@ use std::ops::Range;
 use imgtool_core::error::escape_control;
 use imgtool_core::{CancelToken, Error, Location, OpenOptions, Registry, Result};
 use imgtool_engine::compare::{CompareRun, DevicePair, Differences, Pairing};
-use imgtool_engine::{Opened, allocation, chosen, compare, open};
+use imgtool_engine::{Opened, Phase, allocation, chosen, compare, open};
 use serde::Serialize;
 
 use crate::args::{CompareArgs, InputArgs};
@@ -153,7 +153,7 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
     let mut verdict = Verdict { devices: pairs.iter().map(compared).collect(), ..Verdict::default() };
     compare_sizes(args, &pairs, &mut verdict);
     if verdict.difference.is_none() {
-        let display = Display::new(args.messages.mode(), &interrupt);
+        let display = Display::new(args.messages.mode(), &interrupt).forgetting_secrets_at(Phase::Compare);
         let (threads, cancel) = (args.threads.count(), interrupt.token());
         let found = if args.messages.quiet && !args.list && !args.output.is_json() {
             // Only the exit code counts.
@@ -209,7 +209,7 @@ impl Opener<'_> {
     fn open(&self, name: &OsStr, format: Option<&str>, anywhere: bool) -> Result<Opened> {
         let source = images::source(self.input, name)?;
         let (location, format) = (&source.location, images::format_of(&source, format));
-        let options = &images::options_of(self.registry, &source, self.options);
+        let options = &source.options(self.registry, self.options);
         let mut input = open::open_input(self.registry, location, format, options)?;
         // The length of a raw image in a pipe is unknown until the image is spooled.
         if anywhere || input.input.is_stream() && *location == Location::Stdin {

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use imgtool_core::{Error, Result, parse_size};
 use imgtool_engine::{
-    BrokenBitmaps, DiskTarget, Note, OpenSettings, Request, RunOptions, SourceRequest, foreign,
+    BrokenBitmaps, DiskTarget, Note, OpenSettings, Phase, Request, RunOptions, SourceRequest, foreign,
 };
 
 use super::options;
@@ -72,11 +72,14 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         verify: args.target.verify,
         bytes_per_second,
         base_policy: request.open.policy.clone(),
-        base_secret: request.open.secret.clone(),
+        base_secrets: request.open.secrets.clone(),
         cancel,
         ..RunOptions::default()
     };
-    let report = plan.run(&options, &Display::new(progress(args, stdout_is_data), &interrupt))?;
+    // Verification opens the outputs again.
+    let last_secret = if args.target.verify { Phase::Verify } else { Phase::Convert };
+    let display = Display::new(progress(args, stdout_is_data), &interrupt).forgetting_secrets_at(last_secret);
+    let report = plan.run(&options, &display)?;
     Ok(summary::print(args, &report, stdout_is_data, is_compressed))
 }
 
@@ -113,7 +116,8 @@ fn request(args: &ConvertArgs) -> Result<(Request, bool)> {
     let open = images::open_settings(&args.input)?;
     let key = options::take_key_secret(&mut format_options, &args.input.object)?;
     let target_secret = args.target.target_secret.as_ref().map(SecretSource::read).transpose()?;
-    format_options.secret = target_secret.or(key).or_else(|| open.secret.clone());
+    // Of several, none is meant more than the others.
+    format_options.secret = target_secret.or(key).or_else(|| open.secrets.single().cloned());
     let zeroed = args.target.target_is_zero || dest.as_ref().is_some_and(|dest| dest.zeroed);
     let stated = args.target.to.as_deref().or(dest.as_ref().and_then(|dest| dest.format.as_deref()));
     if compat::makes_images_for_machines(stated) && args.target.compress.is_none() {

@@ -6,7 +6,7 @@ use std::path::Path;
 use imgtool_core::error::escape_control;
 use imgtool_core::{Error, Location, Registry, Result};
 use imgtool_engine::create::{self, CreateRequest};
-use imgtool_engine::{TargetFormat, format};
+use imgtool_engine::{Phase, TargetFormat, format};
 use serde::Serialize;
 
 use super::options;
@@ -66,7 +66,7 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
     let interrupt = Interrupt::listen()?;
     let request =
         CreateRequest { path: path.to_owned(), format, size, overwrite: args.force || compat::is_on() };
-    let display = Display::new(ProgressMode::None, &interrupt);
+    let display = Display::new(ProgressMode::None, &interrupt).forgetting_secrets_at(Phase::Convert);
     let made = create::create(&registry, request, &display, &interrupt.token())?;
     let document = Document {
         filename: path.to_string_lossy().into_owned(),

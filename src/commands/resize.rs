@@ -20,7 +20,7 @@ pub fn run(args: &ResizeArgs) -> Result<Exit> {
     let source = images::source(&args.input, args.image.as_os_str())?;
     let location = source.location.clone();
     let (outputs, image) = open_target(location.path().unwrap_or(&args.image))?;
-    let options = images::options_of(&registry, &source, &images::open_options(&registry, &args.input)?);
+    let options = source.options(&registry, &images::open_options(&registry, &args.input)?);
     let format = images::format_of(&source, args.input.format.as_deref());
     let info = imgtool_core::OpenOptions { info_only: true, ..options.clone() };
     // Another handle would meet the lock of this one.

@@ -69,6 +69,8 @@ ask imgtool convert -O qcow2 -o compat = 1.1,ref
 ask imgtool convert -O qcow2 -o compat=1.1,preallocation=f
 ask imgtool convert -O raw -o preallocation = f
 ask imgtool convert -o compat = 1.1 --verif
+ask imgtool convert --secret f
+ask imgtool create --target-secret ""
 complete -p imgtool"#;
     let said = shell("bash", script);
     let lines: Vec<&str> = said.lines().collect();
@@ -87,6 +89,8 @@ complete -p imgtool"#;
         "compat=1.1,preallocation=falloc compat=1.1,preallocation=full",
         "falloc full",
         "--verify",
+        "file= fd=",
+        "file= env= fd=",
     ];
     assert_eq!(lines[..lines.len() - 1], expected);
     assert!(said.contains("complete -o bashdefault -o default -F _imgtool_or_option imgtool"), "{said}");
@@ -104,6 +108,7 @@ fn fish_completes_formats_and_options() {
         ("imgtool convert -O qcow2 -o compat=", &["compat=0.10", "compat=1.1", "compat=v2", "compat=v3"]),
         ("imgtool convert -O qcow2 -o compat=1.1,ref", &["compat=1.1,refcount_bits="]),
         ("imgtool convert -O raw -o preallocation=f", &["preallocation=falloc", "preallocation=full"]),
+        ("imgtool checksum --secret ", &["env=", "fd=", "file="]),
     ] {
         let said = shell("fish", &format!("imgtool completions fish | source; complete -C '{line}'"));
         let words: Vec<&str> =

@@ -41,12 +41,12 @@ impl LuksSource {
         let start = header.payload_offset;
         let size = content_len(&input, start)?;
         let wants_content = !options.info_only && !options.layout_only;
-        if wants_content && options.secret.is_none() {
+        if wants_content && options.secrets.is_empty() {
             return Err(Error::refused("the container is encrypted (LUKS)")
                 .remedied_by(Remedy::GiveSecretOrReadAs { format: VERBATIM }));
         }
         let cipher = wants_content
-            .then(|| header.unlock(&input, 0..start, options.secret.as_ref(), &options.memory))
+            .then(|| header.unlock(&input, 0..start, &options.secrets, &options.memory))
             .transpose()?;
         let device = Device::disk(DISK.0, "disk", size - size % SECTOR as u64);
         let mut info = ImageInfo { format: crate::FORMAT, devices: vec![device], ..ImageInfo::default() };

@@ -37,11 +37,11 @@ pub(crate) struct Image {
 /// Opens an image and, unless only information is needed, its backing file.
 ///
 /// # Errors
-/// `Refused` for an encrypted image without a passphrase, if its content is needed.
+/// `Refused` for an encrypted image without exactly one passphrase, if its content is needed.
 pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
     let mut image = Image::open(input, options.externals.depth(), &options.memory)?;
     if image.header.encrypted && !options.info_only && !options.layout_only {
-        let cipher = SectorCipher::legacy_aes(options.secret.as_ref());
+        let cipher = SectorCipher::legacy_aes(&options.secrets);
         image.cipher = Some(cipher.map_err(|e| e.path(image.input.location()).at(36))?);
     }
     let location = image.input.location();

@@ -31,13 +31,12 @@ impl DataCipher {
         if header.encryption == Encryption::None || options.layout_only {
             return Ok(None);
         }
-        let secret = options.secret.as_ref();
         if header.encryption == Encryption::Luks {
             let (luks, area) = read_luks(input, header)?;
-            let cipher = luks.unlock(input, area, secret, &options.memory)?;
+            let cipher = luks.unlock(input, area, &options.secrets, &options.memory)?;
             return Ok(Some(Self { cipher, by_guest: false }));
         }
-        let cipher = SectorCipher::legacy_aes(secret).map_err(|e| e.at(32))?;
+        let cipher = SectorCipher::legacy_aes(&options.secrets).map_err(|e| e.at(32))?;
         Ok(Some(Self { cipher, by_guest: true }))
     }
 

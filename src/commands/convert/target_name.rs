@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use imgtool_core::{Error, Location, Result};
 
 use crate::args::ConvertArgs;
-use crate::image_name::{self, ImageName};
+use crate::image_name::{self, NamedChain};
 use crate::images;
 
 /// DEST as the user named it.
@@ -52,11 +52,11 @@ fn check_exists(args: &ConvertArgs, what: &str) -> Result<()> {
         .hint("a new image has a plain path, its format with -O, its options with -o"))
 }
 
-fn described(args: &ConvertArgs, name: ImageName) -> Result<TargetName> {
+fn described(args: &ConvertArgs, NamedChain { image: name, backing }: NamedChain) -> Result<TargetName> {
     if name.key_id.is_some() {
         return Err(Error::unsupported("an encrypted image can't be written into").path(name.location));
     }
-    if !name.backing.is_empty() {
+    if !backing.is_empty() {
         return Err(
             Error::usage("the backing image of a target that exists can't be chosen").path(name.location)
         );

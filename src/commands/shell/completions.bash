@@ -31,7 +31,9 @@ _imgtool_or_option() {
     local text item cur="${COMP_WORDS[COMP_CWORD]}"
     if ! text=$(_imgtool_o_value); then
         _imgtool "$@"
-        return
+        # A path, name or number follows 'file=', 'env=' and 'fd='.
+        [[ ${COMPREPLY[0]-} == *= ]] && compopt -o nospace 2>/dev/null
+        return 0
     fi
     [[ $cur == "=" ]] && cur=""
     item="${text##*,}"

@@ -13,7 +13,7 @@ use crate::location::{Location, Url};
 use crate::memory::Memory;
 use crate::options::OptionValues;
 use crate::remedy::Remedy;
-use crate::secret::Secret;
+use crate::secret::Secrets;
 use crate::snapshot::SnapshotChoice;
 use crate::source::ImageSource;
 use crate::stack::deeper;
@@ -40,8 +40,8 @@ pub struct OpenOptions {
     /// True if the caller needs only facts, not content. The driver may then skip work that requires external
     /// files or a whole stream.
     pub info_only: bool,
-    /// Passphrase of encrypted images, also of those below in a chain.
-    pub secret: Option<Secret>,
+    /// Passphrases of encrypted images, also of those below in a chain. Each is tried.
+    pub secrets: Secrets,
     /// True if the caller needs the extents, but reads no content: an encrypted image then opens without its
     /// passphrase.
     pub layout_only: bool,

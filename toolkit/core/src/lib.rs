@@ -72,7 +72,7 @@ pub use output::{Output, WriteAt};
 pub use progress::{CancelToken, Copied, NoProgress, Progress};
 pub use registry::Registry;
 pub use remedy::Remedy;
-pub use secret::Secret;
+pub use secret::{Secret, Secrets};
 pub use sink::{Bytes, Consumer, FileWrite, Geometry, ImageSink, Part, Prepared, Sharing, WriteList};
 pub use snapshot::SnapshotChoice;
 pub use source::{

@@ -95,8 +95,10 @@ pub enum Remedy {
     RenameDevice,
     /// Read the stream to its end to learn the missing facts.
     ReadAll,
-    /// Give the passphrase of the encrypted image ([`crate::OpenOptions::secret`]).
+    /// Give the passphrase of the encrypted image ([`crate::OpenOptions::secrets`]).
     GiveSecret,
+    /// Give only one passphrase, or state the one of this image: the image can't tell which is right.
+    GiveOneSecret,
     /// Give the passphrase of the container, or state this format, in which the encrypted bytes are copied as they
     /// are.
     GiveSecretOrReadAs {
@@ -177,6 +179,7 @@ impl fmt::Display for Remedy {
             Self::RenameDevice => f.write_str("give the device another name"),
             Self::ReadAll => f.write_str("read the stream to its end"),
             Self::GiveSecret => f.write_str("give the passphrase"),
+            Self::GiveOneSecret => f.write_str("give only the passphrase of this image"),
             Self::GiveSecretOrReadAs { format } => {
                 write!(
                     f,

@@ -160,7 +160,7 @@ impl NewVolume {
         let mut material = random(material_len(key.len()))?;
         af::split(key, &mut material[..key.len() * af::STRIPES as usize], self.hash);
         let mut slot_key = Zeroizing::new(vec![0; key.len()]);
-        self.hash.derive(secret.bytes(), &slot.salt, slot.iterations.get(), &mut slot_key);
+        self.hash.derive(&secret.bytes(), &slot.salt, slot.iterations.get(), &mut slot_key);
         cipher(self.cipher, &slot_key)?.encrypt(&mut material, 0);
         Ok(material)
     }

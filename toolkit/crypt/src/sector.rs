@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::Range;
 
-use imgtool_core::{Error, RandomInput, Remedy, Result, Secret};
+use imgtool_core::{Error, RandomInput, Remedy, Result, Secrets};
 use zeroize::Zeroizing;
 
 use crate::block::{BlockKey, aes_128, keyed};
@@ -55,14 +55,21 @@ impl SectorCipher {
     /// right one.
     ///
     /// # Errors
-    /// [`imgtool_core::ErrorKind::Refused`] without a passphrase.
-    pub fn legacy_aes(passphrase: Option<&Secret>) -> Result<Self> {
-        let Some(passphrase) = passphrase else {
-            return Err(Error::refused("the content is encrypted (AES)").remedied_by(Remedy::GiveSecret));
+    /// [`imgtool_core::ErrorKind::Refused`] without a passphrase, and with several.
+    pub fn legacy_aes(secrets: &Secrets) -> Result<Self> {
+        let Some(passphrase) = secrets.single() else {
+            return Err(match secrets.len() {
+                0 => Error::refused("the content is encrypted (AES)").remedied_by(Remedy::GiveSecret),
+                count => Error::refused(format!(
+                    "the image is encrypted with QEMU's first AES, which can't tell which of {count} passphrases is right"
+                ))
+                .remedied_by(Remedy::GiveOneSecret),
+            });
         };
+        let passphrase = passphrase.bytes();
         let mut key = Zeroizing::new([0; 16]);
-        let len = passphrase.bytes().len().min(key.len());
-        key[..len].copy_from_slice(&passphrase.bytes()[..len]);
+        let len = passphrase.len().min(key.len());
+        key[..len].copy_from_slice(&passphrase[..len]);
         let aes = aes_128(&key);
         Ok(Self { key: aes, tweak: None, iv: IvGenerator::Plain64, mode: Mode::Cbc, block_len: MAX_BLOCK })
     }

@@ -5,7 +5,7 @@
 use std::io;
 use std::sync::Arc;
 
-use imgtool_core::{ErrorKind, Input, Memory, RandomInput, ReadAt, Remedy, Result, Secret};
+use imgtool_core::{ErrorKind, Input, Memory, RandomInput, ReadAt, Remedy, Result, Secret, Secrets};
 use imgtool_crypt::{
     Algorithm, CipherSpec, HEADER_LEN, Hash, Header, Iterations, IvRule, Mode, NewVolume, SectorCipher,
     in_sectors,
@@ -48,16 +48,16 @@ fn pattern() -> Vec<u8> {
     (0..1024u32).map(|i| (i * 7 + i / 251) as u8).collect()
 }
 
-/// Unlocks a container with a passphrase.
-fn unlock(bytes: &[u8], passphrase: Option<&str>) -> Result<SectorCipher> {
-    let secret = passphrase.map(secret);
+/// Unlocks a container with one of the passphrases.
+fn unlock(bytes: &[u8], passphrases: &[&str]) -> Result<SectorCipher> {
+    let secrets = Secrets::new(passphrases.iter().map(|text| secret(text)))?;
     let header = Header::parse(bytes)?;
-    header.unlock(&input(bytes), 0..bytes.len() as u64, secret.as_ref(), &Memory::default())
+    header.unlock(&input(bytes), 0..bytes.len() as u64, &secrets, &Memory::default())
 }
 
 #[test]
 fn unlocks_a_container_of_qemu() {
-    let cipher = unlock(QEMU, Some("secret one")).unwrap();
+    let cipher = unlock(QEMU, &["secret one"]).unwrap();
     let mut content = QEMU[QEMU_HEADER..].to_vec();
     cipher.decrypt(&mut content, 0);
     assert_eq!(content, pattern());
@@ -71,11 +71,20 @@ fn unlocks_a_container_of_qemu() {
 
 #[test]
 fn a_missing_and_a_wrong_passphrase_are_refused() {
-    let error = unlock(QEMU, None).unwrap_err();
+    let error = unlock(QEMU, &[]).unwrap_err();
     assert_eq!((error.kind(), error.remedy()), (ErrorKind::Refused, Some(&Remedy::GiveSecret)));
     for wrong in ["secret on", "secret one\n", "Secret one"] {
-        assert_eq!(unlock(QEMU, Some(wrong)).unwrap_err().kind(), ErrorKind::Refused, "{wrong:?}");
+        assert_eq!(unlock(QEMU, &[wrong]).unwrap_err().kind(), ErrorKind::Refused, "{wrong:?}");
     }
+}
+
+#[test]
+fn each_of_several_passphrases_is_tried() {
+    for right in [&["wrong", "secret one"][..], &["secret one", "wrong"], &["a", "b", "secret one", "a"]] {
+        assert!(unlock(QEMU, right).is_ok(), "{right:?}");
+    }
+    let error = unlock(QEMU, &["a", "b"]).unwrap_err();
+    assert!(error.to_string().contains("none of the 2 opens the only key slot"), "{error}");
 }
 
 /// Digests of the pattern as OpenSSL encrypts it, from sector 0x1234567890 on with a key of 0, 1, 2 …
@@ -134,9 +143,9 @@ fn a_new_header_opens_with_its_passphrase_alone() {
     bytes.resize(new.payload_offset as usize, 0);
     let mut content = pattern();
     new.cipher.encrypt(&mut content, 7);
-    unlock(&bytes, Some("a")).unwrap().decrypt(&mut content, 7);
+    unlock(&bytes, &["a"]).unwrap().decrypt(&mut content, 7);
     assert_eq!(content, pattern());
-    assert!(unlock(&bytes, Some("b")).is_err());
+    assert!(unlock(&bytes, &["b"]).is_err());
     let other = volume.create(&secret("a")).unwrap();
     assert_ne!(new.bytes[4096..], other.bytes[4096..]);
     assert!(!format!("{volume:?} {:?}", new.cipher).contains('"'));
@@ -170,7 +179,7 @@ fn damaged_headers_are_refused() {
         (with(208, &[0, 0, 0xde, 0xad]), ErrorKind::Refused, "no key slot"),
         (QEMU[..HEADER_LEN - 1].to_vec(), ErrorKind::Corrupt, "ends within"),
     ] {
-        let error = unlock(&header, Some("secret one")).unwrap_err();
+        let error = unlock(&header, &["secret one"]).unwrap_err();
         assert!(error.kind() == kind && format!("{error}").contains(text), "{error:?}: not {kind:?}, {text}");
     }
 }

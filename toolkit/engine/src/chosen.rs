@@ -4,7 +4,8 @@ use std::sync::{Arc, Mutex};
 
 use imgtool_core::sync::lock;
 use imgtool_core::{
-    Error, ExternalOpener, Externals, ImageSource, Input, Location, OpenOptions, Registry, Result,
+    Error, ExternalOpener, Externals, ImageSource, Input, Location, OpenOptions, Registry, Result, Secret,
+    Secrets,
 };
 use imgtool_storage::Sharing;
 use imgtool_storage::open::{Opening, open_shared};
@@ -15,12 +16,14 @@ use crate::open::{self, Opened};
 const ROLE: &str = "backing file";
 
 /// A backing image that the user chose. The user named it, so it needs no permission; what it names itself does.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct ChosenImage {
     /// Location.
     pub location: Location,
     /// Format, if the user stated it; otherwise the image above may state it.
     pub format: Option<String>,
+    /// Passphrase of this image and those below it, if it has one of its own; no other is tried then.
+    pub secret: Option<Secret>,
 }
 
 /// Returns options for an image over `chosen` backing images, the topmost first.
@@ -70,7 +73,9 @@ impl ExternalOpener for ChosenOpener {
         if role != ROLE {
             return self.others.open_image(role, name, from, format, options);
         }
+        let own = self.first.secret.clone().map(Secrets::from);
         let below = OpenOptions {
+            secrets: own.unwrap_or_else(|| options.secrets.clone()),
             externals: self.others.clone(),
             snapshot: None,
             // Those of a backing image are not those of the image.

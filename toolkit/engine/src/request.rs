@@ -2,7 +2,7 @@
 //! its sources open.
 
 use imgtool_core::{
-    Attachment, CancelToken, Compress, Error, Location, Memory, OpenOptions, Registry, Result, Secret,
+    Attachment, CancelToken, Compress, Error, Location, Memory, OpenOptions, Registry, Result, Secrets,
     SnapshotChoice,
 };
 use imgtool_storage::{Outputs, Sharing};
@@ -82,8 +82,8 @@ pub struct OpenSettings {
     pub snapshot: Option<SnapshotChoice>,
     /// Policy for the external files of images.
     pub policy: ExternalPolicy,
-    /// Passphrase of encrypted images.
-    pub secret: Option<Secret>,
+    /// Passphrases of encrypted images. Each is tried.
+    pub secrets: Secrets,
     /// Ledger from which all parts of the conversion borrow.
     pub memory: Memory,
 }
@@ -99,7 +99,7 @@ impl OpenSettings {
             ignore_trailing: self.ignore_trailing,
             plain: self.plain,
             snapshot: self.snapshot.clone(),
-            secret: self.secret.clone(),
+            secrets: self.secrets.clone(),
             externals: opener.borrowing(&self.memory).sharing(sharing).externals(),
             memory: self.memory.clone(),
             ..OpenOptions::default()

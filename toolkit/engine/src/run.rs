@@ -7,7 +7,7 @@ use std::time::Instant;
 use imgtool_core::memory::{COPY_FLOOR, shares};
 use imgtool_core::{
     CancelToken, DeviceId, Doubt, Error, Lane, Lease, Loss, LossClass, Memory, OpenOptions, Output, Registry,
-    Result, ResultExt, Secret, SinkDevice, TableMemory,
+    Result, ResultExt, Secrets, SinkDevice, TableMemory,
 };
 use imgtool_storage::{Outputs, Sharing, os};
 
@@ -64,8 +64,8 @@ pub struct RunOptions<'a> {
     pub bytes_per_second: Option<u64>,
     /// Policy for the external files that backing images of outputs name.
     pub base_policy: ExternalPolicy,
-    /// Passphrase of the encrypted backing images of outputs.
-    pub base_secret: Option<Secret>,
+    /// Passphrases of the encrypted backing images of outputs.
+    pub base_secrets: Secrets,
     /// Observers of every piece. The lane of a disk equals its slot.
     pub taps: Vec<&'a dyn Tap>,
     /// Token that cancels the run.
@@ -89,7 +89,7 @@ impl Plan {
         let base_opener = base_opener.borrowing(&memory).sharing(Sharing::forced(options.force_share));
         let base_options = OpenOptions {
             externals: base_opener.externals(),
-            secret: options.base_secret.clone(),
+            secrets: options.base_secrets.clone(),
             memory,
             force_share: options.force_share,
             ..OpenOptions::default()
@@ -221,7 +221,7 @@ impl Plan {
                 disks: &disks,
                 selected: &self.selected,
                 base_opener,
-                base_secret: options.base_secret.as_ref(),
+                base_secrets: &options.base_secrets,
                 threads: options.threads,
                 cancel: options.cancel.clone(),
                 limit: limit.as_ref(),

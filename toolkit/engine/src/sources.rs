@@ -7,7 +7,7 @@ use std::path::Path;
 use imgtool_core::device::meant;
 use imgtool_core::{
     Attachment, CancelToken, Device, DeviceKind, Error, Location, Machine, OpenOptions, Registry, Result,
-    Secret, Slot, suggest,
+    Secret, Secrets, Slot, suggest,
 };
 use imgtool_storage::open::OpenInput;
 
@@ -25,7 +25,7 @@ pub struct SourceRequest {
     pub location: Location,
     /// Format of this source, unless the user states one for all sources.
     pub format: Option<String>,
-    /// Passphrase of this source, if it has one of its own.
+    /// Passphrase of this source, if it has one of its own; no other is tried then.
     pub secret: Option<Secret>,
     /// Backing images in place of those that the source names, the topmost first.
     pub backing: Vec<ChosenImage>,
@@ -35,6 +35,13 @@ impl SourceRequest {
     /// Creates a source whose device is named by the image or the file.
     pub fn new(location: impl Into<Location>) -> Self {
         Self { name: None, location: location.into(), format: None, secret: None, backing: Vec::new() }
+    }
+
+    /// Returns `options` with the passphrase and the backing images of this source.
+    pub fn options(&self, registry: &Registry, options: &OpenOptions) -> OpenOptions {
+        let own = self.secret.clone().map(Secrets::from);
+        let secrets = own.unwrap_or_else(|| options.secrets.clone());
+        OpenOptions { secrets, ..chosen::options(registry, &self.backing, options) }
     }
 
     /// Parses `LOCATION` or `NAME=LOCATION`. The path of an existing file is always a location.
@@ -133,8 +140,7 @@ pub(crate) fn open_sources(
     let options = &OpenOptions { memory, ..options.clone() };
     let open_one = |request: &SourceRequest| {
         let format = format.or(request.format.as_deref());
-        let secret = request.secret.as_ref().or(options.secret.as_ref()).cloned();
-        let options = &OpenOptions { secret, ..chosen::options(registry, &request.backing, options) };
+        let options = &request.options(registry, options);
         let input = open::open_input(registry, &request.location, format, options)?;
         let input = input.cancelled_by(cancel.clone());
         let input = if joined { input.spool() } else { spool_if_endless(registry, input, format, target) };

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use imgtool_core::{
     Attachment, CancelToken, DeviceId, Error, ErrorKind, ImageSource, Lane, Memory, OpenOptions, Output,
-    Result, ResultExt, Secret, Slot,
+    Result, ResultExt, Secrets, Slot,
 };
 use imgtool_storage::Compression;
 use imgtool_storage::open::OpenInput;
@@ -37,8 +37,8 @@ pub(crate) struct Expected<'a> {
     pub(crate) selected: &'a [SelectedDisk],
     /// Opener for the external files of backing images.
     pub(crate) base_opener: &'a PolicyOpener,
-    /// Passphrase of backing images, for outputs without one of their own.
-    pub(crate) base_secret: Option<&'a Secret>,
+    /// Passphrases of backing images.
+    pub(crate) base_secrets: &'a Secrets,
     /// Number of worker threads.
     pub(crate) threads: usize,
     pub(crate) cancel: CancelToken,
@@ -263,6 +263,7 @@ fn open_again(
 fn open_options(planned: &PlannedOutput, open: &OpenSink, expected: &Expected<'_>) -> OpenOptions {
     let opener = expected.base_opener.supplying(open.supplied.clone());
     let memory = expected.memory.clone();
-    let secret = planned.format.secret().or(expected.base_secret).cloned();
-    OpenOptions { externals: opener.externals(), secret, memory, ..OpenOptions::default() }
+    let secrets = expected.base_secrets.clone();
+    let secrets = planned.format.secret().map_or(secrets.clone(), |own| secrets.with(own));
+    OpenOptions { externals: opener.externals(), secrets, memory, ..OpenOptions::default() }
 }

@@ -199,8 +199,8 @@ fn encrypted_images_need_a_passphrase_for_their_content() {
 fn sectors_are_numbered_by_their_place_in_the_disk() {
     let mut image = build(&[7, 0, 7]);
     image[39] = 1;
-    let secret = Some(Secret::new(b"a".to_vec()));
-    let options = OpenOptions { secret, salvage: true, ..OpenOptions::default() };
+    let secrets = Secret::new(b"a".to_vec()).into();
+    let options = OpenOptions { secrets, salvage: true, ..OpenOptions::default() };
     let source = Qcow1Driver.open(memory::as_file("x.qcow", &image), &options).unwrap();
     let read = content(&source).unwrap();
     let (first, third) = (&read[..512], &read[1024..]);

@@ -27,8 +27,8 @@ pub(super) fn run(input: &[u8]) {
     let _ =
         exercise::opened(exercise::registry().get("luks").expect("ours").open(by_position(&file), &layout));
     if is_quick(&file) {
-        let secret = Some(Secret::new(PASSPHRASE.to_vec()));
-        let options = OpenOptions { secret, ..OpenOptions::default() };
+        let secrets = Secret::new(PASSPHRASE.to_vec()).into();
+        let options = OpenOptions { secrets, ..OpenOptions::default() };
         exercise::image("luks", &options, &|| by_position(&file));
     }
 }

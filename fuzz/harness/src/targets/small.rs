@@ -31,7 +31,7 @@ pub(super) fn run(input: &[u8]) {
     let bytes = by_position(&file);
     let (Ok(head), Ok(end)) = (bytes.head(), bytes.end()) else { return };
     // Any passphrase opens an image with QEMU's first AES.
-    let options = OpenOptions { secret: Some(Secret::new(b"x".to_vec())), ..OpenOptions::default() };
+    let options = OpenOptions { secrets: Secret::new(b"x".to_vec()).into(), ..OpenOptions::default() };
     for driver in registry().drivers() {
         if driver.probe(&head, bytes.len()).is_some() || driver.probe_end(end.as_deref()) {
             exercise::image(driver.name(), &options, &|| by_position(&file));
@@ -47,7 +47,7 @@ mod tests {
     #[test]
     fn the_encrypted_seed_is_read() {
         let file = Arc::new(image(include_bytes!("../../../seeds/small/qcow-aes")));
-        let options = OpenOptions { secret: Some(Secret::new(b"x".to_vec())), ..OpenOptions::default() };
+        let options = OpenOptions { secrets: Secret::new(b"x".to_vec()).into(), ..OpenOptions::default() };
         let driver = registry().get("qcow").expect("registered");
         let source = driver.open(by_position(&file), &options).expect("any passphrase opens it");
         let outcome = exercise::random(&source, false);

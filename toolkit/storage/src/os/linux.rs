@@ -287,6 +287,22 @@ pub fn is_stdout_closed() -> bool {
     is_null && mode == Ok(OFlags::RDWR)
 }
 
+/// Returns another handle to the open file description of this process's descriptor `number`: dup(2) for a number that
+/// came from outside.
+///
+/// # Errors
+/// EBADF if it is not open; `Unsupported` outside of Linux; otherwise the error of pidfd_getfd(2), which Linux has
+/// since 5.6, and which a container may refuse.
+pub fn duplicate(number: u32) -> io::Result<File> {
+    use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+    if number == 0 {
+        return Ok(rustix::io::dup(io::stdin())?.into());
+    }
+    let number = i32::try_from(number).map_err(|_| Errno::BADF)?;
+    let process = pidfd_open(getpid(), PidfdFlags::empty())?;
+    Ok(pidfd_getfd(process, number, PidfdGetfdFlags::empty())?.into())
+}
+
 /// Returns the size of the machine's memory in bytes; `None` outside of Linux.
 pub fn memory_len() -> Option<u64> {
     let info = rustix::system::sysinfo();

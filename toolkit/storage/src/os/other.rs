@@ -52,6 +52,11 @@ pub fn overlay_files(_meta: &Metadata, _path: &Path) -> OverlayFiles {
     OverlayFiles { files: Vec::new(), is_complete: true }
 }
 
+/// Fails with `Unsupported`: no other Unix can duplicate a descriptor by its number without unsafe code.
+pub fn duplicate(_number: u32) -> io::Result<File> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
 /// Returns false: only Linux mounts single files.
 pub fn is_mount_point(_path: &Path) -> bool {
     false

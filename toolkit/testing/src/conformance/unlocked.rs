@@ -18,7 +18,7 @@ impl<D> Unlocked<D> {
     }
 
     fn opened(options: &OpenOptions) -> OpenOptions {
-        OpenOptions { secret: Some(Self::secret()), ..options.clone() }
+        OpenOptions { secrets: Self::secret().into(), ..options.clone() }
     }
 }
 
