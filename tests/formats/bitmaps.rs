@@ -77,7 +77,9 @@ fn copies_bitmaps_as_qemu_img_does() {
     ] {
         let ours = dir.path().join("ours.qcow2");
         let line = ["convert", "--bitmaps", "--force", "--verify", text(&source), "-o", options, text(&ours)];
-        imgtool(line).within(dir.path()).ok();
+        imgtool(line).within(dir.path()).ok().says("4 bitmaps");
+        let report = imgtool(line).args(["--output", "json"]).within(dir.path()).ok().json();
+        assert_eq!(report["outputs"][0]["bitmaps"], 4);
         assert_same_bitmaps(&ours, &theirs);
         oracles::qemu_check(&ours, "qcow2");
         imgtool(["check", text(&ours)]).ok();
@@ -91,7 +93,9 @@ fn copies_bitmaps_as_qemu_img_does() {
         assert_same_bitmaps(&again, &theirs);
     }
     // Without the flag, none.
-    imgtool(["convert", text(&source), "none.qcow2"]).within(dir.path()).ok();
+    let none = ["convert", "--output", "json", text(&source), "none.qcow2"];
+    let report = imgtool(none).within(dir.path()).ok().json();
+    assert!(report["outputs"][0].get("bitmaps").is_none());
     let info = oracles::qemu_info(&dir.path().join("none.qcow2"), "qcow2");
     assert!(info["format-specific"]["data"].get("bitmaps").is_none());
 }
@@ -180,6 +184,8 @@ fn bitmaps_that_can_not_be_relied_on_are_not_copied() {
     let at = twice.windows(3).rposition(|name| name == b"two").unwrap();
     twice[at..at + 3].copy_from_slice(b"one");
     std::fs::write(&image, &twice).unwrap();
+    let check = imgtool(["check", "twice.qcow2"]).within(dir.path()).go().ends_with(2);
+    assert!(check.text().contains("bitmap 'one' has the name of another bitmap"), "{}", check.text());
     let convert = ["convert", "--bitmaps", "twice.qcow2", "new.qcow2"];
     imgtool(convert).within(dir.path()).go().exits(1).says("has the name of another bitmap");
     imgtool(convert).args(["--skip-broken-bitmaps"]).within(dir.path()).ok().says("'one' was left out");

@@ -8,8 +8,9 @@
 mod references;
 mod walk;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 
+use imgtool_core::error::escape_control;
 use imgtool_core::{CheckReport, Error, Input, OpenOptions, RandomInput, Result};
 
 use crate::layout::bitmap::walk_bitmaps;
@@ -78,8 +79,7 @@ fn checker<'a>(input: RandomInput) -> Result<Checker<'a>> {
     let file_clusters = input.len().div_ceil(header.shape.cluster_size());
     let mut report = CheckReport::default();
     let snapshots = read_snapshot_table(&input, &header, &mut report)?;
-    let mut bitmaps = Vec::new();
-    walk_bitmaps(&input, &header, |bitmap| bitmaps.push((bitmap.table_offset, bitmap.table_entries)))?;
+    let bitmaps = read_bitmap_directory(&input, &header, &mut report)?;
     let refcounts = Refcounts::read(&input, RefcountGeometry::of(&header))?;
     Ok(Checker {
         external_data: header.has(INCOMPATIBLE_DATA_FILE),
@@ -132,6 +132,26 @@ fn read_snapshot_table(
     }
     damaged.into_iter().for_each(|finding| report.corruption(finding));
     Ok(SnapshotTable { len, l1_tables })
+}
+
+/// Returns the host offset and the number of entries of each bitmap table, and reports repeated names: QEMU opens no
+/// image with two bitmaps of one name.
+fn read_bitmap_directory(
+    input: &RandomInput,
+    header: &Header,
+    report: &mut CheckReport,
+) -> Result<Vec<(u64, u32)>> {
+    // At most as long as the directory, which has 64 MiB at most.
+    let (mut tables, mut names) = (Vec::new(), HashSet::new());
+    walk_bitmaps(input, header, |bitmap| {
+        tables.push((bitmap.table_offset, bitmap.table_entries));
+        if names.contains(&bitmap.name) {
+            let name = escape_control(&bitmap.name);
+            report.corruption(format_args!("ERROR bitmap '{name}' has the name of another bitmap"));
+        }
+        names.insert(bitmap.name);
+    })?;
+    Ok(tables)
 }
 
 impl Checker<'_> {

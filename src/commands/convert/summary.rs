@@ -61,6 +61,9 @@ struct OutputSummary<'a> {
     compression: Option<&'a str>,
     virtual_size: u64,
     actual_size: u64,
+    /// Number of bitmaps; `None` without `--bitmaps`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bitmaps: Option<usize>,
     devices: Vec<DeviceSummary>,
 }
 
@@ -102,7 +105,7 @@ fn in_one_word<S: serde::Serializer>(class: &str, serializer: S) -> Result<S::Ok
 /// (`stdout_is_data`), prints text to standard error instead of JSON. If a source is compressed
 /// (`is_compressed`), offsets are those in the decompressed data.
 pub fn print(args: &ConvertArgs, report: &Report, stdout_is_data: bool, is_compressed: bool) -> Exit {
-    let summary = summarise(report);
+    let summary = summarise(args, report);
     if args.output.is_json() && !stdout_is_data {
         report::note_unprinted(report::print_json(&summary));
     } else if report::speaks_json() {
@@ -123,9 +126,10 @@ pub fn print(args: &ConvertArgs, report: &Report, stdout_is_data: bool, is_compr
     Exit::Losses
 }
 
-fn summarise(report: &Report) -> Summary<'_> {
+fn summarise<'a>(args: &ConvertArgs, report: &'a Report) -> Summary<'a> {
+    let bitmaps = args.target.bitmaps;
     Summary {
-        outputs: report.outputs.iter().map(summarise_output).collect(),
+        outputs: report.outputs.iter().map(|output| summarise_output(output, bitmaps)).collect(),
         configurations: report
             .files
             .iter()
@@ -168,7 +172,8 @@ fn note(note: &Note) -> String {
     }
 }
 
-fn summarise_output(output: &imgtool_engine::OutputReport) -> OutputSummary<'_> {
+/// Describes an output, with the number of its bitmaps if the user wanted them.
+fn summarise_output(output: &imgtool_engine::OutputReport, bitmaps: bool) -> OutputSummary<'_> {
     let device = |disk: &'_ imgtool_engine::DiskReport| DeviceSummary {
         name: disk.name.clone(),
         virtual_size: disk.virtual_size,
@@ -180,6 +185,7 @@ fn summarise_output(output: &imgtool_engine::OutputReport) -> OutputSummary<'_> 
         compression: output.compression,
         virtual_size: output.virtual_size(),
         actual_size: output.stored,
+        bitmaps: bitmaps.then_some(output.bitmaps),
         devices: output.disks.iter().map(device).collect(),
     }
 }
@@ -261,7 +267,10 @@ fn verdict(summary: &Summary<'_>) -> String {
         summary.outputs.iter().fold(0u64, |sum, output| sum.saturating_add(of(output)))
     };
     let devices = summary.outputs.iter().map(|output| output.devices.len()).sum();
-    let what = format!("{}, {}", count(devices, "device"), human_size(sum(|output| output.virtual_size)));
+    let mut what = format!("{}, {}", count(devices, "device"), human_size(sum(|output| output.virtual_size)));
+    if let Some(bitmaps) = summary.outputs.iter().find_map(|output| output.bitmaps) {
+        what.push_str(&format!(", {}", count(bitmaps, "bitmap")));
+    }
     let mut time = human_time(std::time::Duration::from_secs_f64(summary.elapsed));
     if summary.speed > 0 {
         time.push_str(&format!(" at {}/s", human_size(summary.speed)));

@@ -52,6 +52,8 @@ pub struct OutputReport {
     pub compression: Option<&'static str>,
     /// Disks, in the image's order.
     pub disks: Vec<DiskReport>,
+    /// Number of persistent bitmaps that were copied into the image.
+    pub bitmaps: usize,
     /// Number of bytes that a new file takes on disk; for other outputs, the number of bytes written.
     pub stored: u64,
 }

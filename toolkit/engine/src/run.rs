@@ -449,6 +449,7 @@ impl Plan {
             stored: stored_len(planned, &self.selected, output.written()),
         };
         self.layout.outputs.iter().zip(handles).map(of).collect()
+            bitmaps: planned.bitmaps.len(),
     }
 
     fn file_reports(&self) -> Vec<FileReport> {
