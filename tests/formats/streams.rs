@@ -9,6 +9,7 @@ use imgtool_testing::{
 };
 
 use crate::support::imgtool;
+use crate::support::run::PROGRAM;
 
 /// Writes an archive of two disks and a configuration file, and returns its path.
 fn archive(directory: &Path) -> PathBuf {
@@ -235,6 +236,23 @@ fn reads_piped_and_compressed_qcow2_and_vhdx() {
         imgtool(["convert", text(&compressed), "--to", "raw", text(&out)]).ok();
         assert_same_rounded(&raw, &out, 512, format);
     }
+}
+
+/// A qcow2 image in a pipe is copied to a temporary file first.
+#[test]
+fn elapsed_time_includes_the_copy_to_temporary_storage() {
+    require!("bash");
+    let dir = tempdir();
+    images::every_mask().write_raw(&dir.path().join("disk.raw"));
+    imgtool(["convert", "disk.raw", "disk.qcow2"]).within(dir.path()).ok();
+    // The program has recognised the image before the pause.
+    let script = r#"(head -c 100000 disk.qcow2; sleep 1; tail -c +100001 disk.qcow2) |
+        "$IMGTOOL" convert --output json - out.raw"#;
+    let mut run = std::process::Command::new("bash");
+    let run = run.args(["-c", script]).env("IMGTOOL", PROGRAM).current_dir(dir.path()).output().unwrap();
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&run.stdout).unwrap();
+    assert!(report["elapsed"].as_f64().unwrap() > 0.9, "{report}");
 }
 
 #[test]

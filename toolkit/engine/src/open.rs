@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use imgtool_core::device::meant;
 use imgtool_core::input::Consumed;
@@ -34,8 +35,8 @@ pub struct Opened {
     /// True if the image was opened to salvage what is left of it. Its extents are then queried only once, in the
     /// order of the copy, since queries record losses.
     pub salvages: bool,
-    /// True if the image was a stream, which was copied to temporary storage.
-    pub spooled: bool,
+    /// Duration of the copy to temporary storage, if the image was a stream that had to be read by position.
+    pub spooled: Option<Duration>,
     /// True if neither the content nor the name of the image says what it is: it is read as a raw disk.
     pub unrecognised: bool,
     /// Identity of the file, if it is a file or block device.
@@ -53,6 +54,12 @@ pub struct Opened {
 }
 
 impl Opened {
+    /// Returns the duration of all copies to temporary storage.
+    pub fn spool_time(&self) -> Duration {
+        let parts = self.parts.iter().map(Self::spool_time);
+        self.spooled.into_iter().chain(parts).sum()
+    }
+
     /// Wraps an image that exists only in memory.
     pub fn in_memory(image: impl ImageSource + 'static, driver: Arc<dyn Driver>) -> Self {
         Self {
@@ -62,7 +69,7 @@ impl Opened {
             stored_len: None,
             consumed: None,
             salvages: false,
-            spooled: false,
+            spooled: None,
             unrecognised: false,
             identity: None,
             watch: None,
@@ -392,7 +399,7 @@ pub fn recognise(registry: &Registry, open: &OpenInput) -> Result<(Arc<dyn Drive
 /// Refuses an empty stream, and a compressed file without content: the command that wrote it has failed. A file
 /// may be empty.
 fn refuse_empty_stream(open: &OpenInput) -> Result<()> {
-    if !(open.input.is_stream() || open.spooled) || !open.input.head()?.is_empty() {
+    if !(open.input.is_stream() || open.spooled.is_some()) || !open.input.head()?.is_empty() {
         return Ok(());
     }
     let error = match open.compression.first() {

@@ -24,7 +24,7 @@ pub struct Report {
     pub verified: bool,
     /// Number of guest bytes that were read from the sources as data.
     pub data: u64,
-    /// Duration of the run.
+    /// Duration of the run, with the copies of sources to temporary storage before it.
     pub elapsed: Duration,
 }
 

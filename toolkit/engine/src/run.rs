@@ -241,7 +241,10 @@ impl Plan {
             notes,
             verified: options.verify,
             data: counter.data(),
-            elapsed: started.elapsed(),
+            elapsed: self
+                .sources
+                .iter()
+                .fold(started.elapsed(), |sum, source| sum + source.opened.spool_time()),
         })
     }
 
@@ -446,10 +449,10 @@ impl Plan {
             format: planned.format.driver.name(),
             compression: planned.format.outer.map(|outer| outer.compression.name()),
             disks: planned.disks.iter().map(|slot| disks[slot.index()].clone()).collect(),
+            bitmaps: planned.bitmaps.len(),
             stored: stored_len(planned, &self.selected, output.written()),
         };
         self.layout.outputs.iter().zip(handles).map(of).collect()
-            bitmaps: planned.bitmaps.len(),
     }
 
     fn file_reports(&self) -> Vec<FileReport> {

@@ -5,6 +5,7 @@ use std::io::{self, IsTerminal, Seek};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use imgtool_core::input::{InputBody, retry};
 use imgtool_core::{CancelToken, Error, Input, Location, Memory, Result, Stream};
@@ -50,8 +51,8 @@ pub struct OpenInput {
     pub compression: Vec<Compression>,
     /// Length in bytes of the file or block device, before decompression; `None` for a stream.
     pub stored_len: Option<u64>,
-    /// True if a stream was copied to temporary storage ([`OpenInput::spool`]).
-    pub spooled: bool,
+    /// Duration of the copy of a stream to temporary storage ([`OpenInput::spool`]); `None` without a copy.
+    pub spooled: Option<Duration>,
     /// Identity of the file or block device; `None` for anything else.
     pub identity: Option<Identity>,
     /// Watch over a regular file or block device; `None` for anything else.
@@ -194,7 +195,7 @@ impl OpenInput {
             input,
             compression: Vec::new(),
             stored_len: None,
-            spooled: false,
+            spooled: None,
             identity: None,
             watch: None,
             memory: Memory::default(),
@@ -288,11 +289,12 @@ impl OpenInput {
             return Ok(self);
         }
         let (location, cancel) = (self.input.location().clone(), self.input.cancel_token());
+        let began = Instant::now();
         let file = spool::spool(self.input.into_stream()?, limit)?;
         let len = os::file_len(&file).map_err(|e| Error::io("find the length", e))?;
         let input =
             Input::from_read_at(location, Arc::new(RandomFile::new(Arc::new(file), len, &self.memory)));
-        Ok(Self { input: input.cancelled_by(cancel), spooled: true, ..self })
+        Ok(Self { input: input.cancelled_by(cancel), spooled: Some(began.elapsed()), ..self })
     }
 }
 
