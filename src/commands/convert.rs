@@ -50,7 +50,10 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     sandbox::enter(Writes::to(targets, &request.options.pairs));
     let interrupt = Interrupt::listen()?;
     let cancel = interrupt.token();
-    let mut conversion = request.open(&registry, &cancel)?;
+    let pairs = &request.options.pairs;
+    let mut conversion = request
+        .open(&registry, &cancel)
+        .map_err(|e| options::explain_backing(e, &registry, request.dest.as_ref(), pairs))?;
     if !args.messages.quiet && !compat::is_on() {
         conversion.sources().iter().for_each(|source| summary::announce(&source.opened));
     }

@@ -52,7 +52,8 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
     let option_size = options::take_size(&mut format_options)?;
     let pairs = format_options.pairs.clone();
     sandbox::enter(Writes::to(&location, &format_options.pairs));
-    let format = TargetFormat::new(driver, format_options)?;
+    let format = TargetFormat::new(driver, format_options)
+        .map_err(|e| options::explain_backing(e, &registry, location.as_ref(), &pairs))?;
     options::check_secret(&format, has_secret)?;
     let (Some(path), Some(location)) = (&args.path, location) else {
         return Err(Error::usage("missing PATH").hint("imgtool create -f FMT PATH SIZE"));

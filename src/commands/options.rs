@@ -1,9 +1,11 @@
 //! Parsers for `-o`, `-S`, `-c` and sizes, shared by several commands.
 
+use imgtool_core::error::escape_control;
 use imgtool_core::{
-    Compress, Driver, Error, OptionKind, OptionSpec, OptionValues, Result, Secret, parse_size,
+    Compress, Driver, Error, Location, OptionKind, OptionSpec, OptionValues, Registry, Remedy, Result,
+    Secret, parse_size,
 };
-use imgtool_engine::{FormatOptions, TargetFormat};
+use imgtool_engine::{FormatOptions, TargetFormat, create};
 
 use super::formats;
 use crate::exit::Exit;
@@ -93,6 +95,27 @@ fn take(options: &mut FormatOptions, specs: &'static [OptionSpec]) -> Result<Opt
 pub fn set_backing(options: &mut FormatOptions, file: Option<&str>, format: Option<&str>) {
     for (key, value) in [("backing_file", file), ("backing_fmt", format)] {
         value.into_iter().for_each(|value| set(options, key, value));
+    }
+}
+
+/// Completes the error of an image at `location` whose options state a backing file without its format.
+pub fn explain_backing(
+    error: Error,
+    registry: &Registry,
+    location: Option<&Location>,
+    pairs: &[(String, String)],
+) -> Error {
+    let is_missing =
+        matches!(error.remedy(), Some(Remedy::SetOption(option)) if option == "backing_fmt=FORMAT");
+    let file = pairs.iter().find(|(key, _)| key == "backing_file").filter(|_| is_missing);
+    let found = file.zip(location).and_then(|((_, file), location)| {
+        let format = create::backing_format(registry, location, file)?;
+        Some((escape_control(file), format))
+    });
+    match found {
+        Some((file, format)) => Error::usage(error.message())
+            .hint(format!("'{file}' looks like {format}; if that is right, add -F {format}")),
+        None => error,
     }
 }
 

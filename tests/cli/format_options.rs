@@ -23,7 +23,13 @@ fn the_last_value_of_a_key_counts() {
     let info = imgtool(["info", "--output", "json", "child.qcow2"]).within(dir.path()).ok().json();
     assert_eq!(info["backing-filename"], "disk.raw");
     let line = ["create", "-f", "qcow2", "-b", "disk.raw", "third.qcow2"];
-    imgtool(line).within(dir.path()).go().exits(2).says("backing_fmt");
+    let refused = imgtool(line).within(dir.path()).go().exits(2);
+    refused.says("format of the backing file is missing").says("if that is right, add -F raw");
+    imgtool(["convert", "-B", "child.qcow2", "disk.raw", "fourth.qcow2"])
+        .within(dir.path())
+        .go()
+        .exits(2)
+        .says("'child.qcow2' looks like qcow2; if that is right, add -F qcow2");
 }
 
 #[test]

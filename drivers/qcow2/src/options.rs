@@ -341,7 +341,7 @@ fn backing(values: &OptionValues) -> Result<Option<BackingName>> {
     match (values.text("backing_file"), values.text("backing_fmt")) {
         (None, None) => Ok(None),
         (None, Some(_)) => Err(Error::usage("backing_fmt needs backing_file")),
-        (Some(_), None) => Err(Error::usage("backing_file needs backing_fmt")
+        (Some(_), None) => Err(Error::usage("the format of the backing file is missing (backing_fmt)")
             .remedied_by(Remedy::SetOption("backing_fmt=FORMAT".into()))),
         (Some(name), Some(_)) if name.is_empty() || name.len() > MAX_BACKING_NAME as usize => {
             Err(Error::usage(format!(

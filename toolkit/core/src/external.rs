@@ -304,7 +304,7 @@ impl BackingName {
         match (values.text("backing_file"), values.text("backing_fmt")) {
             (None, None) => Ok(None),
             (None, Some(_)) => Err(Error::usage("backing_fmt needs backing_file")),
-            (Some(_), None) => Err(Error::usage("backing_file needs backing_fmt")
+            (Some(_), None) => Err(Error::usage("the format of the backing file is missing (backing_fmt)")
                 .remedied_by(Remedy::SetOption(format!("backing_fmt={format}")))),
             (Some(_), Some(other)) if !names.contains(&other) => Err(Error::usage(format!(
                 "the parent of a {format} image must be a {format} image, not {other}"

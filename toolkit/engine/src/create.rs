@@ -52,6 +52,14 @@ pub fn backing_size(registry: &Registry, location: &Location, format: &TargetFor
     }
 }
 
+/// Returns the name of the format that the content of the backing file `name` of a new image at `location` looks like;
+/// `None` if the file can't be read. A guest chooses the content of a raw disk, so this is a guess.
+pub fn backing_format(registry: &Registry, location: &Location, name: &str) -> Option<&'static str> {
+    let base = sinks::backing_path(location, name).ok()?;
+    let input = open_shared(&base, Opening::Plain, &Memory::default(), Sharing::Accepted).ok()?;
+    open::recognise(registry, &input).ok().map(|(driver, _)| driver.name())
+}
+
 /// Creates an image without data. With a backing image, the guest sees the content of that image.
 ///
 /// # Errors
