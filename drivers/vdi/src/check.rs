@@ -1,10 +1,11 @@
-//! The structural check of an image: its header and every entry of its block map.
+//! The structural check of an image: its header, every entry of its block map, and the identifiers of its parent.
 
-use imgtool_core::unit_check::{UnitCheck, opened};
-use imgtool_core::{CheckReport, Input, Memory, Result};
+use imgtool_core::unit_check::{UnitCheck, opened, report_parent};
+use imgtool_core::{CheckReport, Input, OpenOptions, Result};
 
 use crate::image::Image;
-use crate::layout::{Entry, Header};
+use crate::layout::{Entry, Header, ImageType};
+use crate::parent;
 
 /// Maximum number of entries past those of the disk that the check looks at. Our limit: the map of a sparse file
 /// may have a billion.
@@ -15,7 +16,8 @@ const MAX_SPARE_ENTRIES: u64 = 1 << 20;
 /// # Errors
 /// If the file can't be read, is not a VDI image or requires an unsupported feature. Damage is not an error:
 /// the report lists it.
-pub(crate) fn check(input: Input, memory: &Memory) -> Result<CheckReport> {
+pub(crate) fn check(input: Input, options: &OpenOptions) -> Result<CheckReport> {
+    let memory = &options.memory;
     let mut report = CheckReport::default();
     let Some(image) = opened(Image::open(input, 0, memory), &mut report)? else { return Ok(report) };
     let (header, file_len) = (&image.header, image.input.len());
@@ -44,6 +46,11 @@ pub(crate) fn check(input: Input, memory: &Memory) -> Result<CheckReport> {
         check_count(header, check.units(), &mut report);
     }
     check.finish(header.disk_blocks(), &mut report);
+    if header.image_type == ImageType::Differencing {
+        let found = parent::find(&image, options);
+        let parent = found.and_then(|(name, _)| parent::open(&name, &image, options));
+        report_parent(parent, header.virtual_size, &mut report)?;
+    }
     Ok(report)
 }
 

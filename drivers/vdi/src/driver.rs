@@ -55,7 +55,7 @@ impl Driver for VdiDriver {
     }
 
     fn check(&self, input: Input, options: &OpenOptions) -> Result<CheckReport> {
-        check::check(input, &options.memory)
+        check::check(input, options)
     }
 
     fn writer(&self, options: &CreateOptions) -> Result<Box<dyn ImageWriter>> {

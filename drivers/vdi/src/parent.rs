@@ -23,12 +23,14 @@ pub(crate) fn open(name: &str, image: &Image, options: &OpenOptions) -> Result<D
     Disk::only(source, &format!("parent '{name}'"))
 }
 
-/// Returns the name of the parent of an image: the first candidate with the UUIDs that the image names.
+/// Returns the name of the parent of an image: the first candidate with the UUIDs that the image names. In a salvage,
+/// the parent's content may have changed, if no candidate is as it was: who repairs a chain needs what is left of it.
+/// Returns that fault with it.
 ///
 /// # Errors
 /// `Refused` if the user allowed no files, or if none of them is the parent; `Corrupt` if the parent was found, but
 /// its content has changed since; the first error of a candidate if one could not be read.
-pub(crate) fn find(image: &Image, options: &OpenOptions) -> Result<String> {
+pub(crate) fn find(image: &Image, options: &OpenOptions) -> Result<(String, Option<String>)> {
     let uuid = image.header.parent_uuid;
     let content = image.header.parent_modification_uuid;
     let from = image.input.location();
@@ -46,9 +48,13 @@ pub(crate) fn find(image: &Image, options: &OpenOptions) -> Result<String> {
             changed = changed.or(Some((name, found.modification_uuid)));
             continue;
         }
-        return Ok(name);
+        return Ok((name, None));
     }
     Err(match (changed, unreadable) {
+        (Some((name, found)), _) if options.salvage => {
+            let doubt = format!("unverified: {}", changed_parent(&name, found, content).message());
+            return Ok((name, Some(doubt)));
+        }
         (Some((name, found)), _) => changed_parent(&name, found, content),
         // It may be the parent.
         (None, Some(error)) => error,
@@ -61,7 +67,7 @@ fn changed_parent(name: &str, found: Uuid, expected: Uuid) -> Error {
     Error::corrupt(format!(
         "parent '{name}' has changed since the image was made: its content has the UUID {found}, not {expected}"
     ))
-    .hint("find the original of the parent, or a backup of it")
+    .remedied_by(Remedy::Salvage("find the original of the parent, or a backup of it".into()))
 }
 
 /// Reads the header of a candidate; `None` if the file is not a VDI image.

@@ -18,16 +18,19 @@ pub(crate) const MODIFICATION_UUID: &str = "modification-uuid";
 pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
     let image = Image::open(input, options.externals.depth(), &options.memory)?;
     let mut info = describe(&image);
-    let mut parent = None;
+    let (mut parent, mut doubt) = (None, None);
     if image.header.image_type == ImageType::Differencing {
         let found = parent::find(&image, options).map_err(|e| e.path(image.input.location()));
-        info.references = vec![parent::reference(&image, found.as_deref().ok())];
+        let name = found.as_ref().ok().map(|(name, _)| name.as_str());
+        info.references = vec![parent::reference(&image, name)];
         if !options.info_only {
-            let opened = parent::open(&found?, &image, options);
+            let (name, fault) = found?;
+            let opened = parent::open(&name, &image, options);
+            doubt = fault;
             parent = Some(opened.map_err(|e| e.path(image.input.location()))?);
         }
     }
-    Ok(Arc::new(LayeredSource::new(info, image, parent, options.salvage)))
+    Ok(Arc::new(LayeredSource::new(info, image, parent, options.salvage).doubted(doubt)))
 }
 
 /// Collects the facts and notes of an image.

@@ -26,7 +26,8 @@ pub(crate) fn check(input: Input, options: &OpenOptions) -> Result<CheckReport> 
             check_footers(&image, &mut report)?;
             check_blocks(&image, blocks, memory, &mut report)?;
             if image.footer.disk_type == DiskType::Differencing {
-                report_parent(parent::open(&image, blocks, options), &mut report)?;
+                let parent = parent::open(&image, blocks, options).map(|(parent, _)| parent);
+                report_parent(parent, image.footer.current_size, &mut report)?;
             }
         }
         None => check_length(&image, &mut report),

@@ -137,13 +137,24 @@ impl Image {
         let block_size = blocks.header.block_size;
         let (index, in_block) = (guest_offset / block_size, guest_offset % block_size);
         let is_child = self.footer.disk_type == DiskType::Differencing;
-        let (bytes, equal) = blocks.bat.run::<4>(index, (in_block + max_len).div_ceil(block_size))?;
+        // The next entry as well: two that refer to one block are damaged, however much is looked up.
+        let max_blocks = (in_block + max_len).div_ceil(block_size);
+        let (bytes, equal) = blocks.bat.run::<4>(index, max_blocks.max(2))?;
         let entry = u32::from_be_bytes(bytes);
         if entry == ABSENT {
             let origin = if is_child { Origin::Parent } else { Origin::Hole };
-            return Ok(Segment { len: (equal * block_size - in_block).min(max_len), origin });
+            let len = (equal.min(max_blocks) * block_size - in_block).min(max_len);
+            return Ok(Segment { len, origin });
         }
         let data_offset = self.stored_block(blocks, index, entry)?;
+        if equal > 1 && self.used_len(blocks, index + 1) > 0 {
+            let (last, sector) = (index + equal - 1, u64::from(entry) * SECTOR_SIZE);
+            return Err(Error::corrupt(format!(
+                "BAT entries {index} to {last} refer to one block, at {sector}"
+            ))
+            .at(blocks.bat.entry_offset::<4>(index))
+            .remedied_by(Remedy::Salvage("the BAT is damaged: use a backup".into())));
+        }
         let len = (block_size - in_block).min(max_len);
         let stored = Origin::File { index: 0, file_offset: data_offset + in_block };
         if !is_child {
@@ -225,8 +236,15 @@ impl SegmentMap for Image {
     }
 
     fn to_unit_end(&self, guest_offset: u64, max_len: u64) -> u64 {
-        let unit = self.blocks.as_ref().map_or(SECTOR_SIZE, |blocks| blocks.header.block_size);
-        (unit - guest_offset % unit).min(max_len)
+        let Some(blocks) = &self.blocks else {
+            return (SECTOR_SIZE - guest_offset % SECTOR_SIZE).min(max_len);
+        };
+        let block_size = blocks.header.block_size;
+        let (index, in_block) = (guest_offset / block_size, guest_offset % block_size);
+        // Many entries may refer to one block.
+        let max_blocks = (in_block + max_len).div_ceil(block_size);
+        let equal = blocks.bat.run::<4>(index, max_blocks).map_or(1, |(_, equal)| equal);
+        (equal * block_size - in_block).min(max_len)
     }
 
     fn file(&self, _index: usize) -> &dyn StoredBytes {

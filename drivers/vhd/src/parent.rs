@@ -6,7 +6,7 @@
 //! not compared, since copies and time zones change it.
 
 use imgtool_core::external::local_name;
-use imgtool_core::{Disk, Error, OpenOptions, Reference, Result};
+use imgtool_core::{Disk, Error, OpenOptions, Reference, Remedy, Result};
 use uuid::Uuid;
 
 use crate::image::{Blocks, Image};
@@ -23,12 +23,14 @@ pub(crate) fn references(image: &Image) -> Vec<Reference> {
     vec![Reference { role: "parent", name, format: Some(crate::FORMAT.to_owned()) }]
 }
 
-/// Opens the parent of an image: the first of its names that leads to the image that the child was made from.
+/// Opens the parent of an image: the first of its names that leads to the image that the child was made from. In a
+/// salvage, the parent may have another UUID, if no file has the right one: who repairs a chain needs what is left of
+/// it. Returns that fault with it.
 ///
 /// # Errors
 /// `Unsupported` if no name is a path on this system; `Corrupt` if the files that can be opened are other images;
 /// the error for the first name if none can be opened.
-pub(crate) fn open(image: &Image, blocks: &Blocks, options: &OpenOptions) -> Result<Disk> {
+pub(crate) fn open(image: &Image, blocks: &Blocks, options: &OpenOptions) -> Result<(Disk, Option<String>)> {
     let (mut first_error, mut mismatch) = (None, None);
     for name in names(image, blocks) {
         let from = image.input.location();
@@ -38,17 +40,23 @@ pub(crate) fn open(image: &Image, blocks: &Blocks, options: &OpenOptions) -> Res
                 let fact = source.info().facts.iter().find(|fact| fact.key == UUID);
                 let found = fact.and_then(|fact| fact.value.as_str()).map(Uuid::try_parse);
                 if found != Some(Ok(blocks.header.parent_uuid)) {
-                    mismatch = mismatch.or_else(|| {
-                        Some(wrong_parent(&name, fact.and_then(|fact| fact.value.as_str()), blocks))
-                    });
+                    let error = wrong_parent(&name, fact.and_then(|fact| fact.value.as_str()), blocks);
+                    mismatch = mismatch.or(Some((source, name, error)));
                     continue;
                 }
-                return Disk::only(source, &format!("parent '{name}'"));
+                return Ok((Disk::only(source, &format!("parent '{name}'"))?, None));
             }
             Err(error) => first_error = first_error.or(Some(error)),
         }
     }
-    Err(mismatch.or(first_error).unwrap_or_else(|| {
+    if let Some((source, name, error)) = mismatch {
+        if !options.salvage {
+            return Err(error);
+        }
+        let doubt = format!("unverified: {}", error.message());
+        return Ok((Disk::only(source, &format!("parent '{name}'"))?, Some(doubt)));
+    }
+    Err(first_error.unwrap_or_else(|| {
         Error::unsupported(format!(
             "no name of the parent '{}' is a path on this system",
             blocks.header.parent_name
@@ -63,7 +71,9 @@ fn wrong_parent(name: &str, found: Option<&str>, blocks: &Blocks) -> Error {
         found.unwrap_or("none"),
         blocks.header.parent_uuid
     ))
-    .hint("the parent was replaced after the image was made: find the original")
+    .remedied_by(Remedy::Salvage(
+        "the parent was replaced after the image was made: find the original".into(),
+    ))
 }
 
 /// Returns the names of the parent that are paths on this system, in the order in which they are tried: the

@@ -22,16 +22,17 @@ pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageS
         true => Image::salvage(input, depth, memory)?,
         false => Image::open(input, depth, memory)?,
     };
-    let parent = match &image.blocks {
+    let (parent, fault) = match &image.blocks {
         Some(blocks) if image.footer.disk_type == DiskType::Differencing && !options.info_only => {
             let parent = parent::open(&image, blocks, options);
-            Some(parent.map_err(|e| e.path(image.input.location()))?)
+            let (parent, fault) = parent.map_err(|e| e.path(image.input.location()))?;
+            (Some(parent), fault)
         }
-        _ => None,
+        _ => (None, None),
     };
     let mut info = describe(&image.footer);
     describe_blocks(&image, &mut info);
-    let doubt = image.doubt.clone();
+    let doubt = image.doubt.clone().or(fault);
     Ok(Arc::new(LayeredSource::new(info, image, parent, options.salvage).doubted(doubt)))
 }
 

@@ -1,6 +1,8 @@
-//! The structural check of an image: both headers, both copies of the region table, and every BAT entry.
+//! The structural check of an image: both headers, both copies of the region table, every BAT entry, and the
+//! identifier of the parent.
 
-use imgtool_core::{CheckReport, ErrorKind, Input, Memory, Result};
+use imgtool_core::unit_check::{opened, report_parent};
+use imgtool_core::{CheckReport, Input, Memory, OpenOptions, Result};
 use roaring::RoaringBitmap;
 
 use crate::image::{Image, UnreadableHeader};
@@ -8,27 +10,39 @@ use crate::layout::MIB;
 use crate::layout::bat::{BatEntry, ENTRY_LEN, PayloadState, SECTOR_BITMAP_LEN, SectorBitmapState};
 use crate::layout::header::Header;
 use crate::layout::region::REGION_TABLE_OFFSETS;
+use crate::parent;
 
 /// File offset in MiB up to which the check detects overlapping blocks; a block beyond it counts as a check
 /// error. Our limit: 256 TiB bounds the memory to 32 MiB, and the file of the largest disk (64 TiB) ends long
 /// before that.
 const MAX_CHECKED_MIB: u32 = 1 << 28;
 
-/// Checks an image. A log that needs to be replayed is a finding, but not a corruption.
+/// Checks an image alone. A log that needs to be replayed is a finding, but not a corruption.
 ///
 /// # Errors
 /// Fails if the file can't be read, is not a VHDX image, requires an unsupported feature or exceeds a limit.
 /// Damage is not an error: the report lists it.
 pub(crate) fn check(input: Input, memory: &Memory) -> Result<CheckReport> {
+    Ok(examine(input, memory)?.0)
+}
+
+/// Checks an image, and whether its parent is the disk that it was made from.
+///
+/// # Errors
+/// Same as [`check`].
+pub(crate) fn check_with_parent(input: Input, options: &OpenOptions) -> Result<CheckReport> {
+    let (mut report, image) = examine(input, &options.memory)?;
+    if let Some(image) = image.filter(|image| image.metadata.has_parent) {
+        report_parent(parent::open(&image, options), image.metadata.virtual_size, &mut report)?;
+    }
+    Ok(report)
+}
+
+/// Checks an image alone. Returns it with the report, unless it can't be opened.
+fn examine(input: Input, memory: &Memory) -> Result<(CheckReport, Option<Image>)> {
     let mut report = CheckReport::default();
-    let image = match Image::open(input, UnreadableHeader::UseOther, 0, memory) {
-        Ok(image) => image,
-        Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed) => {
-            report.corruption(format!("{error:#}"));
-            return Ok(report);
-        }
-        Err(error) => return Err(error),
-    };
+    let image = opened(Image::open(input, UnreadableHeader::UseOther, 0, memory), &mut report)?;
+    let Some(image) = image else { return Ok((report, None)) };
     check_copies(&image, &mut report);
     BatCheck::new(&image).run(&mut report)?;
     if let Some(stats) = image.replay_stats {
@@ -38,7 +52,7 @@ pub(crate) fn check(input: Input, memory: &Memory) -> Result<CheckReport> {
             stats.entries
         ));
     }
-    Ok(report)
+    Ok((report, Some(image)))
 }
 
 /// Returns the number of damaged copies of headers and region tables, whose other copy is valid.

@@ -55,7 +55,7 @@ impl Driver for VhdxDriver {
     }
 
     fn check(&self, input: Input, options: &OpenOptions) -> Result<CheckReport> {
-        check::check(input, &options.memory)
+        check::check_with_parent(input, options)
     }
 
     fn repair(&self, image: &Output, what: Repair, options: &OpenOptions) -> Result<CheckReport> {

@@ -46,8 +46,8 @@ pub(crate) fn check(input: Input, options: &OpenOptions) -> Result<CheckReport> 
         }
     }
     if let Some((descriptor, cid)) = image.descriptor.as_ref().and_then(|d| Some((d, d.parent_cid()?))) {
-        let parent = parent::open(&image, descriptor, cid, &options).map(|_| ());
-        report_parent(parent, &mut report)?;
+        let parent = parent::open(&image, descriptor, cid, &options).map(|(parent, _)| parent);
+        report_parent(parent, image.virtual_size, &mut report)?;
     }
     Ok(report)
 }

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use roaring::{RoaringBitmap, RoaringTreemap};
 
+use crate::disk::Disk;
 use crate::driver::CheckReport;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::{Lease, Memory};
@@ -37,13 +38,22 @@ pub fn opened<T>(image: Result<T>, report: &mut CheckReport) -> Result<Option<T>
     }
 }
 
-/// Takes the result of opening the parent of a checked image: a parent with another content is damage. Where it
-/// may not or can't be opened, the report says so, and what was found in the image itself stays.
+/// Takes the result of opening the parent of a checked image of `size` bytes: a parent with another content is damage,
+/// one of another size gets a note. Where it may not or can't be opened, the report says so, and what was found in the
+/// image itself stays.
 ///
 /// # Errors
 /// [`ErrorKind::Cancelled`] alone.
-pub fn report_parent<T>(parent: Result<T>, report: &mut CheckReport) -> Result<()> {
-    let Err(error) = opened(parent, report) else { return Ok(()) };
+pub fn report_parent(parent: Result<Disk>, size: u64, report: &mut CheckReport) -> Result<()> {
+    let error = match opened(parent, report) {
+        Ok(found) => {
+            if let Some(other) = found.map(|disk| disk.size()).filter(|found| *found != size) {
+                report.findings.push(format!("note: the disk has {size} bytes, but its parent has {other}"));
+            }
+            return Ok(());
+        }
+        Err(error) => error,
+    };
     match error.kind() {
         ErrorKind::Cancelled => return Err(error),
         ErrorKind::Refused | ErrorKind::Unsupported => {

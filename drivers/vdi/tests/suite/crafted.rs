@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use imgtool_core::{Disk, Driver, ErrorKind, Memory, OpenOptions, Registry};
 use imgtool_engine::externals::{ExternalPolicy, PolicyOpener};
-use imgtool_testing::{conformance, memory};
+use imgtool_testing::{conformance, memory, saved};
 use imgtool_vdi::VdiDriver;
 
 use crate::support::{MIB, check, content, open, save};
@@ -126,6 +126,43 @@ fn refuses_parents_unless_allowed_or_if_changed() {
     save(directory.path(), "base.vdi", &Builder::new(2, 0).bytes);
     let error = open(&path).map(|_| ()).unwrap_err();
     assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("has changed"), "{error}");
+    // A salvage reads what is left, and says so.
+    let options = OpenOptions { salvage: true, ..saved::open_options(VdiDriver, true) };
+    let source = conformance::open_with(&VdiDriver, &path, &options).unwrap();
+    assert!(
+        source.doubts().iter().any(|doubt| doubt.reason.contains("has changed")),
+        "{:?}",
+        source.doubts()
+    );
+}
+
+#[test]
+fn a_check_compares_the_identifiers_and_the_size_of_an_allowed_parent() {
+    let directory = tempfile::tempdir().unwrap();
+    let child = Builder::new(2, 0).child_of(UUID, CONTENT).bytes.clone();
+    let path = save(directory.path(), "child.vdi", &child);
+    let check = |chain| {
+        let options = saved::open_options(VdiDriver, chain);
+        VdiDriver.check(conformance::input(&path).unwrap(), &options).unwrap()
+    };
+    for chain in [false, true] {
+        let alone = check(chain);
+        let note = alone.findings[0].contains("only this file was checked, not its parent");
+        assert!(alone.corruptions == 0 && note, "{:?}", alone.findings);
+    }
+    save(directory.path(), "base.vdi", &Builder::new(2, 0).bytes);
+    assert!(check(true).findings.is_empty(), "{:?}", check(true).findings);
+    save(directory.path(), "base.vdi", &Builder::new(4, 0).bytes);
+    let longer = check(true);
+    let note = "note: the disk has 8192 bytes, but its parent has 16384";
+    assert!(longer.corruptions == 0 && longer.findings == [note], "{:?}", longer.findings);
+    save(directory.path(), "child.vdi", &Builder::new(2, 0).child_of(UUID, [3; 16]).bytes);
+    let changed = check(true);
+    assert!(
+        changed.corruptions == 1 && changed.findings[0].contains("has changed"),
+        "{:?}",
+        changed.findings
+    );
 }
 
 #[test]

@@ -244,6 +244,15 @@ fn refuses_structures_that_contradict_themselves() {
     assert!(open_bytes(&bytes).unwrap_err().to_string().contains("the file has 3584 before its footer"));
 }
 
+/// A file of a few KiB could be a disk of terabytes with content everywhere.
+#[test]
+fn neighbouring_entries_may_not_refer_to_one_block() {
+    let shared = Builder::new(3).block(0, 1, 0xff).entry(1, 5);
+    let error = open_bytes(&shared.bytes()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert!(error.to_string().contains("BAT entries 0 to 1 refer to one block, at 2560"), "{error}");
+}
+
 #[test]
 fn damage_names_the_guest_range_and_check_finds_it() {
     let directory = tempfile::tempdir().unwrap();

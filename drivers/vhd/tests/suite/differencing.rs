@@ -1,6 +1,6 @@
 //! Differencing images over their parents.
 
-use imgtool_core::{Driver, ErrorKind};
+use imgtool_core::{Driver, ErrorKind, OpenOptions};
 use imgtool_testing::conformance;
 use imgtool_testing::images::noise;
 use imgtool_testing::saved;
@@ -54,6 +54,14 @@ fn refuses_parents_unless_allowed_or_if_they_are_another_image() {
     assert!(
         error.to_string().contains("its UUID is 03030303-0303-0303-0303-030303030303, not 0707"),
         "{error}"
+    );
+    // A salvage reads what is left, and says so.
+    let options = OpenOptions { salvage: true, ..saved::open_options(VhdDriver, true) };
+    let source = conformance::open_with(&VhdDriver, &path, &options).unwrap();
+    assert!(
+        source.doubts().iter().any(|doubt| doubt.reason.contains("not the image")),
+        "{:?}",
+        source.doubts()
     );
 }
 

@@ -119,6 +119,29 @@ fn reads_a_child_over_its_parent() {
 }
 
 #[test]
+fn a_check_compares_the_identifier_and_the_size_of_an_allowed_parent() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = save(directory.path(), "child.avhdx", &child(512));
+    let check = |chain| {
+        let options = allowed(ExternalPolicy { chain, paths: Vec::new() });
+        VhdxDriver.check(conformance::input(&path).unwrap(), &options).unwrap()
+    };
+    let alone = check(false);
+    let note = alone.findings[0].contains("only this file was checked, not its parent");
+    assert!(alone.corruptions == 0 && note, "{:?}", alone.findings);
+    assert_eq!(check(true).check_errors, 1, "a missing parent");
+    save(directory.path(), "base.vhdx", &parent(512));
+    assert!(check(true).findings.is_empty(), "{:?}", check(true).findings);
+    save(directory.path(), "base.vhdx", &VhdxBuilder::new(4 * MIB, MIB, 512));
+    let shorter = check(true);
+    let note = "note: the disk has 8388608 bytes, but its parent has 4194304";
+    assert!(shorter.corruptions == 0 && shorter.findings == [note], "{:?}", shorter.findings);
+    save(directory.path(), "base.vhdx", &parent(512).header_field(32, &guid(CHILD_GUID)));
+    let other = check(true);
+    assert!(other.corruptions == 1 && other.findings[0].contains("is not the disk"), "{:?}", other.findings);
+}
+
+#[test]
 fn dissect_reads_the_same() {
     require!("dissect");
     let directory = tempfile::tempdir().unwrap();
