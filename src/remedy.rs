@@ -10,7 +10,7 @@ pub fn words(remedy: &Remedy) -> String {
             "every device is complete, so these are bytes after the end of the archive; --ignore-trailing accepts them"
                 .to_owned()
         }
-        Remedy::OpenAnyway(advice) => format!("{advice}, or read it as it is with --force"),
+        Remedy::OpenAnyway(advice) => format!("{advice}, or read it as it is with 'convert --force'"),
         Remedy::SkipBrokenBitmaps => {
             "--skip-broken-bitmaps leaves it out; 'qemu-img bitmap --remove' deletes it".to_owned()
         }

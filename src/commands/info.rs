@@ -196,6 +196,13 @@ fn below_reference(image: &ImageEntry) -> Option<&Reference> {
     image.info().references.iter().find(|reference| matches!(reference.role, "backing file" | "parent"))
 }
 
+/// Returns the name that a parent may have beside its child: the last component of a path, which may be of another
+/// system. Drivers look there as well.
+fn beside(backing: &Reference) -> Option<&str> {
+    let last = backing.name.rsplit(['\\', '/']).next()?;
+    (backing.role == "parent" && last != backing.name && is_plain_name(last)).then_some(last)
+}
+
 /// Opens the image directly below `image` in its backing chain. `depth` counts the images of the chain that are
 /// open already. Returns `None` at the end of the chain.
 fn open_below(
@@ -211,9 +218,14 @@ fn open_below(
     let options = OpenOptions { snapshot: None, ..options.clone() };
     let format = backing.format.as_deref();
     let from = &image.location;
-    let source = options.externals.open_image(backing.role, &backing.name, from, format, &options)?;
+    let open = |name: &str| options.externals.open_image(backing.role, name, from, format, &options);
+    let (name, source) = match (open(&backing.name), beside(backing)) {
+        (Ok(source), _) => (&*backing.name, source),
+        (Err(error), Some(name)) => (name, open(name).map_err(|_| error)?),
+        (Err(error), None) => return Err(error),
+    };
     let is_archive = registry.get(source.info().format).is_ok_and(|driver| is_archive(&*driver));
-    let location = open::resolve(from, &backing.name);
+    let location = open::resolve(from, name);
     Ok(location.map(|location| ImageEntry {
         location,
         compression: Vec::new(),

@@ -174,6 +174,35 @@ fn the_size_of_a_disk_is_that_of_all_its_files() {
     assert!(human.contains(&format!("content identifier: {cid}")), "{human}");
 }
 
+/// The facts are those of qemu-img, under the same keys, for its images and for ours.
+#[test]
+fn info_shows_the_extents_of_qemu_img() {
+    require!("qemu-img");
+    let dir = tempdir();
+    std::fs::create_dir(dir.path().join("sub")).unwrap();
+    let raw = write_raw(dir.path());
+    let info = |program: &str, name: &str| -> serde_json::Value {
+        let text = oracles::run_in(program, dir.path(), &["info", "--output=json", name]);
+        serde_json::from_str(&text).unwrap()
+    };
+    for subformat in SEVERAL.into_iter().chain(["monolithicSparse", "streamOptimized"]) {
+        let option = format!("subformat={subformat}");
+        let (theirs, ours) = (format!("sub/theirs-{subformat}.vmdk"), format!("sub/{subformat}.vmdk"));
+        imgtool(["convert", "disk.raw", "-o", &option, &ours]).within(dir.path()).ok();
+        if subformat != "vmfs" {
+            oracles::qemu_make(&raw, "vmdk", &option, &dir.path().join(&theirs));
+        }
+        for name in [theirs, ours].iter().filter(|name| dir.path().join(name).exists()) {
+            let (expected, found) = (info("qemu-img", name), info(PROGRAM, name));
+            let expected = expected["format-specific"]["data"].as_object().unwrap();
+            assert!(expected.contains_key("extents"), "{name}");
+            for (key, value) in expected {
+                assert_eq!(&found["format-specific"]["data"][key], value, "{name}: {key}");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_stream_is_not_compressed_again() {
     let dir = tempdir();
@@ -253,6 +282,45 @@ fn created_images_are_for_machines() {
     imgtool(["check", text(&path)]).ok();
     let info = imgtool(["info", text(&path)]).ok();
     assert!(info.text().contains("monolithicSparse"), "{}", info.text());
+}
+
+/// Makes `base.vmdk` and a child that has this name for it.
+fn child_of(directory: &Path, hint: &str) {
+    write_raw(directory);
+    let sparse = ["-o", "subformat=monolithicSparse"];
+    imgtool(["convert", "-q", "disk.raw", "base.vmdk"]).args(sparse).within(directory).ok();
+    imgtool(["create", "-q", "-f", "vmdk", "-b", "base.vmdk", "-F", "vmdk", "kid.vmdk"])
+        .within(directory)
+        .ok();
+    let kid = directory.join("kid.vmdk");
+    let mut bytes = std::fs::read(&kid).unwrap();
+    let (old, new) = ("Hint=\"base.vmdk\"", format!("Hint=\"{hint}\""));
+    let at = bytes.windows(old.len()).position(|window| window == old.as_bytes()).unwrap();
+    // The descriptor ends in zeros, some of which make room.
+    let end = at + bytes[at..].iter().position(|byte| *byte == 0).unwrap();
+    bytes.drain(end..end + new.len() - old.len());
+    bytes.splice(at..at + old.len(), new.bytes());
+    std::fs::write(kid, bytes).unwrap();
+}
+
+/// The name of the parent is a path of ESX or Windows; the parent is beside the child.
+#[test]
+fn a_moved_parent_is_found_by_every_command() {
+    for hint in ["/vmfs/volumes/datastore1/web/base.vmdk", "C:\\VMs\\web\\base.vmdk"] {
+        let dir = tempdir();
+        child_of(dir.path(), hint);
+        let chain = ["--allow-external", "chain", "kid.vmdk"];
+        imgtool(["convert"]).args(chain).args(["kid.raw"]).within(dir.path()).ok();
+        assert_same(&dir.path().join("disk.raw"), &dir.path().join("kid.raw"), hint);
+        let info =
+            imgtool(["info", "--output", "json", "--backing-chain"]).args(chain).within(dir.path()).ok();
+        assert_eq!(info.json().as_array().unwrap().len(), 2, "{}", info.text());
+        let check = imgtool(["check"]).args(chain).within(dir.path()).ok();
+        assert!(!check.text().contains("not its parent"), "{}", check.text());
+        std::fs::remove_file(dir.path().join("base.vmdk")).unwrap();
+        let lost = imgtool(["convert"]).args(chain).args(["lost.raw"]).within(dir.path()).go().exits(1);
+        assert!(!lost.stderr.contains("can't can't"), "{}", lost.stderr);
+    }
 }
 
 /// The bytes of a disk without its descriptor, and variants that have no form for a pipe.

@@ -138,7 +138,9 @@ fn vmdks(directory: &Path) -> Vec<PathBuf> {
     let lines = |count: usize, line: &str| format!("{line}\n").repeat(count);
     let long_line = "x".repeat(1 << 20);
     let tables = words(1 << 20, |index| ((1 << 20) | (index * 4)).to_le_bytes());
-    let same = words(1 << 20, |_| (1_u32 << 20).to_le_bytes());
+    let same = words(8 << 20, |_| (1_u32 << 20).to_le_bytes());
+    // Far behind the end of the file, each at another place.
+    let beyond = words(8 << 20, |index| (u32::MAX - index).to_le_bytes());
     let stream =
         sparse(directory, "compressed-grains-of-4-gib.vmdk", 1 << 20, 128, &(1_u32 << 20).to_le_bytes());
     stream.le32(4, 3).le32(8, 0x0003_0001).put(77, &[1, 0]);
@@ -147,10 +149,10 @@ fn vmdks(directory: &Path) -> Vec<PathBuf> {
         stream.le32(GIB + 512 * grain + 8, u32::MAX);
     }
     let cowd = Craft::new(directory, "cowd-with-one-table.vmdk", 8 * GIB);
-    cowd.put(0, b"COWD").le32(4, 1).le32(8, 3).le32(12, 1 << 28).le32(16, 1).le32(20, 4).le32(24, 1 << 16);
-    cowd.put(2048, &same[..4 << 16]);
+    cowd.put(0, b"COWD").le32(4, 1).le32(8, 3).le32(12, u32::MAX).le32(16, 1).le32(20, 4).le32(24, 1 << 20);
+    cowd.put(2048, &same[..4 << 20]);
     let se = Craft::new(directory, "se-sparse-with-one-table.vmdk", 8 * GIB);
-    let numbers = [0xcafe_babe, 0x2_0000_0001, 1 << 31, 8, 64, 0];
+    let numbers = [0xcafe_babe, 0x2_0000_0001, 1 << 36, 8, 64, 0];
     for (index, number) in (0..).zip(numbers) {
         se.put(8 * index, &u64::to_le_bytes(number));
     }
@@ -161,7 +163,7 @@ fn vmdks(directory: &Path) -> Vec<PathBuf> {
         se.put(80 + 16 * index, &u64::to_le_bytes(offset)).put(88 + 16 * index, &u64::to_le_bytes(size));
     }
     se.put(512, &0xcafe_cafe_u64.to_le_bytes());
-    se.put(4096, &longs(1 << 16, 0x1000_0000_0000_0001_u64.to_le_bytes()));
+    se.put(4096, &longs(1 << 21, 0x1000_0000_0000_0001_u64.to_le_bytes()));
     vec![
         text("too-many-extents.vmdk", &lines(40_000, "RW 2048 ZERO")),
         text("as-many-extents-as-allowed.vmdk", &lines(32_768, "RW 536870912 ZERO")),
@@ -170,7 +172,8 @@ fn vmdks(directory: &Path) -> Vec<PathBuf> {
         text("comments.vmdk", &lines(1 << 20, "#")),
         text("extent-of-2-64-sectors.vmdk", "RW 18446744073709551615 ZERO\n"),
         sparse(directory, "tables-in-a-hole.vmdk", 1 << 36, 128, &tables).path,
-        sparse(directory, "one-table-for-all.vmdk", 1 << 32, 8, &same).path,
+        sparse(directory, "one-table-for-all.vmdk", 8 << 32, 8, &same).path,
+        sparse(directory, "tables-beyond-the-end.vmdk", 8 << 32, 8, &beyond).path,
         sparse(directory, "capacity-of-2-53.vmdk", 1 << 53, 2048, &same).path,
         stream.path,
         cowd.path,

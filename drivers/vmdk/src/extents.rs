@@ -52,23 +52,36 @@ fn open_any(input: &RandomInput, options: &OpenOptions) -> Result<Image> {
             Some(descriptor) if header.is_wrapper() => empty(input, descriptor, options),
             descriptor => {
                 // A running machine can't write compressed grains, so such a file is no snapshot.
-                if descriptor.is_none() && !header.compressed && !options.salvage {
-                    refuse_bare("a part of a split disk or of a snapshot: it has no descriptor", options)?;
-                }
-                single(input, GrainFile::hosted(input, header, settings)?, descriptor, options)
+                let doubt = match descriptor.is_none() && !header.compressed {
+                    true => {
+                        refuse_bare("a part of a split disk or of a snapshot: it has no descriptor", options)?
+                    }
+                    false => None,
+                };
+                let file = GrainFile::hosted(input, header, settings)?;
+                Ok(Image { doubt, ..single(input, file, descriptor, options)? })
             }
         };
     }
     if head.starts_with(cowd::MAGIC) {
         let header = cowd::Header::decode(&head).map_err(|fault| fault.of("header", 0))?;
-        if !header.parent_name.is_empty() {
-            refuse_bare("a redo log over another disk", options)?;
-        }
-        return single(input, GrainFile::cowd(input, &header, settings)?, None, options);
+        let doubt = if !header.parent_name.is_empty() {
+            refuse_bare("a redo log over another disk", options)?
+        } else if !header.has_geometry {
+            // Its descriptor may have the name of the disk below it.
+            refuse_bare(
+                "a COWD file without a geometry, which usually is a redo log over another disk",
+                options,
+            )?
+        } else {
+            None
+        };
+        let file = GrainFile::cowd(input, &header, settings)?;
+        return Ok(Image { doubt, ..single(input, file, None, options)? });
     }
     if head.starts_with(&sesparse::MAGIC) {
-        refuse_bare("an SE sparse file, which usually is a snapshot of another disk", options)?;
-        return single(input, se_sparse(input, &head, settings)?, None, options);
+        let doubt = refuse_bare("an SE sparse file, which usually is a snapshot of another disk", options)?;
+        return Ok(Image { doubt, ..single(input, se_sparse(input, &head, settings)?, None, options)? });
     }
     if !Descriptor::probe(&head) {
         return Err(Error::wrong_format("has neither a magic number nor a descriptor of VMDK"));
@@ -89,10 +102,14 @@ fn head_len(input: &RandomInput, most: usize) -> usize {
     usize::try_from(input.len()).unwrap_or(usize::MAX).min(most)
 }
 
-/// Refuses a file that is a part of an image, and whose descriptor says what lies below it.
-fn refuse_bare(what: &str, options: &OpenOptions) -> Result<()> {
+/// Refuses a file that is a part of an image, and whose descriptor says what lies below it. Returns the reason why a
+/// salvage can't prove that nothing is missing.
+fn refuse_bare(what: &str, options: &OpenOptions) -> Result<Option<String>> {
+    if options.salvage {
+        return Ok(Some(format!("unverified: the file is {what}; what lies below it is not known")));
+    }
     if options.force || options.info_only {
-        return Ok(());
+        return Ok(None);
     }
     Err(Error::unsupported(format!("is {what}; read alone, it would lack that disk's content"))
         .remedied_by(Remedy::OpenAnyway("name its descriptor, the small .vmdk file beside it".into())))
@@ -133,6 +150,7 @@ fn empty(input: &RandomInput, descriptor: Descriptor, options: &OpenOptions) -> 
         extents: Vec::new(),
         descriptor: Some(descriptor),
         single: true,
+        doubt: None,
         faults: Vec::new(),
         inflater: Inflater::new(0, 0, &options.memory)?,
         _lease: options.memory.lease(0, "the descriptor of a VMDK image")?,
@@ -158,6 +176,7 @@ fn single(
         extents: std::iter::once(extent).filter(|extent| extent.len > 0).collect(),
         descriptor,
         single: true,
+        doubt: None,
         faults: Vec::new(),
         inflater: Inflater::new(compressed, options.externals.depth(), &options.memory)?,
         _lease: lease,
@@ -199,6 +218,7 @@ fn open_described(
         extents,
         descriptor: Some(descriptor),
         single: false,
+        doubt: None,
         faults,
         inflater: Inflater::new(largest_grain, options.externals.depth(), &options.memory)?,
         _lease: lease,

@@ -5,6 +5,7 @@ mod directory;
 mod footer;
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use imgtool_core::sync::lock;
@@ -14,6 +15,8 @@ use crate::layout::hosted::{self, GD_AT_END};
 use crate::layout::marker::{BARE_HEAD, GRAIN_HEAD};
 use crate::layout::sesparse::{self, Grain};
 use crate::layout::{SECTOR_SIZE, cowd};
+
+use directory::Shared;
 
 /// Maximum number of grain tables in memory for an image. Our limit: since many threads read at different
 /// places. An image deeper in a chain gets less.
@@ -64,6 +67,16 @@ pub(crate) struct GrainFile {
     tables: Arc<TableCache>,
     /// Number of the file in `tables`.
     id: usize,
+    /// File offset of the redundant directory, with whose tables those of `directory` are compared.
+    pub(crate) redundant: Option<u64>,
+    /// True in a salvage, which takes a grain that only one of both tables has.
+    salvage: bool,
+    /// True once a salvage has found tables that differ.
+    pub(crate) differs: AtomicBool,
+    /// Tables that several entries of the directory share, by file offset.
+    shared: Vec<(u64, Shared)>,
+    /// Memory for them.
+    shared_lease: Option<Lease>,
     /// Memory for the directory.
     _lease: Lease,
 }
@@ -256,7 +269,13 @@ impl GrainFile {
         let len = shape.directory_entries * shape.entries.width();
         let mut reserved = shape.reserved;
         reserved.push(offset..offset + len);
-        let file = Self {
+        let redundant = shape.redundant_directory.filter(|copy| *copy != shape.directory);
+        let redundant = redundant.map(|copy| copy.saturating_mul(SECTOR_SIZE));
+        let mut file = Self {
+            // One outside of the file is a finding of the check.
+            redundant: redundant.filter(|copy| copy.checked_add(len).is_some_and(|end| end <= input.len())),
+            salvage: settings.salvage,
+            differs: AtomicBool::new(false),
             input: input.clone(),
             grain_size: shape.grain_size,
             capacity: shape.capacity,
@@ -269,6 +288,8 @@ impl GrainFile {
             entries: shape.entries,
             tables: Arc::clone(settings.tables),
             id: settings.id,
+            shared: Vec::new(),
+            shared_lease: None,
             _lease: lease,
         };
         if let Entries::Sectors { .. } = file.entries {
@@ -278,11 +299,16 @@ impl GrainFile {
     }
 
     /// Returns the number of bytes from `within` to the end of what is lost if the lookup there fails: the
-    /// grain, or the table if it can't be read.
-    pub(crate) fn to_unit_end(&self, within: u64) -> u64 {
+    /// grain, or the table if it can't be read. Tables that are known to be lost count together up to `max_len`.
+    pub(crate) fn to_unit_end(&self, within: u64, max_len: u64) -> u64 {
         let table_span = self.grain_size.saturating_mul(self.table_entries);
         let index = within / table_span;
-        let offset = usize::try_from(index).ok().and_then(|index| self.directory.get(index));
+        let place = usize::try_from(index).ok();
+        if let Some(place) = place.filter(|place| self.known_table(*place) == Some(Shared::Lost)) {
+            let tables = self.known_tables(place, Shared::Lost, (max_len / table_span).saturating_add(2));
+            return tables.saturating_mul(table_span) - within % table_span;
+        }
+        let offset = place.and_then(|place| self.directory.get(place));
         let is_readable = offset.is_some_and(|offset| *offset == 0 || self.table(index, *offset).is_ok());
         let unit = if is_readable { self.grain_size } else { table_span };
         unit - within % unit
@@ -305,10 +331,9 @@ impl GrainFile {
         let past_end = || Error::out_of_bounds(format!("the file has no grain {grain}"));
         let index = usize::try_from(table).map_err(|_| past_end())?;
         let offset = *self.directory.get(index).ok_or_else(past_end)?;
-        if offset == 0 {
-            let empty = self.directory[index..].iter().take_while(|offset| **offset == 0);
-            let tables = empty.take((max / self.table_entries + 2) as usize).count() as u64;
-            return Ok((Place::Absent, (tables * self.table_entries - entry).min(max).max(1)));
+        if let Some(Shared::Same(place)) = self.known_table(index) {
+            let tables = self.known_tables(index, Shared::Same(place), max / self.table_entries + 2);
+            return Ok((place, (tables * self.table_entries - entry).min(max).max(1)));
         }
         let places = self.table(table, offset)?;
         // A table has at most 4096 entries.
@@ -363,6 +388,40 @@ impl GrainFile {
         Ok(table)
     }
 
+    /// Refuses a table that differs from its redundant copy: one of them has lost a grain, which would become a hole.
+    /// A salvage takes the grain. A copy that can't be read is a finding of the check.
+    fn compare_copy(&self, index: u64, offset: u64, places: &mut [Place], zeroed: bool) -> Result<()> {
+        let Some(directory) = self.redundant else { return Ok(()) };
+        let mut entry = [0; 4];
+        self.input.read_exact_at(&mut entry, directory.saturating_add(index * 4))?;
+        let copy = u64::from(u32::from_le_bytes(entry)) * SECTOR_SIZE;
+        if copy == 0 || copy == offset {
+            return Ok(());
+        }
+        let Ok(bytes) = self.input.read_vec(copy, places.len() * 4) else { return Ok(()) };
+        // What is behind the end of the disk does not count.
+        let first = index.saturating_mul(self.table_entries);
+        let used = usize::try_from(self.grains().saturating_sub(first)).unwrap_or(usize::MAX);
+        for (at, (own, other)) in places.iter_mut().zip(sectors(&bytes, zeroed)).take(used).enumerate() {
+            if *own == other {
+                continue;
+            }
+            if !self.salvage {
+                let (grain, at) = (first.saturating_add(at as u64), offset.saturating_add(at as u64 * 4));
+                return Err(Error::malformed(format!(
+                    "grain table {index} and its redundant copy disagree about grain {grain}"
+                ))
+                .at(at)
+                .remedied_by(Remedy::Salvage("use a backup".into())));
+            }
+            self.differs.store(true, Ordering::Relaxed);
+            if !matches!(own, Place::At(_)) {
+                *own = other;
+            }
+        }
+        Ok(())
+    }
+
     /// Reads the grain table `index` at `offset`. A table is complete even if the capacity ends within it.
     fn read_table(&self, index: u64, offset: u64) -> Result<Table> {
         // At most 32 KiB.
@@ -374,7 +433,9 @@ impl GrainFile {
         let bytes = self.input.read_vec(offset, len).map_err(name)?;
         match self.entries {
             Entries::Sectors { zeroed } => {
-                Ok(bytes.as_chunks().0.iter().map(|e| sector(u32::from_le_bytes(*e), zeroed)).collect())
+                let mut places: Vec<Place> = sectors(&bytes, zeroed).collect();
+                self.compare_copy(index, offset, &mut places, zeroed)?;
+                Ok(places.into())
             }
             Entries::SeSparse { grains } => {
                 let place = |(at, entry): (u64, &[u8; 8])| {
@@ -394,6 +455,11 @@ impl GrainFile {
             }
         }
     }
+}
+
+/// Decodes a table of 32-bit sectors.
+fn sectors(bytes: &[u8], zeroed: bool) -> impl Iterator<Item = Place> {
+    bytes.as_chunks().0.iter().map(move |entry| sector(u32::from_le_bytes(*entry), zeroed))
 }
 
 /// Decodes an entry of a table of 32-bit sectors.

@@ -1,5 +1,7 @@
 //! [`Image`], the open files of a disk, and the lookup of guest bytes in them.
 
+use std::sync::atomic::Ordering;
+
 use imgtool_core::layered::{Origin, Segment, SegmentMap, StoredBytes};
 use imgtool_core::{DeviceId, Error, Lease, RandomInput, Remedy, Result};
 
@@ -26,6 +28,8 @@ pub(crate) struct Image {
     pub(crate) descriptor: Option<Descriptor>,
     /// True if the image is one sparse file.
     pub(crate) single: bool,
+    /// Reason why a salvage can't prove that nothing is missing.
+    pub(crate) doubt: Option<String>,
     /// Faults of the files of extents that stayed closed.
     pub(crate) faults: Vec<String>,
     pub(crate) inflater: Inflater,
@@ -59,8 +63,9 @@ pub(crate) enum Content {
     },
     /// Nothing: reading it is an error.
     NoAccess,
-    /// Not opened, because only information is needed.
-    Closed,
+    /// Not opened, because only information is needed: the size of a grain, and true if grains are compressed, of a
+    /// sparse file that was looked at.
+    Closed(Option<(u64, bool)>),
     /// Not opened in a salvage, for this reason.
     Lost {
         reason: String,
@@ -100,7 +105,7 @@ impl Image {
                 "the descriptor allows no access to this extent (NOACCESS): its content is not in the image",
             )
             .guest(extent.start..extent.start + extent.len)),
-            Content::Closed => Err(Error::unsupported("the image was opened for information only")),
+            Content::Closed(_) => Err(Error::unsupported("the image was opened for information only")),
             Content::Lost { reason } => Err(Error::corrupt(reason.clone())),
             Content::Grains { file, .. } if within >= file.capacity => Err(cut(extent, file.capacity)),
             Content::Grains { file, index } => self.lookup_grain(file, *index, within, max_len),
@@ -145,9 +150,9 @@ impl SegmentMap for Image {
         let within = guest_offset - extent.start;
         let rest = match &extent.content {
             Content::Grains { file, .. } if within >= file.capacity => extent.len,
-            Content::Grains { file, .. } => file.to_unit_end(within),
+            Content::Grains { file, .. } => file.to_unit_end(within, max_len),
             Content::Flat { file, file_offset } if file_offset + within >= self.stored(*file) => extent.len,
-            Content::NoAccess | Content::Closed | Content::Lost { .. } => extent.len,
+            Content::NoAccess | Content::Closed(_) | Content::Lost { .. } => extent.len,
             Content::Flat { .. } | Content::Zero => SECTOR_SIZE - within % SECTOR_SIZE,
         };
         rest.min(extent.len - within).min(max_len)
@@ -177,6 +182,13 @@ impl SegmentMap for Image {
             rest = next;
         }
         Ok(())
+    }
+
+    fn doubt(&self) -> Option<String> {
+        let differs = |extent: &Extent| matches!(&extent.content, Content::Grains { file, .. } if file.differs.load(Ordering::Relaxed));
+        let tables = self.extents.iter().any(differs);
+        let tables = tables.then(|| "unverified: grain tables differ from their redundant copies".to_owned());
+        self.doubt.clone().or(tables)
     }
 
     fn read_granule(&self) -> u64 {

@@ -2,7 +2,7 @@
 
 use imgtool_core::error::escape_control;
 use imgtool_core::external::local_name;
-use imgtool_core::{Disk, Error, OpenOptions, Reference, Remedy, Result};
+use imgtool_core::{Disk, Error, ErrorKind, OpenOptions, Reference, Remedy, Result};
 
 use crate::descriptor::Descriptor;
 use crate::image::Image;
@@ -63,8 +63,10 @@ fn unopened(errors: Vec<(String, Error)>) -> Option<Error> {
     let (first, error) = errors.next()?;
     let Some((second, _)) = errors.next() else { return Some(error) };
     let remedy = error.remedy().cloned().unwrap_or_else(|| "put the parent beside the image".into());
+    // The message of an I/O error begins with "can't".
+    let cannot = if error.kind() == ErrorKind::Io { "" } else { "can't " };
     let both = format!(
-        "can't open the parent as '{}', nor as '{}' beside the image",
+        "{cannot}open the parent as '{}', nor as '{}' beside the image",
         escape_control(&first),
         escape_control(&second)
     );

@@ -8,8 +8,7 @@ use serde_json::{Value, json};
 
 use crate::descriptor::{Access, Kind, NO_PARENT};
 use crate::grains::GrainFile;
-use crate::image::{Content, DISK, DISK_NAME, Image};
-use crate::layout::hosted;
+use crate::image::{Content, DISK, DISK_NAME, Extent, Image};
 use crate::parent;
 
 /// Key of the fact that contains an image's content identifier.
@@ -48,14 +47,13 @@ fn describe(image: &Image) -> ImageInfo {
         info.fact("extent-count", "extents", image.extents.len());
     }
     info.fact("extents", "extent list", Value::from(listed));
-    let hosted = image.extents.iter().filter_map(|extent| match &extent.content {
-        Content::Grains { file, .. } => Some(file),
-        _ => None,
-    });
-    for file in hosted {
-        let size = info.cluster_size.unwrap_or(0).max(file.grain_size);
-        info.cluster_size = Some(size);
-        note_header(file, &mut info);
+    for extent in &image.extents {
+        if let Some((size, _)) = shape(extent) {
+            info.cluster_size = Some(info.cluster_size.unwrap_or(0).max(size));
+        }
+        if let Content::Grains { file, .. } = &extent.content {
+            note_header(file, &mut info);
+        }
     }
     info.notes.extend(image.faults.iter().cloned());
     info.references.extend(parent::references(image));
@@ -109,8 +107,20 @@ fn note_header(file: &GrainFile, info: &mut ImageInfo) {
     }
 }
 
+/// Returns the size of a grain of a sparse extent, and true if grains are compressed.
+fn shape(extent: &Extent) -> Option<(u64, bool)> {
+    match &extent.content {
+        Content::Grains { file, .. } => {
+            let compressed = file.hosted.as_ref().is_some_and(|header| header.compressed);
+            Some((file.grain_size, compressed))
+        }
+        Content::Closed(shape) => *shape,
+        _ => None,
+    }
+}
+
 /// Describes an extent as qemu-img does.
-fn extent(image: &Image, extent: &crate::image::Extent) -> Value {
+fn extent(image: &Image, extent: &Extent) -> Value {
     let grains = match &extent.content {
         Content::Grains { file, .. } => Some(file),
         _ => None,
@@ -119,8 +129,9 @@ fn extent(image: &Image, extent: &crate::image::Extent) -> Value {
     let line = line.and_then(|descriptor| descriptor.extents.get(extent.line));
     let own = image.files[0].location();
     let (format, file) = match (line, grains) {
-        // The name in a single file need not be that of the file.
-        (None, Some(file)) => (file.kind, Some(own.to_string())),
+        // The name in a single file need not be that of the file. qemu-img has no format for it; it opens no file of
+        // the other kinds alone.
+        (None, Some(file)) => (if file.hosted.is_some() { "" } else { file.kind }, Some(own.to_string())),
         (Some(line), _) if line.access == Access::None => ("NOACCESS", None),
         (Some(line), _) if line.kind == Kind::Zero => ("ZERO", None),
         (Some(line), _) => (&*line.type_name, own.beside(&line.name).map(|file| file.to_string())),
@@ -130,9 +141,9 @@ fn extent(image: &Image, extent: &crate::image::Extent) -> Value {
     if let Some(file) = file {
         value["filename"] = file.into();
     }
-    if let Some(file) = grains {
-        value["cluster-size"] = file.grain_size.into();
-        if file.hosted.as_ref().is_some_and(|header: &hosted::Header| header.compressed) {
+    if let Some((grain_size, compressed)) = shape(extent) {
+        value["cluster-size"] = grain_size.into();
+        if compressed {
             value["compressed"] = true.into();
         }
     }

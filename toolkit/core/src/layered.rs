@@ -86,6 +86,11 @@ pub trait SegmentMap: Send + Sync {
         Ok(())
     }
 
+    /// Returns the reason why a salvage can't prove what it has read so far, if there is one.
+    fn doubt(&self) -> Option<String> {
+        None
+    }
+
     /// Returns the unit, in bytes, in which reads are cheapest.
     fn read_granule(&self) -> u64 {
         self.file(0).granule()
@@ -374,7 +379,8 @@ impl<M: SegmentMap> ImageSource for LayeredSource<M> {
 
     fn doubts(&self) -> Vec<Doubt> {
         let mut doubts = self.parent.as_ref().map_or_else(Vec::new, |parent| parent.image().doubts());
-        doubts.extend(self.doubt.clone().map(|reason| Doubt { device: self.device(), reason }));
+        let reasons = [self.doubt.clone(), self.map.doubt()].into_iter().flatten();
+        doubts.extend(reasons.map(|reason| Doubt { device: self.device(), reason }));
         doubts
     }
 

@@ -81,8 +81,7 @@ impl<'a> Opener<'a> {
             (Access::None, _) => return Ok(Content::NoAccess),
             (_, Kind::Zero) => return Ok(Content::Zero),
             _ if self.options.info_only => {
-                self.inspect(line);
-                return Ok(Content::Closed);
+                return Ok(Content::Closed(self.inspect(line)));
             }
             (_, Kind::Flat) => self.open_flat(line),
             (_, kind) => self.open_sparse(line, kind),
@@ -96,15 +95,17 @@ impl<'a> Opener<'a> {
     }
 
     /// Looks whether the file of an extent is there, and as long as its line says. Keeps nothing open: a disk may
-    /// have more files than a process.
-    fn inspect(&mut self, line: &ExtentLine) {
+    /// have more files than a process. Returns the size of a grain of a sparse file, and true if grains are compressed.
+    fn inspect(&mut self, line: &ExtentLine) -> Option<(u64, bool)> {
         if self.faults.len() >= MAX_FAULTS || self.inspected > MAX_INSPECTED {
-            return;
+            return None;
         }
         self.inspected += 1;
         if self.inspected > MAX_INSPECTED {
-            return self.faults.push(UNSEEN.to_owned());
+            self.faults.push(UNSEEN.to_owned());
+            return None;
         }
+        let mut shape = None;
         let name = escape_control(&line.name);
         let part = self.options.externals.open_part(ROLE, &line.name, self.own.location());
         let needed = line.offset.saturating_add(line.sectors).saturating_mul(SECTOR_SIZE);
@@ -119,7 +120,11 @@ impl<'a> Opener<'a> {
                 )
             }),
             Ok(file) => open_grains(&file, line.kind, settings(self.tables, 0, self.options))
-                .and_then(|grains| check_capacity(line, &grains))
+                .and_then(|grains| {
+                    let compressed = grains.hosted.as_ref().is_some_and(|header| header.compressed);
+                    shape = Some((grains.grain_size, compressed));
+                    check_capacity(line, &grains)
+                })
                 .err()
                 .filter(is_loss)
                 .map(|error| format!("extent '{name}' is damaged: {error}")),
@@ -128,6 +133,7 @@ impl<'a> Opener<'a> {
         if self.faults.len() == MAX_FAULTS {
             self.faults.push(UNSEEN.to_owned());
         }
+        shape
     }
 
     fn borrow(&mut self, more: u64) -> Result<()> {

@@ -9,7 +9,7 @@ use crate::layout::SECTOR_SIZE;
 /// Maximum length of a grain directory in bytes. Our limit: the directory of a 64 TiB disk in SE sparse form.
 const MAX_DIRECTORY_LEN: u64 = 32 << 20;
 
-/// Maximum number of entries of the grain directory that share tables with something in them. Our limit: an
+/// Maximum number of entries of the grain directory that share tables whose entries differ. Our limit: an
 /// intact image has none, and a crafted file could contain a disk of terabytes in a few KiB.
 const MAX_TABLE_SHARES: usize = 1024;
 
@@ -79,12 +79,23 @@ fn compare(directory: &mut [u64], copy: &[u8], offset: u64, salvage: bool) -> Re
     Ok(())
 }
 
+/// Content of a grain table that several entries of the directory share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Shared {
+    /// Every entry has this place, which is no grain of the file.
+    Same(Place),
+    /// The table can't be read or is not valid.
+    Lost,
+}
+
 impl GrainFile {
-    /// Refuses a directory too many of whose entries share tables.
-    pub(super) fn check_shares(&self, memory: &Memory) -> Result<()> {
+    /// Refuses a directory too many of whose entries share tables. Remembers the other shared tables: they are read
+    /// once, however many entries refer to them.
+    pub(super) fn check_shares(&mut self, memory: &Memory) -> Result<()> {
         if self.directory.len() <= MAX_TABLE_SHARES {
             return Ok(());
         }
+        let mut known = Vec::new();
         let bytes = self.directory.len() as u64 * 16;
         let _lease = memory.lease(bytes, "the check of a grain directory for shared tables")?;
         let tables = self.directory.iter().enumerate().map(|(index, table)| (*table, index as u64));
@@ -100,10 +111,9 @@ impl GrainFile {
                 ))
                 .at(offset));
             }
-            // A table that can't be read is an error where it is used.
-            let entries = self.read_table(index, offset).unwrap_or_default();
-            if entries.iter().any(|entry| matches!(entry, Place::At(_))) {
-                sharing += run.len();
+            match self.shared(index, offset) {
+                Some(shared) => known.push((offset, shared)),
+                None => sharing += run.len(),
             }
             if sharing > MAX_TABLE_SHARES {
                 return Err(Error::malformed(format!(
@@ -112,6 +122,45 @@ impl GrainFile {
                 .at(offset));
             }
         }
+        let bytes = known.capacity() * size_of::<(u64, Shared)>();
+        self.shared_lease = Some(memory.lease(bytes as u64, "the shared grain tables of a VMDK image")?);
+        self.shared = known;
         Ok(())
+    }
+
+    /// Returns the content of the shared table `index` at `offset`, or `None` if its entries differ or refer to
+    /// grains.
+    fn shared(&self, index: u64, offset: u64) -> Option<Shared> {
+        // The error is reported where the table is used.
+        let Ok(places) = self.read_table(index, offset) else { return Some(Shared::Lost) };
+        let first = places.first().filter(|first| !matches!(first, Place::At(_)))?;
+        places.iter().all(|place| place == first).then_some(Shared::Same(*first))
+    }
+
+    /// Returns what the table of the directory entry `index` is known to contain as a whole, without reading it.
+    pub(super) fn known_table(&self, index: usize) -> Option<Shared> {
+        let offset = *self.directory.get(index)?;
+        let end = offset.saturating_add(self.table_entries * self.entries.width());
+        let found = self.shared.binary_search_by_key(&offset, |(shared, _)| *shared);
+        match found {
+            Ok(at) => self.shared.get(at).map(|(_, shared)| *shared),
+            Err(_) if offset == 0 => Some(Shared::Same(Place::Absent)),
+            Err(_) => (end > self.input.len()).then_some(Shared::Lost),
+        }
+    }
+
+    /// Returns the number of directory entries from `index` on, at most `max`, whose tables are known to contain
+    /// `expected`.
+    pub(super) fn known_tables(&self, index: usize, expected: Shared, max: u64) -> u64 {
+        let max = usize::try_from(max).unwrap_or(usize::MAX);
+        let rest = self.directory.get(index..).unwrap_or_default();
+        let mut last = None;
+        let is_expected = |(at, offset): (usize, &u64)| {
+            // Neighbours usually share the same table.
+            let known = last == Some(*offset) || self.known_table(index + at) == Some(expected);
+            last = Some(*offset).filter(|_| known);
+            known
+        };
+        rest.iter().enumerate().take(max).map(is_expected).take_while(|known| *known).count() as u64
     }
 }

@@ -49,6 +49,8 @@ pub(crate) struct Header {
     pub(crate) directory_entries: u64,
     /// Name of the parent; empty in a root.
     pub(crate) parent_name: String,
+    /// True if the header states the geometry of a disk, which a redo log does not.
+    pub(crate) has_geometry: bool,
 }
 
 impl Header {
@@ -79,6 +81,7 @@ impl Header {
             grain_size: grain_size.into(),
             directory: raw.directory.get().into(),
             directory_entries: needed,
+            has_geometry: raw.parent_name.first_chunk().is_some_and(|cylinders| *cylinders != [0; 4]),
             parent_name: parent_name(&raw.parent_name),
         })
     }

@@ -210,6 +210,8 @@ fn a_file_without_a_descriptor_is_refused_unless_forced() {
         let options = OpenOptions { force, salvage, ..OpenOptions::default() };
         let source = VmdkDriver.open(memory::as_file("x.vmdk", &file.bytes()), &options).unwrap();
         assert!(source.info().notes[0].contains("no descriptor"), "{:?}", source.info().notes);
+        // Nothing proves that a salvage has all of the disk.
+        assert_eq!(source.doubts().len(), usize::from(salvage));
     }
 }
 
@@ -231,6 +233,36 @@ fn a_lost_directory_entry_is_no_hole() {
         let options = OpenOptions { salvage: true, ..OpenOptions::default() };
         let source = VmdkDriver.open(memory::as_file("x.vmdk", &with_copy(main, copy)), &options).unwrap();
         assert!(content(&source).unwrap() == filled(&[1, 0, 3]), "{main} {copy}");
+    }
+}
+
+/// Returns a file whose table at sector 8 has the grains 0 and 2, and whose redundant copy at sector 12 has `copy`.
+fn with_copied_table(table: [u32; 3], copy: [u32; 3]) -> Vec<u8> {
+    let mut bytes = with_copy(8, 12);
+    for (sector, entries) in [(8, table), (12, copy)] {
+        for (index, entry) in entries.iter().enumerate() {
+            bytes[sector * 512 + index * 4..][..4].copy_from_slice(&entry.to_le_bytes());
+        }
+    }
+    bytes
+}
+
+#[test]
+fn a_lost_table_entry_is_no_hole() {
+    let (first, third) = (DATA, DATA + 8);
+    let whole = [first, 0, third];
+    assert!(open_bytes(&with_copied_table(whole, whole)).unwrap() == filled(&[1, 0, 3]));
+    for (table, copy) in [([first, 0, 0], whole), (whole, [0, 0, third])] {
+        let bytes = with_copied_table(table, copy);
+        assert_fault(&bytes, ErrorKind::Malformed, "and its redundant copy disagree about grain");
+        let options = OpenOptions { salvage: true, ..OpenOptions::default() };
+        let source = VmdkDriver.open(memory::as_file("x.vmdk", &bytes), &options).unwrap();
+        assert!(content(&source).unwrap() == filled(&[1, 0, 3]));
+        assert!(
+            source.doubts().iter().any(|doubt| doubt.reason.contains("redundant")),
+            "{:?}",
+            source.doubts()
+        );
     }
 }
 
