@@ -180,6 +180,29 @@ fn new_children_read_as_their_parents() {
     }
 }
 
+/// The disks of two machines over one parent: only their UUIDs tell them apart, and a name gives the same again.
+#[test]
+fn new_children_of_one_parent_have_their_own_uuids() {
+    let dir = tempdir();
+    std::fs::write(dir.path().join("base.raw"), [1; 70_000]).unwrap();
+    for format in ["vhd", "vdi"] {
+        let (base, child) = (format!("base.{format}"), |name: &str| format!("{name}.{format}"));
+        imgtool(["convert", "base.raw", &base]).within(dir.path()).ok();
+        let create = |name: &str| {
+            let line = ["create", "--force", "-f", format, "-b", &base, "-F", format, &child(name)];
+            imgtool(line).within(dir.path()).ok();
+            std::fs::read(dir.path().join(child(name))).unwrap()
+        };
+        let (one, other) = (create("web01"), create("web02"));
+        assert!(one != other && create("web01") == one, "{format}");
+        let uuid = |name: &str| {
+            let info = imgtool(["info", "--output", "json", &child(name)]).within(dir.path()).ok().json();
+            info["format-specific"]["data"]["uuid"].clone()
+        };
+        assert_ne!(uuid("web01"), uuid("web02"), "{format}");
+    }
+}
+
 #[test]
 fn children_store_only_the_difference() {
     require!("dissect", "libyal", "qemu-img", "7zz");

@@ -65,6 +65,9 @@ pub(crate) struct VdiOptions {
     pub(crate) uuid: Option<Uuid>,
     /// UUID of the content; `None` if it is derived from content and options.
     pub(crate) modification_uuid: Option<Uuid>,
+    /// True for an image without content. Children of one parent then differ in their names alone, so that the UUID of
+    /// a child is derived from its name as well.
+    pub(crate) blank: bool,
     /// Length in bytes of the shortest run of zeros that becomes a hole; `None` if all zeros are stored.
     pub(crate) zero_unit: Option<u64>,
 }
@@ -96,6 +99,7 @@ impl VdiOptions {
             backing,
             uuid: uuid(values, "uuid")?,
             modification_uuid: uuid(values, "modification_uuid")?,
+            blank: options.blank,
             zero_unit: options.zero_unit(ZERO_GRANULARITY as u64),
         })
     }

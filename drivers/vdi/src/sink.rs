@@ -84,7 +84,9 @@ impl ImageWriter for VdiWriter {
             0xff,
             manifest.tables,
         );
-        let layout = VdiLayout { header, options: options.clone(), device_size: device.size };
+        let is_child = options.backing.is_some() && options.blank;
+        let own_name = is_child.then(|| Fingerprint::parameters_of(&device.name)).unwrap_or_default();
+        let layout = VdiLayout { header, options: options.clone(), device_size: device.size, own_name };
         let sink = BlockSink::new(output, map, layout, self.settings(device.size));
         Ok(match manifest.base.clone().filter(|_| options.backing.is_some()) {
             Some(base) => Box::new(sink.over(Base::new(base))),
@@ -133,6 +135,8 @@ struct VdiLayout {
     options: VdiOptions,
     /// Size of the device in bytes, before it is rounded up to whole sectors.
     device_size: u64,
+    /// Name of a child without content, as parameters of its UUIDs.
+    own_name: Vec<u64>,
 }
 
 impl BlockLayout for VdiLayout {
@@ -171,6 +175,7 @@ impl BlockLayout for VdiLayout {
             let (high, low) = parent.as_u64_pair();
             parameters.extend((!parent.is_nil()).then_some([high, low]).into_iter().flatten());
         }
+        parameters.extend(&self.own_name);
         let derived = |purpose| fingerprint.guid(purpose, &parameters);
         let header = Header {
             allocated: blocks,

@@ -82,6 +82,9 @@ pub(crate) struct VhdOptions {
     pub(crate) uuid: Option<Uuid>,
     /// Time of creation in the format's unit, seconds since 2000.
     pub(crate) time: u32,
+    /// True for an image without content. Children of one parent then differ in their names alone, so that the UUID of
+    /// a child is derived from its name as well.
+    pub(crate) blank: bool,
     /// Length in bytes of the shortest run of zeros that becomes a hole; `None` if all zeros are stored.
     pub(crate) zero_unit: Option<u64>,
 }
@@ -123,6 +126,7 @@ impl VhdOptions {
             align: values.size("align").unwrap_or(if is_fixed { FIXED_ALIGNMENT } else { SECTOR_SIZE }),
             uuid,
             time: u32::try_from(seconds).unwrap_or(u32::MAX),
+            blank: options.blank,
             zero_unit: options.zero_unit(ZERO_GRANULARITY as u64),
         })
     }

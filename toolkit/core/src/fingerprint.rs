@@ -37,6 +37,12 @@ impl Fingerprint {
         self.high.fetch_add(high, Ordering::Relaxed);
     }
 
+    /// Returns a name as parameters of [`Self::guid`], for images that differ in nothing else.
+    pub fn parameters_of(name: &str) -> Vec<u64> {
+        let word = |bytes: &[u8]| bytes.iter().fold(0, |word: u64, byte| word << 8 | u64::from(*byte));
+        name.as_bytes().chunks(8).map(word).collect()
+    }
+
     /// Derives the GUID for `purpose` in a file with these parameters. It is a version 8 UUID (RFC 9562),
     /// whose content the application defines.
     pub fn guid(&self, purpose: &str, parameters: &[u64]) -> Uuid {

@@ -64,9 +64,12 @@ pub(super) fn new(
     parent: &Parent,
     virtual_size: u64,
 ) -> Result<ChildSink<ChildFile>> {
-    let device_size = manifest.single(crate::FORMAT)?.size;
+    let device = manifest.single(crate::FORMAT)?;
+    let device_size = device.size;
     let backing = options.backing.as_ref().ok_or_else(|| Error::usage("the parent has no name"))?;
+    let own_name = options.blank.then(|| Fingerprint::parameters_of(&device.name)).unwrap_or_default();
     let file = ChildFile::new(options.clone(), backing, parent, device_size, virtual_size);
+    let file = ChildFile { own_name, ..file };
     let (bat_offset, bat_len) = (file.header.bat_offset, bat_len(&file.header));
     let bat = TableWriter::new(output.clone(), bat_offset, bat_len, 0xff, table_share(manifest.tables));
     let settings = ChildSettings {
@@ -85,6 +88,8 @@ pub(super) struct ChildFile {
     header: Header,
     /// The parent's name in UTF-16LE, relative or absolute, which the locator refers to.
     name: Vec<u8>,
+    /// Name of the image, as parameters of its UUID.
+    own_name: Vec<u64>,
     device_size: u64,
     virtual_size: u64,
 }
@@ -112,7 +117,7 @@ impl ChildFile {
             locators: vec![locator],
             ..empty
         };
-        Self { options, header, name, device_size, virtual_size }
+        Self { options, header, name, own_name: Vec::new(), device_size, virtual_size }
     }
 
     /// Returns the file offset of the first block, behind the parent's name.
@@ -178,7 +183,8 @@ impl ChildLayout for ChildFile {
 
     fn finish(&self, output: &Output, end: u64, fingerprint: &Fingerprint) -> Result<()> {
         let (high, low) = self.header.parent_uuid.as_u64_pair();
-        let parameters = [self.device_size, self.virtual_size, self.header.block_size, high, low];
+        let mut parameters = vec![self.device_size, self.virtual_size, self.header.block_size, high, low];
+        parameters.extend(&self.own_name);
         let uuid = fingerprint.guid("differencing vhd", &parameters);
         let footer = footer(&self.options, self.virtual_size, uuid).encode();
         output.write_at(&footer, end)?;
