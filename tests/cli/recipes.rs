@@ -134,16 +134,28 @@ fn encrypted_recipe_prints_the_documented_output() {
 }
 
 #[test]
+fn vmware_recipe_prints_the_documented_output() {
+    run("docs/recipes/vmware.md");
+}
+
+#[test]
+fn azure_recipe_prints_the_documented_output() {
+    run("docs/recipes/azure.md");
+}
+
+#[test]
 fn every_recipe_has_a_test() {
     let names = imgtool_testing::names(&Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/recipes"));
     assert_eq!(
         names,
         [
+            "azure.md",
             "encrypted.md",
             "overlays.md",
             "proxmox-backup.md",
             "proxmox-template.md",
             "rescue.md",
+            "vmware.md",
             "volumes.md"
         ]
     );
