@@ -6,7 +6,7 @@ use std::path::Path;
 
 use imgtool_core::{Error, Result, parse_size};
 use imgtool_engine::{
-    BrokenBitmaps, DiskTarget, Note, OpenSettings, Phase, Request, RunOptions, SourceRequest, foreign,
+    BrokenBitmaps, DiskTarget, Note, OpenSettings, Phase, Request, RunOptions, SourceRequest,
 };
 
 use super::options;
@@ -38,10 +38,10 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     let registry = imgtool::registry();
     if options::asks_for_help(&args.target.options) {
         let name = args.target.to.as_deref().unwrap_or("raw");
-        return options::list(&*foreign::driver(&registry, name)?);
+        return options::list(&*registry.get(name)?);
     }
     // Checked before the paths: 'convert a.raw -O b.qcow2' lacks a format, not a destination.
-    args.target.to.iter().try_for_each(|name| foreign::driver(&registry, name).map(drop))?;
+    args.target.to.iter().try_for_each(|name| registry.get(name).map(drop))?;
     proxmox::check(&args.devices.proxmox)?;
     let (request, size_is_given) = request(args)?;
     let bytes_per_second = rate_limit(args)?;

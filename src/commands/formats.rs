@@ -4,7 +4,6 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use imgtool_core::{Capabilities, Driver, OptionSpec, Result};
-use imgtool_engine::foreign;
 use serde::Serialize;
 
 use crate::args::FormatsArgs;
@@ -79,7 +78,7 @@ impl From<&OptionSpec> for OptionRecord {
 /// Prints the formats.
 pub fn run(args: &FormatsArgs) -> Result<Exit> {
     let registry = imgtool::registry();
-    let named = args.name.as_deref().map(|name| foreign::driver(&registry, name)).transpose()?;
+    let named = args.name.as_deref().map(|name| registry.get(name)).transpose()?;
     let drivers: Vec<_> = match &named {
         Some(driver) => vec![driver.clone()],
         None => registry.drivers().cloned().collect(),

@@ -2,7 +2,7 @@
 
 use imgtool_core::{Error, Measure, OpenOptions, Registry, Result};
 use imgtool_engine::measure::{DiskMeasure, Estimate, MeasureRequest, Prediction};
-use imgtool_engine::{Reach, TargetFormat, create, foreign};
+use imgtool_engine::{Reach, TargetFormat, create};
 use serde::Serialize;
 
 use super::options;
@@ -54,7 +54,7 @@ struct DeviceDocument<'a> {
 /// If the source can't be read, or the format can't be measured.
 pub fn run(args: &MeasureArgs) -> Result<Exit> {
     let registry = imgtool::registry();
-    let driver = foreign::driver(&registry, args.to.as_deref().unwrap_or("raw"))?;
+    let driver = registry.get(args.to.as_deref().unwrap_or("raw"))?;
     if options::asks_for_help(&args.options) {
         return options::list(&*driver);
     }

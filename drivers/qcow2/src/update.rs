@@ -475,6 +475,10 @@ impl ExternalOpener for WithDataFile {
         self.others.open_member(member, format, options)
     }
 
+    fn decompressed(&self, member: Input, compression: &str) -> Result<Input> {
+        self.others.decompressed(member, compression)
+    }
+
     fn depth(&self) -> usize {
         self.others.depth()
     }

@@ -102,6 +102,34 @@ pub trait Driver: Send + Sync {
     fn writer(&self, _options: &CreateOptions) -> Result<Box<dyn ImageWriter>> {
         Err(Error::unsupported(format!("{} images can't be written", self.name())))
     }
+
+    /// Returns the format of the images in a new container; `None` by default, for a format that contains no
+    /// images. The caller makes the writer of that format, and passes it to [`Driver::container_writer`].
+    fn member_format(&self) -> Option<MemberFormat> {
+        None
+    }
+
+    /// Like [`Driver::writer`], for a container. `member` writes the images in it, each into a framed output
+    /// ([`Output::framed`]).
+    ///
+    /// # Errors
+    /// Same as [`Driver::writer`].
+    fn container_writer(
+        &self,
+        options: &CreateOptions,
+        _member: Box<dyn ImageWriter>,
+    ) -> Result<Box<dyn ImageWriter>> {
+        self.writer(options)
+    }
+}
+
+/// Format of the images in a new container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemberFormat {
+    /// Name of the driver.
+    pub name: &'static str,
+    /// Options, as keys and values. The settings that every format has are those of the container.
+    pub options: &'static [(&'static str, &'static str)],
 }
 
 /// Creates images of one format, with options that [`Driver::writer`] has checked.
@@ -126,6 +154,12 @@ pub trait ImageWriter: Send + Sync {
     /// False if a format with [`Capabilities::stream_write`] can't write this variant to a stream.
     fn writes_stream(&self) -> bool {
         true
+    }
+
+    /// True if the content must come one device after the other, each in guest order. The caller then saves the
+    /// stream of an archive first, whose devices may come together. False by default.
+    fn needs_guest_order(&self) -> bool {
+        false
     }
 
     /// Returns the option by which a format that is not written to a stream in this variant has one that is

@@ -117,6 +117,16 @@ pub trait ExternalOpener: Send + Sync {
         options: &OpenOptions,
     ) -> Result<Arc<dyn ImageSource>>;
 
+    /// Removes the outer compression `compression` ("gzip") from a member of a container. If the result can't be
+    /// read by position, it is copied to temporary storage.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::WrongFormat`] if the member is not compressed in this way;
+    /// [`crate::ErrorKind::Unsupported`] by default.
+    fn decompressed(&self, member: Input, compression: &str) -> Result<Input> {
+        Err(no_decoder(&member, compression))
+    }
+
     /// Called before the driver opens the image at `image`, which is the file with this device and inode. The
     /// opener can tell from them that the path leads to another file when the image names a file.
     fn image_opened(&self, _image: &Location, _id: (u64, u64)) {}
@@ -216,6 +226,17 @@ impl Externals {
         }
     }
 
+    /// See [`ExternalOpener::decompressed`].
+    ///
+    /// # Errors
+    /// Same as there; [`crate::ErrorKind::Unsupported`] without an opener, since only the opener has the decoders.
+    pub fn decompressed(&self, member: Input, compression: &str) -> Result<Input> {
+        match &self.0 {
+            Some(opener) => opener.decompressed(member, compression),
+            None => Err(no_decoder(&member, compression)),
+        }
+    }
+
     /// See [`ExternalOpener::image_opened`].
     pub fn image_opened(&self, image: &Location, id: (u64, u64)) {
         if let Some(opener) = &self.0 {
@@ -256,6 +277,10 @@ pub fn refusal(role: &str, name: &str, from: &Location) -> Error {
         // A pipe has no directory, from which the name could lead to a file.
         None => refused.hint("name the image by its path: a pipe can't lead to other files"),
     }
+}
+
+fn no_decoder(member: &Input, compression: &str) -> Error {
+    Error::unsupported(format!("no decoder for {compression} is available")).path(member.location())
 }
 
 /// True if `name` is the name of a file without any directory, on every system: neither a path, nor a drive

@@ -55,8 +55,8 @@ pub use cache::Cache;
 pub use device::{Attachment, Device, DeviceId, DeviceKind, Lane, OutputId, SinkDevice, Slot};
 pub use disk::{Disk, DiskReader};
 pub use driver::{
-    Archive, Capabilities, CheckReport, Confidence, Driver, ImageWriter, InPlace, Measure, NamedFiles,
-    OutputFactory, Repair, Resize,
+    Archive, Capabilities, CheckReport, Confidence, Driver, ImageWriter, InPlace, Measure, MemberFormat,
+    NamedFiles, OutputFactory, Repair, Resize,
 };
 pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use extent::{Extent, ExtentKind, ExtentList, MapExtent, MapPlace};

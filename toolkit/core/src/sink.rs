@@ -259,6 +259,12 @@ pub trait ImageSink: Consumer {
         false
     }
 
+    /// True if the pieces must come one device after the other, each in guest order, whatever the order of a stream
+    /// of the same source. False by default.
+    fn in_guest_order(&self) -> bool {
+        false
+    }
+
     /// Returns the part of an output whose blocks `device` may share with the source.
     fn sharing(&self, _device: SinkDevice) -> Sharing {
         Sharing::Never

@@ -120,6 +120,10 @@ impl ExternalOpener for ChosenOpener {
         self.others.open_member(member, format, options)
     }
 
+    fn decompressed(&self, member: Input, compression: &str) -> Result<Input> {
+        self.others.decompressed(member, compression)
+    }
+
     fn image_opened(&self, image: &Location, id: (u64, u64)) {
         self.others.image_opened(image, id);
     }

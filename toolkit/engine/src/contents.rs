@@ -58,21 +58,14 @@ const NO_DISKS: [NoDisk; 26] = [
     no_disk("an ELF program", NOTHING, &[(0, b"\x7fELF")]),
 ];
 
-const TAR: NoDisk = no_disk("a tar archive", UNPACK, &[]);
-const OVA: NoDisk =
-    no_disk("an OVA, a tar archive", "tar -xf unpacks it: convert the disk images in it", &[]);
 const PROGRAM: NoDisk = no_disk("a Windows program", NOTHING, &[]);
 
 const fn no_disk(name: &'static str, advice: &'static str, magics: &'static [Magic]) -> NoDisk {
     NoDisk { name, advice, magics }
 }
 
-/// Recognises a file that is no disk image by its first bytes; `file_name` tells an OVA from another tar archive.
-pub(crate) fn no_disk_by_head(head: &[u8], file_name: &str) -> Option<&'static NoDisk> {
-    if is_tar(head) {
-        let is_ova = file_name.to_ascii_lowercase().contains(".ova");
-        return Some(if is_ova { &OVA } else { &TAR });
-    }
+/// Recognises a file that is no disk image by its first bytes.
+pub(crate) fn no_disk_by_head(head: &[u8]) -> Option<&'static NoDisk> {
     if is_windows_program(head) {
         return Some(&PROGRAM);
     }
@@ -91,21 +84,6 @@ pub(crate) fn descriptor_of(file_name: &str) -> Option<String> {
 /// True if `bytes`, which begin at the file offset `start`, contain the magic number.
 fn has(bytes: &[u8], start: usize, (at, magic): &Magic) -> bool {
     at.checked_sub(start).and_then(|at| bytes.get(at..)).is_some_and(|rest| rest.starts_with(magic))
-}
-
-/// True if the file begins with the header of a tar archive: its magic number, and a checksum that is right
-/// (POSIX.1-1988, ustar).
-fn is_tar(head: &[u8]) -> bool {
-    const LEN: usize = 512;
-    const CHECKSUM: std::ops::Range<usize> = 148..156;
-    let Some(header) = head.get(..LEN).filter(|header| header[257..].starts_with(b"ustar")) else {
-        return false;
-    };
-    // The sum counts its own field as blanks.
-    let counted = |(at, byte): (usize, &u8)| u64::from(if CHECKSUM.contains(&at) { b' ' } else { *byte });
-    let sum: u64 = header.iter().enumerate().map(counted).sum();
-    let stored = String::from_utf8_lossy(&header[CHECKSUM]).into_owned();
-    u64::from_str_radix(stored.trim_matches(['\0', ' ']), 8).is_ok_and(|stored| stored == sum)
 }
 
 /// True for a program of Windows, except for a Linux kernel that firmware can start: it is a boot sector, too.
@@ -216,16 +194,16 @@ mod tests {
         for magic in DISK_CONTENTS.iter().filter(|(at, magic)| at + magic.len() <= 4096) {
             let mut head = vec![0; 4096];
             head[magic.0..magic.0 + magic.1.len()].copy_from_slice(magic.1);
-            assert!(no_disk_by_head(&head, "disk").is_none(), "{magic:?}");
+            assert!(no_disk_by_head(&head).is_none(), "{magic:?}");
             assert!(is_disk(&head, None), "{magic:?}");
         }
         let mut kernel = vec![0; 4096];
         kernel[..2].copy_from_slice(b"MZ");
         kernel[60] = 0x80;
         kernel[0x80..0x84].copy_from_slice(b"PE\0\0");
-        assert!(no_disk_by_head(&kernel, "a.efi").is_some());
+        assert!(no_disk_by_head(&kernel).is_some());
         kernel[510..512].copy_from_slice(b"\x55\xaa");
-        assert!(no_disk_by_head(&kernel, "disk").is_none());
+        assert!(no_disk_by_head(&kernel).is_none());
     }
 
     #[test]
@@ -253,16 +231,5 @@ mod tests {
         ] {
             assert_eq!(descriptor_of(part).as_deref(), expected, "{part}");
         }
-    }
-
-    #[test]
-    fn a_tar_header_needs_its_checksum() {
-        let mut head = vec![0; 512];
-        head[257..262].copy_from_slice(b"ustar");
-        assert!(no_disk_by_head(&head, "a.tar").is_none());
-        let sum = head.iter().map(|byte| u32::from(*byte)).sum::<u32>() + 8 * u32::from(b' ');
-        head[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-        assert_eq!(no_disk_by_head(&head, "a.tar").map(|found| found.name), Some("a tar archive"));
-        assert_eq!(no_disk_by_head(&head, "vm.ova").map(|found| found.name), Some("an OVA, a tar archive"));
     }
 }

@@ -9,12 +9,14 @@ use imgtool_core::error::escape_control;
 use imgtool_core::external::{is_plain_name, refusal};
 use imgtool_core::sync::lock;
 use imgtool_core::{
-    Error, ExternalOpener, Externals, ImageSource, Input, Location, Memory, OpenOptions, Output, Registry,
-    Result,
+    Confidence, Error, ExternalOpener, Externals, ImageSource, Input, Location, Memory, OpenOptions, Output,
+    Registry, Result,
 };
 use imgtool_storage::open::{OpenInput, Opening};
 use imgtool_storage::os::{self, DirectoryHandle, FileId};
 use imgtool_storage::{FileWatch, Identity, Sharing};
+
+use crate::contents;
 
 /// Maximum depth of a chain of images. Our limit: chains in use stay below 100. QEMU has no limit.
 pub const MAX_CHAIN_DEPTH: usize = 256;
@@ -216,6 +218,7 @@ impl PolicyOpener {
 
     /// Decides whether the image at `from` may open `name`, without opening it.
     fn admit(&self, role: &str, name: &str, from: &Location) -> Result<Admission> {
+        self.refuse_within_container(role, name, from)?;
         if !self.policy.chain && self.policy.paths.is_empty() {
             return Err(refusal(role, name, from));
         }
@@ -259,6 +262,19 @@ impl PolicyOpener {
         above.push(from_real);
         let below = Self { root: Some(root), above, supplied: BTreeMap::new(), ..self.clone() };
         Ok(Admission { path, allowed, below })
+    }
+
+    /// Refuses every file that an image in a container names, whatever the user allows.
+    fn refuse_within_container(&self, role: &str, name: &str, from: &Location) -> Result<()> {
+        if self.nesting == 0 {
+            return Ok(());
+        }
+        Err(Error::refused(format!(
+            "an image in a container names the {role} '{}', and nothing outside of it is opened",
+            escape_control(name)
+        ))
+        .path(from)
+        .hint("if you trust it, unpack the container, and convert the image from there"))
     }
 
     /// Opens the directory of the image that the user named, at the canonical path `real`. Refuses it if
@@ -387,6 +403,7 @@ impl ExternalOpener for PolicyOpener {
         from: &Location,
         extension: &str,
     ) -> Result<Vec<String>> {
+        self.refuse_within_container(role, identity, from)?;
         if !self.policy.chain && self.policy.paths.is_empty() && self.supplied.is_empty() {
             return Err(refusal(role, identity, from));
         }
@@ -415,9 +432,24 @@ impl ExternalOpener for PolicyOpener {
             let message = format!("containers are nested more than {MAX_NESTING} deep");
             return Err(Error::limit(message).path(member.location()));
         }
-        let inner = Self { nesting: self.nesting + 1, ..self.clone() };
+        // The user named the container, and may not know what the images in it name.
+        let (policy, supplied) = (ExternalPolicy::default(), BTreeMap::new());
+        let inner = Self { nesting: self.nesting + 1, policy, supplied, ..self.clone() };
         let options = OpenOptions { externals: inner.externals(), ..options.clone() };
+        let member = if format.is_none() { refuse_no_disk(&self.registry, member)? } else { member };
         open_bare(&self.registry, member, format, &options)
+    }
+
+    fn decompressed(&self, member: Input, compression: &str) -> Result<Input> {
+        let (location, cancel) = (member.location().clone(), member.cancel_token());
+        let open = OpenInput::of(member).borrowing(&self.memory).without_layers(1)?;
+        if !open.compression.iter().any(|found| found.name() == compression) {
+            return Err(Error::wrong_format(format!(
+                "is stated to be compressed with {compression}, but is not"
+            ))
+            .path(location));
+        }
+        Ok(open.cancelled_by(cancel).spool()?.input)
     }
 
     fn image_opened(&self, image: &Location, id: FileId) {
@@ -480,6 +512,21 @@ pub fn chain_loop(role: &str, name: &str, from: &Location) -> Error {
     Error::malformed(format!("{role} '{}' leads back to an image of the same chain", escape_control(name)))
         .path(from)
         .hint("the chain has no end: one of its images must name another file")
+}
+
+/// Refuses a member of a container whose content is neither that of an image nor that of a disk.
+fn refuse_no_disk(registry: &Registry, member: Input) -> Result<Input> {
+    let head = member.head()?;
+    if member.is_stream() || registry.probe(&head, member.len())?.1 != Confidence::Fallback {
+        return Ok(member);
+    }
+    let bytes = member.into_random()?;
+    if contents::no_disk_by_head(&head).is_none() && contents::is_disk(&head, Some(&bytes)) {
+        return Ok(bytes.into());
+    }
+    Err(Error::wrong_format("is neither a known image nor a disk")
+        .path(bytes.location())
+        .hint("unpack the container, and convert the file with its format stated"))
 }
 
 /// Opens an external file or a container's member with the driver called `format`, if stated, otherwise with

@@ -4,11 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use imgtool_core::{
-    Compress, CreateOptions, Driver, Error, ImageWriter, Location, Registry, Remedy, Result, Secret,
+    Compress, CreateOptions, Driver, Error, ImageWriter, Location, OptionValues, Registry, Remedy, Result,
+    Secret,
 };
 use imgtool_storage::{Compression, Framing, outer};
 
-use crate::{foreign, open};
+use crate::open;
 
 /// Options of an output as the user stated them, not yet parsed by a driver.
 #[derive(Debug, Clone, Default)]
@@ -29,6 +30,8 @@ pub struct FormatOptions {
     pub plain_names: bool,
     /// True for an image without content; see [`CreateOptions::blank`].
     pub blank: bool,
+    /// Drivers for the images in a container ([`Driver::member_format`]). [`TargetFormat::choose`] sets them.
+    pub formats: Registry,
 }
 
 impl FormatOptions {
@@ -40,6 +43,7 @@ impl FormatOptions {
             sparse_granularity: self.sparse_granularity,
             no_copy_on_write: self.no_copy_on_write,
             plain_names: self.plain_names,
+            formats: self.formats.clone(),
             ..Self::default()
         }
     }
@@ -66,7 +70,11 @@ impl FormatOptions {
             blank: self.blank,
             ..CreateOptions::parse(driver.name(), driver.options(), pairs)?
         };
-        driver.writer(&options).map(Arc::from)
+        let Some(member) = driver.member_format() else { return driver.writer(&options).map(Arc::from) };
+        let inner = self.formats.get(member.name)?;
+        let values = OptionValues::parse(member.name, inner.options(), member.options.iter().copied())?;
+        let inner = inner.writer(&CreateOptions { values, ..options.clone() })?;
+        driver.container_writer(&options, inner).map(Arc::from)
     }
 }
 
@@ -117,7 +125,7 @@ impl TargetFormat {
         let dest = dest.filter(|dest| !is_directory(dest));
         let driver = by_word_or_name(registry, name, dest)?;
         let mut outer = dest.and_then(|dest| options.compression_of(dest));
-        let mut options = options;
+        let mut options = FormatOptions { formats: registry.clone(), ..options };
         if let Some(compress) = compress {
             if driver.capabilities().compression {
                 options.compress = Some(compress);
@@ -221,26 +229,34 @@ impl TargetFormat {
 /// raw driver, like qemu-img.
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Usage`] for an unknown format or one that is only read, and for the extension
-/// of a foreign format.
+/// [`imgtool_core::ErrorKind::Usage`] for an unknown format or one that is only read.
 pub fn by_word_or_name(
     registry: &Registry,
     word: Option<&str>,
     location: Option<&Location>,
 ) -> Result<Arc<dyn Driver>> {
     let driver = match (word, location) {
-        (Some(word), _) => foreign::driver(registry, word)?,
+        (Some(word), _) => registry.get(word)?,
         (None, None) => registry.verbatim()?,
         (None, Some(location)) => match open::driver_by_name(registry, location) {
             Some(driver) => driver,
-            None => {
-                foreign::check_name(registry, location)?;
-                registry.verbatim()?
-            }
+            None => registry.verbatim()?,
         },
     };
-    foreign::check_writes(registry, &*driver)?;
+    check_writes(registry, &*driver)?;
     Ok(driver)
+}
+
+/// Refuses a format that is only read as that of an output.
+fn check_writes(registry: &Registry, driver: &dyn Driver) -> Result<()> {
+    if driver.capabilities().write {
+        return Ok(());
+    }
+    let writers = registry.drivers().filter(|driver| driver.capabilities().write);
+    let names: Vec<&str> = writers.map(|driver| driver.name()).collect();
+    let advice = format!("formats: {}", names.join(", "));
+    Err(Error::usage(format!("{} is read, but not written", driver.name()))
+        .remedied_by(Remedy::NameTargetFormat { advice }))
 }
 
 /// True if the location is an existing directory, or its path ends in a separator.

@@ -24,7 +24,6 @@ pub mod create;
 pub mod cut;
 pub mod digest;
 pub mod externals;
-pub mod foreign;
 pub mod format;
 mod front;
 mod join;

@@ -17,7 +17,7 @@ use imgtool_storage::{Compression, FileWatch, Identity, Sharing, outer};
 
 use crate::externals::{ExternalPolicy, PolicyOpener};
 use crate::tail::{self, Tail};
-use crate::{contents, foreign, missing};
+use crate::{contents, missing};
 
 /// An open image, with the facts about its file.
 #[derive(Debug)]
@@ -156,7 +156,7 @@ pub fn open_input(
     format: Option<&str>,
     options: &OpenOptions,
 ) -> Result<OpenInput> {
-    let driver = format.map(|name| foreign::driver(registry, name)).transpose()?;
+    let driver = format.map(|name| registry.get(name)).transpose()?;
     let is_verbatim = driver.as_ref().is_some_and(|driver| driver.capabilities().verbatim);
     let opening = if is_verbatim && !options.plain { Opening::ByName } else { Opening::Plain };
     let sharing = Sharing::forced(options.force_share);
@@ -327,8 +327,7 @@ fn choose_driver(
 /// else: no disk at all, or an image whose signature is at its end.
 fn refuse_other_files(registry: &Registry, open: &OpenInput, driver: &dyn Driver) -> Result<()> {
     let raw = driver.name();
-    let file_name = open.input.location().file_name().unwrap_or_default();
-    if let Some(found) = contents::no_disk_by_head(&open.input.head()?, &file_name) {
+    if let Some(found) = contents::no_disk_by_head(&open.input.head()?) {
         let inside = open.compression.iter().rev().map(|compression| format!(", in {}", compression.name()));
         return Err(Error::wrong_format(format!("is {}{}", found.name, inside.collect::<String>()))
             .at(0)

@@ -143,7 +143,7 @@ pub(crate) fn open_sources(
         let options = &request.options(registry, options);
         let input = open::open_input(registry, &request.location, format, options)?;
         let input = input.cancelled_by(cancel.clone());
-        let input = if joined { input.spool() } else { spool_if_endless(registry, input, format, target) };
+        let input = if joined { input.spool() } else { spool_for_target(registry, input, format, target) };
         let input = input.map_err(|e| e.path(&request.location))?;
         let opened = open::open_image(registry, input, format, options)?;
         chosen::check(&opened, &request.backing)?;
@@ -154,14 +154,16 @@ pub(crate) fn open_sources(
     requests.iter().map(open_one).collect()
 }
 
-/// Copies a stream of unknown length to temporary storage, if the target needs the length in advance.
-fn spool_if_endless(
+/// Copies a stream to temporary storage, if the target needs in advance the length of one that has none, or needs
+/// one disk of an archive after the other.
+fn spool_for_target(
     registry: &Registry,
     input: OpenInput,
     format: Option<&str>,
     target: &TargetFormat,
 ) -> Result<OpenInput> {
-    if !input.input.is_stream() || target.driver.capabilities().open_ended {
+    let needs_order = target.writer.needs_guest_order();
+    if !input.input.is_stream() || target.driver.capabilities().open_ended && !needs_order {
         return Ok(input);
     }
     let head = input.input.head()?;
@@ -170,7 +172,8 @@ fn spool_if_endless(
         None => registry.probe(&head, input.input.len())?.0,
     };
     let is_endless = driver.capabilities().sized_by_end && driver.reads_stream(&head);
-    if is_endless { input.spool() } else { Ok(input) }
+    let is_mixed = needs_order && driver.capabilities().is_archive();
+    if is_endless || is_mixed { input.spool() } else { Ok(input) }
 }
 
 /// Selects the disks that these names mean ([`meant`]); all disks if `names` is empty.

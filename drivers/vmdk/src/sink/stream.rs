@@ -257,6 +257,10 @@ impl ImageSink for StreamSink {
         Ok(bytes)
     }
 
+    fn in_guest_order(&self) -> bool {
+        true
+    }
+
     fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
         let mut state = lock(&self.state);
         for part in &prepared.parts {

@@ -37,7 +37,9 @@ pub(super) fn of_stream<'a>(
         let devices: Vec<DeviceId> = ordered.map(|route| route.from).collect();
         source.stream_order(&devices).transpose()
     };
-    (0..targets.job().targets.len()).find_map(of_target).transpose()
+    let all = targets.job().targets.iter().enumerate();
+    let mut free = all.filter(|(_, target)| !target.in_guest_order()).map(|(index, _)| index);
+    free.find_map(of_target).transpose()
 }
 
 /// The writes of a placed piece to one output.

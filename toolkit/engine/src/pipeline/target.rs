@@ -62,6 +62,11 @@ impl<'a> Target<'a> {
         }
     }
 
+    /// See [`ImageSink::in_guest_order`].
+    pub(super) fn in_guest_order(self) -> bool {
+        matches!(self, Self::Sink(sink) if sink.in_guest_order())
+    }
+
     /// Passes on the size of an open-ended device, in bytes.
     pub(super) fn resize(self, device: SinkDevice, size: u64) -> Result<()> {
         self.consumer().resize(device, size)
