@@ -55,6 +55,7 @@ pub fn registry() -> Registry {
     imgtool_dmg::register(&mut registry);
     imgtool_luks::register(&mut registry);
     imgtool_vma::register(&mut registry);
+    imgtool_ova::register(&mut registry);
     imgtool_raw::register(&mut registry);
     registry
 }

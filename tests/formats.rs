@@ -12,6 +12,7 @@ mod joined;
 mod matrix;
 mod memory;
 mod passphrases;
+mod ova;
 mod qcow2_chains;
 mod qcow2_maps;
 mod read_only;

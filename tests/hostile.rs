@@ -18,6 +18,7 @@ mod confinement;
 mod disks;
 mod externals;
 mod names;
+mod packages;
 mod qcow2_images;
 mod qcow2_tables;
 mod refusals;

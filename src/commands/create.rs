@@ -45,6 +45,7 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
     }
     let mut format_options = options::format_options(&args.options, None)?;
     format_options.blank = true;
+    format_options.formats = registry.clone();
     let key = options::take_key_secret(&mut format_options, &args.object)?;
     format_options.secret = args.target_secret.as_ref().map(SecretSource::read).transpose()?.or(key);
     let has_secret = format_options.secret.is_some();

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use imgtool_testing::images::{self, Image};
+use imgtool_testing::tar;
 use imgtool_testing::vma::Archive;
 use imgtool_testing::{assert_same, assert_same_rounded, names, oracles, require, sha256, tempdir, text};
 
@@ -22,6 +23,15 @@ fn foreign(image: &Image, raw: &Path, format: &str, directory: &Path) -> PathBuf
             let archive = Archive::of([("drive-scsi0", image.clone())]).build();
             std::fs::write(&path, archive.bytes).unwrap();
         }
+        "ova" => {
+            let disk = directory.join(format!("{}.source.vmdk", image.name));
+            oracles::qemu_make(raw, "vmdk", "subformat=streamOptimized", &disk);
+            let described = tar::descriptor("vm", &[("d.vmdk", image.size.next_multiple_of(SECTOR))]);
+            let disk = std::fs::read(disk).unwrap();
+            let sums = tar::manifest(&[("vm.ovf", described.as_bytes()), ("d.vmdk", &disk)]);
+            let archive = tar::Tar::new().file("vm.ovf", described.as_bytes()).file("d.vmdk", &disk);
+            std::fs::write(&path, archive.file("vm.mf", sums.as_bytes()).build()).unwrap();
+        }
         // By default, QEMU rounds a VHD up to a geometry.
         "vhd" => oracles::qemu_make(raw, "vpc", "force_size=on", &path),
         "vmdk" => oracles::qemu_make(raw, format, "subformat=streamOptimized", &path),
@@ -33,6 +43,9 @@ fn foreign(image: &Image, raw: &Path, format: &str, directory: &Path) -> PathBuf
 /// Asserts that independent readers find the content of the raw file in its output, for each pair in
 /// `outputs`.
 pub fn ask_oracles(format: &str, outputs: &[(PathBuf, PathBuf)]) {
+    if format == "ova" {
+        return ask_oracles("vmdk", &outputs.iter().map(unpacked).collect::<Vec<_>>());
+    }
     if matches!(format, "qcow2" | "vhdx" | "vdi" | "vhd" | "vmdk") && oracles::have("qemu-img") {
         for (raw, output) in outputs {
             oracles::qemu_compare(raw, "raw", output, if format == "vhd" { "vpc" } else { format });
@@ -68,6 +81,15 @@ pub fn ask_oracles(format: &str, outputs: &[(PathBuf, PathBuf)]) {
         let wanted = sha256_rounded(raw, size);
         assert_eq!(digest, wanted, "dissect reads {} otherwise", output.display());
     }
+}
+
+/// Unpacks the only disk of a package with GNU tar.
+fn unpacked((raw, package): &(PathBuf, PathBuf)) -> (PathBuf, PathBuf) {
+    let directory = package.with_extension("unpacked");
+    std::fs::create_dir(&directory).unwrap();
+    oracles::run_in("tar", &directory, &["-xf", text(package)]);
+    let disk = names(&directory).into_iter().find(|name| name.ends_with(".vmdk")).unwrap();
+    (raw.clone(), directory.join(disk))
 }
 
 /// Returns the digest of a raw file, extended with zeros to `size` bytes, less than a sector more.
@@ -121,6 +143,15 @@ cells! {
     raw_to_vdi: "raw" => "vdi";
     raw_to_vmdk: "raw" => "vmdk";
     raw_to_vma: "raw" => "vma";
+    raw_to_ova: "raw" => "ova";
+    qcow2_to_ova: "qcow2" => "ova";
+    vmdk_to_ova: "vmdk" => "ova";
+    vma_to_ova: "vma" => "ova";
+    ova_to_raw: "ova" => "raw";
+    ova_to_qcow2: "ova" => "qcow2";
+    ova_to_vmdk: "ova" => "vmdk";
+    ova_to_vma: "ova" => "vma";
+    ova_to_ova: "ova" => "ova";
     qcow2_to_raw: "qcow2" => "raw";
     qcow2_to_qcow2: "qcow2" => "qcow2";
     qcow2_to_vhdx: "qcow2" => "vhdx";

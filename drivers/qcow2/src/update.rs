@@ -479,6 +479,10 @@ impl ExternalOpener for WithDataFile {
         self.others.decompressed(member, compression)
     }
 
+    fn saved(&self, stream: Input) -> Result<Input> {
+        self.others.saved(stream)
+    }
+
     fn depth(&self) -> usize {
         self.others.depth()
     }

@@ -49,6 +49,7 @@ pub fn registry() -> Registry {
     imgtool_vmdk::register(&mut registry);
     imgtool_luks::register(&mut registry);
     imgtool_vma::register(&mut registry);
+    imgtool_ova::register(&mut registry);
     registry
 }
 
@@ -147,7 +148,9 @@ fn snapshots(source: &dyn ImageSource) -> Vec<String> {
 }
 
 fn measured(source: &dyn ImageSource) {
-    for driver in registry().drivers().filter(|driver| driver.capabilities().write) {
+    // A container has the size of its images.
+    let alone = |driver: &&Arc<dyn Driver>| driver.capabilities().write && driver.member_format().is_none();
+    for driver in registry().drivers().filter(alone) {
         let writer = driver.writer(&CreateOptions::default()).expect("the driver writes");
         let _ = opened(writer.measure(source));
     }

@@ -127,6 +127,14 @@ pub trait ExternalOpener: Send + Sync {
         Err(no_decoder(&member, compression))
     }
 
+    /// Copies a stream to temporary storage, so that it is read by position.
+    ///
+    /// # Errors
+    /// I/O errors; [`crate::ErrorKind::Unsupported`] by default.
+    fn saved(&self, stream: Input) -> Result<Input> {
+        Err(no_storage(&stream))
+    }
+
     /// Called before the driver opens the image at `image`, which is the file with this device and inode. The
     /// opener can tell from them that the path leads to another file when the image names a file.
     fn image_opened(&self, _image: &Location, _id: (u64, u64)) {}
@@ -237,6 +245,17 @@ impl Externals {
         }
     }
 
+    /// See [`ExternalOpener::saved`].
+    ///
+    /// # Errors
+    /// Same as there; [`crate::ErrorKind::Unsupported`] without an opener, since only the opener has storage.
+    pub fn saved(&self, stream: Input) -> Result<Input> {
+        match &self.0 {
+            Some(opener) => opener.saved(stream),
+            None => Err(no_storage(&stream)),
+        }
+    }
+
     /// See [`ExternalOpener::image_opened`].
     pub fn image_opened(&self, image: &Location, id: (u64, u64)) {
         if let Some(opener) = &self.0 {
@@ -281,6 +300,12 @@ pub fn refusal(role: &str, name: &str, from: &Location) -> Error {
 
 fn no_decoder(member: &Input, compression: &str) -> Error {
     Error::unsupported(format!("no decoder for {compression} is available")).path(member.location())
+}
+
+fn no_storage(stream: &Input) -> Error {
+    Error::unsupported("this stream can't be read in one pass")
+        .path(stream.location())
+        .hint("save it to a file first")
 }
 
 /// True if `name` is the name of a file without any directory, on every system: neither a path, nor a drive

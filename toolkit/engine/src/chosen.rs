@@ -124,6 +124,10 @@ impl ExternalOpener for ChosenOpener {
         self.others.decompressed(member, compression)
     }
 
+    fn saved(&self, stream: Input) -> Result<Input> {
+        self.others.saved(stream)
+    }
+
     fn image_opened(&self, image: &Location, id: (u64, u64)) {
         self.others.image_opened(image, id);
     }

@@ -452,6 +452,10 @@ impl ExternalOpener for PolicyOpener {
         Ok(open.cancelled_by(cancel).spool()?.input)
     }
 
+    fn saved(&self, stream: Input) -> Result<Input> {
+        Ok(OpenInput::of(stream).borrowing(&self.memory).spool()?.input)
+    }
+
     fn image_opened(&self, image: &Location, id: FileId) {
         lock(&self.images).push((image.clone(), id));
     }

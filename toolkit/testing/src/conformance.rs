@@ -40,5 +40,5 @@ pub use hostile::{
 pub use image::{Content, Fill, Image, Order, far_apart, patterns, several_devices};
 pub use laws::*;
 pub use memory::MemorySource;
-pub use read_only::{read_only, read_only_with};
+pub use read_only::{read_only, read_only_with, reads};
 pub use unlocked::Unlocked;

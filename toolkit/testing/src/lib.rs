@@ -11,6 +11,7 @@ pub mod manifest;
 pub mod memory;
 pub mod oracles;
 pub mod saved;
+pub mod tar;
 pub mod toy;
 pub mod vma;
 

@@ -20,7 +20,7 @@ mod qemu;
 
 pub use cot::{cot_reads, cot_samples};
 pub use dissect::{
-    SeenArchive, SeenDevice, dissect_compare_vhdx, dissect_disks, dissect_read_qcow2,
+    SeenArchive, SeenDevice, dissect_compare_vhdx, dissect_disks, dissect_ovf_disks, dissect_read_qcow2,
     dissect_reads_vdi_chain, dissect_vma,
 };
 pub use libvhdi::{VhdiMount, vhdi_info};

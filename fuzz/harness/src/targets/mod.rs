@@ -14,6 +14,7 @@ mod luks;
 mod machine;
 mod map_file;
 mod outer;
+mod ova;
 mod qcow2;
 mod raw;
 mod small;
@@ -35,7 +36,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const ALL: [Target; 17] = [
+pub const ALL: [Target; 18] = [
     Target { name: "raw", run: raw::run, image: None },
     Target { name: "qcow2", run: qcow2::run, image: Some(qcow2::image) },
     Target { name: "vhdx", run: vhdx::run, image: Some(vhdx::image) },
@@ -47,6 +48,7 @@ pub const ALL: [Target; 17] = [
     Target { name: "vma_file", run: vma::run_file, image: Some(vma::image) },
     Target { name: "vma_stream", run: vma::run_stream, image: Some(vma::image) },
     Target { name: "vma_agree", run: vma::run_agree, image: Some(vma::image) },
+    Target { name: "ova", run: ova::run, image: Some(ova::image) },
     Target { name: "outer", run: outer::run, image: None },
     Target { name: "lzop", run: outer::run_lzop, image: None },
     Target { name: "map_file", run: map_file::run, image: None },

@@ -34,6 +34,14 @@ pub fn read_only_with(driver: &dyn Driver, samples: &[(&[u8], Image)], options: 
     assert!(!samples.is_empty(), "{}: no image to read", driver.name());
     let writer = driver.writer(&CreateOptions::default()).err();
     assert!(writer.is_some_and(|error| is_refusal(&error)), "{}: makes a writer", driver.name());
+    reads(driver, samples, options);
+}
+
+/// Runs the laws about reading over `samples`, for a driver whose images [`super::all`] can't make.
+///
+/// # Panics
+/// If the driver breaks a law.
+pub fn reads(driver: &dyn Driver, samples: &[(&[u8], Image)], options: &OpenOptions) {
     expect_not_probed(driver);
     for (bytes, image) in samples {
         reads_the_expected_content(driver, bytes, image, options);

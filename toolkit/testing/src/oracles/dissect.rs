@@ -51,6 +51,16 @@ pub struct SeenArchive {
     pub configs: BTreeMap<String, String>,
 }
 
+/// Returns the names of the files of all disks of an OVF descriptor, in the order of its hardware.
+#[track_caller]
+pub fn dissect_ovf_disks(descriptor: &Path) -> Vec<String> {
+    const SCRIPT: &str = "import json, sys\n\
+        from dissect.hypervisor.descriptor.ovf import OVF\n\
+        print(json.dumps(list(OVF(open(sys.argv[1])).disks())))";
+    let output = run(&python(), &["-c", SCRIPT, text(descriptor)]);
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
 const DISSECT: &str = r#"
 import hashlib, json, sys
 def digest(stream, size):

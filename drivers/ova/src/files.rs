@@ -1,0 +1,112 @@
+//! [`Files`], the files of a package: members of an archive, or files beside a descriptor.
+
+use std::io;
+use std::sync::Arc;
+
+use imgtool_core::external::is_plain_name;
+use imgtool_core::{Error, Externals, Input, Location, RandomInput, Result};
+
+use crate::archive::{Archive, MAX_MEMBERS};
+use crate::pieces::Pieces;
+
+/// Maximum number of chunks of a file beside a descriptor: all of them are open at once. Our limit: a process
+/// may have 1024 files by default.
+const MAX_OPEN_CHUNKS: usize = 500;
+
+/// The files of a package.
+#[derive(Debug)]
+pub(crate) enum Files {
+    /// Members of a tar archive.
+    Archive(Archive),
+    /// Files in the directory of the descriptor at this location.
+    Folder(Location, Externals),
+}
+
+/// A file of a package, as it is stored. It stays open: a program may confine itself to the files that are
+/// open.
+#[derive(Debug)]
+pub(crate) struct StoredFile {
+    pub(crate) name: String,
+    pub(crate) bytes: RandomInput,
+}
+
+impl Files {
+    /// Opens a file by the name that the descriptor states; `None` if there is none.
+    ///
+    /// # Errors
+    /// `Refused` for a name that is not that of a file in the package.
+    pub(crate) fn open(&self, name: &str) -> Result<Option<Input>> {
+        match self {
+            Self::Archive(archive) => archive.open_file(name),
+            Self::Folder(descriptor, externals) => {
+                if !is_plain_name(name) {
+                    return Err(Error::refused(format!("the file '{name}' is not beside its descriptor"))
+                        .path(descriptor));
+                }
+                let opened = externals.open_part("file", name, descriptor);
+                opened.map(Some).or_else(|error| match error.io_error().map(io::Error::kind) {
+                    Some(io::ErrorKind::NotFound) => Ok(None),
+                    _ => Err(error),
+                })
+            }
+        }
+    }
+
+    /// Opens a file that the descriptor names.
+    ///
+    /// # Errors
+    /// `Corrupt` if it is missing.
+    pub(crate) fn expect(&self, name: &str) -> Result<Input> {
+        self.open(name)?.ok_or_else(|| missing(name))
+    }
+
+    /// Opens a file that is split into chunks, `NAME.000000000` and so on. Returns it with the names and
+    /// bytes of the chunks.
+    ///
+    /// # Errors
+    /// `Corrupt` if the first chunk is missing; `LimitExceeded` for too many.
+    pub(crate) fn expect_chunks(&self, name: &str) -> Result<(Input, Vec<StoredFile>)> {
+        let most = match self {
+            Self::Archive(_) => MAX_MEMBERS,
+            Self::Folder(..) => MAX_OPEN_CHUNKS,
+        };
+        let first = self.expect(&chunk_name(name, 0))?;
+        let (location, cancel) = (first.location().clone(), first.cancel_token());
+        let (mut pieces, mut chunks, mut next) = (Pieces::default(), Vec::new(), Some(first));
+        while let Some(chunk) = next {
+            if chunks.len() == most {
+                return Err(Error::limit(format!("the file '{name}' has more than {most} chunks")));
+            }
+            let bytes = chunk.into_random()?;
+            let source = pieces.source(bytes.clone().into())?;
+            pieces.push(source, 0, bytes.len())?;
+            chunks.push(StoredFile { name: chunk_name(name, chunks.len()), bytes });
+            next = self.open(&chunk_name(name, chunks.len()))?;
+        }
+        Ok((Input::from_read_at(location, Arc::new(pieces)).cancelled_by(cancel), chunks))
+    }
+}
+
+/// Returns the error for a file that the package lists and does not contain.
+pub(crate) fn missing(name: &str) -> Error {
+    Error::corrupt(format!("the file '{name}' is missing from the package"))
+        .hint("the package is incomplete: export or copy it again")
+}
+
+/// Returns the name of a chunk (DSP0243, 7.1).
+fn chunk_name(name: &str, number: usize) -> String {
+    format!("{name}.{number:09}")
+}
+
+/// Reads a small file of a package. `role` names it in the error.
+///
+/// # Errors
+/// `LimitExceeded` if it is longer than `most` bytes.
+pub(crate) fn read_small(input: Input, most: u64, role: &str) -> Result<Vec<u8>> {
+    let input = input.into_random()?;
+    if input.len() > most {
+        return Err(Error::limit(format!("{role} has {} bytes; the limit is {most}", input.len())));
+    }
+    // At most a few MiB, so it fits.
+    input.read_vec(0, input.len() as usize)
+}

@@ -1,0 +1,36 @@
+//! imgtool driver: packages of virtual machines (OVA, OVF), and tar archives of disk images.
+//!
+//! An OVF package is an XML document, the files that it lists, and a manifest with a digest of each. An OVA
+//! is the same in a tar archive. The format follows DSP0243 1.1.1 of the DMTF, and POSIX.1-2001 with the
+//! extensions of GNU tar. Every disk is opened by the driver of its own format, from its place in the
+//! archive; nothing is unpacked.
+
+mod archive;
+mod check;
+mod disks;
+mod driver;
+mod files;
+mod manifest;
+mod options;
+mod pieces;
+mod sink;
+mod source;
+mod stream;
+mod tar;
+mod writer;
+
+pub use driver::{OvaDriver, TarDriver};
+
+use imgtool_core::Registry;
+
+/// The name of the driver for packages.
+pub(crate) const OVA: &str = "ova";
+
+/// The name of the driver for archives.
+pub(crate) const TAR: &str = "tar";
+
+/// Adds the drivers to a registry.
+pub fn register(registry: &mut Registry) {
+    registry.register(OvaDriver);
+    registry.register(TarDriver);
+}

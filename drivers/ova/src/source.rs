@@ -1,0 +1,339 @@
+//! [`PackageSource`], an open package, read by position: every disk is read from its place in the archive.
+
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use imgtool_core::sync::lock;
+use imgtool_core::{
+    Access, Attachment, DeviceId, Error, Extent, FileRange, ImageInfo, ImageSource, Input, Loss, LossClass,
+    MapExtent, OpenOptions, RandomAccess, Result,
+};
+
+use imgtool_machine::ovf::{self, Descriptor};
+
+use crate::archive::Archive;
+use crate::disks::{self, PackagedDisk};
+use crate::files::{Files, read_small};
+use crate::manifest::{self, Line, Manifest};
+
+/// Maximum length of a descriptor in bytes. Our limit: real ones have less than 30 KiB.
+pub(crate) const MAX_DESCRIPTOR: u64 = 4 << 20;
+
+/// An open package.
+#[derive(Debug)]
+pub(crate) struct PackageSource {
+    info: ImageInfo,
+    disks: Vec<Member>,
+    files: Files,
+    manifest: Option<Manifest>,
+    salvage: bool,
+    /// Losses by wrong digests.
+    losses: Mutex<Vec<Loss>>,
+}
+
+/// A disk, with what is known about its reading.
+#[derive(Debug)]
+struct Member {
+    disk: PackagedDisk,
+    /// True once content was read.
+    was_read: AtomicBool,
+    /// True once the digests of its files were compared.
+    was_verified: AtomicBool,
+}
+
+impl PackageSource {
+    /// Opens an archive, or the descriptor of a package in a directory. `format` is the name of the driver.
+    pub(crate) fn open(format: &'static str, input: Input, options: &OpenOptions) -> Result<Self> {
+        match format == crate::OVA && begins_like_xml(&input.head()?) {
+            true => Self::open_folder(format, input, options),
+            false => Self::open_archive(format, input, options),
+        }
+    }
+
+    fn open_archive(format: &'static str, input: Input, options: &OpenOptions) -> Result<Self> {
+        let mut archive = Archive::open(input.into_random()?, &options.memory)?;
+        let notes = std::mem::take(&mut archive.notes);
+        let names: Vec<String> = archive.names().map(str::to_owned).collect();
+        let files = Files::Archive(archive);
+        let name = descriptor_name(&names)?;
+        let info = ImageInfo { format, notes, ..ImageInfo::default() };
+        let Some(name) = name else {
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            let disks = disks::open_all(&files, &names, options)?;
+            return Ok(Self::new(info, disks, files, None, options));
+        };
+        let text = read_small(files.expect(name)?, MAX_DESCRIPTOR, "the descriptor")?;
+        let manifest_name = with_extension(name, "mf");
+        let manifest = open_manifest(&files, &manifest_name)?;
+        if let Some(manifest) = &manifest {
+            check_complete(manifest, &files, &names)?;
+        }
+        let mut source = Self::described(info, name, text, files, manifest, options)?;
+        source.note_unlisted(&names, &[name, &manifest_name, &with_extension(name, "cert")]);
+        Ok(source)
+    }
+
+    fn open_folder(format: &'static str, input: Input, options: &OpenOptions) -> Result<Self> {
+        let location = input.location().clone();
+        let text = read_small(input, MAX_DESCRIPTOR, "the descriptor")?;
+        let name = location.file_name().unwrap_or_default().into_owned();
+        let files = Files::Folder(location, options.externals.clone());
+        let manifest = open_manifest(&files, &with_extension(&name, "mf"))?;
+        let info = ImageInfo { format, ..ImageInfo::default() };
+        Self::described(info, &name, text, files, manifest, options)
+    }
+
+    /// Opens the disks that the descriptor `text` lists.
+    fn described(
+        info: ImageInfo,
+        name: &str,
+        text: Vec<u8>,
+        files: Files,
+        manifest: Option<Manifest>,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        let descriptor = ovf::parse(&text, None)?;
+        let disks = disks::open_described(&descriptor, &files, options)?;
+        let info = describe(info, name, text, descriptor, manifest.as_ref())?;
+        Ok(Self::new(info, disks, files, manifest, options))
+    }
+
+    fn new(
+        mut info: ImageInfo,
+        disks: Vec<PackagedDisk>,
+        files: Files,
+        manifest: Option<Manifest>,
+        options: &OpenOptions,
+    ) -> Self {
+        info.devices = disks.iter().map(|disk| disk.device.clone()).collect();
+        for disk in &disks {
+            info.notes.extend(disk.notes.iter().cloned());
+            let own = disk.disk.iter().flat_map(|open| &open.image().info().notes);
+            info.notes.extend(own.map(|note| format!("{}: {note}", disk.device.name)));
+        }
+        let formats: Vec<&str> = disks.iter().map(|disk| format_of(disk)).collect();
+        add_formats(&mut info, &formats);
+        let member = |disk| Member { disk, was_read: false.into(), was_verified: false.into() };
+        let disks = disks.into_iter().map(member).collect();
+        Self { info, disks, files, manifest, salvage: options.salvage, losses: Mutex::default() }
+    }
+
+    /// Notes the members that no one names.
+    fn note_unlisted(&mut self, names: &[String], known: &[&str]) {
+        /// Maximum number of names in the note. Our limit: a person reads no more.
+        const MOST: usize = 5;
+        let disks = || self.disks.iter().flat_map(|member| &member.disk.files);
+        let used: std::collections::HashSet<&str> =
+            disks().map(|file| file.name.as_str()).chain(known.iter().copied()).collect();
+        let unused: Vec<String> = names
+            .iter()
+            .filter(|name| !used.contains(name.as_str()))
+            .take(MOST)
+            .map(|name| format!("'{name}'"))
+            .collect();
+        if !unused.is_empty() {
+            self.info.notes.push(format!("no disk, and left out: {}", unused.join(", ")));
+        }
+    }
+
+    /// Returns every line of the manifest.
+    pub(crate) fn lines(&self) -> &[Line] {
+        self.manifest.as_ref().map_or(&[], |manifest| &manifest.lines)
+    }
+
+    /// Reads a file, and compares its digest.
+    ///
+    /// # Errors
+    /// `Corrupt` for another digest; any error of reading it.
+    pub(crate) fn check_line(&self, line: &Line) -> Result<()> {
+        line.check_file(&self.files.expect(&line.name)?.into_random()?)
+    }
+
+    /// Returns the disks, with the names of their devices.
+    pub(crate) fn disks(&self) -> impl Iterator<Item = &PackagedDisk> {
+        self.disks.iter().map(|member| &member.disk)
+    }
+
+    fn member(&self, device: DeviceId) -> Result<&Member> {
+        let member = self.disks.get(device.0 as usize);
+        member.ok_or_else(|| Error::out_of_bounds(format!("the package has no device {device}")))
+    }
+
+    fn disk(&self, device: DeviceId) -> Result<&PackagedDisk> {
+        self.member(device).map(|member| &member.disk)
+    }
+
+    /// Compares the digests of all files of a disk.
+    fn verify_disk(&self, disk: &PackagedDisk) -> Result<()> {
+        let Some(manifest) = &self.manifest else { return Ok(()) };
+        let mut listed = disk.files.iter().filter_map(|file| Some((manifest.line(&file.name)?, file)));
+        listed.try_for_each(|(line, file)| line.check_file(&file.bytes))
+    }
+}
+
+/// Adds what a descriptor says to the facts about a package, and compares its digest.
+pub(crate) fn describe(
+    mut info: ImageInfo,
+    name: &str,
+    text: Vec<u8>,
+    descriptor: Descriptor,
+    manifest: Option<&Manifest>,
+) -> Result<ImageInfo> {
+    if let Some(line) = manifest.and_then(|manifest| manifest.line(name)) {
+        let mut hasher = line.algorithm.hasher();
+        hasher.update(&text);
+        line.check(&hasher.finish())?;
+    }
+    if descriptor.disks.is_empty() {
+        info.notes.push("the descriptor lists no disk".to_owned());
+    }
+    info.notes.extend(descriptor.notes);
+    info.machine = Some(Box::new(descriptor.machine));
+    info.attachments.push(Attachment { name: name.to_owned(), data: text });
+    let stated = manifest.map_or_else(|| "none".to_owned(), |manifest| manifest.algorithms().join(", "));
+    info.fact("manifest", "manifest", stated);
+    Ok(info)
+}
+
+/// Adds the formats of the disks to the facts about a package.
+pub(crate) fn add_formats(info: &mut ImageInfo, formats: &[&str]) {
+    info.worded_fact("disk-formats", "formats of the disks", formats, formats.join(", "));
+}
+
+/// True for the name of a descriptor.
+pub(crate) fn is_descriptor_name(name: &str) -> bool {
+    name.to_ascii_lowercase().ends_with(".ovf") && !name.contains('/')
+}
+
+/// True for text that begins with a tag, after blanks and the mark of UTF-8.
+pub(crate) fn begins_like_xml(head: &[u8]) -> bool {
+    let head = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head);
+    head.trim_ascii_start().first() == Some(&b'<')
+}
+
+fn format_of(disk: &PackagedDisk) -> &'static str {
+    disk.disk.as_ref().map_or("empty", |open| open.image().info().format)
+}
+
+/// Returns the name of the descriptor of an archive; `None` if it has none.
+///
+/// # Errors
+/// `Malformed` for several.
+fn descriptor_name(names: &[String]) -> Result<Option<&str>> {
+    let mut found = names.iter().filter(|name| is_descriptor_name(name));
+    match (found.next(), found.next()) {
+        (Some(first), Some(second)) => {
+            Err(Error::malformed(format!("the archive has two descriptors, '{first}' and '{second}'"))
+                .hint("unpack it, and convert the one that you mean"))
+        }
+        (found, _) => Ok(found.map(String::as_str)),
+    }
+}
+
+/// Returns the name of a file beside the descriptor `name`: `vm.mf` for `vm.ovf`.
+pub(crate) fn with_extension(name: &str, extension: &str) -> String {
+    let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
+    format!("{stem}.{extension}")
+}
+
+fn open_manifest(files: &Files, name: &str) -> Result<Option<Manifest>> {
+    let Some(input) = files.open(name)? else { return Ok(None) };
+    let text = read_small(input, manifest::MAX_LEN, "the manifest")?;
+    Manifest::parse(&text).map(Some)
+}
+
+/// Refuses a manifest that lists a file which is missing.
+fn check_complete(manifest: &Manifest, files: &Files, names: &[String]) -> Result<()> {
+    let names: std::collections::HashSet<&str> = names.iter().map(String::as_str).collect();
+    match manifest.lines.iter().find(|line| !names.contains(line.name.as_str())) {
+        // The error of a file that is expected.
+        Some(line) => files.expect(&line.name).map(drop),
+        None => Ok(()),
+    }
+}
+
+impl ImageSource for PackageSource {
+    fn info(&self) -> &ImageInfo {
+        &self.info
+    }
+
+    fn access(&self) -> Access<'_> {
+        Access::Random(self)
+    }
+
+    fn losses(&self) -> Vec<Loss> {
+        let mut losses = lock(&self.losses).clone();
+        for member in &self.disks {
+            let own = member.disk.disk.iter().flat_map(imgtool_core::Disk::losses);
+            losses.extend(own.map(|loss| Loss { device: member.disk.device.id, ..loss }));
+        }
+        losses
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let note = |disk: &PackagedDisk| {
+            let notes = disk.disk.as_ref().map_or_else(Vec::new, |open| open.image().notes());
+            let name = disk.device.name.clone();
+            notes.into_iter().map(move |note| format!("{name}: {note}"))
+        };
+        self.disks().flat_map(note).collect()
+    }
+
+    fn verify(&self) -> Result<()> {
+        for member in self.disks.iter().filter(|member| member.was_read.load(Ordering::Relaxed)) {
+            if member.was_verified.swap(true, Ordering::Relaxed) {
+                continue;
+            }
+            let device = &member.disk.device;
+            let own = member.disk.disk.as_ref().map_or(Ok(()), |open| open.image().verify());
+            match own.and_then(|()| self.verify_disk(&member.disk)).map_err(|e| e.device(&*device.name)) {
+                Err(error) if self.salvage && error.kind() == imgtool_core::ErrorKind::Corrupt => {
+                    lock(&self.losses).push(Loss {
+                        class: LossClass::Unverified,
+                        offset: None,
+                        device: device.id,
+                        guest: 0..device.size,
+                        reason: error.message().to_owned(),
+                    });
+                }
+                result => result?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl RandomAccess for PackageSource {
+    fn extents(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>> {
+        self.disk(device)?.extents(range)
+    }
+
+    fn map(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
+        self.disk(device)?.map(range)
+    }
+
+    fn rough_extents(&self, device: DeviceId, range: Range<u64>, resolution: u64) -> Result<Vec<Extent>> {
+        self.disk(device)?.rough_extents(range, resolution)
+    }
+
+    fn read_at(&self, device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
+        let member = self.member(device)?;
+        member.was_read.store(true, Ordering::Relaxed);
+        member.disk.read_at(buf, guest_offset)
+    }
+
+    fn read_granule(&self, device: DeviceId) -> u64 {
+        let open = self.disk(device).ok().and_then(|disk| disk.disk.as_ref());
+        open.map_or(1, imgtool_core::Disk::read_granule)
+    }
+
+    fn reader_memory(&self, device: DeviceId) -> u64 {
+        let open = self.disk(device).ok().and_then(|disk| disk.disk.as_ref());
+        open.map_or(0, imgtool_core::Disk::reader_memory)
+    }
+
+    fn locate(&self, device: DeviceId, range: Range<u64>) -> Option<FileRange<'_>> {
+        self.disk(device).ok()?.locate(range)
+    }
+}
