@@ -16,6 +16,7 @@ use crate::archive::Archive;
 use crate::disks::{self, PackagedDisk};
 use crate::files::{Files, read_small};
 use crate::manifest::{self, Line, Manifest};
+use crate::tar;
 
 /// Maximum length of a descriptor in bytes. Our limit: real ones have less than 30 KiB.
 pub(crate) const MAX_DESCRIPTOR: u64 = 4 << 20;
@@ -52,6 +53,9 @@ impl PackageSource {
     }
 
     fn open_archive(format: &'static str, input: Input, options: &OpenOptions) -> Result<Self> {
+        if !tar::may_be_tar(&input.head()?) {
+            return Err(Error::wrong_format("not a tar archive").at(0));
+        }
         let mut archive = Archive::open(input.into_random()?, &options.memory)?;
         let notes = std::mem::take(&mut archive.notes);
         let names: Vec<String> = archive.names().map(str::to_owned).collect();

@@ -128,6 +128,12 @@ pub(crate) fn is_tar(head: &[u8]) -> bool {
     block.is_some_and(|block| block[257..].starts_with(b"ustar") && has_checksum(block))
 }
 
+/// True if `head` has the magic number of a tar archive, or, as before POSIX, only a checksum that is right.
+pub(crate) fn may_be_tar(head: &[u8]) -> bool {
+    let block = head.first_chunk::<BLOCK>();
+    block.is_some_and(|block| block[257..].starts_with(b"ustar") || has_checksum(block))
+}
+
 /// True if the sum of all bytes of the block is the stored one. The sum counts its own field as blanks.
 fn has_checksum(block: &[u8; BLOCK]) -> bool {
     const FIELD: std::ops::Range<usize> = 148..156;
