@@ -134,6 +134,40 @@ fn failed_reads_and_writes_name_the_file() {
     assert!(hits >= 4 * 4 * 4, "only {hits} faults hit");
 }
 
+/// A read of content that fails once is repeated sector by sector: salvage then loses nothing.
+#[test]
+fn salvage_repeats_a_failed_read_in_small_parts() {
+    require!("strace");
+    let dir = tempdir();
+    let raw = dir.path().join("disk.raw");
+    Image::hole("x", 6 << 20).with(0, images::noise(1, 6 << 20)).write_raw(&raw);
+    for (format, flags) in
+        [("raw", ""), ("vhdx", ""), ("vhd", ""), ("vdi", ""), ("vmdk", "subformat=monolithicSparse")]
+    {
+        let source = dir.path().join(format!("source.{format}"));
+        let mut line = vec!["convert", "-q", text(&raw), "--to", format, text(&source)];
+        line.extend(["-o", flags].into_iter().filter(|_| !flags.is_empty()));
+        imgtool(line).ok();
+        let mut hits = 0;
+        for nth in (4..60).step_by(4) {
+            let fault = format!("pread64:error=EIO:when={nth}");
+            let line =
+                ["convert", "--salvage", "-f", format, text(&source), "--to", "qcow2", "--force", "out"];
+            let (output, hit) = with_fault(dir.path(), &fault, Some(&source), &line);
+            // Calls of more than 64 KiB read content alone.
+            let len = |call: &String| call.rsplit(", ").nth(1).and_then(|len| len.parse::<u64>().ok());
+            if hit.is_empty() || hit.iter().any(|call| len(call).is_none_or(|len| len <= 65_536)) {
+                continue;
+            }
+            hits += 1;
+            let what = format!("{hit:?}\n{}", String::from_utf8_lossy(&output.stderr));
+            assert_eq!(output.status.code(), Some(0), "{what}");
+            imgtool(["compare", "disk.raw", "out"]).within(dir.path()).ok();
+        }
+        assert!(hits > 2, "only {hits} faults hit the content of {format}");
+    }
+}
+
 /// Reads of a VHDX image that may fail: those of its region table, which has two equal copies ([MS-VHDX]
 /// 2.2). All other reads are needed, even those of both headers, since either may be the newer one.
 const SPARE_READS: [&str; 2] = [", 65536, 196608)", ", 65536, 262144)"];

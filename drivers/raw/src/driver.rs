@@ -60,8 +60,8 @@ impl Driver for RawDriver {
         Some(Confidence::Fallback)
     }
 
-    fn open(&self, input: Input, _options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
-        source::open(input)
+    fn open(&self, input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
+        source::open(input, options)
     }
 
     fn resize(&self, image: &Output, resize: Resize, options: &OpenOptions) -> Result<()> {

@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex};
 
 use imgtool_core::source::second_pass;
 use imgtool_core::{
-    Access, BufferPool, Device, DeviceId, Extent, FileRange, ImageInfo, ImageSource, Input, Location,
-    MapExtent, MapPlace, Piece, RandomAccess, RandomInput, Result, Stream, StreamAccess,
+    Access, BufferPool, Device, DeviceId, ErrorKind, Extent, FileRange, ImageInfo, ImageSource, Input,
+    Location, Loss, Losses, MapExtent, MapPlace, OpenOptions, Piece, RandomAccess, RandomInput, Result,
+    Stream, StreamAccess,
 };
 
 /// The id of a raw image's only device.
@@ -16,7 +17,10 @@ const DISK: DeviceId = DeviceId(0);
 const STREAM_PIECE: usize = 256 * 1024;
 
 /// Opens an image: a stream is read in one pass, anything else by position.
-pub(crate) fn open(input: Input) -> Result<Arc<dyn ImageSource>> {
+///
+/// With `salvage`, sectors of a file or block device that can't be read become zeros and are listed. A failed
+/// read of a stream is an error: what follows can't be reached.
+pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
     let mut disk = Device::disk(DISK.0, "disk", 0);
     if input.is_stream() {
         disk.open_ended = true;
@@ -29,7 +33,8 @@ pub(crate) fn open(input: Input) -> Result<Arc<dyn ImageSource>> {
     }
     let input = input.into_random()?;
     disk.size = input.len();
-    Ok(Arc::new(RawImage { info: info(disk), input }))
+    let losses = options.salvage.then(Losses::default);
+    Ok(Arc::new(RawImage { info: info(disk), input, losses }))
 }
 
 fn info(disk: Device) -> ImageInfo {
@@ -40,6 +45,8 @@ fn info(disk: Device) -> ImageInfo {
 struct RawImage {
     info: ImageInfo,
     input: RandomInput,
+    /// Sectors that salvage could not read; `None` without salvage.
+    losses: Option<Losses>,
 }
 
 impl ImageSource for RawImage {
@@ -49,6 +56,10 @@ impl ImageSource for RawImage {
 
     fn access(&self) -> Access<'_> {
         Access::Random(self)
+    }
+
+    fn losses(&self) -> Vec<Loss> {
+        self.losses.as_ref().map(|losses| losses.list(DISK)).unwrap_or_default()
     }
 }
 
@@ -75,7 +86,15 @@ impl RandomAccess for RawImage {
     }
 
     fn read_at(&self, _device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
-        self.input.read_exact_at(buf, guest_offset)
+        let read = self.input.read_exact_at(buf, guest_offset);
+        let (Err(error), Some(losses)) = (&read, &self.losses) else { return read };
+        if error.kind() != ErrorKind::Cancelled {
+            self.input.read_salvage(buf, guest_offset, |lost, error| {
+                losses.add(guest_offset + lost.start as u64..guest_offset + lost.end as u64, &error);
+            });
+            return Ok(());
+        }
+        read
     }
 
     fn read_granule(&self, _device: DeviceId) -> u64 {

@@ -1,8 +1,8 @@
 //! The toolkit's conformance laws on raw images, and the refusals of the raw sink.
 
-use imgtool_core::{CreateOptions, Device, Driver, ErrorKind, Manifest, Result};
+use imgtool_core::{CreateOptions, Device, Driver, ErrorKind, Manifest, OpenOptions, Result};
 use imgtool_raw::RawDriver;
-use imgtool_testing::conformance;
+use imgtool_testing::{conformance, crafted, memory};
 
 /// Returns creation options from pairs of name and value.
 fn options(pairs: &[(&str, &str)]) -> Result<CreateOptions> {
@@ -51,4 +51,21 @@ fn refuses_a_small_output_before_writing() {
 fn refuses_unknown_option_values() {
     let error = options(&[("preallocation", "metadata")]).expect_err("refused");
     assert_eq!(error.kind(), ErrorKind::Usage);
+}
+
+#[test]
+fn salvage_loses_only_the_page_that_cannot_be_read() {
+    let disk = vec![0xaa; 100_000];
+    let open = |salvage| {
+        let options = OpenOptions { salvage, ..OpenOptions::default() };
+        RawDriver.open(memory::unreadable_at("disk.raw", &disk, 50_000), &options).expect("open")
+    };
+    assert_eq!(crafted::content(&open(false)).unwrap_err().kind(), ErrorKind::Io);
+    let source = open(true);
+    let restored = crafted::content(&source).expect("salvaged");
+    let losses = source.losses();
+    assert_eq!((losses.len(), losses[0].guest.clone()), (1, 49_152..53_248));
+    for (at, byte) in restored.into_iter().enumerate() {
+        assert_eq!(byte, if losses[0].guest.contains(&(at as u64)) { 0 } else { 0xaa }, "{at}");
+    }
 }

@@ -10,8 +10,9 @@ use std::sync::{Arc, Mutex};
 use imgtool_core::layered::StoredBytes;
 use imgtool_core::sync::lock;
 use imgtool_core::zero::is_zero;
-use imgtool_core::{Cache, FileRange, FileRun, Lease, Location, Memory, Output, RandomInput, Result};
+use imgtool_core::{Cache, Error, FileRange, FileRun, Lease, Location, Memory, Output, RandomInput, Result};
 
+use crate::layout::log::LOG_SECTOR;
 use crate::overlay::Overlay;
 
 /// The file after log replay.
@@ -131,6 +132,27 @@ impl StoredBytes for ReplayedFile {
         }
         self.overlay.apply(buf, file_offset);
         Ok(())
+    }
+
+    /// Does not count what the overlay replaces as lost: both a sector of the log and one of a salvage have 4 KiB.
+    fn read_salvage(&self, buf: &mut [u8], file_offset: u64, lost: &mut dyn FnMut(Range<usize>, Error)) {
+        let end = file_offset.checked_add(buf.len() as u64);
+        let in_file = if end.is_none_or(|end| end > self.len) {
+            buf.len()
+        } else {
+            let stored = self.input.len().saturating_sub(file_offset);
+            usize::try_from(stored).unwrap_or(usize::MAX).min(buf.len())
+        };
+        let (in_input, behind) = buf.split_at_mut(in_file);
+        self.input.read_salvage(in_input, file_offset, |range, error| {
+            // The range exists only if the offset plus its bounds fits.
+            let [start, end] = [range.start, range.end].map(|at| file_offset.saturating_add(at as u64));
+            if end - start > LOG_SECTOR || !self.overlay.touches(&(start..end)) {
+                lost(range, error);
+            }
+        });
+        behind.fill(0);
+        self.overlay.apply(buf, file_offset);
     }
 
     fn run(&self, file_offset: u64) -> Result<FileRun> {

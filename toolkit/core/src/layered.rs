@@ -129,6 +129,10 @@ pub trait StoredBytes: Send + Sync {
     /// If the file ends early or can't be read.
     fn read_exact_at(&self, buf: &mut [u8], file_offset: u64) -> Result<()>;
 
+    /// Like [`StoredBytes::read_exact_at`], but fills `buf` with zeros where a read fails. Calls `lost` with each
+    /// range of `buf` that could not be read, and with the error; see [`RandomInput::read_salvage`].
+    fn read_salvage(&self, buf: &mut [u8], file_offset: u64, lost: &mut dyn FnMut(Range<usize>, Error));
+
     /// Returns the run of data or hole that contains `file_offset`, which must be less than the length.
     ///
     /// # Errors
@@ -155,6 +159,10 @@ impl StoredBytes for RandomInput {
 
     fn read_exact_at(&self, buf: &mut [u8], file_offset: u64) -> Result<()> {
         self.read_exact_at(buf, file_offset)
+    }
+
+    fn read_salvage(&self, buf: &mut [u8], file_offset: u64, lost: &mut dyn FnMut(Range<usize>, Error)) {
+        self.read_salvage(buf, file_offset, lost);
     }
 
     fn run(&self, file_offset: u64) -> Result<FileRun> {
@@ -238,6 +246,30 @@ impl<M: SegmentMap> LayeredSource<M> {
                 parent.read_at(from_parent, guest_offset)
             }
         }
+    }
+
+    /// Fills `part`, whose read has failed, with what can still be read of it, and with zeros. `origin` is `None`
+    /// for a range without a valid segment.
+    fn salvage_part(
+        &self,
+        part: &mut [u8],
+        guest_offset: u64,
+        origin: Option<Origin>,
+        error: &Error,
+        losses: &Losses,
+    ) {
+        if let Some(Origin::File { index, file_offset }) = origin {
+            // A sector that can't be read takes no other with it.
+            return self.map.file(index).read_salvage(part, file_offset, &mut |lost, error| {
+                losses.add(guest_offset + lost.start as u64..guest_offset + lost.end as u64, &error);
+            });
+        }
+        part.fill(0);
+        let len = part.len() as u64;
+        let rest = self.info.devices.first().map_or(len, |device| device.size.saturating_sub(guest_offset));
+        let is_encoded = origin == Some(Origin::Encoded);
+        let lost = if is_encoded { self.map.to_unit_end(guest_offset, rest) } else { len };
+        losses.add(guest_offset..guest_offset + lost, error);
     }
 
     /// Lists the extents of `range`, exactly or for a caller that reads in pieces of `resolution` bytes. In
@@ -442,14 +474,11 @@ impl<M: SegmentMap> RandomAccess for LayeredSource<M> {
                 part.fill(0);
                 continue;
             }
-            let is_encoded = matches!(segment, Ok(Segment { origin: Origin::Encoded, .. }));
+            let origin = segment.as_ref().ok().map(|segment| segment.origin);
             if let Err(error) = segment.and_then(|segment| self.read_segment(part, at, segment.origin)) {
                 let error = error.guest(at..at + len);
                 let Some(losses) = &self.losses else { return Err(error) };
-                part.fill(0);
-                let rest = self.info.devices.first().map_or(len, |device| device.size.saturating_sub(at));
-                let lost = if is_encoded { self.map.to_unit_end(at, rest) } else { len };
-                losses.add(at..at + lost, &error);
+                self.salvage_part(part, at, origin, &error, losses);
             }
         }
         Ok(())
@@ -477,4 +506,85 @@ impl<M: SegmentMap> RandomAccess for LayeredSource<M> {
 fn push(extents: &mut ExtentList, start: u64, len: u64, kind: ExtentKind) -> u64 {
     extents.push(start, len, kind);
     start + len
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+    use crate::device::Device;
+    use crate::input::{Input, ReadAt};
+
+    const PAGE: u64 = 4096;
+    const DISK_SIZE: u64 = 16 * PAGE;
+
+    /// A medium that can't read some pages.
+    struct Medium {
+        bad_pages: &'static [u64],
+    }
+
+    fn byte_at(position: u64) -> u8 {
+        (position % 251) as u8 + 1
+    }
+
+    impl ReadAt for Medium {
+        fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
+            let pages = position / PAGE..(position + buf.len() as u64).div_ceil(PAGE);
+            if self.bad_pages.iter().any(|page| pages.contains(page)) {
+                return Err(io::Error::other("the medium is broken"));
+            }
+            buf.iter_mut().zip(position..).for_each(|(byte, position)| *byte = byte_at(position));
+            Ok(())
+        }
+
+        fn len(&self) -> u64 {
+            2 * DISK_SIZE
+        }
+    }
+
+    /// A disk that is one segment, stored from [`DISK_SIZE`] on.
+    struct OneSegment(RandomInput);
+
+    impl SegmentMap for OneSegment {
+        fn segment(&self, guest_offset: u64, max_len: u64) -> Result<Segment> {
+            let origin = Origin::File { index: 0, file_offset: DISK_SIZE + guest_offset };
+            Ok(Segment { len: max_len, origin })
+        }
+
+        fn to_unit_end(&self, guest_offset: u64, max_len: u64) -> u64 {
+            (DISK_SIZE - guest_offset).min(max_len)
+        }
+
+        fn file(&self, _index: usize) -> &dyn StoredBytes {
+            &self.0
+        }
+    }
+
+    fn disk(bad_pages: &'static [u64], salvage: bool) -> LayeredSource<OneSegment> {
+        let input = Input::from_read_at("disk", Arc::new(Medium { bad_pages })).into_random().unwrap();
+        let info =
+            ImageInfo { devices: vec![Device::disk(0, "disk", DISK_SIZE)], ..ImageInfo::default() };
+        LayeredSource::new(info, OneSegment(input), None, salvage)
+    }
+
+    #[test]
+    fn a_bad_sector_loses_nothing_else() {
+        let bad_pages = &[16 + 3, 16 + 9, 16 + 10];
+        let mut buf = vec![0xee; (DISK_SIZE - 100) as usize];
+        assert!(disk(bad_pages, false).read_at(DeviceId(0), &mut buf, 100).is_err());
+        let source = disk(bad_pages, true);
+        // A second read adds nothing to the list.
+        for _ in 0..2 {
+            source.read_at(DeviceId(0), &mut buf, 100).unwrap();
+            for (byte, guest) in buf.iter().zip(100..) {
+                let is_lost = [3, 9, 10].contains(&(guest / PAGE));
+                assert_eq!(*byte, if is_lost { 0 } else { byte_at(DISK_SIZE + guest) }, "{guest}");
+            }
+            let losses = source.losses();
+            let lost: Vec<_> = losses.iter().map(|loss| loss.guest.start / PAGE..loss.guest.end / PAGE).collect();
+            assert_eq!(lost, [3..4, 9..11]);
+            assert!(losses[0].reason.contains("the medium is broken"), "{losses:?}");
+        }
+    }
 }

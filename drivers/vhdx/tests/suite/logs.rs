@@ -1,6 +1,7 @@
 //! Logs made byte by byte, replayed in memory, and compared with QEMU's replay.
 
 use imgtool_core::{Driver, ErrorKind, OpenOptions};
+use imgtool_testing::memory::unreadable_at;
 use imgtool_testing::oracles::{self, qemu_img};
 use imgtool_testing::text;
 use imgtool_vhdx::VhdxDriver;
@@ -80,6 +81,27 @@ fn assert_refused(vhdx: &VhdxBuilder, kind: ErrorKind, words: &str) {
     let Err(error) = vhdx.open() else { panic!("opened") };
     assert_eq!(error.kind(), kind, "{error}");
     assert!(error.to_string().contains(words), "{error}");
+}
+
+/// What the log replaces is not lost, although the file can't be read there.
+#[test]
+fn salvage_loses_only_the_page_that_cannot_be_read() {
+    let changes = vec![page(DATA_AT + 4096, 2), zero(DATA_AT + 8192, 4096)];
+    let vhdx = disk().log_entry(0, &entry(1, 0, changes));
+    for (number, is_lost) in [(0, true), (1, false), (2, false), (3, true)] {
+        let input = unreadable_at("memory.vhdx", &vhdx.bytes, DATA_AT + 4096 * number + 100);
+        let options = OpenOptions { salvage: true, ..OpenOptions::default() };
+        let source = VhdxDriver.open(input, &options).unwrap();
+        let mut pages = vec![(1, 2), (2, 0)];
+        pages.extend(is_lost.then_some((number as usize, 0)));
+        // The second read knows what is lost.
+        for _ in 0..2 {
+            assert!(content(&source).unwrap() == with_pages(&pages), "page {number}");
+        }
+        let lost: Vec<_> = source.losses().into_iter().map(|loss| loss.guest).collect();
+        let page = MIB + 4096 * number..MIB + 4096 * (number + 1);
+        assert_eq!(lost, if is_lost { vec![page] } else { vec![] });
+    }
 }
 
 #[test]
