@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::device::DeviceId;
 use crate::disk::Disk;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{
     Extent, ExtentKind, ExtentList, MAX_EXTENTS_PER_ANSWER, MapExtent, MapPlace, push_map_extent,
 };
@@ -78,7 +78,8 @@ pub trait SegmentMap: Send + Sync {
     }
 
     /// Verifies the checksums that cover more than one unit, as far as all that they cover has been read. Calls
-    /// `failed` with the guest range of each wrong one; an error of `failed` ends the verification.
+    /// `failed` with the guest range of each wrong one, which salvage lists as unverified; an error of `failed`
+    /// ends the verification.
     ///
     /// # Errors
     /// Any error of `failed`.
@@ -421,11 +422,11 @@ impl<M: SegmentMap> ImageSource for LayeredSource<M> {
             parent.image().verify()?;
         }
         self.map.verify(&mut |guest, error| match &self.losses {
-            Some(losses) => {
-                losses.add(guest, &error);
+            Some(losses) if error.kind() != ErrorKind::Cancelled => {
+                losses.add_unverified(guest, &error);
                 Ok(())
             }
-            None => Err(error.guest(guest)),
+            _ => Err(error.guest(guest)),
         })
     }
 }
@@ -563,8 +564,7 @@ mod tests {
 
     fn disk(bad_pages: &'static [u64], salvage: bool) -> LayeredSource<OneSegment> {
         let input = Input::from_read_at("disk", Arc::new(Medium { bad_pages })).into_random().unwrap();
-        let info =
-            ImageInfo { devices: vec![Device::disk(0, "disk", DISK_SIZE)], ..ImageInfo::default() };
+        let info = ImageInfo { devices: vec![Device::disk(0, "disk", DISK_SIZE)], ..ImageInfo::default() };
         LayeredSource::new(info, OneSegment(input), None, salvage)
     }
 
@@ -582,7 +582,8 @@ mod tests {
                 assert_eq!(*byte, if is_lost { 0 } else { byte_at(DISK_SIZE + guest) }, "{guest}");
             }
             let losses = source.losses();
-            let lost: Vec<_> = losses.iter().map(|loss| loss.guest.start / PAGE..loss.guest.end / PAGE).collect();
+            let lost: Vec<_> =
+                losses.iter().map(|loss| loss.guest.start / PAGE..loss.guest.end / PAGE).collect();
             assert_eq!(lost, [3..4, 9..11]);
             assert!(losses[0].reason.contains("the medium is broken"), "{losses:?}");
         }
