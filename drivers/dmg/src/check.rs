@@ -3,10 +3,11 @@
 use imgtool_core::unit_check::{UnitCheck, opened};
 use imgtool_core::{CheckReport, Error, ErrorKind, Input, Memory, Result};
 
-use crate::checksums::{READ_LEN, combine_zeros, digest_stored, mismatch, stored_mismatch};
+use crate::checksums::{READ_LEN, combine_zeros, mismatch, stored_mismatch};
 use crate::chunks::{Chunk, Kind, Part};
 use crate::decode::decoder_memory;
 use crate::image::Image;
+use crate::stored::digest_stored;
 
 /// Checks an image.
 ///
@@ -24,7 +25,9 @@ pub(crate) fn check(input: Input, memory: &Memory) -> Result<CheckReport> {
         + chunks.most(|chunk| decoder_memory(chunk.kind))
         + READ_LEN;
     let _lease = memory.lease(most, "the chunks of a DMG image")?;
-    if let Some(why) = stored_mismatch(&image)? {
+    let as_stored =
+        |from, len, digest: &mut crc32fast::Hasher| digest_stored(&image.input, from, len, digest);
+    if let Some(why) = stored_mismatch(&image, as_stored)? {
         report.corruption(why);
     }
     let mut content = Content { image: &image, buf: Vec::new(), budget: image.input.len() };

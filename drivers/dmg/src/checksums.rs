@@ -8,11 +8,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crc32fast::Hasher;
 use imgtool_core::layered::check_stored;
-use imgtool_core::{Error, Lease, Memory, RandomInput, Remedy, Result};
+use imgtool_core::{Error, Lease, Memory, Remedy, Result};
 
 use crate::chunks::{Chunk, Chunks, Kind, Part};
 use crate::image::Image;
 use crate::layout::TRAILER_LEN;
+use crate::stored::StoredChunks;
 
 /// Length in bytes of a read for a checksum.
 pub(crate) const READ_LEN: u64 = 1 << 20;
@@ -50,14 +51,15 @@ impl Checksums {
         u32::try_from(self.chunks.get(index)?.load(Ordering::Relaxed)).ok()
     }
 
-    /// Compares the checksum of each table whose chunks were all decoded. If a table has none, compares that of
-    /// the chunks as stored too. Calls `failed` with the guest range of a wrong one.
+    /// Compares the checksum of each table whose compressed chunks were all decoded. If a table has none, compares
+    /// that of the chunks as stored too. Calls `failed` with the guest range of a wrong one.
     ///
     /// # Errors
     /// Any error of `failed`.
     pub(crate) fn verify(
         &self,
         image: &Image,
+        stored: &StoredChunks,
         failed: &mut dyn FnMut(Range<u64>, Error) -> Result<()>,
     ) -> Result<()> {
         let wrong = |why: String| {
@@ -71,7 +73,7 @@ impl Checksums {
                 continue;
             };
             end = part.start + part.len;
-            match self.of_part(image, part) {
+            match self.of_part(image, stored, part) {
                 Ok(Some(found)) if found != expected => {
                     failed(part.start..end, wrong(mismatch(part, found, expected)))?;
                 }
@@ -85,7 +87,7 @@ impl Checksums {
         if is_covered || !is_read() {
             return Ok(());
         }
-        match stored_mismatch(image) {
+        match stored_mismatch(image, |from, len, digest| stored.digest(from, len, digest)) {
             Ok(Some(why)) => failed(0..image.virtual_size(), wrong(why)),
             Ok(None) => Ok(()),
             Err(error) => failed(0..image.virtual_size(), error),
@@ -93,7 +95,7 @@ impl Checksums {
     }
 
     /// Returns the checksum of a table's content; `None` if a chunk was not decoded, or a part has no chunk.
-    fn of_part(&self, image: &Image, part: &Part) -> Result<Option<u32>> {
+    fn of_part(&self, image: &Image, stored: &StoredChunks, part: &Part) -> Result<Option<u32>> {
         let (mut digest, mut zeros) = (Hasher::new(), 0);
         let (mut at, end) = (part.start, part.start + part.len);
         while at < end {
@@ -115,7 +117,7 @@ impl Checksums {
                     // Reading it was an error already.
                     return Ok(None);
                 }
-                digest_stored(&image.input, chunk.file_offset, chunk.len, &mut digest)?;
+                stored.digest(chunk.file_offset, chunk.len, &mut digest)?;
                 continue;
             }
             let Some(crc) = self.of(index) else { return Ok(None) };
@@ -132,8 +134,12 @@ pub(crate) fn mismatch(part: &Part, found: u32, expected: u32) -> String {
     format!("the sectors from {sector} on have the checksum {found:08x}, not {expected:08x}")
 }
 
-/// Compares the checksum of all chunks as stored. Returns what is wrong.
-pub(crate) fn stored_mismatch(image: &Image) -> Result<Option<String>> {
+/// Compares the checksum of all chunks as stored. `add` adds a number of bytes from a file offset on to a checksum.
+/// Returns what is wrong.
+pub(crate) fn stored_mismatch(
+    image: &Image,
+    add: impl FnOnce(u64, u64, &mut Hasher) -> Result<()>,
+) -> Result<Option<String>> {
     let (start, len) = (image.trailer.data_offset, image.trailer.data_len);
     let Some(expected) = image.trailer.data_crc else { return Ok(None) };
     let limit = image.input.len().saturating_sub(TRAILER_LEN);
@@ -142,26 +148,10 @@ pub(crate) fn stored_mismatch(image: &Image) -> Result<Option<String>> {
         return Ok(Some(why));
     }
     let mut digest = Hasher::new();
-    digest_stored(&image.input, start, len, &mut digest)?;
+    add(start, len, &mut digest)?;
     let found = digest.finalize();
     let differs = found != expected;
     Ok(differs.then(|| format!("the chunks have the checksum {found:08x}, not {expected:08x}")))
-}
-
-/// Adds bytes of the file to a checksum.
-pub(crate) fn digest_stored(
-    input: &RandomInput,
-    file_offset: u64,
-    len: u64,
-    digest: &mut Hasher,
-) -> Result<()> {
-    let mut done = 0;
-    while done < len {
-        let bytes = input.read_vec(file_offset + done, (len - done).min(READ_LEN) as usize)?;
-        digest.update(&bytes);
-        done += bytes.len() as u64;
-    }
-    Ok(())
 }
 
 /// Adds `len` zeros to a checksum, in a number of steps that is logarithmic in `len`.

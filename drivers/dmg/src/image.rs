@@ -11,6 +11,7 @@ use crate::checksums::Checksums;
 use crate::chunks::{Chunk, Chunks, Kind};
 use crate::decode::{decode, decoder_memory};
 use crate::layout::{SECTOR_SIZE, TRAILER_LEN, Trailer, is_encrypted};
+use crate::stored::StoredChunks;
 
 /// The name of an image's only device.
 const DISK_NAME: &str = "disk";
@@ -25,6 +26,7 @@ pub(crate) struct Image {
 /// An image with the chunks that are kept decoded for reads.
 struct Reader {
     image: Image,
+    stored: StoredChunks,
     decoded: DecodedUnits,
     checksums: Checksums,
     /// Memory in bytes that a thread needs for a read besides its buffer.
@@ -48,7 +50,8 @@ pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageS
         + chunks.most(|chunk| chunk.stored_len)
         + chunks.most(|chunk| decoder_memory(chunk.kind));
     let checksums = Checksums::new(chunks, &options.memory)?;
-    let reader = Reader { image, decoded, checksums, reader_memory };
+    let stored = StoredChunks::new(&image, &options.memory)?;
+    let reader = Reader { image, stored, decoded, checksums, reader_memory };
     Ok(Arc::new(LayeredSource::new(info, reader, None, options.salvage)))
 }
 
@@ -136,7 +139,7 @@ impl SegmentMap for Reader {
     }
 
     fn file(&self, _index: usize) -> &dyn StoredBytes {
-        &self.image.input
+        &self.stored
     }
 
     fn read_encoded(&self, buf: &mut [u8], guest_offset: u64) -> Result<()> {
@@ -153,7 +156,7 @@ impl SegmentMap for Reader {
     }
 
     fn verify(&self, failed: &mut dyn FnMut(Range<u64>, Error) -> Result<()>) -> Result<()> {
-        self.checksums.verify(&self.image, failed)
+        self.checksums.verify(&self.image, &self.stored, failed)
     }
 
     fn read_granule(&self) -> u64 {

@@ -12,6 +12,7 @@ mod decode;
 mod driver;
 mod image;
 mod layout;
+mod stored;
 mod tables;
 
 pub use driver::DmgDriver;

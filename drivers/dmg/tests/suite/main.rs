@@ -3,7 +3,10 @@
 
 mod builder;
 
-use imgtool_core::{Driver, ErrorKind, LossClass, Memory, OpenOptions};
+use std::io;
+use std::sync::Arc;
+
+use imgtool_core::{Driver, ErrorKind, FileRun, Input, LossClass, Memory, OpenOptions, ReadAt};
 use imgtool_dmg::DmgDriver;
 use imgtool_testing::conformance::{self, Hostile, Image};
 use imgtool_testing::crafted::{check, content, faults, open, qemu_content, read, refusal, salvage};
@@ -296,6 +299,74 @@ fn a_whole_read_compares_the_checksums_of_the_tables() {
     let stated = image.len() - 512 + 88;
     image[stated] ^= 1;
     assert!(verify(&image).unwrap_err().to_string().contains("the chunks have the checksum"));
+}
+
+/// A file of zeros, in which all but the end is a hole that can't be read.
+struct MostlyHole {
+    hole: u64,
+    end: Vec<u8>,
+}
+
+impl ReadAt for MostlyHole {
+    fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
+        if position == 0 && buf.len() == 16 {
+            // The head of the file, by which an encrypted image is recognised.
+            buf.fill(0);
+            return Ok(());
+        }
+        let at = position.checked_sub(self.hole).ok_or_else(|| io::Error::other("a hole was read"))?;
+        buf.copy_from_slice(&self.end[at as usize..][..buf.len()]);
+        Ok(())
+    }
+
+    fn len(&self) -> u64 {
+        self.hole + self.end.len() as u64
+    }
+
+    fn run(&self, position: u64) -> io::Result<FileRun> {
+        let is_data = position >= self.hole;
+        Ok(FileRun { end: if is_data { self.len() } else { self.hole }, is_data })
+    }
+}
+
+/// The first plain chunk of 512 bytes grows to a terabyte of zeros, which are a hole of the file.
+#[test]
+fn the_checksums_of_holes_are_not_read() {
+    let (hole, tail) = (1_u64 << 40, noise(1, 4096));
+    let mut builder = Builder::default();
+    builder.table(&[(RAW, &[0; 512]), (RAW, &tail)]);
+    let mut digest = crc32fast::Hasher::new();
+    let mut zeros = crc32fast::Hasher::new();
+    zeros.update(&[0; 512]);
+    // 2^31 times 512 bytes.
+    for _ in 0..31 {
+        let half = zeros.clone();
+        zeros.combine(&half);
+    }
+    digest.combine(&zeros);
+    digest.update(&tail);
+    builder.with_table(0, |table| {
+        let mut put = |at: usize, number: u64| table[at..at + 8].copy_from_slice(&number.to_be_bytes());
+        put(16, hole / 512 + 8);
+        put(204 + 16, hole / 512);
+        put(204 + 32, hole);
+        put(244 + 8, hole / 512);
+        put(244 + 24, hole);
+        table[72..76].copy_from_slice(&digest.finalize().to_be_bytes());
+    });
+    builder.stored.drain(..512);
+    let mut end = builder.build();
+    let trailer = end.len() - 512;
+    let list = u64::from_be_bytes(*end[trailer + 216..].first_chunk().unwrap()) + hole;
+    end[trailer + 216..trailer + 224].copy_from_slice(&list.to_be_bytes());
+    end[trailer + 32..trailer + 40].copy_from_slice(&(hole + 4096).to_be_bytes());
+    let open = |end: Vec<u8>| {
+        let file = MostlyHole { hole, end };
+        DmgDriver.open(Input::from_read_at("x.dmg", Arc::new(file)), &OpenOptions::default()).unwrap()
+    };
+    open(end.clone()).verify().unwrap();
+    end[100] ^= 1;
+    assert!(open(end).verify().unwrap_err().to_string().contains("sectors from 0 on"));
 }
 
 /// 40 chunks use the stored bytes of one, in a file that is hardly longer than that one.
