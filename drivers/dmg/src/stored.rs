@@ -244,8 +244,9 @@ mod tests {
     fn stored(starts: &[u64]) -> (Arc<Counted>, StoredChunks) {
         let bytes = (0..LEN).map(|at| (at * at % 251) as u8).collect();
         let file = Arc::new(Counted { bytes, read: AtomicU64::new(0) });
-        let input = Input::from_read_at("x.dmg", Arc::clone(&file) as Arc<dyn ReadAt>).into_random().unwrap();
-        let lease = Memory::new(64 << 20).lease(0, "a test").unwrap();
+        let input =
+            Input::from_read_at("x.dmg", Arc::clone(&file) as Arc<dyn ReadAt>).into_random().expect("random");
+        let lease = Memory::new(64 << 20).lease(0, "a test").expect("free");
         (file, StoredChunks { input, starts: starts.to_vec(), runs: Mutex::default(), _lease: lease })
     }
 
@@ -255,7 +256,7 @@ mod tests {
         for (index, &start) in stored.starts.iter().enumerate() {
             let end = stored.starts.get(index + 1).copied().unwrap_or(LEN);
             let mut digest = Hasher::new();
-            stored.digest(start, end - start, &mut digest).unwrap();
+            stored.digest(start, end - start, &mut digest).expect("read");
             let expected = crc32fast::hash(&file.bytes[start as usize..end as usize]);
             assert_eq!(digest.finalize(), expected, "{start}..{end}");
         }
@@ -279,7 +280,9 @@ mod tests {
                     parts.reverse();
                 }
                 for part in parts {
-                    stored.read_exact_at(&mut vec![0; (part.end - part.start) as usize], part.start).unwrap();
+                    stored
+                        .read_exact_at(&mut vec![0; (part.end - part.start) as usize], part.start)
+                        .expect("read");
                 }
                 assert_eq!(lock(&stored.runs).0.len(), 4, "a run for each chunk");
                 assert_eq!(verify(&file, &stored), 0, "steps of {step}");
@@ -295,7 +298,7 @@ mod tests {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             let at = (random >> 33) % LEN;
             let len = ((random >> 20) % 3000).min(LEN - at);
-            stored.read_exact_at(&mut vec![0; len as usize], at).unwrap();
+            stored.read_exact_at(&mut vec![0; len as usize], at).expect("read");
         }
         verify(&file, &stored);
     }

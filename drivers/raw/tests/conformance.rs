@@ -60,7 +60,7 @@ fn salvage_loses_only_the_page_that_cannot_be_read() {
         let options = OpenOptions { salvage, ..OpenOptions::default() };
         RawDriver.open(memory::unreadable_at("disk.raw", &disk, 50_000), &options).expect("open")
     };
-    assert_eq!(crafted::content(&open(false)).unwrap_err().kind(), ErrorKind::Io);
+    assert_eq!(crafted::content(&open(false)).expect_err("unreadable").kind(), ErrorKind::Io);
     let source = open(true);
     let restored = crafted::content(&source).expect("salvaged");
     let losses = source.losses();

@@ -563,7 +563,8 @@ mod tests {
     }
 
     fn disk(bad_pages: &'static [u64], salvage: bool) -> LayeredSource<OneSegment> {
-        let input = Input::from_read_at("disk", Arc::new(Medium { bad_pages })).into_random().unwrap();
+        let input =
+            Input::from_read_at("disk", Arc::new(Medium { bad_pages })).into_random().expect("random");
         let info = ImageInfo { devices: vec![Device::disk(0, "disk", DISK_SIZE)], ..ImageInfo::default() };
         LayeredSource::new(info, OneSegment(input), None, salvage)
     }
@@ -576,7 +577,7 @@ mod tests {
         let source = disk(bad_pages, true);
         // A second read adds nothing to the list.
         for _ in 0..2 {
-            source.read_at(DeviceId(0), &mut buf, 100).unwrap();
+            source.read_at(DeviceId(0), &mut buf, 100).expect("read");
             for (byte, guest) in buf.iter().zip(100..) {
                 let is_lost = [3, 9, 10].contains(&(guest / PAGE));
                 assert_eq!(*byte, if is_lost { 0 } else { byte_at(DISK_SIZE + guest) }, "{guest}");
