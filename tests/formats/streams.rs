@@ -347,3 +347,28 @@ fn truncated_stream_gives_the_same_error_every_time() {
         .collect();
     assert_eq!(said.len(), 1, "{said:?}");
 }
+
+/// A fixed VHD has its footer at the end, and a compressing writer joins the zeros before it: the footer was written
+/// before them, and the disk was lost without an error.
+#[test]
+fn the_footer_follows_the_zeros_at_the_end_of_a_compressed_disk() {
+    let dir = tempdir();
+    // Less than a group of units without data, more than one, and none.
+    for (len, data) in [(3 << 20, 100_000), (300 << 20, 1 << 20), (8 << 20, (8 << 20) - 4096), (4 << 20, 0)] {
+        let disk = images::Image::hole("d", len).with(data, images::noise(len, 4096));
+        disk.write_raw(&dir.path().join("disk.raw"));
+        for name in ["disk.vhd", "disk.vhd.gz", "disk.vhd.zst"] {
+            let line = ["convert", "-q", "--force", "-o", "subformat=fixed", "disk.raw", name];
+            imgtool(line).within(dir.path()).ok();
+            imgtool(["convert", "-q", "--force", name, "back.raw"]).within(dir.path()).ok();
+            imgtool(["compare", "disk.raw", "back.raw"]).within(dir.path()).ok();
+        }
+        let plain = std::fs::read(dir.path().join("disk.vhd")).unwrap();
+        for (name, tool) in [("disk.vhd.gz", "gzip"), ("disk.vhd.zst", "zstd")] {
+            if oracles::have(tool) {
+                let found = oracles::run(tool, &["-d", "-c", text(&dir.path().join(name))]).stdout;
+                assert!(found == plain, "{len}, {name}");
+            }
+        }
+    }
+}
