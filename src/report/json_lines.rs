@@ -54,6 +54,8 @@ struct ErrorRecord<'a> {
     guest_end: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     offset: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    compressed_offset: Option<u64>,
 }
 
 /// Prints an error.
@@ -68,6 +70,7 @@ pub(super) fn error(error: &Error, hint: Option<String>) {
         guest_start: guest.as_ref().map(|guest| guest.start),
         guest_end: guest.map(|guest| guest.end),
         offset: error.file_offset(),
+        compressed_offset: error.compressed_offset(),
     };
     line(&json!({ "error": record }));
 }

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use imgtool_testing::images::{Image, noise};
-use imgtool_testing::tempdir;
 use imgtool_testing::vma::Archive;
+use imgtool_testing::{oracles, require, tempdir};
 use serde_json::Value;
 
 use crate::support::imgtool;
@@ -71,6 +71,46 @@ fn offsets_in_a_compressed_archive_are_said_to_be_decompressed() {
         let line = ["convert", "--force", "--salvage", name, "--to", "raw", "out.raw"];
         imgtool(line).within(dir.path()).go().exits(3)
     };
-    salvage("cut.vma.zst").says("offsets are those in the decompressed data");
-    assert!(!salvage("cut.vma").stderr.contains("decompressed"));
+    let stored = std::fs::metadata(dir.path().join("cut.vma.zst")).unwrap().len();
+    salvage("cut.vma.zst").says("offsets are those in the decompressed data").says("; compressed byte ");
+    let found = lost(dir.path(), "cut.vma.zst");
+    // The last extent is cut: that shows at the end of the file.
+    let position = found[0]["compressed-offset"].as_u64().unwrap();
+    assert!(position > stored / 4 && position <= stored, "{position} of {stored}: {found:?}");
+    let plain = salvage("cut.vma").stderr;
+    assert!(!plain.contains("decompressed") && !plain.contains("compressed byte"), "{plain}");
+}
+
+/// Damages a byte of a compressed archive, and asks for the place of what salvage has lost by it.
+#[test]
+fn the_place_in_the_compressed_file_is_named() {
+    let dir = tempdir();
+    let archive = Archive::of([("drive-scsi0", disk())]).ids(&[1]).build().bytes;
+    require!("zstd", "gzip", "xz", "lzop", "bzip2");
+    for program in ["zstd", "gzip", "xz", "lzop", "bzip2"] {
+        let extension = match program {
+            "zstd" => "zst",
+            "gzip" => "gz",
+            "lzop" => "lzo",
+            "bzip2" => "bz2",
+            other => other,
+        };
+        let arguments: &[&str] = if program == "zstd" { &["-q", "-c", "--check"] } else { &["-c"] };
+        let mut stored = oracles::filter(program, arguments, &archive);
+        let at = stored.len() / 2;
+        stored[at] ^= 0x55;
+        let name = format!("{program}.vma.{extension}");
+        std::fs::write(dir.path().join(&name), &stored).unwrap();
+        let line = ["convert", "--force", "--salvage", "--output", "json", &name, "--to", "raw", "out.raw"];
+        let run = imgtool(line).within(dir.path()).go().exits(3);
+        let found = run.json()["lost"].as_array().unwrap().clone();
+        let places: Vec<u64> = found.iter().filter_map(|loss| loss["compressed-offset"].as_u64()).collect();
+        assert!(!places.is_empty(), "{name}: {found:?}");
+        // A decoder finds the damage where it is, or at the next checksum: at the end, if there is only one.
+        let is_near = |place: &u64| (at as u64 / 2..=stored.len() as u64).contains(place);
+        assert!(places.iter().all(is_near), "{name}: damaged at {at} of {}, found {places:?}", stored.len());
+        // Without salvage, the error names the place, too.
+        let line = ["convert", "--force", &name, "--to", "raw", "out.raw"];
+        imgtool(line).within(dir.path()).go().exits(1).says("compressed byte ");
+    }
 }

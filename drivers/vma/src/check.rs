@@ -47,7 +47,7 @@ fn check_until_cancelled(input: Input, options: &OpenOptions, cancel: &CancelTok
             ScanItem::Extent(extent) => checker.extent(&scanner, &extent),
             // Trailing bytes after a complete archive are not checked if the options allow them.
             ScanItem::Fault { .. } if options.ignore_trailing && checker.tracker.is_complete() => break,
-            ScanItem::Fault { file, message } => checker.fault(file.start, &message),
+            ScanItem::Fault { file, message, .. } => checker.fault(file.start, &message),
             ScanItem::End => break,
         }
     }

@@ -53,27 +53,35 @@ const CUT_BEFORE_CHECKSUM: &str =
 /// The first fault of the archive, and the number of faults.
 #[derive(Default)]
 struct Faults {
-    first: Option<(u64, String)>,
+    first: Option<Fault>,
     count: u64,
 }
 
+/// A fault of the archive.
+struct Fault {
+    offset: u64,
+    /// Position in the compressed file.
+    compressed: Option<u64>,
+    message: String,
+}
+
 impl Faults {
-    fn add(&mut self, file_offset: u64, message: &str) {
+    fn add(&mut self, offset: u64, compressed: Option<u64>, message: &str) {
         self.count += 1;
-        self.first.get_or_insert_with(|| (file_offset, message.to_owned()));
+        self.first.get_or_insert_with(|| Fault { offset, compressed, message: message.to_owned() });
     }
 
     /// Returns the reason to list for a missing cluster.
     fn reason(&self) -> String {
         match (&self.first, self.count) {
             (None, _) => "it is not in the archive".to_owned(),
-            (Some((offset, first)), 1) => {
-                format!("no complete copy in the archive, which is damaged (at offset {offset}: {first})")
+            (Some(Fault { offset, message, .. }), 1) => {
+                format!("no complete copy in the archive, which is damaged (at offset {offset}: {message})")
             }
-            (Some((offset, first)), count) => {
+            (Some(Fault { offset, message, .. }), count) => {
                 format!(
                     "no complete copy in the archive, which is damaged in {count} places (first at offset \
-                     {offset}: {first})"
+                     {offset}: {message})"
                 )
             }
         }
@@ -83,8 +91,14 @@ impl Faults {
     fn loss(&self, device: DeviceId, guest: Range<u64>) -> Loss {
         // In an archive without faults, the cluster was left out when it was written.
         let class = if self.first.is_some() { LossClass::Lost } else { LossClass::NeverStored };
-        let offset = self.first.as_ref().map(|(offset, _)| *offset);
-        Loss { class, offset, device, guest, reason: self.reason() }
+        let (offset, compressed_offset) = self.place();
+        Loss { class, offset, compressed_offset, device, guest, reason: self.reason() }
+    }
+
+    /// Returns the place of the first fault in the archive and in the compressed file.
+    fn place(&self) -> (Option<u64>, Option<u64>) {
+        let first = self.first.as_ref();
+        (first.map(|fault| fault.offset), first.and_then(|fault| fault.compressed))
     }
 }
 
@@ -202,20 +216,25 @@ impl Salvage {
         self.pending.iter_mut().for_each(RoaringBitmap::clear);
     }
 
+    /// Records a fault at the archive offset `offset`, which the window holds.
+    fn add_fault(&mut self, offset: u64, message: &str) {
+        self.faults.add(offset, self.scanner.window().compressed_offset(offset), message);
+    }
+
     /// Collects the intact clusters of an extent.
     fn collect_intact(&mut self, extent: &ScanExtent) {
         self.settle_checksums(extent.file_offset);
         self.next_cluster = 0;
         if let Some(fault) = &extent.fault {
-            self.faults.add(extent.file_offset, fault);
+            self.faults.add(extent.file_offset, extent.compressed, fault);
         }
         let marked: u32 = extent.header.slots.iter().map(|slot| slot.stored()).sum();
         if marked != u32::from(extent.header.block_count) {
-            self.faults.add(extent.file_offset, "the masks do not match the number of sub-blocks");
+            self.add_fault(extent.file_offset, "the masks do not match the number of sub-blocks");
             return;
         }
         if !extent.ends_well && !self.would_complete(extent) {
-            self.faults.add(extent.file_offset, "no valid extent follows this one");
+            self.add_fault(extent.file_offset, "no valid extent follows this one");
             return;
         }
         let data = extent.file_offset + EXTENT_HEADER as u64;
@@ -230,7 +249,7 @@ impl Salvage {
             }
             if stored.end > extent.usable || !self.scanner.window().is_readable(&file) {
                 if !std::mem::replace(&mut is_reported, true) {
-                    self.faults.add(file.start, "the file can't be read here");
+                    self.add_fault(file.start, "the file can't be read here");
                 }
                 continue;
             }
@@ -248,7 +267,7 @@ impl Salvage {
                 }
                 Err(error) => {
                     self.note_duplicate(DeviceId(u32::from(slot.dev_id)), slot.cluster_num);
-                    self.faults.add(extent.file_offset, error.message());
+                    self.add_fault(extent.file_offset, error.message());
                 }
             }
         }
@@ -330,12 +349,15 @@ impl Salvage {
         if duplicated.is_empty() && unverified.is_empty() {
             return;
         }
+        // Of several faults, nobody knows which one a cluster belongs to.
+        let (offset, compressed_offset) =
+            if self.faults.count == 1 { self.faults.place() } else { (None, None) };
         for (clusters, reason) in [(duplicated, DUPLICATED), (unverified, UNVERIFIED)] {
             for cluster in clusters {
                 let start = u64::from(cluster) * CLUSTER;
                 let guest = start..(start + CLUSTER).min(device.size);
-                let (class, reason) = (LossClass::Unverified, reason.to_owned());
-                push_loss(&mut self.losses, Loss { class, offset: None, device: device.id, guest, reason });
+                let (class, device, reason) = (LossClass::Unverified, device.id, reason.to_owned());
+                push_loss(&mut self.losses, Loss { class, offset, compressed_offset, device, guest, reason });
             }
         }
         let first = self.losses.partition_point(|loss| loss.device < device.id);
@@ -351,7 +373,9 @@ impl StreamAccess for Salvage {
             }
             match self.scanner.next() {
                 ScanItem::Extent(extent) => self.collect_intact(&extent),
-                ScanItem::Fault { file, message } => self.faults.add(file.start, &message),
+                ScanItem::Fault { file, compressed, message } => {
+                    self.faults.add(file.start, compressed, &message);
+                }
                 ScanItem::End => break,
             }
         }

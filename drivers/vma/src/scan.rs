@@ -26,9 +26,9 @@ const FIXED_LEN: usize = 24;
 pub(crate) enum ScanItem {
     /// An extent whose header is valid.
     Extent(Box<ScanExtent>),
-    /// A range of the archive that is not an extent, and the reason. The range is empty if the underlying
-    /// stream reported the fault.
-    Fault { file: Range<u64>, message: String },
+    /// A range of the archive that is not an extent, its position in the compressed file, and the reason. The
+    /// range is empty if the underlying stream reported the fault.
+    Fault { file: Range<u64>, compressed: Option<u64>, message: String },
     /// The end of the input.
     End,
 }
@@ -43,6 +43,8 @@ pub(crate) struct ScanExtent {
     pub(crate) usable: u64,
     /// Reason why a part of the data is unusable, or `None` if all of it is usable.
     pub(crate) fault: Option<String>,
+    /// Position in the compressed file at which that shows, or of the header if there is no fault.
+    pub(crate) compressed: Option<u64>,
     /// True if the extent is followed by a header (possibly damaged), a gap or the end of the input, or if
     /// `fault` is set. Otherwise, a fault that began in the extent's data may reach past its end.
     pub(crate) ends_well: bool,
@@ -83,7 +85,8 @@ impl Scanner {
         // A gap at `at` is before the first byte of the next extent, so it does not affect that extent.
         self.window.drop_gaps_through(at);
         if let Some(fault) = self.window.next_fault() {
-            return ScanItem::Fault { file: at..at, message: fault.message().to_owned() };
+            let (compressed, message) = (fault.compressed_offset(), fault.message().to_owned());
+            return ScanItem::Fault { file: at..at, compressed, message };
         }
         if got == 0 {
             return ScanItem::End;
@@ -92,8 +95,9 @@ impl Scanner {
             Ok(header) => return ScanItem::Extent(Box::new(self.judge(header, at))),
             Err(message) => message,
         };
+        let compressed = self.window.compressed_offset(at);
         self.position = self.search(at + 1);
-        ScanItem::Fault { file: at..self.position, message: fault }
+        ScanItem::Fault { file: at..self.position, compressed, message: fault }
     }
 
     /// Decodes the header at archive offset `at`. The window holds its first `got` bytes. Returns a message
@@ -125,22 +129,31 @@ impl Scanner {
             self.position = gap;
             let usable = gap.saturating_sub(data);
             let fault = Some("the end of the extent is in a damaged part of the stream".to_owned());
-            return ScanExtent { header, file_offset: at, usable, fault, ends_well: true };
+            let compressed = self.window.compressed_offset(gap);
+            return ScanExtent { header, file_offset: at, usable, fault, compressed, ends_well: true };
         }
         let is_followed = available == needed + EXTENT_HEADER && self.header_at(next, EXTENT_HEADER).is_ok();
         let inner = if is_followed { None } else { self.find(data..next.min(at + available as u64)) };
-        let mut extent =
-            ScanExtent { header, file_offset: at, usable: data_len, fault: None, ends_well: true };
+        let mut extent = ScanExtent {
+            header,
+            file_offset: at,
+            usable: data_len,
+            fault: None,
+            compressed: self.window.compressed_offset(at),
+            ends_well: true,
+        };
         self.position = next;
         if let Some(inner) = inner {
             extent.fault =
                 Some(format!("bytes are missing: the next extent begins {} bytes early", next - inner));
             extent.usable = 0;
             self.position = inner;
+            extent.compressed = self.window.compressed_offset(inner);
         } else if available < needed {
             extent.fault = Some(reference::short_extent(available as u64, needed as u64));
             extent.usable = available.saturating_sub(EXTENT_HEADER) as u64;
             self.position = at + available as u64;
+            extent.compressed = self.window.compressed_offset(self.position);
         } else if !is_followed {
             extent.ends_well =
                 self.window.has_gap_at(next) || self.resembles_header(next, available - needed);

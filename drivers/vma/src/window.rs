@@ -1,6 +1,7 @@
 //! Sliding window over the bytes of a damaged archive. It reads on after read errors and after damage
 //! to the outer compression.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use imgtool_core::{Error, Input, RandomInput, Result, Stream};
@@ -64,6 +65,9 @@ pub(crate) struct Window {
     cut_before_checksum: bool,
     /// Archive ranges that can't be read; the window contains zeros in their place.
     unreadable: Vec<Range<u64>>,
+    /// Archive offsets with the position that the decoder of a compressed stream had reached there, for the
+    /// bytes that are not released.
+    marks: VecDeque<(u64, u64)>,
 }
 
 impl Window {
@@ -87,6 +91,7 @@ impl Window {
             unverified: Vec::new(),
             cut_before_checksum: false,
             unreadable: Vec::new(),
+            marks: VecDeque::new(),
         })
     }
 
@@ -113,6 +118,9 @@ impl Window {
         self.unreadable.retain(|range| range.end > base);
         self.gaps.retain(|gap| *gap >= base);
         self.unverified.retain(|range| range.end >= base);
+        while self.marks.get(1).is_some_and(|(offset, _)| *offset <= base) {
+            self.marks.pop_front();
+        }
     }
 
     /// Reads on until the window holds `len` bytes from `position`. Returns the number of these bytes that it
@@ -133,6 +141,20 @@ impl Window {
     /// True if no byte of `range` is unreadable.
     pub(crate) fn is_readable(&self, range: &Range<u64>) -> bool {
         !self.unreadable.iter().any(|other| other.start < range.end && range.start < other.end)
+    }
+
+    /// Returns the position in the compressed file at or shortly before which the archive offset `position`
+    /// is stored, or at which the decoder found the damage there; `None` if the archive is not compressed.
+    pub(crate) fn compressed_offset(&self, position: u64) -> Option<u64> {
+        match &self.input {
+            // At the end of the file, the last byte counts.
+            WindowInput::File(input) => input.compressed_offset(position.min(input.len().saturating_sub(1))),
+            WindowInput::Stream(_) => {
+                let here = self.marks.iter().find(|(offset, _)| *offset == position);
+                let before = || self.marks.iter().rev().find(|(offset, _)| *offset < position);
+                here.or_else(before).or(self.marks.front()).map(|(_, compressed)| *compressed)
+            }
+        }
     }
 
     /// Returns the UUID of the extent at the start of the window, if a valid header is there.
@@ -197,7 +219,15 @@ impl Window {
         let (old, position) = (self.bytes.len(), self.end());
         self.bytes.resize(old + READ_CHUNK, 0);
         let (got, error) = match &mut self.input {
-            WindowInput::Stream(stream) => read_until_error(stream, &mut self.bytes[old..]),
+            WindowInput::Stream(stream) => {
+                self.marks.extend(stream.compressed_position().map(|compressed| (position, compressed)));
+                let read = read_until_error(stream, &mut self.bytes[old..]);
+                let end = position + read.0 as u64;
+                if end < position + READ_CHUNK as u64 {
+                    self.marks.extend(stream.compressed_position().map(|compressed| (end, compressed)));
+                }
+                read
+            }
             WindowInput::File(input) => {
                 let left = usize::try_from(input.len().saturating_sub(position)).unwrap_or(usize::MAX);
                 let got = left.min(READ_CHUNK);

@@ -254,8 +254,7 @@ impl StreamAccess for Pass {
         }
         while self.pending.is_none() && self.state == State::Grains {
             if let Err(error) = self.step(pool) {
-                let position = self.stream.position();
-                let error = error.path(self.stream.location()).at(position).device(DISK_NAME);
+                let error = self.placed(error, self.stream.position());
                 if !self.salvage || error.kind() == ErrorKind::Cancelled {
                     return Err(error);
                 }
@@ -286,6 +285,12 @@ impl StreamAccess for Pass {
 impl Pass {
     fn virtual_size(&self) -> u64 {
         self.header.capacity * SECTOR_SIZE
+    }
+
+    /// Adds the place of an error at `position`, and where the decoder of a compressed file is.
+    fn placed(&self, error: Error, position: u64) -> Error {
+        let error = error.path(self.stream.location()).device(DISK_NAME).at(position);
+        error.compressed_at(self.stream.compressed_position())
     }
 
     /// Reads the next marker and what it announces.
@@ -379,9 +384,9 @@ impl Pass {
         let mut data = pool.take(grain_size as usize);
         let stored = &self.stored[GRAIN_HEAD..GRAIN_HEAD + len as usize];
         if let Err(error) = inflate(&mut self.codec, stored, &mut data, used) {
-            let error = error.at(position * SECTOR_SIZE).guest(start..start + used).device(DISK_NAME);
+            let error = self.placed(error, position * SECTOR_SIZE).guest(start..start + used);
             if !self.salvage {
-                return Err(error.path(self.stream.location()));
+                return Err(error);
             }
             self.losses.add(start..start + used, &error);
             data.fill(0);

@@ -93,6 +93,8 @@ struct LostRange<'a> {
     length: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     offset: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    compressed_offset: Option<u64>,
     reason: &'a str,
 }
 
@@ -151,6 +153,7 @@ fn summarise<'a>(args: &ConvertArgs, report: &'a Report) -> Summary<'a> {
                 device,
                 class: loss.class.name(),
                 offset: loss.offset,
+                compressed_offset: loss.compressed_offset,
                 start: loss.guest.start,
                 length: loss.guest.end.saturating_sub(loss.guest.start),
                 reason: &loss.reason,
@@ -297,6 +300,9 @@ fn classes(lost: &[LostRange<'_>]) -> String {
     if names.is_empty() { "lost".to_owned() } else { names.join(" or ") }
 }
 
+/// Maximum number of ranges of a class that the text lists. Our limit: people read the verdict above them as well.
+const MAX_RANGES: usize = 100;
+
 /// Lists the ranges, each class apart, and says what can be done next.
 fn say_losses(lost: &[LostRange<'_>], output: &str, is_compressed: bool) {
     for class in [LossClass::Lost, LossClass::NeverStored, LossClass::Unverified] {
@@ -314,9 +320,15 @@ fn say_losses(lost: &[LostRange<'_>], output: &str, is_compressed: bool) {
         let ranges = count(of_class.len(), "range");
         let bytes = report::exact_size(bytes);
         report::tell(&format!("{}: {bytes} in {ranges} ({reads}):", class.name()));
-        for range in of_class {
+        for range in of_class.iter().take(MAX_RANGES) {
             let end = range.start.saturating_add(range.length);
-            say_range(&format!("{} guest bytes {}..{end}: {}", range.device, range.start, range.reason));
+            let LostRange { device, start, reason, .. } = range;
+            let place = range.compressed_offset.map(|position| format!("; compressed byte {position}"));
+            say_range(&format!("{device} guest bytes {start}..{end}: {reason}{}", place.unwrap_or_default()));
+        }
+        if of_class.len() > MAX_RANGES {
+            let more = of_class.len() - MAX_RANGES;
+            say_range(&format!("and {more} more ranges; --output json lists all of them"));
         }
     }
     let remarks: Vec<&LostRange<'_>> = lost.iter().filter(|range| range.length == 0).collect();
@@ -325,7 +337,9 @@ fn say_losses(lost: &[LostRange<'_>], output: &str, is_compressed: bool) {
         remarks.iter().for_each(|range| say_range(&format!("{}: {}", range.device, range.reason)));
     }
     if is_compressed && lost.iter().any(|range| range.offset.is_some()) {
-        report::tell("offsets are those in the decompressed data, not in the compressed file");
+        report::tell(
+            "offsets are those in the decompressed data; a compressed byte is one of the file itself",
+        );
     }
     let next = format!(
         "another copy or backup may have what is missing: 'imgtool compare --list {output} OTHER' shows where \

@@ -64,6 +64,7 @@ struct Inner {
     device: Option<String>,
     guest: Option<Range<u64>>,
     file_offset: Option<u64>,
+    compressed_offset: Option<u64>,
     remedy: Option<Remedy>,
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
@@ -88,6 +89,7 @@ impl Error {
             device: None,
             guest: None,
             file_offset: None,
+            compressed_offset: None,
             remedy: None,
             source: None,
         }))
@@ -161,10 +163,25 @@ impl Error {
         self
     }
 
+    /// Sets the position in the compressed file, unless it is already set; `None` leaves it unknown. The file
+    /// offset is then a position in the decompressed data.
+    #[must_use]
+    pub fn compressed_at(mut self, position: Option<u64>) -> Self {
+        self.0.compressed_offset = self.0.compressed_offset.or(position);
+        self
+    }
+
     /// Sets the remedy, an action that the user can take, unless it is already set.
     #[must_use]
     pub fn remedied_by(mut self, remedy: Remedy) -> Self {
         self.0.remedy.get_or_insert(remedy);
+        self
+    }
+
+    /// Sets the remedy, also if another one is set: for a caller that can't offer that one.
+    #[must_use]
+    pub fn with_remedy(mut self, remedy: impl Into<Remedy>) -> Self {
+        self.0.remedy = Some(remedy.into());
         self
     }
 
@@ -214,6 +231,12 @@ impl Error {
         self.0.file_offset
     }
 
+    /// Returns the position of the fault in the compressed file, in bytes, if the file is compressed and the
+    /// position is known: that which the decoder had reached, or the start of the damaged frame.
+    pub fn compressed_offset(&self) -> Option<u64> {
+        self.0.compressed_offset
+    }
+
     /// Returns the operation that failed ("open", "read" …); `None` unless the kind is [`ErrorKind::Io`].
     pub fn act(&self) -> Option<&str> {
         (self.0.kind == ErrorKind::Io).then_some(&*self.0.message)
@@ -230,7 +253,8 @@ impl Error {
         let device = inner.device.as_ref().map(|device| format!("device {}", escape_control(device)));
         let guest = inner.guest.as_ref().map(|guest| format!("guest bytes {}..{}", guest.start, guest.end));
         let offset = inner.file_offset.map(|offset| format!("file offset {offset}"));
-        let places: Vec<String> = [device, guest, offset].into_iter().flatten().collect();
+        let compressed = inner.compressed_offset.map(|position| format!("compressed byte {position}"));
+        let places: Vec<String> = [device, guest, offset, compressed].into_iter().flatten().collect();
         if places.is_empty() { String::new() } else { format!(" ({})", places.join(", ")) }
     }
 }

@@ -8,7 +8,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::error::{Error, Result, escape_control};
-use crate::input::Input;
+use crate::input::{FilePart, Input};
 use crate::location::{Location, Url};
 use crate::memory::Memory;
 use crate::options::OptionValues;
@@ -33,6 +33,9 @@ pub struct OpenOptions {
     /// True to read a file as it is: outer compression is not removed, and a file that no driver recognises is a raw
     /// disk, whatever its name and content suggest.
     pub plain: bool,
+    /// Part of the file that is the image; the rest is not read. It does not apply to the files that the
+    /// image names.
+    pub part: Option<FilePart>,
     /// The internal snapshot to read instead of the active state.
     pub snapshot: Option<SnapshotChoice>,
     /// True if the caller needs the persistent bitmaps ([`ImageSource::bitmaps`]).

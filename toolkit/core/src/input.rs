@@ -117,7 +117,9 @@ impl Input {
             InputBody::Random(source) => {
                 let len = usize::try_from(source.len()).unwrap_or(PROBE_LEN).min(PROBE_LEN);
                 let mut head = vec![0; len];
-                source.read_exact_at(&mut head, 0).map_err(|e| read_error(e, &self.location, 0))?;
+                source
+                    .read_exact_at(&mut head, 0)
+                    .map_err(|e| read_error(e, &self.location, 0, source.compressed_offset(0)))?;
                 Ok(head)
             }
         }
@@ -129,7 +131,10 @@ impl Input {
         let len = usize::try_from(source.len()).unwrap_or(PROBE_END_LEN).min(PROBE_END_LEN);
         let mut end = vec![0; len];
         let position = source.len() - len as u64;
-        source.read_exact_at(&mut end, position).map_err(|e| read_error(e, &self.location, position))?;
+        let compressed = source.compressed_offset(position);
+        source
+            .read_exact_at(&mut end, position)
+            .map_err(|e| read_error(e, &self.location, position, compressed))?;
         Ok(Some(end))
     }
 
@@ -179,6 +184,31 @@ impl Input {
     pub fn section(self, range: Range<u64>) -> Result<Self> {
         self.into_random()?.section(range)
     }
+
+    /// Converts a part of a file into a separate input.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Unsupported`] for a stream; [`crate::ErrorKind::OutOfBounds`] if the part exceeds
+    /// the file.
+    pub fn part(self, part: FilePart) -> Result<Self> {
+        if self.is_stream() {
+            return Err(Error::unsupported("a part of a stream can't be read")
+                .path(self.location)
+                .hint("save the stream to a file first"));
+        }
+        let file = self.into_random()?;
+        let end = part.len.map_or(file.len(), |len| part.start.saturating_add(len));
+        file.section(part.start..end)
+    }
+}
+
+/// A part of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FilePart {
+    /// Position of the first byte.
+    pub start: u64,
+    /// Length in bytes; `None` for the rest of the file.
+    pub len: Option<u64>,
 }
 
 /// A range of an input that is read by position.
@@ -224,6 +254,10 @@ impl ReadAt for Section {
         self.source.granule()
     }
 
+    fn compressed_offset(&self, position: u64) -> Option<u64> {
+        self.source.compressed_offset(self.range.start.checked_add(position)?)
+    }
+
     fn release(&self) {
         self.source.release();
     }
@@ -253,9 +287,10 @@ impl Read for Cursor {
     }
 }
 
-/// Converts the error of a read that failed at `position`. Decoders report damage as `InvalidData` or
+/// Converts the error of a read that failed at `position`, which is `compressed` in a compressed file.
+/// Decoders report damage as `InvalidData` or
 /// `UnexpectedEof`, so these become [`crate::ErrorKind::Corrupt`].
-fn read_error(e: io::Error, location: &Location, position: u64) -> Error {
+fn read_error(e: io::Error, location: &Location, position: u64, compressed: Option<u64>) -> Error {
     let carried = e.get_ref().is_some_and(|inner| inner.is::<Error>());
     let damaged = matches!(e.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof);
     let error = if damaged && !carried {
@@ -269,7 +304,7 @@ fn read_error(e: io::Error, location: &Location, position: u64) -> Error {
     match error.kind() {
         crate::ErrorKind::Cancelled => error,
         crate::ErrorKind::Unsupported => error.path(location),
-        _ => error.path(location).at(position),
+        _ => error.path(location).at(position).compressed_at(compressed),
     }
 }
 

@@ -61,7 +61,7 @@ pub use driver::{
 pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use extent::{Extent, ExtentKind, ExtentList, MapExtent, MapPlace};
 pub use external::{BackingName, ExternalOpener, Externals, OpenOptions};
-pub use input::{FileRun, Input, RandomInput, ReadAt, Stream};
+pub use input::{FilePart, FileRun, Input, RandomInput, ReadAt, Stream};
 pub use location::Location;
 pub use losses::Losses;
 pub use machine::Machine;

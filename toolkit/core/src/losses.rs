@@ -65,6 +65,7 @@ struct Damaged {
     end: u64,
     reason: String,
     offset: Option<u64>,
+    compressed_offset: Option<u64>,
     /// The part that was added last, if intact bytes are between the parts; `None` if all of the range is
     /// damaged.
     latest: Option<Range<u64>>,
@@ -77,7 +78,8 @@ impl Ranges {
             Some(cause) => format!("can't {}: {cause}", why.message()),
             None => why.message().to_owned(),
         };
-        let mut new = Damaged { end: guest.end, reason, offset: why.file_offset(), latest: None };
+        let (offset, compressed_offset) = (why.file_offset(), why.compressed_offset());
+        let mut new = Damaged { end: guest.end, reason, offset, compressed_offset, latest: None };
         match self.0.range_mut(..=guest.start).next_back() {
             Some((_, before)) if before.takes(&guest, &new.reason) || full => return before.join(guest),
             Some(_) => {}
@@ -111,7 +113,9 @@ impl Ranges {
             match list.last_mut().filter(|last| last.guest.end >= *start && last.reason == reason) {
                 Some(last) => last.guest.end = last.guest.end.max(range.end),
                 None => {
-                    list.push(Loss { class, offset: range.offset, device, guest: *start..range.end, reason });
+                    let (offset, compressed_offset) = (range.offset, range.compressed_offset);
+                    let guest = *start..range.end;
+                    list.push(Loss { class, offset, compressed_offset, device, guest, reason });
                 }
             }
         }

@@ -426,6 +426,9 @@ pub struct Loss {
     /// Position of the damage in the image, in bytes, if known. If the file is compressed, the position is
     /// that in the decompressed data.
     pub offset: Option<u64>,
+    /// Position of the damage in the compressed file, if the file is compressed and the position is known:
+    /// that which the decoder had reached, or the start of the damaged frame.
+    pub compressed_offset: Option<u64>,
     /// The device.
     pub device: DeviceId,
     /// Guest range in bytes. An empty range at the end of a device means that the device as a whole can't be

@@ -480,7 +480,8 @@ impl Plan {
                 losses.extend(disk(doubt.device).map(|disk| {
                     let guest = disk.device.size..disk.device.size;
                     let Doubt { device, reason } = doubt;
-                    let loss = Loss { class: LossClass::Unverified, offset: None, device, guest, reason };
+                    let (class, offset) = (LossClass::Unverified, None);
+                    let loss = Loss { class, offset, compressed_offset: None, device, guest, reason };
                     (disk.name.clone(), loss)
                 }));
             }
@@ -539,7 +540,8 @@ mod tests {
     fn ranges_that_touch_are_joined_within_a_class() {
         let loss = |class, guest, reason: &str| {
             let device = DeviceId(0);
-            ("a".to_owned(), Loss { class, offset: None, device, guest, reason: reason.to_owned() })
+            let (offset, compressed_offset, reason) = (None, None, reason.to_owned());
+            ("a".to_owned(), Loss { class, offset, compressed_offset, device, guest, reason })
         };
         let (lost, unverified) = (LossClass::Lost, LossClass::Unverified);
         let found = joined(vec![

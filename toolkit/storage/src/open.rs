@@ -7,8 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use imgtool_core::input::{InputBody, retry};
-use imgtool_core::{CancelToken, Error, Input, Location, Memory, Result, Stream};
+use imgtool_core::input::{Consumed, InputBody, retry};
+use imgtool_core::{CancelToken, Copied, Error, Input, Location, Memory, Result, Stream};
 
 use crate::file::RandomFile;
 use crate::identity::Identity;
@@ -270,7 +270,12 @@ impl OpenInput {
     /// Copies a stream to an unnamed temporary file in TMPDIR, so that it can be read by position. Returns
     /// any other input unchanged.
     pub fn spool(self) -> Result<Self> {
-        self.spool_within(u64::MAX)
+        self.spool_counted(&|_| ())
+    }
+
+    /// Like [`OpenInput::spool`]. Calls `copied` after each part.
+    pub fn spool_counted(self, copied: &dyn Fn(Copied)) -> Result<Self> {
+        self.spool_within(u64::MAX, copied)
     }
 
     /// Like [`OpenInput::spool`], for a caller that needs only facts about an image: refuses a compressed
@@ -281,16 +286,16 @@ impl OpenInput {
     pub fn spool_for_facts(self) -> Result<Self> {
         let limit =
             self.stored_len.map_or(u64::MAX, |len| len.saturating_mul(MAX_EXPANSION).max(ALWAYS_SPOOLED));
-        self.spool_within(limit)
+        self.spool_within(limit, &|_| ())
     }
 
-    fn spool_within(self, limit: u64) -> Result<Self> {
+    fn spool_within(self, limit: u64, copied: &dyn Fn(Copied)) -> Result<Self> {
         if !self.input.is_stream() {
             return Ok(self);
         }
         let (location, cancel) = (self.input.location().clone(), self.input.cancel_token());
         let began = Instant::now();
-        let file = spool::spool(self.input.into_stream()?, limit)?;
+        let file = spool::spool(self.input.into_stream()?, limit, copied)?;
         let len = os::file_len(&file).map_err(|e| Error::io("find the length", e))?;
         let input =
             Input::from_read_at(location, Arc::new(RandomFile::new(Arc::new(file), len, &self.memory)));
@@ -311,8 +316,10 @@ fn undo(compression: Compression, input: Input, memory: &Memory) -> Result<Input
         return Ok(Input::from_read_at(location, seekable).cancelled_by(cancel));
     }
     let stream = Input::from_body(&location, body).into_stream()?;
-    let consumed = stream.consumed();
-    let decoder = outer::decoder(compression, Box::new(stream), memory)?;
+    // Inner layers count bytes of no file.
+    let taken = Consumed::default();
+    let consumed = if stream.is_decoded() { stream.consumed() } else { taken.clone() };
+    let decoder = outer::decoder(compression, Box::new(stream), memory, taken)?;
     let stream = Stream::new(location.clone(), decoder, consumed)?;
     Ok(Input::from_stream(location, stream).cancelled_by(cancel))
 }

@@ -3,10 +3,10 @@
 //!
 //! A file that is truncated, damaged, or followed by other bytes is an error.
 
-use std::io::{self, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::sync::Arc;
 
-use imgtool_core::input::Decode;
+use imgtool_core::input::{Consumed, Decode};
 use imgtool_core::{Error, Location, Memory, ReadAt, Result};
 
 use units::{GzipMembers, Leased, Opaque, ZstdFrames};
@@ -132,7 +132,8 @@ const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 /// Number of bytes read from a compressed file at a time. Our choice.
 const READ_AHEAD: usize = 256 * 1024;
 
-/// Creates a decoder over `reader`, which borrows its window from `memory`.
+/// Creates a decoder over `reader`, which borrows its window from `memory` and counts in `consumed` the bytes
+/// that it takes from `reader`.
 ///
 /// Reads fail with `InvalidData` for damaged content, and with an error of the toolkit for content beyond our
 /// limits; I/O errors of `reader` are passed on unchanged.
@@ -143,8 +144,9 @@ pub fn decoder(
     compression: Compression,
     reader: Box<dyn Read + Send>,
     memory: &Memory,
+    consumed: Consumed,
 ) -> Result<Box<dyn Decode>> {
-    let reader = BufReader::with_capacity(READ_AHEAD, reader);
+    let reader = Counted { reader: BufReader::with_capacity(READ_AHEAD, reader), consumed };
     let lease = |bytes| memory.lease(bytes, format_args!("a {} decoder", compression.name()));
     let setup_error = |e: io::Error| Error::io(format!("set up the {} decoder", compression.name()), e);
     let decoder: Box<dyn Decode> = match compression {
@@ -162,6 +164,31 @@ pub fn decoder(
         }
     };
     Ok(Box::new(ErrorContext { compression, decoder, was_truncated: false }))
+}
+
+/// A buffered reader that counts the bytes which its caller takes, not those that it has read ahead.
+struct Counted<R> {
+    reader: R,
+    consumed: Consumed,
+}
+
+impl<R: BufRead> Read for Counted<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let count = self.reader.read(buf)?;
+        self.consumed.add(count);
+        Ok(count)
+    }
+}
+
+impl<R: BufRead> BufRead for Counted<R> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        self.reader.fill_buf()
+    }
+
+    fn consume(&mut self, count: usize) {
+        self.reader.consume(count);
+        self.consumed.add(count);
+    }
 }
 
 /// Opens a compressed file for reading its content by position. Returns `None` unless the file has a valid

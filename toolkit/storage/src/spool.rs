@@ -5,16 +5,16 @@
 
 use std::fs::File;
 
-use imgtool_core::{BufferPool, Error, Result, Stream, zero};
+use imgtool_core::{BufferPool, Copied, Error, Result, Stream, zero};
 
 use crate::file::write_all_at;
 
 /// Number of bytes copied at a time. Our choice.
 const CHUNK: usize = 256 * 1024;
 
-/// Copies `stream` to an unnamed temporary file; chunks of zeros become holes. Fails with
-/// [`imgtool_core::ErrorKind::LimitExceeded`] if the stream is longer than `limit` bytes.
-pub(super) fn spool(mut stream: Stream, limit: u64) -> Result<File> {
+/// Copies `stream` to an unnamed temporary file; chunks of zeros become holes. Calls `copied` after each
+/// chunk. Fails with [`imgtool_core::ErrorKind::LimitExceeded`] if the stream is longer than `limit` bytes.
+pub(super) fn spool(mut stream: Stream, limit: u64, copied: &dyn Fn(Copied)) -> Result<File> {
     let failed = |e| {
         Error::io("write a temporary copy", e)
             .path(std::env::temp_dir())
@@ -26,10 +26,13 @@ pub(super) fn spool(mut stream: Stream, limit: u64) -> Result<File> {
     loop {
         let len = stream.read_full(&mut chunk)?;
         let bytes = &chunk[..len];
-        if !zero::is_zero(bytes) {
+        let is_zero = zero::is_zero(bytes);
+        if !is_zero {
             write_all_at(&file, bytes, position).map_err(failed)?;
         }
-        position += len as u64;
+        let guest = len as u64;
+        copied(Copied { guest, data: guest, zero: if is_zero { guest } else { 0 } });
+        position += guest;
         if position > limit {
             return Err(Error::limit(format!("the file expands to more than {limit} bytes"))
                 .path(stream.location())

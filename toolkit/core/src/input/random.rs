@@ -11,6 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentKind, ExtentList};
 use crate::location::Location;
 use crate::progress::CancelToken;
+use crate::remedy::Remedy;
 
 /// Bytes that can be read by position: a file, its decompressed content, an object in a store.
 pub trait ReadAt: Send + Sync {
@@ -53,6 +54,13 @@ pub trait ReadAt: Send + Sync {
 
     /// Returns the underlying file, if it stores exactly these bytes.
     fn file(&self) -> Option<&File> {
+        None
+    }
+
+    /// Returns the position in the compressed file of what stores the byte at `position`: the start of its
+    /// frame;
+    /// `None` if the input is not compressed.
+    fn compressed_offset(&self, _position: u64) -> Option<u64> {
         None
     }
 
@@ -142,14 +150,14 @@ impl RandomInput {
     /// the source.
     pub fn read_exact_at(&self, buf: &mut [u8], position: u64) -> Result<()> {
         self.check_range(buf.len(), position)?;
-        self.source.read_exact_at(buf, position).map_err(|e| read_error(e, &self.location, position))
+        self.source.read_exact_at(buf, position).map_err(|e| self.read_error(e, position))
     }
 
     /// Like [`RandomInput::read_exact_at`], for a caller that verifies the bytes itself; see
     /// [`ReadAt::read_unverified_at`].
     pub fn read_unverified_at(&self, buf: &mut [u8], position: u64) -> Result<()> {
         self.check_range(buf.len(), position)?;
-        self.source.read_unverified_at(buf, position).map_err(|e| read_error(e, &self.location, position))
+        self.source.read_unverified_at(buf, position).map_err(|e| self.read_error(e, position))
     }
 
     /// Checks before a read that it is within the file and not cancelled.
@@ -164,7 +172,9 @@ impl RandomInput {
             return Err(Error::corrupt(format!("the file ends at {}, but {needed}", self.len()))
                 .path(&self.location)
                 .at(position)
-                .hint("the file is cut short: copy it again, or use a backup"));
+                .remedied_by(Remedy::Salvage(
+                    "the file is cut short: copy it again, or use a backup".into(),
+                )));
         }
         Ok(())
     }
@@ -211,7 +221,7 @@ impl RandomInput {
 
     /// Returns the run of data or hole that contains `position`, which must be less than the length.
     pub fn run(&self, position: u64) -> Result<FileRun> {
-        self.source.run(position).map_err(|e| read_error(e, &self.location, position))
+        self.source.run(position).map_err(|e| self.read_error(e, position))
     }
 
     /// Returns the runs of data and holes in `range`, as extents. The answer may end before `range.end`; see
@@ -240,7 +250,16 @@ impl RandomInput {
 
     /// Returns the run that contains `position`, possibly ended at `until`; see [`ReadAt::rough_run`].
     pub fn rough_run(&self, position: u64, until: u64) -> Result<FileRun> {
-        self.source.rough_run(position, until).map_err(|e| read_error(e, &self.location, position))
+        self.source.rough_run(position, until).map_err(|e| self.read_error(e, position))
+    }
+
+    /// See [`ReadAt::compressed_offset`].
+    pub fn compressed_offset(&self, position: u64) -> Option<u64> {
+        self.source.compressed_offset(position)
+    }
+
+    fn read_error(&self, e: io::Error, position: u64) -> Error {
+        read_error(e, &self.location, position, self.compressed_offset(position))
     }
 
     /// See [`ReadAt::release`].

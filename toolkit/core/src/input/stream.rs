@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::{PROBE_LEN, read_error, read_full};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::location::Location;
 use crate::progress::CancelToken;
 use crate::sync;
@@ -30,8 +30,8 @@ pub trait Decode: Read + Send {
     }
 }
 
-/// Number of bytes that a stream has read from its file or pipe: compressed bytes, if the stream is decoded.
-/// Clones share the number.
+/// Number of bytes that a stream has read from its file or pipe: if the stream is decoded, the compressed
+/// bytes that the outermost decoder has taken. Clones share the number.
 #[derive(Debug, Clone, Default)]
 pub struct Consumed(Arc<AtomicU64>);
 
@@ -39,6 +39,11 @@ impl Consumed {
     /// Returns the number of bytes read so far.
     pub fn bytes(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+
+    /// Counts more bytes.
+    pub fn add(&self, bytes: usize) {
+        self.0.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 }
 
@@ -51,7 +56,7 @@ struct Plain {
 impl Read for Plain {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let count = self.reader.read(buf)?;
-        self.consumed.0.fetch_add(count as u64, Ordering::Relaxed);
+        self.consumed.add(count);
         Ok(count)
     }
 }
@@ -68,6 +73,8 @@ pub struct Stream {
     head: Vec<u8>,
     position: u64,
     consumed: Consumed,
+    /// True if the stream is decoded.
+    is_decoded: bool,
     cancel: CancelToken,
 }
 
@@ -78,24 +85,33 @@ impl Stream {
     /// If the first bytes can't be read.
     pub fn plain(location: impl Into<Location>, reader: Box<dyn Read + Send>) -> Result<Self> {
         let consumed = Consumed::default();
-        Self::new(location, Box::new(Plain { reader, consumed: consumed.clone() }), consumed)
+        let plain = Plain { reader, consumed: consumed.clone() };
+        Self::begin(location.into(), Box::new(plain), consumed, false)
     }
 
     /// Creates a stream over a decoder, which reads from the stream that `consumed` belongs to.
     ///
     /// # Errors
     /// If the first bytes can't be read.
-    pub fn new(
-        location: impl Into<Location>,
+    pub fn new(location: impl Into<Location>, reader: Box<dyn Decode>, consumed: Consumed) -> Result<Self> {
+        Self::begin(location.into(), reader, consumed, true)
+    }
+
+    /// Creates a stream and reads its first bytes.
+    fn begin(
+        location: Location,
         mut reader: Box<dyn Decode>,
         consumed: Consumed,
+        is_decoded: bool,
     ) -> Result<Self> {
-        let location = location.into();
         let mut head = vec![0; PROBE_LEN];
-        let filled = read_full(&mut *reader, &mut head).map_err(|e| read_error(e, &location, 0))?;
+        let filled = read_full(&mut *reader, &mut head).map_err(|e| {
+            let compressed = is_decoded.then(|| consumed.bytes());
+            read_error(e, &location, 0, compressed)
+        })?;
         head.truncate(filled);
         let (reader, cancel) = (Mutex::new(reader), CancelToken::new());
-        Ok(Self { location, reader, head, position: 0, consumed, cancel })
+        Ok(Self { location, reader, head, position: 0, consumed, is_decoded, cancel })
     }
 
     /// See [`crate::Input::cancelled_by`].
@@ -127,7 +143,7 @@ impl Stream {
     /// `buf.len()` only at the end of the stream.
     pub fn read_full(&mut self, buf: &mut [u8]) -> Result<usize> {
         let position = self.position;
-        read_full(self, buf).map_err(|e| read_error(e, &self.location, position))
+        read_full(self, buf).map_err(|e| self.read_error(e, position))
     }
 
     /// Returns the position up to which the content is final: verified by a checksum of the outer
@@ -149,7 +165,22 @@ impl Stream {
     /// unverified bytes before the fault as final.
     pub fn resume(&mut self) -> Result<bool> {
         let position = self.position;
-        self.decoder().resume().map_err(|e| read_error(e, &self.location, position))
+        self.decoder().resume().map_err(|e| self.read_error(e, position))
+    }
+
+    /// True if a decoder makes the bytes of the stream.
+    pub fn is_decoded(&self) -> bool {
+        self.is_decoded
+    }
+
+    /// Returns the position in the compressed file that the decoder has reached; `None` if the stream is not
+    /// decoded.
+    pub fn compressed_position(&self) -> Option<u64> {
+        self.is_decoded.then(|| self.consumed.bytes())
+    }
+
+    fn read_error(&self, e: io::Error, position: u64) -> Error {
+        read_error(e, &self.location, position, self.compressed_position())
     }
 
     fn decoder(&mut self) -> &mut dyn Decode {

@@ -338,6 +338,10 @@ impl ReadAt for SeekableZstd {
         u64::from(self.table.longest_plain()).max(1)
     }
 
+    fn compressed_offset(&self, position: u64) -> Option<u64> {
+        self.table.find(position).map(|frame| frame.stored_at)
+    }
+
     fn release(&self) {
         lock(&self.cache).clear();
         self.plain.clear();

@@ -2,6 +2,7 @@
 
 use std::io::{Cursor, Read};
 
+use imgtool_core::input::Consumed;
 use imgtool_core::{ErrorKind, Input, Memory};
 use imgtool_storage::outer::{Compression, decoder};
 use imgtool_storage::{OpenInput, Opening, open::open};
@@ -11,9 +12,14 @@ use imgtool_testing::{fixture, require};
 
 fn decode(bytes: &[u8]) -> std::io::Result<Vec<u8>> {
     let mut plain = Vec::new();
-    decoder(Compression::Lzop, Box::new(Cursor::new(bytes.to_vec())), &Memory::default())
-        .unwrap()
-        .read_to_end(&mut plain)?;
+    decoder(
+        Compression::Lzop,
+        Box::new(Cursor::new(bytes.to_vec())),
+        &Memory::default(),
+        Consumed::default(),
+    )
+    .unwrap()
+    .read_to_end(&mut plain)?;
     Ok(plain)
 }
 

@@ -2,6 +2,7 @@
 
 use std::io::{Cursor, Read};
 
+use imgtool_core::input::Consumed;
 use imgtool_core::{ErrorKind, Input, Memory, Result};
 use imgtool_storage::outer::{Compression, by_name, decoder, detect};
 use imgtool_storage::{OpenInput, Opening, open::open};
@@ -18,7 +19,7 @@ fn content() -> Vec<u8> {
 
 fn decode(compression: Compression, bytes: &[u8]) -> std::io::Result<Vec<u8>> {
     let mut plain = Vec::new();
-    decoder(compression, Box::new(Cursor::new(bytes.to_vec())), &Memory::default())
+    decoder(compression, Box::new(Cursor::new(bytes.to_vec())), &Memory::default(), Consumed::default())
         .unwrap()
         .read_to_end(&mut plain)?;
     Ok(plain)
