@@ -112,7 +112,6 @@ fn plan(
         disks: Slot::first(selected.len()).collect(),
         attachments,
         machine: None,
-        size: None,
         bitmaps: Vec::new(),
     };
     let sources = disks.into_iter().map(|disk| OpenSource { name: Some(disk.name), opened: disk.opened });
@@ -243,7 +242,7 @@ impl DiskOpening<'_> {
     fn image(&self, path: &Path, format: Option<&str>) -> Result<Opened> {
         let (chain, paths): (Vec<_>, Vec<_>) =
             self.args.allow_external.iter().cloned().partition(|path| path.as_os_str() == "chain");
-        let policy = ExternalPolicy { chain: !chain.is_empty(), paths };
+        let policy = ExternalPolicy { chain: !chain.is_empty(), paths, ..ExternalPolicy::default() };
         let opener = PolicyOpener::new(self.registry.clone(), policy).borrowing(self.memory);
         let options = OpenOptions {
             memory: self.memory.clone(),

@@ -298,7 +298,6 @@ fn output(destination: Destination, format: TargetFormat, slot: Slot) -> Planned
         disks: vec![slot],
         attachments: Vec::new(),
         machine: None,
-        size: None,
         bitmaps: Vec::new(),
     }
 }

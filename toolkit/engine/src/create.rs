@@ -81,7 +81,6 @@ pub fn create(
         disks: vec![imgtool_core::Slot(0)],
         attachments: Vec::new(),
         machine: None,
-        size: None,
         bitmaps: Vec::new(),
     };
     let plan = Plan {

@@ -91,8 +91,6 @@ pub struct PlannedOutput {
     pub attachments: Vec<Attachment>,
     /// The machine that the disks belong to, by the names that they have in the image; `None` for several machines.
     pub machine: Option<Box<Machine>>,
-    /// Virtual size in bytes of the only disk, if larger than in the source. Zeros fill the rest.
-    pub size: Option<u64>,
     /// Persistent bitmaps of the only disk to copy into the image.
     pub bitmaps: Vec<Bitmap>,
 }
@@ -119,7 +117,6 @@ impl PlannedOutput {
             imgtool_core::Device {
                 id: imgtool_core::DeviceId(number),
                 name: disk.name.clone(),
-                size: self.size.unwrap_or(disk.device.size),
                 ..disk.device.clone()
             }
         };
@@ -534,7 +531,7 @@ impl LayoutRequest<'_> {
 
     fn output(&self, destination: Destination, format: TargetFormat, disks: Vec<Slot>) -> PlannedOutput {
         let (attachments, bitmaps) = (Vec::new(), Vec::new());
-        PlannedOutput { destination, format, disks, attachments, machine: None, size: None, bitmaps }
+        PlannedOutput { destination, format, disks, attachments, machine: None, bitmaps }
     }
 
     fn archive_name(&self) -> String {

@@ -206,7 +206,6 @@ impl MeasureRequest<'_> {
             disks: Slot::first(devices.len()).collect(),
             attachments: Vec::new(),
             machine: None,
-            size: None,
             bitmaps: Vec::new(),
         };
         let select = |device: Device| SelectedDisk { source: 0, name: device.name.clone(), device };

@@ -14,11 +14,11 @@ use imgtool_storage::open::OpenInput;
 
 use crate::digest::{self, ContentDigest};
 use crate::externals::PolicyOpener;
-use crate::front::Front;
 use crate::layout::{Destination, Layout, PlannedOutput};
 use crate::monitor::{Counter, Monitor, Phase};
 use crate::rate_limit::RateLimit;
 use crate::report::DiskReport;
+use crate::resized::Resized;
 use crate::sinks::{self, OpenSink};
 use crate::sources::SelectedDisk;
 use crate::survey::SurveyedDevice;
@@ -148,7 +148,7 @@ impl Reopened<'_> {
         for ((number, device), slot) in (0..).zip(devices).zip(&self.planned.disks) {
             let name = &expected.selected[slot.index()].name;
             // Compare the sizes as well: trailing zeros do not change the digest.
-            let size = self.planned.size.unwrap_or(expected.disks[slot.index()].virtual_size);
+            let size = expected.disks[slot.index()].virtual_size;
             let lane = Lane(self.first_lane.0.saturating_add(number));
             // The size of a compressed raw disk is known only at its end.
             let found_size = if device.open_ended { counter.totals(lane).0 } else { device.size };
@@ -253,7 +253,9 @@ fn open_again(
     match (&planned.destination, planned.disks.as_slice()) {
         // The image may be larger than the disk, and keeps its content there.
         (Destination::Image { .. }, [slot]) => {
-            Ok(Arc::new(Front::new(image, expected.disks[slot.index()].virtual_size)))
+            let device = image.info().single("an image that is written in place")?;
+            let size = expected.disks[slot.index()].virtual_size.min(device.size);
+            Ok(Arc::new(Resized::new(Arc::clone(&image), device.id, size)))
         }
         _ => Ok(image),
     }
