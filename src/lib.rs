@@ -22,6 +22,7 @@
 //! default), it does not depend on crates that only the program needs.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 pub use imgtool_core as contracts;
 pub use imgtool_core::{
@@ -246,8 +247,9 @@ impl<'a> Conversion<'a> {
     /// # Errors
     /// [`ErrorKind::Usage`] for an invalid request, [`ErrorKind::Refused`] if an output already exists,
     /// [`ErrorKind::Cancelled`] after a cancellation, and any error of the source or the target.
-    pub fn run(self) -> Result<Report> {
-        let conversion = self.request.open(&self.registry, &self.options.cancel)?;
+    pub fn run(mut self) -> Result<Report> {
+        self.options.begun.get_or_insert_with(Instant::now);
+        let conversion = self.request.open_watched(&self.registry, self.monitor, &self.options.cancel)?;
         conversion.plan()?.run(&self.options, self.monitor)
     }
 }

@@ -20,6 +20,9 @@ mod json;
 mod percent;
 mod screen;
 
+/// Name of the phase in which a stream is copied to temporary storage.
+const SPOOL: &str = "temporary copy";
+
 /// Progress of a lane, or of all lanes together, in guest bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Sample {
@@ -293,13 +296,19 @@ impl Monitor for Display<'_> {
             secrets::forget_all();
         }
         let name = match phase {
+            Phase::Spool => SPOOL,
             Phase::Verify => "verify",
             Phase::Compare => "compare",
             Phase::Checksum => "checksum",
             _ => "convert",
         };
         drop(self.take_meter());
-        let meter = Meter::start(self.mode, name, Arc::clone(gauge));
+        // Programs that parse percentages expect one phase.
+        let mode = match (phase, self.mode) {
+            (Phase::Spool, ProgressMode::Percent) => ProgressMode::None,
+            (_, mode) => mode,
+        };
+        let meter = Meter::start(mode, name, Arc::clone(gauge));
         self.interrupt.set_describe(meter.answer());
         *lock(&self.meter) = Some(meter);
     }

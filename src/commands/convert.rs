@@ -3,8 +3,9 @@
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
+use std::time::Instant;
 
-use imgtool_core::{Error, Result, parse_size};
+use imgtool_core::{Error, Location, Result, parse_size};
 use imgtool_engine::{
     BrokenBitmaps, DiskTarget, Note, OpenSettings, Phase, Request, RunOptions, SourceRequest,
 };
@@ -35,6 +36,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         report::print(&compatibility_help())?;
         return Ok(Exit::Done);
     }
+    let begun = Instant::now();
     let registry = imgtool::registry();
     if options::asks_for_help(&args.target.options) {
         let name = args.target.to.as_deref().unwrap_or("raw");
@@ -46,13 +48,16 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     let (request, size_is_given) = request(args)?;
     let bytes_per_second = rate_limit(args)?;
 
-    let targets = request.dest.iter().chain(request.disk_targets.iter().map(|target| &target.location));
-    sandbox::enter(Writes::to(targets, &request.options.pairs));
+    sandbox::enter(Writes::to(targets_of(&request), &request.options.pairs));
     let interrupt = Interrupt::listen()?;
     let cancel = interrupt.token();
+    let stdout_is_data = targets_of(&request).any(|target| *target == Location::Stdout);
+    // Verification opens the outputs again.
+    let last_secret = if args.target.verify { Phase::Verify } else { Phase::Convert };
+    let display = Display::new(progress(args, stdout_is_data), &interrupt).forgetting_secrets_at(last_secret);
     let pairs = &request.options.pairs;
     let mut conversion = request
-        .open(&registry, &cancel)
+        .open_watched(&registry, &display, &cancel)
         .map_err(|e| options::explain_backing(e, &registry, request.dest.as_ref(), pairs))?;
     if !args.messages.quiet && !compat::is_on() {
         conversion.sources().iter().for_each(|source| summary::announce(&source.opened));
@@ -67,8 +72,8 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     args.target.size.map_or(Ok(()), |size| new_size::set(&mut plan, size, &cancel))?;
     let is_compressed = plan.sources.iter().any(|source| !source.opened.compression.is_empty());
     plan.layout.notes.extend(size_is_given.then(without_size));
-    let stdout_is_data = plan.layout.outputs.iter().any(|output| output.destination.is_stdout());
     let options = RunOptions {
+        begun: Some(begun),
         threads: args.threads.count(),
         force: args.target.force,
         force_share: args.input.force_share,
@@ -79,11 +84,13 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         cancel,
         ..RunOptions::default()
     };
-    // Verification opens the outputs again.
-    let last_secret = if args.target.verify { Phase::Verify } else { Phase::Convert };
-    let display = Display::new(progress(args, stdout_is_data), &interrupt).forgetting_secrets_at(last_secret);
     let report = plan.run(&options, &display)?;
     Ok(summary::print(args, &report, stdout_is_data, is_compressed))
+}
+
+/// Returns where the outputs go.
+fn targets_of(request: &Request) -> impl Iterator<Item = &Location> {
+    request.dest.iter().chain(request.disk_targets.iter().map(|target| &target.location))
 }
 
 /// Returns the form of the progress: none if it would be among the data on standard output.

@@ -6,7 +6,7 @@ use imgtool_core::error::escape_control;
 use imgtool_engine::{Pace, Quality, TimeLeft, Work, WorkUnit};
 
 use super::screen::{Line, Screen};
-use super::{Counters, Portion, Rate, Sample, clock, unit};
+use super::{Counters, Portion, Rate, SPOOL, Sample, clock, unit};
 use crate::report::{Stream, fit, human_size, percent, width};
 
 /// Time between two updates. Our choice: short enough to look smooth.
@@ -82,6 +82,7 @@ fn name_of_all(counters: &Counters) -> String {
     let only = lanes.next().filter(|_| lanes.len() == 0).map(|(name, _)| escape_control(name));
     match (counters.phase, only) {
         ("convert", Some(only)) => only,
+        (SPOOL, _) => SPOOL.to_owned(),
         (phase, Some(only)) => format!("{phase} {only}"),
         ("convert", None) => "all".to_owned(),
         (phase, None) => phase.to_owned(),

@@ -97,6 +97,45 @@ fn json_progress_reaches_100_percent_once() {
     assert_eq!(objects.iter().filter(|object| *object == last).count(), 1, "{}", run.stderr);
 }
 
+/// A stream that must be read by position is copied first: that takes time, too.
+#[test]
+fn the_temporary_copy_is_a_phase() {
+    let dir = tempdir();
+    let raw = dir.path().join("disk.raw");
+    Image::hole("x", 64 << 20).with(5 << 20, images::noise(1, 20 << 20)).write_raw(&raw);
+    imgtool(["convert", "-q", "disk.raw", "disk.qcow2"]).within(dir.path()).ok();
+    let image = std::fs::read(dir.path().join("disk.qcow2")).unwrap();
+    let command =
+        "(cat disk.qcow2; sleep 1.2) | \"$0\" convert --progress json --output json - --to raw out.raw";
+    let run = std::process::Command::new("sh")
+        .args(["-c", command, env!("CARGO_BIN_EXE_imgtool")])
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8(run.stderr).unwrap();
+    assert!(run.status.success(), "{stderr}");
+    let objects = progress_lines(&stderr);
+    let phases: Vec<&str> = objects.iter().map(|object| object["phase"].as_str().unwrap()).collect();
+    let copy: Vec<_> = objects.iter().filter(|object| object["phase"] == "temporary copy").collect();
+    assert!(phases.last() == Some(&"convert") && !copy.is_empty(), "{phases:?}");
+    let last = copy.last().unwrap();
+    assert_eq!((&last["done"], &last["total"]), (&image.len().into(), &image.len().into()), "{last}");
+    assert!(last["elapsed"].as_f64().unwrap() > 1.0, "{last}");
+    // It counts in the summary.
+    let report: serde_json::Value = serde_json::from_slice(&run.stdout).unwrap();
+    assert!(report["elapsed"].as_f64().unwrap() > 1.0, "{report}");
+    // qemu-img's percentages have one phase.
+    let command = "cat disk.qcow2 | \"$0\" convert --compat -p -f qcow2 -O raw /dev/stdin out2.raw";
+    let run = std::process::Command::new("sh")
+        .args(["-c", command, env!("CARGO_BIN_EXE_imgtool")])
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    let stdout = String::from_utf8(run.stdout).unwrap();
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    assert_eq!(stdout.matches("(100.00/100%)").count(), 1, "{stdout}");
+}
+
 #[test]
 fn each_phase_reaches_100_percent_once() {
     let dir = tempdir();

@@ -29,7 +29,7 @@ pub fn announce(opened: &Opened) {
     if !info.devices.iter().any(|device| device.open_ended) {
         parts.push(human_size(bytes));
     }
-    if opened.spooled.is_some() {
+    if opened.spooled {
         parts.push("copied to temporary storage first".to_owned());
     }
     report::tell(&format!("{}: {}", opened.location, parts.join(", ")));

@@ -114,7 +114,7 @@ fn source(archive: Archive, registry: &Registry) -> Result<OpenSource> {
         stored_len: None,
         consumed: None,
         salvages: false,
-        spooled: None,
+        spooled: false,
         unrecognised: false,
         identity: archive.identity,
         watch: archive.watch,

@@ -43,6 +43,7 @@ mod sinks;
 pub mod size;
 pub mod sources;
 mod space;
+mod spool;
 mod survey;
 mod tail;
 mod verify;

@@ -19,6 +19,8 @@ use crate::work::Gauge;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Phase {
+    /// Copying a stream to temporary storage, before its image can be opened.
+    Spool,
     /// Copying content from sources to outputs.
     Convert,
     /// Reading finished outputs back.
@@ -45,8 +47,8 @@ pub struct Reach {
 
 /// Receives the events of a run. Every method has a default.
 pub trait Monitor: Sync {
-    /// Called when a phase begins. With verification, a run has two phases. A display can poll the progress
-    /// from `gauge` at any time.
+    /// Called when a phase begins. With verification, a run has two phases, and one more before them for each
+    /// stream that is copied to temporary storage. A display can poll the progress from `gauge` at any time.
     fn begin(&self, _phase: Phase, _gauge: &Arc<Gauge>) {}
 
     /// True if the monitor polls the work of a phase ([`Gauge::work`]). The run then adds up the extents of the

@@ -4,20 +4,20 @@ use std::borrow::Cow;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use imgtool_core::device::meant;
 use imgtool_core::input::Consumed;
 use imgtool_core::{
-    CancelToken, Confidence, Device, Driver, Error, Externals, ImageSource, Input, Location, OpenOptions,
-    RandomInput, Registry, Remedy, Result, suggest,
+    CancelToken, Confidence, Device, Driver, Error, Externals, ImageSource, Input, Location, NoProgress,
+    OpenOptions, RandomInput, Registry, Remedy, Result, suggest,
 };
 use imgtool_storage::open::{OpenInput, Opening};
 use imgtool_storage::{Compression, FileWatch, Identity, Sharing, outer};
 
 use crate::externals::{ExternalPolicy, PolicyOpener};
+use crate::monitor::Monitor;
 use crate::tail::{self, Tail};
-use crate::{contents, missing};
+use crate::{contents, missing, spool};
 
 /// An open image, with the facts about its file.
 #[derive(Debug)]
@@ -35,8 +35,8 @@ pub struct Opened {
     /// True if the image was opened to salvage what is left of it. Its extents are then queried only once, in the
     /// order of the copy, since queries record losses.
     pub salvages: bool,
-    /// Duration of the copy to temporary storage, if the image was a stream that had to be read by position.
-    pub spooled: Option<Duration>,
+    /// True if the image was a stream, which was copied to temporary storage.
+    pub spooled: bool,
     /// True if neither the content nor the name of the image says what it is: it is read as a raw disk.
     pub unrecognised: bool,
     /// Identity of the file, if it is a file or block device.
@@ -54,12 +54,6 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// Returns the duration of all copies to temporary storage.
-    pub fn spool_time(&self) -> Duration {
-        let parts = self.parts.iter().map(Self::spool_time);
-        self.spooled.into_iter().chain(parts).sum()
-    }
-
     /// Wraps an image that exists only in memory.
     pub fn in_memory(image: impl ImageSource + 'static, driver: Arc<dyn Driver>) -> Self {
         Self {
@@ -69,7 +63,7 @@ impl Opened {
             stored_len: None,
             consumed: None,
             salvages: false,
-            spooled: None,
+            spooled: false,
             unrecognised: false,
             identity: None,
             watch: None,
@@ -144,8 +138,8 @@ pub fn resolve(image: &Location, name: &str) -> Option<Location> {
 /// Opens the bytes of an image and removes outer compression. If the user states the `format` raw, in which
 /// any content is legal, only the file extensions determine the compression. A file that its end identifies as
 /// an image of the stated format, or of its extension's, is not compressed. With [`OpenOptions::plain`], no
-/// compression is removed. Decoders borrow from the memory of
-/// `options`, which also decide about a file in use.
+/// compression is removed, nor from a part of a file ([`OpenOptions::part`]) that is raw. Decoders borrow
+/// from the memory of `options`, which also decide about a file in use.
 ///
 /// # Errors
 /// If the input can't be opened, or its content contradicts those extensions;
@@ -158,10 +152,15 @@ pub fn open_input(
 ) -> Result<OpenInput> {
     let driver = format.map(|name| registry.get(name)).transpose()?;
     let is_verbatim = driver.as_ref().is_some_and(|driver| driver.capabilities().verbatim);
-    let opening = if is_verbatim && !options.plain { Opening::ByName } else { Opening::Plain };
+    let as_it_is = options.plain || options.part.is_some();
+    let opening = if is_verbatim && !as_it_is { Opening::ByName } else { Opening::Plain };
     let sharing = Sharing::forced(options.force_share);
-    let open = imgtool_storage::open::open_shared(location, opening, &options.memory, sharing)
+    let mut open = imgtool_storage::open::open_shared(location, opening, &options.memory, sharing)
         .map_err(|e| missing::explain(e, location))?;
+    if let Some(part) = options.part {
+        open.input = open.input.part(part)?;
+        open.stored_len = open.input.len();
+    }
     if is_verbatim || options.plain {
         return Ok(open);
     }
@@ -222,8 +221,22 @@ pub fn open_image(
     format: Option<&str>,
     options: &OpenOptions,
 ) -> Result<Opened> {
+    open_watched(registry, input, format, options, &NoProgress)
+}
+
+/// Like [`open_image`]; `monitor` receives the progress of the copy.
+///
+/// # Errors
+/// Same as [`open_image`].
+pub fn open_watched(
+    registry: &Registry,
+    input: OpenInput,
+    format: Option<&str>,
+    options: &OpenOptions,
+    monitor: &dyn Monitor,
+) -> Result<Opened> {
     let location = input.input.location().clone();
-    open_located(registry, input, format, options).map_err(|e| e.path(location))
+    open_located(registry, input, format, options, monitor).map_err(|e| e.path(location))
 }
 
 fn open_located(
@@ -231,8 +244,9 @@ fn open_located(
     input: OpenInput,
     format: Option<&str>,
     options: &OpenOptions,
+    monitor: &dyn Monitor,
 ) -> Result<Opened> {
-    let input = with_end(registry, input, format, options.info_only)?;
+    let input = with_end_watched(registry, input, format, options.info_only, monitor)?;
     let (driver, confidence) = choose_driver(registry, &input, format, options.plain)?;
     if options.snapshot.is_some() && !driver.capabilities().snapshots {
         return Err(Error::unsupported(format!("{} images hold no snapshots", driver.name()))
@@ -242,7 +256,7 @@ fn open_located(
     let input = match (driver.reads_stream(&head), options.info_only) {
         (true, _) => input,
         (false, true) => input.spool_for_facts()?,
-        (false, false) => input.spool()?,
+        (false, false) => spool::spool(input, monitor)?,
     };
     let OpenInput { input, compression, stored_len, spooled, identity, watch, memory: _ } = input;
     let (location, consumed) = (input.location().clone(), input.consumed());
@@ -351,6 +365,16 @@ pub fn with_end(
     format: Option<&str>,
     facts_only: bool,
 ) -> Result<OpenInput> {
+    with_end_watched(registry, open, format, facts_only, &NoProgress)
+}
+
+fn with_end_watched(
+    registry: &Registry,
+    open: OpenInput,
+    format: Option<&str>,
+    facts_only: bool,
+    monitor: &dyn Monitor,
+) -> Result<OpenInput> {
     let Some(named) = signed_at_end(registry, open.input.location()) else { return Ok(open) };
     if format.is_some() || !open.input.is_stream() {
         return Ok(open);
@@ -364,7 +388,7 @@ pub fn with_end(
     match (is_clear, facts_only) {
         (true, _) => Ok(open),
         (false, true) => open.spool_for_facts(),
-        (false, false) => open.spool(),
+        (false, false) => spool::spool(open, monitor),
     }
 }
 
@@ -398,7 +422,7 @@ pub fn recognise(registry: &Registry, open: &OpenInput) -> Result<(Arc<dyn Drive
 /// Refuses an empty stream, and a compressed file without content: the command that wrote it has failed. A file
 /// may be empty.
 fn refuse_empty_stream(open: &OpenInput) -> Result<()> {
-    if !(open.input.is_stream() || open.spooled.is_some()) || !open.input.head()?.is_empty() {
+    if !(open.input.is_stream() || open.spooled) || !open.input.head()?.is_empty() {
         return Ok(());
     }
     let error = match open.compression.first() {

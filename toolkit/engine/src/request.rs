@@ -2,8 +2,8 @@
 //! its sources open.
 
 use imgtool_core::{
-    Attachment, CancelToken, Compress, Error, Location, Memory, OpenOptions, Registry, Result, Secrets,
-    SnapshotChoice,
+    Attachment, CancelToken, Compress, Error, Location, Memory, NoProgress, OpenOptions, Registry, Result,
+    Secrets, SnapshotChoice,
 };
 use imgtool_storage::{Outputs, Sharing};
 
@@ -12,6 +12,7 @@ use crate::externals::{ExternalPolicy, PolicyOpener};
 use crate::format::{FormatOptions, TargetFormat};
 use crate::join;
 use crate::layout::{DiskTarget, Layout, LayoutRequest};
+use crate::monitor::Monitor;
 use crate::report::Note;
 use crate::run::Plan;
 use crate::sources::{self, OpenSource, SelectedDisk, SourceRequest};
@@ -119,6 +120,20 @@ impl Request {
     /// # Errors
     /// [`imgtool_core::ErrorKind::Usage`] for an invalid request; any error from opening a source.
     pub fn open<'a>(&'a self, registry: &'a Registry, cancel: &CancelToken) -> Result<OpenConversion<'a>> {
+        self.open_watched(registry, &NoProgress, cancel)
+    }
+
+    /// Like [`Request::open`]; `monitor` receives the progress of streams that are copied to temporary
+    /// storage.
+    ///
+    /// # Errors
+    /// Same as [`Request::open`].
+    pub fn open_watched<'a>(
+        &'a self,
+        registry: &'a Registry,
+        monitor: &dyn Monitor,
+        cancel: &CancelToken,
+    ) -> Result<OpenConversion<'a>> {
         let format = TargetFormat::choose(
             registry,
             self.format.as_deref(),
@@ -135,24 +150,13 @@ impl Request {
         let opener = PolicyOpener::new(registry.clone(), self.open.policy.clone());
         let sources = sources::open_sources(
             registry,
-            &self.sources,
-            self.source_format.as_deref(),
+            self,
             &OpenOptions { bitmaps: self.bitmaps.is_some(), ..self.open.options(&opener) },
             &format,
-            self.join,
+            monitor,
             cancel,
         )?;
-        let mut outputs = Outputs::new();
-        for source in &sources {
-            outputs.protect(&source.opened.location, source.opened.identity.as_ref());
-            source.opened.referenced_files().iter().try_for_each(|path| outputs.protect_path(path))?;
-        }
-        self.open.policy.paths.iter().try_for_each(|path| outputs.protect_path(path))?;
-        let chosen = self.sources.iter().flat_map(|source| &source.backing);
-        chosen.filter_map(|image| image.location.path()).try_for_each(|path| outputs.protect_path(path))?;
-        for file in opener.opened() {
-            outputs.protect(&file.location, file.identity.as_ref());
-        }
+        let outputs = self.outputs(&sources, &opener)?;
         let sources = if self.join { join::join(registry, sources)? } else { sources };
         Ok(OpenConversion {
             request: self,
@@ -168,6 +172,22 @@ impl Request {
 }
 
 impl Request {
+    /// Returns the set of outputs, none of which may overwrite a file that the sources need.
+    fn outputs(&self, sources: &[OpenSource], opener: &PolicyOpener) -> Result<Outputs> {
+        let mut outputs = Outputs::new();
+        for source in sources {
+            outputs.protect(&source.opened.location, source.opened.identity.as_ref());
+            source.opened.referenced_files().iter().try_for_each(|path| outputs.protect_path(path))?;
+        }
+        self.open.policy.paths.iter().try_for_each(|path| outputs.protect_path(path))?;
+        let chosen = self.sources.iter().flat_map(|source| &source.backing);
+        chosen.filter_map(|image| image.location.path()).try_for_each(|path| outputs.protect_path(path))?;
+        for file in opener.opened() {
+            outputs.protect(&file.location, file.identity.as_ref());
+        }
+        Ok(outputs)
+    }
+
     /// Refuses what makes no sense for a disk joined of several.
     fn check_join(&self, format: &TargetFormat) -> Result<()> {
         if !self.join || self.sources.len() < 2 {

@@ -49,6 +49,8 @@ pub struct Plan {
 /// Settings for running a plan.
 #[derive(Debug, Clone, Default)]
 pub struct RunOptions<'a> {
+    /// Time from which the report counts, before the sources were opened; `None` for the begin of the run.
+    pub begun: Option<Instant>,
     /// Number of worker threads; 0 for one per processor.
     pub threads: usize,
     /// True to write into targets that are in use, and to skip the check for free space.
@@ -202,7 +204,7 @@ impl Plan {
         options: &RunOptions<'_>,
         monitor: &dyn Monitor,
     ) -> Result<Report> {
-        let started = Instant::now();
+        let begun = options.begun.unwrap_or_else(Instant::now);
         let files = self.create_files()?;
         monitor.opened(&self.reach(sinks, base_opener, options));
         let handles: Vec<Output> = sinks.iter().map(|open| open.output.clone()).collect();
@@ -241,10 +243,7 @@ impl Plan {
             notes,
             verified: options.verify,
             data: counter.data(),
-            elapsed: self
-                .sources
-                .iter()
-                .fold(started.elapsed(), |sum, source| sum + source.opened.spool_time()),
+            elapsed: begun.elapsed(),
         })
     }
 

@@ -6,15 +6,17 @@ use std::path::Path;
 
 use imgtool_core::device::meant;
 use imgtool_core::{
-    Attachment, CancelToken, Device, DeviceKind, Error, Location, Machine, OpenOptions, Registry, Result,
-    Secret, Secrets, Slot, suggest,
+    Attachment, CancelToken, Device, DeviceKind, Error, FilePart, Location, Machine, OpenOptions, Registry,
+    Result, Secret, Secrets, Slot, suggest,
 };
 use imgtool_storage::open::OpenInput;
 
 use crate::chosen::{self, ChosenImage};
 use crate::format::TargetFormat;
-use crate::names;
+use crate::monitor::Monitor;
 use crate::open::{self, Opened};
+use crate::request::Request;
+use crate::{names, spool};
 
 /// A source, as the user named it.
 #[derive(Debug, Clone)]
@@ -27,6 +29,8 @@ pub struct SourceRequest {
     pub format: Option<String>,
     /// Passphrase of this source, if it has one of its own; no other is tried then.
     pub secret: Option<Secret>,
+    /// Part of the file that is the image; `None` for all of it.
+    pub part: Option<FilePart>,
     /// Backing images in place of those that the source names, the topmost first.
     pub backing: Vec<ChosenImage>,
 }
@@ -34,14 +38,15 @@ pub struct SourceRequest {
 impl SourceRequest {
     /// Creates a source whose device is named by the image or the file.
     pub fn new(location: impl Into<Location>) -> Self {
-        Self { name: None, location: location.into(), format: None, secret: None, backing: Vec::new() }
+        let (format, secret, part) = (None, None, None);
+        Self { name: None, location: location.into(), format, secret, part, backing: Vec::new() }
     }
 
-    /// Returns `options` with the passphrase and the backing images of this source.
+    /// Returns `options` with the passphrase, the part of the file and the backing images of this source.
     pub fn options(&self, registry: &Registry, options: &OpenOptions) -> OpenOptions {
         let own = self.secret.clone().map(Secrets::from);
         let secrets = own.unwrap_or_else(|| options.secrets.clone());
-        OpenOptions { secrets, ..chosen::options(registry, &self.backing, options) }
+        OpenOptions { secrets, part: self.part, ..chosen::options(registry, &self.backing, options) }
     }
 
     /// Parses `LOCATION` or `NAME=LOCATION`. The path of an existing file is always a location.
@@ -120,51 +125,53 @@ pub fn of_selected(machine: &Machine, source: usize, selected: &[SelectedDisk]) 
 }
 
 /// Opens the sources, in order. Copies a stream of unknown length to temporary storage if `target` needs the
-/// length in advance, and every stream if the sources are `joined`.
+/// length in advance, and every stream if the sources are joined.
 ///
 /// # Errors
 /// If a source can't be opened, or standard input is named twice.
 pub(crate) fn open_sources(
     registry: &Registry,
-    requests: &[SourceRequest],
-    format: Option<&str>,
+    request: &Request,
     options: &OpenOptions,
     target: &TargetFormat,
-    joined: bool,
+    monitor: &dyn Monitor,
     cancel: &CancelToken,
 ) -> Result<Vec<OpenSource>> {
+    let requests = &request.sources;
     if requests.iter().filter(|request| request.location == Location::Stdin).count() > 1 {
         return Err(Error::usage("standard input can be only one of the sources"));
     }
     let memory = options.memory.shared_by(requests.len());
     let options = &OpenOptions { memory, ..options.clone() };
-    let open_one = |request: &SourceRequest| {
-        let format = format.or(request.format.as_deref());
-        let options = &request.options(registry, options);
-        let input = open::open_input(registry, &request.location, format, options)?;
+    let stated = request.source_format.as_deref();
+    let open_one = |source: &SourceRequest| {
+        let format = stated.or(source.format.as_deref());
+        let options = &source.options(registry, options);
+        let input = open::open_input(registry, &source.location, format, options)?;
         let input = input.cancelled_by(cancel.clone());
-        let input = if joined { input.spool() } else { spool_for_target(registry, input, format, target) };
-        let input = input.map_err(|e| e.path(&request.location))?;
-        let opened = open::open_image(registry, input, format, options)?;
-        chosen::check(&opened, &request.backing)?;
+        let is_spooled = request.join || must_be_spooled(registry, &input, format, target)?;
+        let input = if is_spooled { spool::spool(input, monitor) } else { Ok(input) };
+        let input = input.map_err(|e| e.path(&source.location))?;
+        let opened = open::open_watched(registry, input, format, options, monitor)?;
+        chosen::check(&opened, &source.backing)?;
         // Opening has decoded parts of the file, and the other sources come first.
         opened.release();
-        Ok(OpenSource { name: request.name.clone(), opened })
+        Ok(OpenSource { name: source.name.clone(), opened })
     };
     requests.iter().map(open_one).collect()
 }
 
-/// Copies a stream to temporary storage, if the target needs in advance the length of one that has none, or needs
-/// one disk of an archive after the other.
-fn spool_for_target(
+/// True for a stream, if the target needs in advance the length of one that has none, or needs one disk of an
+/// archive after the other.
+fn must_be_spooled(
     registry: &Registry,
-    input: OpenInput,
+    input: &OpenInput,
     format: Option<&str>,
     target: &TargetFormat,
-) -> Result<OpenInput> {
+) -> Result<bool> {
     let needs_order = target.writer.needs_guest_order();
     if !input.input.is_stream() || target.driver.capabilities().open_ended && !needs_order {
-        return Ok(input);
+        return Ok(false);
     }
     let head = input.input.head()?;
     let driver = match format {
@@ -173,7 +180,7 @@ fn spool_for_target(
     };
     let is_endless = driver.capabilities().sized_by_end && driver.reads_stream(&head);
     let is_mixed = needs_order && driver.capabilities().is_archive();
-    if is_endless || is_mixed { input.spool() } else { Ok(input) }
+    Ok(is_endless || is_mixed)
 }
 
 /// Selects the disks that these names mean ([`meant`]); all disks if `names` is empty.

@@ -188,6 +188,13 @@ impl Part {
         Self { lanes, measure, consumed, beside, ended, passed, reading }
     }
 
+    /// Creates a part for a stream that is copied as it is.
+    pub(crate) fn of_stream(lane: Lane, consumed: Option<Consumed>, len: Option<u64>) -> Self {
+        let measure = len.map_or(Measure::Guest, Measure::Input);
+        let (ended, passed, reading) = (AtomicBool::new(false), Passed::default(), Mutex::default());
+        Self { lanes: vec![lane], measure, consumed, beside: Some(0), ended, passed, reading }
+    }
+
     /// Returns the number of bytes that the stream has read from its file or pipe.
     fn input(&self) -> u64 {
         self.consumed.as_ref().map_or(0, Consumed::bytes)

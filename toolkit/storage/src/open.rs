@@ -5,7 +5,6 @@ use std::io::{self, IsTerminal, Seek};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use imgtool_core::input::{Consumed, InputBody, retry};
 use imgtool_core::{CancelToken, Copied, Error, Input, Location, Memory, Result, Stream};
@@ -51,8 +50,8 @@ pub struct OpenInput {
     pub compression: Vec<Compression>,
     /// Length in bytes of the file or block device, before decompression; `None` for a stream.
     pub stored_len: Option<u64>,
-    /// Duration of the copy of a stream to temporary storage ([`OpenInput::spool`]); `None` without a copy.
-    pub spooled: Option<Duration>,
+    /// True if a stream was copied to temporary storage ([`OpenInput::spool`]).
+    pub spooled: bool,
     /// Identity of the file or block device; `None` for anything else.
     pub identity: Option<Identity>,
     /// Watch over a regular file or block device; `None` for anything else.
@@ -195,7 +194,7 @@ impl OpenInput {
             input,
             compression: Vec::new(),
             stored_len: None,
-            spooled: None,
+            spooled: false,
             identity: None,
             watch: None,
             memory: Memory::default(),
@@ -294,12 +293,11 @@ impl OpenInput {
             return Ok(self);
         }
         let (location, cancel) = (self.input.location().clone(), self.input.cancel_token());
-        let began = Instant::now();
         let file = spool::spool(self.input.into_stream()?, limit, copied)?;
         let len = os::file_len(&file).map_err(|e| Error::io("find the length", e))?;
         let input =
             Input::from_read_at(location, Arc::new(RandomFile::new(Arc::new(file), len, &self.memory)));
-        Ok(Self { input: input.cancelled_by(cancel), spooled: Some(began.elapsed()), ..self })
+        Ok(Self { input: input.cancelled_by(cancel), spooled: true, ..self })
     }
 }
 
