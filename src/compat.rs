@@ -5,10 +5,10 @@
 //! differences that remain.
 
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use imgtool_core::Error;
+use imgtool_core::{Error, Result};
 
 use crate::report;
 
@@ -54,6 +54,25 @@ pub fn begin(args: &mut Vec<OsString>) -> bool {
     // In qemu-img, this flag has no value.
     args[..flags].iter_mut().filter(|arg| *arg == "--progress").for_each(|arg| *arg = "-p".into());
     true
+}
+
+/// Variable of the environment with directories in which images may name files, separated by colons. The user
+/// who installs imgtool in qemu-img's place sets it for a caller that passes no flag of ours.
+const DIRECTORIES: &str = "IMGTOOL_ALLOW_EXTERNAL_BELOW";
+
+/// Returns the directories in or below which images may open files. By the name of imgtool, a flag allows
+/// them.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] for a relative path: it would depend on where the caller is.
+pub fn external_directories() -> Result<Vec<PathBuf>> {
+    let text = std::env::var_os(DIRECTORIES).filter(|_| is_on()).unwrap_or_default();
+    let listed = std::env::split_paths(&text).filter(|path| !path.as_os_str().is_empty());
+    let checked = |path: PathBuf| match path.is_absolute() {
+        true => Ok(path),
+        false => Err(Error::usage(format!("{DIRECTORIES}: expected absolute paths")).path(path)),
+    };
+    listed.map(checked).collect()
 }
 
 /// Returns the name of the program, for messages about its command line.

@@ -9,7 +9,7 @@ use std::ffi::OsStr;
 use std::path::PathBuf;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{Error, Location, Result};
+use imgtool_core::{Error, FilePart, Location, Result, parse_size};
 use serde_json::Value;
 
 use crate::commands::options::split_options;
@@ -47,6 +47,8 @@ pub struct ImageName {
     pub location: Location,
     /// Format, if it is stated.
     pub format: Option<String>,
+    /// Part of the file that is the image; `None` for all of it.
+    pub part: Option<FilePart>,
     /// ID of the object with the passphrase of this image and those below it.
     pub key_id: Option<String>,
 }
@@ -113,8 +115,10 @@ fn flatten(key: &str, value: &Value, options: &mut Options) -> Result<()> {
             )));
         }
     };
-    options.insert(key.to_owned(), text);
-    Ok(())
+    match options.insert(key.to_owned(), text) {
+        Some(_) => Err(Error::usage(format!("json: '{}' is given twice", escape_control(key)))),
+        None => Ok(()),
+    }
 }
 
 /// Interprets the options of an image over at most `depth` others.
@@ -126,7 +130,17 @@ fn interpret(mut options: Options, depth: usize) -> Result<NamedChain> {
         Some(driver) if is_file(&driver) => (Some(RAW.to_owned()), ""),
         driver => (driver, "file."),
     };
-    if let Some(below) = options.remove("file.driver").filter(|below| !is_file(below)) {
+    let is_disk = format.as_deref() == Some(RAW) && !prefix.is_empty();
+    let mut part = if is_disk { part(&mut options, "")? } else { None };
+    let (prefix, below) = match options.remove("file.driver") {
+        // The image is in a part of the file.
+        Some(below) if below == RAW && part.is_none() => {
+            part = self::part(&mut options, "file.")?;
+            ("file.file.", options.remove("file.file.driver"))
+        }
+        below => (prefix, below),
+    };
+    if let Some(below) = below.filter(|below| !is_file(below)) {
         return Err(Error::usage(format!(
             "the driver '{}' below a format is not supported",
             escape_control(&below)
@@ -145,10 +159,23 @@ fn interpret(mut options: Options, depth: usize) -> Result<NamedChain> {
         Some(key) => Err(unsupported(key)),
         None => {
             let location = Location::Path(PathBuf::from(path));
-            let image = ImageName { location, format, key_id: keys.into_iter().flatten().next() };
+            let image = ImageName { location, format, part, key_id: keys.into_iter().flatten().next() };
             Ok(NamedChain { image, backing })
         }
     }
+}
+
+/// Takes the options `offset` and `size` of the driver raw, whose keys begin with `prefix`.
+fn part(options: &mut Options, prefix: &str) -> Result<Option<FilePart>> {
+    let mut number = |key: &str| {
+        let key = format!("{prefix}{key}");
+        let Some(text) = options.remove(&key) else { return Ok(None) };
+        parse_size(&text).map(Some).ok_or_else(|| {
+            Error::usage(format!("invalid value '{}' of '{key}': expected bytes", escape_control(&text)))
+        })
+    };
+    let (start, len) = (number("offset")?, number("size")?);
+    Ok((start.is_some() || len.is_some()).then_some(FilePart { start: start.unwrap_or(0), len }))
 }
 
 /// Takes the options of the backing image. Returns it and those below it.
@@ -167,11 +194,15 @@ fn backing(options: &mut Options, depth: usize) -> Result<Vec<ImageName>> {
     let depth =
         depth.checked_sub(1).ok_or_else(|| Error::usage(format!("more than {MAX_DEPTH} backing images")))?;
     let NamedChain { image, backing } = interpret(below, depth)?;
+    if image.part.is_some() {
+        return Err(Error::usage("a part of a file as the backing image is not supported"));
+    }
     Ok([image].into_iter().chain(backing).collect())
 }
 
 fn is_without_effect(key: &str, value: &str) -> bool {
     let own = key.strip_prefix("file.").unwrap_or(key);
+    let own = own.strip_prefix("file.").unwrap_or(own);
     WITHOUT_EFFECT.contains(&own) || own.starts_with("cache.") || (own == "force-share" && value == "off")
 }
 
@@ -189,7 +220,8 @@ mod tests {
 
     fn image(path: &str, format: Option<&str>, key_id: Option<&str>) -> ImageName {
         let own = |text: Option<&str>| text.map(str::to_owned);
-        ImageName { location: Location::Path(path.into()), format: own(format), key_id: own(key_id) }
+        let key_id = own(key_id);
+        ImageName { location: Location::Path(path.into()), format: own(format), part: None, key_id }
     }
 
     fn name(path: &str, format: Option<&str>, key_id: Option<&str>) -> NamedChain {
@@ -225,6 +257,26 @@ mod tests {
     }
 
     #[test]
+    fn parts_of_a_file_are_disks_or_hold_images() {
+        let of = |format: Option<&str>, start, len| {
+            let part = Some(FilePart { start, len });
+            NamedChain { image: ImageName { part, ..image("x", format, None) }, backing: Vec::new() }
+        };
+        let raw = "driver=raw,offset=1M,size=512,file.filename=x";
+        assert_eq!(options(raw).expect("a part"), of(Some("raw"), 1 << 20, Some(512)));
+        assert_eq!(
+            options("driver=raw,size=1k,file.filename=x").expect("a part"),
+            of(Some("raw"), 0, Some(1024))
+        );
+        let inner = r#"{"file":{"driver":"raw","offset":1024,"file":{"driver":"file","filename":"x"}}}"#;
+        assert_eq!(from_json(inner).expect("a part"), of(None, 1024, None));
+        assert_eq!(
+            options("driver=qcow2,file.driver=raw,file.file.filename=x").expect("a file"),
+            name("x", Some("qcow2"), None)
+        );
+    }
+
+    #[test]
     fn backing_images_are_nested() {
         let text = "file.filename=a,backing.file.filename=b,backing.driver=qcow2,backing.backing.driver=file,\
                     backing.backing.filename=c,backing.encrypt.key-secret=s1";
@@ -244,9 +296,12 @@ mod tests {
             "driver=qcow2",
             "driver=qcow2,file.filename=",
             "driver=qcow2,file=node",
-            "driver=raw,offset=512,file.filename=x",
+            "driver=raw,offset=x,file.filename=x",
+            "driver=qcow2,offset=512,file.filename=x",
+            "driver=file,offset=512,filename=x",
+            "driver=raw,offset=512,file.driver=raw,file.offset=512,file.file.filename=x",
+            "file.filename=x,backing.driver=raw,backing.offset=1,backing.file.filename=y",
             "driver=qcow2,file.driver=nbd,file.filename=x",
-            "driver=qcow2,file.driver=raw,file.file.filename=x",
             "driver=qcow2,file.filename=x,backing=y",
             "driver=qcow2,file.filename=x,backing.driver=raw",
             "driver=qcow2,file.filename=x,data-file.filename=y",
@@ -256,7 +311,8 @@ mod tests {
             assert!(options(text).is_err(), "{text}");
         }
         let deep = "{\"a\":".repeat(200);
-        for text in ["", "x", "[]", "null", r#"{"file":null}"#, r#"{"file.filename":["x"]}"#, &deep] {
+        let twice = r#"{"file":{"filename":"w"},"file.filename":"a"}"#;
+        for text in [twice, "", "x", "[]", "null", r#"{"file":null}"#, r#"{"file.filename":["x"]}"#, &deep] {
             assert!(from_json(text).is_err(), "{text}");
         }
     }

@@ -26,7 +26,11 @@ pub fn open_settings(args: &InputArgs) -> Result<OpenSettings> {
         ignore_trailing: args.ignore_trailing,
         force_share: args.force_share,
         plain: compat::is_on(),
-        policy: ExternalPolicy { chain: !chain.is_empty() || compat::is_on(), paths },
+        policy: ExternalPolicy {
+            chain: !chain.is_empty() || compat::is_on(),
+            paths,
+            directories: compat::external_directories()?,
+        },
         secrets: secrets::read_all(&args.secret)?,
         memory: args.memory.map_or_else(Memory::default, Memory::new),
         ..OpenSettings::default()
@@ -126,13 +130,26 @@ pub fn source(args: &InputArgs, name: &OsStr) -> Result<SourceRequest> {
     };
     let secret = own(&parsed.image)?;
     let backing = parsed.backing.into_iter().map(below).collect::<Result<_>>()?;
-    let ImageName { location, format, .. } = parsed.image;
-    Ok(SourceRequest { format, secret, backing, ..SourceRequest::new(location) })
+    let ImageName { location, format, part, .. } = parsed.image;
+    Ok(SourceRequest { format, secret, backing, part, ..SourceRequest::new(location) })
 }
 
 /// Returns the format of a source: `format` if the user stated it, otherwise that of the name.
 pub fn format_of<'a>(source: &'a SourceRequest, format: Option<&'a str>) -> Option<&'a str> {
     format.or(source.format.as_deref())
+}
+
+/// Refuses a part of a file for a command that writes into the image.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Unsupported`] for a source that is a part of a file.
+pub fn refuse_part(source: &SourceRequest) -> Result<()> {
+    match source.part {
+        Some(_) => {
+            Err(Error::unsupported("a part of a file can be read, but not written").path(&source.location))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Opens an image that the user named.

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{CheckReport, Driver, Error, OpenOptions, Output, Repair, Result, ResultExt};
+use imgtool_core::{CheckReport, Driver, Error, OpenOptions, Output, Remedy, Repair, Result, ResultExt};
 use imgtool_engine::open;
 use imgtool_storage::{OpenInput, Outputs};
 use serde::Serialize;
@@ -49,6 +49,7 @@ pub fn run(args: &CheckArgs) -> Result<Exit> {
 fn check(args: &CheckArgs) -> Result<Exit> {
     images::refuse(&args.input)?;
     let source = images::source(&args.input, args.image.as_os_str())?;
+    args.repair.map_or(Ok(()), |_| images::refuse_part(&source))?;
     let location = source.location.clone();
     let path = location.path().unwrap_or(&args.image);
     let target = args.repair.map(|what| open_target(path).map(|target| (what, target))).transpose()?;
@@ -85,7 +86,14 @@ fn check(args: &CheckArgs) -> Result<Exit> {
 /// Opens an image to change it in place. The program then opens no other file for writing.
 pub(super) fn open_target(path: &Path) -> Result<(Outputs, Output)> {
     let mut outputs = Outputs::new();
-    let image = outputs.existing_image(path, false)?;
+    // Nothing forces a change of an image that another program uses.
+    let image = outputs.existing_image(path, false).map_err(|e| match e.remedy() {
+        Some(Remedy::ForceWrite(advice)) => {
+            let advice = format!("nothing was written; {advice}");
+            e.with_remedy(advice)
+        }
+        _ => e,
+    })?;
     sandbox::enter(Writes::nothing());
     Ok((outputs, image))
 }

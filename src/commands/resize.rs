@@ -18,6 +18,7 @@ pub fn run(args: &ResizeArgs) -> Result<Exit> {
     images::refuse(&args.input)?;
     let registry = imgtool::registry();
     let source = images::source(&args.input, args.image.as_os_str())?;
+    images::refuse_part(&source)?;
     let location = source.location.clone();
     let (outputs, image) = open_target(location.path().unwrap_or(&args.image))?;
     let options = source.options(&registry, &images::open_options(&registry, &args.input)?);

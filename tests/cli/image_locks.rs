@@ -177,6 +177,35 @@ fn locks_of_standard_input_end_with_the_run() {
     drop(writer);
 }
 
+/// A target is written although it is in use only if the user insists, and not without a word.
+#[test]
+fn a_target_in_use_is_named_when_it_is_written() {
+    require!("qemu-io", "qemu-img");
+    let dir = disks();
+    std::fs::copy(dir.path().join("disk.raw"), dir.path().join("target.raw")).unwrap();
+    let line = ["convert", "-n", "-f", "raw", "disk.raw", "--to", "raw", "target.raw"];
+    let user = QemuIo::open(dir.path(), &["-f", "raw", "target.raw"]);
+    imgtool(line).within(dir.path()).go().exits(1).says("in use");
+    let forced = imgtool(line).args(["--force"]).within(dir.path()).ok();
+    forced.says("target.raw was written although it is in use");
+    drop(user);
+    let free = imgtool(line).args(["--force"]).within(dir.path()).ok();
+    assert!(!free.stderr.contains("although"), "{}", free.stderr);
+}
+
+/// These commands have no flag that forces them.
+#[test]
+fn changes_of_an_image_in_use_offer_no_flag() {
+    require!("qemu-io", "qemu-img");
+    let dir = disks();
+    let user = QemuIo::open(dir.path(), &["-f", "qcow2", "disk.qcow2"]);
+    for line in [&["resize", "disk.qcow2", "+1M"][..], &["check", "-r", "all", "disk.qcow2"]] {
+        let run = imgtool(line).within(dir.path()).go().exits(1).says("stop the program that uses it");
+        assert!(!run.stderr.contains("--force"), "{}", run.stderr);
+    }
+    drop(user);
+}
+
 #[test]
 fn replaces_no_file_in_use() {
     require!("qemu-io", "qemu-img");

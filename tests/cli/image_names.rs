@@ -102,13 +102,49 @@ fn other_drivers_and_options_are_refused_as_by_qemu_img() {
     assert!(!both(dir.path(), &["info", "-f", "qcow2", "--image-opts", QCOW2[0]]));
     // What qemu-img can do, and would change the content.
     for (options, words) in [
-        ("driver=raw,offset=512,file.filename=disk.raw", "'offset' of an image is not supported"),
+        ("driver=qcow2,offset=512,file.filename=a,,b.img", "'offset' of an image is not supported"),
+        ("driver=qcow2,file.filename=a,,b.img,data-file.filename=x", "'data-file.filename'"),
         ("driver=qcow2,file.filename=a,,b.img,backing.file.filename=disk.raw", "has no backing file"),
         ("driver=raw,file.driver=null-co,file.size=1M", "'null-co' below a format is not supported"),
         ("driver=raw,file.filename=disk.raw,force-share=on", "-U reads"),
     ] {
         imgtool(["convert", "--image-opts", options, "x.raw"]).within(dir.path()).go().exits(2).says(words);
     }
+    assert_eq!(snapshot(dir.path()), before);
+}
+
+/// As virt-v2v reads the disks of an OVA, which is a tar.
+#[test]
+fn a_part_of_a_file_is_read_as_by_qemu_img() {
+    require!("qemu-img");
+    let dir = scene();
+    let disk = std::fs::read(dir.path().join("disk.raw")).unwrap();
+    let image = std::fs::read(dir.path().join("a,b.img")).unwrap();
+    std::fs::write(dir.path().join("box.tar"), [&disk[..512], &image[..], &disk[..1024]].concat()).unwrap();
+    let len = image.len();
+    let raw = format!("driver=raw,offset=512,size={len},file.driver=file,file.filename=box.tar");
+    assert!(both(dir.path(), &["convert", "--image-opts", "-O", "raw", &raw, "x.raw"]));
+    assert!(std::fs::read(dir.path().join("x.raw")).unwrap() == image);
+    for name in [
+        format!(
+            r#"json:{{"driver":"qcow2","file":{{"driver":"raw","offset":512,"size":{len},"file":{{"driver":"file","filename":"box.tar"}}}}}}"#
+        ),
+        r#"json:{"file":{"driver":"raw","offset":512,"file":{"filename":"box.tar"}}}"#.to_owned(),
+    ] {
+        assert!(both(dir.path(), &["convert", "-O", "raw", &name, "y.raw"]), "{name}");
+        assert!(std::fs::read(dir.path().join("y.raw")).unwrap() == disk, "{name}");
+        std::fs::remove_file(dir.path().join("y.raw")).unwrap();
+        assert!(both(dir.path(), &["compare", &name, "disk.raw"]), "{name}");
+        assert!(both(dir.path(), &["info", &name]), "{name}");
+    }
+    for bad in ["driver=raw,offset=8M,file.filename=disk.raw", "driver=raw,size=8M,file.filename=disk.raw"] {
+        assert!(!both(dir.path(), &["convert", "--image-opts", "-O", "raw", bad, "z.raw"]), "{bad}");
+    }
+    let before = snapshot(dir.path());
+    let resize = ["resize", "--image-opts", &raw, "+1M"];
+    imgtool(resize).within(dir.path()).go().exits(1).says("can be read, but not written");
+    let target = ["convert", "-n", "--target-image-opts", "disk.raw", &raw];
+    imgtool(target).within(dir.path()).go().exits(1).says("can be read, but not written");
     assert_eq!(snapshot(dir.path()), before);
 }
 

@@ -36,7 +36,7 @@ fn a_deep_chain_fits_on_a_small_stack() {
     let expected = std::fs::read(dir.path().join("0.raw")).unwrap();
     let read = move || {
         let registry = imgtool::registry();
-        let policy = ExternalPolicy { chain: true, paths: Vec::new() };
+        let policy = ExternalPolicy { chain: true, ..ExternalPolicy::default() };
         let externals = PolicyOpener::new(registry.clone(), policy).externals();
         let options = OpenOptions { externals, ..OpenOptions::default() };
         let image = imgtool::open_with(&registry, &top, None, &options).unwrap();

@@ -85,6 +85,47 @@ fn follows_chains_in_the_directory_of_the_image_alone() {
     imgtool(line).args(allowed).within(dir.path()).go().ends_with(0);
 }
 
+/// As the disks of OpenStack Nova rest on images in another directory, and its command lines have no flag of
+/// ours.
+#[test]
+fn the_environment_allows_directories_of_base_images() {
+    require!("qemu-img");
+    let dir = tempdir();
+    let root = std::fs::canonicalize(dir.path()).unwrap();
+    let make = |line: &str| {
+        imgtool_testing::oracles::run_in("qemu-img", &root, &line.split(' ').collect::<Vec<_>>())
+    };
+    for directory in ["_base", "_base/deep", "vm", "secret"] {
+        std::fs::create_dir(root.join(directory)).unwrap();
+    }
+    Image::hole("x", 1 << 20).with(4096, vec![7; 4096]).write_raw(&root.join("_base/deep/0123.raw"));
+    std::fs::copy(root.join("_base/deep/0123.raw"), root.join("secret/key.raw")).unwrap();
+    symlink(root.join("secret/key.raw"), root.join("_base/link.raw")).unwrap();
+    let base = root.join("_base");
+    for (disk, below) in
+        [("disk", "_base/deep/0123.raw"), ("other", "secret/key.raw"), ("sly", "_base/link.raw")]
+    {
+        make(&format!("create -q -f qcow2 -b {}/{below} -F raw vm/{disk}", root.display()));
+    }
+    let convert = |name: &[&str], disk: &str, value: &str| {
+        let line = ["convert", "-t", "none", "-O", "raw", "-f", "qcow2", disk, "n.raw"];
+        imgtool(name).args(line).env("IMGTOOL_ALLOW_EXTERNAL_BELOW", value).within(&root).go()
+    };
+    let list = format!("/nonexistent:{}", base.display());
+    convert(&["--compat"], "vm/disk", &list).ends_with(0);
+    assert!(
+        std::fs::read(root.join("n.raw")).unwrap()
+            == std::fs::read(root.join("_base/deep/0123.raw")).unwrap()
+    );
+    std::fs::remove_file(root.join("n.raw")).unwrap();
+    // Other directories stay closed, also by a link, and so does everything by the name of imgtool.
+    for (name, disk) in [(&["--compat"][..], "vm/other"), (&["--compat"], "vm/sly"), (&[], "vm/disk")] {
+        convert(name, disk, &list).exits(1).says("--allow-external");
+    }
+    convert(&["--compat"], "vm/disk", "_base").exits(1).says("expected absolute paths");
+    assert!(!root.join("n.raw").exists());
+}
+
 #[test]
 fn keeps_an_existing_file_until_the_new_one_is_finished() {
     require!("qemu-img");

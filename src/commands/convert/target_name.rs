@@ -53,6 +53,9 @@ fn check_exists(args: &ConvertArgs, what: &str) -> Result<()> {
 }
 
 fn described(args: &ConvertArgs, NamedChain { image: name, backing }: NamedChain) -> Result<TargetName> {
+    if name.part.is_some() {
+        return Err(Error::unsupported("a part of a file can be read, but not written").path(name.location));
+    }
     if name.key_id.is_some() {
         return Err(Error::unsupported("an encrypted image can't be written into").path(name.location));
     }

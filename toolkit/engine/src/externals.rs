@@ -36,6 +36,15 @@ pub struct ExternalPolicy {
     pub chain: bool,
     /// Further files to allow, in any directory.
     pub paths: Vec<PathBuf>,
+    /// Directories in or below which regular files are allowed. One that does not exist allows nothing.
+    pub directories: Vec<PathBuf>,
+}
+
+impl ExternalPolicy {
+    /// True if no image may open any file.
+    pub fn is_closed(&self) -> bool {
+        !self.chain && self.paths.is_empty() && self.directories.is_empty()
+    }
 }
 
 /// File that the caller supplies for a name in an image. The policy does not apply to it.
@@ -219,7 +228,7 @@ impl PolicyOpener {
     /// Decides whether the image at `from` may open `name`, without opening it.
     fn admit(&self, role: &str, name: &str, from: &Location) -> Result<Admission> {
         self.refuse_within_container(role, name, from)?;
-        if !self.policy.chain && self.policy.paths.is_empty() {
+        if self.policy.is_closed() {
             return Err(refusal(role, name, from));
         }
         let Some(from_path) = from.path() else {
@@ -348,10 +357,22 @@ impl PolicyOpener {
         if let Some(named) = named.find(|named| std::fs::canonicalize(named).is_ok_and(|real| real == path)) {
             return Some(Allowed::Named(named.clone()));
         }
-        let relative = path.strip_prefix(&root.path).ok().filter(|_| self.policy.chain)?;
-        let is_file = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file());
-        is_file.then(|| Allowed::Beneath(root.clone(), relative.to_owned()))
+        if !std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file()) {
+            return None;
+        }
+        match path.strip_prefix(&root.path).ok().filter(|_| self.policy.chain) {
+            Some(relative) => Some(Allowed::Beneath(root.clone(), relative.to_owned())),
+            None => self.policy.directories.iter().find_map(|directory| beneath(directory, path)),
+        }
     }
+}
+
+/// Allows a file below a directory that the user allowed; `path` is canonical.
+fn beneath(directory: &Path, path: &Path) -> Option<Allowed> {
+    let directory = std::fs::canonicalize(directory).ok()?;
+    let relative = path.strip_prefix(&directory).ok()?.to_owned();
+    let handle = Arc::new(DirectoryHandle::open(&directory).ok()?);
+    Some(Allowed::Beneath(ChainDirectory { path: directory, handle }, relative))
 }
 
 impl ExternalOpener for PolicyOpener {
@@ -404,7 +425,7 @@ impl ExternalOpener for PolicyOpener {
         extension: &str,
     ) -> Result<Vec<String>> {
         self.refuse_within_container(role, identity, from)?;
-        if !self.policy.chain && self.policy.paths.is_empty() && self.supplied.is_empty() {
+        if self.policy.is_closed() && self.supplied.is_empty() {
             return Err(refusal(role, identity, from));
         }
         let mut names: Vec<String> = self.supplied.keys().cloned().collect();

@@ -264,7 +264,7 @@ impl Plan {
             _ => None,
         });
         for named in bases.chain(images).filter(|_| options.verify) {
-            reads.extend(policy.paths.iter().cloned());
+            reads.extend(policy.paths.iter().chain(&policy.directories).cloned());
             // The policy allows the directory of the file itself, wherever a link to it is.
             let real = std::fs::canonicalize(named).ok().filter(|_| policy.chain);
             reads.extend(real.as_deref().and_then(Path::parent).map(Path::to_owned));

@@ -21,7 +21,7 @@ pub fn options(driver: &dyn Driver, pairs: &[(&str, &str)]) -> CreateOptions {
 pub fn open_options(driver: impl Driver + 'static, chain: bool) -> OpenOptions {
     let mut registry = Registry::new();
     registry.register(driver);
-    let policy = ExternalPolicy { chain, paths: Vec::new() };
+    let policy = ExternalPolicy { chain, ..ExternalPolicy::default() };
     let externals = PolicyOpener::new(registry, policy).externals();
     OpenOptions { externals, ..OpenOptions::default() }
 }

@@ -29,7 +29,7 @@ pub fn registry() -> Registry {
 
 /// Returns options that allow external files in the image's own directory.
 pub fn open_options() -> OpenOptions {
-    let policy = ExternalPolicy { chain: true, paths: Vec::new() };
+    let policy = ExternalPolicy { chain: true, ..ExternalPolicy::default() };
     OpenOptions { externals: PolicyOpener::new(registry(), policy).externals(), ..OpenOptions::default() }
 }
 

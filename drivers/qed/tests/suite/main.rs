@@ -57,7 +57,7 @@ fn open_chain(path: &Path) -> Result<Arc<dyn ImageSource>> {
     let mut registry = Registry::new();
     imgtool_qed::register(&mut registry);
     imgtool_raw::register(&mut registry);
-    let policy = ExternalPolicy { chain: true, paths: Vec::new() };
+    let policy = ExternalPolicy { chain: true, ..ExternalPolicy::default() };
     let externals = PolicyOpener::new(registry, policy).externals();
     QedDriver.open(conformance::input(path)?, &OpenOptions { externals, ..OpenOptions::default() })
 }

@@ -118,7 +118,8 @@ fn refuses_parents_unless_allowed_or_if_changed() {
     let error = open(&path).map(|_| ()).unwrap_err();
     assert!(error.to_string().contains("no allowed file is the parent"), "{error}");
     // An allowed file that can't be opened may be the parent.
-    let policy = ExternalPolicy { chain: false, paths: vec![directory.path().join("missing.vdi")] };
+    let paths = vec![directory.path().join("missing.vdi")];
+    let policy = ExternalPolicy { paths, ..ExternalPolicy::default() };
     let externals = PolicyOpener::new(Registry::new(), policy).externals();
     let options = OpenOptions { externals, ..OpenOptions::default() };
     let error = conformance::open_with(&VdiDriver, &path, &options).map(|_| ()).unwrap_err();

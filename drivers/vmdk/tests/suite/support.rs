@@ -34,7 +34,7 @@ pub fn options(pairs: &[(&str, &str)]) -> CreateOptions {
 pub fn open_options(chain: bool) -> OpenOptions {
     let mut registry = Registry::new();
     imgtool_vmdk::register(&mut registry);
-    let policy = ExternalPolicy { chain, paths: Vec::new() };
+    let policy = ExternalPolicy { chain, ..ExternalPolicy::default() };
     let externals = PolicyOpener::new(registry, policy).externals();
     OpenOptions { externals, ..OpenOptions::default() }
 }

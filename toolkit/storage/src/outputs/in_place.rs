@@ -87,9 +87,16 @@ impl Outputs {
         let busy = |error: Error| {
             error.path(path).remedied_by(Remedy::ForceWrite("stop the program that uses it".into()))
         };
-        self.lock_target(path, &file).or_else(|error| if force { Ok(()) } else { Err(busy(error)) })?;
-        if let Some(how) = os::used_elsewhere(&file).filter(|_| !force) {
-            return Err(busy(Error::refused(format!("in use: {how}"))));
+        let locked = self.lock_target(path, &file);
+        let used = os::used_elsewhere(&file).map(|how| Error::refused(format!("in use: {how}")));
+        match locked.err().or(used) {
+            Some(error) if !force => return Err(busy(error)),
+            Some(error) => self.doubts.push(format!(
+                "{} was written although it is {}; that program may overwrite it again",
+                Location::from(path),
+                error.message()
+            )),
+            None => {}
         }
         Ok((file, identity))
     }
