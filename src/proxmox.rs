@@ -15,7 +15,7 @@ use imgtool_machine::proxmox::{ANY_VMID, Assignment, MapEntry};
 mod name;
 
 pub use imgtool_machine::proxmox::{CONFIG_NAME, FIREWALL_NAME, GuestConfig};
-pub use name::{Better, is_for_proxmox, note_on_name, vmid_of_config};
+pub use name::{is_for_proxmox, note_on_name, vmid_of_config};
 
 /// Memory of a guest in MiB, if the user states none.
 const MEMORY: &str = "2048";
@@ -75,8 +75,8 @@ pub struct Packed {
 }
 
 /// Makes the configuration of an archive from `base` and the settings that override it, and renames the disks
-/// to match. `labels` name the disks in notes; `dest` is the path of the archive, from whose name the guest
-/// number is taken.
+/// to match. In an archive that the user did not make for Proxmox VE, the disks keep their names. `labels`
+/// name the disks in notes; `dest` is the path of the archive, from whose name the guest number is taken.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::Usage`] for a setting that Proxmox VE does not take, or one that is given
@@ -107,7 +107,11 @@ pub fn pack(
     let found = dialect::assign(&config, &old_map, &devices);
     let notes = notes(base, &overrides, &config, &found, labels);
     found.without_disk.iter().for_each(|drive| config.remove(drive));
-    let map = dialect::add_drives(&mut config, &found, &mut devices, vmid, true);
+    let is_for_guest = !matches!(base, Base::Nothing) || !overrides.is_empty();
+    // A colon ends a name in a map line.
+    let has_colon = disks.iter().any(|disk| disk.name.contains(':'));
+    let renames = is_for_guest || has_colon || dest.is_some_and(is_for_proxmox);
+    let map = dialect::add_drives(&mut config, &found, &mut devices, vmid, renames);
     for (disk, device) in disks.iter_mut().zip(devices) {
         disk.name = device.name;
     }
@@ -298,6 +302,17 @@ mod tests {
         );
         assert_eq!(disks[0].name, "drive-scsi1");
         assert_eq!(disks[2].name, "drive-efidisk0");
+    }
+
+    #[test]
+    fn disks_of_other_archives_keep_their_names() {
+        for (name, kept) in [("web", "web"), ("a:b", "drive-scsi0")] {
+            let mut disks = selected(&[name]);
+            let dest = Path::new("my.vma");
+            let packed = pack(&Base::Nothing, &[], &mut disks, &[], Some(dest)).expect("configuration");
+            assert_eq!(disks[0].name, kept);
+            assert!(text(packed).ends_with(&format!("#qmdump#map:scsi0:{kept}:local:raw:\n")));
+        }
     }
 
     #[test]

@@ -155,7 +155,7 @@ pub struct TargetArgs {
     /// Give the disk this virtual size, such as 40G or +10G; zeros fill the rest
     ///
     /// Partitions and file systems in the disk keep their size. A smaller size cuts off zeros, and is
-    /// refused if data would be cut off.
+    /// refused if data would be cut off: from a stream, when that data is read.
     #[arg(long, value_name = "SIZE", value_parser = NewSize::parse, allow_hyphen_values = true)]
     pub size: Option<NewSize>,
 
@@ -257,7 +257,7 @@ pub struct DeviceArgs {
     /// Set this in the guest's qemu-server.conf; repeatable
     ///
     /// It changes the configuration of --config, else that of the source, else a minimal one with 2048
-    /// MiB of memory. A DEST called vzdump-qemu-... gets a minimal one also without this flag. A disk
+    /// MiB of memory. An archive without any configuration gets a minimal one also without this flag. A disk
     /// named like a drive (scsi0, drive-virtio1, efidisk0 ...) becomes that drive, any other disk the
     /// next one, SCSI first; devices are renamed as qmrestore expects. Keys and values are those of
     /// qm.conf(5).

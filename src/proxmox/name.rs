@@ -62,11 +62,6 @@ impl Better {
         let new = dest.with_file_name(format!("{PREFIX}{vmid}-{time}{}", extension(compression)));
         Self { old: dest.to_owned(), new }
     }
-
-    /// Returns the better name as a word of a shell.
-    pub fn new_name(&self) -> String {
-        quoted(&self.new)
-    }
 }
 
 impl fmt::Display for Better {

@@ -122,11 +122,27 @@ fn backup_without_a_configuration_gets_a_minimal_one() {
         text.starts_with("boot: order=scsi0\nmemory: 2048\nscsi0: local:105/vm-105-disk-0.raw"),
         "{text}"
     );
-    // Any other archive keeps the names of its devices, and says what Proxmox lacks.
-    let run = imgtool(["convert", "a.raw", "vm-107.vma"]).within(dir.path()).ok();
-    run.says("a DEST such as vzdump-qemu-107-2026_09_21-14_13_20.vma gets one");
+    // Any other archive gets one as well, but keeps the names of its devices.
+    let run = imgtool(["convert", "a.raw", "efidisk0=b.raw", "vm-107.vma"]).within(dir.path()).ok();
+    run.says("qemu-server.conf: a minimal one; scsi0 is a.raw, efidisk0 is b.raw")
+        .says("mv vm-107.vma vzdump-qemu-107-2026_09_21-14_13_20.vma");
     let list = imgtool(["vma", "list", "vm-107.vma"]).within(dir.path()).ok().text();
-    assert!(list.contains("devname: a\n") && !list.contains("CFG"), "{list}");
+    assert!(list.contains("devname: a\n") && list.contains("devname: efidisk0\n"), "{list}");
+    let text = config(dir.path(), "vm-107.vma");
+    assert!(
+        text.ends_with("\n#qmdump#map:scsi0:a:local:raw:\n#qmdump#map:efidisk0:efidisk0:local:raw:\n"),
+        "{text}"
+    );
+    // So does the archive of another program that has none; the reference program adds nothing.
+    imgtool(["vma", "create", "bare.vma", "x=a.raw"]).within(dir.path()).ok();
+    assert!(!imgtool(["vma", "list", "bare.vma"]).within(dir.path()).ok().text().contains("CFG"));
+    imgtool(["convert", "bare.vma", "full.vma"]).within(dir.path()).ok().says("a minimal one; scsi0 is x");
+    assert!(config(dir.path(), "full.vma").ends_with("\n#qmdump#map:scsi0:x:local:raw:\n"));
+    // Any file of the user is a configuration.
+    std::fs::write(dir.path().join("notes.txt"), "of my own").unwrap();
+    let own = imgtool(["convert", "a.raw", "own.vma", "--config", "notes.txt"]).within(dir.path()).ok();
+    own.says("notes.txt: stored as it is; not a guest's configuration");
+    assert!(!imgtool(["vma", "list", "own.vma"]).within(dir.path()).ok().text().contains("qemu-server"));
 }
 
 #[test]

@@ -37,7 +37,16 @@ pub(super) fn add(args: &ConvertArgs, conversion: &mut OpenConversion<'_>) -> Re
                 }
                 base = Base::of_machine(&description::parse(&file.data).in_file(path)?);
             }
-            None => conversion.attachments.push(firewall(file, for_proxmox, &mut notes)),
+            None => {
+                let file = firewall(file, for_proxmox, &mut notes);
+                if for_proxmox && file.name != FIREWALL_NAME && file.name != CONFIG_NAME {
+                    notes.push(format!(
+                        "{}: stored as it is; not a guest's configuration of Proxmox VE, whose lines are 'KEY: VALUE'",
+                        file.name
+                    ));
+                }
+                conversion.attachments.push(file);
+            }
         }
     }
     if for_proxmox {
@@ -99,11 +108,15 @@ fn labels(conversion: &mut OpenConversion<'_>) -> Vec<String> {
     disks.iter().map(label).collect()
 }
 
-/// True for an archive of plain disks whose name is that of a backup of Proxmox VE.
+/// True for an archive of disks that gets no configuration from anywhere, and for one of plain disks whose
+/// name is that of a backup of Proxmox VE.
 fn needs_minimal(conversion: &mut OpenConversion<'_>, dest: Option<&Path>) -> bool {
     let has_disk = conversion.selected().iter().any(|disk| disk.device.kind == DeviceKind::Disk);
     let is_plain = !conversion.sources().iter().any(OpenSource::holds_machine);
-    has_disk && is_plain && dest.is_some_and(proxmox::is_for_proxmox)
+    let mut sources = conversion.sources().iter();
+    let has_files =
+        !conversion.attachments.is_empty() || sources.any(|source| !source.attachments().is_empty());
+    has_disk && (!has_files || is_plain && dest.is_some_and(proxmox::is_for_proxmox))
 }
 
 /// Returns the configuration of the only source that has one. Keeps the other files of that source.
@@ -179,19 +192,11 @@ fn firewall(file: Attachment, for_proxmox: bool, notes: &mut Vec<String>) -> Att
 pub(super) fn note_on_restoring(args: &ConvertArgs, plan: &mut Plan) -> Result<()> {
     let epoch = options::source_date_epoch()?;
     let vmid = args.devices.config.iter().find_map(|path| proxmox::vmid_of_config(path));
-    let is_plain = !plan.sources.iter().any(OpenSource::holds_machine);
     let mut notes = Vec::new();
     for output in plan.layout.outputs.iter().filter(|output| output.format.driver.name() == PROXMOX_FORMAT) {
         let Destination::New(path) = &output.destination else { continue };
         let compression = output.format.outer.map(|outer| outer.compression);
         let Some(config) = output.attachments.iter().find(|config| config.name == CONFIG_NAME) else {
-            if is_plain && output.attachments.is_empty() {
-                let better = proxmox::Better::of(path, compression, vmid, epoch);
-                notes.push(format!(
-                    "no configuration, which qmrestore needs: a DEST such as {} gets one",
-                    better.new_name()
-                ));
-            }
             continue;
         };
         notes.extend(proxmox::note_on_name(path, compression, vmid, epoch));
