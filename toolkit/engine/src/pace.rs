@@ -1,5 +1,6 @@
 //! [`Pace`], which estimates the time that a phase still takes.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::work::{Work, WorkUnit};
@@ -7,6 +8,10 @@ use crate::work::{Work, WorkUnit};
 /// Maximum time constant in seconds of the average pace. Our limit: after it has filled the page cache, a
 /// disk becomes slower, and the estimate must follow within minutes.
 const MEMORY: f64 = 120.0;
+
+/// Share of the work of a pipe over which its pace is measured. Our choice: nobody knows how much of the rest is data,
+/// and the last part says more about it than the first. Disks often have their data in front.
+const RECENT: f64 = 1.0 / 8.0;
 
 /// Estimate of the time left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +42,8 @@ pub struct Pace {
     copied: f64,
     /// Average number of bytes copied per second. The last part of the phase weighs most.
     rate: f64,
+    /// Time and work copied at the last updates of a pipe, over the share [`RECENT`] of its work.
+    recent: VecDeque<(f64, f64)>,
 }
 
 impl Pace {
@@ -58,7 +65,29 @@ impl Pace {
             self.rate += ((copied - self.copied) / step - self.rate) * weight;
             (self.time, self.copied) = (time, copied);
         }
+        if is_rough(work) {
+            self.look_at_recent(work.expected.unwrap_or_default() as f64);
+        }
         self.time_left(work)
+    }
+
+    /// Measures the pace of the last part of a pipe, of `expected` bytes.
+    fn look_at_recent(&mut self, expected: f64) {
+        let window = expected * RECENT;
+        if self.recent.is_empty() {
+            self.recent.push_back((0.0, 0.0));
+        }
+        // Few updates are kept, however often they come.
+        let is_far = self.recent.back().is_some_and(|(_, copied)| self.copied - copied >= window / 16.0);
+        if is_far {
+            self.recent.push_back((self.time, self.copied));
+        }
+        while self.recent.get(1).is_some_and(|(_, copied)| *copied <= self.copied - window) {
+            self.recent.pop_front();
+        }
+        if let Some((time, copied)) = self.recent.front().filter(|(time, _)| *time < self.time) {
+            self.rate = (self.copied - copied) / (self.time - time);
+        }
     }
 
     fn time_left(&self, work: &Work) -> Option<TimeLeft> {
@@ -70,8 +99,7 @@ impl Pace {
             passed => work.passing.as_secs_f64() / passed as f64,
         };
         let to_copy = (left - to_pass) as f64;
-        let is_rough = work.unit == WorkUnit::Guest && !work.reading.is_zero();
-        let or_rough = |quality| if is_rough { Quality::Rough } else { quality };
+        let or_rough = |quality| if is_rough(work) { Quality::Rough } else { quality };
         let (copying, quality) = if self.rate > 0.0 || to_copy == 0.0 {
             (to_copy / self.rate.max(f64::MIN_POSITIVE), or_rough(Quality::Known))
         } else if each > 0.0 {
@@ -82,6 +110,11 @@ impl Pace {
         let seconds = to_pass as f64 * each + copying;
         Some(TimeLeft { time: Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX), quality })
     }
+}
+
+/// True for a pipe: how much of its rest is data is unknown.
+fn is_rough(work: &Work) -> bool {
+    work.unit == WorkUnit::Guest && !work.reading.is_zero()
 }
 
 #[cfg(test)]
@@ -145,6 +178,48 @@ mod tests {
         let passing = SECOND * 4;
         let late = Work { passed: 4000, to_pass: 0, passing, reading: passing, ..work(4100, 5000) };
         assert_eq!(tenths(pace.update(SECOND * 14, &late)), Some((900, Quality::Known)));
+    }
+
+    /// Runs a pipe of parts (bytes, bytes per second) with an update each tenth of a second. Returns the shares of the
+    /// work done, and of the error of the time left in the time that was left.
+    fn errors_of_pipe(parts: &[(f64, f64)]) -> Vec<(f64, f64)> {
+        let all: f64 = parts.iter().map(|(bytes, _)| bytes).sum();
+        let duration: f64 = parts.iter().map(|(bytes, rate)| bytes / rate).sum();
+        let done_at = |time: f64| {
+            let mut left = time;
+            let mut done = 0.0;
+            for (bytes, rate) in parts {
+                let spent = left.min(bytes / rate);
+                (left, done) = (left - spent, done + spent * rate);
+            }
+            done
+        };
+        let mut pace = Pace::new();
+        let mut errors = Vec::new();
+        for step in 1..(duration * 10.0) as u32 {
+            let time = f64::from(step) / 10.0;
+            let pipe = work(done_at(time) as u64, all as u64);
+            let pipe = Work { unit: WorkUnit::Guest, reading: Duration::from_millis(1), ..pipe };
+            let left = pace.update(Duration::from_secs_f64(time), &pipe).expect("a pace").time.as_secs_f64();
+            errors.push((done_at(time) / all, (left - (duration - time)) / (duration - time)));
+        }
+        errors
+    }
+
+    #[test]
+    fn the_last_part_of_a_pipe_tells_its_pace() {
+        // Data alone; data in front of zeros; zeros in front of data; data between zeros.
+        let (data, zeros) = (1e6, 5e7);
+        for (parts, from) in [
+            (&[(2e7, data)][..], 0.0),
+            (&[(1e7, data), (9e7, zeros)], 0.25),
+            (&[(5e7, zeros), (2e7, data)], 0.85),
+            (&[(5e7, zeros), (1e7, data), (9e7, zeros)], 0.55),
+        ] {
+            for (done, error) in errors_of_pipe(parts) {
+                assert!(done < from || error.abs() < 0.3, "{parts:?}: {error} at {done}");
+            }
+        }
     }
 
     #[test]
