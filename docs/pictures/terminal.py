@@ -150,7 +150,7 @@ def play(command, directory):
 
 def record(commands, directory):
     """Returns the screens of a session with their times, and the time of the end."""
-    screen, now, frames = Screen(), 0.4, []
+    screen, now, frames = Screen(), 0.0, []
 
     def keep():
         if frames and now - frames[-1][0] < FRAME:
@@ -162,6 +162,7 @@ def record(commands, directory):
         screen.style = ("c32",)
         screen.feed("$ ")
         screen.style = ()
+        keep()
         for char in command:
             screen.feed(char)
             now += TYPING
@@ -201,7 +202,8 @@ def draw(frames, end):
             else:
                 known.append([start, until])
     style, body = STYLE, ""
-    motion = "@media(prefers-reduced-motion:no-preference){.last{visibility:hidden}\n"
+    # A renderer without animations shows the last screen.
+    motion = "@media(prefers-reduced-motion:no-preference){\n"
     for index, ((row, runs), times) in enumerate(spans.items()):
         line = draw_line(runs, row)
         if not line:

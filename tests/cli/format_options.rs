@@ -1,9 +1,11 @@
 //! Options of every format, and flags that other programs know.
 
+use std::path::Path;
+
 use imgtool_testing::{oracles, require, tempdir, text};
 
 use super::with_disk;
-use crate::support::devices::{LoopDevice, loop_devices};
+use crate::support::devices::{LoopDevice, Mounted, loop_devices};
 use crate::support::imgtool;
 
 #[test]
@@ -56,6 +58,41 @@ fn nocow_is_set_or_gets_a_note() {
     assert_eq!(imgtool(line).within(dir.path()).ok().json()["notes"], serde_json::json!([]));
     let help = imgtool(["create", "-f", "raw", "-o", "help"]).ok().text();
     assert!(help.contains("Options of every format:") && help.contains("nocow="), "{help}");
+}
+
+/// True if chattr(1)'s flag `C` is set.
+fn is_without_copies(path: &Path) -> bool {
+    let flags = oracles::run("lsattr", &[text(path)]).stdout;
+    String::from_utf8(flags).unwrap().split(' ').next().unwrap().contains('C')
+}
+
+#[test]
+fn nocow_sets_the_flag_on_btrfs() {
+    require!("mkfs.btrfs", "lsattr", "mount");
+    if !loop_devices() {
+        return;
+    }
+    let dir = with_disk();
+    let disk = dir.path().join("device");
+    std::fs::File::create(&disk).unwrap().set_len(256 << 20).unwrap();
+    let device = LoopDevice::over(&disk);
+    let mounted = dir.path().join("btrfs");
+    let _mounted = Mounted::btrfs(&device, &mounted);
+    for (line, name) in [
+        ("create -f raw -o nocow=on btrfs/a.raw 1M", "a.raw"),
+        ("create -f qcow2 -o nocow=on,preallocation=metadata btrfs/b.qcow2 1M", "b.qcow2"),
+        ("convert disk.raw --to qcow2 -o nocow=on btrfs/c.qcow2", "c.qcow2"),
+        ("convert disk.raw --to raw -o nocow=on btrfs/d.raw", "d.raw"),
+        ("convert disk.raw --to vmdk -o subformat=twoGbMaxExtentFlat,nocow=on btrfs/e.vmdk", "e-f001.vmdk"),
+    ] {
+        let run = imgtool(line.split(' ')).within(dir.path()).ok();
+        assert!(!run.stderr.contains("copy-on-write"), "{}", run.stderr);
+        assert!(is_without_copies(&mounted.join(name)), "{line}");
+    }
+    imgtool(["compare", "disk.raw", "btrfs/c.qcow2"]).within(dir.path()).ok();
+    imgtool(["compare", "disk.raw", "btrfs/d.raw"]).within(dir.path()).ok();
+    imgtool(["convert", "disk.raw", "btrfs/f.raw"]).within(dir.path()).ok();
+    assert!(!is_without_copies(&mounted.join("f.raw")));
 }
 
 #[test]

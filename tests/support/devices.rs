@@ -103,6 +103,12 @@ impl Mounted {
         Self::mount(device, directory)
     }
 
+    /// Makes a btrfs file system on the device (at least 128 MiB) and mounts it.
+    pub fn btrfs(device: &LoopDevice, directory: &Path) -> Self {
+        oracles::run("mkfs.btrfs", &["-q", "-f", text(device.path())]);
+        Self::mount(device, directory)
+    }
+
     /// Mounts an overlay of directories, the topmost of `lower` first; `None` if it can't be mounted here.
     pub fn overlay(lower: &[&Path], upper: &Path, work: &Path, directory: &Path) -> Option<Self> {
         for made in lower.iter().copied().chain([upper, work, directory]) {

@@ -42,9 +42,11 @@ const NAME_COLUMNS: usize = 72;
 /// Maximum number of characters in a column of a name. Our choice: a letter with its accents.
 const MAX_PER_COLUMN: usize = 4;
 
-/// Colours for light and dark screens. Each kind has a shape of its own, and the hues differ for people who are
-/// colour-blind: blue, orange and bluish green, after Okabe and Ito.
+/// Size in a window that is narrower than the document, and colours for light and dark screens. Each kind has
+/// a shape of its own, and the hues differ for people who are colour-blind: blue, orange and bluish green,
+/// after Okabe and Ito.
 const STYLE: &str = "\
+svg{max-width:100%;height:auto}
 text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif;fill:#1f2328;\
 font-variant-numeric:tabular-nums}
 .page{fill:#fff}.h1{font-size:20px;font-weight:650}.h2{font-size:15px;font-weight:600}
