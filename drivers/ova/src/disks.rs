@@ -13,8 +13,8 @@ use crate::files::{Files, StoredFile};
 /// Maximum number of disks. Our limit: that of a VMA archive.
 pub(crate) const MAX_DISKS: u32 = 254;
 
-/// Maximum size in bytes of an empty disk: the largest file offset.
-const MAX_EMPTY: u64 = i64::MAX as u64;
+/// Maximum size in bytes of an empty disk. Our limit: 64 TiB, that of VHDX.
+const MAX_EMPTY: u64 = 64 << 40;
 
 /// Formats of files with these extensions. A disk's own content must not decide for another format.
 const FORMATS: [(&str, &str); 9] = [
@@ -116,7 +116,8 @@ fn open_entry(
 ) -> Result<PackagedDisk> {
     let Some(file) = entry.file.and_then(|index| descriptor.files.get(index)) else {
         let size = entry.capacity.filter(|size| *size <= MAX_EMPTY);
-        let size = size.ok_or_else(|| Error::malformed("a disk has neither a file nor a size below 2^63"))?;
+        let size =
+            size.ok_or_else(|| Error::malformed("a disk has neither a file nor a size of at most 64 TiB"))?;
         let device = Device::disk(id, entry.device.as_str(), size);
         return Ok(PackagedDisk { device, disk: None, files: Vec::new(), notes: Vec::new() });
     };

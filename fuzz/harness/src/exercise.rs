@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use imgtool_core::zero::is_zero;
 use imgtool_core::{
-    BufferPool, CancelToken, CheckReport, CreateOptions, Device, DeviceId, Disk, Error, ExtentKind,
+    BufferPool, CancelToken, CheckReport, CreateOptions, Device, DeviceId, Disk, Driver, Error, ExtentKind,
     ImageSource, Input, Lane, Memory, NoProgress, OpenOptions, Registry, Result, StreamAccess,
 };
 use imgtool_engine::digest;

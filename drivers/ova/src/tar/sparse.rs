@@ -3,11 +3,14 @@
 
 use imgtool_core::{Error, Result};
 
-use super::{BLOCK, Header, MAX_SIZE, number};
+use super::{BLOCK, Header, number};
 
 /// Maximum number of runs of a file. Our limit: a map of 16 MiB; a disk of 64 TiB with data in every other 64
 /// MiB has 512 Ki.
 pub(super) const MAX_RUNS: usize = 1 << 20;
+
+/// Maximum length of a sparse file in bytes. Our limit: 64 TiB, the largest disk of VHDX.
+const MAX_REAL_SIZE: u64 = 64 << 40;
 
 /// Length in bytes of a pair.
 const PAIR: usize = 24;
@@ -39,9 +42,9 @@ impl Map {
     /// Parses the part of the map in the header of a file.
     pub(super) fn begin(header: &Header<'_>) -> Result<Self> {
         let block = header.block();
-        let real_size = number(&block[483..495]).filter(|size| *size <= MAX_SIZE);
-        let real_size =
-            real_size.ok_or_else(|| Error::malformed("the size of a sparse file is no number below 2^63"))?;
+        let real_size = number(&block[483..495]).filter(|size| *size <= MAX_REAL_SIZE);
+        let real_size = real_size
+            .ok_or_else(|| Error::malformed("the size of a sparse file is no number of at most 64 TiB"))?;
         let mut map = Self { runs: Vec::new(), end: 0, stored: 0, real_size, continues: block[482] != 0 };
         map.push_pairs(&block[386..482])?;
         Ok(map)

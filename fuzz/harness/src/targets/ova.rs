@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use imgtool_core::OpenOptions;
+use imgtool_core::{OpenOptions, ReadAt};
 use imgtool_engine::externals::{ExternalPolicy, PolicyOpener};
 
 use super::{by_position, file};
