@@ -296,6 +296,7 @@ impl ImageSource for PackageSource {
                     lock(&self.losses).push(Loss {
                         class: LossClass::Unverified,
                         offset: None,
+                        compressed_offset: None,
                         device: device.id,
                         guest: 0..device.size,
                         reason: error.message().to_owned(),
