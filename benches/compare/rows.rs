@@ -83,7 +83,7 @@ fn other_disks() -> Vec<Row> {
     const DECODE: &str = "-f vmdk -O qcow2 stream.vmdk out";
     const SECRET: &str = "--object secret,id=s,file=passphrase";
     let mut rows = Vec::new();
-    // qemu-img names VHD differently, and rounds its size unless it is told not to.
+    // qemu-img names VHD differently, and rounds its size unless an option forbids that.
     for (format, options) in [("vmdk", ""), ("vpc", "-o force_size=on "), ("vdi", "")] {
         let name = if format == "vpc" { "vhd" } else { format };
         let (to, from) = (format!("-f raw -O {format}"), format!("-f {format} -O raw a.{name} out"));
