@@ -144,8 +144,10 @@ words! {
         Windows11 = "windows-11",
     }
     /// Processor architecture.
+    #[derive(Default)]
     Arch {
         /// 64-bit x86.
+        #[default]
         X86_64 = "x86_64",
         /// 64-bit ARM.
         Aarch64 = "aarch64",
@@ -158,8 +160,10 @@ words! {
         Q35 = "q35",
     }
     /// Firmware.
+    #[derive(Default)]
     Firmware {
         /// BIOS.
+        #[default]
         Bios = "bios",
         /// UEFI.
         Uefi = "uefi",
@@ -236,18 +240,6 @@ words! {
         Virtio = "virtio",
         /// VMware's paravirtual adapter.
         Vmxnet3 = "vmxnet3",
-    }
-}
-
-impl Default for Arch {
-    fn default() -> Self {
-        Self::X86_64
-    }
-}
-
-impl Default for Firmware {
-    fn default() -> Self {
-        Self::Bios
     }
 }
 

@@ -20,7 +20,7 @@ fn through_ovf(machine: &Machine) -> Machine {
         |(device, href)| ovf::PackagedDisk { device, href, len: Some(1), capacity: 512, format: "urn:x" };
     let disks: Vec<_> =
         names.iter().map(|name| &**name).zip(files.iter().map(|file| &**file)).map(disk).collect();
-    read("OVF", ovf::print(machine, &disks), |bytes| Ok(ovf::parse(bytes, None)?.machine))
+    read("OVF", &ovf::print(machine, &disks), |bytes| Ok(ovf::parse(bytes, None)?.machine))
 }
 
 fn through_libvirt(machine: &Machine) -> Machine {
@@ -29,15 +29,15 @@ fn through_libvirt(machine: &Machine) -> Machine {
     let disk = |(device, path)| libvirt::DiskSource { device, path, format: "qcow2" };
     let disks: Vec<_> =
         names.iter().map(|name| &**name).zip(paths.iter().map(|path| &**path)).map(disk).collect();
-    read("libvirt", libvirt::print(machine, &disks), libvirt::parse)
+    read("libvirt", &libvirt::print(machine, &disks), libvirt::parse)
 }
 
 fn through_proxmox(machine: &Machine) -> Machine {
     let disks: Vec<Device> = devices(machine).iter().map(|name| Device::disk(0, name, 4096)).collect();
-    read("Proxmox VE", proxmox::for_archive(machine, &disks), proxmox::parse)
+    read("Proxmox VE", &proxmox::for_archive(machine, &disks), proxmox::parse)
 }
 
-fn read(dialect: &str, printed: Printed, parse: fn(&[u8]) -> imgtool_core::Result<Machine>) -> Machine {
+fn read(dialect: &str, printed: &Printed, parse: fn(&[u8]) -> imgtool_core::Result<Machine>) -> Machine {
     parse(printed.text.as_bytes()).unwrap_or_else(|e| panic!("{dialect}: {e:#}\n{}", printed.text))
 }
 

@@ -73,7 +73,7 @@ fn cpu(domain: &Element) -> Result<Cpu> {
     let part = |name: &str| -> Option<u32> { topology?.attribute(name).map_or(Some(1), |n| n.parse().ok()) };
     let cores =
         part("cores").and_then(|cores| cores.checked_mul(part("threads")?)?.checked_mul(part("dies")?));
-    let cores = cores.filter(|cores| *cores > 0 && count % cores == 0).unwrap_or(1);
+    let cores = cores.filter(|cores| *cores > 0 && count.is_multiple_of(*cores)).unwrap_or(1);
     // Without a topology, each processor is a socket.
     Ok(Cpu { sockets: count / cores, cores })
 }

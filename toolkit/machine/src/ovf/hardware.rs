@@ -109,7 +109,8 @@ fn cpu(item: &Item<'_>) -> Result<Cpu> {
         let text = escape_control(shortened(text)).to_string();
         Error::malformed(format!("the OVF descriptor has '{text}' processors, not 1 to {MAX_CPUS}"))
     })?;
-    let cores = item.number("CoresPerSocket").filter(|cores| *cores > 0 && count % cores == 0);
+    let cores =
+        item.number("CoresPerSocket").filter(|cores| *cores > 0 && u32::is_multiple_of(count, *cores));
     let cores: u32 = cores.unwrap_or(1);
     Ok(Cpu { sockets: count / cores, cores })
 }

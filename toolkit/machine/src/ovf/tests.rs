@@ -192,8 +192,11 @@ fn printed(machine: &Machine) -> (crate::Printed, Vec<String>) {
     (print(machine, &disks), names)
 }
 
+/// The device of a drive, its place and its controller.
+type Place = (Option<String>, Option<(Bus, u32)>, Option<ControllerModel>);
+
 /// The places of the drives, whatever the controllers without drives.
-fn places(machine: &Machine) -> Vec<(Option<String>, Option<(Bus, u32)>, Option<ControllerModel>)> {
+fn places(machine: &Machine) -> Vec<Place> {
     let mut places: Vec<_> = machine
         .drives
         .iter()
