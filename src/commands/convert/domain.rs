@@ -33,7 +33,8 @@ pub(super) fn add(plan: &mut Plan) -> Result<()> {
         let machine = sources::of_selected(machine, index, &plan.selected);
         let Some(directory) = directory(plan, index) else { continue };
         let disks = disks(plan, index, &machine, &directory)?;
-        if disks.is_empty() {
+        // A domain without any of its disks would be of no use.
+        if !disks.iter().any(|disk| machine.drive(&disk.device).is_some()) {
             continue;
         }
         let (name, text, lost) = domain(plan, &directory, &machine, &disks);
