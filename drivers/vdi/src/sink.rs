@@ -85,7 +85,7 @@ impl ImageWriter for VdiWriter {
             manifest.tables,
         );
         let is_child = options.backing.is_some() && options.blank;
-        let own_name = is_child.then(|| Fingerprint::parameters_of(&device.name)).unwrap_or_default();
+        let own_name = if is_child { Fingerprint::parameters_of(&device.name) } else { Vec::new() };
         let layout = VdiLayout { header, options: options.clone(), device_size: device.size, own_name };
         let sink = BlockSink::new(output, map, layout, self.settings(device.size));
         Ok(match manifest.base.clone().filter(|_| options.backing.is_some()) {

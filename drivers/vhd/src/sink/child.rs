@@ -67,7 +67,7 @@ pub(super) fn new(
     let device = manifest.single(crate::FORMAT)?;
     let device_size = device.size;
     let backing = options.backing.as_ref().ok_or_else(|| Error::usage("the parent has no name"))?;
-    let own_name = options.blank.then(|| Fingerprint::parameters_of(&device.name)).unwrap_or_default();
+    let own_name = if options.blank { Fingerprint::parameters_of(&device.name) } else { Vec::new() };
     let file = ChildFile::new(options.clone(), backing, parent, device_size, virtual_size);
     let file = ChildFile { own_name, ..file };
     let (bat_offset, bat_len) = (file.header.bat_offset, bat_len(&file.header));
