@@ -4,6 +4,7 @@ use imgtool_testing::oracles;
 
 mod callers;
 mod commands;
+mod devices;
 mod pair;
 mod promises;
 

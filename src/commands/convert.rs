@@ -77,6 +77,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         threads: args.threads.count(),
         force: args.target.force,
         force_share: args.input.force_share,
+        accept_larger: compat::is_on(),
         verify: args.target.verify,
         bytes_per_second,
         base_policy: request.open.policy.clone(),

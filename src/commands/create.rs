@@ -66,8 +66,14 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
     let format_name = format.driver.name();
 
     let interrupt = Interrupt::listen()?;
-    let request =
-        CreateRequest { path: path.to_owned(), format, size, overwrite: args.force || compat::is_on() };
+    let request = CreateRequest {
+        path: path.to_owned(),
+        format,
+        size,
+        overwrite: args.force || compat::is_on(),
+        force: args.force,
+        keep_device: compat::is_on(),
+    };
     let display = Display::new(ProgressMode::None, &interrupt).forgetting_secrets_at(Phase::Convert);
     let made = create::create(&registry, request, &display, &interrupt.token())?;
     let document = Document {

@@ -10,13 +10,16 @@ use imgtool_storage::{Opening, Outputs, Sharing};
 
 use crate::blank::Blank;
 use crate::format::TargetFormat;
-use crate::layout::{self, Layout, PlannedOutput};
+use crate::layout::{self, Destination, Layout, PlannedOutput};
 use crate::monitor::Monitor;
 use crate::open::{self, Opened};
-use crate::report::Report;
+use crate::report::{Note, Report};
 use crate::run::{Plan, RunOptions};
 use crate::sinks;
 use crate::sources::{OpenSource, SelectedDisk};
+
+/// Length in bytes of the sector by which programs recognise formats.
+const SECTOR: u64 = 512;
 
 /// Settings for a new image without data.
 #[derive(Debug)]
@@ -27,8 +30,13 @@ pub struct CreateRequest {
     pub format: TargetFormat,
     /// Virtual size in bytes.
     pub size: u64,
-    /// True to replace an existing file, and to use a block device that is in use or much larger.
+    /// True to replace an existing file.
     pub overwrite: bool,
+    /// True to use a block device that is in use or much larger.
+    pub force: bool,
+    /// True if a raw disk on a block device of any sufficient size keeps the device's content, except for the
+    /// first sector, by which programs recognise formats.
+    pub keep_device: bool,
 }
 
 /// Returns the virtual size in bytes of the backing image that `format` names for a new image at `location`;
@@ -70,13 +78,18 @@ pub fn create(
     monitor: &dyn Monitor,
     cancel: &CancelToken,
 ) -> Result<Report> {
+    let destination = layout::new_image(&request.format, &request.path)?;
+    let is_device = matches!(destination, Destination::Existing { .. });
+    if request.keep_device && is_device && request.format.driver.capabilities().verbatim {
+        return clear_first_sector(&request);
+    }
     let location = Location::from(&request.path);
     let image = Blank::new(&open::stem(registry, &location), request.size);
     let disk = image.info().devices[0].clone();
     let has_backing = request.format.writer.backing().is_some();
     let source = OpenSource { name: None, opened: Opened::in_memory(image, registry.verbatim()?) };
     let output = PlannedOutput {
-        destination: layout::new_image(&request.format, &request.path)?,
+        destination,
         format: request.format,
         disks: vec![imgtool_core::Slot(0)],
         attachments: Vec::new(),
@@ -93,13 +106,29 @@ pub fn create(
     };
     let options = RunOptions {
         threads: 1,
-        force: request.overwrite,
+        force: request.force,
         // Zeros would hide the content of the backing image.
         without_content: has_backing,
         cancel: cancel.clone(),
         ..RunOptions::default()
     };
     plan.run(&options, monitor)
+}
+
+/// Clears the first sector of the block device for a raw disk.
+fn clear_first_sector(request: &CreateRequest) -> Result<Report> {
+    let mut outputs = Outputs::new();
+    let output = outputs.existing(&request.path, false, request.force)?;
+    let capacity = output.capacity().unwrap_or(0);
+    if capacity < request.size {
+        return Err(sinks::size_error("too small", capacity, request.size)
+            .path(&request.path)
+            .hint("nothing was written; a larger target is needed"));
+    }
+    output.write_plain_zeros_at(0, SECTOR.min(capacity))?;
+    let notes = outputs.doubts().iter().cloned().map(Note::Text).collect();
+    outputs.commit()?;
+    Ok(Report { notes, ..Report::default() })
 }
 
 /// Returns the size that an image of this format will have with the content of `source`.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use imgtool_core::{Location, Loss};
 
 /// Result of a run.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 #[must_use = "with salvage, a run can succeed with losses"]
 pub struct Report {

@@ -57,6 +57,8 @@ pub struct RunOptions<'a> {
     pub force: bool,
     /// True to read backing images of outputs that another program may write.
     pub force_share: bool,
+    /// True to write a raw disk to the front of an existing target of any sufficient size.
+    pub accept_larger: bool,
     /// True to make empty outputs, without copying content.
     pub without_content: bool,
     /// True to read every output back and compare it before it gets its final name.
@@ -101,6 +103,7 @@ impl Plan {
             base_opener: &base_opener,
             base_options: &base_options,
             force: options.force,
+            accept_larger: options.accept_larger,
             overwrite: self.layout.overwrite,
             without_content: options.without_content,
             shares: &shares,
@@ -214,7 +217,7 @@ impl Plan {
         self.copy(sinks, options, &counter, &digest)?;
         drop(tables);
         let disks = self.disk_reports(&counter);
-        self.check_stream_sizes(sinks, &disks, options.force)?;
+        self.check_stream_sizes(sinks, &disks, options.force || options.accept_larger)?;
         if options.verify {
             monitor.end();
             self.verify_files(&files)?;
@@ -346,10 +349,15 @@ impl Plan {
     }
 
     /// Refuses a disk whose size was unknown until its stream ended, if its existing target has another size.
-    fn check_stream_sizes(&self, sinks: &[OpenSink], disks: &[DiskReport], force: bool) -> Result<()> {
+    fn check_stream_sizes(
+        &self,
+        sinks: &[OpenSink],
+        disks: &[DiskReport],
+        accept_larger: bool,
+    ) -> Result<()> {
         for (planned, open) in self.layout.outputs.iter().zip(sinks) {
             for slot in planned.disks.iter().filter(|slot| self.selected[slot.index()].device.open_ended) {
-                sinks::check_stream_size(planned, &open.output, &disks[slot.index()], force)?;
+                sinks::check_stream_size(planned, &open.output, &disks[slot.index()], accept_larger)?;
             }
         }
         Ok(())

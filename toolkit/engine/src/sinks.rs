@@ -61,6 +61,8 @@ pub(crate) struct SinkSettings<'a> {
     pub(crate) base_options: &'a OpenOptions,
     /// True to write into targets that are in use, or much larger than the disk.
     pub(crate) force: bool,
+    /// True to write into targets of any sufficient size.
+    pub(crate) accept_larger: bool,
     /// True to replace existing files.
     pub(crate) overwrite: bool,
     /// True if the outputs stay empty, so backing images need not be opened.
@@ -330,18 +332,20 @@ fn check_capacity(
     if device.open_ended || !planned.format.driver.capabilities().verbatim {
         return Ok(());
     }
-    let error = |what: &str| {
-        Error::refused(format!("the target is {what}: it has {capacity} bytes, the disk {}", device.size))
-            .path(output.location())
-            .device(&*device.name)
-    };
+    let error =
+        |what: &str| size_error(what, capacity, device.size).path(output.location()).device(&*device.name);
     if capacity < device.size {
         return Err(error("too small").hint("nothing was written; a larger target is needed"));
     }
-    if capacity - device.size > SIZE_TOLERANCE && !settings.force {
+    if capacity - device.size > SIZE_TOLERANCE && !settings.force && !settings.accept_larger {
         return Err(error("much larger").remedied_by(Remedy::ForceFront));
     }
     Ok(())
+}
+
+/// Returns the error for a target whose size does not fit its disk.
+pub(crate) fn size_error(what: &str, capacity: u64, size: u64) -> Error {
+    Error::refused(format!("the target is {what}: it has {capacity} bytes, the disk {size}"))
 }
 
 /// Like [`check_capacity`], after the copy, for a disk whose size was unknown until its stream ended.
@@ -349,7 +353,7 @@ pub(crate) fn check_stream_size(
     planned: &PlannedOutput,
     output: &Output,
     disk: &DiskReport,
-    force: bool,
+    accept_larger: bool,
 ) -> Result<()> {
     let is_verbatim = planned.format.driver.capabilities().verbatim;
     let Some(capacity) = output.capacity().filter(|_| is_verbatim) else { return Ok(()) };
@@ -364,7 +368,7 @@ pub(crate) fn check_stream_size(
     if capacity < size {
         return Err(error("too small").hint("a larger target is needed"));
     }
-    if capacity - size > SIZE_TOLERANCE && !force {
+    if capacity - size > SIZE_TOLERANCE && !accept_larger {
         let advice = "its old content follows the disk; check the command that writes the stream";
         return Err(error("much larger").remedied_by(Remedy::AcceptLarger(advice.into())));
     }
