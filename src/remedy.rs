@@ -37,6 +37,10 @@ pub fn words(remedy: &Remedy) -> String {
         Remedy::ChooseFormat { formats: [one, other] } => {
             format!("-f {one} reads it as a {one} image, -f {other} as a {other} disk")
         }
+        Remedy::OverwriteAs { raw, image } => {
+            let into = image.map(|image| format!(", -O {image} writes into the image")).unwrap_or_default();
+            format!("nothing was written; -O {raw} (--target NAME=PATH,format={raw}) overwrites its bytes{into}")
+        }
         Remedy::SetOption(option) => match option.strip_prefix("backing_fmt=") {
             Some(format) => format!("name its format with -F {format}"),
             None => format!("use -o {option}"),

@@ -190,7 +190,8 @@ pub struct TargetArgs {
     /// A qcow2 or VHDX image keeps its size, options, snapshots and backing file, and what follows
     /// the disk in it. A raw target may be up to 4 MiB larger than the disk (with --force, any larger
     /// size); the rest of it stays untouched. A smaller target is refused, and so is an image of
-    /// another format, which could only be replaced. The size of a raw stream (a pipe, a .gz) is
+    /// another format, which could only be replaced. If neither -O nor the extension states the format,
+    /// the content of DEST does; an image that is called .raw is refused. The size of a raw stream (a pipe, a .gz) is
     /// known, and compared, only at its end.
     #[arg(short = 'n', long = "no-create")]
     pub no_create: bool,
@@ -234,7 +235,7 @@ pub struct DeviceArgs {
     ///
     /// An existing PATH, unless it is empty, is overwritten in place and keeps its length, under the rules
     /// of -n; 'zeroed' assumes that it reads as zeros. The format is that of format=, else that of PATH's
-    /// extension, else raw.
+    /// extension, else that of an image at PATH, else raw.
     #[arg(long, value_name = "NAME=PATH[,format=FMT][,zeroed]")]
     pub target: Vec<OsString>,
 

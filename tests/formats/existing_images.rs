@@ -175,3 +175,54 @@ fn owner_mode_and_links_of_the_file_stay() {
     let after = std::fs::metadata(&image).unwrap();
     assert_eq!((before.ino(), before.mode(), after.nlink()), (after.ino(), after.mode(), 2));
 }
+
+/// Without a stated format, the content of the target decides: no image is overwritten as a raw disk.
+#[test]
+fn an_image_without_a_stated_format_is_never_overwritten_as_raw() {
+    require!("qemu-img");
+    let lines = |name: &str| {
+        let target = format!("disk={name}");
+        [
+            vec!["convert".to_owned(), "-n".into(), "new.raw".into(), name.into()],
+            vec!["convert".into(), "disk=new.raw".into(), "--target".into(), target],
+        ]
+    };
+    for (format, options) in [("qcow2", "preallocation=full"), ("vhdx", "subformat=fixed")] {
+        for (name, line) in
+            ["image", "vm.img"].into_iter().flat_map(|name| lines(name).map(|line| (name, line)))
+        {
+            let dir = tempdir();
+            scene(dir.path(), format, options);
+            std::fs::rename(dir.path().join("image"), dir.path().join(name)).unwrap();
+            imgtool(&line).within(dir.path()).ok();
+            std::fs::rename(dir.path().join(name), dir.path().join("image")).unwrap();
+            let expected = [&new_content()[..], &vec![b'o'; 3 << 20]].concat();
+            assert!(content(dir.path(), format, &[]) == expected, "{format}: {line:?}");
+        }
+    }
+    // What can't be written into, or contradicts the name, stays.
+    for (format, options, name, words) in [
+        ("vdi", "static=on", "image", "a vdi image that exists can't be written into"),
+        ("vpc", "subformat=fixed,force_size=on", "image", "can't be written into"),
+        ("vmdk", "", "vm.img", "a vmdk image that exists can't be written into"),
+        ("qcow2", "preallocation=full", "x.raw", "-O qcow2 writes into the image"),
+    ] {
+        for line in lines(name) {
+            let dir = tempdir();
+            scene(dir.path(), format, options);
+            std::fs::rename(dir.path().join("image"), dir.path().join(name)).unwrap();
+            imgtool(&line).within(dir.path()).go().exits(1).says(words).says("-O raw");
+            let run = imgtool(&line).args(["-O", "raw", "--force"]).within(dir.path());
+            run.go().ends_with(0);
+            assert!(std::fs::read(dir.path().join(name)).unwrap().starts_with(&new_content()), "{line:?}");
+        }
+    }
+    // A raw target is as before, also one that begins like no format.
+    let dir = tempdir();
+    std::fs::write(dir.path().join("new.raw"), new_content()).unwrap();
+    for line in lines("plain") {
+        std::fs::write(dir.path().join("plain"), noise(8, 4 << 20)).unwrap();
+        imgtool(&line).within(dir.path()).ok();
+        assert!(std::fs::read(dir.path().join("plain")).unwrap().starts_with(&new_content()), "{line:?}");
+    }
+}

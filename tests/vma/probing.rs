@@ -111,3 +111,29 @@ fn maps_refuse_images_that_cannot_be_written_into() {
     extract().exits(1).says("vma: a gzip file that exists can't be written into");
     assert_eq!(sha256_file(&dir.path().join("t")), padded);
 }
+
+/// Without `format=`, the name of a target does not make an image of another format a raw disk.
+#[test]
+fn maps_probe_targets_called_raw() {
+    require!("qemu-img");
+    let dir = scene();
+    let extract = |line: &str| {
+        std::fs::write(dir.path().join("map"), line).unwrap();
+        vma(dir.path(), "extract -d drive-efidisk0 -r map a.vma out")
+    };
+    let target = dir.path().join("t.raw");
+    for (format, options) in [
+        ("vdi", "static=on"),
+        ("vpc", "subformat=fixed,force_size=on"),
+        ("vhdx", "subformat=fixed"),
+        ("qcow2", "preallocation=full"),
+    ] {
+        let line = ["create", "-q", "-f", format, "-o", options, text(&target), "540672"];
+        oracles::run("qemu-img", &line);
+        let before = sha256_file(&target);
+        extract("1:drive-efidisk0=t.raw\n").exits(1).says("vma: ").says("hint: ").says("format=raw:");
+        assert_eq!(sha256_file(&target), before, "{format}");
+    }
+    std::fs::write(&target, noise(2, 540_672)).unwrap();
+    extract("1:drive-efidisk0=t.raw\n").ends_with(0);
+}

@@ -12,11 +12,11 @@ use imgtool_core::{
 use imgtool_engine::names::{self, Unique};
 use imgtool_engine::{
     Destination, FormatOptions, Layout, Note, OpenSource, Opened, Plan, PlannedFile, PlannedOutput,
-    RunOptions, SIZE_TOLERANCE, SelectedDisk, TargetFormat, open as engine_open,
+    RunOptions, SIZE_TOLERANCE, SelectedDisk, TargetFormat, existing, open as engine_open,
 };
 use imgtool_storage::open::{Opening, open_shared};
 use imgtool_storage::os::{self, FileClass};
-use imgtool_storage::{Outputs, Sharing, outer};
+use imgtool_storage::{Outputs, Sharing};
 use imgtool_vma::ArchiveHeader;
 
 use super::map_file::{Entry, Map};
@@ -250,16 +250,14 @@ impl<'a> Extraction<'a> {
         } else if driver.capabilities().verbatim {
             Destination::Existing { path, zeroed }
         } else {
-            return Err(cannot_write_into(driver.name(), "image").path(path));
+            return Err(cannot_write_into(driver.name()).path(path));
         };
         Ok(output(destination, TargetFormat::new(driver.clone(), FormatOptions::default())?, slot))
     }
 
     /// Opens an existing target to find its format and size. Refuses unknown formats and pipes.
     fn open_target(&self, path: &Path, format: Option<&str>) -> Result<Opened> {
-        let plainly_raw =
-            path.starts_with("/dev/") || path.extension().is_some_and(|extension| extension == "raw");
-        let format = format.or(plainly_raw.then_some("raw"));
+        let format = format.or(path.starts_with("/dev/").then_some("raw"));
         let unknown = |name| self.registry.get(name).is_err();
         if let Some(name) = format.filter(|name| unknown(name)) {
             return Err(usage(format!("can't open file {} - Unknown driver '{name}'", path.display())));
@@ -269,24 +267,24 @@ impl<'a> Extraction<'a> {
                 .path(path)
                 .hint("imgtool convert ARCHIVE --disk NAME --to raw PIPE writes a disk into one"));
         }
+        let found = match format {
+            None => Some(existing::format_of(self.registry, path)?),
+            Some(_) => None,
+        };
+        let format = format.or(found.as_ref().map(|driver| driver.name()));
         // The content is replaced, so no external file of the image is needed.
         let options = OpenOptions { info_only: true, ..OpenOptions::default() };
         // Whether another program uses the target is found when it is opened for writing.
         let (opening, sharing) = (Opening::Plain, Sharing::forced(true));
         let input = open_shared(&Location::from(path), opening, &Memory::default(), sharing)?;
         let input = input.cancelled_by(CancelToken::new());
-        if format.is_none()
-            && let Some(compression) = outer::detect(&input.input.head()?)
-        {
-            return Err(cannot_write_into(compression.name(), "file").path(path));
-        }
         engine_open::open_image(self.registry, input, format, &options)
     }
 }
 
 /// Returns the error for an existing target that is not replaced, since its format can't be written into.
-fn cannot_write_into(format: &str, kind: &str) -> Error {
-    Error::refused(format!("a {format} {kind} that exists can't be written into"))
+fn cannot_write_into(format: &str) -> Error {
+    Error::refused(format!("a {format} image that exists can't be written into"))
         .hint("nothing was written; name a raw, qcow2 or VHDX target")
 }
 

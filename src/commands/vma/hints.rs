@@ -22,6 +22,13 @@ pub(super) fn words(remedy: &Remedy, command: &VmaCommand) -> String {
         (Remedy::ReadAs { format, advice }, VmaCommand::Extract(_)) => {
             format!("{advice}; format={format}: in its line of the map overwrites it as a {format} disk")
         }
+        (Remedy::OverwriteAs { raw, image }, VmaCommand::Extract(_)) => {
+            let into = image.map(|image| format!(", format={image}: writes into the image"));
+            format!(
+                "nothing was written; format={raw}: in its line of the map overwrites its bytes{}",
+                into.unwrap_or_default()
+            )
+        }
         (Remedy::Salvage(advice), _) => {
             format!("{advice}; imgtool convert --salvage restores what is intact")
         }

@@ -62,6 +62,13 @@ pub enum Remedy {
         /// Names of the formats, the likelier one first.
         formats: [&'static str; 2],
     },
+    /// State the format of the existing target: its content is not that of a raw disk.
+    OverwriteAs {
+        /// Name of the raw format, in which the bytes of the target are overwritten.
+        raw: &'static str,
+        /// Name of the format of the image, if it can be written into.
+        image: Option<&'static str>,
+    },
     /// Set this option of the format (`cluster_size=131072`).
     SetOption(String),
     /// List the options of a format.
@@ -156,6 +163,10 @@ impl fmt::Display for Remedy {
             }
             Self::ChooseFormat { formats: [one, other] } => {
                 write!(f, "state its format: {one}, or {other} if a guest has written these bytes")
+            }
+            Self::OverwriteAs { raw, image } => {
+                write!(f, "nothing was written; stating the format {raw} overwrites its bytes")?;
+                image.map_or(Ok(()), |image| write!(f, ", {image} writes into the image"))
             }
             Self::SetOption(option) => write!(f, "set the option {option}"),
             Self::ListOptions { advice, .. } => f.write_str(advice),

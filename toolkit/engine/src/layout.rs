@@ -10,8 +10,9 @@ use imgtool_core::{
 };
 use imgtool_storage::open::Opening;
 use imgtool_storage::os::{self, FileClass};
-use imgtool_storage::{Links, OutputRequest, outer};
+use imgtool_storage::{Links, OutputRequest, Sharing, outer};
 
+use crate::existing;
 use crate::format::{self, TargetFormat};
 use crate::names::{self, Unique};
 use crate::open;
@@ -219,6 +220,8 @@ pub struct LayoutRequest<'a> {
     pub selected: &'a [SelectedDisk],
     /// Format of `dest`.
     pub format: &'a TargetFormat,
+    /// True if the user stated that format.
+    pub format_stated: bool,
     /// File or directory for all disks without a separate target.
     pub dest: Option<&'a Location>,
     /// Disks with a separate target.
@@ -283,6 +286,18 @@ impl LayoutRequest<'_> {
 
     fn output_apart(&self, target: &DiskTarget, slot: Slot) -> Result<PlannedOutput> {
         let location = &target.location;
+        let is_raw = self.format_stated && self.format.driver.capabilities().verbatim;
+        let found = match target.format {
+            None if !is_raw => existing::unless_named(self.registry, location)?,
+            _ => None,
+        };
+        if let (Some(driver), Some(path)) = (&found, location.path())
+            && driver.capabilities().updates
+        {
+            let format = self.format.for_location(driver.clone(), location)?;
+            let destination = in_place(&format, path, target.zeroed)?;
+            return Ok(self.output(destination, format, vec![slot]));
+        }
         let driver = format::by_word_or_name(self.registry, target.format.as_deref(), Some(location))?;
         let existing =
             location.path().filter(|path| is_written_in_place(&*driver, path) && has_content(path));
@@ -501,32 +516,9 @@ impl LayoutRequest<'_> {
                     .path(dest)
                     .hint("it does not exist: leave out writing in place to make it"))
             }
-            Some(zeroed) => self.in_place(path, zeroed),
+            Some(zeroed) => in_place(self.format, path, zeroed),
             None => new_image(self.format, path),
         }
-    }
-
-    /// Decides how to write into the file or device at `path`, which exists.
-    ///
-    /// # Errors
-    /// [`imgtool_core::ErrorKind::Refused`] if the format can't write into it: nothing is replaced.
-    fn in_place(&self, path: &Path, zeroed: bool) -> Result<Destination> {
-        let (driver, path) = (&*self.format.driver, path.to_owned());
-        let capabilities = driver.capabilities();
-        if capabilities.updates && (holds_image(driver, &path)? || !is_written_in_place(driver, &path)) {
-            if self.format.has_pairs() {
-                return Err(Error::usage("the options of an image that exists can't be changed")
-                    .path(path)
-                    .hint("leave out the options"));
-            }
-            return Ok(Destination::Image { path, zeroed });
-        }
-        if is_written_in_place(driver, &path) {
-            return Ok(Destination::Existing { path, zeroed });
-        }
-        Err(Error::refused(format!("a {} image that exists can't be written into", driver.name()))
-            .path(path)
-            .remedied_by(Remedy::ReplaceImage))
     }
 
     fn output(&self, destination: Destination, format: TargetFormat, disks: Vec<Slot>) -> PlannedOutput {
@@ -546,6 +538,29 @@ impl LayoutRequest<'_> {
             layout.notes.push(Note::ConfigurationsLeftOut(names));
         }
     }
+}
+
+/// Decides how to write into the file or device at `path`, which exists.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Refused`] if the format can't write into it: nothing is replaced.
+fn in_place(format: &TargetFormat, path: &Path, zeroed: bool) -> Result<Destination> {
+    let (driver, path) = (&*format.driver, path.to_owned());
+    let capabilities = driver.capabilities();
+    if capabilities.updates && (holds_image(driver, &path)? || !is_written_in_place(driver, &path)) {
+        if format.has_pairs() {
+            return Err(Error::usage("the options of an image that exists can't be changed")
+                .path(path)
+                .hint("leave out the options"));
+        }
+        return Ok(Destination::Image { path, zeroed });
+    }
+    if is_written_in_place(driver, &path) {
+        return Ok(Destination::Existing { path, zeroed });
+    }
+    Err(Error::refused(format!("a {} image that exists can't be written into", driver.name()))
+        .path(path)
+        .remedied_by(Remedy::ReplaceImage))
 }
 
 fn unsupported_target(location: &Location) -> Error {
@@ -619,6 +634,8 @@ pub(crate) fn new_image(format: &TargetFormat, path: &Path) -> Result<Destinatio
 
 /// True if the file or device at `path` begins like an image of the driver's format.
 fn holds_image(driver: &dyn Driver, path: &Path) -> Result<bool> {
-    let input = imgtool_storage::open::open(&path.into(), Opening::Plain, &Memory::default())?.input;
+    // Whether another program uses the target is found when it is opened for writing.
+    let (opening, sharing) = (Opening::Plain, Sharing::Accepted);
+    let input = imgtool_storage::open::open_shared(&path.into(), opening, &Memory::default(), sharing)?.input;
     Ok(driver.probe(&input.head()?, input.len()).is_some())
 }

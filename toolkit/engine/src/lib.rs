@@ -22,6 +22,7 @@ pub mod compare;
 mod contents;
 pub mod create;
 pub mod digest;
+pub mod existing;
 pub mod externals;
 mod filtered;
 pub mod format;

@@ -308,7 +308,7 @@ fn with_opener(registry: &Registry, options: &OpenOptions) -> OpenOptions {
 
 /// True if the extension says that the file is a raw disk: the first one of the driver. Any image may be called
 /// `.img`.
-fn is_named_raw(driver: &dyn Driver, location: &Location) -> bool {
+pub(crate) fn is_named_raw(driver: &dyn Driver, location: &Location) -> bool {
     let name = name_without_compression(location).unwrap_or_default().to_ascii_lowercase();
     name.rsplit_once('.').is_some_and(|(_, extension)| driver.extensions().first() == Some(&extension))
 }

@@ -8,6 +8,7 @@ use imgtool_core::{
 use imgtool_storage::{Outputs, Sharing};
 
 use crate::bitmaps;
+use crate::existing;
 use crate::externals::{ExternalPolicy, PolicyOpener};
 use crate::format::{FormatOptions, TargetFormat};
 use crate::join;
@@ -134,9 +135,10 @@ impl Request {
         monitor: &dyn Monitor,
         cancel: &CancelToken,
     ) -> Result<OpenConversion<'a>> {
+        let found = self.format_in_place(registry)?;
         let format = TargetFormat::choose(
             registry,
-            self.format.as_deref(),
+            self.format.as_deref().or(found),
             self.dest.as_ref(),
             self.compress.clone(),
             self.options.clone(),
@@ -186,6 +188,13 @@ impl Request {
             outputs.protect(&file.location, file.identity.as_ref());
         }
         Ok(outputs)
+    }
+
+    /// Returns the format of the file or device that is to be written into, if nobody states it.
+    fn format_in_place(&self, registry: &Registry) -> Result<Option<&'static str>> {
+        let unstated = self.in_place.is_some() && self.format.is_none();
+        let Some(dest) = self.dest.as_ref().filter(|_| unstated) else { return Ok(None) };
+        Ok(existing::unless_named(registry, dest)?.map(|driver| driver.name()))
     }
 
     /// Refuses what makes no sense for a disk joined of several.
@@ -280,6 +289,7 @@ impl OpenConversion<'_> {
             sources: &self.sources,
             selected: &self.selected,
             format: &self.format,
+            format_stated: self.request.format.is_some(),
             dest: self.request.dest.as_ref(),
             disk_targets: &self.request.disk_targets,
             disks_named: !self.request.disks.is_empty(),
