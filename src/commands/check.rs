@@ -86,14 +86,7 @@ fn check(args: &CheckArgs) -> Result<Exit> {
 /// Opens an image to change it in place. The program then opens no other file for writing.
 pub(super) fn open_target(path: &Path) -> Result<(Outputs, Output)> {
     let mut outputs = Outputs::new();
-    // Nothing forces a change of an image that another program uses.
-    let image = outputs.existing_image(path, false).map_err(|e| match e.remedy() {
-        Some(Remedy::ForceWrite(advice)) => {
-            let advice = format!("nothing was written; {advice}");
-            e.with_remedy(advice)
-        }
-        _ => e,
-    })?;
+    let image = outputs.existing_image(path)?;
     sandbox::enter(Writes::nothing());
     Ok((outputs, image))
 }

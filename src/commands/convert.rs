@@ -48,7 +48,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     let (request, size_is_given) = request(args)?;
     let bytes_per_second = rate_limit(args)?;
 
-    sandbox::enter(Writes::to(targets_of(&request), &request.options.pairs));
+    sandbox::enter(writes(&request));
     let interrupt = Interrupt::listen()?;
     let cancel = interrupt.token();
     let stdout_is_data = targets_of(&request).any(|target| *target == Location::Stdout);
@@ -92,6 +92,14 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
 /// Returns where the outputs go.
 fn targets_of(request: &Request) -> impl Iterator<Item = &Location> {
     request.dest.iter().chain(request.disk_targets.iter().map(|target| &target.location))
+}
+
+/// Returns the permission to write to the targets and, since an image that exists may have its data file elsewhere,
+/// to the files that images may open.
+fn writes(request: &Request) -> Writes {
+    let allowed = request.in_place.map_or(&[][..], |_| request.open.policy.paths.as_slice());
+    let allowed: Vec<Location> = allowed.iter().map(Location::from).collect();
+    Writes::to(targets_of(request).chain(&allowed), &request.options.pairs)
 }
 
 /// Returns the form of the progress: none if it would be among the data on standard output.

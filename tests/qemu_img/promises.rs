@@ -1,12 +1,14 @@
 //! The promises that the name of qemu-img gives up, and those that it keeps.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
 use std::process::Command;
 
 use imgtool_testing::images::Image;
 use imgtool_testing::{require, snapshot, tempdir};
 
 use super::pair::Workshop;
+use crate::support::devices::may_administer;
 use crate::support::imgtool;
 use crate::support::run::PROGRAM;
 
@@ -159,6 +161,61 @@ fn a_replaced_file_keeps_its_owner_and_permissions() {
     let meta = std::fs::metadata(&path).unwrap();
     assert_eq!((meta.len(), meta.permissions().mode() & 0o777), (1 << 20, 0o640));
     assert_eq!(meta.uid() == OTHER, is_given);
+}
+
+/// A worker without privileges may get a file, but not its directory.
+#[test]
+fn a_file_in_a_directory_that_can_not_be_changed_is_written_in_place() {
+    require!("setpriv");
+    let dir = tempdir();
+    let mode = |path: &Path, mode: u32| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let program = dir.path().join("program");
+    std::fs::copy(PROGRAM, &program).unwrap();
+    Image::hole("x", 1 << 20).with(0, vec![7; 70_000]).write_raw(&dir.path().join("disk.raw"));
+    let closed = dir.path().join("closed");
+    let file = closed.join("file");
+    std::fs::create_dir(&closed).unwrap();
+    std::fs::write(&file, b"old").unwrap();
+    mode(dir.path(), 0o755);
+    mode(&file, 0o666);
+    mode(&closed, 0o555);
+    let before = std::fs::metadata(&file).unwrap();
+    let run = |line: &str| {
+        // Only the superuser may become someone else, and is stopped by no permission.
+        let mut command = match may_administer() {
+            true => {
+                let mut command = Command::new("setpriv");
+                command.args(["--reuid=65534", "--clear-groups"]).arg(&program);
+                command
+            }
+            false => Command::new(&program),
+        };
+        command.args(line.split(' ')).current_dir(dir.path()).output().unwrap()
+    };
+    let failed = run("convert -f raw -O qcow2 disk.raw closed/file");
+    assert_eq!(failed.status.code(), Some(1), "without a permission to overwrite");
+    for (line, len) in [
+        ("--compat create -f raw closed/file 4M", 4 << 20),
+        ("--compat convert -f raw -O raw disk.raw closed/file", 1 << 20),
+    ] {
+        let output = run(line);
+        assert!(output.status.success() && output.stderr.is_empty(), "{line}: {output:?}");
+        let after = std::fs::metadata(&file).unwrap();
+        assert_eq!((after.ino(), after.len()), (before.ino(), len), "{line}");
+    }
+    assert!(std::fs::read(&file).unwrap() == std::fs::read(dir.path().join("disk.raw")).unwrap());
+    let missing = run("--compat convert -f raw -O raw disk.raw closed/other");
+    assert_eq!(missing.status.code(), Some(1));
+    if may_administer() {
+        mode(&closed, 0o1777);
+        let foreign = run("--compat convert -f raw -O qcow2 disk.raw closed/file");
+        assert_eq!(foreign.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&foreign.stderr).contains("file of another user"), "{foreign:?}");
+        assert_eq!(std::fs::metadata(&file).unwrap().len(), 1 << 20);
+    }
+    mode(&closed, 0o755);
 }
 
 /// qemu-img makes images that a machine can write, and imgtool streams for import.

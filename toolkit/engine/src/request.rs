@@ -181,7 +181,7 @@ impl Request {
             outputs.protect(&source.opened.location, source.opened.identity.as_ref());
             source.opened.referenced_files().iter().try_for_each(|path| outputs.protect_path(path))?;
         }
-        self.open.policy.paths.iter().try_for_each(|path| outputs.protect_path(path))?;
+        self.open.policy.paths.iter().try_for_each(|path| outputs.protect_allowed(path))?;
         let chosen = self.sources.iter().flat_map(|source| &source.backing);
         chosen.filter_map(|image| image.location.path()).try_for_each(|path| outputs.protect_path(path))?;
         for file in opener.opened() {

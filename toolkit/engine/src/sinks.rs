@@ -136,13 +136,8 @@ fn open_sink(
                 .path(&location)
                 .hint("make a new image instead"));
         }
-        let mut files = ImageFiles {
-            image: &location,
-            opener: settings.base_opener,
-            outputs,
-            force: settings.force,
-            opened: &mut supplied,
-        };
+        let mut files =
+            ImageFiles { image: &location, opener: settings.base_opener, outputs, opened: &mut supplied };
         let options = settings.base_options;
         let sink = writer.update(&output, &mut files, &manifest, zeroed, options).in_file(&location)?;
         return Ok(OpenSink { sink, output, supplied, base: None });
@@ -214,7 +209,6 @@ struct ImageFiles<'a> {
     image: &'a Location,
     opener: &'a PolicyOpener,
     outputs: &'a mut Outputs,
-    force: bool,
     /// Files opened so far, for verification.
     opened: &'a mut BTreeMap<String, SuppliedFile>,
 }
@@ -222,7 +216,7 @@ struct ImageFiles<'a> {
 impl NamedFiles for ImageFiles<'_> {
     fn open(&mut self, role: &str, name: &str) -> Result<Output> {
         let (path, allowed) = self.opener.writable(role, name, self.image)?;
-        let output = self.outputs.existing_image(&path, self.force)?;
+        let output = self.outputs.existing_part(&path)?;
         let opened = output.file().and_then(|file| file.metadata().ok());
         let opened = opened.and_then(|meta| Identity::of(&meta, &path));
         if opened.and_then(|identity| identity.id()) != allowed.id() {
@@ -294,7 +288,7 @@ fn open_output(
             check_capacity(planned, manifest, &output, settings)?;
             Ok(output)
         }
-        Destination::Image { path, .. } => outputs.existing_image(path, settings.force),
+        Destination::Image { path, .. } => outputs.existing_image(path),
         Destination::Stream(location) => {
             let output = open_stream(location)?;
             outputs.stream(output.clone());

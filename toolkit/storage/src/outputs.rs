@@ -4,7 +4,7 @@
 //! flushes all files and only then renames them. A drop without a commit removes everything that the set
 //! created. The directories stay open, so that this works even if one of them is moved meanwhile.
 //!
-//! Block devices, images to change and mount points have no temporary name (`in_place.rs`).
+//! Block devices, images to change and files that no rename can replace have no temporary name (`in_place.rs`).
 
 use std::fs::{File, Metadata};
 use std::io::{self, Write};
@@ -43,6 +43,8 @@ pub struct Outputs {
     folders: Vec<Arc<Folder>>,
     /// The sources and their identities. No output may overlap a source.
     protected: Vec<(Location, Identity)>,
+    /// Files that the images may open, with their identities. Only a part of an output may be one of them.
+    allowed: Vec<(Location, Identity)>,
     /// Existing files that the outputs write into or replace.
     claimed: Vec<Identity>,
     swept: Vec<PathBuf>,
@@ -53,7 +55,7 @@ pub struct Outputs {
     replaced: Vec<File>,
     /// True if the file system shall not copy the blocks of new files on writes.
     no_copy_on_write: bool,
-    /// Files at mount points, which are written in place.
+    /// Files that no rename can replace, which are written in place.
     emptied: Vec<Emptied>,
     cleaner: Cleaner,
 }
@@ -103,8 +105,8 @@ impl Outputs {
     }
 
     /// Creates a file that [`Outputs::commit`] renames to `path`; it replaces an existing file only with
-    /// `overwrite`, or if it is empty. Follows a symbolic link at `path`. A file at a mount point is written in
-    /// place.
+    /// `overwrite`, or if it is empty. Follows a symbolic link at `path`. A file at a mount point, or in a directory
+    /// that this user can't change, is written in place.
     ///
     /// # Errors
     /// [`imgtool_core::ErrorKind::Refused`] if the target already exists, is a source, is in use, or is no regular
@@ -124,8 +126,8 @@ impl Outputs {
             return Err(Error::usage("two outputs would write this file").path(path));
         }
         let old = self.check_target(path, &final_path, overwrite, &self.claimed)?;
-        if old.is_some() && os::is_mount_point(&final_path) {
-            return self.create_at_mount_point(path, &final_path, overwrite);
+        if let Some(why) = old.as_ref().and_then(|_| in_place::reason(&final_path)) {
+            return self.create_in_place(path, &final_path, overwrite, why);
         }
         if old.is_some() {
             self.lock_replaced(path, &final_path)?;
@@ -355,7 +357,7 @@ impl Outputs {
 
     /// Returns a sentence for each pair of source and existing target that [`Outputs::check`] could not
     /// compare, since one of them is on an overlay whose layers this process can't see, for each existing
-    /// target that can't be locked, whose owner can't be kept, or that is written in place at a mount point.
+    /// target that can't be locked, whose owner can't be kept, or that is written in place since no rename can replace it.
     pub fn doubts(&self) -> &[String] {
         &self.doubts
     }

@@ -94,6 +94,20 @@ pub fn may_be_planted(directory: &Metadata, file: &Metadata) -> bool {
     is_shared && file.uid() != own && file.uid() != directory.uid()
 }
 
+/// Returns true if this user may create and remove names in the directory.
+pub fn may_change_directory(directory: &Path) -> bool {
+    let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+    rustix::fs::accessat(rustix::fs::CWD, directory, access, rustix::fs::AtFlags::EACCESS).is_ok()
+}
+
+/// Returns true if this user may replace a file by a rename, as far as owners tell: in a sticky directory only the
+/// owners of the file and of the directory, and the superuser, unlink(2).
+pub fn may_replace(directory: &Metadata, file: &Metadata) -> bool {
+    const STICKY: u32 = 0o1000;
+    let own = rustix::process::geteuid();
+    directory.mode() & STICKY == 0 || own.is_root() || [file.uid(), directory.uid()].contains(&own.as_raw())
+}
+
 /// Gives `file` the owner and group of the file that `meta` describes. Returns false if this user may not.
 ///
 /// # Errors

@@ -17,7 +17,7 @@ pub struct Cleaner(Arc<Mutex<Paths>>);
 pub(super) struct Paths {
     pub(super) files: Vec<Entry>,
     pub(super) directories: Vec<Entry>,
-    /// Files at mount points, which are written in place.
+    /// Files that no rename can replace, which are written in place.
     pub(super) emptied: Vec<File>,
     /// True once the program is ending. A file created now would be left behind.
     closed: bool,

@@ -1,5 +1,5 @@
-//! Outputs without a temporary name: existing files and devices to overwrite, images to change, and new files at
-//! mount points.
+//! Outputs without a temporary name: existing files and devices to overwrite, images to change, and new files in the
+//! place of those that no rename can replace.
 
 use std::fs::File;
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::file;
 use crate::identity::Identity;
 use crate::os::{self, FileClass};
 
-/// A file at a mount point, which no rename can replace: it is emptied, and then written in place.
+/// A file that no rename can replace: it is emptied, and then written in place.
 #[derive(Debug)]
 pub(super) struct Emptied {
     file: File,
@@ -31,6 +31,36 @@ impl Emptied {
     }
 }
 
+/// Returns the reason why no rename can replace the existing file at `path`; `None` if one can.
+pub(super) fn reason(path: &Path) -> Option<&'static str> {
+    if os::is_mount_point(path) {
+        return Some("is a mount point");
+    }
+    let directory = path.parent()?;
+    (!os::may_change_directory(directory)).then_some("is in a directory that this user can't change")
+}
+
+/// Treatment of an existing target that is in use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum InUse {
+    /// Refuse it.
+    Refused,
+    /// Refuse it, and say that force writes into it.
+    Forceable,
+    /// Write into it.
+    Accepted,
+}
+
+impl InUse {
+    /// Returns the remedy for a target in use; `advice` makes it free.
+    fn remedy(self, advice: &'static str) -> Remedy {
+        match self {
+            Self::Refused => Remedy::Advice(format!("nothing was written; {advice}").into()),
+            Self::Forceable | Self::Accepted => Remedy::ForceWrite(advice.into()),
+        }
+    }
+}
+
 impl Outputs {
     /// Opens an existing block device or file to overwrite it in place. It keeps its length.
     ///
@@ -41,7 +71,8 @@ impl Outputs {
     /// [`imgtool_core::ErrorKind::Refused`] if it is a source or in use; [`imgtool_core::ErrorKind::Usage`]
     /// if it is another output, a directory or a stream; [`imgtool_core::ErrorKind::Io`].
     pub fn existing(&mut self, path: &Path, reads_as_zero: bool, force: bool) -> Result<Output> {
-        let (file, identity) = self.open_existing(path, force)?;
+        let in_use = if force { InUse::Accepted } else { InUse::Forceable };
+        let (file, identity) = self.open_existing(path, in_use)?;
         let output = file::existing(path, file, reads_as_zero)?;
         self.claimed.extend(identity);
         self.others.push(output.clone());
@@ -49,33 +80,47 @@ impl Outputs {
     }
 
     /// Opens an existing block device or file that contains an image, to change the image in place. A file
-    /// grows as needed.
+    /// grows as needed. An image in use is refused: two writers of its tables would destroy it.
     ///
     /// # Errors
     /// Same as [`Outputs::existing`].
-    pub fn existing_image(&mut self, path: &Path, force: bool) -> Result<Output> {
-        let (file, identity) = self.open_existing(path, force)?;
+    pub fn existing_image(&mut self, path: &Path) -> Result<Output> {
+        let (file, identity) = self.open_existing(path, InUse::Refused)?;
         let output = file::existing_image(path, file)?;
         self.claimed.extend(identity);
         self.others.push(output.clone());
         Ok(output)
     }
 
+    /// Like [`Outputs::existing_image`], for a file that the image names, which may be one that the user allows
+    /// images to open ([`Outputs::protect_allowed`]).
+    ///
+    /// # Errors
+    /// Same as [`Outputs::existing`].
+    pub fn existing_part(&mut self, path: &Path) -> Result<Output> {
+        let allowed = std::mem::take(&mut self.allowed);
+        let output = self.existing_image(path);
+        self.allowed = allowed;
+        output
+    }
+
     /// Opens an existing target for reading and writing, unless it is in use.
-    fn open_existing(&mut self, path: &Path, force: bool) -> Result<(File, Option<Identity>)> {
+    fn open_existing(&mut self, path: &Path, in_use: InUse) -> Result<(File, Option<Identity>)> {
         let meta = std::fs::metadata(path).map_err(|e| Error::io("open for writing", e).path(path))?;
         let identity = Identity::of(&meta, path);
         self.check_free(path, identity.as_ref(), &self.claimed)?;
         let file = match os::classify(&meta) {
-            FileClass::BlockDevice => os::open_block_device(path, !force).map_err(|e| {
-                if e.kind() == std::io::ErrorKind::ResourceBusy {
-                    Error::refused("the device is mounted or otherwise in use")
-                        .path(path)
-                        .remedied_by(Remedy::ForceWrite("unmount it".into()))
-                } else {
-                    Error::io("open for writing", e).path(path)
-                }
-            })?,
+            FileClass::BlockDevice => {
+                os::open_block_device(path, in_use != InUse::Accepted).map_err(|e| {
+                    if e.kind() == std::io::ErrorKind::ResourceBusy {
+                        Error::refused("the device is mounted or otherwise in use")
+                            .path(path)
+                            .remedied_by(in_use.remedy("unmount it"))
+                    } else {
+                        Error::io("open for writing", e).path(path)
+                    }
+                })?
+            }
             FileClass::Regular => File::options()
                 .read(true)
                 .write(true)
@@ -84,13 +129,12 @@ impl Outputs {
             FileClass::Directory => return Err(Error::usage("is a directory").path(path)),
             FileClass::Stream => return Err(Error::usage("is neither a file nor a block device").path(path)),
         };
-        let busy = |error: Error| {
-            error.path(path).remedied_by(Remedy::ForceWrite("stop the program that uses it".into()))
-        };
+        let busy =
+            |error: Error| error.path(path).remedied_by(in_use.remedy("stop the program that uses it"));
         let locked = self.lock_target(path, &file);
         let used = os::used_elsewhere(&file).map(|how| Error::refused(format!("in use: {how}")));
         match locked.err().or(used) {
-            Some(error) if !force => return Err(busy(error)),
+            Some(error) if in_use != InUse::Accepted => return Err(busy(error)),
             Some(error) => self.doubts.push(format!(
                 "{} was written although it is {}; that program may overwrite it again",
                 Location::from(path),
@@ -101,13 +145,14 @@ impl Outputs {
         Ok((file, identity))
     }
 
-    /// Empties the existing file at `final_path`, a mount point, to write an output in place. A drop without a
-    /// commit empties it again.
-    pub(super) fn create_at_mount_point(
+    /// Empties the existing file at `final_path`, which no rename can replace for the reason `why`, to write an
+    /// output in place. A drop without a commit empties it again.
+    pub(super) fn create_in_place(
         &mut self,
         path: &Path,
         final_path: &Path,
         overwrite: bool,
+        why: &str,
     ) -> Result<Output> {
         let failed = |e| Error::io("open for writing", e).path(path);
         let file = File::options().read(true).write(true).open(final_path).map_err(failed)?;
@@ -129,7 +174,7 @@ impl Outputs {
             file.set_len(0).map_err(failed)?;
         }
         self.doubts.push(format!(
-            "{} is a mount point and was written in place: until the end of the run, other programs saw an \
+            "{} {why} and was written in place: until the end of the run, other programs saw an \
              unfinished output under this name",
             Location::from(path)
         ));
@@ -140,7 +185,7 @@ impl Outputs {
         Ok(output)
     }
 
-    /// Returns the locations of the files at mount points that had content. It is lost.
+    /// Returns the locations of the files without a temporary name that had content. It is lost.
     pub fn overwritten(&self) -> Vec<Location> {
         let lost = self.emptied.iter().filter(|emptied| emptied.had_content);
         lost.map(|emptied| emptied.output.location().clone()).collect()

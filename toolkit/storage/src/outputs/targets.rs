@@ -25,11 +25,17 @@ impl Outputs {
     /// [`imgtool_core::ErrorKind::Io`] if stat(2) fails for another reason: no target can be compared with
     /// the source then.
     pub fn protect_path(&mut self, path: &Path) -> Result<()> {
-        match std::fs::metadata(path) {
-            Ok(meta) => self.protect(&path.into(), Identity::of(&meta, path).as_ref()),
-            Err(e) if is_missing(&e) => {}
-            Err(e) => return Err(Error::io("stat the source", e).path(path)),
-        }
+        self.protected.extend(located(path)?);
+        Ok(())
+    }
+
+    /// Like [`Outputs::protect_path`], for a file that the user allows images to open: it is a source or, under
+    /// an image that exists and is written into, a part of the output.
+    ///
+    /// # Errors
+    /// Same as [`Outputs::protect_path`].
+    pub fn protect_allowed(&mut self, path: &Path) -> Result<()> {
+        self.allowed.extend(located(path)?);
         Ok(())
     }
 
@@ -106,7 +112,10 @@ impl Outputs {
         };
         self.check_free(path, Identity::of(&meta, final_path).as_ref(), claimed)?;
         match os::classify(&meta) {
-            FileClass::Regular if overwrite || is_vacant(final_path, &meta) => Ok(Some(meta)),
+            FileClass::Regular if overwrite || is_vacant(final_path, &meta) => {
+                refuse_foreign(final_path, &meta).map_err(|e| e.path(path))?;
+                Ok(Some(meta))
+            }
             FileClass::Regular => {
                 Err(Error::refused("already exists").path(path).remedied_by(Remedy::Overwrite))
             }
@@ -131,7 +140,7 @@ impl Outputs {
         if claimed.iter().any(|other| other.overlaps(target)) {
             return Err(Error::usage("two outputs would write this file").path(path));
         }
-        for (source, identity) in &self.protected {
+        for (source, identity) in self.protected.iter().chain(&self.allowed) {
             if identity.is_same(target) {
                 return Err(Error::refused(format!("source and target are the same file ({source})"))
                     .path(path)
@@ -160,6 +169,16 @@ impl Outputs {
     }
 }
 
+/// Refuses an existing file that this user can't replace since it is another one's, before its content is made.
+fn refuse_foreign(path: &Path, meta: &Metadata) -> Result<()> {
+    let directory = path.parent().and_then(|parent| std::fs::metadata(parent).ok());
+    match directory.is_none_or(|directory| os::may_replace(&directory, meta)) || os::is_mount_point(path) {
+        true => Ok(()),
+        false => Err(Error::refused("is the file of another user in a sticky directory")
+            .hint("only its owner can replace it: choose another name or directory")),
+    }
+}
+
 /// True if an output may take the place of an existing file because it is empty, as mktemp(1) creates it. A file
 /// can report no length and contain bytes.
 fn is_vacant(path: &Path, meta: &Metadata) -> bool {
@@ -171,6 +190,15 @@ fn is_vacant(path: &Path, meta: &Metadata) -> bool {
 pub(super) fn may_be_planted(path: &Path, meta: &Metadata) -> bool {
     let directory = path.parent().and_then(|parent| std::fs::metadata(parent).ok());
     directory.is_none_or(|directory| os::may_be_planted(&directory, meta))
+}
+
+/// Returns the location and identity of a file that must not be written; `None` if there is no file.
+fn located(path: &Path) -> Result<Option<(Location, Identity)>> {
+    match std::fs::metadata(path) {
+        Ok(meta) => Ok(Identity::of(&meta, path).map(|identity| (path.into(), identity))),
+        Err(e) if is_missing(&e) => Ok(None),
+        Err(e) => Err(Error::io("stat the source", e).path(path)),
+    }
 }
 
 /// True if stat(2) failed because the file does not exist.
