@@ -94,6 +94,70 @@ fn a_data_file_is_written_with_its_image() {
     }
 }
 
+/// The user allows the data file by its name, also in another directory.
+#[test]
+fn a_data_file_that_is_allowed_by_name_is_written() {
+    require!("qemu-img");
+    for data in ["data", "other/data"] {
+        let dir = tempdir();
+        std::fs::create_dir(dir.path().join("other")).unwrap();
+        scene(dir.path(), "qcow2", &format!("data_file={data}"));
+        let line = ["convert", "-n", "-O", "qcow2", "--allow-external", data, "new.raw", "image"];
+        imgtool(line).within(dir.path()).ok();
+        let expected = [&new_content()[..], &vec![b'o'; 3 << 20]].concat();
+        assert!(content(dir.path(), "qcow2", &[]) == expected, "{data}");
+        // A file that is allowed for a source is no target.
+        let line = ["convert", "-n", "-O", "raw", "--allow-external", data, "new.raw", data];
+        imgtool(line).within(dir.path()).go().exits(1).says("same file");
+    }
+}
+
+/// Two writers of its tables would destroy an image.
+#[test]
+fn an_image_in_use_is_refused_even_with_force() {
+    use std::io::Read;
+    require!("qemu-img", "qemu-io");
+    let dir = tempdir();
+    scene(dir.path(), "qcow2", "");
+    let mut machine = std::process::Command::new("qemu-io")
+        .args(["-f", "qcow2", "image"])
+        .current_dir(dir.path())
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    machine.stdout.as_mut().unwrap().read_exact(&mut [0; 8]).unwrap();
+    let runs = [&[][..], &["--force"], &["-U"]].map(|more| {
+        imgtool(["convert", "-n", "-O", "qcow2", "new.raw", "image"]).args(more).within(dir.path()).go()
+    });
+    drop(machine.stdin.take());
+    machine.wait().unwrap();
+    for run in runs {
+        let run = run.exits(1).says("has locked it").says("stop the program that uses it");
+        assert!(!run.stderr.contains("-U") && !run.stderr.contains("--force"), "{}", run.stderr);
+    }
+}
+
+/// As in a new image, zeros fill the last sector of a disk.
+#[test]
+fn the_last_sector_of_a_disk_is_filled_with_zeros() {
+    require!("qemu-img");
+    for format in ["qcow2", "vhdx"] {
+        for len in [(3 << 20) - 300, (6 << 20) - 511, 1] {
+            let dir = tempdir();
+            scene(dir.path(), format, "");
+            let disk = noise(4, len);
+            std::fs::write(dir.path().join("new.raw"), &disk).unwrap();
+            let line = ["convert", "-n", "-O", format, "--verify", "new.raw", "image"];
+            imgtool(line).within(dir.path()).ok();
+            let mut expected = disk.clone();
+            expected.resize(len.next_multiple_of(512), 0);
+            expected.resize(6 << 20, b'o');
+            assert!(content(dir.path(), format, &[]) == expected, "{format}, {len} bytes");
+        }
+    }
+}
+
 #[test]
 fn what_can_not_be_written_into_is_refused_and_stays() {
     require!("qemu-img");

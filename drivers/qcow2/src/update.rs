@@ -18,6 +18,7 @@ pub mod tables;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
+use imgtool_core::source::SECTOR;
 use imgtool_core::sync::lock;
 use imgtool_core::{
     BufferPool, Bytes, Consumer, Device, Disk, Error, ExternalOpener, Externals, Geometry, ImageSink,
@@ -332,6 +333,7 @@ impl Consumer for Updater {
         if !piece.start.is_multiple_of(self.shape().cluster_size()) {
             return Err(Error::malformed("a piece does not start at a cluster boundary"));
         }
+        let piece = piece.padded_to_sector(self.header.virtual_size, pool);
         let stores_zeros = self.options.zero_unit.is_none();
         let piece = if stores_zeros { piece.with_zeros_as_data(pool) } else { piece };
         let runs = if stores_zeros {
@@ -412,6 +414,7 @@ impl ImageSink for Updater {
 
     fn notes(&self) -> Vec<String> {
         let size = lock(&self.size).unwrap_or(0);
+        let size = size.checked_next_multiple_of(SECTOR).unwrap_or(size);
         let mut notes = Vec::new();
         let kept = self.header.virtual_size.saturating_sub(size);
         if kept > 0 {

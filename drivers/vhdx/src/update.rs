@@ -10,6 +10,7 @@ pub(crate) mod headers;
 use std::sync::Mutex;
 
 use imgtool_core::fingerprint::Fingerprint;
+use imgtool_core::source::SECTOR;
 use imgtool_core::sync::lock;
 use imgtool_core::zero::ZERO_GRANULARITY;
 use imgtool_core::{
@@ -184,6 +185,7 @@ impl Consumer for Updater {
     }
 
     fn prepare(&self, piece: SinkPiece, pool: &BufferPool) -> Result<Prepared> {
+        let piece = piece.padded_to_sector(self.virtual_size, pool);
         let nonzero = piece.nonzero_runs(ZERO_GRANULARITY);
         for run in &nonzero {
             if let Some(data) = &piece.data {
@@ -253,6 +255,7 @@ impl ImageSink for Updater {
 
     fn notes(&self) -> Vec<String> {
         let size = lock(&self.size).unwrap_or(0);
+        let size = size.checked_next_multiple_of(SECTOR).unwrap_or(size);
         match self.virtual_size.saturating_sub(size) {
             0 => Vec::new(),
             kept => vec![format!(

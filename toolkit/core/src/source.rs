@@ -200,6 +200,9 @@ pub trait StreamAccess: Send {
     }
 }
 
+/// Length in bytes of a sector, the unit in which machines read and write disks.
+pub const SECTOR: u64 = 512;
+
 /// A contiguous part of a device on its way from source to sink. It belongs to a device of the source
 /// ([`DeviceId`]) until the pipeline routes it to a device of the sink ([`SinkPiece`]).
 #[derive(Debug)]
@@ -265,6 +268,25 @@ impl<D> Piece<D> {
             }
         }
         found
+    }
+
+    /// Extends a piece that ends within a sector, the last one of its device, by zeros up to the end of the sector,
+    /// but not beyond `limit`. An image that exists may be larger than the disk, and would keep old bytes there.
+    #[must_use]
+    pub fn padded_to_sector(mut self, limit: u64, pool: &BufferPool) -> Self {
+        let end = self.end();
+        let padded = end.checked_next_multiple_of(SECTOR).unwrap_or(end).min(limit);
+        let Some(more) = padded.checked_sub(end).filter(|more| *more > 0) else { return self };
+        self.len = padded - self.start;
+        if let Some(data) = self.data.take() {
+            // Less than a sector more.
+            let mut longer = pool.take(data.len() + more as usize);
+            let (front, rest) = longer.split_at_mut(data.len());
+            front.copy_from_slice(&data);
+            rest.fill(0);
+            self.data = Some(longer);
+        }
+        self
     }
 
     /// Converts zeros into data, for sinks that store zeros like data. A piece of zeros must fit into memory:

@@ -118,6 +118,16 @@ impl NamedFiles for NoFiles {
     }
 }
 
+/// Returns the content of an image that had `old` and into which the disk `new` was written: zeros fill the last
+/// sector of the disk.
+pub fn overwritten(old: &[u8], new: &[u8]) -> Vec<u8> {
+    let end = new.len().next_multiple_of(512).min(old.len());
+    let mut bytes = new.to_vec();
+    bytes.resize(end, 0);
+    bytes.extend_from_slice(&old[end..]);
+    bytes
+}
+
 /// True if every sector of `found` is that of `old` or that of `new`.
 pub fn is_old_or_new(found: &[u8], old: &[u8], new: &[u8]) -> bool {
     let sectors = found.chunks(512).zip(old.chunks(512)).zip(new.chunks(512));

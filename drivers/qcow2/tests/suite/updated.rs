@@ -4,7 +4,7 @@ use imgtool_core::{Compress, CreateOptions, Driver, ErrorKind, OpenOptions};
 use imgtool_qcow2::Qcow2Driver;
 use imgtool_testing::conformance::scratch;
 use imgtool_testing::images::{noise, prose};
-use imgtool_testing::journal::{Journal, is_old_or_new};
+use imgtool_testing::journal::{Journal, is_old_or_new, overwritten};
 use imgtool_testing::oracles::{run_in, try_run_in};
 use imgtool_testing::{crafted, memory, require};
 
@@ -84,7 +84,7 @@ fn qemu_finds_the_new_content_and_no_fault() {
                 let (status, output, errors) =
                     try_run_in("qemu-img", directory.path(), &["check", "-f", "qcow2", "x"]);
                 assert_eq!(status, 0, "{what}: {output}{errors}");
-                let expected = [&new, &old[len..]].concat();
+                let expected = overwritten(&old, &new);
                 assert!(crafted::qemu_content(&journal.now(), "qcow2") == expected, "{what}");
                 run_in("qemu-img", directory.path(), &["snapshot", "-a", "before", "x"]);
                 let reverted = std::fs::read(directory.path().join("x")).unwrap();
@@ -113,7 +113,7 @@ fn every_write_leaves_a_sound_image() {
         let journal = Journal::new(image);
         let new = new_content(len);
         journal.write(&Qcow2Driver, &CreateOptions::default(), &new).unwrap();
-        let new = [&new, &old[len..]].concat();
+        let new = overwritten(&old, &new);
         let mut count = 0;
         journal.each_prefix(|image| {
             assert_sound(image, &old, &new, &snapshot, &format!("{options}, {count} writes"));
@@ -152,7 +152,7 @@ fn every_write_of_compressed_clusters_leaves_a_sound_image() {
         let journal = Journal::new(image);
         let new = compressible(len);
         journal.write(&Qcow2Driver, &compressing(), &new).unwrap();
-        let new = [&new, &old[len..]].concat();
+        let new = overwritten(&old, &new);
         let mut count = 0;
         journal.each_prefix(|image| {
             assert_sound(image, &old, &new, &snapshot, &format!("{options}, {count} writes"));

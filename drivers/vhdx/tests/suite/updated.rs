@@ -4,7 +4,7 @@ use imgtool_core::{CreateOptions, Driver, ErrorKind, OpenOptions, Repair};
 use imgtool_testing::conformance::scratch;
 use imgtool_testing::crafted;
 use imgtool_testing::images::noise;
-use imgtool_testing::journal::{Journal, is_old_or_new};
+use imgtool_testing::journal::{Journal, is_old_or_new, overwritten};
 use imgtool_testing::oracles::{run_in, try_run_in};
 use imgtool_testing::require;
 use imgtool_vhdx::VhdxDriver;
@@ -48,7 +48,7 @@ fn qemu_finds_the_new_content_and_no_fault() {
             let directory = scratch();
             std::fs::write(directory.path().join("x"), journal.now()).unwrap();
             run_in("qemu-img", directory.path(), &["check", "-f", "vhdx", "x"]);
-            let expected = [&new, &old_content()[len..]].concat();
+            let expected = overwritten(&old_content(), &new);
             assert!(crafted::qemu_content(&journal.now(), "vhdx") == expected, "{len}");
             assert_eq!(crafted::faults(&VhdxDriver, &journal.now()), (0, 0));
         }
@@ -63,7 +63,7 @@ fn every_write_leaves_a_sound_image() {
         let journal = Journal::new(image);
         let new = new_content(len);
         journal.write(&VhdxDriver, &CreateOptions::default(), &new).unwrap();
-        let new = [&new, &old[len..]].concat();
+        let new = overwritten(&old, &new);
         let assert_sound = |image: &[u8]| {
             let report = crafted::check(&VhdxDriver, image);
             assert_eq!((report.corruptions, report.check_errors), (0, 0), "{:?}", report.findings);
@@ -119,7 +119,7 @@ fn a_log_is_replayed_before_the_first_write() {
     std::fs::write(directory.path().join("x"), journal.now()).unwrap();
     let (status, output, errors) = try_run_in("qemu-img", directory.path(), &["check", "-f", "vhdx", "x"]);
     assert_eq!(status, 0, "{output}{errors}");
-    let expected = [&noise(3, 70_000), &old[70_000..]].concat();
+    let expected = overwritten(&old, &noise(3, 70_000));
     assert!(crafted::qemu_content(&journal.now(), "vhdx") == expected);
 }
 
