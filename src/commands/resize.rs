@@ -44,7 +44,8 @@ pub fn run(args: &ResizeArgs) -> Result<Exit> {
     let resize = Resize { size, discards: args.shrink };
     driver.resize(&image, resize, &options).in_file(&location)?;
     if allocates && size > old {
-        image.allocate(old, size - old).in_file(&location)?;
+        // The size that nobody got must not stay; the shorter length also frees what was allocated.
+        image.allocate(old, size - old).inspect_err(|_| drop(image.set_len(old))).in_file(&location)?;
     }
     let after = driver.open(image.reopen(&options.memory)?, &info).in_file(&location)?;
     let after = Disk::only(after, "the image").in_file(&location)?.size();

@@ -4,6 +4,7 @@ use imgtool_testing::oracles::{qemu_info, run_in};
 use imgtool_testing::{require, tempdir};
 
 use crate::support::imgtool;
+use crate::support::run::PROGRAM;
 
 #[test]
 fn resize_takes_sizes_and_differences() {
@@ -60,4 +61,22 @@ fn check_repairs_leaks() {
     let found = imgtool(["check", "-r", "all", "--output", "json", "x"]).within(dir.path()).ok().json();
     assert_eq!((&found["leaks-fixed"], &found["corruptions-fixed"]), (&2.into(), &0.into()));
     imgtool(["check", "-r", "leaks", "x.raw"]).within(dir.path()).go().exits(1);
+}
+
+/// A failed allocation leaves the file as it was, so that a second try does not take its length for a success.
+#[test]
+fn a_resize_without_enough_space_changes_nothing() {
+    require!("strace");
+    let dir = tempdir();
+    std::fs::write(dir.path().join("x"), b"secret").unwrap();
+    let line = ["-f", "-o", "/dev/null", "-e", "inject=fallocate:error=ENOSPC", PROGRAM, "resize"];
+    let output = std::process::Command::new("strace")
+        .args(line)
+        .args(["-f", "raw", "--preallocation=falloc", "x", "10M"])
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(1) && said.contains("No space left"), "{said}");
+    assert_eq!(std::fs::read(dir.path().join("x")).unwrap(), b"secret");
 }
