@@ -85,5 +85,8 @@ fn create_opens_and_makes_files_by_the_bytes_of_names() {
     for name in [&b"\xe9.vma"[..], b"e\xe9.vma"] {
         run(dir.path(), &[b"verify", name]).exits(0);
     }
+    std::fs::write(dir.path().join(OsStr::from_bytes(b"d\xe9.conf")), b"x").unwrap();
+    let noted = run(dir.path(), &[b"create", b"c.vma", b"-c", b"d\xe9.conf", b"a=d\xe9.raw"]).exits(0);
+    noted.says("not UTF-8: it is stored as 'd\u{fffd}.conf'");
     run(dir.path(), &[b"create", b"x.vma", b"d\xe9=d\xe9.raw"]).exits(1).says("A-Z a-z 0-9 . _ -");
 }

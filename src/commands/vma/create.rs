@@ -155,8 +155,13 @@ fn options() -> Result<FormatOptions> {
     Ok(FormatOptions { pairs: vec![uuid, ctime], ..FormatOptions::default() })
 }
 
+/// Reads a configuration. Its name in the archive is text, so a note says if the name of the file is not.
 fn read_config(path: &Path) -> Result<Attachment> {
-    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let file_name = path.file_name().unwrap_or_default();
+    let name = file_name.to_string_lossy().into_owned();
+    if file_name.to_str().is_none() {
+        output::note(&format!("the name of a configuration is not UTF-8: it is stored as '{name}'"));
+    }
     let data = fs::read(path).map_err(|e| Error::io("read config data from", e)).in_file(path)?;
     Ok(Attachment { name, data })
 }
