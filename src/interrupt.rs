@@ -21,7 +21,7 @@ use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
 
 use crate::exit::Exit;
-use crate::report;
+use crate::{compat, report};
 
 /// Signals that end the program after a clean-up.
 const ENDING: [i32; 9] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGALRM, SIGVTALRM, SIGPROF, SIGUSR2, SIGXCPU];
@@ -131,7 +131,8 @@ impl Interrupt {
     /// Prints the progress, unless it is shown anyway.
     fn describe(&self) {
         if let Some(line) = lock(&self.0.describe).as_ref().and_then(|describe| describe()) {
-            report::tell(&line);
+            // qemu-img prints the report alone.
+            if compat::is_on() { report::say(&line) } else { report::tell(&line) }
         }
     }
 

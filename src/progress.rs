@@ -13,7 +13,7 @@ use imgtool_storage::Cleaner;
 use crate::args::ProgressMode;
 use crate::interrupt::Interrupt;
 use crate::report::{self, Stream, human_size, percent};
-use crate::{sandbox, secrets};
+use crate::{compat, sandbox, secrets};
 
 mod bars;
 mod json;
@@ -191,7 +191,7 @@ fn clock(left: TimeLeft) -> String {
 
 /// Describes the progress outside of all phases.
 fn idle() -> Option<String> {
-    Some("no data is being copied".to_owned())
+    (!compat::is_on()).then(|| "no data is being copied".to_owned())
 }
 
 /// Time between two lines of [`show_lines`].
@@ -243,7 +243,11 @@ impl Meter {
     /// shown anyway.
     fn answer(&self) -> impl Fn() -> Option<String> + Send + 'static {
         let (counters, is_live) = (Arc::clone(&self.counters), self.is_live);
-        move || (!is_live).then(|| Averages::default().describe(&counters))
+        move || match (is_live, compat::is_on()) {
+            (true, _) => None,
+            (false, true) => Some(percent::report(percent::of_guest(&counters))),
+            (false, false) => Some(Averages::default().describe(&counters)),
+        }
     }
 
     /// Marks the phase as complete and stops the display.

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::Counters;
-use crate::report;
+use crate::report as output;
 
 /// Time between two looks at the counters. Our choice.
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -32,10 +32,22 @@ pub(super) fn show(counters: &Counters) {
 }
 
 fn line(percent: f64) {
-    print(&format!("    ({percent:.2}/100%)\r"));
+    print(&format!("{}\r", report(percent)));
+}
+
+/// Returns a report without its end.
+pub(super) fn report(percent: f64) -> String {
+    format!("    ({percent:.2}/100%)")
+}
+
+/// Returns the percentage by the guest bytes: nobody has added up the data.
+pub(super) fn of_guest(counters: &Counters) -> f64 {
+    let guest = counters.all();
+    let total = guest.total.filter(|total| *total > 0);
+    total.map_or(0.0, |total| guest.done as f64 * 100.0 / total as f64)
 }
 
 /// Prints a report. A failure can't be reported anywhere.
 fn print(text: &str) {
-    let _ = report::print(text);
+    let _ = output::print(text);
 }

@@ -111,6 +111,14 @@ fn usr1_prints_the_progress_and_ends_nothing() {
         assert_same(&dir.path().join("disk.raw"), &dir.path().join("out.raw"), flags);
         std::fs::remove_file(dir.path().join("out.raw")).unwrap();
     }
+    // In the place of qemu-img, the report has its form.
+    let line = format!(
+        "'{PROGRAM}' --compat convert -r 4M -f raw -O raw disk.raw out.raw & sleep 0.4; kill -USR1 $!; wait $!"
+    );
+    let output = Command::new("bash").args(["-c", &line]).current_dir(dir.path()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && output.stdout.is_empty(), "{output:?}");
+    assert!(said.starts_with("    (") && said.ends_with("/100%)\n") && said.lines().count() == 1, "{said}");
     // A command without progress goes on as well.
     let mut child = imgtool(["info", "-"]).within(dir.path()).start();
     std::thread::sleep(Duration::from_millis(200));
