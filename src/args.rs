@@ -202,7 +202,7 @@ pub struct InputArgs {
     ///
     /// 'json:{...}' is a name with the same keys. Options that change how QEMU reads or writes have no
     /// effect; those that would change the content are refused.
-    #[arg(long, hide_short_help = true)]
+    #[arg(long, alias = "source-image-opts", hide_short_help = true)]
     pub image_opts: bool,
 
     /// Passphrase for key-secret=ID among the options of an image: secret,id=ID,file=PATH; repeatable
@@ -486,8 +486,8 @@ fn parse_as_qemu_img(args: &[OsString]) -> Result<Cli, Exit> {
         let _ = report::print(&text);
         return Err(Exit::Done);
     }
-    let command = Cli::command().infer_long_args(true);
-    let parsed = command.try_get_matches_from(args).and_then(|matches| Cli::from_arg_matches(&matches));
+    let parsed =
+        qemu_img_command().try_get_matches_from(args).and_then(|matches| Cli::from_arg_matches(&matches));
     parsed.map_err(|mistake| {
         if matches!(mistake.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
             let _ = mistake.print();
@@ -500,6 +500,24 @@ fn parse_as_qemu_img(args: &[OsString]) -> Result<Cli, Exit> {
         });
         Exit::Failed
     })
+}
+
+/// Returns the definition in the place of qemu-img, whose formats do not follow from names.
+fn qemu_img_command() -> clap::Command {
+    const RULES: &str = "docs/qemu-img.md describes what differs from QEMU's own program.";
+    let mut command = Cli::command().bin_name(compat::program()).infer_long_args(true);
+    for name in compat::COMMANDS {
+        command = command.mut_subcommand(name, |own| own.after_help(RULES).after_long_help(RULES));
+    }
+    command
+        .mut_subcommand("convert", |convert| {
+            convert
+                .override_usage("qemu-img convert [-f FMT] [-O FMT] [OPTIONS] SOURCE... DEST")
+                .mut_arg("to", |to| to.help("Format of the output [default: raw]"))
+        })
+        .mut_subcommand("create", |create| {
+            create.mut_arg("format", |format| format.help("Format of the new image [default: raw]"))
+        })
 }
 
 /// Returns the names of all formats, as qemu-img calls them.

@@ -24,6 +24,9 @@ const FLAG: &str = "--compat";
 /// Commands of qemu-img without a counterpart here: most modify an image in place.
 pub const MISSING_COMMANDS: [&str; 7] = ["amend", "bench", "bitmap", "commit", "dd", "rebase", "snapshot"];
 
+/// Commands of qemu-img that this program has.
+pub const COMMANDS: [&str; 8] = ["check", "compare", "convert", "create", "info", "map", "measure", "resize"];
+
 /// Unit in bytes of the sizes of new images. QEMU's: it counts sectors.
 const SECTOR: u64 = 512;
 
@@ -80,6 +83,16 @@ pub fn program() -> &'static str {
     if is_on() { QEMU_IMG } else { "imgtool" }
 }
 
+/// Puts the name by which the program was called before the commands in a hint.
+pub fn as_called(hint: String) -> String {
+    if !is_on() {
+        return hint;
+    }
+    COMMANDS.iter().fold(hint, |hint, command| {
+        hint.replace(&format!("imgtool {command}"), &format!("{QEMU_IMG} {command}"))
+    })
+}
+
 /// Returns the text of `qemu-img --version`. Programs parse its first line.
 pub fn version() -> String {
     format!(
@@ -92,11 +105,12 @@ pub fn version() -> String {
 pub fn help(formats: &[&str]) -> String {
     format!(
         "{version}usage: {QEMU_IMG} COMMAND [OPTIONS]\n\n\
-         Commands: check, compare, convert, create, info, map, measure, resize;\n\
+         Commands: {commands};\n\
          '{QEMU_IMG} COMMAND --help' explains the flags of each.\n\
          Left to QEMU's own {QEMU_IMG}: {missing}.\n\n\
          Supported formats: {formats}\n",
         version = version(),
+        commands = COMMANDS.join(", "),
         missing = MISSING_COMMANDS.join(", "),
         formats = formats.join(" ")
     )

@@ -24,18 +24,22 @@ const FILE_DRIVERS: [&str; 2] = ["file", "host_device"];
 const RAW: &str = "raw";
 
 /// Last parts of the keys that do not change what is read or written: names, caches, and how QEMU calls the kernel.
-const WITHOUT_EFFECT: [&str; 13] = [
+const WITHOUT_EFFECT: [&str; 17] = [
     "aio",
     "auto-read-only",
     "cache-clean-interval",
     "cache-size",
     "detect-zeroes",
     "discard",
+    "discard-no-unref",
     "l2-cache-entry-size",
     "l2-cache-size",
+    "lazy-refcounts",
     "locking",
     "node-name",
     "overlap-check",
+    "pass-discard-request",
+    "pass-discard-snapshot",
     "read-only",
     "refcount-cache-size",
 ];

@@ -17,6 +17,7 @@ pub fn words(remedy: &Remedy) -> String {
         Remedy::ShareSource(advice) => format!("{advice}; -U reads it as it is, and may mix two states"),
         Remedy::Overwrite => "--force overwrites it; -n writes one disk into a raw, qcow2 or VHDX image".to_owned(),
         Remedy::ReplaceImage => "leave out -n: --force replaces it by a new image".to_owned(),
+        Remedy::Repair => "repair it first: imgtool check -r all".to_owned(),
         Remedy::DiscardData => "nothing was changed; --shrink cuts the data off".to_owned(),
         Remedy::WriteIntoDevice => {
             "name it as DEST, or for one disk with --target NAME=PATH, in a format that can be written there".to_owned()

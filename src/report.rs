@@ -63,7 +63,7 @@ pub fn error(error: &Error) {
         return say(&text);
     }
     if let Some(hint) = hint(error) {
-        let hint = escape_control(&hint);
+        let hint = compat::as_called(escape_control(&hint));
         let _ = write!(text, "\n{}", flow(Stream::Err, &format!("  hint: {hint}"), 4));
     }
     say(&text);

@@ -124,7 +124,7 @@ fn print(args: &CheckArgs, format: &str, found: &CheckReport, fixed: Option<Fixe
         return Ok(());
     }
     if compat::is_on() {
-        return report::print(&qemu_page(found, fixed));
+        return report::print(&qemu_page(format, found, fixed));
     }
     if let Some(Fixed { leaks_fixed, corruptions_fixed }) = fixed {
         let text = format!("repaired: {leaks_fixed} leaked clusters, {corruptions_fixed} errors");
@@ -155,8 +155,14 @@ fn exit(found: &CheckReport) -> Exit {
     }
 }
 
+/// Formats whose clusters qemu-img counts.
+const COUNTED: [&str; 3] = ["parallels", "qcow2", "qed"];
+
+/// Formats whose end qemu-img finds.
+const ENDED: [&str; 2] = ["parallels", "qcow2"];
+
 /// Returns the text of `qemu-img check`.
-fn qemu_page(found: &CheckReport, fixed: Option<Fixed>) -> String {
+fn qemu_page(format: &str, found: &CheckReport, fixed: Option<Fixed>) -> String {
     let mut text = String::new();
     if let Some(Fixed { leaks_fixed, corruptions_fixed }) =
         fixed.filter(|fixed| fixed.leaks_fixed + fixed.corruptions_fixed > 0)
@@ -187,7 +193,9 @@ fn qemu_page(found: &CheckReport, fixed: Option<Fixed>) -> String {
     for (count, what) in counts.iter().filter(|(count, _)| *count > 0) {
         let _ = writeln!(text, "\n{count} {what}");
     }
-    if let (Some(total), Some(allocated)) = (found.total_clusters, found.allocated_clusters) {
+    if let (Some(total), Some(allocated)) = (found.total_clusters, found.allocated_clusters)
+        && COUNTED.contains(&format)
+    {
         let share = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 * 100.0 / whole as f64 };
         let _ = writeln!(
             text,
@@ -197,7 +205,7 @@ fn qemu_page(found: &CheckReport, fixed: Option<Fixed>) -> String {
             share(found.compressed_clusters.unwrap_or(0), allocated)
         );
     }
-    if let Some(end) = found.image_end_offset {
+    if let Some(end) = found.image_end_offset.filter(|_| ENDED.contains(&format)) {
         let _ = writeln!(text, "Image end offset: {end}");
     }
     text

@@ -28,6 +28,18 @@ struct Verdict {
 }
 
 impl Verdict {
+    /// Adds the notes on both images, and on files that changed meanwhile.
+    fn add_notes(&mut self, first: &Opened, second: &Opened) {
+        let read = |opened: &Opened| opened.image.info().notes.clone();
+        let notes = read(first).into_iter().chain(read(second));
+        for change in notes.chain(first.changes()).chain(second.changes()) {
+            // Both images share the opener of the files that they name.
+            if !self.notes.contains(&change) {
+                self.notes.push(change);
+            }
+        }
+    }
+
     /// True if the sizes of a pair differ, and no difference of content is within the smaller size.
     fn is_equal_to_shorter_end(&self, pair: &Compared) -> bool {
         let shorter = pair.virtual_size_a.min(pair.virtual_size_b);
@@ -111,7 +123,8 @@ fn print(args: &CompareArgs, verdict: &Verdict) -> Result<()> {
         None => "Images are identical.\n".to_owned(),
         Some(difference) => format!("{}\n", escape_control(&difference.text)),
     };
-    for pair in &verdict.devices {
+    // qemu-img stops at the first difference.
+    for pair in verdict.devices.iter().filter(|_| args.list || !compat::is_on()) {
         let Some((bytes, ranges)) = pair.different_bytes.zip(pair.different_ranges) else { continue };
         if bytes > 0 {
             let (name, ranges) = (escape_control(&pair.name), report::count(ranges, "range"));
@@ -152,10 +165,12 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
     };
     let mut verdict = Verdict { devices: pairs.iter().map(compared).collect(), ..Verdict::default() };
     compare_sizes(args, &pairs, &mut verdict);
+    // Place of the first difference of content: the number of the pair, and the guest offset.
+    let mut content = None;
     if verdict.difference.is_none() {
         let display = Display::new(args.messages.mode(), &interrupt).forgetting_secrets_at(Phase::Compare);
         let (threads, cancel) = (args.threads.count(), interrupt.token());
-        let found = if args.messages.quiet && !args.list && !args.output.is_json() {
+        content = if args.messages.quiet && !args.list && !args.output.is_json() {
             // Only the exit code counts.
             compare::first_difference(&first, &second, &pairs, threads, &display, &cancel, &options.memory)?
         } else {
@@ -165,21 +180,17 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
             let firsts = all.iter().enumerate();
             firsts.filter_map(|(pair, all)| Some((pair, all.ranges().next()?.start))).next()
         };
-        verdict.difference = found.map(|(pair, offset)| content_difference(&pairs, pair, offset));
+        verdict.difference = content.map(|(pair, offset)| content_difference(&pairs, pair, offset));
     }
-    if args.strict && verdict.difference.is_none() {
+    if args.strict && verdict.difference.as_ref().is_none_or(|difference| difference.offset.is_some()) {
+        // As in qemu-img, the first difference counts, and of two at one place that of allocation.
         let found = allocation::first_difference(&first, &second, &pairs)?;
-        verdict.difference = found.map(|(pair, offset)| allocation_difference(&pairs, pair, offset));
+        let found = found.filter(|at| content.is_none_or(|content| *at <= content));
+        let found = found.map(|(pair, offset)| allocation_difference(&pairs, pair, offset));
+        verdict.difference = found.or(verdict.difference);
     }
     verdict.identical = verdict.difference.is_none();
-    let read = |opened: &Opened| opened.image.info().notes.clone();
-    let notes = read(&first).into_iter().chain(read(&second));
-    for change in notes.chain(first.changes()).chain(second.changes()) {
-        // Both images share the opener of the files that they name.
-        if !verdict.notes.contains(&change) {
-            verdict.notes.push(change);
-        }
-    }
+    verdict.add_notes(&first, &second);
     Ok(verdict)
 }
 

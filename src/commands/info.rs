@@ -25,6 +25,7 @@ use crate::{compat, images, remedy, report};
 mod facts;
 mod guest;
 mod page;
+mod qemu;
 
 /// Maximum number of decompressed bytes to read from a stream without `--read-all`. Our limit: reading
 /// them takes a fraction of a second.
@@ -127,7 +128,7 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
             _ => report::print_json(&documents)?,
         }
     } else {
-        let pages: Vec<String> = entries.iter().map(page::page).collect();
+        let pages: Vec<String> = entries.iter().map(page_of).collect();
         report::print(&pages.join("\n"))?;
     }
     let mut exit = Exit::Done;
@@ -143,6 +144,11 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
         exit = Exit::Failed;
     }
     Ok(exit)
+}
+
+/// Returns the text that describes one image. qemu-img knows no archives.
+fn page_of(image: &ImageEntry) -> String {
+    if compat::is_on() && !image.is_archive { qemu::page(image) } else { page::page(image) }
 }
 
 fn is_archive(driver: &dyn Driver) -> bool {

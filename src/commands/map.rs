@@ -98,6 +98,10 @@ fn draw(opened: &Opened, devices: &[Device], window: &Range<u64>) -> Result<Exit
 fn window(args: &MapArgs, devices: &[Device]) -> Result<Range<u64>> {
     let start = args.start_offset.as_deref().map_or(Ok(0), options::size)?;
     let longest = devices.iter().map(|device| device.size).max().unwrap_or(0);
+    if start > longest && compat::is_on() {
+        // As qemu-img does: nothing is there.
+        return Ok(longest..longest);
+    }
     if start > longest {
         return Err(Error::usage(format!("--start-offset {start} is beyond the end of the disk"))
             .hint(format!("the longest selected disk has {longest} bytes")));

@@ -135,7 +135,7 @@ impl Workshop {
 
 /// True if the text on standard output is for programs. The other texts describe the same in other words.
 fn is_comparable(line: &str) -> bool {
-    !line.starts_with("create") && !line.starts_with("info") && !line.contains("help")
+    !line.starts_with("create") && !line.contains("help")
 }
 
 /// Splits standard output into the first and the last report of progress, and the text.
@@ -144,7 +144,9 @@ fn progress_and_text(stdout: &str) -> (Option<&str>, Option<&str>, String) {
     let parts: Vec<&str> = stdout.split('\r').collect();
     let mut progress = parts.iter().copied().filter(is_progress);
     let text = parts.iter().filter(|part| !is_progress(part)).copied().collect::<String>();
-    (progress.next(), progress.next_back(), text.trim().to_owned())
+    // What a copy takes on disk differs from copy to copy.
+    let text: Vec<&str> = text.lines().filter(|line| !line.trim_start().starts_with("disk size")).collect();
+    (progress.next(), progress.next_back(), text.join("\n").trim().to_owned())
 }
 
 impl Done {

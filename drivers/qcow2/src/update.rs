@@ -22,8 +22,8 @@ use imgtool_core::source::SECTOR;
 use imgtool_core::sync::lock;
 use imgtool_core::{
     BufferPool, Bytes, Consumer, Device, Disk, Error, ExternalOpener, Externals, Geometry, ImageSink,
-    ImageSource, Input, Location, Memory, NamedFiles, OpenOptions, Output, OutputId, Prepared, Result,
-    SinkDevice, SinkPiece, WriteList,
+    ImageSource, Input, Location, Memory, NamedFiles, OpenOptions, Output, OutputId, Prepared, Remedy,
+    Result, SinkDevice, SinkPiece, WriteList,
 };
 
 use crate::check;
@@ -501,7 +501,7 @@ pub fn check_changeable(header: &Header) -> Result<()> {
     if header.has(INCOMPATIBLE_DIRTY) {
         return Err(Error::refused("the image was not closed cleanly, so its refcounts may be wrong")
             .at(72)
-            .hint("repair it first: qemu-img check -r all"));
+            .remedied_by(Remedy::Repair));
     }
     Ok(())
 }
@@ -516,7 +516,7 @@ pub fn check_intact(output: &Output, open: &OpenOptions) -> Result<u64> {
     let first = report.findings.first().map(|finding| format!(" ({finding})")).unwrap_or_default();
     Err(Error::refused(format!("the structure of the image is damaged{first}"))
         .path(output.location())
-        .hint("repair it first: qemu-img check -r all"))
+        .remedied_by(Remedy::Repair))
 }
 
 fn too_small(header: &Header, size: u64) -> Error {

@@ -16,11 +16,7 @@ pub(super) fn page(image: &ImageEntry) -> String {
     let info = image.info();
     let mut text = String::new();
     summary(&mut text, image);
-    if compat::is_on() {
-        qemu_facts(&mut text, info);
-    } else {
-        facts(&mut text, 0, info.facts.iter().filter(|fact| fact.scope == FactScope::Image));
-    }
+    facts(&mut text, 0, info.facts.iter().filter(|fact| fact.scope == FactScope::Image));
     if image.is_archive {
         if let Some(guest) = guest::summary(&info.attachments) {
             line(&mut text, "guest", &guest);
@@ -35,8 +31,7 @@ pub(super) fn page(image: &ImageEntry) -> String {
     }
     format_facts(&mut text, image);
     references(&mut text, info);
-    // In the place of qemu-img, a note could be taken for a fact.
-    for note in image.notes().filter(|_| !compat::is_on()) {
+    for note in image.notes() {
         line(&mut text, "note", &note);
     }
     if let Some(damage) = image.damage() {
@@ -61,27 +56,7 @@ fn summary(text: &mut String, image: &ImageEntry) {
         line(text, "disk size", &human_size(bytes));
     }
     if let (Some(bytes), false) = (info.cluster_size, image.is_archive) {
-        match compat::is_on() {
-            true => line(text, "cluster_size", &bytes.to_string()),
-            false => line(text, "cluster size", &human_size(bytes)),
-        }
-    }
-}
-
-/// Writes the facts about the whole image in the words of qemu-img, which programs parse.
-fn qemu_facts(text: &mut String, info: &ImageInfo) {
-    let fact =
-        |key: &str| info.facts.iter().find(|fact| fact.key == key).and_then(|fact| fact.value.as_str());
-    if info.facts.iter().any(|fact| fact.key == "encrypted" && fact.value == true) {
-        line(text, "encrypted", "yes");
-    }
-    if let Some(name) = fact("backing-filename") {
-        let full = fact("full-backing-filename").filter(|full| *full != name);
-        let path = full.map(|full| format!(" (actual path: {full})")).unwrap_or_default();
-        line(text, "backing file", &format!("{name}{path}"));
-    }
-    if let Some(format) = fact("backing-filename-format") {
-        line(text, "backing file format", format);
+        line(text, "cluster size", &human_size(bytes));
     }
 }
 

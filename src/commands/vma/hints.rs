@@ -41,6 +41,7 @@ pub(super) fn words(remedy: &Remedy, command: &VmaCommand) -> String {
         (Remedy::AllowMemory { bytes }, _) => {
             format!("imgtool convert --memory {}M allows more", bytes >> 20)
         }
+        (Remedy::Overwrite, VmaCommand::Create(_)) => "choose another name".to_owned(),
         // `imgtool vma` has no flag for it.
         (Remedy::ShareSource(advice), _) => advice.to_string(),
         (other, _) => other.to_string(),

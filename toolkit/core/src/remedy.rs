@@ -30,6 +30,8 @@ pub enum Remedy {
     Overwrite,
     /// Replace the existing image by a new one, instead of writing into it.
     ReplaceImage,
+    /// Repair the image before it is changed.
+    Repair,
     /// Permit that data is cut off.
     DiscardData,
     /// Write into the block device that already exists.
@@ -149,6 +151,7 @@ impl fmt::Display for Remedy {
             }
             Self::Overwrite => f.write_str("allow overwriting, or choose another name"),
             Self::ReplaceImage => f.write_str("make a new image in its place, or choose another name"),
+            Self::Repair => f.write_str("repair the image first"),
             Self::DiscardData => f.write_str("nothing was changed; permit the loss of this data"),
             Self::WriteIntoDevice => f.write_str("write into the device in place"),
             Self::ForceWrite(advice) => write!(f, "nothing was written; {advice}; a forced write goes ahead"),
