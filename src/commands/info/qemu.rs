@@ -1,6 +1,7 @@
 //! Text output of `info` in the place of qemu-img, whose lines programs parse.
 
 use std::fmt::Write as _;
+use std::fs::File;
 
 use chrono::{DateTime, Local};
 use imgtool_core::error::escape_control;
@@ -140,12 +141,17 @@ fn value(text: &mut String, indent: usize, key: &str, value: &Value) {
 fn child(text: &mut String, image: &ImageEntry) {
     /// Unit in bytes in which QEMU counts the length of a file.
     const SECTOR: u64 = 512;
-    let file = image.location.path().and_then(|path| std::fs::File::open(path).ok());
-    let Some((len, meta)) = file.and_then(|file| Some((os::file_len(&file).ok()?, file.metadata().ok()?)))
-    else {
-        return;
+    let Some(path) = image.location.path() else { return };
+    let Ok(meta) = std::fs::metadata(path) else { return };
+    // A FIFO must not be opened: that would wait for a writer.
+    let (kind, len) = match os::classify(&meta) {
+        FileClass::Regular => ("file", Some(meta.len())),
+        FileClass::BlockDevice => {
+            ("host_device", File::open(path).and_then(|device| os::file_len(&device)).ok())
+        }
+        FileClass::Directory | FileClass::Stream => return,
     };
-    let kind = if os::classify(&meta) == FileClass::BlockDevice { "host_device" } else { "file" };
+    let Some(len) = len else { return };
     text.push_str("Child node '/file':\n");
     line(text, 4, "filename", &image.location.to_string());
     line(text, 4, "protocol type", kind);
