@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{CheckReport, Driver, Error, OpenOptions, Output, Remedy, Repair, Result, ResultExt};
+use imgtool_core::{CheckReport, Driver, Error, OpenOptions, Output, Repair, Result, ResultExt};
 use imgtool_engine::open;
 use imgtool_storage::{OpenInput, Outputs};
 use serde::Serialize;

@@ -67,7 +67,7 @@ fn by_content(registry: &Registry, open: &OpenInput) -> Result<Arc<dyn Driver>> 
         Some(found)
     };
     let Some(found) = found else {
-        return match contents::no_disk_by_head(&head, &location.file_name().unwrap_or_default()) {
+        return match contents::no_disk_by_head(&head) {
             Some(other) => Err(refused(format!("is {}, not a disk", other.name), None)),
             None => Ok(raw),
         };
