@@ -5,7 +5,7 @@ use std::path::Path;
 use imgtool_testing::images::{Image, noise, prose};
 use imgtool_testing::tar::{Tar, descriptor, manifest};
 use imgtool_testing::vma::Archive;
-use imgtool_testing::{assert_same, names, oracles, require, snapshot, tempdir, text};
+use imgtool_testing::{assert_same, fixture, names, oracles, require, snapshot, tempdir, text};
 
 use crate::support::imgtool;
 
@@ -128,6 +128,24 @@ fn writes_a_package_of_every_kind_of_source() {
     run.exits(2).says("ova can't be written to a pipe");
     imgtool(["create", "-f", "ova", "empty.ova", "1G"]).within(dir.path()).go().exits(1);
     imgtool(["measure", "--to", "ova", "vm.vma"]).within(dir.path()).ok();
+}
+
+/// An importer would take the firmware variables for a disk of the guest.
+#[test]
+fn firmware_variables_are_no_disk_of_a_package() {
+    require!("tar");
+    let dir = tempdir();
+    let source = fixture("two-disks.vma.zst");
+    let convert = |name: &str, more: &[&str]| {
+        let line = [&["convert", text(&source), "--to", "ova", name][..], more].concat();
+        imgtool(line).within(dir.path()).ok()
+    };
+    convert("vm.ova", &[]).says("drive-efidisk0 was left out: firmware variables");
+    let listed = oracles::run_in("tar", dir.path(), &["-tf", "vm.ova"]).stdout;
+    assert_eq!(String::from_utf8_lossy(&listed), "vm.ovf\nvm.mf\nvm-disk1.vmdk\n");
+    convert("both.ova", &["--disk", "drive-scsi0", "--disk", "drive-efidisk0"]);
+    let listed = oracles::run_in("tar", dir.path(), &["-tf", "both.ova"]).stdout;
+    assert!(String::from_utf8_lossy(&listed).ends_with("both-disk2.vmdk\n"));
 }
 
 /// The images of Google Compute Engine, and any other disk in an archive.

@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use imgtool_core::device::meant;
+use imgtool_core::machine::DriveKind;
 use imgtool_core::{
     Attachment, CancelToken, Device, DeviceKind, Error, FilePart, Location, Machine, OpenOptions, Registry,
     Result, Secret, Secrets, Slot, suggest,
@@ -230,6 +231,32 @@ fn device_name(registry: &Registry, source: &OpenSource, device: &Device) -> Str
         return device.name.clone();
     }
     names::safe(&open::stem(registry, &source.opened.location), "disk")
+}
+
+/// Leaves out the firmware variables and the TPM state of a machine: a platform that imports its disks makes its own,
+/// and would take these for disks of the guest. Returns a note for each. Keeps everything if nothing else is selected.
+pub(crate) fn leave_out_platform_state(
+    sources: &[OpenSource],
+    selected: &mut Vec<SelectedDisk>,
+) -> Vec<String> {
+    let state_of = |disk: &SelectedDisk| {
+        let machine = sources[disk.source].opened.image.info().machine.as_ref()?;
+        match machine.drive(&disk.device.name)?.kind {
+            DriveKind::EfiVars => Some("firmware variables"),
+            DriveKind::TpmState => Some("the state of a TPM"),
+            _ => None,
+        }
+    };
+    if selected.iter().all(|disk| state_of(disk).is_some()) {
+        return Vec::new();
+    }
+    let note = |disk: &SelectedDisk| {
+        let what = state_of(disk)?;
+        Some(format!("{} was left out: {what}, for which the target has no place", disk.device.name))
+    };
+    let notes = selected.iter().filter_map(note).collect();
+    selected.retain(|disk| state_of(disk).is_none());
+    notes
 }
 
 /// Device name by which readers of archives recognise the state of a running guest.
