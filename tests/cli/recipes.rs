@@ -134,6 +134,11 @@ fn encrypted_recipe_prints_the_documented_output() {
 }
 
 #[test]
+fn ova_recipe_prints_the_documented_output() {
+    run("docs/recipes/ova.md");
+}
+
+#[test]
 fn vmware_recipe_prints_the_documented_output() {
     run("docs/recipes/vmware.md");
 }

@@ -25,7 +25,7 @@ impl Bench {
         let dir = tempdir();
         let raw = dir.path().join("disk.raw");
         Image::hole("x", 300_032).with(4096, images::noise(1, 200_000)).write_raw(&raw);
-        imgtool(["convert", "a=disk.raw", "b=disk.raw", "--to", "vma", "two.vma"]).within(dir.path()).ok();
+        imgtool(["vma", "create", "two.vma", "a=disk.raw", "b=disk.raw"]).within(dir.path()).ok();
         let disk = std::fs::read(&raw).unwrap();
         Some(Self { shaky, dir, disk })
     }
@@ -217,7 +217,7 @@ fn single_late_flush_failure_leaves_no_output() {
 fn respects_case_insensitive_names() {
     let Some(bench) = Bench::new() else { return };
     let habits = [Habit::IgnoresCase];
-    imgtool(["convert", "a=disk.raw", "A=disk.raw", "--to", "vma", "case.vma"]).within(bench.dir.path()).ok();
+    imgtool(["vma", "create", "case.vma", "a=disk.raw", "A=disk.raw"]).within(bench.dir.path()).ok();
     let out = bench.shaky.path("");
     bench.run(&habits, &["convert", "case.vma", "--to", "raw", text(&out)]).ends_with(0);
     let names = bench.shaky.names();
