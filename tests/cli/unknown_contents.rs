@@ -24,17 +24,23 @@ fn refused_as(directory: &Path, file: &str, name: &str) {
 
 #[test]
 fn refuses_archives_by_name() {
-    require!("gzip", "python3");
+    require!("gzip", "python3", "tar");
     let dir = tempdir();
     let write = |name: &str, bytes: &[u8]| std::fs::write(dir.path().join(name), bytes).unwrap();
     write("vm.xml", b"<?xml version='1.0'?><domain/>");
     let run = |tool: &str, args: &[&str]| drop(oracles::run_in(tool, dir.path(), args));
     run("gzip", &["-k", "vm.xml"]);
+    run("tar", &["--format=ustar", "-cf", "disk.raw", "vm.xml"]);
+    run("tar", &["--format=gnu", "-cf", "gnu", "vm.xml"]);
+    run("tar", &["--format=pax", "-czf", "box", "vm.xml"]);
     run("python3", &["-m", "zipfile", "-c", "vm.zip", "vm.xml"]);
     write("document", b"%PDF-1.7\n");
     write("download", b"<!DOCTYPE html><title>404 Not Found</title>");
     std::fs::copy(PROGRAM, dir.path().join("program")).unwrap();
     for (file, name) in [
+        ("disk.raw", "is a tar archive"),
+        ("gnu", "is a tar archive"),
+        ("box", "is a tar archive, in gzip"),
         ("vm.zip", "is a zip archive"),
         ("document", "is a PDF document"),
         ("download", "is a web page"),

@@ -14,6 +14,9 @@ fn unpack(entry: &Entry, how: &str, convert: impl Fn(&str) -> Run) {
     convert(&format!("{}/", text(&out))).ok();
     let mut expected: Vec<String> = entry.devices.iter().map(|device| device.file_name("raw")).collect();
     expected.extend(entry.attachments.iter().cloned());
+    if entry.attachments.iter().any(|name| name == "qemu-server.conf") {
+        expected.push("fixture.xml".to_owned());
+    }
     expected.sort();
     assert_eq!(names(&out), expected, "{} {how}", entry.file);
     for device in &entry.devices {

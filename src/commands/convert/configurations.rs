@@ -108,15 +108,16 @@ fn labels(conversion: &mut OpenConversion<'_>) -> Vec<String> {
     disks.iter().map(label).collect()
 }
 
-/// True for an archive of disks that gets no configuration from anywhere, and for one of plain disks whose
-/// name is that of a backup of Proxmox VE.
+/// True for an archive of plain disks, or with the name of a backup of Proxmox VE, that gets no configuration from
+/// anywhere; false for an archive that is only packed again.
 fn needs_minimal(conversion: &mut OpenConversion<'_>, dest: Option<&Path>) -> bool {
     let has_disk = conversion.selected().iter().any(|disk| disk.device.kind == DeviceKind::Disk);
     let is_plain = !conversion.sources().iter().any(OpenSource::holds_machine);
     let mut sources = conversion.sources().iter();
     let has_files =
         !conversion.attachments.is_empty() || sources.any(|source| !source.attachments().is_empty());
-    has_disk && (!has_files || is_plain && dest.is_some_and(proxmox::is_for_proxmox))
+    let is_backup = dest.is_some_and(proxmox::is_for_proxmox);
+    has_disk && (is_plain || is_backup) && (!has_files || is_plain && is_backup)
 }
 
 /// Returns the configuration of the only source that has one. Keeps the other files of that source.

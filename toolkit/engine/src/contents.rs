@@ -21,7 +21,12 @@ const NOTHING: &str = "check the name";
 
 /// Files that users take for disk images, and the most common others. No disk begins like one of them, unless a
 /// guest uses it without partitions to store such a file.
-const NO_DISKS: [NoDisk; 26] = [
+const NO_DISKS: [NoDisk; 27] = [
+    no_disk(
+        "a tar archive",
+        "with a name that ends in .tar or .ova, the disks in it are read",
+        &[(257, b"ustar\x0000"), (257, b"ustar  \0")],
+    ),
     no_disk("a zip archive", UNPACK, &[(0, b"PK\x03\x04"), (0, b"PK\x05\x06"), (0, b"PK\x07\x08")]),
     no_disk("a 7z archive", UNPACK, &[(0, b"7z\xbc\xaf\x27\x1c")]),
     no_disk("a rar archive", UNPACK, &[(0, b"Rar!\x1a\x07")]),

@@ -400,7 +400,8 @@ fn signed_at_end(registry: &Registry, location: &Location) -> Option<Arc<dyn Dri
 /// Returns the driver that recognises the input by its last bytes, if the name has the extension of the format,
 /// or by its first bytes. The end comes first: it is of the image's program, while a guest may have written the
 /// first sector of a disk that begins the file. A name alone decides nothing else, and the end of a file alone
-/// neither: a guest may have written the last sector of a raw disk. Call [`with_end`] before.
+/// neither: a guest may have written the last sector of a raw disk. A container needs a name with its extension as
+/// well, since guests store archives on disks without partitions. Call [`with_end`] before.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::WrongFormat`] if no driver recognises the content.
@@ -408,15 +409,28 @@ pub fn recognise(registry: &Registry, open: &OpenInput) -> Result<(Arc<dyn Drive
     let input = &open.input;
     // Other formats have no signature at the end, which takes a read, of a whole frame in a seekable `.zst`.
     let Some(named) = signed_at_end(registry, input.location()) else {
-        return registry.probe(&input.head()?, input.len());
+        return probe_by_name(registry, input);
     };
     if ends_like(input, &*named)? {
         return Ok((named, Confidence::Magic));
     }
-    let found = registry.probe(&input.head()?, input.len())?;
+    let found = probe_by_name(registry, input)?;
     // The end of a stream is not known yet.
     let is_named = input.is_stream() && found.1 == Confidence::Fallback;
     Ok(if is_named { (named, Confidence::Magic) } else { found })
+}
+
+/// Returns the driver that recognises the input by its first bytes; for a container whose name does not say so, the
+/// driver of raw disks.
+fn probe_by_name(registry: &Registry, input: &Input) -> Result<(Arc<dyn Driver>, Confidence)> {
+    let found = registry.probe(&input.head()?, input.len())?;
+    let is_container = |driver: &dyn Driver| driver.capabilities().container;
+    let has_other_name = input.location().file_name().is_some()
+        && driver_by_name(registry, input.location()).is_none_or(|named| !is_container(&*named));
+    match is_container(&*found.0) && has_other_name {
+        true => Ok((registry.verbatim()?, Confidence::Fallback)),
+        false => Ok(found),
+    }
 }
 
 /// Refuses an empty stream, and a compressed file without content: the command that wrote it has failed. A file
