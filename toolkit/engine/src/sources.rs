@@ -269,7 +269,11 @@ pub(crate) fn name_for_archive(sources: &[OpenSource], selected: &mut [SelectedD
     let mut used = HashSet::new();
     for disk in selected {
         let by_user = sources[disk.source].name.is_some();
-        let plain = if by_user { disk.name.clone() } else { names::portable(&disk.name) };
+        let mut plain = if by_user { disk.name.clone() } else { names::portable(&disk.name) };
+        // The name of a disk's file in a package says nothing about its content.
+        if !by_user && plain == VMSTATE && is_drive(&sources[disk.source], &disk.device) {
+            plain = format!("disk-{VMSTATE}");
+        }
         let mut name = plain.clone();
         let mut number = 2u64;
         while !used.insert(name.clone()) {
@@ -285,6 +289,13 @@ pub(crate) fn name_for_archive(sources: &[OpenSource], selected: &mut [SelectedD
         disk.name = name;
     }
     notes
+}
+
+/// True if the machine of the source has the device as a disk.
+fn is_drive(source: &OpenSource, device: &Device) -> bool {
+    let machine = source.opened.image.info().machine.as_ref();
+    let drive = machine.and_then(|machine| machine.drive(&device.name));
+    drive.is_some_and(|drive| drive.kind == DriveKind::Disk)
 }
 
 /// Returns the selected disks of one source, with their slots.

@@ -131,22 +131,27 @@ pub struct Assignment {
     pub without_disk: Vec<String>,
 }
 
-/// Assigns a drive to each disk: by its name, by the assignments `map` of an earlier archive, by the name of
-/// a drive's volume, by its size if that is unique, or in order; a further disk gets a free drive, SCSI
+/// Assigns a drive to each disk: by the assignments `map` of an earlier archive or of a machine, by its name, by the
+/// name of a drive's volume, by its size if that is unique, or in order; a further disk gets a free drive, SCSI
 /// first. The names of `disks` are those of the archive.
 pub fn assign(config: &GuestConfig, map: &[MapEntry], disks: &[Device]) -> Assignment {
     let mut open = drive_lines(config);
     let mut drives: Vec<Option<String>> = vec![None; disks.len()];
     let all: Vec<usize> = (0..disks.len()).filter(|index| is_disk(&disks[*index])).collect();
     let mut used = BTreeSet::new();
-    // A disk that is named after a drive becomes it, whether the configuration has it or not.
-    for index in &all {
-        let name = &disks[*index].name;
-        let earlier = || map.iter().find(|entry| entry.device == *name).map(|entry| entry.drive.clone());
-        let drive = drive_of(name).or_else(earlier).filter(|drive| bus_of(drive).is_some());
-        if let Some(drive) = drive.filter(|drive| used.insert(drive.clone())) {
-            open.retain(|line| line.name != drive);
-            drives[*index] = Some(drive);
+    let earlier = |name: &str| map.iter().find(|entry| entry.device == name).map(|entry| entry.drive.clone());
+    // A disk that is named after a drive becomes it, whether the configuration has it or not. The map comes first for
+    // all disks: a file may be called ide0 and hold the disk scsi1.
+    for assigned in [&earlier as &dyn Fn(&str) -> Option<String>, &drive_of] {
+        for index in &all {
+            if drives[*index].is_some() {
+                continue;
+            }
+            let drive = assigned(&disks[*index].name).filter(|drive| bus_of(drive).is_some());
+            if let Some(drive) = drive.filter(|drive| used.insert(drive.clone())) {
+                open.retain(|line| line.name != drive);
+                drives[*index] = Some(drive);
+            }
         }
     }
     let free = |drives: &[Option<String>]| -> Vec<usize> {
@@ -220,6 +225,21 @@ mod tests {
         // Further disks get free drives. The line that backups exclude is not free either.
         assert_eq!(of(&[("a", 1), ("b", 2), ("c", 3), ("d", 4)]), ["virtio1", "scsi0", "efidisk0", "scsi2"]);
         assert_eq!(assigned(&[("a", 1)]).1, ["scsi0", "efidisk0"]);
+    }
+
+    #[test]
+    fn the_map_counts_more_than_the_names_of_files() {
+        let config = GuestConfig::parse("cores: 1\n").expect("a configuration");
+        let entry = |drive: &str, device: &str| MapEntry {
+            drive: drive.to_owned(),
+            device: device.to_owned(),
+            storage: String::new(),
+            format: "raw".to_owned(),
+        };
+        let map = [entry("scsi0", "scsi1"), entry("scsi1", "scsi0"), entry("scsi2", "efidisk0")];
+        let list = disks(&[("scsi1", 1), ("scsi0", 2), ("efidisk0", 3), ("sata0", 4)]);
+        let found: Vec<_> = assign(&config, &map, &list).drives.into_iter().flatten().collect();
+        assert_eq!(found, ["scsi0", "scsi1", "scsi2", "sata0"]);
     }
 
     #[test]
