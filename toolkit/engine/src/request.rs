@@ -255,7 +255,7 @@ impl OpenConversion<'_> {
         self.notes.clear();
         self.selected = sources::select(self.registry, &self.sources, &self.request.disks)?;
         // A package has a description, but no place for the state of a platform, unless the user wants it as a disk.
-        let is_package = self.format.is_archive() && !self.format.driver.capabilities().attachments();
+        let is_package = self.format.is_archive() && self.format.driver.capabilities().container;
         if is_package && self.request.disks.is_empty() {
             let notes = sources::leave_out_platform_state(&self.sources, &mut self.selected);
             self.notes.extend(notes.into_iter().map(Note::Text));
