@@ -80,6 +80,7 @@ fn virtual_machine_survives_qcow2_vhdx_and_raw() {
             "qemu-server.fw",
             "system.qcow2",
             "vmstate.bin",
+            "web.xml",
         ];
         assert_eq!(names(&dir.path().join("d")), made);
         imgtool([
