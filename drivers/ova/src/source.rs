@@ -37,8 +37,9 @@ pub(crate) struct PackageSource {
 #[derive(Debug)]
 struct Member {
     disk: PackagedDisk,
-    /// True once content was read.
-    was_read: AtomicBool,
+    /// True once its content was asked for. Damaged tables may call data a hole, and a caller that shares blocks
+    /// asks for places alone: neither reads a byte through this source.
+    was_asked: AtomicBool,
     /// True once the digests of its files were compared.
     was_verified: AtomicBool,
 }
@@ -118,7 +119,7 @@ impl PackageSource {
         }
         let formats: Vec<&str> = disks.iter().map(|disk| format_of(disk)).collect();
         add_formats(&mut info, &formats);
-        let member = |disk| Member { disk, was_read: false.into(), was_verified: false.into() };
+        let member = |disk| Member { disk, was_asked: false.into(), was_verified: false.into() };
         let disks = disks.into_iter().map(member).collect();
         Self { info, disks, files, manifest, salvage: options.salvage, losses: Mutex::default() }
     }
@@ -166,6 +167,13 @@ impl PackageSource {
 
     fn disk(&self, device: DeviceId) -> Result<&PackagedDisk> {
         self.member(device).map(|member| &member.disk)
+    }
+
+    /// Returns a disk whose content is asked for, which [`ImageSource::verify`] then compares.
+    fn content(&self, device: DeviceId) -> Result<&PackagedDisk> {
+        let member = self.member(device)?;
+        member.was_asked.store(true, Ordering::Relaxed);
+        Ok(&member.disk)
     }
 
     /// Compares the digests of all files of a disk.
@@ -285,7 +293,7 @@ impl ImageSource for PackageSource {
     }
 
     fn verify(&self) -> Result<()> {
-        for member in self.disks.iter().filter(|member| member.was_read.load(Ordering::Relaxed)) {
+        for member in self.disks.iter().filter(|member| member.was_asked.load(Ordering::Relaxed)) {
             if member.was_verified.swap(true, Ordering::Relaxed) {
                 continue;
             }
@@ -311,21 +319,19 @@ impl ImageSource for PackageSource {
 
 impl RandomAccess for PackageSource {
     fn extents(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>> {
-        self.disk(device)?.extents(range)
+        self.content(device)?.extents(range)
     }
 
     fn map(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
-        self.disk(device)?.map(range)
+        self.content(device)?.map(range)
     }
 
     fn rough_extents(&self, device: DeviceId, range: Range<u64>, resolution: u64) -> Result<Vec<Extent>> {
-        self.disk(device)?.rough_extents(range, resolution)
+        self.content(device)?.rough_extents(range, resolution)
     }
 
     fn read_at(&self, device: DeviceId, buf: &mut [u8], guest_offset: u64) -> Result<()> {
-        let member = self.member(device)?;
-        member.was_read.store(true, Ordering::Relaxed);
-        member.disk.read_at(buf, guest_offset)
+        self.content(device)?.read_at(buf, guest_offset)
     }
 
     fn read_granule(&self, device: DeviceId) -> u64 {
@@ -339,6 +345,6 @@ impl RandomAccess for PackageSource {
     }
 
     fn locate(&self, device: DeviceId, range: Range<u64>) -> Option<FileRange<'_>> {
-        self.disk(device).ok()?.locate(range)
+        self.content(device).ok()?.locate(range)
     }
 }

@@ -125,6 +125,30 @@ fn compares_the_digests_of_what_was_read() {
     assert_eq!(source.losses().len(), 1);
 }
 
+/// A sparse copy that broke off reads as a hole, and a caller that shares blocks reads nothing itself.
+#[test]
+fn compares_the_digests_of_what_was_only_mapped() {
+    let text = descriptor("vm", &[("d.raw", 65_536)]);
+    let sums = manifest(&[("vm.ovf", text.as_bytes()), ("d.raw", &prose(1, 65_536))]);
+    let archive = Tar::new()
+        .file("vm.ovf", text.as_bytes())
+        .file("vm.mf", sums.as_bytes())
+        .sparse("d.raw", &[0; 65_536], &[(0, 0)])
+        .build();
+    type Question = fn(&Disk);
+    let questions: [(&str, Question); 4] = [
+        ("extents", |disk| drop(disk.extents(0..65_536).unwrap())),
+        ("rough extents", |disk| drop(disk.rough_extents(0..65_536, 4096).unwrap())),
+        ("map", |disk| drop(disk.map(0..65_536).unwrap())),
+        ("locate", |disk| assert!(disk.locate(0..65_536).is_none() || disk.size() > 0)),
+    ];
+    for (what, ask) in questions {
+        let source = open(&OvaDriver, &archive).unwrap();
+        ask(&Disk::all(&source).unwrap()[0]);
+        assert_eq!(source.verify().expect_err(what).kind(), ErrorKind::Corrupt, "{what}");
+    }
+}
+
 #[test]
 fn refuses_contradictory_packages() {
     let file = vmdk(&small(1));
