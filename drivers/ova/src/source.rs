@@ -85,6 +85,10 @@ impl PackageSource {
         let name = location.file_name().unwrap_or_default().into_owned();
         let files = Files::Folder(location, options.externals.clone());
         let manifest = open_manifest(&files, &with_extension(&name, "mf"))?;
+        if let Some(manifest) = &manifest {
+            let others = manifest.lines.iter().filter(|line| line.name != name);
+            others.map(|line| &line.name).try_for_each(|name| files.expect(name).map(drop))?;
+        }
         let info = ImageInfo { format, ..ImageInfo::default() };
         Self::described(info, &name, text, files, manifest, options)
     }
@@ -142,9 +146,12 @@ impl PackageSource {
         }
     }
 
-    /// Returns every line of the manifest.
-    pub(crate) fn lines(&self) -> &[Line] {
-        self.manifest.as_ref().map_or(&[], |manifest| &manifest.lines)
+    /// Returns the lines of the manifest, without that of the descriptor, which was compared when the package was
+    /// opened.
+    pub(crate) fn lines(&self) -> impl Iterator<Item = &Line> {
+        let is_descriptor = |line: &Line| self.info.attachments.iter().any(|known| known.name == line.name);
+        let lines = self.manifest.iter().flat_map(|manifest| &manifest.lines);
+        lines.filter(move |line| !is_descriptor(line))
     }
 
     /// Reads a file, and compares its digest.
