@@ -1,5 +1,6 @@
 //! The disks of a package: which of its files they are, and how they are opened.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use imgtool_core::{
@@ -63,12 +64,31 @@ pub(crate) fn open_described(
             descriptor.disks.len()
         )));
     }
+    refuse_shared_files(descriptor)?;
     let options = member_options(options, descriptor.disks.len());
     let disks = (0..).zip(&descriptor.disks);
     let open = |(id, entry): (u32, &DiskRef)| {
         open_entry(id, entry, descriptor, files, &options).on_device(&entry.device)
     };
     disks.map(open).collect()
+}
+
+/// Refuses two disks in one file: each opening takes memory, and temporary storage if the file is compressed.
+/// VMware's importers refuse them as well.
+fn refuse_shared_files(descriptor: &Descriptor) -> Result<()> {
+    let mut users = HashMap::new();
+    for disk in &descriptor.disks {
+        let Some(file) = disk.file else { continue };
+        if let Some(other) = users.insert(file, &disk.device) {
+            let href = descriptor.files.get(file).map_or("", |file| &file.href);
+            return Err(Error::unsupported(format!(
+                "the disks '{other}' and '{}' are both in the file '{href}'",
+                disk.device
+            ))
+            .hint("export the machine with a file for each disk"));
+        }
+    }
+    Ok(())
 }
 
 /// Opens all disks of an archive without a descriptor: its only file, or the files with the extension of a
@@ -122,7 +142,7 @@ fn open_entry(
         return Ok(PackagedDisk { device, disk: None, files: Vec::new(), notes: Vec::new() });
     };
     let (input, stored) = match file.chunk_size {
-        Some(_) => files.expect_chunks(&file.href)?,
+        Some(_) => files.expect_chunks(&file.href, &options.memory)?,
         None => {
             let bytes = files.expect(&file.href)?.into_random()?;
             (Input::from(bytes.clone()), vec![StoredFile { name: file.href.clone(), bytes }])

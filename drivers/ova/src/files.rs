@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use imgtool_core::external::is_plain_name;
-use imgtool_core::{Error, Externals, Input, Location, RandomInput, Result};
+use imgtool_core::{Error, Externals, Input, Location, Memory, RandomInput, Result};
 
 use crate::archive::{Archive, MAX_MEMBERS};
 use crate::pieces::Pieces;
@@ -12,6 +12,10 @@ use crate::pieces::Pieces;
 /// Maximum number of chunks of a file beside a descriptor: all of them are open at once. Our limit: a process
 /// may have 1024 files by default.
 const MAX_OPEN_CHUNKS: usize = 500;
+
+/// Memory in bytes for an open chunk besides its name: its input, its piece, and its place in the list. Our bound:
+/// 260 bytes were measured with 65,000 chunks.
+const CHUNK_BYTES: u64 = 512;
 
 /// The files of a package.
 #[derive(Debug)]
@@ -61,28 +65,32 @@ impl Files {
     }
 
     /// Opens a file that is split into chunks, `NAME.000000000` and so on. Returns it with the names and
-    /// bytes of the chunks.
+    /// bytes of the chunks. The input holds the lease of their memory.
     ///
     /// # Errors
     /// `Corrupt` if the first chunk is missing; `LimitExceeded` for too many.
-    pub(crate) fn expect_chunks(&self, name: &str) -> Result<(Input, Vec<StoredFile>)> {
+    pub(crate) fn expect_chunks(&self, name: &str, memory: &Memory) -> Result<(Input, Vec<StoredFile>)> {
+        const CHUNKS: &str = "the chunks of a file";
         let most = match self {
             Self::Archive(_) => MAX_MEMBERS,
             Self::Folder(..) => MAX_OPEN_CHUNKS,
         };
         let first = self.expect(&chunk_name(name, 0))?;
         let (location, cancel) = (first.location().clone(), first.cancel_token());
+        let mut lease = memory.lease(0, CHUNKS)?;
         let (mut pieces, mut chunks, mut next) = (Pieces::default(), Vec::new(), Some(first));
         while let Some(chunk) = next {
             if chunks.len() == most {
                 return Err(Error::limit(format!("the file '{name}' has more than {most} chunks")));
             }
+            lease.raise(lease.bytes() + CHUNK_BYTES + name.len() as u64, CHUNKS)?;
             let bytes = chunk.into_random()?;
             let source = pieces.source(bytes.clone().into())?;
             pieces.push(source, 0, bytes.len())?;
             chunks.push(StoredFile { name: chunk_name(name, chunks.len()), bytes });
             next = self.open(&chunk_name(name, chunks.len()))?;
         }
+        pieces.hold(lease);
         Ok((Input::from_read_at(location, Arc::new(pieces)).cancelled_by(cancel), chunks))
     }
 }

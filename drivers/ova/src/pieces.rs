@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use imgtool_core::input::{FileRun, InputBody};
-use imgtool_core::{Error, Input, ReadAt, Result};
+use imgtool_core::{Error, Input, Lease, ReadAt, Result};
 
 /// A range of the file.
 #[derive(Debug, Clone, Copy)]
@@ -22,6 +22,8 @@ pub(crate) struct Pieces {
     sources: Vec<Arc<dyn ReadAt>>,
     /// Ascending and without gaps.
     pieces: Vec<Piece>,
+    /// Lease of the memory, unless another one holds it.
+    lease: Option<Lease>,
 }
 
 impl Pieces {
@@ -38,6 +40,11 @@ impl Pieces {
         };
         self.sources.push(source);
         u32::try_from(self.sources.len() - 1).map_err(|_| Error::limit("too many parts of a file"))
+    }
+
+    /// Keeps the lease of the memory.
+    pub(crate) fn hold(&mut self, lease: Lease) {
+        self.lease = Some(lease);
     }
 
     /// Appends `len` bytes of a source, from `position` on.

@@ -79,6 +79,13 @@ fn reads_compressed_and_chunked_files() {
     assert!(file.len() > 5000);
     let begin = || Tar::new().file("vm.ovf", chunked.as_bytes());
     assert_eq!(contents(&OvaDriver, &chunks(begin(), 1000).build()), [("d".to_owned(), bytes_of(&disk))]);
+    let memory = imgtool_core::Memory::default();
+    let _others = memory.lease(memory.free() - (2 << 20), "the rest").unwrap();
+    let small = OpenOptions { memory, ..options() };
+    let many = (0..5000).fold(begin(), |tar, number| tar.file(&format!("d.vmdk.{number:09}"), b"x")).build();
+    let error = OvaDriver.open(memory::as_file("x", &many), &small).map(drop).expect_err("too many chunks");
+    assert_eq!(error.kind(), ErrorKind::LimitExceeded, "{error}");
+    assert!(error.to_string().contains("the chunks of a file"), "{error}");
     let error = refusal(&OvaDriver, &begin().file("d.vmdk", &file).build());
     assert!(error.to_string().contains("'d.vmdk.000000000' is missing"), "{error}");
 }
@@ -93,6 +100,21 @@ fn a_disk_without_a_file_is_empty() {
     let mut content = [1; 100];
     disk.read_at(&mut content, 8000).unwrap();
     assert_eq!(content, [0; 100]);
+}
+
+#[test]
+fn two_disks_in_one_file_are_refused() {
+    let text =
+        descriptor("vm", &[("d.vmdk", 1), ("e.vmdk", 1)]).replace(r#"fileRef="file1""#, r#"fileRef="file0""#);
+    let file = vmdk(&small(1));
+    let archive =
+        Tar::new().file("vm.ovf", text.as_bytes()).file("d.vmdk", &file).file("e.vmdk", &file).build();
+    let error = refusal(&OvaDriver, &archive);
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    assert!(
+        error.to_string().contains("the disks 'd' and 'vmdisk1' are both in the file 'd.vmdk'"),
+        "{error}"
+    );
 }
 
 #[test]
