@@ -6,6 +6,8 @@ use std::sync::Arc;
 use imgtool_core::external::is_plain_name;
 use imgtool_core::{Error, Externals, Input, Location, Memory, RandomInput, Result};
 
+use imgtool_machine::ovf::FileRef;
+
 use crate::archive::{Archive, MAX_MEMBERS};
 use crate::pieces::Pieces;
 
@@ -62,6 +64,16 @@ impl Files {
     /// `Corrupt` if it is missing.
     pub(crate) fn expect(&self, name: &str) -> Result<Input> {
         self.open(name)?.ok_or_else(|| missing(name))
+    }
+
+    /// True if the package does not contain a file that its descriptor lists.
+    pub(crate) fn lacks(&self, file: &FileRef) -> bool {
+        let found = match file.chunk_size {
+            Some(_) => self.open(&chunk_name(&file.href, 0)),
+            None => self.open(&file.href),
+        };
+        // A file that may not be opened, such as a link, is there.
+        matches!(found, Ok(None))
     }
 
     /// Opens a file that is split into chunks, `NAME.000000000` and so on. Returns it with the names and

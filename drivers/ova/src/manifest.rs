@@ -148,11 +148,26 @@ impl Manifest {
         self.by_name.get(name).and_then(|index| self.lines.get(*index))
     }
 
+    /// Returns a note about the files that have no line, if there are any.
+    pub(crate) fn note_unlisted<'a>(&self, files: impl Iterator<Item = &'a str>) -> Option<String> {
+        let names = first_names(files.filter(|name| self.line(name).is_none()))?;
+        Some(format!("the manifest has no digest of {names}, so damage may go unnoticed"))
+    }
+
     /// Returns the names of the algorithms.
     pub(crate) fn algorithms(&self) -> Vec<&'static str> {
         let is_used = |algorithm: &Algorithm| self.lines.iter().any(|line| line.algorithm == *algorithm);
         Algorithm::ALL.into_iter().filter(is_used).map(Algorithm::name).collect()
     }
+}
+
+/// Returns the first names for a note; `None` if there is none.
+pub(crate) fn first_names<'a>(mut names: impl Iterator<Item = &'a str>) -> Option<String> {
+    /// Maximum number of names. Our limit: a person reads no more.
+    const MOST: usize = 5;
+    let first: Vec<String> = names.by_ref().take(MOST).map(|name| format!("'{name}'")).collect();
+    let more = if names.next().is_some() { " and others" } else { "" };
+    (!first.is_empty()).then(|| format!("{}{more}", first.join(", ")))
 }
 
 fn parse_line(text: &str, number: usize) -> Result<Line> {

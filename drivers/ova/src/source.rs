@@ -10,7 +10,7 @@ use imgtool_core::{
     MapExtent, OpenOptions, RandomAccess, Result,
 };
 
-use imgtool_machine::ovf::{self, Descriptor};
+use imgtool_machine::ovf::{self, Descriptor, FileRef};
 
 use crate::archive::Archive;
 use crate::disks::{self, PackagedDisk};
@@ -104,7 +104,12 @@ impl PackageSource {
     ) -> Result<Self> {
         let descriptor = ovf::parse(&text, None)?;
         let disks = disks::open_described(&descriptor, &files, options)?;
-        let info = describe(info, name, text, descriptor, manifest.as_ref())?;
+        let stored = || disks.iter().flat_map(|disk| &disk.files).map(|file| file.name.as_str());
+        let undigested = manifest.as_ref().and_then(|manifest| manifest.note_unlisted(stored()));
+        let absent = needless_files(&descriptor).filter(|file| files.lacks(file));
+        let absent = note_absent(absent.map(|file| file.href.as_str()));
+        let mut info = describe(info, name, text, descriptor, manifest.as_ref())?;
+        info.notes.extend(undigested.into_iter().chain(absent));
         Ok(Self::new(info, disks, files, manifest, options))
     }
 
@@ -130,19 +135,12 @@ impl PackageSource {
 
     /// Notes the members that no one names.
     fn note_unlisted(&mut self, names: &[String], known: &[&str]) {
-        /// Maximum number of names in the note. Our limit: a person reads no more.
-        const MOST: usize = 5;
         let disks = || self.disks.iter().flat_map(|member| &member.disk.files);
         let used: std::collections::HashSet<&str> =
             disks().map(|file| file.name.as_str()).chain(known.iter().copied()).collect();
-        let unused: Vec<String> = names
-            .iter()
-            .filter(|name| !used.contains(name.as_str()))
-            .take(MOST)
-            .map(|name| format!("'{name}'"))
-            .collect();
-        if !unused.is_empty() {
-            self.info.notes.push(format!("no disk, and left out: {}", unused.join(", ")));
+        let unused = names.iter().map(String::as_str).filter(|name| !used.contains(name));
+        if let Some(unused) = manifest::first_names(unused) {
+            self.info.notes.push(format!("no disk, and left out: {unused}"));
         }
     }
 
@@ -213,6 +211,19 @@ pub(crate) fn describe(
     let stated = manifest.map_or_else(|| "none".to_owned(), |manifest| manifest.algorithms().join(", "));
     info.fact("manifest", "manifest", stated);
     Ok(info)
+}
+
+/// Returns the files that the descriptor lists and no disk needs, such as firmware variables.
+pub(crate) fn needless_files(descriptor: &Descriptor) -> impl Iterator<Item = &FileRef> {
+    let used: std::collections::HashSet<usize> =
+        descriptor.disks.iter().filter_map(|disk| disk.file).collect();
+    (0..).zip(&descriptor.files).filter(move |(index, _)| !used.contains(index)).map(|(_, file)| file)
+}
+
+/// Returns a note about files that the descriptor lists, that no disk needs and that are missing.
+pub(crate) fn note_absent<'a>(names: impl Iterator<Item = &'a str>) -> Option<String> {
+    let names = manifest::first_names(names)?;
+    Some(format!("missing from the package, but needed by no disk: {names}"))
 }
 
 /// Adds the formats of the disks to the facts about a package.

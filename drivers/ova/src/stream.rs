@@ -12,8 +12,8 @@ use imgtool_core::external::is_plain_name;
 use imgtool_core::source::second_pass;
 use imgtool_core::sync::lock;
 use imgtool_core::{
-    Access, BufferPool, Device, DeviceId, Error, ImageInfo, ImageSource, Input, Location, OpenOptions, Piece,
-    Result, ResultExt, Stream, StreamAccess,
+    Access, BufferPool, Device, DeviceId, Error, ErrorKind, ImageInfo, ImageSource, Input, Location,
+    OpenOptions, Piece, Result, ResultExt, Stream, StreamAccess,
 };
 use imgtool_machine::ovf::{self, Descriptor};
 
@@ -21,7 +21,8 @@ use crate::archive::MAX_MEMBERS;
 use crate::disks;
 use crate::manifest::{self, Hasher, Manifest};
 use crate::source::{
-    MAX_DESCRIPTOR, PackageSource, add_formats, describe, is_descriptor_name, with_extension,
+    MAX_DESCRIPTOR, PackageSource, add_formats, describe, is_descriptor_name, needless_files, note_absent,
+    with_extension,
 };
 use crate::tar::{Blocks, Entry, Walker};
 
@@ -42,6 +43,8 @@ pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageS
     drop(lease);
     match (attempt, kept) {
         (Ok(Some(stream)), _) => Ok(Arc::new(stream)),
+        // Nothing that follows mends these.
+        (Err(error), _) if is_final(&error) => Err(error),
         (_, Some(kept)) => {
             let rewound = Box::new(Cursor::new(kept).chain(tape));
             let input = Input::from_reader(location, rewound)?.cancelled_by(cancel);
@@ -52,6 +55,11 @@ pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageS
             Error::unsupported("the package can't be read in one pass").hint("save it to a file first")
         })),
     }
+}
+
+/// True for an error that a reader by position has as well: it need not wait for the whole pipe.
+fn is_final(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Refused | ErrorKind::Io | ErrorKind::Cancelled)
 }
 
 /// A stream whose first bytes are kept. Clones share it.
@@ -165,6 +173,8 @@ struct Pass {
     options: OpenOptions,
     manifest: Manifest,
     expected: Vec<Expected>,
+    /// Names of the files that the descriptor lists and no disk needs.
+    needless: Vec<String>,
     /// Number of disks that are complete.
     complete: usize,
     current: Option<Current>,
@@ -208,8 +218,10 @@ impl PackageStream {
         let manifest = Manifest::parse(&sums)?;
         let descriptor = ovf::parse(&text, None)?;
         let Some(expected) = expected_disks(&descriptor) else { return Ok(None) };
+        let needless = needless_files(&descriptor).map(|file| file.href.clone()).collect();
         let info = ImageInfo { format: crate::OVA, ..ImageInfo::default() };
         let mut info = describe(info, &name, text, descriptor, Some(&manifest))?;
+        info.notes.extend(manifest.note_unlisted(expected.iter().map(|disk| disk.file.as_str())));
         let notes = Arc::default();
         let mut pass = Pass {
             members: Arc::new(Mutex::new(walker)),
@@ -217,6 +229,7 @@ impl PackageStream {
             options: disks::member_options(options, 1),
             manifest,
             expected,
+            needless,
             complete: 0,
             current: None,
             seen,
@@ -349,6 +362,8 @@ impl Pass {
         if let Some(missing) = needed.find(|name| !self.seen.contains(*name)) {
             return Err(crate::files::missing(missing));
         }
+        let absent = self.needless.iter().map(String::as_str).filter(|name| !self.seen.contains(*name));
+        lock(&self.notes).extend(note_absent(absent));
         lock(&self.notes).extend(lock(&self.members).take_notes());
         Ok(())
     }

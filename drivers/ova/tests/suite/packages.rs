@@ -103,6 +103,27 @@ fn a_disk_without_a_file_is_empty() {
 }
 
 #[test]
+fn notes_what_the_manifest_or_the_package_lacks() {
+    let file = vmdk(&small(1));
+    let size = small(1).devices[0].0.size;
+    let text = descriptor("vm", &[("d.vmdk", size)])
+        .replace("</References>", r#"<File ovf:href="v.nvram" ovf:id="v"/></References>"#);
+    let sums = manifest(&[("vm.ovf", text.as_bytes())]);
+    let tar = Tar::new().file("vm.ovf", text.as_bytes()).file("vm.mf", sums.as_bytes()).file("d.vmdk", &file);
+    let notes = |tar: Tar| open(&OvaDriver, &tar.build()).unwrap().info().notes.join("\n");
+    let found = notes(tar.clone());
+    assert!(found.contains("the manifest has no digest of 'd.vmdk', so damage may go unnoticed"), "{found}");
+    assert!(found.contains("missing from the package, but needed by no disk: 'v.nvram'"), "{found}");
+    let found = notes(tar.file("v.nvram", b"variables"));
+    assert!(!found.contains("missing"), "{found}");
+    let sums = manifest(&[("vm.ovf", text.as_bytes()), ("d.vmdk", &file)]);
+    let found = notes(
+        Tar::new().file("vm.ovf", text.as_bytes()).file("vm.mf", sums.as_bytes()).file("d.vmdk", &file),
+    );
+    assert!(!found.contains("no digest"), "{found}");
+}
+
+#[test]
 fn two_disks_in_one_file_are_refused() {
     let text =
         descriptor("vm", &[("d.vmdk", 1), ("e.vmdk", 1)]).replace(r#"fileRef="file1""#, r#"fileRef="file0""#);

@@ -1,7 +1,8 @@
 //! Packages from pipes: in one pass where descriptor and manifest are in front, else through a copy.
 
-use std::io::Cursor;
+use std::io::{self, Cursor, Read};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use imgtool_core::sync::lock;
 use imgtool_core::{
@@ -109,4 +110,50 @@ fn errors_at_the_end_of_a_pipe_are_errors() {
     }
     let twice = [&sound[..sound.len() - 1024], &sound[header..]].concat();
     assert!(fault(&twice).to_string().contains("two members are called"));
+}
+
+#[test]
+fn notes_what_a_package_in_a_pipe_lacks() {
+    let file = vmdk(&small(1));
+    let text = descriptor("vm", &[("d.vmdk", size())])
+        .replace("</References>", r#"<File ovf:href="v.nvram" ovf:id="v"/></References>"#);
+    let sums = manifest(&[("vm.ovf", text.as_bytes())]);
+    let archive = Tar::new()
+        .file("vm.ovf", text.as_bytes())
+        .file("vm.mf", sums.as_bytes())
+        .file("d.vmdk", &file)
+        .build();
+    let source = open(&archive, &options()).unwrap();
+    contents(&*source).unwrap();
+    let notes = [source.info().notes.clone(), source.notes()].concat().join("\n");
+    assert!(notes.contains("the manifest has no digest of 'd.vmdk'"), "{notes}");
+    assert!(notes.contains("needed by no disk: 'v.nvram'"), "{notes}");
+}
+
+/// Counts the bytes that were read of it.
+struct Counted(Cursor<Vec<u8>>, Arc<AtomicUsize>);
+
+impl Read for Counted {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let count = self.0.read(buf)?;
+        self.1.fetch_add(count, Ordering::Relaxed);
+        Ok(count)
+    }
+}
+
+#[test]
+fn a_wrong_digest_in_front_ends_the_reading() {
+    let text = descriptor("vm", &[("d.vmdk", 512)]);
+    let sums = manifest(&[("vm.ovf", b"other")]);
+    let archive = Tar::new()
+        .file("vm.ovf", text.as_bytes())
+        .file("vm.mf", sums.as_bytes())
+        .file("d.vmdk", &vec![1; 40 << 20])
+        .build();
+    let count = Arc::new(AtomicUsize::new(0));
+    let reader = Box::new(Counted(Cursor::new(archive), Arc::clone(&count)));
+    let input = Input::from_reader(Location::Stdin, reader).unwrap();
+    let error = OvaDriver.open(input, &options()).map(drop).unwrap_err();
+    assert!(error.to_string().contains("'vm.ovf' does not have the SHA256 digest"), "{error}");
+    assert!(count.load(Ordering::Relaxed) < 20 << 20, "not the whole pipe is stored");
 }
