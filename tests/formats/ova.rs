@@ -200,3 +200,49 @@ fn disks_of_a_shuffled_archive_become_streams() {
         oracles::qemu_compare(&raw, "raw", &disk, "vmdk");
     }
 }
+
+/// An importer goes by the extension, and would read the archive as XML.
+#[test]
+fn an_archive_is_not_called_a_descriptor() {
+    let dir = tempdir();
+    disk("one", 1).write_raw(&dir.path().join("one.raw"));
+    let before = snapshot(dir.path());
+    for line in [&["convert", "one.raw", "w.ovf"][..], &["convert", "one.raw", "--to", "ova", "w.OVF"]] {
+        let run = imgtool(line).within(dir.path()).go();
+        run.exits(1).says("not as a descriptor with files beside it").says("a name that ends in .ova");
+    }
+    assert_eq!(snapshot(dir.path()), before);
+}
+
+#[test]
+fn sizes_in_a_package_are_rounded_up_on_demand() {
+    let dir = tempdir();
+    std::fs::write(dir.path().join("one.raw"), noise(1, 100_352)).unwrap();
+    imgtool(["convert", "one.raw", "plain.ova"]).within(dir.path()).ok().says("align=64k rounds it up");
+    let line = ["convert", "--verify", "one.raw", "-o", "align=64k", "new.ova"];
+    imgtool(line).within(dir.path()).ok().says("virtual size rounded up from 100352 to 131072 bytes");
+    imgtool(["check", "new.ova"]).within(dir.path()).ok();
+    let info = imgtool(["info", "new.ova"]).within(dir.path()).ok();
+    assert!(!info.text().contains("which count"), "the descriptor agrees: {}", info.text());
+}
+
+/// An interrupted copy with holes, a sound directory, and one with a changed disk, whose blocks may be shared.
+#[test]
+fn a_directory_is_checked_like_an_archive() {
+    let dir = tempdir();
+    let path = |name: &str| dir.path().join(name);
+    let content = noise(1, 1 << 20);
+    let described = descriptor("vm", &[("a.raw", 1 << 20)]);
+    let sums = manifest(&[("vm.ovf", described.as_bytes()), ("a.raw", &content)]);
+    std::fs::write(path("vm.ovf"), &described).unwrap();
+    std::fs::write(path("vm.mf"), &sums).unwrap();
+    std::fs::write(path("a.raw"), &content).unwrap();
+    imgtool(["check", "vm.ovf"]).within(dir.path()).ok();
+    imgtool(["convert", "vm.ovf", "out.raw"]).within(dir.path()).ok();
+    std::fs::remove_file(path("out.raw")).unwrap();
+    std::fs::File::create(path("a.raw")).unwrap().set_len(1 << 20).unwrap();
+    let says = "'a.raw' does not have the SHA256 digest";
+    imgtool(["convert", "vm.ovf", "out.raw"]).within(dir.path()).go().exits(1).says(says);
+    imgtool(["checksum", "vm.ovf"]).within(dir.path()).go().exits(1).says(says);
+    assert!(!path("out.raw").exists());
+}

@@ -155,7 +155,9 @@ fn open_entry(
         notes.push(format!("'{}' has {len} bytes, the descriptor says {stated}", file.href));
     }
     let input = if file.gzip { options.externals.decompressed(input, "gzip")? } else { input };
-    let disk = open_image(input, &file.href, format_of_uri(&entry.format), options)?;
+    // Below the compression, the extension tells the format.
+    let inner = compression_of(&file.href).filter(|_| file.gzip).map_or(&*file.href, |(inner, _)| inner);
+    let disk = open_image(input, inner, format_of_uri(&entry.format), options)?;
     if let Some(capacity) = entry.capacity.filter(|capacity| *capacity != disk.size()) {
         notes.push(format!(
             "{}: the descriptor says {capacity} bytes, the disk has {}, which count",

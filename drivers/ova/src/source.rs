@@ -69,7 +69,7 @@ impl PackageSource {
             return Ok(Self::new(info, disks, files, None, options));
         };
         let text = read_small(files.expect(name)?, MAX_DESCRIPTOR, "the descriptor")?;
-        let manifest_name = with_extension(name, "mf");
+        let manifest_name = manifest_name(name, &names);
         let manifest = open_manifest(&files, &manifest_name)?;
         if let Some(manifest) = &manifest {
             check_complete(manifest, &files, &names)?;
@@ -84,7 +84,10 @@ impl PackageSource {
         let text = read_small(input, MAX_DESCRIPTOR, "the descriptor")?;
         let name = location.file_name().unwrap_or_default().into_owned();
         let files = Files::Folder(location, options.externals.clone());
-        let manifest = open_manifest(&files, &with_extension(&name, "mf"))?;
+        let manifest = match open_manifest(&files, &with_extension(&name, "mf"))? {
+            None => open_manifest(&files, &with_extension(&name, "MF"))?,
+            found => found,
+        };
         if let Some(manifest) = &manifest {
             let others = manifest.lines.iter().filter(|line| line.name != name);
             others.map(|line| &line.name).try_for_each(|name| files.expect(name).map(drop))?;
@@ -265,6 +268,20 @@ fn descriptor_name(names: &[String]) -> Result<Option<&str>> {
 pub(crate) fn with_extension(name: &str, extension: &str) -> String {
     let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
     format!("{stem}.{extension}")
+}
+
+/// Returns the name of the manifest of an archive with these members: that of the descriptor, also in another
+/// case, or that of the only manifest. Importers and exporters differ about both.
+fn manifest_name(descriptor: &str, names: &[String]) -> String {
+    let exact = with_extension(descriptor, "mf");
+    if names.contains(&exact) {
+        return exact;
+    }
+    let is_manifest = |name: &&String| name.to_ascii_lowercase().ends_with(".mf") && !name.contains('/');
+    let mut found = names.iter().filter(is_manifest);
+    let same = found.clone().find(|name| name.eq_ignore_ascii_case(&exact));
+    let only = || found.next().filter(|_| found.next().is_none());
+    same.or_else(only).cloned().unwrap_or(exact)
 }
 
 fn open_manifest(files: &Files, name: &str) -> Result<Option<Manifest>> {

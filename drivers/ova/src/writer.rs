@@ -13,6 +13,7 @@ use imgtool_core::{
 use crate::disks::MAX_DISKS;
 use crate::options::OvaOptions;
 use crate::sink::{NewMember, NewPackage, PackageSink};
+use crate::source::is_descriptor_name;
 use crate::tar::BLOCK;
 
 /// Format of the disks.
@@ -21,9 +22,6 @@ pub(crate) const MEMBER: MemberFormat =
 
 /// Address of the specification of that variant. ESXi refuses it without the part behind `#`.
 const MEMBER_URI: &str = "http://www.vmware.com/interfaces/specifications/vmdk.html#streamOptimized";
-
-/// Unit of the capacity of a disk in bytes: the sector of VMDK.
-const SECTOR: u64 = 512;
 
 /// Maximum length of a package's name in bytes: the names of its files end in `-disk254.vmdk`, and have at
 /// most [`crate::tar::write::MAX_NEW_NAME`].
@@ -83,6 +81,18 @@ fn package_name(location: &Location) -> String {
     if name.trim_matches(['_', '.', '-']).is_empty() { "vm".to_owned() } else { name }
 }
 
+/// Refuses the name of a descriptor for an archive: importers go by the extension, and would take the archive
+/// for XML.
+fn refuse_bare_descriptor(location: &Location) -> Result<()> {
+    let name = location.file_name().unwrap_or_default();
+    if !is_descriptor_name(&name) {
+        return Ok(());
+    }
+    Err(Error::unsupported("a package is written as one archive, not as a descriptor with files beside it")
+        .path(location)
+        .hint("give a name that ends in .ova; tar -xf unpacks it into a descriptor and its files"))
+}
+
 /// Output of a disk inside of a package.
 struct MemberOutput(Output);
 
@@ -130,6 +140,7 @@ impl ImageWriter for PackageWriter {
     fn create(&self, outputs: &mut dyn OutputFactory, manifest: &Manifest) -> Result<Box<dyn ImageSink>> {
         check(manifest)?;
         let output = outputs.main()?;
+        refuse_bare_descriptor(output.location())?;
         if output.is_stream() {
             return Err(Error::unsupported("a package can't be written to a stream")
                 .path(output.location())
@@ -140,7 +151,7 @@ impl ImageWriter for PackageWriter {
         let mut members = Vec::new();
         for (number, device) in (1..).zip(&manifest.devices) {
             let file = format!("{name}-disk{number}.vmdk");
-            let capacity = device.size.checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX);
+            let capacity = device.size.checked_next_multiple_of(self.options.align).unwrap_or(u64::MAX);
             let mut inner = MemberOutput(Output::framed(file.as_str()));
             let sink = self.member.create(&mut inner, &of_device(device, manifest, count));
             let sink = sink.map_err(|e| e.device(&*device.name))?;

@@ -128,7 +128,8 @@ pub trait Driver: Send + Sync {
 pub struct MemberFormat {
     /// Name of the driver.
     pub name: &'static str,
-    /// Options, as keys and values. The settings that every format has are those of the container.
+    /// Options, as keys and values. The settings that every format has are those of the container, and so are
+    /// those that the container's format has under the same name.
     pub options: &'static [(&'static str, &'static str)],
 }
 

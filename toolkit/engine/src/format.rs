@@ -68,11 +68,14 @@ impl FormatOptions {
             source_date_epoch: self.source_date_epoch,
             sparse_granularity: self.sparse_granularity,
             blank: self.blank,
-            ..CreateOptions::parse(driver.name(), driver.options(), pairs)?
+            ..CreateOptions::parse(driver.name(), driver.options(), pairs.clone())?
         };
         let Some(member) = driver.member_format() else { return driver.writer(&options).map(Arc::from) };
         let inner = self.formats.get(member.name)?;
-        let values = OptionValues::parse(member.name, inner.options(), member.options.iter().copied())?;
+        // An option of both formats is meant for both.
+        let shared = pairs.filter(|(key, _)| inner.options().iter().any(|option| option.name == *key));
+        let given = member.options.iter().copied().chain(shared);
+        let values = OptionValues::parse(member.name, inner.options(), given)?;
         let inner = inner.writer(&CreateOptions { values, ..options.clone() })?;
         driver.container_writer(&options, inner).map(Arc::from)
     }

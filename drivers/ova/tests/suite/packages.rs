@@ -124,6 +124,38 @@ fn notes_what_the_manifest_or_the_package_lacks() {
 }
 
 #[test]
+fn the_extension_below_a_compression_tells_the_format() {
+    require!("gzip");
+    let disk = prose(3, 512 * 30);
+    let text = descriptor("vm", &[("d.raw.gz", disk.len() as u64)])
+        .replace(r#"ovf:id="file0""#, r#"ovf:id="file0" ovf:compression="gzip""#);
+    let packed = filter("gzip", &["-c"], &disk);
+    let archive = Tar::new().file("vm.ovf", text.as_bytes()).file("d.raw.gz", &packed).build();
+    assert_eq!(contents(&OvaDriver, &archive), [("d".to_owned(), disk)]);
+}
+
+#[test]
+fn a_manifest_is_found_by_any_case_and_by_its_extension() {
+    let text = descriptor("vm", &[("d.raw", 512)]);
+    let sums = manifest(&[("VM.OVF", text.as_bytes()), ("d.raw", &[1; 512])]);
+    for name in ["VM.mf", "VM.MF", "vm.mf", "export.mf"] {
+        let tar = Tar::new().file("VM.OVF", text.as_bytes()).file(name, sums.as_bytes());
+        let source = open(&OvaDriver, &tar.file("d.raw", &[2; 512]).build()).unwrap();
+        assert!(!source.info().notes.iter().any(|note| note.contains("left out")), "{name}");
+        Disk::all(&source).unwrap()[0].read_at(&mut [0; 512], 0).unwrap();
+        assert_eq!(source.verify().expect_err(name).kind(), ErrorKind::Corrupt, "{name}");
+    }
+    let dir = tempdir();
+    std::fs::write(dir.path().join("VM.OVF"), &text).unwrap();
+    std::fs::write(dir.path().join("VM.MF"), &sums).unwrap();
+    std::fs::write(dir.path().join("d.raw"), [2; 512]).unwrap();
+    let input = imgtool_testing::conformance::input(&dir.path().join("VM.OVF")).unwrap();
+    let source = OvaDriver.open(input, &options()).unwrap();
+    Disk::all(&source).unwrap()[0].read_at(&mut [0; 512], 0).unwrap();
+    assert_eq!(source.verify().unwrap_err().kind(), ErrorKind::Corrupt);
+}
+
+#[test]
 fn two_disks_in_one_file_are_refused() {
     let text =
         descriptor("vm", &[("d.vmdk", 1), ("e.vmdk", 1)]).replace(r#"fileRef="file1""#, r#"fileRef="file0""#);
