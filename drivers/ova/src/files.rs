@@ -15,8 +15,8 @@ use crate::pieces::Pieces;
 /// may have 1024 files by default.
 const MAX_OPEN_CHUNKS: usize = 500;
 
-/// Memory in bytes for an open chunk besides its name: its input, its piece, and its place in the list. Our bound:
-/// 260 bytes were measured with 65,000 chunks.
+/// Memory in bytes for an open chunk besides its name: its input, its piece, and its place in the list. Our
+/// bound: 260 bytes were measured with 65,000 chunks.
 const CHUNK_BYTES: u64 = 512;
 
 /// The files of a package.

@@ -28,7 +28,8 @@ const SECTOR: u64 = 512;
 pub(crate) struct OvaOptions {
     /// Algorithm of the digests; `None` for a package without a manifest.
     pub(crate) manifest: Option<Algorithm>,
-    /// Multiple, in bytes, to which the sizes of the disks are rounded up. The writer of the disks has it too.
+    /// Multiple, in bytes, to which the sizes of the disks are rounded up. The writer of the disks has it
+    /// too.
     pub(crate) align: u64,
     /// Time of the last change of all files, in seconds since 1970.
     pub(crate) mtime: u64,

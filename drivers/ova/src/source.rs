@@ -37,8 +37,8 @@ pub(crate) struct PackageSource {
 #[derive(Debug)]
 struct Member {
     disk: PackagedDisk,
-    /// True once its content was asked for. Damaged tables may call data a hole, and a caller that shares blocks
-    /// asks for places alone: neither reads a byte through this source.
+    /// True once its content was asked for. Damaged tables may call data a hole, and a caller that shares
+    /// blocks asks for places alone: neither reads a byte through this source.
     was_asked: AtomicBool,
     /// True once the digests of its files were compared.
     was_verified: AtomicBool,
@@ -147,8 +147,8 @@ impl PackageSource {
         }
     }
 
-    /// Returns the lines of the manifest, without that of the descriptor, which was compared when the package was
-    /// opened.
+    /// Returns the lines of the manifest, without that of the descriptor, which was compared when the package
+    /// was opened.
     pub(crate) fn lines(&self) -> impl Iterator<Item = &Line> {
         let is_descriptor = |line: &Line| self.info.attachments.iter().any(|known| known.name == line.name);
         let lines = self.manifest.iter().flat_map(|manifest| &manifest.lines);
