@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use imgtool_core::{
-    Device, Disk, Error, Extent, ExtentKind, FileRange, Input, MapExtent, OpenOptions, Result, ResultExt,
+    Device, Disk, Error, Extent, ExtentKind, FileRange, Input, MapExtent, OpenOptions, Remedy, Result,
+    ResultExt,
 };
 
 use imgtool_machine::ovf::{Descriptor, DiskRef};
@@ -149,7 +150,8 @@ fn open_entry(
         }
     };
     let mut notes = Vec::new();
-    if let (Some(stated), Some(len)) = (file.size, input.len())
+    let stored_len = input.len();
+    if let (Some(stated), Some(len)) = (file.size, stored_len)
         && stated != len
     {
         notes.push(format!("'{}' has {len} bytes, the descriptor says {stated}", file.href));
@@ -158,6 +160,18 @@ fn open_entry(
     // Below the compression, the extension tells the format.
     let inner = compression_of(&file.href).filter(|_| file.gzip).map_or(&*file.href, |(inner, _)| inner);
     let disk = open_image(input, inner, format_of_uri(&entry.format), options)?;
+    // Every other format tells by itself that its file was cut.
+    if disk.image().info().format == "raw" && !options.salvage {
+        let lengths = [(file.size, stored_len), (entry.capacity, Some(disk.size()))];
+        if let Some((Some(stated), Some(found))) = lengths.into_iter().find(|(stated, found)| stated > found)
+        {
+            return Err(Error::corrupt(format!(
+                "'{}' is cut short: it has {found} bytes of the {stated} that the descriptor says",
+                file.href
+            ))
+            .remedied_by(Remedy::Salvage("export or copy the package again".into())));
+        }
+    }
     if let Some(capacity) = entry.capacity.filter(|capacity| *capacity != disk.size()) {
         notes.push(format!(
             "{}: the descriptor says {capacity} bytes, the disk has {}, which count",

@@ -38,6 +38,19 @@ fn reads_every_disk_in_the_order_of_the_descriptor() {
     assert_eq!(source.info().machine.as_ref().unwrap().name, "vm");
 }
 
+/// A raw disk alone can't tell that its file was cut.
+#[test]
+fn a_raw_disk_shorter_than_its_description_is_refused() {
+    let disk = prose(3, 512 * 300);
+    let package = of_one("d.raw", &disk, 512 * 301).build();
+    let error = refusal(&OvaDriver, &package);
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+    assert!(error.to_string().contains("153600 bytes of the 154112"), "{error}");
+    let options = OpenOptions { salvage: true, ..options() };
+    let source = OvaDriver.open(memory::as_file("vm.ova", &package), &options).unwrap();
+    assert_eq!(source.info().devices[0].size, 512 * 300);
+}
+
 #[test]
 fn reads_the_formats_that_packages_contain() {
     require!("qemu-img", "gzip");
