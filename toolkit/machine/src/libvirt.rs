@@ -13,8 +13,24 @@ pub use print::{DiskSource, print};
 /// Name of the document in messages.
 const WHAT: &str = "the domain XML";
 
-/// Number of SCSI drives on a controller that numbers them from 0 to 6.
-const NARROW: u32 = 7;
+/// Number of drives on a SCSI controller of QEMU, at most the places of the machine's controllers. LSI Logic
+/// has the SCSI numbers 0 to 6, LSI SAS 1068 has 8 ports; the others have at least 64 targets.
+fn scsi_width(model: ControllerModel) -> u32 {
+    match model {
+        ControllerModel::LsiLogic => 7,
+        ControllerModel::LsiSas1068 => 8,
+        other => other.units(),
+    }
+}
+
+/// True if the drives of a SCSI controller are its units. libvirt makes LSI Logic's unit the SCSI number; on
+/// the other models `target` is that number and `unit` the LUN, of which only virtio-scsi has many.
+fn counts_units(model: ControllerModel) -> bool {
+    matches!(
+        model,
+        ControllerModel::LsiLogic | ControllerModel::VirtioScsi | ControllerModel::VirtioScsiSingle
+    )
+}
 
 /// The network that every installation of libvirt has.
 const NETWORK: &str = "default";
@@ -42,9 +58,11 @@ const SYSTEMS: &[(&str, Os)] = &[
     ("http://microsoft.com/win/2k25", Os::Windows11),
 ];
 
-/// Names of the SCSI controllers.
+/// Names of the SCSI controllers. The first one of a model is the one that is written.
 const CONTROLLERS: &[(&str, ControllerModel)] = &[
     ("virtio-scsi", ControllerModel::VirtioScsi),
+    ("virtio-transitional", ControllerModel::VirtioScsi),
+    ("virtio-non-transitional", ControllerModel::VirtioScsi),
     ("lsilogic", ControllerModel::LsiLogic),
     ("lsisas1068", ControllerModel::LsiSas1068),
     ("lsisas1078", ControllerModel::MegaSas),
@@ -52,9 +70,11 @@ const CONTROLLERS: &[(&str, ControllerModel)] = &[
     ("vmpvscsi", ControllerModel::Pvscsi),
 ];
 
-/// Names of the network adapters.
+/// Names of the network adapters. The first one of a model is the one that is written.
 const ADAPTERS: &[(&str, NicModel)] = &[
     ("virtio", NicModel::Virtio),
+    ("virtio-transitional", NicModel::Virtio),
+    ("virtio-non-transitional", NicModel::Virtio),
     ("e1000", NicModel::E1000),
     ("e1000e", NicModel::E1000e),
     ("pcnet", NicModel::Pcnet),

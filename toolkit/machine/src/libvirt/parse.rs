@@ -1,14 +1,16 @@
 //! Parses the XML of a domain.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use imgtool_core::error::escape_control;
 use imgtool_core::machine::{
-    Arch, Chipset, ControllerModel, Cpu, Drive, DriveKind, Firmware, MAX_DRIVES, Machine, Nic, NicModel, Os,
-    Tpm,
+    Arch, Bus, Chipset, Controller, ControllerModel, Cpu, Drive, DriveKind, Firmware, MAX_DRIVES,
+    MAX_POSITION, Machine, Nic, NicModel, Os, Tpm,
 };
 use imgtool_core::{Error, Result};
 use uuid::Uuid;
 
-use super::{ADAPTERS, CONTROLLERS, NARROW, NETWORK, SYSTEMS, WHAT};
+use super::{ADAPTERS, CONTROLLERS, NETWORK, SYSTEMS, WHAT};
 use crate::xml::{self, Element, shortened};
 
 /// Maximum number of network adapters. Our limit: PCI has 32 devices on a bus.
@@ -132,21 +134,10 @@ fn firmware(domain: &Element, machine: &mut Machine) {
 }
 
 fn add_devices(devices: &Element, machine: &mut Machine) -> Result<()> {
-    let scsi = |index: u32| {
-        let mut controllers = devices.all("controller").filter(|one| one.attribute("type") == Some("scsi"));
-        let is_wanted =
-            |one: &&Element| one.attribute("index").and_then(|index| index.parse().ok()) == Some(index);
-        let model = controllers.find(is_wanted).and_then(|one| one.attribute("model"));
-        let model =
-            model.map(|model| model.strip_prefix("virtio-transitional").map_or(model, |_| "virtio-scsi"));
-        CONTROLLERS
-            .iter()
-            .find(|(name, _)| Some(*name) == model)
-            .map_or(ControllerModel::LsiLogic, |one| one.1)
-    };
+    let mut places = Places::new(devices, machine);
     for device in &devices.children {
         match device.name.as_str() {
-            "disk" => add_drive(device, &scsi, machine)?,
+            "disk" => add_drive(device, &mut places, machine)?,
             "interface" => add_nic(device, machine)?,
             "tpm" => {
                 let version = device.child("backend").and_then(|backend| backend.attribute("version"));
@@ -167,7 +158,66 @@ fn add_devices(devices: &Element, machine: &mut Machine) -> Result<()> {
     Ok(())
 }
 
-fn add_drive(device: &Element, scsi: &dyn Fn(u32) -> ControllerModel, machine: &mut Machine) -> Result<()> {
+/// Places of drives: the models of the SCSI controllers by number, and what is taken.
+struct Places {
+    scsi: BTreeMap<u32, ControllerModel>,
+    taken: BTreeSet<(Bus, u32)>,
+}
+
+impl Places {
+    fn new(devices: &Element, machine: &mut Machine) -> Self {
+        let mut scsi = BTreeMap::new();
+        for one in devices.all("controller").filter(|one| one.attribute("type") == Some("scsi")) {
+            let name = one.attribute("model").unwrap_or("auto");
+            let model = CONTROLLERS.iter().find(|(known, _)| *known == name).map(|(_, model)| *model);
+            if model.is_none() && name != "auto" {
+                let name = escape_control(shortened(name));
+                machine.extra.push(format!("SCSI controller of the model '{name}' (becomes lsilogic)"));
+            }
+            let index = one.attribute("index").map_or(Some(0), |index| index.parse::<u32>().ok());
+            if let Some(index) = index.filter(|index| *index <= MAX_POSITION) {
+                scsi.entry(index).or_insert(model.unwrap_or(ControllerModel::LsiLogic));
+            }
+        }
+        Self { scsi, taken: BTreeSet::new() }
+    }
+
+    fn model(&self, controller: u32) -> ControllerModel {
+        self.scsi.get(&controller).copied().unwrap_or(ControllerModel::LsiLogic)
+    }
+
+    /// Takes a place on the bus of a model, counted across its controllers: the one that is asked for, or a free
+    /// one. On SCSI, that is one of the same controller, or one behind all controllers.
+    fn take(&mut self, model: ControllerModel, wanted: u32, controller: u32) -> Option<u32> {
+        let (bus, units) = (model.bus(), model.units());
+        let (mut own, mut further) = (wanted..=MAX_POSITION, MAX_POSITION + 1);
+        if bus == Bus::Scsi {
+            let last = self.scsi.keys().next_back().copied().unwrap_or(0).max(controller);
+            let first = controller.saturating_mul(units);
+            further = last.saturating_add(1).saturating_mul(units);
+            own = first..=if controller == last { MAX_POSITION } else { first.saturating_add(units - 1) };
+        }
+        let is_free = |place: &u32| !self.taken.contains(&(bus, *place));
+        let asked = Some(wanted).filter(|place| own.contains(place)).filter(is_free);
+        let place = asked.or_else(|| own.chain(further..=MAX_POSITION).find(is_free))?;
+        self.taken.insert((bus, place));
+        Some(place)
+    }
+
+    /// Attaches a drive, with the controllers that the domain has up to its own.
+    fn attach(&self, drive: &mut Drive, model: ControllerModel, place: u32, machine: &mut Machine) -> bool {
+        if model.bus() == Bus::Scsi && place <= MAX_POSITION {
+            let known = machine.controllers.iter().filter(|one| one.model.bus() == Bus::Scsi).count();
+            for number in (0..=place / model.units()).skip(known) {
+                let model = self.scsi.get(&number).copied().unwrap_or(model);
+                machine.controllers.push(Controller { model });
+            }
+        }
+        machine.attach(drive, model, place)
+    }
+}
+
+fn add_drive(device: &Element, places: &mut Places, machine: &mut Machine) -> Result<()> {
     if machine.drives.len() >= MAX_DRIVES {
         return Err(Error::limit(format!("{WHAT} has more than {MAX_DRIVES} drives")));
     }
@@ -192,22 +242,28 @@ fn add_drive(device: &Element, scsi: &dyn Fn(u32) -> ControllerModel, machine: &
     drive.read_only |= device.child("readonly").is_some();
     let boot = device.child("boot").and_then(|boot| boot.attribute("order")?.parse::<u32>().ok());
     drive.boot = boot.and_then(|boot| boot.checked_sub(1));
-    let (model, position) = place(device, target, name, scsi);
-    if !machine.attach(&mut drive, model, position) {
+    let (model, wanted, controller) = place(device, target, name, places);
+    if target.and_then(|target| target.attribute("bus")) == Some("usb") {
+        machine
+            .extra
+            .push(format!("bus usb of the drive {} (becomes sata)", escape_control(shortened(name))));
+    }
+    let position = places.take(model, wanted, controller).filter(|_| wanted <= MAX_POSITION);
+    if !position.is_some_and(|position| places.attach(&mut drive, model, position, machine)) {
         return Err(malformed("a drive with an address", name));
     }
     machine.drives.push(drive);
     Ok(())
 }
 
-/// Returns the controller of a drive and its place on the bus: that of its address, or of the letters of its
-/// name.
+/// Returns the controller of a drive, its place on the bus and the number of the controller: that of its
+/// address, or of the letters of its name.
 fn place(
     device: &Element,
     target: Option<&Element>,
     name: &str,
-    scsi: &dyn Fn(u32) -> ControllerModel,
-) -> (ControllerModel, u32) {
+    places: &Places,
+) -> (ControllerModel, u32, u32) {
     let address = device.child("address").filter(|address| address.attribute("type") == Some("drive"));
     let part = |part: &str| address.and_then(|address| address.attribute(part)?.parse::<u32>().ok());
     let (controller, channel, unit) =
@@ -222,20 +278,20 @@ fn place(
     let flat = |units: u32, number: u32| {
         unit.map_or(by_name, |unit| number.saturating_mul(units).saturating_add(unit))
     };
-    match bus {
+    let (model, wanted) = match bus {
         "ide" => (ControllerModel::Ide, flat(2, channel.saturating_add(controller.saturating_mul(2)))),
         "sata" | "usb" => (ControllerModel::Ahci, flat(6, controller)),
         "virtio" => (ControllerModel::VirtioBlk, by_name),
         "nvme" => (ControllerModel::Nvme, by_name),
         _ => {
-            let model = scsi(controller);
-            let units = match model {
-                ControllerModel::LsiLogic | ControllerModel::BusLogic | ControllerModel::LsiSas1068 => NARROW,
-                known => known.units(),
-            };
-            (model, flat(units, controller))
+            let model = places.model(controller);
+            // The number of the drive is the target, or on a target with several LUNs the unit.
+            let target = part("target").filter(|target| *target > 0 && model != ControllerModel::LsiLogic);
+            let first = controller.saturating_mul(model.units());
+            (model, target.map_or(flat(model.units(), controller), |target| first.saturating_add(target)))
         }
-    }
+    };
+    (model, wanted, controller)
 }
 
 /// Returns the number of a drive from its letters: `sda` is 0, `sdaa` is 26.

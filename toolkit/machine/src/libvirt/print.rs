@@ -1,12 +1,13 @@
 //! Prints a machine as the XML of a domain.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use imgtool_core::machine::{
     Arch, BootEntry, Bus, Chipset, ControllerModel, Drive, DriveKind, Firmware, Machine, Nic, Os,
 };
 
-use super::{ADAPTERS, CONTROLLERS, NARROW, NETWORK, SYSTEMS};
+use super::{ADAPTERS, CONTROLLERS, NETWORK, SYSTEMS, counts_units, scsi_width};
 use crate::xml::{escaped, shortened};
 use crate::{DEFAULT_MEMORY, Printed};
 
@@ -67,7 +68,20 @@ struct Printer<'a> {
     used: Vec<(&'static str, u32)>,
 }
 
-impl Printer<'_> {
+/// Drive that is written.
+struct Placed<'a> {
+    drive: &'a Drive,
+    source: Option<DiskSource<'a>>,
+    /// Model of its controller in the domain.
+    model: ControllerModel,
+    /// Place on the bus.
+    position: u32,
+    /// Number of the controller; of the channel for IDE.
+    number: u32,
+    unit: u32,
+}
+
+impl<'a> Printer<'a> {
     fn line(&mut self, indent: usize, text: &str) {
         let _ = writeln!(self.text, "{:indent$}{text}", "");
     }
@@ -169,11 +183,36 @@ impl Printer<'_> {
     }
 
     fn drives(&mut self) {
-        let machine = self.machine;
-        let mut controllers: Vec<(ControllerModel, u32)> = Vec::new();
+        let mut placed = self.placed();
+        number_scsi(&mut placed);
         let mut letters = 0;
+        for one in &placed {
+            let target = match one.model.bus() {
+                Bus::Virtio => format!("vd{}", letter(one.position)),
+                Bus::Ide => format!("hd{}", letter(one.position)),
+                _ => {
+                    letters += 1;
+                    format!("sd{}", letter(letters - 1))
+                }
+            };
+            self.drive(one, &target);
+            let model = self.machine.controller_of(one.drive).unwrap_or(one.model);
+            // The same model, with one controller for several drives.
+            if one.model != model && model != ControllerModel::VirtioScsiSingle {
+                let what = one.drive.device.as_deref().unwrap_or("CD drive");
+                self.lost.push(format!("{}: controller {model} becomes {}", shortened(what), one.model));
+            }
+        }
+        let scsi = placed.iter().filter(|one| one.model.bus() == Bus::Scsi);
+        self.controllers(scsi.map(|one| (one.model, one.number)).collect());
+    }
+
+    /// Returns the drives that are written, at their places. SCSI controllers still have the machine's numbers.
+    fn placed(&mut self) -> Vec<Placed<'a>> {
+        let (machine, disks) = (self.machine, self.disks);
+        let mut placed = Vec::new();
         for drive in &machine.drives {
-            let source = self.disks.iter().find(|disk| Some(disk.device) == drive.device.as_deref()).copied();
+            let source = disks.iter().find(|disk| Some(disk.device) == drive.device.as_deref()).copied();
             let is_written = match drive.kind {
                 DriveKind::Disk => source.is_some(),
                 DriveKind::Cdrom => true,
@@ -181,35 +220,26 @@ impl Printer<'_> {
             };
             let Some(model) = machine.controller_of(drive).filter(|_| is_written) else { continue };
             let (_, position) = machine.position(drive).unwrap_or((Bus::Scsi, 0));
-            let written = self.written_model(model, drive.kind);
+            let mut written = self.written_model(model, drive.kind);
             let position = self.place(written, position);
             let (number, unit) = number_and_unit(written, position);
             if written.bus() == Bus::Scsi {
-                controllers.push((written, number));
+                // Another controller has the place if that of the drive was taken.
+                let mut scsi = machine.controllers.iter().filter(|one| one.model.bus() == Bus::Scsi);
+                let there = scsi.nth(number as usize).map_or(model, |one| one.model);
+                written = self.written_model(there, drive.kind);
             }
-            let target = match written.bus() {
-                Bus::Virtio => format!("vd{}", letter(position)),
-                Bus::Ide => format!("hd{}", letter(position)),
-                _ => {
-                    letters += 1;
-                    format!("sd{}", letter(letters - 1))
-                }
-            };
-            self.drive(drive, source, written, &target, (number, unit));
-            // The same model, with one controller for all drives.
-            if written != model && model != ControllerModel::VirtioScsiSingle {
-                let what = drive.device.as_deref().unwrap_or("CD drive");
-                self.lost.push(format!("{}: controller {model} becomes {written}", shortened(what)));
-            }
+            placed.push(Placed { drive, source, model: written, position, number, unit });
         }
-        self.controllers(controllers);
+        placed
     }
 
-    /// Returns the model that is written for another one. libvirt has no NVMe for files, and Q35 no IDE.
+    /// Returns the model that is written for another one. libvirt has no NVMe for files, QEMU no BusLogic, and
+    /// Q35 no IDE.
     fn written_model(&self, model: ControllerModel, kind: DriveKind) -> ControllerModel {
         match model {
             ControllerModel::VirtioScsiSingle => ControllerModel::VirtioScsi,
-            ControllerModel::Lsi53c810 => ControllerModel::LsiLogic,
+            ControllerModel::Lsi53c810 | ControllerModel::BusLogic => ControllerModel::LsiLogic,
             ControllerModel::Nvme => ControllerModel::Ahci,
             ControllerModel::Ide if self.chipset == Chipset::Q35 => ControllerModel::Ahci,
             ControllerModel::VirtioBlk if kind == DriveKind::Cdrom => ControllerModel::Ahci,
@@ -225,14 +255,8 @@ impl Printer<'_> {
         free
     }
 
-    fn drive(
-        &mut self,
-        drive: &Drive,
-        source: Option<DiskSource<'_>>,
-        model: ControllerModel,
-        target: &str,
-        (number, unit): (u32, u32),
-    ) {
+    fn drive(&mut self, placed: &Placed<'_>, target: &str) {
+        let Placed { drive, source, model, number, unit, .. } = *placed;
         let device = if drive.kind == DriveKind::Cdrom { "cdrom" } else { "disk" };
         let format = source.map_or("raw", |source| source.format);
         let bus = model.bus().name();
@@ -247,17 +271,14 @@ impl Printer<'_> {
         }
         self.boot(drive.boot);
         let address = match model.bus() {
-            Bus::Ide => Some((0, number, unit)),
+            Bus::Ide => Some((0, number, 0, unit)),
             Bus::Virtio => None,
-            _ => Some((number, 0, unit)),
+            Bus::Scsi if !counts_units(model) => Some((number, 0, unit, 0)),
+            _ => Some((number, 0, 0, unit)),
         };
-        if let Some((controller, bus, unit)) = address {
-            self.line(
-                6,
-                &format!(
-                    "<address type='drive' controller='{controller}' bus='{bus}' target='0' unit='{unit}'/>"
-                ),
-            );
+        if let Some((number, bus, target, unit)) = address {
+            let place = format!("controller='{number}' bus='{bus}' target='{target}' unit='{unit}'");
+            self.line(6, &format!("<address type='drive' {place}/>"));
         }
         self.line(4, "</disk>");
     }
@@ -352,15 +373,32 @@ impl Printer<'_> {
     }
 }
 
-/// Returns the number of the controller (of the IDE channel) for a place, and the unit there.
+/// Returns the number of the controller (of the IDE channel) for a place, and the unit there. SCSI
+/// controllers are those of the machine.
 fn number_and_unit(model: ControllerModel, position: u32) -> (u32, u32) {
     let units = match model {
-        ControllerModel::Ide => 2,
         ControllerModel::Ahci => 6,
-        ControllerModel::LsiLogic | ControllerModel::BusLogic | ControllerModel::LsiSas1068 => NARROW,
-        _ => u32::MAX,
+        other => other.units(),
     };
     (position / units, position % units)
+}
+
+/// Numbers the SCSI controllers of the domain: as the machine does, with further ones where a model has fewer
+/// drives in QEMU.
+fn number_scsi(placed: &mut [Placed<'_>]) {
+    let part = |one: &Placed<'_>| (one.number, one.unit / scsi_width(one.model));
+    let is_scsi = |one: &&mut Placed<'_>| one.model.bus() == Bus::Scsi;
+    let mut numbers: BTreeMap<(u32, u32), u32> =
+        placed.iter_mut().filter(is_scsi).map(|one| (part(one), 0)).collect();
+    let mut next = 0;
+    for ((of_machine, _), number) in &mut numbers {
+        *number = next.max(*of_machine);
+        next = *number + 1;
+    }
+    for one in placed.iter_mut().filter(is_scsi) {
+        one.number = numbers.get(&part(one)).copied().unwrap_or(one.number);
+        one.unit %= scsi_width(one.model);
+    }
 }
 
 /// Returns the letters of a drive: `a` to `z`, `aa` and so on.

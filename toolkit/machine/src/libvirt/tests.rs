@@ -111,7 +111,7 @@ fn machine() -> Machine {
     };
     for (model, position) in [
         (ControllerModel::LsiLogic, 0),
-        (ControllerModel::LsiLogic, 9),
+        (ControllerModel::LsiLogic, 17),
         (ControllerModel::VirtioBlk, 1),
         (ControllerModel::Ahci, 7),
         (ControllerModel::Ide, 3),
@@ -169,6 +169,157 @@ fn q35_has_no_ide_and_secure_boot_needs_q35() {
     assert!(again.controllers.iter().all(|one| one.model != ControllerModel::Ide));
     let lost = printed.lost.join("\n");
     assert!(lost.contains("chipset i440fx") && lost.contains("ide3: controller ide becomes ahci"), "{lost}");
+}
+
+/// A machine with these drives: the controller's number, its model and the place on it.
+fn of_scsi(drives: &[(u32, ControllerModel, u32)]) -> Machine {
+    let mut machine = Machine::default();
+    for (number, model, unit) in drives {
+        let mut drive = Drive::new(DriveKind::Disk, Some(&format!("d{number}-{unit}")));
+        assert!(machine.attach(&mut drive, *model, number * model.units() + unit));
+        machine.drives.push(drive);
+    }
+    machine
+}
+
+/// Returns the start tags of the elements of this name with these attributes.
+fn tags<'a>(text: &'a str, start: &str) -> Vec<&'a str> {
+    text.split(start).skip(1).filter_map(|rest| rest.split("/>").next()).map(str::trim).collect()
+}
+
+#[test]
+fn scsi_controllers_keep_their_numbers_and_models() {
+    use ControllerModel::{LsiLogic, LsiSas1068, MegaSas, Pvscsi, VirtioScsi};
+    let machine = of_scsi(&[
+        (0, LsiSas1068, 0),
+        (0, LsiSas1068, 3),
+        (1, Pvscsi, 0),
+        (1, Pvscsi, 14),
+        (2, MegaSas, 2),
+        (3, VirtioScsi, 5),
+        (4, LsiLogic, 6),
+    ]);
+    let printed = printed(&machine);
+    assert!(printed.lost.is_empty(), "{:?}", printed.lost);
+    assert_eq!(
+        tags(&printed.text, "<address type='drive'"),
+        [
+            "controller='0' bus='0' target='0' unit='0'",
+            "controller='0' bus='0' target='3' unit='0'",
+            "controller='1' bus='0' target='0' unit='0'",
+            "controller='1' bus='0' target='14' unit='0'",
+            "controller='2' bus='0' target='2' unit='0'",
+            "controller='3' bus='0' target='0' unit='5'",
+            "controller='4' bus='0' target='0' unit='6'",
+        ]
+    );
+    assert_eq!(
+        tags(&printed.text, "<controller type='scsi'"),
+        [
+            "index='0' model='lsisas1068'",
+            "index='1' model='vmpvscsi'",
+            "index='2' model='lsisas1078'",
+            "index='3' model='virtio-scsi'",
+            "index='4' model='lsilogic'",
+        ]
+    );
+    let again = parse(printed.text.as_bytes()).expect("a domain");
+    let places = |machine: &Machine| -> Vec<_> {
+        machine.drives.iter().map(|drive| (machine.position(drive), machine.controller_of(drive))).collect()
+    };
+    assert_eq!(places(&again), places(&machine));
+}
+
+#[test]
+fn drives_beyond_the_width_of_a_controller_get_another_one() {
+    use ControllerModel::{LsiLogic, LsiSas1068};
+    let text = printed(&of_scsi(&[(0, LsiLogic, 14), (0, LsiLogic, 0), (1, LsiSas1068, 8)])).text;
+    assert_eq!(
+        tags(&text, "<address type='drive'"),
+        [
+            "controller='1' bus='0' target='0' unit='0'",
+            "controller='0' bus='0' target='0' unit='0'",
+            "controller='2' bus='0' target='0' unit='0'",
+        ]
+    );
+    let models = ["lsilogic", "lsilogic", "lsisas1068"];
+    for (index, model) in models.iter().enumerate() {
+        assert!(text.contains(&format!("index='{index}' model='{model}'")), "{text}");
+    }
+}
+
+#[test]
+fn buslogic_becomes_lsilogic() {
+    let printed = printed(&of_scsi(&[(0, ControllerModel::BusLogic, 1)]));
+    assert!(printed.text.contains("model='lsilogic'") && !printed.text.contains("buslogic"));
+    assert_eq!(printed.lost, ["d0-1: controller buslogic becomes lsilogic"]);
+}
+
+/// A domain with these devices.
+fn of_devices(devices: &str) -> Machine {
+    let text = format!("<domain><vcpu>1</vcpu><devices>{devices}</devices></domain>");
+    parse(text.as_bytes()).expect("a domain")
+}
+
+fn disk(name: &str, bus: &str, address: &str) -> String {
+    format!(
+        "<disk device='disk'><source file='/{name}.raw'/><target dev='{name}' bus='{bus}'/><address \
+         type='drive' {address}/></disk>"
+    )
+}
+
+#[test]
+fn targets_of_scsi_drives_are_places() {
+    let controller = |index, model| format!("<controller type='scsi' index='{index}' model='{model}'/>");
+    let machine = of_devices(
+        &[
+            controller(0, "vmpvscsi"),
+            controller(1, "lsilogic"),
+            disk("sda", "scsi", "controller='0' target='0' unit='0'"),
+            disk("sdb", "scsi", "controller='0' target='1' unit='0'"),
+            disk("sdc", "scsi", "controller='1' target='0' unit='3'"),
+            // The place of sdb, and one beyond the controller's places.
+            disk("sdd", "scsi", "controller='0' target='0' unit='1'"),
+            disk("sde", "scsi", "controller='0' target='40' unit='0'"),
+        ]
+        .concat(),
+    );
+    let places: Vec<_> = machine
+        .drives
+        .iter()
+        .map(|drive| (machine.position(drive).map(|(_, place)| place), machine.controller_of(drive)))
+        .collect();
+    let (pvscsi, lsi) = (Some(ControllerModel::Pvscsi), Some(ControllerModel::LsiLogic));
+    assert_eq!(
+        places,
+        [(Some(0), pvscsi), (Some(1), pvscsi), (Some(18), lsi), (Some(2), pvscsi), (Some(3), pvscsi)]
+    );
+}
+
+#[test]
+fn all_names_of_virtio_are_known_and_others_get_a_line() {
+    for name in ["virtio-scsi", "virtio-transitional", "virtio-non-transitional"] {
+        let controller = format!("<controller type='scsi' index='0' model='{name}'/>");
+        let machine = of_devices(&(controller + &disk("sda", "scsi", "controller='0' unit='0'")));
+        assert_eq!(machine.controller_of(&machine.drives[0]), Some(ControllerModel::VirtioScsi), "{name}");
+        assert!(machine.extra.is_empty(), "{:?}", machine.extra);
+    }
+    for name in ["virtio", "virtio-transitional", "virtio-non-transitional"] {
+        let machine = of_devices(&format!("<interface type='network'><model type='{name}'/></interface>"));
+        assert_eq!((machine.nics[0].model, machine.extra.len()), (NicModel::Virtio, 0), "{name}");
+    }
+    let machine = of_devices(
+        &("<controller type='scsi' index='0' model='am53c974'/>".to_owned()
+            + &disk("sda", "scsi", "controller='0' unit='0'")
+            + &disk("sdb", "usb", "controller='0' unit='1'")),
+    );
+    assert_eq!(
+        machine.extra,
+        [
+            "SCSI controller of the model 'am53c974' (becomes lsilogic)",
+            "bus usb of the drive sdb (becomes sata)"
+        ]
+    );
 }
 
 #[test]
