@@ -69,6 +69,34 @@ fn directory_of_disks_gets_a_domain() {
 }
 
 #[test]
+fn paths_in_the_domain_are_plain() {
+    let dir = tempdir();
+    std::fs::create_dir(dir.path().join("a b")).unwrap();
+    let archive = fixture("two-disks.vma.zst");
+    imgtool(["convert", "-q", text(&archive), "--to", "qcow2", "../new/"])
+        .within(&dir.path().join("a b"))
+        .ok();
+    let out = dir.path().canonicalize().unwrap().join("new");
+    let name = names(&out).into_iter().find(|name| name.ends_with(".xml")).expect("a domain");
+    let domain = std::fs::read_to_string(out.join(name)).unwrap();
+    let path = out.join("drive-scsi0.qcow2");
+    assert!(domain.contains(&format!("<source file='{}'/>", path.display())), "{domain}");
+}
+
+#[test]
+fn encrypted_disks_get_no_domain_but_a_note() {
+    let dir = tempdir();
+    std::fs::write(dir.path().join("key"), "secret").unwrap();
+    let archive = fixture("two-disks.vma.zst");
+    imgtool(["convert", text(&archive), "--to", "qcow2", "out/", "--target-secret", "file=key"])
+        .within(dir.path())
+        .ok()
+        .says("no XML for libvirt: disk drive-")
+        .says("is encrypted");
+    assert!(names(&dir.path().join("out")).iter().all(|name| !name.ends_with(".xml")));
+}
+
+#[test]
 fn libvirt_takes_the_domain() {
     require!("virt-xml-validate", "xmllint", "virsh");
     let dir = tempdir();
@@ -90,7 +118,9 @@ fn nothing_of_the_host_is_carried_over() {
     let dir = tempdir();
     Image::hole("d", 1 << 20).with(4096, images::noise(1, 9000)).write_raw(&dir.path().join("a.raw"));
     std::fs::write(dir.path().join("105.conf"), HOSTILE).unwrap();
-    imgtool(["convert", "-q", "a.raw", "--config", "105.conf", "vm.vma"]).within(dir.path()).ok();
+    std::fs::write(dir.path().join("105.fw"), "[OPTIONS]\nenable: 1\n").unwrap();
+    let pack = ["convert", "-q", "a.raw", "--config", "105.conf", "--config", "105.fw", "vm.vma"];
+    imgtool(pack).within(dir.path()).ok();
     imgtool(["convert", "vm.vma", "--to", "qcow2", "out/"])
         .within(dir.path())
         .ok()
@@ -101,7 +131,7 @@ fn nothing_of_the_host_is_carried_over() {
         .says("name '../../evil'");
     let files = names(&dir.path().join("out"));
     let name = files.iter().find(|name| name.ends_with(".xml")).unwrap_or_else(|| panic!("{files:?}"));
-    assert_eq!(files.len(), 3, "{files:?}");
+    assert_eq!(files.len(), 4, "{files:?}");
     let domain = std::fs::read_to_string(dir.path().join("out").join(name)).unwrap();
     for word in ["-device", "evil.pl", "0000:01", "/dev/sda", "args"] {
         assert!(!domain.contains(word), "{domain}");
@@ -110,6 +140,11 @@ fn nothing_of_the_host_is_carried_over() {
     let kept = std::fs::read_to_string(dir.path().join("out/qemu-server.conf")).unwrap();
     assert!(kept.contains("args: -device evil"), "{kept}");
     let page = imgtool(["info", "vm.vma"]).within(dir.path()).ok().text();
+    imgtool(["convert", "vm.vma", "vm.ova"])
+        .within(dir.path())
+        .ok()
+        .says("the OVF descriptor lacks args: concerns the host, never carried over")
+        .says("'qemu-server.fw' is left out: a package has no place for it");
     for line in ["network: virtio BC:24:11:00:00:01 on vmbr0", "controllers: virtio-scsi"] {
         assert!(page.contains(line), "{line}: {page}");
     }

@@ -1,13 +1,14 @@
 //! The XML of a libvirt domain beside the disks of a machine.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use imgtool_core::machine::DriveKind;
 use imgtool_core::{Attachment, DeviceKind, Error, Machine, Result};
-use imgtool_engine::{Destination, Note, Plan, PlannedFile, PlannedOutput, names, sources};
+use imgtool_engine::{Destination, Note, Plan, PlannedFile, PlannedOutput, TargetFormat, names, sources};
 use imgtool_machine::libvirt::{self, DiskSource};
 
 use crate::compat;
+use crate::proxmox::CONFIG_NAME;
 
 /// Formats of disks that libvirt runs machines from.
 const FORMATS: [&str; 2] = ["qcow2", "raw"];
@@ -28,10 +29,17 @@ pub(super) fn add(plan: &mut Plan) -> Result<()> {
     if compat::is_on() {
         return Ok(());
     }
+    note_left_out(plan);
     for (index, source) in plan.sources.iter().enumerate() {
         let Some(machine) = &source.opened.image.info().machine else { continue };
         let machine = sources::of_selected(machine, index, &plan.selected);
         let Some(directory) = directory(plan, index) else { continue };
+        if let Some(device) = encrypted(plan, index) {
+            let text =
+                format!("no XML for libvirt: disk {device} is encrypted, and its secret is defined apart");
+            plan.layout.notes.push(Note::Text(text));
+            continue;
+        }
         let disks = disks(plan, index, &machine, &directory)?;
         // A domain without any of its disks would be of no use.
         if !disks.iter().any(|disk| machine.drive(&disk.device).is_some()) {
@@ -66,6 +74,48 @@ fn directory(plan: &Plan, source: usize) -> Option<PathBuf> {
     })
 }
 
+/// Notes the files of the sources beside the description of the machine that a package has no place for.
+fn note_left_out(plan: &mut Plan) {
+    let is_package =
+        |format: &TargetFormat| format.is_archive() && !format.driver.capabilities().attachments();
+    if !plan.layout.outputs.iter().any(|output| is_package(&output.format)) {
+        return;
+    }
+    let is_description =
+        |file: &&Attachment| file.name == CONFIG_NAME || file.name.to_ascii_lowercase().ends_with(".ovf");
+    let files =
+        plan.sources.iter().flat_map(|source| source.attachments()).filter(|file| !is_description(file));
+    let notes: Vec<Note> = files
+        .map(|file| Note::Text(format!("'{}' is left out: a package has no place for it", file.name)))
+        .collect();
+    plan.layout.notes.extend(notes);
+}
+
+/// Returns the name of a disk of a source that is written encrypted. A domain names the secret of each such
+/// disk by an identifier that only the host's libvirt has.
+fn encrypted(plan: &Plan, source: usize) -> Option<String> {
+    let mut outputs =
+        outputs_of(plan, source).filter(|(output, _)| FORMATS.contains(&output.format.driver.name()));
+    outputs.find_map(|(output, disk)| output.format.writer.encrypts().then(|| disk.name.clone()))
+}
+
+/// Returns an absolute path without `..`, which libvirt's programs show and compare as text. Symbolic links of
+/// the directories before it are followed, as `..` demands.
+fn plain_path(path: &Path) -> std::io::Result<PathBuf> {
+    let path = std::path::absolute(path)?;
+    if !path.components().any(|part| part == Component::ParentDir) {
+        return Ok(path);
+    }
+    // The directories at the end may not exist yet.
+    for ancestor in path.ancestors().skip(1) {
+        let (Ok(known), Ok(rest)) = (ancestor.canonicalize(), path.strip_prefix(ancestor)) else { continue };
+        if !rest.components().any(|part| part == Component::ParentDir) {
+            return Ok(known.join(rest));
+        }
+    }
+    Ok(path)
+}
+
 /// Returns the disks of a source that are new files of a format for machines. The firmware's variables and the TPM's
 /// state are no disks.
 fn disks(plan: &Plan, source: usize, machine: &Machine, directory: &Path) -> Result<Vec<DiskFile>> {
@@ -75,8 +125,7 @@ fn disks(plan: &Plan, source: usize, machine: &Machine, directory: &Path) -> Res
             continue;
         };
         let Some(format) = FORMATS.iter().find(|known| **known == format) else { continue };
-        let path =
-            std::path::absolute(path).map_err(|e| Error::io("find out the path", e).path(directory))?;
+        let path = plain_path(path).map_err(|e| Error::io("find out the path", e).path(directory))?;
         let is_state = machine.drive(&disk.name).is_some_and(|drive| drive.kind != DriveKind::Disk);
         if output.format.outer.is_none() && !is_state {
             disks.push(DiskFile { device: disk.name.clone(), path, format });

@@ -336,8 +336,14 @@ impl std::error::Error for NoMacAddress {}
 impl FromStr for MacAddress {
     type Err = NoMacAddress;
 
+    /// Parses `BC:24:11:00:00:01`, also with `-`, and CIM's form of 12 digits alone.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let mut bytes = [0; 6];
+        if text.len() == 12 && text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            let number = u64::from_str_radix(text, 16).map_err(|_| NoMacAddress)?;
+            bytes.copy_from_slice(&number.to_be_bytes()[2..]);
+            return Ok(Self(bytes));
+        }
         let mut octets = text.split([':', '-']);
         for byte in &mut bytes {
             let octet = octets.next().filter(|octet| octet.len() == 2).ok_or(NoMacAddress)?;
@@ -513,8 +519,15 @@ mod tests {
     fn tells_mac_addresses_from_other_texts() {
         let mac: MacAddress = "bc-24-11-00-0a-01".parse().expect("an address");
         assert_eq!(mac.to_string(), "BC:24:11:00:0A:01");
-        for other in ["", "bc:24:11:00:00", "bc:24:11:00:00:01:02", "bc:24:11:00:00:+1", "bc:24:11:00:00:g1"]
-        {
+        assert_eq!("bc2411000A01".parse(), Ok(mac));
+        for other in [
+            "",
+            "bc:24:11:00:00",
+            "bc:24:11:00:00:01:02",
+            "bc:24:11:00:00:+1",
+            "bc:24:11:00:00:g1",
+            "bc241100000g",
+        ] {
             assert_eq!(other.parse::<MacAddress>(), Err(NoMacAddress), "{other}");
         }
     }

@@ -10,6 +10,10 @@
 //! dialect has no place for. Nothing that runs a program on the host or takes a device of the host is carried
 //! over. The crate opens no file.
 
+use imgtool_core::Machine;
+use imgtool_core::error::escape_control;
+use imgtool_core::machine::{DriveKind, MacAddress};
+
 pub mod description;
 pub mod libvirt;
 pub mod ovf;
@@ -28,3 +32,29 @@ pub struct Printed {
 /// Memory in bytes of a machine whose memory is unknown. Our choice: enough for the installer of every
 /// system.
 pub const DEFAULT_MEMORY: u64 = 2 << 30;
+
+/// Parses the MAC address of a network adapter. Another text becomes a line of what is left out.
+fn mac_address(text: &str, number: usize, extra: &mut Vec<String>) -> Option<MacAddress> {
+    let mac = text.parse().ok();
+    if mac.is_none() && !text.is_empty() {
+        let text = escape_control(xml::shortened(text));
+        extra.push(format!("address '{text}' of network adapter {number}: no MAC address"));
+    }
+    mac
+}
+
+/// Returns the machine with its first disk as the boot disk, unless it states a boot order; and a line that
+/// says so if the machine has several disks to choose from.
+fn with_boot_disk(machine: &Machine, is_disk: impl Fn(usize) -> bool) -> (Machine, Option<String>) {
+    let mut machine = machine.clone();
+    if !machine.boot_order().is_empty() {
+        return (machine, None);
+    }
+    let is_candidate = |index: &usize| machine.drives[*index].kind == DriveKind::Disk && is_disk(*index);
+    let mut disks = (0..machine.drives.len()).filter(is_candidate);
+    let (Some(first), other) = (disks.next(), disks.next()) else { return (machine, None) };
+    let device = machine.drives[first].device.as_deref().unwrap_or("the first disk");
+    let line = format!("boot order: the source states none; boots from {}", xml::shortened(device));
+    machine.drives[first].boot = Some(0);
+    (machine, other.map(|_| line))
+}

@@ -186,8 +186,8 @@ impl Places {
         self.scsi.get(&controller).copied().unwrap_or(ControllerModel::LsiLogic)
     }
 
-    /// Takes a place on the bus of a model, counted across its controllers: the one that is asked for, or a free
-    /// one. On SCSI, that is one of the same controller, or one behind all controllers.
+    /// Takes a place on the bus of a model, counted across its controllers: the one that is asked for, or a
+    /// free one. On SCSI, that is one of the same controller, or one behind all controllers.
     fn take(&mut self, model: ControllerModel, wanted: u32, controller: u32) -> Option<u32> {
         let (bus, units) = (model.bus(), model.units());
         let (mut own, mut further) = (wanted..=MAX_POSITION, MAX_POSITION + 1);
@@ -325,9 +325,11 @@ fn add_nic(device: &Element, machine: &mut Machine) -> Result<()> {
     let network = source.and_then(|source| source.attribute("network").or(source.attribute("bridge")));
     let link = device.child("link").and_then(|link| link.attribute("state"));
     let boot = device.child("boot").and_then(|boot| boot.attribute("order")?.parse::<u32>().ok());
+    let mac = device.child("mac").and_then(|mac| mac.attribute("address"));
+    let mac = mac.and_then(|mac| crate::mac_address(mac, number, &mut machine.extra));
     machine.nics.push(Nic {
         model: model.unwrap_or(NicModel::E1000),
-        mac: device.child("mac").and_then(|mac| mac.attribute("address")?.parse().ok()),
+        mac,
         network: network.filter(|network| *network != NETWORK).map(|name| xml::bounded(name).to_owned()),
         connected: link != Some("down"),
         boot: boot.and_then(|boot| boot.checked_sub(1)),

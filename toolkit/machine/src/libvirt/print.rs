@@ -29,11 +29,17 @@ const MAX_NAME: usize = 64;
 
 /// Prints the domain of a machine, whose disks are the files of `disks`.
 pub fn print(machine: &Machine, disks: &[DiskSource<'_>]) -> Printed {
+    let has_source = |index: usize| {
+        let device = machine.drives[index].device.as_deref();
+        disks.iter().any(|disk| Some(disk.device) == device)
+    };
+    let (machine, line) = crate::with_boot_disk(machine, has_source);
+    let machine = &machine;
     let mut printer = Printer {
         machine,
         disks,
         text: String::new(),
-        lost: Vec::new(),
+        lost: line.into_iter().collect(),
         chipset: chipset(machine),
         used: Vec::new(),
     };
@@ -207,7 +213,8 @@ impl<'a> Printer<'a> {
         self.controllers(scsi.map(|one| (one.model, one.number)).collect());
     }
 
-    /// Returns the drives that are written, at their places. SCSI controllers still have the machine's numbers.
+    /// Returns the drives that are written, at their places. SCSI controllers still have the machine's
+    /// numbers.
     fn placed(&mut self) -> Vec<Placed<'a>> {
         let (machine, disks) = (self.machine, self.disks);
         let mut placed = Vec::new();
@@ -234,8 +241,8 @@ impl<'a> Printer<'a> {
         placed
     }
 
-    /// Returns the model that is written for another one. libvirt has no NVMe for files, QEMU no BusLogic, and
-    /// Q35 no IDE.
+    /// Returns the model that is written for another one. libvirt has no NVMe for files, QEMU no BusLogic,
+    /// and Q35 no IDE.
     fn written_model(&self, model: ControllerModel, kind: DriveKind) -> ControllerModel {
         match model {
             ControllerModel::VirtioScsiSingle => ControllerModel::VirtioScsi,

@@ -179,6 +179,7 @@ fn of_scsi(drives: &[(u32, ControllerModel, u32)]) -> Machine {
         assert!(machine.attach(&mut drive, *model, number * model.units() + unit));
         machine.drives.push(drive);
     }
+    machine.drives[0].boot = Some(0);
     machine
 }
 
@@ -253,6 +254,12 @@ fn buslogic_becomes_lsilogic() {
     let printed = printed(&of_scsi(&[(0, ControllerModel::BusLogic, 1)]));
     assert!(printed.text.contains("model='lsilogic'") && !printed.text.contains("buslogic"));
     assert_eq!(printed.lost, ["d0-1: controller buslogic becomes lsilogic"]);
+}
+
+#[test]
+fn unreadable_addresses_of_adapters_get_a_line() {
+    let machine = of_devices("<interface type='network'><mac address='52:54'/></interface>");
+    assert_eq!(machine.extra, ["address '52:54' of network adapter 0: no MAC address"]);
 }
 
 /// A domain with these devices.

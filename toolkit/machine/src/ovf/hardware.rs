@@ -8,7 +8,7 @@ use imgtool_core::machine::{
 };
 use imgtool_core::{Error, Result};
 
-use super::{CONTROLLERS, DiskRef, units};
+use super::{CONTROLLERS, Descriptor, DiskRef, units};
 use crate::xml::{Element, Space, bounded, shortened};
 
 /// Maximum number of processors. Our limit: four times VMware's.
@@ -54,7 +54,7 @@ impl<'a> Item<'a> {
 pub(super) fn add(
     section: &Element,
     option: Option<&str>,
-    disks: &[DiskRef],
+    package: &Descriptor,
     machine: &mut Machine,
 ) -> Result<()> {
     let items: Vec<Item<'_>> = section.children.iter().filter_map(|child| item(child, option)).collect();
@@ -65,7 +65,7 @@ pub(super) fn add(
             4 => machine.memory = Some(memory(item)?),
             5 | 6 | 20 => {}
             10 => add_nic(item, machine)?,
-            15..=17 => add_drive(item, disks, &mut places, machine)?,
+            15..=17 => add_drive(item, package, &mut places, machine)?,
             kind => {
                 if let Some(what) = other_resource(kind) {
                     machine.extra.push(format!("{what} ({})", item.name()));
@@ -135,6 +135,23 @@ struct Places<'a> {
 }
 
 impl Places<'_> {
+    /// Takes a place for a drive: on its controller, or for one that names no controller on the next one with
+    /// a free place. Returns the controller and the place.
+    fn find(
+        &mut self,
+        controller: usize,
+        wanted: Option<u32>,
+        is_fixed: bool,
+        machine: &Machine,
+    ) -> Option<(usize, u32)> {
+        let last = if is_fixed { controller.saturating_add(1) } else { machine.controllers.len() };
+        (controller..last).find_map(|index| {
+            let model = machine.controllers.get(index)?.model;
+            let wanted = wanted.and_then(|unit| unit_of(model, unit));
+            Some((index, self.take(index, model, wanted)?))
+        })
+    }
+
     /// Takes a place on a controller: the one that is asked for, or the next free one. Returns `None` if the
     /// controller is full.
     fn take(&mut self, controller: usize, model: ControllerModel, wanted: Option<u32>) -> Option<u32> {
@@ -194,7 +211,7 @@ fn model(item: &Item<'_>, machine: &mut Machine) -> ControllerModel {
 
 fn add_drive<'a>(
     item: &Item<'a>,
-    disks: &[DiskRef],
+    package: &Descriptor,
     places: &mut Places<'a>,
     machine: &mut Machine,
 ) -> Result<()> {
@@ -203,8 +220,12 @@ fn add_drive<'a>(
     }
     let resource = item.get("HostResource").unwrap_or_default();
     let kind = if item.kind == 17 { DriveKind::Disk } else { DriveKind::Cdrom };
+    if kind == DriveKind::Disk && resource.is_empty() {
+        machine.extra.push(format!("drive '{}': the descriptor names no disk for it", item.name()));
+        return Ok(());
+    }
     let device = match kind {
-        DriveKind::Disk => Some(&*disk_of(resource, disks, item)?.device),
+        DriveKind::Disk => Some(&*disk_of(resource, package, item)?.device),
         _ => None,
     };
     if kind == DriveKind::Cdrom && resource.starts_with("ovf:") {
@@ -220,14 +241,14 @@ fn add_drive<'a>(
         Some(parent) => parent,
         None => first_controller(machine),
     };
-    let model = machine.controllers[controller].model;
-    let unit = item.number("AddressOnParent").or(item.number("Address").filter(|_| parent.is_none()));
-    let unit = unit.and_then(|unit| unit_of(model, unit));
-    let Some(unit) = places.take(controller, model, unit) else {
-        return Err(Error::malformed(format!(
-            "the drive '{}' is one too many on its controller",
-            item.name()
-        )));
+    let wanted = item.number("AddressOnParent").or(item.number("Address").filter(|_| parent.is_none()));
+    let Some((controller, unit)) = places.find(controller, wanted, parent.is_some(), machine) else {
+        let name = item.name();
+        if kind == DriveKind::Cdrom {
+            machine.extra.push(format!("CD drive ({name}): its controller is full"));
+            return Ok(());
+        }
+        return Err(Error::malformed(format!("the drive '{name}' is one too many on its controller")));
     };
     (drive.controller, drive.unit) = (Some(controller), unit);
     machine.drives.push(drive);
@@ -253,10 +274,17 @@ fn unit_of(model: ControllerModel, address: u32) -> Option<u32> {
 }
 
 /// Returns the disk that a drive names: `ovf:/disk/ID`, in OVF 0.9 `disk/ID`, or by its file `ovf:/file/ID`.
-fn disk_of<'a>(resource: &str, disks: &'a [DiskRef], item: &Item<'_>) -> Result<&'a DiskRef> {
+fn disk_of<'a>(resource: &str, package: &'a Descriptor, item: &Item<'_>) -> Result<&'a DiskRef> {
     let path = resource.strip_prefix("ovf:").unwrap_or(resource).trim_start_matches('/');
+    let is_in = |disk: &&DiskRef, id: &str| {
+        disk.file.and_then(|file| package.files.get(file)).is_some_and(|file| file.id == id)
+    };
     let wanted = path.strip_prefix("disk/").unwrap_or(path);
-    disks.iter().find(|disk| disk.id == wanted).ok_or_else(|| {
+    let found = match path.strip_prefix("file/") {
+        Some(id) => package.disks.iter().find(|disk| is_in(disk, id)),
+        None => package.disks.iter().find(|disk| disk.id == wanted),
+    };
+    found.ok_or_else(|| {
         let (name, resource) = (item.name(), escape_control(shortened(resource)).to_string());
         Error::malformed(format!("the drive '{name}' has the disk '{resource}', which is not described"))
     })
@@ -279,8 +307,10 @@ fn add_nic(item: &Item<'_>, machine: &mut Machine) -> Result<()> {
             NicModel::E1000
         }
     };
+    let mac = item.get("Address");
+    let mac = mac.and_then(|mac| crate::mac_address(mac, machine.nics.len(), &mut machine.extra));
     machine.nics.push(Nic {
-        mac: item.get("Address").and_then(|address| address.parse().ok()),
+        mac,
         network: item.get("Connection").map(|network| bounded(network).to_owned()),
         connected: !item.get("AutomaticAllocation").is_some_and(|value| value.eq_ignore_ascii_case("false")),
         ..Nic::new(model)

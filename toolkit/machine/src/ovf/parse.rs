@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use imgtool_core::error::escape_control;
-use imgtool_core::machine::{Firmware, MAX_DRIVES, Machine, Os, Tpm};
+use imgtool_core::machine::{Drive, Firmware, MAX_DRIVES, Machine, Os, Tpm};
 use imgtool_core::{Error, Result};
 
 use super::{Descriptor, DiskRef, FileRef, SYSTEMS, WHAT, hardware, units};
@@ -218,7 +218,12 @@ fn machine(system: &Element, envelope: &Element, descriptor: &Descriptor) -> Res
     let hardware = hardware_section(system);
     if let Some(section) = hardware {
         firmware(section, &mut machine);
-        hardware::add(section, default_option(envelope), &descriptor.disks, &mut machine)?;
+        hardware::add(section, default_option(envelope), descriptor, &mut machine)?;
+        // The disks as the package lists them: the first one is the boot disk if nobody says otherwise.
+        let places: HashMap<&str, usize> =
+            (0..).zip(&descriptor.disks).map(|(place, disk)| (&*disk.device, place)).collect();
+        let place = |drive: &Drive| places.get(drive.device.as_deref()?).copied();
+        machine.drives.sort_by_key(|drive| place(drive).unwrap_or(usize::MAX));
     }
     if let Some(vbox) = system.all("Machine").find(|child| child.space == Space::Vbox) {
         virtualbox(vbox, &mut machine);

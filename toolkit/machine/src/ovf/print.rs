@@ -12,9 +12,9 @@ use imgtool_core::machine::{
     Arch, BootEntry, Bus, ControllerModel, Drive, DriveKind, Firmware, Machine, NicModel, Os,
 };
 
-use super::{CONTROLLERS, SYSTEMS};
+use super::{CONTROLLERS, SYSTEMS, WHAT};
 use crate::Printed;
-use crate::xml::escaped;
+use crate::xml::{escaped, shortened};
 
 /// Disk of a package that is written.
 #[derive(Debug, Clone, Copy)]
@@ -43,12 +43,25 @@ const END: &str = "</Envelope>\n";
 /// of the machine has gets a free place.
 pub fn print(machine: &Machine, disks: &[PackagedDisk<'_>]) -> Printed {
     let mut printer = Printer { text: HEAD.to_owned(), lost: Vec::new(), instance: 0 };
-    printer.references(disks);
+    let boot = boot_disk(machine, disks);
+    printer.references(disks, boot);
     printer.networks(machine);
     printer.system(machine, disks);
     printer.text.push_str(END);
     printer.lost(machine, disks);
-    Printed { text: printer.text, lost: printer.lost }
+    let lost = printer.lost.into_iter().map(|line| format!("{WHAT} lacks {line}")).collect();
+    Printed { text: printer.text, lost }
+}
+
+/// Returns the index in `disks` of the disk that boots: that of the boot order, or the first one.
+fn boot_disk(machine: &Machine, disks: &[PackagedDisk<'_>]) -> Option<usize> {
+    let index = |drive: &Drive| disks.iter().position(|disk| Some(disk.device) == drive.device.as_deref());
+    let ordered = machine.boot_order().into_iter().filter_map(|entry| match entry {
+        BootEntry::Drive(drive) => machine.drives.get(drive),
+        BootEntry::Nic(_) => None,
+    });
+    let is_disk = |drive: &&Drive| drive.kind == DriveKind::Disk;
+    ordered.chain(&machine.drives).filter(is_disk).find_map(index)
 }
 
 /// Fills a descriptor with blanks to `len` bytes, for a writer that reserved room for it. Returns `None` if
@@ -82,20 +95,26 @@ enum Place<'a> {
 }
 
 impl Printer {
-    fn references(&mut self, disks: &[PackagedDisk<'_>]) {
-        let (mut files, mut images) = (String::new(), String::new());
+    /// Prints the files and the disks. The boot disk comes first: OVF has no other boot order.
+    fn references(&mut self, disks: &[PackagedDisk<'_>], boot: Option<usize>) {
+        let mut files = String::new();
+        let mut images = vec![String::new()];
         for (number, disk) in (1..).zip(disks) {
             let size = disk.len.map(|len| format!(" ovf:size=\"{len}\"")).unwrap_or_default();
             let href = escaped(disk.href);
             let _ = writeln!(files, " <File ovf:href=\"{href}\" ovf:id=\"file{number}\"{size}/>");
-            let _ = writeln!(
-                images,
+            let image = format!(
                 "  <Disk ovf:capacity=\"{}\" ovf:diskId=\"vmdisk{number}\" ovf:fileRef=\"file{number}\" \
-                 ovf:format=\"{}\"/>",
+                 ovf:format=\"{}\"/>\n",
                 disk.capacity,
                 escaped(disk.format)
             );
+            match boot {
+                Some(boot) if boot + 1 == number => images[0] = image,
+                _ => images.push(image),
+            }
         }
+        let images = images.concat();
         let _ = write!(self.text, " <References>\n{files} </References>\n");
         let _ = write!(self.text, " <DiskSection>\n  <Info>Virtual disks</Info>\n{images} </DiskSection>\n");
     }
@@ -292,15 +311,28 @@ impl Printer {
             };
             lost.push(format!("{device}: {why}"));
         }
-        let order = machine.boot_order();
-        let first_disk = machine.drives.iter().position(|drive| drive.kind == DriveKind::Disk);
-        if !(order.is_empty()
-            || order.first() == first_disk.map(BootEntry::Drive).as_ref() && order.len() == 1)
-        {
-            lost.push("boot order: the firmware of the platform chooses".to_owned());
-        }
+        lost.extend(lost_boot_order(machine, disks));
         lost.extend(machine.extra.iter().cloned());
     }
+}
+
+/// Returns a line on the boot order, unless the first disk of the package alone boots or is the only one.
+fn lost_boot_order(machine: &Machine, disks: &[PackagedDisk<'_>]) -> Option<String> {
+    let order = machine.boot_order();
+    let is_boot_disk = |entry: &BootEntry| match entry {
+        BootEntry::Drive(drive) => {
+            let device = machine.drives[*drive].device.as_deref();
+            boot_disk(machine, disks).is_some_and(|index| Some(disks[index].device) == device)
+        }
+        BootEntry::Nic(_) => false,
+    };
+    let count = machine.drives.iter().filter(|drive| drive.kind == DriveKind::Disk).count();
+    if order.len() > 1 || order.first().map_or(count > 1, |first| !is_boot_disk(first)) {
+        let first = boot_disk(machine, disks).map(|index| shortened(disks[index].device));
+        let first = first.map(|device| format!(", {device} is its first disk")).unwrap_or_default();
+        return Some(format!("boot order: the firmware of the platform chooses{first}"));
+    }
+    None
 }
 
 /// Returns the model that is written for another one: the nearest that VMware has.
@@ -326,8 +358,8 @@ fn address(bus: Bus, unit: u32) -> u32 {
     if bus == Bus::Scsi && unit >= 7 { unit + 1 } else { unit }
 }
 
-/// Returns the controllers with their drives. virtio-blk drives get SCSI controllers of their own, after the
-/// others.
+/// Returns the controllers with their drives, those of the boot disk first. virtio-blk drives get SCSI
+/// controllers of their own, after the others unless the machine boots from one.
 fn placed<'a>(machine: &Machine, disks: &[PackagedDisk<'a>]) -> Vec<Placed<'a>> {
     let mut all: Vec<(ControllerModel, Bus, u32, Place<'a>)> = Vec::new();
     let mut is_placed = vec![false; disks.len()];
@@ -356,12 +388,27 @@ fn placed<'a>(machine: &Machine, disks: &[PackagedDisk<'a>]) -> Vec<Placed<'a>> 
         let model = usual.unwrap_or(ControllerModel::LsiLogic);
         all.push((model, Bus::Scsi, position, Place::Disk(index, disks[index].device)));
     }
+    numbered(all, boot_disk(machine, disks))
+}
+
+/// Numbers the controllers of drives at their places.
+fn numbered<'a>(
+    mut all: Vec<(ControllerModel, Bus, u32, Place<'a>)>,
+    boot: Option<usize>,
+) -> Vec<Placed<'a>> {
     all.sort_by_key(|(_, bus, position, _)| (bus_order(*bus), *position));
-    let scsi = all.iter().filter(|(_, bus, ..)| *bus == Bus::Scsi);
-    let scsi = scsi.map(|(model, _, position, _)| position / model.units() + 1).max().unwrap_or(0);
+    let is_boot = |place: &Place<'_>| matches!(place, Place::Disk(index, _) if Some(*index) == boot);
+    // The BIOS boots from the first controller.
+    let is_virtio_first = all.iter().any(|(_, bus, _, place)| *bus == Bus::Virtio && is_boot(place));
+    let count_of = |wanted: Bus| {
+        let of_bus = all.iter().filter(|(_, bus, ..)| *bus == wanted);
+        of_bus.map(|(model, _, position, _)| position / model.units() + 1).max().unwrap_or(0)
+    };
+    let before =
+        if is_virtio_first { (Bus::Scsi, count_of(Bus::Virtio)) } else { (Bus::Virtio, count_of(Bus::Scsi)) };
     let mut controllers: Vec<(Bus, Placed<'a>)> = Vec::new();
     for (model, bus, position, place) in all {
-        let first = if bus == Bus::Virtio { scsi } else { 0 };
+        let first = if bus == before.0 { before.1 } else { 0 };
         let (number, unit) = (first + position / model.units(), position % model.units());
         let address = address(model.bus(), unit);
         match controllers.last_mut() {
@@ -371,7 +418,13 @@ fn placed<'a>(machine: &Machine, disks: &[PackagedDisk<'a>]) -> Vec<Placed<'a>> 
             _ => controllers.push((bus, Placed { model, number, drives: vec![(address, place)] })),
         }
     }
-    controllers.into_iter().map(|(_, placed)| placed).collect()
+    let mut controllers: Vec<Placed<'a>> = controllers.into_iter().map(|(_, placed)| placed).collect();
+    // Importers that know no addresses take the first disk among the items.
+    controllers.sort_by_key(|placed| !placed.drives.iter().any(|(_, place)| is_boot(place)));
+    for placed in &mut controllers {
+        placed.drives.sort_by_key(|(_, place)| !is_boot(place));
+    }
+    controllers
 }
 
 /// True for the state of the firmware or the TPM, which is no disk of the guest.

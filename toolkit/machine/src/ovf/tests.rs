@@ -242,7 +242,7 @@ fn lists_what_ovf_has_no_place_for() {
         "drive-efidisk0: firmware variables",
         "model virtio of network adapter 0: becomes VmxNet3",
         "boot order",
-        "agent 1",
+        "the OVF descriptor lacks agent 1",
     ] {
         assert!(printed.lost.iter().any(|line| line.contains(part)), "{part}: {:?}", printed.lost);
     }
@@ -251,6 +251,115 @@ fn lists_what_ovf_has_no_place_for() {
     let names: Vec<_> = again.drives.iter().map(|drive| drive.device.as_deref()).collect();
     assert_eq!(names, [Some("drive-scsi0"), Some("drive-virtio0")]);
     assert_eq!(again.position(&again.drives[1]), Some((Bus::Scsi, 15)));
+}
+
+/// A machine with a drive of each of these models, each at the first place, and its descriptor.
+fn of_models(models: &[ControllerModel], boot: Option<usize>) -> crate::Printed {
+    let mut machine = Machine::default();
+    for model in models {
+        let mut drive = Drive::new(DriveKind::Disk, Some(model.name()));
+        assert!(machine.attach(&mut drive, *model, 0));
+        machine.drives.push(drive);
+    }
+    if let Some(boot) = boot {
+        machine.drives[boot].boot = Some(0);
+    }
+    printed(&machine).0
+}
+
+#[test]
+fn boot_disk_comes_first() {
+    use ControllerModel::{Ahci, Pvscsi, VirtioBlk};
+    let printed = of_models(&[Pvscsi, Ahci, VirtioBlk], Some(2));
+    assert!(!printed.lost.iter().any(|line| line.contains("boot order")), "{:?}", printed.lost);
+    let descriptor = parsed(&printed.text);
+    let devices: Vec<_> = descriptor.disks.iter().map(|disk| &*disk.device).collect();
+    assert_eq!(devices, ["virtio-blk", "pvscsi", "ahci"]);
+    let machine = &descriptor.machine;
+    let drives: Vec<_> = machine.drives.iter().map(|d| (d.device.as_deref(), machine.position(d))).collect();
+    // The BIOS boots from the first SCSI controller.
+    assert_eq!(
+        drives,
+        [
+            (Some("virtio-blk"), Some((Bus::Scsi, 0))),
+            (Some("pvscsi"), Some((Bus::Scsi, 15))),
+            (Some("ahci"), Some((Bus::Sata, 0))),
+        ]
+    );
+    let first = printed.text.split("ovf:/disk/").nth(1).expect("a drive");
+    assert!(first.starts_with("vmdisk3<"), "{}", printed.text);
+    // On the way back, the same disk boots, and a line says so.
+    let settings = crate::proxmox::settings(machine);
+    assert_eq!(settings.config.get("boot"), Some("order=scsi0"));
+    let line = "boot order: the source states none; boots from virtio-blk";
+    assert!(settings.lost.iter().any(|known| known == line), "{:?}", settings.lost);
+    let disk = |device| crate::libvirt::DiskSource { device, path: "/x", format: "raw" };
+    let domain = crate::libvirt::print(machine, &["ahci", "virtio-blk", "pvscsi"].map(disk));
+    assert!(domain.lost.iter().any(|known| known == line), "{:?}", domain.lost);
+    let domain = crate::libvirt::parse(domain.text.as_bytes()).expect("a domain");
+    assert_eq!(domain.drive("x").and_then(|drive| drive.boot), Some(0));
+}
+
+#[test]
+fn unknown_boot_order_of_several_disks_gets_a_line() {
+    use ControllerModel::{Ahci, Pvscsi};
+    let printed = of_models(&[Pvscsi, Ahci], None);
+    let line = "the OVF descriptor lacks boot order: the firmware of the platform chooses, pvscsi is its \
+                first disk";
+    assert_eq!(printed.lost, [line]);
+    assert!(of_models(&[Pvscsi], None).lost.is_empty());
+}
+
+/// A descriptor with a disk `d` in a file `f`, and with these items.
+fn of_items(items: &[&[(&str, &str)]]) -> Descriptor {
+    let item = |settings: &&[(&str, &str)]| {
+        let settings: String =
+            settings.iter().map(|(key, value)| format!("<{key}>{value}</{key}>")).collect();
+        format!("<Item>{settings}</Item>")
+    };
+    let items: String = items.iter().map(item).collect();
+    parsed(&format!(
+        "<Envelope xmlns=\"http://schemas.dmtf.org/ovf/envelope/1\" \
+         xmlns:ovf=\"http://schemas.dmtf.org/ovf/envelope/1\"><References><File ovf:href=\"a.vmdk\" \
+         ovf:id=\"f\"/></References><DiskSection><Disk ovf:diskId=\"d\" ovf:fileRef=\"f\" \
+         ovf:capacity=\"1\"/></DiskSection><VirtualSystem ovf:id=\"web\"><VirtualHardwareSection>{items}\
+         </VirtualHardwareSection></VirtualSystem></Envelope>"
+    ))
+}
+
+#[test]
+fn a_disk_can_be_named_by_its_file() {
+    for resource in ["ovf:/file/f", "ovf:/disk/d", "disk/d"] {
+        let machine = of_items(&[&[("ResourceType", "17"), ("HostResource", resource)]]).machine;
+        assert_eq!(machine.drives[0].device.as_deref(), Some("a"), "{resource}");
+    }
+}
+
+#[test]
+fn drives_beside_the_disks_never_refuse_a_package() {
+    let cdrom: &[(&str, &str)] = &[("ResourceType", "15"), ("ElementName", "cd")];
+    let ide: &[(&str, &str)] = &[("ResourceType", "5"), ("InstanceID", "3"), ("Address", "0")];
+    let scsi: &[(&str, &str)] = &[("ResourceType", "6"), ("InstanceID", "4"), ("Address", "0")];
+    let disk: &[(&str, &str)] = &[("ResourceType", "17"), ("Parent", "4"), ("HostResource", "ovf:/disk/d")];
+    let empty: &[(&str, &str)] = &[("ResourceType", "17"), ("Parent", "4"), ("ElementName", "none")];
+    let machine = of_items(&[ide, scsi, cdrom, cdrom, cdrom, disk, empty]).machine;
+    let places: Vec<_> = machine.drives.iter().map(|drive| machine.position(drive)).collect();
+    // The third CD drive finds the IDE channel full, and the disk finds its own controller.
+    let scsi = |place| Some((Bus::Scsi, place));
+    assert_eq!(places, [scsi(1), Some((Bus::Ide, 0)), Some((Bus::Ide, 1)), scsi(0)]);
+    assert_eq!(machine.extra, ["drive 'none': the descriptor names no disk for it"]);
+    let machine = of_items(&[ide, cdrom, cdrom, cdrom]).machine;
+    assert_eq!((machine.drives.len(), &*machine.extra[0]), (2, "CD drive (cd): its controller is full"));
+}
+
+#[test]
+fn addresses_of_adapters_are_read_in_all_forms_or_named() {
+    let nic: &[(&str, &str)] = &[("ResourceType", "10"), ("Address", "080027AABBCC")];
+    let other: &[(&str, &str)] = &[("ResourceType", "10"), ("Address", "8:0:27")];
+    let machine = of_items(&[nic, other]).machine;
+    assert_eq!(machine.nics[0].mac.map(|mac| mac.to_string()).as_deref(), Some("08:00:27:AA:BB:CC"));
+    assert_eq!(machine.nics[1].mac, None);
+    assert_eq!(machine.extra, ["address '8:0:27' of network adapter 1: no MAC address"]);
 }
 
 #[test]

@@ -152,12 +152,17 @@ impl Parser<'_> {
             name if name.starts_with("e1000") => NicModel::E1000,
             _ => return false,
         };
-        let mut nic = Nic { mac: mac.parse().ok(), ..Nic::new(model) };
+        let number = self.machine.nics.len();
+        let mac = if first.starts_with("model=") { "" } else { mac };
+        let mut nic =
+            Nic { mac: crate::mac_address(mac, number, &mut self.machine.extra), ..Nic::new(model) };
         let mut others = Vec::new();
         for part in rest.split(',').filter(|part| !part.is_empty()) {
             match part.split_once('=') {
                 Some(("bridge", bridge)) => nic.network = Some(bridge.to_owned()),
-                Some(("macaddr", mac)) => nic.mac = mac.parse().ok().or(nic.mac),
+                Some(("macaddr", mac)) => {
+                    nic.mac = crate::mac_address(mac, number, &mut self.machine.extra).or(nic.mac);
+                }
                 Some(("link_down", down)) => nic.connected = down != "1",
                 _ => others.push(part),
             }

@@ -43,6 +43,8 @@ pub fn for_archive(machine: &Machine, devices: &[Device]) -> Printed {
 /// Converts a machine into the settings of a guest. Those of the disks follow when it is known where they
 /// are.
 pub fn settings(machine: &Machine) -> Settings {
+    let (machine, line) = crate::with_boot_disk(machine, |_| true);
+    let machine = &machine;
     let places = machine.drives.iter().filter_map(|drive| machine.position(drive));
     let wanted = places.map(|(bus, position)| format!("{bus}{position}")).collect();
     let mut printer =
@@ -52,6 +54,7 @@ pub fn settings(machine: &Machine) -> Settings {
     printer.drives();
     printer.nics();
     printer.boot_order();
+    printer.settings.lost.extend(line);
     printer.settings.lost.extend(machine.extra.iter().cloned());
     printer.description();
     printer.settings

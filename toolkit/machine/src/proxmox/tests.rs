@@ -214,3 +214,11 @@ fn refuses_other_texts() {
     assert_eq!(parse(long.as_bytes()).map_err(|e| e.kind()).err(), Some(ErrorKind::LimitExceeded));
     assert!(parse(b"\xff\xfe\nname: \xff\ncores: 99999999999\nboot: order=net0\n").is_ok());
 }
+
+#[test]
+fn unreadable_addresses_of_adapters_get_a_line() {
+    for net in ["virtio=52:54,bridge=vmbr0", "model=virtio,macaddr=52:54,bridge=vmbr0"] {
+        let machine = parse(format!("cores: 1\nmemory: 512\nnet0: {net}\n").as_bytes()).expect("a machine");
+        assert_eq!(machine.extra, ["address '52:54' of network adapter 0: no MAC address"], "{net}");
+    }
+}
