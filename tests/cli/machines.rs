@@ -88,7 +88,8 @@ fn encrypted_disks_get_no_domain_but_a_note() {
     let dir = tempdir();
     std::fs::write(dir.path().join("key"), "secret").unwrap();
     let archive = fixture("two-disks.vma.zst");
-    imgtool(["convert", text(&archive), "--to", "qcow2", "out/", "--target-secret", "file=key"])
+    let encrypted = ["--to", "qcow2", "-o", "encrypt=luks", "--target-secret", "file=key", "out/"];
+    imgtool(["convert", text(&archive)].iter().chain(&encrypted))
         .within(dir.path())
         .ok()
         .says("no XML for libvirt: disk drive-")
