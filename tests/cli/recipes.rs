@@ -156,6 +156,7 @@ fn every_recipe_has_a_test() {
         [
             "azure.md",
             "encrypted.md",
+            "ova.md",
             "overlays.md",
             "proxmox-backup.md",
             "proxmox-template.md",

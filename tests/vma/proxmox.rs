@@ -133,11 +133,14 @@ fn backup_without_a_configuration_gets_a_minimal_one() {
         text.ends_with("\n#qmdump#map:scsi0:a:local:raw:\n#qmdump#map:efidisk0:efidisk0:local:raw:\n"),
         "{text}"
     );
-    // So does the archive of another program that has none; the reference program adds nothing.
+    // An archive that has none is packed again as it is, unless it becomes a backup; the reference program adds nothing.
     imgtool(["vma", "create", "bare.vma", "x=a.raw"]).within(dir.path()).ok();
     assert!(!imgtool(["vma", "list", "bare.vma"]).within(dir.path()).ok().text().contains("CFG"));
-    imgtool(["convert", "bare.vma", "full.vma"]).within(dir.path()).ok().says("a minimal one; scsi0 is x");
-    assert!(config(dir.path(), "full.vma").ends_with("\n#qmdump#map:scsi0:x:local:raw:\n"));
+    imgtool(["convert", "bare.vma", "same.vma"]).within(dir.path()).ok();
+    assert!(!imgtool(["vma", "list", "same.vma"]).within(dir.path()).ok().text().contains("CFG"));
+    let backup = "vzdump-qemu-108-2026_01_31-12_00_00.vma";
+    imgtool(["convert", "bare.vma", backup]).within(dir.path()).ok().says("a minimal one; scsi0 is x");
+    assert!(config(dir.path(), backup).ends_with("\n#qmdump#map:scsi0:drive-scsi0:local:raw:\n"));
     // Any file of the user is a configuration.
     std::fs::write(dir.path().join("notes.txt"), "of my own").unwrap();
     let own = imgtool(["convert", "a.raw", "own.vma", "--config", "notes.txt"]).within(dir.path()).ok();

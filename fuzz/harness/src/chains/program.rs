@@ -133,7 +133,8 @@ fn line(command: &Command, from: Option<&Path>, to: Option<&Path>) -> String {
     line + &to.map_or(String::new(), |path| format!(" | cat > {}", path.display()))
 }
 
-/// Returns all files below `directory`, as paths relative to it, sorted.
+/// Returns all files below `directory`, as paths relative to it, sorted; without descriptions of machines: a domain
+/// has the path of its directory, so it differs from run to run.
 ///
 /// # Errors
 /// If a directory can't be read.
@@ -143,7 +144,7 @@ pub fn files(directory: &Path) -> io::Result<Vec<PathBuf>> {
             let path = entry?.path();
             if path.is_dir() {
                 walk(root, &path, found)?;
-            } else {
+            } else if path.extension().is_none_or(|extension| extension != "conf" && extension != "xml") {
                 found.push(path.strip_prefix(root).unwrap_or(&path).to_owned());
             }
         }
