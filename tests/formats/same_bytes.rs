@@ -204,10 +204,13 @@ fn long_runs_of_zeros_give_the_same_frames() {
     image.write_raw(&dir.path().join("sparse.raw"));
     std::fs::write(dir.path().join("disk.vma"), Archive::of([("disk", image)]).build().bytes).unwrap();
     convert(dir.path(), "sparse.raw full.qcow2 -S 0 -c -o cluster_size=2M");
-    for extension in ["raw.zst", "raw.gz", "vma.zst", "vma.gz"] {
-        let expected = digest(dir.path(), "sparse.raw", extension, "", 1);
+    std::fs::write(dir.path().join("notes.txt"), "notes").unwrap();
+    // Only plain disks get a configuration if there is none.
+    let same = "--config notes.txt";
+    for (extension, options) in [("raw.zst", ""), ("raw.gz", ""), ("vma.zst", same), ("vma.gz", same)] {
+        let expected = digest(dir.path(), "sparse.raw", extension, options, 1);
         for (form, threads) in [("sparse.raw", 7), ("disk.vma", 2), ("-disk.vma", 7), ("full.qcow2", 2)] {
-            let found = digest(dir.path(), form, extension, "", threads);
+            let found = digest(dir.path(), form, extension, options, threads);
             assert_eq!(found, expected, "{form} → {extension}, {threads} threads");
         }
     }
