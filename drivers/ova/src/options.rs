@@ -20,7 +20,7 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
     },
 ];
 
-/// Size in bytes of a sector of VMDK, of which every disk is a multiple.
+/// Size in bytes of a VMDK sector. The size of every disk is a multiple of it.
 const SECTOR: u64 = 512;
 
 /// The options of a new package, parsed.

@@ -64,7 +64,7 @@ struct Open {
     hasher: Option<Hasher>,
 }
 
-/// What has been placed.
+/// Progress of the placement.
 #[derive(Debug)]
 struct State {
     /// Disks that are complete.

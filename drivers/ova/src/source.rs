@@ -177,7 +177,7 @@ impl PackageSource {
         self.member(device).map(|member| &member.disk)
     }
 
-    /// Returns a disk whose content is asked for, which [`ImageSource::verify`] then compares.
+    /// Returns the disk of a device, and marks it for the digests that [`ImageSource::verify`] compares.
     fn content(&self, device: DeviceId) -> Result<&PackagedDisk> {
         let member = self.member(device)?;
         member.was_asked.store(true, Ordering::Relaxed);

@@ -130,7 +130,7 @@ impl Blocks for Tape {
     }
 }
 
-/// The members of the stream, of which one at a time is read.
+/// The members of the stream, read one at a time.
 type Members = Arc<Mutex<Walker<Tape>>>;
 
 /// Reads the current member, and digests it.

@@ -83,7 +83,7 @@ fn assert_refused(vhdx: &VhdxBuilder, kind: ErrorKind, words: &str) {
     assert!(error.to_string().contains(words), "{error}");
 }
 
-/// What the log replaces is not lost, although the file can't be read there.
+/// Salvage keeps the pages that the log replaces, although the file can't be read there.
 #[test]
 fn salvage_loses_only_the_page_that_cannot_be_read() {
     let changes = vec![page(DATA_AT + 4096, 2), zero(DATA_AT + 8192, 4096)];
