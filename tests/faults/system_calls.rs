@@ -149,7 +149,7 @@ fn salvage_repeats_a_failed_read_in_small_parts() {
         line.extend(["-o", flags].into_iter().filter(|_| !flags.is_empty()));
         imgtool(line).ok();
         let mut hits = 0;
-        for nth in (4..80).step_by(4) {
+        for nth in (4..80).step_by(2) {
             let fault = format!("pread64:error=EIO:when={nth}");
             let line =
                 ["convert", "--salvage", "-f", format, text(&source), "--to", "qcow2", "--force", "out"];
@@ -164,7 +164,7 @@ fn salvage_repeats_a_failed_read_in_small_parts() {
             assert_eq!(output.status.code(), Some(0), "{what}");
             imgtool(["compare", "disk.raw", "out"]).within(dir.path()).ok();
         }
-        assert!(hits > 0, "no fault hit the content of {format}");
+        assert!(hits > 2, "only {hits} faults hit the content of {format}");
     }
 }
 
