@@ -15,6 +15,8 @@ pub(crate) const MAX_LEN: usize = 2 << 20;
 const MAX_LINE_LEN: usize = 4096;
 /// Maximum number of extents. Our limit: a split disk of 62 TiB.
 const MAX_EXTENTS: usize = 32_768;
+/// Number of sectors to which VirtualBox rounds the capacity of a header up: 64 KiB.
+const CAPACITY_UNIT: u64 = 128;
 /// Content identifier that means "no parent".
 pub(crate) const NO_PARENT: u32 = u32::MAX;
 
@@ -69,7 +71,7 @@ pub(crate) struct Descriptor {
 impl Descriptor {
     /// True if a text begins like a descriptor. `head` contains its first bytes.
     pub(crate) fn probe(head: &[u8]) -> bool {
-        let text = head.split(|byte| *byte == 0).next().unwrap_or_default();
+        let text = without_mark(head.split(|byte| *byte == 0).next().unwrap_or_default());
         let is_text = |byte: &u8| *byte >= b' ' || matches!(byte, b'\t' | b'\r' | b'\n');
         if text.len() < 16 || !text.iter().all(is_text) {
             return false;
@@ -90,7 +92,7 @@ impl Descriptor {
     /// `Malformed` for lines that are neither settings nor extents and for numbers out of bounds;
     /// `LimitExceeded`; `Unsupported` for encrypted disks and devices.
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self> {
-        let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+        let text = without_mark(bytes.split(|byte| *byte == 0).next().unwrap_or_default());
         if text.len() > MAX_LEN {
             return Err(Error::limit(format!("the descriptor is longer than {MAX_LEN} bytes")));
         }
@@ -155,14 +157,25 @@ impl Descriptor {
             parsed => parsed?,
         };
         if !salvage && !header.is_wrapper() {
-            descriptor.check_single(header.capacity)?;
+            descriptor.single_sectors(header)?;
         }
         Ok(Some(descriptor))
     }
 
-    /// Checks that the descriptor is that of a single sparse file with this capacity in sectors. The capacity may
-    /// be larger: VirtualBox rounds it up.
-    fn check_single(&self, capacity: u64) -> Result<()> {
+    /// Returns the size in sectors of the disk in a single sparse file that has this descriptor and this header. In a
+    /// salvage, the two may contradict each other: then the header counts, and the fault is returned.
+    pub(crate) fn disk_sectors(descriptor: Option<&Self>, header: &Header) -> (u64, Option<String>) {
+        match descriptor.map(|descriptor| descriptor.single_sectors(header)) {
+            None => (header.capacity, None),
+            Some(Ok(sectors)) => (sectors, None),
+            Some(Err(error)) => (header.capacity, Some(format!("unverified: {}", error.message()))),
+        }
+    }
+
+    /// Checks that the descriptor is that of a single sparse file with this header, and returns the number of sectors
+    /// of its line. The capacity of the header may be rounded up.
+    fn single_sectors(&self, header: &Header) -> Result<u64> {
+        let capacity = header.capacity;
         let contradiction = |what: String| {
             Error::malformed(what)
                 .remedied_by(Remedy::Salvage("make the image again, or use a backup".into()))
@@ -178,13 +191,15 @@ impl Descriptor {
                 line.type_name
             )));
         }
-        if line.sectors > capacity {
+        // The parser bounds the line to 2^54 sectors.
+        let rounded = line.sectors.next_multiple_of(header.grain_size.max(CAPACITY_UNIT));
+        if line.sectors > capacity || capacity > rounded {
             return Err(contradiction(format!(
                 "the descriptor says that the disk has {} sectors, but the header {capacity}",
                 line.sectors
             )));
         }
-        Ok(())
+        Ok(line.sectors)
     }
 
     fn set(&mut self, key: &str, value: &str, on_line: &dyn Fn(String) -> String) -> Result<()> {
@@ -266,6 +281,11 @@ impl ExtentLine {
         }
         Ok(Self { access, sectors, kind, type_name, name, offset })
     }
+}
+
+/// Removes the byte order mark of UTF-8, which text editors of Windows put in front.
+fn without_mark(text: &[u8]) -> &[u8] {
+    text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text)
 }
 
 fn access(line: &str) -> Option<Access> {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use imgtool_core::{
-    Capabilities, CheckReport, Confidence, CreateOptions, Driver, ErrorKind, ImageSource, ImageWriter, Input,
+    Capabilities, CheckReport, Confidence, CreateOptions, Driver, ImageSource, ImageWriter, Input,
     OpenOptions, OptionSpec, Result,
 };
 
@@ -12,19 +12,6 @@ use crate::layout::{SECTOR_SIZE, cowd, hosted, sesparse};
 use crate::options::OPTIONS;
 use crate::sink::VmdkWriter;
 use crate::{check, source, stream};
-
-/// Opens a damaged image. A stream whose tables are lost is read in one pass instead: each grain has its place
-/// in its marker.
-fn salvage(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
-    let layout = stream::layout(&input.head()?);
-    let random = input.into_random()?;
-    match (source::open(random.clone().into(), options), layout) {
-        (Err(error), Some(layout)) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed) => {
-            stream::open(random.into(), layout, options)
-        }
-        (opened, _) => opened,
-    }
-}
 
 /// Driver for VMware's VMDK format.
 #[derive(Debug, Clone, Copy, Default)]
@@ -77,10 +64,7 @@ impl Driver for VmdkDriver {
         {
             return stream::open(input, layout, options);
         }
-        if !options.salvage || input.is_stream() {
-            return source::open(input, options);
-        }
-        salvage(input, options)
+        source::open(input, options)
     }
 
     fn check(&self, input: Input, options: &OpenOptions) -> Result<CheckReport> {

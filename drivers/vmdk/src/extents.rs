@@ -58,7 +58,9 @@ fn open_any(input: &RandomInput, options: &OpenOptions) -> Result<Image> {
                     }
                     false => None,
                 };
-                let file = GrainFile::hosted(input, header, settings)?;
+                let (sectors, fault) = Descriptor::disk_sectors(descriptor.as_ref(), &header);
+                let file = GrainFile::hosted(input, header, settings)?.shortened(sectors);
+                let doubt = doubt.or(fault);
                 Ok(Image { doubt, ..single(input, file, descriptor, options)? })
             }
         };

@@ -3,6 +3,7 @@
 
 mod directory;
 mod footer;
+mod found;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +17,8 @@ use crate::layout::marker::{BARE_HEAD, GRAIN_HEAD};
 use crate::layout::sesparse::{self, Grain};
 use crate::layout::{SECTOR_SIZE, cowd};
 
-use directory::Shared;
+use directory::{Shared, is_damage};
+use found::FoundGrains;
 
 /// Maximum number of grain tables in memory for an image. Our limit: since many threads read at different
 /// places. An image deeper in a chain gets less.
@@ -34,6 +36,8 @@ pub(crate) enum Place {
     Zero,
     /// At this file offset.
     At(u64),
+    /// Not known, in a salvage: neither a table nor a marker of the grain is left.
+    Lost,
 }
 
 /// Form of the grains of a file.
@@ -72,7 +76,13 @@ pub(crate) struct GrainFile {
     /// True in a salvage, which takes a grain that only one of both tables has.
     salvage: bool,
     /// True once a salvage has found tables that differ.
-    pub(crate) differs: AtomicBool,
+    differs: AtomicBool,
+    /// The grains of a stream by their markers, in a salvage.
+    found: Option<FoundGrains>,
+    /// True once a salvage has taken a grain by its marker, or missed a table.
+    is_rebuilt: AtomicBool,
+    /// Reason why a salvage can't prove that the file is complete.
+    doubt: Option<String>,
     /// Tables that several entries of the directory share, by file offset.
     shared: Vec<(u64, Shared)>,
     /// Memory for them.
@@ -149,6 +159,8 @@ struct Shape {
     table_entries: u64,
     entries: Entries,
     reserved: Vec<Range<u64>>,
+    /// The grains of a stream by their markers, in a salvage.
+    found: Option<FoundGrains>,
 }
 
 impl GrainFile {
@@ -158,15 +170,13 @@ impl GrainFile {
         header: hosted::Header,
         settings: FileSettings<'_>,
     ) -> Result<Self> {
-        let is_in_front = header.directory < header.overhead;
-        let header = match header.directory {
-            GD_AT_END => footer::read(input, &header, settings)?,
-            // The field is informative, and may be missing.
-            _ if !header.markers || is_in_front || header.overhead == 0 => header,
-            directory => {
-                footer::check_directory_marker(input, directory)?;
-                footer::read(input, &header, settings)?
+        let is_stream = settings.salvage && header.markers;
+        let found = is_stream.then(|| FoundGrains::search(input, &header, settings.memory)).transpose()?;
+        let (header, doubt) = match footer::complete(input, header.clone(), settings) {
+            Err(error) if found.is_some() && is_damage(&error) => {
+                (hosted::Header { directory: GD_AT_END, ..header }, Some(format!("unverified: {error}")))
             }
+            read => read?,
         };
         let sectors = |start: u64, len: u64| {
             let start = start.saturating_mul(SECTOR_SIZE);
@@ -191,8 +201,10 @@ impl GrainFile {
                 0..hosted::HEADER_LEN as u64,
                 sectors(header.descriptor_offset, header.descriptor_size),
             ],
+            found,
         };
-        Ok(Self { hosted: Some(header), ..Self::open(input, shape, settings)? })
+        let file = Self::open(input, shape, settings)?;
+        Ok(Self { doubt: doubt.or(file.doubt), hosted: Some(header), ..file })
     }
 
     /// Opens a COWD file.
@@ -212,6 +224,7 @@ impl GrainFile {
             table_entries: cowd::TABLE_ENTRIES,
             entries: Entries::Sectors { zeroed: false },
             reserved: std::iter::once(0..cowd::HEADER_LEN as u64).collect(),
+            found: None,
         };
         Self::open(input, shape, settings)
     }
@@ -237,6 +250,7 @@ impl GrainFile {
             table_entries: sesparse::TABLE_ENTRIES,
             entries: Entries::SeSparse { grains: header.grains.offset.saturating_mul(SECTOR_SIZE) },
             reserved: vec![0..sesparse::HEADER_LEN as u64, tables..tables + header.tables.size * SECTOR_SIZE],
+            found: None,
         };
         let table_len = sesparse::TABLE_SECTORS * SECTOR_SIZE;
         let mut file = Self::open(input, shape, settings)?;
@@ -263,12 +277,19 @@ impl GrainFile {
     }
 
     fn open(input: &RandomInput, shape: Shape, settings: FileSettings<'_>) -> Result<Self> {
-        let (directory, lease) = directory::read(input, &shape, settings)?;
-        // Both factors were checked.
-        let offset = shape.directory * SECTOR_SIZE;
+        let (directory, lease, is_lost) = match shape.found {
+            Some(_) => directory::read_damaged(input, &shape, settings)?,
+            None => {
+                directory::read(input, &shape, settings).map(|(entries, lease)| (entries, lease, false))?
+            }
+        };
+        let offset = shape.directory.saturating_mul(SECTOR_SIZE);
+        // Bounded when the directory was read.
         let len = shape.directory_entries * shape.entries.width();
         let mut reserved = shape.reserved;
-        reserved.push(offset..offset + len);
+        if !is_lost {
+            reserved.push(offset..offset.saturating_add(len));
+        }
         let redundant = shape.redundant_directory.filter(|copy| *copy != shape.directory);
         let redundant = redundant.map(|copy| copy.saturating_mul(SECTOR_SIZE));
         let mut file = Self {
@@ -276,6 +297,9 @@ impl GrainFile {
             redundant: redundant.filter(|copy| copy.checked_add(len).is_some_and(|end| end <= input.len())),
             salvage: settings.salvage,
             differs: AtomicBool::new(false),
+            found: None,
+            is_rebuilt: AtomicBool::new(is_lost),
+            doubt: None,
             input: input.clone(),
             grain_size: shape.grain_size,
             capacity: shape.capacity,
@@ -293,9 +317,35 @@ impl GrainFile {
             _lease: lease,
         };
         if let Entries::Sectors { .. } = file.entries {
-            file.check_shares(settings.memory)?;
+            match file.check_shares(settings.memory) {
+                Err(error) if shape.found.is_some() && is_damage(&error) => {
+                    file.directory.fill(directory::LOST);
+                    file.is_rebuilt.store(true, Ordering::Relaxed);
+                }
+                checked => checked?,
+            }
         }
+        file.found = shape.found;
         Ok(file)
+    }
+
+    /// Returns the reason why a salvage can't prove what it has read so far.
+    pub(crate) fn doubt(&self) -> Option<String> {
+        let reason = |is_set: &AtomicBool, text: &str| {
+            is_set.load(Ordering::Relaxed).then(|| format!("unverified: {text}"))
+        };
+        self.doubt
+            .clone()
+            .or_else(|| reason(&self.differs, "grain tables differ from their redundant copies"))
+            .or_else(|| {
+                reason(&self.is_rebuilt, "the tables are damaged; grains were found by their markers")
+            })
+    }
+
+    /// Ends the disk at `sectors`, which are at most the capacity.
+    pub(crate) fn shortened(mut self, sectors: u64) -> Self {
+        self.capacity = self.capacity.min(sectors.saturating_mul(SECTOR_SIZE));
+        self
     }
 
     /// Returns the number of bytes from `within` to the end of what is lost if the lookup there fails: the
@@ -422,8 +472,22 @@ impl GrainFile {
         Ok(())
     }
 
-    /// Reads the grain table `index` at `offset`. A table is complete even if the capacity ends within it.
+    /// Reads the grain table `index` at `offset`. In a salvage of a stream, the grains that were found by their markers
+    /// complete or replace it.
     fn read_table(&self, index: u64, offset: u64) -> Result<Table> {
+        let stored = self.read_stored_table(index, offset);
+        let Some(found) = &self.found else { return stored };
+        let stored = match stored {
+            Err(error) if !is_damage(&error) => return Err(error),
+            stored => stored.ok(),
+        };
+        let (table, differs) = found.merge(index, stored.as_deref());
+        self.is_rebuilt.fetch_or(differs, Ordering::Relaxed);
+        Ok(table)
+    }
+
+    /// Reads the grain table `index` at `offset`. A table is complete even if the capacity ends within it.
+    fn read_stored_table(&self, index: u64, offset: u64) -> Result<Table> {
         // At most 32 KiB.
         let len = (self.table_entries * self.entries.width()) as usize;
         let name = |error: Error| error.device(crate::image::DISK_NAME);

@@ -1,7 +1,5 @@
 //! [`Image`], the open files of a disk, and the lookup of guest bytes in them.
 
-use std::sync::atomic::Ordering;
-
 use imgtool_core::layered::{Origin, Segment, SegmentMap, StoredBytes};
 use imgtool_core::{DeviceId, Error, Lease, RandomInput, Remedy, Result};
 
@@ -125,6 +123,9 @@ impl Image {
             (Place::Absent, _) if self.is_child() => Origin::Parent,
             (Place::Absent, _) => Origin::Hole,
             (Place::Zero, _) => Origin::Zero,
+            (Place::Lost, _) => {
+                return Err(Error::corrupt("no table and no marker of the damaged stream lists the grain"));
+            }
             (Place::At(offset), Form::Plain) => Origin::File { index, file_offset: offset + in_grain },
             (Place::At(_), Form::Compressed(_)) => Origin::Encoded,
         };
@@ -185,10 +186,11 @@ impl SegmentMap for Image {
     }
 
     fn doubt(&self) -> Option<String> {
-        let differs = |extent: &Extent| matches!(&extent.content, Content::Grains { file, .. } if file.differs.load(Ordering::Relaxed));
-        let tables = self.extents.iter().any(differs);
-        let tables = tables.then(|| "unverified: grain tables differ from their redundant copies".to_owned());
-        self.doubt.clone().or(tables)
+        let of_file = |extent: &Extent| match &extent.content {
+            Content::Grains { file, .. } => file.doubt(),
+            _ => None,
+        };
+        self.doubt.clone().or_else(|| self.extents.iter().find_map(of_file))
     }
 
     fn read_granule(&self) -> u64 {

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use crate::descriptor::{Access, Kind, NO_PARENT};
 use crate::grains::GrainFile;
 use crate::image::{Content, DISK, DISK_NAME, Extent, Image};
+use crate::layout::SECTOR_SIZE;
 use crate::parent;
 
 /// Key of the fact that contains an image's content identifier.
@@ -58,6 +59,7 @@ fn describe(image: &Image) -> ImageInfo {
     info.notes.extend(image.faults.iter().cloned());
     info.references.extend(parent::references(image));
     info.references.extend(extent_references(image));
+    note_rounding(image, &mut info);
     if image.single && image.descriptor.is_none() {
         info.notes.push(
             "the file has no descriptor: if it is one extent of a split disk or snapshot, name the disk's \
@@ -85,6 +87,18 @@ fn describe_descriptor(image: &Image, info: &mut ImageInfo) {
     }
     if let Some(version) = &descriptor.hardware_version {
         info.fact("hwversion", "hardware version", version.clone());
+    }
+}
+
+/// Notes that the header of a single file has another size than the disk.
+fn note_rounding(image: &Image, info: &mut ImageInfo) {
+    let Some(Extent { content: Content::Grains { file, .. }, .. }) = image.extents.first() else { return };
+    let capacity = file.hosted.as_ref().map_or(0, |header| header.capacity.saturating_mul(SECTOR_SIZE));
+    if image.single && capacity > image.virtual_size {
+        info.notes.push(format!(
+            "QEMU takes the {capacity} bytes of the header for the size of the disk, which are rounded up; it has {}",
+            image.virtual_size
+        ));
     }
 }
 

@@ -10,8 +10,8 @@ use imgtool_core::source::second_pass;
 use imgtool_core::sync::lock;
 use imgtool_core::zero::is_zero;
 use imgtool_core::{
-    Access, Buffer, BufferPool, Device, Error, ErrorKind, ImageInfo, ImageSource, Input, Lease, Loss, Losses,
-    OpenOptions, Piece, Remedy, Result, Stream, StreamAccess,
+    Access, Buffer, BufferPool, Device, Doubt, Error, ErrorKind, ImageInfo, ImageSource, Input, Lease, Loss,
+    Losses, OpenOptions, Piece, Remedy, Result, Stream, StreamAccess,
 };
 use libdeflater::Decompressor;
 
@@ -24,7 +24,9 @@ use crate::layout::hosted::{self, GD_AT_END, Header};
 use crate::layout::marker::{GRAIN_HEAD, Kind, Marker};
 use crate::source::CID;
 
+mod salvage;
 mod tables;
+use salvage::unverified;
 use tables::Tables;
 
 /// Length of a sector as an index.
@@ -104,28 +106,34 @@ pub(crate) fn open(
     let grain_size = header.grain_size * SECTOR_SIZE;
     // Stored bytes of a grain, and the decoder.
     let lease = options.memory.lease(3 * grain_size + (64 << 10), "a compressed grain")?;
-    let info = describe(&header, front.descriptor.as_ref());
+    let (sectors, fault) = Descriptor::disk_sectors(front.descriptor.as_ref(), &header);
+    let size = sectors * SECTOR_SIZE;
+    let info = describe(&header, size, front.descriptor.as_ref());
     let pass = Pass {
         stream,
+        exhausted: false,
         tables: front.tables,
         header,
+        size,
         codec: Decompressor::new(),
         stored: Vec::new(),
         at: 0,
         pending: None,
         state: State::Grains,
+        damage: None,
         salvage: options.salvage,
         ignore_trailing: options.ignore_trailing,
         losses: Arc::default(),
+        doubt: fault.or(front.doubt),
         _lease: lease,
     };
     Ok(Arc::new(GrainStream { info, losses: Arc::clone(&pass.losses), pass: Mutex::new(pass) }))
 }
 
-fn describe(header: &Header, descriptor: Option<&Descriptor>) -> ImageInfo {
+fn describe(header: &Header, size: u64, descriptor: Option<&Descriptor>) -> ImageInfo {
     let mut info = ImageInfo {
         format: crate::FORMAT,
-        devices: vec![Device::disk(DISK.0, DISK_NAME, header.capacity * SECTOR_SIZE)],
+        devices: vec![Device::disk(DISK.0, DISK_NAME, size)],
         cluster_size: Some(header.grain_size * SECTOR_SIZE),
         ..ImageInfo::default()
     };
@@ -145,6 +153,8 @@ fn describe(header: &Header, descriptor: Option<&Descriptor>) -> ImageInfo {
 struct Front {
     descriptor: Option<Descriptor>,
     tables: Tables,
+    /// Reason why a salvage can't prove that the tables list all grains.
+    doubt: Option<String>,
 }
 
 impl Front {
@@ -180,11 +190,25 @@ impl Front {
             None => None,
         };
         let tables = match layout.tables {
-            TablePlace::Front => Tables::in_front(header, &bytes, lease)?,
-            TablePlace::Behind => Tables::behind(header, lease)?,
+            TablePlace::Front => Tables::in_front(header, &bytes, lease),
+            TablePlace::Behind => Tables::behind(header, lease),
         };
-        Ok(Self { descriptor, tables })
+        match tables {
+            Err(error) if options.salvage && error.kind() != ErrorKind::LimitExceeded => {
+                let lease = options.memory.lease(0, "the tables of a stream")?;
+                let (tables, doubt) = (Tables::unknown(header, lease), Some(unverified(&error)));
+                Ok(Self { descriptor, tables, doubt })
+            }
+            tables => Ok(Self { descriptor, tables: tables?, doubt: None }),
+        }
     }
+}
+
+/// Fills `buf` as far as the stream goes. Sets `exhausted` if that is not all of it.
+fn fill(stream: &mut Stream, exhausted: &mut bool, buf: &mut [u8]) -> Result<usize> {
+    let read = stream.read_full(buf);
+    *exhausted |= !matches!(read, Ok(read) if read == buf.len());
+    read
 }
 
 /// Returns the error for a stream that ends at `position`.
@@ -214,13 +238,22 @@ impl ImageSource for GrainStream {
         let _ended = lock(&self.pass);
         self.losses.list(DISK)
     }
+
+    fn doubts(&self) -> Vec<Doubt> {
+        let doubt = lock(&self.pass).doubt.clone();
+        doubt.into_iter().map(|reason| Doubt { device: DISK, reason }).collect()
+    }
 }
 
 /// State of the one pass over a stream.
 struct Pass {
     stream: Stream,
+    /// True once the stream has ended or could not be read.
+    exhausted: bool,
     tables: Tables,
     header: Header,
+    /// Size of the disk in bytes.
+    size: u64,
     codec: Decompressor,
     /// Compressed bytes of a grain.
     stored: Vec<u8>,
@@ -229,9 +262,13 @@ struct Pass {
     /// A grain that was read: its guest offset and content.
     pending: Option<(u64, Buffer)>,
     state: State,
+    /// Damage of a marker after which a salvage looks for the next one, sector by sector.
+    damage: Option<Error>,
     salvage: bool,
     ignore_trailing: bool,
     losses: Arc<Losses>,
+    /// Reason why a salvage can't prove that nothing is missing.
+    doubt: Option<String>,
     /// Memory for a grain.
     _lease: Lease,
 }
@@ -254,16 +291,10 @@ impl StreamAccess for Pass {
         }
         while self.pending.is_none() && self.state == State::Grains {
             if let Err(error) = self.step(pool) {
-                let error = self.placed(error, self.stream.position());
-                if !self.salvage || error.kind() == ErrorKind::Cancelled {
-                    return Err(error);
-                }
-                // The next marker is not known any more.
-                self.losses.add(self.at..self.virtual_size(), &error);
-                self.state = State::Ended;
+                self.survive(self.placed(error, self.stream.position()))?;
             }
         }
-        let next = self.pending.as_ref().map_or(self.virtual_size(), |(start, _)| *start);
+        let next = self.pending.as_ref().map_or(self.size, |(start, _)| *start);
         if self.at < next {
             let piece = Piece::zero(DISK, self.at, next - self.at);
             self.at = next;
@@ -283,10 +314,6 @@ impl StreamAccess for Pass {
 }
 
 impl Pass {
-    fn virtual_size(&self) -> u64 {
-        self.header.capacity * SECTOR_SIZE
-    }
-
     /// Adds the place of an error at `position`, and where the decoder of a compressed file is.
     fn placed(&self, error: Error, position: u64) -> Error {
         let error = error.path(self.stream.location()).device(DISK_NAME).at(position);
@@ -297,16 +324,19 @@ impl Pass {
     fn step(&mut self, pool: &BufferPool) -> Result<()> {
         let position = self.stream.position() / SECTOR_SIZE;
         let mut sector = [0; SECTOR];
-        let read = self.stream.read_full(&mut sector)?;
+        let read = fill(&mut self.stream, &mut self.exhausted, &mut sector)?;
         if read < SECTOR {
             // Some programs end a stream without its marker.
-            if self.tables.is_complete_without_end() && sector[..read].iter().all(|byte| *byte == 0) {
+            if self.tables.is_complete_without_end() && is_zero(&sector[..read]) {
                 self.state = State::Ended;
                 return Ok(());
             }
             return Err(cut(self.stream.position()));
         }
         let head = sector.first_chunk().map_or(Marker::Unknown(0), Marker::decode);
+        if self.damage.is_some() && !head.is_plausible(&sector, &self.header) {
+            return Ok(());
+        }
         match head {
             Marker::Grain { lba, len } => self.read_grain(lba, len, position, &sector, pool),
             Marker::Metadata { kind: Kind::End, .. } => self.end(),
@@ -314,23 +344,29 @@ impl Pass {
             Marker::Metadata { kind: Kind::Progress, .. } => Ok(()),
             Marker::Metadata { kind: Kind::Table, sectors } => {
                 let bytes = self.read_sectors(sectors, self.tables.table_sectors(), "grain table")?;
-                self.tables.meet_table(&bytes, position + 1)
+                let met = self.tables.meet_table(&bytes, position + 1);
+                self.agree(met)
             }
             Marker::Metadata { kind: Kind::Directory, sectors } => {
                 let bytes = self.read_sectors(sectors, self.tables.directory_sectors(), "grain directory")?;
-                self.tables.meet_directory(&bytes, position + 1)
+                let met = self.tables.meet_directory(&bytes, position + 1);
+                self.agree(met)
             }
             Marker::Metadata { kind: Kind::Footer, sectors } => {
                 let bytes = self.read_sectors(sectors, 1, "footer")?;
-                let footer = Header::decode(&bytes)
-                    .map_err(|fault| fault.of("footer", (position + 1) * SECTOR_SIZE))?;
-                if (footer.capacity, footer.grain_size) != (self.header.capacity, self.header.grain_size) {
-                    return Err(Error::corrupt("the footer contradicts the header"));
-                }
-                self.tables.meet_footer(footer.directory)
+                let met = self.meet_footer(&bytes, (position + 1) * SECTOR_SIZE);
+                self.agree(met)
             }
             Marker::Unknown(kind) => Err(Error::malformed(format!("the stream has a marker of type {kind}"))),
         }
+    }
+
+    fn meet_footer(&mut self, bytes: &[u8], file_offset: u64) -> Result<()> {
+        let footer = Header::decode(bytes).map_err(|fault| fault.of("footer", file_offset))?;
+        if (footer.capacity, footer.grain_size) != (self.header.capacity, self.header.grain_size) {
+            return Err(Error::corrupt("the footer contradicts the header"));
+        }
+        self.tables.meet_footer(footer.directory)
     }
 
     /// Reads the metadata that follows a marker, which must have the expected number of sectors.
@@ -340,7 +376,7 @@ impl Pass {
         }
         // `Tables` bounds the directory, and has borrowed memory for it.
         let mut bytes = vec![0; (sectors * SECTOR_SIZE) as usize];
-        if self.stream.read_full(&mut bytes)? < bytes.len() {
+        if fill(&mut self.stream, &mut self.exhausted, &mut bytes)? < bytes.len() {
             return Err(cut(self.stream.position()));
         }
         Ok(bytes)
@@ -370,17 +406,22 @@ impl Pass {
         }
         let grain_size = self.header.grain_size * SECTOR_SIZE;
         check_len(len, grain_size)?;
-        self.tables.meet_grain(lba / self.header.grain_size, position)?;
+        if let Some(damage) = self.damage.take() {
+            self.lose(self.at..start, &damage);
+        }
         // At most 2 MiB and a sector.
         let end = (GRAIN_HEAD + len as usize).next_multiple_of(SECTOR);
         self.stored.clear();
         self.stored.extend_from_slice(sector);
         self.stored.resize(end, 0);
-        let rest = self.stream.read_full(&mut self.stored[SECTOR..])?;
+        let rest = fill(&mut self.stream, &mut self.exhausted, &mut self.stored[SECTOR..])?;
         if SECTOR + rest < GRAIN_HEAD + len as usize {
             return Err(cut(self.stream.position()));
         }
-        let used = (self.virtual_size() - start).min(grain_size);
+        let met = self.tables.meet_grain(lba / self.header.grain_size, position);
+        self.agree(met)?;
+        // Nothing, if the capacity of the header is rounded up beyond the disk.
+        let used = self.size.saturating_sub(start).min(grain_size);
         let mut data = pool.take(grain_size as usize);
         let stored = &self.stored[GRAIN_HEAD..GRAIN_HEAD + len as usize];
         if let Err(error) = inflate(&mut self.codec, stored, &mut data, used) {
@@ -391,13 +432,16 @@ impl Pass {
             self.losses.add(start..start + used, &error);
             data.fill(0);
         }
-        data.truncate(used as usize);
-        self.pending = Some((start, data));
+        if used > 0 {
+            data.truncate(used as usize);
+            self.pending = Some((start, data));
+        }
         Ok(())
     }
 
     /// Ends the stream. Zeros may follow: qemu-img writes up to 64 KiB of them.
     fn end(&mut self) -> Result<()> {
+        // A salvage goes on after an end marker that may be zeros of a damaged part.
         self.tables.check_complete()?;
         self.state = State::Ended;
         if self.ignore_trailing || self.salvage {

@@ -1,13 +1,18 @@
 //! The grain directory of a sparse file: read, compared with its redundant copy, and searched for tables that
 //! several entries share.
 
-use imgtool_core::{Error, Lease, Memory, RandomInput, Remedy, Result};
+use std::sync::atomic::Ordering;
+
+use imgtool_core::{Error, ErrorKind, Lease, Memory, RandomInput, Remedy, Result};
 
 use super::{Entries, FileSettings, GrainFile, Place, Shape};
 use crate::layout::SECTOR_SIZE;
 
 /// Maximum length of a grain directory in bytes. Our limit: the directory of a 64 TiB disk in SE sparse form.
 const MAX_DIRECTORY_LEN: u64 = 32 << 20;
+
+/// What memory for a directory is borrowed for.
+const DIRECTORY: &str = "the grain directory of a VMDK image";
 
 /// Maximum number of entries of the grain directory that share tables whose entries differ. Our limit: an
 /// intact image has none, and a crafted file could contain a disk of terabytes in a few KiB.
@@ -34,7 +39,7 @@ pub(super) fn read(
     })?;
     // The directory is read in one piece, and has 8 bytes an entry in memory.
     let bytes = len + shape.directory_entries * 8;
-    let lease = settings.memory.lease(bytes, "the grain directory of a VMDK image")?;
+    let lease = settings.memory.lease(bytes, DIRECTORY)?;
     // At most `MAX_DIRECTORY_LEN`.
     let mut raw = input.read_vec(offset, len as usize)?;
     let mut directory: Vec<u64> = match shape.entries {
@@ -53,6 +58,32 @@ pub(super) fn read(
         }
     }
     Ok((directory, lease))
+}
+
+/// Entry of a directory that can't be read: no table is there.
+pub(super) const LOST: u64 = u64::MAX;
+
+/// Like [`read`], but takes all tables for lost if the directory is damaged. Returns true in this case.
+pub(super) fn read_damaged(
+    input: &RandomInput,
+    shape: &Shape,
+    settings: FileSettings<'_>,
+) -> Result<(Vec<u64>, Lease, bool)> {
+    match read(input, shape, settings) {
+        Ok((directory, lease)) => Ok((directory, lease, false)),
+        Err(error) if !is_damage(&error) => Err(error),
+        Err(_) => {
+            let lease = settings.memory.lease(shape.directory_entries.saturating_mul(8), DIRECTORY)?;
+            // `read` has checked their number, or failed before it.
+            let entries = usize::try_from(shape.directory_entries).unwrap_or(usize::MAX);
+            Ok((vec![LOST; entries], lease, true))
+        }
+    }
+}
+
+/// True if an error shows damage of a file, which other parts of it may make good in a salvage.
+pub(super) fn is_damage(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed | ErrorKind::Io)
 }
 
 /// Decodes entries of 32-bit sectors to file offsets.
@@ -141,6 +172,16 @@ impl GrainFile {
     pub(super) fn known_table(&self, index: usize) -> Option<Shared> {
         let offset = *self.directory.get(index)?;
         let end = offset.saturating_add(self.table_entries * self.entries.width());
+        if let Some(found) = &self.found {
+            let first = (index as u64).saturating_mul(self.table_entries);
+            let is_lost = end > self.input.len();
+            self.is_rebuilt.fetch_or(is_lost, Ordering::Relaxed);
+            return match found.table(index as u64) {
+                None if is_lost && found.is_in_gap(first) => Some(Shared::Lost),
+                None if is_lost || offset == 0 => Some(Shared::Same(Place::Absent)),
+                _ => None,
+            };
+        }
         let found = self.shared.binary_search_by_key(&offset, |(shared, _)| *shared);
         match found {
             Ok(at) => self.shared.get(at).map(|(_, shared)| *shared),

@@ -5,7 +5,7 @@ use imgtool_core::{Error, RandomInput, Remedy, Result};
 
 use super::FileSettings;
 use crate::layout::SECTOR_SIZE;
-use crate::layout::hosted::{self, GD_AT_END};
+use crate::layout::hosted::{self, GD_AT_END, Header};
 use crate::layout::marker::{Kind, Marker};
 
 /// Number of bytes at the end of the file in which the footer must be. Our limit: qemu-img writes up to 64 KiB of
@@ -14,7 +14,7 @@ const TAIL: u64 = 128 << 10;
 
 /// Checks that the directory of a stream has its marker. Without it, the header or the footer could point into
 /// a grain, whose bytes would be taken for the directory.
-pub(super) fn check_directory_marker(input: &RandomInput, directory: u64) -> Result<()> {
+fn check_directory_marker(input: &RandomInput, directory: u64) -> Result<()> {
     let marker = directory.saturating_sub(1).saturating_mul(SECTOR_SIZE);
     let bytes = input.read_vec(marker, SECTOR_SIZE as usize)?;
     match bytes.first_chunk().map(Marker::decode) {
@@ -25,13 +25,32 @@ pub(super) fn check_directory_marker(input: &RandomInput, directory: u64) -> Res
     }
 }
 
+/// Returns the header with the place of the grain directory. If the directory is at the end of a stream, the footer has
+/// that place. In a salvage, also returns the reason why the stream is not proven complete.
+pub(super) fn complete(
+    input: &RandomInput,
+    header: Header,
+    settings: FileSettings<'_>,
+) -> Result<(Header, Option<String>)> {
+    let is_in_front = header.directory < header.overhead;
+    match header.directory {
+        GD_AT_END => read(input, &header, settings),
+        // The field `overhead` is informative, and may be missing.
+        _ if !header.markers || is_in_front || header.overhead == 0 => Ok((header, None)),
+        directory => {
+            check_directory_marker(input, directory)?;
+            read(input, &header, settings)
+        }
+    }
+}
+
 /// Reads the footer of a stream: the last sector but one, unless zeros follow the end of the stream, which some
 /// programs write. Nothing else may follow, or a stream in a pipe would have other content.
-pub(super) fn read(
+fn read(
     input: &RandomInput,
-    header: &hosted::Header,
+    header: &Header,
     settings: FileSettings<'_>,
-) -> Result<hosted::Header> {
+) -> Result<(Header, Option<String>)> {
     let missing = || {
         Error::corrupt("the stream has no footer, which has the place of its tables")
             .at(input.len())
@@ -45,23 +64,24 @@ pub(super) fn read(
         |pair: &[[u8; 512]]| marker(&pair[0]) == Some(Kind::Footer) && pair[1].starts_with(hosted::MAGIC);
     let used = sectors.windows(2).rposition(is_footer).ok_or_else(missing)? + 1;
     let at = start + used as u64 * SECTOR_SIZE;
-    let footer = hosted::Header::decode(&sectors[used]).map_err(|fault| fault.of("footer", at))?;
+    let footer = Header::decode(&sectors[used]).map_err(|fault| fault.of("footer", at))?;
     check(header, &footer).map_err(|error| error.at(at))?;
+    let rest = &tail[(used + 1) * SECTOR_SIZE as usize..];
+    let end = check_end(rest, settings.ignore_trailing || settings.salvage);
+    let mut doubt = None;
+    match end.map_err(|error| error.at(at + SECTOR_SIZE)) {
+        Err(error) if settings.salvage => doubt = Some(format!("unverified: {}", error.message())),
+        end => end?,
+    }
     if !settings.salvage {
         check_gap(input, &footer, at / SECTOR_SIZE - 1)?;
-    }
-    if !settings.ignore_trailing && !settings.salvage {
-        check_end(&tail[(used + 1) * SECTOR_SIZE as usize..]).map_err(|error| error.at(at + SECTOR_SIZE))?;
     }
     if footer.directory != header.directory {
         check_directory_marker(input, footer.directory)?;
     }
     // Streams have their descriptor behind the header.
-    Ok(hosted::Header {
-        descriptor_offset: header.descriptor_offset,
-        descriptor_size: header.descriptor_size,
-        ..footer
-    })
+    let Header { descriptor_offset, descriptor_size, .. } = *header;
+    Ok((Header { descriptor_offset, descriptor_size, ..footer }, doubt))
 }
 
 fn marker(sector: &[u8; 512]) -> Option<Kind> {
@@ -72,11 +92,11 @@ fn marker(sector: &[u8; 512]) -> Option<Kind> {
 }
 
 /// Checks that a footer agrees with the header.
-fn check(header: &hosted::Header, footer: &hosted::Header) -> Result<()> {
+fn check(header: &Header, footer: &Header) -> Result<()> {
     if footer.directory == GD_AT_END {
         return Err(Error::malformed("the footer does not have the place of the grain directory"));
     }
-    let same = |header: &hosted::Header| {
+    let same = |header: &Header| {
         (header.capacity, header.grain_size, header.table_entries, header.compressed, header.markers)
     };
     let is_known = header.directory != GD_AT_END;
@@ -87,7 +107,7 @@ fn check(header: &hosted::Header, footer: &hosted::Header) -> Result<()> {
 }
 
 /// Checks that between the directory and the footer's marker, at a sector, are only markers without content.
-fn check_gap(input: &RandomInput, footer: &hosted::Header, marker_at: u64) -> Result<()> {
+fn check_gap(input: &RandomInput, footer: &Header, marker_at: u64) -> Result<()> {
     let end = footer.directory.saturating_add((footer.directory_entries() * 4).div_ceil(SECTOR_SIZE));
     let gap = marker_at.checked_sub(end).map(|sectors| sectors.saturating_mul(SECTOR_SIZE));
     let is_empty = match gap.filter(|gap| *gap <= TAIL) {
@@ -105,15 +125,17 @@ fn check_gap(input: &RandomInput, footer: &hosted::Header, marker_at: u64) -> Re
         .remedied_by(Remedy::Salvage("copy the file again, or use a backup".into())))
 }
 
-/// Checks that behind a footer are only markers without content, and zeros.
-fn check_end(rest: &[u8]) -> Result<()> {
+/// Checks that behind a footer are only markers without content, the last of which is that of the end, and zeros.
+fn check_end(rest: &[u8], ignore_trailing: bool) -> Result<()> {
     let (sectors, _) = rest.as_chunks::<512>();
     let is_progress = |sector: &&[u8; 512]| marker(sector) == Some(Kind::Progress);
-    let mut markers = sectors.iter().take_while(is_progress).count();
-    if sectors.get(markers).and_then(marker) == Some(Kind::End) {
-        markers += 1;
-    }
-    if is_zero(&rest[markers * SECTOR_SIZE as usize..]) {
+    let markers = sectors.iter().take_while(is_progress).count();
+    let Some(last) = sectors.get(markers) else {
+        return Err(Error::corrupt("the stream ends early: it has no end marker")
+            .remedied_by(Remedy::Salvage("it was cut short: copy it again, or use a backup".into())));
+    };
+    let has_end = marker(last) == Some(Kind::End);
+    if has_end && (ignore_trailing || is_zero(&rest[(markers + 1) * SECTOR_SIZE as usize..])) {
         return Ok(());
     }
     Err(Error::corrupt("bytes follow the end of the stream").remedied_by(Remedy::IgnoreTrailing))

@@ -1,5 +1,10 @@
 //! Markers of a stream: a sector each, before a grain, a table, the directory, the footer, and at the end.
 
+use imgtool_core::zero::is_zero;
+
+use super::SECTOR_SIZE;
+use super::hosted::Header;
+
 /// A marker of metadata.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -56,6 +61,31 @@ impl Marker {
             (_, unknown) => return Self::Unknown(unknown),
         };
         Self::Metadata { sectors: value, kind }
+    }
+
+    /// True if a sector that decodes to this is likely to be a marker of a stream with this header, and no other data:
+    /// for the search behind a damaged part. Zeros look like an end marker, so that is none.
+    pub(crate) fn is_plausible(self, sector: &[u8; 512], header: &Header) -> bool {
+        let sectors_of = |entries: u64| entries.saturating_mul(4).div_ceil(SECTOR_SIZE);
+        match self {
+            Self::Grain { lba, len } => {
+                let is_grain = lba.is_multiple_of(header.grain_size) && lba < header.capacity;
+                // The first bytes of a zlib stream: RFC 1950, section 2.2.
+                let zlib = u16::from_be_bytes([sector[GRAIN_HEAD], sector[GRAIN_HEAD + 1]]);
+                let is_zlib = zlib >> 8 & 0xf == 8 && zlib.is_multiple_of(31);
+                is_grain && is_zlib && u64::from(len) <= 2 * header.grain_size * SECTOR_SIZE
+            }
+            Self::Metadata { kind, sectors } => {
+                let expected = match kind {
+                    Kind::Table => sectors_of(header.table_entries.into()),
+                    Kind::Directory => sectors_of(header.directory_entries()),
+                    Kind::Footer => 1,
+                    Kind::End | Kind::Progress => return false,
+                };
+                sectors == expected && is_zero(&sector[16..])
+            }
+            Self::Unknown(_) => false,
+        }
     }
 
     /// Encodes the sector of a marker of metadata.

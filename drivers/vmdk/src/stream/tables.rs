@@ -1,6 +1,7 @@
 //! [`Tables`], the comparison of a stream's tables with its grains.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use imgtool_core::{Error, Lease, Remedy, Result};
 
@@ -44,6 +45,11 @@ enum Kind {
         /// Sector of the directory, once it was met.
         directory_at: Option<u64>,
         has_footer: bool,
+    },
+    /// Damaged, in a salvage.
+    Unknown {
+        /// True if an end marker follows the last grain.
+        ended: bool,
     },
 }
 
@@ -115,6 +121,13 @@ impl Tables {
         Ok(Self { table_entries: header.table_entries.into(), directory_entries, kind, lease })
     }
 
+    /// Expects nothing.
+    pub(super) fn unknown(header: &Header, lease: Lease) -> Self {
+        let kind = Kind::Unknown { ended: false };
+        // No directory can be as long, so none is read.
+        Self { table_entries: header.table_entries.into(), directory_entries: u64::MAX, kind, lease }
+    }
+
     /// Returns the number of sectors of a table.
     pub(super) fn table_sectors(&self) -> u64 {
         (self.table_entries * 4).div_ceil(SECTOR_SIZE)
@@ -122,7 +135,7 @@ impl Tables {
 
     /// Returns the number of sectors of the directory.
     pub(super) fn directory_sectors(&self) -> u64 {
-        (self.directory_entries * 4).div_ceil(SECTOR_SIZE)
+        self.directory_entries.saturating_mul(4).div_ceil(SECTOR_SIZE)
     }
 
     /// Enters a grain whose marker is at `sector`.
@@ -133,13 +146,17 @@ impl Tables {
             Kind::Front { expected, missing } => {
                 let entry = usize::try_from(grain).ok().and_then(|grain| expected.get_mut(grain));
                 match entry {
-                    Some(entry) if *entry == sector => {
-                        *entry = 0;
+                    Some(entry) if *entry != 0 => {
+                        let stated = std::mem::take(entry);
                         *missing -= 1;
-                        Ok(())
+                        if stated == sector { Ok(()) } else { Err(contradiction("the grain table")) }
                     }
                     _ => Err(contradiction("the grain table")),
                 }
+            }
+            Kind::Unknown { ended } => {
+                *ended = false;
+                Ok(())
             }
             Kind::Behind { directory_at: Some(_), .. } => Err(contradiction("a directory before its grain")),
             Kind::Behind { directory, open, .. } => {
@@ -166,10 +183,16 @@ impl Tables {
 
     /// Compares a table that is at `sector`.
     pub(super) fn meet_table(&mut self, bytes: &[u8], sector: u64) -> Result<()> {
-        let Kind::Behind { directory, open, empty, directory_at, .. } = &mut self.kind else {
-            return Err(Error::malformed(
-                "a grain table follows, although the header has the tables in front",
-            ));
+        let (directory, open, empty, directory_at) = match &mut self.kind {
+            Kind::Behind { directory, open, empty, directory_at, .. } => {
+                (directory, open, empty, directory_at)
+            }
+            Kind::Unknown { .. } => return Ok(()),
+            Kind::Front { .. } => {
+                return Err(Error::malformed(
+                    "a grain table follows, although the header has the tables in front",
+                ));
+            }
         };
         if directory_at.is_some() {
             return Err(contradiction("a directory before its table"));
@@ -191,32 +214,62 @@ impl Tables {
 
     /// Compares the directory, which is at `sector`.
     pub(super) fn meet_directory(&mut self, bytes: &[u8], sector: u64) -> Result<()> {
-        let Kind::Behind { directory, open, empty, stated_at, directory_at, .. } = &mut self.kind else {
-            return Err(Error::malformed("a directory follows, although the header has one in front"));
+        let (directory, open, empty, stated_at, directory_at) = match &mut self.kind {
+            Kind::Behind { directory, open, empty, stated_at, directory_at, .. } => {
+                (directory, open, empty, stated_at, directory_at)
+            }
+            Kind::Unknown { .. } => return Ok(()),
+            Kind::Front { .. } => {
+                return Err(Error::malformed("a directory follows, although the header has one in front"));
+            }
         };
         let agrees = |(found, expected): (u32, &u32)| {
             found == *expected || *expected == 0 && empty.binary_search(&found).is_ok()
         };
-        if directory_at.is_some() || !open.is_empty() || !entries(bytes).zip(directory.iter()).all(agrees) {
+        // A salvage goes on with one that is wrong.
+        let is_second = directory_at.replace(sector).is_some();
+        if is_second || !open.is_empty() || !entries(bytes).zip(directory.iter()).all(agrees) {
             return Err(contradiction("the grain directory"));
         }
         if stated_at.is_some_and(|stated| stated != sector) {
             return Err(contradiction("the place of the directory in the header"));
         }
-        *directory_at = Some(sector);
         Ok(())
     }
 
     /// Compares the place of the directory in the footer.
     pub(super) fn meet_footer(&mut self, directory: u64) -> Result<()> {
         match &mut self.kind {
-            Kind::Behind { directory_at, has_footer, .. } if *directory_at == Some(directory) => {
+            Kind::Behind { directory_at, has_footer, .. } => {
                 *has_footer = true;
-                Ok(())
+                match *directory_at == Some(directory) {
+                    true => Ok(()),
+                    false => Err(contradiction("the place of the directory in the footer")),
+                }
             }
-            Kind::Behind { .. } => Err(contradiction("the place of the directory in the footer")),
-            Kind::Front { .. } => Ok(()),
+            Kind::Front { .. } | Kind::Unknown { .. } => Ok(()),
         }
+    }
+
+    /// Calls `each` with the runs of `grains` that the tables list and that were not met. Returns false if the tables
+    /// are not known, and nothing else shows that no grain follows.
+    pub(super) fn each_missing(&self, grains: Range<u64>, each: &mut dyn FnMut(Range<u64>)) -> bool {
+        let expected = match &self.kind {
+            Kind::Front { expected, .. } => expected,
+            Kind::Behind { .. } => return false,
+            Kind::Unknown { ended } => return *ended,
+        };
+        let index = |grain: u64| usize::try_from(grain).unwrap_or(usize::MAX).min(expected.len());
+        let (start, end) = (index(grains.start), index(grains.end));
+        let mut at = grains.start;
+        for run in expected.get(start..end).unwrap_or_default().chunk_by(|a, b| (*a == 0) == (*b == 0)) {
+            let next = at.saturating_add(run.len() as u64);
+            if run.first().is_some_and(|entry| *entry != 0) {
+                each(at..next);
+            }
+            at = next;
+        }
+        true
     }
 
     /// True if the tables show that every grain was met even if the stream has no end marker.
@@ -225,14 +278,18 @@ impl Tables {
     }
 
     /// Checks at the end marker that nothing is missing.
-    pub(super) fn check_complete(&self) -> Result<()> {
-        match &self.kind {
+    pub(super) fn check_complete(&mut self) -> Result<()> {
+        match &mut self.kind {
             Kind::Front { missing: 0, .. } => Ok(()),
             Kind::Front { missing, .. } => Err(Error::corrupt(format!(
                 "the stream ends, but {missing} grains of its tables are missing"
             ))
             .remedied_by(Remedy::Salvage("copy it again, or use a backup".into()))),
             Kind::Behind { directory_at: Some(_), has_footer: true, .. } => Ok(()),
+            Kind::Unknown { ended } => {
+                *ended = true;
+                Err(Error::corrupt("the tables of the stream are damaged"))
+            }
             Kind::Behind { .. } => Err(Error::corrupt("the stream ends without its directory and footer")
                 .remedied_by(Remedy::Salvage("copy it again, or use a backup".into()))),
         }

@@ -69,7 +69,9 @@ impl Sparse {
     /// Returns the file.
     pub fn bytes(&self) -> Vec<u8> {
         let mut bytes = self.header.clone();
-        bytes.extend_from_slice(self.descriptor.as_bytes());
+        let capacity = self.header[12..20].iter().rev().fold(0u64, |n, byte| n << 8 | u64::from(*byte));
+        let descriptor = self.descriptor.replace("CAPACITY", &capacity.to_string());
+        bytes.extend_from_slice(descriptor.as_bytes());
         bytes.resize(4 * 512, 0);
         bytes.extend(self.directory.iter().flat_map(|entry| entry.to_le_bytes()));
         assert!(bytes.len() <= 8 * 512);
@@ -81,11 +83,11 @@ impl Sparse {
     }
 }
 
-/// Returns the text of a descriptor of one sparse extent.
+/// Returns the text of a descriptor of one sparse extent, whose size is that of the header.
 pub fn descriptor(cid: u32, parent: u32) -> String {
     format!(
         "# Disk DescriptorFile\nversion=1\nCID={cid:08x}\nparentCID={parent:08x}\n\
-         createType=\"monolithicSparse\"\nRW 8 SPARSE \"any name\"\n"
+         createType=\"monolithicSparse\"\nRW CAPACITY SPARSE \"any name\"\n"
     )
 }
 
@@ -296,10 +298,33 @@ fn a_descriptor_may_not_contradict_its_file() {
         let error = open_bytes(&file.bytes()).map(|_| ()).unwrap_err();
         assert!(error.to_string().contains(text), "{line}: {error}");
     }
-    // VirtualBox rounds the capacity up.
-    let mut file = Sparse::new(1).grain(0, 1);
-    file.descriptor = "CID=7\ncreateType=\"x\"\nRW 7 SPARSE \"x\"\n".into();
-    assert!(open_bytes(&file.bytes()).is_ok());
+}
+
+/// VirtualBox rounds the capacity of the header up to 64 KiB. The disk has the size of the descriptor.
+#[test]
+fn the_descriptor_decides_the_size_of_a_rounded_disk() {
+    let of_line = |grains: u64, sectors: u64| {
+        let mut file = Sparse::new(grains).grain(0, 1);
+        file.descriptor = format!("CID=7\ncreateType=\"x\"\nRW {sectors} SPARSE \"x\"\n");
+        file.bytes()
+    };
+    let bytes = of_line(1, 7);
+    assert!(open_bytes(&bytes).unwrap() == filled(&[1])[..7 * 512]);
+    let directory = tempfile::tempdir().unwrap();
+    let path = save(directory.path(), "x.vmdk", &bytes);
+    assert_eq!(check(&path).findings, [""; 0]);
+    let source = crate::support::open_plainly(&path).unwrap();
+    assert!(source.info().notes[0].contains("4096 bytes of the header"), "{:?}", source.info().notes);
+    // 128 sectors for 1 to 128 of them, not for 0, nor 136 for 8 or less.
+    assert_eq!(open_bytes(&of_line(16, 1)).unwrap().len(), 512);
+    for (grains, sectors) in [(16, 0), (17, 8), (17, 128), (1000, 8)] {
+        let bytes = of_line(grains, sectors);
+        assert_fault(&bytes, ErrorKind::Malformed, &format!("{sectors} sectors, but the header"));
+        let options = OpenOptions { salvage: true, ..OpenOptions::default() };
+        let source = VmdkDriver.open(memory::as_file("x.vmdk", &bytes), &options).unwrap();
+        assert_eq!(source.info().devices[0].size, grains * GRAIN as u64);
+        assert!(source.doubts()[0].reason.contains("but the header"), "{:?}", source.doubts());
+    }
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! Streams of compressed grains, in the layouts of several programs: read by position and from a pipe, cut,
 //! damaged, and written.
 
-use imgtool_core::{Access, BufferPool, Driver, ErrorKind, OpenOptions, Result};
+use std::sync::Arc;
+
+use imgtool_core::{Access, BufferPool, Driver, ErrorKind, ImageSource, OpenOptions, Result};
 use imgtool_testing::conformance::{self, Content, Fill, Image};
 use imgtool_testing::{memory, oracles};
 use imgtool_vmdk::VmdkDriver;
@@ -127,7 +129,11 @@ pub fn stream(sectors: u64, place: Place, parts: &[Part]) -> Vec<u8> {
 /// Reads a stream from a pipe.
 pub fn from_pipe_with(bytes: &[u8], options: &OpenOptions) -> Result<Vec<u8>> {
     assert!(VmdkDriver.reads_stream(&bytes[..bytes.len().min(4096)]), "not a stream");
-    let source = VmdkDriver.open(memory::as_stream("x.vmdk", bytes), options)?;
+    all_pieces(&VmdkDriver.open(memory::as_stream("x.vmdk", bytes), options)?)
+}
+
+/// Reads an image in one pass.
+fn all_pieces(source: &Arc<dyn ImageSource>) -> Result<Vec<u8>> {
     let Access::Stream(pass) = source.access() else { panic!("not read in one pass") };
     let mut content = Vec::new();
     let mut pass = pass.lock().unwrap();
@@ -203,8 +209,9 @@ fn a_cut_stream_is_an_error_wherever_it_ends() {
         // its last grain on, whose padding has 484 bytes.
         let complete = if place == Place::Front { bytes.len() - 512 - 484 } else { bytes.len() };
         for len in (4096..bytes.len()).step_by(512).chain([complete - 1, complete, bytes.len() - 1]) {
-            let read = from_pipe(&bytes[..len]);
-            assert_eq!(read.is_ok(), len >= complete, "{len} of {}", bytes.len());
+            for read in [from_pipe(&bytes[..len]), open_bytes(&bytes[..len])] {
+                assert_eq!(read.is_ok(), len >= complete, "{len} of {}", bytes.len());
+            }
         }
     }
 }
@@ -267,9 +274,116 @@ fn damaged_grains_are_errors_and_salvage_keeps_the_others() {
     let options = OpenOptions { salvage: true, ..OpenOptions::default() };
     let kept = [grains(&[0, 0, 0, 2]), vec![3; 51_200]].concat();
     assert!(from_pipe_with(&damaged, &options).unwrap() == kept);
-    // A stream that was cut has no directory; its grains still name their places.
-    let source = VmdkDriver.open(memory::as_file("x.vmdk", &whole[..65_536 + 260 * 512]), &options).unwrap();
-    assert!(source.access().is_stream());
+}
+
+/// What a salvage restores: the content, the number of lost bytes, and true if it states a doubt.
+type Salvaged = (Vec<u8>, u64, bool);
+
+fn restored(source: &Arc<dyn ImageSource>, content: Vec<u8>) -> Salvaged {
+    let lost = source.losses().iter().map(|loss| loss.guest.end - loss.guest.start).sum();
+    (content, lost, !source.doubts().is_empty())
+}
+
+/// Salvages a stream from a file, and from a pipe.
+fn salvaged(bytes: &[u8]) -> [Salvaged; 2] {
+    let options = OpenOptions { salvage: true, ..OpenOptions::default() };
+    let file = VmdkDriver.open(memory::as_file("x.vmdk", bytes), &options).unwrap();
+    let pipe = VmdkDriver.open(memory::as_stream("x.vmdk", bytes), &options).unwrap();
+    let found = content(&file).unwrap();
+    let passed = all_pieces(&pipe).unwrap();
+    [restored(&file, found), restored(&pipe, passed)]
+}
+
+/// Returns streams of two tables and six grains, with the tables in front and behind, and the sector of each of
+/// their grains.
+fn two_tables() -> [(Vec<u8>, Vec<u64>); 2] {
+    let first: Vec<Part> = (0..3).map(|grain| Part::Grain(2 * grain, data(grain as u8 + 1))).collect();
+    let behind = [&first[..], &[Part::Table, Part::Directory, Part::Footer, Part::End]].concat();
+    let sectors: Vec<u64> = (0..3).map(|grain| 128 + 129 * grain).collect();
+    [
+        (stream(6 * 128, Place::Front, &[&first[..], &[Part::End]].concat()), sectors.clone()),
+        (stream(6 * 128, Place::End, &behind), sectors),
+    ]
+}
+
+/// Every grain has its place in its marker, so a salvage needs no table.
+#[test]
+fn salvage_reads_by_the_markers_if_tables_are_damaged() {
+    let whole = grains(&[1, 0, 2, 0, 3, 0]);
+    for (number, (bytes, sectors)) in two_tables().into_iter().enumerate() {
+        for (content, lost, doubt) in salvaged(&bytes) {
+            assert!(content == whole && lost == 0 && !doubt, "{number}: {lost} {doubt}");
+        }
+        // Directory and table, each overwritten with ones, and an entry of the table with a flipped bit.
+        let behind = sectors.last().unwrap() + 129;
+        let (table, directory) = if number == 0 { (40, 39) } else { (behind + 1, behind + 6) };
+        for damaged in [
+            overwritten(&bytes, directory * 512, &[0xff; 512]),
+            overwritten(&bytes, directory * 512, &[0; 512]),
+            overwritten(&bytes, table * 512, &[0xff; 2048]),
+            overwritten(&bytes, table * 512, &[0; 2048]),
+            overwritten(&bytes, table * 512 + 16, &[0x81]),
+            overwritten(&bytes, table * 512 + 17, &[0xff]),
+        ] {
+            assert!(open_bytes(&damaged).is_err() || open_bytes(&damaged).unwrap() != whole || number == 0);
+            for (content, lost, doubt) in salvaged(&damaged) {
+                assert!(content == whole, "{number}");
+                assert!(doubt && lost <= 3 * 65_536, "{number}: {lost} {doubt}");
+            }
+        }
+    }
+}
+
+#[test]
+fn salvage_finds_the_next_marker_behind_a_damaged_one() {
+    for (number, (bytes, sectors)) in two_tables().into_iter().enumerate() {
+        let at = sectors[1] * 512;
+        let zeros = vec![0; 4096];
+        for damaged in [
+            // The sector, the length, everything before the compressed bytes, and a part of the grain before.
+            overwritten(&bytes, at + 1, &[7]),
+            overwritten(&bytes, at + 8, &[1, 2, 0, 0]),
+            overwritten(&bytes, at, &[0x55; 14]),
+            overwritten(&bytes, at, &zeros),
+            overwritten(&bytes, at - 2048, &zeros),
+        ] {
+            for (content, lost, _) in salvaged(&damaged) {
+                let kept: Vec<u8> = content.chunks(GRAIN).map(|grain| grain[0]).collect();
+                assert!(kept[4] == 3 && kept[1] == 0 && kept[2] == 0, "{number}: {kept:?}");
+                assert!((65_536..=4 * 65_536).contains(&lost), "{number}: {lost} of {kept:?}");
+            }
+        }
+        // A length that reaches over the next grain. A file has that one at its place; a pipe has passed it.
+        let [(file, lost, _), (pipe, lost_of_pipe, _)] =
+            salvaged(&overwritten(&bytes, at + 8, &[0xff, 0xff, 1, 0]));
+        assert!(file == grains(&[1, 0, 2, 0, 3, 0]) && lost == 0, "{number}: {lost}");
+        assert!(pipe == grains(&[1, 0, 2, 0, 0, 0]) && lost_of_pipe >= 65_536, "{number}: {lost_of_pipe}");
+    }
+}
+
+#[test]
+fn salvage_of_a_cut_stream_loses_what_follows() {
+    for (number, (bytes, sectors)) in two_tables().into_iter().enumerate() {
+        for cut in [sectors[2] * 512, sectors[2] * 512 + 5000] {
+            for (content, lost, doubt) in salvaged(&bytes[..cut as usize]) {
+                assert!(content == grains(&[1, 0, 2, 0, 0, 0]), "{number}");
+                // The tables in front list the grain that is missing.
+                let expected = if number == 0 { 65_536 } else { 3 * 65_536 };
+                assert!(lost == expected && (doubt || number == 0), "{number}: {lost} {doubt}");
+            }
+        }
+        // Without its end marker, a stream is complete only if its tables are in front.
+        for (content, lost, doubt) in salvaged(&bytes[..bytes.len() - 512]) {
+            assert!(content == grains(&[1, 0, 2, 0, 3, 0]));
+            assert!(doubt == (number == 1) && lost <= 65_536, "{number}: {lost} {doubt}");
+        }
+    }
+}
+
+fn overwritten(bytes: &[u8], at: u64, with: &[u8]) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    bytes[at as usize..][..with.len()].copy_from_slice(with);
+    bytes
 }
 
 #[test]
@@ -446,6 +560,7 @@ fn a_stream_and_a_file_agree_about_the_descriptor() {
         ("", "no extent"),
         ("RW 300 SPARSE \"x\"\nRW 312 SPARSE \"y\"", "more than one extent"),
         ("RW 613 SPARSE \"x\"", "613 sectors"),
+        ("RW 384 SPARSE \"x\"", "384 sectors"),
     ] {
         let mut bytes = stream(SECTORS, Place::End, &parts);
         let descriptor = format!("# Disk DescriptorFile\nCID=7\nparentCID=ffffffff\n{line}\n");
@@ -455,6 +570,15 @@ fn a_stream_and_a_file_agree_about_the_descriptor() {
         for error in [open_bytes(&bytes), from_pipe(&bytes)].map(|read| read.map(|_| ()).unwrap_err()) {
             assert!(error.to_string().contains(text), "{line}: {error}");
         }
+    }
+    // The capacity of the header is rounded up.
+    let mut bytes = stream(5 * 128, Place::End, &parts);
+    let descriptor = format!("# Disk DescriptorFile\nCID=7\nparentCID=ffffffff\nRW {SECTORS} SPARSE \"x\"\n");
+    bytes[512..512 + descriptor.len()].copy_from_slice(descriptor.as_bytes());
+    bytes[28] = 1;
+    bytes[36] = 20;
+    for read in [open_bytes(&bytes), from_pipe(&bytes)] {
+        assert!(read.unwrap() == expected());
     }
 }
 
