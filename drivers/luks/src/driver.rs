@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use imgtool_core::{
-    Capabilities, Confidence, CreateOptions, Driver, ImageSource, ImageWriter, Input, OpenOptions,
-    OptionSpec, Result,
+    Capabilities, CheckReport, Confidence, CreateOptions, Driver, ImageSource, ImageWriter, Input,
+    OpenOptions, OptionSpec, Result,
 };
 use imgtool_crypt::{MAGIC, SECTOR};
 
+use crate::check;
 use crate::options::OPTIONS;
 use crate::sink::LuksWriter;
 use crate::source::LuksSource;
@@ -36,6 +37,7 @@ impl Driver for LuksDriver {
             stream_write: true,
             open_ended: true,
             size_multiple: SECTOR as u64,
+            check: true,
             ..Capabilities::default()
         }
     }
@@ -51,6 +53,10 @@ impl Driver for LuksDriver {
 
     fn open(&self, input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
         Ok(Arc::new(LuksSource::open(input, options)?))
+    }
+
+    fn check(&self, input: Input, options: &OpenOptions) -> Result<CheckReport> {
+        check::check(input, options)
     }
 
     fn writer(&self, options: &CreateOptions) -> Result<Box<dyn ImageWriter>> {

@@ -3,6 +3,7 @@
 //! A container is the header, the key material of eight passphrases, and the content in encrypted sectors. The
 //! crate `imgtool-crypt` does the cryptography, which qcow2 uses as well.
 
+mod check;
 mod driver;
 mod options;
 mod sink;

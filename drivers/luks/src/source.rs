@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use imgtool_core::source::uniform_extent;
 use imgtool_core::{
-    Access, Device, DeviceId, Error, ErrorKind, Extent, ExtentKind, ImageInfo, ImageSource, Input, Loss,
-    Losses, OpenOptions, RandomAccess, RandomInput, Remedy, Result,
+    Access, Device, DeviceId, Doubt, Error, ErrorKind, Extent, ExtentKind, ImageInfo, ImageSource, Input,
+    Loss, Losses, OpenOptions, RandomAccess, RandomInput, Remedy, Result,
 };
 use imgtool_crypt::{HEADER_LEN, Header, SECTOR, SectorCipher, in_sectors};
 
@@ -28,6 +28,15 @@ pub(crate) struct LuksSource {
     cipher: Option<SectorCipher>,
     /// Guest ranges that salvage could not recover; `None` without salvage.
     losses: Option<Losses>,
+    /// Reason why a salvage can't prove that nothing is missing.
+    doubt: Option<String>,
+}
+
+/// Says that a container ends within a sector, which has `rest` bytes.
+fn cut(rest: u64) -> String {
+    format!(
+        "the last {rest} bytes of the file are no whole sector and can't be decrypted: the container is cut"
+    )
 }
 
 impl LuksSource {
@@ -40,6 +49,12 @@ impl LuksSource {
         let header = Header::parse(&input.read_head(HEADER_LEN)?).map_err(refer_to_raw)?;
         let start = header.payload_offset;
         let size = content_len(&input, start)?;
+        let rest = size % SECTOR as u64;
+        if rest > 0 && !options.salvage && !options.info_only {
+            return Err(Error::corrupt(cut(rest)).at(input.len() - rest).remedied_by(Remedy::Salvage(
+                "the container is cut short: copy it again, or use a backup".into(),
+            )));
+        }
         let wants_content = !options.info_only && !options.layout_only;
         if wants_content && options.secrets.is_empty() {
             return Err(Error::refused("the container is encrypted (LUKS)")
@@ -48,21 +63,19 @@ impl LuksSource {
         let cipher = wants_content
             .then(|| header.unlock(&input, 0..start, &options.secrets, &options.memory))
             .transpose()?;
-        let device = Device::disk(DISK.0, "disk", size - size % SECTOR as u64);
+        let device = Device::disk(DISK.0, "disk", size - rest);
         let mut info = ImageInfo { format: crate::FORMAT, devices: vec![device], ..ImageInfo::default() };
         describe(&mut info, &header);
-        if !size.is_multiple_of(SECTOR as u64) {
-            let rest = size % SECTOR as u64;
-            info.notes.push(format!(
-                "the last {rest} bytes of the file are no whole sector and can't be decrypted"
-            ));
+        if rest > 0 {
+            info.notes.push(cut(rest));
         }
-        Ok(Self { info, input, start, cipher, losses: options.salvage.then(Losses::default) })
+        let doubt = (rest > 0).then(|| format!("unverified: {}", cut(rest)));
+        Ok(Self { info, input, start, cipher, losses: options.salvage.then(Losses::default), doubt })
     }
 }
 
 /// Adds to the error of an unknown version that its bytes can be copied as they are.
-fn refer_to_raw(error: Error) -> Error {
+pub(crate) fn refer_to_raw(error: Error) -> Error {
     if error.kind() != ErrorKind::Unsupported {
         return error;
     }
@@ -71,7 +84,7 @@ fn refer_to_raw(error: Error) -> Error {
 }
 
 /// Returns the length in bytes of the content from `start` on.
-fn content_len(input: &RandomInput, start: u64) -> Result<u64> {
+pub(crate) fn content_len(input: &RandomInput, start: u64) -> Result<u64> {
     if start == 0 {
         return Err(Error::unsupported("the header is detached: the content is in another file")
             .at(104)
@@ -107,6 +120,10 @@ impl ImageSource for LuksSource {
 
     fn losses(&self) -> Vec<Loss> {
         self.losses.as_ref().map(|losses| losses.list(DISK)).unwrap_or_default()
+    }
+
+    fn doubts(&self) -> Vec<Doubt> {
+        self.doubt.iter().map(|reason| Doubt { device: DISK, reason: reason.clone() }).collect()
     }
 }
 

@@ -82,6 +82,42 @@ fn a_container_opens_for_its_facts_and_extents_without_a_passphrase() {
     }
 }
 
+/// Without a passphrase, a check sees the header, the key slots, and the end.
+#[test]
+fn check_finds_lost_keys_and_cut_ends() {
+    let directory = scratch();
+    let path = laws::make(&Unlocked(LuksDriver), &options(&[]), &mixed_image(), directory.path());
+    let whole = std::fs::read(&path).unwrap();
+    let findings = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        let report = LuksDriver.check(laws::input(&path).unwrap(), &OpenOptions::default()).unwrap();
+        assert_eq!(report.corruptions, report.findings.len() as u64);
+        report.findings.join("; ")
+    };
+    let changed = |at: usize, with: &[u8]| {
+        let mut bytes = whole.clone();
+        bytes[at..at + with.len()].copy_from_slice(with);
+        findings(&bytes)
+    };
+    assert_eq!(findings(&whole), "");
+    let offset = u32::from_be_bytes(whole[248..252].try_into().unwrap());
+    let material = offset as usize * 512;
+    for (text, expected) in [
+        (findings(&whole[..whole.len() - 100]), "ends within a sector"),
+        (findings(&whole[..300]), "within the header"),
+        (findings(&whole[..material + 1000]), "beyond the end of the file"),
+        (changed(208, &0xdead_u32.to_be_bytes()), "no key slot is in use"),
+        (changed(208, &[1]), "unknown state"),
+        (changed(252, &1u32.to_be_bytes()), "stripes"),
+        (changed(248, &1_000_000_u32.to_be_bytes()), "but the content begins at"),
+        (changed(material, &vec![0; 256_000]), "slot 0 at"),
+        // A second slot in the same place.
+        (changed(256, &whole[208..256].to_vec()), "slots 0 and 1 overlaps"),
+    ] {
+        assert!(text.contains(expected), "{text}, not {expected}");
+    }
+}
+
 #[test]
 fn cut_containers_and_detached_headers_are_refused() {
     let directory = scratch();
@@ -98,9 +134,16 @@ fn cut_containers_and_detached_headers_are_refused() {
         let error = laws::open(&Unlocked(LuksDriver), &path).err().unwrap();
         assert_eq!(error.kind(), kind, "{error}");
     }
-    // A container holds no size, so a ragged end can only be noted.
+    // A container holds no size, but it has whole sectors.
     std::fs::write(&path, &whole[..whole.len() - 100]).unwrap();
-    let source = laws::open(&Unlocked(LuksDriver), &path).unwrap();
+    let error = laws::open(&Unlocked(LuksDriver), &path).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+    assert!(matches!(error.remedy(), Some(Remedy::Salvage(_))), "{error:#}");
+    let options = OpenOptions { salvage: true, ..OpenOptions::default() };
+    let source = laws::open_with(&Unlocked(LuksDriver), &path, &options).unwrap();
     assert_eq!(source.info().devices[0].size, (3 << 20) - 512);
+    assert!(source.doubts()[0].reason.contains("412 bytes"), "{:?}", source.doubts());
+    let options = OpenOptions { info_only: true, ..OpenOptions::default() };
+    let source = laws::open_with(&LuksDriver, &path, &options).unwrap();
     assert_eq!(source.info().notes.len(), 1);
 }
