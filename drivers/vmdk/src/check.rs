@@ -1,12 +1,12 @@
-//! The structural check of an image: every entry of its tables, the markers of compressed grains, and whether
-//! any two structures or grains overlap.
+//! The check of an image: every entry of its tables, the markers and the content of compressed grains, and whether any
+//! two structures or grains overlap.
 
 use imgtool_core::unit_check::report_parent;
 use imgtool_core::{CheckReport, ErrorKind, Input, Lease, Memory, OpenOptions, Result};
 
 use crate::grains::{Form, GrainFile, Place};
 use crate::image::{Content, Image};
-use crate::inflate::check_head;
+use crate::inflate::{Inflater, check_head};
 use crate::layout::SECTOR_SIZE;
 use crate::layout::marker::{Kind, Marker};
 use crate::parent;
@@ -71,6 +71,11 @@ struct FileCheck<'a> {
     /// End of the previous grain in the file.
     expected: Option<u64>,
     allocated: u64,
+    /// Number of stored bytes of compressed grains that may still be decoded. Grains that share bytes exhaust it, so
+    /// that a small file can't keep the check busy.
+    budget: u64,
+    decoder: Inflater,
+    content: Vec<u8>,
 }
 
 /// Number of ranges after which memory is borrowed for more.
@@ -80,8 +85,24 @@ impl<'a> FileCheck<'a> {
     fn new(file: &'a GrainFile, image: &Image, memory: &Memory) -> Result<Self> {
         let lease = memory.lease(0, "the check of a VMDK image")?;
         let prefix = if image.single { String::new() } else { format!("{}: ", file.input.location()) };
-        let used = Vec::new();
-        Ok(Self { file, prefix, used, lease, fragmented: 0, expected: None, allocated: 0 })
+        let is_compressed = file.form != Form::Plain;
+        // The decoder has the compressed bytes of one grain, the check its content: 1 MiB at most.
+        let grain_size = if is_compressed { file.grain_size } else { 0 };
+        let decoder = Inflater::new(grain_size, 0, memory)?;
+        let content = vec![0; grain_size as usize];
+        let (used, budget) = (Vec::new(), file.input.len());
+        Ok(Self {
+            file,
+            prefix,
+            used,
+            lease,
+            fragmented: 0,
+            expected: None,
+            allocated: 0,
+            budget,
+            decoder,
+            content,
+        })
     }
 
     fn run(mut self, report: &mut CheckReport) -> Result<()> {
@@ -161,6 +182,8 @@ impl<'a> FileCheck<'a> {
                     let end = (offset + head as u64 + u64::from(stored)).next_multiple_of(SECTOR_SIZE);
                     if end > self.file.input.len().next_multiple_of(SECTOR_SIZE) {
                         report.corruption(format!("{}grain {grain} ends behind the file", self.prefix));
+                    } else {
+                        self.decode(grain, stored.into(), report)?;
                     }
                     self.enter_grains(offset, end, 1)?;
                 }
@@ -168,6 +191,19 @@ impl<'a> FileCheck<'a> {
             }
         }
         Ok(len)
+    }
+
+    /// Decodes a grain of `stored` compressed bytes, which end in a checksum of its content.
+    fn decode(&mut self, grain: u64, stored: u64, report: &mut CheckReport) -> Result<()> {
+        let Some(budget) = self.budget.checked_sub(stored) else { return Ok(()) };
+        self.budget = budget;
+        match self.decoder.decode(self.file, grain, &mut self.content) {
+            Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed) => {
+                report.corruption(format!("{}grain {grain}: {error:#}", self.prefix));
+                Ok(())
+            }
+            decoded => decoded,
+        }
     }
 
     fn enter_grains(&mut self, start: u64, end: u64, grains: u64) -> Result<()> {

@@ -83,7 +83,8 @@ impl Inflater {
         Ok(())
     }
 
-    fn decode(&self, file: &GrainFile, grain: u64, bytes: &mut [u8]) -> Result<()> {
+    /// Decodes a grain into `bytes`, which are as long as a grain.
+    pub(crate) fn decode(&self, file: &GrainFile, grain: u64, bytes: &mut [u8]) -> Result<()> {
         let (place, _) = file.run(grain, 1)?;
         let Place::At(offset) = place else {
             bytes.fill(0);

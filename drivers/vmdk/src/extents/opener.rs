@@ -1,6 +1,6 @@
 //! [`Opener`], which opens the files of extents.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 
@@ -43,8 +43,21 @@ pub(super) struct Opener<'a> {
     lease: Lease,
     /// Faults of the files that stay closed.
     faults: Vec<String>,
-    /// Number of files that were opened for their faults.
-    inspected: usize,
+    /// Numbers of the sparse files that belong to an extent.
+    sparse: HashSet<usize>,
+    /// Files that were opened for their faults, by name, and true for flat ones.
+    seen: HashMap<(String, bool), Seen>,
+}
+
+/// A file that was opened for its faults.
+#[derive(Clone)]
+enum Seen {
+    /// A file of this length in bytes with the guest's bytes.
+    Flat(u64),
+    /// A sparse file of this capacity in bytes: the size of a grain, and true if grains are compressed.
+    Sparse { capacity: u64, shape: (u64, bool) },
+    /// Its fault, if it has one: one that needs a permission, or that a machine uses, has none.
+    Closed(Option<String>),
 }
 
 impl<'a> Opener<'a> {
@@ -63,7 +76,8 @@ impl<'a> Opener<'a> {
             known: HashMap::new(),
             lease,
             faults: Vec::new(),
-            inspected: 0,
+            sparse: HashSet::new(),
+            seen: HashMap::new(),
         }
     }
 
@@ -97,43 +111,68 @@ impl<'a> Opener<'a> {
     /// Looks whether the file of an extent is there, and as long as its line says. Keeps nothing open: a disk may
     /// have more files than a process. Returns the size of a grain of a sparse file, and true if grains are compressed.
     fn inspect(&mut self, line: &ExtentLine) -> Option<(u64, bool)> {
-        if self.faults.len() >= MAX_FAULTS || self.inspected > MAX_INSPECTED {
+        if self.faults.len() >= MAX_FAULTS {
             return None;
         }
-        self.inspected += 1;
-        if self.inspected > MAX_INSPECTED {
-            self.faults.push(UNSEEN.to_owned());
-            return None;
-        }
-        let mut shape = None;
         let name = escape_control(&line.name);
-        let part = self.options.externals.open_part(ROLE, &line.name, self.own.location());
+        let key = (line.name.clone(), line.kind == Kind::Flat);
+        let (seen, is_second) = match self.seen.get(&key) {
+            Some(seen) => (seen.clone(), true),
+            None if self.seen.len() == MAX_INSPECTED => {
+                self.faults.push(UNSEEN.to_owned());
+                return None;
+            }
+            None => {
+                let seen = self.look_at(line);
+                self.seen.insert(key, seen.clone());
+                (seen, false)
+            }
+        };
         let needed = line.offset.saturating_add(line.sectors).saturating_mul(SECTOR_SIZE);
-        let fault = match part.and_then(imgtool_core::Input::into_random) {
-            Err(error) if is_missing(&error) => Some(format!("extent '{name}' is missing")),
-            // A file that needs a permission, or that a machine uses, is no fault.
-            Err(_) => None,
-            Ok(file) if line.kind == Kind::Flat => (needed > file.len()).then(|| {
-                format!(
-                    "extent '{name}' is cut: it needs {needed} bytes, but its file ends at {}",
-                    file.len()
-                )
-            }),
-            Ok(file) => open_grains(&file, line.kind, settings(self.tables, 0, self.options))
-                .and_then(|grains| {
-                    let compressed = grains.hosted.as_ref().is_some_and(|header| header.compressed);
-                    shape = Some((grains.grain_size, compressed));
-                    check_capacity(line, &grains)
-                })
-                .err()
-                .filter(is_loss)
-                .map(|error| format!("extent '{name}' is damaged: {error}")),
+        let (fault, shape) = match seen {
+            Seen::Flat(len) => {
+                let fault =
+                    format!("extent '{name}' is cut: it needs {needed} bytes, but its file ends at {len}");
+                ((needed > len).then_some(fault), None)
+            }
+            Seen::Sparse { shape, .. } if is_second => (Some(belongs_to_several(&name)), Some(shape)),
+            Seen::Sparse { capacity, shape } => {
+                let fault = check_capacity(line, capacity).err();
+                (fault.map(|error| format!("extent '{name}' is damaged: {error}")), Some(shape))
+            }
+            Seen::Closed(fault) => (fault.filter(|_| !is_second), None),
         };
         self.faults.extend(fault);
         if self.faults.len() == MAX_FAULTS {
             self.faults.push(UNSEEN.to_owned());
         }
         shape
+    }
+
+    /// Opens the file of an extent for its facts, and closes it again.
+    fn look_at(&self, line: &ExtentLine) -> Seen {
+        let name = escape_control(&line.name);
+        let part = self.options.externals.open_part(ROLE, &line.name, self.own.location());
+        let file = match part.and_then(imgtool_core::Input::into_random) {
+            Err(error) if is_missing(&error) => {
+                return Seen::Closed(Some(format!("extent '{name}' is missing")));
+            }
+            Err(_) => return Seen::Closed(None),
+            Ok(file) => file,
+        };
+        if line.kind == Kind::Flat {
+            return Seen::Flat(file.len());
+        }
+        match open_grains(&file, line.kind, settings(self.tables, 0, self.options)) {
+            Ok(grains) => {
+                let compressed = grains.hosted.as_ref().is_some_and(|header| header.compressed);
+                Seen::Sparse { capacity: grains.capacity, shape: (grains.grain_size, compressed) }
+            }
+            Err(error) => {
+                let fault = is_loss(&error).then(|| format!("extent '{name}' is damaged: {error}"));
+                Seen::Closed(fault)
+            }
+        }
     }
 
     fn borrow(&mut self, more: u64) -> Result<()> {
@@ -187,10 +226,14 @@ impl<'a> Opener<'a> {
             )));
         }
         let index = self.file(&line.name)?;
+        if !self.sparse.insert(index) {
+            return Err(Error::malformed(belongs_to_several(&escape_control(&line.name)))
+                .remedied_by(Remedy::Salvage("no program makes such an image".into())));
+        }
         let input = &self.files[index];
         let opened = open_grains(input, kind, settings(self.tables, index, self.options)).and_then(|file| {
             if !self.options.salvage {
-                check_capacity(line, &file)?;
+                check_capacity(line, file.capacity)?;
             }
             Ok(file)
         });
@@ -199,15 +242,20 @@ impl<'a> Opener<'a> {
     }
 }
 
-/// Refuses a sparse file that is shorter than its line says.
-fn check_capacity(line: &ExtentLine, file: &GrainFile) -> Result<()> {
-    if file.capacity >= line.sectors * SECTOR_SIZE {
+/// Says that several extents are in one sparse file: each would have all of its content.
+fn belongs_to_several(name: &str) -> String {
+    format!("the sparse file '{name}' belongs to more than one extent")
+}
+
+/// Refuses a sparse file of `capacity` bytes, which is shorter than its line says.
+fn check_capacity(line: &ExtentLine, capacity: u64) -> Result<()> {
+    if capacity >= line.sectors * SECTOR_SIZE {
         return Ok(());
     }
     Err(Error::malformed(format!(
         "the descriptor says that the extent has {} sectors, but the file has {}",
         line.sectors,
-        file.capacity / SECTOR_SIZE
+        capacity / SECTOR_SIZE
     ))
     .remedied_by(Remedy::Salvage("the files may be of different disks: use a backup".into())))
 }

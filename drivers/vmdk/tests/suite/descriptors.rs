@@ -253,8 +253,8 @@ fn salvage_keeps_what_cut_and_missing_extents_leave() {
 #[test]
 fn many_lines_of_one_file_open_it_once() {
     let directory = tempfile::tempdir().unwrap();
-    save(directory.path(), "s", &Sparse::new(1).with(28, &[0; 16]).grain(0, 5).bytes());
-    let path = save(directory.path(), "a.vmdk", &text(&"RW 8 SPARSE \"s\"\n".repeat(500)));
+    save(directory.path(), "f", &filled(&[5]));
+    let path = save(directory.path(), "a.vmdk", &text(&"RW 8 FLAT \"f\" 0\n".repeat(500)));
     let files = || std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
     let before = files();
     let source = open_plainly(&path).unwrap();
@@ -266,9 +266,34 @@ fn many_lines_of_one_file_open_it_once() {
     let opened = VmdkDriver.open(conformance::input(&path).unwrap(), &options).unwrap();
     let lent = before - options.memory.free();
     drop(opened);
-    let one = save(directory.path(), "b.vmdk", &text("RW 8 SPARSE \"s\""));
+    let one = save(directory.path(), "b.vmdk", &text("RW 8 FLAT \"f\" 0"));
     let opened = VmdkDriver.open(conformance::input(&one).unwrap(), &options).unwrap();
     let alone = before - options.memory.free();
     drop(opened);
     assert!(lent >= alone + 499 * 1024, "{lent} and {alone} bytes");
+}
+
+/// A small sparse file in thousands of extents would be a disk of terabytes.
+#[test]
+fn a_sparse_file_belongs_to_one_extent() {
+    let directory = tempfile::tempdir().unwrap();
+    save(directory.path(), "s", &Sparse::new(1).with(28, &[0; 16]).grain(0, 5).bytes());
+    let lines = "RW 8 SPARSE \"s\"\n".repeat(3);
+    assert_refused(directory.path(), &lines, ErrorKind::Malformed, "more than one extent");
+    let path = save(directory.path(), "a.vmdk", &text(&lines));
+    assert_eq!(check(&path).corruptions, 1);
+    assert!(salvaged(&path).0 == filled(&[5, 0, 0]));
+    let options = OpenOptions { info_only: true, ..open_options(false) };
+    let source = VmdkDriver.open(conformance::input(&path).unwrap(), &options).unwrap();
+    let notes = source.info().notes.join("; ");
+    assert_eq!(notes.matches("more than one extent").count(), 2, "{notes}");
+    // Each file is opened once for the facts.
+    let many = text(&"RW 8 SPARSE \"s\"\n".repeat(30_000));
+    let path = save(directory.path(), "many.vmdk", &many);
+    let source = VmdkDriver.open(conformance::input(&path).unwrap(), &options).unwrap();
+    assert!(
+        source.info().notes.iter().any(|note| note.contains("further extents")),
+        "{:?}",
+        source.info().notes
+    );
 }

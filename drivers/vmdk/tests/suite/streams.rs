@@ -582,6 +582,27 @@ fn a_stream_and_a_file_agree_about_the_descriptor() {
     }
 }
 
+/// The owner of a backup checks it, and reads it years later.
+#[test]
+fn check_decodes_every_grain() {
+    let directory = tempfile::tempdir().unwrap();
+    for (number, (bytes, sectors)) in two_tables().into_iter().enumerate() {
+        let path = save(directory.path(), "x.vmdk", &bytes);
+        assert_eq!(check(&path).findings, [""; 0], "{number}");
+        let mut damaged = bytes.clone();
+        damaged[sectors[0] as usize * 512 + 300] ^= 1;
+        damaged[sectors[2] as usize * 512 + 300] ^= 1;
+        let path = save(directory.path(), "x.vmdk", &damaged);
+        let report = check(&path);
+        assert_eq!(report.corruptions, 2, "{number}: {:?}", report.findings);
+        assert!(
+            report.findings[1].contains("grain 4: a compressed grain is damaged"),
+            "{:?}",
+            report.findings
+        );
+    }
+}
+
 #[test]
 fn check_tells_an_end_marker_from_the_end_of_a_grain() {
     let directory = tempfile::tempdir().unwrap();
