@@ -78,7 +78,7 @@ Exit codes:
   2  usage error
   3  finished with losses (--salvage); each lost range is listed
   compare: 0 identical, 1 different, 2 could not compare
-  check: 0 clean, 1 could not check, 2 corrupt, 3 leaks only, 63 no structure
+  check: 0 clean, 1 could not check, 2 corrupt, 3 leaks only
   vma: those of the vma program
   After Ctrl-C or another signal, a command cleans up and dies of the signal.
 

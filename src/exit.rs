@@ -24,7 +24,7 @@ impl Exit {
     pub const NOT_COMPARED: Exit = Exit::Usage;
     /// `check`: the image is inconsistent.
     pub const CORRUPT: Exit = Exit::Usage;
-    /// `check`: the format has no structure to check. The code of qemu-img.
+    /// `check` in qemu-img's place: the format has no structure to check.
     pub const NO_CHECK: Exit = Exit::Other(63);
     /// `check`: space is wasted, the content is intact.
     pub const LEAKS: Exit = Exit::Losses;

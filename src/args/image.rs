@@ -124,10 +124,9 @@ pub struct CacheArgs {
     after_help = "\
 Exit codes:
   0  clean
-  1  could not check, or usage error
+  1  could not check (a raw disk has no structure), or usage error
   2  corrupt
   3  leaks only: space is wasted, the content is intact
-  63 the format has no structure to check (raw)
 
 Examples:
   imgtool check disk.qcow2

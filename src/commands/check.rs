@@ -70,7 +70,7 @@ fn check(args: &CheckArgs) -> Result<Exit> {
     if !can.check {
         let what = format!("{} images have no structure to check", driver.name());
         report::error(&Error::unsupported(what).path(location));
-        return Ok(Exit::NO_CHECK);
+        return Ok(if compat::is_on() { Exit::NO_CHECK } else { Exit::Failed });
     }
     if let Some((what, target)) = target {
         drop(open);

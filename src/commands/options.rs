@@ -141,7 +141,7 @@ pub fn check_secret(format: &TargetFormat, has_secret: bool) -> Result<()> {
     }
     let name = format.driver.name();
     Err(Error::usage(format!("--target-secret is given, but the output is {name} without encryption"))
-        .hint("use -o encrypt=luks with qcow2, or -O luks"))
+        .hint("use -o encrypt=luks with qcow2 or raw, or -O luks"))
 }
 
 /// Sets an option. A later value replaces an earlier one.

@@ -457,6 +457,11 @@ fn encryption_is_refused_where_it_would_not_be_done() {
         (&["-O", "qcow2", "--target-secret", "file=line"], 2, "without encryption"),
         (&["-O", "qcow2", "-o", "encrypt=luks"], 2, "--target-secret"),
         (&["-O", "luks"], 2, "--target-secret"),
+        (&["-O", "raw", "-o", "encrypt=luks"], 2, "--target-secret"),
+        (&["-O", "raw", "-o", "encrypt=aes"], 2, "luks"),
+        (&["-O", "vmdk", "-o", "encrypt=luks"], 2, "formats that can: raw, qcow2"),
+        (&["-O", "vdi", "-o", "encrypt=luks"], 2, "vdi images can't be encrypted"),
+        (&["-O", "vhd", "-o", "encrypt=luks"], 2, "formats that can"),
         (&["-O", "qcow2", "-o", "encrypt=luks", "-c", "--secret", "file=line"], 2, "compression"),
         (&["-O", "luks", "--secret", "file=missing"], 1, "missing"),
         (&["-O", "luks", "--secret", "file=line", "-o", "cipher-alg=cast5-128"], 2, "cipher-alg"),
@@ -464,6 +469,33 @@ fn encryption_is_refused_where_it_would_not_be_done() {
         let convert = imgtool([&["convert"], args, &["disk.raw", "out.img"]].concat());
         convert.within(bench.path()).go().exits(code).says(reason);
     }
+}
+
+/// A raw disk is encrypted as a LUKS container, whatever its name.
+#[test]
+fn an_encrypted_raw_disk_is_a_container() {
+    let bench = Bench::new(100_352);
+    let secret = ["--target-secret", "file=line"];
+    let options = ["-o", "encrypt=luks,iterations=1000,encrypt.cipher-alg=aes-128"];
+    for (number, args) in
+        [&["convert", "-O", "raw", "disk.raw", "0.img"][..], &["convert", "disk.raw", "1.raw"]]
+            .iter()
+            .enumerate()
+    {
+        imgtool([args, &secret, &options].concat()).within(bench.path()).ok();
+        let name = ["0.img", "1.raw"][number];
+        let info = imgtool(["info", "--output", "json", name]).within(bench.path()).ok().json();
+        assert_eq!(info["format"], "luks");
+        assert_eq!(info["format-specific"]["data"]["cipher-alg"], "aes-128");
+        imgtool(["compare", "--secret", "file=line", name, "disk.raw"]).within(bench.path()).ok();
+        if oracles::have("qemu-img") {
+            bench.assert_qemu_reads("luks", name, &format!("{number}.back"));
+        }
+    }
+    let create =
+        ["create", "-f", "raw", "-o", "encrypt=luks,iterations=1000", "--target-secret", "file=line"];
+    imgtool([&create[..], &["new.raw", "64k"]].concat()).within(bench.path()).ok();
+    imgtool(["check", "new.raw"]).within(bench.path()).ok();
 }
 
 /// The key is random, so equal disks have different images with the same content.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use imgtool_core::driver::ENCRYPT;
 use imgtool_core::{
     Capabilities, Confidence, CreateOptions, Driver, ImageSource, ImageWriter, InPlace, Input, OpenOptions,
     OptionKind, OptionSpec, Output, Resize, Result,
@@ -16,12 +17,23 @@ use crate::{resize, source};
 pub struct RawDriver;
 
 /// Options of a new image.
-const OPTIONS: &[OptionSpec] = &[OptionSpec {
-    name: "preallocation",
-    help: "space allocated ahead: off, by the file system (falloc), by writing zeros (full)",
-    default: "off",
-    kind: OptionKind::OneOf(&["off", "falloc", "full"]),
-}];
+const OPTIONS: &[OptionSpec] = &[
+    OptionSpec {
+        name: "preallocation",
+        help: "space allocated ahead: off, by the file system (falloc), by writing zeros (full)",
+        default: "off",
+        kind: OptionKind::OneOf(&["off", "falloc", "full"]),
+    },
+    OptionSpec {
+        name: ENCRYPT,
+        help: "encrypt the disk: write a LUKS container, with the options of the format luks",
+        default: "no",
+        kind: OptionKind::OneOf(&[LUKS]),
+    },
+];
+
+/// Format of an encrypted raw disk.
+const LUKS: &str = "luks";
 
 impl Driver for RawDriver {
     fn name(&self) -> &'static str {
@@ -53,6 +65,10 @@ impl Driver for RawDriver {
 
     fn options(&self) -> &'static [OptionSpec] {
         OPTIONS
+    }
+
+    fn encrypted_form(&self) -> Option<&'static str> {
+        Some(LUKS)
     }
 
     /// Accepts any bytes: a file that no other driver recognises is read as raw.

@@ -1,5 +1,6 @@
 //! The validated options of a new image.
 
+use imgtool_core::driver::ENCRYPT;
 use imgtool_core::zero::ZERO_GRANULARITY;
 use imgtool_core::{CreateOptions, Error, Result};
 
@@ -28,11 +29,16 @@ pub(crate) struct WriteOptions {
 }
 
 impl WriteOptions {
-    /// Parses the options. A request for compression is a usage error.
+    /// Parses the options. A request for compression or encryption is a usage error.
     pub(crate) fn parse(options: &CreateOptions) -> Result<Self> {
         if options.compress.is_some() {
             return Err(Error::usage("raw images can't be compressed")
                 .hint("choose another format, or a name that ends in .zst or .gz"));
+        }
+        if options.values.text(ENCRYPT).is_some() {
+            return Err(
+                Error::usage("a raw image is not encrypted itself").hint("write its encrypted form, luks")
+            );
         }
         let preallocation = match options.values.text("preallocation") {
             Some("falloc") => Preallocation::Falloc,

@@ -103,6 +103,12 @@ pub trait Driver: Send + Sync {
         Err(Error::unsupported(format!("{} images can't be written", self.name())))
     }
 
+    /// Returns the name of the format that is this one encrypted, and also the value of the option [`ENCRYPT`] that
+    /// chooses it; `None` by default. The caller makes the writer of that format.
+    fn encrypted_form(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Returns the format of the images in a new container; `None` by default, for a format that contains no
     /// images. The caller makes the writer of that format, and passes it to [`Driver::container_writer`].
     fn member_format(&self) -> Option<MemberFormat> {
@@ -122,6 +128,9 @@ pub trait Driver: Send + Sync {
         self.writer(options)
     }
 }
+
+/// Name of the option that encrypts a new image.
+pub const ENCRYPT: &str = "encrypt";
 
 /// Format of the images in a new container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

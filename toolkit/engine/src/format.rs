@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use imgtool_core::driver::ENCRYPT;
 use imgtool_core::{
     Compress, CreateOptions, Driver, Error, ImageWriter, Location, OptionValues, Registry, Remedy, Result,
     Secret,
@@ -59,6 +60,30 @@ impl FormatOptions {
         !self.pairs.is_empty() || self.compress.is_some()
     }
 
+    /// Returns the driver of the encrypted form of a format, if the options ask for encryption and the format has none
+    /// inside. The options become those of that form: qcow2 has the same under names that begin with "encrypt.".
+    fn encrypted(&mut self, driver: Arc<dyn Driver>) -> Result<Arc<dyn Driver>> {
+        let Some(at) = self.pairs.iter().position(|(key, _)| key == ENCRYPT) else { return Ok(driver) };
+        let has_option = |driver: &dyn Driver| driver.options().iter().any(|option| option.name == ENCRYPT);
+        let form = driver.encrypted_form().filter(|form| self.pairs[at].1 == *form);
+        let Some(form) = form else {
+            if has_option(&*driver) {
+                return Ok(driver);
+            }
+            let names = self.formats.drivers().filter(|driver| has_option(&***driver));
+            let names: Vec<&str> = names.map(|driver| driver.name()).collect();
+            return Err(Error::usage(format!("{} images can't be encrypted", driver.name()))
+                .hint(format!("formats that can: {}", names.join(", "))));
+        };
+        self.pairs.remove(at);
+        for (key, _) in &mut self.pairs {
+            if let Some(own) = key.strip_prefix(ENCRYPT).and_then(|rest| rest.strip_prefix('.')) {
+                *key = own.to_owned();
+            }
+        }
+        self.formats.get(form)
+    }
+
     /// Parses the options with the driver.
     fn writer(&self, driver: &dyn Driver) -> Result<Arc<dyn ImageWriter>> {
         let pairs = self.pairs.iter().map(|(key, value)| (key.as_str(), value.as_str()));
@@ -107,7 +132,8 @@ impl TargetFormat {
     ///
     /// # Errors
     /// [`imgtool_core::ErrorKind::Usage`] for options that the driver refuses.
-    pub fn new(driver: Arc<dyn Driver>, options: FormatOptions) -> Result<Self> {
+    pub fn new(driver: Arc<dyn Driver>, mut options: FormatOptions) -> Result<Self> {
+        let driver = options.encrypted(driver)?;
         let writer = options.writer(&*driver)?;
         Ok(Self { driver, writer, outer: None, options })
     }
