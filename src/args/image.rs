@@ -71,6 +71,10 @@ pub struct MapArgs {
     #[arg(short = 'l', long, value_name = "SIZE")]
     pub max_length: Option<String>,
 
+    /// Show ranges whose place is lost as zeros, name them on standard error and exit with 3
+    #[arg(long)]
+    pub salvage: bool,
+
     /// Print text, one JSON document (fields: docs/json.md), or an SVG drawing for browsers [default: human]
     #[arg(
         long,

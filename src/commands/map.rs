@@ -43,6 +43,7 @@ pub fn run(args: &MapArgs) -> Result<Exit> {
     let options = imgtool_core::OpenOptions {
         snapshot: args.snapshot.clone(),
         layout_only: true,
+        salvage: args.salvage,
         ..images::open_options(&registry, &args.input)?
     };
     let opened = images::open_random(&registry, &args.input, args.image.as_os_str(), &options)?;
@@ -69,7 +70,30 @@ pub fn run(args: &MapArgs) -> Result<Exit> {
         printer.end_of_device();
     }
     printer.end()?;
-    Ok(Exit::Done)
+    Ok(say_losses(&opened))
+}
+
+/// Maximum number of lost ranges that are named. Our limit: people read the map as well.
+const MAX_LOSSES: usize = 100;
+
+/// Names what a salvage could not look up, and returns the exit code.
+fn say_losses(opened: &Opened) -> Exit {
+    let (losses, doubts) = (opened.image.losses(), opened.image.doubts());
+    for loss in losses.iter().take(MAX_LOSSES) {
+        let Range { start, end } = loss.guest;
+        report::note(&format!(
+            "{}: guest bytes {start}..{end}: {}",
+            opened.location,
+            escape_control(&loss.reason)
+        ));
+    }
+    if losses.len() > MAX_LOSSES {
+        report::note(&format!("{}: {} more ranges are lost", opened.location, losses.len() - MAX_LOSSES));
+    }
+    for doubt in &doubts {
+        report::note(&format!("{}: {}", opened.location, escape_control(&doubt.reason)));
+    }
+    if losses.is_empty() && doubts.is_empty() { Exit::Done } else { Exit::Losses }
 }
 
 /// Prints a drawing of the devices as an SVG document.
@@ -87,11 +111,12 @@ fn draw(opened: &Opened, devices: &[Device], window: &Range<u64>) -> Result<Exit
         charts.push(chart);
     }
     let format = images::format_with_compression(opened.driver.name(), &opened.compression);
+    let exit = say_losses(opened);
     let disks = report::count(devices.len(), "disk");
     let size = devices.iter().fold(0u64, |sum, device| sum.saturating_add(device.size));
     let subtitle = format!("{format}, {disks}, {}", report::human_size(size));
     report::print(&svg::document(&opened.location.to_string(), &subtitle, &charts))?;
-    Ok(Exit::Done)
+    Ok(exit)
 }
 
 /// Returns the guest range to show. It may end beyond the end of a device.

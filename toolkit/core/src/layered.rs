@@ -192,6 +192,8 @@ pub struct LayeredSource<M> {
     losses: Option<Losses>,
     /// Reason why a salvage can't prove the content complete.
     doubt: Option<String>,
+    /// Fault of an image that was opened for information only.
+    damage: Option<Error>,
 }
 
 impl<M> fmt::Debug for LayeredSource<M> {
@@ -207,13 +209,19 @@ impl<M: SegmentMap> LayeredSource<M> {
     /// smaller than the disk: its content past its end counts as zeros. With `salvage`, a range that can't be
     /// read is filled with zeros and recorded as a loss.
     pub fn new(info: ImageInfo, map: M, parent: Option<Disk>, salvage: bool) -> Self {
-        Self { info, map, parent, losses: salvage.then(Losses::default), doubt: None }
+        Self { info, map, parent, losses: salvage.then(Losses::default), doubt: None, damage: None }
     }
 
     /// Adds the reason why a salvage can't prove the content complete, if there is one.
     #[must_use]
     pub fn doubted(self, doubt: Option<String>) -> Self {
         Self { doubt, ..self }
+    }
+
+    /// Adds the fault of an image that is open only for information; see [`ImageSource::damage`].
+    #[must_use]
+    pub fn damaged(self, damage: Option<Error>) -> Self {
+        Self { damage, ..self }
     }
 
     fn device(&self) -> DeviceId {
@@ -410,6 +418,10 @@ impl<M: SegmentMap> ImageSource for LayeredSource<M> {
         losses
     }
 
+    fn damage(&self) -> Option<&Error> {
+        self.damage.as_ref()
+    }
+
     fn doubts(&self) -> Vec<Doubt> {
         let mut doubts = self.parent.as_ref().map_or_else(Vec::new, |parent| parent.image().doubts());
         let reasons = [self.doubt.clone(), self.map.doubt()].into_iter().flatten();
@@ -444,7 +456,15 @@ impl<M: SegmentMap> RandomAccess for LayeredSource<M> {
         let mut list = Vec::new();
         let mut at = range.start;
         while at < range.end && list.len() < MAX_EXTENTS_PER_ANSWER {
-            let segment = self.map.segment(at, range.end - at)?;
+            let max_len = range.end - at;
+            let segment = match (self.map.segment(at, max_len), &self.losses) {
+                (Err(error), Some(losses)) => {
+                    let len = self.map.to_unit_end(at, max_len);
+                    losses.add(at..at + len, &error);
+                    Segment { len, origin: Origin::Zero }
+                }
+                (segment, _) => segment?,
+            };
             for run in self.map_segment(at, segment)? {
                 at = run.end();
                 push_map_extent(&mut list, run);
