@@ -72,7 +72,7 @@ impl Driver for VhdDriver {
 
     fn open(&self, input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
         if input.is_stream() && self.reads_stream(&input.head()?) {
-            return stream::open(input);
+            return stream::open(input, options);
         }
         source::open(input, options)
     }

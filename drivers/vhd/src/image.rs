@@ -70,7 +70,15 @@ impl Image {
     pub(crate) fn salvage(input: Input, depth: usize, memory: &Memory) -> Result<Self> {
         let input = input.into_random()?;
         let opened = match read_footer(&input) {
-            Ok((footer, used_copy)) => Self::with_footer(&input, footer, used_copy, depth, memory),
+            Ok((footer, used_copy)) => {
+                let is_fixed = footer.disk_type == DiskType::Fixed;
+                match Self::with_footer(&input, footer, used_copy, depth, memory) {
+                    Err(error) if is_fixed && error.kind() == ErrorKind::Corrupt => {
+                        without_footer(&input, error)
+                    }
+                    opened => opened,
+                }
+            }
             Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::WrongFormat) => {
                 without_footer(&input, error)
             }
@@ -97,9 +105,15 @@ impl Image {
                 "the disk has {} bytes, but the file has {data_end} before its footer",
                 image.footer.current_size,
             ))
-            .hint("the file is cut short: copy it again, or use a backup"));
+            .at(data_end)
+            .remedied_by(Remedy::Salvage("the file is cut short: copy it again, or use a backup".into())));
         }
         Ok(image)
+    }
+
+    /// Returns the number of bytes between a fixed disk and its footer.
+    pub(crate) fn gap(&self) -> Option<u64> {
+        self.data_end.checked_sub(self.footer.current_size).filter(|_| self.blocks.is_none())
     }
 
     /// Returns the number of guest bytes that the block `index` contributes to the disk.
@@ -252,12 +266,19 @@ impl SegmentMap for Image {
     }
 }
 
+/// Says that a disk of `size` bytes is what precedes a footer with this fault.
+pub(crate) fn unverified(error: &Error, size: u64) -> String {
+    format!("unverified: {}; the disk is taken to have the {size} bytes before it", error.message())
+}
+
 /// Takes a file for a fixed disk although its footer is missing or damaged, which `error` describes.
 fn without_footer(input: &RandomInput, error: Error) -> Result<Image> {
-    if input.read_vec(0, input.len().min(COOKIE.len() as u64) as usize)? == COOKIE {
+    let last = last_sector(input)?;
+    let begins_like_dynamic = input.read_vec(0, input.len().min(COOKIE.len() as u64) as usize)? == COOKIE;
+    if begins_like_dynamic && !was_fixed(&last) {
         return Err(error);
     }
-    let footer_len = if was_fixed(&last_sector(input)?) { last_len(input) } else { 0 };
+    let footer_len = if was_fixed(&last) { last_len(input) } else { 0 };
     let data_end = input.len() - footer_len;
     let size = data_end - data_end % SECTOR_SIZE;
     let footer = Footer {
@@ -270,8 +291,7 @@ fn without_footer(input: &RandomInput, error: Error) -> Result<Image> {
         uuid: Uuid::nil(),
         saved_state: false,
     };
-    let why = error.message();
-    let doubt = Some(format!("{why}: the disk is taken to have the {size} bytes before it, unverified"));
+    let doubt = Some(unverified(&error, size));
     Ok(Image { input: input.clone(), footer, used_copy: false, doubt, data_end, blocks: None })
 }
 

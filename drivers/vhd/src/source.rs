@@ -74,7 +74,14 @@ fn describe_blocks(image: &Image, info: &mut ImageInfo) {
         info.notes
             .push("the footer at the end is missing or damaged; using its copy at the start".to_owned());
     }
-    let Some(blocks) = &image.blocks else { return };
+    let Some(blocks) = &image.blocks else {
+        if let Some(rest) = image.gap().filter(|rest| *rest > 0) {
+            info.notes.push(format!(
+                "{rest} bytes lie between the disk and its footer, which do not belong to the disk"
+            ));
+        }
+        return;
+    };
     info.cluster_size = Some(blocks.header.block_size);
     info.fact("block-size", "block size", blocks.header.block_size);
     if image.footer.disk_type == DiskType::Differencing {

@@ -356,6 +356,28 @@ fn salvage_takes_a_file_without_its_footer_for_a_fixed_disk() {
         let [doubt] = &source.doubts()[..] else { panic!("one doubt") };
         assert!(doubt.reason.contains("footer") && doubt.reason.contains("unverified"), "{}", doubt.reason);
     }
+    // A pipe loses as much, and a footer that states more than there is.
+    let mut larger = sound.clone();
+    larger[4096..].copy_from_slice(&footer(8192, 2, UUID));
+    let cut = [(&damaged[..], &disk[..]), (&sound[..3000], &disk[..2560]), (&disk, &disk), (&larger, &disk)];
+    for (bytes, expected) in cut {
+        let options = OpenOptions { salvage: true, ..OpenOptions::default() };
+        let piped = VhdDriver.open(memory::as_stream("x.vhd", bytes), &options).unwrap();
+        let Access::Stream(pass) = piped.access() else { panic!("a stream is read in one pass") };
+        let mut content = Vec::new();
+        while let Some(piece) = pass.lock().unwrap().next_piece(&BufferPool::new()).unwrap() {
+            content.extend_from_slice(piece.data.as_deref().unwrap_or_default());
+        }
+        assert!(content == expected, "{} bytes", bytes.len());
+        assert_eq!(pass.lock().unwrap().final_size(imgtool_core::DeviceId(0)), Some(expected.len() as u64));
+        assert_eq!(piped.doubts().len(), 1);
+        assert_eq!(piped.doubts().len(), salvage(bytes).unwrap().doubts().len());
+    }
+    // Bytes before the footer that the disk has not: a note, but a pipe has passed them.
+    let gap = [&disk[..], &[7; 1024], &footer(4096, 2, UUID)].concat();
+    let source = VhdDriver.open(memory::as_file("x.vhd", &gap), &OpenOptions::default()).unwrap();
+    assert!(content(&source).unwrap() == disk);
+    assert!(source.info().notes[0].contains("1024 bytes lie between"), "{:?}", source.info().notes);
     // A dynamic image that lost both footers has blocks in any order.
     let mut dynamic = Builder::new(1).bytes();
     dynamic[10] ^= 1;
