@@ -3,7 +3,9 @@
 //! A file of a bundle does not tell that it is only a part of the disk. The descriptor does: it lists a `Storage`
 //! for each part of a split disk, and a `Shot` for each snapshot and for the current state.
 
-use imgtool_core::{Externals, Location};
+use std::io;
+
+use imgtool_core::{Error, ErrorKind, Externals, Input, Location};
 use quick_xml::Reader;
 use quick_xml::events::Event;
 
@@ -24,18 +26,41 @@ pub(crate) struct Bundle {
 }
 
 impl Bundle {
-    /// Reads the descriptor in the directory of the image at `image`. Returns `None` without a descriptor, and
-    /// for one that can't be read or parsed: the image is then read alone.
-    pub(crate) fn of(image: &Location, externals: &Externals) -> Option<Self> {
-        let input = externals.open_part("descriptor", NAME, image).ok()?.into_random().ok()?;
-        let len = usize::try_from(input.len()).ok().filter(|len| *len as u64 <= MAX_LEN)?;
-        Self::parse(&input.read_vec(0, len).ok()?)
+    /// Reads the descriptor in the directory of the image at `image`, and says why the image is not known to be a whole
+    /// disk: it is one of several files, or the descriptor can't be read. `None` if it is one, and without a descriptor
+    /// or the permission to open it: the image is then read alone.
+    pub(crate) fn doubt(image: &Location, externals: &Externals) -> Option<String> {
+        let input = externals.open_part("descriptor", NAME, image).and_then(Input::into_random);
+        let is_absent = |error: &Error| {
+            error.kind() == ErrorKind::Refused
+                || error.io_error().is_some_and(|error| error.kind() == io::ErrorKind::NotFound)
+        };
+        let read = match input {
+            Err(error) if is_absent(&error) => return None,
+            Err(error) => Err(error),
+            Ok(input) if input.len() > MAX_LEN => {
+                Err(Error::limit(format!("it has {} bytes, more than {MAX_LEN}", input.len())))
+            }
+            // At most 1 MiB.
+            Ok(input) => input.read_vec(0, input.len() as usize),
+        };
+        match read.map(|bytes| Self::parse(&bytes)) {
+            Ok(Some(bundle)) => bundle
+                .others()
+                .map(|others| format!("the file is one of a bundle with {others}, and not the whole disk")),
+            Ok(None) => {
+                Some(format!("{NAME} beside the file is damaged: the file may be a part of the disk"))
+            }
+            Err(error) => Some(format!(
+                "{NAME} beside the file can't be read ({error:#}): the file may be a part of the disk"
+            )),
+        }
     }
 
     fn parse(descriptor: &[u8]) -> Option<Self> {
         let mut reader = Reader::from_reader(descriptor);
         let mut bundle = Self { storages: 0, shots: 0 };
-        let mut depth = 0_usize;
+        let (mut depth, mut seen) = (0_usize, false);
         loop {
             let (element, opens) = match reader.read_event().ok()? {
                 Event::Start(element) => (element, true),
@@ -44,9 +69,11 @@ impl Bundle {
                     depth = depth.saturating_sub(1);
                     continue;
                 }
-                Event::Eof => return Some(bundle),
+                Event::Eof if depth == 0 && seen => return Some(bundle),
+                Event::Eof => return None,
                 _ => continue,
             };
+            seen = true;
             depth += usize::from(opens);
             if depth > MAX_DEPTH {
                 return None;

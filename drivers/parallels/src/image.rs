@@ -28,16 +28,17 @@ pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageS
     let image = Image::open(input, options.externals.depth(), &options.memory)?;
     let mut info = describe(&image.header);
     let location = image.input.location();
-    if let Some(others) = Bundle::of(location, &options.externals).and_then(Bundle::others) {
-        let message = format!("the file is one of a bundle with {others}, and not the whole disk");
+    let mut doubt = None;
+    if let Some(message) = Bundle::doubt(location, &options.externals) {
         if !options.info_only && !options.salvage {
             return Err(Error::unsupported(message).path(location).hint(
                 "let Parallels merge the snapshots and parts, or copy the file out of the bundle to read it alone",
             ));
         }
+        doubt = Some(format!("unverified: {message}"));
         info.notes.push(message);
     }
-    Ok(Arc::new(LayeredSource::new(info, image, None, options.salvage)))
+    Ok(Arc::new(LayeredSource::new(info, image, None, options.salvage).doubted(doubt)))
 }
 
 impl Image {

@@ -208,6 +208,17 @@ fn refuses_a_part_of_a_bundle_but_describes_it() {
             assert!(source.info().notes[0].contains(text), "{:?}", source.info().notes);
         }
     }
+    // One that is cut may have listed more files, and so may one that is too long.
+    let cut = b"<disk><Storage><End>14</End></Storage>".to_vec();
+    for (bytes, text) in
+        [(cut, "damaged"), (vec![b' '; (1 << 20) + 1], "can't be read"), (Vec::new(), "damaged")]
+    {
+        save(directory.path(), "DiskDescriptor.xml", &bytes);
+        let error = open(&options).map(|_| ()).unwrap_err();
+        assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains(text), "{error}");
+        let source = open(&OpenOptions { salvage: true, ..options.clone() }).unwrap();
+        assert!(source.doubts()[0].reason.contains("unverified"), "{:?}", source.doubts());
+    }
     // A link in the place of the descriptor may lead anywhere.
     std::fs::rename(directory.path().join("DiskDescriptor.xml"), directory.path().join("x.xml")).unwrap();
     std::os::unix::fs::symlink("x.xml", directory.path().join("DiskDescriptor.xml")).unwrap();
