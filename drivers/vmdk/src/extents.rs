@@ -8,7 +8,7 @@ use imgtool_core::input::PROBE_LEN;
 use imgtool_core::{Error, Input, Lease, OpenOptions, RandomInput, Remedy, Result};
 
 use crate::descriptor::{self, Descriptor};
-use crate::grains::{FileSettings, GrainFile, TableCache};
+use crate::grains::{FileSettings, GrainFile, TableCache, is_damage};
 use crate::image::{Content, Extent, Image};
 use crate::inflate::Inflater;
 use crate::layout::{SECTOR_SIZE, cowd, hosted, sesparse};
@@ -59,9 +59,19 @@ fn open_any(input: &RandomInput, options: &OpenOptions) -> Result<Image> {
                     false => None,
                 };
                 let (sectors, fault) = Descriptor::disk_sectors(descriptor.as_ref(), &header);
-                let file = GrainFile::hosted(input, header, settings)?.shortened(sectors);
-                let doubt = doubt.or(fault);
-                Ok(Image { doubt, ..single(input, file, descriptor, options)? })
+                let shape = (header.grain_size * SECTOR_SIZE, header.compressed);
+                match GrainFile::hosted(input, header, settings) {
+                    Err(error) if options.info_only && is_damage(&error) => {
+                        let len = sectors * SECTOR_SIZE;
+                        let extent = Extent { start: 0, len, content: Content::Closed(Some(shape)), line: 0 };
+                        let image = of_extent(input, extent, 0, descriptor, options)?;
+                        Ok(Image { damage: Some(error.path(input.location())), ..image })
+                    }
+                    file => {
+                        let image = single(input, file?.shortened(sectors), descriptor, options)?;
+                        Ok(Image { doubt: doubt.or(fault), ..image })
+                    }
+                }
             }
         };
     }
@@ -154,6 +164,7 @@ fn empty(input: &RandomInput, descriptor: Descriptor, options: &OpenOptions) -> 
         single: true,
         doubt: None,
         faults: Vec::new(),
+        damage: None,
         inflater: Inflater::new(0, 0, &options.memory)?,
         _lease: options.memory.lease(0, "the descriptor of a VMDK image")?,
     })
@@ -170,6 +181,17 @@ fn single(
         if file.hosted.as_ref().is_some_and(|header| header.compressed) { file.grain_size } else { 0 };
     let (len, file) = (file.capacity, Box::new(file));
     let extent = Extent { start: 0, len, content: Content::Grains { file, index: 0 }, line: 0 };
+    of_extent(input, extent, compressed, descriptor, options)
+}
+
+/// Makes the image of a single sparse file, whose compressed grains have at most `compressed` bytes.
+fn of_extent(
+    input: &RandomInput,
+    extent: Extent,
+    compressed: u64,
+    descriptor: Option<Descriptor>,
+    options: &OpenOptions,
+) -> Result<Image> {
     // The file's own descriptor has one line.
     let lease = options.memory.lease(0, "the descriptor of a VMDK image")?;
     Ok(Image {
@@ -180,6 +202,7 @@ fn single(
         single: true,
         doubt: None,
         faults: Vec::new(),
+        damage: None,
         inflater: Inflater::new(compressed, options.externals.depth(), &options.memory)?,
         _lease: lease,
     })
@@ -222,6 +245,7 @@ fn open_described(
         single: false,
         doubt: None,
         faults,
+        damage: None,
         inflater: Inflater::new(largest_grain, options.externals.depth(), &options.memory)?,
         _lease: lease,
     })

@@ -17,7 +17,8 @@ use crate::layout::marker::{BARE_HEAD, GRAIN_HEAD};
 use crate::layout::sesparse::{self, Grain};
 use crate::layout::{SECTOR_SIZE, cowd};
 
-use directory::{Shared, is_damage};
+use directory::Shared;
+pub(crate) use directory::is_damage;
 use found::FoundGrains;
 
 /// Maximum number of grain tables in memory for an image. Our limit: since many threads read at different

@@ -59,6 +59,9 @@ struct NewImage {
     parent: Option<Parent>,
 }
 
+/// Extension of an image, in lower case.
+const EXTENSION: &str = ".vmdk";
+
 /// An extent of a new image.
 #[derive(Debug, Clone)]
 struct NewExtent {
@@ -79,7 +82,10 @@ impl NewImage {
             None => options.sectors(device.size),
         };
         let sectors = sectors.map_err(|error| error.device(&*device.name))?;
-        let stem = main.strip_suffix(".vmdk").unwrap_or(main);
+        let stem = match main.len().checked_sub(EXTENSION.len()).and_then(|at| main.split_at_checked(at)) {
+            Some((stem, extension)) if extension.eq_ignore_ascii_case(EXTENSION) => stem,
+            _ => main,
+        };
         let single = |name: String| vec![NewExtent { name, sectors }];
         let extents = match options.subformat {
             // libvmdk opens the file that a single file names, so that must be the file's own name.
@@ -139,6 +145,13 @@ impl NewImage {
             notes.push(
                 "the virtual size is no multiple of 64 KiB, which some importers can't read; the option \
                  align=64k rounds it up"
+                    .to_owned(),
+            );
+        }
+        if self.parent.as_ref().is_some_and(|parent| parent.is_stream) {
+            notes.push(
+                "the parent is a stream, whose content identifier does not show its content: readers accept any \
+                 stream of its size in its place; convert it to another subformat first"
                     .to_owned(),
             );
         }

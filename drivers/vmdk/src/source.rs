@@ -15,12 +15,16 @@ use crate::parent;
 /// Key of the fact that contains an image's content identifier.
 pub(crate) const CID: &str = "cid";
 
+/// Key of the fact that contains the variant of an image.
+pub(crate) const CREATE_TYPE: &str = "create-type";
+
 /// Maximum number of extents that the facts list. Our limit, for the length of the output.
 const MAX_LISTED_EXTENTS: usize = 1000;
 
 /// Opens an image and, unless only information is needed, its parent.
 pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
-    let image = Image::open(input, options)?;
+    let mut image = Image::open(input, options)?;
+    let damage = image.damage.take();
     let child = image.descriptor.as_ref().and_then(|found| Some((found, found.parent_cid()?)));
     let (parent, doubt) = match child {
         Some((descriptor, cid)) if !options.info_only => {
@@ -31,7 +35,7 @@ pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageS
         _ => (None, None),
     };
     let info = describe(&image);
-    Ok(Arc::new(LayeredSource::new(info, image, parent, options.salvage).doubted(doubt)))
+    Ok(Arc::new(LayeredSource::new(info, image, parent, options.salvage).doubted(doubt).damaged(damage)))
 }
 
 /// Collects the facts of an image, with the names of qemu-img where it has them.
@@ -73,7 +77,7 @@ fn describe(image: &Image) -> ImageInfo {
 fn describe_descriptor(image: &Image, info: &mut ImageInfo) {
     let Some(descriptor) = &image.descriptor else { return };
     if let Some(create_type) = &descriptor.create_type {
-        info.fact("create-type", "type", create_type.clone());
+        info.fact(CREATE_TYPE, "type", create_type.clone());
     }
     if let Some(cid) = descriptor.cid {
         info.worded_fact(CID, "content identifier", cid, format!("{cid:08x}"));

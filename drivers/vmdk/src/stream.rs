@@ -22,7 +22,7 @@ use crate::inflate::{check_len, inflate};
 use crate::layout::SECTOR_SIZE;
 use crate::layout::hosted::{self, GD_AT_END, Header};
 use crate::layout::marker::{GRAIN_HEAD, Kind, Marker};
-use crate::source::CID;
+use crate::source::{CID, CREATE_TYPE};
 
 mod salvage;
 mod tables;
@@ -139,7 +139,7 @@ fn describe(header: &Header, size: u64, descriptor: Option<&Descriptor>) -> Imag
     };
     if let Some(descriptor) = descriptor {
         if let Some(create_type) = &descriptor.create_type {
-            info.fact("create-type", "type", create_type.clone());
+            info.fact(CREATE_TYPE, "type", create_type.clone());
         }
         if let Some(cid) = descriptor.cid {
             info.worded_fact(CID, "content identifier", cid, format!("{cid:08x}"));

@@ -82,7 +82,7 @@ pub(super) fn read_damaged(
 }
 
 /// True if an error shows damage of a file, which other parts of it may make good in a salvage.
-pub(super) fn is_damage(error: &Error) -> bool {
+pub(crate) fn is_damage(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed | ErrorKind::Io)
 }
 

@@ -622,3 +622,16 @@ fn check_tells_an_end_marker_from_the_end_of_a_grain() {
         assert_eq!(findings.is_empty(), has_end, "{findings:?}");
     }
 }
+
+/// The header tells the size and the variant, whatever became of the rest.
+#[test]
+fn facts_of_a_cut_stream_are_those_of_its_header() {
+    let [_, (bytes, _)] = two_tables();
+    let options = OpenOptions { info_only: true, ..OpenOptions::default() };
+    let source = VmdkDriver.open(memory::as_file("x.vmdk", &bytes[..200_000]), &options).unwrap();
+    assert_eq!(source.info().devices[0].size, 6 * 65_536);
+    assert_eq!(source.info().cluster_size, Some(65_536));
+    assert!(source.damage().unwrap().to_string().contains("no footer"), "{:?}", source.damage());
+    let whole = VmdkDriver.open(memory::as_file("x.vmdk", &bytes), &options).unwrap();
+    assert!(whole.damage().is_none());
+}
