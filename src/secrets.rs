@@ -133,7 +133,7 @@ fn open_descriptor(number: u32) -> io::Result<File> {
 }
 
 impl SecretSource {
-    /// Reads the passphrase. Removes one line end from a file or descriptor, and changes nothing else.
+    /// Reads the passphrase. Removes one line end, LF or CRLF, from a file or descriptor, and changes nothing else.
     ///
     /// # Errors
     /// If it can't be read, is empty, or is longer than [`MAX_LEN`].
@@ -154,6 +154,10 @@ impl SecretSource {
         };
         if matches!(self, Self::File(_) | Self::Descriptor(..)) && bytes.last() == Some(&b'\n') {
             bytes.pop();
+            // A line end of Windows has two bytes.
+            if bytes.last() == Some(&b'\r') {
+                bytes.pop();
+            }
         }
         let secret = Secret::new(bytes);
         self.check_len(secret.bytes().len())?;
