@@ -137,7 +137,7 @@ pub struct TargetArgs {
     )]
     pub options: Vec<String>,
 
-    /// Compress qcow2 clusters (zlib, zstd) or a whole VMA archive (zstd, gzip)
+    /// Compress qcow2 clusters (zlib, zstd), VMDK streams (zlib) or a whole VMA archive (zstd, gzip)
     #[arg(
         short = 'c',
         long,

@@ -459,7 +459,7 @@ fn encryption_is_refused_where_it_would_not_be_done() {
         (&["-O", "luks"], 2, "--target-secret"),
         (&["-O", "raw", "-o", "encrypt=luks"], 2, "--target-secret"),
         (&["-O", "raw", "-o", "encrypt=aes"], 2, "luks"),
-        (&["-O", "vmdk", "-o", "encrypt=luks"], 2, "formats that can: raw, qcow2"),
+        (&["-O", "vmdk", "-o", "encrypt=luks"], 2, "formats that can: qcow2, raw"),
         (&["-O", "vdi", "-o", "encrypt=luks"], 2, "vdi images can't be encrypted"),
         (&["-O", "vhd", "-o", "encrypt=luks"], 2, "formats that can"),
         (&["-O", "qcow2", "-o", "encrypt=luks", "-c", "--secret", "file=line"], 2, "compression"),
@@ -474,6 +474,7 @@ fn encryption_is_refused_where_it_would_not_be_done() {
 /// A raw disk is encrypted as a LUKS container, whatever its name.
 #[test]
 fn an_encrypted_raw_disk_is_a_container() {
+    require!("qemu-img");
     let bench = Bench::new(100_352);
     let secret = ["--target-secret", "file=line"];
     let options = ["-o", "encrypt=luks,iterations=1000,encrypt.cipher-alg=aes-128"];
@@ -482,15 +483,13 @@ fn an_encrypted_raw_disk_is_a_container() {
             .iter()
             .enumerate()
     {
-        imgtool([args, &secret, &options].concat()).within(bench.path()).ok();
+        imgtool([*args, &secret[..], &options[..]].concat()).within(bench.path()).ok();
         let name = ["0.img", "1.raw"][number];
         let info = imgtool(["info", "--output", "json", name]).within(bench.path()).ok().json();
         assert_eq!(info["format"], "luks");
         assert_eq!(info["format-specific"]["data"]["cipher-alg"], "aes-128");
         imgtool(["compare", "--secret", "file=line", name, "disk.raw"]).within(bench.path()).ok();
-        if oracles::have("qemu-img") {
-            bench.assert_qemu_reads("luks", name, &format!("{number}.back"));
-        }
+        bench.assert_qemu_reads("luks", name, "disk.raw");
     }
     let create =
         ["create", "-f", "raw", "-o", "encrypt=luks,iterations=1000", "--target-secret", "file=line"];
