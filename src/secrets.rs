@@ -133,7 +133,8 @@ fn open_descriptor(number: u32) -> io::Result<File> {
 }
 
 impl SecretSource {
-    /// Reads the passphrase. Removes one line end, LF or CRLF, from a file or descriptor, and changes nothing else.
+    /// Reads the passphrase. Removes one line end, LF or CRLF, from a file or descriptor, and changes nothing
+    /// else.
     ///
     /// # Errors
     /// If it can't be read, is empty, or is longer than [`MAX_LEN`].

@@ -10,8 +10,8 @@ use crate::source::{content_len, refer_to_raw};
 /// Checks a container. With passphrases, also checks that one of them opens it.
 ///
 /// # Errors
-/// If the file can't be read, is not a LUKS container, or has a version, a cipher or a hash function that is not
-/// supported; `Refused` for a wrong passphrase. Damage is not an error: the report lists it.
+/// If the file can't be read, is not a LUKS container, or has a version, a cipher or a hash function that is
+/// not supported; `Refused` for a wrong passphrase. Damage is not an error: the report lists it.
 pub(crate) fn check(input: Input, options: &OpenOptions) -> Result<CheckReport> {
     let mut report = CheckReport::default();
     let input = input.into_random()?;
@@ -33,7 +33,8 @@ pub(crate) fn check(input: Input, options: &OpenOptions) -> Result<CheckReport> 
     Ok(report)
 }
 
-/// Checks that the key material of each slot in use is before the content, in bytes of its own, and not erased.
+/// Checks that the key material of each slot in use is before the content, in bytes of its own, and not
+/// erased.
 fn check_slots(
     input: &RandomInput,
     header: &Header,

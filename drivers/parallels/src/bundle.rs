@@ -26,9 +26,9 @@ pub(crate) struct Bundle {
 }
 
 impl Bundle {
-    /// Reads the descriptor in the directory of the image at `image`, and says why the image is not known to be a whole
-    /// disk: it is one of several files, or the descriptor can't be read. `None` if it is one, and without a descriptor
-    /// or the permission to open it: the image is then read alone.
+    /// Reads the descriptor in the directory of the image at `image`, and says why the image is not known to
+    /// be a whole disk: it is one of several files, or the descriptor can't be read. `None` if it is one, and
+    /// without a descriptor or the permission to open it: the image is then read alone.
     pub(crate) fn doubt(image: &Location, externals: &Externals) -> Option<String> {
         let input = externals.open_part("descriptor", NAME, image).and_then(Input::into_random);
         let is_absent = |error: &Error| {

@@ -128,8 +128,8 @@ impl Pass {
         })
     }
 
-    /// Takes what precedes a missing or damaged footer for the disk, as in a file. Returns how many of the `filled` last
-    /// bytes of the stream belong to it.
+    /// Takes what precedes a missing or damaged footer for the disk, as in a file. Returns how many of the
+    /// `filled` last bytes of the stream belong to it.
     fn without_footer(&mut self, error: &Error, filled: usize) -> usize {
         let footer_len = if was_fixed(&self.padded()) { self.held.len() } else { 0 };
         let end = self.start + (filled - footer_len) as u64;

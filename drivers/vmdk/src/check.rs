@@ -1,5 +1,5 @@
-//! The check of an image: every entry of its tables, the markers and the content of compressed grains, and whether any
-//! two structures or grains overlap.
+//! The check of an image: every entry of its tables, the markers and the content of compressed grains, and
+//! whether any two structures or grains overlap.
 
 use imgtool_core::unit_check::report_parent;
 use imgtool_core::{CheckReport, ErrorKind, Input, Lease, Memory, OpenOptions, Result};
@@ -71,8 +71,8 @@ struct FileCheck<'a> {
     /// End of the previous grain in the file.
     expected: Option<u64>,
     allocated: u64,
-    /// Number of stored bytes of compressed grains that may still be decoded. Grains that share bytes exhaust it, so
-    /// that a small file can't keep the check busy.
+    /// Number of stored bytes of compressed grains that may still be decoded. Grains that share bytes exhaust
+    /// it, so that a small file can't keep the check busy.
     budget: u64,
     decoder: Inflater,
     content: Vec<u8>,

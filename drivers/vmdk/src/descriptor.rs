@@ -162,8 +162,9 @@ impl Descriptor {
         Ok(Some(descriptor))
     }
 
-    /// Returns the size in sectors of the disk in a single sparse file that has this descriptor and this header. In a
-    /// salvage, the two may contradict each other: then the header counts, and the fault is returned.
+    /// Returns the size in sectors of the disk in a single sparse file that has this descriptor and this
+    /// header. In a salvage, the two may contradict each other: then the header counts, and the fault is
+    /// returned.
     pub(crate) fn disk_sectors(descriptor: Option<&Self>, header: &Header) -> (u64, Option<String>) {
         match descriptor.map(|descriptor| descriptor.single_sectors(header)) {
             None => (header.capacity, None),
@@ -172,8 +173,8 @@ impl Descriptor {
         }
     }
 
-    /// Checks that the descriptor is that of a single sparse file with this header, and returns the number of sectors
-    /// of its line. The capacity of the header may be rounded up.
+    /// Checks that the descriptor is that of a single sparse file with this header, and returns the number of
+    /// sectors of its line. The capacity of the header may be rounded up.
     fn single_sectors(&self, header: &Header) -> Result<u64> {
         let capacity = header.capacity;
         let contradiction = |what: String| {

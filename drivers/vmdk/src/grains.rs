@@ -473,8 +473,8 @@ impl GrainFile {
         Ok(())
     }
 
-    /// Reads the grain table `index` at `offset`. In a salvage of a stream, the grains that were found by their markers
-    /// complete or replace it.
+    /// Reads the grain table `index` at `offset`. In a salvage of a stream, the grains that were found by
+    /// their markers complete or replace it.
     fn read_table(&self, index: u64, offset: u64) -> Result<Table> {
         let stored = self.read_stored_table(index, offset);
         let Some(found) = &self.found else { return stored };

@@ -409,15 +409,7 @@ impl Pass {
         if let Some(damage) = self.damage.take() {
             self.lose(self.at..start, &damage);
         }
-        // At most 2 MiB and a sector.
-        let end = (GRAIN_HEAD + len as usize).next_multiple_of(SECTOR);
-        self.stored.clear();
-        self.stored.extend_from_slice(sector);
-        self.stored.resize(end, 0);
-        let rest = fill(&mut self.stream, &mut self.exhausted, &mut self.stored[SECTOR..])?;
-        if SECTOR + rest < GRAIN_HEAD + len as usize {
-            return Err(cut(self.stream.position()));
-        }
+        self.read_stored(len, sector)?;
         let met = self.tables.meet_grain(lba / self.header.grain_size, position);
         self.agree(met)?;
         // Nothing, if the capacity of the header is rounded up beyond the disk.
@@ -429,12 +421,28 @@ impl Pass {
             if !self.salvage {
                 return Err(error);
             }
-            self.losses.add(start..start + used, &error);
             data.fill(0);
+            if used > 0 {
+                self.losses.add(start..start + used, &error);
+            }
         }
         if used > 0 {
             data.truncate(used as usize);
             self.pending = Some((start, data));
+        }
+        Ok(())
+    }
+
+    /// Reads the `len` compressed bytes of a grain, which begin in the sector of its marker.
+    fn read_stored(&mut self, len: u32, sector: &[u8; SECTOR]) -> Result<()> {
+        // At most 2 MiB and a sector.
+        let end = (GRAIN_HEAD + len as usize).next_multiple_of(SECTOR);
+        self.stored.clear();
+        self.stored.extend_from_slice(sector);
+        self.stored.resize(end, 0);
+        let rest = fill(&mut self.stream, &mut self.exhausted, &mut self.stored[SECTOR..])?;
+        if SECTOR + rest < GRAIN_HEAD + len as usize {
+            return Err(cut(self.stream.position()));
         }
         Ok(())
     }

@@ -103,8 +103,8 @@ pub trait Driver: Send + Sync {
         Err(Error::unsupported(format!("{} images can't be written", self.name())))
     }
 
-    /// Returns the name of the format that is this one encrypted, and also the value of the option [`ENCRYPT`] that
-    /// chooses it; `None` by default. The caller makes the writer of that format.
+    /// Returns the name of the format that is this one encrypted, and also the value of the option
+    /// [`ENCRYPT`] that chooses it; `None` by default. The caller makes the writer of that format.
     fn encrypted_form(&self) -> Option<&'static str> {
         None
     }

@@ -60,8 +60,9 @@ impl FormatOptions {
         !self.pairs.is_empty() || self.compress.is_some()
     }
 
-    /// Returns the driver of the encrypted form of a format, if the options ask for encryption and the format has none
-    /// inside. The options become those of that form: qcow2 has the same under names that begin with "encrypt.".
+    /// Returns the driver of the encrypted form of a format, if the options ask for encryption and the format
+    /// has none inside. The options become those of that form: qcow2 has the same under names that begin with
+    /// "encrypt.".
     fn encrypted(&mut self, driver: Arc<dyn Driver>) -> Result<Arc<dyn Driver>> {
         let Some(at) = self.pairs.iter().position(|(key, _)| key == ENCRYPT) else { return Ok(driver) };
         let has_option = |driver: &dyn Driver| driver.options().iter().any(|option| option.name == ENCRYPT);

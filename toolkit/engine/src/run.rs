@@ -26,7 +26,8 @@ use crate::{space, verify};
 mod gauge;
 
 /// Note for an encrypted source whose content is now readable by everyone.
-const DECRYPTED: &str = "the source is encrypted, the output is not (encrypt=luks in qcow2 and raw, and the format luks encrypt it)";
+const DECRYPTED: &str = "the source is encrypted, the output is not (encrypt=luks in qcow2 and raw, and the format \
+                         luks encrypt it)";
 
 /// A conversion that is ready to run. Every output is decided, but not created yet.
 #[derive(Debug)]

@@ -25,8 +25,8 @@ fn check_directory_marker(input: &RandomInput, directory: u64) -> Result<()> {
     }
 }
 
-/// Returns the header with the place of the grain directory. If the directory is at the end of a stream, the footer has
-/// that place. In a salvage, also returns the reason why the stream is not proven complete.
+/// Returns the header with the place of the grain directory. If the directory is at the end of a stream, the
+/// footer has that place. In a salvage, also returns the reason why the stream is not proven complete.
 pub(super) fn complete(
     input: &RandomInput,
     header: Header,
@@ -125,7 +125,8 @@ fn check_gap(input: &RandomInput, footer: &Header, marker_at: u64) -> Result<()>
         .remedied_by(Remedy::Salvage("copy the file again, or use a backup".into())))
 }
 
-/// Checks that behind a footer are only markers without content, the last of which is that of the end, and zeros.
+/// Checks that behind a footer are only markers without content, the last of which is that of the end, and
+/// zeros.
 fn check_end(rest: &[u8], ignore_trailing: bool) -> Result<()> {
     let (sectors, _) = rest.as_chunks::<512>();
     let is_progress = |sector: &&[u8; 512]| marker(sector) == Some(Kind::Progress);

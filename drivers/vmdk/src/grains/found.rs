@@ -1,4 +1,5 @@
-//! [`FoundGrains`], the grains of a stream by their markers, for a salvage of a file whose tables may be damaged.
+//! [`FoundGrains`], the grains of a stream by their markers, for a salvage of a file whose tables may be
+//! damaged.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -29,14 +30,15 @@ pub(super) struct FoundGrains {
     /// Sector of each grain, 0 without one, by the index of its table.
     tables: HashMap<u64, Box<[u32]>>,
     table_entries: u64,
-    /// Ranges of grains, ascending, in which markers may be damaged: no marker shows that a grain is missing there.
+    /// Ranges of grains, ascending, in which markers may be damaged: no marker shows that a grain is missing
+    /// there.
     gaps: Vec<Range<u64>>,
     lease: Lease,
 }
 
 impl FoundGrains {
-    /// Walks over the markers of a stream that has this header. Where one is damaged, looks at every sector for the
-    /// next one.
+    /// Walks over the markers of a stream that has this header. Where one is damaged, looks at every sector
+    /// for the next one.
     ///
     /// # Errors
     /// `LimitExceeded` if the grains take too much memory; `Cancelled`. What can't be read counts as damaged.
@@ -53,8 +55,9 @@ impl FoundGrains {
         self.tables.get(&index).map(|table| &**table)
     }
 
-    /// Completes the table `index` by the grains that were found, or replaces one that can't be read. A grain that was
-    /// not found stays where the table says, and is lost when it is read. Returns true if the table was wrong.
+    /// Completes the table `index` by the grains that were found, or replaces one that can't be read. A grain
+    /// that was not found stays where the table says, and is lost when it is read. Returns true if the table
+    /// was wrong.
     pub(super) fn merge(&self, index: u64, stored: Option<&[Place]>) -> (Arc<[Place]>, bool) {
         let first = index.saturating_mul(self.table_entries);
         let sectors = self.table(index);
@@ -174,7 +177,8 @@ impl Search<'_> {
         Ok(self.found)
     }
 
-    /// Returns the file offset of the first marker: behind header and descriptor, and the tables if they are in front.
+    /// Returns the file offset of the first marker: behind header and descriptor, and the tables if they are
+    /// in front.
     fn start(&self) -> u64 {
         let Header { descriptor_offset, descriptor_size, overhead, .. } = *self.header;
         let descriptor_end = descriptor_offset.saturating_add(descriptor_size).max(1);
@@ -208,7 +212,8 @@ impl Search<'_> {
         })
     }
 
-    /// Reads the sector at `at`, which is within the file. What can't be read is zeros, as is what follows the end.
+    /// Reads the sector at `at`, which is within the file. What can't be read is zeros, as is what follows
+    /// the end.
     fn sector(&mut self, at: u64, is_searching: bool) -> Result<&[u8; SECTOR]> {
         let within = at.wrapping_sub(self.window_at);
         if within >= self.window.len() as u64 {
@@ -232,7 +237,8 @@ impl Search<'_> {
         sector.ok_or_else(|| Error::corrupt("a marker is behind the end of the file").at(at))
     }
 
-    /// Returns the file offset at which a hole ends that contains the zeros at `at`; `next` if they are stored.
+    /// Returns the file offset at which a hole ends that contains the zeros at `at`; `next` if they are
+    /// stored.
     fn end_of_zeros(&self, at: u64, next: u64) -> Result<u64> {
         // Once in each part that is read.
         if at != self.window_at {

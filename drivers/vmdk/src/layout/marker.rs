@@ -63,8 +63,8 @@ impl Marker {
         Self::Metadata { sectors: value, kind }
     }
 
-    /// True if a sector that decodes to this is likely to be a marker of a stream with this header, and no other data:
-    /// for the search behind a damaged part. Zeros look like an end marker, so that is none.
+    /// True if a sector that decodes to this is likely to be a marker of a stream with this header, and no
+    /// other data: for the search behind a damaged part. Zeros look like an end marker, so that is none.
     pub(crate) fn is_plausible(self, sector: &[u8; 512], header: &Header) -> bool {
         let sectors_of = |entries: u64| entries.saturating_mul(4).div_ceil(SECTOR_SIZE);
         match self {

@@ -13,8 +13,9 @@ pub(super) fn unverified(error: &Error) -> String {
 }
 
 impl Pass {
-    /// Continues after an error in a salvage: the pass looks for the next marker, sector by sector. If the stream has
-    /// ended or can't be read, everything from the last grain on is lost, and every grain that only the tables list.
+    /// Continues after an error in a salvage: the pass looks for the next marker, sector by sector. If the
+    /// stream has ended or can't be read, everything from the last grain on is lost, and every grain that
+    /// only the tables list.
     ///
     /// # Errors
     /// `error` itself without salvage, or after cancellation.
@@ -35,8 +36,8 @@ impl Pass {
         Ok(())
     }
 
-    /// Passes on a contradiction between the tables and the grains. A salvage believes the grains, whose markers have
-    /// their places.
+    /// Passes on a contradiction between the tables and the grains. A salvage believes the grains, whose
+    /// markers have their places.
     pub(super) fn agree(&mut self, met: Result<()>) -> Result<()> {
         match met {
             Err(error) if self.salvage && error.kind() != ErrorKind::Cancelled => {
@@ -47,8 +48,8 @@ impl Pass {
         }
     }
 
-    /// Records a guest range as lost. If the tables are known, only the grains of it that they list and that were
-    /// not met.
+    /// Records a guest range as lost. If the tables are known, only the grains of it that they list and that
+    /// were not met.
     pub(super) fn lose(&mut self, guest: Range<u64>, error: &Error) {
         // Both are at most 2^63.
         let grain_size = self.header.grain_size * SECTOR_SIZE;

@@ -294,8 +294,8 @@ fn salvaged(bytes: &[u8]) -> [Salvaged; 2] {
     [restored(&file, found), restored(&pipe, passed)]
 }
 
-/// Returns streams of two tables and six grains, with the tables in front and behind, and the sector of each of
-/// their grains.
+/// Returns streams of two tables and six grains, with the tables in front and behind, and the sector of each
+/// of their grains.
 fn two_tables() -> [(Vec<u8>, Vec<u64>); 2] {
     let first: Vec<Part> = (0..3).map(|grain| Part::Grain(2 * grain, data(grain as u8 + 1))).collect();
     let behind = [&first[..], &[Part::Table, Part::Directory, Part::Footer, Part::End]].concat();
