@@ -12,7 +12,7 @@
 
 use imgtool_core::Machine;
 use imgtool_core::error::escape_control;
-use imgtool_core::machine::{DriveKind, MacAddress};
+use imgtool_core::machine::{ControllerModel, DriveKind, Firmware, MacAddress};
 
 pub mod description;
 pub mod libvirt;
@@ -41,6 +41,15 @@ fn mac_address(text: &str, number: usize, extra: &mut Vec<String>) -> Option<Mac
         extra.push(format!("address '{text}' of network adapter {number}: no MAC address"));
     }
     mac
+}
+
+/// True if the firmware of a machine has no driver for drives on this controller. EDK II leaves the drivers PvScsi,
+/// MptScsi and LsiScsi out of OVMF since 2022, as Debian 12 has it; MegaRAID it never had. Its UEFI guests boot from
+/// SATA instead, for which every operating system has a driver.
+fn lacks_firmware_driver(machine: &Machine, model: ControllerModel) -> bool {
+    use ControllerModel::{BusLogic, Lsi53c810, LsiLogic, LsiSas1068, MegaSas, Pvscsi};
+    machine.firmware == Firmware::Uefi
+        && matches!(model, BusLogic | LsiLogic | LsiSas1068 | Lsi53c810 | MegaSas | Pvscsi)
 }
 
 /// Returns the machine with its first disk as the boot disk, unless it states a boot order; and a line that

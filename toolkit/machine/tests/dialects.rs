@@ -64,11 +64,13 @@ prop_compose! {
         lines in prop::collection::vec("[ -~äß]{1,20}", 0..3),
         (sockets, cores, mebibytes) in (1..9u32, 1..9u32, 16..100_000u64),
         (is_uefi, os) in (any::<bool>(), 0..3usize),
-        scsi in prop::collection::btree_set(0..30u32, 1..6),
+        scsi in prop::collection::btree_set(0..30u32, 0..6),
         sata in prop::collection::btree_set(0..6u32, 0..3),
         has_cdrom in any::<bool>(),
         nics in prop::collection::vec((0..3usize, any::<[u8; 5]>(), any::<bool>()), 0..4),
     ) -> Machine {
+        // The UEFI firmware has no driver for the controller, so its drives would change the bus.
+        let is_uefi = is_uefi && scsi.is_empty();
         let mut machine = Machine {
             name,
             description: lines.join("\n").trim().to_owned(),

@@ -205,8 +205,12 @@ impl<'a> Printer<'a> {
             let model = self.machine.controller_of(one.drive).unwrap_or(one.model);
             // The same model, with one controller for several drives.
             if one.model != model && model != ControllerModel::VirtioScsiSingle {
-                let what = one.drive.device.as_deref().unwrap_or("CD drive");
-                self.lost.push(format!("{}: controller {model} becomes {}", shortened(what), one.model));
+                let what = shortened(one.drive.device.as_deref().unwrap_or("CD drive"));
+                let why = match crate::lacks_firmware_driver(self.machine, model) {
+                    true => ", since the UEFI firmware has no driver for it",
+                    false => "",
+                };
+                self.lost.push(format!("{what}: controller {model} becomes {}{why}", one.model));
             }
         }
         let scsi = placed.iter().filter(|one| one.model.bus() == Bus::Scsi);
@@ -218,7 +222,9 @@ impl<'a> Printer<'a> {
     fn placed(&mut self) -> Vec<Placed<'a>> {
         let (machine, disks) = (self.machine, self.disks);
         let mut placed = Vec::new();
-        for drive in &machine.drives {
+        let (stay, moved): (Vec<&Drive>, _) = machine.drives.iter().partition(|drive| self.keeps_bus(drive));
+        // Those that change the bus take the places that are left.
+        for drive in stay.into_iter().chain(moved) {
             let source = disks.iter().find(|disk| Some(disk.device) == drive.device.as_deref()).copied();
             let is_written = match drive.kind {
                 DriveKind::Disk => source.is_some(),
@@ -228,7 +234,9 @@ impl<'a> Printer<'a> {
             let Some(model) = machine.controller_of(drive).filter(|_| is_written) else { continue };
             let (_, position) = machine.position(drive).unwrap_or((Bus::Scsi, 0));
             let mut written = self.written_model(model, drive.kind);
-            let position = self.place(written, position);
+            // A number of 31 SCSI drives means nothing on SATA.
+            let is_far = crate::lacks_firmware_driver(machine, model);
+            let position = self.place(written, if is_far { 0 } else { position });
             let (number, unit) = number_and_unit(written, position);
             if written.bus() == Bus::Scsi {
                 // Another controller has the place if that of the drive was taken.
@@ -242,9 +250,10 @@ impl<'a> Printer<'a> {
     }
 
     /// Returns the model that is written for another one. libvirt has no NVMe for files, QEMU no BusLogic,
-    /// and Q35 no IDE.
+    /// Q35 no IDE, and the UEFI firmware no driver for some.
     fn written_model(&self, model: ControllerModel, kind: DriveKind) -> ControllerModel {
         match model {
+            known if crate::lacks_firmware_driver(self.machine, known) => ControllerModel::Ahci,
             ControllerModel::VirtioScsiSingle => ControllerModel::VirtioScsi,
             ControllerModel::Lsi53c810 | ControllerModel::BusLogic => ControllerModel::LsiLogic,
             ControllerModel::Nvme => ControllerModel::Ahci,
@@ -252,6 +261,12 @@ impl<'a> Printer<'a> {
             ControllerModel::VirtioBlk if kind == DriveKind::Cdrom => ControllerModel::Ahci,
             known => known,
         }
+    }
+
+    /// True if a drive stays on its bus.
+    fn keeps_bus(&self, drive: &Drive) -> bool {
+        let model = self.machine.controller_of(drive);
+        model.is_none_or(|model| self.written_model(model, drive.kind).bus() == model.bus())
     }
 
     /// Takes a place on a bus: the one that is asked for, or the next free one.

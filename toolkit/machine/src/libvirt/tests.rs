@@ -110,8 +110,8 @@ fn machine() -> Machine {
         ..Machine::default()
     };
     for (model, position) in [
-        (ControllerModel::LsiLogic, 0),
-        (ControllerModel::LsiLogic, 17),
+        (ControllerModel::VirtioScsi, 0),
+        (ControllerModel::VirtioScsi, 17),
         (ControllerModel::VirtioBlk, 1),
         (ControllerModel::Ahci, 7),
         (ControllerModel::Ide, 3),
@@ -247,6 +247,29 @@ fn drives_beyond_the_width_of_a_controller_get_another_one() {
     for (index, model) in models.iter().enumerate() {
         assert!(text.contains(&format!("index='{index}' model='{model}'")), "{text}");
     }
+}
+
+/// OVMF has no driver for most SCSI controllers. A drive that was on SATA keeps its place.
+#[test]
+fn uefi_guests_boot_from_sata_instead_of_controllers_without_a_driver() {
+    use ControllerModel::{LsiLogic, LsiSas1068, MegaSas, Pvscsi, VirtioScsi};
+    for model in [LsiLogic, LsiSas1068, MegaSas, Pvscsi] {
+        let mut machine = of_scsi(&[(0, model, 0), (0, model, 3)]);
+        let mut drive = Drive::new(DriveKind::Disk, Some("d0-1"));
+        assert!(machine.attach(&mut drive, ControllerModel::Ahci, 0));
+        machine.drives.push(drive);
+        machine.firmware = Firmware::Uefi;
+        let printed = printed(&machine);
+        assert!(!printed.text.contains("type='scsi'"), "{}", printed.text);
+        let units: Vec<_> = tags(&printed.text, "<address type='drive'");
+        let place = |unit| format!("controller='0' bus='0' target='0' unit='{unit}'");
+        assert_eq!(units, [place(0), place(1), place(2)], "{}", printed.text);
+        let line = format!("controller {model} becomes {}, since the UEFI firmware", ControllerModel::Ahci);
+        assert!(printed.lost.iter().any(|lost| lost.contains(&line)), "{:?}", printed.lost);
+    }
+    let mut machine = of_scsi(&[(0, VirtioScsi, 0)]);
+    machine.firmware = Firmware::Uefi;
+    assert!(printed(&machine).text.contains("model='virtio-scsi'"));
 }
 
 #[test]

@@ -45,7 +45,9 @@ pub fn for_archive(machine: &Machine, devices: &[Device]) -> Printed {
 pub fn settings(machine: &Machine) -> Settings {
     let (machine, line) = crate::with_boot_disk(machine, |_| true);
     let machine = &machine;
-    let places = machine.drives.iter().filter_map(|drive| machine.position(drive));
+    let is_moved = |model| crate::lacks_firmware_driver(machine, model);
+    let stays = |drive: &&Drive| !machine.controller_of(drive).is_some_and(is_moved);
+    let places = machine.drives.iter().filter(stays).filter_map(|drive| machine.position(drive));
     let wanted = places.map(|(bus, position)| format!("{bus}{position}")).collect();
     let mut printer =
         Printer { machine, settings: Settings::default(), names: Vec::new(), used: BTreeSet::new(), wanted };
@@ -176,17 +178,19 @@ impl Printer<'_> {
             .filter(|(index, one)| used(*index) && matches!(one.model.bus(), Bus::Scsi | Bus::Nvme))
             .map(|(_, one)| one.model)
             .collect();
+        let lacks_driver = |model: &ControllerModel| crate::lacks_firmware_driver(machine, *model);
+        for model in models.iter().filter(|model| lacks_driver(model)).collect::<BTreeSet<_>>() {
+            self.lose(format!(
+                "controller {model}: becomes SATA, since the UEFI firmware has no driver for it"
+            ));
+        }
         let Some(first) = models.iter().find(|model| model.bus() == Bus::Scsi).or(models.first()).copied()
         else {
             return;
         };
         let written = match first {
-            // OVMF has no driver for these.
-            ControllerModel::LsiLogic | ControllerModel::BusLogic | ControllerModel::Lsi53c810
-                if machine.firmware == Firmware::Uefi =>
-            {
-                ControllerModel::Pvscsi
-            }
+            // For the drives that find no place on SATA.
+            known if lacks_driver(&known) => ControllerModel::VirtioScsi,
             ControllerModel::LsiSas1068 => ControllerModel::MegaSas,
             ControllerModel::BusLogic => ControllerModel::LsiLogic,
             ControllerModel::Nvme => ControllerModel::VirtioScsi,
@@ -195,7 +199,7 @@ impl Printer<'_> {
         let name = CONTROLLERS.iter().find(|(_, model)| *model == written).map_or("lsi", |(name, _)| name);
         self.set("scsihw", name);
         for model in models.iter().collect::<BTreeSet<_>>() {
-            if *model != written {
+            if *model != written && !lacks_driver(model) {
                 self.lose(format!("controller {model}: becomes {name}"));
             }
         }
@@ -213,16 +217,26 @@ impl Printer<'_> {
             return self.used.insert(name.to_owned()).then(|| name.to_owned());
         }
         let (bus, position) = machine.position(drive).unwrap_or((Bus::Scsi, 0));
-        let bus_name = if bus == Bus::Nvme { "scsi" } else { bus.name() };
+        let model = machine.controller_of(drive);
+        let is_moved = model.is_some_and(|model| crate::lacks_firmware_driver(machine, model));
+        let bus_name = match bus {
+            _ if is_moved => Bus::Sata.name(),
+            Bus::Nvme => "scsi",
+            bus => bus.name(),
+        };
         let wanted = format!("{bus_name}{position}");
-        if drives::bus_of(&wanted).is_some() && bus != Bus::Nvme && self.used.insert(wanted.clone()) {
+        let has_place = drives::bus_of(&wanted).is_some() && bus != Bus::Nvme && !is_moved;
+        if has_place && self.used.insert(wanted.clone()) {
             return Some(wanted);
         }
         // The places that other drives of the machine have stay theirs.
         let is_taken = |name: &String| self.used.contains(name) || self.wanted.contains(name);
         let free = drives::free_drives(bus_name).find(|name| !is_taken(name))?;
         self.used.insert(free.clone());
-        self.lose(format!("place {position} on the {bus} bus: becomes {free}"));
+        // Another bus has a line already, unless it had no place left.
+        if !is_moved || !free.starts_with(bus_name) {
+            self.lose(format!("place {position} on the {bus} bus: becomes {free}"));
+        }
         Some(free)
     }
 

@@ -201,10 +201,20 @@ fn uefi_gets_controllers_that_its_firmware_knows() {
     assert_eq!(settings(&machine).config.get("scsihw"), Some("lsi"));
     machine.firmware = Firmware::Uefi;
     let settings = settings(&machine);
-    assert_eq!(settings.config.get("scsihw"), Some("pvscsi"));
-    assert_eq!(settings.config.get("boot"), Some("order=scsi0"));
+    assert_eq!(settings.config.get("boot"), Some("order=sata0"));
     let lost = settings.lost.join("\n");
-    assert!(lost.contains("controller lsilogic: becomes pvscsi") && lost.contains("efidisk0"), "{lost}");
+    assert!(lost.contains("controller lsilogic: becomes SATA, since") && lost.contains("efidisk0"), "{lost}");
+}
+
+#[test]
+fn uefi_drives_without_a_place_on_sata_get_virtio() {
+    let names = ["a", "b", "c", "d", "e", "f", "g", "h"];
+    let mut machine = Machine::of_disks("a", ControllerModel::Pvscsi, names);
+    machine.firmware = Firmware::Uefi;
+    let settings = settings(&machine);
+    let drives: Vec<&str> = settings.map.iter().map(|entry| entry.drive.as_str()).collect();
+    assert_eq!(drives, ["sata0", "sata1", "sata2", "sata3", "sata4", "sata5", "scsi0", "scsi1"]);
+    assert_eq!(settings.config.get("scsihw"), Some("virtio-scsi-pci"));
 }
 
 #[test]
