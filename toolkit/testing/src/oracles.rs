@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, PoisonError};
 
@@ -28,20 +28,32 @@ pub use libvmdk::{VmdkMount, seven_zip};
 pub use libyal::libyal_reads_child;
 pub use qemu::{assert_clean_qcow2, qemu_check, qemu_compare, qemu_img, qemu_info, qemu_make};
 
-/// True if a program is installed (for `dissect`, `libyal` and `cot`: if the packages can be imported). If it is
-/// not, reports the running test as skipped, or fails it with `CI` set.
+/// True if a program is installed (for `dissect`, `libyal` and `cot`: if the packages can be imported; for `ovmf`
+/// and `kernel`: if the firmware and [`kernel_package`] are there). If it is not, reports the running test as skipped, or fails it with `CI` set.
 #[track_caller]
 pub fn have(tool: &str) -> bool {
     let found = match tool {
         "dissect" => dissect::dissect_found(),
         "libyal" => libyal::libyal_found(),
         "cot" => cot::cot_found(),
+        "ovmf" => ovmf().iter().all(|path| path.is_file()),
+        "kernel" => kernel_package().is_some_and(|path| path.is_dir()),
         _ => program_found(tool),
     };
     if !found {
         missing(tool);
     }
     found
+}
+
+/// Returns the firmware of the package `ovmf`: its code, and the variables of a new machine.
+pub fn ovmf() -> [PathBuf; 2] {
+    ["/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"].map(PathBuf::from)
+}
+
+/// Returns the directory with the unpacked package of a Linux kernel, which `.ci/run` names in the environment.
+pub fn kernel_package() -> Option<PathBuf> {
+    std::env::var_os("IMGTOOL_TEST_KERNEL").map(PathBuf::from)
 }
 
 /// Reports on standard error that the running test is skipped. `.ci/run` lists and counts these lines.
