@@ -166,6 +166,13 @@ pub struct InputArgs {
     )]
     pub format: Option<String>,
 
+    /// Read this file in an archive: tar, OVA or zip
+    ///
+    /// NAME is that of the file, with its directories if several have the same name. Its extension
+    /// decides about its format, otherwise its content.
+    #[arg(long, value_name = "NAME", hide_short_help = true)]
+    pub member: Option<String>,
+
     /// Allow the image to use this file (backing file, data file, parent); repeatable.
     /// 'chain' allows regular files in or below the image's directory
     ///
@@ -359,7 +366,7 @@ pub struct ManArgs {
 
 /// Flags that the help of `convert` shows, by their names in the definition. `--help-compat` and the manual
 /// page show the others.
-const FIRST_OF_CONVERT: [&str; 23] = [
+const FIRST_OF_CONVERT: [&str; 24] = [
     "paths",
     "help_compat",
     "help",
@@ -371,6 +378,7 @@ const FIRST_OF_CONVERT: [&str; 23] = [
     "no_create",
     "verify",
     "format",
+    "member",
     "allow_external",
     "secret",
     "snapshot",

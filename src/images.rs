@@ -26,6 +26,7 @@ pub fn open_settings(args: &InputArgs) -> Result<OpenSettings> {
         ignore_trailing: args.ignore_trailing,
         force_share: args.force_share,
         plain: compat::is_on(),
+        member: args.member.clone(),
         policy: ExternalPolicy {
             chain: !chain.is_empty() || compat::is_on(),
             paths,
@@ -58,8 +59,8 @@ pub fn refuse(args: &InputArgs) -> Result<()> {
     secrets::check_objects(&args.object)
 }
 
-/// Protocols by which qemu-img opens images. A plain path may contain a colon as well, but is then called by another
-/// name (`./nbd:disk`), as for qemu-img.
+/// Protocols by which qemu-img opens images. A plain path may contain a colon as well, but is then called by
+/// another name (`./nbd:disk`), as for qemu-img.
 const PROTOCOLS: [&str; 23] = [
     "json",
     "nbd",
@@ -105,8 +106,8 @@ pub fn refuse_protocol(name: &OsStr) -> Result<()> {
 /// Prefix of a name by which Proxmox's qemu-img takes a target for zeroed. It means nothing for a source.
 pub const ZEROED: &str = "zeroinit:";
 
-/// Returns the source that the user named: by a path, in options, or in JSON. Its format and passphrase are those
-/// of the name.
+/// Returns the source that the user named: by a path, in options, or in JSON. Its format and passphrase are
+/// those of the name.
 ///
 /// # Errors
 /// Same as [`refuse_protocol`], and if options or JSON are not supported.
@@ -160,6 +161,7 @@ pub fn open(registry: &Registry, args: &InputArgs, name: &OsStr, options: &OpenO
     let source = source(args, name)?;
     let (format, options) = (format_of(&source, args.format.as_deref()), source.options(registry, options));
     let opened = opening::open(registry, &source.location, format, &options, &CancelToken::new())?;
+    opening::check_member(args.member.as_deref(), [&opened].into_iter())?;
     chosen::check(&opened, &source.backing)?;
     note_unrecognised(&opened);
     Ok(opened)
@@ -178,6 +180,7 @@ pub fn open_random(
     let source = source(args, name)?;
     let (format, options) = (format_of(&source, args.format.as_deref()), source.options(registry, options));
     let opened = opening::open_random(registry, &source.location, format, &options, &CancelToken::new())?;
+    opening::check_member(args.member.as_deref(), [&opened].into_iter())?;
     chosen::check(&opened, &source.backing)?;
     note_unrecognised(&opened);
     Ok(opened)

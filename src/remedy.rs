@@ -51,6 +51,8 @@ pub fn words(remedy: &Remedy) -> String {
             format!("{advice}{end}'-o help' explains all options of {format}")
         }
         Remedy::SelectDisk { names, advice } => format!("{advice}, or take one with --disk: {names}"),
+        Remedy::ChooseMember { names } => format!("take one with --member: {names}"),
+        Remedy::LeaveOutMember => "leave out --member: it names a file in a tar, OVA or zip archive".to_owned(),
         Remedy::JoinSources => {
             "a directory (a name that ends in '/') takes an image for each, an archive all of them; --join makes one disk of them, one after the other"
                 .to_owned()

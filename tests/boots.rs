@@ -1,7 +1,7 @@
 //! A small Linux that boots from what the program writes, in an emulated machine.
 //!
-//! The guest prints a line that is stored in a partition of its disk, so the line proves that the firmware found
-//! the disk, the loader its files, and the kernel the content.
+//! The guest prints a line that is stored in a partition of its disk, so the line proves that the firmware
+//! found the disk, the loader its files, and the kernel the content.
 
 use std::path::{Path, PathBuf};
 
@@ -14,8 +14,8 @@ use emulator::{Emulated, Firmware};
 mod disk;
 mod emulator;
 
-/// Converts a disk into an archive of Proxmox VE, that into a package, and that into a directory of qcow2 disks with
-/// the XML for libvirt. Returns the path of the XML.
+/// Converts a disk into an archive of Proxmox VE, that into a package, and that into a directory of qcow2
+/// disks with the XML for libvirt. Returns the path of the XML.
 fn through_archive_and_package(directory: &Path, raw: &Path, configuration: &str) -> PathBuf {
     let convert = |line: &[&str]| imgtool(["convert", "-q"].iter().chain(line)).within(directory).ok();
     std::fs::write(directory.join("100.conf"), configuration).unwrap();

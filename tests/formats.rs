@@ -2,6 +2,7 @@
 
 mod bitmaps;
 mod children;
+mod containers;
 mod encrypted;
 mod existing_images;
 mod file_system;

@@ -64,9 +64,12 @@ fn check(args: &CheckArgs) -> Result<Exit> {
     let open = open::with_end(&registry, open, format, false)?;
     let driver = match format {
         Some(name) => registry.get(name)?,
-        None => open::recognise(&registry, &open).in_file(&location)?.0,
+        None => open::recognise_for(&registry, &open, &options).in_file(&location)?.0,
     };
     let can = driver.capabilities();
+    if let (Some(member), false) = (&options.member, can.container) {
+        return Err(open::no_member(member).path(location));
+    }
     if !can.check {
         let what = format!("{} images have no structure to check", driver.name());
         report::error(&Error::unsupported(what).path(location));

@@ -156,6 +156,7 @@ fn verdict(args: &CompareArgs) -> Result<Verdict> {
     let first_streams = first.image.access().is_stream();
     let second_format = args.second_format.as_deref();
     let second = opener.open(args.second.as_os_str(), second_format, args.strict || first_streams)?;
+    open::check_member(args.input.member.as_deref(), [&first, &second].into_iter())?;
     let pairs = match compare::pair_devices(&first, &second, &args.disk)? {
         Pairing::Pairs(pairs) => pairs,
         Pairing::Missing(device, location) => {

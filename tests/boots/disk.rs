@@ -1,5 +1,5 @@
-//! A disk with a small Linux: GPT, a BIOS boot partition, an EFI system partition, and a partition with a line of
-//! text. One disk boots in both modes.
+//! A disk with a small Linux: GPT, a BIOS boot partition, an EFI system partition, and a partition with a
+//! line of text. One disk boots in both modes.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -103,7 +103,8 @@ fn partition(work: &Path, disk: &Path) {
 
 /// Writes GRUB for the BIOS: its first sector, which knows where the rest is, and the rest.
 fn write_loader(work: &Path, disk: &File) {
-    /// Place in the first sector of the number of the next one, and its length that a table of partitions leaves.
+    /// Place in the first sector of the number of the next one, and its length that a table of partitions
+    /// leaves.
     const NEXT: u64 = 0x5c;
     const CODE: usize = 440;
     /// Place in the second sector of the number of the third.

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use imgtool_testing::{oracles, text};
 
-/// Maximum duration of a boot. Our limit: it takes 10 s of a processor, and tests may share it with many programs.
+/// Maximum duration of a boot. Our limit: it takes 10 s of a processor, and tests may share it with many
+/// programs.
 const PATIENCE: Duration = Duration::from_secs(600);
 
 /// Firmware of a machine.

@@ -1,7 +1,9 @@
-//! Malicious packages and archives: names that lead out, sizes that nothing has, descriptors and manifests that lie.
+//! Malicious packages and archives, tar and zip: names that lead out, sizes that nothing has, descriptors and
+//! manifests that lie.
 
 use imgtool_testing::tar::{Tar, descriptor, header, manifest, pax_record, set_size, sum};
 use imgtool_testing::tempdir;
+use imgtool_testing::zip::{Member, Zip};
 
 use super::all_end;
 
@@ -81,6 +83,35 @@ fn packages() -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
+fn zips() -> Vec<(&'static str, Vec<u8>)> {
+    let disk = vec![0; 1 << 20];
+    let plain = || Member::stored("disk.raw", &disk);
+    let one = |member: Member| Zip::new().member(&member).build();
+    let whole = one(plain());
+    let many = (0..70_000).fold(Zip::new(), |zip, number| zip.file(&format!("{number}"), b""));
+    let shared = (0..200).fold(Zip::new().member(&plain()), |zip, number| {
+        zip.entry(&Member { name: format!("{number}.raw"), ..plain() }, 0)
+    });
+    vec![
+        ("huge.zip", Zip::new().wide().member(&Member { size: 1 << 63, ..plain() }).build()),
+        (
+            "bomb.zip",
+            Zip::new().wide().member(&Member { size: 1 << 50, ..Member::deflated("d.raw", b"x") }).build(),
+        ),
+        ("wrapping.zip", Zip::new().wide().entry(&plain(), u64::MAX - 20).build()),
+        ("many-members.zip", many.build()),
+        ("shared-bytes.zip", shared.build()),
+        ("path.zip", one(Member::stored("../../etc/passwd", &disk))),
+        ("absolute.zip", one(Member::stored("/etc/passwd", &disk))),
+        ("link.zip", one(Member { mode: 0o120_777, ..Member::stored("disk.raw", b"/etc/passwd") })),
+        ("encrypted.zip", one(Member { flags: 1, ..plain() })),
+        ("wrong-checksum.zip", one(Member { crc: 7, ..plain() })),
+        ("wrong-checksum-deflated.zip", one(Member { crc: 7, ..Member::deflated("disk.raw", &disk) })),
+        ("itself.zip", (0..8).fold(disk.clone(), |inner, _| Zip::new().file("disk.zip", &inner).build())),
+        ("cut.zip", whole[..whole.len() - 10].to_vec()),
+    ]
+}
+
 fn all(name: &str, files: Vec<(&'static str, Vec<u8>)>) {
     let dir = tempdir();
     let write = |(name, bytes): (&str, Vec<u8>)| {
@@ -95,6 +126,11 @@ fn all(name: &str, files: Vec<(&'static str, Vec<u8>)>) {
 #[test]
 fn archives_end_within_the_limits() {
     all("tar-archives", archives());
+}
+
+#[test]
+fn zip_archives_end_within_the_limits() {
+    all("zip-archives", zips());
 }
 
 #[test]

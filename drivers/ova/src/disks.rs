@@ -4,13 +4,15 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use imgtool_core::{
-    Device, Disk, Error, Extent, ExtentKind, FileRange, Input, MapExtent, OpenOptions, Remedy, Result,
-    ResultExt,
+    Device, Disk, Error, ErrorKind, Extent, ExtentKind, FileRange, Input, Loss, MapExtent, OpenOptions,
+    RandomInput, Remedy, Result, ResultExt, suggest,
 };
 
 use imgtool_machine::ovf::{Descriptor, DiskRef};
 
 use crate::files::{Files, StoredFile};
+use crate::manifest;
+use crate::salvage;
 
 /// Maximum number of disks. Our limit: that of a VMA archive.
 pub(crate) const MAX_DISKS: u32 = 254;
@@ -48,6 +50,8 @@ pub(crate) struct PackagedDisk {
     pub(crate) files: Vec<StoredFile>,
     /// Notes for the user.
     pub(crate) notes: Vec<String>,
+    /// Losses that are known since the package was opened.
+    pub(crate) losses: Vec<Loss>,
 }
 
 /// Opens the disks that a descriptor lists, in its order.
@@ -69,9 +73,21 @@ pub(crate) fn open_described(
     let options = member_options(options, descriptor.disks.len());
     let disks = (0..).zip(&descriptor.disks);
     let open = |(id, entry): (u32, &DiskRef)| {
-        open_entry(id, entry, descriptor, files, &options).on_device(&entry.device)
+        let opened = open_entry(id, entry, descriptor, files, &options);
+        match (opened, entry.capacity) {
+            // What is behind the end of a cut package.
+            (Err(error), Some(size)) if options.salvage && is_damage(&error) && size <= MAX_EMPTY => {
+                Ok(salvage::lost(id, &entry.device, size, error.message().to_owned()))
+            }
+            (opened, _) => opened.on_device(&entry.device),
+        }
     };
     disks.map(open).collect()
+}
+
+/// True for the error of a file that is damaged, missing or cut.
+fn is_damage(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed | ErrorKind::WrongFormat)
 }
 
 /// Refuses two disks in one file: each opening takes memory, and temporary storage if the file is compressed.
@@ -101,31 +117,67 @@ pub(crate) fn open_all(files: &Files, names: &[&str], options: &OpenOptions) -> 
     let named: Vec<&str> = names.iter().copied().filter(|name| is_disk_name(name)).collect();
     let named = if named.is_empty() && names.len() == 1 { names.to_vec() } else { named };
     if named.is_empty() {
-        let listed: Vec<_> = names.iter().take(5).map(|name| format!("'{name}'")).collect();
-        let more = if names.len() > listed.len() { " and others" } else { "" };
-        return Err(Error::unsupported(format!(
-            "the archive has no disk: it contains {}{more}",
-            if listed.is_empty() { "no file".to_owned() } else { listed.join(", ") }
-        ))
-        .hint("unpack it, and convert the disk image in it by its name"));
+        let Some(names) = manifest::first_names(names.iter().copied()) else {
+            return Err(Error::unsupported("the archive has no disk: it contains no file")
+                .hint("the archive may have been made of an empty directory: check it"));
+        };
+        return Err(Error::unsupported("no file in the archive has the extension of a disk image")
+            .remedied_by(Remedy::ChooseMember { names }));
     }
     if named.len() > MAX_DISKS as usize {
         return Err(Error::limit(format!("the archive has {} disks; the limit is {MAX_DISKS}", named.len())));
     }
     let options = member_options(options, named.len());
-    let open = |(id, name): (u32, &str)| {
-        let device = stem(name);
-        let disk = open_file(files.expect(name)?, name, None, &options).on_device(&device)?;
-        let device = Device::disk(id, device, disk.size());
-        Ok(PackagedDisk { device, disk: Some(disk), files: Vec::new(), notes: Vec::new() })
-    };
+    let open = |(id, name): (u32, &str)| open_one(id, files.expect(name)?.into_random()?, name, &options);
     (0..).zip(named).map(open).collect()
+}
+
+/// Opens a file of an archive as the disk with this number.
+///
+/// # Errors
+/// Any error of opening it.
+pub(crate) fn open_one(
+    id: u32,
+    bytes: RandomInput,
+    name: &str,
+    options: &OpenOptions,
+) -> Result<PackagedDisk> {
+    let device = stem(name);
+    let (disk, losses) = open_file(bytes.clone().into(), name, None, options).on_device(&device)?;
+    let device = Device::disk(id, device, disk.size());
+    let files = vec![StoredFile { name: name.to_owned(), bytes }];
+    Ok(PackagedDisk { device, disk: Some(disk), files, notes: Vec::new(), losses })
+}
+
+/// Returns the name of the member that the user chose: the whole name, or that of its file without
+/// directories.
+///
+/// # Errors
+/// `Usage` if there is none of this name, or if there are several.
+pub(crate) fn choose<'n>(wanted: &str, names: &'n [String]) -> Result<&'n str> {
+    let base = |name: &&String| name.rsplit('/').next() == Some(wanted);
+    let mut same_base = names.iter().filter(base);
+    let exact = names.iter().find(|name| *name == wanted);
+    let found = exact.or_else(|| same_base.next().filter(|_| same_base.next().is_none()));
+    found.map(String::as_str).ok_or_else(|| no_member(wanted, names))
+}
+
+/// Returns the error for a name that none of the members has, or several.
+pub(crate) fn no_member(wanted: &str, names: &[String]) -> Error {
+    let known = names.iter().map(String::as_str);
+    Error::usage(format!("no member of the archive is called '{wanted}', or several are"))
+        .hint(suggest::hint(wanted, "members", known))
+}
+
+/// True for the name of a file that is a raw disk without a compression.
+pub(crate) fn is_raw_name(name: &str) -> bool {
+    extension(name).is_some_and(|extension| extension.eq_ignore_ascii_case("raw"))
 }
 
 /// Returns options for the images in a package, which share its memory.
 pub(crate) fn member_options(options: &OpenOptions, count: usize) -> OpenOptions {
     let memory = options.memory.shared_by(count);
-    OpenOptions { memory, plain: false, snapshot: None, bitmaps: false, ..options.clone() }
+    OpenOptions { memory, plain: false, snapshot: None, bitmaps: false, member: None, ..options.clone() }
 }
 
 fn open_entry(
@@ -140,13 +192,15 @@ fn open_entry(
         let size =
             size.ok_or_else(|| Error::malformed("a disk has neither a file nor a size of at most 64 TiB"))?;
         let device = Device::disk(id, entry.device.as_str(), size);
-        return Ok(PackagedDisk { device, disk: None, files: Vec::new(), notes: Vec::new() });
+        let (files, notes, losses) = (Vec::new(), Vec::new(), Vec::new());
+        return Ok(PackagedDisk { device, disk: None, files, notes, losses });
     };
+    let href = files.name_of(file)?;
     let (input, stored) = match file.chunk_size {
-        Some(_) => files.expect_chunks(&file.href, &options.memory)?,
+        Some(_) => files.expect_chunks(&href, &options.memory)?,
         None => {
-            let bytes = files.expect(&file.href)?.into_random()?;
-            (Input::from(bytes.clone()), vec![StoredFile { name: file.href.clone(), bytes }])
+            let bytes = files.expect(&href)?.into_random()?;
+            (Input::from(bytes.clone()), vec![StoredFile { name: href.to_string(), bytes }])
         }
     };
     let mut notes = Vec::new();
@@ -154,22 +208,25 @@ fn open_entry(
     if let (Some(stated), Some(len)) = (file.size, stored_len)
         && stated != len
     {
-        notes.push(format!("'{}' has {len} bytes, the descriptor says {stated}", file.href));
+        notes.push(format!("'{href}' has {len} bytes, the descriptor says {stated}"));
     }
     let input = if file.gzip { options.externals.decompressed(input, "gzip")? } else { input };
     // Below the compression, the extension tells the format.
-    let inner = compression_of(&file.href).filter(|_| file.gzip).map_or(&*file.href, |(inner, _)| inner);
-    let disk = open_image(input, inner, format_of_uri(&entry.format), options)?;
+    let inner = compression_of(&href).filter(|_| file.gzip).map_or(&*href, |(inner, _)| inner);
+    let (disk, mut losses) = open_image(input, inner, format_of_uri(&entry.format), options)?;
     // Every other format tells by itself that its file was cut.
-    if disk.image().info().format == "raw" && !options.salvage {
+    if disk.image().info().format == "raw" {
         let lengths = [(file.size, stored_len), (entry.capacity, Some(disk.size()))];
         if let Some((Some(stated), Some(found))) = lengths.into_iter().find(|(stated, found)| stated > found)
         {
-            return Err(Error::corrupt(format!(
-                "'{}' is cut short: it has {found} bytes of the {stated} that the descriptor says",
-                file.href
-            ))
-            .remedied_by(Remedy::Salvage("export or copy the package again".into())));
+            let cut = format!(
+                "'{href}' is cut short: it has {found} bytes of the {stated} that the descriptor says"
+            );
+            if !options.salvage {
+                return Err(Error::corrupt(cut)
+                    .remedied_by(Remedy::Salvage("export or copy the package again".into())));
+            }
+            losses.push(salvage::loss(id, disk.size()..disk.size(), cut));
         }
     }
     if let Some(capacity) = entry.capacity.filter(|capacity| *capacity != disk.size()) {
@@ -180,11 +237,16 @@ fn open_entry(
         ));
     }
     let device = Device::disk(id, entry.device.as_str(), disk.size());
-    Ok(PackagedDisk { device, disk: Some(disk), files: stored, notes })
+    Ok(PackagedDisk { device, disk: Some(disk), files: stored, notes, losses })
 }
 
 /// Opens a file of an archive as a disk, without its compression.
-fn open_file(input: Input, name: &str, format: Option<&str>, options: &OpenOptions) -> Result<Disk> {
+fn open_file(
+    input: Input,
+    name: &str,
+    format: Option<&str>,
+    options: &OpenOptions,
+) -> Result<(Disk, Vec<Loss>)> {
     match compression_of(name) {
         Some((inner, compression)) => {
             open_image(options.externals.decompressed(input, compression)?, inner, format, options)
@@ -193,12 +255,18 @@ fn open_file(input: Input, name: &str, format: Option<&str>, options: &OpenOptio
     }
 }
 
-/// Opens the image in a file. The extension decides about the format, or else `format`, or else the content.
-fn open_image(input: Input, name: &str, format: Option<&str>, options: &OpenOptions) -> Result<Disk> {
+/// Opens the image in a file, and returns what is lost of it. The extension decides about the format, or else
+/// `format`, or else the content.
+fn open_image(
+    input: Input,
+    name: &str,
+    format: Option<&str>,
+    options: &OpenOptions,
+) -> Result<(Disk, Vec<Loss>)> {
     let extension = extension(name).unwrap_or_default().to_ascii_lowercase();
     let named = FORMATS.iter().find(|(known, _)| *known == extension).map(|(_, format)| *format);
     let image = options.externals.open_member(input, named.or(format), options)?;
-    Disk::only(image, "a file in a package")
+    salvage::by_position(image, options)
 }
 
 /// Returns the format that the descriptor states by the address of its specification.
@@ -229,7 +297,7 @@ fn is_disk_name(name: &str) -> bool {
 
 /// Returns the name of the disk in a file: without directories, and without the extensions of image and
 /// compression.
-fn stem(name: &str) -> String {
+pub(crate) fn stem(name: &str) -> String {
     let file = name.rsplit('/').next().unwrap_or(name);
     let inner = compression_of(file).map_or(file, |(inner, _)| inner);
     let stem = match is_disk_name(inner) {

@@ -1,4 +1,4 @@
-//! The drivers: OVA and OVF packages, and tar archives.
+//! The drivers: OVA and OVF packages, tar archives, and zip archives.
 
 use std::sync::Arc;
 
@@ -11,7 +11,8 @@ use crate::options::OPTIONS;
 use crate::source::{PackageSource, begins_like_xml};
 use crate::tar::{Kind, Walker, is_tar};
 use crate::writer::{MEMBER, PackageWriter};
-use crate::{check, disks, stream};
+use crate::zip::is_zip;
+use crate::{check, disks, member, stream};
 
 /// Driver for packages of virtual machines: an OVF document and its files, in a tar archive or, only read, in
 /// a directory.
@@ -21,6 +22,10 @@ pub struct OvaDriver;
 /// Read-only driver for disk images in a tar archive.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct TarDriver;
+
+/// Read-only driver for disk images in a zip archive.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ZipDriver;
 
 impl Driver for OvaDriver {
     fn name(&self) -> &'static str {
@@ -107,14 +112,7 @@ impl Driver for TarDriver {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            read: true,
-            archive: Some(Archive { max_devices: disks::MAX_DISKS, attachments: false }),
-            container: true,
-            size_multiple: 1,
-            check: true,
-            ..Capabilities::default()
-        }
+        Capabilities { stream_member: true, ..of_archives() }
     }
 
     fn probe(&self, head: &[u8], _len: Option<u64>) -> Option<Confidence> {
@@ -122,11 +120,56 @@ impl Driver for TarDriver {
     }
 
     fn open(&self, input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
+        if let Some(wanted) = options.member.as_ref().filter(|_| input.is_stream()) {
+            return member::open(input, wanted, options);
+        }
         Ok(Arc::new(PackageSource::open(crate::TAR, input, options)?))
     }
 
     fn check(&self, input: Input, options: &OpenOptions) -> Result<CheckReport> {
         check::check(crate::TAR, input, options)
+    }
+}
+
+impl Driver for ZipDriver {
+    fn name(&self) -> &'static str {
+        crate::ZIP
+    }
+
+    fn description(&self) -> &'static str {
+        "zip archive of disk images, stored or deflated"
+    }
+
+    fn extensions(&self) -> &'static [&'static str] {
+        &["zip"]
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        of_archives()
+    }
+
+    fn probe(&self, head: &[u8], _len: Option<u64>) -> Option<Confidence> {
+        is_zip(head).then_some(Confidence::Magic)
+    }
+
+    fn open(&self, input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
+        Ok(Arc::new(PackageSource::open(crate::ZIP, input, options)?))
+    }
+
+    fn check(&self, input: Input, options: &OpenOptions) -> Result<CheckReport> {
+        check::check(crate::ZIP, input, options)
+    }
+}
+
+/// Returns the capabilities of the drivers for archives of disk images.
+fn of_archives() -> Capabilities {
+    Capabilities {
+        read: true,
+        archive: Some(Archive { max_devices: disks::MAX_DISKS, attachments: false }),
+        container: true,
+        size_multiple: 1,
+        check: true,
+        ..Capabilities::default()
     }
 }
 

@@ -1,5 +1,6 @@
 //! [`Files`], the files of a package: members of an archive, or files beside a descriptor.
 
+use std::borrow::Cow;
 use std::io;
 use std::sync::Arc;
 
@@ -58,6 +59,24 @@ impl Files {
         }
     }
 
+    /// Returns the name of a file that the descriptor lists: its reference as it is, or, if there is no such
+    /// file, without the percent-encoding of a URI (DSP0243, 7.1; RFC 3986).
+    ///
+    /// # Errors
+    /// Same as [`Files::open`].
+    pub(crate) fn name_of<'f>(&self, file: &'f FileRef) -> Result<Cow<'f, str>> {
+        let href = &*file.href;
+        let stored = |name: &str| file.chunk_size.map_or_else(|| name.to_owned(), |_| chunk_name(name, 0));
+        match percent_decoded(href) {
+            Some(decoded)
+                if self.open(&stored(href))?.is_none() && self.open(&stored(&decoded))?.is_some() =>
+            {
+                Ok(Cow::Owned(decoded))
+            }
+            _ => Ok(Cow::Borrowed(href)),
+        }
+    }
+
     /// Opens a file that the descriptor names.
     ///
     /// # Errors
@@ -68,9 +87,10 @@ impl Files {
 
     /// True if the package does not contain a file that its descriptor lists.
     pub(crate) fn lacks(&self, file: &FileRef) -> bool {
+        let name = self.name_of(file).unwrap_or(Cow::Borrowed(&file.href));
         let found = match file.chunk_size {
-            Some(_) => self.open(&chunk_name(&file.href, 0)),
-            None => self.open(&file.href),
+            Some(_) => self.open(&chunk_name(&name, 0)),
+            None => self.open(&name),
         };
         // A file that may not be opened, such as a link, is there.
         matches!(found, Ok(None))
@@ -111,6 +131,28 @@ impl Files {
 pub(crate) fn missing(name: &str) -> Error {
     Error::corrupt(format!("the file '{name}' is missing from the package"))
         .hint("the package is incomplete: export or copy it again")
+}
+
+/// Returns a reference without its percent-encoding; `None` if it has none, or is no text then. The result is
+/// as untrusted as the reference.
+fn percent_decoded(href: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(href.len());
+    let mut rest = href.as_bytes();
+    while let Some((first, behind)) = rest.split_first() {
+        let code = behind.get(..2).filter(|_| *first == b'%').and_then(|code| std::str::from_utf8(code).ok());
+        let is_code = |code: &&str| code.bytes().all(|digit| digit.is_ascii_hexdigit());
+        match code.filter(is_code).and_then(|code| u8::from_str_radix(code, 16).ok()) {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &behind[2..];
+            }
+            None => {
+                bytes.push(*first);
+                rest = behind;
+            }
+        }
+    }
+    String::from_utf8(bytes).ok().filter(|decoded| decoded != href)
 }
 
 /// Returns the name of a chunk (DSP0243, 7.1).

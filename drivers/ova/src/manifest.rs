@@ -1,4 +1,5 @@
-//! Manifests of OVF packages: a digest of each file, in lines such as `SHA256(vm.ovf)= 0123…`.
+//! Manifests of OVF packages: a digest of each file, in lines such as `SHA256(vm.ovf)= 0123…`. The checksums
+//! of a zip archive make one as well.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -20,10 +21,12 @@ pub(crate) enum Algorithm {
     Sha1,
     Sha256,
     Sha512,
+    /// The checksum of a zip archive. No manifest has it.
+    Crc32,
 }
 
 impl Algorithm {
-    /// All algorithms, in the order of their strength.
+    /// All algorithms of manifests, in the order of their strength.
     pub(crate) const ALL: [Self; 3] = [Self::Sha1, Self::Sha256, Self::Sha512];
 
     /// Returns the name in manifests.
@@ -32,26 +35,34 @@ impl Algorithm {
             Self::Sha1 => "SHA1",
             Self::Sha256 => "SHA256",
             Self::Sha512 => "SHA512",
+            Self::Crc32 => "CRC-32",
         }
     }
 
     /// Returns a digest of nothing.
     pub(crate) fn hasher(self) -> Hasher {
-        Hasher(match self {
-            Self::Sha1 => Box::new(Sha1::new()),
-            Self::Sha256 => Box::new(Sha256::new()),
-            Self::Sha512 => Box::new(Sha512::new()),
-        })
+        match self {
+            Self::Sha1 => Hasher::Digest(Box::new(Sha1::new())),
+            Self::Sha256 => Hasher::Digest(Box::new(Sha256::new())),
+            Self::Sha512 => Hasher::Digest(Box::new(Sha512::new())),
+            Self::Crc32 => Hasher::Crc(crc32fast::Hasher::new()),
+        }
     }
 
     /// Returns the length of a digest in bytes.
     pub(crate) fn len(self) -> usize {
-        self.hasher().0.output_size()
+        match self.hasher() {
+            Hasher::Digest(digest) => digest.output_size(),
+            Hasher::Crc(_) => size_of::<u32>(),
+        }
     }
 }
 
 /// A digest that is being computed.
-pub(crate) struct Hasher(Box<dyn DynDigest + Send>);
+pub(crate) enum Hasher {
+    Digest(Box<dyn DynDigest + Send>),
+    Crc(crc32fast::Hasher),
+}
 
 impl fmt::Debug for Hasher {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -61,11 +72,17 @@ impl fmt::Debug for Hasher {
 
 impl Hasher {
     pub(crate) fn update(&mut self, bytes: &[u8]) {
-        self.0.update(bytes);
+        match self {
+            Self::Digest(digest) => digest.update(bytes),
+            Self::Crc(crc) => crc.update(bytes),
+        }
     }
 
     pub(crate) fn finish(self) -> Vec<u8> {
-        self.0.finalize().into_vec()
+        match self {
+            Self::Digest(digest) => digest.finalize().into_vec(),
+            Self::Crc(crc) => crc.finalize().to_be_bytes().to_vec(),
+        }
     }
 }
 
@@ -87,12 +104,14 @@ impl Line {
         if found == self.digest {
             return Ok(());
         }
-        Err(Error::corrupt(format!(
-            "'{}' does not have the {} digest that the manifest states",
-            self.name,
-            self.algorithm.name()
-        ))
-        .hint("the file was changed or damaged since the package was made: copy it again"))
+        let stated = match self.algorithm {
+            Algorithm::Crc32 => "CRC-32 checksum that the archive",
+            Algorithm::Sha1 => "SHA1 digest that the manifest",
+            Algorithm::Sha256 => "SHA256 digest that the manifest",
+            Algorithm::Sha512 => "SHA512 digest that the manifest",
+        };
+        Err(Error::corrupt(format!("'{}' does not have the {stated} states", self.name))
+            .hint("the file was changed or damaged since the package was made: copy it again"))
     }
 
     /// Reads and checks the whole file.
@@ -143,6 +162,18 @@ impl Manifest {
         Ok(manifest)
     }
 
+    /// Returns a manifest of the checksums of these files of a zip archive.
+    pub(crate) fn of_crcs(files: impl Iterator<Item = (String, u32)>) -> Self {
+        let line = |(name, crc): (String, u32)| Line {
+            algorithm: Algorithm::Crc32,
+            name,
+            digest: crc.to_be_bytes().to_vec(),
+        };
+        let lines: Vec<Line> = files.map(line).collect();
+        let by_name = (0..).zip(&lines).map(|(index, line)| (line.name.clone(), index)).collect();
+        Self { lines, by_name }
+    }
+
     /// Returns the line of a file.
     pub(crate) fn line(&self, name: &str) -> Option<&Line> {
         self.by_name.get(name).and_then(|index| self.lines.get(*index))
@@ -161,11 +192,12 @@ impl Manifest {
     }
 }
 
+/// Maximum number of names in a note. Our limit: a person reads no more.
+pub(crate) const MAX_LISTED: usize = 5;
+
 /// Returns the first names for a note; `None` if there is none.
 pub(crate) fn first_names<'a>(mut names: impl Iterator<Item = &'a str>) -> Option<String> {
-    /// Maximum number of names. Our limit: a person reads no more.
-    const MOST: usize = 5;
-    let first: Vec<String> = names.by_ref().take(MOST).map(|name| format!("'{name}'")).collect();
+    let first: Vec<String> = names.by_ref().take(MAX_LISTED).map(|name| format!("'{name}'")).collect();
     let more = if names.next().is_some() { " and others" } else { "" };
     (!first.is_empty()).then(|| format!("{}{more}", first.join(", ")))
 }

@@ -7,6 +7,23 @@ use std::sync::Arc;
 use imgtool_core::input::{FileRun, InputBody};
 use imgtool_core::{Error, Input, Lease, ReadAt, Result};
 
+/// Bytes in memory.
+#[derive(Debug)]
+pub(crate) struct Bytes(pub(crate) Vec<u8>);
+
+impl ReadAt for Bytes {
+    fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
+        let start = usize::try_from(position).map_err(io::Error::other)?;
+        let found = self.0.get(start..).and_then(|rest| rest.get(..buf.len()));
+        buf.copy_from_slice(found.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn len(&self) -> u64 {
+        self.0.len() as u64
+    }
+}
+
 /// A range of the file.
 #[derive(Debug, Clone, Copy)]
 struct Piece {
@@ -120,24 +137,10 @@ impl ReadAt for Pieces {
 mod tests {
     use super::*;
 
-    struct Memory(Vec<u8>);
-
-    impl ReadAt for Memory {
-        fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
-            let start = usize::try_from(position).map_err(io::Error::other)?;
-            buf.copy_from_slice(self.0.get(start..start + buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?);
-            Ok(())
-        }
-
-        fn len(&self) -> u64 {
-            self.0.len() as u64
-        }
-    }
-
     #[test]
     fn reads_across_pieces_and_zeros() {
         let mut pieces = Pieces::default();
-        let input = |bytes: &[u8]| Input::from_read_at("x", Arc::new(Memory(bytes.to_vec())));
+        let input = |bytes: &[u8]| Input::from_read_at("x", Arc::new(Bytes(bytes.to_vec())));
         let first = pieces.source(input(b"0123456789")).expect("random");
         let second = pieces.source(input(b"abc")).expect("random");
         pieces.push(first, 3, 4).expect("fits");

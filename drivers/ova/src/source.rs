@@ -54,29 +54,51 @@ impl PackageSource {
     }
 
     fn open_archive(format: &'static str, input: Input, options: &OpenOptions) -> Result<Self> {
-        if !tar::may_be_tar(&input.head()?) {
-            return Err(Error::wrong_format("not a tar archive").at(0));
-        }
-        let mut archive = Archive::open(input.into_random()?, &options.memory)?;
-        let notes = std::mem::take(&mut archive.notes);
+        let mut archive = match format == crate::ZIP {
+            true => Archive::open_zip(input.into_random()?, options)?,
+            false if !tar::may_be_tar(&input.head()?) => {
+                return Err(Error::wrong_format("not a tar archive").at(0));
+            }
+            false => Archive::open_tar(input.into_random()?, options)?,
+        };
+        let (notes, sums) = (std::mem::take(&mut archive.notes), archive.sums.take());
         let names: Vec<String> = archive.names().map(str::to_owned).collect();
         let files = Files::Archive(archive);
-        let name = descriptor_name(&names)?;
         let info = ImageInfo { format, notes, ..ImageInfo::default() };
-        let Some(name) = name else {
+        if let Some(member) = &options.member {
+            let manifest = match descriptor_name(&names) {
+                Ok(Some(name)) => open_manifest(&files, &manifest_name(name, &names))?,
+                _ => None,
+            };
+            let disks = disks::open_all(&files, &[disks::choose(member, &names)?], options)?;
+            return Ok(Self::new(info, disks, files, manifest.or(sums), options));
+        }
+        let Some(name) = descriptor_name(&names)? else {
             let names: Vec<&str> = names.iter().map(String::as_str).collect();
             let disks = disks::open_all(&files, &names, options)?;
-            return Ok(Self::new(info, disks, files, None, options));
+            return Ok(Self::new(info, disks, files, sums, options));
         };
         let text = read_small(files.expect(name)?, MAX_DESCRIPTOR, "the descriptor")?;
         let manifest_name = manifest_name(name, &names);
         let manifest = open_manifest(&files, &manifest_name)?;
-        if let Some(manifest) = &manifest {
+        if let Some(manifest) = manifest.as_ref().filter(|_| !options.salvage) {
             check_complete(manifest, &files, &names)?;
         }
         let mut source = Self::described(info, name, text, files, manifest, options)?;
+        source.manifest = source.manifest.or(sums);
         source.note_unlisted(&names, &[name, &manifest_name, &with_extension(name, "cert")]);
         Ok(source)
+    }
+
+    /// Makes a source of one member of a tar archive, which was copied to temporary storage.
+    ///
+    /// # Errors
+    /// Any error of opening it.
+    pub(crate) fn of_member(bytes: Input, name: &str, options: &OpenOptions) -> Result<Self> {
+        let files = Files::Folder(bytes.location().clone(), options.externals.clone());
+        let disk = disks::open_one(0, bytes.into_random()?, name, &disks::member_options(options, 1))?;
+        let info = ImageInfo { format: crate::TAR, ..ImageInfo::default() };
+        Ok(Self::new(info, vec![disk], files, None, options))
     }
 
     fn open_folder(format: &'static str, input: Input, options: &OpenOptions) -> Result<Self> {
@@ -88,11 +110,15 @@ impl PackageSource {
             None => open_manifest(&files, &with_extension(&name, "MF"))?,
             found => found,
         };
-        if let Some(manifest) = &manifest {
+        if let Some(manifest) = manifest.as_ref().filter(|_| !options.salvage) {
             let others = manifest.lines.iter().filter(|line| line.name != name);
             others.map(|line| &line.name).try_for_each(|name| files.expect(name).map(drop))?;
         }
         let info = ImageInfo { format, ..ImageInfo::default() };
+        if let Some(member) = &options.member {
+            let disks = disks::open_all(&files, &[member.as_str()], options)?;
+            return Ok(Self::new(info, disks, files, manifest, options));
+        }
         Self::described(info, &name, text, files, manifest, options)
     }
 
@@ -313,7 +339,8 @@ impl ImageSource for PackageSource {
         let mut losses = lock(&self.losses).clone();
         for member in &self.disks {
             let own = member.disk.disk.iter().flat_map(imgtool_core::Disk::losses);
-            losses.extend(own.map(|loss| Loss { device: member.disk.device.id, ..loss }));
+            let known = member.disk.losses.iter().cloned();
+            losses.extend(known.chain(own).map(|loss| Loss { device: member.disk.device.id, ..loss }));
         }
         losses
     }

@@ -24,7 +24,7 @@ use crate::source::{
     MAX_DESCRIPTOR, PackageSource, add_formats, describe, is_descriptor_name, needless_files, note_absent,
     with_extension,
 };
-use crate::tar::{Blocks, Entry, Walker};
+use crate::tar::{Blocks, Entry, Kind, Walker};
 
 /// Maximum number of bytes that are kept until it is known whether one pass suffices. Our limit: a
 /// descriptor, a manifest, and the tables in front of a disk of 512 GiB.
@@ -38,7 +38,11 @@ pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageS
     let (location, cancel) = (input.location().clone(), input.cancel_token());
     let lease = options.memory.lease(MAX_KEPT as u64, "the beginning of a package")?;
     let tape = Tape::new(input.into_stream()?);
-    let attempt = if options.salvage { Ok(None) } else { PackageStream::open(&tape, &location, options) };
+    let attempt = if options.salvage || options.member.is_some() {
+        Ok(None)
+    } else {
+        PackageStream::open(&tape, &location, options)
+    };
     let kept = lock(&tape.0).kept.take();
     drop(lease);
     match (attempt, kept) {
@@ -74,6 +78,11 @@ struct Reel {
 }
 
 impl Tape {
+    /// Wraps a stream of which nothing is kept.
+    pub(crate) fn passing(stream: Stream) -> Self {
+        Self(Arc::new(Mutex::new(Reel { stream, kept: None })))
+    }
+
     fn new(stream: Stream) -> Self {
         Self(Arc::new(Mutex::new(Reel { stream, kept: Some(Vec::new()) })))
     }
@@ -175,6 +184,8 @@ struct Pass {
     expected: Vec<Expected>,
     /// Names of the files that the descriptor lists and no disk needs.
     needless: Vec<String>,
+    /// First names of members that are no disks.
+    unlisted: Vec<String>,
     /// Number of disks that are complete.
     complete: usize,
     current: Option<Current>,
@@ -230,6 +241,7 @@ impl PackageStream {
             manifest,
             expected,
             needless,
+            unlisted: Vec::new(),
             complete: 0,
             current: None,
             seen,
@@ -280,7 +292,9 @@ fn expected_disks(descriptor: &Descriptor) -> Option<Vec<Expected>> {
     let mut files = HashSet::new();
     let disk = |disk: &ovf::DiskRef| {
         let file = descriptor.files.get(disk.file?)?;
-        let is_vmdk = file.href.to_ascii_lowercase().ends_with(".vmdk") && is_plain_name(&file.href);
+        // A percent sign may be that of a URI, or of the name.
+        let is_name = is_plain_name(&file.href) && !file.href.contains('%');
+        let is_vmdk = is_name && file.href.to_ascii_lowercase().ends_with(".vmdk");
         let is_usual = is_vmdk && !file.gzip && file.chunk_size.is_none() && files.insert(&file.href);
         let size = disk.capacity.filter(|_| is_usual)?;
         Some(Expected { name: disk.device.clone(), file: file.href.clone(), size })
@@ -295,6 +309,7 @@ impl Pass {
             let next = lock(&self.members).next()?;
             let Some(entry) = next else { return self.end_archive().map(|()| false) };
             if !entry.kind.is_file() {
+                crate::archive::note_other(&entry.name, entry.kind, &mut lock(&self.notes));
                 continue;
             }
             if self.seen.len() >= MAX_MEMBERS {
@@ -307,13 +322,26 @@ impl Pass {
             }
             let index = self.expected.iter().position(|disk| disk.file == entry.name);
             match index {
+                // The digest is of the whole file, and its holes are not in the archive.
+                Some(_) if entry.kind == Kind::Sparse => {
+                    return Err(Error::out_of_order(format!("'{}' is stored as a sparse file", entry.name))
+                        .hint("save the package to a file first"));
+                }
                 Some(index) if index == self.complete => return self.open_disk(&entry).map(|()| true),
                 Some(_) => {
                     return Err(Error::out_of_order("the disks are not in the order of the descriptor")
                         .hint("save the package to a file first"));
                 }
-                None => {}
+                None => self.note_unlisted(entry.name),
             }
+        }
+    }
+
+    /// Keeps the name of a member that is no disk, for a note.
+    fn note_unlisted(&mut self, name: String) {
+        let is_certificate = name.to_ascii_lowercase().ends_with(".cert");
+        if !is_certificate && self.unlisted.len() <= manifest::MAX_LISTED {
+            self.unlisted.push(name);
         }
     }
 
@@ -364,6 +392,9 @@ impl Pass {
         }
         let absent = self.needless.iter().map(String::as_str).filter(|name| !self.seen.contains(*name));
         lock(&self.notes).extend(note_absent(absent));
+        if let Some(names) = manifest::first_names(self.unlisted.iter().map(String::as_str)) {
+            lock(&self.notes).push(format!("no disk, and left out: {names}"));
+        }
         lock(&self.notes).extend(lock(&self.members).take_notes());
         Ok(())
     }

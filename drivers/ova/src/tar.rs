@@ -9,7 +9,7 @@ mod walker;
 pub(crate) mod write;
 
 pub(crate) use sparse::Run;
-pub(crate) use walker::{Blocks, Entry, Positions, Walker};
+pub(crate) use walker::{Blocks, Entry, Positions, Walker, checked_name};
 
 /// Length in bytes of a block. Headers and contents fill whole blocks.
 pub(crate) const BLOCK: usize = 512;

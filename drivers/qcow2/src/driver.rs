@@ -42,6 +42,7 @@ impl Driver for Qcow2Driver {
             stream_write: false,
             archive: None,
             container: false,
+            stream_member: false,
             verbatim: false,
             in_place: InPlace::BlockDevices,
             updates: true,

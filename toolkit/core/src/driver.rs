@@ -48,14 +48,14 @@ pub trait Driver: Send + Sync {
     fn probe(&self, head: &[u8], len: Option<u64>) -> Option<Confidence>;
 
     /// True if a file that has one of the driver's extensions is of this format by its last bytes, `end`, at
-    /// most [`crate::input::PROBE_END_LEN`]. For `None`, the end of a stream that is not known yet, true if the
-    /// format has a signature there. False by default.
+    /// most [`crate::input::PROBE_END_LEN`]. For `None`, the end of a stream that is not known yet, true if
+    /// the format has a signature there. False by default.
     fn probe_end(&self, _end: Option<&[u8]>) -> bool {
         false
     }
 
-    /// True if an image that begins with `head` can be read in one pass from a stream. By default, every image
-    /// of a format with [`Capabilities::stream_read`] can.
+    /// True if an image that begins with `head` can be read in one pass from a stream. By default, every
+    /// image of a format with [`Capabilities::stream_read`] can.
     fn reads_stream(&self, _head: &[u8]) -> bool {
         self.capabilities().stream_read
     }
@@ -73,8 +73,8 @@ pub trait Driver: Send + Sync {
         Err(Error::unsupported(format!("{} images have no structure to check", self.name())))
     }
 
-    /// Repairs the structure of the image in `image`; reads and changes no guest data. Returns the report of a
-    /// check before the repair. Every write leaves an image that is no worse than before.
+    /// Repairs the structure of the image in `image`; reads and changes no guest data. Returns the report of
+    /// a check before the repair. Every write leaves an image that is no worse than before.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Refused`] for damage that the driver does not mend; nothing has been written then.
@@ -83,8 +83,8 @@ pub trait Driver: Send + Sync {
         Err(Error::unsupported(format!("{} images can't be repaired", self.name())))
     }
 
-    /// Changes the size of the only disk of the image in `image`. New bytes are zeros. Every write leaves an intact
-    /// image of the old or the new size.
+    /// Changes the size of the only disk of the image in `image`. New bytes are zeros. Every write leaves an
+    /// intact image of the old or the new size.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Refused`] if data would be cut off without permission; [`crate::ErrorKind::Unsupported`]
@@ -166,8 +166,8 @@ pub trait ImageWriter: Send + Sync {
         true
     }
 
-    /// True if the content must come one device after the other, each in guest order. The caller then saves the
-    /// stream of an archive first, whose devices may come together. False by default.
+    /// True if the content must come one device after the other, each in guest order. The caller then saves
+    /// the stream of an archive first, whose devices may come together. False by default.
     fn needs_guest_order(&self) -> bool {
         false
     }
@@ -200,9 +200,9 @@ pub trait ImageWriter: Send + Sync {
     }
 
     /// Opens the existing image in `image` to replace the content of its disk with `manifest`'s only device.
-    /// The image keeps everything else: its virtual size, options, snapshots and backing image. `reads_as_zero`
-    /// is true if its disk is known to contain only zeros. `files` opens the other files of the image that
-    /// change, `options` supplies those that are only read, and memory.
+    /// The image keeps everything else: its virtual size, options, snapshots and backing image.
+    /// `reads_as_zero` is true if its disk is known to contain only zeros. `files` opens the other files of
+    /// the image that change, `options` supplies those that are only read, and memory.
     ///
     /// Every write leaves an image whose structure is intact, and whose old content outside the range of the
     /// device is whole.
@@ -265,6 +265,9 @@ pub struct Capabilities {
     pub archive: Option<Archive>,
     /// True if an image contains other images, each opened by the driver of its own format (a tar of disks).
     pub container: bool,
+    /// True if a chosen member of a container ([`crate::OpenOptions::member`]) can be read from a pipe,
+    /// though the container as a whole can't.
+    pub stream_member: bool,
     /// True if an image consists of its disk's bytes and nothing else, so any content is legal.
     pub verbatim: bool,
     /// Kinds of existing targets that are overwritten in place rather than replaced.

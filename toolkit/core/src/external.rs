@@ -30,12 +30,15 @@ pub struct OpenOptions {
     pub force_share: bool,
     /// True to accept bytes after the end of an archive.
     pub ignore_trailing: bool,
-    /// True to read a file as it is: outer compression is not removed, and a file that no driver recognises is a raw
-    /// disk, whatever its name and content suggest.
+    /// True to read a file as it is: outer compression is not removed, and a file that no driver recognises
+    /// is a raw disk, whatever its name and content suggest.
     pub plain: bool,
     /// Part of the file that is the image; the rest is not read. It does not apply to the files that the
     /// image names.
     pub part: Option<FilePart>,
+    /// Name of the file in an archive ([`crate::Capabilities::container`]) that is the image. Other drivers
+    /// ignore it.
+    pub member: Option<String>,
     /// The internal snapshot to read instead of the active state.
     pub snapshot: Option<SnapshotChoice>,
     /// True if the caller needs the persistent bitmaps ([`ImageSource::bitmaps`]).
@@ -120,8 +123,8 @@ pub trait ExternalOpener: Send + Sync {
         options: &OpenOptions,
     ) -> Result<Arc<dyn ImageSource>>;
 
-    /// Removes the outer compression `compression` ("gzip") from a member of a container. If the result can't be
-    /// read by position, it is copied to temporary storage.
+    /// Removes the outer compression `compression` ("gzip") from a member of a container. If the result can't
+    /// be read by position, it is copied to temporary storage.
     ///
     /// # Errors
     /// [`crate::ErrorKind::WrongFormat`] if the member is not compressed in this way;

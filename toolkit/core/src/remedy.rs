@@ -87,6 +87,13 @@ pub enum Remedy {
         /// Alternative that uses all disks.
         advice: Cow<'static, str>,
     },
+    /// Choose one of the files in the archive ([`crate::OpenOptions::member`]).
+    ChooseMember {
+        /// Quoted names of the first files; untrusted.
+        names: String,
+    },
+    /// Leave out the choice of a file in an archive.
+    LeaveOutMember,
     /// Make an image of each source, an archive of all, or join them to one disk.
     JoinSources,
     /// State a destination for every disk, or select fewer.
@@ -108,8 +115,8 @@ pub enum Remedy {
     GiveSecret,
     /// Give only one passphrase, or state the one of this image: the image can't tell which is right.
     GiveOneSecret,
-    /// Give the passphrase of the container, or state this format, in which the encrypted bytes are copied as they
-    /// are.
+    /// Give the passphrase of the container, or state this format, in which the encrypted bytes are copied as
+    /// they are.
     GiveSecretOrReadAs {
         /// Name of the format.
         format: &'static str,
@@ -174,6 +181,8 @@ impl fmt::Display for Remedy {
             Self::SetOption(option) => write!(f, "set the option {option}"),
             Self::ListOptions { advice, .. } => f.write_str(advice),
             Self::SelectDisk { names, advice } => write!(f, "{advice}, or select one of {names}"),
+            Self::ChooseMember { names } => write!(f, "choose one of the files in it: {names}"),
+            Self::LeaveOutMember => f.write_str("choose no file: the image is no archive of images"),
             Self::JoinSources => f.write_str(
                 "a directory (a name that ends in '/') takes an image for each, an archive all of them; or join them to one disk",
             ),

@@ -19,15 +19,19 @@ const DECOMPRESS: &str = "pipe it in through its own program";
 const RESTORE: &str = "restore it with the program that made it";
 const NOTHING: &str = "check the name";
 
-/// Files that users take for disk images, and the most common others. No disk begins like one of them, unless a
-/// guest uses it without partitions to store such a file.
+/// Files that users take for disk images, and the most common others. No disk begins like one of them, unless
+/// a guest uses it without partitions to store such a file.
 const NO_DISKS: [NoDisk; 27] = [
     no_disk(
         "a tar archive",
         "with a name that ends in .tar or .ova, the disks in it are read",
         &[(257, b"ustar\x0000"), (257, b"ustar  \0")],
     ),
-    no_disk("a zip archive", UNPACK, &[(0, b"PK\x03\x04"), (0, b"PK\x05\x06"), (0, b"PK\x07\x08")]),
+    no_disk(
+        "a zip archive",
+        "with a name that ends in .zip, the disks in it are read",
+        &[(0, b"PK\x03\x04"), (0, b"PK\x05\x06"), (0, b"PK\x07\x08")],
+    ),
     no_disk("a 7z archive", UNPACK, &[(0, b"7z\xbc\xaf\x27\x1c")]),
     no_disk("a rar archive", UNPACK, &[(0, b"Rar!\x1a\x07")]),
     no_disk("a xar archive", UNPACK, &[(0, b"xar!")]),
@@ -91,7 +95,8 @@ fn has(bytes: &[u8], start: usize, (at, magic): &Magic) -> bool {
     at.checked_sub(start).and_then(|at| bytes.get(at..)).is_some_and(|rest| rest.starts_with(magic))
 }
 
-/// True for a program of Windows, except for a Linux kernel that firmware can start: it is a boot sector, too.
+/// True for a program of Windows, except for a Linux kernel that firmware can start: it is a boot sector,
+/// too.
 fn is_windows_program(head: &[u8]) -> bool {
     let is_boot_sector = has(head, 0, &(510, b"\x55\xaa"));
     let header = head.get(60..64).and_then(|at| at.try_into().ok()).map(u32::from_le_bytes);

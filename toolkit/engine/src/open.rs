@@ -32,8 +32,8 @@ pub struct Opened {
     pub stored_len: Option<u64>,
     /// Number of bytes that a stream has read from its file or pipe; `None` for an input read by position.
     pub consumed: Option<Consumed>,
-    /// True if the image was opened to salvage what is left of it. Its extents are then queried only once, in the
-    /// order of the copy, since queries record losses.
+    /// True if the image was opened to salvage what is left of it. Its extents are then queried only once, in
+    /// the order of the copy, since queries record losses.
     pub salvages: bool,
     /// True if the image was a stream, which was copied to temporary storage.
     pub spooled: bool,
@@ -126,8 +126,8 @@ impl Opened {
     }
 }
 
-/// Resolves the file name `name` in the image at `image`; `None` for a stream. If the image is a symbolic link,
-/// the name is beside the file that the link leads to, as for [`crate::externals::PolicyOpener`].
+/// Resolves the file name `name` in the image at `image`; `None` for a stream. If the image is a symbolic
+/// link, the name is beside the file that the link leads to, as for [`crate::externals::PolicyOpener`].
 pub fn resolve(image: &Location, name: &str) -> Option<Location> {
     let name = name.strip_prefix("file:").unwrap_or(name);
     let is_link = |path: &Path| std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_symlink());
@@ -136,9 +136,9 @@ pub fn resolve(image: &Location, name: &str) -> Option<Location> {
 }
 
 /// Opens the bytes of an image and removes outer compression. If the user states the `format` raw, in which
-/// any content is legal, only the file extensions determine the compression. A file that its end identifies as
-/// an image of the stated format, or of its extension's, is not compressed. With [`OpenOptions::plain`], no
-/// compression is removed, nor from a part of a file ([`OpenOptions::part`]) that is raw. Decoders borrow
+/// any content is legal, only the file extensions determine the compression. A file that its end identifies
+/// as an image of the stated format, or of its extension's, is not compressed. With [`OpenOptions::plain`],
+/// no compression is removed, nor from a part of a file ([`OpenOptions::part`]) that is raw. Decoders borrow
 /// from the memory of `options`, which also decide about a file in use.
 ///
 /// # Errors
@@ -247,13 +247,14 @@ fn open_located(
     monitor: &dyn Monitor,
 ) -> Result<Opened> {
     let input = with_end_watched(registry, input, format, options.info_only, monitor)?;
-    let (driver, confidence) = choose_driver(registry, &input, format, options.plain)?;
+    let (driver, confidence) = choose_driver(registry, &input, format, options)?;
     if options.snapshot.is_some() && !driver.capabilities().snapshots {
         return Err(Error::unsupported(format!("{} images hold no snapshots", driver.name()))
             .hint("leave the snapshot out to read the image as it is"));
     }
     let head = input.input.head()?;
-    let input = match (driver.reads_stream(&head), options.info_only) {
+    let takes_member = options.member.is_some() && !options.salvage && driver.capabilities().stream_member;
+    let input = match (takes_member || driver.reads_stream(&head), options.info_only) {
         (true, _) => input,
         (false, true) => input.spool_for_facts()?,
         (false, false) => spool::spool(input, monitor)?,
@@ -306,15 +307,16 @@ fn with_opener(registry: &Registry, options: &OpenOptions) -> OpenOptions {
     options
 }
 
-/// True if the extension says that the file is a raw disk: the first one of the driver. Any image may be called
-/// `.img`.
+/// True if the extension says that the file is a raw disk: the first one of the driver. Any image may be
+/// called `.img`.
 pub(crate) fn is_named_raw(driver: &dyn Driver, location: &Location) -> bool {
     let name = name_without_compression(location).unwrap_or_default().to_ascii_lowercase();
     name.rsplit_once('.').is_some_and(|(_, extension)| driver.extensions().first() == Some(&extension))
 }
 
-/// Returns the driver called `format`, if stated, otherwise the driver that recognises the input. With `plain`, any
-/// other content is a raw disk.
+/// Returns the driver called `format`, if stated, otherwise the driver that recognises the input: with a
+/// chosen member, also a container whose name does not say so. With [`OpenOptions::plain`], any other content
+/// is a raw disk.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::WrongFormat`] if no driver recognises the content, or if the content
@@ -323,14 +325,14 @@ fn choose_driver(
     registry: &Registry,
     input: &OpenInput,
     format: Option<&str>,
-    plain: bool,
+    options: &OpenOptions,
 ) -> Result<(Arc<dyn Driver>, Confidence)> {
     refuse_empty_stream(input)?;
     if let Some(name) = format {
         return Ok((registry.get(name)?, Confidence::Magic));
     }
-    let (driver, confidence) = recognise(registry, input)?;
-    if confidence == Confidence::Fallback && !plain {
+    let (driver, confidence) = recognise_for(registry, input, options)?;
+    if confidence == Confidence::Fallback && !options.plain {
         check_name(registry, input, &*driver)?;
         refuse_other_files(registry, input, &*driver)?;
     }
@@ -347,15 +349,15 @@ fn refuse_other_files(registry: &Registry, open: &OpenInput, driver: &dyn Driver
             .at(0)
             .remedied_by(Remedy::ReadAs { format: raw, advice: found.advice.into() }));
     }
-    // The end of a stream is not known yet: `Tail` looks at it. The damaged end of a compressed file is an error
-    // of the read that needs it.
+    // The end of a stream is not known yet: `Tail` looks at it. The damaged end of a compressed file is an
+    // error of the read that needs it.
     let end = if open.compression.is_empty() { open.input.end()? } else { open.input.end().unwrap_or(None) };
     end.map_or(Ok(()), |end| tail::refuse_other_end(registry, raw, &end))
 }
 
-/// Copies a stream to temporary storage if only its end may tell its format: its name is that of a format with a
-/// signature at the end, and its beginning is that of another format, or one that can't be read in one pass.
-/// `facts_only` is true for a caller that needs no content.
+/// Copies a stream to temporary storage if only its end may tell its format: its name is that of a format
+/// with a signature at the end, and its beginning is that of another format, or one that can't be read in one
+/// pass. `facts_only` is true for a caller that needs no content.
 ///
 /// # Errors
 /// Same as [`OpenInput::spool`] and [`OpenInput::spool_for_facts`].
@@ -397,11 +399,12 @@ fn signed_at_end(registry: &Registry, location: &Location) -> Option<Arc<dyn Dri
     driver_by_name(registry, location).filter(|driver| driver.probe_end(None))
 }
 
-/// Returns the driver that recognises the input by its last bytes, if the name has the extension of the format,
-/// or by its first bytes. The end comes first: it is of the image's program, while a guest may have written the
-/// first sector of a disk that begins the file. A name alone decides nothing else, and the end of a file alone
-/// neither: a guest may have written the last sector of a raw disk. A container needs a name with its extension as
-/// well, since guests store archives on disks without partitions. Call [`with_end`] before.
+/// Returns the driver that recognises the input by its last bytes, if the name has the extension of the
+/// format, or by its first bytes. The end comes first: it is of the image's program, while a guest may have
+/// written the first sector of a disk that begins the file. A name alone decides nothing else, and the end of
+/// a file alone neither: a guest may have written the last sector of a raw disk. A container needs a name
+/// with its extension as well, since guests store archives on disks without partitions. Call [`with_end`]
+/// before.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::WrongFormat`] if no driver recognises the content.
@@ -420,8 +423,45 @@ pub fn recognise(registry: &Registry, open: &OpenInput) -> Result<(Arc<dyn Drive
     Ok(if is_named { (named, Confidence::Magic) } else { found })
 }
 
-/// Returns the driver that recognises the input by its first bytes; for a container whose name does not say so, the
-/// driver of raw disks.
+/// Like [`recognise`]; the choice of a member ([`OpenOptions::member`]) says of any file that it is a
+/// container.
+///
+/// # Errors
+/// Same as [`recognise`].
+pub fn recognise_for(
+    registry: &Registry,
+    open: &OpenInput,
+    options: &OpenOptions,
+) -> Result<(Arc<dyn Driver>, Confidence)> {
+    if options.member.is_some() {
+        let found = registry.probe(&open.input.head()?, open.input.len())?;
+        if found.0.capabilities().container {
+            return Ok(found);
+        }
+    }
+    recognise(registry, open)
+}
+
+/// Refuses the choice of a member if none of the images is a container.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] in this case.
+pub fn check_member<'o>(member: Option<&str>, mut opened: impl Iterator<Item = &'o Opened>) -> Result<()> {
+    let Some(member) = member else { return Ok(()) };
+    match opened.any(|opened| opened.driver.capabilities().container) {
+        true => Ok(()),
+        false => Err(no_member(member)),
+    }
+}
+
+/// Returns the error for a chosen member of something that is no container.
+pub fn no_member(member: &str) -> Error {
+    Error::usage(format!("'{member}' can't be chosen: a disk image is no archive of files"))
+        .remedied_by(Remedy::LeaveOutMember)
+}
+
+/// Returns the driver that recognises the input by its first bytes; for a container whose name does not say
+/// so, the driver of raw disks.
 fn probe_by_name(registry: &Registry, input: &Input) -> Result<(Arc<dyn Driver>, Confidence)> {
     let found = registry.probe(&input.head()?, input.len())?;
     let is_container = |driver: &dyn Driver| driver.capabilities().container;
@@ -433,8 +473,8 @@ fn probe_by_name(registry: &Registry, input: &Input) -> Result<(Arc<dyn Driver>,
     }
 }
 
-/// Refuses an empty stream, and a compressed file without content: the command that wrote it has failed. A file
-/// may be empty.
+/// Refuses an empty stream, and a compressed file without content: the command that wrote it has failed. A
+/// file may be empty.
 fn refuse_empty_stream(open: &OpenInput) -> Result<()> {
     if !(open.input.is_stream() || open.spooled) || !open.input.head()?.is_empty() {
         return Ok(());

@@ -14,6 +14,7 @@ use crate::format::{FormatOptions, TargetFormat};
 use crate::join;
 use crate::layout::{DiskTarget, Layout, LayoutRequest};
 use crate::monitor::Monitor;
+use crate::open;
 use crate::report::Note;
 use crate::run::Plan;
 use crate::sources::{self, OpenSource, SelectedDisk, SourceRequest};
@@ -80,6 +81,8 @@ pub struct OpenSettings {
     pub ignore_trailing: bool,
     /// True to read files as they are; see [`OpenOptions::plain`].
     pub plain: bool,
+    /// Name of the file in an archive that is the image; see [`OpenOptions::member`].
+    pub member: Option<String>,
     /// Internal snapshot to read instead of the active state.
     pub snapshot: Option<SnapshotChoice>,
     /// Policy for the external files of images.
@@ -100,6 +103,7 @@ impl OpenSettings {
             force_share: self.force_share,
             ignore_trailing: self.ignore_trailing,
             plain: self.plain,
+            member: self.member.clone(),
             snapshot: self.snapshot.clone(),
             secrets: self.secrets.clone(),
             externals: opener.borrowing(&self.memory).sharing(sharing).externals(),
@@ -158,6 +162,7 @@ impl Request {
             monitor,
             cancel,
         )?;
+        open::check_member(self.open.member.as_deref(), sources.iter().map(|source| &source.opened))?;
         let outputs = self.outputs(&sources, &opener)?;
         let sources = if self.join { join::join(registry, sources)? } else { sources };
         Ok(OpenConversion {
@@ -254,7 +259,8 @@ impl OpenConversion<'_> {
     pub fn select(&mut self) -> Result<()> {
         self.notes.clear();
         self.selected = sources::select(self.registry, &self.sources, &self.request.disks)?;
-        // A package has a description, but no place for the state of a platform, unless the user wants it as a disk.
+        // A package has a description, but no place for the state of a platform, unless the user wants it as
+        // a disk.
         let is_package = self.format.is_archive() && self.format.driver.capabilities().container;
         if is_package && self.request.disks.is_empty() {
             let notes = sources::leave_out_platform_state(&self.sources, &mut self.selected);

@@ -14,6 +14,7 @@ pub mod saved;
 pub mod tar;
 pub mod toy;
 pub mod vma;
+pub mod zip;
 
 pub use files::{
     assert_same, assert_same_rounded, first_difference, fixture, names, occupied, sha256, sha256_file,

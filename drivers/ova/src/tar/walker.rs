@@ -115,13 +115,20 @@ pub(crate) struct Walker<B> {
     filler: u64,
     /// True once the last member was returned.
     ended: bool,
+    /// True to return what is left of a member that was cut, as the last one.
+    salvages: bool,
     notes: Vec<String>,
 }
 
 impl<B: Blocks> Walker<B> {
     /// Creates an iterator that begins with the first member.
     pub(crate) fn new(blocks: B) -> Self {
-        Self { blocks, pending: 0, filler: 0, ended: false, notes: Vec::new() }
+        Self { blocks, pending: 0, filler: 0, ended: false, salvages: false, notes: Vec::new() }
+    }
+
+    /// Returns what is left of a member that was cut, as the last one, if `salvages` is set.
+    pub(crate) fn salvaging(self, salvages: bool) -> Self {
+        Self { salvages, ..self }
     }
 
     /// Returns the next member; `None` at the end. Skips what was not read of the one before.
@@ -146,7 +153,7 @@ impl<B: Blocks> Walker<B> {
                 _ => return self.entry(&header, long_name, records).map(Some).map_err(|e| e.at(at)),
             }
         }
-        match long_name.is_none() && records.is_empty() {
+        match self.salvages || long_name.is_none() && records.is_empty() {
             true => Ok(None),
             false => Err(Error::corrupt("the archive ends behind an extended header")
                 .hint("the file is cut short: copy it again")),
@@ -168,6 +175,11 @@ impl<B: Blocks> Walker<B> {
         Ok(len)
     }
 
+    /// Returns notes for the user, which stay.
+    pub(crate) fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
     /// Returns notes for the user.
     pub(crate) fn take_notes(&mut self) -> Vec<String> {
         std::mem::take(&mut self.notes)
@@ -181,6 +193,7 @@ impl<B: Blocks> Walker<B> {
             0 => self.notes.push("the archive ends without an end mark; it may be cut short".to_owned()),
             BLOCK if block.iter().any(|byte| *byte != 0) => return Ok(Some(block)),
             BLOCK => self.end_mark(at)?,
+            _ if self.salvages => self.notes.push("the archive was cut within a header".to_owned()),
             _ => return Err(cut(at)),
         }
         self.ended = true;
@@ -262,8 +275,13 @@ impl<B: Blocks> Walker<B> {
             (size, runs) = self.sparse(header, stored)?;
         }
         let start = self.blocks.position();
-        if self.blocks.left().is_some_and(|left| left < stored) {
-            return Err(cut(start));
+        let mut stored = stored;
+        if let Some(left) = self.blocks.left().filter(|left| *left < stored) {
+            if !self.salvages || kind != Kind::File {
+                return Err(cut(start));
+            }
+            self.notes.push(format!("'{name}' was cut: {left} of its {stored} bytes are left"));
+            (stored, size, self.ended) = (left, left, true);
         }
         (self.pending, self.filler) = (stored, filler(stored));
         Ok(Entry { name, kind, start, stored, size, runs })
@@ -308,7 +326,7 @@ fn cut(at: u64) -> Error {
 ///
 /// # Errors
 /// `Malformed` for a name that leads out of the archive.
-fn checked_name(name: &[u8]) -> Result<String> {
+pub(crate) fn checked_name(name: &[u8]) -> Result<String> {
     let name = String::from_utf8_lossy(name.split(|byte| *byte == 0).next().unwrap_or_default());
     let mut inner = &*name;
     while let Some(rest) = inner.strip_prefix("./") {

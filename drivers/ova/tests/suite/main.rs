@@ -6,6 +6,7 @@ mod archives;
 mod packages;
 mod pipes;
 mod written;
+mod zips;
 
 use std::sync::Arc;
 

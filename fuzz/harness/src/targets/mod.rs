@@ -23,6 +23,7 @@ mod vhd;
 mod vhdx;
 mod vma;
 mod vmdk;
+mod zip;
 
 /// A target of the fuzzer.
 #[derive(Debug, Clone, Copy)]
@@ -36,7 +37,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const ALL: [Target; 18] = [
+pub const ALL: [Target; 19] = [
     Target { name: "raw", run: raw::run, image: None },
     Target { name: "qcow2", run: qcow2::run, image: Some(qcow2::image) },
     Target { name: "vhdx", run: vhdx::run, image: Some(vhdx::image) },
@@ -49,6 +50,7 @@ pub const ALL: [Target; 18] = [
     Target { name: "vma_stream", run: vma::run_stream, image: Some(vma::image) },
     Target { name: "vma_agree", run: vma::run_agree, image: Some(vma::image) },
     Target { name: "ova", run: ova::run, image: Some(ova::image) },
+    Target { name: "zip", run: zip::run, image: None },
     Target { name: "outer", run: outer::run, image: None },
     Target { name: "lzop", run: outer::run_lzop, image: None },
     Target { name: "map_file", run: map_file::run, image: None },
