@@ -41,6 +41,11 @@ pub(super) fn add(plan: &mut Plan) -> Result<()> {
             continue;
         }
         let disks = disks(plan, index, &machine, &directory)?;
+        if let Some(disk) = disks.iter().find(|disk| disk.path.to_str().is_none()) {
+            let text = format!("no XML for libvirt: the path of {} is no text in UTF-8", disk.device);
+            plan.layout.notes.push(Note::Text(text));
+            continue;
+        }
         // A domain without any of its disks would be of no use.
         if !disks.iter().any(|disk| machine.drive(&disk.device).is_some()) {
             continue;
@@ -99,8 +104,8 @@ fn encrypted(plan: &Plan, source: usize) -> Option<String> {
     outputs.find_map(|(output, disk)| output.format.writer.encrypts().then(|| disk.name.clone()))
 }
 
-/// Returns an absolute path without `..`, which libvirt's programs show and compare as text. Symbolic links of
-/// the directories before it are followed, as `..` demands.
+/// Returns an absolute path without `..`, which libvirt's programs show and compare as text. Symbolic links
+/// of the directories before it are followed, as `..` demands.
 fn plain_path(path: &Path) -> std::io::Result<PathBuf> {
     let path = std::path::absolute(path)?;
     if !path.components().any(|part| part == Component::ParentDir) {
@@ -116,8 +121,8 @@ fn plain_path(path: &Path) -> std::io::Result<PathBuf> {
     Ok(path)
 }
 
-/// Returns the disks of a source that are new files of a format for machines. The firmware's variables and the TPM's
-/// state are no disks.
+/// Returns the disks of a source that are new files of a format for machines. The firmware's variables and
+/// the TPM's state are no disks.
 fn disks(plan: &Plan, source: usize, machine: &Machine, directory: &Path) -> Result<Vec<DiskFile>> {
     let mut disks = Vec::new();
     for (output, disk) in outputs_of(plan, source) {

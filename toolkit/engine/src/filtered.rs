@@ -27,6 +27,7 @@ pub(crate) trait Filter: Send {
 /// An image that is read in one pass, through a filter.
 pub(crate) struct Filtered<F> {
     info: ImageInfo,
+    image: Arc<dyn ImageSource>,
     pass: Mutex<Pass<F>>,
 }
 
@@ -39,7 +40,7 @@ impl<F: Filter> Filtered<F> {
     /// Passes the pieces of `image`, which must be a stream, through `filter`. The image then has the facts
     /// `info`.
     pub(crate) fn new(image: Arc<dyn ImageSource>, info: ImageInfo, filter: F) -> Self {
-        Self { info, pass: Mutex::new(Pass { image, filter }) }
+        Self { info, image: Arc::clone(&image), pass: Mutex::new(Pass { image, filter }) }
     }
 }
 
@@ -58,6 +59,14 @@ impl<F: Filter + 'static> ImageSource for Filtered<F> {
 
     fn doubts(&self) -> Vec<Doubt> {
         lock(&self.pass).image.doubts()
+    }
+
+    fn verify(&self) -> Result<()> {
+        self.image.verify()
+    }
+
+    fn damage(&self) -> Option<&Error> {
+        self.image.damage()
     }
 
     fn notes(&self) -> Vec<String> {

@@ -109,8 +109,8 @@ pub fn check_memory(source: &dyn ImageSource, job: &Job<'_>) -> Result<()> {
     }
 }
 
-/// Returns, for each route, the resolution in bytes with which a copy queries the extents of its device; nothing
-/// for a stream.
+/// Returns, for each route, the resolution in bytes with which a copy queries the extents of its device;
+/// nothing for a stream.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::Usage`] for an invalid route.
@@ -151,24 +151,35 @@ pub fn copy(source: &dyn ImageSource, job: &Job<'_>) -> Result<Totals> {
             if has_device_twice(&job.routes) {
                 return Err(Error::usage("a stream can feed each device to only one target"));
             }
-            let access = source.access();
-            let mut stream = lock(stream);
-            let arrival = Arrival::of_stream(&*stream);
-            let regroup = Regroup::new(&targets, &info.devices, &all_routes(job), arrival)?;
-            let crew = Crew::hire(job, access, regroup.largest_piece())?;
-            let pass = Pass { stream: &mut *stream, job };
-            let producer = Producer::Stream { pass, regroup, ended: false };
-            let (totals, producer) = run(producer, None, &targets, &crew, BlockSharing::default())?;
-            if let Producer::Stream { pass, .. } = producer {
-                for route in &job.routes {
-                    if let Some(size) = pass.stream.final_size(route.from) {
-                        targets.of(*route).resize(route.to, size)?;
-                    }
-                }
-            }
+            let totals = copy_stream(source, &mut *lock(stream), job, &targets)?;
+            // An image may need its stream for it.
+            source.verify()?;
             Ok(totals)
         }
     }
+}
+
+/// Copies the content of a stream, which is that of `source`.
+fn copy_stream(
+    source: &dyn ImageSource,
+    stream: &mut dyn StreamAccess,
+    job: &Job<'_>,
+    targets: &Targets<'_>,
+) -> Result<Totals> {
+    let arrival = Arrival::of_stream(stream);
+    let regroup = Regroup::new(targets, &source.info().devices, &all_routes(job), arrival)?;
+    let crew = Crew::hire(job, source.access(), regroup.largest_piece())?;
+    let pass = Pass { stream, job };
+    let producer = Producer::Stream { pass, regroup, ended: false };
+    let (totals, producer) = run(producer, None, targets, &crew, BlockSharing::default())?;
+    if let Producer::Stream { pass, .. } = producer {
+        for route in &job.routes {
+            if let Some(size) = pass.stream.final_size(route.from) {
+                targets.of(*route).resize(route.to, size)?;
+            }
+        }
+    }
+    Ok(totals)
 }
 
 /// Returns the indices of all routes.
@@ -229,8 +240,8 @@ struct Routed {
 }
 
 impl<'a> Producer<'a> {
-    /// Returns the producer for the routes with these indices of a random-access source, and the maximum length
-    /// in bytes of a piece with data.
+    /// Returns the producer for the routes with these indices of a random-access source, and the maximum
+    /// length in bytes of a piece with data.
     fn of_random(
         random: &'a dyn RandomAccess,
         targets: &Targets<'_>,

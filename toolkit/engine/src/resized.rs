@@ -64,6 +64,10 @@ impl ImageSource for Resized {
     fn verify(&self) -> Result<()> {
         self.image.verify()
     }
+
+    fn damage(&self) -> Option<&Error> {
+        self.image.damage()
+    }
 }
 
 impl RandomAccess for Resized {

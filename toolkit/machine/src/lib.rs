@@ -43,9 +43,9 @@ fn mac_address(text: &str, number: usize, extra: &mut Vec<String>) -> Option<Mac
     mac
 }
 
-/// True if the firmware of a machine has no driver for drives on this controller. EDK II leaves the drivers PvScsi,
-/// MptScsi and LsiScsi out of OVMF since 2022, as Debian 12 has it; MegaRAID it never had. Its UEFI guests boot from
-/// SATA instead, for which every operating system has a driver.
+/// True if the firmware of a machine has no driver for drives on this controller. EDK II leaves the drivers
+/// PvScsi, MptScsi and LsiScsi out of OVMF since 2022, as Debian 12 has it; MegaRAID it never had. Its UEFI
+/// guests boot from SATA instead, for which every operating system has a driver.
 fn lacks_firmware_driver(machine: &Machine, model: ControllerModel) -> bool {
     use ControllerModel::{BusLogic, Lsi53c810, LsiLogic, LsiSas1068, MegaSas, Pvscsi};
     machine.firmware == Firmware::Uefi

@@ -8,7 +8,7 @@ use imgtool_core::{Error, Result};
 use quick_xml::NsReader;
 use quick_xml::XmlVersion;
 use quick_xml::events::{BytesDecl, BytesStart, Event};
-use quick_xml::name::{Namespace, ResolveResult};
+use quick_xml::name::{Namespace, NamespaceError, ResolveResult};
 
 /// Maximum length in bytes of a document. Our limit: real descriptions of a machine have less than 30 KiB.
 pub const MAX_LEN: usize = 4 << 20;
@@ -158,7 +158,7 @@ impl Tree<'_> {
         loop {
             let event = reader.read_event();
             let position = reader.buffer_position();
-            match self.take(&reader, event.map_err(|e| self.damaged(&e).at(position))?) {
+            match self.take(&reader, event.map_err(|e| self.unread(&e).at(position))?) {
                 Ok(true) => {}
                 Ok(false) => break,
                 Err(error) => return Err(error.at(position)),
@@ -290,6 +290,16 @@ impl Tree<'_> {
         Ok(())
     }
 
+    /// Returns the error for what the parser refuses.
+    fn unread(&self, why: &quick_xml::Error) -> Error {
+        match why {
+            quick_xml::Error::Namespace(NamespaceError::TooManyBindings(most)) => {
+                self.too_many("prefixes of namespaces", *most)
+            }
+            why => self.damaged(why),
+        }
+    }
+
     fn damaged(&self, why: &dyn std::fmt::Display) -> Error {
         Error::malformed(format!("{} is no well-formed XML: {why}", self.what))
     }
@@ -365,6 +375,7 @@ mod tests {
         let many = format!("<a>{}</a>", "<b/>".repeat(MAX_ELEMENTS));
         let wide: String = (0..=MAX_ATTRIBUTES).map(|n| format!(" a{n}=''")).collect();
         let long = "x".repeat(MAX_VALUE + 1);
+        let prefixes: String = (0..200).map(|number| format!(" xmlns:p{number}='u'")).collect();
         for (text, kind) in [
             ("", Malformed),
             ("text", Malformed),
@@ -381,6 +392,7 @@ mod tests {
             (&deep, LimitExceeded),
             (&many, LimitExceeded),
             (&format!("<a{wide}/>"), LimitExceeded),
+            (&format!("<a{prefixes}/>"), LimitExceeded),
             (&format!("<a>{long}</a>"), LimitExceeded),
             (&format!("<a b='{long}'/>"), LimitExceeded),
             (&format!("<a>{}</a>", " ".repeat(MAX_LEN)), LimitExceeded),

@@ -334,10 +334,13 @@ fn virtualbox(vbox: &Element, machine: &mut Machine) {
 
 /// Notes disks that no drive of the machine has.
 fn unused_disks(descriptor: &mut Descriptor) {
+    /// Maximum number of names in the note. Our limit: a person reads no more.
+    const MOST: usize = 5;
     let is_unused = |disk: &&DiskRef| descriptor.machine.drive(&disk.device).is_none();
-    let unused: Vec<String> =
-        descriptor.disks.iter().filter(is_unused).map(|disk| shown(&disk.device)).collect();
-    if !unused.is_empty() {
-        descriptor.notes.push(format!("no drive of the machine has the disk {}", unused.join(", ")));
+    let mut unused = descriptor.disks.iter().filter(is_unused).map(|disk| shown(&disk.device));
+    let first: Vec<String> = unused.by_ref().take(MOST).collect();
+    let more = if unused.next().is_some() { " and others" } else { "" };
+    if !first.is_empty() {
+        descriptor.notes.push(format!("no drive of the machine has the disk {}{more}", first.join(", ")));
     }
 }

@@ -72,6 +72,9 @@ pub fn padded(descriptor: &str, len: usize) -> Option<String> {
     Some(format!("{body}{}{END}", " ".repeat(blanks)))
 }
 
+/// Maximum number of controllers of a bus in a machine. Source: VMware's configuration maximums.
+const MAX_CONTROLLERS: usize = 4;
+
 struct Printer {
     text: String,
     lost: Vec<String>,
@@ -217,7 +220,16 @@ impl Printer {
     }
 
     fn drives(&mut self, machine: &Machine, disks: &[PackagedDisk<'_>]) {
-        for placed in placed(machine, disks) {
+        let placed = placed(machine, disks);
+        for bus in [Bus::Scsi, Bus::Sata, Bus::Nvme] {
+            let count = placed.iter().filter(|one| one.model.bus() == bus).count();
+            if count > MAX_CONTROLLERS {
+                self.lost.push(format!(
+                    "{count} {bus} controllers: VMware's programs take {MAX_CONTROLLERS}, and refuse the package"
+                ));
+            }
+        }
+        for placed in placed {
             self.controller(&placed);
         }
     }

@@ -373,6 +373,31 @@ fn disks_without_a_drive_get_free_places() {
 }
 
 #[test]
+fn more_controllers_than_importers_take_get_a_line() {
+    let names: Vec<String> = (0..61).map(|number| format!("d{number}")).collect();
+    let lost = |count: usize| {
+        let names = names[..count].iter().map(String::as_str);
+        let machine = Machine::of_disks("a", ControllerModel::LsiLogic, names.clone());
+        let disk = |device| PackagedDisk { device, href: device, len: None, capacity: 512, format: "" };
+        print(&machine, &names.map(disk).collect::<Vec<_>>()).lost.join("\n")
+    };
+    assert!(!lost(60).contains("controllers"), "{}", lost(60));
+    assert!(lost(61).contains("5 scsi controllers: VMware's programs take 4"), "{}", lost(61));
+}
+
+#[test]
+fn the_note_on_disks_without_a_drive_is_short() {
+    let names: Vec<String> = (0..100).map(|number| format!("d{number}.vmdk")).collect();
+    let disk = |href| PackagedDisk { device: href, href, len: None, capacity: 512, format: "" };
+    let disks: Vec<_> = names.iter().map(|name| disk(name.as_str())).collect();
+    let text = print(&Machine::default(), &disks).text;
+    let text =
+        text.replace("<rasd:HostResource>", "<rasd:Other>").replace("</rasd:HostResource>", "</rasd:Other>");
+    let notes = parsed(&text).notes.join("\n");
+    assert!(notes.contains("d0, d1, d2, d3, d4 and others") && !notes.contains("d5"), "{notes}");
+}
+
+#[test]
 fn padding_keeps_the_descriptor() {
     let (printed, _) = printed(&machine());
     let len = printed.text.len();
