@@ -63,6 +63,32 @@ fn check_repairs_leaks() {
     imgtool(["check", "-r", "leaks", "x.raw"]).within(dir.path()).go().exits(1);
 }
 
+/// A refcount that falls to one makes the copied flag of its entry wrong.
+#[test]
+fn leaks_of_a_lost_snapshot_are_repaired_without_new_errors() {
+    require!("qemu-img", "qemu-io");
+    let dir = tempdir();
+    run_in("qemu-img", dir.path(), &["create", "-q", "-f", "qcow2", "x", "10M"]);
+    run_in("qemu-io", dir.path(), &["-c", "write -P 3 4M 1M", "x"]);
+    run_in("qemu-img", dir.path(), &["snapshot", "-c", "lost", "x"]);
+    let path = dir.path().join("x");
+    let mut image = std::fs::read(&path).unwrap();
+    // Number of snapshots.
+    image[60..64].fill(0);
+    // An autoclear feature that nobody knows.
+    image[88] |= 0x80;
+    std::fs::write(&path, &image).unwrap();
+    imgtool(["check", "x"]).within(dir.path()).go().exits(3);
+    imgtool(["check", "-r", "leaks", "x"]).within(dir.path()).ok();
+    run_in("qemu-img", dir.path(), &["check", "-f", "qcow2", "x"]);
+    run_in("qemu-io", dir.path(), &["-c", "read -P 3 4M 1M", "x"]);
+    assert_eq!(std::fs::read(&path).unwrap()[88], 0);
+    std::fs::write(&path, &image).unwrap();
+    std::fs::write(dir.path().join("y"), &image).unwrap();
+    imgtool(["resize", "y", "+1M"]).within(dir.path()).go();
+    assert_eq!(std::fs::read(dir.path().join("y")).unwrap()[88], 0);
+}
+
 /// A failed allocation leaves the file as it was, so that a second try does not take its length for a success.
 #[test]
 fn a_resize_without_enough_space_changes_nothing() {

@@ -30,6 +30,7 @@ pub fn repair(output: &Output, what: Repair, options: &OpenOptions) -> Result<Ch
             .path(output.location())
             .hint("try 'qemu-img check -r all' on a copy, or salvage what is intact"));
     }
+    header.clear_unknown_autoclear(output)?;
     let mut refcounts = RefcountEditor::open(output, &header, &options.memory)?;
     if what == Repair::All {
         check::correct(open()?, options, &mut refcounts, Correction::Raise)?;
@@ -37,9 +38,13 @@ pub fn repair(output: &Output, what: Repair, options: &OpenOptions) -> Result<Ch
     }
     check::correct(open()?, options, &mut refcounts, Correction::Lower)?;
     flush(output, &mut refcounts)?;
-    if what == Repair::All {
+    // A refcount that was lowered to one makes a copied flag wrong. Beside refcounts that are too low, the flags stay:
+    // they would promise that nobody else uses the cluster.
+    if what == Repair::All || found.report.corruptions == 0 {
         correct_flags(&open()?, output, &header, &mut refcounts)?;
         output.sync()?;
+    }
+    if what == Repair::All {
         let clean = header.incompatible & !(INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT);
         if header.version >= 3 && clean != header.incompatible {
             output.write_at(&clean.to_be_bytes(), INCOMPATIBLE_FIELD)?;

@@ -37,6 +37,7 @@ pub fn resize(output: &Output, resize: Resize, options: &OpenOptions) -> Result<
     let size = resize.size.checked_next_multiple_of(SIZE_MULTIPLE);
     let size = size.filter(|size| i64::try_from(*size).is_ok());
     let size = size.ok_or_else(|| Error::limit("a disk must be smaller than 2^63 bytes"))?;
+    header.clear_unknown_autoclear(output)?;
     match size.cmp(&header.virtual_size) {
         std::cmp::Ordering::Equal => Ok(()),
         std::cmp::Ordering::Greater => grow(output, &header, size, options),

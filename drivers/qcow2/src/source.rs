@@ -49,6 +49,9 @@ impl Qcow2Source {
     pub fn open(input: Input, options: &OpenOptions) -> Result<Self> {
         let input = input.into_random()?;
         let header = Header::read(&input)?;
+        if options.plain {
+            header.check_known()?;
+        }
         if !options.info_only {
             header.check_readable(options.force)?;
         }

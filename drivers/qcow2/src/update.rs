@@ -31,8 +31,7 @@ use crate::compressed::Encoder;
 use crate::layout::FORMAT;
 use crate::layout::entry::{L2Entry, Shape, Subclusters};
 use crate::layout::header::{
-    AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, CompressionType, Encryption, Header, INCOMPATIBLE_DATA_FILE,
-    INCOMPATIBLE_DIRTY,
+    AUTOCLEAR_DATA_FILE_RAW, CompressionType, Encryption, Header, INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_DIRTY,
 };
 use crate::options::ZERO_GRANULARITY;
 use crate::source::Qcow2Source;
@@ -44,9 +43,6 @@ const PIECE_LEN: u64 = 256 << 10;
 
 /// Maximum length in bytes of a piece of zeros. Our limit, as for a new image with a backing file.
 const MAX_ZERO_LEN: u64 = 64 << 20;
-
-/// File offset of the field "autoclear_features". Specification, "Header".
-const AUTOCLEAR_FIELD: u64 = 88;
 
 /// Settings of an update.
 #[derive(Debug, Clone, Copy)]
@@ -306,15 +302,6 @@ impl Updater {
         let has_host = entry.host_offset() != 0 || (self.has_data_file() && entry.is_copied());
         entry.reads_as_zeros() || (!has_host && !self.has_backing())
     }
-
-    /// Clears the feature bits of data that the driver does not keep up to date.
-    fn clear_features(&self) -> Result<()> {
-        let kept = self.header.autoclear & (AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_RAW);
-        if kept == self.header.autoclear {
-            return Ok(());
-        }
-        self.output().write_at(&kept.to_be_bytes(), AUTOCLEAR_FIELD)
-    }
 }
 
 impl Consumer for Updater {
@@ -369,7 +356,7 @@ impl ImageSink for Updater {
     }
 
     fn begin(&self) -> Result<Vec<u8>> {
-        self.clear_features()?;
+        self.header.clear_unknown_autoclear(self.output())?;
         if self.bitmaps > 0 {
             let input = self.output().reopen(&self.memory)?;
             bitmaps::mark_all(input, &self.header, self.output(), &mut lock(&self.state).refcounts)?;

@@ -1,6 +1,6 @@
 //! Header: fields and features, checked against the limits that all other code relies on.
 
-use imgtool_core::{Error, RandomInput, Remedy, Result};
+use imgtool_core::{Error, Output, RandomInput, Remedy, Result};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -37,6 +37,8 @@ pub const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
 const INCOMPATIBLE_KNOWN: u64 = 0x1f;
 /// Compatible feature: refcounts may be written late. Specification, "compatible_features".
 pub const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1;
+/// File offset of the field "autoclear_features". Specification, "Header".
+const AUTOCLEAR_FIELD: u64 = 88;
 /// Autoclear feature: the bitmaps are consistent. Specification, "autoclear_features", like the next.
 pub const AUTOCLEAR_BITMAPS: u64 = 1;
 /// Autoclear feature: the data file by itself is a raw image of the disk.
@@ -331,16 +333,32 @@ impl Header {
         Ok(())
     }
 
+    /// Refuses an image with features that the driver does not know.
+    pub fn check_known(&self) -> Result<()> {
+        match self.unknown_features() {
+            0 => Ok(()),
+            unknown => {
+                let names = self.feature_list(unknown);
+                Err(Error::unsupported(format!("the image needs unknown features: {names}"))
+                    .at(72)
+                    .hint("a newer version of this program or of qemu-img may know them"))
+            }
+        }
+    }
+
+    /// Clears the autoclear bits of features that the driver does not know: it will not keep their data up to date.
+    pub fn clear_unknown_autoclear(&self, output: &Output) -> Result<()> {
+        let kept = self.autoclear & (AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_RAW);
+        if kept == self.autoclear {
+            return Ok(());
+        }
+        output.write_at(&kept.to_be_bytes(), AUTOCLEAR_FIELD)
+    }
+
     /// Refuses an image that the driver cannot read, and names the reason. Refuses an image marked corrupt
     /// unless `force` is set.
     pub fn check_readable(&self, force: bool) -> Result<()> {
-        let unknown = self.incompatible & !INCOMPATIBLE_KNOWN;
-        if unknown != 0 {
-            let names = self.feature_list(unknown);
-            return Err(Error::unsupported(format!("the image needs unknown features: {names}"))
-                .at(72)
-                .hint("a newer version of this program or of qemu-img may know them"));
-        }
+        self.check_known()?;
         if self.incompatible & INCOMPATIBLE_CORRUPT != 0 && !force {
             return Err(Error::refused("the image is marked corrupt")
                 .at(72)

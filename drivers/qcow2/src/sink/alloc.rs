@@ -244,12 +244,19 @@ impl Allocator {
 
     /// Writes the refcount table and the remaining refcount blocks at the end of the file.
     pub fn finish(&mut self, output: &Output) -> Result<RefcountTable> {
+        self.finish_before(output, 0).map(|(table, _)| table)
+    }
+
+    /// Like [`Allocator::finish`], but allocates `following` more clusters behind them. Also returns their host
+    /// offset.
+    pub fn finish_before(&mut self, output: &Output, following: u64) -> Result<(RefcountTable, u64)> {
         let written = self.written.len() as u64;
         // `blocks` exceeds `written`: written blocks cover only full ranges, and clusters follow these.
         let (blocks, table_clusters) =
-            refcount_clusters(self.next - written, self.block_entries(), self.cluster_size());
+            refcount_clusters(self.next - written + following, self.block_entries(), self.cluster_size());
         self.check_table_len(blocks)?;
         let table_offset = self.allocate(table_clusters + (blocks - written))?;
+        let following = self.allocate(following)?;
         let first_block = table_offset + (table_clusters << self.cluster_bits);
         self.grow_tail(blocks * self.block_entries());
         self.written.extend((0..blocks - written).map(|block| first_block + (block << self.cluster_bits)));
@@ -259,7 +266,7 @@ impl Allocator {
         write_table(output, &table, table_offset)?;
         write_table(output, &self.tail, first_block)?;
         self.tail = Vec::new();
-        Ok(RefcountTable { offset: table_offset, clusters: table_clusters })
+        Ok((RefcountTable { offset: table_offset, clusters: table_clusters }, following))
     }
 }
 

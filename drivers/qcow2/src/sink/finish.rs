@@ -33,24 +33,24 @@ impl Qcow2Sink {
             Placement::Linear { data_start } => self.write_linear_tables(virtual_size, data_start, alloc)?,
             Placement::ExternalRaw => self.write_linear_tables(virtual_size, 0, alloc)?,
         };
-        let shape = self.options.shape;
         let l1_entries = l1.len();
-        let l1_offset = match self.l1_offset {
-            Some(offset) => offset,
+        let l1_clusters = (l1_entries as u64 * 8).div_ceil(self.cluster_size());
+        // As in QEMU's images, the refcounts come first if nothing else does.
+        let is_blank = alloc.end() == self.cluster_size() && self.bitmaps.is_empty();
+        let (first_refcounts, l1_offset) = match self.l1_offset {
+            Some(offset) => (None, offset),
             // A disk of 0 bytes has no L1 table.
-            None if l1_entries == 0 => 0,
-            None => {
-                let clusters = (l1_entries as u64 * 8).div_ceil(shape.cluster_size());
-                alloc.allocate(clusters)?
+            None if l1_entries == 0 => (None, 0),
+            None if is_blank => {
+                let (table, offset) = alloc.finish_before(self.output(), l1_clusters)?;
+                (Some(table), offset)
             }
+            None => (None, alloc.allocate(l1_clusters)?),
         };
-        let mut bytes = Vec::new();
-        encode_table(&l1, &mut bytes);
-        bytes.resize(bytes.len().next_multiple_of(shape.cluster_size() as usize), 0);
-        write_table(self.output(), &bytes, l1_offset)?;
-        drop(bytes);
+        self.write_l1(&l1, l1_offset)?;
+        drop(l1);
         let bitmaps = self.write_bitmaps(virtual_size, alloc)?;
-        let refcount_table = alloc.finish(self.output())?;
+        let refcount_table = first_refcounts.map_or_else(|| alloc.finish(self.output()), Ok)?;
         if self.data_id != OutputId::MAIN {
             self.data_output().set_len(virtual_size)?;
         }
@@ -60,6 +60,14 @@ impl Qcow2Sink {
         let places = Places { virtual_size, l1_offset, l1_entries, refcount_table, bitmaps };
         let header = self.header(&places)?;
         self.output().write_at(&header, 0)
+    }
+
+    /// Writes the L1 table, filled up to whole clusters.
+    fn write_l1(&self, l1: &[u64], l1_offset: u64) -> Result<()> {
+        let mut bytes = Vec::new();
+        encode_table(l1, &mut bytes);
+        bytes.resize(bytes.len().next_multiple_of(self.cluster_size() as usize), 0);
+        write_table(self.output(), &bytes, l1_offset)
     }
 
     /// Writes L2 tables that map each guest cluster to `data_start` plus its guest offset. Over a backing
