@@ -92,7 +92,8 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "zeroed_grain",
-        help: "mark zeros over data of the parent instead of storing them (version 2 of the format)",
+        help: "mark zeros over data of the parent instead of storing them, and allow later writers to do so (version 2 \
+               of the format)",
         default: "off",
         kind: OptionKind::Flag,
     },
@@ -169,9 +170,12 @@ impl VmdkOptions {
             (None, false) => DEFAULT_HARDWARE,
         };
         let zeroed_grains = values.flag("zeroed_grain").unwrap_or(false);
-        if zeroed_grains && backing.is_none() {
-            return Err(Error::unsupported("option 'zeroed_grain' has an effect only over a parent")
-                .hint("leave it out: grains of zeros are not stored anyway"));
+        let is_flat = matches!(subformat, Subformat::MonolithicFlat | Subformat::SplitFlat | Subformat::Vmfs);
+        if zeroed_grains && is_flat {
+            return Err(Error::unsupported(
+                "option 'zeroed_grain' needs grains, which a flat image does not have",
+            )
+            .hint("leave it out, or choose another subformat"));
         }
         let tools = values.integer("toolsversion");
         if tools.is_some_and(|version| !(0..=i64::from(i32::MAX)).contains(&version)) {

@@ -490,10 +490,10 @@ fn a_single_file_names_itself_and_a_stream_nothing() {
 }
 
 #[test]
-fn zeroed_grains_are_refused_by_name() {
+fn zeroed_grains_are_refused_by_name_in_flat_images() {
     let directory = tempfile::tempdir().unwrap();
     let mut outputs = conformance::FileOutputs::new(&directory.path().join("x.vmdk"));
-    let options = options(&[("zeroed_grain", "on"), ("subformat", "monolithicSparse")]);
+    let options = options(&[("zeroed_grain", "on"), ("subformat", "monolithicFlat")]);
     let error = conformance::write_to(&VmdkDriver, &options, &small(), &mut outputs, 1).unwrap_err();
     assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("zeroed_grain"), "{error}");
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
