@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::error::ErrorKind;
 use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use imgtool_core::{Error, SnapshotChoice};
+use imgtool_engine::pipeline::MAX_THREADS;
 
 use crate::exit::Exit;
 use crate::secrets::SecretSource;
@@ -317,9 +318,13 @@ fn threads(text: &str) -> Result<u16, String> {
 }
 
 impl ThreadArgs {
-    /// Returns the number of workers; 0 means one per processor.
+    /// Returns the number of workers; 0 means one per processor. Prints a note if it is beyond the limit.
     pub fn count(self) -> usize {
-        self.threads.map_or(0, usize::from)
+        let count = self.threads.map_or(0, usize::from);
+        if count > MAX_THREADS {
+            report::note(&format!("{count} worker threads are more than help: {MAX_THREADS} at most start"));
+        }
+        count.min(MAX_THREADS)
     }
 }
 

@@ -16,6 +16,9 @@ pub fn words(remedy: &Remedy) -> String {
         }
         Remedy::ShareSource(advice) => format!("{advice}; -U reads it as it is, and may mix two states"),
         Remedy::Overwrite => "--force overwrites it; -n writes one disk into a raw, qcow2 or VHDX image".to_owned(),
+        Remedy::ChooseDirectory { path } => {
+            format!("for another machine choose another directory, such as {path}; --force overwrites this file")
+        }
         Remedy::ReplaceImage => "leave out -n: --force replaces it by a new image".to_owned(),
         Remedy::Repair => "repair it first: imgtool check -r all".to_owned(),
         Remedy::DiscardData => "nothing was changed; --shrink cuts the data off".to_owned(),

@@ -24,8 +24,9 @@ PICTURE = Path(__file__).resolve().parent / "terminal.svg"
 COLUMNS, LINES = 80, 24
 CHAR, LINE, MARGIN, BAR = 8.4, 18, 20, 34
 
-# Seconds: between two typed characters, before a command runs, at the end.
-TYPING, PAUSE, END = 0.035, 0.35, 5.0
+# Seconds: between two typed characters, before a command runs, at the end. The last screen also comes first, for
+# renderers that show the beginning of an animation only.
+TYPING, PAUSE, END, START = 0.035, 0.35, 3.0, 2.0
 
 # Minimum distance of two pictures in seconds.
 FRAME = 0.06
@@ -177,7 +178,8 @@ def record(commands, directory):
         now += 2 * PAUSE
         frames.append((now, screen.shown()))
         now += FRAME
-    return frames, now + END
+    frames = [(0.0, frames[-1][1])] + [(START + time, screen) for time, screen in frames]
+    return frames, START + now + END
 
 
 def draw_line(runs, row):
@@ -212,7 +214,8 @@ def draw(frames, end):
             f"{start / end * 100:.3f}%{{visibility:visible}}" + (f"{until / end * 100:.3f}%{{visibility:hidden}}" if until < end else "")
             for start, until in times
         )
-        motion += f"@keyframes k{index}{{0%{{visibility:hidden}}{steps}}}#l{index}{{animation:k{index} {end:.2f}s step-end infinite}}\n"
+        hidden = "0%{visibility:hidden}" if times[0][0] else ""
+        motion += f"@keyframes k{index}{{{hidden}{steps}}}#l{index}{{animation:k{index} {end:.2f}s step-end infinite}}\n"
         last = " last" if times[-1][1] == end else ""
         body += f'<g id="l{index}" class="f{last}">{line}</g>\n'
     height = BAR + MARGIN + max(len(screen) for _, screen in frames) * LINE

@@ -156,3 +156,76 @@ fn each_of_several_machines_gets_a_directory() {
     std::fs::remove_file(dir.path().join("c.vma")).unwrap();
     assert_eq!(snapshot(dir.path()), before);
 }
+
+/// The file that exists may be the disk of another machine, which nobody wants to overwrite.
+#[test]
+fn another_machine_is_led_to_a_directory_of_its_own() {
+    let dir = with_disk();
+    imgtool(["convert", "-q", "scsi0=disk.raw", "a.vma"]).within(dir.path()).ok();
+    std::fs::copy(dir.path().join("a.vma"), dir.path().join("b.vma")).unwrap();
+    imgtool(["convert", "-q", "a.vma", "--to", "qcow2", "D"]).within(dir.path()).ok();
+    let before = snapshot(dir.path());
+    let run = imgtool(["convert", "b.vma", "--to", "qcow2", "D"]).within(dir.path()).go().exits(1);
+    run.says("already exists").says("another directory, such as D/b; --force overwrites");
+    assert_eq!(snapshot(dir.path()), before);
+    imgtool(["convert", "b.vma", "--to", "qcow2", "D/b"]).within(dir.path()).ok();
+    // What is suggested must not exist either.
+    let run = imgtool(["convert", "b.vma", "--to", "qcow2", "D"]).within(dir.path()).go().exits(1);
+    assert!(!run.stderr.contains("D/b"), "{}", run.stderr);
+    // A file that the user named is not that of a machine.
+    let run = imgtool(["convert", "b.vma", "--disk", "scsi0", "disk.raw"]).within(dir.path()).go().exits(1);
+    assert!(!run.stderr.contains("another directory"), "{}", run.stderr);
+}
+
+#[test]
+fn notes_a_name_that_says_another_format() {
+    let dir = with_disk();
+    let noted = |line: &[&str]| {
+        let run = imgtool(line).within(dir.path()).ok();
+        run.stderr.contains("although its name says")
+    };
+    for (format, name) in
+        [("qcow2", "a.raw"), ("raw", "a.qcow2"), ("vma", "a.vhdx"), ("vhd", "b.qcow2.old.vmdk")]
+    {
+        let run = imgtool(["convert", "disk.raw", "--to", format, name]).within(dir.path()).ok();
+        run.says(&format!("{name} is {format}, although its name says "));
+    }
+    assert!(noted(&["convert", "disk.raw", "--target", "disk=c.raw,format=qcow2"]));
+    for (format, name) in [
+        ("qcow2", "d.img"),
+        ("raw", "d.img2"),
+        ("raw", "d"),
+        ("vpc", "d.vhd"),
+        ("vma", "d.vma.zst"),
+        ("qcow2", "dir/"),
+    ] {
+        assert!(!noted(&["convert", "disk.raw", "--to", format, name]), "{format} {name}");
+    }
+    let json = imgtool(["convert", "disk.raw", "--to", "qcow2", "e.raw", "--output", "json"]);
+    let notes = json.within(dir.path()).ok().json()["notes"].to_string();
+    assert!(notes.contains("e.raw is qcow2"), "{notes}");
+}
+
+#[test]
+fn a_format_that_a_stream_can_have_is_named_for_compression() {
+    let dir = with_disk();
+    let before = snapshot(dir.path());
+    for name in ["disk.vhd.gz", "disk.vhd.zst"] {
+        let run = imgtool(["convert", "disk.raw", name]).within(dir.path()).go().exits(2);
+        run.says("vhd can't be compressed as a whole").says("-o subformat=fixed");
+        let run = imgtool(["convert", "disk.raw", "disk.qcow2.gz"]).within(dir.path()).go().exits(2);
+        run.says("can't be compressed as a whole").says("leave out");
+        assert_eq!(snapshot(dir.path()), before, "{name}");
+    }
+    imgtool(["convert", "-o", "subformat=fixed", "disk.raw", "disk.vhd.gz"]).within(dir.path()).ok();
+    imgtool(["compare", "disk.raw", "disk.vhd.gz"]).within(dir.path()).ok();
+}
+
+#[test]
+fn more_threads_than_the_limit_are_noted() {
+    let dir = with_disk();
+    let run = |args: &[&str]| imgtool(args).within(dir.path()).ok().stderr;
+    assert!(run(&["convert", "-m", "99", "disk.raw", "a.qcow2"]).contains("64 at most start"));
+    assert!(run(&["compare", "--threads", "65", "disk.raw", "a.qcow2"]).contains("64 at most start"));
+    assert!(!run(&["convert", "--threads", "64", "disk.raw", "b.qcow2"]).contains("at most"));
+}

@@ -24,7 +24,7 @@ fn refused_as(directory: &Path, file: &str, name: &str) {
 
 #[test]
 fn refuses_archives_by_name() {
-    require!("gzip", "python3", "tar");
+    require!("gzip", "python3", "tar", "xz");
     let dir = tempdir();
     let write = |name: &str, bytes: &[u8]| std::fs::write(dir.path().join(name), bytes).unwrap();
     write("vm.xml", b"<?xml version='1.0'?><domain/>");
@@ -33,7 +33,10 @@ fn refuses_archives_by_name() {
     run("tar", &["--format=ustar", "-cf", "disk.raw", "vm.xml"]);
     run("tar", &["--format=gnu", "-cf", "gnu", "vm.xml"]);
     run("tar", &["--format=pax", "-czf", "box", "vm.xml"]);
+    run("tar", &["--format=v7", "-cf", "old", "vm.xml"]);
     run("python3", &["-m", "zipfile", "-c", "zipped", "vm.xml"]);
+    run("xz", &["--format=lzma", "-k", "vm.xml"]);
+    write("vm.xml.Z", b"\x1f\x9d\x90\x3c\x7e\xe0\xf1");
     write("document", b"%PDF-1.7\n");
     write("download", b"<!DOCTYPE html><title>404 Not Found</title>");
     std::fs::copy(PROGRAM, dir.path().join("program")).unwrap();
@@ -41,7 +44,10 @@ fn refuses_archives_by_name() {
         ("disk.raw", "is a tar archive"),
         ("gnu", "is a tar archive"),
         ("box", "is a tar archive, in gzip"),
+        ("old", "is a tar archive"),
         ("zipped", "is a zip archive"),
+        ("vm.xml.lzma", "is an lzma file"),
+        ("vm.xml.Z", "is a file of compress(1)"),
         ("document", "is a PDF document"),
         ("download", "is a web page"),
         ("program", "is an ELF program"),
@@ -142,6 +148,32 @@ fn notes_what_nothing_recognises() {
     ] {
         assert!(!first_line(line).contains(NOTE), "{line:?}");
     }
+}
+
+/// An image whose header was overwritten with zeros looks like a new disk at its beginning.
+#[test]
+fn notes_data_behind_zeros() {
+    require!("zstd");
+    let dir = tempdir();
+    let disk = Image::hole("x", 3 << 20).with(1 << 20, images::noise(1, 65_536));
+    disk.write_raw(&dir.path().join("disk"));
+    let mut allocated = vec![0; 64 << 10];
+    std::fs::write(dir.path().join("blank"), &allocated).unwrap();
+    allocated[5000] = 1;
+    std::fs::write(dir.path().join("one"), &allocated).unwrap();
+    Image::hole("x", 3 << 20).write_raw(&dir.path().join("hole"));
+    for (name, is_noted) in [("disk", true), ("one", true), ("blank", false), ("hole", false)] {
+        for line in [&["info", name][..], &["convert", name, "--to", "qcow2", &format!("{name}.qcow2")]] {
+            let run = imgtool(line).within(dir.path()).ok();
+            assert_eq!(run.stderr.lines().next().unwrap_or_default().contains(NOTE), is_noted, "{line:?}");
+        }
+        imgtool(["convert", "-q", name, "--to", "raw", &format!("{name}.zst")]).within(dir.path()).ok();
+        let packed = imgtool(["info", &format!("{name}.zst")]).within(dir.path()).ok();
+        assert_eq!(packed.stderr.contains(NOTE), is_noted, "{name}.zst");
+    }
+    // A pipe does not show more than its beginning.
+    let pipe = imgtool(["convert", "-", "piped.qcow2"]).within(dir.path());
+    assert!(pipe.pipe_from(&dir.path().join("disk")).ok().stderr.contains(NOTE));
 }
 
 /// Disks with a partition table, a file system or nothing yet are what raw images are for.

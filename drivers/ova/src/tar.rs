@@ -122,13 +122,14 @@ impl<'b> Header<'b> {
     }
 }
 
-/// True if `head` begins with the header of a tar archive: its magic number, and a checksum that is right.
+/// True if `head` begins with the header of a tar archive: its checksum is right, and it has the magic number, or
+/// nothing in its place, as before POSIX.
 pub(crate) fn is_tar(head: &[u8]) -> bool {
-    let block = head.first_chunk::<BLOCK>();
-    block.is_some_and(|block| block[257..].starts_with(b"ustar") && has_checksum(block))
+    let is_known = |magic: &[u8]| magic.starts_with(b"ustar") || magic[..8] == [0; 8];
+    head.first_chunk::<BLOCK>().is_some_and(|block| is_known(&block[257..]) && has_checksum(block))
 }
 
-/// True if `head` has the magic number of a tar archive, or, as before POSIX, only a checksum that is right.
+/// True if `head` has the magic number of a tar archive, or only a checksum that is right.
 pub(crate) fn may_be_tar(head: &[u8]) -> bool {
     let block = head.first_chunk::<BLOCK>();
     block.is_some_and(|block| block[257..].starts_with(b"ustar") || has_checksum(block))

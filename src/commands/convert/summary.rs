@@ -32,9 +32,22 @@ pub fn announce(opened: &Opened) {
     if opened.spooled {
         parts.push("copied to temporary storage first".to_owned());
     }
-    report::tell(&format!("{}: {}", opened.location, parts.join(", ")));
+    let facts = parts.join(", ");
+    let name = first_line_name(&opened.location.to_string(), &facts, Stream::Err.columns());
+    report::tell(&format!("{name}: {facts}"));
     for note in &info.notes {
         report::note(&format!("{}: {note}", opened.location));
+    }
+}
+
+/// Shortens the name of a source so that the first line of a run, with these facts, fits into the terminal. The end
+/// of the path and a part of its start remain.
+fn first_line_name(name: &str, facts: &str, columns: Option<usize>) -> String {
+    let others = report::width("imgtool: : ") + report::width(facts);
+    match columns {
+        // As in the table, a longer name is wrapped in a terminal too narrow for both.
+        Some(columns) => report::shorten(name, columns.saturating_sub(others).max(NARROWEST_NAME)),
+        None => name.to_owned(),
     }
 }
 
@@ -350,4 +363,22 @@ fn say_losses(lost: &[LostRange<'_>], output: &str, is_compressed: bool) {
 
 fn say_range(line: &str) {
     report::say(&report::flow(Stream::Err, &escape_control(&format!("  {line}")), 4));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn first_line_fits_the_terminal() {
+        let (path, facts) = (format!("/srv/{}/disk.qcow2", "long/".repeat(40)), "qcow2, 40 GiB");
+        assert_eq!(first_line_name(&path, facts, None), path);
+        for columns in [60, 80, 132] {
+            let name = first_line_name(&path, facts, Some(columns));
+            assert_eq!(report::width(&format!("imgtool: {name}: {facts}")), columns);
+            assert!(name.starts_with("/srv/") && name.ends_with("/disk.qcow2"), "{name}");
+        }
+        assert_eq!(report::width(&first_line_name(&path, facts, Some(36))), NARROWEST_NAME);
+        assert_eq!(first_line_name("a.raw", facts, Some(36)), "a.raw");
+    }
 }

@@ -30,8 +30,9 @@ pub struct OpenOptions {
     pub force_share: bool,
     /// True to accept bytes after the end of an archive.
     pub ignore_trailing: bool,
-    /// True to read a file as it is: outer compression is not removed, and a file that no driver recognises
-    /// is a raw disk, whatever its name and content suggest.
+    /// True to read a file as it is: outer compression is not removed, and a file that no driver recognises is a raw
+    /// disk, whatever its name and content suggest. The size of a raw disk is rounded up to whole sectors of 512
+    /// bytes. QEMU's programs do so.
     pub plain: bool,
     /// Part of the file that is the image; the rest is not read. It does not apply to the files that the
     /// image names.

@@ -28,6 +28,11 @@ pub enum Remedy {
     ShareSource(Cow<'static, str>),
     /// Replace the file that already exists.
     Overwrite,
+    /// Choose another directory for the machine: replacing the file that already exists may hit a disk of another one.
+    ChooseDirectory {
+        /// Path of a directory that does not exist.
+        path: String,
+    },
     /// Replace the existing image by a new one, instead of writing into it.
     ReplaceImage,
     /// Repair the image before it is changed.
@@ -157,6 +162,9 @@ impl fmt::Display for Remedy {
                 write!(f, "{advice}; forcing shared access reads it, and may mix two states")
             }
             Self::Overwrite => f.write_str("allow overwriting, or choose another name"),
+            Self::ChooseDirectory { path } => {
+                write!(f, "allow overwriting, or, for another machine, choose another directory, such as {path}")
+            }
             Self::ReplaceImage => f.write_str("make a new image in its place, or choose another name"),
             Self::Repair => f.write_str("repair the image first"),
             Self::DiscardData => f.write_str("nothing was changed; permit the loss of this data"),

@@ -1,6 +1,8 @@
 //! Content of files, known by its first bytes: what a raw disk holds, and what is no disk at all.
 
-use imgtool_core::RandomInput;
+use imgtool_core::input::PROBE_LEN;
+use imgtool_core::zero::is_zero;
+use imgtool_core::{RandomInput, Result};
 
 /// Kind of a file that is no disk image.
 pub(crate) struct NoDisk {
@@ -19,14 +21,9 @@ const DECOMPRESS: &str = "pipe it in through its own program";
 const RESTORE: &str = "restore it with the program that made it";
 const NOTHING: &str = "check the name";
 
-/// Files that users take for disk images, and the most common others. No disk begins like one of them, unless
-/// a guest uses it without partitions to store such a file.
-const NO_DISKS: [NoDisk; 27] = [
-    no_disk(
-        "a tar archive",
-        "with a name that ends in .tar or .ova, the disks in it are read",
-        &[(257, b"ustar\x0000"), (257, b"ustar  \0")],
-    ),
+/// Files that users take for disk images, and the most common others. No disk begins like one of them, unless a
+/// guest uses it without partitions to store such a file.
+const NO_DISKS: [NoDisk; 26] = [
     no_disk(
         "a zip archive",
         "with a name that ends in .zip, the disks in it are read",
@@ -68,6 +65,13 @@ const NO_DISKS: [NoDisk; 27] = [
 ];
 
 const PROGRAM: NoDisk = no_disk("a Windows program", NOTHING, &[]);
+const TAR: NoDisk = no_disk(
+    "a tar archive",
+    "with a name that ends in .tar or .ova, the disks in it are read",
+    &[(257, b"ustar\x0000"), (257, b"ustar  \0")],
+);
+const COMPRESS: NoDisk = no_disk("a file of compress(1)", DECOMPRESS, &[]);
+const LZMA: NoDisk = no_disk("an lzma file", DECOMPRESS, &[]);
 
 const fn no_disk(name: &'static str, advice: &'static str, magics: &'static [Magic]) -> NoDisk {
     NoDisk { name, advice, magics }
@@ -75,10 +79,11 @@ const fn no_disk(name: &'static str, advice: &'static str, magics: &'static [Mag
 
 /// Recognises a file that is no disk image by its first bytes.
 pub(crate) fn no_disk_by_head(head: &[u8]) -> Option<&'static NoDisk> {
-    if is_windows_program(head) {
-        return Some(&PROGRAM);
-    }
-    NO_DISKS.iter().find(|known| known.magics.iter().any(|magic| has(head, 0, magic)))
+    let without_magic: [(&NoDisk, fn(&[u8]) -> bool); 4] =
+        [(&PROGRAM, is_windows_program), (&TAR, is_old_tar), (&COMPRESS, is_compress), (&LZMA, is_lzma)];
+    let found = without_magic.into_iter().find(|(_, fits)| fits(head)).map(|(known, _)| known);
+    let has_magic = |known: &&NoDisk| known.magics.iter().any(|magic| has(head, 0, magic));
+    found.or_else(|| [&TAR].into_iter().chain(&NO_DISKS).find(has_magic))
 }
 
 /// Returns the name of the descriptor of a VMDK disk from that of the file with its bytes: `d.vmdk` for
@@ -98,10 +103,48 @@ fn has(bytes: &[u8], start: usize, (at, magic): &Magic) -> bool {
 /// True for a program of Windows, except for a Linux kernel that firmware can start: it is a boot sector,
 /// too.
 fn is_windows_program(head: &[u8]) -> bool {
-    let is_boot_sector = has(head, 0, &(510, b"\x55\xaa"));
     let header = head.get(60..64).and_then(|at| at.try_into().ok()).map(u32::from_le_bytes);
     let header = header.and_then(|at| usize::try_from(at).ok()).and_then(|at| head.get(at..));
-    head.starts_with(b"MZ") && !is_boot_sector && header.is_some_and(|header| header.starts_with(b"PE\0\0"))
+    head.starts_with(b"MZ")
+        && !is_boot_sector(head)
+        && header.is_some_and(|header| header.starts_with(b"PE\0\0"))
+}
+
+fn is_boot_sector(head: &[u8]) -> bool {
+    has(head, 0, &(510, b"\x55\xaa"))
+}
+
+/// True for an archive of a tar(1) before POSIX, which has no magic number: the checksum of its first header is
+/// right. The sum of all bytes of a header counts its own field as blanks.
+fn is_old_tar(head: &[u8]) -> bool {
+    const FIELD: std::ops::Range<usize> = 148..156;
+    let Some(header) = head.get(..512).filter(|header| header[0] != 0) else { return false };
+    let counted = |(at, byte): (usize, &u8)| u64::from(if FIELD.contains(&at) { b' ' } else { *byte });
+    let sum: u64 = header.iter().enumerate().map(counted).sum();
+    let text = std::str::from_utf8(&header[FIELD]).unwrap_or_default();
+    let digits = text.trim_matches(['\0', ' ']);
+    u64::from_str_radix(digits, 8) == Ok(sum)
+}
+
+/// True for a file of compress(1): its magic number, and a byte with the maximum number of bits of a code, 9 to 16.
+fn is_compress(head: &[u8]) -> bool {
+    let has_bits = |flags: &u8| (9..=16).contains(&(flags & 0x1f)) && flags & 0x60 == 0;
+    head.starts_with(b"\x1f\x9d") && head.get(2).is_some_and(has_bits) && !is_boot_sector(head)
+}
+
+/// True for a file of the old format of LZMA, which has no magic number: the properties that every program writes, a
+/// dictionary of 2^n or 3 · 2^n bytes, and an unknown or plausible length.
+fn is_lzma(head: &[u8]) -> bool {
+    /// Longest plausible content. Our choice: no disk in an lzma file is longer.
+    const LONGEST: u64 = 1 << 48;
+    let Some((dictionary, rest)) = head.strip_prefix(b"\x5d").and_then(<[u8]>::split_first_chunk) else {
+        return false;
+    };
+    let dictionary = u32::from_le_bytes(*dictionary);
+    let is_usual = matches!(dictionary.wrapping_shr(dictionary.trailing_zeros()), 1 | 3);
+    let len = rest.first_chunk().map(|len| u64::from_le_bytes(*len));
+    let is_plausible = len.is_some_and(|len| len == u64::MAX || (1..LONGEST).contains(&len));
+    dictionary >= 1 << 12 && is_usual && is_plausible && !is_boot_sector(head)
 }
 
 /// What a raw disk begins with: partition tables, file systems, volumes, firmware variables.
@@ -151,8 +194,8 @@ const DISK_CONTENTS: [Magic; 43] = [
     (0, b"SWTPMLIN"),
 ];
 
-/// True if the first bytes show that the file is a disk, or if they are zero, like those of a new disk. Reads
-/// further bytes from `bytes`, if the file can be read by position.
+/// True if the first bytes show that the file is a disk. Reads further bytes from `bytes`, if the file can be read by
+/// position.
 pub(crate) fn is_disk(head: &[u8], bytes: Option<&RandomInput>) -> bool {
     /// Longest magic number of the table.
     const LEN: usize = 10;
@@ -164,8 +207,43 @@ pub(crate) fn is_disk(head: &[u8], bytes: Option<&RandomInput>) -> bool {
         bytes.is_some_and(|bytes| bytes.read_exact_at(found, at as u64).is_ok() && found == text)
     };
     let mut contents = DISK_CONTENTS.iter();
-    head.iter().all(|byte| *byte == 0)
-        || contents.any(|magic| has(head, 0, magic) || magic.0 >= head.len() && later(magic))
+    contents.any(|magic| has(head, 0, magic) || magic.0 >= head.len() && later(magic))
+}
+
+/// Number of stored bytes that are searched for data in a file that begins with zeros. Our limit: it takes a few
+/// milliseconds, and an image whose beginning was lost has data before.
+const SEARCHED: u64 = 16 << 20;
+
+/// Number of bytes of one read of the search.
+const SEARCH_BUFFER: usize = 256 << 10;
+
+/// True if the file holds nothing but zeros, like a new disk. Searches [`SEARCHED`] bytes, and none of the holes. A
+/// stream shows only its first bytes, so it is blank if it ends with them.
+pub(crate) fn is_blank(head: &[u8], bytes: Option<&RandomInput>) -> bool {
+    let is_short = head.len() < PROBE_LEN;
+    // A read that fails here fails again in the copy.
+    is_zero(head) && bytes.map_or(is_short, |bytes| finds_only_zeros(bytes).unwrap_or(true))
+}
+
+fn finds_only_zeros(bytes: &RandomInput) -> Result<bool> {
+    let mut buffer = vec![0; SEARCH_BUFFER];
+    let (mut position, mut left) = (0, SEARCHED);
+    while position < bytes.len() && left > 0 {
+        let run = bytes.run(position)?;
+        if !run.is_data {
+            position = run.end.max(position + 1);
+            continue;
+        }
+        let len = (run.end.saturating_sub(position)).min(left).min(SEARCH_BUFFER as u64).max(1);
+        // At most the length of the buffer, so it fits.
+        let part = &mut buffer[..len as usize];
+        bytes.read_exact_at(part, position)?;
+        if !is_zero(part) {
+            return Ok(false);
+        }
+        (position, left) = (position + len, left - len);
+    }
+    Ok(true)
 }
 
 #[cfg(test)]
@@ -195,7 +273,8 @@ mod tests {
     #[test]
     fn magic_numbers_fit_the_reads() {
         assert!(DISK_CONTENTS.iter().all(|(_, magic)| magic.len() <= 10 && !magic.is_empty()));
-        assert!(NO_DISKS.iter().flat_map(|known| known.magics).all(|(at, magic)| at + magic.len() < 512));
+        let known = NO_DISKS.iter().chain([&TAR]);
+        assert!(known.flat_map(|known| known.magics).all(|(at, magic)| at + magic.len() < 512));
     }
 
     /// No refusal of what a disk can begin with.
@@ -228,6 +307,50 @@ mod tests {
                 Input::from_read_at("disk", Arc::new(Bytes(disk))).into_random().expect("bytes in memory");
             assert!(is_disk(&head, Some(&bytes)));
         }
+    }
+
+    #[test]
+    fn files_without_a_magic_number_are_known() {
+        let mut tar = vec![0; 4096];
+        tar[..8].copy_from_slice(b"disk.img");
+        tar[100..107].copy_from_slice(b"0000644");
+        let sum: u64 = tar[..512].iter().map(|byte| u64::from(*byte)).sum::<u64>() + 8 * u64::from(b' ');
+        tar[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        let name = |head: &[u8]| no_disk_by_head(head).map(|found| found.name);
+        assert_eq!(name(&tar), Some("a tar archive"));
+        tar[0] ^= 1;
+        assert_eq!(name(&tar), None);
+        assert_eq!(name(b"\x1f\x9d\x90abc"), Some("a file of compress(1)"));
+        assert_eq!(name(b"\x1f\x9d\x03abc"), None);
+        let lzma = |dictionary: u32, len: u64| {
+            [&b"\x5d"[..], &dictionary.to_le_bytes(), &len.to_le_bytes(), b"abc"].concat()
+        };
+        for (dictionary, len, expected) in [
+            (8 << 20, u64::MAX, Some("an lzma file")),
+            (3 << 20, 700, Some("an lzma file")),
+            (8 << 20, u64::MAX - 1, None),
+            (5 << 20, 700, None),
+        ] {
+            assert_eq!(name(&lzma(dictionary, len)), expected, "{dictionary} {len}");
+        }
+    }
+
+    #[test]
+    fn blank_disks_hold_no_data() {
+        let is_blank = |disk: Vec<u8>| {
+            let head = disk[..disk.len().min(PROBE_LEN)].to_vec();
+            let input = Input::from_read_at("disk", Arc::new(Bytes(disk)));
+            super::is_blank(&head, Some(&input.into_random().expect("bytes in memory")))
+        };
+        assert!(is_blank(Vec::new()));
+        assert!(is_blank(vec![0; 1 << 20]));
+        for at in [0, 4096, 300_000, (1 << 20) - 1] {
+            let mut disk = vec![0; 1 << 20];
+            disk[at] = 1;
+            assert!(!is_blank(disk), "{at}");
+        }
+        assert!(super::is_blank(&[0; 100], None));
+        assert!(!super::is_blank(&[0; PROBE_LEN], None));
     }
 
     #[test]

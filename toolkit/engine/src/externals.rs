@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use imgtool_core::error::escape_control;
 use imgtool_core::external::{is_plain_name, refusal};
 use imgtool_core::sync::lock;
+use imgtool_core::zero::is_zero;
 use imgtool_core::{
     Confidence, Error, ExternalOpener, Externals, ImageSource, Input, Location, Memory, OpenOptions, Output,
     Registry, Result,
@@ -546,7 +547,8 @@ fn refuse_no_disk(registry: &Registry, member: Input) -> Result<Input> {
         return Ok(member);
     }
     let bytes = member.into_random()?;
-    if contents::no_disk_by_head(&head).is_none() && contents::is_disk(&head, Some(&bytes)) {
+    let may_be_disk = is_zero(&head) || contents::is_disk(&head, Some(&bytes));
+    if may_be_disk && contents::no_disk_by_head(&head).is_none() {
         return Ok(bytes.into());
     }
     Err(Error::wrong_format("is neither a known image nor a disk")

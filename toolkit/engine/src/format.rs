@@ -217,11 +217,18 @@ impl TargetFormat {
                 outer.compression.extension()
             )));
         }
-        if !self.writes_stream() {
-            return Err(Error::usage(format!("{name} can't be compressed as a whole"))
-                .hint("leave out the compression's extension, or compress inside the format if it can"));
+        if self.writes_stream() {
+            return Ok(());
         }
-        Ok(())
+        let error = Error::usage(format!("{name} can't be compressed as a whole"));
+        // A format with compression of its own is refused as a stream as well.
+        let option = self.writer.stream_option().filter(|_| !self.driver.capabilities().compression);
+        Err(match option {
+            Some(option) => error.remedied_by(Remedy::SetOption(option.to_owned())),
+            None => {
+                error.hint("leave out the compression's extension, or compress inside the format if it can")
+            }
+        })
     }
 
     /// True if the user stated options that apply to this format only.

@@ -257,10 +257,25 @@ impl LayoutRequest<'_> {
             }
         }
         layout.outputs.extend(apart);
+        let misnamed: Vec<Note> = layout.outputs.iter().filter_map(|output| self.misnamed(output)).collect();
+        layout.notes.extend(misnamed);
         if layout.outputs.is_empty() && layout.files.is_empty() {
             return Err(Error::usage("nothing to convert: the source holds no disk"));
         }
         Ok(layout)
+    }
+
+    /// Returns the note on a new file whose extension is that of another format: people go by it, and a raw disk of
+    /// such a name is refused as a source.
+    fn misnamed(&self, output: &PlannedOutput) -> Option<Note> {
+        let Destination::New(path) = &output.destination else { return None };
+        let (location, driver) = (path.into(), &output.format.driver);
+        let named = open::driver_by_name(self.registry, &location)?;
+        // Any image may be called `.img`.
+        let is_clear = !named.capabilities().verbatim || open::is_named_raw(&*named, &location);
+        let (name, own, other) = (path.display(), driver.name(), named.name());
+        (is_clear && own != other)
+            .then(|| Note::Text(format!("{name} is {own}, although its name says {other}")))
     }
 
     /// Plans the outputs of disks with a separate target.

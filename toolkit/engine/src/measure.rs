@@ -10,9 +10,11 @@ use std::sync::Arc;
 use imgtool_core::source::{data_bytes, for_each_extent};
 use imgtool_core::{
     Access, CancelToken, Device, DeviceId, DeviceKind, Error, Extent, ExtentKind, ImageInfo, ImageSource,
-    MapExtent, Measure, Memory, NoProgress, Output, RandomAccess, ReadAt, Registry, Result, Slot, WriteAt,
+    Location, Manifest, MapExtent, Measure, Memory, NoProgress, Output, OutputFactory, RandomAccess, ReadAt,
+    Registry, Result, SinkDevice, Slot, WriteAt,
 };
-use imgtool_storage::Outputs;
+use imgtool_storage::outer::writer::unit_of_frames;
+use imgtool_storage::{CompressedSink, Outputs};
 
 use crate::blank::Blank;
 use crate::format::TargetFormat;
@@ -21,11 +23,12 @@ use crate::open::Opened;
 use crate::run::{Plan, RunOptions};
 use crate::sources::{OpenSource, SelectedDisk};
 
-/// Length in bytes of a sample. Our choice: several clusters of the usual formats.
+/// Length in bytes of a sample of an image that is compressed inside. Our choice: several clusters of the usual
+/// formats.
 const SAMPLE: u64 = 1 << 20;
 
-/// Maximum number of samples. Our limit: zlib compresses them in about two seconds on two cores.
-const SAMPLES: u64 = 96;
+/// Maximum length in bytes of all samples. Our limit: zlib compresses them in about two seconds on two cores.
+const SAMPLES: u64 = 96 << 20;
 
 /// Maximum length in bytes of the empty disk from which the compressed length of tables is estimated. Our
 /// limit: it takes no time, and tables of longer disks repeat.
@@ -172,7 +175,7 @@ impl MeasureRequest<'_> {
                 Ok::<_, Error>(sum.saturating_add(data_bytes(&part, device)?))
             })?;
         let tables = self.tables(size)?;
-        let Some(sample) = Sample::new(part, data)? else {
+        let Some(sample) = Sample::new(part, data, self.sample_len()?)? else {
             return Ok(Estimate { bytes: tables, data, sampled: 0 });
         };
         let (len, sampled) = (sample.len(), sample.data);
@@ -180,6 +183,19 @@ impl MeasureRequest<'_> {
         let gain = self.len_of(sample)?.saturating_sub(empty);
         let bytes = (gain as f64 * (data as f64 / sampled.max(1) as f64)) as u64;
         Ok(Estimate { bytes: tables.saturating_add(bytes), data, sampled })
+    }
+
+    /// Returns the length in bytes of a sample. In an output that is compressed as a whole, it is what becomes one
+    /// frame: shorter samples would compress less than the output does.
+    fn sample_len(&self) -> Result<u64> {
+        if self.format.outer.is_none() {
+            return Ok(SAMPLE);
+        }
+        let output = CompressedSink::inner_output(&Location::from(""));
+        let devices = Blank::new("sample", BLANK).info().devices.clone();
+        let manifest = Manifest { devices, ..Manifest::default() };
+        let sink = self.format.writer.create(&mut Only(output), &manifest)?;
+        Ok(unit_of_frames(&*sink, SinkDevice(0)).clamp(SAMPLE, SAMPLES))
     }
 
     /// Estimates the length of an image of `size` bytes without data.
@@ -293,19 +309,34 @@ impl RandomAccess for Part {
     }
 }
 
+/// Output of a sink whose image is a single file.
+struct Only(Output);
+
+impl OutputFactory for Only {
+    fn main(&mut self) -> Result<Output> {
+        Ok(self.0.clone())
+    }
+
+    fn beside(&mut self, _name: &str) -> Result<Output> {
+        Err(Error::unsupported("an image of several files can't be compressed as a whole"))
+    }
+}
+
 /// Windows of the devices of a part that hold data, one after the other as one disk.
 struct Sample {
     info: ImageInfo,
     part: Part,
+    /// Length in bytes of a window.
+    window: u64,
     windows: Vec<(DeviceId, u64)>,
     /// Bytes of data in the windows.
     data: u64,
 }
 
 impl Sample {
-    /// Chooses windows evenly among `data` bytes; `None` if there is no data.
-    fn new(part: Part, data: u64) -> Result<Option<Self>> {
-        let step = (data / SAMPLES).max(1);
+    /// Chooses windows of `window` bytes evenly among `data` bytes; `None` if there is no data.
+    fn new(part: Part, data: u64, window: u64) -> Result<Option<Self>> {
+        let step = (data / (SAMPLES / window).max(1)).max(1);
         let mut windows: Vec<(DeviceId, u64)> = Vec::new();
         let (mut passed, mut next) = (0u64, 0u64);
         for device in &part.info.devices {
@@ -315,20 +346,20 @@ impl Sample {
                 }
                 while next < passed + extent.len {
                     let at = extent.start + (next - passed);
-                    let window = (device.id, at / SAMPLE * SAMPLE);
-                    let is_new = windows.last() != Some(&window);
-                    windows.extend(is_new.then_some(window));
+                    let start = at / window * window;
+                    let is_new = windows.last() != Some(&(device.id, start));
+                    windows.extend(is_new.then_some((device.id, start)));
                     // The rest of the window is part of the sample already.
-                    let rest = (window.1 + SAMPLE).min(extent.end()) - at;
+                    let rest = start.saturating_add(window).min(extent.end()) - at;
                     next = next.saturating_add(step.max(rest));
                 }
                 passed += extent.len;
                 Ok(())
             })?;
         }
-        let mut sample = Self { info: ImageInfo::default(), part, windows, data: 0 };
+        let mut sample = Self { info: ImageInfo::default(), part, window, windows, data: 0 };
         sample.info.format = sample.part.info.format;
-        sample.info.devices = vec![Device::disk(0, "sample", sample.windows.len() as u64 * SAMPLE)];
+        sample.info.devices = vec![Device::disk(0, "sample", sample.windows.len() as u64 * window)];
         sample.data = data_bytes(&sample, &sample.info.devices[0])?;
         Ok((sample.data > 0).then_some(sample))
     }
@@ -346,14 +377,14 @@ impl Sample {
     ) -> Result<()> {
         let mut position = range.start;
         while position < range.end {
-            let index = position / SAMPLE;
-            let window = usize::try_from(index).ok().and_then(|index| self.windows.get(index));
-            let Some((device, start)) = window.copied() else {
+            let index = position / self.window;
+            let found = usize::try_from(index).ok().and_then(|index| self.windows.get(index));
+            let Some((device, start)) = found.copied() else {
                 return Err(Error::new(imgtool_core::ErrorKind::OutOfBounds, "beyond the end of the sample"));
             };
-            let end = range.end.min((index + 1) * SAMPLE);
+            let end = range.end.min((index + 1) * self.window);
             let size = self.part.info.device(device).map_or(0, |device| device.size);
-            let from = start + position % SAMPLE;
+            let from = start + position % self.window;
             let to = from + (end - position);
             let inner = to.min(size).max(from.min(size));
             if from < inner {
@@ -382,7 +413,7 @@ impl RandomAccess for Sample {
     fn extents(&self, _device: DeviceId, range: Range<u64>) -> Result<Vec<Extent>> {
         let mut found = Vec::new();
         // One window for an answer; the caller asks on.
-        let end = range.end.min((range.start / SAMPLE + 1) * SAMPLE);
+        let end = range.end.min((range.start / self.window + 1) * self.window);
         self.parts(range.start..end, |device, guest, place| {
             let Some(device) = device else {
                 found.push(Extent { start: place, len: guest.end - guest.start, kind: ExtentKind::Hole });

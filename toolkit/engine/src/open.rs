@@ -16,6 +16,7 @@ use imgtool_storage::{Compression, FileWatch, Identity, Sharing, outer};
 
 use crate::externals::{ExternalPolicy, PolicyOpener};
 use crate::monitor::Monitor;
+use crate::resized::Resized;
 use crate::tail::{self, Tail};
 use crate::{contents, missing, spool};
 
@@ -273,8 +274,11 @@ fn open_located(
     };
     let unrecognised = confidence == Confidence::Fallback
         && !is_named_raw(&*driver, &location)
-        && !contents::is_disk(&head, bytes.as_ref());
+        && !contents::is_disk(&head, bytes.as_ref())
+        && !contents::is_blank(&head, bytes.as_ref());
     let image = driver.open(input, &options)?;
+    let is_sectors = options.plain && driver.capabilities().verbatim;
+    let image = if is_sectors { Resized::to_sectors(image) } else { image };
     let image = if confidence == Confidence::Fallback { Tail::guard(image, registry) } else { image };
     let (salvages, externals) = (options.salvage, options.externals);
     Ok(Opened {
@@ -346,7 +350,6 @@ fn refuse_other_files(registry: &Registry, open: &OpenInput, driver: &dyn Driver
     if let Some(found) = contents::no_disk_by_head(&open.input.head()?) {
         let inside = open.compression.iter().rev().map(|compression| format!(", in {}", compression.name()));
         return Err(Error::wrong_format(format!("is {}{}", found.name, inside.collect::<String>()))
-            .at(0)
             .remedied_by(Remedy::ReadAs { format: raw, advice: found.advice.into() }));
     }
     // The end of a stream is not known yet: `Tail` looks at it. The damaged end of a compressed file is an

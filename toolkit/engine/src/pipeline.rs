@@ -27,6 +27,7 @@ use imgtool_core::{
     Progress, RandomAccess, Result, ResultExt, SinkDevice, SinkPiece, StreamAccess, StreamOrder,
 };
 
+pub use crew::MAX_THREADS;
 use crew::{Arrival, Crew};
 use flush::Flusher;
 use order::Orderer;

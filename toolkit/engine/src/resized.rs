@@ -6,7 +6,7 @@ use std::sync::Arc;
 use imgtool_core::source::uniform_extent;
 use imgtool_core::{
     Access, DeviceId, Doubt, Error, Extent, ExtentKind, FileRange, ImageInfo, ImageSource, Loss, MapExtent,
-    RandomAccess, Result,
+    MapPlace, RandomAccess, Result,
 };
 
 /// An image with a disk that ends earlier, or behind whose end a hole follows.
@@ -31,6 +31,37 @@ impl Resized {
 
     fn inner(&self) -> Result<&dyn RandomAccess> {
         self.image.access().random().ok_or_else(|| Error::unsupported("a stream has no other size"))
+    }
+
+    /// Gives a raw disk a size of whole sectors, as QEMU sees it. A stream stays as it is.
+    pub(crate) fn to_sectors(image: Arc<dyn ImageSource>) -> Arc<dyn ImageSource> {
+        /// Unit in bytes of the size. QEMU's.
+        const SECTOR: u64 = 512;
+        let ragged = image.info().devices.iter().find(|device| !device.size.is_multiple_of(SECTOR));
+        let whole =
+            ragged.and_then(|device| Some((device.id, device.size.checked_next_multiple_of(SECTOR)?)));
+        match whole {
+            Some((device, size)) if !image.access().is_stream() => Arc::new(Self::new(image, device, size)),
+            _ => image,
+        }
+    }
+
+    /// Returns the map of a range behind the end of the image: a hole, which continues the file that holds the last
+    /// byte.
+    fn map_behind(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
+        let mut hole: Vec<MapExtent> =
+            uniform_extent(range, ExtentKind::Hole).into_iter().map(MapExtent::of).collect();
+        let Some(last) = self.inner_size.checked_sub(1) else { return Ok(hole) };
+        let known = self.inner()?.map(device, last..self.inner_size)?.into_iter().next();
+        if let Some(MapExtent { place: Some(place), present, depth, start, .. }) = known {
+            for extent in &mut hole {
+                let distance = extent.start.saturating_sub(start);
+                let file_offset = place.file_offset.saturating_add(distance);
+                (extent.present, extent.depth) = (present, depth);
+                extent.place = Some(MapPlace { file_offset, ..place.clone() });
+            }
+        }
+        Ok(hole)
     }
 
     /// Returns the part of a guest range that the image has; `None` if the range is behind its end.
@@ -81,7 +112,7 @@ impl RandomAccess for Resized {
     fn map(&self, device: DeviceId, range: Range<u64>) -> Result<Vec<MapExtent>> {
         match self.part(device, &range) {
             Some(part) => self.inner()?.map(device, part),
-            None => Ok(uniform_extent(range, ExtentKind::Hole).into_iter().map(MapExtent::of).collect()),
+            None => self.map_behind(device, range),
         }
     }
 

@@ -7,7 +7,7 @@ use std::time::Instant;
 use imgtool_core::memory::{COPY_FLOOR, shares};
 use imgtool_core::{
     CancelToken, DeviceId, Doubt, Error, Lane, Lease, Loss, LossClass, Memory, OpenOptions, Output, Registry,
-    Result, ResultExt, Secrets, SinkDevice, TableMemory,
+    Remedy, Result, ResultExt, Secrets, SinkDevice, TableMemory,
 };
 use imgtool_storage::{Outputs, Sharing, os};
 
@@ -21,7 +21,7 @@ use crate::rate_limit::RateLimit;
 use crate::report::{DiskReport, FileReport, Note, OutputReport, Report};
 use crate::sinks::{self, OpenSink, SinkSettings};
 use crate::sources::{self, OpenSource, SelectedDisk};
-use crate::{space, verify};
+use crate::{names, open, space, verify};
 
 mod gauge;
 
@@ -170,11 +170,27 @@ impl Plan {
                 below.iter().try_for_each(|path| self.outputs.protect_path(path))?;
             }
         }
-        self.outputs.check(&self.layout.requests(&self.selected))?;
+        let requests = self.layout.requests(&self.selected);
+        self.outputs.check(&requests).map_err(|e| self.explain_existing(e))?;
         if options.force {
             return Ok(());
         }
         space::check(&self.layout, &self.sources, &self.selected, monitor)
+    }
+
+    /// Completes the error for a file that exists in the directory of a machine: it may be the disk of another one.
+    fn explain_existing(&self, error: Error) -> Error {
+        let machine = self.sources.iter().find(|source| source.holds_machine());
+        let taken = matches!(error.remedy(), Some(Remedy::Overwrite));
+        let (Some(directory), Some(machine), true) = (&self.layout.directory, machine, taken) else {
+            return error;
+        };
+        let name = names::safe(&open::stem(&self.registry, &machine.opened.location), "vm");
+        let path = directory.join(name);
+        if path.exists() {
+            return error;
+        }
+        error.with_remedy(Remedy::ChooseDirectory { path: path.to_string_lossy().into_owned() })
     }
 
     /// Borrows the memory for the tables of all outputs. Returns the share of each output.

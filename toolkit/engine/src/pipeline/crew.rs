@@ -12,7 +12,7 @@ const WINDOW_BYTES: u64 = 2 << 20;
 const BUFFERS_DIVISOR: u64 = 2;
 
 /// Maximum number of worker threads. Our limit: with more, placing pieces in order is the bottleneck.
-const MAX_THREADS: usize = 64;
+pub const MAX_THREADS: usize = 64;
 
 /// Memory in bytes of a worker besides its pieces: the used part of its stack, and its part of the
 /// allocator's arenas. Measured with 64 workers.

@@ -37,6 +37,13 @@ const MAX_ZERO_LEN: u64 = 1 << 30;
 /// [`PIECE_LEN`], and that of its tail.
 const MAX_ZERO_FRAMES: usize = 8;
 
+/// Returns the number of guest bytes in a unit of a sink whose output is compressed as a whole. A unit becomes a
+/// frame, unless it is longer than [`FRAME_LEN`] or without data.
+pub fn unit_of_frames(sink: &dyn ImageSink, device: SinkDevice) -> u64 {
+    let unit = sink.geometry(device).piece_len.max(1);
+    unit * (PIECE_LEN / unit).max(1)
+}
+
 /// A unit, cut into frames.
 enum Cut<'a> {
     Frames(Vec<Vec<Chunk<'a>>>),
@@ -280,10 +287,8 @@ impl CompressedSink {
         Ok(())
     }
 
-    /// Returns the number of guest bytes of a unit.
     fn unit_len(&self, device: SinkDevice) -> u64 {
-        let unit = self.inner.geometry(device).piece_len.max(1);
-        unit * (PIECE_LEN / unit).max(1)
+        unit_of_frames(&*self.inner, device)
     }
 
     fn group_len(&self, device: SinkDevice) -> u64 {
