@@ -27,7 +27,7 @@ pub const MISSING_COMMANDS: [&str; 7] = ["amend", "bench", "bitmap", "commit", "
 /// Commands of qemu-img that this program has.
 pub const COMMANDS: [&str; 8] = ["check", "compare", "convert", "create", "info", "map", "measure", "resize"];
 
-/// Unit in bytes of the sizes of new images. QEMU's: it counts sectors.
+/// Unit in bytes of the sizes of images. QEMU's: it counts sectors.
 const SECTOR: u64 = 512;
 
 /// Set if the program behaves as qemu-img does.
@@ -141,7 +141,48 @@ pub fn format_name(name: &str) -> &str {
     }
 }
 
-/// Returns the size of a new image: qemu-img rounds it up to whole sectors.
+/// Parses a size from the command line: for qemu-img, `5MiB` is none.
+pub fn parse_size(text: &str) -> Option<u64> {
+    let is_own = text.to_ascii_lowercase().ends_with("ib");
+    imgtool_core::parse_size(text).filter(|_| !is_on() || !is_own)
+}
+
+/// Refuses a value of `-o` that qemu-img refuses: nothing, a comma at an end, or a size that is spelled `64KiB`.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] for such a value, in the place of qemu-img.
+pub fn check_options(text: &str) -> Result<()> {
+    let is_list = !text.is_empty() && !text.starts_with(',') && !text.ends_with(',');
+    let is_own = |(key, value): (&str, &str)| {
+        key.ends_with("size") && parse_size(value).is_none() && imgtool_core::parse_size(value).is_some()
+    };
+    let has_own = text.split(',').filter_map(|part| part.split_once('=')).any(is_own);
+    if !is_on() || is_list && !has_own {
+        return Ok(());
+    }
+    Err(Error::usage(format!("invalid list of options '{text}'")).hint("KEY=VALUE,KEY=VALUE"))
+}
+
+/// Refuses a new size that qemu-img refuses: one that ends within a sector, and one below `old` unless the user permits it.
+///
+/// # Errors
+/// [`imgtool_core::ErrorKind::Usage`] for such a size, in the place of qemu-img.
+pub fn check_new_size(old: u64, new: u64, may_shrink: bool) -> Result<()> {
+    if !is_on() {
+        return Ok(());
+    }
+    if !new.is_multiple_of(SECTOR) {
+        return Err(Error::usage(format!("the new size is {new}, expected a multiple of {SECTOR}")));
+    }
+    if new < old && !may_shrink {
+        return Err(
+            Error::usage(format!("the new size is {new}, less than {old} bytes")).hint("--shrink permits it")
+        );
+    }
+    Ok(())
+}
+
+/// Returns the size of a new image or of a raw one: qemu-img rounds it up to whole sectors.
 pub fn new_size(size: u64) -> u64 {
     if is_on() { size.checked_next_multiple_of(SECTOR).unwrap_or(size) } else { size }
 }

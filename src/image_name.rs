@@ -9,10 +9,11 @@ use std::ffi::OsStr;
 use std::path::PathBuf;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{Error, FilePart, Location, Result, parse_size};
+use imgtool_core::{Error, FilePart, Location, Result};
 use serde_json::Value;
 
 use crate::commands::options::split_options;
+use crate::compat::parse_size;
 
 /// Prefix of a name in JSON.
 pub const JSON: &str = "json:";
@@ -64,7 +65,12 @@ pub struct NamedChain {
     pub image: ImageName,
     /// Images below it, the topmost first.
     pub backing: Vec<ImageName>,
+    /// True if the lowest image is to be read without a backing image: `backing=` or `"backing":null`.
+    pub ends: bool,
 }
+
+/// Key of the reference to a backing image. Without a value, the image has none.
+const NO_BACKING: &str = "backing";
 
 /// Prefix of the keys of the backing image.
 const BACKING: &str = "backing.";
@@ -89,13 +95,39 @@ pub fn from_options(text: &OsStr) -> Result<NamedChain> {
 /// # Errors
 /// Same as [`from_options`]; for text that is not a JSON object.
 pub fn from_json(text: &str) -> Result<NamedChain> {
-    let value: Value = serde_json::from_str(text).map_err(|e| Error::usage(format!("json: {e}")))?;
+    let text = with_double_quotes(text);
+    let value: Value = serde_json::from_str(&text).map_err(|e| Error::usage(format!("json: {e}")))?;
     if !value.is_object() {
         return Err(Error::usage("json: expected an object").hint(EXAMPLE));
     }
     let mut options = Options::new();
     flatten("", &value, &mut options)?;
     interpret(options, MAX_DEPTH)
+}
+
+/// Puts double quotes around strings in single quotes, which QEMU takes as well.
+fn with_double_quotes(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    // Quote around the string at this place, and true behind a backslash.
+    let (mut quote, mut is_escaped) = (None, false);
+    for c in text.chars() {
+        let is_quote = matches!(c, '"' | '\'') && quote.is_none_or(|open| open == c) && !is_escaped;
+        match c {
+            '\'' if is_escaped => {
+                // JSON has no escape for it.
+                out.pop();
+                out.push(c);
+            }
+            '\'' if is_quote => out.push('"'),
+            '"' if quote == Some('\'') && !is_escaped => out.push_str("\\\""),
+            other => out.push(other),
+        }
+        if is_quote {
+            quote = if quote.is_none() { Some(c) } else { None };
+        }
+        is_escaped = c == '\\' && quote.is_some() && !is_escaped;
+    }
+    out
 }
 
 /// Hint with the common form of a name.
@@ -112,6 +144,7 @@ fn flatten(key: &str, value: &Value, options: &mut Options) -> Result<()> {
         Value::Bool(true) => "on".to_owned(),
         Value::Bool(false) => "off".to_owned(),
         Value::Number(number) => number.to_string(),
+        Value::Null if key.rsplit('.').next() == Some(NO_BACKING) => String::new(),
         Value::Null | Value::Array(_) => {
             return Err(Error::usage(format!(
                 "json: the value of '{}' is not supported",
@@ -127,7 +160,17 @@ fn flatten(key: &str, value: &Value, options: &mut Options) -> Result<()> {
 
 /// Interprets the options of an image over at most `depth` others.
 fn interpret(mut options: Options, depth: usize) -> Result<NamedChain> {
-    let backing = backing(&mut options, depth)?;
+    let is_last = options.get(NO_BACKING).is_some_and(String::is_empty);
+    if is_last {
+        options.remove(NO_BACKING);
+    }
+    let (backing, ends) = match backing(&mut options, depth)? {
+        Some(_) if is_last => {
+            return Err(Error::usage("an image without a backing image has options of one"));
+        }
+        Some(NamedChain { image, backing, ends }) => ([image].into_iter().chain(backing).collect(), ends),
+        None => (Vec::new(), is_last),
+    };
     let driver = options.remove("driver");
     let is_file = |name: &str| FILE_DRIVERS.contains(&name);
     let (format, prefix) = match driver {
@@ -164,7 +207,7 @@ fn interpret(mut options: Options, depth: usize) -> Result<NamedChain> {
         None => {
             let location = Location::Path(PathBuf::from(path));
             let image = ImageName { location, format, part, key_id: keys.into_iter().flatten().next() };
-            Ok(NamedChain { image, backing })
+            Ok(NamedChain { image, backing, ends })
         }
     }
 }
@@ -182,8 +225,8 @@ fn part(options: &mut Options, prefix: &str) -> Result<Option<FilePart>> {
     Ok((start.is_some() || len.is_some()).then_some(FilePart { start: start.unwrap_or(0), len }))
 }
 
-/// Takes the options of the backing image. Returns it and those below it.
-fn backing(options: &mut Options, depth: usize) -> Result<Vec<ImageName>> {
+/// Takes the options of the backing image, if any. Returns it and those below it.
+fn backing(options: &mut Options, depth: usize) -> Result<Option<NamedChain>> {
     let own = std::mem::take(options);
     let mut below = Options::new();
     for (key, value) in own {
@@ -193,15 +236,15 @@ fn backing(options: &mut Options, depth: usize) -> Result<Vec<ImageName>> {
         };
     }
     if below.is_empty() {
-        return Ok(Vec::new());
+        return Ok(None);
     }
     let depth =
         depth.checked_sub(1).ok_or_else(|| Error::usage(format!("more than {MAX_DEPTH} backing images")))?;
-    let NamedChain { image, backing } = interpret(below, depth)?;
-    if image.part.is_some() {
+    let chain = interpret(below, depth)?;
+    if chain.image.part.is_some() {
         return Err(Error::usage("a part of a file as the backing image is not supported"));
     }
-    Ok([image].into_iter().chain(backing).collect())
+    Ok(Some(chain))
 }
 
 fn is_without_effect(key: &str, value: &str) -> bool {
@@ -229,7 +272,7 @@ mod tests {
     }
 
     fn name(path: &str, format: Option<&str>, key_id: Option<&str>) -> NamedChain {
-        NamedChain { image: image(path, format, key_id), backing: Vec::new() }
+        NamedChain { image: image(path, format, key_id), backing: Vec::new(), ends: false }
     }
 
     fn options(text: &str) -> Result<NamedChain> {
@@ -249,6 +292,7 @@ mod tests {
         for text in [
             r#"{"driver":"qcow2","file":{"driver":"file","filename":"a,b.img"}}"#,
             r#"{"driver":"qcow2","file.filename":"a,b.img","read-only":true,"l2-cache-size":65536}"#,
+            r#"{'driver':'qcow2','file':{"driver":"file",'filename':'a,b.img'}}"#,
         ] {
             assert_eq!(from_json(text).expect(text), plain);
         }
@@ -261,10 +305,22 @@ mod tests {
     }
 
     #[test]
+    fn strings_may_have_single_quotes() {
+        for (text, expected) in [
+            (r#"{'a':'b'}"#, r#"{"a":"b"}"#),
+            (r#"{"a'b":'c"d'}"#, r#"{"a'b":"c\"d"}"#),
+            (r#"['it\'s', "it's", 'a\"b', "a\"b", '\\']"#, r#"["it's", "it's", "a\"b", "a\"b", "\\"]"#),
+            (r#"'open"#, r#""open"#),
+        ] {
+            assert_eq!(with_double_quotes(text), expected);
+        }
+    }
+
+    #[test]
     fn parts_of_a_file_are_disks_or_hold_images() {
         let of = |format: Option<&str>, start, len| {
             let part = Some(FilePart { start, len });
-            NamedChain { image: ImageName { part, ..image("x", format, None) }, backing: Vec::new() }
+            NamedChain { image: ImageName { part, ..image("x", format, None) }, ..name("x", None, None) }
         };
         let raw = "driver=raw,offset=1M,size=512,file.filename=x";
         assert_eq!(options(raw).expect("a part"), of(Some("raw"), 1 << 20, Some(512)));
@@ -291,6 +347,21 @@ mod tests {
             (0..=depth).map(prefix).collect::<Vec<_>>().join(",")
         };
         assert!(options(&deep(MAX_DEPTH)).is_ok() && options(&deep(MAX_DEPTH + 1)).is_err());
+    }
+
+    #[test]
+    fn chains_end_where_the_user_says_so() {
+        let below = [image("b", None, None)];
+        for (text, images) in [
+            (r#"json:{"file":{"filename":"a"},"backing":null}"#, &[][..]),
+            (r#"json:{"file.filename":"a","backing":{"file.filename":"b","backing":null}}"#, &below),
+            ("file.filename=a,backing=", &[]),
+            ("file.filename=a,backing.file.filename=b,backing.backing=", &below),
+        ] {
+            let parsed = text.strip_prefix(JSON).map_or_else(|| options(text), from_json).expect(text);
+            assert!(parsed.ends && parsed.backing == images, "{text}");
+        }
+        assert!(options("file.filename=a,backing=,backing.file.filename=b").is_err());
     }
 
     #[test]

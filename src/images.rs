@@ -6,7 +6,8 @@ use std::path::Path;
 use imgtool_core::error::escape_control;
 use imgtool_core::{CancelToken, DeviceKind, Error, Location, Memory, OpenOptions, Registry, Result, Secret};
 use imgtool_engine::{
-    ChosenImage, ExternalPolicy, OpenSettings, Opened, PolicyOpener, SourceRequest, chosen, open as opening,
+    ChosenChain, ChosenImage, ExternalPolicy, OpenSettings, Opened, PolicyOpener, SourceRequest, chosen,
+    open as opening,
 };
 use imgtool_storage::Compression;
 
@@ -130,7 +131,8 @@ pub fn source(args: &InputArgs, name: &OsStr) -> Result<SourceRequest> {
         Ok(ChosenImage { location: image.location, format: image.format, secret })
     };
     let secret = own(&parsed.image)?;
-    let backing = parsed.backing.into_iter().map(below).collect::<Result<_>>()?;
+    let images = parsed.backing.into_iter().map(below).collect::<Result<_>>()?;
+    let backing = ChosenChain { images, ends: parsed.ends };
     let ImageName { location, format, part, .. } = parsed.image;
     Ok(SourceRequest { format, secret, backing, part, ..SourceRequest::new(location) })
 }
@@ -140,17 +142,17 @@ pub fn format_of<'a>(source: &'a SourceRequest, format: Option<&'a str>) -> Opti
     format.or(source.format.as_deref())
 }
 
-/// Refuses a part of a file for a command that writes into the image.
+/// Refuses a part of a file, and an image without its backing image, for a command that writes into the image.
 ///
 /// # Errors
-/// [`imgtool_core::ErrorKind::Unsupported`] for a source that is a part of a file.
+/// [`imgtool_core::ErrorKind::Unsupported`] for these.
 pub fn refuse_part(source: &SourceRequest) -> Result<()> {
-    match source.part {
-        Some(_) => {
-            Err(Error::unsupported("a part of a file can be read, but not written").path(&source.location))
-        }
-        None => Ok(()),
-    }
+    let what = match (source.part, source.backing.ends) {
+        (Some(_), _) => "a part of a file",
+        (None, true) => "an image without its backing image",
+        (None, false) => return Ok(()),
+    };
+    Err(Error::unsupported(format!("{what} can be read, but not written")).path(&source.location))
 }
 
 /// Opens an image that the user named.

@@ -143,9 +143,13 @@ pub fn print_bytes(bytes: &[u8]) -> Result<()> {
 
 /// Prints a JSON document and a line feed.
 pub fn print_json(value: &impl Serialize) -> Result<()> {
-    let text =
-        serde_json::to_string_pretty(value).map_err(|e| Error::io("write JSON", io::Error::other(e)))?;
-    print(&(json_for_terminals(&text) + "\n"))
+    // Scripts also look for lines of qemu-img's JSON.
+    let indent: &[u8] = if compat::is_on() { b"    " } else { b"  " };
+    let mut text = Vec::new();
+    let formatter = serde_json::ser::PrettyFormatter::with_indent(indent);
+    let written = value.serialize(&mut serde_json::Serializer::with_formatter(&mut text, formatter));
+    written.map_err(|e| Error::io("write JSON", io::Error::other(e)))?;
+    print(&(json_for_terminals(&String::from_utf8_lossy(&text)) + "\n"))
 }
 
 /// Escapes the characters that JSON permits in strings but a terminal would obey or not show (DEL, C1 controls,

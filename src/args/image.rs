@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum, ValueHint};
 use imgtool_core::SnapshotChoice;
 
+use crate::compat;
 use crate::secrets::SecretSource;
 
 use super::values::{CACHE_MODES, Offer, SecretPlace};
@@ -473,10 +474,10 @@ pub struct ResizeArgs {
     #[arg(long)]
     pub shrink: bool,
 
-    /// Allocate space for the new bytes of a raw file (falloc) [default: off]
+    /// Allocate space for the new bytes of a raw file (falloc), or write zeros (full) [default: off]
     #[arg(
         long,
-        value_name = "off|falloc",
+        value_name = "off|falloc|full",
         value_enum,
         default_value_t,
         hide_default_value = true,
@@ -500,6 +501,8 @@ pub enum Preallocation {
     Off,
     /// The file system allocates it.
     Falloc,
+    /// Zeros are written.
+    Full,
 }
 
 /// Size that an image gets.
@@ -525,7 +528,7 @@ impl NewSize {
 
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         let size = |text: &str| {
-            imgtool_core::parse_size(text).ok_or_else(|| "expected a size, such as 40G or +10G".to_owned())
+            compat::parse_size(text).ok_or_else(|| "expected a size, such as 40G or +10G".to_owned())
         };
         match text.split_at_checked(1) {
             Some(("+", more)) => size(more).map(Self::More),

@@ -5,13 +5,14 @@ use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::time::Instant;
 
-use imgtool_core::{Error, Location, Result, parse_size};
+use imgtool_core::{Error, Location, Result};
 use imgtool_engine::{
     BrokenBitmaps, DiskTarget, Note, OpenSettings, Phase, Request, RunOptions, SourceRequest,
 };
 
 use super::options;
 use crate::args::{ConvertArgs, InputArgs, ProgressMode, compatibility_help};
+use crate::compat::parse_size;
 use crate::exit::Exit;
 use crate::image_name::JSON;
 use crate::interrupt::Interrupt;

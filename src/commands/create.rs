@@ -59,7 +59,8 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
     let (Some(path), Some(location)) = (&args.path, location) else {
         return Err(Error::usage("missing PATH").hint("imgtool create -f FMT PATH SIZE"));
     };
-    let size = compat::new_size(size(&registry, args, option_size, path, &location, &format)?);
+    let stated_size = size(&registry, args, option_size, path, &location, &format)?;
+    let size = compat::new_size(stated_size);
     // A URL gets here, and is refused as a path that does not exist.
     let path = location.path().unwrap_or(path);
     let backing_filename = format.writer.backing().map(|backing| backing.name);
@@ -83,16 +84,17 @@ pub fn run(args: &CreateArgs) -> Result<Exit> {
         backing_filename,
         notes: made.notes.iter().map(ToString::to_string).collect(),
     };
-    print(args, &document, &pairs);
+    print(args, &document, stated_size, &pairs);
     Ok(Exit::Done)
 }
 
-/// Describes the new image, which has the options `pairs`.
-fn print(args: &CreateArgs, document: &Document<'_>, pairs: &[(String, String)]) {
+/// Describes the new image, which has the options `pairs`, and of which the user wanted `stated_size` bytes.
+fn print(args: &CreateArgs, document: &Document<'_>, stated_size: u64, pairs: &[(String, String)]) {
     if args.output.is_json() {
         report::note_unprinted(report::print_json(document));
     } else if !args.quiet && compat::is_on() {
-        report::note_unprinted(report::print(&formatting(document, pairs)));
+        let name = args.path.as_deref().map(|path| images::show(path.as_os_str())).unwrap_or_default();
+        report::note_unprinted(report::print(&formatting(&name, document.format, stated_size, pairs)));
     } else if !args.quiet {
         let below = document.backing_filename.as_ref().map(|name| format!(", on {}", escape_control(name)));
         let size = report::exact_size(document.virtual_size);
@@ -103,13 +105,12 @@ fn print(args: &CreateArgs, document: &Document<'_>, pairs: &[(String, String)])
     }
 }
 
-/// Returns the line that qemu-img prints.
-fn formatting(document: &Document<'_>, pairs: &[(String, String)]) -> String {
-    let name = escape_control(&document.filename);
+/// Returns the line that qemu-img prints, with the name as the user wrote it.
+fn formatting(name: &str, format: &str, size: u64, pairs: &[(String, String)]) -> String {
     let pairs: String =
         pairs.iter().map(|(key, value)| format!(" {key}={}", escape_control(value))).collect();
-    let format = compat::format_name(document.format);
-    format!("Formatting '{name}', fmt={format} size={}{pairs}\n", document.virtual_size)
+    let format = compat::format_name(format);
+    format!("Formatting '{name}', fmt={format} size={size}{pairs}\n")
 }
 
 /// Refuses objects, and names that are no path.

@@ -67,6 +67,16 @@ impl ImageEntry {
         self.info().devices.iter().fold(0, |sum, device| sum.saturating_add(device.size))
     }
 
+    /// Returns the path of the backing file, relative names resolved; `None` if the image states none as QEMU's do.
+    fn full_backing_name(&self) -> Option<String> {
+        let fact = |key: &str| self.info().facts.iter().find(|fact| fact.key == key)?.value.as_str();
+        let known = fact("full-backing-filename").map(str::to_owned);
+        known.or_else(|| {
+            let resolved = open::resolve(&self.location, fact("backing-filename")?)?;
+            Some(resolved.name().into_owned())
+        })
+    }
+
     /// Returns the virtual size; `None` for a stream whose end was not reached.
     fn known_size(&self) -> Option<u64> {
         let open_ended = self.info().devices.iter().any(|device| device.open_ended);
@@ -119,6 +129,10 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
             follow_chain(&registry, &options, &mut entries);
         }
     }
+    if compat::is_on() && entries.iter().any(|image| image.chain_ends.is_some()) {
+        // As qemu-img does: the whole chain or nothing.
+        return Ok(report_failures(&entries));
+    }
     if args.output.is_json() {
         let documents: Vec<Value> = entries.iter().map(document).collect();
         // Like qemu-img, print an array only if there can be several images.
@@ -131,6 +145,11 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
         let pages: Vec<String> = entries.iter().map(page_of).collect();
         report::print(&pages.join("\n"))?;
     }
+    Ok(report_failures(&entries))
+}
+
+/// Prints the errors of the images and chains. Returns the exit code.
+fn report_failures(entries: &[ImageEntry]) -> Exit {
     let mut exit = Exit::Done;
     // A pipe leads to no other file.
     let files = entries.iter().filter(|image| image.location.path().is_some());
@@ -143,7 +162,7 @@ pub fn run(args: &InfoArgs) -> Result<Exit> {
         report::error(error);
         exit = Exit::Failed;
     }
-    Ok(exit)
+    exit
 }
 
 /// Returns the text that describes one image. qemu-img knows no archives.
@@ -167,7 +186,11 @@ fn follow_chain(registry: &Registry, options: &OpenOptions, entries: &mut Vec<Im
             Ok(Some(below)) if entries[first..].iter().any(|known| known.location == below.location) => {
                 let Some(last) = entries.last_mut() else { return };
                 let role = below_reference(last).map_or("backing file", |reference| reference.role);
-                let loops = externals::chain_loop(role, &below.location.name(), &last.location);
+                let name = below.location.name();
+                let loops = match compat::is_on() {
+                    true => Error::malformed(format!("Backing file '{name}' creates an infinite loop.")),
+                    false => externals::chain_loop(role, &name, &last.location),
+                };
                 last.chain_ends = Some(loops);
                 return;
             }
@@ -269,6 +292,9 @@ fn document(image: &ImageEntry) -> Value {
         .collect();
     if !data.is_empty() {
         map.insert("format-specific".into(), json!({ "type": format, "data": data }));
+    }
+    if let Some(full) = image.full_backing_name() {
+        map.entry("full-backing-filename").or_insert(full.into());
     }
     // A fact of the formats that know an interrupted write, false for all others.
     map.entry("dirty-flag").or_insert(false.into());

@@ -251,7 +251,10 @@ impl Printer {
         if self.rows > self.max_rows {
             return Ok(());
         }
-        if self.json {
+        if self.json && compat::is_on() {
+            self.text.push_str(if self.printed > 0 { ",\n" } else { "" });
+            self.text.push_str(&compat_record(extent));
+        } else if self.json {
             self.text.push_str(if self.printed > 0 { ",\n " } else { "\n " });
             let text = serde_json::to_string(&record(device, extent)).unwrap_or_default();
             self.text.push_str(&report::json_for_terminals(&text));
@@ -285,7 +288,8 @@ impl Printer {
 
     fn end(mut self) -> Result<()> {
         if self.json {
-            self.text.push_str(if self.printed > 0 { "\n]\n" } else { "]\n" });
+            let is_list = self.printed > 0 && !compat::is_on();
+            self.text.push_str(if is_list { "\n]\n" } else { "]\n" });
         }
         self.flush()
     }
@@ -293,6 +297,17 @@ impl Printer {
     fn flush(&mut self) -> Result<()> {
         report::print(&std::mem::take(&mut self.text))
     }
+}
+
+/// Returns an extent as `qemu-img map` prints it: programs parse lines of it.
+fn compat_record(extent: &MapExtent) -> String {
+    let MapExtent { start, len, depth, present, zero, data, compressed, .. } = extent;
+    let offset = extent.place.as_ref().map(|place| format!(", \"offset\": {}", place.file_offset));
+    format!(
+        "{{ \"start\": {start}, \"length\": {len}, \"depth\": {depth}, \"present\": {present}, \"zero\": {zero}, \
+         \"data\": {data}, \"compressed\": {compressed}{}}}",
+        offset.unwrap_or_default()
+    )
 }
 
 fn record<'a>(device: &'a str, extent: &MapExtent) -> ExtentRecord<'a> {

@@ -16,10 +16,10 @@ use crate::{images, report, sandbox};
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Document<'a> {
-    required: u64,
-    fully_allocated: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     bitmaps: Option<u64>,
+    required: u64,
+    fully_allocated: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     estimate: Option<EstimateDocument>,
     /// Empty unless the source is an archive.

@@ -2,14 +2,14 @@
 
 use imgtool_core::error::escape_control;
 use imgtool_core::{
-    Compress, Driver, Error, Location, OptionKind, OptionSpec, OptionValues, Registry, Remedy, Result,
-    Secret, parse_size,
+    Compress, Driver, Error, Location, OptionKind, OptionSpec, OptionValues, Registry, Remedy, Result, Secret,
 };
 use imgtool_engine::{FormatOptions, TargetFormat, create};
 
 use super::formats;
+use crate::compat::{self, parse_size};
 use crate::exit::Exit;
-use crate::{compat, report, secrets};
+use crate::{report, secrets};
 
 /// `-S` must be a multiple of this many bytes, as in qemu-img.
 const SECTOR: u64 = 512;
@@ -64,6 +64,7 @@ pub fn format_options(options: &[String], sparse_size: Option<&str>) -> Result<F
         plain_names: compat::is_on(),
         ..FormatOptions::default()
     };
+    options.iter().try_for_each(|text| compat::check_options(text))?;
     for (key, value) in options.iter().flat_map(|text| split_options(text)) {
         set(&mut format_options, &key, &value);
     }
@@ -204,7 +205,8 @@ pub fn source_date_epoch() -> Result<Option<i64>> {
     }
 }
 
-/// Splits `K=V,K=V` like qemu-img: `,,` stands for a comma in a value, and a key without a value gets `on`.
+/// Splits `K=V,K=V` like qemu-img: `,,` stands for a comma in a value. A key without a value is on, or off behind
+/// `no`.
 pub fn split_options(text: &str) -> Vec<(String, String)> {
     let parts = text.replace(",,", "\u{0}");
     parts
@@ -214,10 +216,18 @@ pub fn split_options(text: &str) -> Vec<(String, String)> {
             let part = part.replace('\u{0}', ",");
             match part.split_once('=') {
                 Some((key, value)) => (key.to_owned(), value.to_owned()),
-                None => (part, "on".to_owned()),
+                None => flag(&part),
             }
         })
         .collect()
+}
+
+/// Interprets a key without a value. `nocow` is a key by itself; for qemu-img, even that one is `cow` behind `no`.
+fn flag(text: &str) -> (String, String) {
+    match text.strip_prefix("no").filter(|_| text != NO_COPY_ON_WRITE.name || compat::is_on()) {
+        Some(key) => (key.to_owned(), "off".to_owned()),
+        None => (text.to_owned(), "on".to_owned()),
+    }
 }
 
 /// True if the options contain `help` or `?`.
@@ -232,8 +242,9 @@ mod tests {
     #[test]
     fn options_are_split_like_qemu_img() {
         assert_eq!(
-            split_options("a=1,b=x,,y,c"),
-            [("a", "1"), ("b", "x,y"), ("c", "on")].map(|(k, v)| (k.to_owned(), v.to_owned()))
+            split_options("a=1,b=x,,y,c,nod,nocow"),
+            [("a", "1"), ("b", "x,y"), ("c", "on"), ("d", "off"), ("nocow", "on")]
+                .map(|(k, v)| (k.to_owned(), v.to_owned()))
         );
         assert!(asks_for_help(&["a=1,help".to_owned()]));
         assert!(!asks_for_help(&["helper=1".to_owned()]));

@@ -31,7 +31,7 @@ pub fn run(args: &ResizeArgs) -> Result<Exit> {
         return Err(Error::unsupported("a compressed file can't be resized").path(&location));
     }
     let driver = opened.driver;
-    let allocates = args.preallocation == Preallocation::Falloc;
+    let allocates = args.preallocation != Preallocation::Off;
     if allocates && !driver.capabilities().verbatim {
         return Err(Error::unsupported(format!("{} images grow without preallocation", driver.name()))
             .path(&location)
@@ -41,11 +41,20 @@ pub fn run(args: &ResizeArgs) -> Result<Exit> {
     let size = args.size.of(old).ok_or_else(|| {
         Error::usage(format!("the disk has {old} bytes, which can't change by that much")).path(&location)
     })?;
+    let size = if driver.capabilities().verbatim { compat::new_size(size) } else { size };
+    compat::check_new_size(old, size, args.shrink).map_err(|e| e.path(&location))?;
+    if allocates && size < old {
+        return Err(Error::usage("Preallocation can only be used for growing images").path(&location));
+    }
     let resize = Resize { size, discards: args.shrink };
     driver.resize(&image, resize, &options).in_file(&location)?;
     if allocates && size > old {
+        let allocated = match args.preallocation {
+            Preallocation::Full => image.write_plain_zeros_at(old, size - old),
+            _ => image.allocate(old, size - old),
+        };
         // The size that nobody got must not stay; the shorter length also frees what was allocated.
-        image.allocate(old, size - old).inspect_err(|_| drop(image.set_len(old))).in_file(&location)?;
+        allocated.inspect_err(|_| drop(image.set_len(old))).in_file(&location)?;
     }
     let after = driver.open(image.reopen(&options.memory)?, &info).in_file(&location)?;
     let after = Disk::only(after, "the image").in_file(&location)?.size();

@@ -113,6 +113,39 @@ fn other_drivers_and_options_are_refused_as_by_qemu_img() {
     assert_eq!(snapshot(dir.path()), before);
 }
 
+/// What an overlay does not store itself then reads as zeros.
+#[test]
+fn an_image_is_read_without_its_backing_file_on_request() {
+    require!("qemu-img", "qemu-io");
+    let dir = scene();
+    let qemu = |tool: &str, line: &[&str]| drop(run_in(tool, dir.path(), line));
+    qemu("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "disk.raw", "-F", "raw", "mid.qcow2", "3M"]);
+    qemu("qemu-io", &["-c", "write -P 7 64k 64k", "mid.qcow2"]);
+    qemu("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "mid.qcow2", "-F", "qcow2", "top.qcow2"]);
+    qemu("qemu-io", &["-c", "write -P 8 1M 64k", "top.qcow2"]);
+    let mid = r#"{"driver":"qcow2","file":{"driver":"file","filename":"mid.qcow2"},"backing":null}"#;
+    for name in [
+        r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"top.qcow2"},"backing":null}"#
+            .to_owned(),
+        format!(r#"json:{{"driver":"qcow2","file.filename":"top.qcow2","backing":{mid}}}"#),
+        r#"json:{"driver":"raw","file.filename":"disk.raw"}"#.to_owned(),
+    ] {
+        qemu("qemu-img", &["convert", "-O", "raw", &name, "theirs.raw"]);
+        imgtool(["convert", "-q", "--force", "-O", "raw", &name, "ours.raw"]).within(dir.path()).ok();
+        let read = |file: &str| std::fs::read(dir.path().join(file)).unwrap();
+        assert!(read("ours.raw") == read("theirs.raw"), "{name}");
+        assert!(both(dir.path(), &["map", "--output", "json", &name]), "{name}");
+    }
+    let options = "driver=qcow2,file.filename=top.qcow2,backing=";
+    imgtool(["convert", "-q", "--image-opts", options, "zeros.raw"]).within(dir.path()).ok();
+    let zeros = std::fs::read(dir.path().join("zeros.raw")).unwrap();
+    assert!(zeros[..1 << 20].iter().all(|byte| *byte == 0) && zeros[1 << 20] == 8);
+    let before = snapshot(dir.path());
+    let resize = ["resize", "--image-opts", options, "+1M"];
+    imgtool(resize).within(dir.path()).go().exits(1).says("can be read, but not written");
+    assert_eq!(snapshot(dir.path()), before);
+}
+
 /// As virt-v2v reads the disks of an OVA, which is a tar.
 #[test]
 fn a_part_of_a_file_is_read_as_by_qemu_img() {

@@ -90,6 +90,73 @@ const PACKER_INCUS_AND_IMAGE_BUILDERS: &[&str] = &[
     "convert -O vhdx disk.raw n.vhdx",
 ];
 
+const CLOUDSTACK_OPENNEBULA_AND_IRONIC: &[&str] = &[
+    "info -U --output=json base.qcow2",
+    "convert -U -O qcow2 base.qcow2 n.qcow2",
+    "convert -p -O raw -f qcow2 base.qcow2 n.raw",
+    "create -f qcow2 -o cluster_size=64k,backing_file=base.qcow2,backing_fmt=qcow2 n.qcow2 2097152",
+    "create -o backing_file=base.qcow2,backing_fmt=qcow2 -f qcow2 n.qcow2",
+    "convert -q -O raw base.qcow2 n.raw",
+    "convert -m 4 -q -f qcow2 -O raw snap.qcow2 n.raw",
+    "resize --shrink -f raw empty.raw 512K",
+    "resize -f qcow2 base.qcow2 +512K",
+    "convert -f qcow2 -O raw -t directsync -S 0 base.qcow2 n.raw",
+    "info --force-share --output=json -f raw disk.raw",
+];
+
+const LONGHORN_HARVESTER_AND_KATA: &[&str] = &[
+    "info --output=json disk.vhdx",
+    "convert -f raw -O qcow2 disk.raw n.qcow2",
+    "convert -p -f qcow2 -O raw -t none -T none base.qcow2 n.raw",
+    "convert -f vmdk -O raw disk.vmdk n.raw",
+    "create -f qcow2 n.qcow2 10737418240",
+    "check -f qcow2 --output json over.qcow2",
+    "create -q -f raw n.raw 128M",
+    "resize -q -f raw disk.raw 2M",
+];
+
+const DISTRIBUTIONS: &[&str] = &[
+    "convert -c -O qcow2 -o compat=0.10 disk.raw n.qcow2",
+    "convert -f raw -O vpc -o subformat=fixed,force_size disk.raw n.vhd",
+    "convert -f raw -O vmdk -o subformat=streamOptimized,adapter_type=lsilogic disk.raw n.vmdk",
+    "convert -O vmdk -o subformat=monolithicSparse,compat6 disk.raw n.vmdk",
+    "convert -O vhdx -o subformat=dynamic disk.raw n.vhdx",
+    "convert -O vdi disk.raw n.vdi",
+    "convert -f raw disk.raw -O vmdk -o adapter_type=pvscsi,subformat=monolithicFlat n.vmdk",
+    "convert -f raw -O qcow2 -c -o compression_type=zstd disk.raw n.qcow2",
+    "convert -f raw -O qcow2 -o compat=v3 -W -m 8 disk.raw n.qcow2",
+    "convert -O qcow2 -S 128k disk.raw n.qcow2",
+    "convert -O qcow2 -o cluster_size=512k,refcount_bits=16 disk.raw n.qcow2",
+    "convert -f raw -O raw -S 4096 disk.raw n.raw",
+];
+
+const LOCAL_MACHINES: &[&str] = &[
+    "create -q -f qcow2 -o lazy_refcounts=on,preallocation=off,nocow=on n.qcow2 16G",
+    "create -q -f raw -o preallocation=off n.raw 64M",
+    "check -q base.qcow2",
+    "info base.qcow2 --output=json",
+    "create -f qcow2 -F qcow2 -b base.qcow2 n.qcow2 107374182400",
+    "create -f qcow2 n.qcow2 -F raw -b disk.raw 2M",
+    "info --output=json --backing-chain over.qcow2",
+    "info --output=json --force-share over.qcow2",
+    "convert -p -O qcow2 base.qcow2 n.qcow2",
+    "resize base.qcow2 5368709120",
+    "convert -f raw -O qcow2 disk.raw n",
+    "create -f qcow2 -o preallocation=metadata n.qcow2 64M",
+    "measure --output=json -O raw base.qcow2",
+    "map --output=json -f qcow2 over.qcow2",
+    "compare -U -q base.qcow2 disk.raw",
+];
+
+const OTHER_HYPERVISORS: &[&str] = &[
+    "convert -f vmdk -O qcow2 -o compat=1.1 disk.vmdk n.qcow2",
+    "convert -f vpc -O qcow2 disk.vhd n.qcow2",
+    "convert -f vhdx -O qcow2 disk.vhdx n.qcow2",
+    "convert -f vdi -O raw disk.vdi n.raw",
+    "convert -f qcow2 -O vmdk -o adapter_type=lsilogic,subformat=streamOptimized,compat6 base.qcow2 n.vmdk",
+    "convert -f qcow2 -o subformat=dynamic -O vhdx base.qcow2 n.vhdx",
+];
+
 #[test]
 fn callers_notice_no_difference() {
     require!("qemu-img");
@@ -106,6 +173,11 @@ fn callers_notice_no_difference() {
         VDSM,
         LIBVIRT_AND_VIRT_V2V,
         PACKER_INCUS_AND_IMAGE_BUILDERS,
+        CLOUDSTACK_OPENNEBULA_AND_IRONIC,
+        LONGHORN_HARVESTER_AND_KATA,
+        DISTRIBUTIONS,
+        LOCAL_MACHINES,
+        OTHER_HYPERVISORS,
     ];
     let differences: Vec<String> =
         lines.concat().iter().flat_map(|line| workshop.differences(line)).collect();

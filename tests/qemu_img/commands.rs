@@ -79,6 +79,33 @@ fn takes_every_spelling_of_a_size() {
 }
 
 #[test]
+fn is_as_strict_about_spellings() {
+    require!("qemu-img");
+    behaves_the_same(&[
+        "create -f qcow2 -o nolazy_refcounts n.qcow2 1M",
+        "create -f qcow2 -o nolazy_refcounts=on n.qcow2 1M",
+        "create -f qcow2 -o nocow n.qcow2 1M",
+        "create -f qcow2 -o cluster_size=64k, n.qcow2 1M",
+        "create -f qcow2 -o ,cluster_size=64k n.qcow2 1M",
+        "create -f qcow2 -o cluster_size=64KiB n.qcow2 1M",
+        "create -f qcow2 -o size=1MiB n.qcow2",
+        "create -f qcow2 n.qcow2 5MiB",
+        "convert -S 4KiB disk.raw n.raw",
+        "convert -O qcow2 -o cluster_size=64k, disk.raw n.qcow2",
+        "convert -O qcow2 -o nolazy_refcounts disk.raw n.qcow2",
+        "measure -O qcow2 --size 5MiB",
+        "resize base.qcow2 2000001",
+        "resize base.qcow2 +1",
+        "resize base.qcow2 +1MiB",
+        "resize -f raw disk.raw 2000001",
+        "resize -f raw empty.raw 512k",
+        "resize --shrink -f raw empty.raw 512k",
+        "resize base.qcow2 512k",
+        "resize --shrink base.qcow2 512k",
+    ]);
+}
+
+#[test]
 fn takes_snapshots_by_id_and_by_name() {
     require!("qemu-img");
     behaves_the_same(&[

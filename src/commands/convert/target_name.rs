@@ -52,14 +52,17 @@ fn check_exists(args: &ConvertArgs, what: &str) -> Result<()> {
         .hint("a new image has a plain path, its format with -O, its options with -o"))
 }
 
-fn described(args: &ConvertArgs, NamedChain { image: name, backing }: NamedChain) -> Result<TargetName> {
+fn described(
+    args: &ConvertArgs,
+    NamedChain { image: name, backing, ends }: NamedChain,
+) -> Result<TargetName> {
     if name.part.is_some() {
         return Err(Error::unsupported("a part of a file can be read, but not written").path(name.location));
     }
     if name.key_id.is_some() {
         return Err(Error::unsupported("an encrypted image can't be written into").path(name.location));
     }
-    if !backing.is_empty() {
+    if ends || !backing.is_empty() {
         return Err(
             Error::usage("the backing image of a target that exists can't be chosen").path(name.location)
         );

@@ -37,7 +37,7 @@ pub(super) fn page(image: &ImageEntry) -> String {
     if is_true("dirty-flag") {
         line(&mut text, 0, "cleanly shut down", "no");
     }
-    backing(&mut text, info);
+    backing(&mut text, image);
     snapshots(&mut text, info);
     specific(&mut text, info);
     child(&mut text, image);
@@ -53,10 +53,11 @@ fn line(text: &mut String, indent: usize, label: &str, value: &str) {
 }
 
 /// Writes the names of the backing file.
-fn backing(text: &mut String, info: &ImageInfo) {
+fn backing(text: &mut String, image: &ImageEntry) {
+    let info = image.info();
     let words = |key: &str| fact(info, key).and_then(Value::as_str);
     if let Some(name) = words("backing-filename") {
-        let full = words("full-backing-filename").filter(|full| *full != name);
+        let full = image.full_backing_name().filter(|full| full != name);
         let path = full.map(|full| format!(" (actual path: {full})")).unwrap_or_default();
         line(text, 0, "backing file", &format!("{name}{path}"));
     }

@@ -1,4 +1,4 @@
-//! [`ChosenImage`], a backing image that the user chose in place of the one that an image names.
+//! [`ChosenChain`], the backing images that the user chose in place of those that an image names.
 
 use std::sync::{Arc, Mutex};
 
@@ -10,6 +10,7 @@ use imgtool_core::{
 use imgtool_storage::Sharing;
 use imgtool_storage::open::{Opening, open_shared};
 
+use crate::blank::Blank;
 use crate::open::{self, Opened};
 
 /// Role of the files that the user can choose.
@@ -26,26 +27,46 @@ pub struct ChosenImage {
     pub secret: Option<Secret>,
 }
 
-/// Returns options for an image over `chosen` backing images, the topmost first.
-pub fn options(registry: &Registry, chosen: &[ChosenImage], options: &OpenOptions) -> OpenOptions {
-    let Some((first, rest)) = chosen.split_first() else { return options.clone() };
+/// The backing images that the user chose for an image. The default leaves them to the image.
+#[derive(Debug, Clone, Default)]
+pub struct ChosenChain {
+    /// Backing images, the topmost first.
+    pub images: Vec<ChosenImage>,
+    /// True if the lowest image is read without the backing image that it may name. What it does not store itself
+    /// reads as zeros.
+    pub ends: bool,
+}
+
+impl ChosenChain {
+    /// True if the image names its backing images itself.
+    pub fn is_unset(&self) -> bool {
+        self.images.is_empty() && !self.ends
+    }
+}
+
+/// Returns options for an image over the `chosen` backing images.
+pub fn options(registry: &Registry, chosen: &ChosenChain, options: &OpenOptions) -> OpenOptions {
+    if chosen.is_unset() {
+        return options.clone();
+    }
+    let mut images = chosen.images.iter().cloned();
     let opener = ChosenOpener {
         registry: registry.clone(),
-        first: first.clone(),
-        rest: rest.to_vec(),
+        first: images.next(),
+        rest: ChosenChain { images: images.collect(), ends: chosen.ends },
         others: options.externals.clone(),
         opened: Mutex::default(),
     };
     OpenOptions { externals: Externals::new(Arc::new(opener)), ..options.clone() }
 }
 
-/// Refuses `chosen` backing images for an image that names none: it would be read without them.
+/// Refuses the `chosen` backing images for an image that names none: it would be read without them.
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::Usage`] in this case.
-pub fn check(opened: &Opened, chosen: &[ChosenImage]) -> Result<()> {
+pub fn check(opened: &Opened, chosen: &ChosenChain) -> Result<()> {
     let mut references = opened.image.info().references.iter();
-    if chosen.is_empty() || references.any(|reference| reference.role == ROLE) {
+    if chosen.images.is_empty() || references.any(|reference| reference.role == ROLE) {
         return Ok(());
     }
     Err(Error::usage("has no backing file, so none can be chosen for it").path(&opened.location))
@@ -54,9 +75,10 @@ pub fn check(opened: &Opened, chosen: &[ChosenImage]) -> Result<()> {
 /// Opens the chosen image for the backing file of one image, and leaves everything else to the opener of that image.
 struct ChosenOpener {
     registry: Registry,
-    first: ChosenImage,
+    /// The chosen image; `None` to read the image above without a backing image.
+    first: Option<ChosenImage>,
     /// Images below the first.
-    rest: Vec<ChosenImage>,
+    rest: ChosenChain,
     others: Externals,
     opened: Mutex<Vec<Opened>>,
 }
@@ -73,7 +95,8 @@ impl ExternalOpener for ChosenOpener {
         if role != ROLE {
             return self.others.open_image(role, name, from, format, options);
         }
-        let own = self.first.secret.clone().map(Secrets::from);
+        let Some(first) = &self.first else { return Ok(Arc::new(Blank::new("nothing", 0))) };
+        let own = first.secret.clone().map(Secrets::from);
         let below = OpenOptions {
             secrets: own.unwrap_or_else(|| options.secrets.clone()),
             externals: self.others.clone(),
@@ -84,8 +107,8 @@ impl ExternalOpener for ChosenOpener {
         };
         let below = self::options(&self.registry, &self.rest, &below);
         let sharing = Sharing::forced(options.force_share);
-        let input = open_shared(&self.first.location, Opening::Plain, &options.memory, sharing)?;
-        let format = self.first.format.as_deref().or(format);
+        let input = open_shared(&first.location, Opening::Plain, &options.memory, sharing)?;
+        let format = first.format.as_deref().or(format);
         let opened = open::open_image(&self.registry, input, format, &below)?;
         check(&opened, &self.rest)?;
         let image = Arc::clone(&opened.image);

@@ -50,7 +50,7 @@ mod tail;
 mod verify;
 pub mod work;
 
-pub use chosen::ChosenImage;
+pub use chosen::{ChosenChain, ChosenImage};
 pub use externals::{ExternalPolicy, PolicyOpener};
 pub use format::{FormatOptions, TargetFormat};
 pub use layout::{Destination, DiskTarget, Layout, PlannedFile, PlannedOutput};

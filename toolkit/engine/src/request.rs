@@ -187,7 +187,7 @@ impl Request {
             source.opened.referenced_files().iter().try_for_each(|path| outputs.protect_path(path))?;
         }
         self.open.policy.paths.iter().try_for_each(|path| outputs.protect_allowed(path))?;
-        let chosen = self.sources.iter().flat_map(|source| &source.backing);
+        let chosen = self.sources.iter().flat_map(|source| &source.backing.images);
         chosen.filter_map(|image| image.location.path()).try_for_each(|path| outputs.protect_path(path))?;
         for file in opener.opened() {
             outputs.protect(&file.location, file.identity.as_ref());

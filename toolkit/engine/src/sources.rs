@@ -12,7 +12,7 @@ use imgtool_core::{
 };
 use imgtool_storage::open::OpenInput;
 
-use crate::chosen::{self, ChosenImage};
+use crate::chosen::{self, ChosenChain};
 use crate::format::TargetFormat;
 use crate::monitor::Monitor;
 use crate::open::{self, Opened};
@@ -32,15 +32,15 @@ pub struct SourceRequest {
     pub secret: Option<Secret>,
     /// Part of the file that is the image; `None` for all of it.
     pub part: Option<FilePart>,
-    /// Backing images in place of those that the source names, the topmost first.
-    pub backing: Vec<ChosenImage>,
+    /// Backing images in place of those that the source names.
+    pub backing: ChosenChain,
 }
 
 impl SourceRequest {
     /// Creates a source whose device is named by the image or the file.
     pub fn new(location: impl Into<Location>) -> Self {
         let (format, secret, part) = (None, None, None);
-        Self { name: None, location: location.into(), format, secret, part, backing: Vec::new() }
+        Self { name: None, location: location.into(), format, secret, part, backing: ChosenChain::default() }
     }
 
     /// Returns `options` with the passphrase, the part of the file and the backing images of this source.
