@@ -44,7 +44,10 @@ pub fn run(args: &ResizeArgs) -> Result<Exit> {
     let size = if driver.capabilities().verbatim { compat::new_size(size) } else { size };
     compat::check_new_size(old, size, args.shrink).map_err(|e| e.path(&location))?;
     if allocates && size < old {
-        return Err(Error::usage("Preallocation can only be used for growing images").path(&location));
+        return Err(Error::usage(match compat::is_on() {
+            true => "Preallocation can only be used for growing images",
+            false => "space is allocated only for an image that grows",
+        }));
     }
     let resize = Resize { size, discards: args.shrink };
     driver.resize(&image, resize, &options).in_file(&location)?;

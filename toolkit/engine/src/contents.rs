@@ -16,6 +16,9 @@ pub(crate) struct NoDisk {
 
 type Magic = (usize, &'static [u8]);
 
+/// Recognises a kind of file without a magic number by its first bytes.
+type Test = fn(&[u8]) -> bool;
+
 const UNPACK: &str = "unpack it, and convert the disk images in it";
 const DECOMPRESS: &str = "pipe it in through its own program";
 const RESTORE: &str = "restore it with the program that made it";
@@ -79,9 +82,9 @@ const fn no_disk(name: &'static str, advice: &'static str, magics: &'static [Mag
 
 /// Recognises a file that is no disk image by its first bytes.
 pub(crate) fn no_disk_by_head(head: &[u8]) -> Option<&'static NoDisk> {
-    let without_magic: [(&NoDisk, fn(&[u8]) -> bool); 4] =
+    let tests: [(&NoDisk, Test); 4] =
         [(&PROGRAM, is_windows_program), (&TAR, is_old_tar), (&COMPRESS, is_compress), (&LZMA, is_lzma)];
-    let found = without_magic.into_iter().find(|(_, fits)| fits(head)).map(|(known, _)| known);
+    let found = tests.into_iter().find(|(_, fits)| fits(head)).map(|(known, _)| known);
     let has_magic = |known: &&NoDisk| known.magics.iter().any(|magic| has(head, 0, magic));
     found.or_else(|| [&TAR].into_iter().chain(&NO_DISKS).find(has_magic))
 }
