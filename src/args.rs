@@ -5,7 +5,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind;
-use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, ValueHint};
 use imgtool_core::{Error, SnapshotChoice};
 use imgtool_engine::pipeline::MAX_THREADS;
 
@@ -78,6 +78,7 @@ Exit codes:
   1  failed; no output is left under its final name
   2  usage error
   3  finished with losses (--salvage); each lost range is listed
+  75 failed, but another try may help (the network, a server)
   compare: 0 identical, 1 different, 2 could not compare
   check: 0 clean, 1 could not check, 2 corrupt, 3 leaks only
   vma: those of the vma program
@@ -198,6 +199,26 @@ pub struct InputArgs {
     )]
     pub secret: Vec<SecretSource>,
 
+    /// Trust servers whose certificate this authority issued (a PEM file), besides those that the system
+    /// trusts; repeatable
+    #[cfg(feature = "net")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, hide_short_help = true)]
+    pub cacert: Vec<PathBuf>,
+
+    /// Send the headers in this file, one NAME: VALUE a line, to the servers that the URLs name; repeatable
+    ///
+    /// They are not sent where a server redirects to. A value on the command line would be visible to
+    /// other users.
+    #[cfg(feature = "net")]
+    #[arg(
+        long,
+        value_name = "@FILE",
+        value_parser = header_file,
+        value_hint = ValueHint::FilePath,
+        hide_short_help = true
+    )]
+    pub header: Vec<PathBuf>,
+
     /// Use at most this much memory, such as 1G [default: 256M]
     #[arg(long, value_name = "SIZE", value_parser = memory, hide_short_help = true)]
     pub memory: Option<u64>,
@@ -304,6 +325,13 @@ pub(crate) fn snapshot(text: &str) -> Result<SnapshotChoice, String> {
         }
     }
     Ok(SnapshotChoice::Exact { id, name })
+}
+
+/// Parses the value of `--header`: a file after `@`.
+#[cfg(feature = "net")]
+fn header_file(text: &str) -> Result<PathBuf, String> {
+    let file = text.strip_prefix('@').filter(|file| !file.is_empty());
+    file.map(PathBuf::from).ok_or_else(|| "expected @FILE: other users see the command line".to_owned())
 }
 
 /// Parses the limit of `--memory`.

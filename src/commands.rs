@@ -1,6 +1,10 @@
 //! The commands and their dispatch.
 
-use imgtool_core::Result;
+use std::ffi::OsStr;
+
+use imgtool_core::{Location, Result};
+
+use imgtool_engine::SourceRequest;
 
 use crate::args::Command;
 use crate::exit::Exit;
@@ -40,8 +44,31 @@ fn only_reads(command: &Command) -> bool {
     }
 }
 
+/// Returns the images that a command reads, as the user named them.
+fn sources(command: &Command) -> Vec<&OsStr> {
+    match command {
+        Command::Convert(args) => args.paths.iter().map(|path| path.as_os_str()).collect(),
+        Command::Info(args) => args.images.iter().map(|path| path.as_os_str()).collect(),
+        Command::Checksum(args) => args.images.iter().map(|path| path.as_os_str()).collect(),
+        Command::Map(args) => vec![args.image.as_os_str()],
+        Command::Check(args) => vec![args.image.as_os_str()],
+        Command::Compare(args) => vec![args.first.as_os_str(), args.second.as_os_str()],
+        Command::Measure(args) => args.image.iter().map(|path| path.as_os_str()).collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// True if a command reads from a server.
+fn reads_urls(command: &Command) -> bool {
+    let is_url = |name: &&OsStr| matches!(SourceRequest::parse(name).location, Location::Url(_));
+    sources(command).iter().any(is_url)
+}
+
 /// Runs a command.
 pub fn run(command: Command) -> Result<Exit> {
+    if cfg!(feature = "net") && reads_urls(&command) {
+        sandbox::permit_network();
+    }
     if only_reads(&command) {
         sandbox::enter(Writes::nothing());
     }

@@ -13,6 +13,8 @@ pub enum Exit {
     Usage,
     /// Finished with losses; `check`: leaks only.
     Losses,
+    /// Failed, but another try may help: the network or a server. The code of sysexits.h (EX_TEMPFAIL).
+    TryAgain,
     /// Exit code of another program that imgtool replaces.
     Other(u8),
 }
@@ -36,6 +38,7 @@ impl Exit {
             Exit::Failed => 1,
             Exit::Usage => 2,
             Exit::Losses => 3,
+            Exit::TryAgain => 75,
             Exit::Other(code) => code,
         }
     }

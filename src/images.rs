@@ -4,7 +4,9 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use imgtool_core::error::escape_control;
-use imgtool_core::{CancelToken, DeviceKind, Error, Location, Memory, OpenOptions, Registry, Result, Secret};
+use imgtool_core::{
+    CancelToken, DeviceKind, Error, Location, Memory, OpenOptions, Registry, Result, Secret, Url,
+};
 use imgtool_engine::{
     ChosenChain, ChosenImage, ExternalPolicy, OpenSettings, Opened, PolicyOpener, SourceRequest, chosen,
     open as opening,
@@ -13,7 +15,24 @@ use imgtool_storage::Compression;
 
 use crate::args::InputArgs;
 use crate::image_name::{self, ImageName};
+#[cfg(feature = "net")]
+use crate::network;
 use crate::{compat, report, secrets};
+
+/// Returns the drivers, and openers of URLs with the certificates and headers of the user.
+///
+/// # Errors
+/// If a file with these can't be read, or is invalid.
+pub fn registry(args: &InputArgs) -> Result<Registry> {
+    let registry = imgtool::registry();
+    #[cfg(feature = "net")]
+    return network::add(registry, args);
+    #[cfg(not(feature = "net"))]
+    {
+        let _ = args;
+        Ok(registry)
+    }
+}
 
 /// Returns the settings for opening images. Reads the passphrases, which a descriptor supplies only once.
 ///
@@ -120,7 +139,9 @@ pub fn source(args: &InputArgs, name: &OsStr) -> Result<SourceRequest> {
         None => {
             let path = text.strip_prefix(ZEROED).map_or(name, OsStr::new);
             refuse_protocol(path)?;
-            return Ok(SourceRequest::new(Location::source(path)));
+            let location = Location::source(path);
+            note_password(&location);
+            return Ok(SourceRequest::new(location));
         }
     };
     let own = |image: &ImageName| -> Result<Option<Secret>> {
@@ -135,6 +156,17 @@ pub fn source(args: &InputArgs, name: &OsStr) -> Result<SourceRequest> {
     let backing = ChosenChain { images, ends: parsed.ends };
     let ImageName { location, format, part, .. } = parsed.image;
     Ok(SourceRequest { format, secret, backing, part, ..SourceRequest::new(location) })
+}
+
+/// Prints a note if a password is in a URL, where other users see it.
+fn note_password(location: &Location) {
+    if let Location::Url(url) = location
+        && url.has_user()
+    {
+        report::note(&format!(
+            "{location}: other users see the user part of a URL; --header @FILE keeps credentials in a file"
+        ));
+    }
 }
 
 /// Returns the format of a source: `format` if the user stated it, otherwise that of the name.
@@ -196,10 +228,11 @@ pub fn note_unrecognised(opened: &Opened) {
     }
 }
 
-/// Formats the name of an image for messages: `-` becomes "standard input".
+/// Formats the name of an image for messages: `-` becomes "standard input", a URL loses its credentials.
 pub fn show(name: &OsStr) -> String {
     match name.to_str() {
         Some("-") => "standard input".to_owned(),
+        Some(text) if Url::parse(text).is_some() => Location::source(name).to_string(),
         _ => escape_control(&name.to_string_lossy()),
     }
 }
@@ -212,6 +245,14 @@ pub fn format_with_compression(format: &str, compression: &[Compression]) -> Str
         text.push_str(layer.name());
     }
     text
+}
+
+/// Returns the name of an image as the user typed it, for JSON: a URL loses its credentials.
+pub fn typed(name: &OsStr) -> String {
+    match name.to_str().and_then(Url::parse) {
+        Some(url) => url.to_string(),
+        None => name.to_string_lossy().into_owned(),
+    }
 }
 
 /// Returns the kind of a device in one word, for text and JSON.

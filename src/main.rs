@@ -11,6 +11,8 @@ mod exit;
 mod image_name;
 mod images;
 mod interrupt;
+#[cfg(feature = "net")]
+mod network;
 mod progress;
 mod proxmox;
 mod remedy;

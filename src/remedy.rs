@@ -88,6 +88,12 @@ pub fn words(remedy: &Remedy) -> String {
                 .to_owned()
         }
         Remedy::AllowMemory { bytes } => format!("allow more with --memory {}M", bytes >> 20),
+        Remedy::SendHeaders => {
+            "--header @FILE sends the headers in FILE, such as 'Authorization: Bearer TOKEN'".to_owned()
+        }
+        Remedy::TrustAuthority => {
+            "--cacert FILE trusts the authority whose certificate is in FILE".to_owned()
+        }
         Remedy::ReadAll => "info --read-all reads it to its end".to_owned(),
         other => other.to_string(),
     }

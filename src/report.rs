@@ -95,7 +95,11 @@ fn sentence(error: &Error) -> String {
 
 /// Returns the exit code for an error.
 pub fn exit_of(error: &Error) -> Exit {
-    if error.kind() == ErrorKind::Usage && !compat::is_on() { Exit::Usage } else { Exit::Failed }
+    match error.kind() {
+        ErrorKind::Usage if !compat::is_on() => Exit::Usage,
+        ErrorKind::Unavailable if !compat::is_on() => Exit::TryAgain,
+        _ => Exit::Failed,
+    }
 }
 
 /// Prints a note: information that the user needs, but not an error. In the place of qemu-img, standard error

@@ -1,7 +1,7 @@
 //! Confinement of this process by the kernel: it limits the damage if an image exploits a flaw in a decoder.
 //!
 //! [`enter`] comes before anything of an image is read: from then on the process starts no program, has no
-//! network, and writes only where the command line says. [`narrow`] comes when everything is open: from then
+//! network unless a source is a URL, and writes only where the command line says. [`narrow`] comes when everything is open: from then
 //! on it also opens only files in the directories of its outputs. Both do as much as the kernel can, and
 //! nothing fails without it.
 
@@ -25,6 +25,9 @@ static ENTERED: AtomicBool = AtomicBool::new(false);
 
 /// True once the process can open no other files.
 static NARROWED: AtomicBool = AtomicBool::new(false);
+
+/// True if the process may connect to servers.
+static NETWORK: AtomicBool = AtomicBool::new(false);
 
 /// Files that a command may write, besides temporary copies.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,6 +58,11 @@ impl Writes {
     }
 }
 
+/// Lets the process connect to servers, for a command whose sources are URLs. Comes before [`enter`].
+pub fn permit_network() {
+    NETWORK.store(true, Ordering::Relaxed);
+}
+
 /// Confines the process before it reads an image. Threads that exist already stay unconfined.
 pub fn enter(writes: Writes) {
     let writable = match writes {
@@ -65,7 +73,7 @@ pub fn enter(writes: Writes) {
             Some(paths)
         }
     };
-    platform::enter(writable.as_deref());
+    platform::enter(writable.as_deref(), NETWORK.load(Ordering::Relaxed));
     ENTERED.store(true, Ordering::Relaxed);
 }
 

@@ -50,6 +50,7 @@ Exit codes:
   1  failed; no output is left under its final name
   2  usage error
   3  finished with losses (--salvage); each lost range is listed
+  75 failed, but another try may help (the network, a server)
   After Ctrl-C or another signal, the program cleans up and dies of the signal.
   SIGUSR1 prints the progress.
 
@@ -73,7 +74,7 @@ Examples:
 pub struct ConvertArgs {
     /// One or more sources and the destination: SOURCE... DEST
     ///
-    /// A SOURCE is a path, or '-' for standard input; NAME=PATH sets the name of its device. DEST is a
+    /// A SOURCE is a path, an http or https URL, or '-' for standard input; NAME=PATH sets the name of its device. DEST is a
     /// path, or '-' for standard output if the format can be streamed; it may be omitted if every
     /// device has a --target.
     #[arg(value_name = "PATH", num_args = 1.., value_hint = ValueHint::AnyPath)]

@@ -19,11 +19,12 @@ use super::{InputArgs, MessageArgs, OutputArgs, SnapshotArgs, ThreadArgs};
 Examples:
   imgtool info vm.vma.zst
   ssh host cat vm.vma.zst | imgtool info --read-all -
+  imgtool info https://example.com/disk.qcow2
   imgtool info --output json disk.qcow2
   imgtool info --backing-chain --allow-external chain overlay.qcow2"
 )]
 pub struct InfoArgs {
-    /// Images or archives; '-' for standard input
+    /// Images or archives: paths, http or https URLs, or '-' for standard input
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<PathBuf>,
 
@@ -57,7 +58,7 @@ Examples:
   imgtool map --output svg vm.vma > map.svg"
 )]
 pub struct MapArgs {
-    /// The image or archive; '-' for standard input
+    /// The image or archive: a path, an http or https URL, or '-' for standard input
     pub image: PathBuf,
 
     /// Show only this device; repeatable
@@ -139,7 +140,7 @@ Examples:
   imgtool check --output json vm.vma.zst"
 )]
 pub struct CheckArgs {
-    /// The image or archive; '-' for standard input
+    /// The image or archive: a path, an http or https URL, or '-' for standard input
     pub image: PathBuf,
 
     /// Repair the image in place (qcow2, VHDX): only leaked clusters, or all that can be repaired
@@ -264,7 +265,7 @@ Examples:
   imgtool checksum -a blake3 vm.vma.zst"
 )]
 pub struct ChecksumArgs {
-    /// Images or archives; '-' for standard input
+    /// Images or archives: paths, http or https URLs, or '-' for standard input
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<PathBuf>,
 

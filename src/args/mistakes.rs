@@ -1,11 +1,12 @@
 //! Usage errors: converts clap's errors into the form and wording of all other errors.
 
+use std::borrow::Cow;
 use std::ffi::OsString;
 use std::path::Path;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Command, CommandFactory};
-use imgtool_core::{Error, suggest};
+use imgtool_core::{Error, Url, suggest};
 
 use super::Cli;
 use crate::compat;
@@ -23,7 +24,8 @@ pub fn explain(mistake: &clap::Error, args: &[OsString]) -> Error {
         return error;
     }
     // Who states a passphrase where its place belongs must not find it in a log.
-    let is_secret = arg.contains("secret") && mistake.kind() == ErrorKind::ValueValidation;
+    let is_secret = ["secret", "header"].iter().any(|name| arg.contains(name))
+        && mistake.kind() == ErrorKind::ValueValidation;
     let value = if is_secret { "<secret>".to_owned() } else { text(ContextKind::InvalidValue) };
     match mistake.kind() {
         ErrorKind::InvalidSubcommand => {
@@ -69,6 +71,7 @@ pub fn explain(mistake: &clap::Error, args: &[OsString]) -> Error {
 
 /// Returns the error for an unknown word where a command is expected.
 fn unknown_command(word: &str, command: &Command, args: &[OsString]) -> Error {
+    let word = &*without_credentials(word);
     // A path is not a misspelt command.
     if word.contains(['.', '/']) || Path::new(word).exists() {
         return Error::usage(format!("expected a command, not '{word}'"))
@@ -88,6 +91,11 @@ fn unknown_command(word: &str, command: &Command, args: &[OsString]) -> Error {
     error.hint(suggest::hint(word, "commands", command.get_subcommands().map(Command::get_name)))
 }
 
+/// Returns an argument for a message: a URL without the parts that may grant access.
+fn without_credentials(arg: &str) -> Cow<'_, str> {
+    Url::parse(arg).map_or(Cow::Borrowed(arg), |url| Cow::Owned(url.to_string()))
+}
+
 fn command_list(command: &Command) -> String {
     let names: Vec<&str> = command.get_subcommands().map(Command::get_name).collect();
     format!("commands: {}", names.join(", "))
@@ -96,7 +104,7 @@ fn command_list(command: &Command) -> String {
 /// Returns the error for a surplus argument, an unknown flag or a flag before the command.
 fn unknown_argument(arg: &str, command: &Command, args: &[OsString]) -> Error {
     if !arg.starts_with('-') {
-        return Error::usage(format!("unexpected argument '{arg}'"));
+        return Error::usage(format!("unexpected argument '{}'", without_credentials(arg)));
     }
     if let Some(name) = command_after_flags(command, args) {
         return Error::usage(format!("flag {arg} before the command"))

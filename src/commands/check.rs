@@ -53,7 +53,7 @@ fn check(args: &CheckArgs) -> Result<Exit> {
     let location = source.location.clone();
     let path = location.path().unwrap_or(&args.image);
     let target = args.repair.map(|what| open_target(path).map(|target| (what, target))).transpose()?;
-    let registry = imgtool::registry();
+    let registry = images::registry(&args.input)?;
     let options = source.options(&registry, &images::open_options(&registry, &args.input)?);
     let format = images::format_of(&source, args.input.format.as_deref());
     let open = match &target {
@@ -125,7 +125,7 @@ fn repair(
 /// Prints the result of a check, and before it what was repaired.
 fn print(args: &CheckArgs, format: &str, found: &CheckReport, fixed: Option<Fixed>) -> Result<()> {
     if args.output.is_json() {
-        let filename = args.image.to_string_lossy().into_owned();
+        let filename = images::typed(args.image.as_os_str());
         return report::print_json(&document(&Document { filename, format, report: found, fixed }));
     }
     if args.quiet && exit(found) == Exit::Done {

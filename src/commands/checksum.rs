@@ -31,7 +31,7 @@ struct Line {
 /// # Errors
 /// If an image can't be read. In text form, the digests of the images before it are already printed.
 pub fn run(args: &ChecksumArgs) -> Result<Exit> {
-    let registry = imgtool::registry();
+    let registry = images::registry(&args.input)?;
     let options = OpenOptions {
         snapshot: args.snapshot.snapshot.clone(),
         ..images::open_options(&registry, &args.input)?
@@ -94,7 +94,7 @@ fn digest_image(
     }
     let is_archive = opened.driver.capabilities().is_archive();
     let line = |found: imgtool_engine::checksum::DeviceChecksum| Line {
-        filename: path.to_string_lossy().into_owned(),
+        filename: images::typed(path.as_os_str()),
         device: found.device,
         virtual_size: found.virtual_size,
         algorithm: request.algorithm.name(),

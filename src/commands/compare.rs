@@ -142,7 +142,7 @@ fn print(args: &CompareArgs, verdict: &Verdict) -> Result<()> {
 }
 
 fn verdict(args: &CompareArgs) -> Result<Verdict> {
-    let registry = imgtool::registry();
+    let registry = images::registry(&args.input)?;
     let options = images::open_options(&registry, &args.input)?;
     let options = OpenOptions { memory: options.memory.shared_by(2), ..options };
     if args.first.as_os_str() == "-" && args.second.as_os_str() == "-" {

@@ -38,7 +38,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         return Ok(Exit::Done);
     }
     let begun = Instant::now();
-    let registry = imgtool::registry();
+    let registry = images::registry(&args.input)?;
     if options::asks_for_help(&args.target.options) {
         let name = args.target.to.as_deref().unwrap_or("raw");
         return options::list(&*registry.get(name)?);

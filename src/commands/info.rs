@@ -107,7 +107,7 @@ impl ImageEntry {
 /// that can't be followed, are not returned as errors: they are printed after the facts, and the exit code is
 /// [`Exit::Failed`].
 pub fn run(args: &InfoArgs) -> Result<Exit> {
-    let registry = imgtool::registry();
+    let registry = images::registry(&args.input)?;
     let options = OpenOptions {
         info_only: true,
         info_stream_len: if args.read_all { u64::MAX } else { STREAM_LEN },

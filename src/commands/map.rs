@@ -39,7 +39,7 @@ struct ExtentRecord<'a> {
 
 /// Prints the extents of the selected devices.
 pub fn run(args: &MapArgs) -> Result<Exit> {
-    let registry = imgtool::registry();
+    let registry = images::registry(&args.input)?;
     let options = imgtool_core::OpenOptions {
         snapshot: args.snapshot.clone(),
         layout_only: true,

@@ -53,7 +53,7 @@ struct DeviceDocument<'a> {
 /// # Errors
 /// If the source can't be read, or the format can't be measured.
 pub fn run(args: &MeasureArgs) -> Result<Exit> {
-    let registry = imgtool::registry();
+    let registry = images::registry(&args.input)?;
     let driver = registry.get(args.to.as_deref().unwrap_or("raw"))?;
     if options::asks_for_help(&args.options) {
         return options::list(&*driver);

@@ -103,6 +103,7 @@ fn kind(kind: ErrorKind) -> &'static str {
         ErrorKind::Usage => "usage",
         ErrorKind::Refused => "refused",
         ErrorKind::Io => "io",
+        ErrorKind::Unavailable => "unavailable",
         ErrorKind::Cancelled => "cancelled",
         _ => "other",
     }

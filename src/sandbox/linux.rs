@@ -44,14 +44,16 @@ fn to_read() -> BitFlags<AccessFs> {
     make_bitflags!(AccessFs::{ReadFile | ReadDir})
 }
 
-/// Refuses system calls, network and, with `writable`, writes elsewhere. Where a step fails, the process goes on
-/// without it: the kernel may be too old, or too many files open.
-pub(super) fn enter(writable: Option<&[PathBuf]>) {
-    let _ = system_calls::refuse();
-    let _ = restrict_writes(writable);
+/// Refuses system calls, network and, with `writable`, writes elsewhere. With `network`, connections to servers
+/// remain. Where a step fails, the process goes on without it: the kernel may be too old, or too many files open.
+pub(super) fn enter(writable: Option<&[PathBuf]>, network: bool) {
+    let _ = system_calls::refuse(network);
+    let _ = restrict_writes(writable, network);
 }
 
-fn restrict_writes(writable: Option<&[PathBuf]>) -> Option<()> {
+fn restrict_writes(writable: Option<&[PathBuf]>, network: bool) -> Option<()> {
+    // Names are looked up over UDP.
+    let closed = if network { BitFlags::from(AccessNet::BindTcp) } else { AccessNet::from_all(NEWEST) };
     let mut handled = BitFlags::from(AccessFs::Execute);
     if writable.is_some() {
         // Sources may be devices, which are not known yet, so ioctl(2) stays allowed.
@@ -59,7 +61,7 @@ fn restrict_writes(writable: Option<&[PathBuf]>) -> Option<()> {
     }
     let mut rules = Ruleset::default()
         .handle_access(handled)
-        .and_then(|rules| rules.handle_access(AccessNet::from_all(NEWEST)))
+        .and_then(|rules| rules.handle_access(closed))
         .and_then(|rules| rules.scope(Scope::from_all(NEWEST)))
         .and_then(Ruleset::create)
         .ok()?;
@@ -124,7 +126,7 @@ pub(super) fn enforced() -> Vec<&'static str> {
     if can(strict().handle_access(AccessNet::from_all(ABI::V4))) {
         parts.push("TCP (Landlock)");
     }
-    if system_calls::refuse().is_some() {
+    if system_calls::refuse(false).is_some() {
         parts.push("programs and sockets (seccomp)");
     }
     parts
@@ -171,7 +173,7 @@ mod tests {
         let (dir, other) = (inside.path().to_owned(), outside.path().to_owned());
         fs::write(other.join("source"), "x").expect("write");
         confined(move || {
-            enter(Some(std::slice::from_ref(&dir)));
+            enter(Some(std::slice::from_ref(&dir)), false);
             fs::create_dir(dir.join("new")).expect("create a directory");
             fs::write(dir.join("new/a"), "x").expect("write");
             fs::rename(dir.join("new/a"), dir.join("new/b")).expect("rename");
@@ -254,7 +256,7 @@ mod tests {
         }
         confined(|| {
             Command::new("true").status().expect("a program that can be started");
-            enter(None);
+            enter(None, false);
             assert!(denied(Command::new("true").status()));
             assert!(denied(TcpListener::bind("127.0.0.1:0")));
             assert!(denied(std::os::unix::net::UnixDatagram::unbound()));
@@ -267,11 +269,31 @@ mod tests {
     }
 
     #[test]
+    fn connects_to_servers_alone_if_a_source_is_a_url() {
+        if !can("programs and sockets (seccomp)") {
+            return;
+        }
+        let server = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let address = server.local_addr().expect("an address");
+        confined(move || {
+            enter(None, true);
+            std::net::TcpStream::connect(address).expect("connect");
+            // The resolver of musl binds the socket by which it looks up names.
+            let bound = std::net::UdpSocket::bind("127.0.0.1:0");
+            assert_eq!(bound.is_ok(), cfg!(target_env = "musl"));
+            assert!(denied(TcpListener::bind("127.0.0.1:0")));
+            assert!(denied(std::os::unix::net::UnixDatagram::unbound()));
+            assert!(denied(std::os::unix::net::UnixStream::connect("/run/x")));
+            assert!(denied(Command::new("true").status()));
+        });
+    }
+
+    #[test]
     fn writes_anywhere_while_targets_are_unknown() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("a");
         confined(move || {
-            enter(None);
+            enter(None, false);
             fs::write(&path, "x").expect("write");
         });
     }

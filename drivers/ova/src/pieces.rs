@@ -128,6 +128,10 @@ impl ReadAt for Pieces {
         self.sources.iter().map(|source| source.granule()).max().unwrap_or(1)
     }
 
+    fn concurrency(&self) -> usize {
+        self.sources.iter().map(|source| source.concurrency()).max().unwrap_or(1)
+    }
+
     fn release(&self) {
         self.sources.iter().for_each(|source| source.release());
     }

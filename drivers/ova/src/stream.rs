@@ -63,7 +63,8 @@ pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageS
 
 /// True for an error that a reader by position has as well: it need not wait for the whole pipe.
 fn is_final(error: &Error) -> bool {
-    matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Refused | ErrorKind::Io | ErrorKind::Cancelled)
+    use ErrorKind::{Cancelled, Corrupt, Io, Refused, Unavailable};
+    matches!(error.kind(), Corrupt | Refused | Io | Unavailable | Cancelled)
 }
 
 /// A stream whose first bytes are kept. Clones share it.

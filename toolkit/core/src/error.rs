@@ -47,6 +47,8 @@ pub enum ErrorKind {
     Refused,
     /// A failed system call.
     Io,
+    /// A failure of the network or of a server that may pass: another try may help.
+    Unavailable,
     /// The operation was cancelled.
     Cancelled,
 }
@@ -114,6 +116,8 @@ impl Error {
         usage => Usage;
         /// Creates an [`ErrorKind::Refused`] error.
         refused => Refused;
+        /// Creates an [`ErrorKind::Unavailable`] error.
+        unavailable => Unavailable;
         /// Creates an [`ErrorKind::Cancelled`] error.
         cancelled => Cancelled;
     }

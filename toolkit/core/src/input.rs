@@ -159,7 +159,8 @@ impl Input {
         match self.body {
             InputBody::Stream(stream) => Ok(stream),
             InputBody::Random(source) => {
-                let mut stream = Stream::plain(self.location, Box::new(Cursor::new(source)))?;
+                let reader = source.reader().unwrap_or_else(|| Box::new(Cursor::new(source)));
+                let mut stream = Stream::plain(self.location, reader)?;
                 stream.cancelled_by(self.cancel);
                 Ok(stream)
             }
@@ -256,6 +257,10 @@ impl ReadAt for Section {
 
     fn compressed_offset(&self, position: u64) -> Option<u64> {
         self.source.compressed_offset(self.range.start.checked_add(position)?)
+    }
+
+    fn concurrency(&self) -> usize {
+        self.source.concurrency()
     }
 
     fn release(&self) {

@@ -65,7 +65,7 @@ impl Location {
         match self {
             Self::Stdin | Self::Stdout => None,
             Self::Path(path) => path.file_name().map(OsStr::to_string_lossy),
-            Self::Url(url) => url.file_name().map(Cow::Borrowed),
+            Self::Url(url) => url.file_name().map(decoded),
         }
     }
 
@@ -206,6 +206,12 @@ impl Url {
         }
     }
 
+    /// True if the URL has a user part, which may contain a password.
+    pub fn has_user(&self) -> bool {
+        let rest = &self.text[self.scheme_len + 3..];
+        rest[..rest.find(['/', '?', '#']).unwrap_or(rest.len())].contains('@')
+    }
+
     fn file_name(&self) -> Option<&str> {
         let (_, path) = self.authority_and_path().split_once('/')?;
         path.rsplit('/').next().filter(|name| !name.is_empty())
@@ -220,6 +226,25 @@ impl Url {
         let start = start.max(self.scheme_len + 3);
         let text = format!("{}{name}{}", &self.text[..start], &self.text[end..]);
         Self { text, scheme_len: self.scheme_len }
+    }
+}
+
+/// Decodes `%XX` in the last component of a URL's path, unless the result is no file name.
+fn decoded(name: &str) -> Cow<'_, str> {
+    let digit = |byte: Option<&u8>| byte.and_then(|byte| char::from(*byte).to_digit(16));
+    let bytes = name.as_bytes();
+    let (mut out, mut at) = (Vec::with_capacity(bytes.len()), 0);
+    while let Some(byte) = bytes.get(at) {
+        let code = (digit(bytes.get(at + 1)).zip(digit(bytes.get(at + 2)))).filter(|_| *byte == b'%');
+        match code.and_then(|(high, low)| u8::try_from(high * 16 + low).ok()) {
+            Some(decoded) => out.push(decoded),
+            None => out.push(*byte),
+        }
+        at += if code.is_some() { 3 } else { 1 };
+    }
+    match String::from_utf8(out) {
+        Ok(text) if !text.contains(['/', '\0']) => Cow::Owned(text),
+        _ => Cow::Borrowed(name),
     }
 }
 
@@ -277,5 +302,21 @@ mod tests {
         let url = beside("http://host/d/a.vmdk?token=1", "b.vmdk").expect("a URL");
         assert!(matches!(&url, Location::Url(url) if url.secret_text() == "http://host/d/b.vmdk?token=1"));
         assert_eq!(url.file_name().as_deref(), Some("b.vmdk"));
+    }
+
+    #[test]
+    fn file_names_of_urls_are_decoded() {
+        let name = |text: &str| Location::source(OsStr::new(text)).file_name().map(Cow::into_owned);
+        assert_eq!(name("http://host/d/my%20disk%2.qcow2?x=/y").as_deref(), Some("my disk%2.qcow2"));
+        assert_eq!(name("http://host/a%2fb%00").as_deref(), Some("a%2fb%00"));
+        assert_eq!(name("http://host/%ff%").as_deref(), Some("%ff%"));
+        assert_eq!(name("http://host/d/"), None);
+    }
+
+    #[test]
+    fn user_parts_are_before_the_path() {
+        let has_user = |text: &str| Url::parse(text).expect("a URL").has_user();
+        assert!(has_user("http://me:p@host/x") && has_user("http://me@host"));
+        assert!(!has_user("http://host/a@b") && !has_user("http://host?me@x"));
     }
 }

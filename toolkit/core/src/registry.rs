@@ -1,16 +1,19 @@
-//! [`Registry`], the list of drivers, and the choice of a driver by name, extension or content.
+//! [`Registry`], the list of drivers and of openers of URLs, and the choice of a driver by name, extension or
+//! content.
 
 use std::sync::Arc;
 
 use crate::driver::{Confidence, Driver};
 use crate::error::{Error, Result};
+use crate::opener::UrlOpener;
 use crate::remedy::Remedy;
 use crate::suggest;
 
-/// List of drivers. Cloning is cheap and shares the drivers.
+/// List of drivers and openers. Cloning is cheap and shares them.
 #[derive(Debug, Clone, Default)]
 pub struct Registry {
     drivers: Vec<Arc<dyn Driver>>,
+    openers: Vec<Arc<dyn UrlOpener>>,
 }
 
 impl Registry {
@@ -23,6 +26,20 @@ impl Registry {
     pub fn register(&mut self, driver: impl Driver + 'static) {
         self.drivers.retain(|known| known.name() != driver.name());
         self.drivers.push(Arc::new(driver));
+    }
+
+    /// Adds an opener of URLs. It replaces an earlier one for the same schemes.
+    pub fn register_opener(&mut self, opener: impl UrlOpener + 'static) {
+        self.openers.retain(|known| known.schemes() != opener.schemes());
+        self.openers.push(Arc::new(opener));
+    }
+
+    /// Returns the opener for URLs of `scheme`, ignoring case.
+    pub fn opener(&self, scheme: &str) -> Option<&dyn UrlOpener> {
+        let opens = |opener: &&Arc<dyn UrlOpener>| {
+            opener.schemes().iter().any(|known| known.eq_ignore_ascii_case(scheme))
+        };
+        self.openers.iter().find(opens).map(|opener| &**opener)
     }
 
     /// Returns all drivers, in the order of registration.

@@ -116,6 +116,10 @@ pub enum Remedy {
     RenameDevice,
     /// Read the stream to its end to learn the missing facts.
     ReadAll,
+    /// Send headers with the credentials that a server demands.
+    SendHeaders,
+    /// Trust the authority that issued a server's certificate.
+    TrustAuthority,
     /// Give the passphrase of the encrypted image ([`crate::OpenOptions::secrets`]).
     GiveSecret,
     /// Give only one passphrase, or state the one of this image: the image can't tell which is right.
@@ -208,6 +212,10 @@ impl fmt::Display for Remedy {
                 write!(f, "{advice}, or force the write to accept the larger target")
             }
             Self::RenameDevice => f.write_str("give the device another name"),
+            Self::SendHeaders => f.write_str("send headers with the credentials that the server demands"),
+            Self::TrustAuthority => {
+                f.write_str("if you trust the authority that issued the server's certificate, name its own one")
+            }
             Self::ReadAll => f.write_str("read the stream to its end"),
             Self::GiveSecret => f.write_str("give the passphrase"),
             Self::GiveOneSecret => f.write_str("give only the passphrase of this image"),

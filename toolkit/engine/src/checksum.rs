@@ -125,7 +125,7 @@ fn digest(
         targets: vec![Target::Consumer(&digester)],
         routes: (0..).zip(&devices).map(route).collect(),
         taps: Vec::new(),
-        threads: request.threads,
+        threads: opened.workers(request.threads),
         progress: &counter,
         cancel: cancel.clone(),
         memory: request.options.memory.clone(),

@@ -172,7 +172,7 @@ fn compare(
         targets: vec![Target::Consumer(&comparer)],
         routes: (0..).zip(pairs).map(route).collect(),
         taps: Vec::new(),
-        threads,
+        threads: stepped.workers(threads).max(other.workers(threads)),
         progress: &counter,
         cancel: comparer.cancel.clone(),
         memory: memory.clone(),

@@ -75,6 +75,19 @@ impl Opened {
         }
     }
 
+    /// Returns the number of workers that read the image; `stated` is what the user states, 0 for nothing. By default,
+    /// as many as its bytes can be read at once, since workers that wait for a server need no processor.
+    pub fn workers(&self, stated: usize) -> usize {
+        let own = self.bytes.as_ref().map_or(1, RandomInput::concurrency);
+        let parts = self.parts.iter().map(|part| part.workers(0)).max().unwrap_or(0);
+        match own.max(parts) {
+            most if stated == 0 && most > 1 => {
+                most.max(std::thread::available_parallelism().map_or(1, usize::from))
+            }
+            _ => stated,
+        }
+    }
+
     /// Frees the decoded bytes that were kept for further reads. The image stays readable.
     pub fn release(&self) {
         self.bytes.iter().for_each(RandomInput::release);
@@ -155,9 +168,7 @@ pub fn open_input(
     let is_verbatim = driver.as_ref().is_some_and(|driver| driver.capabilities().verbatim);
     let as_it_is = options.plain || options.part.is_some();
     let opening = if is_verbatim && !as_it_is { Opening::ByName } else { Opening::Plain };
-    let sharing = Sharing::forced(options.force_share);
-    let mut open = imgtool_storage::open::open_shared(location, opening, &options.memory, sharing)
-        .map_err(|e| missing::explain(e, location))?;
+    let mut open = open_location(registry, location, opening, options)?;
     if let Some(part) = options.part {
         open.input = open.input.part(part)?;
         open.stored_len = open.input.len();
@@ -173,6 +184,30 @@ pub fn open_input(
         None => open.decompressed(),
     };
     decompressed.map_err(|e| missing::explain(e.path(location), location))
+}
+
+/// Opens a path, standard input, or a URL for which the registry has an opener.
+fn open_location(
+    registry: &Registry,
+    location: &Location,
+    opening: Opening,
+    options: &OpenOptions,
+) -> Result<OpenInput> {
+    let memory = &options.memory;
+    if let Location::Url(url) = location
+        && let Some(opener) = registry.opener(url.scheme())
+    {
+        if options.salvage {
+            // A failure of the network would become lost content.
+            return Err(Error::unsupported("content can't be salvaged over a network")
+                .path(location)
+                .hint("copy it to a file first"));
+        }
+        return imgtool_storage::open::from_input(opener.open(url, memory)?, opening, memory);
+    }
+    let sharing = Sharing::forced(options.force_share);
+    imgtool_storage::open::open_shared(location, opening, memory, sharing)
+        .map_err(|e| missing::explain(e, location))
 }
 
 /// True if the input is known to end like an image of the driver's format; false for a stream.

@@ -331,7 +331,7 @@ impl Plan {
             targets: sinks.iter().map(|open| Target::Sink(&*open.sink)).collect(),
             routes: self.routes(index),
             taps: taps.clone(),
-            threads: options.threads,
+            threads: sources[index].opened.workers(options.threads),
             progress: counter,
             cancel: options.cancel.clone(),
             memory: self.memory.clone(),

@@ -94,11 +94,17 @@ fn open_at(location: &Location, opening: Opening, memory: &Memory, sharing: Shar
         }
         _ => return Err(Error::usage("is not an input")),
     };
-    match opening {
-        Opening::ByContent => plain.decompressed(),
-        Opening::ByName => plain.decompressed_by_name(),
-        Opening::Plain => Ok(plain),
-    }
+    plain.opened(opening)
+}
+
+/// Opens an input that is no file, such as one behind a URL. Decoders and caches borrow from `memory`.
+///
+/// # Errors
+/// If it is an invalid compressed file.
+pub fn from_input(input: Input, opening: Opening, memory: &Memory) -> Result<OpenInput> {
+    let (location, stored_len) = (input.location().clone(), input.len());
+    let open = OpenInput { stored_len, ..OpenInput::of(input).borrowing(memory) };
+    open.opened(opening).map_err(|e| e.path(location))
 }
 
 fn open_path(path: &Path, memory: &Memory, sharing: Sharing) -> Result<OpenInput> {
@@ -205,6 +211,15 @@ impl OpenInput {
     #[must_use]
     pub fn borrowing(self, memory: &Memory) -> Self {
         Self { memory: memory.clone(), ..self }
+    }
+
+    /// Removes the layers of compression that `opening` says.
+    fn opened(self, opening: Opening) -> Result<Self> {
+        match opening {
+            Opening::ByContent => self.decompressed(),
+            Opening::ByName => self.decompressed_by_name(),
+            Opening::Plain => Ok(self),
+        }
     }
 
     /// Removes all layers of outer compression that have a known magic number.

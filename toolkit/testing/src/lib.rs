@@ -5,6 +5,7 @@
 pub mod conformance;
 pub mod crafted;
 mod files;
+pub mod http;
 pub mod images;
 pub mod journal;
 pub mod manifest;

@@ -10,6 +10,7 @@ use crate::scenario::Scenario;
 use crate::sparse::SparseFile;
 
 mod beside;
+mod http;
 mod luks;
 mod machine;
 mod map_file;
@@ -53,6 +54,7 @@ pub const ALL: [Target; 19] = [
     Target { name: "zip", run: zip::run, image: None },
     Target { name: "outer", run: outer::run, image: None },
     Target { name: "lzop", run: outer::run_lzop, image: None },
+    Target { name: "http", run: http::run, image: None },
     Target { name: "map_file", run: map_file::run, image: None },
     Target { name: "ovf", run: machine::run_ovf, image: None },
     Target { name: "domain", run: machine::run_domain, image: None },

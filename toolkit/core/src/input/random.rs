@@ -2,7 +2,7 @@
 //! the file and the offset.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -61,6 +61,18 @@ pub trait ReadAt: Send + Sync {
     /// frame;
     /// `None` if the input is not compressed.
     fn compressed_offset(&self, _position: u64) -> Option<u64> {
+        None
+    }
+
+    /// Returns the number of reads at once up to which more of them take no longer: 1 for a file, whose reads the
+    /// kernel orders, more for a server that is far away. A reader that waits does not compute, so it may have
+    /// more threads than processors.
+    fn concurrency(&self) -> usize {
+        1
+    }
+
+    /// Returns a reader of all bytes in order that reads ahead; `None` if reads by position are as fast.
+    fn reader(&self) -> Option<Box<dyn Read + Send>> {
         None
     }
 
@@ -270,6 +282,11 @@ impl RandomInput {
     /// Returns the unit, in bytes, in which reads are cheapest.
     pub fn granule(&self) -> u64 {
         self.source.granule()
+    }
+
+    /// See [`ReadAt::concurrency`].
+    pub fn concurrency(&self) -> usize {
+        self.source.concurrency()
     }
 
     /// Returns the underlying file, if it stores exactly these bytes.

@@ -338,6 +338,10 @@ impl ReadAt for SeekableZstd {
         u64::from(self.table.longest_plain()).max(1)
     }
 
+    fn concurrency(&self) -> usize {
+        self.source.concurrency()
+    }
+
     fn compressed_offset(&self, position: u64) -> Option<u64> {
         self.table.find(position).map(|frame| frame.stored_at)
     }
