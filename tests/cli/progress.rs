@@ -63,7 +63,7 @@ fn json_lines_hold_messages_reports_and_errors() {
         (&["disk.raw", "a.qcow2"], 1, "refused", "already exists"),
         (&["disk.raw", "--no-such-flag", "x"], 2, "usage", "--no-such-flag"),
         (&["disk.raw"], 2, "usage", "missing DEST"),
-        (&["disk.raw", "--to", "tar", "x"], 2, "usage", "tar is read"),
+        (&["disk.raw", "--to", "dmg", "x"], 2, "usage", "dmg is read"),
     ] {
         let lines = json_lines(&run(args).exits(code).stderr);
         let error = &lines.last().unwrap()["error"];

@@ -109,14 +109,14 @@ fn reports_usage_errors_before_opening_a_source() {
         "convert -c=zstd:99 none out.vma",
         "convert -r fast none out",
         "convert -S x none out",
-        "convert -O tar none out",
-        "convert none out.tar",
+        "convert -O dmg none out",
+        "convert none out.dmg",
         "convert none -O out.qcow2",
         "measure -O qcow2 -o cluster_size=3000 none",
         "create -f vhdx -o block_size=3M out 1G",
         "create -f qcow2 - 1G",
         "create 1G out",
-        "create out.tar 1G",
+        "create out.dmg 1G",
     ] {
         let run = imgtool(line.split(' ')).within(dir.path()).go().exits(2);
         assert!(!run.stderr.contains("No such file"), "{line}: {}", run.stderr);

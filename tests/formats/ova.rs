@@ -164,11 +164,17 @@ fn converts_disks_in_archives() {
         std::fs::remove_file(path("new.qcow2")).unwrap();
         imgtool(["compare", archive, "disk.raw"]).within(dir.path()).ok();
     }
-    imgtool(["convert", "disk.raw", "new.tar"])
+    for new in ["new.tar", "new.tar.gz", "new.tar.zst"] {
+        imgtool(["convert", "--verify", "disk.raw", new]).within(dir.path()).ok();
+        imgtool(["compare", new, "disk.raw"]).within(dir.path()).ok();
+    }
+    oracles::run_in("tar", dir.path(), &["-xzOf", "new.tar.gz", "--to-command=cmp - disk.raw"]);
+    imgtool(["create", "-f", "tar", "empty.tar", "1G"]).within(dir.path()).go().exits(1).says("of no use");
+    imgtool(["convert", "disk.raw", "new.tgz"])
         .within(dir.path())
         .go()
-        .exits(2)
-        .says("tar is read, but not written");
+        .exits(1)
+        .says("name that ends in .tar.gz");
 }
 
 /// A stream of a VMDK disk has its grains in the order of the disk, an archive has its clusters in any.

@@ -29,6 +29,8 @@ pub(crate) struct Archive {
     members: Vec<Member>,
     by_name: HashMap<String, usize>,
     pub(crate) notes: Vec<String>,
+    /// Name of the form of a tar archive, by its first file.
+    form: Option<&'static str>,
     /// Checksums of the members that are stored as they are, if the archive has any.
     pub(crate) sums: Option<Manifest>,
     /// Decoder of compressed members.
@@ -68,7 +70,7 @@ impl Archive {
         let mut walker = Walker::new(Positions::new(input.clone())).salvaging(options.salvage);
         let mut lease = options.memory.lease(0, "the list of an archive's members")?;
         let (mut members, mut by_name) = (Vec::new(), HashMap::new());
-        let (mut notes, mut names) = (Vec::new(), 0);
+        let (mut notes, mut names, mut form) = (Vec::new(), 0, None);
         while let Some(entry) = walker.next()? {
             if !entry.kind.is_file() {
                 note_other(&entry.name, entry.kind, &mut notes);
@@ -87,11 +89,12 @@ impl Archive {
                     .at(entry.start)
                     .hint("unpack the archive, and convert the file that you mean"));
             }
+            form = form.or(Some(entry.form));
             members.push(Member::of(entry));
         }
         notes.extend(walker.take_notes());
         let externals = Externals::default();
-        Ok(Self { input, members, by_name, notes, sums: None, externals, _lease: lease })
+        Ok(Self { input, members, by_name, notes, form, sums: None, externals, _lease: lease })
     }
 
     /// Reads the directory of a zip archive.
@@ -113,12 +116,17 @@ impl Archive {
         };
         let members = files.into_iter().map(member).collect();
         let externals = options.externals.clone();
-        Ok(Self { input, members, by_name, notes, sums: Some(sums), externals, _lease: lease })
+        Ok(Self { input, members, by_name, notes, form: None, sums: Some(sums), externals, _lease: lease })
     }
 
     /// Returns the names of all files, in the order of the archive.
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.members.iter().map(|member| member.name.as_str())
+    }
+
+    /// Returns the name of the form of a tar archive, by its first file; `None` for a zip archive.
+    pub(crate) fn form(&self) -> Option<&'static str> {
+        self.form
     }
 
     /// Opens a file, whose bytes are read from their place in the archive, or unpacked if they are

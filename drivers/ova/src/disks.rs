@@ -288,7 +288,7 @@ fn compression_of(name: &str) -> Option<(&str, &'static str)> {
 }
 
 /// True if the extension is that of a disk image, compressed or not.
-fn is_disk_name(name: &str) -> bool {
+pub(crate) fn is_disk_name(name: &str) -> bool {
     let inner = compression_of(name).map_or(name, |(inner, _)| inner);
     let Some(extension) = extension(inner) else { return false };
     let mut known = FORMATS.iter().map(|(known, _)| *known).chain(DISK_EXTENSIONS);

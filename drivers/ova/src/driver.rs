@@ -12,14 +12,14 @@ use crate::source::{PackageSource, begins_like_xml};
 use crate::tar::{Kind, Walker, is_tar};
 use crate::writer::{MEMBER, PackageWriter};
 use crate::zip::is_zip;
-use crate::{check, disks, member, stream};
+use crate::{check, disk_archive, disks, member, stream};
 
 /// Driver for packages of virtual machines: an OVF document and its files, in a tar archive or, only read, in
 /// a directory.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct OvaDriver;
 
-/// Read-only driver for disk images in a tar archive.
+/// Driver for disk images in a tar archive. A new one holds a single raw disk.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct TarDriver;
 
@@ -112,22 +112,39 @@ impl Driver for TarDriver {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { stream_member: true, ..of_archives() }
+        Capabilities {
+            write: true,
+            stream_read: true,
+            stream_write: true,
+            stream_member: true,
+            ..of_archives()
+        }
     }
 
     fn probe(&self, head: &[u8], _len: Option<u64>) -> Option<Confidence> {
         (is_tar(head) && !first_is_descriptor(head)).then_some(Confidence::Magic)
     }
 
+    fn reads_stream(&self, head: &[u8]) -> bool {
+        member::begins_with_disk(head)
+    }
+
     fn open(&self, input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
-        if let Some(wanted) = options.member.as_ref().filter(|_| input.is_stream()) {
-            return member::open(input, wanted, options);
+        if input.is_stream() {
+            return match &options.member {
+                Some(wanted) => member::open(input, wanted, options),
+                None => member::open_only(input, options),
+            };
         }
         Ok(Arc::new(PackageSource::open(crate::TAR, input, options)?))
     }
 
     fn check(&self, input: Input, options: &OpenOptions) -> Result<CheckReport> {
         check::check(crate::TAR, input, options)
+    }
+
+    fn writer(&self, options: &CreateOptions) -> Result<Box<dyn ImageWriter>> {
+        Ok(Box::new(disk_archive::DiskArchiveWriter::new(options)?))
     }
 }
 

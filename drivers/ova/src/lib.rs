@@ -7,6 +7,7 @@
 
 mod archive;
 mod check;
+mod disk_archive;
 mod disks;
 mod driver;
 mod files;

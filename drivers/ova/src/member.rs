@@ -12,10 +12,11 @@ use imgtool_core::{
     StreamAccess,
 };
 
+use crate::disk_archive::DISK_NAME;
 use crate::disks;
-use crate::source::PackageSource;
+use crate::source::{PackageSource, add_formats, describe_archive};
 use crate::stream::Tape;
-use crate::tar::{Run, Walker};
+use crate::tar::{Entry, Run, Walker};
 
 /// Length in bytes of a piece.
 const PIECE: u64 = 1 << 20;
@@ -44,18 +45,9 @@ pub(crate) fn open(input: Input, wanted: &str, options: &OpenOptions) -> Result<
             names.push(entry.name);
         }
     };
-    let runs = match entry.kind {
-        crate::tar::Kind::Sparse => entry.runs,
-        _ => vec![Run { start: 0, len: entry.size }],
-    };
-    let name = entry.name;
-    let info = ImageInfo {
-        format: crate::TAR,
-        devices: vec![Device::disk(0, disks::stem(&name), entry.size)],
-        ..ImageInfo::default()
-    };
-    let wanted = wanted.to_owned();
-    let pass = Pass { walker, wanted, runs, next_run: 0, position: 0, size: entry.size, ended: false };
+    let name = entry.name.clone();
+    let info = ImageInfo { format: crate::TAR, ..ImageInfo::default() };
+    let (info, pass) = Pass::new(walker, entry, Conflict::SameName(wanted.to_owned()), info);
     if disks::is_raw_name(&name) {
         return Ok(Arc::new(MemberStream { info, pass: Mutex::new(pass) }));
     }
@@ -63,6 +55,57 @@ pub(crate) fn open(input: Input, wanted: &str, options: &OpenOptions) -> Result<
     let reader = Reader { pass: Arc::clone(&pass), piece: None, pool: BufferPool::new() };
     let saved = options.externals.saved(Input::from_reader(location, Box::new(reader))?)?;
     Ok(Arc::new(PackageSource::of_member(saved, &name, options)?))
+}
+
+/// True if `head` begins an archive whose first file is a disk for Google Compute Engine.
+pub(crate) fn begins_with_disk(head: &[u8]) -> bool {
+    let first = Walker::new(head).next().ok().flatten();
+    first.is_some_and(|entry| entry.kind.is_file() && entry.name == DISK_NAME)
+}
+
+/// Opens an archive in a stream that holds one disk. One that begins otherwise is copied to temporary storage,
+/// as is a damaged one.
+///
+/// # Errors
+/// If the archive can't be opened, or can't be copied where that is necessary.
+pub(crate) fn open_only(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
+    if options.salvage || !begins_with_disk(&input.head()?) {
+        let input = options.externals.saved(input)?;
+        return Ok(Arc::new(PackageSource::open(crate::TAR, input, options)?));
+    }
+    let mut walker = Walker::new(Tape::passing(input.into_stream()?));
+    let entry = walker.next()?.ok_or_else(|| Error::corrupt("the archive is empty"))?;
+    let mut info = ImageInfo { format: crate::TAR, ..ImageInfo::default() };
+    describe_archive(&mut info, Some(entry.form), std::iter::once(&*entry.name));
+    add_formats(&mut info, &["raw"]);
+    let (info, pass) = Pass::new(walker, entry, Conflict::OtherDisk, info);
+    Ok(Arc::new(MemberStream { info, pass: Mutex::new(pass) }))
+}
+
+/// A file behind the member that contradicts the pass.
+enum Conflict {
+    /// Another member of the name that the user chose.
+    SameName(String),
+    /// Another disk, where the archive has to hold one.
+    OtherDisk,
+}
+
+impl Conflict {
+    fn check(&self, entry: &Entry) -> Result<()> {
+        match self {
+            Self::SameName(wanted) if is_meant(&entry.name, wanted) => {
+                Err(Error::malformed(format!("two members are called '{wanted}'"))
+                    .at(entry.start)
+                    .hint("save the archive to a file first, and choose the member with its directories"))
+            }
+            Self::OtherDisk if disks::is_disk_name(&entry.name) => Err(Error::unsupported(format!(
+                "the archive holds another disk, '{}', and can't be read in one pass",
+                entry.name
+            ))
+            .hint("save it to a file without compression first")),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// True if a member has the name that the user chose, with or without its directories.
@@ -85,8 +128,7 @@ impl fmt::Debug for MemberStream {
 /// The one pass over a member, and then over the rest of the archive.
 struct Pass {
     walker: Walker<Tape>,
-    /// Name that the user chose.
-    wanted: String,
+    conflict: Conflict,
     /// Runs of data, ascending.
     runs: Vec<Run>,
     /// Index of the run that has the position, or is behind it.
@@ -98,14 +140,28 @@ struct Pass {
 }
 
 impl Pass {
-    /// Reads the rest of the archive: damage behind the member, or another one of the same name, is an error.
+    /// Creates the pass over the member that the walker has just met, and adds its device to the facts.
+    fn new(
+        walker: Walker<Tape>,
+        entry: Entry,
+        conflict: Conflict,
+        mut info: ImageInfo,
+    ) -> (ImageInfo, Self) {
+        info.devices.push(Device::disk(0, disks::stem(&entry.name), entry.size));
+        let runs = match entry.kind {
+            crate::tar::Kind::Sparse => entry.runs,
+            _ => vec![Run { start: 0, len: entry.size }],
+        };
+        let size = entry.size;
+        (info, Self { walker, conflict, runs, next_run: 0, position: 0, size, ended: false })
+    }
+
+    /// Reads the rest of the archive: damage behind the member, or a file that contradicts the pass, is an error.
     fn end(&mut self) -> Result<()> {
         self.ended = true;
         while let Some(entry) = self.walker.next()? {
-            if entry.kind.is_file() && is_meant(&entry.name, &self.wanted) {
-                return Err(Error::malformed(format!("two members are called '{}'", self.wanted))
-                    .at(entry.start)
-                    .hint("save the archive to a file first, and choose the member with its directories"));
+            if entry.kind.is_file() {
+                self.conflict.check(&entry)?;
             }
         }
         Ok(())
@@ -138,7 +194,10 @@ impl StreamAccess for Pass {
                 // At most 1 MiB, so it fits.
                 let len = (run.start + run.len - start).min(PIECE) as usize;
                 let mut buffer = pool.take(len);
-                self.walker.read_content(&mut buffer)?;
+                // The walker knows the length of the member, which is that of all runs.
+                if self.walker.read_content(&mut buffer)? < len {
+                    return Err(Error::malformed("the map of a sparse file is longer than its data"));
+                }
                 Piece::data(DeviceId(0), start, buffer)
             }
             run => {

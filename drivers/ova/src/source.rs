@@ -63,6 +63,7 @@ impl PackageSource {
         };
         let (notes, sums) = (std::mem::take(&mut archive.notes), archive.sums.take());
         let names: Vec<String> = archive.names().map(str::to_owned).collect();
+        let form = archive.form();
         let files = Files::Archive(archive);
         let info = ImageInfo { format, notes, ..ImageInfo::default() };
         if let Some(member) = &options.member {
@@ -74,6 +75,8 @@ impl PackageSource {
             return Ok(Self::new(info, disks, files, manifest.or(sums), options));
         }
         let Some(name) = descriptor_name(&names)? else {
+            let mut info = info;
+            describe_archive(&mut info, form, names.iter().map(String::as_str));
             let names: Vec<&str> = names.iter().map(String::as_str).collect();
             let disks = disks::open_all(&files, &names, options)?;
             return Ok(Self::new(info, disks, files, sums, options));
@@ -157,6 +160,8 @@ impl PackageSource {
         }
         let formats: Vec<&str> = disks.iter().map(|disk| format_of(disk)).collect();
         add_formats(&mut info, &formats);
+        let variants: Vec<String> = disks.iter().map(variant_of).collect();
+        info.worded_fact("disk-variants", "variants of the disks", variants.clone(), variants.join(", "));
         let member = |disk| Member { disk, was_asked: false.into(), was_verified: false.into() };
         let disks = disks.into_iter().map(member).collect();
         Self { info, disks, files, manifest, salvage: options.salvage, losses: Mutex::default() }
@@ -235,6 +240,7 @@ pub(crate) fn describe(
         info.notes.push("the descriptor lists no disk".to_owned());
     }
     info.notes.extend(descriptor.notes);
+    info.fact("system-type", "system type", descriptor.system_type);
     info.machine = Some(Box::new(descriptor.machine));
     info.attachments.push(Attachment { name: name.to_owned(), data: text });
     let stated = manifest.map_or_else(|| "none".to_owned(), |manifest| manifest.algorithms().join(", "));
@@ -260,6 +266,21 @@ pub(crate) fn add_formats(info: &mut ImageInfo, formats: &[&str]) {
     info.worded_fact("disk-formats", "formats of the disks", formats, formats.join(", "));
 }
 
+/// Adds what an archive of disks says by itself to the facts about it: its form, and its files.
+pub(crate) fn describe_archive<'n>(
+    info: &mut ImageInfo,
+    form: Option<&'static str>,
+    names: impl Iterator<Item = &'n str>,
+) {
+    /// Maximum number of names. Our limit: a person reads no more.
+    const MAX_NAMES: usize = 16;
+    if let Some(form) = form {
+        info.fact("tar-format", "form of the archive", form);
+    }
+    let names: Vec<&str> = names.take(MAX_NAMES).collect();
+    info.worded_fact("files", "files", names.as_slice(), names.join(", "));
+}
+
 /// True for the name of a descriptor.
 pub(crate) fn is_descriptor_name(name: &str) -> bool {
     name.to_ascii_lowercase().ends_with(".ovf") && !name.contains('/')
@@ -273,6 +294,14 @@ pub(crate) fn begins_like_xml(head: &[u8]) -> bool {
 
 fn format_of(disk: &PackagedDisk) -> &'static str {
     disk.disk.as_ref().map_or("empty", |open| open.image().info().format)
+}
+
+/// Returns the variant of the image with a disk, as its driver calls it; empty if it has none.
+fn variant_of(disk: &PackagedDisk) -> String {
+    let Some(open) = &disk.disk else { return "empty".to_owned() };
+    let mut facts = open.image().info().facts.iter();
+    let fact = facts.find(|fact| matches!(fact.key, "create-type" | "subformat"));
+    fact.and_then(|fact| fact.value.as_str()).unwrap_or_default().to_owned()
 }
 
 /// Returns the name of the descriptor of an archive; `None` if it has none.

@@ -116,6 +116,15 @@ impl<'b> Header<'b> {
         }
     }
 
+    /// Returns the name of the form, as GNU tar calls it.
+    pub(super) fn form(&self) -> &'static str {
+        match &self.block[257..265] {
+            b"ustar  \0" => "oldgnu",
+            magic if magic.starts_with(b"ustar") => "ustar",
+            _ => "v7",
+        }
+    }
+
     /// Returns the block.
     pub(super) fn block(&self) -> &'b [u8; BLOCK] {
         self.block

@@ -24,6 +24,8 @@ pub struct Descriptor {
     pub files: Vec<FileRef>,
     /// Disks, in the order of the descriptor.
     pub disks: Vec<DiskRef>,
+    /// Types of system that the hardware is made for, separated by blanks (`vmx-13 vmx-14`); empty if none is stated.
+    pub system_type: String,
     /// Notes for the user, one sentence each.
     pub notes: Vec<String>,
 }

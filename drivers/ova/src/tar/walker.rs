@@ -95,6 +95,8 @@ pub(crate) struct Entry {
     /// Name, without `./` at its start; untrusted.
     pub(crate) name: String,
     pub(crate) kind: Kind,
+    /// Name of the form of its header, as GNU tar calls it.
+    pub(crate) form: &'static str,
     /// Position of the content in the archive.
     pub(crate) start: u64,
     /// Length of the content in the archive, in bytes.
@@ -117,13 +119,15 @@ pub(crate) struct Walker<B> {
     ended: bool,
     /// True to return what is left of a member that was cut, as the last one.
     salvages: bool,
+    /// True once a header of pax was met.
+    has_pax: bool,
     notes: Vec<String>,
 }
 
 impl<B: Blocks> Walker<B> {
     /// Creates an iterator that begins with the first member.
     pub(crate) fn new(blocks: B) -> Self {
-        Self { blocks, pending: 0, filler: 0, ended: false, salvages: false, notes: Vec::new() }
+        Self { blocks, pending: 0, filler: 0, ended: false, salvages: false, has_pax: false, notes: Vec::new() }
     }
 
     /// Returns what is left of a member that was cut, as the last one, if `salvages` is set.
@@ -142,6 +146,7 @@ impl<B: Blocks> Walker<B> {
             let at = self.blocks.position();
             let Some(block) = self.header_block()? else { break };
             let header = Header::parse(&block).map_err(|e| e.at(at))?;
+            self.has_pax |= matches!(header.kind, Kind::Pax | Kind::GlobalPax);
             match header.kind {
                 Kind::LongName => long_name = Some(self.content(&header, MAX_NAME).map_err(|e| e.at(at))?),
                 Kind::LongLink => drop(self.content(&header, MAX_NAME).map_err(|e| e.at(at))?),
@@ -284,7 +289,8 @@ impl<B: Blocks> Walker<B> {
             (stored, size, self.ended) = (left, left, true);
         }
         (self.pending, self.filler) = (stored, filler(stored));
-        Ok(Entry { name, kind, start, stored, size, runs })
+        let form = if self.has_pax { "pax" } else { header.form() };
+        Ok(Entry { name, kind, form, start, stored, size, runs })
     }
 
     /// Reads the map of a sparse file. Returns the length of the file and its runs of data.

@@ -1,4 +1,5 @@
-//! Headers of new archives: ustar, as every importer of packages reads it.
+//! Headers of new archives: ustar, as every importer of packages reads it, and the form of GNU tar before
+//! POSIX, which Google Compute Engine wants.
 
 use imgtool_core::{Error, Result};
 
@@ -15,6 +16,19 @@ const BASE_256: u64 = 8 << 30;
 /// # Errors
 /// `Unsupported` for a longer name than [`MAX_NEW_NAME`].
 pub(crate) fn header(name: &str, size: u64, mtime: u64) -> Result<[u8; BLOCK]> {
+    header_of(name, size, mtime, (0, b"ustar\x0000"))
+}
+
+/// Like [`header`], in the form of GNU tar before POSIX.
+///
+/// # Errors
+/// Same as [`header`].
+pub(crate) fn old_gnu_header(name: &str, size: u64, mtime: u64) -> Result<[u8; BLOCK]> {
+    header_of(name, size, mtime, (b'0', b"ustar  \0"))
+}
+
+/// Returns a header with this type flag, magic number and version.
+fn header_of(name: &str, size: u64, mtime: u64, (flag, magic): (u8, &[u8; 8])) -> Result<[u8; BLOCK]> {
     let mut block = [0; BLOCK];
     if name.len() > MAX_NEW_NAME {
         return Err(Error::unsupported(format!(
@@ -38,7 +52,8 @@ pub(crate) fn header(name: &str, size: u64, mtime: u64) -> Result<[u8; BLOCK]> {
     // Eleven octal digits.
     put(136, format!("{:011o}\0", mtime.min(BASE_256 - 1)).as_bytes());
     put(148, b"        0");
-    put(257, b"ustar\x0000");
+    put(156, &[flag]);
+    put(257, magic);
     let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
     block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
     Ok(block)
@@ -55,7 +70,10 @@ mod tests {
             let block = header("vm-disk1.vmdk", size, 1_700_000_000).expect("a short name");
             assert!(is_tar(&block));
             let read = Header::parse(&block).expect("sound");
-            assert_eq!((read.size, read.name()), (size, b"vm-disk1.vmdk".to_vec()));
+            assert_eq!((read.size, read.name(), read.form()), (size, b"vm-disk1.vmdk".to_vec(), "ustar"));
+            let block = old_gnu_header("disk.raw", size, 1).expect("a short name");
+            let read = Header::parse(&block).expect("sound");
+            assert_eq!((read.size, read.name(), read.form()), (size, b"disk.raw".to_vec(), "oldgnu"));
         }
         assert!(header(&"a".repeat(101), 0, 0).is_err());
     }

@@ -31,6 +31,7 @@ pub fn parse(bytes: &[u8], system: Option<&str>) -> Result<Descriptor> {
     let mut descriptor = Descriptor { files: files(&envelope)?, ..Descriptor::default() };
     descriptor.disks = disks(&envelope, &descriptor.files)?;
     descriptor.machine = machine(system, &envelope, &descriptor)?;
+    descriptor.system_type = hardware_section(system).and_then(system_type).unwrap_or_default().to_owned();
     unused_disks(&mut descriptor);
     Ok(descriptor)
 }
@@ -237,12 +238,14 @@ fn hardware_section(system: &Element) -> Option<&Element> {
         matches!(&*section.name, "VirtualHardwareSection" | "Section") && section.all("Item").next().is_some()
             || section.name == "VirtualHardwareSection"
     };
-    let is_vmware = |section: &&Element| {
-        let kind = section.child("System").and_then(|system| system.child_text("VirtualSystemType"));
-        kind.is_some_and(|kind| kind.contains("vmx-"))
-    };
+    let is_vmware = |section: &&Element| system_type(section).is_some_and(|kind| kind.contains("vmx-"));
     let mut sections = system.children.iter().filter(is_hardware);
     sections.clone().find(is_vmware).or_else(|| sections.next())
+}
+
+/// Returns the types of system in a section with hardware.
+fn system_type(section: &Element) -> Option<&str> {
+    section.child("System").and_then(|system| system.child_text("VirtualSystemType"))
 }
 
 /// Returns the name of the configuration that applies if nobody chooses one.

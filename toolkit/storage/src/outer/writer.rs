@@ -376,6 +376,10 @@ impl ImageSink for CompressedSink {
         &self.outputs
     }
 
+    fn in_guest_order(&self) -> bool {
+        self.inner.in_guest_order()
+    }
+
     fn begin(&self) -> Result<Vec<u8>> {
         let preamble = self.inner.begin()?;
         if preamble.is_empty() { Ok(preamble) } else { Ok(self.frame(&preamble)?.1) }
