@@ -10,7 +10,7 @@ use crate::args::Command;
 use crate::exit::Exit;
 use crate::sandbox::{self, Writes};
 
-mod check;
+pub(crate) mod check;
 mod checksum;
 mod compare;
 mod convert;

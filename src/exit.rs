@@ -26,7 +26,9 @@ impl Exit {
     pub const NOT_COMPARED: Exit = Exit::Usage;
     /// `check`: the image is inconsistent.
     pub const CORRUPT: Exit = Exit::Usage;
-    /// `check` in qemu-img's place: the format has no structure to check.
+    /// `check`: the platform refuses an image.
+    pub const MISFIT: Exit = Exit::Usage;
+    /// `check`: the format has no structure to check. The code of qemu-img.
     pub const NO_CHECK: Exit = Exit::Other(63);
     /// `check`: space is wasted, the content is intact.
     pub const LEAKS: Exit = Exit::Losses;

@@ -15,7 +15,7 @@ use imgtool_machine::proxmox::{ANY_VMID, Assignment, MapEntry};
 mod name;
 
 pub use imgtool_machine::proxmox::{CONFIG_NAME, FIREWALL_NAME, GuestConfig};
-pub use name::{is_for_proxmox, note_on_name, vmid_of_config};
+pub use name::{Better, is_for_proxmox, note_on_name, vmid_of_config};
 
 /// Memory of a guest in MiB, if the user states none.
 const MEMORY: &str = "2048";

@@ -15,6 +15,7 @@ mod machines;
 mod map_svg;
 mod measure;
 mod outputs;
+mod platforms;
 mod progress;
 mod protocol_names;
 mod recipes;

@@ -4,10 +4,11 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, ValueHint};
+use imgtool_platform::Platform;
 
 use crate::secrets::SecretSource;
 
-use super::values::{CACHE_MODES, Offer, SecretPlace};
+use super::values::{CACHE_MODES, Offer, PlatformName, SecretPlace};
 use super::{InputArgs, MessageArgs, NewSize, OutputArgs, SnapshotArgs, ThreadArgs};
 
 /// Text at the end of the short help.
@@ -19,7 +20,8 @@ Examples:
   imgtool convert a.qcow2 b.raw --config 100.conf \\
       vzdump-qemu-100-2026_01_31-12_00_00.vma.zst
   zstdcat vm.vma.zst | imgtool convert - --to vhdx outdir/
-  imgtool convert vm.vma --target drive-scsi0=/dev/vg/disk,zeroed";
+  imgtool convert vm.vma --target drive-scsi0=/dev/vg/disk,zeroed
+  imgtool convert disk.qcow2 --for azure disk.vhd";
 
 /// Text at the end of the long help and of the manual page.
 const RULES_AND_EXAMPLES: &str = "\
@@ -61,7 +63,8 @@ Examples:
   imgtool convert a.qcow2 b.raw --config 100.conf \\
       vzdump-qemu-100-2026_01_31-12_00_00.vma.zst
   zstdcat vm.vma.zst | imgtool convert - --to vhdx outdir/
-  imgtool convert vm.vma --target drive-scsi0=/dev/vg/disk,zeroed";
+  imgtool convert vm.vma --target drive-scsi0=/dev/vg/disk,zeroed
+  imgtool convert disk.qcow2 --for azure disk.vhd";
 
 /// `imgtool convert`.
 #[derive(Debug, Args)]
@@ -126,6 +129,18 @@ pub struct TargetArgs {
         hide_possible_values = true
     )]
     pub to: Option<String>,
+
+    /// Choose format, options, sizes and names for this platform, and check the result against its import rules
+    ///
+    /// proxmox, libvirt, hyperv, azure, aws, gce, vmware, virtualbox, openstack; hyperv:gen1 and hyperv:gen2 (azure
+    /// likewise) state the generation of the machine. docs/platforms.md lists the rules.
+    #[arg(
+        long = "for",
+        value_name = "PLATFORM",
+        value_parser = PlatformName,
+        hide_possible_values = true
+    )]
+    pub platform: Option<Platform>,
 
     /// Options of the output format; repeatable; '-o help' lists them
     #[arg(

@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum, ValueHint};
 use imgtool_core::SnapshotChoice;
+use imgtool_platform::Platform;
 
 use crate::compat;
 use crate::secrets::SecretSource;
 
-use super::values::{CACHE_MODES, Offer, SecretPlace};
+use super::values::{CACHE_MODES, Offer, PlatformName, SecretPlace};
 use super::{InputArgs, MessageArgs, OutputArgs, SnapshotArgs, ThreadArgs};
 
 /// `imgtool info`.
@@ -130,18 +131,38 @@ pub struct CacheArgs {
     after_help = "\
 Exit codes:
   0  clean
-  1  could not check (a raw disk has no structure), or usage error
+  1  could not check, or usage error
   2  corrupt
   3  leaks only: space is wasted, the content is intact
+  63 the format has no structure to check (raw)
+With --for: 0 the platform takes all images, 1 could not check, 2 it refuses one.
 
 Examples:
   imgtool check disk.qcow2
   imgtool check -r leaks disk.qcow2
-  imgtool check --output json vm.vma.zst"
+  imgtool check --output json vm.vma.zst
+  imgtool check --for azure disk.vhd"
 )]
 pub struct CheckArgs {
     /// The image or archive: a path, an http or https URL, or '-' for standard input
     pub image: PathBuf,
+
+    /// With --for: further images
+    #[arg(value_name = "IMAGE", hide = true)]
+    pub others: Vec<PathBuf>,
+
+    /// Check whether this platform takes the image, and nothing else; several images may be named
+    ///
+    /// proxmox, libvirt, hyperv, azure, aws, gce, vmware, virtualbox, openstack; hyperv:gen1 and hyperv:gen2 (azure
+    /// likewise) state the generation of the machine. docs/platforms.md lists the rules.
+    #[arg(
+        long = "for",
+        value_name = "PLATFORM",
+        value_parser = PlatformName,
+        hide_possible_values = true,
+        conflicts_with = "repair"
+    )]
+    pub platform: Option<Platform>,
 
     /// Repair the image in place (qcow2, VHDX): only leaked clusters, or all that can be repaired
     ///

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
 use clap::{Arg, Command, Error};
 use imgtool_core::Driver;
+use imgtool_platform::Platform;
 
 use crate::secrets::{self, SecretSource};
 
@@ -61,6 +62,29 @@ impl TypedValueParser for Offer {
 
     fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
         Some(Box::new(self.values().into_iter()))
+    }
+}
+
+/// Name of a platform. Shell completions offer all of them.
+#[derive(Debug, Clone, Copy)]
+pub struct PlatformName;
+
+impl TypedValueParser for PlatformName {
+    type Value = Platform;
+
+    fn parse_ref(&self, command: &Command, arg: Option<&Arg>, value: &OsStr) -> Result<Platform, Error> {
+        let parse = |text: &str| {
+            Platform::parse(text).map_err(|error| match error.hint_text() {
+                Some(hint) => format!("{error}; {hint}"),
+                None => error.to_string(),
+            })
+        };
+        parse.parse_ref(command, arg, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        let value = |(name, title): (String, &'static str)| PossibleValue::new(name).help(title);
+        Some(Box::new(Platform::names().into_iter().map(value)))
     }
 }
 

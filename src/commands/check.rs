@@ -16,6 +16,8 @@ use crate::report::{self, Stream};
 use crate::sandbox::{self, Writes};
 use crate::{compat, images};
 
+pub(in crate::commands) mod platform;
+
 #[derive(Serialize)]
 struct Document<'a> {
     filename: String,
@@ -48,6 +50,12 @@ pub fn run(args: &CheckArgs) -> Result<Exit> {
 
 fn check(args: &CheckArgs) -> Result<Exit> {
     images::refuse(&args.input)?;
+    if let Some(platform) = args.platform {
+        return platform::check(args, platform);
+    }
+    if let Some(other) = args.others.first() {
+        return Err(Error::usage(format!("unexpected argument '{}'", images::show(other.as_os_str()))));
+    }
     let source = images::source(&args.input, args.image.as_os_str())?;
     args.repair.map_or(Ok(()), |_| images::refuse_part(&source))?;
     let location = source.location.clone();

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use imgtool_core::{Error, Location, Result};
 use imgtool_engine::{
-    BrokenBitmaps, DiskTarget, Note, OpenSettings, Phase, Request, RunOptions, SourceRequest,
+    BrokenBitmaps, DiskTarget, Inspector, Note, OpenSettings, Phase, Request, RunOptions, SourceRequest,
 };
 
 use super::options;
@@ -25,6 +25,7 @@ mod configurations;
 mod disk_target;
 mod domain;
 mod new_size;
+mod platform;
 mod summary;
 mod target_name;
 
@@ -46,7 +47,9 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     // Checked before the paths: 'convert a.raw -O b.qcow2' lacks a format, not a destination.
     args.target.to.iter().try_for_each(|name| registry.get(name).map(drop))?;
     proxmox::check(&args.devices.proxmox)?;
-    let (request, size_is_given) = request(args)?;
+    let (mut request, size_is_given) = request(args)?;
+    let target =
+        args.target.platform.map(|name| platform::choose(args, &registry, name, &mut request)).transpose()?;
     let bytes_per_second = rate_limit(args)?;
 
     sandbox::enter(writes(&request));
@@ -62,6 +65,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         .map_err(|e| options::explain_backing(e, &registry, request.dest.as_ref(), pairs))?;
     if !args.messages.quiet && !compat::is_on() {
         conversion.sources().iter().for_each(|source| summary::announce(&source.opened));
+        target.iter().for_each(|target| report::tell(&target.in_words()));
     }
     options::check_secret(conversion.format(), args.target.target_secret.is_some())?;
     conversion.select()?;
@@ -71,6 +75,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
     configurations::note_on_restoring(args, &mut plan)?;
     domain::add(&mut plan)?;
     args.target.size.map_or(Ok(()), |size| new_size::set(&mut plan, size, &cancel))?;
+    target.map_or(Ok(()), |target| target.shape(args, &mut plan, &cancel))?;
     let is_compressed = plan.sources.iter().any(|source| !source.opened.compression.is_empty());
     plan.layout.notes.extend(size_is_given.then(without_size));
     let options = RunOptions {
@@ -81,6 +86,7 @@ pub fn run(args: &ConvertArgs) -> Result<Exit> {
         accept_larger: compat::is_on(),
         verify: args.target.verify,
         bytes_per_second,
+        inspector: target.as_ref().map(|target| target as &dyn Inspector),
         base_policy: request.open.policy.clone(),
         base_secrets: request.open.secrets.clone(),
         cancel,

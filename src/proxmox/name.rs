@@ -64,6 +64,13 @@ impl Better {
     }
 }
 
+impl Better {
+    /// Returns the new path.
+    pub fn into_path(self) -> PathBuf {
+        self.new
+    }
+}
+
 impl fmt::Display for Better {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "mv {} {}", quoted(&self.old), quoted(&self.new))

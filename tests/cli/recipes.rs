@@ -149,6 +149,11 @@ fn azure_recipe_prints_the_documented_output() {
 }
 
 #[test]
+fn gce_recipe_prints_the_documented_output() {
+    run("docs/recipes/gce.md");
+}
+
+#[test]
 fn every_recipe_has_a_test() {
     let names = imgtool_testing::names(&Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/recipes"));
     assert_eq!(
@@ -156,6 +161,7 @@ fn every_recipe_has_a_test() {
         [
             "azure.md",
             "encrypted.md",
+            "gce.md",
             "ova.md",
             "overlays.md",
             "proxmox-backup.md",

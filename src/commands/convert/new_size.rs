@@ -28,7 +28,8 @@ pub(super) fn set(plan: &mut Plan, wanted: NewSize, cancel: &CancelToken) -> Res
     if !output.bitmaps.is_empty() {
         return Err(Error::usage("--size and --bitmaps can't be combined: the bitmaps have the old size"));
     }
-    let device = &plan.selected[slot.index()].device;
+    let slot = slot.index();
+    let device = &plan.selected[slot].device;
     if device.open_ended {
         let NewSize::Exact(new) = wanted else {
             return Err(Error::usage(
@@ -36,7 +37,7 @@ pub(super) fn set(plan: &mut Plan, wanted: NewSize, cancel: &CancelToken) -> Res
             )
             .hint("state the whole size, for example --size 10G"));
         };
-        return change(plan, new, cancel);
+        return change(plan, slot, new, cancel);
     }
     let old = device.size;
     let too_large = || Error::usage("--size: the new size is too large");
@@ -48,7 +49,7 @@ pub(super) fn set(plan: &mut Plan, wanted: NewSize, cancel: &CancelToken) -> Res
     if new == old {
         return Ok(());
     }
-    change(plan, new, cancel)?;
+    change(plan, slot, new, cancel)?;
     let (before, after) = (exact_size(old), exact_size(new));
     plan.layout.notes.push(Note::Text(match new < old {
         true => format!("the disk was cut from {before} to {after}; the rest was zero"),
@@ -57,14 +58,15 @@ pub(super) fn set(plan: &mut Plan, wanted: NewSize, cancel: &CancelToken) -> Res
     Ok(())
 }
 
-/// Gives the only disk `new` bytes.
-fn change(plan: &mut Plan, new: u64, cancel: &CancelToken) -> Result<()> {
-    let [disk] = plan.selected.as_mut_slice() else {
-        return Err(Error::usage("--size is for one disk").hint("choose it with --disk NAME"));
-    };
+/// Gives the disk with this index `new` bytes.
+///
+/// # Errors
+/// Same as [`set`].
+pub(super) fn change(plan: &mut Plan, disk: usize, new: u64, cancel: &CancelToken) -> Result<()> {
+    let disk = &mut plan.selected[disk];
     let opened = &mut plan.sources[disk.source].opened;
     if opened.salvages && opened.image.access().is_stream() {
-        return Err(Error::usage("--size and --salvage can't be combined for a stream")
+        return Err(Error::usage("the size of a stream can't change while it is salvaged")
             .path(&opened.location)
             .hint("salvage it first, then use 'imgtool resize'"));
     }

@@ -13,6 +13,7 @@ use imgtool_storage::{Outputs, Sharing, os};
 
 use crate::digest::ContentDigest;
 use crate::externals::{ExternalPolicy, PolicyOpener};
+use crate::inspect::Inspector;
 use crate::layout::{Destination, Layout, PlannedOutput};
 use crate::monitor::{Counter, Monitor, Phase, Reach};
 use crate::open::Opened;
@@ -72,6 +73,8 @@ pub struct RunOptions<'a> {
     pub base_secrets: Secrets,
     /// Observers of every piece. The lane of a disk equals its slot.
     pub taps: Vec<&'a dyn Tap>,
+    /// Judge of the finished outputs.
+    pub inspector: Option<&'a dyn Inspector>,
     /// Token that cancels the run.
     pub cancel: CancelToken,
 }
@@ -234,23 +237,23 @@ impl Plan {
         drop(tables);
         let disks = self.disk_reports(&counter);
         self.check_stream_sizes(sinks, &disks, options.force || options.accept_larger)?;
+        let expected = verify::Expected {
+            digest: &digest,
+            disks: &disks,
+            selected: &self.selected,
+            base_opener,
+            base_secrets: &options.base_secrets,
+            threads: options.threads,
+            cancel: options.cancel.clone(),
+            limit: limit.as_ref(),
+            memory: self.memory.shared_by(self.layout.outputs.len()),
+        };
         if options.verify {
             monitor.end();
             self.verify_files(&files)?;
-            let expected = verify::Expected {
-                digest: &digest,
-                disks: &disks,
-                selected: &self.selected,
-                base_opener,
-                base_secrets: &options.base_secrets,
-                threads: options.threads,
-                cancel: options.cancel.clone(),
-                limit: limit.as_ref(),
-                memory: self.memory.shared_by(self.layout.outputs.len()),
-            };
             verify::read_back(&self.layout, sinks, &expected, monitor)?;
         }
-        let notes = self.notes(sinks);
+        let notes = self.inspect(sinks, &expected, options)?;
         self.commit(sinks, &files, options, monitor)?;
         if !options.verify {
             monitor.end();
@@ -264,6 +267,21 @@ impl Plan {
             data: counter.data(),
             elapsed: begun.elapsed(),
         })
+    }
+
+    /// Shows the finished outputs to the inspector. Returns all notes.
+    fn inspect(
+        &self,
+        sinks: &[OpenSink],
+        expected: &verify::Expected<'_>,
+        options: &RunOptions<'_>,
+    ) -> Result<Vec<Note>> {
+        let mut notes = self.notes(sinks);
+        if let Some(inspector) = options.inspector {
+            let finished = verify::finished(&self.layout, sinks, expected)?;
+            notes.extend(inspector.inspect(&finished)?.into_iter().map(Note::Text));
+        }
+        Ok(notes)
     }
 
     /// Returns the files that the run may still open. Only verification opens files: the backing images of

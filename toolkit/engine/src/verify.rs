@@ -14,6 +14,7 @@ use imgtool_storage::open::OpenInput;
 
 use crate::digest::{self, ContentDigest};
 use crate::externals::PolicyOpener;
+use crate::inspect::FinishedOutput;
 use crate::layout::{Destination, Layout, PlannedOutput};
 use crate::monitor::{Counter, Monitor, Phase};
 use crate::rate_limit::RateLimit;
@@ -97,6 +98,26 @@ pub(crate) fn read_back(
     }
     monitor.end();
     Ok(())
+}
+
+/// Opens every finished output for an inspection.
+///
+/// # Errors
+/// Any error of opening one.
+pub(crate) fn finished(
+    layout: &Layout,
+    sinks: &[OpenSink],
+    expected: &Expected<'_>,
+) -> Result<Vec<FinishedOutput>> {
+    let open_one = |(planned, open): (&PlannedOutput, &OpenSink)| {
+        let location = planned.destination.location();
+        let options = open_options(planned, open, expected);
+        let is_readable = !planned.destination.is_stream() && refuse_unreadable(planned).is_ok();
+        let image = is_readable.then(|| open_again(planned, open, expected, &options)).transpose();
+        let compression = planned.format.outer.map(|outer| outer.compression.name());
+        Ok(FinishedOutput { image: image.in_file(&location)?, location, compression })
+    };
+    layout.outputs.iter().zip(sinks).map(open_one).collect()
 }
 
 /// Checks the structure and configurations of an output, and opens it for reading.

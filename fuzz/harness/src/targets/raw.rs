@@ -1,10 +1,11 @@
-//! Detection of formats by content and name, and raw images.
+//! Detection of formats by content and name, raw images, and the partitions on them.
 
 use std::io;
 use std::sync::Arc;
 
 use imgtool_core::sync::lock;
-use imgtool_core::{Access, BufferPool, DeviceId, Input, Location, OpenOptions};
+use imgtool_core::{Access, BufferPool, DeviceId, Disk, Input, Location, OpenOptions};
+use imgtool_platform::Guest;
 use imgtool_storage::OpenInput;
 
 use super::from_pipe;
@@ -59,6 +60,10 @@ pub(super) fn run(input: &[u8]) {
     let Access::Random(random) = source.access() else { panic!("a file is read at random") };
     random.read_at(DeviceId(0), &mut content, 0).expect("all of it is there");
     assert!(content == bytes, "a raw image is not its bytes");
+    let disk = Disk::only(Arc::clone(&source), "a raw image").expect("one disk");
+    for sector_size in [512, 4096] {
+        Guest::look(&disk, sector_size).expect("a look at any disk succeeds");
+    }
     if imgtool_storage::outer::detect(bytes).is_none() {
         let source = raw
             .open(piped().expect("nothing to undo").input, &OpenOptions::default())
