@@ -406,6 +406,7 @@ const FIRST_OF_CONVERT: [&str; 24] = [
     "to",
     "options",
     "compress",
+    "platform",
     "size",
     "force",
     "no_create",

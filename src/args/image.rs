@@ -135,7 +135,7 @@ Exit codes:
   2  corrupt
   3  leaks only: space is wasted, the content is intact
   63 the format has no structure to check (raw)
-With --for: 0 the platform takes all images, 1 could not check, 2 it refuses one.
+With --for: 0 the platform takes all, 1 could not check, 2 it refuses one
 
 Examples:
   imgtool check disk.qcow2

@@ -169,6 +169,7 @@ fn request(args: &ConvertArgs) -> Result<(Request, bool)> {
         attachments: Vec::new(),
         wants_attachments: !args.devices.config.is_empty() || !args.devices.proxmox.is_empty(),
         keep_attachments: args.devices.config_from_source,
+        leave_out_platform_state: args.target.platform.is_some_and(|platform| !platform.rules.takes_state),
         in_place: args.target.no_create.then_some(zeroed),
         overwrite: args.target.force || compat::is_on(),
         bitmaps: args.target.bitmaps.then_some(match args.target.skip_broken_bitmaps {

@@ -274,6 +274,7 @@ fn machines_get_the_package_of_their_platform() {
     );
     imgtool(["convert", "--for", "hyperv", "vm.vma.zst", "hyperv/"]).within(dir.path()).ok();
     let made = names(&dir.path().join("hyperv"));
+    assert!(!made.iter().any(|name| name.contains("efidisk")), "the platform makes its own: {made:?}");
     let disks = made.iter().filter(|name| name.ends_with(".vhdx"));
     imgtool(["check", "--for", "hyperv"]).args(disks).within(&dir.path().join("hyperv")).ok();
 }

@@ -139,9 +139,9 @@ fn help_of_convert_begins_with_the_common_flags() {
     };
     let (short, long) = (flags(&["convert", "-h"]), flags(&["convert", "--help"]));
     let rare = flags(&["convert", "--help-compat"]);
-    // The 20 flags, --help-compat and -h.
-    assert!(short.len() <= 22 && long.len() <= 22, "{short:?} {long:?}");
-    for flag in ["-O", "--config", "--proxmox", "--salvage", "--size"] {
+    // The 21 flags, --help-compat and -h.
+    assert!(short.len() <= 23 && long.len() <= 23, "{short:?} {long:?}");
+    for flag in ["-O", "--config", "--proxmox", "--salvage", "--size", "--for"] {
         assert!(long.contains(flag) && !rare.contains(flag), "{flag}");
     }
     for flag in ["-t", "-T", "-W", "-C", "-S", "-B", "--bitmaps", "--memory"] {

@@ -55,6 +55,9 @@ pub struct Request {
     pub in_place: Option<bool>,
     /// True to replace existing files.
     pub overwrite: bool,
+    /// True to leave out firmware variables and the state of a TPM, which the target makes itself, unless the user
+    /// names the disks.
+    pub leave_out_platform_state: bool,
     /// `Some` to copy the persistent bitmaps of the only source.
     pub bitmaps: Option<BrokenBitmaps>,
 }
@@ -262,7 +265,7 @@ impl OpenConversion<'_> {
         // A package has a description, but no place for the state of a platform, unless the user wants it as
         // a disk.
         let is_package = self.format.is_archive() && self.format.driver.capabilities().container;
-        if is_package && self.request.disks.is_empty() {
+        if (is_package || self.request.leave_out_platform_state) && self.request.disks.is_empty() {
             let notes = sources::leave_out_platform_state(&self.sources, &mut self.selected);
             self.notes.extend(notes.into_iter().map(Note::Text));
         }

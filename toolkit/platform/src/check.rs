@@ -386,11 +386,15 @@ fn check_parts(subject: &Subject<'_>, verdict: &mut Verdict) {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use imgtool_core::Machine;
 
     use super::*;
     use crate::partitions::{PartitionTable, Scheme};
+
+    /// Platform, file name, compressions, facts, and the rules that are broken.
+    type Case<'a> = (&'a str, &'a str, &'a [&'a str], ImageInfo, &'a [&'a str]);
 
     fn info(format: &'static str, size: u64, facts: &[(&'static str, &str)]) -> ImageInfo {
         let mut info =
@@ -424,7 +428,7 @@ mod tests {
             [("system-type", system), ("disk-formats", formats), ("disk-variants", variants)]
         };
         let stream = [("create-type", "streamOptimized")];
-        let cases: &[(&str, &str, &[&str], ImageInfo, &[&str])] = &[
+        let cases: &[Case<'_>] = &[
             ("azure", "a.vhd", &[], info("vhd", 20 * MIB, &fixed), &[]),
             ("azure", "a.qcow2", &[], info("qcow2", 20 * MIB, &[]), &["format"]),
             ("azure", "a.vhd", &[], info("vhd", 20 * MIB, &[("subformat", "dynamic")]), &["variant"]),

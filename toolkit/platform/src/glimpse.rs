@@ -126,6 +126,7 @@ impl Sectors for Glimpse {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 pub(crate) mod tests {
     use super::*;
 

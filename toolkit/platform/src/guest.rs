@@ -64,6 +64,7 @@ impl Guest {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use crate::glimpse::tests::Bytes;

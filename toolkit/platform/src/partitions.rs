@@ -200,6 +200,7 @@ pub(crate) fn read_inside(disk: &dyn Sectors, start: u64, buf: &mut [u8]) -> Res
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use proptest::prelude::*;
 

@@ -83,6 +83,7 @@ impl fmt::Display for Platform {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

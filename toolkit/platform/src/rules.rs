@@ -14,6 +14,8 @@ pub struct Rules {
     pub has_generations: bool,
     /// Forms of an image that the platform takes. The first one for each purpose is the default.
     pub forms: &'static [Form],
+    /// True if the platform takes firmware variables and the state of a TPM from elsewhere.
+    pub takes_state: bool,
     /// Maximum number of disks of a machine.
     pub max_disks: Option<usize>,
     /// What a disk that starts with UEFI alone needs there, if the user has to do something about it.
@@ -211,6 +213,7 @@ pub const RULES: &[Rules] = &[
             },
             Form { facts: &[], size: ANY_SIZE, source: "storage import of Proxmox VE", ..OVA },
         ],
+        takes_state: true,
         max_disks: None,
         uefi_only: Some("choose the BIOS OVMF (UEFI), with an EFI disk"),
         bios_only: None,
@@ -224,6 +227,7 @@ pub const RULES: &[Rules] = &[
             Form { source: "libvirt, domain XML", ..QCOW2 },
             Form { source: "libvirt, domain XML", ..RAW },
         ],
+        takes_state: true,
         max_disks: None,
         uefi_only: Some("choose UEFI firmware (OVMF) for the domain"),
         bios_only: None,
@@ -286,6 +290,7 @@ pub const RULES: &[Rules] = &[
                 ..PLAIN
             },
         ],
+        takes_state: false,
         max_disks: None,
         uefi_only: Some("make a machine of generation 2"),
         bios_only: Some("make a machine of generation 1"),
@@ -314,6 +319,7 @@ pub const RULES: &[Rules] = &[
             source: "Azure Compute REST API, uploadSizeBytes; Add-AzVhd",
             ..PLAIN
         }],
+        takes_state: false,
         max_disks: None,
         uefi_only: Some("upload it with the generation V2"),
         bios_only: Some("upload it with the generation V1"),
@@ -354,6 +360,7 @@ pub const RULES: &[Rules] = &[
             },
             Form { size: WHOLE_SECTORS, source: AWS, ..RAW },
         ],
+        takes_state: false,
         max_disks: Some(21),
         uefi_only: Some("import it with the boot mode uefi"),
         bios_only: None,
@@ -387,6 +394,7 @@ pub const RULES: &[Rules] = &[
             source: "Compute Engine, manual import of boot disks",
             ..PLAIN
         }],
+        takes_state: false,
         max_disks: Some(1),
         uefi_only: Some("create the image with the guest OS feature UEFI_COMPATIBLE"),
         bios_only: None,
@@ -440,6 +448,7 @@ pub const RULES: &[Rules] = &[
                 ..OVA
             },
         ],
+        takes_state: false,
         max_disks: None,
         uefi_only: Some("set the firmware of the machine to EFI"),
         bios_only: None,
@@ -483,6 +492,7 @@ pub const RULES: &[Rules] = &[
             },
             Form { format: "vhd", extensions: &[".vhd"], size: WHOLE_SECTORS, source: VBOX, ..PLAIN },
         ],
+        takes_state: false,
         max_disks: None,
         uefi_only: Some("switch EFI on in the machine's settings: an import does not"),
         bios_only: None,
@@ -496,6 +506,7 @@ pub const RULES: &[Rules] = &[
             Form { source: "Glance, disk formats; CVE-2024-32498", ..QCOW2 },
             Form { source: "Glance, disk formats", ..RAW },
         ],
+        takes_state: false,
         max_disks: None,
         uefi_only: Some("set the image property hw_firmware_type=uefi"),
         bios_only: None,
