@@ -112,7 +112,7 @@ fn flags_of_other_spellings_have_their_meaning() {
     imgtool(line).within(dir.path()).ok();
     let info = imgtool(["info", "--output", "json", "image"]).within(dir.path()).ok().json();
     assert_eq!(info["format"], "vhdx");
-    imgtool(["check", "disk.raw"]).within(dir.path()).go().exits(1).says("no structure");
+    imgtool(["check", "disk.raw"]).within(dir.path()).go().ends_with(63).says("no structure");
 }
 
 #[test]
