@@ -168,6 +168,7 @@ fn vmdks(directory: &Path) -> Vec<PathBuf> {
         text("too-many-extents.vmdk", &lines(40_000, "RW 2048 ZERO")),
         text("as-many-extents-as-allowed.vmdk", &lines(32_768, "RW 536870912 ZERO")),
         text("extents-of-one-file.vmdk", &lines(32_768, "RW 8 FLAT \"too-many-extents.vmdk\" 0")),
+        text("extents-of-one-sparse-file.vmdk", &lines(30_000, "RW 8 SPARSE \"tables-in-a-hole.vmdk\"")),
         text("line-of-a-mib.vmdk", &format!("{long_line}\nRW 2048 ZERO\n")),
         text("comments.vmdk", &lines(1 << 20, "#")),
         text("extent-of-2-64-sectors.vmdk", "RW 18446744073709551615 ZERO\n"),
