@@ -62,7 +62,7 @@ fn refuses_archives_by_name() {
     // A pipe has no name that says otherwise: the archive is read, and its file is no disk.
     let archive = dir.path().join("zipped");
     let run = imgtool(["convert", "-", "out.raw"]).within(dir.path()).pipe_from(&archive);
-    run.go().exits(1).says("is an XML document");
+    run.go().exits(1).says("is neither a known image nor a disk");
     assert_eq!(snapshot(dir.path()), before);
 }
 

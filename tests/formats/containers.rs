@@ -63,8 +63,13 @@ fn every_command_reads_the_chosen_member() {
     require!("python3", "tar", "gzip");
     let dir = tempdir();
     let path = |name: &str| dir.path().join(name);
-    disk("one", 1).write_raw(&path("one.bin"));
-    disk("two", 2).write_raw(&path("two.bin"));
+    for (name, seed) in [("one.bin", 1), ("two.bin", 2)] {
+        disk("x", seed).write_raw(&path(name));
+        // Without an extension, the content must be that of a disk.
+        let mut bytes = std::fs::read(path(name)).unwrap();
+        bytes[510..512].copy_from_slice(b"\x55\xaa");
+        std::fs::write(path(name), bytes).unwrap();
+    }
     zip(dir.path(), "x.zip", "DEFLATED", &["one.bin", "two.bin"]);
     oracles::run_in("tar", dir.path(), &["-czf", "x.tar.gz", "one.bin", "two.bin"]);
     oracles::run_in("tar", dir.path(), &["-cf", "x.tar", "one.bin", "two.bin"]);
@@ -128,7 +133,7 @@ fn salvage_keeps_what_a_cut_package_has() {
         blocks.find(|at| whole[*at..].starts_with(header)).unwrap() + 512
     };
     let (first, second) = (start_of(b"one.vmdk\0"), start_of(b"two.vmdk\0"));
-    for (cut, whole_disks) in [(second + 120_000, 1), (second - 700, 1), (first + 60_000, 0)] {
+    for (cut, whole_disks) in [(second + 150_000, 1), (second - 700, 1), (first + 60_000, 0)] {
         std::fs::write(path("cut.ova"), &whole[..cut]).unwrap();
         let run = imgtool(["convert", "cut.ova", "--to", "raw", "out/"]).within(dir.path()).go().exits(1);
         run.says("cut short");
@@ -148,7 +153,7 @@ fn salvage_keeps_what_a_cut_package_has() {
         }
     }
     // The part before the cut is the disk's.
-    std::fs::write(path("cut.ova"), &whole[..second + 120_000]).unwrap();
+    std::fs::write(path("cut.ova"), &whole[..second + 150_000]).unwrap();
     let line = ["convert", "--salvage", "--disk", "two", "cut.ova", "two.out.raw"];
     imgtool(line).within(dir.path()).go().ends_with(3);
     let (found, raw) = (std::fs::read(path("two.out.raw")).unwrap(), std::fs::read(path("two.raw")).unwrap());

@@ -23,8 +23,8 @@ const CHUNK_BYTES: u64 = 512;
 /// The files of a package.
 #[derive(Debug)]
 pub(crate) enum Files {
-    /// Members of a tar archive.
-    Archive(Archive),
+    /// Members of a tar or zip archive.
+    Archive(Box<Archive>),
     /// Files in the directory of the descriptor at this location.
     Folder(Location, Externals),
 }

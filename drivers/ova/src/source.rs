@@ -64,7 +64,7 @@ impl PackageSource {
         let (notes, sums) = (std::mem::take(&mut archive.notes), archive.sums.take());
         let names: Vec<String> = archive.names().map(str::to_owned).collect();
         let form = archive.form();
-        let files = Files::Archive(archive);
+        let files = Files::Archive(Box::new(archive));
         let info = ImageInfo { format, notes, ..ImageInfo::default() };
         if let Some(member) = &options.member {
             let manifest = match descriptor_name(&names) {
