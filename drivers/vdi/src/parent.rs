@@ -4,7 +4,8 @@
 //! at the time when the child was made. VirtualBox keeps a registry of its images. The driver looks among the
 //! files that the user allowed instead.
 
-use imgtool_core::{Disk, Error, ErrorKind, Input, OpenOptions, Reference, Remedy, Result};
+use imgtool_core::candidates::{Match, find_parent};
+use imgtool_core::{Disk, Error, Input, OpenOptions, Reference, Remedy, Result};
 use uuid::Uuid;
 
 use crate::image::Image;
@@ -23,43 +24,22 @@ pub(crate) fn open(name: &str, image: &Image, options: &OpenOptions) -> Result<D
     Disk::only(source, &format!("parent '{name}'"))
 }
 
-/// Returns the name of the parent of an image: the first candidate with the UUIDs that the image names. In a salvage,
-/// the parent's content may have changed, if no candidate is as it was: who repairs a chain needs what is left of it.
-/// Returns that fault with it.
+/// Returns the name of the parent of an image, and in a salvage its fault; see [`find_parent`].
 ///
 /// # Errors
-/// `Refused` if the user allowed no files, or if none of them is the parent; `Corrupt` if the parent was found, but
-/// its content has changed since; the first error of a candidate if one could not be read.
+/// Same as [`find_parent`].
 pub(crate) fn find(image: &Image, options: &OpenOptions) -> Result<(String, Option<String>)> {
     let uuid = image.header.parent_uuid;
     let content = image.header.parent_modification_uuid;
-    let from = image.input.location();
-    let (mut changed, mut unreadable) = (None, None);
-    for name in options.externals.candidates("parent", &format!("{{{uuid}}}"), from, crate::FORMAT)? {
-        let found = match options.externals.open_file("parent", &name, from).and_then(header) {
-            Ok(found) => found,
-            Err(error) => {
-                unreadable = unreadable.or(Some(error).filter(|error| error.kind() == ErrorKind::Io));
-                continue;
+    let identity = format!("{{{uuid}}}");
+    find_parent(options, &identity, image.input.location(), crate::FORMAT, |name, input| {
+        Ok(match header(input)?.filter(|found| found.uuid == uuid && !uuid.is_nil()) {
+            None => Match::Other,
+            Some(found) if !content.is_nil() && found.modification_uuid != content => {
+                Match::Changed(changed_parent(name, found.modification_uuid, content))
             }
-        };
-        let Some(found) = found.filter(|found| found.uuid == uuid && !uuid.is_nil()) else { continue };
-        if !content.is_nil() && found.modification_uuid != content {
-            changed = changed.or(Some((name, found.modification_uuid)));
-            continue;
-        }
-        return Ok((name, None));
-    }
-    Err(match (changed, unreadable) {
-        (Some((name, found)), _) if options.salvage => {
-            let doubt = format!("unverified: {}", changed_parent(&name, found, content).message());
-            return Ok((name, Some(doubt)));
-        }
-        (Some((name, found)), _) => changed_parent(&name, found, content),
-        // It may be the parent.
-        (None, Some(error)) => error,
-        (None, None) => Error::refused(format!("no allowed file is the parent, the VDI image {{{uuid}}}"))
-            .remedied_by(Remedy::AllowExternal { name: format!("{{{uuid}}}") }),
+            Some(_) => Match::Parent,
+        })
     })
 }
 

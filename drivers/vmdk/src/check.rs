@@ -51,8 +51,11 @@ pub(crate) fn check(input: Input, options: &OpenOptions) -> Result<CheckReport> 
             Content::Flat { .. } | Content::Zero | Content::Closed(_) | Content::Lost { .. } => {}
         }
     }
-    if let Some((descriptor, cid)) = image.descriptor.as_ref().and_then(|d| Some((d, d.parent_cid()?))) {
-        let parent = parent::open(&image, descriptor, cid, &options).map(|(parent, _)| parent);
+    if let Some(error) = image.contradiction() {
+        report.corruption(format!("{error:#}"));
+    }
+    if let Some((descriptor, id)) = image.parent_id() {
+        let parent = parent::open(&image, descriptor, id, &options).map(|parent| parent.disk);
         report_parent(parent, image.virtual_size, &mut report)?;
     }
     Ok(report)

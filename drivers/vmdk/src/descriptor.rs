@@ -1,5 +1,7 @@
 //! The text that describes a disk: its content identifiers, its parent, and its extents.
 
+pub(crate) mod identity;
+
 use std::borrow::Cow;
 
 use encoding_rs::Encoding;
@@ -8,6 +10,7 @@ use imgtool_core::{Error, Remedy, Result};
 
 use crate::layout::MAX_SECTORS;
 use crate::layout::hosted::Header;
+use identity::Uuids;
 
 /// Maximum length of a descriptor in bytes. Our limit: a split disk of 62 TiB has 32 000 lines of 50 bytes.
 pub(crate) const MAX_LEN: usize = 2 << 20;
@@ -63,6 +66,7 @@ pub(crate) struct Descriptor {
     pub(crate) parent_cid: Option<u32>,
     pub(crate) create_type: Option<String>,
     pub(crate) parent_hint: Option<String>,
+    pub(crate) uuids: Uuids,
     pub(crate) adapter: Option<String>,
     pub(crate) hardware_version: Option<String>,
     pub(crate) extents: Vec<ExtentLine>,
@@ -127,8 +131,8 @@ impl Descriptor {
             };
             descriptor.set(&key.trim().to_ascii_lowercase(), unquote(value.trim()), &on_line)?;
         }
-        let hint = descriptor.parent_hint.as_deref().filter(|hint| !hint.is_empty());
-        if let Some(hint) = hint.filter(|_| descriptor.parent_cid.is_none()) {
+        let is_unidentified = descriptor.parent_cid.is_none() && descriptor.uuids.parent.is_none();
+        if let Some(hint) = descriptor.hint().filter(|_| is_unidentified) {
             return Err(Error::malformed(format!(
                 "the descriptor names a parent, '{}', but no content identifier of it (parentCID)",
                 shorten(hint)
@@ -204,7 +208,8 @@ impl Descriptor {
     }
 
     fn set(&mut self, key: &str, value: &str, on_line: &dyn Fn(String) -> String) -> Result<()> {
-        if key.starts_with("encryption") {
+        let is_filter = key == "ddb.iofilters" && value.to_ascii_lowercase().contains("vmwarevmcrypt");
+        if key.starts_with("encryption") || is_filter {
             return Err(Error::unsupported("the disk is encrypted, which is not supported")
                 .hint("decrypt it with the program that made it"));
         }
@@ -215,7 +220,7 @@ impl Descriptor {
             "parentfilenamehint" => &mut self.parent_hint,
             "ddb.adaptertype" => &mut self.adapter,
             "ddb.virtualhwversion" => &mut self.hardware_version,
-            _ => return Ok(()),
+            _ => return self.uuids.set(key, value, on_line),
         };
         if text.as_ref().is_some_and(|known| known != value) {
             return Err(Error::malformed(on_line(format!("sets {key} a second time"))));
@@ -228,11 +233,6 @@ impl Descriptor {
     pub(crate) fn sectors(&self) -> u64 {
         // The parser bounds the sum.
         self.extents.iter().map(|extent| extent.sectors).sum()
-    }
-
-    /// Returns the content identifier that the parent must have; `None` if there is no parent.
-    pub(crate) fn parent_cid(&self) -> Option<u32> {
-        self.parent_cid.filter(|cid| *cid != NO_PARENT)
     }
 }
 
@@ -362,7 +362,7 @@ mod tests {
     #[test]
     fn parses_settings_and_extents() {
         let found = Descriptor::parse(TEXT.as_bytes()).unwrap();
-        assert_eq!((found.cid, found.parent_cid()), (Some(0xffff_fffe), None));
+        assert_eq!((found.cid, found.is_child()), (Some(0xffff_fffe), false));
         assert_eq!((found.create_type.as_deref(), found.adapter.as_deref()), (Some("custom"), Some("ide")));
         assert_eq!((found.extents.len(), found.sectors()), (4, 38));
         let first = &found.extents[0];
@@ -387,6 +387,7 @@ mod tests {
             ("CID=+1", "hexadecimal"),
             ("CID=1\nCID=2", "second time"),
             ("encryption.keySafe = \"x\"", "encrypted"),
+            ("ddb.iofilters = \"vmwarevmcrypt\"", "encrypted"),
             ("RW 18014398509481984 ZERO", "valid extent"),
             ("RW 18014398509481983 ZERO\nRW 1 ZERO", "2^54"),
         ];

@@ -98,10 +98,33 @@ fn open_any(input: &RandomInput, options: &OpenOptions) -> Result<Image> {
     if !Descriptor::probe(&head) {
         return Err(Error::wrong_format("has neither a magic number nor a descriptor of VMDK"));
     }
+    let (descriptor, lease) = read_text(input, options)?;
+    open_described(input, descriptor, lease, tables, options)
+}
+
+/// Reads the descriptor of an image without its extents; `None` if the file has none.
+///
+/// # Errors
+/// I/O errors; those of a damaged header or descriptor.
+pub(crate) fn read_descriptor(input: Input, options: &OpenOptions) -> Result<Option<Descriptor>> {
+    let input = input.into_random()?;
+    let head = input.read_vec(0, head_len(&input, PROBE_LEN))?;
+    if head.starts_with(hosted::MAGIC) {
+        let header = hosted::Header::decode(&head).map_err(|fault| fault.of("header", 0))?;
+        return embedded_descriptor(&input, &header, options);
+    }
+    if !Descriptor::probe(&head) {
+        return Ok(None);
+    }
+    Ok(Some(read_text(&input, options)?.0))
+}
+
+/// Reads a file that is a descriptor. Returns it with its memory.
+fn read_text(input: &RandomInput, options: &OpenOptions) -> Result<(Descriptor, Lease)> {
     let len = head_len(input, descriptor::MAX_LEN + 1);
     let lease = text_lease(len as u64, options)?;
     let text = input.read_vec(0, len)?;
-    open_described(input, Descriptor::parse(&text)?, lease, tables, options)
+    Ok((Descriptor::parse(&text)?, lease))
 }
 
 /// Borrows memory for a descriptor of `len` bytes.
@@ -219,7 +242,7 @@ fn open_described(
     if descriptor.extents.is_empty() {
         return Err(Error::malformed("the descriptor has no extents"));
     }
-    let mut opener = Opener::new(own, options, tables, lease);
+    let mut opener = Opener::new(own, descriptor.is_child(), options, tables, lease);
     let mut extents = Vec::new();
     let mut start = 0;
     let mut largest_grain = 0;

@@ -208,6 +208,11 @@ impl GrainFile {
         Ok(Self { doubt: doubt.or(file.doubt), hosted: Some(header), ..file })
     }
 
+    /// Adds a reason why a salvage can't prove that nothing is missing.
+    pub(crate) fn doubted(self, doubt: Option<String>) -> Self {
+        Self { doubt: self.doubt.or(doubt), ..self }
+    }
+
     /// Opens a COWD file.
     pub(crate) fn cowd(
         input: &RandomInput,

@@ -4,6 +4,7 @@ use imgtool_core::layered::{Origin, Segment, SegmentMap, StoredBytes};
 use imgtool_core::{DeviceId, Error, Lease, RandomInput, Remedy, Result};
 
 use crate::descriptor::Descriptor;
+use crate::descriptor::identity::ParentId;
 use crate::grains::{Form, GrainFile, Place};
 use crate::inflate::Inflater;
 use crate::layout::SECTOR_SIZE;
@@ -75,7 +76,19 @@ pub(crate) enum Content {
 impl Image {
     /// True if what the image does not store is in a parent.
     pub(crate) fn is_child(&self) -> bool {
-        self.descriptor.as_ref().is_some_and(|descriptor| descriptor.parent_cid().is_some())
+        self.descriptor.as_ref().is_some_and(|descriptor| descriptor.is_child())
+    }
+
+    /// Returns the descriptor of a child, and the identifier of its parent.
+    pub(crate) fn parent_id(&self) -> Option<(&Descriptor, ParentId)> {
+        let descriptor = self.descriptor.as_ref()?;
+        Some((descriptor, descriptor.parent_id()?))
+    }
+
+    /// Returns the error for a descriptor that contradicts itself about a parent.
+    pub(crate) fn contradiction(&self) -> Option<Error> {
+        let error = self.descriptor.as_ref()?.contradiction()?;
+        Some(error.path(self.files[0].location()))
     }
 
     /// Returns the index of the extent that contains a guest offset of the disk.

@@ -6,17 +6,24 @@ use imgtool_core::layered::LayeredSource;
 use imgtool_core::{Device, ImageInfo, ImageSource, Input, OpenOptions, Reference, Result};
 use serde_json::{Value, json};
 
+use crate::descriptor::identity::{ParentId, Uuids};
 use crate::descriptor::{Access, Kind, NO_PARENT};
 use crate::grains::GrainFile;
 use crate::image::{Content, DISK, DISK_NAME, Extent, Image};
 use crate::layout::SECTOR_SIZE;
-use crate::parent;
+use crate::parent::{self, Parent};
 
 /// Key of the fact that contains an image's content identifier.
 pub(crate) const CID: &str = "cid";
 
 /// Key of the fact that contains the variant of an image.
 pub(crate) const CREATE_TYPE: &str = "create-type";
+
+/// Key of the fact that contains an image's UUID.
+pub(crate) const UUID: &str = "uuid";
+
+/// Key of the fact that contains the UUID of an image's content.
+pub(crate) const MODIFICATION_UUID: &str = "modification-uuid";
 
 /// Maximum number of extents that the facts list. Our limit, for the length of the output.
 const MAX_LISTED_EXTENTS: usize = 1000;
@@ -25,16 +32,23 @@ const MAX_LISTED_EXTENTS: usize = 1000;
 pub(crate) fn open(input: Input, options: &OpenOptions) -> Result<Arc<dyn ImageSource>> {
     let mut image = Image::open(input, options)?;
     let damage = image.damage.take();
-    let child = image.descriptor.as_ref().and_then(|found| Some((found, found.parent_cid()?)));
-    let (parent, doubt) = match child {
-        Some((descriptor, cid)) if !options.info_only => {
-            let parent = parent::open(&image, descriptor, cid, options);
-            let (parent, doubt) = parent.map_err(|error| error.path(image.files[0].location()))?;
-            (Some(parent), doubt)
-        }
-        _ => (None, None),
+    let contradiction = match image.contradiction() {
+        Some(error) if !options.salvage && !options.info_only => return Err(error),
+        contradiction => contradiction.map(|error| format!("unverified: {}", error.message())),
     };
-    let info = describe(&image);
+    let (parent, name, doubt) = match image.parent_id() {
+        Some((descriptor, id)) if !options.info_only => {
+            let parent = parent::open(&image, descriptor, id, options);
+            let Parent { disk, name, doubt } =
+                parent.map_err(|error| error.path(image.files[0].location()))?;
+            (Some(disk), Some(name), doubt)
+        }
+        Some((descriptor, id)) => (None, parent::name(&image, descriptor, id, options), None),
+        None => (None, None, contradiction.clone()),
+    };
+    let mut info = describe(&image);
+    info.references.splice(0..0, parent::reference(&image, name));
+    info.notes.extend(contradiction.filter(|_| options.info_only));
     Ok(Arc::new(LayeredSource::new(info, image, parent, options.salvage).doubted(doubt).damaged(damage)))
 }
 
@@ -61,7 +75,6 @@ fn describe(image: &Image) -> ImageInfo {
         }
     }
     info.notes.extend(image.faults.iter().cloned());
-    info.references.extend(parent::references(image));
     info.references.extend(extent_references(image));
     note_rounding(image, &mut info);
     if image.single && image.descriptor.is_none() {
@@ -82,15 +95,34 @@ fn describe_descriptor(image: &Image, info: &mut ImageInfo) {
     if let Some(cid) = descriptor.cid {
         info.worded_fact(CID, "content identifier", cid, format!("{cid:08x}"));
     }
-    info.parent_identifier = descriptor.parent_cid().map(|cid| (CID, cid.into()));
+    info.parent_identifier = descriptor.parent_id().map(|id| match id {
+        ParentId::Cid(cid) => (CID, cid.into()),
+        ParentId::Uuid { image, .. } => (UUID, image.to_string().into()),
+    });
     let parent = descriptor.parent_cid.unwrap_or(NO_PARENT);
     let text = if parent == NO_PARENT { "none".to_owned() } else { format!("{parent:08x}") };
     info.worded_fact("parent-cid", "content identifier of the parent", parent, text);
+    describe_uuids(&descriptor.uuids, info);
     if let Some(adapter) = &descriptor.adapter {
         info.fact("adapter-type", "adapter", adapter.clone());
     }
     if let Some(version) = &descriptor.hardware_version {
         info.fact("hwversion", "hardware version", version.clone());
+    }
+}
+
+/// Adds the UUIDs that VirtualBox stores.
+fn describe_uuids(uuids: &Uuids, info: &mut ImageInfo) {
+    let all = [
+        (UUID, "UUID", uuids.image),
+        (MODIFICATION_UUID, "UUID of the content", uuids.modification),
+        ("parent-uuid", "UUID of the parent", uuids.parent),
+        ("parent-modification-uuid", "UUID of the parent's content", uuids.parent_modification),
+    ];
+    for (key, label, uuid) in all {
+        if let Some(uuid) = uuid {
+            info.fact(key, label, uuid.to_string());
+        }
     }
 }
 

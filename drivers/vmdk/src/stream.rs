@@ -95,13 +95,17 @@ pub(crate) fn open(
     let mut stream = input.into_stream()?;
     let located = |error: Error, stream: &Stream| error.path(stream.location());
     let front = Front::read(&mut stream, &layout, options).map_err(|e| located(e, &stream))?;
-    if front.descriptor.as_ref().is_some_and(|descriptor| descriptor.parent_cid().is_some()) {
+    if front.descriptor.as_ref().is_some_and(|descriptor| descriptor.is_child()) {
         return Err(Error::unsupported(
             "a snapshot can't be read from a stream: its parent has other grains",
         )
         .path(stream.location())
         .hint("save the stream to a file beside its parent"));
     }
+    let contradiction = match front.descriptor.as_ref().and_then(Descriptor::contradiction) {
+        Some(error) if !options.salvage => return Err(located(error, &stream)),
+        contradiction => contradiction.as_ref().map(unverified),
+    };
     let header = layout.header;
     let grain_size = header.grain_size * SECTOR_SIZE;
     // Stored bytes of a grain, and the decoder.
@@ -124,7 +128,7 @@ pub(crate) fn open(
         salvage: options.salvage,
         ignore_trailing: options.ignore_trailing,
         losses: Arc::default(),
-        doubt: fault.or(front.doubt),
+        doubt: fault.or(front.doubt).or(contradiction),
         _lease: lease,
     };
     Ok(Arc::new(GrainStream { info, losses: Arc::clone(&pass.losses), pass: Mutex::new(pass) }))

@@ -14,6 +14,7 @@ pub mod bitmap;
 pub mod block_sink;
 pub mod buffer;
 pub mod cache;
+pub mod candidates;
 pub mod child_sink;
 mod debug;
 pub mod decoded;

@@ -1,6 +1,6 @@
 //! [`ExternalPolicy`] and [`PolicyOpener`]: an image can open another file only if the user allowed it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -353,6 +353,16 @@ impl PolicyOpener {
         std::fs::canonicalize(named).ok()
     }
 
+    /// Returns the canonical path of a candidate, or its name if there is none.
+    fn real_path(&self, name: &str, directory: Option<&Path>) -> PathBuf {
+        let path = match self.supplied.get(name) {
+            Some(SuppliedFile::Path(path)) => path.clone(),
+            Some(SuppliedFile::Output(_)) => return name.into(),
+            None => directory.unwrap_or(Path::new("")).join(name),
+        };
+        std::fs::canonicalize(path).unwrap_or_else(|_| name.into())
+    }
+
     fn allows(&self, path: &Path, root: &ChainDirectory) -> Option<Allowed> {
         let mut named = self.policy.paths.iter();
         if let Some(named) = named.find(|named| std::fs::canonicalize(named).is_ok_and(|real| real == path)) {
@@ -441,6 +451,10 @@ impl ExternalOpener for PolicyOpener {
         if let Some(path) = from.path().filter(|_| self.policy.chain && self.supplied.is_empty()) {
             names.extend(files_beside(&canonical(path, role)?, extension)?);
         }
+        // A file may have several of these names.
+        let directory = from.path().and_then(|path| Some(canonical(path, role).ok()?.parent()?.to_owned()));
+        let mut known = HashSet::new();
+        names.retain(|name| known.insert(self.real_path(name, directory.as_deref())));
         Ok(names)
     }
 

@@ -137,6 +137,30 @@ fn refuses_parents_unless_allowed_or_if_changed() {
     );
 }
 
+/// QEMU changes no UUID when it writes, so that copies with one UUID may differ.
+#[test]
+fn refuses_two_parents_of_one_uuid() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = save(directory.path(), "child.vdi", &Builder::new(2, 0).child_of(UUID, CONTENT).bytes);
+    let first = save(directory.path(), "a.vdi", &Builder::new(2, 0).block(0, 1).bytes);
+    save(directory.path(), "b.vdi", &Builder::new(2, 0).block(0, 2).bytes);
+    let error = open(&path).map(|_| ()).unwrap_err();
+    let names = error.to_string().contains("'a.vdi' and 'b.vdi'");
+    assert!(error.kind() == ErrorKind::Refused && names, "{error}");
+    let options = OpenOptions { salvage: true, ..saved::open_options(VdiDriver, true) };
+    let source = conformance::open_with(&VdiDriver, &path, &options).unwrap();
+    assert!(source.doubts()[0].reason.contains("two allowed files"), "{:?}", source.doubts());
+    // One that is allowed by its path and as a file of the directory is one file.
+    std::fs::remove_file(directory.path().join("b.vdi")).unwrap();
+    let mut registry = Registry::new();
+    registry.register(VdiDriver);
+    let policy = ExternalPolicy { paths: vec![first], chain: true, ..ExternalPolicy::default() };
+    let externals = PolicyOpener::new(registry, policy).externals();
+    let options = OpenOptions { externals, ..OpenOptions::default() };
+    let source = conformance::open_with(&VdiDriver, &path, &options).unwrap();
+    assert_eq!(content(&source).unwrap(), filled(&[1, 0]));
+}
+
 #[test]
 fn a_check_compares_the_identifiers_and_the_size_of_an_allowed_parent() {
     let directory = tempfile::tempdir().unwrap();

@@ -34,6 +34,8 @@ const FILE_BYTES: u64 = 4 << 10;
 /// Opens the files of extents, each once.
 pub(super) struct Opener<'a> {
     own: &'a RandomInput,
+    /// True if the descriptor names a parent.
+    is_child: bool,
     options: &'a OpenOptions,
     tables: &'a Arc<TableCache>,
     files: Vec<RandomInput>,
@@ -61,15 +63,18 @@ enum Seen {
 }
 
 impl<'a> Opener<'a> {
-    /// Creates an opener of the extents of the image in the file `own`. `lease` is the memory for its descriptor.
+    /// Creates an opener of the extents of the image in the file `own`. `lease` is the memory for its descriptor, and
+    /// `is_child` says that this names a parent.
     pub(super) fn new(
         own: &'a RandomInput,
+        is_child: bool,
         options: &'a OpenOptions,
         tables: &'a Arc<TableCache>,
         lease: Lease,
     ) -> Self {
         Self {
             own,
+            is_child,
             options,
             tables,
             files: vec![own.clone()],
@@ -163,7 +168,7 @@ impl<'a> Opener<'a> {
         if line.kind == Kind::Flat {
             return Seen::Flat(file.len());
         }
-        match open_grains(&file, line.kind, settings(self.tables, 0, self.options)) {
+        match open_grains(&file, line.kind, self.is_child, settings(self.tables, 0, self.options)) {
             Ok(grains) => {
                 let compressed = grains.hosted.as_ref().is_some_and(|header| header.compressed);
                 Seen::Sparse { capacity: grains.capacity, shape: (grains.grain_size, compressed) }
@@ -231,7 +236,8 @@ impl<'a> Opener<'a> {
                 .remedied_by(Remedy::Salvage("no program makes such an image".into())));
         }
         let input = &self.files[index];
-        let opened = open_grains(input, kind, settings(self.tables, index, self.options)).and_then(|file| {
+        let settings = settings(self.tables, index, self.options);
+        let opened = open_grains(input, kind, self.is_child, settings).and_then(|file| {
             if !self.options.salvage {
                 check_capacity(line, file.capacity)?;
             }
@@ -271,8 +277,14 @@ fn is_loss(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Malformed) || is_missing(error)
 }
 
-/// Opens the sparse file of an extent, which must be of the kind that the descriptor states.
-fn open_grains(input: &RandomInput, kind: Kind, settings: FileSettings<'_>) -> Result<GrainFile> {
+/// Opens the sparse file of an extent, which must be of the kind that the descriptor states. `is_child` is true if the
+/// descriptor names a parent.
+fn open_grains(
+    input: &RandomInput,
+    kind: Kind,
+    is_child: bool,
+    settings: FileSettings<'_>,
+) -> Result<GrainFile> {
     let head = input.read_vec(0, head_len(input, cowd::HEADER_LEN))?;
     let (magic, name): (&[u8], _) = match kind {
         Kind::VmfsSparse => (cowd::MAGIC, "COWD"),
@@ -285,7 +297,15 @@ fn open_grains(input: &RandomInput, kind: Kind, settings: FileSettings<'_>) -> R
     match kind {
         Kind::VmfsSparse => {
             let header = cowd::Header::decode(&head).map_err(|fault| fault.of("header", 0))?;
-            GrainFile::cowd(input, &header, settings)
+            let contradiction = Some(&header.parent_name).filter(|name| !is_child && !name.is_empty());
+            let contradiction = contradiction.map(|name| contradicting_parent(name));
+            match contradiction {
+                Some(error) if !settings.salvage => Err(error),
+                contradiction => {
+                    let doubt = contradiction.map(|error| format!("unverified: {}", error.message()));
+                    Ok(GrainFile::cowd(input, &header, settings)?.doubted(doubt))
+                }
+            }
         }
         Kind::SeSparse => se_sparse(input, &head, settings),
         Kind::Flat | Kind::Zero | Kind::Sparse => {
@@ -296,4 +316,15 @@ fn open_grains(input: &RandomInput, kind: Kind, settings: FileSettings<'_>) -> R
             GrainFile::hosted(input, header, settings)
         }
     }
+}
+
+/// Returns the error for a redo log over the disk `name`, whose descriptor says that there is none below it.
+fn contradicting_parent(name: &str) -> Error {
+    Error::malformed(format!(
+        "the extent is a redo log over '{}', but the descriptor says that the disk has no parent",
+        escape_control(name)
+    ))
+    .remedied_by(Remedy::Salvage(
+        "restore parentCID and parentFileNameHint in a copy of the descriptor".into(),
+    ))
 }

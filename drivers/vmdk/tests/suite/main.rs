@@ -5,6 +5,7 @@ mod conformance;
 mod crafted;
 mod descriptors;
 mod oracles;
+mod parents;
 mod redo_logs;
 mod streams;
 mod support;

@@ -1,11 +1,11 @@
 //! The sparse extents of ESX: COWD redo logs and SE sparse files, built byte by byte.
 
 use imgtool_core::{Driver, ErrorKind, OpenOptions, Result};
-use imgtool_testing::memory;
+use imgtool_testing::{conformance, memory};
 use imgtool_vmdk::VmdkDriver;
 
 use crate::crafted::open_bytes;
-use crate::support::{assert_clean, content, open, open_plainly, save};
+use crate::support::{assert_clean, check, content, open, open_options, open_plainly, save};
 
 /// Returns a COWD file with grains of `grain` sectors: header, directory at sector 4, table at 5, grains at 37.
 fn cowd(capacity: u32, grain: u32, grains: &[(usize, u8)]) -> Vec<u8> {
@@ -89,6 +89,27 @@ fn reads_redo_logs_over_their_disks() {
     assert!(content(&open(&path).unwrap()).unwrap() == expected);
     assert_clean(&path);
     assert_eq!(open_plainly(&path).map(|_| ()).unwrap_err().kind(), ErrorKind::Refused);
+}
+
+/// Read alone, a redo log would have zeros in place of the content of the disk below it.
+#[test]
+fn refuses_a_redo_log_whose_descriptor_denies_its_parent() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut log = cowd(18, 1, &[(1, 2)]);
+    log[32..41].copy_from_slice(b"base.vmdk");
+    save(directory.path(), "d-delta.vmdk", &log);
+    let text = "# Disk DescriptorFile\nCID=b\nparentCID=ffffffff\nRW 18 VMFSSPARSE \"d-delta.vmdk\"\n";
+    let path = save(directory.path(), "d.vmdk", text.as_bytes());
+    let error = open_plainly(&path).map(|_| ()).unwrap_err();
+    assert!(
+        error.kind() == ErrorKind::Malformed && error.to_string().contains("a redo log over 'base.vmdk'"),
+        "{error}"
+    );
+    let options = OpenOptions { salvage: true, ..open_options(false) };
+    let source = VmdkDriver.open(conformance::input(&path).unwrap(), &options).unwrap();
+    assert!(content(&source).unwrap()[512..1024] == [2; 512]);
+    assert!(source.doubts()[0].reason.contains("a redo log over"), "{:?}", source.doubts());
+    assert_eq!(check(&path).corruptions, 1);
 }
 
 fn open_anyway(bytes: &[u8]) -> Result<Vec<u8>> {

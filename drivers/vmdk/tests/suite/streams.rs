@@ -561,6 +561,7 @@ fn a_stream_and_a_file_agree_about_the_descriptor() {
         ("RW 300 SPARSE \"x\"\nRW 312 SPARSE \"y\"", "more than one extent"),
         ("RW 613 SPARSE \"x\"", "613 sectors"),
         ("RW 384 SPARSE \"x\"", "384 sectors"),
+        ("RW 612 SPARSE \"x\"\nparentFileNameHint=\"a\"", "names a parent, 'a'"),
     ] {
         let mut bytes = stream(SECTORS, Place::End, &parts);
         let descriptor = format!("# Disk DescriptorFile\nCID=7\nparentCID=ffffffff\n{line}\n");
@@ -580,6 +581,23 @@ fn a_stream_and_a_file_agree_about_the_descriptor() {
     for read in [open_bytes(&bytes), from_pipe(&bytes)] {
         assert!(read.unwrap() == expected());
     }
+}
+
+/// VirtualBox states no content identifier of a parent.
+#[test]
+fn refuses_a_virtualbox_snapshot_in_a_stream() {
+    use Part::{Directory, End, Footer, Table};
+    let parts = [&three(GRAIN)[..], &[Table, Directory, Footer, End]].concat();
+    let mut bytes = stream(SECTORS, Place::End, &parts);
+    let descriptor = format!(
+        "# Disk DescriptorFile\nCID=7\nparentCID=ffffffff\nRW {SECTORS} SPARSE \"x\"\n\
+         ddb.uuid.parent=\"5c2a1d1b-5b5b-4b86-9a7e-6ff4b0f1a001\"\n"
+    );
+    bytes[512..512 + descriptor.len()].copy_from_slice(descriptor.as_bytes());
+    bytes[28] = 1;
+    bytes[36] = 20;
+    let error = from_pipe(&bytes).map(|_| ()).unwrap_err();
+    assert!(error.to_string().contains("a snapshot can't be read from a stream"), "{error}");
 }
 
 /// The owner of a backup checks it, and reads it years later.
