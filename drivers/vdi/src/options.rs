@@ -65,8 +65,8 @@ pub(crate) struct VdiOptions {
     pub(crate) uuid: Option<Uuid>,
     /// UUID of the content; `None` if it is derived from content and options.
     pub(crate) modification_uuid: Option<Uuid>,
-    /// True for an image without content. Children of one parent then differ in their names alone, so that the UUID of
-    /// a child is derived from its name as well.
+    /// True for an image without content. Such images differ in their names alone, so that their UUIDs are derived from
+    /// the name as well: a child identifies its parent by them.
     pub(crate) blank: bool,
     /// Length in bytes of the shortest run of zeros that becomes a hole; `None` if all zeros are stored.
     pub(crate) zero_unit: Option<u64>,

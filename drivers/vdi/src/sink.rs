@@ -84,8 +84,7 @@ impl ImageWriter for VdiWriter {
             0xff,
             manifest.tables,
         );
-        let is_child = options.backing.is_some() && options.blank;
-        let own_name = if is_child { Fingerprint::parameters_of(&device.name) } else { Vec::new() };
+        let own_name = if options.blank { Fingerprint::parameters_of(&device.name) } else { Vec::new() };
         let layout = VdiLayout { header, options: options.clone(), device_size: device.size, own_name };
         let sink = BlockSink::new(output, map, layout, self.settings(device.size));
         Ok(match manifest.base.clone().filter(|_| options.backing.is_some()) {
@@ -135,7 +134,7 @@ struct VdiLayout {
     options: VdiOptions,
     /// Size of the device in bytes, before it is rounded up to whole sectors.
     device_size: u64,
-    /// Name of a child without content, as parameters of its UUIDs.
+    /// Name of an image without content, as parameters of its UUIDs.
     own_name: Vec<u64>,
 }
 

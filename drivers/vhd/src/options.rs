@@ -12,7 +12,7 @@ use crate::layout::{ENTRY_LEN, SECTOR_SIZE};
 const BLOCK_SIZE: u64 = 2 << 20;
 
 /// Maximum virtual size of a dynamic image in bytes: Microsoft's limit, 2040 GiB.
-const MAX_DYNAMIC_SIZE: u64 = 2040 << 30;
+pub(crate) const MAX_DYNAMIC_SIZE: u64 = 2040 << 30;
 
 /// Maximum virtual size of a fixed image in bytes. Our limit: with the footer, files stay far below 2^63.
 const MAX_FIXED_SIZE: u64 = (1 << 62) - (1 << 20);
@@ -82,8 +82,8 @@ pub(crate) struct VhdOptions {
     pub(crate) uuid: Option<Uuid>,
     /// Time of creation in the format's unit, seconds since 2000.
     pub(crate) time: u32,
-    /// True for an image without content. Children of one parent then differ in their names alone, so that the UUID of
-    /// a child is derived from its name as well.
+    /// True for an image without content. Such images differ in their names alone, so that their UUIDs are derived from
+    /// the name as well: a child identifies its parent by its UUID.
     pub(crate) blank: bool,
     /// Length in bytes of the shortest run of zeros that becomes a hole; `None` if all zeros are stored.
     pub(crate) zero_unit: Option<u64>,

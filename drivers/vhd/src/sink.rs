@@ -6,6 +6,7 @@ mod fixed;
 
 use imgtool_core::block_sink::{BlockSettings, measure};
 use imgtool_core::child_sink;
+use imgtool_core::fingerprint::Fingerprint;
 use imgtool_core::source::data_bytes;
 use imgtool_core::table::TableWriter;
 use imgtool_core::{
@@ -85,6 +86,7 @@ impl ImageWriter for VhdWriter {
         if options.backing.is_some() && parent.is_none() {
             return Err(Error::usage("a differencing VHD image needs its parent, to store its identifier"));
         }
+        let own_name = own_name(options, &device.name);
         let virtual_size = match &parent {
             Some(parent) => parent.virtual_size(options, device.size),
             None => options.virtual_size(device.size),
@@ -103,7 +105,13 @@ impl ImageWriter for VhdWriter {
             .device(&*device.name));
         }
         if options.is_fixed() {
-            return Ok(Box::new(FixedSink::new(output, device.size, virtual_size, options.clone())));
+            return Ok(Box::new(FixedSink::new(
+                output,
+                device.size,
+                virtual_size,
+                options.clone(),
+                own_name,
+            )));
         }
         if output.is_stream() {
             return Err(Error::unsupported("a dynamic VHD image can't be written to a stream")
@@ -111,11 +119,16 @@ impl ImageWriter for VhdWriter {
                 .hint("write to a file, or choose the subformat fixed"));
         }
         if let Some(parent) = &parent {
-            return Ok(Box::new(child::new(output, manifest, options, parent, virtual_size)?));
+            return Ok(Box::new(child::new(output, manifest, options, parent, virtual_size, own_name)?));
         }
-        let layout = DynamicLayout::new(device.size, virtual_size, options.clone());
+        let layout = DynamicLayout::new(device.size, virtual_size, options.clone(), own_name);
         Ok(Box::new(layout.sink(output, manifest.tables)))
     }
+}
+
+/// Returns the name of an image without content, as parameters of its UUID.
+fn own_name(options: &VhdOptions, name: &str) -> Vec<u64> {
+    if options.blank { Fingerprint::parameters_of(name) } else { Vec::new() }
 }
 
 /// Returns the footer of a new image.

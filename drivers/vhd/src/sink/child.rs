@@ -63,11 +63,11 @@ pub(super) fn new(
     options: &VhdOptions,
     parent: &Parent,
     virtual_size: u64,
+    own_name: Vec<u64>,
 ) -> Result<ChildSink<ChildFile>> {
     let device = manifest.single(crate::FORMAT)?;
     let device_size = device.size;
     let backing = options.backing.as_ref().ok_or_else(|| Error::usage("the parent has no name"))?;
-    let own_name = if options.blank { Fingerprint::parameters_of(&device.name) } else { Vec::new() };
     let file = ChildFile::new(options.clone(), backing, parent, device_size, virtual_size);
     let file = ChildFile { own_name, ..file };
     let (bat_offset, bat_len) = (file.header.bat_offset, bat_len(&file.header));

@@ -18,17 +18,19 @@ pub(super) struct DynamicLayout {
     /// Size of the device in bytes, before it is rounded up to whole sectors.
     device_size: u64,
     virtual_size: u64,
+    /// Name of an image without content, as parameters of its UUID.
+    own_name: Vec<u64>,
     /// Bitmap of a block: the guest may have written every sector.
     bitmap: Vec<u8>,
 }
 
 impl DynamicLayout {
     /// Lays out an image of a device of `device_size` bytes, which is rounded up to `virtual_size`.
-    pub(super) fn new(device_size: u64, virtual_size: u64, options: VhdOptions) -> Self {
+    pub(super) fn new(device_size: u64, virtual_size: u64, options: VhdOptions, own_name: Vec<u64>) -> Self {
         let header = header(virtual_size);
         // The block size bounds it to 512 bytes.
         let bitmap = vec![0xff; bitmap_len(header.block_size) as usize];
-        Self { header, options, device_size, virtual_size, bitmap }
+        Self { header, options, device_size, virtual_size, own_name, bitmap }
     }
 
     /// Creates a sink that writes to `output`. `memory` is the image's share of the memory in bytes, if it is
@@ -84,7 +86,8 @@ impl BlockLayout for DynamicLayout {
     }
 
     fn finish(&self, output: &Output, blocks: u64, fingerprint: &Fingerprint) -> Result<()> {
-        let parameters = [self.device_size, self.virtual_size, self.header.block_size];
+        let mut parameters = vec![self.device_size, self.virtual_size, self.header.block_size];
+        parameters.extend(&self.own_name);
         let uuid = fingerprint.guid("dynamic vhd", &parameters);
         let footer = footer(&self.options, self.virtual_size, uuid).encode();
         output.write_at(&footer, block_offset(&self.header, blocks))?;

@@ -9,7 +9,7 @@ use imgtool_core::{
 
 use super::{footer, rounding_note};
 use crate::layout::footer::FOOTER_LEN;
-use crate::options::VhdOptions;
+use crate::options::{MAX_DYNAMIC_SIZE, VhdOptions};
 
 /// Length in bytes of a piece. Our choice: the read buffer and the page cache's copy fit into a core's cache.
 const PIECE_LEN: u64 = 256 << 10;
@@ -22,13 +22,22 @@ pub(super) struct FixedSink {
     device_size: u64,
     virtual_size: u64,
     options: VhdOptions,
+    /// Name of an image without content, as parameters of its UUID.
+    own_name: Vec<u64>,
     fingerprint: Fingerprint,
 }
 
 impl FixedSink {
     /// Creates a sink that writes to `output`.
-    pub(super) fn new(output: Output, device_size: u64, virtual_size: u64, options: VhdOptions) -> Self {
-        Self { outputs: [output], device_size, virtual_size, options, fingerprint: Fingerprint::default() }
+    pub(super) fn new(
+        output: Output,
+        device_size: u64,
+        virtual_size: u64,
+        options: VhdOptions,
+        own_name: Vec<u64>,
+    ) -> Self {
+        let fingerprint = Fingerprint::default();
+        Self { outputs: [output], device_size, virtual_size, options, own_name, fingerprint }
     }
 
     fn output(&self) -> &Output {
@@ -37,7 +46,9 @@ impl FixedSink {
     }
 
     fn footer(&self) -> [u8; FOOTER_LEN] {
-        let uuid = self.fingerprint.guid("fixed vhd", &[self.device_size, self.virtual_size]);
+        let mut parameters = vec![self.device_size, self.virtual_size];
+        parameters.extend(&self.own_name);
+        let uuid = self.fingerprint.guid("fixed vhd", &parameters);
         footer(&self.options, self.virtual_size, uuid).encode()
     }
 }
@@ -123,6 +134,13 @@ impl ImageSink for FixedSink {
     }
 
     fn notes(&self) -> Vec<String> {
-        rounding_note(self.device_size, self.virtual_size)
+        let mut notes = rounding_note(self.device_size, self.virtual_size);
+        if self.virtual_size > MAX_DYNAMIC_SIZE {
+            notes.push(format!(
+                "the disk has {} bytes; Hyper-V and QEMU write no VHD image above {MAX_DYNAMIC_SIZE} (2040 GiB)",
+                self.virtual_size
+            ));
+        }
+        notes
     }
 }
