@@ -28,7 +28,7 @@ const VARIANTS: [Variant; 11] = [
     variant("vhd", "subformat=dynamic", "subformat=dynamic"),
     variant("vhd", "subformat=fixed", "subformat=dynamic"),
     variant("vmdk", "subformat=monolithicSparse", "adapter_type=ide"),
-    variant("vmdk", "subformat=streamOptimized", "subformat=monolithicSparse"),
+    variant("vmdk", "subformat=monolithicFlat", "subformat=monolithicSparse"),
     variant("vmdk", "subformat=twoGbMaxExtentFlat", "zeroed_grain=on"),
     variant("vdi", "static=off", "block_size=1M"),
     variant("vdi", "static=on", "block_size=2M"),
@@ -177,6 +177,34 @@ fn new_children_read_as_their_parents() {
         assert_eq!(chain.as_array().map(Vec::len), Some(2), "{chain}");
         // Nothing but tables.
         assert!(imgtool_testing::occupied(&dir.path().join(&child)) < 600 << 10, "{}", variant.parent);
+    }
+}
+
+/// A child identifies its parent by UUID, so that two new disks must not have the same.
+#[test]
+fn new_disks_have_their_own_uuids() {
+    let dir = tempdir();
+    for line in [&["vhd"][..], &["vhd", "-o", "subformat=fixed"], &["vdi"], &["vdi", "-o", "static=on"]] {
+        let format = line[0];
+        let create = |name: &str| {
+            let file = format!("{name}.{format}");
+            let line = [&["create", "--force", "-f"], line, &[&file, "1M"]].concat();
+            imgtool(line).within(dir.path()).ok();
+            std::fs::read(dir.path().join(&file)).unwrap()
+        };
+        let (one, other) = (create("a"), create("b"));
+        assert!(one != other && create("a") == one, "{line:?}");
+    }
+}
+
+/// Neither Hyper-V nor QEMU writes such an image.
+#[test]
+fn a_fixed_vhd_above_2040_gib_has_a_note() {
+    let dir = tempdir();
+    for (size, is_noted) in [("2040G", false), ("2041G", true)] {
+        let line = ["create", "--force", "-f", "vhd", "-o", "subformat=fixed", "x.vhd", size];
+        let run = imgtool(line).within(dir.path()).ok();
+        assert_eq!(run.stderr.contains("2040 GiB"), is_noted, "{size}: {}", run.stderr);
     }
 }
 
@@ -392,7 +420,10 @@ fn vhd_vmdk_and_vdi_children_are_as_large_as_their_parents() {
 fn refuses_parents_that_a_format_can_not_have() {
     let variant = &VARIANTS[0];
     let dir = with_parent(variant);
-    imgtool(["convert", "base.raw", "-O", "vmdk", "base.vmdk"]).within(dir.path()).ok();
+    imgtool(["convert", "base.raw", "-O", "vmdk", "-o", "subformat=monolithicSparse", "base.vmdk"])
+        .within(dir.path())
+        .ok();
+    imgtool(["convert", "base.raw", "-O", "vmdk", "stream.vmdk"]).within(dir.path()).ok();
     imgtool(["convert", "base.raw", "-O", "vhd", "base.vhd"]).within(dir.path()).ok();
     imgtool(["convert", "base.raw", "-O", "vdi", "base.vdi"]).within(dir.path()).ok();
     let before = snapshot(dir.path());
@@ -400,6 +431,7 @@ fn refuses_parents_that_a_format_can_not_have() {
         (&["-f", "vhdx", "-b", "base.raw", "-F", "raw", "x"][..], 2, "must be a vhdx image"),
         (&["-f", "vhd", "-b", "base.vhdx", "-F", "vhdx", "x"], 2, "must be a vhd image"),
         (&["-f", "vmdk", "-b", "base.raw", "-F", "raw", "x"], 2, "must be a vmdk image"),
+        (&["-f", "vmdk", "-b", "stream.vmdk", "-F", "vmdk", "x"], 2, "is a streamOptimized vmdk image"),
         (&["-f", "vdi", "-b", "base.raw", "-F", "raw", "x"], 2, "must be a vdi image"),
         (&["-f", "vdi", "-b", "base.vhd", "-F", "vdi", "x"], 1, "base.vhd"),
         (&["-f", "vdi", "-b", "none.vdi", "-F", "vdi", "-u", "x", "1M"], 1, "none.vdi"),
