@@ -234,6 +234,7 @@ impl Header {
         };
         header.check_limits(compression_type)?;
         header.read_names(raw, header_len, input)?;
+        header.check_encryption()?;
         Ok(header)
     }
 
@@ -303,6 +304,19 @@ impl Header {
             .at(36));
         }
         Ok(())
+    }
+
+    /// Refuses a LUKS header in an image whose encryption is another: read without it, an encrypted disk is noise.
+    fn check_encryption(&self) -> Result<()> {
+        if self.extensions.crypto_header.is_none() || self.encryption == Encryption::Luks {
+            return Ok(());
+        }
+        Err(Error::malformed(format!(
+            "the image has an encryption header (LUKS), but crypt_method is {}, not {CRYPT_LUKS}",
+            self.crypt_method()
+        ))
+        .at(32)
+        .hint("the header is damaged: use a backup"))
     }
 
     /// Reads the rest of the first cluster: extensions and the backing file's name.

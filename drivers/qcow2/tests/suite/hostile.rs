@@ -104,6 +104,27 @@ fn rejects_header_fields_out_of_bounds() {
     }
 }
 
+/// Read without its encryption, the disk would be noise.
+#[test]
+fn refuses_an_encryption_header_without_its_method() {
+    let directory = scratch();
+    let bytes = laws::make_bytes(&Qcow2Driver, &options(""), &sample());
+    let end = u32::from_be_bytes(bytes[100..104].try_into().unwrap()) as usize;
+    let extension =
+        [&[0x05, 0x37, 0xbe, 0x77, 0, 0, 0, 16][..], &[0; 6], &[1, 0], &[0; 6], &[16, 0], &[0; 8]];
+    let extension = extension.concat();
+    for method in [0, 1] {
+        let fields: [(usize, &[u8]); 2] = [(35, &[method]), (end, &extension)];
+        let path = crafted(directory.path(), &fields);
+        let error = read_all(&path, &OpenOptions::default()).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            error.kind() == ErrorKind::Malformed && text.contains(&format!("crypt_method is {method}")),
+            "{text}"
+        );
+    }
+}
+
 #[test]
 fn names_an_unknown_feature_from_the_image() {
     let directory = scratch();
