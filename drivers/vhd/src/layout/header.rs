@@ -113,7 +113,7 @@ impl Header {
         }
         let (entries, block_size) = (u64::from(raw.entries.get()), u64::from(block_size));
         let needed = virtual_size.div_ceil(block_size);
-        if entries < needed || needed * ENTRY_LEN > MAX_BAT_LEN {
+        if entries < needed || entries * ENTRY_LEN > MAX_BAT_LEN {
             return Err(Fault::Malformed(format!(
                 "has {entries} BAT entries; a disk of {virtual_size} bytes needs {needed}, and the maximum is {}",
                 MAX_BAT_LEN / ENTRY_LEN

@@ -225,6 +225,7 @@ fn refuses_structures_that_contradict_themselves() {
         (0, 0, "no signature"),
         (24, 0x0002_0000, "version 2"),
         (28, 1, "has 1 BAT entries"),
+        (28, u32::MAX, "the maximum is 4194304"),
         (32, 3000, "blocks of 3000 bytes"),
         (20, 900_000, "the table needs"),
     ] {
