@@ -39,6 +39,14 @@ fn refuses_archives_by_name() {
     write("vm.xml.Z", b"\x1f\x9d\x90\x3c\x7e\xe0\xf1");
     write("document", b"%PDF-1.7\n");
     write("download", b"<!DOCTYPE html><title>404 Not Found</title>");
+    for (file, magic) in [
+        ("bochs", &b"\xce\x8a\x46\x02"[..]),
+        ("android", b"\x3a\xff\x26\xed"),
+        ("macos", b"sprs"),
+        ("aff", b"AFF10\x0d\x0a\0"),
+    ] {
+        write(file, &[magic, &[0; 4096]].concat());
+    }
     std::fs::copy(PROGRAM, dir.path().join("program")).unwrap();
     for (file, name) in [
         ("disk.raw", "is a tar archive"),
@@ -52,6 +60,10 @@ fn refuses_archives_by_name() {
         ("download", "is a web page"),
         ("program", "is an ELF program"),
         ("vm.xml", "is an XML document"),
+        ("bochs", "is a sparse image of Bochs"),
+        ("android", "is a sparse image of Android"),
+        ("macos", "is a sparse image of macOS"),
+        ("aff", "is an AFF image"),
     ] {
         refused_as(dir.path(), file, name);
     }

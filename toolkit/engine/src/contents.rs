@@ -26,7 +26,7 @@ const NOTHING: &str = "check the name";
 
 /// Files that users take for disk images, and the most common others. No disk begins like one of them, unless a
 /// guest uses it without partitions to store such a file.
-const NO_DISKS: [NoDisk; 26] = [
+const NO_DISKS: [NoDisk; 30] = [
     no_disk(
         "a zip archive",
         "with a name that ends in .zip, the disks in it are read",
@@ -48,6 +48,10 @@ const NO_DISKS: [NoDisk; 26] = [
     no_disk("an FSArchiver file", RESTORE, &[(0, b"FsArCh_0")]),
     no_disk("an ntfsclone image", RESTORE, &[(0, b"\0ntfsclone-image")]),
     no_disk("an EnCase image", "ewfexport writes it as a raw disk", &[(0, b"EVF\x09\x0d\x0a\xff\0")]),
+    no_disk("an AFF image", "affconvert writes it as a raw disk", &[(0, b"AFF10\x0d\x0a\0")]),
+    no_disk("a sparse image of Bochs", "bximage converts it to a flat image", &[(0, b"\xce\x8a\x46\x02")]),
+    no_disk("a sparse image of Android", "simg2img writes it as a raw disk", &[(0, b"\x3a\xff\x26\xed")]),
+    no_disk("a sparse image of macOS", "hdiutil converts it to UDIF, a .dmg file", &[(0, b"sprs")]),
     no_disk(
         "a LUKS encrypted disk",
         "qemu-img can decrypt it; without that the result is as encrypted as it is",
