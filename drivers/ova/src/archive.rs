@@ -31,6 +31,8 @@ pub(crate) struct Archive {
     pub(crate) notes: Vec<String>,
     /// Name of the form of a tar archive, by its first file.
     form: Option<&'static str>,
+    /// Name of the member within which the archive was cut, in a salvage; empty if that was within a header.
+    pub(crate) cut: Option<String>,
     /// Checksums of the members that are stored as they are, if the archive has any.
     pub(crate) sums: Option<Manifest>,
     /// Decoder of compressed members.
@@ -93,8 +95,8 @@ impl Archive {
             members.push(Member::of(entry));
         }
         notes.extend(walker.take_notes());
-        let externals = Externals::default();
-        Ok(Self { input, members, by_name, notes, form, sums: None, externals, _lease: lease })
+        let (externals, cut) = (Externals::default(), walker.take_cut());
+        Ok(Self { input, members, by_name, notes, form, cut, sums: None, externals, _lease: lease })
     }
 
     /// Reads the directory of a zip archive.
@@ -116,7 +118,8 @@ impl Archive {
         };
         let members = files.into_iter().map(member).collect();
         let externals = options.externals.clone();
-        Ok(Self { input, members, by_name, notes, form: None, sums: Some(sums), externals, _lease: lease })
+        let (cut, sums) = (None, Some(sums));
+        Ok(Self { input, members, by_name, notes, form: None, cut, sums, externals, _lease: lease })
     }
 
     /// Returns the names of all files, in the order of the archive.

@@ -45,6 +45,24 @@ pub(crate) fn loss(id: u32, guest: Range<u64>, reason: String) -> Loss {
     Loss { class: LossClass::Lost, offset, compressed_offset, device, guest, reason }
 }
 
+/// Records that an archive was cut within the member `cut`: its disk, or else the last one, can't be proven complete,
+/// since further ones may have followed.
+pub(crate) fn mark_cut<'d>(disks: impl IntoIterator<Item = &'d mut PackagedDisk>, cut: Option<String>) {
+    let Some(cut) = cut else { return };
+    let mut marked = None;
+    for disk in disks {
+        let is_cut = disk.files.iter().any(|file| file.name == cut);
+        marked = Some(disk);
+        if is_cut {
+            break;
+        }
+    }
+    if let Some(disk) = marked {
+        let (id, size) = (disk.device.id.0, disk.device.size);
+        disk.losses.push(loss(id, size..size, "the archive was cut, here or behind this disk".to_owned()));
+    }
+}
+
 /// The bytes of the disk in a stream.
 struct Unpacked {
     image: Arc<dyn ImageSource>,

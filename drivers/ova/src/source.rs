@@ -16,7 +16,7 @@ use crate::archive::Archive;
 use crate::disks::{self, PackagedDisk};
 use crate::files::{Files, read_small};
 use crate::manifest::{self, Line, Manifest};
-use crate::tar;
+use crate::{salvage, tar};
 
 /// Maximum length of a descriptor in bytes. Our limit: real ones have less than 30 KiB.
 pub(crate) const MAX_DESCRIPTOR: u64 = 4 << 20;
@@ -62,6 +62,7 @@ impl PackageSource {
             false => Archive::open_tar(input.into_random()?, options)?,
         };
         let (notes, sums) = (std::mem::take(&mut archive.notes), archive.sums.take());
+        let cut = archive.cut.take();
         let names: Vec<String> = archive.names().map(str::to_owned).collect();
         let form = archive.form();
         let files = Files::Archive(Box::new(archive));
@@ -71,24 +72,33 @@ impl PackageSource {
                 Ok(Some(name)) => open_manifest(&files, &manifest_name(name, &names))?,
                 _ => None,
             };
-            let disks = disks::open_all(&files, &[disks::choose(member, &names)?], options)?;
+            let mut disks = disks::open_all(&files, &[disks::choose(member, &names)?], options)?;
+            // Another member says nothing about this one.
+            salvage::mark_cut(
+                &mut disks,
+                cut.filter(|cut| cut == member || cut.ends_with(&format!("/{member}"))),
+            );
             return Ok(Self::new(info, disks, files, manifest.or(sums), options));
         }
         let Some(name) = descriptor_name(&names)? else {
             let mut info = info;
             describe_archive(&mut info, form, names.iter().map(String::as_str));
             let names: Vec<&str> = names.iter().map(String::as_str).collect();
-            let disks = disks::open_all(&files, &names, options)?;
+            let mut disks = disks::open_all(&files, &names, options)?;
+            salvage::mark_cut(&mut disks, cut);
             return Ok(Self::new(info, disks, files, sums, options));
         };
         let text = read_small(files.expect(name)?, MAX_DESCRIPTOR, "the descriptor")?;
         let manifest_name = manifest_name(name, &names);
         let manifest = open_manifest(&files, &manifest_name)?;
-        if let Some(manifest) = manifest.as_ref().filter(|_| !options.salvage) {
-            check_complete(manifest, &files, &names)?;
+        let mut info = info;
+        match manifest.as_ref().map_or(Ok(()), |manifest| check_complete(manifest, &files, &names)) {
+            Err(error) if options.salvage => info.notes.push(error.message().to_owned()),
+            checked => checked?,
         }
         let mut source = Self::described(info, name, text, files, manifest, options)?;
         source.manifest = source.manifest.or(sums);
+        salvage::mark_cut(source.disks.iter_mut().map(|member| &mut member.disk), cut);
         source.note_unlisted(&names, &[name, &manifest_name, &with_extension(name, "cert")]);
         Ok(source)
     }

@@ -121,13 +121,24 @@ pub(crate) struct Walker<B> {
     salvages: bool,
     /// True once a header of pax was met.
     has_pax: bool,
+    /// Name of the member within which the archive was cut; empty if that was within a header.
+    cut: Option<String>,
     notes: Vec<String>,
 }
 
 impl<B: Blocks> Walker<B> {
     /// Creates an iterator that begins with the first member.
     pub(crate) fn new(blocks: B) -> Self {
-        Self { blocks, pending: 0, filler: 0, ended: false, salvages: false, has_pax: false, notes: Vec::new() }
+        Self {
+            blocks,
+            pending: 0,
+            filler: 0,
+            ended: false,
+            salvages: false,
+            has_pax: false,
+            cut: None,
+            notes: Vec::new(),
+        }
     }
 
     /// Returns what is left of a member that was cut, as the last one, if `salvages` is set.
@@ -180,6 +191,11 @@ impl<B: Blocks> Walker<B> {
         Ok(len)
     }
 
+    /// Returns the name of the member within which the archive was cut, or an empty name.
+    pub(crate) fn take_cut(&mut self) -> Option<String> {
+        self.cut.take()
+    }
+
     /// Returns notes for the user, which stay.
     pub(crate) fn notes(&self) -> &[String] {
         &self.notes
@@ -198,7 +214,10 @@ impl<B: Blocks> Walker<B> {
             0 => self.notes.push("the archive ends without an end mark; it may be cut short".to_owned()),
             BLOCK if block.iter().any(|byte| *byte != 0) => return Ok(Some(block)),
             BLOCK => self.end_mark(at)?,
-            _ if self.salvages => self.notes.push("the archive was cut within a header".to_owned()),
+            _ if self.salvages => {
+                self.cut = Some(String::new());
+                self.notes.push("the archive was cut within a header".to_owned());
+            }
             _ => return Err(cut(at)),
         }
         self.ended = true;
@@ -286,7 +305,7 @@ impl<B: Blocks> Walker<B> {
                 return Err(cut(start));
             }
             self.notes.push(format!("'{name}' was cut: {left} of its {stored} bytes are left"));
-            (stored, size, self.ended) = (left, left, true);
+            (stored, size, self.ended, self.cut) = (left, left, true, Some(name.clone()));
         }
         (self.pending, self.filler) = (stored, filler(stored));
         let form = if self.has_pax { "pax" } else { header.form() };
