@@ -86,6 +86,7 @@ fn digest_image(
         display = display.forgetting_secrets_at(Phase::Checksum);
     }
     let (opened, found) = checksum(registry, &source.location, &request, &display, &interrupt.token())?;
+    imgtool_engine::open::check_member(args.input.member.as_deref(), std::iter::once(&opened))?;
     chosen::check(&opened, &source.backing)?;
     if !args.messages.quiet {
         images::note_unrecognised(&opened);
