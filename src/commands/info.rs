@@ -67,14 +67,20 @@ impl ImageEntry {
         self.info().devices.iter().fold(0, |sum, device| sum.saturating_add(device.size))
     }
 
-    /// Returns the path of the backing file, relative names resolved; `None` if the image states none as QEMU's do.
+    fn text_fact(&self, key: &str) -> Option<&str> {
+        self.info().facts.iter().find(|fact| fact.key == key)?.value.as_str()
+    }
+
+    /// Returns the name of the backing file, if qemu-img calls it one: also that of a parent of VMDK.
+    fn backing_name(&self) -> Option<&str> {
+        let parent = || below_reference(self).filter(|_| self.info().format == "vmdk");
+        self.text_fact("backing-filename").or_else(|| parent().map(|reference| &*reference.name))
+    }
+
+    /// Returns the path of the backing file, relative names resolved.
     fn full_backing_name(&self) -> Option<String> {
-        let fact = |key: &str| self.info().facts.iter().find(|fact| fact.key == key)?.value.as_str();
-        let known = fact("full-backing-filename").map(str::to_owned);
-        known.or_else(|| {
-            let resolved = open::resolve(&self.location, fact("backing-filename")?)?;
-            Some(resolved.name().into_owned())
-        })
+        let known = self.text_fact("full-backing-filename").map(str::to_owned);
+        known.or_else(|| Some(open::resolve(&self.location, self.backing_name()?)?.name().into_owned()))
     }
 
     /// Returns the virtual size; `None` for a stream whose end was not reached.
@@ -292,6 +298,9 @@ fn document(image: &ImageEntry) -> Value {
         .collect();
     if !data.is_empty() {
         map.insert("format-specific".into(), json!({ "type": format, "data": data }));
+    }
+    if let Some(name) = image.backing_name() {
+        map.entry("backing-filename").or_insert(name.into());
     }
     if let Some(full) = image.full_backing_name() {
         map.entry("full-backing-filename").or_insert(full.into());

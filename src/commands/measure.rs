@@ -62,6 +62,7 @@ pub fn run(args: &MeasureArgs) -> Result<Exit> {
     let mut format_options = options::format_options(&args.options, None)?;
     // As in qemu-img, the size to measure is that of the image or of --size.
     options::take_size(&mut format_options)?;
+    options::take_key_secret(&mut format_options, &args.input.object)?;
     let format = TargetFormat::choose(&registry, Some(driver.name()), None, compress, format_options)?;
     match (&args.image, &args.size) {
         (Some(image), _) => measure_image(&registry, args, image.as_os_str(), &format),

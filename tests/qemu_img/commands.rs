@@ -162,6 +162,8 @@ fn prints_the_same_json() {
         "info --output=json bitmap.qcow2",
         "info --output=json packed.qcow2",
         "info --output=json disk.vmdk",
+        "info --output=json over.vmdk",
+        "info --output=json over.qed",
         "info --output=json disk.vhd",
         "info --output=json disk.vhdx",
         "info --output=json disk.vdi",
@@ -178,6 +180,7 @@ fn prints_the_same_json() {
         "measure -O qcow2 --output=json bitmap.qcow2",
         "measure -O qcow2 --output=json -o compat=0.10 bitmap.qcow2",
         "measure -O raw --output=json bitmap.qcow2",
+        "measure -O luks --object secret,id=s,file=text.html -o key-secret=s --size 1G --output=json",
     ]);
 }
 
@@ -212,6 +215,7 @@ fn prints_the_same_text() {
         "info base.qcow2",
         "info over.qcow2",
         "info snap.qcow2",
+        "info over.qed",
         "info packed.qcow2",
         "info disk.vhdx",
         "info disk.vdi",

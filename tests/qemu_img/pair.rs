@@ -54,6 +54,8 @@ impl Workshop {
             "create -q -f qcow2 bitmap.qcow2 1M",
             "bitmap --add bitmap.qcow2 b0",
             "create -q -f raw empty.raw 1M",
+            "create -q -f vmdk -b disk.vmdk -F vmdk over.vmdk",
+            "create -q -f qed -b disk.raw -F raw over.qed",
         ] {
             let args: Vec<&str> = line.split(' ').collect();
             oracles::run_in("qemu-img", &images, &args);

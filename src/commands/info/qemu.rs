@@ -56,7 +56,7 @@ fn line(text: &mut String, indent: usize, label: &str, value: &str) {
 fn backing(text: &mut String, image: &ImageEntry) {
     let info = image.info();
     let words = |key: &str| fact(info, key).and_then(Value::as_str);
-    if let Some(name) = words("backing-filename") {
+    if let Some(name) = image.backing_name() {
         let full = image.full_backing_name().filter(|full| full != name);
         let path = full.map(|full| format!(" (actual path: {full})")).unwrap_or_default();
         line(text, 0, "backing file", &format!("{name}{path}"));
