@@ -60,7 +60,7 @@ fn open_any(input: &RandomInput, options: &OpenOptions) -> Result<Image> {
                 };
                 let (sectors, fault) = Descriptor::disk_sectors(descriptor.as_ref(), &header);
                 let shape = (header.grain_size * SECTOR_SIZE, header.compressed);
-                match GrainFile::hosted(input, header, settings) {
+                match GrainFile::hosted(input, &header, settings) {
                     Err(error) if options.info_only && is_damage(&error) => {
                         let len = sectors * SECTOR_SIZE;
                         let extent = Extent { start: 0, len, content: Content::Closed(Some(shape)), line: 0 };

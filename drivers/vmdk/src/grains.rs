@@ -168,15 +168,16 @@ impl GrainFile {
     /// Opens a hosted sparse file with this header. If the directory is at the end, the footer counts.
     pub(crate) fn hosted(
         input: &RandomInput,
-        header: hosted::Header,
+        header: &hosted::Header,
         settings: FileSettings<'_>,
     ) -> Result<Self> {
         let is_stream = settings.salvage && header.markers;
-        let found = is_stream.then(|| FoundGrains::search(input, &header, settings.memory)).transpose()?;
-        let (header, doubt) = match footer::complete(input, header.clone(), settings) {
-            Err(error) if found.is_some() && is_damage(&error) => {
-                (hosted::Header { directory: GD_AT_END, ..header }, Some(format!("unverified: {error}")))
-            }
+        let found = is_stream.then(|| FoundGrains::search(input, header, settings.memory)).transpose()?;
+        let (header, doubt) = match footer::complete(input, header, settings) {
+            Err(error) if found.is_some() && is_damage(&error) => (
+                hosted::Header { directory: GD_AT_END, ..header.clone() },
+                Some(format!("unverified: {error}")),
+            ),
             read => read?,
         };
         let sectors = |start: u64, len: u64| {

@@ -65,13 +65,14 @@ impl FormatOptions {
     /// "encrypt.".
     fn encrypted(&mut self, driver: Arc<dyn Driver>) -> Result<Arc<dyn Driver>> {
         let Some(at) = self.pairs.iter().position(|(key, _)| key == ENCRYPT) else { return Ok(driver) };
-        let has_option = |driver: &dyn Driver| driver.options().iter().any(|option| option.name == ENCRYPT);
+        let has_option =
+            |driver: &Arc<dyn Driver>| driver.options().iter().any(|option| option.name == ENCRYPT);
         let form = driver.encrypted_form().filter(|form| self.pairs[at].1 == *form);
         let Some(form) = form else {
-            if has_option(&*driver) {
+            if has_option(&driver) {
                 return Ok(driver);
             }
-            let names = self.formats.drivers().filter(|driver| has_option(&***driver));
+            let names = self.formats.drivers().filter(|driver| has_option(driver));
             let names: Vec<&str> = names.map(|driver| driver.name()).collect();
             return Err(Error::usage(format!("{} images can't be encrypted", driver.name()))
                 .hint(format!("formats that can: {}", names.join(", "))));

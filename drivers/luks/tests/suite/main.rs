@@ -112,7 +112,7 @@ fn check_finds_lost_keys_and_cut_ends() {
         (changed(248, &1_000_000_u32.to_be_bytes()), "but the content begins at"),
         (changed(material, &vec![0; 256_000]), "slot 0 at"),
         // A second slot in the same place.
-        (changed(256, &whole[208..256].to_vec()), "slots 0 and 1 overlaps"),
+        (changed(256, &whole[208..256]), "slots 0 and 1 overlaps"),
     ] {
         assert!(text.contains(expected), "{text}, not {expected}");
     }

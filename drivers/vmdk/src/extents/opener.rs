@@ -313,7 +313,7 @@ fn open_grains(
             if header.is_wrapper() {
                 return Err(Error::malformed("the extent is a descriptor, not a sparse file"));
             }
-            GrainFile::hosted(input, header, settings)
+            GrainFile::hosted(input, &header, settings)
         }
     }
 }

@@ -29,17 +29,17 @@ fn check_directory_marker(input: &RandomInput, directory: u64) -> Result<()> {
 /// footer has that place. In a salvage, also returns the reason why the stream is not proven complete.
 pub(super) fn complete(
     input: &RandomInput,
-    header: Header,
+    header: &Header,
     settings: FileSettings<'_>,
 ) -> Result<(Header, Option<String>)> {
     let is_in_front = header.directory < header.overhead;
     match header.directory {
-        GD_AT_END => read(input, &header, settings),
+        GD_AT_END => read(input, header, settings),
         // The field `overhead` is informative, and may be missing.
-        _ if !header.markers || is_in_front || header.overhead == 0 => Ok((header, None)),
+        _ if !header.markers || is_in_front || header.overhead == 0 => Ok((header.clone(), None)),
         directory => {
             check_directory_marker(input, directory)?;
-            read(input, &header, settings)
+            read(input, header, settings)
         }
     }
 }

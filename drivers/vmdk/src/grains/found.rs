@@ -2,6 +2,7 @@
 //! damaged.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -89,14 +90,16 @@ impl FoundGrains {
         // No table can list a grain beyond 2 TiB.
         let Ok(sector) = u32::try_from(sector) else { return Ok(()) };
         let (index, within) = (grain / self.table_entries, (grain % self.table_entries) as usize);
-        if !self.tables.contains_key(&index) {
-            let bytes = self.lease.bytes() + self.table_entries * 4 + TABLE_BYTES;
-            self.lease.raise(bytes, "the grains of a damaged stream")?;
-            self.tables.insert(index, vec![0; self.table_entries as usize].into());
-        }
-        let table = self.tables.get_mut(&index);
+        let table = match self.tables.entry(index) {
+            Entry::Occupied(table) => table.into_mut(),
+            Entry::Vacant(place) => {
+                let bytes = self.lease.bytes() + self.table_entries * 4 + TABLE_BYTES;
+                self.lease.raise(bytes, "the grains of a damaged stream")?;
+                place.insert(vec![0; self.table_entries as usize].into())
+            }
+        };
         // The first of two markers counts.
-        if let Some(entry) = table.and_then(|table| table.get_mut(within)).filter(|entry| **entry == 0) {
+        if let Some(entry) = table.get_mut(within).filter(|entry| **entry == 0) {
             *entry = sector;
         }
         Ok(())

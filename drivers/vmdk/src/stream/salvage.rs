@@ -26,7 +26,7 @@ impl Pass {
         self.doubt.get_or_insert_with(|| unverified(&error));
         if self.exhausted {
             let first = self.damage.take().unwrap_or(error);
-            let is_known = self.tables.each_missing(0..0, &mut |_| {});
+            let is_known = self.tables.each_missing(&(0..0), &mut |_| {});
             let start = if is_known { 0 } else { self.at };
             self.lose(start..self.size, &first);
             self.state = State::Ended;
@@ -55,7 +55,7 @@ impl Pass {
         let grain_size = self.header.grain_size * SECTOR_SIZE;
         let grains = guest.start / grain_size..guest.end.div_ceil(grain_size);
         let (losses, size) = (&self.losses, self.size);
-        let known = self.tables.each_missing(grains, &mut |grains| {
+        let known = self.tables.each_missing(&grains, &mut |grains| {
             let end = grains.end.saturating_mul(grain_size).min(size);
             losses.add(grains.start.saturating_mul(grain_size)..end, error);
         });

@@ -253,7 +253,7 @@ impl Tables {
 
     /// Calls `each` with the runs of `grains` that the tables list and that were not met. Returns false if
     /// the tables are not known, and nothing else shows that no grain follows.
-    pub(super) fn each_missing(&self, grains: Range<u64>, each: &mut dyn FnMut(Range<u64>)) -> bool {
+    pub(super) fn each_missing(&self, grains: &Range<u64>, each: &mut dyn FnMut(Range<u64>)) -> bool {
         let expected = match &self.kind {
             Kind::Front { expected, .. } => expected,
             Kind::Behind { .. } => return false,

@@ -338,7 +338,7 @@ fn salvage_reads_by_the_markers_if_tables_are_damaged() {
 fn salvage_finds_the_next_marker_behind_a_damaged_one() {
     for (number, (bytes, sectors)) in two_tables().into_iter().enumerate() {
         let at = sectors[1] * 512;
-        let zeros = vec![0; 4096];
+        let zeros = [0; 4096];
         for damaged in [
             // The sector, the length, everything before the compressed bytes, and a part of the grain before.
             overwritten(&bytes, at + 1, &[7]),
