@@ -1,6 +1,6 @@
 //! Parents that VirtualBox identifies by UUIDs alone, and descriptors that contradict themselves about a parent.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use imgtool_core::{Driver, ErrorKind, ImageSource, OpenOptions, Registry, Remedy};
@@ -118,7 +118,7 @@ fn finds_a_parent_without_a_name_by_its_content_identifier() {
 }
 
 #[track_caller]
-fn assert_contradiction(path: &PathBuf, text: &str, salvaged: &[u8]) {
+fn assert_contradiction(path: &Path, text: &str, salvaged: &[u8]) {
     let error = open(path).map(|_| ()).unwrap_err();
     assert!(error.kind() == ErrorKind::Malformed && error.to_string().contains(text), "{error:#}");
     assert!(matches!(error.remedy(), Some(Remedy::Salvage(_))), "{error:#}");
