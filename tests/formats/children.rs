@@ -188,7 +188,7 @@ fn new_disks_have_their_own_uuids() {
         let format = line[0];
         let create = |name: &str| {
             let file = format!("{name}.{format}");
-            let line = [&["create", "--force", "-f"], line, &[&file, "1M"]].concat();
+            let line = [&["create", "--force", "-f"][..], line, &[&*file, "1M"][..]].concat();
             imgtool(line).within(dir.path()).ok();
             std::fs::read(dir.path().join(&file)).unwrap()
         };
