@@ -8,7 +8,7 @@ use imgtool_engine::SourceRequest;
 
 use crate::args::Command;
 use crate::exit::Exit;
-use crate::sandbox::{self, Writes};
+use crate::sandbox::{self, Network, Writes};
 
 pub(crate) mod check;
 mod checksum;
@@ -58,17 +58,22 @@ fn sources(command: &Command) -> Vec<&OsStr> {
     }
 }
 
-/// True if a command reads from a server.
-fn reads_urls(command: &Command) -> bool {
-    let is_url = |name: &&OsStr| matches!(SourceRequest::parse(name).location, Location::Url(_));
-    sources(command).iter().any(is_url)
+/// Returns the sockets that a command needs for its sources.
+fn network(command: &Command) -> Network {
+    let mut needed = Network::default();
+    for name in sources(command) {
+        if let Location::Url(url) = SourceRequest::parse(name).location {
+            let is_local = url.scheme().to_ascii_lowercase().ends_with("+unix");
+            needed.local |= is_local;
+            needed.internet |= !is_local;
+        }
+    }
+    if cfg!(feature = "net") { needed } else { Network::default() }
 }
 
 /// Runs a command.
 pub fn run(command: Command) -> Result<Exit> {
-    if cfg!(feature = "net") && reads_urls(&command) {
-        sandbox::permit_network();
-    }
+    sandbox::permit(network(&command));
     if only_reads(&command) {
         sandbox::enter(Writes::nothing());
     }

@@ -79,8 +79,8 @@ pub fn refuse(args: &InputArgs) -> Result<()> {
     secrets::check_objects(&args.object)
 }
 
-/// Protocols by which qemu-img opens images. A plain path may contain a colon as well, but is then called by
-/// another name (`./nbd:disk`), as for qemu-img.
+/// Protocols by which qemu-img opens images, without those slashes that make a URL. A plain path may contain a colon as
+/// well, but is then called by another name (`./nbd:disk`), as for qemu-img.
 const PROTOCOLS: [&str; 23] = [
     "json",
     "nbd",

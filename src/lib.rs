@@ -38,8 +38,8 @@ pub use imgtool_engine::{
 use imgtool_core::{Compress, ImageSource, Memory, NoProgress};
 use imgtool_engine::Opened;
 
-/// Returns the drivers of the program, and its openers of URLs (with the feature `net`). The driver for raw disks
-/// accepts every image, but is chosen only if no other driver recognises it.
+/// Returns the drivers of the program, and its openers of URLs (with the feature `net`). The driver for raw
+/// disks accepts every image, but is chosen only if no other driver recognises it.
 pub fn registry() -> Registry {
     let mut registry = Registry::new();
     // Before qcow2, which claims all versions in order to refuse the unknown ones.
@@ -59,7 +59,10 @@ pub fn registry() -> Registry {
     imgtool_ova::register(&mut registry);
     imgtool_raw::register(&mut registry);
     #[cfg(feature = "net")]
-    registry.register_opener(imgtool_http::HttpOpener::default());
+    {
+        registry.register_opener(imgtool_http::HttpOpener::default());
+        registry.register_opener(imgtool_nbd::NbdOpener);
+    }
     registry
 }
 

@@ -9,8 +9,8 @@ use imgtool_http::{HttpOpener, Settings};
 
 use crate::args::InputArgs;
 
-/// Maximum length of a file of certificates or headers in bytes. Our limit: all authorities of the internet take
-/// 250 KiB.
+/// Maximum length of a file of certificates or headers in bytes. Our limit: all authorities of the internet
+/// take 250 KiB.
 const MAX_LEN: u64 = 1 << 20;
 
 /// Gives the opener of URLs the certificates and headers that the user names.

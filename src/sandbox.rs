@@ -1,9 +1,9 @@
 //! Confinement of this process by the kernel: it limits the damage if an image exploits a flaw in a decoder.
 //!
 //! [`enter`] comes before anything of an image is read: from then on the process starts no program, has no
-//! network unless a source is a URL, and writes only where the command line says. [`narrow`] comes when everything is open: from then
-//! on it also opens only files in the directories of its outputs. Both do as much as the kernel can, and
-//! nothing fails without it.
+//! network unless a source is a URL, and writes only where the command line says. [`narrow`] comes when
+//! everything is open: from then on it also opens only files in the directories of its outputs. Both do as
+//! much as the kernel can, and nothing fails without it.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,8 +26,18 @@ static ENTERED: AtomicBool = AtomicBool::new(false);
 /// True once the process can open no other files.
 static NARROWED: AtomicBool = AtomicBool::new(false);
 
-/// True if the process may connect to servers.
-static NETWORK: AtomicBool = AtomicBool::new(false);
+/// True if the process may connect to servers of the internet, and to local sockets.
+static INTERNET: AtomicBool = AtomicBool::new(false);
+static LOCAL: AtomicBool = AtomicBool::new(false);
+
+/// Sockets by which a process may connect to servers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Network {
+    /// Those of the internet.
+    pub internet: bool,
+    /// Those of services on this machine, which have a path.
+    pub local: bool,
+}
 
 /// Files that a command may write, besides temporary copies.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,8 +69,9 @@ impl Writes {
 }
 
 /// Lets the process connect to servers, for a command whose sources are URLs. Comes before [`enter`].
-pub fn permit_network() {
-    NETWORK.store(true, Ordering::Relaxed);
+pub fn permit(network: Network) {
+    INTERNET.store(network.internet, Ordering::Relaxed);
+    LOCAL.store(network.local, Ordering::Relaxed);
 }
 
 /// Confines the process before it reads an image. Threads that exist already stay unconfined.
@@ -73,7 +84,9 @@ pub fn enter(writes: Writes) {
             Some(paths)
         }
     };
-    platform::enter(writable.as_deref(), NETWORK.load(Ordering::Relaxed));
+    let network =
+        Network { internet: INTERNET.load(Ordering::Relaxed), local: LOCAL.load(Ordering::Relaxed) };
+    platform::enter(writable.as_deref(), network);
     ENTERED.store(true, Ordering::Relaxed);
 }
 

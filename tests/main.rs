@@ -4,8 +4,8 @@
 //! One module per subject: `cli` tests the command line and its texts, `formats` the content through every
 //! format, `faults` errors and interruptions, `hostile` malicious images, `vma` archives and `imgtool vma`,
 //! `library` the library without the program, `remote` sources on servers, `qemu_img` the program in the place of
-//! qemu-img, `boots` a guest that boots from converted disks. A test whose oracle is missing prints `SKIPPED: …` and passes;
-//! with `CI` set, it fails. Loop devices and mounts, which no package provides, may be missing even with `CI`
+//! qemu-img, `boots` a guest that boots from converted disks. A test whose oracle is missing prints `SKIPPED: …` and
+//! passes; with `CI` set, it fails. Loop devices and mounts, which no package provides, may be missing even with `CI`
 //! set; `.ci/run` lists the skipped tests at its end.
 
 #![allow(clippy::unwrap_used)]

@@ -1,5 +1,6 @@
 //! Sources on servers: every command over HTTP, against nginx and a server that misbehaves.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use imgtool_testing::http::{Answer, Server};
@@ -10,6 +11,7 @@ use crate::support::imgtool;
 mod commands;
 mod credentials;
 mod failures;
+mod nbd;
 mod nginx;
 
 /// A disk of 64 MiB with 9 MiB of content.
@@ -28,15 +30,20 @@ fn images(directory: &Path) -> [PathBuf; 2] {
     paths
 }
 
-/// Starts a server with ranges for the files of a directory.
+/// Starts a server with ranges for the files that a directory has now.
 fn serve(directory: &Path) -> Server {
-    let directory = directory.to_owned();
+    let files: BTreeMap<String, Vec<u8>> = std::fs::read_dir(directory)
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .filter(|entry| entry.path().is_file())
+        .map(|entry| (entry.file_name().into_string().unwrap(), std::fs::read(entry.path()).unwrap()))
+        .collect();
     Server::start(move |asked| {
-        let name =
-            asked.path.split('?').next().unwrap_or_default().trim_start_matches('/').replace("%20", " ");
-        match std::fs::read(directory.join(name)) {
-            Ok(content) => Answer::part(&content, asked, "\"1\""),
-            Err(_) => Answer::status("404 Not Found"),
+        let path = asked.path.split('?').next().unwrap_or_default();
+        let name = path.trim_start_matches('/').replace("%20", " ");
+        match files.get(&name) {
+            Some(content) => Answer::part(content, asked, "\"1\""),
+            None => Answer::status("404 Not Found"),
         }
     })
 }

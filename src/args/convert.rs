@@ -77,7 +77,7 @@ Examples:
 pub struct ConvertArgs {
     /// One or more sources and the destination: SOURCE... DEST
     ///
-    /// A SOURCE is a path, an http or https URL, or '-' for standard input; NAME=PATH sets the name of its device. DEST is a
+    /// A SOURCE is a path, a URL (http, https, nbd), or '-' for standard input; NAME=PATH sets the name of its device. DEST is a
     /// path, or '-' for standard output if the format can be streamed; it may be omitted if every
     /// device has a --target.
     #[arg(value_name = "PATH", num_args = 1.., value_hint = ValueHint::AnyPath)]

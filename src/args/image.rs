@@ -25,7 +25,8 @@ Examples:
   imgtool info --backing-chain --allow-external chain overlay.qcow2"
 )]
 pub struct InfoArgs {
-    /// Images or archives: paths, http or https URLs, or '-' for standard input
+    /// Images or archives: paths, URLs (http, https, nbd), or '-' for standard
+    /// input
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<PathBuf>,
 
@@ -59,7 +60,8 @@ Examples:
   imgtool map --output svg vm.vma > map.svg"
 )]
 pub struct MapArgs {
-    /// The image or archive: a path, an http or https URL, or '-' for standard input
+    /// The image or archive: a path, a URL (http, https, nbd), or '-' for standard
+    /// input
     pub image: PathBuf,
 
     /// Show only this device; repeatable
@@ -144,7 +146,8 @@ Examples:
   imgtool check --for azure disk.vhd"
 )]
 pub struct CheckArgs {
-    /// The image or archive: a path, an http or https URL, or '-' for standard input
+    /// The image or archive: a path, a URL (http, https, nbd), or '-' for standard
+    /// input
     pub image: PathBuf,
 
     /// With --for: further images
@@ -286,7 +289,8 @@ Examples:
   imgtool checksum -a blake3 vm.vma.zst"
 )]
 pub struct ChecksumArgs {
-    /// Images or archives: paths, http or https URLs, or '-' for standard input
+    /// Images or archives: paths, URLs (http, https, nbd), or '-' for standard
+    /// input
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<PathBuf>,
 

@@ -9,6 +9,8 @@ use landlock::{
     path_beneath_rules,
 };
 
+use super::Network;
+
 mod system_calls;
 
 /// Newest version of Landlock whose rights are requested. The kernel ignores those that it does not know.
@@ -44,20 +46,25 @@ fn to_read() -> BitFlags<AccessFs> {
     make_bitflags!(AccessFs::{ReadFile | ReadDir})
 }
 
-/// Refuses system calls, network and, with `writable`, writes elsewhere. With `network`, connections to servers
-/// remain. Where a step fails, the process goes on without it: the kernel may be too old, or too many files open.
-pub(super) fn enter(writable: Option<&[PathBuf]>, network: bool) {
+/// Refuses system calls, network and, with `writable`, writes elsewhere. With `network`, connections to
+/// servers remain. Where a step fails, the process goes on without it: the kernel may be too old, or too many
+/// files open.
+pub(super) fn enter(writable: Option<&[PathBuf]>, network: Network) {
     let _ = system_calls::refuse(network);
     let _ = restrict_writes(writable, network);
 }
 
-fn restrict_writes(writable: Option<&[PathBuf]>, network: bool) -> Option<()> {
+fn restrict_writes(writable: Option<&[PathBuf]>, network: Network) -> Option<()> {
     // Names are looked up over UDP.
-    let closed = if network { BitFlags::from(AccessNet::BindTcp) } else { AccessNet::from_all(NEWEST) };
+    let closed =
+        if network.internet { BitFlags::from(AccessNet::BindTcp) } else { AccessNet::from_all(NEWEST) };
     let mut handled = BitFlags::from(AccessFs::Execute);
     if writable.is_some() {
         // Sources may be devices, which are not known yet, so ioctl(2) stays allowed.
         handled |= AccessFs::from_write(NEWEST) & !BitFlags::from(AccessFs::IoctlDev);
+    }
+    if network.local {
+        handled &= !BitFlags::from(AccessFs::ResolveUnix);
     }
     let mut rules = Ruleset::default()
         .handle_access(handled)
@@ -71,8 +78,8 @@ fn restrict_writes(writable: Option<&[PathBuf]>, network: bool) -> Option<()> {
     rules.restrict_self().ok().map(drop)
 }
 
-/// Closes all files but those within `reach`, and those that describe this system. Later threads inherit this;
-/// since version 8 of Landlock, existing threads get it too. Returns true if the kernel does so.
+/// Closes all files but those within `reach`, and those that describe this system. Later threads inherit
+/// this; since version 8 of Landlock, existing threads get it too. Returns true if the kernel does so.
 pub(super) fn narrow(reach: &Reach) -> bool {
     restrict_files(reach, true).is_some()
 }
@@ -114,8 +121,8 @@ fn allow(rules: &mut RulesetCreated, path: &Path, access: BitFlags<AccessFs>) ->
     }
 }
 
-/// Returns what the kernel enforces. Confines the calling thread with the filter of system calls, since the kernel
-/// tells only then.
+/// Returns what the kernel enforces. Confines the calling thread with the filter of system calls, since the
+/// kernel tells only then.
 pub(super) fn enforced() -> Vec<&'static str> {
     let can = |ruleset: Result<Ruleset, RulesetError>| ruleset.and_then(Ruleset::create).is_ok();
     let strict = || Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
@@ -126,7 +133,7 @@ pub(super) fn enforced() -> Vec<&'static str> {
     if can(strict().handle_access(AccessNet::from_all(ABI::V4))) {
         parts.push("TCP (Landlock)");
     }
-    if system_calls::refuse(false).is_some() {
+    if system_calls::refuse(Network::default()).is_some() {
         parts.push("programs and sockets (seccomp)");
     }
     parts
@@ -173,7 +180,7 @@ mod tests {
         let (dir, other) = (inside.path().to_owned(), outside.path().to_owned());
         fs::write(other.join("source"), "x").expect("write");
         confined(move || {
-            enter(Some(std::slice::from_ref(&dir)), false);
+            enter(Some(std::slice::from_ref(&dir)), Network::default());
             fs::create_dir(dir.join("new")).expect("create a directory");
             fs::write(dir.join("new/a"), "x").expect("write");
             fs::rename(dir.join("new/a"), dir.join("new/b")).expect("rename");
@@ -256,7 +263,7 @@ mod tests {
         }
         confined(|| {
             Command::new("true").status().expect("a program that can be started");
-            enter(None, false);
+            enter(None, Network::default());
             assert!(denied(Command::new("true").status()));
             assert!(denied(TcpListener::bind("127.0.0.1:0")));
             assert!(denied(std::os::unix::net::UnixDatagram::unbound()));
@@ -276,7 +283,7 @@ mod tests {
         let server = TcpListener::bind("127.0.0.1:0").expect("bind");
         let address = server.local_addr().expect("an address");
         confined(move || {
-            enter(None, true);
+            enter(None, Network { internet: true, local: false });
             std::net::TcpStream::connect(address).expect("connect");
             // The resolver of musl binds the socket by which it looks up names.
             let bound = std::net::UdpSocket::bind("127.0.0.1:0");
@@ -289,11 +296,28 @@ mod tests {
     }
 
     #[test]
+    fn connects_to_local_services_alone_if_a_source_is_a_local_socket() {
+        if !can("programs and sockets (seccomp)") {
+            return;
+        }
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("socket");
+        let _service = std::os::unix::net::UnixListener::bind(&path).expect("bind");
+        confined(move || {
+            enter(Some(&[]), Network { internet: false, local: true });
+            std::os::unix::net::UnixStream::connect(&path).expect("connect");
+            assert!(denied(std::net::TcpStream::connect("127.0.0.1:1")));
+            assert!(denied(std::net::UdpSocket::bind("127.0.0.1:0")));
+            assert!(std::os::unix::net::UnixListener::bind(path.with_extension("new")).is_err());
+        });
+    }
+
+    #[test]
     fn writes_anywhere_while_targets_are_unknown() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("a");
         confined(move || {
-            enter(None, false);
+            enter(None, Network::default());
             fs::write(&path, "x").expect("write");
         });
     }

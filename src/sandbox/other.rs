@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use imgtool_engine::Reach;
 
 /// Does nothing.
-pub(super) fn enter(_writable: Option<&[PathBuf]>, _network: bool) {}
+pub(super) fn enter(_writable: Option<&[PathBuf]>, _network: super::Network) {}
 
 /// Returns false: nothing is closed.
 pub(super) fn narrow(_reach: &Reach) -> bool {

@@ -24,16 +24,19 @@ fn keeps_silent(run: &Outcome, directory: &Path) {
     }
 }
 
-#[test]
-fn credentials_are_never_printed() {
-    let dir = tempdir();
-    images(dir.path());
-    std::fs::write(dir.path().join("headers"), format!("X-Token: {CANARY}\n")).unwrap();
-    let content = std::fs::read(dir.path().join("disk.qcow2")).unwrap();
-    let server = Server::start(move |asked| {
-        assert_eq!(asked.header("x-token"), Some(CANARY));
-        assert!(asked.header("authorization").is_some());
+/// Returns a URL with a credential in every place.
+fn url(server: &Server, path: &str) -> String {
+    format!("http://me:{CANARY}@{}{path}?sig={CANARY}#{CANARY}", server.address())
+}
+
+/// Starts a server that demands all credentials.
+fn demanding(content: Vec<u8>) -> Server {
+    Server::start(move |asked| {
+        let has_all = asked.header("x-token") == Some(CANARY)
+            && asked.header("authorization").is_some()
+            && asked.path.ends_with(&format!("?sig={CANARY}"));
         match asked.path.split('?').next().unwrap_or_default() {
+            _ if !has_all => Answer::status("403 Forbidden"),
             "/none" => Answer::status("404 Not Found"),
             "/busy" => Answer::status("503 Service Unavailable"),
             "/loop" => Answer::redirect(&format!("/loop?sig={CANARY}")),
@@ -41,13 +44,16 @@ fn credentials_are_never_printed() {
             "/text" => Answer::part(&[b'x'; 100_000], asked, "\"1\""),
             _ => Answer::part(&content, asked, "\"1\""),
         }
-    });
-    let url = |path: &str| format!("http://me:{CANARY}@{}{path}?sig={CANARY}#{CANARY}", server.address());
-    let disk = url("/disk.qcow2");
-    let mut lines: Vec<Vec<String>> = Vec::new();
-    let mut add = |line: &str, url: &str| {
-        lines.push(line.split(' ').map(|word| word.replace("URL", url)).collect());
-    };
+    })
+}
+
+#[test]
+fn credentials_are_sent_and_never_printed() {
+    let dir = tempdir();
+    images(dir.path());
+    std::fs::write(dir.path().join("headers"), format!("X-Token: {CANARY}\n")).unwrap();
+    let server = demanding(std::fs::read(dir.path().join("disk.qcow2")).unwrap());
+    let disk = url(&server, "/disk.qcow2");
     for line in [
         "info URL",
         "info --output json URL",
@@ -66,26 +72,48 @@ fn credentials_are_never_printed() {
         "convert --force --progress json URL out.qcow2",
         "convert --force --output json x=URL out.vhdx",
         "convert --force --to raw URL out/",
-        "convert --disk none URL out.raw",
+        "convert --force URL out.vma",
+    ] {
+        let words = line.split(' ').map(|word| word.replace("URL", &disk));
+        let run = imgtool(words).args(["--header", "@headers"]).within(dir.path()).go();
+        keeps_silent(&run, dir.path());
+        run.exits(0);
+    }
+}
+
+#[test]
+fn credentials_are_not_in_errors() {
+    let dir = tempdir();
+    images(dir.path());
+    std::fs::write(dir.path().join("headers"), format!("X-Token: {CANARY}\n")).unwrap();
+    let server = demanding(std::fs::read(dir.path().join("disk.qcow2")).unwrap());
+    let mut lines: Vec<(&str, String)> = Vec::new();
+    for path in ["/none", "/busy", "/loop", "/wrong", "/text"] {
+        lines.push(("info --header @headers URL", url(&server, path)));
+        lines.push((
+            "convert --header @headers --progress json --to qcow2 URL out.raw.zst",
+            url(&server, path),
+        ));
+    }
+    for line in [
+        "info URL",
+        "convert --header @headers --disk none URL out.raw",
         "convert disk.raw URL",
-        "convert disk.raw --to raw --target x=URL",
+        "convert disk.raw --to raw --target disk=URL",
         "map disk.raw URL",
         "URL",
     ] {
-        add(line, &disk);
+        lines.push((line, url(&server, "/disk.qcow2")));
     }
-    for path in ["/none", "/busy", "/loop", "/wrong", "/text"] {
-        add("info URL", &url(path));
-        add("convert --progress json URL out.raw", &url(path));
+    lines.push(("info URL", format!("http://me:{CANARY}/x@{}/", server.address())));
+    lines.push(("info URL", format!("nbd+unix:///x?socket=/none&password={CANARY}")));
+    for (line, url) in lines.iter().filter(|(line, url)| !(line.contains("qcow2") && url.contains("/text"))) {
+        let words = line.split(' ').map(|word| word.replace("URL", url));
+        let run = imgtool(words).within(dir.path()).go();
+        keeps_silent(&run, dir.path());
+        assert!(!run.status.success() || url.contains("/text"), "{}", run.command);
     }
-    add("info URL", &format!("http://me:{CANARY}/x@{}/", server.address()));
-    for line in &lines {
-        let with_headers = line[0] != disk && !line.ends_with(&[disk.clone()]) || line.len() < 3;
-        let headers = ["--header", "@headers"];
-        let run = imgtool(line).args(headers.iter().filter(|_| with_headers || line[1] != "disk.raw"));
-        keeps_silent(&run.within(dir.path()).go(), dir.path());
-    }
-    let run = imgtool(["info", &format!("--header={CANARY}"), &disk]).go();
+    let run = imgtool(["info", &format!("--header={CANARY}"), "http://host/"]).go();
     keeps_silent(&run, dir.path());
     run.exits(2).says("expected @FILE");
 }

@@ -1,25 +1,29 @@
 //! Refusal of system calls that no conversion needs, by a seccomp filter.
 
-/// Installs the filters for this thread and its later threads. The calls then fail with EPERM. With `network`, those
-/// remain that connect to servers.
+use crate::sandbox::Network;
+
+/// Installs the filters for this thread and its later threads. The calls then fail with EPERM. With
+/// `network`, those remain that connect to servers.
 ///
 /// # Errors
 /// `None` if the kernel or this processor has no filters.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"))]
-pub(super) fn refuse(network: bool) -> Option<()> {
+pub(super) fn refuse(network: Network) -> Option<()> {
     programs(network)?.iter().try_for_each(|program| seccompiler::apply_filter(program).ok())
 }
 
 /// Returns the programs of the filters. The kernel runs all of them for each call.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"))]
-fn programs(network: bool) -> Option<Vec<seccompiler::BpfProgram>> {
+fn programs(network: Network) -> Option<Vec<seccompiler::BpfProgram>> {
     use seccompiler::{SeccompAction, SeccompFilter};
 
     let architecture = std::env::consts::ARCH.try_into().ok()?;
     let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
-    let refused_calls = REFUSED.iter().filter(|call| !network || !TO_CONNECT.contains(*call));
+    let connects = network != Network::default();
+    let refused_calls = REFUSED.iter().filter(|call| !connects || !TO_CONNECT.contains(*call));
     let rules = refused_calls.map(|call| (*call, Vec::new())).chain([(libc::SYS_ioctl, typing()?)]);
-    let rules = rules.chain(network.then(other_sockets).flatten().map(|rules| (libc::SYS_socket, rules)));
+    let sockets = if connects { Some((libc::SYS_socket, other_sockets(network)?)) } else { None };
+    let rules = rules.chain(sockets);
     let filter = SeccompFilter::new(rules.collect(), SeccompAction::Allow, refused, architecture).ok()?;
     let mut programs = vec![filter.try_into().ok()?];
     if cfg!(target_arch = "x86_64") {
@@ -41,22 +45,23 @@ fn typing() -> Option<Vec<seccompiler::SeccompRule>> {
     requests.into_iter().map(rule).collect()
 }
 
-/// System calls that connect to servers. The resolver of musl also binds its socket. Accepting a connection takes
-/// listen(2), which is refused.
+/// System calls that connect to servers. The resolver of musl also binds its socket. Accepting a connection
+/// takes listen(2), which is refused.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"))]
 const TO_CONNECT: &[i64] = match cfg!(target_env = "musl") {
     true => &[libc::SYS_socket, libc::SYS_connect, libc::SYS_bind],
     false => &[libc::SYS_socket, libc::SYS_connect],
 };
 
-/// Returns the rules for sockets of other kinds than those of the internet, such as those of local services.
+/// Returns the rules for sockets of other kinds than `network` permits.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"))]
-fn other_sockets() -> Option<Vec<seccompiler::SeccompRule>> {
+fn other_sockets(network: Network) -> Option<Vec<seccompiler::SeccompRule>> {
     use seccompiler::{SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, SeccompCondition, SeccompRule};
 
-    let other_than = |family: i32| SeccompCondition::new(0, Dword, Ne, u64::from(family.unsigned_abs())).ok();
-    let conditions = vec![other_than(libc::AF_INET)?, other_than(libc::AF_INET6)?];
-    Some(vec![SeccompRule::new(conditions).ok()?])
+    let internet = [libc::AF_INET, libc::AF_INET6].into_iter().filter(|_| network.internet);
+    let families = internet.chain([libc::AF_UNIX].into_iter().filter(|_| network.local));
+    let other = |family: i32| SeccompCondition::new(0, Dword, Ne, u64::from(family.unsigned_abs())).ok();
+    Some(vec![SeccompRule::new(families.map(other).collect::<Option<_>>()?).ok()?])
 }
 
 /// Returns a program that refuses the system calls of x32, an interface of some kernels to programs with
@@ -78,8 +83,8 @@ fn x32() -> seccompiler::BpfProgram {
     ]
 }
 
-/// Numbers of the refused system calls. A list of the calls that *are* needed would depend on the version of the
-/// C library.
+/// Numbers of the refused system calls. A list of the calls that *are* needed would depend on the version of
+/// the C library.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"))]
 const REFUSED: [i64; 44] = [
     // Other programs and processes.
@@ -135,7 +140,7 @@ const REFUSED: [i64; 44] = [
 
 /// Returns `None`: no filters for this processor.
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64")))]
-pub(super) fn refuse(_network: bool) -> Option<()> {
+pub(super) fn refuse(_network: Network) -> Option<()> {
     None
 }
 
@@ -197,7 +202,7 @@ for call in calls:
     fn types_into_no_terminal() {
         require!("python3");
         let refused = [libc::EPERM, libc::EPERM, libc::ENOTTY, libc::EPERM];
-        assert_eq!(errors(&programs(false).expect("filters"))[..4], refused);
+        assert_eq!(errors(&programs(Network::default()).expect("filters"))[..4], refused);
         assert_eq!(errors(&[])[..4], [libc::ENOTTY; 4]);
     }
 
@@ -206,7 +211,7 @@ for call in calls:
     #[cfg(target_arch = "x86_64")]
     fn makes_no_call_of_x32() {
         require!("python3");
-        assert_eq!(errors(&programs(false).expect("filters"))[4..], [libc::EPERM; 5]);
+        assert_eq!(errors(&programs(Network::default()).expect("filters"))[4..], [libc::EPERM; 5]);
         assert!(!errors(&[])[4..].contains(&libc::EPERM));
     }
 }

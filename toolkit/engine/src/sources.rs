@@ -7,8 +7,8 @@ use std::path::Path;
 use imgtool_core::device::meant;
 use imgtool_core::machine::DriveKind;
 use imgtool_core::{
-    Attachment, CancelToken, Device, DeviceKind, Error, FilePart, Location, Machine, OpenOptions, Registry,
-    Result, Secret, Secrets, Slot, suggest,
+    Attachment, CancelToken, Device, DeviceKind, Error, FilePart, Input, Location, Machine, OpenOptions,
+    Registry, Result, Secret, Secrets, Slot, suggest,
 };
 use imgtool_storage::open::OpenInput;
 
@@ -151,7 +151,10 @@ pub(crate) fn open_sources(
         let input = open::open_input(registry, &source.location, format, options)?;
         let input = input.cancelled_by(cancel.clone());
         let is_spooled = request.join || must_be_spooled(registry, &input, format, target)?;
-        let input = if is_spooled { spool::spool(input, monitor) } else { Ok(input) };
+        let input = match is_spooled {
+            true => spool::spool(input, monitor),
+            false => in_one_pass(registry, input, format, request),
+        };
         let input = input.map_err(|e| e.path(&source.location))?;
         let opened = open::open_watched(registry, input, format, options, monitor)?;
         chosen::check(&opened, &source.backing)?;
@@ -182,6 +185,33 @@ fn must_be_spooled(
     let is_endless = driver.capabilities().sized_by_end && driver.reads_stream(&head);
     let is_mixed = needs_order && driver.capabilities().is_archive();
     Ok(is_endless || is_mixed)
+}
+
+/// Makes a stream of an archive on a server whose disks are all copied: an index of it would take a request for
+/// each of its extents. Returns any other input unchanged.
+fn in_one_pass(
+    registry: &Registry,
+    input: OpenInput,
+    format: Option<&str>,
+    request: &Request,
+) -> Result<OpenInput> {
+    let is_far = matches!(input.input.location(), Location::Url(_)) && !input.input.is_stream();
+    let needs_all = request.disks.is_empty() && input.compression.is_empty();
+    if !is_far || !needs_all {
+        return Ok(input);
+    }
+    let head = input.input.head()?;
+    let driver = match format {
+        Some(name) => registry.get(name)?,
+        None => registry.probe(&head, input.input.len())?.0,
+    };
+    let can = driver.capabilities();
+    if !can.is_archive() || can.container || !driver.reads_stream(&head) {
+        return Ok(input);
+    }
+    let (location, cancel) = (input.input.location().clone(), input.input.cancel_token());
+    let stream = input.input.into_stream()?;
+    Ok(OpenInput { input: Input::from_stream(location, stream).cancelled_by(cancel), ..input })
 }
 
 /// Selects the disks that these names mean ([`meant`]); all disks if `names` is empty.

@@ -1,8 +1,8 @@
 //! Rules for the addresses that a redirect may lead to, applied to the address that is connected to.
 //!
-//! A server that the user names may redirect to any other one. If that could be a private address, every server
-//! could make this machine read from the services of its own network, such as those that give credentials to
-//! virtual machines (169.254.169.254).
+//! A server that the user names may redirect to any other one. If that could be a private address, every
+//! server could make this machine read from the services of its own network, such as those that give
+//! credentials to virtual machines (169.254.169.254).
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -17,8 +17,8 @@ use ureq::http::Uri;
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::NextTimeout;
 
-/// Resolver of the names of one source. It looks up each name once: the address that was checked is the one that
-/// is connected to, and a confined process can't look up names any more. Clones share the state.
+/// Resolver of the names of one source. It looks up each name once: the address that was checked is the one
+/// that is connected to, and a confined process can't look up names any more. Clones share the state.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Guard(Arc<State>);
 

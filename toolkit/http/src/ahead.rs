@@ -1,5 +1,5 @@
-//! [`Ahead`], a reader of a whole file in order that fetches several ranges at once: a stream is then not bound to the
-//! speed of one connection.
+//! [`Ahead`], a reader of a whole file in order that fetches several ranges at once: a stream is then not
+//! bound to the speed of one connection.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -30,6 +30,8 @@ pub(crate) struct Ahead {
     ranges: usize,
     /// Range that is passed on, and how much of it was.
     current: (Vec<u8>, usize),
+    /// True after an error: the bytes behind it must not follow.
+    is_broken: bool,
     _lease: Lease,
 }
 
@@ -43,7 +45,16 @@ impl Ahead {
         let (queue, current) = (VecDeque::new(), (Vec::new(), 0));
         // At most `RANGES`.
         let ranges = ranges as usize;
-        Some(Self { object: object.clone(), len, asked: 0, queue, ranges, current, _lease: lease })
+        Some(Self {
+            object: object.clone(),
+            len,
+            asked: 0,
+            queue,
+            ranges,
+            current,
+            is_broken: false,
+            _lease: lease,
+        })
     }
 
     /// Asks for further ranges. Without a thread for one, fetches it at once.
@@ -75,7 +86,11 @@ impl Read for Ahead {
             self.current = (Vec::new(), 0);
             self.ask();
             let Some(next) = self.queue.pop_front() else { return Ok(0) };
+            if std::mem::replace(&mut self.is_broken, true) {
+                return Err(io::Error::other("the stream is broken"));
+            }
             let bytes = next.recv().map_err(|_| io::Error::other("a thread that reads ahead ended"))??;
+            self.is_broken = false;
             self.current = (bytes, 0);
             self.ask();
         }

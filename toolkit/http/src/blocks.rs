@@ -1,5 +1,5 @@
-//! [`Blocks`], a cache of aligned blocks for small reads: tables of an image are read in parts of a few KiB, each of
-//! which would be a request of its own.
+//! [`Blocks`], a cache of aligned blocks for small reads: tables of an image are read in parts of a few KiB,
+//! each of which would be a request of its own.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -7,12 +7,15 @@ use std::sync::{Arc, Mutex};
 use imgtool_core::sync::lock;
 use imgtool_core::{Cache, Lease, Memory, Result};
 
-/// Length of a block in bytes. Our choice: a table of 64 KiB and its neighbours; at 20 ms for a request and 40 MB/s,
-/// its transfer takes as long as one more request.
+/// Length of a block in bytes. Our choice: a table of 64 KiB and its neighbours; at 20 ms for a request and
+/// 40 MB/s, its transfer takes as long as one more request.
 pub(crate) const BLOCK: u64 = 256 << 10;
 
 /// Number of blocks of one source. Our choice: 8 MiB.
 const COUNT: u64 = 32;
+
+/// Divisor of the free memory: the blocks of one source may take a sixteenth.
+const MEMORY_DIVISOR: u64 = 16;
 
 /// Content of a block; `None` until a thread has fetched it. The others wait for the lock.
 type Block = Arc<Mutex<Option<Arc<[u8]>>>>;
@@ -30,7 +33,8 @@ impl Blocks {
     /// # Errors
     /// [`imgtool_core::ErrorKind::LimitExceeded`] if `memory` can't lend a single block.
     pub(crate) fn new(memory: &Memory) -> Result<Self> {
-        let mut count = (memory.cache_share(COUNT * BLOCK) / BLOCK).max(1);
+        let most = memory.cache_share(COUNT * BLOCK).min(memory.free() / MEMORY_DIVISOR);
+        let mut count = (most / BLOCK).max(1);
         let lease = loop {
             match memory.try_lease(count * BLOCK) {
                 Some(lease) => break lease,

@@ -1,4 +1,5 @@
-//! [`Client`], which sends the requests for one source: over TLS and proxies, with the credentials for its server.
+//! [`Client`], which sends the requests for one source: over TLS and proxies, with the credentials for its
+//! server.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -16,8 +17,8 @@ use crate::address::Guard;
 use crate::settings::Settings;
 use crate::target::Target;
 
-/// Time to look up a name, to connect (TLS included) and until an answer begins. Our limits: servers of object
-/// stores answer within a second.
+/// Time to look up a name, to connect (TLS included) and until an answer begins. Our limits: servers of
+/// object stores answer within a second.
 const RESOLVE: Duration = Duration::from_secs(10);
 const CONNECT: Duration = Duration::from_secs(20);
 
@@ -237,8 +238,8 @@ fn tls(settings: &Settings) -> Result<TlsConfig> {
         .build())
 }
 
-/// Returns the proxy that the environment names, as for curl: the upper case of `http_proxy` has no effect, since a
-/// web server sets it from a header of a request (CVE-2016-5385).
+/// Returns the proxy that the environment names, as for curl: the upper case of `http_proxy` has no effect,
+/// since a web server sets it from a header of a request (CVE-2016-5385).
 ///
 /// # Errors
 /// [`imgtool_core::ErrorKind::Usage`] if it is no URL of a proxy. The error does not contain it.

@@ -4,9 +4,9 @@
 //! * [`Settings`] are the certificates and headers of the user.
 //!
 //! A server that answers ranges gives a file that is read by position, by many requests at once: a conversion
-//! transfers what the image stores. Any other server gives a stream. Every answer is checked: that its bytes are those
-//! that were asked for, and those of the same version of the file. The client is blocking: each reader waits in a
-//! thread of its own.
+//! transfers what the image stores. Any other server gives a stream. Every answer is checked: that its bytes
+//! are those that were asked for, and those of the same version of the file. The client is blocking: each
+//! reader waits in a thread of its own.
 
 use imgtool_core::location::Url;
 use imgtool_core::{Input, Memory, Result, UrlOpener};

@@ -17,8 +17,8 @@ use crate::range::{ContentRange, refused_total};
 use crate::retry::{Retry, TRIES_TO_READ, check_rate};
 use crate::target::Target;
 
-/// Number of requests at once. Our choice: with a round trip of 20 ms and 40 MB/s for a connection, a program gains
-/// up to 16; servers permit at least that many connections.
+/// Number of requests at once. Our choice: with a round trip of 20 ms and 40 MB/s for a connection, a program
+/// gains up to 16; servers permit at least that many connections.
 pub(crate) const CONCURRENCY: usize = 16;
 
 /// Version of a file: what every answer must have.
@@ -37,8 +37,8 @@ impl Version {
         Self { len, etag: get(header::ETAG), modified: get(header::LAST_MODIFIED) }
     }
 
-    /// Adds the condition that the file has not changed. `If-Range` would bring the whole of a changed file. A weak
-    /// tag can't be used, since it says nothing about bytes.
+    /// Adds the condition that the file has not changed. `If-Range` would bring the whole of a changed file.
+    /// A weak tag can't be used, since it says nothing about bytes.
     fn pin(&self, headers: &mut HeaderMap) {
         let strong = self.etag.as_ref().filter(|etag| !etag.as_bytes().starts_with(b"W/"));
         match (strong, &self.modified) {
@@ -204,8 +204,8 @@ impl Inner {
         }
     }
 
-    /// Follows the redirects of the URL again: those of presigned URLs expire, and mirrors vanish. Does nothing if
-    /// another thread has done so since `generation`.
+    /// Follows the redirects of the URL again: those of presigned URLs expire, and mirrors vanish. Does
+    /// nothing if another thread has done so since `generation`.
     fn renew(&self, generation: u32) -> Result<()> {
         let mut current = lock(&self.current);
         if current.1 != generation {

@@ -2,6 +2,7 @@
 
 use std::io::{self, Read};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use imgtool_core::location::Url;
 use imgtool_core::{Error, Input, Location, Memory, Result};
@@ -12,11 +13,11 @@ use ureq::{Body, BodyReader};
 use crate::client::{Client, Failure};
 use crate::object::{self, CONCURRENCY, Object, Version, content_range, range};
 use crate::range::ContentRange;
-use crate::retry::{Retry, TRIES_TO_OPEN};
+use crate::retry::{Retry, TRIES_TO_OPEN, check_rate};
 use crate::settings::Settings;
 
-/// Number of bytes that the first request asks for. Our choice: tables near the front of most images come with it.
-/// `HEAD` would be an error for a presigned URL, whose signature is for one method.
+/// Number of bytes that the first request asks for. Our choice: tables near the front of most images come
+/// with it. `HEAD` would be an error for a presigned URL, whose signature is for one method.
 const FIRST: u64 = 1 << 20;
 
 /// Opens a URL.
@@ -34,7 +35,10 @@ pub(crate) fn open(url: &Url, settings: &Settings, memory: &Memory) -> Result<In
                 return Ok(Input::from_read_at(location, Arc::new(object)));
             }
             Ok(First::Whole { len, body }) => {
-                return Input::from_reader(location, Box::new(Whole { len, received: 0, body }));
+                return Input::from_reader(
+                    location,
+                    Box::new(Whole { len, received: 0, spent: Duration::ZERO, is_broken: false, body }),
+                );
             }
             Err(Failure::Passing { error, wait }) => retry.wait(error, wait, false)?,
             Err(failure) => return Err(object::final_error(failure)),
@@ -113,30 +117,46 @@ fn total_by_end(client: &Client, target: &crate::target::Target) -> Result<u64, 
 struct Whole {
     /// Length in bytes, if the server states it.
     len: Option<u64>,
-    received: u64,
+    received: usize,
+    /// Time spent in reads.
+    spent: Duration,
+    /// True after an error: nothing must follow it.
+    is_broken: bool,
     body: BodyReader<'static>,
+}
+
+impl Whole {
+    /// Reads what is there, and sorts the errors.
+    fn receive(&mut self, buf: &mut [u8]) -> Result<usize> {
+        let begun = Instant::now();
+        let count = loop {
+            match self.body.read(buf) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(object::final_error(crate::client::io_failure(error))),
+                Ok(count) => break count,
+            }
+        };
+        self.spent += begun.elapsed();
+        self.received = self.received.saturating_add(count);
+        let is_early =
+            count == 0 && !buf.is_empty() && self.len.is_some_and(|len| (self.received as u64) < len);
+        if is_early {
+            return Err(Error::unavailable("the server ended its answer early"));
+        }
+        check_rate(self.spent, self.received).map(|()| count)
+    }
 }
 
 impl Read for Whole {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let broken = |error: Error| {
-            let hint =
-                "another try may help; the server can't send a part, so nothing can be tried again here";
-            io::Error::from(error.hint(hint))
-        };
-        let count = match self.body.read(buf) {
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Err(error),
-            Err(error) => match crate::client::io_failure(error) {
-                Failure::Passing { error, .. } | Failure::Final(error) => return Err(broken(error)),
-                Failure::Denied(_) => return Err(io::ErrorKind::PermissionDenied.into()),
-            },
-        };
-        self.received += count as u64;
-        let is_early = count == 0 && !buf.is_empty() && self.len.is_some_and(|len| self.received < len);
-        if is_early {
-            return Err(broken(Error::unavailable("the server ended its answer early")));
+        if std::mem::replace(&mut self.is_broken, true) {
+            return Err(io::Error::other("the stream is broken"));
         }
+        let count = self.receive(buf).map_err(|error| {
+            // The server sends no part, so nothing can be tried again here.
+            io::Error::from(error.hint("another try may help"))
+        })?;
+        self.is_broken = false;
         Ok(count)
     }
 }

@@ -12,8 +12,8 @@ pub struct ContentRange {
 }
 
 impl ContentRange {
-    /// Parses `bytes FIRST-LAST/TOTAL`, in which TOTAL may be `*`. Returns `None` for anything else, and for a
-    /// range that is reversed or beyond the total.
+    /// Parses `bytes FIRST-LAST/TOTAL`, in which TOTAL may be `*`. Returns `None` for anything else, and for
+    /// a range that is reversed or beyond the total.
     pub fn parse(text: &str) -> Option<Self> {
         let (range, total) = bytes(text)?.split_once('/')?;
         let (first, last) = range.split_once('-')?;

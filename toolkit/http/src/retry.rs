@@ -20,12 +20,12 @@ const GRACE: Duration = Duration::from_secs(60);
 /// Minimum rate in bytes per second. Our limit: a modem is faster; a hostile server sends a byte a minute.
 const MIN_RATE: u64 = 1024;
 
-/// Number of tries in a row without a new byte, when a source is opened. Our choice: about a second, for a server
-/// that restarts; a name with a mistake should not take longer.
+/// Number of tries in a row without a new byte, when a source is opened. Our choice: about a second, for a
+/// server that restarts; a name with a mistake should not take longer.
 pub(crate) const TRIES_TO_OPEN: u32 = 4;
 
-/// Number of tries in a row without a new byte, while content is read. Our choice: about half a minute, for a network
-/// that is gone for a moment.
+/// Number of tries in a row without a new byte, while content is read. Our choice: about half a minute, for a
+/// network that is gone for a moment.
 pub(crate) const TRIES_TO_READ: u32 = 9;
 
 /// Budget of tries for one range. Progress refills it.
@@ -43,7 +43,8 @@ impl Retry {
         Self { most: tries, left: tries, busy: Duration::ZERO }
     }
 
-    /// Waits before the next try after a request that failed with `error`. `named` is the time that the server names.
+    /// Waits before the next try after a request that failed with `error`. `named` is the time that the
+    /// server names.
     ///
     /// # Errors
     /// `error`, if no try is left.
@@ -87,8 +88,8 @@ pub(crate) fn check_rate(spent: Duration, received: usize) -> Result<(), Error> 
     Err(Error::unavailable(format!("the server sent only {received} bytes in {} s", spent.as_secs())))
 }
 
-/// Returns the waiting time before the next try: between half and all of a time that doubles, so that many readers do
-/// not return at once.
+/// Returns the waiting time before the next try: between half and all of a time that doubles, so that many
+/// readers do not return at once.
 fn pause(tries: u32) -> Duration {
     let longest = FIRST.saturating_mul(1 << tries.saturating_sub(1).min(16)).min(LONGEST);
     let half = longest / 2;

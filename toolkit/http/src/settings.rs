@@ -8,7 +8,8 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use ureq::http::header::{self, HeaderMap, HeaderName, HeaderValue};
 
-/// Maximum number of lines in a file of headers. Our limit: an authorisation is one line, cookies are one more.
+/// Maximum number of lines in a file of headers. Our limit: an authorisation is one line, cookies are one
+/// more.
 const MAX_HEADERS: usize = 64;
 
 /// Headers that decide what is read, or that the client sets itself.
@@ -56,12 +57,12 @@ impl Settings {
         Ok(())
     }
 
-    /// Adds the headers in a text, one `NAME: VALUE` a line, for requests to the servers that the user names. They
-    /// are not sent where a server redirects to.
+    /// Adds the headers in a text, one `NAME: VALUE` a line, for requests to the servers that the user names.
+    /// They are not sent where a server redirects to.
     ///
     /// # Errors
-    /// [`imgtool_core::ErrorKind::Usage`] for a line that is no header, or a header that decides what is read. The
-    /// error contains no value.
+    /// [`imgtool_core::ErrorKind::Usage`] for a line that is no header, or a header that decides what is
+    /// read. The error contains no value.
     pub fn add_headers(&mut self, text: &str) -> Result<()> {
         let headers = &mut Arc::make_mut(&mut self.0).headers;
         for (number, line) in (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()) {

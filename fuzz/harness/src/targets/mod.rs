@@ -14,6 +14,7 @@ mod http;
 mod luks;
 mod machine;
 mod map_file;
+mod nbd;
 mod outer;
 mod ova;
 mod qcow2;
@@ -38,7 +39,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const ALL: [Target; 19] = [
+pub const ALL: [Target; 20] = [
     Target { name: "raw", run: raw::run, image: None },
     Target { name: "qcow2", run: qcow2::run, image: Some(qcow2::image) },
     Target { name: "vhdx", run: vhdx::run, image: Some(vhdx::image) },
@@ -55,6 +56,7 @@ pub const ALL: [Target; 19] = [
     Target { name: "outer", run: outer::run, image: None },
     Target { name: "lzop", run: outer::run_lzop, image: None },
     Target { name: "http", run: http::run, image: None },
+    Target { name: "nbd", run: nbd::run, image: None },
     Target { name: "map_file", run: map_file::run, image: None },
     Target { name: "ovf", run: machine::run_ovf, image: None },
     Target { name: "domain", run: machine::run_domain, image: None },
