@@ -112,7 +112,7 @@ impl Object {
 
     /// Fills `buf` by requests of its own.
     pub(crate) fn fetch(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
-        let known = self.0.from_prefix(buf, position);
+        let known = self.0.copy_prefix(buf, position);
         self.0.fetch(&mut buf[known..], position + known as u64).map_err(|e| e.path(&self.0.location).into())
     }
 
@@ -130,7 +130,7 @@ impl Object {
 
 impl Inner {
     /// Copies the part of `buf` that the first request brought. Returns its length.
-    fn from_prefix(&self, buf: &mut [u8], position: u64) -> usize {
+    fn copy_prefix(&self, buf: &mut [u8], position: u64) -> usize {
         let known =
             usize::try_from(position).ok().and_then(|start| self.prefix.get(start..)).unwrap_or_default();
         let count = known.len().min(buf.len());
@@ -183,7 +183,7 @@ impl Inner {
         }
         self.version.check(sent.total, response.headers())?;
         // At most the length of the rest of `buf`.
-        let expected = *filled + sent.len() as usize;
+        let expected = *filled + sent.count() as usize;
         receive(response.into_body().into_reader(), &mut buf[..expected], filled)
     }
 
@@ -223,7 +223,7 @@ impl ReadAt for Object {
     fn read_exact_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
         let end = position.checked_add(buf.len() as u64).filter(|end| *end <= self.len());
         let end = end.ok_or(io::ErrorKind::UnexpectedEof)?;
-        let known = self.0.from_prefix(buf, position);
+        let known = self.0.copy_prefix(buf, position);
         if (buf.len() - known) as u64 >= BLOCK {
             return self.fetch(buf, position);
         }

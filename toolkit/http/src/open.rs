@@ -96,7 +96,7 @@ fn receive_prefix(sent: ContentRange, body: Body) -> Result<Vec<u8>, Failure> {
         .into());
     }
     // At most `FIRST`.
-    let mut prefix = vec![0; sent.len() as usize];
+    let mut prefix = vec![0; sent.count() as usize];
     object::receive(body.into_reader(), &mut prefix, &mut 0)?;
     Ok(prefix)
 }

@@ -27,7 +27,7 @@ impl ContentRange {
     }
 
     /// Returns the number of bytes, at least 1.
-    pub fn len(self) -> u64 {
+    pub fn count(self) -> u64 {
         self.last - self.first + 1
     }
 }
@@ -58,7 +58,7 @@ mod tests {
         let range = |first, last, total| Some(ContentRange { first, last, total });
         assert_eq!(ContentRange::parse("bytes 0-9/100"), range(0, 9, Some(100)));
         assert_eq!(ContentRange::parse(" Bytes  5-5/* "), range(5, 5, None));
-        assert_eq!(ContentRange::parse("bytes 0-9/10").map(ContentRange::len), Some(10));
+        assert_eq!(ContentRange::parse("bytes 0-9/10").map(ContentRange::count), Some(10));
         assert_eq!(refused_total("bytes */0"), Some(0));
     }
 

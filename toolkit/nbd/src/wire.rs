@@ -514,6 +514,7 @@ fn u64_of(stream: &mut impl Read) -> Result<u64> {
 }
 
 /// Words a broken connection.
+#[expect(clippy::needless_pass_by_value, reason = "it is passed to map_err")]
 pub(crate) fn broken(error: io::Error) -> Error {
     let message = match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {

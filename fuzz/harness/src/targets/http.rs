@@ -10,7 +10,7 @@ pub(super) fn run(input: &[u8]) {
     let Ok(text) = std::str::from_utf8(input) else { return };
     let (first, rest) = text.split_once('\n').unwrap_or((text, ""));
     if let Some(range) = ContentRange::parse(first) {
-        assert!(range.first <= range.last && range.len() > 0);
+        assert!(range.first <= range.last && range.count() > 0);
         assert!(range.total.is_none_or(|total| range.last < total));
         assert_eq!(refused_total(first), None);
         let shown = match range.total {
