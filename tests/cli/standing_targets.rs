@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use imgtool_testing::images::{self, Image, noise};
-use imgtool_testing::oracles::{qemu_info, run_in, try_run_in};
+use imgtool_testing::oracles::{self, qemu_info, run_in, try_run_in};
 use imgtool_testing::{assert_same, names, require, tempdir, text};
 
 use crate::support::devices::{LoopDevice, Mounted, loop_devices, may_administer};
@@ -94,6 +94,59 @@ fn a_device_in_use_or_much_larger_needs_force() {
         .go()
         .exits(1);
     assert!(device.bytes() == old);
+}
+
+#[test]
+fn a_file_under_a_loop_device_is_not_replaced() {
+    if !loop_devices() {
+        return;
+    }
+    let dir = tempdir();
+    disk_in(dir.path());
+    let target = dir.path().join("target");
+    let old = noise(9, DISK);
+    let device = LoopDevice::holding(&target, &old);
+    let inode = target.metadata().unwrap().ino();
+    let lines: [&[&str]; 4] = [
+        &["convert", "--force", "--to", "raw", "disk.raw", "target"],
+        &["create", "--force", "-f", "raw", "target", "3M"],
+        &["--compat", "convert", "-O", "qcow2", "disk.raw", "target"],
+        &["--compat", "create", "-f", "raw", "target", "3M"],
+    ];
+    for line in lines {
+        imgtool(line).within(dir.path()).go().exits(1).says("uses it").says(text(device.path()));
+        assert_eq!(target.metadata().unwrap().ino(), inode, "{line:?}");
+    }
+    assert!(device.bytes() == old);
+    drop(device);
+    imgtool(lines[0]).within(dir.path()).ok();
+    assert_ne!(target.metadata().unwrap().ino(), inode);
+}
+
+#[test]
+fn a_source_that_is_mounted_for_writing_gets_a_note() {
+    if !loop_devices() {
+        return;
+    }
+    require!("mkfs.ext4", "mount");
+    let dir = tempdir();
+    let file = dir.path().join("disk");
+    let device = LoopDevice::holding(&file, &vec![0; 16 << 20]);
+    oracles::run("mkfs.ext4", &["-q", "-F", text(device.path())]);
+    let point = dir.path().join("mnt");
+    let read = |source: &Path| {
+        imgtool(["convert", "--force", "-f", "raw", "-O", "raw", text(source), "out"]).within(dir.path()).ok()
+    };
+    {
+        let _mounted = Mounted::ext4_read_only(&device, &point);
+        for source in [&*file, device.path()] {
+            assert!(!read(source).stderr.contains("mounted for writing"));
+        }
+    }
+    let _mounted = Mounted::ext4(&device, &point);
+    for source in [&*file, device.path()] {
+        read(source).says("mounted for writing").says(text(&point));
+    }
 }
 
 #[test]

@@ -96,6 +96,12 @@ impl Mounted {
         Self(directory.to_owned())
     }
 
+    /// Makes an ext4 file system on the device, and mounts it for writing.
+    pub fn ext4(device: &LoopDevice, directory: &Path) -> Self {
+        oracles::run("mkfs.ext4", &["-q", "-F", text(device.path())]);
+        Self::mount(device, directory)
+    }
+
     /// Makes an XFS file system, whose files can share blocks, on the device (at least 300 MiB) and mounts
     /// it.
     pub fn xfs(device: &LoopDevice, directory: &Path) -> Self {

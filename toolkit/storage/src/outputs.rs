@@ -178,6 +178,10 @@ impl Outputs {
     fn lock_replaced(&mut self, path: &Path, final_path: &Path) -> Result<()> {
         let Ok(file) = File::open(final_path) else { return Ok(()) };
         self.lock_target(path, &file)
+            .and_then(|()| match os::used_elsewhere(&file) {
+                Some(how) => Err(Error::refused(format!("in use: {how}")).path(path)),
+                None => Ok(()),
+            })
             .map_err(|e| e.hint("stop the program that uses it, or choose another target"))?;
         self.replaced.push(file);
         Ok(())

@@ -21,6 +21,8 @@ pub struct FileWatch {
     /// State of a regular file. A block device has none.
     before: Option<FileState>,
     lock: ImageLock,
+    /// Where a file system on it was mounted for writing when it was opened.
+    mount: Option<String>,
 }
 
 /// State of a regular file.
@@ -57,11 +59,12 @@ impl FileWatch {
             FileClass::Stream | FileClass::Directory => return Ok(None),
         };
         let lock = image_lock::for_reading(file, sharing).map_err(|e| e.path(location))?;
-        Ok(Some(Self { location: location.clone(), file: Arc::clone(file), before, lock }))
+        let mount = os::writable_mount_over(&meta);
+        Ok(Some(Self { location: location.clone(), file: Arc::clone(file), before, lock, mount }))
     }
 
-    /// Describes, in a sentence each, why the result may mix two states: another program may write the file, or
-    /// it has changed since it was opened (its content, its attributes, or the file that its name leads to).
+    /// Describes, in a sentence each, why the result may mix two states: another program or a file system may write
+    /// the file, or it has changed since it was opened (its content, its attributes, or the file that its name leads to).
     pub fn changes(&self) -> Vec<String> {
         let location = &self.location;
         let mut changes = Vec::new();
@@ -73,6 +76,11 @@ impl FileWatch {
             ImageLock::Unavailable => changes.push(format!(
                 "{location} can't be locked on its file system: a program that writes it may go unnoticed"
             )),
+        }
+        if let Some(point) = &self.mount {
+            changes.push(format!(
+                "{location} is mounted for writing at {point}: the result may mix two states, unmount it first"
+            ));
         }
         self.add_changes(&mut changes);
         changes

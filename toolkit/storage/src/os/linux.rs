@@ -17,10 +17,12 @@ use super::{Rename, Space, file_identity};
 
 mod layers;
 mod locks;
+mod mounts;
 mod overlay;
 
 pub use layers::{file_layers, loop_files};
 pub use locks::{is_locked, lock_byte};
+pub use mounts::writable_mount_over;
 pub use overlay::overlay_files;
 
 /// Returns the length of a block device in bytes. Seeks to its end, since fstat(2) reports 0.

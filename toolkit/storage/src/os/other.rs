@@ -27,6 +27,11 @@ pub(super) fn loop_device_over(_meta: &Metadata) -> Option<String> {
     None
 }
 
+/// Returns `None`: every other Unix lists its mounts in another way.
+pub fn writable_mount_over(_meta: &Metadata) -> Option<String> {
+    None
+}
+
 /// Fails with `Unsupported`: locks that belong to an open file are not in POSIX.
 pub fn lock_byte(_file: &File, _position: u64) -> io::Result<()> {
     Err(io::ErrorKind::Unsupported.into())

@@ -27,6 +27,12 @@ pub fn loop_files(meta: &Metadata, file_systems: bool) -> Vec<PathBuf> {
     files
 }
 
+/// Returns the identities of everything below the block device of this number.
+pub(super) fn layers_of_device(number: u64) -> Vec<FileId> {
+    let own = block_device_identity(number);
+    layers_in(Path::new(SYSFS), own, Some(number), false, &mut Vec::new())
+}
+
 fn walk(meta: &Metadata, file_systems: bool, loop_files: &mut Vec<PathBuf>) -> Vec<FileId> {
     let device = match classify(meta) {
         FileClass::BlockDevice => Some(meta.rdev()),

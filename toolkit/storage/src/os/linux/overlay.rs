@@ -136,7 +136,7 @@ fn split_layers(value: &[u8]) -> Vec<PathBuf> {
 }
 
 /// Undoes the escapes of mountinfo: a backslash and three octal digits.
-fn unescaped(field: &[u8]) -> Vec<u8> {
+pub(super) fn unescaped(field: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;
     while let [first, after @ ..] = rest {
