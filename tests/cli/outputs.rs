@@ -125,6 +125,35 @@ fn a_file_for_an_archive_is_named_as_one() {
     assert_same(&dir.path().join("old"), &dir.path().join("disk.img"), "in place");
 }
 
+/// One archive for several machines would keep the description of one.
+#[test]
+fn each_of_several_machines_gets_an_archive() {
+    let dir = with_disk();
+    for (name, memory) in [("a.vma", "memory=100"), ("b.vma", "memory=200")] {
+        imgtool(["convert", "disk.raw", "--proxmox", memory, name]).within(dir.path()).ok();
+    }
+    for format in ["vma", "ova"] {
+        let file = format!("one.{format}");
+        let line = ["convert", "a.vma", "b.vma", "--to", format, &file];
+        imgtool(line).within(dir.path()).go().exits(2).says("2 machines").says("ends in '/'");
+        let out = format!("out-{format}");
+        imgtool(["convert", "a.vma", "b.vma", "--to", format, &out]).within(dir.path()).ok();
+        let archives = ["a", "b"].map(|name| format!("{name}.{format}"));
+        assert_eq!(names(&dir.path().join(&out)), archives);
+        for (archive, memory) in archives.iter().zip(["100", "200"]) {
+            let again = format!("{memory}-{format}");
+            let path = format!("{out}/{archive}");
+            imgtool(["convert", &path, "--to", "vma", &again]).within(dir.path()).ok();
+            let again = format!("{again}/{}", archive.replace("ova", "vma"));
+            let config = imgtool(["vma", "config", &again]).within(dir.path()).ok().text();
+            assert!(config.contains(&format!("memory: {memory}\n")), "{config}");
+            assert!(config.contains("#qmdump#map:scsi0:drive-scsi0:"), "{config}");
+        }
+    }
+    let alone = ["convert", "a.vma", "b.vma", "disk.raw", "--to", "vma", "three"];
+    imgtool(alone).within(dir.path()).go().exits(2).says("belongs to none of the 2 machines");
+}
+
 /// Both machines have a qemu-server.conf, and may have disks of one name.
 #[test]
 fn each_of_several_machines_gets_a_directory() {

@@ -230,6 +230,8 @@ pub struct LayoutRequest<'a> {
     pub disks_named: bool,
     /// Configurations to convert.
     pub attachments: Vec<Attachment>,
+    /// True if the caller has given one of them: it says which machine the disks belong to.
+    pub attachments_given: bool,
     /// `Some` to write into the existing file or device at `dest`; `Some(true)` if it is known to read as
     /// zeros.
     pub in_place: Option<bool>,
@@ -357,6 +359,10 @@ impl LayoutRequest<'_> {
     fn lay_out_dest(&self, dest: &Location, rest: Vec<Slot>, layout: &mut Layout) -> Result<()> {
         let is_directory = format::is_directory(dest) || self.machines_need_directory(dest, &rest);
         if self.format.is_archive() {
+            if is_directory && self.machines().len() > 1 {
+                return self.lay_out_archives(dest, &rest, layout);
+            }
+            self.refuse_one_archive(dest, &rest)?;
             let location = match dest.path().filter(|_| is_directory) {
                 Some(directory) => {
                     layout.directory = Some(directory.to_owned());
@@ -395,18 +401,89 @@ impl LayoutRequest<'_> {
             ))
             .path(location));
         }
-        let limit = self.format.driver.capabilities().max_devices() as usize;
-        if rest.len() > limit {
-            return Err(Error::unsupported(format!(
-                "{} holds at most {limit} devices, not {}",
-                self.format.driver.name(),
-                rest.len()
-            )));
-        }
         let machine = sources::machine(self.sources, self.selected).map(Box::new);
+        self.check_number(&rest)?;
         let output = self.output(self.destination(location)?, self.format.clone(), rest);
         layout.outputs.push(PlannedOutput { attachments: self.attachments.clone(), machine, ..output });
         Ok(())
+    }
+
+    /// Refuses more disks than an archive of the format holds.
+    fn check_number(&self, disks: &[Slot]) -> Result<()> {
+        let (limit, number) = (self.format.driver.capabilities().max_devices() as usize, disks.len());
+        if number <= limit {
+            return Ok(());
+        }
+        let name = self.format.driver.name();
+        Err(Error::unsupported(format!("{name} holds at most {limit} devices, not {number}")))
+    }
+
+    /// True if each machine gets an archive of its own.
+    pub(crate) fn archives_apart(&self) -> bool {
+        let Some(dest) = self.dest.filter(|_| self.format.is_archive() && self.machines().len() > 1) else {
+            return false;
+        };
+        let rest: Vec<Slot> = Slot::first(self.selected.len()).collect();
+        format::is_directory(dest) || self.machines_need_directory(dest, &rest)
+    }
+
+    /// Plans an archive for each of several machines, in a directory.
+    fn lay_out_archives(&self, dest: &Location, rest: &[Slot], layout: &mut Layout) -> Result<()> {
+        let directory = dest.path().ok_or_else(|| unsupported_target(dest))?;
+        let machines = self.machines();
+        let of = |slot: &Slot| self.selected[slot.index()].source;
+        if let Some(alone) = rest.iter().find(|slot| !machines.contains(&of(slot))) {
+            let disk = &self.selected[alone.index()].name;
+            return Err(Error::usage(format!(
+                "disk '{disk}' belongs to none of the {} machines",
+                machines.len()
+            ))
+            .path(dest)
+            .hint("convert it with one machine, and the others by themselves"));
+        }
+        if self.attachments_given {
+            return Err(Error::usage(format!(
+                "a configuration is that of one machine, not of {}",
+                machines.len()
+            ))
+            .path(dest)
+            .hint("convert each machine with its own configuration"));
+        }
+        layout.directory = Some(directory.to_owned());
+        let mut unique = Unique::default();
+        for machine in machines {
+            let source = &self.sources[machine];
+            let stem = names::safe(&open::stem(self.registry, &source.opened.location), "vm");
+            let path: Location = directory.join(unique.issue(&stem, &self.format.extension())).into();
+            let disks: Vec<Slot> = rest.iter().filter(|slot| of(slot) == machine).copied().collect();
+            self.check_number(&disks)?;
+            let described = source.opened.image.info().machine.as_ref();
+            let described = described.map(|found| sources::of_selected(found, machine, self.selected));
+            let output = self.output(self.destination(&path)?, self.format.clone(), disks);
+            let attachments = source.attachments().to_vec();
+            layout.outputs.push(PlannedOutput { attachments, machine: described.map(Box::new), ..output });
+        }
+        Ok(())
+    }
+
+    /// Refuses several machines in one archive, which would keep the description of one at most. Disks that the user
+    /// chose by name, or gave a configuration, are one machine.
+    fn refuse_one_archive(&self, dest: &Location, rest: &[Slot]) -> Result<()> {
+        let is_described = |source: &OpenSource| {
+            source.opened.image.info().machine.is_some() || !source.attachments().is_empty()
+        };
+        let has_disk =
+            |machine: &usize| rest.iter().any(|slot| self.selected[slot.index()].source == *machine);
+        let machines = self.machines();
+        let number =
+            machines.iter().filter(|index| is_described(&self.sources[**index]) && has_disk(index)).count();
+        if number < 2 || self.disks_named || self.attachments_given {
+            return Ok(());
+        }
+        let name = self.format.driver.name();
+        Err(Error::usage(format!("{number} machines do not go into one {name} archive")).path(dest).hint(
+            "a directory (a name that ends in '/') takes an archive for each; or name the disks of one machine",
+        ))
     }
 
     /// Plans a directory for the disks and configurations, with a directory in it for each of several machines.

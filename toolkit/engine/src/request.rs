@@ -270,7 +270,8 @@ impl OpenConversion<'_> {
             self.notes.extend(notes.into_iter().map(Note::Text));
         }
         if self.format.is_archive() {
-            let notes = sources::name_for_archive(&self.sources, &mut self.selected);
+            let apart = self.layout_request(Vec::new(), false).archives_apart();
+            let notes = sources::name_for_archive(&self.sources, &mut self.selected, apart);
             self.notes.extend(notes.into_iter().map(Note::Text));
         }
         Ok(())
@@ -279,6 +280,24 @@ impl OpenConversion<'_> {
     /// Returns the selected disks. The caller may rename them before [`OpenConversion::plan`].
     pub fn selected(&mut self) -> &mut [SelectedDisk] {
         &mut self.selected
+    }
+
+    /// Returns the request for the layout of the outputs, with these configurations.
+    fn layout_request(&self, attachments: Vec<Attachment>, attachments_given: bool) -> LayoutRequest<'_> {
+        LayoutRequest {
+            registry: self.registry,
+            sources: &self.sources,
+            selected: &self.selected,
+            format: &self.format,
+            format_stated: self.request.format.is_some(),
+            dest: self.request.dest.as_ref(),
+            disk_targets: &self.request.disk_targets,
+            disks_named: !self.request.disks.is_empty(),
+            attachments,
+            attachments_given,
+            in_place: self.request.in_place,
+            overwrite: self.request.overwrite,
+        }
     }
 
     /// Decides every output. Selects the disks first, unless [`OpenConversion::select`] has done so.
@@ -299,20 +318,7 @@ impl OpenConversion<'_> {
                 }
             }
         }
-        let mut layout: Layout = LayoutRequest {
-            registry: self.registry,
-            sources: &self.sources,
-            selected: &self.selected,
-            format: &self.format,
-            format_stated: self.request.format.is_some(),
-            dest: self.request.dest.as_ref(),
-            disk_targets: &self.request.disk_targets,
-            disks_named: !self.request.disks.is_empty(),
-            attachments,
-            in_place: self.request.in_place,
-            overwrite: self.request.overwrite,
-        }
-        .layout()?;
+        let mut layout: Layout = self.layout_request(attachments, !own).layout()?;
         layout.notes.extend(self.notes);
         if let Some(broken) = self.request.bitmaps {
             if self.request.open.snapshot.is_some() {

@@ -293,8 +293,13 @@ pub(crate) fn leave_out_platform_state(
 pub const VMSTATE: &str = "vmstate";
 
 /// Makes the names unique and, unless the user chose them, acceptable to every reader of archives. Turns a
-/// device called [`VMSTATE`] into guest state. Returns a note for each changed name.
-pub(crate) fn name_for_archive(sources: &[OpenSource], selected: &mut [SelectedDisk]) -> Vec<String> {
+/// device called [`VMSTATE`] into guest state. With `apart`, each source gets an archive of its own. Returns a note for
+/// each changed name.
+pub(crate) fn name_for_archive(
+    sources: &[OpenSource],
+    selected: &mut [SelectedDisk],
+    apart: bool,
+) -> Vec<String> {
     let mut notes = Vec::new();
     let mut used = HashSet::new();
     for disk in selected {
@@ -306,7 +311,8 @@ pub(crate) fn name_for_archive(sources: &[OpenSource], selected: &mut [SelectedD
         }
         let mut name = plain.clone();
         let mut number = 2u64;
-        while !used.insert(name.clone()) {
+        let archive = apart.then_some(disk.source);
+        while !used.insert((archive, name.clone())) {
             name = format!("{plain}-{number}");
             number += 1;
         }
