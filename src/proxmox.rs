@@ -95,7 +95,8 @@ pub fn pack(
         && is_complete(&old_map, disks)
     {
         // The file comes from an archive with these disks: it stays as it is.
-        let notes = vec![format!("{CONFIG_NAME}: {} as it is", path.display())];
+        let mut notes = vec![format!("{CONFIG_NAME}: {} as it is", path.display())];
+        notes.extend(wrong_values(&config, &[]));
         return Ok(Packed { config: Attachment { name: CONFIG_NAME.to_owned(), ..bytes.clone() }, notes });
     }
     for (key, value) in &overrides {
@@ -105,13 +106,16 @@ pub fn pack(
     let vmid = file_name.and_then(name::vmid_of).or_else(|| base.vmid()).unwrap_or(ANY_VMID);
     let mut devices: Vec<Device> = disks.iter().map(device).collect();
     let found = dialect::assign(&config, &old_map, &devices);
-    let notes = notes(base, &overrides, &config, &found, labels);
+    refuse_unclear(&found, labels)?;
+    let mut notes = notes(base, &overrides, &config, &found, labels);
+    notes.extend(doubts(&config, &found, disks, labels));
     found.without_disk.iter().for_each(|drive| config.remove(drive));
     let is_for_guest = !matches!(base, Base::Nothing) || !overrides.is_empty();
     // A colon ends a name in a map line.
     let has_colon = disks.iter().any(|disk| disk.name.contains(':'));
     let renames = is_for_guest || has_colon || dest.is_some_and(is_for_proxmox);
     let map = dialect::add_drives(&mut config, &found, &mut devices, vmid, renames);
+    check_boot(&config, &overrides)?;
     for (disk, device) in disks.iter_mut().zip(devices) {
         disk.name = device.name;
     }
@@ -120,6 +124,48 @@ pub fn pack(
     }
     let data = config.text(&map).into_bytes();
     Ok(Packed { config: Attachment { name: CONFIG_NAME.to_owned(), data }, notes })
+}
+
+/// Refuses a boot order of `--proxmox` with a device that the guest does not have.
+fn check_boot(config: &GuestConfig, overrides: &[(String, String)]) -> Result<()> {
+    let order =
+        overrides.iter().find(|(key, _)| key == "boot").and_then(|(_, value)| value.strip_prefix("order="));
+    let missing = order.and_then(|order| order.split(';').find(|name| config.get(name).is_none()));
+    let Some(missing) = missing else { return Ok(()) };
+    let drives: Vec<&str> =
+        config.settings().map(|(key, _)| key).filter(|key| dialect::is_bootable(key)).collect();
+    Err(Error::usage(format!("--proxmox boot: the guest has no {missing}"))
+        .hint(format!("its drives are {}", drives.join(", "))))
+}
+
+/// Refuses disks of which nobody knows what drive they are. A wrong one boots nothing, and is found out only after the
+/// guest was restored.
+fn refuse_unclear(found: &Assignment, labels: &[String]) -> Result<()> {
+    let label = |index: usize| labels.get(index).map_or("a disk", |label| &**label);
+    let Some(first) = found.unclear.first() else { return Ok(()) };
+    let drives = found.drives.iter().enumerate();
+    let names: Vec<String> =
+        drives.filter_map(|(index, drive)| Some(format!("{}={}", drive.as_ref()?, label(index)))).collect();
+    Err(Error::usage(format!(
+        "{}: by name and size it is none of the drives of the configuration that are left",
+        label(*first)
+    ))
+    .hint(format!("say which drive each file is, for example {}", names.join(" "))))
+}
+
+/// Returns a note for each disk that is hardly the drive that its name or the order gives it.
+fn doubts(
+    config: &GuestConfig,
+    found: &Assignment,
+    disks: &[SelectedDisk],
+    labels: &[String],
+) -> Vec<String> {
+    let of_disk = |((drive, disk), label): ((&Option<String>, &SelectedDisk), &String)| {
+        let drive = drive.as_ref()?;
+        let why = dialect::doubt(config, drive, disk.device.size)?;
+        Some(format!("is {drive} really {label}? {why}"))
+    };
+    found.drives.iter().zip(disks).zip(labels).filter_map(of_disk).collect()
 }
 
 /// Returns a disk as the device of the archive.
@@ -194,7 +240,17 @@ fn notes(
     if !config.unknown.is_empty() {
         notes.push(format!("unknown to Proxmox VE 9, kept: {}", config.unknown.join(", ")));
     }
+    notes.extend(wrong_values(config, &keys));
     notes
+}
+
+/// Returns a note on the values of a configuration that Proxmox VE does not take, except those of the `replaced` keys.
+fn wrong_values(config: &GuestConfig, replaced: &[&str]) -> Option<String> {
+    let is_replaced = |line: &str| replaced.iter().any(|key| line.starts_with(&format!("{key} (")));
+    let wrong: Vec<&str> =
+        config.wrong.iter().map(|line| &**line).filter(|line| !is_replaced(line)).collect();
+    let list = wrong.join("; ");
+    (!wrong.is_empty()).then(|| format!("not valid in Proxmox VE 9, which may drop them, kept: {list}"))
 }
 
 /// Returns notes on disks without a map line in the configuration, and on map lines without a disk.

@@ -37,6 +37,45 @@ fn config(directory: &Path, archive: &str) -> String {
     imgtool(["vma", "config", archive]).within(directory).ok().text()
 }
 
+/// The big disk was grown after the configuration was saved, so only the others have a telling size.
+#[test]
+fn firmware_variables_and_a_tpm_are_not_taken_for_the_disk() {
+    let dir = workshop();
+    for (name, size) in [("vars.raw", 540_672), ("tpm.raw", 4 << 20), ("win.raw", 80 << 20)] {
+        std::fs::File::create(dir.path().join(name)).unwrap().set_len(size).unwrap();
+    }
+    let text = "bios: ovmf\nboot: order=scsi0\nefidisk0: local-lvm:vm-200-disk-0,efitype=4m,size=4M\n\
+        scsi0: local-lvm:vm-200-disk-1,size=64M\ntpmstate0: local-lvm:vm-200-disk-2,size=4M,version=v2.0\n";
+    std::fs::write(dir.path().join("200.conf"), text).unwrap();
+    let convert = |args: &[&str]| imgtool(["convert", "--config", "200.conf"]).args(args).within(dir.path()).go();
+    for (number, order) in
+        [["vars.raw", "win.raw", "tpm.raw"], ["tpm.raw", "win.raw", "vars.raw"]].iter().enumerate()
+    {
+        let archive = format!("{number}.vma");
+        let run = convert(&[&order[..], &[&archive]].concat()).exits(0);
+        run.says("scsi0 is win.raw").says("efidisk0 is vars.raw").says("tpmstate0 is tpm.raw");
+    }
+    convert(&["vars.raw", "alone.vma"]).exits(0).says("efidisk0 is vars.raw").says("no disk for scsi0");
+    std::fs::copy(dir.path().join("win.raw"), dir.path().join("data.raw")).unwrap();
+    let run = convert(&["vars.raw", "win.raw", "data.raw", "more.vma"]).exits(2);
+    run.says("data.raw: by name and size").says("efidisk0=vars.raw scsi0=win.raw");
+    let named = ["efidisk0=win.raw", "scsi0=vars.raw", "named.vma"];
+    convert(&named).exits(0).says("is efidisk0 really win.raw?").says("is scsi0 really vars.raw?");
+}
+
+#[test]
+fn values_that_proxmox_does_not_take_are_refused_or_noted() {
+    let dir = workshop();
+    for setting in ["cpu=bogus", "vga=none,memory=1", "boot=order=scsi9", "smbios1=uuid=x", "ipconfig0=ip=foo"] {
+        let line = ["convert", "a.raw", "--proxmox", setting, "x.vma"];
+        imgtool(line).within(dir.path()).go().exits(2).says("--proxmox");
+    }
+    std::fs::write(dir.path().join("1.conf"), "cores: 0\nmemory: abc\nname: web\nostype: l26\n").unwrap();
+    let run = imgtool(["convert", "a.raw", "--config", "1.conf", "x.vma"]).within(dir.path()).ok();
+    run.says("not valid in Proxmox VE 9").says("cores ('0' is not").says("memory ('abc' is not");
+    assert!(config(dir.path(), "x.vma").contains("memory: abc\n"));
+}
+
 #[test]
 fn packs_a_plain_configuration_as_a_backup_does() {
     let dir = workshop();

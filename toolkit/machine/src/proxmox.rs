@@ -14,7 +14,7 @@ mod tests;
 use imgtool_core::Device;
 
 pub use config::{GuestConfig, MAP_LINE, MapEntry, map_entries};
-pub use drives::{Assignment, assign, is_bootable, is_disk};
+pub use drives::{Assignment, assign, doubt, is_bootable, is_disk};
 pub use parse::parse;
 pub use print::{Settings, for_archive, settings};
 

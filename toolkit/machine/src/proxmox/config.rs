@@ -34,6 +34,8 @@ pub struct GuestConfig {
     pub left_out: Vec<String>,
     /// Settings that Proxmox VE does not know.
     pub unknown: Vec<String>,
+    /// Settings with values that Proxmox VE does not take, and what is wrong with them.
+    pub wrong: Vec<String>,
     /// The first line that is no setting, with its number.
     pub bad_line: Option<(usize, String)>,
 }
@@ -93,6 +95,9 @@ impl GuestConfig {
         }
         if !keys::is_known(key) {
             self.unknown.push(key.to_owned());
+        }
+        if let Some(what) = keys::wrong_value(key, value.trim()) {
+            self.wrong.push(format!("{key} ({what})"));
         }
         self.lines.push(Line::Setting(key.to_owned(), value.trim().to_owned()));
         Some(())

@@ -82,7 +82,7 @@ fn drive_lines(config: &GuestConfig) -> Vec<DriveLine> {
         .map(|(key, value)| DriveLine {
             name: key.to_owned(),
             volume: stem(volume(value)).to_owned(),
-            size: value.split(',').find_map(|option| option.strip_prefix("size=")).and_then(parse_size),
+            size: stated_size(value),
         })
         .collect();
     lines.sort_by_key(|line| place(&line.name));
@@ -129,11 +129,13 @@ pub struct Assignment {
     pub drives: Vec<Option<String>>,
     /// Drives of the configuration that no disk was found for.
     pub without_disk: Vec<String>,
+    /// Indices of disks that fit no drive that is left. Their drives are guesses, which the user must confirm.
+    pub unclear: Vec<usize>,
 }
 
 /// Assigns a drive to each disk: by the assignments `map` of an earlier archive or of a machine, by its name, by the
 /// name of a drive's volume, by its size if that is unique, or in order; a further disk gets a free drive, SCSI
-/// first. The names of `disks` are those of the archive.
+/// first. The firmware's and the TPM's drive get only disks that can be theirs. The names of `disks` are those of the archive.
 pub fn assign(config: &GuestConfig, map: &[MapEntry], disks: &[Device]) -> Assignment {
     let mut open = drive_lines(config);
     let mut drives: Vec<Option<String>> = vec![None; disks.len()];
@@ -162,20 +164,14 @@ pub fn assign(config: &GuestConfig, map: &[MapEntry], disks: &[Device]) -> Assig
             drives[index] = Some(open.remove(place).name);
         }
     }
-    for index in free(&drives) {
-        let size = disks[index].size;
-        let fits = |line: &DriveLine| line.size == Some(size);
-        let is_only_disk = free(&drives).iter().filter(|other| disks[**other].size == size).count() == 1;
-        let place = open.iter().position(fits).filter(|_| is_only_disk);
-        if let (Some(place), 1) = (place, open.iter().filter(|line| fits(line)).count()) {
-            drives[index] = Some(open.remove(place).name);
-        }
-    }
-    for index in free(&drives) {
-        if !open.is_empty() {
-            drives[index] = Some(open.remove(0).name);
-        }
-    }
+    let mut unclear = Unclear { open: &mut open, drives: &mut drives, disks };
+    unclear.by_kind_in_name();
+    unclear.by_size();
+    unclear.by_state_size();
+    unclear.in_order();
+    let is_unclear = unclear.is_left();
+    let unclear = if is_unclear { free(&drives) } else { Vec::new() };
+    guess(&mut open, &mut drives, disks, &unclear);
     used.extend(config.settings().map(|(key, _)| key.to_owned()));
     for index in free(&drives) {
         let mut names = BUSES
@@ -184,7 +180,170 @@ pub fn assign(config: &GuestConfig, map: &[MapEntry], disks: &[Device]) -> Assig
             .flat_map(|bus| (0..bus.drives).map(move |number| format!("{}{number}", bus.name)));
         drives[index] = names.find(|drive| used.insert(drive.clone()));
     }
-    Assignment { drives, without_disk: open.into_iter().map(|line| line.name).collect() }
+    Assignment { drives, without_disk: open.into_iter().map(|line| line.name).collect(), unclear }
+}
+
+/// Largest disk of firmware variables on x86-64: 528 KiB, which LVM and ZFS round up, to 4 MiB at most (qm.conf(5):
+/// efitype).
+const EFI_DISK_MOST: u64 = 4 << 20;
+
+/// Sizes of OVMF's variables as files: efitype 2m and 4m. On aarch64 they have 64 MiB, as other disks can.
+const EFI_DISKS: [u64; 3] = [128 << 10, 528 << 10, EFI_DISK_OF_ARM];
+const EFI_DISK_OF_ARM: u64 = 64 << 20;
+
+/// Size of a TPM's state, the only one that Proxmox VE makes.
+const TPM_STATE: u64 = 4 << 20;
+
+/// True if a disk of this size can be the drive: the firmware's and the TPM's are small.
+fn can_be(drive: &str, size: u64) -> bool {
+    match bus_of(drive).map(|bus| bus.name) {
+        Some("efidisk") => size <= EFI_DISK_MOST || size == EFI_DISK_OF_ARM,
+        Some("tpmstate") => size == TPM_STATE,
+        _ => true,
+    }
+}
+
+/// Returns why a disk of this size is hardly the drive that it was given to; `None` if nothing speaks against it.
+pub fn doubt(config: &GuestConfig, drive: &str, size: u64) -> Option<String> {
+    if !can_be(drive, size) {
+        let what =
+            if drive == "tpmstate0" { "a TPM's state has 4 MiB" } else { "EFI variables have up to 4 MiB" };
+        return Some(format!("{what}, this disk {size} bytes"));
+    }
+    let stated =
+        config.get(drive).and_then(stated_size).filter(|stated| is_bootable(drive) && size < *stated)?;
+    Some(format!("its line states {stated} bytes, this disk has {size}"))
+}
+
+/// Returns the size in bytes that a drive line states.
+fn stated_size(line: &str) -> Option<u64> {
+    line.split(',').find_map(|option| option.strip_prefix("size=")).and_then(parse_size)
+}
+
+/// Returns the drive that the name of a disk's file speaks of: `win11-efivars`, `OVMF_VARS`, `tpm`.
+fn state_by_name(name: &str) -> Option<&'static str> {
+    let name = name.to_lowercase();
+    let mut words = name.split(|c: char| !c.is_ascii_alphanumeric());
+    words.find_map(|word| {
+        let begins = |with: &[&str]| with.iter().any(|start| word.starts_with(start));
+        match word {
+            "vars" => Some("efidisk0"),
+            _ if begins(&["efi", "uefi", "ovmf", "nvram"]) => Some("efidisk0"),
+            _ if begins(&["tpm", "vtpm", "swtpm"]) => Some("tpmstate0"),
+            _ => None,
+        }
+    })
+}
+
+/// Disks without a drive, and the drive lines that are left for them.
+struct Unclear<'a> {
+    open: &'a mut Vec<DriveLine>,
+    drives: &'a mut [Option<String>],
+    disks: &'a [Device],
+}
+
+impl Unclear<'_> {
+    /// Returns the disks without a drive.
+    fn free(&self) -> Vec<usize> {
+        let is_free = |index: &usize| self.drives[*index].is_none() && is_disk(&self.disks[*index]);
+        (0..self.disks.len()).filter(is_free).collect()
+    }
+
+    /// Gives the drive of the open line at `place` to a disk.
+    fn give(&mut self, index: usize, place: usize) {
+        self.drives[index] = Some(self.open.remove(place).name);
+    }
+
+    fn place_of(&self, drive: &str) -> Option<usize> {
+        self.open.iter().position(|line| line.name == drive)
+    }
+
+    fn by_kind_in_name(&mut self) {
+        for index in self.free() {
+            let drive = state_by_name(&self.disks[index].name);
+            let drive = drive.filter(|drive| can_be(drive, self.disks[index].size));
+            if let Some(place) = drive.and_then(|drive| self.place_of(drive)) {
+                self.give(index, place);
+            }
+        }
+    }
+
+    /// Gives a drive to each disk whose size is that of one line, and of no other line and disk.
+    fn by_size(&mut self) {
+        for index in self.free() {
+            let size = self.disks[index].size;
+            let fits = |line: &DriveLine| line.size == Some(size) && can_be(&line.name, size);
+            let is_only_disk =
+                self.free().iter().filter(|other| self.disks[**other].size == size).count() == 1;
+            let place = self.open.iter().position(fits).filter(|_| is_only_disk);
+            if let (Some(place), 1) = (place, self.open.iter().filter(|line| fits(line)).count()) {
+                self.give(index, place);
+            }
+        }
+    }
+
+    /// Gives the firmware's and the TPM's drive to the only disk that can be theirs. Variables have a size of their
+    /// own as a file, so they come first.
+    fn by_state_size(&mut self) {
+        let is_file_of_efi = |size: u64| EFI_DISKS[..2].contains(&size);
+        self.give_only("efidisk0", &is_file_of_efi);
+        if self.place_of("efidisk0").is_none() {
+            self.give_only("tpmstate0", &|size| can_be("tpmstate0", size));
+        }
+        if self.place_of("tpmstate0").is_none() {
+            self.give_only("efidisk0", &|size| can_be("efidisk0", size));
+        }
+    }
+
+    /// Gives the drive to the disk whose size `fits`, if it is the only one.
+    fn give_only(&mut self, drive: &str, fits: &dyn Fn(u64) -> bool) {
+        let found: Vec<usize> =
+            self.free().into_iter().filter(|index| fits(self.disks[*index].size)).collect();
+        if let ([index], Some(place)) = (&*found, self.place_of(drive)) {
+            self.give(*index, place);
+        }
+    }
+
+    /// Gives the drives of the open lines, in order, to the first disk that is large enough. What does not fit stays
+    /// open if there is a choice of kinds; a single pair is no question.
+    fn in_order(&mut self) {
+        let lines: Vec<DriveLine> =
+            self.open.iter().filter(|line| is_bootable(&line.name)).cloned().collect();
+        let is_single = self.free().len() == 1 && lines.len() == 1;
+        for line in lines {
+            let may_be_state =
+                |size| self.open.iter().any(|other| !is_bootable(&other.name) && can_be(&other.name, size));
+            let fits = |index: &usize| {
+                let size = self.disks[*index].size;
+                (is_single || size >= line.size.unwrap_or(0)) && !may_be_state(size)
+            };
+            let found = self.free().into_iter().find(fits);
+            if let (Some(index), Some(place)) = (found, self.place_of(&line.name)) {
+                self.give(index, place);
+            }
+        }
+        // Without a firmware's or a TPM's drive there is no choice of kinds, only of sizes: the order counts.
+        while self.open.iter().all(|line| is_bootable(&line.name))
+            && let (Some(index), false) = (self.free().first().copied(), self.open.is_empty())
+        {
+            self.give(index, 0);
+        }
+    }
+
+    /// True if lines and disks are left that do not fit each other.
+    fn is_left(&self) -> bool {
+        !self.open.is_empty() && !self.free().is_empty()
+    }
+}
+
+/// Guesses the drives of the disks `unclear`, as a proposal for the user.
+fn guess(open: &mut Vec<DriveLine>, drives: &mut [Option<String>], disks: &[Device], unclear: &[usize]) {
+    for index in unclear {
+        let size = disks[*index].size;
+        let state = open.iter().position(|line| !is_bootable(&line.name) && can_be(&line.name, size));
+        let place = state.or_else(|| open.iter().position(|line| is_bootable(&line.name)));
+        drives[*index] = place.map(|place| open.remove(place).name);
+    }
 }
 
 /// Returns the drive after which a disk is named: `scsi0`, `drive-scsi0`, `drive-tpmstate0-backup`.
@@ -215,16 +374,49 @@ mod tests {
     #[test]
     fn disks_become_drives_by_name_volume_size_and_order() {
         let of = |list: &[(&str, u64)]| assigned(list).0;
+        let (small, large) = (10 << 30, 40 << 30);
         // Boot order first, the firmware's disk last.
-        assert_eq!(of(&[("a", 1), ("b", 2), ("c", 3)]), ["virtio1", "scsi0", "efidisk0"]);
-        assert_eq!(of(&[("a", 1), ("drive-virtio1", 2)]), ["scsi0", "virtio1"]);
-        assert_eq!(of(&[("vm-100-disk-0", 1), ("b", 2)]), ["scsi0", "virtio1"]);
+        assert_eq!(of(&[("a", small), ("b", large), ("c", 3)]), ["virtio1", "scsi0", "efidisk0"]);
+        assert_eq!(of(&[("a", large), ("drive-virtio1", 2)]), ["scsi0", "virtio1"]);
+        assert_eq!(of(&[("vm-100-disk-0", 1), ("b", small)]), ["scsi0", "virtio1"]);
         assert_eq!(of(&[("a", 4 << 20), ("b", 32 << 30), ("c", 8 << 30)]), ["efidisk0", "scsi0", "virtio1"]);
         // Two disks of one size: the order decides.
         assert_eq!(of(&[("a", 32 << 30), ("b", 32 << 30)]), ["virtio1", "scsi0"]);
         // Further disks get free drives. The line that backups exclude is not free either.
-        assert_eq!(of(&[("a", 1), ("b", 2), ("c", 3), ("d", 4)]), ["virtio1", "scsi0", "efidisk0", "scsi2"]);
-        assert_eq!(assigned(&[("a", 1)]).1, ["scsi0", "efidisk0"]);
+        let four = [("a", small), ("b", large), ("c", 3), ("d", large)];
+        assert_eq!(of(&four), ["virtio1", "scsi0", "efidisk0", "scsi2"]);
+        assert_eq!(assigned(&[("a", small)]).1, ["scsi0", "efidisk0"]);
+    }
+
+    #[test]
+    fn firmware_and_tpm_get_only_disks_that_can_be_theirs() {
+        let config = "boot: order=scsi0\nefidisk0: l:vm-200-disk-0,efitype=4m,size=4M\n\
+            scsi0: l:vm-200-disk-1,size=64G\ntpmstate0: l:vm-200-disk-2,size=4M,version=v2.0\n";
+        let config = GuestConfig::parse(config).expect("a configuration");
+        let found = |list: &[(&str, u64)]| {
+            let found = assign(&config, &[], &disks(list));
+            (found.drives.into_iter().map(Option::unwrap_or_default).collect::<Vec<_>>(), found.unclear)
+        };
+        let (vars, tpm, disk) = (528 << 10, 4 << 20, 80 << 30);
+        let all = |names: [&str; 3]| (names.map(str::to_owned).to_vec(), Vec::new());
+        // By the file's name, and by its size alone, in any order.
+        for names in [["efivars", "win", "tpm"], ["a", "b", "c"]] {
+            let [a, b, c] = names;
+            assert_eq!(found(&[(a, vars), (b, disk), (c, tpm)]), all(["efidisk0", "scsi0", "tpmstate0"]));
+            assert_eq!(found(&[(c, tpm), (b, disk), (a, vars)]), all(["tpmstate0", "scsi0", "efidisk0"]));
+        }
+        let rounded = [("WIN_VARS", tpm), ("disk", disk), ("vtpm", tpm)];
+        assert_eq!(found(&rounded), all(["efidisk0", "scsi0", "tpmstate0"]));
+        // The variables alone are not the disk.
+        assert_eq!(found(&[("x", vars)]), (vec!["efidisk0".to_owned()], vec![]));
+        // Two disks that could be either, a disk that is too small, and one that could be neither.
+        assert_eq!(found(&[("a", tpm), ("b", disk), ("c", tpm)]).1, [0, 2]);
+        assert_eq!(found(&[("efi", vars), ("b", 10 << 30), ("c", 10 << 30)]).1, [1, 2]);
+        assert_eq!(found(&[("efi", vars), ("b", 10 << 30)]).1, Vec::<usize>::new());
+        assert_eq!(found(&[("a", disk), ("b", disk)]).1, [1]);
+        assert!(doubt(&config, "efidisk0", disk).is_some_and(|why| why.contains("4 MiB")));
+        assert!(doubt(&config, "scsi0", vars).is_some_and(|why| why.contains("68719476736")));
+        assert_eq!(doubt(&config, "scsi0", disk), None);
     }
 
     #[test]

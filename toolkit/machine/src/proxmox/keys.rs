@@ -2,7 +2,9 @@
 
 use imgtool_core::{parse_size, suggest};
 
-use Kind::{Bool, DiskSize, DnsName, Mac, Number, OneOf, Properties, Text, Whole};
+use Kind::{Bool, DiskSize, DnsName, Form, Mac, Number, OneOf, Properties, Text, Whole};
+
+mod values;
 
 /// Values that a setting or a property takes.
 #[derive(Debug, Clone, Copy)]
@@ -21,6 +23,8 @@ enum Kind {
     Mac,
     /// Bytes, with K, M, G or T.
     DiskSize,
+    /// What this function accepts, and its name.
+    Form(fn(&str) -> bool, &'static str),
     /// Anything.
     Text,
     /// `VALUE,NAME=VALUE…`. The first property needs no name.
@@ -160,7 +164,7 @@ const MODELS: &[&str] = &[
 /// All settings that a user may give.
 const KEYS: &[Key] = &[
     one("acpi", Bool),
-    one("affinity", Text),
+    one("affinity", values::AFFINITY),
     one(
         "agent",
         Properties(&[
@@ -175,12 +179,12 @@ const KEYS: &[Key] = &[
     one("amd-sev", Text),
     one("arch", OneOf(&["aarch64", "x86_64"])),
     one("args", Text),
-    many("audio", 1, Text),
+    many("audio", 1, values::AUDIO),
     one("autostart", Bool),
     one("balloon", Whole(0, ANY)),
     one("bios", OneOf(&["ovmf", "seabios"])),
-    one("boot", Text),
-    one("bootdisk", Text),
+    one("boot", values::BOOT),
+    one("bootdisk", values::BOOT_DISK),
     one("cdrom", Text),
     one("cicustom", Text),
     one("cipassword", Text),
@@ -188,9 +192,9 @@ const KEYS: &[Key] = &[
     one("ciupgrade", Bool),
     one("ciuser", Text),
     one("cores", Whole(1, ANY)),
-    one("cpu", Text),
+    one("cpu", values::CPU),
     one("cpulimit", Number(0.0, 128.0)),
-    one("cpuunits", Whole(0, 500_000)),
+    one("cpuunits", Whole(1, 500_000)),
     one("description", Text),
     many(
         "efidisk",
@@ -207,18 +211,18 @@ const KEYS: &[Key] = &[
     ),
     one("freeze", Bool),
     one("hookscript", Text),
-    many("hostpci", 16, Text),
-    one("hotplug", Text),
+    many("hostpci", 16, values::HOSTPCI),
+    one("hotplug", values::HOTPLUG),
     one("hugepages", OneOf(&["1024", "2", "any"])),
     many("ide", 4, DRIVE),
     one("intel-tdx", Text),
-    many("ipconfig", 32, Text),
-    one("ivshmem", Text),
+    many("ipconfig", 32, values::IPCONFIG),
+    one("ivshmem", values::IVSHMEM),
     one("keephugepages", Bool),
-    one("keyboard", Text),
+    one("keyboard", values::KEYBOARD),
     one("kvm", Bool),
     one("localtime", Bool),
-    one("machine", Text),
+    one("machine", values::MACHINE),
     one("memory", Properties(&[("current", Whole(16, ANY))])),
     one("migrate_downtime", Number(0.0, f64::MAX)),
     one("migrate_speed", Whole(0, ANY)),
@@ -226,7 +230,7 @@ const KEYS: &[Key] = &[
     one("nameserver", Text),
     many("net", 32, NETWORK),
     one("numa", Bool),
-    many("numa", 8, Text),
+    many("numa", 8, values::NUMA),
     one("onboot", Bool),
     one(
         "ostype",
@@ -235,23 +239,23 @@ const KEYS: &[Key] = &[
             "wvista", "wxp",
         ]),
     ),
-    many("parallel", 3, Text),
+    many("parallel", 3, values::PARALLEL),
     one("protection", Bool),
     one("reboot", Bool),
-    many("rng", 1, Text),
+    many("rng", 1, values::RNG),
     many("sata", 6, DRIVE),
     many("scsi", 31, DRIVE),
     one("scsihw", OneOf(&["lsi", "lsi53c810", "megasas", "pvscsi", "virtio-scsi-pci", "virtio-scsi-single"])),
     one("searchdomain", Text),
-    many("serial", 4, Text),
+    many("serial", 4, values::SERIAL),
     one("shares", Whole(0, 50_000)),
-    one("smbios1", Text),
+    one("smbios1", values::SMBIOS),
     one("smp", Whole(1, ANY)),
     one("sockets", Whole(1, ANY)),
-    one("spice_enhancements", Text),
+    one("spice_enhancements", values::SPICE),
     one("sshkeys", Text),
-    one("startdate", Text),
-    one("startup", Text),
+    one("startdate", values::START_DATE),
+    one("startup", values::STARTUP),
     one("tablet", Bool),
     one("tags", Text),
     one("tdf", Bool),
@@ -267,14 +271,14 @@ const KEYS: &[Key] = &[
             ("version", OneOf(&["v1.2", "v2.0"])),
         ]),
     ),
-    many("usb", 15, Text),
+    many("usb", 15, values::USB),
     one("vcpus", Whole(1, ANY)),
-    one("vga", Text),
+    one("vga", values::VGA),
     many("virtio", 16, DRIVE),
     many("virtiofs", 10, Text),
-    one("vmgenid", Text),
+    one("vmgenid", values::GENERATION),
     one("vmstatestorage", Text),
-    one("watchdog", Text),
+    one("watchdog", values::WATCHDOG),
 ];
 
 /// Settings that Proxmox VE keeps for itself, with the reason why a backup has none.
@@ -338,6 +342,13 @@ fn find(key: &str) -> Option<&'static Key> {
         let number: u32 = number.parse().ok().filter(|_| is_plain)?;
         KEYS.iter().find(|known| known.name == front && number < known.count)
     })
+}
+
+/// Returns what is wrong with the value of a setting that a guest's configuration has; `None` also for settings that
+/// Proxmox VE keeps for itself, and for unknown ones.
+pub fn wrong_value(key: &str, value: &str) -> Option<String> {
+    let known = find(key).filter(|_| !is_internal(key))?;
+    check_value(known.kind, value).err()
 }
 
 /// Checks a setting.
@@ -405,6 +416,7 @@ fn check_value(kind: Kind, value: &str) -> Result<(), String> {
             let number = value.strip_suffix(['K', 'M', 'G', 'T']).unwrap_or(value);
             number.parse::<f64>().is_ok_and(|n| n >= 0.0)
         }
+        Form(accepts, _) => accepts(value),
         Text => true,
         Properties(known) => return check_properties(known, value),
     };
@@ -463,6 +475,7 @@ fn noun(kind: Kind) -> String {
         DnsName => "a name of letters, digits, '-' and '.'".to_owned(),
         Mac => "a MAC address".to_owned(),
         DiskSize => "a size such as 32G".to_owned(),
+        Form(_, noun) => noun.to_owned(),
         Text => "a text".to_owned(),
         Properties(known) => known.first().map_or_else(String::new, |(_, kind)| noun(*kind)),
     }
@@ -479,6 +492,7 @@ fn expected(kind: Kind, key: &str) -> Advice {
         (_, OneOf(words)) => words.first().map_or_else(String::new, |word| (*word).to_owned()),
         (_, Whole(least, _)) => least.max(1).to_string(),
         _ if key.starts_with("net") => "virtio,bridge=vmbr0".to_owned(),
+        (_, Form(_, noun)) => return Advice::Text(format!("{key} takes {noun}")),
         (_, Properties([("file", _), ..])) => "local-lvm:vm-100-disk-0,size=32G".to_owned(),
         _ => return Advice::Text(format!("qm.conf(5) of Proxmox VE describes {key}")),
     };
