@@ -222,8 +222,8 @@ fn names_a_target(path: &OsStr, disk_targets: &[DiskTarget]) -> bool {
 
 fn rate_limit(args: &ConvertArgs) -> Result<Option<u64>> {
     let Some(text) = &args.work.rate_limit else { return Ok(None) };
-    let rate = parse_size(text).filter(|rate| *rate > 0);
-    rate.map(Some).ok_or_else(|| {
+    // 0 is no limit, as in qemu-img.
+    parse_size(text).map(|rate| (rate > 0).then_some(rate)).ok_or_else(|| {
         Error::usage(format!("invalid value '{text}' for -r: expected bytes per second, such as 50M"))
     })
 }

@@ -47,7 +47,8 @@ fn firmware_variables_and_a_tpm_are_not_taken_for_the_disk() {
     let text = "bios: ovmf\nboot: order=scsi0\nefidisk0: local-lvm:vm-200-disk-0,efitype=4m,size=4M\n\
         scsi0: local-lvm:vm-200-disk-1,size=64M\ntpmstate0: local-lvm:vm-200-disk-2,size=4M,version=v2.0\n";
     std::fs::write(dir.path().join("200.conf"), text).unwrap();
-    let convert = |args: &[&str]| imgtool(["convert", "--config", "200.conf"]).args(args).within(dir.path()).go();
+    let convert =
+        |args: &[&str]| imgtool(["convert", "--config", "200.conf"]).args(args).within(dir.path()).go();
     for (number, order) in
         [["vars.raw", "win.raw", "tpm.raw"], ["tpm.raw", "win.raw", "vars.raw"]].iter().enumerate()
     {
@@ -66,7 +67,9 @@ fn firmware_variables_and_a_tpm_are_not_taken_for_the_disk() {
 #[test]
 fn values_that_proxmox_does_not_take_are_refused_or_noted() {
     let dir = workshop();
-    for setting in ["cpu=bogus", "vga=none,memory=1", "boot=order=scsi9", "smbios1=uuid=x", "ipconfig0=ip=foo"] {
+    for setting in
+        ["cpu=bogus", "vga=none,memory=1", "boot=order=scsi9", "smbios1=uuid=x", "ipconfig0=ip=foo"]
+    {
         let line = ["convert", "a.raw", "--proxmox", setting, "x.vma"];
         imgtool(line).within(dir.path()).go().exits(2).says("--proxmox");
     }

@@ -10,7 +10,7 @@ use crate::check::{self, Correction};
 use crate::layout::entry::{L1Entry, L2Entry, Shape};
 use crate::layout::header::{Header, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_DIRTY};
 use crate::layout::table::{decode_table, encode_table};
-use crate::update::refcounts::RefcountEditor;
+use crate::update::refcounts::{NEW_IMAGE, RefcountEditor};
 
 /// File offset of the field "incompatible_features". Specification, "Header".
 const INCOMPATIBLE_FIELD: u64 = 72;
@@ -28,7 +28,7 @@ pub fn repair(output: &Output, what: Repair, options: &OpenOptions) -> Result<Ch
         let first = found.report.findings.first().map(|finding| format!(" ({finding})")).unwrap_or_default();
         return Err(Error::refused(format!("the tables of the image are damaged{first}"))
             .path(output.location())
-            .hint("try 'qemu-img check -r all' on a copy, or salvage what is intact"));
+            .hint(NEW_IMAGE));
     }
     header.clear_unknown_autoclear(output)?;
     let mut refcounts = RefcountEditor::open(output, &header, &options.memory)?;

@@ -25,6 +25,10 @@ const MAX_HOST_OFFSET: u64 = 1 << 56;
 /// "Header".
 const REFCOUNT_TABLE_FIELD: u64 = 48;
 
+/// Advice for tables that no repair here mends.
+pub(crate) const NEW_IMAGE: &str =
+    "convert it to a new image, which has new tables; QEMU's own qemu-img may mend a copy: check -r all";
+
 /// A refcount block in memory.
 struct Block {
     bytes: Vec<u8>,
@@ -164,10 +168,8 @@ impl RefcountEditor {
         let cluster = host_offset >> self.cluster_bits;
         let (entries, order) = (self.block_entries(), self.order);
         if self.block_offset(cluster / entries) == 0 {
-            return Err(Error::refused("a refcount block is missing")
-                .path(self.output.location())
-                .at(host_offset)
-                .hint("try 'qemu-img check -r all' on a copy"));
+            let what = format!("the refcount block of the cluster at {host_offset} is missing");
+            return Err(Error::refused(what).path(self.output.location()).hint(NEW_IMAGE));
         }
         let block = self.block(cluster / entries)?;
         set_refcount(&mut block.bytes, order, (cluster % entries) as usize, count);
