@@ -399,7 +399,7 @@ pub struct ManArgs {
 
 /// Flags that the help of `convert` shows, by their names in the definition. `--help-compat` and the manual
 /// page show the others.
-const FIRST_OF_CONVERT: [&str; 24] = [
+const FIRST_OF_CONVERT: [&str; 25] = [
     "paths",
     "help_compat",
     "help",

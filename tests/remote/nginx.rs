@@ -55,9 +55,11 @@ fn start(directory: &Path) -> Nginx {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
+    // Ends the process if it does not listen, too.
+    let server = Nginx { process, ports };
     for _ in 0..200 {
         if TcpStream::connect(("127.0.0.1", tls)).is_ok() {
-            return Nginx { process, ports };
+            return server;
         }
         std::thread::sleep(Duration::from_millis(50));
     }

@@ -141,12 +141,7 @@ struct Pass {
 
 impl Pass {
     /// Creates the pass over the member that the walker has just met, and adds its device to the facts.
-    fn new(
-        walker: Walker<Tape>,
-        entry: Entry,
-        conflict: Conflict,
-        mut info: ImageInfo,
-    ) -> (ImageInfo, Self) {
+    fn new(walker: Walker<Tape>, entry: Entry, conflict: Conflict, mut info: ImageInfo) -> (ImageInfo, Self) {
         info.devices.push(Device::disk(0, disks::stem(&entry.name), entry.size));
         let runs = match entry.kind {
             crate::tar::Kind::Sparse => entry.runs,

@@ -39,7 +39,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const ALL: [Target; 20] = [
+pub const ALL: [Target; 21] = [
     Target { name: "raw", run: raw::run, image: None },
     Target { name: "qcow2", run: qcow2::run, image: Some(qcow2::image) },
     Target { name: "vhdx", run: vhdx::run, image: Some(vhdx::image) },
