@@ -399,7 +399,7 @@ pub struct ManArgs {
 
 /// Flags that the help of `convert` shows, by their names in the definition. `--help-compat` and the manual
 /// page show the others.
-const FIRST_OF_CONVERT: [&str; 25] = [
+const FIRST_OF_CONVERT: [&str; 24] = [
     "paths",
     "help_compat",
     "help",
@@ -412,7 +412,6 @@ const FIRST_OF_CONVERT: [&str; 25] = [
     "no_create",
     "verify",
     "format",
-    "member",
     "allow_external",
     "secret",
     "snapshot",

@@ -79,7 +79,7 @@ complete -p imgtool"#;
         "qcow2",
         "json",
         "cluster_size=",
-        "preallocation= help",
+        "preallocation= encrypt= help",
         "block_size= block_state_zero= backing_file= backing_fmt=",
         "uuid= ctime= help",
         "cluster_size=",
@@ -102,7 +102,7 @@ fn fish_completes_formats_and_options() {
     for (line, wanted) in [
         ("imgtool convert -O qc", ["qcow2"].as_slice()),
         ("imgtool convert -o clu", &["cluster_size="]),
-        ("imgtool convert -O raw -o ", &["help", "preallocation="]),
+        ("imgtool convert -O raw -o ", &["encrypt=", "help", "preallocation="]),
         ("imgtool create -f vma -o ", &["ctime=", "help", "uuid="]),
         ("imgtool convert --to=vhdx --options=block_si", &["--options=block_size="]),
         ("imgtool convert -O qcow2 -o compat=", &["compat=0.10", "compat=1.1", "compat=v2", "compat=v3"]),

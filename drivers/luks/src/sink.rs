@@ -139,6 +139,10 @@ impl ImageSink for LuksSink {
         self.output().is_stream()
     }
 
+    fn in_guest_order(&self) -> bool {
+        self.append_only()
+    }
+
     fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
         for part in &prepared.parts {
             let position = self.header.payload_offset.checked_add(part.guest.start);

@@ -101,6 +101,10 @@ impl ImageSink for RawSink {
         self.output().is_stream()
     }
 
+    fn in_guest_order(&self) -> bool {
+        self.append_only()
+    }
+
     fn sharing(&self, _device: SinkDevice) -> Sharing {
         if self.options.stores_zeros || self.options.preallocation == Preallocation::Falloc {
             // The options ask for allocated space; blocks shared with the source would replace it.

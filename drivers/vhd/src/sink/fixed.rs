@@ -103,6 +103,10 @@ impl ImageSink for FixedSink {
         self.output().is_stream()
     }
 
+    fn in_guest_order(&self) -> bool {
+        self.append_only()
+    }
+
     fn place(&self, prepared: &Prepared, writes: &mut WriteList) -> Result<()> {
         for part in &prepared.parts {
             writes.push(OutputId::MAIN, part.guest.start, part.bytes.clone());

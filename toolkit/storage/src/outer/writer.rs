@@ -86,6 +86,25 @@ struct State {
     frames: FrameList,
     /// Units without data that were placed, but not compressed yet: at most one group.
     pending: Option<(SinkDevice, Empty)>,
+    /// Device and end of the last piece placed, in guest bytes.
+    last: Option<(SinkDevice, u64)>,
+}
+
+impl State {
+    /// Takes note of a piece of an image that is written in guest order. The frames follow each other, so that a
+    /// piece which comes late would end up in another place of the image.
+    fn advance(&mut self, piece: &Prepared) -> Result<()> {
+        match self.last {
+            Some((device, end)) if device == piece.device && piece.start < end => {
+                return Err(Error::out_of_order(
+                    "the content does not come in order, and a compressed image can't be written out of order",
+                )
+                .hint("save the source to a file, and convert from there"));
+            }
+            _ => self.last = Some((piece.device, piece.start + piece.len)),
+        }
+        Ok(())
+    }
 }
 
 /// Compressors and buffers for the compressed outputs of a run, which share them: a run needs only as many as
@@ -159,7 +178,7 @@ impl CompressedSink {
             pool,
             zero_frames: Mutex::default(),
             packed: Mutex::default(),
-            state: Mutex::new(State { file_offset: 0, frames, pending: None }),
+            state: Mutex::new(State { file_offset: 0, frames, pending: None, last: None }),
         })
     }
 
@@ -402,6 +421,9 @@ impl ImageSink for CompressedSink {
         let packed =
             lock(&self.packed).remove(&(prepared.device, prepared.start)).ok_or_else(not_prepared)?;
         let mut state = lock(&self.state);
+        if self.inner.in_guest_order() {
+            state.advance(prepared)?;
+        }
         for part in packed {
             match part {
                 Packed::Empty(empty) => self.place_empty(&mut state, prepared.device, empty, writes)?,
