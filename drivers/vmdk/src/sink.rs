@@ -148,6 +148,13 @@ impl NewImage {
                     .to_owned(),
             );
         }
+        if self.parent.as_ref().is_some_and(|parent| parent.is_stream) {
+            notes.push(
+                "the parent is a stream, whose content identifier does not show its content: readers accept any \
+                 stream of its size in its place; convert it to another subformat first"
+                    .to_owned(),
+            );
+        }
         notes
     }
 }

@@ -14,6 +14,8 @@ pub(super) struct Parent {
     /// Name of the parent, as the descriptor has it.
     pub(super) hint: String,
     virtual_size: u64,
+    /// True if its content identifier does not depend on its content.
+    pub(super) is_stream: bool,
 }
 
 impl Parent {
@@ -40,6 +42,10 @@ impl Parent {
                 )
             })?,
             hint: hint.strip_prefix("file:").unwrap_or(hint).to_owned(),
+            is_stream: info.facts.iter().any(|fact| {
+                fact.key == CREATE_TYPE
+                    && fact.value.as_str().is_some_and(|text| text.eq_ignore_ascii_case("streamOptimized"))
+            }),
             virtual_size: info.single("a VMDK image")?.size,
         })
     }
