@@ -20,19 +20,7 @@ pub(super) struct Parent {
 
 impl Parent {
     /// Takes the properties from the facts about the parent called `hint`.
-    ///
-    /// # Errors
-    /// `Unsupported` for a parent without a content identifier, and for a stream: its identifier may not depend on its
-    /// content, so that any stream of its size would be taken for the parent.
     pub(super) fn new(info: &ImageInfo, hint: &str) -> Result<Self> {
-        let create_type = info.facts.iter().find(|fact| fact.key == CREATE_TYPE);
-        let create_type = create_type.and_then(|fact| fact.value.as_str());
-        if create_type.is_some_and(|name| name.eq_ignore_ascii_case("streamOptimized")) {
-            return Err(Error::unsupported(
-                "the parent is a streamOptimized VMDK image, whose content identifier does not show its content",
-            )
-            .hint("convert it to the subformat monolithicSparse first, and name that as the parent"));
-        }
         let fact = info.facts.iter().find(|fact| fact.key == CID);
         let cid = fact.and_then(|fact| fact.value.as_u64()).and_then(|cid| u32::try_from(cid).ok());
         Ok(Self {
