@@ -115,7 +115,11 @@ fn what_can_not_be_read_is_not_cut_off() {
     imgtool(line).within(dir.path()).go().exits(1).says("beyond 4194304 bytes can't be read");
     imgtool(["convert", "-q", "disk.raw", "disk.raw.gz"]).within(dir.path()).ok();
     let line = ["convert", "--salvage", "--size", "4M", "disk.raw.gz", "x.raw"];
-    imgtool(line).within(dir.path()).go().exits(2).says("the size of a stream can't change while it is salvaged");
+    imgtool(line)
+        .within(dir.path())
+        .go()
+        .exits(2)
+        .says("the size of a stream can't change while it is salvaged");
     assert!(!dir.path().join("x.raw").exists());
 }
 

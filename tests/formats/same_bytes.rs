@@ -271,6 +271,30 @@ fn a_badly_shuffled_archive_in_a_file_can_be_compressed() {
     assert!(read("a.raw.qcow2") == read("vm.vma.qcow2"));
 }
 
+/// The frames of a compressed image follow each other, so that its content must come in guest order.
+#[test]
+fn a_shuffled_archive_becomes_a_compressed_disk_or_is_refused() {
+    let dir = tempdir();
+    let [(_, disk), _] = two_disks();
+    disk.write_raw(&dir.path().join("a.raw"));
+    let archive = Archive::of([("a", disk)]).shuffled(6).build().bytes;
+    std::fs::write(dir.path().join("vm.vma"), archive).unwrap();
+    let read = |name: &str| std::fs::read(dir.path().join(name)).unwrap();
+    for extension in ["raw", "raw.gz", "raw.zst", "vhd.gz -o subformat=fixed"] {
+        let name = extension.split(' ').next().unwrap();
+        for form in ["a.raw", "vm.vma"] {
+            convert(dir.path(), &format!("{form} {form}.{extension}"));
+        }
+        assert!(read(&format!("a.raw.{name}")) == read(&format!("vm.vma.{name}")), "{extension}");
+        let line = format!("convert -q - piped.{extension}");
+        let piped = imgtool(line.split(' ')).pipe_from(&dir.path().join("vm.vma")).within(dir.path()).go();
+        match extension {
+            "raw" => assert!(piped.exits(0).stderr.is_empty() && read("piped.raw") == read("a.raw")),
+            _ => assert!(piped.exits(1).stderr.contains("order"), "{extension}"),
+        }
+    }
+}
+
 #[test]
 fn an_interleaved_archive_gives_the_same_bytes_from_a_file_and_from_a_pipe() {
     let archive = Archive::of(two_disks()).interleaved();

@@ -8,7 +8,7 @@ use imgtool_testing::text;
 use super::run::PROGRAM;
 
 /// Path prefixes of files that the program, its loader and its runtime open for themselves.
-const OF_THE_SYSTEM: [&str; 12] = [
+const OF_THE_SYSTEM: [&str; 13] = [
     "/etc/ld.so.cache",
     "/etc/localtime",
     "/lib/",
@@ -19,6 +19,7 @@ const OF_THE_SYSTEM: [&str; 12] = [
     "/proc/self/maps",
     "/proc/self/status",
     "/proc/self/cgroup",
+    "/proc/self/mountinfo",
     "/sys/",
     "/dev/null",
 ];
