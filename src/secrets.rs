@@ -293,7 +293,8 @@ mod tests {
     fn one_line_end_is_removed_from_a_file() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("passphrase");
-        for (content, passphrase) in [("a b\n", "a b"), ("a b", "a b"), ("a\n\n", "a\n"), (" a\r\n", " a\r")]
+        for (content, passphrase) in
+            [("a b\n", "a b"), ("a b", "a b"), ("a\n\n", "a\n"), (" a\r\n", " a"), ("a\r", "a\r")]
         {
             std::fs::write(&path, content).expect("write");
             let secret = SecretSource::File(path.clone()).read().expect("a passphrase");

@@ -77,6 +77,12 @@ impl ImageEntry {
         self.text_fact("backing-filename").or_else(|| parent().map(|reference| &*reference.name))
     }
 
+    /// Returns the format of the backing file, if the image states one or has a parent of VMDK.
+    fn backing_format(&self) -> Option<&str> {
+        let parent = || below_reference(self).filter(|_| self.info().format == "vmdk");
+        self.text_fact("backing-filename-format").or_else(|| parent()?.format.as_deref())
+    }
+
     /// Returns the path of the backing file, relative names resolved.
     fn full_backing_name(&self) -> Option<String> {
         let known = self.text_fact("full-backing-filename").map(str::to_owned);
@@ -301,6 +307,9 @@ fn document(image: &ImageEntry) -> Value {
     }
     if let Some(name) = image.backing_name() {
         map.entry("backing-filename").or_insert(name.into());
+    }
+    if let Some(format) = image.backing_format() {
+        map.entry("backing-filename-format").or_insert(format.into());
     }
     if let Some(full) = image.full_backing_name() {
         map.entry("full-backing-filename").or_insert(full.into());

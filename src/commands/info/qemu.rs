@@ -54,14 +54,12 @@ fn line(text: &mut String, indent: usize, label: &str, value: &str) {
 
 /// Writes the names of the backing file.
 fn backing(text: &mut String, image: &ImageEntry) {
-    let info = image.info();
-    let words = |key: &str| fact(info, key).and_then(Value::as_str);
     if let Some(name) = image.backing_name() {
         let full = image.full_backing_name().filter(|full| full != name);
         let path = full.map(|full| format!(" (actual path: {full})")).unwrap_or_default();
         line(text, 0, "backing file", &format!("{name}{path}"));
     }
-    if let Some(format) = words("backing-filename-format") {
+    if let Some(format) = image.backing_format() {
         line(text, 0, "backing file format", format);
     }
 }

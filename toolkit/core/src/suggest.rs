@@ -1,7 +1,7 @@
 //! Hints of the form "did you mean …?", which suggest the known name nearest to an unknown one.
 
 /// Maximum number of names in a hint; the others are only counted. Our limit: keeps an error to a few lines.
-const MAX_LISTED: usize = 16;
+const MAX_LISTED: usize = 24;
 
 /// Maximum length in bytes of a name to compare. Our limit: the time grows with the product of both lengths,
 /// and a name from an image may be 64 KiB long.
