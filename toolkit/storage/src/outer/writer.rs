@@ -38,7 +38,7 @@ const MAX_ZERO_LEN: u64 = 1 << 30;
 const MAX_ZERO_FRAMES: usize = 8;
 
 /// Returns the number of guest bytes in a unit of a sink whose output is compressed as a whole. A unit becomes a
-/// frame, unless it is longer than [`FRAME_LEN`] or without data.
+/// frame, unless it is longer than 4 MiB or without data.
 pub fn unit_of_frames(sink: &dyn ImageSink, device: SinkDevice) -> u64 {
     let unit = sink.geometry(device).piece_len.max(1);
     unit * (PIECE_LEN / unit).max(1)
