@@ -205,7 +205,7 @@ pub struct InputArgs {
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, hide_short_help = true)]
     pub cacert: Vec<PathBuf>,
 
-    /// Send the headers in this file, one NAME: VALUE a line, to the servers that the URLs name; repeatable
+    /// Send the headers in this file, one NAME: VALUE a line, to the server that the URLs name; repeatable
     ///
     /// They are not sent where a server redirects to. A value on the command line would be visible to
     /// other users.

@@ -51,7 +51,9 @@ fn sources(command: &Command) -> Vec<&OsStr> {
         Command::Info(args) => args.images.iter().map(|path| path.as_os_str()).collect(),
         Command::Checksum(args) => args.images.iter().map(|path| path.as_os_str()).collect(),
         Command::Map(args) => vec![args.image.as_os_str()],
-        Command::Check(args) => vec![args.image.as_os_str()],
+        Command::Check(args) => {
+            std::iter::once(&args.image).chain(&args.others).map(|path| path.as_os_str()).collect()
+        }
         Command::Compare(args) => vec![args.first.as_os_str(), args.second.as_os_str()],
         Command::Measure(args) => args.image.iter().map(|path| path.as_os_str()).collect(),
         _ => Vec::new(),

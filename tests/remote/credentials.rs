@@ -63,6 +63,8 @@ fn credentials_are_sent_and_never_printed() {
         "map --output svg URL",
         "check URL",
         "check --output json URL",
+        "check --for libvirt URL",
+        "check --for libvirt --output json disk.qcow2 URL",
         "checksum URL",
         "checksum --output json URL",
         "compare URL disk.raw",

@@ -132,6 +132,11 @@ impl Archive {
         self.form
     }
 
+    /// True if there is a file of this name.
+    pub(crate) fn contains(&self, name: &str) -> bool {
+        self.by_name.contains_key(name)
+    }
+
     /// Opens a file, whose bytes are read from their place in the archive, or unpacked if they are
     /// compressed; `None` if there is none of this name.
     ///

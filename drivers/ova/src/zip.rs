@@ -92,6 +92,15 @@ pub(crate) fn members(input: &RandomInput, memory: &Memory) -> Result<Members> {
         lease.raise(lease.bytes() + MEMBER_BYTES + 2 * entry.name.len() as u64, LIST)?;
         entries.push(entry);
     }
+    // A signature of the directory may follow its entries.
+    if !rest.is_empty() && !rest.starts_with(b"PK\x05\x05") {
+        return Err(Error::malformed(format!(
+            "the directory of the archive has more than the {} entries that its end states",
+            directory.entries()
+        ))
+        .at(directory.start())
+        .hint("programs differ in what they find in it: pack the files again"));
+    }
     entries.sort_by_key(|entry| entry.header);
     let (mut files, mut notes, mut free) = (Vec::new(), Vec::new(), 0);
     let mut seen: HashMap<String, ()> = HashMap::new();

@@ -34,7 +34,7 @@ struct ImageVerdict {
 /// # Errors
 /// If an image can't be read.
 pub(super) fn check(args: &CheckArgs, platform: Platform) -> Result<Exit> {
-    let registry = imgtool::registry();
+    let registry = images::registry(&args.input)?;
     let mut images = Vec::new();
     for path in std::iter::once(&args.image).chain(&args.others) {
         images.push(judge(args, &registry, platform, path)?);
@@ -54,11 +54,11 @@ fn judge(args: &CheckArgs, registry: &Registry, platform: Platform, path: &Path)
     let options = images::open_options(registry, &args.input)?;
     let opened = images::open_random(registry, &args.input, path.as_os_str(), &options)?;
     let compressions = opened.compression.iter().map(|compression| compression.name()).collect();
-    let name = opened.location.path().and_then(Path::file_name).map(|name| name.to_string_lossy());
+    let name = opened.location.file_name();
     let subject = Subject::look(name.as_deref(), compressions, &opened.image).in_file(&opened.location)?;
     let Verdict { findings } = platform.check(&subject);
     let fits = findings.iter().all(|finding| finding.severity == Severity::Note);
-    let filename = path.to_string_lossy().into_owned();
+    let filename = images::typed(path.as_os_str());
     Ok(ImageVerdict { filename, format: opened.format_name(), fits, findings })
 }
 

@@ -26,7 +26,7 @@ pub(crate) struct Guard(Arc<State>);
 struct State {
     /// Hosts that the user named.
     named: Mutex<HashSet<String>>,
-    /// Hosts of proxies. Their addresses permit nothing else.
+    /// Hosts and ports of proxies. They are connected to wherever they are, but no redirect leads there.
     proxies: Mutex<HashSet<String>>,
     /// True if a host that the user named is in a private network: its redirects may stay there.
     permits_private: AtomicBool,
@@ -42,16 +42,28 @@ impl Guard {
         self.0.permits_private.fetch_or(is_private, Ordering::Relaxed);
     }
 
-    /// Trusts the host of a proxy.
-    pub(crate) fn trust_proxy(&self, host: &str) {
-        lock(&self.0.proxies).insert(host.to_ascii_lowercase());
+    /// Trusts a proxy.
+    pub(crate) fn trust_proxy(&self, host: &str, port: u16) {
+        lock(&self.0.proxies).insert(format!("{host}:{port}").to_ascii_lowercase());
     }
 
-    /// Checks the host of a redirect: a proxy would look it up, so an address in the URL is checked before.
+    /// True for the host and port of a proxy.
+    fn is_proxy(&self, uri: &Uri) -> bool {
+        let key = uri.scheme().zip(uri.authority()).and_then(|(scheme, authority)| {
+            Some(DefaultResolver::host_and_port(scheme, authority)?.to_ascii_lowercase())
+        });
+        key.is_some_and(|key| lock(&self.0.proxies).contains(&key))
+    }
+
+    /// Checks the URL of a redirect: a proxy would look its host up, so an address in the URL is checked before.
     ///
     /// # Errors
-    /// [`imgtool_core::ErrorKind::Refused`] for a private address.
-    pub(crate) fn check_literal(&self, host: &str) -> Result<(), Error> {
+    /// [`imgtool_core::ErrorKind::Refused`] for a private address, and for a proxy.
+    pub(crate) fn check_redirect(&self, uri: &Uri) -> Result<(), Error> {
+        if self.is_proxy(uri) {
+            return Err(Error::refused("the server redirects to a proxy"));
+        }
+        let host = uri.host().unwrap_or_default();
         literal(host).map_or(Ok(()), |address| self.check(host, [address]))
     }
 
@@ -62,8 +74,7 @@ impl Guard {
             self.0.permits_private.fetch_or(private.is_some(), Ordering::Relaxed);
             return Ok(());
         }
-        let is_free = self.0.permits_private.load(Ordering::Relaxed) || lock(&self.0.proxies).contains(&host);
-        match private.filter(|_| !is_free) {
+        match private.filter(|_| !self.0.permits_private.load(Ordering::Relaxed)) {
             Some(address) => {
                 Err(Error::refused(format!("the server redirects to the private address {address}"))
                     .hint("if that is right, name the URL of the redirect"))
@@ -99,7 +110,9 @@ impl Resolver for Guard {
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
         let host = uri.host().unwrap_or_default();
         let found = self.addresses(uri, config, timeout).map_err(|error| unknown_host(host, error))?;
-        self.check(host, found.iter().map(SocketAddr::ip)).map_err(io::Error::from)?;
+        if !self.is_proxy(uri) {
+            self.check(host, found.iter().map(SocketAddr::ip)).map_err(io::Error::from)?;
+        }
         let mut addresses = self.empty();
         found.into_iter().for_each(|address| addresses.push(address));
         Ok(addresses)
@@ -171,6 +184,10 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
 mod tests {
     use super::*;
 
+    fn uri(text: &str) -> Uri {
+        text.parse().expect("a URL")
+    }
+
     fn is_public_text(text: &str) -> bool {
         is_public(text.parse().expect("an address"))
     }
@@ -211,8 +228,8 @@ mod tests {
         let private: IpAddr = "169.254.169.254".parse().expect("an address");
         let error = guard.check("elsewhere.example", [private]).expect_err("private");
         assert_eq!(error.message(), "the server redirects to the private address 169.254.169.254");
-        assert!(guard.check_literal("[::ffff:127.0.0.1]").is_err());
-        assert!(guard.check_literal("elsewhere.example").is_ok());
+        assert!(guard.check_redirect(&uri("http://[::ffff:127.0.0.1]/")).is_err());
+        assert!(guard.check_redirect(&uri("http://elsewhere.example/")).is_ok());
         // The host that the user named is in a private network itself.
         guard.check("EXAMPLE.com", [private]).expect("named");
         guard.check("elsewhere.example", [private]).expect("as private as the named host");
@@ -222,8 +239,20 @@ mod tests {
     fn a_private_proxy_permits_no_private_redirect() {
         let guard = Guard::default();
         guard.trust("example.com");
-        guard.trust_proxy("127.0.0.1");
-        guard.check("127.0.0.1", ["127.0.0.1".parse().expect("an address")]).expect("the proxy");
-        assert!(guard.check_literal("169.254.169.254").is_err());
+        guard.trust_proxy("127.0.0.1", 3128);
+        guard.trust_proxy("proxy.example", 80);
+        assert!(
+            guard.is_proxy(&uri("http://127.0.0.1:3128")) && guard.is_proxy(&uri("http://Proxy.example"))
+        );
+        assert!(!guard.is_proxy(&uri("http://127.0.0.1:3129/")));
+        for private in [
+            "http://169.254.169.254/",
+            "http://127.0.0.1:8080/",
+            "http://127.0.0.1:3128/",
+            "http://proxy.example/",
+        ] {
+            assert!(guard.check_redirect(&uri(private)).is_err(), "{private}");
+        }
+        assert!(guard.check("127.0.0.1", ["127.0.0.1".parse().expect("an address")]).is_err());
     }
 }

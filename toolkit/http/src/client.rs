@@ -85,7 +85,7 @@ impl Client {
     /// Creates a client for the URL that the user named; at most `concurrency` requests run at once.
     ///
     /// # Errors
-    /// [`imgtool_core::ErrorKind::Usage`] for an invalid URL.
+    /// [`imgtool_core::ErrorKind::Usage`] for an invalid URL, or another host than that of the headers.
     pub(crate) fn new(url: &str, settings: &Settings, concurrency: usize) -> Result<Self> {
         let (origin, authorization) = Target::parse(url)?;
         let guard = Guard::default();
@@ -95,6 +95,7 @@ impl Client {
             value.set_sensitive(true);
             value
         });
+        settings.bind(origin.host())?;
         let settings = settings.clone();
         Ok(Self { settings, origin, authorization, guard, agents: Default::default(), concurrency })
     }
@@ -111,7 +112,7 @@ impl Client {
             let response = self.get(&target, headers)?;
             let Some(location) = redirect(&response) else { return Ok((response, target)) };
             target = target.redirected(location)?;
-            self.guard.check_literal(target.host())?;
+            self.guard.check_redirect(target.uri())?;
         }
         Err(Error::limit(format!("more than {MAX_REDIRECTS} redirects")).into())
     }
@@ -130,8 +131,11 @@ impl Client {
         }
         let request = request.body(()).map_err(|_| Error::usage("is not a valid URL"))?;
         let response = self.agent(target.is_tls())?.run(request).map_err(failure)?;
-        check_encoding(response.headers())?;
         match response.status() {
+            StatusCode::OK | StatusCode::PARTIAL_CONTENT => {
+                check_encoding(response.headers())?;
+                Ok(response)
+            }
             status @ (StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS) => {
                 Err(busy(status, &response))
             }
@@ -154,7 +158,7 @@ impl Client {
     fn make_agent(&self, is_tls: bool) -> Result<Agent> {
         let proxy = proxy(is_tls)?;
         if let Some(proxy) = &proxy {
-            self.guard.trust_proxy(proxy.host());
+            self.guard.trust_proxy(proxy.host(), proxy.port());
         }
         let needs_tls =
             is_tls || proxy.as_ref().is_some_and(|proxy| proxy.uri().scheme_str() == Some("https"));

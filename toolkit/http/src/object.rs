@@ -143,20 +143,22 @@ impl Inner {
         while filled < buf.len() {
             let (before, begun) = (filled, Instant::now());
             let (target, generation) = lock(&self.current).clone();
-            let result = self.fetch_once(&target, buf, position, &mut filled);
+            let mut result = self.fetch_once(&target, buf, position, &mut filled);
+            if matches!(result, Err(Failure::Denied(_))) && renewals == 0 && &target != self.client.origin() {
+                result = self.renew(generation);
+                renewals += u32::from(result.is_ok());
+            }
+            // Without the time to wait, for which the server may have asked.
+            let spent = begun.elapsed();
             match result {
                 Ok(()) => {}
                 Err(Failure::Passing { error, wait }) => {
                     retry.wait(error.at(position + filled as u64), wait, filled > before)?;
                 }
-                Err(Failure::Denied(_)) if renewals == 0 && &target != self.client.origin() => {
-                    renewals += 1;
-                    self.renew(generation)?;
-                }
                 Err(Failure::Denied(status)) => return Err(denied(status)),
                 Err(Failure::Final(error)) => return Err(error.at(position + filled as u64)),
             }
-            retry.count(begun.elapsed(), filled)?;
+            retry.count(spent, filled)?;
         }
         Ok(())
     }
@@ -206,13 +208,13 @@ impl Inner {
 
     /// Follows the redirects of the URL again: those of presigned URLs expire, and mirrors vanish. Does
     /// nothing if another thread has done so since `generation`.
-    fn renew(&self, generation: u32) -> Result<()> {
+    fn renew(&self, generation: u32) -> Result<(), Failure> {
         let mut current = lock(&self.current);
         if current.1 != generation {
             return Ok(());
         }
-        let (response, target) = self.client.follow(&range("bytes=0-0")).map_err(final_error)?;
-        let sent = self.sent_range(&response).map_err(final_error)?;
+        let (response, target) = self.client.follow(&range("bytes=0-0"))?;
+        let sent = self.sent_range(&response)?;
         self.version.check(sent.total, response.headers())?;
         *current = (target, generation + 1);
         Ok(())

@@ -1,7 +1,7 @@
 //! [`Settings`] of the user: certificates and headers.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use imgtool_core::{Error, Result};
 use rustls::pki_types::CertificateDer;
@@ -37,6 +37,8 @@ pub struct Settings(Arc<Inner>);
 struct Inner {
     roots: Vec<Vec<u8>>,
     headers: HeaderMap,
+    /// Host of the first source that the headers were given for.
+    host: OnceLock<String>,
 }
 
 impl Settings {
@@ -57,7 +59,7 @@ impl Settings {
         Ok(())
     }
 
-    /// Adds the headers in a text, one `NAME: VALUE` a line, for requests to the servers that the user names.
+    /// Adds the headers in a text, one `NAME: VALUE` a line, for requests to the server that the user names.
     /// They are not sent where a server redirects to.
     ///
     /// # Errors
@@ -79,6 +81,22 @@ impl Settings {
             headers.append(name, value);
         }
         Ok(())
+    }
+
+    /// Binds the headers, if there are any, to a host: that of the first source.
+    ///
+    /// # Errors
+    /// [`imgtool_core::ErrorKind::Usage`] for another host.
+    pub(crate) fn bind(&self, host: &str) -> Result<()> {
+        if self.0.headers.is_empty() {
+            return Ok(());
+        }
+        let bound = self.0.host.get_or_init(|| host.to_ascii_lowercase());
+        if bound.eq_ignore_ascii_case(host) {
+            return Ok(());
+        }
+        Err(Error::usage(format!("headers are for one server, but the sources are on {bound} and {host}"))
+            .hint("save one of them to a file first"))
     }
 
     pub(crate) fn roots(&self) -> &[Vec<u8>] {
@@ -133,6 +151,17 @@ mod tests {
         }
         let many = "X: y\n".repeat(MAX_HEADERS + 1);
         assert!(Settings::default().add_headers(&many).is_err());
+    }
+
+    #[test]
+    fn headers_are_for_one_host() {
+        let mut settings = Settings::default();
+        settings.bind("one.example").expect("no headers");
+        settings.add_headers("X: secret").expect("headers");
+        settings.bind("One.example").expect("the first host");
+        settings.clone().bind("one.example").expect("the same host");
+        let error = settings.bind("two.example").expect_err("another host").to_string();
+        assert!(error.contains("one.example") && error.contains("two.example"), "{error}");
     }
 
     #[test]

@@ -17,6 +17,9 @@ const MAX_REPLIES: usize = 64;
 /// Maximum length of the text of an error in bytes.
 const MAX_TEXT: u32 = 64 << 10;
 
+/// Maximum number of errors in one reply. Our limit: servers send one.
+const MAX_ERRORS: u32 = 64;
+
 /// Number of extents that are kept of one reply. Our limit; the rest takes another request.
 const MAX_EXTENTS: usize = 64 << 10;
 
@@ -297,11 +300,11 @@ pub fn read_at(
     }
     let range = position..position + buf.len() as u64;
     let mut parts = Parts::default();
-    let mut failure = None;
+    let (mut failure, mut errors) = (None, 0);
     loop {
         let chunk = Chunk::read(stream, cookie)?;
         match chunk.kind {
-            CHUNK_NONE if chunk.len == 0 => {}
+            CHUNK_NONE if chunk.len == 0 && chunk.is_last => {}
             CHUNK_DATA if chunk.len > 8 => {
                 let at = u64_of(stream)?;
                 let part = parts.add(&range, at, u64::from(chunk.len) - 8)?;
@@ -312,7 +315,10 @@ pub fn read_at(
                 let part = parts.add(&range, at, u64::from(len))?;
                 buf[part].fill(0);
             }
-            kind if kind & CHUNK_ERROR != 0 => failure = Some(chunk.error(stream)?),
+            kind if kind & CHUNK_ERROR != 0 && errors < MAX_ERRORS => {
+                errors += 1;
+                failure = Some(chunk.error(stream)?);
+            }
             _ => return Err(chunk.unknown()),
         }
         if chunk.is_last {
@@ -339,16 +345,19 @@ pub fn extents(
     let asked = range.end - range.start;
     // At most 1 GiB.
     request(stream, CMD_BLOCK_STATUS, cookie, range.start, asked as u32)?;
-    let (mut extents, mut failure) = (Vec::new(), None);
+    let (mut extents, mut failure, mut errors) = (Vec::new(), None, 0);
     if !export.structured {
         return Err(server_error(simple_reply(stream, cookie)?));
     }
     loop {
         let chunk = Chunk::read(stream, cookie)?;
         match chunk.kind {
-            CHUNK_NONE if chunk.len == 0 => {}
+            CHUNK_NONE if chunk.len == 0 && chunk.is_last => {}
             CHUNK_STATUS if extents.is_empty() => extents = chunk.extents(stream, export, asked)?,
-            kind if kind & CHUNK_ERROR != 0 => failure = Some(chunk.error(stream)?),
+            kind if kind & CHUNK_ERROR != 0 && errors < MAX_ERRORS => {
+                errors += 1;
+                failure = Some(chunk.error(stream)?);
+            }
             _ => return Err(chunk.unknown()),
         }
         if chunk.is_last {

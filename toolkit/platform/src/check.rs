@@ -228,7 +228,14 @@ impl Platform {
         let firmware = subject.info.machine.as_ref().map(|machine| machine.firmware);
         match (self.generation, boots) {
             (Some(Generation::Two), (true, false)) => {
-                verdict.add("firmware", true, BIOS_ALONE.to_owned(), "choose generation 1");
+                // Windows writes the code onto disks of data as well.
+                let starts = !subject.guests.iter().all(Guest::is_data);
+                verdict.add(
+                    "firmware",
+                    starts,
+                    BIOS_ALONE.to_owned(),
+                    "choose generation 1, if a guest starts from it",
+                );
             }
             (Some(Generation::Two), (_, true)) if !subject.guests.iter().any(Guest::has_gpt) => {
                 let found =

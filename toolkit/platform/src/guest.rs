@@ -51,6 +51,17 @@ impl Guest {
         Ok(Self { table: Some(table), sector_size, boots_bios, boots_uefi, is_windows, lacks_backup })
     }
 
+    /// True if the disk seems to hold data alone: an MBR with partitions of Windows, none of which is active.
+    pub fn is_data(&self) -> bool {
+        self.table.as_ref().is_some_and(|table| {
+            let is_data = |kind| kind == PartitionKind::MicrosoftData;
+            table.scheme == Scheme::Mbr
+                && !table.is_active
+                && !table.partitions.is_empty()
+                && table.partitions.iter().all(|part| is_data(part.kind))
+        })
+    }
+
     /// True if the disk has a GPT.
     pub fn has_gpt(&self) -> bool {
         self.table.as_ref().is_some_and(|table| table.scheme == Scheme::Gpt)
@@ -117,6 +128,12 @@ mod tests {
         mbr[510..512].copy_from_slice(&[0x55, 0xaa]);
         assert_eq!(boots(&mbr), (false, false));
         assert_eq!(boots(&with_code(mbr.clone())), (true, false));
+        let is_data = |active: u8, kind: u8| {
+            let mut disk = with_code(mbr.clone());
+            (disk[446], disk[450]) = (active, kind);
+            look(&disk, 512).is_data()
+        };
+        assert!(is_data(0, 7) && !is_data(0x80, 7) && !is_data(0, 0x83));
         mbr[450] = 0xef;
         assert_eq!(boots(&mbr), (false, true));
         assert_eq!(look(&mbr, 512).table.unwrap().scheme, Scheme::Mbr);

@@ -93,6 +93,10 @@ fn refuses_what_is_hostile_or_not_read() {
     let shared = Zip::new().member(&plain()).entry(&Member { name: "b.raw".into(), ..plain() }, 0).build();
     let twice = Zip::new().member(&plain()).member(&plain()).build();
     let longer = Member { size: 1 << 63, ..plain() };
+    let mut fewer = Zip::new().file("a.raw", &disk()).file("b.raw", &disk()).build();
+    // The end record (22 bytes) states the number of entries twice.
+    let end = fewer.len() - 22;
+    fewer[end + 8..end + 12].copy_from_slice(&[1, 0, 1, 0]);
     for (what, bytes, kind, says) in [
         ("encrypted", with(Member { flags: 1, ..plain() }), ErrorKind::Unsupported, "encryption"),
         ("deflate64", with(Member { method: 9, ..plain() }), ErrorKind::Unsupported, "deflate64"),
@@ -102,6 +106,7 @@ fn refuses_what_is_hostile_or_not_read() {
         ("link", with(Member { mode: 0o120_777, ..plain() }), ErrorKind::Unsupported, "no file"),
         ("far", far, ErrorKind::Malformed, ""),
         ("shared", shared, ErrorKind::Malformed, "share bytes"),
+        ("fewer", fewer, ErrorKind::Malformed, "more than the 1 entries"),
         ("twice", twice, ErrorKind::Malformed, "two members are called"),
         ("size", Zip::new().wide().member(&longer).build(), ErrorKind::Malformed, "can't have"),
         ("bomb", with(Member { size: 1 << 40, ..Member::deflated("a.raw", b"x") }), ErrorKind::Malformed, ""),
