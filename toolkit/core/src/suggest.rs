@@ -78,6 +78,6 @@ mod tests {
     fn truncates_long_lists() {
         let names: Vec<String> = (0..100).map(|number| format!("drive-scsi{number}")).collect();
         let hint = hint("x", "devices", names.iter().map(String::as_str));
-        assert!(hint.ends_with("drive-scsi15 and 84 more"), "{hint}");
+        assert!(hint.ends_with("drive-scsi23 and 76 more"), "{hint}");
     }
 }
