@@ -287,8 +287,12 @@ fn compression_of(name: &str) -> Option<(&str, &'static str)> {
     known.map(|(_, compression)| (inner, *compression))
 }
 
-/// True if the extension is that of a disk image, compressed or not.
+/// True if the extension is that of a disk image, compressed or not. Files that begin with `._` hold attributes of
+/// macOS, which its archives contain beside each file (AppleDouble).
 pub(crate) fn is_disk_name(name: &str) -> bool {
+    if name.rsplit('/').next().is_some_and(|file| file.starts_with("._")) {
+        return false;
+    }
     let inner = compression_of(name).map_or(name, |(inner, _)| inner);
     let Some(extension) = extension(inner) else { return false };
     let mut known = FORMATS.iter().map(|(known, _)| *known).chain(DISK_EXTENSIONS);
@@ -361,9 +365,15 @@ mod tests {
         ] {
             assert_eq!(stem(file), name, "{file}");
         }
-        for (name, expected) in
-            [("a.vmdk", true), ("a.VMDK.gz", true), ("README.txt", false), ("vmdk", false), ("a.img", true)]
-        {
+        for (name, expected) in [
+            ("a.vmdk", true),
+            ("a.VMDK.gz", true),
+            ("README.txt", false),
+            ("vmdk", false),
+            ("a.img", true),
+            ("__MACOSX/._a.raw", false),
+            ("._a.raw", false),
+        ] {
             assert_eq!(is_disk_name(name), expected, "{name}");
         }
     }

@@ -214,7 +214,8 @@ impl Entry {
         const TYPE: u32 = 0o170_000;
         match self.mode.unwrap_or(0) & TYPE {
             _ if self.name.ends_with(b"/") => Kind::Directory,
-            0 | 0o100_000 => Kind::File,
+            // What zip(1) reads from a pipe has the type of the pipe.
+            0 | 0o100_000 | 0o010_000 => Kind::File,
             0o040_000 => Kind::Directory,
             0o120_000 => Kind::Link,
             _ => Kind::Special,

@@ -120,6 +120,15 @@ fn refuses_what_is_hostile_or_not_read() {
     }
 }
 
+/// zip(1) stores what it reads from a pipe with the type of the pipe.
+#[test]
+fn a_member_from_a_pipe_is_a_file() {
+    let piped = Member { mode: 0o010_600, ..Member::stored("disk.raw", &disk()) };
+    let bytes = Zip::new().member(&piped).build();
+    let source = ZipDriver.open(memory::as_file("s.zip", &bytes), &options()).unwrap();
+    assert_eq!(source.info().devices[0].size, disk().len() as u64);
+}
+
 #[test]
 fn the_chosen_member_is_the_image() {
     let (a, b) = (disk(), noise(9, 512 * 7));
