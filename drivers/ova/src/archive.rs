@@ -50,7 +50,7 @@ struct Member {
     form: Form,
 }
 
-/// How the bytes of a member are stored.
+/// Form in which the archive stores the bytes of a member.
 #[derive(Debug)]
 enum Form {
     /// As they are.

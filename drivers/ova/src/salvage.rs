@@ -1,5 +1,4 @@
-//! What a salvage keeps of a package that was cut: members that are missing, and streams whose tables are
-//! lost.
+//! Salvage of a package that was cut: its missing members, and its streams without tables.
 
 use std::io::{self, Read};
 use std::ops::Range;

@@ -79,7 +79,7 @@ struct Reel {
 }
 
 impl Tape {
-    /// Wraps a stream of which nothing is kept.
+    /// Wraps a stream without keeping its bytes.
     pub(crate) fn passing(stream: Stream) -> Self {
         Self(Arc::new(Mutex::new(Reel { stream, kept: None })))
     }

@@ -24,7 +24,7 @@ const LOCAL: &[u8] = b"PK\x03\x04";
 /// Number of bytes to which deflate can expand one. Source: a match of 258 bytes takes two bits.
 const MAX_EXPANSION: u64 = 1032;
 
-/// How the bytes of a member are stored.
+/// Method by which the archive stores the bytes of a member (4.4.5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Method {
     /// As they are.

@@ -31,7 +31,7 @@ pub(crate) struct Image {
     pub(crate) doubt: Option<String>,
     /// Faults of the files of extents that stayed closed.
     pub(crate) faults: Vec<String>,
-    /// Fault of a single file of which only information is needed.
+    /// Fault of a single file that was opened for its facts alone.
     pub(crate) damage: Option<Error>,
     pub(crate) inflater: Inflater,
     /// Memory for the descriptor, the extents and their open files.

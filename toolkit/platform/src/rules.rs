@@ -72,7 +72,7 @@ pub struct Choice {
 }
 
 /// A fact that an image must have.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct FactRule {
     /// Key of the fact.
     pub key: &'static str,
@@ -87,7 +87,7 @@ pub struct FactRule {
 }
 
 /// Values of a fact.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub enum Values {
     /// One of these. Of a list of values, all.
     OneOf(&'static [&'static str]),
@@ -429,20 +429,8 @@ pub const RULES: &[Rules] = &[
                         advice: "ESXi refuses other systems than vmx-N: convert the package",
                         is_strict: true,
                     },
-                    FactRule {
-                        key: "disk-formats",
-                        rule: "disks",
-                        values: Values::OneOf(&["vmdk", "empty"]),
-                        advice: "make the disks streamOptimized VMDK",
-                        is_strict: true,
-                    },
-                    FactRule {
-                        key: "disk-variants",
-                        rule: "disks",
-                        values: Values::OneOf(&["streamOptimized", "empty"]),
-                        advice: "make the disks streamOptimized VMDK",
-                        is_strict: true,
-                    },
+                    HOLDS_STREAMS[0],
+                    HOLDS_STREAMS[1],
                 ],
                 source: "ovftool, open-vmdk",
                 ..OVA

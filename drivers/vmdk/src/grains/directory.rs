@@ -11,7 +11,7 @@ use crate::layout::SECTOR_SIZE;
 /// Maximum length of a grain directory in bytes. Our limit: the directory of a 64 TiB disk in SE sparse form.
 const MAX_DIRECTORY_LEN: u64 = 32 << 20;
 
-/// What memory for a directory is borrowed for.
+/// Name of the loan of memory for a directory, for messages.
 const DIRECTORY: &str = "the grain directory of a VMDK image";
 
 /// Maximum number of entries of the grain directory that share tables whose entries differ. Our limit: an

@@ -125,8 +125,7 @@ fn check_gap(input: &RandomInput, footer: &Header, marker_at: u64) -> Result<()>
         .remedied_by(Remedy::Salvage("copy the file again, or use a backup".into())))
 }
 
-/// Checks that behind a footer are only markers without content, the last of which is that of the end, and
-/// zeros.
+/// Checks the bytes behind a footer: progress markers, the end marker and zeros may follow, nothing else.
 fn check_end(rest: &[u8], ignore_trailing: bool) -> Result<()> {
     let (sectors, _) = rest.as_chunks::<512>();
     let is_progress = |sector: &&[u8; 512]| marker(sector) == Some(Kind::Progress);

@@ -276,7 +276,7 @@ fn damaged_grains_are_errors_and_salvage_keeps_the_others() {
     assert!(from_pipe_with(&damaged, &options).unwrap() == kept);
 }
 
-/// What a salvage restores: the content, the number of lost bytes, and true if it states a doubt.
+/// Result of a salvage: the content, the number of lost bytes, and true if it states a doubt.
 type Salvaged = (Vec<u8>, u64, bool);
 
 fn restored(source: &Arc<dyn ImageSource>, content: Vec<u8>) -> Salvaged {

@@ -74,7 +74,10 @@ fn waits_for_a_busy_server() {
     let content = content();
     let all = content.clone();
     let server = Server::start(move |asked| match asked.number {
-        0 => Answer::status("503 Service Unavailable").with("Retry-After", "0"),
+        // Error pages may be encoded.
+        0 => Answer::status("503 Service Unavailable")
+            .with("Retry-After", "0")
+            .with("Content-Encoding", "gzip"),
         2 => Answer::status("429 Too Many Requests"),
         4 => Answer::status("500 Internal Server Error"),
         _ => Answer::part(&all, asked, "\"1\""),

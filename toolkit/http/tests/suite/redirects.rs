@@ -37,7 +37,12 @@ fn follows_again_when_a_target_expires() {
     let (content, all) = (content(), content());
     let is_expired = Arc::new(AtomicBool::new(false));
     let expired = Arc::clone(&is_expired);
+    // The redirecting server is busy once.
+    let is_busy = AtomicBool::new(true);
     let server = Server::start(move |asked| match asked.path.as_str() {
+        "/disk.raw" if expired.load(Ordering::SeqCst) && is_busy.swap(false, Ordering::SeqCst) => {
+            Answer::status("503 Service Unavailable")
+        }
         "/disk.raw" if expired.load(Ordering::SeqCst) => Answer::redirect("/new"),
         "/disk.raw" => Answer::redirect("/old"),
         "/old" if expired.load(Ordering::SeqCst) => Answer::status("403 Forbidden"),
@@ -47,7 +52,7 @@ fn follows_again_when_a_target_expires() {
     is_expired.store(true, Ordering::SeqCst);
     assert_eq!(read_all(&input).unwrap(), content);
     let followed = server.seen().iter().filter(|asked| asked.path == "/disk.raw").count();
-    assert_eq!(followed, 2);
+    assert_eq!(followed, 3);
 }
 
 #[test]

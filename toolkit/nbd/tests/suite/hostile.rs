@@ -115,6 +115,13 @@ fn refuses_parts_that_nobody_asked_for() {
         read(&[chunk(false, 1, &whole), chunk(true, 0x8001, &error)]).unwrap_err().kind(),
         ErrorKind::Io
     );
+    // Chunks that bring nothing, without end.
+    assert_eq!(
+        read(&[chunk(false, 0, &[]), chunk(true, 1, &whole)]).unwrap_err().kind(),
+        ErrorKind::Malformed
+    );
+    let errors = vec![chunk(false, 0x8001, &error); 65];
+    assert_eq!(read(&errors).unwrap_err().kind(), ErrorKind::Malformed);
     let many = vec![chunk(false, 2, &hole(4096, 1)); 1];
     let many: Vec<Vec<u8>> = (0..200).map(|at| chunk(false, 2, &hole(4096 + at, 1))).chain(many).collect();
     assert_eq!(read(&many).unwrap_err().kind(), ErrorKind::LimitExceeded);
